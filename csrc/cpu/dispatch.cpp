@@ -1,0 +1,67 @@
+// Chooses the instruction set at run time. Compiled for the baseline processor: it runs before anything is known.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "core.h"
+#include "cpu/isa.h"
+
+namespace pyglow::cpu {
+namespace {
+
+bool supported(Isa isa) {
+  switch (isa) {
+    case Isa::portable:
+      return true;
+    case Isa::avx2:
+#ifdef PYGLOW_HAVE_AVX2
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+      return false;
+#endif
+    case Isa::avx512:
+#ifdef PYGLOW_HAVE_AVX512
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("fma");
+#else
+      return false;
+#endif
+  }
+  return false;
+}
+
+const char* name(Isa isa) {
+  switch (isa) {
+    case Isa::portable:
+      return "portable";
+    case Isa::avx2:
+      return "avx2";
+    case Isa::avx512:
+      return "avx512";
+  }
+  return "";
+}
+
+constexpr Isa best_first[] = {Isa::avx512, Isa::avx2, Isa::portable};
+
+Isa select() {
+  const char* wanted = std::getenv("PYGLOW_CPU");
+  std::string choices;
+  for (Isa isa : best_first) {
+    if (!supported(isa)) continue;
+    if (wanted == nullptr || *wanted == '\0' || std::string(wanted) == name(isa)) return isa;
+    choices += (choices.empty() ? "" : ", ") + std::string(name(isa));
+  }
+  throw std::invalid_argument("PYGLOW_CPU: expected one of " + choices + " on this machine, found " + wanted);
+}
+
+}  // namespace
+
+Isa selected_isa() {
+  static const Isa isa = select();
+  return isa;
+}
+
+const char* instruction_set() { return name(selected_isa()); }
+
+}  // namespace pyglow::cpu

@@ -1,0 +1,32 @@
+"""pyglow_fast: Glow with fused C++/CUDA kernels. ``forward`` maps data to latents, ``inverse`` latents to data.
+
+Kingma & Dhariwal 2018, "Glow: Generative Flow with Invertible 1x1 Convolutions".
+"""
+
+import importlib.metadata
+
+from pyglow_fast import functional, likelihood, reference
+from pyglow_fast.layers import ActNorm, Coupling, CouplingNet, FlowStep, InvConv, Permute, Split, Squeeze
+from pyglow_fast.models import Glow, GlowConfig
+
+try:
+    __version__ = importlib.metadata.version("pyglow-fast")
+except importlib.metadata.PackageNotFoundError:  # a source tree on the path, not installed
+    __version__ = "0+source"
+
+__all__ = [
+    "ActNorm",
+    "Coupling",
+    "CouplingNet",
+    "FlowStep",
+    "Glow",
+    "GlowConfig",
+    "InvConv",
+    "Permute",
+    "Split",
+    "Squeeze",
+    "__version__",
+    "functional",
+    "likelihood",
+    "reference",
+]

@@ -1,0 +1,11 @@
+"""The layers of a flow; each maps ``forward(x) -> (z, log_det)`` and ``inverse(z) -> (x, log_det)``."""
+
+from pyglow_fast.layers._base import FlowLayer
+from pyglow_fast.layers.actnorm import ActNorm
+from pyglow_fast.layers.coupling import Coupling
+from pyglow_fast.layers.coupling_net import CouplingNet
+from pyglow_fast.layers.flow_step import FlowStep
+from pyglow_fast.layers.permutation import InvConv, Permute
+from pyglow_fast.layers.reshape import Split, Squeeze
+
+__all__ = ["ActNorm", "Coupling", "CouplingNet", "FlowLayer", "FlowStep", "InvConv", "Permute", "Split", "Squeeze"]

@@ -1,0 +1,90 @@
+"""Activation normalisation with data-dependent initialisation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyglow_fast import functional
+from pyglow_fast._errors import expect
+from pyglow_fast.layers._base import FlowLayer, check_input
+
+
+class ActNorm(FlowLayer):
+    """z = (x + bias) exp(log_scale) per channel; log_det = P sum log_scale.
+
+    The first training forward sets bias = -mean and log_scale = -log(std + eps), with the biased moments over samples
+    and positions of its input, so that z has mean 0 and variance 1 per channel. One sample is enough. A constant channel
+    is centred and its scale stays 1: there is no spread to normalise.
+
+    Args:
+        channels: C.
+        eps: added to the standard deviation.
+
+    Shapes: x (N, C, *spatial), float32 or float64; log_det (N,), nats.
+
+    Raises:
+        ValueError: wrong shape, dtype or device; the initialising batch is empty or not finite (nothing is changed then).
+
+    Reference: Kingma & Dhariwal 2018, section 3.1.
+    """
+
+    initialized: Tensor
+
+    def __init__(self, channels: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        expect(channels >= 1, "channels", "at least 1", channels)
+        expect(eps > 0, "eps", "a positive number", eps)
+        self.channels, self.eps = channels, eps
+        self.log_scale = nn.Parameter(torch.zeros(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("initialized", torch.tensor(False))
+        # The buffer travels with the weights; the hot path reads this host copy, since the buffer may be on a GPU.
+        self.is_initialized = False
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x -> z; initialises first if this is a training forward of a fresh layer."""
+        check_input("x", x, self.channels, self.bias)
+        if self.training and not self.is_initialized:
+            self.initialize_from(x)
+        return functional.actnorm(x, self.log_scale, self.bias)
+
+    def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """z -> x."""
+        check_input("z", z, self.channels, self.bias)
+        return functional.actnorm_inverse(z, self.log_scale, self.bias)
+
+    def initialize(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Initialise from x if that has not happened yet, and return z."""
+        check_input("x", x, self.channels, self.bias)
+        if not self.is_initialized:
+            self.initialize_from(x)
+        return super().initialize(x, cond)
+
+    @torch.no_grad()
+    def initialize_from(self, x: Tensor) -> None:
+        """Set bias and log_scale from the moments of x, whether or not it happened before."""
+        expect(x.shape[0] > 0 and x.numel() > 0, "x", "a batch that is not empty to initialise from", tuple(x.shape))
+        dims = [0, *range(2, x.dim())]
+        # float64: a large mean must not swallow the spread
+        variance, mean = torch.var_mean(x.double(), dim=dims, correction=0)
+        finite = bool((variance.isfinite() & mean.isfinite()).all())
+        expect(finite, "x", "finite values to initialise actnorm from", "NaN or inf")
+        std = variance.sqrt()
+        # Spread at the level of rounding is no spread: dividing by it would blow the next batch up by 1/eps.
+        resolution = torch.finfo(x.dtype).eps * mean.abs()
+        constant = std <= torch.maximum(resolution, torch.full_like(std, self.eps))
+        self.bias.copy_(-mean)
+        self.log_scale.copy_(torch.where(constant, torch.zeros_like(std), -(std + self.eps).log()))
+        self.initialized.fill_(True)
+        self.is_initialized = True
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.is_initialized = bool(self.initialized)
+
+    def extra_repr(self) -> str:
+        """Channels, for repr."""
+        return f"{self.channels}"

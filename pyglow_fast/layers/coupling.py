@@ -1,0 +1,114 @@
+"""The coupling: half of the channels, untouched, decides how the other half is shifted and scaled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from pyglow_fast import functional
+from pyglow_fast._errors import expect
+from pyglow_fast.layers._base import FlowLayer
+from pyglow_fast.layers.coupling_net import CouplingNet
+from pyglow_fast.reference import ORDERS, SCALE_MAPS, CouplingSpec
+
+KINDS = ("affine", "additive")
+
+
+def coupling_spec(
+    kind: str,
+    scale_map: str | Callable[[Tensor], tuple[Tensor, Tensor]],
+    scale_bias: float,
+    scale_eps: float,
+    scale_clamp: float,
+    order: str,
+) -> CouplingSpec:
+    """A CouplingSpec of checked values; the error names the argument."""
+    expect(kind in KINDS, "kind", f"one of {KINDS}", repr(kind))
+    expect(
+        callable(scale_map) or scale_map in SCALE_MAPS,
+        "scale_map",
+        f"one of {SCALE_MAPS} or a callable",
+        repr(scale_map),
+    )
+    expect(order in ORDERS, "order", f"one of {ORDERS}", repr(order))
+    expect(scale_eps >= 0, "scale_eps", "0 or more", scale_eps)
+    expect(scale_clamp > 0, "scale_clamp", "a positive number", scale_clamp)
+    return CouplingSpec(kind, scale_map, float(scale_bias), float(scale_eps), float(scale_clamp), order)
+
+
+class Coupling(FlowLayer):
+    """y1 = x1, y2 = (x2 + shift) s with (shift, raw) = net(x1), s = scale_map(raw); log_det = sum log s.
+
+    Additive: y2 = x2 + shift, log_det = 0. Order "scale_shift": y2 = x2 s + shift.
+
+    Args:
+        net: module mapping x1 (N, C/2, *spatial) and, if given, cond to (N, C, *spatial): shift, then raw (affine), or to
+            (N, C/2, *spatial): shift (additive).
+        kind: "affine" or "additive".
+        scale_map: "sigmoid": s = sigmoid(raw + scale_bias) + scale_eps; "exp"; "tanh": exp(clamp tanh(raw / clamp));
+            "atan": exp(clamp 0.636 atan(raw)); or a callable raw -> (s, log s), which runs on the reference path.
+        scale_bias, scale_eps: of the sigmoid map.
+        scale_clamp: of the tanh and atan maps.
+        order: "shift_scale" (Glow) or "scale_shift" (nflows, FrEIA).
+
+    Shapes: x (N, C, *spatial), C even, float32 or float64; log_det (N,), nats.
+
+    Raises:
+        ValueError: wrong option, odd channels, a net whose output has the wrong shape.
+
+    References: Dinh et al. 2014 (additive), Dinh et al. 2017 (affine), Kingma & Dhariwal 2018, section 3.3.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        kind: str = "affine",
+        scale_map: str | Callable[[Tensor], tuple[Tensor, Tensor]] = "sigmoid",
+        scale_bias: float = 2.0,
+        scale_eps: float = 0.0,
+        scale_clamp: float = 2.0,
+        order: str = "shift_scale",
+    ) -> None:
+        super().__init__()
+        self.spec = coupling_spec(kind, scale_map, scale_bias, scale_eps, scale_clamp, order)
+        self.net = net
+
+    def _kept_half(self, x: Tensor) -> Tensor:
+        expect(x.dim() >= 2, "x", "shape (N, C, *spatial)", f"shape {tuple(x.shape)}")
+        channels = x.shape[1]
+        expect(
+            channels >= 2 and channels % 2 == 0, "x", "an even number of channels to halve", f"shape {tuple(x.shape)}"
+        )
+        return x[:, : channels // 2]
+
+    def run_net(self, x: Tensor, cond: Tensor | None) -> Tensor:
+        """The coupling net on the kept half of x (or of the output: they are the same), checked for its shape."""
+        kept, channels = self._kept_half(x), x.shape[1]
+        net_out = self.net(kept) if cond is None else self.net(kept, cond)
+        width = channels if self.spec.kind == "affine" else channels // 2
+        expected = (x.shape[0], width, *x.shape[2:])
+        expect(
+            tuple(net_out.shape) == expected, "net", f"an output of shape {expected}", f"shape {tuple(net_out.shape)}"
+        )
+        return net_out.to(x.dtype)
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x -> y; in training, a net with ActNorms that have seen no data is initialised first."""
+        if self.training and isinstance(self.net, CouplingNet) and not self.net.is_initialized:
+            self.net.initialize(self._kept_half(x), cond)
+        return functional.coupling(x, self.run_net(x, cond), self.spec)
+
+    def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """y -> x."""
+        return functional.coupling_inverse(z, self.run_net(z, cond), self.spec)
+
+    def initialize(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Initialise the net's ActNorms from x if that has not happened yet, and return y."""
+        if isinstance(self.net, CouplingNet) and not self.net.is_initialized:
+            self.net.initialize(self._kept_half(x), cond)
+        return super().initialize(x, cond)
+
+    def extra_repr(self) -> str:
+        """Kind and scale map, for repr."""
+        return f"kind={self.spec.kind!r}, scale_map={self.spec.scale_map!r}, order={self.spec.order!r}"

@@ -1,0 +1,115 @@
+"""The network inside a coupling: 3x3 convolution, 1x1, 3x3 starting at zero."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pyglow_fast import functional
+from pyglow_fast._errors import expect
+from pyglow_fast.layers._base import check_input
+from pyglow_fast.layers.actnorm import ActNorm
+
+_CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
+    1: nn.Conv1d,
+    2: nn.Conv2d,
+    3: nn.Conv3d,
+}
+
+
+def conv_for(dims: int) -> type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]:
+    """The convolution class for a number of spatial dimensions."""
+    expect(dims in _CONVOLUTIONS, "dims", "1, 2 or 3 spatial dimensions", dims)
+    return _CONVOLUTIONS[dims]
+
+
+class CouplingNet(nn.Module):
+    """net(x) = exp(3 log_gain) (w3 * relu(w2 * relu(w1 * x + b1) + b2) + b3), w1 and w3 3x3, w2 1x1.
+
+    w3 and b3 start at zero, so a fresh coupling is the identity up to its constant scale. The hidden convolutions start
+    Kaiming-normal, which at the paper's width of 512 is its N(0, 0.05^2) and keeps the variance at other widths.
+
+    Args:
+        in_channels: channels of the kept half.
+        out_channels: twice the transformed channels (affine) or once (additive).
+        hidden: width of both hidden layers.
+        actnorm: an ActNorm instead of a bias after each hidden convolution, as in the released code.
+        cond_channels: channels of a conditioning input, concatenated to x.
+        dims: number of spatial dimensions, 1 to 3.
+
+    Shapes: x (N, in_channels, *spatial), cond (N, cond_channels, *spatial) -> (N, out_channels, *spatial).
+
+    Raises:
+        ValueError: wrong shapes, a condition missing or given where none is expected.
+
+    Reference: Kingma & Dhariwal 2018, section 3.3 and appendix B.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        hidden: int = 512,
+        actnorm: bool = False,
+        cond_channels: int = 0,
+        dims: int = 2,
+    ) -> None:
+        super().__init__()
+        for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("hidden", hidden)):
+            expect(value >= 1, name, "at least 1", value)
+        expect(cond_channels >= 0, "cond_channels", "0 or more", cond_channels)
+        conv = conv_for(dims)
+        self.in_channels, self.out_channels, self.cond_channels, self.dims = (
+            in_channels,
+            out_channels,
+            cond_channels,
+            dims,
+        )
+        self.conv1 = conv(in_channels + cond_channels, hidden, 3, padding=1, bias=not actnorm)
+        self.conv2 = conv(hidden, hidden, 1, bias=not actnorm)
+        self.conv3 = conv(hidden, out_channels, 3, padding=1)
+        self.norm1: nn.Module = ActNorm(hidden) if actnorm else nn.Identity()
+        self.norm2: nn.Module = ActNorm(hidden) if actnorm else nn.Identity()
+        self.log_gain = nn.Parameter(torch.zeros(out_channels, *[1] * dims))
+        for hidden_conv in (self.conv1, self.conv2):
+            nn.init.kaiming_normal_(hidden_conv.weight, nonlinearity="relu")
+            if hidden_conv.bias is not None:
+                nn.init.zeros_(hidden_conv.bias)
+        nn.init.zeros_(self.conv3.weight)
+        nn.init.zeros_(self.conv3.bias)
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether there is no hidden ActNorm that still waits for data."""
+        return all(norm.is_initialized for norm in (self.norm1, self.norm2) if isinstance(norm, ActNorm))
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, cond: Tensor | None = None) -> None:
+        """Set the hidden ActNorms from x. Only the coupling's forward calls it: an inverse pass must never initialise."""
+        hidden = self._with_condition(x, cond)
+        for conv, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
+            hidden = conv(hidden)
+            if isinstance(norm, ActNorm):
+                hidden = norm.initialize(hidden)
+            hidden = hidden.relu()
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """x, cond -> shift and raw scale (or shift alone)."""
+        hidden = self._with_condition(x, cond)
+        for conv, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
+            hidden = conv(hidden)
+            if isinstance(norm, ActNorm):
+                hidden, _ = functional.actnorm(hidden, norm.log_scale, norm.bias)
+            hidden = hidden.relu()
+        return self.conv3(hidden) * (3.0 * self.log_gain).exp()
+
+    def _with_condition(self, x: Tensor, cond: Tensor | None) -> Tensor:
+        check_input("x", x, self.in_channels)
+        if not self.cond_channels:
+            expect(cond is None, "cond", "None, since the net has cond_channels=0", type(cond).__name__)
+            return x
+        expect(cond is not None, "cond", f"a tensor with {self.cond_channels} channels", "None")
+        assert cond is not None  # for the type checker: refused above
+        expected = (x.shape[0], self.cond_channels, *x.shape[2:])
+        expect(tuple(cond.shape) == expected, "cond", f"shape {expected}", f"shape {tuple(cond.shape)}")
+        return torch.cat([x, cond.to(x.dtype)], dim=1)

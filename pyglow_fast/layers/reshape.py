@@ -1,0 +1,110 @@
+"""Layers that move values without changing them: squeeze and split."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyglow_fast import functional
+from pyglow_fast._errors import expect
+from pyglow_fast.layers._base import FlowLayer, check_input
+from pyglow_fast.layers.coupling_net import conv_for
+
+
+class Squeeze(FlowLayer):
+    """Space to channels: (N, C, *spatial) -> (N, C factor^d, *spatial / factor); log_det = 0.
+
+    The order is that of pixel_unshuffle, out channel c*4 + 2*dh + dw for images, as in every Glow.
+
+    Raises:
+        ValueError: a spatial size does not divide by the factor (forward), or the channels by factor^d (inverse).
+
+    Reference: Dinh et al. 2017, section 3.6.
+    """
+
+    def __init__(self, factor: int = 2) -> None:
+        super().__init__()
+        expect(factor >= 1, "factor", "at least 1", factor)
+        self.factor = factor
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x -> z."""
+        return functional.squeeze(x, self.factor), x.new_zeros(x.shape[0])
+
+    def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """z -> x."""
+        return functional.unsqueeze(z, self.factor), z.new_zeros(z.shape[0])
+
+    def extra_repr(self) -> str:
+        """Factor, for repr."""
+        return f"{self.factor}"
+
+
+class Split(nn.Module):
+    """z1, z2 = halves of x; z2 leaves the flow with prior N(z2; mean, exp(log_sd)), (mean, log_sd) = conv(z1).
+
+    The convolution (3x3, times exp(3 log_gain)) starts at zero, so a fresh prior is the standard normal. With
+    ``learn_prior=False`` it stays that.
+
+    Args:
+        channels: C of x, even.
+        learn_prior: whether z1 predicts mean and log_sd.
+        dims: number of spatial dimensions, 1 to 3.
+
+    Shapes: x (N, C, *spatial); z1, z2 (N, C/2, *spatial); log_prob (N,), nats.
+
+    Reference: Kingma & Dhariwal 2018, section 3 and the released code's learned split prior.
+    """
+
+    def __init__(self, channels: int, learn_prior: bool = True, dims: int = 2) -> None:
+        super().__init__()
+        expect(channels >= 2 and channels % 2 == 0, "channels", "an even number", channels)
+        self.channels, self.learn_prior = channels, learn_prior
+        if learn_prior:
+            self.conv = conv_for(dims)(channels // 2, channels, 3, padding=1)
+            nn.init.zeros_(self.conv.weight)
+            nn.init.zeros_(self.conv.bias)
+            self.log_gain = nn.Parameter(torch.zeros(channels, *[1] * dims))
+
+    def prior(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log_sd of z2 given z1, each like z1."""
+        if not self.learn_prior:
+            zeros = torch.zeros_like(kept)
+            return zeros, zeros
+        mean, log_sd = (self.conv(kept) * (3.0 * self.log_gain).exp()).chunk(2, dim=1)
+        return mean, log_sd
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """x -> ((z1, z2), log_det = 0)."""
+        check_input("x", x, self.channels)
+        kept, factored = x.chunk(2, dim=1)
+        return (kept, factored), x.new_zeros(x.shape[0])
+
+    def inverse(self, z: tuple[Tensor, Tensor], cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(z1, z2) -> (x, log_det = 0)."""
+        kept, factored = z
+        check_input("z[0]", kept, self.channels // 2)
+        expect(factored.shape == kept.shape, "z[1]", f"shape {tuple(kept.shape)}, like z[0]", tuple(factored.shape))
+        return torch.cat([kept, factored], dim=1), kept.new_zeros(kept.shape[0])
+
+    def log_prob(self, kept: Tensor, factored: Tensor) -> Tensor:
+        """log N(z2; prior(z1)) summed per sample, (N,) nats."""
+        return functional.gaussian_log_prob(factored, *self.prior(kept))
+
+    def sample(self, kept: Tensor, noise: Tensor) -> Tensor:
+        """z2 = mean + exp(log_sd) noise; noise like z1 carries the temperature."""
+        return functional.gaussian_sample(noise, *self.prior(kept))
+
+    def extra_repr(self) -> str:
+        """Channels, for repr."""
+        return f"{self.channels}, learn_prior={self.learn_prior}"
+
+
+def fit_condition(cond: Tensor, spatial: tuple[int, ...]) -> Tensor:
+    """Bring a condition to the spatial size of a level: a vector is spread over it, a map averaged down to it."""
+    if cond.dim() == 2:
+        return cond.reshape(*cond.shape, *[1] * len(spatial)).expand(*cond.shape, *spatial)
+    if tuple(cond.shape[2:]) == spatial:
+        return cond
+    return F.interpolate(cond, size=spatial, mode="area")

@@ -1,0 +1,85 @@
+"""From integer images to bits per dimension: each convention in one place.
+
+Levels ``0 .. n_bins-1`` are spread over [-0.5, 0.5): ``x = (level + u) / n_bins - 0.5`` with ``u`` uniform in [0, 1).
+The density of ``x`` then bounds the probability of the level (Theis et al. 2016, "A note on the evaluation of generative
+models"; Uria et al. 2013 for uniform dequantisation).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyglow_fast._errors import expect
+
+
+def _check_bins(n_bins: int) -> None:
+    expect(isinstance(n_bins, int) and not isinstance(n_bins, bool), "n_bins", "an int", type(n_bins).__name__)
+    expect(2 <= n_bins <= 65536, "n_bins", "a value in 2..65536", n_bins)
+
+
+def dequantize(
+    images: Tensor, n_bins: int = 256, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """x = (level + u) / n_bins - 0.5, u ~ U[0, 1).
+
+    Args:
+        images: integer levels in 0..n_bins-1, any shape, any integer dtype. Not changed.
+        n_bins: number of levels.
+        generator: source of the noise; torch's default one if None.
+        dtype: floating dtype of the result.
+
+    Returns:
+        Tensor of the shape of ``images`` with values in [-0.5, 0.5).
+
+    Raises:
+        ValueError: images are not integers, or hold a level outside 0..n_bins-1.
+    """
+    _check_bins(n_bins)
+    is_integer = not (images.is_floating_point() or images.is_complex()) and images.dtype != torch.bool
+    expect(is_integer, "images", "an integer dtype (levels, not scaled values)", images.dtype)
+    if images.numel():
+        low, high = (int(value) for value in torch.aminmax(images))
+        expect(low >= 0 and high < n_bins, "images", f"levels in 0..{n_bins - 1} (n_bins={n_bins})", f"{low}..{high}")
+    device = images.device if generator is None else generator.device
+    noise = torch.rand(images.shape, generator=generator, device=device, dtype=dtype).to(images.device)
+    # level + noise can round up to level + 1, so the last level could reach 0.5: keep it below.
+    top = torch.nextafter(torch.tensor(0.5, dtype=dtype), torch.tensor(0.0, dtype=dtype)).item()
+    return noise.add_(images).div_(n_bins).sub_(0.5).clamp_(max=top)
+
+
+def quantize(x: Tensor, n_bins: int = 256) -> Tensor:
+    """level = floor((x + 0.5) n_bins), clamped to 0..n_bins-1: the left inverse of :func:`dequantize`.
+
+    Args:
+        x: floating values, any shape; values outside [-0.5, 0.5) go to the nearest level.
+        n_bins: number of levels.
+
+    Returns:
+        int64 levels.
+
+    Raises:
+        ValueError: x is not floating or holds NaN, which has no level.
+    """
+    _check_bins(n_bins)
+    expect(x.is_floating_point(), "x", "a floating dtype", x.dtype)
+    expect(not bool(x.isnan().any()), "x", "values that are numbers", "NaN")
+    return ((x.double() + 0.5) * n_bins).floor().clamp(0, n_bins - 1).long()
+
+
+def bits_per_dim(log_prob: Tensor, n_dims: int, n_bins: int = 256) -> Tensor:
+    """bits/dim = -log_prob / (D ln 2) + log2(n_bins).
+
+    Args:
+        log_prob: log density of the dequantised x in nats, (N,).
+        n_dims: D, the number of values of one image (C*H*W).
+        n_bins: number of levels.
+
+    Returns:
+        Bits per dimension, (N,).
+    """
+    _check_bins(n_bins)
+    expect(n_dims > 0, "n_dims", "a positive number", n_dims)
+    return log_prob / (-n_dims * math.log(2.0)) + math.log2(n_bins)

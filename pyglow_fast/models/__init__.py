@@ -1,0 +1,6 @@
+"""Whole models."""
+
+from pyglow_fast.models.config import GlowConfig
+from pyglow_fast.models.glow import Glow
+
+__all__ = ["Glow", "GlowConfig"]

@@ -1,0 +1,108 @@
+"""The architecture of a Glow as plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from pyglow_fast._errors import expect
+from pyglow_fast.layers.coupling import KINDS
+from pyglow_fast.layers.flow_step import PERMUTATIONS
+from pyglow_fast.reference import SCALE_MAPS
+
+
+@dataclasses.dataclass(frozen=True)
+class GlowConfig:
+    """Everything that decides the shape of a Glow's weights; checked on construction.
+
+    Attributes:
+        image_shape: (C, *spatial) of x with 1 to 3 spatial dimensions, each divisible by 2^n_levels.
+        n_levels: L, each with a squeeze, n_steps flow steps and (but for the last) a split.
+        n_steps: K, flow steps per level.
+        hidden: width of the coupling nets.
+        coupling: "affine" or "additive".
+        permutation: "invconv" (LU), "invconv_plain", "shuffle" or "reverse".
+        n_classes: number of classes that the top prior is conditioned on; None for none.
+        cond_channels: channels of a conditioning input to every coupling net; 0 for none.
+        net_actnorm: ActNorm inside the coupling nets, as in the released code.
+        learn_prior: learned split priors and top prior.
+        scale_map, scale_bias, scale_eps, scale_clamp: of the affine coupling, see Coupling.
+
+    Raises:
+        ValueError: a value out of its range; the message names it.
+    """
+
+    image_shape: tuple[int, ...] = (3, 32, 32)
+    n_levels: int = 3
+    n_steps: int = 32
+    hidden: int = 512
+    coupling: str = "affine"
+    permutation: str = "invconv"
+    n_classes: int | None = None
+    cond_channels: int = 0
+    net_actnorm: bool = False
+    learn_prior: bool = True
+    scale_map: str = "sigmoid"
+    scale_bias: float = 2.0
+    scale_eps: float = 0.0
+    scale_clamp: float = 2.0
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.image_shape)
+        object.__setattr__(self, "image_shape", shape)
+        is_shape = 2 <= len(shape) <= 4 and all(type(size) is int and size >= 1 for size in shape)
+        expect(is_shape, "image_shape", "(C, L), (C, H, W) or (C, D, H, W) of positive ints", shape)
+        for name in ("n_levels", "n_steps", "hidden"):
+            value = getattr(self, name)
+            expect(type(value) is int and value >= 1, name, "a positive int", value)
+        factor = 2**self.n_levels
+        divides = all(size % factor == 0 for size in shape[1:])
+        expect(divides, "image_shape", f"sides divisible by 2^n_levels = {factor}", shape)
+        expect(self.coupling in KINDS, "coupling", f"one of {KINDS}", repr(self.coupling))
+        expect(self.permutation in PERMUTATIONS, "permutation", f"one of {PERMUTATIONS}", repr(self.permutation))
+        classes_ok = self.n_classes is None or (type(self.n_classes) is int and self.n_classes >= 1)
+        expect(classes_ok, "n_classes", "None or a positive int", self.n_classes)
+        cond_ok = type(self.cond_channels) is int and self.cond_channels >= 0
+        expect(cond_ok, "cond_channels", "0 or a positive int", self.cond_channels)
+        expect(self.scale_map in SCALE_MAPS, "scale_map", f"one of {SCALE_MAPS}", repr(self.scale_map))
+        expect(self.scale_eps >= 0, "scale_eps", "0 or more", self.scale_eps)
+        expect(self.scale_clamp > 0, "scale_clamp", "a positive number", self.scale_clamp)
+
+    @property
+    def dims(self) -> int:
+        """Number of spatial dimensions."""
+        return len(self.image_shape) - 1
+
+    @property
+    def n_values(self) -> int:
+        """D, the number of values of one image."""
+        total = 1
+        for size in self.image_shape:
+            total *= size
+        return total
+
+    def level_shapes(self) -> list[tuple[int, ...]]:
+        """(C, *spatial) of the flow state inside each level, after its squeeze."""
+        channels, spatial, shapes = self.image_shape[0], self.image_shape[1:], []
+        for _ in range(self.n_levels):
+            channels, spatial = channels * 2**self.dims, tuple(size // 2 for size in spatial)
+            shapes.append((channels, *spatial))
+            channels //= 2
+        return shapes
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able data."""
+        return {**dataclasses.asdict(self), "image_shape": list(self.image_shape)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GlowConfig:
+        """The inverse of :meth:`to_dict`; a missing key takes its default.
+
+        Raises:
+            ValueError: an unknown key.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        expect(not unknown, "config", f"keys among {sorted(known)}", f"unknown {unknown}")
+        return cls(**values)

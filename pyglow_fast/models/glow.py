@@ -1,0 +1,270 @@
+"""The multi-scale Glow: exact log-likelihood, exact latents, one-pass sampling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyglow_fast import functional
+from pyglow_fast._errors import expect
+from pyglow_fast.layers import ActNorm, FlowStep, Split, Squeeze
+from pyglow_fast.layers._base import check_input
+from pyglow_fast.layers.flow_step import fold_steps, invert_maps
+from pyglow_fast.layers.reshape import fit_condition
+from pyglow_fast.likelihood import bits_per_dim, dequantize
+from pyglow_fast.models.config import GlowConfig
+from pyglow_fast.models.prior import TopPrior, check_labels, check_temperature, scaled_noise
+
+
+class FlowLevel(nn.Module):
+    """One level: squeeze, then K flow steps whose parameter work is done in one batch."""
+
+    def __init__(self, config: GlowConfig, channels: int) -> None:
+        super().__init__()
+        self.squeeze = Squeeze(2)
+        self.steps = nn.ModuleList(
+            FlowStep(
+                channels,
+                hidden=config.hidden,
+                coupling=config.coupling,
+                permutation=config.permutation,
+                net_actnorm=config.net_actnorm,
+                cond_channels=config.cond_channels,
+                dims=config.dims,
+                scale_map=config.scale_map,
+                scale_bias=config.scale_bias,
+                scale_eps=config.scale_eps,
+                scale_clamp=config.scale_clamp,
+            )
+            for _ in range(config.n_steps)
+        )
+
+    def _flow_steps(self) -> list[FlowStep]:
+        return [step for step in self.steps if isinstance(step, FlowStep)]
+
+    def forward(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x (N, C, *spatial) -> z (N, C 2^d, *spatial / 2), log_det (N,)."""
+        z, log_det = self.squeeze(x)
+        cond = None if cond is None else fit_condition(cond, tuple(z.shape[2:]))
+        steps = self._flow_steps()
+        for step, channel_map in zip(steps, fold_steps(steps), strict=True):
+            z, step_log_det = step.apply_map(z, channel_map, cond)
+            log_det = log_det + step_log_det
+        return z, log_det
+
+    def inverse(self, z: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+        """z -> x, log_det (N,)."""
+        cond = None if cond is None else fit_condition(cond, tuple(z.shape[2:]))
+        log_det = z.new_zeros(z.shape[0])
+        steps = self._flow_steps()
+        maps = fold_steps(steps)
+        for step, channel_map, inverse_matrix in zip(
+            reversed(steps), reversed(maps), reversed(invert_maps(maps)), strict=True
+        ):
+            z, step_log_det = step.apply_inverse_map(z, channel_map, inverse_matrix, cond)
+            log_det = log_det + step_log_det
+        x, _ = self.squeeze.inverse(z)
+        return x, log_det
+
+    def initialize(self, x: Tensor, cond: Tensor | None) -> Tensor:
+        """Data-dependent initialisation, step after step, each from the output of those before it."""
+        z, _ = self.squeeze(x)
+        cond = None if cond is None else fit_condition(cond, tuple(z.shape[2:]))
+        for step in self._flow_steps():
+            z = step.initialize(z, cond)
+        return z
+
+
+class Glow(nn.Module):
+    """log p(x) = sum over levels of log N(z_l; prior(z_{>l})) + log|det dz/dx|.
+
+    Each of the L levels squeezes, applies K flow steps, and (but for the last) factors half of the channels out as a
+    latent whose prior the other half predicts. x is float, (level + u) / n_bins - 0.5 with u uniform in [0, 1); see
+    :mod:`pyglow_fast.likelihood`.
+
+    Args:
+        config: a GlowConfig; or pass its fields as keywords.
+
+    Shapes: x (N, C, *spatial), float32 or float64; latents, shallowest first: L-1 halves of the levels' states, then
+    the top state; log_det and log_prob (N,), nats.
+
+    Raises:
+        ValueError: bad configuration, shape, dtype, device, labels, condition or temperature, each named; NaN or inf in
+            x (checked on the CPU; on CUDA, where the check would stop the stream, log_prob is NaN then).
+
+    Reference: Kingma & Dhariwal 2018.
+    """
+
+    def __init__(self, config: GlowConfig | None = None, **fields: Any) -> None:
+        super().__init__()
+        expect(
+            config is None or not fields, "config", "a GlowConfig or its fields as keywords, not both", sorted(fields)
+        )
+        self.config = GlowConfig.from_dict(fields) if config is None else config
+        self.state_shapes = self.config.level_shapes()
+        self.levels = nn.ModuleList(FlowLevel(self.config, shape[0]) for shape in self.state_shapes)
+        self.splits = nn.ModuleList(
+            Split(shape[0], self.config.learn_prior, self.config.dims) for shape in self.state_shapes[:-1]
+        )
+        self.prior = TopPrior(self.state_shapes[-1][0], self.config.n_classes, self.config.learn_prior)
+
+    @property
+    def latent_shapes(self) -> list[tuple[int, ...]]:
+        """(C, *spatial) of each latent, shallowest first."""
+        return [(shape[0] // 2, *shape[1:]) for shape in self.state_shapes[:-1]] + [self.state_shapes[-1]]
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether every actnorm has seen data (or was loaded so)."""
+        return all(module.is_initialized for module in self.modules() if isinstance(module, ActNorm))
+
+    def _parameter(self) -> Tensor:
+        return next(self.parameters())
+
+    def _check_x(self, x: Tensor, cond: Tensor | None) -> None:
+        check_input("x", x, self.config.image_shape[0], self._parameter())
+        shape = self.config.image_shape
+        expect(tuple(x.shape[1:]) == shape, "x", f"shape (N, {', '.join(map(str, shape))})", f"shape {tuple(x.shape)}")
+        if x.device.type == "cpu":
+            expect(bool(x.isfinite().all()), "x", "finite values", "NaN or inf")
+        self._check_cond(cond, x.shape[0])
+
+    def _check_cond(self, cond: Tensor | None, n: int) -> None:
+        channels = self.config.cond_channels
+        if channels == 0:
+            expect(cond is None, "cond", "None, since the model has cond_channels=0", type(cond).__name__)
+            return
+        expect(isinstance(cond, Tensor), "cond", f"a tensor with {channels} channels", type(cond).__name__)
+        assert cond is not None  # for the type checker: refused above
+        fits = cond.dim() in (2, self.config.dims + 2) and tuple(cond.shape[:2]) == (n, channels)
+        expect(fits, "cond", f"shape ({n}, {channels}) or ({n}, {channels}, *spatial)", f"shape {tuple(cond.shape)}")
+
+    def _check_latents(self, latents: list[Tensor]) -> None:
+        shapes = self.latent_shapes
+        expect(len(latents) == len(shapes), "latents", f"{len(shapes)} tensors, one a level", len(latents))
+        for i, (latent, shape) in enumerate(zip(latents, shapes, strict=True)):
+            check_input(f"latents[{i}]", latent, shape[0], self._parameter())
+            expected = (latents[0].shape[0], *shape)
+            expect(
+                tuple(latent.shape) == expected, f"latents[{i}]", f"shape {expected}", f"shape {tuple(latent.shape)}"
+            )
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> None:
+        """Set every actnorm from x, level by level; happens by itself on the first training forward."""
+        self._check_x(x, cond)
+        for i, level in enumerate(self.levels):
+            assert isinstance(level, FlowLevel)
+            x = level.initialize(x, cond)
+            if i < len(self.splits):
+                x, _ = x.chunk(2, dim=1)
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+        """x -> (latents, log_det)."""
+        latents, _, log_det = self._encode(x, cond)
+        return latents, log_det
+
+    def _encode(self, x: Tensor, cond: Tensor | None) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Latents, the kept halves that predict their priors, and log_det."""
+        self._check_x(x, cond)
+        if self.training and not self.is_initialized:
+            self.initialize(x, cond=cond)
+        log_det = x.new_zeros(x.shape[0])
+        latents, kept_halves = [], []
+        for i, level in enumerate(self.levels):
+            x, level_log_det = level(x, cond)
+            log_det = log_det + level_log_det
+            if i < len(self.splits):
+                x, factored = x.chunk(2, dim=1)
+                kept_halves.append(x)
+                latents.append(factored)
+        latents.append(x)
+        return latents, kept_halves, log_det
+
+    def inverse(self, latents: list[Tensor], cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """latents -> (x, log_det), log_det the negative of the forward one."""
+        self._check_latents(latents)
+        self._check_cond(cond, latents[0].shape[0])
+        x = latents[-1]
+        log_det = x.new_zeros(x.shape[0])
+        for i in reversed(range(len(self.levels))):
+            if i < len(self.splits):
+                x = torch.cat([x, latents[i]], dim=1)
+            level = self.levels[i]
+            assert isinstance(level, FlowLevel)
+            x, level_log_det = level.inverse(x, cond)
+            log_det = log_det + level_log_det
+        return x, log_det
+
+    def log_prob(self, x: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
+        """log p(x), or log p(x | y) for a model with classes, in nats, (N,)."""
+        expect(isinstance(x, Tensor) and x.dim() >= 1, "x", "a Tensor (N, C, *spatial)", type(x).__name__)
+        check_labels(y, x.shape[0], self.config.n_classes)
+        latents, kept_halves, log_prob = self._encode(x, cond)
+        for split, kept, factored in zip(self.splits, kept_halves, latents[:-1], strict=True):
+            assert isinstance(split, Split)
+            log_prob = log_prob + split.log_prob(kept, factored)
+        return log_prob + functional.gaussian_log_prob(latents[-1], *self.prior(latents[-1], y))
+
+    def bits_per_dim(
+        self,
+        images: Tensor,
+        n_bins: int = 256,
+        y: Tensor | None = None,
+        cond: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Bits per dimension of integer images (N, C, *spatial) with levels 0..n_bins-1, dequantised with fresh noise; (N,)."""
+        x = dequantize(images, n_bins, generator, dtype=self._parameter().dtype)
+        return bits_per_dim(self.log_prob(x, y, cond), self.config.n_values, n_bins)
+
+    def encode(self, x: Tensor, cond: Tensor | None = None) -> list[Tensor]:
+        """The latents of x, all levels: decode(encode(x)) is x up to rounding."""
+        return self(x, cond)[0]
+
+    def decode(self, latents: list[Tensor], cond: Tensor | None = None) -> Tensor:
+        """The x whose latents these are."""
+        return self.inverse(latents, cond)[0]
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        temperature: float | Tensor = 1.0,
+        y: Tensor | None = None,
+        cond: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """x = inverse of z_l = mean + temperature sd eps at every level; no gradient is recorded.
+
+        Args:
+            n: number of samples.
+            temperature: multiplies the standard deviation of every prior; a number (0 gives the mode) or one per sample.
+            y: labels (n,), drawn uniformly if the model has classes and None is given.
+            cond: condition, if the model has one.
+            generator: source of the noise.
+
+        Returns:
+            (n, C, *spatial) in about [-0.5, 0.5]; :func:`pyglow_fast.likelihood.quantize` gives levels.
+        """
+        expect(isinstance(n, int) and n >= 0, "n", "a number of samples, 0 or more", n)
+        check_temperature(temperature, n)
+        self._check_cond(cond, n)
+        parameter = self._parameter()
+        if y is None and self.config.n_classes is not None:
+            device = parameter.device if generator is None else generator.device
+            y = torch.randint(self.config.n_classes, (n,), generator=generator, device=device).to(parameter.device)
+        check_labels(y, n, self.config.n_classes)
+        top = parameter.new_empty(n, *self.state_shapes[-1])
+        x = functional.gaussian_sample(scaled_noise(top, temperature, generator), *self.prior(top, y))
+        for i in reversed(range(len(self.levels))):
+            if i < len(self.splits):
+                split = self.splits[i]
+                assert isinstance(split, Split)
+                x = torch.cat([x, split.sample(x, scaled_noise(x, temperature, generator))], dim=1)
+            level = self.levels[i]
+            assert isinstance(level, FlowLevel)
+            x, _ = level.inverse(x, cond)
+        return x

@@ -1,0 +1,75 @@
+"""The prior of the top latent, and checked noise for sampling."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pyglow_fast._errors import expect
+
+
+class TopPrior(nn.Module):
+    """N(z; mean, exp(log_sd)) with one mean and log_sd per channel, plus an offset per class.
+
+    All parameters start at zero, so a fresh prior is the standard normal.
+
+    Args:
+        channels: C of the top latent.
+        n_classes: number of classes, or None.
+        learn: whether there are parameters per channel; class offsets are always learned.
+
+    Reference: Kingma & Dhariwal 2018, released code (learn_top, y_emb).
+    """
+
+    def __init__(self, channels: int, n_classes: int | None = None, learn: bool = True) -> None:
+        super().__init__()
+        self.channels, self.n_classes = channels, n_classes
+        self.mean_log_sd = nn.Parameter(torch.zeros(2 * channels)) if learn else None
+        self.class_offset = None if n_classes is None else nn.Parameter(torch.zeros(n_classes, 2 * channels))
+
+    def forward(self, like: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mean and log_sd, each broadcastable to ``like`` (N, C, *spatial)."""
+        values = like.new_zeros(1, 2 * self.channels) if self.mean_log_sd is None else self.mean_log_sd.unsqueeze(0)
+        if self.class_offset is not None:
+            assert y is not None  # checked by check_labels before
+            values = values + self.class_offset[y]
+        mean, log_sd = values.reshape(*values.shape, *[1] * (like.dim() - 2)).chunk(2, dim=1)
+        return mean, log_sd
+
+
+def check_labels(y: Tensor | None, n: int, n_classes: int | None) -> None:
+    """Refuse labels that are missing, not wanted, of the wrong shape or dtype, or out of range (range on the CPU only)."""
+    if n_classes is None:
+        expect(y is None, "y", "None, since the model has no classes (n_classes=None)", type(y).__name__)
+        return
+    expect(isinstance(y, Tensor), "y", f"labels in 0..{n_classes - 1} (n_classes={n_classes})", type(y).__name__)
+    assert y is not None  # for the type checker: refused above
+    expect(
+        y.dtype == torch.int64 and tuple(y.shape) == (n,), "y", f"int64 of shape ({n},)", f"{y.dtype} {tuple(y.shape)}"
+    )
+    if y.device.type == "cpu" and n:  # reading a CUDA tensor here would stop the stream; there the gather asserts
+        low, high = (int(value) for value in torch.aminmax(y))
+        expect(low >= 0 and high < n_classes, "y", f"labels in 0..{n_classes - 1}", f"{low}..{high}")
+
+
+def check_temperature(temperature: float | Tensor, n: int) -> None:
+    """Refuse a temperature that is negative, not finite, or a tensor not of shape (n,)."""
+    if isinstance(temperature, Tensor):
+        expect(
+            tuple(temperature.shape) in ((), (n,)), "temperature", f"a number or shape ({n},)", tuple(temperature.shape)
+        )
+        if temperature.device.type != "cpu":
+            return
+        valid = bool((temperature.isfinite() & (temperature >= 0)).all())
+    else:
+        valid = 0.0 <= temperature < float("inf")
+    expect(valid, "temperature", "finite values, 0 or more", temperature)
+
+
+def scaled_noise(like: Tensor, temperature: float | Tensor, generator: torch.Generator | None) -> Tensor:
+    """temperature * eps, eps ~ N(0, 1) of the shape, dtype and device of ``like``; temperature a number or (N,)."""
+    device = like.device if generator is None else generator.device
+    noise = torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(like).reshape(-1, *[1] * (like.dim() - 1))
+    return noise * temperature

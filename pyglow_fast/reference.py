@@ -1,0 +1,212 @@
+"""The specification of the flow in plain torch: every kernel is held against it, and it runs where there are no kernels.
+
+All functions take x of shape (N, C, *spatial) with any number of spatial dimensions (also none), keep its dtype and
+device, and are differentiable by ordinary autograd. P is the product of the spatial sizes. It is also the baseline of the
+benchmarks, so it is written as good idiomatic torch: actnorm folded into the 1x1 convolution, no needless passes.
+
+Sources: Dinh et al. 2014 (NICE), Dinh et al. 2017 (RealNVP), Kingma & Dhariwal 2018 (Glow).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyglow_fast._errors import expect
+
+SCALE_MAPS = ("sigmoid", "exp", "tanh", "atan")
+ORDERS = ("shift_scale", "scale_shift")
+_ATAN_GAIN = 0.636  # about 2/pi: the soft clamp of FrEIA tends to +-clamp
+
+
+class CouplingSpec(NamedTuple):
+    """How the coupling net's output becomes shift and scale.
+
+    ``kind`` "affine" or "additive"; ``scale_map`` one of SCALE_MAPS, or a callable raw -> (scale, log_scale);
+    ``bias`` and ``eps`` of sigmoid(raw + bias) + eps; ``clamp`` of exp(clamp tanh(raw / clamp)) and
+    exp(clamp 0.636 atan(raw)); ``order`` "shift_scale": y = (u + shift) s, or "scale_shift": y = u s + shift.
+    """
+
+    kind: str = "affine"
+    scale_map: str | Callable[[Tensor], tuple[Tensor, Tensor]] = "sigmoid"
+    bias: float = 2.0
+    eps: float = 0.0
+    clamp: float = 2.0
+    order: str = "shift_scale"
+
+
+def lu_weight(permutation: Tensor, lower: Tensor, upper: Tensor, log_diag: Tensor, sign_diag: Tensor) -> Tensor:
+    """W = P (tril(lower, -1) + I) (triu(upper, 1) + diag(sign_diag exp(log_diag))), rows gathered by ``permutation``.
+
+    All arguments may carry leading batch dimensions: permutation, log_diag, sign_diag (..., C); lower, upper (..., C, C).
+    (P A)[i] = A[permutation[i]]. log|det W| = sum log_diag.
+    """
+    eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+    product = (lower.tril(-1) + eye) @ (upper.triu(1) + torch.diag_embed(sign_diag * log_diag.exp()))
+    return product.gather(-2, permutation.unsqueeze(-1).expand_as(product))
+
+
+def fold_actnorm(weight: Tensor, log_scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """M = W diag(exp(log_scale)), c = M bias, so that W ((x + bias) exp(log_scale)) = M x + c.
+
+    weight (..., C, C); log_scale, bias (..., C). Returns M (..., C, C) and c (..., C).
+    """
+    matrix = weight * log_scale.exp().unsqueeze(-2)
+    return matrix, (matrix @ bias.unsqueeze(-1)).squeeze(-1)
+
+
+def flat_positions(x: Tensor) -> Tensor:
+    """View x (N, C, *spatial) as (N, C, P)."""
+    return x.unsqueeze(-1) if x.dim() == 2 else x.flatten(2)
+
+
+def n_positions(x: Tensor) -> int:
+    """P, the product of the spatial sizes of x (N, C, *spatial)."""
+    return math.prod(x.shape[2:])
+
+
+def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
+    """u = M x + c at every position. x (N, C, *spatial), matrix (C, C), offset (C,)."""
+    return F.conv1d(flat_positions(x), matrix.unsqueeze(-1), offset).reshape(x.shape)
+
+
+def channel_unmix(u: Tensor, inverse_matrix: Tensor, offset: Tensor) -> Tensor:
+    """x = M^-1 (u - c) at every position. u (N, C, *spatial), inverse_matrix (C, C) = M^-1, offset (C,) = c."""
+    centred = u - offset.reshape(-1, *[1] * (u.dim() - 2))
+    return F.conv1d(flat_positions(centred), inverse_matrix.unsqueeze(-1)).reshape(u.shape)
+
+
+def invert_matrix(matrix: Tensor) -> Tensor:
+    """M^-1 of the matrix actually applied, formed in float64 and rounded once. matrix (..., C, C).
+
+    Raises:
+        ValueError: a matrix is singular (checked on the CPU only: on CUDA the check would stop the stream, and a
+            singular matrix shows as inf or NaN instead).
+    """
+    inverse, info = torch.linalg.inv_ex(matrix.double())
+    if info.device.type == "cpu":
+        expect(not bool(info.any()), "matrix", "an invertible matrix", "a singular one")
+    return inverse.to(matrix.dtype)
+
+
+def scale_and_log(raw: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor]:
+    """(s, log s) of the net's raw scale; log s directly, never as the log of an underflowed s."""
+    if callable(spec.scale_map):
+        return spec.scale_map(raw)
+    if spec.scale_map == "sigmoid":
+        z = raw + spec.bias
+        if spec.eps == 0.0:
+            return torch.sigmoid(z), F.logsigmoid(z)
+        scale = torch.sigmoid(z) + spec.eps
+        return scale, scale.log()
+    if spec.scale_map == "exp":
+        return raw.exp(), raw
+    if spec.scale_map == "tanh":
+        log_scale = spec.clamp * torch.tanh(raw / spec.clamp)
+    else:
+        expect(spec.scale_map == "atan", "scale_map", f"one of {SCALE_MAPS} or a callable", repr(spec.scale_map))
+        log_scale = spec.clamp * _ATAN_GAIN * torch.atan(raw)
+    return log_scale.exp(), log_scale
+
+
+def _halves(x: Tensor, net_out: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    transformed = net_out.shape[1] // (2 if spec.kind == "affine" else 1)
+    kept, half = x.split([x.shape[1] - transformed, transformed], dim=1)
+    if spec.kind == "additive":
+        return kept, half, net_out, None
+    shift, raw = net_out.chunk(2, dim=1)
+    return kept, half, shift, raw
+
+
+def coupling(u: Tensor, net_out: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor]:
+    """y1 = u1, y2 = (u2 + shift) s, log_det = sum log s (order "shift_scale"; additive: y2 = u2 + shift, log_det = 0).
+
+    u (N, C, *spatial); net_out (N, 2 C2, *spatial), shift then raw scale (additive: (N, C2, *spatial)), C2 the number of
+    transformed channels. Returns y like u and log_det (N,).
+    """
+    kept, half, shift, raw = _halves(u, net_out, spec)
+    if raw is None:
+        return torch.cat([kept, half + shift], dim=1), u.new_zeros(u.shape[0])
+    scale, log_scale = scale_and_log(raw, spec)
+    half = (half + shift) * scale if spec.order == "shift_scale" else half * scale + shift
+    return torch.cat([kept, half], dim=1), log_scale.flatten(1).sum(1)
+
+
+def coupling_inverse(y: Tensor, net_out: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor]:
+    """u1 = y1, u2 = y2 / s - shift, log_det = -sum log s: the inverse of :func:`coupling`, same shapes."""
+    kept, half, shift, raw = _halves(y, net_out, spec)
+    if raw is None:
+        return torch.cat([kept, half - shift], dim=1), y.new_zeros(y.shape[0])
+    scale, log_scale = scale_and_log(raw, spec)
+    half = half / scale - shift if spec.order == "shift_scale" else (half - shift) / scale
+    return torch.cat([kept, half], dim=1), -log_scale.flatten(1).sum(1)
+
+
+def squeeze(x: Tensor, factor: int = 2) -> Tensor:
+    """Space to channels: (N, C, *spatial) -> (N, C factor^d, *spatial / factor), channel c factor^d + offset in the block.
+
+    For images this is pixel_unshuffle: out channel c*4 + 2*dh + dw. Volume-preserving, log_det = 0.
+    """
+    n, c, *spatial = x.shape
+    d = len(spatial)
+    x = x.reshape(n, c, *[part for size in spatial for part in (size // factor, factor)])
+    blocks, offsets = [2 + 2 * i for i in range(d)], [3 + 2 * i for i in range(d)]
+    return x.permute(0, 1, *offsets, *blocks).reshape(n, c * factor**d, *[size // factor for size in spatial])
+
+
+def unsqueeze(x: Tensor, factor: int = 2) -> Tensor:
+    """Channels to space: the inverse of :func:`squeeze`."""
+    n, c, *spatial = x.shape
+    d = len(spatial)
+    x = x.reshape(n, c // factor**d, *[factor] * d, *spatial)
+    order = [axis for i in range(d) for axis in (2 + d + i, 2 + i)]
+    return x.permute(0, 1, *order).reshape(n, c // factor**d, *[size * factor for size in spatial])
+
+
+def gaussian_log_prob(z: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
+    """sum over a sample of log N(z; mean, exp(log_sd)), in nats.
+
+    z (N, ...); mean and log_sd broadcast to it. Returns (N,).
+    """
+    terms = -0.5 * ((z - mean) * (-log_sd).exp()).square() - log_sd
+    return terms.flatten(1).sum(1) - 0.5 * math.log(2.0 * math.pi) * math.prod(z.shape[1:])
+
+
+def gaussian_sample(noise: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
+    """z = mean + exp(log_sd) noise; noise (N, ...) carries the temperature, mean and log_sd broadcast to it."""
+    return mean + log_sd.exp() * noise
+
+
+def flow_step(
+    x: Tensor,
+    matrix: Tensor,
+    offset: Tensor,
+    matrix_log_det: Tensor,
+    net: Callable[[Tensor], Tensor],
+    spec: CouplingSpec,
+) -> tuple[Tensor, Tensor]:
+    """One step of Glow: u = M x + c, then the coupling; log_det = P log|det M| + sum log s.
+
+    ``net`` maps the kept half (N, C // 2, *spatial) to the coupling net's output; ``matrix_log_det`` is log|det M|, ().
+    """
+    u = channel_mix(x, matrix, offset)
+    y, log_det = coupling(u, net(u[:, : u.shape[1] // 2]), spec)
+    return y, log_det + matrix_log_det * n_positions(x)
+
+
+def flow_step_inverse(
+    y: Tensor,
+    inverse_matrix: Tensor,
+    offset: Tensor,
+    matrix_log_det: Tensor,
+    net: Callable[[Tensor], Tensor],
+    spec: CouplingSpec,
+) -> tuple[Tensor, Tensor]:
+    """The inverse of :func:`flow_step`, given M^-1; log_det is the negative of the forward one."""
+    u, log_det = coupling_inverse(y, net(y[:, : y.shape[1] // 2]), spec)
+    return channel_unmix(u, inverse_matrix, offset), log_det - matrix_log_det * n_positions(y)
