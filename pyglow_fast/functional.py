@@ -1,7 +1,8 @@
 """The flow step's operations as stateless functions: compiled kernels where they apply, the reference elsewhere.
 
 Tensors are (N, C, *spatial); P is the product of the spatial sizes. Every function is differentiable in all its tensor
-arguments. The equations are stated once, in :mod:`pyglow_fast.reference`, whose functions have the same names and arguments.
+arguments. The equations are stated once, in :mod:`pyglow_fast.reference`, whose functions have the same names and
+arguments.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyglow_fast import reference
+from pyglow_fast import autograd, ops, reference
 from pyglow_fast.reference import (
     CouplingSpec,
     fold_actnorm,
@@ -43,21 +44,29 @@ __all__ = [
 
 def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
     """u = M x + c at every position; see :func:`pyglow_fast.reference.channel_mix`."""
+    if ops.run_on(x):
+        return autograd.ChannelMix.apply(x, matrix, offset)
     return reference.channel_mix(x, matrix, offset)
 
 
 def channel_unmix(u: Tensor, inverse_matrix: Tensor, offset: Tensor) -> Tensor:
     """x = M^-1 (u - c) at every position; see :func:`pyglow_fast.reference.channel_unmix`."""
+    if ops.run_on(u):
+        return autograd.ChannelUnmix.apply(u, inverse_matrix, offset)
     return reference.channel_unmix(u, inverse_matrix, offset)
 
 
 def coupling(u: Tensor, net_out: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor]:
     """y2 = (u2 + shift) s, log_det = sum log s; see :func:`pyglow_fast.reference.coupling`."""
+    if ops.run_on(u) and ops.has_kernel(spec):
+        return autograd.Coupling.apply(u, net_out, ops.kind_arguments(spec, inverse=False))
     return reference.coupling(u, net_out, spec)
 
 
 def coupling_inverse(y: Tensor, net_out: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor]:
     """u2 = y2 / s - shift, log_det = -sum log s; see :func:`pyglow_fast.reference.coupling_inverse`."""
+    if ops.run_on(y) and ops.has_kernel(spec):
+        return autograd.Coupling.apply(y, net_out, ops.kind_arguments(spec, inverse=True))
     return reference.coupling_inverse(y, net_out, spec)
 
 

@@ -26,6 +26,7 @@ std::string compiler() {
 // Facts of the build only: no device is touched and the processor is not looked at.
 std::map<std::string, std::string> build_info() {
   return {
+      {"version", PYGLOW_VERSION},
       {"torch", PYGLOW_TORCH_VERSION},
       {"compiler", compiler()},
       {"instruction_sets", PYGLOW_INSTRUCTION_SETS},
@@ -40,8 +41,8 @@ std::map<std::string, std::string> build_info() {
   };
 }
 
-// The number of threads that take part in a parallel loop of this module. One although torch has more would mean that the
-// OpenMP calls compiled in here did not find torch's runtime.
+// The number of threads that take part in a parallel loop of this module. One although torch has more would mean that
+// the OpenMP calls compiled in here did not find torch's runtime.
 int parallel_threads() {
   std::atomic<int> threads{0};
   at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) { ++threads; });

@@ -64,4 +64,57 @@ Isa selected_isa() {
 
 const char* instruction_set() { return name(selected_isa()); }
 
+// One entry point per kernel of core.h, forwarding to the selected instruction set.
+#ifdef PYGLOW_HAVE_AVX2
+#define PYGLOW_CASE_AVX2(call) \
+  case Isa::avx2:              \
+    return avx2::call;
+#else
+#define PYGLOW_CASE_AVX2(call)
+#endif
+#ifdef PYGLOW_HAVE_AVX512
+#define PYGLOW_CASE_AVX512(call) \
+  case Isa::avx512:              \
+    return avx512::call;
+#else
+#define PYGLOW_CASE_AVX512(call)
+#endif
+#define PYGLOW_FORWARD(call)  \
+  switch (selected_isa()) {   \
+    PYGLOW_CASE_AVX512(call)  \
+    PYGLOW_CASE_AVX2(call)    \
+    default:                  \
+      return portable::call;  \
+  }
+
+template <class T>
+void channel_mix(const ChannelMixArgs<T>& args, const Threads& threads) {
+  PYGLOW_FORWARD(channel_mix(args, threads))
+}
+template <class T>
+void channel_mix_backward(const ChannelMixBackwardArgs<T>& args, const Threads& threads) {
+  PYGLOW_FORWARD(channel_mix_backward(args, threads))
+}
+template <class T>
+void coupling(const CouplingArgs<T>& args, const Threads& threads) {
+  PYGLOW_FORWARD(coupling(args, threads))
+}
+template <class T>
+void coupling_backward(const CouplingBackwardArgs<T>& args, const Threads& threads) {
+  PYGLOW_FORWARD(coupling_backward(args, threads))
+}
+template <class T>
+void elementary(Elementary function, const T* x, T* y, int64_t count) {
+  PYGLOW_FORWARD(elementary(function, x, y, count))
+}
+
+#define PYGLOW_INSTANTIATE(T)                                                               \
+  template void channel_mix<T>(const ChannelMixArgs<T>&, const Threads&);                   \
+  template void channel_mix_backward<T>(const ChannelMixBackwardArgs<T>&, const Threads&);  \
+  template void coupling<T>(const CouplingArgs<T>&, const Threads&);                        \
+  template void coupling_backward<T>(const CouplingBackwardArgs<T>&, const Threads&);       \
+  template void elementary<T>(Elementary, const T*, T*, int64_t);
+PYGLOW_INSTANTIATE(float)
+PYGLOW_INSTANTIATE(double)
+
 }  // namespace pyglow::cpu

@@ -1,5 +1,6 @@
 // The instruction sets that the CPU kernels are compiled for, and the choice made when the module runs.
 #pragma once
+#include "core.h"
 
 namespace pyglow::cpu {
 
@@ -8,5 +9,24 @@ enum class Isa { portable, avx2, avx512 };
 // The best one that is both compiled in and supported by this processor and system, or what PYGLOW_CPU asks for.
 // Decided once; throws std::invalid_argument if PYGLOW_CPU cannot be honoured.
 Isa selected_isa();
+
+// The kernels of each instruction set: the functions of core.h, compiled from the same sources.
+#define PYGLOW_DECLARE_KERNELS(isa)                                                                \
+  namespace isa {                                                                                  \
+  template <class T>                                                                               \
+  void channel_mix(const ChannelMixArgs<T>& args, const Threads& threads);                         \
+  template <class T>                                                                               \
+  void channel_mix_backward(const ChannelMixBackwardArgs<T>& args, const Threads& threads);        \
+  template <class T>                                                                               \
+  void coupling(const CouplingArgs<T>& args, const Threads& threads);                              \
+  template <class T>                                                                               \
+  void coupling_backward(const CouplingBackwardArgs<T>& args, const Threads& threads);             \
+  template <class T>                                                                               \
+  void elementary(Elementary function, const T* x, T* y, int64_t count);                           \
+  }
+PYGLOW_DECLARE_KERNELS(portable)
+PYGLOW_DECLARE_KERNELS(avx2)
+PYGLOW_DECLARE_KERNELS(avx512)
+#undef PYGLOW_DECLARE_KERNELS
 
 }  // namespace pyglow::cpu

@@ -1,0 +1,70 @@
+// What the ops require of their tensors. Each check names the argument, what it must be and what it is, and runs before
+// any memory is touched. The Python layer turns TORCH_CHECK_VALUE into a ValueError.
+#pragma once
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include "core.h"
+
+namespace pyglow::bindings {
+
+inline void check_dtype(const char* name, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, name,
+                    ": expected dtype float32 or float64, found ", x.scalar_type());
+}
+
+inline void check_like(const char* name, const at::Tensor& x, const char* other_name, const at::Tensor& other) {
+  TORCH_CHECK_VALUE(x.scalar_type() == other.scalar_type(), name, ": expected dtype ", other.scalar_type(), " like ",
+                    other_name, ", found ", x.scalar_type());
+  TORCH_CHECK_VALUE(x.device() == other.device(), name, ": expected device ", other.device(), " like ", other_name,
+                    ", found ", x.device());
+}
+
+// (N, C, *spatial) on a device that has kernels.
+inline void check_state(const char* name, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(x.dim() >= 2, name, ": expected shape (N, C, *spatial), found ", x.sizes());
+  check_dtype(name, x);
+  TORCH_CHECK_VALUE(x.is_cpu() || x.is_cuda(), name, ": expected a CPU or CUDA tensor, found device ", x.device());
+}
+
+inline void check_shape(const char* name, const at::Tensor& x, at::IntArrayRef shape) {
+  TORCH_CHECK_VALUE(x.sizes() == shape, name, ": expected shape ", shape, ", found ", x.sizes());
+}
+
+inline int64_t positions_of(const at::Tensor& x) {
+  int64_t positions = 1;
+  for (int64_t i = 2; i < x.dim(); ++i) positions *= x.size(i);
+  return positions;
+}
+
+// The stride from one position to the next, or -1 if the spatial dimensions cannot be walked with a single one.
+inline int64_t position_stride(const at::Tensor& x) {
+  int64_t stride = -1, next = 0;
+  for (int64_t i = x.dim() - 1; i >= 2; --i) {
+    if (x.size(i) == 1) continue;
+    if (stride == -1) {
+      stride = x.stride(i);
+    } else if (x.stride(i) != next) {
+      return -1;
+    }
+    next = x.stride(i) * x.size(i);
+  }
+  return stride == -1 ? 1 : stride;  // a single position: any stride will do
+}
+
+// x itself if one stride serves all positions (contiguous, channels-last, channel slices), else a contiguous copy.
+inline at::Tensor with_position_stride(const at::Tensor& x) {
+  return position_stride(x) == -1 ? x.contiguous() : x;
+}
+
+template <class T>
+Strided<const T> input(const at::Tensor& x) {
+  return {x.const_data_ptr<T>(), x.stride(0), x.stride(1), position_stride(x)};
+}
+
+template <class T>
+Strided<T> output(at::Tensor& x) {
+  return {x.mutable_data_ptr<T>(), x.stride(0), x.stride(1), position_stride(x)};
+}
+
+}  // namespace pyglow::bindings

@@ -1,0 +1,133 @@
+// The C x C product over the positions of a tile, register-blocked.
+//
+// A block of up to block_rows output rows times two vectors of positions stays in registers while the input rows stream
+// past once: one load of x and one broadcast weight per fused multiply-add, so the arithmetic units are the limit. The
+// weights of a block are packed side by side, [input][row], once per call.
+#pragma once
+#include "cpu/tiles.h"
+#include "math/channel_mix.h"
+
+namespace pyglow::cpu::PYGLOW_ISA {
+
+struct Blocks {
+  int64_t count, rows;  // blocks, and rows in each but the last
+};
+
+// Blocks of equal size, so that no block is left with a row or two.
+inline Blocks blocks_of(int64_t channels) {
+  const int64_t count = (channels + block_rows - 1) / block_rows;
+  return {count, count == 0 ? 0 : (channels + count - 1) / count};
+}
+
+// packed[block][input][row] of M, or of its transpose; channels * blocks.count * blocks.rows elements.
+template <class T>
+void pack_matrix(const T* matrix, int64_t channels, bool transpose, T* packed) {
+  const Blocks blocks = blocks_of(channels);
+  for (int64_t o = 0; o < blocks.count * blocks.rows; ++o)
+    for (int64_t i = 0; i < channels; ++i)
+      packed[(o / blocks.rows * channels + i) * blocks.rows + o % blocks.rows] =
+          o >= channels ? T(0) : (transpose ? matrix[i * channels + o] : matrix[o * channels + i]);
+}
+
+template <class T, int NumRows, int NumVectors>
+PYGLOW_HD void product_block(const T* weights, const Rows<const T>& x, const T* start, const Rows<T>& out,
+                             int64_t out_row, int64_t valid_rows, int64_t channels, int64_t position) {
+  Vec<T> sum[NumRows][NumVectors];
+#pragma GCC unroll 16
+  for (int k = 0; k < NumRows; ++k)
+#pragma GCC unroll 2
+    for (int v = 0; v < NumVectors; ++v) sum[k][v] = broadcast<T>(start == nullptr || k >= valid_rows ? T(0) : start[k]);
+  const T* x_row = x.data + position;
+  for (int64_t c = 0; c < channels; ++c, x_row += x.stride, weights += NumRows) {
+    Vec<T> value[NumVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < NumVectors; ++v) value[v] = load<T>(x_row + v * lanes<T>);
+#pragma GCC unroll 16
+    for (int k = 0; k < NumRows; ++k)
+#pragma GCC unroll 2
+      for (int v = 0; v < NumVectors; ++v) sum[k][v] = math::mix_term(sum[k][v], weights[k], value[v]);
+  }
+#pragma GCC unroll 16
+  for (int k = 0; k < NumRows; ++k) {
+    if (k >= valid_rows) break;
+#pragma GCC unroll 2
+    for (int v = 0; v < NumVectors; ++v) store<T>(out.row(out_row + k) + position + v * lanes<T>, sum[k][v]);
+  }
+}
+
+template <class T, int NumRows>
+void product_rows(const T* packed, const Rows<const T>& x, const T* start, const Rows<T>& out, int64_t channels,
+                  int64_t length) {
+  const Blocks blocks = blocks_of(channels);
+  for (int64_t b = 0; b < blocks.count; ++b) {
+    const int64_t row = b * NumRows, valid = smaller(NumRows, channels - row);
+    const T* weights = packed + b * channels * NumRows;
+    const T* block_start = start == nullptr ? nullptr : start + row;
+    int64_t i = 0;
+    for (; i + 2 * lanes<T> <= length; i += 2 * lanes<T>)
+      product_block<T, NumRows, 2>(weights, x, block_start, out, row, valid, channels, i);
+    for (; i < length; i += lanes<T>)
+      product_block<T, NumRows, 1>(weights, x, block_start, out, row, valid, channels, i);
+  }
+}
+
+// out[o, i] = start[o] + sum_c M[o, c] x[c, i] for the tile's positions; start null means zero. out may not overlap x.
+template <class T>
+void product(const T* packed, const Rows<const T>& x, const T* start, const Rows<T>& out, int64_t channels,
+             int64_t length) {
+  switch (blocks_of(channels).rows) {
+#define PYGLOW_CASE(R) \
+  case R:              \
+    return product_rows<T, R>(packed, x, start, out, channels, length);
+    PYGLOW_CASE(1)
+    PYGLOW_CASE(2)
+    PYGLOW_CASE(3)
+    PYGLOW_CASE(4)
+    PYGLOW_CASE(5)
+    PYGLOW_CASE(6)
+#if PYGLOW_VECTOR_BYTES == 64
+    PYGLOW_CASE(7)
+    PYGLOW_CASE(8)
+    PYGLOW_CASE(9)
+    PYGLOW_CASE(10)
+    PYGLOW_CASE(11)
+    PYGLOW_CASE(12)
+#endif
+#undef PYGLOW_CASE
+  }
+}
+
+// sums[o * channels + i] += sum over the tile of g[o, p] x[i, p]: a 4 x 4 block of vector accumulators per pass.
+template <class T>
+void add_outer_product(const Rows<const T>& g, const Rows<const T>& x, int64_t channels, int64_t length, T* sums) {
+  constexpr int size = 4;
+  for (int64_t o = 0; o < channels; o += size) {
+    for (int64_t i = 0; i < channels; i += size) {
+      const T *g_row[size], *x_row[size];
+#pragma GCC unroll 4
+      for (int k = 0; k < size; ++k) {  // past the edge the last row is computed again and not stored
+        g_row[k] = g.row(smaller(o + k, channels - 1));
+        x_row[k] = x.row(smaller(i + k, channels - 1));
+      }
+      Vec<T> sum[size][size] = {};
+      for (int64_t p = 0; p < length; p += lanes<T>) {
+        Vec<T> value[size];
+#pragma GCC unroll 4
+        for (int k = 0; k < size; ++k) value[k] = load<T>(x_row[k] + p);
+#pragma GCC unroll 4
+        for (int j = 0; j < size; ++j) {
+          const Vec<T> left = load<T>(g_row[j] + p);
+#pragma GCC unroll 4
+          for (int k = 0; k < size; ++k) sum[j][k] += left * value[k];
+        }
+      }
+#pragma GCC unroll 4
+      for (int j = 0; j < size; ++j)
+#pragma GCC unroll 4
+        for (int k = 0; k < size; ++k)
+          if (o + j < channels && i + k < channels) sums[(o + j) * channels + i + k] += sum_lanes<T>(sum[j][k]);
+    }
+  }
+}
+
+}  // namespace pyglow::cpu::PYGLOW_ISA

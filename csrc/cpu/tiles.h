@@ -1,0 +1,125 @@
+// A tile is a run of positions of one sample, all channels: the unit of work of every kernel.
+//
+// Kernels see a tile as rows, one per channel, contiguous along positions and a whole number of vectors long. Where the
+// tensor has that form, the rows are its own memory; otherwise (channels-last, odd strides, the ragged end of a sample) they
+// are copied to scratch, zero-padded, and results are copied back. So there is one kernel, not one per layout.
+#pragma once
+#include <cstdint>
+
+#include "core.h"
+#include "cpu/scratch.h"
+#include "cpu/simd.h"
+
+namespace pyglow::cpu::PYGLOW_ISA {
+
+template <class T>
+struct Rows {
+  T* data;  // element [c, i] is data[c * stride + i]
+  int64_t stride;
+  PYGLOW_HD T* row(int64_t c) const { return data + c * stride; }
+};
+
+struct TileShape {
+  int64_t samples, positions;
+  int64_t length;      // positions of a full tile, a multiple of a vector
+  int64_t per_sample;  // tiles of a sample
+  PYGLOW_HD int64_t count() const { return samples * per_sample; }
+};
+
+struct Tile {
+  int64_t sample, begin, length;
+  int64_t padded;  // length rounded up to whole vectors
+};
+
+// Tiles whose `rows` rows take about `bytes`: the data of one tile should stay in the first-level cache.
+template <class T>
+TileShape tile_shape(int64_t samples, int64_t positions, int64_t rows, int64_t bytes) {
+  const int64_t step = 2 * lanes<T>;
+  int64_t length = bytes / static_cast<int64_t>(sizeof(T)) / larger(rows, 1) / step * step;
+  length = smaller(larger(length, step), 1024);
+  length = smaller(length, round_up(larger(positions, 1), lanes<T>));
+  return {samples, positions, length, (positions + length - 1) / length};
+}
+
+template <class T>
+Tile tile_at(const TileShape& shape, int64_t index) {
+  const int64_t begin = index % shape.per_sample * shape.length;
+  const int64_t length = smaller(shape.length, shape.positions - begin);
+  return {index / shape.per_sample, begin, length, round_up(length, lanes<T>)};
+}
+
+template <class T>
+PYGLOW_HD T* tile_pointer(const Strided<T>& x, const Tile& tile, int64_t channel) {
+  return x.data + tile.sample * x.sample + channel * x.channel + tile.begin * x.position;
+}
+
+// Whether the rows of x can be used where they are.
+template <class T>
+PYGLOW_HD bool in_place(const Strided<T>& x, const Tile& tile) {
+  return x.position == 1 && tile.length == tile.padded;
+}
+
+// Rows `first` .. `first + count` of x; `room` holds count * padded elements, used if x cannot serve itself.
+template <class T>
+Rows<const T> read_rows(const Strided<const T>& x, const Tile& tile, int64_t first, int64_t count, T* room) {
+  if (in_place(x, tile)) return {tile_pointer(x, tile, first), x.channel};
+  for (int64_t c = 0; c < count; ++c) {
+    const T* from = tile_pointer(x, tile, first + c);
+    T* to = room + c * tile.padded;
+    if (x.position == 1) {
+      __builtin_memcpy(to, from, tile.length * sizeof(T));
+    } else {
+      for (int64_t i = 0; i < tile.length; ++i) to[i] = from[i * x.position];
+    }
+    for (int64_t i = tile.length; i < tile.padded; ++i) to[i] = T(0);
+  }
+  return {room, tile.padded};
+}
+
+// Where to write rows `first` ..; finish with write_back.
+template <class T>
+Rows<T> write_rows(const Strided<T>& x, const Tile& tile, int64_t first, T* room) {
+  if (in_place(x, tile)) return {tile_pointer(x, tile, first), x.channel};
+  return {room, tile.padded};
+}
+
+template <class T>
+void write_back(const Strided<T>& x, const Tile& tile, int64_t first, int64_t count, const Rows<T>& rows) {
+  if (in_place(x, tile)) return;
+  for (int64_t c = 0; c < count; ++c) {
+    T* to = tile_pointer(x, tile, first + c);
+    const T* from = rows.row(c);
+    if (x.position == 1) {
+      __builtin_memcpy(to, from, tile.length * sizeof(T));
+    } else {
+      for (int64_t i = 0; i < tile.length; ++i) to[i * x.position] = from[i];
+    }
+  }
+}
+
+// Copies rows from one tensor to another; the same memory is left alone.
+template <class T>
+void copy_rows(const Strided<const T>& from, const Strided<T>& to, const Tile& tile, int64_t first, int64_t count) {
+  for (int64_t c = first; c < first + count; ++c) {
+    const T* source = tile_pointer(from, tile, c);
+    T* target = tile_pointer(to, tile, c);
+    if (source == target) continue;
+    if (from.position == 1 && to.position == 1) {
+      __builtin_memcpy(target, source, tile.length * sizeof(T));
+    } else {
+      for (int64_t i = 0; i < tile.length; ++i) target[i * to.position] = source[i * from.position];
+    }
+  }
+}
+
+// Calls f(begin, end) for ranges of tasks on the caller's threads.
+template <class F>
+void parallel(const Threads& threads, int64_t tasks, int64_t grain, const F& f) {
+  const auto body = [](void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); };
+  threads.run(tasks, grain, body, const_cast<F*>(&f));
+}
+
+// Tasks that make a range worth a thread of its own: about 10 us of work, given the elements that a task touches.
+PYGLOW_HD int64_t grain_of(int64_t elements_per_task) { return larger(1, 16384 / larger(elements_per_task, 1)); }
+
+}  // namespace pyglow::cpu::PYGLOW_ISA

@@ -1,0 +1,18 @@
+// The variants of the coupling, as plain values that cross every boundary.
+#pragma once
+
+namespace pyglow {
+
+// none: additive coupling. sigmoid_eps is sigmoid with eps > 0, whose log needs another formula.
+enum class ScaleMap : int { none = 0, sigmoid = 1, sigmoid_eps = 2, exp = 3, tanh = 4, atan = 5 };
+
+template <class T>
+struct ScaleParams {
+  T bias;   // sigmoid(raw + bias) + eps
+  T eps;    //
+  T clamp;  // exp(clamp tanh(raw / clamp)), exp(clamp 0.636 atan(raw))
+};
+
+enum class Order : int { shift_scale = 0, scale_shift = 1 };
+
+}  // namespace pyglow

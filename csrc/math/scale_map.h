@@ -1,0 +1,50 @@
+// The scale of an affine coupling as a function of the net's raw output.
+#pragma once
+#include "math/elementary.h"
+#include "math/kinds.h"
+
+PYGLOW_MATH_BEGIN
+
+PYGLOW_HD constexpr float largest(float) { return 3.40282347e+38f; }
+PYGLOW_HD constexpr double largest(double) { return 1.7976931348623157e+308; }
+
+template <class V>
+struct Scale {
+  V s;      // the scale
+  V log_s;  // its logarithm, formed directly: never the log of an underflowed s
+  V slope;  // d log_s / d raw
+};
+
+// V a scalar or a vector of T.
+template <ScaleMap Map, class V, class T>
+PYGLOW_HD Scale<V> scale_of(V raw, const ScaleParams<T>& params) {
+  if constexpr (Map == ScaleMap::sigmoid || Map == ScaleMap::sigmoid_eps) {
+    // With e = exp(-|z|): sigmoid(z) is 1 / (1 + e) or e / (1 + e), and log sigmoid(z) = min(z, 0) - log(1 + e).
+    const V z = raw + params.bias;
+    const V e = exp(z < T(0) ? z : -z);
+    const V near_one = T(1) / (T(1) + e), near_zero = e * near_one;
+    const V sig = z < T(0) ? near_zero : near_one;
+    const V complement = z < T(0) ? near_one : near_zero;
+    if constexpr (Map == ScaleMap::sigmoid) {
+      return {sig, (z < T(0) ? z : V{}) - log1p_unit(e), complement};
+    } else {
+      const V s = sig + params.eps;
+      return {s, log(s), sig * complement / s};
+    }
+  } else if constexpr (Map == ScaleMap::exp) {
+    // Where s overflows log_s is infinite too, so that log_det, and with it the loss, shows it.
+    const V s = exp(raw);
+    return {s, s > largest(T(0)) ? s : raw, V{} + T(1)};
+  } else if constexpr (Map == ScaleMap::tanh) {
+    const V t = tanh(raw / params.clamp);
+    const V log_s = params.clamp * t;
+    return {exp(log_s), log_s, T(1) - t * t};
+  } else {
+    static_assert(Map == ScaleMap::atan, "the additive coupling has no scale");
+    constexpr T gain = T(0.636);  // about 2 / pi, so that log_s tends to +-clamp (FrEIA's soft clamp)
+    const V log_s = params.clamp * gain * atan(raw);
+    return {exp(log_s), log_s, params.clamp * gain / (T(1) + raw * raw)};
+  }
+}
+
+PYGLOW_MATH_END

@@ -1,0 +1,84 @@
+"""Differentiable functions over the kernels of :mod:`pyglow_fast.ops`, with gradients formed from the saved output or input.
+
+First derivatives only: differentiating a gradient raises, as the backward kernels have no derivative.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from pyglow_fast import ops
+
+_Kind = tuple[int, int, bool, float, float, float]
+
+
+class ChannelMix(torch.autograd.Function):
+    """u = M x + c; grad_x = M^T grad_u, grad_M = sum grad_u x^T, grad_c = sum grad_u."""
+
+    @staticmethod
+    def forward(x: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
+        """u, like x."""
+        return ops.channel_mix(x, matrix, offset, False)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        """Keep x and M."""
+        ctx.save_for_backward(inputs[0], inputs[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_u: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, M and c."""
+        x, matrix = ctx.saved_tensors
+        if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
+            return ops.channel_mix(grad_u, matrix.T, grad_u.new_zeros(matrix.shape[0]), False), None, None
+        return ops.channel_mix_backward(x, grad_u, matrix, None)
+
+
+class ChannelUnmix(torch.autograd.Function):
+    """x = A (u - c) with A = M^-1; grad_u = A^T grad_x, grad_A = sum grad_x (u - c)^T, grad_c = -sum grad_u."""
+
+    @staticmethod
+    def forward(u: Tensor, inverse_matrix: Tensor, offset: Tensor) -> Tensor:
+        """x, like u."""
+        return ops.channel_mix(u, inverse_matrix, offset, True)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        """Keep u, A and c."""
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of u, A and c."""
+        u, inverse_matrix, offset = ctx.saved_tensors
+        grad_u, grad_matrix, summed = ops.channel_mix_backward(u, grad_x, inverse_matrix, offset)
+        return grad_u, grad_matrix, -(inverse_matrix.T @ summed)
+
+
+class Coupling(torch.autograd.Function):
+    """The coupling or its inverse, with its log-det; the backward needs the output and the net's output only."""
+
+    @staticmethod
+    def forward(x: Tensor, net_out: Tensor, kind: _Kind) -> tuple[Tensor, Tensor]:
+        """The output, like x, and log_det (N,)."""
+        return ops.coupling(x, net_out, *kind)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, _Kind], output: tuple[Tensor, Tensor]) -> None:
+        """Keep the output and the net's output."""
+        ctx.save_for_backward(output[0], inputs[1])
+        ctx.kind = inputs[2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x (without what flows through the net, which autograd adds) and of the net's output."""
+        out, net_out = ctx.saved_tensors
+        grad_in, grad_net_out, _ = ops.coupling_backward(out, net_out, grad_out, grad_log_det, *ctx.kind, False)
+        return grad_in, grad_net_out, None
