@@ -147,14 +147,16 @@ PYGLOW_HD VecF tanh(VecF x) {
 PYGLOW_HD VecF atan(VecF x) {
   const VecF a = x < 0.f ? -x : x;
   const VecI large = a > 2.414213562f, middle = a > 0.4142135624f;
-  const VecF base = large ? VecF{} + 1.5707963268f : (middle ? VecF{} + 0.7853981634f : VecF{});
+  // pi/2 or pi/4, with what float cannot hold of them: t cancels against it.
+  const VecF base = large ? VecF{} + 1.57079637f : (middle ? VecF{} + 0.785398185f : VecF{});
+  const VecF rest = large ? VecF{} - 4.37113883e-8f : (middle ? VecF{} - 2.18556941e-8f : VecF{});
   const VecF t = large ? -1.f / a : (middle ? (a - 1.f) / (a + 1.f) : a);
   const VecF z = t * t;
   VecF p = VecF{} + 8.05374449538e-2f;
   p = p * z - 1.38776856032e-1f;
   p = p * z + 1.99777106478e-1f;
   p = p * z - 3.33329491539e-1f;
-  const VecF y = base + (p * z * t + t);
+  const VecF y = base + (t + (p * z * t + rest));
   return x < 0.f ? -y : y;
 }
 

@@ -1,0 +1,101 @@
+// What every kernel here is written with: launching, 16-byte vectors, shared memory and sums within a block.
+//
+// The same sources are compiled by a host compiler for tests/emulation (-DPYGLOW_EMULATE_CUDA), where cuda_runtime.h is
+// the emulator's and brings its own PYGLOW_SHARED and PYGLOW_DYNAMIC_SHARED, which check bounds and poison the memory.
+// So kernels use no <<<>>> and no __shared__ of their own.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "core.h"
+#include "math/host_device.h"
+
+#ifndef PYGLOW_EMULATE_CUDA
+#define PYGLOW_SHARED(T, name, count) __shared__ T name[count]
+#define PYGLOW_DYNAMIC_SHARED(T, name)                            \
+  extern __shared__ __align__(16) unsigned char dynamic_shared[]; \
+  T* const name = reinterpret_cast<T*>(dynamic_shared)
+#endif
+
+// Threads of a full block: a power of two, at least 64. Smaller in the ThreadSanitizer build, which needs small blocks.
+#ifndef PYGLOW_BLOCK_THREADS
+#define PYGLOW_BLOCK_THREADS 256
+#endif
+
+namespace pyglow::cuda {
+
+constexpr int block_threads = PYGLOW_BLOCK_THREADS;
+constexpr int warp_threads = 32;
+// Blocks of a launch: 16 for each multiprocessor of a large GPU. Kernels loop over what is left.
+constexpr int64_t max_blocks = 16 * 144;
+constexpr int64_t max_scratch_bytes = 16 << 20;
+
+template <class T>
+PYGLOW_HD constexpr T smaller(T a, T b) {
+  return a < b ? a : b;
+}
+template <class T>
+PYGLOW_HD constexpr T larger(T a, T b) {
+  return a > b ? a : b;
+}
+PYGLOW_HD constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+PYGLOW_HD constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+// Enqueues a kernel; dynamic_bytes of shared memory stay below the 48 KB that need no opting in.
+template <class... Parameters, class... Arguments>
+int launch(void (*kernel)(Parameters...), int64_t blocks, dim3 threads, int64_t dynamic_bytes, void* stream,
+           const Arguments&... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = threads;
+  config.dynamicSmemBytes = static_cast<size_t>(dynamic_bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+template <class T>
+constexpr int width = 16 / static_cast<int>(sizeof(T));  // elements of a vector
+
+template <class T>
+struct alignas(16) Vec {
+  T v[width<T>];
+};
+
+template <class T>
+__device__ __forceinline__ Vec<T> load_vector(const T* p) {
+  return *static_cast<const Vec<T>*>(__builtin_assume_aligned(p, 16));
+}
+
+template <class T>
+__device__ __forceinline__ void store_vector(T* p, const Vec<T>& vector) {
+  *static_cast<Vec<T>*>(__builtin_assume_aligned(p, 16)) = vector;
+}
+
+template <class T>
+Strided<const T> read_only(const Strided<T>& x) {
+  return {x.data, x.sample, x.channel, x.position};
+}
+
+inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+__device__ __forceinline__ int thread_index() {
+  return static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
+}
+
+// The sum over the threads of a block, in thread 0; always added in the same order. Whole warps, all threads call it.
+__device__ __forceinline__ double block_sum(double value) {
+  PYGLOW_SHARED(double, warp_sums, block_threads / warp_threads);
+#pragma unroll
+  for (int offset = warp_threads / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  const int thread = thread_index();
+  __syncthreads();  // the sums of an earlier call have been read
+  if (thread % warp_threads == 0) warp_sums[thread / warp_threads] = value;
+  __syncthreads();
+  double sum = 0;
+  if (thread == 0)
+    for (int warp = 0; warp < static_cast<int>(blockDim.x * blockDim.y) / warp_threads; ++warp) sum += warp_sums[warp];
+  return sum;
+}
+
+}  // namespace pyglow::cuda

@@ -1,0 +1,239 @@
+"""What the tests measure with: tolerances that follow from the arithmetic, and the laws that every bijection obeys.
+
+A check that cannot fail proves nothing, so each ``assert_*`` here is shown to reject something wrong in test_helpers.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+# Roundings that follow each other on the way from an input to an output of the tiny models here (steps of a level,
+# layers of a net, each a short sum): an upper bound, and a constant so that nobody tunes it test by test.
+CHAINED_OPERATIONS = 64
+
+
+def tolerance(n_values: int = 1, condition: float = 1.0, dtype: torch.dtype = torch.float64) -> float:
+    """Relative rounding error of a chain of operations on ``n_values`` values: CHAINED_OPERATIONS n condition eps.
+
+    A sum of n terms loses at most n eps of its size and a map amplifies what comes in by at most its condition number.
+    In float64 this is 1e-14 to 1e-10 here, where a wrong term shows as 1e-3 or more.
+    """
+    return CHAINED_OPERATIONS * n_values * condition * torch.finfo(dtype).eps
+
+
+def assert_close(actual: Tensor, expected: Tensor, condition: float = 1.0, dtype: torch.dtype | None = None) -> None:
+    """Equal up to rounding, relative to the largest expected value (or to 1 if all are smaller).
+
+    The terms of the bound are counted per sample, values along dimension 0 being independent. ``dtype`` is the least
+    precise one on the way, that of ``actual`` if None.
+    """
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    if not expected.numel():
+        return
+    actual, expected = actual.detach(), expected.detach()
+    n_values = math.prod(expected.shape[1:])
+    bound = tolerance(n_values, condition, dtype or actual.dtype)
+    assert bound < 1e-2, f"a bound of {bound:.1e} decides nothing: take a smaller or better conditioned case"
+    error = float((actual.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1.0))
+    assert error <= bound, f"relative error {error:.2e}, bound {bound:.2e}"
+
+
+def assert_kernel_close(actual: Tensor, plain: Tensor, exact: Tensor, magnitude: float = 0.0) -> None:
+    """The error of ``actual`` is at most twice that of plain torch in the same dtype, both against float64 (``exact``).
+
+    The floor of 4 eps of the largest value is for the cases where plain torch happens to be exact; ``magnitude`` is that
+    of the terms where the result is a sum that cancels. In float64, where there is nothing more precise to compare with,
+    the bound is that of :func:`assert_close`.
+    """
+    assert actual.dtype == plain.dtype, f"dtype {actual.dtype}, expected {plain.dtype}"
+    assert actual.shape == exact.shape == plain.shape, f"shapes {actual.shape}, {plain.shape}, {exact.shape}"
+    assert exact.dtype == torch.float64
+    if actual.dtype == torch.float64:
+        assert_close(actual, exact)
+        return
+    if not exact.numel():
+        return
+    error, plain_error = (float((x.detach().double() - exact.detach()).abs().max()) for x in (actual, plain))
+    floor = 4.0 * torch.finfo(actual.dtype).eps * max(float(exact.detach().abs().max()), magnitude)
+    assert error <= 2.0 * plain_error + floor, f"error {error:.2e}, plain torch {plain_error:.2e}, floor {floor:.2e}"
+
+
+def jacobian(function: Callable[..., Tensor], x: Tensor, *others: Tensor | None) -> Tensor:
+    """d function(x, *others)[n] / d x[n] for each sample n, (N, D_out, D_in), by autograd.
+
+    The outputs of a sample must depend on that sample alone: then one backward pass over as many copies of the batch as
+    there are outputs gives all rows at once.
+    """
+    with torch.no_grad():
+        n_outputs = math.prod(function(x, *others).shape[1:])
+    copies = [None if value is None else value.detach().repeat_interleave(n_outputs, 0) for value in (x, *others)]
+    leaf = copies[0].requires_grad_()
+    outputs = function(leaf, *copies[1:]).flatten(1)
+    rows = torch.eye(n_outputs, dtype=x.dtype, device=x.device).repeat(x.shape[0], 1)
+    (gradient,) = torch.autograd.grad(outputs, leaf, rows)
+    return gradient.reshape(x.shape[0], n_outputs, -1)
+
+
+def log_abs_det(matrices: Tensor) -> Tensor:
+    """log|det| of each matrix, (N,)."""
+    return torch.linalg.slogdet(matrices).logabsdet
+
+
+def assert_bijection(layer: nn.Module, x: Tensor, cond: Tensor | None = None) -> None:
+    """``layer.forward`` and ``layer.inverse`` are inverses, and both log_dets are those of their Jacobians. Float64.
+
+    Checked: the shape (N,) of log_det; log_det = log|det dz/dx| per sample; inverse(forward(x)) = x and
+    forward(inverse(x)) = x, so the map is onto as well; inverse log_det = -log_det; d inverse/dz = (dz/dx)^-1, which also
+    tests the gradient of the inverse.
+    """
+    assert x.dtype == torch.float64
+    n, n_values = x.shape[0], math.prod(x.shape[1:])
+    before = x.clone()
+    z, log_det = layer(x, cond)
+    assert z.dtype == log_det.dtype == torch.float64
+    assert log_det.shape == (n,), f"log_det has shape {tuple(log_det.shape)}, expected ({n},)"
+    assert math.prod(z.shape[1:]) == n_values, f"{tuple(x.shape)} became {tuple(z.shape)}"
+
+    forward_jacobian = jacobian(lambda *inputs: layer(*inputs)[0], x, cond)
+    condition = float(torch.linalg.cond(forward_jacobian).max())
+    # Per dimension: log_det is a sum over the values of a sample.
+    assert_close(log_det / n_values, log_abs_det(forward_jacobian) / n_values, condition * n_values)
+
+    x_again, inverse_log_det = layer.inverse(z, cond)
+    assert_close(x_again, x, condition * max(1.0, float(z.detach().abs().max())))
+    assert_close(inverse_log_det / n_values, -log_det / n_values, condition * n_values)
+
+    inverse_jacobian = jacobian(lambda *inputs: layer.inverse(*inputs)[0], z, cond)
+    identity = torch.eye(n_values, dtype=x.dtype, device=x.device).expand(n, -1, -1)
+    assert_close((inverse_jacobian @ forward_jacobian).flatten(1), identity.flatten(1), condition)
+
+    latent = torch.randn_like(z)
+    decoded, _ = layer.inverse(latent, cond)
+    condition = float(torch.linalg.cond(jacobian(lambda *inputs: layer(*inputs)[0], decoded, cond)).max())
+    assert_close(layer(decoded, cond)[0], latent, condition * max(1.0, float(decoded.detach().abs().max())))
+    assert torch.equal(x, before), "the input was changed"
+
+
+def assert_state_round_trip(layer: nn.Module, fresh: nn.Module, x: Tensor, cond: Tensor | None = None) -> None:
+    """A fresh layer that loads the state of ``layer`` is the same map, to the bit, and training does not initialise it.
+
+    The state goes through torch.save and a load that runs no code. ``fresh`` is left in training mode on purpose: its first
+    forward would initialise it from x, had it not loaded that this was done.
+    """
+    stream = io.BytesIO()
+    torch.save(layer.state_dict(), stream)
+    stream.seek(0)
+    state = torch.load(stream, weights_only=True)
+    fresh.load_state_dict(state)
+    fresh.train()
+    for got, expected in zip(fresh(x, cond), layer(x, cond), strict=True):
+        assert torch.equal(got, expected), "another map than the one that was saved"
+    fresh(3.0 * x + 1.0, cond)  # a batch that would initialise quite differently
+    after = fresh.state_dict()
+    assert after.keys() == state.keys()
+    for name, value in state.items():
+        assert torch.equal(after[name], value), f"{name} changed after loading"
+
+
+def assert_every_parameter_learns(layer: nn.Module, objective: Tensor) -> None:
+    """Every parameter gets a finite gradient that is not zero all over."""
+    parameters = dict(layer.named_parameters())
+    if not parameters:
+        return
+    gradients = torch.autograd.grad(objective, list(parameters.values()), allow_unused=True)
+    for name, gradient in zip(parameters, gradients, strict=True):
+        assert gradient is not None, f"{name} gets no gradient"
+        assert gradient.isfinite().all(), f"{name} gets a gradient with NaN or inf"
+        assert gradient.any(), f"{name} gets a gradient of zeros"
+
+
+def assert_samples_independent(layer: nn.Module, x: Tensor, cond: Tensor | None = None) -> None:
+    """A permutation of the batch permutes the results, and a sample alone gives what it gives in the batch."""
+    z, log_det = layer(x, cond)
+    order = torch.arange(x.shape[0], device=x.device).roll(1)
+    permuted = layer(x[order], None if cond is None else cond[order])
+    assert_close(permuted[0], z[order])
+    assert_close(permuted[1], log_det[order])
+    alone = layer(x[1:2], None if cond is None else cond[1:2])
+    assert_close(alone[0], z[1:2])
+    assert_close(alone[1], log_det[1:2])
+
+
+def assert_repeatable(layer: nn.Module, x: Tensor, cond: Tensor | None = None) -> None:
+    """Two runs give the same bits: outputs, inverse and gradients."""
+
+    def run() -> list[Tensor]:
+        leaf = x.detach().clone().requires_grad_()
+        z, log_det = layer(leaf, cond)
+        inputs = [leaf, *layer.parameters()]
+        gradients = torch.autograd.grad(z.square().sum() + log_det.sum(), inputs, allow_unused=True)
+        return [z, log_det, *layer.inverse(z, cond), *(gradient for gradient in gradients if gradient is not None)]
+
+    for first, second in zip(run(), run(), strict=True):
+        assert torch.equal(first, second), "two runs differ"
+
+
+def memory_layouts(x: Tensor) -> dict[str, Tensor]:
+    """The same values laid out in other ways: strided slices, batch innermost, an offset, channels_last."""
+    sliced = x.new_zeros([2 * size for size in x.shape])
+    window = tuple([slice(1, None, 2)] * x.dim())
+    sliced[window] = x
+    layouts = {
+        "slice": sliced[window],
+        "batch innermost": x.movedim(0, -1).contiguous().movedim(-1, 0),
+        "offset": torch.cat([x.new_zeros(1, *x.shape[1:]), x])[1:],
+    }
+    if x.dim() == 4:
+        layouts["channels_last"] = x.contiguous(memory_format=torch.channels_last)
+    if x.dim() == 5:
+        layouts["channels_last_3d"] = x.contiguous(memory_format=torch.channels_last_3d)
+    return layouts
+
+
+def assert_layouts_equal(layer: nn.Module, x: Tensor, cond: Tensor | None = None) -> None:
+    """Values count, not strides: every layout of the input gives the same forward, inverse and gradient."""
+    leaf = x.detach().clone().requires_grad_()
+    z, log_det = layer(leaf, cond)
+    (gradient,) = torch.autograd.grad(z.square().sum() + log_det.sum(), leaf)
+    expected_inverse = layer.inverse(z, cond)
+    for layout in memory_layouts(x).values():
+        leaf = layout.detach().requires_grad_()
+        got, got_log_det = layer(leaf, cond)
+        assert_close(got, z)
+        assert_close(got_log_det, log_det)
+        assert_close(torch.autograd.grad(got.square().sum() + got_log_det.sum(), leaf)[0], gradient)
+    for layout in memory_layouts(z.detach()).values():
+        for inverted, expected in zip(layer.inverse(layout, cond), expected_inverse, strict=True):
+            assert_close(inverted, expected)
+
+
+def assert_copies(layer: nn.Module, x: Tensor, cond: Tensor | None = None) -> None:
+    """deepcopy and pickle give the same map, and a copy shares nothing with its original."""
+    z, log_det = layer(x, cond)
+    for duplicate in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        got, got_log_det = duplicate(x, cond)
+        assert torch.equal(got, z)
+        assert torch.equal(got_log_det, log_det)
+        with torch.no_grad():
+            for value in (*duplicate.parameters(), *duplicate.buffers()):
+                value.zero_()
+        assert torch.equal(layer(x, cond)[0], z), "the copy shares memory with its original"
+
+
+def assert_empty_batch(layer: nn.Module, x: Tensor, cond: Tensor | None = None) -> None:
+    """No samples in, no samples out: every shape is that of a batch with N = 0."""
+    z, _ = layer(x, cond)
+    none_of = None if cond is None else cond[:0]
+    empty, log_det = layer(x[:0], none_of)
+    assert empty.shape == (0, *z.shape[1:])
+    assert log_det.shape == (0,)
+    back, log_det = layer.inverse(empty, none_of)
+    assert back.shape == (0, *x.shape[1:])
+    assert log_det.shape == (0,)

@@ -1,0 +1,46 @@
+"""The kernels of every instruction set that runs here pass the same tests, not only those of the best one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pyglow_fast import _backend
+
+pytestmark = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
+TESTS = Path(__file__).parent
+
+
+def _run(instruction_set: str, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYGLOW_CPU": instruction_set}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, cwd=TESTS.parent)
+
+
+def _runnable() -> list[str]:
+    """Those compiled in that this processor supports, but for the one the rest of the suite uses."""
+    if _backend.extension() is None:
+        return []
+    ask = "from pyglow_fast import _backend; print(_backend.require().instruction_set())"
+    names = _backend.build_info()["instruction_sets"].split(",")
+    return [name for name in names if name != _backend.require().instruction_set() and _run(name, "-c", ask).returncode == 0]
+
+
+@pytest.mark.parametrize("instruction_set", _runnable())
+def test_kernels_of(instruction_set: str) -> None:
+    ask = "from pyglow_fast import _backend; print(_backend.require().instruction_set())"
+    assert _run(instruction_set, "-c", ask).stdout.strip() == instruction_set
+    files = [str(TESTS / name) for name in ("test_ops.py", "test_elementary.py")]
+    result = _run(instruction_set, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files)
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert " passed" in result.stdout
+
+
+def test_unknown_instruction_set_is_refused() -> None:
+    result = _run("sse9", "-c", "from pyglow_fast import _backend; _backend.require().instruction_set()")
+    assert result.returncode != 0
+    assert "PYGLOW_CPU: expected one of" in result.stderr
+    assert "found sse9" in result.stderr
