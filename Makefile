@@ -1,0 +1,60 @@
+# make demo    trains a small Glow on handwritten digits and writes runs/demo
+# make test    the style checks, then the whole test suite
+# make wheel   a wheel and a source distribution in dist/
+# make lint | format | venv | clean
+# All of it happens in a virtual environment, $(VENV), which is made when it is missing and needs no root rights.
+
+PYTHON ?= python3
+VENV ?= .venv
+# What to install as torch: TORCH='torch==2.13.0', or TORCH='torch --index-url URL' for the wheels of another index.
+TORCH ?= torch>=2.11
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+NATIVE := $(shell find csrc cmake -type f)
+FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: venv demo test lint format wheel clean
+.DELETE_ON_ERROR:
+
+venv: $(VENV)/.built
+
+# Three steps, because the package is compiled without isolation against the torch that is already there, by a setuptools
+# newer than the one a fresh environment starts with. The file keeps that torch in place in the last step.
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; $(PYTHON) is not one. Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet 'setuptools>=77' wheel 'cmake>=3.24' ninja
+	$(PIP) install --quiet $(foreach word,$(TORCH),'$(word)')
+	$(PIP) freeze | grep '^torch==' > $@
+
+$(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py CMakeLists.txt $(NATIVE)
+	$(PIP) install --quiet --no-build-isolation --constraint $(VENV)/.torch --editable '.[train,dev]'
+	@$(BIN)/python -c 'from pyglow_fast import _backend; print("compiled kernels:", _backend.reason() or "ready")'
+	@touch $@
+
+demo: venv
+	$(BIN)/python -m pyglow_fast demo --out runs/demo
+
+# The checks come first, so that the suite's own summary is the last line.
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+
+format: venv
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(FORMATTED)
+
+wheel: venv
+	$(BIN)/python -m build --no-isolation --outdir dist .
+
+clean:
+	rm -rf build dist *.egg-info pyglow_fast/_C*.so $(VENV)/.built

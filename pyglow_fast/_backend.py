@@ -1,0 +1,84 @@
+"""Finds the compiled extension, or says why the torch reference runs instead and how to build the extension.
+
+Nothing happens when this module is imported: the extension is loaded by the first call that asks for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from types import ModuleType
+
+import torch
+
+EXTENSION = "pyglow_fast._C"
+HOW_TO_BUILD = (
+    "To build it for the torch installed here, run in the source tree: "
+    "pip install --upgrade 'setuptools>=77' wheel cmake ninja && pip install --no-build-isolation ."
+)
+
+
+def extension() -> ModuleType | None:
+    """The compiled module, or None where the reference is used; :func:`reason` then says why."""
+    return _load()[0]
+
+
+def reason() -> str:
+    """Why the reference is used, and what to do about it; empty if the extension is loaded."""
+    return _load()[1]
+
+
+def build_info() -> dict[str, str]:
+    """What the loaded extension was built with (torch, compiler, instruction sets, CUDA); empty without it."""
+    return dict(_facts())
+
+
+def require() -> ModuleType:
+    """The compiled module; an ImportError that says why there is none and how to build it."""
+    module, why = _load()
+    if module is None:
+        raise ImportError(f"{EXTENSION}: {why}", name=EXTENSION)
+    return module
+
+
+def release(version: str) -> tuple[str, ...]:
+    """The part of a torch version that decides binary compatibility: 2.13 of 2.13.0+cpu."""
+    return tuple(version.split("+")[0].split(".")[:2])
+
+
+@functools.cache
+def _facts() -> dict[str, str]:
+    """Asked for on the way to every kernel launch, so the extension is asked only once."""
+    module = extension()
+    return {} if module is None else module.build_info()
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str]:
+    if os.environ.get("PYGLOW_FORCE_REFERENCE", "0") not in ("", "0"):
+        return None, "PYGLOW_FORCE_REFERENCE is set"
+    if importlib.util.find_spec(EXTENSION) is None:
+        return None, (
+            "the compiled extension is not installed for this Python (no C++ compiler was found at installation, "
+            f"PYGLOW_NO_EXTENSION was set, or the source tree was never built). {HOW_TO_BUILD}"
+        )
+    try:
+        module = importlib.import_module(EXTENSION)
+        built_for = module.build_info()["torch"]
+    except (ImportError, AttributeError, KeyError) as error:
+        return None, _unusable(f"the compiled extension cannot be loaded beside torch {torch.__version__}: {error}.")
+    if release(built_for) != release(torch.__version__):
+        return None, _unusable(
+            f"the compiled extension was built for torch {built_for}, but torch {torch.__version__} is installed."
+        )
+    return module, ""
+
+
+def _unusable(problem: str) -> str:
+    """An extension that is there but does not work is worth a warning: whoever built it expects its speed."""
+    why = f"{problem} {HOW_TO_BUILD}"
+    warnings.warn(f"pyglow_fast runs on the slow torch reference: {why}", RuntimeWarning, stacklevel=4)
+    return why

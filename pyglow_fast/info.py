@@ -1,0 +1,139 @@
+"""What is installed, what was built, and which backend each op will use and why: the text of ``pyglow-fast info``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import textwrap
+from types import ModuleType
+
+import torch
+
+from pyglow_fast import _backend
+
+# The public ops and the kernel of the extension that serves each, forward and backward; empty: none.
+KERNELS = {
+    "channel_mix": "channel_mix",
+    "channel_unmix": "channel_mix",
+    "coupling": "coupling",
+    "coupling_inverse": "coupling",
+    "coupling_mix": "coupling_mix",
+    "coupling_mix_inverse": "coupling_mix",
+    "step_backward": "step_backward",
+    "channel_moments": "channel_moments",
+    "gaussian_log_prob": "gaussian_log_prob",
+    "gaussian_sample": "gaussian_sample",
+}
+_PACKAGES = ("numpy", "safetensors", "torchvision", "pillow")
+
+
+def collect() -> dict[str, dict[str, str]]:
+    """All facts by section, as text. This is the one place that asks for devices, and only when it is called."""
+    return {
+        "versions": _versions(),
+        "build": _build(),
+        "devices": _devices(),
+        "backends": {"cpu": _backend_of("cpu"), "cuda": _backend_of("cuda")},
+        "ops": _ops(),
+    }
+
+
+def report() -> str:
+    """The facts of :func:`collect` as lines to print."""
+    lines = []
+    for section, facts in collect().items():
+        lines.append(section)
+        width = max(map(len, facts))
+        for name, value in facts.items():
+            line = f"  {name.ljust(width)}  {value}"
+            lines.append(textwrap.fill(line, 118, subsequent_indent=" " * (width + 4), break_on_hyphens=False))
+    return "\n".join(lines)
+
+
+def cpu_reason() -> str:
+    """Why CPU tensors do not run on the compiled kernels; empty if they do."""
+    return _backend.reason()
+
+
+def cuda_reason() -> str:
+    """Why CUDA tensors do not run on the compiled kernels; empty if they do."""
+    if _backend.extension() is None:
+        return _backend.reason()
+    if not _backend.build_info()["cuda"]:
+        return "the extension was built without its CUDA kernels (no nvcc was found, or PYGLOW_CUDA=0)"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA support"
+    if not torch.cuda.is_available():
+        return "torch finds no usable GPU"
+    return ""
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _versions() -> dict[str, str]:
+    facts = {
+        "pyglow_fast": _version("pyglow-fast"),
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": torch.__version__ + (f", CUDA {torch.version.cuda}" if torch.version.cuda else ", no CUDA"),
+    }
+    return facts | {name: _version(name) for name in _PACKAGES}
+
+
+def _build() -> dict[str, str]:
+    info = _backend.build_info()
+    if not info:
+        return {"extension": f"none: {_backend.reason()}"}
+    stale = "" if info["version"] == _version("pyglow-fast") else " (another version than the package's: rebuild)"
+    return {
+        "extension": info["version"] + stale,
+        "built for torch": info["torch"],
+        "compiler": info["compiler"],
+        "instruction sets": info["instruction_sets"].replace(",", ", "),
+        "threads": "torch's OpenMP pool" if info["parallel"] == "yes" else "one: not compiled by GCC",
+        "cuda": f"nvcc {info['cuda']} for {info['cuda_archs'].replace(',', ', ')}" if info["cuda"] else "not built",
+    }
+
+
+def _devices() -> dict[str, str]:
+    module = _backend.extension()
+    facts = {"cpu": f"{torch.get_num_threads()} threads"}
+    if module is not None:
+        facts["cpu"] += f", {_instruction_set(module)}"
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            facts[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
+    return facts
+
+
+def _instruction_set(module: ModuleType) -> str:
+    try:
+        return f"{module.instruction_set()} kernels"
+    except ValueError as error:  # PYGLOW_CPU names what this processor does not have
+        return f"no kernels: {error}"
+
+
+def _backend_of(device: str) -> str:
+    why = cpu_reason() if device == "cpu" else cuda_reason()
+    return f"reference: {why}" if why else "compiled kernels for float32 and float64, reference for other dtypes"
+
+
+def _ops() -> dict[str, str]:
+    """What runs each op on float32 and float64 tensors of each device."""
+    module = _backend.extension()
+    devices = {"cpu": cpu_reason(), "cuda": cuda_reason()}
+    facts = {}
+    for op, kernel in KERNELS.items():
+        if module is not None and not hasattr(module, kernel or "-"):
+            facts[op] = "reference everywhere: there is no kernel for it"
+        else:
+            facts[op] = ", ".join(f"{name}: {'reference' if why else 'compiled'}" for name, why in devices.items())
+    facts["scale maps"] = (
+        "a map that is given as a callable runs on the reference everywhere: kernels know the named ones"
+    )
+    return facts

@@ -1,0 +1,243 @@
+"""Who may import whom, read from the sources: the layers of the Python package and the includes of the native code."""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "pyglow_fast"
+
+# What each part of the package may import of the others; a new module or subpackage is entered here. A part is a direct
+# child of the package: layers stands for all modules in layers/.
+FOUNDATION = {"_errors"}
+STACK = ("_backend", "ops", "autograd", "functional", "reversible", "coupling_nets", "layers", "models", "train", "cli")
+BESIDE = {"reference", "likelihood"}  # torch only, usable by every layer above _backend
+ALLOWED: dict[str, set[str]] = {
+    "_errors": set(),
+    **dict.fromkeys((*BESIDE, "data"), FOUNDATION),
+    **{name: FOUNDATION | BESIDE | set(STACK[:rank]) for rank, name in enumerate(STACK)},
+    "_backend": FOUNDATION,
+    "info": FOUNDATION | {"_backend"},
+    "interop": FOUNDATION | BESIDE | set(STACK[: STACK.index("models") + 1]),
+    "__init__": FOUNDATION | BESIDE | {"interop"} | set(STACK[: STACK.index("models") + 1]),
+    "__main__": {"cli"},
+}
+for above_data in ("train", "cli"):
+    ALLOWED[above_data] |= {"data", "interop"}
+ALLOWED["cli"] |= {"info"}
+# A net is known to the reversible chain by a protocol only, and the chain to the nets not at all.
+ALLOWED["coupling_nets"] -= {"reversible"}
+
+DEPENDENCIES = {"torch", "numpy", "safetensors"}  # always installed; anything else is imported inside functions
+MAY_USE_EXTRAS = {"data", "train", "cli", "interop"}
+
+
+@dataclass(frozen=True)
+class Import:
+    module: str  # absolute, as far as it can be told: pyglow_fast.layers.actnorm, torch.nn
+    line: int
+    deferred: bool  # inside a function, or for type checkers only
+
+
+def imports(source: str, module: str) -> Iterator[Import]:
+    """The imports of a module; `from pyglow_fast import x` counts as an import of pyglow_fast.x."""
+
+    def visit(node: ast.AST, deferred: bool) -> Iterator[Import]:
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, node.lineno, deferred) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = module.split(".")[: -node.level]
+                base = ".".join([*parents, base] if base else parents)
+            names = [f"{base}.{alias.name}" for alias in node.names] if base == PACKAGE else [base]
+            yield from (Import(name, node.lineno, deferred) for name in names)
+        inner = deferred or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            for child in node.body:
+                yield from visit(child, True)
+            for child in node.orelse:
+                yield from visit(child, inner)
+            return
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, inner)
+
+    yield from visit(ast.parse(source), False)
+
+
+def python_faults(source: str, module: str) -> list[str]:
+    """The forbidden imports of one module, in words. `module` is dotted, with __init__ spelled out."""
+    part = module.split(".")[1]
+    if part not in ALLOWED:
+        return [f"{module}: {part} is not entered in ALLOWED of tests/test_architecture.py"]
+    faults = []
+    for found in imports(source, module):
+        top, *rest = found.module.split(".")
+        where = f"{module}:{found.line} imports {found.module}"
+        if top == PACKAGE:
+            target = rest[0] if rest else "__init__"
+            if target != part and target not in ALLOWED[part]:
+                faults.append(f"{where}: {part} may import {', '.join(sorted(ALLOWED[part])) or 'nothing'}")
+        elif top not in sys.stdlib_module_names and top not in DEPENDENCIES:
+            if part not in MAY_USE_EXTRAS:
+                faults.append(f"{where}: only {', '.join(sorted(MAY_USE_EXTRAS))} may use other libraries")
+            elif not found.deferred:
+                faults.append(f"{where}: a library that may be missing is imported inside a function")
+    return faults
+
+
+def python_modules() -> list[Path]:
+    return sorted((ROOT / PACKAGE).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", python_modules(), ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_python_layers(path: Path) -> None:
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    assert python_faults(path.read_text(encoding="utf-8"), module) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "word"),
+    [
+        ("pyglow_fast.functional", "from pyglow_fast import layers", "functional may import"),
+        ("pyglow_fast.functional", "import pyglow_fast.layers.actnorm", "functional may import"),
+        ("pyglow_fast.functional", "def f():\n    from pyglow_fast.models import Glow", "functional may import"),
+        ("pyglow_fast.functional", "from . import cli", "functional may import"),
+        ("pyglow_fast.layers.actnorm", "from ..models.glow import Glow", "layers may import"),
+        ("pyglow_fast.layers.__init__", "from ..models import Glow", "layers may import"),
+        ("pyglow_fast.models.glow", "import pyglow_fast", "models may import"),
+        ("pyglow_fast.coupling_nets", "from pyglow_fast import reversible", "coupling_nets may import"),
+        ("pyglow_fast.reversible", "from pyglow_fast import coupling_nets", "reversible may import"),
+        ("pyglow_fast.reference", "from pyglow_fast import functional", "reference may import"),
+        ("pyglow_fast.train.loop", "from pyglow_fast.cli import main", "train may import"),
+        ("pyglow_fast.interop.nflows", "from pyglow_fast import train", "interop may import"),
+        ("pyglow_fast.reference", "def f():\n    import scipy", "only"),
+        ("pyglow_fast.data.folder", "from PIL import Image", "inside a function"),
+        ("pyglow_fast.interop.nflows", "import nflows", "inside a function"),
+        ("pyglow_fast.newcomer", "", "not entered"),
+    ],
+)
+def test_a_forbidden_import_is_found(module: str, source: str, word: str) -> None:
+    assert any(word in fault for fault in python_faults(source, module))
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        (
+            "pyglow_fast.functional",
+            "import math\nimport torch.nn.functional as F\nfrom pyglow_fast import _errors, autograd",
+        ),
+        ("pyglow_fast.layers.actnorm", "from ._base import FlowLayer\nfrom ..functional import actnorm"),
+        ("pyglow_fast.layers.__init__", "from .actnorm import ActNorm"),
+        ("pyglow_fast.data.folder", "def f():\n    from PIL import Image"),
+        ("pyglow_fast.data.folder", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from PIL import Image"),
+        ("pyglow_fast.__main__", "from pyglow_fast.cli import main"),
+    ],
+)
+def test_an_allowed_import_passes(module: str, source: str) -> None:
+    assert python_faults(source, module) == []
+
+
+# The native code: which includes a file may have, by the folder it is in. "quoted" are the project's own headers.
+TORCH = re.compile(r"^(torch|ATen|c10|caffe2|pybind11)/|^Python\.h$")
+CUDA = re.compile(r"^(cuda|cub/|thrust/|cooperative_groups|mma\.h|nv)")
+OWN_HEADERS = {
+    "math": re.compile(r"math/"),
+    "core.h": re.compile(r"math/kinds\.h$"),  # plain values that cross the boundary
+    "cpu": re.compile(r"math/|core\.h$|cpu/"),
+    "cuda": re.compile(r"math/|core\.h$|cuda/"),
+    "bindings": re.compile(r"core\.h$|bindings/"),
+}
+# Not even in the bindings: the first three triple the compile time, the others tie the module to a torch with CUDA.
+NEVER = re.compile(r"^torch/extension\.h$|^torch/all\.h$|^torch/torch\.h$|^(c10|ATen)/cuda/")
+
+
+def include_faults(source: str, name: str) -> list[str]:
+    """The forbidden includes of one native file, in words. `name` is relative to csrc, such as cpu/coupling.cpp."""
+    part = name.split("/")[0]
+    if part not in OWN_HEADERS:
+        return [f"{name}: {part} is not entered in OWN_HEADERS of tests/test_architecture.py"]
+    faults = []
+    for line, text in enumerate(source.splitlines(), 1):
+        found = re.match(r'\s*#\s*include\s*(?:<([^>]+)>|"([^"]+)")', text)
+        if found is None:
+            continue
+        system, own = found.groups()
+        header = system or own
+        where = f"{name}:{line} includes {header}"
+        if NEVER.search(header):
+            faults.append(f"{where}: never included")
+        elif TORCH.search(header):
+            if part != "bindings":
+                faults.append(f"{where}: only bindings see torch")
+        elif CUDA.search(header) and own is None:
+            if part != "cuda":
+                faults.append(f"{where}: only cuda sees CUDA")
+        elif own is not None and not OWN_HEADERS[part].match(own):
+            faults.append(f"{where}: {part} may include {OWN_HEADERS[part].pattern}")
+        elif system is not None and part == "core.h" and system != "cstdint":
+            faults.append(f"{where}: core.h may include <cstdint>")
+    return faults
+
+
+def native_files() -> list[Path]:
+    return sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".h", ".cuh", ".cpp", ".cu"})
+
+
+@pytest.mark.parametrize("path", native_files(), ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_native_includes(path: Path) -> None:
+    assert include_faults(path.read_text(encoding="utf-8"), path.relative_to(ROOT / "csrc").as_posix()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "word"),
+    [
+        ("math/coupling.h", '#include "core.h"', "math may include"),
+        ("math/coupling.h", "#include <ATen/ATen.h>", "only bindings"),
+        ("math/host_device.h", "#include <cuda_runtime.h>", "only cuda"),
+        ("core.h", "#include <vector>", "core.h may include"),
+        ("core.h", '#include "math/coupling.h"', "core.h may include"),
+        ("cpu/coupling.cpp", '#include "cuda/runtime.h"', "cpu may include"),
+        ("cpu/coupling.cpp", "# include <c10/util/Half.h>", "only bindings"),
+        ("cuda/coupling.cu", '#include "cpu/isa.h"', "cuda may include"),
+        ("cuda/coupling.cu", "#include <torch/types.h>", "only bindings"),
+        ("cuda/coupling.cu", "#include <torch/extension.h>", "never"),
+        ("bindings/ops.cpp", "#include <torch/extension.h>", "never"),
+        ("bindings/ops.cpp", "  #include <c10/cuda/CUDAStream.h>", "never"),
+        ("bindings/ops.cpp", "#include <cuda_runtime_api.h>", "only cuda"),
+        ("bindings/ops.cpp", '#include "math/coupling.h"', "bindings may include"),
+        ("extra/new.h", "", "not entered"),
+    ],
+)
+def test_a_forbidden_include_is_found(name: str, source: str, word: str) -> None:
+    assert any(word in fault for fault in include_faults(source, name))
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("math/coupling.h", '#include <math.h>\n#include "math/scale_map.h"'),
+        (
+            "cpu/coupling.cpp",
+            '#include <algorithm>\n#include "core.h"\n#include "math/coupling.h"\n#include "cpu/isa.h"',
+        ),
+        ("cuda/coupling.cu", '#include <cuda_runtime.h>\n#include "core.h"\n#include "cuda/reduce.cuh"'),
+        ("bindings/ops.cpp", '#include <ATen/ops/empty.h>\n#include "bindings/checks.h"\n#include "core.h"'),
+        ("core.h", '#include <cstdint>\n#include "math/kinds.h"\n// #include <vector>'),
+    ],
+)
+def test_an_allowed_include_passes(name: str, source: str) -> None:
+    assert include_faults(source, name) == []
+
+
+def test_every_native_source_is_built() -> None:
+    """A source that no list names would look like part of the module and never be compiled."""
+    listed = set(re.findall(r"csrc/[\w/]+\.(?:cpp|cu)\b", (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")))
+    present = {p.relative_to(ROOT).as_posix() for p in native_files() if p.suffix in {".cpp", ".cu"}}
+    assert listed == present
