@@ -1,8 +1,9 @@
 // The entry points of the kernels, by device. Plain types only: neither torch nor CUDA is visible here.
 //
-// Tensors are (N, C, P): samples, channels, positions (the product of the spatial sizes), given by element strides, so that
-// contiguous, channels-last and channel-sliced tensors are the same to a kernel. Unless a comment says so, an output may not
-// overlap an input. Sizes may be zero. All arithmetic is in T, sums over positions in T per tile and in double across tiles.
+// Tensors are (N, C, P): samples, channels, positions (the product of the spatial sizes), given by element strides, so
+// that contiguous, channels-last and channel-sliced tensors are the same to a kernel. Unless a comment says so, an
+// output may not overlap an input. Sizes may be zero. All arithmetic is in T, sums over positions in T per tile and in
+// double across tiles.
 #pragma once
 #include <cstdint>
 
@@ -29,7 +30,8 @@ struct ChannelMixArgs {
   bool subtract_first;
 };
 
-// Given x, or x - c, that entered the product, and grad_u: grad_x = M^T grad_u, grad_M = sum grad_u x^T, grad_c = sum grad_u.
+// Given x, or x - c, that entered the product, and grad_u: grad_x = M^T grad_u, grad_M = sum grad_u x^T, grad_c = sum
+// grad_u.
 template <class T>
 struct ChannelMixBackwardArgs {
   Strided<const T> x;       // (N, C, P)
@@ -70,10 +72,87 @@ struct CouplingBackwardArgs {
   Strided<const T> grad_out;  // (N, C, P)
   const T* grad_log_det;      // (N,)
   Strided<T> in;              // (N, C, P), the recovered input; data null: not wanted
-  Strided<T> grad_in;         // (N, C, P): of the transformed channels; the others are grad_out's, without the net's part
-  Strided<T> grad_net_out;    // like net_out
+  Strided<T> grad_in;       // (N, C, P): of the transformed channels; the others are grad_out's, without the net's part
+  Strided<T> grad_net_out;  // like net_out
   int64_t samples, channels, transformed, positions;
   CouplingKind<T> kind;
+};
+
+// The coupling of one step and the channel mixing of the next in one pass: out = M couple(in) + c, so that what lies
+// between is never written. Inverse: out = A (uncouple(in) - c), where `matrix` is A = M^-1: both of the same step.
+template <class T>
+struct CouplingMixArgs {
+  CouplingArgs<T> coupling;  // log_det is that of the coupling alone
+  const T* matrix;           // (C, C), row-major
+  const T* offset;           // (C,)
+};
+
+// Gradients of out = M couple(in) + c from its true input: couple(in) is evaluated again, nothing is inverted.
+template <class T>
+struct CouplingMixBackwardArgs {
+  Strided<const T> in;        // (N, C, P)
+  Strided<const T> net_out;   // as in CouplingArgs
+  Strided<const T> grad_out;  // (N, C, P)
+  const T* grad_log_det;      // (N,)
+  const T* matrix;            // (C, C)
+  Strided<T> grad_in;         // (N, C, P), without the net's part
+  Strided<T> grad_net_out;    // like net_out
+  T* grad_matrix;             // (C, C)
+  T* grad_offset;             // (C,)
+  int64_t samples, channels, transformed, positions;
+  CouplingKind<T> kind;  // forward direction
+};
+
+// The backward of a whole step but for its net, from the output alone: with u = uncouple(y), x = A (u - c) is recovered
+// for the step before, and the gradients of u (without the net's part) and of the net's output come in the same pass.
+template <class T>
+struct StepBackwardArgs {
+  Strided<const T> y;        // (N, C, P), the step's output
+  Strided<const T> net_out;  // the net's output for it
+  Strided<const T> grad_y;   // (N, C, P)
+  const T* grad_log_det;     // (N,)
+  const T* inverse_matrix;   // (C, C), A = M^-1
+  const T* offset;           // (C,)
+  Strided<T> x;              // (N, C, P)
+  Strided<T> grad_u;         // (N, C, P)
+  Strided<T> grad_net_out;   // like net_out
+  int64_t samples, channels, transformed, positions;
+  CouplingKind<T> kind;  // forward direction
+};
+
+// Mean and sum of squared deviations per channel over samples and positions; both zero where there are none.
+template <class T>
+struct ChannelMomentsArgs {
+  Strided<const T> x;  // (N, C, P)
+  double* mean;        // (C,)
+  double* m2;          // (C,)
+  int64_t samples, channels, positions;
+};
+
+// log N(z; mean, exp(log_sd)) summed per sample; mean and log_sd may have strides of zero.
+template <class T>
+struct GaussianArgs {
+  Strided<const T> z;       // (N, C, P)
+  Strided<const T> mean;    // (N, C, P)
+  Strided<const T> log_sd;  // (N, C, P)
+  T* log_prob;              // (N,)
+  int64_t samples, channels, positions;
+};
+
+template <class T>
+struct GaussianBackwardArgs {
+  Strided<const T> z, mean, log_sd;           // as above
+  const T* grad_log_prob;                     // (N,)
+  Strided<T> grad_z, grad_mean, grad_log_sd;  // (N, C, P) each
+  int64_t samples, channels, positions;
+};
+
+// z = mean + exp(log_sd) noise.
+template <class T>
+struct GaussianSampleArgs {
+  Strided<const T> noise, mean, log_sd;  // (N, C, P)
+  Strided<T> z;                          // (N, C, P)
+  int64_t samples, channels, positions;
 };
 
 }  // namespace pyglow
@@ -98,6 +177,20 @@ template <class T>
 void coupling(const CouplingArgs<T>& args, const Threads& threads);
 template <class T>
 void coupling_backward(const CouplingBackwardArgs<T>& args, const Threads& threads);
+template <class T>
+void coupling_mix(const CouplingMixArgs<T>& args, const Threads& threads);
+template <class T>
+void coupling_mix_backward(const CouplingMixBackwardArgs<T>& args, const Threads& threads);
+template <class T>
+void step_backward(const StepBackwardArgs<T>& args, const Threads& threads);
+template <class T>
+void channel_moments(const ChannelMomentsArgs<T>& args, const Threads& threads);
+template <class T>
+void gaussian_log_prob(const GaussianArgs<T>& args, const Threads& threads);
+template <class T>
+void gaussian_log_prob_backward(const GaussianBackwardArgs<T>& args, const Threads& threads);
+template <class T>
+void gaussian_sample(const GaussianSampleArgs<T>& args, const Threads& threads);
 
 // The functions that the kernels use, on arrays: for tests of their error bounds.
 enum class Elementary : int { exp, log, log1p_unit, tanh, atan };
@@ -113,8 +206,8 @@ int device_count(int* count);
 int runtime_version(int* version);
 const char* error_string(int error);
 
-// Kernels are enqueued on `stream` (a cudaStream_t) of the current device. `scratch` is device memory of the size that the
-// function of the same name gives, needed only until the kernels have run.
+// Kernels are enqueued on `stream` (a cudaStream_t) of the current device. `scratch` is device memory of the size that
+// the function of the same name gives, needed only until the kernels have run.
 template <class T>
 int channel_mix(const ChannelMixArgs<T>& args, void* stream);
 template <class T>

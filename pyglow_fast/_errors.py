@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 
 def expect(condition: bool, argument: str, expected: str, found: Any) -> None:
     """Raise ``ValueError("argument: expected ..., found ...")`` unless ``condition`` holds.
@@ -16,3 +18,11 @@ def expect(condition: bool, argument: str, expected: str, found: Any) -> None:
     """
     if not condition:
         raise ValueError(f"{argument}: expected {expected}, found {found}")
+
+
+def can_read(x: torch.Tensor) -> bool:
+    """Whether a check may look at the values of x: on the CPU, and not while torch.compile or torch.export traces.
+
+    On CUDA a look would stop the stream; there values that are not finite show in the results instead.
+    """
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()

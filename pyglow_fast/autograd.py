@@ -1,4 +1,4 @@
-"""Differentiable functions over the kernels of :mod:`pyglow_fast.ops`, with gradients formed from the saved output or input.
+"""Differentiable functions over the kernels of :mod:`pyglow_fast.ops`, gradients formed from the saved output or input.
 
 First derivatives only: differentiating a gradient raises, as the backward kernels have no derivative.
 """
@@ -82,3 +82,47 @@ class Coupling(torch.autograd.Function):
         out, net_out = ctx.saved_tensors
         grad_in, grad_net_out, _ = ops.coupling_backward(out, net_out, grad_out, grad_log_det, *ctx.kind, False)
         return grad_in, grad_net_out, None
+
+
+class CouplingMix(torch.autograd.Function):
+    """M couple(u) + c and the coupling's log-det; the backward evaluates the coupling again, from the true u."""
+
+    @staticmethod
+    def forward(u: Tensor, net_out: Tensor, matrix: Tensor, offset: Tensor, kind: _Kind) -> tuple[Tensor, Tensor]:
+        """The mixed output, like u, and log_det (N,)."""
+        return ops.coupling_mix(u, net_out, matrix, offset, *kind)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, _Kind], output: Any) -> None:
+        """Keep u, the net's output and M."""
+        ctx.save_for_backward(*inputs[:3])
+        ctx.kind = inputs[4]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of u (without what flows through the net), of the net's output, M and c."""
+        u, net_out, matrix = ctx.saved_tensors
+        scale_map, order, _, *parameters = ctx.kind
+        arguments = (u, net_out, grad_out, grad_log_det, matrix, scale_map, order, *parameters)
+        return (*ops.coupling_mix_backward(*arguments), None)
+
+
+class GaussianLogProb(torch.autograd.Function):
+    """log N(z; mean, exp(log_sd)) summed per sample; mean and log_sd expanded to the shape of z."""
+
+    @staticmethod
+    def forward(z: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
+        """(N,), nats."""
+        return ops.gaussian_log_prob(z, mean, log_sd)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        """Keep all three."""
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_log_prob: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of z, mean and log_sd."""
+        return ops.gaussian_log_prob_backward(*ctx.saved_tensors, grad_log_prob)

@@ -14,8 +14,6 @@ from pyglow_fast import autograd, ops, reference
 from pyglow_fast.reference import (
     CouplingSpec,
     fold_actnorm,
-    gaussian_log_prob,
-    gaussian_sample,
     invert_matrix,
     n_positions,
     squeeze,
@@ -29,9 +27,12 @@ __all__ = [
     "channel_linear",
     "channel_linear_inverse",
     "channel_mix",
+    "channel_moments",
     "channel_unmix",
     "coupling",
     "coupling_inverse",
+    "coupling_mix",
+    "coupling_mix_inverse",
     "fold_actnorm",
     "gaussian_log_prob",
     "gaussian_sample",
@@ -44,30 +45,79 @@ __all__ = [
 
 def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
     """u = M x + c at every position; see :func:`pyglow_fast.reference.channel_mix`."""
-    if ops.run_on(x):
+    if ops.run_on(x, "channel_mix"):
         return autograd.ChannelMix.apply(x, matrix, offset)
     return reference.channel_mix(x, matrix, offset)
 
 
 def channel_unmix(u: Tensor, inverse_matrix: Tensor, offset: Tensor) -> Tensor:
     """x = M^-1 (u - c) at every position; see :func:`pyglow_fast.reference.channel_unmix`."""
-    if ops.run_on(u):
+    if ops.run_on(u, "channel_mix"):
         return autograd.ChannelUnmix.apply(u, inverse_matrix, offset)
     return reference.channel_unmix(u, inverse_matrix, offset)
 
 
 def coupling(u: Tensor, net_out: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor]:
     """y2 = (u2 + shift) s, log_det = sum log s; see :func:`pyglow_fast.reference.coupling`."""
-    if ops.run_on(u) and ops.has_kernel(spec):
+    if ops.run_on(u, "coupling") and ops.has_kernel(spec):
         return autograd.Coupling.apply(u, net_out, ops.kind_arguments(spec, inverse=False))
     return reference.coupling(u, net_out, spec)
 
 
 def coupling_inverse(y: Tensor, net_out: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor]:
     """u2 = y2 / s - shift, log_det = -sum log s; see :func:`pyglow_fast.reference.coupling_inverse`."""
-    if ops.run_on(y) and ops.has_kernel(spec):
+    if ops.run_on(y, "coupling") and ops.has_kernel(spec):
         return autograd.Coupling.apply(y, net_out, ops.kind_arguments(spec, inverse=True))
     return reference.coupling_inverse(y, net_out, spec)
+
+
+def coupling_mix(
+    u: Tensor, net_out: Tensor, matrix: Tensor, offset: Tensor, spec: CouplingSpec
+) -> tuple[Tensor, Tensor]:
+    """M y + c with y, log_det = coupling(u, net_out), in one pass; see :func:`pyglow_fast.reference.coupling_mix`."""
+    if ops.run_on(u, "coupling_mix") and ops.has_kernel(spec):
+        return autograd.CouplingMix.apply(u, net_out, matrix, offset, ops.kind_arguments(spec, inverse=False))
+    y, log_det = coupling(u, net_out, spec)
+    return channel_mix(y, matrix, offset), log_det
+
+
+def coupling_mix_inverse(
+    y: Tensor, net_out: Tensor, inverse_matrix: Tensor, offset: Tensor, spec: CouplingSpec
+) -> tuple[Tensor, Tensor]:
+    """M^-1 (u - c) with u, log_det = coupling_inverse(y, net_out); one pass where no gradient is recorded.
+
+    See :func:`pyglow_fast.reference.coupling_mix_inverse`.
+    """
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (y, net_out, inverse_matrix, offset))
+    if ops.run_on(y, "coupling_mix") and ops.has_kernel(spec) and not needs_grad:
+        return ops.coupling_mix(y, net_out, inverse_matrix, offset, *ops.kind_arguments(spec, inverse=True))
+    u, log_det = coupling_inverse(y, net_out, spec)
+    return channel_unmix(u, inverse_matrix, offset), log_det
+
+
+def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and sum of squared deviations per channel, float64, no gradient.
+
+    See :func:`pyglow_fast.reference.channel_moments`.
+    """
+    if ops.run_on(x, "channel_moments"):
+        return ops.channel_moments(x.detach())
+    return reference.channel_moments(x.detach())
+
+
+def gaussian_log_prob(z: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
+    """log N(z; mean, exp(log_sd)) summed per sample; see :func:`pyglow_fast.reference.gaussian_log_prob`."""
+    if ops.run_on(z, "gaussian_log_prob"):
+        return autograd.GaussianLogProb.apply(z, mean.expand_as(z), log_sd.expand_as(z))
+    return reference.gaussian_log_prob(z, mean, log_sd)
+
+
+def gaussian_sample(noise: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
+    """z = mean + exp(log_sd) noise; see :func:`pyglow_fast.reference.gaussian_sample`."""
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (noise, mean, log_sd))
+    if ops.run_on(noise, "gaussian_sample") and not needs_grad:
+        return ops.gaussian_sample(noise, mean.expand_as(noise), log_sd.expand_as(noise))
+    return reference.gaussian_sample(noise, mean, log_sd)
 
 
 def _per_sample(x: Tensor, log_det: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """From integer images to bits per dimension: each convention in one place.
 
 Levels ``0 .. n_bins-1`` are spread over [-0.5, 0.5): ``x = (level + u) / n_bins - 0.5`` with ``u`` uniform in [0, 1).
-The density of ``x`` then bounds the probability of the level (Theis et al. 2016, "A note on the evaluation of generative
-models"; Uria et al. 2013 for uniform dequantisation).
+The density of ``x`` then bounds the probability of the level (Theis et al. 2016, "A note on the evaluation of
+generative models"; Uria et al. 2013 for uniform dequantisation).
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
+
+_WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # torch has hardly any operation on these
 
 
 def _check_bins(n_bins: int) -> None:
@@ -38,16 +40,20 @@ def dequantize(
         ValueError: images are not integers, or hold a level outside 0..n_bins-1.
     """
     _check_bins(n_bins)
+    expect(isinstance(images, Tensor), "images", "a Tensor", type(images).__name__)
     is_integer = not (images.is_floating_point() or images.is_complex()) and images.dtype != torch.bool
     expect(is_integer, "images", "an integer dtype (levels, not scaled values)", images.dtype)
     if images.numel():
+        if images.dtype in _WIDE_UNSIGNED:
+            images = images.long()
         low, high = (int(value) for value in torch.aminmax(images))
         expect(low >= 0 and high < n_bins, "images", f"levels in 0..{n_bins - 1} (n_bins={n_bins})", f"{low}..{high}")
     device = images.device if generator is None else generator.device
     noise = torch.rand(images.shape, generator=generator, device=device, dtype=dtype).to(images.device)
-    # level + noise can round up to level + 1, so the last level could reach 0.5: keep it below.
-    top = torch.nextafter(torch.tensor(0.5, dtype=dtype), torch.tensor(0.0, dtype=dtype)).item()
-    return noise.add_(images).div_(n_bins).sub_(0.5).clamp_(max=top)
+    # Adding the level, dividing and subtracting each round: up to 1.5 eps n_bins levels in all. Noise nearer than that
+    # to the edge of its bin could end up in the next one (or at 0.5), so it stays away from the edges.
+    margin = min(2.0 * torch.finfo(dtype).eps * n_bins, 0.5)
+    return noise.clamp_(margin, 1.0 - margin).add_(images).div_(n_bins).sub_(0.5)
 
 
 def quantize(x: Tensor, n_bins: int = 256) -> Tensor:
@@ -64,6 +70,7 @@ def quantize(x: Tensor, n_bins: int = 256) -> Tensor:
         ValueError: x is not floating or holds NaN, which has no level.
     """
     _check_bins(n_bins)
+    expect(isinstance(x, Tensor), "x", "a Tensor", type(x).__name__)
     expect(x.is_floating_point(), "x", "a floating dtype", x.dtype)
     expect(not bool(x.isnan().any()), "x", "values that are numbers", "NaN")
     return ((x.double() + 0.5) * n_bins).floor().clamp(0, n_bins - 1).long()

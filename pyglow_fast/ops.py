@@ -1,7 +1,7 @@
-"""The compiled kernels as torch ops, ``torch.ops.pyglow_fast.*``: schema, implementation and fake (shape-only) kernel each.
+"""The compiled kernels as torch ops, ``torch.ops.pyglow_fast.*``: schema, implementation and shapes of each.
 
-The ops are the thin layer below autograd: they check their arguments (in csrc/bindings/checks.h), allocate outputs and run
-one kernel. Equations and shapes are in :mod:`pyglow_fast.reference` and csrc/core.h. They have no derivative of their own;
+The ops are the thin layer below autograd: they check their arguments (in csrc/bindings), allocate outputs and run one
+kernel. Equations and shapes are in :mod:`pyglow_fast.reference` and csrc/core.h. They have no derivative of their own;
 :mod:`pyglow_fast.autograd` combines them into differentiable functions.
 
 torch.library define and impl are used rather than custom_op, which costs about 15 us a call.
@@ -9,6 +9,7 @@ torch.library define and impl are used rather than custom_op, which costs about 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,25 +17,30 @@ import torch
 from torch import Tensor
 
 from pyglow_fast import _backend
-from pyglow_fast.reference import CouplingSpec
+from pyglow_fast.reference import KINDS, ORDERS, SCALE_MAPS, CouplingSpec
 
 SCALE_MAP_CODES = {"none": 0, "sigmoid": 1, "sigmoid_eps": 2, "exp": 3, "tanh": 4, "atan": 5}  # csrc/math/kinds.h
 ORDER_CODES = {"shift_scale": 0, "scale_shift": 1}
 
 _KIND = "int map, int order, bool inverse, float bias, float eps, float clamp"
+_FORWARD_KIND = "int map, int order, float bias, float eps, float clamp"
 _library = torch.library.Library("pyglow_fast", "DEF")
 
 
-def _define(schema: str, fake: Callable[..., Any]) -> None:
-    """Declare an op whose implementation on every device is the extension's function of the same name."""
+_DEVICES: dict[str, tuple[str, ...]] = {}
+
+
+def _define(schema: str, fake: Callable[..., Any], devices: tuple[str, ...] = ("cpu", "cuda")) -> None:
+    """Declare an op that the extension's function of the same name implements on the devices it has kernels for."""
     name = schema.split("(")[0]
+    _DEVICES[name] = devices
     _library.define(schema)
 
     def run(*args: Any) -> Any:
         return getattr(_backend.require(), name)(*args)
 
-    for device in ("CPU", "CUDA"):
-        _library.impl(name, run, device)
+    for device in devices:
+        _library.impl(name, run, device.upper())
     torch.library.register_fake(f"pyglow_fast::{name}", fake, lib=_library)
 
 
@@ -59,6 +65,34 @@ def _fake_coupling_backward(
     return torch.empty_like(out), torch.empty_like(net_out), recovered
 
 
+def _fake_coupling_mix_backward(
+    x: Tensor, net_out: Tensor, grad_out: Tensor, grad_log_det: Tensor, matrix: Tensor, *kind: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(net_out), x.new_empty(matrix.shape), x.new_empty(x.shape[1])
+
+
+def _fake_step_backward(y: Tensor, net_out: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(y), torch.empty_like(y), torch.empty_like(net_out)
+
+
+def _fake_channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[1], dtype=torch.float64), x.new_empty(x.shape[1], dtype=torch.float64)
+
+
+def _fake_gaussian_log_prob(z: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
+    return z.new_empty(z.shape[0])
+
+
+def _fake_gaussian_log_prob_backward(
+    z: Tensor, mean: Tensor, log_sd: Tensor, grad_log_prob: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(z), torch.empty_like(z), torch.empty_like(z)
+
+
+def _fake_gaussian_sample(noise: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
+    return torch.empty_like(noise)
+
+
 _define("channel_mix(Tensor x, Tensor matrix, Tensor offset, bool subtract_first) -> Tensor", _fake_channel_mix)
 _define(
     "channel_mix_backward(Tensor x, Tensor grad_u, Tensor matrix, Tensor? center) -> (Tensor, Tensor, Tensor)",
@@ -70,24 +104,76 @@ _define(
     f"{_KIND}, bool want_input) -> (Tensor, Tensor, Tensor)",
     _fake_coupling_backward,
 )
+_define(
+    f"coupling_mix(Tensor x, Tensor net_out, Tensor matrix, Tensor offset, {_KIND}) -> (Tensor, Tensor)",
+    _fake_coupling,
+    ("cpu",),
+)
+_define(
+    "coupling_mix_backward(Tensor x, Tensor net_out, Tensor grad_out, Tensor grad_log_det, Tensor matrix, "
+    f"{_FORWARD_KIND}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_coupling_mix_backward,
+    ("cpu",),
+)
+_define(
+    "step_backward(Tensor y, Tensor net_out, Tensor grad_y, Tensor grad_log_det, Tensor inverse_matrix, Tensor offset, "
+    f"{_FORWARD_KIND}) -> (Tensor, Tensor, Tensor)",
+    _fake_step_backward,
+    ("cpu",),
+)
+_define("channel_moments(Tensor x) -> (Tensor, Tensor)", _fake_channel_moments, ("cpu",))
+_define("gaussian_log_prob(Tensor z, Tensor mean, Tensor log_sd) -> Tensor", _fake_gaussian_log_prob, ("cpu",))
+_define(
+    "gaussian_log_prob_backward(Tensor z, Tensor mean, Tensor log_sd, Tensor grad_log_prob)"
+    " -> (Tensor, Tensor, Tensor)",
+    _fake_gaussian_log_prob_backward,
+    ("cpu",),
+)
+_define("gaussian_sample(Tensor noise, Tensor mean, Tensor log_sd) -> Tensor", _fake_gaussian_sample, ("cpu",))
 
 # The callables: torch.ops.pyglow_fast.<name>, resolved once.
 channel_mix = torch.ops.pyglow_fast.channel_mix.default
 channel_mix_backward = torch.ops.pyglow_fast.channel_mix_backward.default
 coupling = torch.ops.pyglow_fast.coupling.default
 coupling_backward = torch.ops.pyglow_fast.coupling_backward.default
+coupling_mix = torch.ops.pyglow_fast.coupling_mix.default
+coupling_mix_backward = torch.ops.pyglow_fast.coupling_mix_backward.default
+step_backward = torch.ops.pyglow_fast.step_backward.default
+channel_moments = torch.ops.pyglow_fast.channel_moments.default
+gaussian_log_prob = torch.ops.pyglow_fast.gaussian_log_prob.default
+gaussian_log_prob_backward = torch.ops.pyglow_fast.gaussian_log_prob_backward.default
+gaussian_sample = torch.ops.pyglow_fast.gaussian_sample.default
 
 
-def run_on(x: Tensor) -> bool:
-    """Whether the compiled kernels serve the device and dtype of x."""
-    if x.dtype not in (torch.float32, torch.float64) or _backend.extension() is None:
-        return False
-    return x.device.type == "cpu" or (x.device.type == "cuda" and bool(_backend.build_info()["cuda"]))
+@functools.cache
+def _find_devices() -> tuple[str, ...]:
+    if _backend.extension() is None:
+        return ()
+    return ("cpu", "cuda") if _backend.build_info()["cuda"] else ("cpu",)
+
+
+def _kernel_devices() -> tuple[str, ...]:
+    """The types of device that the compiled kernels serve."""
+    return _find_devices()
+
+
+# What torch.compiler.assume_constant_result sets: torch.compile takes the answer and does not trace how it is found.
+# The decorator itself would import all of torch._dynamo with this package, most of a second.
+_kernel_devices._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def run_on(x: Tensor, name: str) -> bool:
+    """Whether there is a compiled kernel of that op for the device and dtype of x."""
+    device = x.device.type
+    return x.dtype in (torch.float32, torch.float64) and device in _DEVICES[name] and device in _kernel_devices()
 
 
 def has_kernel(spec: CouplingSpec) -> bool:
-    """Whether the coupling is one that the kernels know; a scale map given as a callable is not."""
-    return isinstance(spec.scale_map, str)
+    """Whether the coupling is one that the kernels know; a scale map given as a callable is not.
+
+    Nor are options that do not exist, which the reference then refuses.
+    """
+    return spec.scale_map in SCALE_MAPS and spec.kind in KINDS and spec.order in ORDERS and spec.eps >= 0.0
 
 
 def kind_arguments(spec: CouplingSpec, inverse: bool) -> tuple[int, int, bool, float, float, float]:

@@ -1,8 +1,8 @@
-"""The specification of the flow in plain torch: every kernel is held against it, and it runs where there are no kernels.
+"""The specification of the flow in plain torch: kernels are held against it, and it runs where there are none.
 
 All functions take x of shape (N, C, *spatial) with any number of spatial dimensions (also none), keep its dtype and
-device, and are differentiable by ordinary autograd. P is the product of the spatial sizes. It is also the baseline of the
-benchmarks, so it is written as good idiomatic torch: actnorm folded into the 1x1 convolution, no needless passes.
+device, and are differentiable by ordinary autograd. P is the product of the spatial sizes. It is also the baseline of
+the benchmarks, so it is written as good idiomatic torch: actnorm folded into the 1x1 convolution, no needless passes.
 
 Sources: Dinh et al. 2014 (NICE), Dinh et al. 2017 (RealNVP), Kingma & Dhariwal 2018 (Glow).
 """
@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyglow_fast._errors import expect
+from pyglow_fast._errors import can_read, expect
 
+KINDS = ("affine", "additive")
 SCALE_MAPS = ("sigmoid", "exp", "tanh", "atan")
 ORDERS = ("shift_scale", "scale_shift")
 _ATAN_GAIN = 0.636  # about 2/pi: the soft clamp of FrEIA tends to +-clamp
@@ -43,8 +44,8 @@ class CouplingSpec(NamedTuple):
 def lu_weight(permutation: Tensor, lower: Tensor, upper: Tensor, log_diag: Tensor, sign_diag: Tensor) -> Tensor:
     """W = P (tril(lower, -1) + I) (triu(upper, 1) + diag(sign_diag exp(log_diag))), rows gathered by ``permutation``.
 
-    All arguments may carry leading batch dimensions: permutation, log_diag, sign_diag (..., C); lower, upper (..., C, C).
-    (P A)[i] = A[permutation[i]]. log|det W| = sum log_diag.
+    All arguments may carry leading batch dimensions: permutation, log_diag, sign_diag (..., C); lower, upper
+    (..., C, C). (P A)[i] = A[permutation[i]]. log|det W| = sum log_diag.
     """
     eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
     product = (lower.tril(-1) + eye) @ (upper.triu(1) + torch.diag_embed(sign_diag * log_diag.exp()))
@@ -70,15 +71,22 @@ def n_positions(x: Tensor) -> int:
     return math.prod(x.shape[2:])
 
 
+def _matrix_product(flat: Tensor, matrix: Tensor, offset: Tensor | None = None) -> Tensor:
+    if flat.numel():
+        return F.conv1d(flat, matrix.unsqueeze(-1), offset)
+    product = matrix @ flat  # a convolution refuses zero positions
+    return product if offset is None else product + offset.unsqueeze(-1)
+
+
 def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
     """u = M x + c at every position. x (N, C, *spatial), matrix (C, C), offset (C,)."""
-    return F.conv1d(flat_positions(x), matrix.unsqueeze(-1), offset).reshape(x.shape)
+    return _matrix_product(flat_positions(x), matrix, offset).reshape(x.shape)
 
 
 def channel_unmix(u: Tensor, inverse_matrix: Tensor, offset: Tensor) -> Tensor:
     """x = M^-1 (u - c) at every position. u (N, C, *spatial), inverse_matrix (C, C) = M^-1, offset (C,) = c."""
     centred = u - offset.reshape(-1, *[1] * (u.dim() - 2))
-    return F.conv1d(flat_positions(centred), inverse_matrix.unsqueeze(-1)).reshape(u.shape)
+    return _matrix_product(flat_positions(centred), inverse_matrix).reshape(u.shape)
 
 
 def invert_matrix(matrix: Tensor) -> Tensor:
@@ -89,7 +97,7 @@ def invert_matrix(matrix: Tensor) -> Tensor:
             singular matrix shows as inf or NaN instead).
     """
     inverse, info = torch.linalg.inv_ex(matrix.double())
-    if info.device.type == "cpu":
+    if can_read(info):
         expect(not bool(info.any()), "matrix", "an invertible matrix", "a singular one")
     return inverse.to(matrix.dtype)
 
@@ -115,6 +123,8 @@ def scale_and_log(raw: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor]:
 
 
 def _halves(x: Tensor, net_out: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    expect(spec.kind in KINDS, "kind", f"one of {KINDS}", repr(spec.kind))
+    expect(spec.order in ORDERS, "order", f"one of {ORDERS}", repr(spec.order))
     transformed = net_out.shape[1] // (2 if spec.kind == "affine" else 1)
     kept, half = x.split([x.shape[1] - transformed, transformed], dim=1)
     if spec.kind == "additive":
@@ -126,8 +136,8 @@ def _halves(x: Tensor, net_out: Tensor, spec: CouplingSpec) -> tuple[Tensor, Ten
 def coupling(u: Tensor, net_out: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor]:
     """y1 = u1, y2 = (u2 + shift) s, log_det = sum log s (order "shift_scale"; additive: y2 = u2 + shift, log_det = 0).
 
-    u (N, C, *spatial); net_out (N, 2 C2, *spatial), shift then raw scale (additive: (N, C2, *spatial)), C2 the number of
-    transformed channels. Returns y like u and log_det (N,).
+    u (N, C, *spatial); net_out (N, 2 C2, *spatial), shift then raw scale (additive: (N, C2, *spatial)), C2 the number
+    of transformed channels. Returns y like u and log_det (N,).
     """
     kept, half, shift, raw = _halves(u, net_out, spec)
     if raw is None:
@@ -147,22 +157,60 @@ def coupling_inverse(y: Tensor, net_out: Tensor, spec: CouplingSpec) -> tuple[Te
     return torch.cat([kept, half], dim=1), -log_scale.flatten(1).sum(1)
 
 
+def coupling_mix(
+    u: Tensor, net_out: Tensor, matrix: Tensor, offset: Tensor, spec: CouplingSpec
+) -> tuple[Tensor, Tensor]:
+    """M y + c of the next step, where y, log_det = coupling(u, net_out): what lies between two coupling nets."""
+    y, log_det = coupling(u, net_out, spec)
+    return channel_mix(y, matrix, offset), log_det
+
+
+def coupling_mix_inverse(
+    y: Tensor, net_out: Tensor, inverse_matrix: Tensor, offset: Tensor, spec: CouplingSpec
+) -> tuple[Tensor, Tensor]:
+    """x = M^-1 (u - c) where u, log_det = coupling_inverse(y, net_out): a whole step back but for its net."""
+    u, log_det = coupling_inverse(y, net_out, spec)
+    return channel_unmix(u, inverse_matrix, offset), log_det
+
+
+def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and sum of squared deviations m2 = sum (x - mean)^2 per channel, over samples and positions.
+
+    x (N, C, *spatial) -> float64 (C,) each, zero where x is empty. Variance is m2 / (N P); sets merge by Chan, Golub &
+    LeVeque 1983.
+    """
+    if x.numel() == 0:
+        return (x.new_zeros(x.shape[1], dtype=torch.float64),) * 2
+    variance, mean = torch.var_mean(x.double(), dim=[0, *range(2, x.dim())], correction=0)
+    return mean, variance * (x.shape[0] * n_positions(x))
+
+
 def squeeze(x: Tensor, factor: int = 2) -> Tensor:
-    """Space to channels: (N, C, *spatial) -> (N, C factor^d, *spatial / factor), channel c factor^d + offset in the block.
+    """Space to channels: (N, C, *spatial) -> (N, C factor^d, *spatial / factor), channel c factor^d + block offset.
 
     For images this is pixel_unshuffle: out channel c*4 + 2*dh + dw. Volume-preserving, log_det = 0.
+
+    Raises:
+        ValueError: a spatial size does not divide by the factor.
     """
     n, c, *spatial = x.shape
     d = len(spatial)
+    divides = all(size % factor == 0 for size in spatial)
+    expect(divides, "x", f"spatial sizes divisible by {factor}", f"shape {tuple(x.shape)}")
     x = x.reshape(n, c, *[part for size in spatial for part in (size // factor, factor)])
     blocks, offsets = [2 + 2 * i for i in range(d)], [3 + 2 * i for i in range(d)]
     return x.permute(0, 1, *offsets, *blocks).reshape(n, c * factor**d, *[size // factor for size in spatial])
 
 
 def unsqueeze(x: Tensor, factor: int = 2) -> Tensor:
-    """Channels to space: the inverse of :func:`squeeze`."""
+    """Channels to space: the inverse of :func:`squeeze`.
+
+    Raises:
+        ValueError: the channels do not divide by factor^d.
+    """
     n, c, *spatial = x.shape
     d = len(spatial)
+    expect(c % factor**d == 0, "x", f"channels divisible by {factor**d}", f"shape {tuple(x.shape)}")
     x = x.reshape(n, c // factor**d, *[factor] * d, *spatial)
     order = [axis for i in range(d) for axis in (2 + d + i, 2 + i)]
     return x.permute(0, 1, *order).reshape(n, c // factor**d, *[size * factor for size in spatial])

@@ -1,6 +1,6 @@
 """What the tests measure with: tolerances that follow from the arithmetic, and the laws that every bijection obeys.
 
-A check that cannot fail proves nothing, so each ``assert_*`` here is shown to reject something wrong in test_helpers.py.
+A check that cannot fail proves nothing: test_helpers.py shows of each ``assert_*`` that it rejects what is wrong.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def assert_close(actual: Tensor, expected: Tensor, condition: float = 1.0, dtype
 def assert_kernel_close(actual: Tensor, plain: Tensor, exact: Tensor, magnitude: float = 0.0) -> None:
     """The error of ``actual`` is at most twice that of plain torch in the same dtype, both against float64 (``exact``).
 
-    The floor of 4 eps of the largest value is for the cases where plain torch happens to be exact; ``magnitude`` is that
-    of the terms where the result is a sum that cancels. In float64, where there is nothing more precise to compare with,
-    the bound is that of :func:`assert_close`.
+    The floor of 4 eps of the largest value is for the cases where plain torch happens to be exact; ``magnitude`` is
+    that of the terms where the result is a sum that cancels. In float64, where there is nothing more precise to compare
+    with, the bound is that of :func:`assert_close`.
     """
     assert actual.dtype == plain.dtype, f"dtype {actual.dtype}, expected {plain.dtype}"
     assert actual.shape == exact.shape == plain.shape, f"shapes {actual.shape}, {plain.shape}, {exact.shape}"
@@ -90,8 +90,8 @@ def assert_bijection(layer: nn.Module, x: Tensor, cond: Tensor | None = None) ->
     """``layer.forward`` and ``layer.inverse`` are inverses, and both log_dets are those of their Jacobians. Float64.
 
     Checked: the shape (N,) of log_det; log_det = log|det dz/dx| per sample; inverse(forward(x)) = x and
-    forward(inverse(x)) = x, so the map is onto as well; inverse log_det = -log_det; d inverse/dz = (dz/dx)^-1, which also
-    tests the gradient of the inverse.
+    forward(inverse(x)) = x, so the map is onto as well; inverse log_det = -log_det; d inverse/dz = (dz/dx)^-1, which
+    also tests the gradient of the inverse.
     """
     assert x.dtype == torch.float64
     n, n_values = x.shape[0], math.prod(x.shape[1:])
@@ -124,8 +124,8 @@ def assert_bijection(layer: nn.Module, x: Tensor, cond: Tensor | None = None) ->
 def assert_state_round_trip(layer: nn.Module, fresh: nn.Module, x: Tensor, cond: Tensor | None = None) -> None:
     """A fresh layer that loads the state of ``layer`` is the same map, to the bit, and training does not initialise it.
 
-    The state goes through torch.save and a load that runs no code. ``fresh`` is left in training mode on purpose: its first
-    forward would initialise it from x, had it not loaded that this was done.
+    The state goes through torch.save and a load that runs no code. ``fresh`` is left in training mode on purpose: its
+    first forward would initialise it from x, had it not loaded that this was done.
     """
     stream = io.BytesIO()
     torch.save(layer.state_dict(), stream)

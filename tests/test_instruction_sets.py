@@ -26,14 +26,15 @@ def _runnable() -> list[str]:
         return []
     ask = "from pyglow_fast import _backend; print(_backend.require().instruction_set())"
     names = _backend.build_info()["instruction_sets"].split(",")
-    return [name for name in names if name != _backend.require().instruction_set() and _run(name, "-c", ask).returncode == 0]
+    current = _backend.require().instruction_set()
+    return [name for name in names if name != current and _run(name, "-c", ask).returncode == 0]
 
 
 @pytest.mark.parametrize("instruction_set", _runnable())
 def test_kernels_of(instruction_set: str) -> None:
     ask = "from pyglow_fast import _backend; print(_backend.require().instruction_set())"
     assert _run(instruction_set, "-c", ask).stdout.strip() == instruction_set
-    files = [str(TESTS / name) for name in ("test_ops.py", "test_elementary.py")]
+    files = [str(TESTS / name) for name in ("test_ops.py", "test_fused_ops.py", "test_elementary.py")]
     result = _run(instruction_set, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files)
     assert result.returncode == 0, result.stdout[-3000:]
     assert " passed" in result.stdout

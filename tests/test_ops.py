@@ -7,121 +7,45 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import assert_close, assert_kernel_close, memory_layouts
-from torch import Tensor
+from helpers import assert_close, memory_layouts
+from kernel_cases import DTYPES, SHAPES, SPECS, case_name, compare, coupling_inputs, log_det_magnitude, mix_inputs
 
 from pyglow_fast import _backend, functional, ops, reference
-from pyglow_fast.reference import ORDERS, CouplingSpec
+from pyglow_fast.reference import CouplingSpec
 
 pytestmark = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
 
-DTYPES = [torch.float32, torch.float64]
-# (N, C, *spatial): H != W, P no multiple of a vector or tile, several tiles, odd and large C, no and single samples and
-# positions, 1-d and 3-d data, vectors.
-SHAPES = [
-    (2, 12, 8, 8),
-    (3, 5, 7, 3),
-    (1, 12, 40, 33),
-    (2, 48, 16, 12),
-    (2, 96, 4, 4),
-    (1, 130, 3, 5),
-    (3, 2, 1, 1),
-    (2, 1, 9),
-    (4, 6, 700),
-    (2, 4, 3, 4, 5),
-    (5, 3),
-    (0, 4, 4, 4),
-    (2, 4, 0, 3),
-]
-SPECS = [
-    CouplingSpec("affine", scale_map, 2.0, eps, 1.5, order)
-    for scale_map, eps in (("sigmoid", 0.0), ("sigmoid", 0.05), ("exp", 0.0), ("tanh", 0.0), ("atan", 0.0))
-    for order in ORDERS
-] + [CouplingSpec("additive")]
 
-
-def _name(value: object) -> str:
-    if isinstance(value, CouplingSpec):
-        return f"{value.kind}-{value.scale_map}-{value.eps}-{value.order}"
-    return str(value).replace("torch.", "").replace(" ", "")
-
-
-def _with_gradients(function: Callable[..., object], inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Outputs of function and the gradients of its inputs, for fixed random output gradients, computed in dtype."""
-    leaves = [value.detach().to(dtype).requires_grad_() for value in inputs]
-    outputs = function(*leaves)
-    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
-    generator = torch.Generator().manual_seed(1)
-    grads = [torch.randn(out.shape, generator=generator).to(out) for out in outputs]
-    pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out.requires_grad]
-    gradients = torch.autograd.grad([out for out, _ in pairs], leaves, [grad for _, grad in pairs])
-    return [*outputs, *gradients]
-
-
-def _log_det_magnitude(net_out: Tensor, spec: CouplingSpec) -> float:
-    """Of the sum of log s, whose terms cancel: the roundings of n terms add up like a random walk, sqrt(n) of one."""
-    if spec.kind == "additive" or not net_out.numel():
-        return 0.0
-    _, log_scale = reference.scale_and_log(net_out.double().chunk(2, dim=1)[1], spec)
-    return math.sqrt(log_scale[0].numel()) * float(log_scale.abs().max())
-
-
-def _compare(name: str, inputs: list[Tensor], *rest: object, magnitude: float = 0.0) -> None:
-    compiled, plain = getattr(functional, name), getattr(reference, name)
-    dtype = inputs[0].dtype
-    got = _with_gradients(lambda *args: compiled(*args, *rest), inputs, dtype)
-    same = _with_gradients(lambda *args: plain(*args, *rest), inputs, dtype)
-    exact = _with_gradients(lambda *args: plain(*args, *rest), inputs, torch.float64)
-    for actual, in_torch, truth in zip(got, same, exact, strict=True):
-        assert_kernel_close(actual, in_torch, truth, magnitude if truth.dim() == 1 else 0.0)
-
-
-def _mix_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    channels = shape[1]
-    # An offset far from zero: taking it off before the product must not cost precision.
-    values = [torch.randn(shape), torch.randn(channels, channels) / math.sqrt(channels), 3.0 + torch.randn(channels)]
-    return [value.to(device, dtype) for value in values]
-
-
-def _coupling_inputs(
-    shape: tuple[int, ...], spec: CouplingSpec, dtype: torch.dtype, device: torch.device
-) -> list[Tensor]:
-    n, channels, *spatial = shape
-    transformed = channels - channels // 2
-    width = transformed * (2 if spec.kind == "affine" else 1)
-    return [torch.randn(shape).to(device, dtype), torch.randn(n, width, *spatial).to(device, dtype)]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=_name)
-@pytest.mark.parametrize("shape", SHAPES, ids=_name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_name)
+@pytest.mark.parametrize("shape", SHAPES, ids=case_name)
 @pytest.mark.parametrize("name", ["channel_mix", "channel_unmix"])
 def test_channel_mix_equals_reference(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
-    _compare(name, _mix_inputs(shape, dtype, device))
+    compare(name, mix_inputs(shape, dtype, device))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=_name)
-@pytest.mark.parametrize("shape", SHAPES, ids=_name)
-@pytest.mark.parametrize("spec", SPECS, ids=_name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_name)
+@pytest.mark.parametrize("shape", SHAPES, ids=case_name)
+@pytest.mark.parametrize("spec", SPECS, ids=case_name)
 @pytest.mark.parametrize("name", ["coupling", "coupling_inverse"])
 def test_coupling_equals_reference(
     name: str, spec: CouplingSpec, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
-    inputs = _coupling_inputs(shape, spec, dtype, device)
-    _compare(name, inputs, spec, magnitude=_log_det_magnitude(inputs[1], spec))
+    inputs = coupling_inputs(shape, spec, dtype, device)
+    compare(name, inputs, spec, magnitude=log_det_magnitude(inputs[1], spec))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=_name)
-@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.scale_map != "exp"], ids=_name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_name)
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.scale_map != "exp"], ids=case_name)
 def test_extreme_raw_values(spec: CouplingSpec, dtype: torch.dtype, device: torch.device) -> None:
     """Raw scales in [-30, 30]: s may be tiny, log s and the gradients must not lose it."""
-    x, net_out = _coupling_inputs((2, 6, 5, 9), spec, dtype, device)
+    x, net_out = coupling_inputs((2, 6, 5, 9), spec, dtype, device)
     net_out = (20.0 * net_out).clamp(-30.0, 30.0)
-    _compare("coupling", [x, net_out], spec, magnitude=_log_det_magnitude(net_out, spec))
+    compare("coupling", [x, net_out], spec, magnitude=log_det_magnitude(net_out, spec))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=_name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_name)
 def test_log_scale_survives_underflow(dtype: torch.dtype, device: torch.device) -> None:
     """sigmoid(-800) is zero in either dtype, its logarithm is -800."""
     net_out = torch.tensor([[[0.0], [-800.0]]], dtype=dtype, device=device)
@@ -155,12 +79,12 @@ def test_not_finite_shows(value: float, device: torch.device) -> None:
     assert log_det.isnan().all()
 
 
-@pytest.mark.parametrize("spec", [SPECS[0], SPECS[1], SPECS[-1]], ids=_name)
+@pytest.mark.parametrize("spec", [SPECS[0], SPECS[1], SPECS[-1]], ids=case_name)
 def test_layouts(spec: CouplingSpec, device: torch.device) -> None:
     """Strides change nothing but speed; a dense layout is kept."""
-    x, matrix, offset = _mix_inputs((2, 6, 5, 9), torch.float64, device)
+    x, matrix, offset = mix_inputs((2, 6, 5, 9), torch.float64, device)
     grad = torch.randn_like(x)
-    _, net_out = _coupling_inputs((2, 6, 5, 9), spec, torch.float64, device)
+    _, net_out = coupling_inputs((2, 6, 5, 9), spec, torch.float64, device)
     kind, grad_log_det = ops.kind_arguments(spec, inverse=False), torch.randn(2).to(x)
     mixed, mixed_grads = ops.channel_mix(x, matrix, offset, True), ops.channel_mix_backward(x, grad, matrix, offset)
     coupled = ops.coupling(x, net_out, *kind)
@@ -170,7 +94,9 @@ def test_layouts(spec: CouplingSpec, device: torch.device) -> None:
         assert_close(got, mixed)
         assert got.is_contiguous(memory_format=torch.channels_last) == (name == "channels_last")
         for other in (memory_layouts(grad)[name], grad):
-            for actual, expected in zip(ops.channel_mix_backward(layout, other, matrix, offset), mixed_grads, strict=True):
+            for actual, expected in zip(
+                ops.channel_mix_backward(layout, other, matrix, offset), mixed_grads, strict=True
+            ):
                 assert_close(actual, expected)
         for other in (memory_layouts(net_out)[name], net_out):
             for actual, expected in zip(ops.coupling(layout, other, *kind), coupled, strict=True):
@@ -181,9 +107,9 @@ def test_layouts(spec: CouplingSpec, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize("spec", SPECS, ids=_name)
+@pytest.mark.parametrize("spec", SPECS, ids=case_name)
 def test_backward_recovers_the_input(spec: CouplingSpec, inverse: bool, device: torch.device) -> None:
-    x, net_out = _coupling_inputs((2, 7, 5, 9), spec, torch.float64, device)
+    x, net_out = coupling_inputs((2, 7, 5, 9), spec, torch.float64, device)
     kind = ops.kind_arguments(spec, inverse)
     out, log_det = ops.coupling(x, net_out, *kind)
     recovered = ops.coupling_backward(out, net_out, out, log_det, *kind, True)[2]
@@ -193,7 +119,7 @@ def test_backward_recovers_the_input(spec: CouplingSpec, inverse: bool, device: 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_bits_do_not_depend_on_threads(threads: int) -> None:
-    x, matrix, offset = _mix_inputs((6, 12, 32, 32), torch.float32, torch.device("cpu"))
+    x, matrix, _ = mix_inputs((6, 12, 32, 32), torch.float32, torch.device("cpu"))
     grad, kind = torch.randn_like(x), ops.kind_arguments(CouplingSpec(), inverse=False)
     before = torch.get_num_threads()
     results = []
@@ -209,34 +135,34 @@ def test_bits_do_not_depend_on_threads(threads: int) -> None:
 
 def test_gradcheck(device: torch.device) -> None:
     """Through the compiled kernels and the autograd Functions, against finite differences in float64."""
-    x, matrix, offset = (value.requires_grad_() for value in _mix_inputs((2, 4, 3, 2), torch.float64, device))
+    x, matrix, offset = (value.requires_grad_() for value in mix_inputs((2, 4, 3, 2), torch.float64, device))
     assert torch.autograd.gradcheck(functional.channel_mix, (x, matrix, offset))
     assert torch.autograd.gradcheck(functional.channel_unmix, (x, matrix, offset))
     for spec in SPECS:
-        _, net_out = _coupling_inputs((2, 4, 3, 2), spec, torch.float64, device)
+        _, net_out = coupling_inputs((2, 4, 3, 2), spec, torch.float64, device)
         net_out.requires_grad_()
         assert torch.autograd.gradcheck(lambda a, b, spec=spec: functional.coupling(a, b, spec), (x, net_out))
         assert torch.autograd.gradcheck(lambda a, b, spec=spec: functional.coupling_inverse(a, b, spec), (x, net_out))
 
 
 def test_frozen_matrix_still_passes_the_gradient() -> None:
-    x, matrix, offset = _mix_inputs((2, 4, 3, 2), torch.float64, torch.device("cpu"))
+    x, matrix, offset = mix_inputs((2, 4, 3, 2), torch.float64, torch.device("cpu"))
     x.requires_grad_()
     (gradient,) = torch.autograd.grad(functional.channel_mix(x, matrix, offset).sum(), x)
     assert_close(gradient, reference.channel_mix(torch.ones_like(x), matrix.T, torch.zeros_like(offset)))
 
 
 def test_second_derivative_is_refused() -> None:
-    x, matrix, offset = (value.requires_grad_() for value in _mix_inputs((2, 4, 3), torch.float64, torch.device("cpu")))
+    x, matrix, offset = (value.requires_grad_() for value in mix_inputs((2, 4, 3), torch.float64, torch.device("cpu")))
     (gradient,) = torch.autograd.grad(functional.channel_mix(x, matrix, offset).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=_name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_name)
 def test_opcheck(dtype: torch.dtype, device: torch.device) -> None:
     """Schema, fake kernel and dispatch of every op, by torch's own checker (the ops themselves have no gradient)."""
-    x, matrix, offset = _mix_inputs((2, 6, 5, 3), dtype, device)
+    x, matrix, offset = mix_inputs((2, 6, 5, 3), dtype, device)
     kind = ops.kind_arguments(SPECS[0], inverse=False)
     log_det = torch.randn(2).to(x)
     for layout in (x, x.contiguous(memory_format=torch.channels_last)):

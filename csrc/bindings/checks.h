@@ -53,9 +53,7 @@ inline int64_t position_stride(const at::Tensor& x) {
 }
 
 // x itself if one stride serves all positions (contiguous, channels-last, channel slices), else a contiguous copy.
-inline at::Tensor with_position_stride(const at::Tensor& x) {
-  return position_stride(x) == -1 ? x.contiguous() : x;
-}
+inline at::Tensor with_position_stride(const at::Tensor& x) { return position_stride(x) == -1 ? x.contiguous() : x; }
 
 template <class T>
 Strided<const T> input(const at::Tensor& x) {
@@ -65,6 +63,13 @@ Strided<const T> input(const at::Tensor& x) {
 template <class T>
 Strided<T> output(at::Tensor& x) {
   return {x.mutable_data_ptr<T>(), x.stride(0), x.stride(1), position_stride(x)};
+}
+
+// f(zero of the dtype), for float32 and float64.
+template <class F>
+void with_dtype(const at::Tensor& x, const F& f) {
+  if (x.scalar_type() == at::kDouble) return f(double{});
+  return f(float{});
 }
 
 }  // namespace pyglow::bindings

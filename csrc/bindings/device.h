@@ -31,7 +31,9 @@ class CudaScope {
   void* stream() const { return stream_; }
 
   // Device memory from torch's allocator: safe to drop after the launch, since the allocator orders reuse by stream.
-  static at::Tensor scratch(const at::Tensor& x, int64_t bytes) { return at::empty({bytes}, x.options().dtype(at::kByte)); }
+  static at::Tensor scratch(const at::Tensor& x, int64_t bytes) {
+    return at::empty({bytes}, x.options().dtype(at::kByte));
+  }
 
   static void check(int error) {
 #ifdef PYGLOW_WITH_CUDA

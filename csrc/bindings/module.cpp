@@ -7,9 +7,8 @@
 #include <map>
 #include <string>
 
+#include "bindings/ops.h"
 #include "core.h"
-
-void register_ops(pybind11::module_& m);  // ops.cpp
 
 namespace {
 
@@ -69,5 +68,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("instruction_set", &pyglow::cpu::instruction_set, "The CPU kernels in use: portable, avx2 or avx512.");
   m.def("parallel_threads", &parallel_threads, "The threads that share a loop of the CPU kernels.");
   m.def("cuda_device_count", &cuda_device_count, "The GPUs that the CUDA kernels can run on.");
-  register_ops(m);
+  pyglow::bindings::register_step_ops(m);
+  pyglow::bindings::register_fused_ops(m);
+  pyglow::bindings::register_statistics_ops(m);
 }

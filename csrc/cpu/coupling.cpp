@@ -1,85 +1,11 @@
 // CPU schedules of the coupling; compiled once per instruction set.
-#include "math/coupling.h"
-
-#include "core.h"
+#include "cpu/coupling_rows.h"
 #include "cpu/isa.h"
-#include "cpu/tiles.h"
 
 namespace pyglow::cpu::PYGLOW_ISA {
 namespace {
 
 constexpr int64_t tile_bytes = 24 * 1024;
-
-// The map and the order become template arguments here and nowhere else: f.template operator()<Map, Order>().
-template <Order O, class F>
-void with_map(ScaleMap map, const F& f) {
-  switch (map) {
-    case ScaleMap::none:
-      return f.template operator()<ScaleMap::none, O>();
-    case ScaleMap::sigmoid:
-      return f.template operator()<ScaleMap::sigmoid, O>();
-    case ScaleMap::sigmoid_eps:
-      return f.template operator()<ScaleMap::sigmoid_eps, O>();
-    case ScaleMap::exp:
-      return f.template operator()<ScaleMap::exp, O>();
-    case ScaleMap::tanh:
-      return f.template operator()<ScaleMap::tanh, O>();
-    case ScaleMap::atan:
-      return f.template operator()<ScaleMap::atan, O>();
-  }
-}
-template <class F>
-void with_kind(ScaleMap map, Order order, const F& f) {
-  // Without a scale the orders are the same.
-  if (order == Order::shift_scale || map == ScaleMap::none) return with_map<Order::shift_scale>(map, f);
-  return with_map<Order::scale_shift>(map, f);
-}
-
-// One row of a tile; returns the sum of log s over its valid positions (not yet negated for the inverse).
-template <ScaleMap Map, Order O, bool Inverse, class T>
-Vec<T> couple_row(const T* in, const T* shift, const T* raw, T* out, const Tile& tile, const ScaleParams<T>& params) {
-  Vec<T> log_det{};
-  for (int64_t i = 0; i < tile.padded; i += lanes<T>) {
-    const Vec<T> value = load<T>(in + i), move = load<T>(shift + i);
-    if constexpr (Map == ScaleMap::none) {
-      store<T>(out + i, Inverse ? value - move : value + move);
-    } else {
-      const math::Scale<Vec<T>> scale = math::scale_of<Map>(load<T>(raw + i), params);
-      store<T>(out + i, Inverse ? math::uncouple<O>(value, move, scale.s) : math::couple<O>(value, move, scale.s));
-      const int64_t valid = tile.length - i;
-      log_det += valid < lanes<T> ? first_lanes<T>(scale.log_s, valid) : scale.log_s;
-    }
-  }
-  return log_det;
-}
-
-template <class T>
-struct BackwardRow {
-  const T *out, *shift, *raw, *grad_out;
-  T *in, *grad_in, *grad_shift, *grad_raw;  // in may be null
-};
-
-template <ScaleMap Map, Order O, bool Inverse, class T>
-void couple_backward_row(const BackwardRow<T>& row, T grad_log_det, const Tile& tile, const ScaleParams<T>& params) {
-  for (int64_t i = 0; i < tile.padded; i += lanes<T>) {
-    const Vec<T> grad = load<T>(row.grad_out + i), value = load<T>(row.out + i), move = load<T>(row.shift + i);
-    if constexpr (Map == ScaleMap::none) {
-      store<T>(row.grad_in + i, grad);
-      store<T>(row.grad_shift + i, Inverse ? -grad : grad);
-      if (row.in != nullptr) store<T>(row.in + i, Inverse ? value + move : value - move);
-    } else {
-      const math::Scale<Vec<T>> scale = math::scale_of<Map>(load<T>(row.raw + i), params);
-      const Vec<T> weight = broadcast<T>(grad_log_det);
-      const math::CouplingGrad<Vec<T>> grads = Inverse ? math::uncouple_backward<O>(value, move, scale.s, grad, weight)
-                                                       : math::couple_backward<O>(value, move, scale.s, grad, weight);
-      store<T>(row.grad_in + i, grads.in);
-      store<T>(row.grad_shift + i, grads.shift);
-      store<T>(row.grad_raw + i, grads.log_s * scale.slope);
-      if (row.in != nullptr)
-        store<T>(row.in + i, Inverse ? math::couple<O>(value, move, scale.s) : math::uncouple<O>(value, move, scale.s));
-    }
-  }
-}
 
 // One tile at a time, all transformed channels; the log-det of each tile is kept and summed in order afterwards.
 template <ScaleMap Map, Order O, bool Inverse, class T>
@@ -89,7 +15,7 @@ void coupling_tiles(const CouplingArgs<T>& args, const Threads& threads) {
   const TileShape shape = tile_shape<T>(args.samples, args.positions, 4 * transformed, tile_bytes);
   double* partials = static_cast<double*>(thread_scratch(Scratch::partials, (shape.count() + 1) * sizeof(double)));
   parallel(threads, shape.count(), grain_of(8 * transformed * shape.length), [&](int64_t begin, int64_t end) {
-    const int64_t room = transformed * round_up(shape.length, lanes<T>);
+    const int64_t room = transformed * shape.length;
     T* memory = static_cast<T*>(thread_scratch(Scratch::tile, 4 * room * sizeof(T)));
     for (int64_t index = begin; index < end; ++index) {
       const Tile tile = tile_at<T>(shape, index);
@@ -100,18 +26,13 @@ void coupling_tiles(const CouplingArgs<T>& args, const Threads& threads) {
       const Rows<T> out = write_rows(args.out, tile, kept, memory + 3 * room);
       Vec<T> log_det{};
       for (int64_t c = 0; c < transformed; ++c)
-        log_det +=
-            couple_row<Map, O, Inverse>(in.row(c), shift.row(c), raw.row(c), out.row(c), tile, args.kind.params);
+        log_det += couple_row<Map, O, Inverse>(in.row(c), shift.row(c), raw.row(c), out.row(c), tile, args.kind.params);
       partials[index] = static_cast<double>(sum_lanes<T>(log_det));
       write_back(args.out, tile, kept, transformed, out);
       copy_rows(args.in, args.out, tile, 0, kept);
     }
   });
-  for (int64_t n = 0; n < args.samples; ++n) {
-    double sum = 0;
-    for (int64_t i = 0; i < shape.per_sample; ++i) sum += partials[n * shape.per_sample + i];
-    args.log_det[n] = static_cast<T>(Inverse ? -sum : sum);
-  }
+  sum_per_sample(partials, shape, Inverse ? -1.0 : 1.0, args.log_det);
 }
 
 template <ScaleMap Map, Order O, bool Inverse, class T>
@@ -120,7 +41,7 @@ void coupling_backward_tiles(const CouplingBackwardArgs<T>& args, const Threads&
   const int64_t transformed = args.transformed, kept = args.channels - transformed;
   const TileShape shape = tile_shape<T>(args.samples, args.positions, 8 * transformed, 2 * tile_bytes);
   parallel(threads, shape.count(), grain_of(12 * transformed * shape.length), [&](int64_t begin, int64_t end) {
-    const int64_t room = transformed * round_up(shape.length, lanes<T>);
+    const int64_t room = transformed * shape.length;
     T* memory = static_cast<T*>(thread_scratch(Scratch::tile, 8 * room * sizeof(T)));
     for (int64_t index = begin; index < end; ++index) {
       const Tile tile = tile_at<T>(shape, index);
@@ -136,14 +57,9 @@ void coupling_backward_tiles(const CouplingBackwardArgs<T>& args, const Threads&
           affine ? write_rows(args.grad_net_out, tile, transformed, memory + 6 * room) : grad_shift;
       const Rows<T> in = recover ? write_rows(args.in, tile, kept, memory + 7 * room) : Rows<T>{nullptr, 0};
       for (int64_t c = 0; c < transformed; ++c) {
-        const BackwardRow<T> row{out.row(c),
-                                 shift.row(c),
-                                 raw.row(c),
-                                 grad_out.row(c),
-                                 recover ? in.row(c) : nullptr,
-                                 grad_in.row(c),
-                                 grad_shift.row(c),
-                                 grad_raw.row(c)};
+        const BackwardRow<T> row{
+            out.row(c),     shift.row(c),      raw.row(c),     grad_out.row(c), recover ? in.row(c) : nullptr,
+            grad_in.row(c), grad_shift.row(c), grad_raw.row(c)};
         couple_backward_row<Map, O, Inverse>(row, args.grad_log_det[tile.sample], tile, args.kind.params);
       }
       write_back(args.grad_in, tile, kept, transformed, grad_in);

@@ -79,12 +79,12 @@ const char* instruction_set() { return name(selected_isa()); }
 #else
 #define PYGLOW_CASE_AVX512(call)
 #endif
-#define PYGLOW_FORWARD(call)  \
-  switch (selected_isa()) {   \
-    PYGLOW_CASE_AVX512(call)  \
-    PYGLOW_CASE_AVX2(call)    \
-    default:                  \
-      return portable::call;  \
+#define PYGLOW_FORWARD(call) \
+  switch (selected_isa()) {  \
+    PYGLOW_CASE_AVX512(call) \
+    PYGLOW_CASE_AVX2(call)   \
+    default:                 \
+      return portable::call; \
   }
 
 template <class T>
@@ -104,17 +104,49 @@ void coupling_backward(const CouplingBackwardArgs<T>& args, const Threads& threa
   PYGLOW_FORWARD(coupling_backward(args, threads))
 }
 template <class T>
-void elementary(Elementary function, const T* x, T* y, int64_t count) {
-  PYGLOW_FORWARD(elementary(function, x, y, count))
+void coupling_mix(const CouplingMixArgs<T>& args, const Threads& threads) {
+  PYGLOW_FORWARD(coupling_mix(args, threads))
 }
+template <class T>
+void coupling_mix_backward(const CouplingMixBackwardArgs<T>& args, const Threads& threads) {
+  PYGLOW_FORWARD(coupling_mix_backward(args, threads))
+}
+template <class T>
+void step_backward(const StepBackwardArgs<T>& args, const Threads& threads) {
+  PYGLOW_FORWARD(step_backward(args, threads))
+}
+template <class T>
+void channel_moments(const ChannelMomentsArgs<T>& args, const Threads& threads) {
+  PYGLOW_FORWARD(channel_moments(args, threads))
+}
+template <class T>
+void gaussian_log_prob(const GaussianArgs<T>& args, const Threads& threads) {
+  PYGLOW_FORWARD(gaussian_log_prob(args, threads))
+}
+template <class T>
+void gaussian_log_prob_backward(const GaussianBackwardArgs<T>& args, const Threads& threads) {
+  PYGLOW_FORWARD(gaussian_log_prob_backward(args, threads))
+}
+template <class T>
+void gaussian_sample(const GaussianSampleArgs<T>& args, const Threads& threads) {
+  PYGLOW_FORWARD(gaussian_sample(args, threads))
+}
+template <class T>
+void elementary(Elementary function, const T* x, T* y, int64_t count){PYGLOW_FORWARD(elementary(function, x, y, count))}
 
-#define PYGLOW_INSTANTIATE(T)                                                               \
-  template void channel_mix<T>(const ChannelMixArgs<T>&, const Threads&);                   \
-  template void channel_mix_backward<T>(const ChannelMixBackwardArgs<T>&, const Threads&);  \
-  template void coupling<T>(const CouplingArgs<T>&, const Threads&);                        \
-  template void coupling_backward<T>(const CouplingBackwardArgs<T>&, const Threads&);       \
+#define PYGLOW_INSTANTIATE(T)                                                                  \
+  template void channel_mix<T>(const ChannelMixArgs<T>&, const Threads&);                      \
+  template void channel_mix_backward<T>(const ChannelMixBackwardArgs<T>&, const Threads&);     \
+  template void coupling<T>(const CouplingArgs<T>&, const Threads&);                           \
+  template void coupling_backward<T>(const CouplingBackwardArgs<T>&, const Threads&);          \
+  template void coupling_mix<T>(const CouplingMixArgs<T>&, const Threads&);                    \
+  template void coupling_mix_backward<T>(const CouplingMixBackwardArgs<T>&, const Threads&);   \
+  template void step_backward<T>(const StepBackwardArgs<T>&, const Threads&);                  \
+  template void channel_moments<T>(const ChannelMomentsArgs<T>&, const Threads&);              \
+  template void gaussian_log_prob<T>(const GaussianArgs<T>&, const Threads&);                  \
+  template void gaussian_log_prob_backward<T>(const GaussianBackwardArgs<T>&, const Threads&); \
+  template void gaussian_sample<T>(const GaussianSampleArgs<T>&, const Threads&);              \
   template void elementary<T>(Elementary, const T*, T*, int64_t);
-PYGLOW_INSTANTIATE(float)
-PYGLOW_INSTANTIATE(double)
+PYGLOW_INSTANTIATE(float) PYGLOW_INSTANTIATE(double)
 
 }  // namespace pyglow::cpu

@@ -19,7 +19,13 @@ inline Blocks blocks_of(int64_t channels) {
   return {count, count == 0 ? 0 : (channels + count - 1) / count};
 }
 
-// packed[block][input][row] of M, or of its transpose; channels * blocks.count * blocks.rows elements.
+// Elements of a packed matrix, rounded up to whole cache lines.
+inline int64_t packed_size(int64_t channels) {
+  const Blocks blocks = blocks_of(channels);
+  return round_up(channels * blocks.count * blocks.rows, 16);
+}
+
+// packed[block][input][row] of M, or of its transpose.
 template <class T>
 void pack_matrix(const T* matrix, int64_t channels, bool transpose, T* packed) {
   const Blocks blocks = blocks_of(channels);
@@ -36,7 +42,8 @@ PYGLOW_HD void product_block(const T* weights, const Rows<const T>& x, const T* 
 #pragma GCC unroll 16
   for (int k = 0; k < NumRows; ++k)
 #pragma GCC unroll 2
-    for (int v = 0; v < NumVectors; ++v) sum[k][v] = broadcast<T>(start == nullptr || k >= valid_rows ? T(0) : start[k]);
+    for (int v = 0; v < NumVectors; ++v)
+      sum[k][v] = broadcast<T>(start == nullptr || k >= valid_rows ? T(0) : start[k]);
   const T* x_row = x.data + position;
   for (int64_t c = 0; c < channels; ++c, x_row += x.stride, weights += NumRows) {
     Vec<T> value[NumVectors];

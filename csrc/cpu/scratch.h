@@ -7,8 +7,8 @@ namespace pyglow::cpu {
 // Scratch is for one tile's rows, inside a task; partials for what a call collects across its tasks.
 enum class Scratch { tile, partials };
 
-// At least `bytes` of this thread's own memory, 64-byte aligned, contents undefined. It stays valid until the thread asks
-// for the same kind again; it grows to the largest request and is freed when the thread ends.
+// At least `bytes` of this thread's own memory, 64-byte aligned, contents undefined. It stays valid until the thread
+// asks for the same kind again; it grows to the largest request and is freed when the thread ends.
 void* thread_scratch(Scratch kind, std::size_t bytes);
 
 }  // namespace pyglow::cpu

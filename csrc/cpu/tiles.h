@@ -1,8 +1,8 @@
 // A tile is a run of positions of one sample, all channels: the unit of work of every kernel.
 //
 // Kernels see a tile as rows, one per channel, contiguous along positions and a whole number of vectors long. Where the
-// tensor has that form, the rows are its own memory; otherwise (channels-last, odd strides, the ragged end of a sample) they
-// are copied to scratch, zero-padded, and results are copied back. So there is one kernel, not one per layout.
+// tensor has that form, the rows are its own memory; otherwise (channels-last, odd strides, the ragged end of a sample)
+// they are copied to scratch, zero-padded, and results are copied back. So there is one kernel, not one per layout.
 #pragma once
 #include <cstdint>
 
@@ -95,6 +95,13 @@ void write_back(const Strided<T>& x, const Tile& tile, int64_t first, int64_t co
       for (int64_t i = 0; i < tile.length; ++i) to[i * x.position] = from[i];
     }
   }
+}
+
+// Zeroes the positions of scratch rows that the tile does not have.
+template <class T>
+void clear_padding(const Rows<T>& rows, int64_t count, const Tile& tile) {
+  for (int64_t c = 0; c < count; ++c)
+    for (int64_t i = tile.length; i < tile.padded; ++i) rows.row(c)[i] = T(0);
 }
 
 // Copies rows from one tensor to another; the same memory is left alone.

@@ -10,7 +10,8 @@ PYGLOW_HD V mix_term(V sum, T weight, V x) {
   return sum + weight * x;
 }
 
-// What enters the product: x, or x - c for x = M^-1 (u - c), where c is taken off first so that a large c does not cancel.
+// What enters the product: x, or x - c for x = M^-1 (u - c), where c is taken off first so that a large c does not
+// cancel.
 template <class V, class T>
 PYGLOW_HD V centred(V x, T center) {
   return x - center;

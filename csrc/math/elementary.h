@@ -1,8 +1,8 @@
 // exp, log, log1p, tanh and atan of scalars (from the platform's library) and of GCC/Clang vectors (branch-free here).
-// Error bounds of the float vector forms, measured against float64 by tests/test_elementary.py: exp 1.5 ulp on [-87, 88],
-// with gradual underflow below and inf above; log1p_unit 2.5 ulp on [0, 1]; log 2.5 ulp on normal numbers; tanh
-// 2 ulp; atan 3 ulp. The double forms: exp 1.5 ulp, log1p_unit 2.5 ulp; log, tanh and atan are the library's, lane by lane, since
-// double serves verification. NaN in gives NaN out.
+// Error bounds of the float vector forms, measured against float64 by tests/test_elementary.py: exp 1.5 ulp on [-87,
+// 88], with gradual underflow below and inf above; log1p_unit 2.5 ulp on [0, 1]; log 2.5 ulp on normal numbers; tanh 2
+// ulp; atan 3 ulp. The double forms: exp 1.5 ulp, log1p_unit 2.5 ulp; log, tanh and atan are the library's, lane by
+// lane, since double serves verification. NaN in gives NaN out.
 #pragma once
 #include <math.h>
 #include <stdint.h>

@@ -7,8 +7,8 @@
 #define PYGLOW_HD inline __attribute__((always_inline))
 #endif
 
-// The CPU kernels are compiled once per instruction set; a namespace of its own keeps the linker from merging the copies.
-// Its vectors are as wide as its registers.
+// The CPU kernels are compiled once per instruction set; a namespace of its own keeps the linker from merging the
+// copies. Its vectors are as wide as its registers.
 #ifdef PYGLOW_ISA
 #if defined(__AVX512F__)
 #define PYGLOW_VECTOR_BYTES 64
@@ -17,8 +17,8 @@
 #else
 #define PYGLOW_VECTOR_BYTES 16
 #endif
-#define PYGLOW_MATH_BEGIN   \
-  namespace pyglow::math {  \
+#define PYGLOW_MATH_BEGIN  \
+  namespace pyglow::math { \
   inline namespace PYGLOW_ISA {
 #define PYGLOW_MATH_END \
   }                     \

@@ -8,6 +8,11 @@ from torch import Tensor, nn
 from pyglow_fast._errors import expect
 
 
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """Refuse a size that is not an int of at least ``least``."""
+    expect(isinstance(value, int) and value >= least, name, f"an int, at least {least}", repr(value))
+
+
 def check_input(name: str, x: Tensor, channels: int, like: Tensor | None = None) -> None:
     """Refuse x unless it is (N, channels, *spatial), float32 or float64, on the device and of the dtype of ``like``."""
     expect(isinstance(x, Tensor), name, "a Tensor", type(x).__name__)

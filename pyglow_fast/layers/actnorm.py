@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
-from pyglow_fast.layers._base import FlowLayer, check_input
+from pyglow_fast.layers._base import FlowLayer, check_count, check_input
 
 
 class ActNorm(FlowLayer):
     """z = (x + bias) exp(log_scale) per channel; log_det = P sum log_scale.
 
     The first training forward sets bias = -mean and log_scale = -log(std + eps), with the biased moments over samples
-    and positions of its input, so that z has mean 0 and variance 1 per channel. One sample is enough. A constant channel
-    is centred and its scale stays 1: there is no spread to normalise.
+    and positions of its input, so that z has mean 0 and variance 1 per channel. One sample is enough. A constant
+    channel is centred and its scale stays 1: there is no spread to normalise.
 
     Args:
         channels: C.
@@ -26,7 +26,8 @@ class ActNorm(FlowLayer):
     Shapes: x (N, C, *spatial), float32 or float64; log_det (N,), nats.
 
     Raises:
-        ValueError: wrong shape, dtype or device; the initialising batch is empty or not finite (nothing is changed then).
+        ValueError: wrong shape, dtype or device; the initialising batch is empty or not finite (nothing is changed
+            then).
 
     Reference: Kingma & Dhariwal 2018, section 3.1.
     """
@@ -35,7 +36,7 @@ class ActNorm(FlowLayer):
 
     def __init__(self, channels: int, eps: float = 1e-6) -> None:
         super().__init__()
-        expect(channels >= 1, "channels", "at least 1", channels)
+        check_count("channels", channels)
         expect(eps > 0, "eps", "a positive number", eps)
         self.channels, self.eps = channels, eps
         self.log_scale = nn.Parameter(torch.zeros(channels))
@@ -67,9 +68,8 @@ class ActNorm(FlowLayer):
     def initialize_from(self, x: Tensor) -> None:
         """Set bias and log_scale from the moments of x, whether or not it happened before."""
         expect(x.shape[0] > 0 and x.numel() > 0, "x", "a batch that is not empty to initialise from", tuple(x.shape))
-        dims = [0, *range(2, x.dim())]
-        # float64: a large mean must not swallow the spread
-        variance, mean = torch.var_mean(x.double(), dim=dims, correction=0)
+        mean, squared_deviations = functional.channel_moments(x)
+        variance = squared_deviations / (x.numel() // self.channels)
         finite = bool((variance.isfinite() & mean.isfinite()).all())
         expect(finite, "x", "finite values to initialise actnorm from", "NaN or inf")
         std = variance.sqrt()

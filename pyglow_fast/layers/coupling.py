@@ -10,9 +10,7 @@ from pyglow_fast import functional
 from pyglow_fast._errors import expect
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.coupling_net import CouplingNet
-from pyglow_fast.reference import ORDERS, SCALE_MAPS, CouplingSpec
-
-KINDS = ("affine", "additive")
+from pyglow_fast.reference import KINDS, ORDERS, SCALE_MAPS, CouplingSpec
 
 
 def coupling_spec(
@@ -43,8 +41,8 @@ class Coupling(FlowLayer):
     Additive: y2 = x2 + shift, log_det = 0. Order "scale_shift": y2 = x2 s + shift.
 
     Args:
-        net: module mapping x1 (N, C/2, *spatial) and, if given, cond to (N, C, *spatial): shift, then raw (affine), or to
-            (N, C/2, *spatial): shift (additive).
+        net: module mapping x1 (N, C/2, *spatial) and, if given, cond to (N, C, *spatial): shift, then raw (affine), or
+            to (N, C/2, *spatial): shift (additive).
         kind: "affine" or "additive".
         scale_map: "sigmoid": s = sigmoid(raw + scale_bias) + scale_eps; "exp"; "tanh": exp(clamp tanh(raw / clamp));
             "atan": exp(clamp 0.636 atan(raw)); or a callable raw -> (s, log s), which runs on the reference path.
@@ -75,12 +73,19 @@ class Coupling(FlowLayer):
         self.net = net
 
     def _kept_half(self, x: Tensor) -> Tensor:
+        expect(isinstance(x, Tensor), "x", "a Tensor", type(x).__name__)
         expect(x.dim() >= 2, "x", "shape (N, C, *spatial)", f"shape {tuple(x.shape)}")
         channels = x.shape[1]
         expect(
             channels >= 2 and channels % 2 == 0, "x", "an even number of channels to halve", f"shape {tuple(x.shape)}"
         )
         return x[:, : channels // 2]
+
+    def check_inputs(self, x: Tensor, cond: Tensor | None) -> None:
+        """Refuse what the coupling or its net cannot take, before anything is initialised from it."""
+        kept = self._kept_half(x)
+        if isinstance(self.net, CouplingNet):
+            self.net.check_inputs(kept, cond)
 
     def run_net(self, x: Tensor, cond: Tensor | None) -> Tensor:
         """The coupling net on the kept half of x (or of the output: they are the same), checked for its shape."""
@@ -93,11 +98,15 @@ class Coupling(FlowLayer):
         )
         return net_out.to(x.dtype)
 
-    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x -> y; in training, a net with ActNorms that have seen no data is initialised first."""
+    def run_net_forward(self, x: Tensor, cond: Tensor | None) -> Tensor:
+        """The net in the forward direction; in training, its ActNorms are initialised first if they are fresh."""
         if self.training and isinstance(self.net, CouplingNet) and not self.net.is_initialized:
             self.net.initialize(self._kept_half(x), cond)
-        return functional.coupling(x, self.run_net(x, cond), self.spec)
+        return self.run_net(x, cond)
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x -> y."""
+        return functional.coupling(x, self.run_net_forward(x, cond), self.spec)
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """y -> x."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
-from pyglow_fast.layers._base import check_input
+from pyglow_fast.layers._base import check_count, check_input
 from pyglow_fast.layers.actnorm import ActNorm
 
 _CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
@@ -21,6 +21,12 @@ def conv_for(dims: int) -> type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]:
     """The convolution class for a number of spatial dimensions."""
     expect(dims in _CONVOLUTIONS, "dims", "1, 2 or 3 spatial dimensions", dims)
     return _CONVOLUTIONS[dims]
+
+
+def zero_bias(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
+    """Set the bias of a convolution to zero, if it has one."""
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
 
 
 class CouplingNet(nn.Module):
@@ -56,8 +62,8 @@ class CouplingNet(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("hidden", hidden)):
-            expect(value >= 1, name, "at least 1", value)
-        expect(cond_channels >= 0, "cond_channels", "0 or more", cond_channels)
+            check_count(name, value)
+        check_count("cond_channels", cond_channels, least=0)
         conv = conv_for(dims)
         self.in_channels, self.out_channels, self.cond_channels, self.dims = (
             in_channels,
@@ -73,10 +79,9 @@ class CouplingNet(nn.Module):
         self.log_gain = nn.Parameter(torch.zeros(out_channels, *[1] * dims))
         for hidden_conv in (self.conv1, self.conv2):
             nn.init.kaiming_normal_(hidden_conv.weight, nonlinearity="relu")
-            if hidden_conv.bias is not None:
-                nn.init.zeros_(hidden_conv.bias)
+            zero_bias(hidden_conv)
         nn.init.zeros_(self.conv3.weight)
-        nn.init.zeros_(self.conv3.bias)
+        zero_bias(self.conv3)
 
     @property
     def is_initialized(self) -> bool:
@@ -85,7 +90,10 @@ class CouplingNet(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Tensor, cond: Tensor | None = None) -> None:
-        """Set the hidden ActNorms from x. Only the coupling's forward calls it: an inverse pass must never initialise."""
+        """Set the hidden ActNorms from x.
+
+        Only the coupling's forward calls it: an inverse pass must never initialise.
+        """
         hidden = self._with_condition(x, cond)
         for conv, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
             hidden = conv(hidden)
@@ -103,13 +111,19 @@ class CouplingNet(nn.Module):
             hidden = hidden.relu()
         return self.conv3(hidden) * (3.0 * self.log_gain).exp()
 
-    def _with_condition(self, x: Tensor, cond: Tensor | None) -> Tensor:
-        check_input("x", x, self.in_channels)
+    def check_inputs(self, x: Tensor, cond: Tensor | None) -> None:
+        """Refuse x or cond of the wrong shape, dtype or device."""
+        check_input("x", x, self.in_channels, self.conv1.weight)
+        # A convolution would take (N, C, L) for one image without a batch dimension.
+        expect(x.dim() == self.dims + 2, "x", f"{self.dims} spatial dimensions", f"shape {tuple(x.shape)}")
         if not self.cond_channels:
             expect(cond is None, "cond", "None, since the net has cond_channels=0", type(cond).__name__)
-            return x
-        expect(cond is not None, "cond", f"a tensor with {self.cond_channels} channels", "None")
+            return
+        expect(isinstance(cond, Tensor), "cond", f"a tensor with {self.cond_channels} channels", type(cond).__name__)
         assert cond is not None  # for the type checker: refused above
         expected = (x.shape[0], self.cond_channels, *x.shape[2:])
         expect(tuple(cond.shape) == expected, "cond", f"shape {expected}", f"shape {tuple(cond.shape)}")
-        return torch.cat([x, cond.to(x.dtype)], dim=1)
+
+    def _with_condition(self, x: Tensor, cond: Tensor | None) -> Tensor:
+        self.check_inputs(x, cond)
+        return x if cond is None else torch.cat([x, cond.to(x.dtype)], dim=1)

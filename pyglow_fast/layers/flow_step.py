@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
-from pyglow_fast.layers._base import FlowLayer, check_input
+from pyglow_fast.layers._base import FlowLayer, check_count, check_input
 from pyglow_fast.layers.actnorm import ActNorm
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.permutation import ChannelLinear, InvConv, Permute
-from pyglow_fast.reference import fold_actnorm, lu_weight
+from pyglow_fast.reference import KINDS, fold_actnorm, lu_weight
 
 PERMUTATIONS = ("invconv", "invconv_plain", "shuffle", "reverse")
 
@@ -55,6 +55,43 @@ def fold_steps(steps: Sequence[FlowStep]) -> list[ChannelMap]:
 def invert_maps(maps: Sequence[ChannelMap]) -> list[Tensor]:
     """M^-1 of each map, in one batch."""
     return list(functional.invert_matrix(torch.stack([channel_map.matrix for channel_map in maps])).unbind())
+
+
+def _maps_log_det(maps: Sequence[ChannelMap], x: Tensor) -> Tensor:
+    """P sum log|det M| over the steps, for each of the N samples: (N,)."""
+    total = torch.stack([channel_map.log_det for channel_map in maps]).sum()
+    return (total * functional.n_positions(x)).expand(x.shape[0])
+
+
+def run_steps(steps: Sequence[FlowStep], x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x through steps of one width: between two coupling nets there is one pass over memory, coupling and next mixing.
+
+    Returns z like x and log_det (N,). The steps must be initialised, but for ActNorms inside their nets.
+    """
+    maps = fold_steps(steps)
+    log_det = _maps_log_det(maps, x)
+    z = functional.channel_mix(x, maps[0].matrix, maps[0].offset)
+    for step, following in zip(steps, [*maps[1:], None], strict=True):
+        net_out, spec = step.coupling.run_net_forward(z, cond), step.coupling.spec
+        if following is None:
+            z, step_log_det = functional.coupling(z, net_out, spec)
+        else:
+            z, step_log_det = functional.coupling_mix(z, net_out, following.matrix, following.offset, spec)
+        log_det = log_det + step_log_det
+    return z, log_det
+
+
+def run_steps_inverse(steps: Sequence[FlowStep], z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The inverse of :func:`run_steps`: one pass a step besides its net."""
+    maps = fold_steps(steps)
+    log_det = -_maps_log_det(maps, z)
+    for step, channel_map, inverse_matrix in zip(
+        reversed(steps), reversed(maps), reversed(invert_maps(maps)), strict=True
+    ):
+        net_out, spec = step.coupling.run_net(z, cond), step.coupling.spec
+        z, step_log_det = functional.coupling_mix_inverse(z, net_out, inverse_matrix, channel_map.offset, spec)
+        log_det = log_det + step_log_det
+    return z, log_det
 
 
 class FlowStep(FlowLayer):
@@ -98,7 +135,9 @@ class FlowStep(FlowLayer):
         order: str = "shift_scale",
     ) -> None:
         super().__init__()
-        expect(channels >= 2 and channels % 2 == 0, "channels", "an even number to halve", channels)
+        check_count("channels", channels, least=2)
+        expect(channels % 2 == 0, "channels", "an even number to halve", channels)
+        expect(coupling in KINDS, "coupling", f"one of {KINDS}", repr(coupling))
         expect(permutation in PERMUTATIONS, "permutation", f"one of {PERMUTATIONS}", repr(permutation))
         if net is None:
             width = channels if coupling == "affine" else channels // 2
@@ -116,34 +155,21 @@ class FlowStep(FlowLayer):
         """x -> z; a fresh step in training initialises its actnorm from x first."""
         check_input("x", x, self.channels, self.actnorm.bias)
         if self.training and not self.actnorm.is_initialized:
+            self.coupling.check_inputs(x, cond)
             self.actnorm.initialize_from(x)
-        return self.apply_map(x, fold_steps([self])[0], cond)
+        return run_steps([self], x, cond)
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """z -> x."""
         check_input("z", z, self.channels, self.actnorm.bias)
-        channel_map = fold_steps([self])[0]
-        return self.apply_inverse_map(z, channel_map, invert_maps([channel_map])[0], cond)
+        return run_steps_inverse([self], z, cond)
 
     def initialize(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Initialise every actnorm of the step (also those of the net) from x, and return z."""
         with torch.no_grad():
             check_input("x", x, self.channels, self.actnorm.bias)
+            self.coupling.check_inputs(x, cond)
             if not self.actnorm.is_initialized:
                 self.actnorm.initialize_from(x)
             channel_map = fold_steps([self])[0]
             return self.coupling.initialize(functional.channel_mix(x, channel_map.matrix, channel_map.offset), cond)
-
-    def apply_map(self, x: Tensor, channel_map: ChannelMap, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The step with its channel map already folded: what a level calls after folding all of its steps at once."""
-        u = functional.channel_mix(x, channel_map.matrix, channel_map.offset)
-        z, log_det = self.coupling(u, cond)
-        return z, log_det + channel_map.log_det * functional.n_positions(x)
-
-    def apply_inverse_map(
-        self, z: Tensor, channel_map: ChannelMap, inverse_matrix: Tensor, cond: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The inverse step with its channel map and inverse matrix given."""
-        u, log_det = self.coupling.inverse(z, cond)
-        x = functional.channel_unmix(u, inverse_matrix, channel_map.offset)
-        return x, log_det - channel_map.log_det * functional.n_positions(z)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
-from pyglow_fast.layers._base import FlowLayer, check_input
+from pyglow_fast.layers._base import FlowLayer, check_count, check_input
 from pyglow_fast.reference import lu_weight
 
 
@@ -61,7 +61,7 @@ class InvConv(ChannelLinear):
 
     def __init__(self, channels: int, lu: bool = True) -> None:
         super().__init__()
-        expect(channels >= 1, "channels", "at least 1", channels)
+        check_count("channels", channels)
         self.channels, self.lu = channels, lu
         rotation = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64)).Q
         if not lu:
@@ -103,10 +103,11 @@ class Permute(ChannelLinear):
     """
 
     index: Tensor
+    unit: Tensor
 
     def __init__(self, channels: int, kind: str = "shuffle") -> None:
         super().__init__()
-        expect(channels >= 1, "channels", "at least 1", channels)
+        check_count("channels", channels)
         expect(kind in ("shuffle", "reverse"), "kind", "'shuffle' or 'reverse'", repr(kind))
         self.channels, self.kind = channels, kind
         index = torch.randperm(channels) if kind == "shuffle" else torch.arange(channels).flip(0)
@@ -116,9 +117,8 @@ class Permute(ChannelLinear):
 
     def weight_and_log_det(self) -> tuple[Tensor, Tensor]:
         """The permutation matrix (C, C) and 0."""
-        unit: Tensor = self.unit
-        eye = torch.eye(self.channels, dtype=unit.dtype, device=unit.device)
-        return eye[self.index], unit.new_zeros(())
+        eye = torch.eye(self.channels, dtype=self.unit.dtype, device=self.unit.device)
+        return eye[self.index], self.unit.new_zeros(())
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x -> z, by gathering channels."""

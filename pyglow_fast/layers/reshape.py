@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
-from pyglow_fast.layers._base import FlowLayer, check_input
-from pyglow_fast.layers.coupling_net import conv_for
+from pyglow_fast.layers._base import FlowLayer, check_count, check_input
+from pyglow_fast.layers.coupling_net import conv_for, zero_bias
 
 
 class Squeeze(FlowLayer):
@@ -25,7 +25,7 @@ class Squeeze(FlowLayer):
 
     def __init__(self, factor: int = 2) -> None:
         super().__init__()
-        expect(factor >= 1, "factor", "at least 1", factor)
+        check_count("factor", factor)
         self.factor = factor
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -59,12 +59,13 @@ class Split(nn.Module):
 
     def __init__(self, channels: int, learn_prior: bool = True, dims: int = 2) -> None:
         super().__init__()
-        expect(channels >= 2 and channels % 2 == 0, "channels", "an even number", channels)
-        self.channels, self.learn_prior = channels, learn_prior
+        check_count("channels", channels, least=2)
+        expect(channels % 2 == 0, "channels", "an even number to halve", channels)
+        self.channels, self.learn_prior, self.dims = channels, learn_prior, dims
         if learn_prior:
             self.conv = conv_for(dims)(channels // 2, channels, 3, padding=1)
             nn.init.zeros_(self.conv.weight)
-            nn.init.zeros_(self.conv.bias)
+            zero_bias(self.conv)
             self.log_gain = nn.Parameter(torch.zeros(channels, *[1] * dims))
 
     def prior(self, kept: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,6 +73,9 @@ class Split(nn.Module):
         if not self.learn_prior:
             zeros = torch.zeros_like(kept)
             return zeros, zeros
+        check_input("kept", kept, self.channels // 2, self.conv.weight)
+        # A convolution would take (N, C, L) for one image without a batch dimension.
+        expect(kept.dim() == self.dims + 2, "kept", f"{self.dims} spatial dimensions", f"shape {tuple(kept.shape)}")
         mean, log_sd = (self.conv(kept) * (3.0 * self.log_gain).exp()).chunk(2, dim=1)
         return mean, log_sd
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pyglow_fast._errors import expect
-from pyglow_fast.layers.coupling import KINDS
 from pyglow_fast.layers.flow_step import PERMUTATIONS
-from pyglow_fast.reference import SCALE_MAPS
+from pyglow_fast.reference import KINDS, SCALE_MAPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,7 @@ class GlowConfig:
     scale_clamp: float = 2.0
 
     def __post_init__(self) -> None:
+        expect(isinstance(self.image_shape, Sequence), "image_shape", "a tuple of ints", repr(self.image_shape))
         shape = tuple(self.image_shape)
         object.__setattr__(self, "image_shape", shape)
         is_shape = 2 <= len(shape) <= 4 and all(type(size) is int and size >= 1 for size in shape)
@@ -66,6 +67,12 @@ class GlowConfig:
         cond_ok = type(self.cond_channels) is int and self.cond_channels >= 0
         expect(cond_ok, "cond_channels", "0 or a positive int", self.cond_channels)
         expect(self.scale_map in SCALE_MAPS, "scale_map", f"one of {SCALE_MAPS}", repr(self.scale_map))
+        for name in ("net_actnorm", "learn_prior"):
+            expect(type(getattr(self, name)) is bool, name, "True or False", repr(getattr(self, name)))
+        for name in ("scale_bias", "scale_eps", "scale_clamp"):
+            value = getattr(self, name)
+            is_number = isinstance(value, int | float) and math.isfinite(value)
+            expect(is_number, name, "a finite number", repr(value))
         expect(self.scale_eps >= 0, "scale_eps", "0 or more", self.scale_eps)
         expect(self.scale_clamp > 0, "scale_clamp", "a positive number", self.scale_clamp)
 

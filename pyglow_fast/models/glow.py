@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast._errors import expect
+from pyglow_fast._errors import can_read, expect
 from pyglow_fast.layers import ActNorm, FlowStep, Split, Squeeze
 from pyglow_fast.layers._base import check_input
-from pyglow_fast.layers.flow_step import fold_steps, invert_maps
+from pyglow_fast.layers.flow_step import run_steps, run_steps_inverse
 from pyglow_fast.layers.reshape import fit_condition
 from pyglow_fast.likelihood import bits_per_dim, dequantize
 from pyglow_fast.models.config import GlowConfig
@@ -46,25 +46,14 @@ class FlowLevel(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         """x (N, C, *spatial) -> z (N, C 2^d, *spatial / 2), log_det (N,)."""
-        z, log_det = self.squeeze(x)
+        z, _ = self.squeeze(x)
         cond = None if cond is None else fit_condition(cond, tuple(z.shape[2:]))
-        steps = self._flow_steps()
-        for step, channel_map in zip(steps, fold_steps(steps), strict=True):
-            z, step_log_det = step.apply_map(z, channel_map, cond)
-            log_det = log_det + step_log_det
-        return z, log_det
+        return run_steps(self._flow_steps(), z, cond)
 
     def inverse(self, z: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         """z -> x, log_det (N,)."""
         cond = None if cond is None else fit_condition(cond, tuple(z.shape[2:]))
-        log_det = z.new_zeros(z.shape[0])
-        steps = self._flow_steps()
-        maps = fold_steps(steps)
-        for step, channel_map, inverse_matrix in zip(
-            reversed(steps), reversed(maps), reversed(invert_maps(maps)), strict=True
-        ):
-            z, step_log_det = step.apply_inverse_map(z, channel_map, inverse_matrix, cond)
-            log_det = log_det + step_log_det
+        z, log_det = run_steps_inverse(self._flow_steps(), z, cond)
         x, _ = self.squeeze.inverse(z)
         return x, log_det
 
@@ -102,6 +91,7 @@ class Glow(nn.Module):
         expect(
             config is None or not fields, "config", "a GlowConfig or its fields as keywords, not both", sorted(fields)
         )
+        expect(config is None or isinstance(config, GlowConfig), "config", "a GlowConfig", type(config).__name__)
         self.config = GlowConfig.from_dict(fields) if config is None else config
         self.state_shapes = self.config.level_shapes()
         self.levels = nn.ModuleList(FlowLevel(self.config, shape[0]) for shape in self.state_shapes)
@@ -127,7 +117,7 @@ class Glow(nn.Module):
         check_input("x", x, self.config.image_shape[0], self._parameter())
         shape = self.config.image_shape
         expect(tuple(x.shape[1:]) == shape, "x", f"shape (N, {', '.join(map(str, shape))})", f"shape {tuple(x.shape)}")
-        if x.device.type == "cpu":
+        if can_read(x):
             expect(bool(x.isfinite().all()), "x", "finite values", "NaN or inf")
         self._check_cond(cond, x.shape[0])
 
@@ -140,10 +130,17 @@ class Glow(nn.Module):
         assert cond is not None  # for the type checker: refused above
         fits = cond.dim() in (2, self.config.dims + 2) and tuple(cond.shape[:2]) == (n, channels)
         expect(fits, "cond", f"shape ({n}, {channels}) or ({n}, {channels}, *spatial)", f"shape {tuple(cond.shape)}")
+        expect(cond.is_floating_point(), "cond", "a floating dtype", cond.dtype)
+        device = self._parameter().device
+        expect(cond.device == device, "cond", f"device {device} (where the parameters are)", cond.device)
+        if can_read(cond):
+            expect(bool(cond.isfinite().all()), "cond", "finite values", "NaN or inf")
 
     def _check_latents(self, latents: list[Tensor]) -> None:
         shapes = self.latent_shapes
+        expect(isinstance(latents, list | tuple), "latents", "a list of tensors", type(latents).__name__)
         expect(len(latents) == len(shapes), "latents", f"{len(shapes)} tensors, one a level", len(latents))
+        expect(isinstance(latents[0], Tensor), "latents[0]", "a Tensor", type(latents[0]).__name__)
         for i, (latent, shape) in enumerate(zip(latents, shapes, strict=True)):
             check_input(f"latents[{i}]", latent, shape[0], self._parameter())
             expected = (latents[0].shape[0], *shape)
@@ -216,7 +213,10 @@ class Glow(nn.Module):
         cond: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Bits per dimension of integer images (N, C, *spatial) with levels 0..n_bins-1, dequantised with fresh noise; (N,)."""
+        """Bits per dimension of integer images (N, C, *spatial), dequantised with fresh noise; (N,).
+
+        Levels are 0..n_bins-1; y and cond as in log_prob.
+        """
         x = dequantize(images, n_bins, generator, dtype=self._parameter().dtype)
         return bits_per_dim(self.log_prob(x, y, cond), self.config.n_values, n_bins)
 
@@ -241,7 +241,8 @@ class Glow(nn.Module):
 
         Args:
             n: number of samples.
-            temperature: multiplies the standard deviation of every prior; a number (0 gives the mode) or one per sample.
+            temperature: multiplies the standard deviation of every prior; a number (0 gives the mode), or one per
+                sample.
             y: labels (n,), drawn uniformly if the model has classes and None is given.
             cond: condition, if the model has one.
             generator: source of the noise.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast._errors import expect
+from pyglow_fast._errors import can_read, expect
 
 
 class TopPrior(nn.Module):
@@ -38,7 +40,7 @@ class TopPrior(nn.Module):
 
 
 def check_labels(y: Tensor | None, n: int, n_classes: int | None) -> None:
-    """Refuse labels that are missing, not wanted, of the wrong shape or dtype, or out of range (range on the CPU only)."""
+    """Refuse labels that are missing, not wanted, of the wrong shape or dtype, or (on the CPU only) out of range."""
     if n_classes is None:
         expect(y is None, "y", "None, since the model has no classes (n_classes=None)", type(y).__name__)
         return
@@ -47,7 +49,7 @@ def check_labels(y: Tensor | None, n: int, n_classes: int | None) -> None:
     expect(
         y.dtype == torch.int64 and tuple(y.shape) == (n,), "y", f"int64 of shape ({n},)", f"{y.dtype} {tuple(y.shape)}"
     )
-    if y.device.type == "cpu" and n:  # reading a CUDA tensor here would stop the stream; there the gather asserts
+    if can_read(y) and n:
         low, high = (int(value) for value in torch.aminmax(y))
         expect(low >= 0 and high < n_classes, "y", f"labels in 0..{n_classes - 1}", f"{low}..{high}")
 
@@ -58,10 +60,11 @@ def check_temperature(temperature: float | Tensor, n: int) -> None:
         expect(
             tuple(temperature.shape) in ((), (n,)), "temperature", f"a number or shape ({n},)", tuple(temperature.shape)
         )
-        if temperature.device.type != "cpu":
+        if not can_read(temperature):
             return
         valid = bool((temperature.isfinite() & (temperature >= 0)).all())
     else:
+        expect(isinstance(temperature, Real), "temperature", f"a number or shape ({n},)", repr(temperature))
         valid = 0.0 <= temperature < float("inf")
     expect(valid, "temperature", "finite values, 0 or more", temperature)
 

@@ -1,50 +1,37 @@
-// The ops: tensors in, checked, made into the plain arguments of core.h, and sent to the kernel of their device.
+// Channel mixing and coupling: tensors in, checked, made into the plain arguments of core.h, and sent to the kernel of
+// their device.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <algorithm>
-#include <cmath>
-#include <iterator>
 #include <optional>
-#include <string>
 #include <tuple>
-#include <vector>
 
-#include "bindings/checks.h"
+#include "bindings/coupling_kind.h"
 #include "bindings/device.h"
-#include "core.h"
+#include "bindings/ops.h"
 
 namespace pyglow::bindings {
 namespace {
-
-// f(zero of the dtype), for float32 and float64.
-template <class F>
-void with_dtype(const at::Tensor& x, const F& f) {
-  if (x.scalar_type() == at::kDouble) return f(double{});
-  return f(float{});
-}
-
-void check_matrix(const at::Tensor& matrix, const at::Tensor& offset, const at::Tensor& x) {
-  const int64_t channels = x.size(1);
-  check_shape("matrix", matrix, {channels, channels});
-  check_shape("offset", offset, {channels});
-  check_like("matrix", matrix, "x", x);
-  check_like("offset", offset, "x", x);
-}
 
 // u = M x + c, or u = M (x - c).
 at::Tensor channel_mix(const at::Tensor& x_in, const at::Tensor& matrix_in, const at::Tensor& offset_in,
                        bool subtract_first) {
   check_state("x", x_in);
-  check_matrix(matrix_in, offset_in, x_in);
+  check_matrix(matrix_in, offset_in, "x", x_in);
   const at::Tensor x = with_position_stride(x_in), matrix = matrix_in.contiguous(), offset = offset_in.contiguous();
   at::Tensor u = at::empty_like(x);
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const ChannelMixArgs<T> args{input<T>(x), matrix.const_data_ptr<T>(), offset.const_data_ptr<T>(), output<T>(u),
-                                 x.size(0),   x.size(1),                  positions_of(x),            subtract_first};
+    const ChannelMixArgs<T> args{input<T>(x),
+                                 matrix.const_data_ptr<T>(),
+                                 offset.const_data_ptr<T>(),
+                                 output<T>(u),
+                                 x.size(0),
+                                 x.size(1),
+                                 positions_of(x),
+                                 subtract_first};
     if (x.is_cpu()) return cpu::channel_mix(args, torch_threads());
     const CudaScope scope(x);
 #ifdef PYGLOW_WITH_CUDA
@@ -55,14 +42,13 @@ at::Tensor channel_mix(const at::Tensor& x_in, const at::Tensor& matrix_in, cons
 }
 
 // grad_x, grad_M, grad_c of u = M x + c; with center, of the product with x - center.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> channel_mix_backward(const at::Tensor& x_in,
-                                                                    const at::Tensor& grad_u_in,
+std::tuple<at::Tensor, at::Tensor, at::Tensor> channel_mix_backward(const at::Tensor& x_in, const at::Tensor& grad_u_in,
                                                                     const at::Tensor& matrix_in,
                                                                     const std::optional<at::Tensor>& center_in) {
   check_state("x", x_in);
   check_shape("grad_u", grad_u_in, x_in.sizes());
   check_like("grad_u", grad_u_in, "x", x_in);
-  check_matrix(matrix_in, center_in ? *center_in : matrix_in.diagonal(), x_in);
+  check_matrix(matrix_in, center_in ? *center_in : matrix_in.diagonal(), "x", x_in);
   const at::Tensor x = with_position_stride(x_in), grad_u = with_position_stride(grad_u_in);
   const at::Tensor matrix = matrix_in.contiguous();
   const at::Tensor center = center_in ? center_in->contiguous() : at::Tensor();
@@ -91,54 +77,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> channel_mix_backward(const at::Te
   return {grad_x, grad_matrix, grad_offset};
 }
 
-struct Kind {
-  int64_t map, order;
-  bool inverse;
-  double bias, eps, clamp;
-
-  void check() const {
-    TORCH_CHECK_VALUE(map >= 0 && map <= static_cast<int64_t>(ScaleMap::atan), "map: expected a ScaleMap, found ", map);
-    TORCH_CHECK_VALUE(order == 0 || order == 1, "order: expected 0 or 1, found ", order);
-  }
-
-  template <class T>
-  CouplingKind<T> as() const {
-    return {static_cast<ScaleMap>(map),
-            static_cast<Order>(order),
-            inverse,
-            {static_cast<T>(bias), static_cast<T>(eps), static_cast<T>(clamp)}};
-  }
-};
-
-// C2, the number of transformed channels, from the net's output.
-int64_t check_net_out(const at::Tensor& net_out, const char* x_name, const at::Tensor& x, const Kind& kind) {
-  kind.check();
-  check_like("net_out", net_out, x_name, x);
-  const int64_t per_channel = kind.map == static_cast<int64_t>(ScaleMap::none) ? 1 : 2;
-  TORCH_CHECK_VALUE(net_out.dim() == x.dim(), "net_out: expected ", x.dim(), " dimensions like ", x_name, ", found ",
-                    net_out.sizes());
-  const int64_t transformed = net_out.size(1) / per_channel;
-  TORCH_CHECK_VALUE(net_out.size(1) % per_channel == 0 && transformed <= x.size(1), "net_out: expected ", per_channel,
-                    " times at most ", x.size(1), " channels, found ", net_out.sizes());
-  std::vector<int64_t> shape = x.sizes().vec();
-  shape[1] = net_out.size(1);
-  check_shape("net_out", net_out, shape);
-  return transformed;
-}
-
-// exp(raw) may overflow; the kernel then makes log_det infinite. Raised where reading it does not stop a stream.
-void check_overflow(const Kind& kind, const at::Tensor& log_det) {
-  if (kind.map != static_cast<int64_t>(ScaleMap::exp) || !log_det.is_cpu()) return;
-  const double overflowed = kind.inverse ? -INFINITY : INFINITY;
-  with_dtype(log_det, [&](auto zero) {
-    using T = decltype(zero);
-    const T* values = log_det.const_data_ptr<T>();
-    for (int64_t n = 0; n < log_det.numel(); ++n)
-      TORCH_CHECK_VALUE(values[n] != overflowed, "net_out: expected raw scales whose exp is finite in ",
-                        log_det.scalar_type(), ", found an overflow in sample ", n);
-  });
-}
-
 // y and log_det of the coupling, or of its inverse.
 std::tuple<at::Tensor, at::Tensor> coupling(const at::Tensor& x_in, const at::Tensor& net_out_in, int64_t map,
                                             int64_t order, bool inverse, double bias, double eps, double clamp) {
@@ -149,8 +87,8 @@ std::tuple<at::Tensor, at::Tensor> coupling(const at::Tensor& x_in, const at::Te
   at::Tensor out = at::empty_like(x), log_det = at::empty({x.size(0)}, x.options());
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const CouplingArgs<T> args{input<T>(x), input<T>(net_out), output<T>(out),  log_det.mutable_data_ptr<T>(),
-                               x.size(0),   x.size(1),         transformed,     positions_of(x),
+    const CouplingArgs<T> args{input<T>(x), input<T>(net_out), output<T>(out), log_det.mutable_data_ptr<T>(),
+                               x.size(0),   x.size(1),         transformed,    positions_of(x),
                                kind.as<T>()};
     if (x.is_cpu()) return cpu::coupling(args, torch_threads());
     const CudaScope scope(x);
@@ -204,31 +142,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> coupling_backward(const at::Tenso
   return {grad_in, grad_net_out, in};
 }
 
-at::Tensor elementary(const std::string& name, const at::Tensor& x_in) {
-  static const char* const names[] = {"exp", "log", "log1p_unit", "tanh", "atan"};
-  const auto found = std::find(std::begin(names), std::end(names), name);
-  TORCH_CHECK_VALUE(found != std::end(names), "name: expected exp, log, log1p_unit, tanh or atan, found ", name);
-  check_dtype("x", x_in);
-  TORCH_CHECK_VALUE(x_in.is_cpu(), "x: expected a CPU tensor, found device ", x_in.device());
-  const at::Tensor x = x_in.contiguous();
-  at::Tensor y = at::empty_like(x);
-  with_dtype(x, [&](auto zero) {
-    using T = decltype(zero);
-    cpu::elementary(static_cast<cpu::Elementary>(found - std::begin(names)), x.const_data_ptr<T>(),
-                    y.mutable_data_ptr<T>(), x.numel());
-  });
-  return y;
-}
-
 }  // namespace
 }  // namespace pyglow::bindings
 
-void register_ops(pybind11::module_& m) {
-  namespace b = pyglow::bindings;
-  using no_gil = pybind11::call_guard<pybind11::gil_scoped_release>;
-  m.def("channel_mix", &b::channel_mix, no_gil());
-  m.def("channel_mix_backward", &b::channel_mix_backward, no_gil());
-  m.def("coupling", &b::coupling, no_gil());
-  m.def("coupling_backward", &b::coupling_backward, no_gil());
-  m.def("elementary", &b::elementary, no_gil(), "A vector function of the CPU kernels, for tests of its error bound.");
+namespace pyglow::bindings {
+
+void register_step_ops(pybind11::module_& m) {
+  m.def("channel_mix", &channel_mix, NoGil());
+  m.def("channel_mix_backward", &channel_mix_backward, NoGil());
+  m.def("coupling", &coupling, NoGil());
+  m.def("coupling_backward", &coupling_backward, NoGil());
 }
+
+}  // namespace pyglow::bindings

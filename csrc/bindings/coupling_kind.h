@@ -1,0 +1,69 @@
+// The checks and the arguments that the ops with a coupling or a channel mixing share.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <cmath>
+#include <vector>
+
+#include "bindings/checks.h"
+#include "core.h"
+
+namespace pyglow::bindings {
+
+inline void check_matrix(const at::Tensor& matrix, const at::Tensor& offset, const char* x_name, const at::Tensor& x) {
+  const int64_t channels = x.size(1);
+  check_shape("matrix", matrix, {channels, channels});
+  check_shape("offset", offset, {channels});
+  check_like("matrix", matrix, x_name, x);
+  check_like("offset", offset, x_name, x);
+}
+
+struct Kind {
+  int64_t map, order;
+  bool inverse;
+  double bias, eps, clamp;
+
+  void check() const {
+    TORCH_CHECK_VALUE(map >= 0 && map <= static_cast<int64_t>(ScaleMap::atan), "map: expected a ScaleMap, found ", map);
+    TORCH_CHECK_VALUE(order == 0 || order == 1, "order: expected 0 or 1, found ", order);
+  }
+
+  template <class T>
+  CouplingKind<T> as() const {
+    return {static_cast<ScaleMap>(map),
+            static_cast<Order>(order),
+            inverse,
+            {static_cast<T>(bias), static_cast<T>(eps), static_cast<T>(clamp)}};
+  }
+};
+
+// C2, the number of transformed channels, from the net's output.
+inline int64_t check_net_out(const at::Tensor& net_out, const char* x_name, const at::Tensor& x, const Kind& kind) {
+  kind.check();
+  check_like("net_out", net_out, x_name, x);
+  const int64_t per_channel = kind.map == static_cast<int64_t>(ScaleMap::none) ? 1 : 2;
+  TORCH_CHECK_VALUE(net_out.dim() == x.dim(), "net_out: expected ", x.dim(), " dimensions like ", x_name, ", found ",
+                    net_out.sizes());
+  const int64_t transformed = net_out.size(1) / per_channel;
+  TORCH_CHECK_VALUE(net_out.size(1) % per_channel == 0 && transformed <= x.size(1), "net_out: expected ", per_channel,
+                    " times at most ", x.size(1), " channels, found ", net_out.sizes());
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape[1] = net_out.size(1);
+  check_shape("net_out", net_out, shape);
+  return transformed;
+}
+
+// exp(raw) may overflow; the kernel then makes log_det infinite. Raised where reading it does not stop a stream.
+inline void check_overflow(const Kind& kind, const at::Tensor& log_det) {
+  if (kind.map != static_cast<int64_t>(ScaleMap::exp) || !log_det.is_cpu()) return;
+  const double overflowed = kind.inverse ? -INFINITY : INFINITY;
+  with_dtype(log_det, [&](auto zero) {
+    using T = decltype(zero);
+    const T* values = log_det.const_data_ptr<T>();
+    for (int64_t n = 0; n < log_det.numel(); ++n)
+      TORCH_CHECK_VALUE(values[n] != overflowed, "net_out: expected raw scales whose exp is finite in ",
+                        log_det.scalar_type(), ", found an overflow in sample ", n);
+  });
+}
+
+}  // namespace pyglow::bindings

@@ -1,0 +1,105 @@
+// The passes that join a coupling with a channel mixing.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <tuple>
+
+#include "bindings/coupling_kind.h"
+#include "bindings/device.h"
+#include "bindings/ops.h"
+
+namespace pyglow::bindings {
+namespace {
+
+// M couple(x) + c and log_det; inverse: A (uncouple(x) - c) and its log_det, with matrix A = M^-1.
+std::tuple<at::Tensor, at::Tensor> coupling_mix(const at::Tensor& x_in, const at::Tensor& net_out_in,
+                                                const at::Tensor& matrix_in, const at::Tensor& offset_in, int64_t map,
+                                                int64_t order, bool inverse, double bias, double eps, double clamp) {
+  const Kind kind{map, order, inverse, bias, eps, clamp};
+  check_state("x", x_in);
+  const int64_t transformed = check_net_out(net_out_in, "x", x_in, kind);
+  check_matrix(matrix_in, offset_in, "x", x_in);
+  const at::Tensor x = with_position_stride(x_in), net_out = with_position_stride(net_out_in);
+  const at::Tensor matrix = matrix_in.contiguous(), offset = offset_in.contiguous();
+  at::Tensor out = at::empty_like(x), log_det = at::empty({x.size(0)}, x.options());
+  with_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    const CouplingArgs<T> half{input<T>(x), input<T>(net_out), output<T>(out), log_det.mutable_data_ptr<T>(),
+                               x.size(0),   x.size(1),         transformed,    positions_of(x),
+                               kind.as<T>()};
+    cpu::coupling_mix<T>({half, matrix.const_data_ptr<T>(), offset.const_data_ptr<T>()}, torch_threads());
+  });
+  check_overflow(kind, log_det);
+  return {out, log_det};
+}
+
+// grad_x (without the net's part), grad_net_out, grad_M and grad_c of M couple(x) + c.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> coupling_mix_backward(
+    const at::Tensor& x_in, const at::Tensor& net_out_in, const at::Tensor& grad_out_in,
+    const at::Tensor& grad_log_det_in, const at::Tensor& matrix_in, int64_t map, int64_t order, double bias, double eps,
+    double clamp) {
+  const Kind kind{map, order, false, bias, eps, clamp};
+  check_state("x", x_in);
+  const int64_t transformed = check_net_out(net_out_in, "x", x_in, kind);
+  check_shape("grad_out", grad_out_in, x_in.sizes());
+  check_like("grad_out", grad_out_in, "x", x_in);
+  check_shape("grad_log_det", grad_log_det_in, {x_in.size(0)});
+  check_like("grad_log_det", grad_log_det_in, "x", x_in);
+  check_matrix(matrix_in, matrix_in.diagonal(), "x", x_in);
+  const at::Tensor x = with_position_stride(x_in), net_out = with_position_stride(net_out_in);
+  const at::Tensor grad_out = with_position_stride(grad_out_in), grad_log_det = grad_log_det_in.contiguous();
+  const at::Tensor matrix = matrix_in.contiguous();
+  at::Tensor grad_x = at::empty_like(x), grad_net_out = at::empty_like(net_out);
+  at::Tensor grad_matrix = at::empty_like(matrix), grad_offset = at::empty({x.size(1)}, x.options());
+  with_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    cpu::coupling_mix_backward<T>(
+        {input<T>(x), input<T>(net_out), input<T>(grad_out), grad_log_det.const_data_ptr<T>(),
+         matrix.const_data_ptr<T>(), output<T>(grad_x), output<T>(grad_net_out), grad_matrix.mutable_data_ptr<T>(),
+         grad_offset.mutable_data_ptr<T>(), x.size(0), x.size(1), transformed, positions_of(x), kind.as<T>()},
+        torch_threads());
+  });
+  return {grad_x, grad_net_out, grad_matrix, grad_offset};
+}
+
+// From a step's output y: its input x, grad_u (without the net's part) and grad_net_out.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> step_backward(const at::Tensor& y_in, const at::Tensor& net_out_in,
+                                                             const at::Tensor& grad_y_in,
+                                                             const at::Tensor& grad_log_det_in,
+                                                             const at::Tensor& inverse_matrix_in,
+                                                             const at::Tensor& offset_in, int64_t map, int64_t order,
+                                                             double bias, double eps, double clamp) {
+  const Kind kind{map, order, false, bias, eps, clamp};
+  check_state("y", y_in);
+  const int64_t transformed = check_net_out(net_out_in, "y", y_in, kind);
+  check_shape("grad_y", grad_y_in, y_in.sizes());
+  check_like("grad_y", grad_y_in, "y", y_in);
+  check_shape("grad_log_det", grad_log_det_in, {y_in.size(0)});
+  check_like("grad_log_det", grad_log_det_in, "y", y_in);
+  check_matrix(inverse_matrix_in, offset_in, "y", y_in);
+  const at::Tensor y = with_position_stride(y_in), net_out = with_position_stride(net_out_in);
+  const at::Tensor grad_y = with_position_stride(grad_y_in), grad_log_det = grad_log_det_in.contiguous();
+  const at::Tensor inverse_matrix = inverse_matrix_in.contiguous(), offset = offset_in.contiguous();
+  at::Tensor x = at::empty_like(y), grad_u = at::empty_like(y), grad_net_out = at::empty_like(net_out);
+  with_dtype(y, [&](auto zero) {
+    using T = decltype(zero);
+    cpu::step_backward<T>(
+        {input<T>(y), input<T>(net_out), input<T>(grad_y), grad_log_det.const_data_ptr<T>(),
+         inverse_matrix.const_data_ptr<T>(), offset.const_data_ptr<T>(), output<T>(x), output<T>(grad_u),
+         output<T>(grad_net_out), y.size(0), y.size(1), transformed, positions_of(y), kind.as<T>()},
+        torch_threads());
+  });
+  return {x, grad_u, grad_net_out};
+}
+
+}  // namespace
+
+void register_fused_ops(pybind11::module_& m) {
+  m.def("coupling_mix", &coupling_mix, NoGil());
+  m.def("coupling_mix_backward", &coupling_mix_backward, NoGil());
+  m.def("step_backward", &step_backward, NoGil());
+}
+
+}  // namespace pyglow::bindings

@@ -1,0 +1,91 @@
+// The coupling of one row of a tile, for every kernel that contains one.
+#pragma once
+#include "core.h"
+#include "cpu/tiles.h"
+#include "math/coupling.h"
+
+namespace pyglow::cpu::PYGLOW_ISA {
+
+// The map and the order become template arguments here and nowhere else: f.template operator()<Map, Order>().
+template <Order O, class F>
+void with_map(ScaleMap map, const F& f) {
+  switch (map) {
+    case ScaleMap::none:
+      return f.template operator()<ScaleMap::none, O>();
+    case ScaleMap::sigmoid:
+      return f.template operator()<ScaleMap::sigmoid, O>();
+    case ScaleMap::sigmoid_eps:
+      return f.template operator()<ScaleMap::sigmoid_eps, O>();
+    case ScaleMap::exp:
+      return f.template operator()<ScaleMap::exp, O>();
+    case ScaleMap::tanh:
+      return f.template operator()<ScaleMap::tanh, O>();
+    case ScaleMap::atan:
+      return f.template operator()<ScaleMap::atan, O>();
+  }
+}
+
+template <class F>
+void with_kind(ScaleMap map, Order order, const F& f) {
+  // Without a scale the orders are the same.
+  if (order == Order::shift_scale || map == ScaleMap::none) return with_map<Order::shift_scale>(map, f);
+  return with_map<Order::scale_shift>(map, f);
+}
+
+// One row of a tile; returns the sum of log s over its valid positions (not yet negated for the inverse).
+template <ScaleMap Map, Order O, bool Inverse, class T>
+Vec<T> couple_row(const T* in, const T* shift, const T* raw, T* out, const Tile& tile, const ScaleParams<T>& params) {
+  Vec<T> log_det{};
+  for (int64_t i = 0; i < tile.padded; i += lanes<T>) {
+    const Vec<T> value = load<T>(in + i), move = load<T>(shift + i);
+    if constexpr (Map == ScaleMap::none) {
+      store<T>(out + i, Inverse ? value - move : value + move);
+    } else {
+      const math::Scale<Vec<T>> scale = math::scale_of<Map>(load<T>(raw + i), params);
+      store<T>(out + i, Inverse ? math::uncouple<O>(value, move, scale.s) : math::couple<O>(value, move, scale.s));
+      const int64_t valid = tile.length - i;
+      log_det += valid < lanes<T> ? first_lanes<T>(scale.log_s, valid) : scale.log_s;
+    }
+  }
+  return log_det;
+}
+
+template <class T>
+struct BackwardRow {
+  const T *out, *shift, *raw, *grad_out;
+  T *in, *grad_in, *grad_shift, *grad_raw;  // in may be null
+};
+
+template <ScaleMap Map, Order O, bool Inverse, class T>
+void couple_backward_row(const BackwardRow<T>& row, T grad_log_det, const Tile& tile, const ScaleParams<T>& params) {
+  for (int64_t i = 0; i < tile.padded; i += lanes<T>) {
+    const Vec<T> grad = load<T>(row.grad_out + i), value = load<T>(row.out + i), move = load<T>(row.shift + i);
+    if constexpr (Map == ScaleMap::none) {
+      store<T>(row.grad_in + i, grad);
+      store<T>(row.grad_shift + i, Inverse ? -grad : grad);
+      if (row.in != nullptr) store<T>(row.in + i, Inverse ? value + move : value - move);
+    } else {
+      const math::Scale<Vec<T>> scale = math::scale_of<Map>(load<T>(row.raw + i), params);
+      const Vec<T> weight = broadcast<T>(grad_log_det);
+      const math::CouplingGrad<Vec<T>> grads = Inverse ? math::uncouple_backward<O>(value, move, scale.s, grad, weight)
+                                                       : math::couple_backward<O>(value, move, scale.s, grad, weight);
+      store<T>(row.grad_in + i, grads.in);
+      store<T>(row.grad_shift + i, grads.shift);
+      store<T>(row.grad_raw + i, grads.log_s * scale.slope);
+      if (row.in != nullptr)
+        store<T>(row.in + i, Inverse ? math::couple<O>(value, move, scale.s) : math::uncouple<O>(value, move, scale.s));
+    }
+  }
+}
+
+// log_det[n] = sign * the sum of the partial sums of the tiles of sample n, in their order.
+template <class T>
+void sum_per_sample(const double* partials, const TileShape& shape, double sign, T* log_det) {
+  for (int64_t n = 0; n < shape.samples; ++n) {
+    double sum = 0;
+    for (int64_t i = 0; i < shape.per_sample; ++i) sum += partials[n * shape.per_sample + i];
+    log_det[n] = static_cast<T>(sign * sum);
+  }
+}
+
+}  // namespace pyglow::cpu::PYGLOW_ISA

@@ -1,0 +1,161 @@
+// CPU schedules of the sums over values: channel moments and the normal log density; compiled once per instruction set.
+#include "cpu/isa.h"
+#include "cpu/tiles.h"
+#include "math/gaussian.h"
+#include "math/moments.h"
+
+namespace pyglow::cpu::PYGLOW_ISA {
+namespace {
+
+constexpr int64_t tile_bytes = 24 * 1024;
+constexpr int64_t max_slots = 256;  // of partial moments; fixed, so that threads do not change bits
+constexpr double half_log_2pi = 0.91893853320467274178;
+
+// Two passes over a row that is in cache: the mean, then the deviations from it.
+template <class T>
+math::Moments row_moments(const T* row, const Tile& tile) {
+  Vec<T> sum{};
+  for (int64_t i = 0; i < tile.padded; i += lanes<T>) {
+    const Vec<T> value = load<T>(row + i);
+    sum += tile.length - i < lanes<T> ? first_lanes<T>(value, tile.length - i) : value;
+  }
+  const T mean = sum_lanes<T>(sum) / static_cast<T>(tile.length);
+  Vec<T> squares{}, rest{};  // rest: what rounding left of the mean, so that m2 is about the mean that is returned
+  for (int64_t i = 0; i < tile.padded; i += lanes<T>) {
+    Vec<T> deviation = load<T>(row + i) - mean;
+    if (tile.length - i < lanes<T>) deviation = first_lanes<T>(deviation, tile.length - i);
+    squares += deviation * deviation;
+    rest += deviation;
+  }
+  const double left = static_cast<double>(sum_lanes<T>(rest)), count = static_cast<double>(tile.length);
+  return {count, static_cast<double>(mean) + left / count,
+          static_cast<double>(sum_lanes<T>(squares)) - left * left / count};
+}
+
+}  // namespace
+
+// Slots of consecutive tiles, each merged in order, then merged in order themselves.
+template <class T>
+void channel_moments(const ChannelMomentsArgs<T>& args, const Threads& threads) {
+  const int64_t channels = args.channels;
+  const TileShape shape = tile_shape<T>(args.samples, args.positions, channels, tile_bytes);
+  const int64_t slots = smaller(max_slots, shape.count());
+  const int64_t tiles_per_slot = slots == 0 ? 0 : (shape.count() + slots - 1) / slots;
+  auto* partials =
+      static_cast<math::Moments*>(thread_scratch(Scratch::partials, (slots * channels + 1) * sizeof(math::Moments)));
+  parallel(threads, slots, grain_of(tiles_per_slot * channels * shape.length), [&](int64_t begin, int64_t end) {
+    T* memory = static_cast<T*>(thread_scratch(Scratch::tile, channels * shape.length * sizeof(T)));
+    for (int64_t slot = begin; slot < end; ++slot) {
+      math::Moments* sums = partials + slot * channels;
+      for (int64_t c = 0; c < channels; ++c) sums[c] = {0, 0, 0};
+      for (int64_t index = slot * tiles_per_slot; index < smaller((slot + 1) * tiles_per_slot, shape.count());
+           ++index) {
+        const Tile tile = tile_at<T>(shape, index);
+        const Rows<const T> x = read_rows(args.x, tile, 0, channels, memory);
+        for (int64_t c = 0; c < channels; ++c) sums[c] = math::merge(sums[c], row_moments<T>(x.row(c), tile));
+      }
+    }
+  });
+  for (int64_t c = 0; c < channels; ++c) {
+    math::Moments all{0, 0, 0};
+    for (int64_t slot = 0; slot < slots; ++slot) all = math::merge(all, partials[slot * channels + c]);
+    args.mean[c] = all.mean;
+    args.m2[c] = all.m2;
+  }
+}
+
+template <class T>
+void gaussian_log_prob(const GaussianArgs<T>& args, const Threads& threads) {
+  const int64_t channels = args.channels;
+  const TileShape shape = tile_shape<T>(args.samples, args.positions, 3 * channels, tile_bytes);
+  double* partials = static_cast<double*>(thread_scratch(Scratch::partials, (shape.count() + 1) * sizeof(double)));
+  parallel(threads, shape.count(), grain_of(4 * channels * shape.length), [&](int64_t begin, int64_t end) {
+    const int64_t room = channels * shape.length;
+    T* memory = static_cast<T*>(thread_scratch(Scratch::tile, 3 * room * sizeof(T)));
+    for (int64_t index = begin; index < end; ++index) {
+      const Tile tile = tile_at<T>(shape, index);
+      const Rows<const T> z = read_rows(args.z, tile, 0, channels, memory);
+      const Rows<const T> mean = read_rows(args.mean, tile, 0, channels, memory + room);
+      const Rows<const T> log_sd = read_rows(args.log_sd, tile, 0, channels, memory + 2 * room);
+      Vec<T> sum{};
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t i = 0; i < tile.padded; i += lanes<T>) {
+          const Vec<T> term =
+              math::gaussian_log_density(load<T>(z.row(c) + i), load<T>(mean.row(c) + i), load<T>(log_sd.row(c) + i));
+          sum += tile.length - i < lanes<T> ? first_lanes<T>(term, tile.length - i) : term;
+        }
+      }
+      partials[index] = static_cast<double>(sum_lanes<T>(sum));
+    }
+  });
+  for (int64_t n = 0; n < args.samples; ++n) {
+    double sum = -half_log_2pi * static_cast<double>(channels * args.positions);
+    for (int64_t i = 0; i < shape.per_sample; ++i) sum += partials[n * shape.per_sample + i];
+    args.log_prob[n] = static_cast<T>(sum);
+  }
+}
+
+template <class T>
+void gaussian_log_prob_backward(const GaussianBackwardArgs<T>& args, const Threads& threads) {
+  const int64_t channels = args.channels;
+  const TileShape shape = tile_shape<T>(args.samples, args.positions, 6 * channels, tile_bytes);
+  parallel(threads, shape.count(), grain_of(8 * channels * shape.length), [&](int64_t begin, int64_t end) {
+    const int64_t room = channels * shape.length;
+    T* memory = static_cast<T*>(thread_scratch(Scratch::tile, 6 * room * sizeof(T)));
+    for (int64_t index = begin; index < end; ++index) {
+      const Tile tile = tile_at<T>(shape, index);
+      const Rows<const T> z = read_rows(args.z, tile, 0, channels, memory);
+      const Rows<const T> mean = read_rows(args.mean, tile, 0, channels, memory + room);
+      const Rows<const T> log_sd = read_rows(args.log_sd, tile, 0, channels, memory + 2 * room);
+      const Rows<T> grad_z = write_rows(args.grad_z, tile, 0, memory + 3 * room);
+      const Rows<T> grad_mean = write_rows(args.grad_mean, tile, 0, memory + 4 * room);
+      const Rows<T> grad_log_sd = write_rows(args.grad_log_sd, tile, 0, memory + 5 * room);
+      const Vec<T> grad = broadcast<T>(args.grad_log_prob[tile.sample]);
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t i = 0; i < tile.padded; i += lanes<T>) {
+          const math::GaussianGrad<Vec<T>> grads = math::gaussian_backward(
+              load<T>(z.row(c) + i), load<T>(mean.row(c) + i), load<T>(log_sd.row(c) + i), grad);
+          store<T>(grad_z.row(c) + i, grads.z);
+          store<T>(grad_mean.row(c) + i, grads.mean);
+          store<T>(grad_log_sd.row(c) + i, grads.log_sd);
+        }
+      }
+      write_back(args.grad_z, tile, 0, channels, grad_z);
+      write_back(args.grad_mean, tile, 0, channels, grad_mean);
+      write_back(args.grad_log_sd, tile, 0, channels, grad_log_sd);
+    }
+  });
+}
+
+template <class T>
+void gaussian_sample(const GaussianSampleArgs<T>& args, const Threads& threads) {
+  const int64_t channels = args.channels;
+  const TileShape shape = tile_shape<T>(args.samples, args.positions, 4 * channels, tile_bytes);
+  parallel(threads, shape.count(), grain_of(6 * channels * shape.length), [&](int64_t begin, int64_t end) {
+    const int64_t room = channels * shape.length;
+    T* memory = static_cast<T*>(thread_scratch(Scratch::tile, 4 * room * sizeof(T)));
+    for (int64_t index = begin; index < end; ++index) {
+      const Tile tile = tile_at<T>(shape, index);
+      const Rows<const T> noise = read_rows(args.noise, tile, 0, channels, memory);
+      const Rows<const T> mean = read_rows(args.mean, tile, 0, channels, memory + room);
+      const Rows<const T> log_sd = read_rows(args.log_sd, tile, 0, channels, memory + 2 * room);
+      const Rows<T> z = write_rows(args.z, tile, 0, memory + 3 * room);
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t i = 0; i < tile.padded; i += lanes<T>)
+          store<T>(z.row(c) + i, math::gaussian_value(load<T>(noise.row(c) + i), load<T>(mean.row(c) + i),
+                                                      load<T>(log_sd.row(c) + i)));
+      write_back(args.z, tile, 0, channels, z);
+    }
+  });
+}
+
+#define PYGLOW_INSTANTIATE(T)                                                                  \
+  template void channel_moments<T>(const ChannelMomentsArgs<T>&, const Threads&);              \
+  template void gaussian_log_prob<T>(const GaussianArgs<T>&, const Threads&);                  \
+  template void gaussian_log_prob_backward<T>(const GaussianBackwardArgs<T>&, const Threads&); \
+  template void gaussian_sample<T>(const GaussianSampleArgs<T>&, const Threads&);
+PYGLOW_INSTANTIATE(float)
+PYGLOW_INSTANTIATE(double)
+#undef PYGLOW_INSTANTIATE
+
+}  // namespace pyglow::cpu::PYGLOW_ISA

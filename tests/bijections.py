@@ -1,0 +1,153 @@
+"""The one list of bijections that the laws of test_laws.py are checked on.
+
+A new layer or adapter joins the list and is tested by that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import pyglow_fast as pgf
+from pyglow_fast.layers import FlowLayer
+from pyglow_fast.reference import ORDERS, SCALE_MAPS
+
+
+def softplus_scale(raw: Tensor) -> tuple[Tensor, Tensor]:
+    """A scale map that no kernel knows: s = softplus(raw + 1) + 0.1."""
+    scale = nn.functional.softplus(raw + 1.0) + 0.1
+    return scale, scale.log()
+
+
+class GlowAsLayer(FlowLayer):
+    """A whole Glow with the layer protocol: its latents flattened into one z (N, D)."""
+
+    def __init__(self, glow: pgf.Glow) -> None:
+        super().__init__()
+        self.glow = glow
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x -> (latents side by side, log_det)."""
+        latents, log_det = self.glow(x, cond)
+        return torch.cat([latent.flatten(1) for latent in latents], dim=1), log_det
+
+    def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Latents side by side -> (x, log_det)."""
+        shapes = self.glow.latent_shapes
+        parts = z.split([math.prod(shape) for shape in shapes], dim=1)
+        latents = [part.reshape(-1, *shape) for part, shape in zip(parts, shapes, strict=True)]
+        return self.glow.inverse(latents, cond)
+
+    def objective(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """The loss of training, which reaches the priors too."""
+        n_classes = self.glow.config.n_classes
+        y = None if n_classes is None else torch.arange(x.shape[0], device=x.device) % n_classes
+        return -self.glow.log_prob(x, y, cond).mean()
+
+
+@dataclass(frozen=True)
+class Bijection:
+    """How to build one bijection and the shapes that it takes, without the batch dimension."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    cond_shape: tuple[int, ...] | None = None
+
+    def fresh(self, device: torch.device) -> nn.Module:
+        """As constructed, in float64."""
+        return self.build().to(device, torch.float64)
+
+    def batch(self, device: torch.device, n: int = 3) -> tuple[Tensor, Tensor | None]:
+        """(x, cond), the moments of x far from those of the standard normal."""
+        x = 2.0 * torch.randn(n, *self.shape, dtype=torch.float64, device=device) + 0.5
+        if self.cond_shape is None:
+            return x, None
+        return x, torch.randn(n, *self.cond_shape, dtype=torch.float64, device=device)
+
+    def trained(self, device: torch.device) -> nn.Module:
+        """Initialised from data, then moved away from every special value that it starts at."""
+        layer = self.fresh(device)
+        assert isinstance(layer, FlowLayer)
+        # Many samples: the scales that three of them would set can be extreme for the next three.
+        layer(*self.batch(device, n=64))
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        return layer
+
+
+def _coupling(
+    channels: int, kind: str = "affine", dims: int = 2, cond_channels: int = 0, **options: object
+) -> nn.Module:
+    width = channels if kind == "affine" else channels // 2
+    net = pgf.CouplingNet(channels // 2, width, 5, cond_channels=cond_channels, dims=dims)
+    return pgf.Coupling(net, kind, **options)
+
+
+def _glow(**fields: object) -> nn.Module:
+    return GlowAsLayer(pgf.Glow(**{"n_levels": 2, "n_steps": 2, "hidden": 4, **fields}))
+
+
+BIJECTIONS = [
+    Bijection("actnorm", lambda: pgf.ActNorm(3), (3, 2, 5)),
+    Bijection("actnorm-flat", lambda: pgf.ActNorm(4), (4,)),
+    Bijection("actnorm-3d", lambda: pgf.ActNorm(2), (2, 3, 1, 2)),
+    Bijection("invconv-lu", lambda: pgf.InvConv(5), (5, 3, 2)),
+    Bijection("invconv-plain", lambda: pgf.InvConv(5, lu=False), (5, 3, 2)),
+    Bijection("invconv-lu-1d", lambda: pgf.InvConv(3), (3, 7)),
+    Bijection("invconv-one-channel", lambda: pgf.InvConv(1, lu=False), (1, 3, 2)),
+    Bijection("permute-shuffle", lambda: pgf.Permute(5, "shuffle"), (5, 1, 3)),
+    Bijection("permute-reverse", lambda: pgf.Permute(4, "reverse"), (4, 3)),
+    *(
+        Bijection(
+            f"coupling-{scale_map}-{order}",
+            lambda scale_map=scale_map, order=order: _coupling(4, scale_map=scale_map, order=order),
+            (4, 3, 2),
+        )
+        for scale_map in SCALE_MAPS
+        for order in ORDERS
+    ),
+    Bijection("coupling-eps", lambda: _coupling(4, scale_eps=0.2, scale_bias=-1.0), (4, 3, 2)),
+    Bijection("coupling-clamp", lambda: _coupling(4, scale_map="tanh", scale_clamp=0.5), (4, 3, 2)),
+    Bijection("coupling-callable", lambda: _coupling(2, scale_map=softplus_scale), (2, 3, 5)),
+    Bijection("coupling-additive", lambda: _coupling(6, "additive"), (6, 3, 2)),
+    Bijection("coupling-additive-1d", lambda: _coupling(4, "additive", dims=1), (4, 5)),
+    Bijection("coupling-cond", lambda: _coupling(4, cond_channels=2), (4, 3, 2), (2, 3, 2)),
+    *(
+        Bijection(
+            f"step-{permutation}-{coupling}",
+            lambda permutation=permutation, coupling=coupling: pgf.FlowStep(
+                4, 5, coupling=coupling, permutation=permutation
+            ),
+            (4, 2, 3),
+        )
+        for permutation in ("invconv", "invconv_plain", "shuffle", "reverse")
+        for coupling in ("affine", "additive")
+    ),
+    Bijection("step-net-actnorm", lambda: pgf.FlowStep(4, 5, net_actnorm=True), (4, 3, 2)),
+    Bijection("step-cond", lambda: pgf.FlowStep(4, 5, net_actnorm=True, cond_channels=1), (4, 3, 2), (1, 3, 2)),
+    Bijection("step-scale-shift", lambda: pgf.FlowStep(4, 5, scale_map="exp", order="scale_shift"), (4, 3, 2)),
+    Bijection("step-1d", lambda: pgf.FlowStep(2, 5, dims=1), (2, 7)),
+    Bijection("step-3d", lambda: pgf.FlowStep(4, 3, dims=3), (4, 2, 1, 3)),
+    Bijection("squeeze", lambda: pgf.Squeeze(), (2, 4, 2)),
+    Bijection("squeeze-by-3", lambda: pgf.Squeeze(3), (1, 3, 6)),
+    Bijection("squeeze-1d", lambda: pgf.Squeeze(), (3, 6)),
+    Bijection("squeeze-3d", lambda: pgf.Squeeze(), (1, 2, 4, 2)),
+    Bijection("glow", lambda: _glow(image_shape=(3, 4, 8), n_steps=1), (3, 4, 8)),
+    Bijection("glow-one-channel", lambda: _glow(image_shape=(1, 8, 4)), (1, 8, 4)),
+    Bijection("glow-1d", lambda: _glow(image_shape=(2, 8)), (2, 8)),
+    Bijection("glow-3d", lambda: _glow(image_shape=(1, 2, 2, 4), n_levels=1), (1, 2, 2, 4)),
+    Bijection("glow-cond", lambda: _glow(image_shape=(1, 4, 4), cond_channels=2, net_actnorm=True), (1, 4, 4), (2,)),
+    Bijection(
+        "glow-cond-map", lambda: _glow(image_shape=(1, 4, 8), cond_channels=1, n_classes=3), (1, 4, 8), (1, 4, 8)
+    ),
+    Bijection("glow-additive", lambda: _glow(image_shape=(1, 4, 4), coupling="additive"), (1, 4, 4)),
+    Bijection("glow-shuffle", lambda: _glow(image_shape=(1, 4, 4), permutation="shuffle", scale_map="atan"), (1, 4, 4)),
+    Bijection("glow-plain", lambda: _glow(image_shape=(1, 4, 4), permutation="invconv_plain"), (1, 4, 4)),
+    Bijection("glow-fixed-prior", lambda: _glow(image_shape=(1, 4, 4), learn_prior=False), (1, 4, 4)),
+]

@@ -1,0 +1,124 @@
+"""From levels to x and back, and bits per dimension."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from pyglow_fast.likelihood import bits_per_dim, dequantize, quantize
+
+INTEGER_DTYPES = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32]
+
+
+class TestDequantize:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("n_bins", [2, 3, 17, 256, 1000, 65536])
+    def test_stays_in_its_bin(self, n_bins: int, dtype: torch.dtype) -> None:
+        # Enough draws to hit the edges of the bins: one in 2^24 of float32's uniform numbers is 0.
+        levels = torch.arange(n_bins).repeat(math.ceil(2_000_000 / n_bins))
+        x = dequantize(levels, n_bins, dtype=dtype)
+        assert x.dtype == dtype
+        assert x.min() >= -0.5
+        assert x.max() < 0.5
+        assert torch.equal(quantize(x, n_bins), levels)
+
+    @pytest.mark.parametrize("edge", [0.0, 1.0])
+    @pytest.mark.parametrize("n_bins", [2, 17, 255, 256, 1000, 65536])
+    def test_noise_at_the_edge_stays_in_its_bin(
+        self, monkeypatch: pytest.MonkeyPatch, n_bins: int, edge: float
+    ) -> None:
+        draw = torch.nextafter(torch.tensor(edge), torch.tensor(0.0))  # 0, or the largest number below 1
+        monkeypatch.setattr(torch, "rand", lambda shape, dtype, **_: torch.full(shape, float(draw), dtype=dtype))
+        levels = torch.arange(n_bins)
+        assert torch.equal(quantize(dequantize(levels, n_bins), n_bins), levels)
+
+    def test_noise_is_uniform(self) -> None:
+        n, n_bins = 100_000, 8
+        noise = (dequantize(torch.full((n,), 5), n_bins, dtype=torch.float64) + 0.5) * n_bins - 5.0
+        # Six standard errors: mean 1/2 of variance 1/12, second moment 1/3 of variance 4/45, tenths of the interval.
+        assert abs(float(noise.mean()) - 0.5) < 6.0 * math.sqrt(1.0 / 12.0 / n)
+        assert abs(float(noise.square().mean()) - 1.0 / 3.0) < 6.0 * math.sqrt(4.0 / 45.0 / n)
+        counts = torch.histc(noise, 10, 0.0, 1.0)
+        assert (counts - n / 10).abs().max() < 6.0 * math.sqrt(n * 0.1 * 0.9)
+
+    @pytest.mark.parametrize("dtype", INTEGER_DTYPES, ids=str)
+    def test_any_integer_dtype(self, dtype: torch.dtype) -> None:
+        levels = torch.arange(100).reshape(2, 2, 25)
+        images = levels.to(dtype)
+        x = dequantize(images, 128)
+        assert x.shape == images.shape
+        assert torch.equal(quantize(x, 128), levels)
+        assert torch.equal(images.long(), levels), "the images were changed"
+        assert dequantize(images[:0], 128).shape == (0, 2, 25)
+
+    def test_a_generator_repeats(self) -> None:
+        levels = torch.randint(256, (2, 3, 4, 4))
+        first, second, third = (dequantize(levels, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+        assert torch.equal(first, second)
+        assert not torch.equal(first, third)
+
+    def test_the_generator_leaves_the_global_one_alone(self) -> None:
+        before = torch.get_rng_state()
+        dequantize(torch.zeros(5, dtype=torch.uint8), generator=torch.Generator())
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+class TestQuantize:
+    def test_floor_and_clamp(self) -> None:
+        x = torch.tensor([-9.0, -0.5, -0.26, -0.25, -0.01, 0.0, 0.24, 0.25, 0.49, 0.5, 9.0, math.inf, -math.inf])
+        assert quantize(x, 4).tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3, 3, 3, 3, 0]
+
+    def test_levels_of_their_lower_edges(self) -> None:
+        levels = torch.arange(256)
+        assert torch.equal(quantize(levels / 256 - 0.5), levels)
+
+
+class TestBitsPerDim:
+    def test_a_uniform_density_costs_the_bits_of_its_levels(self) -> None:
+        # p(x) = 1 on [-0.5, 0.5)^D: every level costs log2(n_bins) bits.
+        for n_bins in (2, 17, 256):
+            assert bits_per_dim(torch.zeros(3), 12, n_bins).tolist() == pytest.approx([math.log2(n_bins)] * 3)
+
+    def test_a_density_of_one_bin_costs_nothing(self) -> None:
+        # p(x) = n_bins^D within the right bin: the level is known.
+        n_dims, n_bins = 48, 32
+        log_prob = torch.tensor([n_dims * math.log(n_bins)], dtype=torch.float64)
+        assert float(bits_per_dim(log_prob, n_dims, n_bins)) == pytest.approx(0.0, abs=1e-14)
+
+    def test_one_nat(self) -> None:
+        got = bits_per_dim(torch.tensor([-1.0], dtype=torch.float64), 1, 2)
+        assert float(got) == pytest.approx(1.0 / math.log(2.0) + 1.0, rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: dequantize(torch.zeros(2)), "images: expected an integer dtype .* found torch.float32"),
+        (lambda: dequantize(torch.zeros(2).bool()), "images: expected an integer dtype .* found torch.bool"),
+        (
+            lambda: dequantize(torch.zeros(2, dtype=torch.cfloat)),
+            "images: expected an integer dtype .* torch.complex64",
+        ),
+        (lambda: dequantize(np.zeros(2, int)), "images: expected a Tensor, found ndarray"),
+        (lambda: dequantize(torch.tensor([0, 17]), 17), r"images: expected levels in 0..16 \(n_bins=17\), found 0..17"),
+        (lambda: dequantize(torch.tensor([-1, 3])), "images: expected levels in 0..255 .* found -1..3"),
+        (lambda: dequantize(torch.tensor([256], dtype=torch.uint16)), "images: expected levels in 0..255"),
+        (lambda: dequantize(torch.tensor([0]), 1), "n_bins: expected a value in 2..65536, found 1"),
+        (lambda: dequantize(torch.tensor([0]), 65537), "n_bins: expected a value in 2..65536, found 65537"),
+        (lambda: dequantize(torch.tensor([0]), 8.0), "n_bins: expected an int, found float"),
+        (lambda: dequantize(torch.tensor([0]), True), "n_bins: expected an int, found bool"),
+        (lambda: quantize(torch.tensor([0])), "x: expected a floating dtype, found torch.int64"),
+        (lambda: quantize([0.0]), "x: expected a Tensor, found list"),
+        (lambda: quantize(torch.tensor([math.nan])), "x: expected values that are numbers, found NaN"),
+        (lambda: quantize(torch.zeros(1), 0), "n_bins: expected a value in 2..65536, found 0"),
+        (lambda: bits_per_dim(torch.zeros(1), 0), "n_dims: expected a positive number, found 0"),
+        (lambda: bits_per_dim(torch.zeros(1), 3, 1), "n_bins: expected a value in 2..65536, found 1"),
+    ],
+)
+def test_wrong_calls(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

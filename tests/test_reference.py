@@ -1,0 +1,370 @@
+"""The specification itself, in float64: against autograd Jacobians, torch's own functions and written-out sums."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bijections import softplus_scale
+from helpers import assert_close, jacobian, log_abs_det
+from torch import Tensor
+from torch.distributions import Normal
+
+from pyglow_fast import reference
+from pyglow_fast.reference import KINDS, ORDERS, SCALE_MAPS, CouplingSpec
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SHAPES = [(2, 4), (2, 3, 5), (3, 4, 3, 2), (1, 5, 1, 7), (2, 2, 2, 1, 3), (0, 4, 3, 2), (2, 4, 0, 3), (0, 3)]
+SPECS = [
+    CouplingSpec("additive"),
+    *(CouplingSpec(scale_map=scale_map, order=order) for scale_map in SCALE_MAPS for order in ORDERS),
+    *(CouplingSpec(scale_map=softplus_scale, order=order) for order in ORDERS),
+    CouplingSpec(bias=-0.5, eps=0.3),
+    CouplingSpec(bias=0.0, eps=1e-3, order="scale_shift"),
+    CouplingSpec(scale_map="tanh", clamp=0.7),
+    CouplingSpec(scale_map="atan", clamp=3.0, order="scale_shift"),
+]
+
+
+def spec_name(spec: CouplingSpec) -> str:
+    scale_map = spec.scale_map if isinstance(spec.scale_map, str) else "callable"
+    return "-".join([spec.kind, scale_map, spec.order, *map(str, (spec.bias, spec.eps, spec.clamp))])
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def invertible(*shape: int) -> Tensor:
+    """Random matrices with singular values between about 0.5 and 2."""
+    size = shape[-1]
+    left, right = (torch.linalg.qr(randn(*shape, size)).Q for _ in range(2))
+    return left * (0.5 * randn(*shape).clamp(-1.3, 1.3)).exp().unsqueeze(-2) @ right
+
+
+def lu_parts(*lead: int, channels: int) -> tuple[Tensor, ...]:
+    permutation = torch.stack([torch.randperm(channels) for _ in range(math.prod(lead))]).reshape(*lead, channels)
+    sign = torch.randint(2, (*lead, channels)).double() * 2.0 - 1.0
+    lower, upper = randn(*lead, channels, channels), randn(*lead, channels, channels)
+    return permutation, lower, upper, 0.5 * randn(*lead, channels), sign
+
+
+def kept_half_net(n_out: int, n_kept: int) -> Callable[[Tensor], Tensor]:
+    """A smooth net of the kept half that mixes positions, as a coupling net does."""
+    weight = randn(n_out, n_kept)
+
+    def net(kept: Tensor) -> Tensor:
+        mixed = torch.einsum("oc,nc...->no...", weight, kept.sin())
+        return mixed + 0.3 * mixed.flatten(1).mean(1).reshape(-1, *[1] * (kept.dim() - 1))
+
+    return net
+
+
+class TestLuWeight:
+    def test_is_the_product_of_its_factors(self) -> None:
+        permutation, lower, upper, log_diag, sign = lu_parts(channels=4)
+        matrix = torch.zeros(4, 4, dtype=torch.float64)
+        for row, source in enumerate(permutation):
+            matrix[row, source] = 1.0
+        left = torch.tril(lower, -1) + torch.diag(torch.ones(4, dtype=torch.float64))
+        right = torch.triu(upper, 1) + torch.diag(sign * log_diag.exp())
+        weight = reference.lu_weight(permutation, lower, upper, log_diag, sign)
+        assert_close(weight, matrix @ left @ right)
+        assert_close(torch.linalg.slogdet(weight).logabsdet, log_diag.sum(), condition=torch.linalg.cond(weight).item())
+
+    def test_in_a_batch(self) -> None:
+        parts = lu_parts(3, channels=5)
+        batched = reference.lu_weight(*parts)
+        for k in range(3):
+            assert_close(batched[k], reference.lu_weight(*(part[k] for part in parts)))
+
+    def test_has_gradients(self) -> None:
+        permutation, lower, upper, log_diag, sign = lu_parts(2, channels=3)
+        leaves = [value.requires_grad_() for value in (lower, upper, log_diag)]
+        assert torch.autograd.gradcheck(lambda *values: reference.lu_weight(permutation, *values, sign), leaves)
+
+
+class TestChannelMix:
+    def test_fold_is_actnorm_then_weight(self) -> None:
+        weight, log_scale, bias, x = invertible(2, 3), 0.3 * randn(2, 3), randn(2, 3), randn(2, 3)
+        matrix, offset = reference.fold_actnorm(weight, log_scale, bias)
+        expected = torch.einsum("kij,kj->ki", weight, (x + bias) * log_scale.exp())
+        assert_close(torch.einsum("kij,kj->ki", matrix, x) + offset, expected)
+
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_mix_is_the_product_at_each_position(self, shape: tuple[int, ...]) -> None:
+        x, matrix, offset = randn(*shape), invertible(shape[1]), randn(shape[1])
+        u = reference.channel_mix(x, matrix, offset)
+        column = offset.reshape(-1, *[1] * (len(shape) - 2))
+        assert_close(u, torch.einsum("ij,nj...->ni...", matrix, x) + column)
+        assert_close(reference.channel_unmix(u, torch.linalg.inv(matrix), offset), x, condition=4.0)
+
+    @pytest.mark.parametrize("shape", [(2, 3), (2, 3, 4), (2, 2, 3, 2), (1, 2, 2, 1, 2)], ids=str)
+    def test_log_det_is_that_of_the_matrix_at_every_position(self, shape: tuple[int, ...]) -> None:
+        x, matrix, offset = randn(*shape), invertible(shape[1]), randn(shape[1])
+        derivative = jacobian(lambda values: reference.channel_mix(values, matrix, offset), x)
+        expected = reference.n_positions(x) * torch.linalg.slogdet(matrix).logabsdet
+        assert_close(log_abs_det(derivative), expected.expand(shape[0]), condition=4.0 * x[0].numel())
+
+    @pytest.mark.parametrize("shape", [(2, 3, 2), (2, 3, 0), (0, 3, 2), (2, 3)], ids=str)
+    def test_gradients(self, shape: tuple[int, ...]) -> None:
+        leaves = [value.requires_grad_() for value in (randn(*shape), invertible(3), randn(3))]
+        assert torch.autograd.gradcheck(reference.channel_mix, leaves)
+        assert torch.autograd.gradcheck(reference.channel_unmix, leaves)
+
+    @pytest.mark.parametrize("shape", [(5, 3), (2, 3, 4), (2, 3, 4, 2), (1, 3, 1)], ids=str)
+    def test_moments(self, shape: tuple[int, ...]) -> None:
+        x = randn(*shape) + 1e3
+        mean, m2 = reference.channel_moments(x.float())
+        values = x.float().double().transpose(0, 1).flatten(1)
+        expected = values.sum(1) / values.shape[1]
+        assert mean.dtype == m2.dtype == torch.float64
+        assert_close(mean, expected, condition=values.shape[1])
+        assert_close(m2, (values - expected[:, None]).square().sum(1), condition=1e3 * values.shape[1])
+
+    def test_flat_positions_is_a_view(self) -> None:
+        for shape in ((2, 3), (2, 3, 4), (2, 3, 4, 5)):
+            x = randn(*shape)
+            flat = reference.flat_positions(x)
+            assert flat.shape == (2, 3, reference.n_positions(x))
+            assert flat.data_ptr() == x.data_ptr()
+
+
+class TestInvertMatrix:
+    def test_inverse(self) -> None:
+        matrix = invertible(4, 6)
+        assert_close(reference.invert_matrix(matrix) @ matrix, torch.eye(6).double().expand(4, -1, -1), condition=4.0)
+
+    def test_float32_is_rounded_once(self) -> None:
+        matrix = invertible(4, 6).float()
+        inverse = reference.invert_matrix(matrix)
+        assert inverse.dtype == torch.float32
+        assert torch.equal(inverse, torch.linalg.inv(matrix.double()).float())
+
+    @pytest.mark.parametrize("singular", [torch.zeros(2, 2), torch.ones(3, 3), torch.eye(3) * torch.tensor([1, 0, 1])])
+    def test_singular_is_refused(self, singular: Tensor) -> None:
+        with pytest.raises(ValueError, match="matrix: expected an invertible matrix, found a singular one"):
+            reference.invert_matrix(torch.stack([torch.eye(len(singular)), singular]))
+
+
+class TestScaleMaps:
+    RAW = torch.linspace(-30.0, 30.0, 121, dtype=torch.float64)
+
+    @pytest.mark.parametrize(
+        ("spec", "formula"),
+        [
+            (CouplingSpec(), lambda raw: 1.0 / (1.0 + (-(raw + 2.0)).exp())),
+            (CouplingSpec(bias=-1.0, eps=0.25), lambda raw: 1.0 / (1.0 + (1.0 - raw).exp()) + 0.25),
+            (CouplingSpec(scale_map="exp"), lambda raw: raw.exp()),
+            (CouplingSpec(scale_map="tanh", clamp=3.0), lambda raw: (3.0 * (raw / 3.0).tanh()).exp()),
+            (CouplingSpec(scale_map="atan", clamp=3.0), lambda raw: (3.0 * 0.636 * raw.atan()).exp()),
+            (CouplingSpec(scale_map=softplus_scale), lambda raw: softplus_scale(raw)[0]),
+        ],
+        ids=lambda value: spec_name(value) if isinstance(value, CouplingSpec) else "",
+    )
+    def test_scale_and_its_log(self, spec: CouplingSpec, formula: Callable[[Tensor], Tensor]) -> None:
+        scale, log_scale = reference.scale_and_log(self.RAW, spec)
+        # Ratios, so that the small ones count as much as the large.
+        assert_close(scale / formula(self.RAW), torch.ones_like(scale))
+        assert_close(log_scale.exp() / scale, torch.ones_like(scale), condition=30.0)
+
+    @pytest.mark.parametrize("spec", SPECS[1:], ids=spec_name)
+    def test_derivative(self, spec: CouplingSpec) -> None:
+        raw = self.RAW.clone().requires_grad_()
+        assert torch.autograd.gradcheck(lambda values: reference.scale_and_log(values, spec)[1], raw)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("spec", [spec for spec in SPECS[1:] if isinstance(spec.scale_map, str)], ids=spec_name)
+    def test_log_is_finite_where_the_scale_underflows(self, spec: CouplingSpec, dtype: torch.dtype) -> None:
+        raw = torch.tensor([-800.0, -110.0, -100.0, 100.0, 110.0, 800.0], dtype=dtype, requires_grad=True)
+        _, log_scale = reference.scale_and_log(raw, spec)
+        assert log_scale.isfinite().all()
+        assert torch.autograd.grad(log_scale.sum(), raw)[0].isfinite().all()
+
+    def test_log_is_not_the_log_of_the_scale(self) -> None:
+        raw = torch.tensor([-800.0, -100.0, 100.0], dtype=torch.float64)
+        _, log_scale = reference.scale_and_log(raw, CouplingSpec())
+        # log sigmoid(z) = z - log(1 + e^z) below, -log(1 + e^-z) = -e^-z above: neither is 0 or -inf.
+        expected = torch.tensor([-798.0, -98.0, -math.exp(-102.0)], dtype=torch.float64)
+        assert_close(log_scale / expected, torch.ones_like(expected))
+
+    def test_unknown_is_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"scale_map: expected one of .* or a callable, found 'relu'"):
+            reference.scale_and_log(self.RAW, CouplingSpec(scale_map="relu"))
+
+
+class TestCoupling:
+    @pytest.mark.parametrize("spec", SPECS, ids=spec_name)
+    @pytest.mark.parametrize("n_transformed", [1, 2, 3])
+    def test_by_the_formula(self, spec: CouplingSpec, n_transformed: int) -> None:
+        u = randn(2, 5, 3, 2)
+        net_out = randn(2, (2 if spec.kind == "affine" else 1) * n_transformed, 3, 2)
+        y, log_det = reference.coupling(u, net_out, spec)
+        n_kept = 5 - n_transformed
+        scale, log_scale = torch.ones(2, n_transformed, 3, 2).double(), torch.zeros(2, n_transformed, 3, 2).double()
+        if spec.kind == "affine":
+            scale, log_scale = reference.scale_and_log(net_out[:, n_transformed:], spec)
+        shift, half = net_out[:, :n_transformed], u[:, n_kept:]
+        expected = (half + shift) * scale if spec.order == "shift_scale" else half * scale + shift
+        assert torch.equal(y[:, :n_kept], u[:, :n_kept])
+        assert_close(y[:, n_kept:], expected)
+        assert_close(log_det, log_scale.sum((1, 2, 3)), condition=6.0 * n_transformed)
+
+    @pytest.mark.parametrize("spec", SPECS, ids=spec_name)
+    @pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4), (2, 4, 2, 3), (1, 2, 2, 1, 3)], ids=str)
+    def test_against_the_jacobian(self, spec: CouplingSpec, shape: tuple[int, ...]) -> None:
+        u, half = randn(*shape), shape[1] // 2
+        net = kept_half_net(2 * half if spec.kind == "affine" else half, shape[1] - half)
+
+        def forward(values: Tensor) -> tuple[Tensor, Tensor]:
+            return reference.coupling(values, net(values[:, : shape[1] - half]), spec)
+
+        y, log_det = forward(u)
+        derivative = jacobian(lambda values: forward(values)[0], u)
+        condition = float(torch.linalg.cond(derivative).max())
+        assert_close(log_det, log_abs_det(derivative), condition * u[0].numel())
+        again, inverse_log_det = reference.coupling_inverse(y, net(y[:, : shape[1] - half]), spec)
+        assert_close(again, u, condition)
+        assert torch.equal(inverse_log_det, -log_det)
+
+    @pytest.mark.parametrize("spec", SPECS, ids=spec_name)
+    def test_gradients(self, spec: CouplingSpec) -> None:
+        n_out = 4 if spec.kind == "affine" else 2
+        leaves = [randn(2, 4, 2).requires_grad_(), randn(2, n_out, 2).requires_grad_()]
+        assert torch.autograd.gradcheck(lambda *values: reference.coupling(*values, spec), leaves)
+        assert torch.autograd.gradcheck(lambda *values: reference.coupling_inverse(*values, spec), leaves)
+
+    @pytest.mark.parametrize("raw", [-30.0, 30.0, -100.0, 100.0])
+    @pytest.mark.parametrize("scale_map", SCALE_MAPS)
+    def test_extreme_scales(self, raw: float, scale_map: str) -> None:
+        u, net_out, spec = randn(2, 2, 3), randn(2, 2, 3), CouplingSpec(scale_map=scale_map)
+        net_out[:, 1] = raw
+        y, log_det = reference.coupling(u, net_out, spec)
+        again, inverse_log_det = reference.coupling_inverse(y, net_out, spec)
+        for value in (y, log_det, again, inverse_log_det):
+            assert value.isfinite().all()
+        assert_close(log_det, 3.0 * reference.scale_and_log(torch.full((2,), raw).double(), spec)[1])
+        assert_close(again, u)  # the scale cancels: only the shift is added and taken away again
+
+    @pytest.mark.parametrize("shape", [(0, 4, 3), (2, 4, 0), (0, 4)], ids=str)
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_nothing_in_nothing_out(self, shape: tuple[int, ...], kind: str) -> None:
+        u = randn(*shape)
+        for function in (reference.coupling, reference.coupling_inverse):
+            y, log_det = function(u, u if kind == "affine" else u[:, :2], CouplingSpec(kind))
+            assert y.shape == shape
+            assert torch.equal(log_det, u.new_zeros(shape[0]))
+
+    @pytest.mark.parametrize("field", ["kind", "order"])
+    def test_unknown_option_is_refused(self, field: str) -> None:
+        spec = CouplingSpec(**{field: "other"})
+        with pytest.raises(ValueError, match=f"{field}: expected one of .* found 'other'"):
+            reference.coupling(randn(1, 2), randn(1, 2), spec)
+
+
+class TestSqueeze:
+    @pytest.mark.parametrize("factor", [1, 2, 3])
+    def test_is_pixel_unshuffle(self, factor: int) -> None:
+        x = randn(2, 3, 2 * factor, 5 * factor)
+        z = reference.squeeze(x, factor)
+        assert torch.equal(z, F.pixel_unshuffle(x, factor))
+        assert torch.equal(reference.unsqueeze(z, factor), F.pixel_shuffle(z, factor))
+
+    def test_order_in_three_dimensions(self) -> None:
+        x = randn(1, 2, 2, 4, 6)
+        z = reference.squeeze(x)
+        assert z.shape == (1, 16, 1, 2, 3)
+        for c, d, h, w in torch.cartesian_prod(*(torch.arange(size) for size in x.shape[1:])).tolist():
+            channel = c * 8 + 4 * (d % 2) + 2 * (h % 2) + w % 2
+            assert z[0, channel, d // 2, h // 2, w // 2] == x[0, c, d, h, w]
+
+    def test_order_in_one_dimension(self) -> None:
+        z = reference.squeeze(torch.arange(6.0).reshape(1, 1, 6), 3)
+        assert torch.equal(z, torch.tensor([[[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]]))
+
+    @pytest.mark.parametrize("shape", [(2, 3), (2, 3, 6), (2, 1, 6, 12), (1, 2, 6, 12, 6), (0, 2, 6), (2, 2, 0, 6)])
+    @pytest.mark.parametrize("factor", [1, 2, 3])
+    def test_round_trip(self, shape: tuple[int, ...], factor: int) -> None:
+        x = randn(*shape)
+        z = reference.squeeze(x, factor)
+        assert z.numel() == x.numel()
+        assert torch.equal(reference.unsqueeze(z, factor), x)
+
+    def test_what_does_not_divide_is_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"x: expected spatial sizes divisible by 2, found shape \(1, 1, 4, 3\)"):
+            reference.squeeze(randn(1, 1, 4, 3))
+        with pytest.raises(ValueError, match=r"x: expected channels divisible by 9, found shape \(1, 12, 2, 2\)"):
+            reference.unsqueeze(randn(1, 12, 2, 2), 3)
+
+
+class TestGaussian:
+    @pytest.mark.parametrize("shape", [(3, 4), (2, 3, 5), (2, 3, 4, 2), (0, 3, 2)], ids=str)
+    def test_log_prob(self, shape: tuple[int, ...]) -> None:
+        per_channel = (1, shape[1], *[1] * (len(shape) - 2))
+        z = randn(*shape)
+        for mean, log_sd in ((randn(*shape), randn(*shape)), (randn(*per_channel), randn(*per_channel))):
+            expected = Normal(mean, log_sd.exp()).log_prob(z).flatten(1).sum(1)
+            got = reference.gaussian_log_prob(z, mean, log_sd)
+            assert_close(got, expected, condition=4.0 * math.prod(shape[1:]))
+
+    def test_extreme_spread_is_finite(self) -> None:
+        log_sd = torch.tensor([[-200.0], [200.0]], dtype=torch.float64)
+        z = torch.zeros(2, 1, dtype=torch.float64)
+        expected = -log_sd[:, 0] - 0.5 * math.log(2.0 * math.pi)
+        assert_close(reference.gaussian_log_prob(z, z, log_sd), expected)
+
+    def test_gradients(self) -> None:
+        leaves = [randn(2, 3, 2).requires_grad_(), randn(1, 3, 1).requires_grad_(), randn(1, 3, 1).requires_grad_()]
+        assert torch.autograd.gradcheck(reference.gaussian_log_prob, leaves)
+        assert torch.autograd.gradcheck(reference.gaussian_sample, leaves)
+
+    def test_sample_is_the_reparametrisation(self) -> None:
+        noise, mean, log_sd = randn(3, 2, 4), randn(1, 2, 1), randn(1, 2, 1)
+        z = reference.gaussian_sample(noise, mean, log_sd)
+        expected = Normal(0.0, 1.0).log_prob(noise).flatten(1).sum(1) - 4.0 * log_sd.sum()
+        assert_close(reference.gaussian_log_prob(z, mean, log_sd), expected, condition=8.0)
+
+
+class TestFlowStep:
+    @pytest.mark.parametrize("spec", SPECS, ids=spec_name)
+    @pytest.mark.parametrize("shape", [(3, 4), (2, 2, 3), (2, 4, 2, 3)], ids=str)
+    def test_against_the_jacobian(self, spec: CouplingSpec, shape: tuple[int, ...]) -> None:
+        x, channels = randn(*shape), shape[1]
+        weight, log_scale, bias = invertible(channels), 0.3 * randn(channels), randn(channels)
+        matrix, offset = reference.fold_actnorm(weight, log_scale, bias)
+        matrix_log_det = torch.linalg.slogdet(weight).logabsdet + log_scale.sum()
+        net = kept_half_net(channels if spec.kind == "affine" else channels // 2, channels // 2)
+
+        z, log_det = reference.flow_step(x, matrix, offset, matrix_log_det, net, spec)
+        u = torch.einsum("ij,nj...->ni...", weight, (x + _column(bias, x)) * _column(log_scale, x).exp())
+        assert_close(z, reference.coupling(u, net(u[:, : channels // 2]), spec)[0], condition=4.0)
+
+        derivative = jacobian(
+            lambda values: reference.flow_step(values, matrix, offset, matrix_log_det, net, spec)[0], x
+        )
+        condition = float(torch.linalg.cond(derivative).max())
+        assert_close(log_det, log_abs_det(derivative), condition * x[0].numel())
+        inverse_matrix = reference.invert_matrix(matrix)
+        again, inverse_log_det = reference.flow_step_inverse(z, inverse_matrix, offset, matrix_log_det, net, spec)
+        assert_close(again, x, condition)
+        assert_close(inverse_log_det, -log_det, condition)
+
+    @pytest.mark.parametrize("spec", SPECS, ids=spec_name)
+    def test_what_lies_between_two_nets(self, spec: CouplingSpec) -> None:
+        u, matrix, offset = randn(2, 4, 3), invertible(4), randn(4)
+        net_out = randn(2, 4 if spec.kind == "affine" else 2, 3)
+        y, log_det = reference.coupling(u, net_out, spec)
+        mixed, mixed_log_det = reference.coupling_mix(u, net_out, matrix, offset, spec)
+        assert_close(mixed, torch.einsum("ij,njp->nip", matrix, y) + offset[:, None])
+        assert torch.equal(mixed_log_det, log_det)
+        back, back_log_det = reference.coupling_mix_inverse(y, net_out, matrix, offset, spec)
+        assert_close(back, torch.einsum("ij,njp->nip", matrix, u - offset[:, None]), condition=100.0)
+        assert_close(back_log_det, -log_det, condition=6.0)
+
+
+def _column(value: Tensor, x: Tensor) -> Tensor:
+    return value.reshape(-1, *[1] * (x.dim() - 2))
