@@ -6,12 +6,13 @@
 namespace pyglow::cuda {
 namespace {
 
-constexpr int thread_rows = 8;                           // output channels of a thread, by `width` positions
-constexpr int max_group = 16 * thread_rows;              // output channels of a block
-constexpr int max_chunk = 32;                            // input channels in shared memory at a time
-constexpr int min_blocks = 2 * 132;                      // blocks that occupy a large GPU
+constexpr int thread_rows = 8;               // output channels of a thread, by `width` positions
+constexpr int max_group = 16 * thread_rows;  // output channels of a block
+constexpr int max_chunk = 32;                // input channels in shared memory at a time
+constexpr int min_blocks = 2 * 132;          // blocks that occupy a large GPU
 
-// How the product is cut: `groups` of output channels by tiles of positions, `chunks` of input channels one after another.
+// How the product is cut: `groups` of output channels by tiles of positions, `chunks` of input channels one after
+// another.
 struct Cut {
   int group, groups, chunk;
   int64_t tiles;
@@ -37,7 +38,8 @@ PYGLOW_HD constexpr int weight_stride(int group) {
 // weights[k * stride + o] = M[out + o, in + k], zero outside M.
 template <class T>
 __device__ __forceinline__ void stage_weights(T* weights, const Product<T>& p, int64_t out, int64_t in, int inputs) {
-  const int group = p.cut.group, stride = weight_stride<T>(group), count = group / 4 * static_cast<int>(round_up(inputs, 8)) * 4;
+  const int group = p.cut.group, stride = weight_stride<T>(group),
+            count = group / 4 * static_cast<int>(round_up(inputs, 8)) * 4;
   for (int e = thread_index(); e < count; e += blockDim.x * blockDim.y) {
     const int block = e / 32, k = block / (group / 4) * 8 + e % 8, o = block % (group / 4) * 4 + e / 8 % 4;
     if (k < inputs)
@@ -72,8 +74,8 @@ __device__ __forceinline__ void store_strided(const Product<T>& p, const T (&sum
   }
 }
 
-// Each thread keeps 8 output channels by 16 bytes of positions in registers; a step of the inner loop reads 16 bytes of x
-// and 8 weights, which the threads of a warp share, from shared memory for 8 * width multiply-adds.
+// Each thread keeps 8 output channels by 16 bytes of positions in registers; a step of the inner loop reads 16 bytes of
+// x and 8 weights, which the threads of a warp share, from shared memory for 8 * width multiply-adds.
 template <class T, bool Vector>
 __global__ void __launch_bounds__(block_threads, 2) product_kernel(const Product<T> p) {
   const int columns = blockDim.x * width<T>, stride = input_stride<T, Vector>(columns);
@@ -100,12 +102,12 @@ __global__ void __launch_bounds__(block_threads, 2) product_kernel(const Product
       fill_offsets(x_offsets, columns, p.args.x, begin, p.args.samples, p.args.positions);
       fill_offsets(u_offsets, columns, p.args.u, begin, p.args.samples, p.args.positions);
     }
-    T sum[thread_rows][width<T>];
+    T total[thread_rows][width<T>];
 #pragma unroll
     for (int k = 0; k < thread_rows; ++k) {
       const T start = p.args.offset != nullptr && out + k < channels ? p.args.offset[out + k] : T(0);
 #pragma unroll
-      for (int i = 0; i < width<T>; ++i) sum[k][i] = start;
+      for (int i = 0; i < width<T>; ++i) total[k][i] = start;
     }
     for (int64_t in = 0; in < channels; in += chunk) {
       const int count = static_cast<int>(smaller<int64_t>(chunk, channels - in));
@@ -113,6 +115,7 @@ __global__ void __launch_bounds__(block_threads, 2) product_kernel(const Product
       if (!loaded) stage_weights(weights, p, first_out, in, count);
       stage<Vector>(inputs, stride, count, columns, p.x, in, channels, p.args.center, x_own, x_offsets);
       __syncthreads();
+      T sum[thread_rows][width<T>] = {};
 #pragma unroll 2
       for (int k = 0; k < count; ++k) {
         Vec<T> x;
@@ -129,10 +132,13 @@ __global__ void __launch_bounds__(block_threads, 2) product_kernel(const Product
 #pragma unroll
           for (int l = 0; l < width<T>; ++l)
 #pragma unroll
-            for (int i = 0; i < width<T>; ++i)
-              sum[o + l][i] = math::mix_term(sum[o + l][i], weight.v[l], x.v[i]);
+            for (int i = 0; i < width<T>; ++i) sum[o + l][i] = math::mix_term(sum[o + l][i], weight.v[l], x.v[i]);
         }
       }
+#pragma unroll
+      for (int k = 0; k < thread_rows; ++k)
+#pragma unroll
+        for (int i = 0; i < width<T>; ++i) total[k][i] += sum[k][i];
     }
     loaded = resident;
     if constexpr (Vector) {
@@ -142,31 +148,32 @@ __global__ void __launch_bounds__(block_threads, 2) product_kernel(const Product
       for (int k = 0; k < thread_rows; ++k) {
         Vec<T> vector;
 #pragma unroll
-        for (int i = 0; i < width<T>; ++i) vector.v[i] = sum[k][i];
+        for (int i = 0; i < width<T>; ++i) vector.v[i] = total[k][i];
         if (out + k < channels) store_vector(p.args.u.data + u_own + (out + k) * p.args.u.channel, vector);
       }
     } else {
-      store_strided(p, sum, out, u_offsets);
+      store_strided(p, total, out, u_offsets);
     }
   }
 }
 
 template <class T, bool Vector>
 int64_t shared_bytes(const Cut& cut, int columns) {
-  const int64_t elements = cut.chunk * weight_stride<T>(cut.group) +
-                           round_up(cut.chunk * input_stride<T, Vector>(columns), width<T>);
-  return elements * static_cast<int64_t>(sizeof(T)) + (Vector ? 0 : 2 * columns * static_cast<int64_t>(sizeof(int64_t)));
+  const int64_t elements =
+      cut.chunk * weight_stride<T>(cut.group) + round_up(cut.chunk * input_stride<T, Vector>(columns), width<T>);
+  return elements * static_cast<int64_t>(sizeof(T)) +
+         (Vector ? 0 : 2 * columns * static_cast<int64_t>(sizeof(int64_t)));
 }
 
 }  // namespace
 
-// Grid: tiles of 16 to 128 16-byte columns by groups of up to 128 output channels, groups fastest so that the tile's second
-// reader finds it in L2; at most max_blocks, which then loop. Wide tiles for few channels keep blocks at 64 to 256 threads;
-// they shrink while there are fewer blocks than a large GPU runs at once.
-// Occupancy: up to 80 registers (float), so 3 blocks of 256 threads on a multiprocessor; at most 43 KB of shared memory,
-// which is never the tighter limit. All of a chunk's loads are in flight together, so 3 blocks hide the latency.
-// Bound: memory up to about C = 64 (C / 4 multiply-adds for each float moved), then the multiply-add units; x is read once
-// up to C = 128 and ceil(C / 128) times above, mostly from L2.
+// Grid: tiles of 16 to 128 16-byte columns by groups of up to 128 output channels, groups fastest so that the tile's
+// second reader finds it in L2; at most max_blocks, which then loop. Wide tiles for few channels keep blocks at 64 to
+// 256 threads; they shrink while there are fewer blocks than a large GPU runs at once. Occupancy: up to 80 registers
+// (float), so 3 blocks of 256 threads on a multiprocessor; at most 43 KB of shared memory, which is never the tighter
+// limit. All of a chunk's loads are in flight together, so 3 blocks hide the latency. Bound: memory up to about C = 64
+// (C / 4 multiply-adds for each float moved), then the multiply-add units; x is read once up to C = 128 and ceil(C /
+// 128) times above, mostly from L2.
 template <class T>
 int mix_product(const MixProduct<T>& args, void* stream) {
   const int64_t total = args.samples * args.positions, channels = args.channels;
@@ -184,8 +191,8 @@ int mix_product(const MixProduct<T>& args, void* stream) {
   cut.tiles = tiles();
   const Product<T> product = {args, tile_source(args.x, args.positions), cut,
                               has_vector_channels(read_only(args.u), channels)};
-  const bool vector = has_vector_columns(args.x, args.positions) &&
-                      has_vector_columns(read_only(args.u), args.positions);
+  const bool vector =
+      has_vector_columns(args.x, args.positions) && has_vector_columns(read_only(args.u), args.positions);
   const int64_t blocks = smaller(cut.tiles * cut.groups, max_blocks);
   const int columns = x * width<T>;
   if (vector)
@@ -200,9 +207,9 @@ template <class T>
 int channel_mix(const ChannelMixArgs<T>& args, void* stream) {
   const T* const center = args.subtract_first ? args.offset : nullptr;
   const T* const offset = args.subtract_first ? nullptr : args.offset;
-  return mix_product<T>({args.x, args.matrix, args.channels, 1, center, offset, args.u, args.samples, args.channels,
-                         args.positions},
-                        stream);
+  return mix_product<T>(
+      {args.x, args.matrix, args.channels, 1, center, offset, args.u, args.samples, args.channels, args.positions},
+      stream);
 }
 
 template int channel_mix<float>(const ChannelMixArgs<float>&, void*);

@@ -1,5 +1,5 @@
-// CUDA schedule of the channel mixing's gradients: grad_x is a product like the forward one, grad_M and grad_c are sums over
-// all positions, formed in two stages without atomics so that two runs give the same bits.
+// CUDA schedule of the channel mixing's gradients: grad_x is a product like the forward one, grad_M and grad_c are sums
+// over all positions, formed in two stages without atomics so that two runs give the same bits.
 #include "core.h"
 #include "cuda/mix_product.cuh"
 #include "cuda/tile.cuh"
@@ -7,15 +7,15 @@
 namespace pyglow::cuda {
 namespace {
 
-constexpr int micro = 4;                                         // a thread's share: micro outputs by micro inputs
-constexpr int max_side = block_threads >= 256 ? 16 : 8;          // such shares along a side of a block's part of grad_M
+constexpr int micro = 4;                                 // a thread's share: micro outputs by micro inputs
+constexpr int max_side = block_threads >= 256 ? 16 : 8;  // such shares along a side of a block's part of grad_M
 constexpr int reduce_columns = 32;
 constexpr int reduce_rows = larger(block_threads / reduce_columns, 1);
 constexpr int64_t wanted_blocks = 4 * 132;
 
-// How the sums are cut. grad_M falls into parts * parts square parts of side * micro channels; positions fall into tiles,
-// tile t belonging to split t % splits. A block sums one part over one split, its threads being groups that share each
-// tile's columns.
+// How the sums are cut. grad_M falls into parts * parts square parts of side * micro channels; positions fall into
+// tiles, tile t belonging to split t % splits. A block sums one part over one split, its threads being groups that
+// share each tile's columns.
 struct Split {
   int side, parts, groups, threads, columns;
   int64_t tiles, splits;
@@ -69,7 +69,8 @@ __device__ __forceinline__ void put(const Sums<T>& s, int64_t split, int64_t o, 
 template <class T, bool Vector>
 __global__ void __launch_bounds__(block_threads, 2) sums_kernel(const Sums<T> s) {
   const int side = s.split.side, share = side * side, rows = side * micro;
-  const int columns = s.split.columns, stride = columns * width<T> + width<T>;  // + width: rows begin in different banks
+  const int columns = s.split.columns,
+            stride = columns * width<T> + width<T>;  // + width: rows begin in different banks
   const int threads = blockDim.x * blockDim.y, thread = thread_index();
   const int group = thread / share, in_group = thread - group * share;
   const int b = in_group / side, a = in_group - b * side;  // outputs b + k side, inputs a + k side
@@ -115,8 +116,7 @@ __global__ void __launch_bounds__(block_threads, 2) sums_kernel(const Sums<T> s)
 #pragma unroll
           for (int l = 0; l < micro; ++l)
 #pragma unroll
-            for (int i = 0; i < width<T>; ++i)
-              tile_sum[k][l] = math::mix_term(tile_sum[k][l], u.v[i], x[l].v[i]);
+            for (int i = 0; i < width<T>; ++i) tile_sum[k][l] = math::mix_term(tile_sum[k][l], u.v[i], x[l].v[i]);
         }
       }
 #pragma unroll
@@ -142,7 +142,8 @@ __global__ void __launch_bounds__(block_threads, 2) sums_kernel(const Sums<T> s)
 #pragma unroll
     for (int k = 0; k < micro; ++k)
 #pragma unroll
-      for (int l = 0; l < micro; ++l) group_sums[(group * micro * micro + k * micro + l) * share + in_group] = sum[k][l];
+      for (int l = 0; l < micro; ++l)
+        group_sums[(group * micro * micro + k * micro + l) * share + in_group] = sum[k][l];
   }
   __syncthreads();
   for (int e = thread; e < micro * micro * share; e += threads) {
@@ -166,14 +167,16 @@ __global__ void __launch_bounds__(block_threads, 2) sums_kernel(const Sums<T> s)
 // The second stage: sums of the partials over the splits, 32 of them by `reduce_rows` shares of the splits in a block.
 template <class T>
 __global__ void __launch_bounds__(block_threads) reduce_kernel(const Sums<T> s) {
-  PYGLOW_SHARED(double, shares, reduce_columns * reduce_rows);
+  PYGLOW_SHARED(double, shares, reduce_columns* reduce_rows);
   const int64_t size = (s.channels + 1) * s.channels;
-  for (int64_t first = blockIdx.x * int64_t{reduce_columns}; first < size; first += gridDim.x * int64_t{reduce_columns}) {
+  for (int64_t first = blockIdx.x * int64_t{reduce_columns}; first < size;
+       first += gridDim.x * int64_t{reduce_columns}) {
     const int64_t at = first + threadIdx.x;
     double sum = 0;
     if (at < size) {
 #pragma unroll 8
-      for (int64_t split = threadIdx.y; split < s.split.splits; split += reduce_rows) sum += s.partials[split * size + at];
+      for (int64_t split = threadIdx.y; split < s.split.splits; split += reduce_rows)
+        sum += s.partials[split * size + at];
     }
     __syncthreads();  // the shares of the previous sums have been read
     shares[thread_index()] = sum;
@@ -206,20 +209,20 @@ int64_t channel_mix_backward_scratch(int64_t samples, int64_t channels, int64_t 
   return split.splits > 1 ? split.splits * (channels + 1) * channels * static_cast<int64_t>(sizeof(double)) : 0;
 }
 
-// Grid: splits of the positions by parts of grad_M of up to 64 by 64, parts fastest so that they find their tiles in L2;
-// about wanted_blocks in all, fewer where there are fewer tiles or the partial sums would pass 16 MB (C = 768: 3 splits of
-// 144 parts). Above C = 1448 one split remains and writes the result itself.
-// Occupancy: up to 128 registers and 38 KB of shared memory, so 2 blocks of 144 to 256 threads on a multiprocessor; a tile's
-// loads are all in flight together, and one block's arithmetic hides the other's loads.
-// Bound: memory up to about C = 48 (2 C floats read for C^2 multiply-adds), then the multiply-add units. The second stage
-// reads at most 16 MB, usually below a hundredth of the input.
+// Grid: splits of the positions by parts of grad_M of up to 64 by 64, parts fastest so that they find their tiles in
+// L2; about wanted_blocks in all, fewer where there are fewer tiles or the partial sums would pass 16 MB (C = 768: 3
+// splits of 144 parts). Above C = 1448 one split remains and writes the result itself. Occupancy: up to 128 registers
+// and 38 KB of shared memory, so 2 blocks of 144 to 256 threads on a multiprocessor; a tile's loads are all in flight
+// together, and one block's arithmetic hides the other's loads. Bound: memory up to about C = 48 (2 C floats read for
+// C^2 multiply-adds), then the multiply-add units. The second stage reads at most 16 MB, usually below a hundredth of
+// the input.
 template <class T>
 int channel_mix_backward(const ChannelMixBackwardArgs<T>& args, void* scratch, void* stream) {
   const int64_t channels = args.channels;
   if (channels == 0) return cudaSuccess;
-  const int error = mix_product<T>({args.grad_u, args.matrix, 1, channels, nullptr, nullptr, args.grad_x, args.samples,
-                                    channels, args.positions},
-                                   stream);
+  const int error = mix_product<T>(
+      {args.grad_u, args.matrix, 1, channels, nullptr, nullptr, args.grad_x, args.samples, channels, args.positions},
+      stream);
   if (error != cudaSuccess) return error;
   const Split split = split_of<T>(args.samples, channels, args.positions);
   const Sums<T> sums = {tile_source(args.x, args.positions),

@@ -79,9 +79,7 @@ Strided<const T> read_only(const Strided<T>& x) {
 
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-__device__ __forceinline__ int thread_index() {
-  return static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
-}
+__device__ __forceinline__ int thread_index() { return static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x); }
 
 // The sum over the threads of a block, in thread 0; always added in the same order. Whole warps, all threads call it.
 __device__ __forceinline__ double block_sum(double value) {

@@ -1,9 +1,9 @@
 // Tiles of (N, C, P) tensors in shared memory: some channels (rows) by some positions (columns).
 //
-// Positions are numbered through all samples, j = n P + p, so that small images fill tiles as well as large ones do. A block
-// of threads is (columns / width, any): in the vector path thread x owns the 16-byte column x of a tile and reads it from
-// memory as it is; in the strided path the offsets of all columns are in a table in shared memory, and the threads walk
-// the tile in the order of the addresses, whichever dimension that is.
+// Positions are numbered through all samples, j = n P + p, so that small images fill tiles as well as large ones do. A
+// block of threads is (columns / width, any): in the vector path thread x owns the 16-byte column x of a tile and reads
+// it from memory as it is; in the strided path the offsets of all columns are in a table in shared memory, and the
+// threads walk the tile in the order of the addresses, whichever dimension that is.
 #pragma once
 #include "cuda/device.cuh"
 #include "math/channel_mix.h"
