@@ -36,7 +36,7 @@ $(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py CMakeLists.txt $(NATIVE)
 	@touch $@
 
 demo: venv
-	$(BIN)/python -m pyglow_fast demo --out runs/demo
+	$(BIN)/python -m pyglow_fast demo --overwrite --out runs/demo
 
 # The checks come first, so that the suite's own summary is the last line.
 test: lint

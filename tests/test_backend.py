@@ -225,7 +225,7 @@ def test_info_knows_every_op_of_the_extension() -> None:
     """A kernel that info does not list would be reported nowhere."""
     module = _backend.require()
     ops = [name for name in dir(torch.ops.pyglow_fast) if not name.startswith("_") and hasattr(module, name)]
-    kernels = {name.removesuffix("_backward") for name in ops}
+    kernels = set(ops) - {f"{name}_backward" for name in ops}
     assert kernels, "the ops are defined when the package is imported"
     assert kernels <= set(info.KERNELS.values())
 

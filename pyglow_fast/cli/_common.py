@@ -1,0 +1,116 @@
+"""What the commands share: a parser that reports in one line, argument types, and what tells bad input from bugs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from pyglow_fast._errors import expect
+from pyglow_fast.data import Yardstick
+from pyglow_fast.models import Glow
+from pyglow_fast.train import Checkpoint, RunFolder, Score, load_model, resolve_device
+
+
+class InputError(Exception):
+    """Something the user gave is wrong; the message says what, what was expected and what was found."""
+
+
+@contextmanager
+def user_input() -> Iterator[None]:
+    """Around the part of a command that looks at what the user gave: a ValueError there is the user's to mend.
+
+    Errors raised outside of it are bugs and keep their traceback.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, like all others of this command.
+
+    Options must be written out: an abbreviation that works today would be ambiguous with tomorrow's options.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **({"allow_abbrev": False} | options))
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and exit with 2."""
+        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def whole(text: str) -> int:
+    """An int, for argparse."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, found {text!r}") from None
+
+
+def number(text: str) -> float:
+    """A float, for argparse."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, found {text!r}") from None
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """RUN, and which of its checkpoints."""
+    parser.add_argument("run", metavar="RUN", help="the folder of a run")
+    parser.add_argument(
+        "--best", action="store_true", help="the checkpoint with the best held-out bits/dim, not the last"
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (default)")
+
+
+def open_run(args: argparse.Namespace) -> tuple[RunFolder, Checkpoint, Glow]:
+    """The run that ``add_run`` parsed, its checkpoint, and the model on the device asked for.
+
+    Raises:
+        ValueError: it is no run, or what it holds does not fit together.
+    """
+    folder = RunFolder(args.run)
+    device = resolve_device(args.device)
+    checkpoint = folder.load(args.best)
+    return folder, checkpoint, load_model(checkpoint, str(folder.path), device)
+
+
+def picture_path(text: str) -> Path:
+    """Where a picture will go, checked before anything is computed.
+
+    Raises:
+        ValueError: the folder is not there, or the name is not that of a PNG file.
+    """
+    path = Path(text)
+    expect(path.suffix.lower() == ".png", "out", "a name ending in .png", repr(text))
+    expect(path.parent.is_dir(), "out", "a file in an existing folder", repr(text))
+    expect(not path.is_dir(), "out", "a file", f"a folder, {text!r}")
+    expect(os.access(path.parent, os.W_OK), "out", "a file in a folder that can be written", repr(text))
+    return path
+
+
+def stream(device: torch.device, seed: int) -> torch.Generator:
+    """A generator on ``device``."""
+    return torch.Generator(device).manual_seed(seed)
+
+
+def table(scores: dict[str, Score], yardsticks: tuple[Yardstick, ...] | list[Yardstick] = ()) -> str:
+    """Scores and yardsticks as aligned lines."""
+    rows = [
+        (name, f"{score.mean:.3f}", f"± {score.standard_error:.3f} bits/dim, {score.images} images")
+        for name, score in scores.items()
+    ]
+    rows += [(item.name, f"{item.bits_per_dim:.3f}", f"bits/dim, {item.how}") for item in yardsticks]
+    width = max(len(name) for name, _, _ in rows)
+    return "\n".join(f"  {name.ljust(width)}  {value:>7}  {rest}" for name, value, rest in rows)

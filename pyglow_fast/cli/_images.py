@@ -1,0 +1,49 @@
+"""Which images of DATA a command looks at: the run's own held-out ones, or others altogether."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+from pyglow_fast._errors import expect
+from pyglow_fast.data import DATA_HELP, DataConfig, ImageSet, load_data, split
+from pyglow_fast.models import Glow
+from pyglow_fast.train import Checkpoint, check_fits
+
+PARTS = ("held-out", "train", "all")
+
+
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """DATA and which part of it."""
+    parser.add_argument("data", metavar="DATA", help=f"{DATA_HELP}; prepared as the run's own images were")
+    parser.add_argument("--part", choices=PARTS, help="default: held-out of the run's own images, all of any others")
+
+
+def config_for(name: str, stored: DataConfig, model: Glow) -> DataConfig:
+    """How ``name`` is prepared to fit a model trained on ``stored``."""
+    if name.partition(":")[0] == stored.name.partition(":")[0]:
+        return replace(stored, name=name)
+    plain = DataConfig(name, held_out=stored.held_out)
+    if not name.startswith("folder:"):
+        return plain
+    channels, *sides = model.config.image_shape
+    expect(len(set(sides)) == 1 and channels in (1, 3), "data", f"images of shape {(channels, *sides)}", repr(name))
+    return replace(plain, size=sides[0], gray=channels == 1)
+
+
+def images_of(args: argparse.Namespace, checkpoint: Checkpoint, model: Glow) -> tuple[ImageSet, ImageSet | None, str]:
+    """(the images to look at, the run's training images or None if DATA is not the run's, the part in words).
+
+    Raises:
+        ValueError: images that do not fit the model, or a part that they do not have.
+    """
+    config = checkpoint.config
+    data = load_data(config_for(args.data, config.data, model))
+    check_fits(model, data, checkpoint.data.n_bins)
+    own = data.fingerprint() == checkpoint.data.fingerprint
+    part = args.part or ("held-out" if own else "all")
+    if not own:
+        expect(part == "all", "part", "all, since these are not the images of the run", part)
+        return data, None, part
+    train, held_out = (data.subset(index) for index in split(data, config.data.held_out, config.seed))
+    return {"held-out": held_out, "train": train, "all": data}[part], train, part

@@ -1,0 +1,51 @@
+"""The ``pyglow-fast`` command: one module a subcommand, errors in one line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from pyglow_fast.cli import demo, evaluate, info, reconstruct, sample, train
+from pyglow_fast.cli._common import InputError, Parser
+from pyglow_fast.data import MissingExtraError
+from pyglow_fast.train import FolderError, TrainingDivergedError
+
+COMMANDS: tuple[ModuleType, ...] = (train, sample, evaluate, reconstruct, demo, info)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = Parser(prog="pyglow-fast", description="Glow normalizing flows: train, sample, evaluate.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command", parser_class=Parser)
+    for command in COMMANDS:
+        command.add(commands)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: the arguments; those of the process if None.
+
+    Returns:
+        0; 1 if training diverged; 2 for bad input or a missing library; 128 + N if signal N ended a run (saved).
+    """
+    try:
+        args = parser().parse_args(argv)
+    except SystemExit as stop:  # argparse printed its error, or the help
+        return stop.code if isinstance(stop.code, int) else 2
+    try:
+        code: int = args.run_command(args)
+    except (InputError, FolderError, MissingExtraError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except TrainingDivergedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    return code

@@ -1,0 +1,37 @@
+"""``pyglow-fast evaluate``: bits per dimension of a trained model beside the yardsticks."""
+
+from __future__ import annotations
+
+import argparse
+
+from pyglow_fast._errors import expect
+from pyglow_fast.cli._common import add_run, open_run, table, user_input, whole
+from pyglow_fast.cli._images import add_images, images_of
+from pyglow_fast.data import measure_yardsticks
+from pyglow_fast.train import evaluate
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the command."""
+    about = "bits per dimension of a trained model"
+    parser = commands.add_parser("evaluate", help=about, description=about)
+    parser.set_defaults(run_command=run)
+    add_run(parser)
+    add_images(parser)
+    parser.add_argument("--batch-size", type=whole, metavar="N", default=64, help="images at a time (64)")
+    parser.add_argument("--seed", type=whole, metavar="N", default=0, help="of the dequantisation noise (0)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate; returns the exit code."""
+    with user_input():
+        expect(args.batch_size >= 1, "batch_size", "a positive whole number", args.batch_size)
+        expect(0 <= args.seed < 2**63, "seed", "a whole number, 0 or more", args.seed)
+        _, checkpoint, model = open_run(args)
+        images, train, part = images_of(args, checkpoint, model)
+    score = evaluate(model, images, args.batch_size, args.seed)
+    print(f"{args.run} at step {checkpoint.progress['step']} on {images.name}, {part}:")
+    print(table({"model": score}, measure_yardsticks(train, images)))
+    if train is None:
+        print("  (no histogram model: these are not the images of the run, so there is no training part to fit it on)")
+    return 0

@@ -1,0 +1,20 @@
+"""``pyglow-fast info``: versions, what was built, and which backend runs what."""
+
+from __future__ import annotations
+
+import argparse
+
+from pyglow_fast import info
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the command."""
+    about = "versions, what was built, and which backend each op uses"
+    parser = commands.add_parser("info", help=about, description=about)
+    parser.set_defaults(run_command=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the facts; returns the exit code."""
+    print(info.report())
+    return 0

@@ -1,0 +1,56 @@
+"""``pyglow-fast reconstruct``: images, and what comes back when they are encoded and decoded."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from pyglow_fast._errors import expect
+from pyglow_fast.cli._common import add_run, open_run, picture_path, user_input, whole
+from pyglow_fast.cli._images import add_images, images_of
+from pyglow_fast.train import save_grid, to_levels
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the command."""
+    about = "encode and decode images; print the error"
+    parser = commands.add_parser("reconstruct", help=about, description=about)
+    parser.set_defaults(run_command=run)
+    add_run(parser)
+    add_images(parser)
+    parser.add_argument(
+        "--out", required=True, metavar="PNG", help="the picture: originals above their reconstructions"
+    )
+    parser.add_argument("--n", type=whole, metavar="N", default=16, help="at most so many images (16)")
+
+
+@torch.no_grad()
+def run(args: argparse.Namespace) -> int:
+    """Reconstruct; returns the exit code."""
+    with user_input():
+        expect(args.n >= 1, "n", "a positive whole number", args.n)
+        out = picture_path(args.out)
+        _, checkpoint, model = open_run(args)
+        images, _, part = images_of(args, checkpoint, model)
+    levels = images.levels[: args.n]
+    parameter = next(model.parameters())
+    x = (levels.to(parameter) + 0.5) / images.n_bins - 0.5  # the middle of each level's interval
+    back = model.decode(model.encode(x))
+    error = float((back - x).abs().max())
+    found = to_levels(back, images.n_bins).cpu()
+    changed = int((found != levels).sum())
+    columns = min(len(levels), 16)
+    rows = [
+        picture[first : first + columns]
+        for first in range(0, len(levels), columns)
+        for picture in (levels.long(), found)
+    ]
+    # Every row but the last pair is full; blank images keep originals and reconstructions in line.
+    padded = [torch.cat([row, row.new_zeros(columns - len(row), *row.shape[1:])]) for row in rows]
+    save_grid(torch.cat(padded), images.n_bins, out, columns)
+    print(
+        f"{len(levels)} images of {images.name}, {part}: max |decode(encode(x)) - x| = {error:.3g} "
+        f"({error * images.n_bins:.2g} levels), {changed} of {levels.numel()} levels changed: {out}"
+    )
+    return 0

@@ -1,0 +1,109 @@
+"""What a bits/dim figure is worth: simple models and codecs measured on the same held-out images."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyglow_fast._errors import expect
+from pyglow_fast.data._optional import optional
+from pyglow_fast.data.image_set import ImageSet
+
+# PNG at its highest effort runs at some MB/s, so of a large set only the first images are coded; the result says so.
+PNG_MAX_VALUES = 1 << 24
+_COUNTS_MAX = 1 << 24  # counters held at a time by the histogram model
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """A figure to set beside a model's: ``bits_per_dim`` of ``images`` images, and in words how it was had."""
+
+    name: str
+    bits_per_dim: float
+    images: int
+    how: str
+
+
+def histogram_bits_per_dim(train: ImageSet, test: ImageSet) -> float:
+    """Mean bits/dim of ``test`` under independent categorical pixels, p[d, v] = (count[d, v] + 1) / (N + n_bins).
+
+    Args:
+        train: the images that are counted, N of them.
+        test: the images that are coded; of the same shape and n_bins.
+
+    Raises:
+        ValueError: the sets differ in shape or n_bins.
+    """
+    expect(test.image_shape == train.image_shape, "test", f"images of shape {train.image_shape}", test.image_shape)
+    expect(test.n_bins == train.n_bins, "test", f"n_bins {train.n_bins}", test.n_bins)
+    n_bins, chunk = train.n_bins, max(1, _COUNTS_MAX // train.n_bins)
+    seen, coded = train.levels.flatten(1), test.levels.flatten(1)
+    nats = 0.0
+    for start in range(0, train.n_dims, chunk):
+        fit, held = seen[:, start : start + chunk], coded[:, start : start + chunk]
+        offset = torch.arange(fit.shape[1]) * n_bins
+        counts = torch.zeros(fit.shape[1] * n_bins, dtype=torch.int64)
+        for row in fit:
+            counts[row + offset] += 1  # one image touches each counter once, so no index repeats
+        log_p = torch.log((counts.double() + 1) / (len(train) + n_bins))
+        nats -= sum(float(log_p[row + offset].sum()) for row in held)
+    return nats / (math.log(2.0) * len(test) * test.n_dims)
+
+
+def _layouts(levels: Tensor) -> Iterator[Tensor]:
+    """All images in one picture (H, W, C): as a near-square sheet and as one column."""
+    n, channels, height, width = levels.shape
+    columns = max(1, math.isqrt(n))
+    while n % columns:  # a divisor, so that no padding is coded
+        columns -= 1
+    for across in {columns, 1}:
+        grid = levels.reshape(n // across, across, channels, height, width).permute(0, 3, 1, 4, 2)
+        yield grid.reshape(n // across * height, across * width, channels)
+
+
+def png_bits_per_dim(test: ImageSet) -> tuple[float, int]:
+    """(bits/dim, number of images) of one PNG that holds all images of ``test``, so that headers are paid once.
+
+    The smallest of several lossless encodings counts: sheet or column, filtered or not, every zlib strategy, level 9;
+    levels are stored as they are (0..n_bins-1). At most the first PNG_MAX_VALUES values are coded.
+
+    Raises:
+        MissingExtraError: Pillow is not installed.
+    """
+    pil = optional("PIL.Image", "the PNG yardstick")
+    count = min(len(test), max(1, PNG_MAX_VALUES // test.n_dims))
+    levels = test.levels[:count]
+    if test.image_shape[0] not in (1, 3):  # PNG has no such pixels: one grey picture a channel
+        levels = levels.flatten(0, 1).unsqueeze(1)
+    sizes = []
+    for layout in _layouts(levels):
+        height, width, channels = layout.shape
+        mode = "L" if channels == 1 else "RGB"
+        image = pil.frombytes(mode, (width, height), layout.contiguous().numpy().tobytes())
+        variants = [image]
+        if channels == 1:  # Pillow filters grey rows and leaves palette rows alone: with few levels that can be smaller
+            plain = pil.frombytes("P", image.size, image.tobytes())
+            plain.putpalette(bytes(value for level in range(test.n_bins) for value in (level, level, level)))
+            variants.append(plain)
+        for variant in variants:
+            for strategy in range(4):
+                buffer = io.BytesIO()
+                variant.save(buffer, "PNG", compress_level=9, compress_type=strategy)
+                sizes.append(buffer.tell())
+    return 8.0 * min(sizes) / (count * test.n_dims), count
+
+
+def measure_yardsticks(train: ImageSet | None, test: ImageSet) -> list[Yardstick]:
+    """The histogram model fitted on ``train`` (left out if None) and PNG, both measured on ``test``."""
+    found = []
+    if train is not None:
+        how = f"per-pixel categorical with add-one smoothing, fitted on {len(train)} training images"
+        found.append(Yardstick("histogram", histogram_bits_per_dim(train, test), len(test), how))
+    bits, count = png_bits_per_dim(test)
+    found.append(Yardstick("PNG", bits, count, f"one optimised PNG of {count} tiled images"))
+    return found

@@ -1,0 +1,174 @@
+"""One dataclass that decides a whole training run, checked on construction and kept as JSON in the run folder."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from pyglow_fast._errors import expect
+from pyglow_fast.data import DataConfig
+from pyglow_fast.models import GlowConfig
+
+OPTIMIZERS = ("adam", "adamax")
+# What a resumed run may change: how long it goes on and what it shows, but nothing that decides the weights of a step.
+ADJUSTABLE = frozenset(
+    {"max_steps", "max_epochs", "max_minutes", "device"}
+    | {f"{what}_every" for what in ("log", "eval", "save", "sample")}
+    | {"eval_images", "sample_count", "sample_temperature"}
+)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a training run.
+
+    Args:
+        data: which images; see DataConfig.
+        model: the architecture; its image_shape must be that of the images.
+        class_conditional: condition the top prior on the labels; the model's n_classes must then be that of the data.
+        optimizer: "adam" or "adamax".
+        lr: learning rate after warm-up.
+        warmup_steps: the learning rate rises linearly over the first so many steps.
+        decay_steps: the learning rate then falls along half a cosine, to a hundredth at this step; None: it stays.
+        weight_decay: decoupled for adam (AdamW); 0 for adamax.
+        clip_norm: gradients are scaled down to this norm (of the loss in bits/dim); None for no clipping.
+        batch_size: images a step.
+        init_images: images that the data-dependent initialisation sees.
+        max_steps, max_epochs, max_minutes: the run ends at whichever comes first; at least one must be given.
+        seed: of the split, the initial weights, the order of the images and the dequantisation noise.
+        threads: of torch on the CPU; None: as many as torch chooses. Another number sums in another order.
+        device: "cpu", "cuda", "cuda:N" or "auto" (cuda where there is one).
+        log_every, eval_every, save_every, sample_every: in steps.
+        eval_images: at most so many images of each side of the split are evaluated during training (all at the end).
+        sample_count, sample_temperature: of samples.png.
+
+    Raises:
+        ValueError: a value of the wrong type or out of its range, or parts that do not fit each other.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: GlowConfig = field(default_factory=GlowConfig)
+    class_conditional: bool = False
+    optimizer: str = "adam"
+    lr: float = 1e-3
+    warmup_steps: int = 100
+    decay_steps: int | None = None
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+    batch_size: int = 64
+    init_images: int = 256
+    max_steps: int | None = 10_000
+    max_epochs: int | None = None
+    max_minutes: float | None = None
+    seed: int = 0
+    threads: int | None = None
+    device: str = "auto"
+    log_every: int = 20
+    eval_every: int = 500
+    save_every: int = 500
+    sample_every: int = 500
+    eval_images: int = 1000
+    sample_count: int = 64
+    sample_temperature: float = 0.7
+
+    def __post_init__(self) -> None:
+        expect(isinstance(self.data, DataConfig), "data", "a DataConfig", type(self.data).__name__)
+        expect(isinstance(self.model, GlowConfig), "model", "a GlowConfig", type(self.model).__name__)
+        flag = self.class_conditional
+        expect(isinstance(flag, bool), "class_conditional", "true or false", flag)
+        expect(self.optimizer in OPTIMIZERS, "optimizer", f"one of {OPTIMIZERS}", repr(self.optimizer))
+        check_device(self.device)
+        for name in ("batch_size", "init_images", "eval_images", "sample_count"):
+            self._check_int(name, 1)
+        for name in ("log_every", "eval_every", "save_every", "sample_every"):
+            self._check_int(name, 1)
+        self._check_int("warmup_steps", 0)
+        self._check_int("seed", 0)
+        self._check_number("lr", positive=True)
+        self._check_number("weight_decay")
+        self._check_number("sample_temperature")
+        decay_ok = self.weight_decay == 0.0 or self.optimizer == "adam"
+        expect(decay_ok, "weight_decay", "0 with optimizer 'adamax'", self.weight_decay)
+        for name in ("max_steps", "max_epochs", "decay_steps", "threads"):
+            if getattr(self, name) is not None:
+                self._check_int(name, 1)
+        for name in ("clip_norm", "max_minutes"):
+            if getattr(self, name) is not None:
+                self._check_number(name, positive=True)
+        limits = (self.max_steps, self.max_epochs, self.max_minutes)
+        expect(any(limit is not None for limit in limits), "max_steps", "a limit, or max_epochs or max_minutes", "none")
+        conditioned = self.model.n_classes is not None
+        expect(conditioned == flag, "model", "n_classes exactly if class_conditional", self.model.n_classes)
+        no_cond = self.model.cond_channels == 0
+        expect(no_cond, "model", "cond_channels=0 (image sources give no condition)", self.model.cond_channels)
+
+    def _check_int(self, name: str, low: int) -> None:
+        value = getattr(self, name)
+        ok = isinstance(value, int) and not isinstance(value, bool) and low <= value < 2**63
+        expect(ok, name, "a positive whole number" if low else "a whole number, 0 or more", value)
+
+    def _check_number(self, name: str, positive: bool = False) -> None:
+        value = getattr(self, name)
+        ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        ok = ok and (value > 0 if positive else value >= 0)
+        expect(ok, name, "a positive number" if positive else "a number, 0 or more", value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict; :meth:`from_dict` reads it back."""
+        flat = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {**flat, "data": asdict(self.data), "model": self.model.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The inverse of :meth:`to_dict`; missing keys keep their defaults.
+
+        Raises:
+            ValueError: an unknown key, or a value that is refused.
+        """
+        expect(isinstance(values, Mapping), "config", "a mapping", type(values).__name__)
+        for name, kind, given in (("config", cls, values), ("data", DataConfig, values.get("data", {}))):
+            expect(isinstance(given, Mapping), name, "a mapping", type(given).__name__)
+            unknown = sorted(set(given) - {item.name for item in fields(kind)})
+            expect(not unknown, name, "known keys", ", ".join(unknown))
+        parsed = dict(values)
+        if "data" in values:
+            parsed["data"] = DataConfig(**values["data"])
+        if "model" in values:
+            parsed["model"] = GlowConfig.from_dict(values["model"])
+        return cls(**parsed)
+
+    def changes(self, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
+        """{dotted name: (value here, value there)} of everything that differs."""
+        here, there = flatten(self.to_dict()), flatten(other.to_dict())
+        return {name: (here[name], there[name]) for name in here if here[name] != there[name]}
+
+    def adjusted(self, **values: Any) -> TrainConfig:
+        """With other values for fields that a resumed run may change.
+
+        Raises:
+            ValueError: a field that would make the resumed run another run.
+        """
+        for name, value in values.items():
+            fixed = name not in ADJUSTABLE and getattr(self, name) != value
+            expect(not fixed, name, f"{getattr(self, name)!r}, as the run was started with", repr(value))
+        return replace(self, **{name: value for name, value in values.items() if name in ADJUSTABLE})
+
+
+def check_device(name: str) -> None:
+    """Refuse what is not a name of a device; whether there is such a device is not asked."""
+    known = isinstance(name, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is not None
+    expect(known, "device", "'auto', 'cpu', 'cuda' or 'cuda:N'", repr(name))
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"model": {"hidden": 1}} -> {"model.hidden": 1}."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

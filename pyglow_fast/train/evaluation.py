@@ -1,0 +1,87 @@
+"""Bits per dimension of a model over a set of images, with its standard error."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from pyglow_fast._errors import expect
+from pyglow_fast.data import ImageSet
+from pyglow_fast.models import Glow
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean bits/dim over ``images`` images and the standard error of that mean over the images."""
+
+    mean: float
+    standard_error: float
+    images: int
+
+
+def device_of(model: Glow) -> torch.device:
+    """Where the model's parameters are."""
+    return next(model.parameters()).device
+
+
+def labels_for(model: Glow, labels: torch.Tensor | None) -> torch.Tensor | None:
+    """Labels on the model's device, or None for a model without classes.
+
+    Raises:
+        ValueError: a model with classes and images without labels.
+    """
+    if model.config.n_classes is None:
+        return None
+    expect(labels is not None, "data", "images with labels, since the model has classes", "none")
+    assert labels is not None
+    return labels.to(device_of(model))
+
+
+def check_fits(model: Glow, data: ImageSet, n_bins: int) -> None:
+    """Refuse images that are not of the model's shape, or not of the number of levels that it was trained on."""
+    expect(
+        data.image_shape == model.config.image_shape,
+        "data",
+        f"images of shape {tuple(model.config.image_shape)}, as the model was trained on",
+        data.image_shape,
+    )
+    expect(data.n_bins == n_bins, "data", f"n_bins {n_bins}, as the model was trained on", data.n_bins)
+    n_classes = model.config.n_classes
+    if n_classes is not None:
+        found = len(data.class_names)
+        expect(found == n_classes, "data", f"{n_classes} classes, as the model was trained on", found)
+
+
+@torch.no_grad()
+def evaluate(model: Glow, data: ImageSet, batch_size: int, seed: int, limit: int | None = None) -> Score:
+    """Score ``data`` with dequantisation noise drawn from ``seed``, the same at every call.
+
+    Args:
+        model: put in evaluation mode for the call.
+        data: the images; all if ``limit`` is None, else at most the first ``limit``.
+        batch_size: images at a time.
+        seed: of the noise.
+        limit: most images to look at.
+
+    Raises:
+        ValueError: images that do not fit the model.
+    """
+    check_fits(model, data, data.n_bins)
+    device = device_of(model)
+    generator = torch.Generator(device).manual_seed(seed)
+    count = len(data) if limit is None else min(limit, len(data))
+    was_training = model.training
+    model.eval()
+    try:
+        bits = []
+        for start in range(0, count, batch_size):
+            levels, labels = data.batch(torch.arange(start, min(start + batch_size, count)))
+            y = labels_for(model, labels)
+            bits.append(model.bits_per_dim(levels.to(device), data.n_bins, y=y, generator=generator).double().cpu())
+    finally:
+        model.train(was_training)
+    values = torch.cat(bits)
+    error = float(values.std() / math.sqrt(count)) if count > 1 else math.nan
+    return Score(float(values.mean()), error, count)

@@ -1,0 +1,46 @@
+"""Writing so that a reader, or the next run after a crash, never sees half a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+TEMPORARY = ".partial"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path in the same folder; on success it is flushed to the disk and takes the place of ``path``.
+
+    On an exception it is removed and ``path`` is as it was. A crash leaves at most a ``*.partial`` file, which nothing
+    reads and the next write replaces.
+    """
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        yield temporary
+        temporary.chmod(mode)  # some writers (safetensors) make files that only the owner can read
+        _sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the rename itself must survive a power cut; Windows cannot open a folder
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace ``path`` by ``text``."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

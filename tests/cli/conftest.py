@@ -1,0 +1,43 @@
+"""One small trained run that all tests of the commands look at, and a copy of it for those that change something."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from pyglow_fast.cli import main
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small only get slower with more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> list[str]:
+    """Options of the smallest model there is, and of a run that does not look at much."""
+    model = ["--levels", "1", "--steps", "2", "--hidden", "4"]
+    return [*model, "--device", "cpu", "--eval-images", "32", "--sample-count", "4"]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
+    """A class-conditional run on the digits, 20 steps long. Not to be changed."""
+    out = tmp_path_factory.mktemp("runs") / "digits"
+    command = ["train", "digits", "--out", str(out), "--quiet", "--max-steps", "20", "--class-conditional", *tiny]
+    assert main(command) == 0
+    return out
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may spoil."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))

@@ -1,0 +1,287 @@
+"""Every wrong call: one line with the argument, what was expected and what was found; exit code 2; nothing made."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from pyglow_fast.cli import main
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with good and bad images in it."""
+    monkeypatch.chdir(tmp_path)
+    for name, side, count in (("good", 16, 4), ("odd", 12, 4), ("small", 8, 1), ("corrupt", 16, 1), ("flat", 16, 1)):
+        Path(name).mkdir()
+        for i in range(count):
+            Image.fromarray(np.full((side, side, 3), 40 * i, dtype=np.uint8)).save(f"{name}/{i}.png")
+    Path("corrupt/bad.jpg").write_bytes(b"\xff\xd8\xff no more")
+    Path("empty").mkdir()
+    Path("full").mkdir()
+    Path("full/thesis.tex").write_text("x")
+    Path("file").write_text("x")
+    return tmp_path
+
+
+FOLDER = ["--size", "16", "--levels", "1", "--steps", "1", "--hidden", "4"]
+TRAIN = [
+    (["mnist"], "data: expected 'digits' or 'folder:PATH', found 'mnist'"),
+    (["folder:"], "data: expected 'digits' or 'folder:PATH', found 'folder:'"),
+    (["folder:none"], "folder: expected an existing folder, found 'none'"),
+    (["folder:file"], "folder: expected an existing folder, found 'file' (a file)"),
+    (["folder:empty"], "folder: expected a folder with images that Pillow reads, found none in 'empty'"),
+    (["folder:corrupt", *FOLDER], "corrupt/bad.jpg: expected an image that Pillow can decode, found .*"),
+    (["folder:small", *FOLDER], "small/0.png: expected an image of at least 16x16, found 8x8"),
+    (["folder:flat", *FOLDER], "data: expected at least 2 images (or groups of images) to hold some out, found 1"),
+    (
+        ["folder:odd", "--size", "12", "--levels", "3"],
+        "image_shape: expected sides divisible by 2^n_levels = 8, found (3, 12, 12)",
+    ),
+    (["folder:good", "--n-bits", "9"], "n_bits: expected a value in 1..8, found 9"),
+    (["folder:good", "--n-bits", "0"], "n_bits: expected a value in 1..8, found 0"),
+    (["folder:good", "--n-bits", "five"], "argument --n-bits: expected a whole number, found 'five' .*"),
+    (["folder:good", "--size", "-4"], "size: expected a positive number, found -4"),
+    (["folder:good", "--split-by", "class"], "split_by: expected one of ('file', 'folder'), found 'class'"),
+    (
+        ["folder:good", "--class-conditional", *FOLDER],
+        "class_conditional: expected images with labels, found none in folder:good",
+    ),
+    (
+        ["folder:good", "--gray", "--color"],
+        "argument --color: not allowed with argument --gray (see pyglow-fast train --help)",
+    ),
+    (
+        ["digits", "--n-bits", "4"],
+        "n_bits: expected no such option for digits (its images are 8x8, grey, with 17 levels), found 4",
+    ),
+    (["digits", "--size", "16"], "size: expected no such option for digits .*, found 16"),
+    (["digits", "--levels", "4"], "image_shape: expected sides divisible by 2^n_levels = 16, found (1, 8, 8)"),
+    (["digits", "--levels", "0"], "n_levels: expected a positive int, found 0"),
+    (["digits", "--steps", "-3"], "n_steps: expected a positive int, found -3"),
+    (["digits", "--hidden", "0"], "hidden: expected a positive int, found 0"),
+    (["digits", "--coupling", "linear"], "coupling: expected one of ('affine', 'additive'), found 'linear'"),
+    (["digits", "--permutation", "none"], "permutation: expected one of .*, found 'none'"),
+    (["digits", "--scale-map", "relu"], "scale_map: expected one of .*, found 'relu'"),
+    (["digits", "--optimizer", "sgd"], "optimizer: expected one of ('adam', 'adamax'), found 'sgd'"),
+    (["digits", "--lr", "0"], "lr: expected a positive number, found 0.0"),
+    (["digits", "--lr", "fast"], "argument --lr: expected a number, found 'fast' .*"),
+    (["digits", "--clip", "-1"], "clip_norm: expected a positive number, found -1.0"),
+    (["digits", "--clip", "1", "--no-clip"], "argument --no-clip: not allowed with argument --clip .*"),
+    (["digits", "--warmup", "-1"], "warmup_steps: expected a whole number, 0 or more, found -1"),
+    (["digits", "--batch-size", "0"], "batch_size: expected a positive whole number, found 0"),
+    (["digits", "--batch-size", "2000"], "batch_size: expected at most the 1617 training images, found 2000"),
+    (["digits", "--max-steps", "0"], "max_steps: expected a positive whole number, found 0"),
+    (["digits", "--max-epochs", "0"], "max_epochs: expected a positive whole number, found 0"),
+    (["digits", "--max-minutes", "-2"], "max_minutes: expected a positive number, found -2.0"),
+    (["digits", "--seed", "-1"], "seed: expected a whole number, 0 or more, found -1"),
+    (["digits", "--held-out", "1"], "held_out: expected a fraction between 0 and 1, found 1.0"),
+    (["digits", "--eval-every", "0"], "eval_every: expected a positive whole number, found 0"),
+    (["digits", "--temperature", "-0.5"], "sample_temperature: expected a number, 0 or more, found -0.5"),
+    (["digits", "--device", "gpu"], "device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', found 'gpu'"),
+    (["digits", "--device", "cuda:99"], "device: expected a device that torch finds, found 'cuda:99' with .*"),
+    (["digits", "--speed", "9"], "unrecognized arguments: --speed 9 (see pyglow-fast --help)"),
+    (["digits", "--resume", "--overwrite"], "argument --overwrite: not allowed with argument --resume .*"),
+    (["digits", "--resume"], "run: expected the folder of a run, found 'out', which does not exist"),
+]
+
+
+def refused(command: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command exits with 2 and prints exactly one line, ``error: message``, where ``.*`` stands for anything."""
+    capsys.readouterr()
+    assert main(command) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    pattern = ".*".join(re.escape(part) for part in message.split(".*"))
+    assert re.fullmatch(f"error: {pattern}\n", captured.err), captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), TRAIN, ids=lambda value: " ".join(value) if type(value) is list else ""
+)
+def test_train(place: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(["train", *arguments, "--out", "out"], message, capsys)
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("file", "out: expected a folder, found a file, 'file'"),
+        ("file/run", "out: expected a folder that can be made, found .*file' is a file"),
+        ("full", "out: expected a new or empty folder, or a run, found 'full', which holds ['thesis.tex']"),
+    ],
+)
+def test_train_out(place: Path, out: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(["train", "digits", "--overwrite", "--out", out], message, capsys)
+    assert Path("file").read_text() == "x"
+    assert os.listdir("full") == ["thesis.tex"]
+
+
+def test_train_out_that_cannot_be_written(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a patch, since root may write anywhere."""
+
+    def refuse(*args: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied", "out")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    message = "out: expected a folder that can be written, found [Errno 13] Permission denied: 'out'"
+    refused(["train", "digits", "--quiet", "--out", "out"], message, capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND (see pyglow-fast --help)"),
+        (["fly"], "argument COMMAND: invalid choice: 'fly' .*"),
+        (["train"], "the following arguments are required: DATA, --out (see pyglow-fast train --help)"),
+        (["sample"], "the following arguments are required: RUN, --out (see pyglow-fast sample --help)"),
+        (["demo"], "the following arguments are required: --out (see pyglow-fast demo --help)"),
+        (["demo", "--out", "out", "--minutes", "0"], "max_minutes: expected a positive number, found 0.0"),
+        (["demo", "--out", "full"], "out: expected a new or empty folder, or a run, found 'full', .*"),
+    ],
+)
+def test_commands(place: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(arguments, message, capsys)
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--n", "0"], "n: expected a positive whole number, found 0"),
+        (["--columns", "-1"], "columns: expected a positive whole number, found -1"),
+        (["--scale", "0"], "scale: expected a positive whole number, found 0"),
+        (["--temperature", "-1"], "temperature: expected a number, 0 or more, found -1.0"),
+        (["--temperature", "nan"], "temperature: expected a number, 0 or more, found nan"),
+        (["--seed", "-1"], "seed: expected a whole number, 0 or more, found -1"),
+        (["--label", "ten"], "label: expected one of 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, found 'ten'"),
+        (["--out", "x.jpg"], "out: expected a name ending in .png, found 'x.jpg'"),
+        (["--out", "none/x.png"], "out: expected a file in an existing folder, found 'none/x.png'"),
+        (["--device", "tpu"], "device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', found 'tpu'"),
+    ],
+)
+def test_sample(
+    trained: Path, place: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(["sample", str(trained), "--out", "x.png", *arguments], message, capsys)
+    assert not list(place.glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["mnist"], "data: expected 'digits' or 'folder:PATH', found 'mnist'"),
+        (["folder:empty"], "folder: expected a folder with images that Pillow reads, found none in 'empty'"),
+        (["folder:good"], "data: expected n_bins 17, as the model was trained on, found 256"),
+        (["digits", "--batch-size", "0"], "batch_size: expected a positive whole number, found 0"),
+        (["digits", "--part", "half"], "argument --part: invalid choice: 'half' .*"),
+    ],
+)
+def test_evaluate(
+    trained: Path, place: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(["evaluate", str(trained), *arguments], message, capsys)
+
+
+def test_evaluate_a_folder_run_on_digits(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [*FOLDER, "--batch-size", "2", "--max-steps", "1", "--quiet"]
+    assert main(["train", "folder:good", "--out", "out", *options]) == 0
+    shape = "data: expected images of shape (3, 16, 16), as the model was trained on, found (1, 8, 8)"
+    refused(["evaluate", "out", "digits"], shape, capsys)
+    part = "part: expected all, since these are not the images of the run, found train"
+    Image.new("RGB", (16, 16)).save("flat/1.png")
+    refused(["evaluate", "out", "folder:flat", "--part", "train"], part, capsys)
+    no_classes = "label: expected no label, since the model has no classes, found 1"
+    refused(["sample", "out", "--out", "x.png", "--label", "1"], no_classes, capsys)
+
+
+def test_reconstruct(trained: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["reconstruct", str(trained), "digits", "--out"]
+    refused([*command, "x.png", "--n", "0"], "n: expected a positive whole number, found 0", capsys)
+    refused([*command, "x"], "out: expected a name ending in .png, found 'x'", capsys)
+
+
+def _edit_config(run: Path) -> None:
+    values = json.loads((run / "config.json").read_text())
+    values["model"]["hidden"] = 8
+    (run / "config.json").write_text(json.dumps(values))
+
+
+def _foreign(run: Path) -> None:
+    save_file(load_file(run / "checkpoint.safetensors"), run / "checkpoint.safetensors")
+
+
+def _truncate(run: Path) -> None:
+    os.truncate(run / "checkpoint.safetensors", 1000)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_truncate, ".*checkpoint.safetensors: expected a complete safetensors file, found .*"),
+        (_foreign, ".*checkpoint.safetensors: expected a checkpoint of pyglow_fast, found another safetensors file"),
+        (lambda run: (run / "checkpoint.safetensors").unlink(), "run: expected a checkpoint .*, found none in .*"),
+        (lambda run: (run / "config.json").unlink(), "run: expected the folder of a run (with config.json), found .*"),
+        (
+            lambda run: (run / "config.json").write_text("{"),
+            ".*config.json: expected a configuration as JSON, found .*",
+        ),
+        (_edit_config, ".*config.json: expected model.hidden = 4, as in checkpoint.safetensors, found 8"),
+    ],
+)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["sample", "run", "--out", "x.png"],
+        ["evaluate", "run", "digits"],
+        ["reconstruct", "run", "digits", "--out", "x.png"],
+        ["train", "digits", "--out", "run", "--resume"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_spoilt_run(
+    run: Path,
+    command: list[str],
+    spoil: Callable[[Path], Any],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(run.parent)
+    spoil(run)
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    refused(command, message, capsys)
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["digits", "--lr", "0.5"], "lr: expected .*, as the run was started with, found 0.5"),
+        (["digits", "--hidden", "8"], "hidden: expected 4, as the run was started with, found 8"),
+        (["digits", "--held-out", "0.3"], "held_out: expected 0.1, as the run was started with, found 0.3"),
+        (["folder:x"], "data: expected 'digits', as the run was started with, found 'folder:x'"),
+    ],
+)
+def test_resume(run: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(["train", *arguments, "--out", str(run), "--resume"], message, capsys)
+
+
+def test_a_missing_library(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # None makes the import fail
+    message = 'matplotlib is needed for training and cannot be imported (.*): pip install "pyglow-fast[demo]"'
+    refused(["train", "digits", "--out", "out"], message, capsys)
+    assert not Path("out").exists()

@@ -1,0 +1,216 @@
+"""What each command does when all is well."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pyglow_fast.cli import main
+from pyglow_fast.train import RunFolder, TrainConfig
+
+
+def figure(text: str, name: str) -> float:
+    """The number in the line that begins with ``name``."""
+    found = re.search(rf"^\s*{re.escape(name)}\s+([-\d.]+)", text, re.MULTILINE)
+    assert found is not None, text
+    return float(found.group(1))
+
+
+def test_the_command_end_to_end(tiny: list[str], tmp_path: Path) -> None:
+    """As a user runs it: another process, relative paths, then on from where it stopped."""
+    command = [sys.executable, "-m", "pyglow_fast"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    train = [*command, "train", "digits", "--out", "r", *tiny, "--max-steps", "30"]
+    train += ["--warmup", "0", "--eval-every", "20", "--eval-images", "200"]
+    first = subprocess.run(train, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert first.returncode == 0, first.stderr
+    assert [line.split(":")[0] for line in first.stdout.splitlines()[:3]] == ["step 0", "step 20", "step 30"]
+    assert figure(first.stdout, "held-out, untrained") > figure(first.stdout, "held-out")
+    assert figure(first.stdout, "histogram") == 2.430
+    assert figure(first.stdout, "PNG") > 3
+    again = subprocess.run(train, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 2
+    assert again.stderr == "error: out: expected a new folder (or resume or overwrite), found a run in 'r'\n"
+    assert again.stdout == ""
+
+
+def test_sample(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures = []
+    for name, options in [
+        ("a", ["--seed", "1"]),
+        ("b", ["--seed", "1"]),
+        ("c", ["--seed", "2"]),
+        ("d", ["--seed", "1", "--label", "3", "--label", "4"]),
+        ("e", ["--seed", "1", "--temperature", "0"]),
+    ]:
+        out = tmp_path / f"{name}.png"
+        command = ["sample", str(trained), "--n", "6", "--columns", "3", "--scale", "2", "--out", str(out), *options]
+        assert main(command) == 0
+        with Image.open(out) as picture:
+            assert picture.size == (3 * 18 + 2, 2 * 18 + 2)
+            pictures.append(np.asarray(picture).tobytes())
+    assert pictures[0] == pictures[1]
+    assert len(set(pictures)) == 4
+    assert "6 samples at temperature 0.7" in capsys.readouterr().out
+
+
+def test_samples_come_in_batches(trained: Path, tmp_path: Path) -> None:
+    assert main(["sample", str(trained), "--n", "70", "--out", str(tmp_path / "x.png"), "--scale", "1"]) == 0
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.size == (10 * 10 + 2, 7 * 10 + 2)  # a column for each class
+
+
+def test_evaluate(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(trained), "digits"]) == 0
+    text = capsys.readouterr().out
+    assert "at step 20 on digits, held-out:" in text
+    assert "180 images" in text
+    assert figure(text, "histogram") == 2.430
+    report = RunFolder(trained).report.read_text()
+    held_out = float(re.search(r'"held_out": \{\s*"mean": ([\d.]+)', report).group(1))  # type: ignore[union-attr]
+    assert figure(text, "model") == pytest.approx(held_out, abs=0.05)  # other noise
+    assert main(["evaluate", str(trained), "digits", "--part", "all", "--best"]) == 0
+    assert "1797 images" in capsys.readouterr().out
+
+
+def test_evaluate_on_other_images(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generator = np.random.default_rng(0)
+    for folder in ("own", "other"):
+        (tmp_path / folder).mkdir()
+        for i in range(10):
+            Image.fromarray(generator.integers(0, 256, (8, 8), dtype=np.uint8)).save(tmp_path / folder / f"{i}.png")
+    options = ["--size", "4", "--gray", "--n-bits", "3", "--batch-size", "4", "--max-epochs", "1", "--quiet"]
+    own, other = (f"folder:{tmp_path / name}" for name in ("own", "other"))
+    assert main(["train", own, "--out", str(tmp_path / "r"), *options, *tiny]) == 0
+    config = RunFolder(tmp_path / "r").load().config
+    assert config.model.image_shape == (1, 4, 4)
+    assert config.data.n_bits == 3
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "r"), own]) == 0
+    assert "1 images" in capsys.readouterr().out
+    assert main(["evaluate", str(tmp_path / "r"), other]) == 0
+    text = capsys.readouterr().out
+    assert "10 images" in text
+    assert "no histogram model" in text
+
+
+def test_resume_after_the_images_moved(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "here").mkdir()
+    for i in range(8):
+        Image.new("L", (8, 8), 30 * i).save(tmp_path / "here" / f"{i}.png")
+    train = ["--out", str(tmp_path / "r"), "--size", "8", "--gray", "--batch-size", "4", "--quiet", *tiny]
+    assert main(["train", f"folder:{tmp_path / 'here'}", "--max-steps", "2", *train]) == 0
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = ["train", f"folder:{tmp_path / 'there'}", "--max-steps", "4", "--resume", *train]
+    with monkeypatch.context() as patch:
+        patch.setattr("pyglow_fast.train.state.TrainState.step", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):  # after config.json was written and before any new checkpoint
+            main(moved)
+    assert main(moved) == 0
+    assert RunFolder(tmp_path / "r").load().config.data.name.endswith("there")
+    Image.new("L", (8, 8), 1).save(tmp_path / "there" / "new.png")
+    assert main(moved) == 2
+    assert "data: expected the images that the run was started with" in capsys.readouterr().err
+
+
+def test_reconstruct(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reconstruct", str(trained), "digits", "--n", "20", "--out", str(tmp_path / "x.png")]) == 0
+    text = capsys.readouterr().out
+    error = float(re.search(r"= ([\d.e+-]+)", text).group(1))  # type: ignore[union-attr]
+    assert error < 1e-4
+    assert "0 of 1280 levels changed" in text
+    with Image.open(tmp_path / "x.png") as picture:
+        pixels = np.asarray(picture)
+    row = 66  # 8 pixels, 8 times enlarged, and 2 between the images
+    assert pixels.shape[:2] == (4 * row + 2, 16 * row + 2)
+    assert np.array_equal(pixels[:row], pixels[row : 2 * row])  # 16 images above their reconstructions
+    assert np.array_equal(pixels[2 * row : 3 * row], pixels[3 * row : 4 * row])  # and the other four
+    assert pixels[row:].max() == 255
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    assert torch.__version__ in capsys.readouterr().out
+
+
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--out", str(tmp_path / "r"), "--minutes", "0.001", "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert "training on 1617 handwritten digits; 180 are held out" in text
+    for name in ("held-out, untrained", "held-out", "train", "histogram", "PNG"):
+        assert figure(text, name) > 0
+    assert (tmp_path / "r" / "samples.png").is_file()
+    assert main(["demo", "--out", str(tmp_path / "r")]) == 2
+
+
+def test_resume_by_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["train", "digits", "--out", str(run), "--resume", "--quiet", "--max-steps", "23", "--hidden", "4"]
+    assert main(command) == 0
+    assert "23 steps" in capsys.readouterr().out
+    assert RunFolder(run).load().progress["step"] == 23
+
+
+@pytest.mark.parametrize("limit", ["--max-epochs", "--max-minutes"])
+def test_a_given_limit_replaces_the_preset_one(tiny: list[str], tmp_path: Path, limit: str) -> None:
+    command = ["train", "digits", "--out", str(tmp_path / "r"), "--quiet", limit, "0.001" if "min" in limit else "1"]
+    assert main([*command, *tiny, "--batch-size", "800"]) == 0
+    config: TrainConfig = RunFolder(tmp_path / "r").load().config
+    assert config.max_steps is None
+    assert config.decay_steps is None
+
+
+def test_the_preset_suits_adamax_too(tiny: list[str], tmp_path: Path) -> None:
+    command = ["train", "digits", "--out", str(tmp_path / "r"), "--quiet", "--max-steps", "1", "--optimizer", "adamax"]
+    assert main([*command, *tiny]) == 0
+    config = RunFolder(tmp_path / "r").load().config
+    assert (config.optimizer, config.weight_decay, config.decay_steps) == ("adamax", 0.0, 1)
+
+
+def test_divergence_exits_with_1(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hopeless = ["--lr", "1e6", "--warmup", "0", "--no-clip", "--max-steps", "50", "--quiet"]
+    assert main(["train", "digits", "--out", str(tmp_path / "r"), *hopeless, *tiny]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: training diverged at step ")
+    assert "the last good checkpoint" in error
+    assert "try: a lower learning rate" in error
+    assert main(["sample", str(tmp_path / "r"), "--out", str(tmp_path / "x.png")]) == 0  # what is kept can be used
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_the_process(tiny: list[str], tmp_path: Path, signum: int, code: int) -> None:
+    command = [sys.executable, "-m", "pyglow_fast", "train", "digits", "--out", str(tmp_path / "r"), *tiny]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, "--log-every", "1"], env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        metrics = tmp_path / "r" / "metrics.csv"
+        until = time.monotonic() + 60
+        while time.monotonic() < until and not (metrics.exists() and len(metrics.read_text().splitlines()) > 4):
+            time.sleep(0.05)
+        process.send_signal(signum)
+        _, error = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == code
+    assert "Traceback" not in error
+    assert RunFolder(tmp_path / "r").load().progress["step"] >= 3
+
+
+def test_a_bug_keeps_its_traceback(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug(*args: object, **options: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("pyglow_fast.cli.sample.save_grid", bug)
+    with pytest.raises(ValueError, match="a bug"):
+        main(["sample", str(trained), "--out", str(tmp_path / "x.png")])

@@ -1,0 +1,107 @@
+"""ImageSet and the held-out split."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from pyglow_fast.data import ImageSet, split
+
+
+def images(n: int = 20, **fields: Any) -> ImageSet:
+    levels = torch.arange(n, dtype=torch.uint8).reshape(n, 1, 1, 1).expand(n, 3, 4, 2).contiguous()
+    return ImageSet("test", levels, 256, **fields)
+
+
+def test_shape_and_subset() -> None:
+    data = images(5, labels=torch.tensor([0, 1, 0, 1, 1]), class_names=("a", "b"), groups=tuple("vwxyz"))
+    assert (data.image_shape, data.n_dims, len(data)) == ((3, 4, 2), 24, 5)
+    part = data.subset([4, 1])
+    assert part.levels[:, 0, 0, 0].tolist() == [4, 1]
+    assert part.labels is not None
+    assert part.labels.tolist() == [1, 1]
+    assert part.groups == ("z", "w")
+    levels, labels = data.batch(torch.tensor([2]))
+    assert levels[0, 0, 0, 0] == 2
+    assert labels is not None
+    assert labels.tolist() == [0]
+
+
+def test_split_is_a_partition_that_only_data_and_seed_decide() -> None:
+    data = images(50)
+    train, held_out = split(data, 0.2, seed=3)
+    assert len(held_out) == 10
+    assert torch.cat([train, held_out]).sort().values.tolist() == list(range(50))
+    torch.manual_seed(999)  # the global generator has no say
+    again = split(images(50), 0.2, seed=3)
+    assert torch.equal(train, again[0])
+    assert torch.equal(held_out, again[1])
+    assert not torch.equal(held_out, split(data, 0.2, seed=4)[1])
+
+
+def test_split_does_not_change_with_versions() -> None:
+    """Written down, so that a change of the drawing is noticed: resumed runs would train on what they held out."""
+    assert split(images(10), 0.3, seed=0)[1].tolist() == [1, 4, 7]
+
+
+def test_groups_never_part() -> None:
+    groups = tuple(f"photo{i // 5}" for i in range(30))
+    data = images(30, groups=groups)
+    train, held_out = split(data, 0.3, seed=1)
+    assert len(held_out) == 10
+    assert not {groups[i] for i in train} & {groups[i] for i in held_out}
+
+
+def test_a_large_group_leaves_something_to_train_on() -> None:
+    train, held_out = split(images(10, groups=("a",) * 9 + ("b",)), 0.9, seed=0)
+    assert len(train) > 0
+    assert len(held_out) > 0
+
+
+def test_fingerprint_sees_every_part() -> None:
+    base = images(6, labels=torch.zeros(6, dtype=torch.int64), class_names=("a", "b"))
+    same = images(6, labels=torch.zeros(6, dtype=torch.int64), class_names=("a", "b"))
+    assert base.fingerprint() == same.fingerprint()
+    changed_level = base.levels.clone()
+    changed_level[3, 2, 1, 0] += 1
+    others = [
+        ImageSet("test", changed_level, 256, base.labels, base.class_names),
+        ImageSet("test", base.levels, 255, base.labels, base.class_names),
+        ImageSet("test", base.levels.reshape(6, 3, 2, 4), 256, base.labels, base.class_names),
+        ImageSet("test", base.levels, 256, torch.tensor([0, 0, 0, 1, 0, 0]), base.class_names),
+        ImageSet("test", base.levels, 256, base.labels, base.class_names, tuple("abcdef")),
+        base.subset([1, 0, 2, 3, 4, 5]),
+    ]
+    assert len({base.fingerprint(), *(other.fingerprint() for other in others)}) == 1 + len(others)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"levels": torch.zeros(2, 1, 2, 2)}, "levels: expected dtype uint8, found torch.float32"),
+        ({"levels": torch.zeros(2, 2, 2, dtype=torch.uint8)}, r"levels: expected shape \(N, C, H, W\)"),
+        ({"levels": torch.zeros(0, 1, 2, 2, dtype=torch.uint8)}, "levels: expected at least one image"),
+        ({"n_bins": 3}, r"levels: expected values in 0..2 \(n_bins=3\), found a value of 4"),
+        ({"n_bins": 257}, "n_bins: expected a value in 2..256, found 257"),
+        ({"groups": ("a",)}, "groups: expected 2 keys, found 1"),
+        ({"labels": torch.tensor([0])}, r"labels: expected shape \(2,\)"),
+        ({"labels": torch.tensor([0, 2]), "class_names": ("a", "b")}, "labels: expected values in 0..1, found 0..2"),
+    ],
+)
+def test_refusals(fields: dict[str, Any], message: str) -> None:
+    values = {"name": "test", "levels": torch.full((2, 1, 2, 2), 4, dtype=torch.uint8), "n_bins": 16} | fields
+    with pytest.raises(ValueError, match=message):
+        ImageSet(**values)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
+def test_split_refuses_fractions(fraction: float) -> None:
+    with pytest.raises(ValueError, match="held_out: expected a fraction between 0 and 1"):
+        split(images(), fraction, seed=0)
+
+
+def test_split_refuses_one_group() -> None:
+    with pytest.raises(ValueError, match=r"data: expected at least 2 images \(or groups of images\)"):
+        split(images(4, groups=("a",) * 4), 0.5, seed=0)

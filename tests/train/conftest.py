@@ -1,0 +1,60 @@
+"""A run that is as small as a run can be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from pyglow_fast import GlowConfig
+from pyglow_fast.data import DataConfig, ImageSet
+from pyglow_fast.train import TrainConfig
+
+TINY_MODEL: dict[str, Any] = {"image_shape": (1, 4, 4), "n_levels": 1, "n_steps": 2, "hidden": 4}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small only get slower with more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tiny_config() -> Callable[..., TrainConfig]:
+    """TrainConfig of a tiny model; keywords replace its fields. The data's name is not looked at: tests pass images."""
+
+    def make(**fields: Any) -> TrainConfig:
+        values = {
+            "data": DataConfig("digits", held_out=0.25),
+            "model": GlowConfig(**TINY_MODEL),
+            "batch_size": 8,
+            "init_images": 16,
+            "max_steps": 12,
+            "warmup_steps": 4,
+            "log_every": 2,
+            "eval_every": 4,
+            "save_every": 3,
+            "sample_every": 6,
+            "eval_images": 8,
+            "sample_count": 4,
+            "device": "cpu",
+        }
+        return TrainConfig(**(values | fields))
+
+    return make
+
+
+@pytest.fixture
+def tiny_images(monkeypatch: pytest.MonkeyPatch) -> ImageSet:
+    """40 images of 4x4 with 5 levels, which also take the place of whatever a configuration names."""
+    generator = torch.Generator().manual_seed(1)
+    ramp = torch.arange(4).expand(40, 1, 4, 4)
+    levels = (ramp + torch.randint(2, (40, 1, 4, 4), generator=generator)).to(torch.uint8)
+    data = ImageSet("tiny", levels, 5, torch.arange(40) % 2, ("even", "odd"))
+    monkeypatch.setattr("pyglow_fast.train.loop.load_data", lambda config: data)
+    return data

@@ -1,0 +1,248 @@
+"""Checkpoints: what goes in comes out; a crash, a truncated or a foreign file never passes for one."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from pyglow_fast import Glow, GlowConfig
+from pyglow_fast.data import ImageSet
+from pyglow_fast.train import Checkpoint, TrainConfig, TrainState
+
+MakeConfig = Callable[..., TrainConfig]
+
+
+@pytest.fixture
+def state(tiny_config: MakeConfig, tiny_images: ImageSet) -> TrainState:
+    state = TrainState(tiny_config(class_conditional=True, model=GlowConfig(**MODEL, n_classes=2)), tiny_images)
+    state.initialize()
+    for _ in range(3):
+        state.step()
+    return state
+
+
+MODEL: dict[str, Any] = {"image_shape": (1, 4, 4), "n_levels": 1, "n_steps": 2, "hidden": 4}
+
+
+def assert_same_checkpoint(actual: Checkpoint, expected: Checkpoint) -> None:
+    for part in ("model", "optimizer", "generators"):
+        found, wanted = getattr(actual, part), getattr(expected, part)
+        assert set(found) == set(wanted)
+        for name, tensor in wanted.items():
+            assert found[name].dtype == tensor.dtype
+            assert torch.equal(found[name], tensor), f"{part}.{name}"
+    for part in ("config", "progress", "data", "optimizer_groups"):
+        assert getattr(actual, part) == getattr(expected, part)
+
+
+def test_round_trip(state: TrainState, tmp_path: Path) -> None:
+    saved = state.checkpoint()
+    saved.save(tmp_path / "x.safetensors")
+    assert_same_checkpoint(Checkpoint.load(tmp_path / "x.safetensors"), saved)
+    assert {name.partition(".")[0] for name in saved.optimizer} == {"step", "exp_avg", "exp_avg_sq"}
+    assert saved.generators.keys() == {"torch", "noise.cpu"}
+
+
+def test_the_file_is_safetensors_with_a_json_header(state: TrainState, tmp_path: Path) -> None:
+    state.checkpoint().save(tmp_path / "x.safetensors")
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        header = json.loads(file.metadata()["pyglow_fast"])
+        assert header["progress"]["step"] == 3
+        assert header["data"]["class_names"] == ["even", "odd"]
+        assert "model.levels.0.steps.0.actnorm.bias" in file.keys()  # noqa: SIM118 (not a mapping)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamax"])
+def test_a_restored_state_takes_the_same_steps(
+    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, optimizer: str
+) -> None:
+    config = tiny_config(optimizer=optimizer)
+    state = TrainState(config, tiny_images)
+    state.initialize()
+    state.step()
+    state.checkpoint().save(tmp_path / "x.safetensors")
+    expected = [state.step() for _ in range(8)]  # more than an epoch
+    torch.rand(7)  # whatever the generator did meanwhile
+    other = TrainState(config, tiny_images)
+    other.restore(Checkpoint.load(tmp_path / "x.safetensors"), "x")
+    assert [other.step() for _ in range(8)] == expected
+    assert_same_checkpoint(other.checkpoint(), state.checkpoint())
+
+
+def test_a_crash_in_the_middle_of_writing_keeps_the_old_file(
+    state: TrainState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.safetensors"
+    old = state.checkpoint()
+    old.save(path)
+    old = Checkpoint.load(path)
+    state.step()
+
+    def half(tensors: dict[str, torch.Tensor], name: str, metadata: dict[str, str]) -> None:
+        save_file(tensors, name, metadata)
+        os.truncate(name, os.path.getsize(name) // 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pyglow_fast.train.checkpoint.save_file", half)
+    with pytest.raises(KeyboardInterrupt):
+        state.checkpoint().save(path)
+    assert_same_checkpoint(Checkpoint.load(path), old)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_killed_process_keeps_the_old_file(state: TrainState, tmp_path: Path) -> None:
+    """Nothing is cleaned up then: the half-written temporary file stays, is not read, and the next save succeeds."""
+    path = tmp_path / "x.safetensors"
+    state.checkpoint().save(path)
+    program = f"""
+import os
+from pathlib import Path
+from pyglow_fast.train.files import replacing
+with replacing(Path({str(path)!r})) as temporary:
+    temporary.write_bytes(b"half")
+    os._exit(9)
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 9
+    assert len(list(tmp_path.iterdir())) == 2
+    assert Checkpoint.load(path).progress["step"] == 3
+    state.step()
+    state.checkpoint().save(path)
+    assert Checkpoint.load(path).progress["step"] == 4
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.001, 0.3, 0.999])
+def test_truncated(state: TrainState, tmp_path: Path, fraction: float) -> None:
+    path = tmp_path / "x.safetensors"
+    state.checkpoint().save(path)
+    os.truncate(path, int(path.stat().st_size * fraction))
+    with pytest.raises(ValueError, match=r"x\.safetensors: expected a complete safetensors file, found"):
+        Checkpoint.load(path)
+
+
+def test_foreign_files(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(ValueError, match="expected a checkpoint file, found nothing there"):
+        Checkpoint.load(path)
+    with pytest.raises(ValueError, match="expected a checkpoint file, found a folder"):
+        Checkpoint.load(tmp_path)
+    save_file({"weight": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match="expected a checkpoint of pyglow_fast, found another safetensors file"):
+        Checkpoint.load(path)
+    save_file({"weight": torch.zeros(2)}, path, {"pyglow_fast": "{"})
+    with pytest.raises(ValueError, match="expected a JSON header, found"):
+        Checkpoint.load(path)
+    save_file({"weight": torch.zeros(2)}, path, {"pyglow_fast": '{"format": 1}'})
+    with pytest.raises(ValueError, match=r"expected a header with \['config', .*, found \['format'\]"):
+        Checkpoint.load(path)
+
+
+class _Trap:
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return os.mkdir, ("sprung",)
+
+
+def test_a_pickle_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x.safetensors").write_bytes(pickle.dumps(_Trap()))
+    with pytest.raises(ValueError, match="expected a complete safetensors file"):
+        Checkpoint.load(Path("x.safetensors"))
+    assert not Path("sprung").exists()
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the JSON header of a checkpoint."""
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["pyglow_fast"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    change(header)
+    save_file(tensors, path, {"pyglow_fast": json.dumps(header)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda header: header.update(format=2), r"expected format 1 \(a newer pyglow_fast may be needed\), found 2"),
+        (lambda header: header.update(config={"speed": 1}), "config: expected known keys, found speed"),
+        (lambda header: header["config"]["model"].update(hidden="x"), "hidden: expected a positive int, found x"),
+        (lambda header: header["config"]["model"].update(image_shape=5), "image_shape: expected .*, found 5"),
+        (lambda header: header.update(data={}), "expected a header written by pyglow_fast, found KeyError"),
+        (lambda header: header.update(progress=3), "expected a header written by pyglow_fast, found TypeError"),
+        (lambda header: header.update(optimizer_groups=[3]), "expected a header written by pyglow_fast"),
+    ],
+)
+def test_a_header_that_was_tampered_with(
+    state: TrainState, tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    path = tmp_path / "x.safetensors"
+    state.checkpoint().save(path)
+    rewrite(path, change)
+    with pytest.raises(ValueError, match=message):
+        Checkpoint.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights.pop("prior.mean_log_sd"), r"found no tensor 'prior.mean_log_sd' \(1 missing\)"),
+        (lambda weights: weights.update(extra=torch.zeros(1)), "found an unknown tensor 'extra'"),
+        (
+            lambda weights: weights.update({"prior.mean_log_sd": torch.zeros(3)}),
+            r"expected prior.mean_log_sd of shape \(8,\), torch.float32, found \(3,\)",
+        ),
+        (
+            lambda weights: weights.update({"prior.mean_log_sd": torch.zeros(8).double()}),
+            r"expected prior.mean_log_sd of shape \(8,\), torch.float32, found \(8,\), torch.float64",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_change_nothing(
+    state: TrainState, change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    checkpoint = state.checkpoint()
+    checkpoint.model = dict(checkpoint.model)
+    change(checkpoint.model)
+    model = Glow(checkpoint.config.model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_model(model, "x")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.optimizer.update({"exp_avg.nobody": torch.zeros(1)}), "optimizer state of the model's parameters"),
+        (
+            lambda c: c.optimizer.update({"exp_avg.prior.mean_log_sd": torch.zeros(1)}),
+            "mean_log_sd of shape",
+        ),
+        (lambda c: c.optimizer_groups.append({}), "expected 1 optimizer groups, found 2"),
+        (lambda c: c.generators.pop("torch"), "expected the state of torch's generator"),
+        (lambda c: c.progress.pop("step"), "expected progress with"),
+    ],
+)
+def test_a_state_that_does_not_fit(
+    state: TrainState, tiny_images: ImageSet, change: Callable[[Checkpoint], Any], message: str
+) -> None:
+    checkpoint = state.checkpoint()
+    change(checkpoint)
+    with pytest.raises(ValueError, match=message):
+        TrainState(state.config, tiny_images).restore(checkpoint, "x")
+
+
+def test_other_images_are_refused(state: TrainState, tiny_images: ImageSet) -> None:
+    fewer = tiny_images.subset(range(39))
+    with pytest.raises(ValueError, match="data: expected the images that the run was started with, found others"):
+        TrainState(state.config, fewer).restore(state.checkpoint(), "x")

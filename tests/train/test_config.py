@@ -1,0 +1,85 @@
+"""TrainConfig: JSON and back, refusals, and what a resumed run may change."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pyglow_fast import GlowConfig
+from pyglow_fast.data import DataConfig
+from pyglow_fast.train import TrainConfig
+
+
+def test_json_round_trip() -> None:
+    config = TrainConfig(
+        data=DataConfig("folder:x", size=16, gray=True, n_bits=5, split_by="folder", held_out=0.2),
+        model=GlowConfig(image_shape=(1, 16, 16), n_levels=2, n_classes=3),
+        class_conditional=True,
+        clip_norm=None,
+        max_minutes=1.5,
+    )
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"optimizer": "sgd"}, r"optimizer: expected one of \('adam', 'adamax'\), found 'sgd'"),
+        ({"lr": 0.0}, "lr: expected a positive number, found 0.0"),
+        ({"lr": float("nan")}, "lr: expected a positive number, found nan"),
+        ({"lr": "fast"}, "lr: expected a positive number, found fast"),
+        ({"clip_norm": -1.0}, "clip_norm: expected a positive number, found -1.0"),
+        ({"weight_decay": -0.1}, "weight_decay: expected a number, 0 or more, found -0.1"),
+        ({"weight_decay": 0.1, "optimizer": "adamax"}, "weight_decay: expected 0 with optimizer 'adamax', found 0.1"),
+        ({"warmup_steps": -1}, "warmup_steps: expected a whole number, 0 or more, found -1"),
+        ({"threads": 0}, "threads: expected a positive whole number, found 0"),
+        ({"decay_steps": 0}, "decay_steps: expected a positive whole number, found 0"),
+        ({"batch_size": 0}, "batch_size: expected a positive whole number, found 0"),
+        ({"batch_size": 2.5}, "batch_size: expected a positive whole number, found 2.5"),
+        ({"batch_size": True}, "batch_size: expected a positive whole number, found True"),
+        ({"max_steps": 0}, "max_steps: expected a positive whole number, found 0"),
+        ({"max_epochs": -1}, "max_epochs: expected a positive whole number, found -1"),
+        ({"max_minutes": 0}, "max_minutes: expected a positive number, found 0"),
+        ({"max_steps": None}, "max_steps: expected a limit, or max_epochs or max_minutes, found none"),
+        ({"seed": -1}, "seed: expected a whole number, 0 or more, found -1"),
+        ({"device": "gpu"}, r"device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', found 'gpu'"),
+        ({"log_every": 0}, "log_every: expected a positive whole number, found 0"),
+        ({"eval_every": 0}, "eval_every: expected a positive"),
+        ({"save_every": 0}, "save_every: expected a positive"),
+        ({"sample_every": 0}, "sample_every: expected a positive"),
+        ({"sample_temperature": -1.0}, "sample_temperature: expected a number, 0 or more"),
+        ({"class_conditional": True}, "model: expected n_classes exactly if class_conditional, found None"),
+        ({"model": GlowConfig(n_classes=2)}, "model: expected n_classes exactly if class_conditional, found 2"),
+        ({"model": GlowConfig(cond_channels=2)}, "model: expected cond_channels=0"),
+        ({"model": {"n_levels": 2}}, "model: expected a GlowConfig, found dict"),
+    ],
+)
+def test_refusals(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        TrainConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learning_rate": 1}, "config: expected known keys, found learning_rate"),
+        ({"data": {"nam": "digits"}}, "data: expected known keys, found nam"),
+        ({"data": 3}, "data: expected a mapping, found int"),
+        ({"model": {"depth": 3}}, r"config: expected keys among .*, found unknown \['depth'\]"),
+        ([], "config: expected a mapping, found list"),
+    ],
+)
+def test_unknown_keys_are_refused(values: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig.from_dict(values)
+
+
+def test_adjusted(tiny_config: Callable[..., TrainConfig]) -> None:
+    config = tiny_config(lr=0.5)
+    longer = config.adjusted(max_steps=100, lr=0.5, log_every=7)
+    assert longer.changes(config) == {"max_steps": (100, 12), "log_every": (7, 2)}
+    with pytest.raises(ValueError, match=r"lr: expected 0.5, as the run was started with, found 0.1"):
+        config.adjusted(lr=0.1)

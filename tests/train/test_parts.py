@@ -1,0 +1,162 @@
+"""The smaller parts: batches, learning rate, evaluation, pictures, signals."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from pyglow_fast import Glow, GlowConfig
+from pyglow_fast.data import ImageSet
+from pyglow_fast.train import (
+    TrainConfig,
+    TrainState,
+    class_columns,
+    class_cycle,
+    derive,
+    evaluate,
+    save_grid,
+    to_levels,
+)
+from pyglow_fast.train.interrupt import StopRequest
+from pyglow_fast.train.seeds import batch_indices
+from pyglow_fast.train.state import learning_rate
+
+
+def test_every_epoch_is_a_shuffle_of_all_images() -> None:
+    epochs = [torch.cat([batch_indices(0, 5 * epoch + i, 20, 4) for i in range(5)]) for epoch in range(3)]
+    for order in epochs:
+        assert order.sort().values.tolist() == list(range(20))
+    assert not torch.equal(epochs[0], epochs[1])
+    assert not torch.equal(epochs[0], torch.cat([batch_indices(1, i, 20, 4) for i in range(5)]))
+
+
+def test_an_incomplete_batch_is_dropped() -> None:
+    seen = torch.cat([batch_indices(0, step, 11, 4) for step in range(2)])
+    assert len(set(seen.tolist())) == 8
+    assert len(batch_indices(0, 2, 11, 4)) == 4
+
+
+def test_streams_are_independent_and_fixed() -> None:
+    assert derive(0, "noise") == derive(0, "noise")
+    assert len({derive(seed, name, n) for seed in range(3) for name in ("a", "b") for n in range(3)}) == 18
+    assert 0 <= derive(5, "x") < 2**63
+
+
+def test_learning_rate(tiny_config: Callable[..., TrainConfig]) -> None:
+    constant = tiny_config(lr=1.0, warmup_steps=4)
+    assert [learning_rate(constant, step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert learning_rate(tiny_config(lr=1.0, warmup_steps=0), 0) == 1.0
+    falling = tiny_config(lr=1.0, warmup_steps=4, decay_steps=104)
+    assert learning_rate(falling, 0) == 0.25
+    assert learning_rate(falling, 4) == pytest.approx(1.0)
+    assert learning_rate(falling, 54) == pytest.approx(0.505)  # half way down from 1 to 0.01
+    assert learning_rate(falling, 104) == pytest.approx(0.01)
+    assert learning_rate(falling, 1000) == pytest.approx(0.01)
+
+
+def test_gradients_are_clipped(tiny_config: Callable[..., TrainConfig], tiny_images: ImageSet) -> None:
+    norms = []
+    for clip in (None, 1e-3):
+        state = TrainState(tiny_config(clip_norm=clip), tiny_images)
+        state.initialize()
+        state.step()
+        squares = [p.grad.square().sum() for p in state.model.parameters() if p.grad is not None]
+        norms.append((state.grad_norm, float(torch.stack(squares).sum().sqrt())))
+    assert norms[0][0] == norms[1][0]  # what is reported is the norm before clipping
+    assert norms[0][1] == pytest.approx(norms[0][0], rel=1e-5)
+    assert norms[1][1] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_a_new_state_is_initialized_from_data(tiny_config: Callable[..., TrainConfig], tiny_images: ImageSet) -> None:
+    state = TrainState(tiny_config(), tiny_images)
+    assert not state.model.is_initialized
+    state.initialize()
+    assert state.model.is_initialized
+
+
+def test_evaluate_is_the_mean_over_images_whatever_the_batches(tiny_images: ImageSet) -> None:
+    model = Glow(GlowConfig(image_shape=(1, 4, 4), n_levels=1, n_steps=1, hidden=4))
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        model.initialize(torch.rand(8, 1, 4, 4) - 0.5)
+        bits = model.eval().bits_per_dim(tiny_images.levels, 5, generator=generator).double()
+    model.train()
+    score = evaluate(model, tiny_images, 64, seed=9)
+    assert model.training
+    assert score.images == 40
+    assert score.mean == pytest.approx(float(bits.mean()), rel=1e-6)
+    assert score.standard_error == pytest.approx(float(bits.std() / math.sqrt(40)), rel=1e-5)
+    limited = evaluate(model, tiny_images, 7, seed=9, limit=10)
+    assert limited.images == 10
+    assert evaluate(model, tiny_images, 7, seed=9, limit=10) == limited
+    assert math.isnan(evaluate(model, tiny_images, 7, seed=9, limit=1).standard_error)
+
+
+def test_evaluate_refuses_what_does_not_fit(tiny_images: ImageSet) -> None:
+    with pytest.raises(ValueError, match=r"data: expected images of shape \(3, 4, 4\)"):
+        evaluate(Glow(GlowConfig(image_shape=(3, 4, 4), n_levels=1, n_steps=1, hidden=4)), tiny_images, 8, 0)
+    unlabelled = ImageSet("x", tiny_images.levels, 5)
+    conditional = Glow(GlowConfig(image_shape=(1, 4, 4), n_levels=1, n_steps=1, hidden=4, n_classes=2))
+    with pytest.raises(ValueError, match="data: expected 2 classes, as the model was trained on, found 0"):
+        evaluate(conditional, unlabelled, 8, 0)
+
+
+def test_grid(tmp_path: Path) -> None:
+    levels = torch.tensor([[[[0, 4]]], [[[2, 0]]], [[[4, 4]]]])
+    save_grid(levels, 5, tmp_path / "x.png", columns=2, scale=3)
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.size == (2 * (2 * 3 + 2) + 2, 2 * (3 + 2) + 2)
+        assert picture.getpixel((2, 2)) == (0, 0, 0)
+        assert picture.getpixel((5, 4)) == (255, 255, 255)
+        assert picture.getpixel((10, 2)) == (128, 128, 128)
+        assert picture.getpixel((0, 0)) == (128, 128, 128)  # between the images
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_grid_of_any_number_of_channels(tmp_path: Path, channels: int) -> None:
+    save_grid(torch.zeros(2, channels, 4, 4, dtype=torch.int64), 2, tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.mode == "RGB"
+
+
+def test_each_class_has_its_column() -> None:
+    columns = class_columns(80, 10)
+    labels = class_cycle(80, 10, torch.device("cpu"))
+    assert columns == 10
+    assert labels is not None
+    assert labels.reshape(-1, columns).unique(dim=0).tolist() == [list(range(10))]
+    assert [class_columns(*case) for case in ((64, None), (5, 10), (64, 1), (64, 40))] == [None] * 4
+    assert class_cycle(4, None, torch.device("cpu")) is None
+
+
+def test_what_is_no_number_becomes_grey() -> None:
+    assert to_levels(torch.tensor([-0.5, math.nan, 0.0, 9.0]), 4).tolist() == [0, 2, 2, 3]
+
+
+def test_a_second_signal_has_its_ordinary_effect() -> None:
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signum == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_signals_in_another_thread_are_left_alone() -> None:
+    found = []
+
+    def work() -> None:
+        with StopRequest() as stop:
+            found.append(stop.signum)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [None]

@@ -1,0 +1,94 @@
+"""Reading a run back: wrong folders and folders whose parts do not belong together."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyglow_fast import GlowConfig
+from pyglow_fast.data import ImageSet
+from pyglow_fast.train import RunFolder, TrainConfig, resume, start
+
+
+@pytest.fixture
+def run(tiny_config: Callable[..., TrainConfig], tiny_images: ImageSet, tmp_path: Path) -> Path:
+    start(tiny_config(max_steps=2), str(tmp_path / "run"), data=tiny_images).execute(quiet=True)
+    return tmp_path / "run"
+
+
+def edit_config(run: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    values = json.loads((run / "config.json").read_text())
+    change(values)
+    (run / "config.json").write_text(json.dumps(values))
+
+
+def test_last_and_best(run: Path) -> None:
+    assert RunFolder(run).load().progress["step"] == 2
+    best = RunFolder(run).load(best=True)
+    assert best.progress["best"] <= RunFolder(run).load().progress["best"]
+
+
+def test_not_a_run(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"run: expected the folder of a run, found '.*none', which does not exist"):
+        RunFolder(tmp_path / "none").load()
+    with pytest.raises(ValueError, match=r"run: expected the folder of a run, found '.*config.json', a file"):
+        RunFolder(run / "config.json").load()
+    with pytest.raises(ValueError, match=r"run: expected the folder of a run \(with config.json\), found"):
+        RunFolder(tmp_path).load()
+    (run / "checkpoint.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"run: expected a checkpoint checkpoint.safetensors, found none in"):
+        RunFolder(run).load()
+
+
+def test_a_broken_configuration(run: Path) -> None:
+    (run / "config.json").write_text("{ half")
+    with pytest.raises(ValueError, match=r"config.json: expected a configuration as JSON, found"):
+        RunFolder(run).load()
+
+
+def test_configuration_and_weights_of_different_runs(
+    run: Path, tiny_config: Callable[..., TrainConfig], tiny_images: ImageSet, tmp_path: Path
+) -> None:
+    edit_config(run, lambda values: values["model"].update(hidden=8))
+    with pytest.raises(ValueError, match=r"config.json: expected model.hidden = 4, as in checkpoint.*, found 8"):
+        RunFolder(run).load()
+    other = GlowConfig(image_shape=(1, 4, 4), n_levels=1, n_steps=2, hidden=8)
+    start(tiny_config(max_steps=1, model=other), str(tmp_path / "other"), data=tiny_images).execute(quiet=True)
+    shutil.copy(tmp_path / "other" / "checkpoint.safetensors", run / "checkpoint.safetensors")
+    edit_config(run, lambda values: values["model"].update(hidden=4))
+    with pytest.raises(ValueError, match=r"expected model.hidden = 8, as in checkpoint.safetensors, found 4"):
+        RunFolder(run).load()
+
+
+def test_what_may_be_edited_by_hand(run: Path) -> None:
+    edit_config(run, lambda values: values.update(max_steps=50))
+    assert RunFolder(run).load().progress["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": 0.5}, r"lr: expected 0.001, as the run was started with, found 0.5"),
+        ({"batch_size": 4}, "batch_size: expected 8, as the run was started with, found 4"),
+        ({"seed": 3}, "seed: expected 0, as the run was started with, found 3"),
+        ({"max_steps": 0}, "max_steps: expected a positive whole number, found 0"),
+        ({"data_name": "folder:x"}, "data: expected 'digits', as the run was started with, found 'folder:x'"),
+    ],
+)
+def test_changes_that_resume_refuses(run: Path, changes: dict[str, Any], message: str) -> None:
+    before = (run / "config.json").read_text()
+    with pytest.raises(ValueError, match=message):
+        resume(str(run), **changes)
+    assert (run / "config.json").read_text() == before
+
+
+def test_resume_refuses_other_images(run: Path, tiny_images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    fewer = tiny_images.subset(range(36))
+    monkeypatch.setattr("pyglow_fast.train.loop.load_data", lambda config: fewer)
+    with pytest.raises(ValueError, match="data: expected the images that the run was started with"):
+        resume(str(run))
