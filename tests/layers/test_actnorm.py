@@ -1,0 +1,227 @@
+"""ActNorm: where its parameters come from, and when."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import assert_close
+from torch import Tensor, nn
+
+import pyglow_fast as pgf
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def state_of(layer: nn.Module) -> dict[str, Tensor]:
+    return copy.deepcopy(layer.state_dict())
+
+
+def assert_unchanged(layer: nn.Module, before: dict[str, Tensor]) -> None:
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name]), f"{name} changed"
+
+
+def refuse_to_be_read(layer: pgf.ActNorm) -> None:
+    """Any look at the value of the saved flag raises now, as it would stop the stream on a GPU."""
+    layer.initialized = torch.empty((), dtype=torch.bool, device="meta")
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (4, 3, 5), (2, 3, 3, 4), (2, 3, 2, 3, 2), (1, 3, 4, 5)], ids=str)
+def test_first_batch_is_normalised_by_its_biased_moments(shape: tuple[int, ...], device: torch.device) -> None:
+    x = torch.randn(shape, dtype=torch.float64, device=device) * 3.0 + 7.0
+    layer = pgf.ActNorm(3).to(device, torch.float64)
+    z, _ = layer(x)
+    values = x.transpose(0, 1).flatten(1)
+    mean = values.sum(1) / values.shape[1]
+    std = ((values - mean[:, None]).square().sum(1) / values.shape[1]).sqrt()  # over n, not n - 1
+    assert_close(layer.bias, -mean)
+    assert_close(layer.log_scale, -(std + layer.eps).log())
+    flat = z.transpose(0, 1).flatten(1)
+    assert_close(flat.mean(1), torch.zeros(3, device=device))
+    assert_close(flat.square().mean(1).sqrt(), std / (std + layer.eps))
+
+
+def test_only_the_first_training_forward_initialises() -> None:
+    layer = pgf.ActNorm(2)
+    assert not layer.is_initialized
+    layer(torch.randn(4, 2, 3, 3))
+    assert layer.is_initialized
+    assert layer.initialized.item() is True
+    before = state_of(layer)
+    layer(5.0 * torch.randn(4, 2, 3, 3) + 1.0)
+    layer.initialize(5.0 * torch.randn(4, 2, 3, 3) + 1.0)
+    assert_unchanged(layer, before)
+
+
+def test_evaluation_and_inverse_do_not_initialise() -> None:
+    layer = pgf.ActNorm(2)
+    before, x = state_of(layer), torch.randn(4, 2, 3, 3)
+    layer.inverse(x)
+    z, log_det = layer.eval()(x)
+    assert torch.equal(z, x)
+    assert torch.equal(log_det, torch.zeros(4))
+    assert_unchanged(layer, before)
+    assert not layer.is_initialized
+    layer.train()(x)
+    assert layer.is_initialized
+
+
+def test_initialize_works_in_evaluation_too_and_returns_the_output() -> None:
+    layer, x = pgf.ActNorm(2).eval(), torch.randn(8, 2, requires_grad=True)
+    z = layer.initialize(x)
+    assert layer.is_initialized
+    assert not z.requires_grad
+    assert torch.equal(z, layer(x)[0])
+
+
+def test_parameters_stay_leaves_and_keep_their_memory() -> None:
+    layer = pgf.ActNorm(2)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    addresses = [value.data_ptr() for value in (layer.bias, layer.log_scale, layer.initialized)]
+    z, log_det = layer(torch.randn(4, 2, 3))
+    assert [value.data_ptr() for value in (layer.bias, layer.log_scale, layer.initialized)] == addresses
+    before = layer.bias.detach().clone()
+    (z.square().sum() + z.sum() - log_det.sum()).backward()
+    optimizer.step()
+    assert not torch.equal(layer.bias, before)
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (1, 2, 1, 1)], ids=str)
+def test_one_value_per_channel(shape: tuple[int, ...]) -> None:
+    layer, x = pgf.ActNorm(2), torch.full(shape, 3.5)
+    z, log_det = layer(x)
+    assert torch.equal(z, torch.zeros(shape))
+    assert torch.equal(log_det, torch.zeros(1))
+    assert layer.is_initialized
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -0.1, 1e6, 1e-12])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_constant_channel_is_centred_and_keeps_its_scale(value: float, dtype: torch.dtype) -> None:
+    layer = pgf.ActNorm(2).to(dtype)
+    x = torch.randn(4, 2, 5, dtype=dtype)
+    x[:, 1] = value
+    z, _ = layer(x)
+    assert layer.log_scale[1].item() == 0.0
+    assert_close(z[:, 1] / max(1.0, abs(value)), torch.zeros(4, 5, dtype=dtype))
+    std = x[:, 0].std(correction=0)
+    assert_close(z[:, 0].square().mean().sqrt(), std / (std + layer.eps), condition=20.0)
+
+
+def test_noise_at_the_level_of_rounding_is_no_spread() -> None:
+    # 1000 and its neighbour in float32: scaled to variance 1, the next batch would come out in the ten thousands.
+    x = torch.tensor([1000.0, 1000.0, 1000.0, 1000.0001]).reshape(4, 1)
+    layer = pgf.ActNorm(1)
+    layer(x)
+    assert layer.log_scale.item() == 0.0
+
+
+@pytest.mark.parametrize(("mean", "spread"), [(1e4, 1.0), (-3e3, 0.1), (1e6, 10.0)])
+def test_a_huge_mean_does_not_swallow_the_spread(mean: float, spread: float) -> None:
+    x = torch.randn(100, 1, 10) * spread + mean  # the spread is many float32 steps at this mean
+    layer = pgf.ActNorm(1)
+    layer(x)
+    exact = x.double()
+    assert_close(layer.bias.double(), -exact.mean().reshape(1), dtype=torch.float32)
+    assert_close(layer.log_scale.double(), -exact.std(correction=0).log().reshape(1), dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(0, 2, 3, 3), r"x: expected a batch that is not empty to initialise from, found \(0, 2, 3, 3\)"),
+        (torch.zeros(4, 2, 0), r"x: expected a batch that is not empty to initialise from, found \(4, 2, 0\)"),
+        (torch.full((4, 2, 3), float("nan")), "x: expected finite values to initialise actnorm from, found NaN or inf"),
+        (torch.full((4, 2, 3), float("inf")), "x: expected finite values to initialise actnorm from, found NaN or inf"),
+        (torch.zeros(4, 3, 2), r"x: expected 2 channels \(dimension 1\), found shape \(4, 3, 2\)"),
+        (torch.zeros(4), r"x: expected shape \(N, C, \*spatial\), found shape \(4,\)"),
+        (torch.zeros(4, 2).double(), "x: expected dtype torch.float32 .* found torch.float64"),
+        (torch.zeros(4, 2).long(), "x: expected dtype float32 or float64, found torch.int64"),
+        (torch.zeros(4, 2).half(), "x: expected dtype float32 or float64, found torch.float16"),
+        ([[1.0, 2.0]], "x: expected a Tensor, found list"),
+    ],
+)
+def test_a_batch_that_is_refused_changes_nothing(x: Tensor, message: str) -> None:
+    layer = pgf.ActNorm(2)
+    before = state_of(layer)
+    for call in (layer, layer.initialize):
+        with pytest.raises(ValueError, match=message):
+            call(x)
+        assert_unchanged(layer, before)
+        assert not layer.is_initialized
+    layer(torch.randn(4, 2, 3))
+    assert layer.is_initialized
+
+
+def test_one_bad_value_in_one_channel_changes_nothing() -> None:
+    layer, x = pgf.ActNorm(2), torch.randn(4, 2, 3)
+    x[1, 0, 2] = float("nan")
+    before = state_of(layer)
+    with pytest.raises(ValueError, match="NaN or inf"):
+        layer(x)
+    assert_unchanged(layer, before)
+
+
+class TestTheSavedFlag:
+    def test_travels_with_the_weights(self) -> None:
+        source, target = pgf.ActNorm(2), pgf.ActNorm(2)
+        source(torch.randn(4, 2, 3) * 5.0)
+        target.load_state_dict(source.state_dict())
+        assert target.is_initialized
+        target(torch.randn(4, 2, 3))
+        assert_unchanged(target, source.state_dict())
+
+    def test_a_fresh_state_makes_fresh_again(self) -> None:
+        layer = pgf.ActNorm(2)
+        fresh = state_of(layer)
+        layer(torch.randn(4, 2, 3))
+        layer.load_state_dict(fresh)
+        assert not layer.is_initialized
+
+    def test_inside_another_module(self) -> None:
+        source = nn.Sequential(nn.Identity(), pgf.ActNorm(2))
+        source[1](torch.randn(4, 2, 3))
+        target = nn.Sequential(nn.Identity(), pgf.ActNorm(2))
+        target.load_state_dict(source.state_dict())
+        assert target[1].is_initialized
+
+    def test_loaded_by_assignment(self) -> None:
+        source, target = pgf.ActNorm(2), pgf.ActNorm(2)
+        source(torch.randn(4, 2, 3))
+        target.load_state_dict(source.state_dict(), assign=True)
+        assert target.is_initialized
+        target(torch.randn(4, 2, 3) + 9.0)
+        assert_unchanged(target, source.state_dict())
+
+    @pytest.mark.parametrize("initialised", [True, False])
+    def test_is_not_read_again(self, initialised: bool) -> None:
+        layer, x = pgf.ActNorm(2), torch.randn(4, 2, 3)
+        if initialised:
+            layer(x)
+        refuse_to_be_read(layer)
+        with pytest.raises(RuntimeError, match="meta"):
+            bool(layer.initialized)
+        layer(x)
+        layer(x)
+        layer.inverse(x)
+        layer.eval()(x)
+        assert layer.is_initialized
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"channels": 0}, "channels: expected an int, at least 1, found 0"),
+        ({"channels": 2.0}, "channels: expected an int, at least 1, found 2.0"),
+        ({"channels": 2, "eps": 0.0}, "eps: expected a positive number, found 0.0"),
+    ],
+)
+def test_wrong_arguments(arguments: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pgf.ActNorm(**arguments)
+
+
+def test_repr() -> None:
+    assert repr(pgf.ActNorm(7)) == "ActNorm(7)"

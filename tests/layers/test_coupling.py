@@ -1,0 +1,183 @@
+"""Coupling: its formula with any net, its start, its hidden ActNorms, its refusals."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from bijections import softplus_scale
+from helpers import assert_close
+from torch import Tensor, nn
+
+import pyglow_fast as pgf
+from pyglow_fast import reference
+from pyglow_fast.reference import ORDERS, SCALE_MAPS, CouplingSpec
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Given(nn.Module):
+    """A net that returns what it is told to, and remembers what it was given."""
+
+    def __init__(self, out: Tensor) -> None:
+        super().__init__()
+        self.out, self.seen = out, []
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        self.seen.append(inputs)
+        return self.out
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("scale_map", [*SCALE_MAPS, pytest.param(softplus_scale, id="callable")])
+def test_affine(scale_map: str, order: str) -> None:
+    x, out = torch.randn(2, 4, 3, dtype=torch.float64), torch.randn(2, 4, 3, dtype=torch.float64)
+    layer = pgf.Coupling(Given(out), "affine", scale_map, 1.5, 0.25, 0.75, order)
+    z, log_det = layer(x)
+    shift, raw = out[:, :2], out[:, 2:]
+    scale, log_scale = reference.scale_and_log(raw, CouplingSpec("affine", scale_map, 1.5, 0.25, 0.75))
+    expected = (x[:, 2:] + shift) * scale if order == "shift_scale" else x[:, 2:] * scale + shift
+    assert_close(z, torch.cat([x[:, :2], expected], dim=1))
+    assert_close(log_det, log_scale.sum((1, 2)), condition=6.0)
+    assert_close(layer.inverse(z)[0], x, condition=10.0)
+
+
+def test_additive() -> None:
+    x, out = torch.randn(2, 4, 3), torch.randn(2, 2, 3)
+    layer = pgf.Coupling(Given(out), "additive")
+    z, log_det = layer(x)
+    assert torch.equal(z, torch.cat([x[:, :2], x[:, 2:] + out], dim=1))
+    assert torch.equal(log_det, torch.zeros(2))
+
+
+def test_the_net_sees_the_kept_half_and_the_condition() -> None:
+    x, cond, net = torch.randn(2, 4, 3), torch.randn(2, 5), Given(torch.zeros(2, 4, 3))
+    layer = pgf.Coupling(net)
+    layer(x)
+    z, _ = layer(x, cond)
+    layer.inverse(z, cond)
+    assert [len(inputs) for inputs in net.seen] == [1, 2, 2]
+    for inputs in net.seen:
+        assert torch.equal(inputs[0], x[:, :2])
+    assert all(inputs[1] is cond for inputs in net.seen[1:])
+
+
+@pytest.mark.parametrize("actnorm", [False, True])
+@pytest.mark.parametrize("kind", ["affine", "additive"])
+@pytest.mark.parametrize(
+    ("scale_map", "at_zero"), [("sigmoid", torch.tensor(2.0).sigmoid()), ("exp", 1.0), ("tanh", 1.0), ("atan", 1.0)]
+)
+def test_fresh_is_the_identity_up_to_its_constant_scale(
+    kind: str, scale_map: str, at_zero: float, actnorm: bool
+) -> None:
+    net = pgf.CouplingNet(2, 4 if kind == "affine" else 2, 8, actnorm=actnorm)
+    x = torch.randn(3, 4, 2, 5)
+    layer = pgf.Coupling(net, kind, scale_map)
+    z, log_det = layer(x)
+    scale = torch.as_tensor(1.0 if kind == "additive" else at_zero)
+    assert torch.equal(z[:, :2], x[:, :2])
+    assert_close(z[:, 2:], x[:, 2:] * scale)
+    assert_close(log_det, (20.0 * scale.log()).expand(3), condition=20.0)
+
+
+class TestHiddenActNorms:
+    @staticmethod
+    def build() -> pgf.Coupling:
+        return pgf.Coupling(pgf.CouplingNet(2, 4, 6, actnorm=True, cond_channels=1))
+
+    def test_the_forward_initialises_them_from_the_kept_half(self) -> None:
+        layer, twin = self.build(), self.build()
+        twin.load_state_dict(layer.state_dict())
+        x, cond = torch.randn(4, 4, 3, 3) * 2.0, torch.randn(4, 1, 3, 3)
+        layer(x, cond)
+        twin.net.initialize(x[:, :2], cond)
+        assert layer.net.is_initialized
+        for got, expected in zip(layer.state_dict().values(), twin.state_dict().values(), strict=True):
+            assert torch.equal(got, expected)
+
+    def test_only_the_first_forward_does(self) -> None:
+        layer = self.build()
+        x, cond = torch.randn(4, 4, 3, 3), torch.randn(4, 1, 3, 3)
+        layer(x, cond)
+        before = copy.deepcopy(layer.state_dict())
+        layer(5.0 * x + 1.0, cond)
+        layer.initialize(5.0 * x + 1.0, cond)
+        for name, value in layer.state_dict().items():
+            assert torch.equal(value, before[name]), name
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_the_inverse_does_not(self, training: bool) -> None:
+        layer = self.build().train(training)
+        before = copy.deepcopy(layer.state_dict())
+        layer.inverse(torch.randn(4, 4, 3, 3), torch.randn(4, 1, 3, 3))
+        assert not layer.net.is_initialized
+        for name, value in layer.state_dict().items():
+            assert torch.equal(value, before[name]), name
+
+    def test_evaluation_does_not(self) -> None:
+        layer = self.build().eval()
+        layer(torch.randn(4, 4, 3, 3), torch.randn(4, 1, 3, 3))
+        assert not layer.net.is_initialized
+
+    def test_a_refused_batch_changes_nothing(self) -> None:
+        layer = self.build()
+        before = copy.deepcopy(layer.state_dict())
+        for x, cond in (
+            (torch.full((4, 4, 3, 3), float("nan")), torch.randn(4, 1, 3, 3)),
+            (torch.randn(4, 4, 3, 3), None),
+            (torch.randn(4, 4, 3, 3), torch.full((4, 1, 3, 3), float("inf"))),
+            (torch.randn(0, 4, 3, 3), torch.randn(0, 1, 3, 3)),
+        ):
+            for call in (layer, layer.initialize):
+                with pytest.raises(ValueError, match=r"cond: expected|finite values|not empty"):
+                    call(x, cond)
+        assert not layer.net.is_initialized
+        for name, value in layer.state_dict().items():
+            assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(2, 3, 4), r"x: expected an even number of channels to halve, found shape \(2, 3, 4\)"),
+        (torch.zeros(2, 0, 4), r"x: expected an even number of channels to halve, found shape \(2, 0, 4\)"),
+        (torch.zeros(2), r"x: expected shape \(N, C, \*spatial\), found shape \(2,\)"),
+        (None, "x: expected a Tensor, found NoneType"),
+        (torch.zeros(2, 4, 5), r"net: expected an output of shape \(2, 4, 5\), found shape \(2, 4, 3\)"),
+        (torch.zeros(2, 8, 3), r"net: expected an output of shape \(2, 8, 3\), found shape \(2, 4, 3\)"),
+        (torch.zeros(1, 4, 3), r"net: expected an output of shape \(1, 4, 3\), found shape \(2, 4, 3\)"),
+    ],
+)
+def test_wrong_input(x: Tensor, message: str) -> None:
+    layer = pgf.Coupling(Given(torch.zeros(2, 4, 3)))
+    for call in (layer, layer.inverse):
+        with pytest.raises(ValueError, match=message):
+            call(x)
+
+
+def test_silently_swapped_dimensions_are_refused() -> None:
+    # (N, C, L) looks to a 2-d convolution like one image; with N = C / 2 every shape would fit.
+    layer = pgf.Coupling(pgf.CouplingNet(2, 2, 8), "additive")
+    with pytest.raises(ValueError, match=r"x: expected 2 spatial dimensions, found shape \(2, 2, 5\)"):
+        layer(torch.zeros(2, 4, 5))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "linear"}, r"kind: expected one of \('affine', 'additive'\), found 'linear'"),
+        ({"scale_map": "relu"}, "scale_map: expected one of .* or a callable, found 'relu'"),
+        ({"order": "scale"}, r"order: expected one of \('shift_scale', 'scale_shift'\), found 'scale'"),
+        ({"scale_eps": -0.1}, "scale_eps: expected 0 or more, found -0.1"),
+        ({"scale_clamp": 0.0}, "scale_clamp: expected a positive number, found 0.0"),
+    ],
+)
+def test_wrong_arguments(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pgf.Coupling(nn.Identity(), **options)
+
+
+def test_repr_tells_the_map() -> None:
+    text = repr(pgf.Coupling(pgf.CouplingNet(1, 2, 3), scale_map="exp"))
+    assert "kind='affine', scale_map='exp', order='shift_scale'" in text

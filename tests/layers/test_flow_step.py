@@ -1,0 +1,159 @@
+"""FlowStep: the folded step is its layers one after the other, and is initialised in their order."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import assert_close
+from torch import Tensor, nn
+
+import pyglow_fast as pgf
+from pyglow_fast.layers.flow_step import PERMUTATIONS, fold_steps, invert_maps
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def trained(step: nn.Module, x: Tensor, cond: Tensor | None = None) -> nn.Module:
+    step.to(x.dtype)(x, cond)
+    with torch.no_grad():
+        for parameter in step.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return step
+
+
+def in_order(step: pgf.FlowStep, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """ActNorm, permutation, coupling, each by itself."""
+    x, first = step.actnorm(x)
+    x, second = step.permutation(x)
+    x, third = step.coupling(x, cond)
+    return x, first + second + third
+
+
+@pytest.mark.parametrize("permutation", PERMUTATIONS)
+@pytest.mark.parametrize("coupling", ["affine", "additive"])
+def test_is_its_three_layers_in_order(permutation: str, coupling: str) -> None:
+    x = 2.0 * torch.randn(16, 4, 3, 5, dtype=torch.float64) + 1.0
+    step = trained(pgf.FlowStep(4, 6, coupling, permutation), x)
+    z, log_det = step(x)
+    expected, expected_log_det = in_order(step, x)
+    assert_close(z, expected, condition=10.0)
+    assert_close(log_det, expected_log_det, condition=60.0)
+
+
+def test_initialises_in_order() -> None:
+    x, cond = 2.0 * torch.randn(8, 4, 3, 5, dtype=torch.float64) + 1.0, torch.randn(8, 1, 3, 5, dtype=torch.float64)
+    step = pgf.FlowStep(4, 6, net_actnorm=True, cond_channels=1).double()
+    one_by_one = copy.deepcopy(step)
+    in_order(one_by_one, x, cond)
+    by_call = copy.deepcopy(step)
+    z = by_call.initialize(x, cond)
+    step(x, cond)
+    for name, value in one_by_one.state_dict().items():
+        assert_close(step.state_dict()[name].double(), value.double(), condition=10.0)
+        assert_close(by_call.state_dict()[name].double(), value.double(), condition=10.0)
+    assert_close(z, step(x, cond)[0])
+    assert not z.requires_grad
+    assert step.actnorm.is_initialized
+    assert step.coupling.net.is_initialized
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_inverse_initialises_nothing(training: bool) -> None:
+    step = pgf.FlowStep(4, 6, net_actnorm=True).train(training)
+    before = copy.deepcopy(step.state_dict())
+    step.inverse(torch.randn(3, 4, 2, 2))
+    for name, value in step.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert not step.actnorm.is_initialized
+    assert not step.coupling.net.is_initialized
+
+
+def test_fresh_step_keeps_the_moments() -> None:
+    # ActNorm to mean 0 and variance 1, a rotation, and a coupling that only scales its half by sigmoid(2).
+    x = 5.0 * torch.randn(64, 4, 4, 4, dtype=torch.float64) - 3.0
+    z, _ = pgf.FlowStep(4, 6).double()(x)
+    scale = torch.tensor([1.0, 1.0, torch.tensor(2.0).sigmoid(), torch.tensor(2.0).sigmoid()], dtype=torch.float64)
+    whitened = z.transpose(0, 1).flatten(1) / scale[:, None]
+    assert_close(whitened.mean(1), torch.zeros(4).double(), condition=10.0)
+    assert float(whitened.detach().square().mean()) == pytest.approx(1.0, abs=1e-5)  # std / (std + 1e-6)
+
+
+@pytest.mark.parametrize("permutation", PERMUTATIONS)
+def test_folding_in_a_batch_is_folding_one_by_one(permutation: str) -> None:
+    x = torch.randn(8, 4, 3, dtype=torch.float64)
+    steps = [trained(pgf.FlowStep(4, 3, permutation=permutation, dims=1), x) for _ in range(3)]
+    maps = fold_steps(steps)
+    inverses = invert_maps(maps)
+    assert len(maps) == len(inverses) == 3
+    for step, channel_map, inverse in zip(steps, maps, inverses, strict=True):
+        alone = fold_steps([step])[0]
+        for got, expected in zip(channel_map, alone, strict=True):
+            assert_close(got, expected, condition=10.0)
+        assert_close(inverse @ channel_map.matrix, torch.eye(4).double(), condition=10.0)
+        assert_close(channel_map.log_det, torch.linalg.slogdet(channel_map.matrix).logabsdet, condition=20.0)
+
+
+def test_steps_of_different_permutations_fold_together() -> None:
+    x = torch.randn(8, 4, 3, dtype=torch.float64)
+    steps = [trained(pgf.FlowStep(4, 3, permutation=permutation, dims=1), x) for permutation in PERMUTATIONS]
+    for step, channel_map in zip(steps, fold_steps(steps), strict=True):
+        for got, expected in zip(channel_map, fold_steps([step])[0], strict=True):
+            assert_close(got, expected, condition=10.0)
+
+
+def test_a_net_of_ones_own() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(2, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x.tanh())
+
+    x = torch.randn(8, 4, 3, dtype=torch.float64)
+    step = trained(pgf.FlowStep(4, net=Net(), dims=1), x)
+    z, log_det = step(x)
+    again, inverse_log_det = step.inverse(z)
+    assert_close(again, x, condition=100.0)
+    assert_close(inverse_log_det, -log_det, condition=12.0)
+
+
+@pytest.mark.parametrize(
+    ("x", "cond", "message"),
+    [
+        ((2, 6, 3, 3), (2, 1, 3, 3), r"x: expected 4 channels \(dimension 1\), found shape \(2, 6, 3, 3\)"),
+        ((2, 4, 3), (2, 1, 3), r"x: expected 2 spatial dimensions, found shape \(2, 2, 3\)"),
+        ((0, 4, 3, 3), (0, 1, 3, 3), "x: expected a batch that is not empty to initialise from"),
+        ((2, 4, 3, 3), None, "cond: expected a tensor with 1 channels, found NoneType"),
+        ((2, 4, 3, 3), (2, 2, 3, 3), r"cond: expected shape \(2, 1, 3, 3\), found shape \(2, 2, 3, 3\)"),
+    ],
+)
+def test_a_refused_batch_initialises_nothing(x: tuple[int, ...], cond: tuple[int, ...] | None, message: str) -> None:
+    step = pgf.FlowStep(4, 3, net_actnorm=True, cond_channels=1)
+    before = copy.deepcopy(step.state_dict())
+    for call in (step, step.initialize):
+        with pytest.raises(ValueError, match=message):
+            call(torch.randn(x), None if cond is None else torch.randn(cond))
+        for name, value in step.state_dict().items():
+            assert torch.equal(value, before[name]), name
+        assert not step.actnorm.is_initialized
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"channels": 3}, "channels: expected an even number to halve, found 3"),
+        ({"channels": 0}, "channels: expected an int, at least 2, found 0"),
+        ({"coupling": "linear"}, r"coupling: expected one of \('affine', 'additive'\), found 'linear'"),
+        ({"permutation": "random"}, r"permutation: expected one of \('invconv', .*\), found 'random'"),
+        ({"scale_map": "relu"}, "scale_map: expected one of .* or a callable, found 'relu'"),
+        ({"order": "scale"}, r"order: expected one of \('shift_scale', 'scale_shift'\), found 'scale'"),
+        ({"hidden": 0}, "hidden: expected an int, at least 1, found 0"),
+        ({"dims": 0}, "dims: expected 1, 2 or 3 spatial dimensions, found 0"),
+    ],
+)
+def test_wrong_arguments(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pgf.FlowStep(**{"channels": 4, "hidden": 3, **options})

@@ -1,0 +1,137 @@
+"""InvConv and Permute: what W is and where it starts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_close, memory_layouts
+
+import pyglow_fast as pgf
+from pyglow_fast.layers.permutation import ChannelLinear
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def layers(channels: int) -> dict[str, ChannelLinear]:
+    return {
+        "lu": pgf.InvConv(channels),
+        "plain": pgf.InvConv(channels, lu=False),
+        "shuffle": pgf.Permute(channels, "shuffle"),
+        "reverse": pgf.Permute(channels, "reverse"),
+    }
+
+
+KINDS = list(layers(1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("channels", [1, 2, 5, 12])
+def test_starts_as_a_rotation(kind: str, channels: int) -> None:
+    weight, log_det = layers(channels)[kind].double().weight_and_log_det()
+    # The factors were rounded to float32 when the layer was made.
+    single = torch.float32
+    assert_close(weight @ weight.T, torch.eye(channels).double(), dtype=single)
+    assert_close(log_det, torch.zeros(()).double(), condition=channels, dtype=single)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(2, 5), (2, 5, 3), (2, 5, 3, 2)], ids=str)
+def test_is_its_weight_at_every_position(kind: str, shape: tuple[int, ...]) -> None:
+    layer = layers(5)[kind].double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    x = torch.randn(shape, dtype=torch.float64)
+    weight, weight_log_det = layer.weight_and_log_det()
+    z, log_det = layer(x)
+    assert_close(z, torch.einsum("ij,nj...->ni...", weight, x))
+    condition = torch.linalg.cond(weight).item()
+    assert_close(weight_log_det, torch.linalg.slogdet(weight).logabsdet, condition=5.0 * condition)
+    assert_close(log_det, (weight_log_det * x[0, 0].numel()).expand(2), condition=6.0)
+    assert_close(layer.inverse(z)[0], x, condition)
+
+
+def test_the_two_parameterisations_differ_from_run_to_run() -> None:
+    first, second = (pgf.InvConv(4).weight_and_log_det()[0] for _ in range(2))
+    assert not torch.equal(first, second)
+    torch.manual_seed(3)
+    first = pgf.InvConv(4).weight_and_log_det()[0]
+    torch.manual_seed(3)
+    assert torch.equal(pgf.InvConv(4).weight_and_log_det()[0], first)
+
+
+def test_lu_keeps_its_permutation_and_signs_out_of_training() -> None:
+    layer = pgf.InvConv(4)
+    assert {name for name, _ in layer.named_parameters()} == {"lower", "upper", "log_diag"}
+    assert set(layer.state_dict()) == {"lower", "upper", "log_diag", "permutation", "sign_diag"}
+    assert sorted(layer.permutation.tolist()) == [0, 1, 2, 3]
+    assert set(layer.sign_diag.abs().tolist()) == {1.0}
+
+
+def test_the_unused_triangles_do_nothing() -> None:
+    layer, x = pgf.InvConv(4), torch.randn(2, 4, 3)
+    expected = layer(x)
+    with torch.no_grad():
+        layer.lower.add_(torch.randn(4, 4).triu())
+        layer.upper.add_(torch.randn(4, 4).tril())
+    for got, value in zip(layer(x), expected, strict=True):
+        assert torch.equal(got, value)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_reverse(channels: int) -> None:
+    x = torch.randn(2, channels, 3)
+    assert torch.equal(pgf.Permute(channels, "reverse")(x)[0], x.flip(1))
+
+
+def test_shuffle_is_saved() -> None:
+    source = pgf.Permute(20)
+    target = pgf.Permute(20)
+    x = torch.randn(2, 20, 3)
+    assert not torch.equal(target.index, source.index)
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target(x)[0], source(x)[0])
+    assert list(source.state_dict()) == ["index"]
+    assert sorted(source.index.tolist()) == list(range(20))
+
+
+@pytest.mark.parametrize("kind", ["shuffle", "reverse"])
+def test_permutations_move_bits(kind: str) -> None:
+    layer = pgf.Permute(6, kind)
+    x = torch.randn(2, 6, 3, 4)
+    for layout in memory_layouts(x).values():
+        assert torch.equal(layer.inverse(layer(layout)[0])[0], x)
+
+
+def test_singular_weight_has_no_inverse() -> None:
+    layer = pgf.InvConv(3, lu=False)
+    with torch.no_grad():
+        layer.weight[0] = layer.weight[1]
+    assert layer(torch.randn(2, 3))[0].isfinite().all()
+    with torch.no_grad():
+        layer.weight.zero_()
+    with pytest.raises(ValueError, match="matrix: expected an invertible matrix, found a singular one"):
+        layer.inverse(torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_wrong_input(kind: str) -> None:
+    layer = layers(3)[kind]
+    for call, name in ((layer, "x"), (layer.inverse, "z")):
+        with pytest.raises(ValueError, match=rf"{name}: expected 3 channels \(dimension 1\), found shape \(2, 4, 5\)"):
+            call(torch.randn(2, 4, 5))
+        with pytest.raises(ValueError, match=f"{name}: expected dtype torch.float32 .* found torch.float64"):
+            call(torch.randn(2, 3, 5).double())
+
+
+def test_wrong_arguments() -> None:
+    with pytest.raises(ValueError, match="kind: expected 'shuffle' or 'reverse', found 'random'"):
+        pgf.Permute(3, "random")
+    for build in (pgf.Permute, pgf.InvConv):
+        with pytest.raises(ValueError, match="channels: expected an int, at least 1, found 0"):
+            build(0)
+
+
+def test_repr() -> None:
+    assert repr(pgf.InvConv(3)) == "InvConv(3, lu=True)"
+    assert repr(pgf.Permute(3)) == "Permute(3, 'shuffle')"

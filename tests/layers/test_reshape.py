@@ -1,0 +1,146 @@
+"""Squeeze and Split, and conditions brought to the size of a level."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_close, memory_layouts
+from torch import Tensor
+from torch.distributions import Normal
+
+import pyglow_fast as pgf
+from pyglow_fast.layers.reshape import fit_condition
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class TestSqueeze:
+    @pytest.mark.parametrize("factor", [1, 2, 3])
+    def test_order(self, factor: int) -> None:
+        x = torch.randn(2, 3, 2 * factor, 3 * factor)
+        z, log_det = pgf.Squeeze(factor)(x)
+        assert torch.equal(z, F.pixel_unshuffle(x, factor))
+        assert torch.equal(log_det, torch.zeros(2))
+
+    def test_any_layout(self) -> None:
+        x = torch.randn(2, 3, 4, 6)
+        for layout in memory_layouts(x).values():
+            assert torch.equal(pgf.Squeeze()(layout)[0], F.pixel_unshuffle(x, 2))
+
+    @pytest.mark.parametrize(
+        ("call", "message"),
+        [
+            (lambda: pgf.Squeeze()(torch.zeros(1, 2, 3, 4)), r"x: expected spatial sizes divisible by 2, found .*3, 4"),
+            (lambda: pgf.Squeeze(3)(torch.zeros(1, 2, 3, 4)), "x: expected spatial sizes divisible by 3, found shape"),
+            (
+                lambda: pgf.Squeeze().inverse(torch.zeros(1, 6, 2, 2)),
+                "x: expected channels divisible by 4, found shape",
+            ),
+            (lambda: pgf.Squeeze(3).inverse(torch.zeros(1, 4, 2)), "x: expected channels divisible by 3, found shape"),
+            (lambda: pgf.Squeeze(0), "factor: expected an int, at least 1, found 0"),
+            (lambda: pgf.Squeeze(1.5), r"factor: expected an int, at least 1, found 1\.5"),
+        ],
+    )
+    def test_wrong_calls(self, call: Callable[[], object], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+class TestSplit:
+    @staticmethod
+    def trained(channels: int, dims: int) -> pgf.Split:
+        split = pgf.Split(channels, dims=dims).double()
+        with torch.no_grad():
+            for parameter in split.parameters():
+                parameter.normal_(0.0, 0.1)
+        return split
+
+    @pytest.mark.parametrize("spatial", [(5,), (3, 4), (2, 1, 3)], ids=str)
+    def test_halves_and_joins(self, spatial: tuple[int, ...]) -> None:
+        x, split = torch.randn(2, 6, *spatial), pgf.Split(6, dims=len(spatial))
+        (kept, factored), log_det = split(x)
+        assert torch.equal(kept, x[:, :3])
+        assert torch.equal(factored, x[:, 3:])
+        assert torch.equal(log_det, torch.zeros(2))
+        again, log_det = split.inverse((kept, factored))
+        assert torch.equal(again, x)
+        assert torch.equal(log_det, torch.zeros(2))
+
+    @pytest.mark.parametrize("learn_prior", [True, False])
+    def test_fresh_prior_is_the_standard_normal(self, learn_prior: bool) -> None:
+        split, kept, factored = pgf.Split(4, learn_prior), torch.randn(3, 2, 2, 3), torch.randn(3, 2, 2, 3)
+        for value in split.prior(kept):
+            assert value.shape == kept.shape
+            assert not value.any()
+        expected = Normal(0.0, 1.0).log_prob(factored).sum((1, 2, 3))
+        assert_close(split.log_prob(kept, factored), expected, condition=12.0)
+        assert bool(list(split.parameters())) == learn_prior
+
+    @pytest.mark.parametrize("spatial", [(5,), (3, 4), (2, 1, 3)], ids=str)
+    def test_learned_prior(self, spatial: tuple[int, ...]) -> None:
+        split = self.trained(4, len(spatial))
+        kept, factored = torch.randn(2, 3, 2, *spatial, dtype=torch.float64)
+        conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(spatial)]
+        out = conv(kept, split.conv.weight, split.conv.bias, padding=1) * (3.0 * split.log_gain).exp()
+        mean, log_sd = out[:, :2], out[:, 2:]
+        expected = Normal(mean, log_sd.exp()).log_prob(factored).flatten(1).sum(1)
+        largest = float((factored - mean).div(log_sd.exp()).square().max().detach())
+        assert_close(split.log_prob(kept, factored), expected, condition=largest * kept[0].numel())
+
+    def test_sample_follows_the_prior(self) -> None:
+        split = self.trained(4, 2)
+        kept, noise = torch.randn(2, 3, 2, 3, 4, dtype=torch.float64)
+        mean, log_sd = split.prior(kept)
+        assert torch.equal(split.sample(kept, torch.zeros_like(noise)), mean)
+        assert_close((split.sample(kept, noise) - mean) / log_sd.exp(), noise, condition=10.0)
+        log_prob = split.log_prob(kept, split.sample(kept, noise))
+        expected = -0.5 * noise.square().sum((1, 2, 3)) - log_sd.sum((1, 2, 3)) - 12.0 * math.log(2.0 * math.pi)
+        assert_close(log_prob, expected, condition=100.0)
+
+    @pytest.mark.parametrize(
+        ("call", "message"),
+        [
+            (lambda: pgf.Split(3), "channels: expected an even number to halve, found 3"),
+            (lambda: pgf.Split(0), "channels: expected an int, at least 2, found 0"),
+            (lambda: pgf.Split(4, dims=5), "dims: expected 1, 2 or 3 spatial dimensions, found 5"),
+            (lambda: pgf.Split(4)(torch.zeros(1, 6, 2, 2)), r"x: expected 4 channels \(dimension 1\), found shape"),
+            (
+                lambda: pgf.Split(4).inverse((torch.zeros(1, 2, 3), torch.zeros(1, 2, 4))),
+                r"z\[1\]: expected shape \(1, 2, 3\), like z\[0\], found \(1, 2, 4\)",
+            ),
+            (
+                lambda: pgf.Split(4).inverse((torch.zeros(1, 4, 3), torch.zeros(1, 2, 4))),
+                r"z\[0\]: expected 2 channels",
+            ),
+            (
+                lambda: pgf.Split(4).prior(torch.zeros(2, 2, 5)),
+                r"kept: expected 2 spatial dimensions, found shape \(2, 2, 5\)",
+            ),
+        ],
+    )
+    def test_wrong_calls(self, call: Callable[[], object], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+class TestFitCondition:
+    @pytest.mark.parametrize("spatial", [(4,), (2, 3), (1, 2, 3)], ids=str)
+    def test_a_vector_is_spread(self, spatial: tuple[int, ...]) -> None:
+        cond = torch.randn(3, 2)
+        fitted = fit_condition(cond, spatial)
+        assert fitted.shape == (3, 2, *spatial)
+        assert torch.equal(fitted.flatten(2), cond[:, :, None].expand(3, 2, math.prod(spatial)))
+
+    def test_a_map_of_the_right_size_is_left_alone(self) -> None:
+        cond = torch.randn(3, 2, 4, 6)
+        assert fit_condition(cond, (4, 6)) is cond
+
+    @pytest.mark.parametrize(("size", "spatial"), [((8,), (4,)), ((4, 6), (2, 3)), ((2, 4, 4), (1, 2, 2))], ids=str)
+    def test_a_larger_map_is_averaged(self, size: tuple[int, ...], spatial: tuple[int, ...]) -> None:
+        cond = torch.randn(3, 2, *size)
+        blocks: Tensor = pgf.reference.squeeze(cond).reshape(3, 2, 2 ** len(size), *spatial)
+        assert_close(fit_condition(cond, spatial), blocks.mean(2))

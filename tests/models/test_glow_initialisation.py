@@ -1,0 +1,113 @@
+"""When a Glow sets its actnorms from data, and when it must not."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+import pyglow_fast as pgf
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+FIELDS: dict[str, Any] = {"image_shape": (1, 4, 4), "n_levels": 2, "n_steps": 2, "hidden": 4, "net_actnorm": True}
+
+
+def test_the_first_training_forward_initialises() -> None:
+    model, x = pgf.Glow(**FIELDS), torch.rand(8, 1, 4, 4) - 0.5
+    twin = copy.deepcopy(model)
+    assert not model.is_initialized
+    model.log_prob(x)
+    twin.initialize(x)
+    assert model.is_initialized
+    assert twin.is_initialized
+    for name, value in twin.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_it_happens_once() -> None:
+    model = pgf.Glow(**FIELDS)
+    model(torch.rand(8, 1, 4, 4) - 0.5)
+    before = copy.deepcopy(model.state_dict())
+    model(torch.rand(8, 1, 4, 4) * 9.0)
+    model.initialize(torch.rand(8, 1, 4, 4) * 9.0)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_it_makes_every_state_standard() -> None:
+    # With fresh couplings the top latent is what the last actnorm made, rotated and half of it scaled.
+    model = pgf.Glow(**FIELDS).double()
+    x = torch.randn(200, 1, 4, 4, dtype=torch.float64) * 0.1 + 0.3
+    model.log_prob(x)
+    latents = model.encode(x)
+    for z in latents:
+        assert float(z.detach().mean().abs()) < 1e-10
+        assert 0.7 < float(z.detach().std()) < 1.01  # sigmoid(2)^2 = 0.78 on the half that couplings scale
+
+
+def test_evaluation_and_decoding_do_not() -> None:
+    model = pgf.Glow(**FIELDS).eval()
+    before, x = copy.deepcopy(model.state_dict()), torch.rand(8, 1, 4, 4)
+    model.decode(model.encode(x))
+    model.log_prob(x)
+    model.train().decode([torch.randn(2, *shape) for shape in model.latent_shapes])
+    assert not model.is_initialized
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_loaded_model_stays_as_it_was_saved() -> None:
+    source = pgf.Glow(**FIELDS)
+    source.initialize(torch.rand(8, 1, 4, 4) - 0.5)
+    target = pgf.Glow(**FIELDS)
+    target.load_state_dict(source.state_dict())
+    assert target.is_initialized
+    x = torch.rand(8, 1, 4, 4) * 9.0
+    assert torch.equal(target.log_prob(x), source.log_prob(x))
+    for name, value in source.state_dict().items():
+        assert torch.equal(target.state_dict()[name], value), name
+
+
+def test_one_actnorm_that_waits_is_initialised_alone() -> None:
+    model, x = pgf.Glow(**FIELDS), torch.rand(8, 1, 4, 4) - 0.5
+    model(x)
+    waiting = model.levels[1].steps[0].actnorm
+    waiting.load_state_dict(pgf.ActNorm(waiting.channels).state_dict())
+    before = copy.deepcopy(model.state_dict())
+    assert not model.is_initialized
+    model(x)
+    assert model.is_initialized
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {f"levels.1.steps.0.actnorm.{name}" for name in ("bias", "log_scale", "initialized")}
+
+
+@pytest.mark.parametrize("bad", ["empty", "nan"])
+def test_a_refused_batch_changes_nothing(bad: str) -> None:
+    model = pgf.Glow(**FIELDS)
+    before = copy.deepcopy(model.state_dict())
+    x = torch.rand(0 if bad == "empty" else 2, 1, 4, 4)
+    x[..., 0, 0] = float("nan")
+    for call in (model, model.log_prob, model.initialize):
+        with pytest.raises(ValueError, match=r"x: expected (finite values|a batch that is not empty)"):
+            call(x)
+    assert not model.is_initialized
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_training_steps_lower_the_loss() -> None:
+    model = pgf.Glow(image_shape=(1, 4, 4), n_levels=2, n_steps=2, hidden=8)
+    x = 0.1 * torch.randn(64, 1, 4, 1).expand(64, 1, 4, 4) + 0.01 * torch.randn(64, 1, 4, 4)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    losses = []
+    for _ in range(40):
+        loss = -model.log_prob(x).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 2.0
