@@ -113,7 +113,11 @@ def scale_and_log(raw: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor]:
         scale = torch.sigmoid(z) + spec.eps
         return scale, scale.log()
     if spec.scale_map == "exp":
-        return raw.exp(), raw
+        scale = raw.exp()
+        if can_read(scale):
+            finite = not bool(scale.isinf().any())
+            expect(finite, "net_out", f"raw scales whose exp is finite in {scale.dtype}", "an overflow")
+        return scale, raw
     if spec.scale_map == "tanh":
         log_scale = spec.clamp * torch.tanh(raw / spec.clamp)
     else:

@@ -48,8 +48,8 @@ class Setting:
         self.device = torch.device(device)
         self.model = pgf.Glow(self.config).to(self.device, torch.float64)
         # Many samples: the scales that four of them would set can be extreme for the next four.
-        x, y, cond = self.batch(64)
-        self.model.initialize(x, y, cond)
+        x, _, cond = self.batch(64)
+        self.model.initialize(x, cond)
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.add_(spread * torch.randn_like(parameter))

@@ -180,10 +180,21 @@ class TestScaleMaps:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("spec", [spec for spec in SPECS[1:] if isinstance(spec.scale_map, str)], ids=spec_name)
     def test_log_is_finite_where_the_scale_underflows(self, spec: CouplingSpec, dtype: torch.dtype) -> None:
-        raw = torch.tensor([-800.0, -110.0, -100.0, 100.0, 110.0, 800.0], dtype=dtype, requires_grad=True)
+        raw = torch.tensor([-800.0, -110.0, -100.0, 100.0, 110.0, 800.0], dtype=dtype)
+        if spec.scale_map == "exp":  # the one map that can overflow, which is refused: see below
+            raw = raw.clamp(max=80.0)
+        raw.requires_grad_()
         _, log_scale = reference.scale_and_log(raw, spec)
         assert log_scale.isfinite().all()
         assert torch.autograd.grad(log_scale.sum(), raw)[0].isfinite().all()
+
+    def test_overflow_is_refused(self) -> None:
+        raw = torch.tensor([0.0, 100.0])
+        with pytest.raises(
+            ValueError, match=r"net_out: expected raw scales whose exp is finite in .*float32, found an overflow"
+        ):
+            reference.scale_and_log(raw, CouplingSpec(scale_map="exp"))
+        assert reference.scale_and_log(raw.double(), CouplingSpec(scale_map="exp"))[0].isfinite().all()
 
     def test_log_is_not_the_log_of_the_scale(self) -> None:
         raw = torch.tensor([-800.0, -100.0, 100.0], dtype=torch.float64)

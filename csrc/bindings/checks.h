@@ -8,14 +8,29 @@
 
 namespace pyglow::bindings {
 
+inline const char* name_of(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat:
+      return "float32";
+    case at::kDouble:
+      return "float64";
+    case at::kHalf:
+      return "float16";
+    case at::kBFloat16:
+      return "bfloat16";
+    default:
+      return c10::toString(dtype);
+  }
+}
+
 inline void check_dtype(const char* name, const at::Tensor& x) {
   TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, name,
-                    ": expected dtype float32 or float64, found ", x.scalar_type());
+                    ": expected dtype float32 or float64, found ", name_of(x.scalar_type()));
 }
 
 inline void check_like(const char* name, const at::Tensor& x, const char* other_name, const at::Tensor& other) {
-  TORCH_CHECK_VALUE(x.scalar_type() == other.scalar_type(), name, ": expected dtype ", other.scalar_type(), " like ",
-                    other_name, ", found ", x.scalar_type());
+  TORCH_CHECK_VALUE(x.scalar_type() == other.scalar_type(), name, ": expected dtype ", name_of(other.scalar_type()),
+                    " like ", other_name, ", found ", name_of(x.scalar_type()));
   TORCH_CHECK_VALUE(x.device() == other.device(), name, ": expected device ", other.device(), " like ", other_name,
                     ", found ", x.device());
 }

@@ -62,7 +62,7 @@ inline void check_overflow(const Kind& kind, const at::Tensor& log_det) {
     const T* values = log_det.const_data_ptr<T>();
     for (int64_t n = 0; n < log_det.numel(); ++n)
       TORCH_CHECK_VALUE(values[n] != overflowed, "net_out: expected raw scales whose exp is finite in ",
-                        log_det.scalar_type(), ", found an overflow in sample ", n);
+                        name_of(log_det.scalar_type()), ", found an overflow in sample ", n);
   });
 }
 

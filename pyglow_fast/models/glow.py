@@ -149,7 +149,7 @@ class Glow(nn.Module):
             )
 
     @torch.no_grad()
-    def initialize(self, x: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> None:
+    def initialize(self, x: Tensor, cond: Tensor | None = None) -> None:
         """Set every actnorm from x, level by level; happens by itself on the first training forward."""
         self._check_x(x, cond)
         for i, level in enumerate(self.levels):
@@ -167,7 +167,7 @@ class Glow(nn.Module):
         """Latents, the kept halves that predict their priors, and log_det."""
         self._check_x(x, cond)
         if self.training and not self.is_initialized:
-            self.initialize(x, cond=cond)
+            self.initialize(x, cond)
         log_det = x.new_zeros(x.shape[0])
         latents, kept_halves = [], []
         for i, level in enumerate(self.levels):
@@ -217,6 +217,14 @@ class Glow(nn.Module):
 
         Levels are 0..n_bins-1; y and cond as in log_prob.
         """
+        # Everything is checked before the noise is drawn: a refused call leaves the generator as it was.
+        expect(isinstance(images, Tensor), "images", "a Tensor", type(images).__name__)
+        shape = (*images.shape[:1], *self.config.image_shape)
+        expect(
+            tuple(images.shape) == shape, "images", f"shape (N, {', '.join(map(str, shape[1:]))})", tuple(images.shape)
+        )
+        check_labels(y, images.shape[0], self.config.n_classes)
+        self._check_cond(cond, images.shape[0])
         x = dequantize(images, n_bins, generator, dtype=self._parameter().dtype)
         return bits_per_dim(self.log_prob(x, y, cond), self.config.n_values, n_bins)
 

@@ -127,9 +127,9 @@ class TrainState:
         """Data-dependent initialisation from random training images."""
         count = min(self.config.init_images, len(self.train))
         chosen = batch_indices(derive(self.config.seed, "init"), 0, len(self.train), count)
-        levels, labels = self.train.batch(chosen)
+        levels, _ = self.train.batch(chosen)
         x = dequantize(levels.to(self.device), self.n_bins, self.noise)
-        self.model.initialize(x, labels_for(self.model, labels))
+        self.model.initialize(x)
 
     def step(self) -> float:
         """One update; returns the loss in bits/dim.

@@ -83,7 +83,7 @@ PLAIN: dict[str, tuple[Call, str]] = {
     "negative levels": (lambda m: m.bits_per_dim(IMAGES.long() - 300), r"images: expected levels in 0\.\.255"),
     "one bin": (lambda m: m.bits_per_dim(IMAGES, 1), r"n_bins: expected a value in 2\.\.65536, found 1"),
     "float bins": (lambda m: m.bits_per_dim(IMAGES, 256.0), "n_bins: expected an int, found float"),
-    "image shape": (lambda m: m.bits_per_dim(IMAGES[..., :4]), r"x: expected shape \(N, 1, 4, 8\)"),
+    "image shape": (lambda m: m.bits_per_dim(IMAGES[..., :4]), r"images: expected shape \(N, 1, 4, 8\)"),
     "negative temperature": (
         lambda m: m.sample(2, -0.1),
         r"temperature: expected finite values, 0 or more, found -0\.1",

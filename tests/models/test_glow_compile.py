@@ -1,0 +1,53 @@
+"""The model under torch.compile: one graph, the same numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import pyglow_fast as pgf
+from pyglow_fast import ops
+
+
+@pytest.fixture
+def model() -> pgf.Glow:
+    model = pgf.Glow(image_shape=(2, 8, 8), n_levels=2, n_steps=2, hidden=8)
+    model.initialize(torch.rand(8, 2, 8, 8) - 0.5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def test_log_prob_is_one_graph(model: pgf.Glow) -> None:
+    x = torch.rand(4, 2, 8, 8) - 0.5
+    compiled = torch.compile(model.log_prob, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.allclose(compiled(x), model.log_prob(x), rtol=1e-5)
+
+
+def test_gradients(model: pgf.Glow) -> None:
+    x = torch.rand(4, 2, 8, 8) - 0.5
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad(model.log_prob(x).sum(), parameters)
+    compiled = torch.compile(model.log_prob, fullgraph=True, backend="aot_eager")
+    for got, exact in zip(torch.autograd.grad(compiled(x).sum(), parameters), expected, strict=True):
+        assert torch.allclose(got, exact, rtol=1e-4, atol=1e-3)
+
+
+def test_the_graph_holds_the_kernels(model: pgf.Glow) -> None:
+    """Tracing must not fall back to the reference."""
+    if not ops.run_on(torch.zeros(1), "coupling_mix"):
+        pytest.skip("no extension")
+    targets: set[str] = set()
+
+    def record(graph: torch.fx.GraphModule, example_inputs: object) -> torch.fx.GraphModule:
+        targets.update(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    from torch._dynamo.backends.common import aot_autograd
+
+    compiled = torch.compile(model.log_prob, fullgraph=True, backend=aot_autograd(fw_compiler=record))
+    with torch.no_grad():
+        compiled(torch.rand(4, 2, 8, 8) - 0.5)
+    assert any("pyglow_fast.coupling_mix" in target for target in targets), targets
