@@ -66,4 +66,13 @@ inline void check_overflow(const Kind& kind, const at::Tensor& log_det) {
   });
 }
 
+// Gradients of the outputs: grad_<name> like x, and one of log_det per sample.
+inline void check_output_grads(const char* grad_name, const at::Tensor& grad, const at::Tensor& grad_log_det,
+                               const char* x_name, const at::Tensor& x) {
+  check_shape(grad_name, grad, x.sizes());
+  check_like(grad_name, grad, x_name, x);
+  check_shape("grad_log_det", grad_log_det, {x.size(0)});
+  check_like("grad_log_det", grad_log_det, x_name, x);
+}
+
 }  // namespace pyglow::bindings

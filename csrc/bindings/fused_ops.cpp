@@ -43,10 +43,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> coupling_mix_backward
   const Kind kind{map, order, false, bias, eps, clamp};
   check_state("x", x_in);
   const int64_t transformed = check_net_out(net_out_in, "x", x_in, kind);
-  check_shape("grad_out", grad_out_in, x_in.sizes());
-  check_like("grad_out", grad_out_in, "x", x_in);
-  check_shape("grad_log_det", grad_log_det_in, {x_in.size(0)});
-  check_like("grad_log_det", grad_log_det_in, "x", x_in);
+  check_output_grads("grad_out", grad_out_in, grad_log_det_in, "x", x_in);
   check_matrix(matrix_in, matrix_in.diagonal(), "x", x_in);
   const at::Tensor x = with_position_stride(x_in), net_out = with_position_stride(net_out_in);
   const at::Tensor grad_out = with_position_stride(grad_out_in), grad_log_det = grad_log_det_in.contiguous();
@@ -74,10 +71,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> step_backward(const at::Tensor& y
   const Kind kind{map, order, false, bias, eps, clamp};
   check_state("y", y_in);
   const int64_t transformed = check_net_out(net_out_in, "y", y_in, kind);
-  check_shape("grad_y", grad_y_in, y_in.sizes());
-  check_like("grad_y", grad_y_in, "y", y_in);
-  check_shape("grad_log_det", grad_log_det_in, {y_in.size(0)});
-  check_like("grad_log_det", grad_log_det_in, "y", y_in);
+  check_output_grads("grad_y", grad_y_in, grad_log_det_in, "y", y_in);
   check_matrix(inverse_matrix_in, offset_in, "y", y_in);
   const at::Tensor y = with_position_stride(y_in), net_out = with_position_stride(net_out_in);
   const at::Tensor grad_y = with_position_stride(grad_y_in), grad_log_det = grad_log_det_in.contiguous();

@@ -111,10 +111,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> coupling_backward(const at::Tenso
   const Kind kind{map, order, inverse, bias, eps, clamp};
   check_state("out", out_in);
   const int64_t transformed = check_net_out(net_out_in, "out", out_in, kind);
-  check_shape("grad_out", grad_out_in, out_in.sizes());
-  check_like("grad_out", grad_out_in, "out", out_in);
-  check_shape("grad_log_det", grad_log_det_in, {out_in.size(0)});
-  check_like("grad_log_det", grad_log_det_in, "out", out_in);
+  check_output_grads("grad_out", grad_out_in, grad_log_det_in, "out", out_in);
   const at::Tensor out = with_position_stride(out_in), net_out = with_position_stride(net_out_in);
   const at::Tensor grad_out = with_position_stride(grad_out_in), grad_log_det = grad_log_det_in.contiguous();
   at::Tensor grad_in = at::empty_like(out), grad_net_out = at::empty_like(net_out);

@@ -54,17 +54,23 @@ void channel_mix_backward(const ChannelMixBackwardArgs<T>& args, const Threads& 
   const int64_t grain = grain_of(2 * sums.tiles_per_slot() * channels * shape.length);
   parallel(threads, sums.slots(), grain, [&](int64_t begin, int64_t end) {
     const int64_t room = channels * shape.length;
-    T* memory = static_cast<T*>(thread_scratch(Scratch::tile, 3 * room * sizeof(T)));
+    T* memory = static_cast<T*>(thread_scratch(Scratch::tile, (2 * sums.group() + 1) * room * sizeof(T)));
     for (int64_t slot = begin; slot < end; ++slot) {
       sums.clear(slot);
-      for (int64_t index = sums.first_tile(slot); index < sums.first_tile(slot + 1); ++index) {
-        const Tile tile = tile_at<T>(shape, index);
-        const Rows<const T> grad_u = read_rows(args.grad_u, tile, 0, channels, memory);
-        const Rows<const T> x = centred_rows(args.x, tile, channels, args.center, memory + room);
-        sums.add(slot, grad_u, x, tile.padded);
-        const Rows<T> grad_x = write_rows(args.grad_x, tile, 0, memory + 2 * room);
-        product<T>(sums.memory(), grad_u, nullptr, grad_x, channels, tile.padded);
-        write_back(args.grad_x, tile, 0, channels, grad_x);
+      const int64_t last = sums.first_tile(slot + 1);
+      for (int64_t first = sums.first_tile(slot); first < last; first += sums.group()) {
+        Factors<T> factors[max_group];
+        const int64_t count = smaller(sums.group(), last - first);
+        for (int64_t t = 0; t < count; ++t) {
+          const Tile tile = tile_at<T>(shape, first + t);
+          T* own = memory + (2 * t + 1) * room;
+          const Rows<const T> grad_u = read_rows(args.grad_u, tile, 0, channels, own);
+          factors[t] = {grad_u, centred_rows(args.x, tile, channels, args.center, own + room), tile.padded};
+          const Rows<T> grad_x = write_rows(args.grad_x, tile, 0, memory);
+          product<T>(sums.memory(), grad_u, nullptr, grad_x, channels, tile.padded);
+          write_back(args.grad_x, tile, 0, channels, grad_x);
+        }
+        sums.add(slot, factors, count);
       }
     }
   });

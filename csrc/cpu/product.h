@@ -104,37 +104,4 @@ void product(const T* packed, const Rows<const T>& x, const T* start, const Rows
   }
 }
 
-// sums[o * channels + i] += sum over the tile of g[o, p] x[i, p]: a 4 x 4 block of vector accumulators per pass.
-template <class T>
-void add_outer_product(const Rows<const T>& g, const Rows<const T>& x, int64_t channels, int64_t length, T* sums) {
-  constexpr int size = 4;
-  for (int64_t o = 0; o < channels; o += size) {
-    for (int64_t i = 0; i < channels; i += size) {
-      const T *g_row[size], *x_row[size];
-#pragma GCC unroll 4
-      for (int k = 0; k < size; ++k) {  // past the edge the last row is computed again and not stored
-        g_row[k] = g.row(smaller(o + k, channels - 1));
-        x_row[k] = x.row(smaller(i + k, channels - 1));
-      }
-      Vec<T> sum[size][size] = {};
-      for (int64_t p = 0; p < length; p += lanes<T>) {
-        Vec<T> value[size];
-#pragma GCC unroll 4
-        for (int k = 0; k < size; ++k) value[k] = load<T>(x_row[k] + p);
-#pragma GCC unroll 4
-        for (int j = 0; j < size; ++j) {
-          const Vec<T> left = load<T>(g_row[j] + p);
-#pragma GCC unroll 4
-          for (int k = 0; k < size; ++k) sum[j][k] += left * value[k];
-        }
-      }
-#pragma GCC unroll 4
-      for (int j = 0; j < size; ++j)
-#pragma GCC unroll 4
-        for (int k = 0; k < size; ++k)
-          if (o + j < channels && i + k < channels) sums[(o + j) * channels + i + k] += sum_lanes<T>(sum[j][k]);
-    }
-  }
-}
-
 }  // namespace pyglow::cpu::PYGLOW_ISA

@@ -75,7 +75,8 @@ __device__ __forceinline__ void store_strided(const Product<T>& p, const T (&sum
 }
 
 // Each thread keeps 8 output channels by 16 bytes of positions in registers; a step of the inner loop reads 16 bytes of
-// x and 8 weights, which the threads of a warp share, from shared memory for 8 * width multiply-adds.
+// x and 8 weights, which the threads of a warp share, from shared memory for 8 * width multiply-adds. Each chunk has
+// sums of its own, so that rounding errors do not pile up over all of C.
 template <class T, bool Vector>
 __global__ void __launch_bounds__(block_threads, 2) product_kernel(const Product<T> p) {
   const int columns = blockDim.x * width<T>, stride = input_stride<T, Vector>(columns);
@@ -167,13 +168,13 @@ int64_t shared_bytes(const Cut& cut, int columns) {
 
 }  // namespace
 
-// Grid: tiles of 16 to 128 16-byte columns by groups of up to 128 output channels, groups fastest so that the tile's
-// second reader finds it in L2; at most max_blocks, which then loop. Wide tiles for few channels keep blocks at 64 to
-// 256 threads; they shrink while there are fewer blocks than a large GPU runs at once. Occupancy: up to 80 registers
-// (float), so 3 blocks of 256 threads on a multiprocessor; at most 43 KB of shared memory, which is never the tighter
-// limit. All of a chunk's loads are in flight together, so 3 blocks hide the latency. Bound: memory up to about C = 64
-// (C / 4 multiply-adds for each float moved), then the multiply-add units; x is read once up to C = 128 and ceil(C /
-// 128) times above, mostly from L2.
+// - Grid: tiles of 16 to 128 16-byte columns by groups of up to 128 output channels, groups fastest so that the tile's
+//   second reader finds it in L2; at most max_blocks, which then loop. Wide tiles for few channels keep blocks at 64 to
+//   256 threads; tiles shrink while there are fewer blocks than a large GPU runs at once.
+// - Occupancy: up to 128 registers, so 2 blocks of 256 threads on a multiprocessor (4 of 128); at most 43 KB of shared
+//   memory, which is not the tighter limit. All of a chunk's loads are in flight together, up to 32 KB a block.
+// - Bound: memory up to about C = 64 (C / 8 multiply-adds for each byte moved), then the multiply-add units. x is read
+//   once up to C = 128 and ceil(C / 128) times above, mostly from L2.
 template <class T>
 int mix_product(const MixProduct<T>& args, void* stream) {
   const int64_t total = args.samples * args.positions, channels = args.channels;

@@ -11,7 +11,7 @@ constexpr int micro = 4;                                 // a thread's share: mi
 constexpr int max_side = block_threads >= 256 ? 16 : 8;  // such shares along a side of a block's part of grad_M
 constexpr int reduce_columns = 32;
 constexpr int reduce_rows = larger(block_threads / reduce_columns, 1);
-constexpr int64_t wanted_blocks = 4 * 132;
+constexpr int64_t wanted_blocks = smaller<int64_t>(4 * 132, max_blocks);
 
 // How the sums are cut. grad_M falls into parts * parts square parts of side * micro channels; positions fall into
 // tiles, tile t belonging to split t % splits. A block sums one part over one split, its threads being groups that
@@ -91,15 +91,14 @@ __global__ void __launch_bounds__(block_threads, 2) sums_kernel(const Sums<T> s)
   for (int64_t tile = split; tile < s.split.tiles; tile += s.split.splits) {
     const int64_t begin = tile * columns * width<T>, own = begin + threadIdx.x * width<T>;
     int64_t x_own = outside, u_own = outside;
-    __syncthreads();  // the previous tile has been used
     if constexpr (Vector) {
       x_own = offset_of(s.x.tensor, own, s.samples, s.positions);
       u_own = offset_of(s.grad_u.tensor, own, s.samples, s.positions);
     } else {
       fill_offsets(x_offsets, columns * width<T>, s.x.tensor, begin, s.samples, s.positions);
       fill_offsets(u_offsets, columns * width<T>, s.grad_u.tensor, begin, s.samples, s.positions);
-      __syncthreads();
     }
+    __syncthreads();  // the previous tile has been used, the offsets are there
     const T* const none = nullptr;
     stage<Vector>(x_tile, stride, rows, columns * width<T>, s.x, first_in, s.channels, s.center, x_own, x_offsets);
     stage<Vector>(u_tile, stride, rows, columns * width<T>, s.grad_u, first_out, s.channels, none, u_own, u_offsets);
@@ -209,13 +208,14 @@ int64_t channel_mix_backward_scratch(int64_t samples, int64_t channels, int64_t 
   return split.splits > 1 ? split.splits * (channels + 1) * channels * static_cast<int64_t>(sizeof(double)) : 0;
 }
 
-// Grid: splits of the positions by parts of grad_M of up to 64 by 64, parts fastest so that they find their tiles in
-// L2; about wanted_blocks in all, fewer where there are fewer tiles or the partial sums would pass 16 MB (C = 768: 3
-// splits of 144 parts). Above C = 1448 one split remains and writes the result itself. Occupancy: up to 128 registers
-// and 38 KB of shared memory, so 2 blocks of 144 to 256 threads on a multiprocessor; a tile's loads are all in flight
-// together, and one block's arithmetic hides the other's loads. Bound: memory up to about C = 48 (2 C floats read for
-// C^2 multiply-adds), then the multiply-add units. The second stage reads at most 16 MB, usually below a hundredth of
-// the input.
+// - Grid: splits of the positions by parts of grad_M of up to 64 by 64, parts fastest so that they find their tiles in
+// L2;
+//   about wanted_blocks in all, fewer where there are fewer tiles or the partial sums would pass 16 MB (C = 768: 3
+//   splits of 144 parts). From C = 1024 on one split remains and writes the result itself.
+// - Occupancy: up to 128 registers and 38 KB of shared memory, so 2 blocks of up to 256 threads on a multiprocessor; a
+//   tile's loads are all in flight together, and one block's arithmetic hides the other's loads.
+// - Bound: memory up to about C = 48 (2 C values read for C^2 multiply-adds), then the multiply-add units. The second
+//   stage reads at most 16 MB.
 template <class T>
 int channel_mix_backward(const ChannelMixBackwardArgs<T>& args, void* scratch, void* stream) {
   const int64_t channels = args.channels;

@@ -84,11 +84,13 @@ int64_t coupling_scratch(int64_t samples, int64_t transformed, int64_t positions
   return parts > 1 ? samples * parts * static_cast<int64_t>(sizeof(double)) : 0;
 }
 
-// Grid: samples by parts of 1024 to 8192 elements, at most max_blocks blocks, which then loop.
-// Occupancy: up to 48 registers (float), so 5 blocks of 256 threads on a multiprocessor; each thread has three 16-byte
-// loads in flight, 60 KB in all, more than bandwidth times latency (about 30 KB). Bound: memory; the scale map takes 50
-// to 100 instructions per element of 16 bytes moved. The kept channels are copied in the same pass, and not at all if
-// out is in. The second stage reads one double per part.
+// - Grid: samples by parts of 1024 to 8192 elements, at most max_blocks blocks, which then loop.
+// - Occupancy: up to 64 registers (float), so 4 blocks of 256 threads on a multiprocessor; each thread has three
+// 16-byte
+//   loads in flight, 48 KB in all, more than bandwidth times latency (about 30 KB).
+// - Bound: memory; the scale map takes 50 to 100 instructions for each 16 bytes moved. The kept channels are copied in
+// the
+//   same pass, and not at all if out is in. The second stage reads one double per part.
 template <class T>
 int coupling(const CouplingArgs<T>& args, void* scratch, void* stream) {
   if (args.samples == 0) return cudaSuccess;

@@ -71,10 +71,10 @@ __global__ void __launch_bounds__(block_threads, sizeof(T) == 4 ? 3 : 2)
 
 }  // namespace
 
-// Grid: samples by parts of 1024 to 8192 elements, at most max_blocks blocks, which then loop.
-// Occupancy: up to 80 registers (float), so 3 blocks of 256 threads on a multiprocessor; each thread has four 16-byte
-// loads in flight, 48 KB in all, more than bandwidth times latency (about 30 KB). Bound: memory, eight values moved per
-// element.
+// - Grid: samples by parts of 1024 to 8192 elements, at most max_blocks blocks, which then loop.
+// - Occupancy: up to 80 registers (float), so 3 blocks of 256 threads on a multiprocessor; each thread has four 16-byte
+//   loads in flight, 48 KB in all, more than bandwidth times latency (about 30 KB).
+// - Bound: memory, eight values moved per element.
 template <class T>
 int coupling_backward(const CouplingBackwardArgs<T>& args, void* stream) {
   if (args.samples == 0) return cudaSuccess;

@@ -18,17 +18,20 @@
   T* const name = reinterpret_cast<T*>(dynamic_shared)
 #endif
 
-// Threads of a full block: a power of two, at least 64. Smaller in the ThreadSanitizer build, which needs small blocks.
+// Threads of a full block: a power of two, at least 64; and blocks of a launch, 16 for each multiprocessor of a large
+// GPU: kernels loop over what is left. The sanitizer builds take less of both, to see loops and races on small data.
 #ifndef PYGLOW_BLOCK_THREADS
 #define PYGLOW_BLOCK_THREADS 256
+#endif
+#ifndef PYGLOW_MAX_BLOCKS
+#define PYGLOW_MAX_BLOCKS (16 * 144)
 #endif
 
 namespace pyglow::cuda {
 
 constexpr int block_threads = PYGLOW_BLOCK_THREADS;
 constexpr int warp_threads = 32;
-// Blocks of a launch: 16 for each multiprocessor of a large GPU. Kernels loop over what is left.
-constexpr int64_t max_blocks = 16 * 144;
+constexpr int64_t max_blocks = PYGLOW_MAX_BLOCKS;
 constexpr int64_t max_scratch_bytes = 16 << 20;
 
 template <class T>
@@ -67,9 +70,20 @@ __device__ __forceinline__ Vec<T> load_vector(const T* p) {
   return *static_cast<const Vec<T>*>(__builtin_assume_aligned(p, 16));
 }
 
+// To shared memory.
 template <class T>
-__device__ __forceinline__ void store_vector(T* p, const Vec<T>& vector) {
+__device__ __forceinline__ void store_shared(T* p, const Vec<T>& vector) {
   *static_cast<Vec<T>*>(__builtin_assume_aligned(p, 16)) = vector;
+}
+
+// To global memory, by an intrinsic with the default cache policy: nvcc splits the copy of a struct whose members come
+// from different branches.
+__device__ __forceinline__ void store_vector(float* p, const Vec<float>& vector) {
+  const float4 v = make_float4(vector.v[0], vector.v[1], vector.v[2], vector.v[3]);
+  __stwb(static_cast<float4*>(__builtin_assume_aligned(p, 16)), v);
+}
+__device__ __forceinline__ void store_vector(double* p, const Vec<double>& vector) {
+  __stwb(static_cast<double2*>(__builtin_assume_aligned(p, 16)), make_double2(vector.v[0], vector.v[1]));
 }
 
 template <class T>

@@ -56,11 +56,13 @@ inline Walk walk_of(Rows rows, int64_t channels, int64_t positions, int64_t part
   return {larger<int64_t>(row_length(rows, channels, positions) / unit, 1), divide_up(total, parts), total};
 }
 
+constexpr int64_t busy_blocks = 16 * 144;  // 16 for each multiprocessor of a large GPU
+
 // Parts of a sample of `elements`: of 1024 elements, or up to 8192 where that still gives work to a large GPU; and no
 // more than fit into scratch memory with a double for each.
 inline int64_t parts_of(int64_t samples, int64_t elements) {
   if (samples == 0) return 1;
-  const int64_t enough = larger(divide_up(elements, 8192), divide_up(max_blocks, samples));
+  const int64_t enough = larger(divide_up(elements, 8192), divide_up(busy_blocks, samples));
   const int64_t fitting = max_scratch_bytes / static_cast<int64_t>(sizeof(double)) / samples;
   return larger<int64_t>(1, smaller(smaller(divide_up(elements, 1024), enough), fitting));
 }
@@ -104,7 +106,7 @@ __device__ __forceinline__ Unit<std::remove_const_t<T>, Vector> load_unit(const 
                                                                           int64_t i) {
   T* const start = x.data + n * x.sample + row * x.step;
   if constexpr (Vector)
-    return load_vector<std::remove_const_t<T>>(start + i);
+    return load_vector(start + i);
   else
     return {{start[i * x.element]}};
 }

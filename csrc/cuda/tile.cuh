@@ -72,7 +72,7 @@ __device__ __forceinline__ void stage(T* tile, int stride, int rows, int columns
           for (int i = 0; i < width<T>; ++i) column.v[i] = math::centred(column.v[i], c);
         }
       }
-      store_vector(tile + r * stride + threadIdx.x * width<T>, column);
+      store_shared(tile + r * stride + threadIdx.x * width<T>, column);
     }
     return;
   }
