@@ -1,0 +1,20 @@
+"""The emulated kernels, built once for the session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from emulator import Emulator
+from toolchain import CUDA_SOURCES, HERE, build
+
+
+@pytest.fixture(scope="session")
+def _library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("emulated") / "libemulated.so"
+    return build(target, [*CUDA_SOURCES, HERE / "driver.cpp"], "-O1", "-shared")
+
+
+@pytest.fixture
+def emulator(_library: Path) -> Emulator:
+    return Emulator(_library)

@@ -1,0 +1,185 @@
+"""The ops of pyglow::cuda on CPU tensors, run by the emulator. Outputs start as NaN, to show what is not written."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyglow_fast.reference import CouplingSpec
+
+MAPS = {"sigmoid": 1, "sigmoid_eps": 2, "exp": 3, "tanh": 4, "atan": 5}  # ScaleMap of csrc/math/kinds.h; additive: 0
+ORDERS = {"shift_scale": 0, "scale_shift": 1}
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("sample", ctypes.c_int64),
+        ("channel", ctypes.c_int64),
+        ("position", ctypes.c_int64),
+    )
+
+
+class _Sizes(ctypes.Structure):
+    _fields_ = (
+        ("samples", ctypes.c_int64),
+        ("channels", ctypes.c_int64),
+        ("transformed", ctypes.c_int64),
+        ("positions", ctypes.c_int64),
+    )
+
+
+class _Variant(ctypes.Structure):
+    _fields_ = (
+        ("map", ctypes.c_int),
+        ("order", ctypes.c_int),
+        ("inverse", ctypes.c_int),
+        ("bias", ctypes.c_double),
+        ("eps", ctypes.c_double),
+        ("clamp", ctypes.c_double),
+    )
+
+
+class CouplingGrads(NamedTuple):
+    """What coupling_backward gives; the recovered input is None if it was not wanted."""
+
+    recovered: Tensor | None
+    grad_in: Tensor
+    grad_net_out: Tensor
+
+
+def _view(x: Tensor | None) -> _Tensor:
+    if x is None:
+        return _Tensor(None, 0, 0, 0)
+    assert x.dim() == 3, "the kernels see (N, C, P)"
+    return _Tensor(x.data_ptr(), *x.stride())
+
+
+def _variant(spec: CouplingSpec, inverse: bool) -> _Variant:
+    name = "sigmoid_eps" if spec.scale_map == "sigmoid" and spec.eps else str(spec.scale_map)
+    index = 0 if spec.kind == "additive" else MAPS[name]
+    return _Variant(index, ORDERS[spec.order], inverse, spec.bias, spec.eps, spec.clamp)
+
+
+def _transformed(net_out: Tensor, spec: CouplingSpec) -> int:
+    return net_out.shape[1] // (1 if spec.kind == "additive" else 2)
+
+
+def allocate(layout: str, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+    """A (N, C, P) tensor of NaN; what lies between and around its elements is NaN too.
+
+    Args:
+        layout: "contiguous"; "channels_last"; "channel_slice": the middle channels of a larger contiguous tensor;
+            "channels_last_slice": the same of a channels-last one; "ragged_samples": a gap of one element after each
+            sample; "offset": contiguous, but starting one element after a 16-byte boundary; "strided": every second
+            element in every dimension.
+        shape: (N, C, P).
+        dtype: float32 or float64.
+    """
+    n, c, p = shape
+    if layout == "contiguous":
+        return torch.full((n, c, p), torch.nan, dtype=dtype)
+    if layout == "channels_last":
+        return torch.full((n, p, c), torch.nan, dtype=dtype).transpose(1, 2)
+    if layout == "channel_slice":
+        return torch.full((n, c + 8, p), torch.nan, dtype=dtype)[:, 4 : c + 4]
+    if layout == "channels_last_slice":
+        return torch.full((n, p, c + 8), torch.nan, dtype=dtype).transpose(1, 2)[:, 4 : c + 4]
+    if layout == "ragged_samples":
+        return torch.full((n, c * p + 1), torch.nan, dtype=dtype)[:, : c * p].view(n, c, p)
+    if layout == "offset":
+        return torch.full((n * c * p + 1,), torch.nan, dtype=dtype)[1:].view(n, c, p)
+    assert layout == "strided"
+    return torch.full((2 * n, 2 * c, 2 * p), torch.nan, dtype=dtype)[::2, ::2, ::2]
+
+
+LAYOUTS = ("contiguous", "channels_last", "channel_slice", "channels_last_slice", "ragged_samples", "offset", "strided")
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The values of x (N, C, P) in a layout of :func:`allocate`."""
+    return allocate(layout, (x.shape[0], x.shape[1], x.shape[2]), x.dtype).copy_(x)
+
+
+def assert_only_written(x: Tensor) -> None:
+    """All of x has been written and nothing else of the memory that it is a view of."""
+    assert not x.isnan().any(), "an output has elements that were not written, or NaN"
+    base = x if x._base is None else x._base
+    assert int(base.isnan().logical_not().sum()) == x.numel(), "memory beside an output was written"
+
+
+class Emulator:
+    """Loads the library that the sources were built into. Outputs have the layout ``out_layout`` of :func:`allocate`.
+
+    ``seed`` chooses the order in which the threads run.
+    """
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+        self.seed = 0
+        self.out_layout = "contiguous"
+
+    def _call(self, name: str, x: Tensor, transformed: int, *arguments: Any) -> None:
+        function: Callable[..., bytes | None] = getattr(self._library, f"emulated_{name}")
+        function.restype = ctypes.c_char_p  # type: ignore[attr-defined]
+        values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments]
+        n, c, p = x.shape
+        is_double = ctypes.c_int(x.dtype == torch.float64)
+        error = function(is_double, ctypes.c_uint(self.seed), _Sizes(n, c, transformed, p), *values)
+        if error is not None:
+            raise RuntimeError(error.decode())
+
+    def output_like(self, x: Tensor) -> Tensor:
+        """Room for an output of the shape (N, C, P) of x."""
+        return allocate(self.out_layout, (x.shape[0], x.shape[1], x.shape[2]), x.dtype)
+
+    def channel_mix(self, x: Tensor, matrix: Tensor, offset: Tensor, subtract_first: bool = False) -> Tensor:
+        """u = M x + c, or M (x - c)."""
+        u = self.output_like(x)
+        self._call("channel_mix", x, 0, _view(x), matrix, offset, _view(u), ctypes.c_int(subtract_first))
+        return u
+
+    def channel_mix_backward(
+        self, x: Tensor, grad_u: Tensor, matrix: Tensor, center: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """grad_x, grad_M, grad_c."""
+        grad_x, grad_matrix = self.output_like(x), torch.full_like(matrix, torch.nan)
+        grad_offset = matrix.new_full((x.shape[1],), torch.nan)
+        center_or_null = ctypes.c_void_p(None) if center is None else center
+        outputs = (_view(grad_x), grad_matrix, grad_offset)
+        self._call("channel_mix_backward", x, 0, _view(x), _view(grad_u), matrix, center_or_null, *outputs)
+        return grad_x, grad_matrix, grad_offset
+
+    def coupling(
+        self, x: Tensor, net_out: Tensor, spec: CouplingSpec, inverse: bool = False, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The transformed x (in ``out`` if given, which may be x) and log_det."""
+        out = self.output_like(x) if out is None else out
+        log_det = x.new_full((x.shape[0],), torch.nan)
+        variant, transformed = _variant(spec, inverse), _transformed(net_out, spec)
+        self._call("coupling", x, transformed, variant, _view(x), _view(net_out), _view(out), log_det)
+        return out, log_det
+
+    def coupling_backward(
+        self,
+        out: Tensor,
+        net_out: Tensor,
+        grad_out: Tensor,
+        grad_log_det: Tensor,
+        spec: CouplingSpec,
+        inverse: bool = False,
+        recover: bool = True,
+    ) -> CouplingGrads:
+        """The gradients, and the input if ``recover``, from the output of :meth:`coupling`."""
+        recovered = self.output_like(out) if recover else None
+        grad_in, grad_net_out = self.output_like(out), self.output_like(net_out)
+        inputs = (_view(out), _view(net_out), _view(grad_out), grad_log_det)
+        outputs = (_view(recovered), _view(grad_in), _view(grad_net_out))
+        variant, transformed = _variant(spec, inverse), _transformed(net_out, spec)
+        self._call("coupling_backward", out, transformed, variant, *inputs, *outputs)
+        return CouplingGrads(recovered, grad_in, grad_net_out)

@@ -1,0 +1,89 @@
+// Stands in for CUDA's header of the same name, so that the kernels of csrc/cuda run on the CPU. Test-only.
+//
+// Covered: the part of the language and of the runtime that the kernels use. Not covered: the device's weak memory
+// order, code generation, tensor cores, and anything about speed.
+#pragma once
+#if !defined(PYGLOW_EMULATE_CUDA)
+#error "This is the CUDA emulator of the tests: build with -DPYGLOW_EMULATE_CUDA, or take it off the include path."
+#endif
+#include <cmath>
+
+#include "emu/schedule.h"
+#include "emu/sync.h"
+
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) double2 {
+  double x, y;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline double2 make_double2(double x, double y) { return {x, y}; }
+template <class T>
+void __stwb(T* p, T value) {
+  *p = value;
+}
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+
+#define EMU_SITE \
+  emu::Site { __FILE__, __LINE__ }
+#define __syncthreads() emu::sync_threads(EMU_SITE)
+#define __syncwarp() emu::sync_warp(emu::all_lanes, EMU_SITE)
+#define __shfl_sync(...) emu::shuffle(EMU_SITE, __VA_ARGS__)
+#define __shfl_up_sync(...) emu::shuffle_up(EMU_SITE, __VA_ARGS__)
+#define __shfl_down_sync(...) emu::shuffle_down(EMU_SITE, __VA_ARGS__)
+#define __shfl_xor_sync(...) emu::shuffle_xor(EMU_SITE, __VA_ARGS__)
+
+#define PYGLOW_SHARED(T, name, count) \
+  static const char name##_key = 0;   \
+  const emu::SharedArray<T> name { static_cast<T*>(emu::shared_memory(&name##_key, sizeof(T) * (count))), count }
+#define PYGLOW_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(emu::dynamic_shared())
+
+namespace emu {
+template <class P>
+P check_aligned(P pointer, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0) throw Error("a vector is not aligned");
+  return pointer;
+}
+}  // namespace emu
+// What kernels promise about their vectors is checked here.
+#define __builtin_assume_aligned(pointer, bytes) \
+  const_cast<void*>(static_cast<const volatile void*>(emu::check_aligned(pointer, bytes)))
+
+using cudaError_t = int;
+using cudaStream_t = struct emu_stream*;
+constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9;
+
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess             ? "no error"
+         : error == cudaErrorInvalidValue ? "invalid argument"
+                                          : "invalid configuration argument";
+}
+inline cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 1;
+  return cudaSuccess;
+}
+inline cudaError_t cudaRuntimeGetVersion(int* version) {
+  *version = 13000;
+  return cudaSuccess;
+}
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+
+// Runs the kernel before it returns, which is one of the orders that a stream allows.
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  const bool valid = emu::run_grid(config->gridDim, config->blockDim, config->dynamicSmemBytes,
+                                   [&] { kernel(static_cast<Parameters>(arguments)...); });
+  return valid ? cudaSuccess : cudaErrorInvalidConfiguration;
+}

@@ -1,0 +1,3 @@
+// The emulator has one header.
+#pragma once
+#include "cuda_runtime.h"

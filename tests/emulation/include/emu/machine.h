@@ -1,0 +1,99 @@
+// What one operating system thread is emulating: the fibers of a block, its shared memory, the launch.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <exception>
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "emu/context.h"
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {}
+};
+
+// Of the running CUDA thread.
+inline thread_local uint3 threadIdx{}, blockIdx{};
+inline thread_local dim3 blockDim, gridDim;
+
+namespace emu {
+
+// A fault of the kernel, as far as it can be told: what CUDA calls undefined behaviour.
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+constexpr unsigned warp_lanes = 32, max_warps = 32;
+constexpr unsigned all_lanes = ~0u;
+
+// Where a thread waits, so that threads at different barriers are told apart.
+struct Site {
+  const char* file;
+  int line;
+  bool operator==(const Site& other) const { return line == other.line && file == other.file; }
+  std::string text() const { return std::string(file) + ":" + std::to_string(line); }
+};
+
+enum class Wait : uint8_t { nothing, block, warp, finished };
+
+struct Fiber {
+  Context context;
+  uint3 index{};
+  unsigned linear = 0;                       // in the block
+  unsigned mask = 0;                         // of the warp operation it waits at
+  unsigned parity = 0;                       // which half of the exchange buffer comes next
+  unsigned barriers = 0, warp_barriers = 0;  // passed so far
+  Wait wait = Wait::finished;
+  Site site{};
+};
+
+struct SharedBlock {
+  const void* key;
+  size_t bytes;
+  char* data;
+};
+
+struct Machine {
+  std::vector<Fiber> fibers;
+  Fiber* current = nullptr;
+  Context scheduler;
+  SharedBlock shared[16];
+  int shared_count = 0;
+  size_t dynamic_bytes = 0;
+  const std::function<void()>* body = nullptr;
+  std::exception_ptr failure;
+  uint64_t exchange[2][max_warps][warp_lanes];
+  // ThreadSanitizer: what threads synchronise on, shared memory that no two blocks share, fibers to be destroyed.
+  // Successive barriers take turns with two tags: a thread that leaves one late would otherwise also learn what the
+  // early ones have done since, and races between two barriers would go unseen.
+  char warp_tags[max_warps][2], block_tags[4096][2], done_tag;
+  int block_tag = 0;
+  char* arena = nullptr;
+  size_t arena_used = 0;
+  std::vector<void*> dead_fibers;
+};
+inline thread_local Machine machine;
+
+// 0: blocks, warps and lanes run in order; any other number: in an order of its own.
+inline thread_local unsigned schedule_seed = 0;
+
+EMU_HIDDEN unsigned lane() { return machine.current->linear % warp_lanes; }
+EMU_HIDDEN unsigned warp() { return machine.current->linear / warp_lanes; }
+
+// Suspends the running thread until what it waits for has happened.
+EMU_HIDDEN void wait_for(Wait wait, Site site, unsigned mask = 0) {
+  Fiber& fiber = *machine.current;
+  fiber.wait = wait;
+  fiber.site = site;
+  fiber.mask = mask;
+  leave(fiber.context, machine.scheduler, wait == Wait::finished);
+}
+
+}  // namespace emu

@@ -1,0 +1,181 @@
+// Running a launch: one fiber per CUDA thread, the blocks one after another on the calling thread.
+#pragma once
+#include <utility>
+
+#include "emu/shared_memory.h"
+
+namespace emu {
+
+constexpr size_t max_tsan_threads = 7000;  // ThreadSanitizer has 8128 slots
+
+EMU_HIDDEN void call_body() {
+  try {
+    (*machine.body)();
+  } catch (...) {
+    machine.failure = std::current_exception();
+  }
+}
+
+EMU_HIDDEN void fiber_entry() {
+  entered(machine.scheduler);
+  call_body();
+#ifdef EMU_TSAN
+  __tsan_release(&machine.done_tag);
+#endif
+  wait_for(Wait::finished, {});
+  abort();
+}
+
+EMU_HIDDEN void start_fiber(Fiber& fiber, uint3 index, unsigned linear) {
+  if (!prepare(fiber.context, fiber_entry)) throw Error("no memory for the stacks of a block");
+#ifdef EMU_TSAN
+  // Destroyed at the end of the launch only: a slot used again would hide races between blocks.
+  if (fiber.context.tsan_fiber != nullptr) machine.dead_fibers.push_back(fiber.context.tsan_fiber);
+  if (machine.dead_fibers.size() > max_tsan_threads) throw Error("the grid is too large for ThreadSanitizer");
+  fiber.context.tsan_fiber = __tsan_create_fiber(0);
+#endif
+  fiber.index = index;
+  fiber.linear = linear;
+  fiber.wait = Wait::nothing;
+  fiber.parity = fiber.barriers = fiber.warp_barriers = 0;
+}
+
+// Runs one thread until it waits or ends.
+EMU_HIDDEN void resume(Fiber& fiber) {
+  machine.current = &fiber;
+  threadIdx = fiber.index;
+  enter(machine.scheduler, fiber.context);
+  if (machine.failure) std::rethrow_exception(std::exchange(machine.failure, nullptr));
+}
+
+// Lets go the lanes of one warp, threads [begin, end), whose meeting is complete; true if any can run again.
+EMU_HIDDEN bool release_warp(unsigned begin, unsigned end) {
+  std::vector<Fiber>& fibers = machine.fibers;
+  const unsigned present = end - begin == warp_lanes ? all_lanes : (1u << (end - begin)) - 1;
+  unsigned waiting = 0;
+  for (unsigned t = begin; t < end; ++t)
+    if (fibers[t].wait == Wait::warp) waiting |= 1u << (t - begin);
+  bool any = false;
+  while (waiting != 0) {
+    const Fiber& first = fibers[begin + __builtin_ctz(waiting)];
+    const unsigned wanted = first.mask & present;
+    unsigned here = 0;
+    for (unsigned t = begin; t < end; ++t)
+      if (fibers[t].wait == Wait::warp && fibers[t].mask == first.mask && fibers[t].site == first.site)
+        here |= 1u << (t - begin);
+    waiting &= ~here;
+    if (here != wanted) continue;
+    for (unsigned t = begin; t < end; ++t)
+      if (here >> (t - begin) & 1) fibers[t].wait = Wait::nothing;
+    any = true;
+  }
+  return any;
+}
+
+[[noreturn]] EMU_HIDDEN void report_deadlock(unsigned threads, unsigned at_barrier) {
+  for (const Fiber& fiber : machine.fibers) {
+    if (fiber.wait == Wait::warp)
+      throw Error("a warp operation waits for lanes that never come: " + fiber.site.text() + ", thread " +
+                  std::to_string(fiber.linear));
+    if (fiber.wait == Wait::block && at_barrier < threads)
+      throw Error("__syncthreads reached by " + std::to_string(at_barrier) + " of " + std::to_string(threads) +
+                  " threads: " + fiber.site.text());
+  }
+  throw Error("the threads of a block wait at different __syncthreads");
+}
+
+struct Random {
+  unsigned state;
+  unsigned below(unsigned n) {
+    state = state * 1664525u + 1013904223u;
+    return (state >> 8) % n;
+  }
+};
+
+// True if all threads stand at the same barrier, which then opens; false if all have ended.
+EMU_HIDDEN bool open_barrier(unsigned threads) {
+  std::vector<Fiber>& fibers = machine.fibers;
+  unsigned live = 0, waiting = 0;
+  for (unsigned t = 0; t < threads; ++t) {
+    live += fibers[t].wait != Wait::finished;
+    waiting += fibers[t].wait == Wait::block;
+  }
+  if (live == 0) return false;
+  for (unsigned t = 0; t < threads; ++t)
+    if (waiting != threads || !(fibers[t].site == fibers[0].site)) report_deadlock(threads, waiting);
+  for (unsigned t = 0; t < threads; ++t) fibers[t].wait = Wait::nothing;
+  return true;
+}
+
+EMU_HIDDEN void run_block(uint3 block, Random& random) {
+  Machine& m = machine;
+  blockIdx = block;
+  const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
+  const unsigned warps = (threads + warp_lanes - 1) / warp_lanes;
+  unsigned t = 0;
+  for (unsigned z = 0; z < blockDim.z; ++z)
+    for (unsigned y = 0; y < blockDim.y; ++y)
+      for (unsigned x = 0; x < blockDim.x; ++x, ++t) start_fiber(m.fibers[t], {x, y, z}, t);
+  do {
+    const unsigned first_warp = schedule_seed ? random.below(warps) : 0;
+    for (unsigned w = 0; w < warps; ++w) {
+      const unsigned begin = (w + first_warp) % warps * warp_lanes, end = std::min(threads, begin + warp_lanes);
+      do {
+        const unsigned flip = schedule_seed ? random.below(warp_lanes) : 0;  // lanes in an order mirrored by xor
+        for (unsigned k = 0; k < warp_lanes; ++k) {
+          const unsigned i = begin + (k ^ flip);
+          if (i < end && m.fibers[i].wait == Wait::nothing) resume(m.fibers[i]);
+        }
+      } while (release_warp(begin, end));
+    }
+  } while (open_barrier(threads));
+}
+
+EMU_HIDDEN bool valid(dim3 grid, dim3 block, size_t dynamic_bytes) {
+  const uint64_t threads = uint64_t{block.x} * block.y * block.z;
+  return grid.x > 0 && grid.x < 1u << 31 && grid.y > 0 && grid.z > 0 && grid.y < 1u << 16 && grid.z < 1u << 16 &&
+         threads > 0 && threads <= 1024 && block.z <= 64 && dynamic_bytes <= max_dynamic_bytes;
+}
+
+// What must be undone however a launch ends.
+struct Launch {
+  Launch() { open_shared(); }
+  ~Launch() {
+    close_shared();
+#ifdef EMU_TSAN
+    __tsan_acquire(&machine.done_tag);
+    for (void* fiber : machine.dead_fibers) __tsan_destroy_fiber(fiber);
+    machine.dead_fibers.clear();
+#endif
+  }
+};
+
+// False, with nothing run, if CUDA would refuse the configuration.
+EMU_HIDDEN bool run_grid(dim3 grid, dim3 block, size_t dynamic_bytes, const std::function<void()>& body) {
+  if (!valid(grid, block, dynamic_bytes)) return false;
+  Machine& m = machine;
+  blockDim = block;
+  gridDim = grid;
+  m.body = &body;
+  m.dynamic_bytes = dynamic_bytes;
+  m.fibers.resize(std::max<size_t>(m.fibers.size(), block.x * block.y * block.z));
+  for (Fiber& fiber : m.fibers) fiber.wait = Wait::finished;
+#ifdef EMU_TSAN
+  m.scheduler.tsan_fiber = __tsan_get_current_fiber();
+#endif
+  const Launch launch;
+  Random random = {schedule_seed * 2654435761u};
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  const uint64_t first = schedule_seed ? random.below(static_cast<unsigned>(std::min<uint64_t>(blocks, 1u << 20))) : 0;
+  for (uint64_t b = 0; b < blocks; ++b) {
+    uint64_t index = (b + first) % blocks;
+    if (schedule_seed % 2 == 1) index = blocks - 1 - index;
+    run_block({static_cast<unsigned>(index % grid.x), static_cast<unsigned>(index / grid.x % grid.y),
+               static_cast<unsigned>(index / grid.x / grid.y)},
+              random);
+    next_shared();
+  }
+  return true;
+}
+
+}  // namespace emu

@@ -1,0 +1,94 @@
+// A sum over blocks, warps and lanes with one bug at a time, named by the argument: what the emulator and the
+// sanitizers must find. Prints the sum, or what the emulator says. Without an argument, or for "none", there is no bug.
+#include <cuda_runtime.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#ifndef PYGLOW_BLOCK_THREADS
+#define PYGLOW_BLOCK_THREADS 64
+#endif
+
+namespace {
+
+constexpr int threads = PYGLOW_BLOCK_THREADS, warps = threads / 32, blocks = 4, rounds = 2;
+constexpr int vectors = rounds * blocks * threads;
+
+struct alignas(16) Float4 {
+  float v[4];
+};
+
+enum class Bug {
+  none,
+  out_of_bounds,       // one vector too many is read
+  misaligned,          // vectors begin at an odd element
+  no_barrier,          // shared memory is read without waiting for its writers
+  no_second_barrier,   // shared memory is written again without waiting for its readers
+  divergent_barrier,   // half of the threads skip a barrier
+  early_return,        // half of the threads never come to a barrier
+  absent_lanes,        // a shuffle names lanes that do not take part
+  shared_overrun,      // an index past a static shared array
+  no_warp_reduction,   // the first lane's value stands for its warp
+  no_block_reduction,  // blocks add to one total
+};
+constexpr const char* names[] = {
+    "none",         "out_of_bounds", "misaligned",     "no_barrier",        "no_second_barrier", "divergent_barrier",
+    "early_return", "absent_lanes",  "shared_overrun", "no_warp_reduction", "no_block_reduction"};
+
+__device__ float warp_sum(float value, Bug bug) {
+  if (bug == Bug::no_warp_reduction) return value;
+  if (bug == Bug::absent_lanes && threadIdx.x % 32 >= 16) return value;
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  return value;
+}
+
+__global__ void sum_kernel(const float* x, float* block_sums, Bug bug) {
+  PYGLOW_SHARED(float, warp_sums, warps);
+  float total = 0;
+  if (bug == Bug::early_return && threadIdx.x < threads / 2) return;
+  for (int round = 0; round < rounds; ++round) {
+    const int index = (round * blocks + blockIdx.x) * threads + threadIdx.x;
+    const float* at = x + 4 * index + (bug == Bug::out_of_bounds ? 4 : 0) + (bug == Bug::misaligned ? 1 : 0);
+    const Float4 loaded = *static_cast<const Float4*>(__builtin_assume_aligned(at, 16));
+    const float sum = warp_sum(loaded.v[0] + loaded.v[1] + loaded.v[2] + loaded.v[3], bug);
+    if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32 + (bug == Bug::shared_overrun ? 1 : 0)] = sum;
+    if (bug != Bug::no_barrier && (bug != Bug::divergent_barrier || threadIdx.x < threads / 2)) __syncthreads();
+    // Not the first thread: it would find its own warp's sum even without the barrier.
+    if (threadIdx.x == threads - 32)
+      for (int warp = 0; warp < warps; ++warp) total += warp_sums[warp];
+    if (bug != Bug::no_second_barrier) __syncthreads();
+  }
+  if (threadIdx.x != threads - 32) return;
+  if (bug == Bug::no_block_reduction) {
+    block_sums[0] += total;
+  } else {
+    block_sums[blockIdx.x] = total;
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Bug bug = Bug::none;
+  for (int i = 0; i < static_cast<int>(sizeof names / sizeof *names); ++i)
+    if (argc > 1 && std::strcmp(argv[1], names[i]) == 0) bug = static_cast<Bug>(i);
+  emu::schedule_seed = 1;  // the last warp first: a missing barrier then shows
+  // Exact sizes, so that AddressSanitizer knows the ends.
+  float* const x = static_cast<float*>(std::malloc(4 * vectors * sizeof(float)));
+  float* const block_sums = static_cast<float*>(std::calloc(blocks, sizeof(float)));
+  for (int i = 0; i < 4 * vectors; ++i) x[i] = 1.f;
+  try {
+    cudaLaunchConfig_t config;
+    config.gridDim = blocks;
+    config.blockDim = threads;
+    cudaLaunchKernelEx(&config, sum_kernel, x, block_sums, bug);
+    float sum = 0;
+    for (int block = 0; block < blocks; ++block) sum += block_sums[block];
+    std::printf("%g of %d\n", sum, 4 * vectors);
+  } catch (const emu::Error& error) {
+    std::printf("%s\n", error.what());
+  }
+  std::free(x);
+  std::free(block_sums);
+}

@@ -1,0 +1,74 @@
+"""Compiling the CUDA sources for the CPU, and running what comes of it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+CUDA_SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+JOBS = 2
+
+FLAGS = [
+    *("-std=c++20", "-g", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fPIC"),
+    *("-DPYGLOW_EMULATE_CUDA", f"-I{HERE / 'include'}", f"-I{ROOT / 'csrc'}", f"-I{HERE}"),
+]
+
+
+def compiler() -> str:
+    """The host's C++ compiler; the test is skipped where there is none."""
+    found = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("c++")
+    if found is None:
+        pytest.skip("needs a C++ compiler: install g++ or set CXX")
+    return found
+
+
+def build(target: Path, sources: list[Path], *flags: str) -> Path:
+    """Compile the sources (.cu ones as C++) with the flags, two at a time, and link them to ``target``."""
+    command = compiler()
+    objects = [target.parent / f"{target.name}.{source.stem}.o" for source in sources]
+
+    def compile_one(source: Path, result: Path) -> None:
+        _run([command, *FLAGS, *flags, "-x", "c++", "-c", str(source), "-o", str(result)])
+
+    with ThreadPoolExecutor(JOBS) as pool:
+        list(pool.map(compile_one, sources, objects))
+    _run([command, *flags, *map(str, objects), "-o", str(target)])
+    return target
+
+
+def _run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"{' '.join(command)}\n{result.stderr}"
+
+
+def supports(flag: str, folder: Path) -> bool:
+    """Whether programs built with a sanitizer flag run here: its library may be missing, or the system forbid it."""
+    source = folder / f"probe{re.sub(r'[^a-z]', '_', flag)}.cpp"
+    source.write_text("int main() { return 0; }\n", encoding="utf-8")
+    program = source.with_suffix("")
+    built = subprocess.run([compiler(), flag, str(source), "-o", str(program)], capture_output=True, check=False)
+    return built.returncode == 0 and execute(program).returncode == 0
+
+
+def execute(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a program of the tests to its end.
+
+    Without address space randomisation where that can be had: ThreadSanitizer does not find its memory free otherwise.
+    """
+    setarch = shutil.which("setarch")
+    prefix = [setarch, os.uname().machine, "-R"] if setarch else []
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
+    command = [*prefix, str(program), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
+    if prefix and result.returncode != 0 and "setarch" in result.stderr:  # not permitted here
+        command = command[len(prefix) :]
+        result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
+    return result
