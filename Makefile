@@ -47,6 +47,7 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+	$(BIN)/pre-commit validate-config
 
 format: venv
 	$(BIN)/ruff check --fix-only --quiet .

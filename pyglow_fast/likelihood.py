@@ -40,6 +40,12 @@ def dequantize(
         ValueError: images are not integers, or hold a level outside 0..n_bins-1.
     """
     _check_bins(n_bins)
+    expect(
+        dtype in (torch.float32, torch.float64),
+        "dtype",
+        "float32 or float64: the noise must be finer than a bin",
+        dtype,
+    )
     expect(isinstance(images, Tensor), "images", "a Tensor", type(images).__name__)
     is_integer = not (images.is_floating_point() or images.is_complex()) and images.dtype != torch.bool
     expect(is_integer, "images", "an integer dtype (levels, not scaled values)", images.dtype)
@@ -52,7 +58,7 @@ def dequantize(
     noise = torch.rand(images.shape, generator=generator, device=device, dtype=dtype).to(images.device)
     # Adding the level, dividing and subtracting each round: up to 1.5 eps n_bins levels in all. Noise nearer than that
     # to the edge of its bin could end up in the next one (or at 0.5), so it stays away from the edges.
-    margin = min(2.0 * torch.finfo(dtype).eps * n_bins, 0.5)
+    margin = 2.0 * torch.finfo(dtype).eps * n_bins
     return noise.clamp_(margin, 1.0 - margin).add_(images).div_(n_bins).sub_(0.5)
 
 

@@ -27,13 +27,13 @@ _FORWARD_KIND = "int map, int order, float bias, float eps, float clamp"
 _library = torch.library.Library("pyglow_fast", "DEF")
 
 
-_DEVICES: dict[str, tuple[str, ...]] = {}
+DEVICES: dict[str, tuple[str, ...]] = {}  # of each op, the types of device that it has a kernel for
 
 
 def _define(schema: str, fake: Callable[..., Any], devices: tuple[str, ...] = ("cpu", "cuda")) -> None:
     """Declare an op that the extension's function of the same name implements on the devices it has kernels for."""
     name = schema.split("(")[0]
-    _DEVICES[name] = devices
+    DEVICES[name] = devices
     _library.define(schema)
 
     def run(*args: Any) -> Any:
@@ -44,35 +44,43 @@ def _define(schema: str, fake: Callable[..., Any], devices: tuple[str, ...] = ("
     torch.library.register_fake(f"pyglow_fast::{name}", fake, lib=_library)
 
 
+def _like(x: Tensor) -> Tensor:
+    """An output that goes with x: channels-last if x is that, else contiguous, as csrc/bindings/checks.h has it."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if not x.is_contiguous() and x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()]):
+        return x.new_empty(x.shape).to(memory_format=formats[x.dim()])
+    return x.new_empty(x.shape)
+
+
 def _fake_channel_mix(x: Tensor, matrix: Tensor, offset: Tensor, subtract_first: bool) -> Tensor:
-    return torch.empty_like(x)
+    return _like(x)
 
 
 def _fake_channel_mix_backward(
     x: Tensor, grad_u: Tensor, matrix: Tensor, center: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(matrix.shape), x.new_empty(x.shape[1])
+    return _like(x), x.new_empty(matrix.shape), x.new_empty(x.shape[1])
 
 
 def _fake_coupling(x: Tensor, net_out: Tensor, *kind: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(x.shape[0])
+    return _like(x), x.new_empty(x.shape[0])
 
 
 def _fake_coupling_backward(
     out: Tensor, net_out: Tensor, grad_out: Tensor, grad_log_det: Tensor, *kind_and_want: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    recovered = torch.empty_like(out) if kind_and_want[-1] else out.new_empty(0)
-    return torch.empty_like(out), torch.empty_like(net_out), recovered
+    recovered = _like(out) if kind_and_want[-1] else out.new_empty(0)
+    return _like(out), _like(net_out), recovered
 
 
 def _fake_coupling_mix_backward(
     x: Tensor, net_out: Tensor, grad_out: Tensor, grad_log_det: Tensor, matrix: Tensor, *kind: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(net_out), x.new_empty(matrix.shape), x.new_empty(x.shape[1])
+    return _like(x), _like(net_out), x.new_empty(matrix.shape), x.new_empty(x.shape[1])
 
 
 def _fake_step_backward(y: Tensor, net_out: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(y), torch.empty_like(y), torch.empty_like(net_out)
+    return _like(y), _like(y), _like(net_out)
 
 
 def _fake_channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,11 +94,11 @@ def _fake_gaussian_log_prob(z: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
 def _fake_gaussian_log_prob_backward(
     z: Tensor, mean: Tensor, log_sd: Tensor, grad_log_prob: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(z), torch.empty_like(z), torch.empty_like(z)
+    return _like(z), _like(z), _like(z)
 
 
 def _fake_gaussian_sample(noise: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
-    return torch.empty_like(noise)
+    return _like(noise)
 
 
 _define("channel_mix(Tensor x, Tensor matrix, Tensor offset, bool subtract_first) -> Tensor", _fake_channel_mix)
@@ -165,7 +173,7 @@ _kernel_devices._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def run_on(x: Tensor, name: str) -> bool:
     """Whether there is a compiled kernel of that op for the device and dtype of x."""
     device = x.device.type
-    return x.dtype in (torch.float32, torch.float64) and device in _DEVICES[name] and device in _kernel_devices()
+    return x.dtype in (torch.float32, torch.float64) and device in DEVICES[name] and device in _kernel_devices()
 
 
 def has_kernel(spec: CouplingSpec) -> bool:

@@ -190,6 +190,11 @@ def memory_layouts(x: Tensor) -> dict[str, Tensor]:
         "batch innermost": x.movedim(0, -1).contiguous().movedim(-1, 0),
         "offset": torch.cat([x.new_zeros(1, *x.shape[1:]), x])[1:],
     }
+    if x.dim() >= 4 and x.numel():
+        # Channels between the spatial dimensions in memory: no single stride walks the positions, and torch.empty_like
+        # would give outputs the same order.
+        order = [0, 2, 1, *range(3, x.dim())]
+        layouts["channels inside"] = x.permute(order).contiguous().permute(order)
     if x.dim() == 4:
         layouts["channels_last"] = x.contiguous(memory_format=torch.channels_last)
     if x.dim() == 5:

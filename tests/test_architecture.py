@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys((*BESIDE, "data"), FOUNDATION),
     **{name: FOUNDATION | BESIDE | set(STACK[:rank]) for rank, name in enumerate(STACK)},
     "_backend": FOUNDATION,
-    "info": FOUNDATION | {"_backend"},
+    "info": FOUNDATION | BESIDE | {"_backend", "ops"},
     "interop": FOUNDATION | BESIDE | set(STACK[: STACK.index("models") + 1]),
     "__init__": FOUNDATION | BESIDE | {"interop"} | set(STACK[: STACK.index("models") + 1]),
     "__main__": {"cli"},

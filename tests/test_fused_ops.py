@@ -155,7 +155,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
     x, net_out, matrix, offset = _step_inputs((2, 6, 5, 3), SPECS[0], dtype)
     kind = ops.kind_arguments(SPECS[0], inverse=False)
     backward_kind, log_det = (*kind[:2], *kind[3:]), torch.randn(2).to(x)
-    for layout in (x, x.contiguous(memory_format=torch.channels_last)):
+    for layout in (x, *memory_layouts(x).values(), x[:, :1].expand_as(x)):
         torch.library.opcheck(ops.coupling_mix, (layout, net_out, matrix, offset, *kind))
         torch.library.opcheck(ops.coupling_mix_backward, (layout, net_out, x, log_det, matrix, *backward_kind))
         torch.library.opcheck(ops.step_backward, (layout, net_out, x, log_det, matrix, offset, *backward_kind))

@@ -97,6 +97,10 @@ class TestBitsPerDim:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (
+            lambda: dequantize(torch.zeros(2, dtype=torch.uint8), dtype=torch.float16),
+            "dtype: expected float32 or float64: the noise must be finer than a bin, found torch.float16",
+        ),
         (lambda: dequantize(torch.zeros(2)), "images: expected an integer dtype .* found torch.float32"),
         (lambda: dequantize(torch.zeros(2).bool()), "images: expected an integer dtype .* found torch.bool"),
         (

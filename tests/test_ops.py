@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import assert_close, memory_layouts
 from kernel_cases import DTYPES, SHAPES, SPECS, case_name, compare, coupling_inputs, log_det_magnitude, mix_inputs
+from torch import Tensor
 
 from pyglow_fast import _backend, functional, ops, reference
 from pyglow_fast.reference import CouplingSpec
@@ -159,13 +160,32 @@ def test_second_derivative_is_refused() -> None:
         gradient.sum().backward()
 
 
+def test_expanded_inputs(device: torch.device) -> None:
+    """One channel expanded to several, in an odd order of dimensions: the elements overlap in memory."""
+    x = torch.randn(8, 7, 5, dtype=torch.float64, device=device).permute(2, 0, 1)[:, None].expand(5, 4, 8, 7)
+    net_out = torch.randn(8, 7, 5, dtype=torch.float64, device=device).permute(2, 0, 1)[:, None].expand(5, 4, 8, 7)
+    matrix, offset = torch.randn(4, 4).to(x), torch.randn(4).to(x)
+    kind, log_det = ops.kind_arguments(CouplingSpec(), inverse=False), torch.randn(5).to(x)
+
+    def run(x: Tensor, net_out: Tensor) -> list[Tensor]:
+        return [
+            ops.channel_mix(x, matrix, offset, False),
+            *ops.channel_mix_backward(x, net_out, matrix, None),
+            *ops.coupling(x, net_out, *kind),
+            *ops.coupling_backward(x, net_out, net_out, log_det, *kind, True),
+        ]
+
+    for got, expected in zip(run(x, net_out), run(x.contiguous(), net_out.contiguous()), strict=True):
+        assert_close(got, expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=case_name)
 def test_opcheck(dtype: torch.dtype, device: torch.device) -> None:
     """Schema, fake kernel and dispatch of every op, by torch's own checker (the ops themselves have no gradient)."""
     x, matrix, offset = mix_inputs((2, 6, 5, 3), dtype, device)
     kind = ops.kind_arguments(SPECS[0], inverse=False)
     log_det = torch.randn(2).to(x)
-    for layout in (x, x.contiguous(memory_format=torch.channels_last)):
+    for layout in (x, *memory_layouts(x).values(), x[:, :1].expand_as(x)):
         torch.library.opcheck(ops.channel_mix, (layout, matrix, offset, False))
         torch.library.opcheck(ops.channel_mix_backward, (layout, layout, matrix, None))
         torch.library.opcheck(ops.coupling, (layout, x, *kind))

@@ -2,6 +2,7 @@
 // any memory is touched. The Python layer turns TORCH_CHECK_VALUE into a ValueError.
 #pragma once
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
 #include "core.h"
@@ -33,6 +34,11 @@ inline void check_like(const char* name, const at::Tensor& x, const char* other_
                     " like ", other_name, ", found ", name_of(x.scalar_type()));
   TORCH_CHECK_VALUE(x.device() == other.device(), name, ": expected device ", other.device(), " like ", other_name,
                     ", found ", x.device());
+}
+
+// For the ops that have no CUDA kernel yet. The dispatcher sends them nothing else; a direct call might.
+inline void check_on_cpu(const char* name, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(x.is_cpu(), name, ": expected a CPU tensor, found device ", x.device());
 }
 
 // (N, C, *spatial) on a device that has kernels.
@@ -75,8 +81,21 @@ Strided<const T> input(const at::Tensor& x) {
   return {x.const_data_ptr<T>(), x.stride(0), x.stride(1), position_stride(x)};
 }
 
+// An output that goes with x: channels-last if x is that, else contiguous. Never the strides of x themselves, which an
+// expanded or overlapping tensor may have in an order that no single position stride can walk. ops.py has the same
+// rule.
+inline at::Tensor empty_output(const at::Tensor& x) {
+  auto format = at::MemoryFormat::Contiguous;
+  if (!x.is_contiguous()) {
+    if (x.dim() == 4 && x.is_contiguous(at::MemoryFormat::ChannelsLast)) format = at::MemoryFormat::ChannelsLast;
+    if (x.dim() == 5 && x.is_contiguous(at::MemoryFormat::ChannelsLast3d)) format = at::MemoryFormat::ChannelsLast3d;
+  }
+  return at::empty(x.sizes(), x.options(), format);
+}
+
 template <class T>
 Strided<T> output(at::Tensor& x) {
+  TORCH_INTERNAL_ASSERT(position_stride(x) != -1);
   return {x.mutable_data_ptr<T>(), x.stride(0), x.stride(1), position_stride(x)};
 }
 

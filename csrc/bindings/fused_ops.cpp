@@ -19,11 +19,12 @@ std::tuple<at::Tensor, at::Tensor> coupling_mix(const at::Tensor& x_in, const at
                                                 int64_t order, bool inverse, double bias, double eps, double clamp) {
   const Kind kind{map, order, inverse, bias, eps, clamp};
   check_state("x", x_in);
+  check_on_cpu("x", x_in);
   const int64_t transformed = check_net_out(net_out_in, "x", x_in, kind);
   check_matrix(matrix_in, offset_in, "x", x_in);
   const at::Tensor x = with_position_stride(x_in), net_out = with_position_stride(net_out_in);
   const at::Tensor matrix = matrix_in.contiguous(), offset = offset_in.contiguous();
-  at::Tensor out = at::empty_like(x), log_det = at::empty({x.size(0)}, x.options());
+  at::Tensor out = empty_output(x), log_det = at::empty({x.size(0)}, x.options());
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const CouplingArgs<T> half{input<T>(x), input<T>(net_out), output<T>(out), log_det.mutable_data_ptr<T>(),
@@ -42,13 +43,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> coupling_mix_backward
     double clamp) {
   const Kind kind{map, order, false, bias, eps, clamp};
   check_state("x", x_in);
+  check_on_cpu("x", x_in);
   const int64_t transformed = check_net_out(net_out_in, "x", x_in, kind);
   check_output_grads("grad_out", grad_out_in, grad_log_det_in, "x", x_in);
   check_matrix(matrix_in, matrix_in.diagonal(), "x", x_in);
   const at::Tensor x = with_position_stride(x_in), net_out = with_position_stride(net_out_in);
   const at::Tensor grad_out = with_position_stride(grad_out_in), grad_log_det = grad_log_det_in.contiguous();
   const at::Tensor matrix = matrix_in.contiguous();
-  at::Tensor grad_x = at::empty_like(x), grad_net_out = at::empty_like(net_out);
+  at::Tensor grad_x = empty_output(x), grad_net_out = empty_output(net_out);
   at::Tensor grad_matrix = at::empty_like(matrix), grad_offset = at::empty({x.size(1)}, x.options());
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
@@ -70,13 +72,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> step_backward(const at::Tensor& y
                                                              double bias, double eps, double clamp) {
   const Kind kind{map, order, false, bias, eps, clamp};
   check_state("y", y_in);
+  check_on_cpu("y", y_in);
   const int64_t transformed = check_net_out(net_out_in, "y", y_in, kind);
   check_output_grads("grad_y", grad_y_in, grad_log_det_in, "y", y_in);
   check_matrix(inverse_matrix_in, offset_in, "y", y_in);
   const at::Tensor y = with_position_stride(y_in), net_out = with_position_stride(net_out_in);
   const at::Tensor grad_y = with_position_stride(grad_y_in), grad_log_det = grad_log_det_in.contiguous();
   const at::Tensor inverse_matrix = inverse_matrix_in.contiguous(), offset = offset_in.contiguous();
-  at::Tensor x = at::empty_like(y), grad_u = at::empty_like(y), grad_net_out = at::empty_like(net_out);
+  at::Tensor x = empty_output(y), grad_u = empty_output(y), grad_net_out = empty_output(net_out);
   with_dtype(y, [&](auto zero) {
     using T = decltype(zero);
     cpu::step_backward<T>(

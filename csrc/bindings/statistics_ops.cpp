@@ -19,6 +19,7 @@ namespace {
 // mean and sum of squared deviations per channel, float64 whatever the dtype of x.
 std::tuple<at::Tensor, at::Tensor> channel_moments(const at::Tensor& x_in) {
   check_state("x", x_in);
+  check_on_cpu("x", x_in);
   const at::Tensor x = with_position_stride(x_in);
   at::Tensor mean = at::empty({x.size(1)}, x.options().dtype(at::kDouble)), m2 = at::empty_like(mean);
   with_dtype(x, [&](auto zero) {
@@ -36,6 +37,7 @@ struct Normal {
 
   Normal(const char* name, const at::Tensor& value_in, const at::Tensor& mean_in, const at::Tensor& log_sd_in) {
     check_state(name, value_in);
+    check_on_cpu(name, value_in);
     check_shape("mean", mean_in, value_in.sizes());
     check_shape("log_sd", log_sd_in, value_in.sizes());
     check_like("mean", mean_in, name, value_in);
@@ -66,8 +68,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gaussian_log_prob_backward(const 
   check_shape("grad_log_prob", grad_log_prob_in, {z.size(0)});
   check_like("grad_log_prob", grad_log_prob_in, "z", z);
   const at::Tensor grad_log_prob = grad_log_prob_in.contiguous();
-  at::Tensor grad_z = at::empty_like(normal.value), grad_mean = at::empty_like(grad_z);
-  at::Tensor grad_log_sd = at::empty_like(grad_z);
+  at::Tensor grad_z = empty_output(normal.value), grad_mean = empty_output(grad_z);
+  at::Tensor grad_log_sd = empty_output(grad_z);
   with_dtype(z, [&](auto zero) {
     using T = decltype(zero);
     cpu::gaussian_log_prob_backward<T>(
@@ -80,7 +82,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gaussian_log_prob_backward(const 
 
 at::Tensor gaussian_sample(const at::Tensor& noise, const at::Tensor& mean, const at::Tensor& log_sd) {
   const Normal normal("noise", noise, mean, log_sd);
-  at::Tensor z = at::empty_like(normal.value);
+  at::Tensor z = empty_output(normal.value);
   with_dtype(noise, [&](auto zero) {
     using T = decltype(zero);
     cpu::gaussian_sample<T>({input<T>(normal.value), input<T>(normal.mean), input<T>(normal.log_sd), output<T>(z),
@@ -95,7 +97,7 @@ at::Tensor elementary(const std::string& name, const at::Tensor& x_in) {
   const auto found = std::find(std::begin(names), std::end(names), name);
   TORCH_CHECK_VALUE(found != std::end(names), "name: expected exp, log, log1p_unit, tanh or atan, found ", name);
   check_dtype("x", x_in);
-  TORCH_CHECK_VALUE(x_in.is_cpu(), "x: expected a CPU tensor, found device ", x_in.device());
+  check_on_cpu("x", x_in);
   const at::Tensor x = x_in.contiguous();
   at::Tensor y = at::empty_like(x);
   with_dtype(x, [&](auto zero) {

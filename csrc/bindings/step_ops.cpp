@@ -21,7 +21,7 @@ at::Tensor channel_mix(const at::Tensor& x_in, const at::Tensor& matrix_in, cons
   check_state("x", x_in);
   check_matrix(matrix_in, offset_in, "x", x_in);
   const at::Tensor x = with_position_stride(x_in), matrix = matrix_in.contiguous(), offset = offset_in.contiguous();
-  at::Tensor u = at::empty_like(x);
+  at::Tensor u = empty_output(x);
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const ChannelMixArgs<T> args{input<T>(x),
@@ -52,7 +52,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> channel_mix_backward(const at::Te
   const at::Tensor x = with_position_stride(x_in), grad_u = with_position_stride(grad_u_in);
   const at::Tensor matrix = matrix_in.contiguous();
   const at::Tensor center = center_in ? center_in->contiguous() : at::Tensor();
-  at::Tensor grad_x = at::empty_like(x), grad_matrix = at::empty_like(matrix);
+  at::Tensor grad_x = empty_output(x), grad_matrix = at::empty_like(matrix);
   at::Tensor grad_offset = at::empty({x.size(1)}, x.options());
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
@@ -84,7 +84,7 @@ std::tuple<at::Tensor, at::Tensor> coupling(const at::Tensor& x_in, const at::Te
   check_state("x", x_in);
   const int64_t transformed = check_net_out(net_out_in, "x", x_in, kind);
   const at::Tensor x = with_position_stride(x_in), net_out = with_position_stride(net_out_in);
-  at::Tensor out = at::empty_like(x), log_det = at::empty({x.size(0)}, x.options());
+  at::Tensor out = empty_output(x), log_det = at::empty({x.size(0)}, x.options());
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const CouplingArgs<T> args{input<T>(x), input<T>(net_out), output<T>(out), log_det.mutable_data_ptr<T>(),
@@ -114,8 +114,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> coupling_backward(const at::Tenso
   check_output_grads("grad_out", grad_out_in, grad_log_det_in, "out", out_in);
   const at::Tensor out = with_position_stride(out_in), net_out = with_position_stride(net_out_in);
   const at::Tensor grad_out = with_position_stride(grad_out_in), grad_log_det = grad_log_det_in.contiguous();
-  at::Tensor grad_in = at::empty_like(out), grad_net_out = at::empty_like(net_out);
-  at::Tensor in = want_input ? at::empty_like(out) : at::empty({0}, out.options());
+  at::Tensor grad_in = empty_output(out), grad_net_out = empty_output(net_out);
+  at::Tensor in = want_input ? empty_output(out) : at::empty({0}, out.options());
   with_dtype(out, [&](auto zero) {
     using T = decltype(zero);
     const CouplingBackwardArgs<T> args{input<T>(out),

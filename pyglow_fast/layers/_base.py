@@ -18,6 +18,9 @@ def check_input(name: str, x: Tensor, channels: int, like: Tensor | None = None)
     expect(isinstance(x, Tensor), name, "a Tensor", type(x).__name__)
     expect(x.dim() >= 2, name, "shape (N, C, *spatial)", f"shape {tuple(x.shape)}")
     expect(x.shape[1] == channels, name, f"{channels} channels (dimension 1)", f"shape {tuple(x.shape)}")
+    if like is not None:
+        kept = like.dtype in (torch.float32, torch.float64)
+        expect(kept, "parameters", "dtype float32 or float64: the flow needs their precision", like.dtype)
     expect(x.dtype in (torch.float32, torch.float64), name, "dtype float32 or float64", x.dtype)
     if like is not None:
         expect(x.device == like.device, name, f"device {like.device} (where the parameters are)", x.device)

@@ -12,6 +12,14 @@ from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.reference import KINDS, ORDERS, SCALE_MAPS, CouplingSpec
 
+MAX_CLAMP = 80.0  # log s of the tanh and atan maps stays below it, and exp(80) is finite in float32
+
+
+def check_scale_numbers(scale_eps: float, scale_clamp: float) -> None:
+    """Refuse values with which a scale could be negative or overflow."""
+    expect(scale_eps >= 0, "scale_eps", "0 or more", scale_eps)
+    expect(0 < scale_clamp <= MAX_CLAMP, "scale_clamp", f"a positive number, at most {MAX_CLAMP:g}", scale_clamp)
+
 
 def coupling_spec(
     kind: str,
@@ -30,8 +38,7 @@ def coupling_spec(
         repr(scale_map),
     )
     expect(order in ORDERS, "order", f"one of {ORDERS}", repr(order))
-    expect(scale_eps >= 0, "scale_eps", "0 or more", scale_eps)
-    expect(scale_clamp > 0, "scale_clamp", "a positive number", scale_clamp)
+    check_scale_numbers(scale_eps, scale_clamp)
     return CouplingSpec(kind, scale_map, float(scale_bias), float(scale_eps), float(scale_clamp), order)
 
 
@@ -49,6 +56,9 @@ class Coupling(FlowLayer):
         scale_bias, scale_eps: of the sigmoid map.
         scale_clamp: of the tanh and atan maps.
         order: "shift_scale" (Glow) or "scale_shift" (nflows, FrEIA).
+
+    Where the net makes a scale so small that it underflows, the inverse divides by zero and its result is inf: sampling
+    at high temperature from a badly trained flow can show that; scale_eps bounds the scale from below.
 
     Shapes: x (N, C, *spatial), C even, float32 or float64; log_det (N,), nats.
 

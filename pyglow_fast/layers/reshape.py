@@ -76,7 +76,7 @@ class Split(nn.Module):
         check_input("kept", kept, self.channels // 2, self.conv.weight)
         # A convolution would take (N, C, L) for one image without a batch dimension.
         expect(kept.dim() == self.dims + 2, "kept", f"{self.dims} spatial dimensions", f"shape {tuple(kept.shape)}")
-        mean, log_sd = (self.conv(kept) * (3.0 * self.log_gain).exp()).chunk(2, dim=1)
+        mean, log_sd = (self.conv(kept) * (3.0 * self.log_gain).exp()).to(kept.dtype).chunk(2, dim=1)
         return mean, log_sd
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:

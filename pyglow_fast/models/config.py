@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pyglow_fast._errors import expect
+from pyglow_fast.layers.coupling import check_scale_numbers
 from pyglow_fast.layers.flow_step import PERMUTATIONS
 from pyglow_fast.reference import KINDS, SCALE_MAPS
 
@@ -73,8 +74,7 @@ class GlowConfig:
             value = getattr(self, name)
             is_number = isinstance(value, int | float) and math.isfinite(value)
             expect(is_number, name, "a finite number", repr(value))
-        expect(self.scale_eps >= 0, "scale_eps", "0 or more", self.scale_eps)
-        expect(self.scale_clamp > 0, "scale_clamp", "a positive number", self.scale_clamp)
+        check_scale_numbers(self.scale_eps, self.scale_clamp)
 
     @property
     def dims(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
@@ -150,7 +151,10 @@ class Glow(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Tensor, cond: Tensor | None = None) -> None:
-        """Set every actnorm from x, level by level; happens by itself on the first training forward."""
+        """Set every actnorm from x, level by level; happens by itself on the first training forward.
+
+        x is checked first. Should a step still make NaN or inf of it, the error leaves the actnorms before it set.
+        """
         self._check_x(x, cond)
         for i, level in enumerate(self.levels):
             assert isinstance(level, FlowLevel)
@@ -258,7 +262,9 @@ class Glow(nn.Module):
         Returns:
             (n, C, *spatial) in about [-0.5, 0.5]; :func:`pyglow_fast.likelihood.quantize` gives levels.
         """
-        expect(isinstance(n, int) and n >= 0, "n", "a number of samples, 0 or more", n)
+        whole = isinstance(n, numbers.Integral)  # numpy's integers too
+        expect(whole and int(n) >= 0, "n", "a whole number of samples, 0 or more", repr(n))
+        n = int(n)
         check_temperature(temperature, n)
         self._check_cond(cond, n)
         parameter = self._parameter()

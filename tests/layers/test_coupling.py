@@ -170,7 +170,7 @@ def test_silently_swapped_dimensions_are_refused() -> None:
         ({"scale_map": "relu"}, "scale_map: expected one of .* or a callable, found 'relu'"),
         ({"order": "scale"}, r"order: expected one of \('shift_scale', 'scale_shift'\), found 'scale'"),
         ({"scale_eps": -0.1}, "scale_eps: expected 0 or more, found -0.1"),
-        ({"scale_clamp": 0.0}, "scale_clamp: expected a positive number, found 0.0"),
+        ({"scale_clamp": 0.0}, "scale_clamp: expected a positive number, at most 80, found 0.0"),
     ],
 )
 def test_wrong_arguments(options: dict[str, object], message: str) -> None:

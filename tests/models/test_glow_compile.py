@@ -26,6 +26,15 @@ def test_log_prob_is_one_graph(model: pgf.Glow) -> None:
         assert torch.allclose(compiled(x), model.log_prob(x), rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_inductor_agrees_with_the_fake_kernels(model: pgf.Glow) -> None:
+    """The code generator relies on the strides that the fake kernels promise."""
+    x = (torch.rand(4, 8, 2, 8) - 0.5).transpose(1, 2)
+    compiled = torch.compile(model.log_prob, fullgraph=True)
+    with torch.no_grad():
+        assert torch.allclose(compiled(x), model.log_prob(x), rtol=1e-5)
+
+
 def test_gradients(model: pgf.Glow) -> None:
     x = torch.rand(4, 2, 8, 8) - 0.5
     parameters = list(model.parameters())

@@ -1,6 +1,7 @@
 // Switching between the stacks of emulated threads, and telling the sanitizers about it.
 //
-// On x86-64 a switch is 14 instructions; elsewhere it is swapcontext, which enters the kernel and is 10 times slower.
+// On x86-64 Linux a switch is 14 instructions; elsewhere it is swapcontext, which enters the kernel and is 10 times
+// slower.
 #pragma once
 #include <sys/mman.h>
 
@@ -33,7 +34,7 @@
 #define EMU_HIDDEN inline
 #endif
 
-#if defined(__x86_64__) && !defined(EMU_UCONTEXT)
+#if defined(__x86_64__) && defined(__linux__) && !defined(EMU_UCONTEXT)
 #define EMU_ASSEMBLY
 extern "C" void emu_switch(void** save, void* load);
 // Saves what the calling convention preserves, and returns on the other stack.
