@@ -65,9 +65,16 @@ def number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"expected a number, found {text!r}") from None
 
 
+def folder_name(text: str) -> str:
+    """The name of a folder, for argparse: an empty one would mean the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError(f"expected the name of a folder, found {text!r}")
+    return text
+
+
 def add_run(parser: argparse.ArgumentParser) -> None:
     """RUN, and which of its checkpoints."""
-    parser.add_argument("run", metavar="RUN", help="the folder of a run")
+    parser.add_argument("run", type=folder_name, metavar="RUN", help="the folder of a run")
     parser.add_argument(
         "--best", action="store_true", help="the checkpoint with the best held-out bits/dim, not the last"
     )
@@ -108,7 +115,7 @@ def stream(device: torch.device, seed: int) -> torch.Generator:
 def table(scores: dict[str, Score], yardsticks: tuple[Yardstick, ...] | list[Yardstick] = ()) -> str:
     """Scores and yardsticks as aligned lines."""
     rows = [
-        (name, f"{score.mean:.3f}", f"± {score.standard_error:.3f} bits/dim, {score.images} images")
+        (name, f"{score.mean:.3f}", f"± {score.error_text} bits/dim, {score.images} images")
         for name, score in scores.items()
     ]
     rows += [(item.name, f"{item.bits_per_dim:.3f}", f"bits/dim, {item.how}") for item in yardsticks]

@@ -45,5 +45,21 @@ def images_of(args: argparse.Namespace, checkpoint: Checkpoint, model: Glow) -> 
     if not own:
         expect(part == "all", "part", "all, since these are not the images of the run", part)
         return data, None, part
-    train, held_out = (data.subset(index) for index in split(data, config.data.held_out, config.seed))
+    train, held_out = _sides(data, checkpoint)
     return {"held-out": held_out, "train": train, "all": data}[part], train, part
+
+
+def trained_on(checkpoint: Checkpoint) -> ImageSet | None:
+    """The run's training images, if they are still where they were and as they were."""
+    try:
+        data = load_data(checkpoint.config.data)
+    except ValueError:
+        return None
+    return _sides(data, checkpoint)[0] if data.fingerprint() == checkpoint.data.fingerprint else None
+
+
+def _sides(data: ImageSet, checkpoint: Checkpoint) -> tuple[ImageSet, ImageSet]:
+    """(train, held-out) as the run split its images."""
+    config = checkpoint.config
+    train, held_out = split(data, config.data.held_out, config.seed)
+    return data.subset(train), data.subset(held_out)

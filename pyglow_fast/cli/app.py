@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -18,10 +20,18 @@ COMMANDS: tuple[ModuleType, ...] = (train, sample, evaluate, reconstruct, demo, 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     top = Parser(prog="pyglow-fast", description="Glow normalizing flows: train, sample, evaluate.")
+    top.add_argument("--version", action="version", version=f"pyglow-fast {_version()}")
     commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command", parser_class=Parser)
     for command in COMMANDS:
         command.add(commands)
     return top
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("pyglow-fast")
+    except importlib.metadata.PackageNotFoundError:  # a source tree on the path
+        return "(not installed)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,8 +41,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; those of the process if None.
 
     Returns:
-        0; 1 if training diverged; 2 for bad input or a missing library; 128 + N if signal N ended a run (saved).
+        0; 1 if training diverged; 2 for bad input or a missing library; 128 + N if signal N ended a run (saved);
+        141, as after SIGPIPE, if nobody reads the output any more.
     """
+    try:
+        code = _run(argv)
+        print(end="", flush=True)  # here, since what fails at exit cannot be caught
+    except BrokenPipeError:  # | head has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
+        return 141
+    return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    """Run a command; returns the exit code."""
     try:
         args = parser().parse_args(argv)
     except SystemExit as stop:  # argparse printed its error, or the help

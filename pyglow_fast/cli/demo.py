@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from pyglow_fast.cli._common import number, user_input, whole
+from pyglow_fast.cli._common import folder_name, number, user_input, whole
 from pyglow_fast.cli.train import finish, make_config
 from pyglow_fast.train import start
 
@@ -17,7 +17,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     about = "train on handwritten digits for two minutes at most and show the result"
     parser = commands.add_parser("demo", help=about, description=about)
     parser.set_defaults(run_command=run)
-    parser.add_argument("--out", required=True, metavar="DIR", help="the folder of the run")
+    parser.add_argument("--out", type=folder_name, required=True, metavar="DIR", help="the folder of the run")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is in --out")
     parser.add_argument("--minutes", type=number, metavar="X", default=2.0, help="at most so long (2)")
     parser.add_argument("--seed", type=whole, metavar="N", default=0, help="of everything random (0)")

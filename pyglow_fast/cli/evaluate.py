@@ -6,7 +6,7 @@ import argparse
 
 from pyglow_fast._errors import expect
 from pyglow_fast.cli._common import add_run, open_run, table, user_input, whole
-from pyglow_fast.cli._images import add_images, images_of
+from pyglow_fast.cli._images import add_images, images_of, trained_on
 from pyglow_fast.data import measure_yardsticks
 from pyglow_fast.train import evaluate
 
@@ -31,7 +31,16 @@ def run(args: argparse.Namespace) -> int:
         images, train, part = images_of(args, checkpoint, model)
     score = evaluate(model, images, args.batch_size, args.seed)
     print(f"{args.run} at step {checkpoint.progress['step']} on {images.name}, {part}:")
+    other = train is None
+    if train is None:
+        # The histogram model may know what the model knows: the run's training images, not those that are scored.
+        train = trained_on(checkpoint)
     print(table({"model": score}, measure_yardsticks(train, images)))
     if train is None:
-        print("  (no histogram model: these are not the images of the run, so there is no training part to fit it on)")
+        print(
+            "  (no histogram model: it would be fitted on the images that the run was trained on, but "
+            f"{checkpoint.config.data.name} is no longer there or has changed)"
+        )
+    elif other:
+        print(f"  (the histogram model was fitted on the run's own training images, {train.name})")
     return 0

@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from pyglow_fast._errors import expect
-from pyglow_fast.cli._common import number, table, user_input, whole
+from pyglow_fast.cli._common import folder_name, number, table, user_input, whole
 from pyglow_fast.data import DATA_HELP, DataConfig, ImageSet, load_data
 from pyglow_fast.models import GlowConfig
 from pyglow_fast.train import OPTIMIZERS, Result, Run, RunFolder, TrainConfig, resume, start
@@ -38,7 +38,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("train", help=about, description=about, argument_default=argparse.SUPPRESS)
     parser.set_defaults(run_command=run)
     parser.add_argument("data", metavar="DATA", help=DATA_HELP)
-    parser.add_argument("--out", required=True, metavar="DIR", help="the folder of the run")
+    parser.add_argument("--out", type=folder_name, required=True, metavar="DIR", help="the folder of the run")
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument(
         "--resume", action="store_true", default=False, help="go on from the last checkpoint in --out"
@@ -97,7 +97,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     for what, default in (("log", 20), ("eval", 500), ("save", 500), ("sample", 500)):
         group.add_argument(f"--{what}-every", type=whole, metavar="N", help=f"({default})")
     group.add_argument(
-        "--eval-images", type=whole, metavar="N", help="at most so many images an evaluation (1000; all at the end)"
+        "--eval-images",
+        type=whole,
+        metavar="N",
+        help="at most so many images an evaluation, drawn once (1000; all at the end)",
     )
     group.add_argument("--sample-count", type=whole, metavar="N", help="images in samples.png (64)")
     group.add_argument(

@@ -13,9 +13,10 @@ from pyglow_fast.data import DataConfig
 from pyglow_fast.models import GlowConfig
 
 OPTIMIZERS = ("adam", "adamax")
+LIMITS = ("max_steps", "max_epochs", "max_minutes")
 # What a resumed run may change: how long it goes on and what it shows, but nothing that decides the weights of a step.
 ADJUSTABLE = frozenset(
-    {"max_steps", "max_epochs", "max_minutes", "device"}
+    {*LIMITS, "device"}
     | {f"{what}_every" for what in ("log", "eval", "save", "sample")}
     | {"eval_images", "sample_count", "sample_temperature"}
 )
@@ -42,7 +43,8 @@ class TrainConfig:
         threads: of torch on the CPU; None: as many as torch chooses. Another number sums in another order.
         device: "cpu", "cuda", "cuda:N" or "auto" (cuda where there is one).
         log_every, eval_every, save_every, sample_every: in steps.
-        eval_images: at most so many images of each side of the split are evaluated during training (all at the end).
+        eval_images: during training at most so many images of each side of the split are evaluated, always the same,
+            drawn by the seed (all at the end).
         sample_count, sample_temperature: of samples.png.
 
     Raises:
@@ -98,8 +100,8 @@ class TrainConfig:
         for name in ("clip_norm", "max_minutes"):
             if getattr(self, name) is not None:
                 self._check_number(name, positive=True)
-        limits = (self.max_steps, self.max_epochs, self.max_minutes)
-        expect(any(limit is not None for limit in limits), "max_steps", "a limit, or max_epochs or max_minutes", "none")
+        limited = any(getattr(self, name) is not None for name in LIMITS)
+        expect(limited, "max_steps", "a limit, or max_epochs or max_minutes", "none")
         conditioned = self.model.n_classes is not None
         expect(conditioned == flag, "model", "n_classes exactly if class_conditional", self.model.n_classes)
         no_cond = self.model.cond_channels == 0
@@ -146,7 +148,7 @@ class TrainConfig:
         return {name: (here[name], there[name]) for name in here if here[name] != there[name]}
 
     def adjusted(self, **values: Any) -> TrainConfig:
-        """With other values for fields that a resumed run may change.
+        """With other values for fields that a resumed run may change. A limit among them replaces all former limits.
 
         Raises:
             ValueError: a field that would make the resumed run another run.
@@ -154,7 +156,10 @@ class TrainConfig:
         for name, value in values.items():
             fixed = name not in ADJUSTABLE and getattr(self, name) != value
             expect(not fixed, name, f"{getattr(self, name)!r}, as the run was started with", repr(value))
-        return replace(self, **{name: value for name, value in values.items() if name in ADJUSTABLE})
+        changed = {name: value for name, value in values.items() if name in ADJUSTABLE}
+        if any(changed.get(name) is not None for name in LIMITS):
+            changed = dict.fromkeys(LIMITS) | changed
+        return replace(self, **changed)
 
 
 def check_device(name: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from pyglow_fast._errors import expect
 from pyglow_fast.data import ImageSet
 from pyglow_fast.models import Glow
+from pyglow_fast.train.seeds import random_subset
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,11 @@ class Score:
     mean: float
     standard_error: float
     images: int
+
+    @property
+    def error_text(self) -> str:
+        """The standard error for people; one image has none."""
+        return f"{self.standard_error:.3f}" if self.images > 1 else "n/a"
 
 
 def device_of(model: Glow) -> torch.device:
@@ -60,10 +66,10 @@ def evaluate(model: Glow, data: ImageSet, batch_size: int, seed: int, limit: int
 
     Args:
         model: put in evaluation mode for the call.
-        data: the images; all if ``limit`` is None, else at most the first ``limit``.
+        data: the images.
         batch_size: images at a time.
-        seed: of the noise.
-        limit: most images to look at.
+        seed: of the noise, and of which images are looked at.
+        limit: most images to look at, drawn at random since the first ones may all be of one class; None: all.
 
     Raises:
         ValueError: images that do not fit the model.
@@ -71,17 +77,17 @@ def evaluate(model: Glow, data: ImageSet, batch_size: int, seed: int, limit: int
     check_fits(model, data, data.n_bins)
     device = device_of(model)
     generator = torch.Generator(device).manual_seed(seed)
-    count = len(data) if limit is None else min(limit, len(data))
+    chosen = random_subset(seed, len(data), len(data) if limit is None else limit)
     was_training = model.training
     model.eval()
     try:
         bits = []
-        for start in range(0, count, batch_size):
-            levels, labels = data.batch(torch.arange(start, min(start + batch_size, count)))
+        for part in chosen.split(batch_size):
+            levels, labels = data.batch(part)
             y = labels_for(model, labels)
             bits.append(model.bits_per_dim(levels.to(device), data.n_bins, y=y, generator=generator).double().cpu())
     finally:
         model.train(was_training)
     values = torch.cat(bits)
-    error = float(values.std() / math.sqrt(count)) if count > 1 else math.nan
-    return Score(float(values.mean()), error, count)
+    error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+    return Score(float(values.mean()), error, len(values))

@@ -15,7 +15,7 @@ import torch
 
 from pyglow_fast._errors import expect
 from pyglow_fast.data import ImageSet, Yardstick, load_data, measure_yardsticks, optional
-from pyglow_fast.train.config import TrainConfig
+from pyglow_fast.train.config import LIMITS, TrainConfig
 from pyglow_fast.train.evaluation import Score, evaluate
 from pyglow_fast.train.figures import class_columns, class_cycle, save_curve, save_grid, to_levels
 from pyglow_fast.train.files import write_text
@@ -173,7 +173,7 @@ class Run:
         train = evaluate(state.model, state.train, batch, seed, limit)
         self._scores = (progress.step, held_out, train)
         self._say(
-            f"step {progress.step}: held-out {held_out.mean:.3f} ± {held_out.standard_error:.3f} bits/dim, "
+            f"step {progress.step}: held-out {held_out.mean:.3f} ± {held_out.error_text} bits/dim, "
             f"train {train.mean:.3f}"
         )
         comparable = held_out.images == min(config.eval_images, len(state.held_out))
@@ -283,10 +283,12 @@ def resume(out: str, data_name: str | None = None, **changes: Any) -> Run:
     Args:
         out: its folder.
         data_name: where the images are now, if the folder has moved; they must be the same images.
-        changes: new values for the fields of TrainConfig that may change (limits, intervals, device).
+        changes: new values for the fields of TrainConfig that may change (limits, intervals, device). A limit among
+            them replaces all former limits.
 
     Raises:
-        ValueError: no run, no checkpoint, a change that is not allowed, other images; nothing has been written then.
+        ValueError: no run, no checkpoint, a change that is not allowed, a new limit that the run has already reached,
+            other images; nothing has been written then.
     """
     folder = RunFolder(out)
     checkpoint = folder.load()
@@ -297,4 +299,20 @@ def resume(out: str, data_name: str | None = None, **changes: Any) -> Run:
         config = replace(config, data=replace(config.data, name=data_name))
     state = TrainState(config, load_data(config.data))
     state.restore(checkpoint, str(folder.checkpoint))
+    done = _done(state)
+    for name in LIMITS:
+        value, (reached, text) = changes.get(name), done[name]
+        # The limit that the run had may be named again: whoever repeats a command gets the report once more.
+        ahead = value is None or value > reached or value == getattr(checkpoint.config, name)
+        expect(ahead, name, f"more than the {text} done", value)
     return Run(state, folder, resumed=True)
+
+
+def _done(state: TrainState) -> dict[str, tuple[float, str]]:
+    """How far a run is by each of its limits, as a number and in words."""
+    step, epoch, minutes = state.progress.step, state.epoch, state.progress.seconds / 60
+    return {
+        "max_steps": (step, f"{step} steps"),
+        "max_epochs": (epoch, f"{epoch} epochs"),
+        "max_minutes": (minutes, f"{minutes:.3g} minutes"),
+    }

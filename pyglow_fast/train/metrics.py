@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-import os
+import warnings
 from pathlib import Path
 
 from pyglow_fast.train.files import write_text
@@ -56,16 +56,32 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """The rows of metrics.csv; an empty cell is None, a line cut off by a crash is left out."""
-    if not path.is_file() or not os.path.getsize(path):
+    """The rows of metrics.csv; an empty cell is None.
+
+    Damaged rows (a disk that was full, a crash, an editor) are left out, and a warning says how many.
+    """
+    if not path.is_file():
         return []
-    rows: list[Row] = []
-    with open(path, newline="", encoding="utf-8") as file:
-        for record in csv.DictReader(file):
-            if None in record.values():
-                continue
-            rows.append({name: _number(record[name]) for name in COLUMNS})
-    return rows
+    # By hand, as there are only numbers: for csv a stray quote would swallow all rows after it.
+    header, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    torn = lines.pop() if lines else ""  # what follows the last line end: nothing, unless the last row was cut off
+    names = header.split(",")
+    rows = [_row(names, line) for line in lines]
+    bad = rows.count(None) + (torn != "")
+    if bad:
+        what = "1 row that cannot be read is" if bad == 1 else f"{bad} rows that cannot be read are"
+        warnings.warn(f"{path}: {what} left out", stacklevel=2)
+    return [row for row in rows if row is not None]
+
+
+def _row(names: list[str], line: str) -> Row | None:
+    """One line by the names in the header, or None if it is damaged."""
+    try:
+        cells = dict(zip(names, line.split(","), strict=True))
+        row = {name: _number(cells[name]) for name in COLUMNS}
+    except (ValueError, KeyError):
+        return None
+    return row if isinstance(row["step"], int) else None
 
 
 def _number(text: str) -> float | int | None:

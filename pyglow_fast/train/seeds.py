@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 
 import torch
@@ -20,5 +21,22 @@ def batch_indices(seed: int, step: int, n_images: int, batch_size: int) -> Tenso
     A function of the step alone, so a resumed run needs no stored order.
     """
     epoch, position = divmod(step, n_images // batch_size)
-    order = torch.randperm(n_images, generator=torch.Generator().manual_seed(derive(seed, "order", epoch)))
-    return order[position * batch_size : (position + 1) * batch_size]
+    # A copy, so that nobody can write into the order that is kept.
+    return _order(seed, epoch, n_images)[position * batch_size : (position + 1) * batch_size].clone()
+
+
+@functools.lru_cache(maxsize=1)
+def _order(seed: int, epoch: int, n_images: int) -> Tensor:
+    """The order of one epoch; the last one asked for is kept, since to shuffle millions takes longer than a step."""
+    return torch.randperm(n_images, generator=torch.Generator().manual_seed(derive(seed, "order", epoch)))
+
+
+def random_subset(seed: int, n_images: int, count: int) -> Tensor:
+    """``count`` of ``n_images`` indices, sorted: always the same for one seed, on every device; all if that is as many.
+
+    A larger subset contains a smaller one of the same seed.
+    """
+    if count >= n_images:
+        return torch.arange(n_images)
+    order = torch.randperm(n_images, generator=torch.Generator().manual_seed(derive(seed, "subset")))
+    return order[:count].sort().values

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pyglow_fast import _backend
 from pyglow_fast._errors import expect
 from pyglow_fast.data import ImageSet, split
 from pyglow_fast.likelihood import bits_per_dim, dequantize
@@ -45,9 +46,13 @@ def resolve_device(name: str) -> torch.device:
     """The device that a config's ``device`` means here.
 
     Raises:
-        ValueError: no such name, or CUDA is asked for and torch finds none.
+        ValueError: no such name, CUDA is asked for and torch finds none, or the environment variable PYGLOW_CPU names
+            kernels that do not run here.
     """
     check_device(name)
+    module = _backend.extension()
+    if module is not None:
+        module.instruction_set()  # else the first kernel would refuse, when a run folder is there already
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from pyglow_fast import _backend
 from pyglow_fast.cli import main
 
 
@@ -150,6 +152,10 @@ def test_train_out_that_cannot_be_written(
         (["sample"], "the following arguments are required: RUN, --out (see pyglow-fast sample --help)"),
         (["demo"], "the following arguments are required: --out (see pyglow-fast demo --help)"),
         (["demo", "--out", "out", "--minutes", "0"], "max_minutes: expected a positive number, found 0.0"),
+        (["train", "digits", "--out", ""], "argument --out: expected the name of a folder, found '' .*"),
+        (["train", "digits", "--resume", "--out", ""], "argument --out: expected the name of a folder, found '' .*"),
+        (["demo", "--out", ""], "argument --out: expected the name of a folder, found '' .*"),
+        (["sample", "", "--out", "x.png"], "argument RUN: expected the name of a folder, found '' .*"),
         (["demo", "--out", "full"], "out: expected a new or empty folder, or a run, found 'full', .*"),
     ],
 )
@@ -168,6 +174,7 @@ def test_commands(place: Path, arguments: list[str], message: str, capsys: pytes
         (["--temperature", "nan"], "temperature: expected a number, 0 or more, found nan"),
         (["--seed", "-1"], "seed: expected a whole number, 0 or more, found -1"),
         (["--label", "ten"], "label: expected one of 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, found 'ten'"),
+        (["--out", ""], "out: expected a name ending in .png, found ''"),
         (["--out", "x.jpg"], "out: expected a name ending in .png, found 'x.jpg'"),
         (["--out", "none/x.png"], "out: expected a file in an existing folder, found 'none/x.png'"),
         (["--device", "tpu"], "device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', found 'tpu'"),
@@ -273,11 +280,53 @@ def test_a_spoilt_run(
         (["digits", "--lr", "0.5"], "lr: expected .*, as the run was started with, found 0.5"),
         (["digits", "--hidden", "8"], "hidden: expected 4, as the run was started with, found 8"),
         (["digits", "--held-out", "0.3"], "held_out: expected 0.1, as the run was started with, found 0.3"),
+        (["digits", "--max-steps", "15"], "max_steps: expected more than the 20 steps done, found 15"),
         (["folder:x"], "data: expected 'digits', as the run was started with, found 'folder:x'"),
     ],
 )
 def test_resume(run: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
     refused(["train", *arguments, "--out", str(run), "--resume"], message, capsys)
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "digits", "--out", "out"],
+        ["train", "digits", "--out", "run", "--resume"],
+        ["demo", "--out", "out"],
+        ["sample", "run", "--out", "x.png"],
+        ["evaluate", "run", "digits"],
+        ["reconstruct", "run", "digits", "--out", "x.png"],
+    ],
+    ids=" ".join,
+)
+def test_a_bad_choice_of_kernels(
+    run: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the extension refuses it; what the variable says is asked for once in a process, so here by a patch."""
+
+    class Extension:
+        def instruction_set(self) -> str:
+            raise ValueError("PYGLOW_CPU: expected one of portable on this machine, found foo")
+
+    monkeypatch.chdir(run.parent)
+    monkeypatch.setattr(_backend, "extension", Extension)
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    refused(command, "PYGLOW_CPU: expected one of portable on this machine, found foo", capsys)
+    assert os.listdir() == ["run"]
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.skipif(_backend.extension() is None, reason=_backend.reason())
+def test_a_bad_choice_of_kernels_in_the_environment(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pyglow_fast", "train", "digits", "--out", "out"]
+    environment = os.environ | {"PYGLOW_CPU": "foo"}
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert re.fullmatch("error: PYGLOW_CPU: expected one of .*portable.*, found foo\n", ended.stderr)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_missing_library(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
+from pyglow_fast import __version__
 from pyglow_fast.cli import main
-from pyglow_fast.train import RunFolder, TrainConfig
+from pyglow_fast.data import histogram_bits_per_dim, load_folder, split
+from pyglow_fast.train import RunFolder, TrainConfig, TrainState
 
 
 def figure(text: str, name: str) -> float:
@@ -97,11 +100,26 @@ def test_evaluate_on_other_images(tiny: list[str], tmp_path: Path, capsys: pytes
     assert config.data.n_bits == 3
     capsys.readouterr()
     assert main(["evaluate", str(tmp_path / "r"), own]) == 0
-    assert "1 images" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert re.search(r"^  model +\d+\.\d{3}  ± n/a bits/dim, 1 images$", text, re.MULTILINE)
+    assert "own training images" not in text
     assert main(["evaluate", str(tmp_path / "r"), other]) == 0
     text = capsys.readouterr().out
     assert "10 images" in text
-    assert "no histogram model" in text
+    own_images, other_images = (
+        load_folder(tmp_path / name, size=4, gray=True, n_bits=3, split_by="file") for name in ("own", "other")
+    )
+    fitted = own_images.subset(split(own_images, 0.1, 0)[0])
+    assert figure(text, "histogram") == round(histogram_bits_per_dim(fitted, other_images), 3)
+    assert "fitted on 9 training images" in text
+    assert f"(the histogram model was fitted on the run's own training images, {own})" in text
+    (tmp_path / "own" / "0.png").unlink()
+    for found in ("changed", "gone"):
+        assert main(["evaluate", str(tmp_path / "r"), other]) == 0
+        text = capsys.readouterr().out
+        assert f"(no histogram model: it would be fitted on the images that the run was trained on, but {own} " in text
+        assert "PNG" in text, found
+        shutil.rmtree(tmp_path / "own", ignore_errors=True)
 
 
 def test_resume_after_the_images_moved(
@@ -145,6 +163,26 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert torch.__version__ in capsys.readouterr().out
 
 
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"pyglow-fast {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["--help"]], ids=" ".join)
+def test_a_reader_that_has_seen_enough(arguments: list[str]) -> None:
+    """As after ``| head -1``: nobody reads the output any more."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        command = [sys.executable, "-m", "pyglow_fast", *arguments]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        ended = subprocess.run(command, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(writer)
+    assert ended.stderr == ""
+    assert ended.returncode == 141
+
+
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--out", str(tmp_path / "r"), "--minutes", "0.001", "--device", "cpu"]) == 0
     text = capsys.readouterr().out
@@ -160,6 +198,26 @@ def test_resume_by_command(run: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(command) == 0
     assert "23 steps" in capsys.readouterr().out
     assert RunFolder(run).load().progress["step"] == 23
+
+
+@pytest.mark.parametrize(("limit", "step"), [(["--max-minutes", "9"], 23), (["--max-epochs", "1"], 25)])
+def test_a_limit_given_to_a_resumed_run(
+    run: Path, limit: list[str], step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run ended by max_steps, which does not count any more; 1617 images are 25 batches."""
+    one_step = TrainState.step
+
+    def slow(self: TrainState) -> float:
+        if self.progress.step == 22:
+            late = time.monotonic() + 600
+            monkeypatch.setattr("pyglow_fast.train.loop.time.monotonic", lambda: late)
+        return one_step(self)
+
+    monkeypatch.setattr(TrainState, "step", slow)
+    assert main(["train", "digits", "--out", str(run), "--resume", "--quiet", *limit]) == 0
+    checkpoint = RunFolder(run).load()
+    assert checkpoint.progress["step"] == step
+    assert checkpoint.config.max_steps is None
 
 
 @pytest.mark.parametrize("limit", ["--max-epochs", "--max-minutes"])

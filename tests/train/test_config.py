@@ -81,5 +81,10 @@ def test_adjusted(tiny_config: Callable[..., TrainConfig]) -> None:
     config = tiny_config(lr=0.5)
     longer = config.adjusted(max_steps=100, lr=0.5, log_every=7)
     assert longer.changes(config) == {"max_steps": (100, 12), "log_every": (7, 2)}
+    by_epochs = longer.adjusted(max_epochs=5)
+    assert (by_epochs.max_steps, by_epochs.max_epochs, by_epochs.max_minutes) == (None, 5, None)
+    both = by_epochs.adjusted(max_steps=7, max_minutes=2.5)
+    assert (both.max_steps, both.max_epochs, both.max_minutes) == (7, None, 2.5)
+    assert both.adjusted(save_every=1).max_steps == 7
     with pytest.raises(ValueError, match=r"lr: expected 0.5, as the run was started with, found 0.1"):
         config.adjusted(lr=0.1)

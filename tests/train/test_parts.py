@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from PIL import Image
 from pyglow_fast import Glow, GlowConfig
 from pyglow_fast.data import ImageSet
 from pyglow_fast.train import (
+    Score,
     TrainConfig,
+    TrainingDivergedError,
     TrainState,
     class_columns,
     class_cycle,
@@ -26,7 +29,7 @@ from pyglow_fast.train import (
     to_levels,
 )
 from pyglow_fast.train.interrupt import StopRequest
-from pyglow_fast.train.seeds import batch_indices
+from pyglow_fast.train.seeds import _order, batch_indices, random_subset
 from pyglow_fast.train.state import learning_rate
 
 
@@ -42,6 +45,35 @@ def test_an_incomplete_batch_is_dropped() -> None:
     seen = torch.cat([batch_indices(0, step, 11, 4) for step in range(2)])
     assert len(set(seen.tolist())) == 8
     assert len(batch_indices(0, 2, 11, 4)) == 4
+
+
+def test_an_epoch_is_shuffled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    shuffle, shuffled = torch.randperm, []
+
+    def counting(n: int, **options: Any) -> torch.Tensor:
+        shuffled.append(n)
+        return shuffle(n, **options)
+
+    _order.cache_clear()
+    monkeypatch.setattr(torch, "randperm", counting)
+    for step in range(10):
+        epoch, position = divmod(step, 5)
+        order = shuffle(20, generator=torch.Generator().manual_seed(derive(0, "order", epoch)))
+        batch = batch_indices(0, step, 20, 4)
+        assert torch.equal(batch, order[4 * position : 4 * position + 4])
+        batch.zero_()  # what a caller does with its batch is of no consequence for the next
+    assert shuffled == [20, 20]
+
+
+def test_random_subset() -> None:
+    subset = random_subset(3, 1000, 100)
+    assert subset.tolist() == sorted(set(subset.tolist()))
+    assert len(subset) == 100
+    assert torch.equal(subset, random_subset(3, 1000, 100))
+    assert not torch.equal(subset, random_subset(4, 1000, 100))
+    assert set(random_subset(3, 1000, 50).tolist()) < set(subset.tolist())
+    assert random_subset(3, 5, 5).tolist() == random_subset(3, 5, 9).tolist() == [0, 1, 2, 3, 4]
+    assert random_subset(0, 10, 3).tolist() == [0, 3, 5]  # written down, so that a change of the drawing is noticed
 
 
 def test_streams_are_independent_and_fixed() -> None:
@@ -98,6 +130,48 @@ def test_evaluate_is_the_mean_over_images_whatever_the_batches(tiny_images: Imag
     assert limited.images == 10
     assert evaluate(model, tiny_images, 7, seed=9, limit=10) == limited
     assert math.isnan(evaluate(model, tiny_images, 7, seed=9, limit=1).standard_error)
+
+
+@pytest.fixture
+def sorted_images() -> ImageSet:
+    """100 images sorted by class, as a folder is: 80 that are black and then 20 that are white."""
+    levels = torch.zeros(100, 1, 4, 4, dtype=torch.uint8)
+    levels[80:] = 4
+    return ImageSet("sorted", levels, 5, (torch.arange(100) >= 80).long(), ("black", "white"))
+
+
+def test_evaluate_on_some_images_sees_all_classes(sorted_images: ImageSet) -> None:
+    """Scored by a model that knows the black images only, some of the images must be worth what all of them are."""
+    model = Glow(GlowConfig(image_shape=(1, 4, 4), n_levels=1, n_steps=1, hidden=4))
+    model.initialize(torch.rand(64, 1, 4, 4, generator=torch.Generator().manual_seed(0)) / 5 - 0.5)
+    whole = evaluate(model, sorted_images, 64, seed=0)
+    black = evaluate(model, sorted_images.subset(range(50)), 64, seed=0)
+    assert whole.mean > black.mean + 5
+    for seed in range(3):
+        some = evaluate(model, sorted_images, 64, seed, limit=50)
+        assert abs(some.mean - whole.mean) < 3 * some.standard_error
+
+
+def test_weights_that_fail_for_the_last_images_only_are_found(
+    tiny_config: Callable[..., TrainConfig], sorted_images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = TrainState(tiny_config(), sorted_images)
+    state.initialize()
+    state.check()
+    bits = state.model.bits_per_dim
+
+    def no_number_for_white(levels: torch.Tensor, n_bins: int, **options: Any) -> torch.Tensor:
+        return bits(levels, n_bins, **options).masked_fill(levels.flatten(1)[:, 0] == 4, math.nan)
+
+    monkeypatch.setattr(state.model, "bits_per_dim", no_number_for_white)
+    assert (state.train.levels[:50] == 0).all()
+    with pytest.raises(TrainingDivergedError, match="after its update training images have nan bits/dim"):
+        state.check()
+
+
+def test_one_image_has_no_standard_error() -> None:
+    assert Score(1.0, math.nan, 1).error_text == "n/a"
+    assert Score(1.0, 0.25, 2).error_text == "0.250"
 
 
 def test_evaluate_refuses_what_does_not_fit(tiny_images: ImageSet) -> None:

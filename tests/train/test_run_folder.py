@@ -17,7 +17,8 @@ from pyglow_fast.train import RunFolder, TrainConfig, resume, start
 
 @pytest.fixture
 def run(tiny_config: Callable[..., TrainConfig], tiny_images: ImageSet, tmp_path: Path) -> Path:
-    start(tiny_config(max_steps=2), str(tmp_path / "run"), data=tiny_images).execute(quiet=True)
+    # 30 training images: one batch of 16 an epoch
+    start(tiny_config(max_steps=2, batch_size=16), str(tmp_path / "run"), data=tiny_images).execute(quiet=True)
     return tmp_path / "run"
 
 
@@ -74,17 +75,52 @@ def test_what_may_be_edited_by_hand(run: Path) -> None:
     ("changes", "message"),
     [
         ({"lr": 0.5}, r"lr: expected 0.001, as the run was started with, found 0.5"),
-        ({"batch_size": 4}, "batch_size: expected 8, as the run was started with, found 4"),
+        ({"batch_size": 4}, "batch_size: expected 16, as the run was started with, found 4"),
         ({"seed": 3}, "seed: expected 0, as the run was started with, found 3"),
         ({"max_steps": 0}, "max_steps: expected a positive whole number, found 0"),
+        ({"max_steps": 1}, "max_steps: expected more than the 2 steps done, found 1"),
+        ({"max_steps": 1, "max_minutes": 5.0}, "max_steps: expected more than the 2 steps done, found 1"),
+        ({"max_epochs": 1}, "max_epochs: expected more than the 2 epochs done, found 1"),
+        ({"max_minutes": 1e-9}, "max_minutes: expected more than the .* minutes done, found 1e-09"),
         ({"data_name": "folder:x"}, "data: expected 'digits', as the run was started with, found 'folder:x'"),
     ],
 )
 def test_changes_that_resume_refuses(run: Path, changes: dict[str, Any], message: str) -> None:
-    before = (run / "config.json").read_text()
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
     with pytest.raises(ValueError, match=message):
         resume(str(run), **changes)
-    assert (run / "config.json").read_text() == before
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "step"),
+    [
+        ({"max_epochs": 4}, 4),
+        ({"max_minutes": 1e3}, 5),
+        ({"max_steps": 3}, 3),
+        ({"max_steps": 3, "max_epochs": 9}, 3),
+        ({"max_steps": 2}, 2),  # as it was: nothing to do but the report
+        ({"log_every": 1}, 2),
+    ],
+)
+def test_a_new_limit_replaces_the_former_ones(
+    run: Path, changes: dict[str, Any], step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resumed = resume(str(run), **changes)
+    one_step = resumed.state.step
+
+    def stopped_at_five() -> float:
+        if resumed.state.progress.step == 4:
+            resumed.state.progress.seconds = 1e9
+            monkeypatch.setattr("pyglow_fast.train.loop.time.monotonic", lambda: 1e9)
+        return one_step()
+
+    monkeypatch.setattr(resumed.state, "step", stopped_at_five)
+    assert resumed.execute(quiet=True).step == step
+    config = RunFolder(run).load().config
+    limits = {name: getattr(config, name) for name in ("max_steps", "max_epochs", "max_minutes")}
+    given = {name: value for name, value in changes.items() if name in limits} or {"max_steps": 2}
+    assert {name: value for name, value in limits.items() if value is not None} == given
 
 
 def test_resume_refuses_other_images(run: Path, tiny_images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
