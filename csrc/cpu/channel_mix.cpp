@@ -44,35 +44,21 @@ void channel_mix(const ChannelMixArgs<T>& args, const Threads& threads) {
   });
 }
 
-// Each task is a slot of the sums; a tile's rows of grad_u serve the sums and the product.
+// A tile's rows of grad_u serve the product and the sums.
 template <class T>
 void channel_mix_backward(const ChannelMixBackwardArgs<T>& args, const Threads& threads) {
   const int64_t channels = args.channels;
   const TileShape shape = tile_shape<T>(args.samples, args.positions, channels, tile_bytes);
   const MixSums<T> sums(shape, channels, packed_size(channels));
   pack_matrix(args.matrix, channels, true, sums.memory());
-  const int64_t grain = grain_of(2 * sums.tiles_per_slot() * channels * shape.length);
-  parallel(threads, sums.slots(), grain, [&](int64_t begin, int64_t end) {
-    const int64_t room = channels * shape.length;
-    T* memory = static_cast<T*>(thread_scratch(Scratch::tile, (2 * sums.group() + 1) * room * sizeof(T)));
-    for (int64_t slot = begin; slot < end; ++slot) {
-      sums.clear(slot);
-      const int64_t last = sums.first_tile(slot + 1);
-      for (int64_t first = sums.first_tile(slot); first < last; first += sums.group()) {
-        Factors<T> factors[max_group];
-        const int64_t count = smaller(sums.group(), last - first);
-        for (int64_t t = 0; t < count; ++t) {
-          const Tile tile = tile_at<T>(shape, first + t);
-          T* own = memory + (2 * t + 1) * room;
-          const Rows<const T> grad_u = read_rows(args.grad_u, tile, 0, channels, own);
-          factors[t] = {grad_u, centred_rows(args.x, tile, channels, args.center, own + room), tile.padded};
-          const Rows<T> grad_x = write_rows(args.grad_x, tile, 0, memory);
-          product<T>(sums.memory(), grad_u, nullptr, grad_x, channels, tile.padded);
-          write_back(args.grad_x, tile, 0, channels, grad_x);
-        }
-        sums.add(slot, factors, count);
-      }
-    }
+  const int64_t room = channels * shape.length;
+  sums.add_tiles(threads, 2 * room, room, room, [&](int64_t index, T* memory, T* own) {
+    const Tile tile = tile_at<T>(shape, index);
+    const Rows<const T> grad_u = read_rows(args.grad_u, tile, 0, channels, own);
+    const Rows<T> grad_x = write_rows(args.grad_x, tile, 0, memory);
+    product<T>(sums.memory(), grad_u, nullptr, grad_x, channels, tile.padded);
+    write_back(args.grad_x, tile, 0, channels, grad_x);
+    return Factors<T>{grad_u, centred_rows(args.x, tile, channels, args.center, own + room), tile.padded};
   });
   sums.total(args.grad_matrix, args.grad_offset);
 }

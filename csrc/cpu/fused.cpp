@@ -100,43 +100,28 @@ void coupling_mix_backward_tiles(const CouplingMixBackwardArgs<T>& args, const T
   const TileShape shape = tile_shape<T>(args.samples, args.positions, channels, tile_bytes);
   const MixSums<T> sums(shape, channels, packed_size(channels));
   pack_matrix(args.matrix, channels, true, sums.memory());
-  const int64_t grain = grain_of(4 * sums.tiles_per_slot() * channels * shape.length);
-  parallel(threads, sums.slots(), grain, [&](int64_t begin, int64_t end) {
-    const int64_t room = channels * shape.length, half_room = transformed * shape.length;
-    const int64_t shared = 3 * room + 4 * half_room;
-    T* memory = static_cast<T*>(thread_scratch(Scratch::tile, (shared + 2 * sums.group() * room) * sizeof(T)));
+  const int64_t room = channels * shape.length, half_room = transformed * shape.length;
+  sums.add_tiles(threads, 4 * room, 3 * room + 4 * half_room, room, [&](int64_t index, T* memory, T* own) {
     T* net_room = memory + 3 * room;
-    for (int64_t slot = begin; slot < end; ++slot) {
-      sums.clear(slot);
-      const int64_t last = sums.first_tile(slot + 1);
-      for (int64_t first = sums.first_tile(slot); first < last; first += sums.group()) {
-        Factors<T> factors[max_group];
-        const int64_t count = smaller(sums.group(), last - first);
-        for (int64_t t = 0; t < count; ++t) {
-          const Tile tile = tile_at<T>(shape, first + t);
-          T* own = memory + shared + 2 * t * room;
-          const Rows<const T> in = read_rows(args.in, tile, 0, channels, memory);
-          const NetRows<T> net = read_net<Map>(args.net_out, tile, transformed, net_room);
-          const Rows<T> y{own, tile.padded}, grad_y{memory + room, tile.padded};
-          couple_tile<Map, O, false>(in, net, y, tile, kept, transformed, args.kind.params);
-          clear_padding(y, channels, tile);  // what the coupling makes of zeros is not zero, and enters the sums
-          const Rows<const T> known_y{y.data, y.stride}, known_grad_y{grad_y.data, grad_y.stride};
-          const Rows<const T> grad_out = read_rows(args.grad_out, tile, 0, channels, own + room);
-          factors[t] = {grad_out, known_y, tile.padded};
-          product<T>(sums.memory(), grad_out, nullptr, grad_y, channels, tile.padded);
-          const Rows<T> grad_in = write_rows(args.grad_in, tile, 0, memory + 2 * room);
-          const Rows<T> grad_shift = write_rows(args.grad_net_out, tile, 0, net_room + 2 * half_room);
-          const Rows<T> grad_raw =
-              affine ? write_rows(args.grad_net_out, tile, transformed, net_room + 3 * half_room) : grad_shift;
-          backward_tile<Map, O, T>(known_y, net, known_grad_y, nullptr, grad_in, grad_shift, grad_raw,
-                                   args.grad_log_det[tile.sample], tile, kept, transformed, args.kind.params);
-          write_back(args.grad_in, tile, 0, channels, grad_in);
-          write_back(args.grad_net_out, tile, 0, transformed, grad_shift);
-          if (affine) write_back(args.grad_net_out, tile, transformed, transformed, grad_raw);
-        }
-        sums.add(slot, factors, count);
-      }
-    }
+    const Tile tile = tile_at<T>(shape, index);
+    const Rows<const T> in = read_rows(args.in, tile, 0, channels, memory);
+    const NetRows<T> net = read_net<Map>(args.net_out, tile, transformed, net_room);
+    const Rows<T> y{own, tile.padded}, grad_y{memory + room, tile.padded};
+    couple_tile<Map, O, false>(in, net, y, tile, kept, transformed, args.kind.params);
+    clear_padding(y, channels, tile);  // what the coupling makes of zeros is not zero, and enters the sums
+    const Rows<const T> known_y{y.data, y.stride}, known_grad_y{grad_y.data, grad_y.stride};
+    const Rows<const T> grad_out = read_rows(args.grad_out, tile, 0, channels, own + room);
+    product<T>(sums.memory(), grad_out, nullptr, grad_y, channels, tile.padded);
+    const Rows<T> grad_in = write_rows(args.grad_in, tile, 0, memory + 2 * room);
+    const Rows<T> grad_shift = write_rows(args.grad_net_out, tile, 0, net_room + 2 * half_room);
+    const Rows<T> grad_raw =
+        affine ? write_rows(args.grad_net_out, tile, transformed, net_room + 3 * half_room) : grad_shift;
+    backward_tile<Map, O, T>(known_y, net, known_grad_y, nullptr, grad_in, grad_shift, grad_raw,
+                             args.grad_log_det[tile.sample], tile, kept, transformed, args.kind.params);
+    write_back(args.grad_in, tile, 0, channels, grad_in);
+    write_back(args.grad_net_out, tile, 0, transformed, grad_shift);
+    if (affine) write_back(args.grad_net_out, tile, transformed, transformed, grad_raw);
+    return Factors<T>{grad_out, known_y, tile.padded};
   });
   sums.total(args.grad_matrix, args.grad_offset);
 }

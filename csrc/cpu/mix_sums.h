@@ -41,25 +41,25 @@ class MixSums {
   }
 
   T* memory() const { return memory_; }
-  int64_t slots() const { return slots_; }
-  int64_t group() const { return group_; }  // tiles to hand to add() at once
-  int64_t tiles_per_slot() const { return tiles_per_slot_; }
-  int64_t first_tile(int64_t slot) const { return smaller(slot * tiles_per_slot_, tiles_); }
 
-  void clear(int64_t slot) const {
-    for (int64_t i = 0; i < slot_size_; ++i) partials_[slot * slot_size_ + i] = T(0);
-  }
-
-  void add(int64_t slot, const Factors<T>* tiles, int64_t count) const {
-    T* sums = partials_ + slot * slot_size_;
-    for (int64_t o = 0; o < blocks_; ++o)
-      for (int64_t i = 0; i < blocks_; ++i, sums += side * side) add_block(o * side, i * side, tiles, count, sums);
-    for (int64_t c = 0; c < channels_; ++c) {
-      Vec<T> sum{};
-      for (int64_t t = 0; t < count; ++t)
-        for (int64_t p = 0; p < tiles[t].length; p += lanes<T>) sum += load<T>(tiles[t].g.row(c) + p);
-      sums[c] += sum_lanes<T>(sum);
-    }
+  // Runs all tiles: factors(index, memory, own) handles the tile of that index and returns what it adds. `memory` has
+  // `shared` elements of scratch, free again for the next tile; `own` has 2 `room`, kept until the sums are formed.
+  template <class F>
+  void add_tiles(const Threads& threads, int64_t elements_per_tile, int64_t shared, int64_t room,
+                 const F& factors) const {
+    parallel(threads, slots_, grain_of(tiles_per_slot_ * elements_per_tile), [&](int64_t begin, int64_t end) {
+      T* memory = static_cast<T*>(thread_scratch(Scratch::tile, (shared + 2 * group_ * room) * sizeof(T)));
+      for (int64_t slot = begin; slot < end; ++slot) {
+        clear(slot);
+        const int64_t last = smaller((slot + 1) * tiles_per_slot_, tiles_);
+        for (int64_t first = slot * tiles_per_slot_; first < last; first += group_) {
+          Factors<T> group[max_group];
+          const int64_t count = smaller(group_, last - first);
+          for (int64_t t = 0; t < count; ++t) group[t] = factors(first + t, memory, memory + shared + 2 * t * room);
+          add(slot, group, count);
+        }
+      }
+    });
   }
 
   void total(T* grad_matrix, T* grad_offset) const {
@@ -78,6 +78,22 @@ class MixSums {
   }
 
  private:
+  void clear(int64_t slot) const {
+    for (int64_t i = 0; i < slot_size_; ++i) partials_[slot * slot_size_ + i] = T(0);
+  }
+
+  void add(int64_t slot, const Factors<T>* tiles, int64_t count) const {
+    T* sums = partials_ + slot * slot_size_;
+    for (int64_t o = 0; o < blocks_; ++o)
+      for (int64_t i = 0; i < blocks_; ++i, sums += side * side) add_block(o * side, i * side, tiles, count, sums);
+    for (int64_t c = 0; c < channels_; ++c) {
+      Vec<T> sum{};
+      for (int64_t t = 0; t < count; ++t)
+        for (int64_t p = 0; p < tiles[t].length; p += lanes<T>) sum += load<T>(tiles[t].g.row(c) + p);
+      sums[c] += sum_lanes<T>(sum);
+    }
+  }
+
   // sums[side * j + k] += sum over the tiles of g[o + j, p] x[i + k, p]. Past the edge the last row is summed again,
   // into an element that nobody reads.
   void add_block(int64_t o, int64_t i, const Factors<T>* tiles, int64_t count, T* sums) const {
