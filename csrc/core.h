@@ -203,7 +203,6 @@ namespace pyglow::cuda {
 
 // Return values are cudaError_t as int, zero for success.
 int device_count(int* count);
-int runtime_version(int* version);
 const char* error_string(int error);
 
 // Kernels are enqueued on `stream` (a cudaStream_t) of the current device. `scratch` is device memory of the size that

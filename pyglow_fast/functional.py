@@ -81,6 +81,11 @@ def coupling_mix(
     return channel_mix(y, matrix, offset), log_det
 
 
+def _records_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd must be able to go back through a function of these: then kernels without a backward are out."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 def coupling_mix_inverse(
     y: Tensor, net_out: Tensor, inverse_matrix: Tensor, offset: Tensor, spec: CouplingSpec
 ) -> tuple[Tensor, Tensor]:
@@ -88,8 +93,8 @@ def coupling_mix_inverse(
 
     See :func:`pyglow_fast.reference.coupling_mix_inverse`.
     """
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (y, net_out, inverse_matrix, offset))
-    if ops.run_on(y, "coupling_mix") and ops.has_kernel(spec) and not needs_grad:
+    records = _records_gradient(y, net_out, inverse_matrix, offset)
+    if ops.run_on(y, "coupling_mix") and ops.has_kernel(spec) and not records:
         return ops.coupling_mix(y, net_out, inverse_matrix, offset, *ops.kind_arguments(spec, inverse=True))
     u, log_det = coupling_inverse(y, net_out, spec)
     return channel_unmix(u, inverse_matrix, offset), log_det
@@ -114,26 +119,25 @@ def gaussian_log_prob(z: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
 
 def gaussian_sample(noise: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
     """z = mean + exp(log_sd) noise; see :func:`pyglow_fast.reference.gaussian_sample`."""
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (noise, mean, log_sd))
-    if ops.run_on(noise, "gaussian_sample") and not needs_grad:
+    if ops.run_on(noise, "gaussian_sample") and not _records_gradient(noise, mean, log_sd):
         return ops.gaussian_sample(noise, mean.expand_as(noise), log_sd.expand_as(noise))
     return reference.gaussian_sample(noise, mean, log_sd)
 
 
-def _per_sample(x: Tensor, log_det: Tensor) -> Tensor:
+def per_sample(x: Tensor, log_det: Tensor) -> Tensor:
     """P log_det, the same for each of the N samples: (N,)."""
     return (log_det * n_positions(x)).expand(x.shape[0])
 
 
 def channel_linear(x: Tensor, weight: Tensor, weight_log_det: Tensor) -> tuple[Tensor, Tensor]:
     """z = W x, log_det = P log|det W|. weight (C, C), weight_log_det () -> z like x, log_det (N,)."""
-    return channel_mix(x, weight, weight.new_zeros(weight.shape[0])), _per_sample(x, weight_log_det)
+    return channel_mix(x, weight, weight.new_zeros(weight.shape[0])), per_sample(x, weight_log_det)
 
 
 def channel_linear_inverse(z: Tensor, weight: Tensor, weight_log_det: Tensor) -> tuple[Tensor, Tensor]:
     """x = W^-1 z, log_det = -P log|det W|."""
     x = channel_unmix(z, invert_matrix(weight), weight.new_zeros(weight.shape[0]))
-    return x, _per_sample(z, -weight_log_det)
+    return x, per_sample(z, -weight_log_det)
 
 
 def _per_channel(x: Tensor, value: Tensor) -> Tensor:
@@ -144,10 +148,10 @@ def actnorm(x: Tensor, log_scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]
     """z = (x + bias) exp(log_scale), log_det = P sum log_scale. log_scale, bias (C,) -> z like x, log_det (N,)."""
     scale = log_scale.exp()
     z = torch.addcmul(_per_channel(x, bias * scale), x, _per_channel(x, scale))
-    return z, _per_sample(x, log_scale.sum())
+    return z, per_sample(x, log_scale.sum())
 
 
 def actnorm_inverse(z: Tensor, log_scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """x = z exp(-log_scale) - bias, log_det = -P sum log_scale."""
     x = torch.addcmul(_per_channel(z, -bias), z, _per_channel(z, (-log_scale).exp()))
-    return x, _per_sample(z, -log_scale.sum())
+    return x, per_sample(z, -log_scale.sum())

@@ -11,7 +11,7 @@ import torch
 
 from pyglow_fast import _backend, ops
 
-# The public ops and the kernel of the extension that serves each, forward and backward; empty: none.
+# The functions and ops, and the kernel of the extension that serves each, forward and backward; empty: none.
 KERNELS = {
     "channel_mix": "channel_mix",
     "channel_unmix": "channel_mix",

@@ -32,7 +32,7 @@ void coupling_tiles(const CouplingArgs<T>& args, const Threads& threads) {
       copy_rows(args.in, args.out, tile, 0, kept);
     }
   });
-  sum_per_sample(partials, shape, Inverse ? -1.0 : 1.0, args.log_det);
+  sum_per_sample(partials, shape, Inverse ? -1.0 : 1.0, 0.0, args.log_det);
 }
 
 template <ScaleMap Map, Order O, bool Inverse, class T>

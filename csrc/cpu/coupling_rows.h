@@ -78,14 +78,4 @@ void couple_backward_row(const BackwardRow<T>& row, T grad_log_det, const Tile& 
   }
 }
 
-// log_det[n] = sign * the sum of the partial sums of the tiles of sample n, in their order.
-template <class T>
-void sum_per_sample(const double* partials, const TileShape& shape, double sign, T* log_det) {
-  for (int64_t n = 0; n < shape.samples; ++n) {
-    double sum = 0;
-    for (int64_t i = 0; i < shape.per_sample; ++i) sum += partials[n * shape.per_sample + i];
-    log_det[n] = static_cast<T>(sign * sum);
-  }
-}
-
 }  // namespace pyglow::cpu::PYGLOW_ISA

@@ -68,7 +68,7 @@ void coupling_mix_tiles(const CouplingMixArgs<T>& args, const Threads& threads) 
       write_back(half.out, tile, 0, channels, out);
     }
   });
-  sum_per_sample(partials, shape, Inverse ? -1.0 : 1.0, half.log_det);
+  sum_per_sample(partials, shape, Inverse ? -1.0 : 1.0, 0.0, half.log_det);
 }
 
 // Gradients of one tile of couple() or of its recovery, all channels; grad_in's kept rows are grad_out's.

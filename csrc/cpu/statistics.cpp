@@ -32,6 +32,19 @@ math::Moments row_moments(const T* row, const Tile& tile) {
           static_cast<double>(sum_lanes<T>(squares)) - left * left / count};
 }
 
+// The rows of a value (or its noise) and of its distribution, each with `room` elements of memory.
+template <class T>
+struct NormalRows {
+  Rows<const T> value, mean, log_sd;
+};
+
+template <class T>
+NormalRows<T> read_normal(const Strided<const T>& value, const Strided<const T>& mean, const Strided<const T>& log_sd,
+                          const Tile& tile, int64_t channels, T* memory, int64_t room) {
+  return {read_rows(value, tile, 0, channels, memory), read_rows(mean, tile, 0, channels, memory + room),
+          read_rows(log_sd, tile, 0, channels, memory + 2 * room)};
+}
+
 }  // namespace
 
 // Slots of consecutive tiles, each merged in order, then merged in order themselves.
@@ -74,9 +87,7 @@ void gaussian_log_prob(const GaussianArgs<T>& args, const Threads& threads) {
     T* memory = static_cast<T*>(thread_scratch(Scratch::tile, 3 * room * sizeof(T)));
     for (int64_t index = begin; index < end; ++index) {
       const Tile tile = tile_at<T>(shape, index);
-      const Rows<const T> z = read_rows(args.z, tile, 0, channels, memory);
-      const Rows<const T> mean = read_rows(args.mean, tile, 0, channels, memory + room);
-      const Rows<const T> log_sd = read_rows(args.log_sd, tile, 0, channels, memory + 2 * room);
+      const auto [z, mean, log_sd] = read_normal(args.z, args.mean, args.log_sd, tile, channels, memory, room);
       Vec<T> sum{};
       for (int64_t c = 0; c < channels; ++c) {
         for (int64_t i = 0; i < tile.padded; i += lanes<T>) {
@@ -88,11 +99,8 @@ void gaussian_log_prob(const GaussianArgs<T>& args, const Threads& threads) {
       partials[index] = static_cast<double>(sum_lanes<T>(sum));
     }
   });
-  for (int64_t n = 0; n < args.samples; ++n) {
-    double sum = -half_log_2pi * static_cast<double>(channels * args.positions);
-    for (int64_t i = 0; i < shape.per_sample; ++i) sum += partials[n * shape.per_sample + i];
-    args.log_prob[n] = static_cast<T>(sum);
-  }
+  const double constant = -half_log_2pi * static_cast<double>(channels * args.positions);
+  sum_per_sample(partials, shape, 1.0, constant, args.log_prob);
 }
 
 template <class T>
@@ -104,9 +112,7 @@ void gaussian_log_prob_backward(const GaussianBackwardArgs<T>& args, const Threa
     T* memory = static_cast<T*>(thread_scratch(Scratch::tile, 6 * room * sizeof(T)));
     for (int64_t index = begin; index < end; ++index) {
       const Tile tile = tile_at<T>(shape, index);
-      const Rows<const T> z = read_rows(args.z, tile, 0, channels, memory);
-      const Rows<const T> mean = read_rows(args.mean, tile, 0, channels, memory + room);
-      const Rows<const T> log_sd = read_rows(args.log_sd, tile, 0, channels, memory + 2 * room);
+      const auto [z, mean, log_sd] = read_normal(args.z, args.mean, args.log_sd, tile, channels, memory, room);
       const Rows<T> grad_z = write_rows(args.grad_z, tile, 0, memory + 3 * room);
       const Rows<T> grad_mean = write_rows(args.grad_mean, tile, 0, memory + 4 * room);
       const Rows<T> grad_log_sd = write_rows(args.grad_log_sd, tile, 0, memory + 5 * room);
@@ -136,9 +142,7 @@ void gaussian_sample(const GaussianSampleArgs<T>& args, const Threads& threads) 
     T* memory = static_cast<T*>(thread_scratch(Scratch::tile, 4 * room * sizeof(T)));
     for (int64_t index = begin; index < end; ++index) {
       const Tile tile = tile_at<T>(shape, index);
-      const Rows<const T> noise = read_rows(args.noise, tile, 0, channels, memory);
-      const Rows<const T> mean = read_rows(args.mean, tile, 0, channels, memory + room);
-      const Rows<const T> log_sd = read_rows(args.log_sd, tile, 0, channels, memory + 2 * room);
+      const auto [noise, mean, log_sd] = read_normal(args.noise, args.mean, args.log_sd, tile, channels, memory, room);
       const Rows<T> z = write_rows(args.z, tile, 0, memory + 3 * room);
       for (int64_t c = 0; c < channels; ++c)
         for (int64_t i = 0; i < tile.padded; i += lanes<T>)

@@ -126,6 +126,16 @@ void parallel(const Threads& threads, int64_t tasks, int64_t grain, const F& f) 
   threads.run(tasks, grain, body, const_cast<F*>(&f));
 }
 
+// total[n] = sign * (start + the partial sums of the tiles of sample n, in their order).
+template <class T>
+void sum_per_sample(const double* partials, const TileShape& shape, double sign, double start, T* total) {
+  for (int64_t n = 0; n < shape.samples; ++n) {
+    double sum = start;
+    for (int64_t i = 0; i < shape.per_sample; ++i) sum += partials[n * shape.per_sample + i];
+    total[n] = static_cast<T>(sign * sum);
+  }
+}
+
 // Tasks that make a range worth a thread of its own: about 10 us of work, given the elements that a task touches.
 PYGLOW_HD int64_t grain_of(int64_t elements_per_task) { return larger(1, 16384 / larger(elements_per_task, 1)); }
 

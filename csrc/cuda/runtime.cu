@@ -7,8 +7,6 @@ namespace pyglow::cuda {
 
 int device_count(int* count) { return cudaGetDeviceCount(count); }
 
-int runtime_version(int* version) { return cudaRuntimeGetVersion(version); }
-
 const char* error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
 }  // namespace pyglow::cuda

@@ -60,7 +60,7 @@ def invert_maps(maps: Sequence[ChannelMap]) -> list[Tensor]:
 def _maps_log_det(maps: Sequence[ChannelMap], x: Tensor) -> Tensor:
     """P sum log|det M| over the steps, for each of the N samples: (N,)."""
     total = torch.stack([channel_map.log_det for channel_map in maps]).sum()
-    return (total * functional.n_positions(x)).expand(x.shape[0])
+    return functional.per_sample(x, total)
 
 
 def run_steps(steps: Sequence[FlowStep], x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
