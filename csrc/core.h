@@ -19,30 +19,58 @@ struct Strided {
   int64_t position;  //
 };
 
+// A tensor that the op sees squeezed, (N, C, P) with P = H * width, while memory may hold it as it was before,
+// (N, C / 4, 2 H, 2 width): with width > 0, channel 4 k + 2 i + j at position h * width + w is element
+// [n, k, 2 h + i, 2 w + j], `row` is the stride of a row of that image and `position` that of a pixel in it. width 0:
+// the tensor is as the op sees it.
+template <class T>
+struct Squeezed : Strided<T> {
+  int64_t width, row;
+};
+
 // u = M x + c, or u = M (x - c) if subtract_first.
 template <class T>
 struct ChannelMixArgs {
-  Strided<const T> x;  // (N, C, P)
-  const T* matrix;     // (C, C), row-major
-  const T* offset;     // (C,)
-  Strided<T> u;        // (N, C, P)
+  Squeezed<const T> x;  // (N, C, P)
+  const T* matrix;      // (C, C), row-major
+  const T* offset;      // (C,)
+  Squeezed<T> u;        // (N, C, P); at most one of x and u is squeezed
   int64_t samples, channels, positions;
   bool subtract_first;
+};
+
+// A gradient (N, C, P) that comes in two parts: of all channels, and of the first ones what the coupling net's backward
+// adds (data null: nothing).
+template <class T>
+struct SplitGrad {
+  Strided<const T> all;    // (N, C, P)
+  Strided<const T> added;  // (N, added_channels, P)
+  int64_t added_channels;
 };
 
 // Given x, or x - c, that entered the product, and grad_u: grad_x = M^T grad_u, grad_M = sum grad_u x^T, grad_c = sum
 // grad_u.
 template <class T>
 struct ChannelMixBackwardArgs {
-  Strided<const T> x;       // (N, C, P)
-  Strided<const T> grad_u;  // (N, C, P)
-  const T* matrix;          // (C, C), row-major
-  const T* center;          // (C,) taken off x, or null
-  Strided<T> grad_x;        // (N, C, P)
-  T* grad_matrix;           // (C, C)
-  T* grad_offset;           // (C,)
+  Squeezed<const T> x;  // (N, C, P)
+  SplitGrad<T> grad_u;  // (N, C, P)
+  const T* matrix;      // (C, C), row-major
+  const T* center;      // (C,) taken off x, or null
+  Squeezed<T> grad_x;   // (N, C, P), squeezed like x
+  T* grad_matrix;       // (C, C)
+  T* grad_offset;       // (C,)
   int64_t samples, channels, positions;
 };
+
+// The coupling net's output or the gradient of it: T, or 16-bit numbers if the net runs in lower precision.
+template <class Data>
+struct NetTensor {
+  Data* data;    // const void or void
+  NetType type;  // state: elements of T
+  int64_t sample, channel, position;
+};
+using NetOutput = NetTensor<const void>;
+using NetGrad = NetTensor<void>;
 
 // Which coupling: y2 = (u2 + shift) s or u2 s + shift, in which direction, with which scale map (none: additive).
 template <class T>
@@ -56,10 +84,10 @@ struct CouplingKind {
 // The first channels - transformed channels pass through, the last `transformed` ones are shifted and scaled.
 template <class T>
 struct CouplingArgs {
-  Strided<const T> in;       // (N, C, P)
-  Strided<const T> net_out;  // (N, 2 C2, P): shift, then raw; additive (N, C2, P): shift
-  Strided<T> out;            // (N, C, P); may be the same memory as `in`
-  T* log_det;                // (N,): sum log s, its negative for the inverse; additive: zero
+  Strided<const T> in;  // (N, C, P)
+  NetOutput net_out;    // (N, 2 C2, P): shift, then raw; additive (N, C2, P): shift
+  Strided<T> out;       // (N, C, P); may be the same memory as `in`
+  T* log_det;           // (N,): sum log s, its negative for the inverse; additive: zero
   int64_t samples, channels, transformed, positions;
   CouplingKind<T> kind;
 };
@@ -68,12 +96,12 @@ struct CouplingArgs {
 template <class T>
 struct CouplingBackwardArgs {
   Strided<const T> out;       // (N, C, P), what CouplingArgs gave
-  Strided<const T> net_out;   // as there
+  NetOutput net_out;          // as there
   Strided<const T> grad_out;  // (N, C, P)
   const T* grad_log_det;      // (N,)
   Strided<T> in;              // (N, C, P), the recovered input; data null: not wanted
-  Strided<T> grad_in;       // (N, C, P): of the transformed channels; the others are grad_out's, without the net's part
-  Strided<T> grad_net_out;  // like net_out
+  Strided<T> grad_in;    // (N, C, P): of the transformed channels; the others are grad_out's, without the net's part
+  NetGrad grad_net_out;  // like net_out
   int64_t samples, channels, transformed, positions;
   CouplingKind<T> kind;
 };
@@ -90,15 +118,15 @@ struct CouplingMixArgs {
 // Gradients of out = M couple(in) + c from its true input: couple(in) is evaluated again, nothing is inverted.
 template <class T>
 struct CouplingMixBackwardArgs {
-  Strided<const T> in;        // (N, C, P)
-  Strided<const T> net_out;   // as in CouplingArgs
-  Strided<const T> grad_out;  // (N, C, P)
-  const T* grad_log_det;      // (N,)
-  const T* matrix;            // (C, C)
-  Strided<T> grad_in;         // (N, C, P), without the net's part
-  Strided<T> grad_net_out;    // like net_out
-  T* grad_matrix;             // (C, C)
-  T* grad_offset;             // (C,)
+  Strided<const T> in;    // (N, C, P)
+  NetOutput net_out;      // as in CouplingArgs
+  SplitGrad<T> grad_out;  // (N, C, P)
+  const T* grad_log_det;  // (N,)
+  const T* matrix;        // (C, C)
+  Strided<T> grad_in;     // (N, C, P), without the net's part
+  NetGrad grad_net_out;   // like net_out
+  T* grad_matrix;         // (C, C)
+  T* grad_offset;         // (C,)
   int64_t samples, channels, transformed, positions;
   CouplingKind<T> kind;  // forward direction
 };
@@ -107,15 +135,15 @@ struct CouplingMixBackwardArgs {
 // for the step before, and the gradients of u (without the net's part) and of the net's output come in the same pass.
 template <class T>
 struct StepBackwardArgs {
-  Strided<const T> y;        // (N, C, P), the step's output
-  Strided<const T> net_out;  // the net's output for it
-  Strided<const T> grad_y;   // (N, C, P)
-  const T* grad_log_det;     // (N,)
-  const T* inverse_matrix;   // (C, C), A = M^-1
-  const T* offset;           // (C,)
-  Strided<T> x;              // (N, C, P)
-  Strided<T> grad_u;         // (N, C, P)
-  Strided<T> grad_net_out;   // like net_out
+  Strided<const T> y;       // (N, C, P), the step's output
+  NetOutput net_out;        // the net's output for it
+  Strided<const T> grad_y;  // (N, C, P)
+  const T* grad_log_det;    // (N,)
+  const T* inverse_matrix;  // (C, C), A = M^-1
+  const T* offset;          // (C,)
+  Strided<T> x;             // (N, C, P)
+  Strided<T> grad_u;        // (N, C, P)
+  NetGrad grad_net_out;     // like net_out
   int64_t samples, channels, transformed, positions;
   CouplingKind<T> kind;  // forward direction
 };
@@ -218,5 +246,26 @@ template <class T>
 int coupling(const CouplingArgs<T>& args, void* scratch, void* stream);
 template <class T>
 int coupling_backward(const CouplingBackwardArgs<T>& args, void* stream);
+template <class T>
+int64_t coupling_mix_scratch(int64_t samples, int64_t positions);  // bytes
+template <class T>
+int coupling_mix(const CouplingMixArgs<T>& args, void* scratch, void* stream);
+template <class T>
+int64_t coupling_mix_backward_scratch(int64_t samples, int64_t channels, int64_t positions);  // bytes
+template <class T>
+int coupling_mix_backward(const CouplingMixBackwardArgs<T>& args, void* scratch, void* stream);
+template <class T>
+int step_backward(const StepBackwardArgs<T>& args, void* stream);
+template <class T>
+int64_t channel_moments_scratch(const ChannelMomentsArgs<T>& args);  // bytes
+template <class T>
+int channel_moments(const ChannelMomentsArgs<T>& args, void* scratch, void* stream);
+int64_t gaussian_log_prob_scratch(int64_t samples, int64_t channels, int64_t positions);  // bytes
+template <class T>
+int gaussian_log_prob(const GaussianArgs<T>& args, void* scratch, void* stream);
+template <class T>
+int gaussian_log_prob_backward(const GaussianBackwardArgs<T>& args, void* stream);
+template <class T>
+int gaussian_sample(const GaussianSampleArgs<T>& args, void* stream);
 
 }  // namespace pyglow::cuda

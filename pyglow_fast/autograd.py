@@ -12,53 +12,89 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from pyglow_fast import ops
+from pyglow_fast.reference import squeeze
 
 _Kind = tuple[int, int, bool, float, float, float]
 
 
 class ChannelMix(torch.autograd.Function):
-    """u = M x + c; grad_x = M^T grad_u, grad_M = sum grad_u x^T, grad_c = sum grad_u."""
+    """u = M x + c, x squeezed first if asked; grad_x = M^T grad_u, grad_M = sum grad_u x^T, grad_c = sum grad_u.
+
+    Returns u and its first `kept` channels (a view: what a coupling net reads), whose gradients stay apart until the
+    backward kernel adds them in passing.
+    """
 
     @staticmethod
-    def forward(x: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
-        """u, like x."""
-        return ops.channel_mix(x, matrix, offset, False)
+    def forward(x: Tensor, matrix: Tensor, offset: Tensor, kept: int, squeeze_first: bool) -> tuple[Tensor, Tensor]:
+        """u, like x, and u[:, :kept]."""
+        u = ops.channel_mix(x, matrix, offset, False, ops.SQUEEZE_CODES["input" if squeeze_first else "none"])
+        return u, u[:, :kept]
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int, bool], output: Any) -> None:
         """Keep x and M."""
         ctx.save_for_backward(inputs[0], inputs[1])
+        ctx.squeeze_first = inputs[4]
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_u: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_u: Tensor | None, grad_kept: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of x, M and c."""
+        if grad_u is None and grad_kept is None:
+            return (None,) * 5
         x, matrix = ctx.saved_tensors
-        if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
-            return ops.channel_mix(grad_u, matrix.T, grad_u.new_zeros(matrix.shape[0]), False), None, None
-        return ops.channel_mix_backward(x, grad_u, matrix, None)
+        grad_u, grad_kept = _whole_gradient(grad_u, grad_kept, matrix.shape[0])
+        frozen = not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
+        if frozen and grad_kept is None and not ctx.squeeze_first:
+            return (
+                ops.channel_mix(grad_u, matrix.T, grad_u.new_zeros(matrix.shape[0]), False, 0),
+                None,
+                None,
+                None,
+                None,
+            )
+        return (*ops.channel_mix_backward(x, grad_u, matrix, None, grad_kept, ctx.squeeze_first), None, None)
+
+
+def _whole_gradient(grad: Tensor | None, grad_kept: Tensor | None, channels: int) -> tuple[Tensor, Tensor | None]:
+    """The gradient of all channels and, if there is one, what is to be added to the first ones."""
+    if grad is not None:
+        return grad, grad_kept
+    assert grad_kept is not None  # the callers have made sure that there is a gradient
+    whole = grad_kept.new_zeros(grad_kept.shape[0], channels, *grad_kept.shape[2:])
+    whole[:, : grad_kept.shape[1]] = grad_kept
+    return whole, None
 
 
 class ChannelUnmix(torch.autograd.Function):
-    """x = A (u - c) with A = M^-1; grad_u = A^T grad_x, grad_A = sum grad_x (u - c)^T, grad_c = -sum grad_u."""
+    """x = A (u - c) with A = M^-1, unsqueezed afterwards if asked.
+
+    grad_u = A^T grad_x, grad_A = sum grad_x (u - c)^T, grad_c = -sum grad_u.
+    """
 
     @staticmethod
-    def forward(u: Tensor, inverse_matrix: Tensor, offset: Tensor) -> Tensor:
+    def forward(u: Tensor, inverse_matrix: Tensor, offset: Tensor, unsqueeze_after: bool) -> Tensor:
         """x, like u."""
-        return ops.channel_mix(u, inverse_matrix, offset, True)
+        return ops.channel_mix(
+            u, inverse_matrix, offset, True, ops.SQUEEZE_CODES["output" if unsqueeze_after else "none"]
+        )
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
         """Keep u, A and c."""
-        ctx.save_for_backward(*inputs)
+        ctx.save_for_backward(*inputs[:3])
+        ctx.unsqueeze_after = inputs[3]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of u, A and c."""
         u, inverse_matrix, offset = ctx.saved_tensors
-        grad_u, grad_matrix, summed = ops.channel_mix_backward(u, grad_x, inverse_matrix, offset)
-        return grad_u, grad_matrix, -(inverse_matrix.T @ summed)
+        if ctx.unsqueeze_after:
+            grad_x = squeeze(grad_x)
+        grad_u, grad_matrix, summed = ops.channel_mix_backward(u, grad_x, inverse_matrix, offset, None, False)
+        return grad_u, grad_matrix, -(inverse_matrix.T @ summed), None
 
 
 class Coupling(torch.autograd.Function):
@@ -85,27 +121,43 @@ class Coupling(torch.autograd.Function):
 
 
 class CouplingMix(torch.autograd.Function):
-    """M couple(u) + c and the coupling's log-det; the backward evaluates the coupling again, from the true u."""
+    """M couple(u) + c, its first `kept` channels (see ChannelMix) and the coupling's log-det.
+
+    The backward evaluates the coupling again, from the true u.
+    """
 
     @staticmethod
-    def forward(u: Tensor, net_out: Tensor, matrix: Tensor, offset: Tensor, kind: _Kind) -> tuple[Tensor, Tensor]:
-        """The mixed output, like u, and log_det (N,)."""
-        return ops.coupling_mix(u, net_out, matrix, offset, *kind)
+    def forward(
+        u: Tensor, net_out: Tensor, matrix: Tensor, offset: Tensor, kept: int, kind: _Kind
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The mixed output, like u, its kept channels, and log_det (N,)."""
+        out, log_det = ops.coupling_mix(u, net_out, matrix, offset, *kind)
+        return out, out[:, :kept], log_det
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, _Kind], output: Any) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, int, _Kind], output: Any) -> None:
         """Keep u, the net's output and M."""
         ctx.save_for_backward(*inputs[:3])
-        ctx.kind = inputs[4]
+        ctx.kind = inputs[5]
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_out: Tensor | None, grad_kept: Tensor | None, grad_log_det: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         """Gradients of u (without what flows through the net), of the net's output, M and c."""
+        if grad_out is None and grad_kept is None and grad_log_det is None:
+            return (None,) * 6
         u, net_out, matrix = ctx.saved_tensors
+        if grad_out is None and grad_kept is None:
+            grad_out = torch.zeros_like(u)
+        grad_out, grad_kept = _whole_gradient(grad_out, grad_kept, u.shape[1])
+        if grad_log_det is None:
+            grad_log_det = u.new_zeros(u.shape[0])
         scale_map, order, _, *parameters = ctx.kind
-        arguments = (u, net_out, grad_out, grad_log_det, matrix, scale_map, order, *parameters)
-        return (*ops.coupling_mix_backward(*arguments), None)
+        arguments = (u, net_out, grad_out, grad_log_det, matrix, scale_map, order, *parameters, grad_kept)
+        return (*ops.coupling_mix_backward(*arguments), None, None)
 
 
 class GaussianLogProb(torch.autograd.Function):

@@ -27,11 +27,13 @@ __all__ = [
     "channel_linear",
     "channel_linear_inverse",
     "channel_mix",
+    "channel_mix_for_net",
     "channel_moments",
     "channel_unmix",
     "coupling",
     "coupling_inverse",
     "coupling_mix",
+    "coupling_mix_for_net",
     "coupling_mix_inverse",
     "fold_actnorm",
     "gaussian_log_prob",
@@ -43,42 +45,69 @@ __all__ = [
 ]
 
 
-def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
+def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor, squeeze_first: bool = False) -> Tensor:
     """u = M x + c at every position; see :func:`pyglow_fast.reference.channel_mix`."""
-    if ops.run_on(x, "channel_mix"):
-        return autograd.ChannelMix.apply(x, matrix, offset)
-    return reference.channel_mix(x, matrix, offset)
+    return channel_mix_for_net(x, matrix, offset, 0, squeeze_first)[0]
 
 
-def channel_unmix(u: Tensor, inverse_matrix: Tensor, offset: Tensor) -> Tensor:
+def channel_mix_for_net(
+    x: Tensor, matrix: Tensor, offset: Tensor, kept: int, squeeze_first: bool = False
+) -> tuple[Tensor, Tensor]:
+    """u = M x + c, and its first `kept` channels for a coupling net to read.
+
+    The same values as u[:, :kept]; their gradient is added to that of u within the backward kernel.
+    """
+    if ops.run_on(x, "channel_mix") and (x.dim() == 4 or not squeeze_first):
+        return autograd.ChannelMix.apply(x, matrix, offset, kept, squeeze_first)
+    u = reference.channel_mix(x, matrix, offset, squeeze_first)
+    return u, u[:, :kept]
+
+
+def channel_unmix(u: Tensor, inverse_matrix: Tensor, offset: Tensor, unsqueeze_after: bool = False) -> Tensor:
     """x = M^-1 (u - c) at every position; see :func:`pyglow_fast.reference.channel_unmix`."""
-    if ops.run_on(u, "channel_mix"):
-        return autograd.ChannelUnmix.apply(u, inverse_matrix, offset)
-    return reference.channel_unmix(u, inverse_matrix, offset)
+    if ops.run_on(u, "channel_mix") and (u.dim() == 4 or not unsqueeze_after):
+        return autograd.ChannelUnmix.apply(u, inverse_matrix, offset, unsqueeze_after)
+    return reference.channel_unmix(u, inverse_matrix, offset, unsqueeze_after)
 
 
 def coupling(u: Tensor, net_out: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor]:
     """y2 = (u2 + shift) s, log_det = sum log s; see :func:`pyglow_fast.reference.coupling`."""
     if ops.run_on(u, "coupling") and ops.has_kernel(spec):
-        return autograd.Coupling.apply(u, net_out, ops.kind_arguments(spec, inverse=False))
+        return autograd.Coupling.apply(u, _readable(net_out, u), ops.kind_arguments(spec, inverse=False))
     return reference.coupling(u, net_out, spec)
 
 
 def coupling_inverse(y: Tensor, net_out: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor]:
     """u2 = y2 / s - shift, log_det = -sum log s; see :func:`pyglow_fast.reference.coupling_inverse`."""
     if ops.run_on(y, "coupling") and ops.has_kernel(spec):
-        return autograd.Coupling.apply(y, net_out, ops.kind_arguments(spec, inverse=True))
+        return autograd.Coupling.apply(y, _readable(net_out, y), ops.kind_arguments(spec, inverse=True))
     return reference.coupling_inverse(y, net_out, spec)
+
+
+def _readable(net_out: Tensor, state: Tensor) -> Tensor:
+    """The net's output in a dtype that the kernels read beside the state's: its own, or 16 bits beside float32."""
+    if state.dtype == torch.float32 and net_out.dtype in (torch.bfloat16, torch.float16):
+        return net_out
+    return net_out.to(state.dtype)
 
 
 def coupling_mix(
     u: Tensor, net_out: Tensor, matrix: Tensor, offset: Tensor, spec: CouplingSpec
 ) -> tuple[Tensor, Tensor]:
     """M y + c with y, log_det = coupling(u, net_out), in one pass; see :func:`pyglow_fast.reference.coupling_mix`."""
+    out, _, log_det = coupling_mix_for_net(u, net_out, matrix, offset, spec, 0)
+    return out, log_det
+
+
+def coupling_mix_for_net(
+    u: Tensor, net_out: Tensor, matrix: Tensor, offset: Tensor, spec: CouplingSpec, kept: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """M y + c, its first `kept` channels for the next net (see :func:`channel_mix_for_net`), and log_det."""
     if ops.run_on(u, "coupling_mix") and ops.has_kernel(spec):
-        return autograd.CouplingMix.apply(u, net_out, matrix, offset, ops.kind_arguments(spec, inverse=False))
+        kind = ops.kind_arguments(spec, inverse=False)
+        return autograd.CouplingMix.apply(u, _readable(net_out, u), matrix, offset, kept, kind)
     y, log_det = coupling(u, net_out, spec)
-    return channel_mix(y, matrix, offset), log_det
+    return *channel_mix_for_net(y, matrix, offset, kept), log_det
 
 
 def _records_gradient(*tensors: Tensor) -> bool:
@@ -95,7 +124,8 @@ def coupling_mix_inverse(
     """
     records = _records_gradient(y, net_out, inverse_matrix, offset)
     if ops.run_on(y, "coupling_mix") and ops.has_kernel(spec) and not records:
-        return ops.coupling_mix(y, net_out, inverse_matrix, offset, *ops.kind_arguments(spec, inverse=True))
+        kind = ops.kind_arguments(spec, inverse=True)
+        return ops.coupling_mix(y, _readable(net_out, y), inverse_matrix, offset, *kind)
     u, log_det = coupling_inverse(y, net_out, spec)
     return channel_unmix(u, inverse_matrix, offset), log_det
 

@@ -10,7 +10,7 @@ torch.library define and impl are used rather than custom_op, which costs about 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from pyglow_fast import _backend
 from pyglow_fast.reference import KINDS, ORDERS, SCALE_MAPS, CouplingSpec
 
 SCALE_MAP_CODES = {"none": 0, "sigmoid": 1, "sigmoid_eps": 2, "exp": 3, "tanh": 4, "atan": 5}  # csrc/math/kinds.h
+SQUEEZE_CODES = {"none": 0, "input": 1, "output": 2}  # csrc/bindings/checks.h
 ORDER_CODES = {"shift_scale": 0, "scale_shift": 1}
 
 _KIND = "int map, int order, bool inverse, float bias, float eps, float clamp"
@@ -44,22 +45,28 @@ def _define(schema: str, fake: Callable[..., Any], devices: tuple[str, ...] = ("
     torch.library.register_fake(f"pyglow_fast::{name}", fake, lib=_library)
 
 
-def _like(x: Tensor) -> Tensor:
+def _like(x: Tensor, shape: Sequence[int] | None = None) -> Tensor:
     """An output that goes with x: channels-last if x is that, else contiguous, as csrc/bindings/checks.h has it."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    out = x.new_empty(x.shape if shape is None else shape)
     if not x.is_contiguous() and x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()]):
-        return x.new_empty(x.shape).to(memory_format=formats[x.dim()])
-    return x.new_empty(x.shape)
+        return out.to(memory_format=formats[x.dim()])
+    return out
 
 
-def _fake_channel_mix(x: Tensor, matrix: Tensor, offset: Tensor, subtract_first: bool) -> Tensor:
-    return _like(x)
+def _fake_channel_mix(x: Tensor, matrix: Tensor, offset: Tensor, subtract_first: bool, squeeze: int) -> Tensor:
+    if squeeze == SQUEEZE_CODES["none"]:
+        return _like(x)
+    n, channels, height, width = x.shape
+    if squeeze == SQUEEZE_CODES["input"]:
+        return _like(x, (n, 4 * channels, height // 2, width // 2))
+    return _like(x, (n, channels // 4, 2 * height, 2 * width))
 
 
 def _fake_channel_mix_backward(
-    x: Tensor, grad_u: Tensor, matrix: Tensor, center: Tensor | None
+    x: Tensor, grad_u: Tensor, matrix: Tensor, center: Tensor | None, *added_and_squeeze: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(x), x.new_empty(matrix.shape), x.new_empty(x.shape[1])
+    return _like(x), x.new_empty(matrix.shape), x.new_empty(grad_u.shape[1])
 
 
 def _fake_coupling(x: Tensor, net_out: Tensor, *kind: Any) -> tuple[Tensor, Tensor]:
@@ -101,9 +108,13 @@ def _fake_gaussian_sample(noise: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor
     return _like(noise)
 
 
-_define("channel_mix(Tensor x, Tensor matrix, Tensor offset, bool subtract_first) -> Tensor", _fake_channel_mix)
 _define(
-    "channel_mix_backward(Tensor x, Tensor grad_u, Tensor matrix, Tensor? center) -> (Tensor, Tensor, Tensor)",
+    "channel_mix(Tensor x, Tensor matrix, Tensor offset, bool subtract_first, int squeeze) -> Tensor",
+    _fake_channel_mix,
+)
+_define(
+    "channel_mix_backward(Tensor x, Tensor grad_u, Tensor matrix, Tensor? center, Tensor? added, bool squeeze)"
+    " -> (Tensor, Tensor, Tensor)",
     _fake_channel_mix_backward,
 )
 _define(f"coupling(Tensor x, Tensor net_out, {_KIND}) -> (Tensor, Tensor)", _fake_coupling)
@@ -119,7 +130,7 @@ _define(
 )
 _define(
     "coupling_mix_backward(Tensor x, Tensor net_out, Tensor grad_out, Tensor grad_log_det, Tensor matrix, "
-    f"{_FORWARD_KIND}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"{_FORWARD_KIND}, Tensor? added) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_coupling_mix_backward,
     ("cpu",),
 )

@@ -86,15 +86,23 @@ def _matrix_product(flat: Tensor, matrix: Tensor, offset: Tensor | None = None) 
         return product if offset is None else product + offset.unsqueeze(-1)
 
 
-def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
-    """u = M x + c at every position. x (N, C, *spatial), matrix (C, C), offset (C,)."""
+def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor, squeeze_first: bool = False) -> Tensor:
+    """u = M x + c at every position. x (N, C, *spatial), matrix (C, C), offset (C,).
+
+    With squeeze_first, u = M squeeze(x) + c, x (N, C / 2^d, *(2 spatial)).
+    """
+    x = squeeze(x) if squeeze_first else x
     return _matrix_product(flat_positions(x), matrix, offset).reshape(x.shape)
 
 
-def channel_unmix(u: Tensor, inverse_matrix: Tensor, offset: Tensor) -> Tensor:
-    """x = M^-1 (u - c) at every position. u (N, C, *spatial), inverse_matrix (C, C) = M^-1, offset (C,) = c."""
+def channel_unmix(u: Tensor, inverse_matrix: Tensor, offset: Tensor, unsqueeze_after: bool = False) -> Tensor:
+    """x = M^-1 (u - c) at every position. u (N, C, *spatial), inverse_matrix (C, C) = M^-1, offset (C,) = c.
+
+    With unsqueeze_after, x = unsqueeze(M^-1 (u - c)).
+    """
     centred = u - offset.reshape(-1, *[1] * (u.dim() - 2))
-    return _matrix_product(flat_positions(centred), inverse_matrix).reshape(u.shape)
+    x = _matrix_product(flat_positions(centred), inverse_matrix).reshape(u.shape)
+    return unsqueeze(x) if unsqueeze_after else x
 
 
 def invert_matrix(matrix: Tensor) -> Tensor:
@@ -137,6 +145,7 @@ def scale_and_log(raw: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor]:
 def _halves(x: Tensor, net_out: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     expect(spec.kind in KINDS, "kind", f"one of {KINDS}", repr(spec.kind))
     expect(spec.order in ORDERS, "order", f"one of {ORDERS}", repr(spec.order))
+    net_out = net_out.to(x.dtype)  # of a net that runs in lower precision
     transformed = net_out.shape[1] // (2 if spec.kind == "affine" else 1)
     kept, half = x.split([x.shape[1] - transformed, transformed], dim=1)
     if spec.kind == "additive":

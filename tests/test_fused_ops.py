@@ -126,7 +126,7 @@ def test_layouts(spec: CouplingSpec) -> None:
     def run(x: Tensor, net_out: Tensor, grad: Tensor) -> list[Tensor]:
         return [
             *ops.coupling_mix(x, net_out, matrix, offset, *kind),
-            *ops.coupling_mix_backward(x, net_out, grad, grad_log_det, matrix, *backward_kind),
+            *ops.coupling_mix_backward(x, net_out, grad, grad_log_det, matrix, *backward_kind, None),
             *ops.step_backward(x, net_out, grad, grad_log_det, matrix, offset, *backward_kind),
             *ops.channel_moments(x),
             ops.gaussian_log_prob(x, grad, grad),
@@ -157,7 +157,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
     backward_kind, log_det = (*kind[:2], *kind[3:]), torch.randn(2).to(x)
     for layout in (x, *memory_layouts(x).values(), x[:, :1].expand_as(x)):
         torch.library.opcheck(ops.coupling_mix, (layout, net_out, matrix, offset, *kind))
-        torch.library.opcheck(ops.coupling_mix_backward, (layout, net_out, x, log_det, matrix, *backward_kind))
+        torch.library.opcheck(ops.coupling_mix_backward, (layout, net_out, x, log_det, matrix, *backward_kind, None))
         torch.library.opcheck(ops.step_backward, (layout, net_out, x, log_det, matrix, offset, *backward_kind))
         torch.library.opcheck(ops.channel_moments, (layout,))
         torch.library.opcheck(ops.gaussian_log_prob, (layout, x, x))
@@ -175,8 +175,8 @@ BACKWARD_KIND = (*KIND[:2], *KIND[3:])
     [
         (lambda: ops.coupling_mix(X, X[:, :3], M, C, *KIND), "net_out: expected 2 times at most 4 channels"),
         (lambda: ops.coupling_mix(X, X, M[:3], C, *KIND), r"matrix: expected shape \[4, 4\], found \[3, 4\]"),
-        (lambda: ops.coupling_mix_backward(X, X, X[:1], L, M, *BACKWARD_KIND), "grad_out: expected shape"),
-        (lambda: ops.coupling_mix_backward(X, X, X, C, M, *BACKWARD_KIND), r"grad_log_det: expected shape \[2\]"),
+        (lambda: ops.coupling_mix_backward(X, X, X[:1], L, M, *BACKWARD_KIND, None), "grad_out: expected shape"),
+        (lambda: ops.coupling_mix_backward(X, X, X, C, M, *BACKWARD_KIND, None), r"grad_log_det: expected shape \[2\]"),
         (lambda: ops.step_backward(X, X, X, L, M, C.double(), *BACKWARD_KIND), "offset: expected dtype float32 like y"),
         (lambda: ops.channel_moments(X.half()), "x: expected dtype float32 or float64, found float16"),
         (lambda: ops.gaussian_log_prob(X, X[:1], X), r"mean: expected shape \[2, 4, 3, 3\], found \[1, 4, 3, 3\]"),

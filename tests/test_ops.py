@@ -87,16 +87,19 @@ def test_layouts(spec: CouplingSpec, device: torch.device) -> None:
     grad = torch.randn_like(x)
     _, net_out = coupling_inputs((2, 6, 5, 9), spec, torch.float64, device)
     kind, grad_log_det = ops.kind_arguments(spec, inverse=False), torch.randn(2).to(x)
-    mixed, mixed_grads = ops.channel_mix(x, matrix, offset, True), ops.channel_mix_backward(x, grad, matrix, offset)
+    mixed, mixed_grads = (
+        ops.channel_mix(x, matrix, offset, True, 0),
+        ops.channel_mix_backward(x, grad, matrix, offset, None, False),
+    )
     coupled = ops.coupling(x, net_out, *kind)
     coupled_grads = ops.coupling_backward(x, net_out, grad, grad_log_det, *kind, True)
     for name, layout in memory_layouts(x).items():
-        got = ops.channel_mix(layout, matrix.T.contiguous().T, offset, True)
+        got = ops.channel_mix(layout, matrix.T.contiguous().T, offset, True, 0)
         assert_close(got, mixed)
         assert got.is_contiguous(memory_format=torch.channels_last) == (name == "channels_last")
         for other in (memory_layouts(grad)[name], grad):
             for actual, expected in zip(
-                ops.channel_mix_backward(layout, other, matrix, offset), mixed_grads, strict=True
+                ops.channel_mix_backward(layout, other, matrix, offset, None, False), mixed_grads, strict=True
             ):
                 assert_close(actual, expected)
         for other in (memory_layouts(net_out)[name], net_out):
@@ -127,7 +130,9 @@ def test_bits_do_not_depend_on_threads(threads: int) -> None:
     try:
         for count in (threads, 2):
             torch.set_num_threads(count)
-            results.append([*ops.channel_mix_backward(x, grad, matrix, None), *ops.coupling(x, grad, *kind)])
+            results.append(
+                [*ops.channel_mix_backward(x, grad, matrix, None, None, False), *ops.coupling(x, grad, *kind)]
+            )
     finally:
         torch.set_num_threads(before)
     for first, second in zip(*results, strict=True):
@@ -169,8 +174,8 @@ def test_expanded_inputs(device: torch.device) -> None:
 
     def run(x: Tensor, net_out: Tensor) -> list[Tensor]:
         return [
-            ops.channel_mix(x, matrix, offset, False),
-            *ops.channel_mix_backward(x, net_out, matrix, None),
+            ops.channel_mix(x, matrix, offset, False, 0),
+            *ops.channel_mix_backward(x, net_out, matrix, None, None, False),
             *ops.coupling(x, net_out, *kind),
             *ops.coupling_backward(x, net_out, net_out, log_det, *kind, True),
         ]
@@ -186,8 +191,8 @@ def test_opcheck(dtype: torch.dtype, device: torch.device) -> None:
     kind = ops.kind_arguments(SPECS[0], inverse=False)
     log_det = torch.randn(2).to(x)
     for layout in (x, *memory_layouts(x).values(), x[:, :1].expand_as(x)):
-        torch.library.opcheck(ops.channel_mix, (layout, matrix, offset, False))
-        torch.library.opcheck(ops.channel_mix_backward, (layout, layout, matrix, None))
+        torch.library.opcheck(ops.channel_mix, (layout, matrix, offset, False, 0))
+        torch.library.opcheck(ops.channel_mix_backward, (layout, layout, matrix, None, None, False))
         torch.library.opcheck(ops.coupling, (layout, x, *kind))
         torch.library.opcheck(ops.coupling_backward, (layout, x, x, log_det, *kind, False))
         torch.library.opcheck(ops.coupling_backward, (layout, x, x, log_det, *kind, True))
@@ -200,13 +205,19 @@ KIND = ops.kind_arguments(CouplingSpec(), inverse=False)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ops.channel_mix(X[0, 0, 0], M, C, False), r"x: expected shape \(N, C, \*spatial\), found \[3\]"),
-        (lambda: ops.channel_mix(X.half(), M, C, False), "x: expected dtype float32 or float64, found float16"),
-        (lambda: ops.channel_mix(X, M.double(), C, False), "matrix: expected dtype float32 like x, found float64"),
-        (lambda: ops.channel_mix(X, M[:3], C, False), r"matrix: expected shape \[4, 4\], found \[3, 4\]"),
-        (lambda: ops.channel_mix(X, M, C[:3], False), r"offset: expected shape \[4\], found \[3\]"),
-        (lambda: ops.channel_mix_backward(X, X[:1], M, None), r"grad_u: expected shape \[2, 4, 3, 3\], found"),
-        (lambda: ops.channel_mix_backward(X, X, M, C.double()), "offset: expected dtype float32 like x, found float64"),
+        (lambda: ops.channel_mix(X[0, 0, 0], M, C, False, 0), r"x: expected shape \(N, C, \*spatial\), found \[3\]"),
+        (lambda: ops.channel_mix(X.half(), M, C, False, 0), "x: expected dtype float32 or float64, found float16"),
+        (lambda: ops.channel_mix(X, M.double(), C, False, 0), "matrix: expected dtype float32 like x, found float64"),
+        (lambda: ops.channel_mix(X, M[:3], C, False, 0), r"matrix: expected shape \[4, 4\], found \[3, 4\]"),
+        (lambda: ops.channel_mix(X, M, C[:3], False, 0), r"offset: expected shape \[4\], found \[3\]"),
+        (
+            lambda: ops.channel_mix_backward(X, X[:1], M, None, None, False),
+            r"grad_u: expected shape \[2, 4, 3, 3\], found",
+        ),
+        (
+            lambda: ops.channel_mix_backward(X, X, M, C.double(), None, False),
+            "offset: expected dtype float32 like x, found float64",
+        ),
         (lambda: ops.coupling(X, X[:, :3], *KIND), "net_out: expected 2 times at most 4 channels"),
         (lambda: ops.coupling(X[:, :1], X, *KIND), "net_out: expected 2 times at most 1 channels"),
         (lambda: ops.coupling(X, X[..., :2], *KIND), r"net_out: expected shape \[2, 4, 3, 3\], found \[2, 4, 3, 2\]"),

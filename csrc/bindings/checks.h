@@ -5,6 +5,8 @@
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
+#include <vector>
+
 #include "core.h"
 
 namespace pyglow::bindings {
@@ -84,19 +86,53 @@ Strided<const T> input(const at::Tensor& x) {
 // An output that goes with x: channels-last if x is that, else contiguous. Never the strides of x themselves, which an
 // expanded or overlapping tensor may have in an order that no single position stride can walk. ops.py has the same
 // rule.
-inline at::Tensor empty_output(const at::Tensor& x) {
+inline at::Tensor empty_output(const at::Tensor& x, at::IntArrayRef sizes) {
   auto format = at::MemoryFormat::Contiguous;
   if (!x.is_contiguous()) {
     if (x.dim() == 4 && x.is_contiguous(at::MemoryFormat::ChannelsLast)) format = at::MemoryFormat::ChannelsLast;
     if (x.dim() == 5 && x.is_contiguous(at::MemoryFormat::ChannelsLast3d)) format = at::MemoryFormat::ChannelsLast3d;
   }
-  return at::empty(x.sizes(), x.options(), format);
+  return at::empty(sizes, x.options(), format);
 }
+inline at::Tensor empty_output(const at::Tensor& x) { return empty_output(x, x.sizes()); }
 
 template <class T>
 Strided<T> output(at::Tensor& x) {
   TORCH_INTERNAL_ASSERT(position_stride(x) != -1);
   return {x.mutable_data_ptr<T>(), x.stride(0), x.stride(1), position_stride(x)};
+}
+
+// Where an op squeezes or unsqueezes by its indexing; ops.py has the same codes.
+enum class Squeeze : int64_t { none = 0, input = 1, output = 2 };
+
+inline Squeeze check_squeeze(int64_t squeeze, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(squeeze >= 0 && squeeze <= 2, "squeeze: expected 0 (none), 1 (input) or 2 (output), found ",
+                    squeeze);
+  if (squeeze == 0) return Squeeze::none;
+  TORCH_CHECK_VALUE(x.dim() == 4, "x: expected images (N, C, H, W) to squeeze, found ", x.sizes());
+  if (squeeze == 1)
+    TORCH_CHECK_VALUE(x.size(2) % 2 == 0 && x.size(3) % 2 == 0, "x: expected even sides to squeeze, found ", x.sizes());
+  if (squeeze == 2)
+    TORCH_CHECK_VALUE(x.size(1) % 4 == 0, "x: expected channels in fours to unsqueeze, found ", x.sizes());
+  return static_cast<Squeeze>(squeeze);
+}
+
+// The shape of images after squeezing them, and before.
+inline std::vector<int64_t> squeezed_sizes(const at::Tensor& x) {
+  return {x.size(0), x.size(1) * 4, x.size(2) / 2, x.size(3) / 2};
+}
+inline std::vector<int64_t> unsqueezed_sizes(const at::Tensor& x) {
+  return {x.size(0), x.size(1) / 4, x.size(2) * 2, x.size(3) * 2};
+}
+
+// Images (N, C / 4, 2 H, 2 W) that the op sees squeezed, by index; every stride will do.
+template <class T>
+Squeezed<const T> squeezed_input(const at::Tensor& x) {
+  return {{x.const_data_ptr<T>(), x.stride(0), x.stride(1), x.stride(3)}, x.size(3) / 2, x.stride(2)};
+}
+template <class T>
+Squeezed<T> squeezed_output(at::Tensor& x) {
+  return {{x.mutable_data_ptr<T>(), x.stride(0), x.stride(1), x.stride(3)}, x.size(3) / 2, x.stride(2)};
 }
 
 // f(zero of the dtype), for float32 and float64.

@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cmath>
+#include <optional>
 #include <vector>
 
 #include "bindings/checks.h"
@@ -10,12 +11,16 @@
 
 namespace pyglow::bindings {
 
-inline void check_matrix(const at::Tensor& matrix, const at::Tensor& offset, const char* x_name, const at::Tensor& x) {
-  const int64_t channels = x.size(1);
+inline void check_matrix(const at::Tensor& matrix, const at::Tensor& offset, const char* x_name, const at::Tensor& x,
+                         int64_t channels) {
   check_shape("matrix", matrix, {channels, channels});
   check_shape("offset", offset, {channels});
   check_like("matrix", matrix, x_name, x);
   check_like("offset", offset, x_name, x);
+}
+
+inline void check_matrix(const at::Tensor& matrix, const at::Tensor& offset, const char* x_name, const at::Tensor& x) {
+  check_matrix(matrix, offset, x_name, x, x.size(1));
 }
 
 struct Kind {
@@ -37,10 +42,48 @@ struct Kind {
   }
 };
 
+inline NetType net_type(const at::Tensor& net_out) {
+  if (net_out.scalar_type() == at::kBFloat16) return NetType::bfloat16;
+  if (net_out.scalar_type() == at::kHalf) return NetType::float16;
+  return NetType::state;
+}
+
+inline NetOutput net_input(const at::Tensor& net_out) {
+  return {net_out.const_data_ptr(), net_type(net_out), net_out.stride(0), net_out.stride(1), position_stride(net_out)};
+}
+inline NetGrad net_grad(at::Tensor& grad) {
+  return {grad.mutable_data_ptr(), net_type(grad), grad.stride(0), grad.stride(1), position_stride(grad)};
+}
+
+// What a coupling net's backward adds to the gradient of the first channels of x, or nothing.
+inline at::Tensor check_added(const std::optional<at::Tensor>& added, const char* grad_name, const at::Tensor& grad) {
+  if (!added) return {};
+  TORCH_CHECK_VALUE(added->dim() == grad.dim() && added->size(1) <= grad.size(1), "added: expected (N, at most ",
+                    grad.size(1), ", *spatial) like ", grad_name, ", found ", added->sizes());
+  std::vector<int64_t> shape = grad.sizes().vec();
+  shape[1] = added->size(1);
+  check_shape("added", *added, shape);
+  check_like("added", *added, grad_name, grad);
+  return with_position_stride(*added);
+}
+
+template <class T>
+SplitGrad<T> split_grad(const at::Tensor& all, const at::Tensor& added) {
+  if (!added.defined()) return {input<T>(all), {nullptr, 0, 0, 0}, 0};
+  return {input<T>(all), input<T>(added), added.size(1)};
+}
+
 // C2, the number of transformed channels, from the net's output.
 inline int64_t check_net_out(const at::Tensor& net_out, const char* x_name, const at::Tensor& x, const Kind& kind) {
   kind.check();
-  check_like("net_out", net_out, x_name, x);
+  if (net_type(net_out) == NetType::state) {
+    check_like("net_out", net_out, x_name, x);
+  } else {
+    TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat, "net_out: expected dtype ", name_of(x.scalar_type()), " like ",
+                      x_name, " (16 bits go with float32), found ", name_of(net_out.scalar_type()));
+    TORCH_CHECK_VALUE(net_out.device() == x.device(), "net_out: expected device ", x.device(), " like ", x_name,
+                      ", found ", net_out.device());
+  }
   const int64_t per_channel = kind.map == static_cast<int64_t>(ScaleMap::none) ? 1 : 2;
   TORCH_CHECK_VALUE(net_out.dim() == x.dim(), "net_out: expected ", x.dim(), " dimensions like ", x_name, ", found ",
                     net_out.sizes());

@@ -4,6 +4,7 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <optional>
 #include <tuple>
 
 #include "bindings/coupling_kind.h"
@@ -27,8 +28,8 @@ std::tuple<at::Tensor, at::Tensor> coupling_mix(const at::Tensor& x_in, const at
   at::Tensor out = empty_output(x), log_det = at::empty({x.size(0)}, x.options());
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const CouplingArgs<T> half{input<T>(x), input<T>(net_out), output<T>(out), log_det.mutable_data_ptr<T>(),
-                               x.size(0),   x.size(1),         transformed,    positions_of(x),
+    const CouplingArgs<T> half{input<T>(x), net_input(net_out), output<T>(out), log_det.mutable_data_ptr<T>(),
+                               x.size(0),   x.size(1),          transformed,    positions_of(x),
                                kind.as<T>()};
     cpu::coupling_mix<T>({half, matrix.const_data_ptr<T>(), offset.const_data_ptr<T>()}, torch_threads());
   });
@@ -40,13 +41,14 @@ std::tuple<at::Tensor, at::Tensor> coupling_mix(const at::Tensor& x_in, const at
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> coupling_mix_backward(
     const at::Tensor& x_in, const at::Tensor& net_out_in, const at::Tensor& grad_out_in,
     const at::Tensor& grad_log_det_in, const at::Tensor& matrix_in, int64_t map, int64_t order, double bias, double eps,
-    double clamp) {
+    double clamp, const std::optional<at::Tensor>& added_in) {
   const Kind kind{map, order, false, bias, eps, clamp};
   check_state("x", x_in);
   check_on_cpu("x", x_in);
   const int64_t transformed = check_net_out(net_out_in, "x", x_in, kind);
   check_output_grads("grad_out", grad_out_in, grad_log_det_in, "x", x_in);
   check_matrix(matrix_in, matrix_in.diagonal(), "x", x_in);
+  const at::Tensor added = check_added(added_in, "grad_out", grad_out_in);
   const at::Tensor x = with_position_stride(x_in), net_out = with_position_stride(net_out_in);
   const at::Tensor grad_out = with_position_stride(grad_out_in), grad_log_det = grad_log_det_in.contiguous();
   const at::Tensor matrix = matrix_in.contiguous();
@@ -55,8 +57,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> coupling_mix_backward
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     cpu::coupling_mix_backward<T>(
-        {input<T>(x), input<T>(net_out), input<T>(grad_out), grad_log_det.const_data_ptr<T>(),
-         matrix.const_data_ptr<T>(), output<T>(grad_x), output<T>(grad_net_out), grad_matrix.mutable_data_ptr<T>(),
+        {input<T>(x), net_input(net_out), split_grad<T>(grad_out, added), grad_log_det.const_data_ptr<T>(),
+         matrix.const_data_ptr<T>(), output<T>(grad_x), net_grad(grad_net_out), grad_matrix.mutable_data_ptr<T>(),
          grad_offset.mutable_data_ptr<T>(), x.size(0), x.size(1), transformed, positions_of(x), kind.as<T>()},
         torch_threads());
   });
@@ -83,9 +85,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> step_backward(const at::Tensor& y
   with_dtype(y, [&](auto zero) {
     using T = decltype(zero);
     cpu::step_backward<T>(
-        {input<T>(y), input<T>(net_out), input<T>(grad_y), grad_log_det.const_data_ptr<T>(),
+        {input<T>(y), net_input(net_out), input<T>(grad_y), grad_log_det.const_data_ptr<T>(),
          inverse_matrix.const_data_ptr<T>(), offset.const_data_ptr<T>(), output<T>(x), output<T>(grad_u),
-         output<T>(grad_net_out), y.size(0), y.size(1), transformed, positions_of(y), kind.as<T>()},
+         net_grad(grad_net_out), y.size(0), y.size(1), transformed, positions_of(y), kind.as<T>()},
         torch_threads());
   });
   return {x, grad_u, grad_net_out};

@@ -15,22 +15,28 @@
 namespace pyglow::bindings {
 namespace {
 
-// u = M x + c, or u = M (x - c).
+// u = M x + c, or u = M (x - c); x may be squeezed on the way in, or u unsqueezed on the way out.
 at::Tensor channel_mix(const at::Tensor& x_in, const at::Tensor& matrix_in, const at::Tensor& offset_in,
-                       bool subtract_first) {
+                       bool subtract_first, int64_t squeeze_code) {
   check_state("x", x_in);
-  check_matrix(matrix_in, offset_in, "x", x_in);
-  const at::Tensor x = with_position_stride(x_in), matrix = matrix_in.contiguous(), offset = offset_in.contiguous();
-  at::Tensor u = empty_output(x);
+  const Squeeze squeeze = check_squeeze(squeeze_code, x_in);
+  const bool squeezes = squeeze == Squeeze::input, unsqueezes = squeeze == Squeeze::output;
+  const int64_t channels = squeezes ? 4 * x_in.size(1) : x_in.size(1);
+  check_matrix(matrix_in, offset_in, "x", x_in, channels);
+  const at::Tensor x = squeezes ? x_in : with_position_stride(x_in);
+  const at::Tensor matrix = matrix_in.contiguous(), offset = offset_in.contiguous();
+  at::Tensor u = squeezes     ? empty_output(x, squeezed_sizes(x))
+                 : unsqueezes ? empty_output(x, unsqueezed_sizes(x))
+                              : empty_output(x);
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const ChannelMixArgs<T> args{input<T>(x),
+    const ChannelMixArgs<T> args{squeezes ? squeezed_input<T>(x) : Squeezed<const T>{input<T>(x), 0, 0},
                                  matrix.const_data_ptr<T>(),
                                  offset.const_data_ptr<T>(),
-                                 output<T>(u),
+                                 unsqueezes ? squeezed_output<T>(u) : Squeezed<T>{output<T>(u), 0, 0},
                                  x.size(0),
-                                 x.size(1),
-                                 positions_of(x),
+                                 channels,
+                                 squeezes ? positions_of(u) : positions_of(x),
                                  subtract_first};
     if (x.is_cpu()) return cpu::channel_mix(args, torch_threads());
     const CudaScope scope(x);
@@ -41,31 +47,36 @@ at::Tensor channel_mix(const at::Tensor& x_in, const at::Tensor& matrix_in, cons
   return u;
 }
 
-// grad_x, grad_M, grad_c of u = M x + c; with center, of the product with x - center.
+// grad_x, grad_M, grad_c of u = M x + c; with center, of the product with x - center. x may be squeezed on the way in,
+// and grad_x unsqueezed on the way out. `added` belongs to grad_u.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> channel_mix_backward(const at::Tensor& x_in, const at::Tensor& grad_u_in,
                                                                     const at::Tensor& matrix_in,
-                                                                    const std::optional<at::Tensor>& center_in) {
+                                                                    const std::optional<at::Tensor>& center_in,
+                                                                    const std::optional<at::Tensor>& added_in,
+                                                                    bool squeezes) {
   check_state("x", x_in);
-  check_shape("grad_u", grad_u_in, x_in.sizes());
+  check_squeeze(squeezes ? 1 : 0, x_in);
+  check_shape("grad_u", grad_u_in, squeezes ? at::IntArrayRef(squeezed_sizes(x_in)) : x_in.sizes());
   check_like("grad_u", grad_u_in, "x", x_in);
-  check_matrix(matrix_in, center_in ? *center_in : matrix_in.diagonal(), "x", x_in);
-  const at::Tensor x = with_position_stride(x_in), grad_u = with_position_stride(grad_u_in);
+  check_matrix(matrix_in, center_in ? *center_in : matrix_in.diagonal(), "x", x_in, grad_u_in.size(1));
+  const at::Tensor added = check_added(added_in, "grad_u", grad_u_in);
+  const at::Tensor x = squeezes ? x_in : with_position_stride(x_in), grad_u = with_position_stride(grad_u_in);
   const at::Tensor matrix = matrix_in.contiguous();
   const at::Tensor center = center_in ? center_in->contiguous() : at::Tensor();
   at::Tensor grad_x = empty_output(x), grad_matrix = at::empty_like(matrix);
-  at::Tensor grad_offset = at::empty({x.size(1)}, x.options());
+  at::Tensor grad_offset = at::empty({grad_u.size(1)}, x.options());
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const ChannelMixBackwardArgs<T> args{input<T>(x),
-                                         input<T>(grad_u),
+    const ChannelMixBackwardArgs<T> args{squeezes ? squeezed_input<T>(x) : Squeezed<const T>{input<T>(x), 0, 0},
+                                         split_grad<T>(grad_u, added),
                                          matrix.const_data_ptr<T>(),
                                          center.defined() ? center.const_data_ptr<T>() : nullptr,
-                                         output<T>(grad_x),
+                                         squeezes ? squeezed_output<T>(grad_x) : Squeezed<T>{output<T>(grad_x), 0, 0},
                                          grad_matrix.mutable_data_ptr<T>(),
                                          grad_offset.mutable_data_ptr<T>(),
                                          x.size(0),
-                                         x.size(1),
-                                         positions_of(x)};
+                                         grad_u.size(1),
+                                         positions_of(grad_u)};
     if (x.is_cpu()) return cpu::channel_mix_backward(args, torch_threads());
     const CudaScope scope(x);
 #ifdef PYGLOW_WITH_CUDA
@@ -87,8 +98,8 @@ std::tuple<at::Tensor, at::Tensor> coupling(const at::Tensor& x_in, const at::Te
   at::Tensor out = empty_output(x), log_det = at::empty({x.size(0)}, x.options());
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const CouplingArgs<T> args{input<T>(x), input<T>(net_out), output<T>(out), log_det.mutable_data_ptr<T>(),
-                               x.size(0),   x.size(1),         transformed,    positions_of(x),
+    const CouplingArgs<T> args{input<T>(x), net_input(net_out), output<T>(out), log_det.mutable_data_ptr<T>(),
+                               x.size(0),   x.size(1),          transformed,    positions_of(x),
                                kind.as<T>()};
     if (x.is_cpu()) return cpu::coupling(args, torch_threads());
     const CudaScope scope(x);
@@ -119,12 +130,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> coupling_backward(const at::Tenso
   with_dtype(out, [&](auto zero) {
     using T = decltype(zero);
     const CouplingBackwardArgs<T> args{input<T>(out),
-                                       input<T>(net_out),
+                                       net_input(net_out),
                                        input<T>(grad_out),
                                        grad_log_det.const_data_ptr<T>(),
                                        want_input ? output<T>(in) : Strided<T>{nullptr, 0, 0, 0},
                                        output<T>(grad_in),
-                                       output<T>(grad_net_out),
+                                       net_grad(grad_net_out),
                                        out.size(0),
                                        out.size(1),
                                        transformed,

@@ -2,6 +2,7 @@
 #include "core.h"
 #include "cpu/isa.h"
 #include "cpu/mix_sums.h"
+#include "cpu/views.h"
 
 namespace pyglow::cpu::PYGLOW_ISA {
 namespace {
@@ -10,7 +11,7 @@ constexpr int64_t tile_bytes = 24 * 1024;  // of x: half of a first-level cache 
 
 // x - center into rows of its own.
 template <class T>
-Rows<const T> centred_rows(const Strided<const T>& x, const Tile& tile, int64_t channels, const T* center, T* room) {
+Rows<const T> centred_rows(const Squeezed<const T>& x, const Tile& tile, int64_t channels, const T* center, T* room) {
   const Rows<const T> rows = read_rows(x, tile, 0, channels, room);
   if (center == nullptr) return rows;
   for (int64_t c = 0; c < channels; ++c)
@@ -54,7 +55,7 @@ void channel_mix_backward(const ChannelMixBackwardArgs<T>& args, const Threads& 
   const int64_t room = channels * shape.length;
   sums.add_tiles(threads, 2 * room, room, room, [&](int64_t index, T* memory, T* own) {
     const Tile tile = tile_at<T>(shape, index);
-    const Rows<const T> grad_u = read_rows(args.grad_u, tile, 0, channels, own);
+    const Rows<const T> grad_u = read_rows(args.grad_u, tile, channels, own);
     const Rows<T> grad_x = write_rows(args.grad_x, tile, 0, memory);
     product<T>(sums.memory(), grad_u, nullptr, grad_x, channels, tile.padded);
     write_back(args.grad_x, tile, 0, channels, grad_x);

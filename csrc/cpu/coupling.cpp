@@ -1,6 +1,7 @@
 // CPU schedules of the coupling; compiled once per instruction set.
 #include "cpu/coupling_rows.h"
 #include "cpu/isa.h"
+#include "cpu/views.h"
 
 namespace pyglow::cpu::PYGLOW_ISA {
 namespace {

@@ -5,6 +5,7 @@
 #include "cpu/coupling_rows.h"
 #include "cpu/isa.h"
 #include "cpu/mix_sums.h"
+#include "cpu/views.h"
 
 namespace pyglow::cpu::PYGLOW_ISA {
 namespace {
@@ -18,7 +19,7 @@ struct NetRows {
 };
 
 template <ScaleMap Map, class T>
-NetRows<T> read_net(const Strided<const T>& net_out, const Tile& tile, int64_t transformed, T* room) {
+NetRows<T> read_net(const NetOutput& net_out, const Tile& tile, int64_t transformed, T* room) {
   const Rows<const T> shift = read_rows(net_out, tile, 0, transformed, room);
   if constexpr (Map == ScaleMap::none) return {shift, shift};
   return {shift, read_rows(net_out, tile, transformed, transformed, room + transformed * tile.padded)};
@@ -58,7 +59,7 @@ void coupling_mix_tiles(const CouplingMixArgs<T>& args, const Threads& threads) 
     for (int64_t index = begin; index < end; ++index) {
       const Tile tile = tile_at<T>(shape, index);
       const Rows<const T> in = read_rows(half.in, tile, 0, channels, memory);
-      const NetRows<T> net = read_net<Map>(half.net_out, tile, transformed, memory + 3 * room);
+      const NetRows<T> net = read_net<Map, T>(half.net_out, tile, transformed, memory + 3 * room);
       const Rows<T> between{memory + room, tile.padded};
       const T log_det = couple_tile<Map, O, Inverse>(in, net, between, tile, kept, transformed, half.kind.params);
       partials[index] = static_cast<double>(log_det);
@@ -105,12 +106,12 @@ void coupling_mix_backward_tiles(const CouplingMixBackwardArgs<T>& args, const T
     T* net_room = memory + 3 * room;
     const Tile tile = tile_at<T>(shape, index);
     const Rows<const T> in = read_rows(args.in, tile, 0, channels, memory);
-    const NetRows<T> net = read_net<Map>(args.net_out, tile, transformed, net_room);
+    const NetRows<T> net = read_net<Map, T>(args.net_out, tile, transformed, net_room);
     const Rows<T> y{own, tile.padded}, grad_y{memory + room, tile.padded};
     couple_tile<Map, O, false>(in, net, y, tile, kept, transformed, args.kind.params);
     clear_padding(y, channels, tile);  // what the coupling makes of zeros is not zero, and enters the sums
     const Rows<const T> known_y{y.data, y.stride}, known_grad_y{grad_y.data, grad_y.stride};
-    const Rows<const T> grad_out = read_rows(args.grad_out, tile, 0, channels, own + room);
+    const Rows<const T> grad_out = read_rows(args.grad_out, tile, channels, own + room);
     product<T>(sums.memory(), grad_out, nullptr, grad_y, channels, tile.padded);
     const Rows<T> grad_in = write_rows(args.grad_in, tile, 0, memory + 2 * room);
     const Rows<T> grad_shift = write_rows(args.grad_net_out, tile, 0, net_room + 2 * half_room);
@@ -140,7 +141,7 @@ void step_backward_tiles(const StepBackwardArgs<T>& args, const Threads& threads
     for (int64_t index = begin; index < end; ++index) {
       const Tile tile = tile_at<T>(shape, index);
       const Rows<const T> y = read_rows(args.y, tile, 0, channels, memory);
-      const NetRows<T> net = read_net<Map>(args.net_out, tile, transformed, net_room);
+      const NetRows<T> net = read_net<Map, T>(args.net_out, tile, transformed, net_room);
       const Rows<const T> grad_y = read_rows(args.grad_y, tile, 0, channels, memory + room);
       const Rows<T> u{memory + 2 * room, tile.padded};
       const Rows<T> grad_u = write_rows(args.grad_u, tile, 0, memory + 3 * room);

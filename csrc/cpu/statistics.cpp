@@ -9,7 +9,6 @@ namespace {
 
 constexpr int64_t tile_bytes = 24 * 1024;
 constexpr int64_t max_slots = 256;  // of partial moments; fixed, so that threads do not change bits
-constexpr double half_log_2pi = 0.91893853320467274178;
 
 // Two passes over a row that is in cache: the mean, then the deviations from it.
 template <class T>
@@ -20,16 +19,14 @@ math::Moments row_moments(const T* row, const Tile& tile) {
     sum += tile.length - i < lanes<T> ? first_lanes<T>(value, tile.length - i) : value;
   }
   const T mean = sum_lanes<T>(sum) / static_cast<T>(tile.length);
-  Vec<T> squares{}, rest{};  // rest: what rounding left of the mean, so that m2 is about the mean that is returned
+  Vec<T> squares{}, rest{};
   for (int64_t i = 0; i < tile.padded; i += lanes<T>) {
     Vec<T> deviation = load<T>(row + i) - mean;
     if (tile.length - i < lanes<T>) deviation = first_lanes<T>(deviation, tile.length - i);
     squares += deviation * deviation;
     rest += deviation;
   }
-  const double left = static_cast<double>(sum_lanes<T>(rest)), count = static_cast<double>(tile.length);
-  return {count, static_cast<double>(mean) + left / count,
-          static_cast<double>(sum_lanes<T>(squares)) - left * left / count};
+  return math::moments_about(mean, static_cast<T>(tile.length), sum_lanes<T>(rest), sum_lanes<T>(squares));
 }
 
 // The rows of a value (or its noise) and of its distribution, each with `room` elements of memory.
@@ -99,7 +96,7 @@ void gaussian_log_prob(const GaussianArgs<T>& args, const Threads& threads) {
       partials[index] = static_cast<double>(sum_lanes<T>(sum));
     }
   });
-  const double constant = -half_log_2pi * static_cast<double>(channels * args.positions);
+  const double constant = -math::half_log_2pi * static_cast<double>(channels * args.positions);
   sum_per_sample(partials, shape, 1.0, constant, args.log_prob);
 }
 

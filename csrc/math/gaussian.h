@@ -4,7 +4,9 @@
 
 PYGLOW_MATH_BEGIN
 
-// log N(z; mean, exp(log_sd)) but for the constant -log(2 pi) / 2.
+constexpr double half_log_2pi = 0.91893853320467274178;
+
+// log N(z; mean, exp(log_sd)) but for the constant -half_log_2pi.
 template <class V>
 PYGLOW_HD V gaussian_log_density(V z, V mean, V log_sd) {
   const V d = (z - mean) * exp(-log_sd);

@@ -13,6 +13,9 @@ struct ScaleParams {
   T clamp;  // exp(clamp tanh(raw / clamp)), exp(clamp 0.636 atan(raw))
 };
 
+// Elements of the coupling net's output: the flow state's own, or 16-bit.
+enum class NetType : int { state = 0, bfloat16 = 1, float16 = 2 };
+
 enum class Order : int { shift_scale = 0, scale_shift = 1 };
 
 }  // namespace pyglow

@@ -8,6 +8,15 @@ struct Moments {
   double count, mean, m2;  // m2: sum of (x - mean)^2
 };
 
+// Of `count` values whose deviations from `pivot`, their mean but for rounding, sum up to `rest` and their squares to
+// `squares`. What rounding left goes into both results, so that m2 is about the mean that is returned.
+template <class T>
+PYGLOW_HD Moments moments_about(T pivot, T count, T rest, T squares) {
+  const T shift = rest / count;
+  return {static_cast<double>(count), static_cast<double>(pivot) + static_cast<double>(shift),
+          static_cast<double>(squares - rest * shift)};
+}
+
 // Chan, Golub & LeVeque 1983: no cancellation, whatever the means.
 PYGLOW_HD Moments merge(const Moments& a, const Moments& b) {
   if (b.count == 0) return a;

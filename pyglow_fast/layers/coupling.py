@@ -82,7 +82,8 @@ class Coupling(FlowLayer):
         self.spec = coupling_spec(kind, scale_map, scale_bias, scale_eps, scale_clamp, order)
         self.net = net
 
-    def _kept_half(self, x: Tensor) -> Tensor:
+    def kept_half(self, x: Tensor) -> Tensor:
+        """The half of the channels that the net reads and the coupling leaves as they are."""
         expect(isinstance(x, Tensor), "x", "a Tensor", type(x).__name__)
         expect(x.dim() >= 2, "x", "shape (N, C, *spatial)", f"shape {tuple(x.shape)}")
         channels = x.shape[1]
@@ -93,39 +94,38 @@ class Coupling(FlowLayer):
 
     def check_inputs(self, x: Tensor, cond: Tensor | None) -> None:
         """Refuse what the coupling or its net cannot take, before anything is initialised from it."""
-        kept = self._kept_half(x)
+        kept = self.kept_half(x)
         if isinstance(self.net, CouplingNet):
             self.net.check_inputs(kept, cond)
 
-    def run_net(self, x: Tensor, cond: Tensor | None) -> Tensor:
-        """The coupling net on the kept half of x (or of the output: they are the same), checked for its shape."""
-        kept, channels = self._kept_half(x), x.shape[1]
+    def run_net(self, kept: Tensor, cond: Tensor | None) -> Tensor:
+        """The coupling net on the kept half (the same before and after the coupling), checked for its shape."""
         net_out = self.net(kept) if cond is None else self.net(kept, cond)
-        width = channels if self.spec.kind == "affine" else channels // 2
-        expected = (x.shape[0], width, *x.shape[2:])
+        width = 2 * kept.shape[1] if self.spec.kind == "affine" else kept.shape[1]
+        expected = (kept.shape[0], width, *kept.shape[2:])
         expect(
             tuple(net_out.shape) == expected, "net", f"an output of shape {expected}", f"shape {tuple(net_out.shape)}"
         )
-        return net_out.to(x.dtype)
+        return net_out
 
-    def run_net_forward(self, x: Tensor, cond: Tensor | None) -> Tensor:
+    def run_net_forward(self, kept: Tensor, cond: Tensor | None) -> Tensor:
         """The net in the forward direction; in training, its ActNorms are initialised first if they are fresh."""
         if self.training and isinstance(self.net, CouplingNet) and not self.net.is_initialized:
-            self.net.initialize(self._kept_half(x), cond)
-        return self.run_net(x, cond)
+            self.net.initialize(kept, cond)
+        return self.run_net(kept, cond)
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x -> y."""
-        return functional.coupling(x, self.run_net_forward(x, cond), self.spec)
+        return functional.coupling(x, self.run_net_forward(self.kept_half(x), cond), self.spec)
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """y -> x."""
-        return functional.coupling_inverse(z, self.run_net(z, cond), self.spec)
+        return functional.coupling_inverse(z, self.run_net(self.kept_half(z), cond), self.spec)
 
     def initialize(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Initialise the net's ActNorms from x if that has not happened yet, and return y."""
         if isinstance(self.net, CouplingNet) and not self.net.is_initialized:
-            self.net.initialize(self._kept_half(x), cond)
+            self.net.initialize(self.kept_half(x), cond)
         return super().initialize(x, cond)
 
     def extra_repr(self) -> str:

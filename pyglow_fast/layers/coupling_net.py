@@ -45,11 +45,15 @@ class CouplingNet(nn.Module):
 
     Shapes: x (N, in_channels, *spatial), cond (N, cond_channels, *spatial) -> (N, out_channels, *spatial).
 
+    ``halo`` and :meth:`bytes_per_position` are what chunked execution asks a net for: pyglow_fast/coupling_nets.
+
     Raises:
         ValueError: wrong shapes, a condition missing or given where none is expected.
 
     Reference: Kingma & Dhariwal 2018, section 3.3 and appendix B.
     """
+
+    halo = 2  # an output position sees 1 + 0 + 1 neighbours to each side
 
     def __init__(
         self,
@@ -110,6 +114,15 @@ class CouplingNet(nn.Module):
                 hidden, _ = functional.actnorm(hidden, norm.log_scale, norm.bias)
             hidden = hidden.relu()
         return self.conv3(hidden) * (3.0 * self.log_gain).exp()
+
+    def bytes_per_position(self, element_size: int) -> int:
+        """(4 hidden + 5 out_channels + 2 inputs) element_size; 7 hidden with ActNorms: the most alive at one time.
+
+        Without ActNorms that is when the backward reaches the second ReLU: two kept activations and the gradients of
+        its output and input. With them, at the second one: three kept, its gradient, and three to go on from there.
+        """
+        hidden = self.conv1.out_channels * (7 if isinstance(self.norm1, ActNorm) else 4)
+        return (hidden + 5 * self.out_channels + 2 * (self.in_channels + self.cond_channels)) * element_size
 
     def check_inputs(self, x: Tensor, cond: Tensor | None) -> None:
         """Refuse x or cond of the wrong shape, dtype or device."""

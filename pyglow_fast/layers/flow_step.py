@@ -63,20 +63,26 @@ def _maps_log_det(maps: Sequence[ChannelMap], x: Tensor) -> Tensor:
     return functional.per_sample(x, total)
 
 
-def run_steps(steps: Sequence[FlowStep], x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def run_steps(
+    steps: Sequence[FlowStep], x: Tensor, cond: Tensor | None = None, squeeze_first: bool = False
+) -> tuple[Tensor, Tensor]:
     """x through steps of one width: between two coupling nets there is one pass over memory, coupling and next mixing.
 
-    Returns z like x and log_det (N,). The steps must be initialised, but for ActNorms inside their nets.
+    With squeeze_first, x is (N, C / 2^d, *(2 spatial)) and is squeezed as it is read. Returns z (N, C, *spatial) and
+    log_det (N,). The steps must be initialised, but for ActNorms inside their nets.
     """
     maps = fold_steps(steps)
-    log_det = _maps_log_det(maps, x)
-    z = functional.channel_mix(x, maps[0].matrix, maps[0].offset)
+    kept = steps[0].channels // 2
+    z, kept_half = functional.channel_mix_for_net(x, maps[0].matrix, maps[0].offset, kept, squeeze_first)
+    log_det = _maps_log_det(maps, z)
     for step, following in zip(steps, [*maps[1:], None], strict=True):
-        net_out, spec = step.coupling.run_net_forward(z, cond), step.coupling.spec
+        net_out, spec = step.coupling.run_net_forward(kept_half, cond), step.coupling.spec
         if following is None:
             z, step_log_det = functional.coupling(z, net_out, spec)
         else:
-            z, step_log_det = functional.coupling_mix(z, net_out, following.matrix, following.offset, spec)
+            z, kept_half, step_log_det = functional.coupling_mix_for_net(
+                z, net_out, following.matrix, following.offset, spec, kept
+            )
         log_det = log_det + step_log_det
     return z, log_det
 
@@ -88,7 +94,7 @@ def run_steps_inverse(steps: Sequence[FlowStep], z: Tensor, cond: Tensor | None 
     for step, channel_map, inverse_matrix in zip(
         reversed(steps), reversed(maps), reversed(invert_maps(maps)), strict=True
     ):
-        net_out, spec = step.coupling.run_net(z, cond), step.coupling.spec
+        net_out, spec = step.coupling.run_net(step.coupling.kept_half(z), cond), step.coupling.spec
         z, step_log_det = functional.coupling_mix_inverse(z, net_out, inverse_matrix, channel_map.offset, spec)
         log_det = log_det + step_log_det
     return z, log_det

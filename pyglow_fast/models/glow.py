@@ -47,9 +47,8 @@ class FlowLevel(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         """x (N, C, *spatial) -> z (N, C 2^d, *spatial / 2), log_det (N,)."""
-        z, _ = self.squeeze(x)
-        cond = None if cond is None else fit_condition(cond, tuple(z.shape[2:]))
-        return run_steps(self._flow_steps(), z, cond)
+        cond = None if cond is None else fit_condition(cond, tuple(size // 2 for size in x.shape[2:]))
+        return run_steps(self._flow_steps(), x, cond, squeeze_first=True)
 
     def inverse(self, z: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         """z -> x, log_det (N,)."""
