@@ -53,13 +53,13 @@ void channel_mix_backward(const ChannelMixBackwardArgs<T>& args, const Threads& 
   const MixSums<T> sums(shape, channels, packed_size(channels));
   pack_matrix(args.matrix, channels, true, sums.memory());
   const int64_t room = channels * shape.length;
-  sums.add_tiles(threads, 2 * room, room, room, [&](int64_t index, T* memory, T* own) {
+  sums.add_tiles(threads, 2 * room, 3 * room, [&](int64_t index, T* memory) {
     const Tile tile = tile_at<T>(shape, index);
-    const Rows<const T> grad_u = read_rows(args.grad_u, tile, channels, own);
+    const Rows<const T> grad_u = read_rows(args.grad_u, tile, channels, memory + room);
     const Rows<T> grad_x = write_rows(args.grad_x, tile, 0, memory);
     product<T>(sums.memory(), grad_u, nullptr, grad_x, channels, tile.padded);
     write_back(args.grad_x, tile, 0, channels, grad_x);
-    return Factors<T>{grad_u, centred_rows(args.x, tile, channels, args.center, own + room), tile.padded};
+    return Factors<T>{grad_u, centred_rows(args.x, tile, channels, args.center, memory + 2 * room), tile.padded};
   });
   sums.total(args.grad_matrix, args.grad_offset);
 }

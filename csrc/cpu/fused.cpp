@@ -102,16 +102,16 @@ void coupling_mix_backward_tiles(const CouplingMixBackwardArgs<T>& args, const T
   const MixSums<T> sums(shape, channels, packed_size(channels));
   pack_matrix(args.matrix, channels, true, sums.memory());
   const int64_t room = channels * shape.length, half_room = transformed * shape.length;
-  sums.add_tiles(threads, 4 * room, 3 * room + 4 * half_room, room, [&](int64_t index, T* memory, T* own) {
-    T* net_room = memory + 3 * room;
+  sums.add_tiles(threads, 4 * room, 5 * room + 4 * half_room, [&](int64_t index, T* memory) {
+    T* net_room = memory + 5 * room;
     const Tile tile = tile_at<T>(shape, index);
     const Rows<const T> in = read_rows(args.in, tile, 0, channels, memory);
     const NetRows<T> net = read_net<Map, T>(args.net_out, tile, transformed, net_room);
-    const Rows<T> y{own, tile.padded}, grad_y{memory + room, tile.padded};
+    const Rows<T> y{memory + 3 * room, tile.padded}, grad_y{memory + room, tile.padded};
     couple_tile<Map, O, false>(in, net, y, tile, kept, transformed, args.kind.params);
     clear_padding(y, channels, tile);  // what the coupling makes of zeros is not zero, and enters the sums
     const Rows<const T> known_y{y.data, y.stride}, known_grad_y{grad_y.data, grad_y.stride};
-    const Rows<const T> grad_out = read_rows(args.grad_out, tile, channels, own + room);
+    const Rows<const T> grad_out = read_rows(args.grad_out, tile, channels, memory + 4 * room);
     product<T>(sums.memory(), grad_out, nullptr, grad_y, channels, tile.padded);
     const Rows<T> grad_in = write_rows(args.grad_in, tile, 0, memory + 2 * room);
     const Rows<T> grad_shift = write_rows(args.grad_net_out, tile, 0, net_room + 2 * half_room);

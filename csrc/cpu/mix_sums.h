@@ -4,8 +4,9 @@
 // own (no two threads write to one cache line), and the slots are added up in order, so the bits do not depend on
 // threads.
 //
-// A 4 x 4 block of grad_M is summed over several tiles in vector registers, each lane its own positions, before the
-// lanes are added up: short tiles would spend most of the time on that.
+// A tile's x is transposed into panels [position][channel] of one or two vectors of channels. A block of up to
+// block_rows rows of g times a panel then stays in registers while the positions stream past: as in the product, one
+// broadcast value of g per fused multiply-add, and no sum over lanes at the end.
 #pragma once
 #include "cpu/product.h"
 
@@ -13,8 +14,6 @@ namespace pyglow::cpu::PYGLOW_ISA {
 
 constexpr int64_t max_slots = 32;
 constexpr int64_t max_partial_bytes = 16 << 20;
-constexpr int64_t sum_length = 256;  // positions to sum in registers before the lanes are added up
-constexpr int64_t max_group = 8;     // tiles
 
 // What one tile adds: rows of g and of x, `length` positions, a whole number of vectors, zero where padded.
 template <class T>
@@ -23,41 +22,65 @@ struct Factors {
   int64_t length;
 };
 
+// lanes x lanes values: rows at x, columns to `out`, `stride` apart; rows from `valid` on count as zero.
+template <class T>
+PYGLOW_HD void transpose_block(const Rows<const T>& x, int64_t row, int64_t position, int64_t valid, T* out,
+                               int64_t stride) {
+  constexpr int n = static_cast<int>(lanes<T>);
+  using Mask = decltype(Vec<T>{} < Vec<T>{});
+  Vec<T> v[n], w[n];
+#pragma GCC unroll 16
+  for (int k = 0; k < n; ++k) v[k] = k < valid ? load<T>(x.row(row + k) + position) : Vec<T>{};
+  Mask low, high;
+  for (int i = 0; i < n; ++i) {
+    low[i] = i / 2 + (i % 2 == 0 ? 0 : n);
+    high[i] = low[i] + n / 2;
+  }
+  // Each pass interleaves row k with row k + n / 2; after log2(n) of them rows are columns.
+#pragma GCC unroll 4
+  for (int pass = 1; pass < n; pass *= 2) {
+#pragma GCC unroll 8
+    for (int k = 0; k < n / 2; ++k) {
+      w[2 * k] = shuffle<T>(v[k], v[k + n / 2], low);
+      w[2 * k + 1] = shuffle<T>(v[k], v[k + n / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int k = 0; k < n; ++k) v[k] = w[k];
+  }
+#pragma GCC unroll 16
+  for (int k = 0; k < n; ++k) store<T>(out + k * stride, v[k]);
+}
+
 template <class T>
 class MixSums {
  public:
-  static constexpr int64_t side = 4;
-
   // `room` elements are kept free at the start of the memory, for the packed matrix.
   MixSums(const TileShape& shape, int64_t channels, int64_t room)
-      : channels_(channels), tiles_(shape.count()), blocks_((channels + side - 1) / side) {
-    group_ = smaller(larger(1, sum_length / shape.length), max_group);
-    slot_size_ = round_up(blocks_ * blocks_ * side * side + channels, 16);
+      : channels_(channels), length_(shape.length), tiles_(shape.count()), blocks_(blocks_of(channels)) {
+    padded_ = round_up(channels, lanes<T>);
+    slot_size_ = round_up(blocks_.count * blocks_.rows * padded_ + channels, 16);
     const int64_t fitting = larger(1, max_partial_bytes / static_cast<int64_t>(slot_size_ * sizeof(T)));
-    slots_ = smaller(smaller(max_slots, (tiles_ + group_ - 1) / group_), fitting);
+    slots_ = smaller(smaller(max_slots, tiles_), fitting);
     memory_ = static_cast<T*>(thread_scratch(Scratch::partials, (room + slots_ * slot_size_) * sizeof(T)));
     partials_ = memory_ + room;
-    tiles_per_slot_ = slots_ == 0 ? 0 : round_up((tiles_ + slots_ - 1) / slots_, group_);
+    tiles_per_slot_ = slots_ == 0 ? 0 : (tiles_ + slots_ - 1) / slots_;
   }
 
   T* memory() const { return memory_; }
 
-  // Runs all tiles: factors(index, memory, own) handles the tile of that index and returns what it adds. `memory` has
-  // `shared` elements of scratch, free again for the next tile; `own` has 2 `room`, kept until the sums are formed.
+  // Runs all tiles: factors(index, memory) handles the tile of that index and returns what it adds. `memory` has
+  // `room` elements of scratch.
   template <class F>
-  void add_tiles(const Threads& threads, int64_t elements_per_tile, int64_t shared, int64_t room,
-                 const F& factors) const {
+  void add_tiles(const Threads& threads, int64_t elements_per_tile, int64_t room, const F& factors) const {
     parallel(threads, slots_, grain_of(tiles_per_slot_ * elements_per_tile), [&](int64_t begin, int64_t end) {
-      T* memory = static_cast<T*>(thread_scratch(Scratch::tile, (shared + 2 * group_ * room) * sizeof(T)));
+      const int64_t size = round_up(room, 16) + padded_ * length_;
+      T* memory = static_cast<T*>(thread_scratch(Scratch::tile, size * sizeof(T)));
       for (int64_t slot = begin; slot < end; ++slot) {
-        clear(slot);
+        T* const sums = partials_ + slot * slot_size_;
+        for (int64_t i = 0; i < slot_size_; ++i) sums[i] = T(0);
         const int64_t last = smaller((slot + 1) * tiles_per_slot_, tiles_);
-        for (int64_t first = slot * tiles_per_slot_; first < last; first += group_) {
-          Factors<T> group[max_group];
-          const int64_t count = smaller(group_, last - first);
-          for (int64_t t = 0; t < count; ++t) group[t] = factors(first + t, memory, memory + shared + 2 * t * room);
-          add(slot, group, count);
-        }
+        for (int64_t index = slot * tiles_per_slot_; index < last; ++index)
+          add(factors(index, memory), memory + round_up(room, 16), sums);
       }
     });
   }
@@ -68,61 +91,96 @@ class MixSums {
       for (int64_t slot = 0; slot < slots_; ++slot) sum += partials_[slot * slot_size_ + index];
       return static_cast<T>(sum);
     };
+    const int64_t rows = blocks_.count * blocks_.rows;
     for (int64_t o = 0; o < channels_; ++o) {
       for (int64_t i = 0; i < channels_; ++i) {
-        const int64_t block = o / side * blocks_ + i / side;
-        grad_matrix[o * channels_ + i] = slot_sum(block * side * side + o % side * side + i % side);
+        const int64_t panel = i / panel_width, width = panel_size(panel);
+        grad_matrix[o * channels_ + i] = slot_sum((panel * panel_width * rows) + o * width + i % panel_width);
       }
-      grad_offset[o] = slot_sum(blocks_ * blocks_ * side * side + o);
+      grad_offset[o] = slot_sum(rows * padded_ + o);
     }
   }
 
  private:
-  void clear(int64_t slot) const {
-    for (int64_t i = 0; i < slot_size_; ++i) partials_[slot * slot_size_ + i] = T(0);
-  }
+  static constexpr int64_t panel_width = 2 * lanes<T>;  // of all panels but perhaps the last
 
-  void add(int64_t slot, const Factors<T>* tiles, int64_t count) const {
-    T* sums = partials_ + slot * slot_size_;
-    for (int64_t o = 0; o < blocks_; ++o)
-      for (int64_t i = 0; i < blocks_; ++i, sums += side * side) add_block(o * side, i * side, tiles, count, sums);
+  int64_t panel_size(int64_t panel) const { return smaller(panel_width, padded_ - panel * panel_width); }
+
+  // Adds a tile. Panel by panel: it stays in the first-level cache while all rows of g pass.
+  void add(const Factors<T>& tile, T* transposed, T* sums) const {
+    const int64_t rows = blocks_.count * blocks_.rows;
+    for (int64_t panel = 0; panel * panel_width < padded_; ++panel) {
+      const int64_t width = panel_size(panel), first = panel * panel_width;
+      for (int64_t i = 0; i < width; i += lanes<T>)
+        for (int64_t p = 0; p < tile.length; p += lanes<T>)
+          transpose_block<T>(tile.x, first + i, p, channels_ - first - i, transposed + p * width + i, width);
+      T* const panel_sums = sums + first * rows;
+      width == lanes<T> ? add_panel<1>(tile, transposed, panel_sums) : add_panel<2>(tile, transposed, panel_sums);
+    }
     for (int64_t c = 0; c < channels_; ++c) {
       Vec<T> sum{};
-      for (int64_t t = 0; t < count; ++t)
-        for (int64_t p = 0; p < tiles[t].length; p += lanes<T>) sum += load<T>(tiles[t].g.row(c) + p);
-      sums[c] += sum_lanes<T>(sum);
+      for (int64_t p = 0; p < tile.length; p += lanes<T>) sum += load<T>(tile.g.row(c) + p);
+      sums[rows * padded_ + c] += sum_lanes<T>(sum);
     }
   }
 
-  // sums[side * j + k] += sum over the tiles of g[o + j, p] x[i + k, p]. Past the edge the last row is summed again,
-  // into an element that nobody reads.
-  void add_block(int64_t o, int64_t i, const Factors<T>* tiles, int64_t count, T* sums) const {
-    Vec<T> sum[side * side] = {};
-    for (int64_t t = 0; t < count; ++t) {
-      const T *g[side], *x[side];
+  template <int NumVectors>
+  void add_panel(const Factors<T>& tile, const T* panel, T* sums) const {
+    switch (blocks_.rows) {
+#define PYGLOW_CASE(R) \
+  case R:              \
+    return add_rows<R, NumVectors>(tile, panel, sums);
+      PYGLOW_CASE(1)
+      PYGLOW_CASE(2)
+      PYGLOW_CASE(3)
+      PYGLOW_CASE(4)
+      PYGLOW_CASE(5)
+      PYGLOW_CASE(6)
+#if PYGLOW_VECTOR_BYTES == 64
+      PYGLOW_CASE(7)
+      PYGLOW_CASE(8)
+      PYGLOW_CASE(9)
+      PYGLOW_CASE(10)
+      PYGLOW_CASE(11)
+      PYGLOW_CASE(12)
+#endif
+#undef PYGLOW_CASE
+    }
+  }
+
+  // sums[o][i] += sum over the positions of g[o, p] panel[p][i]. Past the edge the last row is summed again, into
+  // elements that nobody reads.
+  template <int NumRows, int NumVectors>
+  void add_rows(const Factors<T>& tile, const T* panel, T* sums) const {
+    constexpr int64_t width = NumVectors * lanes<T>;
+    for (int64_t o = 0; o < blocks_.count * NumRows; o += NumRows, sums += NumRows * width) {
+      const T* g[NumRows];
+      Vec<T> sum[NumRows][NumVectors] = {};
+#pragma GCC unroll 16
+      for (int k = 0; k < NumRows; ++k) g[k] = tile.g.row(smaller(o + k, channels_ - 1));
+      const T* x = panel;
 #pragma GCC unroll 4
-      for (int64_t k = 0; k < side; ++k) {
-        g[k] = tiles[t].g.row(smaller(o + k, channels_ - 1));
-        x[k] = tiles[t].x.row(smaller(i + k, channels_ - 1));
+      for (int64_t p = 0; p < tile.length; ++p, x += width) {
+        Vec<T> value[NumVectors];
+#pragma GCC unroll 2
+        for (int v = 0; v < NumVectors; ++v) value[v] = load<T>(x + v * lanes<T>);
+#pragma GCC unroll 16
+        for (int k = 0; k < NumRows; ++k)
+#pragma GCC unroll 2
+          for (int v = 0; v < NumVectors; ++v) sum[k][v] = math::mix_term(sum[k][v], g[k][p], value[v]);
       }
-      for (int64_t p = 0; p < tiles[t].length; p += lanes<T>) {
-        Vec<T> value[side];
-#pragma GCC unroll 4
-        for (int64_t k = 0; k < side; ++k) value[k] = load<T>(x[k] + p);
-#pragma GCC unroll 4
-        for (int64_t j = 0; j < side; ++j) {
-          const Vec<T> left = load<T>(g[j] + p);
-#pragma GCC unroll 4
-          for (int64_t k = 0; k < side; ++k) sum[side * j + k] += left * value[k];
+#pragma GCC unroll 16
+      for (int k = 0; k < NumRows; ++k)
+#pragma GCC unroll 2
+        for (int v = 0; v < NumVectors; ++v) {
+          T* const at = sums + k * width + v * lanes<T>;
+          store<T>(at, load<T>(at) + sum[k][v]);
         }
-      }
     }
-#pragma GCC unroll 8
-    for (int64_t k = 0; k < side * side; k += lanes<T>)
-      store<T>(sums + k, load<T>(sums + k) + sum_lanes_of_each<T>(sum + k));
   }
 
-  int64_t channels_, tiles_, blocks_, group_, slot_size_, slots_, tiles_per_slot_;
+  int64_t channels_, length_, tiles_, padded_, slot_size_, slots_, tiles_per_slot_;
+  Blocks blocks_;
   T *memory_, *partials_;
 };
 
