@@ -6,7 +6,17 @@ Kingma & Dhariwal 2018, "Glow: Generative Flow with Invertible 1x1 Convolutions"
 import importlib.metadata
 
 from pyglow_fast import functional, likelihood, reference
-from pyglow_fast.layers import ActNorm, Coupling, CouplingNet, FlowStep, InvConv, Permute, Split, Squeeze
+from pyglow_fast.layers import (
+    ActNorm,
+    Coupling,
+    CouplingNet,
+    FlowStep,
+    InvConv,
+    Permute,
+    ReversibleSequence,
+    Split,
+    Squeeze,
+)
 from pyglow_fast.models import Glow, GlowConfig
 
 try:
@@ -23,6 +33,7 @@ __all__ = [
     "GlowConfig",
     "InvConv",
     "Permute",
+    "ReversibleSequence",
     "Split",
     "Squeeze",
     "__version__",

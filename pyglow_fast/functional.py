@@ -73,18 +73,18 @@ def channel_unmix(u: Tensor, inverse_matrix: Tensor, offset: Tensor, unsqueeze_a
 def coupling(u: Tensor, net_out: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor]:
     """y2 = (u2 + shift) s, log_det = sum log s; see :func:`pyglow_fast.reference.coupling`."""
     if ops.run_on(u, "coupling") and ops.has_kernel(spec):
-        return autograd.Coupling.apply(u, _readable(net_out, u), ops.kind_arguments(spec, inverse=False))
+        return autograd.Coupling.apply(u, readable_net_output(net_out, u), ops.kind_arguments(spec, inverse=False))
     return reference.coupling(u, net_out, spec)
 
 
 def coupling_inverse(y: Tensor, net_out: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor]:
     """u2 = y2 / s - shift, log_det = -sum log s; see :func:`pyglow_fast.reference.coupling_inverse`."""
     if ops.run_on(y, "coupling") and ops.has_kernel(spec):
-        return autograd.Coupling.apply(y, _readable(net_out, y), ops.kind_arguments(spec, inverse=True))
+        return autograd.Coupling.apply(y, readable_net_output(net_out, y), ops.kind_arguments(spec, inverse=True))
     return reference.coupling_inverse(y, net_out, spec)
 
 
-def _readable(net_out: Tensor, state: Tensor) -> Tensor:
+def readable_net_output(net_out: Tensor, state: Tensor) -> Tensor:
     """The net's output in a dtype that the kernels read beside the state's: its own, or 16 bits beside float32."""
     if state.dtype == torch.float32 and net_out.dtype in (torch.bfloat16, torch.float16):
         return net_out
@@ -105,7 +105,7 @@ def coupling_mix_for_net(
     """M y + c, its first `kept` channels for the next net (see :func:`channel_mix_for_net`), and log_det."""
     if ops.run_on(u, "coupling_mix") and ops.has_kernel(spec):
         kind = ops.kind_arguments(spec, inverse=False)
-        return autograd.CouplingMix.apply(u, _readable(net_out, u), matrix, offset, kept, kind)
+        return autograd.CouplingMix.apply(u, readable_net_output(net_out, u), matrix, offset, kept, kind)
     y, log_det = coupling(u, net_out, spec)
     return *channel_mix_for_net(y, matrix, offset, kept), log_det
 
@@ -125,7 +125,7 @@ def coupling_mix_inverse(
     records = _records_gradient(y, net_out, inverse_matrix, offset)
     if ops.run_on(y, "coupling_mix") and ops.has_kernel(spec) and not records:
         kind = ops.kind_arguments(spec, inverse=True)
-        return ops.coupling_mix(y, _readable(net_out, y), inverse_matrix, offset, *kind)
+        return ops.coupling_mix(y, readable_net_output(net_out, y), inverse_matrix, offset, *kind)
     u, log_det = coupling_inverse(y, net_out, spec)
     return channel_unmix(u, inverse_matrix, offset), log_det
 

@@ -140,15 +140,14 @@ _define(
     _fake_step_backward,
     ("cpu",),
 )
-_define("channel_moments(Tensor x) -> (Tensor, Tensor)", _fake_channel_moments, ("cpu",))
-_define("gaussian_log_prob(Tensor z, Tensor mean, Tensor log_sd) -> Tensor", _fake_gaussian_log_prob, ("cpu",))
+_define("channel_moments(Tensor x) -> (Tensor, Tensor)", _fake_channel_moments)
+_define("gaussian_log_prob(Tensor z, Tensor mean, Tensor log_sd) -> Tensor", _fake_gaussian_log_prob)
 _define(
     "gaussian_log_prob_backward(Tensor z, Tensor mean, Tensor log_sd, Tensor grad_log_prob)"
     " -> (Tensor, Tensor, Tensor)",
     _fake_gaussian_log_prob_backward,
-    ("cpu",),
 )
-_define("gaussian_sample(Tensor noise, Tensor mean, Tensor log_sd) -> Tensor", _fake_gaussian_sample, ("cpu",))
+_define("gaussian_sample(Tensor noise, Tensor mean, Tensor log_sd) -> Tensor", _fake_gaussian_sample)
 
 # The callables: torch.ops.pyglow_fast.<name>, resolved once.
 channel_mix = torch.ops.pyglow_fast.channel_mix.default

@@ -9,12 +9,12 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from pyglow_fast.cli import demo, evaluate, info, reconstruct, sample, train
+from pyglow_fast.cli import bench, demo, evaluate, info, reconstruct, sample, train
 from pyglow_fast.cli._common import InputError, Parser
 from pyglow_fast.data import MissingExtraError
 from pyglow_fast.train import FolderError, TrainingDivergedError
 
-COMMANDS: tuple[ModuleType, ...] = (train, sample, evaluate, reconstruct, demo, info)
+COMMANDS: tuple[ModuleType, ...] = (train, sample, evaluate, reconstruct, demo, bench, info)
 
 
 def parser() -> argparse.ArgumentParser:

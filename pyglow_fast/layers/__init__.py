@@ -7,5 +7,17 @@ from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.flow_step import FlowStep
 from pyglow_fast.layers.permutation import InvConv, Permute
 from pyglow_fast.layers.reshape import Split, Squeeze
+from pyglow_fast.layers.reversible_sequence import ReversibleSequence
 
-__all__ = ["ActNorm", "Coupling", "CouplingNet", "FlowLayer", "FlowStep", "InvConv", "Permute", "Split", "Squeeze"]
+__all__ = [
+    "ActNorm",
+    "Coupling",
+    "CouplingNet",
+    "FlowLayer",
+    "FlowStep",
+    "InvConv",
+    "Permute",
+    "ReversibleSequence",
+    "Split",
+    "Squeeze",
+]

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
+from pyglow_fast.coupling_nets import ChunkPlan
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.coupling_net import CouplingNet
+from pyglow_fast.layers.net_runner import NetRunner
 from pyglow_fast.reference import KINDS, ORDERS, SCALE_MAPS, CouplingSpec
 
 MAX_CLAMP = 80.0  # log s of the tanh and atan maps stays below it, and exp(80) is finite in float32
@@ -81,6 +83,7 @@ class Coupling(FlowLayer):
         super().__init__()
         self.spec = coupling_spec(kind, scale_map, scale_bias, scale_eps, scale_clamp, order)
         self.net = net
+        self._plans: dict[tuple[object, ...], ChunkPlan] = {}
 
     def kept_half(self, x: Tensor) -> Tensor:
         """The half of the channels that the net reads and the coupling leaves as they are."""
@@ -98,6 +101,10 @@ class Coupling(FlowLayer):
         if isinstance(self.net, CouplingNet):
             self.net.check_inputs(kept, cond)
 
+    def runner(self, budget: str | int) -> NetRunner:
+        """The net to be run in chunks within a budget."""
+        return NetRunner(self.net, 2 if self.spec.kind == "affine" else 1, budget, self._plans)
+
     def run_net(self, kept: Tensor, cond: Tensor | None) -> Tensor:
         """The coupling net on the kept half (the same before and after the coupling), checked for its shape."""
         net_out = self.net(kept) if cond is None else self.net(kept, cond)
@@ -107,6 +114,11 @@ class Coupling(FlowLayer):
             tuple(net_out.shape) == expected, "net", f"an output of shape {expected}", f"shape {tuple(net_out.shape)}"
         )
         return net_out
+
+    @property
+    def net_is_initialized(self) -> bool:
+        """Whether no ActNorm in the net still waits for data."""
+        return not isinstance(self.net, CouplingNet) or self.net.is_initialized
 
     def run_net_forward(self, kept: Tensor, cond: Tensor | None) -> Tensor:
         """The net in the forward direction; in training, its ActNorms are initialised first if they are fresh."""

@@ -57,26 +57,35 @@ def invert_maps(maps: Sequence[ChannelMap]) -> list[Tensor]:
     return list(functional.invert_matrix(torch.stack([channel_map.matrix for channel_map in maps])).unbind())
 
 
-def _maps_log_det(maps: Sequence[ChannelMap], x: Tensor) -> Tensor:
+def maps_log_det(maps: Sequence[ChannelMap], x: Tensor) -> Tensor:
     """P sum log|det M| over the steps, for each of the N samples: (N,)."""
     total = torch.stack([channel_map.log_det for channel_map in maps]).sum()
     return functional.per_sample(x, total)
 
 
 def run_steps(
-    steps: Sequence[FlowStep], x: Tensor, cond: Tensor | None = None, squeeze_first: bool = False
+    steps: Sequence[FlowStep],
+    x: Tensor,
+    cond: Tensor | None = None,
+    squeeze_first: bool = False,
+    budget: str | int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x through steps of one width: between two coupling nets there is one pass over memory, coupling and next mixing.
 
-    With squeeze_first, x is (N, C / 2^d, *(2 spatial)) and is squeezed as it is read. Returns z (N, C, *spatial) and
-    log_det (N,). The steps must be initialised, but for ActNorms inside their nets.
+    With squeeze_first, x is (N, C / 2^d, *(2 spatial)) and is squeezed as it is read. With a budget (bytes or "auto")
+    the nets run in chunks, without a record. Returns z (N, C, *spatial) and log_det (N,). The steps must be initialised, but for ActNorms inside their nets.
     """
     maps = fold_steps(steps)
     kept = steps[0].channels // 2
     z, kept_half = functional.channel_mix_for_net(x, maps[0].matrix, maps[0].offset, kept, squeeze_first)
-    log_det = _maps_log_det(maps, z)
+    log_det = maps_log_det(maps, z)
     for step, following in zip(steps, [*maps[1:], None], strict=True):
-        net_out, spec = step.coupling.run_net_forward(kept_half, cond), step.coupling.spec
+        coupling = step.coupling
+        if budget is not None and coupling.net_is_initialized:
+            net_out = coupling.runner(budget).run(kept_half, cond)
+        else:
+            net_out = coupling.run_net_forward(kept_half, cond)
+        spec = coupling.spec
         if following is None:
             z, step_log_det = functional.coupling(z, net_out, spec)
         else:
@@ -87,14 +96,18 @@ def run_steps(
     return z, log_det
 
 
-def run_steps_inverse(steps: Sequence[FlowStep], z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def run_steps_inverse(
+    steps: Sequence[FlowStep], z: Tensor, cond: Tensor | None = None, budget: str | int | None = None
+) -> tuple[Tensor, Tensor]:
     """The inverse of :func:`run_steps`: one pass a step besides its net."""
     maps = fold_steps(steps)
-    log_det = -_maps_log_det(maps, z)
+    log_det = -maps_log_det(maps, z)
     for step, channel_map, inverse_matrix in zip(
         reversed(steps), reversed(maps), reversed(invert_maps(maps)), strict=True
     ):
-        net_out, spec = step.coupling.run_net(step.coupling.kept_half(z), cond), step.coupling.spec
+        coupling, kept_half = step.coupling, step.coupling.kept_half(z)
+        net_out = coupling.run_net(kept_half, cond) if budget is None else coupling.runner(budget).run(kept_half, cond)
+        spec = coupling.spec
         z, step_log_det = functional.coupling_mix_inverse(z, net_out, inverse_matrix, channel_map.offset, spec)
         log_det = log_det + step_log_det
     return z, log_det

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import can_read, expect
-from pyglow_fast.layers import ActNorm, FlowStep, Split, Squeeze
+from pyglow_fast.layers import ActNorm, FlowStep, ReversibleSequence, Split, Squeeze
 from pyglow_fast.layers._base import check_input
-from pyglow_fast.layers.flow_step import run_steps, run_steps_inverse
 from pyglow_fast.layers.reshape import fit_condition
 from pyglow_fast.likelihood import bits_per_dim, dequantize
 from pyglow_fast.models.config import GlowConfig
@@ -22,10 +21,10 @@ from pyglow_fast.models.prior import TopPrior, check_labels, check_temperature, 
 class FlowLevel(nn.Module):
     """One level: squeeze, then K flow steps whose parameter work is done in one batch."""
 
-    def __init__(self, config: GlowConfig, channels: int) -> None:
+    def __init__(self, config: GlowConfig, channels: int, **memory: Any) -> None:
         super().__init__()
         self.squeeze = Squeeze(2)
-        self.steps = nn.ModuleList(
+        steps = [
             FlowStep(
                 channels,
                 hidden=config.hidden,
@@ -40,20 +39,18 @@ class FlowLevel(nn.Module):
                 scale_clamp=config.scale_clamp,
             )
             for _ in range(config.n_steps)
-        )
-
-    def _flow_steps(self) -> list[FlowStep]:
-        return [step for step in self.steps if isinstance(step, FlowStep)]
+        ]
+        self.steps = ReversibleSequence(steps, **memory)
 
     def forward(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         """x (N, C, *spatial) -> z (N, C 2^d, *spatial / 2), log_det (N,)."""
         cond = None if cond is None else fit_condition(cond, tuple(size // 2 for size in x.shape[2:]))
-        return run_steps(self._flow_steps(), x, cond, squeeze_first=True)
+        return self.steps(x, cond, squeeze_first=True)
 
     def inverse(self, z: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         """z -> x, log_det (N,)."""
         cond = None if cond is None else fit_condition(cond, tuple(z.shape[2:]))
-        z, log_det = run_steps_inverse(self._flow_steps(), z, cond)
+        z, log_det = self.steps.inverse(z, cond)
         x, _ = self.squeeze.inverse(z)
         return x, log_det
 
@@ -61,9 +58,7 @@ class FlowLevel(nn.Module):
         """Data-dependent initialisation, step after step, each from the output of those before it."""
         z, _ = self.squeeze(x)
         cond = None if cond is None else fit_condition(cond, tuple(z.shape[2:]))
-        for step in self._flow_steps():
-            z = step.initialize(z, cond)
-        return z
+        return self.steps.initialize(z, cond)
 
 
 class Glow(nn.Module):
@@ -75,6 +70,8 @@ class Glow(nn.Module):
 
     Args:
         config: a GlowConfig; or pass its fields as keywords.
+        memory: "reversible", "checkpoint" or "store": what training keeps for the backward; may be changed at any time.
+        anchor_every, tolerance, memory_budget: see :class:`~pyglow_fast.ReversibleSequence`.
 
     Shapes: x (N, C, *spatial), float32 or float64; latents, shallowest first: L-1 halves of the levels' states, then
     the top state; log_det and log_prob (N,), nats.
@@ -86,7 +83,16 @@ class Glow(nn.Module):
     Reference: Kingma & Dhariwal 2018.
     """
 
-    def __init__(self, config: GlowConfig | None = None, **fields: Any) -> None:
+    def __init__(
+        self,
+        config: GlowConfig | None = None,
+        *,
+        memory: str = "reversible",
+        anchor_every: str | int | None = "auto",
+        tolerance: float | None = None,
+        memory_budget: str | int = "auto",
+        **fields: Any,
+    ) -> None:
         super().__init__()
         expect(
             config is None or not fields, "config", "a GlowConfig or its fields as keywords, not both", sorted(fields)
@@ -94,11 +100,34 @@ class Glow(nn.Module):
         expect(config is None or isinstance(config, GlowConfig), "config", "a GlowConfig", type(config).__name__)
         self.config = GlowConfig.from_dict(fields) if config is None else config
         self.state_shapes = self.config.level_shapes()
-        self.levels = nn.ModuleList(FlowLevel(self.config, shape[0]) for shape in self.state_shapes)
+        options = {
+            "memory": memory,
+            "anchor_every": anchor_every,
+            "tolerance": tolerance,
+            "memory_budget": memory_budget,
+        }
+        self.levels = nn.ModuleList(FlowLevel(self.config, shape[0], **options) for shape in self.state_shapes)
         self.splits = nn.ModuleList(
             Split(shape[0], self.config.learn_prior, self.config.dims) for shape in self.state_shapes[:-1]
         )
         self.prior = TopPrior(self.state_shapes[-1][0], self.config.n_classes, self.config.learn_prior)
+
+    def _sequences(self) -> list[ReversibleSequence]:
+        return [level.steps for level in self.levels if isinstance(level, FlowLevel)]
+
+    @property
+    def memory(self) -> str:
+        """The memory mode of all levels."""
+        return self._sequences()[0].memory
+
+    @memory.setter
+    def memory(self, memory: str) -> None:
+        for sequence in self._sequences():
+            sequence.memory = memory
+
+    def memory_report(self) -> list[dict[str, Any]]:
+        """Of each level: mode, anchors' spacing, drift, what was redone; see ReversibleSequence.memory_report."""
+        return [sequence.memory_report() for sequence in self._sequences()]
 
     @property
     def latent_shapes(self) -> list[tuple[int, ...]]:

@@ -1,0 +1,233 @@
+"""A coupling net run chunk by chunk: forward without a record, and backward that recomputes one chunk at a time.
+
+Cutting is exact. Output rows [a, b) are computed from input rows [a - halo, b + halo), as far as the image reaches. At
+a cut inside the image the net pads where it should not, which spoils at most ``halo`` rows, the ones that are dropped.
+At the image's border the strip ends where the image ends and the net's own padding acts as always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyglow_fast._errors import expect
+from pyglow_fast.coupling_nets.plan import Chunk, ChunkPlan
+from pyglow_fast.coupling_nets.state import without_autocast_cache
+
+NetCall = Callable[[Tensor, Tensor | None], Tensor]  # (x1, cond) -> net output
+Consume = Callable[[Tensor, Chunk], Tensor]  # (net output of the chunk, chunk) -> its gradient
+
+
+def plain_call(net: nn.Module) -> NetCall:
+    """The net called as it is: with x1 alone where there is no condition."""
+    return lambda x1, cond: net(x1) if cond is None else net(x1, cond)
+
+
+def _checked(net_out: Tensor, x1: Tensor) -> Tensor:
+    expect(isinstance(net_out, Tensor), "net", "an output that is a Tensor", type(net_out).__name__)
+    shape = tuple(net_out.shape)
+    kept = net_out.dim() == x1.dim() and shape[0] == x1.shape[0] and shape[2:] == tuple(x1.shape[2:])
+    expect(kept, "net", f"an output of shape ({x1.shape[0]}, C_out, *{tuple(x1.shape[2:])})", f"shape {shape}")
+    return net_out
+
+
+def _empty_output(part: Tensor, x1: Tensor) -> Tensor:
+    """Room for the outputs of all chunks, in the memory format of the first one."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    like = torch.contiguous_format
+    if not part.is_contiguous() and part.dim() in formats and part.is_contiguous(memory_format=formats[part.dim()]):
+        like = formats[part.dim()]
+    shape = (x1.shape[0], part.shape[1], *x1.shape[2:])
+    return torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=like)
+
+
+@torch.no_grad()
+def run_net(net: nn.Module, x1: Tensor, cond: Tensor | None, plan: ChunkPlan, call: NetCall | None = None) -> Tensor:
+    """net(x1, cond) without recording a gradient, equal to the plain call up to rounding; the same if nothing is cut.
+
+    Args:
+        net: the coupling net.
+        x1: (N, C1, *spatial).
+        cond: (N, Cc, *spatial) or None.
+        plan: of x1's shape.
+        call: runs the net on a chunk of x1 and cond; the net itself if None.
+
+    Returns:
+        (N, C_out, *spatial), of the dtype that the net gives.
+
+    Raises:
+        ValueError: an output with other samples or positions than x1.
+    """
+    run = call or plain_call(net)
+    with without_autocast_cache(x1.device.type):
+        if plan.whole:
+            return _checked(run(x1, cond), x1)
+        net_out: Tensor | None = None
+        for chunk in plan.chunks:
+            taken = chunk.inputs(x1)
+            part = chunk.crop(_checked(run(taken, None if cond is None else chunk.inputs(cond)), taken))
+            if net_out is None:
+                net_out = _empty_output(part, x1)
+            chunk.outputs(net_out).copy_(part)
+    assert net_out is not None  # for the type checker: a plan has a chunk
+    return net_out
+
+
+def check_leaves(net_out: Tensor, known: Sequence[Tensor]) -> None:
+    """Refuse a net output through whose graph a gradient would reach other tensors than the known ones.
+
+    Raises:
+        ValueError: with the shape of such a tensor.
+    """
+    ends = [tensor.grad_fn for tensor in known if tensor.grad_fn is not None]  # kept: ids are unique among the living
+    seen, known_ids = {id(node) for node in ends}, {id(tensor) for tensor in known}
+    waiting: list[Any] = [] if net_out.grad_fn is None else [net_out.grad_fn]
+    visited = []
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        visited.append(node)
+        if node.name() == "torch::autograd::AccumulateGrad":
+            leaf = node.variable
+            expected = "no tensors that require a gradient but its parameters and inputs"
+            expect(id(leaf) in known_ids, "net", expected, f"one of shape {tuple(leaf.shape)} in its graph")
+        waiting.extend(following for following, _ in node.next_functions if following is not None)
+
+
+def _leaf(x: Tensor, chunk: Chunk, requires_grad: bool) -> Tensor:
+    return chunk.inputs(x).detach().requires_grad_(requires_grad)
+
+
+def _chunk_gradients(
+    call: NetCall,
+    x1: Tensor,
+    cond: Tensor | None,
+    chunk: Chunk,
+    consume: Consume,
+    params: Sequence[Tensor],
+    check: bool,
+) -> list[Tensor | None]:
+    """The gradients of x1, cond and params from one chunk, x1 and cond being leaves; its graph ends with the call."""
+    with torch.enable_grad():
+        net_out = chunk.crop(_checked(call(x1, cond), x1))
+    slots = [x1, cond, *params]
+    wanted = [tensor for tensor in slots if tensor is not None and tensor.requires_grad]
+    if check:
+        check_leaves(net_out, wanted)
+    grad_out = consume(net_out.detach(), chunk)
+    if not wanted or not net_out.requires_grad:
+        return [None] * (2 + len(params))
+    expect(
+        grad_out.shape == net_out.shape,
+        "grad_out",
+        f"the shape of the net's output, {tuple(net_out.shape)}",
+        f"shape {tuple(grad_out.shape)}",
+    )
+    found = iter(torch.autograd.grad(net_out, wanted, grad_out, allow_unused=True))
+    return [next(found) if slot is not None and slot.requires_grad else None for slot in slots]
+
+
+class _InputSum:
+    """The gradient of x1 or cond: where the halos of strips overlap, the sum."""
+
+    def __init__(self, like: Tensor | None, whole: bool) -> None:
+        self.like, self.whole = like, whole
+        self.total = None if like is None or whole else torch.zeros_like(like)
+
+    def add(self, chunk: Chunk, gradient: Tensor | None) -> None:
+        if self.whole:
+            self.total = gradient
+        elif self.total is not None and gradient is not None:
+            chunk.inputs(self.total).add_(gradient)
+
+    def result(self) -> Tensor | None:
+        return self.total if self.total is not None or self.like is None else torch.zeros_like(self.like)
+
+
+class _ParameterSum:
+    """The gradient of a parameter: the sum over the chunks, in their order and in float32 at least."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.total: Tensor | None = None
+        self.owned = False
+
+    def add(self, gradient: Tensor | None) -> None:
+        if gradient is None:
+            return
+        if self.total is None:
+            self.total = gradient
+        elif self.owned:
+            self.total += gradient
+        else:  # autograd may have given one tensor as the gradient of two parameters: it is not written to
+            wide = torch.float32 if self.dtype in (torch.float16, torch.bfloat16) else self.dtype
+            self.total, self.owned = self.total.to(wide) + gradient, True
+
+    def result(self) -> Tensor | None:
+        return None if self.total is None else self.total.to(self.dtype)
+
+
+class _Sums:
+    """Takes what each chunk gives. A chunk's own gradients must not outlive the call, or two chunks' are alive."""
+
+    def __init__(self, inputs: Sequence[Tensor | None], params: Sequence[Tensor], whole: bool) -> None:
+        self.inputs = [_InputSum(tensor, whole) for tensor in inputs]
+        self.params = [_ParameterSum(parameter.dtype) for parameter in params]
+
+    def add(self, chunk: Chunk, gradients: Sequence[Tensor | None]) -> None:
+        for total, gradient in zip(self.inputs, gradients, strict=False):
+            total.add(chunk, gradient)
+        for accumulated, gradient in zip(self.params, gradients[len(self.inputs) :], strict=True):
+            accumulated.add(gradient)
+
+
+@torch.no_grad()
+def run_net_backward(
+    call: NetCall,
+    x1: Tensor,
+    cond: Tensor | None,
+    plan: ChunkPlan,
+    consume: Consume,
+    params: Sequence[Tensor],
+    *,
+    needs_x1: bool = True,
+    needs_cond: bool = True,
+) -> tuple[Tensor | None, Tensor | None, tuple[Tensor | None, ...]]:
+    """d sum(net_out grad_out) / d (x1, cond, params), the net run again, one chunk and one small graph at a time.
+
+    ``consume`` gets each chunk's net output as it comes and says what its gradient is: so one run of the net serves the
+    inversion of a coupling and its differentiation. Nothing is accumulated into ``.grad``, no hooks run.
+
+    Args:
+        call: runs the net on a chunk of x1 and cond.
+        x1: (N, C1, *spatial), detached or not: only values count.
+        cond: (N, Cc, *spatial) or None.
+        plan: that of the forward, so that random numbers are drawn in the same order.
+        consume: (net_out, chunk) -> grad_out of the same shape, any floating dtype; net_out is without gradient and
+            must not be written to.
+        params: tensors that require a gradient and that ``call`` uses.
+        needs_x1, needs_cond: whether these gradients are wanted.
+
+    Returns:
+        grad_x1 and grad_cond (zeros if the net does not use them, None where not wanted or without a condition), and
+        the gradients of params (None for those not used), summed in the order of the chunks. They are not to be
+        written to: as autograd's gradients they may share memory with each other and with grad_out.
+
+    Raises:
+        ValueError: the net uses a tensor that requires a gradient and is not in params; outputs or gradients of the
+            wrong shape.
+    """
+    wanted = (x1 if needs_x1 else None, cond if needs_cond else None)
+    sums = _Sums(wanted, params, plan.whole)
+    with without_autocast_cache(x1.device.type):
+        for i, chunk in enumerate(plan.chunks):
+            leaf = _leaf(x1, chunk, needs_x1)
+            cond_leaf = None if cond is None else _leaf(cond, chunk, needs_cond)
+            sums.add(chunk, _chunk_gradients(call, leaf, cond_leaf, chunk, consume, params, check=i == 0))
+    grad_x1, grad_cond = (total.result() for total in sums.inputs)
+    return grad_x1, grad_cond, tuple(total.result() for total in sums.params)

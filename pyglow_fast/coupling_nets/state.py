@@ -1,0 +1,108 @@
+"""What a run of a net depends on besides its arguments: random generators and autocast, so that it can be repeated."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def _autocast_is_on(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+@contextlib.contextmanager
+def _without_autocast_cache() -> Iterator[None]:
+    """Weights cast to low precision here are not remembered.
+
+    Autocast would keep a copy of every weight until its region ends: all nets' weights at once, where one net's matter.
+    In some versions of torch it also hands what was cast under no_grad to code that records, which finds no gradient.
+    """
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
+
+
+def without_autocast_cache(device_type: str) -> contextlib.AbstractContextManager[None]:
+    """A context in which autocast keeps no casts of weights; nothing where autocast is off."""
+    return _without_autocast_cache() if _autocast_is_on(device_type) else contextlib.nullcontext()
+
+
+def captured_autocast(device_type: str) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """The autocast state of now, to be entered later, any number of times: on or off, dtype; without weight cache.
+
+    Args:
+        device_type: of the net's tensors; the CPU's state is captured as well.
+
+    Returns:
+        A function that makes a context manager.
+    """
+    kinds = [kind for kind in dict.fromkeys((device_type, "cpu")) if torch.amp.is_autocast_available(kind)]
+    states = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds]
+
+    @contextlib.contextmanager
+    def enter() -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for kind, dtype, enabled in states:
+                if enabled or torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
+            yield
+
+    return enter
+
+
+@dataclass(frozen=True)
+class GeneratorState:
+    """The states of torch's default generators, of the CPU and, for tensors on CUDA, of their device.
+
+    They are shared by all threads: nets with dropout must not run in two threads at a time.
+
+    Attributes:
+        cpu: as ``torch.get_rng_state`` gives it, 5 kB.
+        device: the CUDA device, or None.
+        on_device: its generator's state, a few bytes in host memory, or None.
+    """
+
+    cpu: Tensor
+    device: torch.device | None
+    on_device: Tensor | None
+
+    @classmethod
+    def capture(cls, device: torch.device) -> GeneratorState:
+        """The states of now, for nets that run on ``device``. No synchronisation with the device."""
+        if device.type != "cuda":
+            return cls(torch.get_rng_state(), None, None)
+        return cls(torch.get_rng_state(), device, torch.cuda.get_rng_state(device))
+
+    def moved(self) -> bool:
+        """Whether random numbers were drawn (or a seed set) since the capture."""
+        now = self._now()
+        if not torch.equal(self.cpu, now.cpu):
+            return True
+        return (
+            self.on_device is not None and now.on_device is not None and not torch.equal(self.on_device, now.on_device)
+        )
+
+    @contextlib.contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Inside, the generators continue from the captured state; afterwards from where they were before."""
+        outside = self._now()
+        self._set()
+        try:
+            yield
+        finally:
+            outside._set()
+
+    def _now(self) -> GeneratorState:
+        return self.capture(self.device or torch.device("cpu"))
+
+    def _set(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.on_device is not None and self.device is not None:
+            torch.cuda.set_rng_state(self.on_device, self.device)

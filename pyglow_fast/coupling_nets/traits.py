@@ -1,0 +1,110 @@
+"""What a coupling net states about itself, and what its submodules show: how it may be cut and what it costs.
+
+A net is any ``nn.Module`` called as ``net(x1)`` or ``net(x1, cond)``: (N, C1, *spatial) and (N, Cc, *spatial) to
+(N, C_out, *spatial), each sample by itself. It may state
+
+- ``halo``: int, how many positions to each side, in every spatial dimension, an output position depends on: the sum of
+  dilation (kernel_size - 1) / 2 over its convolutions. A net that states none is never cut inside a sample.
+- ``bytes_per_position(element_size) -> int``: the most bytes of activations, per sample and position, that are alive at
+  one time during its forward and backward. For a net without it, see :func:`bytes_per_position`.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from pyglow_fast._errors import expect
+
+# Of each Conv or Linear of a net that does not state its cost: its output, the activation's, and half of the gradients
+# of both (the other half is not there yet or no longer, as the backward passes through).
+TENSORS_PER_LAYER = 3
+
+
+def halo_of(net: nn.Module) -> int | None:
+    """The halo that a net states, None where it states none.
+
+    Raises:
+        ValueError: it is neither None nor an int of at least 0.
+    """
+    halo = getattr(net, "halo", None)
+    if halo is None:
+        return None
+    stated = isinstance(halo, int) and not isinstance(halo, bool) and halo >= 0
+    expect(stated, "net.halo", "an int, at least 0, or None", repr(halo))
+    return halo
+
+
+def bytes_per_position(net: nn.Module, in_channels: int, element_size: int) -> int:
+    """Bytes of activations per sample and position at the peak of forward and backward, as the net states or estimated.
+
+    The estimate: (TENSORS_PER_LAYER sum of out_channels + 2 in_channels) element_size, the sum over the distinct
+    Conv and Linear submodules. It is right within a factor of two for chains of convolutions that keep the resolution,
+    and too low for attention or for layers called many times: such a net states its own.
+
+    Args:
+        net: the coupling net.
+        in_channels: C1, and Cc where there is a condition.
+        element_size: bytes of one activation.
+
+    Raises:
+        ValueError: the net states something else than a positive int.
+    """
+    stated = getattr(net, "bytes_per_position", None)
+    if stated is not None:
+        size = stated(element_size)
+        valid = isinstance(size, int) and not isinstance(size, bool) and size > 0
+        expect(valid, "net.bytes_per_position", "a positive int", repr(size))
+        return int(size)
+    width = 0
+    for module in net.modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            width += module.out_channels
+        elif isinstance(module, nn.Linear):
+            width += module.out_features
+    return (TENSORS_PER_LAYER * width + 2 * in_channels) * element_size
+
+
+def draws_random_numbers(net: nn.Module) -> bool:
+    """Whether a submodule is a dropout or the like in training mode.
+
+    Calls of ``F.dropout`` inside a forward do not show here: :class:`~pyglow_fast.coupling_nets.state.GeneratorState`
+    tells them by what they do.
+    """
+
+    def draws(module: nn.Module) -> bool:
+        if not module.training:
+            return False
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            return module.p > 0
+        dropout = getattr(module, "dropout", 0.0)  # attention and recurrent layers
+        return isinstance(module, nn.RReLU) or (isinstance(dropout, float) and dropout > 0)
+
+    return any(draws(module) for module in net.modules())
+
+
+def mixes_positions(net: nn.Module) -> bool:
+    """Whether a submodule normalises over all positions of a sample, so that a strip alone gives something else."""
+    norms = (nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
+    return any(isinstance(module, norms) for module in net.modules())
+
+
+def check_net(net: nn.Module) -> None:
+    """Refuse a net whose output for one sample depends on the others, or that changes when it is run again.
+
+    Raises:
+        ValueError: a BatchNorm that uses the statistics of the batch (in training mode, or without running ones), an
+            InstanceNorm that updates running statistics, a halo or a cost that is no number.
+    """
+    for name, module in net.named_modules():
+        where, found = f"net.{name}" if name else "net", type(module).__name__
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            own = not module.training and module.running_mean is not None
+            expected = (
+                "no BatchNorm that uses the statistics of the batch (the net runs in chunks, and twice); .eval() it"
+            )
+            expect(own, where, expected, f"{found} in {'training' if module.training else 'eval'} mode")
+        if isinstance(module, nn.modules.instancenorm._InstanceNorm):
+            still = not (module.training and module.track_running_stats)
+            expect(still, where, "no running statistics that each run of the net updates", f"{found} in training mode")
+    halo_of(net)
+    bytes_per_position(net, 1, 4)

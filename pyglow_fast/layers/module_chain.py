@@ -1,0 +1,194 @@
+"""Steps that are any invertible modules, run with constant memory: each is inverted and differentiated in backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from pyglow_fast._errors import expect
+from pyglow_fast.coupling_nets import GeneratorState, captured_autocast, check_leaves, check_net
+from pyglow_fast.reversible import DriftControl
+from pyglow_fast.reversible.drift import Witness, anchor_drift
+from pyglow_fast.reversible.walk import Walk
+
+
+class _Direction(nn.Module):
+    """A step's forward or inverse, as a module that functional_call can call."""
+
+    def __init__(self, step: nn.Module, inverse: bool) -> None:
+        super().__init__()
+        self.step, self.is_inverse = step, inverse
+
+    def forward(self, x: Tensor, cond: Tensor | None) -> Any:
+        inputs = (x,) if cond is None else (x, cond)
+        return self.step.inverse(*inputs) if self.is_inverse else self.step(*inputs)  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class _Memo:
+    generators: GeneratorState | None
+    autocast: Callable[[], Any]
+
+
+class ModuleChain:
+    """K modules with forward and inverse; see :class:`~pyglow_fast.layers.reversible_sequence.ReversibleSequence`."""
+
+    def __init__(self, steps: Sequence[nn.Module], control: DriftControl | None) -> None:
+        for step in steps:
+            check_net(step)
+        self.steps, self.control = list(steps), control
+        named = [list(step.named_parameters()) for step in steps]
+        self.names = [[f"step.{name}" for name, _ in parameters] for parameters in named]
+        self.params = [parameter for parameters in named for _, parameter in parameters]
+
+    def params_of(self, params: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        """The flat list of parameters, by step."""
+        parts, at = [], 0
+        for names in self.names:
+            parts.append(params[at : at + len(names)])
+            at += len(names)
+        return parts
+
+    def call(self, k: int, x: Tensor, cond: Tensor | None, params: Sequence[Tensor], inverse: bool) -> Any:
+        """Step k with the given parameters in the place of its own."""
+        module = _Direction(self.steps[k], inverse)
+        return torch.func.functional_call(module, dict(zip(self.names[k], params, strict=True)), (x, cond))
+
+    def run(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+        """z and log_det; memory as the control's anchors want it, or (without a control) every step's input."""
+        return _RunModules.apply(self, x, cond, *self.params)
+
+
+class _ModuleWalk(Walk):
+    def __init__(
+        self,
+        chain: ModuleChain,
+        x: Tensor,
+        cond: Tensor | None,
+        params: Sequence[Sequence[Tensor]],
+        anchors: dict[int, Tensor],
+        witnesses: Sequence[Witness],
+        memos: Sequence[_Memo],
+        spacing: int,
+        grad_log_det: Tensor,
+    ) -> None:
+        n = len(chain.steps)
+        super().__init__(n, x, anchors, chain.control or DriftControl(n), spacing)
+        self.chain, self.cond, self.params, self.witnesses, self.memos = chain, cond, params, witnesses, memos
+        self.grad_log_det = grad_log_det
+        self.grad_params: list[tuple[Tensor | None, ...]] = [()] * n
+        self.grad_conds: list[Tensor | None] = [None] * n
+
+    def _repeated(self, k: int, run: Callable[[], Any]) -> Any:
+        memo = self.memos[k]
+        with memo.autocast():
+            if memo.generators is None:
+                return run()
+            with memo.generators.replayed():
+                return run()
+
+    def invert(self, k: int, y: Tensor, grad_y: Tensor, anchor: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The module's inverse, then its forward with gradients."""
+        x, _ = self._repeated(k, partial(self.chain.call, k, y, self.cond, self.params[k], True))
+        return x, self.differentiate(k, x if anchor is None else anchor, grad_y)
+
+    def drift(self, k: int, x: Tensor, anchor: Tensor | None) -> Tensor:
+        """Of the input itself."""
+        return self.witnesses[k].drift_of(x) if anchor is None else anchor_drift(x, anchor)
+
+    def redo(self, first: int, last: int, x: Tensor, grad: Tensor) -> Tensor:
+        """Inputs forward from the anchor, kept, then back."""
+        inputs = [x]
+        for k in range(first, last):
+            inputs.append(
+                self._repeated(k, partial(self.chain.call, k, inputs[-1], self.cond, self.params[k], False))[0]
+            )
+        for k in reversed(range(first, last + 1)):
+            grad = self.differentiate(k, inputs[k - first], grad)
+        return grad
+
+    def differentiate(self, k: int, x: Tensor, grad_y: Tensor) -> Tensor:
+        """The gradient of step k's input; those of its parameters and of cond go to their slots."""
+        leaf = x.detach().requires_grad_()
+        params = [parameter.detach().requires_grad_(parameter.requires_grad) for parameter in self.params[k]]
+        cond = None if self.cond is None else self.cond.detach().requires_grad_(self.cond.requires_grad)
+        with torch.enable_grad():
+            y, log_det = self._repeated(k, partial(self.chain.call, k, leaf, cond, params, False))
+        slots = [leaf, cond, *params]
+        wanted = [slot for slot in slots if slot is not None and slot.requires_grad]
+        for output in (y, log_det):
+            check_leaves(output, wanted)
+        pairs = [(o, g) for o, g in ((y, grad_y), (log_det, self.grad_log_det)) if o.requires_grad]
+        outputs, grads = [o for o, _ in pairs], [g.to(o.dtype) for o, g in pairs]
+        found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
+        grad_x, self.grad_conds[k], *rest = [
+            next(found) if slot is not None and slot.requires_grad else None for slot in slots
+        ]
+        self.grad_params[k] = tuple(rest)
+        return torch.zeros_like(x) if grad_x is None else grad_x
+
+
+class _RunModules(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, chain: ModuleChain, x: Tensor, cond: Tensor | None, *params: Tensor) -> tuple[Tensor, Tensor]:
+        """z, log_det (N,)."""
+        by_step, control = chain.params_of(params), chain.control
+        if control is not None and control.checkpoints:
+            control = None
+        every = range(1, len(chain.steps))
+        keep = set(every if control is None else control.anchors())
+        anchors: dict[int, Tensor] = {}
+        witnesses: list[Tensor] = []
+        memos, log_det, z = [], x.new_zeros(x.shape[0]), x
+        for k in range(len(chain.steps)):
+            if k in keep:
+                anchors[k] = z
+            if control is not None:
+                witness = Witness.of(z)
+                witnesses += [witness.projection, witness.norm]
+            before = GeneratorState.capture(x.device)
+            outputs = chain.call(k, z, cond, by_step[k], inverse=False)
+            pair = isinstance(outputs, tuple) and len(outputs) == 2
+            expect(pair, f"steps[{k}]", "a forward that returns (z, log_det)", type(outputs).__name__)
+            # A step may hand its input on as it is; an output of a function must be its own.
+            z, step_log_det = outputs[0] if outputs[0] is not x else x.clone(), outputs[1]
+            memos.append(_Memo(before if before.moved() else None, captured_autocast(x.device.type)))
+            log_det = log_det + step_log_det
+        ctx.chain, ctx.memos, ctx.has_cond = chain, memos, cond is not None
+        ctx.spacing = len(chain.steps) if control is None else control.spacing
+        ctx.anchor_steps, ctx.n_witnesses = list(anchors), len(witnesses)
+        ctx.save_for_backward(x, z, *([] if cond is None else [cond]), *params, *anchors.values(), *witnesses)
+        return z, log_det
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_z: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, cond and the parameters."""
+        chain: ModuleChain = ctx.chain
+        x, z, *rest = ctx.saved_tensors
+        cond = rest.pop(0) if ctx.has_cond else None
+        n_params, n_anchors = len(chain.params), len(ctx.anchor_steps)
+        params, inner = rest[:n_params], rest[n_params:]
+        anchors = dict(zip(ctx.anchor_steps, inner[:n_anchors], strict=True))
+        seen = inner[n_anchors:]
+        witnesses = [Witness(*seen[i : i + 2]) for i in range(0, len(seen), 2)]
+        walk = _ModuleWalk(
+            chain, x, cond, chain.params_of(params), anchors, witnesses, ctx.memos, ctx.spacing, grad_log_det
+        )
+        if witnesses:
+            grad_x = walk.run(z, grad_z)
+        else:
+            if chain.control is not None:
+                chain.control.record_checkpointed()
+            grad_x = grad_z
+            for k in reversed(range(len(chain.steps))):
+                grad_x = walk.differentiate(k, x if k == 0 else anchors[k], grad_x)
+        found = [grad for grad in walk.grad_conds if grad is not None]
+        grad_cond = torch.stack(found).sum(0) if found else None
+        return (None, grad_x, grad_cond, *[grad for step in walk.grad_params for grad in step])

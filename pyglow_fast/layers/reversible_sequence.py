@@ -1,0 +1,226 @@
+"""Steps of a flow whose training memory does not grow with their number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from pyglow_fast import functional
+from pyglow_fast._errors import expect
+from pyglow_fast.coupling_nets.plan import budget_bytes
+from pyglow_fast.layers._base import FlowLayer, check_input
+from pyglow_fast.layers.flow_step import FlowStep, fold_steps, maps_log_det, run_steps, run_steps_inverse
+from pyglow_fast.layers.module_chain import ModuleChain
+from pyglow_fast.reversible import Chain, DriftControl, run_chain
+
+MEMORY_MODES = ("reversible", "checkpoint", "store")
+
+
+class ReversibleSequence(FlowLayer):
+    """z = f_K(... f_1(x)), log_det their sum; what the backward needs is recomputed rather than stored.
+
+    Memory modes, at any time by assigning to ``memory``:
+
+    - "store": ordinary autograd. Memory grows with K and with the nets' hidden layers.
+    - "checkpoint": the state of every step is kept, the nets are run again. Exact.
+    - "reversible": the output and a few anchors are kept, states are recomputed by inversion: one more run of the net
+      a step, as in "checkpoint". What has drifted beyond the tolerance is found and redone by checkpointing, so that
+      the gradient is right in any case; the anchors' spacing adapts (see docs/memory.md).
+
+    In the last two, and always without gradients, the coupling nets run in chunks of samples and rows, so that their
+    activations stay within ``memory_budget``.
+
+    Args:
+        steps: FlowSteps of one width (fused), or any modules with ``forward(x, cond=None) -> (z, log_det)`` and
+            ``inverse``; their parameters must be theirs alone and their output a function of the input.
+        memory: a mode.
+        anchor_every: steps between stored states: "auto", an int, or None for none but the input.
+        tolerance: largest relative drift of a recomputed state, or None for the default by dtype.
+        memory_budget: bytes of one net's activations, or "auto".
+
+    Shapes: x, z (N, C, *spatial), float32 or float64; log_det (N,), nats.
+
+    Raises:
+        ValueError: a wrong option or input; BatchNorm in training mode; a net that uses other tensors that require a
+            gradient than its parameters and inputs (in the backward).
+
+    References: Gomez et al. 2017 (reversible backward), Kingma & Dhariwal 2018 (the steps).
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[nn.Module],
+        memory: str = "reversible",
+        anchor_every: str | int | None = "auto",
+        tolerance: float | None = None,
+        memory_budget: str | int = "auto",
+    ) -> None:
+        super().__init__()
+        expect(len(steps) > 0, "steps", "at least one step", len(steps))
+        for i, step in enumerate(steps):
+            invertible = isinstance(step, nn.Module) and callable(getattr(step, "inverse", None))
+            expect(invertible, f"steps[{i}]", "a module with forward and inverse", type(step).__name__)
+            self.add_module(str(i), step)
+        self._fused = all(isinstance(step, FlowStep) for step in steps)
+        if self._fused:
+            widths = {cast(FlowStep, step).channels for step in steps}
+            expect(len(widths) == 1, "steps", "FlowSteps of one width", sorted(widths))
+        self.control = DriftControl(len(steps), anchor_every, tolerance)
+        self.memory = memory
+        self.memory_budget = memory_budget
+
+    @property
+    def memory(self) -> str:
+        """The memory mode."""
+        return self._memory
+
+    @memory.setter
+    def memory(self, memory: str) -> None:
+        expect(memory in MEMORY_MODES, "memory", f"one of {MEMORY_MODES}", repr(memory))
+        self._memory = memory
+
+    @property
+    def memory_budget(self) -> str | int:
+        """Bytes of one net's activations, or "auto"."""
+        return self._memory_budget
+
+    @memory_budget.setter
+    def memory_budget(self, budget: str | int) -> None:
+        budget_bytes(budget, "cpu")
+        self._memory_budget = budget
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(cast("list[nn.Module]", list(self._modules.values())))
+
+    def __getitem__(self, index: int) -> nn.Module:
+        return list(self)[index]
+
+    def flow_steps(self) -> list[FlowStep]:
+        """The steps, if all are FlowSteps."""
+        return [step for step in self if isinstance(step, FlowStep)]
+
+    def forward(self, x: Tensor, cond: Tensor | None = None, squeeze_first: bool = False) -> tuple[Tensor, Tensor]:
+        """x -> z. squeeze_first (FlowSteps only): x (N, C / 2^d, *(2 spatial)) is squeezed as it is read."""
+        expect(
+            self._fused or not squeeze_first, "squeeze_first", "False, as not all steps are FlowSteps", squeeze_first
+        )
+        if self._fused and not squeeze_first:
+            check_input("x", x, self.flow_steps()[0].channels, self.flow_steps()[0].actnorm.bias)
+        if self.training and not self._is_initialized():
+            self._initialize_steps(x, cond, squeeze_first)
+        records = torch.is_grad_enabled() and (
+            x.requires_grad
+            or (cond is not None and cond.requires_grad)
+            or any(parameter.requires_grad for parameter in self.parameters())
+        )
+        recomputes = records and self.memory != "store" and not torch.compiler.is_compiling()
+        if not self._fused:
+            return self._run_modules(x, cond, recomputes)
+        steps = self.flow_steps()
+        if not recomputes:
+            budget = None if records or torch.compiler.is_compiling() else self.memory_budget
+            return run_steps(steps, x, cond, squeeze_first, budget)
+        runners = [step.coupling.runner(self.memory_budget) for step in steps]
+        maps = fold_steps(steps)
+        chain = Chain(
+            runners,
+            [len(runner.params) for runner in runners],
+            [step.coupling.spec for step in steps],
+            steps[0].channels // 2,
+            squeeze_first,
+            self.control if self.memory == "reversible" else None,
+        )
+        params = [parameter for runner in runners for parameter in runner.params]
+        matrices = torch.stack([channel_map.matrix for channel_map in maps])
+        offsets = torch.stack([channel_map.offset for channel_map in maps])
+        z, log_det = run_chain(chain, x, cond, matrices, offsets, params)
+        return z, log_det + maps_log_det(maps, z)
+
+    def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """z -> x."""
+        if self._fused:
+            steps = self.flow_steps()
+            check_input("z", z, steps[0].channels, steps[0].actnorm.bias)
+            chunked = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            return run_steps_inverse(steps, z, cond, self.memory_budget if chunked else None)
+        log_det = z.new_zeros(z.shape[0])
+        for step in reversed(list(self)):
+            z, step_log_det = step.inverse(z) if cond is None else step.inverse(z, cond)  # type: ignore[operator]
+            log_det = log_det + step_log_det
+        return z, log_det
+
+    def initialize(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Data-dependent initialisation, step after step, each from the output of those before it; returns z."""
+        return self._initialize_steps(x, cond, False)
+
+    @torch.no_grad()
+    def _initialize_steps(self, x: Tensor, cond: Tensor | None, squeeze_first: bool) -> Tensor:
+        if squeeze_first:
+            x = functional.squeeze(x)
+        for step in self:
+            if hasattr(step, "initialize"):
+                x = step.initialize(x, cond)  # type: ignore[operator]
+            else:
+                x = (step(x) if cond is None else step(x, cond))[0]
+        return x
+
+    def _is_initialized(self) -> bool:
+        return all(getattr(module, "is_initialized", True) for module in self.modules() if module is not self)
+
+    def _run_modules(self, x: Tensor, cond: Tensor | None, recomputes: bool) -> tuple[Tensor, Tensor]:
+        if recomputes:
+            return ModuleChain(list(self), self.control if self.memory == "reversible" else None).run(x, cond)
+        log_det = x.new_zeros(x.shape[0])
+        for step in self:
+            x, step_log_det = step(x) if cond is None else step(x, cond)
+            log_det = log_det + step_log_det
+        return x, log_det
+
+    def memory_report(self) -> dict[str, Any]:
+        """Mode, spacing, drift and what was redone so far; bytes of the anchors need a shape: see plan_chunks."""
+        control = self.control
+        return {
+            "memory": self.memory,
+            "steps": len(self),
+            "anchor_every": control.spacing,
+            "passes": control.passes,
+            "last_drift": control.last_drift,
+            "largest_drift": control.largest_drift,
+            "trips": control.trips,
+            "redone_steps": control.redone_steps,
+        }
+
+    def get_extra_state(self) -> Tensor:
+        """The drift control's state, saved with the weights."""
+        return self.control.state()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Continue with a saved drift control."""
+        self.control.load_state(state)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        key = prefix + "_extra_state"
+        if key in missing_keys:  # weights saved without it, such as converted ones: the control begins anew
+            missing_keys.remove(key)
+
+    def extra_repr(self) -> str:
+        """Mode, for repr."""
+        return f"memory={self.memory!r}"

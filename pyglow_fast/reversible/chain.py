@@ -1,0 +1,174 @@
+"""One autograd function for a run of flow steps: states recomputed by inversion, or kept and nets recomputed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pyglow_fast import functional
+from pyglow_fast.reference import CouplingSpec
+from pyglow_fast.reversible.backward import ChainBackward
+from pyglow_fast.reversible.drift import DriftControl, Witness
+from pyglow_fast.reversible.protocol import NetRun
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A run of K flow steps of one width, apart from its tensors.
+
+    Attributes:
+        nets: of each step.
+        n_params: how many parameters each net takes.
+        specs: the coupling of each step.
+        kept: channels that feed the net.
+        squeeze_first: the input is squeezed as it is read.
+        control: decides on anchors; None: all states are kept (checkpointing), as also where it wants all.
+    """
+
+    nets: Sequence[NetRun]
+    n_params: Sequence[int]
+    specs: Sequence[CouplingSpec]
+    kept: int
+    squeeze_first: bool
+    control: DriftControl | None
+
+    def __len__(self) -> int:
+        return len(self.nets)
+
+    def params_of(self, params: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        """The flat list of parameters, by step."""
+        parts, at = [], 0
+        for count in self.n_params:
+            parts.append(params[at : at + count])
+            at += count
+        return parts
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a forward pass keeps besides its input and output: states by step, and what repeats the nets' runs."""
+
+    anchors: dict[int, Tensor]  # inputs of steps; none if checkpointing
+    states: list[Tensor]  # u of every step; none unless checkpointing
+    witnesses: list[Witness]  # of u, by step; none if checkpointing
+    memos: list[Any]
+    spacing: int
+
+
+def forward_pass(
+    chain: Chain,
+    x: Tensor,
+    cond: Tensor | None,
+    matrices: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    params: Sequence[Sequence[Tensor]],
+) -> tuple[Tensor, Tensor, Kept]:
+    """z, the couplings' log_det (N,), and what is kept. Between nets there is one pass; two where an anchor lies."""
+    control = chain.control
+    if control is not None and control.checkpoints:
+        control = None
+    anchor_steps = set() if control is None else set(control.anchors())
+    kept = Kept({}, [], [], [], len(chain) if control is None else control.spacing)
+    u = functional.channel_mix(x, matrices[0], offsets[0], chain.squeeze_first)
+    log_det = u.new_zeros(u.shape[0])
+    for k, (net, spec) in enumerate(zip(chain.nets, chain.specs, strict=True)):
+        if control is None:
+            kept.states.append(u)
+        else:
+            kept.witnesses.append(Witness.of(u))
+        net_out, memo = net.forward(u[:, : chain.kept], cond, params[k])
+        kept.memos.append(memo)
+        if k + 1 == len(chain):
+            u, step_log_det = functional.coupling(u, net_out, spec)
+        elif k + 1 in anchor_steps:
+            y, step_log_det = functional.coupling(u, net_out, spec)
+            kept.anchors[k + 1] = y
+            u = functional.channel_mix(y, matrices[k + 1], offsets[k + 1])
+        else:
+            u, step_log_det = functional.coupling_mix(u, net_out, matrices[k + 1], offsets[k + 1], spec)
+        log_det += step_log_det
+    return u, log_det, kept
+
+
+class _Run(torch.autograd.Function):
+    """z, log_det of a chain; everything that its backward needs is an input, an output or in ``Kept``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        chain: Chain,
+        x: Tensor,
+        cond: Tensor | None,
+        matrices: Tensor,
+        offsets: Tensor,
+        *params: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """z like x (squeezed), log_det (N,)."""
+        by_step = chain.params_of(params)
+        z, log_det, kept = forward_pass(chain, x, cond, matrices.unbind(), offsets.unbind(), by_step)
+        ctx.chain, ctx.memos, ctx.spacing, ctx.has_cond = chain, kept.memos, kept.spacing, cond is not None
+        ctx.anchor_steps, ctx.n_witnesses = list(kept.anchors), len(kept.witnesses)
+        witnesses = [part for witness in kept.witnesses for part in (witness.projection, witness.norm)]
+        conditions = [] if cond is None else [cond]
+        inner = [*kept.anchors.values(), *witnesses, *kept.states]
+        ctx.save_for_backward(x, z, matrices, offsets, *conditions, *params, *inner)
+        return z, log_det
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_z: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, cond, M, c and the nets' parameters."""
+        chain: Chain = ctx.chain
+        x, z, matrices, offsets, *rest = ctx.saved_tensors
+        cond = rest.pop(0) if ctx.has_cond else None
+        n_params, n_anchors = sum(chain.n_params), len(ctx.anchor_steps)
+        params, inner = rest[:n_params], rest[n_params:]
+        anchors = dict(zip(ctx.anchor_steps, inner[:n_anchors], strict=True))
+        seen = inner[n_anchors : n_anchors + 2 * ctx.n_witnesses]
+        witnesses = [Witness(*seen[i : i + 2]) for i in range(0, len(seen), 2)]
+        states = inner[n_anchors + len(seen) :]
+        kept = Kept(anchors, states, witnesses, ctx.memos, ctx.spacing)
+        backward = ChainBackward(
+            chain, x, cond, matrices, offsets, chain.params_of(params), kept, grad_log_det, ctx.needs_input_grad[2]
+        )
+        grad_x = backward.run(z, grad_z)
+        return (
+            None,
+            grad_x,
+            backward.grad_cond,
+            torch.stack(backward.grad_matrices),
+            torch.stack(backward.grad_offsets),
+            *[grad for step in backward.grad_params for grad in step],
+        )
+
+
+@torch.compiler.disable
+def run_chain(
+    chain: Chain,
+    x: Tensor,
+    cond: Tensor | None,
+    matrices: Tensor,
+    offsets: Tensor,
+    params: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """z and the couplings' sum log s of K steps: u = M x + c, then the coupling of u, K times.
+
+    Memory that lives until the backward: x, z, and per step an (N, C) projection and norm, plus the anchors that the
+    chain's control asks for; without a control the state of every step. Nothing of the nets.
+
+    Args:
+        chain: the steps.
+        x: (N, C, *spatial); with chain.squeeze_first (N, C / 2^d, *(2 spatial)).
+        cond: what the nets get besides, or None.
+        matrices, offsets: (K, C, C) and (K, C).
+        params: of all nets, flat.
+
+    Returns:
+        z (N, C, *spatial) and log_det (N,), nats.
+    """
+    return _Run.apply(chain, x, cond, matrices, offsets, *params)

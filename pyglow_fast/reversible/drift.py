@@ -1,0 +1,239 @@
+"""How far recomputed states are from the true ones, and what is done about it.
+
+Inverting a step amplifies rounding, so a state recomputed over many steps drifts. Stored states (anchors) restart the
+recomputation, and each tells the exact drift of its segment. In between, every step has kept an N x C projection of its
+state on random signs: a recomputed state is held against it. A segment that drifts beyond the tolerance is redone from
+its anchor by checkpointing, and the anchors move closer for the passes that follow; while it stays far below, they move
+apart.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyglow_fast._errors import expect
+
+START_SPACING = 4
+# The projection of an error on random signs is its norm times about a standard normal number, of which many are drawn.
+PROJECTION_SLACK = 4.0
+GROW_BELOW = 0.25  # of the tolerance: a spacing twice as wide then still fits
+GROW_AFTER = 4  # passes in a row
+FIRST_HOLD, LAST_HOLD = 32, 1024  # passes until a spacing that drifted is tried again, doubled each time
+WINDOW = 64  # passes over which redone steps are counted for the warning
+FREQUENT = 0.25  # of the steps
+# An error is measured against the norm of its own channel, so that a small channel cannot hide behind large ones; but
+# not below this part of the largest, since a channel of nothing but rounding is no state.
+FLOOR = 1e-6
+
+
+def default_tolerance(dtype: torch.dtype) -> float:
+    """The largest relative drift of a state whose gradients are still as good as stored ones; see docs/memory.md."""
+    return 32.0 * torch.finfo(dtype).eps
+
+
+@functools.lru_cache(maxsize=16)
+def _signs(positions: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, float]:
+    generator = torch.Generator().manual_seed(positions)
+    signs = torch.randint(2, (positions,), generator=generator, dtype=torch.int8) * 2 - 1
+    return signs.to(device, dtype), float(signs.sum())
+
+
+def project(x: Tensor) -> Tensor:
+    """sum over the positions of sign x, per sample and channel: (N, C)."""
+    flat = x.flatten(2) if x.dim() > 2 else x.unsqueeze(-1)
+    return flat @ _signs(flat.shape[2], x.dtype, x.device)[0]
+
+
+def norms(x: Tensor) -> Tensor:
+    """The Euclidean norm over the positions, per sample and channel: (N, C)."""
+    return torch.linalg.vector_norm(x.flatten(2) if x.dim() > 2 else x.unsqueeze(-1), dim=2)
+
+
+def _relative(error: Tensor, norm: Tensor) -> Tensor:
+    if error.numel() == 0:
+        return error.new_zeros(())
+    # A sample's norm of a channel may be small by chance (a single position): not below the batch's typical one.
+    typical = norm.square().mean(dim=0).sqrt()
+    floor = (FLOOR * typical.amax()).clamp_min(torch.finfo(norm.dtype).tiny)
+    return (error / norm.maximum(typical).maximum(floor)).amax()
+
+
+@dataclass(frozen=True)
+class Witness:
+    """What a step keeps of the state u that entered its coupling: a projection and norms, (N, C) each."""
+
+    projection: Tensor
+    norm: Tensor
+
+    @classmethod
+    def of(cls, u: Tensor) -> Witness:
+        """Seen in the forward pass."""
+        return cls(project(u), norms(u))
+
+    def drift_of(self, x: Tensor) -> Tensor:
+        """The same of x itself: about its largest relative error against the state that was seen."""
+        return _relative((project(x) - self.projection).abs(), self.norm) / PROJECTION_SLACK
+
+    def drift(self, x: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
+        """About the largest relative error of M x + c, given a recomputed x; a scalar tensor, NaN if x is.
+
+        The projection is linear: that of M x + c needs no pass over it.
+        """
+        positions = x[0, 0].numel() if x.numel() else 1
+        signs_sum = _signs(positions, x.dtype, x.device)[1]
+        expected = torch.addmm(signs_sum * offset, project(x), matrix.T)
+        return _relative((expected - self.projection).abs(), self.norm) / PROJECTION_SLACK
+
+
+def anchor_drift(recomputed: Tensor, true: Tensor) -> Tensor:
+    """The largest relative error of a recomputed state over samples and channels; a scalar tensor, NaN if it is."""
+    return _relative(norms(recomputed - true), norms(true))
+
+
+class DriftControl:
+    """The anchors' spacing of one run of steps, adapted from pass to pass.
+
+    Args:
+        n_steps: K.
+        anchor_every: steps between anchors: "auto", a fixed int, or None for none but the run's own input.
+        tolerance: largest relative drift of a state; None: by dtype.
+
+    Raises:
+        ValueError: a wrong option.
+    """
+
+    def __init__(self, n_steps: int, anchor_every: str | int | None = "auto", tolerance: float | None = None) -> None:
+        fixed = isinstance(anchor_every, int) and not isinstance(anchor_every, bool) and anchor_every >= 1
+        expect(
+            anchor_every in ("auto", None) or fixed,
+            "anchor_every",
+            '"auto", None or a positive int',
+            repr(anchor_every),
+        )
+        number = isinstance(tolerance, int | float) and not isinstance(tolerance, bool) and tolerance > 0
+        expect(tolerance is None or number, "tolerance", "None or a positive number", repr(tolerance))
+        self.n_steps, self.anchor_every, self.tolerance = n_steps, anchor_every, tolerance
+        self._lock = threading.Lock()
+        self._warned_at = -1
+        self.passes = self.trips = self.redone_steps = 0
+        self.last_drift = self.largest_drift = 0.0
+        self._auto_spacing = min(START_SPACING, max(n_steps, 1))
+        self._calm = self._hold = 0
+        self._next_hold = FIRST_HOLD
+        self._too_wide = 0  # the spacing that drifted last
+        self._recent_redone = 0.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the lock: copies and pickles have their own."""
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    @property
+    def spacing(self) -> int:
+        """Steps from one anchor to the next, now."""
+        if self.anchor_every is None:
+            return max(self.n_steps, 1)
+        if isinstance(self.anchor_every, int):
+            return self.anchor_every
+        return self._auto_spacing
+
+    def limit(self, dtype: torch.dtype) -> float:
+        """The tolerance for a state of that dtype."""
+        return default_tolerance(dtype) if self.tolerance is None else float(self.tolerance)
+
+    @property
+    def checkpoints(self) -> bool:
+        """Whether anchors would lie at every step now, so that nothing is left to recompute from its output."""
+        return self.n_steps > 1 and self.spacing == 1
+
+    def anchors(self) -> list[int]:
+        """The steps (but for the first) whose input is stored in a forward pass that begins now."""
+        return list(range(self.spacing, self.n_steps, self.spacing))
+
+    def record_checkpointed(self) -> None:
+        """After a backward pass in which every state was kept: in time, a wider spacing is tried again."""
+        with self._lock:
+            self.passes += 1
+            self._recent_redone -= self._recent_redone / min(self.passes, WINDOW)
+            self._hold = max(0, self._hold - 1)
+            if self.anchor_every == "auto" and self._hold == 0:
+                self._auto_spacing = min(2, self.n_steps)
+
+    def record(self, drift: float, limit: float, redone: int, spacing: int) -> None:
+        """After a backward pass: the worst drift seen, the steps that were redone, the spacing it ran with."""
+        with self._lock:
+            self.passes += 1
+            self.last_drift = drift
+            self.largest_drift = max(self.largest_drift, drift) if drift == drift else float("nan")
+            self.redone_steps += redone
+            self._recent_redone += (redone / max(self.n_steps, 1) - self._recent_redone) / min(self.passes, WINDOW)
+            if redone:
+                self.trips += 1
+            self._adapt(drift, limit, redone, spacing)
+            frequent = self._recent_redone > FREQUENT and self.passes >= WINDOW // 4
+            if frequent and (self._warned_at < 0 or self.passes - self._warned_at >= 16 * WINDOW):
+                self._warned_at = self.passes
+                warnings.warn(
+                    f"reversible backward: {100 * self._recent_redone:.0f} % of the steps are redone from their "
+                    f'anchors, since recomputed states drift (last: {drift:.1e}, tolerance {limit:.1e}). memory="'
+                    'checkpoint" costs no more time then; a larger scale_eps or clamp keeps steps well invertible',
+                    stacklevel=2,
+                )
+
+    def _adapt(self, drift: float, limit: float, redone: int, spacing: int) -> None:
+        self._hold = max(0, self._hold - 1)
+        if redone:
+            self._calm = 0
+            if spacing <= self._auto_spacing:  # else a pass that began before the last adaptation
+                self._too_wide, self._auto_spacing = self._auto_spacing, max(1, self._auto_spacing // 2)
+                self._hold, self._next_hold = self._next_hold, min(2 * self._next_hold, LAST_HOLD)
+            return
+        self._calm = self._calm + 1 if drift <= GROW_BELOW * limit else 0
+        wider = min(2 * self._auto_spacing, max(self.n_steps, 1))
+        held = self._hold > 0 and wider >= self._too_wide > 0
+        if self._calm >= GROW_AFTER and wider > self._auto_spacing and not held:
+            self._auto_spacing, self._calm = wider, 0
+
+    def state(self) -> Tensor:
+        """All that decides the next passes, as a float64 vector to be saved in checkpoints."""
+        values = (
+            self._auto_spacing,
+            self._calm,
+            self._hold,
+            self._next_hold,
+            self._too_wide,
+            self.passes,
+            self.trips,
+            self.redone_steps,
+            self.last_drift,
+            self.largest_drift,
+            self._recent_redone,
+            self._warned_at,
+        )
+        return torch.tensor(values, dtype=torch.float64)
+
+    def load_state(self, state: Tensor) -> None:
+        """Continue from a saved state."""
+        expect(
+            isinstance(state, Tensor) and state.shape == (12,),
+            "drift control state",
+            "12 numbers",
+            getattr(state, "shape", type(state).__name__),
+        )
+        values = state.double().tolist()
+        whole = [int(value) for value in values[:8]]
+        self._auto_spacing, self._calm, self._hold, self._next_hold, self._too_wide = whole[:5]
+        self._auto_spacing = max(1, min(self._auto_spacing, max(self.n_steps, 1)))
+        self.passes, self.trips, self.redone_steps = whole[5:]
+        self.last_drift, self.largest_drift, self._recent_redone = values[8:11]
+        self._warned_at = int(values[11])

@@ -1,0 +1,118 @@
+"""The backward passes of a flow step outside its net: one kernel each, or autograd through the reference.
+
+Shapes and equations are in csrc/core.h; ``added`` is what the net's backward adds to the gradient of the kept channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pyglow_fast import functional, ops, reference
+from pyglow_fast.reference import CouplingSpec
+
+
+def _gradients(
+    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], output_grads: Sequence[Tensor]
+) -> list[Tensor]:
+    """Of a function's inputs, by autograd; zero for those that it does not use."""
+    leaves = [value.detach().requires_grad_() for value in inputs]
+    with torch.enable_grad():
+        outputs = function(*leaves)
+    pairs = [(out, grad) for out, grad in zip(outputs, output_grads, strict=True) if out.requires_grad]
+    found = torch.autograd.grad(
+        [out for out, _ in pairs], leaves, [grad for _, grad in pairs], allow_unused=True, materialize_grads=True
+    )
+    return list(found)
+
+
+def _compiled(x: Tensor, name: str, spec: CouplingSpec) -> bool:
+    return ops.run_on(x, name) and ops.has_kernel(spec)
+
+
+def _forward_kind(spec: CouplingSpec) -> tuple[int, int, float, float, float]:
+    scale_map, order, _, bias, eps, clamp = ops.kind_arguments(spec, inverse=False)
+    return scale_map, order, bias, eps, clamp
+
+
+def _whole(grad: Tensor, added: Tensor | None) -> Tensor:
+    if added is None:
+        return grad
+    total = grad.clone()
+    total[:, : added.shape[1]] += added
+    return total
+
+
+def step_backward(
+    y: Tensor,
+    net_out: Tensor,
+    grad_y: Tensor,
+    grad_log_det: Tensor,
+    inverse_matrix: Tensor,
+    offset: Tensor,
+    spec: CouplingSpec,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From a step's output y: its input x, and the gradients of u = M x + c (without the net's part) and of net_out."""
+    if _compiled(y, "step_backward", spec):
+        kind = _forward_kind(spec)
+        net_out = functional.readable_net_output(net_out, y)
+        return ops.step_backward(y, net_out, grad_y, grad_log_det, inverse_matrix, offset, *kind)
+    u, _ = functional.coupling_inverse(y, net_out, spec)
+    grad_u, grad_net_out = _gradients(
+        lambda u, net_out: reference.coupling(u, net_out, spec), [u, net_out], [grad_y, grad_log_det]
+    )
+    return functional.channel_unmix(u, inverse_matrix, offset), grad_u, grad_net_out
+
+
+def coupling_backward(
+    u: Tensor, net_out: Tensor, grad_y: Tensor, grad_log_det: Tensor, spec: CouplingSpec
+) -> tuple[Tensor, Tensor]:
+    """From a coupling's true input: the gradients of u (without the net's part) and of net_out."""
+    if _compiled(u, "coupling_backward", spec):
+        kind = ops.kind_arguments(spec, inverse=False)
+        net_out = functional.readable_net_output(net_out, u)
+        y, _ = ops.coupling(u, net_out, *kind)
+        grad_u, grad_net_out, _ = ops.coupling_backward(y, net_out, grad_y, grad_log_det, *kind, False)
+        return grad_u, grad_net_out
+    grad_u, grad_net_out = _gradients(
+        lambda u, net_out: reference.coupling(u, net_out, spec), [u, net_out], [grad_y, grad_log_det]
+    )
+    return grad_u, grad_net_out
+
+
+def coupling_mix_backward(
+    u: Tensor,
+    net_out: Tensor,
+    grad_out: Tensor,
+    grad_log_det: Tensor,
+    matrix: Tensor,
+    offset: Tensor,
+    spec: CouplingSpec,
+    added: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of out = M couple(u) + c: the gradients of u (without the net's part), net_out, M and c."""
+    if _compiled(u, "coupling_mix_backward", spec):
+        net_out = functional.readable_net_output(net_out, u)
+        return ops.coupling_mix_backward(u, net_out, grad_out, grad_log_det, matrix, *_forward_kind(spec), added)
+    grad_u, grad_net_out, grad_matrix, grad_offset = _gradients(
+        lambda u, net_out, matrix, offset: reference.coupling_mix(u, net_out, matrix, offset, spec),
+        [u, net_out, matrix, offset],
+        [_whole(grad_out, added), grad_log_det],
+    )
+    return grad_u, grad_net_out, grad_matrix, grad_offset
+
+
+def channel_mix_backward(
+    x: Tensor, grad_u: Tensor, matrix: Tensor, offset: Tensor, added: Tensor | None, squeeze_first: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of u = M x + c: the gradients of x, M and c."""
+    if ops.run_on(x, "channel_mix_backward") and (x.dim() == 4 or not squeeze_first):
+        return ops.channel_mix_backward(x, grad_u, matrix, None, added, squeeze_first)
+    grad_x, grad_matrix, grad_offset = _gradients(
+        lambda x, matrix, offset: (reference.channel_mix(x, matrix, offset, squeeze_first),),
+        [x, matrix, offset],
+        [_whole(grad_u, added)],
+    )
+    return grad_x, grad_matrix, grad_offset

@@ -1,0 +1,91 @@
+"""The walk back through a run of steps: which states are recomputed, which are judged, and what is redone."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pyglow_fast._errors import can_read
+from pyglow_fast.reversible.drift import DriftControl
+
+
+class Walk(abc.ABC):
+    """One backward pass over K steps whose inputs are recomputed, but for those of anchors.
+
+    Gradients of a step's own tensors are kept by step in the subclasses: a step that is redone overwrites its own.
+    """
+
+    def __init__(
+        self, n_steps: int, x: Tensor, anchors: Mapping[int, Tensor], control: DriftControl, spacing: int
+    ) -> None:
+        self.n_steps, self.x, self.anchors, self.control, self.spacing = n_steps, x, anchors, control, spacing
+        self.worst = 0.0
+        self.redone = 0
+
+    @abc.abstractmethod
+    def invert(self, k: int, y: Tensor, grad_y: Tensor, anchor: Tensor | None) -> tuple[Tensor, Tensor]:
+        """From step k's output: its input, recomputed, and the gradient of it, which uses the true input if given."""
+
+    @abc.abstractmethod
+    def drift(self, k: int, x: Tensor, anchor: Tensor | None) -> Tensor:
+        """The relative error of step k's recomputed input: exact if the true one is given, else by its witness."""
+
+    @abc.abstractmethod
+    def redo(self, first: int, last: int, x: Tensor, grad: Tensor) -> Tensor:
+        """Steps first .. last by checkpointing from the true input x of the first: the gradient of it."""
+
+    def run(self, z: Tensor, grad_z: Tensor) -> Tensor:
+        """The gradient of the run's input; whatever drifts is redone, so that it is right in any case."""
+        limit = self.control.limit(z.dtype)
+        # On a GPU reading a value stops the stream: there it happens once.
+        grad_x = self._judge_each(z, grad_z, limit) if can_read(z) else self._judge_at_the_end(z, grad_z, limit)
+        self.control.record(self.worst, limit, self.redone, self.spacing)
+        return grad_x
+
+    def _segments(self) -> Sequence[tuple[int, int, Tensor]]:
+        """(first step, one past the last, the true input of the first), last segment first."""
+        starts = [0, *sorted(self.anchors)]
+        ends = [*starts[1:], self.n_steps]
+        return [(a, b, self.x if a == 0 else self.anchors[a]) for a, b in zip(starts, ends, strict=True)][::-1]
+
+    def _redo(self, first: int, last: int, x: Tensor, grad: Tensor) -> Tensor:
+        self.redone += last + 1 - first
+        return self.redo(first, last, x, grad)
+
+    def _judge_each(self, z: Tensor, grad_z: Tensor, limit: float) -> Tensor:
+        y, grad = z, grad_z
+        for first, end, true_input in self._segments():
+            grad_end = grad
+            for k in reversed(range(first, end)):
+                anchor = true_input if k == first else None
+                x, grad_before = self.invert(k, y, grad, anchor)
+                drift = float(self.drift(k, x, anchor))
+                self.worst = drift if drift != drift else max(self.worst, drift)
+                if not drift <= limit:
+                    # The later steps of the segment were within bounds, unless only the exact measure tells otherwise.
+                    last, given = (end - 1, grad_end) if anchor is not None else (k, grad)
+                    grad = self._redo(first, last, true_input, given)
+                    break
+                y, grad = x, grad_before
+            y = true_input
+        return grad
+
+    def _judge_at_the_end(self, z: Tensor, grad_z: Tensor, limit: float) -> Tensor:
+        y, grad = z, grad_z
+        drifts = []
+        for first, end, true_input in self._segments():
+            for k in reversed(range(first, end)):
+                anchor = true_input if k == first else None
+                y, grad = self.invert(k, y, grad, anchor)
+                drifts.append(self.drift(k, y, anchor))
+            y = true_input
+        self.worst = float(torch.stack(drifts).amax())
+        if self.worst <= limit:
+            return grad
+        grad = grad_z
+        for first, end, true_input in self._segments():
+            grad = self._redo(first, end - 1, true_input, grad)
+        return grad

@@ -1,0 +1,109 @@
+"""Activations stay within the budget, and what a net states is neither too low nor far too high."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from memory_meter import peak_tensor_bytes
+from torch import Tensor, nn
+
+import pyglow_fast as pgf
+from pyglow_fast.coupling_nets import Chunk, ChunkPlan, plain_call, plan_chunks, run_net, run_net_backward
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+HIDDEN = 64
+
+
+def net_for(actnorm: bool, cond_channels: int = 0) -> nn.Module:
+    net = pgf.CouplingNet(6, 12, HIDDEN, actnorm, cond_channels)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, 0.0, 0.1)
+    return net
+
+
+def backward_peak(net: nn.Module, x: Tensor, cond: Tensor | None, plan: ChunkPlan) -> int:
+    def consume(out: Tensor, chunk: Chunk) -> Tensor:
+        return 2.0 * out
+
+    return peak_tensor_bytes(lambda: run_net_backward(plain_call(net), x, cond, plan, consume, list(net.parameters())))
+
+
+def parameter_bytes(net: nn.Module) -> int:
+    return 4 * sum(parameter.numel() for parameter in net.parameters())
+
+
+@pytest.mark.parametrize("actnorm", [False, True])
+@pytest.mark.parametrize("cond_channels", [0, 40])
+class TestWhatTheNetStates:
+    def peak(self, actnorm: bool, cond_channels: int, autocast: bool = False) -> tuple[int, int]:
+        net, x = net_for(actnorm, cond_channels), torch.randn(2, 6, 64, 64)
+        cond = torch.randn(2, cond_channels, 64, 64) if cond_channels else None
+        plan = plan_chunks(net, x.shape, 4, 10**12)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            peak = backward_peak(net, x, cond, plan)
+        return peak - parameter_bytes(net), plan.peak
+
+    def test_is_enough(self, actnorm: bool, cond_channels: int) -> None:
+        activations, stated = self.peak(actnorm, cond_channels)
+        assert activations <= stated
+
+    def test_is_enough_under_autocast(self, actnorm: bool, cond_channels: int) -> None:
+        activations, stated = self.peak(actnorm, cond_channels, autocast=True)
+        assert activations <= stated
+
+    def test_is_not_far_too_much(self, actnorm: bool, cond_channels: int) -> None:
+        activations, stated = self.peak(actnorm, cond_channels)
+        assert activations >= 0.75 * stated
+
+
+@pytest.mark.parametrize("actnorm", [False, True])
+@pytest.mark.parametrize("fraction", [0.5, 0.25, 0.15])
+def test_backward_stays_within_the_budget(actnorm: bool, fraction: float) -> None:
+    net, x = net_for(actnorm), torch.randn(2, 6, 64, 64)
+    sample = 64 * 64 * net.bytes_per_position(4)
+    budget = int(fraction * sample)
+    plan = plan_chunks(net, x.shape, 4, budget)
+    assert plan.fits
+    assert len(plan.chunks) > 4
+    # Beside the budget: the gradient of x, and the parameters' sums, the chunk's own and the sum of both.
+    beside = x.numel() * 4 + 3 * parameter_bytes(net)
+    peak = backward_peak(net, x, None, plan)
+    assert peak <= budget + beside
+    whole = plan_chunks(net, x.shape, 4, 10**12)
+    assert backward_peak(net, x, None, whole) > 2 * (budget + beside)  # what the bound would not let pass
+
+
+def test_forward_stays_within_the_budget() -> None:
+    net, x = net_for(True), torch.randn(2, 6, 64, 64)
+    plan = plan_chunks(net, x.shape, 4, 64 * 64 * net.bytes_per_position(4) // 4)
+    peak = peak_tensor_bytes(lambda: run_net(net, x, None, plan))
+    assert peak <= plan.budget + 2 * 12 * 64 * 64 * 4
+
+
+def test_a_graph_ends_before_the_next_begins() -> None:
+    """Twice the chunks do not need more than one of them does."""
+    net = net_for(False)
+    peaks = []
+    for n in (2, 8):
+        x = torch.randn(n, 6, 32, 32)
+        plan = plan_chunks(net, x.shape, 4, 32 * 32 * net.bytes_per_position(4))
+        assert len(plan.chunks) == n
+        peaks.append(backward_peak(net, x, None, plan) - x.numel() * 4)
+    assert peaks[0] == peaks[1]
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        nn.Sequential(nn.Conv2d(6, 48, 3, padding=1), nn.ReLU(), nn.Conv2d(48, 48, 1), nn.ReLU(), nn.Conv2d(48, 12, 1)),
+        nn.Sequential(nn.Conv2d(6, 48, 1), nn.SiLU(), nn.Conv2d(48, 48, 1), nn.SiLU(), nn.Conv2d(48, 12, 1)),
+        nn.Sequential(nn.Conv2d(6, 48, 1), nn.GroupNorm(4, 48), nn.ELU(), nn.Conv2d(48, 12, 3, padding=1)),
+    ],
+    ids=["relu", "silu", "norm"],
+)
+def test_the_estimate_for_other_nets_is_right_within_two(net: nn.Module) -> None:
+    x = torch.randn(1, 6, 48, 48)
+    plan = plan_chunks(net, x.shape, 4, 10**12)
+    activations = backward_peak(net, x, None, plan) - parameter_bytes(net)
+    assert plan.peak / 2 <= activations <= 2 * plan.peak

@@ -1,0 +1,361 @@
+"""Chunked nets equal whole ones: outputs and every gradient, at the image's borders too."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import assert_close, memory_layouts
+from net_cases import Consume, DilatedNet, WideNet, coupling_net, objective, plain_gradients, randomised
+from torch import Tensor, nn
+
+from pyglow_fast.coupling_nets import Chunk, ChunkPlan, plain_call, plan_chunks, run_net, run_net_backward
+from pyglow_fast.coupling_nets.traits import bytes_per_position
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# Sums over positions are formed in another order; values and weights here are of order 1 to 10.
+CONDITION = 30.0
+
+
+class SamplesOnly(nn.Module):
+    """Hides the halo of a net."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.net(*inputs)
+
+
+# name -> (net, spatial shape, condition channels)
+CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
+    "1d": (lambda: coupling_net(1), (11,), 0),
+    "2d": (lambda: coupling_net(2), (9, 4), 0),
+    "3d": (lambda: coupling_net(3), (7, 3, 2), 0),
+    "actnorm": (lambda: coupling_net(2, actnorm=True), (9, 4), 0),
+    "cond": (lambda: coupling_net(2, cond_channels=3), (8, 3), 3),
+    "actnorm cond 1d": (lambda: coupling_net(1, True, 2), (9,), 2),
+    "one row": (lambda: coupling_net(2), (1, 5), 0),
+    "lower than the halo": (lambda: coupling_net(2), (2, 3), 0),
+    "one column": (lambda: coupling_net(2), (9, 1), 0),
+    "5x5": (lambda: randomised(WideNet()), (13, 6), 0),
+    "5x5 cond": (lambda: randomised(WideNet(2, 1)), (12, 5), 1),
+    "dilated": (lambda: randomised(DilatedNet()), (15, 5), 0),
+    "unknown halo": (lambda: randomised(DilatedNet(halo=None)), (9, 7), 0),
+    "wrapped": (lambda: SamplesOnly(coupling_net(2, cond_channels=1)), (6, 6), 1),
+}
+# name -> budget as a multiple of one sample's activations
+BUDGETS = {"whole": 1000.0, "two samples": 2.0, "one sample": 1.0, "strips": 0.8, "one row": 1e-9}
+
+
+class Case:
+    def __init__(self, name: str, budget: str, n: int = 3) -> None:
+        make, spatial, cond_channels = CASES[name]
+        self.net, self.params = make(), []
+        self.params = list(self.net.parameters())
+        self.x = torch.randn(n, 2, *spatial, dtype=torch.float64)
+        self.cond = torch.randn(n, cond_channels, *spatial, dtype=torch.float64) if cond_channels else None
+        self.weight = torch.randn(n, 4, *spatial, dtype=torch.float64)
+        sample = self.x[:1, :1].numel() * bytes_per_position(self.net, 2 + cond_channels, 8)
+        self.plan = plan_chunks(
+            self.net, self.x.shape, 8, max(1, int(BUDGETS[budget] * sample)), cond_channels=cond_channels
+        )
+
+    @property
+    def consume(self) -> Consume:
+        return objective(self.weight)[1]
+
+    def whole(self) -> Tensor:
+        return plain_call(self.net)(self.x, self.cond)
+
+    def backward(self) -> list[Tensor | None]:
+        grad_x, grad_cond, grads = run_net_backward(
+            plain_call(self.net), self.x, self.cond, self.plan, self.consume, self.params
+        )
+        return [grad_x, grad_cond, *grads]
+
+
+def assert_gradients(actual: list[Tensor | None], expected: list[Tensor | None]) -> None:
+    for got, wanted in zip(actual, expected, strict=True):
+        assert (got is None) == (wanted is None)
+        if got is not None and wanted is not None:
+            assert_close(got[None], wanted[None], CONDITION)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("name", CASES)
+def test_equal_to_the_net_in_one_piece(name: str, budget: str) -> None:
+    case = Case(name, budget)
+    out = run_net(case.net, case.x, case.cond, case.plan)
+    assert not out.requires_grad
+    assert_close(out, case.whole(), CONDITION)
+    assert_gradients(case.backward(), plain_gradients(case.net, case.x, case.cond, case.weight, case.params))
+
+
+def test_the_cases_are_cut_as_they_are_called() -> None:
+    def strips(name: str, budget: str) -> int:
+        return len({chunk.rows.start for chunk in Case(name, budget).plan.chunks})
+
+    assert Case("2d", "whole").plan.whole
+    assert len(Case("2d", "two samples").plan.chunks) == 2
+    assert len(Case("2d", "one sample").plan.chunks) == 3
+    for name, (_, spatial, _) in CASES.items():
+        cut = name not in ("one row", "lower than the halo", "unknown halo", "wrapped")
+        assert strips(name, "one row") == (spatial[0] if cut else 1)
+    assert 1 < strips("2d", "strips") < 9
+    assert all(chunk.rows.stop - chunk.rows.start < 4 for chunk in Case("5x5", "one row").plan.chunks)
+
+
+def test_a_halo_that_is_too_small_is_seen_by_these_tests() -> None:
+    case = Case("2d", "one row")
+    case.net.halo = 1
+    case.plan = plan_chunks(case.net, case.x.shape, 8, 1)
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_close(run_net(case.net, case.x, None, case.plan), case.whole(), CONDITION)
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_gradients(case.backward(), plain_gradients(case.net, case.x, None, case.weight, case.params))
+
+
+def test_hidden_rows_outside_the_image_are_zero() -> None:
+    # Were they relu(bias), as in an image padded once before the first convolution, the border rows would differ.
+    case = Case("2d", "one row")
+    padded = nn.functional.pad(case.x, (0, 0, 2, 2))
+    wrong = case.net(padded)[:, :, 2:-2]
+    right = run_net(case.net, case.x, None, case.plan)
+    assert_close(right[:, :, 2:-2], wrong[:, :, 2:-2], CONDITION)
+    assert float((right - wrong)[:, :, 0].detach().abs().max()) > 0.1
+    assert_close(right[:, :, 0], case.whole()[:, :, 0], CONDITION)
+
+
+class TestWholePlan:
+    def test_is_the_plain_call(self) -> None:
+        case = Case("actnorm cond 1d", "whole")
+        assert torch.equal(run_net(case.net, case.x, case.cond, case.plan), case.whole())
+        expected = plain_gradients(case.net, case.x, case.cond, case.weight, case.params)
+        for got, wanted in zip(case.backward(), expected, strict=True):
+            assert torch.equal(got, wanted)
+
+    def test_passes_the_tensors_as_they_are(self) -> None:
+        case = Case("cond", "whole")
+        seen: list[tuple[Tensor, Tensor | None]] = []
+
+        def call(x1: Tensor, cond: Tensor | None) -> Tensor:
+            seen.append((x1, cond))
+            return case.net(x1, cond)
+
+        run_net(case.net, case.x, case.cond, case.plan, call)
+        assert seen[0][0] is case.x
+        assert seen[0][1] is case.cond
+        run_net_backward(call, case.x, case.cond, case.plan, case.consume, case.params)
+        for given, own in zip(seen[1], (case.x, case.cond), strict=True):
+            assert given.data_ptr() == own.data_ptr()
+
+
+class TestCall:
+    def test_runs_the_net(self) -> None:
+        case = Case("2d", "strips")
+        other = copy.deepcopy(case.net)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.mul_(1.5)
+        values = dict(other.named_parameters())
+        out = run_net(
+            case.net, case.x, None, case.plan, lambda x1, cond: torch.func.functional_call(case.net, values, (x1,))
+        )
+        assert_close(out, other(case.x), CONDITION)
+
+    def test_consume_gets_each_chunk_in_order_without_gradient(self) -> None:
+        case = Case("2d", "strips")
+        whole, chunks = case.whole(), []
+
+        def consume(out: Tensor, chunk: Chunk) -> Tensor:
+            assert not out.requires_grad
+            assert not torch.is_grad_enabled()
+            assert_close(out, chunk.outputs(whole), CONDITION)
+            chunks.append(chunk)
+            return torch.zeros_like(out)
+
+        run_net_backward(plain_call(case.net), case.x, None, case.plan, consume, case.params)
+        assert tuple(chunks) == case.plan.chunks
+
+    @pytest.mark.parametrize("budget", ["whole", "strips"])
+    def test_gradient_of_the_wrong_shape(self, budget: str) -> None:
+        case = Case("2d", budget)
+        with pytest.raises(
+            ValueError, match=r"grad_out: expected the shape of the net's output, .* found shape \(3,\)"
+        ):
+            run_net_backward(
+                plain_call(case.net), case.x, None, case.plan, lambda out, chunk: torch.zeros(3), case.params
+            )
+
+    @pytest.mark.parametrize(
+        ("call", "found"),
+        [
+            (lambda x1, cond: x1[:, :, ::2], r"shape \("),
+            (lambda x1, cond: x1.flatten(1), r"shape \("),
+            (lambda x1, cond: x1.sum(0, keepdim=True).repeat(7, 1, 1, 1), r"shape \(7,"),
+            (lambda x1, cond: (x1, x1), "tuple"),
+        ],
+    )
+    @pytest.mark.parametrize("budget", ["whole", "one sample", "strips"])
+    def test_output_of_the_wrong_shape(self, call: Callable[..., Tensor], found: str, budget: str) -> None:
+        case = Case("2d", budget)
+        with pytest.raises(ValueError, match=f"net: expected an output .*, found {found}"):
+            run_net(case.net, case.x, None, case.plan, call)
+        with pytest.raises(ValueError, match=f"net: expected an output .*, found {found}"):
+            run_net_backward(call, case.x, None, case.plan, case.consume, ())
+
+
+@pytest.mark.parametrize("budget", ["whole", "one sample", "strips"])
+class TestWantedGradients:
+    def test_some_parameters(self, budget: str) -> None:
+        case = Case("actnorm", budget)
+        case.net.conv1.weight.requires_grad_(False)
+        case.params = [parameter for parameter in case.params if parameter.requires_grad]
+        assert len(case.params) == len(list(case.net.parameters())) - 1
+        assert_gradients(case.backward(), plain_gradients(case.net, case.x, None, case.weight, case.params))
+
+    def test_inputs_not_wanted(self, budget: str) -> None:
+        case = Case("cond", budget)
+        call, expected = plain_call(case.net), plain_gradients(case.net, case.x, case.cond, case.weight, case.params)
+        arguments = (call, case.x, case.cond, case.plan, case.consume, case.params)
+        for needs_x1, needs_cond in ((False, False), (True, False), (False, True)):
+            grad_x, grad_cond, grads = run_net_backward(*arguments, needs_x1=needs_x1, needs_cond=needs_cond)
+            wanted = [expected[0] if needs_x1 else None, expected[1] if needs_cond else None, *expected[2:]]
+            assert_gradients([grad_x, grad_cond, *grads], wanted)
+
+    def test_inputs_only(self, budget: str) -> None:
+        case = Case("cond", budget)
+        expected = plain_gradients(case.net, case.x, case.cond, case.weight, case.params)
+        case.net.requires_grad_(False)
+        case.params = []
+        assert_gradients(case.backward(), expected[:2])
+
+    def test_none_at_all_still_consumes(self, budget: str) -> None:
+        case = Case("2d", budget)
+        case.net.requires_grad_(False)
+        whole, seen = case.whole(), torch.zeros_like(case.weight)
+
+        def consume(out: Tensor, chunk: Chunk) -> Tensor:
+            chunk.outputs(seen).copy_(out)
+            return out
+
+        got = run_net_backward(plain_call(case.net), case.x, None, case.plan, consume, (), needs_x1=False)
+        assert got == (None, None, ())
+        assert_close(seen, whole, CONDITION)
+
+    def test_what_the_net_does_not_use(self, budget: str) -> None:
+        case = Case("2d", budget)
+        unused = nn.Parameter(torch.ones(2, dtype=torch.float64))
+        cond = torch.randn(3, 1, 9, 4, dtype=torch.float64)
+        grad_x, grad_cond, grads = run_net_backward(
+            lambda x1, c: case.net(x1), case.x, cond, case.plan, case.consume, [unused, *case.params]
+        )
+        assert torch.equal(grad_cond, torch.zeros_like(cond))
+        expected = plain_gradients(case.net, case.x, None, case.weight, case.params)
+        assert_gradients([grad_x, None, *grads], [expected[0], None, None, *expected[2:]])
+
+    def test_an_output_that_depends_on_parameters_alone(self, budget: str) -> None:
+        case = Case("2d", budget)
+        bias = nn.Parameter(torch.randn(4, 1, 1, dtype=torch.float64))
+        grad_x, _, (grad,) = run_net_backward(
+            lambda x1, c: bias.expand(x1.shape[0], 4, *x1.shape[2:]), case.x, None, case.plan, case.consume, [bias]
+        )
+        assert torch.equal(grad_x, torch.zeros_like(case.x))
+        assert_close(grad, (case.weight * bias.detach()).sum((0, 2, 3))[:, None, None], CONDITION)
+
+    def test_two_parameters_with_one_gradient(self, budget: str) -> None:
+        # Autograd returns one tensor for both: sums that are formed in place must not be formed twice.
+        case = Case("2d", budget)
+        first, second = (nn.Parameter(torch.randn(1, 4, 1, 1, dtype=torch.float64)) for _ in range(2))
+
+        def call(x1: Tensor, cond: Tensor | None) -> Tensor:
+            return case.net(x1) + (first + second)
+
+        leafs = [first, second]
+        _, _, grads = run_net_backward(call, case.x, None, case.plan, case.consume, leafs + case.params)
+        expected = torch.autograd.grad(objective(case.weight)[0](call(case.x, None)), leafs)
+        assert_gradients(list(grads[:2]), list(expected))
+
+
+class TestNothingElseChanges:
+    def test_no_grad_attribute_and_no_input(self) -> None:
+        case = Case("cond", "strips")
+        case.x.requires_grad_()
+        before = [value.detach().clone() for value in (case.x, case.cond, case.weight, *case.params)]
+        case.backward()
+        run_net(case.net, case.x, case.cond, case.plan)
+        for value, kept in zip((case.x, case.cond, case.weight, *case.params), before, strict=True):
+            assert value.grad is None
+            assert torch.equal(value, kept)
+
+    def test_two_runs_give_the_same_bits(self) -> None:
+        case = Case("actnorm cond 1d", "strips")
+        for first, second in zip(case.backward(), case.backward(), strict=True):
+            assert torch.equal(first, second)
+
+    def test_grad_mode(self) -> None:
+        case = Case("2d", "strips")
+        for enabled in (True, False):
+            with torch.set_grad_enabled(enabled):
+                expected = plain_gradients
+                got = case.backward()
+                assert torch.is_grad_enabled() == enabled
+                with torch.enable_grad():
+                    assert_gradients(got, expected(case.net, case.x, None, case.weight, case.params))
+
+
+@pytest.mark.parametrize("budget", ["whole", "one sample", "strips"])
+def test_layouts(budget: str) -> None:
+    case = Case("2d", budget)
+    expected, whole = case.backward(), case.whole()
+    for layout in memory_layouts(case.x).values():
+        case.x = layout
+        assert_close(run_net(case.net, layout, None, case.plan), whole, CONDITION)
+        assert_gradients(case.backward(), expected)
+
+
+def test_channels_last_comes_out_as_it_went_in() -> None:
+    case = Case("2d", "one sample")
+    out = run_net(case.net.to(memory_format=torch.channels_last), case.x, None, case.plan)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert_close(out, case.whole(), CONDITION)
+
+
+@pytest.mark.parametrize("name", ["1d", "2d", "3d", "cond", "actnorm", "unknown halo"])
+@pytest.mark.parametrize("budget", ["whole", "one row"])
+def test_no_samples(name: str, budget: str) -> None:
+    case = Case(name, budget, n=0)
+    assert run_net(case.net, case.x, case.cond, case.plan).shape == case.weight.shape
+    grads = case.backward()
+    assert grads[0].shape == case.x.shape
+    for grad, parameter in zip(grads[2:], case.params, strict=True):
+        assert torch.equal(grad, torch.zeros_like(parameter))
+
+
+@pytest.mark.parametrize("budget", [1, 10**9])
+def test_data_without_positions(budget: int) -> None:
+    net = randomised(nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 4)))
+    x, weight = (torch.randn(5, channels, dtype=torch.float64) for channels in (2, 4))
+    plan: ChunkPlan = plan_chunks(net, x.shape, 8, budget)
+    assert len(plan.chunks) == (5 if budget == 1 else 1)
+    assert_close(run_net(net, x, None, plan), net(x), CONDITION)
+    params = list(net.parameters())
+    grad_x, _, grads = run_net_backward(plain_call(net), x, None, plan, objective(weight)[1], params)
+    assert_gradients([grad_x, None, *grads], plain_gradients(net, x, None, weight, params))
+
+
+def test_low_precision_gradients_are_summed_in_float32() -> None:
+    scale = nn.Parameter(torch.ones(1, 2, 1, 1, dtype=torch.bfloat16))
+    x = torch.ones(1000, 2, 1, 1, dtype=torch.bfloat16)
+    plan = plan_chunks(nn.Identity(), x.shape, 2, 1)
+    assert len(plan.chunks) == 1000
+    _, _, (grad,) = run_net_backward(
+        lambda x1, c: x1 * scale, x, None, plan, lambda out, c: torch.ones_like(out), [scale]
+    )
+    assert grad.dtype == torch.bfloat16
+    assert torch.equal(grad, torch.full_like(scale, 1000.0))  # one by one in bfloat16 it ends at 256

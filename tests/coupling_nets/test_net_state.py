@@ -1,0 +1,276 @@
+"""What a recomputation must find again: random numbers, autocast; and what it must refuse to lose."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_close
+from memory_meter import MemoryMeter
+from net_cases import DropoutNet, coupling_net, objective, plain_gradients, randomised
+from torch import Tensor, nn
+
+import pyglow_fast as pgf
+from pyglow_fast.coupling_nets import (
+    Chunk,
+    GeneratorState,
+    captured_autocast,
+    check_leaves,
+    plain_call,
+    plan_chunks,
+    run_net,
+    run_net_backward,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = torch.device("cpu")
+
+
+class TestGeneratorState:
+    def test_moves_when_numbers_are_drawn(self, device: torch.device) -> None:
+        state = GeneratorState.capture(device)
+        torch.ones(3, device=device).add(1.0)
+        assert not state.moved()
+        torch.rand(1, device=device)
+        assert state.moved()
+
+    def test_moves_when_the_cpu_draws_for_a_net_elsewhere(self, device: torch.device) -> None:
+        state = GeneratorState.capture(device)
+        torch.rand(1)
+        assert state.moved()
+
+    def test_repeats_and_then_goes_on_as_if_nothing_had_been(self, device: torch.device) -> None:
+        state = GeneratorState.capture(device)
+        first, between, expected = (torch.rand(4, device=device) for _ in range(3))
+        with state.replayed():
+            torch.rand(8, device=device)
+        torch.manual_seed(1)
+        with state.replayed():
+            assert torch.equal(torch.rand(4, device=device), first)
+            assert torch.equal(torch.rand(4, device=device), between)
+            with state.replayed():
+                torch.rand(1, device=device)
+            assert torch.equal(torch.rand(4, device=device), expected)
+        after = torch.rand(4, device=device)
+        torch.manual_seed(1)
+        assert torch.equal(after, torch.rand(4, device=device))
+
+    def test_is_restored_after_an_error(self) -> None:
+        state = GeneratorState.capture(CPU)
+        torch.rand(1)
+        before = torch.get_rng_state()
+        with contextlib.suppress(RuntimeError), state.replayed():
+            raise RuntimeError
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("module", [True, False])
+@pytest.mark.parametrize("budget", [1, 10**9])
+def test_dropout_has_the_same_masks_in_the_recomputation(module: bool, budget: int, device: torch.device) -> None:
+    net = randomised(DropoutNet(module)).to(device)
+    x, weight = (torch.randn(3, channels, 6, 5, dtype=torch.float64, device=device) for channels in (2, 4))
+    params = list(net.parameters())
+    plan = plan_chunks(net, x.shape, 8, budget, random=not module)
+    assert len(plan.chunks) == (3 if budget == 1 else 1)
+
+    state = GeneratorState.capture(device)
+    out = run_net(net, x, None, plan)
+    assert state.moved()
+    after = torch.rand(1, device=device)
+    recomputed = torch.zeros_like(out)
+
+    def consume(part: Tensor, chunk: Chunk) -> Tensor:
+        chunk.outputs(recomputed).copy_(part)
+        return objective(weight)[1](part, chunk)
+
+    with state.replayed():
+        grad_x, _, grads = run_net_backward(plain_call(net), x, None, plan, consume, params)
+    assert torch.equal(recomputed, out)
+
+    # Ordinary autograd of the same masks: the chunks in one graph.
+    expected: list[Tensor] = []
+    with state.replayed():
+        leaf = x.clone().requires_grad_()
+        in_one_graph = torch.cat([net(chunk.inputs(leaf)) for chunk in plan.chunks])
+        assert torch.equal(torch.rand(1, device=device), after)
+    expected = list(torch.autograd.grad(objective(weight)[0](in_one_graph), [leaf, *params]))
+    for got, wanted in zip([grad_x, *grads], expected, strict=True):
+        assert_close(got[None], wanted[None], 30.0)
+
+    fresh = run_net(net, x, None, plan)
+    assert not torch.equal(fresh, out)  # else this test would not have seen other masks
+
+
+class TestAutocast:
+    def net_and_x(self) -> tuple[nn.Module, Tensor]:
+        return coupling_net().float(), torch.randn(3, 2, 9, 4)
+
+    @pytest.mark.parametrize("enabled", [True, False])
+    def test_is_entered_again(self, enabled: bool) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            enter = captured_autocast("cpu")
+        for outside in (True, False):
+            with torch.autocast("cpu", torch.float16, enabled=outside):
+                dtype = torch.get_autocast_dtype("cpu")
+                for _ in range(2):
+                    with enter():
+                        assert torch.is_autocast_enabled("cpu") == enabled
+                        product = torch.ones(2, 2) @ torch.ones(2, 2)
+                        assert product.dtype == (torch.bfloat16 if enabled else torch.float32)
+                        if enabled:
+                            assert not torch.is_autocast_cache_enabled()
+                assert torch.is_autocast_enabled("cpu") == outside
+                assert torch.get_autocast_dtype("cpu") == dtype
+            assert torch.is_autocast_cache_enabled()
+
+    def test_includes_the_cpu_for_nets_elsewhere(self) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            enter = captured_autocast("cuda")
+        with enter():
+            assert torch.is_autocast_enabled("cpu")
+
+    def test_devices_without_it(self) -> None:
+        net, x = coupling_net().to("meta"), torch.empty(3, 2, 9, 4, dtype=torch.float64, device="meta")
+        with torch.autocast("cpu", torch.bfloat16):
+            enter = captured_autocast("meta")
+            with enter():
+                assert run_net(net, x, None, plan_chunks(net, x.shape, 8, 1)).shape == (3, 4, 9, 4)
+
+    @pytest.mark.parametrize("budget", [10**9, 40_000, 1])
+    def test_gradients_are_those_of_autocast(self, budget: int) -> None:
+        net, x = self.net_and_x()
+        params, weight = list(net.parameters()), torch.randn(3, 4, 9, 4)
+        plan = plan_chunks(net, x.shape, 4, budget)
+        with torch.autocast("cpu", torch.bfloat16):
+            enter = captured_autocast("cpu")
+            out = run_net(net, x, None, plan)
+            assert out.dtype == net(x).dtype
+            expected = plain_gradients(net, x, None, weight, params)
+        exact = plain_gradients(net, x, None, weight, params)
+
+        recomputed = torch.zeros_like(out)
+
+        def consume(part: Tensor, chunk: Chunk) -> Tensor:
+            chunk.outputs(recomputed).copy_(part)
+            return objective(weight)[1](part, chunk)
+
+        with enter():
+            grad_x, _, grads = run_net_backward(plain_call(net), x, None, plan, consume, params)
+        assert torch.equal(recomputed, out)  # without autocast it would be off by bfloat16's rounding
+        assert not torch.equal(out.float(), net(x))
+        for got, wanted, true in zip([grad_x, None, *grads], expected, exact, strict=True):
+            if got is None:
+                continue
+            assert got.dtype == torch.float32
+            error, plain_error = (float((value - true).norm()) for value in (got, wanted))
+            assert error <= 2.0 * plain_error + 4.0 * torch.finfo(torch.bfloat16).eps * float(true.norm()) / len(params)
+
+    @pytest.mark.parametrize("budget", [10**9, 1])
+    def test_later_code_in_the_same_region_still_finds_its_gradients(self, budget: int) -> None:
+        # A weight cast under no_grad and kept in autocast's cache has no way back to the weight.
+        net, x = self.net_and_x()
+        params = list(net.parameters())
+        plan = plan_chunks(net, x.shape, 4, budget)
+        with torch.autocast("cpu", torch.bfloat16):
+            run_net(net, x, None, plan)
+            run_net_backward(plain_call(net), x, None, plan, lambda out, chunk: torch.ones_like(out), params)
+            grads = torch.autograd.grad(net(x).float().sum(), params)
+        assert all(bool(grad.any()) for grad in grads)
+        assert all(grad is not None for grad in grads)
+
+    @pytest.mark.parametrize("budget", [10**9, 1])
+    def test_no_copies_of_the_weights_are_kept(self, budget: int) -> None:
+        net, x = self.net_and_x()
+        params, plan = list(net.parameters()), plan_chunks(net, x.shape, 4, budget)
+        with torch.autocast("cpu", torch.bfloat16), MemoryMeter() as meter:
+            out = run_net(net, x, None, plan)
+            assert meter.now == out.untyped_storage().nbytes()
+            del out
+            run_net_backward(plain_call(net), x, None, plan, lambda out, chunk: torch.ones_like(out), params)
+            assert meter.now == 0
+
+    def test_a_gradient_of_another_dtype_than_the_output(self) -> None:
+        net, x = coupling_net().float(), torch.randn(3, 2, 9, 4)
+        net.log_gain = nn.Parameter(net.log_gain.bfloat16())  # so that the output is low precision too
+        params, plan = list(net.parameters()), plan_chunks(net, x.shape, 4, 1)
+        results = []
+        for dtype in (torch.float32, torch.bfloat16):
+
+            def consume(out: Tensor, chunk: Chunk, dtype: torch.dtype = dtype) -> Tensor:
+                assert out.dtype == torch.bfloat16
+                return torch.ones(out.shape, dtype=dtype)  # exact in both
+
+            with torch.autocast("cpu", torch.bfloat16):
+                results.append(run_net_backward(plain_call(net), x, None, plan, consume, params)[0])
+        assert torch.equal(*results)
+        assert results[0].dtype == torch.float32
+
+
+class TestLeaves:
+    def test_parameters_and_inputs_are_fine(self) -> None:
+        net, x = coupling_net(actnorm=True), torch.randn(2, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+        check_leaves(net(x), [x, *net.parameters()])
+
+    def test_a_missing_parameter(self) -> None:
+        net, x = coupling_net(), torch.randn(2, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+        message = r"net: expected no tensors that require a gradient .*, found one of shape \(5, 2, 3, 3\) in its graph"
+        with pytest.raises(ValueError, match=message):
+            check_leaves(net(x), [x, *(value for value in net.parameters() if value is not net.conv1.weight)])
+
+    def test_custom_functions_may_keep_what_they_like(self) -> None:
+        class Square(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor) -> Tensor:
+                ctx.variable = x.detach()  # the name that a leaf's node has for its tensor
+                return x.square()
+
+            @staticmethod
+            def backward(ctx: Any, grad: Tensor) -> Tensor:
+                return 2.0 * ctx.variable * grad
+
+        leaf = torch.ones(3, requires_grad=True)
+        check_leaves(Square.apply(leaf), [leaf])
+        with pytest.raises(ValueError, match=r"found one of shape \(3,\)"):
+            check_leaves(Square.apply(leaf), [])
+
+    def test_outputs_without_a_graph_are_fine(self) -> None:
+        check_leaves(torch.ones(3), [])
+        leaf = torch.ones(3, requires_grad=True)
+        check_leaves(leaf, [leaf])
+
+    def test_the_history_of_a_known_tensor_is_not_searched(self) -> None:
+        source = torch.ones(3, requires_grad=True)
+        known = source * 2.0
+        check_leaves(known.exp() + known, [known])
+        with pytest.raises(ValueError, match=r"found one of shape \(3,\)"):
+            check_leaves(known.exp() + source, [known])
+
+    @pytest.mark.parametrize("budget", [10**9, 1])
+    @pytest.mark.parametrize("leaf", [True, False])
+    def test_a_closed_over_tensor_is_refused(self, budget: int, leaf: bool) -> None:
+        net, x = coupling_net(), torch.randn(2, 2, 7, 4, dtype=torch.float64)
+        outside = torch.full((7,), 2.0, dtype=torch.float64, requires_grad=True)
+        factor = outside.sum() if not leaf else outside
+        plan = plan_chunks(net, x.shape, 8, budget)
+
+        def call(x1: Tensor, cond: Tensor | None) -> Tensor:
+            return net(x1) * factor.sum()
+
+        for params in ([], list(net.parameters())):
+            with pytest.raises(ValueError, match=r"net: expected no tensors .*, found one of shape"):
+                run_net_backward(call, x, None, plan, lambda out, chunk: out, params)
+        outside.requires_grad_(False)
+        factor = outside
+        run_net_backward(call, x, None, plan, lambda out, chunk: out, list(net.parameters()))
+
+    def test_checked_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from pyglow_fast.coupling_nets import run
+
+        calls = []
+        monkeypatch.setattr(run, "check_leaves", lambda *arguments: calls.append(arguments))
+        net, x = pgf.CouplingNet(2, 4, 5), torch.randn(4, 2, 9, 4)
+        plan = plan_chunks(net, x.shape, 4, 1)
+        run_net_backward(plain_call(net), x, None, plan, lambda out, chunk: out, list(net.parameters()))
+        assert len(calls) == 1
