@@ -10,6 +10,17 @@ import torch
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """``-m cuda`` chooses the tests that run on the GPU: those whose device is one."""
+    for item in items:
+        if (
+            isinstance(item, pytest.Function)
+            and hasattr(item, "callspec")
+            and item.callspec.params.get("device") == "cuda"
+        ):
+            item.add_marker("cuda")
+
+
 @pytest.fixture(autouse=True)
 def _repeatable() -> Iterator[None]:
     """Each test starts from one seed, whatever ran before it, and leaves the default dtype as it was."""

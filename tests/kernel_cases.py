@@ -50,7 +50,7 @@ def _with_gradients(function: Callable[..., object], inputs: list[Tensor], dtype
     outputs = function(*leaves)
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
     generator = torch.Generator().manual_seed(1)
-    grads = [torch.randn(out.shape, generator=generator).to(out) for out in outputs]
+    grads = [torch.randn(out.shape, generator=generator, device="cpu").to(out) for out in outputs]
     pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out.requires_grad]
     gradients = torch.autograd.grad([out for out, _ in pairs], leaves, [grad for _, grad in pairs])
     return [*outputs, *gradients]

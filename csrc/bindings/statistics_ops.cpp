@@ -19,14 +19,19 @@ namespace {
 // mean and sum of squared deviations per channel, float64 whatever the dtype of x.
 std::tuple<at::Tensor, at::Tensor> channel_moments(const at::Tensor& x_in) {
   check_state("x", x_in);
-  check_on_cpu("x", x_in);
   const at::Tensor x = with_position_stride(x_in);
   at::Tensor mean = at::empty({x.size(1)}, x.options().dtype(at::kDouble)), m2 = at::empty_like(mean);
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    cpu::channel_moments<T>({input<T>(x), mean.mutable_data_ptr<double>(), m2.mutable_data_ptr<double>(), x.size(0),
-                             x.size(1), positions_of(x)},
-                            torch_threads());
+    const ChannelMomentsArgs<T> args{
+        input<T>(x),    mean.mutable_data_ptr<double>(), m2.mutable_data_ptr<double>(), x.size(0), x.size(1),
+        positions_of(x)};
+    if (x.is_cpu()) return cpu::channel_moments(args, torch_threads());
+    const CudaScope scope(x);
+#ifdef PYGLOW_WITH_CUDA
+    const at::Tensor scratch = CudaScope::scratch(x, cuda::channel_moments_scratch(args));
+    CudaScope::check(cuda::channel_moments(args, scratch.mutable_data_ptr(), scope.stream()));
+#endif
   });
   return {mean, m2};
 }
@@ -37,7 +42,6 @@ struct Normal {
 
   Normal(const char* name, const at::Tensor& value_in, const at::Tensor& mean_in, const at::Tensor& log_sd_in) {
     check_state(name, value_in);
-    check_on_cpu(name, value_in);
     check_shape("mean", mean_in, value_in.sizes());
     check_shape("log_sd", log_sd_in, value_in.sizes());
     check_like("mean", mean_in, name, value_in);
@@ -53,9 +57,20 @@ at::Tensor gaussian_log_prob(const at::Tensor& z, const at::Tensor& mean, const 
   at::Tensor log_prob = at::empty({z.size(0)}, z.options());
   with_dtype(z, [&](auto zero) {
     using T = decltype(zero);
-    cpu::gaussian_log_prob<T>({input<T>(normal.value), input<T>(normal.mean), input<T>(normal.log_sd),
-                               log_prob.mutable_data_ptr<T>(), z.size(0), z.size(1), positions_of(z)},
-                              torch_threads());
+    const GaussianArgs<T> args{input<T>(normal.value),
+                               input<T>(normal.mean),
+                               input<T>(normal.log_sd),
+                               log_prob.mutable_data_ptr<T>(),
+                               z.size(0),
+                               z.size(1),
+                               positions_of(z)};
+    if (z.is_cpu()) return cpu::gaussian_log_prob(args, torch_threads());
+    const CudaScope scope(z);
+#ifdef PYGLOW_WITH_CUDA
+    const int64_t bytes = cuda::gaussian_log_prob_scratch(args.samples, args.channels, args.positions);
+    const at::Tensor scratch = CudaScope::scratch(z, bytes);
+    CudaScope::check(cuda::gaussian_log_prob(args, scratch.mutable_data_ptr(), scope.stream()));
+#endif
   });
   return log_prob;
 }
@@ -72,10 +87,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gaussian_log_prob_backward(const 
   at::Tensor grad_log_sd = empty_output(grad_z);
   with_dtype(z, [&](auto zero) {
     using T = decltype(zero);
-    cpu::gaussian_log_prob_backward<T>(
-        {input<T>(normal.value), input<T>(normal.mean), input<T>(normal.log_sd), grad_log_prob.const_data_ptr<T>(),
-         output<T>(grad_z), output<T>(grad_mean), output<T>(grad_log_sd), z.size(0), z.size(1), positions_of(z)},
-        torch_threads());
+    const GaussianBackwardArgs<T> args{input<T>(normal.value),
+                                       input<T>(normal.mean),
+                                       input<T>(normal.log_sd),
+                                       grad_log_prob.const_data_ptr<T>(),
+                                       output<T>(grad_z),
+                                       output<T>(grad_mean),
+                                       output<T>(grad_log_sd),
+                                       z.size(0),
+                                       z.size(1),
+                                       positions_of(z)};
+    if (z.is_cpu()) return cpu::gaussian_log_prob_backward(args, torch_threads());
+    const CudaScope scope(z);
+#ifdef PYGLOW_WITH_CUDA
+    CudaScope::check(cuda::gaussian_log_prob_backward(args, scope.stream()));
+#endif
   });
   return {grad_z, grad_mean, grad_log_sd};
 }
@@ -85,9 +111,14 @@ at::Tensor gaussian_sample(const at::Tensor& noise, const at::Tensor& mean, cons
   at::Tensor z = empty_output(normal.value);
   with_dtype(noise, [&](auto zero) {
     using T = decltype(zero);
-    cpu::gaussian_sample<T>({input<T>(normal.value), input<T>(normal.mean), input<T>(normal.log_sd), output<T>(z),
-                             noise.size(0), noise.size(1), positions_of(noise)},
-                            torch_threads());
+    const GaussianSampleArgs<T> args{input<T>(normal.value), input<T>(normal.mean), input<T>(normal.log_sd),
+                                     output<T>(z),           noise.size(0),         noise.size(1),
+                                     positions_of(noise)};
+    if (noise.is_cpu()) return cpu::gaussian_sample(args, torch_threads());
+    const CudaScope scope(noise);
+#ifdef PYGLOW_WITH_CUDA
+    CudaScope::check(cuda::gaussian_sample(args, scope.stream()));
+#endif
   });
   return z;
 }

@@ -10,7 +10,8 @@ namespace {
 
 template <class T>
 struct Coupling {
-  RowView<const T> in, shift, raw, kept_in;
+  RowView<const T> in, kept_in;
+  NetView<const void> shift, raw;
   RowView<T> out, kept_out;
   Walk walk, kept_walk;
   T* log_det;        // (N,)
@@ -31,16 +32,18 @@ __device__ __forceinline__ T couple_one(T& value, T shift, T raw, const ScalePar
 
 // A block couples parts of samples, one after another; a thread adds up its log s in T, the block in double.
 template <class T, class K, bool Vector>
-__global__ void __launch_bounds__(block_threads, sizeof(T) == 4 ? 4 : 2) coupling_kernel(const Coupling<T> c) {
+__global__ void __launch_bounds__(block_threads, sizeof(T) == 4             ? 4
+                                                 : K::map == ScaleMap::atan ? 1
+                                                                            : 2) coupling_kernel(const Coupling<T> c) {
   constexpr int unit = unit_width<T, Vector>;
   for (int64_t task = blockIdx.x; task < c.samples * c.parts; task += gridDim.x) {
     const int64_t n = task / c.parts, part = task - n * c.parts;
     T log_s = T(0);
     for_each_unit<unit>(c.walk, part, [&](int64_t row, int64_t i) {
       Unit<T, Vector> value = load_unit<Vector>(c.in, n, row, i);
-      const Unit<T, Vector> shift = load_unit<Vector>(c.shift, n, row, i);
-      Unit<T, Vector> raw = {};
-      if constexpr (K::affine) raw = load_unit<Vector>(c.raw, n, row, i);
+      Unit<T, Vector> shift = fetch_unit<T, Vector>(c.shift, n, row, i), raw = {};
+      if constexpr (K::affine) raw = fetch_unit<T, Vector>(c.raw, n, row, i);
+      widen_net(c.shift.type, shift, raw);
 #pragma unroll
       for (int k = 0; k < unit; ++k) log_s += couple_one<K>(value.v[k], shift.v[k], raw.v[k], c.params);
       store_unit<Vector>(c.out, n, row, i, value);
@@ -86,11 +89,9 @@ int64_t coupling_scratch(int64_t samples, int64_t transformed, int64_t positions
 
 // - Grid: samples by parts of 1024 to 8192 elements, at most max_blocks blocks, which then loop.
 // - Occupancy: up to 64 registers (float), so 4 blocks of 256 threads on a multiprocessor; each thread has three
-// 16-byte
-//   loads in flight, 48 KB in all, more than bandwidth times latency (about 30 KB).
+//   16-byte loads in flight, 48 KB in all, more than bandwidth times latency (about 30 KB). Double: 2, with atan 1.
 // - Bound: memory; the scale map takes 50 to 100 instructions for each 16 bytes moved. The kept channels are copied in
-// the
-//   same pass, and not at all if out is in. The second stage reads one double per part.
+//   the same pass, and not at all if out is in. The second stage reads one double per part.
 template <class T>
 int coupling(const CouplingArgs<T>& args, void* scratch, void* stream) {
   if (args.samples == 0) return cudaSuccess;
@@ -102,8 +103,8 @@ int coupling(const CouplingArgs<T>& args, void* scratch, void* stream) {
                     out.position == args.in.position;
   Coupling<T> c = {};
   c.in = row_view(args.in, rows, kept);
-  c.shift = row_view(args.net_out, rows, 0);
-  c.raw = row_view(args.net_out, rows, args.kind.map == ScaleMap::none ? 0 : transformed);
+  c.shift = net_rows<T>(args.net_out, rows, 0);
+  c.raw = net_rows<T>(args.net_out, rows, args.kind.map == ScaleMap::none ? 0 : transformed);
   c.out = row_view(args.out, rows, kept);
   c.kept_in = row_view(args.in, rows, 0);
   c.kept_out = row_view(args.out, rows, 0);
@@ -113,10 +114,10 @@ int coupling(const CouplingArgs<T>& args, void* scratch, void* stream) {
   c.parts = parts;
   c.copy_kept = !same;
   c.params = args.kind.params;
-  const bool vector = row_length(rows, transformed, positions) % width<T> == 0 &&
-                      row_length(rows, kept, positions) % width<T> == 0 && has_vector_rows(c.in, rows) &&
-                      has_vector_rows(c.shift, rows) && has_vector_rows(c.raw, rows) && has_vector_rows(c.out, rows) &&
-                      has_vector_rows(c.kept_in, rows) && has_vector_rows(c.kept_out, rows);
+  const bool vector =
+      row_length(rows, transformed, positions) % width<T> == 0 && row_length(rows, kept, positions) % width<T> == 0 &&
+      has_vector_rows(c.in, rows) && has_vector_rows<T>(c.shift, rows) && has_vector_rows<T>(c.raw, rows) &&
+      has_vector_rows(c.out, rows) && has_vector_rows(c.kept_in, rows) && has_vector_rows(c.kept_out, rows);
   const int unit = vector ? width<T> : 1;
   c.walk = walk_of(rows, transformed, positions, parts, unit);
   c.kept_walk = walk_of(rows, kept, positions, parts, unit);

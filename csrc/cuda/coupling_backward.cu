@@ -9,8 +9,10 @@ namespace {
 
 template <class T>
 struct CouplingBackward {
-  RowView<const T> out, shift, raw, grad_out, kept_out, kept_grad_out;
-  RowView<T> in, grad_in, grad_shift, grad_raw, kept_in, kept_grad_in;  // in, kept_in: data may be null
+  RowView<const T> out, grad_out, kept_out, kept_grad_out;
+  RowView<T> in, grad_in, kept_in, kept_grad_in;  // in, kept_in: data may be null
+  NetView<const void> shift, raw;
+  NetView<void> grad_shift, grad_raw;
   Walk walk, kept_walk;
   const T* grad_log_det;  // (N,)
   int64_t samples, parts;
@@ -44,10 +46,11 @@ __global__ void __launch_bounds__(block_threads, sizeof(T) == 4 ? 3 : 2)
     const int64_t n = task / c.parts, part = task - n * c.parts;
     const T grad_log_det = c.grad_log_det[n];
     for_each_unit<unit>(c.walk, part, [&](int64_t row, int64_t i) {
-      const Unit<T, Vector> out = load_unit<Vector>(c.out, n, row, i), shift = load_unit<Vector>(c.shift, n, row, i);
+      const Unit<T, Vector> out = load_unit<Vector>(c.out, n, row, i);
       const Unit<T, Vector> grad_out = load_unit<Vector>(c.grad_out, n, row, i);
-      Unit<T, Vector> raw = {}, in, grad_in, grad_shift, grad_raw;
-      if constexpr (K::affine) raw = load_unit<Vector>(c.raw, n, row, i);
+      Unit<T, Vector> shift = fetch_unit<T, Vector>(c.shift, n, row, i), raw = {}, in, grad_in, grad_shift, grad_raw;
+      if constexpr (K::affine) raw = fetch_unit<T, Vector>(c.raw, n, row, i);
+      widen_net(c.shift.type, shift, raw);
 #pragma unroll
       for (int k = 0; k < unit; ++k) {
         const One<T> one =
@@ -83,15 +86,15 @@ int coupling_backward(const CouplingBackwardArgs<T>& args, void* stream) {
   const int64_t raw_channel = args.kind.map == ScaleMap::none ? 0 : transformed;
   CouplingBackward<T> c = {};
   c.out = row_view(args.out, rows, kept);
-  c.shift = row_view(args.net_out, rows, 0);
-  c.raw = row_view(args.net_out, rows, raw_channel);
+  c.shift = net_rows<T>(args.net_out, rows, 0);
+  c.raw = net_rows<T>(args.net_out, rows, raw_channel);
   c.grad_out = row_view(args.grad_out, rows, kept);
   c.kept_out = row_view(args.out, rows, 0);
   c.kept_grad_out = row_view(args.grad_out, rows, 0);
   c.in = row_view(args.in, rows, kept);
   c.grad_in = row_view(args.grad_in, rows, kept);
-  c.grad_shift = row_view(args.grad_net_out, rows, 0);
-  c.grad_raw = row_view(args.grad_net_out, rows, raw_channel);
+  c.grad_shift = net_rows<T>(args.grad_net_out, rows, 0);
+  c.grad_raw = net_rows<T>(args.grad_net_out, rows, raw_channel);
   c.kept_in = row_view(args.in, rows, 0);
   c.kept_grad_in = row_view(args.grad_in, rows, 0);
   c.grad_log_det = args.grad_log_det;
@@ -99,10 +102,11 @@ int coupling_backward(const CouplingBackwardArgs<T>& args, void* stream) {
   c.parts = parts_of(args.samples, transformed * positions);
   c.params = args.kind.params;
   const auto vector_rows = [&](const auto&... views) { return (has_vector_rows(views, rows) && ...); };
-  const bool vector = row_length(rows, transformed, positions) % width<T> == 0 &&
-                      row_length(rows, kept, positions) % width<T> == 0 &&
-                      vector_rows(c.out, c.shift, c.raw, c.grad_out, c.kept_out, c.kept_grad_out, c.in, c.grad_in,
-                                  c.grad_shift, c.grad_raw, c.kept_in, c.kept_grad_in);
+  const auto vector_net = [&](const auto&... views) { return (has_vector_rows<T>(views, rows) && ...); };
+  const bool vector =
+      row_length(rows, transformed, positions) % width<T> == 0 && row_length(rows, kept, positions) % width<T> == 0 &&
+      vector_rows(c.out, c.grad_out, c.kept_out, c.kept_grad_out, c.in, c.grad_in, c.kept_in, c.kept_grad_in) &&
+      vector_net(c.shift, c.raw, c.grad_shift, c.grad_raw);
   const int unit = vector ? width<T> : 1;
   c.walk = walk_of(rows, transformed, positions, c.parts, unit);
   c.kept_walk = walk_of(rows, kept, positions, c.parts, unit);

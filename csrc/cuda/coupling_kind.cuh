@@ -1,7 +1,10 @@
-// How the coupling's variants become template arguments.
+// How the coupling's variants become template arguments: all of them for the kernels of the coupling alone, which are
+// bound by memory and instructions alike; the map alone, inside the kernel, for those that a matrix product fills.
 #pragma once
+#include <type_traits>
+
 #include "cuda/device.cuh"
-#include "math/kinds.h"
+#include "math/coupling.h"
 
 namespace pyglow::cuda {
 
@@ -40,6 +43,51 @@ int with_kind(const CouplingKind<T>& kind, const F& f) {
       return with_map<ScaleMap::atan>(kind.order, kind.inverse, f);
   }
   return cudaErrorInvalidValue;
+}
+
+// Within a kernel: calls f(std::integral_constant<ScaleMap, map>()). All threads of a launch take the same branch.
+template <class F>
+__device__ __forceinline__ void with_scale_map(ScaleMap map, const F& f) {
+  switch (map) {
+    case ScaleMap::none:
+      return f(std::integral_constant<ScaleMap, ScaleMap::none>());
+    case ScaleMap::sigmoid:
+      return f(std::integral_constant<ScaleMap, ScaleMap::sigmoid>());
+    case ScaleMap::sigmoid_eps:
+      return f(std::integral_constant<ScaleMap, ScaleMap::sigmoid_eps>());
+    case ScaleMap::exp:
+      return f(std::integral_constant<ScaleMap, ScaleMap::exp>());
+    case ScaleMap::tanh:
+      return f(std::integral_constant<ScaleMap, ScaleMap::tanh>());
+    case ScaleMap::atan:
+      return f(std::integral_constant<ScaleMap, ScaleMap::atan>());
+  }
+}
+
+template <ScaleMap Map, class T>
+__device__ __forceinline__ math::Scale<T> scale_at(T raw, const ScaleParams<T>& params) {
+  if constexpr (Map == ScaleMap::none)
+    return {T(1), T(0), T(0)};
+  else
+    return math::scale_of<Map>(raw, params);
+}
+
+// couple, uncouple and couple_backward with an order, and a direction, that are known at run time.
+template <class T>
+__device__ __forceinline__ T couple_in(Order order, T u, T shift, T s) {
+  return order == Order::shift_scale ? math::couple<Order::shift_scale>(u, shift, s)
+                                     : math::couple<Order::scale_shift>(u, shift, s);
+}
+template <class T>
+__device__ __forceinline__ T uncouple_in(Order order, T y, T shift, T s) {
+  return order == Order::shift_scale ? math::uncouple<Order::shift_scale>(y, shift, s)
+                                     : math::uncouple<Order::scale_shift>(y, shift, s);
+}
+template <class T>
+__device__ __forceinline__ math::CouplingGrad<T> couple_backward_in(Order order, T y, T shift, T s, T grad_y,
+                                                                    T grad_log_det) {
+  return order == Order::shift_scale ? math::couple_backward<Order::shift_scale>(y, shift, s, grad_y, grad_log_det)
+                                     : math::couple_backward<Order::scale_shift>(y, shift, s, grad_y, grad_log_det);
 }
 
 }  // namespace pyglow::cuda

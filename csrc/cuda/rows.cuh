@@ -4,9 +4,7 @@
 // channel, or for each position if channels are the neighbours (channels-last). Blocks share a sample in parts; a
 // thread takes units of 16 bytes, or single elements where alignment or an odd size forbids it.
 #pragma once
-#include <type_traits>
-
-#include "cuda/device.cuh"
+#include "cuda/net_data.cuh"
 
 namespace pyglow::cuda {
 
@@ -27,6 +25,22 @@ RowView<T> row_view(const Strided<T>& x, Rows rows, int64_t first_channel) {
   return {data, x.sample, x.channel, x.position};
 }
 
+// The same of the net's output or its gradient, whose elements have a type of their own.
+template <class Data>
+struct NetView {
+  Data* data;
+  NetType type;
+  int64_t sample, step, element;
+};
+
+template <class T, class Data>
+NetView<Data> net_rows(const NetTensor<Data>& x, Rows rows, int64_t first_channel) {
+  using Bytes = std::conditional_t<std::is_const_v<Data>, const char, char>;
+  Data* const data = static_cast<Bytes*>(x.data) + first_channel * x.channel * net_bytes<T>(x.type);
+  if (rows == Rows::positions) return {data, x.type, x.sample, x.position, x.channel};
+  return {data, x.type, x.sample, x.channel, x.position};
+}
+
 // The best rows for tensors of the same positions; those without data do not count.
 template <class First, class... Rest>
 Rows rows_of(int64_t positions, const First& first, const Rest&... rest) {
@@ -40,6 +54,13 @@ bool has_vector_rows(const RowView<T>& x, Rows rows) {
   constexpr int unit = width<std::remove_const_t<T>>;
   return x.data == nullptr ||
          (x.element == 1 && x.sample % unit == 0 && (rows == Rows::whole || x.step % unit == 0) && aligned(x.data));
+}
+
+template <class T, class Data>
+bool has_vector_rows(const NetView<Data>& x, Rows rows) {
+  constexpr int unit = width<T>;
+  return x.element == 1 && x.sample % unit == 0 && (rows == Rows::whole || x.step % unit == 0) &&
+         aligned_net<T>(x.data, x.type);
 }
 
 // The units of a row, of a block's part of a sample, and of a sample.
@@ -92,15 +113,6 @@ __device__ __forceinline__ void for_each_unit(const Walk& walk, int64_t part, co
   }
 }
 
-template <class T>
-struct Single {
-  T v[1];
-};
-template <class T, bool Vector>
-using Unit = std::conditional_t<Vector, Vec<T>, Single<T>>;
-template <class T, bool Vector>
-constexpr int unit_width = Vector ? width<T> : 1;
-
 template <bool Vector, class T>
 __device__ __forceinline__ Unit<std::remove_const_t<T>, Vector> load_unit(const RowView<T>& x, int64_t n, int64_t row,
                                                                           int64_t i) {
@@ -119,6 +131,16 @@ __device__ __forceinline__ void store_unit(const RowView<T>& x, int64_t n, int64
     store_vector(start + i, unit);
   else
     start[i * x.element] = unit.v[0];
+}
+
+// See fetch_net and store_net.
+template <class T, bool Vector>
+__device__ __forceinline__ Unit<T, Vector> fetch_unit(const NetView<const void>& x, int64_t n, int64_t row, int64_t i) {
+  return fetch_net<T, Vector>(x.data, x.type, n * x.sample + row * x.step + i * x.element);
+}
+template <bool Vector, class U>
+__device__ __forceinline__ void store_unit(const NetView<void>& x, int64_t n, int64_t row, int64_t i, const U& unit) {
+  store_net<Vector>(x.data, x.type, n * x.sample + row * x.step + i * x.element, unit);
 }
 
 }  // namespace pyglow::cuda

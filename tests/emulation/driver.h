@@ -39,6 +39,24 @@ void run(const pyglow::ChannelMixBackwardArgs<T>& args) {
   check(pyglow::cuda::channel_mix_backward(args, scratch.get(), nullptr));
 }
 template <class T>
+void run(const pyglow::ChannelMomentsArgs<T>& args) {
+  const Scratch scratch(pyglow::cuda::channel_moments_scratch(args));
+  check(pyglow::cuda::channel_moments(args, scratch.get(), nullptr));
+}
+template <class T>
+void run(const pyglow::GaussianArgs<T>& args) {
+  const Scratch scratch(pyglow::cuda::gaussian_log_prob_scratch(args.samples, args.channels, args.positions));
+  check(pyglow::cuda::gaussian_log_prob(args, scratch.get(), nullptr));
+}
+template <class T>
+void run(const pyglow::GaussianBackwardArgs<T>& args) {
+  check(pyglow::cuda::gaussian_log_prob_backward(args, nullptr));
+}
+template <class T>
+void run(const pyglow::GaussianSampleArgs<T>& args) {
+  check(pyglow::cuda::gaussian_sample(args, nullptr));
+}
+template <class T>
 void run(const pyglow::CouplingArgs<T>& args) {
   const Scratch scratch(pyglow::cuda::coupling_scratch(args.samples, args.transformed, args.positions));
   check(pyglow::cuda::coupling(args, scratch.get(), nullptr));
@@ -46,6 +64,21 @@ void run(const pyglow::CouplingArgs<T>& args) {
 template <class T>
 void run(const pyglow::CouplingBackwardArgs<T>& args) {
   check(pyglow::cuda::coupling_backward(args, nullptr));
+}
+
+template <class T>
+void run(const pyglow::CouplingMixArgs<T>& args) {
+  const Scratch scratch(pyglow::cuda::coupling_mix_scratch<T>(args.coupling.samples, args.coupling.positions));
+  check(pyglow::cuda::coupling_mix(args, scratch.get(), nullptr));
+}
+template <class T>
+void run(const pyglow::CouplingMixBackwardArgs<T>& args) {
+  const Scratch scratch(pyglow::cuda::coupling_mix_backward_scratch<T>(args.samples, args.channels, args.positions));
+  check(pyglow::cuda::coupling_mix_backward(args, scratch.get(), nullptr));
+}
+template <class T>
+void run(const pyglow::StepBackwardArgs<T>& args) {
+  check(pyglow::cuda::step_backward(args, nullptr));
 }
 
 }  // namespace driver

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from torch import Tensor
 from pyglow_fast.reference import CouplingSpec
 
 MAPS = {"sigmoid": 1, "sigmoid_eps": 2, "exp": 3, "tanh": 4, "atan": 5}  # ScaleMap of csrc/math/kinds.h; additive: 0
+NET_TYPES = {torch.bfloat16: 1, torch.float16: 2}  # NetType; the state's own type: 0
 ORDERS = {"shift_scale": 0, "scale_shift": 1}
 
 
@@ -23,6 +25,14 @@ class _Tensor(ctypes.Structure):
         ("channel", ctypes.c_int64),
         ("position", ctypes.c_int64),
     )
+
+
+class _Image(ctypes.Structure):
+    _fields_ = (("tensor", _Tensor), ("width", ctypes.c_int64), ("row", ctypes.c_int64))
+
+
+class _Net(ctypes.Structure):
+    _fields_ = (("tensor", _Tensor), ("type", ctypes.c_int))
 
 
 class _Sizes(ctypes.Structure):
@@ -60,6 +70,19 @@ def _view(x: Tensor | None) -> _Tensor:
     return _Tensor(x.data_ptr(), *x.stride())
 
 
+def _image(x: Tensor) -> _Image:
+    """(N, C, P) as it is; images (N, C / 4, 2 H, 2 W) as the squeezed (N, C, H W)."""
+    if x.dim() == 3:
+        return _Image(_view(x), 0, 0)
+    sample, channel, row, position = x.stride()
+    return _Image(_Tensor(x.data_ptr(), sample, channel, position), x.shape[3] // 2, row)
+
+
+def _net(x: Tensor) -> _Net:
+    """What the coupling net gave, or room for its gradient."""
+    return _Net(_view(x), NET_TYPES.get(x.dtype, 0))
+
+
 def _variant(spec: CouplingSpec, inverse: bool) -> _Variant:
     name = "sigmoid_eps" if spec.scale_map == "sigmoid" and spec.eps else str(spec.scale_map)
     index = 0 if spec.kind == "additive" else MAPS[name]
@@ -79,7 +102,7 @@ def allocate(layout: str, shape: tuple[int, int, int], dtype: torch.dtype) -> Te
             sample; "offset": contiguous, but starting one element after a 16-byte boundary; "strided": every second
             element in every dimension.
         shape: (N, C, P).
-        dtype: float32 or float64.
+        dtype: a floating-point type.
     """
     n, c, p = shape
     if layout == "contiguous":
@@ -138,21 +161,32 @@ class Emulator:
         """Room for an output of the shape (N, C, P) of x."""
         return allocate(self.out_layout, (x.shape[0], x.shape[1], x.shape[2]), x.dtype)
 
-    def channel_mix(self, x: Tensor, matrix: Tensor, offset: Tensor, subtract_first: bool = False) -> Tensor:
-        """u = M x + c, or M (x - c)."""
-        u = self.output_like(x)
-        self._call("channel_mix", x, 0, _view(x), matrix, offset, _view(u), ctypes.c_int(subtract_first))
+    def channel_mix(
+        self, x: Tensor, matrix: Tensor, offset: Tensor, subtract_first: bool = False, out: Tensor | None = None
+    ) -> Tensor:
+        """u = M x + c, or M (x - c). Either x or ``out`` may be images, which are squeezed."""
+        n, c, p = x.shape[0], matrix.shape[0], math.prod(x.shape[1:]) // matrix.shape[0]
+        u = allocate(self.out_layout, (n, c, p), x.dtype) if out is None else out
+        sizes = x if x.dim() == 3 else u
+        self._call("channel_mix", sizes, 0, _image(x), matrix, offset, _image(u), ctypes.c_int(subtract_first))
         return u
 
     def channel_mix_backward(
-        self, x: Tensor, grad_u: Tensor, matrix: Tensor, center: Tensor | None = None
+        self,
+        x: Tensor,
+        grad_u: Tensor,
+        matrix: Tensor,
+        center: Tensor | None = None,
+        added: Tensor | None = None,
+        grad_x: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """grad_x, grad_M, grad_c."""
-        grad_x, grad_matrix = self.output_like(x), torch.full_like(matrix, torch.nan)
-        grad_offset = matrix.new_full((x.shape[1],), torch.nan)
+        """grad_x, grad_M, grad_c. If x is images, so is grad_x; ``added`` belongs to grad_u."""
+        grad_x = self.output_like(x) if grad_x is None else grad_x
+        grad_matrix, grad_offset = torch.full_like(matrix, torch.nan), matrix.new_full((grad_u.shape[1],), torch.nan)
         center_or_null = ctypes.c_void_p(None) if center is None else center
-        outputs = (_view(grad_x), grad_matrix, grad_offset)
-        self._call("channel_mix_backward", x, 0, _view(x), _view(grad_u), matrix, center_or_null, *outputs)
+        grads = (_view(grad_u), _view(added), ctypes.c_int64(0 if added is None else added.shape[1]))
+        outputs = (_image(grad_x), grad_matrix, grad_offset)
+        self._call("channel_mix_backward", grad_u, 0, _image(x), *grads, matrix, center_or_null, *outputs)
         return grad_x, grad_matrix, grad_offset
 
     def coupling(
@@ -162,7 +196,7 @@ class Emulator:
         out = self.output_like(x) if out is None else out
         log_det = x.new_full((x.shape[0],), torch.nan)
         variant, transformed = _variant(spec, inverse), _transformed(net_out, spec)
-        self._call("coupling", x, transformed, variant, _view(x), _view(net_out), _view(out), log_det)
+        self._call("coupling", x, transformed, variant, _view(x), _net(net_out), _view(out), log_det)
         return out, log_det
 
     def coupling_backward(
@@ -178,8 +212,8 @@ class Emulator:
         """The gradients, and the input if ``recover``, from the output of :meth:`coupling`."""
         recovered = self.output_like(out) if recover else None
         grad_in, grad_net_out = self.output_like(out), self.output_like(net_out)
-        inputs = (_view(out), _view(net_out), _view(grad_out), grad_log_det)
-        outputs = (_view(recovered), _view(grad_in), _view(grad_net_out))
+        inputs = (_view(out), _net(net_out), _view(grad_out), grad_log_det)
+        outputs = (_view(recovered), _view(grad_in), _net(grad_net_out))
         variant, transformed = _variant(spec, inverse), _transformed(net_out, spec)
         self._call("coupling_backward", out, transformed, variant, *inputs, *outputs)
         return CouplingGrads(recovered, grad_in, grad_net_out)
