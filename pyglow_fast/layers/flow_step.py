@@ -73,8 +73,8 @@ def run_steps(
     """x through steps of one width: between two coupling nets there is one pass over memory, coupling and next mixing.
 
     With squeeze_first, x is (N, C / 2^d, *(2 spatial)) and is squeezed as it is read. With a budget (bytes or "auto")
-    the nets run in chunks, without a record. Returns z (N, C, *spatial) and log_det (N,). The steps must be initialised,
-    but for ActNorms inside their nets.
+    the nets run in chunks, without a record. Returns z (N, C, *spatial) and log_det (N,). The steps must be
+    initialised, but for ActNorms inside their nets.
     """
     maps = fold_steps(steps)
     kept = steps[0].channels // 2
