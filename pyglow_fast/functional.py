@@ -57,7 +57,7 @@ def channel_mix_for_net(
 
     The same values as u[:, :kept]; their gradient is added to that of u within the backward kernel.
     """
-    if ops.run_on(x, "channel_mix") and (x.dim() == 4 or not squeeze_first):
+    if ops.run_on(x) and (x.dim() == 4 or not squeeze_first):
         return autograd.ChannelMix.apply(x, matrix, offset, kept, squeeze_first)
     u = reference.channel_mix(x, matrix, offset, squeeze_first)
     return u, u[:, :kept]
@@ -65,21 +65,21 @@ def channel_mix_for_net(
 
 def channel_unmix(u: Tensor, inverse_matrix: Tensor, offset: Tensor, unsqueeze_after: bool = False) -> Tensor:
     """x = M^-1 (u - c) at every position; see :func:`pyglow_fast.reference.channel_unmix`."""
-    if ops.run_on(u, "channel_mix") and (u.dim() == 4 or not unsqueeze_after):
+    if ops.run_on(u) and (u.dim() == 4 or not unsqueeze_after):
         return autograd.ChannelUnmix.apply(u, inverse_matrix, offset, unsqueeze_after)
     return reference.channel_unmix(u, inverse_matrix, offset, unsqueeze_after)
 
 
 def coupling(u: Tensor, net_out: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor]:
     """y2 = (u2 + shift) s, log_det = sum log s; see :func:`pyglow_fast.reference.coupling`."""
-    if ops.run_on(u, "coupling") and ops.has_kernel(spec):
+    if ops.run_on(u) and ops.has_kernel(spec):
         return autograd.Coupling.apply(u, readable_net_output(net_out, u), ops.kind_arguments(spec, inverse=False))
     return reference.coupling(u, net_out, spec)
 
 
 def coupling_inverse(y: Tensor, net_out: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor]:
     """u2 = y2 / s - shift, log_det = -sum log s; see :func:`pyglow_fast.reference.coupling_inverse`."""
-    if ops.run_on(y, "coupling") and ops.has_kernel(spec):
+    if ops.run_on(y) and ops.has_kernel(spec):
         return autograd.Coupling.apply(y, readable_net_output(net_out, y), ops.kind_arguments(spec, inverse=True))
     return reference.coupling_inverse(y, net_out, spec)
 
@@ -103,7 +103,7 @@ def coupling_mix_for_net(
     u: Tensor, net_out: Tensor, matrix: Tensor, offset: Tensor, spec: CouplingSpec, kept: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """M y + c, its first `kept` channels for the next net (see :func:`channel_mix_for_net`), and log_det."""
-    if ops.run_on(u, "coupling_mix") and ops.has_kernel(spec):
+    if ops.run_on(u) and ops.has_kernel(spec):
         kind = ops.kind_arguments(spec, inverse=False)
         return autograd.CouplingMix.apply(u, readable_net_output(net_out, u), matrix, offset, kept, kind)
     y, log_det = coupling(u, net_out, spec)
@@ -123,7 +123,7 @@ def coupling_mix_inverse(
     See :func:`pyglow_fast.reference.coupling_mix_inverse`.
     """
     records = _records_gradient(y, net_out, inverse_matrix, offset)
-    if ops.run_on(y, "coupling_mix") and ops.has_kernel(spec) and not records:
+    if ops.run_on(y) and ops.has_kernel(spec) and not records:
         kind = ops.kind_arguments(spec, inverse=True)
         return ops.coupling_mix(y, readable_net_output(net_out, y), inverse_matrix, offset, *kind)
     u, log_det = coupling_inverse(y, net_out, spec)
@@ -135,21 +135,21 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
     See :func:`pyglow_fast.reference.channel_moments`.
     """
-    if ops.run_on(x, "channel_moments"):
+    if ops.run_on(x):
         return ops.channel_moments(x.detach())
     return reference.channel_moments(x.detach())
 
 
 def gaussian_log_prob(z: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
     """log N(z; mean, exp(log_sd)) summed per sample; see :func:`pyglow_fast.reference.gaussian_log_prob`."""
-    if ops.run_on(z, "gaussian_log_prob"):
+    if ops.run_on(z):
         return autograd.GaussianLogProb.apply(z, mean.expand_as(z), log_sd.expand_as(z))
     return reference.gaussian_log_prob(z, mean, log_sd)
 
 
 def gaussian_sample(noise: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
     """z = mean + exp(log_sd) noise; see :func:`pyglow_fast.reference.gaussian_sample`."""
-    if ops.run_on(noise, "gaussian_sample") and not _records_gradient(noise, mean, log_sd):
+    if ops.run_on(noise) and not _records_gradient(noise, mean, log_sd):
         return ops.gaussian_sample(noise, mean.expand_as(noise), log_sd.expand_as(noise))
     return reference.gaussian_sample(noise, mean, log_sd)
 

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from pyglow_fast import _backend, ops
+from pyglow_fast import _backend
 
 # The functions and ops, and the kernel of the extension that serves each, forward and backward; empty: none.
 KERNELS = {
@@ -23,11 +23,6 @@ KERNELS = {
     "channel_moments": "channel_moments",
     "gaussian_log_prob": "gaussian_log_prob",
     "gaussian_sample": "gaussian_sample",
-}
-# What functional falls back to where one pass has no kernel but its parts have.
-COMPOSED = {
-    "coupling_mix": ("coupling", "channel_mix"),
-    "coupling_mix_inverse": ("coupling", "channel_mix"),
 }
 _PACKAGES = ("numpy", "safetensors", "torchvision", "pillow")
 
@@ -128,18 +123,6 @@ def _backend_of(device: str) -> str:
     return f"reference: {why}" if why else "compiled kernels for float32 and float64, reference for other dtypes"
 
 
-def _runs(op: str, kernel: str, device: str, why_not: str) -> str:
-    """What an op runs on, given why the device's tensors do not run on the compiled kernels (empty if they do)."""
-    if why_not:
-        return "reference"
-    if device in ops.DEVICES.get(kernel, ()):
-        return "compiled"
-    parts = COMPOSED.get(op, ())
-    if parts and all(device in ops.DEVICES[part] for part in parts):
-        return "compiled, as " + " and ".join(parts)
-    return "reference: its kernel is not written for this device yet"
-
-
 def _ops() -> dict[str, str]:
     """What runs each op on float32 and float64 tensors of each device."""
     module = _backend.extension()
@@ -149,7 +132,7 @@ def _ops() -> dict[str, str]:
         if module is not None and not hasattr(module, kernel or "-"):
             facts[op] = "reference everywhere: there is no kernel for it"
         else:
-            facts[op] = ", ".join(f"{name}: {_runs(op, kernel, name, why)}" for name, why in devices.items())
+            facts[op] = ", ".join(f"{name}: {'reference' if why else 'compiled'}" for name, why in devices.items())
     facts["scale maps"] = (
         "a map that is given as a callable runs on the reference everywhere: kernels know the named ones"
     )

@@ -28,20 +28,20 @@ _FORWARD_KIND = "int map, int order, float bias, float eps, float clamp"
 _library = torch.library.Library("pyglow_fast", "DEF")
 
 
-DEVICES: dict[str, tuple[str, ...]] = {}  # of each op, the types of device that it has a kernel for
+NAMES: list[str] = []  # of all ops; each has a kernel for every type of device that the extension is built for
 
 
-def _define(schema: str, fake: Callable[..., Any], devices: tuple[str, ...] = ("cpu", "cuda")) -> None:
-    """Declare an op that the extension's function of the same name implements on the devices it has kernels for."""
+def _define(schema: str, fake: Callable[..., Any]) -> None:
+    """Declare an op that the extension's function of the same name implements."""
     name = schema.split("(")[0]
-    DEVICES[name] = devices
+    NAMES.append(name)
     _library.define(schema)
 
     def run(*args: Any) -> Any:
         return getattr(_backend.require(), name)(*args)
 
-    for device in devices:
-        _library.impl(name, run, device.upper())
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, run, device)
     torch.library.register_fake(f"pyglow_fast::{name}", fake, lib=_library)
 
 
@@ -126,19 +126,16 @@ _define(
 _define(
     f"coupling_mix(Tensor x, Tensor net_out, Tensor matrix, Tensor offset, {_KIND}) -> (Tensor, Tensor)",
     _fake_coupling,
-    ("cpu",),
 )
 _define(
     "coupling_mix_backward(Tensor x, Tensor net_out, Tensor grad_out, Tensor grad_log_det, Tensor matrix, "
     f"{_FORWARD_KIND}, Tensor? added) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_coupling_mix_backward,
-    ("cpu",),
 )
 _define(
     "step_backward(Tensor y, Tensor net_out, Tensor grad_y, Tensor grad_log_det, Tensor inverse_matrix, Tensor offset, "
     f"{_FORWARD_KIND}) -> (Tensor, Tensor, Tensor)",
     _fake_step_backward,
-    ("cpu",),
 )
 _define("channel_moments(Tensor x) -> (Tensor, Tensor)", _fake_channel_moments)
 _define("gaussian_log_prob(Tensor z, Tensor mean, Tensor log_sd) -> Tensor", _fake_gaussian_log_prob)
@@ -180,10 +177,9 @@ def _kernel_devices() -> tuple[str, ...]:
 _kernel_devices._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def run_on(x: Tensor, name: str) -> bool:
-    """Whether there is a compiled kernel of that op for the device and dtype of x."""
-    device = x.device.type
-    return x.dtype in (torch.float32, torch.float64) and device in DEVICES[name] and device in _kernel_devices()
+def run_on(x: Tensor) -> bool:
+    """Whether there are compiled kernels for the device and dtype of x."""
+    return x.dtype in (torch.float32, torch.float64) and x.device.type in _kernel_devices()
 
 
 def has_kernel(spec: CouplingSpec) -> bool:

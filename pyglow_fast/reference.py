@@ -197,13 +197,30 @@ def coupling_mix_inverse(
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and sum of squared deviations m2 = sum (x - mean)^2 per channel, over samples and positions.
 
-    x (N, C, *spatial) -> float64 (C,) each, zero where x is empty. Variance is m2 / (N P); sets merge by Chan, Golub &
-    LeVeque 1983.
+    x (N, C, *spatial) -> float64 (C,) each, zero where x is empty. Variance is m2 / (N P); sets merge by
+    :func:`merge_moments`.
     """
     if x.numel() == 0:
         return (x.new_zeros(x.shape[1], dtype=torch.float64),) * 2
     variance, mean = torch.var_mean(x.double(), dim=[0, *range(2, x.dim())], correction=0)
     return mean, variance * (x.shape[0] * n_positions(x))
+
+
+def merge_moments(counts: Tensor, means: Tensor, m2s: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and m2 of R sets together, from those of each: with d = mean_b - mean_a and n = n_a + n_b,
+
+    mean = mean_a + d n_b / n,  m2 = m2_a + m2_b + d^2 n_a n_b / n  (Chan, Golub & LeVeque 1983).
+
+    counts (R,), means and m2s (R, C), float64 -> (C,) each. A set may be empty.
+    """
+    count, mean, m2 = counts[0], means[0], m2s[0]
+    for n, other, other_m2 in zip(counts[1:], means[1:], m2s[1:], strict=True):
+        total = (count + n).clamp_min(1.0)
+        difference = other - mean
+        mean = mean + difference * (n / total)
+        m2 = m2 + other_m2 + difference.square() * (count * n / total)
+        count = count + n
+    return mean, m2
 
 
 def squeeze(x: Tensor, factor: int = 2) -> Tensor:

@@ -38,11 +38,6 @@ inline void check_like(const char* name, const at::Tensor& x, const char* other_
                     ", found ", x.device());
 }
 
-// For the ops that have no CUDA kernel yet. The dispatcher sends them nothing else; a direct call might.
-inline void check_on_cpu(const char* name, const at::Tensor& x) {
-  TORCH_CHECK_VALUE(x.is_cpu(), name, ": expected a CPU tensor, found device ", x.device());
-}
-
 // (N, C, *spatial) on a device that has kernels.
 inline void check_state(const char* name, const at::Tensor& x) {
   TORCH_CHECK_VALUE(x.dim() >= 2, name, ": expected shape (N, C, *spatial), found ", x.sizes());

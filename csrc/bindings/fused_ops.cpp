@@ -20,7 +20,6 @@ std::tuple<at::Tensor, at::Tensor> coupling_mix(const at::Tensor& x_in, const at
                                                 int64_t order, bool inverse, double bias, double eps, double clamp) {
   const Kind kind{map, order, inverse, bias, eps, clamp};
   check_state("x", x_in);
-  check_on_cpu("x", x_in);
   const int64_t transformed = check_net_out(net_out_in, "x", x_in, kind);
   check_matrix(matrix_in, offset_in, "x", x_in);
   const at::Tensor x = with_position_stride(x_in), net_out = with_position_stride(net_out_in);
@@ -31,7 +30,13 @@ std::tuple<at::Tensor, at::Tensor> coupling_mix(const at::Tensor& x_in, const at
     const CouplingArgs<T> half{input<T>(x), net_input(net_out), output<T>(out), log_det.mutable_data_ptr<T>(),
                                x.size(0),   x.size(1),          transformed,    positions_of(x),
                                kind.as<T>()};
-    cpu::coupling_mix<T>({half, matrix.const_data_ptr<T>(), offset.const_data_ptr<T>()}, torch_threads());
+    const CouplingMixArgs<T> args{half, matrix.const_data_ptr<T>(), offset.const_data_ptr<T>()};
+    if (x.is_cpu()) return cpu::coupling_mix(args, torch_threads());
+    const CudaScope scope(x);
+#ifdef PYGLOW_WITH_CUDA
+    const at::Tensor scratch = CudaScope::scratch(x, cuda::coupling_mix_scratch<T>(half.samples, half.positions));
+    CudaScope::check(cuda::coupling_mix(args, scratch.mutable_data_ptr(), scope.stream()));
+#endif
   });
   check_overflow(kind, log_det);
   return {out, log_det};
@@ -44,7 +49,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> coupling_mix_backward
     double clamp, const std::optional<at::Tensor>& added_in) {
   const Kind kind{map, order, false, bias, eps, clamp};
   check_state("x", x_in);
-  check_on_cpu("x", x_in);
   const int64_t transformed = check_net_out(net_out_in, "x", x_in, kind);
   check_output_grads("grad_out", grad_out_in, grad_log_det_in, "x", x_in);
   check_matrix(matrix_in, matrix_in.diagonal(), "x", x_in);
@@ -56,11 +60,27 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> coupling_mix_backward
   at::Tensor grad_matrix = at::empty_like(matrix), grad_offset = at::empty({x.size(1)}, x.options());
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    cpu::coupling_mix_backward<T>(
-        {input<T>(x), net_input(net_out), split_grad<T>(grad_out, added), grad_log_det.const_data_ptr<T>(),
-         matrix.const_data_ptr<T>(), output<T>(grad_x), net_grad(grad_net_out), grad_matrix.mutable_data_ptr<T>(),
-         grad_offset.mutable_data_ptr<T>(), x.size(0), x.size(1), transformed, positions_of(x), kind.as<T>()},
-        torch_threads());
+    const CouplingMixBackwardArgs<T> args{input<T>(x),
+                                          net_input(net_out),
+                                          split_grad<T>(grad_out, added),
+                                          grad_log_det.const_data_ptr<T>(),
+                                          matrix.const_data_ptr<T>(),
+                                          output<T>(grad_x),
+                                          net_grad(grad_net_out),
+                                          grad_matrix.mutable_data_ptr<T>(),
+                                          grad_offset.mutable_data_ptr<T>(),
+                                          x.size(0),
+                                          x.size(1),
+                                          transformed,
+                                          positions_of(x),
+                                          kind.as<T>()};
+    if (x.is_cpu()) return cpu::coupling_mix_backward(args, torch_threads());
+    const CudaScope scope(x);
+#ifdef PYGLOW_WITH_CUDA
+    const int64_t bytes = cuda::coupling_mix_backward_scratch<T>(args.samples, args.channels, args.positions);
+    const at::Tensor scratch = CudaScope::scratch(x, bytes);
+    CudaScope::check(cuda::coupling_mix_backward(args, scratch.mutable_data_ptr(), scope.stream()));
+#endif
   });
   return {grad_x, grad_net_out, grad_matrix, grad_offset};
 }
@@ -74,7 +94,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> step_backward(const at::Tensor& y
                                                              double bias, double eps, double clamp) {
   const Kind kind{map, order, false, bias, eps, clamp};
   check_state("y", y_in);
-  check_on_cpu("y", y_in);
   const int64_t transformed = check_net_out(net_out_in, "y", y_in, kind);
   check_output_grads("grad_y", grad_y_in, grad_log_det_in, "y", y_in);
   check_matrix(inverse_matrix_in, offset_in, "y", y_in);
@@ -84,11 +103,25 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> step_backward(const at::Tensor& y
   at::Tensor x = empty_output(y), grad_u = empty_output(y), grad_net_out = empty_output(net_out);
   with_dtype(y, [&](auto zero) {
     using T = decltype(zero);
-    cpu::step_backward<T>(
-        {input<T>(y), net_input(net_out), input<T>(grad_y), grad_log_det.const_data_ptr<T>(),
-         inverse_matrix.const_data_ptr<T>(), offset.const_data_ptr<T>(), output<T>(x), output<T>(grad_u),
-         net_grad(grad_net_out), y.size(0), y.size(1), transformed, positions_of(y), kind.as<T>()},
-        torch_threads());
+    const StepBackwardArgs<T> args{input<T>(y),
+                                   net_input(net_out),
+                                   input<T>(grad_y),
+                                   grad_log_det.const_data_ptr<T>(),
+                                   inverse_matrix.const_data_ptr<T>(),
+                                   offset.const_data_ptr<T>(),
+                                   output<T>(x),
+                                   output<T>(grad_u),
+                                   net_grad(grad_net_out),
+                                   y.size(0),
+                                   y.size(1),
+                                   transformed,
+                                   positions_of(y),
+                                   kind.as<T>()};
+    if (y.is_cpu()) return cpu::step_backward(args, torch_threads());
+    const CudaScope scope(y);
+#ifdef PYGLOW_WITH_CUDA
+    CudaScope::check(cuda::step_backward(args, scope.stream()));
+#endif
   });
   return {x, grad_u, grad_net_out};
 }

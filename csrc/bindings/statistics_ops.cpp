@@ -128,7 +128,7 @@ at::Tensor elementary(const std::string& name, const at::Tensor& x_in) {
   const auto found = std::find(std::begin(names), std::end(names), name);
   TORCH_CHECK_VALUE(found != std::end(names), "name: expected exp, log, log1p_unit, tanh or atan, found ", name);
   check_dtype("x", x_in);
-  check_on_cpu("x", x_in);
+  TORCH_CHECK_VALUE(x_in.is_cpu(), "x: expected a CPU tensor, found device ", x_in.device());
   const at::Tensor x = x_in.contiguous();
   at::Tensor y = at::empty_like(x);
   with_dtype(x, [&](auto zero) {

@@ -13,7 +13,8 @@
 namespace pyglow::cpu::PYGLOW_ISA {
 
 constexpr int64_t max_slots = 32;
-constexpr int64_t max_partial_bytes = 16 << 20;
+constexpr int64_t max_partial_bytes = 8 << 20;  // with the packed matrix and the tiles, 16 MB are not exceeded
+constexpr int64_t sum_length = 64;  // positions added up in a register: rounding grows with the length of a sum
 
 // What one tile adds: rows of g and of x, `length` positions, a whole number of vectors, zero where padded.
 template <class T>
@@ -155,27 +156,30 @@ class MixSums {
     constexpr int64_t width = NumVectors * lanes<T>;
     for (int64_t o = 0; o < blocks_.count * NumRows; o += NumRows, sums += NumRows * width) {
       const T* g[NumRows];
-      Vec<T> sum[NumRows][NumVectors] = {};
 #pragma GCC unroll 16
       for (int k = 0; k < NumRows; ++k) g[k] = tile.g.row(smaller(o + k, channels_ - 1));
       const T* x = panel;
+      for (int64_t begin = 0; begin < tile.length; begin += sum_length) {
+        Vec<T> sum[NumRows][NumVectors] = {};
+        const int64_t end = smaller(begin + sum_length, tile.length);
 #pragma GCC unroll 4
-      for (int64_t p = 0; p < tile.length; ++p, x += width) {
-        Vec<T> value[NumVectors];
+        for (int64_t p = begin; p < end; ++p, x += width) {
+          Vec<T> value[NumVectors];
 #pragma GCC unroll 2
-        for (int v = 0; v < NumVectors; ++v) value[v] = load<T>(x + v * lanes<T>);
+          for (int v = 0; v < NumVectors; ++v) value[v] = load<T>(x + v * lanes<T>);
+#pragma GCC unroll 16
+          for (int k = 0; k < NumRows; ++k)
+#pragma GCC unroll 2
+            for (int v = 0; v < NumVectors; ++v) sum[k][v] = math::mix_term(sum[k][v], g[k][p], value[v]);
+        }
 #pragma GCC unroll 16
         for (int k = 0; k < NumRows; ++k)
 #pragma GCC unroll 2
-          for (int v = 0; v < NumVectors; ++v) sum[k][v] = math::mix_term(sum[k][v], g[k][p], value[v]);
+          for (int v = 0; v < NumVectors; ++v) {
+            T* const at = sums + k * width + v * lanes<T>;
+            store<T>(at, load<T>(at) + sum[k][v]);
+          }
       }
-#pragma GCC unroll 16
-      for (int k = 0; k < NumRows; ++k)
-#pragma GCC unroll 2
-        for (int v = 0; v < NumVectors; ++v) {
-          T* const at = sums + k * width + v * lanes<T>;
-          store<T>(at, load<T>(at) + sum[k][v]);
-        }
     }
   }
 

@@ -42,8 +42,7 @@ PYGLOW_HD void product_block(const T* weights, const Rows<const T>& x, const T* 
 #pragma GCC unroll 16
   for (int k = 0; k < NumRows; ++k)
 #pragma GCC unroll 2
-    for (int v = 0; v < NumVectors; ++v)
-      sum[k][v] = broadcast<T>(start == nullptr || k >= valid_rows ? T(0) : start[k]);
+    for (int v = 0; v < NumVectors; ++v) sum[k][v] = Vec<T>{};
   const T* x_row = x.data + position;
   for (int64_t c = 0; c < channels; ++c, x_row += x.stride, weights += NumRows) {
     Vec<T> value[NumVectors];
@@ -57,8 +56,10 @@ PYGLOW_HD void product_block(const T* weights, const Rows<const T>& x, const T* 
 #pragma GCC unroll 16
   for (int k = 0; k < NumRows; ++k) {
     if (k >= valid_rows) break;
+    // Last: a large offset in front of the sum would round every term to its own size.
+    const T offset = start == nullptr ? T(0) : start[k];
 #pragma GCC unroll 2
-    for (int v = 0; v < NumVectors; ++v) store<T>(out.row(out_row + k) + position + v * lanes<T>, sum[k][v]);
+    for (int v = 0; v < NumVectors; ++v) store<T>(out.row(out_row + k) + position + v * lanes<T>, sum[k][v] + offset);
   }
 }
 
@@ -78,7 +79,7 @@ void product_rows(const T* packed, const Rows<const T>& x, const T* start, const
   }
 }
 
-// out[o, i] = start[o] + sum_c M[o, c] x[c, i] for the tile's positions; start null means zero. out may not overlap x.
+// out[o, i] = sum_c M[o, c] x[c, i] + start[o] for the tile's positions; start null means zero. out may not overlap x.
 template <class T>
 void product(const T* packed, const Rows<const T>& x, const T* start, const Rows<T>& out, int64_t channels,
              int64_t length) {

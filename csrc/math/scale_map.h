@@ -36,9 +36,11 @@ PYGLOW_HD Scale<V> scale_of(V raw, const ScaleParams<T>& params) {
     const V s = exp(raw);
     return {s, s > largest(T(0)) ? s : raw, V{} + T(1)};
   } else if constexpr (Map == ScaleMap::tanh) {
-    const V t = tanh(raw / params.clamp);
-    const V log_s = params.clamp * t;
-    return {exp(log_s), log_s, T(1) - t * t};
+    const V x = raw / params.clamp;
+    const V log_s = params.clamp * tanh(x);
+    // The slope 1 - tanh^2 cancels in the tails: with e = exp(-2 |x|) it is 4 e / (1 + e)^2.
+    const V e = exp(x < T(0) ? x + x : -(x + x));
+    return {exp(log_s), log_s, T(4) * e / ((T(1) + e) * (T(1) + e))};
   } else {
     static_assert(Map == ScaleMap::atan, "the additive coupling has no scale");
     constexpr T gain = T(0.636);  // about 2 / pi, so that log_s tends to +-clamp (FrEIA's soft clamp)

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast import functional
+from pyglow_fast import functional, reference
 from pyglow_fast._errors import expect
 from pyglow_fast.layers._base import FlowLayer, check_count, check_input
+from pyglow_fast.layers.ranks import gather, refused_alike
 
 
 class ActNorm(FlowLayer):
@@ -19,6 +20,9 @@ class ActNorm(FlowLayer):
     and positions of its input, so that z has mean 0 and variance 1 per channel. One sample is enough. A constant
     channel is centred and its scale stays 1: there is no spread to normalise.
 
+    Where torch.distributed is initialised, the moments are those of the batches of all ranks of its default group, so
+    that every rank sets the same values: all ranks must then make that first forward (or call of ``initialize``).
+
     Args:
         channels: C.
         eps: added to the standard deviation.
@@ -27,7 +31,7 @@ class ActNorm(FlowLayer):
 
     Raises:
         ValueError: wrong shape, dtype or device; the initialising batch is empty or not finite (nothing is changed
-            then).
+            then), here or on another rank.
 
     Reference: Kingma & Dhariwal 2018, section 3.1.
     """
@@ -47,9 +51,10 @@ class ActNorm(FlowLayer):
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x -> z; initialises first if this is a training forward of a fresh layer."""
-        check_input("x", x, self.channels, self.bias)
         if self.training and not self.is_initialized:
             self.initialize_from(x)
+        else:
+            check_input("x", x, self.channels, self.bias)
         return functional.actnorm(x, self.log_scale, self.bias)
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -59,20 +64,24 @@ class ActNorm(FlowLayer):
 
     def initialize(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Initialise from x if that has not happened yet, and return z."""
-        check_input("x", x, self.channels, self.bias)
         if not self.is_initialized:
             self.initialize_from(x)
         return super().initialize(x, cond)
 
     @torch.no_grad()
     def initialize_from(self, x: Tensor) -> None:
-        """Set bias and log_scale from the moments of x, whether or not it happened before."""
-        expect(x.shape[0] > 0 and x.numel() > 0, "x", "a batch that is not empty to initialise from", tuple(x.shape))
-        mean, squared_deviations = functional.channel_moments(x)
-        variance = squared_deviations / (x.numel() // self.channels)
-        finite = bool((variance.isfinite() & mean.isfinite()).all())
-        expect(finite, "x", "finite values to initialise actnorm from", "NaN or inf")
-        std = variance.sqrt()
+        """Set bias and log_scale from the moments of x (of all ranks' x), whether or not it happened before."""
+        with refused_alike(self.bias.device):
+            check_input("x", x, self.channels, self.bias)
+            expect(x.numel() > 0, "x", "a batch that is not empty to initialise from", tuple(x.shape))
+            mean, squared_deviations = functional.channel_moments(x)
+            finite = bool((squared_deviations.isfinite() & mean.isfinite()).all())
+            expect(finite, "x", "finite values to initialise actnorm from", "NaN or inf")
+        count = mean.new_full((1,), x.numel() // self.channels)
+        rows = gather(torch.cat([count, mean, squared_deviations]))
+        counts, means, all_squared_deviations = rows.split([1, self.channels, self.channels], dim=1)
+        mean, squared_deviations = reference.merge_moments(counts[:, 0], means, all_squared_deviations)
+        std = (squared_deviations / counts.sum()).sqrt()
         # Spread at the level of rounding is no spread: dividing by it would blow the next batch up by 1/eps.
         resolution = torch.finfo(x.dtype).eps * mean.abs()
         constant = std <= torch.maximum(resolution, torch.full_like(std, self.eps))

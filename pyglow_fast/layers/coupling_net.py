@@ -9,6 +9,7 @@ from pyglow_fast import functional
 from pyglow_fast._errors import expect
 from pyglow_fast.layers._base import check_count, check_input
 from pyglow_fast.layers.actnorm import ActNorm
+from pyglow_fast.layers.ranks import refused_alike
 
 _CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
     1: nn.Conv1d,
@@ -98,7 +99,8 @@ class CouplingNet(nn.Module):
 
         Only the coupling's forward calls it: an inverse pass must never initialise.
         """
-        hidden = self._with_condition(x, cond)
+        with refused_alike(self.conv1.weight.device, lambda: not self.is_initialized):
+            hidden = self._with_condition(x, cond)
         for conv, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
             hidden = conv(hidden)
             if isinstance(norm, ActNorm):

@@ -15,6 +15,7 @@ from pyglow_fast.layers.actnorm import ActNorm
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.permutation import ChannelLinear, InvConv, Permute
+from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.reference import KINDS, fold_actnorm, lu_weight
 
 PERMUTATIONS = ("invconv", "invconv_plain", "shuffle", "reverse")
@@ -173,10 +174,11 @@ class FlowStep(FlowLayer):
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x -> z; a fresh step in training initialises its actnorm from x first."""
-        check_input("x", x, self.channels, self.actnorm.bias)
         if self.training and not self.actnorm.is_initialized:
-            self.coupling.check_inputs(x, cond)
+            self._check_together(x, cond)
             self.actnorm.initialize_from(x)
+        else:
+            check_input("x", x, self.channels, self.actnorm.bias)
         return run_steps([self], x, cond)
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -184,11 +186,18 @@ class FlowStep(FlowLayer):
         check_input("z", z, self.channels, self.actnorm.bias)
         return run_steps_inverse([self], z, cond)
 
+    def _check_together(self, x: Tensor, cond: Tensor | None) -> None:
+        """Before an initialisation: refuse what the step cannot take, on all ranks."""
+        with refused_alike(
+            self.actnorm.bias.device, lambda: not (self.actnorm.is_initialized and self.coupling.net_is_initialized)
+        ):
+            check_input("x", x, self.channels, self.actnorm.bias)
+            self.coupling.check_inputs(x, cond)
+
     def initialize(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Initialise every actnorm of the step (also those of the net) from x, and return z."""
         with torch.no_grad():
-            check_input("x", x, self.channels, self.actnorm.bias)
-            self.coupling.check_inputs(x, cond)
+            self._check_together(x, cond)
             if not self.actnorm.is_initialized:
                 self.actnorm.initialize_from(x)
             channel_map = fold_steps([self])[0]

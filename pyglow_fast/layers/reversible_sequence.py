@@ -14,6 +14,7 @@ from pyglow_fast.coupling_nets.plan import budget_bytes
 from pyglow_fast.layers._base import FlowLayer, check_input
 from pyglow_fast.layers.flow_step import FlowStep, fold_steps, maps_log_det, run_steps, run_steps_inverse
 from pyglow_fast.layers.module_chain import ModuleChain
+from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.reversible import Chain, DriftControl, run_chain
 
 MEMORY_MODES = ("reversible", "checkpoint", "store")
@@ -111,7 +112,9 @@ class ReversibleSequence(FlowLayer):
             self._fused or not squeeze_first, "squeeze_first", "False, as not all steps are FlowSteps", squeeze_first
         )
         if self._fused and not squeeze_first:
-            check_input("x", x, self.flow_steps()[0].channels, self.flow_steps()[0].actnorm.bias)
+            first = self.flow_steps()[0]
+            with refused_alike(first.actnorm.bias.device, lambda: self.training and not self._is_initialized()):
+                check_input("x", x, first.channels, first.actnorm.bias)
         if self.training and not self._is_initialized():
             self._initialize_steps(x, cond, squeeze_first)
         records = torch.is_grad_enabled() and (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from pyglow_fast import functional
 from pyglow_fast._errors import can_read, expect
 from pyglow_fast.layers import ActNorm, FlowStep, ReversibleSequence, Split, Squeeze
 from pyglow_fast.layers._base import check_input
+from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.layers.reshape import fit_condition
 from pyglow_fast.likelihood import bits_per_dim, dequantize
 from pyglow_fast.models.config import GlowConfig
@@ -139,6 +141,10 @@ class Glow(nn.Module):
         """Whether every actnorm has seen data (or was loaded so)."""
         return all(module.is_initialized for module in self.modules() if isinstance(module, ActNorm))
 
+    def _refused_alike(self) -> AbstractContextManager[None]:
+        """Around the checks of a forward: where it would initialise, all ranks refuse what one does."""
+        return refused_alike(self._parameter().device, lambda: self.training and not self.is_initialized)
+
     def _parameter(self) -> Tensor:
         return next(self.parameters())
 
@@ -182,8 +188,10 @@ class Glow(nn.Module):
         """Set every actnorm from x, level by level; happens by itself on the first training forward.
 
         x is checked first. Should a step still make NaN or inf of it, the error leaves the actnorms before it set.
+        Under torch.distributed all ranks must call it, each with its part of the batch: see ActNorm.
         """
-        self._check_x(x, cond)
+        with refused_alike(self._parameter().device, lambda: not self.is_initialized):
+            self._check_x(x, cond)
         for i, level in enumerate(self.levels):
             assert isinstance(level, FlowLevel)
             x = level.initialize(x, cond)
@@ -197,7 +205,8 @@ class Glow(nn.Module):
 
     def _encode(self, x: Tensor, cond: Tensor | None) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Latents, the kept halves that predict their priors, and log_det."""
-        self._check_x(x, cond)
+        with self._refused_alike():
+            self._check_x(x, cond)
         if self.training and not self.is_initialized:
             self.initialize(x, cond)
         log_det = x.new_zeros(x.shape[0])
@@ -229,8 +238,9 @@ class Glow(nn.Module):
 
     def log_prob(self, x: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
         """log p(x), or log p(x | y) for a model with classes, in nats, (N,)."""
-        expect(isinstance(x, Tensor) and x.dim() >= 1, "x", "a Tensor (N, C, *spatial)", type(x).__name__)
-        check_labels(y, x.shape[0], self.config.n_classes)
+        with self._refused_alike():
+            expect(isinstance(x, Tensor) and x.dim() >= 1, "x", "a Tensor (N, C, *spatial)", type(x).__name__)
+            check_labels(y, x.shape[0], self.config.n_classes)
         latents, kept_halves, log_prob = self._encode(x, cond)
         for split, kept, factored in zip(self.splits, kept_halves, latents[:-1], strict=True):
             assert isinstance(split, Split)
@@ -250,14 +260,18 @@ class Glow(nn.Module):
         Levels are 0..n_bins-1; y and cond as in log_prob.
         """
         # Everything is checked before the noise is drawn: a refused call leaves the generator as it was.
-        expect(isinstance(images, Tensor), "images", "a Tensor", type(images).__name__)
-        shape = (*images.shape[:1], *self.config.image_shape)
-        expect(
-            tuple(images.shape) == shape, "images", f"shape (N, {', '.join(map(str, shape[1:]))})", tuple(images.shape)
-        )
-        check_labels(y, images.shape[0], self.config.n_classes)
-        self._check_cond(cond, images.shape[0])
-        x = dequantize(images, n_bins, generator, dtype=self._parameter().dtype)
+        with self._refused_alike():
+            expect(isinstance(images, Tensor), "images", "a Tensor", type(images).__name__)
+            shape = (*images.shape[:1], *self.config.image_shape)
+            expect(
+                tuple(images.shape) == shape,
+                "images",
+                f"shape (N, {', '.join(map(str, shape[1:]))})",
+                tuple(images.shape),
+            )
+            check_labels(y, images.shape[0], self.config.n_classes)
+            self._check_cond(cond, images.shape[0])
+            x = dequantize(images, n_bins, generator, dtype=self._parameter().dtype)
         return bits_per_dim(self.log_prob(x, y, cond), self.config.n_values, n_bins)
 
     def encode(self, x: Tensor, cond: Tensor | None = None) -> list[Tensor]:

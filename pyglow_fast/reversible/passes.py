@@ -28,8 +28,8 @@ def _gradients(
     return list(found)
 
 
-def _compiled(x: Tensor, name: str, spec: CouplingSpec) -> bool:
-    return ops.run_on(x, name) and ops.has_kernel(spec)
+def _compiled(x: Tensor, spec: CouplingSpec) -> bool:
+    return ops.run_on(x) and ops.has_kernel(spec)
 
 
 def _forward_kind(spec: CouplingSpec) -> tuple[int, int, float, float, float]:
@@ -55,7 +55,7 @@ def step_backward(
     spec: CouplingSpec,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From a step's output y: its input x, and the gradients of u = M x + c (without the net's part) and of net_out."""
-    if _compiled(y, "step_backward", spec):
+    if _compiled(y, spec):
         kind = _forward_kind(spec)
         net_out = functional.readable_net_output(net_out, y)
         return ops.step_backward(y, net_out, grad_y, grad_log_det, inverse_matrix, offset, *kind)
@@ -70,7 +70,7 @@ def coupling_backward(
     u: Tensor, net_out: Tensor, grad_y: Tensor, grad_log_det: Tensor, spec: CouplingSpec
 ) -> tuple[Tensor, Tensor]:
     """From a coupling's true input: the gradients of u (without the net's part) and of net_out."""
-    if _compiled(u, "coupling_backward", spec):
+    if _compiled(u, spec):
         kind = ops.kind_arguments(spec, inverse=False)
         net_out = functional.readable_net_output(net_out, u)
         y, _ = ops.coupling(u, net_out, *kind)
@@ -93,7 +93,7 @@ def coupling_mix_backward(
     added: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of out = M couple(u) + c: the gradients of u (without the net's part), net_out, M and c."""
-    if _compiled(u, "coupling_mix_backward", spec):
+    if _compiled(u, spec):
         net_out = functional.readable_net_output(net_out, u)
         return ops.coupling_mix_backward(u, net_out, grad_out, grad_log_det, matrix, *_forward_kind(spec), added)
     grad_u, grad_net_out, grad_matrix, grad_offset = _gradients(
@@ -108,7 +108,7 @@ def channel_mix_backward(
     x: Tensor, grad_u: Tensor, matrix: Tensor, offset: Tensor, added: Tensor | None, squeeze_first: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of u = M x + c: the gradients of x, M and c."""
-    if ops.run_on(x, "channel_mix_backward") and (x.dim() == 4 or not squeeze_first):
+    if ops.run_on(x) and (x.dim() == 4 or not squeeze_first):
         return ops.channel_mix_backward(x, grad_u, matrix, None, added, squeeze_first)
     grad_x, grad_matrix, grad_offset = _gradients(
         lambda x, matrix, offset: (reference.channel_mix(x, matrix, offset, squeeze_first),),

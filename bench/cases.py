@@ -1,0 +1,286 @@
+"""What the kernel benchmarks run: each op and the flow step outside its net, in every direction, on fixed random data.
+
+A case gives, for a library (:mod:`pyglow_fast.functional` or :mod:`pyglow_fast.reference`), a callable without
+arguments, and says what the operation must move and compute at least.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from pyglow_fast import functional, ops, reference
+from pyglow_fast.reference import CouplingSpec
+
+SHAPES = [(8, 12, 64, 64), (8, 48, 32, 32), (1, 12, 512, 512), (16, 96, 8, 8)]
+SPEC = CouplingSpec()
+STEP, BETWEEN = "flow step outside its net", "between two nets"
+SQUEEZED = "channel_mix of squeeze(x)"
+Run = Callable[[], tuple[Tensor, ...]]
+
+# What each (op, mode) reads and writes at least, in tensors of the size of x (a net's output is as large as x):
+TRAFFIC = {
+    ("channel_mix", "forward"): 2,  # x; u
+    ("channel_mix", "inverse"): 2,
+    ("channel_mix", "backward"): 3,  # x, grad_u; grad_x
+    (SQUEEZED, "forward"): 2,
+    (SQUEEZED, "inverse"): 2,
+    (SQUEEZED, "backward"): 3,
+    ("coupling", "forward"): 3,  # u, net output; y (its kept half too, as a new tensor)
+    ("coupling", "inverse"): 3,
+    ("coupling", "backward"): 4,  # half of y, raw, grad_y; grad_u, grad_net_out
+    ("coupling_mix", "forward"): 3,
+    ("coupling_mix", "inverse"): 3,
+    ("coupling_mix", "backward"): 5,  # u, net output, grad; grad_u, grad_net_out
+    ("step_backward", "backward"): 6,  # y, net output, grad_y; x, grad_u, grad_net_out
+    ("channel_moments", "forward"): 1,
+    ("gaussian_log_prob", "forward"): 3,  # z, mean, log_sd
+    ("gaussian_log_prob", "backward"): 6,
+    ("gaussian_sample", "forward"): 4,
+    (STEP, "forward"): 3,
+    (STEP, "inverse"): 3,
+    (STEP, "forward+backward"): 8,  # forward, then grad_y and what was saved (x, net output); grad_x, grad_net_out
+    (BETWEEN, "forward"): 3,
+    (BETWEEN, "forward+backward"): 8,
+}
+# Arithmetic per transformed value, counted in csrc/math (a fused multiply-add is two, a division one although it takes
+# as long as ten): exp 23, log(1 + e) 19.
+COUPLE, COUPLE_BACKWARD, RECOMPUTE = 50, 33, 30
+# and per value
+MOMENTS, LOG_PROB, LOG_PROB_BACKWARD, SAMPLE = 4, 28, 30, 25
+
+
+def traffic(op: str, mode: str, shape: tuple[int, ...]) -> int:
+    """Bytes that the operation must move at least, float32."""
+    return 4 * math.prod(shape) * TRAFFIC[op, mode]
+
+
+def arithmetic(op: str, mode: str, shape: tuple[int, ...]) -> int:
+    """Floating-point operations that it must do at least, by the counts above."""
+    values = math.prod(shape)
+    mix, halves = 2 * shape[1] * values, values // 2
+    couple, couple_back = COUPLE * halves, COUPLE_BACKWARD * halves
+    both_ways = mix + couple + 2 * mix + couple_back
+    return {
+        "channel_mix": 2 * mix if mode == "backward" else mix,
+        SQUEEZED: 2 * mix if mode == "backward" else mix,
+        "coupling": couple_back if mode == "backward" else couple,
+        "coupling_mix": 2 * mix + couple_back + RECOMPUTE * halves if mode == "backward" else mix + couple,
+        "step_backward": mix + couple_back + 2 * halves,
+        "channel_moments": MOMENTS * values,
+        "gaussian_log_prob": (LOG_PROB_BACKWARD if mode == "backward" else LOG_PROB) * values,
+        "gaussian_sample": SAMPLE * values,
+        STEP: both_ways if "backward" in mode else mix + couple,
+        BETWEEN: both_ways if "backward" in mode else mix + couple,
+    }[op]
+
+
+class Data:
+    """Random tensors of one shape, whose channels four divides: the state, a net's output, gradients, and so on.
+
+    ``matrix`` and ``offset`` are what actnorm and 1x1 convolution fold to.
+    """
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        channels = shape[1]
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*sizes: int) -> Tensor:
+            return torch.randn(sizes, generator=generator).to(device)
+
+        self.shape = shape
+        self.x, self.net_out, self.grad = random(*shape), random(*shape), random(*shape)
+        self.grad_log_det = random(shape[0])
+        self.unsqueezed = random(shape[0], channels // 4, *(2 * size for size in shape[2:]))
+        self.matrix = torch.linalg.qr(random(channels, channels).cpu()).Q.contiguous().to(device)
+        self.inverse_matrix, self.offset = self.matrix.T.contiguous(), random(channels)
+        self.mean, self.log_sd = random(*shape), 0.3 * random(*shape)
+
+
+def step_forward(
+    library: ModuleType, x: Tensor, net_out: Tensor, matrix: Tensor, offset: Tensor, spec: CouplingSpec
+) -> tuple[Tensor, Tensor]:
+    """u = M x + c, then the coupling: a step that stands alone."""
+    return library.coupling(library.channel_mix(x, matrix, offset), net_out, spec)
+
+
+def between_nets(
+    library: ModuleType, u: Tensor, net_out: Tensor, matrix: Tensor, offset: Tensor, spec: CouplingSpec
+) -> tuple[Tensor, Tensor]:
+    """The coupling, then the mixing of the next step: as steps follow each other in a level."""
+    return library.coupling_mix(u, net_out, matrix, offset, spec)
+
+
+def step_inverse(
+    library: ModuleType, y: Tensor, net_out: Tensor, inverse_matrix: Tensor, offset: Tensor, spec: CouplingSpec
+) -> tuple[Tensor, Tensor]:
+    """x = M^-1 (u - c) with u = uncouple(y)."""
+    return library.coupling_mix_inverse(y, net_out, inverse_matrix, offset, spec)
+
+
+def _tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An op in one direction on one shape.
+
+    ``build(library, compiled)`` gives what to run; ``compiles``: whether torch.compile can be asked for it.
+    """
+
+    op: str
+    mode: str
+    shape: tuple[int, ...]
+    build: Callable[[ModuleType, bool], Run]
+    compiles: bool = True
+
+    @property
+    def name(self) -> str:
+        """For tables and test ids."""
+        return f"{self.op} {self.mode}"
+
+    @staticmethod
+    def is_ours(device: torch.device) -> bool:
+        """Whether there are kernels for float32 on the device."""
+        return ops.run_on(torch.empty(0, device=device))
+
+
+def without_gradient(function: Callable[..., object], tensors: tuple[Tensor, ...], rest: tuple[object, ...]) -> Run:
+    """Run it on the tensors with gradients off."""
+
+    def run() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return _tuple(function(*tensors, *rest))  # type: ignore[arg-type]
+
+    return run
+
+
+def with_gradient(
+    function: Callable[..., object], leaves: list[Tensor], rest: tuple[object, ...], grads: tuple[Tensor, ...]
+) -> Run:
+    """Run it and its backward, to all leaves."""
+    return lambda: torch.autograd.grad(_tuple(function(*leaves, *rest)), leaves, grads)  # type: ignore[arg-type]
+
+
+def _backward_only(
+    function: Callable[..., object], leaves: list[Tensor], rest: tuple[object, ...], grads: tuple[Tensor, ...]
+) -> Run:
+    """The backward alone, on a graph that is kept."""
+    outputs = _tuple(function(*leaves, *rest))  # type: ignore[arg-type]
+    return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
+
+
+def _compiled(function: Callable[..., object], compiled: bool) -> Callable[..., object]:
+    return torch.compile(function, dynamic=False) if compiled else function
+
+
+def _op_case(
+    data: Data,
+    op: str,
+    mode: str,
+    name: str,
+    tensors: tuple[Tensor, ...],
+    *rest: object,
+    grads: tuple[Tensor, ...] = (),
+) -> Case:
+    """The function ``name`` of a library; its backward, with the given output gradients, if mode is "backward"."""
+
+    def build(library: ModuleType, compiled: bool) -> Run:
+        function = getattr(library, name)
+        if mode != "backward":
+            return without_gradient(_compiled(lambda *inputs: function(*inputs), compiled), tensors, rest)
+        return _backward_only(function, [value.clone().requires_grad_() for value in tensors], rest, grads)
+
+    return Case(op, mode, data.shape, build, compiles=mode != "backward")
+
+
+def _step_backward_case(data: Data) -> Case:
+    """Input and gradients from the output: one op of ours; of the reference the inverse, then forward and backward."""
+    scale_map, order, _, *parameters = ops.kind_arguments(SPEC, inverse=False)
+
+    def plain() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            u, _ = reference.coupling_inverse(data.x, data.net_out, SPEC)
+            x = reference.channel_unmix(u, data.inverse_matrix, data.offset)
+        leaves = [u.requires_grad_(), data.net_out.detach().requires_grad_()]
+        outputs = reference.coupling(leaves[0], leaves[1], SPEC)
+        return (x, *torch.autograd.grad(outputs, leaves, (data.grad, data.grad_log_det)))
+
+    def ours() -> tuple[Tensor, ...]:
+        given = (data.x, data.net_out, data.grad, data.grad_log_det, data.inverse_matrix, data.offset)
+        return ops.step_backward(*given, scale_map, order, *parameters)
+
+    def build(library: ModuleType, compiled: bool) -> Run:
+        return ours if library is functional else plain
+
+    return Case("step_backward", "backward", data.shape, build, compiles=False)
+
+
+def _step_case(data: Data, op: str, mode: str, spec: CouplingSpec) -> Case:
+    function = between_nets if op == BETWEEN else step_inverse if mode == "inverse" else step_forward
+    matrix = data.inverse_matrix if mode == "inverse" else data.matrix
+    tensors = (data.x, data.net_out, matrix, data.offset)
+
+    def build(library: ModuleType, compiled: bool) -> Run:
+        call = _compiled(lambda *inputs: function(library, *inputs), compiled)
+        if "backward" not in mode:
+            return without_gradient(call, tensors, (spec,))
+        leaves = [value.clone().requires_grad_() for value in tensors]
+        return with_gradient(call, leaves, (spec,), (data.grad, data.grad_log_det))
+
+    return Case(op, mode, data.shape, build)
+
+
+def step_cases(data: Data, spec: CouplingSpec = SPEC) -> list[Case]:
+    """The flow step outside its net, alone and between two nets. Parameter work (folding, inverting) is no part."""
+    modes = [(STEP, "forward"), (STEP, "inverse"), (STEP, "forward+backward")]
+    modes += [(BETWEEN, "forward"), (BETWEEN, "forward+backward")]
+    return [_step_case(data, op, mode, spec) for op, mode in modes]
+
+
+def op_cases(data: Data) -> list[Case]:
+    """Every op in every direction that it has."""
+    d = data
+    mixed, coupled, pair = (d.x, d.matrix, d.offset), (d.x, d.net_out), (d.grad, d.grad_log_det)
+    unmixed, gaussian = (d.x, d.inverse_matrix, d.offset), (d.x, d.mean, d.log_sd)
+    fused, unfused = (*coupled, d.matrix, d.offset), (*coupled, d.inverse_matrix, d.offset)
+    return [
+        _op_case(d, "channel_mix", "forward", "channel_mix", mixed),
+        _op_case(d, "channel_mix", "inverse", "channel_unmix", unmixed),
+        _op_case(d, "channel_mix", "backward", "channel_mix", mixed, grads=(d.grad,)),
+        _op_case(d, SQUEEZED, "forward", "channel_mix", (d.unsqueezed, *mixed[1:]), True),
+        _op_case(d, SQUEEZED, "inverse", "channel_unmix", unmixed, True),
+        _op_case(d, SQUEEZED, "backward", "channel_mix", (d.unsqueezed, *mixed[1:]), True, grads=(d.grad,)),
+        _op_case(d, "coupling", "forward", "coupling", coupled, SPEC),
+        _op_case(d, "coupling", "inverse", "coupling_inverse", coupled, SPEC),
+        _op_case(d, "coupling", "backward", "coupling", coupled, SPEC, grads=pair),
+        _op_case(d, "coupling_mix", "forward", "coupling_mix", fused, SPEC),
+        _op_case(d, "coupling_mix", "inverse", "coupling_mix_inverse", unfused, SPEC),
+        _op_case(d, "coupling_mix", "backward", "coupling_mix", fused, SPEC, grads=pair),
+        _step_backward_case(d),
+        _op_case(d, "channel_moments", "forward", "channel_moments", (d.x,)),
+        _op_case(d, "gaussian_log_prob", "forward", "gaussian_log_prob", gaussian),
+        _op_case(d, "gaussian_log_prob", "backward", "gaussian_log_prob", gaussian, grads=(d.grad_log_det,)),
+        _op_case(d, "gaussian_sample", "forward", "gaussian_sample", gaussian),
+    ]
+
+
+def check_equal(results: dict[str, tuple[Tensor, ...]], what: str) -> None:
+    """All implementations compute the same, to float32 rounding of long sums.
+
+    Raises:
+        RuntimeError: one does not, so that its time means nothing.
+    """
+    truth_name, truth = next(iter(results.items()))
+    for name, values in results.items():
+        for index, (value, expected) in enumerate(zip(values, truth, strict=True)):
+            size = float(expected.detach().abs().max().clamp(min=1.0))
+            error = float((value.detach().double() - expected.detach().double()).abs().max()) / size
+            if not error <= 1e-3:
+                raise RuntimeError(f"{what}: output {index} of {name} differs from {truth_name}'s by {error:.1e}")

@@ -1,0 +1,270 @@
+// The product of a C x C matrix with every position, between a source that computes what enters it while staging and a
+// sink that computes on with what comes out of it while that is in registers.
+//
+// A sink has
+//   tensors, computes, steps()
+//                        as a source has
+//   store<Vector>(sum, out, channels, columns, begin, positions)
+//                        sum[k][i]: the thread's output channel out + k at its position i of the tile at `begin`
+#pragma once
+#include "cuda/log_det.cuh"
+#include "cuda/tile_sources.cuh"
+
+namespace pyglow::cuda {
+
+constexpr int fused_rows = 8;                                  // output channels of a thread
+constexpr int fused_groups = smaller(block_threads / 16, 16);  // threads along the output channels
+template <class T>
+constexpr int fused_chunk = sizeof(T) == sizeof(float) ? 32 : 16;  // input channels in shared memory at a time
+constexpr int64_t fused_min_blocks = 2 * 132;                      // blocks that occupy a large GPU
+constexpr int64_t fused_shared_bytes = (48 << 10) - 1024;          // leaves room for static shared memory
+
+// How the product is cut: ranges of tiles of positions by `groups` of output channels; blocks are x by y threads.
+struct FusedCut {
+  int x, y, groups, chunk;
+  Ranges ranges;
+};
+
+template <class T, class Source, class Sink>
+struct FusedProduct {
+  Source source;
+  Sink sink;
+  const T* matrix;      // M[o, i] is matrix[o * row + i * column]
+  int64_t row, column;  //
+  const T* offset;      // (C,) or null
+  int64_t channels;
+  LogDet<T> log_det;  // of sources that give one
+  FusedCut cut;
+};
+
+// Strides in shared memory: rows, or threads that fill a column, begin in different banks; rows stay aligned.
+template <class T>
+PYGLOW_HD constexpr int padded(int columns) {
+  return columns + width<T>;
+}
+
+// weights[k * stride + o] = M[out + o, in + k], zero outside M.
+template <class T>
+__device__ __forceinline__ void stage_weights(T* weights, const T* matrix, int64_t row, int64_t column,
+                                              int64_t channels, int group, int64_t out, int64_t in, int inputs) {
+  const int count = group / 4 * static_cast<int>(round_up(inputs, 8)) * 4;
+  for (int e = thread_index(); e < count; e += blockDim.x * blockDim.y) {
+    const int block = e / 32, k = block / (group / 4) * 8 + e % 8, o = block % (group / 4) * 4 + e / 8 % 4;
+    if (k < inputs)
+      weights[k * padded<T>(group) + o] = out + o < channels ? matrix[(out + o) * row + (in + k) * column] : T(0);
+  }
+}
+
+// sum[o][i] += weights[k, o] x[k, i] over the staged channels k.
+template <bool Vector, class T>
+__device__ __forceinline__ void multiply(T (&sum)[fused_rows][width<T>], const T* inputs, int stride, const T* weights,
+                                         int weight_stride, int count) {
+#pragma unroll 2
+  for (int k = 0; k < count; ++k) {
+    Vec<T> x;
+    if constexpr (Vector) {
+      x = load_vector(inputs + k * stride + threadIdx.x * width<T>);
+    } else {
+#pragma unroll
+      for (int i = 0; i < width<T>; ++i) x.v[i] = inputs[k * stride + threadIdx.x + i * blockDim.x];
+    }
+    const T* const row = weights + k * weight_stride + threadIdx.y * fused_rows;
+#pragma unroll
+    for (int o = 0; o < fused_rows; o += width<T>) {
+      const Vec<T> weight = load_vector(row + o);
+#pragma unroll
+      for (int l = 0; l < width<T>; ++l)
+#pragma unroll
+        for (int i = 0; i < width<T>; ++i) sum[o + l][i] = math::mix_term(sum[o + l][i], weight.v[l], x.v[i]);
+    }
+  }
+}
+
+// A thread keeps 8 output channels by `width` positions in registers. Each chunk has sums of its own, so that rounding
+// errors do not pile up over all of C. Only blocks of the first group have the source store and sum what it gives
+// beside its tile. In double, what computes takes more registers than two blocks would leave.
+template <class T, class Source, class Sink, bool Vector>
+__global__ void __launch_bounds__(block_threads,
+                                  sizeof(T) == sizeof(float) || !(Source::computes || Sink::computes) ? 2 : 1)
+    fused_kernel(const FusedProduct<T, Source, Sink> p) {
+  const int columns = blockDim.x * width<T>, stride = padded<T>(columns);
+  const int group = blockDim.y * fused_rows, chunk = p.cut.chunk, groups = p.cut.groups;
+  const int64_t channels = p.channels;
+  PYGLOW_DYNAMIC_SHARED(T, weights);
+  T* const inputs = weights + chunk * padded<T>(group);
+  T* const logs = inputs + chunk * stride;
+  const int log_stride = padded<T>(Vector ? blockDim.x : columns),
+            sharers = column_sharers<Vector>(p.source.channels_adjacent);
+  int64_t* const source_table = reinterpret_cast<int64_t*>(logs + (Source::sums ? sharers * log_stride : 0));
+  int64_t* const sink_table = source_table + Source::tensors * columns;
+  // A matrix that fits is read once for all tiles of a block.
+  const bool resident = groups == 1 && chunk >= channels;
+  const int64_t range = blockIdx.x / groups, first_out = (blockIdx.x - range * groups) * group;
+  const int64_t out = first_out + threadIdx.y * fused_rows;
+  const Ranges& ranges = p.cut.ranges;
+  const int64_t first_tile = range * ranges.per_range;
+
+  for (int64_t tile = first_tile; tile < smaller(ranges.tiles, first_tile + ranges.per_range); ++tile) {
+    const int64_t begin = tile * columns;
+    if constexpr (!Vector) __syncthreads();  // the offsets of the previous tile have been used
+    const auto source_columns =
+        columns_of<Vector, T>(p.source.steps(), begin, ranges.samples, ranges.positions, source_table);
+    Columns<Sink::tensors> sink_columns = {};
+    if constexpr (!Vector)
+      sink_columns = columns_of<Vector, T>(p.sink.steps(), begin, ranges.samples, ranges.positions, sink_table);
+    T total[fused_rows][width<T>] = {};
+    for (int64_t in = 0; in < channels; in += chunk) {
+      const int count = static_cast<int>(smaller<int64_t>(chunk, channels - in));
+      __syncthreads();  // the previous chunk has been used, the offsets are there
+      if (!resident || tile == first_tile)
+        stage_weights(weights, p.matrix, p.row, p.column, channels, group, first_out, in, count);
+      const Aside<T> aside = {first_out == 0, begin, ranges.positions, logs, log_stride};
+      p.source.template stage<Vector>(inputs, stride, count, in, channels, source_columns, aside);
+      __syncthreads();
+      T sum[fused_rows][width<T>] = {};
+      multiply<Vector>(sum, inputs, stride, weights, padded<T>(group), count);
+#pragma unroll
+      for (int k = 0; k < fused_rows; ++k)
+#pragma unroll
+        for (int i = 0; i < width<T>; ++i) total[k][i] += sum[k][i];
+    }
+    if (p.offset != nullptr) {  // last: in front of the sum a large one would round every term to its own size
+#pragma unroll
+      for (int k = 0; k < fused_rows; ++k) {
+        const T offset = out + k < channels ? p.offset[out + k] : T(0);
+#pragma unroll
+        for (int i = 0; i < width<T>; ++i) total[k][i] += offset;
+      }
+    }
+    if constexpr (Source::sums) {
+      if (first_out == 0) sum_log_det(p.log_det, ranges, range, tile, logs, sharers, log_stride, Vector ? width<T> : 1);
+    }
+    if constexpr (Vector)  // not before: they would stand in registers all the while
+      sink_columns = columns_of<Vector, T>(p.sink.steps(), begin, ranges.samples, ranges.positions, sink_table);
+    p.sink.template store<Vector>(total, out, channels, sink_columns, begin, ranges.positions);
+  }
+}
+
+// Stores the product; `Tensor` is Strided<T>, or Squeezed<T> if it may be unsqueezed on the way.
+template <class T, class Tensor>
+struct PlainSink {
+  static constexpr int tensors = 1;
+  static constexpr bool computes = false;
+  Tensor u;
+  bool vector_channels;  // the strided path may store `width` channels at once
+
+  __device__ Steps<1> steps() const { return steps_of(u); }
+  template <bool Vector>
+  __device__ __forceinline__ void store(const T (&sum)[fused_rows][width<T>], int64_t out, int64_t channels,
+                                        const Columns<1>& columns, int64_t, int64_t) const {
+    if constexpr (Vector) {
+      if (columns.own[0] != outside) store_columns(sum, out, channels, u.data + columns.own[0]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < width<T>; ++i) {
+        const int64_t at = columns.table[threadIdx.x + i * blockDim.x];
+        if (at == outside) continue;
+        T* const target = u.data + at;
+        if (vector_channels) {
+#pragma unroll
+          for (int k = 0; k < fused_rows; k += width<T>) {
+            if (out + k >= channels) break;
+            Vec<T> unit;
+#pragma unroll
+            for (int l = 0; l < width<T>; ++l) unit.v[l] = sum[k + l][i];
+            store_vector(target + out + k, unit);
+          }
+        } else {
+#pragma unroll
+          for (int k = 0; k < fused_rows; ++k)
+            if (out + k < channels) target[channel_offset(u, out + k)] = sum[k][i];
+        }
+      }
+    }
+  }
+
+  // Whole vectors of positions; of two channels side by side if u is unsqueezed, where the neighbours in memory are the
+  // two channels of a position in turn.
+  __device__ __forceinline__ void store_columns(const T (&sum)[fused_rows][width<T>], int64_t out, int64_t channels,
+                                                T* target) const {
+    if constexpr (std::is_same_v<Tensor, Squeezed<T>>) {
+      if (u.width > 0) {
+#pragma unroll
+        for (int k = 0; k < fused_rows; k += 2) {
+          if (out + k >= channels) break;
+          T* const pair = target + channel_offset(u, out + k);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            Vec<T> unit;
+#pragma unroll
+            for (int i = 0; i < width<T>; ++i) unit.v[i] = sum[k + i % 2][(half * width<T> + i) / 2];
+            store_vector(pair + half * width<T>, unit);
+          }
+        }
+        return;
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < fused_rows; ++k) {
+      Vec<T> unit;
+#pragma unroll
+      for (int i = 0; i < width<T>; ++i) unit.v[i] = sum[k][i];
+      if (out + k < channels) store_vector(target + (out + k) * u.channel, unit);
+    }
+  }
+};
+
+template <class T>
+PlainSink<T, Squeezed<T>> plain_sink(const Squeezed<T>& u, int64_t channels) {
+  return {u, u.width == 0 && has_vector_channels(read_only(u), channels)};
+}
+template <class T>
+PlainSink<T, Strided<T>> plain_sink(const Strided<T>& u, int64_t channels) {
+  return {u, has_vector_channels(read_only(u), channels)};
+}
+
+template <class T, class Source, class Sink>
+int64_t fused_bytes(const FusedCut& cut, bool vector) {
+  const int64_t columns = cut.x * width<T>, sharers = vector ? cut.y : larger(cut.y, 8);
+  const int64_t logs = Source::sums ? sharers * padded<T>(static_cast<int>(vector ? cut.x : columns)) : 0;
+  const int64_t elements = cut.chunk * (padded<T>(cut.y * fused_rows) + padded<T>(static_cast<int>(columns))) + logs;
+  const int64_t table = vector ? 0 : (Source::tensors + Sink::tensors) * columns;
+  return elements * static_cast<int64_t>(sizeof(T)) + table * static_cast<int64_t>(sizeof(int64_t));
+}
+
+// Wide tiles for few channels keep blocks at 64 to 256 threads, in whole warps; tiles shrink until they fit into shared
+// memory, and while there are fewer blocks than a large GPU runs at once.
+template <class T, class Source, class Sink>
+FusedCut fused_cut(int64_t samples, int64_t channels, int64_t positions, bool vector) {
+  const int64_t thread_groups = divide_up(channels, fused_rows);
+  FusedCut cut = {};
+  cut.y = static_cast<int>(divide_up(thread_groups, divide_up(thread_groups, fused_groups)));
+  if (32 * cut.y > block_threads) cut.y = static_cast<int>(round_up(cut.y, 2));
+  cut.groups = static_cast<int>(divide_up(thread_groups, cut.y));
+  cut.chunk = static_cast<int>(smaller<int64_t>(fused_chunk<T>, channels));
+  cut.x = smaller(64, block_threads);
+  const auto blocks = [&] { return divide_up(samples * positions, cut.x * width<T>) * cut.groups; };
+  while (cut.x > 16 && cut.x / 2 * cut.y % warp_threads == 0 &&
+         (cut.x * cut.y > block_threads || fused_bytes<T, Source, Sink>(cut, vector) > fused_shared_bytes ||
+          (cut.x * cut.y > 64 && blocks() < fused_min_blocks)))
+    cut.x /= 2;
+  cut.ranges = ranges_of(samples, positions, cut.x * width<T>, max_blocks / cut.groups);
+  return cut;
+}
+
+// No positions and no channels: nothing to do. LogDet: of a source that sums.
+template <class T, class Source, class Sink>
+int fused_product(const Source& source, const Sink& sink, const T* matrix, int64_t row, int64_t column, const T* offset,
+                  int64_t samples, int64_t channels, int64_t positions, bool vector, const LogDet<T>& log_det,
+                  void* stream) {
+  const FusedCut cut = fused_cut<T, Source, Sink>(samples, channels, positions, vector);
+  const FusedProduct<T, Source, Sink> product = {source, sink, matrix, row, column, offset, channels, log_det, cut};
+  const int64_t blocks = cut.ranges.ranges * cut.groups, bytes = fused_bytes<T, Source, Sink>(cut, vector);
+  const dim3 threads(cut.x, cut.y);
+  const int error = vector ? launch(fused_kernel<T, Source, Sink, true>, blocks, threads, bytes, stream, product)
+                           : launch(fused_kernel<T, Source, Sink, false>, blocks, threads, bytes, stream, product);
+  if (error != cudaSuccess || !Source::sums) return error;
+  return finish_log_det(log_det, cut.ranges, stream);
+}
+
+}  // namespace pyglow::cuda

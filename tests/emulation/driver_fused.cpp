@@ -1,0 +1,63 @@
+// The C interface to the passes that join a coupling with a channel mixing, which fused_emulator.py calls.
+#include "interface.h"
+
+using driver::guarded;
+using driver::kind_of;
+using driver::Net;
+using driver::net_view;
+using driver::Sizes;
+using driver::Tensor;
+using driver::Variant;
+using driver::view;
+
+extern "C" {
+
+const char* emulated_coupling_mix(int is_double, unsigned seed, Sizes sizes, Variant variant, Tensor in, Net net_out,
+                                  const void* matrix, const void* offset, Tensor out, void* log_det) {
+  return guarded(is_double, seed, [&](auto zero) {
+    using T = decltype(zero);
+    driver::run(pyglow::CouplingMixArgs<T>{
+        {view<const T>(in), net_view<const void>(net_out), view<T>(out), static_cast<T*>(log_det), sizes.samples,
+         sizes.channels, sizes.transformed, sizes.positions, kind_of<T>(variant)},
+        static_cast<const T*>(matrix),
+        static_cast<const T*>(offset)});
+  });
+}
+
+const char* emulated_coupling_mix_backward(int is_double, unsigned seed, Sizes sizes, Variant variant, Tensor in,
+                                           Net net_out, Tensor grad_out, Tensor added, int64_t added_channels,
+                                           const void* grad_log_det, const void* matrix, Tensor grad_in,
+                                           Net grad_net_out, void* grad_matrix, void* grad_offset) {
+  return guarded(is_double, seed, [&](auto zero) {
+    using T = decltype(zero);
+    driver::run(pyglow::CouplingMixBackwardArgs<T>{view<const T>(in),
+                                                   net_view<const void>(net_out),
+                                                   {view<const T>(grad_out), view<const T>(added), added_channels},
+                                                   static_cast<const T*>(grad_log_det),
+                                                   static_cast<const T*>(matrix),
+                                                   view<T>(grad_in),
+                                                   net_view<void>(grad_net_out),
+                                                   static_cast<T*>(grad_matrix),
+                                                   static_cast<T*>(grad_offset),
+                                                   sizes.samples,
+                                                   sizes.channels,
+                                                   sizes.transformed,
+                                                   sizes.positions,
+                                                   kind_of<T>(variant)});
+  });
+}
+
+const char* emulated_step_backward(int is_double, unsigned seed, Sizes sizes, Variant variant, Tensor y, Net net_out,
+                                   Tensor grad_y, const void* grad_log_det, const void* inverse_matrix,
+                                   const void* offset, Tensor x, Tensor grad_u, Net grad_net_out) {
+  return guarded(is_double, seed, [&](auto zero) {
+    using T = decltype(zero);
+    driver::run(pyglow::StepBackwardArgs<T>{view<const T>(y), net_view<const void>(net_out), view<const T>(grad_y),
+                                            static_cast<const T*>(grad_log_det), static_cast<const T*>(inverse_matrix),
+                                            static_cast<const T*>(offset), view<T>(x), view<T>(grad_u),
+                                            net_view<void>(grad_net_out), sizes.samples, sizes.channels,
+                                            sizes.transformed, sizes.positions, kind_of<T>(variant)});
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,68 @@
+// What the C interfaces of the drivers share: plain numbers and pointers in, null or what went wrong out.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "driver.h"
+
+namespace driver {
+
+struct Tensor {
+  void* data;
+  int64_t sample, channel, position;  // strides
+};
+struct Image {
+  Tensor tensor;
+  int64_t width, row;  // as Squeezed
+};
+struct Net {
+  Tensor tensor;
+  int type;  // as NetType
+};
+struct Variant {
+  int map, order, inverse;
+  double bias, eps, clamp;
+};
+struct Sizes {
+  int64_t samples, channels, transformed, positions;
+};
+
+template <class T>
+pyglow::Strided<T> view(const Tensor& x) {
+  return {static_cast<T*>(x.data), x.sample, x.channel, x.position};
+}
+template <class T>
+pyglow::Squeezed<T> view(const Image& x) {
+  return {view<T>(x.tensor), x.width, x.row};
+}
+
+template <class Data>
+pyglow::NetTensor<Data> net_view(const Net& x) {
+  return {x.tensor.data, static_cast<pyglow::NetType>(x.type), x.tensor.sample, x.tensor.channel, x.tensor.position};
+}
+template <class T>
+pyglow::CouplingKind<T> kind_of(const Variant& v) {
+  return {static_cast<pyglow::ScaleMap>(v.map),
+          static_cast<pyglow::Order>(v.order),
+          v.inverse != 0,
+          {static_cast<T>(v.bias), static_cast<T>(v.eps), static_cast<T>(v.clamp)}};
+}
+
+// Calls f(T()) for float or double.
+template <class F>
+const char* guarded(int is_double, unsigned seed, const F& f) {
+  thread_local std::string message;
+  emu::schedule_seed = seed;
+  try {
+    if (is_double) {
+      f(double());
+    } else {
+      f(float());
+    }
+  } catch (const std::exception& error) {
+    message = error.what();
+    return message.c_str();
+  }
+  return nullptr;
+}
+
+}  // namespace driver

@@ -1,0 +1,49 @@
+#include "sanitized.h"
+
+namespace sanitized {
+namespace {
+
+template <class T>
+void run(const Shape& s, bool channels_last, bool repeats) {
+  const Tensor<T> x(s.n, s.c, s.p, channels_last, 1), mean(s.n, s.c, s.p, channels_last, 2);
+  const Tensor<T> log_sd(s.n, s.c, s.p, channels_last, 3), grad_log_prob(s.n, 1, 1, false, 4);
+  const Tensor<T> log_prob(s.n, 1, 1, false, 0), z(s.n, s.c, s.p, channels_last, 0);
+  const Tensor<T> grad_z(s.n, s.c, s.p, channels_last, 0), grad_mean(s.n, s.c, s.p, channels_last, 0);
+  const Tensor<T> grad_log_sd(s.n, s.c, s.p, channels_last, 0);
+  const Tensor<double> moments_mean(1, s.c, 1, false, 0), m2(1, s.c, 1, false, 0);
+
+  driver::run(pyglow::ChannelMomentsArgs<T>{x.in(), moments_mean.data(), m2.data(), s.n, s.c, s.p});
+  moments_mean.expect_written("mean");
+  m2.expect_written("m2");
+
+  // The last channels' first values, for all samples and positions.
+  const pyglow::Strided<const T> repeated = {mean.data() + s.n * s.c * s.p - s.c, 0, 1, 0};
+  const pyglow::Strided<const T> given_mean = repeats ? repeated : mean.in(), given_sd = log_sd.in();
+  driver::run(pyglow::GaussianArgs<T>{x.in(), given_mean, given_sd, log_prob.data(), s.n, s.c, s.p});
+  log_prob.expect_written("log_prob");
+  driver::run(pyglow::GaussianBackwardArgs<T>{x.in(), given_mean, given_sd, grad_log_prob.data(), grad_z.out(),
+                                              grad_mean.out(), grad_log_sd.out(), s.n, s.c, s.p});
+  grad_z.expect_written("grad_z");
+  grad_mean.expect_written("grad_mean");
+  grad_log_sd.expect_written("grad_log_sd");
+  driver::run(pyglow::GaussianSampleArgs<T>{x.in(), given_mean, given_sd, z.out(), s.n, s.c, s.p});
+  z.expect_written("gaussian_sample");
+}
+
+template <class T>
+void all() {
+  // Vector path and tail, one part or split and several, several groups of channels, more blocks than there are.
+  for (const Shape& s :
+       {Shape{1, 3, 5}, Shape{2, 4, 16}, Shape{1, 12, 180}, Shape{3, 37, 4}, Shape{2, 6, 601}, Shape{2, 8, 600}})
+    for (const bool channels_last : {false, true})
+      for (const bool repeats : {false, true}) run<T>(s, channels_last, repeats);
+}
+
+}  // namespace
+
+void statistics() {
+  all<float>();
+  all<double>();
+}
+
+}  // namespace sanitized

@@ -1,0 +1,156 @@
+"""Small runs of steps, their gradients in every memory mode, and what it takes for two gradients to be equal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from bijections import softplus_scale
+from helpers import tolerance
+from torch import Tensor, nn
+
+import pyglow_fast as pgf
+
+# What a rounding of a state may grow by on its way into a gradient, in the small steps of this file.
+CONDITION = 1000.0
+WHOLE = 2**40  # a memory budget that nothing exceeds
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How a run of steps keeps its states."""
+
+    memory: str
+    anchor_every: str | int | None = "auto"
+    budget: str | int = "auto"
+
+    def apply(self, sequence: pgf.ReversibleSequence) -> None:
+        """To the sequence, whose control starts anew."""
+        sequence.memory, sequence.memory_budget = self.memory, self.budget
+        sequence.control = type(sequence.control)(len(sequence), self.anchor_every, sequence.control.tolerance)
+
+
+MODES = [
+    Mode("checkpoint"),
+    Mode("reversible"),
+    *(Mode("reversible", every) for every in (None, 1, 2, 3)),
+    *(Mode(memory, "auto", budget) for memory in ("checkpoint", "reversible") for budget in (1, 4000, WHOLE)),
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """How to build a run of FlowSteps, and the shape that one sample has."""
+
+    name: str
+    depth: int = 3
+    shape: tuple[int, ...] = (4, 6, 3)
+    cond_shape: tuple[int, ...] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def build(self, **sequence_options: Any) -> pgf.ReversibleSequence:
+        """In float64, initialised, away from the start."""
+        cond_channels = self.cond_shape[0] if self.cond_shape else 0
+        options = {"hidden": 5, "dims": len(self.shape) - 1, "cond_channels": cond_channels, **self.options}
+        steps = [pgf.FlowStep(self.shape[0], **options) for _ in range(self.depth)]
+        sequence = pgf.ReversibleSequence(steps, **sequence_options).double()
+        sequence.initialize(*self.batch(64))
+        return perturbed(sequence)
+
+    def batch(self, n: int = 3) -> tuple[Tensor, Tensor | None]:
+        """(x, cond)."""
+        x = torch.randn(n, *self.shape, dtype=torch.float64)
+        return x, torch.randn(n, *self.cond_shape, dtype=torch.float64) if self.cond_shape else None
+
+
+CASES = [
+    *(Case(f"depth-{depth}", depth) for depth in (1, 2, 3, 8)),
+    *(Case(f"{name}", options={"permutation": name}) for name in ("invconv_plain", "shuffle", "reverse")),
+    Case("additive", options={"coupling": "additive"}),
+    *(
+        Case(f"{scale_map}-{order}", options={"scale_map": scale_map, "order": order})
+        for scale_map in ("sigmoid", "exp", "tanh", "atan")
+        for order in ("shift_scale", "scale_shift")
+    ),
+    Case("callable", options={"scale_map": softplus_scale}),
+    Case("eps", options={"scale_eps": 0.2}),
+    Case("net-actnorm", options={"net_actnorm": True}),
+    Case("cond", cond_shape=(2, 6, 3)),
+    Case("cond-net-actnorm", cond_shape=(1, 6, 3), options={"net_actnorm": True}),
+    Case("1d", shape=(4, 7)),
+    Case("3d", shape=(2, 5, 2, 3)),
+    Case("two-channels", shape=(2, 5, 4)),
+]
+
+
+def perturbed(module: Any, spread: float = 0.1) -> Any:
+    """Every parameter moved away from the special value that it starts at."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(spread * torch.randn_like(parameter))
+    return module
+
+
+def objective(outputs: tuple[Tensor, Tensor]) -> Tensor:
+    """A scalar that every value of z and log_det enters with its own weight."""
+    z, log_det = outputs
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z.dtype)
+    linear = torch.randn(log_det.shape, generator=generator, dtype=torch.float64).to(log_det.dtype)
+    return (weight * z + 0.1 * z.square()).sum() + (linear * log_det).sum()
+
+
+def gradients(
+    model: nn.Module,
+    x: Tensor,
+    cond: Tensor | None = None,
+    run: Callable[..., Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Of the objective (or of ``run(x, cond)``): of x, cond and all parameters that require one, by name."""
+    leaf = x.detach().requires_grad_()
+    cond_leaf = None if cond is None else cond.detach().requires_grad_()
+    named = {"x": leaf} | ({} if cond_leaf is None else {"cond": cond_leaf})
+    named |= {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    value = objective(model(leaf, cond_leaf)) if run is None else run(leaf, cond_leaf)
+    found = torch.autograd.grad(value, list(named.values()), allow_unused=True)
+    return {name: grad for name, grad in zip(named, found, strict=True) if grad is not None}
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """In the Euclidean norm, against the expected one (or 1 if that is smaller)."""
+    error = (actual.double() - expected.double()).norm()
+    return float(error / expected.double().norm().clamp(min=1.0))
+
+
+def worst_error(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Of all tensors; the same ones must be there."""
+    assert actual.keys() == expected.keys(), actual.keys() ^ expected.keys()
+    errors = [relative_error(actual[name], grad) for name, grad in expected.items()]
+    return float("nan") if any(error != error for error in errors) else max(errors)
+
+
+def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Equal up to the rounding of a sum over the batch, a state's rounding grown by CONDITION. Float64."""
+    n_values = expected["x"].numel() if "x" in expected else 1000
+    assert all(grad.dtype == torch.float64 for grad in expected.values())
+    error = worst_error(actual, expected)
+    assert error <= tolerance(max(n_values, 1), CONDITION), f"relative error {error:.2e}"
+
+
+@contextmanager
+def counted_runs(sequence: nn.Module) -> Iterator[list[str]]:
+    """The names of the coupling nets in the order in which they run."""
+    runs: list[str] = []
+    handles = [
+        module.net.register_forward_hook(lambda *_, name=name: runs.append(name))
+        for name, module in sequence.named_modules()
+        if isinstance(module, pgf.Coupling)
+    ]
+    try:
+        yield runs
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,106 @@
+"""64-bit index arithmetic of the CPU kernels: strides beyond 2^31 elements, in memory that is mostly not there.
+
+Inputs only: the ops allocate what they write. tests/emulation has both for the CUDA kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import assert_close
+from kernel_cases import case_name
+from sparse_memory import SparseMemory
+from torch import Tensor
+
+from pyglow_fast import _backend, ops, reference
+from pyglow_fast.reference import CouplingSpec
+
+pytestmark = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
+
+SHAPE = (3, 4, 2, 5)
+KIND = ops.kind_arguments(CouplingSpec(), inverse=False)
+BACKWARD_KIND = (*KIND[:2], *KIND[3:])
+MATRIX = torch.linspace(-1.0, 1.0, 16).square().view(4, 4) + torch.eye(4)
+OFFSET, LOG_DET = torch.linspace(0.5, 2.0, 4), torch.linspace(-1.0, 1.0, 3)
+NONE, INPUT, OUTPUT = (ops.SQUEEZE_CODES[name] for name in ("none", "input", "output"))
+
+# Each op with the inputs that it reads through strides, all of SHAPE.
+OPS: dict[str, tuple[int, Callable[..., object]]] = {
+    "channel_mix": (1, lambda x: ops.channel_mix(x, MATRIX, OFFSET, False, NONE)),
+    "channel_unmix": (1, lambda x: ops.channel_mix(x, MATRIX, OFFSET, True, NONE)),
+    "channel_mix_unsqueezed": (1, lambda x: ops.channel_mix(x, MATRIX, OFFSET, False, OUTPUT)),
+    "channel_mix_backward": (2, lambda x, g: ops.channel_mix_backward(x, g, MATRIX, OFFSET, None, False)),
+    "channel_mix_backward_added": (3, lambda x, g, a: ops.channel_mix_backward(x, g, MATRIX, None, a, False)),
+    "coupling": (2, lambda x, net: ops.coupling(x, net, *KIND)),
+    "coupling_backward": (3, lambda y, net, g: ops.coupling_backward(y, net, g, LOG_DET, *KIND, True)),
+    "coupling_mix": (2, lambda x, net: ops.coupling_mix(x, net, MATRIX, OFFSET, *KIND)),
+    "coupling_mix_backward": (
+        4,
+        lambda x, net, g, a: ops.coupling_mix_backward(x, net, g, LOG_DET, MATRIX, *BACKWARD_KIND, a),
+    ),
+    "step_backward": (3, lambda y, net, g: ops.step_backward(y, net, g, LOG_DET, MATRIX, OFFSET, *BACKWARD_KIND)),
+    "channel_moments": (1, ops.channel_moments),
+    "gaussian_log_prob": (3, ops.gaussian_log_prob),
+    "gaussian_log_prob_backward": (3, lambda z, m, s: ops.gaussian_log_prob_backward(z, m, s, LOG_DET)),
+    "gaussian_sample": (3, ops.gaussian_sample),
+}
+NETS = ("coupling", "coupling_backward", "coupling_mix", "coupling_mix_backward", "step_backward")  # the second input
+
+
+def assert_same(got: object, expected: object) -> None:
+    for actual, exact in zip(*((r if isinstance(r, tuple) else (r,)) for r in (got, expected)), strict=True):
+        assert actual.dtype == exact.dtype
+        assert_close(actual.double(), exact.double(), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dim", ["sample", "channel", "position"])
+@pytest.mark.parametrize("name", OPS)
+def test_far_inputs(name: str, dim: str) -> None:
+    n_inputs, call = OPS[name]
+    near = [torch.randn(SHAPE) for _ in range(n_inputs)]
+    memory = SparseMemory(torch.float32)
+    assert_same(call(*(memory.far(x, dim) for x in near)), call(*near))
+
+
+def test_every_op_is_covered() -> None:
+    assert {name for name in ops.NAMES if not any(case.startswith(name) for case in OPS)} == set()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=case_name)
+@pytest.mark.parametrize("dim", ["sample", "channel", "position"])
+@pytest.mark.parametrize("name", NETS)
+def test_far_net_output(name: str, dim: str, dtype: torch.dtype) -> None:
+    """The net's output in 16 bits."""
+    n_inputs, call = OPS[name]
+    x, net_out, *rest = (torch.randn(SHAPE) for _ in range(n_inputs))
+    net_out = net_out.to(dtype)
+    assert_same(call(x, SparseMemory(dtype).far(net_out, dim), *rest), call(x, net_out, *rest))
+
+
+@pytest.mark.parametrize("dim", ["sample", "channel", "position", "row"])
+def test_far_images(dim: str) -> None:
+    """Images that are squeezed on the way in."""
+    images, memory = torch.randn(3, 2, 4, 6), SparseMemory(torch.float32)
+    matrix, offset, grad = torch.randn(8, 8), torch.randn(8), torch.randn(3, 8, 2, 3)
+    far = memory.far(images, dim)
+    assert_same(
+        ops.channel_mix(far, matrix, offset, False, INPUT),
+        ops.channel_mix(reference.squeeze(images), matrix, offset, False, NONE),
+    )
+    assert_same(
+        ops.channel_mix_backward(far, grad, matrix, None, None, True),
+        ops.channel_mix_backward(images, grad, matrix, None, None, True),
+    )
+
+
+def test_far_is_far() -> None:
+    """The elements of a far tensor really lie where their strides say, and tensors do not overlap."""
+    memory, x = SparseMemory(torch.float32), torch.arange(24.0).view(2, 3, 4)
+    for dim in ("sample", "channel", "position"):
+        held: list[Tensor] = [memory.far(x + i, dim) for i in range(2)]
+        for i, far in enumerate(held):
+            assert torch.equal(far, x + i)
+            span = far[-1, -1, -1].data_ptr() - far[0, 0, 0].data_ptr()
+            assert span > 4 * 2**31
