@@ -21,17 +21,22 @@ from torch.utils._pytree import tree_iter
 class MemoryMeter(TorchDispatchMode):
     """Counts while it is entered: ``now`` and ``peak``, bytes of live storages that were made inside.
 
-    A storage made inside and freed after the exit is still subtracted from ``now``.
+    A storage made inside and freed after the exit is still subtracted from ``now``. One that is resized by hand, which
+    is no op, counts with its new size from the next op on, if ``resizes`` is set: it costs a look at each at every op.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, resizes: bool = False) -> None:
         super().__init__()
         self.now = 0
         self.peak = 0
+        self.resizes = resizes
         self._sizes: dict[int, int] = {}  # of the live storages made inside, by address of the StorageImpl
+        self._ends: dict[int, weakref.finalize[Any, Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.resizes:
+            self._look_again()
         # torch.tensor makes its storage outside of any op and then passes it through this one.
         fresh = func is torch.ops.aten.lift_fresh.default
         known = set() if fresh else {storage._cdata for storage in _storages((args, kwargs))}
@@ -49,14 +54,27 @@ class MemoryMeter(TorchDispatchMode):
         self.now += size
         self.peak = max(self.peak, self.now)
         self._made(key, size, func)
-        weakref.finalize(storage, self._release, key).atexit = False
+        self._ends[key] = weakref.finalize(storage, self._release, key)
+        self._ends[key].atexit = False
 
     def _release(self, key: int) -> None:
         self._freed(key)
         self.now -= self._sizes.pop(key)
+        del self._ends[key]
+
+    def _look_again(self) -> None:
+        for key, end in list(self._ends.items()):
+            alive = end.peek()
+            size = alive[0].nbytes() if alive is not None else self._sizes[key]
+            if size != self._sizes[key]:
+                self._freed(key)
+                self.now += size - self._sizes[key]
+                self._sizes[key] = size
+                self.peak = max(self.peak, self.now)
+                self._made(key, size, "resized")
 
     def _made(self, key: int, size: int, func: Any) -> None:
-        """For subclasses: a storage was charged."""
+        """For subclasses: a storage is charged."""
 
     def _freed(self, key: int) -> None:
         """For subclasses: a storage is about to be taken off."""
@@ -73,8 +91,8 @@ class Alive(NamedTuple):
 class MemoryTrace(MemoryMeter):
     """A meter that remembers every event: what was alive at the peak, and the peak without some tensors."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, resizes: bool = False) -> None:
+        super().__init__(resizes)
         self._events: list[tuple[int, int]] = []  # (serial number, bytes made or minus bytes freed)
         self._origins: list[str] = []  # op by serial number
         self._serials: dict[int, int] = {}  # of live storages, by address

@@ -25,7 +25,7 @@ ORDERS = ("shift_scale", "scale_shift")
 _ATAN_GAIN = 0.636  # about 2/pi: the soft clamp of FrEIA tends to +-clamp
 
 
-def _full_precision(x: Tensor) -> torch.autocast:
+def full_precision(x: Tensor) -> torch.autocast:
     """Autocast is for the coupling nets: the flow itself keeps its dtype."""
     return torch.autocast(x.device.type, enabled=False)
 
@@ -53,7 +53,7 @@ def lu_weight(permutation: Tensor, lower: Tensor, upper: Tensor, log_diag: Tenso
     (..., C, C). (P A)[i] = A[permutation[i]]. log|det W| = sum log_diag.
     """
     eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
-    with _full_precision(lower):
+    with full_precision(lower):
         product = (lower.tril(-1) + eye) @ (upper.triu(1) + torch.diag_embed(sign_diag * log_diag.exp()))
     return product.gather(-2, permutation.unsqueeze(-1).expand_as(product))
 
@@ -64,7 +64,7 @@ def fold_actnorm(weight: Tensor, log_scale: Tensor, bias: Tensor) -> tuple[Tenso
     weight (..., C, C); log_scale, bias (..., C). Returns M (..., C, C) and c (..., C).
     """
     matrix = weight * log_scale.exp().unsqueeze(-2)
-    with _full_precision(matrix):
+    with full_precision(matrix):
         return matrix, (matrix @ bias.unsqueeze(-1)).squeeze(-1)
 
 
@@ -79,7 +79,7 @@ def n_positions(x: Tensor) -> int:
 
 
 def _matrix_product(flat: Tensor, matrix: Tensor, offset: Tensor | None = None) -> Tensor:
-    with _full_precision(flat):
+    with full_precision(flat):
         if flat.numel():
             return F.conv1d(flat, matrix.unsqueeze(-1), offset)
         product = matrix @ flat  # a convolution refuses zero positions

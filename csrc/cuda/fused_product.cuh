@@ -112,7 +112,14 @@ __global__ void __launch_bounds__(block_threads,
     Columns<Sink::tensors> sink_columns = {};
     if constexpr (!Vector)
       sink_columns = columns_of<Vector, T>(p.sink.steps(), begin, ranges.samples, ranges.positions, sink_table);
-    T total[fused_rows][width<T>] = {};
+    T total[fused_rows][width<T>];
+#pragma unroll
+    for (int k = 0; k < fused_rows; ++k) {
+      // Added to the sum of a chunk, not in front of its terms, each of which a large one would round to its own size.
+      const T start = p.offset != nullptr && out + k < channels ? p.offset[out + k] : T(0);
+#pragma unroll
+      for (int i = 0; i < width<T>; ++i) total[k][i] = start;
+    }
     for (int64_t in = 0; in < channels; in += chunk) {
       const int count = static_cast<int>(smaller<int64_t>(chunk, channels - in));
       __syncthreads();  // the previous chunk has been used, the offsets are there
@@ -127,14 +134,6 @@ __global__ void __launch_bounds__(block_threads,
       for (int k = 0; k < fused_rows; ++k)
 #pragma unroll
         for (int i = 0; i < width<T>; ++i) total[k][i] += sum[k][i];
-    }
-    if (p.offset != nullptr) {  // last: in front of the sum a large one would round every term to its own size
-#pragma unroll
-      for (int k = 0; k < fused_rows; ++k) {
-        const T offset = out + k < channels ? p.offset[out + k] : T(0);
-#pragma unroll
-        for (int i = 0; i < width<T>; ++i) total[k][i] += offset;
-      }
     }
     if constexpr (Source::sums) {
       if (first_out == 0) sum_log_det(p.log_det, ranges, range, tile, logs, sharers, log_stride, Vector ? width<T> : 1);

@@ -3,13 +3,14 @@
 from pyglow_fast.coupling_nets.halo import check_halo
 from pyglow_fast.coupling_nets.plan import Chunk, ChunkPlan, plan_chunks
 from pyglow_fast.coupling_nets.run import check_leaves, plain_call, run_net, run_net_backward
-from pyglow_fast.coupling_nets.state import GeneratorState, captured_autocast
+from pyglow_fast.coupling_nets.state import GeneratorState, RunState, captured_autocast, training_modes
 from pyglow_fast.coupling_nets.traits import check_net
 
 __all__ = [
     "Chunk",
     "ChunkPlan",
     "GeneratorState",
+    "RunState",
     "captured_autocast",
     "check_halo",
     "check_leaves",
@@ -18,4 +19,5 @@ __all__ = [
     "plan_chunks",
     "run_net",
     "run_net_backward",
+    "training_modes",
 ]

@@ -1,4 +1,4 @@
-"""What a run of a net depends on besides its arguments: random generators and autocast, so that it can be repeated."""
+"""What a run of a net depends on besides its arguments, so that it can be repeated: generators, autocast, modes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from pyglow_fast._errors import expect
 
 
 def _autocast_is_on(device_type: str) -> bool:
@@ -106,3 +108,62 @@ class GeneratorState:
         torch.set_rng_state(self.cpu)
         if self.on_device is not None and self.device is not None:
             torch.cuda.set_rng_state(self.on_device, self.device)
+
+
+def training_modes(net: nn.Module) -> tuple[bool, ...]:
+    """Of each submodule whether it is in training mode."""
+    return tuple(module.training for module in net.modules())
+
+
+def _buffer_versions(net: nn.Module) -> dict[str, tuple[int, int]]:
+    versions = {}
+    for name, buffer in net.named_buffers():
+        versions[name] = (id(buffer), 0 if buffer.is_inference() else buffer._version)
+    return versions
+
+
+@dataclass(frozen=True)
+class RunState:
+    """All that a run of a net depended on besides its arguments and parameters.
+
+    Attributes:
+        modes: of :func:`training_modes`: between forward and backward the net may have been switched to evaluation.
+        generators: before the run; None if it drew no random numbers.
+        autocast: makes the context that it ran in.
+    """
+
+    modes: tuple[bool, ...]
+    generators: GeneratorState | None
+    autocast: Callable[[], contextlib.AbstractContextManager[None]]
+
+    @classmethod
+    def after(cls, net: nn.Module, before: GeneratorState, device: torch.device) -> RunState:
+        """Of a run that has just ended on ``device``, given the generators before it."""
+        return cls(training_modes(net), before if before.moved() else None, captured_autocast(device.type))
+
+    @contextlib.contextmanager
+    def restored(self, net: nn.Module) -> Iterator[None]:
+        """Inside, a run of the net repeats the one of this state.
+
+        Raises:
+            ValueError: the run changed a buffer of the net, so that it was no repetition (at the exit).
+        """
+        modules, now, versions = list(net.modules()), training_modes(net), _buffer_versions(net)
+        switched = now != self.modes
+        with self.autocast(), contextlib.nullcontext() if self.generators is None else self.generators.replayed():
+            try:
+                if switched:
+                    _set_modes(modules, self.modes)
+                yield
+            finally:
+                if switched:
+                    _set_modes(modules, now)
+        after = _buffer_versions(net)
+        changed = sorted(name for name in after.keys() | versions.keys() if after.get(name) != versions.get(name))
+        expected = "buffers that a run leaves as they are (it runs twice, maybe in chunks); .eval() it"
+        expect(not changed, "net", expected, f"{changed} changed")
+
+
+def _set_modes(modules: list[nn.Module], modes: tuple[bool, ...]) -> None:
+    for module, mode in zip(modules, modes, strict=True):
+        module.training = mode

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from pyglow_fast._errors import expect
-from pyglow_fast.coupling_nets import GeneratorState, captured_autocast, check_leaves, check_net
+from pyglow_fast.coupling_nets import GeneratorState, RunState, check_leaves, check_net
 from pyglow_fast.reversible import DriftControl
 from pyglow_fast.reversible.drift import Witness, anchor_drift
+from pyglow_fast.reversible.once import differentiable_once
 from pyglow_fast.reversible.walk import Walk
 
 
@@ -28,12 +27,6 @@ class _Direction(nn.Module):
     def forward(self, x: Tensor, cond: Tensor | None) -> Any:
         inputs = (x,) if cond is None else (x, cond)
         return self.step.inverse(*inputs) if self.is_inverse else self.step(*inputs)  # type: ignore[operator]
-
-
-@dataclass(frozen=True)
-class _Memo:
-    generators: GeneratorState | None
-    autocast: Callable[[], Any]
 
 
 class ModuleChain:
@@ -74,7 +67,7 @@ class _ModuleWalk(Walk):
         params: Sequence[Sequence[Tensor]],
         anchors: dict[int, Tensor],
         witnesses: Sequence[Witness],
-        memos: Sequence[_Memo],
+        memos: Sequence[RunState],
         spacing: int,
         grad_log_det: Tensor,
     ) -> None:
@@ -86,12 +79,8 @@ class _ModuleWalk(Walk):
         self.grad_conds: list[Tensor | None] = [None] * n
 
     def _repeated(self, k: int, run: Callable[[], Any]) -> Any:
-        memo = self.memos[k]
-        with memo.autocast():
-            if memo.generators is None:
-                return run()
-            with memo.generators.replayed():
-                return run()
+        with self.memos[k].restored(self.chain.steps[k]):
+            return run()
 
     def invert(self, k: int, y: Tensor, grad_y: Tensor, anchor: Tensor | None) -> tuple[Tensor, Tensor]:
         """The module's inverse, then its forward with gradients."""
@@ -134,6 +123,13 @@ class _ModuleWalk(Walk):
         return torch.zeros_like(x) if grad_x is None else grad_x
 
 
+def _check_outputs(k: int, outputs: Any, n: int) -> None:
+    pair = isinstance(outputs, tuple) and len(outputs) == 2 and all(isinstance(value, Tensor) for value in outputs)
+    expect(pair, f"steps[{k}]", "a forward that returns tensors (z, log_det)", type(outputs).__name__)
+    shape = tuple(outputs[1].shape)
+    expect(shape == (n,), f"steps[{k}]", f"a log_det of shape ({n},)", f"shape {shape}")
+
+
 class _RunModules(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, chain: ModuleChain, x: Tensor, cond: Tensor | None, *params: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,12 +149,13 @@ class _RunModules(torch.autograd.Function):
                 witness = Witness.of(z)
                 witnesses += [witness.projection, witness.norm]
             before = GeneratorState.capture(x.device)
+            version = z._version
             outputs = chain.call(k, z, cond, by_step[k], inverse=False)
-            pair = isinstance(outputs, tuple) and len(outputs) == 2
-            expect(pair, f"steps[{k}]", "a forward that returns (z, log_det)", type(outputs).__name__)
+            _check_outputs(k, outputs, z.shape[0])
+            expect(z._version == version, f"steps[{k}]", "a forward that leaves its input as it is", "one that writes")
             # A step may hand its input on as it is; an output of a function must be its own.
             z, step_log_det = outputs[0] if outputs[0] is not x else x.clone(), outputs[1]
-            memos.append(_Memo(before if before.moved() else None, captured_autocast(x.device.type)))
+            memos.append(RunState.after(chain.steps[k], before, x.device))
             log_det = log_det + step_log_det
         ctx.chain, ctx.memos, ctx.has_cond = chain, memos, cond is not None
         ctx.spacing = len(chain.steps) if control is None else control.spacing
@@ -167,7 +164,7 @@ class _RunModules(torch.autograd.Function):
         return z, log_det
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_z: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, cond and the parameters."""
         chain: ModuleChain = ctx.chain

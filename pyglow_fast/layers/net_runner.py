@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,21 +13,21 @@ from pyglow_fast.coupling_nets import (
     Chunk,
     ChunkPlan,
     GeneratorState,
-    captured_autocast,
+    RunState,
     check_net,
     plan_chunks,
     run_net,
     run_net_backward,
+    training_modes,
 )
 
 
 @dataclass(frozen=True)
 class Memo:
-    """What a repetition of a net's run needs: how it was cut, the random generators if they moved, autocast."""
+    """What a repetition of a net's run needs: how it was cut, and the state around it."""
 
     plan: ChunkPlan
-    generators: GeneratorState | None
-    autocast: Callable[[], contextlib.AbstractContextManager[None]]
+    state: RunState
 
 
 class NetRunner:
@@ -54,7 +53,15 @@ class NetRunner:
 
     def _plan(self, x1: Tensor, cond: Tensor | None, random: bool = False) -> ChunkPlan:
         cond_channels = 0 if cond is None else cond.shape[1]
-        key = (self.budget, *x1.shape, x1.element_size(), x1.device.type, cond_channels, self.net.training, random)
+        key = (
+            self.budget,
+            *x1.shape,
+            x1.element_size(),
+            x1.device.type,
+            cond_channels,
+            training_modes(self.net),
+            random,
+        )
         if key not in self._plans:
             check_net(self.net)
             self._plans[key] = plan_chunks(
@@ -90,21 +97,18 @@ class NetRunner:
         """net(x1, cond) without a record, and what repeats it."""
         plan, before = self._plan(x1, cond), GeneratorState.capture(x1.device)
         net_out = run_net(self.net, x1, cond, plan, self._call(params))
-        moved = before.moved()
-        if moved and any(chunk.rows != chunk.taken for chunk in plan.chunks):
+        state = RunState.after(self.net, before, x1.device)
+        if state.generators is not None and any(chunk.rows != chunk.taken for chunk in plan.chunks):
             # A net that draws random numbers without saying so, cut into strips: their halos drew others. Once more.
             plan = self._plan(x1, cond, random=True)
             with before.replayed():
                 net_out = run_net(self.net, x1, cond, plan, self._call(params))
-        return net_out, Memo(plan, before if moved else None, captured_autocast(x1.device.type))
+        return net_out, Memo(plan, state)
 
     def repeat(self, x1: Tensor, cond: Tensor | None, params: Sequence[Tensor], memo: Memo) -> Tensor:
         """The output of :meth:`forward` again."""
-        with memo.autocast():
-            if memo.generators is None:
-                return run_net(self.net, x1, cond, memo.plan, self._call(params))
-            with memo.generators.replayed():
-                return run_net(self.net, x1, cond, memo.plan, self._call(params))
+        with memo.state.restored(self.net):
+            return run_net(self.net, x1, cond, memo.plan, self._call(params))
 
     def backward(
         self,
@@ -119,18 +123,10 @@ class NetRunner:
         # Aliases: hooks that someone has put on a parameter belong to the outer backward.
         leaves = [parameter.detach().requires_grad_(parameter.requires_grad) for parameter in params]
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
-
-        def run() -> tuple[Tensor | None, Tensor | None, tuple[Tensor | None, ...]]:
-            return run_net_backward(
+        with memo.state.restored(self.net):
+            grad_x1, grad_cond, found = run_net_backward(
                 self._call(leaves), x1, cond, memo.plan, consume, wanted, needs_cond=needs_cond and cond is not None
             )
-
-        with memo.autocast():
-            if memo.generators is None:
-                grad_x1, grad_cond, found = run()
-            else:
-                with memo.generators.replayed():
-                    grad_x1, grad_cond, found = run()
         assert grad_x1 is not None  # asked for
         values = iter(found)
         return grad_x1, grad_cond, tuple(next(values) if leaf.requires_grad else None for leaf in leaves)

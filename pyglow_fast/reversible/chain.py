@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyglow_fast import functional
 from pyglow_fast.reference import CouplingSpec
 from pyglow_fast.reversible.backward import ChainBackward
 from pyglow_fast.reversible.drift import DriftControl, Witness
+from pyglow_fast.reversible.once import differentiable_once
 from pyglow_fast.reversible.protocol import NetRun
 
 
@@ -120,7 +120,7 @@ class _Run(torch.autograd.Function):
         return z, log_det
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_z: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, cond, M, c and the nets' parameters."""
         chain: Chain = ctx.chain

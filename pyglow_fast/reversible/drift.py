@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
+from pyglow_fast.reference import flat_positions, full_precision, n_positions
 
 START_SPACING = 4
 # The projection of an error on random signs is its norm times about a standard normal number, of which many are drawn.
@@ -40,20 +41,21 @@ def default_tolerance(dtype: torch.dtype) -> float:
 
 @functools.lru_cache(maxsize=16)
 def _signs(positions: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, float]:
-    generator = torch.Generator().manual_seed(positions)
-    signs = torch.randint(2, (positions,), generator=generator, dtype=torch.int8) * 2 - 1
+    generator = torch.Generator("cpu").manual_seed(positions)
+    signs = torch.randint(2, (positions,), generator=generator, dtype=torch.int8, device="cpu") * 2 - 1
     return signs.to(device, dtype), float(signs.sum())
 
 
 def project(x: Tensor) -> Tensor:
     """sum over the positions of sign x, per sample and channel: (N, C)."""
-    flat = x.flatten(2) if x.dim() > 2 else x.unsqueeze(-1)
-    return flat @ _signs(flat.shape[2], x.dtype, x.device)[0]
+    flat = flat_positions(x)
+    with full_precision(x):
+        return flat @ _signs(flat.shape[2], x.dtype, x.device)[0]
 
 
 def norms(x: Tensor) -> Tensor:
     """The Euclidean norm over the positions, per sample and channel: (N, C)."""
-    return torch.linalg.vector_norm(x.flatten(2) if x.dim() > 2 else x.unsqueeze(-1), dim=2)
+    return torch.linalg.vector_norm(flat_positions(x), dim=2)
 
 
 def _relative(error: Tensor, norm: Tensor) -> Tensor:
@@ -86,9 +88,9 @@ class Witness:
 
         The projection is linear: that of M x + c needs no pass over it.
         """
-        positions = x[0, 0].numel() if x.numel() else 1
-        signs_sum = _signs(positions, x.dtype, x.device)[1]
-        expected = torch.addmm(signs_sum * offset, project(x), matrix.T)
+        signs_sum = _signs(n_positions(x), x.dtype, x.device)[1]
+        with full_precision(x):
+            expected = torch.addmm(signs_sum * offset, project(x), matrix.T)
         return _relative((expected - self.projection).abs(), self.norm) / PROJECTION_SLACK
 
 

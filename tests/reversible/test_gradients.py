@@ -115,7 +115,7 @@ def test_a_whole_glow(name: str) -> None:
     for memory in ("checkpoint", "reversible"):
         model.memory = memory
         assert_same_gradients(gradients(model, x, cond, run), expected)
-    assert all(report["passes"] == 1 and report["trips"] == 0 for report in model.memory_report())
+    assert all(report["passes"] == 1 for report in model.memory_report())
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
