@@ -183,6 +183,37 @@ struct GaussianSampleArgs {
   int64_t samples, channels, positions;
 };
 
+// Images (N, K, H, W) by strides.
+template <class T>
+struct Image {
+  T* data;
+  int64_t sample, channel, row, pixel;
+};
+
+// The nine shifts of images, as the rows of a matrix: row 9 k + 3 i + j holds image[n, k, h + i - 1, w + j - 1] for the
+// pixels of some samples (or of some rows of one sample), zero outside the image. transposed: h + 1 - i, w + 1 - j.
+template <class T>
+struct ColumnsArgs {
+  Image<const T> image;
+  T* columns;      // (9 K, samples * rows * W)
+  int64_t stride;  // from one row of columns to the next
+  int64_t channels, height, width;
+  int64_t first_sample, samples, first_row, rows;  // rows < height: one sample
+  bool transposed;
+};
+
+// image[n, k, h, w] = bias[k] + the sum over i, j of columns[9 k + 3 i + j] at pixel (h + i - 1, w + j - 1) of sample
+// n, where that is in the image; transposed: at (h + 1 - i, w + 1 - j).
+template <class T>
+struct ShiftSumArgs {
+  const T* columns;  // (9 K, N H W)
+  int64_t stride;
+  const T* bias;  // (K,) or null
+  Image<T> image;
+  int64_t samples, channels, height, width;
+  bool transposed;
+};
+
 }  // namespace pyglow
 
 namespace pyglow::cpu {
@@ -219,6 +250,19 @@ template <class T>
 void gaussian_log_prob_backward(const GaussianBackwardArgs<T>& args, const Threads& threads);
 template <class T>
 void gaussian_sample(const GaussianSampleArgs<T>& args, const Threads& threads);
+
+// At least `bytes` of this thread's own memory for the matrices of a coupling net, valid until it asks again.
+void* net_workspace(int64_t bytes);
+
+// Around the matrix products of a coupling net; h and grad (rows, columns), row_sums is added to.
+template <class T>
+void shift_columns(const ColumnsArgs<T>& args, const Threads& threads);
+template <class T>
+void shift_sum(const ShiftSumArgs<T>& args, const Threads& threads);
+template <class T>
+void bias_relu(T* h, const T* bias, int64_t rows, int64_t columns, const Threads& threads);
+template <class T>
+void relu_backward(T* grad, const T* h, T* row_sums, int64_t rows, int64_t columns, const Threads& threads);
 
 // The functions that the kernels use, on arrays: for tests of their error bounds.
 enum class Elementary : int { exp, log, log1p_unit, tanh, atan };

@@ -160,6 +160,25 @@ class CouplingMix(torch.autograd.Function):
         return (*ops.coupling_mix_backward(*arguments), None, None)
 
 
+class CouplingNet(torch.autograd.Function):
+    """w3 * relu(w2 * relu(w1 * x + b1) + b2) + b3 as matrix products; keeps x and the two hidden layers after relu."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor) -> Tensor:
+        """The net's output (N, C_out, H, W)."""
+        out, h1, h2 = ops.coupling_net(x, w1, b1, w2, b2, w3, b3, True)
+        ctx.save_for_backward(x, h1, h2, w1, w2, w3)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, the weights and the biases."""
+        want_weights = any(ctx.needs_input_grad[1:])
+        grads = ops.coupling_net_backward(grad_out, *ctx.saved_tensors, want_weights)
+        return tuple(grads) if want_weights else (grads[0], *[None] * 6)
+
+
 class GaussianLogProb(torch.autograd.Function):
     """log N(z; mean, exp(log_sd)) summed per sample; mean and log_sd expanded to the shape of z."""
 

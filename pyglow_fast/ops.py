@@ -28,19 +28,20 @@ _FORWARD_KIND = "int map, int order, float bias, float eps, float clamp"
 _library = torch.library.Library("pyglow_fast", "DEF")
 
 
-NAMES: list[str] = []  # of all ops; each has a kernel for every type of device that the extension is built for
+NAMES: list[str] = []  # of the ops that have a kernel for every type of device that the extension is built for
 
 
-def _define(schema: str, fake: Callable[..., Any]) -> None:
+def _define(schema: str, fake: Callable[..., Any], devices: tuple[str, ...] = ("CPU", "CUDA")) -> None:
     """Declare an op that the extension's function of the same name implements."""
     name = schema.split("(")[0]
-    NAMES.append(name)
+    if "CUDA" in devices:
+        NAMES.append(name)
     _library.define(schema)
 
     def run(*args: Any) -> Any:
         return getattr(_backend.require(), name)(*args)
 
-    for device in ("CPU", "CUDA"):
+    for device in devices:
         _library.impl(name, run, device)
     torch.library.register_fake(f"pyglow_fast::{name}", fake, lib=_library)
 
@@ -108,6 +109,29 @@ def _fake_gaussian_sample(noise: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor
     return _like(noise)
 
 
+def _in_format_of(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """An output in the memory format that the strides of x suggest, also those of a slice."""
+    return x.new_empty(shape).to(memory_format=torch._prims_common.suggest_memory_format(x))
+
+
+def _fake_coupling_net(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, _, height, width = x.shape
+    kept = [x.new_empty(weight.shape[0] * n * height * width if keep else 0) for weight in (w1, w2)]
+    return _in_format_of(x, (n, w3.shape[0], height, width)), kept[0], kept[1]
+
+
+def _fake_net_backward(
+    grad_out: Tensor, x: Tensor, h1: Tensor, h2: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, want_weights: bool
+) -> list[Tensor]:
+    grad_x = _in_format_of(x, x.shape)
+    if not want_weights:
+        return [grad_x]
+    weights = [grad for w in (w1, w2, w3) for grad in (x.new_empty(w.shape), x.new_empty(w.shape[0]))]
+    return [grad_x, *weights]
+
+
 _define(
     "channel_mix(Tensor x, Tensor matrix, Tensor offset, bool subtract_first, int squeeze) -> Tensor",
     _fake_channel_mix,
@@ -146,6 +170,20 @@ _define(
 )
 _define("gaussian_sample(Tensor noise, Tensor mean, Tensor log_sd) -> Tensor", _fake_gaussian_sample)
 
+# The coupling net as matrix products, on the CPU only: elsewhere the libraries' convolutions do it.
+_define(
+    "coupling_net(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor w3, Tensor b3, bool keep)"
+    " -> (Tensor, Tensor, Tensor)",
+    _fake_coupling_net,
+    ("CPU",),
+)
+_define(
+    "coupling_net_backward(Tensor grad_out, Tensor x, Tensor h1, Tensor h2, Tensor w1, Tensor w2, Tensor w3, "
+    "bool want_weights) -> Tensor[]",
+    _fake_net_backward,
+    ("CPU",),
+)
+
 # The callables: torch.ops.pyglow_fast.<name>, resolved once.
 channel_mix = torch.ops.pyglow_fast.channel_mix.default
 channel_mix_backward = torch.ops.pyglow_fast.channel_mix_backward.default
@@ -158,6 +196,8 @@ channel_moments = torch.ops.pyglow_fast.channel_moments.default
 gaussian_log_prob = torch.ops.pyglow_fast.gaussian_log_prob.default
 gaussian_log_prob_backward = torch.ops.pyglow_fast.gaussian_log_prob_backward.default
 gaussian_sample = torch.ops.pyglow_fast.gaussian_sample.default
+coupling_net = torch.ops.pyglow_fast.coupling_net.default
+coupling_net_backward = torch.ops.pyglow_fast.coupling_net_backward.default
 
 
 @functools.cache

@@ -194,6 +194,16 @@ def coupling_mix_inverse(
     return channel_unmix(u, inverse_matrix, offset), log_det
 
 
+def coupling_net(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor) -> Tensor:
+    """w3 * relu(w2 * relu(w1 * x + b1) + b2) + b3: convolutions 3x3, 1x1, 3x3 (1-d and 3-d alike), padded by zeros.
+
+    x (N, C_in, *spatial), w1 (hidden, C_in, 3, ...), w2 (hidden, hidden, 1, ...), w3 (C_out, hidden, 3, ...).
+    """
+    conv = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[x.dim()]
+    hidden = conv(x, w1, b1, padding=1).relu()
+    return conv(conv(hidden, w2, b2).relu(), w3, b3, padding=1)
+
+
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and sum of squared deviations m2 = sum (x - mean)^2 per channel, over samples and positions.
 

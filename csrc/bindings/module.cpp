@@ -70,5 +70,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cuda_device_count", &cuda_device_count, "The GPUs that the CUDA kernels can run on.");
   pyglow::bindings::register_step_ops(m);
   pyglow::bindings::register_fused_ops(m);
+  pyglow::bindings::register_net_ops(m);
   pyglow::bindings::register_statistics_ops(m);
 }

@@ -132,6 +132,22 @@ void gaussian_sample(const GaussianSampleArgs<T>& args, const Threads& threads) 
   PYGLOW_FORWARD(gaussian_sample(args, threads))
 }
 template <class T>
+void shift_columns(const ColumnsArgs<T>& args, const Threads& threads) {
+  PYGLOW_FORWARD(shift_columns(args, threads))
+}
+template <class T>
+void shift_sum(const ShiftSumArgs<T>& args, const Threads& threads) {
+  PYGLOW_FORWARD(shift_sum(args, threads))
+}
+template <class T>
+void bias_relu(T* h, const T* bias, int64_t rows, int64_t columns, const Threads& threads) {
+  PYGLOW_FORWARD(bias_relu(h, bias, rows, columns, threads))
+}
+template <class T>
+void relu_backward(T* grad, const T* h, T* row_sums, int64_t rows, int64_t columns, const Threads& threads) {
+  PYGLOW_FORWARD(relu_backward(grad, h, row_sums, rows, columns, threads))
+}
+template <class T>
 void elementary(Elementary function, const T* x, T* y, int64_t count){PYGLOW_FORWARD(elementary(function, x, y, count))}
 
 #define PYGLOW_INSTANTIATE(T)                                                                  \
@@ -146,6 +162,10 @@ void elementary(Elementary function, const T* x, T* y, int64_t count){PYGLOW_FOR
   template void gaussian_log_prob<T>(const GaussianArgs<T>&, const Threads&);                  \
   template void gaussian_log_prob_backward<T>(const GaussianBackwardArgs<T>&, const Threads&); \
   template void gaussian_sample<T>(const GaussianSampleArgs<T>&, const Threads&);              \
+  template void shift_columns<T>(const ColumnsArgs<T>&, const Threads&);                       \
+  template void shift_sum<T>(const ShiftSumArgs<T>&, const Threads&);                          \
+  template void bias_relu<T>(T*, const T*, int64_t, int64_t, const Threads&);                  \
+  template void relu_backward<T>(T*, const T*, T*, int64_t, int64_t, const Threads&);          \
   template void elementary<T>(Elementary, const T*, T*, int64_t);
 PYGLOW_INSTANTIATE(float) PYGLOW_INSTANTIATE(double)
 

@@ -3,6 +3,8 @@
 #include <cstdlib>
 #include <new>
 
+#include "core.h"
+
 namespace pyglow::cpu {
 namespace {
 
@@ -35,8 +37,10 @@ class Buffer {
 }  // namespace
 
 void* thread_scratch(Scratch kind, std::size_t bytes) {
-  thread_local Buffer buffers[2];
+  thread_local Buffer buffers[3];
   return buffers[static_cast<int>(kind)].at_least(bytes);
 }
+
+void* net_workspace(int64_t bytes) { return thread_scratch(Scratch::net, static_cast<std::size_t>(bytes)); }
 
 }  // namespace pyglow::cpu

@@ -21,7 +21,8 @@ class ActNorm(FlowLayer):
     channel is centred and its scale stays 1: there is no spread to normalise.
 
     Where torch.distributed is initialised, the moments are those of the batches of all ranks of its default group, so
-    that every rank sets the same values: all ranks must then make that first forward (or call of ``initialize``).
+    that every rank sets the same values: all ranks must then make that first forward (or call of ``initialize``). A
+    model to be sharded (FSDP) is initialised before: what is written into gathered parameters is lost.
 
     Args:
         channels: C.
@@ -72,6 +73,8 @@ class ActNorm(FlowLayer):
     def initialize_from(self, x: Tensor) -> None:
         """Set bias and log_scale from the moments of x (of all ranks' x), whether or not it happened before."""
         with refused_alike(self.bias.device):
+            sharded = hasattr(self.bias, "device_mesh")
+            expect(not sharded, "parameters", "an actnorm that is initialised before it is sharded", "a sharded one")
             check_input("x", x, self.channels, self.bias)
             expect(x.numel() > 0, "x", "a batch that is not empty to initialise from", tuple(x.shape))
             mean, squared_deviations = functional.channel_moments(x)

@@ -107,24 +107,39 @@ class CouplingNet(nn.Module):
                 hidden = norm.initialize(hidden)
             hidden = hidden.relu()
 
+    def _folded(
+        self, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, scale: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Weight and bias of scale * (conv without its bias + bias)."""
+        assert bias is not None  # a convolution without one is followed by an ActNorm that has it
+        if scale is None:
+            return conv.weight, bias
+        return conv.weight * scale.reshape(-1, *[1] * (conv.weight.dim() - 1)), bias * scale
+
+    def folded_weights(self) -> list[Tensor]:
+        """w1, b1, w2, b2, w3, b3 of the plain net that this one is, ActNorms and gain folded in."""
+        folded: list[Tensor] = []
+        for conv, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
+            if isinstance(norm, ActNorm):
+                folded += self._folded(conv, norm.log_scale.exp(), norm.bias)
+            else:
+                folded += self._folded(conv, None, conv.bias)
+        return folded + list(self._folded(self.conv3, (3.0 * self.log_gain).exp().flatten(), self.conv3.bias))
+
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """x, cond -> shift and raw scale (or shift alone)."""
-        hidden = self._with_condition(x, cond)
-        for conv, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
-            hidden = conv(hidden)
-            if isinstance(norm, ActNorm):
-                hidden, _ = functional.actnorm(hidden, norm.log_scale, norm.bias)
-            hidden = hidden.relu()
-        return self.conv3(hidden) * (3.0 * self.log_gain).exp()
+        return functional.coupling_net(self._with_condition(x, cond), *self.folded_weights())
 
     def bytes_per_position(self, element_size: int) -> int:
-        """(4 hidden + 5 out_channels + 2 inputs) element_size; 7 hidden with ActNorms: the most alive at one time.
+        """The most bytes of activations alive in forward and backward, per sample and position.
 
-        Without ActNorms that is when the backward reaches the second ReLU: two kept activations and the gradients of
-        its output and input. With them, at the second one: three kept, its gradient, and three to go on from there.
+        As matrix products the two hidden layers after their relu, besides the output and its gradient; as library
+        convolutions their gradients too. A hidden ActNorm costs nothing: it is folded into the weights.
         """
-        hidden = self.conv1.out_channels * (7 if isinstance(self.norm1, ActNorm) else 4)
-        return (hidden + 5 * self.out_channels + 2 * (self.in_channels + self.cond_channels)) * element_size
+        products = self.dims == 2 and functional.net_as_products(self.conv1.weight)
+        hidden = (2 if products else 4) * self.conv1.out_channels
+        edges = (3 if products else 5) * self.out_channels + 2 * (self.in_channels + self.cond_channels)
+        return (hidden + edges) * element_size
 
     def check_inputs(self, x: Tensor, cond: Tensor | None) -> None:
         """Refuse x or cond of the wrong shape, dtype or device."""

@@ -13,7 +13,7 @@ from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets import GeneratorState, RunState, check_leaves, check_net
 from pyglow_fast.reversible import DriftControl
 from pyglow_fast.reversible.drift import Witness, anchor_drift
-from pyglow_fast.reversible.once import differentiable_once
+from pyglow_fast.reversible.limits import call_untraced, differentiable_once, refuse_transforms
 from pyglow_fast.reversible.walk import Walk
 
 
@@ -55,7 +55,8 @@ class ModuleChain:
 
     def run(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         """z and log_det; memory as the control's anchors want it, or (without a control) every step's input."""
-        return _RunModules.apply(self, x, cond, *self.params)
+        refuse_transforms()
+        return call_untraced(_RunModules.apply, self, x, cond, *self.params)
 
 
 class _ModuleWalk(Walk):

@@ -122,7 +122,7 @@ class ReversibleSequence(FlowLayer):
             or (cond is not None and cond.requires_grad)
             or any(parameter.requires_grad for parameter in self.parameters())
         )
-        recomputes = records and self.memory != "store" and not torch.compiler.is_compiling()
+        recomputes = records and self.memory != "store"
         if not self._fused:
             return self._run_modules(x, cond, recomputes)
         steps = self.flow_steps()

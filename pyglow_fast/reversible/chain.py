@@ -13,7 +13,7 @@ from pyglow_fast import functional
 from pyglow_fast.reference import CouplingSpec
 from pyglow_fast.reversible.backward import ChainBackward
 from pyglow_fast.reversible.drift import DriftControl, Witness
-from pyglow_fast.reversible.once import differentiable_once
+from pyglow_fast.reversible.limits import call_untraced, differentiable_once, refuse_transforms
 from pyglow_fast.reversible.protocol import NetRun
 
 
@@ -147,7 +147,6 @@ class _Run(torch.autograd.Function):
         )
 
 
-@torch.compiler.disable
 def run_chain(
     chain: Chain,
     x: Tensor,
@@ -171,4 +170,5 @@ def run_chain(
     Returns:
         z (N, C, *spatial) and log_det (N,), nats.
     """
-    return _Run.apply(chain, x, cond, matrices, offsets, *params)
+    refuse_transforms()
+    return call_untraced(_Run.apply, chain, x, cond, matrices, offsets, *params)

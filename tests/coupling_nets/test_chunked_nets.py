@@ -321,7 +321,7 @@ def test_layouts(budget: str) -> None:
 
 def test_channels_last_comes_out_as_it_went_in() -> None:
     case = Case("2d", "one sample")
-    out = run_net(case.net.to(memory_format=torch.channels_last), case.x, None, case.plan)
+    out = run_net(case.net, case.x.to(memory_format=torch.channels_last), None, case.plan)
     assert out.is_contiguous(memory_format=torch.channels_last)
     assert_close(out, case.whole(), CONDITION)
 

@@ -11,7 +11,7 @@ from pyglow_fast import ops
 
 @pytest.fixture
 def model() -> pgf.Glow:
-    model = pgf.Glow(image_shape=(2, 8, 8), n_levels=2, n_steps=2, hidden=8)
+    model = pgf.Glow(image_shape=(2, 8, 8), n_levels=2, n_steps=2, hidden=8, memory="store")
     model.initialize(torch.rand(8, 2, 8, 8) - 0.5)
     with torch.no_grad():
         for parameter in model.parameters():

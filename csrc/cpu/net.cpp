@@ -1,0 +1,232 @@
+// CPU schedules of what surrounds the matrix products of a coupling net; compiled once per instruction set.
+//
+// A 3x3 convolution is a product with the nine shifts of its input (columns), or the sum of the nine shifts of a
+// product. Images are narrow at the deep levels, where a loop per row would be all overhead: a small plane is shifted
+// as a whole, as one run of positions, and what came round the edges is masked out.
+#include "cpu/isa.h"
+#include "cpu/tiles.h"
+
+namespace pyglow::cpu::PYGLOW_ISA {
+namespace {
+
+constexpr int64_t small_plane = 1024;  // positions
+
+template <class T>
+using Mask = decltype(Vec<T>{} < Vec<T>{});
+template <class T>
+using MaskElement = std::remove_reference_t<decltype(Mask<T>{}[0])>;
+
+template <class T>
+PYGLOW_HD const T* plane(const Image<const T>& image, int64_t n, int64_t k) {
+  return image.data + n * image.sample + k * image.channel;
+}
+
+// For a small plane: of each shift its offset, and for every position whether the shifted one lies in the image.
+template <class T>
+struct Shifts {
+  int64_t padded;          // positions rounded up to whole vectors
+  MaskElement<T>* inside;  // (9, padded)
+  int64_t offset[9];
+
+  static int64_t elements(int64_t positions) { return 9 * round_up(positions, lanes<T>); }
+
+  Shifts(int64_t height, int64_t width, MaskElement<T>* room)
+      : padded(round_up(height * width, lanes<T>)), inside(room) {
+    for (int64_t s = 0; s < 9; ++s) {
+      const int64_t down = s / 3 - 1, right = s % 3 - 1;
+      offset[s] = down * width + right;
+      for (int64_t p = 0; p < padded; ++p) {
+        const int64_t h = p / width + down, w = p % width + right;
+        const bool valid = p < height * width && h >= 0 && h < height && w >= 0 && w < width;
+        inside[s * padded + p] = valid ? -1 : 0;
+      }
+    }
+  }
+
+  PYGLOW_HD Vec<T> load_shifted(const T* from, int64_t s, int64_t p) const {
+    Mask<T> mask;
+    __builtin_memcpy(&mask, inside + s * padded + p, sizeof mask);
+    return mask ? load<T>(from + p + offset[s]) : Vec<T>{};
+  }
+};
+
+template <class T>
+void copy_plane(const Image<const T>& image, const T* from, int64_t height, int64_t width, T* to) {
+  for (int64_t h = 0; h < height; ++h)
+    for (int64_t w = 0; w < width; ++w) to[h * width + w] = from[h * image.row + w * image.pixel];
+}
+
+template <class T>
+void small_columns(const ColumnsArgs<T>& args, int64_t k, const Shifts<T>& shifts, T* room) {
+  const int64_t positions = args.height * args.width, margin = args.width + 1;
+  for (int64_t n = 0; n < args.samples; ++n) {
+    copy_plane(args.image, plane(args.image, args.first_sample + n, k), args.height, args.width, room + margin);
+    for (int64_t s = 0; s < 9; ++s) {
+      T* const to = args.columns + (9 * k + (args.transposed ? 8 - s : s)) * args.stride + n * positions;
+      int64_t p = 0;
+      for (; p + lanes<T> <= positions; p += lanes<T>) store<T>(to + p, shifts.load_shifted(room + margin, s, p));
+      if (p < positions) {
+        const Vec<T> rest = shifts.load_shifted(room + margin, s, p);
+        __builtin_memcpy(to + p, &rest, (positions - p) * sizeof(T));
+      }
+    }
+  }
+}
+
+template <class T>
+void large_columns(const ColumnsArgs<T>& args, int64_t k) {
+  const int64_t width = args.width;
+  for (int64_t n = 0; n < args.samples; ++n) {
+    const T* const from = plane(args.image, args.first_sample + n, k);
+    for (int64_t s = 0; s < 9; ++s) {
+      const int64_t down = s / 3 - 1, right = s % 3 - 1;
+      T* to = args.columns + (9 * k + (args.transposed ? 8 - s : s)) * args.stride + n * args.rows * width;
+      for (int64_t r = 0; r < args.rows; ++r, to += width) {
+        const int64_t h = args.first_row + r + down;
+        const int64_t begin = larger(0, -right), end = smaller(width, width - right);
+        if (h < 0 || h >= args.height || begin >= end) {
+          for (int64_t w = 0; w < width; ++w) to[w] = T(0);
+          continue;
+        }
+        const T* const source = from + h * args.image.row + right * args.image.pixel;
+        if (begin > 0) to[0] = T(0);
+        if (args.image.pixel == 1) {
+          for (int64_t w = begin; w < end; ++w) to[w] = source[w];
+        } else {
+          for (int64_t w = begin; w < end; ++w) to[w] = source[w * args.image.pixel];
+        }
+        if (end < width) to[width - 1] = T(0);
+      }
+    }
+  }
+}
+
+template <class T>
+void write_plane(const Image<T>& image, int64_t n, int64_t k, int64_t height, int64_t width, const T* from) {
+  T* const to = image.data + n * image.sample + k * image.channel;
+  for (int64_t h = 0; h < height; ++h)
+    for (int64_t w = 0; w < width; ++w) to[h * image.row + w * image.pixel] = from[h * width + w];
+}
+
+template <class T>
+void small_sum(const ShiftSumArgs<T>& args, int64_t n, int64_t k, T bias, const Shifts<T>& shifts, T* sum) {
+  const int64_t positions = args.height * args.width;
+  const T* const rows = args.columns + 9 * k * args.stride + n * positions;
+  for (int64_t p = 0; p < shifts.padded; p += lanes<T>) {
+    Vec<T> total = broadcast<T>(bias);
+    for (int64_t s = 0; s < 9; ++s)
+      total += shifts.load_shifted(rows + (args.transposed ? 8 - s : s) * args.stride, s, p);
+    store<T>(sum + p, total);
+  }
+}
+
+template <class T>
+void large_sum(const ShiftSumArgs<T>& args, int64_t n, int64_t k, T bias, T* sum) {
+  const int64_t width = args.width;
+  const T* const rows = args.columns + 9 * k * args.stride + n * args.height * width;
+  for (int64_t h = 0; h < args.height; ++h) {
+    T* const to = sum + h * width;
+    for (int64_t w = 0; w < width; ++w) to[w] = bias;
+    for (int64_t s = 0; s < 9; ++s) {
+      const int64_t down = s / 3 - 1, right = s % 3 - 1;
+      if (h + down < 0 || h + down >= args.height) continue;
+      const T* const from = rows + (args.transposed ? 8 - s : s) * args.stride + (h + down) * width + right;
+      for (int64_t w = larger(0, -right); w < smaller(width, width - right); ++w) to[w] += from[w];
+    }
+  }
+}
+
+}  // namespace
+
+// A task is a channel: its nine rows of columns.
+template <class T>
+void shift_columns(const ColumnsArgs<T>& args, const Threads& threads) {
+  const int64_t positions = args.height * args.width, work = 9 * args.samples * args.rows * args.width;
+  if (work == 0) return;
+  parallel(threads, args.channels, grain_of(work), [&](int64_t begin, int64_t end) {
+    if (positions > small_plane || args.rows != args.height) {
+      for (int64_t k = begin; k < end; ++k) large_columns(args, k);
+      return;
+    }
+    const int64_t padded = round_up(positions, lanes<T>), margin = args.width + 1;
+    const int64_t room = padded + 2 * margin + lanes<T>;
+    T* const memory =
+        static_cast<T*>(thread_scratch(Scratch::tile, (room + Shifts<T>::elements(positions)) * sizeof(T)));
+    for (int64_t i = 0; i < room; ++i) memory[i] = T(0);
+    const Shifts<T> shifts(args.height, args.width, reinterpret_cast<MaskElement<T>*>(memory + room));
+    for (int64_t k = begin; k < end; ++k) small_columns(args, k, shifts, memory);
+  });
+}
+
+// A task is a plane. Around the columns there must be readable memory: a row and a pixel before, and a vector more
+// after.
+template <class T>
+void shift_sum(const ShiftSumArgs<T>& args, const Threads& threads) {
+  const int64_t positions = args.height * args.width;
+  if (positions == 0) return;
+  parallel(threads, args.samples * args.channels, grain_of(9 * positions), [&](int64_t begin, int64_t end) {
+    const bool is_small = positions <= small_plane;
+    const int64_t padded = round_up(positions, lanes<T>);
+    const int64_t masks = is_small ? Shifts<T>::elements(positions) : 0;
+    T* const memory = static_cast<T*>(thread_scratch(Scratch::tile, (padded + masks) * sizeof(T)));
+    const Shifts<T> shifts(is_small ? args.height : 0, args.width, reinterpret_cast<MaskElement<T>*>(memory + padded));
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t n = task / args.channels, k = task % args.channels;
+      const T bias = args.bias == nullptr ? T(0) : args.bias[k];
+      if (is_small) {
+        small_sum(args, n, k, bias, shifts, memory);
+      } else {
+        large_sum(args, n, k, bias, memory);
+      }
+      write_plane(args.image, n, k, args.height, args.width, memory);
+    }
+  });
+}
+
+// h = relu(h + bias), NaN kept; h (rows, columns), contiguous.
+template <class T>
+void bias_relu(T* h, const T* bias, int64_t rows, int64_t columns, const Threads& threads) {
+  parallel(threads, rows, grain_of(columns), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      T* const row = h + r * columns;
+      for (int64_t i = 0; i < columns; ++i) {
+        const T value = row[i] + bias[r];
+        row[i] = value < T(0) ? T(0) : value;
+      }
+    }
+  });
+}
+
+// grad = h <= 0 ? 0 : grad (so that of NaN it is kept), and its sum over the columns added to row_sums (rows,).
+template <class T>
+void relu_backward(T* grad, const T* h, T* row_sums, int64_t rows, int64_t columns, const Threads& threads) {
+  parallel(threads, rows, grain_of(2 * columns), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      T* const g = grad + r * columns;
+      const T* const value = h + r * columns;
+      Vec<T> sum{};
+      int64_t i = 0;
+      for (; i + lanes<T> <= columns; i += lanes<T>) {
+        const Vec<T> kept = load<T>(value + i) <= T(0) ? Vec<T>{} : load<T>(g + i);
+        store<T>(g + i, kept);
+        sum += kept;
+      }
+      T total = sum_lanes<T>(sum);
+      for (; i < columns; ++i) {
+        g[i] = value[i] <= T(0) ? T(0) : g[i];
+        total += g[i];
+      }
+      row_sums[r] += total;
+    }
+  });
+}
+
+#define PYGLOW_INSTANTIATE(T)                                                 \
+  template void shift_columns<T>(const ColumnsArgs<T>&, const Threads&);      \
+  template void shift_sum<T>(const ShiftSumArgs<T>&, const Threads&);         \
+  template void bias_relu<T>(T*, const T*, int64_t, int64_t, const Threads&); \
+  template void relu_backward<T>(T*, const T*, T*, int64_t, int64_t, const Threads&);
+PYGLOW_INSTANTIATE(float)
+PYGLOW_INSTANTIATE(double)
+
+}  // namespace pyglow::cpu::PYGLOW_ISA
