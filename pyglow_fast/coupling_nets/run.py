@@ -7,8 +7,8 @@ At the image's border the strip ends where the image ends and the net's own padd
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -132,6 +132,34 @@ def _chunk_gradients(
     return [next(found) if slot is not None and slot.requires_grad else None for slot in slots]
 
 
+class ExplicitNet(Protocol):
+    """A net that differentiates itself; its parameters are those it was made with."""
+
+    def forward(self, x1: Tensor, cond: Tensor | None) -> tuple[Tensor, Any]:
+        """The output and what the backward takes."""
+
+    def backward(
+        self, kept: Any, grad_out: Tensor, channels: int
+    ) -> tuple[Tensor, Tensor | None, Mapping[str, Tensor]]:
+        """Gradients of x1 (of so many channels), of cond, and of the parameters by name."""
+
+
+def _explicit_gradients(
+    net: ExplicitNet, names: Sequence[str], x1: Tensor, cond: Tensor | None, chunk: Chunk, consume: Consume
+) -> list[Tensor | None]:
+    """The same as :func:`_chunk_gradients`, without autograd."""
+    net_out, kept = net.forward(x1, cond)
+    whole = _checked(net_out, x1)
+    net_out = chunk.crop(whole)
+    grad_out = consume(net_out, chunk)
+    if grad_out.shape != whole.shape:
+        cropped = grad_out
+        grad_out = torch.zeros_like(whole)
+        chunk.crop(grad_out).copy_(cropped)
+    grad_x1, grad_cond, grads = net.backward(kept, grad_out.to(whole.dtype), x1.shape[1])
+    return [grad_x1, grad_cond, *(grads.get(name) for name in names)]
+
+
 class _InputSum:
     """The gradient of x1 or cond: where the halos of strips overlap, the sum."""
 
@@ -197,6 +225,7 @@ def run_net_backward(
     *,
     needs_x1: bool = True,
     needs_cond: bool = True,
+    explicit: tuple[ExplicitNet, Sequence[str]] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, tuple[Tensor | None, ...]]:
     """d sum(net_out grad_out) / d (x1, cond, params), the net run again, one chunk and one small graph at a time.
 
@@ -212,6 +241,7 @@ def run_net_backward(
             must not be written to.
         params: tensors that require a gradient and that ``call`` uses.
         needs_x1, needs_cond: whether these gradients are wanted.
+        explicit: the net without autograd, to be run instead of ``call``, and the names of params.
 
     Returns:
         grad_x1 and grad_cond (zeros if the net does not use them, None where not wanted or without a condition), and
@@ -226,6 +256,11 @@ def run_net_backward(
     sums = _Sums(wanted, params, plan.whole)
     with without_autocast_cache(x1.device.type):
         for i, chunk in enumerate(plan.chunks):
+            if explicit is not None:
+                cond_part = None if cond is None else chunk.inputs(cond)
+                net, names = explicit
+                sums.add(chunk, _explicit_gradients(net, names, chunk.inputs(x1), cond_part, chunk, consume))
+                continue
             leaf = _leaf(x1, chunk, needs_x1)
             cond_leaf = None if cond is None else _leaf(cond, chunk, needs_cond)
             sums.add(chunk, _chunk_gradients(call, leaf, cond_leaf, chunk, consume, params, check=i == 0))

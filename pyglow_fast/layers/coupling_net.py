@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,7 @@ from pyglow_fast import functional
 from pyglow_fast._errors import expect
 from pyglow_fast.layers._base import check_count, check_input
 from pyglow_fast.layers.actnorm import ActNorm
+from pyglow_fast.layers.explicit_net import ExplicitCouplingNet
 from pyglow_fast.layers.ranks import refused_alike
 
 _CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
@@ -107,24 +110,24 @@ class CouplingNet(nn.Module):
                 hidden = norm.initialize(hidden)
             hidden = hidden.relu()
 
-    def _folded(
-        self, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, scale: Tensor | None, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Weight and bias of scale * (conv without its bias + bias)."""
-        assert bias is not None  # a convolution without one is followed by an ActNorm that has it
-        if scale is None:
-            return conv.weight, bias
-        return conv.weight * scale.reshape(-1, *[1] * (conv.weight.dim() - 1)), bias * scale
-
     def folded_weights(self) -> list[Tensor]:
         """w1, b1, w2, b2, w3, b3 of the plain net that this one is, ActNorms and gain folded in."""
-        folded: list[Tensor] = []
-        for conv, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
-            if isinstance(norm, ActNorm):
-                folded += self._folded(conv, norm.log_scale.exp(), norm.bias)
-            else:
-                folded += self._folded(conv, None, conv.bias)
-        return folded + list(self._folded(self.conv3, (3.0 * self.log_gain).exp().flatten(), self.conv3.bias))
+        return ExplicitCouplingNet(dict(self.named_parameters())).folded
+
+    def explicit(self, x1: Tensor, params: Mapping[str, Tensor]) -> ExplicitCouplingNet | None:
+        """The net on those parameters without autograd, where it runs as matrix products of ours; else None."""
+        hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        plain = type(self) is CouplingNet and not hooks and params.keys() == self._parameter_names()
+        return ExplicitCouplingNet(params) if plain and functional.net_as_products(x1) else None
+
+    def _parameter_names(self) -> set[str]:
+        """What the parameters are called if nobody has put a parametrization on them."""
+        names = {"log_gain", "conv3.bias", *(f"conv{layer}.weight" for layer in (1, 2, 3))}
+        for layer, norm in ((1, self.norm1), (2, self.norm2)):
+            names |= (
+                {f"norm{layer}.log_scale", f"norm{layer}.bias"} if isinstance(norm, ActNorm) else {f"conv{layer}.bias"}
+            )
+        return names
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """x, cond -> shift and raw scale (or shift alone)."""

@@ -20,6 +20,7 @@ from pyglow_fast.coupling_nets import (
     run_net_backward,
     training_modes,
 )
+from pyglow_fast.layers.coupling_net import CouplingNet
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,20 @@ class NetRunner:
         """Gradients of x1, cond and params, the net run once more."""
         # Aliases: hooks that someone has put on a parameter belong to the outer backward.
         leaves = [parameter.detach().requires_grad_(parameter.requires_grad) for parameter in params]
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        by_name = dict(zip(self.names, leaves, strict=True))
+        names = [name for name, leaf in by_name.items() if leaf.requires_grad]
+        wanted = [by_name[name] for name in names]
         with memo.state.restored(self.net):
+            explicit = self.net.explicit(x1, by_name) if isinstance(self.net, CouplingNet) else None
             grad_x1, grad_cond, found = run_net_backward(
-                self._call(leaves), x1, cond, memo.plan, consume, wanted, needs_cond=needs_cond and cond is not None
+                self._call(leaves),
+                x1,
+                cond,
+                memo.plan,
+                consume,
+                wanted,
+                needs_cond=needs_cond and cond is not None,
+                explicit=None if explicit is None else (explicit, names),
             )
         assert grad_x1 is not None  # asked for
         values = iter(found)

@@ -1,0 +1,76 @@
+"""The coupling net's forward and backward without autograd: what a chain that recomputes runs for every step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyglow_fast import ops
+
+
+def scaled(weight: Tensor, scale: Tensor) -> Tensor:
+    """A weight whose output channels (dimension 0) are multiplied."""
+    return weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
+
+
+class ExplicitCouplingNet:
+    """w3' * relu(w2' * relu(w1' * x + b1') + b2') + b3', ActNorms and gain folded in, on the CPU; see CouplingNet.
+
+    Args:
+        params: of the net, by name.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor]) -> None:
+        self.params = params
+        self.scales: list[Tensor | None] = []
+        self.folded: list[Tensor] = []
+        for layer in (1, 2, 3):
+            weight, bias, scale = self._parts(layer)
+            self.scales.append(scale)
+            self.folded += [weight, bias] if scale is None else [scaled(weight, scale), bias * scale]
+
+    def _parts(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Weight, bias and the scale of both, if there is one."""
+        weight = self.params[f"conv{layer}.weight"]
+        if layer == 3:
+            return weight, self.params["conv3.bias"], (3.0 * self.params["log_gain"]).exp().flatten()
+        if f"norm{layer}.log_scale" in self.params:
+            return weight, self.params[f"norm{layer}.bias"], self.params[f"norm{layer}.log_scale"].exp()
+        return weight, self.params[f"conv{layer}.bias"], None
+
+    def forward(self, x1: Tensor, cond: Tensor | None) -> tuple[Tensor, Any]:
+        """The output, and what :meth:`backward` takes."""
+        x = x1 if cond is None else torch.cat([x1, cond.to(x1.dtype)], dim=1)
+        net_out, h1, h2 = ops.coupling_net(x, *self.folded, True)
+        return net_out, (x, h1, h2)
+
+    def backward(self, kept: Any, grad_out: Tensor, channels: int) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """Gradients of x1 (the first channels), of the condition and, by name, of the parameters that want one."""
+        w1, _, w2, _, w3, _ = self.folded
+        want = any(parameter.requires_grad for parameter in self.params.values())
+        grad_x, *grads = ops.coupling_net_backward(grad_out, *kept, w1, w2, w3, want)
+        grad_cond = grad_x[:, channels:] if grad_x.shape[1] > channels else None
+        return grad_x[:, :channels], grad_cond, self._unfolded(grads) if want else {}
+
+    def _unfolded(self, grads: list[Tensor]) -> dict[str, Tensor]:
+        """From the gradients of the folded weights and biases to those of the parameters."""
+        found = {}
+        for layer, scale in zip((1, 2, 3), self.scales, strict=True):
+            grad_weight, grad_bias = grads[2 * layer - 2 : 2 * layer]
+            weight, bias, _ = self._parts(layer)
+            if scale is None:
+                found[f"conv{layer}.weight"], found[f"conv{layer}.bias"] = grad_weight, grad_bias
+                continue
+            # Of log scale: sum grad' w' = scale (sum grad' w), and 3 times that for the gain exp(3 log_gain).
+            of_log = ((grad_weight * weight).flatten(1).sum(1) + grad_bias * bias) * scale
+            found[f"conv{layer}.weight"] = scaled(grad_weight, scale)
+            if layer == 3:
+                found["conv3.bias"] = grad_bias * scale
+                found["log_gain"] = (3.0 * of_log).reshape(self.params["log_gain"].shape)
+            else:
+                found[f"norm{layer}.bias"] = grad_bias * scale
+                found[f"norm{layer}.log_scale"] = of_log
+        return {name: grad for name, grad in found.items() if self.params[name].requires_grad}
