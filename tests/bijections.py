@@ -89,6 +89,16 @@ def _coupling(
     return pgf.Coupling(net, kind, **options)
 
 
+def _sequence(memory: str, memory_budget: str | int = "auto", **options: object) -> nn.Module:
+    steps = [pgf.FlowStep(4, 5, **options) for _ in range(3)]
+    return pgf.ReversibleSequence(steps, memory, anchor_every=2, memory_budget=memory_budget)
+
+
+def _modules(memory: str) -> nn.Module:
+    steps = [pgf.ActNorm(4), pgf.InvConv(4), _coupling(4), pgf.Permute(4, "reverse"), pgf.FlowStep(4, 5)]
+    return pgf.ReversibleSequence(steps, memory, anchor_every=2)
+
+
 def _glow(**fields: object) -> nn.Module:
     return GlowAsLayer(pgf.Glow(**{"n_levels": 2, "n_steps": 2, "hidden": 4, **fields}))
 
@@ -134,6 +144,16 @@ BIJECTIONS = [
     Bijection("step-scale-shift", lambda: pgf.FlowStep(4, 5, scale_map="exp", order="scale_shift"), (4, 3, 2)),
     Bijection("step-1d", lambda: pgf.FlowStep(2, 5, dims=1), (2, 7)),
     Bijection("step-3d", lambda: pgf.FlowStep(4, 3, dims=3), (4, 2, 1, 3)),
+    *(
+        Bijection(f"sequence-{memory}", lambda memory=memory: _sequence(memory), (4, 2, 3))
+        for memory in ("reversible", "checkpoint", "store")
+    ),
+    Bijection("sequence-strips", lambda: _sequence("reversible", memory_budget=1), (4, 7, 2)),
+    Bijection("sequence-cond", lambda: _sequence("reversible", cond_channels=1), (4, 2, 3), (1, 2, 3)),
+    *(
+        Bijection(f"sequence-of-modules-{memory}", lambda memory=memory: _modules(memory), (4, 3, 2))
+        for memory in ("reversible", "checkpoint", "store")
+    ),
     Bijection("squeeze", lambda: pgf.Squeeze(), (2, 4, 2)),
     Bijection("squeeze-by-3", lambda: pgf.Squeeze(3), (1, 3, 6)),
     Bijection("squeeze-1d", lambda: pgf.Squeeze(), (3, 6)),

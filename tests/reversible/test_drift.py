@@ -1,0 +1,244 @@
+"""States that drift are found, and what depends on them is done again: the gradient is right in any case."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from chain_cases import CASES, Mode, assert_same_gradients, counted_runs, gradients, objective, relative_error
+from helpers import tolerance
+from torch import Tensor
+
+import pyglow_fast as pgf
+from pyglow_fast.reversible import passes
+from pyglow_fast.reversible.drift import Witness, anchor_drift, default_tolerance
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+DEEP = next(case for case in CASES if case.name == "depth-8")
+
+
+def strong_steps(depth: int, spread: float, channels: int = 12, hidden: int = 16) -> pgf.ReversibleSequence:
+    """Random steps whose nets scale strongly: inverting them amplifies rounding by orders of magnitude. Float64."""
+    steps = []
+    for _ in range(depth):
+        step = pgf.FlowStep(channels, hidden)
+        with torch.no_grad():
+            for parameter in (step.coupling.net.conv3.weight, step.coupling.net.conv3.bias):
+                parameter.normal_(std=spread)
+            step.actnorm.log_scale.normal_(std=0.1)
+            step.actnorm.bias.normal_(std=0.3)
+        steps.append(step)
+    return pgf.ReversibleSequence(steps).double().eval()
+
+
+def whole_error(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> tuple[float, float]:
+    """Relative L2 over all parameters, and of the worst tensor."""
+    names = [name for name in exact if name != "x"]
+    actual_all, exact_all = (torch.cat([g[name].double().flatten() for name in names]) for g in (actual, exact))
+    worst = max(float((actual[n].double() - exact[n]).norm() / exact[n].norm().clamp_min(1e-30)) for n in names)
+    return float((actual_all - exact_all).norm() / exact_all.norm()), worst
+
+
+@pytest.mark.parametrize(
+    ("depth", "spread", "every"),
+    [(32, 0.06, None), (64, 0.04, None), (32, 0.1, None), (32, 0.1, 4), (32, 0.1, "auto")],
+    ids=str,
+)
+def test_ill_conditioned_steps_give_gradients_as_good_as_stored_ones(
+    depth: int, spread: float, every: str | int | None
+) -> None:
+    sequence, x = strong_steps(depth, spread), torch.randn(2, 12, 8, 8, dtype=torch.float64)
+
+    def run(x: Tensor, cond: Tensor | None) -> Tensor:
+        z, log_det = sequence(x)
+        return (0.5 * z.square().flatten(1).sum(1) - log_det).mean()
+
+    Mode("store").apply(sequence)
+    exact = gradients(sequence, x, None, run)
+    sequence.float()
+    stored = whole_error(gradients(sequence, x.float(), None, run), exact)
+    Mode("reversible", every).apply(sequence)
+    got = whole_error(gradients(sequence, x.float(), None, run), exact)
+    report = sequence.memory_report()
+    assert report["trips"] == 1
+    assert report["redone_steps"] > 0
+    assert all(error <= 2.0 * bound for error, bound in zip(got, stored, strict=True)), (got, stored)
+
+    Mode("reversible", every).apply(sequence)
+    sequence.control.tolerance = 1e30  # what it would have been without the control
+    uncontrolled = whole_error(gradients(sequence, x.float(), None, run), exact)
+    assert not uncontrolled[0] <= 100.0 * stored[0], "a case that needs no control"
+
+
+def test_states_that_cannot_be_inverted_at_all() -> None:
+    """A scale that underflows to zero: the inverse is a division by zero, the gradient is still the stored one."""
+    case = next(case for case in CASES if case.name == "depth-3")
+    sequence, (x, _) = case.build(), case.batch()
+    step = sequence[1]
+    assert isinstance(step, pgf.FlowStep)
+    with torch.no_grad():
+        step.coupling.net.conv3.bias[2:] = -1e4
+    Mode("store").apply(sequence)
+    expected = gradients(sequence, x)
+    assert all(grad.isfinite().all() for grad in expected.values())
+    for every in ("auto", None, 1, 2):
+        Mode("reversible", every).apply(sequence)
+        assert_same_gradients(gradients(sequence, x), expected)
+        report = sequence.memory_report()
+        if every != 1:
+            assert report["trips"] == 1
+            assert not math.isfinite(report["last_drift"])
+
+
+class TestWitnesses:
+    """The projection of a state on random signs."""
+
+    def states(self, *shape: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x, matrix, offset = torch.randn(*shape), torch.randn(shape[1], shape[1]), torch.randn(shape[1])
+        return x, matrix, offset, torch.einsum("ij,nj...->ni...", matrix, x) + offset.reshape(-1, *[1] * (x.dim() - 2))
+
+    @pytest.mark.parametrize("shape", [(2, 4, 8, 8), (3, 4, 1), (2, 6), (1, 2, 3, 4, 5)], ids=str)
+    def test_no_drift_is_none(self, shape: tuple[int, ...]) -> None:
+        x, matrix, offset, u = self.states(*shape)
+        positions = math.prod(shape[2:])
+        bound = tolerance(positions, dtype=torch.float32)
+        assert float(Witness.of(u).drift(x, matrix, offset)) <= bound
+        assert float(Witness.of(x).drift_of(x)) == 0.0
+
+    @pytest.mark.parametrize("relative", [1e-4, 1e-2, 1.0])
+    def test_the_measure_is_that_of_an_anchor(self, relative: float) -> None:
+        """One of many projections of an error on random signs is near its norm."""
+        x, _, _, _ = self.states(16, 12, 16, 16)
+        wrong = x * (1.0 + relative * torch.randn_like(x))
+        exact, seen = float(anchor_drift(wrong, x)), float(Witness.of(x).drift_of(wrong))
+        assert exact / 4.0 < seen < 1.5 * exact
+
+    def test_a_small_channel_cannot_hide(self) -> None:
+        x, _, _, _ = self.states(4, 6, 8, 8)
+        x[:, 2] *= 1e-4
+        wrong = x.clone()
+        wrong[1, 2] *= 1.01
+        assert 5e-3 < float(anchor_drift(wrong, x)) < 2e-2
+        assert 5e-4 < float(Witness.of(x).drift_of(wrong)) < 2e-2
+        of_all = relative_error(wrong, x)
+        assert of_all < 1e-5, "a norm over all channels would have seen nothing"
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    def test_what_is_not_finite_is_never_within_bounds(self, bad: float) -> None:
+        x, matrix, offset, u = self.states(2, 4, 5, 5)
+        wrong = x.clone()
+        wrong[1, 3, 2, 2] = bad
+        limit = default_tolerance(torch.float32)
+        for drift in (
+            Witness.of(u).drift(wrong, matrix, offset),
+            Witness.of(x).drift_of(wrong),
+            anchor_drift(wrong, x),
+        ):
+            assert not float(drift) <= limit
+
+    def test_no_samples(self) -> None:
+        x, matrix, offset, u = self.states(0, 4, 5, 5)
+        assert float(Witness.of(u).drift(x, matrix, offset)) == 0.0
+        assert float(anchor_drift(x, x)) == 0.0
+
+
+@pytest.mark.parametrize("at", [1, 3, 6])
+def test_drift_inside_a_segment_that_its_ends_hide(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state of one step is wrong, and the step before recovers the true one: only the witness knows."""
+    sequence, (x, _) = DEEP.build(), DEEP.batch()
+    Mode("store").apply(sequence)
+    expected = gradients(sequence, x)
+    states = [x]
+    with torch.no_grad():
+        for step in sequence:
+            states.append(step(states[-1])[0])
+    true, seen = passes.step_backward, []
+
+    def wrong(y: Tensor, *inputs: object) -> tuple[Tensor, ...]:
+        k = len(sequence) - 1 - len(seen)
+        seen.append(k)
+        found, *grads = true(y, *inputs)
+        return (1.01 * found if k == at else states[k], *grads)
+
+    Mode("reversible", None).apply(sequence)
+    monkeypatch.setattr(passes, "step_backward", wrong)
+    assert_same_gradients(gradients(sequence, x), expected)
+    report = sequence.memory_report()
+    assert report["redone_steps"] == at + 1, "the steps after it were right"
+    assert 1e-3 < report["last_drift"] < 1e-1
+    assert seen == list(range(7, at - 1, -1))
+
+    monkeypatch.setattr(Witness, "drift", lambda *_: torch.zeros(()))
+    Mode("reversible", None).apply(sequence)
+    seen.clear()
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_same_gradients(gradients(sequence, x), expected)
+
+
+def test_drift_that_the_anchor_alone_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All steps of the segment are suspect then: it is redone from its end, with the gradient that came in there."""
+    sequence, (x, _) = DEEP.build(), DEEP.batch()
+    Mode("store").apply(sequence)
+    expected = gradients(sequence, x)
+    true, calls = passes.step_backward, []
+
+    def wrong(*inputs: Tensor) -> tuple[Tensor, ...]:
+        calls.append(0)
+        found, *grads = true(*inputs)
+        return (1.01 * found if len(calls) <= 4 else found, *grads)
+
+    monkeypatch.setattr(passes, "step_backward", wrong)
+    monkeypatch.setattr(Witness, "drift", lambda *_: torch.zeros(()))
+    Mode("reversible", 4).apply(sequence)
+    assert_same_gradients(gradients(sequence, x), expected)
+    assert sequence.memory_report()["redone_steps"] == 4
+
+
+def test_runs_of_the_nets_where_a_segment_is_redone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The segment of steps 4..7 drifts as it is begun: one more run of its nets, and none of the others'."""
+    sequence, (x, _) = DEEP.build(), DEEP.batch()
+    Mode("reversible", 4, 2**40).apply(sequence)
+    true, calls = passes.step_backward, []
+
+    def wrong(*inputs: Tensor) -> tuple[Tensor, ...]:
+        calls.append(0)
+        found, *grads = true(*inputs)
+        return (1.01 * found if len(calls) == 1 else found, *grads)
+
+    monkeypatch.setattr(passes, "step_backward", wrong)
+    value = objective(sequence(x))
+    with counted_runs(sequence) as runs:
+        value.backward()
+    order = [int(name.split(".")[0]) for name in runs]
+    assert order == [7, 4, 5, 6, 7, 6, 5, 4, 3, 2, 1, 0]
+
+
+@pytest.mark.parametrize(("tolerance_", "trips"), [(1e-30, 1), (1e30, 0), (None, 0)])
+def test_the_tolerance_decides(tolerance_: float | None, trips: int) -> None:
+    sequence, (x, _) = DEEP.build(tolerance=tolerance_), DEEP.batch()
+    Mode("store").apply(sequence)
+    expected = gradients(sequence, x)
+    sequence.memory = "reversible"
+    assert_same_gradients(gradients(sequence, x), expected)
+    assert sequence.memory_report()["trips"] == trips
+
+
+def test_judged_at_the_end_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every look at a value costs a wait there is one look, and all segments are redone."""
+    from pyglow_fast.reversible import walk
+
+    monkeypatch.setattr(walk, "can_read", lambda _: False)
+    for name in ("depth-1", "depth-8", "callable", "cond"):
+        case = next(case for case in CASES if case.name == name)
+        sequence, (x, cond) = case.build(), case.batch()
+        Mode("store").apply(sequence)
+        expected = gradients(sequence, x, cond)
+        for every in ("auto", None, 3):
+            for limit, trips in ((None, 0), (1e-30, 1)):
+                sequence.control.tolerance = limit
+                Mode("reversible", every).apply(sequence)
+                assert_same_gradients(gradients(sequence, x, cond), expected)
+                report = sequence.memory_report()
+                assert report["trips"] == trips
+                assert report["redone_steps"] == trips * len(sequence)

@@ -1,0 +1,221 @@
+"""What cannot work raises an error that says so; nothing of it gives a wrong gradient instead."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from chain_cases import CASES, Mode, gradients, objective, perturbed
+from torch import Tensor, nn
+from user_steps import Scale, mixed
+
+import pyglow_fast as pgf
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+MODES = [Mode("checkpoint"), Mode("reversible", 2), Mode("reversible", None)]
+PLAIN = next(case for case in CASES if case.name == "depth-3")
+EITHER = pytest.mark.parametrize("fused", [True, False], ids=["steps", "modules"])
+
+
+def build(fused: bool) -> pgf.ReversibleSequence:
+    return PLAIN.build() if fused else mixed()
+
+
+def of_net(net: nn.Module) -> pgf.ReversibleSequence:
+    return perturbed(pgf.ReversibleSequence([pgf.FlowStep(4, net=net), pgf.FlowStep(4, 5)])).double()
+
+
+@EITHER
+@pytest.mark.parametrize("mode", MODES, ids=str)
+class TestBetweenForwardAndBackward:
+    """What is needed again must be as it was."""
+
+    def test_a_changed_parameter(self, mode: Mode, fused: bool) -> None:
+        names = [name for name, _ in build(fused).named_parameters() if "coupling." in name or not fused]
+        for name in names:
+            sequence, (x, _) = build(fused), PLAIN.batch()
+            mode.apply(sequence)
+            value = objective(sequence(x))
+            with torch.no_grad():
+                sequence.get_parameter(name).add_(1.0)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                value.backward()
+
+    @pytest.mark.parametrize("changed", ["x", "z"])
+    def test_a_changed_input_or_output(self, mode: Mode, fused: bool, changed: str) -> None:
+        sequence, (x, _) = build(fused), PLAIN.batch()
+        mode.apply(sequence)
+        z, log_det = sequence(x)
+        value = z.sum() + log_det.sum()
+        with torch.no_grad():
+            (x if changed == "x" else z).add_(1.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            value.backward()
+
+    def test_the_spacing_of_another_pass_does_not_matter(self, mode: Mode, fused: bool) -> None:
+        sequence, (x, _) = build(fused), PLAIN.batch()
+        mode.apply(sequence)
+        expected = gradients(sequence, x)
+        leaf = x.clone().requires_grad_()
+        value = objective(sequence(leaf))
+        Mode("reversible", 1).apply(sequence)
+        assert torch.equal(torch.autograd.grad(value, leaf)[0], expected["x"])
+
+
+@EITHER
+@pytest.mark.parametrize("mode", MODES, ids=str)
+class TestDoubleBackward:
+    """Also where the first gradient does not depend on anything, as that of a sum."""
+
+    @pytest.mark.parametrize("power", [1, 2])
+    def test_raises(self, mode: Mode, fused: bool, power: int) -> None:
+        sequence, (x, _) = build(fused), PLAIN.batch()
+        mode.apply(sequence)
+        x.requires_grad_()
+        z, log_det = sequence(x)
+        value = z.pow(power).sum() + log_det.sum()
+        (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="double backward: the gradient of steps"):
+            (value + gradient.square().sum()).backward()
+
+    def test_a_gradient_with_a_graph_is_the_same(self, mode: Mode, fused: bool) -> None:
+        sequence, (x, _) = build(fused), PLAIN.batch()
+        mode.apply(sequence)
+        x.requires_grad_()
+        expected = torch.autograd.grad(objective(sequence(x)), [x, *sequence.parameters()])
+        got = torch.autograd.grad(objective(sequence(x)), [x, *sequence.parameters()], create_graph=True)
+        for one, other in zip(got, expected, strict=True):
+            assert torch.equal(one, other)
+
+
+@EITHER
+@pytest.mark.parametrize("mode", MODES, ids=str)
+class TestFunctionTransforms:
+    """torch.func needs functions without state of their own."""
+
+    def test_grad(self, mode: Mode, fused: bool) -> None:
+        sequence, (x, _) = build(fused), PLAIN.batch()
+        mode.apply(sequence)
+        with pytest.raises(ValueError, match=r'torch.func transform around it; memory="store"'):
+            torch.func.grad(lambda x: objective(sequence(x)))(x)
+
+    def test_vmap(self, mode: Mode, fused: bool) -> None:
+        sequence, (x, _) = build(fused), PLAIN.batch()
+        mode.apply(sequence)
+        with pytest.raises(ValueError, match=r'torch.func transform around it; memory="store"'):
+            torch.func.vmap(lambda x: sequence(x)[0])(torch.stack([x, x]))
+
+    def test_forward_mode(self, mode: Mode, fused: bool) -> None:
+        sequence, (x, _) = build(fused), PLAIN.batch()
+        mode.apply(sequence)
+        with pytest.raises(ValueError, match=r'torch.func transform around it; memory="store"'):
+            torch.func.jvp(lambda x: sequence(x)[0], (x,), (x,))
+
+
+class Closure(nn.Module):
+    """A net that uses a tensor which is not its own."""
+
+    def __init__(self, foreign: Tensor) -> None:
+        super().__init__()
+        self.conv, self.foreign = nn.Conv2d(2, 4, 1), [foreign]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) * self.foreign[0]
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("leaf", [True, False])
+def test_a_net_that_closes_over_a_foreign_tensor(mode: Mode, leaf: bool) -> None:
+    foreign = torch.randn(4, 1, 1, dtype=torch.float64, requires_grad=True)
+    net = Closure(foreign if leaf else foreign.exp())
+    for steps in ([pgf.FlowStep(4, net=net)], [Scale(), pgf.FlowStep(4, net=net)]):
+        sequence = pgf.ReversibleSequence(steps).double().eval()
+        mode.apply(sequence)
+        value = objective(sequence(PLAIN.batch()[0]))
+        with pytest.raises(ValueError, match=r"net: expected no tensors that require a gradient but its parameters"):
+            value.backward()
+        foreign.requires_grad_(False) if leaf else None
+        if leaf:
+            objective(sequence(PLAIN.batch()[0])).backward()
+            foreign.requires_grad_(True)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("fused", [True, False])
+def test_batch_norm_in_training(mode: Mode, fused: bool) -> None:
+    net = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1))
+    sequence = of_net(net)
+    if not fused:
+        sequence = pgf.ReversibleSequence([*sequence, Scale()]).double()
+    x, _ = PLAIN.batch()
+    Mode("store").apply(sequence)
+    sequence(x)
+    mode.apply(sequence)
+    with pytest.raises(ValueError, match=r"BatchNorm2d in training mode"):
+        sequence(x)
+    sequence.eval()
+    objective(sequence(x)).backward()
+    net[1].train()  # alone: the net as a whole is not in training mode
+    with pytest.raises(ValueError, match=r"BatchNorm2d in training mode"):
+        sequence(x)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_net_that_changes_as_it_runs(mode: Mode, fused: bool) -> None:
+    """Spectral normalisation improves its estimate with every run in training: a second run is not the same."""
+    net = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 4, 1)), nn.Tanh())
+    sequence = of_net(net)
+    if not fused:
+        sequence = pgf.ReversibleSequence([*sequence, Scale()]).double()
+    mode.apply(sequence)
+    x, _ = PLAIN.batch()
+    sequence(x)
+    value = objective(sequence(x))
+    with pytest.raises(ValueError, match=r"net: expected buffers that a run leaves as they are .*_u"):
+        value.backward()
+    sequence.eval()
+    Mode("store").apply(sequence)
+    expected = gradients(sequence, x)
+    mode.apply(sequence)
+    for name, gradient in gradients(sequence, x).items():
+        assert torch.allclose(gradient, expected[name]), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory": "free"}, r"memory: expected one of .* found 'free'"),
+        ({"anchor_every": 0}, r'anchor_every: expected "auto", None or a positive int, found 0'),
+        ({"anchor_every": True}, "anchor_every"),
+        ({"anchor_every": "often"}, "anchor_every"),
+        ({"tolerance": 0.0}, "tolerance: expected None or a positive number, found 0.0"),
+        ({"tolerance": "small"}, "tolerance"),
+        ({"memory_budget": 0}, "memory_budget"),
+        ({"memory_budget": "all"}, "memory_budget"),
+    ],
+)
+def test_options(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pgf.ReversibleSequence([pgf.FlowStep(4, 5)], **options)
+    with pytest.raises(ValueError, match=message):
+        pgf.Glow(image_shape=(1, 4, 4), n_levels=1, n_steps=1, hidden=4, **options)
+
+
+def test_steps_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="steps: expected at least one step, found 0"):
+        pgf.ReversibleSequence([])
+    with pytest.raises(ValueError, match=r"steps: expected FlowSteps of one width, found \[4, 6\]"):
+        pgf.ReversibleSequence([pgf.FlowStep(4, 5), pgf.FlowStep(6, 5)])
+    with pytest.raises(ValueError, match="squeeze_first: expected False, as not all steps are FlowSteps, found True"):
+        pgf.ReversibleSequence([Scale()])(torch.randn(2, 4, 4, 4), squeeze_first=True)
+
+
+def test_a_singular_matrix_raises_rather_than_giving_nan() -> None:
+    sequence, (x, _) = PLAIN.build(), PLAIN.batch()
+    step = sequence[1]
+    assert isinstance(step, pgf.FlowStep)
+    with torch.no_grad():
+        step.permutation.log_diag[0] = -1e4
+    value = objective(sequence(x))
+    with pytest.raises(ValueError, match="matrix: expected an invertible matrix, found a singular one"):
+        value.backward()

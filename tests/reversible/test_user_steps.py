@@ -1,0 +1,185 @@
+"""A ReversibleSequence of modules that the package does not know."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from chain_cases import Mode, assert_same_gradients, gradients, objective
+from torch import Tensor, nn
+from user_steps import Conditioned, Identity, Scale, mixed
+
+import pyglow_fast as pgf
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+MODES = [Mode("checkpoint"), *(Mode("reversible", every) for every in ("auto", None, 1, 2, 3))]
+
+
+def batch(n: int = 3) -> Tensor:
+    return torch.randn(n, 4, 6, 3, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("n", [0, 1, 3])
+def test_a_mix_of_steps(mode: Mode, n: int) -> None:
+    sequence, x = mixed(), batch(n)
+    Mode("store").apply(sequence)
+    expected = gradients(sequence, x)
+    z, log_det = sequence(x)
+    mode.apply(sequence)
+    assert_same_gradients(gradients(sequence, x), expected)
+    for got, value in zip(sequence(x), (z, log_det), strict=True):
+        assert torch.allclose(got, value, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(sequence.inverse(z)[0], x)
+    assert sequence.memory_report()["trips"] == 0
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_conditioned_with_dropout(mode: Mode) -> None:
+    sequence, x, cond = mixed(cond=True), batch(), batch()
+
+    def run(x: Tensor, cond: Tensor | None) -> Tensor:
+        torch.manual_seed(11)
+        return objective(sequence(x, cond))
+
+    Mode("store").apply(sequence)
+    expected = gradients(sequence, x, cond, run)
+    mode.apply(sequence)
+    assert_same_gradients(gradients(sequence, x, cond, run), expected)
+
+
+@pytest.mark.parametrize("mode", [Mode("checkpoint"), Mode("reversible", None)], ids=str)
+def test_dropout_masks_outlive_a_switch_to_evaluation(mode: Mode) -> None:
+    sequence, x, cond = mixed(cond=True), batch(), batch()
+
+    def run(x: Tensor, cond: Tensor | None) -> Tensor:
+        torch.manual_seed(11)
+        value = objective(sequence.train()(x, cond))
+        sequence.eval()
+        return value
+
+    Mode("store").apply(sequence)
+    expected = gradients(sequence, x, cond, run)
+    mode.apply(sequence)
+    assert_same_gradients(gradients(sequence, x, cond, run), expected)
+    assert not any(module.training for module in sequence.modules())
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("where", [(0,), (2,), (0, 1, 2), (0, 2)], ids=str)
+@pytest.mark.parametrize("kind", ["same", "view", "transposed"])
+def test_steps_that_hand_their_input_on(kind: str, where: tuple[int, ...], mode: Mode) -> None:
+    steps = [Identity(kind) if i in where else Scale() for i in range(3)]
+    sequence, x = pgf.ReversibleSequence(steps).double(), batch()
+    if len(where) == 3:
+        sequence = pgf.ReversibleSequence([*steps, Scale()]).double()
+    Mode("store").apply(sequence)
+    expected = gradients(sequence, x)
+    mode.apply(sequence)
+    assert_same_gradients(gradients(sequence, x), expected)
+
+
+def test_nothing_but_views() -> None:
+    sequence, x = pgf.ReversibleSequence([Identity("view")]), batch().requires_grad_()
+    z, log_det = sequence(x)
+    (z.square().sum() + log_det.sum()).backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, 2.0 * x.detach())
+
+
+@pytest.mark.parametrize("every", [1, 2, None])
+def test_runs_forward_once_and_once_more_in_the_backward(every: int | None) -> None:
+    sequence, x = pgf.ReversibleSequence([Scale() for _ in range(4)], anchor_every=every).double(), batch()
+    value = objective(sequence(x))
+    steps = [step for step in sequence if isinstance(step, Scale)]
+    assert [step.runs for step in steps] == [1] * 4
+    value.backward()
+    assert [step.runs for step in steps] == [2] * 4
+
+
+def test_a_shared_step() -> None:
+    step, x = Scale(), batch()
+    sequence = pgf.ReversibleSequence([step, pgf.ActNorm(4), step]).double().eval()
+    Mode("store").apply(sequence)
+    expected = gradients(sequence, x)
+    for mode in MODES:
+        mode.apply(sequence)
+        assert_same_gradients(gradients(sequence, x), expected)
+
+
+class WrongInverse(Scale):
+    """Its inverse is that of another scale."""
+
+    def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, log_det = super().inverse(z, cond)
+        return 1.001 * x, log_det
+
+
+@pytest.mark.parametrize("every", ["auto", None, 2])
+def test_an_inverse_that_is_wrong_is_found_and_the_gradient_right(every: str | int | None) -> None:
+    sequence, x = pgf.ReversibleSequence([Scale(), WrongInverse(), Scale()]).double(), batch()
+    Mode("store").apply(sequence)
+    expected = gradients(sequence, x)
+    Mode("reversible", every).apply(sequence)
+    assert_same_gradients(gradients(sequence, x), expected)
+    report = sequence.memory_report()
+    assert report["trips"] == 1
+    assert 1e-4 < report["last_drift"] < 1e-2
+
+
+class Broken(nn.Module):
+    """Returns what ``answer`` makes of its input."""
+
+    def __init__(self, answer: object) -> None:
+        super().__init__()
+        self.answer, self.weight = answer, nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> object:
+        return self.answer(x * self.weight) if callable(self.answer) else self.answer
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return z, z.new_zeros(z.shape[0])
+
+
+class Writer(nn.Module):
+    """Scales its input in place."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.mul_(2.0), x.new_zeros(x.shape[0])
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return z / 2.0, z.new_zeros(z.shape[0])
+
+
+@pytest.mark.parametrize("memory", ["checkpoint", "reversible"])
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (Broken(lambda x: x), r"steps\[1\]: expected a forward that returns tensors \(z, log_det\), found Tensor"),
+        (
+            Broken(lambda x: (x, 0.0)),
+            r"steps\[1\]: expected a forward that returns tensors \(z, log_det\), found tuple",
+        ),
+        (Broken(lambda x: (x, x.sum())), r"steps\[1\]: expected a log_det of shape \(3,\), found shape \(\)"),
+        (Writer(), r"steps\[1\]: expected a forward that leaves its input as it is, found one that writes"),
+    ],
+    ids=["no pair", "number", "scalar", "in place"],
+)
+def test_what_a_step_must_not_do(step: nn.Module, message: str, memory: str) -> None:
+    sequence = pgf.ReversibleSequence([Scale(), step, Scale()], memory=memory).double()
+    with pytest.raises(ValueError, match=message):
+        sequence(batch())
+
+
+def test_steps_without_an_inverse_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"steps\[0\]: expected a module with forward and inverse, found Linear"):
+        pgf.ReversibleSequence([nn.Linear(2, 2)])
+
+
+def test_the_condition_gets_its_gradient_from_every_step() -> None:
+    sequence = pgf.ReversibleSequence([Conditioned(), Conditioned()]).double()
+    x, cond = batch(), batch()
+    Mode("store").apply(sequence)
+    expected = gradients(sequence, x, cond)
+    for mode in MODES:
+        mode.apply(sequence)
+        assert_same_gradients(gradients(sequence, x, cond), expected)

@@ -1,0 +1,85 @@
+"""Steps that a user might write: modules with forward and inverse, some of them awkward."""
+
+from __future__ import annotations
+
+import torch
+from chain_cases import perturbed
+from torch import Tensor, nn
+
+import pyglow_fast as pgf
+
+
+class Scale(nn.Module):
+    """z = x exp(log_scale), one number per channel."""
+
+    def __init__(self, channels: int = 4) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(0.3 * torch.randn(channels))
+        self.runs = 0
+
+    def _shaped(self, x: Tensor) -> Tensor:
+        return self.log_scale.reshape(1, -1, *[1] * (x.dim() - 2))
+
+    def _log_det(self, x: Tensor) -> Tensor:
+        return (self.log_scale.sum() * (x[0, 0].numel() if x.shape[0] else 1)).expand(x.shape[0])
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.runs += 1
+        return x * self._shaped(x).exp(), self._log_det(x)
+
+    def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return z * (-self._shaped(z)).exp(), -self._log_det(z)
+
+
+class Identity(nn.Module):
+    """Hands its input on: the very tensor, a view of it, or a view in another shape and back."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        value = {"same": x, "view": x.view_as(x), "transposed": x.transpose(2, 3)}[self.kind]
+        return value, x.new_zeros(x.shape[0])
+
+    inverse = forward
+
+
+class Flip(nn.Module):
+    """The order of the channels turned around."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.flip(1), x.new_zeros(x.shape[0])
+
+    inverse = forward
+
+
+class Conditioned(nn.Module):
+    """z = x + a cond where cond has as many channels, with dropout of the shift in training."""
+
+    def __init__(self, p: float = 0.0) -> None:
+        super().__init__()
+        self.gain, self.dropout = nn.Parameter(torch.randn(())), nn.Dropout(p)
+
+    def forward(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+        return x + self.dropout(self.gain * torch.tanh(cond)), x.new_zeros(x.shape[0])
+
+    def inverse(self, z: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+        return z - self.dropout(self.gain * torch.tanh(cond)), z.new_zeros(z.shape[0])
+
+
+def mixed(cond: bool = False, **options: object) -> pgf.ReversibleSequence:
+    """Layers of the package among steps of one's own. Float64, initialised, away from the start."""
+    steps: list[nn.Module] = [
+        Scale(),
+        pgf.FlowStep(4, 5, cond_channels=4 if cond else 0),
+        Conditioned(0.3) if cond else Flip(),
+        pgf.InvConv(4),
+        pgf.Coupling(pgf.CouplingNet(2, 4, 5, cond_channels=4 if cond else 0)),
+        pgf.ActNorm(4),
+        Scale(),
+    ]
+    sequence = pgf.ReversibleSequence(steps, **options).double()
+    torch.manual_seed(5)
+    sequence.initialize(*(torch.randn(32, 4, 6, 3, dtype=torch.float64) for _ in range(2 if cond else 1)))
+    return perturbed(sequence)
