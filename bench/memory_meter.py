@@ -1,8 +1,11 @@
-"""How many bytes of tensors a piece of code has alive at its peak, counted exactly on any device.
+"""How many bytes of tensors a piece of code has alive at its peak.
 
-Every tensor that comes out of an op is charged with its storage, once however many views there are, from the op that
-made it until the storage is freed. What lies inside one op (scratch of a convolution) is not seen, nor are tensors that
-existed before.
+MemoryMeter, exact on any device: every tensor that comes out of an op is charged with its storage, once however many
+views there are, from the op that made it until the storage is freed. What lies inside one op (scratch of a convolution)
+is not seen, nor are tensors that existed before.
+
+AllocatorTrace, of the CPU: what torch's allocator gives out, also inside ops. What a library takes from the system
+itself is not seen, nor is scratch that a kernel's threads keep.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -21,22 +26,17 @@ from torch.utils._pytree import tree_iter
 class MemoryMeter(TorchDispatchMode):
     """Counts while it is entered: ``now`` and ``peak``, bytes of live storages that were made inside.
 
-    A storage made inside and freed after the exit is still subtracted from ``now``. One that is resized by hand, which
-    is no op, counts with its new size from the next op on, if ``resizes`` is set: it costs a look at each at every op.
+    A storage made inside and freed after the exit is still subtracted from ``now``.
     """
 
-    def __init__(self, resizes: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.now = 0
         self.peak = 0
-        self.resizes = resizes
         self._sizes: dict[int, int] = {}  # of the live storages made inside, by address of the StorageImpl
-        self._ends: dict[int, weakref.finalize[Any, Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.resizes:
-            self._look_again()
         # torch.tensor makes its storage outside of any op and then passes it through this one.
         fresh = func is torch.ops.aten.lift_fresh.default
         known = set() if fresh else {storage._cdata for storage in _storages((args, kwargs))}
@@ -54,24 +54,11 @@ class MemoryMeter(TorchDispatchMode):
         self.now += size
         self.peak = max(self.peak, self.now)
         self._made(key, size, func)
-        self._ends[key] = weakref.finalize(storage, self._release, key)
-        self._ends[key].atexit = False
+        weakref.finalize(storage, self._release, key).atexit = False
 
     def _release(self, key: int) -> None:
         self._freed(key)
         self.now -= self._sizes.pop(key)
-        del self._ends[key]
-
-    def _look_again(self) -> None:
-        for key, end in list(self._ends.items()):
-            alive = end.peek()
-            size = alive[0].nbytes() if alive is not None else self._sizes[key]
-            if size != self._sizes[key]:
-                self._freed(key)
-                self.now += size - self._sizes[key]
-                self._sizes[key] = size
-                self.peak = max(self.peak, self.now)
-                self._made(key, size, "resized")
 
     def _made(self, key: int, size: int, func: Any) -> None:
         """For subclasses: a storage is charged."""
@@ -85,14 +72,14 @@ class Alive(NamedTuple):
 
     op: str
     size: int  # bytes of one
-    count: int
+    number: int
 
 
 class MemoryTrace(MemoryMeter):
     """A meter that remembers every event: what was alive at the peak, and the peak without some tensors."""
 
-    def __init__(self, resizes: bool = False) -> None:
-        super().__init__(resizes)
+    def __init__(self) -> None:
+        super().__init__()
         self._events: list[tuple[int, int]] = []  # (serial number, bytes made or minus bytes freed)
         self._origins: list[str] = []  # op by serial number
         self._serials: dict[int, int] = {}  # of live storages, by address
@@ -125,8 +112,42 @@ class MemoryTrace(MemoryMeter):
             else:
                 alive.pop(serial, None)
         counts = collections.Counter((self._origins[serial], size) for serial, size in alive.items())
-        parts = [Alive(op, size, count) for (op, size), count in counts.items()]
-        return peak, sorted(parts, key=lambda part: -part.size * part.count)
+        parts = [Alive(op, size, number) for (op, size), number in counts.items()]
+        return peak, sorted(parts, key=lambda part: -part.size * part.number)
+
+
+class AllocatorTrace:
+    """Allocations of torch's CPU allocator while it is entered, on all threads."""
+
+    def __init__(self) -> None:
+        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
+        self._events: list[tuple[int, int, int]] = []  # (time, address, bytes given or minus bytes taken back)
+
+    def __enter__(self) -> AllocatorTrace:
+        self._profile.__enter__()
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        self._profile.__exit__(*failure)
+        results: Any = self._profile.profiler.kineto_results  # type: ignore[union-attr]
+        waiting = list(results.experimental_event_tree())
+        while waiting:
+            event = waiting.pop()
+            if event.tag == _EventType.Allocation and event.extra_fields.device.type == "cpu":
+                fields = event.extra_fields
+                self._events.append((event.start_time_ns, fields.ptr, fields.alloc_size))
+            waiting.extend(event.children)
+        self._events.sort(key=lambda event: event[0])
+
+    def peak_without(self, tensors: Iterable[torch.Tensor] = ()) -> int:
+        """The most bytes given out inside and alive at one time, had these (live) tensors cost nothing."""
+        last = {address: index for index, (_, address, size) in enumerate(self._events) if size > 0}
+        left_out = {last.get(tensor.untyped_storage().data_ptr()) for tensor in tensors}
+        now = peak = 0
+        for index, (_, _, size) in enumerate(self._events):
+            now += 0 if index in left_out else size
+            peak = max(peak, now)
+        return peak
 
 
 def _storages(values: Any) -> list[torch.UntypedStorage]:

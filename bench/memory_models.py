@@ -25,7 +25,9 @@ SAME_FUNCTION = ("plain", "torch checkpoint", "memcnn")
 OTHERS = ("normflows", "FrEIA")
 IMPLEMENTATIONS = (*OURS, *SAME_FUNCTION, *OTHERS)
 PACKAGES = {"memcnn": "memcnn", "normflows": "normflows", "FrEIA": "FrEIA"}
-RAW_SIZE = 0.1  # of what the nets put out; at their start it would be zero, and so the gradient of all but the last layer
+RAW_SIZE = (
+    0.1  # of what the nets put out; at their start it would be zero, and so the gradient of all but the last layer
+)
 
 Step = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -80,9 +82,11 @@ class PlainStep(nn.Module):
 
 
 class Levels(nn.Module):
-    """log_prob of steps in levels, where ``prior(level, kept)`` gives mean and log_sd of what leaves it (or the top)."""
+    """log_prob of steps in levels; ``prior(level, kept)`` gives mean and log_sd of what leaves there, or of the top."""
 
-    def __init__(self, modules: nn.Module, steps: Sequence[Sequence[Step]], prior: Callable[[int, Tensor], Any]) -> None:
+    def __init__(
+        self, modules: nn.Module, steps: Sequence[Sequence[Step]], prior: Callable[[int, Tensor], Any]
+    ) -> None:
         super().__init__()
         self.owned = modules  # the parameters
         self._steps, self._prior = steps, prior
@@ -118,7 +122,7 @@ def plain_levels(glow: Glow, implementation: str) -> Levels:
     def wrapped(step: FlowStep) -> Step:
         plain = PlainStep(step)
         if implementation == "torch checkpoint":
-            return lambda x: checkpoint(plain, x, use_reentrant=False)  # type: ignore[no-any-return]
+            return lambda x: checkpoint(plain, x, use_reentrant=False)
         if implementation == "memcnn":
             return memcnn_step(plain)
         return plain

@@ -7,6 +7,6 @@ ROOT = str(Path(__file__).resolve().parents[1])
 if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
 
-from bench.memory_meter import MemoryMeter, MemoryTrace, peak_tensor_bytes  # noqa: E402
+from bench.memory_meter import AllocatorTrace, MemoryMeter, MemoryTrace, peak_tensor_bytes  # noqa: E402
 
-__all__ = ["MemoryMeter", "MemoryTrace", "peak_tensor_bytes"]
+__all__ = ["AllocatorTrace", "MemoryMeter", "MemoryTrace", "peak_tensor_bytes"]
