@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets import GeneratorState, RunState, check_leaves, check_net
 from pyglow_fast.reversible import DriftControl
-from pyglow_fast.reversible.drift import Witness, anchor_drift
+from pyglow_fast.reversible.drift import Witness, anchor_drift, lowest_precision
 from pyglow_fast.reversible.limits import call_untraced, differentiable_once, refuse_transforms
 from pyglow_fast.reversible.walk import Walk
 
@@ -70,10 +70,11 @@ class _ModuleWalk(Walk):
         witnesses: Sequence[Witness],
         memos: Sequence[RunState],
         spacing: int,
+        lowest: torch.dtype,
         grad_log_det: Tensor,
     ) -> None:
         n = len(chain.steps)
-        super().__init__(n, x, anchors, chain.control or DriftControl(n), spacing)
+        super().__init__(n, x, anchors, chain.control or DriftControl(n), spacing, lowest)
         self.chain, self.cond, self.params, self.witnesses, self.memos = chain, cond, params, witnesses, memos
         self.grad_log_det = grad_log_det
         self.grad_params: list[tuple[Tensor | None, ...]] = [()] * n
@@ -142,7 +143,9 @@ class _RunModules(torch.autograd.Function):
         keep = set(every if control is None else control.anchors())
         anchors: dict[int, Tensor] = {}
         witnesses: list[Tensor] = []
-        memos, log_det, z = [], x.new_zeros(x.shape[0]), x
+        memos, log_det, z, lowest = [], x.new_zeros(x.shape[0]), x, x.dtype
+        for param in params:
+            lowest = lowest_precision(lowest, param) if param.is_floating_point() else lowest
         for k in range(len(chain.steps)):
             if k in keep:
                 anchors[k] = z
@@ -157,7 +160,9 @@ class _RunModules(torch.autograd.Function):
             # A step may hand its input on as it is; an output of a function must be its own.
             z, step_log_det = outputs[0] if outputs[0] is not x else x.clone(), outputs[1]
             memos.append(RunState.after(chain.steps[k], before, x.device))
+            lowest = lowest_precision(lowest, z)
             log_det = log_det + step_log_det
+        ctx.lowest = lowest
         ctx.chain, ctx.memos, ctx.has_cond = chain, memos, cond is not None
         ctx.spacing = len(chain.steps) if control is None else control.spacing
         ctx.anchor_steps, ctx.n_witnesses = list(anchors), len(witnesses)
@@ -177,7 +182,16 @@ class _RunModules(torch.autograd.Function):
         seen = inner[n_anchors:]
         witnesses = [Witness(*seen[i : i + 2]) for i in range(0, len(seen), 2)]
         walk = _ModuleWalk(
-            chain, x, cond, chain.params_of(params), anchors, witnesses, ctx.memos, ctx.spacing, grad_log_det
+            chain,
+            x,
+            cond,
+            chain.params_of(params),
+            anchors,
+            witnesses,
+            ctx.memos,
+            ctx.spacing,
+            ctx.lowest,
+            grad_log_det,
         )
         if witnesses:
             grad_x = walk.run(z, grad_z)
@@ -189,4 +203,5 @@ class _RunModules(torch.autograd.Function):
                 grad_x = walk.differentiate(k, x if k == 0 else anchors[k], grad_x)
         found = [grad for grad in walk.grad_conds if grad is not None]
         grad_cond = torch.stack(found).sum(0) if found else None
-        return (None, grad_x, grad_cond, *[grad for step in walk.grad_params for grad in step])
+        grads = (grad_x, grad_cond, *[grad for step in walk.grad_params for grad in step])
+        return (None, *map(walk.accepted, grads))

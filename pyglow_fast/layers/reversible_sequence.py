@@ -12,7 +12,7 @@ from pyglow_fast import functional
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.plan import budget_bytes
 from pyglow_fast.layers._base import FlowLayer, check_input
-from pyglow_fast.layers.flow_step import FlowStep, fold_steps, maps_log_det, run_steps, run_steps_inverse
+from pyglow_fast.layers.flow_step import FlowStep, fold_steps, run_steps, run_steps_inverse
 from pyglow_fast.layers.module_chain import ModuleChain
 from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.reversible import Chain, DriftControl, run_chain
@@ -39,8 +39,12 @@ class ReversibleSequence(FlowLayer):
             ``inverse``; their parameters must be theirs alone and their output a function of the input.
         memory: a mode.
         anchor_every: steps between stored states: "auto", an int, or None for none but the input.
-        tolerance: largest relative drift of a recomputed state, or None for the default by dtype.
+        tolerance: largest relative drift of a recomputed state, or None for the default by dtype and depth.
         memory_budget: bytes of one net's activations, or "auto".
+        deferred_check: in mode "reversible" the host does not wait for the verdict on drift. Where a state has drifted,
+            the gradients of this run of steps, and of those that the same backward reaches later, are zero; the next
+            pass counts it ("skipped" in the report) and puts the anchors closer. For CUDA graphs, in whose capture it
+            is always so; else a wait costs one pause of a GPU's stream per backward, and nothing on a CPU.
 
     Shapes: x, z (N, C, *spatial), float32 or float64; log_det (N,), nats.
 
@@ -58,6 +62,7 @@ class ReversibleSequence(FlowLayer):
         anchor_every: str | int | None = "auto",
         tolerance: float | None = None,
         memory_budget: str | int = "auto",
+        deferred_check: bool = False,
     ) -> None:
         super().__init__()
         expect(len(steps) > 0, "steps", "at least one step", len(steps))
@@ -69,7 +74,7 @@ class ReversibleSequence(FlowLayer):
         if self._fused:
             widths = {cast(FlowStep, step).channels for step in steps}
             expect(len(widths) == 1, "steps", "FlowSteps of one width", sorted(widths))
-        self.control = DriftControl(len(steps), anchor_every, tolerance)
+        self.control = DriftControl(len(steps), anchor_every, tolerance, deferred_check)
         self.memory = memory
         self.memory_budget = memory_budget
 
@@ -142,8 +147,8 @@ class ReversibleSequence(FlowLayer):
         params = [parameter for runner in runners for parameter in runner.params]
         matrices = torch.stack([channel_map.matrix for channel_map in maps])
         offsets = torch.stack([channel_map.offset for channel_map in maps])
-        z, log_det = run_chain(chain, x, cond, matrices, offsets, params)
-        return z, log_det + maps_log_det(maps, z)
+        map_log_det = torch.stack([channel_map.log_det for channel_map in maps]).sum()
+        return run_chain(chain, x, cond, matrices, offsets, map_log_det, params)
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """z -> x."""
@@ -188,6 +193,7 @@ class ReversibleSequence(FlowLayer):
     def memory_report(self) -> dict[str, Any]:
         """Mode, spacing, drift and what was redone so far; bytes of the anchors need a shape: see plan_chunks."""
         control = self.control
+        control.settle(wait=True)
         return {
             "memory": self.memory,
             "steps": len(self),
@@ -197,6 +203,7 @@ class ReversibleSequence(FlowLayer):
             "largest_drift": control.largest_drift,
             "trips": control.trips,
             "redone_steps": control.redone_steps,
+            "skipped": control.skipped,
         }
 
     def get_extra_state(self) -> Tensor:

@@ -73,7 +73,7 @@ class Glow(nn.Module):
     Args:
         config: a GlowConfig; or pass its fields as keywords.
         memory: "reversible", "checkpoint" or "store": what training keeps for the backward; may be changed at any time.
-        anchor_every, tolerance, memory_budget: see :class:`~pyglow_fast.ReversibleSequence`.
+        anchor_every, tolerance, memory_budget, deferred_check: see :class:`~pyglow_fast.ReversibleSequence`.
 
     Shapes: x (N, C, *spatial), float32 or float64; latents, shallowest first: L-1 halves of the levels' states, then
     the top state; log_det and log_prob (N,), nats.
@@ -93,6 +93,7 @@ class Glow(nn.Module):
         anchor_every: str | int | None = "auto",
         tolerance: float | None = None,
         memory_budget: str | int = "auto",
+        deferred_check: bool = False,
         **fields: Any,
     ) -> None:
         super().__init__()
@@ -107,6 +108,7 @@ class Glow(nn.Module):
             "anchor_every": anchor_every,
             "tolerance": tolerance,
             "memory_budget": memory_budget,
+            "deferred_check": deferred_check,
         }
         self.levels = nn.ModuleList(FlowLevel(self.config, shape[0], **options) for shape in self.state_shapes)
         self.splits = nn.ModuleList(

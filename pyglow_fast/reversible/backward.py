@@ -53,7 +53,7 @@ class ChainBackward(Walk):
         needs_cond: bool,
     ) -> None:
         n = len(chain)
-        super().__init__(n, x, kept.anchors, chain.control or DriftControl(n), kept.spacing)
+        super().__init__(n, x, kept.anchors, chain.control or DriftControl(n), kept.spacing, kept.lowest)
         self.chain, self.cond, self.params, self.kept = chain, cond, params, kept
         self.matrices, self.offsets = matrices.unbind(), offsets.unbind()
         self.inverses = () if kept.states else functional.invert_matrix(matrices).unbind()

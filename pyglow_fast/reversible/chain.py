@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from pyglow_fast import functional
-from pyglow_fast.reference import CouplingSpec
+from pyglow_fast.reference import CouplingSpec, n_positions
 from pyglow_fast.reversible.backward import ChainBackward
-from pyglow_fast.reversible.drift import DriftControl, Witness
+from pyglow_fast.reversible.drift import DriftControl, Witness, lowest_precision
 from pyglow_fast.reversible.limits import call_untraced, differentiable_once, refuse_transforms
 from pyglow_fast.reversible.protocol import NetRun
 
@@ -58,6 +58,7 @@ class Kept:
     witnesses: list[Witness]  # of u, by step; none if checkpointing
     memos: list[Any]
     spacing: int
+    lowest: torch.dtype  # that the nets compute in
 
 
 def forward_pass(
@@ -73,26 +74,28 @@ def forward_pass(
     if control is not None and control.checkpoints:
         control = None
     anchor_steps = set() if control is None else set(control.anchors())
-    kept = Kept({}, [], [], [], len(chain) if control is None else control.spacing)
+    anchors, states, witnesses, memos = {}, [], [], []
+    spacing, lowest = len(chain) if control is None else control.spacing, x.dtype
     u = functional.channel_mix(x, matrices[0], offsets[0], chain.squeeze_first)
     log_det = u.new_zeros(u.shape[0])
     for k, (net, spec) in enumerate(zip(chain.nets, chain.specs, strict=True)):
         if control is None:
-            kept.states.append(u)
+            states.append(u)
         else:
-            kept.witnesses.append(Witness.of(u))
+            witnesses.append(Witness.of(u))
         net_out, memo = net.forward(u[:, : chain.kept], cond, params[k])
-        kept.memos.append(memo)
+        memos.append(memo)
+        lowest = lowest_precision(lowest, net_out)
         if k + 1 == len(chain):
             u, step_log_det = functional.coupling(u, net_out, spec)
         elif k + 1 in anchor_steps:
             y, step_log_det = functional.coupling(u, net_out, spec)
-            kept.anchors[k + 1] = y
+            anchors[k + 1] = y
             u = functional.channel_mix(y, matrices[k + 1], offsets[k + 1])
         else:
             u, step_log_det = functional.coupling_mix(u, net_out, matrices[k + 1], offsets[k + 1], spec)
         log_det += step_log_det
-    return u, log_det, kept
+    return u, log_det, Kept(anchors, states, witnesses, memos, spacing, lowest)
 
 
 class _Run(torch.autograd.Function):
@@ -106,23 +109,25 @@ class _Run(torch.autograd.Function):
         cond: Tensor | None,
         matrices: Tensor,
         offsets: Tensor,
+        map_log_det: Tensor,
         *params: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """z like x (squeezed), log_det (N,)."""
         by_step = chain.params_of(params)
         z, log_det, kept = forward_pass(chain, x, cond, matrices.unbind(), offsets.unbind(), by_step)
-        ctx.chain, ctx.memos, ctx.spacing, ctx.has_cond = chain, kept.memos, kept.spacing, cond is not None
+        ctx.chain, ctx.memos, ctx.has_cond = chain, kept.memos, cond is not None
+        ctx.spacing, ctx.lowest = kept.spacing, kept.lowest
         ctx.anchor_steps, ctx.n_witnesses = list(kept.anchors), len(kept.witnesses)
         witnesses = [part for witness in kept.witnesses for part in (witness.projection, witness.norm)]
         conditions = [] if cond is None else [cond]
         inner = [*kept.anchors.values(), *witnesses, *kept.states]
         ctx.save_for_backward(x, z, matrices, offsets, *conditions, *params, *inner)
-        return z, log_det
+        return z, log_det + functional.per_sample(z, map_log_det)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_z: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, cond, M, c and the nets' parameters."""
+        """Gradients of x, cond, M, c, log|det M| and the nets' parameters."""
         chain: Chain = ctx.chain
         x, z, matrices, offsets, *rest = ctx.saved_tensors
         cond = rest.pop(0) if ctx.has_cond else None
@@ -132,19 +137,20 @@ class _Run(torch.autograd.Function):
         seen = inner[n_anchors : n_anchors + 2 * ctx.n_witnesses]
         witnesses = [Witness(*seen[i : i + 2]) for i in range(0, len(seen), 2)]
         states = inner[n_anchors + len(seen) :]
-        kept = Kept(anchors, states, witnesses, ctx.memos, ctx.spacing)
+        kept = Kept(anchors, states, witnesses, ctx.memos, ctx.spacing, ctx.lowest)
         backward = ChainBackward(
             chain, x, cond, matrices, offsets, chain.params_of(params), kept, grad_log_det, ctx.needs_input_grad[2]
         )
         grad_x = backward.run(z, grad_z)
-        return (
-            None,
+        grads = (
             grad_x,
             backward.grad_cond,
             torch.stack(backward.grad_matrices),
             torch.stack(backward.grad_offsets),
+            grad_log_det.sum() * n_positions(z),
             *[grad for step in backward.grad_params for grad in step],
         )
+        return (None, *map(backward.accepted, grads))
 
 
 def run_chain(
@@ -153,9 +159,10 @@ def run_chain(
     cond: Tensor | None,
     matrices: Tensor,
     offsets: Tensor,
+    map_log_det: Tensor,
     params: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """z and the couplings' sum log s of K steps: u = M x + c, then the coupling of u, K times.
+    """z and log|det dz/dx| of K steps: u = M x + c, then the coupling of u, K times.
 
     Memory that lives until the backward: x, z, and per step an (N, C) projection and norm, plus the anchors that the
     chain's control asks for; without a control the state of every step. Nothing of the nets.
@@ -165,10 +172,12 @@ def run_chain(
         x: (N, C, *spatial); with chain.squeeze_first (N, C / 2^d, *(2 spatial)).
         cond: what the nets get besides, or None.
         matrices, offsets: (K, C, C) and (K, C).
+        map_log_det: sum of log|det M| over the steps, a scalar tensor. It comes in here, since what is not passed on of
+            a drifted run's gradients must not be passed on around it either.
         params: of all nets, flat.
 
     Returns:
         z (N, C, *spatial) and log_det (N,), nats.
     """
     refuse_transforms()
-    return call_untraced(_Run.apply, chain, x, cond, matrices, offsets, *params)
+    return call_untraced(_Run.apply, chain, x, cond, matrices, offsets, map_log_det, *params)

@@ -20,10 +20,12 @@ from torch import Tensor
 
 from pyglow_fast._errors import expect
 from pyglow_fast.reference import flat_positions, full_precision, n_positions
+from pyglow_fast.reversible.deferred import Verdicts
 
 START_SPACING = 4
 # The projection of an error on random signs is its norm times about a standard normal number, of which many are drawn.
 PROJECTION_SLACK = 4.0
+LEAST_EPS, EPS_PER_ROOT, MOST_EPS, NET_EPS = 16.0, 6.0, 32.0, 4.0  # the tolerance: see docs/memory.md
 GROW_BELOW = 0.25  # of the tolerance: a spacing twice as wide then still fits
 GROW_AFTER = 4  # passes in a row
 FIRST_HOLD, LAST_HOLD = 32, 1024  # passes until a spacing that drifted is tried again, doubled each time
@@ -34,9 +36,26 @@ FREQUENT = 0.25  # of the steps
 FLOOR = 1e-6
 
 
-def default_tolerance(dtype: torch.dtype) -> float:
-    """The largest relative drift of a state whose gradients are still as good as stored ones; see docs/memory.md."""
-    return 32.0 * torch.finfo(dtype).eps
+def default_tolerance(state: torch.dtype, n_steps: int = 1, lowest: torch.dtype | None = None) -> float:
+    """The largest relative drift of a state whose gradients are still as good as stored ones; see docs/memory.md.
+
+    Args:
+        state: the flow state's dtype.
+        n_steps: K: behind so many steps a stored state is off by about sqrt(K) roundings itself.
+        lowest: the dtype that the nets compute in, if lower: their outputs do not repeat better than to its eps.
+    """
+    if lowest is not None and torch.finfo(lowest).eps > torch.finfo(state).eps:
+        return NET_EPS * torch.finfo(lowest).eps
+    return min(max(LEAST_EPS, EPS_PER_ROOT * n_steps**0.5), MOST_EPS) * torch.finfo(state).eps
+
+
+def lowest_precision(dtype: torch.dtype, net_out: Tensor) -> torch.dtype:
+    """The lowest of a dtype, that of a net's output, and that of autocast if it is on."""
+    found = [dtype, net_out.dtype]
+    kind = net_out.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        found.append(torch.get_autocast_dtype(kind))
+    return max(found, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 @functools.lru_cache(maxsize=16)
@@ -105,13 +124,21 @@ class DriftControl:
     Args:
         n_steps: K.
         anchor_every: steps between anchors: "auto", a fixed int, or None for none but the run's own input.
-        tolerance: largest relative drift of a state; None: by dtype.
+        tolerance: largest relative drift of a state; None: by dtype and depth.
+        deferred: the host never waits for a verdict: where a state has drifted all gradients are zero, and the next
+            pass learns of it. For CUDA graphs, in whose capture it is always so.
 
     Raises:
         ValueError: a wrong option.
     """
 
-    def __init__(self, n_steps: int, anchor_every: str | int | None = "auto", tolerance: float | None = None) -> None:
+    def __init__(
+        self,
+        n_steps: int,
+        anchor_every: str | int | None = "auto",
+        tolerance: float | None = None,
+        deferred: bool = False,
+    ) -> None:
         fixed = isinstance(anchor_every, int) and not isinstance(anchor_every, bool) and anchor_every >= 1
         expect(
             anchor_every in ("auto", None) or fixed,
@@ -121,10 +148,12 @@ class DriftControl:
         )
         number = isinstance(tolerance, int | float) and not isinstance(tolerance, bool) and tolerance > 0
         expect(tolerance is None or number, "tolerance", "None or a positive number", repr(tolerance))
-        self.n_steps, self.anchor_every, self.tolerance = n_steps, anchor_every, tolerance
+        expect(isinstance(deferred, bool), "deferred_check", "a bool", repr(deferred))
+        self.n_steps, self.anchor_every, self.tolerance, self.deferred = n_steps, anchor_every, tolerance, deferred
+        self._verdicts = Verdicts()
         self._lock = threading.Lock()
         self._warned_at = -1
-        self.passes = self.trips = self.redone_steps = 0
+        self.passes = self.trips = self.redone_steps = self.skipped = 0
         self.last_drift = self.largest_drift = 0.0
         self._auto_spacing = min(START_SPACING, max(n_steps, 1))
         self._calm = self._hold = 0
@@ -133,12 +162,12 @@ class DriftControl:
         self._recent_redone = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the lock: copies and pickles have their own."""
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+        """Without the lock and what is under way: copies and pickles have their own."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_verdicts")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._lock = threading.Lock()
+        self._lock, self._verdicts = threading.Lock(), Verdicts()
 
     @property
     def spacing(self) -> int:
@@ -149,9 +178,11 @@ class DriftControl:
             return self.anchor_every
         return self._auto_spacing
 
-    def limit(self, dtype: torch.dtype) -> float:
-        """The tolerance for a state of that dtype."""
-        return default_tolerance(dtype) if self.tolerance is None else float(self.tolerance)
+    def limit(self, state: torch.dtype, lowest: torch.dtype | None = None) -> float:
+        """The tolerance for states of that dtype between nets that compute in ``lowest``."""
+        if self.tolerance is not None:
+            return float(self.tolerance)
+        return default_tolerance(state, self.n_steps, lowest)
 
     @property
     def checkpoints(self) -> bool:
@@ -160,7 +191,17 @@ class DriftControl:
 
     def anchors(self) -> list[int]:
         """The steps (but for the first) whose input is stored in a forward pass that begins now."""
+        self.settle()
         return list(range(self.spacing, self.n_steps, self.spacing))
+
+    def defer(self, worst: Tensor, zeroed: Tensor, limit: float, spacing: int) -> None:
+        """After a backward pass that the host does not wait for: its worst drift, whether gradients were zeroed."""
+        self._verdicts.add(worst, zeroed, limit, spacing)
+
+    def settle(self, wait: bool = False) -> None:
+        """Take in the verdict of an earlier pass if it is known by now, or wait for it."""
+        for drift, drifted, skipped in self._verdicts.take(wait):
+            self.record(drift, self._verdicts.limit, 0, self._verdicts.spacing, drifted, skipped)
 
     def record_checkpointed(self) -> None:
         """After a backward pass in which every state was kept: in time, a wider spacing is tried again."""
@@ -171,30 +212,44 @@ class DriftControl:
             if self.anchor_every == "auto" and self._hold == 0:
                 self._auto_spacing = min(2, self.n_steps)
 
-    def record(self, drift: float, limit: float, redone: int, spacing: int) -> None:
-        """After a backward pass: the worst drift seen, the steps that were redone, the spacing it ran with."""
+    def record(
+        self,
+        drift: float,
+        limit: float,
+        redone: int,
+        spacing: int,
+        drifted: bool = False,
+        skipped: bool = False,
+    ) -> None:
+        """After a backward pass: the worst drift seen, the steps that were redone, the spacing it ran with.
+
+        With deferred verdicts: whether a state drifted, and whether the gradients became zero (by any run's drift).
+        """
         with self._lock:
             self.passes += 1
             self.last_drift = drift
             self.largest_drift = max(self.largest_drift, drift) if drift == drift else float("nan")
             self.redone_steps += redone
-            self._recent_redone += (redone / max(self.n_steps, 1) - self._recent_redone) / min(self.passes, WINDOW)
-            if redone:
-                self.trips += 1
-            self._adapt(drift, limit, redone, spacing)
+            lost = 1.0 if skipped else redone / max(self.n_steps, 1)
+            self._recent_redone += (lost - self._recent_redone) / min(self.passes, WINDOW)
+            self.skipped += skipped
+            self.trips += bool(redone) or drifted
+            self._adapt(drift, limit, bool(redone) or drifted, spacing)
             frequent = self._recent_redone > FREQUENT and self.passes >= WINDOW // 4
             if frequent and (self._warned_at < 0 or self.passes - self._warned_at >= 16 * WINDOW):
                 self._warned_at = self.passes
+                what = "lost, with all gradients," if skipped else "redone from their anchors"
                 warnings.warn(
-                    f"reversible backward: {100 * self._recent_redone:.0f} % of the steps are redone from their "
-                    f'anchors, since recomputed states drift (last: {drift:.1e}, tolerance {limit:.1e}). memory="'
-                    'checkpoint" costs no more time then; a larger scale_eps or clamp keeps steps well invertible',
+                    f"reversible backward: {100 * self._recent_redone:.0f} % of the steps are {what}, "
+                    f"since recomputed states drift (last: {drift:.1e}, tolerance {limit:.1e}). "
+                    'memory="checkpoint" costs no more time then; '
+                    "a larger scale_eps or clamp keeps steps well invertible",
                     stacklevel=2,
                 )
 
-    def _adapt(self, drift: float, limit: float, redone: int, spacing: int) -> None:
+    def _adapt(self, drift: float, limit: float, tripped: bool, spacing: int) -> None:
         self._hold = max(0, self._hold - 1)
-        if redone:
+        if tripped:
             self._calm = 0
             if spacing <= self._auto_spacing:  # else a pass that began before the last adaptation
                 self._too_wide, self._auto_spacing = self._auto_spacing, max(1, self._auto_spacing // 2)
@@ -208,6 +263,7 @@ class DriftControl:
 
     def state(self) -> Tensor:
         """All that decides the next passes, as a float64 vector to be saved in checkpoints."""
+        self.settle(wait=True)
         values = (
             self._auto_spacing,
             self._calm,
@@ -217,6 +273,7 @@ class DriftControl:
             self.passes,
             self.trips,
             self.redone_steps,
+            self.skipped,
             self.last_drift,
             self.largest_drift,
             self._recent_redone,
@@ -227,15 +284,15 @@ class DriftControl:
     def load_state(self, state: Tensor) -> None:
         """Continue from a saved state."""
         expect(
-            isinstance(state, Tensor) and state.shape == (12,),
+            isinstance(state, Tensor) and state.shape == (13,),
             "drift control state",
-            "12 numbers",
+            "13 numbers",
             getattr(state, "shape", type(state).__name__),
         )
         values = state.double().tolist()
-        whole = [int(value) for value in values[:8]]
+        whole = [int(value) for value in values[:9]]
         self._auto_spacing, self._calm, self._hold, self._next_hold, self._too_wide = whole[:5]
         self._auto_spacing = max(1, min(self._auto_spacing, max(self.n_steps, 1)))
-        self.passes, self.trips, self.redone_steps = whole[5:]
-        self.last_drift, self.largest_drift, self._recent_redone = values[8:11]
-        self._warned_at = int(values[11])
+        self.passes, self.trips, self.redone_steps, self.skipped = whole[5:]
+        self.last_drift, self.largest_drift, self._recent_redone = values[9:12]
+        self._warned_at = int(values[12])

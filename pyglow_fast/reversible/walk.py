@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import can_read
+from pyglow_fast.reversible.deferred import drifted_in_this_backward, is_capturing
 from pyglow_fast.reversible.drift import DriftControl
 
 
@@ -19,9 +20,17 @@ class Walk(abc.ABC):
     """
 
     def __init__(
-        self, n_steps: int, x: Tensor, anchors: Mapping[int, Tensor], control: DriftControl, spacing: int
+        self,
+        n_steps: int,
+        x: Tensor,
+        anchors: Mapping[int, Tensor],
+        control: DriftControl,
+        spacing: int,
+        lowest: torch.dtype,
     ) -> None:
         self.n_steps, self.x, self.anchors, self.control, self.spacing = n_steps, x, anchors, control, spacing
+        self.lowest = lowest  # the dtype that the nets compute in
+        self.drifted: Tensor | None = None  # a verdict that the host does not know
         self.worst = 0.0
         self.redone = 0
 
@@ -38,12 +47,26 @@ class Walk(abc.ABC):
         """Steps first .. last by checkpointing from the true input x of the first: the gradient of it."""
 
     def run(self, z: Tensor, grad_z: Tensor) -> Tensor:
-        """The gradient of the run's input; whatever drifts is redone, so that it is right in any case."""
-        limit = self.control.limit(z.dtype)
+        """The gradient of the run's input; whatever drifts is redone, so that it is right in any case.
+
+        With deferred verdicts all gradients are then to be passed through :meth:`accepted`.
+        """
+        limit = self.control.limit(z.dtype, self.lowest)
+        if self.control.deferred or is_capturing(z):
+            grad_x, worst = self._invert_all(z, grad_z)
+            self.drifted = drifted_in_this_backward(~(worst <= limit))
+            self.control.defer(worst, self.drifted, limit, self.spacing)
+            return grad_x
         # On a GPU reading a value stops the stream: there it happens once.
         grad_x = self._judge_each(z, grad_z, limit) if can_read(z) else self._judge_at_the_end(z, grad_z, limit)
         self.control.record(self.worst, limit, self.redone, self.spacing)
         return grad_x
+
+    def accepted(self, grad: Tensor | None) -> Tensor | None:
+        """A gradient, or zero where a deferred verdict has found a drifted state."""
+        if grad is None or self.drifted is None:
+            return grad
+        return torch.where(self.drifted.to(grad.device), torch.zeros((), dtype=grad.dtype, device=grad.device), grad)
 
     def _segments(self) -> Sequence[tuple[int, int, Tensor]]:
         """(first step, one past the last, the true input of the first), last segment first."""
@@ -73,7 +96,8 @@ class Walk(abc.ABC):
             y = true_input
         return grad
 
-    def _judge_at_the_end(self, z: Tensor, grad_z: Tensor, limit: float) -> Tensor:
+    def _invert_all(self, z: Tensor, grad_z: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient by inversion of every step, good or bad, and the worst drift."""
         y, grad = z, grad_z
         drifts = []
         for first, end, true_input in self._segments():
@@ -82,7 +106,11 @@ class Walk(abc.ABC):
                 y, grad = self.invert(k, y, grad, anchor)
                 drifts.append(self.drift(k, y, anchor))
             y = true_input
-        self.worst = float(torch.stack(drifts).amax())
+        return grad, torch.stack(drifts).amax()
+
+    def _judge_at_the_end(self, z: Tensor, grad_z: Tensor, limit: float) -> Tensor:
+        grad, worst = self._invert_all(z, grad_z)
+        self.worst = float(worst)
         if self.worst <= limit:
             return grad
         grad = grad_z

@@ -250,5 +250,5 @@ class TestState:
 
     @pytest.mark.parametrize("state", [torch.zeros(3), None, "drift"], ids=str)
     def test_what_is_no_state(self, state: object) -> None:
-        with pytest.raises(ValueError, match="drift control state: expected 12 numbers, found"):
+        with pytest.raises(ValueError, match="drift control state: expected 13 numbers, found"):
             DriftControl(8).load_state(state)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from chain_cases import CASES, Mode, assert_same_gradients, counted_runs, gradients, objective, relative_error
 from helpers import tolerance
-from torch import Tensor
+from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from pyglow_fast.reversible import passes
-from pyglow_fast.reversible.drift import Witness, anchor_drift, default_tolerance
+from pyglow_fast.reversible.drift import DriftControl, Witness, anchor_drift, default_tolerance, lowest_precision
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DEEP = next(case for case in CASES if case.name == "depth-8")
@@ -212,6 +212,55 @@ def test_runs_of_the_nets_where_a_segment_is_redone(monkeypatch: pytest.MonkeyPa
         value.backward()
     order = [int(name.split(".")[0]) for name in runs]
     assert order == [7, 4, 5, 6, 7, 6, 5, 4, 3, 2, 1, 0]
+
+
+class TestTolerance:
+    """By depth and by what the nets compute in, as docs/memory.md derives it."""
+
+    @pytest.mark.parametrize(
+        ("dtype", "n_steps", "lowest", "expected"),
+        [
+            (torch.float32, 1, torch.float32, 16 * 2**-23),
+            (torch.float32, 16, None, 24 * 2**-23),
+            (torch.float32, 64, torch.float32, 32 * 2**-23),
+            (torch.float64, 9, torch.float64, 18 * 2**-52),
+            (torch.float32, 32, torch.bfloat16, 4 * 2**-7),
+            (torch.float32, 256, torch.float16, 4 * 2**-10),
+            (torch.float64, 16, torch.float32, 4 * 2**-23),
+            (torch.float32, 16, torch.float64, 24 * 2**-23),
+        ],
+        ids=str,
+    )
+    def test_default(self, dtype: torch.dtype, n_steps: int, lowest: torch.dtype | None, expected: float) -> None:
+        assert default_tolerance(dtype, n_steps, lowest) == pytest.approx(expected)
+        assert DriftControl(n_steps).limit(dtype, lowest) == pytest.approx(expected)
+        assert DriftControl(n_steps, tolerance=1e-3).limit(dtype, lowest) == 1e-3
+
+    def test_lowest_precision(self) -> None:
+        wide, narrow = torch.zeros(2), torch.zeros(2, dtype=torch.float16)
+        assert lowest_precision(torch.float64, wide) is torch.float32
+        assert lowest_precision(torch.float32, narrow) is torch.float16
+        with torch.autocast("cpu", torch.bfloat16):
+            assert lowest_precision(torch.float32, wide) is torch.bfloat16
+        assert lowest_precision(torch.float32, wide) is torch.float32
+
+    @pytest.mark.parametrize("fused", [True, False])
+    def test_under_autocast_a_drift_that_bfloat16_brings_is_none(self, fused: bool) -> None:
+        torch.manual_seed(0)
+        steps: list[nn.Module] = [pgf.FlowStep(4, 16) for _ in range(16)]
+        sequence = pgf.ReversibleSequence(steps if fused else [pgf.ActNorm(4), *steps], anchor_every=None)
+        x = torch.randn(4, 4, 16, 16)
+        sequence.initialize(x)
+        with torch.no_grad():
+            for step in steps:
+                step.coupling.net.conv3.weight.normal_(std=0.03)  # type: ignore[union-attr, operator]
+        for autocast, trips in ((True, 0), (False, 0)):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                z, log_det = sequence(x)
+            (z.square().sum() - log_det.sum()).backward()
+            report = sequence.memory_report()
+            assert report["trips"] == trips
+            assert (report["last_drift"] > 64 * 2**-23) == autocast, "a drift by the eps of what the nets compute in"
 
 
 @pytest.mark.parametrize(("tolerance_", "trips"), [(1e-30, 1), (1e30, 0), (None, 0)])
