@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets import GeneratorState, RunState, check_leaves, check_net
-from pyglow_fast.reversible import DriftControl
+from pyglow_fast.reversible import Part
 from pyglow_fast.reversible.drift import Witness, anchor_drift, lowest_precision
 from pyglow_fast.reversible.limits import call_untraced, differentiable_once, refuse_transforms
 from pyglow_fast.reversible.walk import Walk
@@ -32,10 +32,10 @@ class _Direction(nn.Module):
 class ModuleChain:
     """K modules with forward and inverse; see :class:`~pyglow_fast.layers.reversible_sequence.ReversibleSequence`."""
 
-    def __init__(self, steps: Sequence[nn.Module], control: DriftControl | None) -> None:
+    def __init__(self, steps: Sequence[nn.Module], part: Part) -> None:
         for step in steps:
             check_net(step)
-        self.steps, self.control = list(steps), control
+        self.steps, self.part = list(steps), part
         named = [list(step.named_parameters()) for step in steps]
         self.names = [[f"step.{name}" for name, _ in parameters] for parameters in named]
         self.params = [parameter for parameters in named for _, parameter in parameters]
@@ -54,8 +54,9 @@ class ModuleChain:
         return torch.func.functional_call(module, dict(zip(self.names[k], params, strict=True)), (x, cond))
 
     def run(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
-        """z and log_det; memory as the control's anchors want it, or (without a control) every step's input."""
+        """z and log_det; memory as the pass's anchors want it, or every step's input."""
         refuse_transforms()
+        self.part.whole.joins(self.part.first, (x, cond, *self.params))
         return call_untraced(_RunModules.apply, self, x, cond, *self.params)
 
 
@@ -69,12 +70,11 @@ class _ModuleWalk(Walk):
         anchors: dict[int, Tensor],
         witnesses: Sequence[Witness],
         memos: Sequence[RunState],
-        spacing: int,
         lowest: torch.dtype,
         grad_log_det: Tensor,
     ) -> None:
         n = len(chain.steps)
-        super().__init__(n, x, anchors, chain.control or DriftControl(n), spacing, lowest)
+        super().__init__(n, x, anchors, chain.part, lowest)
         self.chain, self.cond, self.params, self.witnesses, self.memos = chain, cond, params, witnesses, memos
         self.grad_log_det = grad_log_det
         self.grad_params: list[tuple[Tensor | None, ...]] = [()] * n
@@ -136,11 +136,8 @@ class _RunModules(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, chain: ModuleChain, x: Tensor, cond: Tensor | None, *params: Tensor) -> tuple[Tensor, Tensor]:
         """z, log_det (N,)."""
-        by_step, control = chain.params_of(params), chain.control
-        if control is not None and control.checkpoints:
-            control = None
-        every = range(1, len(chain.steps))
-        keep = set(every if control is None else control.anchors())
+        by_step, keeps_states = chain.params_of(params), chain.part.whole.keeps_states
+        keep = set(range(1, len(chain.steps)) if keeps_states else chain.part.anchors)
         anchors: dict[int, Tensor] = {}
         witnesses: list[Tensor] = []
         memos, log_det, z, lowest = [], x.new_zeros(x.shape[0]), x, x.dtype
@@ -149,7 +146,7 @@ class _RunModules(torch.autograd.Function):
         for k in range(len(chain.steps)):
             if k in keep:
                 anchors[k] = z
-            if control is not None:
+            if not keeps_states:
                 witness = Witness.of(z)
                 witnesses += [witness.projection, witness.norm]
             before = GeneratorState.capture(x.device)
@@ -164,7 +161,6 @@ class _RunModules(torch.autograd.Function):
             log_det = log_det + step_log_det
         ctx.lowest = lowest
         ctx.chain, ctx.memos, ctx.has_cond = chain, memos, cond is not None
-        ctx.spacing = len(chain.steps) if control is None else control.spacing
         ctx.anchor_steps, ctx.n_witnesses = list(anchors), len(witnesses)
         ctx.save_for_backward(x, z, *([] if cond is None else [cond]), *params, *anchors.values(), *witnesses)
         return z, log_det
@@ -181,23 +177,12 @@ class _RunModules(torch.autograd.Function):
         anchors = dict(zip(ctx.anchor_steps, inner[:n_anchors], strict=True))
         seen = inner[n_anchors:]
         witnesses = [Witness(*seen[i : i + 2]) for i in range(0, len(seen), 2)]
-        walk = _ModuleWalk(
-            chain,
-            x,
-            cond,
-            chain.params_of(params),
-            anchors,
-            witnesses,
-            ctx.memos,
-            ctx.spacing,
-            ctx.lowest,
-            grad_log_det,
-        )
+        kept = (anchors, witnesses, ctx.memos, ctx.lowest)
+        walk = _ModuleWalk(chain, x, cond, chain.params_of(params), *kept, grad_log_det)
         if witnesses:
             grad_x = walk.run(z, grad_z)
         else:
-            if chain.control is not None:
-                chain.control.record_checkpointed()
+            chain.part.whole.checkpointed(chain.part.first)
             grad_x = grad_z
             for k in reversed(range(len(chain.steps))):
                 grad_x = walk.differentiate(k, x if k == 0 else anchors[k], grad_x)

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast._errors import expect
+from pyglow_fast._errors import can_read, expect
 from pyglow_fast.coupling_nets.plan import budget_bytes
 from pyglow_fast.layers._base import FlowLayer, check_input
 from pyglow_fast.layers.flow_step import FlowStep, fold_steps, run_steps, run_steps_inverse
 from pyglow_fast.layers.module_chain import ModuleChain
 from pyglow_fast.layers.ranks import refused_alike
-from pyglow_fast.reversible import Chain, DriftControl, run_chain
+from pyglow_fast.reversible import Chain, DriftControl, Pass, run_chain
 
 MEMORY_MODES = ("reversible", "checkpoint", "store")
+GRADIENT_SHARE = 4  # of the budget, what gradients may take that exist a second time while they are added to others
 
 
 class ReversibleSequence(FlowLayer):
@@ -136,19 +137,27 @@ class ReversibleSequence(FlowLayer):
             return run_steps(steps, x, cond, squeeze_first, budget)
         runners = [step.coupling.runner(self.memory_budget) for step in steps]
         maps = fold_steps(steps)
-        chain = Chain(
-            runners,
-            [len(runner.params) for runner in runners],
-            [step.coupling.spec for step in steps],
-            steps[0].channels // 2,
-            squeeze_first,
-            self.control if self.memory == "reversible" else None,
-        )
-        params = [parameter for runner in runners for parameter in runner.params]
-        matrices = torch.stack([channel_map.matrix for channel_map in maps])
-        offsets = torch.stack([channel_map.offset for channel_map in maps])
-        map_log_det = torch.stack([channel_map.log_det for channel_map in maps]).sum()
-        return run_chain(chain, x, cond, matrices, offsets, map_log_det, params)
+        whole = self._pass(x, steps)
+        counts = [part.end - part.first for part in whole.parts]
+        matrices = torch.stack([channel_map.matrix for channel_map in maps]).split(counts)
+        offsets = torch.stack([channel_map.offset for channel_map in maps]).split(counts)
+        map_log_dets = torch.stack([channel_map.log_det for channel_map in maps]).split(counts)
+        z, total = x, x.new_zeros(x.shape[0])
+        for i, part in enumerate(whole.parts):
+            own = runners[part.first : part.end]
+            specs = [step.coupling.spec for step in steps[part.first : part.end]]
+            squeezes = squeeze_first and part.first == 0
+            chain = Chain(own, [len(runner.params) for runner in own], specs, steps[0].channels // 2, squeezes, part)
+            params = [parameter for runner in own for parameter in runner.params]
+            z, log_det = run_chain(chain, z, cond, matrices[i], offsets[i], map_log_dets[i].sum(), params)
+            total = log_det if i == 0 else total + log_det
+        return z, total
+
+    def _pass(self, x: Tensor, steps: Sequence[nn.Module]) -> Pass:
+        """Of a forward that begins now. A GPU's one verdict a level wants one part."""
+        step_bytes = [sum(parameter.nbytes for parameter in step.parameters()) for step in steps]
+        limit = budget_bytes(self.memory_budget, x.device.type) // GRADIENT_SHARE if can_read(x) else None
+        return Pass(self.control if self.memory == "reversible" else None, step_bytes, limit)
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """z -> x."""
@@ -183,12 +192,19 @@ class ReversibleSequence(FlowLayer):
 
     def _run_modules(self, x: Tensor, cond: Tensor | None, recomputes: bool) -> tuple[Tensor, Tensor]:
         if recomputes:
-            return ModuleChain(list(self), self.control if self.memory == "reversible" else None).run(x, cond)
+            return self._run_module_parts(x, cond)
         log_det = x.new_zeros(x.shape[0])
         for step in self:
             x, step_log_det = step(x) if cond is None else step(x, cond)
             log_det = log_det + step_log_det
         return x, log_det
+
+    def _run_module_parts(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+        steps, total = list(self), x.new_zeros(x.shape[0])
+        for part in self._pass(x, steps).parts:
+            x, log_det = ModuleChain(steps[part.first : part.end], part).run(x, cond)
+            total = total + log_det
+        return x, total
 
     def memory_report(self) -> dict[str, Any]:
         """Mode, spacing, drift and what was redone so far; bytes of the anchors need a shape: see plan_chunks."""

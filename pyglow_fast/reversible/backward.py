@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyglow_fast import functional
 from pyglow_fast.reversible import passes
-from pyglow_fast.reversible.drift import DriftControl, anchor_drift
+from pyglow_fast.reversible.drift import anchor_drift
 from pyglow_fast.reversible.protocol import Chunk
 from pyglow_fast.reversible.walk import Walk
 
@@ -53,7 +53,7 @@ class ChainBackward(Walk):
         needs_cond: bool,
     ) -> None:
         n = len(chain)
-        super().__init__(n, x, kept.anchors, chain.control or DriftControl(n), kept.spacing, kept.lowest)
+        super().__init__(n, x, kept.anchors, chain.part, kept.lowest)
         self.chain, self.cond, self.params, self.kept = chain, cond, params, kept
         self.matrices, self.offsets = matrices.unbind(), offsets.unbind()
         self.inverses = () if kept.states else functional.invert_matrix(matrices).unbind()
@@ -73,8 +73,7 @@ class ChainBackward(Walk):
         """grad_x; the other gradients are attributes."""
         if not self.kept.states:
             return super().run(z, grad_z)
-        if self.chain.control is not None:
-            self.chain.control.record_checkpointed()
+        self.part.whole.checkpointed(self.part.first)
         return self._differentiate(0, self.kept.states, self.x, grad_z)
 
     def drift(self, k: int, x: Tensor, anchor: Tensor | None) -> Tensor:

@@ -12,8 +12,9 @@ from torch import Tensor
 from pyglow_fast import functional
 from pyglow_fast.reference import CouplingSpec, n_positions
 from pyglow_fast.reversible.backward import ChainBackward
-from pyglow_fast.reversible.drift import DriftControl, Witness, lowest_precision
+from pyglow_fast.reversible.drift import Witness, lowest_precision
 from pyglow_fast.reversible.limits import call_untraced, differentiable_once, refuse_transforms
+from pyglow_fast.reversible.parts import Part
 from pyglow_fast.reversible.protocol import NetRun
 
 
@@ -27,7 +28,7 @@ class Chain:
         specs: the coupling of each step.
         kept: channels that feed the net.
         squeeze_first: the input is squeezed as it is read.
-        control: decides on anchors; None: all states are kept (checkpointing), as also where it wants all.
+        part: of the pass that this is: which states are kept, and who is told of their drift.
     """
 
     nets: Sequence[NetRun]
@@ -35,7 +36,7 @@ class Chain:
     specs: Sequence[CouplingSpec]
     kept: int
     squeeze_first: bool
-    control: DriftControl | None
+    part: Part
 
     def __len__(self) -> int:
         return len(self.nets)
@@ -57,7 +58,6 @@ class Kept:
     states: list[Tensor]  # u of every step; none unless checkpointing
     witnesses: list[Witness]  # of u, by step; none if checkpointing
     memos: list[Any]
-    spacing: int
     lowest: torch.dtype  # that the nets compute in
 
 
@@ -70,16 +70,13 @@ def forward_pass(
     params: Sequence[Sequence[Tensor]],
 ) -> tuple[Tensor, Tensor, Kept]:
     """z, the couplings' log_det (N,), and what is kept. Between nets there is one pass; two where an anchor lies."""
-    control = chain.control
-    if control is not None and control.checkpoints:
-        control = None
-    anchor_steps = set() if control is None else set(control.anchors())
+    keeps_states, anchor_steps = chain.part.whole.keeps_states, set(chain.part.anchors)
     anchors, states, witnesses, memos = {}, [], [], []
-    spacing, lowest = len(chain) if control is None else control.spacing, x.dtype
+    lowest = x.dtype
     u = functional.channel_mix(x, matrices[0], offsets[0], chain.squeeze_first)
     log_det = u.new_zeros(u.shape[0])
     for k, (net, spec) in enumerate(zip(chain.nets, chain.specs, strict=True)):
-        if control is None:
+        if keeps_states:
             states.append(u)
         else:
             witnesses.append(Witness.of(u))
@@ -95,7 +92,7 @@ def forward_pass(
         else:
             u, step_log_det = functional.coupling_mix(u, net_out, matrices[k + 1], offsets[k + 1], spec)
         log_det += step_log_det
-    return u, log_det, Kept(anchors, states, witnesses, memos, spacing, lowest)
+    return u, log_det, Kept(anchors, states, witnesses, memos, lowest)
 
 
 class _Run(torch.autograd.Function):
@@ -116,7 +113,7 @@ class _Run(torch.autograd.Function):
         by_step = chain.params_of(params)
         z, log_det, kept = forward_pass(chain, x, cond, matrices.unbind(), offsets.unbind(), by_step)
         ctx.chain, ctx.memos, ctx.has_cond = chain, kept.memos, cond is not None
-        ctx.spacing, ctx.lowest = kept.spacing, kept.lowest
+        ctx.lowest = kept.lowest
         ctx.anchor_steps, ctx.n_witnesses = list(kept.anchors), len(kept.witnesses)
         witnesses = [part for witness in kept.witnesses for part in (witness.projection, witness.norm)]
         conditions = [] if cond is None else [cond]
@@ -137,7 +134,7 @@ class _Run(torch.autograd.Function):
         seen = inner[n_anchors : n_anchors + 2 * ctx.n_witnesses]
         witnesses = [Witness(*seen[i : i + 2]) for i in range(0, len(seen), 2)]
         states = inner[n_anchors + len(seen) :]
-        kept = Kept(anchors, states, witnesses, ctx.memos, ctx.spacing, ctx.lowest)
+        kept = Kept(anchors, states, witnesses, ctx.memos, ctx.lowest)
         backward = ChainBackward(
             chain, x, cond, matrices, offsets, chain.params_of(params), kept, grad_log_det, ctx.needs_input_grad[2]
         )
@@ -165,7 +162,7 @@ def run_chain(
     """z and log|det dz/dx| of K steps: u = M x + c, then the coupling of u, K times.
 
     Memory that lives until the backward: x, z, and per step an (N, C) projection and norm, plus the anchors that the
-    chain's control asks for; without a control the state of every step. Nothing of the nets.
+    pass asks for, or the state of every step if it wants all. Nothing of the nets.
 
     Args:
         chain: the steps.
@@ -180,4 +177,6 @@ def run_chain(
         z (N, C, *spatial) and log_det (N,), nats.
     """
     refuse_transforms()
-    return call_untraced(_Run.apply, chain, x, cond, matrices, offsets, map_log_det, *params)
+    inputs = (x, cond, matrices, offsets, map_log_det, *params)
+    chain.part.whole.joins(chain.part.first, inputs)
+    return call_untraced(_Run.apply, chain, *inputs)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyglow_fast._errors import can_read
 from pyglow_fast.reversible.deferred import drifted_in_this_backward, is_capturing
-from pyglow_fast.reversible.drift import DriftControl
+from pyglow_fast.reversible.parts import Part
 
 
 class Walk(abc.ABC):
@@ -24,11 +24,10 @@ class Walk(abc.ABC):
         n_steps: int,
         x: Tensor,
         anchors: Mapping[int, Tensor],
-        control: DriftControl,
-        spacing: int,
+        part: Part,
         lowest: torch.dtype,
     ) -> None:
-        self.n_steps, self.x, self.anchors, self.control, self.spacing = n_steps, x, anchors, control, spacing
+        self.n_steps, self.x, self.anchors, self.part = n_steps, x, anchors, part
         self.lowest = lowest  # the dtype that the nets compute in
         self.drifted: Tensor | None = None  # a verdict that the host does not know
         self.worst = 0.0
@@ -51,15 +50,17 @@ class Walk(abc.ABC):
 
         With deferred verdicts all gradients are then to be passed through :meth:`accepted`.
         """
-        limit = self.control.limit(z.dtype, self.lowest)
-        if self.control.deferred or is_capturing(z):
+        control, whole, first = self.part.whole.control, self.part.whole, self.part.first
+        assert control is not None  # a pass without one keeps all states
+        limit = control.limit(z.dtype, self.lowest)
+        if control.deferred or is_capturing(z):
             grad_x, worst = self._invert_all(z, grad_z)
             self.drifted = drifted_in_this_backward(~(worst <= limit))
-            self.control.defer(worst, self.drifted, limit, self.spacing)
+            whole.deferred(first, worst, limit, self.drifted)
             return grad_x
         # On a GPU reading a value stops the stream: there it happens once.
         grad_x = self._judge_each(z, grad_z, limit) if can_read(z) else self._judge_at_the_end(z, grad_z, limit)
-        self.control.record(self.worst, limit, self.redone, self.spacing)
+        whole.judged(first, self.worst, limit, self.redone)
         return grad_x
 
     def accepted(self, grad: Tensor | None) -> Tensor | None:
