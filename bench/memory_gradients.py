@@ -104,7 +104,6 @@ def hard_steps(n_steps: int, size: float, device: torch.device) -> tuple[Reversi
             step.actnorm.log_scale.normal_(std=0.1)
             step.actnorm.bias.normal_(std=0.3)
             step.actnorm.initialized.fill_(True)
-        step.actnorm.is_initialized = True
         steps.append(step)
     return ReversibleSequence(steps).to(device), [torch.randn(4, 12, 16, 16).to(device) for _ in range(BATCHES)]
 

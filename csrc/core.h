@@ -203,14 +203,17 @@ struct ColumnsArgs {
 };
 
 // image[n, k, h, w] = bias[k] + the sum over i, j of columns[9 k + 3 i + j] at pixel (h + i - 1, w + j - 1) of sample
-// n, where that is in the image; transposed: at (h + 1 - i, w + 1 - j).
+// n, where that is in the image; transposed: at (h + 1 - i, w + 1 - j). For some samples, or for some rows of one: then
+// the columns begin with another row of the image, and reach as far as the rows and their neighbours in it.
 template <class T>
 struct ShiftSumArgs {
-  const T* columns;  // (9 K, N H W)
+  const T* columns;  // (9 K, at least samples (rows + neighbours) W), rows of `stride`
   int64_t stride;
   const T* bias;  // (K,) or null
   Image<T> image;
-  int64_t samples, channels, height, width;
+  int64_t channels, height, width;
+  int64_t first_sample, samples, first_row, rows;
+  int64_t columns_row;  // 0 unless only some rows are summed
   bool transposed;
 };
 

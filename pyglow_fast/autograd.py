@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from pyglow_fast import ops
+from pyglow_fast._derivatives import differentiable_once
 from pyglow_fast.reference import squeeze
 
 _Kind = tuple[int, int, bool, float, float, float]
@@ -38,7 +39,7 @@ class ChannelMix(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_u: Tensor | None, grad_kept: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of x, M and c."""
         if grad_u is None and grad_kept is None:
@@ -87,7 +88,7 @@ class ChannelUnmix(torch.autograd.Function):
         ctx.unsqueeze_after = inputs[3]
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of u, A and c."""
         u, inverse_matrix, offset = ctx.saved_tensors
@@ -112,7 +113,7 @@ class Coupling(torch.autograd.Function):
         ctx.kind = inputs[2]
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_out: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x (without what flows through the net, which autograd adds) and of the net's output."""
         out, net_out = ctx.saved_tensors
@@ -142,7 +143,7 @@ class CouplingMix(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(
         ctx: Any, grad_out: Tensor | None, grad_kept: Tensor | None, grad_log_det: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -171,7 +172,7 @@ class CouplingNet(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, the weights and the biases."""
         want_weights = any(ctx.needs_input_grad[1:])
@@ -193,7 +194,7 @@ class GaussianLogProb(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_log_prob: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of z, mean and log_sd."""
         return ops.gaussian_log_prob_backward(*ctx.saved_tensors, grad_log_prob)

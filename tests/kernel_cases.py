@@ -29,6 +29,9 @@ SHAPES = [
     (5, 3),
     (0, 4, 4, 4),
     (2, 4, 0, 3),
+    (2, 4, 3, 0),
+    (2, 4, 2, 0, 3),
+    (2, 0, 3, 3),
 ]
 SPECS = [
     CouplingSpec("affine", scale_map, 2.0, eps, 1.5, order)

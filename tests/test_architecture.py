@@ -14,11 +14,12 @@ PACKAGE = "pyglow_fast"
 
 # What each part of the package may import of the others; a new module or subpackage is entered here. A part is a direct
 # child of the package: layers stands for all modules in layers/.
-FOUNDATION = {"_errors"}
+FOUNDATION = {"_errors", "_derivatives"}
 STACK = ("_backend", "ops", "autograd", "functional", "reversible", "coupling_nets", "layers", "models", "train", "cli")
 BESIDE = {"reference", "likelihood"}  # torch only, usable by every layer above _backend
 ALLOWED: dict[str, set[str]] = {
     "_errors": set(),
+    "_derivatives": {"_errors"},
     **dict.fromkeys((*BESIDE, "data"), FOUNDATION),
     **{name: FOUNDATION | BESIDE | set(STACK[:rank]) for rank, name in enumerate(STACK)},
     "_backend": FOUNDATION,

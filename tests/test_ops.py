@@ -160,9 +160,11 @@ def test_frozen_matrix_still_passes_the_gradient() -> None:
 
 def test_second_derivative_is_refused() -> None:
     x, matrix, offset = (value.requires_grad_() for value in mix_inputs((2, 4, 3), torch.float64, torch.device("cpu")))
-    (gradient,) = torch.autograd.grad(functional.channel_mix(x, matrix, offset).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    u = functional.channel_mix(x, matrix, offset)
+    for value in (u.square().sum(), u.sum()):  # the gradient that comes into the second one wants none itself
+        (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="double backward"):
+            gradient.square().sum().backward()
 
 
 def test_expanded_inputs(device: torch.device) -> None:
@@ -216,13 +218,29 @@ KIND = ops.kind_arguments(CouplingSpec(), inverse=False)
         ),
         (
             lambda: ops.channel_mix_backward(X, X, M, C.double(), None, False),
-            "offset: expected dtype float32 like x, found float64",
+            "center: expected dtype float32 like x, found float64",
         ),
         (lambda: ops.coupling(X, X[:, :3], *KIND), "net_out: expected 2 times at most 4 channels"),
         (lambda: ops.coupling(X[:, :1], X, *KIND), "net_out: expected 2 times at most 1 channels"),
         (lambda: ops.coupling(X, X[..., :2], *KIND), r"net_out: expected shape \[2, 4, 3, 3\], found \[2, 4, 3, 2\]"),
         (lambda: ops.coupling(X, X.flatten(2), *KIND), "net_out: expected 4 dimensions like x"),
         (lambda: ops.coupling(X, X.double(), *KIND), "net_out: expected dtype float32 like x, found float64"),
+        (lambda: ops.channel_mix_backward(X, X, C, None, None, False), r"matrix: expected shape \[4, 4\], found \[4\]"),
+        (lambda: ops.channel_mix_backward(X, X, M, C[:2], None, False), r"center: expected shape \[4\], found \[2\]"),
+        (
+            lambda: ops.coupling_mix_backward(X, X, X, C[:2], C, *KIND[:2], *KIND[3:], None),
+            r"matrix: expected shape \[4, 4\], found \[4\]",
+        ),
+        (
+            lambda: ops.step_backward(X, X, X, C[:2], M[:3], C, *KIND[:2], *KIND[3:]),
+            r"inverse_matrix: expected shape \[4, 4\], found \[3, 4\]",
+        ),
+        (
+            lambda: ops.coupling(X, X, 4, 0, False, 0.0, 0.0, 200.0),
+            "clamp: expected a positive number, at most 88 in float32, found 200",
+        ),
+        (lambda: ops.coupling(X, X, 5, 0, False, 0.0, 0.0, 0.0), "clamp: expected a positive number"),
+        (lambda: ops.coupling(X, X, 2, 0, False, 0.0, -1.0, 1.0), "eps: expected 0 or more, found -1"),
         (lambda: ops.coupling(X, X, 9, *KIND[1:]), "map: expected a ScaleMap, found 9"),
         (lambda: ops.coupling(X, X, 1, 2, *KIND[2:]), "order: expected 0 or 1, found 2"),
         (lambda: ops.coupling_backward(X, X, X, C, *KIND, False), r"grad_log_det: expected shape \[2\], found \[4\]"),

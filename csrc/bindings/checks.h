@@ -57,6 +57,7 @@ inline int64_t positions_of(const at::Tensor& x) {
 
 // The stride from one position to the next, or -1 if the spatial dimensions cannot be walked with a single one.
 inline int64_t position_stride(const at::Tensor& x) {
+  if (x.numel() == 0) return 1;  // torch gives the strides around a size of 0 as if it were 1
   int64_t stride = -1, next = 0;
   for (int64_t i = x.dim() - 1; i >= 2; --i) {
     if (x.size(i) == 1) continue;

@@ -11,16 +11,16 @@
 
 namespace pyglow::bindings {
 
-inline void check_matrix(const at::Tensor& matrix, const at::Tensor& offset, const char* x_name, const at::Tensor& x,
+// A (C, C) matrix or a (C,) vector that goes with x.
+inline void check_matrix(const char* name, const at::Tensor& matrix, const char* x_name, const at::Tensor& x,
                          int64_t channels) {
-  check_shape("matrix", matrix, {channels, channels});
-  check_shape("offset", offset, {channels});
-  check_like("matrix", matrix, x_name, x);
-  check_like("offset", offset, x_name, x);
+  check_shape(name, matrix, {channels, channels});
+  check_like(name, matrix, x_name, x);
 }
-
-inline void check_matrix(const at::Tensor& matrix, const at::Tensor& offset, const char* x_name, const at::Tensor& x) {
-  check_matrix(matrix, offset, x_name, x, x.size(1));
+inline void check_vector(const char* name, const at::Tensor& vector, const char* x_name, const at::Tensor& x,
+                         int64_t channels) {
+  check_shape(name, vector, {channels});
+  check_like(name, vector, x_name, x);
 }
 
 struct Kind {
@@ -28,7 +28,13 @@ struct Kind {
   bool inverse;
   double bias, eps, clamp;
 
-  void check() const {
+  // A clamp within which exp does not overflow; the exp map is checked by its results.
+  void check(at::ScalarType dtype) const {
+    const double largest = dtype == at::kDouble ? 709.0 : 88.0;
+    const bool clamps = map == static_cast<int64_t>(ScaleMap::tanh) || map == static_cast<int64_t>(ScaleMap::atan);
+    TORCH_CHECK_VALUE(!clamps || (clamp > 0 && clamp <= largest), "clamp: expected a positive number, at most ",
+                      largest, " in ", name_of(dtype), ", found ", clamp);
+    TORCH_CHECK_VALUE(eps >= 0, "eps: expected 0 or more, found ", eps);
     TORCH_CHECK_VALUE(map >= 0 && map <= static_cast<int64_t>(ScaleMap::atan), "map: expected a ScaleMap, found ", map);
     TORCH_CHECK_VALUE(order == 0 || order == 1, "order: expected 0 or 1, found ", order);
   }
@@ -75,7 +81,7 @@ SplitGrad<T> split_grad(const at::Tensor& all, const at::Tensor& added) {
 
 // C2, the number of transformed channels, from the net's output.
 inline int64_t check_net_out(const at::Tensor& net_out, const char* x_name, const at::Tensor& x, const Kind& kind) {
-  kind.check();
+  kind.check(x.scalar_type());
   if (net_type(net_out) == NetType::state) {
     check_like("net_out", net_out, x_name, x);
   } else {

@@ -21,7 +21,8 @@ std::tuple<at::Tensor, at::Tensor> coupling_mix(const at::Tensor& x_in, const at
   const Kind kind{map, order, inverse, bias, eps, clamp};
   check_state("x", x_in);
   const int64_t transformed = check_net_out(net_out_in, "x", x_in, kind);
-  check_matrix(matrix_in, offset_in, "x", x_in);
+  check_matrix("matrix", matrix_in, "x", x_in, x_in.size(1));
+  check_vector("offset", offset_in, "x", x_in, x_in.size(1));
   const at::Tensor x = with_position_stride(x_in), net_out = with_position_stride(net_out_in);
   const at::Tensor matrix = matrix_in.contiguous(), offset = offset_in.contiguous();
   at::Tensor out = empty_output(x), log_det = at::empty({x.size(0)}, x.options());
@@ -51,7 +52,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> coupling_mix_backward
   check_state("x", x_in);
   const int64_t transformed = check_net_out(net_out_in, "x", x_in, kind);
   check_output_grads("grad_out", grad_out_in, grad_log_det_in, "x", x_in);
-  check_matrix(matrix_in, matrix_in.diagonal(), "x", x_in);
+  check_matrix("matrix", matrix_in, "x", x_in, x_in.size(1));
   const at::Tensor added = check_added(added_in, "grad_out", grad_out_in);
   const at::Tensor x = with_position_stride(x_in), net_out = with_position_stride(net_out_in);
   const at::Tensor grad_out = with_position_stride(grad_out_in), grad_log_det = grad_log_det_in.contiguous();
@@ -96,7 +97,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> step_backward(const at::Tensor& y
   check_state("y", y_in);
   const int64_t transformed = check_net_out(net_out_in, "y", y_in, kind);
   check_output_grads("grad_y", grad_y_in, grad_log_det_in, "y", y_in);
-  check_matrix(inverse_matrix_in, offset_in, "y", y_in);
+  check_matrix("inverse_matrix", inverse_matrix_in, "y", y_in, y_in.size(1));
+  check_vector("offset", offset_in, "y", y_in, y_in.size(1));
   const at::Tensor y = with_position_stride(y_in), net_out = with_position_stride(net_out_in);
   const at::Tensor grad_y = with_position_stride(grad_y_in), grad_log_det = grad_log_det_in.contiguous();
   const at::Tensor inverse_matrix = inverse_matrix_in.contiguous(), offset = offset_in.contiguous();

@@ -2,7 +2,7 @@
 //
 // The products are torch's; what lies around them (shifts, bias, relu, sums) is ours. Pixels are handled in cuts whose
 // hidden activations stay in the second-level cache. Nothing is padded at a cut: the first convolution gathers from the
-// image, and the last is summed up when all cuts are there.
+// image, and the last keeps two rows of its product until the next cut brings their neighbours.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
@@ -15,6 +15,8 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
+#include <cstdint>
+#include <initializer_list>
 #include <tuple>
 #include <vector>
 
@@ -81,16 +83,28 @@ Shape check_net(const at::Tensor& x, const at::Tensor& w1, const at::Tensor& w2,
   return shape;
 }
 
+constexpr int64_t line = 64;  // bytes; every matrix starts on one, as the library rounds otherwise where it does not
+
+template <class T>
+int64_t whole_lines(int64_t elements) {
+  constexpr int64_t per_line = line / sizeof(T);
+  return (elements + per_line - 1) / per_line * per_line;
+}
+
 // Matrices in a block of memory that this thread keeps between calls.
 template <class T>
 class Workspace {
  public:
-  Workspace(const at::TensorOptions& options, int64_t elements)
-      : options_(options), next_(static_cast<T*>(cpu::net_workspace(elements * sizeof(T)))) {}
+  // Matrices of so many elements.
+  Workspace(const at::TensorOptions& options, std::initializer_list<int64_t> sizes) : options_(options) {
+    int64_t elements = 0;
+    for (const int64_t size : sizes) elements += whole_lines<T>(size);
+    next_ = static_cast<T*>(cpu::net_workspace(elements * sizeof(T)));
+  }
 
   T* take(int64_t elements) {
     T* const taken = next_;
-    next_ += elements;
+    next_ += whole_lines<T>(elements);
     return taken;
   }
   at::Tensor matrix(T* data, int64_t rows, int64_t columns, int64_t stride) const {
@@ -101,8 +115,6 @@ class Workspace {
   at::TensorOptions options_;
   T* next_;
 };
-
-int64_t margin_of(const Shape& shape) { return shape.width + 1 + 64; }  // what shift_sum may read around its columns
 
 // No recording and no autocast: the products are in the dtype of the tensors.
 struct Plain {
@@ -126,16 +138,69 @@ void columns_of(const at::Tensor& x, const Cut& cut, bool transposed, T* columns
                         torch_threads());
 }
 
+// The product of the last convolution, cut by cut, and the sum of its nine shifts. Of a sample that is cut into rows
+// the last two are carried over, since the sum for a row wants the rows around it.
 template <class T>
-void sum_of_shifts(const T* columns, const T* bias, bool transposed, at::Tensor& image) {
-  const int64_t pixels = image.size(0) * image.size(2) * image.size(3);
-  cpu::shift_sum<T>({columns, pixels, bias, image_of<T>(image), image.size(0), image.size(1), image.size(2),
-                     image.size(3), transposed},
-                    torch_threads());
-}
+class ShiftedSum {
+ public:
+  // What it takes of a workspace.
+  static int64_t elements(const Shape& shape, int64_t channels, const std::vector<Cut>& cuts) {
+    return 9 * channels * stride_of(shape, cuts) + 2 * margin_of(shape);
+  }
+
+  ShiftedSum(const Shape& shape, const std::vector<Cut>& cuts, T* memory, const T* bias, bool transposed,
+             at::Tensor& image)
+      : shape_(shape),
+        stride_(stride_of(shape, cuts)),
+        by_rows_(cuts[0].rows != shape.height),
+        columns_(memory + margin_of(shape)),
+        bias_(bias),
+        transposed_(transposed),
+        image_(image) {}
+
+  // Where the product for a cut goes: (9 C, count).
+  at::Tensor product(const Workspace<T>& work, const Cut& cut) const {
+    return work.matrix(columns_ + carried(), 9 * image_.size(1), cut.count, stride_);
+  }
+
+  // The rows of the image that are known with this cut.
+  void add(const Cut& cut) {
+    const int64_t end = cut.first_row + cut.rows;
+    const int64_t first = by_rows_ && cut.first_row > 0 ? cut.first_row - 1 : cut.first_row;
+    const int64_t last = end == shape_.height ? end : end - 1;
+    cpu::shift_sum<T>(
+        {columns_, stride_, bias_, image_of<T>(image_), image_.size(1), shape_.height, shape_.width, cut.first_sample,
+         cut.samples, first, last - first, by_rows_ ? cut.first_row - 2 : 0, transposed_},
+        torch_threads());
+    if (end == shape_.height) return;
+    for (int64_t row = 0; row < 9 * image_.size(1); ++row) {
+      T* const data = columns_ + row * stride_;
+      std::copy(data + cut.count, data + cut.count + carried(), data);
+    }
+  }
+
+ private:
+  int64_t carried() const { return by_rows_ ? 2 * shape_.width : 0; }
+  static int64_t margin_of(const Shape& shape) {  // what shift_sum may read around its columns
+    return whole_lines<T>(shape.width + 1 + 64);
+  }
+  static int64_t stride_of(const Shape& shape, const std::vector<Cut>& cuts) {
+    return cuts[0].count + (cuts[0].rows != shape.height ? 2 * shape.width : 0);
+  }
+
+  const Shape& shape_;
+  int64_t stride_;
+  bool by_rows_;
+  T* columns_;
+  const T* bias_;
+  bool transposed_;
+  at::Tensor& image_;
+};
 
 // (9 C, hidden): the weight of a convolution whose nine shifts are summed after the product.
 at::Tensor by_shift(const at::Tensor& w3) { return w3.permute({0, 2, 3, 1}).reshape({9 * w3.size(0), w3.size(1)}); }
+
+bool starts_a_line(const void* data) { return data != nullptr && reinterpret_cast<std::uintptr_t>(data) % line == 0; }
 
 // net_out (N, C, H, W) and, if kept, both hidden layers after relu: one (hidden, pixels) matrix per cut, one behind the
 // other.
@@ -159,27 +224,30 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> coupling_net(const at::Tensor& x,
     using T = decltype(zero);
     const std::vector<Cut> cuts = cuts_of(shape, sizeof(T));
     if (cuts.empty() || shape.samples == 0) return;
-    const int64_t most = cuts[0].count, pixels = shape.pixels(), margin = margin_of(shape);
-    const int64_t hidden = keep ? 0 : shape.hidden1 + shape.hidden2;
-    Workspace<T> work(x.options(), (9 * shape.in + hidden) * most + 9 * shape.out * pixels + 2 * margin);
+    const int64_t most = cuts[0].count, sum_room = ShiftedSum<T>::elements(shape, shape.out, cuts);
+    Workspace<T> work(x.options(), {9 * shape.in * most, shape.hidden1 * most, shape.hidden2 * most, sum_room});
     T* const columns = work.take(9 * shape.in * most);
-    T* const room1 = work.take(keep ? 0 : shape.hidden1 * most);
-    T* const room2 = work.take(keep ? 0 : shape.hidden2 * most);
-    T* const shifted = work.take(9 * shape.out * pixels + 2 * margin) + margin;
+    T* const room1 = work.take(shape.hidden1 * most);
+    T* const room2 = work.take(shape.hidden2 * most);
+    ShiftedSum<T> sum(shape, cuts, work.take(sum_room), b3.const_data_ptr<T>(), false, out);
     for (const Cut& cut : cuts) {
-      T* const data1 = keep ? h1.mutable_data_ptr<T>() + shape.hidden1 * cut.begin : room1;
-      T* const data2 = keep ? h2.mutable_data_ptr<T>() + shape.hidden2 * cut.begin : room2;
+      T* const kept1 = keep ? h1.mutable_data_ptr<T>() + shape.hidden1 * cut.begin : nullptr;
+      T* const kept2 = keep ? h2.mutable_data_ptr<T>() + shape.hidden2 * cut.begin : nullptr;
+      T* const data1 = starts_a_line(kept1) ? kept1 : room1;
+      T* const data2 = starts_a_line(kept2) ? kept2 : room2;
       at::Tensor a1 = work.matrix(data1, shape.hidden1, cut.count, cut.count);
       at::Tensor a2 = work.matrix(data2, shape.hidden2, cut.count, cut.count);
-      at::Tensor last = work.matrix(shifted + cut.begin, 9 * shape.out, cut.count, pixels);
+      at::Tensor last = sum.product(work, cut);
       columns_of(x, cut, false, columns);
       at::mm_out(a1, m1, work.matrix(columns, 9 * shape.in, cut.count, cut.count));
       cpu::bias_relu(data1, b1.const_data_ptr<T>(), shape.hidden1, cut.count, torch_threads());
       at::mm_out(a2, m2, a1);
       cpu::bias_relu(data2, b2.const_data_ptr<T>(), shape.hidden2, cut.count, torch_threads());
       at::mm_out(last, m3, a2);
+      sum.add(cut);
+      if (keep && data1 != kept1) std::copy(data1, data1 + shape.hidden1 * cut.count, kept1);
+      if (keep && data2 != kept2) std::copy(data2, data2 + shape.hidden2 * cut.count, kept2);
     }
-    sum_of_shifts(shifted, b3.const_data_ptr<T>(), false, out);
   });
   return {out, h1, h2};
 }
@@ -213,14 +281,14 @@ std::vector<at::Tensor> coupling_net_backward(const at::Tensor& grad_out, const 
     using T = decltype(zero);
     const std::vector<Cut> cuts = cuts_of(shape, sizeof(T));
     if (cuts.empty() || shape.samples == 0) return;
-    const int64_t most = cuts[0].count, pixels = shape.pixels(), margin = margin_of(shape);
-    const int64_t rows = 9 * shape.in + 9 * shape.out + shape.hidden1 + shape.hidden2;
-    Workspace<T> work(x.options(), rows * most + 9 * shape.in * pixels + 2 * margin);
+    const int64_t most = cuts[0].count, sum_room = ShiftedSum<T>::elements(shape, shape.in, cuts);
+    Workspace<T> work(
+        x.options(), {9 * shape.in * most, 9 * shape.out * most, shape.hidden1 * most, shape.hidden2 * most, sum_room});
     T* const columns = work.take(9 * shape.in * most);
     T* const grad_columns = work.take(9 * shape.out * most);
     T* const grad1 = work.take(shape.hidden1 * most);
     T* const grad2 = work.take(shape.hidden2 * most);
-    T* const shifted = work.take(9 * shape.in * pixels + 2 * margin) + margin;
+    ShiftedSum<T> sum(shape, cuts, work.take(sum_room), nullptr, true, grad_x);
     bool first = true;
     for (const Cut& cut : cuts) {
       const T* const data1 = h1.const_data_ptr<T>() + shape.hidden1 * cut.begin;
@@ -235,8 +303,9 @@ std::vector<at::Tensor> coupling_net_backward(const at::Tensor& grad_out, const 
       cpu::relu_backward(grad2, data2, gb2.mutable_data_ptr<T>(), shape.hidden2, cut.count, torch_threads());
       at::mm_out(d1, m2.t(), d2);
       cpu::relu_backward(grad1, data1, gb1.mutable_data_ptr<T>(), shape.hidden1, cut.count, torch_threads());
-      at::Tensor last = work.matrix(shifted + cut.begin, 9 * shape.in, cut.count, pixels);
+      at::Tensor last = sum.product(work, cut);
       at::mm_out(last, m1.t(), d1);
+      sum.add(cut);
       if (want_weights) {
         columns_of(x, cut, false, columns);
         add_product(g3, d3, matrix(data2, shape.hidden2), first);
@@ -245,10 +314,10 @@ std::vector<at::Tensor> coupling_net_backward(const at::Tensor& grad_out, const 
       }
       first = false;
     }
-    sum_of_shifts<T>(shifted, nullptr, true, grad_x);
   });
   if (!want_weights) return {grad_x};
-  const at::Tensor g3_by_channel = g3.view({shape.out, 3, 3, shape.hidden2}).permute({0, 3, 1, 2}).contiguous();
+  at::Tensor g3_by_channel = at::empty(w3.sizes(), w3.options(), at::MemoryFormat::Contiguous);
+  g3_by_channel.copy_(g3.view({shape.out, 3, 3, shape.hidden2}).permute({0, 3, 1, 2}));
   return {grad_x, g1.view(w1.sizes()), gb1, g2.view(w2.sizes()), gb2, g3_by_channel, grad_out.sum({0, 2, 3})};
 }
 

@@ -22,7 +22,8 @@ at::Tensor channel_mix(const at::Tensor& x_in, const at::Tensor& matrix_in, cons
   const Squeeze squeeze = check_squeeze(squeeze_code, x_in);
   const bool squeezes = squeeze == Squeeze::input, unsqueezes = squeeze == Squeeze::output;
   const int64_t channels = squeezes ? 4 * x_in.size(1) : x_in.size(1);
-  check_matrix(matrix_in, offset_in, "x", x_in, channels);
+  check_matrix("matrix", matrix_in, "x", x_in, channels);
+  check_vector("offset", offset_in, "x", x_in, channels);
   const at::Tensor x = squeezes ? x_in : with_position_stride(x_in);
   const at::Tensor matrix = matrix_in.contiguous(), offset = offset_in.contiguous();
   at::Tensor u = squeezes     ? empty_output(x, squeezed_sizes(x))
@@ -58,7 +59,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> channel_mix_backward(const at::Te
   check_squeeze(squeezes ? 1 : 0, x_in);
   check_shape("grad_u", grad_u_in, squeezes ? at::IntArrayRef(squeezed_sizes(x_in)) : x_in.sizes());
   check_like("grad_u", grad_u_in, "x", x_in);
-  check_matrix(matrix_in, center_in ? *center_in : matrix_in.diagonal(), "x", x_in, grad_u_in.size(1));
+  check_matrix("matrix", matrix_in, "x", x_in, grad_u_in.size(1));
+  if (center_in) check_vector("center", *center_in, "x", x_in, grad_u_in.size(1));
   const at::Tensor added = check_added(added_in, "grad_u", grad_u_in);
   const at::Tensor x = squeezes ? x_in : with_position_stride(x_in), grad_u = with_position_stride(grad_u_in);
   const at::Tensor matrix = matrix_in.contiguous();

@@ -60,7 +60,7 @@ class MixSums {
       : channels_(channels), length_(shape.length), tiles_(shape.count()), blocks_(blocks_of(channels)) {
     padded_ = round_up(channels, lanes<T>);
     slot_size_ = round_up(blocks_.count * blocks_.rows * padded_ + channels, 16);
-    const int64_t fitting = larger(1, max_partial_bytes / static_cast<int64_t>(slot_size_ * sizeof(T)));
+    const int64_t fitting = larger(1, max_partial_bytes / larger(1, static_cast<int64_t>(slot_size_ * sizeof(T))));
     slots_ = smaller(smaller(max_slots, tiles_), fitting);
     memory_ = static_cast<T*>(thread_scratch(Scratch::partials, (room + slots_ * slot_size_) * sizeof(T)));
     partials_ = memory_ + room;

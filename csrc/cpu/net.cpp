@@ -102,10 +102,11 @@ void large_columns(const ColumnsArgs<T>& args, int64_t k) {
 }
 
 template <class T>
-void write_plane(const Image<T>& image, int64_t n, int64_t k, int64_t height, int64_t width, const T* from) {
-  T* const to = image.data + n * image.sample + k * image.channel;
-  for (int64_t h = 0; h < height; ++h)
-    for (int64_t w = 0; w < width; ++w) to[h * image.row + w * image.pixel] = from[h * width + w];
+void write_rows(const ShiftSumArgs<T>& args, int64_t n, int64_t k, const T* from) {
+  const Image<T>& image = args.image;
+  T* const to = image.data + (args.first_sample + n) * image.sample + k * image.channel + args.first_row * image.row;
+  for (int64_t r = 0; r < args.rows; ++r)
+    for (int64_t w = 0; w < args.width; ++w) to[r * image.row + w * image.pixel] = from[r * args.width + w];
 }
 
 template <class T>
@@ -123,9 +124,9 @@ void small_sum(const ShiftSumArgs<T>& args, int64_t n, int64_t k, T bias, const 
 template <class T>
 void large_sum(const ShiftSumArgs<T>& args, int64_t n, int64_t k, T bias, T* sum) {
   const int64_t width = args.width;
-  const T* const rows = args.columns + 9 * k * args.stride + n * args.height * width;
-  for (int64_t h = 0; h < args.height; ++h) {
-    T* const to = sum + h * width;
+  const T* const rows = args.columns + 9 * k * args.stride + (n * args.height - args.columns_row) * width;
+  for (int64_t h = args.first_row; h < args.first_row + args.rows; ++h) {
+    T* const to = sum + (h - args.first_row) * width;
     for (int64_t w = 0; w < width; ++w) to[w] = bias;
     for (int64_t s = 0; s < 9; ++s) {
       const int64_t down = s / 3 - 1, right = s % 3 - 1;
@@ -162,10 +163,10 @@ void shift_columns(const ColumnsArgs<T>& args, const Threads& threads) {
 // after.
 template <class T>
 void shift_sum(const ShiftSumArgs<T>& args, const Threads& threads) {
-  const int64_t positions = args.height * args.width;
+  const int64_t positions = args.rows * args.width;
   if (positions == 0) return;
   parallel(threads, args.samples * args.channels, grain_of(9 * positions), [&](int64_t begin, int64_t end) {
-    const bool is_small = positions <= small_plane;
+    const bool is_small = positions <= small_plane && args.rows == args.height;
     const int64_t padded = round_up(positions, lanes<T>);
     const int64_t masks = is_small ? Shifts<T>::elements(positions) : 0;
     T* const memory = static_cast<T*>(thread_scratch(Scratch::tile, (padded + masks) * sizeof(T)));
@@ -178,7 +179,7 @@ void shift_sum(const ShiftSumArgs<T>& args, const Threads& threads) {
       } else {
         large_sum(args, n, k, bias, memory);
       }
-      write_plane(args.image, n, k, args.height, args.width, memory);
+      write_rows(args, n, k, memory);
     }
   });
 }

@@ -2,9 +2,16 @@
 
 from pyglow_fast.coupling_nets.halo import check_halo
 from pyglow_fast.coupling_nets.plan import Chunk, ChunkPlan, plan_chunks
-from pyglow_fast.coupling_nets.run import check_leaves, plain_call, run_net, run_net_backward
-from pyglow_fast.coupling_nets.state import GeneratorState, RunState, captured_autocast, training_modes
-from pyglow_fast.coupling_nets.traits import check_net
+from pyglow_fast.coupling_nets.run import plain_call, run_net, run_net_backward
+from pyglow_fast.coupling_nets.state import (
+    GeneratorState,
+    RunState,
+    captured_autocast,
+    check_repeated,
+    output_sums,
+    training_modes,
+)
+from pyglow_fast.coupling_nets.traits import check_net, is_deterministic
 
 __all__ = [
     "Chunk",
@@ -13,8 +20,10 @@ __all__ = [
     "RunState",
     "captured_autocast",
     "check_halo",
-    "check_leaves",
     "check_net",
+    "check_repeated",
+    "is_deterministic",
+    "output_sums",
     "plain_call",
     "plan_chunks",
     "run_net",

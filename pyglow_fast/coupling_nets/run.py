@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from pyglow_fast._derivatives import check_leaves
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.plan import Chunk, ChunkPlan
 from pyglow_fast.coupling_nets.state import without_autocast_cache
@@ -74,29 +75,6 @@ def run_net(net: nn.Module, x1: Tensor, cond: Tensor | None, plan: ChunkPlan, ca
             chunk.outputs(net_out).copy_(part)
     assert net_out is not None  # for the type checker: a plan has a chunk
     return net_out
-
-
-def check_leaves(net_out: Tensor, known: Sequence[Tensor]) -> None:
-    """Refuse a net output through whose graph a gradient would reach other tensors than the known ones.
-
-    Raises:
-        ValueError: with the shape of such a tensor.
-    """
-    ends = [tensor.grad_fn for tensor in known if tensor.grad_fn is not None]  # kept: ids are unique among the living
-    seen, known_ids = {id(node) for node in ends}, {id(tensor) for tensor in known}
-    waiting: list[Any] = [] if net_out.grad_fn is None else [net_out.grad_fn]
-    visited = []
-    while waiting:
-        node = waiting.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        visited.append(node)
-        if node.name() == "torch::autograd::AccumulateGrad":
-            leaf = node.variable
-            expected = "no tensors that require a gradient but its parameters and inputs"
-            expect(id(leaf) in known_ids, "net", expected, f"one of shape {tuple(leaf.shape)} in its graph")
-        waiting.extend(following for following, _ in node.next_functions if following is not None)
 
 
 def _leaf(x: Tensor, chunk: Chunk, requires_grad: bool) -> Tensor:
@@ -168,6 +146,8 @@ class _InputSum:
         self.total = None if like is None or whole else torch.zeros_like(like)
 
     def add(self, chunk: Chunk, gradient: Tensor | None) -> None:
+        if self.like is None:
+            return
         if self.whole:
             self.total = gradient
         elif self.total is not None and gradient is not None:

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast._errors import expect
+from pyglow_fast._errors import can_read, expect
+
+REPEAT_TOLERANCE = 0.01  # of the norm of a net's output
 
 
 def _autocast_is_on(device_type: str) -> bool:
@@ -63,7 +65,7 @@ def captured_autocast(device_type: str) -> Callable[[], contextlib.AbstractConte
 class GeneratorState:
     """The states of torch's default generators, of the CPU and, for tensors on CUDA, of their device.
 
-    They are shared by all threads: nets with dropout must not run in two threads at a time.
+    They are shared by all threads: nets that are not known to be deterministic must not run in two threads at a time.
 
     Attributes:
         cpu: as ``torch.get_rng_state`` gives it, 5 kB.
@@ -77,9 +79,20 @@ class GeneratorState:
 
     @classmethod
     def capture(cls, device: torch.device) -> GeneratorState:
-        """The states of now, for nets that run on ``device``. No synchronisation with the device."""
+        """The states of now, for nets that run on ``device``. No synchronisation with the device.
+
+        Raises:
+            ValueError: a CUDA graph is being captured, where the device's generator has no state to be read.
+        """
         if device.type != "cuda":
             return cls(torch.get_rng_state(), None, None)
+        expect(
+            not torch.cuda.is_current_stream_capturing(),
+            "net",
+            "one of torch's modules without dropout, or one that states deterministic = True, to be run again "
+            "within a CUDA graph",
+            "another",
+        )
         return cls(torch.get_rng_state(), device, torch.cuda.get_rng_state(device))
 
     def moved(self) -> bool:
@@ -115,11 +128,24 @@ def training_modes(net: nn.Module) -> tuple[bool, ...]:
     return tuple(module.training for module in net.modules())
 
 
-def _buffer_versions(net: nn.Module) -> dict[str, tuple[int, int]]:
-    versions = {}
-    for name, buffer in net.named_buffers():
-        versions[name] = (id(buffer), 0 if buffer.is_inference() else buffer._version)
-    return versions
+_Buffers = dict[str, tuple[Tensor, int]]
+
+
+def _buffers(net: nn.Module) -> _Buffers:
+    """The net's buffers and their versions."""
+    return {name: (buffer, 0 if buffer.is_inference() else buffer._version) for name, buffer in net.named_buffers()}
+
+
+def _changed(before: _Buffers, after: _Buffers) -> list[str]:
+    """The names of those that are others, or were written to."""
+
+    def same(name: str) -> bool:
+        if name not in before or name not in after:
+            return False
+        (one, version), (other, now) = before[name], after[name]
+        return one is other and version == now
+
+    return sorted(name for name in before.keys() | after.keys() if not same(name))
 
 
 @dataclass(frozen=True)
@@ -129,26 +155,33 @@ class RunState:
     Attributes:
         modes: of :func:`training_modes`: between forward and backward the net may have been switched to evaluation.
         generators: before the run; None if it drew no random numbers.
+        buffers: of the net, which a repetition must find as they were.
         autocast: makes the context that it ran in.
     """
 
     modes: tuple[bool, ...]
     generators: GeneratorState | None
+    buffers: _Buffers
     autocast: Callable[[], contextlib.AbstractContextManager[None]]
 
     @classmethod
-    def after(cls, net: nn.Module, before: GeneratorState, device: torch.device) -> RunState:
-        """Of a run that has just ended on ``device``, given the generators before it."""
-        return cls(training_modes(net), before if before.moved() else None, captured_autocast(device.type))
+    def after(cls, net: nn.Module, before: GeneratorState | None, device: torch.device) -> RunState:
+        """Of a run that has just ended on ``device``, given the generators before it, unless it cannot have drawn."""
+        drew = before is not None and before.moved()
+        return cls(training_modes(net), before if drew else None, _buffers(net), captured_autocast(device.type))
 
     @contextlib.contextmanager
     def restored(self, net: nn.Module) -> Iterator[None]:
         """Inside, a run of the net repeats the one of this state.
 
         Raises:
-            ValueError: the run changed a buffer of the net, so that it was no repetition (at the exit).
+            ValueError: a buffer of the net is not what it was in that run (at the entry), or this run has changed one
+                (at the exit): it would be, or was, no repetition.
         """
-        modules, now, versions = list(net.modules()), training_modes(net), _buffer_versions(net)
+        modules, now = list(net.modules()), training_modes(net)
+        changed = _changed(self.buffers, _buffers(net))
+        expected = "the buffers that its forward ran with, as it is run again in the backward"
+        expect(not changed, "net", expected, f"{changed} changed since")
         switched = now != self.modes
         with self.autocast(), contextlib.nullcontext() if self.generators is None else self.generators.replayed():
             try:
@@ -158,8 +191,7 @@ class RunState:
             finally:
                 if switched:
                     _set_modes(modules, now)
-        after = _buffer_versions(net)
-        changed = sorted(name for name in after.keys() | versions.keys() if after.get(name) != versions.get(name))
+        changed = _changed(self.buffers, _buffers(net))
         expected = "buffers that a run leaves as they are (it runs twice, maybe in chunks); .eval() it"
         expect(not changed, "net", expected, f"{changed} changed")
 
@@ -167,3 +199,25 @@ class RunState:
 def _set_modes(modules: list[nn.Module], modes: tuple[bool, ...]) -> None:
     for module, mode in zip(modules, modes, strict=True):
         module.training = mode
+
+
+def output_sums(net_out: Tensor) -> Tensor:
+    """What tells an output from another one: the sums of the output and of its square, per sample, (N, 2), float64."""
+    flat = net_out.detach().flatten(1).double()
+    return torch.stack([flat.sum(1), flat.square().sum(1)], dim=1)
+
+
+def check_repeated(before: Tensor, again: Tensor, what: str = "net") -> None:
+    """Refuse a net whose output has another sum than in the forward.
+
+    Rounding changes the sum of n values by about eps sqrt(n) of their size, other random numbers by about sqrt(n): a
+    hundredth tells them apart. Where reading a value would stop a stream, nothing is read.
+
+    Raises:
+        ValueError: with the samples for which it has.
+    """
+    if can_read(before):
+        differs = (again[:, 0] - before[:, 0]).abs() > REPEAT_TOLERANCE * before[:, 1].maximum(again[:, 1]).sqrt()
+        samples = differs.nonzero().flatten().tolist()
+        expected = "the same output when it is run again in the backward (random numbers of torch's default generators)"
+        expect(not samples, what, expected, f"another one in samples {samples[:8]}")

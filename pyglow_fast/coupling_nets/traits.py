@@ -5,6 +5,8 @@ A net is any ``nn.Module`` called as ``net(x1)`` or ``net(x1, cond)``: (N, C1, *
 
 - ``halo``: int, how many positions to each side, in every spatial dimension, an output position depends on: the sum of
   dilation (kernel_size - 1) / 2 over its convolutions. A net that states none is never cut inside a sample.
+- ``deterministic``: True if it gives the same output when run again, whatever the state of random generators. Nets of
+  torch's and of our own modules alone are known to be, but for dropout and the like.
 - ``bytes_per_position(element_size) -> int``: the most bytes of activations, per sample and position, that are alive at
   one time during its forward and backward. For a net without it, see :func:`bytes_per_position`.
 """
@@ -82,10 +84,32 @@ def draws_random_numbers(net: nn.Module) -> bool:
     return any(draws(module) for module in net.modules())
 
 
+def has_known_modules(net: nn.Module) -> bool:
+    """Whether it is made of torch's and our own modules alone, without hooks: no code that we cannot know."""
+
+    def known(module: nn.Module) -> bool:
+        home = type(module).__module__
+        hooks = module._forward_hooks or module._forward_pre_hooks
+        return home.startswith(("torch.nn.modules.", "pyglow_fast.")) and not hooks
+
+    return all(known(module) for module in net.modules())
+
+
+def is_deterministic(net: nn.Module) -> bool:
+    """Whether the net states it, or is made of known modules alone of which none draws random numbers."""
+    stated = getattr(net, "deterministic", None)
+    if stated is not None:
+        expect(isinstance(stated, bool), "net.deterministic", "a bool or None", repr(stated))
+        return bool(stated)
+    return has_known_modules(net) and not draws_random_numbers(net)
+
+
 def mixes_positions(net: nn.Module) -> bool:
-    """Whether a submodule normalises over all positions of a sample, so that a strip alone gives something else."""
-    norms = (nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
-    return any(isinstance(module, norms) for module in net.modules())
+    """Whether a strip alone gives something else: normalised over all positions, or padded with the far side."""
+    norms = (nn.GroupNorm, nn.modules.instancenorm._InstanceNorm, nn.modules.padding._CircularPadNd)
+    return any(
+        isinstance(module, norms) or getattr(module, "padding_mode", "zeros") == "circular" for module in net.modules()
+    )
 
 
 def check_net(net: nn.Module) -> None:

@@ -48,7 +48,17 @@ class ActNorm(FlowLayer):
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("initialized", torch.tensor(False))
         # The buffer travels with the weights; the hot path reads this host copy, since the buffer may be on a GPU.
-        self.is_initialized = False
+        self._known_initialized = False
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether the parameters were set from data, here or where the weights come from.
+
+        While they seem not to be, the buffer is asked: another rank may have broadcast it.
+        """
+        if not self._known_initialized and not torch.compiler.is_compiling() and not self.initialized.is_meta:
+            self._known_initialized = bool(self.initialized)
+        return self._known_initialized
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x -> z; initialises first if this is a training forward of a fresh layer."""
@@ -91,11 +101,11 @@ class ActNorm(FlowLayer):
         self.bias.copy_(-mean)
         self.log_scale.copy_(torch.where(constant, torch.zeros_like(std), -(std + self.eps).log()))
         self.initialized.fill_(True)
-        self.is_initialized = True
+        self._known_initialized = True
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.is_initialized = bool(self.initialized)
+        self._known_initialized = False  # the buffer tells
 
     def extra_repr(self) -> str:
         """Channels, for repr."""

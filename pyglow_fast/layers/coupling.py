@@ -8,10 +8,9 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
-from pyglow_fast.coupling_nets import ChunkPlan
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.coupling_net import CouplingNet
-from pyglow_fast.layers.net_runner import NetRunner
+from pyglow_fast.layers.net_runner import NetRunner, Plans
 from pyglow_fast.reference import KINDS, ORDERS, SCALE_MAPS, CouplingSpec
 
 MAX_CLAMP = 80.0  # log s of the tanh and atan maps stays below it, and exp(80) is finite in float32
@@ -54,7 +53,8 @@ class Coupling(FlowLayer):
             to (N, C/2, *spatial): shift (additive).
         kind: "affine" or "additive".
         scale_map: "sigmoid": s = sigmoid(raw + scale_bias) + scale_eps; "exp"; "tanh": exp(clamp tanh(raw / clamp));
-            "atan": exp(clamp 0.636 atan(raw)); or a callable raw -> (s, log s), which runs on the reference path.
+            "atan": exp(clamp 0.636 atan(raw)); or a callable raw -> (s, log s), which runs on the reference path (a
+            module with parameters trains in memory mode "store" only; the other modes refuse it).
         scale_bias, scale_eps: of the sigmoid map.
         scale_clamp: of the tanh and atan maps.
         order: "shift_scale" (Glow) or "scale_shift" (nflows, FrEIA).
@@ -83,7 +83,9 @@ class Coupling(FlowLayer):
         super().__init__()
         self.spec = coupling_spec(kind, scale_map, scale_bias, scale_eps, scale_clamp, order)
         self.net = net
-        self._plans: dict[tuple[object, ...], ChunkPlan] = {}
+        if isinstance(scale_map, nn.Module):
+            self.scale_module = scale_map  # its parameters are the model's
+        self._plans: Plans = {}
 
     def kept_half(self, x: Tensor) -> Tensor:
         """The half of the channels that the net reads and the coupling leaves as they are."""

@@ -112,11 +112,20 @@ class CouplingNet(nn.Module):
 
     def folded_weights(self) -> list[Tensor]:
         """w1, b1, w2, b2, w3, b3 of the plain net that this one is, ActNorms and gain folded in."""
-        return ExplicitCouplingNet(dict(self.named_parameters())).folded
+        # By attribute, so that parametrizations, pruning and torch.func.functional_call have their say.
+        return ExplicitCouplingNet({name: self._value(name) for name in self._parameter_names()}).folded
+
+    def _value(self, name: str) -> Tensor:
+        module, _, attribute = name.rpartition(".")
+        value: Tensor = getattr(self.get_submodule(module), attribute)
+        return value
 
     def explicit(self, x1: Tensor, params: Mapping[str, Tensor]) -> ExplicitCouplingNet | None:
         """The net on those parameters without autograd, where it runs as matrix products of ours; else None."""
-        hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        hooks = any(
+            part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+            for part in self.modules()
+        )
         plain = type(self) is CouplingNet and not hooks and params.keys() == self._parameter_names()
         return ExplicitCouplingNet(params) if plain and functional.net_as_products(x1) else None
 
@@ -131,7 +140,18 @@ class CouplingNet(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """x, cond -> shift and raw scale (or shift alone)."""
-        return functional.coupling_net(self._with_condition(x, cond), *self.folded_weights())
+        x = self._with_condition(x, cond)
+        if any(part._forward_hooks or part._forward_pre_hooks for part in self.children()):
+            return self._layer_by_layer(x)
+        return functional.coupling_net(x, *self.folded_weights())
+
+    def _layer_by_layer(self, x: Tensor) -> Tensor:
+        """The same with every layer called, as hooks on them want it (torch.nn.utils.prune sets weights by such)."""
+        for conv, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
+            x = conv(x)
+            x = (norm(x)[0] if isinstance(norm, ActNorm) else x).relu()
+        out: Tensor = self.conv3(x) * (3.0 * self.log_gain).exp()
+        return out
 
     def bytes_per_position(self, element_size: int) -> int:
         """The most bytes of activations alive in forward and backward, per sample and position.

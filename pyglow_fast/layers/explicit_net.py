@@ -52,8 +52,10 @@ class ExplicitCouplingNet:
         w1, _, w2, _, w3, _ = self.folded
         want = any(parameter.requires_grad for parameter in self.params.values())
         grad_x, *grads = ops.coupling_net_backward(grad_out, *kept, w1, w2, w3, want)
-        grad_cond = grad_x[:, channels:] if grad_x.shape[1] > channels else None
-        return grad_x[:, :channels], grad_cond, self._unfolded(grads) if want else {}
+        grad_cond = None
+        if grad_x.shape[1] > channels:  # a copy, as one of the two may be kept when the other is not
+            grad_x, grad_cond = grad_x[:, :channels], grad_x[:, channels:].contiguous()
+        return grad_x, grad_cond, self._unfolded(grads) if want else {}
 
     def _unfolded(self, grads: list[Tensor]) -> dict[str, Tensor]:
         """From the gradients of the folded weights and biases to those of the parameters."""

@@ -43,6 +43,28 @@ def _stacked_weights(layers: Sequence[ChannelLinear]) -> tuple[Tensor, Tensor]:
     return torch.stack([weight for weight, _ in pairs]), torch.stack([log_det for _, log_det in pairs])
 
 
+def runs_fused(step: nn.Module) -> bool:
+    """Whether a step is a FlowStep whose parts do what theirs do, so that it may be joined with its neighbours.
+
+    Not where a subclass overrides a method (a parametrized class does not), nor with hooks that would not be called.
+    """
+    if not isinstance(step, FlowStep):
+        return False
+    permutation = step.permutation
+    kind = InvConv if isinstance(permutation, InvConv) else Permute
+    pairs: tuple[tuple[nn.Module, type, tuple[str, ...]], ...] = (
+        (step, FlowStep, ("forward", "inverse")),
+        (step.actnorm, ActNorm, ("forward", "inverse")),
+        (permutation, kind, ("forward", "inverse", "weight_and_log_det")),
+        (step.coupling, Coupling, ("forward", "inverse", "run_net", "run_net_forward", "kept_half", "runner")),
+    )
+    return all(
+        all(getattr(type(part), name, None) is getattr(own, name) for name in names)
+        and not (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
+        for part, own, names in pairs
+    )
+
+
 def fold_steps(steps: Sequence[FlowStep]) -> list[ChannelMap]:
     """The channel maps of K steps of one width, computed in one batch: parameter-sized work, no per-step kernels."""
     weight, weight_log_det = _stacked_weights([step.permutation for step in steps])

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyglow_fast._derivatives import check_leaves, differentiable_once
 from pyglow_fast._errors import expect
-from pyglow_fast.coupling_nets import GeneratorState, RunState, check_leaves, check_net
+from pyglow_fast.coupling_nets import GeneratorState, RunState, check_net, check_repeated, is_deterministic, output_sums
 from pyglow_fast.reversible import Part
 from pyglow_fast.reversible.drift import Witness, anchor_drift, lowest_precision
-from pyglow_fast.reversible.limits import call_untraced, differentiable_once, refuse_transforms
+from pyglow_fast.reversible.limits import call_untraced, refuse_transforms
 from pyglow_fast.reversible.walk import Walk
 
 
@@ -69,7 +70,7 @@ class _ModuleWalk(Walk):
         params: Sequence[Sequence[Tensor]],
         anchors: dict[int, Tensor],
         witnesses: Sequence[Witness],
-        memos: Sequence[RunState],
+        memos: Sequence[tuple[RunState, Tensor | None]],
         lowest: torch.dtype,
         grad_log_det: Tensor,
     ) -> None:
@@ -78,16 +79,15 @@ class _ModuleWalk(Walk):
         self.chain, self.cond, self.params, self.witnesses, self.memos = chain, cond, params, witnesses, memos
         self.grad_log_det = grad_log_det
         self.grad_params: list[tuple[Tensor | None, ...]] = [()] * n
-        self.grad_conds: list[Tensor | None] = [None] * n
 
     def _repeated(self, k: int, run: Callable[[], Any]) -> Any:
-        with self.memos[k].restored(self.chain.steps[k]):
+        with self.memos[k][0].restored(self.chain.steps[k]):
             return run()
 
     def invert(self, k: int, y: Tensor, grad_y: Tensor, anchor: Tensor | None) -> tuple[Tensor, Tensor]:
         """The module's inverse, then its forward with gradients."""
         x, _ = self._repeated(k, partial(self.chain.call, k, y, self.cond, self.params[k], True))
-        return x, self.differentiate(k, x if anchor is None else anchor, grad_y)
+        return x, self.differentiate(k, x if anchor is None else anchor, grad_y, anchor is not None)
 
     def drift(self, k: int, x: Tensor, anchor: Tensor | None) -> Tensor:
         """Of the input itself."""
@@ -101,16 +101,22 @@ class _ModuleWalk(Walk):
                 self._repeated(k, partial(self.chain.call, k, inputs[-1], self.cond, self.params[k], False))[0]
             )
         for k in reversed(range(first, last + 1)):
-            grad = self.differentiate(k, inputs[k - first], grad)
+            grad = self.differentiate(k, inputs[k - first], grad, True)
         return grad
 
-    def differentiate(self, k: int, x: Tensor, grad_y: Tensor) -> Tensor:
-        """The gradient of step k's input; those of its parameters and of cond go to their slots."""
+    def differentiate(self, k: int, x: Tensor, grad_y: Tensor, same_x: bool) -> Tensor:
+        """The gradient of step k's input; those of its parameters and of cond go to their slots.
+
+        same_x: x is the very input of the forward.
+        """
         leaf = x.detach().requires_grad_()
         params = [parameter.detach().requires_grad_(parameter.requires_grad) for parameter in self.params[k]]
         cond = None if self.cond is None else self.cond.detach().requires_grad_(self.cond.requires_grad)
         with torch.enable_grad():
             y, log_det = self._repeated(k, partial(self.chain.call, k, leaf, cond, params, False))
+        sums = self.memos[k][1]
+        if sums is not None and same_x:
+            check_repeated(sums, output_sums(y), f"steps[{k + self.part.first}]")
         slots = [leaf, cond, *params]
         wanted = [slot for slot in slots if slot is not None and slot.requires_grad]
         for output in (y, log_det):
@@ -118,9 +124,8 @@ class _ModuleWalk(Walk):
         pairs = [(o, g) for o, g in ((y, grad_y), (log_det, self.grad_log_det)) if o.requires_grad]
         outputs, grads = [o for o, _ in pairs], [g.to(o.dtype) for o, g in pairs]
         found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
-        grad_x, self.grad_conds[k], *rest = [
-            next(found) if slot is not None and slot.requires_grad else None for slot in slots
-        ]
+        grad_x, grad_cond, *rest = [next(found) if slot is not None and slot.requires_grad else None for slot in slots]
+        self.cond_sum.put(grad_cond)
         self.grad_params[k] = tuple(rest)
         return torch.zeros_like(x) if grad_x is None else grad_x
 
@@ -149,14 +154,16 @@ class _RunModules(torch.autograd.Function):
             if not keeps_states:
                 witness = Witness.of(z)
                 witnesses += [witness.projection, witness.norm]
-            before = GeneratorState.capture(x.device)
+            known = is_deterministic(chain.steps[k])
+            before = None if known else GeneratorState.capture(x.device)
             version = z._version
             outputs = chain.call(k, z, cond, by_step[k], inverse=False)
             _check_outputs(k, outputs, z.shape[0])
             expect(z._version == version, f"steps[{k}]", "a forward that leaves its input as it is", "one that writes")
             # A step may hand its input on as it is; an output of a function must be its own.
             z, step_log_det = outputs[0] if outputs[0] is not x else x.clone(), outputs[1]
-            memos.append(RunState.after(chain.steps[k], before, x.device))
+            state = RunState.after(chain.steps[k], before, x.device)
+            memos.append((state, None if known else output_sums(z)))
             lowest = lowest_precision(lowest, z)
             log_det = log_det + step_log_det
         ctx.lowest = lowest
@@ -185,8 +192,6 @@ class _RunModules(torch.autograd.Function):
             chain.part.whole.checkpointed(chain.part.first)
             grad_x = grad_z
             for k in reversed(range(len(chain.steps))):
-                grad_x = walk.differentiate(k, x if k == 0 else anchors[k], grad_x)
-        found = [grad for grad in walk.grad_conds if grad is not None]
-        grad_cond = torch.stack(found).sum(0) if found else None
-        grads = (grad_x, grad_cond, *[grad for step in walk.grad_params for grad in step])
+                grad_x = walk.differentiate(k, x if k == 0 else anchors[k], grad_x, True)
+        grads = (grad_x, walk.cond_sum.result(), *[grad for step in walk.grad_params for grad in step])
         return (None, *map(walk.accepted, grads))

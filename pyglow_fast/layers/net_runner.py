@@ -15,12 +15,17 @@ from pyglow_fast.coupling_nets import (
     GeneratorState,
     RunState,
     check_net,
+    check_repeated,
+    output_sums,
     plan_chunks,
     run_net,
     run_net_backward,
     training_modes,
 )
+from pyglow_fast.coupling_nets.traits import bytes_per_position, halo_of, is_deterministic
 from pyglow_fast.layers.coupling_net import CouplingNet
+
+Plans = dict[tuple[object, ...], tuple[nn.Module, ChunkPlan]]
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ class Memo:
 
     plan: ChunkPlan
     state: RunState
+    sums: Tensor | None  # of the output, (N, 2); None if the net is known to repeat
 
 
 class NetRunner:
@@ -38,14 +44,19 @@ class NetRunner:
         net: the module.
         width: channels that its output must have, per channel of x1.
         budget: bytes of activations, or "auto".
-        plans: how inputs of known shapes are cut, filled as they come.
+        plans: how inputs of known shapes are cut, by which net, filled as they come.
 
     Raises:
-        ValueError: a BatchNorm in training mode and the like, an output of the wrong shape.
+        ValueError: a BatchNorm in training mode and the like, an output of the wrong shape; in the backward, a net that
+            gives another output when it is run again.
     """
 
     def __init__(
-        self, net: nn.Module, width: int, budget: str | int, plans: dict[tuple[object, ...], ChunkPlan]
+        self,
+        net: nn.Module,
+        width: int,
+        budget: str | int,
+        plans: Plans,
     ) -> None:
         self.net, self.width, self.budget, self._plans = net, width, budget, plans
         named = list(net.named_parameters())
@@ -61,11 +72,14 @@ class NetRunner:
             x1.device.type,
             cond_channels,
             training_modes(self.net),
+            halo_of(self.net),
+            bytes_per_position(self.net, x1.shape[1] + cond_channels, x1.element_size()),
             random,
         )
-        if key not in self._plans:
+        net, plan = self._plans.get(key, (None, None))
+        if net is not self.net or plan is None:
             check_net(self.net)
-            self._plans[key] = plan_chunks(
+            plan = plan_chunks(
                 self.net,
                 x1.shape,
                 x1.element_size(),
@@ -74,7 +88,8 @@ class NetRunner:
                 cond_channels=cond_channels,
                 random=random,
             )
-        return self._plans[key]
+            self._plans[key] = (self.net, plan)
+        return plan
 
     def _call(self, params: Sequence[Tensor]) -> Callable[[Tensor, Tensor | None], Tensor]:
         own = all(given is mine for given, mine in zip(params, self.params, strict=True))
@@ -96,15 +111,20 @@ class NetRunner:
 
     def forward(self, x1: Tensor, cond: Tensor | None, params: Sequence[Tensor]) -> tuple[Tensor, Memo]:
         """net(x1, cond) without a record, and what repeats it."""
-        plan, before = self._plan(x1, cond), GeneratorState.capture(x1.device)
+        plan, known = self._plan(x1, cond), is_deterministic(self.net)
+        before = None if known else GeneratorState.capture(x1.device)
         net_out = run_net(self.net, x1, cond, plan, self._call(params))
         state = RunState.after(self.net, before, x1.device)
-        if state.generators is not None and any(chunk.rows != chunk.taken for chunk in plan.chunks):
+        if (
+            before is not None
+            and state.generators is not None
+            and any(chunk.rows != chunk.taken for chunk in plan.chunks)
+        ):
             # A net that draws random numbers without saying so, cut into strips: their halos drew others. Once more.
             plan = self._plan(x1, cond, random=True)
             with before.replayed():
                 net_out = run_net(self.net, x1, cond, plan, self._call(params))
-        return net_out, Memo(plan, state)
+        return net_out, Memo(plan, state, None if known else output_sums(net_out))
 
     def repeat(self, x1: Tensor, cond: Tensor | None, params: Sequence[Tensor], memo: Memo) -> Tensor:
         """The output of :meth:`forward` again."""
@@ -119,8 +139,16 @@ class NetRunner:
         memo: Memo,
         consume: Callable[[Tensor, Chunk], Tensor],
         needs_cond: bool,
+        same_x1: bool,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
-        """Gradients of x1, cond and params, the net run once more."""
+        """Gradients of x1, cond and params, the net run once more; same_x1: on the very input of the forward."""
+        seen = None if memo.sums is None or not same_x1 else torch.zeros_like(memo.sums)
+
+        def watched(net_out: Tensor, chunk: Chunk) -> Tensor:
+            if seen is not None:
+                seen[chunk.samples] += output_sums(net_out)
+            return consume(net_out, chunk)
+
         # Aliases: hooks that someone has put on a parameter belong to the outer backward.
         leaves = [parameter.detach().requires_grad_(parameter.requires_grad) for parameter in params]
         by_name = dict(zip(self.names, leaves, strict=True))
@@ -133,11 +161,13 @@ class NetRunner:
                 x1,
                 cond,
                 memo.plan,
-                consume,
+                watched,
                 wanted,
                 needs_cond=needs_cond and cond is not None,
                 explicit=None if explicit is None else (explicit, names),
             )
+        if seen is not None and memo.sums is not None:
+            check_repeated(memo.sums, seen)
         assert grad_x1 is not None  # asked for
         values = iter(found)
         return grad_x1, grad_cond, tuple(next(values) if leaf.requires_grad else None for leaf in leaves)

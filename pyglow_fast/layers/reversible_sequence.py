@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from pyglow_fast import functional
 from pyglow_fast._errors import can_read, expect
 from pyglow_fast.coupling_nets.plan import budget_bytes
+from pyglow_fast.coupling_nets.traits import has_known_modules
 from pyglow_fast.layers._base import FlowLayer, check_input
-from pyglow_fast.layers.flow_step import FlowStep, fold_steps, run_steps, run_steps_inverse
+from pyglow_fast.layers.flow_step import FlowStep, fold_steps, run_steps, run_steps_inverse, runs_fused
 from pyglow_fast.layers.module_chain import ModuleChain
 from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.reversible import Chain, DriftControl, Pass, run_chain
@@ -32,11 +33,12 @@ class ReversibleSequence(FlowLayer):
       a step, as in "checkpoint". What has drifted beyond the tolerance is found and redone by checkpointing, so that
       the gradient is right in any case; the anchors' spacing adapts (see docs/memory.md).
 
-    In the last two, and always without gradients, the coupling nets run in chunks of samples and rows, so that their
-    activations stay within ``memory_budget``.
+    In the last two, and always without gradients, the coupling nets of FlowSteps run in chunks of samples and rows, so
+    that their activations stay within ``memory_budget``. FlowSteps are joined where they are as they come: with methods
+    overridden in a subclass, with hooks on them, or among other modules, they run one by one, and their nets whole.
 
     Args:
-        steps: FlowSteps of one width (fused), or any modules with ``forward(x, cond=None) -> (z, log_det)`` and
+        steps: FlowSteps of one width, or any modules with ``forward(x, cond=None) -> (z, log_det)`` and
             ``inverse``; their parameters must be theirs alone and their output a function of the input.
         memory: a mode.
         anchor_every: steps between stored states: "auto", an int, or None for none but the input.
@@ -71,8 +73,7 @@ class ReversibleSequence(FlowLayer):
             invertible = isinstance(step, nn.Module) and callable(getattr(step, "inverse", None))
             expect(invertible, f"steps[{i}]", "a module with forward and inverse", type(step).__name__)
             self.add_module(str(i), step)
-        self._fused = all(isinstance(step, FlowStep) for step in steps)
-        if self._fused:
+        if all(isinstance(step, FlowStep) for step in steps):
             widths = {cast(FlowStep, step).channels for step in steps}
             expect(len(widths) == 1, "steps", "FlowSteps of one width", sorted(widths))
         self.control = DriftControl(len(steps), anchor_every, tolerance, deferred_check)
@@ -113,11 +114,11 @@ class ReversibleSequence(FlowLayer):
         return [step for step in self if isinstance(step, FlowStep)]
 
     def forward(self, x: Tensor, cond: Tensor | None = None, squeeze_first: bool = False) -> tuple[Tensor, Tensor]:
-        """x -> z. squeeze_first (FlowSteps only): x (N, C / 2^d, *(2 spatial)) is squeezed as it is read."""
-        expect(
-            self._fused or not squeeze_first, "squeeze_first", "False, as not all steps are FlowSteps", squeeze_first
-        )
-        if self._fused and not squeeze_first:
+        """x -> z. squeeze_first: x (N, C / 2^d, *(2 spatial)) is squeezed, by FlowSteps as it is read."""
+        fused = all(runs_fused(step) for step in self)
+        if squeeze_first and not fused:
+            x, squeeze_first = functional.squeeze(x), False
+        if fused and not squeeze_first:
             first = self.flow_steps()[0]
             with refused_alike(first.actnorm.bias.device, lambda: self.training and not self._is_initialized()):
                 check_input("x", x, first.channels, first.actnorm.bias)
@@ -129,11 +130,14 @@ class ReversibleSequence(FlowLayer):
             or any(parameter.requires_grad for parameter in self.parameters())
         )
         recomputes = records and self.memory != "store"
-        if not self._fused:
+        if not fused:
             return self._run_modules(x, cond, recomputes)
         steps = self.flow_steps()
         if not recomputes:
-            budget = None if records or torch.compiler.is_compiling() else self.memory_budget
+            # Without a record the nets run in chunks. A net of the user's may use other tensors that want one.
+            unknown = torch.is_grad_enabled() and not all(has_known_modules(step) for step in steps)
+            whole_nets = records or unknown or torch.compiler.is_compiling()
+            budget = None if whole_nets else self.memory_budget
             return run_steps(steps, x, cond, squeeze_first, budget)
         runners = [step.coupling.runner(self.memory_budget) for step in steps]
         maps = fold_steps(steps)
@@ -161,7 +165,7 @@ class ReversibleSequence(FlowLayer):
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """z -> x."""
-        if self._fused:
+        if all(runs_fused(step) for step in self):
             steps = self.flow_steps()
             check_input("z", z, steps[0].channels, steps[0].actnorm.bias)
             chunked = not torch.is_grad_enabled() and not torch.compiler.is_compiling()

@@ -61,13 +61,6 @@ class ChainBackward(Walk):
         self.grad_matrices: list[Tensor] = [matrices] * n  # placeholders until each is known
         self.grad_offsets: list[Tensor] = [offsets] * n
         self.grad_params: list[tuple[Tensor | None, ...]] = [()] * n
-        self.grad_conds: list[Tensor | None] = [None] * n
-
-    @property
-    def grad_cond(self) -> Tensor | None:
-        """The sum over the steps' nets."""
-        found = [grad for grad in self.grad_conds if grad is not None]
-        return torch.stack(found).sum(0) if len(found) > 1 else (found[0] if found else None)
 
     def run(self, z: Tensor, grad_z: Tensor) -> Tensor:
         """grad_x; the other gradients are attributes."""
@@ -104,15 +97,17 @@ class ChainBackward(Walk):
             grad_u_parts.put(chunk, grad_u)
             return grad_net_out
 
-        added = self._net_backward(k, y, consume)
+        added = self._net_backward(k, y, consume, False)
         x = x_parts.get()
         grad_x = self._mix_backward(k, x if anchor is None else anchor, grad_u_parts.get(), added, anchor is not None)
         return x, grad_x
 
-    def _net_backward(self, k: int, state: Tensor, consume: Callable[[Tensor, Chunk], Tensor]) -> Tensor:
-        grad_kept, self.grad_conds[k], self.grad_params[k] = self.chain.nets[k].backward(
-            state[:, : self.chain.kept], self.cond, self.params[k], self.kept.memos[k], consume, self.needs_cond
-        )
+    def _net_backward(
+        self, k: int, state: Tensor, consume: Callable[[Tensor, Chunk], Tensor], same_state: bool
+    ) -> Tensor:
+        arguments = (state[:, : self.chain.kept], self.cond, self.params[k], self.kept.memos[k], consume)
+        grad_kept, grad_cond, self.grad_params[k] = self.chain.nets[k].backward(*arguments, self.needs_cond, same_state)
+        self.cond_sum.put(grad_cond)
         return grad_kept
 
     def _mix_backward(self, k: int, x: Tensor, grad_u: Tensor, added: Tensor, is_input: bool) -> Tensor:
@@ -169,7 +164,7 @@ class ChainBackward(Walk):
             grad_u_parts.put(chunk, grad_u)
             return grad_net_out
 
-        grad_kept = self._net_backward(k, u, consume)
+        grad_kept = self._net_backward(k, u, consume, True)
         if not last:
             self.grad_matrices[k + 1], self.grad_offsets[k + 1] = sums
         return grad_u_parts.get(), grad_kept

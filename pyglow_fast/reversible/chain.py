@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from pyglow_fast import functional
+from pyglow_fast._derivatives import differentiable_once
 from pyglow_fast.reference import CouplingSpec, n_positions
 from pyglow_fast.reversible.backward import ChainBackward
 from pyglow_fast.reversible.drift import Witness, lowest_precision
-from pyglow_fast.reversible.limits import call_untraced, differentiable_once, refuse_transforms
+from pyglow_fast.reversible.limits import call_untraced, refuse_transforms
 from pyglow_fast.reversible.parts import Part
 from pyglow_fast.reversible.protocol import NetRun
 
@@ -141,7 +142,7 @@ class _Run(torch.autograd.Function):
         grad_x = backward.run(z, grad_z)
         grads = (
             grad_x,
-            backward.grad_cond,
+            backward.cond_sum.result(),
             torch.stack(backward.grad_matrices),
             torch.stack(backward.grad_offsets),
             grad_log_det.sum() * n_positions(z),

@@ -80,8 +80,9 @@ def norms(x: Tensor) -> Tensor:
 def _relative(error: Tensor, norm: Tensor) -> Tensor:
     if error.numel() == 0:
         return error.new_zeros(())
-    # A sample's norm of a channel may be small by chance (a single position): not below the batch's typical one.
-    typical = norm.square().mean(dim=0).sqrt()
+    # A sample's norm of a channel may be small by chance (a single position): not below the batch's typical one, which
+    # a single large sample does not change.
+    typical = norm.median(dim=0).values
     floor = (FLOOR * typical.amax()).clamp_min(torch.finfo(norm.dtype).tiny)
     return (error / norm.maximum(typical).maximum(floor)).amax()
 

@@ -2,51 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pyglow_fast._errors import expect
-
-Backward = Callable[..., tuple[Tensor | None, ...]]
-
-
-class _Final(torch.autograd.Function):
-    """Hands gradients on."""
-
-    @staticmethod
-    def forward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(grad.view_as(grad) for grad in grads)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        raise RuntimeError(
-            "double backward: the gradient of steps whose states or nets are recomputed has no derivative; "
-            'memory="store" with PYGLOW_FORCE_REFERENCE=1 has one'
-        )
-
-
-def differentiable_once(backward: Backward) -> Backward:
-    """For the backward of an autograd function: a second derivative raises.
-
-    torch's once_differentiable raises only where the incoming gradients require one: those of a sum do not, and a
-    penalty on such a gradient would then have a derivative of zero, silently.
-    """
-
-    @functools.wraps(backward)
-    def checked(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.no_grad():
-            found = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
-            return found
-        final = iter(_Final.apply(*[grad.detach().requires_grad_() for grad in found if grad is not None]))
-        return tuple(None if grad is None else next(final) for grad in found)
-
-    return checked
 
 
 def refuse_transforms() -> None:

@@ -60,6 +60,7 @@ class Pass:
         self._worst: list[float] = []
         self._deferred: list[Tensor] = []
         self._redone = 0
+        self._task = -1
 
     def joins(self, first: int, inputs: Iterable[Tensor | None]) -> None:
         """A part is run on these, in order: a backward ends with the first one that has a gradient to give."""
@@ -68,6 +69,7 @@ class Pass:
 
     def judged(self, first: int, worst: float, limit: float, redone: int) -> None:
         """Of the part that begins there: its worst drift, and how many steps it has redone."""
+        self._begin()
         self._worst.append(worst)
         self._redone += redone
         if first == self._final and self.control is not None:
@@ -77,10 +79,17 @@ class Pass:
 
     def deferred(self, first: int, worst: Tensor, limit: float, zeroed: Tensor) -> None:
         """The same where the host is not to wait for a value; ``zeroed``: whether its gradients were."""
+        self._begin()
         self._deferred.append(worst)
         if first == self._final and self.control is not None:
             drifts, self._deferred = torch.stack([drift.to(worst.device) for drift in self._deferred]), []
             self.control.defer(drifts.amax(), zeroed, limit, self.spacing)
+
+    def _begin(self) -> None:
+        """Forget what an earlier backward found that ended before the final part, as it wanted late gradients alone."""
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            self._task, self._worst, self._deferred, self._redone = task, [], [], 0
 
     def checkpointed(self, first: int) -> None:
         """Of a part whose states were all kept."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast import functional, ops, reference
+from pyglow_fast._derivatives import check_leaves
 from pyglow_fast.reference import CouplingSpec
 
 
@@ -21,6 +22,8 @@ def _gradients(
     leaves = [value.detach().requires_grad_() for value in inputs]
     with torch.enable_grad():
         outputs = function(*leaves)
+    for out in outputs:
+        check_leaves(out, leaves, "scale_map")
     pairs = [(out, grad) for out, grad in zip(outputs, output_grads, strict=True) if out.requires_grad]
     found = torch.autograd.grad(
         [out for out, _ in pairs], leaves, [grad for _, grad in pairs], allow_unused=True, materialize_grads=True

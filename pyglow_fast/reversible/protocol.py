@@ -39,5 +39,9 @@ class NetRun(Protocol):
         memo: Any,
         consume: Callable[[Tensor, Chunk], Tensor],
         needs_cond: bool,
+        same_x1: bool,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
-        """Gradients of x1, cond and params; ``consume`` makes a chunk's net output into the gradient of it."""
+        """Gradients of x1, cond and params; ``consume`` makes a chunk's net output into the gradient of it.
+
+        same_x1: x1 is that of the forward to the bit, and not recomputed by inversion.
+        """

@@ -13,10 +13,50 @@ from pyglow_fast.reversible.deferred import drifted_in_this_backward, is_capturi
 from pyglow_fast.reversible.parts import Part
 
 
+class SegmentedSum:
+    """A sum over steps, of which the last step or the last segment may still be taken back: two tensors at most."""
+
+    def __init__(self) -> None:
+        self._step: Tensor | None = None
+        self._segment: Tensor | None = None
+        self._total: Tensor | None = None
+
+    def put(self, value: Tensor | None) -> None:
+        """The next step's; with it the one before is accepted."""
+        self._segment, self._step = _added(self._segment, self._step), value
+
+    def drop_step(self) -> None:
+        """Take back the last step's."""
+        self._step = None
+
+    def drop_segment(self) -> None:
+        """Take back all since :meth:`close`."""
+        self._step = self._segment = None
+
+    def close(self) -> None:
+        """Accept all."""
+        self.put(None)
+        self._total, self._segment = _added(self._total, self._segment), None
+
+    def result(self) -> Tensor | None:
+        """The sum, None if nothing was put."""
+        self.close()
+        return self._total
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self._step = self._segment = self._total = None
+
+
+def _added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return other if one is None else (one if other is None else one + other)
+
+
 class Walk(abc.ABC):
     """One backward pass over K steps whose inputs are recomputed, but for those of anchors.
 
     Gradients of a step's own tensors are kept by step in the subclasses: a step that is redone overwrites its own.
+    That of the condition, which is the sum over all steps, is put into ``cond_sum`` by every step as it is done.
     """
 
     def __init__(
@@ -30,6 +70,7 @@ class Walk(abc.ABC):
         self.n_steps, self.x, self.anchors, self.part = n_steps, x, anchors, part
         self.lowest = lowest  # the dtype that the nets compute in
         self.drifted: Tensor | None = None  # a verdict that the host does not know
+        self.cond_sum = SegmentedSum()
         self.worst = 0.0
         self.redone = 0
 
@@ -91,9 +132,11 @@ class Walk(abc.ABC):
                 if not drift <= limit:
                     # The later steps of the segment were within bounds, unless only the exact measure tells otherwise.
                     last, given = (end - 1, grad_end) if anchor is not None else (k, grad)
+                    self.cond_sum.drop_step() if anchor is None else self.cond_sum.drop_segment()
                     grad = self._redo(first, last, true_input, given)
                     break
                 y, grad = x, grad_before
+            self.cond_sum.close()
             y = true_input
         return grad
 
@@ -115,6 +158,7 @@ class Walk(abc.ABC):
         if self.worst <= limit:
             return grad
         grad = grad_z
+        self.cond_sum.clear()
         for first, end, true_input in self._segments():
             grad = self._redo(first, end - 1, true_input, grad)
         return grad

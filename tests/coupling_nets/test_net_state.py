@@ -13,11 +13,11 @@ from net_cases import DropoutNet, coupling_net, objective, plain_gradients, rand
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
+from pyglow_fast._derivatives import check_leaves
 from pyglow_fast.coupling_nets import (
     Chunk,
     GeneratorState,
     captured_autocast,
-    check_leaves,
     plain_call,
     plan_chunks,
     run_net,

@@ -20,7 +20,7 @@ def level(depth: int, mode: Mode, channels: int = 12, hidden: int = 128) -> pgf.
     sequence = pgf.ReversibleSequence([pgf.FlowStep(channels, hidden) for _ in range(depth)])
     for module in sequence.modules():
         if isinstance(module, pgf.ActNorm):
-            module.is_initialized = True
+            module.initialized.fill_(True)
     mode.apply(sequence)
     for parameter in sequence.parameters():
         parameter.grad = torch.zeros_like(parameter)  # the gradients are no part of what is measured

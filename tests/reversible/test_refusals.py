@@ -74,7 +74,7 @@ class TestDoubleBackward:
         z, log_det = sequence(x)
         value = z.pow(power).sum() + log_det.sum()
         (gradient,) = torch.autograd.grad(value, x, create_graph=True)
-        with pytest.raises(RuntimeError, match="double backward: the gradient of steps"):
+        with pytest.raises(RuntimeError, match="double backward: the gradient of"):
             (value + gradient.square().sum()).backward()
 
     def test_a_gradient_with_a_graph_is_the_same(self, mode: Mode, fused: bool) -> None:
@@ -206,8 +206,6 @@ def test_steps_that_do_not_fit() -> None:
         pgf.ReversibleSequence([])
     with pytest.raises(ValueError, match=r"steps: expected FlowSteps of one width, found \[4, 6\]"):
         pgf.ReversibleSequence([pgf.FlowStep(4, 5), pgf.FlowStep(6, 5)])
-    with pytest.raises(ValueError, match="squeeze_first: expected False, as not all steps are FlowSteps, found True"):
-        pgf.ReversibleSequence([Scale()])(torch.randn(2, 4, 4, 4), squeeze_first=True)
 
 
 def test_a_singular_matrix_raises_rather_than_giving_nan() -> None:

@@ -1,0 +1,71 @@
+"""What keeps a derivative from being wrong in silence: no second ones, and none with respect to unknown tensors."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyglow_fast._errors import expect
+
+Backward = Callable[..., tuple[Tensor | None, ...]]
+
+
+class _Final(torch.autograd.Function):
+    """Hands gradients on."""
+
+    @staticmethod
+    def forward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(
+            "double backward: the gradient of a compiled kernel, or of steps whose states or nets are recomputed, "
+            'has no derivative; memory="store" with PYGLOW_FORCE_REFERENCE=1 has one'
+        )
+
+
+def differentiable_once(backward: Backward) -> Backward:
+    """For the backward of an autograd function: a second derivative raises.
+
+    torch's once_differentiable raises only where the incoming gradients require one: those of a sum do not, and a
+    penalty on such a gradient would then have a derivative of zero, silently.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return found
+        final = iter(_Final.apply(*[grad.detach().requires_grad_() for grad in found if grad is not None]))
+        return tuple(None if grad is None else next(final) for grad in found)
+
+    return checked
+
+
+def check_leaves(output: Tensor, known: Sequence[Tensor], what: str = "net") -> None:
+    """Refuse an output of ``what`` through whose graph a gradient would reach other tensors than the known ones.
+
+    Raises:
+        ValueError: with the shape of such a tensor.
+    """
+    ends = [tensor.grad_fn for tensor in known if tensor.grad_fn is not None]  # kept: ids are unique among the living
+    seen, known_ids = {id(node) for node in ends}, {id(tensor) for tensor in known}
+    waiting: list[Any] = [] if output.grad_fn is None else [output.grad_fn]
+    visited = []
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        visited.append(node)
+        if node.name() == "torch::autograd::AccumulateGrad":
+            leaf = node.variable
+            expected = "no tensors that require a gradient but its parameters and inputs"
+            expect(id(leaf) in known_ids, what, expected, f"one of shape {tuple(leaf.shape)} in its graph")
+        waiting.extend(following for following, _ in node.next_functions if following is not None)

@@ -1,0 +1,159 @@
+"""A step that is run again must be the one of the forward: what makes it another one is refused, and never silent."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from chain_cases import Mode, objective
+from torch import Tensor, nn
+
+import pyglow_fast as pgf
+from pyglow_fast.coupling_nets import GeneratorState
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+RECOMPUTING = [Mode("checkpoint"), Mode("reversible"), Mode("reversible", None)]
+
+
+class Scaled(nn.Module):
+    """A net with a buffer, and with random numbers from wherever it is told."""
+
+    def __init__(self, draw: Callable[[Tensor], Tensor] | None = None) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(2, 4, 3, padding=1)
+        nn.init.normal_(self.inner.weight, std=0.2)
+        self.register_buffer("size", torch.ones(()))
+        self.draw = draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.inner(x) * self.size
+        return out if self.draw is None else out * self.draw(out)
+
+
+def run_of(nets: list[nn.Module], user: bool) -> pgf.ReversibleSequence:
+    """FlowSteps around the nets, or the same as a step of the user's."""
+    steps: list[nn.Module] = [pgf.FlowStep(4, net=net) for net in nets]
+    sequence = pgf.ReversibleSequence([*steps, pgf.InvConv(4)] if user else steps).double()
+    sequence.initialize(torch.randn(4, 4, 6, 6, dtype=torch.float64))
+    return sequence
+
+
+X = torch.randn(3, 4, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("user", [False, True])
+@pytest.mark.parametrize("mode", RECOMPUTING, ids=str)
+class TestRefusals:
+    def test_a_buffer_written_to_before_the_backward(self, mode: Mode, user: bool) -> None:
+        sequence = run_of([Scaled(), Scaled()], user)
+        mode.apply(sequence)
+        value = objective(sequence(X))
+        sequence[0].coupling.net.size.mul_(2.0)
+        with pytest.raises(ValueError, match=r"the buffers that its forward ran with, .*size'\] changed since"):
+            value.backward()
+
+    def test_a_buffer_that_is_another_one(self, mode: Mode, user: bool) -> None:
+        sequence = run_of([Scaled(), Scaled()], user)
+        mode.apply(sequence)
+        buffers = {name: 2.0 * b if name.endswith("size") else b for name, b in sequence.named_buffers()}
+        value = objective(torch.func.functional_call(sequence, buffers, (X,)))
+        with pytest.raises(ValueError, match=r"the buffers that its forward ran with"):
+            value.backward()
+
+    @pytest.mark.parametrize("kind", ["own generator", "no generator of torch's"])
+    def test_random_numbers_that_cannot_be_drawn_again(self, mode: Mode, user: bool, kind: str) -> None:
+        generator = torch.Generator().manual_seed(1)
+        counter = iter(range(100))
+
+        def draw(x: Tensor) -> Tensor:
+            if kind == "own generator":
+                return (torch.rand(x.shape, generator=generator) < 0.8).to(x.dtype)
+            return torch.full_like(x, 1.0 + 0.1 * next(counter))
+
+        sequence = run_of([Scaled(draw)], user)
+        mode.apply(sequence)
+        value = objective(sequence(X))
+        with pytest.raises(ValueError, match=r"expected the same output when it is run again in the backward"):
+            value.backward()
+
+    def test_ordinary_dropout_is_none_of_these(self, mode: Mode, user: bool) -> None:
+        sequence = run_of([Scaled(lambda x: nn.functional.dropout(torch.ones_like(x), 0.3)) for _ in range(2)], user)
+        found = []
+        for memory in (Mode("store"), mode):
+            memory.apply(sequence)
+            torch.manual_seed(3)
+            found.append(torch.autograd.grad(objective(sequence(X)), list(sequence.parameters())))
+        for expected, actual in zip(*found, strict=True):
+            assert torch.allclose(expected, actual, rtol=1e-8, atol=1e-10)
+
+
+class TestGenerators:
+    def test_nets_of_known_modules_leave_them_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(_: torch.device) -> GeneratorState:
+            raise AssertionError("captured")
+
+        sequence = pgf.ReversibleSequence([pgf.FlowStep(4, 5) for _ in range(3)])
+        sequence.initialize(X.float())
+        monkeypatch.setattr(GeneratorState, "capture", refuse)
+        for mode in RECOMPUTING:
+            mode.apply(sequence)
+            objective(sequence(X.float())).backward()
+
+    def test_numbers_that_another_thread_draws_do_not_repeat(self) -> None:
+        sequence = pgf.ReversibleSequence([pgf.FlowStep(4, 5) for _ in range(3)])
+        sequence.initialize(X.float())
+        seen: set[tuple[float, ...]] = set()
+        done, repeated = threading.Event(), []
+
+        def draw() -> None:
+            while not done.is_set():
+                numbers = tuple(torch.rand(4).tolist())
+                if numbers in seen:
+                    repeated.append(numbers)
+                seen.add(numbers)
+
+        thread = threading.Thread(target=draw)
+        thread.start()
+        for _ in range(50):
+            objective(sequence(X.float())).backward()
+        done.set()
+        thread.join()
+        assert len(seen) > 100
+        assert not repeated
+
+
+class TestScaleMaps:
+    class Map(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+
+        def forward(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+            log_s = self.a * raw.tanh()
+            return log_s.exp(), log_s
+
+    def build(self) -> tuple[pgf.ReversibleSequence, Map]:
+        scale_map = self.Map()
+        sequence = pgf.ReversibleSequence([pgf.FlowStep(4, 5, scale_map=scale_map) for _ in range(2)]).double()
+        sequence.initialize(X)
+        return sequence, scale_map
+
+    def test_parameters_of_a_map_are_the_models(self) -> None:
+        sequence, scale_map = self.build()
+        assert any(parameter is scale_map.a for parameter in sequence.parameters())
+        sequence.memory = "store"
+        for step in sequence:
+            nn.init.normal_(step.coupling.net.conv3.weight, std=0.2)
+        objective(sequence(X)).backward()
+        assert scale_map.a.grad is not None
+        assert bool(scale_map.a.grad.abs() > 0)
+
+    @pytest.mark.parametrize("mode", RECOMPUTING, ids=str)
+    def test_where_states_are_recomputed_they_are_refused(self, mode: Mode) -> None:
+        sequence, _ = self.build()
+        mode.apply(sequence)
+        value = objective(sequence(X))
+        with pytest.raises(ValueError, match=r"scale_map: expected no tensors that require a gradient"):
+            value.backward()
