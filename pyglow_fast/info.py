@@ -66,6 +66,11 @@ def cuda_reason() -> str:
         return f"torch {torch.__version__} has no CUDA support"
     if not torch.cuda.is_available():
         return "torch finds no usable GPU"
+    left_out = [i for i in range(torch.cuda.device_count()) if not ops.runs_on_gpu(i)]
+    if left_out:
+        found = ", ".join(f"cuda:{i} ({'.'.join(map(str, torch.cuda.get_device_capability(i)))})" for i in left_out)
+        archs = _backend.build_info()["cuda_archs"]
+        return f"compiled for {archs}, which does not run on {found}; see TORCH_CUDA_ARCH_LIST"
     return ""
 
 

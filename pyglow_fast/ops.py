@@ -217,9 +217,35 @@ def _kernel_devices() -> tuple[str, ...]:
 _kernel_devices._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def runs_on_capability(archs: str, capability: tuple[int, int]) -> bool:
+    """Whether code for these architectures ("80-real,120": with PTX unless real) runs on a GPU of that capability.
+
+    Machine code runs on its own major version, from its minor one on; PTX on all that is newer.
+    """
+    major, minor = capability
+    for arch in filter(None, archs.split(",")):
+        digits, _, real = arch.strip().partition("-")
+        digits = digits.rstrip("abcdefghijklmnopqrstuvwxyz")  # 90a
+        built = int(digits[:-1]), int(digits[-1])
+        if (built[0] == major and built[1] <= minor) or (real != "real" and built <= (major, minor)):
+            return True
+    return False
+
+
+@functools.cache
+def runs_on_gpu(index: int) -> bool:
+    """Whether the compiled CUDA kernels run on that GPU."""
+    return runs_on_capability(_backend.build_info()["cuda_archs"], torch.cuda.get_device_capability(index))
+
+
+runs_on_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def run_on(x: Tensor) -> bool:
     """Whether there are compiled kernels for the device and dtype of x."""
-    return x.dtype in (torch.float32, torch.float64) and x.device.type in _kernel_devices()
+    if x.dtype not in (torch.float32, torch.float64) or x.device.type not in _kernel_devices():
+        return False
+    return x.device.type != "cuda" or runs_on_gpu(x.device.index or 0)
 
 
 def has_kernel(spec: CouplingSpec) -> bool:

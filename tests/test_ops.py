@@ -158,6 +158,25 @@ def test_frozen_matrix_still_passes_the_gradient() -> None:
     assert_close(gradient, reference.channel_mix(torch.ones_like(x), matrix.T, torch.zeros_like(offset)))
 
 
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        ("80-real,90-real,100-real,120", (8, 0), True),
+        ("80-real,90-real,100-real,120", (8, 6), True),
+        ("80-real,90-real,100-real,120", (9, 0), True),
+        ("80-real,90-real,100-real,120", (7, 5), False),
+        ("80-real,90-real,100-real,120", (11, 0), False),
+        ("80-real,90-real,100-real,120", (13, 0), True),
+        ("86-real", (8, 0), False),
+        ("90a-real", (9, 0), True),
+        ("70", (12, 1), True),
+        ("", (9, 0), False),
+    ],
+)
+def test_which_gpus_run_what_was_compiled(archs: str, capability: tuple[int, int], runs: bool) -> None:
+    assert ops.runs_on_capability(archs, capability) is runs
+
+
 def test_second_derivative_is_refused() -> None:
     x, matrix, offset = (value.requires_grad_() for value in mix_inputs((2, 4, 3), torch.float64, torch.device("cpu")))
     u = functional.channel_mix(x, matrix, offset)

@@ -135,6 +135,20 @@ def initialised_means_free(rank: int) -> str:
     return "" if rank == 0 and layer(x) is not None else refused(lambda: layer(x[:, :2]))
 
 
+def loaded_by_one_rank(rank: int) -> list[Tensor]:
+    """Rank 0 has weights from a file, DistributedDataParallel hands them to rank 1: gradients of a first forward."""
+    torch.manual_seed(rank)
+    x, y = batches()[0]
+    loss_of = Loss("reversible")
+    if rank == 0:
+        trained = Loss("reversible")
+        trained.model.initialize(x)
+        loss_of.load_state_dict(trained.state_dict())
+    wrapped = DistributedDataParallel(loss_of)
+    wrapped(x, y).backward()
+    return [value.grad for value in loss_of.parameters() if value.grad is not None]
+
+
 def work(rank: int, folder: str) -> None:
     """Everything, in the order in which all ranks do it."""
     torch.set_num_threads(1)
@@ -158,5 +172,6 @@ def work(rank: int, folder: str) -> None:
     results["unequal"] = [layer.bias.detach(), layer.log_scale.detach()]
     results["refusals"] = refusals(rank)
     results["free"] = initialised_means_free(rank)
+    results["loaded by one"] = loaded_by_one_rank(rank)
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

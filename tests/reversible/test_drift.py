@@ -124,6 +124,14 @@ class TestWitnesses:
         of_all = relative_error(wrong, x)
         assert of_all < 1e-5, "a norm over all channels would have seen nothing"
 
+    def test_a_large_sample_does_not_hide_the_others(self) -> None:
+        x, _, _, _ = self.states(6, 4, 8, 8)
+        x[2] *= 1e5
+        wrong = x.clone()
+        wrong[4] *= 1.01
+        assert float(anchor_drift(wrong, x)) > 5e-3
+        assert float(Witness.of(x).drift_of(wrong)) > 5e-4
+
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
     def test_what_is_not_finite_is_never_within_bounds(self, bad: float) -> None:
         x, matrix, offset, u = self.states(2, 4, 5, 5)
