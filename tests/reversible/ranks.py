@@ -137,12 +137,10 @@ def initialised_means_free(rank: int) -> str:
 
 def loaded_by_one_rank(rank: int) -> list[Tensor]:
     """Rank 0 has weights from a file, DistributedDataParallel hands them to rank 1: gradients of a first forward."""
-    torch.manual_seed(rank)
     x, y = batches()[0]
-    loss_of = Loss("reversible")
+    trained, loss_of = Loss("reversible"), Loss("reversible")
+    trained.model.initialize(x)
     if rank == 0:
-        trained = Loss("reversible")
-        trained.model.initialize(x)
         loss_of.load_state_dict(trained.state_dict())
     wrapped = DistributedDataParallel(loss_of)
     wrapped(x, y).backward()
