@@ -33,7 +33,58 @@ def zero_bias(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
         nn.init.zeros_(conv.bias)
 
 
-class CouplingNet(nn.Module):
+class NetShape(nn.Module):
+    """What a net of 3x3, 1x1 and 3x3 convolutions takes and gives, and what it costs.
+
+    ``halo`` and :meth:`bytes_per_position` are what chunked execution asks a net for: pyglow_fast/coupling_nets.
+    """
+
+    halo = 2  # an output position sees 1 + 0 + 1 neighbours to each side
+
+    def __init__(self, in_channels: int, out_channels: int, hidden: int, cond_channels: int, dims: int) -> None:
+        super().__init__()
+        for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("hidden", hidden)):
+            check_count(name, value)
+        check_count("cond_channels", cond_channels, least=0)
+        self.in_channels, self.out_channels, self.hidden = in_channels, out_channels, hidden
+        self.cond_channels, self.dims = cond_channels, dims
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the net's dtype and device."""
+        raise NotImplementedError
+
+    def bytes_per_position(self, element_size: int) -> int:
+        """The most bytes of activations alive in forward and backward, per sample and position.
+
+        As matrix products the two hidden layers after their relu, besides the output and its gradient; as library
+        convolutions their gradients too. A hidden ActNorm costs nothing: it is folded into the weights.
+        """
+        products = self.dims == 2 and functional.net_as_products(self.like)
+        hidden = (2 if products else 4) * self.hidden
+        edges = (3 if products else 5) * self.out_channels + 2 * (self.in_channels + self.cond_channels)
+        return (hidden + edges) * element_size
+
+    def check_inputs(self, x: Tensor, cond: Tensor | None) -> None:
+        """Refuse x or cond of the wrong shape, dtype or device."""
+        check_input("x", x, self.in_channels, self.like)
+        # A convolution would take (N, C, L) for one image without a batch dimension.
+        expect(x.dim() == self.dims + 2, "x", f"{self.dims} spatial dimensions", f"shape {tuple(x.shape)}")
+        if not self.cond_channels:
+            expect(cond is None, "cond", "None, since the net has cond_channels=0", type(cond).__name__)
+            return
+        expect(isinstance(cond, Tensor), "cond", f"a tensor with {self.cond_channels} channels", type(cond).__name__)
+        assert cond is not None  # for the type checker: refused above
+        expected = (x.shape[0], self.cond_channels, *x.shape[2:])
+        expect(tuple(cond.shape) == expected, "cond", f"shape {expected}", f"shape {tuple(cond.shape)}")
+
+    def with_condition(self, x: Tensor, cond: Tensor | None) -> Tensor:
+        """The checked inputs as one."""
+        self.check_inputs(x, cond)
+        return x if cond is None else torch.cat([x, cond.to(x.dtype)], dim=1)
+
+
+class CouplingNet(NetShape):
     """net(x) = exp(3 log_gain) (w3 * relu(w2 * relu(w1 * x + b1) + b2) + b3), w1 and w3 3x3, w2 1x1.
 
     w3 and b3 start at zero, so a fresh coupling is the identity up to its constant scale. The hidden convolutions start
@@ -49,15 +100,11 @@ class CouplingNet(nn.Module):
 
     Shapes: x (N, in_channels, *spatial), cond (N, cond_channels, *spatial) -> (N, out_channels, *spatial).
 
-    ``halo`` and :meth:`bytes_per_position` are what chunked execution asks a net for: pyglow_fast/coupling_nets.
-
     Raises:
         ValueError: wrong shapes, a condition missing or given where none is expected.
 
     Reference: Kingma & Dhariwal 2018, section 3.3 and appendix B.
     """
-
-    halo = 2  # an output position sees 1 + 0 + 1 neighbours to each side
 
     def __init__(
         self,
@@ -68,17 +115,8 @@ class CouplingNet(nn.Module):
         cond_channels: int = 0,
         dims: int = 2,
     ) -> None:
-        super().__init__()
-        for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("hidden", hidden)):
-            check_count(name, value)
-        check_count("cond_channels", cond_channels, least=0)
+        super().__init__(in_channels, out_channels, hidden, cond_channels, dims)
         conv = conv_for(dims)
-        self.in_channels, self.out_channels, self.cond_channels, self.dims = (
-            in_channels,
-            out_channels,
-            cond_channels,
-            dims,
-        )
         self.conv1 = conv(in_channels + cond_channels, hidden, 3, padding=1, bias=not actnorm)
         self.conv2 = conv(hidden, hidden, 1, bias=not actnorm)
         self.conv3 = conv(hidden, out_channels, 3, padding=1)
@@ -92,6 +130,21 @@ class CouplingNet(nn.Module):
         zero_bias(self.conv3)
 
     @property
+    def like(self) -> Tensor:
+        """A tensor of the net's dtype and device."""
+        return self.conv1.weight
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but its own parameters decides what it computes: no hooks, no parametrizations."""
+        hooks = any(
+            part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+            for part in (self, *self._modules.values())
+            if part is not None
+        )
+        return not hooks and not any(hasattr(part, "parametrizations") for part in self._modules.values())
+
+    @property
     def is_initialized(self) -> bool:
         """Whether there is no hidden ActNorm that still waits for data."""
         return all(norm.is_initialized for norm in (self.norm1, self.norm2) if isinstance(norm, ActNorm))
@@ -103,7 +156,7 @@ class CouplingNet(nn.Module):
         Only the coupling's forward calls it: an inverse pass must never initialise.
         """
         with refused_alike(self.conv1.weight.device, lambda: not self.is_initialized):
-            hidden = self._with_condition(x, cond)
+            hidden = self.with_condition(x, cond)
         for conv, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
             hidden = conv(hidden)
             if isinstance(norm, ActNorm):
@@ -122,11 +175,7 @@ class CouplingNet(nn.Module):
 
     def explicit(self, x1: Tensor, params: Mapping[str, Tensor]) -> ExplicitCouplingNet | None:
         """The net on those parameters without autograd, where it runs as matrix products of ours; else None."""
-        hooks = any(
-            part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-            for part in self.modules()
-        )
-        plain = type(self) is CouplingNet and not hooks and params.keys() == self._parameter_names()
+        plain = type(self) is CouplingNet and self.is_plain and params.keys() == self._parameter_names()
         return ExplicitCouplingNet(params) if plain and functional.net_as_products(x1) else None
 
     def _parameter_names(self) -> set[str]:
@@ -140,7 +189,7 @@ class CouplingNet(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """x, cond -> shift and raw scale (or shift alone)."""
-        x = self._with_condition(x, cond)
+        x = self.with_condition(x, cond)
         if any(part._forward_hooks or part._forward_pre_hooks for part in self.children()):
             return self._layer_by_layer(x)
         return functional.coupling_net(x, *self.folded_weights())
@@ -152,31 +201,3 @@ class CouplingNet(nn.Module):
             x = (norm(x)[0] if isinstance(norm, ActNorm) else x).relu()
         out: Tensor = self.conv3(x) * (3.0 * self.log_gain).exp()
         return out
-
-    def bytes_per_position(self, element_size: int) -> int:
-        """The most bytes of activations alive in forward and backward, per sample and position.
-
-        As matrix products the two hidden layers after their relu, besides the output and its gradient; as library
-        convolutions their gradients too. A hidden ActNorm costs nothing: it is folded into the weights.
-        """
-        products = self.dims == 2 and functional.net_as_products(self.conv1.weight)
-        hidden = (2 if products else 4) * self.conv1.out_channels
-        edges = (3 if products else 5) * self.out_channels + 2 * (self.in_channels + self.cond_channels)
-        return (hidden + edges) * element_size
-
-    def check_inputs(self, x: Tensor, cond: Tensor | None) -> None:
-        """Refuse x or cond of the wrong shape, dtype or device."""
-        check_input("x", x, self.in_channels, self.conv1.weight)
-        # A convolution would take (N, C, L) for one image without a batch dimension.
-        expect(x.dim() == self.dims + 2, "x", f"{self.dims} spatial dimensions", f"shape {tuple(x.shape)}")
-        if not self.cond_channels:
-            expect(cond is None, "cond", "None, since the net has cond_channels=0", type(cond).__name__)
-            return
-        expect(isinstance(cond, Tensor), "cond", f"a tensor with {self.cond_channels} channels", type(cond).__name__)
-        assert cond is not None  # for the type checker: refused above
-        expected = (x.shape[0], self.cond_channels, *x.shape[2:])
-        expect(tuple(cond.shape) == expected, "cond", f"shape {expected}", f"shape {tuple(cond.shape)}")
-
-    def _with_condition(self, x: Tensor, cond: Tensor | None) -> Tensor:
-        self.check_inputs(x, cond)
-        return x if cond is None else torch.cat([x, cond.to(x.dtype)], dim=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -86,8 +86,29 @@ def maps_log_det(maps: Sequence[ChannelMap], x: Tensor) -> Tensor:
     return functional.per_sample(x, total)
 
 
-def run_steps(
-    steps: Sequence[FlowStep],
+class Folded(Protocol):
+    """The folded steps of a run: see pyglow_fast/layers/folded.py."""
+
+    maps: list[ChannelMap]
+    nets: list[list[Tensor] | None]
+
+    @property
+    def inverses(self) -> list[Tensor]:
+        """M^-1 of each step."""
+
+
+def _run_net(
+    coupling: Coupling, weights: list[Tensor] | None, kept_half: Tensor, cond: Tensor | None, budget: str | int | None
+) -> Tensor:
+    """The coupling's net; with a budget in chunks and without a record, by its folded weights if they are given."""
+    if budget is None or not coupling.net_is_initialized:
+        return coupling.run_net_forward(kept_half, cond)
+    return coupling.runner(budget).run(kept_half, cond, weights)
+
+
+def run_couplings(
+    couplings: Sequence[Coupling],
+    folded: Folded,
     x: Tensor,
     cond: Tensor | None = None,
     squeeze_first: bool = False,
@@ -99,16 +120,12 @@ def run_steps(
     the nets run in chunks, without a record. Returns z (N, C, *spatial) and log_det (N,). The steps must be
     initialised, but for ActNorms inside their nets.
     """
-    maps = fold_steps(steps)
-    kept = steps[0].channels // 2
+    maps = folded.maps
+    kept = maps[0].matrix.shape[0] // 2
     z, kept_half = functional.channel_mix_for_net(x, maps[0].matrix, maps[0].offset, kept, squeeze_first)
     log_det = maps_log_det(maps, z)
-    for step, following in zip(steps, [*maps[1:], None], strict=True):
-        coupling = step.coupling
-        if budget is not None and coupling.net_is_initialized:
-            net_out = coupling.runner(budget).run(kept_half, cond)
-        else:
-            net_out = coupling.run_net_forward(kept_half, cond)
+    for coupling, weights, following in zip(couplings, folded.nets, [*maps[1:], None], strict=True):
+        net_out = _run_net(coupling, weights, kept_half, cond, budget)
         spec = coupling.spec
         if following is None:
             z, step_log_det = functional.coupling(z, net_out, spec)
@@ -120,21 +137,39 @@ def run_steps(
     return z, log_det
 
 
-def run_steps_inverse(
-    steps: Sequence[FlowStep], z: Tensor, cond: Tensor | None = None, budget: str | int | None = None
+def run_couplings_inverse(
+    couplings: Sequence[Coupling],
+    folded: Folded,
+    z: Tensor,
+    cond: Tensor | None = None,
+    budget: str | int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The inverse of :func:`run_steps`: one pass a step besides its net."""
-    maps = fold_steps(steps)
-    log_det = -maps_log_det(maps, z)
-    for step, channel_map, inverse_matrix in zip(
-        reversed(steps), reversed(maps), reversed(invert_maps(maps)), strict=True
-    ):
-        coupling, kept_half = step.coupling, step.coupling.kept_half(z)
-        net_out = coupling.run_net(kept_half, cond) if budget is None else coupling.runner(budget).run(kept_half, cond)
-        spec = coupling.spec
+    """The inverse of :func:`run_couplings`: one pass a step besides its net."""
+    log_det = -maps_log_det(folded.maps, z)
+    steps = zip(couplings, folded.nets, folded.maps, folded.inverses, strict=True)
+    for coupling, weights, channel_map, inverse_matrix in reversed(list(steps)):
+        kept_half, spec = coupling.kept_half(z), coupling.spec
+        net_out = (
+            coupling.run_net(kept_half, cond)
+            if budget is None
+            else coupling.runner(budget).run(kept_half, cond, weights)
+        )
         z, step_log_det = functional.coupling_mix_inverse(z, net_out, inverse_matrix, channel_map.offset, spec)
         log_det = log_det + step_log_det
     return z, log_det
+
+
+class Recorded:
+    """Folded steps from which gradients flow to the parameters: folded anew each time, the nets by themselves."""
+
+    def __init__(self, steps: Sequence[FlowStep]) -> None:
+        self.maps = fold_steps(steps)
+        self.nets: list[list[Tensor] | None] = [None] * len(steps)
+
+    @property
+    def inverses(self) -> list[Tensor]:
+        """M^-1 of each step."""
+        return invert_maps(self.maps)
 
 
 class FlowStep(FlowLayer):
@@ -201,18 +236,21 @@ class FlowStep(FlowLayer):
             self.actnorm.initialize_from(x)
         else:
             check_input("x", x, self.channels, self.actnorm.bias)
-        return run_steps([self], x, cond)
+        return run_couplings([self.coupling], Recorded([self]), x, cond)
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """z -> x."""
         check_input("z", z, self.channels, self.actnorm.bias)
-        return run_steps_inverse([self], z, cond)
+        return run_couplings_inverse([self.coupling], Recorded([self]), z, cond)
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether every actnorm of the step, also in its net, has seen data."""
+        return self.actnorm.is_initialized and self.coupling.net_is_initialized
 
     def _check_together(self, x: Tensor, cond: Tensor | None) -> None:
         """Before an initialisation: refuse what the step cannot take, on all ranks."""
-        with refused_alike(
-            self.actnorm.bias.device, lambda: not (self.actnorm.is_initialized and self.coupling.net_is_initialized)
-        ):
+        with refused_alike(self.actnorm.bias.device, lambda: not self.is_initialized):
             check_input("x", x, self.channels, self.actnorm.bias)
             self.coupling.check_inputs(x, cond)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from pyglow_fast import functional
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets import (
     Chunk,
@@ -23,7 +25,7 @@ from pyglow_fast.coupling_nets import (
     training_modes,
 )
 from pyglow_fast.coupling_nets.traits import bytes_per_position, halo_of, is_deterministic
-from pyglow_fast.layers.coupling_net import CouplingNet
+from pyglow_fast.layers.coupling_net import CouplingNet, NetShape
 
 Plans = dict[tuple[object, ...], tuple[nn.Module, ChunkPlan]]
 
@@ -59,9 +61,20 @@ class NetRunner:
         plans: Plans,
     ) -> None:
         self.net, self.width, self.budget, self._plans = net, width, budget, plans
-        named = list(net.named_parameters())
-        self.names = [name for name, _ in named]
-        self.params = [parameter for _, parameter in named]
+
+    @functools.cached_property
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        return list(self.net.named_parameters())
+
+    @property
+    def names(self) -> list[str]:
+        """Of the parameters."""
+        return [name for name, _ in self._named]
+
+    @property
+    def params(self) -> list[nn.Parameter]:
+        """The net's own."""
+        return [parameter for _, parameter in self._named]
 
     def _plan(self, x1: Tensor, cond: Tensor | None, random: bool = False) -> ChunkPlan:
         cond_channels = 0 if cond is None else cond.shape[1]
@@ -71,7 +84,7 @@ class NetRunner:
             x1.element_size(),
             x1.device.type,
             cond_channels,
-            training_modes(self.net),
+            () if isinstance(self.net, NetShape) else training_modes(self.net),
             halo_of(self.net),
             bytes_per_position(self.net, x1.shape[1] + cond_channels, x1.element_size()),
             random,
@@ -105,9 +118,16 @@ class NetRunner:
 
         return call
 
-    def run(self, x1: Tensor, cond: Tensor | None) -> Tensor:
-        """net(x1, cond) without a record, with the net's own parameters."""
-        return self.forward(x1, cond, self.params)[0]
+    def run(self, x1: Tensor, cond: Tensor | None, weights: Sequence[Tensor] | None = None) -> Tensor:
+        """net(x1, cond) without a record, with the net's own parameters or, of a CouplingNet, its folded weights."""
+        if weights is None or not isinstance(self.net, NetShape):
+            return self.forward(x1, cond, self.params)[0]
+        net = self.net
+
+        def call(x1: Tensor, cond: Tensor | None) -> Tensor:
+            return functional.coupling_net(net.with_condition(x1, cond), *weights)
+
+        return run_net(net, x1, cond, self._plan(x1, cond), call)
 
     def forward(self, x1: Tensor, cond: Tensor | None, params: Sequence[Tensor]) -> tuple[Tensor, Memo]:
         """net(x1, cond) without a record, and what repeats it."""

@@ -13,7 +13,15 @@ from pyglow_fast._errors import can_read, expect
 from pyglow_fast.coupling_nets.plan import budget_bytes
 from pyglow_fast.coupling_nets.traits import has_known_modules
 from pyglow_fast.layers._base import FlowLayer, check_input
-from pyglow_fast.layers.flow_step import FlowStep, fold_steps, run_steps, run_steps_inverse, runs_fused
+from pyglow_fast.layers.flow_step import (
+    FlowStep,
+    Recorded,
+    fold_steps,
+    run_couplings,
+    run_couplings_inverse,
+    runs_fused,
+)
+from pyglow_fast.layers.folded import FoldCache
 from pyglow_fast.layers.module_chain import ModuleChain
 from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.reversible import Chain, DriftControl, Pass, run_chain
@@ -79,6 +87,7 @@ class ReversibleSequence(FlowLayer):
         self.control = DriftControl(len(steps), anchor_every, tolerance, deferred_check)
         self.memory = memory
         self.memory_budget = memory_budget
+        self._cache = FoldCache()
 
     @property
     def memory(self) -> str:
@@ -109,13 +118,18 @@ class ReversibleSequence(FlowLayer):
     def __getitem__(self, index: int) -> nn.Module:
         return list(self)[index]
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether all are FlowSteps as they come, which run joined."""
+        return all(runs_fused(step) for step in self)
+
     def flow_steps(self) -> list[FlowStep]:
         """The steps, if all are FlowSteps."""
         return [step for step in self if isinstance(step, FlowStep)]
 
     def forward(self, x: Tensor, cond: Tensor | None = None, squeeze_first: bool = False) -> tuple[Tensor, Tensor]:
         """x -> z. squeeze_first: x (N, C / 2^d, *(2 spatial)) is squeezed, by FlowSteps as it is read."""
-        fused = all(runs_fused(step) for step in self)
+        fused = self.is_fused
         if squeeze_first and not fused:
             x, squeeze_first = functional.squeeze(x), False
         if fused and not squeeze_first:
@@ -137,8 +151,11 @@ class ReversibleSequence(FlowLayer):
             # Without a record the nets run in chunks. A net of the user's may use other tensors that want one.
             unknown = torch.is_grad_enabled() and not all(has_known_modules(step) for step in steps)
             whole_nets = records or unknown or torch.compiler.is_compiling()
-            budget = None if whole_nets else self.memory_budget
-            return run_steps(steps, x, cond, squeeze_first, budget)
+            couplings = [step.coupling for step in steps]
+            if whole_nets:
+                return run_couplings(couplings, Recorded(steps), x, cond, squeeze_first)
+            return run_couplings(couplings, self._cache.get(steps), x, cond, squeeze_first, self.memory_budget)
+        self._cache.clear()
         runners = [step.coupling.runner(self.memory_budget) for step in steps]
         maps = fold_steps(steps)
         whole = self._pass(x, steps)
@@ -165,11 +182,13 @@ class ReversibleSequence(FlowLayer):
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """z -> x."""
-        if all(runs_fused(step) for step in self):
+        if self.is_fused:
             steps = self.flow_steps()
             check_input("z", z, steps[0].channels, steps[0].actnorm.bias)
-            chunked = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-            return run_steps_inverse(steps, z, cond, self.memory_budget if chunked else None)
+            couplings = [step.coupling for step in steps]
+            if torch.is_grad_enabled() or torch.compiler.is_compiling():
+                return run_couplings_inverse(couplings, Recorded(steps), z, cond)
+            return run_couplings_inverse(couplings, self._cache.get(steps), z, cond, self.memory_budget)
         log_det = z.new_zeros(z.shape[0])
         for step in reversed(list(self)):
             z, step_log_det = step.inverse(z) if cond is None else step.inverse(z, cond)  # type: ignore[operator]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import numbers
 from contextlib import AbstractContextManager
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import can_read, expect
-from pyglow_fast.layers import ActNorm, FlowStep, ReversibleSequence, Split, Squeeze
+from pyglow_fast.layers import ActNorm, FlowStep, FrozenSteps, ReversibleSequence, Split, Squeeze
 from pyglow_fast.layers._base import check_input
 from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.layers.reshape import fit_condition
@@ -42,7 +43,7 @@ class FlowLevel(nn.Module):
             )
             for _ in range(config.n_steps)
         ]
-        self.steps = ReversibleSequence(steps, **memory)
+        self.steps: ReversibleSequence | FrozenSteps = ReversibleSequence(steps, **memory)
 
     def forward(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         """x (N, C, *spatial) -> z (N, C 2^d, *spatial / 2), log_det (N,)."""
@@ -117,21 +118,45 @@ class Glow(nn.Module):
         self.prior = TopPrior(self.state_shapes[-1][0], self.config.n_classes, self.config.learn_prior)
 
     def _sequences(self) -> list[ReversibleSequence]:
-        return [level.steps for level in self.levels if isinstance(level, FlowLevel)]
+        """None of a frozen model."""
+        return [level.steps for level in self.levels if isinstance(level.steps, ReversibleSequence)]
 
     @property
     def memory(self) -> str:
-        """The memory mode of all levels."""
-        return self._sequences()[0].memory
+        """The memory mode of all levels; "frozen" for a frozen model."""
+        return self._sequences()[0].memory if self._sequences() else "frozen"
 
     @memory.setter
     def memory(self, memory: str) -> None:
+        expect(bool(self._sequences()), "memory", "a model that is not frozen", memory)
         for sequence in self._sequences():
             sequence.memory = memory
 
     def memory_report(self) -> list[dict[str, Any]]:
         """Of each level: mode, anchors' spacing, drift, what was redone; see ReversibleSequence.memory_report."""
         return [sequence.memory_report() for sequence in self._sequences()]
+
+    def freeze(self) -> Glow:
+        """A copy for deployment: the same densities, latents and samples from folded weights in buffers.
+
+        Actnorm, 1x1 convolution and their inverses are one matrix a step, the nets' gains and actnorms part of their
+        weights: nothing is computed from parameters any more, none asks for a gradient, and the copy stays in
+        evaluation mode. Its state_dict has other keys than this model's.
+
+        Raises:
+            ValueError: an actnorm has seen no data; steps with hooks or overridden methods.
+        """
+        frozen = copy.deepcopy(self)
+        for level in frozen.levels:
+            assert isinstance(level, FlowLevel)
+            if isinstance(level.steps, ReversibleSequence):
+                level.steps = FrozenSteps(level.steps)
+        frozen.requires_grad_(False)
+        return frozen.eval()
+
+    def train(self, mode: bool = True) -> Glow:
+        """Training mode, in which fresh actnorms initialise from data; a frozen model stays in evaluation mode."""
+        return super().train(mode and bool(self._sequences()))
 
     @property
     def latent_shapes(self) -> list[tuple[int, ...]]:
@@ -148,7 +173,10 @@ class Glow(nn.Module):
         return refused_alike(self._parameter().device, lambda: self.training and not self.is_initialized)
 
     def _parameter(self) -> Tensor:
-        return next(self.parameters())
+        """A tensor of the model's dtype and device."""
+        for tensor in self.parameters():
+            return tensor
+        return next(tensor for tensor in self.buffers() if tensor.is_floating_point())
 
     def _check_x(self, x: Tensor, cond: Tensor | None) -> None:
         check_input("x", x, self.config.image_shape[0], self._parameter())

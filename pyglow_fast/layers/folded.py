@@ -1,0 +1,129 @@
+"""What K flow steps are folded into for inference: computed once, kept until a parameter changes."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pyglow_fast._errors import can_read
+from pyglow_fast.layers.coupling_net import CouplingNet
+from pyglow_fast.layers.flow_step import ChannelMap, FlowStep, fold_steps, invert_maps
+from pyglow_fast.layers.permutation import InvConv, Permute
+
+Identity = tuple["weakref.ref[Tensor]", int, int]  # the tensor, where its data is, its version
+
+
+@dataclass
+class FoldedSteps:
+    """The channel maps of the steps, their inverses, and the weights of nets that are CouplingNets (None for others).
+
+    The inverses come when they are first asked for.
+    """
+
+    maps: list[ChannelMap]
+    nets: list[list[Tensor] | None]
+    _inverses: list[Tensor] = field(default_factory=list)
+
+    @property
+    def inverses(self) -> list[Tensor]:
+        """M^-1 of each step."""
+        if not self._inverses:
+            self._inverses = invert_maps(self.maps)
+        return self._inverses
+
+    @classmethod
+    def of(cls, steps: Sequence[FlowStep]) -> FoldedSteps:
+        """From the parameters of now."""
+        nets = [step.coupling.net for step in steps]
+        weights = [net.folded_weights() if is_foldable(net) else None for net in nets]  # type: ignore[operator]
+        return cls(fold_steps(steps), weights)
+
+
+def is_foldable(net: object) -> bool:
+    """Whether it is a CouplingNet as it comes, which is no more than its folded weights."""
+    return type(net) is CouplingNet and net.is_plain
+
+
+def _tensors(steps: Sequence[FlowStep]) -> list[Tensor] | None:
+    """All that the folded steps are made of; None if it cannot be told (parametrizations)."""
+    found: list[Tensor] = []
+    for step in steps:
+        if type(step.permutation) not in (InvConv, Permute) or hasattr(step.actnorm, "parametrizations"):
+            return None
+        for part in (step.actnorm, step.permutation):
+            found += [tensor for tensor in (*part._parameters.values(), *part._buffers.values()) if tensor is not None]
+        net = step.coupling.net
+        if is_foldable(net):
+            found += [tensor for part in net.modules() for tensor in part._parameters.values() if tensor is not None]
+    return found
+
+
+def _identities(tensors: Sequence[Tensor]) -> list[Identity] | None:
+    if any(tensor.is_inference() for tensor in tensors):
+        return None  # they have no version
+    return [(weakref.ref(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors]
+
+
+class FoldCache:
+    """The folded steps of one run of steps.
+
+    They count as long as the parameters are the same objects, at the same place and of the same version. Writes through
+    ``.data`` have no version: so that an optimizer or average which writes all parameters like that is noticed too, the
+    small parameters are compared by value (where reading them does not stop a stream).
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._folded: FoldedSteps | None = None
+        self._identities: list[Identity] = []
+        self._small = torch.empty(0)
+
+    def __deepcopy__(self, memo: object) -> FoldCache:
+        """A copy of a model has its own parameters."""
+        return FoldCache()
+
+    def __reduce__(self) -> tuple[type[FoldCache], tuple[()]]:
+        """Nothing of it is saved."""
+        return FoldCache, ()
+
+    def clear(self) -> None:
+        """Free the memory."""
+        with self._lock:
+            self._folded, self._identities = None, []
+
+    def get(self, steps: Sequence[FlowStep]) -> FoldedSteps:
+        """The folded steps, computed anew if something has changed. No gradient is recorded."""
+        with torch.no_grad(), self._lock:
+            tensors = _tensors(steps)
+            small = self._small_values(steps)
+            if tensors is not None and self._folded is not None and self._matches(tensors, small):
+                return self._folded
+            folded = FoldedSteps.of(steps)
+            identities = None if tensors is None else _identities(tensors)
+            self._folded, self._identities = (None, []) if identities is None else (folded, identities)
+            self._small = small
+            return folded
+
+    @staticmethod
+    def _small_values(steps: Sequence[FlowStep]) -> Tensor:
+        first = steps[0].actnorm.bias
+        if not can_read(first):
+            return first.new_empty(0)
+        nets = [step.coupling.net for step in steps]
+        gains = [net.log_gain.flatten() for net in nets if isinstance(net, CouplingNet)]
+        small = [*(step.actnorm.log_scale for step in steps), *(step.actnorm.bias for step in steps), *gains]
+        return torch.cat(small)
+
+    def _matches(self, tensors: Sequence[Tensor], small: Tensor) -> bool:
+        if len(tensors) != len(self._identities):
+            return False
+        for tensor, (reference, place, version) in zip(tensors, self._identities, strict=True):
+            same = reference() is tensor and not tensor.is_inference()
+            if not same or tensor.data_ptr() != place or tensor._version != version:
+                return False
+        return small.dtype == self._small.dtype and torch.equal(small, self._small)

@@ -1,0 +1,205 @@
+"""Steps are folded once for inference, and anew after whatever changes a parameter."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pyglow_fast as pgf
+from pyglow_fast.layers.folded import FoldedSteps
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+X = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+def steps(**options: object) -> pgf.ReversibleSequence:
+    sequence = pgf.ReversibleSequence([pgf.FlowStep(4, 5, **options) for _ in range(3)])
+    for step in sequence:
+        nn.init.normal_(step.coupling.net.conv3.weight, std=0.2)
+        nn.init.normal_(step.coupling.net.log_gain, std=0.2)
+    sequence.initialize(X)
+    return sequence.eval()
+
+
+@pytest.fixture
+def folds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows with each computation of folded steps."""
+    true, calls = FoldedSteps.of, []
+
+    def counted(own: list[pgf.FlowStep]) -> FoldedSteps:
+        calls.append(len(own))
+        return true(own)
+
+    monkeypatch.setattr(FoldedSteps, "of", counted)
+    return calls
+
+
+def truth(sequence: pgf.ReversibleSequence, x: Tensor = X) -> Tensor:
+    """Without the cache: step by step, with gradients."""
+    for step in sequence:
+        x = step(x)[0]
+    return x.detach()
+
+
+@torch.no_grad()
+def inference(sequence: pgf.ReversibleSequence) -> Tensor:
+    z, log_det = sequence(X)
+    x, inverse_log_det = sequence.inverse(z)
+    assert torch.allclose(x, X, atol=1e-4)
+    assert torch.allclose(log_det, -inverse_log_det, atol=1e-3)
+    return z
+
+
+def check(sequence: pgf.ReversibleSequence) -> None:
+    assert torch.allclose(inference(sequence), truth(sequence), rtol=1e-5, atol=1e-5)
+
+
+def test_once(folds: list[int]) -> None:
+    sequence = steps()
+    for _ in range(3):
+        check(sequence)
+    with torch.inference_mode():
+        sequence(X)
+    assert folds == [3]
+
+
+def optimizer_step(sequence: pgf.ReversibleSequence) -> None:
+    optimizer = torch.optim.Adam(sequence.parameters(), lr=0.01)
+    z, log_det = sequence(X)
+    (z.square().sum() - log_det.sum()).backward()
+    optimizer.step()
+
+
+@torch.no_grad()
+def write_all_through_data(sequence: pgf.ReversibleSequence) -> None:
+    for parameter in sequence.parameters():
+        parameter.data.mul_(0.9)
+
+
+@torch.no_grad()
+def replace_data(sequence: pgf.ReversibleSequence) -> None:
+    net = sequence[1].coupling.net
+    net.conv1.weight.data = 2.0 * net.conv1.weight.data
+
+
+@torch.no_grad()
+def write_in_place(sequence: pgf.ReversibleSequence) -> None:
+    sequence[2].coupling.net.conv2.bias.add_(0.5)
+
+
+def new_parameter(sequence: pgf.ReversibleSequence) -> None:
+    sequence[0].permutation.lower = nn.Parameter(0.3 * torch.randn(4, 4).tril(-1))
+
+
+def new_net(sequence: pgf.ReversibleSequence) -> None:
+    sequence[0].coupling.net = pgf.CouplingNet(2, 4, 7)
+    nn.init.normal_(sequence[0].coupling.net.conv3.weight, std=0.2)
+
+
+def own_net(sequence: pgf.ReversibleSequence) -> None:
+    sequence[0].coupling.net = nn.Conv2d(2, 4, 1)
+
+
+def load(sequence: pgf.ReversibleSequence) -> None:
+    sequence.load_state_dict(steps().state_dict())
+
+
+def reparametrize(sequence: pgf.ReversibleSequence) -> None:
+    nn.utils.parametrizations.weight_norm(sequence[1].coupling.net.conv1)
+    with torch.no_grad():
+        sequence[1].coupling.net.conv1.parametrizations.weight.original0.mul_(2.0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        optimizer_step,
+        write_all_through_data,
+        replace_data,
+        write_in_place,
+        new_parameter,
+        new_net,
+        own_net,
+        load,
+        reparametrize,
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"net_actnorm": True}, {"permutation": "invconv_plain"}], ids=str)
+def test_anew_after_a_change(change: Callable[[pgf.ReversibleSequence], None], options: dict[str, object]) -> None:
+    if change in (new_parameter, load) and options.get("permutation"):
+        pytest.skip("of LU factors")
+    if change in (write_in_place, load) and options.get("net_actnorm"):
+        pytest.skip("of a net with biases")
+    sequence = steps(**options)
+    before = inference(sequence)
+    change(sequence)
+    check(sequence)
+    assert not torch.allclose(inference(sequence), before, atol=1e-4), "a change that changes nothing"
+
+
+def test_functional_call_with_one_set_of_parameters_after_another() -> None:
+    sequence = steps()
+    check(sequence)
+    for scale in (1.1, 0.9, 1.3):  # freed and allocated at the same places
+        parameters = {name: scale * value.detach() for name, value in sequence.named_parameters()}
+        with torch.no_grad():
+            z, _ = torch.func.functional_call(sequence, parameters, (X,))
+        expected = copy.deepcopy(sequence)
+        expected.load_state_dict({**sequence.state_dict(), **parameters})
+        assert torch.allclose(z, truth(expected), rtol=1e-5, atol=1e-5)
+        del parameters
+    check(sequence)
+
+
+def test_of_another_dtype() -> None:
+    sequence = steps()
+    check(sequence)
+    sequence.double()
+    with torch.no_grad():
+        z, _ = sequence(X.double())
+    assert torch.allclose(z, truth(sequence, X.double()), rtol=1e-10, atol=1e-10)
+
+
+def test_freed_by_training(folds: list[int]) -> None:
+    sequence = steps()
+    check(sequence)
+    assert sequence._cache._folded is not None
+    sequence(X)[0].sum().backward()
+    assert sequence._cache._folded is None
+    check(sequence)
+    assert len(folds) == 2
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_copies(how: Callable[[pgf.ReversibleSequence], pgf.ReversibleSequence]) -> None:
+    sequence = steps()
+    check(sequence)
+    other = how(sequence)
+    assert other._cache._folded is None
+    write_in_place(other)
+    check(other)
+    check(sequence)
+
+
+def test_two_threads() -> None:
+    sequence = steps()
+    expected, found = truth(sequence), []
+
+    def run() -> None:
+        for _ in range(20):
+            sequence._cache.clear()
+            found.append(inference(sequence))
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 60
+    assert all(torch.allclose(z, expected, rtol=1e-5, atol=1e-5) for z in found)

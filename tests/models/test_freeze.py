@@ -1,0 +1,166 @@
+"""A frozen model: the same function from folded buffers."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pyglow_fast as pgf
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CONFIGS = [
+    {},
+    {"net_actnorm": True, "permutation": "invconv_plain", "n_classes": 3},
+    {"coupling": "additive", "permutation": "shuffle", "learn_prior": False},
+    {"cond_channels": 2, "scale_map": "tanh"},
+]
+
+
+def model(**fields: object) -> pgf.Glow:
+    torch.manual_seed(0)
+    found = pgf.Glow(**{"image_shape": (1, 8, 8), "n_levels": 2, "n_steps": 2, "hidden": 5, **fields})
+    for name, parameter in found.named_parameters():
+        if "conv3" in name or "log_gain" in name or "prior" in name or "splits" in name:
+            nn.init.normal_(parameter, std=0.1)
+    found.initialize(torch.rand(8, 1, 8, 8) - 0.5, torch.randn(8, 2) if found.config.cond_channels else None)
+    return found.eval()
+
+
+def inputs(glow: pgf.Glow, n: int = 3) -> dict[str, Tensor]:
+    extra = {}
+    if glow.config.n_classes is not None:
+        extra["y"] = torch.arange(n) % glow.config.n_classes
+    if glow.config.cond_channels:
+        extra["cond"] = torch.randn(n, glow.config.cond_channels, 8, 8)
+    return extra
+
+
+@pytest.mark.parametrize("fields", CONFIGS, ids=str)
+def test_is_the_same_function(fields: dict[str, object]) -> None:
+    glow, x = model(**fields), torch.rand(3, 1, 8, 8) - 0.5
+    frozen, extra = glow.freeze(), inputs(glow)
+    cond = {name: value for name, value in extra.items() if name == "cond"}
+    for record in (False, True):
+        with torch.set_grad_enabled(record):
+            assert torch.allclose(frozen.log_prob(x, **extra), glow.log_prob(x, **extra), rtol=1e-5)
+            latents = frozen.encode(x, **cond)
+            for one, other in zip(latents, glow.encode(x, **cond), strict=True):
+                assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+            assert torch.allclose(frozen.decode(latents, **cond), x, atol=1e-4)
+    samples = [which.sample(3, 0.7, generator=torch.Generator().manual_seed(1), **extra) for which in (frozen, glow)]
+    assert torch.allclose(*samples, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_to_train() -> None:
+    frozen = model(learn_prior=False).freeze()
+    assert not list(frozen.parameters())
+    assert not model().freeze().train().training
+    assert frozen.memory == "frozen"
+    assert frozen.memory_report() == []
+    assert frozen.is_initialized
+    with pytest.raises(ValueError, match="memory: expected a model that is not frozen"):
+        frozen.memory = "store"
+    x = (torch.rand(2, 1, 8, 8) - 0.5).requires_grad_()
+    frozen.log_prob(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_leaves_the_model_alone_and_follows_it_not() -> None:
+    glow, x = model(), torch.rand(3, 1, 8, 8) - 0.5
+    frozen = glow.freeze()
+    before = frozen.log_prob(x)
+    with torch.no_grad():
+        for parameter in glow.levels.parameters():
+            parameter.mul_(0.5)
+    assert torch.equal(frozen.log_prob(x), before)
+    assert all(parameter.requires_grad for parameter in glow.parameters())
+    assert glow.memory == "reversible"
+
+
+def test_state_dict() -> None:
+    frozen, other = model().freeze(), model()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.9)
+    target = other.freeze()
+    target.load_state_dict(frozen.state_dict())
+    x = torch.rand(3, 1, 8, 8) - 0.5
+    assert torch.equal(target.log_prob(x), frozen.log_prob(x))
+    assert torch.equal(copy.deepcopy(frozen).double().log_prob(x.double()), frozen.double().log_prob(x.double()))
+
+
+def test_refusals() -> None:
+    fresh = pgf.Glow(image_shape=(1, 8, 8), n_levels=2, n_steps=2, hidden=5)
+    with pytest.raises(ValueError, match=r"steps: expected initialised actnorms .*, found fresh ones"):
+        fresh.freeze()
+    glow = model()
+    glow.levels[0].steps[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="steps: expected FlowSteps without overridden methods and hooks"):
+        glow.freeze()
+
+
+class LogProb(nn.Module):
+    def __init__(self, glow: pgf.Glow) -> None:
+        super().__init__()
+        self.glow = glow
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.glow.log_prob(x)
+
+
+class Decode(nn.Module):
+    def __init__(self, glow: pgf.Glow) -> None:
+        super().__init__()
+        self.glow = glow
+
+    def forward(self, *latents: Tensor) -> Tensor:
+        return self.glow.decode(list(latents))
+
+
+class Sample(nn.Module):
+    def __init__(self, glow: pgf.Glow) -> None:
+        super().__init__()
+        self.glow = glow
+
+    def forward(self, temperature: Tensor) -> Tensor:
+        return self.glow.sample(4, temperature)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+class TestExport:
+    def model(self, frozen: bool) -> pgf.Glow:
+        return model().freeze() if frozen else model()
+
+    def test_log_prob(self, frozen: bool) -> None:
+        glow, x = self.model(frozen), torch.rand(3, 1, 8, 8) - 0.5
+        with torch.no_grad():
+            program = torch.export.export(LogProb(glow), (x,))
+            other = torch.rand(3, 1, 8, 8) - 0.5
+            assert torch.allclose(program.module()(other), glow.log_prob(other), rtol=1e-5)
+
+    def test_decode(self, frozen: bool) -> None:
+        glow, x = self.model(frozen), torch.rand(3, 1, 8, 8) - 0.5
+        with torch.no_grad():
+            latents = tuple(glow.encode(x))
+            program = torch.export.export(Decode(glow), latents)
+            assert torch.allclose(program.module()(*latents), x, atol=1e-4)
+
+    def test_sample(self, frozen: bool) -> None:
+        glow, temperature = self.model(frozen), torch.tensor(0.7)
+        with torch.no_grad():
+            program = torch.export.export(Sample(glow), (temperature,))
+            torch.manual_seed(3)
+            found = program.module()(temperature)
+            torch.manual_seed(3)
+            assert torch.allclose(found, glow.sample(4, 0.7), rtol=1e-4, atol=1e-5)
+            assert not torch.equal(program.module()(temperature), found), "noise is drawn anew"
+
+    def test_saved_and_loaded(self, frozen: bool, tmp_path_factory: pytest.TempPathFactory) -> None:
+        path = tmp_path_factory.mktemp("exported") / "glow.pt2"
+        glow, x = self.model(frozen), torch.rand(3, 1, 8, 8) - 0.5
+        with torch.no_grad():
+            torch.export.save(torch.export.export(LogProb(glow), (x,)), path)
+            assert torch.allclose(torch.export.load(path).module()(x), glow.log_prob(x), rtol=1e-5)
