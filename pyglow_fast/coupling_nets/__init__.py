@@ -2,6 +2,7 @@
 
 from pyglow_fast.coupling_nets.halo import check_halo
 from pyglow_fast.coupling_nets.plan import Chunk, ChunkPlan, plan_chunks
+from pyglow_fast.coupling_nets.precision import check_precision, in_precision
 from pyglow_fast.coupling_nets.run import plain_call, run_net, run_net_backward
 from pyglow_fast.coupling_nets.state import (
     GeneratorState,
@@ -21,7 +22,9 @@ __all__ = [
     "captured_autocast",
     "check_halo",
     "check_net",
+    "check_precision",
     "check_repeated",
+    "in_precision",
     "is_deterministic",
     "output_sums",
     "plain_call",

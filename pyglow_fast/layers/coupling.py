@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
+from pyglow_fast.coupling_nets import check_precision, in_precision
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.net_runner import NetRunner, Plans
@@ -58,6 +59,7 @@ class Coupling(FlowLayer):
         scale_bias, scale_eps: of the sigmoid map.
         scale_clamp: of the tanh and atan maps.
         order: "shift_scale" (Glow) or "scale_shift" (nflows, FrEIA).
+        precision: of the net: "auto" (as torch.autocast says), "fp32", "tf32", "bf16" or "fp16"; may be changed later.
 
     Where the net makes a scale so small that it underflows, the inverse divides by zero and its result is inf: sampling
     at high temperature from a badly trained flow can show that; scale_eps bounds the scale from below.
@@ -79,13 +81,24 @@ class Coupling(FlowLayer):
         scale_eps: float = 0.0,
         scale_clamp: float = 2.0,
         order: str = "shift_scale",
+        precision: str = "auto",
     ) -> None:
         super().__init__()
+        self.precision = precision
         self.spec = coupling_spec(kind, scale_map, scale_bias, scale_eps, scale_clamp, order)
         self.net = net
         if isinstance(scale_map, nn.Module):
             self.scale_module = scale_map  # its parameters are the model's
         self._plans: Plans = {}
+
+    @property
+    def precision(self) -> str:
+        """Of the net."""
+        return self._precision
+
+    @precision.setter
+    def precision(self, precision: str) -> None:
+        self._precision = check_precision(precision)
 
     def kept_half(self, x: Tensor) -> Tensor:
         """The half of the channels that the net reads and the coupling leaves as they are."""
@@ -105,11 +118,12 @@ class Coupling(FlowLayer):
 
     def runner(self, budget: str | int) -> NetRunner:
         """The net to be run in chunks within a budget."""
-        return NetRunner(self.net, 2 if self.spec.kind == "affine" else 1, budget, self._plans)
+        return NetRunner(self.net, 2 if self.spec.kind == "affine" else 1, budget, self._plans, self.precision)
 
     def run_net(self, kept: Tensor, cond: Tensor | None) -> Tensor:
         """The coupling net on the kept half (the same before and after the coupling), checked for its shape."""
-        net_out = self.net(kept) if cond is None else self.net(kept, cond)
+        with in_precision(self.precision, kept):
+            net_out = self.net(kept) if cond is None else self.net(kept, cond)
         width = 2 * kept.shape[1] if self.spec.kind == "affine" else kept.shape[1]
         expected = (kept.shape[0], width, *kept.shape[2:])
         expect(

@@ -186,7 +186,7 @@ class FlowStep(FlowLayer):
         net_actnorm: ActNorm inside the coupling net.
         cond_channels: channels of the conditioning input.
         dims: number of spatial dimensions, 1 to 3.
-        scale_map, scale_bias, scale_eps, scale_clamp, order: see Coupling.
+        scale_map, scale_bias, scale_eps, scale_clamp, order, precision: see Coupling.
 
     Shapes: x (N, C, *spatial), float32 or float64; log_det (N,), nats.
 
@@ -211,6 +211,7 @@ class FlowStep(FlowLayer):
         scale_eps: float = 0.0,
         scale_clamp: float = 2.0,
         order: str = "shift_scale",
+        precision: str = "auto",
     ) -> None:
         super().__init__()
         check_count("channels", channels, least=2)
@@ -227,7 +228,7 @@ class FlowStep(FlowLayer):
             if permutation.startswith("invconv")
             else Permute(channels, permutation)
         )
-        self.coupling = Coupling(net, coupling, scale_map, scale_bias, scale_eps, scale_clamp, order)
+        self.coupling = Coupling(net, coupling, scale_map, scale_bias, scale_eps, scale_clamp, order, precision)
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x -> z; a fresh step in training initialises its actnorm from x first."""

@@ -18,6 +18,7 @@ from pyglow_fast.coupling_nets import (
     RunState,
     check_net,
     check_repeated,
+    in_precision,
     output_sums,
     plan_chunks,
     run_net,
@@ -47,6 +48,7 @@ class NetRunner:
         width: channels that its output must have, per channel of x1.
         budget: bytes of activations, or "auto".
         plans: how inputs of known shapes are cut, by which net, filled as they come.
+        precision: that the net runs in.
 
     Raises:
         ValueError: a BatchNorm in training mode and the like, an output of the wrong shape; in the backward, a net that
@@ -59,8 +61,9 @@ class NetRunner:
         width: int,
         budget: str | int,
         plans: Plans,
+        precision: str = "auto",
     ) -> None:
-        self.net, self.width, self.budget, self._plans = net, width, budget, plans
+        self.net, self.width, self.budget, self._plans, self.precision = net, width, budget, plans, precision
 
     @functools.cached_property
     def _named(self) -> list[tuple[str, nn.Parameter]]:
@@ -127,10 +130,15 @@ class NetRunner:
         def call(x1: Tensor, cond: Tensor | None) -> Tensor:
             return functional.coupling_net(net.with_condition(x1, cond), *weights)
 
-        return run_net(net, x1, cond, self._plan(x1, cond), call)
+        with in_precision(self.precision, x1):
+            return run_net(net, x1, cond, self._plan(x1, cond), call)
 
     def forward(self, x1: Tensor, cond: Tensor | None, params: Sequence[Tensor]) -> tuple[Tensor, Memo]:
         """net(x1, cond) without a record, and what repeats it."""
+        with in_precision(self.precision, x1):
+            return self._forward(x1, cond, params)
+
+    def _forward(self, x1: Tensor, cond: Tensor | None, params: Sequence[Tensor]) -> tuple[Tensor, Memo]:
         plan, known = self._plan(x1, cond), is_deterministic(self.net)
         before = None if known else GeneratorState.capture(x1.device)
         net_out = run_net(self.net, x1, cond, plan, self._call(params))
@@ -148,7 +156,7 @@ class NetRunner:
 
     def repeat(self, x1: Tensor, cond: Tensor | None, params: Sequence[Tensor], memo: Memo) -> Tensor:
         """The output of :meth:`forward` again."""
-        with memo.state.restored(self.net):
+        with in_precision(self.precision, x1), memo.state.restored(self.net):
             return run_net(self.net, x1, cond, memo.plan, self._call(params))
 
     def backward(
@@ -174,7 +182,7 @@ class NetRunner:
         by_name = dict(zip(self.names, leaves, strict=True))
         names = [name for name, leaf in by_name.items() if leaf.requires_grad]
         wanted = [by_name[name] for name in names]
-        with memo.state.restored(self.net):
+        with in_precision(self.precision, x1), memo.state.restored(self.net):
             explicit = self.net.explicit(x1, by_name) if isinstance(self.net, CouplingNet) else None
             grad_x1, grad_cond, found = run_net_backward(
                 self._call(leaves),

@@ -19,6 +19,7 @@ from pyglow_fast.layers.reshape import fit_condition
 from pyglow_fast.likelihood import bits_per_dim, dequantize
 from pyglow_fast.models.config import GlowConfig
 from pyglow_fast.models.prior import TopPrior, check_labels, check_temperature, scaled_noise
+from pyglow_fast.models.settings import GlowSettings
 
 
 class FlowLevel(nn.Module):
@@ -64,7 +65,7 @@ class FlowLevel(nn.Module):
         return self.steps.initialize(z, cond)
 
 
-class Glow(nn.Module):
+class Glow(GlowSettings):
     """log p(x) = sum over levels of log N(z_l; prior(z_{>l})) + log|det dz/dx|.
 
     Each of the L levels squeezes, applies K flow steps, and (but for the last) factors half of the channels out as a
@@ -75,6 +76,10 @@ class Glow(nn.Module):
         config: a GlowConfig; or pass its fields as keywords.
         memory: "reversible", "checkpoint" or "store": what training keeps for the backward; may be changed at any time.
         anchor_every, tolerance, memory_budget, deferred_check: see :class:`~pyglow_fast.ReversibleSequence`.
+
+        precision: that the coupling nets compute in, the flow state staying float32: "bf16", "fp16", "tf32", "fp32" or
+            "auto" (as torch.autocast says); may be changed at any time. Encoding and decoding use float32 nets whatever
+            it is, unless they are told otherwise.
 
     Shapes: x (N, C, *spatial), float32 or float64; latents, shallowest first: L-1 halves of the levels' states, then
     the top state; log_det and log_prob (N,), nats.
@@ -95,6 +100,7 @@ class Glow(nn.Module):
         tolerance: float | None = None,
         memory_budget: str | int = "auto",
         deferred_check: bool = False,
+        precision: str = "auto",
         **fields: Any,
     ) -> None:
         super().__init__()
@@ -115,26 +121,8 @@ class Glow(nn.Module):
         self.splits = nn.ModuleList(
             Split(shape[0], self.config.learn_prior, self.config.dims) for shape in self.state_shapes[:-1]
         )
+        self.precision = precision
         self.prior = TopPrior(self.state_shapes[-1][0], self.config.n_classes, self.config.learn_prior)
-
-    def _sequences(self) -> list[ReversibleSequence]:
-        """None of a frozen model."""
-        return [level.steps for level in self.levels if isinstance(level.steps, ReversibleSequence)]
-
-    @property
-    def memory(self) -> str:
-        """The memory mode of all levels; "frozen" for a frozen model."""
-        return self._sequences()[0].memory if self._sequences() else "frozen"
-
-    @memory.setter
-    def memory(self, memory: str) -> None:
-        expect(bool(self._sequences()), "memory", "a model that is not frozen", memory)
-        for sequence in self._sequences():
-            sequence.memory = memory
-
-    def memory_report(self) -> list[dict[str, Any]]:
-        """Of each level: mode, anchors' spacing, drift, what was redone; see ReversibleSequence.memory_report."""
-        return [sequence.memory_report() for sequence in self._sequences()]
 
     def freeze(self) -> Glow:
         """A copy for deployment: the same densities, latents and samples from folded weights in buffers.
@@ -304,13 +292,19 @@ class Glow(nn.Module):
             x = dequantize(images, n_bins, generator, dtype=self._parameter().dtype)
         return bits_per_dim(self.log_prob(x, y, cond), self.config.n_values, n_bins)
 
-    def encode(self, x: Tensor, cond: Tensor | None = None) -> list[Tensor]:
-        """The latents of x, all levels: decode(encode(x)) is x up to rounding."""
-        return self(x, cond)[0]
+    def encode(self, x: Tensor, cond: Tensor | None = None, precision: str = "fp32") -> list[Tensor]:
+        """The latents of x, all levels: decode(encode(x)) is x up to rounding.
 
-    def decode(self, latents: list[Tensor], cond: Tensor | None = None) -> Tensor:
-        """The x whose latents these are."""
-        return self.inverse(latents, cond)[0]
+        precision: of the nets; "auto" for the model's own. Rounding of 16 bits is amplified from step to step: a
+        warning says by how much.
+        """
+        with self._exact(precision, "encode"):
+            return self(x, cond)[0]
+
+    def decode(self, latents: list[Tensor], cond: Tensor | None = None, precision: str = "fp32") -> Tensor:
+        """The x whose latents these are; precision: that of encode."""
+        with self._exact(precision, "decode"):
+            return self.inverse(latents, cond)[0]
 
     @torch.no_grad()
     def sample(

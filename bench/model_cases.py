@@ -1,0 +1,218 @@
+"""What the model benchmark runs: configurations, their arithmetic, and the implementations with their variants.
+
+Model FLOPs are those of the coupling nets alone, a fused multiply-add being two: of log_prob and sample the forward's,
+of a training step three times those, whatever an implementation computes a second time. The product rate is that of the
+library's matrix products at the shapes that the nets' convolutions have as products over positions; where the library's
+convolutions are faster than its products, a fraction of it is more than 1.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import types
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.memory_models import OURS, Levels, Ours, Shape, build, images, plain_levels
+from bench.model_peers import PEER_STEPS
+
+CONFIGS = {
+    "a": Shape((3, 32, 32), n_levels=3, n_steps=8, hidden=512, batch=16),
+    "b": Shape((3, 32, 32), n_levels=3, n_steps=32, hidden=128, batch=16),
+    "c": Shape((3, 256, 256), n_levels=4, n_steps=4, hidden=64, batch=1),
+    "d": Shape((12, 64, 64), n_levels=1, n_steps=1, hidden=32, batch=8, squeezes=False),
+    "e": Shape((3, 32, 32), n_levels=3, n_steps=32, hidden=512, batch=16),
+}
+TRAIN, LOG_PROB, SAMPLE = "train step", "log_prob", "sample"
+WORKLOADS = (TRAIN, LOG_PROB, SAMPLE)
+PLAIN, MEMCNN = "plain", "memcnn"
+EXTERNAL = (*PEER_STEPS, MEMCNN)
+IMPLEMENTATIONS = (*OURS, PLAIN, *EXTERNAL)
+EAGER, CHANNELS_LAST, COMPILED = "eager", "channels_last", "torch.compile"
+NOTES = {
+    "normflows": "its own LU 1x1 and y = (u - shift) / s; standard normal priors",
+    "nflows": "its own LU 1x1, cached in evaluation; y = u s + shift; standard normal priors",
+    "FrEIA": "less work: a fixed permutation, no actnorm from data; standard normal priors",
+    MEMCNN: "its wrapper around the plain step",
+}
+WITHOUT_GRADIENTS = "all memory modes run alike without gradients"
+MEMCNN_COMPILES_NOT = "memcnn under torch.compile is left out: it frees the storage of tensors by hand"
+COMPILATIONS = 512  # of one function, such as a peer's step after a graph break; past the limit it would run eagerly
+
+
+@dataclasses.dataclass
+class Candidate:
+    """An implementation in a variant: its model, the images as it takes them, and the model's two entry points.
+
+    ``memory``: the mode that a model of ours is set to before each run; models are shared between modes.
+    """
+
+    implementation: str
+    variant: str
+    model: Any
+    x: Tensor
+    memory: str | None = None
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        self.log_prob: Callable[[Tensor], Tensor] = self.model.log_prob
+        self.sample: Callable[[int], Tensor] = self.model.sample
+
+    @property
+    def name(self) -> str:
+        """For tables and messages."""
+        return f"{self.implementation}, {self.variant}"
+
+    def run(self, workload: str) -> Callable[[], Any]:
+        """What is timed. A training step is zero_grad, forward and backward; an optimizer is no part of it."""
+
+        def train() -> None:
+            self.select()
+            self.model.zero_grad(set_to_none=True)
+            (-self.log_prob(self.x)).mean().backward()
+
+        def without_gradient() -> Tensor:
+            with torch.no_grad():
+                return self.log_prob(self.x) if workload == LOG_PROB else self.sample(self.x.shape[0])
+
+        return train if workload == TRAIN else without_gradient
+
+    def eager(self) -> Candidate:
+        """The same, not compiled."""
+        return dataclasses.replace(self)
+
+    def select(self) -> None:
+        """Set the memory mode, where there is one."""
+        if self.memory is not None:
+            self.model.memory = self.memory
+
+    def gradients(self) -> list[Tensor]:
+        """Of the last training step."""
+        return [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+
+
+def net_flops(shape: Shape, workload: str) -> int:
+    """Of all coupling nets, over the batch."""
+    products = [2 * rows * inner * columns for rows, inner, columns in net_products(shape)]
+    return sum(products) * shape.n_steps * (3 if workload == TRAIN else 1)
+
+
+def net_products(shape: Shape) -> list[tuple[int, int, int]]:
+    """(rows, inner, columns) of the matrix products that one step of each level has in its net's forward."""
+    found, hidden = [], shape.hidden
+    channels, *spatial = shape.image
+    for _ in range(shape.n_levels):
+        if shape.squeezes:
+            channels, spatial = channels * 2 ** len(spatial), [size // 2 for size in spatial]
+        positions = shape.batch
+        for size in spatial:
+            positions *= size
+        found += [(positions, 9 * channels // 2, hidden), (positions, hidden, hidden)]
+        found += [(positions, hidden, 9 * channels)]
+        channels = channels // 2 if shape.squeezes else channels
+    return found
+
+
+def products_case(shape: Shape, device: torch.device) -> tuple[Callable[[], None], int]:
+    """All those products, one after another into memory that is already there, and their FLOPs."""
+    sizes = net_products(shape)
+    operands = [
+        tuple(torch.randn(size, device=device) for size in ((rows, inner), (inner, columns), (rows, columns)))
+        for rows, inner, columns in sizes
+    ]
+
+    def run() -> None:
+        for left, right, out in operands:
+            torch.mm(left, right, out=out)
+
+    return run, sum(2 * rows * inner * columns for rows, inner, columns in sizes)
+
+
+class Candidates:
+    """The implementations of a configuration in their variants, and a line for each that is left out.
+
+    Ours and those of our function share one set of tensors per variant.
+    """
+
+    def __init__(self, shape: Shape, device: torch.device, names: Sequence[str], compiled: bool) -> None:
+        self.shape, self.device = shape, device
+        self.found: list[Candidate] = []
+        self.missing: list[str] = []
+        self.x = images(shape, device)
+        ours = build("store", shape, "auto", device)
+        assert not isinstance(ours, Levels)
+        self.ours: Ours = ours
+        for variant in (EAGER, CHANNELS_LAST):
+            model = ours if variant == EAGER else copy.deepcopy(ours).to(memory_format=torch.channels_last)
+            for name in names:
+                self._add(name, variant, model)
+        if compiled:
+            for name in names:
+                self._add_compiled(name)
+
+    def exact(self) -> Levels:
+        """Our function in float64, by the reference."""
+        return plain_levels(copy.deepcopy(self.ours).double(), "torch checkpoint")
+
+    def of(self, workload: str) -> list[Candidate]:
+        """Those that the workload is measured on; our memory modes differ in training alone."""
+        if workload == TRAIN:
+            return list(self.found)
+        return [c for c in self.found if c.memory in (None, OURS[0]) and c.implementation != MEMCNN]
+
+    def _model(self, name: str, ours: Ours) -> Any:
+        if name in OURS:
+            return ours
+        return build(name, self.shape, "auto", self.device) if name in PEER_STEPS else plain_levels(ours, name)
+
+    def _add(self, name: str, variant: str, ours: Ours) -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model, x = self._model(name, ours), self.x
+        except ImportError as error:
+            self._leave_out(f"{name} is left out: it cannot be imported ({error})")
+            return
+        if variant == CHANNELS_LAST:
+            model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+        memory = name if name in OURS else None
+        self.found.append(Candidate(name, variant, model, x, memory, NOTES.get(name, "")))
+
+    def _add_compiled(self, name: str) -> None:
+        if name in OURS[1:]:
+            return  # recomputation is no single graph
+        if name == MEMCNN:
+            self._leave_out(MEMCNN_COMPILES_NOT)
+            return
+        before = len(self.found)
+        self._add(name, COMPILED, copy.deepcopy(self.ours))
+        for candidate in self.found[before:]:
+            candidate.log_prob = _compiled(candidate.model.log_prob, f"log_prob_of_{name}")
+            candidate.sample = _compiled(candidate.model.sample, f"sample_of_{name}")
+
+    def _leave_out(self, line: str) -> None:
+        if line not in self.missing:
+            self.missing.append(line)
+
+
+def _compiled(function: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
+    """Compiled as code of its own: what shares its code is looked through at every call, and costs up to 0.4 ms."""
+
+    def call(*arguments: Any) -> Tensor:
+        return function(*arguments)
+
+    own = types.FunctionType(call.__code__.replace(co_name=name), globals(), name, None, call.__closure__)
+    compiled: Callable[..., Tensor] = torch.compile(own, dynamic=False)
+    return compiled
+
+
+def reset_compiler() -> None:
+    """Forget what was compiled, and let one function be compiled for many models."""
+    torch.compiler.reset()
+    torch._dynamo.config.recompile_limit = COMPILATIONS
+    torch._dynamo.config.accumulated_recompile_limit = 4 * COMPILATIONS

@@ -1,0 +1,295 @@
+"""Whole models: a training step, log_prob and sampling, by ours, plain torch and the peers' layers.
+
+    python -m bench.models [--configs a,b] [--device cpu] [--compile] [--seconds 600] [--out DIR]
+
+A training step is zero_grad, forward and backward of the mean of -log_prob; an optimizer is no part of it. log_prob and
+sample run under no_grad in evaluation mode. Every candidate is checked before it is timed (bench/model_checks.py);
+then all take turns in one process, in an order that changes from round to round, the library's matrix products at the
+nets' shapes among them. On the CPU everything is measured twice, in processes with two settings of malloc
+(bench.harness.TUNED_MALLOC). Ratios are of each side at its own best over variants and both settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import model_plots, peers
+from bench.harness import (
+    device_name,
+    machine,
+    malloc_environments,
+    malloc_setting,
+    run_module,
+    synchronize,
+    write_json,
+)
+from bench.memory_models import Shape
+from bench.model_cases import (
+    CONFIGS,
+    IMPLEMENTATIONS,
+    TRAIN,
+    WITHOUT_GRADIENTS,
+    WORKLOADS,
+    Candidate,
+    Candidates,
+    net_flops,
+    products_case,
+    reset_compiler,
+)
+from bench.model_checks import Checks, passing
+from bench.model_rows import ModelRow, table, verdicts
+
+PRODUCTS = "library's products"
+TURN_SECONDS = 0.1  # short cases are repeated within their turn to about this
+LEAST_ROUNDS = 3
+
+
+def take_turns(
+    cases: Mapping[str, Callable[[], object]], device: torch.device, rounds: int, seconds: float
+) -> dict[str, list[float]]:
+    """Seconds of a call of each case in each round; fewer rounds, but LEAST_ROUNDS, once the time is spent.
+
+    The cases have run before; one more call here is not counted, and neither is the first of a repeated turn: it finds
+    the caches and the heap as another left them.
+    """
+    begin = time.perf_counter()
+
+    def timed(case: Callable[[], object], times: int) -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(times):
+            case()
+        synchronize(device)
+        return (time.perf_counter() - start) / times
+
+    repeats = {name: max(1, min(1000, int(TURN_SECONDS / max(timed(case, 1), 1e-7)))) for name, case in cases.items()}
+    found: dict[str, list[float]] = {name: [] for name in cases}
+    for done in range(rounds):
+        if done >= min(LEAST_ROUNDS, rounds) and time.perf_counter() - begin > seconds:
+            break
+        for name in random.Random(done).sample(list(cases), len(cases)):
+            if repeats[name] > 1:
+                cases[name]()
+            found[name].append(timed(cases[name], repeats[name]))
+    return found
+
+
+class Measurement:
+    """One process: its device and malloc setting, and how much of what is measured."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.device, self.rounds, self.seconds = arguments.device, arguments.rounds, arguments.seconds
+        self.names, self.workloads, self.compiled = arguments.implementations, arguments.workloads, arguments.compile
+        self.shapes: dict[str, Shape] = arguments.shapes or CONFIGS
+        self.device_name, self.malloc = device_name(self.device), malloc_setting()
+        self.notes: list[str] = []
+
+    def config(self, config: str) -> list[ModelRow]:
+        """All workloads of one configuration; prints a table of each."""
+        shape, rows = self.shapes[config], []
+        candidates = Candidates(shape, self.device, self.names, self.compiled)
+        for line in candidates.missing:
+            self._note(line)
+        for workload in self.workloads:
+            if self.compiled:
+                reset_compiler()  # what was compiled before would be looked through at every call
+            for candidate in candidates.found:
+                candidate.model.train(workload == TRAIN)
+            found, lines = passing(Checks(candidates, workload), candidates.of(workload))
+            for line in lines:
+                self._note(f"({config}) {line}")
+            measured = self._workload(config, shape, workload, found)
+            print(table(measured), flush=True)
+            rows += measured
+            for candidate in candidates.found:
+                candidate.model.zero_grad(set_to_none=True)
+        return rows
+
+    def _note(self, line: str) -> None:
+        if line not in self.notes:
+            self.notes.append(line)
+            print(f"note: {line}", flush=True)
+
+    def _workload(self, config: str, shape: Shape, workload: str, candidates: Sequence[Candidate]) -> list[ModelRow]:
+        products, product_flops = products_case(shape, self.device)
+        cases: dict[str, Callable[[], object]] = {c.name: c.run(workload) for c in candidates}
+        times = take_turns({PRODUCTS: products, **cases}, self.device, self.rounds, self.seconds / len(self.workloads))
+        product_rate = product_flops / statistics.median(times[PRODUCTS])
+        flops = net_flops(shape, workload)
+        rows = []
+        for candidate in candidates:
+            values = times[candidate.name]
+            low, median, high = statistics.quantiles(values, n=4, method="inclusive") if values[1:] else 3 * values
+            rows.append(
+                ModelRow(
+                    config=config,
+                    workload=workload,
+                    implementation=candidate.implementation,
+                    variant=candidate.variant,
+                    malloc=self.malloc,
+                    device=self.device_name,
+                    dtype="float32",
+                    shape=shape,
+                    seconds=median,
+                    seconds_low=low,
+                    seconds_high=high,
+                    rounds=len(values),
+                    flops=flops,
+                    gigaflops=flops / median / 1e9,
+                    product_gigaflops=product_rate / 1e9,
+                    fraction_of_products=flops / median / product_rate,
+                    note=_note_of(candidate, workload),
+                )
+            )
+        return rows
+
+
+def _note_of(candidate: Candidate, workload: str) -> str:
+    if candidate.memory is None:
+        return candidate.note
+    if workload != TRAIN:
+        return WITHOUT_GRADIENTS
+    if candidate.memory != "reversible":
+        return ""
+    reports = candidate.model.memory_report()
+    return (
+        f"anchors every {[r['anchor_every'] for r in reports]} steps, {sum(r['redone_steps'] for r in reports)} redone"
+    )
+
+
+def _chosen(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """A parser's type: a list of names with commas between them."""
+
+    def parse(text: str) -> list[str]:
+        names = [name.strip() for name in text.split(",") if name.strip()]
+        unknown = [name for name in names if name not in known]
+        if unknown or not names:
+            raise argparse.ArgumentTypeError(f"expected some of {', '.join(known)}, found {text!r}")
+        return names
+
+    return parse
+
+
+def _shapes(text: str) -> dict[str, Shape]:
+    return {name: Shape.of(values) for name, values in json.loads(text).items()}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    options = argparse.ArgumentParser(prog="models", description="whole models against peers", allow_abbrev=False)
+    options.add_argument("--configs", type=_chosen(list(CONFIGS)), default=list(CONFIGS), help="some of a,b,c,d,e")
+    options.add_argument("--workloads", type=_chosen(WORKLOADS), default=list(WORKLOADS), help=", ".join(WORKLOADS))
+    options.add_argument(
+        "--implementations",
+        type=_chosen(IMPLEMENTATIONS),
+        default=list(IMPLEMENTATIONS),
+        help=", ".join(IMPLEMENTATIONS),
+    )
+    options.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")
+    options.add_argument("--rounds", type=int, default=5, help="interleaved rounds (5)")
+    options.add_argument(
+        "--seconds", type=float, default=900.0, help=f"of a configuration; past them {LEAST_ROUNDS} rounds do (900)"
+    )
+    options.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch on the CPU")
+    options.add_argument(
+        "--compile", action="store_true", help="also under torch.compile, minutes each for deep models"
+    )
+    options.add_argument(
+        "--shapes", type=_shapes, help=argparse.SUPPRESS
+    )  # of the configurations, for a process of ours
+    options.add_argument("--out", type=Path, metavar="DIR", help="folder for models-DEVICE.json and a plot")
+    options.add_argument(
+        "--malloc",
+        choices=["both", "default", "tuned", "here"],
+        default="both",
+        help="on the CPU: processes with both settings (default) or one of them; here: this process as it is",
+    )
+    return options
+
+
+def _file(device: torch.device, malloc: str) -> str:
+    setting = f"-{malloc}-malloc" if device.type == "cpu" and malloc in ("default", "tuned") else ""
+    return f"models-{device.type}{setting}.json"
+
+
+def _measure_here(arguments: argparse.Namespace) -> list[ModelRow]:
+    torch.set_num_threads(arguments.threads)
+    measurement = Measurement(arguments)
+    facts = machine(arguments.device) | {"rounds": str(arguments.rounds)} | peers.versions()
+    print(", ".join(f"{name}: {value}" for name, value in facts.items()), flush=True)
+    rows: list[ModelRow] = []
+    for config in arguments.configs:
+        rows += measurement.config(config)
+        if arguments.out is not None:  # after each, so that a run that is stopped leaves what it has
+            arguments.out.mkdir(parents=True, exist_ok=True)
+            path = arguments.out / _file(arguments.device, measurement.malloc)
+            write_json(path, facts, rows, notes=measurement.notes)
+    return rows
+
+
+def _again(arguments: argparse.Namespace) -> list[str]:
+    """The options again, as they are given to a measuring process."""
+    given = ["--device", str(arguments.device), "--threads", str(arguments.threads), "--rounds", str(arguments.rounds)]
+    given += ["--seconds", str(arguments.seconds), *(["--compile"] if arguments.compile else [])]
+    given += ["--shapes", json.dumps({name: dataclasses.asdict(CONFIGS[name]) for name in arguments.configs})]
+    for name in ("configs", "workloads", "implementations"):
+        given += [f"--{name}", ",".join(getattr(arguments, name))]
+    return given
+
+
+def _measure_in_processes(arguments: argparse.Namespace, folder: Path) -> tuple[int, list[ModelRow]]:
+    """Each malloc setting in a process of its own."""
+    environments = malloc_environments()
+    rows: list[ModelRow] = []
+    for malloc in list(environments) if arguments.malloc == "both" else [arguments.malloc]:
+        options = [*_again(arguments), "--malloc", "here", "--out", str(folder)]
+        code = run_module("bench.models", options, environments[malloc])
+        if code:
+            return code, rows
+        content: dict[str, Any] = json.loads((folder / _file(arguments.device, malloc)).read_text(encoding="utf-8"))
+        rows += [ModelRow.of(row) for row in content["rows"]]
+    return 0, rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print the tables and the bars, write the files.
+
+    Args:
+        argv: the options; those of the process if None.
+
+    Returns:
+        0, or the exit code of a measuring process that failed.
+    """
+    arguments = parser().parse_args(argv)
+    if arguments.malloc == "here":
+        _measure_here(arguments)
+        return 0
+    if arguments.device.type == "cpu":
+        with tempfile.TemporaryDirectory() as folder:
+            code, rows = _measure_in_processes(arguments, arguments.out or Path(folder))
+        if code:
+            return code
+    else:
+        rows = _measure_here(arguments)
+    print("ours against the others, each side at its best over variants and malloc settings")
+    print("\n".join(verdicts(rows)))
+    print("memory is not measured here: pyglow-fast bench memory")
+    if arguments.out is not None:
+        print(f"results in {arguments.out}")
+        print(model_plots.draw(rows, arguments.out / f"models-{arguments.device.type}.png"))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,79 @@
+"""What may be changed of a Glow at any time: how its training keeps memory, and the precision of its nets."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyglow_fast._errors import expect
+from pyglow_fast.coupling_nets.precision import HALF, check_precision, overridden
+from pyglow_fast.layers import Coupling, ReversibleSequence
+
+# Of the range of x, largest over 8 images of 3x32x32, nets of 64 channels, L = 3, K = 8, trained 150 steps.
+ROUND_TRIP_ERROR = {torch.bfloat16: "1e-3", torch.float16: "2e-4"}
+
+
+class GlowSettings(nn.Module):
+    """Base of :class:`~pyglow_fast.Glow`: memory mode and precision of all its levels."""
+
+    levels: nn.ModuleList
+
+    def _parameter(self) -> Tensor:
+        raise NotImplementedError
+
+    def _sequences(self) -> list[ReversibleSequence]:
+        """None of a frozen model."""
+        steps = [level.steps for level in self.levels]
+        return [sequence for sequence in steps if isinstance(sequence, ReversibleSequence)]
+
+    @property
+    def memory(self) -> str:
+        """The memory mode of all levels; "frozen" for a frozen model."""
+        return self._sequences()[0].memory if self._sequences() else "frozen"
+
+    @memory.setter
+    def memory(self, memory: str) -> None:
+        expect(bool(self._sequences()), "memory", "a model that is not frozen", memory)
+        for sequence in self._sequences():
+            sequence.memory = memory
+
+    def _couplings(self) -> list[Coupling]:
+        return [module for module in self.modules() if isinstance(module, Coupling)]
+
+    @property
+    def precision(self) -> str:
+        """That of all coupling nets."""
+        return self._couplings()[0].precision
+
+    @precision.setter
+    def precision(self, precision: str) -> None:
+        for coupling in self._couplings():
+            coupling.precision = precision
+
+    @contextlib.contextmanager
+    def _exact(self, precision: str, what: str) -> Iterator[None]:
+        """Nets in the precision that a call asks for, with a warning if that is not a full one."""
+        check_precision(precision)
+        found, device_type = (self.precision if precision == "auto" else precision), self._parameter().device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if found == "auto" and autocast else HALF.get(found)
+        if dtype in ROUND_TRIP_ERROR:
+            warnings.warn(
+                f"{what} with nets in {dtype}: decode(encode(x)) is off by about {ROUND_TRIP_ERROR[dtype]} of the "
+                'range of x, by more the deeper and longer trained the model is; precision="fp32" repeats it to 1e-6',
+                stacklevel=4,
+            )
+        settings = {coupling.precision for coupling in self._couplings()}
+        plain = precision == "fp32" and settings == {"auto"} and device_type == "cpu" and not autocast
+        same = plain or settings <= {precision}
+        with contextlib.nullcontext() if same or precision == "auto" else overridden(precision):
+            yield
+
+    def memory_report(self) -> list[dict[str, Any]]:
+        """Of each level: mode, anchors' spacing, drift, what was redone; see ReversibleSequence.memory_report."""
+        return [sequence.memory_report() for sequence in self._sequences()]

@@ -1,0 +1,287 @@
+"""The model benchmark compares what computes the same, says what differs, and holds each side's best against bars."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import model_cases, model_checks, model_plots, model_rows, models
+from bench.memory_models import OurSteps, Shape
+from bench.model_cases import CHANNELS_LAST, COMPILED, EAGER, LOG_PROB, PLAIN, SAMPLE, TRAIN, Candidate, Candidates
+from bench.model_checks import Checks, Unequal, passing
+from pyglow_fast import Glow
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CPU = torch.device("cpu")
+TINY = {"levels": Shape((3, 8, 8), 2, 2, 8, 2), "one step": Shape((12, 4, 4), 1, 1, 8, 2, squeezes=False)}
+EVERY = list(model_cases.IMPLEMENTATIONS)
+
+
+def candidates(which: str, names: list[str], workload: str) -> Candidates:
+    found = Candidates(TINY[which], CPU, names, compiled=False)
+    for candidate in found.found:
+        candidate.model.train(workload == TRAIN)
+    return found
+
+
+class TestCandidates:
+    @pytest.mark.parametrize("workload", model_cases.WORKLOADS)
+    @pytest.mark.parametrize("which", TINY)
+    def test_all_pass_their_checks(self, which: str, workload: str) -> None:
+        built = candidates(which, EVERY, workload)
+        found, lines = passing(Checks(built, workload), built.of(workload))
+        assert not lines
+        missing = {line.split(" ")[0] for line in built.missing}
+        names = set(EVERY) - missing if workload == TRAIN else {"store", PLAIN, *model_cases.PEER_STEPS} - missing
+        assert {(c.implementation, c.variant) for c in found} == {(n, v) for n in names for v in (EAGER, CHANNELS_LAST)}
+
+    def test_our_modes_share_a_model(self) -> None:
+        found = candidates("levels", ["store", "reversible"], TRAIN).found
+        assert found[0].model is found[1].model
+        assert isinstance(found[0].model, Glow)
+        for candidate in found[1::-1]:
+            candidate.run(TRAIN)()
+            assert candidate.model.memory == candidate.implementation
+
+    def test_a_training_step_begins_without_gradients(self) -> None:
+        step = candidates("one step", ["store"], TRAIN).found[0]
+        assert isinstance(step.model, OurSteps)
+        step.run(TRAIN)()
+        first = [grad.clone() for grad in step.gradients()]
+        step.run(TRAIN)()
+        assert all(torch.equal(now, before) for now, before in zip(step.gradients(), first, strict=True))
+
+    def test_missing_library(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(__import__("sys").modules, "nflows", None)
+        built = Candidates(TINY["levels"], CPU, ["plain", "nflows"], compiled=False)
+        assert {c.implementation for c in built.found} == {"plain"}
+        assert [line.split(":")[0] for line in built.missing] == ["nflows is left out"]
+
+    def test_what_is_compiled(self) -> None:
+        built = Candidates(TINY["one step"], CPU, ["store", "reversible", "memcnn", "plain"], compiled=True)
+        compiled = [c for c in built.found if c.variant == COMPILED]
+        assert [c.implementation for c in compiled] == ["store", "plain"]
+        assert built.missing == [model_cases.MEMCNN_COMPILES_NOT]
+        assert compiled[0].model is not built.found[0].model  # a mode that is set for others would compile it again
+
+
+def spoil_log_prob(candidate: Candidate) -> None:
+    right = candidate.log_prob
+    candidate.log_prob = lambda x: right(x) * 1.01
+
+
+def spoil_sample(candidate: Candidate) -> None:
+    right = candidate.sample
+    candidate.sample = lambda n: right(n) + 0.01
+
+
+def spoil_inverse(candidate: Candidate) -> None:
+    right = candidate.model.decode
+    candidate.model.decode = lambda latents: right(latents) * float("nan")
+
+
+class TestChecks:
+    @pytest.mark.parametrize(
+        ("workload", "implementation", "spoil", "text"),
+        [
+            (TRAIN, PLAIN, spoil_log_prob, "plain, eager, gradients"),
+            (LOG_PROB, PLAIN, spoil_log_prob, "plain, eager, log_prob"),
+            (SAMPLE, PLAIN, spoil_sample, "plain, eager, sample"),
+            (SAMPLE, PLAIN, spoil_inverse, "decode"),
+            (TRAIN, "FrEIA", spoil_log_prob, "norm of gradients"),
+            (LOG_PROB, "FrEIA", spoil_log_prob, "FrEIA, eager, log_prob"),
+        ],
+    )
+    def test_wrong_ones_fail(
+        self, workload: str, implementation: str, spoil: Callable[[Candidate], None], text: str
+    ) -> None:
+        if implementation == "FrEIA":
+            pytest.importorskip("FrEIA")
+        built = candidates("levels", ["store", implementation], workload)
+        checks = Checks(built, workload)
+        wrong = next(c for c in built.of(workload) if c.implementation == implementation)
+        for candidate in built.of(workload):  # what it is compared with, be it ours or its own other variant
+            if candidate is not wrong:
+                checks.check(candidate)
+        spoil(wrong)
+        with pytest.raises(Unequal, match=text):
+            checks.check(wrong)
+
+    def test_nets_that_put_out_nothing_fail(self) -> None:
+        built = candidates("levels", ["store"], TRAIN)
+        torch.nn.init.zeros_(built.ours.levels[0].steps[0].coupling.net.conv3.weight)  # type: ignore[union-attr, index]
+        with pytest.raises(Unequal, match="put out nothing"):
+            Checks(built, TRAIN).check(built.found[0])
+
+    def test_only_others_may_be_left_out(self) -> None:
+        built = candidates("levels", ["store", "memcnn"], TRAIN)
+
+        def broken(_: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("\nno such thing\nmore")
+
+        other = next(c for c in built.found if c.implementation == "memcnn") if not built.missing else None
+        if other is not None:
+            other.log_prob = broken
+            found, lines = passing(Checks(built, TRAIN), [other])
+            assert (found, lines) == (
+                [],
+                ["memcnn, eager, train step is left out, it does not run: RuntimeError: no such thing"],
+            )
+        built.found[0].log_prob = broken
+        with pytest.raises(RuntimeError, match="no such thing"):
+            passing(Checks(built, TRAIN), [built.found[0]])
+        compiled = dataclasses.replace(built.found[0], variant=COMPILED)
+        compiled.log_prob = broken
+        assert not passing(Checks(built, TRAIN), [compiled])[0]
+
+
+class TestArithmetic:
+    def test_flops_of_one_step(self) -> None:
+        shape = Shape((12, 64, 64), 1, 1, 32, 8, squeezes=False)
+        positions = 8 * 64 * 64
+        forward = 2 * positions * (54 * 32 + 32 * 32 + 32 * 108)
+        assert model_cases.net_flops(shape, LOG_PROB) == forward
+        assert model_cases.net_flops(shape, TRAIN) == 3 * forward
+
+    def test_products_by_level(self) -> None:
+        sizes = model_cases.net_products(model_cases.CONFIGS["a"])
+        assert sizes[:3] == [(16 * 256, 54, 512), (16 * 256, 512, 512), (16 * 256, 512, 108)]
+        assert sizes[6:] == [(16 * 16, 216, 512), (16 * 16, 512, 512), (16 * 16, 512, 432)]
+
+    @pytest.mark.parametrize("which", TINY)
+    def test_they_are_those_of_the_convolutions(self, which: str) -> None:
+        """A fused multiply-add of each weight at each position, the nets' first to last."""
+        shape, counted = TINY[which], 0
+
+        def count(module: torch.nn.Module, _: Any, out: torch.Tensor) -> None:
+            nonlocal counted
+            assert isinstance(module, torch.nn.Conv2d)
+            counted += 2 * module.weight.numel() * out.shape[0] * out.shape[2] * out.shape[3]
+
+        peer = pytest.importorskip("FrEIA") and Candidates(shape, CPU, ["FrEIA"], compiled=False).found[0]
+        for part in peer.model.modules():
+            if isinstance(part, torch.nn.Conv2d):
+                part.register_forward_hook(count)
+        peer.run(LOG_PROB)()
+        assert counted == model_cases.net_flops(shape, LOG_PROB)
+
+
+class TestTurns:
+    def test_every_case_every_round(self) -> None:
+        calls: list[str] = []
+        times = models.take_turns({name: lambda name=name: calls.append(name) for name in "xy"}, CPU, 4, 60.0)  # type: ignore[misc]
+        assert {name: len(values) for name, values in times.items()} == {"x": 4, "y": 4}
+        assert set(calls) == {"x", "y"}
+
+    def test_time_ends_the_rounds(self) -> None:
+        assert len(models.take_turns({"x": lambda: None}, CPU, 9, 0.0)["x"]) == models.LEAST_ROUNDS
+        assert len(models.take_turns({"x": lambda: None}, CPU, 2, 0.0)["x"]) == 2
+
+
+def row(implementation: str, seconds: float, **more: Any) -> model_rows.ModelRow:
+    plain = {
+        "config": "a",
+        "workload": TRAIN,
+        "implementation": implementation,
+        "variant": EAGER,
+        "malloc": "default",
+        "device": "CPU",
+        "dtype": "float32",
+        "shape": model_cases.CONFIGS["a"],
+        "seconds": seconds,
+        "seconds_low": seconds,
+        "seconds_high": seconds,
+        "rounds": 5,
+        "flops": 10**9,
+        "gigaflops": 1 / seconds,
+        "product_gigaflops": 1.0,
+        "fraction_of_products": 1 / seconds,
+    }
+    return model_rows.ModelRow(**plain | more)
+
+
+class TestBars:
+    def test_each_side_at_its_own_best(self) -> None:
+        rows = [row("store", 2.0), row("store", 1.6, variant=CHANNELS_LAST, malloc="tuned"), row("plain", 1.7)]
+        rows += [row("normflows", 3.0), row("normflows", 2.4, variant=COMPILED), row("nflows", 4.0, malloc="tuned")]
+        assert model_rows.verdicts(rows) == [
+            "(a) 3x32x32 L=3 K=8 hidden 512 batch 16, train step",
+            "  store 1600.00 ms (channels_last, tuned malloc); times as fast as",
+            "    1.50, within 1.3: normflows (torch.compile, default malloc), the fastest external peer",
+            "    1.06, beyond 1.1: plain (eager, default malloc)",
+            "    0.62, beyond 0.75: of the rate of the library's products (channels_last, tuned malloc)",
+        ]
+
+    def test_less_work_is_said(self) -> None:
+        rows = [row("reversible", 2.0), row("FrEIA", 2.08), row("memcnn", 2.5)]
+        lines = [line.strip() for line in model_rows.verdicts(rows)]
+        assert lines[2] == "1.04, beyond 1.05: FrEIA (eager, default malloc), the fastest external peer"
+        assert lines[3] == "1.25: memcnn (eager, default malloc), the fastest that does as much work"
+        assert not any("plain" in line for line in lines)
+
+    def test_no_bar_and_no_peer(self) -> None:
+        rows = [row("store", 1.0, config="d", workload=SAMPLE), row("plain", 2.0, config="d", workload=SAMPLE)]
+        assert [line.strip() for line in model_rows.verdicts(rows)[2:]] == [
+            "2.00: plain (eager, default malloc)",
+            "1.00: of the rate of the library's products (eager, default malloc)",
+        ]
+
+    def test_other_configurations_do_not_count(self) -> None:
+        rows = [row("store", 1.0), row("normflows", 0.1, config="b"), row("normflows", 0.1, workload=SAMPLE)]
+        assert not any("external" in line for line in model_rows.verdicts(rows))
+
+    def test_table_is_in_order_of_speed(self) -> None:
+        lines = model_rows.table([row("plain", 3.0), row("FrEIA", 2.0, note="less work")]).splitlines()
+        assert [line.split()[0] for line in lines[2:]] == ["FrEIA", "plain"]
+        assert lines[2].endswith("0.50  less work")
+
+    def test_row_from_json(self) -> None:
+        first = row("store", 1.0)
+        assert model_rows.ModelRow.of(json.loads(json.dumps(dataclasses.asdict(first)))) == first
+
+
+def test_names_are_checked() -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="expected some of a, b, found 'a,z'"):
+        models._chosen(["a", "b"])("a,z")
+    assert models._chosen(["a", "b"])("b, a") == ["b", "a"]
+
+
+def test_in_processes_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(models, "CONFIGS", {"a": TINY["levels"], "d": TINY["one step"]})
+    options = ["--implementations", "store,reversible,normflows", "--workloads", "train step,sample"]
+    assert models.main([*options, "--rounds", "1", "--threads", "1", "--out", str(tmp_path)]) == 0
+    files = sorted(path.name for path in tmp_path.glob("*.json"))
+    assert files in (["models-cpu-default-malloc.json", "models-cpu-tuned-malloc.json"], ["models-cpu.json"])
+    for name in files:
+        content = json.loads((tmp_path / name).read_text())
+        assert {"device", "torch", "commit", "malloc"} <= content["machine"].keys()
+        found = {(r["config"], r["workload"], r["implementation"], r["variant"]) for r in content["rows"]}
+        peers = 0 if any("normflows" in line for line in content["notes"]) else 1
+        assert len(found) == len(content["rows"]) == 2 * 2 * (2 + peers + 1 + peers)  # of ours one alone samples
+        assert all(r["seconds_low"] <= r["seconds"] <= r["seconds_high"] for r in content["rows"])
+    out = capfd.readouterr().out
+    assert out.count("L=2 K=2 hidden 8 batch 2, train step") == len(files) + 1  # a table each, and the verdict
+    assert "bench memory" in out
+    assert (tmp_path / "models-cpu.png").exists() or "no plot" in out
+
+
+def test_plot(tmp_path: Path) -> None:
+    rows = [row("store", 1.0), row("plain", 2.0), row("store", 1.0, config="b")]
+    said = model_plots.draw(rows, tmp_path / "models.png")
+    assert said.startswith("no plot") or (tmp_path / "models.png").stat().st_size > 0
+
+
+def test_tolerances_would_see_an_error() -> None:
+    """NaN is no small error."""
+    with pytest.raises(Unequal):
+        model_checks._hold("x", float("nan"), 1.0)

@@ -1,0 +1,157 @@
+"""Nets in another precision than the flow state, which stays float32."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pyglow_fast as pgf
+from pyglow_fast.coupling_nets.precision import PRECISIONS, overridden
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def model(precision: str = "auto", **options: object) -> pgf.Glow:
+    torch.manual_seed(0)
+    found = pgf.Glow(image_shape=(3, 16, 16), n_levels=2, n_steps=8, hidden=16, precision=precision, **options)
+    for name, parameter in found.named_parameters():
+        if "conv3" in name:
+            nn.init.normal_(parameter, std=0.02)
+    found.initialize(images(16))
+    return found
+
+
+def images(n: int) -> Tensor:
+    return torch.rand(n, 3, 16, 16, generator=torch.Generator().manual_seed(1)) - 0.5
+
+
+def net_outputs(glow: pgf.Glow) -> list[torch.dtype]:
+    """The dtypes of what the nets put out, filled as they run."""
+    found: list[torch.dtype] = []
+    for module in glow.modules():
+        if isinstance(module, pgf.CouplingNet):
+            module.register_forward_hook(lambda _, __, out: found.append(out.dtype))
+    return found
+
+
+@pytest.mark.parametrize("memory", ["store", "checkpoint", "reversible"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_nets_compute_in_it_and_the_state_does_not(precision: str, memory: str) -> None:
+    glow, x = model(precision, memory=memory), images(4)
+    seen = net_outputs(glow)
+    log_prob = glow.log_prob(x)
+    log_prob.sum().backward()
+    assert set(seen) == {HALVES.get(precision, torch.float32)}
+    assert log_prob.dtype == torch.float32
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in glow.levels.parameters())
+
+
+@pytest.mark.parametrize("precision", HALVES)
+def test_gradients_are_as_near_as_the_precision_is(precision: str) -> None:
+    x, grads = images(4), {}
+    for mode in ("store", "checkpoint", "reversible"):
+        for name in (precision, "fp32"):
+            glow = model(name, memory=mode)
+            (-glow.log_prob(x)).mean().backward()
+            grads[mode, name] = torch.cat([p.grad.flatten() for p in glow.parameters() if p.grad is not None])
+    exact = grads["store", "fp32"]
+    allowed = float((grads["store", precision] - exact).norm() / exact.norm())
+    assert 1e-5 < allowed < 0.1
+    for mode in ("checkpoint", "reversible"):
+        assert float((grads[mode, precision] - exact).norm() / exact.norm()) < 2.0 * allowed
+        assert float((grads[mode, "fp32"] - exact).norm() / exact.norm()) < 1e-4
+
+
+def test_fp32_is_float32_under_autocast() -> None:
+    x, glow = images(4), model(learn_prior=False)
+    with torch.no_grad():
+        expected = glow.log_prob(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not torch.allclose(glow.log_prob(x), expected, rtol=1e-6)
+            glow.precision = "fp32"
+            assert torch.allclose(glow.log_prob(x), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("bf16", 2**-7), ("fp16", 2**-10), ("fp32", 1e-5), ("auto", 1e-5)])
+def test_round_trip(precision: str, bound: float) -> None:
+    glow, x = model().eval(), images(8)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        latents = glow.encode(x, precision=precision)
+        error = float((glow.decode(latents, precision=precision) - x).abs().max())
+    assert error < bound
+    if precision in HALVES:
+        assert error > 1e-6, "the nets were not in 16 bits"
+
+
+class TestEncoding:
+    def test_is_float32_whatever_the_model_is(self) -> None:
+        x = images(4)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            expected = model().encode(x)
+            for precision in HALVES:
+                glow = model()  # actnorm's initialisation sees the nets, too
+                glow.precision = precision
+                for one, other in zip(glow.encode(x), expected, strict=True):
+                    assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+                assert torch.allclose(glow.decode(glow.encode(x)), x, atol=1e-5)
+                assert glow.precision == precision
+            glow.precision = "auto"
+            with torch.autocast("cpu", torch.bfloat16):
+                assert torch.allclose(glow.encode(x)[-1], expected[-1], rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("precision", HALVES)
+    def test_a_warning_names_the_error(self, precision: str) -> None:
+        glow = model()
+        with pytest.warns(
+            UserWarning, match=r"encode with nets in torch.*float16: .* off by about \de-\d of the range"
+        ):
+            latents = glow.encode(images(2), precision=precision)
+        with pytest.warns(UserWarning, match="decode with nets in"):
+            glow.decode(latents, precision=precision)
+        glow.precision = precision
+        with pytest.warns(UserWarning, match="encode with nets in"):
+            glow.encode(images(2), precision="auto")
+
+    def test_another_thread_is_not_concerned(self) -> None:
+        glow, seen = model("bf16"), []
+        outputs = net_outputs(glow)
+
+        def run() -> None:
+            outputs.clear()
+            with torch.no_grad():
+                glow.log_prob(images(2))
+            seen.append(set(outputs))
+
+        with overridden("fp32"):
+            thread = threading.Thread(target=run)
+            thread.start()
+            thread.join()
+        assert seen == [{torch.bfloat16}]
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match=r"precision: expected one of \('auto', 'fp32', .*\), found 'int8'"):
+        model("int8")
+    with pytest.raises(ValueError, match="precision: expected one of"):
+        model().encode(images(1), precision="half")
+    glow = model().double()
+    glow.precision = "bf16"
+    with pytest.raises(
+        ValueError, match=r"precision: expected one that goes with a state of torch.float64, found 'bf16'"
+    ):
+        glow.log_prob(images(2).double())
+
+
+def test_sampling_uses_it() -> None:
+    glow = model("bf16").eval()
+    exact = model().eval()
+    found, expected = (which.sample(4, 0.5, generator=torch.Generator().manual_seed(2)) for which in (glow, exact))
+    difference = float((found - expected).abs().max())
+    assert 1e-6 < difference < 0.1
