@@ -78,7 +78,10 @@ class PlainStep(nn.Module):
 
     def _net(self, state: Tensor) -> Tensor:
         net: Any = self.step.coupling.net
-        return reference.coupling_net(state[:, : self.step.channels // 2], *net.folded_weights())
+        gain = (3.0 * net.log_gain).exp().reshape(-1, 1, 1, 1)
+        first, second = (net.conv1.weight, net.conv1.bias), (net.conv2.weight, net.conv2.bias)
+        third = (net.conv3.weight * gain, net.conv3.bias * gain.flatten())
+        return reference.coupling_net(state[:, : self.step.channels // 2], *first, *second, *third)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x -> z, log_det (N,)."""

@@ -126,7 +126,6 @@ def _against(own: ModelRow, here: Sequence[ModelRow]) -> list[str]:
         compare(full, ", the fastest that does as much work", None)
     trains_stored = own.workload == TRAIN and own.implementation == "store"
     compare(fastest(here, [PLAIN]), "", PLAIN_BARS.get(own.config) if trains_stored else None)
-    best = max((row for row in here if row.implementation == own.implementation), key=lambda r: r.fraction_of_products)
-    fraction = held(best.fraction_of_products, PRODUCT_BARS.get(own.config) if trains_stored else None)
-    lines.append(f"{fraction}: of the rate of the library's products ({best.where})")
+    fraction = held(own.fraction_of_products, PRODUCT_BARS.get(own.config) if trains_stored else None)
+    lines.append(f"{fraction}: of the rate of the library's products beside it")
     return lines

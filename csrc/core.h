@@ -183,6 +183,26 @@ struct GaussianSampleArgs {
   int64_t samples, channels, positions;
 };
 
+// Element (i, j) is data[i * row + j * column].
+template <class T>
+struct Matrix {
+  T* data;
+  int64_t row, column;
+};
+
+// C = A B, or C + A B; with a bias per row relu(C + bias). C (rows, columns) has rows `stride` apart, b (inner,
+// columns) has one stride of 1, and A (rows, inner) is what pack_left has made of it.
+template <class T>
+struct ProductArgs {
+  const T* packed_a;
+  Matrix<const T> b;
+  T* c;
+  int64_t stride;
+  int64_t rows, columns, inner;
+  bool accumulate;
+  const T* bias;  // or null
+};
+
 // Images (N, K, H, W) by strides.
 template <class T>
 struct Image {
@@ -257,13 +277,19 @@ void gaussian_sample(const GaussianSampleArgs<T>& args, const Threads& threads);
 // At least `bytes` of this thread's own memory for the matrices of a coupling net, valid until it asks again.
 void* net_workspace(int64_t bytes);
 
-// Around the matrix products of a coupling net; h and grad (rows, columns), row_sums is added to.
+// Matrix products; A has one stride of 1 and takes packed_size elements when packed.
+template <class T>
+int64_t packed_size(int64_t rows, int64_t inner);
+template <class T>
+void pack_left(const Matrix<const T>& a, int64_t rows, int64_t inner, T* packed, const Threads& threads);
+template <class T>
+void matrix_product(const ProductArgs<T>& args, const Threads& threads);
+
+// Around the matrix products of a coupling net; grad (rows, columns), row_sums is added to.
 template <class T>
 void shift_columns(const ColumnsArgs<T>& args, const Threads& threads);
 template <class T>
 void shift_sum(const ShiftSumArgs<T>& args, const Threads& threads);
-template <class T>
-void bias_relu(T* h, const T* bias, int64_t rows, int64_t columns, const Threads& threads);
 template <class T>
 void relu_backward(T* grad, const T* h, T* row_sums, int64_t rows, int64_t columns, const Threads& threads);
 

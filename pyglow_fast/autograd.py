@@ -162,22 +162,35 @@ class CouplingMix(torch.autograd.Function):
 
 
 class CouplingNet(torch.autograd.Function):
-    """w3 * relu(w2 * relu(w1 * x + b1) + b2) + b3 as matrix products; keeps x and the two hidden layers after relu."""
+    """exp(3 log_gain) (w3 * relu(w2 * relu(w1 * x + b1) + b2) + b3) as matrix products.
+
+    Keeps x and the two hidden layers after relu.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w1: Tensor,
+        b1: Tensor,
+        w2: Tensor,
+        b2: Tensor,
+        w3: Tensor,
+        b3: Tensor,
+        log_gain: Tensor | None,
+    ) -> Tensor:
         """The net's output (N, C_out, H, W)."""
-        out, h1, h2 = ops.coupling_net(x, w1, b1, w2, b2, w3, b3, True)
-        ctx.save_for_backward(x, h1, h2, w1, w2, w3)
+        out, h1, h2 = ops.coupling_net(x, w1, b1, w2, b2, w3, b3, log_gain, True)
+        ctx.save_for_backward(x, h1, h2, w1, w2, w3, b3, log_gain)
         return out
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, the weights and the biases."""
+        """Gradients of x, the weights, the biases and the gain."""
         want_weights = any(ctx.needs_input_grad[1:])
         grads = ops.coupling_net_backward(grad_out, *ctx.saved_tensors, want_weights)
-        return tuple(grads) if want_weights else (grads[0], *[None] * 6)
+        return (*grads, *[None] * (8 - len(grads)))
 
 
 class GaussianLogProb(torch.autograd.Function):

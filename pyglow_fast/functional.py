@@ -140,12 +140,24 @@ def net_as_products(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dim() == 4 and ops.run_on(x) and not torch.is_autocast_enabled("cpu")
 
 
-def coupling_net(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor) -> Tensor:
-    """w3 * relu(w2 * relu(w1 * x + b1) + b2) + b3; see :func:`pyglow_fast.reference.coupling_net`."""
-    weights = (w1, b1, w2, b2, w3, b3)
+def coupling_net(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    w3: Tensor,
+    b3: Tensor,
+    log_gain: Tensor | None = None,
+) -> Tensor:
+    """exp(3 log_gain) (w3 * relu(w2 * relu(w1 * x + b1) + b2) + b3).
+
+    See :func:`pyglow_fast.reference.coupling_net`.
+    """
+    weights = (w1, b1, w2, b2, w3, b3, log_gain)
     if not net_as_products(x):
         return reference.coupling_net(x, *weights)
-    if _records_gradient(x, *weights):
+    if _records_gradient(x, *(weight for weight in weights if weight is not None)):
         return autograd.CouplingNet.apply(x, *weights)
     return ops.coupling_net(x, *weights, False)[0]
 

@@ -115,7 +115,15 @@ def _in_format_of(x: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _fake_coupling_net(
-    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor, keep: bool
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    w3: Tensor,
+    b3: Tensor,
+    log_gain: Tensor | None,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, _, height, width = x.shape
     kept = [x.new_empty(weight.shape[0] * n * height * width if keep else 0) for weight in (w1, w2)]
@@ -123,13 +131,22 @@ def _fake_coupling_net(
 
 
 def _fake_net_backward(
-    grad_out: Tensor, x: Tensor, h1: Tensor, h2: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, want_weights: bool
+    grad_out: Tensor,
+    x: Tensor,
+    h1: Tensor,
+    h2: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w3: Tensor,
+    b3: Tensor | None,
+    log_gain: Tensor | None,
+    want_weights: bool,
 ) -> list[Tensor]:
     grad_x = _in_format_of(x, x.shape)
     if not want_weights:
         return [grad_x]
     weights = [grad for w in (w1, w2, w3) for grad in (x.new_empty(w.shape), x.new_empty(w.shape[0]))]
-    return [grad_x, *weights]
+    return [grad_x, *weights, *([] if log_gain is None else [x.new_empty(log_gain.shape)])]
 
 
 _define(
@@ -172,14 +189,15 @@ _define("gaussian_sample(Tensor noise, Tensor mean, Tensor log_sd) -> Tensor", _
 
 # The coupling net as matrix products, on the CPU only: elsewhere the libraries' convolutions do it.
 _define(
-    "coupling_net(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor w3, Tensor b3, bool keep)"
+    "coupling_net(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor w3, Tensor b3, "
+    "Tensor? log_gain, bool keep)"
     " -> (Tensor, Tensor, Tensor)",
     _fake_coupling_net,
     ("CPU",),
 )
 _define(
     "coupling_net_backward(Tensor grad_out, Tensor x, Tensor h1, Tensor h2, Tensor w1, Tensor w2, Tensor w3, "
-    "bool want_weights) -> Tensor[]",
+    "Tensor? b3, Tensor? log_gain, bool want_weights) -> Tensor[]",
     _fake_net_backward,
     ("CPU",),
 )

@@ -194,11 +194,24 @@ def coupling_mix_inverse(
     return channel_unmix(u, inverse_matrix, offset), log_det
 
 
-def coupling_net(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor) -> Tensor:
-    """w3 * relu(w2 * relu(w1 * x + b1) + b2) + b3: convolutions 3x3, 1x1, 3x3 (1-d and 3-d alike), padded by zeros.
+def coupling_net(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    w3: Tensor,
+    b3: Tensor,
+    log_gain: Tensor | None = None,
+) -> Tensor:
+    """exp(3 log_gain) (w3 * relu(w2 * relu(w1 * x + b1) + b2) + b3): convolutions 3x3, 1x1, 3x3, padded by zeros.
 
-    x (N, C_in, *spatial), w1 (hidden, C_in, 3, ...), w2 (hidden, hidden, 1, ...), w3 (C_out, hidden, 3, ...).
+    x (N, C_in, *spatial), w1 (hidden, C_in, 3, ...), w2 (hidden, hidden, 1, ...), w3 (C_out, hidden, 3, ...), 1-d and
+    3-d alike; log_gain: C_out elements, or None for zeros.
     """
+    if log_gain is not None:  # folded into the weights, which are smaller than the output
+        gain = (3.0 * log_gain).exp().flatten()
+        w3, b3 = w3 * gain.reshape(-1, *[1] * (w3.dim() - 1)), b3 * gain
     conv = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[x.dim()]
     hidden = conv(x, w1, b1, padding=1).relu()
     return conv(conv(hidden, w2, b2).relu(), w3, b3, padding=1)

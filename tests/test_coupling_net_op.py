@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections.abc import Callable
@@ -57,10 +58,13 @@ def with_gradients(function: Callable[..., Tensor], inputs: list[Tensor], dtype:
     return [out, *torch.autograd.grad(out, leaves, grad)]
 
 
+@pytest.mark.parametrize("gained", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=case_name)
 @pytest.mark.parametrize("case", CASES, ids=case_name)
-def test_equals_the_convolutions(case: tuple[tuple[int, ...], int, int], dtype: torch.dtype) -> None:
+def test_equals_the_convolutions(case: tuple[tuple[int, ...], int, int], dtype: torch.dtype, gained: bool) -> None:
     inputs = weights_for(*case, dtype)
+    if gained:
+        inputs.append(0.3 * torch.randn(case[2], 1, 1).to(dtype))
     got = with_gradients(functional.coupling_net, inputs, dtype)
     same = with_gradients(reference.coupling_net, inputs, dtype)
     exact = with_gradients(reference.coupling_net, inputs, torch.float64)
@@ -137,18 +141,19 @@ def test_autocast_leaves_it_to_the_library() -> None:
     inputs = weights_for((2, 2, 4, 4), 8, 4, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         assert functional.coupling_net(*inputs).dtype == torch.bfloat16
-        assert ops.coupling_net(*inputs, False)[0].dtype == torch.float32  # asked for by name: in its own dtype
+        assert ops.coupling_net(*inputs, None, False)[0].dtype == torch.float32  # asked for by name: in its own dtype
 
 
 def test_opcheck() -> None:
     inputs = weights_for((2, 2, 4, 5), 8, 4, torch.float32)
-    h1, h2 = ops.coupling_net(*inputs, True)[1:]
+    h1, h2 = ops.coupling_net(*inputs, None, True)[1:]
     grad = torch.randn(2, 4, 4, 5)
     x, w1, _, w2, _, w3, _ = inputs
-    for layout in (x, x.to(memory_format=torch.channels_last)):
+    layouts = (x, x.to(memory_format=torch.channels_last))
+    for layout, gain in itertools.product(layouts, (None, torch.randn(4, 1, 1))):
         for flag in (True, False):
-            torch.library.opcheck(ops.coupling_net, (layout, *inputs[1:], flag))
-            torch.library.opcheck(ops.coupling_net_backward, (grad, layout, h1, h2, w1, w2, w3, flag))
+            torch.library.opcheck(ops.coupling_net, (layout, *inputs[1:], gain, flag))
+            torch.library.opcheck(ops.coupling_net_backward, (grad, layout, h1, h2, w1, w2, w3, inputs[6], gain, flag))
 
 
 def test_folded_net_is_the_net_layer_by_layer() -> None:
@@ -181,13 +186,24 @@ def test_bad_input(position: int, value: Tensor, message: str) -> None:
     arguments = list(ARGS)
     arguments[position] = value
     with pytest.raises(ValueError, match=message):
-        ops.coupling_net(*arguments, True)
+        ops.coupling_net(*arguments, None, True)
+
+
+def test_bad_gain() -> None:
+    with pytest.raises(ValueError, match=r"log_gain: expected 4 elements, found \[3\]"):
+        ops.coupling_net(*ARGS, torch.zeros(3), True)
+    with pytest.raises(ValueError, match="log_gain: expected dtype float32 like x, found float64"):
+        ops.coupling_net(*ARGS, torch.zeros(4).double(), True)
+    x, w1, _, w2, _, w3, _ = ARGS
+    h1, h2 = ops.coupling_net(*ARGS, None, True)[1:]
+    with pytest.raises(ValueError, match="b3: expected a bias beside log_gain, found none"):
+        ops.coupling_net_backward(torch.zeros(2, 4, 4, 4), x, h1, h2, w1, w2, w3, None, torch.zeros(4), True)
 
 
 def test_bad_backward_input() -> None:
     x, w1, _, w2, _, w3, _ = ARGS
-    h1, h2 = ops.coupling_net(*ARGS, True)[1:]
+    h1, h2 = ops.coupling_net(*ARGS, None, True)[1:]
     with pytest.raises(ValueError, match=r"grad_out: expected shape \[2, 4, 4, 4\], found \[2, 4, 4, 3\]"):
-        ops.coupling_net_backward(torch.zeros(2, 4, 4, 3), x, h1, h2, w1, w2, w3, True)
+        ops.coupling_net_backward(torch.zeros(2, 4, 4, 3), x, h1, h2, w1, w2, w3, None, None, True)
     with pytest.raises(ValueError, match=r"h2: expected shape"):
-        ops.coupling_net_backward(torch.zeros(2, 4, 4, 4), x, h1, h1, w1, w2, w3, True)
+        ops.coupling_net_backward(torch.zeros(2, 4, 4, 4), x, h1, h1, w1, w2, w3, None, None, True)

@@ -140,8 +140,16 @@ void shift_sum(const ShiftSumArgs<T>& args, const Threads& threads) {
   PYGLOW_FORWARD(shift_sum(args, threads))
 }
 template <class T>
-void bias_relu(T* h, const T* bias, int64_t rows, int64_t columns, const Threads& threads) {
-  PYGLOW_FORWARD(bias_relu(h, bias, rows, columns, threads))
+int64_t packed_size(int64_t rows, int64_t inner) {
+  PYGLOW_FORWARD(packed_size<T>(rows, inner))
+}
+template <class T>
+void pack_left(const Matrix<const T>& a, int64_t rows, int64_t inner, T* packed, const Threads& threads) {
+  PYGLOW_FORWARD(pack_left(a, rows, inner, packed, threads))
+}
+template <class T>
+void matrix_product(const ProductArgs<T>& args, const Threads& threads) {
+  PYGLOW_FORWARD(matrix_product(args, threads))
 }
 template <class T>
 void relu_backward(T* grad, const T* h, T* row_sums, int64_t rows, int64_t columns, const Threads& threads) {
@@ -164,7 +172,9 @@ void elementary(Elementary function, const T* x, T* y, int64_t count){PYGLOW_FOR
   template void gaussian_sample<T>(const GaussianSampleArgs<T>&, const Threads&);              \
   template void shift_columns<T>(const ColumnsArgs<T>&, const Threads&);                       \
   template void shift_sum<T>(const ShiftSumArgs<T>&, const Threads&);                          \
-  template void bias_relu<T>(T*, const T*, int64_t, int64_t, const Threads&);                  \
+  template int64_t packed_size<T>(int64_t, int64_t);                                           \
+  template void pack_left<T>(const Matrix<const T>&, int64_t, int64_t, T*, const Threads&);    \
+  template void matrix_product<T>(const ProductArgs<T>&, const Threads&);                      \
   template void relu_backward<T>(T*, const T*, T*, int64_t, int64_t, const Threads&);          \
   template void elementary<T>(Elementary, const T*, T*, int64_t);
 PYGLOW_INSTANTIATE(float) PYGLOW_INSTANTIATE(double)

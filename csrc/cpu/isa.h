@@ -40,7 +40,11 @@ Isa selected_isa();
   template <class T>                                                                                           \
   void shift_sum(const ShiftSumArgs<T>& args, const Threads& threads);                                         \
   template <class T>                                                                                           \
-  void bias_relu(T* h, const T* bias, int64_t rows, int64_t columns, const Threads& threads);                  \
+  int64_t packed_size(int64_t rows, int64_t inner);                                                            \
+  template <class T>                                                                                           \
+  void pack_left(const Matrix<const T>& a, int64_t rows, int64_t inner, T* packed, const Threads& threads);    \
+  template <class T>                                                                                           \
+  void matrix_product(const ProductArgs<T>& args, const Threads& threads);                                     \
   template <class T>                                                                                           \
   void relu_backward(T* grad, const T* h, T* row_sums, int64_t rows, int64_t columns, const Threads& threads); \
   template <class T>                                                                                           \

@@ -184,20 +184,6 @@ void shift_sum(const ShiftSumArgs<T>& args, const Threads& threads) {
   });
 }
 
-// h = relu(h + bias), NaN kept; h (rows, columns), contiguous.
-template <class T>
-void bias_relu(T* h, const T* bias, int64_t rows, int64_t columns, const Threads& threads) {
-  parallel(threads, rows, grain_of(columns), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      T* const row = h + r * columns;
-      for (int64_t i = 0; i < columns; ++i) {
-        const T value = row[i] + bias[r];
-        row[i] = value < T(0) ? T(0) : value;
-      }
-    }
-  });
-}
-
 // grad = h <= 0 ? 0 : grad (so that of NaN it is kept), and its sum over the columns added to row_sums (rows,).
 template <class T>
 void relu_backward(T* grad, const T* h, T* row_sums, int64_t rows, int64_t columns, const Threads& threads) {
@@ -222,10 +208,9 @@ void relu_backward(T* grad, const T* h, T* row_sums, int64_t rows, int64_t colum
   });
 }
 
-#define PYGLOW_INSTANTIATE(T)                                                 \
-  template void shift_columns<T>(const ColumnsArgs<T>&, const Threads&);      \
-  template void shift_sum<T>(const ShiftSumArgs<T>&, const Threads&);         \
-  template void bias_relu<T>(T*, const T*, int64_t, int64_t, const Threads&); \
+#define PYGLOW_INSTANTIATE(T)                                            \
+  template void shift_columns<T>(const ColumnsArgs<T>&, const Threads&); \
+  template void shift_sum<T>(const ShiftSumArgs<T>&, const Threads&);    \
   template void relu_backward<T>(T*, const T*, T*, int64_t, int64_t, const Threads&);
 PYGLOW_INSTANTIATE(float)
 PYGLOW_INSTANTIATE(double)

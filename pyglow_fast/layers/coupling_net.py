@@ -11,7 +11,7 @@ from pyglow_fast import functional
 from pyglow_fast._errors import expect
 from pyglow_fast.layers._base import check_count, check_input
 from pyglow_fast.layers.actnorm import ActNorm
-from pyglow_fast.layers.explicit_net import ExplicitCouplingNet
+from pyglow_fast.layers.explicit_net import ExplicitCouplingNet, scaled
 from pyglow_fast.layers.ranks import refused_alike
 
 _CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
@@ -165,8 +165,14 @@ class CouplingNet(NetShape):
 
     def folded_weights(self) -> list[Tensor]:
         """w1, b1, w2, b2, w3, b3 of the plain net that this one is, ActNorms and gain folded in."""
+        *hidden, w3, b3, log_gain = self._weights()
+        gain = (3.0 * log_gain).exp().flatten()
+        return [*hidden, scaled(w3, gain), b3 * gain]
+
+    def _weights(self) -> list[Tensor]:
+        """With log_gain at the end, not folded in."""
         # By attribute, so that parametrizations, pruning and torch.func.functional_call have their say.
-        return ExplicitCouplingNet({name: self._value(name) for name in self._parameter_names()}).folded
+        return ExplicitCouplingNet({name: self._value(name) for name in self._parameter_names()}).weights
 
     def _value(self, name: str) -> Tensor:
         module, _, attribute = name.rpartition(".")
@@ -192,7 +198,7 @@ class CouplingNet(NetShape):
         x = self.with_condition(x, cond)
         if any(part._forward_hooks or part._forward_pre_hooks for part in self.children()):
             return self._layer_by_layer(x)
-        return functional.coupling_net(x, *self.folded_weights())
+        return functional.coupling_net(x, *self._weights())
 
     def _layer_by_layer(self, x: Tensor) -> Tensor:
         """The same with every layer called, as hooks on them want it (torch.nn.utils.prune sets weights by such)."""
