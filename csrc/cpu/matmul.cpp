@@ -38,6 +38,7 @@ PYGLOW_HD void transpose_rows(const T* from, int64_t stride, int64_t count, int6
     for (int64_t i = 0; i < width; ++i) to[k * width + i] = i < count ? from[i * stride + k] : T(0);
 }
 
+// count: of the rows from `first` on; those of the next panel may be loaded along.
 template <class T>
 void pack_panel(const Matrix<const T>& a, int64_t first, int64_t count, int64_t inner, T* to) {
   const T* const from = a.data + first * a.row;
@@ -150,7 +151,7 @@ void pack_left(const Matrix<const T>& a, int64_t rows, int64_t inner, T* packed,
   parallel(threads, panels, grain_of(block_rows * inner), [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t row = panel * block_rows;
-      pack_panel<T>(a, row, smaller(block_rows, rows - row), inner, packed + panel * panel_size<T>(inner));
+      pack_panel<T>(a, row, rows - row, inner, packed + panel * panel_size<T>(inner));
     }
   });
 }

@@ -30,8 +30,13 @@ PYGLOW_HD void transpose_block(const Rows<const T>& x, int64_t row, int64_t posi
   constexpr int n = static_cast<int>(lanes<T>);
   using Mask = decltype(Vec<T>{} < Vec<T>{});
   Vec<T> v[n], w[n];
+  if (valid >= n) {  // apart, as it would be a branch per row
 #pragma GCC unroll 16
-  for (int k = 0; k < n; ++k) v[k] = k < valid ? load<T>(x.row(row + k) + position) : Vec<T>{};
+    for (int k = 0; k < n; ++k) v[k] = load<T>(x.row(row + k) + position);
+  } else {
+#pragma GCC unroll 16
+    for (int k = 0; k < n; ++k) v[k] = k < valid ? load<T>(x.row(row + k) + position) : Vec<T>{};
+  }
   Mask low, high;
   for (int i = 0; i < n; ++i) {
     low[i] = i / 2 + (i % 2 == 0 ? 0 : n);

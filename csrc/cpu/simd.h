@@ -39,7 +39,7 @@ PYGLOW_HD void store(T* to, Vec<T> v) {
 
 template <class T>
 PYGLOW_HD Vec<T> broadcast(T value) {
-  return Vec<T>{} + value;
+  return value - Vec<T>{};  // x - 0 is x for every x, which the compiler knows; -0 + 0 is not -0
 }
 
 // The sum of the lanes, in the order of a binary tree: always the same.
