@@ -183,24 +183,29 @@ struct GaussianSampleArgs {
   int64_t samples, channels, positions;
 };
 
-// Element (i, j) is data[i * row + j * column].
+constexpr int64_t pixel_block = 32;
+
+// A matrix (rows, pixels), by rows or in blocks of pixels: what a product reads and writes at a time then lies
+// together. Element (r, p) is data[p / 32 * block + r * row + p % 32]; from pixel `tail` on, the last and incomplete
+// block, rows are tail_row apart.
 template <class T>
 struct Matrix {
   T* data;
-  int64_t row, column;
+  int64_t row, block, tail, tail_row;
 };
 
-// C = A B, or C + A B; with a bias per row relu(C + bias). C (rows, columns) has rows `stride` apart, b (inner,
-// columns) has one stride of 1, and A (rows, inner) is what pack_left has made of it.
+// C = A B, or C + A B. A (rows, inner) is what pack_left has made of it; B is (inner, columns), or its transpose where
+// it is turned.
 template <class T>
 struct ProductArgs {
   const T* packed_a;
   Matrix<const T> b;
-  T* c;
-  int64_t stride;
+  bool turned;
+  Matrix<T> c;
   int64_t rows, columns, inner;
   bool accumulate;
-  const T* bias;  // or null
+  const T* bias;         // (rows,) or null: C becomes relu(C + bias)
+  Matrix<const T> mask;  // (rows, columns), or its data null: C becomes 0 where this is <= 0, so that of NaN it is kept
 };
 
 // Images (N, K, H, W) by strides.
@@ -215,8 +220,7 @@ struct Image {
 template <class T>
 struct ColumnsArgs {
   Image<const T> image;
-  T* columns;      // (9 K, samples * rows * W)
-  int64_t stride;  // from one row of columns to the next
+  Matrix<T> columns;  // (9 K, samples * rows * W)
   int64_t channels, height, width;
   int64_t first_sample, samples, first_row, rows;  // rows < height: one sample
   bool transposed;
@@ -277,21 +281,21 @@ void gaussian_sample(const GaussianSampleArgs<T>& args, const Threads& threads);
 // At least `bytes` of this thread's own memory for the matrices of a coupling net, valid until it asks again.
 void* net_workspace(int64_t bytes);
 
-// Matrix products; A has one stride of 1 and takes packed_size elements when packed.
+// Matrix products. A takes packed_size elements when packed; it may be turned if it is stored by rows. The sums of its
+// rows are added to row_sums (or null).
 template <class T>
 int64_t packed_size(int64_t rows, int64_t inner);
 template <class T>
-void pack_left(const Matrix<const T>& a, int64_t rows, int64_t inner, T* packed, const Threads& threads);
+void pack_left(const Matrix<const T>& a, bool turned, int64_t rows, int64_t inner, T* packed, T* row_sums,
+               const Threads& threads);
 template <class T>
 void matrix_product(const ProductArgs<T>& args, const Threads& threads);
 
-// Around the matrix products of a coupling net; grad (rows, columns), row_sums is added to.
+// Around the matrix products of a coupling net.
 template <class T>
 void shift_columns(const ColumnsArgs<T>& args, const Threads& threads);
 template <class T>
 void shift_sum(const ShiftSumArgs<T>& args, const Threads& threads);
-template <class T>
-void relu_backward(T* grad, const T* h, T* row_sums, int64_t rows, int64_t columns, const Threads& threads);
 
 // The functions that the kernels use, on arrays: for tests of their error bounds.
 enum class Elementary : int { exp, log, log1p_unit, tanh, atan };

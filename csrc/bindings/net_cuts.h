@@ -82,22 +82,38 @@ class Workspace {
   T* next_;
 };
 
+// Rows `stride` apart.
+template <class T>
+Matrix<T> by_rows(T* data, int64_t stride) {
+  return {data, stride, pixel_block, 0, stride};
+}
+// (rows, pixels of a cut) in blocks of pixels, without a gap.
+template <class T>
+Matrix<T> in_blocks(T* data, int64_t rows, const Cut& cut) {
+  const int64_t rest = cut.count % pixel_block;
+  return {data, pixel_block, pixel_block * rows, cut.count - rest, rest};
+}
+template <class T>
+Matrix<const T> read_only(const Matrix<T>& m) {
+  return {m.data, m.row, m.block, m.tail, m.tail_row};
+}
+
 // The left matrix (rows, inner) of a product.
 template <class T>
 struct Left {
   int64_t rows, inner;
 
   int64_t size() const { return cpu::packed_size<T>(rows, inner); }
-  const T* pack(const Matrix<const T>& a, T* memory) const {
-    cpu::pack_left<T>(a, rows, inner, memory, torch_threads());
+  const T* pack(const Matrix<const T>& a, bool turned, T* memory, T* row_sums = nullptr) const {
+    cpu::pack_left<T>(a, turned, rows, inner, memory, row_sums, torch_threads());
     return memory;
   }
-  // c = a b, or c + a b; with a bias relu(c + bias).
-  void times(const T* packed, const Matrix<const T>& b, T* c, int64_t stride, int64_t columns, const T* bias = nullptr,
-             bool add = false) const {
-    cpu::matrix_product<T>({packed, b, c, stride, rows, columns, inner, add, bias}, torch_threads());
-  }
 };
+
+template <class T>
+void multiply(const ProductArgs<T>& args) {
+  cpu::matrix_product<T>(args, torch_threads());
+}
 
 template <class T>
 Image<const T> image_of(const at::Tensor& x) {
@@ -128,9 +144,8 @@ class ShiftedSum {
         transposed_(transposed),
         image_(image) {}
 
-  // Where the product for a cut goes, (9 C, count), and how far its rows are apart.
-  T* product() const { return columns_ + carried(); }
-  int64_t stride() const { return stride_; }
+  // Where the product for a cut goes, (9 C, count).
+  Matrix<T> product() const { return by_rows(columns_ + carried(), stride_); }
 
   // The rows of the image that are known with this cut.
   void add(const Cut& cut) {
@@ -154,7 +169,8 @@ class ShiftedSum {
     return whole_lines<T>(shape.width + 1 + 64);
   }
   static int64_t stride_of(const Shape& shape, const std::vector<Cut>& cuts) {
-    return cuts[0].count + (cuts[0].rows != shape.height ? 2 * shape.width : 0);
+    const int64_t needed = cuts[0].count + (cuts[0].rows != shape.height ? 2 * shape.width : 0);
+    return whole_lines<T>(needed) + line / sizeof(T);  // no power of two: the rows would share one set of a cache
   }
 
   const Shape& shape_;

@@ -1,9 +1,9 @@
 // A coupling net, 3x3 - relu - 1x1 - relu - 3x3 - exp(3 log_gain), as three matrix products over pixels on the CPU, and
 // their gradients.
 //
-// The products are torch's; what lies around them (shifts, bias, relu, sums) is ours. Pixels are handled in cuts whose
-// hidden activations stay in the second-level cache. Nothing is padded at a cut: the first convolution gathers from the
-// image, and the last keeps two rows of its product until the next cut brings their neighbours.
+// Bias and relu ride in the products, the shifts of the 3x3 convolutions lie around them. Pixels are handled in cuts
+// whose hidden activations stay in the second-level cache. Nothing is padded at a cut: the first convolution gathers
+// from the image, and the last keeps two rows of its product until the next cut brings their neighbours.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -54,9 +54,9 @@ struct Plain {
 };
 
 template <class T>
-void columns_of(const at::Tensor& x, const Cut& cut, bool transposed, T* columns) {
-  cpu::shift_columns<T>({image_of<T>(x), columns, cut.count, x.size(1), x.size(2), x.size(3), cut.first_sample,
-                         cut.samples, cut.first_row, cut.rows, transposed},
+void columns_of(const at::Tensor& x, const Cut& cut, bool transposed, const Matrix<T>& columns) {
+  cpu::shift_columns<T>({image_of<T>(x), columns, x.size(1), x.size(2), x.size(3), cut.first_sample, cut.samples,
+                         cut.first_row, cut.rows, transposed},
                         torch_threads());
 }
 
@@ -69,21 +69,12 @@ void check_gain(const std::optional<at::Tensor>& log_gain, const Shape& shape, c
 }
 
 template <class T>
-Matrix<const T> rows_of(const at::Tensor& m) {
-  return {m.const_data_ptr<T>(), m.size(1), 1};
-}
-template <class T>
-Matrix<const T> turned(Matrix<const T> m) {
-  return {m.data, m.column, m.row};
-}
-// A matrix (channels, pixels of the cut).
-template <class T>
-Matrix<const T> pixels_of(const T* data, const Cut& cut) {
-  return {data, cut.count, 1};
+Matrix<const T> weight_of(const at::Tensor& m) {
+  return by_rows(m.const_data_ptr<T>(), m.size(1));
 }
 
-// net_out (N, C, H, W) and, if kept, both hidden layers after relu: one (hidden, pixels) matrix per cut, one behind the
-// other.
+// net_out (N, C, H, W) and, if kept, both hidden layers after relu: one (hidden, pixels) matrix in blocks per cut, one
+// behind the other.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> coupling_net(const at::Tensor& x, const at::Tensor& w1,
                                                             const at::Tensor& b1_in, const at::Tensor& w2,
                                                             const at::Tensor& b2_in, const at::Tensor& w3,
@@ -114,20 +105,27 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> coupling_net(const at::Tensor& x,
         third{9 * shape.out, shape.hidden2};
     Workspace<T> work({9 * shape.in * most, shape.hidden1 * most, shape.hidden2 * most, sum_room, first.size(),
                        second.size(), third.size()});
-    T* const columns = work.take(9 * shape.in * most);
+    T* const columns_room = work.take(9 * shape.in * most);
     T* const room1 = work.take(shape.hidden1 * most);
     T* const room2 = work.take(shape.hidden2 * most);
     ShiftedSum<T> sum(shape, cuts, work.take(sum_room), bias.data(), false, out);
-    const T* const packed1 = first.pack(rows_of<T>(m1), work.take(first.size()));
-    const T* const packed2 = second.pack(rows_of<T>(m2), work.take(second.size()));
-    const T* const packed3 = third.pack(rows_of<T>(m3), work.take(third.size()));
+    const T* const packed1 = first.pack(weight_of<T>(m1), false, work.take(first.size()));
+    const T* const packed2 = second.pack(weight_of<T>(m2), false, work.take(second.size()));
+    const T* const packed3 = third.pack(weight_of<T>(m3), false, work.take(third.size()));
     for (const Cut& cut : cuts) {
-      T* const data1 = keep ? h1.mutable_data_ptr<T>() + shape.hidden1 * cut.begin : room1;
-      T* const data2 = keep ? h2.mutable_data_ptr<T>() + shape.hidden2 * cut.begin : room2;
+      const auto columns = in_blocks(columns_room, 9 * shape.in, cut);
+      const auto layer1 =
+          in_blocks(keep ? h1.mutable_data_ptr<T>() + shape.hidden1 * cut.begin : room1, shape.hidden1, cut);
+      const auto layer2 =
+          in_blocks(keep ? h2.mutable_data_ptr<T>() + shape.hidden2 * cut.begin : room2, shape.hidden2, cut);
+      const auto times = [&](const Left<T>& left, const T* packed, const Matrix<T>& right, const Matrix<T>& product,
+                             const T* offset) {
+        multiply<T>({packed, read_only(right), false, product, left.rows, cut.count, left.inner, false, offset, {}});
+      };
       columns_of(x, cut, false, columns);
-      first.times(packed1, pixels_of(columns, cut), data1, cut.count, cut.count, b1.const_data_ptr<T>());
-      second.times(packed2, pixels_of(data1, cut), data2, cut.count, cut.count, b2.const_data_ptr<T>());
-      third.times(packed3, pixels_of(data2, cut), sum.product(), sum.stride(), cut.count);
+      times(first, packed1, columns, layer1, b1.const_data_ptr<T>());
+      times(second, packed2, layer1, layer2, b2.const_data_ptr<T>());
+      times(third, packed3, layer2, sum.product(), nullptr);
       sum.add(cut);
     }
   });
@@ -174,37 +172,51 @@ std::vector<at::Tensor> coupling_net_backward(const at::Tensor& grad_out, const 
     const int64_t grad_room = std::max({grad3.size(), grad2.size(), grad1.size()});
     Workspace<T> work({9 * shape.in * most, 9 * shape.out * most, shape.hidden1 * most, shape.hidden2 * most, sum_room,
                        first.size(), second.size(), third.size(), grad_room});
-    T* const columns = work.take(9 * shape.in * most);
-    T* const grad_columns = work.take(9 * shape.out * most);
-    T* const d1 = work.take(shape.hidden1 * most);
-    T* const d2 = work.take(shape.hidden2 * most);
+    T* const columns_room = work.take(9 * shape.in * most);
+    T* const grad_columns_room = work.take(9 * shape.out * most);
+    T* const room1 = work.take(shape.hidden1 * most);
+    T* const room2 = work.take(shape.hidden2 * most);
     ShiftedSum<T> sum(shape, cuts, work.take(sum_room), nullptr, true, grad_x);
-    const T* const packed1 = first.pack(turned(rows_of<T>(m1)), work.take(first.size()));
-    const T* const packed2 = second.pack(turned(rows_of<T>(m2)), work.take(second.size()));
-    const T* const packed3 = third.pack(turned(rows_of<T>(m3)), work.take(third.size()));
-    T* const room = work.take(grad_room);
+    const T* const packed1 = first.pack(weight_of<T>(m1), true, work.take(first.size()));
+    const T* const packed2 = second.pack(weight_of<T>(m2), true, work.take(second.size()));
+    const T* const packed3 = third.pack(weight_of<T>(m3), true, work.take(third.size()));
+    T* const packing_room = work.take(grad_room);
     bool add = false;
     for (const Cut& cut : cuts) {
-      const T* const data1 = h1.const_data_ptr<T>() + shape.hidden1 * cut.begin;
-      const T* const data2 = h2.const_data_ptr<T>() + shape.hidden2 * cut.begin;
+      const auto layer1 = in_blocks(h1.const_data_ptr<T>() + shape.hidden1 * cut.begin, shape.hidden1, cut);
+      const auto layer2 = in_blocks(h2.const_data_ptr<T>() + shape.hidden2 * cut.begin, shape.hidden2, cut);
+      const auto columns = in_blocks(columns_room, 9 * shape.in, cut);
+      const auto grad_columns = in_blocks(grad_columns_room, 9 * shape.out, cut);
+      const auto d1 = in_blocks(room1, shape.hidden1, cut), d2 = in_blocks(room2, shape.hidden2, cut);
+      const auto times = [&](const Left<T>& left, const T* packed, const Matrix<T>& right, const Matrix<T>& product,
+                             const Matrix<const T>& mask) {
+        multiply<T>({packed, read_only(right), false, product, left.rows, cut.count, left.inner, false, nullptr, mask});
+      };
       columns_of(grad_out, cut, true, grad_columns);
-      third.times(packed3, pixels_of(grad_columns, cut), d2, cut.count, cut.count);
-      cpu::relu_backward(d2, data2, gb2.mutable_data_ptr<T>(), shape.hidden2, cut.count, torch_threads());
-      second.times(packed2, pixels_of(d2, cut), d1, cut.count, cut.count);
-      cpu::relu_backward(d1, data1, gb1.mutable_data_ptr<T>(), shape.hidden1, cut.count, torch_threads());
-      first.times(packed1, pixels_of(d1, cut), sum.product(), sum.stride(), cut.count);
+      times(third, packed3, grad_columns, d2, layer2);
+      times(second, packed2, d2, d1, layer1);
+      times(first, packed1, d1, sum.product(), {});
       sum.add(cut);
       if (want_weights) {
         columns_of(x, cut, false, columns);
-        const auto add_to = [&](at::Tensor& total, const T* grad, const T* activations) {
+        const auto add_to = [&](at::Tensor& total, const Matrix<T>& grad, const Matrix<const T>& activations,
+                                T* row_sums) {
           const Left<T> left{total.size(0), cut.count};
-          const T* const packed = left.pack(pixels_of(grad, cut), room);
-          left.times(packed, turned(pixels_of(activations, cut)), total.mutable_data_ptr<T>(), total.size(1),
-                     total.size(1), nullptr, add);
+          const T* const packed = left.pack(read_only(grad), false, packing_room, row_sums);
+          multiply<T>({packed,
+                       activations,
+                       true,
+                       by_rows(total.mutable_data_ptr<T>(), total.size(1)),
+                       left.rows,
+                       total.size(1),
+                       left.inner,
+                       add,
+                       nullptr,
+                       {}});
         };
-        add_to(g3, grad_columns, data2);
-        add_to(g2, d2, data1);
-        add_to(g1, d1, columns);
+        add_to(g3, grad_columns, layer2, nullptr);
+        add_to(g2, d2, layer1, gb2.mutable_data_ptr<T>());
+        add_to(g1, d1, read_only(columns), gb1.mutable_data_ptr<T>());
       }
       add = true;
     }

@@ -1,11 +1,12 @@
 // Matrix products for the coupling nets, C = A B. Compiled once per instruction set: the libraries' products are
 // written for one maker's processors and may run at half speed on the other's.
 //
-// A is packed into panels [row block][k][rows of the block] once, by the caller's threads. A task is a block of
-// columns, two vectors wide, with some or all row blocks: it packs its part of B, up to inner_block long, into
-// [k][columns], which stays in the first-level cache while the panels of A stream past. A block of C lives in registers
-// meanwhile: per k one broadcast value of A and two vectors of B per row, as in the C x C product. Every element of C
-// is summed in the same order however the tasks are dealt out.
+// A is packed into panels [row block][k][rows of the block] once, by the caller's threads. A task is a block of C, of
+// one panel and of columns two vectors wide. Its columns of B, up to inner_block long, stay in the first-level cache
+// while the panels of A stream past: where they lie if B is in blocks of pixels, or packed so for a range of tasks with
+// the same columns if B is turned. The block of C lives in registers meanwhile: per k one broadcast value of A and two
+// vectors of B per row, as in the C x C product. Every element of C is summed in the same order however the tasks are
+// dealt out.
 #include "cpu/isa.h"
 #include "cpu/mix_sums.h"
 
@@ -16,11 +17,12 @@ constexpr int64_t inner_block = 256;  // 32 kB of B
 constexpr int column_vectors = 2;
 template <class T>
 constexpr int64_t block_columns = column_vectors * lanes<T>;
+static_assert(pixel_block % block_columns<float> == 0);
 
-// Panels are apart by more than their own size, as a transposed vector is longer than a row of the panel.
+// Panels are apart by more than their own size, as a transposed vector may be longer than a row of the panel.
 template <class T>
-PYGLOW_HD int64_t panel_size(int64_t inner) {
-  return round_up(inner * block_rows + lanes<T>, 16);
+PYGLOW_HD int64_t panel_size(const Blocks& blocks, int64_t inner) {
+  return round_up(inner * blocks.rows + lanes<T>, 16);
 }
 
 // `count` rows at `from`, `stride` apart, k contiguous: to[k * width + i] = from[i * stride + k], zero for i >= count.
@@ -38,51 +40,66 @@ PYGLOW_HD void transpose_rows(const T* from, int64_t stride, int64_t count, int6
     for (int64_t i = 0; i < width; ++i) to[k * width + i] = i < count ? from[i * stride + k] : T(0);
 }
 
-// count: of the rows from `first` on; those of the next panel may be loaded along.
 template <class T>
-void pack_panel(const Matrix<const T>& a, int64_t first, int64_t count, int64_t inner, T* to) {
-  const T* const from = a.data + first * a.row;
-  if (a.column == 1) return transpose_rows<T>(from, a.row, count, inner, to, block_rows);
-  for (int64_t k = 0; k < inner; ++k)
-    for (int64_t i = 0; i < block_rows; ++i) to[k * block_rows + i] = i < count ? from[i * a.row + k * a.column] : T(0);
+PYGLOW_HD T sum_row(const T* from, int64_t count) {
+  Vec<T> sum{};
+  int64_t i = 0;
+  for (; i + lanes<T> <= count; i += lanes<T>) sum += load<T>(from + i);
+  T total = sum_lanes<T>(sum);
+  for (; i < count; ++i) total += from[i];
+  return total;
+}
+
+// Rows from `first` on, of which `count` are left: those of the next panel may be loaded along.
+template <class T>
+void pack_panel(const Matrix<const T>& a, bool turned, int64_t first, int64_t count, int64_t inner, T* to,
+                int64_t width, T* row_sums) {
+  if (turned) {
+    for (int64_t k = 0; k < inner; ++k)
+      for (int64_t i = 0; i < width; ++i) to[k * width + i] = i < count ? a.data[k * a.row + first + i] : T(0);
+    return;
+  }
+  for (int64_t k = 0; k < inner; k += pixel_block) {
+    const int64_t length = smaller(pixel_block, inner - k), stride = row_at(a, k);
+    const T* const from = at(a, first, k);
+    transpose_rows<T>(from, stride, count, length, to + k * width, width);
+    if (row_sums == nullptr) continue;
+    for (int64_t i = 0; i < smaller(width, count); ++i) row_sums[first + i] += sum_row<T>(from + i * stride, length);
+  }
 }
 
 // inner x columns of B to [k][block_columns], zero where there are fewer columns.
 template <class T>
-void pack_columns(const Matrix<const T>& b, int64_t first_k, int64_t inner, int64_t first, int64_t count, T* to) {
-  const T* const from = b.data + first_k * b.row + first * b.column;
+void pack_columns(const Matrix<const T>& b, bool turned, int64_t first_k, int64_t inner, int64_t first, int64_t count,
+                  T* to) {
   constexpr int64_t width = block_columns<T>;
-  if (b.row == 1) {  // k contiguous
-    transpose_rows<T>(from, b.column, count, inner, to, width);
+  if (turned) {
+    for (int64_t k = 0; k < inner; k += pixel_block)
+      transpose_rows<T>(at(b, first, first_k + k), row_at(b, first_k + k), count, smaller(pixel_block, inner - k),
+                        to + k * width, width);
     return;
   }
-  for (int64_t k = 0; k < inner; ++k) {
-    const T* const row = from + k * b.row;
-    T* const out = to + k * width;
-    if (count == width) {
-      for (int v = 0; v < column_vectors; ++v) store<T>(out + v * lanes<T>, load<T>(row + v * lanes<T>));
-    } else {
-      for (int64_t j = 0; j < width; ++j) out[j] = j < count ? row[j] : T(0);
-    }
-  }
+  const T* row = at(b, first_k, first);
+  for (int64_t k = 0; k < inner; ++k, row += row_at(b, first))
+    for (int64_t j = 0; j < width; ++j) to[k * width + j] = j < count ? row[j] : T(0);
 }
 
-template <class T>
+template <class T, int NumRows>
 struct Block {
-  Vec<T> sum[block_rows][column_vectors];
+  Vec<T> sum[NumRows][column_vectors];
 };
 
-template <class T>
-PYGLOW_HD Block<T> multiply(const T* a, const T* b, int64_t inner) {
-  Block<T> c;
+template <class T, int NumRows>
+PYGLOW_HD Block<T, NumRows> multiply(const T* a, const T* b, int64_t stride, int64_t inner) {
+  Block<T, NumRows> c;
 #pragma GCC unroll 16
-  for (int i = 0; i < block_rows; ++i)
+  for (int i = 0; i < NumRows; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < column_vectors; ++v) c.sum[i][v] = Vec<T>{};
-  for (int64_t k = 0; k < inner; ++k, a += block_rows, b += block_columns<T>) {
+  for (int64_t k = 0; k < inner; ++k, a += NumRows, b += stride) {
     const Vec<T> first = load<T>(b), second = load<T>(b + lanes<T>);
 #pragma GCC unroll 16
-    for (int i = 0; i < block_rows; ++i) {
+    for (int i = 0; i < NumRows; ++i) {
       const Vec<T> value = broadcast<T>(a[i]);
       c.sum[i][0] += value * first;
       c.sum[i][1] += value * second;
@@ -91,49 +108,77 @@ PYGLOW_HD Block<T> multiply(const T* a, const T* b, int64_t inner) {
   return c;
 }
 
+// What happens to a block of C besides the product.
 template <class T>
-PYGLOW_HD void put(const Block<T>& block, const ProductArgs<T>& args, bool add, bool last, int64_t row, int64_t rows,
-                   T* c, int64_t stride) {
+struct Epilogue {
+  bool add;
+  const T* bias;  // of the block's rows, or null
+  const T* mask;  // at the block, or null
+  int64_t mask_row;
+};
+
+template <class T, int NumRows>
+PYGLOW_HD void put(const Block<T, NumRows>& block, const Epilogue<T>& epilogue, int64_t rows, T* c, int64_t stride) {
 #pragma GCC unroll 16
-  for (int i = 0; i < block_rows; ++i) {
+  for (int i = 0; i < NumRows; ++i) {
     if (i >= rows) return;
 #pragma GCC unroll 2
     for (int v = 0; v < column_vectors; ++v) {
       T* const to = c + i * stride + v * lanes<T>;
-      Vec<T> value = add ? load<T>(to) + block.sum[i][v] : block.sum[i][v];
-      if (last && args.bias != nullptr) {
-        value += broadcast<T>(args.bias[row + i]);
+      Vec<T> value = epilogue.add ? load<T>(to) + block.sum[i][v] : block.sum[i][v];
+      if (epilogue.bias != nullptr) {
+        value += broadcast<T>(epilogue.bias[i]);
         value = value < T(0) ? Vec<T>{} : value;  // NaN is kept
       }
+      if (epilogue.mask != nullptr)
+        value = load<T>(epilogue.mask + i * epilogue.mask_row + v * lanes<T>) <= T(0) ? Vec<T>{} : value;
       store<T>(to, value);
     }
   }
 }
 
-template <class T>
-void multiply_columns(const ProductArgs<T>& args, int64_t first_panel, int64_t last_panel, int64_t column) {
+// Of the last columns, which are fewer than a block has, by way of `edge` (NumRows, block_columns).
+template <class T, int NumRows>
+void put_edge(const Block<T, NumRows>& block, const Epilogue<T>& epilogue, int64_t rows, int64_t columns, T* c,
+              int64_t stride, T* edge) {
   constexpr int64_t width = block_columns<T>;
-  T* const right = static_cast<T*>(
-      thread_scratch(Scratch::tile, (inner_block * width + 2 * lanes<T> + block_rows * width) * sizeof(T)));
-  T* const edge = right + inner_block * width + 2 * lanes<T>;
-  const int64_t columns = smaller(width, args.columns - column), size = panel_size<T>(args.inner);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j) edge[i * width + j] = epilogue.add ? c[i * stride + j] : T(0);
+  put<T, NumRows>(block, {epilogue.add, epilogue.bias, nullptr, 0}, rows, edge, width);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j) {
+      const bool masked = epilogue.mask != nullptr && epilogue.mask[i * epilogue.mask_row + j] <= T(0);
+      c[i * stride + j] = masked ? T(0) : edge[i * width + j];
+    }
+}
+
+// The blocks [first, last) of panels, `size` apart, in one block of columns.
+template <class T, int NumRows>
+void multiply_columns(const ProductArgs<T>& args, int64_t size, int64_t first, int64_t last, int64_t column) {
+  constexpr int64_t width = block_columns<T>;
+  T* const packed = static_cast<T*>(thread_scratch(Scratch::tile, (inner_block + NumRows) * width * sizeof(T)));
+  T* const edge = packed + inner_block * width;
+  const int64_t columns = smaller(width, args.columns - column);
+  const bool in_place = !args.turned && columns == width;
   for (int64_t k = 0; k < args.inner; k += inner_block) {
     const int64_t inner = smaller(inner_block, args.inner - k);
-    pack_columns<T>(args.b, k, inner, column, columns, right);
-    const bool add = args.accumulate || k > 0, last = k + inner == args.inner;
-    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-      const int64_t row = panel * block_rows, rows = smaller(block_rows, args.rows - row);
-      const Block<T> block = multiply<T>(args.packed_a + panel * size + k * block_rows, right, inner);
-      T* const c = args.c + row * args.stride + column;
-      if (columns == width) {
-        put<T>(block, args, add, last, row, rows, c, args.stride);
-        continue;
+    if (!in_place) pack_columns<T>(args.b, args.turned, k, inner, column, columns, packed);
+    const T* const right = in_place ? at(args.b, k, column) : packed;
+    const int64_t right_row = in_place ? row_at(args.b, column) : width;
+    const bool is_last = k + inner == args.inner;
+    for (int64_t panel = first; panel < last; ++panel) {
+      const int64_t row = panel * NumRows, rows = smaller(NumRows, args.rows - row);
+      Epilogue<T> epilogue{args.accumulate || k > 0, nullptr, nullptr, 0};
+      if (is_last && args.bias != nullptr) epilogue.bias = args.bias + row;
+      if (is_last && args.mask.data != nullptr) {
+        epilogue.mask = at(args.mask, row, column);
+        epilogue.mask_row = row_at(args.mask, column);
       }
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < columns; ++j) edge[i * width + j] = add ? c[i * args.stride + j] : T(0);
-      put<T>(block, args, add, last, row, rows, edge, width);
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < columns; ++j) c[i * args.stride + j] = edge[i * width + j];
+      const Block<T, NumRows> block =
+          multiply<T, NumRows>(args.packed_a + panel * size + k * NumRows, right, right_row, inner);
+      T* const c = at(args.c, row, column);
+      columns == width ? put<T, NumRows>(block, epilogue, rows, c, row_at(args.c, column))
+                       : put_edge<T, NumRows>(block, epilogue, rows, columns, c, row_at(args.c, column), edge);
     }
   }
 }
@@ -142,16 +187,19 @@ void multiply_columns(const ProductArgs<T>& args, int64_t first_panel, int64_t l
 
 template <class T>
 int64_t packed_size(int64_t rows, int64_t inner) {
-  return (rows + block_rows - 1) / block_rows * panel_size<T>(inner);
+  const Blocks blocks = blocks_of(rows);
+  return blocks.count * panel_size<T>(blocks, inner);
 }
 
 template <class T>
-void pack_left(const Matrix<const T>& a, int64_t rows, int64_t inner, T* packed, const Threads& threads) {
-  const int64_t panels = (rows + block_rows - 1) / block_rows;
-  parallel(threads, panels, grain_of(block_rows * inner), [&](int64_t begin, int64_t end) {
+void pack_left(const Matrix<const T>& a, bool turned, int64_t rows, int64_t inner, T* packed, T* row_sums,
+               const Threads& threads) {
+  const Blocks blocks = blocks_of(rows);
+  const int64_t size = panel_size<T>(blocks, inner);
+  parallel(threads, blocks.count, grain_of(blocks.rows * inner), [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
-      const int64_t row = panel * block_rows;
-      pack_panel<T>(a, row, rows - row, inner, packed + panel * panel_size<T>(inner));
+      const int64_t row = panel * blocks.rows;
+      pack_panel<T>(a, turned, row, rows - row, inner, packed + panel * size, blocks.rows, row_sums);
     }
   });
 }
@@ -159,21 +207,24 @@ void pack_left(const Matrix<const T>& a, int64_t rows, int64_t inner, T* packed,
 template <class T>
 void matrix_product(const ProductArgs<T>& args, const Threads& threads) {
   if (args.rows == 0 || args.columns == 0) return;
-  const int64_t panels = (args.rows + block_rows - 1) / block_rows;
-  const int64_t blocks = (args.columns + block_columns<T> - 1) / block_columns<T>;
-  // Few columns, as in the gradient of a thin weight: the rows are dealt out too.
-  const int64_t parts = blocks >= 16 ? 1 : smaller(panels, (15 + blocks) / blocks);
-  parallel(threads, blocks * parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t part = task % parts;
-      multiply_columns<T>(args, part * panels / parts, (part + 1) * panels / parts, task / parts * block_columns<T>);
-    }
+  const Blocks blocks = blocks_of(args.rows);
+  const int64_t panels = blocks.count, size = panel_size<T>(blocks, args.inner);
+  const int64_t column_blocks = (args.columns + block_columns<T> - 1) / block_columns<T>;
+  with_rows(blocks.rows, [&](auto rows) {
+    parallel(threads, column_blocks * panels, grain_of(block_rows * args.inner), [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end;) {
+        const int64_t column = task / panels, last = smaller(end, (column + 1) * panels);
+        multiply_columns<T, rows.value>(args, size, task - column * panels, last - column * panels,
+                                        column * block_columns<T>);
+        task = last;
+      }
+    });
   });
 }
 
-#define PYGLOW_INSTANTIATE(T)                                                               \
-  template int64_t packed_size<T>(int64_t, int64_t);                                        \
-  template void pack_left<T>(const Matrix<const T>&, int64_t, int64_t, T*, const Threads&); \
+#define PYGLOW_INSTANTIATE(T)                                                                         \
+  template int64_t packed_size<T>(int64_t, int64_t);                                                  \
+  template void pack_left<T>(const Matrix<const T>&, bool, int64_t, int64_t, T*, T*, const Threads&); \
   template void matrix_product<T>(const ProductArgs<T>&, const Threads&);
 PYGLOW_INSTANTIATE(float)
 PYGLOW_INSTANTIATE(double)

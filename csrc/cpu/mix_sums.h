@@ -132,26 +132,7 @@ class MixSums {
 
   template <int NumVectors>
   void add_panel(const Factors<T>& tile, const T* panel, T* sums) const {
-    switch (blocks_.rows) {
-#define PYGLOW_CASE(R) \
-  case R:              \
-    return add_rows<R, NumVectors>(tile, panel, sums);
-      PYGLOW_CASE(1)
-      PYGLOW_CASE(2)
-      PYGLOW_CASE(3)
-      PYGLOW_CASE(4)
-      PYGLOW_CASE(5)
-      PYGLOW_CASE(6)
-#if PYGLOW_VECTOR_BYTES == 64
-      PYGLOW_CASE(7)
-      PYGLOW_CASE(8)
-      PYGLOW_CASE(9)
-      PYGLOW_CASE(10)
-      PYGLOW_CASE(11)
-      PYGLOW_CASE(12)
-#endif
-#undef PYGLOW_CASE
-    }
+    with_rows(blocks_.rows, [&](auto rows) { add_rows<rows.value, NumVectors>(tile, panel, sums); });
   }
 
   // sums[o][i] += sum over the positions of g[o, p] panel[p][i]. Past the edge the last row is summed again, into

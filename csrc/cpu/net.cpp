@@ -56,18 +56,31 @@ void copy_plane(const Image<const T>& image, const T* from, int64_t height, int6
     for (int64_t w = 0; w < width; ++w) to[h * width + w] = from[h * image.row + w * image.pixel];
 }
 
+// f(to, offset, count) for the runs that a range of pixels of one row has in memory.
+template <class T, class F>
+PYGLOW_HD void for_runs(const Matrix<T>& m, int64_t row, int64_t begin, int64_t count, const F& f) {
+  for (int64_t done = 0; done < count;) {
+    const int64_t p = begin + done, run = smaller(count - done, pixel_block - p % pixel_block);
+    f(at(m, row, p), done, run);
+    done += run;
+  }
+}
+
 template <class T>
 void small_columns(const ColumnsArgs<T>& args, int64_t k, const Shifts<T>& shifts, T* room) {
   const int64_t positions = args.height * args.width, margin = args.width + 1;
+  const bool whole = positions % lanes<T> == 0;  // no vector then lies in two blocks
   for (int64_t n = 0; n < args.samples; ++n) {
     copy_plane(args.image, plane(args.image, args.first_sample + n, k), args.height, args.width, room + margin);
     for (int64_t s = 0; s < 9; ++s) {
-      T* const to = args.columns + (9 * k + (args.transposed ? 8 - s : s)) * args.stride + n * positions;
-      int64_t p = 0;
-      for (; p + lanes<T> <= positions; p += lanes<T>) store<T>(to + p, shifts.load_shifted(room + margin, s, p));
-      if (p < positions) {
-        const Vec<T> rest = shifts.load_shifted(room + margin, s, p);
-        __builtin_memcpy(to + p, &rest, (positions - p) * sizeof(T));
+      const int64_t row = 9 * k + (args.transposed ? 8 - s : s), first = n * positions;
+      for (int64_t p = 0; p < positions; p += lanes<T>) {
+        const Vec<T> v = shifts.load_shifted(room + margin, s, p);
+        if (whole) {
+          store<T>(at(args.columns, row, first + p), v);
+        } else {
+          for (int64_t i = 0; i < smaller(lanes<T>, positions - p); ++i) *at(args.columns, row, first + p + i) = v[i];
+        }
       }
     }
   }
@@ -75,27 +88,32 @@ void small_columns(const ColumnsArgs<T>& args, int64_t k, const Shifts<T>& shift
 
 template <class T>
 void large_columns(const ColumnsArgs<T>& args, int64_t k) {
-  const int64_t width = args.width;
+  const int64_t width = args.width, pixel = args.image.pixel;
   for (int64_t n = 0; n < args.samples; ++n) {
     const T* const from = plane(args.image, args.first_sample + n, k);
     for (int64_t s = 0; s < 9; ++s) {
-      const int64_t down = s / 3 - 1, right = s % 3 - 1;
-      T* to = args.columns + (9 * k + (args.transposed ? 8 - s : s)) * args.stride + n * args.rows * width;
-      for (int64_t r = 0; r < args.rows; ++r, to += width) {
+      const int64_t down = s / 3 - 1, right = s % 3 - 1, row = 9 * k + (args.transposed ? 8 - s : s);
+      int64_t first = n * args.rows * width;
+      for (int64_t r = 0; r < args.rows; ++r, first += width) {
         const int64_t h = args.first_row + r + down;
+        const T* const source = from + h * args.image.row + right * pixel;
         const int64_t begin = larger(0, -right), end = smaller(width, width - right);
         if (h < 0 || h >= args.height || begin >= end) {
-          for (int64_t w = 0; w < width; ++w) to[w] = T(0);
+          for_runs(args.columns, row, first, width, [](T* to, int64_t, int64_t count) {
+            for (int64_t i = 0; i < count; ++i) to[i] = T(0);
+          });
           continue;
         }
-        const T* const source = from + h * args.image.row + right * args.image.pixel;
-        if (begin > 0) to[0] = T(0);
-        if (args.image.pixel == 1) {
-          for (int64_t w = begin; w < end; ++w) to[w] = source[w];
-        } else {
-          for (int64_t w = begin; w < end; ++w) to[w] = source[w * args.image.pixel];
-        }
-        if (end < width) to[width - 1] = T(0);
+        if (begin > 0) *at(args.columns, row, first) = T(0);
+        for_runs(args.columns, row, first + begin, end - begin, [&](T* to, int64_t offset, int64_t count) {
+          const T* const x = source + (begin + offset) * pixel;
+          if (pixel == 1 && count == pixel_block) {
+            __builtin_memcpy(to, x, pixel_block * sizeof(T));
+          } else {
+            for (int64_t i = 0; i < count; ++i) to[i] = x[i * pixel];
+          }
+        });
+        if (end < width) *at(args.columns, row, first + width - 1) = T(0);
       }
     }
   }
@@ -184,34 +202,9 @@ void shift_sum(const ShiftSumArgs<T>& args, const Threads& threads) {
   });
 }
 
-// grad = h <= 0 ? 0 : grad (so that of NaN it is kept), and its sum over the columns added to row_sums (rows,).
-template <class T>
-void relu_backward(T* grad, const T* h, T* row_sums, int64_t rows, int64_t columns, const Threads& threads) {
-  parallel(threads, rows, grain_of(2 * columns), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      T* const g = grad + r * columns;
-      const T* const value = h + r * columns;
-      Vec<T> sum{};
-      int64_t i = 0;
-      for (; i + lanes<T> <= columns; i += lanes<T>) {
-        const Vec<T> kept = load<T>(value + i) <= T(0) ? Vec<T>{} : load<T>(g + i);
-        store<T>(g + i, kept);
-        sum += kept;
-      }
-      T total = sum_lanes<T>(sum);
-      for (; i < columns; ++i) {
-        g[i] = value[i] <= T(0) ? T(0) : g[i];
-        total += g[i];
-      }
-      row_sums[r] += total;
-    }
-  });
-}
-
 #define PYGLOW_INSTANTIATE(T)                                            \
   template void shift_columns<T>(const ColumnsArgs<T>&, const Threads&); \
-  template void shift_sum<T>(const ShiftSumArgs<T>&, const Threads&);    \
-  template void relu_backward<T>(T*, const T*, T*, int64_t, int64_t, const Threads&);
+  template void shift_sum<T>(const ShiftSumArgs<T>&, const Threads&);
 PYGLOW_INSTANTIATE(float)
 PYGLOW_INSTANTIATE(double)
 

@@ -19,6 +19,36 @@ inline Blocks blocks_of(int64_t channels) {
   return {count, count == 0 ? 0 : (channels + count - 1) / count};
 }
 
+template <int N>
+struct NumRowsOf {
+  static constexpr int value = N;
+};
+
+// f(NumRowsOf<rows>()) for 1 <= rows <= block_rows: so that the rows of a block are registers.
+template <class F>
+PYGLOW_HD void with_rows(int64_t rows, const F& f) {
+  switch (rows) {
+#define PYGLOW_CASE(R) \
+  case R:              \
+    return f(NumRowsOf<R>());
+    PYGLOW_CASE(1)
+    PYGLOW_CASE(2)
+    PYGLOW_CASE(3)
+    PYGLOW_CASE(4)
+    PYGLOW_CASE(5)
+    PYGLOW_CASE(6)
+#if PYGLOW_VECTOR_BYTES == 64
+    PYGLOW_CASE(7)
+    PYGLOW_CASE(8)
+    PYGLOW_CASE(9)
+    PYGLOW_CASE(10)
+    PYGLOW_CASE(11)
+    PYGLOW_CASE(12)
+#endif
+#undef PYGLOW_CASE
+  }
+}
+
 // Elements of a packed matrix, rounded up to whole cache lines.
 inline int64_t packed_size(int64_t channels) {
   const Blocks blocks = blocks_of(channels);
@@ -83,26 +113,8 @@ void product_rows(const T* packed, const Rows<const T>& x, const T* start, const
 template <class T>
 void product(const T* packed, const Rows<const T>& x, const T* start, const Rows<T>& out, int64_t channels,
              int64_t length) {
-  switch (blocks_of(channels).rows) {
-#define PYGLOW_CASE(R) \
-  case R:              \
-    return product_rows<T, R>(packed, x, start, out, channels, length);
-    PYGLOW_CASE(1)
-    PYGLOW_CASE(2)
-    PYGLOW_CASE(3)
-    PYGLOW_CASE(4)
-    PYGLOW_CASE(5)
-    PYGLOW_CASE(6)
-#if PYGLOW_VECTOR_BYTES == 64
-    PYGLOW_CASE(7)
-    PYGLOW_CASE(8)
-    PYGLOW_CASE(9)
-    PYGLOW_CASE(10)
-    PYGLOW_CASE(11)
-    PYGLOW_CASE(12)
-#endif
-#undef PYGLOW_CASE
-  }
+  with_rows(blocks_of(channels).rows,
+            [&](auto rows) { product_rows<T, rows.value>(packed, x, start, out, channels, length); });
 }
 
 }  // namespace pyglow::cpu::PYGLOW_ISA
