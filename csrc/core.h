@@ -194,11 +194,12 @@ struct Matrix {
   int64_t row, block, tail, tail_row;
 };
 
-// C = A B, or C + A B. A (rows, inner) is what pack_left has made of it; B is (inner, columns), or its transpose where
-// it is turned.
+// C = A B, or C + A B. A (rows, inner) is what pack_left has made of it, or in whole blocks of pixels, with memory that
+// may be read for some rows more; B is (inner, columns), or its transpose where it is turned.
 template <class T>
 struct ProductArgs {
-  const T* packed_a;
+  const T* packed_a;  // or null
+  Matrix<const T> a;  // or its data null
   Matrix<const T> b;
   bool turned;
   Matrix<T> c;
@@ -206,6 +207,7 @@ struct ProductArgs {
   bool accumulate;
   const T* bias;         // (rows,) or null: C becomes relu(C + bias)
   Matrix<const T> mask;  // (rows, columns), or its data null: C becomes 0 where this is <= 0, so that of NaN it is kept
+  T* row_sums;           // (rows,) or null: the sums of the rows of `a` are added
 };
 
 // Images (N, K, H, W) by strides.
@@ -281,13 +283,11 @@ void gaussian_sample(const GaussianSampleArgs<T>& args, const Threads& threads);
 // At least `bytes` of this thread's own memory for the matrices of a coupling net, valid until it asks again.
 void* net_workspace(int64_t bytes);
 
-// Matrix products. A takes packed_size elements when packed; it may be turned if it is stored by rows. The sums of its
-// rows are added to row_sums (or null).
+// Matrix products. A takes packed_size elements when packed; stored by rows it may be turned.
 template <class T>
 int64_t packed_size(int64_t rows, int64_t inner);
 template <class T>
-void pack_left(const Matrix<const T>& a, bool turned, int64_t rows, int64_t inner, T* packed, T* row_sums,
-               const Threads& threads);
+void pack_left(const Matrix<const T>& a, bool turned, int64_t rows, int64_t inner, T* packed, const Threads& threads);
 template <class T>
 void matrix_product(const ProductArgs<T>& args, const Threads& threads);
 

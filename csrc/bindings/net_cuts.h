@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <initializer_list>
+#include <limits>
 #include <optional>
 #include <vector>
 
@@ -93,6 +94,13 @@ Matrix<T> in_blocks(T* data, int64_t rows, const Cut& cut) {
   const int64_t rest = cut.count % pixel_block;
   return {data, pixel_block, pixel_block * rows, cut.count - rest, rest};
 }
+// The same in whole blocks.
+template <class T>
+Matrix<T> in_whole_blocks(T* data, int64_t rows) {
+  return {data, pixel_block, pixel_block * rows, std::numeric_limits<int64_t>::max(), 0};
+}
+inline int64_t whole_blocks(int64_t pixels) { return (pixels + pixel_block - 1) / pixel_block * pixel_block; }
+
 template <class T>
 Matrix<const T> read_only(const Matrix<T>& m) {
   return {m.data, m.row, m.block, m.tail, m.tail_row};
@@ -104,8 +112,8 @@ struct Left {
   int64_t rows, inner;
 
   int64_t size() const { return cpu::packed_size<T>(rows, inner); }
-  const T* pack(const Matrix<const T>& a, bool turned, T* memory, T* row_sums = nullptr) const {
-    cpu::pack_left<T>(a, turned, rows, inner, memory, row_sums, torch_threads());
+  const T* pack(const Matrix<const T>& a, bool turned, T* memory) const {
+    cpu::pack_left<T>(a, turned, rows, inner, memory, torch_threads());
     return memory;
   }
 };

@@ -120,7 +120,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> coupling_net(const at::Tensor& x,
           in_blocks(keep ? h2.mutable_data_ptr<T>() + shape.hidden2 * cut.begin : room2, shape.hidden2, cut);
       const auto times = [&](const Left<T>& left, const T* packed, const Matrix<T>& right, const Matrix<T>& product,
                              const T* offset) {
-        multiply<T>({packed, read_only(right), false, product, left.rows, cut.count, left.inner, false, offset, {}});
+        multiply<T>({packed,
+                     {},
+                     read_only(right),
+                     false,
+                     product,
+                     left.rows,
+                     cut.count,
+                     left.inner,
+                     false,
+                     offset,
+                     {},
+                     nullptr});
       };
       columns_of(x, cut, false, columns);
       times(first, packed1, columns, layer1, b1.const_data_ptr<T>());
@@ -165,32 +176,40 @@ std::vector<at::Tensor> coupling_net_backward(const at::Tensor& grad_out, const 
     }
     const at::Tensor m3 = weight.by_shift();
     const int64_t most = cuts[0].count, sum_room = ShiftedSum<T>::elements(shape, shape.in, cuts);
-    // Gradients of activations: a transposed weight times a gradient. Of weights: a gradient times activations, turned.
+    // Gradients of activations: a transposed weight times a gradient. Of weights: a gradient, where it lies, times
+    // activations, turned.
     const Left<T> third{shape.hidden2, 9 * shape.out}, second{shape.hidden1, shape.hidden2},
         first{9 * shape.in, shape.hidden1};
-    const Left<T> grad3{9 * shape.out, most}, grad2{shape.hidden2, most}, grad1{shape.hidden1, most};
-    const int64_t grad_room = std::max({grad3.size(), grad2.size(), grad1.size()});
-    Workspace<T> work({9 * shape.in * most, 9 * shape.out * most, shape.hidden1 * most, shape.hidden2 * most, sum_room,
-                       first.size(), second.size(), third.size(), grad_room});
+    const int64_t padded = whole_blocks(most);
+    Workspace<T> work({9 * shape.in * most, 9 * shape.out * padded, shape.hidden1 * padded, shape.hidden2 * padded,
+                       sum_room, first.size(), second.size(), third.size()});
     T* const columns_room = work.take(9 * shape.in * most);
-    T* const grad_columns_room = work.take(9 * shape.out * most);
-    T* const room1 = work.take(shape.hidden1 * most);
-    T* const room2 = work.take(shape.hidden2 * most);
+    const auto grad_columns = in_whole_blocks(work.take(9 * shape.out * padded), 9 * shape.out);
+    const auto d1 = in_whole_blocks(work.take(shape.hidden1 * padded), shape.hidden1);
+    const auto d2 = in_whole_blocks(work.take(shape.hidden2 * padded), shape.hidden2);
     ShiftedSum<T> sum(shape, cuts, work.take(sum_room), nullptr, true, grad_x);
     const T* const packed1 = first.pack(weight_of<T>(m1), true, work.take(first.size()));
     const T* const packed2 = second.pack(weight_of<T>(m2), true, work.take(second.size()));
     const T* const packed3 = third.pack(weight_of<T>(m3), true, work.take(third.size()));
-    T* const packing_room = work.take(grad_room);
     bool add = false;
     for (const Cut& cut : cuts) {
       const auto layer1 = in_blocks(h1.const_data_ptr<T>() + shape.hidden1 * cut.begin, shape.hidden1, cut);
       const auto layer2 = in_blocks(h2.const_data_ptr<T>() + shape.hidden2 * cut.begin, shape.hidden2, cut);
       const auto columns = in_blocks(columns_room, 9 * shape.in, cut);
-      const auto grad_columns = in_blocks(grad_columns_room, 9 * shape.out, cut);
-      const auto d1 = in_blocks(room1, shape.hidden1, cut), d2 = in_blocks(room2, shape.hidden2, cut);
       const auto times = [&](const Left<T>& left, const T* packed, const Matrix<T>& right, const Matrix<T>& product,
                              const Matrix<const T>& mask) {
-        multiply<T>({packed, read_only(right), false, product, left.rows, cut.count, left.inner, false, nullptr, mask});
+        multiply<T>({packed,
+                     {},
+                     read_only(right),
+                     false,
+                     product,
+                     left.rows,
+                     cut.count,
+                     left.inner,
+                     false,
+                     nullptr,
+                     mask,
+                     nullptr});
       };
       columns_of(grad_out, cut, true, grad_columns);
       times(third, packed3, grad_columns, d2, layer2);
@@ -201,18 +220,18 @@ std::vector<at::Tensor> coupling_net_backward(const at::Tensor& grad_out, const 
         columns_of(x, cut, false, columns);
         const auto add_to = [&](at::Tensor& total, const Matrix<T>& grad, const Matrix<const T>& activations,
                                 T* row_sums) {
-          const Left<T> left{total.size(0), cut.count};
-          const T* const packed = left.pack(read_only(grad), false, packing_room, row_sums);
-          multiply<T>({packed,
+          multiply<T>({nullptr,
+                       read_only(grad),
                        activations,
                        true,
                        by_rows(total.mutable_data_ptr<T>(), total.size(1)),
-                       left.rows,
+                       total.size(0),
                        total.size(1),
-                       left.inner,
+                       cut.count,
                        add,
                        nullptr,
-                       {}});
+                       {},
+                       row_sums});
         };
         add_to(g3, grad_columns, layer2, nullptr);
         add_to(g2, d2, layer1, gb2.mutable_data_ptr<T>());

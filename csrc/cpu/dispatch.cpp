@@ -144,9 +144,8 @@ int64_t packed_size(int64_t rows, int64_t inner) {
   PYGLOW_FORWARD(packed_size<T>(rows, inner))
 }
 template <class T>
-void pack_left(const Matrix<const T>& a, bool turned, int64_t rows, int64_t inner, T* packed, T* row_sums,
-               const Threads& threads) {
-  PYGLOW_FORWARD(pack_left(a, turned, rows, inner, packed, row_sums, threads))
+void pack_left(const Matrix<const T>& a, bool turned, int64_t rows, int64_t inner, T* packed, const Threads& threads) {
+  PYGLOW_FORWARD(pack_left(a, turned, rows, inner, packed, threads))
 }
 template <class T>
 void matrix_product(const ProductArgs<T>& args, const Threads& threads) {
@@ -155,23 +154,23 @@ void matrix_product(const ProductArgs<T>& args, const Threads& threads) {
 template <class T>
 void elementary(Elementary function, const T* x, T* y, int64_t count){PYGLOW_FORWARD(elementary(function, x, y, count))}
 
-#define PYGLOW_INSTANTIATE(T)                                                                         \
-  template void channel_mix<T>(const ChannelMixArgs<T>&, const Threads&);                             \
-  template void channel_mix_backward<T>(const ChannelMixBackwardArgs<T>&, const Threads&);            \
-  template void coupling<T>(const CouplingArgs<T>&, const Threads&);                                  \
-  template void coupling_backward<T>(const CouplingBackwardArgs<T>&, const Threads&);                 \
-  template void coupling_mix<T>(const CouplingMixArgs<T>&, const Threads&);                           \
-  template void coupling_mix_backward<T>(const CouplingMixBackwardArgs<T>&, const Threads&);          \
-  template void step_backward<T>(const StepBackwardArgs<T>&, const Threads&);                         \
-  template void channel_moments<T>(const ChannelMomentsArgs<T>&, const Threads&);                     \
-  template void gaussian_log_prob<T>(const GaussianArgs<T>&, const Threads&);                         \
-  template void gaussian_log_prob_backward<T>(const GaussianBackwardArgs<T>&, const Threads&);        \
-  template void gaussian_sample<T>(const GaussianSampleArgs<T>&, const Threads&);                     \
-  template void shift_columns<T>(const ColumnsArgs<T>&, const Threads&);                              \
-  template void shift_sum<T>(const ShiftSumArgs<T>&, const Threads&);                                 \
-  template int64_t packed_size<T>(int64_t, int64_t);                                                  \
-  template void pack_left<T>(const Matrix<const T>&, bool, int64_t, int64_t, T*, T*, const Threads&); \
-  template void matrix_product<T>(const ProductArgs<T>&, const Threads&);                             \
+#define PYGLOW_INSTANTIATE(T)                                                                     \
+  template void channel_mix<T>(const ChannelMixArgs<T>&, const Threads&);                         \
+  template void channel_mix_backward<T>(const ChannelMixBackwardArgs<T>&, const Threads&);        \
+  template void coupling<T>(const CouplingArgs<T>&, const Threads&);                              \
+  template void coupling_backward<T>(const CouplingBackwardArgs<T>&, const Threads&);             \
+  template void coupling_mix<T>(const CouplingMixArgs<T>&, const Threads&);                       \
+  template void coupling_mix_backward<T>(const CouplingMixBackwardArgs<T>&, const Threads&);      \
+  template void step_backward<T>(const StepBackwardArgs<T>&, const Threads&);                     \
+  template void channel_moments<T>(const ChannelMomentsArgs<T>&, const Threads&);                 \
+  template void gaussian_log_prob<T>(const GaussianArgs<T>&, const Threads&);                     \
+  template void gaussian_log_prob_backward<T>(const GaussianBackwardArgs<T>&, const Threads&);    \
+  template void gaussian_sample<T>(const GaussianSampleArgs<T>&, const Threads&);                 \
+  template void shift_columns<T>(const ColumnsArgs<T>&, const Threads&);                          \
+  template void shift_sum<T>(const ShiftSumArgs<T>&, const Threads&);                             \
+  template int64_t packed_size<T>(int64_t, int64_t);                                              \
+  template void pack_left<T>(const Matrix<const T>&, bool, int64_t, int64_t, T*, const Threads&); \
+  template void matrix_product<T>(const ProductArgs<T>&, const Threads&);                         \
   template void elementary<T>(Elementary, const T*, T*, int64_t);
 PYGLOW_INSTANTIATE(float) PYGLOW_INSTANTIATE(double)
 

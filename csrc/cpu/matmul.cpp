@@ -1,12 +1,12 @@
 // Matrix products for the coupling nets, C = A B. Compiled once per instruction set: the libraries' products are
 // written for one maker's processors and may run at half speed on the other's.
 //
-// A is packed into panels [row block][k][rows of the block] once, by the caller's threads. A task is a block of C, of
-// one panel and of columns two vectors wide. Its columns of B, up to inner_block long, stay in the first-level cache
-// while the panels of A stream past: where they lie if B is in blocks of pixels, or packed so for a range of tasks with
-// the same columns if B is turned. The block of C lives in registers meanwhile: per k one broadcast value of A and two
-// vectors of B per row, as in the C x C product. Every element of C is summed in the same order however the tasks are
-// dealt out.
+// A is packed into panels [row block][k][rows of the block] once, by the caller's threads, or read where it lies in
+// blocks of pixels. A task is a block of C, of one panel and of columns two vectors wide. Its columns of B, up to
+// inner_block long, stay in the first-level cache while the panels of A stream past: where they lie if B is in blocks
+// of pixels, or packed so for a range of tasks with the same columns if B is turned. The block of C lives in registers
+// meanwhile: per k one broadcast value of A and two vectors of B per row, as in the C x C product. Every element of C
+// is summed in the same order however the tasks are dealt out.
 #include "cpu/isa.h"
 #include "cpu/mix_sums.h"
 
@@ -41,31 +41,30 @@ PYGLOW_HD void transpose_rows(const T* from, int64_t stride, int64_t count, int6
 }
 
 template <class T>
-PYGLOW_HD T sum_row(const T* from, int64_t count) {
+PYGLOW_HD T sum_of(const Matrix<const T>& a, int64_t row, int64_t first_k, int64_t inner) {
   Vec<T> sum{};
-  int64_t i = 0;
-  for (; i + lanes<T> <= count; i += lanes<T>) sum += load<T>(from + i);
-  T total = sum_lanes<T>(sum);
-  for (; i < count; ++i) total += from[i];
-  return total;
+  T rest{};
+  for (int64_t k = 0; k < inner; k += pixel_block) {
+    const T* const from = at(a, row, first_k + k);
+    const int64_t count = smaller(pixel_block, inner - k);
+    int64_t i = 0;
+    for (; i + lanes<T> <= count; i += lanes<T>) sum += load<T>(from + i);
+    for (; i < count; ++i) rest += from[i];
+  }
+  return sum_lanes<T>(sum) + rest;
 }
 
 // Rows from `first` on, of which `count` are left: those of the next panel may be loaded along.
 template <class T>
 void pack_panel(const Matrix<const T>& a, bool turned, int64_t first, int64_t count, int64_t inner, T* to,
-                int64_t width, T* row_sums) {
+                int64_t width) {
   if (turned) {
     for (int64_t k = 0; k < inner; ++k)
       for (int64_t i = 0; i < width; ++i) to[k * width + i] = i < count ? a.data[k * a.row + first + i] : T(0);
     return;
   }
-  for (int64_t k = 0; k < inner; k += pixel_block) {
-    const int64_t length = smaller(pixel_block, inner - k), stride = row_at(a, k);
-    const T* const from = at(a, first, k);
-    transpose_rows<T>(from, stride, count, length, to + k * width, width);
-    if (row_sums == nullptr) continue;
-    for (int64_t i = 0; i < smaller(width, count); ++i) row_sums[first + i] += sum_row<T>(from + i * stride, length);
-  }
+  for (int64_t k = 0; k < inner; k += pixel_block)
+    transpose_rows<T>(at(a, first, k), row_at(a, k), count, smaller(pixel_block, inner - k), to + k * width, width);
 }
 
 // inner x columns of B to [k][block_columns], zero where there are fewer columns.
@@ -89,22 +88,34 @@ struct Block {
   Vec<T> sum[NumRows][column_vectors];
 };
 
+// c += A B for `count` values of k; element (i, k) of A is a[k * k_step + i * row_step].
+template <class T, int NumRows, int64_t k_step, int64_t row_step>
+PYGLOW_HD void multiply_run(Block<T, NumRows>& c, const T* a, const T* b, int64_t b_row, int64_t count) {
+  for (int64_t k = 0; k < count; ++k, a += k_step, b += b_row) {
+    const Vec<T> first = load<T>(b), second = load<T>(b + lanes<T>);
+#pragma GCC unroll 16
+    for (int i = 0; i < NumRows; ++i) {
+      const Vec<T> value = broadcast<T>(a[i * row_step]);
+      c.sum[i][0] += value * first;
+      c.sum[i][1] += value * second;
+    }
+  }
+}
+
+// A in blocks of pixels, `a_block` apart, or (a_block 0) packed.
 template <class T, int NumRows>
-PYGLOW_HD Block<T, NumRows> multiply(const T* a, const T* b, int64_t stride, int64_t inner) {
+PYGLOW_HD Block<T, NumRows> multiply(const T* a, int64_t a_block, const T* b, int64_t b_row, int64_t inner) {
   Block<T, NumRows> c;
 #pragma GCC unroll 16
   for (int i = 0; i < NumRows; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < column_vectors; ++v) c.sum[i][v] = Vec<T>{};
-  for (int64_t k = 0; k < inner; ++k, a += NumRows, b += stride) {
-    const Vec<T> first = load<T>(b), second = load<T>(b + lanes<T>);
-#pragma GCC unroll 16
-    for (int i = 0; i < NumRows; ++i) {
-      const Vec<T> value = broadcast<T>(a[i]);
-      c.sum[i][0] += value * first;
-      c.sum[i][1] += value * second;
-    }
+  if (a_block == 0) {
+    multiply_run<T, NumRows, NumRows, 1>(c, a, b, b_row, inner);
+    return c;
   }
+  for (int64_t k = 0; k < inner; k += pixel_block, a += a_block, b += pixel_block * b_row)
+    multiply_run<T, NumRows, 1, pixel_block>(c, a, b, b_row, smaller(pixel_block, inner - k));
   return c;
 }
 
@@ -174,8 +185,12 @@ void multiply_columns(const ProductArgs<T>& args, int64_t size, int64_t first, i
         epilogue.mask = at(args.mask, row, column);
         epilogue.mask_row = row_at(args.mask, column);
       }
+      const bool a_in_place = args.packed_a == nullptr;
+      const T* const left = a_in_place ? at(args.a, row, k) : args.packed_a + panel * size + k * NumRows;
       const Block<T, NumRows> block =
-          multiply<T, NumRows>(args.packed_a + panel * size + k * NumRows, right, right_row, inner);
+          multiply<T, NumRows>(left, a_in_place ? args.a.block : 0, right, right_row, inner);
+      if (args.row_sums != nullptr && column == 0)  // one task per row has these columns
+        for (int64_t i = 0; i < rows; ++i) args.row_sums[row + i] += sum_of<T>(args.a, row + i, k, inner);
       T* const c = at(args.c, row, column);
       columns == width ? put<T, NumRows>(block, epilogue, rows, c, row_at(args.c, column))
                        : put_edge<T, NumRows>(block, epilogue, rows, columns, c, row_at(args.c, column), edge);
@@ -192,14 +207,13 @@ int64_t packed_size(int64_t rows, int64_t inner) {
 }
 
 template <class T>
-void pack_left(const Matrix<const T>& a, bool turned, int64_t rows, int64_t inner, T* packed, T* row_sums,
-               const Threads& threads) {
+void pack_left(const Matrix<const T>& a, bool turned, int64_t rows, int64_t inner, T* packed, const Threads& threads) {
   const Blocks blocks = blocks_of(rows);
   const int64_t size = panel_size<T>(blocks, inner);
   parallel(threads, blocks.count, grain_of(blocks.rows * inner), [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t row = panel * blocks.rows;
-      pack_panel<T>(a, turned, row, rows - row, inner, packed + panel * size, blocks.rows, row_sums);
+      pack_panel<T>(a, turned, row, rows - row, inner, packed + panel * size, blocks.rows);
     }
   });
 }
@@ -222,9 +236,9 @@ void matrix_product(const ProductArgs<T>& args, const Threads& threads) {
   });
 }
 
-#define PYGLOW_INSTANTIATE(T)                                                                         \
-  template int64_t packed_size<T>(int64_t, int64_t);                                                  \
-  template void pack_left<T>(const Matrix<const T>&, bool, int64_t, int64_t, T*, T*, const Threads&); \
+#define PYGLOW_INSTANTIATE(T)                                                                     \
+  template int64_t packed_size<T>(int64_t, int64_t);                                              \
+  template void pack_left<T>(const Matrix<const T>&, bool, int64_t, int64_t, T*, const Threads&); \
   template void matrix_product<T>(const ProductArgs<T>&, const Threads&);
 PYGLOW_INSTANTIATE(float)
 PYGLOW_INSTANTIATE(double)

@@ -109,6 +109,8 @@ void large_columns(const ColumnsArgs<T>& args, int64_t k) {
           const T* const x = source + (begin + offset) * pixel;
           if (pixel == 1 && count == pixel_block) {
             __builtin_memcpy(to, x, pixel_block * sizeof(T));
+          } else if (pixel == 1 && count == pixel_block - 1) {  // at an edge of the image
+            __builtin_memcpy(to, x, (pixel_block - 1) * sizeof(T));
           } else {
             for (int64_t i = 0; i < count; ++i) to[i] = x[i * pixel];
           }
