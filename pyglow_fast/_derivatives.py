@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from pyglow_fast._errors import expect
 
 Backward = Callable[..., tuple[Tensor | None, ...]]
+Forward = TypeVar("Forward", bound=Callable[..., Any])
 
 
 class _Final(torch.autograd.Function):
@@ -27,6 +29,12 @@ class _Final(torch.autograd.Function):
             "double backward: the gradient of a compiled kernel, or of steps whose states or nets are recomputed, "
             'has no derivative; memory="store" with PYGLOW_FORCE_REFERENCE=1 has one'
         )
+
+
+def inspected_once(forward: Forward) -> Forward:
+    """For the forward of an autograd function with a setup_context: torch asks for its signature at every call."""
+    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    return forward
 
 
 def differentiable_once(backward: Backward) -> Backward:

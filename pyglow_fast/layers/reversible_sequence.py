@@ -158,7 +158,7 @@ class ReversibleSequence(FlowLayer):
         self._cache.clear()
         runners = [step.coupling.runner(self.memory_budget) for step in steps]
         maps = fold_steps(steps)
-        whole = self._pass(x, steps)
+        whole = self._pass(x, [sum(parameter.nbytes for parameter in runner.params) for runner in runners])
         counts = [part.end - part.first for part in whole.parts]
         matrices = torch.stack([channel_map.matrix for channel_map in maps]).split(counts)
         offsets = torch.stack([channel_map.offset for channel_map in maps]).split(counts)
@@ -174,9 +174,8 @@ class ReversibleSequence(FlowLayer):
             total = log_det if i == 0 else total + log_det
         return z, total
 
-    def _pass(self, x: Tensor, steps: Sequence[nn.Module]) -> Pass:
+    def _pass(self, x: Tensor, step_bytes: Sequence[int]) -> Pass:
         """Of a forward that begins now. A GPU's one verdict a level wants one part."""
-        step_bytes = [sum(parameter.nbytes for parameter in step.parameters()) for step in steps]
         limit = budget_bytes(self.memory_budget, x.device.type) // GRADIENT_SHARE if can_read(x) else None
         return Pass(self.control if self.memory == "reversible" else None, step_bytes, limit)
 
@@ -224,7 +223,8 @@ class ReversibleSequence(FlowLayer):
 
     def _run_module_parts(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         steps, total = list(self), x.new_zeros(x.shape[0])
-        for part in self._pass(x, steps).parts:
+        step_bytes = [sum(parameter.nbytes for parameter in step.parameters()) for step in steps]
+        for part in self._pass(x, step_bytes).parts:
             x, log_det = ModuleChain(steps[part.first : part.end], part).run(x, cond)
             total = total + log_det
         return x, total
