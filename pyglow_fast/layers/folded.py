@@ -14,6 +14,7 @@ from pyglow_fast._errors import can_read
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.flow_step import ChannelMap, FlowStep, fold_steps, invert_maps
 from pyglow_fast.layers.permutation import InvConv, Permute
+from pyglow_fast.reversible.deferred import is_capturing
 
 Identity = tuple["weakref.ref[Tensor]", int, int]  # the tensor, where its data is, its version
 
@@ -98,6 +99,9 @@ class FoldCache:
 
     def get(self, steps: Sequence[FlowStep]) -> FoldedSteps:
         """The folded steps, computed anew if something has changed. No gradient is recorded."""
+        if is_capturing(steps[0].actnorm.bias):  # a graph must fold whatever the parameters are at its replay
+            with torch.no_grad():
+                return FoldedSteps.of(steps)
         with torch.no_grad(), self._lock:
             tensors = _tensors(steps)
             small = self._small_values(steps)

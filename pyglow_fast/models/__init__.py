@@ -2,5 +2,6 @@
 
 from pyglow_fast.models.config import GlowConfig
 from pyglow_fast.models.glow import Glow
+from pyglow_fast.models.graphed import GraphedGlow
 
-__all__ = ["Glow", "GlowConfig"]
+__all__ = ["Glow", "GlowConfig", "GraphedGlow"]

@@ -18,6 +18,7 @@ from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.layers.reshape import fit_condition
 from pyglow_fast.likelihood import bits_per_dim, dequantize
 from pyglow_fast.models.config import GlowConfig
+from pyglow_fast.models.graphed import GraphedGlow
 from pyglow_fast.models.prior import TopPrior, check_labels, check_temperature, scaled_noise
 from pyglow_fast.models.settings import GlowSettings
 
@@ -141,6 +142,20 @@ class Glow(GlowSettings):
                 level.steps = FrozenSteps(level.steps)
         frozen.requires_grad_(False)
         return frozen.eval()
+
+    def make_graphed(
+        self, x: Tensor, y: Tensor | None = None, cond: Tensor | None = None, n_samples: int | None = None
+    ) -> GraphedGlow:
+        """Training steps and sampling as CUDA graphs, for batches like these; see GraphedGlow.
+
+        Args:
+            x, y, cond: a batch as log_prob takes it.
+            n_samples: of one call of ``sample``; as many as x has if None.
+
+        Raises:
+            ValueError: the model is not on a GPU, is frozen, or has actnorms that have seen no data.
+        """
+        return GraphedGlow(self, x, y, cond, n_samples)
 
     def train(self, mode: bool = True) -> Glow:
         """Training mode, in which fresh actnorms initialise from data; a frozen model stays in evaluation mode."""
