@@ -152,8 +152,7 @@ class _RunModules(torch.autograd.Function):
             if k in keep:
                 anchors[k] = z
             if not keeps_states:
-                witness = Witness.of(z)
-                witnesses += [witness.projection, witness.norm]
+                witnesses += Witness.of(z)
             known = is_deterministic(chain.steps[k])
             before = None if known else GeneratorState.capture(x.device)
             version = z._version
@@ -183,7 +182,7 @@ class _RunModules(torch.autograd.Function):
         params, inner = rest[:n_params], rest[n_params:]
         anchors = dict(zip(ctx.anchor_steps, inner[:n_anchors], strict=True))
         seen = inner[n_anchors:]
-        witnesses = [Witness(*seen[i : i + 2]) for i in range(0, len(seen), 2)]
+        witnesses = Witness.all_of(seen)
         kept = (anchors, witnesses, ctx.memos, ctx.lowest)
         walk = _ModuleWalk(chain, x, cond, chain.params_of(params), *kept, grad_log_det)
         if witnesses:

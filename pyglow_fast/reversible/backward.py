@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyglow_fast import functional
 from pyglow_fast.reversible import passes
-from pyglow_fast.reversible.drift import anchor_drift
+from pyglow_fast.reversible.drift import Witness, anchor_drift
 from pyglow_fast.reversible.protocol import Chunk
 from pyglow_fast.reversible.walk import Walk
 
@@ -58,6 +58,7 @@ class ChainBackward(Walk):
         self.matrices, self.offsets = matrices.unbind(), offsets.unbind()
         self.inverses = () if kept.states else functional.invert_matrix(matrices).unbind()
         self.grad_log_det, self.needs_cond = grad_log_det, needs_cond
+        self.witnesses = Witness.all_of(kept.seen)
         self.grad_matrices: list[Tensor] = [matrices] * n  # placeholders until each is known
         self.grad_offsets: list[Tensor] = [offsets] * n
         self.grad_params: list[tuple[Tensor | None, ...]] = [()] * n
@@ -71,7 +72,7 @@ class ChainBackward(Walk):
 
     def drift(self, k: int, x: Tensor, anchor: Tensor | None) -> Tensor:
         if anchor is None:
-            return self.kept.witnesses[k].drift(x, self.matrices[k], self.offsets[k])
+            return self.witnesses[k].drift(x, self.matrices[k], self.offsets[k])
         squeezed = k == 0 and self.chain.squeeze_first
         return anchor_drift(x, functional.squeeze(anchor) if squeezed else anchor)
 

@@ -57,7 +57,7 @@ class Kept:
 
     anchors: dict[int, Tensor]  # inputs of steps; none if checkpointing
     states: list[Tensor]  # u of every step; none unless checkpointing
-    witnesses: list[Witness]  # of u, by step; none if checkpointing
+    seen: list[Tensor]  # by Witness.of u, two tensors a step; none if checkpointing
     memos: list[Any]
     lowest: torch.dtype  # that the nets compute in
 
@@ -72,7 +72,8 @@ def forward_pass(
 ) -> tuple[Tensor, Tensor, Kept]:
     """z, the couplings' log_det (N,), and what is kept. Between nets there is one pass; two where an anchor lies."""
     keeps_states, anchor_steps = chain.part.whole.keeps_states, set(chain.part.anchors)
-    anchors, states, witnesses, memos = {}, [], [], []
+    anchors, states, memos = {}, [], []
+    seen: list[Tensor] = []
     lowest = x.dtype
     u = functional.channel_mix(x, matrices[0], offsets[0], chain.squeeze_first)
     log_det = u.new_zeros(u.shape[0])
@@ -80,7 +81,7 @@ def forward_pass(
         if keeps_states:
             states.append(u)
         else:
-            witnesses.append(Witness.of(u))
+            seen += Witness.of(u)
         net_out, memo = net.forward(u[:, : chain.kept], cond, params[k])
         memos.append(memo)
         lowest = lowest_precision(lowest, net_out)
@@ -93,7 +94,7 @@ def forward_pass(
         else:
             u, step_log_det = functional.coupling_mix(u, net_out, matrices[k + 1], offsets[k + 1], spec)
         log_det += step_log_det
-    return u, log_det, Kept(anchors, states, witnesses, memos, lowest)
+    return u, log_det, Kept(anchors, states, seen, memos, lowest)
 
 
 class _Run(torch.autograd.Function):
@@ -115,10 +116,9 @@ class _Run(torch.autograd.Function):
         z, log_det, kept = forward_pass(chain, x, cond, matrices.unbind(), offsets.unbind(), by_step)
         ctx.chain, ctx.memos, ctx.has_cond = chain, kept.memos, cond is not None
         ctx.lowest = kept.lowest
-        ctx.anchor_steps, ctx.n_witnesses = list(kept.anchors), len(kept.witnesses)
-        witnesses = [part for witness in kept.witnesses for part in (witness.projection, witness.norm)]
+        ctx.anchor_steps, ctx.n_seen = list(kept.anchors), len(kept.seen)
         conditions = [] if cond is None else [cond]
-        inner = [*kept.anchors.values(), *witnesses, *kept.states]
+        inner = [*kept.anchors.values(), *kept.seen, *kept.states]
         ctx.save_for_backward(x, z, matrices, offsets, *conditions, *params, *inner)
         return z, log_det + functional.per_sample(z, map_log_det)
 
@@ -132,10 +132,9 @@ class _Run(torch.autograd.Function):
         n_params, n_anchors = sum(chain.n_params), len(ctx.anchor_steps)
         params, inner = rest[:n_params], rest[n_params:]
         anchors = dict(zip(ctx.anchor_steps, inner[:n_anchors], strict=True))
-        seen = inner[n_anchors : n_anchors + 2 * ctx.n_witnesses]
-        witnesses = [Witness(*seen[i : i + 2]) for i in range(0, len(seen), 2)]
+        seen = inner[n_anchors : n_anchors + ctx.n_seen]
         states = inner[n_anchors + len(seen) :]
-        kept = Kept(anchors, states, witnesses, ctx.memos, ctx.lowest)
+        kept = Kept(anchors, states, seen, ctx.memos, ctx.lowest)
         backward = ChainBackward(
             chain, x, cond, matrices, offsets, chain.params_of(params), kept, grad_log_det, ctx.needs_input_grad[2]
         )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,14 +78,19 @@ def norms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(flat_positions(x), dim=2)
 
 
-def _relative(error: Tensor, norm: Tensor) -> Tensor:
-    if error.numel() == 0:
-        return error.new_zeros(())
+def _scale(norm: Tensor) -> Tensor:
+    """What errors of states with these norms (..., N, C) are measured against, of the same shape."""
+    if norm.numel() == 0:
+        return norm
     # A sample's norm of a channel may be small by chance (a single position): not below the batch's typical one, which
     # a single large sample does not change.
-    typical = norm.median(dim=0).values
-    floor = (FLOOR * typical.amax()).clamp_min(torch.finfo(norm.dtype).tiny)
-    return (error / norm.maximum(typical).maximum(floor)).amax()
+    typical = norm.median(dim=-2, keepdim=True).values
+    floor = (FLOOR * typical.amax(dim=-1, keepdim=True)).clamp_min(torch.finfo(norm.dtype).tiny)
+    return norm.maximum(typical.maximum(floor))
+
+
+def _largest(error: Tensor, scale: Tensor) -> Tensor:
+    return (error / scale).amax() if error.numel() else error.new_zeros(())
 
 
 @dataclass(frozen=True)
@@ -93,15 +99,24 @@ class Witness:
 
     projection: Tensor
     norm: Tensor
+    scale: Tensor  # of the norm
 
     @classmethod
-    def of(cls, u: Tensor) -> Witness:
-        """Seen in the forward pass."""
-        return cls(project(u), norms(u))
+    def of(cls, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Projection and norm, as seen in the forward pass."""
+        return project(u), norms(u)
+
+    @classmethod
+    def all_of(cls, seen: Sequence[Tensor]) -> list[Witness]:
+        """From the projection and norm of every step, one after another: what is parameter-sized in one batch."""
+        projections, found = seen[::2], seen[1::2]
+        alike = len({norm.shape for norm in found}) == 1
+        scales = _scale(torch.stack(list(found))).unbind() if alike else [_scale(norm) for norm in found]
+        return [cls(*parts) for parts in zip(projections, found, scales, strict=True)]
 
     def drift_of(self, x: Tensor) -> Tensor:
         """The same of x itself: about its largest relative error against the state that was seen."""
-        return _relative((project(x) - self.projection).abs(), self.norm) / PROJECTION_SLACK
+        return _largest((project(x) - self.projection).abs_(), self.scale) / PROJECTION_SLACK
 
     def drift(self, x: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
         """About the largest relative error of M x + c, given a recomputed x; a scalar tensor, NaN if x is.
@@ -111,12 +126,12 @@ class Witness:
         signs_sum = _signs(n_positions(x), x.dtype, x.device)[1]
         with full_precision(x):
             expected = torch.addmm(signs_sum * offset, project(x), matrix.T)
-        return _relative((expected - self.projection).abs(), self.norm) / PROJECTION_SLACK
+        return _largest((expected - self.projection).abs_(), self.scale) / PROJECTION_SLACK
 
 
 def anchor_drift(recomputed: Tensor, true: Tensor) -> Tensor:
     """The largest relative error of a recomputed state over samples and channels; a scalar tensor, NaN if it is."""
-    return _relative(norms(recomputed - true), norms(true))
+    return _largest(norms(recomputed - true), _scale(norms(true)))
 
 
 class DriftControl:
