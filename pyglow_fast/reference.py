@@ -22,6 +22,7 @@ from pyglow_fast._errors import can_read, expect
 KINDS = ("affine", "additive")
 SCALE_MAPS = ("sigmoid", "exp", "tanh", "atan")
 ORDERS = ("shift_scale", "scale_shift")
+LAPACK_BATCHED = 128  # largest C of matrices that are factorised in one batch on the CPU
 _ATAN_GAIN = 0.636  # about 2/pi: the soft clamp of FrEIA tends to +-clamp
 
 
@@ -105,6 +106,20 @@ def channel_unmix(u: Tensor, inverse_matrix: Tensor, offset: Tensor, unsqueeze_a
     return unsqueeze(x) if unsqueeze_after else x
 
 
+def _in_batches(matrices: Tensor) -> list[Tensor]:
+    """(K, C, C) as batches that a LAPACK routine is called with.
+
+    A batch of larger matrices is shared out among torch's threads, in which MKL factorises wrongly or never returns
+    (seen with torch 2.13 on an AMD EPYC: C >= 150, two or more matrices, two threads); it shares out one matrix itself.
+    """
+    return [matrices] if matrices.device.type != "cpu" or matrices.shape[-1] <= LAPACK_BATCHED else list(matrices)
+
+
+def log_abs_det(matrices: Tensor) -> Tensor:
+    """log|det| of each of (K, C, C)."""
+    return torch.cat([torch.linalg.slogdet(batch).logabsdet.reshape(-1) for batch in _in_batches(matrices)])
+
+
 def invert_matrix(matrix: Tensor) -> Tensor:
     """M^-1 of the matrix actually applied, formed in float64 and rounded once. matrix (..., C, C).
 
@@ -112,10 +127,13 @@ def invert_matrix(matrix: Tensor) -> Tensor:
         ValueError: a matrix is singular (checked on the CPU only: on CUDA the check would stop the stream, and a
             singular matrix shows as inf or NaN instead).
     """
-    inverse, info = torch.linalg.inv_ex(matrix.double())
-    if can_read(info):
-        expect(not bool(info.any()), "matrix", "an invertible matrix", "a singular one")
-    return inverse.to(matrix.dtype)
+    flat = matrix.double().reshape(math.prod(matrix.shape[:-2]), *matrix.shape[-2:])
+    found = [torch.linalg.inv_ex(batch) for batch in _in_batches(flat)]
+    if found and can_read(matrix):
+        singular = any(bool(info.any()) for _, info in found)
+        expect(not singular, "matrix", "an invertible matrix", "a singular one")
+    inverse = torch.cat([inverse.reshape(-1, *matrix.shape[-2:]) for inverse, _ in found]) if found else flat
+    return inverse.reshape(matrix.shape).to(matrix.dtype)
 
 
 def scale_and_log(raw: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor]:

@@ -139,6 +139,19 @@ class TestInvertMatrix:
         matrix = invertible(4, 6)
         assert_close(reference.invert_matrix(matrix) @ matrix, torch.eye(6).double().expand(4, -1, -1), condition=4.0)
 
+    @pytest.mark.parametrize("channels", [reference.LAPACK_BATCHED, 192])
+    def test_many_channels(self, channels: int) -> None:
+        """Beyond the limit one by one: in a batch MKL may fail on them."""
+        matrix = invertible(3, channels)
+        identity = torch.eye(channels).double().expand(3, -1, -1)
+        condition = float(torch.stack([torch.linalg.cond(one) for one in matrix]).max())
+        assert_close(reference.invert_matrix(matrix) @ matrix, identity, condition=channels * condition)
+        expected = torch.stack([torch.linalg.slogdet(one).logabsdet for one in matrix])
+        assert_close(reference.log_abs_det(matrix), expected, condition=channels)
+
+    def test_no_matrix(self) -> None:
+        assert reference.invert_matrix(torch.empty(0, 3, 3)).shape == (0, 3, 3)
+
     def test_float32_is_rounded_once(self) -> None:
         matrix = invertible(4, 6).float()
         inverse = reference.invert_matrix(matrix)

@@ -16,7 +16,7 @@ from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.permutation import ChannelLinear, InvConv, Permute
 from pyglow_fast.layers.ranks import refused_alike
-from pyglow_fast.reference import KINDS, fold_actnorm, lu_weight
+from pyglow_fast.reference import KINDS, fold_actnorm, log_abs_det, lu_weight
 
 PERMUTATIONS = ("invconv", "invconv_plain", "shuffle", "reverse")
 
@@ -38,7 +38,7 @@ def _stacked_weights(layers: Sequence[ChannelLinear]) -> tuple[Tensor, Tensor]:
         return lu_weight(*factors), factors[3].sum(-1)
     if len(convs) == len(layers) and not any(conv.lu for conv in convs):
         weight = torch.stack([conv.weight for conv in convs])
-        return weight, torch.linalg.slogdet(weight).logabsdet
+        return weight, log_abs_det(weight)
     pairs = [layer.weight_and_log_det() for layer in layers]
     return torch.stack([weight for weight, _ in pairs]), torch.stack([log_det for _, log_det in pairs])
 
