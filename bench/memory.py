@@ -35,6 +35,7 @@ RESOLUTION = Shape((3, 256, 256), 4, 32, 512, 1)
 HUGE = Shape((3, 1024, 1024), 6, 32, 512, 1)
 BARS = {RESOLUTION.image: (64e6, 200e6), HUGE.image: (400e6, None)}  # tensor bytes, resident bytes
 GROWTH_BAR = 1 / 100
+STEPS_OF_A_CASE = 5  # training steps that a case takes at least, and building the model
 BYTES = ("tensor_bytes", "tensor_bytes_fresh", "resident_bytes", "resident_bytes_fresh")
 
 
@@ -125,16 +126,17 @@ class Runner:
             line = straight_line(known, shape.n_steps) if len(known) >= 2 else None
             deep = shape.n_steps > 32 or shape.image[1] > 128
             too_large = line is not None and line["tensor_bytes"] > 0.9 * self.limit
+            too_long = line is not None and STEPS_OF_A_CASE * line.get("seconds", 0.0) > self.options.seconds
             spare = shape not in shallow and probe and self.options.quick
-            if not too_large and not spare:
+            if not (too_large or too_long or spare):
                 errors = shape.n_steps <= 32 and shape.image[1] <= 32
                 result = self.case(implementation, shape, 1 if deep else self.options.passes, errors)
                 if result is not None:
                     row = dataclasses.replace(row, **result)
             if row.tensor_bytes is None and line is not None:
                 row.counted = True
-                for name, value in line.items():
-                    setattr(row, name, value)
+                for name in BYTES[:2]:
+                    setattr(row, name, line.get(name))
             if row.tensor_bytes is not None:
                 print(text(row), flush=True)
                 if not row.counted:
@@ -143,10 +145,12 @@ class Runner:
 
 
 def straight_line(known: Sequence[Row], n_steps: int) -> dict[str, float]:
-    """The bytes of tensors at a depth, on the line through the two deepest known ones; resident sizes are too noisy."""
+    """At a depth, on the line through the two deepest known ones: the bytes of tensors (resident sizes are too noisy),
+    and the seconds of a step.
+    """
     first, second = sorted(known, key=lambda row: row.shape.n_steps)[-2:]
     found = {}
-    for name in BYTES[:2]:
+    for name in (*BYTES[:2], "seconds"):
         low, high = getattr(first, name), getattr(second, name)
         if low is not None and high is not None:
             slope = (high - low) / (second.shape.n_steps - first.shape.n_steps)

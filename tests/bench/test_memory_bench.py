@@ -129,6 +129,24 @@ class TestTable:
         known = [row("plain", 2, 120.0), row("plain", 1, 100.0)]
         assert memory.straight_line(known, 32) == {"tensor_bytes": 720.0}
 
+    @pytest.mark.parametrize(
+        ("limit", "seconds", "counted"), [(8.0, 60.0, False), (1e-4, 60.0, True), (8.0, 1.0, True)]
+    )
+    def test_what_is_too_large_or_long_is_counted(
+        self, monkeypatch: pytest.MonkeyPatch, limit: float, seconds: float, counted: bool
+    ) -> None:
+        options = memory._options(["--limit", str(limit), "--seconds", str(seconds)])
+        runner = memory.Runner(options)
+
+        def case(implementation: str, shape: memory.Shape, passes: int, errors: bool) -> dict[str, float]:
+            return {"tensor_bytes": 1e5 * shape.n_steps, "seconds": 0.1 * shape.n_steps}
+
+        monkeypatch.setattr(runner, "case", case)
+        rows = list(runner.rows("resolution", "plain", [dataclasses.replace(memory.RESOLUTION, n_steps=4)], probe=True))
+        assert [row.shape.n_steps for row in rows] == [1, 2, 4]
+        assert [row.counted for row in rows] == [False, False, counted]
+        assert rows[-1].tensor_bytes == pytest.approx(4e5)
+
     def test_growth_is_of_what_was_measured(self) -> None:
         rows = [row("plain", 8, 800e3), row("plain", 32, 3200e3), row("plain", 512, 1.0, counted=True)]
         rows += [row("reversible", 8, 80e3), row("reversible", 32, 82e3)]
