@@ -289,7 +289,7 @@ int64_t packed_size(int64_t rows, int64_t inner);
 template <class T>
 void pack_left(const Matrix<const T>& a, bool turned, int64_t rows, int64_t inner, T* packed, const Threads& threads);
 template <class T>
-void matrix_product(const ProductArgs<T>& args, const Threads& threads);
+void matrix_products(const ProductArgs<T>* products, int64_t count, const Threads& threads);
 
 // Around the matrix products of a coupling net.
 template <class T>

@@ -7,6 +7,7 @@
 
 #include <vector>
 
+#include "bindings/memory.h"
 #include "core.h"
 
 namespace pyglow::bindings {
@@ -88,7 +89,7 @@ inline at::Tensor empty_output(const at::Tensor& x, at::IntArrayRef sizes) {
     if (x.dim() == 4 && x.is_contiguous(at::MemoryFormat::ChannelsLast)) format = at::MemoryFormat::ChannelsLast;
     if (x.dim() == 5 && x.is_contiguous(at::MemoryFormat::ChannelsLast3d)) format = at::MemoryFormat::ChannelsLast3d;
   }
-  return at::empty(sizes, x.options(), format);
+  return empty_reused(sizes, x.options(), format);
 }
 inline at::Tensor empty_output(const at::Tensor& x) { return empty_output(x, x.sizes()); }
 

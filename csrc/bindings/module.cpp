@@ -7,6 +7,7 @@
 #include <map>
 #include <string>
 
+#include "bindings/memory.h"
 #include "bindings/ops.h"
 #include "core.h"
 
@@ -67,6 +68,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info, "What the module was built with, as strings.");
   m.def("instruction_set", &pyglow::cpu::instruction_set, "The CPU kernels in use: portable, avx2 or avx512.");
   m.def("parallel_threads", &parallel_threads, "The threads that share a loop of the CPU kernels.");
+  m.def("idle_bytes", &pyglow::bindings::idle_bytes, "Bytes of large CPU outputs that wait for another use.");
   m.def("cuda_device_count", &cuda_device_count, "The GPUs that the CUDA kernels can run on.");
   pyglow::bindings::register_step_ops(m);
   pyglow::bindings::register_fused_ops(m);

@@ -33,8 +33,8 @@ struct Shape {
 
 inline std::vector<Cut> cuts_of(const Shape& shape, int64_t element_size) {
   const int64_t plane = shape.height * shape.width;
-  const int64_t hidden = std::max<int64_t>({shape.hidden1, shape.hidden2, 1});
-  const int64_t most = std::max(least_pixels, cut_bytes / element_size / hidden);
+  const int64_t rows = std::max<int64_t>({shape.hidden1, shape.hidden2, 9 * shape.in, 9 * shape.out});
+  const int64_t most = std::max(least_pixels, cut_bytes / element_size / rows);
   std::vector<Cut> cuts;
   if (plane == 0) return cuts;
   if (plane <= most) {
@@ -119,8 +119,8 @@ struct Left {
 };
 
 template <class T>
-void multiply(const ProductArgs<T>& args) {
-  cpu::matrix_product<T>(args, torch_threads());
+void multiply(std::initializer_list<ProductArgs<T>> products) {
+  cpu::matrix_products<T>(products.begin(), static_cast<int64_t>(products.size()), torch_threads());
 }
 
 template <class T>

@@ -22,6 +22,7 @@
 
 #include "bindings/checks.h"
 #include "bindings/device.h"
+#include "bindings/memory.h"
 #include "bindings/net_cuts.h"
 #include "bindings/ops.h"
 
@@ -90,9 +91,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> coupling_net(const at::Tensor& x,
   const at::Tensor m1 = w1.reshape({shape.hidden1, 9 * shape.in}).contiguous();
   const at::Tensor m2 = w2.reshape({shape.hidden2, shape.hidden1}).contiguous();
   at::Tensor out =
-      at::empty({shape.samples, shape.out, shape.height, shape.width}, x.options(), x.suggest_memory_format());
-  at::Tensor h1 = at::empty({keep ? shape.hidden1 * shape.pixels() : 0}, x.options());
-  at::Tensor h2 = at::empty({keep ? shape.hidden2 * shape.pixels() : 0}, x.options());
+      empty_reused({shape.samples, shape.out, shape.height, shape.width}, x.options(), x.suggest_memory_format());
+  at::Tensor h1 = empty_reused({keep ? shape.hidden1 * shape.pixels() : 0}, x.options());
+  at::Tensor h2 = empty_reused({keep ? shape.hidden2 * shape.pixels() : 0}, x.options());
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const std::vector<Cut> cuts = cuts_of(shape, sizeof(T));
@@ -120,18 +121,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> coupling_net(const at::Tensor& x,
           in_blocks(keep ? h2.mutable_data_ptr<T>() + shape.hidden2 * cut.begin : room2, shape.hidden2, cut);
       const auto times = [&](const Left<T>& left, const T* packed, const Matrix<T>& right, const Matrix<T>& product,
                              const T* offset) {
-        multiply<T>({packed,
-                     {},
-                     read_only(right),
-                     false,
-                     product,
-                     left.rows,
-                     cut.count,
-                     left.inner,
-                     false,
-                     offset,
-                     {},
-                     nullptr});
+        multiply<T>({{packed,
+                      {},
+                      read_only(right),
+                      false,
+                      product,
+                      left.rows,
+                      cut.count,
+                      left.inner,
+                      false,
+                      offset,
+                      {},
+                      nullptr}});
       };
       columns_of(x, cut, false, columns);
       times(first, packed1, columns, layer1, b1.const_data_ptr<T>());
@@ -159,7 +160,7 @@ std::vector<at::Tensor> coupling_net_backward(const at::Tensor& grad_out, const 
   if (b3) check_weight("b3", *b3, {shape.out}, x);
   const at::Tensor m1 = w1.reshape({shape.hidden1, 9 * shape.in}).contiguous();
   const at::Tensor m2 = w2.reshape({shape.hidden2, shape.hidden1}).contiguous();
-  at::Tensor grad_x = at::empty(x.sizes(), x.options(), x.suggest_memory_format());
+  at::Tensor grad_x = empty_reused(x.sizes(), x.options(), x.suggest_memory_format());
   at::Tensor g1 = at::empty(m1.sizes(), x.options()), g2 = at::empty(m2.sizes(), x.options());
   at::Tensor g3 = at::empty({9 * shape.out, shape.hidden2}, x.options());
   at::Tensor gb1 = at::zeros({shape.hidden1}, x.options()), gb2 = at::zeros({shape.hidden2}, x.options());
@@ -198,18 +199,18 @@ std::vector<at::Tensor> coupling_net_backward(const at::Tensor& grad_out, const 
       const auto columns = in_blocks(columns_room, 9 * shape.in, cut);
       const auto times = [&](const Left<T>& left, const T* packed, const Matrix<T>& right, const Matrix<T>& product,
                              const Matrix<const T>& mask) {
-        multiply<T>({packed,
-                     {},
-                     read_only(right),
-                     false,
-                     product,
-                     left.rows,
-                     cut.count,
-                     left.inner,
-                     false,
-                     nullptr,
-                     mask,
-                     nullptr});
+        multiply<T>({{packed,
+                      {},
+                      read_only(right),
+                      false,
+                      product,
+                      left.rows,
+                      cut.count,
+                      left.inner,
+                      false,
+                      nullptr,
+                      mask,
+                      nullptr}});
       };
       columns_of(grad_out, cut, true, grad_columns);
       times(third, packed3, grad_columns, d2, layer2);
@@ -218,24 +219,23 @@ std::vector<at::Tensor> coupling_net_backward(const at::Tensor& grad_out, const 
       sum.add(cut);
       if (want_weights) {
         columns_of(x, cut, false, columns);
-        const auto add_to = [&](at::Tensor& total, const Matrix<T>& grad, const Matrix<const T>& activations,
-                                T* row_sums) {
-          multiply<T>({nullptr,
-                       read_only(grad),
-                       activations,
-                       true,
-                       by_rows(total.mutable_data_ptr<T>(), total.size(1)),
-                       total.size(0),
-                       total.size(1),
-                       cut.count,
-                       add,
-                       nullptr,
-                       {},
-                       row_sums});
+        const auto added = [&](at::Tensor& total, const Matrix<T>& grad, const Matrix<const T>& activations,
+                               T* row_sums) {
+          return ProductArgs<T>{nullptr,
+                                read_only(grad),
+                                activations,
+                                true,
+                                by_rows(total.mutable_data_ptr<T>(), total.size(1)),
+                                total.size(0),
+                                total.size(1),
+                                cut.count,
+                                add,
+                                nullptr,
+                                {},
+                                row_sums};
         };
-        add_to(g3, grad_columns, layer2, nullptr);
-        add_to(g2, d2, layer1, gb2.mutable_data_ptr<T>());
-        add_to(g1, d1, read_only(columns), gb1.mutable_data_ptr<T>());
+        multiply<T>({added(g3, grad_columns, layer2, nullptr), added(g2, d2, layer1, gb2.mutable_data_ptr<T>()),
+                     added(g1, d1, read_only(columns), gb1.mutable_data_ptr<T>())});
       }
       add = true;
     }

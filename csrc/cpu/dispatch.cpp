@@ -148,8 +148,8 @@ void pack_left(const Matrix<const T>& a, bool turned, int64_t rows, int64_t inne
   PYGLOW_FORWARD(pack_left(a, turned, rows, inner, packed, threads))
 }
 template <class T>
-void matrix_product(const ProductArgs<T>& args, const Threads& threads) {
-  PYGLOW_FORWARD(matrix_product(args, threads))
+void matrix_products(const ProductArgs<T>* products, int64_t count, const Threads& threads) {
+  PYGLOW_FORWARD(matrix_products(products, count, threads))
 }
 template <class T>
 void elementary(Elementary function, const T* x, T* y, int64_t count){PYGLOW_FORWARD(elementary(function, x, y, count))}
@@ -170,7 +170,7 @@ void elementary(Elementary function, const T* x, T* y, int64_t count){PYGLOW_FOR
   template void shift_sum<T>(const ShiftSumArgs<T>&, const Threads&);                             \
   template int64_t packed_size<T>(int64_t, int64_t);                                              \
   template void pack_left<T>(const Matrix<const T>&, bool, int64_t, int64_t, T*, const Threads&); \
-  template void matrix_product<T>(const ProductArgs<T>&, const Threads&);                         \
+  template void matrix_products<T>(const ProductArgs<T>*, int64_t, const Threads&);               \
   template void elementary<T>(Elementary, const T*, T*, int64_t);
 PYGLOW_INSTANTIATE(float) PYGLOW_INSTANTIATE(double)
 

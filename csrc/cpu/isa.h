@@ -45,7 +45,7 @@ Isa selected_isa();
   void pack_left(const Matrix<const T>& a, bool turned, int64_t rows, int64_t inner, T* packed, \
                  const Threads& threads);                                                       \
   template <class T>                                                                            \
-  void matrix_product(const ProductArgs<T>& args, const Threads& threads);                      \
+  void matrix_products(const ProductArgs<T>* products, int64_t count, const Threads& threads);  \
   template <class T>                                                                            \
   void elementary(Elementary function, const T* x, T* y, int64_t count);                        \
   }

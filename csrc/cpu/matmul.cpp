@@ -198,6 +198,26 @@ void multiply_columns(const ProductArgs<T>& args, int64_t size, int64_t first, i
   }
 }
 
+template <class T>
+int64_t tasks_of(const ProductArgs<T>& args) {
+  return blocks_of(args.rows).count * ((args.columns + block_columns<T> - 1) / block_columns<T>);
+}
+
+template <class T>
+void multiply_tasks(const ProductArgs<T>& args, int64_t begin, int64_t end) {
+  if (begin >= end) return;
+  const Blocks blocks = blocks_of(args.rows);
+  const int64_t panels = blocks.count, size = panel_size<T>(blocks, args.inner);
+  with_rows(blocks.rows, [&](auto rows) {
+    for (int64_t task = begin; task < end;) {
+      const int64_t column = task / panels, last = smaller(end, (column + 1) * panels);
+      multiply_columns<T, rows.value>(args, size, task - column * panels, last - column * panels,
+                                      column * block_columns<T>);
+      task = last;
+    }
+  });
+}
+
 }  // namespace
 
 template <class T>
@@ -218,28 +238,29 @@ void pack_left(const Matrix<const T>& a, bool turned, int64_t rows, int64_t inne
   });
 }
 
+// The tasks of all products are dealt out at once: a product of a few rows and columns has too few of its own for
+// threads to have equally many.
 template <class T>
-void matrix_product(const ProductArgs<T>& args, const Threads& threads) {
-  if (args.rows == 0 || args.columns == 0) return;
-  const Blocks blocks = blocks_of(args.rows);
-  const int64_t panels = blocks.count, size = panel_size<T>(blocks, args.inner);
-  const int64_t column_blocks = (args.columns + block_columns<T> - 1) / block_columns<T>;
-  with_rows(blocks.rows, [&](auto rows) {
-    parallel(threads, column_blocks * panels, grain_of(block_rows * args.inner), [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end;) {
-        const int64_t column = task / panels, last = smaller(end, (column + 1) * panels);
-        multiply_columns<T, rows.value>(args, size, task - column * panels, last - column * panels,
-                                        column * block_columns<T>);
-        task = last;
-      }
-    });
+void matrix_products(const ProductArgs<T>* products, int64_t count, const Threads& threads) {
+  int64_t tasks = 0, inner = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    tasks += tasks_of<T>(products[i]);
+    inner = larger(inner, products[i].inner);
+  }
+  parallel(threads, tasks, grain_of(block_rows * inner), [&](int64_t begin, int64_t end) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t own = tasks_of<T>(products[i]);
+      multiply_tasks<T>(products[i], larger(begin, 0), smaller(end, own));
+      begin -= own;
+      end -= own;
+    }
   });
 }
 
 #define PYGLOW_INSTANTIATE(T)                                                                     \
   template int64_t packed_size<T>(int64_t, int64_t);                                              \
   template void pack_left<T>(const Matrix<const T>&, bool, int64_t, int64_t, T*, const Threads&); \
-  template void matrix_product<T>(const ProductArgs<T>&, const Threads&);
+  template void matrix_products<T>(const ProductArgs<T>*, int64_t, const Threads&);
 PYGLOW_INSTANTIATE(float)
 PYGLOW_INSTANTIATE(double)
 

@@ -141,18 +141,33 @@ void small_sum(const ShiftSumArgs<T>& args, int64_t n, int64_t k, T bias, const 
   }
 }
 
+// Whole vectors first: where they reach round an edge of the image they read the pixel before or after in memory, and
+// the two pixels at the edges are then summed anew.
 template <class T>
 void large_sum(const ShiftSumArgs<T>& args, int64_t n, int64_t k, T bias, T* sum) {
   const int64_t width = args.width;
   const T* const rows = args.columns + 9 * k * args.stride + (n * args.height - args.columns_row) * width;
   for (int64_t h = args.first_row; h < args.first_row + args.rows; ++h) {
     T* const to = sum + (h - args.first_row) * width;
-    for (int64_t w = 0; w < width; ++w) to[w] = bias;
-    for (int64_t s = 0; s < 9; ++s) {
-      const int64_t down = s / 3 - 1, right = s % 3 - 1;
-      if (h + down < 0 || h + down >= args.height) continue;
-      const T* const from = rows + (args.transposed ? 8 - s : s) * args.stride + (h + down) * width + right;
-      for (int64_t w = larger(0, -right); w < smaller(width, width - right); ++w) to[w] += from[w];
+    const T* from[9];
+    const int64_t first = h == 0 ? 3 : 0, last = h + 1 == args.height ? 6 : 9;
+    for (int64_t s = first; s < last; ++s)
+      from[s] = rows + (args.transposed ? 8 - s : s) * args.stride + (h + s / 3 - 1) * width + s % 3 - 1;
+    for (int64_t w = 0; w < width; w += lanes<T>) {
+      Vec<T> total = broadcast<T>(bias);
+      if (last - first == 9) {
+#pragma GCC unroll 9
+        for (int64_t s = 0; s < 9; ++s) total += load<T>(from[s] + w);
+      } else {
+        for (int64_t s = first; s < last; ++s) total += load<T>(from[s] + w);
+      }
+      store<T>(to + w, total);
+    }
+    for (int64_t w = 0; w < width; w += larger(1, width - 1)) {
+      T total = bias;
+      for (int64_t s = first; s < last; ++s)
+        if (w + s % 3 - 1 >= 0 && w + s % 3 - 1 < width) total += from[s][w];
+      to[w] = total;
     }
   }
 }
@@ -189,8 +204,9 @@ void shift_sum(const ShiftSumArgs<T>& args, const Threads& threads) {
     const bool is_small = positions <= small_plane && args.rows == args.height;
     const int64_t padded = round_up(positions, lanes<T>);
     const int64_t masks = is_small ? Shifts<T>::elements(positions) : 0;
-    T* const memory = static_cast<T*>(thread_scratch(Scratch::tile, (padded + masks) * sizeof(T)));
-    const Shifts<T> shifts(is_small ? args.height : 0, args.width, reinterpret_cast<MaskElement<T>*>(memory + padded));
+    const int64_t room = padded + lanes<T>;  // the last row's last vector may reach so far
+    T* const memory = static_cast<T*>(thread_scratch(Scratch::tile, (room + masks) * sizeof(T)));
+    const Shifts<T> shifts(is_small ? args.height : 0, args.width, reinterpret_cast<MaskElement<T>*>(memory + room));
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / args.channels, k = task % args.channels;
       const T bias = args.bias == nullptr ? T(0) : args.bias[k];

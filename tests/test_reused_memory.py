@@ -1,0 +1,105 @@
+"""Large outputs on the CPU get memory that another tensor has left."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from pyglow_fast import _backend, functional
+
+pytestmark = pytest.mark.skipif(_backend.extension() is None, reason="the memory is the extension's")
+MOST_IDLE = 64 * 2**20
+
+
+def mixed(n: int, channels: int = 4, size: int = 256) -> Tensor:
+    """An output of n * channels * size^2 * 4 bytes, all ones."""
+    x = torch.ones(n, channels, size, size)
+    return functional.channel_mix(x, torch.eye(channels), torch.zeros(channels))
+
+
+def idle() -> int:
+    gc.collect()
+    return int(_backend.require().idle_bytes())
+
+
+def test_the_next_of_its_size_gets_it() -> None:
+    first = mixed(2)
+    address = first.data_ptr()
+    del first
+    before = idle()
+    second = mixed(2)
+    assert second.data_ptr() == address
+    assert before - idle() >= 2 * 4 * 256 * 256 * 4  # it may have been given a larger one
+    third = mixed(2)
+    assert third.data_ptr() != address
+    assert torch.equal(second, third)
+
+
+def test_a_view_keeps_it() -> None:
+    view = mixed(2)[1, 2:]
+    others = [mixed(2) for _ in range(3)]
+    for other in others:
+        other.zero_()
+    assert bool((view == 1).all())
+
+
+def test_much_smaller_ones_do_not() -> None:
+    first = mixed(16)
+    address = first.data_ptr()
+    del first
+    assert mixed(2).data_ptr() != address
+
+
+def test_no_more_than_the_limit_waits() -> None:
+    kept = [mixed(16) for _ in range(6)]  # 16 MiB each
+    kept.clear()
+    assert 0 < idle() <= MOST_IDLE
+
+
+def test_the_tensor_is_like_any_other() -> None:
+    y = mixed(2)
+    assert y.is_contiguous()
+    assert torch.equal(copy.deepcopy(y), y)
+    y.resize_(4, 4, 256, 256)
+    assert bool((y[:2] == 1).all())
+    last = functional.channel_mix(
+        torch.ones(2, 4, 256, 256).to(memory_format=torch.channels_last), torch.eye(4), torch.zeros(4)
+    )
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        assert mixed(2).is_inference()
+    assert not mixed(2).is_inference()
+
+
+def test_the_profiler_sees_what_is_in_use() -> None:
+    size = 2 * 4 * 256 * 256 * 4
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        mixed(2)
+    given = [
+        event.self_cpu_memory_usage for event in recorded.key_averages() if event.key == "pyglow_fast::channel_mix"
+    ]
+    assert given == [size]
+
+
+def test_threads() -> None:
+    failures = []
+
+    def work(value: int) -> None:
+        for _ in range(50):
+            y = mixed(1, size=128 + value)
+            y.fill_(value)
+            if not bool((y == value).all()):
+                failures.append(value)
+
+    threads = [threading.Thread(target=work, args=(value,)) for value in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
