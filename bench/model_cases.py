@@ -30,9 +30,10 @@ CONFIGS = {
 }
 TRAIN, LOG_PROB, SAMPLE = "train step", "log_prob", "sample"
 WORKLOADS = (TRAIN, LOG_PROB, SAMPLE)
-PLAIN, MEMCNN = "plain", "memcnn"
+PLAIN, CHECKPOINTED, MEMCNN = "plain", "torch checkpoint", "memcnn"
 EXTERNAL = (*PEER_STEPS, MEMCNN)
-IMPLEMENTATIONS = (*OURS, PLAIN, *EXTERNAL)
+IMPLEMENTATIONS = (*OURS, PLAIN, CHECKPOINTED, *EXTERNAL)
+RECOMPUTING = (*OURS[1:], CHECKPOINTED, MEMCNN)  # in training; else they run as the others do
 EAGER, CHANNELS_LAST, COMPILED = "eager", "channels_last", "torch.compile"
 NOTES = {
     "normflows": "its own LU 1x1 and y = (u - shift) / s; standard normal priors",
@@ -157,13 +158,13 @@ class Candidates:
 
     def exact(self) -> Levels:
         """Our function in float64, by the reference."""
-        return plain_levels(copy.deepcopy(self.ours).double(), "torch checkpoint")
+        return plain_levels(copy.deepcopy(self.ours).double(), CHECKPOINTED)
 
     def of(self, workload: str) -> list[Candidate]:
         """Those that the workload is measured on; our memory modes differ in training alone."""
         if workload == TRAIN:
             return list(self.found)
-        return [c for c in self.found if c.memory in (None, OURS[0]) and c.implementation != MEMCNN]
+        return [c for c in self.found if c.implementation not in RECOMPUTING]
 
     def _model(self, name: str, ours: Ours) -> Any:
         if name in OURS:
@@ -184,7 +185,7 @@ class Candidates:
         self.found.append(Candidate(name, variant, model, x, memory, NOTES.get(name, "")))
 
     def _add_compiled(self, name: str) -> None:
-        if name in OURS[1:]:
+        if name in OURS[1:] or name == CHECKPOINTED:
             return  # recomputation is no single graph
         if name == MEMCNN:
             self._leave_out(MEMCNN_COMPILES_NOT)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from bench.memory_case import gradient_error, training_step
 from bench.memory_models import OURS
-from bench.model_cases import COMPILED, EAGER, LOG_PROB, MEMCNN, PLAIN, TRAIN, Candidate, Candidates
+from bench.model_cases import CHECKPOINTED, COMPILED, EAGER, LOG_PROB, MEMCNN, PLAIN, TRAIN, Candidate, Candidates
 
-SAME_FUNCTION = (*OURS, PLAIN, MEMCNN)
+SAME_FUNCTION = (*OURS, PLAIN, CHECKPOINTED, MEMCNN)
 # Of float32 against float64: nats per dimension; of all gradients together, relative to their norm; of values of x.
 LOG_PROB_TOLERANCE, GRADIENT_TOLERANCE, SAMPLE_TOLERANCE = 1e-5, 1e-3, 1e-3
 # By how much the mean log_prob of other samples may differ, nats per dimension.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.memory_models import OURS, Shape
-from bench.model_cases import EXTERNAL, LOG_PROB, PLAIN, SAMPLE, TRAIN
+from bench.model_cases import CHECKPOINTED, EXTERNAL, LOG_PROB, MEMCNN, PLAIN, SAMPLE, TRAIN
 
 # How many times as fast as the fastest external peer: (workload, implementation) -> by configuration.
 EXTERNAL_BARS = {
@@ -20,6 +20,9 @@ EXTERNAL_BARS = {
 PLAIN_BARS = {"a": 1.1, "b": 1.4, "c": 1.25, "d": 1.2}
 # Of the product rate, a training step of store.
 PRODUCT_BARS = {"a": 0.75, "b": 0.5, "c": 0.6, "e": 0.75}
+# At most, the time of a training step that recomputes over one that stores.
+RECOMPUTING_BARS = {"a": 1.38, "b": 1.3, "c": 1.3, "e": 1.38}
+STORED = {"checkpoint": "store", "reversible": "store", CHECKPOINTED: PLAIN, MEMCNN: PLAIN}
 LESS_WORK = "FrEIA"
 
 
@@ -107,6 +110,20 @@ def verdicts(rows: Sequence[ModelRow]) -> list[str]:
             if own is not None:
                 lines.append(f"  {mode} {1e3 * own.seconds:.2f} ms ({own.where}); times as fast as")
                 lines += [f"    {line}" for line in _against(own, here)]
+        lines += _recomputing(here) if workload == TRAIN else []
+    return lines
+
+
+def _recomputing(here: Sequence[ModelRow]) -> list[str]:
+    """The time of a training step that recomputes, over that of the same implementation storing."""
+    lines = []
+    for implementation, stores in STORED.items():
+        own, stored = fastest(here, [implementation]), fastest(here, [stores])
+        if own is not None and stored is not None:
+            ratio = own.seconds / stored.seconds
+            bar = RECOMPUTING_BARS.get(own.config) if implementation in OURS else None
+            verdict = "" if bar is None else f", {'within' if ratio <= bar else 'beyond'} {bar:g}"
+            lines.append(f"  {ratio:.2f}{verdict}: time of {implementation} over {stores}")
     return lines
 
 

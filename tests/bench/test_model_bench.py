@@ -227,6 +227,16 @@ class TestBars:
         assert lines[3] == "1.25: memcnn (eager, default malloc), the fastest that does as much work"
         assert not any("plain" in line for line in lines)
 
+    def test_time_of_recomputing(self) -> None:
+        rows = [row("store", 1.0), row("checkpoint", 1.2), row("reversible", 1.5), row("torch checkpoint", 3.0)]
+        rows += [row("plain", 2.0), row("memcnn", 3.5)]
+        assert [line.strip() for line in model_rows.verdicts(rows)][-4:] == [
+            "1.20, within 1.38: time of checkpoint over store",
+            "1.50, beyond 1.38: time of reversible over store",
+            "1.50: time of torch checkpoint over plain",
+            "1.75: time of memcnn over plain",
+        ]
+
     def test_no_bar_and_no_peer(self) -> None:
         rows = [row("store", 1.0, config="d", workload=SAMPLE), row("plain", 2.0, config="d", workload=SAMPLE)]
         assert [line.strip() for line in model_rows.verdicts(rows)[2:]] == [
