@@ -30,7 +30,7 @@ from bench.harness import synchronize
 from bench.memory_meter import AllocatorTrace, MemoryTrace
 from bench.memory_models import OURS, SAME_FUNCTION, Shape, build, images
 from bench.op_memory import forget_peak, resident
-from pyglow_fast import Glow
+from pyglow_fast import Glow, _backend
 
 PARTS = 8  # largest parts of a peak that are reported
 OVERHEAD = 2**30  # bytes that a process may have besides what is measured
@@ -102,6 +102,9 @@ def _gradients(case: Case, double: bool) -> list[Tensor]:
 
 def _trim() -> None:
     gc.collect()
+    extension = _backend.extension()
+    if extension is not None:
+        extension.release_idle()
     if platform.libc_ver()[0] == "glibc":  # freed pages that are still resident would hide what the step touches
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -5,8 +5,9 @@
 A training step is zero_grad, forward and backward of the mean of -log_prob; an optimizer is no part of it. log_prob and
 sample run under no_grad in evaluation mode. Every candidate is checked before it is timed (bench/model_checks.py);
 then all take turns in one process, in an order that changes from round to round, the library's matrix products at the
-nets' shapes among them. On the CPU everything is measured twice, in processes with two settings of malloc
-(bench.harness.TUNED_MALLOC). Ratios are of each side at its own best over variants and both settings.
+nets' shapes among them. On the CPU each configuration is measured twice, in fresh processes with two settings of malloc
+(bench.harness.TUNED_MALLOC): what ran before leaves the heap and the memory's pages in a state that slows what comes
+after. Ratios are of each side at its own best over variants and both settings.
 """
 
 from __future__ import annotations
@@ -238,28 +239,37 @@ def _measure_here(arguments: argparse.Namespace) -> list[ModelRow]:
     return rows
 
 
-def _again(arguments: argparse.Namespace) -> list[str]:
-    """The options again, as they are given to a measuring process."""
+def _again(arguments: argparse.Namespace, config: str) -> list[str]:
+    """The options again, as they are given to the process that measures a configuration."""
     given = ["--device", str(arguments.device), "--threads", str(arguments.threads), "--rounds", str(arguments.rounds)]
     given += ["--seconds", str(arguments.seconds), *(["--compile"] if arguments.compile else [])]
-    given += ["--shapes", json.dumps({name: dataclasses.asdict(CONFIGS[name]) for name in arguments.configs})]
-    for name in ("configs", "workloads", "implementations"):
+    given += ["--shapes", json.dumps({config: dataclasses.asdict(CONFIGS[config])}), "--configs", config]
+    for name in ("workloads", "implementations"):
         given += [f"--{name}", ",".join(getattr(arguments, name))]
     return given
 
 
-def _measure_in_processes(arguments: argparse.Namespace, folder: Path) -> tuple[int, list[ModelRow]]:
-    """Each malloc setting in a process of its own."""
+def _measure_in_processes(arguments: argparse.Namespace) -> tuple[int, list[ModelRow]]:
+    """Each configuration and malloc setting in a process of its own; one file for all of a setting."""
     environments = malloc_environments()
-    rows: list[ModelRow] = []
-    for malloc in list(environments) if arguments.malloc == "both" else [arguments.malloc]:
-        options = [*_again(arguments), "--malloc", "here", "--out", str(folder)]
-        code = run_module("bench.models", options, environments[malloc])
-        if code:
-            return code, rows
-        content: dict[str, Any] = json.loads((folder / _file(arguments.device, malloc)).read_text(encoding="utf-8"))
+    found: dict[str, list[ModelRow]] = {}
+    notes: dict[str, list[str]] = {}
+    settings = list(environments) if arguments.malloc == "both" else [arguments.malloc]
+    for config, malloc in [(config, malloc) for config in arguments.configs for malloc in settings]:
+        rows, lines = found.setdefault(malloc, []), notes.setdefault(malloc, [])
+        with tempfile.TemporaryDirectory() as folder:
+            options = [*_again(arguments, config), "--malloc", "here", "--out", folder]
+            code = run_module("bench.models", options, environments[malloc])
+            if code:
+                return code, [row for rows in found.values() for row in rows]
+            path = Path(folder) / _file(arguments.device, malloc)
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         rows += [ModelRow.of(row) for row in content["rows"]]
-    return 0, rows
+        lines += [line for line in content["notes"] if line not in lines]
+        if arguments.out is not None:  # after each, so that a run that is stopped leaves what it has
+            arguments.out.mkdir(parents=True, exist_ok=True)
+            write_json(arguments.out / _file(arguments.device, malloc), content["machine"], rows, notes=lines)
+    return 0, [row for rows in found.values() for row in rows]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -276,8 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _measure_here(arguments)
         return 0
     if arguments.device.type == "cpu":
-        with tempfile.TemporaryDirectory() as folder:
-            code, rows = _measure_in_processes(arguments, arguments.out or Path(folder))
+        code, rows = _measure_in_processes(arguments)
         if code:
             return code
     else:

@@ -60,6 +60,8 @@ def test_no_more_than_the_limit_waits() -> None:
     kept = [mixed(16) for _ in range(6)]  # 16 MiB each
     kept.clear()
     assert 0 < idle() <= MOST_IDLE
+    _backend.require().release_idle()
+    assert idle() == 0
 
 
 def test_the_tensor_is_like_any_other() -> None:

@@ -66,6 +66,17 @@ class Blocks final : public c10::Allocator {
     return idle_size_;
   }
 
+  // The oldest, until no more than `most` bytes are left; freed outside the lock.
+  void drop_idle(std::size_t most) {
+    std::deque<std::unique_ptr<Block>> dropped;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    while (idle_size_ > most) {
+      idle_size_ -= idle_.front()->size;
+      dropped.push_back(std::move(idle_.front()));
+      idle_.pop_front();
+    }
+  }
+
  private:
   static void take_back(void* context);
 
@@ -91,17 +102,6 @@ class Blocks final : public c10::Allocator {
       idle_.push_back(std::move(block));
     }
     drop_idle(most_idle);
-  }
-
-  // The oldest, until no more than `most` bytes are left; freed outside the lock.
-  void drop_idle(std::size_t most) {
-    std::deque<std::unique_ptr<Block>> dropped;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    while (idle_size_ > most) {
-      idle_size_ -= idle_.front()->size;
-      dropped.push_back(std::move(idle_.front()));
-      idle_.pop_front();
-    }
   }
 
   std::mutex mutex_;
@@ -131,5 +131,6 @@ at::Tensor empty_reused(at::IntArrayRef sizes, const at::TensorOptions& options,
 }
 
 std::size_t idle_bytes() { return blocks().idle_size(); }
+void release_idle() { blocks().drop_idle(0); }
 
 }  // namespace pyglow::bindings

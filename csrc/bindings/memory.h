@@ -16,7 +16,8 @@ constexpr std::size_t most_idle = std::size_t(1) << 26;     // bytes that wait f
 at::Tensor empty_reused(at::IntArrayRef sizes, const at::TensorOptions& options,
                         at::MemoryFormat format = at::MemoryFormat::Contiguous);
 
-// Bytes that wait for another use.
+// Bytes that wait for another use, and their return to malloc.
 std::size_t idle_bytes();
+void release_idle();
 
 }  // namespace pyglow::bindings

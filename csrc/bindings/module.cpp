@@ -69,6 +69,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("instruction_set", &pyglow::cpu::instruction_set, "The CPU kernels in use: portable, avx2 or avx512.");
   m.def("parallel_threads", &parallel_threads, "The threads that share a loop of the CPU kernels.");
   m.def("idle_bytes", &pyglow::bindings::idle_bytes, "Bytes of large CPU outputs that wait for another use.");
+  m.def("release_idle", &pyglow::bindings::release_idle, "Return those bytes to malloc.");
   m.def("cuda_device_count", &cuda_device_count, "The GPUs that the CUDA kernels can run on.");
   pyglow::bindings::register_step_ops(m);
   pyglow::bindings::register_fused_ops(m);

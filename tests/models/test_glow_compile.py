@@ -26,6 +26,16 @@ def test_log_prob_is_one_graph(model: pgf.Glow) -> None:
         assert torch.allclose(compiled(x), model.log_prob(x), rtol=1e-5)
 
 
+def test_sampling_is_one_graph(model: pgf.Glow) -> None:
+    compiled = torch.compile(model.sample, fullgraph=True, backend="aot_eager")
+    found = []
+    for sample in (model.sample, compiled):
+        torch.manual_seed(1)
+        with torch.no_grad():
+            found.append(sample(3, 0.7))
+    assert torch.allclose(*found, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_inductor_agrees_with_the_fake_kernels(model: pgf.Glow) -> None:
     """The code generator relies on the strides that the fake kernels promise."""
