@@ -169,7 +169,7 @@ def _note_of(candidate: Candidate, workload: str) -> str:
     )
 
 
-def _chosen(known: Sequence[str]) -> Callable[[str], list[str]]:
+def chosen(known: Sequence[str]) -> Callable[[str], list[str]]:
     """A parser's type: a list of names with commas between them."""
 
     def parse(text: str) -> list[str]:
@@ -189,11 +189,11 @@ def _shapes(text: str) -> dict[str, Shape]:
 def parser() -> argparse.ArgumentParser:
     """The options."""
     options = argparse.ArgumentParser(prog="models", description="whole models against peers", allow_abbrev=False)
-    options.add_argument("--configs", type=_chosen(list(CONFIGS)), default=list(CONFIGS), help="some of a,b,c,d,e")
-    options.add_argument("--workloads", type=_chosen(WORKLOADS), default=list(WORKLOADS), help=", ".join(WORKLOADS))
+    options.add_argument("--configs", type=chosen(list(CONFIGS)), default=list(CONFIGS), help="some of a,b,c,d,e")
+    options.add_argument("--workloads", type=chosen(WORKLOADS), default=list(WORKLOADS), help=", ".join(WORKLOADS))
     options.add_argument(
         "--implementations",
-        type=_chosen(IMPLEMENTATIONS),
+        type=chosen(IMPLEMENTATIONS),
         default=list(IMPLEMENTATIONS),
         help=", ".join(IMPLEMENTATIONS),
     )

@@ -14,6 +14,8 @@ from types import ModuleType
 
 import torch
 
+from pyglow_fast._errors import expect
+
 EXTENSION = "pyglow_fast._C"
 HOW_TO_BUILD = (
     "To build it for the torch installed here, run in the source tree: "
@@ -47,6 +49,21 @@ def require() -> ModuleType:
 def release(version: str) -> tuple[str, ...]:
     """The part of a torch version that decides binary compatibility: 2.13 of 2.13.0+cpu."""
     return tuple(version.split("+")[0].split(".")[:2])
+
+
+@functools.cache
+def nets() -> str:
+    """Who computes coupling nets on the CPU: "auto" (as measured; see docs/speed.md) or the "library".
+
+    Raises:
+        ValueError: the environment variable PYGLOW_NETS says something else.
+    """
+    choice = os.environ.get("PYGLOW_NETS") or "auto"
+    expect(choice in ("auto", "library"), "PYGLOW_NETS", "auto or library", repr(choice))
+    return choice
+
+
+nets._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyglow_fast import autograd, ops, reference
+from pyglow_fast import _backend, autograd, ops, reference
 from pyglow_fast.reference import (
     CouplingSpec,
     fold_actnorm,
@@ -134,10 +134,12 @@ def coupling_mix_inverse(
 def net_as_products(x: Tensor) -> bool:
     """Whether :func:`coupling_net` on x is matrix products of ours, and not the library's convolutions.
 
-    It is on the CPU: there they take 1.1 to 2 times less time for all shapes measured (bench/results). Not under
-    autocast, whose 16-bit convolutions are the library's.
+    It is on the CPU, where they are faster at every shape measured (bench/results/nets-cpu.json), unless PYGLOW_NETS in
+    the environment is "library". Not under autocast, whose 16-bit convolutions are the library's.
     """
-    return x.device.type == "cpu" and x.dim() == 4 and ops.run_on(x) and not torch.is_autocast_enabled("cpu")
+    if x.device.type != "cpu" or x.dim() != 4 or not ops.run_on(x) or torch.is_autocast_enabled("cpu"):
+        return False
+    return _backend.nets() != "library"
 
 
 def coupling_net(

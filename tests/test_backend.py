@@ -13,7 +13,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from pyglow_fast import _backend, info
+from pyglow_fast import _backend, functional, info
 
 compiled = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
 
@@ -21,7 +21,7 @@ compiled = pytest.mark.skipif(_backend.extension() is None, reason=f"no extensio
 @pytest.fixture
 def fresh() -> Iterator[None]:
     """Forgets what was loaded, before the test and after it."""
-    caches = (_backend._load, _backend._facts)
+    caches = (_backend._load, _backend._facts, _backend.nets)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -122,6 +122,21 @@ def test_the_reference_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _backend.build_info() == {}
     with pytest.raises(ImportError, match=r"pyglow_fast\._C: PYGLOW_FORCE_REFERENCE"):
         _backend.require()
+
+
+@compiled
+@pytest.mark.usefixtures("fresh")
+def test_nets_may_be_left_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(1, 2, 4, 4)
+    assert functional.net_as_products(x)
+    for setting, expected in (("library", False), ("auto", True), ("", True)):
+        monkeypatch.setenv("PYGLOW_NETS", setting)
+        _backend.nets.cache_clear()
+        assert functional.net_as_products(x) == expected
+    monkeypatch.setenv("PYGLOW_NETS", "cudnn")
+    _backend.nets.cache_clear()
+    with pytest.raises(ValueError, match="PYGLOW_NETS: expected auto or library, found 'cudnn'"):
+        functional.net_as_products(x)
 
 
 @pytest.mark.usefixtures("fresh")

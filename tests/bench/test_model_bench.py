@@ -260,8 +260,8 @@ class TestBars:
 
 def test_names_are_checked() -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="expected some of a, b, found 'a,z'"):
-        models._chosen(["a", "b"])("a,z")
-    assert models._chosen(["a", "b"])("b, a") == ["b", "a"]
+        models.chosen(["a", "b"])("a,z")
+    assert models.chosen(["a", "b"])("b, a") == ["b", "a"]
 
 
 def test_in_processes_of_their_own(
