@@ -264,12 +264,14 @@ def _depths(options: argparse.Namespace) -> list[Shape]:
 
 
 def _sizes(options: argparse.Namespace) -> list[Shape]:
-    standard = [32, 64] if options.quick else [64, 128, 256]
+    standard = [32, 64] if options.quick else [64, 128, 256] + ([HUGE.image[1]] if options.full else [])
     sides = [int(side) for side in options.sizes.split(",")] if options.sizes else standard
-    shapes = [dataclasses.replace(RESOLUTION, image=(3, side, side)) for side in sorted(sides)]
+    shapes = [
+        HUGE if side == HUGE.image[1] else dataclasses.replace(RESOLUTION, image=(3, side, side)) for side in sides
+    ]
     if options.quick and not options.sizes:
         shapes = [dataclasses.replace(shape, n_steps=8, hidden=64) for shape in shapes]
-    return shapes + ([HUGE] if options.full else [])
+    return sorted(shapes, key=lambda shape: shape.image[1])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
