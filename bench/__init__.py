@@ -4,6 +4,10 @@ Each benchmark is a module with ``main(argv) -> exit code``, run from the source
 ``pyglow-fast bench NAME``:
 
     kernels     the ops, and the flow step outside its net, against the reference and the peers
+    models      training step, log_prob and sampling of whole models, against the peers
+    nets        coupling nets alone, against the library's convolutions
     op_memory   what each op allocates beyond its outputs
+    memory      training memory against depth and resolution; gradients against float64
+    memory_training  Fashion-MNIST, stored against reversible
     gpu_check   build, tests, sanitizer and benchmarks on a GPU machine, one JSON
 """

@@ -130,14 +130,16 @@ class Runner:
             spare = shape not in shallow and probe and self.options.quick
             if not (too_large or too_long or spare):
                 errors = shape.n_steps <= 32 and shape.image[1] <= 32
-                result = self.case(implementation, shape, 1 if deep else self.options.passes, errors)
+                result = self.case(
+                    implementation, shape, min(self.options.passes, 1) if deep else self.options.passes, errors
+                )
                 if result is not None:
                     row = dataclasses.replace(row, **result)
-            if row.tensor_bytes is None and line is not None:
+            if row.tensor_bytes_fresh is None and line is not None:
                 row.counted = True
                 for name in BYTES[:2]:
                     setattr(row, name, line.get(name))
-            if row.tensor_bytes is not None:
+            if row.tensor_bytes_fresh is not None:
                 print(text(row), flush=True)
                 if not row.counted:
                     known.append(row)
@@ -251,7 +253,12 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument("--budget", type=lambda s: s if s == "auto" else int(s), default="auto", help="memory_budget")
     options.add_argument("--limit", type=float, default=8.0, metavar="GIB", help="of a case; beyond, it is counted")
     options.add_argument("--seconds", type=float, default=1800.0, help="of a case; beyond, it is counted")
-    options.add_argument("--passes", type=int, default=3, help="training steps of a case before bytes are counted")
+    options.add_argument(
+        "--passes",
+        type=int,
+        default=3,
+        help="training steps of a case before bytes are counted; 0: all is read off a single step",
+    )
     options.add_argument("--run", type=Path, metavar="FOLDER", help="run folder with trained weights, for gradients")
     options.add_argument("--training", type=int, default=60, help="training steps without --run")
     return options.parse_args(argv)

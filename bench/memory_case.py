@@ -41,7 +41,8 @@ class Case:
     """What to measure.
 
     ``passes``: training steps before tensors are counted (the anchors' spacing adapts in them); the median of their
-    times is reported, the first one left out if there are more. ``errors``: gradients against float64, too.
+    times is reported, the first one left out if there are more. 0 (on the CPU): all is read off one single step, whose
+    gradients begin as None. ``errors``: gradients against float64, too.
     """
 
     implementation: str
@@ -159,6 +160,19 @@ def _resident_growth(step: Callable[[], object], seconds: list[float]) -> int | 
     return resident()[1] - before
 
 
+def _single(model: nn.Module, step: Callable[[], object]) -> dict[str, Any]:
+    for parameter in model.parameters():
+        parameter.grad = None
+    seconds: list[float] = []
+    with AllocatorTrace() as allocator:
+        growth = _resident_growth(step, seconds)
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    given = sum(gradient.nbytes for gradient in gradients)
+    found = {"tensor_bytes_fresh": allocator.peak_without(gradients), "seconds": seconds[0] if seconds else None}
+    found["resident_bytes_fresh"] = None if growth is None else growth - given
+    return found | ({"report": model.memory_report()} if isinstance(model, Glow) else {})
+
+
 def measure(case: Case) -> dict[str, Any]:
     """Bytes, seconds, gradient errors and the drift control's report of one case."""
     device = torch.device(case.device)
@@ -172,6 +186,8 @@ def measure(case: Case) -> dict[str, Any]:
     step = training_step(model, x)
     seconds: list[float] = []
     result: dict[str, Any] = {"parameter_bytes": sum(parameter.nbytes for parameter in parameters)}
+    if device.type == "cpu" and case.passes == 0:
+        return result | _single(model, step)
     if device.type == "cpu":
         result["resident_bytes"] = _resident_growth(step, seconds)
         for parameter in parameters:

@@ -29,6 +29,7 @@ IMPLEMENTATIONS = (*OURS, *SAME_FUNCTION, *OTHERS)
 PACKAGES = {"memcnn": "memcnn", "normflows": "normflows", "FrEIA": "FrEIA"}
 # Of what the nets put out; at their start it would be zero, and so the gradient of all but the last layer.
 RAW_SIZE = 0.1
+INITIAL = 32  # pixels; larger images take a while
 
 Step = Callable[[Tensor], tuple[Tensor, Tensor]]
 Inverse = Callable[[Tensor], Tensor]
@@ -55,6 +56,10 @@ class Shape:
         if not self.squeezes:
             return self.image
         return (_widths(self)[-1], *[size // 2**self.n_levels for size in self.image[1:]])
+
+    def initial(self) -> Shape:
+        """Images that actnorms are initialised on. On other statistics than those, deep models blow up."""
+        return self if self.image[1] <= INITIAL else self.small()
 
     def small(self) -> Shape:
         """Images of two positions at the top level: for what does not depend on the resolution."""
@@ -318,7 +323,7 @@ def build(implementation: str, shape: Shape, budget: str | int, device: torch.de
         ImportError: the implementation's library is not there.
     """
     torch.manual_seed(0)
-    small_images = images(shape.small(), torch.device("cpu"))
+    small_images = images(shape.initial(), torch.device("cpu"))
     if implementation in PEER_STEPS:
         peer = _peer(implementation, shape)
         wake(peer)
@@ -326,7 +331,7 @@ def build(implementation: str, shape: Shape, budget: str | int, device: torch.de
             peer.log_prob(small_images)
         return peer.to(device)
     memory = implementation if implementation in OURS else "store"
-    small = _ours(shape.small(), memory, budget)
+    small = _ours(shape.initial(), memory, budget)
     wake(small)
     small.initialize(small_images)
     ours = _ours(shape, memory, budget)

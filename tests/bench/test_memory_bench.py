@@ -108,6 +108,14 @@ class TestCase:
         assert ("report" in result, "at_the_peak_fresh" in result) == (ours, ours)
         assert "resident_bytes_fresh" in result
 
+    def test_a_single_step_tells_all(self) -> None:
+        usual = memory_case.run_case(memory_case.Case("reversible", TINY, passes=2))
+        single = memory_case.run_case(memory_case.Case("reversible", TINY, passes=0))
+        assert 0.5 < single["tensor_bytes_fresh"] / usual["tensor_bytes_fresh"] < 2  # the anchors are not yet adapted
+        assert "tensor_bytes" not in single
+        assert single["report"][0]["passes"] == 1
+        assert "resident_bytes_fresh" in single
+
     def test_missing_library(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(__import__("sys").modules, "memcnn", None)
         assert "memcnn" in memory_case.run_case(memory_case.Case("memcnn", TINY))["missing"]
@@ -139,7 +147,8 @@ class TestTable:
         runner = memory.Runner(options)
 
         def case(implementation: str, shape: memory.Shape, passes: int, errors: bool) -> dict[str, float]:
-            return {"tensor_bytes": 1e5 * shape.n_steps, "seconds": 0.1 * shape.n_steps}
+            size = 1e5 * shape.n_steps
+            return {"tensor_bytes": size, "tensor_bytes_fresh": size, "seconds": 0.1 * shape.n_steps}
 
         monkeypatch.setattr(runner, "case", case)
         rows = list(runner.rows("resolution", "plain", [dataclasses.replace(memory.RESOLUTION, n_steps=4)], probe=True))
