@@ -29,7 +29,7 @@ IMPLEMENTATIONS = (*OURS, *SAME_FUNCTION, *OTHERS)
 PACKAGES = {"memcnn": "memcnn", "normflows": "normflows", "FrEIA": "FrEIA"}
 # Of what the nets put out; at their start it would be zero, and so the gradient of all but the last layer.
 RAW_SIZE = 0.1
-INITIAL = 32  # pixels; larger images take a while
+INITIAL, PARTS = 32, 16  # pixels: of larger images actnorms see some parts
 
 Step = Callable[[Tensor], tuple[Tensor, Tensor]]
 Inverse = Callable[[Tensor], Tensor]
@@ -58,7 +58,7 @@ class Shape:
         return (_widths(self)[-1], *[size // 2**self.n_levels for size in self.image[1:]])
 
     def initial(self) -> Shape:
-        """Images that actnorms are initialised on. On other statistics than those, deep models blow up."""
+        """Images that actnorms are initialised on."""
         return self if self.image[1] <= INITIAL else self.small()
 
     def small(self) -> Shape:
@@ -308,12 +308,24 @@ def wake(module: nn.Module) -> None:
 
 
 def images(shape: Shape, device: torch.device) -> Tensor:
-    """Smooth random images with a little noise, (N, C, H, W) in -0.5 .. 0.5."""
+    """Smooth random images with a little noise, alike at all resolutions, (N, C, H, W) in -0.5 .. 0.5."""
     generator = torch.Generator().manual_seed(3)
-    coarse = torch.rand(shape.batch, shape.image[0], 4, 4, generator=generator)
+    coarse = torch.rand(
+        shape.batch, shape.image[0], *(max(4, size // 8) for size in shape.image[1:]), generator=generator
+    )
     smooth = nn.functional.interpolate(coarse, size=shape.image[1:], mode="bilinear", align_corners=True)
     noise = torch.rand(smooth.shape, generator=generator)
     return (0.9 * smooth + 0.1 * noise - 0.5).to(device)
+
+
+def parts(x: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Up to PARTS parts of images, of that size, from all over them.
+
+    Actnorms that are set on other statistics than those of the images let deep models blow up, and their states drift.
+    """
+    for dim, length in enumerate(size, start=2):
+        x = torch.cat(x.split(length, dim=dim))
+    return x[:: max(1, x.shape[0] // PARTS)][:PARTS] if x.shape[0] > PARTS else x
 
 
 def build(implementation: str, shape: Shape, budget: str | int, device: torch.device) -> Ours | Levels:
@@ -323,7 +335,7 @@ def build(implementation: str, shape: Shape, budget: str | int, device: torch.de
         ImportError: the implementation's library is not there.
     """
     torch.manual_seed(0)
-    small_images = images(shape.initial(), torch.device("cpu"))
+    small_images = parts(images(shape, torch.device("cpu")), shape.initial().image[1:])
     if implementation in PEER_STEPS:
         peer = _peer(implementation, shape)
         wake(peer)

@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from pyglow_fast.reversible.deferred import Verdicts
 START_SPACING = 4
 # The projection of an error on random signs is its norm times about a standard normal number, of which many are drawn.
 PROJECTION_SLACK = 4.0
+BLOCK = 1024  # positions that are summed in one go
 LEAST_EPS, EPS_PER_ROOT, MOST_EPS, NET_EPS = 16.0, 6.0, 32.0, 4.0  # the tolerance: see docs/memory.md
 GROW_BELOW = 0.25  # of the tolerance: a spacing twice as wide then still fits
 GROW_AFTER = 4  # passes in a row
@@ -59,18 +60,41 @@ def lowest_precision(dtype: torch.dtype, net_out: Tensor) -> torch.dtype:
     return max(found, key=lambda dtype: torch.finfo(dtype).eps)
 
 
+class Signs(NamedTuple):
+    """Random signs of positions: inner[p % BLOCK] outer[p // BLOCK] in whole blocks, `rest` behind them."""
+
+    inner: Tensor
+    outer: Tensor
+    rest: Tensor
+    sum: float
+
+
 @functools.lru_cache(maxsize=16)
-def _signs(positions: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, float]:
+def _signs(positions: int, dtype: torch.dtype, device: torch.device) -> Signs:
     generator = torch.Generator("cpu").manual_seed(positions)
-    signs = torch.randint(2, (positions,), generator=generator, dtype=torch.int8, device="cpu") * 2 - 1
-    return signs.to(device, dtype), float(signs.sum())
+    blocks, left = divmod(positions, BLOCK)
+    rest, outer, inner = (
+        torch.randint(2, (n,), generator=generator, dtype=torch.int8, device="cpu") * 2 - 1
+        for n in (left, blocks, BLOCK)
+    )
+    total = float(rest.sum()) + float(inner.sum()) * float(outer.sum())
+    return Signs(inner.to(device, dtype), outer.to(device, dtype), rest.to(device, dtype), total)
 
 
 def project(x: Tensor) -> Tensor:
-    """sum over the positions of sign x, per sample and channel: (N, C)."""
+    """sum over the positions of sign x, per sample and channel: (N, C).
+
+    Block by block: the rounding of one long sum, relative to the norm, grows with the root of its length, and would be
+    taken for drift at high resolution.
+    """
     flat = flat_positions(x)
+    signs = _signs(flat.shape[2], x.dtype, x.device)
+    blocks = signs.outer.shape[0]
     with full_precision(x):
-        return flat @ _signs(flat.shape[2], x.dtype, x.device)[0]
+        if blocks == 0:
+            return flat @ signs.rest
+        whole = (flat[:, :, : blocks * BLOCK].unflatten(2, (blocks, BLOCK)) @ signs.inner) @ signs.outer
+        return whole + flat[:, :, blocks * BLOCK :] @ signs.rest if signs.rest.numel() else whole
 
 
 def norms(x: Tensor) -> Tensor:
@@ -123,7 +147,7 @@ class Witness:
 
         The projection is linear: that of M x + c needs no pass over it.
         """
-        signs_sum = _signs(n_positions(x), x.dtype, x.device)[1]
+        signs_sum = _signs(n_positions(x), x.dtype, x.device).sum
         with full_precision(x):
             expected = torch.addmm(signs_sum * offset, project(x), matrix.T)
         return _largest((expected - self.projection).abs_(), self.scale) / PROJECTION_SLACK
