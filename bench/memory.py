@@ -35,6 +35,7 @@ RESOLUTION = Shape((3, 256, 256), 4, 32, 512, 1)
 HUGE = Shape((3, 1024, 1024), 6, 32, 512, 1)
 BARS = {RESOLUTION.image: (64e6, 200e6), HUGE.image: (400e6, None)}  # tensor bytes, resident bytes
 GROWTH_BAR = 1 / 100
+ADAPTING = 4  # more passes, after which the anchors have moved apart for the first time
 STEPS_OF_A_CASE = 5  # training steps that a case takes at least, and building the model
 BYTES = ("tensor_bytes", "tensor_bytes_fresh", "resident_bytes", "resident_bytes_fresh")
 
@@ -130,9 +131,12 @@ class Runner:
             spare = shape not in shallow and probe and self.options.quick
             if not (too_large or too_long or spare):
                 errors = shape.n_steps <= 32 and shape.image[1] <= 32
-                result = self.case(
-                    implementation, shape, min(self.options.passes, 1) if deep else self.options.passes, errors
-                )
+                passes = self.options.passes
+                if implementation == "reversible" and shape != HUGE:
+                    passes += ADAPTING
+                elif deep:
+                    passes = min(passes, 1)
+                result = self.case(implementation, shape, passes, errors)
                 if result is not None:
                     row = dataclasses.replace(row, **result)
             if row.tensor_bytes_fresh is None and line is not None:
