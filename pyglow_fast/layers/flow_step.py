@@ -65,14 +65,18 @@ def runs_fused(step: nn.Module) -> bool:
     )
 
 
-def fold_steps(steps: Sequence[FlowStep]) -> list[ChannelMap]:
-    """The channel maps of K steps of one width, computed in one batch: parameter-sized work, no per-step kernels."""
+def fold_in_one(steps: Sequence[FlowStep]) -> ChannelMap:
+    """The channel maps of K steps of one width, (K, C, C), (K, C) and (K,): parameter-sized work in one batch."""
     weight, weight_log_det = _stacked_weights([step.permutation for step in steps])
     log_scale = torch.stack([step.actnorm.log_scale for step in steps])
     bias = torch.stack([step.actnorm.bias for step in steps])
     matrix, offset = fold_actnorm(weight, log_scale, bias)
-    log_det = weight_log_det + log_scale.sum(-1)
-    return [ChannelMap(*parts) for parts in zip(matrix.unbind(), offset.unbind(), log_det.unbind(), strict=True)]
+    return ChannelMap(matrix, offset, weight_log_det + log_scale.sum(-1))
+
+
+def fold_steps(steps: Sequence[FlowStep]) -> list[ChannelMap]:
+    """The same, a map for each step."""
+    return [ChannelMap(*parts) for parts in zip(*(part.unbind() for part in fold_in_one(steps)), strict=True)]
 
 
 def invert_maps(maps: Sequence[ChannelMap]) -> list[Tensor]:

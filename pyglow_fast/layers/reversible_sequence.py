@@ -16,7 +16,7 @@ from pyglow_fast.layers._base import FlowLayer, check_input
 from pyglow_fast.layers.flow_step import (
     FlowStep,
     Recorded,
-    fold_steps,
+    fold_in_one,
     run_couplings,
     run_couplings_inverse,
     runs_fused,
@@ -157,12 +157,9 @@ class ReversibleSequence(FlowLayer):
             return run_couplings(couplings, self._cache.get(steps), x, cond, squeeze_first, self.memory_budget)
         self._cache.clear()
         runners = [step.coupling.runner(self.memory_budget) for step in steps]
-        maps = fold_steps(steps)
         whole = self._pass(x, [sum(parameter.nbytes for parameter in runner.params) for runner in runners])
         counts = [part.end - part.first for part in whole.parts]
-        matrices = torch.stack([channel_map.matrix for channel_map in maps]).split(counts)
-        offsets = torch.stack([channel_map.offset for channel_map in maps]).split(counts)
-        map_log_dets = torch.stack([channel_map.log_det for channel_map in maps]).split(counts)
+        matrices, offsets, map_log_dets = (part.split(counts) for part in fold_in_one(steps))
         z, total = x, x.new_zeros(x.shape[0])
         for i, part in enumerate(whole.parts):
             own = runners[part.first : part.end]
