@@ -19,7 +19,8 @@ def _points(rows: Sequence[Mapping[str, Any]], curve: str, implementation: str) 
         if curve == "resolution" and shape["n_steps"] != deepest:
             continue
         position = shape["n_steps"] if curve == "depth" else shape["image"][1]
-        points.append((position, row["tensor_bytes"] / 1e6, row["counted"]))
+        size = row["tensor_bytes_fresh"] if row["tensor_bytes"] is None else row["tensor_bytes"]  # of a single step
+        points.append((position, size / 1e6, row["counted"]))
     return sorted(points)
 
 

@@ -131,6 +131,12 @@ def row(implementation: str, n_steps: int, size: float, **more: object) -> memor
     return dataclasses.replace(memory.Row("depth", implementation, shape, tensor_bytes=size), **more)  # type: ignore[arg-type]
 
 
+def test_plots_take_what_a_single_step_tells() -> None:
+    rows = [dataclasses.asdict(row("plain", 8, 8e6)), dataclasses.asdict(row("plain", 16, 0.0))]
+    rows[1] |= {"tensor_bytes": None, "tensor_bytes_fresh": 7e6}
+    assert memory_plots._points(rows, "depth", "plain") == [(8, 8.0, False), (16, 7.0, False)]
+
+
 class TestTable:
     def test_straight_line(self) -> None:
         known = [row("plain", 2, 120.0), row("plain", 1, 100.0)]
