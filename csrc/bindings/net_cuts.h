@@ -33,8 +33,9 @@ struct Shape {
 
 inline std::vector<Cut> cuts_of(const Shape& shape, int64_t element_size) {
   const int64_t plane = shape.height * shape.width;
-  const int64_t rows = std::max<int64_t>({shape.hidden1, shape.hidden2, 9 * shape.in, 9 * shape.out});
-  const int64_t most = std::max(least_pixels, cut_bytes / element_size / rows);
+  // Not the rows of the columns: cuts as small as that cost more in barriers than they save in cache.
+  const int64_t hidden = std::max<int64_t>({shape.hidden1, shape.hidden2, 1});
+  const int64_t most = std::max(least_pixels, cut_bytes / element_size / hidden);
   std::vector<Cut> cuts;
   if (plane == 0) return cuts;
   if (plane <= most) {
