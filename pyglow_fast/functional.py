@@ -134,8 +134,9 @@ def coupling_mix_inverse(
 def net_as_products(x: Tensor) -> bool:
     """Whether :func:`coupling_net` on x is matrix products of ours, and not the library's convolutions.
 
-    It is on the CPU, where they are faster at every shape measured (bench/results/nets-cpu.json), unless PYGLOW_NETS in
-    the environment is "library". Not under autocast, whose 16-bit convolutions are the library's.
+    It is on the CPU, where they are 0.95 to 1.26 times as fast as these at their best (bench/results/nets-cpu.json) and
+    need no padded copies, unless PYGLOW_NETS in the environment is "library". Not under autocast, whose 16-bit
+    convolutions are the library's.
     """
     if x.device.type != "cpu" or x.dim() != 4 or not ops.run_on(x) or torch.is_autocast_enabled("cpu"):
         return False
