@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from pyglow_fast import functional
 from pyglow_fast._errors import can_read, expect
@@ -15,7 +14,6 @@ from pyglow_fast.coupling_nets.plan import budget_bytes
 from pyglow_fast.coupling_nets.traits import has_known_modules
 from pyglow_fast.layers._base import FlowLayer, check_input
 from pyglow_fast.layers.flow_step import (
-    ChannelMap,
     FlowStep,
     Recorded,
     fold_in_one,
@@ -29,20 +27,7 @@ from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.reversible import Chain, DriftControl, Pass, run_chain
 
 MEMORY_MODES = ("reversible", "checkpoint", "store")
-FOLDED_AGAIN = 2**18  # bytes of a level's folded matrices from which on they are folded again in the backward
 GRADIENT_SHARE = 4  # of the budget, what gradients may take that exist a second time while they are added to others
-
-
-def _folded(steps: Sequence[FlowStep]) -> ChannelMap:
-    """The channel maps of all steps. Where they are many, what leads to them is computed again in the backward.
-
-    It is five matrices a step besides the map itself, and at hundreds of steps more than all states that are kept.
-    """
-    weight = steps[0].channels ** 2 * steps[0].actnorm.bias.element_size()
-    if len(steps) * weight < FOLDED_AGAIN or torch.compiler.is_compiling():
-        return fold_in_one(steps)
-    maps: ChannelMap = checkpoint(fold_in_one, steps, use_reentrant=False, preserve_rng_state=False)
-    return maps
 
 
 class ReversibleSequence(FlowLayer):
@@ -174,7 +159,7 @@ class ReversibleSequence(FlowLayer):
         runners = [step.coupling.runner(self.memory_budget) for step in steps]
         whole = self._pass(x, [sum(parameter.nbytes for parameter in runner.params) for runner in runners])
         counts = [part.end - part.first for part in whole.parts]
-        matrices, offsets, map_log_dets = (part.split(counts) for part in _folded(steps))
+        matrices, offsets, map_log_dets = (part.split(counts) for part in fold_in_one(steps))
         z, total = x, x.new_zeros(x.shape[0])
         for i, part in enumerate(whole.parts):
             own = runners[part.first : part.end]

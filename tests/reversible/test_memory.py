@@ -10,7 +10,6 @@ from chain_cases import Mode
 from memory_meter import MemoryMeter, peak_tensor_bytes
 
 import pyglow_fast as pgf
-from pyglow_fast.layers import reversible_sequence
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MiB = 2**20
@@ -105,22 +104,3 @@ def test_nothing_is_kept_after_the_backward() -> None:
         for parameter in sequence.parameters():
             parameter.grad = None
         assert meter.now <= 2 * 16 * 16 * 4 + 64, "but for the signs of the witnesses"
-
-
-def test_many_matrices_are_folded_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What leads from the parameters to the maps is not kept, and the gradients are the same to the bit."""
-    depth, channels = 24, 32
-    x = torch.randn(1, channels, 2, 2)
-    matrices = depth * channels**2 * 4
-    kept, gradients = [], []
-    for bound in (2**62, matrices):
-        monkeypatch.setattr(reversible_sequence, "FOLDED_AGAIN", bound)
-        torch.manual_seed(0)
-        sequence = level(depth, Mode("reversible"), channels, hidden=4)
-        with MemoryMeter() as meter:
-            z, log_det = sequence(x)
-            kept.append(meter.now)
-        (z.square().sum() - log_det.sum()).backward()
-        gradients.append([parameter.grad for parameter in sequence.parameters()])
-    assert kept[1] < kept[0] - 2 * matrices
-    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
