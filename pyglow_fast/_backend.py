@@ -51,19 +51,23 @@ def release(version: str) -> tuple[str, ...]:
     return tuple(version.split("+")[0].split(".")[:2])
 
 
-@functools.cache
 def nets() -> str:
     """Who computes coupling nets on the CPU: "auto" (as measured; see docs/speed.md) or the "library".
 
     Raises:
         ValueError: the environment variable PYGLOW_NETS says something else.
     """
-    choice = os.environ.get("PYGLOW_NETS") or "auto"
-    expect(choice in ("auto", "library"), "PYGLOW_NETS", "auto or library", repr(choice))
-    return choice
+    return _nets()
 
 
 nets._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _nets() -> str:
+    choice = os.environ.get("PYGLOW_NETS") or "auto"
+    expect(choice in ("auto", "library"), "PYGLOW_NETS", "auto or library", repr(choice))
+    return choice
 
 
 @functools.cache

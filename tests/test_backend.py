@@ -21,7 +21,7 @@ compiled = pytest.mark.skipif(_backend.extension() is None, reason=f"no extensio
 @pytest.fixture
 def fresh() -> Iterator[None]:
     """Forgets what was loaded, before the test and after it."""
-    caches = (_backend._load, _backend._facts, _backend.nets)
+    caches = (_backend._load, _backend._facts, _backend._nets)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -131,10 +131,10 @@ def test_nets_may_be_left_to_the_library(monkeypatch: pytest.MonkeyPatch) -> Non
     assert functional.net_as_products(x)
     for setting, expected in (("library", False), ("auto", True), ("", True)):
         monkeypatch.setenv("PYGLOW_NETS", setting)
-        _backend.nets.cache_clear()
+        _backend._nets.cache_clear()
         assert functional.net_as_products(x) == expected
     monkeypatch.setenv("PYGLOW_NETS", "cudnn")
-    _backend.nets.cache_clear()
+    _backend._nets.cache_clear()
     with pytest.raises(ValueError, match="PYGLOW_NETS: expected auto or library, found 'cudnn'"):
         functional.net_as_products(x)
 
