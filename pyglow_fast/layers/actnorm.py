@@ -56,9 +56,12 @@ class ActNorm(FlowLayer):
 
         While they seem not to be, the buffer is asked: another rank may have broadcast it.
         """
-        if not self._known_initialized and not torch.compiler.is_compiling() and not self.initialized.is_meta:
-            self._known_initialized = bool(self.initialized)
+        if not self._known_initialized:
+            self._ask_buffer()
         return self._known_initialized
+
+    def _ask_buffer(self) -> None:
+        self._known_initialized = not self.initialized.is_meta and bool(self.initialized)
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x -> z; initialises first if this is a training forward of a fresh layer."""
@@ -105,7 +108,7 @@ class ActNorm(FlowLayer):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._known_initialized = False  # the buffer tells
+        self._ask_buffer()  # now: in a compiled forward it would break the graph
 
     def extra_repr(self) -> str:
         """Channels, for repr."""

@@ -54,6 +54,24 @@ def test_gradients(model: pgf.Glow) -> None:
         assert torch.allclose(got, exact, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("told", ["by its weights", "by a broadcast"])
+def test_a_model_that_has_seen_data_is_not_initialised_again(model: pgf.Glow, told: str) -> None:
+    """Compiled before it has ever run: its actnorms are what they were made."""
+    fresh = pgf.Glow(model.config, memory="store")
+    if told == "by its weights":
+        fresh.load_state_dict(model.state_dict())
+    else:
+        for own, other in zip(fresh.parameters(), model.parameters(), strict=True):
+            own.data.copy_(other.data)
+        for own, other in zip(fresh.buffers(), model.buffers(), strict=True):
+            own.copy_(other)
+    expected = {name: value.clone() for name, value in fresh.named_parameters()}
+    x = torch.rand(4, 2, 8, 8) - 0.5
+    compiled = torch.compile(fresh.train().log_prob, fullgraph=told == "by its weights", backend="aot_eager")
+    assert torch.allclose(compiled(x), model.log_prob(x), rtol=1e-5)
+    assert all(torch.equal(value, expected[name]) for name, value in fresh.named_parameters())
+
+
 def test_the_graph_holds_the_kernels(model: pgf.Glow) -> None:
     """Tracing must not fall back to the reference."""
     if not ops.run_on(torch.zeros(1)):
