@@ -117,6 +117,11 @@ struct Left {
     cpu::pack_left<T>(a, turned, rows, inner, memory, torch_threads());
     return memory;
   }
+  // The product of it, packed, with a right matrix of so many columns; bias and mask as in ProductArgs.
+  ProductArgs<T> times(const T* packed, const Matrix<T>& right, const Matrix<T>& product, int64_t columns,
+                       const T* bias, const Matrix<const T>& mask) const {
+    return {packed, {}, read_only(right), false, product, rows, columns, inner, false, bias, mask, nullptr};
+  }
 };
 
 template <class T>

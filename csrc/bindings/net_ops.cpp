@@ -119,25 +119,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> coupling_net(const at::Tensor& x,
           in_blocks(keep ? h1.mutable_data_ptr<T>() + shape.hidden1 * cut.begin : room1, shape.hidden1, cut);
       const auto layer2 =
           in_blocks(keep ? h2.mutable_data_ptr<T>() + shape.hidden2 * cut.begin : room2, shape.hidden2, cut);
-      const auto times = [&](const Left<T>& left, const T* packed, const Matrix<T>& right, const Matrix<T>& product,
-                             const T* offset) {
-        multiply<T>({{packed,
-                      {},
-                      read_only(right),
-                      false,
-                      product,
-                      left.rows,
-                      cut.count,
-                      left.inner,
-                      false,
-                      offset,
-                      {},
-                      nullptr}});
-      };
       columns_of(x, cut, false, columns);
-      times(first, packed1, columns, layer1, b1.const_data_ptr<T>());
-      times(second, packed2, layer1, layer2, b2.const_data_ptr<T>());
-      times(third, packed3, layer2, sum.product(), nullptr);
+      multiply<T>({first.times(packed1, columns, layer1, cut.count, b1.const_data_ptr<T>(), {})});
+      multiply<T>({second.times(packed2, layer1, layer2, cut.count, b2.const_data_ptr<T>(), {})});
+      multiply<T>({third.times(packed3, layer2, sum.product(), cut.count, nullptr, {})});
       sum.add(cut);
     }
   });
@@ -197,25 +182,10 @@ std::vector<at::Tensor> coupling_net_backward(const at::Tensor& grad_out, const 
       const auto layer1 = in_blocks(h1.const_data_ptr<T>() + shape.hidden1 * cut.begin, shape.hidden1, cut);
       const auto layer2 = in_blocks(h2.const_data_ptr<T>() + shape.hidden2 * cut.begin, shape.hidden2, cut);
       const auto columns = in_blocks(columns_room, 9 * shape.in, cut);
-      const auto times = [&](const Left<T>& left, const T* packed, const Matrix<T>& right, const Matrix<T>& product,
-                             const Matrix<const T>& mask) {
-        multiply<T>({{packed,
-                      {},
-                      read_only(right),
-                      false,
-                      product,
-                      left.rows,
-                      cut.count,
-                      left.inner,
-                      false,
-                      nullptr,
-                      mask,
-                      nullptr}});
-      };
       columns_of(grad_out, cut, true, grad_columns);
-      times(third, packed3, grad_columns, d2, layer2);
-      times(second, packed2, d2, d1, layer1);
-      times(first, packed1, d1, sum.product(), {});
+      multiply<T>({third.times(packed3, grad_columns, d2, cut.count, nullptr, layer2)});
+      multiply<T>({second.times(packed2, d2, d1, cut.count, nullptr, layer1)});
+      multiply<T>({first.times(packed1, d1, sum.product(), cut.count, nullptr, {})});
       sum.add(cut);
       if (want_weights) {
         columns_of(x, cut, false, columns);
