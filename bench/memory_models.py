@@ -58,7 +58,7 @@ class Shape:
         return (_widths(self)[-1], *[size // 2**self.n_levels for size in self.image[1:]])
 
     def initial(self) -> Shape:
-        """Images that actnorms are initialised on."""
+        """Of the parts of images that actnorms are initialised on."""
         return self if self.image[1] <= INITIAL else self.small()
 
     def small(self) -> Shape:
@@ -325,7 +325,7 @@ def parts(x: Tensor, size: tuple[int, ...]) -> Tensor:
     """
     for dim, length in enumerate(size, start=2):
         x = torch.cat(x.split(length, dim=dim))
-    return x[:: max(1, x.shape[0] // PARTS)][:PARTS] if x.shape[0] > PARTS else x
+    return x[:: max(1, x.shape[0] // PARTS)][:PARTS]
 
 
 def build(implementation: str, shape: Shape, budget: str | int, device: torch.device) -> Ours | Levels:

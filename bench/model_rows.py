@@ -92,11 +92,12 @@ def fastest(rows: Sequence[ModelRow], implementations: Sequence[str]) -> ModelRo
     return min((row for row in rows if row.implementation in implementations), key=lambda r: r.seconds, default=None)
 
 
-def held(value: float, bar: float | None) -> str:
-    """The value, and whether it is within its bar."""
+def held(value: float, bar: float | None, at_most: bool = False) -> str:
+    """The value, and whether it is within its bar: at least that much, or at most."""
     if bar is None:
         return f"{value:.2f}"
-    return f"{value:.2f}, {'within' if value >= bar else 'beyond'} {bar:g}"
+    within = value <= bar if at_most else value >= bar
+    return f"{value:.2f}, {'within' if within else 'beyond'} {bar:g}"
 
 
 def verdicts(rows: Sequence[ModelRow]) -> list[str]:
@@ -120,10 +121,9 @@ def _recomputing(here: Sequence[ModelRow]) -> list[str]:
     for implementation, stores in STORED.items():
         own, stored = fastest(here, [implementation]), fastest(here, [stores])
         if own is not None and stored is not None:
-            ratio = own.seconds / stored.seconds
             bar = RECOMPUTING_BARS.get(own.config) if implementation in OURS else None
-            verdict = "" if bar is None else f", {'within' if ratio <= bar else 'beyond'} {bar:g}"
-            lines.append(f"  {ratio:.2f}{verdict}: time of {implementation} over {stores}")
+            ratio = held(own.seconds / stored.seconds, bar, at_most=True)
+            lines.append(f"  {ratio}: time of {implementation} over {stores}")
     return lines
 
 

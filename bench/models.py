@@ -224,6 +224,19 @@ def _file(device: torch.device, malloc: str) -> str:
     return f"models-{device.type}{setting}.json"
 
 
+def _write(
+    arguments: argparse.Namespace,
+    malloc: str,
+    facts: Mapping[str, object],
+    rows: Sequence[ModelRow],
+    notes: Sequence[str],
+) -> None:
+    """After each configuration, so that a run that is stopped leaves what it has."""
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        write_json(arguments.out / _file(arguments.device, malloc), facts, rows, notes=notes)
+
+
 def _measure_here(arguments: argparse.Namespace) -> list[ModelRow]:
     torch.set_num_threads(arguments.threads)
     measurement = Measurement(arguments)
@@ -232,10 +245,7 @@ def _measure_here(arguments: argparse.Namespace) -> list[ModelRow]:
     rows: list[ModelRow] = []
     for config in arguments.configs:
         rows += measurement.config(config)
-        if arguments.out is not None:  # after each, so that a run that is stopped leaves what it has
-            arguments.out.mkdir(parents=True, exist_ok=True)
-            path = arguments.out / _file(arguments.device, measurement.malloc)
-            write_json(path, facts, rows, notes=measurement.notes)
+        _write(arguments, measurement.malloc, facts, rows, measurement.notes)
     return rows
 
 
@@ -261,14 +271,12 @@ def _measure_in_processes(arguments: argparse.Namespace) -> tuple[int, list[Mode
             options = [*_again(arguments, config), "--malloc", "here", "--out", folder]
             code = run_module("bench.models", options, environments[malloc])
             if code:
-                return code, [row for rows in found.values() for row in rows]
+                return code, []
             path = Path(folder) / _file(arguments.device, malloc)
             content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         rows += [ModelRow.of(row) for row in content["rows"]]
         lines += [line for line in content["notes"] if line not in lines]
-        if arguments.out is not None:  # after each, so that a run that is stopped leaves what it has
-            arguments.out.mkdir(parents=True, exist_ok=True)
-            write_json(arguments.out / _file(arguments.device, malloc), content["machine"], rows, notes=lines)
+        _write(arguments, malloc, content["machine"], rows, lines)
     return 0, [row for rows in found.values() for row in rows]
 
 

@@ -119,11 +119,10 @@ def _largest(error: Tensor, scale: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Witness:
-    """What a step keeps of the state u that entered its coupling: a projection and norms, (N, C) each."""
+    """What is known of the state u that entered a step's coupling, (N, C) each."""
 
     projection: Tensor
-    norm: Tensor
-    scale: Tensor  # of the norm
+    scale: Tensor  # of its norms
 
     @classmethod
     def of(cls, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +135,7 @@ class Witness:
         projections, found = seen[::2], seen[1::2]
         alike = len({norm.shape for norm in found}) == 1
         scales = _scale(torch.stack(list(found))).unbind() if alike else [_scale(norm) for norm in found]
-        return [cls(*parts) for parts in zip(projections, found, scales, strict=True)]
+        return [cls(*parts) for parts in zip(projections, scales, strict=True)]
 
     def drift_of(self, x: Tensor) -> Tensor:
         """The same of x itself: about its largest relative error against the state that was seen."""
