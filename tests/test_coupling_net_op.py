@@ -19,7 +19,8 @@ from pyglow_fast import _backend, functional, ops, reference
 pytestmark = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
 
 # (N, C_in, H, W), hidden, C_out: H != W, planes shifted as a whole (up to 1024 pixels) and row by row, widths below,
-# at and above a vector, one pixel, cuts of several samples and of some rows, a last cut that is smaller.
+# at and above a vector, one pixel, cuts of several samples and of some rows, a last cut that is smaller,
+# two rows that are cut apart.
 CASES = [
     ((2, 6, 8, 8), 16, 12),
     ((3, 2, 5, 7), 5, 3),
@@ -30,6 +31,7 @@ CASES = [
     ((40, 4, 4, 4), 600, 8),
     ((1, 1, 33, 40), 700, 2),
     ((3, 2, 32, 33), 300, 4),
+    ((2, 2, 2, 300), 511, 3),
     ((0, 2, 4, 4), 4, 4),
 ]
 

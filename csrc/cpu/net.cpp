@@ -201,7 +201,8 @@ void shift_sum(const ShiftSumArgs<T>& args, const Threads& threads) {
   const int64_t positions = args.rows * args.width;
   if (positions == 0) return;
   parallel(threads, args.samples * args.channels, grain_of(9 * positions), [&](int64_t begin, int64_t end) {
-    const bool is_small = positions <= small_plane && args.rows == args.height;
+    // Of a sample that is cut into rows the columns begin at another row, even where all rows are summed.
+    const bool is_small = positions <= small_plane && args.rows == args.height && args.columns_row == 0;
     const int64_t padded = round_up(positions, lanes<T>);
     const int64_t masks = is_small ? Shifts<T>::elements(positions) : 0;
     const int64_t room = padded + lanes<T>;  // the last row's last vector may reach so far
