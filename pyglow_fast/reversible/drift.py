@@ -26,7 +26,7 @@ from pyglow_fast.reversible.deferred import Verdicts
 START_SPACING = 4
 # The projection of an error on random signs is its norm times about a standard normal number, of which many are drawn.
 PROJECTION_SLACK = 4.0
-BLOCK = 1024  # positions that are summed in one go
+BLOCK, LEAST_BLOCK = 1024, 32  # positions that are summed in one go; all, if their number has no divisor between
 LEAST_EPS, EPS_PER_ROOT, MOST_EPS, NET_EPS = 16.0, 6.0, 32.0, 4.0  # the tolerance: see docs/memory.md
 GROW_BELOW = 0.25  # of the tolerance: a spacing twice as wide then still fits
 GROW_AFTER = 4  # passes in a row
@@ -61,24 +61,23 @@ def lowest_precision(dtype: torch.dtype, net_out: Tensor) -> torch.dtype:
 
 
 class Signs(NamedTuple):
-    """Random signs of positions: inner[p % BLOCK] outer[p // BLOCK] in whole blocks, `rest` behind them."""
+    """Random signs of positions in blocks of equal length: inner[p % length] outer[p // length]."""
 
     inner: Tensor
     outer: Tensor
-    rest: Tensor
     sum: float
 
 
 @functools.lru_cache(maxsize=16)
 def _signs(positions: int, dtype: torch.dtype, device: torch.device) -> Signs:
     generator = torch.Generator("cpu").manual_seed(positions)
-    blocks, left = divmod(positions, BLOCK)
-    rest, outer, inner = (
+    length = next((n for n in range(min(BLOCK, positions), LEAST_BLOCK, -1) if positions % n == 0), positions)
+    inner, outer = (
         torch.randint(2, (n,), generator=generator, dtype=torch.int8, device="cpu") * 2 - 1
-        for n in (left, blocks, BLOCK)
+        for n in (length, positions // max(length, 1))
     )
-    total = float(rest.sum()) + float(inner.sum()) * float(outer.sum())
-    return Signs(inner.to(device, dtype), outer.to(device, dtype), rest.to(device, dtype), total)
+    outer = outer if outer.shape[0] > 1 else torch.ones_like(outer)
+    return Signs(inner.to(device, dtype), outer.to(device, dtype), float(inner.sum()) * float(outer.sum()))
 
 
 def project(x: Tensor) -> Tensor:
@@ -89,12 +88,14 @@ def project(x: Tensor) -> Tensor:
     """
     flat = flat_positions(x)
     signs = _signs(flat.shape[2], x.dtype, x.device)
-    blocks = signs.outer.shape[0]
+    blocks = (signs.outer.shape[0], signs.inner.shape[0])
+    by_position = flat.transpose(1, 2)
     with full_precision(x):
-        if blocks == 0:
-            return flat @ signs.rest
-        whole = (flat[:, :, : blocks * BLOCK].unflatten(2, (blocks, BLOCK)) @ signs.inner) @ signs.outer
-        return whole + flat[:, :, blocks * BLOCK :] @ signs.rest if signs.rest.numel() else whole
+        if blocks[0] <= 1:
+            return flat @ signs.inner
+        if by_position.is_contiguous():  # channels last, of which the other product would make a copy
+            return signs.outer @ (signs.inner @ by_position.unflatten(1, blocks))
+        return (flat.unflatten(2, blocks) @ signs.inner) @ signs.outer
 
 
 def norms(x: Tensor) -> Tensor:

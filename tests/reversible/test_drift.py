@@ -8,9 +8,11 @@ import pytest
 import torch
 from chain_cases import CASES, Mode, assert_same_gradients, counted_runs, gradients, objective, relative_error
 from helpers import tolerance
+from memory_meter import peak_tensor_bytes
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
+from pyglow_fast.reference import n_positions
 from pyglow_fast.reversible import drift as drift_module
 from pyglow_fast.reversible import passes
 from pyglow_fast.reversible.drift import (
@@ -313,12 +315,26 @@ def test_judged_at_the_end_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert report["redone_steps"] == trips * len(sequence)
 
 
-@pytest.mark.parametrize("positions", [3, 1023, 1024, 1025, 5000])
+@pytest.mark.parametrize("positions", [3, 1023, 1024, 1025, 1031, 5000])
 def test_projection_is_on_one_sign_a_position(positions: int) -> None:
     sums = project(torch.eye(positions, dtype=torch.float64).unsqueeze(0))[0]
     assert set(sums.tolist()) == {-1.0, 1.0}
     ones = torch.ones(1, 1, positions, dtype=torch.float64)
     assert float(project(ones)) == float(sums.sum()) == drift_module._signs(positions, torch.float64, ones.device).sum
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 64, 64), (2, 3, 50, 50), (2, 3, 8, 8), (2, 3, 1031, 1)], ids=str)
+def test_projection_of_any_layout_without_a_copy(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, dtype=torch.float64)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        given = x.to(memory_format=layout)
+        drift_module._signs(n_positions(x), x.dtype, x.device)
+        found: list[Tensor] = []
+        peak = peak_tensor_bytes(lambda given=given, found=found: found.append(project(given)))
+        assert torch.allclose(found[0], project(x), rtol=1e-12, atol=1e-12)
+        assert peak < x.nbytes / 4
+    sliced = torch.cat([x, x], dim=1)[:, : x.shape[1]]
+    assert torch.allclose(project(sliced), project(x), rtol=1e-12, atol=1e-12)
 
 
 def test_projection_rounds_alike_at_any_resolution() -> None:
