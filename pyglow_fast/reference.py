@@ -112,7 +112,8 @@ def _in_batches(matrices: Tensor) -> list[Tensor]:
     A batch of larger matrices is shared out among torch's threads, in which MKL factorises wrongly or never returns
     (seen with torch 2.13 on an AMD EPYC: C >= 150, two or more matrices, two threads); it shares out one matrix itself.
     """
-    return [matrices] if matrices.device.type != "cpu" or matrices.shape[-1] <= LAPACK_BATCHED else list(matrices)
+    one_by_one = matrices.device.type == "cpu" and matrices.shape[-1] > LAPACK_BATCHED and matrices.shape[0] > 1
+    return list(matrices) if one_by_one else [matrices]
 
 
 def log_abs_det(matrices: Tensor) -> Tensor:
@@ -129,11 +130,10 @@ def invert_matrix(matrix: Tensor) -> Tensor:
     """
     flat = matrix.double().reshape(math.prod(matrix.shape[:-2]), *matrix.shape[-2:])
     found = [torch.linalg.inv_ex(batch) for batch in _in_batches(flat)]
-    if found and can_read(matrix):
+    if can_read(matrix):
         singular = any(bool(info.any()) for _, info in found)
         expect(not singular, "matrix", "an invertible matrix", "a singular one")
-    inverse = torch.cat([inverse.reshape(-1, *matrix.shape[-2:]) for inverse, _ in found]) if found else flat
-    return inverse.reshape(matrix.shape).to(matrix.dtype)
+    return torch.cat([inverse.reshape(-1) for inverse, _ in found]).reshape(matrix.shape).to(matrix.dtype)
 
 
 def scale_and_log(raw: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor]:

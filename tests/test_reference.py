@@ -150,7 +150,9 @@ class TestInvertMatrix:
         assert_close(reference.log_abs_det(matrix), expected, condition=channels)
 
     def test_no_matrix(self) -> None:
-        assert reference.invert_matrix(torch.empty(0, 3, 3)).shape == (0, 3, 3)
+        for shape in ((0, 3, 3), (0, 200, 200), (3, 0, 0), (0, 0)):
+            assert reference.invert_matrix(torch.empty(shape)).shape == shape
+        assert reference.log_abs_det(torch.empty(0, 200, 200)).shape == (0,)
 
     def test_float32_is_rounded_once(self) -> None:
         matrix = invertible(4, 6).float()

@@ -64,6 +64,15 @@ def test_no_more_than_the_limit_waits() -> None:
     assert idle() == 0
 
 
+def test_what_is_beyond_the_limit_drives_nothing_out() -> None:
+    _backend.require().release_idle()
+    small, large = mixed(16), mixed(80)
+    del small
+    before = idle()
+    del large
+    assert idle() == before == 16 * 2**20
+
+
 def test_the_tensor_is_like_any_other() -> None:
     y = mixed(2)
     assert y.is_contiguous()

@@ -7,6 +7,7 @@
 #include <c10/core/DispatchKeySet.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <deque>
@@ -27,7 +28,7 @@ struct Block {
   void* data;
   std::size_t size;
 
-  explicit Block(std::size_t bytes) : size((bytes + page - 1) / page * page) {
+  explicit Block(std::size_t bytes) : size(std::max(page, (bytes + page - 1) / page * page)) {
     data = std::aligned_alloc(page, size);
 #ifdef __linux__
     // One fault for 512 pages. What does not fill a huge page stays out: it would be resident as a whole.
@@ -96,6 +97,7 @@ class Blocks final : public c10::Allocator {
   }
 
   void add_idle(std::unique_ptr<Block> block) {
+    if (block->size > most_idle) return;  // it would drive out all others, and then itself
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       idle_size_ += block->size;
