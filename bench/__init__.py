@@ -9,5 +9,6 @@ Each benchmark is a module with ``main(argv) -> exit code``, run from the source
     op_memory   what each op allocates beyond its outputs
     memory      training memory against depth and resolution; gradients against float64
     memory_training  Fashion-MNIST, stored against reversible
+    scaling     formulas of a step's arithmetic, memory and communication against those rows; processes against threads
     gpu_check   build, tests, sanitizer and benchmarks on a GPU machine, one JSON
 """

@@ -74,7 +74,8 @@ def cuda_reason() -> str:
     return ""
 
 
-def _version(distribution: str) -> str:
+def version_of(distribution: str) -> str:
+    """The version of an installed distribution, or "not installed"."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -83,18 +84,18 @@ def _version(distribution: str) -> str:
 
 def _versions() -> dict[str, str]:
     facts = {
-        "pyglow_fast": _version("pyglow-fast"),
+        "pyglow_fast": version_of("pyglow-fast"),
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": torch.__version__ + (f", CUDA {torch.version.cuda}" if torch.version.cuda else ", no CUDA"),
     }
-    return facts | {name: _version(name) for name in _PACKAGES}
+    return facts | {name: version_of(name) for name in _PACKAGES}
 
 
 def _build() -> dict[str, str]:
     info = _backend.build_info()
     if not info:
         return {"extension": f"none: {_backend.reason()}"}
-    stale = "" if info["version"] == _version("pyglow-fast") else " (another version than the package's: rebuild)"
+    stale = "" if info["version"] == version_of("pyglow-fast") else " (another version than the package's: rebuild)"
     return {
         "extension": info["version"] + stale,
         "built for torch": info["torch"],

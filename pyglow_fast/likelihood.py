@@ -23,7 +23,11 @@ def _check_bins(n_bins: int) -> None:
 
 
 def dequantize(
-    images: Tensor, n_bins: int = 256, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
+    images: Tensor,
+    n_bins: int = 256,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float32,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """x = (level + u) / n_bins - 0.5, u ~ U[0, 1).
 
@@ -32,12 +36,13 @@ def dequantize(
         n_bins: number of levels.
         generator: source of the noise; torch's default one if None.
         dtype: floating dtype of the result.
+        noise: u itself, of the shape of ``images`` and of ``dtype``, where it is not to be drawn here. Not changed.
 
     Returns:
         Tensor of the shape of ``images`` with values in [-0.5, 0.5).
 
     Raises:
-        ValueError: images are not integers, or hold a level outside 0..n_bins-1.
+        ValueError: images are not integers, or hold a level outside 0..n_bins-1; noise of another shape or dtype.
     """
     _check_bins(n_bins)
     expect(
@@ -54,12 +59,16 @@ def dequantize(
             images = images.long()
         low, high = (int(value) for value in torch.aminmax(images))
         expect(low >= 0 and high < n_bins, "images", f"levels in 0..{n_bins - 1} (n_bins={n_bins})", f"{low}..{high}")
-    device = images.device if generator is None else generator.device
-    noise = torch.rand(images.shape, generator=generator, device=device, dtype=dtype).to(images.device)
+    if noise is None:
+        device = images.device if generator is None else generator.device
+        noise = torch.rand(images.shape, generator=generator, device=device, dtype=dtype).to(images.device)
+    else:
+        fits = noise.shape == images.shape and noise.dtype == dtype
+        expect(fits, "noise", f"shape {tuple(images.shape)}, {dtype}", f"{tuple(noise.shape)}, {noise.dtype}")
     # Adding the level, dividing and subtracting each round: up to 1.5 eps n_bins levels in all. Noise nearer than that
     # to the edge of its bin could end up in the next one (or at 0.5), so it stays away from the edges.
     margin = 2.0 * torch.finfo(dtype).eps * n_bins
-    return noise.clamp_(margin, 1.0 - margin).add_(images).div_(n_bins).sub_(0.5)
+    return noise.clamp(margin, 1.0 - margin).add_(images).div_(n_bins).sub_(0.5)
 
 
 def quantize(x: Tensor, n_bins: int = 256) -> Tensor:

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 
 from pyglow_fast._errors import expect
-from pyglow_fast.data import DATA_HELP, DataConfig, ImageSet, load_data, split
+from pyglow_fast.data import DATA_HELP, DataConfig, Images, load_data, options_of, split
 from pyglow_fast.models import Glow
 from pyglow_fast.train import Checkpoint, check_fits
 
@@ -24,14 +24,13 @@ def config_for(name: str, stored: DataConfig, model: Glow) -> DataConfig:
     if name.partition(":")[0] == stored.name.partition(":")[0]:
         return replace(stored, name=name)
     plain = DataConfig(name, held_out=stored.held_out)
-    if not name.startswith("folder:"):
-        return plain
     channels, *sides = model.config.image_shape
     expect(len(set(sides)) == 1 and channels in (1, 3), "data", f"images of shape {(channels, *sides)}", repr(name))
-    return replace(plain, size=sides[0], gray=channels == 1)
+    wanted = {"size": sides[0], "gray": channels == 1, "n_bits": stored.n_bits}
+    return replace(plain, **{key: value for key, value in wanted.items() if key in options_of(name)})
 
 
-def images_of(args: argparse.Namespace, checkpoint: Checkpoint, model: Glow) -> tuple[ImageSet, ImageSet | None, str]:
+def images_of(args: argparse.Namespace, checkpoint: Checkpoint, model: Glow) -> tuple[Images, Images | None, str]:
     """(the images to look at, the run's training images or None if DATA is not the run's, the part in words).
 
     Raises:
@@ -49,7 +48,7 @@ def images_of(args: argparse.Namespace, checkpoint: Checkpoint, model: Glow) -> 
     return {"held-out": held_out, "train": train, "all": data}[part], train, part
 
 
-def trained_on(checkpoint: Checkpoint) -> ImageSet | None:
+def trained_on(checkpoint: Checkpoint) -> Images | None:
     """The run's training images, if they are still where they were and as they were."""
     try:
         data = load_data(checkpoint.config.data)
@@ -58,7 +57,7 @@ def trained_on(checkpoint: Checkpoint) -> ImageSet | None:
     return _sides(data, checkpoint)[0] if data.fingerprint() == checkpoint.data.fingerprint else None
 
 
-def _sides(data: ImageSet, checkpoint: Checkpoint) -> tuple[ImageSet, ImageSet]:
+def _sides(data: Images, checkpoint: Checkpoint) -> tuple[Images, Images]:
     """(train, held-out) as the run split its images."""
     config = checkpoint.config
     train, held_out = split(data, config.data.held_out, config.seed)

@@ -9,12 +9,12 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from pyglow_fast.cli import bench, demo, evaluate, info, reconstruct, sample, train
+from pyglow_fast.cli import bench, data, demo, evaluate, info, reconstruct, sample, train
 from pyglow_fast.cli._common import InputError, Parser
 from pyglow_fast.data import MissingExtraError
-from pyglow_fast.train import FolderError, TrainingDivergedError
+from pyglow_fast.train import FolderError, InputLostError, RankError, SaveError, TrainingDivergedError
 
-COMMANDS: tuple[ModuleType, ...] = (train, sample, evaluate, reconstruct, demo, bench, info)
+COMMANDS: tuple[ModuleType, ...] = (train, sample, evaluate, reconstruct, demo, data, bench, info)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; those of the process if None.
 
     Returns:
-        0; 1 if training diverged; 2 for bad input or a missing library; 128 + N if signal N ended a run (saved);
+        0; 1 if training diverged, or lost its images, its disk or another rank; 2 for bad input or a missing
+        library; 128 + N if signal N ended a run (saved);
         141, as after SIGPIPE, if nobody reads the output any more.
     """
     try:
@@ -64,7 +65,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except (InputError, FolderError, MissingExtraError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except TrainingDivergedError as error:
+    except (TrainingDivergedError, InputLostError, RankError, SaveError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

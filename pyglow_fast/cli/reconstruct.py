@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         out = picture_path(args.out)
         _, checkpoint, model = open_run(args)
         images, _, part = images_of(args, checkpoint, model)
-    levels = images.levels[: args.n]
+    levels, _ = images.batch(torch.arange(min(args.n, len(images))))
     parameter = next(model.parameters())
     x = (levels.to(parameter) + 0.5) / images.n_bins - 0.5  # the middle of each level's interval
     back = model.decode(model.encode(x))

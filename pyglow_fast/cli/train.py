@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from pyglow_fast._errors import expect
-from pyglow_fast.cli._common import folder_name, number, table, user_input, whole
-from pyglow_fast.data import DATA_HELP, DataConfig, ImageSet, load_data
+from pyglow_fast.cli._common import folder_name, table, user_input
+from pyglow_fast.cli._train_options import add_options
+from pyglow_fast.data import DATA_HELP, DataConfig, Images, load_data
 from pyglow_fast.models import GlowConfig
-from pyglow_fast.train import OPTIMIZERS, Result, Run, RunFolder, TrainConfig, resume, start
+from pyglow_fast.train import (
+    LIMITS,
+    Ranks,
+    Result,
+    Run,
+    RunFolder,
+    TrainConfig,
+    open_ranks,
+    read_config,
+    resolve_device,
+    resume,
+    start,
+)
 
 # What suits a source better than the general defaults; anything given on the command line comes before.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -21,7 +36,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "n_steps": 12,
         "hidden": 24,
         "lr": 1e-2,
+        "optimizer": "adamw",
         "weight_decay": 0.3,
+        "ema_decay": None,  # the falling rate averages already
         "max_steps": 1500,
         "decay_steps": 1500,
         # At 8x8 a second thread gains nothing, and waiting for it costs tenfold when another process has its core.
@@ -29,86 +46,54 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 _DATA = tuple(item.name for item in fields(DataConfig) if item.name != "name")
-_MODEL = ("n_levels", "n_steps", "hidden", "coupling", "permutation", "net_actnorm", "scale_map")
+_MODEL = tuple(item.name for item in fields(GlowConfig))
+_SPECIAL = ("run_command", "data", "out", "resume", "overwrite", "quiet", "command", "config")
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the command."""
-    about = "train a Glow on images"
+    about = "train a Glow on images; under torchrun, on several processes"
     parser = commands.add_parser("train", help=about, description=about, argument_default=argparse.SUPPRESS)
     parser.set_defaults(run_command=run)
-    parser.add_argument("data", metavar="DATA", help=DATA_HELP)
+    parser.add_argument("data", metavar="DATA", nargs="?", default=None, help=DATA_HELP)
     parser.add_argument("--out", type=folder_name, required=True, metavar="DIR", help="the folder of the run")
+    parser.add_argument(
+        "--config",
+        default=None,
+        metavar="FILE",
+        help="settings from a TOML, YAML or JSON file, such as another run's config.toml; options come before them",
+    )
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument(
         "--resume", action="store_true", default=False, help="go on from the last checkpoint in --out"
     )
     existing.add_argument("--overwrite", action="store_true", default=False, help="replace a run that is in --out")
     parser.add_argument("--quiet", action="store_true", default=False, help="print the final figures only")
-
-    group = parser.add_argument_group("images (folders only, but for --held-out)")
-    group.add_argument(
-        "--size", type=whole, metavar="N", help="side of the square that images are cropped and scaled to (32)"
-    )
-    colour = group.add_mutually_exclusive_group()
-    colour.add_argument("--gray", dest="gray", action="store_true", help="one channel")
-    colour.add_argument("--color", dest="gray", action="store_false", help="three channels (the default)")
-    group.add_argument("--n-bits", type=whole, metavar="N", help="bits kept of each sample, 1..8 (8)")
-    group.add_argument("--split-by", metavar="NAME", help="what the split keeps together: file (default) or folder")
-    group.add_argument("--held-out", type=number, metavar="X", help="fraction of the images held out (0.1)")
-
-    group = parser.add_argument_group("model")
-    group.add_argument("--levels", dest="n_levels", type=whole, metavar="N", help="L (3; digits 2)")
-    group.add_argument("--steps", dest="n_steps", type=whole, metavar="N", help="K, flow steps a level (32; digits 12)")
-    group.add_argument("--hidden", type=whole, metavar="N", help="width of the coupling nets (512; digits 24)")
-    group.add_argument("--coupling", metavar="NAME", help="affine (default) or additive")
-    group.add_argument("--permutation", metavar="NAME", help="invconv (default), invconv_plain, shuffle or reverse")
-    group.add_argument("--net-actnorm", action="store_true", help="actnorm inside the coupling nets")
-    group.add_argument("--scale-map", metavar="NAME", help="sigmoid (default), exp, tanh or atan")
-    group.add_argument("--class-conditional", action="store_true", help="condition the top prior on the labels")
-
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--optimizer", metavar="NAME", help=f"{' or '.join(OPTIMIZERS)} (adam)")
-    group.add_argument("--lr", type=number, metavar="X", help="learning rate after warm-up (0.001; digits 0.01)")
-    group.add_argument("--warmup", dest="warmup_steps", type=whole, metavar="N", help="steps of linear warm-up (100)")
-    group.add_argument(
-        "--decay-steps",
-        type=whole,
-        metavar="N",
-        help="cosine decay of the learning rate up to this step (none; digits 1500)",
-    )
-    group.add_argument(
-        "--weight-decay", type=number, metavar="X", help="decoupled weight decay, adam only (0; digits 0.3)"
-    )
-    clip = group.add_mutually_exclusive_group()
-    clip.add_argument("--clip", dest="clip_norm", type=number, metavar="X", help="gradient norm to clip to (1)")
-    clip.add_argument("--no-clip", dest="clip_norm", action="store_const", const=None, help="no clipping")
-    group.add_argument("--batch-size", type=whole, metavar="N", help="images a step (64)")
-    group.add_argument("--max-steps", type=whole, metavar="N", help="stop after so many steps (10000; digits 1500) ...")
-    group.add_argument("--max-epochs", type=whole, metavar="N", help="... or passes over the training images ...")
-    group.add_argument(
-        "--max-minutes", type=number, metavar="X", help="... or minutes; given one of these, the others do not count"
-    )
-    group.add_argument("--seed", type=whole, metavar="N", help="of everything random (0)")
-    group.add_argument("--threads", type=whole, metavar="N", help="CPU threads (as torch chooses; digits 1)")
-    group.add_argument("--device", help="cpu, cuda, cuda:N or auto (default)")
-
-    group = parser.add_argument_group("output, in steps")
-    for what, default in (("log", 20), ("eval", 500), ("save", 500), ("sample", 500)):
-        group.add_argument(f"--{what}-every", type=whole, metavar="N", help=f"({default})")
-    group.add_argument(
-        "--eval-images",
-        type=whole,
-        metavar="N",
-        help="at most so many images an evaluation, drawn once (1000; all at the end)",
-    )
-    group.add_argument("--sample-count", type=whole, metavar="N", help="images in samples.png (64)")
-    group.add_argument(
-        "--temperature", dest="sample_temperature", type=number, metavar="X", help="of samples.png (0.7)"
-    )
+    add_options(parser)
 
 
-def make_config(given: dict[str, Any], name: str) -> tuple[TrainConfig, ImageSet]:
+def from_file(path: str) -> tuple[dict[str, Any], str | None]:
+    """(settings as if they were given as options, name of the images) of a configuration file.
+
+    Raises:
+        ValueError: see read_config; or a key that is no setting.
+    """
+    tables = read_config(Path(path))
+    flat: dict[str, Any] = {}
+    for name, kind in (("data", DataConfig), ("model", GlowConfig), ("config", TrainConfig)):
+        values = tables if name == "config" else tables.get(name, {})
+        expect(isinstance(values, Mapping), f"{path}: {name}", "a table", type(values).__name__)
+        known = {item.name for item in fields(kind)}
+        unknown = sorted(set(values) - known)
+        place = path if name == "config" else f"{path}: {name}"
+        expect(not unknown, place, f"settings among {', '.join(sorted(known))}", ", ".join(unknown))
+        flat |= {key: value for key, value in values.items() if key not in ("data", "model")}
+    images = flat.pop("name", None)
+    expect(images is None or isinstance(images, str), f"{path}: data.name", "a text", images)
+    return flat, images
+
+
+def make_config(given: dict[str, Any], name: str) -> tuple[TrainConfig, Images]:
     """The configuration for what was given, with the preset of the source, and the images that decide its shape.
 
     Raises:
@@ -121,36 +106,38 @@ def make_config(given: dict[str, Any], name: str) -> tuple[TrainConfig, ImageSet
         preset["max_steps"] = None  # a limit that was asked for is not cut short by one that was not
         if "decay_steps" in preset:
             preset["decay_steps"] = given.get("max_steps")
-    if given.get("optimizer") == "adamax":
-        preset.pop("weight_decay", None)  # it has none
+    if given.get("optimizer", "adamw") != "adamw":
+        preset.pop("weight_decay", None)  # the others have none
     values = preset | given
     conditional = values.get("class_conditional", False)
+    expect(type(conditional) is bool, "class_conditional", "true or false", conditional)
     expect(
         not conditional or data.labels is not None, "class_conditional", "images with labels", f"none in {data.name}"
     )
-    model = GlowConfig(
-        image_shape=data.image_shape,
-        n_classes=len(data.class_names) if conditional else None,
-        **{key: values[key] for key in _MODEL if key in values},
-    )
+    found = {"image_shape": data.image_shape, "n_classes": len(data.class_names) if conditional else None}
+    for key, value in found.items():
+        given_value = tuple(given[key]) if isinstance(given.get(key), list) else given.get(key, value)
+        expect(given_value == value, key, f"{value}, as the images have it", given_value)
+    model = GlowConfig(**{key: values[key] for key in _MODEL if key in values} | found)
     rest = {key: value for key, value in values.items() if key not in (*_DATA, *_MODEL)}
     return TrainConfig(data=data_config, model=model, **rest), data
 
 
-def resumed(given: dict[str, Any], name: str, out: str) -> Run:
+def resumed(given: dict[str, Any], name: str | None, out: str, ranks: Ranks) -> Run:
     """The run to go on with, after checking that whatever was given is as it was or may change.
 
     Raises:
         ValueError: see :func:`pyglow_fast.train.resume`.
     """
     stored = RunFolder(out).load().config
+    changes = {key: value for key, value in given.items() if key not in (*_DATA, *_MODEL)}
     for part, known in ((stored.data, _DATA), (stored.model, _MODEL)):
         for key in known:
             if key in given:
-                was = getattr(part, key)
-                expect(given[key] == was, key, f"{was!r}, as the run was started with", repr(given[key]))
-    changes = {key: value for key, value in given.items() if key not in (*_DATA, *_MODEL)}
-    return resume(out, name, **changes)
+                was, value = getattr(part, key), given[key]
+                value = tuple(value) if isinstance(value, list) else value
+                expect(value == was, key, f"{was!r}, as the run was started with", repr(value))
+    return resume(out, name, ranks=ranks, **changes)
 
 
 def summary(result: Result) -> str:
@@ -168,18 +155,37 @@ def finish(result: Result, folder: RunFolder) -> int:
     if result.stopped_by is not None:
         print(f"the run in {folder.path} stopped at step {result.step}; go on with --resume")
         return 128 + result.stopped_by
-    print(f"{result.step} steps in {result.seconds:.0f} s\n{summary(result)}\n{folder.samples}\n{folder.curve}")
+    early = ", early: the held-out score stopped improving" if result.stopped_early else ""
+    print(f"{result.step} steps in {result.seconds:.0f} s{early}")
+    for count, what in (
+        (result.skipped, "steps without an update, since loss or gradient were not finite"),
+        (result.unreadable, "images that could not be read, with others in their places"),
+    ):
+        if count:
+            print(f"{count} {what}")
+    print(f"{summary(result)}\n{folder.samples}\n{folder.page}")
     return 0
 
 
 def run(args: argparse.Namespace) -> int:
     """Train; returns the exit code."""
-    special = ("run_command", "data", "out", "resume", "overwrite", "quiet", "command")
-    given = {key: value for key, value in vars(args).items() if key not in special}
+    given = {key: value for key, value in vars(args).items() if key not in _SPECIAL}
     with user_input():
-        if args.resume:
-            ready = resumed(given, args.data, args.out)
-        else:
-            config, data = make_config(given, args.data)
-            ready = start(config, args.out, args.overwrite, data)
-    return finish(ready.execute(args.quiet), ready.folder)
+        name = args.data
+        if args.config is not None:
+            settings, stored_name = from_file(args.config)
+            if any(limit in given for limit in LIMITS):
+                settings = {key: value for key, value in settings.items() if key not in LIMITS}
+            given, name = settings | given, name or stored_name
+        device = resolve_device(given.get("device", "auto"))
+        expect(args.resume or name is not None, "data", DATA_HELP, "none")
+        group = open_ranks(cpu=device.type == "cpu")
+    with group as ranks:
+        with user_input():
+            if args.resume:
+                ready = resumed(given, name, args.out, ranks)
+            else:
+                config, data = make_config(given, name)
+                ready = start(config, args.out, args.overwrite, data, ranks)
+        result = ready.execute(args.quiet)
+        return finish(result, ready.folder) if ranks.first else 128 + result.stopped_by if result.stopped_by else 0

@@ -6,10 +6,11 @@ import importlib
 from types import ModuleType
 
 _PACKAGES = {"PIL": "Pillow", "sklearn": "scikit-learn"}  # where the name to install is not the name to import
+_EXTRAS = {"lmdb": "lmdb"}  # where it is not in the demo extra
 
 
 class MissingExtraError(ImportError):
-    """A library of the ``demo`` extra is not installed; the message says which and how to get it."""
+    """A library of an extra is not installed; the message says which and how to get it."""
 
 
 def optional(module: str, purpose: str) -> ModuleType:
@@ -28,5 +29,6 @@ def optional(module: str, purpose: str) -> ModuleType:
         top = module.split(".")[0]
         package = _PACKAGES.get(top, top)
         raise MissingExtraError(
-            f'{package} is needed for {purpose} and cannot be imported ({error}): pip install "pyglow-fast[demo]"'
+            f"{package} is needed for {purpose} and cannot be imported ({error}): "
+            f'pip install "pyglow-fast[{_EXTRAS.get(top, "demo")}]"'
         ) from error

@@ -6,15 +6,23 @@ import torch
 
 from pyglow_fast.data._optional import optional
 from pyglow_fast.data.image_set import ImageSet
+from pyglow_fast.data.prepare import Preparation
 
 
-def load_digits() -> ImageSet:
+def load_digits(preparation: Preparation | None = None) -> ImageSet:
     """ImageSet of shape (1797, 1, 8, 8) with n_bins=17 and ten classes.
 
+    Args:
+        preparation: its size (8 or more: padded with zeros), crop_margin and flip are heeded, the rest does not apply.
+
     Raises:
+        ValueError: a size below 8.
         MissingExtraError: scikit-learn is not installed.
     """
+    preparation = preparation or Preparation()
     bunch = optional("sklearn.datasets", "the digits").load_digits()
     levels = torch.from_numpy(bunch.images).to(torch.uint8).unsqueeze(1)
     labels = torch.from_numpy(bunch.target).to(torch.int64)
-    return ImageSet("digits", levels, 17, labels, tuple(str(name) for name in bunch.target_names))
+    names = tuple(str(name) for name in bunch.target_names)
+    levels = preparation.fixed_size(levels, "digits")
+    return ImageSet("digits", levels, 17, labels, names, augmentation=preparation.augmentation)

@@ -1,32 +1,126 @@
-"""What every data source gives: integer images in memory, and the ways to cut them up."""
+"""What every data source gives: integer images, in memory or not, and the ways to cut them up."""
 
 from __future__ import annotations
 
 import hashlib
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
+from pyglow_fast.data.augment import Augmentation
+
+DEFAULT_HELD_OUT = 0.1  # where nothing is asked for and the source has no split of its own
 
 
-@dataclass(frozen=True)
-class ImageSet:
-    """Images as integer levels.
+class Images(ABC):
+    """Images as integer levels, wherever they are kept.
 
-    Args:
+    Attributes:
         name: what the user calls it, such as ``digits``.
-        levels: uint8 (N, C, H, W), values in 0..n_bins-1.
-        n_bins: number of levels, 2..256.
+        n_bins: number of levels, 2..256; every value is in 0..n_bins-1.
         labels: int64 (N,) in 0..len(class_names)-1, or None.
         class_names: one per class; empty without labels.
         groups: one key an image; images of one group (a photo's tiles, say) never part in :func:`split`. Empty: each
             image is its own group.
+        official: the source's own split as indices (train, test), or None.
+        augmentation: what :meth:`item` draws for training.
+    """
+
+    name: str
+    n_bins: int
+    labels: Tensor | None
+    class_names: tuple[str, ...]
+    groups: tuple[str, ...]
+    official: tuple[Tensor, Tensor] | None
+    augmentation: Augmentation
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """N, the number of images."""
+
+    @property
+    @abstractmethod
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) as the model sees it."""
+
+    @property
+    def n_dims(self) -> int:
+        """D = C*H*W, the dimensions that bits/dim divides by."""
+        return math.prod(self.image_shape)
+
+    @abstractmethod
+    def subset(self, indices: Tensor | Sequence[int]) -> Images:
+        """The images at ``indices``, in that order; they have no split of their own."""
+
+    @abstractmethod
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(levels uint8 (n, C, H, W), labels (n,) or None) at ``indices``: central windows, nothing random."""
+
+    @abstractmethod
+    def item(self, index: int, key: int | None = None) -> Tensor:
+        """One image as uint8 (C, H, W).
+
+        Args:
+            index: 0..N-1.
+            key: None for the central window, as in :meth:`batch`; otherwise the training view that this number alone
+                decides, the same in every process.
+
+        Raises:
+            UnreadableImageError: it lies in a file that cannot be read.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A digest of everything a run depends on: a resumed run must see the same images in the same order."""
+
+
+def check_labels(labels: Tensor | None, class_names: Sequence[str], count: int) -> None:
+    """Refuse labels that are not one in 0..len(class_names)-1 an image.
 
     Raises:
-        ValueError: wrong shape or dtype, a level outside 0..n_bins-1, or labels that do not fit.
+        ValueError: they are not.
+    """
+    if labels is None:
+        return
+    expect(labels.shape == (count,), "labels", f"shape ({count},)", tuple(labels.shape))
+    low, high, n = int(labels.min()), int(labels.max()), len(class_names)
+    expect(low >= 0 and high < n, "labels", f"values in 0..{n - 1}", f"{low}..{high}")
+
+
+def hash_parts(digest: hashlib._Hash, data: Images) -> None:
+    """Add to a digest what is said of the images besides their pixels; fields at their defaults add nothing."""
+    if data.labels is not None:
+        digest.update(data.labels.contiguous().numpy().data)
+    digest.update("\0".join(data.groups).encode())
+    if not data.augmentation.is_plain:
+        digest.update(repr(data.augmentation).encode())
+    for side in data.official or ():
+        digest.update(b"official")
+        digest.update(side.contiguous().numpy().data)
+
+
+@dataclass(frozen=True)
+class ImageSet(Images):
+    """Images in memory.
+
+    Args:
+        name: what the user calls it, such as ``digits``.
+        levels: uint8 (N, C, H, W), values in 0..n_bins-1; its sides are augmentation.crop_margin longer than those of
+            image_shape.
+        n_bins: number of levels, 2..256.
+        labels: int64 (N,) in 0..len(class_names)-1, or None.
+        class_names: one per class; empty without labels.
+        groups: one key an image, or empty; see :class:`Images`.
+        official: the source's own split as indices (train, test), or None.
+        augmentation: what training sees of them.
+
+    Raises:
+        ValueError: wrong shape or dtype, a level outside 0..n_bins-1, or labels, groups or a margin that do not fit.
     """
 
     name: str
@@ -35,6 +129,8 @@ class ImageSet:
     labels: Tensor | None = None
     class_names: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
+    official: tuple[Tensor, Tensor] | None = None
+    augmentation: Augmentation = field(default_factory=Augmentation)
 
     def __post_init__(self) -> None:
         levels = self.levels
@@ -45,59 +141,75 @@ class ImageSet:
         top = int(levels.max())
         last = self.n_bins - 1
         expect(top <= last, "levels", f"values in 0..{last} (n_bins={self.n_bins})", f"a value of {top}")
+        margin = self.augmentation.crop_margin
+        expect(margin < min(levels.shape[2:]), "levels", f"sides above the margin of {margin}", tuple(levels.shape))
         expect(not self.groups or len(self.groups) == len(levels), "groups", f"{len(levels)} keys", len(self.groups))
-        if self.labels is not None:
-            expect(self.labels.shape == levels.shape[:1], "labels", f"shape ({len(levels)},)", tuple(self.labels.shape))
-            low, high, n = int(self.labels.min()), int(self.labels.max()), len(self.class_names)
-            expect(low >= 0 and high < n, "labels", f"values in 0..{n - 1}", f"{low}..{high}")
+        check_labels(self.labels, self.class_names, len(levels))
 
     def __len__(self) -> int:
         return len(self.levels)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        channels, height, width = self.levels.shape[1:]
+        """(C, H, W) as the model sees it."""
+        channels, height, width = self.central.shape[1:]
         return channels, height, width
 
     @property
-    def n_dims(self) -> int:
-        """D = C*H*W, the dimensions that bits/dim divides by."""
-        return self.levels[0].numel()
+    def central(self) -> Tensor:
+        """uint8 (N, C, H, W), what :meth:`batch` gives of all images: a view of ``levels``, not a copy."""
+        return self.augmentation.central(self.levels)
 
     def subset(self, indices: Tensor | Sequence[int]) -> ImageSet:
-        """The images at ``indices``, in that order."""
+        """The images at ``indices``, in that order; they have no split of their own."""
         index = torch.as_tensor(indices, dtype=torch.int64)
         labels = None if self.labels is None else self.labels[index]
         groups = tuple(self.groups[i] for i in index.tolist()) if self.groups else ()
-        return ImageSet(self.name, self.levels[index], self.n_bins, labels, self.class_names, groups)
+        return replace(self, levels=self.levels[index], labels=labels, groups=groups, official=None)
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(levels uint8 (n, C, H, W), labels (n,) or None) at ``indices``."""
-        return self.levels[indices], None if self.labels is None else self.labels[indices]
+        """(levels uint8 (n, C, H, W), labels (n,) or None) at ``indices``: central windows, nothing random."""
+        return self.central[indices], None if self.labels is None else self.labels[indices]
+
+    def item(self, index: int, key: int | None = None) -> Tensor:
+        """One image as uint8 (C, H, W); see :meth:`Images.item`."""
+        return self.augmentation.view(self.levels[index], key)
 
     def fingerprint(self) -> str:
-        """A digest of everything a run depends on: a resumed run must see the same images in the same order."""
+        """A digest of every level, label and setting."""
         digest = hashlib.sha256(f"{tuple(self.levels.shape)} {self.n_bins} {self.class_names}".encode())
         digest.update(self.levels.contiguous().numpy().data)
-        if self.labels is not None:
-            digest.update(self.labels.contiguous().numpy().data)
-        digest.update("\0".join(self.groups).encode())
+        hash_parts(digest, self)
         return digest.hexdigest()[:32]
 
 
-def split(data: ImageSet, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
+def check_held_out(held_out: float | None) -> None:
+    """Refuse what is neither a fraction nor None.
+
+    Raises:
+        ValueError: it is not in (0, 1).
+    """
+    expect(held_out is None or 0.0 < held_out < 1.0, "held_out", "a fraction between 0 and 1", held_out)
+
+
+def split(data: Images, held_out: float | None, seed: int) -> tuple[Tensor, Tensor]:
     """Indices (train, held-out), each sorted: whole groups are drawn at random until their images reach the fraction.
 
     Args:
         data: the images.
-        held_out: fraction of the images to hold out, in (0, 1).
+        held_out: fraction of the images to hold out, in (0, 1). None: the source's own split where it has one, whose
+            test images are held out and whose other images are in neither side; elsewhere as 0.1.
         seed: of the draw; the same data and seed give the same split everywhere.
 
     Raises:
         ValueError: a fraction outside (0, 1), or fewer than two groups, so that one side would be empty.
     """
-    expect(0.0 < held_out < 1.0, "held_out", "a fraction between 0 and 1", held_out)
+    check_held_out(held_out)
+    if held_out is None:
+        if data.official is not None:
+            train, test = data.official
+            return train.sort().values, test.sort().values
+        held_out = DEFAULT_HELD_OUT
     keys = data.groups or tuple(str(i) for i in range(len(data)))
     names = sorted(set(keys))
     expect(len(names) >= 2, "data", "at least 2 images (or groups of images) to hold some out", len(names))

@@ -12,10 +12,13 @@ from torch import Tensor
 
 from pyglow_fast._errors import expect
 from pyglow_fast.data._optional import optional
-from pyglow_fast.data.image_set import ImageSet
+from pyglow_fast.data.image_set import Images, ImageSet
 
 # PNG at its highest effort runs at some MB/s, so of a large set only the first images are coded; the result says so.
 PNG_MAX_VALUES = 1 << 24
+# Of a set that is not in memory only some images are read, spread evenly over it; the result says so.
+READ_MAX_IMAGES = 4096
+READ_MAX_VALUES = 1 << 28
 _COUNTS_MAX = 1 << 24  # counters held at a time by the histogram model
 
 
@@ -29,12 +32,23 @@ class Yardstick:
     how: str
 
 
-def histogram_bits_per_dim(train: ImageSet, test: ImageSet) -> float:
+def _read(data: Images) -> ImageSet:
+    """The central windows of the images, in memory; of a set that is not, some of them."""
+    if isinstance(data, ImageSet):
+        return ImageSet(data.name, data.central, data.n_bins)
+    count = min(len(data), READ_MAX_IMAGES, max(1, READ_MAX_VALUES // data.n_dims))
+    levels, _ = data.batch(torch.arange(count) * len(data) // count)
+    return ImageSet(data.name, levels, data.n_bins)
+
+
+def histogram_bits_per_dim(train: Images, test: Images) -> float:
     """Mean bits/dim of ``test`` under independent categorical pixels, p[d, v] = (count[d, v] + 1) / (N + n_bins).
 
     Args:
         train: the images that are counted, N of them.
         test: the images that are coded; of the same shape and n_bins.
+
+    Of sets that are not in memory, at most READ_MAX_IMAGES and READ_MAX_VALUES are looked at.
 
     Raises:
         ValueError: the sets differ in shape or n_bins.
@@ -42,7 +56,8 @@ def histogram_bits_per_dim(train: ImageSet, test: ImageSet) -> float:
     expect(test.image_shape == train.image_shape, "test", f"images of shape {train.image_shape}", test.image_shape)
     expect(test.n_bins == train.n_bins, "test", f"n_bins {train.n_bins}", test.n_bins)
     n_bins, chunk = train.n_bins, max(1, _COUNTS_MAX // train.n_bins)
-    seen, coded = train.levels.flatten(1), test.levels.flatten(1)
+    fitted, measured = _read(train), _read(test)
+    seen, coded = fitted.levels.flatten(1), measured.levels.flatten(1)
     nats = 0.0
     for start in range(0, train.n_dims, chunk):
         fit, held = seen[:, start : start + chunk], coded[:, start : start + chunk]
@@ -50,9 +65,9 @@ def histogram_bits_per_dim(train: ImageSet, test: ImageSet) -> float:
         counts = torch.zeros(fit.shape[1] * n_bins, dtype=torch.int64)
         for row in fit:
             counts[row + offset] += 1  # one image touches each counter once, so no index repeats
-        log_p = torch.log((counts.double() + 1) / (len(train) + n_bins))
+        log_p = torch.log((counts.double() + 1) / (len(fitted) + n_bins))
         nats -= sum(float(log_p[row + offset].sum()) for row in held)
-    return nats / (math.log(2.0) * len(test) * test.n_dims)
+    return nats / (math.log(2.0) * len(measured) * test.n_dims)
 
 
 def _layouts(levels: Tensor) -> Iterator[Tensor]:
@@ -66,18 +81,20 @@ def _layouts(levels: Tensor) -> Iterator[Tensor]:
         yield grid.reshape(n // across * height, across * width, channels)
 
 
-def png_bits_per_dim(test: ImageSet) -> tuple[float, int]:
+def png_bits_per_dim(test: Images) -> tuple[float, int]:
     """(bits/dim, number of images) of one PNG that holds all images of ``test``, so that headers are paid once.
 
     The smallest of several lossless encodings counts: sheet or column, filtered or not, every zlib strategy, level 9;
-    levels are stored as they are (0..n_bins-1). At most the first PNG_MAX_VALUES values are coded.
+    levels are stored as they are (0..n_bins-1). At most the first PNG_MAX_VALUES values are coded, and of a set that
+    is not in memory at most READ_MAX_IMAGES images spread over it.
 
     Raises:
         MissingExtraError: Pillow is not installed.
     """
     pil = optional("PIL.Image", "the PNG yardstick")
-    count = min(len(test), max(1, PNG_MAX_VALUES // test.n_dims))
-    levels = test.levels[:count]
+    read = _read(test)
+    count = min(len(read), max(1, PNG_MAX_VALUES // test.n_dims))
+    levels = read.levels[:count]
     if test.image_shape[0] not in (1, 3):  # PNG has no such pixels: one grey picture a channel
         levels = levels.flatten(0, 1).unsqueeze(1)
     sizes = []
@@ -98,12 +115,23 @@ def png_bits_per_dim(test: ImageSet) -> tuple[float, int]:
     return 8.0 * min(sizes) / (count * test.n_dims), count
 
 
-def measure_yardsticks(train: ImageSet | None, test: ImageSet) -> list[Yardstick]:
-    """The histogram model fitted on ``train`` (left out if None) and PNG, both measured on ``test``."""
+def measure_yardsticks(train: Images | None, test: Images) -> list[Yardstick]:
+    """The histogram model fitted on ``train`` (left out if None) and PNG, both measured on ``test``.
+
+    Of a set that is not in memory some images are read, once; ``how`` says how many of how many.
+    """
     found = []
+    read = _read(test)
     if train is not None:
-        how = f"per-pixel categorical with add-one smoothing, fitted on {len(train)} training images"
-        found.append(Yardstick("histogram", histogram_bits_per_dim(train, test), len(test), how))
-    bits, count = png_bits_per_dim(test)
-    found.append(Yardstick("PNG", bits, count, f"one optimised PNG of {count} tiled images"))
+        fitted = _read(train)
+        how = f"per-pixel categorical with add-one smoothing, fitted on {_of(fitted, train)} training images"
+        how += "" if len(read) == len(test) else f", measured on {_of(read, test)}"
+        found.append(Yardstick("histogram", histogram_bits_per_dim(fitted, read), len(read), how))
+    bits, count = png_bits_per_dim(read)
+    of_all = "" if len(read) == len(test) else f" of {len(test)}"
+    found.append(Yardstick("PNG", bits, count, f"one optimised PNG of {count}{of_all} tiled images"))
     return found
+
+
+def _of(read: ImageSet, data: Images) -> str:
+    return str(len(read)) if len(read) == len(data) else f"{len(read)} of {len(data)}"

@@ -1,12 +1,14 @@
 """Checkpoints: one safetensors file with every tensor, and everything else as JSON in its header. Never pickle.
 
-Tensors are ``model.NAME``, ``optimizer.KIND.NAME`` and ``generator.NAME``; the header's ``pyglow_fast`` entry is a JSON
-object with the format version, the configuration, the progress and the optimizer's groups. One file, because one file
-can be replaced atomically.
+Tensors are ``model.NAME``, ``ema.NAME``, ``optimizer.KIND.NAME`` and ``rank.R.NAME``; the header's ``pyglow_fast``
+entry is a JSON object with the format version, the configuration, the progress, the optimizer's groups, what wrote it,
+and a digest of all tensors, so that a damaged file never passes for a good one. One file, because one file can be
+replaced atomically.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,8 +23,9 @@ from pyglow_fast._errors import expect
 from pyglow_fast.train.config import TrainConfig
 from pyglow_fast.train.files import replacing
 
-FORMAT = 1
+FORMAT = 2
 _HEADER = "pyglow_fast"
+_PARTS = ("model", "ema", "optimizer", "rank")
 
 
 @dataclass(frozen=True)
@@ -43,18 +46,22 @@ class Checkpoint:
         progress: counters and running sums, JSON-able.
         data: what is remembered of the images.
         model: the model's state dict.
+        ema: the average of its weights by parameter name; empty without one.
         optimizer: tensors of the optimizer's state, named ``KIND.PARAMETER``.
         optimizer_groups: the optimizer's param_groups without parameters, JSON-able.
-        generators: states of the random generators.
+        rank: what each rank has for itself, named ``R.NAME``: states of random generators and of the drift control.
+        written_by: versions of what wrote it.
     """
 
     config: TrainConfig
     progress: dict[str, Any]
     data: DataStamp
     model: dict[str, Tensor]
+    ema: dict[str, Tensor] = field(default_factory=dict)
     optimizer: dict[str, Tensor] = field(default_factory=dict)
     optimizer_groups: list[dict[str, Any]] = field(default_factory=list)
-    generators: dict[str, Tensor] = field(default_factory=dict)
+    rank: dict[str, Tensor] = field(default_factory=dict)
+    written_by: dict[str, str] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all.
@@ -62,12 +69,11 @@ class Checkpoint:
         Raises:
             OSError: it cannot be written; an older file of that name is then unharmed.
         """
-        named = {"model": self.model, "optimizer": self.optimizer, "generator": self.generators}
         # Clones, since safetensors refuses tensors that share storage and a state dict may hold views.
         tensors = {
             f"{part}.{name}": tensor.detach().to("cpu", copy=True).contiguous()
-            for part, tensor_of in named.items()
-            for name, tensor in tensor_of.items()
+            for part in _PARTS
+            for name, tensor in getattr(self, part).items()
         }
         header = {
             "format": FORMAT,
@@ -75,6 +81,8 @@ class Checkpoint:
             "progress": self.progress,
             "data": asdict(self.data),
             "optimizer_groups": self.optimizer_groups,
+            "written_by": self.written_by,
+            "digest": _digest(tensors),
         }
         with replacing(path) as temporary:
             save_file(tensors, str(temporary), {_HEADER: json.dumps(header)})
@@ -84,7 +92,7 @@ class Checkpoint:
         """Read the file; all tensors come to the CPU.
 
         Raises:
-            ValueError: no such file, a truncated or foreign one, or one of a newer format.
+            ValueError: no such file, a truncated, damaged or foreign one, or one of another format.
         """
         name = str(path)
         expect(path.is_file(), name, "a checkpoint file", "a folder" if path.is_dir() else "nothing there")
@@ -97,7 +105,10 @@ class Checkpoint:
         except SafetensorError as error:
             raise ValueError(f"{name}: expected a complete safetensors file, found {error}") from error
         header = _parse(name, text)
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "generator": {}}
+        expect(
+            _digest(tensors) == header["digest"], name, "tensors with the digest that they were saved with", "others"
+        )
+        parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
         for key, tensor in tensors.items():
             part, _, rest = key.partition(".")
             expect(part in parts, name, f"tensors of {sorted(parts)}", repr(key))
@@ -108,26 +119,27 @@ class Checkpoint:
                 config=TrainConfig.from_dict(header["config"]),
                 progress=dict(header["progress"]),
                 data=DataStamp(stamp["fingerprint"], stamp["n_bins"], tuple(stamp["class_names"])),
-                model=parts["model"],
-                optimizer=parts["optimizer"],
                 optimizer_groups=[_tuples(group) for group in header["optimizer_groups"]],
-                generators=parts["generator"],
+                written_by=dict(header["written_by"]),
+                **parts,
             )
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{name}: expected a header written by pyglow_fast, found {error!r} in it") from error
 
-    def load_model(self, model: nn.Module, name: str) -> None:
+    def load_model(self, model: nn.Module, name: str, averaged: bool = False) -> None:
         """Copy the weights into ``model``.
 
         Args:
             model: of the architecture that ``config`` describes.
             name: of the checkpoint, for messages.
+            averaged: those of the moving average, where there is one.
 
         Raises:
             ValueError: names or shapes differ; the model is then unchanged.
         """
-        check_weights(self.model, model, name)
-        model.load_state_dict(self.model)
+        weights = self.model | (self.ema if averaged else {})
+        check_weights(weights, model, name)
+        model.load_state_dict(weights)
 
 
 def _tuples(group: dict[str, Any]) -> dict[str, Any]:
@@ -135,15 +147,26 @@ def _tuples(group: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in group.items()}
 
 
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """Of names, dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
 def _parse(name: str, text: str) -> dict[str, Any]:
-    keys = {"format", "config", "progress", "data", "optimizer_groups"}
+    keys = {"format", "config", "progress", "data", "optimizer_groups", "written_by", "digest"}
     try:
         header = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{name}: expected a JSON header, found {error}") from error
     complete = isinstance(header, dict) and keys <= set(header)
+    if isinstance(header, dict) and "format" in header:
+        found = header["format"]
+        expect(found == FORMAT, name, f"format {FORMAT} (another version of pyglow_fast wrote it)", found)
     expect(complete, name, f"a header with {sorted(keys)}", sorted(header) if isinstance(header, dict) else header)
-    expect(header["format"] == FORMAT, name, f"format {FORMAT} (a newer pyglow_fast may be needed)", header["format"])
     return header
 
 

@@ -1,4 +1,4 @@
-"""One dataclass that decides a whole training run, checked on construction and kept as JSON in the run folder."""
+"""One dataclass that decides a whole training run, checked on construction and kept in the run folder."""
 
 from __future__ import annotations
 
@@ -9,16 +9,25 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from pyglow_fast._errors import expect
+from pyglow_fast.coupling_nets.precision import PRECISIONS
 from pyglow_fast.data import DataConfig
+from pyglow_fast.layers.reversible_sequence import MEMORY_MODES
 from pyglow_fast.models import GlowConfig
+from pyglow_fast.train.optim import OPTIMIZERS
 
-OPTIMIZERS = ("adam", "adamax")
 LIMITS = ("max_steps", "max_epochs", "max_minutes")
-# What a resumed run may change: how long it goes on and what it shows, but nothing that decides the weights of a step.
+EVERY = ("log", "eval", "save", "sample")
+# What a resumed run may change: how long it goes on, what it shows, and by which means it computes the same steps.
 ADJUSTABLE = frozenset(
-    {*LIMITS, "device"}
-    | {f"{what}_every" for what in ("log", "eval", "save", "sample")}
-    | {"eval_images", "sample_count", "sample_temperature"}
+    {*LIMITS, "patience", "device", "workers", "memory", "precision", "compile", "cuda_graphs", "accumulate"}
+    | {f"{what}_every" for what in EVERY}
+    | {"eval_images", "sample_count", "sample_temperature", "keep", "tensorboard", "check_ranks_every", "max_skipped"}
+    | {"data.on_unreadable", "data.in_memory"}
+)
+# In a file, which knows no null: "none" in these fields.
+OPTIONAL = frozenset(
+    {"ema_decay", "decay_steps", "clip_norm", "patience", "threads", "workers", *LIMITS}
+    | {"size", "n_bits", "held_out", "scale", "attribute", "in_memory", "n_classes"}
 )
 
 
@@ -30,15 +39,24 @@ class TrainConfig:
         data: which images; see DataConfig.
         model: the architecture; its image_shape must be that of the images.
         class_conditional: condition the top prior on the labels; the model's n_classes must then be that of the data.
-        optimizer: "adam" or "adamax".
+        optimizer: "adam", "adamw" or "adamax".
         lr: learning rate after warm-up.
         warmup_steps: the learning rate rises linearly over the first so many steps.
         decay_steps: the learning rate then falls along half a cosine, to a hundredth at this step; None: it stays.
-        weight_decay: decoupled for adam (AdamW); 0 for adamax.
+        weight_decay: decoupled, of adamw only.
+        ema_decay: evaluation and samples use a moving average of the weights with this decay, see Ema; None: not so.
         clip_norm: gradients are scaled down to this norm (of the loss in bits/dim); None for no clipping.
-        batch_size: images a step.
+        max_skipped: steps in a row whose loss or gradient is not finite and that are left out before the run ends.
+        batch_size: images a step, over all ranks and accumulated parts together.
+        accumulate: parts that a batch is cut into, one after the other, for memory.
         init_images: images that the data-dependent initialisation sees.
+        memory: memory mode of training: "reversible", "checkpoint" or "store".
+        precision: of the nets in training: "auto", "fp32", "tf32", "bf16" or "fp16".
+        compile: train through torch.compile.
+        cuda_graphs: train through a CUDA graph; on one GPU, without accumulation.
+        workers: processes that read images; None: none for images in memory, else 2.
         max_steps, max_epochs, max_minutes: the run ends at whichever comes first; at least one must be given.
+        patience: the run also ends after so many evaluations without a better held-out score.
         seed: of the split, the initial weights, the order of the images and the dequantisation noise.
         threads: of torch on the CPU; None: as many as torch chooses. Another number sums in another order.
         device: "cpu", "cuda", "cuda:N" or "auto" (cuda where there is one).
@@ -46,6 +64,9 @@ class TrainConfig:
         eval_images: during training at most so many images of each side of the split are evaluated, always the same,
             drawn by the seed (all at the end).
         sample_count, sample_temperature: of samples.png.
+        keep: newest checkpoints that are kept.
+        tensorboard: write events for TensorBoard too.
+        check_ranks_every: steps after which all ranks compare their weights.
 
     Raises:
         ValueError: a value of the wrong type or out of its range, or parts that do not fit each other.
@@ -59,12 +80,21 @@ class TrainConfig:
     warmup_steps: int = 100
     decay_steps: int | None = None
     weight_decay: float = 0.0
+    ema_decay: float | None = 0.999
     clip_norm: float | None = 1.0
+    max_skipped: int = 10
     batch_size: int = 64
+    accumulate: int = 1
     init_images: int = 256
+    memory: str = "reversible"
+    precision: str = "auto"
+    compile: bool = False
+    cuda_graphs: bool = False
+    workers: int | None = None
     max_steps: int | None = 10_000
     max_epochs: int | None = None
     max_minutes: float | None = None
+    patience: int | None = None
     seed: int = 0
     threads: int | None = None
     device: str = "auto"
@@ -75,35 +105,51 @@ class TrainConfig:
     eval_images: int = 1000
     sample_count: int = 64
     sample_temperature: float = 0.7
+    keep: int = 3
+    tensorboard: bool = False
+    check_ranks_every: int = 500
 
     def __post_init__(self) -> None:
         expect(isinstance(self.data, DataConfig), "data", "a DataConfig", type(self.data).__name__)
         expect(isinstance(self.model, GlowConfig), "model", "a GlowConfig", type(self.model).__name__)
-        flag = self.class_conditional
-        expect(isinstance(flag, bool), "class_conditional", "true or false", flag)
-        expect(self.optimizer in OPTIMIZERS, "optimizer", f"one of {OPTIMIZERS}", repr(self.optimizer))
+        for name in ("class_conditional", "compile", "cuda_graphs", "tensorboard"):
+            expect(type(getattr(self, name)) is bool, name, "true or false", getattr(self, name))
+        for name, known in (("optimizer", OPTIMIZERS), ("memory", MEMORY_MODES), ("precision", PRECISIONS)):
+            expect(getattr(self, name) in known, name, f"one of {known}", repr(getattr(self, name)))
         check_device(self.device)
-        for name in ("batch_size", "init_images", "eval_images", "sample_count"):
+        every = (f"{what}_every" for what in (*EVERY, "check_ranks"))
+        for name in ("batch_size", "accumulate", "init_images", "eval_images", "sample_count", "keep", *every):
             self._check_int(name, 1)
-        for name in ("log_every", "eval_every", "save_every", "sample_every"):
-            self._check_int(name, 1)
-        self._check_int("warmup_steps", 0)
-        self._check_int("seed", 0)
+        for name in ("warmup_steps", "seed", "max_skipped"):
+            self._check_int(name, 0)
         self._check_number("lr", positive=True)
         self._check_number("weight_decay")
         self._check_number("sample_temperature")
-        decay_ok = self.weight_decay == 0.0 or self.optimizer == "adam"
-        expect(decay_ok, "weight_decay", "0 with optimizer 'adamax'", self.weight_decay)
-        for name in ("max_steps", "max_epochs", "decay_steps", "threads"):
+        decays = self.weight_decay == 0.0 or self.optimizer == "adamw"
+        expect(decays, "weight_decay", f"0 with optimizer {self.optimizer!r} (adamw has it)", self.weight_decay)
+        for name in ("max_steps", "max_epochs", "decay_steps", "threads", "patience"):
             if getattr(self, name) is not None:
                 self._check_int(name, 1)
-        for name in ("clip_norm", "max_minutes"):
+        if self.workers is not None:
+            self._check_int("workers", 0)
+        for name in ("clip_norm", "max_minutes", "ema_decay"):
             if getattr(self, name) is not None:
                 self._check_number(name, positive=True)
+        averages = self.ema_decay is None or self.ema_decay < 1
+        expect(averages, "ema_decay", "a number between 0 and 1, or none", self.ema_decay)
+        even = self.batch_size % self.accumulate == 0
+        expect(even, "accumulate", f"a divisor of batch_size, {self.batch_size}", self.accumulate)
+        graphed = not self.cuda_graphs or (self.accumulate == 1 and not self.compile)
+        expect(graphed, "cuda_graphs", "no accumulation and no torch.compile beside it", "one of them")
         limited = any(getattr(self, name) is not None for name in LIMITS)
         expect(limited, "max_steps", "a limit, or max_epochs or max_minutes", "none")
         conditioned = self.model.n_classes is not None
-        expect(conditioned == flag, "model", "n_classes exactly if class_conditional", self.model.n_classes)
+        expect(
+            conditioned == self.class_conditional,
+            "model",
+            "n_classes exactly if class_conditional",
+            self.model.n_classes,
+        )
         no_cond = self.model.cond_channels == 0
         expect(no_cond, "model", "cond_channels=0 (image sources give no condition)", self.model.cond_channels)
 
@@ -154,8 +200,8 @@ class TrainConfig:
             ValueError: a field that would make the resumed run another run.
         """
         for name, value in values.items():
-            fixed = name not in ADJUSTABLE and getattr(self, name) != value
-            expect(not fixed, name, f"{getattr(self, name)!r}, as the run was started with", repr(value))
+            was = getattr(self, name)
+            expect(name in ADJUSTABLE or was == value, name, f"{was!r}, as the run was started with", repr(value))
         changed = {name: value for name, value in values.items() if name in ADJUSTABLE}
         if any(changed.get(name) is not None for name in LIMITS):
             changed = dict.fromkeys(LIMITS) | changed

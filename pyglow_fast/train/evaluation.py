@@ -8,9 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from pyglow_fast._errors import expect
-from pyglow_fast.data import ImageSet
+from pyglow_fast.data import Images, batches
+from pyglow_fast.likelihood import bits_per_dim
 from pyglow_fast.models import Glow
-from pyglow_fast.train.seeds import random_subset
+from pyglow_fast.train.feed import noisy
+from pyglow_fast.train.ranks import Ranks
+from pyglow_fast.train.seeds import derive, random_subset
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def labels_for(model: Glow, labels: torch.Tensor | None) -> torch.Tensor | None:
     return labels.to(device_of(model))
 
 
-def check_fits(model: Glow, data: ImageSet, n_bins: int) -> None:
+def check_fits(model: Glow, data: Images, n_bins: int) -> None:
     """Refuse images that are not of the model's shape, or not of the number of levels that it was trained on."""
     expect(
         data.image_shape == model.config.image_shape,
@@ -61,8 +64,17 @@ def check_fits(model: Glow, data: ImageSet, n_bins: int) -> None:
 
 
 @torch.no_grad()
-def evaluate(model: Glow, data: ImageSet, batch_size: int, seed: int, limit: int | None = None) -> Score:
-    """Score ``data`` with dequantisation noise drawn from ``seed``, the same at every call.
+def evaluate(
+    model: Glow,
+    data: Images,
+    batch_size: int,
+    seed: int,
+    limit: int | None = None,
+    workers: int = 0,
+    on_unreadable: str = "raise",
+    ranks: Ranks | None = None,
+) -> Score:
+    """Score ``data``, each image with dequantisation noise of its own that is the same at every call.
 
     Args:
         model: put in evaluation mode for the call.
@@ -70,24 +82,31 @@ def evaluate(model: Glow, data: ImageSet, batch_size: int, seed: int, limit: int
         batch_size: images at a time.
         seed: of the noise, and of which images are looked at.
         limit: most images to look at, drawn at random since the first ones may all be of one class; None: all.
+        workers, on_unreadable: see :func:`pyglow_fast.data.batches`.
+        ranks: share the images among these; every rank gets the whole score.
 
     Raises:
-        ValueError: images that do not fit the model.
+        ValueError: images that do not fit the model, or one that cannot be read.
     """
+    ranks = ranks or Ranks()
     check_fits(model, data, data.n_bins)
-    device = device_of(model)
-    generator = torch.Generator(device).manual_seed(seed)
+    device, n_values = device_of(model), model.config.n_values
     chosen = random_subset(seed, len(data), len(data) if limit is None else limit)
+    plan: list[list[tuple[int, int | None]]] = [
+        [(index, None) for index in part.tolist()] for part in ranks.share(chosen).split(batch_size) if len(part)
+    ]
     was_training = model.training
     model.eval()
+    bits = [torch.zeros(0, dtype=torch.float64)]
     try:
-        bits = []
-        for part in chosen.split(batch_size):
-            levels, labels = data.batch(part)
-            y = labels_for(model, labels)
-            bits.append(model.bits_per_dim(levels.to(device), data.n_bins, y=y, generator=generator).double().cpu())
+        for batch, wanted in zip(batches(data, plan, workers, on_unreadable), plan, strict=True):
+            keys = [derive(seed, "noise", index) for index, _ in wanted]
+            x = noisy(batch.levels, keys, data.n_bins, device)
+            log_prob = model.log_prob(x, labels_for(model, batch.labels))
+            bits.append(bits_per_dim(log_prob, n_values, data.n_bins).double().cpu())
     finally:
         model.train(was_training)
-    values = torch.cat(bits)
-    error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
-    return Score(float(values.mean()), error, len(values))
+    values, n = torch.cat(bits), len(chosen)
+    mean = ranks.total(float(values.sum()))[0] / n
+    squares = ranks.total(float((values - mean).square().sum()))[0]
+    return Score(mean, math.sqrt(squares / (n - 1) / n) if n > 1 else math.nan, n)

@@ -19,27 +19,40 @@ def to_levels(x: Tensor, n_bins: int) -> Tensor:
     return quantize(x.float().nan_to_num(0.0), n_bins)
 
 
-def save_grid(levels: Tensor, n_bins: int, path: Path, columns: int | None = None, scale: int | None = None) -> None:
-    """Images (N, C, H, W) of levels 0..n_bins-1 as one PNG.
+def grid(levels: Tensor, n_bins: int, columns: int | None = None, scale: int | None = None) -> Tensor:
+    """Images (N, C, H, W) of levels 0..n_bins-1 side by side, uint8 (3, height, width).
 
     Args:
         levels: the images; channels beyond the third are left out, two channels show the first.
         n_bins: the level n_bins-1 is shown white.
-        path: replaced atomically.
         columns: images in a row; by default near-square.
         scale: whole factor each pixel is enlarged by; by default what makes an image about 64 pixels high.
 
     Raises:
-        MissingExtraError: Pillow or torchvision is not installed.
+        MissingExtraError: torchvision is not installed.
     """
-    pil, make_grid = optional("PIL.Image", "pictures"), optional("torchvision.utils", "pictures").make_grid
+    make_grid = optional("torchvision.utils", "pictures").make_grid
     images = levels[:, : 3 if levels.shape[1] >= 3 else 1].cpu().float() / (n_bins - 1)
     factor = scale or max(1, 64 // images.shape[-2])
     images = images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
-    grid = make_grid(images, nrow=columns or math.ceil(math.sqrt(len(images))), padding=2, pad_value=0.5)
-    picture = pil.fromarray((grid * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
+    shown: Tensor = make_grid(images, nrow=columns or math.ceil(math.sqrt(len(images))), padding=2, pad_value=0.5)
+    return (shown * 255).round().to(torch.uint8)
+
+
+def save_picture(picture: Tensor, path: Path) -> None:
+    """uint8 (3, H, W) as a PNG, replaced atomically.
+
+    Raises:
+        MissingExtraError: Pillow is not installed.
+    """
+    image = optional("PIL.Image", "pictures").fromarray(picture.permute(1, 2, 0).contiguous().numpy())
     with replacing(path) as temporary:
-        picture.save(temporary, "PNG")
+        image.save(temporary, "PNG")
+
+
+def save_grid(levels: Tensor, n_bins: int, path: Path, columns: int | None = None, scale: int | None = None) -> None:
+    """:func:`grid` as a PNG."""
+    save_picture(grid(levels, n_bins, columns, scale), path)
 
 
 def save_curve(rows: list[Row], path: Path, yardsticks: dict[str, float]) -> None:

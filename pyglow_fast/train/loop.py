@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from pyglow_fast._errors import expect
-from pyglow_fast.data import ImageSet, Yardstick, load_data, measure_yardsticks, optional
-from pyglow_fast.train.config import LIMITS, TrainConfig
-from pyglow_fast.train.evaluation import Score, evaluate
-from pyglow_fast.train.figures import class_columns, class_cycle, save_curve, save_grid, to_levels
+from pyglow_fast.data import UnreadableImageError, Yardstick, measure_yardsticks, optional
+from pyglow_fast.train.evaluation import Score
+from pyglow_fast.train.figures import class_cycle, save_curve, to_levels
 from pyglow_fast.train.files import write_text
 from pyglow_fast.train.interrupt import StopRequest
 from pyglow_fast.train.memory import memory_mb
-from pyglow_fast.train.metrics import MetricsLog, Row, read_metrics
+from pyglow_fast.train.metrics import Row, read_metrics
+from pyglow_fast.train.page import write_page
 from pyglow_fast.train.run_folder import RunFolder
 from pyglow_fast.train.seeds import derive
 from pyglow_fast.train.state import TrainingDivergedError, TrainState
+from pyglow_fast.train.writer import RunWriter
+
+# Torch raises this one anywhere in the main thread, when it learns of it.
+READER_DIED = re.compile(r"DataLoader worker|process that reads images")
+
+
+class InputLostError(RuntimeError):
+    """Images cannot be read any more; the message says which, and what was saved."""
 
 
 @dataclass(frozen=True)
@@ -32,34 +40,48 @@ class Result:
     """How a run ended.
 
     Args:
-        step: updates done.
+        step: steps done.
         seconds: spent, over all sessions.
         stopped_by: number of the signal that ended it early, or None.
+        stopped_early: whether it ended since the held-out score did not improve any more.
         held_out, train: final scores; None after a signal.
         before: held-out score right after the data-dependent initialisation; None for a resumed run.
         yardsticks: measured on the held-out images; empty after a signal.
+        skipped: steps without an update, since loss or gradient were not finite.
+        unreadable: images that could not be read and had another one in their place.
     """
 
     step: int
     seconds: float
     stopped_by: int | None = None
+    stopped_early: bool = False
     held_out: Score | None = None
     train: Score | None = None
     before: Score | None = None
     yardsticks: tuple[Yardstick, ...] = ()
+    skipped: int = 0
+    unreadable: int = 0
 
 
 class Run:
     """A run that is ready to go: everything that can be refused has been checked, and nothing has been written.
 
-    Made by :func:`start` or :func:`resume`.
+    Made by :func:`~pyglow_fast.train.start` or :func:`~pyglow_fast.train.resume`.
+
+    Args:
+        state: where it is.
+        folder: where it is kept.
+        resumed: whether it goes on.
+        notes: what to tell the user at the beginning.
     """
 
-    def __init__(self, state: TrainState, folder: RunFolder, resumed: bool) -> None:
-        for module in ("PIL.Image", "torchvision.utils", "matplotlib.figure", "tqdm"):
+    def __init__(self, state: TrainState, folder: RunFolder, resumed: bool, notes: tuple[str, ...] = ()) -> None:
+        needed = ["PIL.Image", "torchvision.utils", "matplotlib.figure", "tqdm", "tomli_w"]
+        needed += ["torch.utils.tensorboard"] if state.config.tensorboard else []
+        for module in needed:
             optional(module, "training")  # better missed now than at the first picture
-        self.state, self.folder, self.resumed = state, folder, resumed
-        self.metrics = MetricsLog(folder.metrics)
+        self.state, self.folder, self.resumed, self.notes = state, folder, resumed, notes
+        self.writer = RunWriter(folder, state.config, state.ranks.first, quiet=True)
         self._first_step = state.progress.step
         self._scores: tuple[int, Score, Score] | None = None  # step, held out, train
         self._before: Score | None = None
@@ -73,41 +95,48 @@ class Run:
             quiet: no progress bar and no lines.
 
         Raises:
-            TrainingDivergedError: the loss or gradient became NaN or inf. The folder keeps the last good checkpoint.
-            FolderError: the folder cannot be made or written.
+            TrainingDivergedError: loss or gradient are NaN or inf again and again, or an update ruined the weights. The
+                folder keeps the last good checkpoint.
+            FolderError: the folder cannot be made or written, or another process trains in it.
+            SaveError: the last checkpoint cannot be written.
+            RankError: another rank is gone.
+                InputLostError: an image cannot be read, or a process that reads them died; a run of one rank is saved.
         """
-        state, progress, self._quiet = self.state, self.state.progress, quiet
+        state, progress, first = self.state, self.state.progress, self.state.ranks.first
+        self._quiet = self.writer.quiet = quiet or not first
         began = time.monotonic() - progress.seconds
-        with _threads(state.config.threads), StopRequest() as stop:
-            self._open()
-            self._mark = (time.monotonic(), progress.step)
-            with self._bar() as bar:
-                while not self._finished() and stop.signum is None:
-                    with self._reporting():
-                        state.step()
-                    progress.seconds = time.monotonic() - began
-                    bar.update()
-                    self._after_step(bar)
-            progress.seconds = time.monotonic() - began
-            if stop.signum is not None:
-                self._save()
-                self._say(f"stopped by {signal.Signals(stop.signum).name} at step {progress.step}; saved")
-                return Result(progress.step, progress.seconds, stop.signum)
-            return self._finish()
+        state.ranks.wait()  # all have looked at the folder before one of them writes to it
+        if first:
+            self.folder.make()
+        with _threads(state.config.threads), StopRequest() as stop, self.folder.locked(first):
+            try:
+                self._open()
+                self._mark = (time.monotonic(), progress.step)
+                with self._bar() as bar:
+                    while not self._ended(stop):
+                        with self._reporting(), self._reading():
+                            state.step()
+                        progress.seconds = time.monotonic() - began
+                        bar.update()
+                        self._after_step(bar)
+                progress.seconds = time.monotonic() - began
+                return self._finish() if stop.signum is None else self._stopped(stop.signum)
+            finally:
+                state.close()
+                self.writer.close()
 
     def _open(self) -> None:
         """The folder as it must be before the first step."""
-        state, folder = self.state, self.folder
+        state, writer = self.state, self.writer
+        writer.open(state.progress.step if self.resumed else None)
+        for note in self.notes:
+            writer.say(note)
         if self.resumed:
-            self.metrics.start(state.progress.step)
-            folder.write_config(state.config)
             return
-        folder.create(state.config)
-        self.metrics.start()
         state.initialize()
         self._before = self._evaluate()
-        self.metrics.add(self._row())
-        state.checkpoint().save(folder.checkpoint)  # so there is a good one from the first step on
+        writer.add(self._row())
+        writer.save(state.checkpoint())  # so there is a good one from the first step on
 
     def _bar(self) -> Any:
         config, state = self.state.config, self.state
@@ -117,14 +146,10 @@ class Run:
         # disable=None: no bar where the output is not a terminal
         return tqdm(total=total, initial=state.progress.step, unit="step", disable=True if self._quiet else None)
 
-    def _say(self, text: str) -> None:
-        if not self._quiet:
-            optional("tqdm", "the progress bar").tqdm.write(text)
-
-    def _save(self) -> None:
+    def _save(self, final: bool = False) -> None:
         with self._reporting():
             self.state.check()
-        self.state.checkpoint().save(self.folder.checkpoint)
+        self.writer.save(self.state.checkpoint(), final)
 
     @contextmanager
     def _reporting(self) -> Iterator[None]:
@@ -132,19 +157,47 @@ class Run:
         try:
             yield
         except TrainingDivergedError as error:
-            saved = self.folder.load().progress["step"]
+            path = self.folder.checkpoint
             raise TrainingDivergedError(
-                f"{error}\n  kept: {self.folder.checkpoint} of step {saved}, the last good checkpoint\n"
+                f"{error}\n  kept: {path}, the last good checkpoint\n"
                 "  try: a lower learning rate, a longer warm-up, or a smaller gradient clipping norm"
             ) from error
 
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Around a step: it reads before it changes anything, so what was reached is saved when images fail."""
+        try:
+            yield
+        except (UnreadableImageError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not READER_DIED.search(str(error)):
+                raise
+            state, told = self.state, str(error)
+            if state.ranks.world == 1:
+                self.writer.save(state.checkpoint())
+                told += f"\n  saved: {self.folder.checkpoint}; go on with --resume"
+            raise InputLostError(told) from error
+
     def _finished(self) -> bool:
+        """By a limit that all ranks see alike."""
         config, progress = self.state.config, self.state.progress
         return (
             (config.max_steps is not None and progress.step >= config.max_steps)
             or (config.max_epochs is not None and self.state.epoch >= config.max_epochs)
-            or (config.max_minutes is not None and progress.seconds >= 60 * config.max_minutes)
+            or self._stale()
         )
+
+    def _stale(self) -> bool:
+        patience = self.state.config.patience
+        return patience is not None and self.state.progress.stale >= patience
+
+    def _ended(self, stop: StopRequest) -> bool:
+        """Whether no step is to follow: the ranks end together, whichever of them has a signal or the time over."""
+        minutes, seconds = self.state.config.max_minutes, self.state.progress.seconds
+        late = minutes is not None and seconds >= 60 * minutes
+        signum, late_somewhere = self.state.ranks.largest(stop.signum or 0, late)
+        if signum:
+            stop.signum = int(signum)
+        return bool(signum or late_somewhere) or self._finished()
 
     def _after_step(self, bar: Any) -> None:
         """Whatever is due at this step; at the last one _finish does it all."""
@@ -152,11 +205,13 @@ class Run:
         if self._finished():
             return
         due = {name: step % getattr(config, f"{name}_every") == 0 for name in ("log", "eval", "sample", "save")}
+        if step % config.check_ranks_every == 0:
+            self.state.ranks.check_same(self.state.model)
         if due["eval"]:
             self._evaluate()
         if due["log"] or due["eval"]:
             row = self._row()
-            self.metrics.add(row)
+            self.writer.add(row)
             shown = {"bits/dim": row["train_bpd"], "img/s": row["images_per_s"], "MB": row["memory_mb"]}
             bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items() if value is not None})
         if due["sample"]:
@@ -168,18 +223,20 @@ class Run:
         """Score both sides of the split, by default on at most config.eval_images each; returns the held-out score."""
         state, progress, config = self.state, self.state.progress, self.state.config
         limit = None if everything else config.eval_images
-        batch, seed = max(64, config.batch_size), derive(config.seed, "evaluation")
-        held_out = evaluate(state.model, state.held_out, batch, seed, limit)
-        train = evaluate(state.model, state.train, batch, seed, limit)
+        with state.averaged():
+            held_out = state.score(state.held_out, limit)
+            train = state.score(state.train, limit)
         self._scores = (progress.step, held_out, train)
-        self._say(
+        self.writer.say(
             f"step {progress.step}: held-out {held_out.mean:.3f} ± {held_out.error_text} bits/dim, "
             f"train {train.mean:.3f}"
         )
         comparable = held_out.images == min(config.eval_images, len(state.held_out))
         if comparable and math.isfinite(held_out.mean) and (progress.best is None or held_out.mean < progress.best):
-            progress.best = held_out.mean
-            state.checkpoint().save(self.folder.best)
+            progress.best, progress.stale = held_out.mean, 0
+            self.writer.save_best(state.checkpoint())
+        elif comparable:
+            progress.stale += 1
         return held_out
 
     def _row(self) -> Row:
@@ -192,7 +249,10 @@ class Run:
             "epoch": state.epoch,
             "seconds": progress.seconds,
             "memory_mb": memory_mb(state.device),
+            "skipped_steps": progress.skipped,
+            "unreadable_images": progress.unreadable,
         }
+        row |= {"train_bpd": None, "images_per_s": None}
         if progress.steps_summed:
             row["train_bpd"] = progress.loss_sum / progress.steps_summed
             row |= {"lr": state.lr, "grad_norm": state.grad_norm}
@@ -208,34 +268,56 @@ class Run:
 
     def _sample(self) -> None:
         state, config = self.state, self.state.config
+        if not state.ranks.first:
+            return
         generator = torch.Generator(state.device).manual_seed(derive(config.seed, "samples"))
         y = class_cycle(config.sample_count, config.model.n_classes, state.device)
-        state.model.eval()
-        x = state.model.sample(config.sample_count, config.sample_temperature, y=y, generator=generator)
+        with state.averaged() as model:
+            model.eval()
+            x = model.sample(config.sample_count, config.sample_temperature, y=y, generator=generator)
         bad = int((~x.isfinite().flatten(1).all(1)).sum())
         if bad:
-            self._say(f"step {state.progress.step}: {bad} of {len(x)} samples are not finite (shown grey)")
-        levels = to_levels(x, state.n_bins)
-        self.folder.sample_history.mkdir(exist_ok=True)
-        columns = class_columns(config.sample_count, config.model.n_classes)
-        for path in (self.folder.sample_history / f"step-{state.progress.step:07d}.png", self.folder.samples):
-            save_grid(levels, state.n_bins, path, columns)
+            self.writer.say(f"step {state.progress.step}: {bad} of {len(x)} samples are not finite (shown grey)")
+        self.writer.samples(state.progress.step, to_levels(x, state.n_bins), state.n_bins)
+
+    def _stopped(self, signum: int) -> Result:
+        progress = self.state.progress
+        self._save(final=True)
+        self.writer.say(f"stopped by {signal.Signals(signum).name} at step {progress.step}; saved")
+        return Result(progress.step, progress.seconds, signum, skipped=progress.skipped, unreadable=progress.unreadable)
 
     def _finish(self) -> Result:
         """Final scores on all images, pictures, checkpoint and report."""
         state, progress, folder = self.state, self.state.progress, self.folder
-        self._save()  # before anything else can go wrong
+        self._save(final=True)  # before anything else can go wrong
+        stale = self._stale()
         self._evaluate(everything=True)
         assert self._scores is not None
         _, held_out, train = self._scores
         if progress.step > self._first_step:
-            self.metrics.add(self._row())
+            self.writer.add(self._row())
         self._sample()
-        state.checkpoint().save(folder.checkpoint)
-        found = tuple(measure_yardsticks(state.train, state.held_out))
-        save_curve(read_metrics(folder.metrics), folder.curve, {item.name: item.bits_per_dim for item in found})
-        result = Result(progress.step, progress.seconds, None, held_out, train, self._before, found)
-        write_text(folder.report, json.dumps(_json_able(asdict(result)), indent=2) + "\n")
+        self.writer.save(state.checkpoint(), final=True)
+        # The other ranks are done: whatever follows would only make them wait.
+        found = tuple(measure_yardsticks(state.train, state.held_out)) if state.ranks.first else ()
+        result = Result(
+            progress.step,
+            progress.seconds,
+            None,
+            stale,
+            held_out,
+            train,
+            self._before,
+            found,
+            progress.skipped,
+            progress.unreadable,
+        )
+        levels = {item.name: item.bits_per_dim for item in found}
+        text = json.dumps(_json_able(asdict(result)), indent=2) + "\n"
+        write = self.writer.attempt
+        write("the curve", lambda: save_curve(read_metrics(folder.metrics), folder.curve, levels))
+        write("the report", lambda: write_text(folder.report, text))
+        write("the report", lambda: write_page(folder, state.config, result))
         return result
 
 
@@ -257,62 +339,3 @@ def _json_able(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_json_able(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def start(config: TrainConfig, out: str, overwrite: bool = False, data: ImageSet | None = None) -> Run:
-    """A new run, ready to execute.
-
-    Args:
-        config: of the run.
-        out: its folder; must be new or empty, or hold a run if ``overwrite``.
-        overwrite: replace a run that is there (when the new one executes).
-        data: what ``config.data`` names, if it is loaded already.
-
-    Raises:
-        ValueError: anything that does not fit; nothing has been written then.
-        MissingExtraError: a library is not installed.
-    """
-    folder = RunFolder(out)
-    folder.check_new(overwrite)
-    return Run(TrainState(config, load_data(config.data) if data is None else data), folder, resumed=False)
-
-
-def resume(out: str, data_name: str | None = None, **changes: Any) -> Run:
-    """The run in ``out``, ready to go on from its last checkpoint.
-
-    Args:
-        out: its folder.
-        data_name: where the images are now, if the folder has moved; they must be the same images.
-        changes: new values for the fields of TrainConfig that may change (limits, intervals, device). A limit among
-            them replaces all former limits.
-
-    Raises:
-        ValueError: no run, no checkpoint, a change that is not allowed, a new limit that the run has already reached,
-            other images; nothing has been written then.
-    """
-    folder = RunFolder(out)
-    checkpoint = folder.load()
-    config = checkpoint.config.adjusted(**changes)
-    if data_name is not None and data_name != config.data.name:
-        same_kind = data_name.partition(":")[0] == config.data.name.partition(":")[0]
-        expect(same_kind, "data", f"{config.data.name!r}, as the run was started with", repr(data_name))
-        config = replace(config, data=replace(config.data, name=data_name))
-    state = TrainState(config, load_data(config.data))
-    state.restore(checkpoint, str(folder.checkpoint))
-    done = _done(state)
-    for name in LIMITS:
-        value, (reached, text) = changes.get(name), done[name]
-        # The limit that the run had may be named again: whoever repeats a command gets the report once more.
-        ahead = value is None or value > reached or value == getattr(checkpoint.config, name)
-        expect(ahead, name, f"more than the {text} done", value)
-    return Run(state, folder, resumed=True)
-
-
-def _done(state: TrainState) -> dict[str, tuple[float, str]]:
-    """How far a run is by each of its limits, as a number and in words."""
-    step, epoch, minutes = state.progress.step, state.epoch, state.progress.seconds / 60
-    return {
-        "max_steps": (step, f"{step} steps"),
-        "max_epochs": (epoch, f"{epoch} epochs"),
-        "max_minutes": (minutes, f"{minutes:.3g} minutes"),
-    }

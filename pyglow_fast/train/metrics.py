@@ -22,6 +22,8 @@ COLUMNS = (
     "held_out_se",
     "train_subset_bpd",
     "train_subset_se",
+    "skipped_steps",  # so far, as loss or gradient were not finite
+    "unreadable_images",  # so far
 )
 Row = dict[str, float | int | None]
 

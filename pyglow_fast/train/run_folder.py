@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import os
 import shutil
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,7 +15,10 @@ from pyglow_fast._errors import expect
 from pyglow_fast.models import Glow
 from pyglow_fast.train.checkpoint import Checkpoint
 from pyglow_fast.train.config import ADJUSTABLE, TrainConfig
+from pyglow_fast.train.config_file import read_config, to_toml
 from pyglow_fast.train.files import TEMPORARY, write_text
+
+_STEP = "step-{:07d}.safetensors"
 
 
 class FolderError(ValueError):
@@ -24,14 +30,55 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.config = self.path / "config.json"
-        self.checkpoint = self.path / "checkpoint.safetensors"
+        self.config = self.path / "config.toml"
+        self.checkpoints = self.path / "checkpoints"
         self.best = self.path / "best.safetensors"
         self.metrics = self.path / "metrics.csv"
         self.samples = self.path / "samples.png"
         self.sample_history = self.path / "samples"
+        self.events = self.path / "tensorboard"
         self.curve = self.path / "curve.png"
         self.report = self.path / "report.json"
+        self.page = self.path / "report.html"
+        self.lock = self.path / ".lock"
+
+    def saved(self) -> list[Path]:
+        """The checkpoints, the newest first."""
+        return sorted(self.checkpoints.glob(_STEP.format(0).replace("0000000", "*")), reverse=True)
+
+    @property
+    def checkpoint(self) -> Path:
+        """The newest checkpoint; where there is none yet, the first that there will be."""
+        return next(iter(self.saved()), self.checkpoints / _STEP.format(0))
+
+    def save(self, checkpoint: Checkpoint, keep: int) -> None:
+        """Write a checkpoint, then remove the oldest ones beyond ``keep``.
+
+        Raises:
+            OSError: it cannot be written, not even in the place of all but the newest one; that one is unharmed.
+        """
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        path = self.checkpoints / _STEP.format(checkpoint.progress["step"])
+        try:
+            checkpoint.save(path)
+        except OSError:
+            older = self.saved()[1:]
+            if not older:
+                raise
+            self._remove(older)  # a full disk: older ones give way
+            checkpoint.save(path)
+        self._remove(self.saved()[keep:])
+
+    def set_aside(self, step: int) -> None:
+        """Rename the checkpoints after ``step``, which could not be read, so that they do not count as the newest."""
+        for path in self.saved():
+            if path.name > _STEP.format(step):
+                path.replace(path.with_name(path.name + ".damaged"))
+
+    @staticmethod
+    def _remove(paths: list[Path]) -> None:
+        for path in paths:
+            path.unlink(missing_ok=True)
 
     @property
     def exists(self) -> bool:
@@ -50,7 +97,7 @@ class RunFolder:
         if self.exists:
             expect(overwrite, "out", "a new folder (or resume or overwrite)", f"a run in {str(self.path)!r}")
         elif self.path.exists():
-            held = sorted(entry.name for entry in self.path.iterdir())
+            held = sorted(entry.name for entry in self.path.iterdir() if entry != self.lock)
             expect(not held, "out", "a new or empty folder, or a run", f"{str(self.path)!r}, which holds {held[:3]}")
 
     def create(self, config: TrainConfig) -> None:
@@ -59,45 +106,112 @@ class RunFolder:
         Raises:
             FolderError: the folder cannot be made or written.
         """
+        self.make()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             self._remove_run()
             self.write_config(config)
         except OSError as error:
-            raise FolderError(f"out: expected a folder that can be written, found {error}") from error
+            raise _refused(error) from error
 
-    def write_config(self, config: TrainConfig) -> None:
-        """Replace config.json."""
-        write_text(self.config, json.dumps(config.to_dict(), indent=2) + "\n")
-
-    def _remove_run(self) -> None:
-        files = (self.checkpoint, self.best, self.metrics, self.samples, self.curve, self.report, self.config)
-        for path in files:  # the configuration last: without it the rest would no longer count as a run
-            path.with_name(path.name + TEMPORARY).unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
-        if self.sample_history.is_dir():
-            shutil.rmtree(self.sample_history)
-
-    def load(self, best: bool = False) -> Checkpoint:
-        """The last checkpoint, or the one with the best held-out bits/dim, checked against config.json.
+    def make(self) -> None:
+        """Make the folder, if it is not there.
 
         Raises:
-            ValueError: not a run, no checkpoint yet, or a configuration that is not the checkpoint's.
+            FolderError: it cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _refused(error) from error
+
+    def write_config(self, config: TrainConfig) -> None:
+        """Replace config.toml."""
+        write_text(self.config, to_toml(config))
+
+    @contextlib.contextmanager
+    def locked(self, wanted: bool = True) -> Iterator[None]:
+        """Nobody else trains in this folder meanwhile. Where the file system has no locks, nothing is promised.
+
+        Args:
+            wanted: False does nothing (for ranks that do not write).
+
+        Raises:
+            FolderError: somebody else does.
+        """
+        try:
+            import fcntl  # posix only
+        except ImportError:
+            wanted = False
+        if not wanted:
+            yield
+            return
+        try:
+            handle = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise _refused(error) from error
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                where = repr(str(self.path))
+                raise FolderError(f"out: expected a run that no other process trains, found one in {where}") from None
+            except OSError:
+                pass  # no locks there
+            yield
+        finally:
+            os.close(handle)
+
+    def _remove_run(self) -> None:
+        # The configuration last: without it the rest would no longer count as a run.
+        files = (self.best, self.metrics, self.samples, self.curve, self.report, self.page, self.config)
+        for folder in (self.checkpoints, self.sample_history, self.events):
+            if folder.is_dir():
+                shutil.rmtree(folder)
+        for path in files:
+            path.with_name(path.name + TEMPORARY).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+
+    def load(self, best: bool = False) -> Checkpoint:
+        """The newest checkpoint that is whole, or the one with the best held-out bits/dim, checked against config.toml.
+
+        A newest one that is torn or damaged is passed over with a warning.
+
+        Raises:
+            ValueError: not a run, no checkpoint yet, none that is whole, or a configuration that is not the
+                checkpoint's.
         """
         run = str(self.path)
         expect(self.path.is_dir(), "run", "the folder of a run", f"{run!r}, " + _what(self.path))
-        expect(self.exists, "run", "the folder of a run (with config.json)", f"{run!r} without one")
-        try:
-            written = TrainConfig.from_dict(json.loads(self.config.read_text(encoding="utf-8")))
-        except (UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{self.config}: expected a configuration as JSON, found {error}") from error
-        path = self.best if best else self.checkpoint
-        expect(path.is_file(), "run", f"a checkpoint {path.name}", f"none in {run!r} (it stopped before the first)")
-        checkpoint = Checkpoint.load(path)
+        expect(self.exists, "run", "the folder of a run (with config.toml)", f"{run!r} without one")
+        written = TrainConfig.from_dict(read_config(self.config))
+        paths = [self.best] if best else self.saved()
+        name = self.best.name if best else "in checkpoints/"
+        found = bool(paths) and paths[0].is_file()
+        expect(found, "run", f"a checkpoint {name}", f"none in {run!r} (it stopped before the first)")
+        path, checkpoint = _newest_whole(paths)
         for name, (there, here) in checkpoint.config.changes(written).items():
             may_differ = name in ADJUSTABLE or name == "data.name"  # images may move; their fingerprint tells
             expect(may_differ, str(self.config), f"{name} = {there!r}, as in {path.name}", repr(here))
         return checkpoint
+
+
+def _newest_whole(paths: list[Path]) -> tuple[Path, Checkpoint]:
+    """The first of ``paths`` that can be read; the error of the very first one if none can."""
+    refusals: list[ValueError] = []
+    for path in paths:
+        try:
+            found = path, Checkpoint.load(path)
+        except ValueError as error:
+            refusals.append(error)
+            continue
+        for refusal in refusals:
+            warnings.warn(f"{refusal}; an older checkpoint, {path.name}, is taken instead", stacklevel=3)
+        return found
+    raise refusals[0]
+
+
+def _refused(error: OSError) -> FolderError:
+    return FolderError(f"out: expected a folder that can be written, found {error}")
 
 
 def _what(path: Path) -> str:
@@ -105,7 +219,7 @@ def _what(path: Path) -> str:
 
 
 def load_model(checkpoint: Checkpoint, name: str, device: torch.device | str = "cpu") -> Glow:
-    """The trained model in evaluation mode.
+    """The trained model in evaluation mode, with averaged weights where the run has them.
 
     Args:
         checkpoint: from :meth:`RunFolder.load`.
@@ -116,5 +230,5 @@ def load_model(checkpoint: Checkpoint, name: str, device: torch.device | str = "
         ValueError: the weights do not fit the configuration.
     """
     model = Glow(checkpoint.config.model)
-    checkpoint.load_model(model, name)
+    checkpoint.load_model(model, name, averaged=True)
     return model.to(device).eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -40,3 +41,15 @@ def random_subset(seed: int, n_images: int, count: int) -> Tensor:
         return torch.arange(n_images)
     order = torch.randperm(n_images, generator=torch.Generator().manual_seed(derive(seed, "subset")))
     return order[:count].sort().values
+
+
+def keyed_noise(keys: Sequence[int], shape: Sequence[int], device: torch.device) -> Tensor:
+    """u ~ U[0, 1), (len(keys), *shape), float32: of each image from a stream of its own.
+
+    So an image has the same noise wherever in a batch and on whichever rank it is; a CPU and a GPU draw differently.
+    """
+    noise = torch.empty(len(keys), *shape, device=device)
+    generator = torch.Generator(device)
+    for key, part in zip(keys, noise, strict=True):
+        torch.rand(part.shape, generator=generator.manual_seed(key), device=device, out=part)
+    return noise

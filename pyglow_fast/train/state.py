@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from pyglow_fast import _backend
 from pyglow_fast._errors import expect
-from pyglow_fast.data import ImageSet, split
-from pyglow_fast.likelihood import bits_per_dim, dequantize
+from pyglow_fast.data import Images, batches, split
+from pyglow_fast.likelihood import bits_per_dim
 from pyglow_fast.models import Glow
+from pyglow_fast.models.graphed import GraphedGlow
 from pyglow_fast.train.checkpoint import Checkpoint, DataStamp, optimizer_tensors, restore_optimizer
 from pyglow_fast.train.config import TrainConfig, check_device
-from pyglow_fast.train.evaluation import check_fits, evaluate, labels_for
+from pyglow_fast.train.ema import Ema
+from pyglow_fast.train.evaluation import Score, check_fits, evaluate, labels_for
+from pyglow_fast.train.feed import Feed, Part, n_workers, noisy
+from pyglow_fast.train.optim import learning_rate, make_optimizer
+from pyglow_fast.train.ranks import Ranks
 from pyglow_fast.train.seeds import batch_indices, derive
+from pyglow_fast.train.versions import versions
 
 
 class TrainingDivergedError(ArithmeticError):
@@ -29,10 +39,13 @@ class Progress:
     """Counters of a run; JSON-able.
 
     Args:
-        step: updates done.
+        step: steps done.
         seconds: spent so far, over all sessions.
         loss_sum, steps_summed: of the running mean since the last row of metrics.csv, in bits/dim.
         best: lowest held-out bits/dim so far.
+        stale: evaluations since then.
+        skipped, skipped_in_row: steps left out since loss or gradient were not finite; the last ones of them.
+        unreadable: images that could not be read and had another one in their place.
     """
 
     step: int = 0
@@ -40,10 +53,14 @@ class Progress:
     loss_sum: float = 0.0
     steps_summed: int = 0
     best: float | None = None
+    stale: int = 0
+    skipped: int = 0
+    skipped_in_row: int = 0
+    unreadable: int = 0
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device that a config's ``device`` means here.
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device that a config's ``device`` means here; "auto" and "cuda" are the GPU of this rank.
 
     Raises:
         ValueError: no such name, CUDA is asked for and torch finds none, or the environment variable PYGLOW_CPU names
@@ -55,7 +72,7 @@ def resolve_device(name: str) -> torch.device:
         module.instruction_set()  # else the first kernel would refuse, when a run folder is there already
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
     if device.type == "cuda":
         count = torch.cuda.device_count()
         found = f"{name!r} with {count} CUDA devices"
@@ -63,23 +80,16 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Adam (AdamW with weight decay) or Adamax over all parameters."""
-    if config.optimizer == "adamax":
-        return torch.optim.Adamax(model.parameters(), lr=config.lr)
-    if config.weight_decay:
-        return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    return torch.optim.Adam(model.parameters(), lr=config.lr)
+class BitsPerDim(nn.Module):
+    """Mean over the batch of -log p(x) / (D ln 2) + log2(n_bins): the loss, as a module that others can wrap."""
 
+    def __init__(self, model: Glow, n_bins: int) -> None:
+        super().__init__()
+        self.model, self.n_bins = model, n_bins
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """The learning rate of step ``step`` (from 0): linear warm-up, then constant or down half a cosine."""
-    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    if config.decay_steps is None:
-        return config.lr * warm
-    falling = max(1, config.decay_steps - config.warmup_steps)
-    done = min(1.0, max(0.0, (step - config.warmup_steps) / falling))
-    return config.lr * warm * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * done)))
+    def forward(self, x: Tensor, y: Tensor | None) -> Tensor:
+        """x (N, C, H, W), y (N,) or None -> (), bits/dim."""
+        return bits_per_dim(self.model.log_prob(x, y), self.model.config.n_values, self.n_bins).mean()
 
 
 class TrainState:
@@ -88,29 +98,46 @@ class TrainState:
     Args:
         config: of the run.
         data: all images; they are split here.
+        ranks: the processes that take part; each has a state of its own.
 
     Raises:
         ValueError: images, model and configuration do not fit each other.
     """
 
-    def __init__(self, config: TrainConfig, data: ImageSet) -> None:
-        self.config = config
-        self.device = resolve_device(config.device)
+    def __init__(self, config: TrainConfig, data: Images, ranks: Ranks | None = None) -> None:
+        self.config, self.ranks = config, ranks or Ranks()
+        self.device = resolve_device(config.device, self.ranks.local)
         self.stamp = DataStamp(data.fingerprint(), data.n_bins, data.class_names)
         train, held_out = split(data, config.data.held_out, config.seed)
         self.train, self.held_out = data.subset(train), data.subset(held_out)
         n = len(self.train)
         expect(config.batch_size <= n, "batch_size", f"at most the {n} training images", config.batch_size)
+        shares = self.ranks.world * config.accumulate
+        even = f"a multiple of ranks x accumulate = {shares}"
+        expect(config.batch_size % shares == 0, "batch_size", even, config.batch_size)
+        alone = self.device.type == "cuda" and self.ranks.world == 1
+        found = f"{self.ranks.world} ranks on {self.device}"
+        expect(not config.cuda_graphs or alone, "cuda_graphs", "one rank on a GPU", found)
         if config.class_conditional:
             expect(data.labels is not None, "class_conditional", "images with labels", f"none in {data.name}")
         torch.manual_seed(derive(config.seed, "weights"))
-        self.model = Glow(config.model).to(self.device)
+        self.model = Glow(config.model, memory=config.memory, precision=config.precision).to(self.device)
         check_fits(self.model, data, data.n_bins)
-        self.optimizer = make_optimizer(config, self.model)
-        self.noise = torch.Generator(self.device).manual_seed(derive(config.seed, "noise"))
+        loss: nn.Module = BitsPerDim(self.model, data.n_bins)
+        if config.compile:
+            loss.compile()
+        if self.ranks.world > 1:
+            loss = _distributed(loss, self.device, self.ranks)
+        self._loss: Any = loss  # perhaps in a DistributedDataParallel
+        self._graphed: GraphedGlow | None = None
+        parameters = self.model.parameters()
+        self.optimizer = make_optimizer(config.optimizer, parameters, config.lr, config.weight_decay)
+        self.ema = None if config.ema_decay is None else Ema(self.model, config.ema_decay)
+        torch.manual_seed(derive(config.seed, "torch", self.ranks.rank))  # for dropout and the like in a user's model
         self.progress = Progress()
         self.lr = 0.0
         self.grad_norm = math.nan
+        self._feed: Feed | None = None
 
     @property
     def n_bins(self) -> int:
@@ -129,42 +156,99 @@ class TrainState:
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Data-dependent initialisation from random training images."""
-        count = min(self.config.init_images, len(self.train))
-        chosen = batch_indices(derive(self.config.seed, "init"), 0, len(self.train), count)
-        levels, _ = self.train.batch(chosen)
-        x = dequantize(levels.to(self.device), self.n_bins, self.noise)
-        self.model.initialize(x)
+        """Data-dependent initialisation from random training images, of which each rank has a part."""
+        config, n = self.config, len(self.train)
+        count = max(min(config.init_images, n), min(self.ranks.world, n))
+        chosen = batch_indices(derive(config.seed, "init"), 0, n, count)
+        mine = self.ranks.share(chosen).tolist()
+        plan = [[(index, None) for index in mine]]
+        (batch,) = batches(self.train, plan, 0, config.data.on_unreadable)
+        keys = [derive(config.seed, "noise", "init", index) for index in mine]
+        with self.ranks.talking():
+            self.model.initialize(noisy(batch.levels, keys, self.n_bins, self.device))
+        if self.ema is not None:
+            self.ema.restart()
 
     def step(self) -> float:
-        """One update; returns the loss in bits/dim.
+        """One update; returns the loss in bits/dim, over all ranks.
+
+        A step whose loss or gradient norm is NaN or inf leaves weights and optimizer as they are and is counted.
 
         Raises:
-            TrainingDivergedError: loss or gradient norm is NaN or inf; the weights are then as before the step.
+            TrainingDivergedError: that happened more than config.max_skipped times in a row.
+            RankError: another rank is gone.
+            ValueError: an image that cannot be read.
         """
         config, progress = self.config, self.progress
+        if self._feed is None:
+            self._feed = Feed(config, self.train, progress.step, self.ranks, self.device)
         self.model.train()
-        levels, labels = self.train.batch(batch_indices(config.seed, progress.step, len(self.train), config.batch_size))
-        x = dequantize(levels.to(self.device), self.n_bins, self.noise)
-        log_prob = self.model.log_prob(x, labels_for(self.model, labels))
-        loss = bits_per_dim(log_prob, self.train.n_dims, self.n_bins).mean()
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        parts = next(self._feed)
+        losses = [self._backward(part, i + 1 == len(parts)) for i, part in enumerate(parts)]
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm or math.inf)
-        value, self.grad_norm = torch.stack([loss.detach(), norm]).tolist()  # both in one read: on a GPU it waits
-        self.lr = learning_rate(config, progress.step)
-        if not (math.isfinite(value) and math.isfinite(self.grad_norm)):
-            raise TrainingDivergedError(
-                f"training diverged at step {progress.step + 1}: loss {value:g} bits/dim, gradient norm "
-                f"{self.grad_norm:g}, lr {self.lr:g}"
-            )
+        value, self.grad_norm = torch.stack([torch.stack(losses).sum(), norm]).tolist()  # one read: on a GPU it waits
+        total, unreadable = self.ranks.total(value, sum(part.unreadable for part in parts))
+        value = total / self.ranks.world
+        self.lr = learning_rate(progress.step, config.lr, config.warmup_steps, config.decay_steps)
+        finite = math.isfinite(value) and math.isfinite(self.grad_norm)
+        progress.unreadable += int(unreadable)
+        if finite:
+            self._update()
+            progress.loss_sum += value
+            progress.steps_summed += 1
+            progress.skipped_in_row = 0
+        else:
+            progress.skipped += 1
+            progress.skipped_in_row += 1
+            if progress.skipped_in_row > config.max_skipped:
+                raise TrainingDivergedError(
+                    f"training diverged at step {progress.step + 1}: loss {value:g} bits/dim, gradient norm "
+                    f"{self.grad_norm:g}, lr {self.lr:g}, {progress.skipped_in_row} steps in a row without an update"
+                )
+        progress.step += 1
+        return value
+
+    def _backward(self, part: Part, last: bool) -> Tensor:
+        """Adds a part's share of the gradient; returns its share of the loss. Gradients meet after the last part."""
+        y, share = labels_for(self.model, part.labels), 1.0 / self.config.accumulate
+        if self.config.cuda_graphs:
+            return self._replay(part.x, y)
+        apart = isinstance(self._loss, DistributedDataParallel) and not last
+        with self._loss.no_sync() if apart else contextlib.nullcontext(), self.ranks.talking():
+            loss: Tensor = self._loss(part.x, y) * share
+            loss.backward()
+        return loss.detach()
+
+    def _replay(self, x: Tensor, y: Tensor | None) -> Tensor:
+        """Loss and gradient from a CUDA graph, which has them in nats."""
+        if self._graphed is None:
+            self._graphed = self.model.make_graphed(x, y)
+        nats: Tensor = self._graphed.train_step(x, y)
+        scale = 1.0 / (self.model.config.n_values * math.log(2.0))
+        torch._foreach_mul_([value.grad for value in self.model.parameters() if value.grad is not None], scale)
+        return nats * scale + math.log2(self.n_bins)
+
+    def _update(self) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         self.optimizer.step()
-        progress.step += 1
-        progress.loss_sum += value
-        progress.steps_summed += 1
-        return value
+        if self.ema is not None:
+            self.ema.update(self.progress.step)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[Glow]:
+        """The model with the weights that evaluations and samples use."""
+        with contextlib.nullcontext() if self.ema is None else self.ema.applied():
+            yield self.model
+
+    def score(self, data: Images, limit: int | None, purpose: str = "evaluation", batch_size: int = 64) -> Score:
+        """evaluate() over all ranks with the model's weights as they are."""
+        config = self.config
+        seed, workers = derive(config.seed, purpose), n_workers(config, data)
+        # A few images are read faster than processes that read them are started.
+        workers = workers if limit is None or limit > 4 * batch_size else 0
+        return evaluate(self.model, data, batch_size, seed, limit, workers, config.data.on_unreadable, self.ranks)
 
     def check(self) -> None:
         """Refuse weights that the last update ruined: step() only learns of it at the next loss.
@@ -172,34 +256,48 @@ class TrainState:
         Raises:
             TrainingDivergedError: some training images have no finite likelihood.
         """
-        score = evaluate(self.model, self.train, 64, derive(self.config.seed, "check"), 64)
+        score = self.score(self.train, 64, "check")
         if not math.isfinite(score.mean):
             raise TrainingDivergedError(
                 f"training diverged at step {self.progress.step}: after its update training images have "
                 f"{score.mean:g} bits/dim (gradient norm {self.grad_norm:g}, lr {self.lr:g})"
             )
 
-    def checkpoint(self) -> Checkpoint:
-        """Everything that :meth:`restore` needs."""
-        tensors, groups = optimizer_tensors(self.optimizer, self.model)
-        generators = {"torch": torch.get_rng_state(), f"noise.{self.device.type}": self.noise.get_state()}
+    def close(self) -> None:
+        """End the processes that read images."""
+        if self._feed is not None:
+            self._feed.close()
+            self._feed = None
+
+    def _own(self) -> dict[str, Tensor]:
+        """What this rank has for itself: generators, and what each level has learnt of drift."""
+        found = {"torch": torch.get_rng_state()}
         if self.device.type == "cuda":
-            generators["torch.cuda"] = torch.cuda.get_rng_state(self.device)
+            found["torch.cuda"] = torch.cuda.get_rng_state(self.device)
+        found |= {name: value for name, value in self.model.state_dict().items() if name.endswith("_extra_state")}
+        return found
+
+    def checkpoint(self) -> Checkpoint:
+        """Everything that :meth:`restore` needs. All ranks must ask for it; the first one's is complete."""
+        tensors, groups = optimizer_tensors(self.optimizer, self.model)
+        own = self.ranks.gathered(self._own())
         return Checkpoint(
             config=self.config,
             progress=asdict(self.progress),
             data=self.stamp,
             model=self.model.state_dict(),
+            ema={} if self.ema is None else self.ema.average,
             optimizer=tensors,
             optimizer_groups=groups,
-            generators=generators,
+            rank={f"{i}.{name}": value for i, part in enumerate(own) if part for name, value in part.items()},
+            written_by=versions(),
         )
 
     def restore(self, checkpoint: Checkpoint, name: str) -> None:
         """Go on from ``checkpoint``: on the CPU to the bit, and on a GPU as far as its kernels repeat themselves.
 
         Args:
-            checkpoint: of a run with this configuration, but for what may be adjusted.
+            checkpoint: of a run with this configuration, but for what may be adjusted, and any number of ranks.
             name: of the checkpoint, for messages.
 
         Raises:
@@ -208,18 +306,43 @@ class TrainState:
         same = checkpoint.data == self.stamp
         expect(same, "data", "the images that the run was started with", "others (changed, added or removed)")
         progress = _progress(checkpoint.progress, name)
+        own = _part_of(checkpoint.rank, self.ranks.rank, name)
+        if self.ema is not None:
+            same = self.ema.average.keys() == checkpoint.ema.keys()
+            expect(same, name, "an average of every weight", f"{len(checkpoint.ema)} averages")
+        checkpoint.load_model(self.model, name, averaged=True)  # checks the averages' shapes too
         checkpoint.load_model(self.model, name)
         restore_optimizer(self.optimizer, self.model, checkpoint, name)
+        if self.ema is not None:
+            self.ema.load(checkpoint.ema)
+        self.close()
         self.progress = progress
-        generators = checkpoint.generators
-        expect("torch" in generators, name, "the state of torch's generator", sorted(generators))
-        torch.set_rng_state(generators["torch"])
-        if f"noise.{self.device.type}" in generators:
-            self.noise.set_state(generators[f"noise.{self.device.type}"])
-        else:  # saved on another kind of device, whose generator state means nothing here
-            self.noise.manual_seed(derive(self.config.seed, "noise", progress.step))
-        if self.device.type == "cuda" and "torch.cuda" in generators:
-            torch.cuda.set_rng_state(generators["torch.cuda"], self.device)
+        drift = {key: value for key, value in own.items() if key.endswith("_extra_state")}
+        self.model.load_state_dict(drift, strict=False)
+        if self.ranks.world == 1 or f"{self.ranks.rank}.torch" in checkpoint.rank:
+            torch.set_rng_state(own["torch"])
+        if self.device.type == "cuda" and "torch.cuda" in own:
+            torch.cuda.set_rng_state(own["torch.cuda"], self.device)
+
+
+def _distributed(loss: nn.Module, device: torch.device, ranks: Ranks) -> nn.Module:
+    """Averages gradients over the ranks, level by level as they come. Buffers are constant, so they are not sent."""
+    known = inspect.signature(DistributedDataParallel).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its former name
+    with ranks.talking():
+        options: dict[str, Any] = {option: False, "device_ids": [device.index] if device.type == "cuda" else None}
+        return DistributedDataParallel(loss, **options)
+
+
+def _part_of(values: dict[str, Tensor], rank: int, name: str) -> dict[str, Tensor]:
+    """What ``rank`` had for itself, or one of fewer ranks that were there."""
+    parts: dict[int, dict[str, Tensor]] = {}
+    for key, value in values.items():
+        number, _, rest = key.partition(".")
+        expect(number.isdecimal(), name, "values of numbered ranks", repr(key))
+        parts.setdefault(int(number), {})[rest] = value
+    expect(0 in parts and "torch" in parts[0], name, "the state of torch's generator", sorted(values))
+    return parts.get(rank, parts[rank % len(parts)] if rank % len(parts) in parts else parts[0])
 
 
 def _progress(values: dict[str, Any], name: str) -> Progress:

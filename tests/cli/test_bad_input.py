@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,12 +18,15 @@ from safetensors.torch import load_file, save_file
 
 from pyglow_fast import _backend
 from pyglow_fast.cli import main
+from pyglow_fast.data import DATA_HELP
+from pyglow_fast.train import RunFolder
 
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A current folder with good and bad images in it."""
+    """A current folder with good and bad images in it, and no data that were fetched."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYGLOW_DATA", str(tmp_path / "none"))
     for name, side, count in (("good", 16, 4), ("odd", 12, 4), ("small", 8, 1), ("corrupt", 16, 1), ("flat", 16, 1)):
         Path(name).mkdir()
         for i in range(count):
@@ -38,8 +41,19 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 FOLDER = ["--size", "16", "--levels", "1", "--steps", "1", "--hidden", "4"]
 TRAIN = [
-    (["mnist"], "data: expected 'digits' or 'folder:PATH', found 'mnist'"),
-    (["folder:"], "data: expected 'digits' or 'folder:PATH', found 'folder:'"),
+    ([], f"data: expected {DATA_HELP}, found none"),
+    (["cifar"], f"data: expected {DATA_HELP}, found 'cifar'"),
+    (["folder:"], f"data: expected {DATA_HELP}, found 'folder:'"),
+    (["cifar10:none"], ".*, found .*none.*"),
+    (["mnist"], ".*pyglow-fast data mnist.*"),
+    (["folder:good", "--attribute", "Smiling"], "attribute: expected no such option for folder:good .*, found Smiling"),
+    (["folder:good", "--on-unreadable", "cry"], "on_unreadable: expected one of ('raise', 'skip'), found 'cry'"),
+    (["folder:good", "--crop-margin", "-1"], "crop_margin: expected a whole number, 0 or more, found -1"),
+    (["folder:good", *FOLDER, "--workers", "-1"], "workers: expected a whole number, 0 or more, found -1"),
+    (
+        ["folder:good", "--in-memory", "--from-files"],
+        "argument --from-files: not allowed with argument --in-memory .*",
+    ),
     (["folder:none"], "folder: expected an existing folder, found 'none'"),
     (["folder:file"], "folder: expected an existing folder, found 'file' (a file)"),
     (["folder:empty"], "folder: expected a folder with images that Pillow reads, found none in 'empty'"),
@@ -67,7 +81,8 @@ TRAIN = [
         ["digits", "--n-bits", "4"],
         "n_bits: expected no such option for digits (its images are 8x8, grey, with 17 levels), found 4",
     ),
-    (["digits", "--size", "16"], "size: expected no such option for digits .*, found 16"),
+    (["digits", "--size", "7"], "size: expected at least 8, the side of the images of digits, found 7: .*"),
+    (["digits", "--scale", "2"], "scale: expected no such option for digits .*, found 2"),
     (["digits", "--levels", "4"], "image_shape: expected sides divisible by 2^n_levels = 16, found (1, 8, 8)"),
     (["digits", "--levels", "0"], "n_levels: expected a positive int, found 0"),
     (["digits", "--steps", "-3"], "n_steps: expected a positive int, found -3"),
@@ -75,9 +90,24 @@ TRAIN = [
     (["digits", "--coupling", "linear"], "coupling: expected one of ('affine', 'additive'), found 'linear'"),
     (["digits", "--permutation", "none"], "permutation: expected one of .*, found 'none'"),
     (["digits", "--scale-map", "relu"], "scale_map: expected one of .*, found 'relu'"),
-    (["digits", "--optimizer", "sgd"], "optimizer: expected one of ('adam', 'adamax'), found 'sgd'"),
+    (["digits", "--optimizer", "sgd"], "optimizer: expected one of ('adam', 'adamw', 'adamax'), found 'sgd'"),
     (["digits", "--lr", "0"], "lr: expected a positive number, found 0.0"),
     (["digits", "--lr", "fast"], "argument --lr: expected a number, found 'fast' .*"),
+    (["digits", "--memory", "disk"], "memory: expected one of ('reversible', 'checkpoint', 'store'), found 'disk'"),
+    (["digits", "--precision", "int8"], "precision: expected one of .*, found 'int8'"),
+    (["digits", "--ema", "1"], "ema_decay: expected a number between 0 and 1, or none, found 1.0"),
+    (["digits", "--ema", "0.9", "--no-ema"], "argument --no-ema: not allowed with argument --ema .*"),
+    (["digits", "--accumulate", "3"], "accumulate: expected a divisor of batch_size, 64, found 3"),
+    (["digits", "--patience", "0"], "patience: expected a positive whole number, found 0"),
+    (["digits", "--keep", "0"], "keep: expected a positive whole number, found 0"),
+    (["digits", "--max-skipped", "-1"], "max_skipped: expected a whole number, 0 or more, found -1"),
+    (
+        ["digits", "--optimizer", "adam", "--weight-decay", "0.1"],
+        "weight_decay: expected 0 with optimizer 'adam' (adamw has it), found 0.1",
+    ),
+    (["digits", "--cuda-graphs"], "cuda_graphs: expected one rank on a GPU, found 1 ranks on cpu"),
+    (["digits", "--config", "none.toml"], "config: expected an existing file, found 'none.toml'"),
+    (["digits", "--config", "file"], "config: expected a file ending in one of .*, found 'file'"),
     (["digits", "--clip", "-1"], "clip_norm: expected a positive number, found -1.0"),
     (["digits", "--clip", "1", "--no-clip"], "argument --no-clip: not allowed with argument --clip .*"),
     (["digits", "--warmup", "-1"], "warmup_steps: expected a whole number, 0 or more, found -1"),
@@ -117,6 +147,31 @@ def test_train(place: Path, arguments: list[str], message: str, capsys: pytest.C
 
 
 @pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr = ", "x.toml: expected a configuration as TOML, found .*"),
+        ("speed = 3", "x.toml: expected settings among .*, found speed"),
+        ("data = 3", "x.toml: data: expected a table, found int"),
+        ("[data]\nsides = 3", "x.toml: data: expected settings among .*, found sides"),
+        ("[data]\nname = 3", "x.toml: data.name: expected a text, found 3"),
+        ("[model]\ndepth = 3", "x.toml: model: expected settings among .*, found depth"),
+        ("[model]\nhidden = 'wide'", "hidden: expected a positive int, found wide"),
+        ("[model]\nimage_shape = [3, 8, 8]", "image_shape: expected (1, 8, 8), as the images have it, found (3, 8, 8)"),
+        ("[model]\nn_classes = 10", "n_classes: expected None, as the images have it, found 10"),
+        ("lr = 'fast'", "lr: expected a positive number, found fast"),
+        ("class_conditional = 1", "class_conditional: expected true or false, found 1"),
+        ("batch_size = 1.5", "batch_size: expected a positive whole number, found 1.5"),
+        ("max_steps = 'none'\nmax_epochs = 0", "max_epochs: expected a positive whole number, found 0"),
+        ("tensorboard = 'yes'", "tensorboard: expected true or false, found yes"),
+    ],
+)
+def test_train_from_a_file(place: Path, text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("x.toml").write_text(text)
+    refused(["train", "digits", "--config", "x.toml", "--out", "out"], message, capsys)
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
     ("out", "message"),
     [
         ("file", "out: expected a folder, found a file, 'file'"),
@@ -148,7 +203,7 @@ def test_train_out_that_cannot_be_written(
     [
         ([], "the following arguments are required: COMMAND (see pyglow-fast --help)"),
         (["fly"], "argument COMMAND: invalid choice: 'fly' .*"),
-        (["train"], "the following arguments are required: DATA, --out (see pyglow-fast train --help)"),
+        (["train"], "the following arguments are required: --out (see pyglow-fast train --help)"),
         (["sample"], "the following arguments are required: RUN, --out (see pyglow-fast sample --help)"),
         (["demo"], "the following arguments are required: --out (see pyglow-fast demo --help)"),
         (["demo", "--out", "out", "--minutes", "0"], "max_minutes: expected a positive number, found 0.0"),
@@ -190,7 +245,7 @@ def test_sample(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["mnist"], "data: expected 'digits' or 'folder:PATH', found 'mnist'"),
+        (["cifar"], f"data: expected {DATA_HELP}, found 'cifar'"),
         (["folder:empty"], "folder: expected a folder with images that Pillow reads, found none in 'empty'"),
         (["folder:good"], "data: expected n_bins 17, as the model was trained on, found 256"),
         (["digits", "--batch-size", "0"], "batch_size: expected a positive whole number, found 0"),
@@ -222,31 +277,32 @@ def test_reconstruct(trained: Path, place: Path, capsys: pytest.CaptureFixture[s
 
 
 def _edit_config(run: Path) -> None:
-    values = json.loads((run / "config.json").read_text())
-    values["model"]["hidden"] = 8
-    (run / "config.json").write_text(json.dumps(values))
+    path = run / "config.toml"
+    path.write_text(path.read_text().replace("hidden = 4", "hidden = 8"))
 
 
 def _foreign(run: Path) -> None:
-    save_file(load_file(run / "checkpoint.safetensors"), run / "checkpoint.safetensors")
+    for path in RunFolder(run).saved():
+        save_file(load_file(path), path)
 
 
 def _truncate(run: Path) -> None:
-    os.truncate(run / "checkpoint.safetensors", 1000)
+    for path in RunFolder(run).saved():
+        os.truncate(path, 1000)
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (_truncate, ".*checkpoint.safetensors: expected a complete safetensors file, found .*"),
-        (_foreign, ".*checkpoint.safetensors: expected a checkpoint of pyglow_fast, found another safetensors file"),
-        (lambda run: (run / "checkpoint.safetensors").unlink(), "run: expected a checkpoint .*, found none in .*"),
-        (lambda run: (run / "config.json").unlink(), "run: expected the folder of a run (with config.json), found .*"),
+        (_truncate, ".*step-0000020.safetensors: expected a complete safetensors file, found .*"),
+        (_foreign, ".*: expected a checkpoint of pyglow_fast, found another safetensors file"),
+        (lambda run: shutil.rmtree(run / "checkpoints"), "run: expected a checkpoint .*, found none in .*"),
+        (lambda run: (run / "config.toml").unlink(), "run: expected the folder of a run (with config.toml), found .*"),
         (
-            lambda run: (run / "config.json").write_text("{"),
-            ".*config.json: expected a configuration as JSON, found .*",
+            lambda run: (run / "config.toml").write_text("{"),
+            ".*config.toml: expected a configuration as TOML, found .*",
         ),
-        (_edit_config, ".*config.json: expected model.hidden = 4, as in checkpoint.safetensors, found 8"),
+        (_edit_config, ".*config.toml: expected model.hidden = 4, as in step-0000020.safetensors, found 8"),
     ],
 )
 @pytest.mark.parametrize(
@@ -279,7 +335,7 @@ def test_a_spoilt_run(
     [
         (["digits", "--lr", "0.5"], "lr: expected .*, as the run was started with, found 0.5"),
         (["digits", "--hidden", "8"], "hidden: expected 4, as the run was started with, found 8"),
-        (["digits", "--held-out", "0.3"], "held_out: expected 0.1, as the run was started with, found 0.3"),
+        (["digits", "--held-out", "0.3"], "held_out: expected None, as the run was started with, found 0.3"),
         (["digits", "--max-steps", "15"], "max_steps: expected more than the 20 steps done, found 15"),
         (["folder:x"], "data: expected 'digits', as the run was started with, found 'folder:x'"),
     ],

@@ -56,5 +56,5 @@ def tiny_images(monkeypatch: pytest.MonkeyPatch) -> ImageSet:
     ramp = torch.arange(4).expand(40, 1, 4, 4)
     levels = (ramp + torch.randint(2, (40, 1, 4, 4), generator=generator)).to(torch.uint8)
     data = ImageSet("tiny", levels, 5, torch.arange(40) % 2, ("even", "odd"))
-    monkeypatch.setattr("pyglow_fast.train.loop.load_data", lambda config: data)
+    monkeypatch.setattr("pyglow_fast.train.runs.load_data", lambda config: data)
     return data

@@ -36,13 +36,13 @@ MODEL: dict[str, Any] = {"image_shape": (1, 4, 4), "n_levels": 1, "n_steps": 2, 
 
 
 def assert_same_checkpoint(actual: Checkpoint, expected: Checkpoint) -> None:
-    for part in ("model", "optimizer", "generators"):
+    for part in ("model", "ema", "optimizer", "rank"):
         found, wanted = getattr(actual, part), getattr(expected, part)
         assert set(found) == set(wanted)
         for name, tensor in wanted.items():
             assert found[name].dtype == tensor.dtype
             assert torch.equal(found[name], tensor), f"{part}.{name}"
-    for part in ("config", "progress", "data", "optimizer_groups"):
+    for part in ("config", "progress", "data", "optimizer_groups", "written_by"):
         assert getattr(actual, part) == getattr(expected, part)
 
 
@@ -51,7 +51,8 @@ def test_round_trip(state: TrainState, tmp_path: Path) -> None:
     saved.save(tmp_path / "x.safetensors")
     assert_same_checkpoint(Checkpoint.load(tmp_path / "x.safetensors"), saved)
     assert {name.partition(".")[0] for name in saved.optimizer} == {"step", "exp_avg", "exp_avg_sq"}
-    assert saved.generators.keys() == {"torch", "noise.cpu"}
+    assert saved.rank.keys() == {"0.torch", "0.levels.0.steps._extra_state"}
+    assert saved.ema.keys() == dict(state.model.named_parameters()).keys()
 
 
 def test_the_file_is_safetensors_with_a_json_header(state: TrainState, tmp_path: Path) -> None:
@@ -143,7 +144,7 @@ def test_foreign_files(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, path, {"pyglow_fast": "{"})
     with pytest.raises(ValueError, match="expected a JSON header, found"):
         Checkpoint.load(path)
-    save_file({"weight": torch.zeros(2)}, path, {"pyglow_fast": '{"format": 1}'})
+    save_file({"weight": torch.zeros(2)}, path, {"pyglow_fast": '{"format": 2}'})
     with pytest.raises(ValueError, match=r"expected a header with \['config', .*, found \['format'\]"):
         Checkpoint.load(path)
 
@@ -173,7 +174,11 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda header: header.update(format=2), r"expected format 1 \(a newer pyglow_fast may be needed\), found 2"),
+        (
+            lambda header: header.update(format=3),
+            r"expected format 2 \(another version of pyglow_fast wrote it\), found 3",
+        ),
+        (lambda header: header.update(digest="0"), "expected tensors with the digest that they were saved with"),
         (lambda header: header.update(config={"speed": 1}), "config: expected known keys, found speed"),
         (lambda header: header["config"]["model"].update(hidden="x"), "hidden: expected a positive int, found x"),
         (lambda header: header["config"]["model"].update(image_shape=5), "image_shape: expected .*, found 5"),
@@ -229,7 +234,9 @@ def test_weights_that_do_not_fit_change_nothing(
             "mean_log_sd of shape",
         ),
         (lambda c: c.optimizer_groups.append({}), "expected 1 optimizer groups, found 2"),
-        (lambda c: c.generators.pop("torch"), "expected the state of torch's generator"),
+        (lambda c: c.rank.pop("0.torch"), "expected the state of torch's generator"),
+        (lambda c: c.rank.update({"x.torch": torch.zeros(1)}), "expected values of numbered ranks, found 'x.torch'"),
+        (lambda c: c.ema.pop("prior.mean_log_sd"), "expected an average of every weight"),
         (lambda c: c.progress.pop("step"), "expected progress with"),
     ],
 )

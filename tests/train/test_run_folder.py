@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from pyglow_fast import GlowConfig
 from pyglow_fast.data import ImageSet
@@ -23,9 +24,9 @@ def run(tiny_config: Callable[..., TrainConfig], tiny_images: ImageSet, tmp_path
 
 
 def edit_config(run: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    values = json.loads((run / "config.json").read_text())
+    values = tomllib.loads((run / "config.toml").read_text())
     change(values)
-    (run / "config.json").write_text(json.dumps(values))
+    (run / "config.toml").write_text(tomli_w.dumps(values))
 
 
 def test_last_and_best(run: Path) -> None:
@@ -37,18 +38,18 @@ def test_last_and_best(run: Path) -> None:
 def test_not_a_run(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"run: expected the folder of a run, found '.*none', which does not exist"):
         RunFolder(tmp_path / "none").load()
-    with pytest.raises(ValueError, match=r"run: expected the folder of a run, found '.*config.json', a file"):
-        RunFolder(run / "config.json").load()
-    with pytest.raises(ValueError, match=r"run: expected the folder of a run \(with config.json\), found"):
+    with pytest.raises(ValueError, match=r"run: expected the folder of a run, found '.*config.toml', a file"):
+        RunFolder(run / "config.toml").load()
+    with pytest.raises(ValueError, match=r"run: expected the folder of a run \(with config.toml\), found"):
         RunFolder(tmp_path).load()
-    (run / "checkpoint.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"run: expected a checkpoint checkpoint.safetensors, found none in"):
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(ValueError, match=r"run: expected a checkpoint in checkpoints/, found none in"):
         RunFolder(run).load()
 
 
 def test_a_broken_configuration(run: Path) -> None:
-    (run / "config.json").write_text("{ half")
-    with pytest.raises(ValueError, match=r"config.json: expected a configuration as JSON, found"):
+    (run / "config.toml").write_text("{ half")
+    with pytest.raises(ValueError, match=r"config.toml: expected a configuration as TOML, found"):
         RunFolder(run).load()
 
 
@@ -56,13 +57,13 @@ def test_configuration_and_weights_of_different_runs(
     run: Path, tiny_config: Callable[..., TrainConfig], tiny_images: ImageSet, tmp_path: Path
 ) -> None:
     edit_config(run, lambda values: values["model"].update(hidden=8))
-    with pytest.raises(ValueError, match=r"config.json: expected model.hidden = 4, as in checkpoint.*, found 8"):
+    with pytest.raises(ValueError, match=r"config.toml: expected model.hidden = 4, as in step-0000002.*, found 8"):
         RunFolder(run).load()
     other = GlowConfig(image_shape=(1, 4, 4), n_levels=1, n_steps=2, hidden=8)
     start(tiny_config(max_steps=1, model=other), str(tmp_path / "other"), data=tiny_images).execute(quiet=True)
-    shutil.copy(tmp_path / "other" / "checkpoint.safetensors", run / "checkpoint.safetensors")
+    shutil.copy(RunFolder(tmp_path / "other").checkpoint, RunFolder(run).checkpoint)
     edit_config(run, lambda values: values["model"].update(hidden=4))
-    with pytest.raises(ValueError, match=r"expected model.hidden = 8, as in checkpoint.safetensors, found 4"):
+    with pytest.raises(ValueError, match=r"expected model.hidden = 8, as in step-0000002.safetensors, found 4"):
         RunFolder(run).load()
 
 
@@ -125,6 +126,6 @@ def test_a_new_limit_replaces_the_former_ones(
 
 def test_resume_refuses_other_images(run: Path, tiny_images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
     fewer = tiny_images.subset(range(36))
-    monkeypatch.setattr("pyglow_fast.train.loop.load_data", lambda config: fewer)
+    monkeypatch.setattr("pyglow_fast.train.runs.load_data", lambda config: fewer)
     with pytest.raises(ValueError, match="data: expected the images that the run was started with"):
         resume(str(run))

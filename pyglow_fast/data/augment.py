@@ -1,0 +1,57 @@
+"""What training sees of an image: a window of it, perhaps mirrored, drawn from one key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyglow_fast._errors import expect
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How a training view is cut from a stored image; without a key the view is the central window as it is.
+
+    Args:
+        crop_margin: the stored sides are so many pixels longer than what the model sees; a random window is drawn.
+        flip: mirror left and right with probability 1/2.
+
+    Raises:
+        ValueError: a negative margin.
+    """
+
+    crop_margin: int = 0
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.crop_margin, int) and self.crop_margin >= 0
+        expect(whole, "crop_margin", "a whole number, 0 or more", self.crop_margin)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every view is the stored image itself."""
+        return self.crop_margin == 0 and not self.flip
+
+    def central(self, images: Tensor) -> Tensor:
+        """The central windows of images (..., H + margin, W + margin), as a view (..., H, W)."""
+        before, margin = self.crop_margin // 2, self.crop_margin
+        height, width = images.shape[-2] - margin, images.shape[-1] - margin
+        return images.narrow(-2, before, height).narrow(-1, before, width)
+
+    def view(self, image: Tensor, key: int | None) -> Tensor:
+        """One view of an image (C, H + margin, W + margin) as (C, H, W).
+
+        Args:
+            image: as it is stored.
+            key: 0..2^63-1; the view is a function of the image and this number alone. None: the central window.
+        """
+        if key is None or self.is_plain:
+            return self.central(image)
+        # The window is drawn with or without a margin, so that the flip does not depend on whether there is one.
+        draw = torch.randint(1 << 30, (3,), generator=torch.Generator().manual_seed(key)).tolist()
+        margin = self.crop_margin
+        top, left = draw[0] % (margin + 1), draw[1] % (margin + 1)
+        window = image[:, top : top + image.shape[1] - margin, left : left + image.shape[2] - margin]
+        return window.flip(-1) if self.flip and draw[2] % 2 else window

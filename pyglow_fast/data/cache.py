@@ -1,0 +1,25 @@
+"""Where fetched data sets are kept."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pyglow_fast._errors import expect
+
+
+def data_folder() -> Path:
+    """$PYGLOW_DATA, or ~/.cache/pyglow_fast; one subfolder a data set."""
+    chosen = os.environ.get("PYGLOW_DATA")
+    return Path(chosen) if chosen else Path.home() / ".cache" / "pyglow_fast"
+
+
+def cached(name: str) -> Path:
+    """The folder of a data set that was fetched.
+
+    Raises:
+        ValueError: it was not; the message says how to get it.
+    """
+    folder = data_folder() / name
+    expect(folder.is_dir(), name, f"its files in {str(folder)!r} (run: pyglow-fast data {name}) or {name}:PATH", "none")
+    return folder

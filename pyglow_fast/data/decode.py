@@ -1,0 +1,119 @@
+"""One image file or string of bytes to pixels, with Pillow; whatever is wrong with it is an UnreadableImageError."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pyglow_fast.data._optional import optional
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# Not pixels: Pillow would start Ghostscript for EPS and the system's renderer for WMF, and cannot decode the rest.
+_NOT_READ = frozenset({"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"})
+
+
+class UnreadableImageError(ValueError):
+    """One image cannot be decoded, or is too small; the message names its file."""
+
+
+def _formats() -> list[str]:
+    """Pillow's names of the formats that are read."""
+    pil = optional("PIL.Image", "image files")
+    pil.init()
+    return [kind for kind in pil.ID if kind in pil.OPEN and kind not in _NOT_READ]
+
+
+def find_images(root: Path) -> list[Path]:
+    """Every file below ``root`` whose ending is one that Pillow reads, sorted; hidden files and folders are skipped."""
+    pil = optional("PIL.Image", "image files")
+    formats = _formats()
+    endings = {ending for ending, kind in pil.registered_extensions().items() if kind in formats}
+    found = []
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        visible = (Path(folder, name) for name in files if not name.startswith("."))
+        found += [path for path in visible if path.suffix.lower() in endings]
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _eight_bit(image: Image) -> Image:
+    """The image with 8 bits a sample; transparency is laid on white."""
+    pil = optional("PIL.Image", "image files")
+    if image.mode.startswith("I;16"):
+        # A plain conversion would clip everything above 255 rather than scale it.
+        wide = optional("numpy", "image files").asarray(image)
+        return pil.fromarray((wide >> 8).astype("uint8"))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"{image.mode!r} samples (32 bits), which have no fixed range")
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = pil.new("RGBA", image.size, "white")
+        return pil.alpha_composite(white, image).convert("RGB")
+    return image
+
+
+def plain(image: Image, gray: bool) -> Image:
+    """A Pillow image as "L" or "RGB": turned upright by its EXIF tag, 8 bits, transparency laid on white."""
+    ops = optional("PIL.ImageOps", "image files")
+    return _eight_bit(ops.exif_transpose(image)).convert("L" if gray else "RGB")
+
+
+def decode(source: Path | bytes, where: str, gray: bool) -> Image:
+    """An encoded image as a :func:`plain` Pillow image.
+
+    Args:
+        source: a file, or its contents.
+        where: what messages call it.
+        gray: "L" rather than "RGB".
+
+    Raises:
+        UnreadableImageError: Pillow cannot decode it.
+    """
+    pil = optional("PIL.Image", "image files")
+    try:
+        with pil.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()) as opened:
+            opened.load()
+            return plain(opened, gray)
+    except Exception as error:  # decoders raise many kinds: OSError, SyntaxError, struct.error, Pillow's bomb error
+        raise UnreadableImageError(f"{where}: expected an image that Pillow can decode, found {error}") from error
+
+
+def to_square(image: Image, size: int, where: str) -> Image:
+    """The centred square of an image, scaled down to ``size``.
+
+    Raises:
+        UnreadableImageError: a side is shorter than ``size``.
+    """
+    if min(image.size) < size:
+        found = "{}x{}".format(*image.size)
+        raise UnreadableImageError(f"{where}: expected an image of at least {size}x{size}, found {found}")
+    if image.size == (size, size):
+        return image
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    # Cropped first: a resize of a region would let its surroundings bleed in.
+    square = image.crop((left, top, left + side, top + side))
+    return square.resize((size, size), optional("PIL.Image", "image files").Resampling.LANCZOS)
+
+
+def pixels(image: Image) -> Tensor:
+    """An "L" or "RGB" image as uint8 (C, H, W)."""
+    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return flat.reshape(image.height, image.width, -1).permute(2, 0, 1).contiguous()
+
+
+def read_image(source: Path | bytes, size: int, gray: bool, where: str | None = None) -> Tensor:
+    """A file, or its contents, as uint8 (C, size, size): upright, its centred square, scaled down.
+
+    Raises:
+        UnreadableImageError: it cannot be decoded, or is smaller than ``size``; the message names it.
+    """
+    name = str(source) if where is None else where
+    return pixels(to_square(decode(source, name, gray), size, name))

@@ -1,0 +1,287 @@
+"""Images that are read when they are asked for, and how such a set is brought into memory where it fits."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pyglow_fast._errors import expect
+from pyglow_fast.data.augment import Augmentation
+from pyglow_fast.data.decode import UnreadableImageError, read_image
+from pyglow_fast.data.image_set import Images, ImageSet, check_labels, hash_parts
+from pyglow_fast.data.prepare import Preparation, check_on_unreadable
+
+MEMORY_LIMIT = 1 << 30  # bytes of levels up to which a set is kept in memory unless told otherwise
+
+
+class Reader(Protocol):
+    """Where the images of a LazyImages come from; it goes to worker processes, so it can be pickled."""
+
+    @property
+    def parallel(self) -> bool:
+        """Whether several threads may read at once."""
+
+    def __len__(self) -> int:
+        """The number of images."""
+
+    def read(self, index: int) -> Tensor:
+        """One image, uint8 (C, H, W) with 8-bit values.
+
+        Raises:
+            UnreadableImageError: it cannot be read.
+        """
+
+
+@dataclass(frozen=True)
+class FileReader:
+    """Image files below a folder, brought to one size.
+
+    Args:
+        root: the folder.
+        names: relative to it, one an image.
+        side: of the square that each is scaled to.
+        gray: one channel.
+    """
+
+    root: Path
+    names: Sequence[str]
+    side: int
+    gray: bool
+    parallel: bool = True  # decoding releases the GIL
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, index: int) -> Tensor:
+        """One file as uint8 (C, side, side)."""
+        return read_image(self.root / self.names[index], self.side, self.gray)
+
+    def identity(self) -> str:
+        """A digest of the names and sizes of all files.
+
+        Raises:
+            ValueError: a file is not there.
+        """
+        digest = hashlib.sha256()
+        for name in self.names:
+            try:
+                size = os.stat(self.root / name).st_size
+            except OSError as error:
+                raise ValueError(f"{self.root / name}: expected an image file, found {error.strerror}") from error
+            digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class LazyImages(Images):
+    """Images that are read each time they are asked for.
+
+    Args:
+        name: what the user calls it.
+        reader: gives 8-bit images of ``stored_shape``.
+        stored_shape: (C, H, W) of an image as the reader gives it, the margin included.
+        n_bins: number of levels, a power of two up to 256: the lower bits of the samples are dropped.
+        identity: a digest that changes when the images do; see :meth:`fingerprint`.
+        labels: int64 (N,), or None.
+        class_names: one per class.
+        groups: one key an image, or empty.
+        official: the source's own split as indices (train, test), or None.
+        augmentation: what training sees of them.
+        on_unreadable: what :meth:`batch` does about an image that cannot be read: "raise", or "skip" to the next.
+        positions: int64 (N,), which of the reader's images these are; None: all.
+
+    Raises:
+        ValueError: labels or groups that do not fit, or no images.
+    """
+
+    name: str
+    reader: Reader
+    stored_shape: tuple[int, int, int]
+    n_bins: int
+    identity: str
+    labels: Tensor | None = None
+    class_names: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+    official: tuple[Tensor, Tensor] | None = None
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    on_unreadable: str = "raise"
+    positions: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        check_on_unreadable(self.on_unreadable)
+        count = len(self)
+        expect(count > 0, "data", "at least one image", f"none in {self.name}")
+        expect(not self.groups or len(self.groups) == count, "groups", f"{count} keys", len(self.groups))
+        check_labels(self.labels, self.class_names, count)
+
+    def __len__(self) -> int:
+        return len(self.reader) if self.positions is None else len(self.positions)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) as the model sees it."""
+        channels, height, width = self.stored_shape
+        return channels, height - self.augmentation.crop_margin, width - self.augmentation.crop_margin
+
+    def subset(self, indices: Tensor | Sequence[int]) -> LazyImages:
+        """The images at ``indices``, in that order; they have no split of their own."""
+        index = torch.as_tensor(indices, dtype=torch.int64)
+        labels = None if self.labels is None else self.labels[index]
+        groups = tuple(self.groups[i] for i in index.tolist()) if self.groups else ()
+        positions = index if self.positions is None else self.positions[index]
+        return replace(self, labels=labels, groups=groups, official=None, positions=positions)
+
+    def stored(self, index: int) -> Tensor:
+        """The levels of one image with its margin, uint8 (C, H + margin, W + margin)."""
+        position = index if self.positions is None else int(self.positions[index])
+        return self.reader.read(position) >> (9 - self.n_bins.bit_length())
+
+    def item(self, index: int, key: int | None = None) -> Tensor:
+        """One image as uint8 (C, H, W); see :meth:`Images.item`."""
+        return self.augmentation.view(self.stored(index), key)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(levels uint8 (n, C, H, W), labels (n,) or None) at ``indices``, read one after the other.
+
+        Raises:
+            UnreadableImageError: an image cannot be read and on_unreadable is "raise"; with "skip" the next one that
+                can be read is in its place, and its label.
+        """
+        found = [readable(self, index, None, self.on_unreadable) for index in indices.tolist()]
+        used = torch.tensor([at for _, at in found], dtype=torch.int64)
+        return torch.stack([image for image, _ in found]), None if self.labels is None else self.labels[used]
+
+    def fingerprint(self) -> str:
+        """A digest of ``identity`` (for files their relative names and sizes, not their contents) and all settings."""
+        facts = f"{self.stored_shape} {self.n_bins} {self.class_names} {self.identity}"
+        digest = hashlib.sha256(facts.encode("utf-8", "surrogateescape"))
+        if self.positions is not None:
+            digest.update(self.positions.contiguous().numpy().data)
+        hash_parts(digest, self)
+        return digest.hexdigest()[:32]
+
+
+def readable(data: Images, index: int, key: int | None, on_unreadable: str) -> tuple[Tensor, int]:
+    """The view of image ``index``, or with "skip" of the next one that can be read, and the index it has.
+
+    Raises:
+        UnreadableImageError: it cannot be read and on_unreadable is "raise".
+        ValueError: with "skip", none can.
+    """
+    try:
+        return data.item(index, key), index
+    except UnreadableImageError as error:
+        if on_unreadable == "raise":
+            raise
+        first = error
+    for step in range(1, len(data)):
+        other = (index + step) % len(data)
+        try:
+            return data.item(other, key), other
+        except UnreadableImageError:
+            continue
+    raise ValueError(f"data: expected at least one image that can be read in {data.name}, found none: {first}")
+
+
+def kept(data: LazyImages, in_memory: bool | None) -> Images:
+    """The set itself, or with all its images in memory.
+
+    Args:
+        data: the images.
+        in_memory: whether to read them now; None: if their levels take at most MEMORY_LIMIT bytes.
+
+    Raises:
+        UnreadableImageError: an image cannot be read and data.on_unreadable is "raise".
+        ValueError: none can be read.
+    """
+    channels, height, width = data.stored_shape
+    small = len(data) * channels * height * width <= MEMORY_LIMIT
+    if not (small if in_memory is None else in_memory):
+        return data
+    levels = torch.empty((len(data), *data.stored_shape), dtype=torch.uint8)
+
+    def read(index: int) -> str | None:
+        try:
+            levels[index] = data.stored(index)
+        except UnreadableImageError as error:
+            if data.on_unreadable == "raise":
+                raise
+            return str(error)
+        return None
+
+    threads = min(4, os.cpu_count() or 1) if data.reader.parallel else 1
+    with ThreadPoolExecutor(threads) as pool:
+        errors = list(_ordered(pool, read, len(data)))
+    return _without_errors(data, levels, errors)
+
+
+def _ordered(pool: ThreadPoolExecutor, read: Callable[[int], str | None], count: int) -> Iterable[str | None]:
+    """What ``read`` gives for 0..count-1; handed out in blocks, so that an error ends the reading soon."""
+    for start in range(0, count, 1024):
+        yield from pool.map(read, range(start, min(count, start + 1024)))
+
+
+def _without_errors(data: LazyImages, levels: Tensor, errors: list[str | None]) -> ImageSet:
+    """The images that could be read, with one warning about the rest."""
+    bad = [error for error in errors if error is not None]
+    expect(len(bad) < len(data), "data", f"at least one image that can be read in {data.name}", f"none: {bad[:1]}")
+    labels, groups, official = data.labels, data.groups, data.official
+    if bad:
+        good = torch.tensor([error is None for error in errors])
+        levels, labels = levels[good], None if labels is None else labels[good]
+        groups = tuple(group for group, error in zip(groups, errors, strict=False) if error is None)
+        if official is not None:
+            moved = good.cumsum(0) - 1
+            official = (moved[official[0][good[official[0]]]], moved[official[1][good[official[1]]]])
+            empty = min(len(side) for side in official) == 0
+            expect(not empty, "data", f"images that can be read in both splits of {data.name}", f"none: {bad[0]}")
+        text = f"{len(bad)} of {len(data)} images of {data.name} could not be read and were left out; the first: "
+        warnings.warn(text + bad[0], stacklevel=2)
+    return ImageSet(data.name, levels, data.n_bins, labels, data.class_names, groups, official, data.augmentation)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a source says of its images before any is read; the fields are those of :class:`Images`."""
+
+    labels: Tensor | None = None
+    class_names: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+    official: tuple[Tensor, Tensor] | None = None
+
+
+def from_files(name: str, root: Path, names: Sequence[str], preparation: Preparation, listing: Listing) -> Images:
+    """The image files ``names`` below ``root`` as ``preparation`` says, read now or later.
+
+    Raises:
+        ValueError: a file is not there; or, where they are read now, cannot be read.
+    """
+    reader = FileReader(root, names, preparation.stored_side, preparation.gray)
+    return from_reader(name, reader, reader.identity(), preparation, listing)
+
+
+def from_reader(name: str, reader: Reader, identity: str, preparation: Preparation, listing: Listing) -> Images:
+    """The images of a reader that gives preparation.stored_shape; see :func:`from_files`."""
+    lazy = LazyImages(
+        name,
+        reader,
+        preparation.stored_shape,
+        preparation.n_bins,
+        identity,
+        listing.labels,
+        listing.class_names,
+        listing.groups,
+        listing.official,
+        preparation.augmentation,
+        preparation.on_unreadable,
+    )
+    return kept(lazy, preparation.in_memory)

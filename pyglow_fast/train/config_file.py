@@ -1,0 +1,81 @@
+"""A run's configuration as a file: TOML, which is what run folders hold, or YAML or JSON.
+
+The tables are those of TrainConfig: its own fields on top, ``[data]`` and ``[model]``. TOML knows no null, so that
+fields which may be None say ``"none"``.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pyglow_fast._errors import expect
+from pyglow_fast.data import optional
+from pyglow_fast.train.config import OPTIONAL, TrainConfig
+
+SUFFIXES = (".toml", ".yaml", ".yml", ".json")
+
+
+def to_toml(config: TrainConfig) -> str:
+    """Every field of ``config``; :func:`read_config` and TrainConfig.from_dict read it back.
+
+    Raises:
+        MissingExtraError: tomli-w is not installed.
+    """
+    values = _without_nulls(config.to_dict())
+    plain = {name: value for name, value in values.items() if not isinstance(value, dict)}
+    tables = {name: value for name, value in values.items() if isinstance(value, dict)}
+    text: str = optional("tomli_w", "configuration files").dumps(plain | tables)
+    return text
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The tables of a file, as they are written there; which fields they may have is TrainConfig's business.
+
+    Raises:
+        ValueError: no such file, another kind of file, or one that cannot be parsed; the message names it.
+        MissingExtraError: a YAML file, and PyYAML is not installed.
+    """
+    name = str(path)
+    expect(path.suffix in SUFFIXES, "config", f"a file ending in one of {', '.join(SUFFIXES)}", repr(name))
+    expect(path.is_file(), "config", "an existing file", repr(name))
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".toml":
+            values: Any = tomllib.loads(text)
+        elif path.suffix == ".json":
+            values = json.loads(text)
+        else:
+            yaml = optional("yaml", "YAML files")
+            try:
+                values = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise ValueError(" ".join(str(error).split())) from error
+    except OSError as error:
+        raise ValueError(f"{name}: expected a file that can be read, found {error}") from error
+    except ValueError as error:  # of each parser, and of text that is not UTF-8
+        raise ValueError(f"{name}: expected a configuration as {path.suffix[1:].upper()}, found {error}") from error
+    expect(isinstance(values, Mapping), name, "tables of settings", type(values).__name__)
+    return _nulls(values)
+
+
+def _nulls(values: Mapping[str, Any]) -> dict[str, Any]:
+    """With None for the "none" of the fields that may be None."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found[name] = _nulls(value)
+        else:
+            found[name] = None if name in OPTIONAL and value == "none" else value
+    return found
+
+
+def _without_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of :func:`_nulls`."""
+    return {
+        name: _without_nulls(value) if isinstance(value, Mapping) else "none" if value is None else value
+        for name, value in values.items()
+    }

@@ -1,0 +1,93 @@
+"""The images of the steps: which, in which order, on which rank, read ahead by worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyglow_fast.data import Batch, Images, ImageSet, batches
+from pyglow_fast.likelihood import dequantize
+from pyglow_fast.train.config import TrainConfig
+from pyglow_fast.train.ranks import Ranks
+from pyglow_fast.train.seeds import batch_indices, derive, keyed_noise
+
+WORKERS = 2  # that read images from files, where a run does not say how many
+
+
+def n_workers(config: TrainConfig, data: Images) -> int:
+    """Processes that read ``data``: none for what is in memory, unless the configuration says otherwise."""
+    if config.workers is not None:
+        return config.workers
+    return 0 if isinstance(data, ImageSet) else WORKERS
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one backward sees: x (n, C, H, W) dequantised on the device, labels, and images that could not be read."""
+
+    x: Tensor
+    labels: Tensor | None
+    unreadable: int
+
+
+class Feed:
+    """Batches of a run from step ``first`` on; everything about them is a function of seed, step and index.
+
+    A batch is cut into ``accumulate`` parts, one after the other, and each of these among the ranks: another number of
+    ranks or of workers sees the same images with the same noise.
+
+    Args:
+        config: of the run.
+        data: the training images.
+        first: step of the first batch.
+        ranks: who takes part.
+        device: where x goes.
+    """
+
+    def __init__(self, config: TrainConfig, data: Images, first: int, ranks: Ranks, device: torch.device) -> None:
+        self.config, self.data, self.ranks, self.device = config, data, ranks, device
+        self.step = first
+        self._batches: Iterator[Batch] = batches(
+            data, self._plan(first), n_workers(config, data), config.data.on_unreadable, device.type == "cuda"
+        )
+
+    def _parts(self, step: int) -> list[tuple[int, list[int]]]:
+        """(epoch, indices) of this rank's parts of a step."""
+        config, n = self.config, len(self.data)
+        indices = batch_indices(config.seed, step, n, config.batch_size)
+        epoch = step // (n // config.batch_size)
+        return [(epoch, self.ranks.share(part).tolist()) for part in indices.chunk(config.accumulate)]
+
+    def _plan(self, step: int) -> Iterator[list[tuple[int, int | None]]]:
+        seed = self.config.seed
+        while True:
+            for epoch, part in self._parts(step):
+                yield [(index, derive(seed, "augment", epoch, index)) for index in part]
+            step += 1
+
+    def __next__(self) -> list[Part]:
+        """The parts of the next step.
+
+        Raises:
+            ValueError: an image cannot be read (and is not to be left out); the message names it.
+        """
+        found = []
+        for epoch, indices in self._parts(self.step):
+            batch = next(self._batches)
+            keys = [derive(self.config.seed, "noise", epoch, index) for index in indices]
+            found.append(Part(noisy(batch.levels, keys, self.data.n_bins, self.device), batch.labels, batch.unreadable))
+        self.step += 1
+        return found
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._batches.close()  # type: ignore[attr-defined]
+
+
+def noisy(levels: Tensor, keys: list[int], n_bins: int, device: torch.device) -> Tensor:
+    """x of ``levels``, each image with the noise of its key."""
+    levels = levels.to(device, non_blocking=True)
+    return dequantize(levels, n_bins, noise=keyed_noise(keys, levels.shape[1:], device))

@@ -1,0 +1,258 @@
+"""Training a Glow with Lightning's Trainer: ``from pyglow_fast.train.lightning import GlowModule``.
+
+Nothing else of the package imports this module: the library comes with the extra ``lightning``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyglow_fast._errors import expect
+from pyglow_fast.data import MissingExtraError
+from pyglow_fast.models import Glow, GlowConfig
+from pyglow_fast.train.ema import Ema
+from pyglow_fast.train.optim import OPTIMIZERS, learning_rate, make_optimizer
+from pyglow_fast.train.seeds import derive
+from pyglow_fast.train.state import TrainingDivergedError
+
+try:
+    from lightning import LightningModule
+except ImportError as error:
+    raise MissingExtraError(
+        f'lightning is needed for GlowModule and cannot be imported ({error}): pip install "pyglow-fast[lightning]"'
+    ) from error
+
+EMA_KEY = "ema"  # of the averaged weights in a checkpoint
+
+
+def _glow(model: Glow | GlowConfig | Mapping[str, Any]) -> Glow:
+    """The model itself, a new one, or one like that of a checkpoint."""
+    if isinstance(model, Mapping):
+        config = GlowConfig.from_dict(model["config"])
+        return Glow(config, memory=model["memory"], precision=model["precision"])
+    expect(isinstance(model, Glow | GlowConfig), "model", "a Glow or a GlowConfig", type(model).__name__)
+    return Glow(model) if isinstance(model, GlowConfig) else model
+
+
+def _labelled(batch: Any) -> tuple[Tensor, Tensor | None]:
+    """Levels, and labels where the batch has them."""
+    if isinstance(batch, Tensor):
+        return batch, None
+    pair = isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)
+    expect(pair, "batch", "levels (N, C, H, W), or levels and labels (N,)", type(batch).__name__)
+    return batch[0], batch[1]
+
+
+class GlowModule(LightningModule):
+    """loss = mean bits/dim = mean(-log p(x) / (D ln 2)) + log2(n_bins), x = (level + u) / n_bins - 0.5.
+
+    The first training batch initialises the actnorms, that of all ranks together (an evaluation before it, such as
+    the Trainer's sanity check, takes the model as it is and initialises nothing). The noise u of a training batch is a
+    function of seed, update, batch and rank, so that a resumed run goes on as the uninterrupted one would; that of an
+    evaluation is the same every time. Logged, in bits/dim: ``train_bpd`` of each batch; ``val_bpd`` and ``test_bpd``
+    over all evaluated images of all ranks, with the standard errors of these means over the images, ``val_bpd_se`` and
+    ``test_bpd_se``. Of several loaders each name ends in /dataloader_idx_0, and so on.
+
+    Batches are integer levels (N, C, *spatial) in 0..n_bins-1, or (levels, labels (N,)); a model without classes takes
+    no notice of labels. Under DDP every rank has a model of its own; sharded ones (FSDP) are to be initialised before.
+
+    Args:
+        model: a Glow, or the configuration of a new one (memory mode "reversible").
+        n_bins: number of levels.
+        optimizer: "adam", "adamw" or "adamax".
+        lr: learning rate after warm-up.
+        warmup_steps: updates over which the learning rate rises.
+        decay_steps: the update at which the rate has fallen to a hundredth, along half a cosine; None: it stays.
+        weight_decay: of "adamw".
+        ema_decay: of the exponential moving average of the weights that evaluations use; None for none.
+        seed: of the dequantisation noise.
+
+    Checkpoints hold tensors and plain data alone (``weights_only=True`` loads them), the averaged weights under "ema".
+    ``GlowModule.load_from_checkpoint(path)`` makes the model again, with its configuration, memory mode and precision;
+    other options come with ``model=Glow(config, ...)``.
+
+    Raises:
+        ValueError: an argument out of its range, or a batch that the model refuses, each named; a checkpoint without
+            the averaged weights that it is to go on with.
+        TrainingDivergedError: the loss of a training batch is NaN or inf; nothing is updated with it.
+    """
+
+    def __init__(
+        self,
+        model: Glow | GlowConfig | Mapping[str, Any],
+        n_bins: int = 256,
+        optimizer: str = "adamax",
+        lr: float = 1e-3,
+        warmup_steps: int = 0,
+        decay_steps: int | None = None,
+        weight_decay: float = 0.0,
+        ema_decay: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.model = _glow(model)
+        config = self.model.config
+        expect(self.model.memory != "frozen", "model", "a model that can be trained", "a frozen one")
+        expect(config.cond_channels == 0, "model", "a model with cond_channels=0", config.cond_channels)
+        expect(type(n_bins) is int and 2 <= n_bins <= 65536, "n_bins", "an int in 2..65536", n_bins)
+        expect(optimizer in OPTIMIZERS, "optimizer", f"one of {OPTIMIZERS}", repr(optimizer))
+        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+            is_number = isinstance(value, int | float) and math.isfinite(value)
+            expect(is_number and value >= 0 and (name != "lr" or value > 0), name, "a positive number", value)
+        expect(weight_decay == 0 or optimizer == "adamw", "weight_decay", f"0 for {optimizer}", weight_decay)
+        expect(type(warmup_steps) is int and warmup_steps >= 0, "warmup_steps", "an int, 0 or more", warmup_steps)
+        ends = decay_steps is None or (type(decay_steps) is int and decay_steps > warmup_steps)
+        expect(ends, "decay_steps", f"None or an int above warmup_steps={warmup_steps}", decay_steps)
+        expect(ema_decay is None or 0 < ema_decay < 1, "ema_decay", "None or a number between 0 and 1", ema_decay)
+        expect(type(seed) is int, "seed", "an int", repr(seed))
+        options = {
+            "n_bins": n_bins,
+            "optimizer": optimizer,
+            "lr": lr,
+            "warmup_steps": warmup_steps,
+            "decay_steps": decay_steps,
+            "weight_decay": weight_decay,
+            "ema_decay": ema_decay,
+            "seed": seed,
+        }
+        # As plain data, which a checkpoint may hold, and from which it makes the module again.
+        plain = {"config": config.to_dict(), "memory": self.model.memory, "precision": self.model.precision}
+        self.save_hyperparameters({"model": plain, **options})
+        self.n_bins, self.seed = n_bins, seed
+        self.ema = None if ema_decay is None else Ema(self.model, ema_decay)
+        self._sums: Tensor | None = None  # of the evaluation that goes on, see _begin
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GlowModule:
+        """The averaged weights go where the model goes."""
+        super()._apply(fn, recurse)
+        if self.ema is not None:
+            moved = {name: fn(value) for name, value in self.ema.average.items()}
+            self.ema = Ema(self.model, self.ema.decay)
+            self.ema.load(moved)
+        return self
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the model has the averaged weights, where there are some: ``module.model.sample(...)``."""
+        return contextlib.nullcontext() if self.ema is None else self.ema.applied()
+
+    def forward(self, levels: Tensor, labels: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """Bits/dim of levels (N, C, *spatial), with fresh noise; (N,)."""
+        y = labels if self.model.config.n_classes is not None else None
+        return self.model.bits_per_dim(levels, self.n_bins, y=y, generator=generator)
+
+    def _noise(self, levels: Tensor, *names: str | int) -> torch.Generator:
+        """The source of a batch's noise, on the images' device: it need not be copied there."""
+        generator = torch.Generator(levels.device)
+        return generator.manual_seed(derive(self.seed, *names, self.global_rank))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The loss, bits/dim."""
+        levels, labels = _labelled(batch)
+        fresh = not self.model.is_initialized
+        bits = self(levels, labels, self._noise(levels, "training", self.global_step, batch_idx))
+        if fresh and self.ema is not None:
+            self.ema.restart()  # what the weights were before they saw data is no part of the average
+        loss: Tensor = bits.mean()
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise TrainingDivergedError(
+                f"training diverged: the loss of batch {batch_idx}, after {self.global_step} updates, is {value:g} "
+                f"bits/dim (rank {self.global_rank}): a lower lr, more warmup_steps or the Trainer's gradient_clip_val "
+                "may help"
+            )
+        self.log("train_bpd", loss.detach(), prog_bar=True, batch_size=len(levels))
+        return loss
+
+    def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
+        """The optimizer and its learning rate, set at every update."""
+        options = self.hparams
+        optimizer = make_optimizer(
+            options["optimizer"], self.model.parameters(), options["lr"], options["weight_decay"]
+        )
+
+        def share(step: int) -> float:
+            return learning_rate(step, 1.0, options["warmup_steps"], options["decay_steps"])
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def optimizer_step(self, *args: Any, **options: Any) -> None:
+        """The update, and the average's."""
+        super().optimizer_step(*args, **options)
+        if self.ema is not None:
+            self.ema.update(self.global_step + 1)  # the Trainer counts this one afterwards
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the averaged weights."""
+        if self.ema is not None:
+            checkpoint[EMA_KEY] = dict(self.ema.average)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Goes on with the averaged weights."""
+        if self.ema is None:
+            return
+        found = {name: tuple(value.shape) for name, value in checkpoint.get(EMA_KEY, {}).items()}
+        expected = {name: tuple(value.shape) for name, value in self.ema.average.items()}
+        what = "a checkpoint with averaged weights of this model, or ema_decay=None"
+        expect(found == expected, "checkpoint", what, f"one with {len(found)} of {len(expected)} tensors")
+        self.ema.load(checkpoint[EMA_KEY])
+
+    def _begin(self, loaders: list[Any]) -> None:
+        # Of each loader: images, sum of bits/dim, sum of squares. float64, as the variance is a difference of the two.
+        self._sums = torch.zeros(len(loaders), 3, dtype=torch.float64)
+
+    def _evaluate(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+        levels, labels = _labelled(batch)
+        noise = self._noise(levels, "evaluation", dataloader_idx, batch_idx)
+        # For each batch anew, so that whatever ends an evaluation early leaves the model its own weights.
+        with self.averaged():
+            bits = self(levels, labels, noise).double().cpu()
+        assert self._sums is not None
+        self._sums[dataloader_idx] += torch.stack([torch.ones_like(bits), bits, bits.square()]).sum(1)
+
+    def _end(self, name: str) -> None:
+        assert self._sums is not None
+        sums: Any = self.trainer.strategy.reduce(self._sums.to(self.device), reduce_op="sum")
+        for index, (count, total, squares) in enumerate(sums.tolist()):
+            if count == 0:
+                continue
+            mean = total / count
+            # Unlike Score.standard_error this one must not need all values: they are spread over the ranks.
+            variance = max(0.0, squares / count - mean * mean) if math.isfinite(squares) else math.nan
+            error = math.sqrt(variance / (count - 1)) if count > 1 else math.nan
+            suffix = "" if len(sums) == 1 else f"/dataloader_idx_{index}"
+            self.log(f"{name}{suffix}", mean, prog_bar=True, sync_dist=True, add_dataloader_idx=False)
+            self.log(f"{name}_se{suffix}", error, sync_dist=True, add_dataloader_idx=False)
+        self._sums = None
+
+    def on_validation_epoch_start(self) -> None:
+        """Begins to sum."""
+        self._begin(
+            self.trainer.num_sanity_val_batches if self.trainer.sanity_checking else self.trainer.num_val_batches
+        )
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Bits/dim of a batch, with the averaged weights where there are some."""
+        self._evaluate(batch, batch_idx, dataloader_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs val_bpd and val_bpd_se."""
+        self._end("val_bpd")
+
+    def on_test_epoch_start(self) -> None:
+        """Begins to sum."""
+        self._begin(self.trainer.num_test_batches)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Bits/dim of a batch, with the averaged weights where there are some."""
+        self._evaluate(batch, batch_idx, dataloader_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs test_bpd and test_bpd_se."""
+        self._end("test_bpd")

@@ -1,0 +1,39 @@
+"""Optimizers and the schedule of the learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+OPTIMIZERS = ("adam", "adamw", "adamax")
+
+
+def make_optimizer(
+    name: str, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
+    """Adam, AdamW (decoupled weight decay) or Adamax (Glow's own), by its name in OPTIMIZERS."""
+    if name == "adamax":
+        return torch.optim.Adamax(parameters, lr=lr)
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+    return torch.optim.Adam(parameters, lr=lr)
+
+
+def learning_rate(step: int, lr: float, warmup_steps: int = 0, decay_steps: int | None = None) -> float:
+    """The learning rate of step ``step`` (from 0): linear warm-up, then constant or down half a cosine to a hundredth.
+
+    Args:
+        step: updates done.
+        lr: after warm-up.
+        warmup_steps: the rate rises linearly over so many steps.
+        decay_steps: the step at which the cosine ends; None: the rate stays.
+    """
+    warm = min(1.0, (step + 1) / max(1, warmup_steps))
+    if decay_steps is None:
+        return lr * warm
+    falling = max(1, decay_steps - warmup_steps)
+    done = min(1.0, max(0.0, (step - warmup_steps) / falling))
+    return lr * warm * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * done)))

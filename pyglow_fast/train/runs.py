@@ -1,0 +1,100 @@
+"""New runs, and the rest of old ones: all that is refused is refused here, before anything is written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from pyglow_fast._errors import expect
+from pyglow_fast.data import Images, load_data
+from pyglow_fast.train.checkpoint import Checkpoint
+from pyglow_fast.train.config import LIMITS, TrainConfig
+from pyglow_fast.train.loop import Run
+from pyglow_fast.train.ranks import Ranks
+from pyglow_fast.train.run_folder import RunFolder
+from pyglow_fast.train.state import TrainState
+from pyglow_fast.train.versions import versions
+
+
+def start(
+    config: TrainConfig, out: str, overwrite: bool = False, data: Images | None = None, ranks: Ranks | None = None
+) -> Run:
+    """A new run, ready to execute.
+
+    Args:
+        config: of the run.
+        out: its folder; must be new or empty, or hold a run if ``overwrite``.
+        overwrite: replace a run that is there (when the new one executes).
+        data: what ``config.data`` names, if it is loaded already; or images of your own, see ImageSet and from_dataset.
+        ranks: the processes that train together, see open_ranks; each of them makes the same run.
+
+    Raises:
+        ValueError: anything that does not fit; nothing has been written then.
+        MissingExtraError: a library is not installed.
+    """
+    folder = RunFolder(out)
+    folder.check_new(overwrite)
+    return Run(TrainState(config, load_data(config.data) if data is None else data, ranks), folder, resumed=False)
+
+
+def resume(
+    out: str,
+    data_name: str | None = None,
+    data: Images | None = None,
+    ranks: Ranks | None = None,
+    **changes: Any,
+) -> Run:
+    """The run in ``out``, ready to go on from its last checkpoint, on any number of ranks.
+
+    Args:
+        out: its folder.
+        data_name: where the images are now, if the folder has moved; they must be the same images.
+        data: the images, if they are loaded already or are your own.
+        ranks: as for :func:`start`.
+        changes: new values for the fields of TrainConfig that may change (ADJUSTABLE). A limit among
+            them replaces all former limits.
+
+    Raises:
+        ValueError: no run, no checkpoint, a change that is not allowed, a new limit that the run has already reached,
+            other images; nothing has been written then.
+    """
+    folder = RunFolder(out)
+    checkpoint = folder.load()
+    config = checkpoint.config.adjusted(**changes)
+    if data_name is not None and data_name != config.data.name:
+        same_kind = data_name.partition(":")[0] == config.data.name.partition(":")[0]
+        expect(same_kind, "data", f"{config.data.name!r}, as the run was started with", repr(data_name))
+        config = replace(config, data=replace(config.data, name=data_name))
+    state = TrainState(config, load_data(config.data) if data is None else data, ranks)
+    state.restore(checkpoint, str(folder.checkpoint))
+    done = _done(state)
+    for name in LIMITS:
+        value, (reached, text) = changes.get(name), done[name]
+        # The limit that the run had may be named again: whoever repeats a command gets the report once more.
+        ahead = value is None or value > reached or value == getattr(checkpoint.config, name)
+        expect(ahead, name, f"more than the {text} done", value)
+    return Run(state, folder, resumed=True, notes=_differences(checkpoint, config))
+
+
+def _differences(checkpoint: Checkpoint, config: TrainConfig) -> tuple[str, ...]:
+    """What is not as it was when the checkpoint was written, in lines."""
+    lines = [
+        f"resumed with {name} = {now!r} (it was {was!r})"
+        for name, (was, now) in checkpoint.config.changes(config).items()
+    ]
+    for name, now in versions().items():
+        was = checkpoint.written_by.get(name, "unknown")
+        if was != now:
+            what = "code of pyglow_fast" if name == "code" else name
+            lines.append(f"resumed with another version: {what} {now} (it was {was}); results may differ in rounding")
+    return tuple(lines)
+
+
+def _done(state: TrainState) -> dict[str, tuple[float, str]]:
+    """How far a run is by each of its limits, as a number and in words."""
+    step, epoch, minutes = state.progress.step, state.epoch, state.progress.seconds / 60
+    return {
+        "max_steps": (step, f"{step} steps"),
+        "max_epochs": (epoch, f"{epoch} epochs"),
+        "max_minutes": (minutes, f"{minutes:.3g} minutes"),
+    }

@@ -1,0 +1,135 @@
+"""What a run leaves behind as it goes: rows, checkpoints, pictures. A disk that refuses does not end the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from pyglow_fast.data import optional
+from pyglow_fast.train.board import Board
+from pyglow_fast.train.checkpoint import Checkpoint
+from pyglow_fast.train.config import TrainConfig
+from pyglow_fast.train.figures import class_columns, grid, save_picture
+from pyglow_fast.train.metrics import MetricsLog, Row
+from pyglow_fast.train.run_folder import RunFolder
+
+
+class SaveError(OSError):
+    """The end of a run cannot be written; the message says what is on the disk."""
+
+
+class RunWriter:
+    """Files of one run, written by the first rank only; on the others every method does nothing.
+
+    Args:
+        folder: of the run.
+        config: of the run.
+        first: whether this is the rank that writes.
+        quiet: print nothing.
+    """
+
+    def __init__(self, folder: RunFolder, config: TrainConfig, first: bool, quiet: bool) -> None:
+        self.folder, self.config, self.first, self.quiet = folder, config, first, quiet
+        self.metrics = MetricsLog(folder.metrics)
+        self.failures = 0
+        self._board = Board(None)
+
+    def open(self, step: int | None) -> None:
+        """Make the folder of a new run (``step`` None), or go on in that of a resumed one after ``step``.
+
+        Raises:
+            FolderError: it cannot be made or written.
+        """
+        if not self.first:
+            return
+        if step is None:
+            self.folder.create(self.config)
+            self.metrics.start()
+        else:
+            self.folder.set_aside(step)
+            self.metrics.start(step)
+            self.folder.write_config(self.config)
+        if self.config.tensorboard:
+            self._board = Board(self.folder.events, step)
+
+    def say(self, text: str) -> None:
+        """A line for people, above the progress bar."""
+        if self.first and not self.quiet:
+            optional("tqdm", "the progress bar").tqdm.write(text)
+
+    def attempt(self, what: str, action: Callable[[], Any]) -> OSError | None:
+        """Do it; a disk that is full or a folder that is gone is said and counted, and the run goes on.
+
+        A folder that was removed is made again first.
+        """
+        if not self.first:
+            return None
+        try:
+            try:
+                action()
+            except FileNotFoundError:
+                self._make_again()
+                action()
+        except OSError as error:
+            self.failures += 1
+            self.say(f"warning: {what} cannot be written ({error}); the run goes on")
+            return error
+        return None
+
+    def _make_again(self) -> None:
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        if not self.folder.exists:
+            self.say(f"warning: the folder of the run was removed; it is made again: {self.folder.path}")
+            self.folder.write_config(self.config)
+        if not self.folder.metrics.exists():
+            self.metrics.start()
+
+    def add(self, row: Row) -> None:
+        """A row of metrics.csv, and its scalars for TensorBoard."""
+        self.attempt("a row of metrics.csv", lambda: self.metrics.add(row))
+        scalars = {name: value for name, value in row.items() if name != "step"}
+        self.attempt("an event", lambda: self._board.scalars(int(row["step"] or 0), scalars))
+
+    def save(self, checkpoint: Checkpoint, final: bool = False) -> None:
+        """A checkpoint.
+
+        Raises:
+            SaveError: ``final``, and it cannot be written.
+        """
+        error = self.attempt("a checkpoint", lambda: self._save(checkpoint))
+        if error is not None and final:
+            kept = self.folder.saved()
+            raise SaveError(
+                f"the checkpoint of step {checkpoint.progress['step']} cannot be written: {error}\n"
+                f"  kept: {kept[0] if kept else 'none'}"
+            ) from error
+
+    def _save(self, checkpoint: Checkpoint) -> None:
+        if not self.folder.exists:
+            self._make_again()  # a checkpoint without its configuration could not be resumed
+        self.folder.save(checkpoint, self.config.keep)
+
+    def save_best(self, checkpoint: Checkpoint) -> None:
+        """The checkpoint with the best held-out score so far."""
+        self.attempt("the best checkpoint", lambda: checkpoint.save(self.folder.best))
+
+    def samples(self, step: int, levels: Tensor, n_bins: int) -> None:
+        """samples.png, and a copy that stays."""
+        if not self.first:
+            return
+        picture = grid(levels, n_bins, class_columns(len(levels), self.config.model.n_classes))
+        paths = (self.folder.sample_history / f"step-{step:07d}.png", self.folder.samples)
+
+        def write() -> None:
+            self.folder.sample_history.mkdir(exist_ok=True)
+            for path in paths:
+                save_picture(picture, path)
+
+        self.attempt("samples", write)
+        self.attempt("an event", lambda: self._board.image(step, "samples", picture))
+
+    def close(self) -> None:
+        """Flush what is buffered."""
+        self.attempt("events", self._board.close)

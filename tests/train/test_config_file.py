@@ -1,0 +1,72 @@
+"""Configurations as files: there and back, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pyglow_fast import GlowConfig
+from pyglow_fast.data import DataConfig
+from pyglow_fast.train import TrainConfig, read_config, to_toml
+
+CONFIG = TrainConfig(
+    data=DataConfig('folder:a "quoted" \\ path', size=16, gray=True, n_bits=5, split_by="folder", held_out=0.2),
+    model=GlowConfig(image_shape=(1, 16, 16), n_levels=2, n_classes=3),
+    class_conditional=True,
+    clip_norm=None,
+    max_steps=None,
+    max_minutes=1.5,
+    ema_decay=None,
+    lr=1e-05,
+)
+
+
+@pytest.mark.parametrize("config", [CONFIG, TrainConfig()], ids=["changed", "default"])
+def test_toml_holds_every_field(config: TrainConfig, tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(to_toml(config))
+    assert TrainConfig.from_dict(read_config(path)) == config
+    assert to_toml(TrainConfig.from_dict(read_config(path))) == path.read_text()
+
+
+def test_yaml_and_json_say_the_same(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(CONFIG.to_dict()))
+    (tmp_path / "x.json").write_text(json.dumps(CONFIG.to_dict()))
+    for name in ("x.yaml", "x.json"):
+        assert TrainConfig.from_dict(read_config(tmp_path / name)) == CONFIG
+
+
+def test_none_is_null_only_where_null_may_be(tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text('clip_norm = "none"\noptimizer = "none"\n')
+    assert read_config(path) == {"clip_norm": None, "optimizer": "none"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("x.ini", "", r"config: expected a file ending in one of .toml, .yaml, .yml, .json, found '.*x.ini'"),
+        ("x.toml", "lr = ", r"x.toml: expected a configuration as TOML, found .*end of document"),
+        ("x.toml", "lr = 1\nlr = 2", r"x.toml: expected a configuration as TOML, found .*"),
+        ("x.yaml", "a: [", r"x.yaml: expected a configuration as YAML, found .*"),
+        ("x.yaml", "!!python/object/apply:os.getcwd []", r"x.yaml: expected a configuration as YAML, found .*"),
+        ("x.yaml", "- 1", r"x.yaml: expected tables of settings, found list"),
+        ("x.json", "{", r"x.json: expected a configuration as JSON, found .*"),
+        ("x.json", "3", r"x.json: expected tables of settings, found int"),
+    ],
+)
+def test_refusals(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_config(tmp_path / name)
+
+
+def test_files_that_are_not_text(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"expected a configuration as TOML, found .*utf-8"):
+        read_config(tmp_path / "x.toml")
+    with pytest.raises(ValueError, match=r"config: expected an existing file, found '.*none.toml'"):
+        read_config(tmp_path / "none.toml")

@@ -1,0 +1,238 @@
+"""One run in several processes: the same run as in one, from start to end, and what happens when a process is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from pyglow_fast.train import Checkpoint, RunFolder
+from pyglow_fast.train.metrics import read_metrics
+
+TINY = ["--levels", "2", "--steps", "2", "--hidden", "4", "--batch-size", "16", "--eval-images", "50"]
+TINY += ["--device", "cpu", "--sample-count", "4", "--warmup", "10", "--decay-steps", "50", "--quiet"]
+TRAIN = ["-m", "pyglow_fast", "train", "digits", *TINY]
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+@contextmanager
+def ranks(arguments: list[str], place: Path, world: int = 2) -> Iterator[list[subprocess.Popen[str]]]:
+    """So many processes of ``python arguments``, with the environment that torchrun would give them."""
+    shared = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=place,
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def ended(processes: list[subprocess.Popen[str]], seconds: float = 120) -> list[tuple[int, str, str]]:
+    """(code, output, errors) of each."""
+    found = []
+    for process in processes:
+        output, errors = process.communicate(timeout=seconds)
+        found.append((process.returncode, output, errors))
+    return found
+
+
+def run_ranks(arguments: list[str], place: Path) -> None:
+    with ranks([*TRAIN, *arguments], place) as processes:
+        for code, _, errors in ended(processes):
+            assert code == 0, errors
+
+
+def run_alone(arguments: list[str], place: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *TRAIN, *arguments], cwd=place, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def losses(run: Path) -> list[float]:
+    return [float(row["train_bpd"]) for row in read_metrics(run / "metrics.csv") if row["train_bpd"] is not None]
+
+
+@pytest.mark.parametrize("memory", ["reversible", "store"])
+def test_two_ranks_are_one_run(tmp_path: Path, memory: str) -> None:
+    """2 x 8 images against 1 x 16, with noise that belongs to the images; and torchrun itself."""
+    options = ["--max-steps", "50", "--log-every", "1", "--check-ranks-every", "10", "--memory", memory]
+    run_alone([*options, "--out", "one"], tmp_path)
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    command = [sys.executable, *torchrun, *TRAIN, *options, "--out", "two"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held-out, untrained") == 1  # one of them speaks
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == len(two) == 50
+    assert two == pytest.approx(one, rel=1e-4)
+    assert one[-1] < one[0] - 0.5
+    rows = [read_metrics(tmp_path / name / "metrics.csv")[-1] for name in ("one", "two")]
+    for name in ("held_out_bpd", "held_out_se", "train_subset_bpd"):
+        assert rows[1][name] == pytest.approx(rows[0][name], rel=1e-3)
+
+
+def test_a_resumed_run_on_as_many_and_on_other_ranks(tmp_path: Path) -> None:
+    run_ranks(["--max-steps", "12", "--out", "whole"], tmp_path)
+    run_ranks(["--max-steps", "5", "--out", "parts"], tmp_path)
+    (tmp_path / "fewer").mkdir()
+    subprocess.run(["cp", "-r", tmp_path / "parts", tmp_path / "fewer" / "run"], check=True)
+    run_ranks(["--max-steps", "12", "--out", "parts", "--resume"], tmp_path)
+    whole, parts = (Checkpoint.load(RunFolder(tmp_path / name).checkpoint) for name in ("whole", "parts"))
+    assert whole.rank.keys() == parts.rank.keys()
+    assert {key.partition(".")[0] for key in whole.rank} == {"0", "1"}
+    for part in ("model", "ema", "optimizer", "rank"):
+        found, wanted = getattr(parts, part), getattr(whole, part)
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted), part
+    run_alone(["--max-steps", "12", "--out", "fewer/run", "--resume"], tmp_path)
+    fewer = Checkpoint.load(RunFolder(tmp_path / "fewer" / "run").checkpoint)
+    assert fewer.progress["step"] == 12
+    for name, wanted in whole.model.items():
+        if "_extra_state" not in name:
+            # Seven updates of at most lr = 1e-3 each; sums in another order move a weight by a small part of that.
+            torch.testing.assert_close(fewer.model[name], wanted, rtol=1e-3, atol=1e-4)
+
+
+def wait_for_steps(run: Path, count: int) -> None:
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        if (run / "metrics.csv").exists() and len((run / "metrics.csv").read_text().splitlines()) > count:
+            return
+        time.sleep(0.05)
+    raise TimeoutError(f"{run} takes no steps")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed(tmp_path: Path, victim: int) -> None:
+    command = [*TRAIN, "--out", "run", "--log-every", "1", "--save-every", "5"]
+    with ranks(command, tmp_path) as processes:
+        wait_for_steps(tmp_path / "run", 10)
+        processes[victim].kill()
+        began = time.monotonic()
+        _, errors = processes[1 - victim].communicate(timeout=60)
+        assert time.monotonic() - began < 60
+    assert processes[1 - victim].returncode == 1
+    assert f"error: rank {1 - victim} of 2 stops: another rank ended without a word" in errors
+    assert "Traceback" not in errors
+    assert RunFolder(tmp_path / "run").load().progress["step"] >= 5
+
+
+def test_a_rank_that_fails_tells_the_others_why(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        """
+import os, sys
+from pyglow_fast.cli import main
+from pyglow_fast.train import TrainState
+step = TrainState.step
+def failing(self):
+    if self.progress.step == 3 and self.ranks.rank == 1:
+        raise MemoryError("no more room")
+    return step(self)
+TrainState.step = failing
+sys.exit(main(sys.argv[1:]))
+"""
+    )
+    with ranks([str(program), *TRAIN[2:], "--out", "run"], tmp_path) as processes:
+        first, second = ended(processes)
+    assert second[0] == 1
+    assert "MemoryError: no more room" in second[2]
+    assert first[0] == 1
+    assert "error: rank 0 of 2 stops: rank 1 ended: MemoryError: no more room" in first[2]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_rank_ends_all_of_them_saved(tmp_path: Path, signum: int) -> None:
+    with ranks([*TRAIN, "--out", "run", "--log-every", "1"], tmp_path) as processes:
+        wait_for_steps(tmp_path / "run", 5)
+        processes[1].send_signal(signum)
+        codes = [code for code, _, _ in ended(processes)]
+    assert codes == [128 + signum] * 2
+    assert RunFolder(tmp_path / "run").load().progress["step"] >= 4
+
+
+def test_weights_that_differ_are_found_on_all_ranks(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        """
+import torch
+from pyglow_fast.train import RankError, open_ranks
+with open_ranks() as ranks:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3).double())
+    ranks.check_same(model)
+    with torch.no_grad():
+        model[1].bias[1] = torch.nextafter(model[1].bias[1], model[1].bias[1] + ranks.rank)
+    try:
+        ranks.check_same(model)
+    except RankError as error:
+        print(error)
+    with torch.no_grad():  # the same numbers in other places
+        model[1].bias.copy_(torch.zeros(3))
+        model[0].bias.copy_(torch.tensor([1.0, 2.0, 3.0]).roll(ranks.rank))
+    try:
+        ranks.check_same(model)
+    except RankError as error:
+        print(error)
+"""
+    )
+    with ranks([str(program)], tmp_path) as processes:
+        results = ended(processes)
+    for code, output, errors in results:
+        assert code == 0, errors
+        first, second = output.splitlines()
+        assert first.endswith("the same on all 2 ranks, found 1 parameters that differ, the first 1.bias")
+        assert second.endswith("the same on all 2 ranks, found 1 parameters that differ, the first 0.bias")
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "two"}, "error: WORLD_SIZE: expected a positive whole number, found 'two'\n"),
+        ({"WORLD_SIZE": "2"}, "error: RANK: expected a variable that torchrun sets, found none\n"),
+    ],
+)
+def test_half_an_environment(tmp_path: Path, environment: dict[str, str], message: str) -> None:
+    command = [sys.executable, *TRAIN, "--out", "run"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (2, message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_cannot_be_shared(tmp_path: Path) -> None:
+    with ranks([*TRAIN, "--out", "run", "--batch-size", "15"], tmp_path) as processes:
+        results = ended(processes)
+    assert [code for code, _, _ in results] == [2, 2]
+    assert "batch_size: expected a multiple of ranks x accumulate = 2, found 15" in results[0][2]
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,379 @@
+"""What a long run meets: torn files, full disks, removed folders, steps that are not finite, unreadable images."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pyglow_fast import GlowConfig
+from pyglow_fast.data import DataConfig, ImageSet
+from pyglow_fast.train import (
+    Checkpoint,
+    FolderError,
+    InputLostError,
+    Run,
+    RunFolder,
+    SaveError,
+    TrainConfig,
+    TrainingDivergedError,
+    TrainState,
+    resume,
+    start,
+)
+from pyglow_fast.train.metrics import read_metrics
+
+MakeConfig = Callable[..., TrainConfig]
+
+
+def train(config: TrainConfig, out: Path, data: ImageSet | None = None) -> Run:
+    run = start(config, str(out), data=data)
+    run.execute(quiet=True)
+    return run
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    return Checkpoint.load(RunFolder(run).checkpoint).model
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    found, wanted = weights(one), weights(other)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def before_step(run: Run, step: int, action: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do something once, in the middle of a run."""
+    take = run.state.step
+
+    def stepping() -> float:
+        if run.state.progress.step == step:
+            action()
+        return take()
+
+    monkeypatch.setattr(run.state, "step", stepping)
+
+
+def cut_off(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 16
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("spoil", [cut_off, flip_a_bit, lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize("keep", [1, 3])
+def test_a_newest_checkpoint_that_is_damaged(
+    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, spoil: Callable[[Path], Any], keep: int
+) -> None:
+    train(tiny_config(), tmp_path / "whole", tiny_images)
+    train(tiny_config(max_steps=6), tmp_path / "run", tiny_images)  # saved at 3 and 6
+    folder = RunFolder(tmp_path / "run")
+    spoil(folder.checkpoint)
+    with pytest.warns(UserWarning, match=r"step-0000006.*an older checkpoint, step-0000003.safetensors, is taken"):
+        run = resume(str(tmp_path / "run"), max_steps=12, keep=keep)
+    assert run.state.progress.step == 3
+    run.execute(quiet=True)
+    assert_same_weights(tmp_path / "run", tmp_path / "whole")
+    assert [path.stem for path in folder.saved()] == ["step-0000012", "step-0000009", "step-0000006"][:keep]
+    assert (folder.checkpoints / "step-0000006.safetensors.damaged").is_file()  # nothing is thrown away unasked
+
+
+def test_all_checkpoints_damaged(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path) -> None:
+    train(tiny_config(), tmp_path, tiny_images)
+    for path in RunFolder(tmp_path).saved():
+        cut_off(path)
+    with pytest.raises(ValueError, match=r"step-0000012.safetensors: expected a complete safetensors file"):
+        resume(str(tmp_path))
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, is_full: Callable[[], bool]) -> None:
+    """Checkpoints fail half-way while ``is_full``."""
+    from pyglow_fast.train import checkpoint
+
+    save = checkpoint.save_file
+
+    def limited(tensors: dict[str, Tensor], name: str, metadata: dict[str, str]) -> None:
+        if is_full():
+            Path(name).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(tensors, name, metadata)
+
+    monkeypatch.setattr(checkpoint, "save_file", limited)
+
+
+def test_a_disk_that_is_full_for_a_while(
+    tiny_config: MakeConfig,
+    tiny_images: ImageSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    train(tiny_config(), tmp_path / "whole", tiny_images)
+    run = start(tiny_config(save_every=2), str(tmp_path / "run"), data=tiny_images)
+    full_disk(monkeypatch, lambda: 5 <= run.state.progress.step <= 9)
+    capsys.readouterr()
+    run.execute()
+    assert "warning: a checkpoint cannot be written ([Errno 28] No space left on device); the run goes on" in (
+        capsys.readouterr().out
+    )
+    assert_same_weights(tmp_path / "run", tmp_path / "whole")
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_older_checkpoints_give_way_on_a_full_disk(
+    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start(tiny_config(), str(tmp_path), data=tiny_images)
+    saved = RunFolder(tmp_path).saved
+    full_disk(monkeypatch, lambda: run.state.progress.step > 5 and len(saved()) >= 2)
+    run.execute(quiet=True)
+    assert run.writer.failures == 1  # best.safetensors asks for no place
+    assert saved()[0].stem == "step-0000012"
+
+
+def test_a_disk_that_stays_full(
+    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start(tiny_config(), str(tmp_path), data=tiny_images)
+    full_disk(monkeypatch, lambda: run.state.progress.step > 7)
+    with pytest.raises(SaveError, match=r"step 12 cannot be written: .*No space left[\s\S]*kept: .*step-0000006"):
+        run.execute(quiet=True)
+    assert resume(str(tmp_path)).state.progress.step == 6
+
+
+def test_a_folder_that_is_removed(
+    tiny_config: MakeConfig,
+    tiny_images: ImageSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    train(tiny_config(), tmp_path / "whole", tiny_images)
+    run = start(tiny_config(), str(tmp_path / "run"), data=tiny_images)
+    before_step(run, 7, lambda: shutil.rmtree(tmp_path / "run"), monkeypatch)
+    capsys.readouterr()
+    run.execute()
+    assert "warning: the folder of the run was removed; it is made again" in capsys.readouterr().out
+    assert_same_weights(tmp_path / "run", tmp_path / "whole")
+    assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.csv")] == [8, 10, 12]
+    assert resume(str(tmp_path / "run")).state.progress.step == 12
+
+
+def test_two_processes_do_not_train_in_one_folder(
+    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tiny_config(max_steps=3), tmp_path, tiny_images)
+    run, other = (resume(str(tmp_path), max_steps=steps) for steps in (6, 9))
+    refused: list[str] = []
+
+    def intrude() -> None:
+        with pytest.raises(
+            FolderError, match="out: expected a run that no other process trains, found one in"
+        ) as caught:
+            other.execute(quiet=True)
+        refused.append(str(caught.value))
+
+    before_step(run, 4, intrude, monkeypatch)
+    assert run.execute(quiet=True).step == 6
+    assert len(refused) == 1
+    assert resume(str(tmp_path), max_steps=9).execute(quiet=True).step == 9  # the lock is gone with the run
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_left_out_and_counted(
+    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    run = start(tiny_config(optimizer="adamax"), str(tmp_path), data=tiny_images)
+    backward, seen = run.state._backward, []
+
+    def spoilt(*args: Any) -> Tensor:
+        loss = backward(*args)
+        if run.state.progress.step in (5, 6):
+            parameter = next(run.state.model.parameters())
+            seen.append(parameter.detach().clone())
+            if what == "loss":
+                return loss * math.inf
+            parameter.grad.view(-1)[0] = math.nan
+        return loss
+
+    monkeypatch.setattr(run.state, "_backward", spoilt)
+    result = run.execute(quiet=True)
+    assert (result.step, result.skipped) == (12, 2)
+    assert torch.equal(*seen)  # step 6 found the weights that step 5 found
+    rows = read_metrics(tmp_path / "metrics.csv")
+    assert [row["skipped_steps"] for row in rows] == [0, 0, 0, 1, 2, 2, 2]
+    assert json.loads((tmp_path / "report.json").read_text())["skipped"] == 2
+    assert all(math.isfinite(row["train_bpd"]) for row in rows if row["train_bpd"] is not None)
+
+
+def test_too_many_such_steps_end_the_run(
+    tiny_config: MakeConfig, tiny_images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = TrainState(tiny_config(max_skipped=2), tiny_images)
+    state.initialize()
+    backward = state._backward
+    monkeypatch.setattr(state, "_backward", lambda *args: backward(*args) * math.nan)
+    state.step()
+    state.step()
+    with pytest.raises(TrainingDivergedError, match=r"diverged at step 3: loss nan .*, 3 steps in a row without"):
+        state.step()
+
+
+def test_early_stopping(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path) -> None:
+    # A learning rate far too small to improve anything, with noise that is the same at every evaluation.
+    fields = {"lr": 1e-30, "warmup_steps": 0, "eval_every": 2, "max_steps": 100, "patience": 3, "ema_decay": None}
+    result = train_result(tiny_config(**fields), tmp_path / "run", tiny_images)
+    assert (result.step, result.stopped_early) == (6, True)
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["stopped_early"] is True
+    again = resume(str(tmp_path / "run"), patience=5).execute(quiet=True)
+    assert again.step == 10
+
+
+def train_result(config: TrainConfig, out: Path, data: ImageSet) -> Any:
+    return start(config, str(out), data=data).execute(quiet=True)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """40 small images in files, read when they are needed."""
+    (tmp_path / "photos").mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for i in range(40):
+        pixels = torch.randint(256, (8, 8, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(tmp_path / "photos" / f"{i:02}.png")
+    return tmp_path / "photos"
+
+
+def photo_config(tiny_config: MakeConfig, photos: Path, **fields: Any) -> TrainConfig:
+    options = {name: fields.pop(name) for name in ("on_unreadable", "flip", "crop_margin") if name in fields}
+    data = DataConfig(f"folder:{photos}", size=4, held_out=0.25, in_memory=False, **options)
+    model = GlowConfig(image_shape=(3, 4, 4), n_levels=1, n_steps=2, hidden=4)
+    return tiny_config(data=data, model=model, **fields)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_in_the_middle_of_an_epoch(
+    tiny_config: MakeConfig, photos: Path, tmp_path: Path, workers: int
+) -> None:
+    for name, policy in (("stops", "raise"), ("goes_on", "skip")):
+        run = start(photo_config(tiny_config, photos, on_unreadable=policy, workers=workers), str(tmp_path / name))
+        trained_on = [int(i) for i in run.state.train.positions]
+        victims = [photos / f"{i:02}.png" for i in trained_on[3:9]]
+        contents = [path.read_bytes() for path in victims]
+        for path, content in zip(victims, contents, strict=True):
+            path.write_bytes(content[:40] + bytes(len(content) - 40))  # of the size it had
+        if policy == "raise":
+            with pytest.raises(
+                InputLostError, match=r"/\d\d.png: expected an image that Pillow can .*\n  saved: .*/step-"
+            ):
+                run.execute(quiet=True)
+            assert RunFolder(tmp_path / name).load().progress["step"] == run.state.progress.step
+        else:
+            result = run.execute(quiet=True)
+            assert result.step == 12
+            assert result.unreadable > 10  # three epochs, six images, and what was read ahead does not count
+            assert read_metrics(tmp_path / name / "metrics.csv")[-1]["unreadable_images"] == result.unreadable
+        for path, content in zip(victims, contents, strict=True):
+            path.write_bytes(content)
+
+
+def test_a_reader_that_is_killed(
+    tiny_config: MakeConfig, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = photo_config(tiny_config, photos, flip=True, workers=2)
+    start(config, str(tmp_path / "whole")).execute(quiet=True)
+    run = start(config, str(tmp_path / "parts"))
+
+    def kill() -> None:
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    before_step(run, 5, kill, monkeypatch)
+    with pytest.raises(InputLostError, match=r"died[\s\S]*saved|killed[\s\S]*saved"):
+        run.execute(quiet=True)
+    resume(str(tmp_path / "parts")).execute(quiet=True)
+    assert_same_weights(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("changed", [{}, {"accumulate": 2}], ids=["same", "accumulated"])
+def test_workers_change_nothing(tiny_config: MakeConfig, photos: Path, tmp_path: Path, changed: dict[str, Any]) -> None:
+    for workers in (0, 1, 2):
+        config = photo_config(tiny_config, photos, flip=True, crop_margin=3, workers=workers, **changed)
+        run = start(config, str(tmp_path / str(workers)))
+        run.execute(quiet=True)
+    assert_same_weights(tmp_path / "0", tmp_path / "1")
+    assert_same_weights(tmp_path / "0", tmp_path / "2")
+
+
+def test_a_resumed_run_with_workers_is_bit_identical(tiny_config: MakeConfig, photos: Path, tmp_path: Path) -> None:
+    config = photo_config(tiny_config, photos, flip=True, crop_margin=3, workers=2)
+    start(config, str(tmp_path / "whole")).execute(quiet=True)
+    for steps in (4, 5, 12):  # within an epoch and at the end of one
+        out = tmp_path / "parts"
+        run = resume(str(out), max_steps=steps) if out.exists() else start(config.adjusted(max_steps=steps), str(out))
+        run.execute(quiet=True)
+    assert_same_weights(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_accumulated_parts_are_the_batch(tiny_config: MakeConfig, tiny_images: ImageSet) -> None:
+    gradients = []
+    for accumulate in (1, 2, 4):
+        config = tiny_config(accumulate=accumulate, clip_norm=None, memory="store")
+        state = TrainState(config, tiny_images)
+        state.initialize()
+        loss = state.step()
+        gradients.append([loss, *(p.grad.clone() for p in state.model.parameters() if p.grad is not None)])
+    for other in gradients[1:]:
+        assert other[0] == pytest.approx(gradients[0][0], rel=1e-6)
+        for found, wanted in zip(other[1:], gradients[0][1:], strict=True):
+            # The same 8 terms in another order: each rounds by at most eps, some 16 roundings in a row.
+            torch.testing.assert_close(found, wanted, rtol=2e-5, atol=2e-6)
+
+
+def test_what_has_changed_is_said(
+    tiny_config: MakeConfig,
+    tiny_images: ImageSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train(tiny_config(max_steps=3), tmp_path, tiny_images)
+    assert resume(str(tmp_path)).notes == ()
+    monkeypatch.setattr(
+        "pyglow_fast.train.runs.versions", lambda: {"pyglow_fast": "9.9", "code": "abc", "torch": "1.0"}
+    )
+    notes = resume(str(tmp_path), max_steps=5, memory="store").notes
+    assert "resumed with memory = 'store' (it was 'reversible')" in notes
+    assert "resumed with max_steps = 5 (it was 3)" in notes
+    assert any("another version: pyglow_fast 9.9 (it was " in note for note in notes)
+    assert any("another version: code of pyglow_fast abc" in note for note in notes)
+
+
+def test_the_drift_control_goes_on_where_it_was(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path) -> None:
+    run = train(tiny_config(max_steps=4), tmp_path, tiny_images)
+    again = resume(str(tmp_path), max_steps=9)
+    one, other = (item.state.model.memory_report() for item in (run, again))
+    assert one == other
+    assert one[0]["passes"] > 0
+
+
+def test_time_is_counted_over_all_parts(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path) -> None:
+    run = train(tiny_config(max_steps=3), tmp_path, tiny_images)
+    time.sleep(0.2)
+    again = resume(str(tmp_path), max_steps=4)
+    assert again.state.progress.seconds == run.state.progress.seconds
