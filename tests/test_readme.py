@@ -1,17 +1,29 @@
-"""What the README shows works: its Python runs, its commands parse."""
+"""What the README and the pages show works: their Python runs, their commands and settings parse."""
 
 from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from pyglow_fast import GlowConfig
 from pyglow_fast.cli import app
+from pyglow_fast.cli.train import from_file
+from pyglow_fast.data import DataConfig
+from pyglow_fast.train import TrainConfig
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-COMMANDS = [line.split("#")[0].split()[1:] for line in README.splitlines() if line.startswith("    pyglow-fast ")]
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {name: (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("training.md", "data.md")}
+COMMANDS = [
+    re.sub(r"\[[^]]*\]", "", line.split("#")[0]).split()[1:]  # [what may follow] is for readers
+    for text in (README, *PAGES.values())
+    for line in text.splitlines()
+    if line.startswith("    pyglow-fast ")
+]
 
 
 def test_python_example_runs() -> None:
@@ -20,6 +32,24 @@ def test_python_example_runs() -> None:
     exec(example, names)
     assert tuple(names["samples"].shape) == (16, 3, 32, 32)
     assert names["log_prob"].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("page", "code"),
+    [(name, code) for name, text in PAGES.items() for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL)],
+)
+def test_examples_of_the_pages_run(page: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+
+
+def test_settings_of_the_pages_are_known(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```toml\n(.*?)```", PAGES["training.md"], re.DOTALL)
+    (tmp_path / "x.toml").write_text(text)
+    settings, images = from_file(str(tmp_path / "x.toml"))
+    assert images == "fashion-mnist"
+    known = {item.name for kind in (TrainConfig, DataConfig, GlowConfig) for item in fields(kind)}
+    assert set(settings) <= known
 
 
 @pytest.mark.parametrize("arguments", COMMANDS, ids=shlex.join)
@@ -31,4 +61,4 @@ def test_files_it_shows_exist() -> None:
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", README)
     assert pictures
     for name in pictures:
-        assert (Path(__file__).parents[1] / name).is_file(), name
+        assert (ROOT / name).is_file(), name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from typing import Any
 
 from pyglow_fast._errors import expect
 from pyglow_fast.data import DATA_HELP, DataConfig, Images, load_data, options_of, split
@@ -26,7 +27,7 @@ def config_for(name: str, stored: DataConfig, model: Glow) -> DataConfig:
     plain = DataConfig(name, held_out=stored.held_out)
     channels, *sides = model.config.image_shape
     expect(len(set(sides)) == 1 and channels in (1, 3), "data", f"images of shape {(channels, *sides)}", repr(name))
-    wanted = {"size": sides[0], "gray": channels == 1, "n_bits": stored.n_bits}
+    wanted: dict[str, Any] = {"size": sides[0], "gray": channels == 1, "n_bits": stored.n_bits}
     return replace(plain, **{key: value for key, value in wanted.items() if key in options_of(name)})
 
 

@@ -14,6 +14,7 @@ from pyglow_fast.cli._train_options import add_options
 from pyglow_fast.data import DATA_HELP, DataConfig, Images, load_data
 from pyglow_fast.models import GlowConfig
 from pyglow_fast.train import (
+    ADJUSTABLE,
     LIMITS,
     Ranks,
     Result,
@@ -131,9 +132,10 @@ def resumed(given: dict[str, Any], name: str | None, out: str, ranks: Ranks) -> 
     """
     stored = RunFolder(out).load().config
     changes = {key: value for key, value in given.items() if key not in (*_DATA, *_MODEL)}
+    changes |= {f"data.{key}": given[key] for key in _DATA if key in given and f"data.{key}" in ADJUSTABLE}
     for part, known in ((stored.data, _DATA), (stored.model, _MODEL)):
         for key in known:
-            if key in given:
+            if key in given and f"data.{key}" not in changes:
                 was, value = getattr(part, key), given[key]
                 value = tuple(value) if isinstance(value, list) else value
                 expect(value == was, key, f"{was!r}, as the run was started with", repr(value))

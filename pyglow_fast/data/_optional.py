@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-_PACKAGES = {"PIL": "Pillow", "sklearn": "scikit-learn"}  # where the name to install is not the name to import
+# Where the name to install is not the name to import.
+_PACKAGES = {"PIL": "Pillow", "sklearn": "scikit-learn", "tomli_w": "tomli-w", "yaml": "PyYAML"}
 _EXTRAS = {"lmdb": "lmdb"}  # where it is not in the demo extra
 
 

@@ -15,7 +15,12 @@ from pyglow_fast._errors import expect
 from pyglow_fast.data import MissingExtraError
 
 
-def _writer_class() -> Any:
+def writer_class() -> Any:
+    """SummaryWriter.
+
+    Raises:
+        MissingExtraError: tensorboard is not installed.
+    """
     try:
         return importlib.import_module("torch.utils.tensorboard").SummaryWriter
     except ImportError as error:
@@ -40,7 +45,7 @@ class Board:
 
     def __init__(self, folder: Path | None, purge_step: int | None = None) -> None:
         expect(purge_step is None or purge_step >= 0, "purge_step", "None or a step, 0 or more", purge_step)
-        self._writer = None if folder is None else _writer_class()(str(folder), purge_step=purge_step)
+        self._writer = None if folder is None else writer_class()(str(folder), purge_step=purge_step)
 
     def scalars(self, step: int, values: Mapping[str, float | int | None]) -> None:
         """One point on the curve of each name; None is left out."""

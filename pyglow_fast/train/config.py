@@ -194,18 +194,22 @@ class TrainConfig:
         return {name: (here[name], there[name]) for name in here if here[name] != there[name]}
 
     def adjusted(self, **values: Any) -> TrainConfig:
-        """With other values for fields that a resumed run may change. A limit among them replaces all former limits.
+        """With other values for fields that a resumed run may change; those of the data are named ``data.NAME``.
+
+        A limit among them replaces all former limits.
 
         Raises:
             ValueError: a field that would make the resumed run another run.
         """
+        here = flatten(self.to_dict())
         for name, value in values.items():
-            was = getattr(self, name)
+            was = here[name]
             expect(name in ADJUSTABLE or was == value, name, f"{was!r}, as the run was started with", repr(value))
         changed = {name: value for name, value in values.items() if name in ADJUSTABLE}
         if any(changed.get(name) is not None for name in LIMITS):
             changed = dict.fromkeys(LIMITS) | changed
-        return replace(self, **changed)
+        data = {name.removeprefix("data."): changed.pop(name) for name in list(changed) if name.startswith("data.")}
+        return replace(self, **changed, data=replace(self.data, **data))
 
 
 def check_device(name: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pyglow_fast.data import UnreadableImageError, Yardstick, measure_yardsticks, optional
+from pyglow_fast.train.board import writer_class
 from pyglow_fast.train.evaluation import Score
 from pyglow_fast.train.figures import class_cycle, save_curve, to_levels
 from pyglow_fast.train.files import write_text
@@ -76,10 +77,10 @@ class Run:
     """
 
     def __init__(self, state: TrainState, folder: RunFolder, resumed: bool, notes: tuple[str, ...] = ()) -> None:
-        needed = ["PIL.Image", "torchvision.utils", "matplotlib.figure", "tqdm", "tomli_w"]
-        needed += ["torch.utils.tensorboard"] if state.config.tensorboard else []
-        for module in needed:
+        for module in ("PIL.Image", "torchvision.utils", "matplotlib.figure", "tqdm", "tomli_w"):
             optional(module, "training")  # better missed now than at the first picture
+        if state.config.tensorboard:
+            writer_class()
         self.state, self.folder, self.resumed, self.notes = state, folder, resumed, notes
         self.writer = RunWriter(folder, state.config, state.ranks.first, quiet=True)
         self._first_step = state.progress.step
@@ -108,13 +109,13 @@ class Run:
         state.ranks.wait()  # all have looked at the folder before one of them writes to it
         if first:
             self.folder.make()
-        with _threads(state.config.threads), StopRequest() as stop, self.folder.locked(first):
+        with _threads(state.config.threads), StopRequest() as stop, self.folder.locked(first), self._reading():
             try:
                 self._open()
                 self._mark = (time.monotonic(), progress.step)
                 with self._bar() as bar:
                     while not self._ended(stop):
-                        with self._reporting(), self._reading():
+                        with self._reporting():
                             state.step()
                         progress.seconds = time.monotonic() - began
                         bar.update()
@@ -165,14 +166,14 @@ class Run:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Around a step: it reads before it changes anything, so what was reached is saved when images fail."""
+        """Around all that reads: a step reads before it changes anything, so what was reached can be saved."""
         try:
             yield
         except (UnreadableImageError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not READER_DIED.search(str(error)):
                 raise
             state, told = self.state, str(error)
-            if state.ranks.world == 1:
+            if state.ranks.world == 1 and state.progress.step > self._first_step:  # others would wait for this one
                 self.writer.save(state.checkpoint())
                 told += f"\n  saved: {self.folder.checkpoint}; go on with --resume"
             raise InputLostError(told) from error

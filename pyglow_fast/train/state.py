@@ -29,6 +29,8 @@ from pyglow_fast.train.ranks import Ranks
 from pyglow_fast.train.seeds import batch_indices, derive
 from pyglow_fast.train.versions import versions
 
+CHECK_VALUES = 1 << 21  # of the images, at most 64 of them, that are looked at before a checkpoint is saved
+
 
 class TrainingDivergedError(ArithmeticError):
     """The loss or the gradient is no number any more; the message is a report for the user."""
@@ -256,7 +258,8 @@ class TrainState:
         Raises:
             TrainingDivergedError: some training images have no finite likelihood.
         """
-        score = self.score(self.train, 64, "check")
+        few = max(self.ranks.world, min(64, CHECK_VALUES // self.train.n_dims))  # it costs as much as a step or two
+        score = self.score(self.train, few, "check")
         if not math.isfinite(score.mean):
             raise TrainingDivergedError(
                 f"training diverged at step {self.progress.step}: after its update training images have "

@@ -52,7 +52,7 @@ class RunWriter:
             self.metrics.start(step)
             self.folder.write_config(self.config)
         if self.config.tensorboard:
-            self._board = Board(self.folder.events, step)
+            self._board = Board(self.folder.events, None if step is None else step + 1)
 
     def say(self, text: str) -> None:
         """A line for people, above the progress bar."""
