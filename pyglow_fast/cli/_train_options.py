@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 from pyglow_fast.cli._common import number, whole
-from pyglow_fast.train import OPTIMIZERS
+from pyglow_fast.train import OPTIMIZERS, OPTIONAL
 
 # Title of the group; then flag, field, type (None: a word), help.
 _GROUPS: tuple[tuple[str, tuple[tuple[str, str, Any, str], ...]], ...] = (
@@ -33,6 +34,9 @@ _GROUPS: tuple[tuple[str, tuple[tuple[str, str, Any, str], ...]], ...] = (
             ("--coupling", "coupling", None, "affine (default) or additive"),
             ("--permutation", "permutation", None, "invconv (default), invconv_plain, shuffle or reverse"),
             ("--scale-map", "scale_map", None, "sigmoid (default), exp, tanh or atan"),
+            ("--scale-bias", "scale_bias", number, "of the sigmoid map (2)"),
+            ("--scale-eps", "scale_eps", number, "added to the sigmoid's scale (0)"),
+            ("--scale-clamp", "scale_clamp", number, "of the tanh and atan maps (2)"),
         ),
     ),
     (
@@ -45,6 +49,7 @@ _GROUPS: tuple[tuple[str, tuple[tuple[str, str, Any, str], ...]], ...] = (
             ("--weight-decay", "weight_decay", number, "decoupled weight decay, adamw only (0; digits 0.3)"),
             ("--max-skipped", "max_skipped", whole, "steps in a row that are left out as not finite (10)"),
             ("--batch-size", "batch_size", whole, "images a step, over all ranks (64)"),
+            ("--init-images", "init_images", whole, "images that actnorm is initialised from (256)"),
             ("--accumulate", "accumulate", whole, "parts that a batch is cut into, one after the other (1)"),
             ("--max-steps", "max_steps", whole, "stop after so many steps (10000; digits 1500) ..."),
             ("--max-epochs", "max_epochs", whole, "... or passes over the training images ..."),
@@ -70,7 +75,7 @@ _GROUPS: tuple[tuple[str, tuple[tuple[str, str, Any, str], ...]], ...] = (
             ("--save-every", "save_every", whole, "(500)"),
             ("--sample-every", "sample_every", whole, "(500)"),
             ("--check-ranks-every", "check_ranks_every", whole, "compare the weights of all ranks (500)"),
-            ("--eval-images", "eval_images", whole, "at most so many images an evaluation (1000; all at the end)"),
+            ("--eval-images", "eval_images", whole, "at most so many an evaluation (1000; at the end all held out)"),
             ("--sample-count", "sample_count", whole, "images in samples.png (64)"),
             ("--temperature", "sample_temperature", number, "of samples.png (0.7)"),
             ("--keep", "keep", whole, "newest checkpoints that are kept (3)"),
@@ -80,11 +85,17 @@ _GROUPS: tuple[tuple[str, tuple[tuple[str, str, Any, str], ...]], ...] = (
 _FLAGS = (
     ("images (what a source does not have, it refuses)", "--flip", "flip", "mirror images at random"),
     ("model", "--net-actnorm", "net_actnorm", "actnorm inside the coupling nets"),
+    ("model", "--learn-prior", "learn_prior", "learned priors (the default)"),
     ("model", "--class-conditional", "class_conditional", "condition the top prior on the labels"),
     ("how it is computed", "--compile", "compile", "train through torch.compile"),
     ("how it is computed", "--cuda-graphs", "cuda_graphs", "train through a CUDA graph"),
     ("output, in steps", "--tensorboard", "tensorboard", "write events for TensorBoard"),
 )
+
+
+def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Where a setting may be absent: "none" takes back what a file or a preset says."""
+    return lambda text: None if text == "none" else kind(text)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -94,7 +105,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         groups[title] = parser.add_argument_group(title)
         for flag, field, kind, text in options:
             name = "N" if kind is whole else "X" if kind is number else "NAME"
-            groups[title].add_argument(flag, dest=field, metavar=name, help=text, **({"type": kind} if kind else {}))
+            parse = _or_none(kind or str) if field in OPTIONAL else kind or str
+            groups[title].add_argument(flag, dest=field, metavar=name, help=text, type=parse)
     for title, flag, field, text in _FLAGS:
         action = argparse.BooleanOptionalAction
         groups[title].add_argument(flag, dest=field, action=action, default=argparse.SUPPRESS, help=text)

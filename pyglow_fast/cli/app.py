@@ -9,12 +9,12 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from pyglow_fast.cli import bench, data, demo, evaluate, info, reconstruct, sample, train
+from pyglow_fast.cli import bench, convert, data, demo, evaluate, info, reconstruct, sample, train
 from pyglow_fast.cli._common import InputError, Parser
 from pyglow_fast.data import MissingExtraError
 from pyglow_fast.train import FolderError, InputLostError, RankError, SaveError, TrainingDivergedError
 
-COMMANDS: tuple[ModuleType, ...] = (train, sample, evaluate, reconstruct, demo, data, bench, info)
+COMMANDS: tuple[ModuleType, ...] = (train, sample, evaluate, reconstruct, convert, demo, data, bench, info)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -57,7 +58,13 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("train", help=about, description=about, argument_default=argparse.SUPPRESS)
     parser.set_defaults(run_command=run)
     parser.add_argument("data", metavar="DATA", nargs="?", default=None, help=DATA_HELP)
-    parser.add_argument("--out", type=folder_name, required=True, metavar="DIR", help="the folder of the run")
+    parser.add_argument(
+        "--out",
+        type=folder_name,
+        default=None,
+        metavar="DIR",
+        help="the folder of the run (with --config RUN/config.toml: RUN-2, or the next that is free)",
+    )
     parser.add_argument(
         "--config",
         default=None,
@@ -71,6 +78,22 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     existing.add_argument("--overwrite", action="store_true", default=False, help="replace a run that is in --out")
     parser.add_argument("--quiet", action="store_true", default=False, help="print the final figures only")
     add_options(parser)
+
+
+def next_out(config: str | None) -> str:
+    """Where a run goes that is to repeat the one with that config.toml: beside it, under a number.
+
+    Raises:
+        ValueError: it is not that of a run, or none is given.
+    """
+    run = None if config is None else RunFolder(Path(config).parent)
+    expect(run is not None and run.config == Path(config or ""), "out", "the folder of the run (--out DIR)", "none")
+    assert run is not None
+    place = run.path.resolve()
+    number = 2
+    while place.with_name(f"{place.name}-{number}").exists():
+        number += 1
+    return os.path.relpath(place.with_name(f"{place.name}-{number}"))
 
 
 def from_file(path: str) -> tuple[dict[str, Any], str | None]:
@@ -179,15 +202,19 @@ def run(args: argparse.Namespace) -> int:
             if any(limit in given for limit in LIMITS):
                 settings = {key: value for key, value in settings.items() if key not in LIMITS}
             given, name = settings | given, name or stored_name
-        device = resolve_device(given.get("device", "auto"))
         expect(args.resume or name is not None, "data", DATA_HELP, "none")
-        group = open_ranks(cpu=device.type == "cpu")
+        out = args.out or next_out(args.config)
+        device = given.get("device")
+        if device is None:
+            device = RunFolder(out).load().config.device if args.resume else "auto"
+        resolve_device(device)
+        group = open_ranks(device)
     with group as ranks:
         with user_input():
             if args.resume:
-                ready = resumed(given, name, args.out, ranks)
+                ready = resumed(given, name, out, ranks)
             else:
                 config, data = make_config(given, name)
-                ready = start(config, args.out, args.overwrite, data, ranks)
+                ready = start(config, out, args.overwrite, data, ranks)
         result = ready.execute(args.quiet)
         return finish(result, ready.folder) if ranks.first else 128 + result.stopped_by if result.stopped_by else 0

@@ -189,7 +189,8 @@ def check_held_out(held_out: float | None) -> None:
     Raises:
         ValueError: it is not in (0, 1).
     """
-    expect(held_out is None or 0.0 < held_out < 1.0, "held_out", "a fraction between 0 and 1", held_out)
+    fits = held_out is None or (type(held_out) is float and 0.0 < held_out < 1.0)
+    expect(fits, "held_out", "a fraction between 0 and 1", repr(held_out) if isinstance(held_out, str) else held_out)
 
 
 def split(data: Images, held_out: float | None, seed: int) -> tuple[Tensor, Tensor]:

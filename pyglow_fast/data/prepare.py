@@ -15,9 +15,12 @@ ON_UNREADABLE = ("raise", "skip")
 _LUMA = (19595, 38470, 7471)  # 65536 times 0.299, 0.587, 0.114 (ITU-R 601), as Pillow rounds them
 
 
+MOST = 1 << 20  # pixels to a side and the like: more is a slip of the pen
+
+
 def is_whole(value: object, least: int) -> bool:
-    """Whether it is an int of ``least`` or more."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    """Whether it is an int of ``least`` or more, and not beyond all reason."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= MOST
 
 
 def check_on_unreadable(on_unreadable: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,36 @@ from pyglow_fast import functional, reference
 from pyglow_fast._errors import expect
 from pyglow_fast.layers._base import FlowLayer, check_count, check_input
 from pyglow_fast.layers.ranks import gather, refused_alike
+
+
+def joint_moments(x: Tensor, device: torch.device, check: Callable[[], None]) -> tuple[Tensor, Tensor, Tensor]:
+    """Number () of values per channel, their mean and sum of squared deviations (C,), float64, over all ranks' x.
+
+    x (N, C, *spatial), on each rank of torch.distributed's default group its own batch; ``device`` is where the ranks
+    talk to each other, and ``check`` raises a ValueError for a batch that the layer cannot take.
+
+    Raises:
+        ValueError: a batch is refused, empty or not finite, here or on another rank.
+    """
+    with refused_alike(device):
+        check()
+        expect(x.numel() > 0, "x", "a batch that is not empty to initialise from", tuple(x.shape))
+        mean, squared_deviations = functional.channel_moments(x)
+        finite = bool((squared_deviations.isfinite() & mean.isfinite()).all())
+        expect(finite, "x", "finite values to initialise actnorm from", "NaN or inf")
+    channels = x.shape[1]
+    count = mean.new_full((1,), x.numel() // channels)
+    rows = gather(torch.cat([count, mean, squared_deviations]))
+    counts, means, all_squared_deviations = rows.split([1, channels, channels], dim=1)
+    return counts.sum(), *reference.merge_moments(counts[:, 0], means, all_squared_deviations)
+
+
+def has_no_spread(std: Tensor, mean: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
+    """Whether a channel of that dtype is constant: std at most eps, or at the level of rounding.
+
+    Dividing by rounding errors would blow the next batch up by 1/eps.
+    """
+    return std <= (torch.finfo(dtype).eps * mean.abs()).clamp_min(eps)
 
 
 class ActNorm(FlowLayer):
@@ -85,22 +116,15 @@ class ActNorm(FlowLayer):
     @torch.no_grad()
     def initialize_from(self, x: Tensor) -> None:
         """Set bias and log_scale from the moments of x (of all ranks' x), whether or not it happened before."""
-        with refused_alike(self.bias.device):
+
+        def check() -> None:
             sharded = hasattr(self.bias, "device_mesh")
             expect(not sharded, "parameters", "an actnorm that is initialised before it is sharded", "a sharded one")
             check_input("x", x, self.channels, self.bias)
-            expect(x.numel() > 0, "x", "a batch that is not empty to initialise from", tuple(x.shape))
-            mean, squared_deviations = functional.channel_moments(x)
-            finite = bool((squared_deviations.isfinite() & mean.isfinite()).all())
-            expect(finite, "x", "finite values to initialise actnorm from", "NaN or inf")
-        count = mean.new_full((1,), x.numel() // self.channels)
-        rows = gather(torch.cat([count, mean, squared_deviations]))
-        counts, means, all_squared_deviations = rows.split([1, self.channels, self.channels], dim=1)
-        mean, squared_deviations = reference.merge_moments(counts[:, 0], means, all_squared_deviations)
-        std = (squared_deviations / counts.sum()).sqrt()
-        # Spread at the level of rounding is no spread: dividing by it would blow the next batch up by 1/eps.
-        resolution = torch.finfo(x.dtype).eps * mean.abs()
-        constant = std <= torch.maximum(resolution, torch.full_like(std, self.eps))
+
+        count, mean, squared_deviations = joint_moments(x, self.bias.device, check)
+        std = (squared_deviations / count).sqrt()
+        constant = has_no_spread(std, mean, x.dtype, self.eps)
         self.bias.copy_(-mean)
         self.log_scale.copy_(torch.where(constant, torch.zeros_like(std), -(std + self.eps).log()))
         self.initialized.fill_(True)

@@ -11,6 +11,7 @@ from pyglow_fast import functional
 from pyglow_fast._errors import expect
 from pyglow_fast.layers._base import check_count, check_input
 from pyglow_fast.layers.actnorm import ActNorm
+from pyglow_fast.layers.border import border_kernel, border_map, ones_channel, without_border
 from pyglow_fast.layers.explicit_net import ExplicitCouplingNet, scaled
 from pyglow_fast.layers.ranks import refused_alike
 
@@ -41,13 +42,15 @@ class NetShape(nn.Module):
 
     halo = 2  # an output position sees 1 + 0 + 1 neighbours to each side
 
-    def __init__(self, in_channels: int, out_channels: int, hidden: int, cond_channels: int, dims: int) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, hidden: int, cond_channels: int, dims: int, border: bool = False
+    ) -> None:
         super().__init__()
         for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("hidden", hidden)):
             check_count(name, value)
         check_count("cond_channels", cond_channels, least=0)
         self.in_channels, self.out_channels, self.hidden = in_channels, out_channels, hidden
-        self.cond_channels, self.dims = cond_channels, dims
+        self.cond_channels, self.dims, self.border = cond_channels, dims, border
 
     @property
     def like(self) -> Tensor:
@@ -61,8 +64,9 @@ class NetShape(nn.Module):
         convolutions their gradients too. A hidden ActNorm costs nothing: it is folded into the weights.
         """
         products = self.dims == 2 and functional.net_as_products(self.like)
-        hidden = (2 if products else 4) * self.hidden
-        edges = (3 if products else 5) * self.out_channels + 2 * (self.in_channels + self.cond_channels)
+        # With a border term there is one input channel and one hidden unit more.
+        hidden = (2 if products else 4) * (self.hidden + self.border)
+        edges = (3 if products else 5) * self.out_channels + 2 * (self.in_channels + self.cond_channels + self.border)
         return (hidden + edges) * element_size
 
     def check_inputs(self, x: Tensor, cond: Tensor | None) -> None:
@@ -83,6 +87,11 @@ class NetShape(nn.Module):
         self.check_inputs(x, cond)
         return x if cond is None else torch.cat([x, cond.to(x.dtype)], dim=1)
 
+    def net_input(self, x: Tensor, cond: Tensor | None) -> Tensor:
+        """What functional.coupling_net takes: the checked inputs as one and, for a border term, a channel of ones."""
+        x = self.with_condition(x, cond)
+        return ones_channel(x) if self.border else x
+
 
 class CouplingNet(NetShape):
     """net(x) = exp(3 log_gain) (w3 * relu(w2 * relu(w1 * x + b1) + b2) + b3), w1 and w3 3x3, w2 1x1.
@@ -96,6 +105,8 @@ class CouplingNet(NetShape):
         hidden: width of both hidden layers.
         actnorm: an ActNorm instead of a bias after each hidden convolution, as in the released code.
         cond_channels: channels of a conditioning input, concatenated to x.
+        border: w1 and w3 also see a ring of ones around the image, by kernels border1 and border3 that start at zero:
+            w1 * x + border1 * ring, and so for w3. The conventions of other implementations at the border are such.
         dims: number of spatial dimensions, 1 to 3.
 
     Shapes: x (N, in_channels, *spatial), cond (N, cond_channels, *spatial) -> (N, out_channels, *spatial).
@@ -113,9 +124,10 @@ class CouplingNet(NetShape):
         hidden: int = 512,
         actnorm: bool = False,
         cond_channels: int = 0,
+        border: bool = False,
         dims: int = 2,
     ) -> None:
-        super().__init__(in_channels, out_channels, hidden, cond_channels, dims)
+        super().__init__(in_channels, out_channels, hidden, cond_channels, dims, border)
         conv = conv_for(dims)
         self.conv1 = conv(in_channels + cond_channels, hidden, 3, padding=1, bias=not actnorm)
         self.conv2 = conv(hidden, hidden, 1, bias=not actnorm)
@@ -123,6 +135,8 @@ class CouplingNet(NetShape):
         self.norm1: nn.Module = ActNorm(hidden) if actnorm else nn.Identity()
         self.norm2: nn.Module = ActNorm(hidden) if actnorm else nn.Identity()
         self.log_gain = nn.Parameter(torch.zeros(out_channels, *[1] * dims))
+        self.border1 = border_kernel(hidden, dims) if border else None
+        self.border3 = border_kernel(out_channels, dims) if border else None
         for hidden_conv in (self.conv1, self.conv2):
             nn.init.kaiming_normal_(hidden_conv.weight, nonlinearity="relu")
             zero_bias(hidden_conv)
@@ -158,7 +172,7 @@ class CouplingNet(NetShape):
         with refused_alike(self.conv1.weight.device, lambda: not self.is_initialized):
             hidden = self.with_condition(x, cond)
         for conv, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
-            hidden = conv(hidden)
+            hidden = self._convolved(conv, hidden)
             if isinstance(norm, ActNorm):
                 hidden = norm.initialize(hidden)
             hidden = hidden.relu()
@@ -172,7 +186,10 @@ class CouplingNet(NetShape):
     def _weights(self) -> list[Tensor]:
         """With log_gain at the end, not folded in."""
         # By attribute, so that parametrizations, pruning and torch.func.functional_call have their say.
-        return ExplicitCouplingNet({name: self._value(name) for name in self._parameter_names()}).weights
+        net = ExplicitCouplingNet({name: self._value(name) for name in self._parameter_names()})
+        if self.border1 is None or self.border3 is None:
+            return net.weights
+        return without_border(net.weights, net.scales[0], self.border1, self.border3)
 
     def _value(self, name: str) -> Tensor:
         module, _, attribute = name.rpartition(".")
@@ -180,12 +197,15 @@ class CouplingNet(NetShape):
         return value
 
     def explicit(self, x1: Tensor, params: Mapping[str, Tensor]) -> ExplicitCouplingNet | None:
-        """The net on those parameters without autograd, where it runs as matrix products of ours; else None."""
+        """The net on those parameters without autograd, where it runs as matrix products of ours; else None.
+
+        None with a border term too.
+        """
         plain = type(self) is CouplingNet and self.is_plain and params.keys() == self._parameter_names()
         return ExplicitCouplingNet(params) if plain and functional.net_as_products(x1) else None
 
     def _parameter_names(self) -> set[str]:
-        """What the parameters are called if nobody has put a parametrization on them."""
+        """What the parameters (but for a border term's) are called without parametrizations."""
         names = {"log_gain", "conv3.bias", *(f"conv{layer}.weight" for layer in (1, 2, 3))}
         for layer, norm in ((1, self.norm1), (2, self.norm2)):
             names |= (
@@ -195,15 +215,20 @@ class CouplingNet(NetShape):
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """x, cond -> shift and raw scale (or shift alone)."""
-        x = self.with_condition(x, cond)
         if any(part._forward_hooks or part._forward_pre_hooks for part in self.children()):
-            return self._layer_by_layer(x)
-        return functional.coupling_net(x, *self._weights())
+            return self._layer_by_layer(self.with_condition(x, cond))
+        return functional.coupling_net(self.net_input(x, cond), *self._weights())
+
+    def _convolved(self, conv: nn.Module, x: Tensor) -> Tensor:
+        """conv(x), with its border term."""
+        out: Tensor = conv(x)
+        kernel = self.border1 if conv is self.conv1 else self.border3 if conv is self.conv3 else None
+        return out if kernel is None else out + border_map(kernel, x.shape[2:])
 
     def _layer_by_layer(self, x: Tensor) -> Tensor:
         """The same with every layer called, as hooks on them want it (torch.nn.utils.prune sets weights by such)."""
         for conv, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
-            x = conv(x)
+            x = self._convolved(conv, x)
             x = (norm(x)[0] if isinstance(norm, ActNorm) else x).relu()
-        out: Tensor = self.conv3(x) * (3.0 * self.log_gain).exp()
+        out: Tensor = self._convolved(self.conv3, x) * (3.0 * self.log_gain).exp()
         return out

@@ -186,11 +186,13 @@ class FlowStep(FlowLayer):
         hidden: width of the coupling net.
         coupling: "affine" or "additive".
         permutation: "invconv" (LU), "invconv_plain", "shuffle" or "reverse".
-        net: a coupling net of your own instead of CouplingNet (then hidden, net_actnorm, cond_channels are not used).
+        net: a coupling net of your own instead of CouplingNet (then hidden, net_actnorm, cond_channels, border are not
+            used).
         net_actnorm: ActNorm inside the coupling net.
         cond_channels: channels of the conditioning input.
         dims: number of spatial dimensions, 1 to 3.
         scale_map, scale_bias, scale_eps, scale_clamp, order, precision: see Coupling.
+        border: of the coupling net, see CouplingNet.
 
     Shapes: x (N, C, *spatial), float32 or float64; log_det (N,), nats.
 
@@ -216,6 +218,7 @@ class FlowStep(FlowLayer):
         scale_clamp: float = 2.0,
         order: str = "shift_scale",
         precision: str = "auto",
+        border: bool = False,
     ) -> None:
         super().__init__()
         check_count("channels", channels, least=2)
@@ -224,7 +227,7 @@ class FlowStep(FlowLayer):
         expect(permutation in PERMUTATIONS, "permutation", f"one of {PERMUTATIONS}", repr(permutation))
         if net is None:
             width = channels if coupling == "affine" else channels // 2
-            net = CouplingNet(channels // 2, width, hidden, net_actnorm, cond_channels, dims)
+            net = CouplingNet(channels // 2, width, hidden, net_actnorm, cond_channels, border, dims)
         self.channels = channels
         self.actnorm = ActNorm(channels)
         self.permutation: ChannelLinear = (

@@ -26,7 +26,7 @@ class FrozenNet(NetShape):
     """
 
     def __init__(self, net: CouplingNet) -> None:
-        super().__init__(net.in_channels, net.out_channels, net.hidden, net.cond_channels, net.dims)
+        super().__init__(net.in_channels, net.out_channels, net.hidden, net.cond_channels, net.dims, net.border)
         with torch.no_grad():
             for name, weight in zip(WEIGHTS, net.folded_weights(), strict=True):
                 self.register_buffer(name, weight.detach().clone())
@@ -40,7 +40,7 @@ class FrozenNet(NetShape):
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """x, cond -> shift and raw scale (or shift alone)."""
         weights = [self.get_buffer(name) for name in WEIGHTS]
-        return functional.coupling_net(self.with_condition(x, cond), *weights)
+        return functional.coupling_net(self.net_input(x, cond), *weights)
 
 
 class FrozenSteps(FlowLayer):

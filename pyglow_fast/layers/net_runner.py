@@ -134,7 +134,7 @@ class NetRunner:
         net = self.net
 
         def call(x1: Tensor, cond: Tensor | None) -> Tensor:
-            return functional.coupling_net(net.with_condition(x1, cond), *weights)
+            return functional.coupling_net(net.net_input(x1, cond), *weights)
 
         with in_precision(self.precision, x1):
             return run_net(net, x1, cond, self._plan(x1, cond), call)

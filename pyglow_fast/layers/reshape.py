@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
 from pyglow_fast.layers._base import FlowLayer, check_count, check_input
+from pyglow_fast.layers.border import border_kernel, border_map
 from pyglow_fast.layers.coupling_net import conv_for, zero_bias
 
 
@@ -51,13 +52,14 @@ class Split(nn.Module):
         channels: C of x, even.
         learn_prior: whether z1 predicts mean and log_sd.
         dims: number of spatial dimensions, 1 to 3.
+        border: the convolution also sees a ring of ones around the image, see CouplingNet.
 
     Shapes: x (N, C, *spatial); z1, z2 (N, C/2, *spatial); log_prob (N,), nats.
 
     Reference: Kingma & Dhariwal 2018, section 3 and the released code's learned split prior.
     """
 
-    def __init__(self, channels: int, learn_prior: bool = True, dims: int = 2) -> None:
+    def __init__(self, channels: int, learn_prior: bool = True, dims: int = 2, border: bool = False) -> None:
         super().__init__()
         check_count("channels", channels, least=2)
         expect(channels % 2 == 0, "channels", "an even number to halve", channels)
@@ -67,6 +69,7 @@ class Split(nn.Module):
             nn.init.zeros_(self.conv.weight)
             zero_bias(self.conv)
             self.log_gain = nn.Parameter(torch.zeros(channels, *[1] * dims))
+        self.border = border_kernel(channels, dims) if border and learn_prior else None
 
     def prior(self, kept: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log_sd of z2 given z1, each like z1."""
@@ -76,7 +79,10 @@ class Split(nn.Module):
         check_input("kept", kept, self.channels // 2, self.conv.weight)
         # A convolution would take (N, C, L) for one image without a batch dimension.
         expect(kept.dim() == self.dims + 2, "kept", f"{self.dims} spatial dimensions", f"shape {tuple(kept.shape)}")
-        mean, log_sd = (self.conv(kept) * (3.0 * self.log_gain).exp()).to(kept.dtype).chunk(2, dim=1)
+        out = self.conv(kept)
+        if self.border is not None:
+            out = out + border_map(self.border, kept.shape[2:])
+        mean, log_sd = (out * (3.0 * self.log_gain).exp()).to(kept.dtype).chunk(2, dim=1)
         return mean, log_sd
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:

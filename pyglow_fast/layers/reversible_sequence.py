@@ -14,6 +14,7 @@ from pyglow_fast.coupling_nets.plan import budget_bytes
 from pyglow_fast.coupling_nets.traits import has_known_modules
 from pyglow_fast.layers._base import FlowLayer, check_input
 from pyglow_fast.layers.flow_step import (
+    ChannelMap,
     FlowStep,
     Recorded,
     fold_in_one,
@@ -23,11 +24,43 @@ from pyglow_fast.layers.flow_step import (
 )
 from pyglow_fast.layers.folded import FoldCache
 from pyglow_fast.layers.module_chain import ModuleChain
+from pyglow_fast.layers.net_runner import NetRunner
 from pyglow_fast.layers.ranks import refused_alike
+from pyglow_fast.reference import CouplingSpec
 from pyglow_fast.reversible import Chain, DriftControl, Pass, run_chain
 
 MEMORY_MODES = ("reversible", "checkpoint", "store")
 GRADIENT_SHARE = 4  # of the budget, what gradients may take that exist a second time while they are added to others
+
+
+def pass_of(control: DriftControl | None, budget: str | int, x: Tensor, step_bytes: Sequence[int]) -> Pass:
+    """One forward of steps with so many bytes of parameters, to be recomputed; without a control by checkpointing."""
+    limit = budget_bytes(budget, x.device.type) // GRADIENT_SHARE if can_read(x) else None
+    return Pass(control, step_bytes, limit)
+
+
+def run_recomputing(
+    runners: Sequence[NetRunner],
+    specs: Sequence[CouplingSpec],
+    maps: ChannelMap,
+    whole: Pass,
+    x: Tensor,
+    cond: Tensor | None = None,
+    squeeze_first: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """x through K steps, a channel map (stacked: (K, C, C), (K, C), (K,)) and a coupling each, to be recomputed."""
+    counts = [part.end - part.first for part in whole.parts]
+    matrices, offsets, map_log_dets = (part.split(counts) for part in maps)
+    kept = maps.matrix.shape[-1] // 2
+    z, total = x, x.new_zeros(x.shape[0])
+    for i, part in enumerate(whole.parts):
+        own = runners[part.first : part.end]
+        squeezes = squeeze_first and part.first == 0
+        chain = Chain(own, [len(runner.params) for runner in own], specs[part.first : part.end], kept, squeezes, part)
+        params = [parameter for runner in own for parameter in runner.params]
+        z, log_det = run_chain(chain, z, cond, matrices[i], offsets[i], map_log_dets[i].sum(), params)
+        total = log_det if i == 0 else total + log_det
+    return z, total
 
 
 class ReversibleSequence(FlowLayer):
@@ -158,23 +191,12 @@ class ReversibleSequence(FlowLayer):
         self._cache.clear()
         runners = [step.coupling.runner(self.memory_budget) for step in steps]
         whole = self._pass(x, [sum(parameter.nbytes for parameter in runner.params) for runner in runners])
-        counts = [part.end - part.first for part in whole.parts]
-        matrices, offsets, map_log_dets = (part.split(counts) for part in fold_in_one(steps))
-        z, total = x, x.new_zeros(x.shape[0])
-        for i, part in enumerate(whole.parts):
-            own = runners[part.first : part.end]
-            specs = [step.coupling.spec for step in steps[part.first : part.end]]
-            squeezes = squeeze_first and part.first == 0
-            chain = Chain(own, [len(runner.params) for runner in own], specs, steps[0].channels // 2, squeezes, part)
-            params = [parameter for runner in own for parameter in runner.params]
-            z, log_det = run_chain(chain, z, cond, matrices[i], offsets[i], map_log_dets[i].sum(), params)
-            total = log_det if i == 0 else total + log_det
-        return z, total
+        specs = [step.coupling.spec for step in steps]
+        return run_recomputing(runners, specs, fold_in_one(steps), whole, x, cond, squeeze_first)
 
     def _pass(self, x: Tensor, step_bytes: Sequence[int]) -> Pass:
         """Of a forward that begins now. A GPU's one verdict a level wants one part."""
-        limit = budget_bytes(self.memory_budget, x.device.type) // GRADIENT_SHARE if can_read(x) else None
-        return Pass(self.control if self.memory == "reversible" else None, step_bytes, limit)
+        return pass_of(self.control if self.memory == "reversible" else None, self.memory_budget, x, step_bytes)
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """z -> x."""

@@ -29,6 +29,7 @@ class GlowConfig:
         net_actnorm: ActNorm inside the coupling nets, as in the released code.
         learn_prior: learned split priors and top prior.
         scale_map, scale_bias, scale_eps, scale_clamp: of the affine coupling, see Coupling.
+        border: convolutions of the nets and priors also see a ring of ones around the image, see CouplingNet.
 
     Raises:
         ValueError: a value out of its range; the message names it.
@@ -48,6 +49,7 @@ class GlowConfig:
     scale_bias: float = 2.0
     scale_eps: float = 0.0
     scale_clamp: float = 2.0
+    border: bool = False
 
     def __post_init__(self) -> None:
         expect(isinstance(self.image_shape, Sequence), "image_shape", "a tuple of ints", repr(self.image_shape))
@@ -57,7 +59,9 @@ class GlowConfig:
         expect(is_shape, "image_shape", "(C, L), (C, H, W) or (C, D, H, W) of positive ints", shape)
         for name in ("n_levels", "n_steps", "hidden"):
             value = getattr(self, name)
-            expect(type(value) is int and value >= 1, name, "a positive int", value)
+            found = repr(value) if isinstance(value, str) else value
+            expect(type(value) is int and 1 <= value < 2**31, name, "a positive int", found)
+        expect(self.n_levels <= 30, "n_levels", "at most 30", self.n_levels)
         factor = 2**self.n_levels
         divides = all(size % factor == 0 for size in shape[1:])
         expect(divides, "image_shape", f"sides divisible by 2^n_levels = {factor}", shape)
@@ -68,7 +72,7 @@ class GlowConfig:
         cond_ok = type(self.cond_channels) is int and self.cond_channels >= 0
         expect(cond_ok, "cond_channels", "0 or a positive int", self.cond_channels)
         expect(self.scale_map in SCALE_MAPS, "scale_map", f"one of {SCALE_MAPS}", repr(self.scale_map))
-        for name in ("net_actnorm", "learn_prior"):
+        for name in ("net_actnorm", "learn_prior", "border"):
             expect(type(getattr(self, name)) is bool, name, "True or False", repr(getattr(self, name)))
         for name in ("scale_bias", "scale_eps", "scale_clamp"):
             value = getattr(self, name)

@@ -12,58 +12,16 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import can_read, expect
-from pyglow_fast.layers import ActNorm, FlowStep, FrozenSteps, ReversibleSequence, Split, Squeeze
+from pyglow_fast.layers import ActNorm, FrozenSteps, ReversibleSequence, Split
 from pyglow_fast.layers._base import check_input
 from pyglow_fast.layers.ranks import refused_alike
-from pyglow_fast.layers.reshape import fit_condition
 from pyglow_fast.likelihood import bits_per_dim, dequantize
 from pyglow_fast.models.config import GlowConfig
+from pyglow_fast.models.distribution import GlowDistribution
 from pyglow_fast.models.graphed import GraphedGlow
+from pyglow_fast.models.level import FlowLevel
 from pyglow_fast.models.prior import TopPrior, check_labels, check_temperature, scaled_noise
 from pyglow_fast.models.settings import GlowSettings
-
-
-class FlowLevel(nn.Module):
-    """One level: squeeze, then K flow steps whose parameter work is done in one batch."""
-
-    def __init__(self, config: GlowConfig, channels: int, **memory: Any) -> None:
-        super().__init__()
-        self.squeeze = Squeeze(2)
-        steps = [
-            FlowStep(
-                channels,
-                hidden=config.hidden,
-                coupling=config.coupling,
-                permutation=config.permutation,
-                net_actnorm=config.net_actnorm,
-                cond_channels=config.cond_channels,
-                dims=config.dims,
-                scale_map=config.scale_map,
-                scale_bias=config.scale_bias,
-                scale_eps=config.scale_eps,
-                scale_clamp=config.scale_clamp,
-            )
-            for _ in range(config.n_steps)
-        ]
-        self.steps: ReversibleSequence | FrozenSteps = ReversibleSequence(steps, **memory)
-
-    def forward(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x (N, C, *spatial) -> z (N, C 2^d, *spatial / 2), log_det (N,)."""
-        cond = None if cond is None else fit_condition(cond, tuple(size // 2 for size in x.shape[2:]))
-        return self.steps(x, cond, squeeze_first=True)
-
-    def inverse(self, z: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
-        """z -> x, log_det (N,)."""
-        cond = None if cond is None else fit_condition(cond, tuple(z.shape[2:]))
-        z, log_det = self.steps.inverse(z, cond)
-        x, _ = self.squeeze.inverse(z)
-        return x, log_det
-
-    def initialize(self, x: Tensor, cond: Tensor | None) -> Tensor:
-        """Data-dependent initialisation, step after step, each from the output of those before it."""
-        z, _ = self.squeeze(x)
-        cond = None if cond is None else fit_condition(cond, tuple(z.shape[2:]))
-        return self.steps.initialize(z, cond)
 
 
 class Glow(GlowSettings):
@@ -120,10 +78,17 @@ class Glow(GlowSettings):
         }
         self.levels = nn.ModuleList(FlowLevel(self.config, shape[0], **options) for shape in self.state_shapes)
         self.splits = nn.ModuleList(
-            Split(shape[0], self.config.learn_prior, self.config.dims) for shape in self.state_shapes[:-1]
+            Split(shape[0], self.config.learn_prior, self.config.dims, self.config.border)
+            for shape in self.state_shapes[:-1]
         )
         self.precision = precision
-        self.prior = TopPrior(self.state_shapes[-1][0], self.config.n_classes, self.config.learn_prior)
+        self.prior = TopPrior(
+            self.state_shapes[-1][0],
+            self.config.n_classes,
+            self.config.learn_prior,
+            self.config.border,
+            self.config.dims,
+        )
 
     def freeze(self) -> Glow:
         """A copy for deployment: the same densities, latents and samples from folded weights in buffers.
@@ -275,8 +240,7 @@ class Glow(GlowSettings):
             expect(isinstance(x, Tensor) and x.dim() >= 1, "x", "a Tensor (N, C, *spatial)", type(x).__name__)
             check_labels(y, x.shape[0], self.config.n_classes)
         latents, kept_halves, log_prob = self._encode(x, cond)
-        for split, kept, factored in zip(self.splits, kept_halves, latents[:-1], strict=True):
-            assert isinstance(split, Split)
+        for split, kept, factored in zip(self._splits(), kept_halves, latents[:-1], strict=True):
             log_prob = log_prob + split.log_prob(kept, factored)
         return log_prob + functional.gaussian_log_prob(latents[-1], *self.prior(latents[-1], y))
 
@@ -353,14 +317,56 @@ class Glow(GlowSettings):
             device = parameter.device if generator is None else generator.device
             y = torch.randint(self.config.n_classes, (n,), generator=generator, device=device).to(parameter.device)
         check_labels(y, n, self.config.n_classes)
-        top = parameter.new_empty(n, *self.state_shapes[-1])
-        x = functional.gaussian_sample(scaled_noise(top, temperature, generator), *self.prior(top, y))
+        # In the order in which the inverse needs it: the deepest latent's first.
+        shapes = [parameter.new_empty(n, *shape) for shape in self.latent_shapes]
+        noise = [scaled_noise(like, temperature, generator) for like in reversed(shapes)]
+        return self._from_noise(noise[::-1], y, cond)[0]
+
+    def _from_noise(self, noise: list[Tensor], y: Tensor | None, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+        mean, log_sd = self.prior(noise[-1], y)
+        x = functional.gaussian_sample(noise[-1], mean, log_sd)
+        log_det = log_sd.expand_as(x).flatten(1).sum(1)
         for i in reversed(range(len(self.levels))):
             if i < len(self.splits):
                 split = self.splits[i]
                 assert isinstance(split, Split)
-                x = torch.cat([x, split.sample(x, scaled_noise(x, temperature, generator))], dim=1)
+                mean, log_sd = split.prior(x)
+                x = torch.cat([x, functional.gaussian_sample(noise[i], mean, log_sd)], dim=1)
+                log_det = log_det + log_sd.flatten(1).sum(1)
             level = self.levels[i]
             assert isinstance(level, FlowLevel)
-            x, _ = level.inverse(x, cond)
-        return x
+            x, level_log_det = level.inverse(x, cond)
+            log_det = log_det + level_log_det
+        return x, log_det
+
+    def from_noise(
+        self, noise: list[Tensor], y: Tensor | None = None, cond: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x, log|det dx/deps|: z_l = mean_l + exp(log_sd_l) eps_l by the priors, then the inverse flow.
+
+        Args:
+            noise: eps of every level, of ``latent_shapes``.
+            y, cond: as in log_prob.
+        """
+        self._check_latents(noise)
+        self._check_cond(cond, noise[0].shape[0])
+        check_labels(y, noise[0].shape[0], self.config.n_classes)
+        return self._from_noise(noise, y, cond)
+
+    def to_noise(self, x: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+        """eps of every level and log|det deps/dx|, the inverse of :meth:`from_noise`: eps_l = (z_l - mean_l) / sd_l."""
+        check_labels(y, x.shape[0], self.config.n_classes)
+        latents, kept_halves, log_det = self._encode(x, cond)
+        priors = [split.prior(kept) for split, kept in zip(self._splits(), kept_halves, strict=True)]
+        noise = []
+        for latent, (mean, log_sd) in zip(latents, [*priors, self.prior(latents[-1], y)], strict=True):
+            noise.append((latent - mean) * (-log_sd).exp())
+            log_det = log_det - log_sd.expand_as(latent).flatten(1).sum(1)
+        return noise, log_det
+
+    def _splits(self) -> list[Split]:
+        return [split for split in self.splits if isinstance(split, Split)]
+
+    def as_distribution(self, y: Tensor | int | None = None, cond: Tensor | None = None) -> GlowDistribution:
+        """This model with the interface of torch.distributions; see GlowDistribution."""
+        return GlowDistribution(self, y, cond)

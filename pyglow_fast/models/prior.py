@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast._errors import can_read, expect
+from pyglow_fast.layers.border import border_kernel, border_map
 
 
 class TopPrior(nn.Module):
-    """N(z; mean, exp(log_sd)) with one mean and log_sd per channel, plus an offset per class.
+    """N(z; mean, exp(log_sd)) with one mean and log_sd per channel, plus an offset per class and a border term.
 
     All parameters start at zero, so a fresh prior is the standard normal.
 
@@ -19,15 +20,21 @@ class TopPrior(nn.Module):
         channels: C of the top latent.
         n_classes: number of classes, or None.
         learn: whether there are parameters per channel; class offsets are always learned.
+        border: whether positions at the rim differ, as where a convolution of zeros sees a ring of ones around them;
+            only with learn.
+        dims: number of spatial dimensions, 1 to 3.
 
     Reference: Kingma & Dhariwal 2018, released code (learn_top, y_emb).
     """
 
-    def __init__(self, channels: int, n_classes: int | None = None, learn: bool = True) -> None:
+    def __init__(
+        self, channels: int, n_classes: int | None = None, learn: bool = True, border: bool = False, dims: int = 2
+    ) -> None:
         super().__init__()
         self.channels, self.n_classes = channels, n_classes
         self.mean_log_sd = nn.Parameter(torch.zeros(2 * channels)) if learn else None
         self.class_offset = None if n_classes is None else nn.Parameter(torch.zeros(n_classes, 2 * channels))
+        self.border = border_kernel(2 * channels, dims) if border and learn else None
 
     def forward(self, like: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         """Mean and log_sd, each broadcastable to ``like`` (N, C, *spatial)."""
@@ -35,7 +42,10 @@ class TopPrior(nn.Module):
         if self.class_offset is not None:
             assert y is not None  # checked by check_labels before
             values = values + self.class_offset[y]
-        mean, log_sd = values.reshape(*values.shape, *[1] * (like.dim() - 2)).chunk(2, dim=1)
+        values = values.reshape(*values.shape, *[1] * (like.dim() - 2))
+        if self.border is not None:
+            values = values + border_map(self.border, like.shape[2:])
+        mean, log_sd = values.chunk(2, dim=1)
         return mean, log_sd
 
 

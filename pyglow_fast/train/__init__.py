@@ -1,24 +1,27 @@
 """Training: configuration, the loop, checkpoints, evaluation and pictures. Uses models, likelihood and data."""
 
 from pyglow_fast.train.checkpoint import Checkpoint, DataStamp
-from pyglow_fast.train.config import ADJUSTABLE, LIMITS, TrainConfig
+from pyglow_fast.train.config import ADJUSTABLE, LIMITS, OPTIONAL, TrainConfig
 from pyglow_fast.train.config_file import read_config, to_toml
+from pyglow_fast.train.devices import resolve_device
 from pyglow_fast.train.ema import Ema
 from pyglow_fast.train.evaluation import Score, check_fits, device_of, evaluate, labels_for
+from pyglow_fast.train.feed import InputLostError
 from pyglow_fast.train.figures import class_columns, class_cycle, save_curve, save_grid, to_levels
-from pyglow_fast.train.loop import InputLostError, Result, Run
+from pyglow_fast.train.loop import Result, Run
 from pyglow_fast.train.optim import OPTIMIZERS, learning_rate, make_optimizer
 from pyglow_fast.train.ranks import RankError, Ranks, open_ranks
 from pyglow_fast.train.run_folder import FolderError, RunFolder, load_model
 from pyglow_fast.train.runs import resume, start
 from pyglow_fast.train.seeds import derive
-from pyglow_fast.train.state import TrainingDivergedError, TrainState, resolve_device
+from pyglow_fast.train.state import TrainingDivergedError, TrainState
 from pyglow_fast.train.writer import SaveError
 
 __all__ = [
     "ADJUSTABLE",
     "LIMITS",
     "OPTIMIZERS",
+    "OPTIONAL",
     "Checkpoint",
     "DataStamp",
     "Ema",

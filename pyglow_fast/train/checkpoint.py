@@ -85,7 +85,10 @@ class Checkpoint:
             "digest": _digest(tensors),
         }
         with replacing(path) as temporary:
-            save_file(tensors, str(temporary), {_HEADER: json.dumps(header)})
+            try:
+                save_file(tensors, str(temporary), {_HEADER: json.dumps(header)})
+            except SafetensorError as error:  # how it says that the disk is full
+                raise OSError(str(error)) from error
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:

@@ -22,7 +22,7 @@ ADJUSTABLE = frozenset(
     {*LIMITS, "patience", "device", "workers", "memory", "precision", "compile", "cuda_graphs", "accumulate"}
     | {f"{what}_every" for what in EVERY}
     | {"eval_images", "sample_count", "sample_temperature", "keep", "tensorboard", "check_ranks_every", "max_skipped"}
-    | {"data.on_unreadable", "data.in_memory"}
+    | {"data.on_unreadable"}
 )
 # In a file, which knows no null: "none" in these fields.
 OPTIONAL = frozenset(
@@ -62,7 +62,7 @@ class TrainConfig:
         device: "cpu", "cuda", "cuda:N" or "auto" (cuda where there is one).
         log_every, eval_every, save_every, sample_every: in steps.
         eval_images: during training at most so many images of each side of the split are evaluated, always the same,
-            drawn by the seed (all at the end).
+            drawn by the seed (at the end all that are held out, and at most 10,000 of the others).
         sample_count, sample_temperature: of samples.png.
         keep: newest checkpoints that are kept.
         tensorboard: write events for TensorBoard too.
@@ -156,13 +156,15 @@ class TrainConfig:
     def _check_int(self, name: str, low: int) -> None:
         value = getattr(self, name)
         ok = isinstance(value, int) and not isinstance(value, bool) and low <= value < 2**63
-        expect(ok, name, "a positive whole number" if low else "a whole number, 0 or more", value)
+        found = repr(value) if isinstance(value, str) else value
+        expect(ok, name, "a positive whole number" if low else "a whole number, 0 or more", found)
 
     def _check_number(self, name: str, positive: bool = False) -> None:
         value = getattr(self, name)
         ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         ok = ok and (value > 0 if positive else value >= 0)
-        expect(ok, name, "a positive number" if positive else "a number, 0 or more", value)
+        found = repr(value) if isinstance(value, str) else value
+        expect(ok, name, "a positive number" if positive else "a number, 0 or more", found)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict; :meth:`from_dict` reads it back."""
@@ -203,6 +205,7 @@ class TrainConfig:
         """
         here = flatten(self.to_dict())
         for name, value in values.items():
+            expect(name in here, name, "a setting", "an unknown name")
             was = here[name]
             expect(name in ADJUSTABLE or was == value, name, f"{was!r}, as the run was started with", repr(value))
         changed = {name: value for name, value in values.items() if name in ADJUSTABLE}

@@ -7,6 +7,7 @@ fields which may be None say ``"none"``.
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,7 +52,7 @@ def read_config(path: Path) -> dict[str, Any]:
         else:
             yaml = optional("yaml", "YAML files")
             try:
-                values = yaml.safe_load(text)
+                values = yaml.load(text, _loader(yaml))
             except yaml.YAMLError as error:
                 raise ValueError(" ".join(str(error).split())) from error
     except OSError as error:
@@ -60,6 +61,17 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{name}: expected a configuration as {path.suffix[1:].upper()}, found {error}") from error
     expect(isinstance(values, Mapping), name, "tables of settings", type(values).__name__)
     return _nulls(values)
+
+
+def _loader(yaml: Any) -> Any:
+    """SafeLoader, to which 1e-3 is a number as in YAML 1.2 (PyYAML's 1.1 wants 1.0e-3)."""
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    number = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    return Loader
 
 
 def _nulls(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,8 +41,8 @@ class Ema:
         """The model has the averaged weights for a while; then its own again, to the bit."""
         own = [value.detach().clone() for value in self._parameters.values()]
         # Copies rather than an exchange of storage: caches of folded weights notice them by the tensors' versions.
-        self._fill(list(self.average.values()))
         try:
+            self._fill(list(self.average.values()))
             yield
         finally:
             self._fill(own)

@@ -18,11 +18,15 @@ from pyglow_fast.train.seeds import derive, random_subset
 
 @dataclass(frozen=True)
 class Score:
-    """Mean bits/dim over ``images`` images and the standard error of that mean over the images."""
+    """Mean bits/dim over ``images`` images and the standard error of that mean over the images.
+
+    ``unreadable`` more images could not be read and are left out.
+    """
 
     mean: float
     standard_error: float
     images: int
+    unreadable: int = 0
 
     @property
     def error_text(self) -> str:
@@ -86,7 +90,7 @@ def evaluate(
         ranks: share the images among these; every rank gets the whole score.
 
     Raises:
-        ValueError: images that do not fit the model, or one that cannot be read.
+        ValueError: images that do not fit the model; one that cannot be read, or with "skip" none that can.
     """
     ranks = ranks or Ranks()
     check_fits(model, data, data.n_bins)
@@ -103,10 +107,13 @@ def evaluate(
             keys = [derive(seed, "noise", index) for index, _ in wanted]
             x = noisy(batch.levels, keys, data.n_bins, device)
             log_prob = model.log_prob(x, labels_for(model, batch.labels))
-            bits.append(bits_per_dim(log_prob, n_values, data.n_bins).double().cpu())
+            own = batch.indices == torch.tensor([index for index, _ in wanted])  # others stand in for unreadable ones
+            bits.append(bits_per_dim(log_prob, n_values, data.n_bins).double().cpu()[own])
     finally:
         model.train(was_training)
-    values, n = torch.cat(bits), len(chosen)
-    mean = ranks.total(float(values.sum()))[0] / n
+    values = torch.cat(bits)
+    total, count = ranks.total(float(values.sum()), len(values))
+    n, mean = int(count), total / max(1.0, count)
+    expect(n > 0, "data", f"at least one image that can be read in {data.name}", f"none of {len(chosen)}")
     squares = ranks.total(float((values - mean).square().sum()))[0]
-    return Score(mean, math.sqrt(squares / (n - 1) / n) if n > 1 else math.nan, n)
+    return Score(mean, math.sqrt(squares / (n - 1) / n) if n > 1 else math.nan, n, len(chosen) - n)

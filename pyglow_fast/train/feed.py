@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pyglow_fast.data import Batch, Images, ImageSet, batches
+from pyglow_fast.data import Batch, Images, ImageSet, UnreadableImageError, batches
 from pyglow_fast.likelihood import dequantize
 from pyglow_fast.train.config import TrainConfig
 from pyglow_fast.train.ranks import Ranks
@@ -22,6 +23,14 @@ def n_workers(config: TrainConfig, data: Images) -> int:
     if config.workers is not None:
         return config.workers
     return 0 if isinstance(data, ImageSet) else WORKERS
+
+
+# Torch raises this one anywhere in the main thread, when it learns of the death.
+READER_DIED = re.compile(r"DataLoader worker|process that reads images")
+
+
+class InputLostError(RuntimeError):
+    """Images cannot be read any more; the message says which, and what was saved."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +81,20 @@ class Feed:
         """The parts of the next step.
 
         Raises:
-            ValueError: an image cannot be read (and is not to be left out); the message names it.
+            InputLostError: an image cannot be read (and is not to be left out), the message names it; or a process that
+                reads them died. With several ranks, on all of them.
         """
+        lost = ""
+        try:
+            read = [(epoch, indices, next(self._batches)) for epoch, indices in self._parts(self.step)]
+        except (UnreadableImageError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not READER_DIED.search(str(error)):
+                raise
+            lost = str(error)
+        if self.ranks.largest(lost != "")[0]:
+            raise InputLostError(lost or "another rank cannot read its images")
         found = []
-        for epoch, indices in self._parts(self.step):
-            batch = next(self._batches)
+        for epoch, indices, batch in read:
             keys = [derive(self.config.seed, "noise", epoch, index) for index in indices]
             found.append(Part(noisy(batch.levels, keys, self.data.n_bins, self.device), batch.labels, batch.unreadable))
         self.step += 1

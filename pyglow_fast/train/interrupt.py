@@ -27,6 +27,10 @@ class StopRequest:
         self.signum = signum
         self._restore()
 
+    def release(self) -> None:
+        """From now on signals have their ordinary effect: all that matters is saved."""
+        self._restore()
+
     def _restore(self) -> None:
         while self._former:
             signum, handler = self._former.popitem()

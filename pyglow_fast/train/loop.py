@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import signal
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import torch
 from pyglow_fast.data import UnreadableImageError, Yardstick, measure_yardsticks, optional
 from pyglow_fast.train.board import writer_class
 from pyglow_fast.train.evaluation import Score
+from pyglow_fast.train.feed import READER_DIED, InputLostError
 from pyglow_fast.train.figures import class_cycle, save_curve, to_levels
 from pyglow_fast.train.files import write_text
 from pyglow_fast.train.interrupt import StopRequest
@@ -28,12 +28,7 @@ from pyglow_fast.train.seeds import derive
 from pyglow_fast.train.state import TrainingDivergedError, TrainState
 from pyglow_fast.train.writer import RunWriter
 
-# Torch raises this one anywhere in the main thread, when it learns of it.
-READER_DIED = re.compile(r"DataLoader worker|process that reads images")
-
-
-class InputLostError(RuntimeError):
-    """Images cannot be read any more; the message says which, and what was saved."""
+FINAL_TRAIN = 10_000  # training images that are scored at the end: more would take longer than they tell
 
 
 @dataclass(frozen=True)
@@ -88,6 +83,7 @@ class Run:
         self._before: Score | None = None
         self._mark = (0.0, 0)  # time and step of the last row, for the speed
         self._quiet = False
+        self._signum = 0  # that ends the run, of whichever rank it was sent to
 
     def execute(self, quiet: bool = False) -> Result:
         """Train until a limit or a signal.
@@ -101,7 +97,8 @@ class Run:
             FolderError: the folder cannot be made or written, or another process trains in it.
             SaveError: the last checkpoint cannot be written.
             RankError: another rank is gone.
-                InputLostError: an image cannot be read, or a process that reads them died; a run of one rank is saved.
+            InputLostError: an image cannot be read, or a process that reads them died; what was reached is saved where
+                that happened between two steps.
         """
         state, progress, first = self.state, self.state.progress, self.state.ranks.first
         self._quiet = self.writer.quiet = quiet or not first
@@ -115,13 +112,12 @@ class Run:
                 self._mark = (time.monotonic(), progress.step)
                 with self._bar() as bar:
                     while not self._ended(stop):
-                        with self._reporting():
-                            state.step()
+                        self._step()
                         progress.seconds = time.monotonic() - began
                         bar.update()
                         self._after_step(bar)
                 progress.seconds = time.monotonic() - began
-                return self._finish() if stop.signum is None else self._stopped(stop.signum)
+                return self._stopped(self._signum) if self._signum else self._finish(stop)
             finally:
                 state.close()
                 self.writer.close()
@@ -164,19 +160,33 @@ class Run:
                 "  try: a lower learning rate, a longer warm-up, or a smaller gradient clipping norm"
             ) from error
 
+    def _step(self) -> None:
+        """One step. It reads before it changes anything, so what was reached is saved when that fails."""
+        try:
+            with self._reporting():
+                self.state.step()
+        except InputLostError as error:  # on all ranks
+            raise self._saved(error) from error
+
+    def _saved(self, error: Exception) -> InputLostError:
+        """The error, after what was reached is saved."""
+        if self.state.progress.step == self._first_step:
+            return InputLostError(str(error))
+        self.writer.save(self.state.checkpoint())
+        return InputLostError(f"{error}\n  saved: {self.folder.checkpoint}; go on with --resume")
+
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Around all that reads: a step reads before it changes anything, so what was reached can be saved."""
+        """Around all else that reads, and what torch raises wherever the main thread is when a reader dies."""
         try:
             yield
-        except (UnreadableImageError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not READER_DIED.search(str(error)):
+        except UnreadableImageError as error:  # in an evaluation, on this rank only
+            raise self._saved(error) if self.state.ranks.world == 1 else InputLostError(str(error)) from error
+        except RuntimeError as error:
+            if isinstance(error, InputLostError) or not READER_DIED.search(str(error)):
                 raise
-            state, told = self.state, str(error)
-            if state.ranks.world == 1 and state.progress.step > self._first_step:  # others would wait for this one
-                self.writer.save(state.checkpoint())
-                told += f"\n  saved: {self.folder.checkpoint}; go on with --resume"
-            raise InputLostError(told) from error
+            # Perhaps in the middle of an update: there is nothing that could be saved.
+            raise InputLostError(f"{error}\n  the last checkpoint: {self.folder.checkpoint}") from error
 
     def _finished(self) -> bool:
         """By a limit that all ranks see alike."""
@@ -196,20 +206,19 @@ class Run:
         minutes, seconds = self.state.config.max_minutes, self.state.progress.seconds
         late = minutes is not None and seconds >= 60 * minutes
         signum, late_somewhere = self.state.ranks.largest(stop.signum or 0, late)
-        if signum:
-            stop.signum = int(signum)
+        self._signum = int(signum)
         return bool(signum or late_somewhere) or self._finished()
 
     def _after_step(self, bar: Any) -> None:
-        """Whatever is due at this step; at the last one _finish does it all."""
+        """Whatever is due at this step, the last one too: a run that goes on later is as if it had not ended."""
         config, step = self.state.config, self.state.progress.step
-        if self._finished():
-            return
         due = {name: step % getattr(config, f"{name}_every") == 0 for name in ("log", "eval", "sample", "save")}
         if step % config.check_ranks_every == 0:
             self.state.ranks.check_same(self.state.model)
         if due["eval"]:
             self._evaluate()
+        if due["log"]:
+            self.state.settle()
         if due["log"] or due["eval"]:
             row = self._row()
             self.writer.add(row)
@@ -221,27 +230,37 @@ class Run:
             self._save()
 
     def _evaluate(self, everything: bool = False) -> Score:
-        """Score both sides of the split, by default on at most config.eval_images each; returns the held-out score."""
+        """Score both sides of the split, by default on at most config.eval_images each; returns the held-out score.
+
+        ``everything``: all held-out images, and at most FINAL_TRAIN of the others.
+        """
         state, progress, config = self.state, self.state.progress, self.state.config
-        limit = None if everything else config.eval_images
         with state.averaged():
-            held_out = state.score(state.held_out, limit)
-            train = state.score(state.train, limit)
+            held_out = state.score(state.held_out, None if everything else config.eval_images)
+            train = state.score(state.train, FINAL_TRAIN if everything else config.eval_images)
         self._scores = (progress.step, held_out, train)
+        lost = held_out.unreadable + train.unreadable
+        if lost:
+            self.writer.say(f"step {progress.step}: {lost} images of the evaluation cannot be read and are left out")
         self.writer.say(
             f"step {progress.step}: held-out {held_out.mean:.3f} ± {held_out.error_text} bits/dim, "
             f"train {train.mean:.3f}"
         )
-        comparable = held_out.images == min(config.eval_images, len(state.held_out))
-        if comparable and math.isfinite(held_out.mean) and (progress.best is None or held_out.mean < progress.best):
-            progress.best, progress.stale = held_out.mean, 0
+        if everything:  # of other images than the scores that it would be compared to
+            return held_out
+        # A folder that was removed has no best checkpoint any more.
+        (gone,) = state.ranks.largest(state.ranks.first and not self.folder.best.is_file())
+        better = progress.best is None or held_out.mean < progress.best
+        if math.isfinite(held_out.mean) and (better or gone):
+            progress.best = held_out.mean if better else progress.best
+            progress.stale = 0 if better else progress.stale + 1
             self.writer.save_best(state.checkpoint())
-        elif comparable:
+        else:
             progress.stale += 1
         return held_out
 
-    def _row(self) -> Row:
-        """The row of this step; starts a new running mean."""
+    def _row(self, last: bool = False) -> Row:
+        """The row of this step; starts a new running mean unless it is the ``last`` one."""
         state, progress = self.state, self.state.progress
         now, step = time.monotonic(), progress.step
         then, last_step = self._mark
@@ -263,7 +282,8 @@ class Run:
             _, held_out, train = self._scores
             row |= {"held_out_bpd": held_out.mean, "held_out_se": held_out.standard_error}
             row |= {"train_subset_bpd": train.mean, "train_subset_se": train.standard_error}
-        progress.loss_sum, progress.steps_summed = 0.0, 0
+        if not last:
+            progress.loss_sum, progress.steps_summed = 0.0, 0
         self._mark = (now, step)
         return row
 
@@ -287,25 +307,25 @@ class Run:
         self.writer.say(f"stopped by {signal.Signals(signum).name} at step {progress.step}; saved")
         return Result(progress.step, progress.seconds, signum, skipped=progress.skipped, unreadable=progress.unreadable)
 
-    def _finish(self) -> Result:
-        """Final scores on all images, pictures, checkpoint and report."""
+    def _finish(self, stop: StopRequest) -> Result:
+        """The last checkpoint; then scores on all images, pictures and report, which leave the run as it is."""
         state, progress, folder = self.state, self.state.progress, self.folder
         self._save(final=True)  # before anything else can go wrong
-        stale = self._stale()
+        stop.release()
         self._evaluate(everything=True)
         assert self._scores is not None
         _, held_out, train = self._scores
-        if progress.step > self._first_step:
-            self.writer.add(self._row())
+        rows = read_metrics(folder.metrics)
+        if not rows or rows[-1]["step"] != progress.step:
+            self.writer.add(self._row(last=True))
         self._sample()
-        self.writer.save(state.checkpoint(), final=True)
         # The other ranks are done: whatever follows would only make them wait.
         found = tuple(measure_yardsticks(state.train, state.held_out)) if state.ranks.first else ()
         result = Result(
             progress.step,
             progress.seconds,
             None,
-            stale,
+            self._stale(),
             held_out,
             train,
             self._before,
@@ -318,7 +338,7 @@ class Run:
         write = self.writer.attempt
         write("the curve", lambda: save_curve(read_metrics(folder.metrics), folder.curve, levels))
         write("the report", lambda: write_text(folder.report, text))
-        write("the report", lambda: write_page(folder, state.config, result))
+        write("the report", lambda: write_page(folder, state.config, result, state.train.name))
         return result
 
 

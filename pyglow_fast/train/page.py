@@ -22,8 +22,8 @@ _CURVES = (
 HISTORY = 6  # earlier samples that are shown
 
 
-def write_page(folder: RunFolder, config: TrainConfig, result: Result) -> None:
-    """Write report.html from the files of the run.
+def write_page(folder: RunFolder, config: TrainConfig, result: Result, images: str) -> None:
+    """Write report.html from the files of the run; ``images`` is the name of the data.
 
     Raises:
         OSError: it cannot be written.
@@ -43,7 +43,7 @@ def write_page(folder: RunFolder, config: TrainConfig, result: Result) -> None:
     ]
     scores += [(item.name, f"{item.bits_per_dim:.3f}", f"bits/dim, {item.how}") for item in result.yardsticks]
     facts = {
-        "images": config.data.name,
+        "images": images,
         "steps": str(result.step),
         "hours": f"{result.seconds / 3600:.2f}",
         "steps without an update (not finite)": str(result.skipped),
@@ -53,5 +53,5 @@ def write_page(folder: RunFolder, config: TrainConfig, result: Result) -> None:
     settings = config.to_dict()
     tables = {name: value for name, value in settings.items() if isinstance(value, dict)}
     tables = {"training": {name: value for name, value in settings.items() if name not in tables}} | tables
-    title = f"{folder.path.resolve().name}: a Glow on {config.data.name}"
+    title = f"{folder.path.resolve().name}: a Glow on {images}"
     write_text(folder.page, report_html(title, facts, curves, pictures, tables, environment(), scores))

@@ -18,6 +18,7 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from pyglow_fast._errors import expect
+from pyglow_fast.train.devices import resolve_device
 
 TIMEOUT = datetime.timedelta(minutes=10)  # how long a rank waits for one that is silent
 _REASON_WAIT = 2.0  # seconds that a failing rank has to leave its reason
@@ -144,45 +145,55 @@ def _digest(values: Tensor) -> Tensor:
     return torch.stack([bits.sum(), (bits * places).sum()])
 
 
-def open_ranks(cpu: bool = True) -> contextlib.AbstractContextManager[Ranks]:
+def open_ranks(device: str = "cpu") -> contextlib.AbstractContextManager[Ranks]:
     """The process group that torchrun's environment describes, for a while; one rank alone without it.
 
     Args:
-        cpu: train on the CPU (gloo) rather than on one GPU a rank (nccl).
+        device: of a TrainConfig: on the CPU ranks talk by gloo, on GPUs, one a rank, by nccl.
 
     Raises:
-        ValueError: an environment that is not torchrun's.
+        ValueError: an environment that is not torchrun's; a device that the ranks cannot have.
+        RankError: (when entered) the others cannot be reached.
     """
     world = os.environ.get("WORLD_SIZE", "1")
     expect(world.isdecimal() and int(world) >= 1, "WORLD_SIZE", "a positive whole number", repr(world))
     if int(world) == 1:
         return contextlib.nullcontext(Ranks())
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        expect(name in os.environ, name, "a variable that torchrun sets", "none")
-    return _opened(cpu, int(os.environ["LOCAL_RANK"]))
+        value = os.environ.get(name, "none")
+        fits = value.isdecimal() or (name == "MASTER_ADDR" and value != "none")
+        expect(fits, name, "a value that torchrun sets", value)
+    expect(":" not in device, "device", "'cpu', 'cuda' or 'auto' for several ranks", repr(device))
+    local = int(os.environ["LOCAL_RANK"])
+    return _opened(resolve_device(device, local), local)
 
 
 @contextlib.contextmanager
-def _opened(cpu: bool, local: int) -> Iterator[Ranks]:
-    device = torch.device("cpu" if cpu else f"cuda:{local}")
-    if not cpu:
+def _opened(device: torch.device, local: int) -> Iterator[Ranks]:
+    gpu = device.type == "cuda"
+    if gpu:
         torch.cuda.set_device(device)  # where torch.distributed puts what it pickles
-    # The store is asked for by hand, so that reasons can be left in it.
-    store, rank, size = next(iter(rendezvous("env://", timeout=TIMEOUT)))
-    store.set_timeout(TIMEOUT)
-    dist.init_process_group(
-        "gloo" if cpu else "nccl",
-        store=PrefixStore("group", store),
-        rank=rank,
-        world_size=size,
-        timeout=TIMEOUT,
-        device_id=None if cpu else device,
-    )
+    try:
+        # The store is asked for by hand, so that reasons can be left in it.
+        store, rank, size = next(iter(rendezvous("env://", timeout=TIMEOUT)))
+        store.set_timeout(TIMEOUT)
+        dist.init_process_group(
+            "nccl" if gpu else "gloo",
+            store=PrefixStore("group", store),
+            rank=rank,
+            world_size=size,
+            timeout=TIMEOUT,
+            device_id=device if gpu else None,
+        )
+    except (RuntimeError, OSError) as error:
+        raise RankError(f"the ranks cannot be joined: {' '.join(str(error).split())[:300]}") from error
     ranks = Ranks(rank, size, local, device, PrefixStore("reasons", store))
     try:
         yield ranks
     except BaseException as error:
         ranks.tell(f"{type(error).__name__}: {error}".split("\n")[0])
+        if ranks.first:  # the store may be this process's: the others are given time to read the reason
+            time.sleep(_REASON_WAIT + 1.0)
         raise
     finally:
         dist.destroy_process_group()

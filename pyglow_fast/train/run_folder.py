@@ -44,7 +44,8 @@ class RunFolder:
 
     def saved(self) -> list[Path]:
         """The checkpoints, the newest first."""
-        return sorted(self.checkpoints.glob(_STEP.format(0).replace("0000000", "*")), reverse=True)
+        found = {_step_of(path): path for path in self.checkpoints.glob("step-*.safetensors")}
+        return [found[step] for step in sorted(found, reverse=True) if step >= 0]
 
     @property
     def checkpoint(self) -> Path:
@@ -72,7 +73,7 @@ class RunFolder:
     def set_aside(self, step: int) -> None:
         """Rename the checkpoints after ``step``, which could not be read, so that they do not count as the newest."""
         for path in self.saved():
-            if path.name > _STEP.format(step):
+            if _step_of(path) > step:
                 path.replace(path.with_name(path.name + ".damaged"))
 
     @staticmethod
@@ -97,7 +98,8 @@ class RunFolder:
         if self.exists:
             expect(overwrite, "out", "a new folder (or resume or overwrite)", f"a run in {str(self.path)!r}")
         elif self.path.exists():
-            held = sorted(entry.name for entry in self.path.iterdir() if entry != self.lock)
+            names = [entry.name for entry in self.path.iterdir()]
+            held = sorted(name for name in names if name != self.lock.name and not name.endswith(TEMPORARY))
             expect(not held, "out", "a new or empty folder, or a run", f"{str(self.path)!r}, which holds {held[:3]}")
 
     def create(self, config: TrainConfig) -> None:
@@ -107,11 +109,9 @@ class RunFolder:
             FolderError: the folder cannot be made or written.
         """
         self.make()
-        try:
+        with refusing():
             self._remove_run()
             self.write_config(config)
-        except OSError as error:
-            raise _refused(error) from error
 
     def make(self) -> None:
         """Make the folder, if it is not there.
@@ -119,14 +119,20 @@ class RunFolder:
         Raises:
             FolderError: it cannot be made.
         """
-        try:
+        with refusing():
             self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _refused(error) from error
 
     def write_config(self, config: TrainConfig) -> None:
         """Replace config.toml."""
         write_text(self.config, to_toml(config))
+
+    def read_config(self) -> TrainConfig:
+        """What config.toml says.
+
+        Raises:
+            ValueError: it cannot be read, or holds what is no configuration.
+        """
+        return TrainConfig.from_dict(read_config(self.config))
 
     @contextlib.contextmanager
     def locked(self, wanted: bool = True) -> Iterator[None]:
@@ -145,10 +151,9 @@ class RunFolder:
         if not wanted:
             yield
             return
-        try:
+        with refusing():
             handle = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise _refused(error) from error
+        _locks.add(handle)
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -159,6 +164,7 @@ class RunFolder:
                 pass  # no locks there
             yield
         finally:
+            _locks.discard(handle)
             os.close(handle)
 
     def _remove_run(self) -> None:
@@ -183,7 +189,7 @@ class RunFolder:
         run = str(self.path)
         expect(self.path.is_dir(), "run", "the folder of a run", f"{run!r}, " + _what(self.path))
         expect(self.exists, "run", "the folder of a run (with config.toml)", f"{run!r} without one")
-        written = TrainConfig.from_dict(read_config(self.config))
+        written = self.read_config()
         paths = [self.best] if best else self.saved()
         name = self.best.name if best else "in checkpoints/"
         found = bool(paths) and paths[0].is_file()
@@ -210,8 +216,37 @@ def _newest_whole(paths: list[Path]) -> tuple[Path, Checkpoint]:
     raise refusals[0]
 
 
-def _refused(error: OSError) -> FolderError:
-    return FolderError(f"out: expected a folder that can be written, found {error}")
+def _step_of(path: Path) -> int:
+    """The step in a checkpoint's name, or -1."""
+    digits = path.stem.removeprefix("step-")
+    return int(digits) if digits.isdecimal() else -1
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """Around writes at the beginning of a run: what the disk refuses is the user's to mend.
+
+    Raises:
+        FolderError: a write failed.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise FolderError(f"out: expected a folder that can be written, found {error}") from error
+
+
+_locks: set[int] = set()  # handles of the folders that this process trains in
+
+
+def _close_locks() -> None:
+    """Processes that read images are forked from this one: they must not hold its lock when it is killed."""
+    for handle in _locks:
+        os.close(handle)
+    _locks.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_locks)
 
 
 def _what(path: Path) -> str:

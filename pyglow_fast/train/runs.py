@@ -9,6 +9,7 @@ from pyglow_fast._errors import expect
 from pyglow_fast.data import Images, load_data
 from pyglow_fast.train.checkpoint import Checkpoint
 from pyglow_fast.train.config import LIMITS, TrainConfig
+from pyglow_fast.train.config_file import to_toml
 from pyglow_fast.train.loop import Run
 from pyglow_fast.train.ranks import Ranks
 from pyglow_fast.train.run_folder import RunFolder
@@ -34,6 +35,7 @@ def start(
     """
     folder = RunFolder(out)
     folder.check_new(overwrite)
+    _check_text(config)
     return Run(TrainState(config, load_data(config.data) if data is None else data, ranks), folder, resumed=False)
 
 
@@ -60,20 +62,33 @@ def resume(
     """
     folder = RunFolder(out)
     checkpoint = folder.load()
-    config = checkpoint.config.adjusted(**changes)
+    # The file may say more than the checkpoint: what was changed by hand, or by a resume that saved nothing yet.
+    written = folder.read_config()
+    config = written.adjusted(**changes)
     if data_name is not None and data_name != config.data.name:
         same_kind = data_name.partition(":")[0] == config.data.name.partition(":")[0]
         expect(same_kind, "data", f"{config.data.name!r}, as the run was started with", repr(data_name))
         config = replace(config, data=replace(config.data, name=data_name))
     state = TrainState(config, load_data(config.data) if data is None else data, ranks)
     state.restore(checkpoint, str(folder.checkpoint))
+    if config.eval_images != checkpoint.config.eval_images:  # scores of other images are not compared
+        state.progress.best, state.progress.stale = None, 0
     done = _done(state)
     for name in LIMITS:
         value, (reached, text) = changes.get(name), done[name]
         # The limit that the run had may be named again: whoever repeats a command gets the report once more.
-        ahead = value is None or value > reached or value == getattr(checkpoint.config, name)
+        ahead = value is None or value > reached or value == getattr(written, name)
         expect(ahead, name, f"more than the {text} done", value)
     return Run(state, folder, resumed=True, notes=_differences(checkpoint, config))
+
+
+def _check_text(config: TrainConfig) -> None:
+    """Refuse, before a former run is removed, what could not be written to config.toml."""
+    try:
+        to_toml(config).encode()
+    except UnicodeEncodeError:
+        found = ascii(config.data.name)
+        raise ValueError(f"data: expected a path that is text in UTF-8, found {found}") from None
 
 
 def _differences(checkpoint: Checkpoint, config: TrainConfig) -> tuple[str, ...]:

@@ -26,9 +26,9 @@ def batch_indices(seed: int, step: int, n_images: int, batch_size: int) -> Tenso
     return _order(seed, epoch, n_images)[position * batch_size : (position + 1) * batch_size].clone()
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, n_images: int) -> Tensor:
-    """The order of one epoch; the last one asked for is kept, since to shuffle millions takes longer than a step."""
+    """The order of one epoch; two are kept, as one reads ahead and to shuffle millions takes longer than a step."""
     return torch.randperm(n_images, generator=torch.Generator().manual_seed(derive(seed, "order", epoch)))
 
 

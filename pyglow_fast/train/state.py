@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pyglow_fast import _backend
 from pyglow_fast._errors import expect
 from pyglow_fast.data import Images, batches, split
 from pyglow_fast.likelihood import bits_per_dim
 from pyglow_fast.models import Glow
 from pyglow_fast.models.graphed import GraphedGlow
 from pyglow_fast.train.checkpoint import Checkpoint, DataStamp, optimizer_tensors, restore_optimizer
-from pyglow_fast.train.config import TrainConfig, check_device
+from pyglow_fast.train.config import TrainConfig
+from pyglow_fast.train.devices import resolve_device
 from pyglow_fast.train.ema import Ema
 from pyglow_fast.train.evaluation import Score, check_fits, evaluate, labels_for
 from pyglow_fast.train.feed import Feed, Part, n_workers, noisy
@@ -29,6 +29,7 @@ from pyglow_fast.train.ranks import Ranks
 from pyglow_fast.train.seeds import batch_indices, derive
 from pyglow_fast.train.versions import versions
 
+EVAL_BATCH = 64  # images that are scored at a time
 CHECK_VALUES = 1 << 21  # of the images, at most 64 of them, that are looked at before a checkpoint is saved
 
 
@@ -59,27 +60,6 @@ class Progress:
     skipped: int = 0
     skipped_in_row: int = 0
     unreadable: int = 0
-
-
-def resolve_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device that a config's ``device`` means here; "auto" and "cuda" are the GPU of this rank.
-
-    Raises:
-        ValueError: no such name, CUDA is asked for and torch finds none, or the environment variable PYGLOW_CPU names
-            kernels that do not run here.
-    """
-    check_device(name)
-    module = _backend.extension()
-    if module is not None:
-        module.instruction_set()  # else the first kernel would refuse, when a run folder is there already
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        found = f"{name!r} with {count} CUDA devices"
-        expect((device.index or 0) < count, "device", "a device that torch finds", found)
-    return device
 
 
 class BitsPerDim(nn.Module):
@@ -132,6 +112,7 @@ class TrainState:
             loss = _distributed(loss, self.device, self.ranks)
         self._loss: Any = loss  # perhaps in a DistributedDataParallel
         self._graphed: GraphedGlow | None = None
+        self._graph_skips = 0
         parameters = self.model.parameters()
         self.optimizer = make_optimizer(config.optimizer, parameters, config.lr, config.weight_decay)
         self.ema = None if config.ema_decay is None else Ema(self.model, config.ema_decay)
@@ -165,6 +146,7 @@ class TrainState:
         mine = self.ranks.share(chosen).tolist()
         plan = [[(index, None) for index in mine]]
         (batch,) = batches(self.train, plan, 0, config.data.on_unreadable)
+        self.progress.unreadable += int(self.ranks.total(batch.unreadable)[0])
         keys = [derive(config.seed, "noise", "init", index) for index in mine]
         with self.ranks.talking():
             self.model.initialize(noisy(batch.levels, keys, self.n_bins, self.device))
@@ -179,7 +161,7 @@ class TrainState:
         Raises:
             TrainingDivergedError: that happened more than config.max_skipped times in a row.
             RankError: another rank is gone.
-            ValueError: an image that cannot be read.
+            InputLostError: images cannot be read; nothing has changed then.
         """
         config, progress = self.config, self.progress
         if self._feed is None:
@@ -236,7 +218,7 @@ class TrainState:
             group["lr"] = self.lr
         self.optimizer.step()
         if self.ema is not None:
-            self.ema.update(self.progress.step)
+            self.ema.update(self.progress.step + 1 - self.progress.skipped)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[Glow]:
@@ -244,13 +226,16 @@ class TrainState:
         with contextlib.nullcontext() if self.ema is None else self.ema.applied():
             yield self.model
 
-    def score(self, data: Images, limit: int | None, purpose: str = "evaluation", batch_size: int = 64) -> Score:
+    def score(
+        self, data: Images, limit: int | None = None, purpose: str = "evaluation", on_unreadable: str | None = None
+    ) -> Score:
         """evaluate() over all ranks with the model's weights as they are."""
         config = self.config
         seed, workers = derive(config.seed, purpose), n_workers(config, data)
         # A few images are read faster than processes that read them are started.
-        workers = workers if limit is None or limit > 4 * batch_size else 0
-        return evaluate(self.model, data, batch_size, seed, limit, workers, config.data.on_unreadable, self.ranks)
+        workers = workers if limit is None or limit > 4 * EVAL_BATCH else 0
+        policy = on_unreadable or config.data.on_unreadable
+        return evaluate(self.model, data, EVAL_BATCH, seed, limit, workers, policy, self.ranks)
 
     def check(self) -> None:
         """Refuse weights that the last update ruined: step() only learns of it at the next loss.
@@ -259,12 +244,21 @@ class TrainState:
             TrainingDivergedError: some training images have no finite likelihood.
         """
         few = max(self.ranks.world, min(64, CHECK_VALUES // self.train.n_dims))  # it costs as much as a step or two
-        score = self.score(self.train, few, "check")
+        score = self.score(self.train, few, "check", "skip")  # an image that cannot be read keeps nobody from saving
         if not math.isfinite(score.mean):
             raise TrainingDivergedError(
                 f"training diverged at step {self.progress.step}: after its update training images have "
                 f"{score.mean:g} bits/dim (gradient norm {self.grad_norm:g}, lr {self.lr:g})"
             )
+
+    def settle(self) -> None:
+        """Count the steps whose gradients a CUDA graph has zeroed since states drifted, and make the graph anew."""
+        if self._graphed is None:
+            return
+        skipped = sum(report["skipped"] for report in self.model.memory_report())
+        if skipped > self._graph_skips:
+            self.progress.skipped += skipped - self._graph_skips
+            self._graph_skips, self._graphed = skipped, None
 
     def close(self) -> None:
         """End the processes that read images."""
@@ -278,7 +272,7 @@ class TrainState:
         if self.device.type == "cuda":
             found["torch.cuda"] = torch.cuda.get_rng_state(self.device)
         found |= {name: value for name, value in self.model.state_dict().items() if name.endswith("_extra_state")}
-        return found
+        return {name: value.cpu() for name, value in found.items()}  # what is sent to another rank is on no GPU
 
     def checkpoint(self) -> Checkpoint:
         """Everything that :meth:`restore` needs. All ranks must ask for it; the first one's is complete."""

@@ -13,7 +13,7 @@ from pyglow_fast.train.checkpoint import Checkpoint
 from pyglow_fast.train.config import TrainConfig
 from pyglow_fast.train.figures import class_columns, grid, save_picture
 from pyglow_fast.train.metrics import MetricsLog, Row
-from pyglow_fast.train.run_folder import RunFolder
+from pyglow_fast.train.run_folder import RunFolder, refusing
 
 
 class SaveError(OSError):
@@ -44,15 +44,16 @@ class RunWriter:
         """
         if not self.first:
             return
-        if step is None:
-            self.folder.create(self.config)
-            self.metrics.start()
-        else:
-            self.folder.set_aside(step)
-            self.metrics.start(step)
-            self.folder.write_config(self.config)
-        if self.config.tensorboard:
-            self._board = Board(self.folder.events, None if step is None else step + 1)
+        with refusing():
+            if step is None:
+                self.folder.create(self.config)
+                self.metrics.start()
+            else:
+                self.folder.set_aside(step)
+                self.metrics.start(step)
+                self.folder.write_config(self.config)
+            if self.config.tensorboard:
+                self._board = Board(self.folder.events, None if step is None else step + 1)
 
     def say(self, text: str) -> None:
         """A line for people, above the progress bar."""

@@ -75,7 +75,7 @@ class DropoutNet(nn.Module):
 
 
 def coupling_net(dims: int = 2, actnorm: bool = False, cond_channels: int = 0) -> nn.Module:
-    return randomised(pgf.CouplingNet(2, 4, 5, actnorm, cond_channels, dims))
+    return randomised(pgf.CouplingNet(2, 4, 5, actnorm, cond_channels, dims=dims))
 
 
 Consume = Callable[[Tensor, Chunk], Tensor]

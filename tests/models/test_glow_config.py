@@ -29,6 +29,7 @@ OTHER_VALUES: dict[str, Any] = {
     "scale_bias": 1.5,
     "scale_eps": 0.1,
     "scale_clamp": 1.0,
+    "border": True,
 }
 
 

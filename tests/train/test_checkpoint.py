@@ -180,7 +180,7 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         ),
         (lambda header: header.update(digest="0"), "expected tensors with the digest that they were saved with"),
         (lambda header: header.update(config={"speed": 1}), "config: expected known keys, found speed"),
-        (lambda header: header["config"]["model"].update(hidden="x"), "hidden: expected a positive int, found x"),
+        (lambda header: header["config"]["model"].update(hidden="x"), "hidden: expected a positive int, found 'x'"),
         (lambda header: header["config"]["model"].update(image_shape=5), "image_shape: expected .*, found 5"),
         (lambda header: header.update(data={}), "expected a header written by pyglow_fast, found KeyError"),
         (lambda header: header.update(progress=3), "expected a header written by pyglow_fast, found TypeError"),

@@ -30,7 +30,7 @@ def test_json_round_trip() -> None:
         ({"optimizer": "sgd"}, r"optimizer: expected one of \('adam', 'adamw', 'adamax'\), found 'sgd'"),
         ({"lr": 0.0}, "lr: expected a positive number, found 0.0"),
         ({"lr": float("nan")}, "lr: expected a positive number, found nan"),
-        ({"lr": "fast"}, "lr: expected a positive number, found fast"),
+        ({"lr": "fast"}, "lr: expected a positive number, found 'fast'"),
         ({"clip_norm": -1.0}, "clip_norm: expected a positive number, found -1.0"),
         ({"weight_decay": -0.1}, "weight_decay: expected a number, 0 or more, found -0.1"),
         (

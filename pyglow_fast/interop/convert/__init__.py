@@ -1,0 +1,26 @@
+"""Checkpoints of other Glow implementations, to and from a :class:`~pyglow_fast.Glow`, without running their code.
+
+``load_FORMAT`` gives a Glow of the same density as theirs and latents equal to theirs up to rounding; the architecture
+is read off names and shapes. ``save_FORMAT`` gives their names and shapes; what they cannot express is refused. See
+docs/convert.md. :func:`save_glow` and :func:`load_glow` are this package's own file of one model.
+"""
+
+from pyglow_fast.interop.convert.files import load_glow, read_tensors, save_glow, write_tensors
+from pyglow_fast.interop.convert.openai import load_openai, save_openai
+from pyglow_fast.interop.convert.ports import load_chaiyujin, load_y0ast, save_chaiyujin, save_y0ast
+from pyglow_fast.interop.convert.rosinality import load_rosinality, save_rosinality
+
+__all__ = [
+    "load_chaiyujin",
+    "load_glow",
+    "load_openai",
+    "load_rosinality",
+    "load_y0ast",
+    "read_tensors",
+    "save_chaiyujin",
+    "save_glow",
+    "save_openai",
+    "save_rosinality",
+    "save_y0ast",
+    "write_tensors",
+]

@@ -1,0 +1,141 @@
+"""The named tensors of a checkpoint, each taken once and of the shape that it must have."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyglow_fast._errors import expect
+
+_WRAPPERS = ("graph", "model", "state_dict", "model_state_dict", "net")
+_AROUND_MODULES = "module."  # of DataParallel
+
+
+def named_tensors(source: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a state dict or of a file's content, by their plain names.
+
+    A dict around the state dict (with a step, an optimizer, ...) is opened, arrays become tensors, the ``module.`` that
+    DataParallel puts in front of names goes.
+
+    Raises:
+        ValueError: no dict, none with tensors, or something else among them.
+    """
+    expect(isinstance(source, Mapping), "state", "a dict of tensors or arrays", type(source).__name__)
+    if any(isinstance(value, Mapping) for value in source.values()):
+        inner = next((key for key in _WRAPPERS if isinstance(source.get(key), Mapping)), None)
+        expected = f"a state dict, or one within a dict under {', '.join(_WRAPPERS)}"
+        expect(inner is not None, "state", expected, f"a dict with {sorted(map(str, source))}")
+        source = source[inner]  # type: ignore[index]
+    expect(len(source) > 0, "state", "tensors", "an empty dict")
+    found: dict[str, Tensor] = {}
+    for name, value in source.items():
+        is_array = isinstance(value, Tensor | np.ndarray | np.generic)
+        expect(is_array, str(name), "a tensor or an array", type(value).__name__)
+        found[str(name).removeprefix(_AROUND_MODULES)] = torch.as_tensor(value).detach().cpu()
+    return found
+
+
+class Reader:
+    """Takes tensors by name; what is missing, misshapen or left over is named in the error.
+
+    Args:
+        tensors: by name.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors, self._left = tensors, dict(tensors)
+        self._kinds: set[torch.dtype] = set()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model: float64 if all numbers taken so far are, else float32."""
+        return torch.float64 if self._kinds == {torch.float64} else torch.float32
+
+    def has(self, prefix: str) -> bool:
+        """Whether a name starts so."""
+        return any(name.startswith(prefix) for name in self._tensors)
+
+    def count(self, prefix: str) -> int:
+        """How many of ``prefix`` with 0, 1, 2, ... in the place of {} start some name."""
+        n = 0
+        while self.has(prefix.format(n)):
+            n += 1
+        return n
+
+    def indices(self, prefix: str) -> list[int]:
+        """The numbers that follow ``prefix``."""
+        pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+        return sorted({int(match[1]) for match in map(pattern.match, self._tensors) if match})
+
+    def size(self, name: str, dim: int) -> int:
+        """Of a tensor along a dimension.
+
+        Raises:
+            ValueError: it is missing, or has not so many dimensions.
+        """
+        self._must_have(name)
+        tensor = self._tensors[name]
+        least = dim + 1 if dim >= 0 else -dim
+        expect(tensor.dim() >= least, name, f"at least {least} dimensions", f"shape {tuple(tensor.shape)}")
+        return tensor.shape[dim]
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """A tensor of that shape, floating ones as float64.
+
+        Raises:
+            ValueError: it is missing, or has another shape.
+        """
+        self._must_have(name)
+        tensor = self._tensors[name]
+        expect(tuple(tensor.shape) == shape, name, f"shape {shape}", f"shape {tuple(tensor.shape)}")
+        self._left.pop(name, None)
+        if not tensor.is_floating_point():
+            return tensor
+        self._kinds.add(tensor.dtype)
+        return tensor.double()
+
+    def order(self, name: str, channels: int) -> Tensor:
+        """A tensor that is an order of 0 .. channels - 1, (channels,) int64.
+
+        Raises:
+            ValueError: it is missing, or is none.
+        """
+        index = self.take(name, channels).long()
+        ordered = torch.equal(index.sort().values, torch.arange(channels))
+        expect(ordered, name, f"each of 0..{channels - 1} once", index.tolist())
+        return index
+
+    def permutation(self, name: str, channels: int) -> Tensor:
+        """The order i -> j of a permutation matrix, P[i, j] = 1, (channels,) int64.
+
+        Raises:
+            ValueError: it is missing, or is none.
+        """
+        matrix = self.take(name, channels, channels)
+        index = matrix.argmax(dim=1)
+        is_one = torch.equal(torch.eye(channels, dtype=torch.float64)[index], matrix.double())
+        expect(is_one and len(set(index.tolist())) == channels, name, "a permutation matrix", "another one")
+        return index
+
+    def drop(self, pattern: str) -> None:
+        """Leave out what matches (a regular expression from a name's beginning)."""
+        for name in [name for name in self._left if re.match(pattern, name)]:
+            del self._left[name]
+
+    def finish(self) -> None:
+        """Refuse what nobody took.
+
+        Raises:
+            ValueError: there is some.
+        """
+        left = sorted(self._left)
+        if left:
+            raise ValueError(f"{left[0]}: expected no tensor of that name, found {len(left)} that do not belong")
+
+    def _must_have(self, name: str) -> None:
+        expect(name in self._tensors, name, "a tensor of that name", "none")

@@ -1,0 +1,101 @@
+"""FrEIA's ActNorm with an initialisation that knows about directions, constant channels and several processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import FrEIA.modules as Fm
+import torch
+from torch import Tensor
+
+from pyglow_fast import functional, reference
+from pyglow_fast._errors import expect
+from pyglow_fast.layers.ranks import gather, refused_alike
+
+
+class ActNorm(Fm.ActNorm):
+    """z = x exp(scale) + bias per channel; log_det = P sum scale, (N,); its negative with ``rev=True``.
+
+    The first forward batch sets scale = -log(std) with the unbiased std over samples and positions, and
+    bias = -mean exp(scale), so that z has mean 0 and variance 1. Arguments, parameters and calls are those of
+    ``FrEIA.modules.ActNorm``; a condition ``c`` is accepted and not used.
+
+    Where FrEIA's goes wrong, this one does not:
+
+    - A pass with ``rev=True`` does not initialise: FrEIA sets the parameters from latent values as if they were data.
+      Parameters that were trained before the first forward batch, going backwards only, are kept.
+    - A channel without spread (constant, or a single value) is centred and keeps its scale; FrEIA's becomes inf or NaN.
+    - A batch that is empty or not finite is refused with a ValueError before anything is set.
+    - Where torch.distributed is initialised, the moments are those of the batches of all ranks, so that all ranks set
+      the same values; each of FrEIA's keeps its own.
+    - ``init_data`` may be a tensor: FrEIA asks for its truth value.
+    - Loading a state dict ends the wait for data only if it has this layer's values; copies and pickles work.
+    - The log-det counts the positions of x itself, not those of ``dims_in``.
+
+    Shapes: x ((N, C, *spatial),), any floating dtype.
+
+    Raises:
+        AssertionError: the first batch has another shape than dims_in, as in FrEIA.
+        ValueError: see above, on this or another rank; another number of channels or dimensions later on.
+    """
+
+    _went_back = False  # a pass with rev=True has come before the first forward batch
+
+    def __init__(self, dims_in: Sequence[Sequence[int]], dims_c: Any = None, init_data: Tensor | None = None) -> None:
+        super().__init__(dims_in, dims_c)
+        # FrEIA's hook is a closure over the first instance: it cannot be pickled, and a copy would not be told.
+        self._load_state_dict_pre_hooks.clear()
+        if init_data is not None:
+            self._initialize_with_data(init_data)
+
+    @torch.no_grad()
+    def _initialize_with_data(self, data: Tensor) -> None:
+        with refused_alike(self.bias.device):
+            same = tuple(data.shape[1:]) == tuple(self.dims_in)
+            assert same, "Can't initialize ActNorm layer, provided data don't match input dimensions."
+            expect(data.numel() > 0, "x", "a batch that is not empty to initialise from", tuple(data.shape))
+            mean, squared_deviations = functional.channel_moments(data)
+            finite = bool((squared_deviations.isfinite() & mean.isfinite()).all())
+            expect(finite, "x", "finite values to initialise actnorm from", "NaN or inf")
+        channels = data.shape[1]
+        count = mean.new_full((1,), data.numel() // channels)
+        counts, means, deviations = gather(torch.cat([count, mean, squared_deviations])).split(
+            [1, channels, channels], dim=1
+        )
+        mean, squared_deviations = reference.merge_moments(counts[:, 0], means, deviations)
+        std = (squared_deviations / (counts.sum() - 1.0).clamp_min(1.0)).sqrt()
+        constant = std <= torch.finfo(data.dtype).eps * mean.abs()  # spread at the level of rounding is none
+        scale = torch.where(constant, torch.zeros_like(std), -std.log())
+        self.scale.copy_(scale.view_as(self.scale))
+        self.bias.copy_((-mean * scale.exp()).view_as(self.bias))
+        self.init_on_next_batch = False
+
+    def _await_data(self, x: Tensor, rev: bool) -> None:
+        """Of a layer that has not seen data: initialise it from a forward batch, unless it was trained backwards."""
+        if rev:
+            self._went_back = True
+        elif self._went_back and bool((self.scale != 0).any() | (self.bias != 0).any()):
+            self.init_on_next_batch = False
+        else:
+            self._initialize_with_data(x)
+
+    def forward(
+        self, x: Sequence[Tensor], rev: bool = False, jac: bool = True, c: Any = None
+    ) -> tuple[list[Tensor], Tensor]:
+        """x -> z, or z -> x with ``rev``; the first forward batch initialises."""
+        state = x[0]
+        if self.init_on_next_batch:
+            self._await_data(state, rev)
+        fits = state.dim() == self.scale.dim() and state.shape[1] == self.scale.shape[1]
+        shape = f"(N, {self.scale.shape[1]}) and {self.scale.dim() - 2} spatial sizes"
+        expect(fits, "x", f"shape {shape}", tuple(state.shape))
+        log_scale = self.scale.flatten()
+        bias = self.bias.flatten() * (-log_scale).exp()  # ours is added before scaling
+        out, log_det = (functional.actnorm_inverse if rev else functional.actnorm)(state, log_scale, bias)
+        return [out], log_det.contiguous()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if prefix + "scale" in state_dict and prefix + "bias" in state_dict:
+            self.init_on_next_batch = False

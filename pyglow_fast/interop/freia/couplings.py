@@ -1,0 +1,123 @@
+"""FrEIA's coupling blocks, their arithmetic in one kernel each and their known nets in our executor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import FrEIA.modules as Fm
+import torch
+from torch import Tensor, nn
+
+from pyglow_fast import functional
+from pyglow_fast.interop import nets
+from pyglow_fast.interop.freia.layout import ShiftThenRaw, clamped_spec, for_kernels, importable, net_output
+
+Dims = Sequence[Sequence[int]]
+Subnet = Callable[[int, int], nn.Module]
+
+
+def _affine(
+    block: Any, subnet: nn.Module, passive: Tensor, state: Tensor, transformed: int, rev: bool
+) -> tuple[Tensor, Tensor]:
+    """The last ``transformed`` channels of the state scaled and shifted by subnet(passive), or back; log_det (N,)."""
+    spec, raw_gain = clamped_spec(block.clamp, block.f_clamp)
+    net_out = net_output(subnet, passive, state, ShiftThenRaw(transformed, 1.0, raw_gain))
+    return (functional.coupling_inverse if rev else functional.coupling)(state, net_out, spec)
+
+
+class GLOWCouplingBlock(Fm.GLOWCouplingBlock):
+    """y1 = x1 exp(s2) + t2, y2 = x2 exp(s1) + t1, with (s2, t2) of subnet2(x2, c) and (s1, t1) of subnet1(y1, c).
+
+    s = clamp f(the net's s); log_det = sum s1 + sum s2, (N,); its negative with ``rev=True``. Arguments, parameters
+    and errors are those of ``FrEIA.modules.GLOWCouplingBlock``. Vectors, other dtypes than float32 and float64, and
+    whatever runs inside torch.func take FrEIA's own arithmetic.
+
+    Unlike FrEIA's: it can be pickled. A subnet's output of another shape than (N, 2 C_half, *spatial) is a ValueError.
+    Under autocast the log-det stays in the dtype of x. Gradients cannot be differentiated again (an error says so).
+
+    Shapes: x ((N, C, *spatial),), c of conditions (N, C_c, *spatial).
+    """
+
+    def __init__(
+        self,
+        dims_in: Dims,
+        dims_c: Dims = (),
+        subnet_constructor: Subnet | None = None,
+        clamp: float = 2.0,
+        clamp_activation: str | Callable[[Tensor], Tensor] = "ATAN",
+        split_len: float | int = 0.5,
+    ) -> None:
+        super().__init__(dims_in, dims_c, subnet_constructor, clamp, clamp_activation, split_len)
+        self.f_clamp: Callable[[Tensor], Tensor] = importable(self.f_clamp)
+
+    def _coupling1(self, x1: Tensor, u2: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
+        if not for_kernels(x1):
+            return super()._coupling1(x1, u2, rev)
+        return _affine(self, self.subnet2, u2, x1, self.split_len1, rev)
+
+    def _coupling2(self, x2: Tensor, u1: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
+        if not for_kernels(x2):
+            return super()._coupling2(x2, u1, rev)
+        return _affine(self, self.subnet1, u1, x2, self.split_len2, rev)
+
+
+class AffineCouplingOneSided(Fm.AffineCouplingOneSided):
+    """y1 = x1, y2 = x2 exp(s) + t with (s, t) of subnet(x1, c), s = clamp f(the net's s); log_det = sum s, (N,).
+
+    Arguments, parameters and errors are those of ``FrEIA.modules.AffineCouplingOneSided``; where it differs: see
+    :class:`GLOWCouplingBlock`.
+
+    Shapes: x ((N, C, *spatial),), c of conditions (N, C_c, *spatial).
+    """
+
+    def __init__(
+        self,
+        dims_in: Dims,
+        dims_c: Dims = (),
+        subnet_constructor: Subnet | None = None,
+        clamp: float = 2.0,
+        clamp_activation: str | Callable[[Tensor], Tensor] = "ATAN",
+        split_len: float | int = 0.5,
+    ) -> None:
+        super().__init__(dims_in, dims_c, subnet_constructor, clamp, clamp_activation, split_len)
+        self.f_clamp: Callable[[Tensor], Tensor] = importable(self.f_clamp)
+
+    def forward(
+        self, x: Sequence[Tensor], c: Sequence[Tensor] = (), rev: bool = False, jac: bool = True
+    ) -> tuple[tuple[Tensor], Tensor]:
+        """x -> y, or y -> x with ``rev``."""
+        state = x[0]
+        if not (for_kernels(state) and state.shape[1] == self.channels and self.split_len2 > 0):
+            return super().forward(x, c, rev, jac)
+        kept = state[:, : self.split_len1]
+        passive = torch.cat([kept, *c], 1) if self.conditional else kept
+        out, log_det = _affine(self, self.subnet, passive, state, self.split_len2, rev)
+        return (out,), log_det
+
+
+class NICECouplingBlock(Fm.NICECouplingBlock):
+    """y1 = x1 + F(x2, c), y2 = x2 + G(y1, c); log_det = 0.0, a float as in FrEIA.
+
+    Arguments, parameters and errors are those of ``FrEIA.modules.NICECouplingBlock``; unlike it, it can be pickled.
+
+    Shapes: x ((N, C, *spatial),), c of conditions (N, C_c, *spatial).
+    """
+
+    def __init__(
+        self,
+        dims_in: Dims,
+        dims_c: Dims = (),
+        subnet_constructor: Subnet | None = None,
+        split_len: float | int = 0.5,
+    ) -> None:
+        super().__init__(dims_in, dims_c, subnet_constructor, split_len)
+        self.f_clamp: Callable[[Tensor], Tensor] = importable(self.f_clamp)
+
+    def _coupling1(self, x1: Tensor, u2: Tensor, rev: bool = False) -> tuple[Tensor, float]:
+        shift = nets.run(self.F, u2)
+        return (x1 - shift if rev else x1 + shift), 0.0
+
+    def _coupling2(self, x2: Tensor, u1: Tensor, rev: bool = False) -> tuple[Tensor, float]:
+        shift = nets.run(self.G, u1)
+        return (x2 - shift if rev else x2 + shift), 0.0

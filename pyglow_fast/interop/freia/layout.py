@@ -1,0 +1,171 @@
+"""How a FrEIA subnet's output [s | t] becomes what our couplings take, [shift | raw scale], and which inputs they take.
+
+FrEIA: y = x exp(clamp f(s)) + t. Ours: y = x s + shift with log s = c tanh(raw / c) or c 0.636 atan(raw), so that
+
+    TANH     clamp tanh(s)              = c tanh(raw / c)      raw = clamp s
+    SIGMOID  clamp 2 (sigmoid(s) - 1/2) = c tanh(raw / c)      raw = clamp s / 2
+    ATAN     clamp 0.636 atan(s)        = c 0.636 atan(raw)    raw = sign(clamp) s
+
+with c = |clamp|. Any other f, and a clamp that is no number or is out of the kernels' range, is a scale map of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyglow_fast._errors import expect
+from pyglow_fast.interop import nets
+from pyglow_fast.layers.coupling import MAX_CLAMP
+from pyglow_fast.reference import CouplingSpec, n_positions
+
+# Positions of a sample below which the kernels, made for images, lose to plain torch: they walk along positions.
+FEW_POSITIONS = 8
+
+
+def atan_clamp(u: Tensor) -> Tensor:
+    """FrEIA's "ATAN": 0.636 atan(u)."""
+    return 0.636 * torch.atan(u)
+
+
+def sigmoid_clamp(u: Tensor) -> Tensor:
+    """FrEIA's "SIGMOID": 2 (sigmoid(u) - 1/2)."""
+    return 2.0 * (torch.sigmoid(u) - 0.5)
+
+
+def no_clamp(u: Tensor) -> Tensor:
+    """What FrEIA gives blocks without a scale: u."""
+    return u
+
+
+def importable(f_clamp: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The function that FrEIA's own lambda computes, which pickle can find; any other is returned as it is."""
+    home = "FrEIA.modules.coupling_layers"
+    if getattr(f_clamp, "__module__", "") != home or not getattr(f_clamp, "__qualname__", "").endswith("<lambda>"):
+        return f_clamp
+    at = torch.tensor([1.0], dtype=torch.float64)  # tells those that there are apart
+    found: Tensor = f_clamp(at)
+    for named in (atan_clamp, sigmoid_clamp, no_clamp):
+        if torch.equal(found, named(at)):
+            return named
+    return f_clamp
+
+
+@dataclass(frozen=True)
+class ScaleFunction:
+    """log s = clamp f(raw), minus its mean over the sample if ``centred`` (GIN): a CouplingSpec's callable map."""
+
+    clamp: Any
+    activation: Callable[[Tensor], Tensor]
+    centred: bool = False
+
+    def __call__(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """s and log s, like raw."""
+        log_scale = self.clamp * self.activation(raw)
+        if self.centred:
+            log_scale = log_scale - log_scale.mean(dim=tuple(range(1, raw.dim())), keepdim=True)
+        return log_scale.exp(), log_scale
+
+
+def clamped_spec(clamp: Any, f_clamp: Callable[[Tensor], Tensor], centred: bool = False) -> tuple[CouplingSpec, float]:
+    """y = x exp(clamp f_clamp(s)) + t as a CouplingSpec of raw = gain s, and that gain.
+
+    Args:
+        clamp: FrEIA's; a float or anything that multiplies a tensor.
+        f_clamp: atan_clamp, torch.tanh, sigmoid_clamp or any other callable.
+        centred: the mean of log s over the sample is subtracted (GIN).
+    """
+    own = CouplingSpec(scale_map=ScaleFunction(clamp, f_clamp, centred), order="scale_shift")
+    if centred or isinstance(clamp, bool) or not isinstance(clamp, int | float) or not 0 < abs(clamp) <= MAX_CLAMP:
+        return own, 1.0
+    if f_clamp is atan_clamp:
+        return CouplingSpec(scale_map="atan", clamp=abs(float(clamp)), order="scale_shift"), 1.0 if clamp > 0 else -1.0
+    if f_clamp is torch.tanh or f_clamp is sigmoid_clamp:
+        gain = float(clamp) if f_clamp is torch.tanh else 0.5 * clamp
+        return CouplingSpec(scale_map="tanh", clamp=abs(float(clamp)), order="scale_shift"), gain
+    return own, 1.0
+
+
+@dataclass(frozen=True)
+class ShiftThenRaw:
+    """[shift_gain t | raw_gain s] of [s | t], a linear map of channels as nets.run takes it."""
+
+    transformed: int  # channels of s
+    shift_gain: float
+    raw_gain: float
+
+    def __call__(self, values: Tensor, dim: int) -> Tensor:
+        """The map of the channels in dimension ``dim`` of values, which are left alone; one copy."""
+        width = 2 * self.transformed
+        expect(values.shape[dim] == width, "subnet", f"an output of {width} channels", values.shape[dim])
+        raw, shift = values.split(self.transformed, dim)
+        return torch.cat([_times(shift, self.shift_gain), _times(raw, self.raw_gain)], dim)
+
+
+def _times(part: Tensor, gain: float) -> Tensor:
+    """part gain; of 16 bits in float32, so that it is not rounded once more."""
+    if gain == 1.0:
+        return part
+    return (part.float() if part.dtype in (torch.float16, torch.bfloat16) else part) * gain
+
+
+def net_output(subnet: nn.Module, passive: Tensor, state: Tensor, order: ShiftThenRaw) -> Tensor:
+    """[shift | raw] of subnet(passive), (N, 2 transformed, *spatial), for a state (N, C, *spatial).
+
+    Raises:
+        ValueError: the subnet's output has another shape. (FrEIA broadcasts some, with a wrong log-det.)
+    """
+    out = nets.run(subnet, passive, order)
+    expected = (state.shape[0], 2 * order.transformed, *state.shape[2:])
+    expect(tuple(out.shape) == expected, "subnet", f"an output of shape {expected}", tuple(out.shape))
+    return out
+
+
+class OrderedSubnet(nn.Module):
+    """A FrEIA subnet as the net of a Coupling of ours: x1 (N, C1, *spatial) -> [shift | raw].
+
+    Args:
+        subnet: gives [s | t], of x1 and, if there is one, the condition, concatenated. Shared, not copied.
+        order: what becomes of its output.
+        whole_samples: a sample must not be cut into strips (GIN takes means over it).
+    """
+
+    def __init__(self, subnet: nn.Module, order: ShiftThenRaw, whole_samples: bool = False) -> None:
+        super().__init__()
+        self.subnet, self.order, self.whole_samples = subnet, order, whole_samples
+
+    @property
+    def halo(self) -> int | None:
+        """Positions to each side that an output depends on, None where it is not known: see coupling_nets."""
+        if self.whole_samples:
+            return None
+        if isinstance(nets.recognised(self.subnet), nets.KnownNet):
+            return 2
+        stated: int | None = getattr(self.subnet, "halo", None)
+        return stated
+
+    def forward(self, x1: Tensor, cond: Tensor | None = None) -> Tensor:
+        """x1, cond -> [shift | raw]."""
+        x = x1 if cond is None else torch.cat([x1, cond.to(x1.dtype)], dim=1)
+        return net_output(self.subnet, x, x1, self.order)
+
+
+def transformed_by_functorch() -> bool:
+    """Whether torch.func is at work (vmap, jacrev and the like), whose transforms the kernels do not have."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def for_kernels(state: Any) -> bool:
+    """Whether a state (N, C, *spatial) is one that the kernels are good for: enough positions, float32 or float64."""
+    return (
+        isinstance(state, Tensor)
+        and state.dim() > 2
+        and state.dtype in (torch.float32, torch.float64)
+        and state.shape[1] > 0
+        and n_positions(state) >= FEW_POSITIONS
+        and not transformed_by_functorch()
+    )

@@ -1,0 +1,191 @@
+"""Runs of other libraries' flow steps as our chains: fused, in chunks, and reversible.
+
+A step, in the direction of data to latent, is a channel map and then a coupling whose net reads the first half of the
+channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyglow_fast import functional
+from pyglow_fast._errors import expect
+from pyglow_fast.interop.nets import KnownNet, recognised, run
+from pyglow_fast.layers import Coupling
+from pyglow_fast.layers.flow_step import ChannelMap, invert_maps, run_couplings, run_couplings_inverse
+from pyglow_fast.layers.reversible_sequence import MEMORY_MODES, pass_of, run_recomputing
+from pyglow_fast.reference import CouplingSpec, full_precision
+from pyglow_fast.reversible import DriftControl
+
+
+class OrderedNet(nn.Module):
+    """output_map(net(x), 1): a library's net as the net of a coupling of ours.
+
+    Args:
+        net: the library's own module, shared with its model.
+        output_map: see :func:`pyglow_fast.interop.nets.run`.
+        extra: what ``net`` is called with after x.
+    """
+
+    def __init__(
+        self, net: nn.Module, output_map: Callable[[Tensor, int], Tensor] | None = None, extra: tuple[Any, ...] = ()
+    ) -> None:
+        super().__init__()
+        self.net, self.output_map, self.extra = net, output_map, extra
+
+    @property
+    def halo(self) -> int | None:
+        """Positions to each side that an output depends on, None where it is not known."""
+        if isinstance(recognised(self.net), KnownNet):
+            return 2
+        stated: int | None = getattr(self.net, "halo", None)
+        return stated
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, C/2, *spatial) -> shift and raw scale (or shift alone)."""
+        if not self.extra or isinstance(recognised(self.net), KnownNet):
+            return run(self.net, x, self.output_map)
+        out: Tensor = self.net(x, *self.extra)
+        return out if self.output_map is None else self.output_map(out, 1)
+
+
+@dataclass(frozen=True)
+class JoinedStep:
+    """One step of a run.
+
+    Args:
+        net: of the coupling; its parameters are shared with the library's modules.
+        spec: of the coupling.
+        channel_map: what comes before it, computed from the parameters of now; None: nothing.
+    """
+
+    net: nn.Module
+    spec: CouplingSpec
+    channel_map: Callable[[], ChannelMap] | None
+
+
+def after(first: ChannelMap, second: ChannelMap) -> ChannelMap:
+    """The second map of what the first one gives."""
+    with full_precision(first.matrix):
+        matrix, offset = second.matrix @ first.matrix, second.matrix @ first.offset + second.offset
+    return ChannelMap(matrix, offset, first.log_det + second.log_det)
+
+
+class JoinedRun:
+    """z = g(f_K(... f_1(x))), log_det their sum; see ReversibleSequence for the memory modes and their drift control.
+
+    It has no parameters: they belong to the library's modules, and gradients go to them.
+
+    Args:
+        channels: C, even.
+        steps: f_1 to f_K.
+        last: g, a channel map; None: nothing.
+        memory: "reversible", "checkpoint" or "store".
+        memory_budget: bytes of one net's activations, or "auto".
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        steps: Sequence[JoinedStep],
+        last: Callable[[], ChannelMap] | None = None,
+        memory: str = "store",
+        memory_budget: str | int = "auto",
+    ) -> None:
+        expect(memory in MEMORY_MODES, "memory", f"one of {MEMORY_MODES}", repr(memory))
+        self.channels, self.steps, self.last = channels, list(steps), last
+        self.memory, self.memory_budget = memory, memory_budget
+        self.couplings = [Coupling(step.net, *step.spec) for step in steps]
+        self.control = DriftControl(len(self.steps), "auto", None, False)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def _maps(self, like: Tensor) -> ChannelMap:
+        eye = torch.eye(self.channels, dtype=like.dtype, device=like.device)
+        nothing = ChannelMap(eye, eye.new_zeros(self.channels), eye.new_zeros(()))
+        maps = [nothing if step.channel_map is None else step.channel_map() for step in self.steps]
+        return ChannelMap(*(torch.stack(parts) for parts in zip(*maps, strict=True)))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (N, C, *spatial) -> z, log_det (N,)."""
+        params = [parameter for step in self.steps for parameter in step.net.parameters()]
+        maps = self._maps(x)
+        records = torch.is_grad_enabled() and (
+            x.requires_grad or maps.matrix.requires_grad or any(parameter.requires_grad for parameter in params)
+        )
+        if records and self.memory != "store":
+            runners = [coupling.runner(self.memory_budget) for coupling in self.couplings]
+            sizes = [sum(parameter.nbytes for parameter in runner.params) for runner in runners]
+            control = self.control if self.memory == "reversible" else None
+            whole = pass_of(control, self.memory_budget, x, sizes)
+            z, log_det = run_recomputing(runners, [step.spec for step in self.steps], maps, whole, x)
+        else:
+            budget = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else self.memory_budget
+            z, log_det = run_couplings(self.couplings, _Now(maps), x, budget=budget)
+        if self.last is not None:
+            end = self.last()
+            z = functional.channel_mix(z, end.matrix, end.offset)
+            log_det = log_det + functional.per_sample(z, end.log_det)
+        return z, log_det
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """z -> x, log_det (N,)."""
+        budget = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else self.memory_budget
+        end = None if self.last is None else self.last()
+        if end is not None:
+            z = functional.channel_unmix(z, functional.invert_matrix(end.matrix), end.offset)
+        x, log_det = run_couplings_inverse(self.couplings, _Now(self._maps(z)), z, budget=budget)
+        return x, log_det if end is None else log_det - functional.per_sample(x, end.log_det)
+
+
+class _Now:
+    """The channel maps of a run with the parameters of now."""
+
+    def __init__(self, stacked: ChannelMap) -> None:
+        parts = (part.unbind() for part in stacked)
+        self.maps = [ChannelMap(*values) for values in zip(*parts, strict=True)]
+        self.nets: list[list[Tensor] | None] = [None] * len(self.maps)
+
+    @property
+    def inverses(self) -> list[Tensor]:
+        """M^-1 of each step."""
+        return invert_maps(self.maps)
+
+
+class Face:
+    """A run in the place of the modules that it joins, with the calls of their library.
+
+    Args:
+        modules: those modules, in the order of their list.
+        run: what they do together.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], run: JoinedRun) -> None:
+        self.modules, self.run = list(modules), run
+
+
+class JoinedList(nn.ModuleList):
+    """A ModuleList that lends its runs of steps as one: whoever iterates over it or indexes it sees faces instead.
+
+    Its children, and so parameters, buffers and state_dict, are what they were.
+    """
+
+    faces: list[Any]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.faces)
+
+    def __len__(self) -> int:
+        return len(self.faces)
+
+    def __reversed__(self) -> Iterator[Any]:
+        return reversed(self.faces)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        return self.faces[index]

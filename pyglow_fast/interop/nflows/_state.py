@@ -1,0 +1,67 @@
+"""What the adapters ask about tensors and classes, and what they remember of a layer without giving it new state."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+T = TypeVar("T")
+OWNERS = ("nflows", "pyglow_fast")
+
+
+def ordinary(inputs: Tensor, *others: Tensor) -> bool:
+    """Whether our operations take these tensors: plain ones of one dtype, float32 or float64, on one real device.
+
+    Not while torch.compile or torch.export traces, and not inside torch.func transforms or forward-mode
+    differentiation, which know the library's operations only.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    if inputs.dtype not in (torch.float32, torch.float64) or inputs.device.type == "meta":
+        return False
+    plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in (inputs, *others))
+    return plain and all(other.dtype == inputs.dtype and other.device == inputs.device for other in others)
+
+
+def as_it_comes(layer: object, *methods: str) -> bool:
+    """Whether these methods of a layer are the library's or ours: none of a subclass, none put on the instance."""
+    kind = type(layer)
+    own = all(getattr(kind, name).__module__.split(".")[0] in OWNERS for name in methods)
+    return own and not any(name in vars(layer) for name in methods)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything is registered to run around a module's forward or backward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+class Derived(Generic[T]):
+    """One value per layer, derived from tensors of it, while these are the same objects, in one place, of one version.
+
+    It is kept beside the layers, so that they have no attribute that those of the library lack and copies start anew.
+    Tensors made in inference mode have no version: then it is derived each time.
+    """
+
+    def __init__(self) -> None:
+        self._kept: weakref.WeakKeyDictionary[nn.Module, tuple[list[weakref.ref[Tensor]], list[tuple[int, int]], T]] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def get(self, layer: nn.Module, tensors: Sequence[Tensor], derive: Callable[[], T]) -> T:
+        """The value for a layer, from ``derive()`` if any of the tensors is new or was written to."""
+        if any(tensor.is_inference() for tensor in tensors):
+            return derive()
+        state = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+        kept = self._kept.get(layer)
+        if kept is not None and kept[1] == state and all(a() is b for a, b in zip(kept[0], tensors, strict=True)):
+            return kept[2]
+        value = derive()
+        self._kept[layer] = ([weakref.ref(tensor) for tensor in tensors], state, value)
+        return value

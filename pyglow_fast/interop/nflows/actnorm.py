@@ -1,0 +1,96 @@
+"""nflows' ActNorm with an initialisation that is finite, the same on all ranks, and refused before anything changes."""
+
+from __future__ import annotations
+
+import torch
+from nflows import transforms
+from torch import Tensor
+
+from pyglow_fast import functional, reference
+from pyglow_fast._errors import expect
+from pyglow_fast.interop.nflows._state import Derived, ordinary
+from pyglow_fast.layers.ranks import gather, refused_alike
+
+_initialized: Derived[bool] = Derived()
+
+
+class ActNorm(transforms.ActNorm):
+    """outputs = exp(log_scale) inputs + shift per channel; logabsdet = P sum log_scale, P the number of positions.
+
+    In place of ``nflows.transforms.ActNorm``: the same argument, parameters, buffer and results. The first training
+    forward (never the inverse, never in evaluation) sets log_scale = -log(std) and shift = -mean / std from its batch,
+    with the unbiased std as there. What differs:
+
+    - A channel without spread (constant up to rounding, or of one value) is centred and its scale stays 1; nflows
+      divides by its std of zero, and everything is inf or NaN from then on.
+    - Under torch.distributed the moments are those of the batches of all ranks, so that all set the same values; in
+      nflows each rank keeps its own. All ranks must make that forward.
+    - Inputs whose channels are not ``features``, and a first batch that is empty or not finite, are refused and change
+      nothing. nflows spreads one channel over all, or takes on the number of channels of the first batch.
+    - ``initialized`` stays on its device, and once it is true a GPU is not stopped to read it.
+
+    Args:
+        features: C.
+
+    Shapes: inputs (N, C) or (N, C, H, W) of the parameters' dtype; logabsdet (N,), nats.
+
+    Raises:
+        TypeError: ``features`` is not a positive int.
+        ValueError: inputs of another shape; a first batch that is empty or not finite, here or on another rank.
+
+    Reference: Kingma & Dhariwal 2018, section 3.1.
+    """
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """inputs -> outputs, logabsdet; initialises first if this is a training forward of a fresh layer."""
+        self._check(inputs)
+        if not ordinary(inputs, self.log_scale, self.shift):
+            found: tuple[Tensor, Tensor] = super().forward(inputs, context)
+            return found
+        if self.training and not self._knows_initialized():
+            self._initialize(inputs)
+        scale, shift = self._broadcastable_scale_shift(inputs)
+        return torch.addcmul(shift, inputs, scale), self._logabsdet(inputs)
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """outputs -> inputs, -logabsdet."""
+        self._check(inputs)
+        found: tuple[Tensor, Tensor] = super().inverse(inputs, context)
+        return found
+
+    def _check(self, inputs: Tensor) -> None:
+        expect(inputs.dim() in (2, 4), "inputs", "a 2D or a 4D tensor", f"shape {tuple(inputs.shape)}")
+        channels = self.log_scale.shape[0]
+        expect(inputs.shape[1] == channels, "inputs", f"{channels} features", f"shape {tuple(inputs.shape)}")
+
+    def _logabsdet(self, inputs: Tensor) -> Tensor:
+        # Not expanded: callers add to it in place.
+        return functional.per_sample(inputs, self.log_scale.sum()).contiguous()
+
+    def _knows_initialized(self) -> bool:
+        """The value of the buffer, read from a GPU only when it may have changed."""
+        if self.initialized.device.type == "cpu":
+            return bool(self.initialized)
+        return _initialized.get(self, [self.initialized], lambda: bool(self.initialized))
+
+    @torch.no_grad()
+    def _initialize(self, inputs: Tensor) -> None:
+        """Set log_scale and shift from the moments of the inputs of all ranks."""
+        with refused_alike(self.log_scale.device):
+            expect(inputs.numel() > 0, "inputs", "a batch that is not empty to initialise from", tuple(inputs.shape))
+            mean, squared_deviations = functional.channel_moments(inputs)
+            finite = bool((mean.isfinite() & squared_deviations.isfinite()).all())
+            expect(finite, "inputs", "finite values to initialise from", "NaN or inf")
+        channels = inputs.shape[1]
+        count = mean.new_full((1,), inputs.numel() // channels)
+        counts, means, all_squared_deviations = gather(torch.cat([count, mean, squared_deviations])).split(
+            [1, channels, channels], dim=1
+        )
+        mean, squared_deviations = reference.merge_moments(counts[:, 0], means, all_squared_deviations)
+        std = (squared_deviations / (counts.sum() - 1.0).clamp_min(1.0)).sqrt()
+        info = torch.finfo(inputs.dtype)
+        # Spread at the level of rounding is none, and below the smallest normal number exp(log_scale) would overflow.
+        std = torch.where(std <= (info.eps * mean.abs()).clamp_min(info.tiny), torch.ones_like(std), std)
+        self.log_scale.copy_(-std.log())
+        self.shift.copy_(-mean / std)
+        self.initialized.fill_(True)

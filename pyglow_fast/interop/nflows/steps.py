@@ -1,0 +1,133 @@
+"""Runs of nflows' layers in the terms of a flow step of ours: what a model is rebuilt from where it is to run joined.
+
+Our direction is theirs: x -> z is ``forward``. All functions take the layers of nflows and those of this package alike,
+as they come; of anything else they say why not, in words for a report. What they return is differentiable in the
+layers' parameters, of which no copy is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from nflows import transforms
+from nflows.transforms.permutations import Permutation
+from torch import Tensor, nn
+
+from pyglow_fast.interop.nflows import convolution as conv
+from pyglow_fast.interop.nflows import coupling as couplings
+from pyglow_fast.interop.nflows._state import as_it_comes, has_hooks
+from pyglow_fast.layers.flow_step import ChannelMap
+from pyglow_fast.reference import CouplingSpec, full_precision
+
+
+class CouplingParts(NamedTuple):
+    """A coupling as ``functional.coupling`` takes it: y, log_det = coupling(u, net(u[:, :kept], None), spec)."""
+
+    net: nn.Module  # called with (kept channels, context)
+    spec: CouplingSpec
+    kept: int
+    order: Tensor | None  # u = inputs[:, order], outputs = y[:, order.argsort()]; None: the kept channels come first
+
+
+class StepParts(NamedTuple):
+    """u = matrix x + offset, then the coupling of u: P log_det + log_det of the coupling, P the number of positions.
+
+    The rows are in the order that the coupling takes, so the outputs are y[:, order.argsort()]. In a run of steps this
+    can go into the columns of the next matrix: ``matrix[:, order]`` with the order of the step before.
+    """
+
+    matrix: Tensor  # (C, C)
+    offset: Tensor  # (C,)
+    log_det: Tensor  # (), log|det matrix|
+    net: nn.Module
+    spec: CouplingSpec
+    kept: int
+    order: Tensor | None
+
+
+def waits_for_data(layer: nn.Module) -> bool:
+    """Whether a layer's next training forward will set its parameters: such a one must run by itself before."""
+    return isinstance(layer, transforms.ActNorm) and layer.training and not bool(layer.initialized)
+
+
+def _one_map(layer: nn.Module) -> ChannelMap | str:
+    name = type(layer).__name__
+    if has_hooks(layer):
+        return f"hooks on its {name}"
+    if isinstance(layer, transforms.ActNorm):
+        if not as_it_comes(layer, "forward", "inverse"):
+            return f"{name} has a forward of its own"
+        return ChannelMap(layer.scale.diag(), layer.shift, layer.log_scale.sum())
+    if isinstance(layer, transforms.OneByOneConvolution):
+        order = conv.channel_order(layer)
+        if order is None or not as_it_comes(layer, "forward", "inverse", "weight", "logabsdet", *conv._MATRICES):
+            return f"{name} has a permutation or a matrix of its own"
+        return ChannelMap(layer.weight()[:, order], layer.bias, layer.logabsdet())
+    if isinstance(layer, Permutation):
+        if layer._dim != 1 or not as_it_comes(layer, "forward", "inverse", "_permute"):
+            return f"{name} permutes in a way of its own"
+        matrix = torch.eye(len(layer._permutation), device=layer._permutation.device)[layer._permutation]
+        return ChannelMap(matrix, matrix.new_zeros(len(matrix)), matrix.new_zeros(()))
+    return f"a {name}, which does not mix channels"
+
+
+def channel_map(layers: Sequence[nn.Module]) -> ChannelMap | str:
+    """M, c and log|det M| of M x + c = what ActNorms, OneByOneConvolutions and Permutations do in turn; or why not.
+
+    M (C, C), c (C,), log|det M| (), in the dtype of the parameters. The layers must not wait for data.
+    """
+    whole: ChannelMap | None = None
+    for layer in layers:
+        part = _one_map(layer)
+        if isinstance(part, str):
+            return part
+        if whole is None:
+            whole = part
+            continue
+        dtype = torch.promote_types(whole.matrix.dtype, part.matrix.dtype)  # a permutation has none of its own
+        before, after = (ChannelMap(*(value.to(dtype) for value in half)) for half in (whole, part))
+        if before.matrix.shape != after.matrix.shape:
+            return f"a {type(layer).__name__} of {len(after.matrix)} channels after {len(before.matrix)}"
+        with full_precision(after.matrix):
+            matrix, offset = after.matrix @ before.matrix, after.matrix @ before.offset + after.offset
+        whole = ChannelMap(matrix, offset, before.log_det + after.log_det)
+    return "no layer" if whole is None else whole
+
+
+def coupling_parts(layer: nn.Module) -> CouplingParts | str:
+    """The net and the CouplingSpec of an affine or additive coupling, or why it cannot be run so."""
+    spec = couplings.coupling_spec(layer)
+    return spec if isinstance(spec, str) else _coupling_parts(layer, spec)
+
+
+def _coupling_parts(layer: Any, spec: CouplingSpec) -> CouplingParts | str:
+    name = type(layer).__name__
+    if has_hooks(layer) or not as_it_comes(layer, "forward", "inverse"):
+        return f"hooks on its {name}, or a forward of its own"
+    if layer.unconditional_transform is not None:
+        return f"an unconditional transform in its {name}"
+    kept, transformed = layer.num_identity_features, layer.num_transform_features
+    if not kept or not transformed:
+        return f"a mask that keeps {kept} channels and transforms {transformed}"
+    order = couplings.channel_order(layer)
+    return CouplingParts(layer.transform_net, spec, kept, None if order is None else order[0])
+
+
+def step_parts(layers: Sequence[nn.Module]) -> StepParts | str:
+    """A run such as [ActNorm, OneByOneConvolution, AffineCouplingTransform] as one step of ours, or why it is none."""
+    if len(layers) < 2:
+        return "no mixing of channels before a coupling"
+    parts = coupling_parts(layers[-1])
+    if isinstance(parts, str):
+        return parts
+    mixing = channel_map(layers[:-1])
+    if isinstance(mixing, str):
+        return mixing
+    matrix, offset, log_det = mixing
+    if len(matrix) != layers[-1].features:
+        return f"a coupling of {layers[-1].features} channels after {len(matrix)}"
+    if parts.order is not None:
+        matrix, offset = matrix[parts.order], offset[parts.order]
+    return StepParts(matrix, offset, log_det, *parts)

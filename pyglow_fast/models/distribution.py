@@ -1,0 +1,204 @@
+"""A Glow as a torch Distribution, and as a Transform from standard normal noise, to compose with others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Size, Tensor
+from torch.distributions import Distribution, Transform, constraints
+
+from pyglow_fast._errors import expect
+
+if TYPE_CHECKING:
+    from pyglow_fast.models.glow import Glow
+
+
+def _flat(values: Tensor, event_dims: int) -> tuple[Tensor, Size]:
+    """(n, *event) and the shape before the event."""
+    lead = values.shape[: values.dim() - event_dims]
+    return values.reshape(-1, *values.shape[values.dim() - event_dims :]), lead
+
+
+class _Given:
+    """Labels and conditions of a batch, for events of any leading shape that ends in it."""
+
+    def __init__(self, model: Glow, y: Tensor | int | None, cond: Tensor | None) -> None:
+        self.y = None if y is None else torch.as_tensor(y, dtype=torch.int64, device=model._parameter().device)
+        self.cond = cond
+        spread = 1 + model.config.dims  # a map (C, *spatial); else a vector (C,)
+        channels = model.config.cond_channels
+        wanted = model.config.n_classes is not None
+        expect((self.y is not None) == wanted, "y", "labels exactly if the model has classes", type(y).__name__)
+        expect((cond is not None) == bool(channels), "cond", f"a condition of {channels} channels or none", type(cond))
+        self.cond_dims = 0
+        shapes = [Size()] if self.y is None else [self.y.shape]
+        if cond is not None:
+            maps = cond.dim() >= spread and cond.shape[cond.dim() - spread] == channels
+            self.cond_dims = spread if maps else 1
+            found = cond.shape[cond.dim() - self.cond_dims] if cond.dim() else None
+            expect(
+                found == channels, "cond", f"shape (*batch, {channels}) or with its spatial sizes", tuple(cond.shape)
+            )
+            shapes.append(cond.shape[: cond.dim() - self.cond_dims])
+        self.batch_shape = torch.broadcast_shapes(*shapes)
+
+    def spread(self, lead: Size) -> tuple[Tensor | None, Tensor | None]:
+        """y (n,) and cond (n, C, ...) for events of that leading shape."""
+        y = None if self.y is None else self.y.expand(lead).reshape(-1)
+        if self.cond is None:
+            return y, None
+        rest = self.cond.shape[self.cond.dim() - self.cond_dims :]
+        return y, self.cond.expand(*lead, *rest).reshape(-1, *rest)
+
+
+class GlowTransform(Transform):
+    """x = T(eps): every latent z_l = mean_l + exp(log_sd_l) eps_l by its prior, then the inverse flow.
+
+    log|det dx/deps| = sum_l sum log_sd_l - log|det dz/dx|. So with eps ~ N(0, 1), D numbers flattened (shallowest
+    latent first), TransformedDistribution(base, [T]) is the model itself.
+
+    Args:
+        model: a Glow.
+        y: label of a model with classes: a number, or a tensor that broadcasts to the leading shape of the events.
+        cond: condition of a model that takes one, (*batch, C) or (*batch, C, *spatial).
+        cache_size: see torch's Transform.
+
+    Shapes: eps (..., D), x (..., C, *spatial).
+
+    Raises:
+        ValueError: labels or a condition that the model does not take.
+    """
+
+    bijective = True
+
+    def __init__(
+        self, model: Glow, y: Tensor | int | None = None, cond: Tensor | None = None, cache_size: int = 0
+    ) -> None:
+        super().__init__(cache_size=cache_size)
+        self.model, self._given = model, _Given(model, y, cond)
+        self.event_dims = 1 + model.config.dims
+        self.sizes = [math.prod(shape) for shape in model.latent_shapes]
+        self.domain = constraints.real_vector
+        self.codomain = constraints.independent(constraints.real, self.event_dims)
+
+    def with_cache(self, cache_size: int = 1) -> GlowTransform:
+        """The same with another cache."""
+        if self._cache_size == cache_size:
+            return self
+        return GlowTransform(self.model, self._given.y, self._given.cond, cache_size)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, GlowTransform):
+            return False
+        one, two = self._given, other._given
+        return self.model is other.model and one.y is two.y and one.cond is two.cond
+
+    __hash__ = Transform.__hash__
+
+    def call_and_ladj(self, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """T(eps) and log|det dx/deps|, in one pass (what zuko asks of a transform)."""
+        flat, lead = _flat(eps, 1)
+        parts = flat.split(self.sizes, dim=1)
+        noise = [part.reshape(-1, *shape) for part, shape in zip(parts, self.model.latent_shapes, strict=True)]
+        x, log_det = self.model.from_noise(noise, *self._given.spread(lead))
+        return x.reshape(*lead, *x.shape[1:]), log_det.reshape(lead)
+
+    def _call(self, eps: Tensor) -> Tensor:
+        return self.call_and_ladj(eps)[0]
+
+    def _back(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        flat, lead = _flat(x, self.event_dims)
+        noise, log_det = self.model.to_noise(flat, *self._given.spread(lead))
+        return torch.cat([part.flatten(1) for part in noise], dim=1).reshape(*lead, -1), log_det.reshape(lead)
+
+    def _inverse(self, x: Tensor) -> Tensor:
+        return self._back(x)[0]
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """log|det dT/deps| at eps = x, T(eps) = y, in nats, (...)."""
+        return -self._back(y)[1]
+
+    def forward_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """(..., D) -> (..., C, *spatial)."""
+        expect(len(shape) >= 1 and shape[-1] == sum(self.sizes), "eps", f"shape (..., {sum(self.sizes)})", tuple(shape))
+        return (*shape[:-1], *self.model.config.image_shape)
+
+    def inverse_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """(..., C, *spatial) -> (..., D)."""
+        event = tuple(self.model.config.image_shape)
+        expect(tuple(shape[-len(event) :]) == event, "x", f"shape (..., {', '.join(map(str, event))})", tuple(shape))
+        return (*shape[: -len(event)], sum(self.sizes))
+
+
+class GlowDistribution(Distribution):
+    """p(x) of a Glow, or p(x | y, cond), with the interface of torch.distributions.
+
+    ``rsample`` is x = T(eps), eps ~ N(0, 1), differentiable in the parameters (see GlowTransform); events are x as
+    ``Glow.log_prob`` takes it, log_prob is in nats.
+
+    Args:
+        model: a Glow.
+        y: label of a model with classes, () or (*batch,).
+        cond: condition of a model that takes one, (*batch, C) or (*batch, C, *spatial).
+        validate_args: see torch's Distribution.
+
+    Shapes: batch_shape is that of y and cond, () without them; event_shape (C, *spatial).
+
+    Raises:
+        ValueError: labels or a condition that the model does not take; events of another shape.
+    """
+
+    has_rsample = True
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 (as torch declares it)
+
+    def __init__(
+        self,
+        model: Glow,
+        y: Tensor | int | None = None,
+        cond: Tensor | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        self.model = model
+        self.transform = GlowTransform(model, y, cond)
+        batch_shape = self.transform._given.batch_shape
+        super().__init__(batch_shape, Size(model.config.image_shape), validate_args=validate_args)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """R^(C, *spatial)."""
+        found: constraints.Constraint = self.transform.codomain
+        return found
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> GlowDistribution:
+        """The same distribution for every element of a larger batch."""
+        given = self.transform._given
+        found = GlowDistribution(self.model, given.y, given.cond, validate_args=False)
+        found._batch_shape = torch.broadcast_shapes(self.batch_shape, Size(batch_shape))
+        expect(
+            found._batch_shape == Size(batch_shape), "batch_shape", f"one {self.batch_shape} expands to", batch_shape
+        )
+        found._validate_args = self._validate_args
+        return found
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """(*sample_shape, *batch_shape, C, *spatial)."""
+        like, lead = self.model._parameter(), (*sample_shape, *self.batch_shape)
+        eps = torch.randn(*lead, sum(self.transform.sizes), dtype=like.dtype, device=like.device)
+        return self.transform(eps)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """:meth:`rsample` without gradients."""
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log p(value) in nats; value (..., *batch_shape, C, *spatial) -> (..., *batch_shape)."""
+        if self._validate_args:
+            self._validate_sample(value)
+        flat, lead = _flat(value, self.transform.event_dims)
+        lead = torch.broadcast_shapes(lead, self.batch_shape)
+        flat = value.expand(*lead, *value.shape[value.dim() - self.transform.event_dims :]).reshape(-1, *flat.shape[1:])
+        return self.model.log_prob(flat, *self.transform._given.spread(lead)).reshape(lead)

@@ -1,0 +1,132 @@
+"""``pyglow-fast convert``: every format to ours and back, runs, and wrong calls."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyglow_fast as pgf
+from pyglow_fast.cli import main
+from pyglow_fast.interop import convert
+from pyglow_fast.train import RunFolder, load_model
+
+SUFFIX = {"openai": ".npz", "rosinality": ".pt", "chaiyujin": ".pkl", "y0ast": ".pt", "pyglow": ".safetensors"}
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with a model that every format has."""
+    monkeypatch.chdir(tmp_path)
+    model = pgf.Glow(image_shape=(3, 8, 8), n_levels=2, n_steps=1, hidden=4, permutation="invconv_plain")
+    model.initialize(torch.rand(8, 3, 8, 8) - 0.5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "splits" not in name:  # what rosinality pads there with ones
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    convert.save_glow(model, "model.safetensors")
+    return tmp_path
+
+
+def sized(name: str) -> list[str]:
+    return ["--image-size", "8"] if name in ("openai", "rosinality") else []
+
+
+@pytest.mark.parametrize("name", ["openai", "rosinality", "chaiyujin", "y0ast"])
+def test_there_and_back(place: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = f"theirs{SUFFIX[name]}"
+    assert main(["convert", "pyglow", "model.safetensors", out, "--to", name]) == 0
+    assert main(["convert", name, out, "again.safetensors", *sized(name)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"pyglow -> {name}: 3x8x8, L 2, K 1, hidden 4, affine, invconv_plain: {out}"
+    assert lines[1].startswith(f"{name} -> pyglow: 3x8x8, L 2, K 1, hidden ")
+    x = torch.rand(2, 3, 8, 8) - 0.5
+    with torch.no_grad():
+        found, expected = (convert.load_glow(f).log_prob(x) for f in ("again.safetensors", "model.safetensors"))
+    assert torch.allclose(found, expected, rtol=1e-4)
+
+
+def test_between_two_others(place: Path) -> None:
+    assert main(["convert", "pyglow", "model.safetensors", "a.npz", "--to", "openai", "--lu", "--no-learn-top"]) == 2
+    assert main(["convert", "pyglow", "model.safetensors", "a.npz", "--to", "openai", "--lu"]) == 0
+    assert "model/0/0/invconv/P" in convert.read_tensors("a.npz")
+    assert main(["convert", "openai", "a.npz", "b.pt", "--to", "y0ast", "--image-size", "8x8"]) == 0
+    assert "flow.layers.1.invconv.p" in convert.read_tensors("b.pt")
+
+
+def test_file_of_chaiyujin_is_what_their_loader_opens(place: Path) -> None:
+    common = ["convert", "pyglow", "model.safetensors"]
+    assert main([*common, "a.pkl", "--to", "chaiyujin", "--batch-size", "3", "--no-rescale"]) == 0
+    content = torch.load("a.pkl", weights_only=True)
+    assert set(content) == {"global_step", "graph"}
+    assert content["graph"]["prior_h"].shape == (3, 48, 2, 2)
+    assert main([*common, "a.safetensors", "--to", "chaiyujin"]) == 0
+    assert "prior_h" in convert.read_tensors("a.safetensors")
+    assert main(["convert", "chaiyujin", "a.pkl", "b.safetensors", "--no-rescale"]) == 0
+    x = torch.rand(2, 3, 8, 8) - 0.5
+    with torch.no_grad():
+        found, expected = (convert.load_glow(f).log_prob(x) for f in ("b.safetensors", "model.safetensors"))
+    assert torch.allclose(found, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("best", [[], ["--best"]])
+def test_a_run(trained: Path, tmp_path: Path, best: list[str]) -> None:
+    out = tmp_path / "digits.safetensors"
+    assert main(["convert", "pyglow", str(trained), str(out), *best]) == 0
+    expected = load_model(RunFolder(trained).load(bool(best)), "run").state_dict()
+    found = convert.load_glow(out).state_dict()
+    assert all(torch.equal(found[k], v) for k, v in expected.items() if not k.endswith("_extra_state"))
+    assert main(["convert", "pyglow", str(trained), str(tmp_path / "a.pt"), "--to", "y0ast"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["glow", "a", "b"], "argument FORMAT: invalid choice: 'glow'"),
+        (["pyglow", "model.safetensors"], "the following arguments are required: OUT"),
+        (["pyglow", "model.safetensors", "a.pt"], "out: expected a name ending in .safetensors, found 'a.pt'"),
+        (["pyglow", "model.safetensors", "a.txt", "--to", "y0ast"], "out: expected a name ending in one of"),
+        (["pyglow", "none", "a.safetensors"], "none: expected a file, found nothing there"),
+        (["pyglow", ".", "a.safetensors"], "run: expected the folder of a run"),
+        (["pyglow", "model.safetensors", "a.safetensors", "--best"], "best: expected a run, found a file"),
+        (["y0ast", "model.safetensors", "a.safetensors", "--best"], "best: expected no such option but for a run"),
+        (["openai", "none.npz", "a.safetensors"], "image_size: expected --image-size N, found none"),
+        (["openai", "none.npz", "a.safetensors", "--image-size", "8"], "none.npz: expected a file, found nothing"),
+        (["openai", "n.npz", "a.safetensors", "--image-size", "axb"], "argument --image-size: expected a whole number"),
+        (["openai", "n.npz", "a.safetensors", "--image-size", "1x2x3"], "argument --image-size: expected N or HxW"),
+        (["y0ast", "model.safetensors", "a.safetensors"], "flow.layers.1.actnorm.bias: expected a tensor of that name"),
+        (
+            ["y0ast", "n.pt", "a.safetensors", "--image-size", "8"],
+            "image_size: expected no such option for y0ast to pyglow, found 8",
+        ),
+        (
+            ["pyglow", "model.safetensors", "a.pt", "--to", "y0ast", "--averaged"],
+            "averaged: expected no such option for pyglow to y0ast, found True",
+        ),
+        (
+            ["pyglow", "model.safetensors", "a.pt", "--to", "y0ast", "--no-rescale"],
+            "rescale: expected no such option for pyglow to y0ast, found False",
+        ),
+        (
+            ["pyglow", "model.safetensors", "a.pt", "--to", "y0ast", "--no-learn-top"],
+            "learn_top: expected True, since the top prior is not N(0, 1), found False",
+        ),
+    ],
+)
+def test_wrong_calls(place: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}"), error
+    assert error.count("\n") == 1
+    assert [entry.name for entry in place.iterdir()] == ["model.safetensors"]
+
+
+def test_reverse(place: Path) -> None:
+    model = pgf.Glow(image_shape=(1, 4, 4), n_levels=1, n_steps=2, hidden=3, permutation="reverse")
+    model.initialize(torch.rand(8, 1, 4, 4))
+    convert.save_glow(model, "reverse.safetensors")
+    assert main(["convert", "pyglow", "reverse.safetensors", "a.pt", "--to", "y0ast"]) == 0
+    assert main(["convert", "y0ast", "a.pt", "b.safetensors"]) == 2
+    assert main(["convert", "y0ast", "a.pt", "b.safetensors", "--permutation", "reverse"]) == 0
+    assert convert.load_glow("b.safetensors").config.permutation == "reverse"

@@ -1,0 +1,210 @@
+"""Which nets of a user's own class run in our executor: those whose forward is the three convolutions and no more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("nflows")
+
+from helpers import assert_close
+from nflows_cases import ConvNet, randomise
+from torch import Tensor, nn
+
+from pyglow_fast import functional
+from pyglow_fast.interop import probing
+from pyglow_fast.interop.nflows import transforms as ours
+from pyglow_fast.interop.nflows.coupling import run_net
+
+executor_runs = functional.net_as_products(torch.zeros(1, 1, 1, 1))
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(not executor_runs, reason="the nets run as the library's convolutions here"),
+]
+
+
+class Layers(nn.Module):
+    """Three convolutions, to be called in different ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.last = nn.Conv2d(8, 6, 3, padding="same")
+        self.calls = 0
+
+
+class Functional(Layers):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        if context is not None:
+            x = x + context
+        return self.last(
+            F.relu(
+                self.second(
+                    torch.relu(self.first(x)),
+                ),
+                inplace=True,
+            )
+        )
+
+
+class Methods(Layers):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        self.calls += 1
+        return self.last(self.second(self.first(x).relu()).relu())
+
+
+class Nested(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.ModuleList([nn.Sequential(self.first, nn.ReLU()), nn.Sequential(self.second, nn.ReLU())])
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        for layer in self.body:
+            x = layer(x)
+        return self.last(x)
+
+
+class NoBias(Functional):
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Conv2d(8, 8, 1, bias=False)
+
+
+class Residual(Layers):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        hidden = self.first(x).relu()
+        return self.last((hidden + self.second(hidden)).relu())
+
+
+class Scaled(Layers):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return 0.5 * self.last(self.second(self.first(x).relu()).relu())
+
+
+class Tanh(Layers):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        self.calls += 1
+        return self.last(self.second(self.first(x).tanh()).relu())
+
+
+class Skipping(Layers):
+    """The second ReLU is of a tensor that is not used."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        hidden = self.second(self.first(x).relu())
+        hidden.relu()
+        return self.last(hidden)
+
+
+class Twice(Layers):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.last(self.second(self.second(self.first(x).relu()).relu()))
+
+
+class ByHand(Layers):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        hidden = F.conv2d(x, self.first.weight, None, (1, 1), (1, 1), (1, 1), 1).relu()
+        return self.last(self.second(hidden).relu())
+
+
+class Looking(Layers):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        hidden = self.second(self.first(x).relu()).relu()
+        return self.last(hidden) if x.shape[2] > 1 else self.last(hidden) * 2.0
+
+
+class WithScale(Functional):
+    """A parameter beside the convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+
+
+KNOWN = (Functional, Methods, Nested, NoBias, lambda: ConvNet(3, 6))
+UNKNOWN = (Residual, Scaled, Tanh, Skipping, Twice, ByHand, Looking, WithScale)
+
+
+def runs_ours(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether our executor is called for a net, whose values are right in any case."""
+    ran: list[int] = []
+    own = functional.coupling_net
+    x = torch.randn(2, 3, 4, 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(functional, "coupling_net", lambda *args: ran.append(1) or own(*args))
+        found = run_net(net, x, None)
+    assert_close(found, net(x, None))
+    return bool(ran)
+
+
+@pytest.mark.parametrize("build", KNOWN, ids=lambda build: build.__name__)
+def test_known(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = randomise(build())
+    assert runs_ours(net, monkeypatch)
+    assert runs_ours(net, monkeypatch)
+    torch.nn.init.normal_(net.last.weight if hasattr(net, "last") else net[4].weight)
+    assert runs_ours(net, monkeypatch)
+
+
+@pytest.mark.parametrize("build", UNKNOWN, ids=lambda build: build.__name__)
+def test_unknown(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = randomise(build())
+    assert not runs_ours(net, monkeypatch)
+    assert not runs_ours(net, monkeypatch)
+
+
+def test_changes_of_a_net_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = randomise(Functional())
+    assert runs_ours(net, monkeypatch)
+    net.second = nn.Conv2d(8, 8, 1)
+    assert runs_ours(net, monkeypatch)
+    net.second = nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1))
+    assert not runs_ours(net, monkeypatch)
+    net.second = nn.Conv2d(8, 8, 1)
+    assert runs_ours(net, monkeypatch)
+    handle = net.first.register_forward_hook(lambda module, args, output: output * 2.0)
+    assert not runs_ours(net, monkeypatch)
+    handle.remove()
+    net.first.padding_mode = "reflect"
+    net.first._reversed_padding_repeated_twice = [1, 1, 1, 1]
+    assert not runs_ours(net, monkeypatch)
+
+
+def test_what_else_a_forward_does_happens_once_a_call() -> None:
+    x = torch.randn(2, 6, 4, 5)
+    for build, calls in ((Methods, 3), (Tanh, 4)):  # one to find out that it is not the net that we know
+        layer = ours.AffineCouplingTransform([0, 0, 0, 1, 1, 1], lambda inputs, outputs, build=build: build())
+        for _ in range(3):
+            layer(x)
+        assert layer.transform_net.calls == calls
+
+
+def test_gradients_reach_the_nets_parameters() -> None:
+    net = randomise(ConvNet(3, 6)).double()
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    wanted = [x, *net.parameters()]
+    found = torch.autograd.grad(run_net(net, x, None).square().sum(), wanted)
+    expected = torch.autograd.grad(net(x).square().sum(), wanted)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_with_a_context_the_net_itself_runs() -> None:
+    net = randomise(Functional())
+    x, context = torch.randn(2, 2, 3, 4, 5).unbind()
+    assert torch.equal(run_net(net, x, context), net(x, context))
+
+
+def test_nets_that_are_called_otherwise() -> None:
+    """Each way to call a net is recognised by itself; what it is called with must not reach the output."""
+    net = Functional()
+    assert probing.chain_of(net) is not None
+    assert probing.chain_of(net, None) is not None
+    assert probing.chain_of(net, 1.0) is None
+    assert probing.chain_of(net, None) is not None
+    assert probing.chain_of(ConvNet(3, 6), None, None) is None
+    chain = probing.chain_of(net)
+    assert chain is not None
+    assert [chain[0], chain[2], chain[4]] == [net.first, net.second, net.last]

@@ -1,0 +1,195 @@
+"""A Glow as a torch Distribution and Transform: the same numbers, and it composes with torch.distributions and zuko."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import zuko
+from torch import Tensor
+from torch.distributions import (
+    AffineTransform,
+    ComposeTransform,
+    Independent,
+    Normal,
+    TransformedDistribution,
+    kl_divergence,
+    register_kl,
+)
+
+from pyglow_fast import Glow
+from pyglow_fast.models.distribution import GlowDistribution, GlowTransform
+
+SHAPE = (2, 4, 4)
+
+
+def make(**fields: Any) -> Glow:
+    """A small Glow in float64 whose every parameter is at work."""
+    torch.manual_seed(0)
+    model = Glow(image_shape=SHAPE, n_levels=2, n_steps=2, hidden=4, **fields).double()
+    cond = torch.rand(8, fields["cond_channels"]).double() if fields.get("cond_channels") else None
+    model.initialize(torch.rand(8, *SHAPE).double() - 0.5, cond)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> Glow:
+    return make()
+
+
+def images(*lead: int) -> Tensor:
+    return torch.rand(*lead, *SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64) - 0.5
+
+
+def test_log_prob_of_any_leading_shape(model: Glow) -> None:
+    p = model.as_distribution()
+    x = images(3, 2)
+    assert (p.batch_shape, p.event_shape) == (torch.Size(), torch.Size(SHAPE))
+    expected = model.log_prob(x.flatten(0, 1)).reshape(3, 2)
+    torch.testing.assert_close(p.log_prob(x), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(p.log_prob(x[0, 0]), expected[0, 0], rtol=1e-12, atol=0)
+
+
+def test_samples_are_the_model_s(model: Glow) -> None:
+    p = model.as_distribution()
+    assert p.sample().shape == SHAPE
+    assert p.sample((3, 2)).shape == (3, 2, *SHAPE)
+    assert not p.sample((2,)).requires_grad
+    x = p.rsample((500,))
+    assert bool(p.support.check(x).all())
+    with torch.no_grad():  # both estimate the entropy: the samples are those of the density
+        scores = p.log_prob(x.detach()), model.log_prob(model.sample(500))
+    error = (scores[0].var() / 500 + scores[1].var() / 500).sqrt()
+    assert abs(scores[0].mean() - scores[1].mean()) < 4 * error
+
+
+def test_rsample_is_differentiable(model: Glow) -> None:
+    (gradient,) = torch.autograd.grad(model.as_distribution().rsample((2,)).sum(), [model.prior.mean_log_sd])
+    assert gradient.abs().sum() > 0
+    eps = torch.randn(1, 32, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(GlowTransform(model), eps)
+
+
+def test_the_transform_against_an_explicit_jacobian(model: Glow) -> None:
+    transform = GlowTransform(model)
+    eps = torch.randn(32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    x, ladj = transform.call_and_ladj(eps)
+    jacobian = torch.autograd.functional.jacobian(lambda value: transform(value).flatten(), eps)
+    torch.testing.assert_close(ladj, torch.linalg.slogdet(jacobian).logabsdet, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(transform.log_abs_det_jacobian(eps, x), ladj, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(transform.inv(x), eps, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(transform.inv.log_abs_det_jacobian(x, eps), -ladj, rtol=1e-9, atol=1e-9)
+    assert transform.forward_shape((7, 32)) == (7, *SHAPE)
+    assert transform.inverse_shape((7, *SHAPE)) == (7, 32)
+    assert bool(transform.domain.check(eps))
+    assert bool(transform.codomain.check(x))
+
+
+def test_it_composes_with_torch_distributions(model: Glow) -> None:
+    base = Independent(Normal(torch.zeros(32).double(), 1.0), 1)
+    p = TransformedDistribution(base, [GlowTransform(model)])
+    x = images(5)
+    torch.testing.assert_close(p.log_prob(x), model.log_prob(x), rtol=1e-10, atol=1e-10)
+    assert p.rsample((2,)).shape == (2, *SHAPE)
+    # What a level of [0, 256) is worth: the images stretched.
+    stretched = TransformedDistribution(model.as_distribution(), [AffineTransform(0.5, 256.0, event_dim=3)])
+    expected = model.log_prob(x) - 32 * math.log(256.0)
+    torch.testing.assert_close(stretched.log_prob(0.5 + 256 * x), expected, rtol=1e-10, atol=1e-10)
+    both = ComposeTransform([GlowTransform(model).with_cache(), AffineTransform(0.5, 256.0, event_dim=3)])
+    assert both(torch.randn(2, 32).double()).shape == (2, *SHAPE)
+    assert GlowTransform(model) == GlowTransform(model)
+    assert GlowTransform(model) != GlowTransform(make())
+
+
+def test_it_composes_with_zuko(model: Glow) -> None:
+    flow = zuko.distributions.NormalizingFlow(
+        GlowTransform(model).inv, zuko.distributions.DiagNormal(torch.zeros(32).double(), torch.ones(32).double())
+    )
+    x = images(5)
+    torch.testing.assert_close(flow.log_prob(x), model.log_prob(x), rtol=1e-10, atol=1e-10)
+    assert flow.rsample((3,)).shape == (3, *SHAPE)
+    joint = zuko.distributions.Joint(model.as_distribution(), Normal(torch.zeros(()).double(), 1.0))
+    assert joint.sample((2,)).shape == (2, 33)
+
+
+def test_independent_and_expanded(model: Glow) -> None:
+    p = model.as_distribution().expand((3,))
+    assert p.batch_shape == (3,)
+    assert p.sample((2,)).shape == (2, 3, *SHAPE)
+    x = images(2, 3)
+    torch.testing.assert_close(
+        Independent(p, 1).log_prob(x), model.log_prob(x.flatten(0, 1)).reshape(2, 3).sum(1), rtol=1e-12, atol=0
+    )
+    assert p.log_prob(x[0, 0]).shape == (3,)
+
+
+def test_kl_of_the_user_s_own(model: Glow) -> None:
+    """kl_divergence finds what is registered for the class, as for any other."""
+
+    @register_kl(GlowDistribution, GlowDistribution)
+    def _kl(p: GlowDistribution, q: GlowDistribution) -> Tensor:
+        x = p.sample((64,))
+        return (p.log_prob(x) - q.log_prob(x)).mean()
+
+    assert kl_divergence(model.as_distribution(), model.as_distribution()) == 0
+    assert kl_divergence(model.as_distribution(), make(n_classes=None).as_distribution()) == 0
+
+
+def test_labels_and_conditions() -> None:
+    classes = make(n_classes=3)
+    y = torch.tensor([0, 2])
+    p = classes.as_distribution(y)
+    assert p.batch_shape == (2,)
+    x = images(2)
+    torch.testing.assert_close(p.log_prob(x), classes.log_prob(x, y), rtol=1e-12, atol=0)
+    torch.testing.assert_close(classes.as_distribution(1).log_prob(x), classes.log_prob(x, torch.tensor([1, 1])))
+    assert p.sample((4,)).shape == (4, 2, *SHAPE)
+    told = make(cond_channels=2)
+    for cond in (torch.rand(2).double(), torch.rand(5, 2).double(), torch.rand(5, 2, 4, 4).double()):
+        q = told.as_distribution(cond=cond)
+        x = images(5)
+        wanted = cond if cond.dim() > 1 else cond.expand(5, 2)
+        torch.testing.assert_close(q.log_prob(x), told.log_prob(x, None, wanted), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "given", "message"),
+    [
+        ({}, {"y": 1}, "y: expected labels exactly if the model has classes, found int"),
+        ({"n_classes": 3}, {}, "y: expected labels exactly if the model has classes, found NoneType"),
+        ({}, {"cond": torch.zeros(2)}, "cond: expected a condition of 0 channels or none"),
+        ({"cond_channels": 2}, {}, "cond: expected a condition of 2 channels or none"),
+        ({"cond_channels": 2}, {"cond": torch.zeros(3)}, r"cond: expected shape \(\*batch, 2\) or with"),
+    ],
+)
+def test_refusals(fields: dict[str, Any], given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**fields).as_distribution(**given)
+
+
+def test_wrong_events(model: Glow) -> None:
+    p = model.as_distribution()
+    with pytest.raises(ValueError, match=r"shape"):
+        p.log_prob(images(2)[:, :1])
+    with pytest.raises(ValueError, match="finite values"):
+        p.log_prob(images(2) * torch.nan)
+    with pytest.raises(ValueError, match=r"eps: expected shape \(..., 32\), found \(2, 31\)"):
+        GlowTransform(model).forward_shape((2, 31))
+    with pytest.raises(ValueError, match=r"x: expected shape \(..., 2, 4, 4\), found \(2, 4\)"):
+        GlowTransform(model).inverse_shape((2, 4))
+
+
+def test_noise_and_back(model: Glow) -> None:
+    x = images(3)
+    noise, log_det = model.to_noise(x)
+    back, inverse_log_det = model.from_noise(noise)
+    torch.testing.assert_close(back, x, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(inverse_log_det, -log_det, rtol=1e-10, atol=1e-10)
+    normal = Normal(torch.zeros(()).double(), 1.0)
+    density = sum(normal.log_prob(part).flatten(1).sum(1) for part in noise) + log_det
+    torch.testing.assert_close(density, model.log_prob(x), rtol=1e-10, atol=1e-10)
