@@ -85,6 +85,7 @@ _GROUPS: tuple[tuple[str, tuple[tuple[str, str, Any, str], ...]], ...] = (
 _FLAGS = (
     ("images (what a source does not have, it refuses)", "--flip", "flip", "mirror images at random"),
     ("model", "--net-actnorm", "net_actnorm", "actnorm inside the coupling nets"),
+    ("model", "--border", "border", "nets and priors see where the image ends"),
     ("model", "--learn-prior", "learn_prior", "learned priors (the default)"),
     ("model", "--class-conditional", "class_conditional", "condition the top prior on the labels"),
     ("how it is computed", "--compile", "compile", "train through torch.compile"),

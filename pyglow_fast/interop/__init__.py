@@ -1,6 +1,11 @@
 """Models of other libraries, faster and in less memory: layers to swap in, live models to speed up, checkpoints.
 
-
-Adapters are imported by the name of the library that they stand in for, which must be installed:
-``pyglow_fast.interop.normflows``, ``.nflows`` and ``.freia``.
+- :func:`accelerate` makes the layers of a live model ours, in place.
+- Adapters are imported by the name of the library that they stand in for, which must be installed:
+  ``pyglow_fast.interop.normflows``, ``.nflows`` and ``.freia``.
+- ``pyglow_fast.interop.convert`` reads and writes the checkpoints of other Glows.
 """
+
+from pyglow_fast.interop.accelerate import Acceleration, accelerate
+
+__all__ = ["Acceleration", "accelerate"]

@@ -12,6 +12,7 @@ from torch import nn
 from pyglow_fast._errors import expect
 from pyglow_fast.interop.joined import Face, JoinedList
 from pyglow_fast.interop.nets import recognised
+from pyglow_fast.interop.probing import chain_of
 from pyglow_fast.layers.reversible_sequence import MEMORY_MODES
 
 _ADAPTERS = {"normflows": "normflows", "nflows": "nflows", "FrEIA": "freia"}  # top package of a class -> ours for it
@@ -137,7 +138,9 @@ def _left(model: nn.Module, library: str) -> dict[str, str]:
         if home.startswith(f"pyglow_fast.interop.{_ADAPTERS[library]}"):
             for attribute in _NETS:
                 net = getattr(module, attribute, None)
-                reason = recognised(net) if isinstance(net, nn.Module) else None
+                if not isinstance(net, nn.Module) or (attribute == "transform_net" and chain_of(net, None) is not None):
+                    continue
+                reason = recognised(net)
                 if isinstance(reason, str):
                     found[f"{name}.{attribute}".lstrip(".")] = f"its net runs as it is: {reason}"
     return found

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from nflows import transforms
+from nflows.transforms.coupling import CouplingTransform
 from torch import Tensor, nn
 
 from pyglow_fast.interop.joined import Face, JoinedRun, JoinedStep, OrderedNet
 from pyglow_fast.interop.nflows.steps import step_parts, waits_for_data
+from pyglow_fast.interop.probing import chain_of
 from pyglow_fast.layers.flow_step import ChannelMap
 
 
@@ -60,7 +62,7 @@ def _groups(modules: Sequence[nn.Module]) -> list[list[nn.Module]]:
     found: list[list[nn.Module]] = [[]]
     for module in modules:
         found[-1].append(module)
-        if isinstance(module, transforms.CouplingTransform):
+        if isinstance(module, CouplingTransform):
             found.append([])
     return [group for group in found if group]
 
@@ -94,7 +96,9 @@ def join(modules: Sequence[nn.Module], memory: str, budget: str | int) -> list[A
             state["channels"] = len(parts.matrix)
         layers = group[first:]
         channel_map = partial(_channel_map, layers, state["order"])
-        state["steps"].append(JoinedStep(OrderedNet(parts.net, extra=(None,)), parts.spec, channel_map))
+        chain = chain_of(parts.net, None)
+        net = OrderedNet(parts.net, extra=(None,)) if chain is None else OrderedNet(chain)
+        state["steps"].append(JoinedStep(net, parts.spec, channel_map))
         state["order"] = None if parts.order is None else torch.as_tensor(parts.order).clone()
         run.append(layers)
     close()

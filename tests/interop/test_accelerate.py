@@ -1,0 +1,312 @@
+"""A live model of another library made ours in place: the same outputs and gradients, less memory, and back again."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import FrEIA.framework as Ff
+import FrEIA.modules as Fm
+import nflows.distributions
+import nflows.flows
+import nflows.transforms
+import normflows
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pyglow_fast.interop import accelerate
+
+MEMORIES = (None, "store", "checkpoint", "reversible")
+HIDDEN = 8
+
+
+def subnet(c_in: int, c_out: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(c_in, HIDDEN, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(HIDDEN, HIDDEN, 1),
+        nn.ReLU(),
+        nn.Conv2d(HIDDEN, c_out, 3, padding=1),
+    )
+
+
+class ContextNet(nn.Module):
+    """As nflows calls it."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(part for part in subnet(c_in, c_out) if isinstance(part, nn.Conv2d))
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+        first, second, third = self.convs
+        return third(torch.relu(second(torch.relu(first(inputs)))))
+
+
+def from_normflows(levels: int = 2, steps: int = 3, **options: Any) -> nn.Module:
+    """The Glow of its documentation, small."""
+    flows, merges, bases = [], [], []
+    shape = (3, 8, 8)
+    for i in range(levels):
+        channels = shape[0] * 2 ** (levels + 1 - i)
+        blocks = [normflows.flows.GlowBlock(channels, HIDDEN, **options) for _ in range(steps)]
+        flows.append([*blocks, normflows.flows.Squeeze()])
+        if i > 0:
+            merges.append(normflows.flows.Merge())
+            side = (shape[0] * 2 ** (levels - i), shape[1] // 2 ** (levels - i), shape[2] // 2 ** (levels - i))
+        else:
+            side = (shape[0] * 2 ** (levels + 1), shape[1] // 2**levels, shape[2] // 2**levels)
+        bases.append(normflows.distributions.DiagGaussian(side))
+    return normflows.MultiscaleFlow(bases, flows, merges, class_cond=False)
+
+
+def mask(channels: int, kind: str) -> Tensor:
+    half = torch.arange(channels) >= channels // 2
+    return (half if kind == "halves" else torch.arange(channels) % 2 == 1).float()
+
+
+def from_nflows(kind: str = "halves", steps: int = 3) -> nn.Module:
+    t = nflows.transforms
+    parts: list[nn.Module] = [t.SqueezeTransform()]
+    for _ in range(steps):
+        parts += [t.ActNorm(12), t.OneByOneConvolution(12), t.AffineCouplingTransform(mask(12, kind), ContextNet)]
+    base = nflows.distributions.StandardNormal([12, 4, 4])
+    return nflows.flows.Flow(t.CompositeTransform(parts), base)
+
+
+def from_freia(steps: int = 3, **options: Any) -> nn.Module:
+    model = Ff.SequenceINN(3, 8, 8)
+    model.append(Fm.IRevNetDownsampling)
+    for _ in range(steps):
+        model.append(Fm.AllInOneBlock, subnet_constructor=subnet, **options)
+    return model
+
+
+def normflows_loss(model: Any, x: Tensor) -> Tensor:
+    return -model.log_prob(x, None).mean() if hasattr(model, "merges") else model.forward_kld(x)
+
+
+def nflows_loss(model: Any, x: Tensor) -> Tensor:
+    return -model.log_prob(x).mean()
+
+
+def freia_loss(model: Any, x: Tensor) -> Tensor:
+    z, log_det = model(x)
+    return (z.square().flatten(1).sum(1) / 2 - log_det).mean()
+
+
+CASES: dict[str, tuple[Callable[..., nn.Module], Callable[[Any, Tensor], Tensor], int]] = {
+    "normflows": (from_normflows, normflows_loss, 6),
+    "normflows plain exp": (lambda: from_normflows(use_lu=False, scale_map="exp"), normflows_loss, 6),
+    "normflows additive": (lambda: from_normflows(scale=False), normflows_loss, 6),
+    "normflows net_actnorm": (lambda: from_normflows(net_actnorm=True), normflows_loss, 6),
+    "normflows leaky": (lambda: from_normflows(leaky=0.1), normflows_loss, 6),
+    "nflows": (from_nflows, nflows_loss, 3),
+    "nflows alternating": (lambda: from_nflows("alternating"), nflows_loss, 3),
+    "FrEIA": (from_freia, freia_loss, 3),
+    "FrEIA soft": (lambda: from_freia(permute_soft=True), freia_loss, 3),
+    "FrEIA reverse householder": (
+        lambda: from_freia(learned_householder_permutation=2, reverse_permutation=True),
+        freia_loss,
+        3,
+    ),
+}
+
+
+def images(n: int = 4, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(5), dtype=dtype) - 0.5
+
+
+def prepared(name: str) -> tuple[nn.Module, Callable[[Any, Tensor], Tensor], int]:
+    """A model that has seen data, with weights at work, in float64."""
+    make, loss, steps = CASES[name]
+    torch.manual_seed(3)
+    model = make().double()
+    with torch.no_grad():
+        loss(model, images(16))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return model, loss, steps
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_and_gradients_are_the_same(name: str, memory: str | None) -> None:
+    model, loss_of, steps = prepared(name)
+    theirs = copy.deepcopy(model)
+    done = accelerate(model, memory)
+    assert sum(len(face.run) for face in done._faces) == (steps if memory else 0)
+    ours_loss, their_loss = loss_of(model, images()), loss_of(theirs, images())
+    torch.testing.assert_close(ours_loss, their_loss, rtol=1e-10, atol=1e-10)
+    found, wanted = gradients(model, ours_loss), gradients(theirs, their_loss)
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-8, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}")
+    if memory == "reversible":
+        assert all(report["passes"] == 1 for report in done.memory_report())
+
+
+@pytest.mark.parametrize("memory", [None, "reversible"])
+@pytest.mark.parametrize("name", ["normflows", "nflows", "nflows alternating", "FrEIA", "FrEIA reverse householder"])
+def test_inverses(name: str, memory: str | None) -> None:
+    model, _, _ = prepared(name)
+    theirs = copy.deepcopy(model).eval()
+    accelerate(model.eval(), memory)
+    x = images()
+    with torch.no_grad():
+        if name.startswith("FrEIA"):
+            (z, log_det), (their_z, _) = model(x), theirs(x)
+            back, inverse_log_det = model(their_z, rev=True)
+            torch.testing.assert_close(z, their_z, rtol=1e-10, atol=1e-10)
+        elif name.startswith("nflows"):
+            z, log_det = model._transform(x)
+            back, inverse_log_det = model._transform.inverse(theirs._transform(x)[0])
+        else:
+            z, log_det = model.inverse_and_log_det(x)
+            back, inverse_log_det = model.forward_and_log_det(theirs.inverse_and_log_det(x)[0])
+    torch.testing.assert_close(back, x, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(inverse_log_det, -log_det, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("name", ["normflows", "nflows", "FrEIA"])
+def test_an_optimizer_goes_on_and_it_is_undone(name: str, memory: str | None) -> None:
+    model, loss_of, _ = prepared(name)
+    theirs = copy.deepcopy(model)
+    optimizers = [torch.optim.Adam(item.parameters(), 1e-3) for item in (model, theirs)]
+    kinds = {key: type(module) for key, module in model.named_modules()}
+    keys = list(model.state_dict())
+    done = accelerate(model, memory)
+    assert list(model.state_dict()) == keys
+    for step in range(6):
+        if step == 4:
+            done.undo()
+            assert {key: type(module) for key, module in model.named_modules()} == kinds
+            assert (done.replaced, done.joined, done.left) == ({}, {}, {})
+        losses = []
+        for item, optimizer in zip((model, theirs), optimizers, strict=True):
+            loss = loss_of(item, images())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        torch.testing.assert_close(*losses, rtol=1e-9, atol=1e-9)
+    theirs.load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize("name", ["normflows", "nflows"])
+def test_a_fresh_model_initialises_from_its_first_batch(name: str) -> None:
+    make, loss_of, _ = CASES[name]
+    torch.manual_seed(1)
+    model = make().double()
+    theirs = copy.deepcopy(model)
+    accelerate(model, "reversible")
+    for item in (model, theirs):
+        loss_of(item, images(16)).backward()
+    for (key, value), (_, wanted) in zip(model.named_parameters(), theirs.named_parameters(), strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-6, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("name", ["normflows", "nflows", "FrEIA"])
+def test_copies_and_pickles(name: str) -> None:
+    model, loss_of, _ = prepared(name)
+    done = accelerate(model, "reversible")
+    expected = loss_of(model, images())
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.9)
+    torch.testing.assert_close(loss_of(twin, images()), expected, rtol=1e-12, atol=1e-12)
+    done.undo()
+    if name != "FrEIA":  # whose blocks hold functions that pickle does not take
+        again = pickle.loads(pickle.dumps(model))
+        torch.testing.assert_close(loss_of(again, images()), loss_of(model, images()))
+
+
+def saved_bytes(model: nn.Module, loss_of: Callable[[Any, Tensor], Tensor], x: Tensor) -> int:
+    """Of the tensors that autograd keeps for the backward, parameters left out."""
+    own = {value.untyped_storage().data_ptr() for value in model.parameters()}
+    seen: dict[int, int] = {}
+
+    def pack(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        loss_of(model, x)
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize(
+    ("make", "loss_of"),
+    [
+        (lambda: from_normflows(levels=1, steps=8), normflows_loss),
+        (lambda: from_freia(steps=8), freia_loss),
+        (lambda: from_nflows(steps=8), nflows_loss),
+    ],
+    ids=["normflows", "FrEIA", "nflows"],
+)
+def test_reversible_memory(make: Callable[[], nn.Module], loss_of: Callable[[Any, Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model, x = make(), images(32, torch.float32)
+    with torch.no_grad():
+        loss_of(model, x)
+    before = saved_bytes(model, loss_of, x)
+    accelerate(model, "reversible")
+    assert saved_bytes(model, loss_of, x) < before / 5
+
+
+def test_the_report() -> None:
+    model, _, _ = prepared("normflows leaky")
+    done = accelerate(model, "store")
+    text = str(done)
+    assert "GlowBlock" in done.replaced["flows.0.0"]
+    assert "LeakyReLU where a ReLU was expected" in done.left["flows.0.0.flows.0.flows.1.param_map"]
+    assert done.joined == {f"flows.{i}": "3 steps in one chain each, memory 'store'" for i in range(2)}
+    assert "joined: 2" in text
+    other = nn.Sequential(normflows.flows.Planar((4,)), nn.Linear(2, 2))
+    assert accelerate(other).left == {"0": "no counterpart of Planar"}
+
+
+def test_what_is_not_joined() -> None:
+    """Conditions, graphs, single steps, hooks and odd masks run layer by layer."""
+    conditional = Ff.SequenceINN(3, 8, 8)
+    for _ in range(2):
+        conditional.append(Fm.AllInOneBlock, cond=0, cond_shape=(1, 8, 8), subnet_constructor=subnet)
+    assert accelerate(conditional, "reversible").joined == {}
+    single, _, _ = prepared("nflows")
+    layers = list(single._transform._transforms)[:4]
+    assert accelerate(nflows.transforms.CompositeTransform(layers), "reversible").joined == {}
+    hooked = from_normflows(levels=1, steps=3)
+    hooked.flows[0][1].register_forward_hook(lambda *args: None)
+    assert accelerate(hooked, "reversible").joined == {}
+    nodes = [Ff.InputNode(4, 8, 8)]
+    for _ in range(2):
+        nodes.append(Ff.Node(nodes[-1], Fm.AllInOneBlock, {"subnet_constructor": subnet}))
+    graph = Ff.GraphINN([*nodes, Ff.OutputNode(nodes[-1])])
+    assert accelerate(graph, "reversible").joined == {}
+    assert len(accelerate(graph).replaced) == 0  # they are ours already
+
+
+@pytest.mark.parametrize(
+    ("model", "memory", "message"),
+    [
+        (nn.Linear(2, 2), None, "model: expected layers of normflows, nflows, FrEIA, found none"),
+        (nn.Linear(2, 2), "disk", "memory: expected None or one of"),
+        (3, None, "model: expected a Module, found int"),
+    ],
+)
+def test_refusals(model: Any, memory: str | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        accelerate(model, memory)
