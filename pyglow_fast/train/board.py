@@ -35,8 +35,8 @@ class Board:
 
     Args:
         folder: of the event files, made if it is not there; None: nothing is written, and no library needed.
-        purge_step: of a resumed run, the first step that it writes again: TensorBoard hides what the former session
-            wrote from there on. None for a new run.
+        purge_step: of a resumed run, the first step that it writes again: TensorBoard hides what was
+            written from there on. None for a new run.
 
     Raises:
         MissingExtraError: tensorboard is not installed; nothing has been written then.

@@ -37,7 +37,7 @@ class Result:
 
     Args:
         step: steps done.
-        seconds: spent, over all sessions.
+        seconds: spent, over all parts.
         stopped_by: number of the signal that ended it early, or None.
         stopped_early: whether it ended since the held-out score did not improve any more.
         held_out, train: final scores; None after a signal.
@@ -315,9 +315,7 @@ class Run:
         self._evaluate(everything=True)
         assert self._scores is not None
         _, held_out, train = self._scores
-        rows = read_metrics(folder.metrics)
-        if not rows or rows[-1]["step"] != progress.step:
-            self.writer.add(self._row(last=True))
+        self.writer.add_last(self._row(last=True))
         self._sample()
         # The other ranks are done: whatever follows would only make them wait.
         found = tuple(measure_yardsticks(state.train, state.held_out)) if state.ranks.first else ()

@@ -43,7 +43,7 @@ class Progress:
 
     Args:
         step: steps done.
-        seconds: spent so far, over all sessions.
+        seconds: spent so far, over all parts.
         loss_sum, steps_summed: of the running mean since the last row of metrics.csv, in bits/dim.
         best: lowest held-out bits/dim so far.
         stale: evaluations since then.

@@ -12,7 +12,7 @@ from pyglow_fast.train.board import Board
 from pyglow_fast.train.checkpoint import Checkpoint
 from pyglow_fast.train.config import TrainConfig
 from pyglow_fast.train.figures import class_columns, grid, save_picture
-from pyglow_fast.train.metrics import MetricsLog, Row
+from pyglow_fast.train.metrics import MetricsLog, Row, read_metrics
 from pyglow_fast.train.run_folder import RunFolder, refusing
 
 
@@ -87,11 +87,28 @@ class RunWriter:
         if not self.folder.metrics.exists():
             self.metrics.start()
 
+    def add_last(self, row: Row) -> None:
+        """The row of the end, in the place of one of the same step, whose other values it keeps."""
+        if not self.first:
+            return
+        step = int(row["step"] or 0)
+        known: Row = {}
+        for found in read_metrics(self.folder.metrics):
+            if found["step"] == step:
+                known = {name: value for name, value in found.items() if value is not None}
+        scores = {name: value for name, value in row.items() if name.startswith(("held_out", "train_subset"))}
+        self.attempt("a row of metrics.csv", lambda: self.metrics.start(step - 1))
+        self.attempt("a row of metrics.csv", lambda: self.metrics.add(row | known | scores))
+        self._event(step, {name: value for name, value in row.items() if name in scores or name not in known})
+
     def add(self, row: Row) -> None:
         """A row of metrics.csv, and its scalars for TensorBoard."""
         self.attempt("a row of metrics.csv", lambda: self.metrics.add(row))
+        self._event(int(row["step"] or 0), row)
+
+    def _event(self, step: int, row: Row) -> None:
         scalars = {name: value for name, value in row.items() if name != "step"}
-        self.attempt("an event", lambda: self._board.scalars(int(row["step"] or 0), scalars))
+        self.attempt("an event", lambda: self._board.scalars(step, scalars))
 
     def save(self, checkpoint: Checkpoint, final: bool = False) -> None:
         """A checkpoint.

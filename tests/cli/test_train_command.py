@@ -23,6 +23,23 @@ def test_the_configuration_of_a_run_repeats_it(trained: Path, tmp_path: Path) ->
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+def test_a_repeated_run_goes_beside_the_first(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run)
+    for number in (2, 3):
+        assert main(["train", "--config", "config.toml", "--quiet", "--max-steps", "1"]) == 0
+        assert RunFolder(run.with_name(f"run-{number}")).load().progress["step"] == 1
+    assert RunFolder(run).load().progress["step"] == 20
+
+
+def test_none_takes_back_what_a_file_says(tiny: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text("patience = 3\nthreads = 2\nmax_steps = 1\ndata.held_out = 0.2\n")
+    command = ["train", "digits", "--config", str(path), "--out", str(tmp_path / "r"), "--quiet", *tiny]
+    assert main([*command, "--patience", "none", "--threads", "none", "--held-out", "none"]) == 0
+    config = RunFolder(tmp_path / "r").load().config
+    assert (config.patience, config.threads, config.data.held_out, config.max_steps) == (None, None, None, 1)
+
+
 def test_options_come_before_the_file(tiny: list[str], tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text("max_steps: 50\nmax_epochs: null\nlr: 0.5\nseed: 3\nmodel: {n_levels: 3}\ndata: {name: digits}\n")

@@ -45,6 +45,14 @@ def test_none_is_null_only_where_null_may_be(tmp_path: Path) -> None:
     assert read_config(path) == {"clip_norm": None, "optimizer": "none"}
 
 
+def test_numbers_in_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("lr: 1e-3\nema_decay: 9.99E-1\nseed: 3\nclip_norm: .5e1\nmodel: {scale_eps: -1E-2}\n")
+    expected = {"lr": 1e-3, "ema_decay": 0.999, "seed": 3, "clip_norm": 5.0, "model": {"scale_eps": -0.01}}
+    assert read_config(path) == expected
+    assert isinstance(read_config(path)["seed"], int)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

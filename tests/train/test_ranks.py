@@ -218,7 +218,11 @@ with open_ranks() as ranks:
     ("environment", "message"),
     [
         ({"WORLD_SIZE": "two"}, "error: WORLD_SIZE: expected a positive whole number, found 'two'\n"),
-        ({"WORLD_SIZE": "2"}, "error: RANK: expected a variable that torchrun sets, found none\n"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "x", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+            "error: RANK: expected a value that torchrun sets, found x\n",
+        ),
+        ({"WORLD_SIZE": "2"}, "error: RANK: expected a value that torchrun sets, found none\n"),
     ],
 )
 def test_half_an_environment(tmp_path: Path, environment: dict[str, str], message: str) -> None:

@@ -1,0 +1,44 @@
+"""What the tests of whole runs share: short runs, their weights, and things that happen in the middle of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyglow_fast.data import ImageSet
+from pyglow_fast.train import Checkpoint, Run, RunFolder, TrainConfig, start
+
+MakeConfig = Callable[..., TrainConfig]
+
+
+def train(config: TrainConfig, out: Path, data: ImageSet | None = None) -> Run:
+    run = start(config, str(out), data=data)
+    run.execute(quiet=True)
+    return run
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    return Checkpoint.load(RunFolder(run).checkpoint).model
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    found, wanted = weights(one), weights(other)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def before_step(run: Run, step: int, action: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do something once, in the middle of a run."""
+    take = run.state.step
+
+    def stepping() -> float:
+        if run.state.progress.step == step:
+            action()
+        return take()
+
+    monkeypatch.setattr(run.state, "step", stepping)

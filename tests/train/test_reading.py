@@ -1,0 +1,170 @@
+"""Images that are read while a run goes on: the same for any number of readers, and what happens when they fail."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from run_cases import MakeConfig, assert_same_weights, before_step
+
+from pyglow_fast import GlowConfig
+from pyglow_fast.data import DataConfig, load_data
+from pyglow_fast.train import (
+    InputLostError,
+    Run,
+    RunFolder,
+    TrainConfig,
+    TrainState,
+    evaluate,
+    resume,
+    start,
+)
+from pyglow_fast.train.metrics import read_metrics
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """40 small images in files, read when they are needed."""
+    (tmp_path / "photos").mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for i in range(40):
+        pixels = torch.randint(256, (8, 8, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(tmp_path / "photos" / f"{i:02}.png")
+    return tmp_path / "photos"
+
+
+def photo_config(tiny_config: MakeConfig, photos: Path, **fields: Any) -> TrainConfig:
+    options = {name: fields.pop(name) for name in ("on_unreadable", "flip", "crop_margin") if name in fields}
+    data = DataConfig(f"folder:{photos}", size=4, held_out=0.25, in_memory=False, **options)
+    model = GlowConfig(image_shape=(3, 4, 4), n_levels=1, n_steps=2, hidden=4)
+    return tiny_config(data=data, model=model, **fields)
+
+
+def spoil_some(run: Run, photos: Path) -> None:
+    """Six of the training images become unreadable, of the size they had."""
+    for i in run.state.train.positions[3:9].tolist():
+        path = photos / f"{i:02}.png"
+        content = path.read_bytes()
+        path.write_bytes(content[:40] + bytes(len(content) - 40))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_in_the_middle_of_an_epoch(
+    tiny_config: MakeConfig, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    run = start(photo_config(tiny_config, photos, workers=workers), str(tmp_path / "run"))
+    before_step(run, 1, lambda: spoil_some(run, photos), monkeypatch)
+    with pytest.raises(InputLostError, match=r"/\d\d.png: expected an image that Pillow can .*\n  saved: .*/step-0"):
+        run.execute(quiet=True)
+    assert 1 <= RunFolder(tmp_path / "run").load().progress["step"] == run.state.progress.step < 12
+    again = resume(str(tmp_path / "run"), **{"data.on_unreadable": "skip"})
+    result = again.execute(quiet=True)
+    assert result.step == 12
+    # Three epochs or so with six such images; the resumed run sees at least two of them whole.
+    assert 10 < result.unreadable <= 24
+    assert read_metrics(tmp_path / "run" / "metrics.csv")[-1]["unreadable_images"] == result.unreadable
+
+
+def test_an_unreadable_image_at_the_start(tiny_config: MakeConfig, photos: Path, tmp_path: Path) -> None:
+    run = start(photo_config(tiny_config, photos, workers=0), str(tmp_path / "run"))
+    spoil_some(run, photos)
+    with pytest.raises(InputLostError, match=r"/\d\d.png: expected an image that Pillow can decode") as caught:
+        run.execute(quiet=True)
+    assert "saved" not in str(caught.value)
+
+
+def test_a_reader_that_is_killed(
+    tiny_config: MakeConfig, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = photo_config(tiny_config, photos, flip=True, workers=2)
+    start(config, str(tmp_path / "whole")).execute(quiet=True)
+    run = start(config, str(tmp_path / "parts"))
+
+    def kill() -> None:
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    before_step(run, 5, kill, monkeypatch)
+    with pytest.raises(InputLostError, match=r"died[\s\S]*saved|killed[\s\S]*saved"):
+        run.execute(quiet=True)
+    resume(str(tmp_path / "parts")).execute(quiet=True)
+    assert_same_weights(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.003, 0.006, 0.009, 0.012])
+def test_a_reader_that_is_killed_at_any_moment(
+    tiny_config: MakeConfig, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, delay: float
+) -> None:
+    """Torch tells the main thread at once, maybe in the middle of an update: that is not saved."""
+    config = photo_config(tiny_config, photos, flip=True, workers=2, ema_decay=0.9, max_steps=30, save_every=4)
+    start(config, str(tmp_path / "whole")).execute(quiet=True)
+    run = start(config, str(tmp_path / "parts"))
+
+    def kill() -> None:
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    before_step(run, 5, lambda: threading.Timer(delay, kill).start(), monkeypatch)
+    with pytest.raises(InputLostError):
+        run.execute(quiet=True)
+    resume(str(tmp_path / "parts")).execute(quiet=True)
+    assert_same_weights(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_unreadable_images_do_not_count_in_a_score(tiny_config: MakeConfig, photos: Path, tmp_path: Path) -> None:
+    config = photo_config(tiny_config, photos, on_unreadable="skip", workers=0)
+    state = TrainState(config, load_data(config.data))
+    state.initialize()
+    whole = state.score(state.held_out)
+    bad = photos / f"{int(state.held_out.positions[0]):02}.png"
+    bad.write_bytes(bytes(bad.stat().st_size))
+    found = state.score(state.held_out)
+    assert (whole.images, whole.unreadable, found.images, found.unreadable) == (10, 0, 9, 1)
+    others = evaluate(state.model, state.held_out.subset(range(1, 10)), 64, 0)
+    assert abs(found.mean - others.mean) < 5 * others.standard_error
+    for i in state.held_out.positions.tolist():
+        (photos / f"{i:02}.png").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="data: expected at least one image that can be read"):
+        state.score(state.held_out)
+
+
+def test_readers_do_not_hold_the_lock(tiny_config: MakeConfig, photos: Path, tmp_path: Path) -> None:
+    """A run that is killed leaves them for some seconds; it can be resumed at once all the same."""
+    folder = RunFolder(tmp_path / "run")
+    folder.make()
+    with folder.locked():
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(20,))
+        child.start()
+        time.sleep(0.5)  # in which it closes what it was born with
+    try:
+        with folder.locked():
+            pass
+    finally:
+        child.kill()
+        child.join()
+
+
+@pytest.mark.parametrize("changed", [{}, {"accumulate": 2}], ids=["same", "accumulated"])
+def test_workers_change_nothing(tiny_config: MakeConfig, photos: Path, tmp_path: Path, changed: dict[str, Any]) -> None:
+    for workers in (0, 1, 2):
+        config = photo_config(tiny_config, photos, flip=True, crop_margin=3, workers=workers, **changed)
+        run = start(config, str(tmp_path / str(workers)))
+        run.execute(quiet=True)
+    assert_same_weights(tmp_path / "0", tmp_path / "1")
+    assert_same_weights(tmp_path / "0", tmp_path / "2")
+
+
+def test_a_resumed_run_with_workers_is_bit_identical(tiny_config: MakeConfig, photos: Path, tmp_path: Path) -> None:
+    config = photo_config(tiny_config, photos, flip=True, crop_margin=3, workers=2)
+    start(config, str(tmp_path / "whole")).execute(quiet=True)
+    for steps in (4, 5, 12):  # within an epoch and at the end of one
+        out = tmp_path / "parts"
+        run = resume(str(out), max_steps=steps) if out.exists() else start(config.adjusted(max_steps=steps), str(out))
+        run.execute(quiet=True)
+    assert_same_weights(tmp_path / "parts", tmp_path / "whole")
