@@ -267,7 +267,7 @@ def test_evaluate(
 def test_evaluate_a_folder_run_on_digits(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = [*FOLDER, "--batch-size", "2", "--max-steps", "1", "--quiet"]
     assert main(["train", "folder:good", "--out", "out", *options]) == 0
-    shape = "data: expected images of shape (3, 16, 16), as the model was trained on, found (1, 8, 8)"
+    shape = "data: expected images of shape (3, 16, 16), as the model was trained on, found (1, 16, 16)"
     refused(["evaluate", "out", "digits"], shape, capsys)
     part = "part: expected all, since these are not the images of the run, found train"
     Image.new("RGB", (16, 16)).save("flat/1.png")
