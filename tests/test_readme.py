@@ -6,7 +6,9 @@ import re
 import shlex
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
+import normflows
 import pytest
 
 from pyglow_fast import GlowConfig
@@ -26,9 +28,20 @@ COMMANDS = [
 ]
 
 
-def test_python_example_runs() -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+EXAMPLE, ACCELERATE, IMPORTS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_switching_examples_run() -> None:
     names: dict[str, object] = {}
+    exec(IMPORTS, names)
+    names["model"] = normflows.NormalizingFlow(
+        normflows.distributions.DiagGaussian((4, 4, 4)), [names["GlowBlock"](4, 8)]
+    )
+    exec(ACCELERATE, names)
+
+
+def test_python_example_runs() -> None:
+    example, names = EXAMPLE, dict[str, object]()
     exec(example, names)
     assert tuple(names["samples"].shape) == (16, 3, 32, 32)
     assert names["log_prob"].isfinite().all()
