@@ -6,7 +6,6 @@ import re
 import shlex
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import normflows
 import pytest
