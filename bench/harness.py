@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from pyglow_fast import _backend
+from pyglow_fast import _backend, info
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP_ROUNDS = 3
@@ -124,20 +124,9 @@ def product_peak(device: torch.device, rounds: int = 7) -> float:
     return best
 
 
-def processor() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def device_name(device: torch.device) -> str:
     """What the device calls itself."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else info.processor()
 
 
 def commit() -> str:

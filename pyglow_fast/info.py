@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import textwrap
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -72,6 +73,17 @@ def cuda_reason() -> str:
         archs = _backend.build_info()["cuda_archs"]
         return f"compiled for {archs}, which does not run on {found}; see TORCH_CUDA_ARCH_LIST"
     return ""
+
+
+def processor() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
 
 
 def version_of(distribution: str) -> str:

@@ -153,7 +153,7 @@ def resumed(given: dict[str, Any], name: str | None, out: str, ranks: Ranks) -> 
     Raises:
         ValueError: see :func:`pyglow_fast.train.resume`.
     """
-    stored = RunFolder(out).load().config
+    stored = RunFolder(out).read_config()
     changes = {key: value for key, value in given.items() if key not in (*_DATA, *_MODEL)}
     changes |= {f"data.{key}": given[key] for key in _DATA if key in given and f"data.{key}" in ADJUSTABLE}
     for part, known in ((stored.data, _DATA), (stored.model, _MODEL)):
@@ -206,7 +206,7 @@ def run(args: argparse.Namespace) -> int:
         out = args.out or next_out(args.config)
         device = given.get("device")
         if device is None:
-            device = RunFolder(out).load().config.device if args.resume else "auto"
+            device = RunFolder(out).read_config().device if args.resume else "auto"
         resolve_device(device)
         group = open_ranks(device)
     with group as ranks:

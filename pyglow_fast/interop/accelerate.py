@@ -61,23 +61,8 @@ class Acceleration:
 
     def memory_report(self) -> list[dict[str, Any]]:
         """Of each joined run: memory mode, steps, spacing of the anchors, drift, and what was redone."""
-        found = []
-        for face in self._faces:
-            control = face.run.control
-            control.settle(wait=True)
-            found.append(
-                {
-                    "memory": face.run.memory,
-                    "steps": len(face.run),
-                    "anchor_every": control.spacing,
-                    "passes": control.passes,
-                    "last_drift": control.last_drift,
-                    "largest_drift": control.largest_drift,
-                    "trips": control.trips,
-                    "redone_steps": control.redone_steps,
-                }
-            )
-        return found
+        runs = [face.run for face in self._faces]
+        return [{"memory": run.memory, "steps": len(run), **run.control.report()} for run in runs]
 
     def __str__(self) -> str:
         lines = []

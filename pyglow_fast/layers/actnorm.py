@@ -14,21 +14,24 @@ from pyglow_fast.layers._base import FlowLayer, check_count, check_input
 from pyglow_fast.layers.ranks import gather, refused_alike
 
 
-def joint_moments(x: Tensor, device: torch.device, check: Callable[[], None]) -> tuple[Tensor, Tensor, Tensor]:
+def joint_moments(
+    x: Tensor, device: torch.device, check: Callable[[], None], name: str = "x"
+) -> tuple[Tensor, Tensor, Tensor]:
     """Number () of values per channel, their mean and sum of squared deviations (C,), float64, over all ranks' x.
 
     x (N, C, *spatial), on each rank of torch.distributed's default group its own batch; ``device`` is where the ranks
-    talk to each other, and ``check`` raises a ValueError for a batch that the layer cannot take.
+    talk to each other, ``check`` raises a ValueError for a batch that the layer cannot take, and ``name`` is what the
+    caller knows x by.
 
     Raises:
         ValueError: a batch is refused, empty or not finite, here or on another rank.
     """
     with refused_alike(device):
         check()
-        expect(x.numel() > 0, "x", "a batch that is not empty to initialise from", tuple(x.shape))
+        expect(x.numel() > 0, name, "a batch that is not empty to initialise from", tuple(x.shape))
         mean, squared_deviations = functional.channel_moments(x)
         finite = bool((squared_deviations.isfinite() & mean.isfinite()).all())
-        expect(finite, "x", "finite values to initialise actnorm from", "NaN or inf")
+        expect(finite, name, "finite values to initialise actnorm from", "NaN or inf")
     channels = x.shape[1]
     count = mean.new_full((1,), x.numel() // channels)
     rows = gather(torch.cat([count, mean, squared_deviations]))

@@ -250,19 +250,7 @@ class ReversibleSequence(FlowLayer):
 
     def memory_report(self) -> dict[str, Any]:
         """Mode, spacing, drift and what was redone so far; bytes of the anchors need a shape: see plan_chunks."""
-        control = self.control
-        control.settle(wait=True)
-        return {
-            "memory": self.memory,
-            "steps": len(self),
-            "anchor_every": control.spacing,
-            "passes": control.passes,
-            "last_drift": control.last_drift,
-            "largest_drift": control.largest_drift,
-            "trips": control.trips,
-            "redone_steps": control.redone_steps,
-            "skipped": control.skipped,
-        }
+        return {"memory": self.memory, "steps": len(self), **self.control.report()}
 
     def get_extra_state(self) -> Tensor:
         """The drift control's state, saved with the weights."""

@@ -301,6 +301,19 @@ class DriftControl:
         if self._calm >= GROW_AFTER and wider > self._auto_spacing and not held:
             self._auto_spacing, self._calm = wider, 0
 
+    def report(self) -> dict[str, Any]:
+        """Spacing of the anchors, drift, and what was redone or skipped so far."""
+        self.settle(wait=True)
+        return {
+            "anchor_every": self.spacing,
+            "passes": self.passes,
+            "last_drift": self.last_drift,
+            "largest_drift": self.largest_drift,
+            "trips": self.trips,
+            "redone_steps": self.redone_steps,
+            "skipped": self.skipped,
+        }
+
     def state(self) -> Tensor:
         """All that decides the next passes, as a float64 vector to be saved in checkpoints."""
         self.settle(wait=True)

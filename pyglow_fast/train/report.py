@@ -7,9 +7,7 @@ import html
 import io
 import math
 import os
-import platform
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,22 +37,11 @@ img { max-width: 100%; height: auto; background: #ffffff; border-radius: 4px; }
 """.strip()
 
 
-def _processor() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def environment() -> dict[str, str]:
     """Versions, processor, GPUs, and what runs the ops: what a number of this run depends on besides its settings."""
     facts = info.collect()
     found = {name: facts["versions"][name] for name in ("pyglow_fast", "torch", "python")}
-    found |= {"processor": f"{_processor()}, {os.cpu_count()} cores"} | facts["devices"]
+    found |= {"processor": f"{info.processor()}, {os.cpu_count()} cores"} | facts["devices"]
     found["ops on cpu"] = facts["backends"]["cpu"]
     if torch.cuda.is_available():
         found["ops on cuda"] = facts["backends"]["cuda"]

@@ -130,8 +130,11 @@ class RunFolder:
         """What config.toml says.
 
         Raises:
-            ValueError: it cannot be read, or holds what is no configuration.
+            ValueError: not a run; a file that cannot be read, or holds what is no configuration.
         """
+        run = str(self.path)
+        expect(self.path.is_dir(), "run", "the folder of a run", f"{run!r}, " + _what(self.path))
+        expect(self.exists, "run", "the folder of a run (with config.toml)", f"{run!r} without one")
         return TrainConfig.from_dict(read_config(self.config))
 
     @contextlib.contextmanager
@@ -186,10 +189,7 @@ class RunFolder:
             ValueError: not a run, no checkpoint yet, none that is whole, or a configuration that is not the
                 checkpoint's.
         """
-        run = str(self.path)
-        expect(self.path.is_dir(), "run", "the folder of a run", f"{run!r}, " + _what(self.path))
-        expect(self.exists, "run", "the folder of a run (with config.toml)", f"{run!r} without one")
-        written = self.read_config()
+        run, written = str(self.path), self.read_config()
         paths = [self.best] if best else self.saved()
         name = self.best.name if best else "in checkpoints/"
         found = bool(paths) and paths[0].is_file()

@@ -15,6 +15,7 @@ from typing import Any
 import FrEIA.modules as _theirs
 from torch import nn
 
+from pyglow_fast.interop.exchange import Classes, exchange, reversed_classes
 from pyglow_fast.interop.freia.actnorm import ActNorm
 from pyglow_fast.interop.freia.all_in_one import AllInOneBlock, StepParts, step_parts
 from pyglow_fast.interop.freia.couplings import AffineCouplingOneSided, GLOWCouplingBlock, NICECouplingBlock
@@ -40,7 +41,7 @@ OURS: tuple[type[nn.Module], ...] = (
     NICECouplingBlock,
 )
 # FrEIA's class -> ours.
-ADAPTERS: dict[type[nn.Module], type[nn.Module]] = {getattr(_theirs, own.__name__): own for own in OURS}
+ADAPTERS: Classes = {getattr(_theirs, own.__name__): own for own in OURS}
 
 __all__ = [*_theirs.__all__, "ADAPTERS", "StepParts", "adopt", "release", "step_parts"]
 
@@ -50,20 +51,13 @@ def __getattr__(name: str) -> Any:
     return getattr(_theirs, name)
 
 
-def _exchange(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> list[str]:
-    found = [(name, module) for name, module in model.named_modules() if type(module) in classes]
-    for _, module in found:
-        module.__class__ = classes[type(module)]
-    return [name for name, _ in found]
-
-
 def adopt(model: nn.Module) -> list[str]:
     """Make the FrEIA layers of a live model ours, in place, and return their names.
 
     The same objects, parameters, buffers and hooks, with our forward. Layers whose class is exactly FrEIA's change,
     ``model`` itself included (its name is ""); subclasses stay.
     """
-    names = _exchange(model, ADAPTERS)
+    names = exchange(model, ADAPTERS)
     for name in names:
         module = model.get_submodule(name)
         if isinstance(module, GLOWCouplingBlock | AffineCouplingOneSided | NICECouplingBlock):
@@ -73,4 +67,4 @@ def adopt(model: nn.Module) -> list[str]:
 
 def release(model: nn.Module) -> list[str]:
     """The opposite of :func:`adopt`: our layers become FrEIA's own again, in place."""
-    return _exchange(model, {ours: theirs for theirs, ours in ADAPTERS.items()})
+    return exchange(model, reversed_classes(ADAPTERS))

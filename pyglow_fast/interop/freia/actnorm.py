@@ -9,9 +9,9 @@ import FrEIA.modules as Fm
 import torch
 from torch import Tensor
 
-from pyglow_fast import functional, reference
+from pyglow_fast import functional
 from pyglow_fast._errors import expect
-from pyglow_fast.layers.ranks import gather, refused_alike
+from pyglow_fast.layers.actnorm import has_no_spread, joint_moments
 
 
 class ActNorm(Fm.ActNorm):
@@ -51,21 +51,13 @@ class ActNorm(Fm.ActNorm):
 
     @torch.no_grad()
     def _initialize_with_data(self, data: Tensor) -> None:
-        with refused_alike(self.bias.device):
+        def check() -> None:
             same = tuple(data.shape[1:]) == tuple(self.dims_in)
             assert same, "Can't initialize ActNorm layer, provided data don't match input dimensions."
-            expect(data.numel() > 0, "x", "a batch that is not empty to initialise from", tuple(data.shape))
-            mean, squared_deviations = functional.channel_moments(data)
-            finite = bool((squared_deviations.isfinite() & mean.isfinite()).all())
-            expect(finite, "x", "finite values to initialise actnorm from", "NaN or inf")
-        channels = data.shape[1]
-        count = mean.new_full((1,), data.numel() // channels)
-        counts, means, deviations = gather(torch.cat([count, mean, squared_deviations])).split(
-            [1, channels, channels], dim=1
-        )
-        mean, squared_deviations = reference.merge_moments(counts[:, 0], means, deviations)
-        std = (squared_deviations / (counts.sum() - 1.0).clamp_min(1.0)).sqrt()
-        constant = std <= torch.finfo(data.dtype).eps * mean.abs()  # spread at the level of rounding is none
+
+        count, mean, squared_deviations = joint_moments(data, self.bias.device, check)
+        std = (squared_deviations / (count - 1.0).clamp_min(1.0)).sqrt()
+        constant = has_no_spread(std, mean, data.dtype, 0.0)
         scale = torch.where(constant, torch.zeros_like(std), -std.log())
         self.scale.copy_(scale.view_as(self.scale))
         self.bias.copy_((-mean * scale.exp()).view_as(self.bias))

@@ -6,10 +6,10 @@ import torch
 from nflows import transforms
 from torch import Tensor
 
-from pyglow_fast import functional, reference
+from pyglow_fast import functional
 from pyglow_fast._errors import expect
 from pyglow_fast.interop.nflows._state import Derived, ordinary
-from pyglow_fast.layers.ranks import gather, refused_alike
+from pyglow_fast.layers.actnorm import has_no_spread, joint_moments
 
 _initialized: Derived[bool] = Derived()
 
@@ -76,21 +76,11 @@ class ActNorm(transforms.ActNorm):
     @torch.no_grad()
     def _initialize(self, inputs: Tensor) -> None:
         """Set log_scale and shift from the moments of the inputs of all ranks."""
-        with refused_alike(self.log_scale.device):
-            expect(inputs.numel() > 0, "inputs", "a batch that is not empty to initialise from", tuple(inputs.shape))
-            mean, squared_deviations = functional.channel_moments(inputs)
-            finite = bool((mean.isfinite() & squared_deviations.isfinite()).all())
-            expect(finite, "inputs", "finite values to initialise from", "NaN or inf")
-        channels = inputs.shape[1]
-        count = mean.new_full((1,), inputs.numel() // channels)
-        counts, means, all_squared_deviations = gather(torch.cat([count, mean, squared_deviations])).split(
-            [1, channels, channels], dim=1
-        )
-        mean, squared_deviations = reference.merge_moments(counts[:, 0], means, all_squared_deviations)
-        std = (squared_deviations / (counts.sum() - 1.0).clamp_min(1.0)).sqrt()
-        info = torch.finfo(inputs.dtype)
-        # Spread at the level of rounding is none, and below the smallest normal number exp(log_scale) would overflow.
-        std = torch.where(std <= (info.eps * mean.abs()).clamp_min(info.tiny), torch.ones_like(std), std)
+        count, mean, squared_deviations = joint_moments(inputs, self.log_scale.device, lambda: None, "inputs")
+        std = (squared_deviations / (count - 1.0).clamp_min(1.0)).sqrt()
+        # Below the smallest normal number exp(log_scale) would overflow.
+        constant = has_no_spread(std, mean, inputs.dtype, torch.finfo(inputs.dtype).tiny)
+        std = torch.where(constant, torch.ones_like(std), std)
         self.log_scale.copy_(-std.log())
         self.shift.copy_(-mean / std)
         self.initialized.fill_(True)

@@ -6,6 +6,7 @@ from nflows import transforms
 from torch import nn
 
 from pyglow_fast._errors import expect
+from pyglow_fast.interop.exchange import Classes, exchange, reversed_classes
 from pyglow_fast.interop.nflows.actnorm import ActNorm
 from pyglow_fast.interop.nflows.convolution import OneByOneConvolution
 from pyglow_fast.interop.nflows.coupling import (
@@ -17,7 +18,7 @@ from pyglow_fast.interop.nflows.coupling import (
 from pyglow_fast.interop.nflows.squeeze import SqueezeTransform
 
 # What stands in for what. No layer of ours has state that theirs lacks, so the class is all that changes.
-REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
+REPLACEMENTS: Classes = {
     transforms.ActNorm: ActNorm,
     transforms.OneByOneConvolution: OneByOneConvolution,
     transforms.AffineCouplingTransform: AffineCouplingTransform,
@@ -27,19 +28,12 @@ REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
 _TAKES_ACTIVATION = hasattr(transforms.AffineCouplingTransform, "DEFAULT_SCALE_ACTIVATION")  # not in release 0.14
 
 
-def _exchange(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> list[str]:
-    found = [(name, module) for name, module in model.named_modules() if type(module) in classes]
-    for _, module in found:
-        module.__class__ = classes[type(module)]
-    return [name for name, _ in found]
-
-
 def adopt(model: nn.Module) -> list[str]:
     """Make the layers of nflows in a model ours, in place, and return their names.
 
     Layers whose class is exactly nflows' change, ``model`` itself included (its name is ""); subclasses stay.
     """
-    return _exchange(model, REPLACEMENTS)
+    return exchange(model, REPLACEMENTS)
 
 
 def release(model: nn.Module) -> list[str]:
@@ -51,4 +45,4 @@ def release(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         own = type(module) is AffineCouplingTransform and scale_activation(module) is not default_scale_activation
         expect(_TAKES_ACTIVATION or not own, name or "model", "the scale of nflows 0.14", "a scale_activation")
-    return _exchange(model, {ours: theirs for theirs, ours in REPLACEMENTS.items()})
+    return exchange(model, reversed_classes(REPLACEMENTS))

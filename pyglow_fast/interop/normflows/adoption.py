@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import nn
 
-OURS: dict[type[nn.Module], type[nn.Module]] = {}  # normflows' class -> the one that stands in for it
+from pyglow_fast.interop.exchange import Classes, exchange, reversed_classes
+
+OURS: Classes = {}  # normflows' class -> the one that stands in for it
 
 
 def stands_in(ours: type[nn.Module]) -> Any:
@@ -19,26 +21,19 @@ def stands_in(ours: type[nn.Module]) -> Any:
     return ours
 
 
-def _exchange(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> list[str]:
-    found = [(name, module) for name, module in model.named_modules() if type(module) in classes]
-    for _, module in found:
-        module.__class__ = classes[type(module)]
-    return [name for name, _ in found]
-
-
 def adopt(model: nn.Module) -> list[str]:
     """Make the layers of normflows in a model ours, in place, and return their names.
 
     Layers whose class is exactly normflows' change, ``model`` itself included (its name is ""); subclasses stay.
     """
-    return _exchange(model, OURS)
+    return exchange(model, OURS)
 
 
 def release(model: nn.Module) -> list[str]:
     """The opposite of :func:`adopt`: our layers become normflows' own, in place."""
     for module in model.modules():
         vars(module).pop("_flag_seen", None)
-    return _exchange(model, {ours: theirs for theirs, ours in OURS.items()})
+    return exchange(model, reversed_classes(OURS))
 
 
 def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:

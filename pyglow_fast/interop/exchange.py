@@ -1,0 +1,20 @@
+"""Layers of a live model made another class, in place: the same objects, parameters, buffers and hooks."""
+
+from __future__ import annotations
+
+from torch import nn
+
+Classes = dict[type[nn.Module], type[nn.Module]]
+
+
+def exchange(model: nn.Module, classes: Classes) -> list[str]:
+    """Change every layer whose class is exactly a key, ``model`` itself included; returns their names ("" for it)."""
+    found = [(name, module) for name, module in model.named_modules() if type(module) in classes]
+    for _, module in found:
+        module.__class__ = classes[type(module)]
+    return [name for name, _ in found]
+
+
+def reversed_classes(classes: Classes) -> Classes:
+    """What undoes an exchange."""
+    return {ours: theirs for theirs, ours in classes.items()}
