@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bench.memory_models import Shape, build, images
 from bench.scaling_model import FLOAT, all_reduced, level_parameters
+from pyglow_fast.train.ranks import leave_group
 
 WARM_UP = 2
 TIMEOUT = datetime.timedelta(minutes=5)
@@ -69,6 +70,14 @@ def work(rank: int, processes: int, threads: int, shape: Shape, memory: str, ste
         dist.init_process_group(
             "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes, timeout=TIMEOUT
         )
+    seconds = _timed(rank, processes, shape, memory, steps)
+    if rank == 0:
+        (Path(folder) / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
+    if processes > 1:
+        leave_group()
+
+
+def _timed(rank: int, processes: int, shape: Shape, memory: str, steps: int) -> list[float]:
     model = build(memory, shape, "auto", torch.device("cpu"))
     x = images(dataclasses.replace(shape, batch=shape.batch * processes), torch.device("cpu"))
     x = x[rank * shape.batch : (rank + 1) * shape.batch].contiguous()
@@ -83,10 +92,7 @@ def work(rank: int, processes: int, threads: int, shape: Shape, memory: str, ste
         loss_of.zero_grad(set_to_none=True)
         loss_of(x).backward()
         seconds.append(time.perf_counter() - start)
-    if rank == 0:
-        (Path(folder) / "seconds.json").write_text(json.dumps(seconds[WARM_UP:]), encoding="utf-8")
-    if processes > 1:
-        dist.destroy_process_group()
+    return seconds[WARM_UP:]
 
 
 def _start(processes: int, threads: int, shape: Shape, memory: str, steps: int) -> list[float]:

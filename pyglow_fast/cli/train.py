@@ -192,6 +192,19 @@ def finish(result: Result, folder: RunFolder) -> int:
     return 0
 
 
+def _run(args: argparse.Namespace, given: dict[str, Any], name: str | None, out: str, ranks: Ranks) -> int:
+    """Apart from ``run``, so that nothing of the training is left when the ranks part."""
+    with user_input():
+        if args.resume:
+            ready = resumed(given, name, out, ranks)
+        else:
+            assert name is not None  # see run
+            config, data = make_config(given, name)
+            ready = start(config, out, args.overwrite, data, ranks)
+    result = ready.execute(args.quiet)
+    return finish(result, ready.folder) if ranks.first else 128 + result.stopped_by if result.stopped_by else 0
+
+
 def run(args: argparse.Namespace) -> int:
     """Train; returns the exit code."""
     given = {key: value for key, value in vars(args).items() if key not in _SPECIAL}
@@ -210,11 +223,4 @@ def run(args: argparse.Namespace) -> int:
         resolve_device(device)
         group = open_ranks(device)
     with group as ranks:
-        with user_input():
-            if args.resume:
-                ready = resumed(given, name, out, ranks)
-            else:
-                config, data = make_config(given, name)
-                ready = start(config, out, args.overwrite, data, ranks)
-        result = ready.execute(args.quiet)
-        return finish(result, ready.folder) if ranks.first else 128 + result.stopped_by if result.stopped_by else 0
+        return _run(args, given, name, out, ranks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import os
 import re
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before a group is joined: its default arguments would keep that group for good
 from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
@@ -168,6 +170,16 @@ def open_ranks(device: str = "cpu") -> contextlib.AbstractContextManager[Ranks]:
     return _opened(resolve_device(device, local), local)
 
 
+def leave_group() -> None:
+    """End this process's part of the default process group, and its threads with it.
+
+    A thread of gloo that still lets go of tensors while the interpreter ends aborts the process. The group's threads
+    end when nothing refers to it any more, so what reduced over it (a DistributedDataParallel) must be out of reach.
+    """
+    gc.collect()  # a DistributedDataParallel is part of a cycle
+    dist.destroy_process_group()
+
+
 @contextlib.contextmanager
 def _opened(device: torch.device, local: int) -> Iterator[Ranks]:
     gpu = device.type == "cuda"
@@ -196,4 +208,4 @@ def _opened(device: torch.device, local: int) -> Iterator[Ranks]:
             time.sleep(_REASON_WAIT + 1.0)
         raise
     finally:
-        dist.destroy_process_group()
+        leave_group()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import pyglow_fast.interop.freia as Ours
+from pyglow_fast.train.ranks import leave_group
 
 CONVS = {2: nn.Conv1d, 3: nn.Conv2d, 4: nn.Conv3d}
 
@@ -237,4 +238,4 @@ def initialise_on_a_rank(rank: int, folder: str) -> None:
     except ValueError as error:
         results["refusal"] = str(error)
     torch.save(results, Path(folder) / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave_group()

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from nflows import transforms as theirs
 
 from pyglow_fast.interop.nflows import transforms as ours
+from pyglow_fast.train.ranks import leave_group
 
 RANKS = 2
 
@@ -39,4 +40,4 @@ def work(rank: int, folder: str) -> None:
         results["refusal"] = str(error)
     results["initialized after the refusal"] = bool(fresh.initialized)
     torch.save(results, Path(folder, f"{rank}.pt"))
-    dist.destroy_process_group()
+    leave_group()

@@ -20,6 +20,7 @@ nf = pytest.importorskip("normflows")
 from normflows_cases import DIRECTIONS, built, mark_initialized, randomise, relative_error  # noqa: E402
 
 import pyglow_fast.interop.normflows as fast  # noqa: E402
+from pyglow_fast.train.ranks import leave_group  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -253,7 +254,7 @@ def work(rank: int, folder: str) -> None:
     batch = whole_batch()[rank::RANKS]
     found = {"theirs": first_passes(nf, batch), "ours": first_passes(fast, batch)}
     torch.save(found, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    leave_group()
 
 
 def whole_batch() -> Tensor:

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import pyglow_fast as pgf
+from pyglow_fast.train.ranks import leave_group
 
 RANKS = 2
 STEPS = 20
@@ -147,6 +148,12 @@ def loaded_by_one_rank(rank: int) -> list[Tensor]:
     return [value.grad for value in loss_of.parameters() if value.grad is not None]
 
 
+def fresh_and_sharded() -> str:
+    fresh = Loss("store")
+    fully_shard(fresh.model.levels[0])
+    return refused(lambda: fresh(*batches()[0]))
+
+
 def work(rank: int, folder: str) -> None:
     """Everything, in the order in which all ranks do it."""
     torch.set_num_threads(1)
@@ -162,9 +169,7 @@ def work(rank: int, folder: str) -> None:
         share = slice(rank * 4, (rank + 1) * 4)
         results[memory] = train(DistributedDataParallel(Loss(memory)), [(x[share], y[share]) for x, y in batches()])
         results[f"{memory}, sharded"] = sharded(memory, share)
-    fresh = Loss("store")
-    fully_shard(fresh.model.levels[0])
-    results["fresh and sharded"] = refused(lambda: fresh(*batches()[0]))
+    results["fresh and sharded"] = fresh_and_sharded()
     layer = pgf.ActNorm(3)
     layer(unequal_batches()[rank])
     results["unequal"] = [layer.bias.detach(), layer.log_scale.detach()]
@@ -172,4 +177,4 @@ def work(rank: int, folder: str) -> None:
     results["free"] = initialised_means_free(rank)
     results["loaded by one"] = loaded_by_one_rank(rank)
     torch.save(results, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    leave_group()

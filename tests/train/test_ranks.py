@@ -240,3 +240,23 @@ def test_a_batch_that_cannot_be_shared(tmp_path: Path) -> None:
     assert [code for code, _, _ in results] == [2, 2]
     assert "batch_size: expected a multiple of ranks x accumulate = 2, found 15" in results[0][2]
     assert not (tmp_path / "run").exists()
+
+
+LEAVING = """
+import sys
+from pathlib import Path
+from pyglow_fast.cli.app import main
+code = main(sys.argv[1:])
+names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+print([name for name in names if "gloo" in name])
+sys.exit(code)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are listed in /proc")
+def test_threads_of_the_group_end_with_it(tmp_path: Path) -> None:
+    """One that lets go of a tensor while the interpreter ends would abort the process."""
+    with ranks(["-c", LEAVING, *TRAIN[2:], "--max-steps", "2", "--out", "run"], tmp_path) as processes:
+        for code, output, errors in ended(processes):
+            assert code == 0, errors
+            assert output.splitlines()[-1] == "[]"
