@@ -92,6 +92,9 @@ def run(args: argparse.Namespace) -> int:
     """Convert; returns the exit code."""
     with user_input():
         out = check_target(args.out)
+        read = Path(args.source).resolve()
+        itself = out.exists() and read in (out.resolve(), *out.resolve().parents)
+        expect(not itself, "out", "another file than is read, and none of the run", repr(args.out))
         _check_options(args)
         if args.to == OWN:
             expect(out.suffix == ".safetensors", "out", "a name ending in .safetensors", repr(args.out))

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 from torch import nn
 
 from pyglow_fast._errors import expect
+from pyglow_fast.coupling_nets.plan import budget_bytes
 from pyglow_fast.interop.joined import Face, JoinedList
 from pyglow_fast.interop.nets import recognised
 from pyglow_fast.interop.probing import chain_of
 from pyglow_fast.layers.reversible_sequence import MEMORY_MODES
 
 _ADAPTERS = {"normflows": "normflows", "nflows": "nflows", "FrEIA": "freia"}  # top package of a class -> ours for it
-_NETS = ("param_map", "transform_net", "subnet", "subnet1", "subnet2")  # where the layers have their nets
+_NETS = ("param_map", "transform_net", "subnet", "subnet1", "subnet2", "F", "G")  # where the layers have their nets
 _FLOWS = {  # packages of layers; what else the libraries have (distributions, utilities) is not to be replaced
     "normflows": ("normflows.flows",),
     "nflows": ("nflows.transforms",),
     "FrEIA": ("FrEIA.modules",),
 }
-
-Join = Callable[[Sequence[nn.Module], str, str | int], list[Any]]
+# Flows that only call others, in turn: there is nothing to replace but what they hold.
+_CONTAINERS = ("CompositeTransform", "MultiscaleCompositeTransform", "InverseTransform", "Composite", "Reverse")
 
 
 def _library(module: nn.Module) -> str:
@@ -33,6 +33,8 @@ def _library(module: nn.Module) -> str:
 @dataclass
 class Acceleration:
     """What :func:`accelerate` did to a model, and how it is undone.
+
+    A copy (copy.deepcopy) has a copy of the model, which it undoes.
 
     Attributes:
         model: the model.
@@ -47,16 +49,27 @@ class Acceleration:
     joined: dict[str, str] = field(default_factory=dict)
     _faces: list[Face] = field(default_factory=list)
     _lists: list[nn.ModuleList] = field(default_factory=list)
-    _release: list[Callable[[nn.Module], Any]] = field(default_factory=list)
+    _adopted: dict[str, set[nn.Module]] = field(default_factory=dict)  # by library
 
     def undo(self) -> None:
-        """Make the model what it was: the library's own layers, with the weights of now."""
+        """Make the model what it was: the library's own layers, with the weights of now.
+
+        Layers that were ours before, and lists that were joined before, stay so.
+
+        Raises:
+            RuntimeError: lists of these layers were joined later on, by another call, which is to be undone first.
+        """
+        changed = set().union(*self._adopted.values())
+        for name, module in self.model.named_modules():
+            later = isinstance(module, JoinedList) and module not in self._lists
+            if later and not changed.isdisjoint(module.modules()):
+                raise RuntimeError(f"{name}: joined by a later call of accelerate; undo that first")
         for module in self._lists:
             module.__class__ = nn.ModuleList
             del module.faces
-        for release in self._release:
-            release(self.model)
-        self._faces, self._lists, self._release = [], [], []
+        for library, modules in self._adopted.items():
+            _adapter(library).release(self.model, modules)
+        self._faces, self._lists, self._adopted = [], [], {}
         self.replaced, self.left, self.joined = {}, {}, {}
 
     def memory_report(self) -> list[dict[str, Any]]:
@@ -83,10 +96,12 @@ def accelerate(model: nn.Module, memory: str | None = None, memory_budget: str |
     Args:
         model: with layers of these libraries anywhere in it.
         memory: None: layer by layer. "reversible", "checkpoint" or "store": runs of GlowBlocks (normflows), of mixing
-            layers and couplings (nflows), and of AllInOneBlocks (FrEIA's SequenceINN) are joined, fused, and trained in
-            that memory mode, see ReversibleSequence. Whoever iterates over or indexes the lists that hold them finds
-            one object in the place of a run; data-dependent initialisations happen one by one as before. Hooks put on a
-            joined layer later are not called: undo first.
+            layers and couplings (nflows), and of AllInOneBlocks (FrEIA's SequenceINN; all of a run with the same
+            condition or none) are joined, fused, and trained in that memory mode, see ReversibleSequence. Whoever
+            iterates over or indexes the lists that hold them finds one object in the place of a run, and the lists
+            cannot be changed. The layers run one by one, as ever, while they wait for data to be initialised from,
+            while there are hooks on them, in other dtypes than float32 and float64, with a context (nflows), within
+            torch.func, and in the replicas of a DataParallel.
         memory_budget: bytes of one net's activations in a joined run, or "auto".
 
     Returns:
@@ -96,70 +111,99 @@ def accelerate(model: nn.Module, memory: str | None = None, memory_budget: str |
         ValueError: a wrong option, or no layer of these libraries in the model.
     """
     expect(memory is None or memory in MEMORY_MODES, "memory", f"None or one of {MEMORY_MODES}", repr(memory))
+    budget_bytes(memory_budget, "cpu")
     expect(isinstance(model, nn.Module), "model", "a Module", type(model).__name__)
     libraries = sorted({_library(module) for module in model.modules()} & set(_ADAPTERS))
     expect(len(libraries) > 0, "model", f"layers of {', '.join(_ADAPTERS)}", "none")
     done = Acceleration(model)
     for library in libraries:
-        adapter = importlib.import_module(f"pyglow_fast.interop.{_ADAPTERS[library]}")
-        names = adapter.adopt(model)
+        names = _adapter(library).adopt(model)
         done.replaced |= {name: type(model.get_submodule(name)).__qualname__ for name in names}
-        done._release.append(adapter.release)
+        done._adopted[library] = {model.get_submodule(name) for name in names}
         done.left |= _left(model, library)
     if memory is not None:
         for library in libraries:
-            joining = importlib.import_module(f"pyglow_fast.interop.{_ADAPTERS[library]}.joining")
-            _join(done, library, joining.join, memory, memory_budget)
+            _join(done, library, memory, memory_budget)
     return done
+
+
+def _adapter(library: str, part: str = "") -> Any:
+    return importlib.import_module(f"pyglow_fast.interop.{_ADAPTERS[library]}{part}")
 
 
 def _left(model: nn.Module, library: str) -> dict[str, str]:
     """Layers of a library that have no counterpart, and nets that our executor does not take."""
-    found = {}
+    found: dict[str, str] = {}
+    ours: set[str] = set()
     for name, module in model.named_modules():
         home = type(module).__module__
-        if home.startswith(_FLOWS[library]) and not any(parent in found for parent in _parents(name)):
-            found[name] = f"no counterpart of {type(module).__qualname__}"
         if home.startswith(f"pyglow_fast.interop.{_ADAPTERS[library]}"):
+            ours.add(name)
             for attribute in _NETS:
                 net = getattr(module, attribute, None)
-                if not isinstance(net, nn.Module) or (attribute == "transform_net" and chain_of(net, None) is not None):
-                    continue
-                reason = recognised(net)
-                if isinstance(reason, str):
+                if isinstance(net, nn.Module) and (reason := _net_reason(net, attribute)):
                     found[f"{name}.{attribute}".lstrip(".")] = f"its net runs as it is: {reason}"
+        elif not any(parent in found or parent in ours for parent in _parents(name)):
+            reason = _no_counterpart(type(module), library)
+            found |= {name: reason} if reason else {}
     return found
+
+
+def _no_counterpart(kind: type, library: str) -> str:
+    """Why a class is left as it is, or nothing if there is nothing to say."""
+    if kind.__module__.startswith(_FLOWS[library]):
+        return "" if kind.__qualname__ in _CONTAINERS else f"no counterpart of {kind.__qualname__}"
+    if kind.__module__.partition(".")[0] in (*_ADAPTERS, "pyglow_fast"):
+        return ""
+    base = next((base for base in kind.__mro__ if base.__module__.startswith(_FLOWS[library])), None)
+    return (
+        "" if base is None else f"{kind.__qualname__}, a subclass of {base.__qualname__}: what it changes is not known"
+    )
+
+
+def _net_reason(net: nn.Module, attribute: str) -> str:
+    """Why our executor does not run a net, or nothing."""
+    reason = recognised(net)
+    if not isinstance(reason, str):
+        return ""
+    if attribute != "transform_net":
+        return reason
+    known = chain_of(net, None) is not None  # nflows' nets take a context
+    return "" if known else f"{type(net).__qualname__} is not known to be 3x3, ReLU, 1x1, ReLU, 3x3 and no more"
 
 
 def _parents(name: str) -> list[str]:
     parts = name.split(".")
-    return [".".join(parts[:i]) for i in range(1, len(parts))]
+    return ["", *(".".join(parts[:i]) for i in range(1, len(parts)))] if name else []
 
 
-def _join(done: Acceleration, library: str, join: Join, memory: str, budget: str | int) -> None:
+def _join(done: Acceleration, library: str, memory: str, budget: str | int) -> None:
+    joining = _adapter(library, ".joining")
+    reasons: dict[nn.Module, str] = {}
+    joined: set[nn.Module] = set()
     for name, module in list(done.model.named_modules()):
-        if type(module) is not nn.ModuleList or _conditioned(done.model, name):
+        if isinstance(module, JoinedList) and module not in done._lists:
+            modes = {item.run.memory for item in module if isinstance(item, Face)}
+            reasons |= dict.fromkeys(module._modules.values(), f"joined before, memory {', '.join(sorted(modes))}")
+        if type(module) is not nn.ModuleList or not any(isinstance(child, joining.STEPS) for child in module):
             continue
-        children = list(module)
-        if not any(
-            type(child).__module__.startswith(f"pyglow_fast.interop.{_ADAPTERS[library]}") for child in children
-        ):
+        owner = done.model.get_submodule(name.rpartition(".")[0])
+        if hasattr(owner, "node_list"):
+            reasons |= dict.fromkeys(module, "the nodes of a GraphINN run one by one")
             continue
-        shown = join(children, memory, budget)
+        shown, why = joining.join(list(module), owner, memory, budget)
+        reasons |= why
         faces = [item for item in shown if isinstance(item, Face)]
         if faces:
             module.__class__ = JoinedList
             cast(JoinedList, module).faces = shown
             done._faces += faces
             done._lists.append(module)
+            joined.update(step for face in faces for step in face.modules)
             steps = ", ".join(str(len(face.run)) for face in faces)
             done.joined[name] = f"{steps} steps in one chain each, memory {memory!r}"
-
-
-def _conditioned(model: nn.Module, name: str) -> bool:
-    """Whether the list belongs to a module that counts its conditions along with it (FrEIA's), and has some."""
-    owner = model.get_submodule(name.rpartition(".")[0])
-    conditions = getattr(owner, "conditions", None)
-    counted = isinstance(conditions, list) and _library(owner) == "FrEIA"
-    graph = hasattr(owner, "node_list")  # a GraphINN knows its modules by node
-    return graph or (counted and any(condition is not None for condition in conditions or []))
+    for name, module in done.model.named_modules():
+        if isinstance(module, joining.STEPS) and module not in joined:
+            reason = reasons.get(module, "in no list with others like it")
+            known = done.left.get(name)
+            done.left[name] = f"not joined: {reason}" if known is None else f"{known}; not joined: {reason}"

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import nn
 
 Classes = dict[type[nn.Module], type[nn.Module]]
 
 
-def exchange(model: nn.Module, classes: Classes) -> list[str]:
-    """Change every layer whose class is exactly a key, ``model`` itself included; returns their names ("" for it)."""
-    found = [(name, module) for name, module in model.named_modules() if type(module) in classes]
+def exchange(model: nn.Module, classes: Classes, only: Collection[nn.Module] | None = None) -> list[str]:
+    """Change every layer whose class is exactly a key, ``model`` itself included; returns their names ("" for it).
+
+    With ``only`` these alone.
+    """
+    modules = ((name, module) for name, module in model.named_modules() if only is None or module in only)
+    found = [(name, module) for name, module in modules if type(module) in classes]
     for _, module in found:
         module.__class__ = classes[type(module)]
     return [name for name, _ in found]

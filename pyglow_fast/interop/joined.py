@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
@@ -29,14 +30,11 @@ class OrderedNet(nn.Module):
     Args:
         net: the library's own module, shared with its model.
         output_map: see :func:`pyglow_fast.interop.nets.run`.
-        extra: what ``net`` is called with after x.
     """
 
-    def __init__(
-        self, net: nn.Module, output_map: Callable[[Tensor, int], Tensor] | None = None, extra: tuple[Any, ...] = ()
-    ) -> None:
+    def __init__(self, net: nn.Module, output_map: Callable[[Tensor, int], Tensor] | None = None) -> None:
         super().__init__()
-        self.net, self.output_map, self.extra = net, output_map, extra
+        self.net, self.output_map = net, output_map
 
     @property
     def halo(self) -> int | None:
@@ -48,10 +46,33 @@ class OrderedNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C/2, *spatial) -> shift and raw scale (or shift alone)."""
-        if not self.extra or isinstance(recognised(self.net), KnownNet):
-            return run(self.net, x, self.output_map)
-        out: Tensor = self.net(x, *self.extra)
-        return out if self.output_map is None else self.output_map(out, 1)
+        return run(self.net, x, self.output_map)
+
+
+Result = TypeVar("Result")
+Reasons = dict[nn.Module, str]  # why a step is not in a run
+ALONE = "no step of its width next to it"
+
+
+def unrepeatable(net: nn.Module, memory: str) -> str:
+    """Why a net cannot be run again in the backward, as all memory modes but "store" do; nothing if nothing is known.
+
+    Whatever the mode is that the net is in now: in training these change when they run.
+    """
+    if memory == "store":
+        return ""
+    for module in net.modules():
+        norm = isinstance(module, nn.modules.batchnorm._BatchNorm | nn.modules.instancenorm._InstanceNorm)
+        if norm and (isinstance(module, nn.modules.batchnorm._BatchNorm) or module.track_running_stats):
+            return f"a {type(module).__name__} in its net, which looks at the whole batch or keeps statistics"
+        parts = [module, *module._forward_pre_hooks.values()]
+        if any(type(part).__name__ in ("_SpectralNorm", "SpectralNorm") for part in parts):
+            return "a spectral norm in its net, which changes when it runs"
+    return ""
+
+
+class ChangedError(RuntimeError):
+    """A layer of a run is no longer what it was when it was joined: the run's layers are to be called one by one."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +82,7 @@ class JoinedStep:
     Args:
         net: of the coupling; its parameters are shared with the library's modules.
         spec: of the coupling.
-        channel_map: what comes before it, computed from the parameters of now; None: nothing.
+        channel_map: what comes before it, computed from the parameters of now; None: nothing. May raise ChangedError.
     """
 
     net: nn.Module
@@ -112,35 +133,38 @@ class JoinedRun:
         maps = [nothing if step.channel_map is None else step.channel_map() for step in self.steps]
         return ChannelMap(*(torch.stack(parts) for parts in zip(*maps, strict=True)))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N, C, *spatial) -> z, log_det (N,)."""
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x (N, C, *spatial) -> z, log_det (N,); cond (N, C_c, *spatial) is what the nets get besides, or None."""
         params = [parameter for step in self.steps for parameter in step.net.parameters()]
         maps = self._maps(x)
         records = torch.is_grad_enabled() and (
-            x.requires_grad or maps.matrix.requires_grad or any(parameter.requires_grad for parameter in params)
+            x.requires_grad
+            or (cond is not None and cond.requires_grad)
+            or maps.matrix.requires_grad
+            or any(parameter.requires_grad for parameter in params)
         )
         if records and self.memory != "store":
             runners = [coupling.runner(self.memory_budget) for coupling in self.couplings]
             sizes = [sum(parameter.nbytes for parameter in runner.params) for runner in runners]
             control = self.control if self.memory == "reversible" else None
             whole = pass_of(control, self.memory_budget, x, sizes)
-            z, log_det = run_recomputing(runners, [step.spec for step in self.steps], maps, whole, x)
+            z, log_det = run_recomputing(runners, [step.spec for step in self.steps], maps, whole, x, cond)
         else:
             budget = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else self.memory_budget
-            z, log_det = run_couplings(self.couplings, _Now(maps), x, budget=budget)
+            z, log_det = run_couplings(self.couplings, _Now(maps), x, cond, budget=budget)
         if self.last is not None:
             end = self.last()
             z = functional.channel_mix(z, end.matrix, end.offset)
             log_det = log_det + functional.per_sample(z, end.log_det)
         return z, log_det
 
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """z -> x, log_det (N,)."""
         budget = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else self.memory_budget
         end = None if self.last is None else self.last()
         if end is not None:
             z = functional.channel_unmix(z, functional.invert_matrix(end.matrix), end.offset)
-        x, log_det = run_couplings_inverse(self.couplings, _Now(self._maps(z)), z, budget=budget)
+        x, log_det = run_couplings_inverse(self.couplings, _Now(self._maps(z)), z, cond, budget=budget)
         return x, log_det if end is None else log_det - functional.per_sample(x, end.log_det)
 
 
@@ -161,6 +185,9 @@ class _Now:
 class Face:
     """A run in the place of the modules that it joins, with the calls of their library.
 
+    Where these have changed since (a hook was put on one, a net replaced), and for inputs that the run does not take,
+    they are called one by one, as they come.
+
     Args:
         modules: those modules, in the order of their list.
         run: what they do together.
@@ -169,11 +196,31 @@ class Face:
     def __init__(self, modules: Sequence[nn.Module], run: JoinedRun) -> None:
         self.modules, self.run = list(modules), run
 
+    @staticmethod
+    def either(joins: bool, joined: Callable[[], Result], alone: Callable[[], Result]) -> Result:
+        """``joined()`` if it is to be tried and no layer has changed, else ``alone()``."""
+        if joins:
+            try:
+                return joined()
+            except ChangedError:  # before anything was computed but channel maps
+                return alone()
+        return alone()
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the run takes x: as the parameters, float32 or float64; nothing that watches every module's call."""
+        own = next(parameter for module in self.modules for parameter in module.parameters())
+        if x.dtype != own.dtype or x.dtype not in (torch.float32, torch.float64):
+            return False
+        if torch.compiler.is_compiling():
+            return True
+        transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        return not transformed and not torch.nn.modules.module._has_any_global_hook()
+
 
 class JoinedList(nn.ModuleList):
     """A ModuleList that lends its runs of steps as one: whoever iterates over it or indexes it sees faces instead.
 
-    Its children, and so parameters, buffers and state_dict, are what they were.
+    Its children, and so parameters, buffers and state_dict, are what they were. It cannot be changed.
     """
 
     faces: list[Any]
@@ -189,3 +236,21 @@ class JoinedList(nn.ModuleList):
 
     def __getitem__(self, index: int | slice) -> Any:
         return self.faces[index]
+
+    def __repr__(self) -> str:
+        return repr(self._as_it_was()).replace("ModuleList", "JoinedList", 1)
+
+    def _as_it_was(self) -> nn.ModuleList:
+        return nn.ModuleList(cast("list[nn.Module]", list(self._modules.values())))
+
+    def _replicate_for_data_parallel(self) -> nn.ModuleList:
+        """Of a DataParallel: its replicas have modules and parameters of their own, which run one by one."""
+        replica = cast(Any, super())._replicate_for_data_parallel()
+        replica.__class__ = nn.ModuleList
+        del replica.faces
+        return cast(nn.ModuleList, replica)
+
+    def _refuse(self, *args: Any) -> NoReturn:
+        raise RuntimeError("a list whose steps are joined cannot be changed: undo the acceleration before")
+
+    append = extend = insert = pop = __setitem__ = __delitem__ = __iadd__ = _refuse  # type: ignore[assignment]

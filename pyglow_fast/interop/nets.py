@@ -95,6 +95,8 @@ def _flat(net: nn.Module) -> list[nn.Module] | str:
     """The modules of a chain in order, or why it is none."""
     if net._forward_hooks or net._forward_pre_hooks or net._backward_hooks or net._backward_pre_hooks:
         return f"hooks on its {type(net).__name__}"
+    if "forward" in vars(net) or torch.nn.modules.module._has_any_global_hook():
+        return f"a forward of its own, or hooks on all modules, at its {type(net).__name__}"
     if hasattr(net, "parametrizations"):
         return f"a parametrization of its {type(net).__name__}"
     if type(net) is nn.Sequential:

@@ -69,6 +69,10 @@ class NetRunner:
 
     @functools.cached_property
     def _named(self) -> list[tuple[str, nn.Parameter]]:
+        """What the module had when the run began; torch.func.functional_call lends it others, and takes them back."""
+        return self._now()
+
+    def _now(self) -> list[tuple[str, nn.Parameter]]:
         if not self._known:
             return list(self.net.named_parameters())
         parts = [("", self.net), *((f"{name}.", part) for name, part in self.net._modules.items() if part is not None)]
@@ -114,7 +118,7 @@ class NetRunner:
         return plan
 
     def _call(self, params: Sequence[Tensor]) -> Callable[[Tensor, Tensor | None], Tensor]:
-        own = all(given is mine for given, mine in zip(params, self.params, strict=True))
+        own = all(given is mine for given, (_, mine) in zip(params, self._now(), strict=True))
         by_name = dict(zip(self.names, params, strict=True))
 
         def call(x1: Tensor, cond: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Size, Tensor
 from torch.distributions import Distribution, Transform, constraints
 
 from pyglow_fast._errors import expect
+from pyglow_fast.models.prior import check_labels
 
 if TYPE_CHECKING:
     from pyglow_fast.models.glow import Glow
@@ -22,28 +23,51 @@ def _flat(values: Tensor, event_dims: int) -> tuple[Tensor, Size]:
     return values.reshape(-1, *values.shape[values.dim() - event_dims :]), lead
 
 
+def _labels(y: Tensor | int, model: Glow) -> Tensor:
+    """y as a tensor of labels, refused if it is not of whole numbers or (on the CPU only) out of range."""
+    n_classes = model.config.n_classes
+    found = torch.as_tensor(y)
+    whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
+    assert n_classes is not None  # else no y
+    expect(whole, "y", f"whole numbers, labels in 0..{n_classes - 1}", found.dtype)
+    found = found.to(model._parameter().device, torch.int64)
+    check_labels(found.flatten(), found.numel(), n_classes)
+    return found
+
+
+def _condition_dims(cond: Tensor, channels: int, spatial: Sequence[int]) -> int:
+    """Dimensions of one condition: 1 for a vector (C,), or 1 + dims for a map (C, *spatial)."""
+    spread = 1 + len(spatial)
+    expect(isinstance(cond, Tensor), "cond", "a Tensor", type(cond).__name__)
+    is_map = cond.dim() >= spread and cond.shape[cond.dim() - spread] == channels
+    is_vector = cond.dim() >= 1 and cond.shape[-1] == channels
+    expected = f"shape (*batch, {channels}) or (*batch, {channels}, *spatial)"
+    expect(is_map or is_vector, "cond", expected, tuple(cond.shape))
+    if is_map and is_vector and tuple(cond.shape[cond.dim() - len(spatial) :]) != tuple(spatial):
+        expected = f"{expected}, with the spatial sizes {tuple(spatial)} of x where a shape can be read as both"
+        expect(False, "cond", expected, tuple(cond.shape))
+    return spread if is_map else 1
+
+
 class _Given:
     """Labels and conditions of a batch, for events of any leading shape that ends in it."""
 
     def __init__(self, model: Glow, y: Tensor | int | None, cond: Tensor | None) -> None:
-        self.y = None if y is None else torch.as_tensor(y, dtype=torch.int64, device=model._parameter().device)
-        self.cond = cond
-        spread = 1 + model.config.dims  # a map (C, *spatial); else a vector (C,)
-        channels = model.config.cond_channels
-        wanted = model.config.n_classes is not None
-        expect((self.y is not None) == wanted, "y", "labels exactly if the model has classes", type(y).__name__)
+        channels, n_classes = model.config.cond_channels, model.config.n_classes
+        wanted = n_classes is not None
+        expect((y is not None) == wanted, "y", "labels exactly if the model has classes", type(y).__name__)
         expect((cond is not None) == bool(channels), "cond", f"a condition of {channels} channels or none", type(cond))
-        self.cond_dims = 0
-        shapes = [Size()] if self.y is None else [self.y.shape]
+        self.y = None if y is None else _labels(y, model)
+        self.cond = cond
+        self.cond_dims = 0 if cond is None else _condition_dims(cond, channels, model.config.image_shape[1:])
+        shapes = [Size() if self.y is None else self.y.shape]
         if cond is not None:
-            maps = cond.dim() >= spread and cond.shape[cond.dim() - spread] == channels
-            self.cond_dims = spread if maps else 1
-            found = cond.shape[cond.dim() - self.cond_dims] if cond.dim() else None
-            expect(
-                found == channels, "cond", f"shape (*batch, {channels}) or with its spatial sizes", tuple(cond.shape)
-            )
             shapes.append(cond.shape[: cond.dim() - self.cond_dims])
-        self.batch_shape = torch.broadcast_shapes(*shapes)
+        try:
+            self.batch_shape = torch.broadcast_shapes(*shapes)
+        except RuntimeError:
+            expected = f"a batch shape that goes with {tuple(shapes[0])} of y"
+            raise ValueError(f"cond: expected {expected}, found {tuple(shapes[1])}") from None
 
     def spread(self, lead: Size) -> tuple[Tensor | None, Tensor | None]:
         """y (n,) and cond (n, C, ...) for events of that leading shape."""
@@ -63,7 +87,8 @@ class GlowTransform(Transform):
     Args:
         model: a Glow.
         y: label of a model with classes: a number, or a tensor that broadcasts to the leading shape of the events.
-        cond: condition of a model that takes one, (*batch, C) or (*batch, C, *spatial).
+        cond: condition of a model that takes one, (*batch, C) or (*batch, C, *spatial); what can be read as both is a
+            map if it has the spatial sizes of x, and refused else.
         cache_size: see torch's Transform.
 
     Shapes: eps (..., D), x (..., C, *spatial).
@@ -176,10 +201,11 @@ class GlowDistribution(Distribution):
         """The same distribution for every element of a larger batch."""
         given = self.transform._given
         found = GlowDistribution(self.model, given.y, given.cond, validate_args=False)
-        found._batch_shape = torch.broadcast_shapes(self.batch_shape, Size(batch_shape))
-        expect(
-            found._batch_shape == Size(batch_shape), "batch_shape", f"one {self.batch_shape} expands to", batch_shape
-        )
+        wide = Size(batch_shape)
+        ours = self.batch_shape[::-1]
+        fits = len(ours) <= len(wide) and all(a in (1, b) for a, b in zip(ours, wide[::-1], strict=False))
+        expect(fits, "batch_shape", f"one that {tuple(self.batch_shape)} expands to", tuple(wide))
+        found._batch_shape = wide
         found._validate_args = self._validate_args
         return found
 

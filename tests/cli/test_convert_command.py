@@ -87,6 +87,11 @@ def test_a_run(trained: Path, tmp_path: Path, best: list[str]) -> None:
         (["pyglow", "model.safetensors"], "the following arguments are required: OUT"),
         (["pyglow", "model.safetensors", "a.pt"], "out: expected a name ending in .safetensors, found 'a.pt'"),
         (["pyglow", "model.safetensors", "a.txt", "--to", "y0ast"], "out: expected a name ending in one of"),
+        (
+            ["pyglow", "model.safetensors", "./model.safetensors"],
+            "out: expected another file than is read, and none of",
+        ),
+        (["pyglow", ".", "model.safetensors"], "out: expected another file than is read, and none of the run, found"),
         (["pyglow", "none", "a.safetensors"], "none: expected a file, found nothing there"),
         (["pyglow", ".", "a.safetensors"], "run: expected the folder of a run"),
         (["pyglow", "model.safetensors", "a.safetensors", "--best"], "best: expected a run, found a file"),

@@ -271,13 +271,6 @@ class TestParts:
             assert got is not None
             assert relative_error(got, grad) < 1e-10
 
-    @pytest.mark.parametrize("options", MAPS, ids=text)
-    def test_order_is_an_index_and_signs(self, options: dict[str, Any]) -> None:
-        parts = fast.flow_parts(as_it_starts(fast, **options))
-        params = torch.randn(3, 8)
-        index, sign = parts.order.index_and_sign(8)
-        assert torch.equal(params[:, index] * sign, parts.order(params, 1))
-
     def test_order_can_be_copied(self) -> None:
         parts = fast.flow_parts(as_it_starts(fast))
         assert pickle.loads(pickle.dumps(parts.order)) == parts.order == copy.deepcopy(parts.order)

@@ -126,6 +126,10 @@ def test_independent_and_expanded(model: Glow) -> None:
         Independent(p, 1).log_prob(x), model.log_prob(x.flatten(0, 1)).reshape(2, 3).sum(1), rtol=1e-12, atol=0
     )
     assert p.log_prob(x[0, 0]).shape == (3,)
+    assert p.expand((2, 3)).sample().shape == (2, 3, *SHAPE)
+    for shape in ((2,), (), (3, 1)):
+        with pytest.raises(ValueError, match=r"batch_shape: expected one that \(3,\) expands to"):
+            p.expand(shape)
 
 
 def test_kl_of_the_user_s_own(model: Glow) -> None:
@@ -164,7 +168,25 @@ def test_labels_and_conditions() -> None:
         ({"n_classes": 3}, {}, "y: expected labels exactly if the model has classes, found NoneType"),
         ({}, {"cond": torch.zeros(2)}, "cond: expected a condition of 0 channels or none"),
         ({"cond_channels": 2}, {}, "cond: expected a condition of 2 channels or none"),
-        ({"cond_channels": 2}, {"cond": torch.zeros(3)}, r"cond: expected shape \(\*batch, 2\) or with"),
+        (
+            {"cond_channels": 2},
+            {"cond": torch.zeros(3)},
+            r"cond: expected shape \(\*batch, 2\) or \(\*batch, 2, \*spat",
+        ),
+        (
+            {"cond_channels": 2},
+            {"cond": torch.zeros(2, 5, 2)},
+            r"spatial sizes \(4, 4\) of x where a shape can be read as",
+        ),
+        ({"n_classes": 3}, {"y": 3}, r"y: expected labels in 0..2, found 3..3"),
+        ({"n_classes": 3}, {"y": torch.tensor([[0, -1]])}, r"y: expected labels in 0..2, found -1..0"),
+        ({"n_classes": 3}, {"y": 1.5}, r"y: expected whole numbers, labels in 0..2, found torch.float32"),
+        ({"n_classes": 3}, {"y": torch.tensor([True])}, r"whole numbers, labels in 0..2, found torch.bool"),
+        (
+            {"n_classes": 3, "cond_channels": 2},
+            {"y": torch.tensor([0, 1]), "cond": torch.zeros(3, 2)},
+            r"cond: expected a batch shape that goes with \(2,\) of y, found \(3,\)",
+        ),
     ],
 )
 def test_refusals(fields: dict[str, Any], given: dict[str, Any], message: str) -> None:

@@ -161,3 +161,5 @@ def _check_state(wanted: Mapping[str, Any], state: Mapping[str, Tensor], name: s
     for key, tensor in state.items():
         same = tensor.shape == wanted[key].shape
         expect(same, name, f"{key} of shape {tuple(wanted[key].shape)}", f"shape {tuple(tensor.shape)}")
+        finite = not tensor.is_floating_point() or bool(tensor.isfinite().all())
+        expect(finite, name, f"{key} of finite numbers", "NaN or inf")

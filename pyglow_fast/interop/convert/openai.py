@@ -102,17 +102,19 @@ def _read_mixing(reader: Reader, prefix: str, channels: int) -> Mixing:
         )
         return Order(index)
     if not reader.has(prefix + "invconv/"):
+        for kind, name in (("/invconv/", "invconv/W"), ("/shuffle/", "shuffle/indices")):  # one kind for all steps
+            expect(not reader.contains(kind), prefix + name, "a tensor of that name", "none")
         return Order(torch.arange(channels).flip(0))
     name = prefix + "invconv/"
     if reader.has(name + "W"):
-        return Plain(reader.take(name + "W", channels, channels).T)
+        return Plain(reader.invertible(name + "W", channels, channels).T)
     square, column = (channels, channels), (channels,)
     theirs = Lu(
         reader.permutation(name + "P", channels),
         reader.take(name + "L", *square),
         reader.take(name + "U", *square),
         reader.take(name + "log_S", *column),
-        reader.take(name + "sign_S", *column),
+        reader.signs(name + "sign_S", channels),
     )
     return factored(Plain(theirs.matrix().T), name + "sign_S")
 

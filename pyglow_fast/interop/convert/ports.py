@@ -104,7 +104,7 @@ def _read(reader: Reader, names: _Names, permutation: str | None) -> Weights:
     first = _LAYER.format(1)
     channels = reader.size(first + "actnorm.bias", 1)
     n_steps, n_levels = _depth(reader)
-    told = reader.has(first + "invconv.") or reader.has(first + "shuffle.")
+    told = reader.contains(".invconv.") or reader.contains(".shuffle.")
     expect(permutation is None or not told, "permutation", "None: the state dict tells it", repr(permutation))
     last = f"{first}{names.net}.4.{names.conv}weight"
     coupling = coupling_of(reader.size(last, 0), channels, last)
@@ -156,14 +156,14 @@ def _read_actnorm(reader: Reader, prefix: str, channels: int) -> tuple[Tensor, T
 def _read_mixing(reader: Reader, names: _Names, prefix: str, channels: int, permutation: str | None) -> Mixing:
     conv = prefix + "invconv."
     if reader.has(conv + "weight"):
-        return Plain(reader.take(conv + "weight", channels, channels))
+        return Plain(reader.invertible(conv + "weight", channels, channels))
     if reader.has(conv):
         return Lu(
             reader.permutation(conv + "p", channels),
             reader.take(conv + names.lower, channels, channels),
             reader.take(conv + names.upper, channels, channels),
             reader.take(conv + "log_s", channels),
-            reader.take(conv + "sign_s", channels),
+            reader.signs(conv + "sign_s", channels),
         )
     shuffle = prefix + "shuffle.indices"
     if reader.has(shuffle):

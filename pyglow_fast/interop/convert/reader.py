@@ -13,20 +13,20 @@ from torch import Tensor
 from pyglow_fast._errors import expect
 
 _WRAPPERS = ("graph", "model", "state_dict", "model_state_dict", "net")
-_AROUND_MODULES = "module."  # of DataParallel
+_AROUND_MODULES = re.compile(r"(?:module\.|_orig_mod\.)+")  # of DataParallel, of torch.compile
 
 
 def named_tensors(source: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of a state dict or of a file's content, by their plain names.
 
-    A dict around the state dict (with a step, an optimizer, ...) is opened, arrays become tensors, the ``module.`` that
-    DataParallel puts in front of names goes.
+    Dicts around the state dict (with a step, an optimizer, ...) are opened, arrays become tensors, the ``module.`` and
+    ``_orig_mod.`` that DataParallel and torch.compile put in front of names go.
 
     Raises:
-        ValueError: no dict, none with tensors, or something else among them.
+        ValueError: no dict, none with tensors, something else among them, or two of one name.
     """
     expect(isinstance(source, Mapping), "state", "a dict of tensors or arrays", type(source).__name__)
-    if any(isinstance(value, Mapping) for value in source.values()):
+    while any(isinstance(value, Mapping) for value in source.values()):
         inner = next((key for key in _WRAPPERS if isinstance(source.get(key), Mapping)), None)
         expected = f"a state dict, or one within a dict under {', '.join(_WRAPPERS)}"
         expect(inner is not None, "state", expected, f"a dict with {sorted(map(str, source))}")
@@ -36,8 +36,18 @@ def named_tensors(source: Mapping[str, Any]) -> dict[str, Tensor]:
     for name, value in source.items():
         is_array = isinstance(value, Tensor | np.ndarray | np.generic)
         expect(is_array, str(name), "a tensor or an array", type(value).__name__)
-        found[str(name).removeprefix(_AROUND_MODULES)] = torch.as_tensor(value).detach().cpu()
+        prefix = _AROUND_MODULES.match(str(name))
+        plain = str(name)[prefix.end() :] if prefix else str(name)
+        expect(plain not in found, str(name), f"one tensor of the name {plain!r}", "two")
+        found[plain] = _dense(torch.as_tensor(value), str(name))
     return found
+
+
+def _dense(tensor: Tensor, name: str) -> Tensor:
+    strided = tensor.layout == torch.strided and tensor.device.type != "meta" and not tensor.is_quantized
+    kind = f"{tensor.dtype}, {tensor.layout}, device {tensor.device}"
+    expect(strided and not tensor.is_complex(), name, "a tensor of plain real numbers", kind)
+    return tensor.detach().cpu()
 
 
 class Reader:
@@ -59,6 +69,10 @@ class Reader:
     def has(self, prefix: str) -> bool:
         """Whether a name starts so."""
         return any(name.startswith(prefix) for name in self._tensors)
+
+    def contains(self, part: str) -> bool:
+        """Whether a name has that part anywhere."""
+        return any(part in name for name in self._tensors)
 
     def count(self, prefix: str) -> int:
         """How many of ``prefix`` with 0, 1, 2, ... in the place of {} start some name."""
@@ -88,7 +102,7 @@ class Reader:
         """A tensor of that shape, floating ones as float64.
 
         Raises:
-            ValueError: it is missing, or has another shape.
+            ValueError: it is missing, has another shape, or is not finite.
         """
         self._must_have(name)
         tensor = self._tensors[name]
@@ -96,8 +110,30 @@ class Reader:
         self._left.pop(name, None)
         if not tensor.is_floating_point():
             return tensor
+        expect(bool(tensor.isfinite().all()), name, "finite numbers", "NaN or inf")
         self._kinds.add(tensor.dtype)
         return tensor.double()
+
+    def invertible(self, name: str, *shape: int) -> Tensor:
+        """A square matrix, (C, C, ...) of that shape with ones after it, as (C, C).
+
+        Raises:
+            ValueError: see :meth:`take`; it is singular.
+        """
+        matrix = self.take(name, *shape).flatten(1)
+        regular = bool(torch.linalg.slogdet(matrix.double()).logabsdet.isfinite())
+        expect(regular, name, "an invertible matrix", "a singular one")
+        return matrix
+
+    def signs(self, name: str, channels: int) -> Tensor:
+        """A tensor of 1 and -1, (channels,).
+
+        Raises:
+            ValueError: see :meth:`take`; it has others.
+        """
+        found = self.take(name, channels)
+        expect(bool((found.abs() == 1).all()), name, "1 and -1 alone", found.tolist())
+        return found
 
     def order(self, name: str, channels: int) -> Tensor:
         """A tensor that is an order of 0 .. channels - 1, (channels,) int64.

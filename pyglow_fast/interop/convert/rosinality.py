@@ -77,7 +77,7 @@ def _read_zero_conv(reader: Reader, prefix: str, in_channels: int, out_channels:
 
 def _read_mixing(reader: Reader, prefix: str, channels: int) -> Lu | Plain:
     if reader.has(prefix + "weight"):
-        return Plain(reader.take(prefix + "weight", channels, channels, 1, 1).flatten(1))
+        return Plain(reader.invertible(prefix + "weight", channels, channels, 1, 1))
     square = (channels, channels)
     for name in ("u_mask", "l_mask", "l_eye"):
         reader.take(prefix + name, *square)
@@ -86,7 +86,7 @@ def _read_mixing(reader: Reader, prefix: str, channels: int) -> Lu | Plain:
         reader.take(prefix + "w_l", *square),
         reader.take(prefix + "w_u", *square),
         reader.take(prefix + "w_s", channels),
-        reader.take(prefix + "s_sign", channels),
+        reader.signs(prefix + "s_sign", channels),
     )
 
 

@@ -246,7 +246,11 @@ def _step_state(step: Step, config: GlowConfig) -> dict[str, Tensor]:
 
 
 def to_model(weights: Weights) -> Glow:
-    """A Glow of these weights, in their dtype and in evaluation mode. Random generators are left alone."""
+    """A Glow of these weights, in their dtype and in evaluation mode. Random generators are left alone.
+
+    Raises:
+        ValueError: weights that are not finite in that dtype, by their names here.
+    """
     config = _config(weights)
     state: dict[str, Tensor] = {}
     for i, level in enumerate(weights.steps):
@@ -261,6 +265,9 @@ def to_model(weights: Weights) -> Glow:
         state["prior.border"] = weights.top.border
     if weights.top.class_offset is not None:
         state["prior.class_offset"] = weights.top.class_offset
+    for name, value in state.items():
+        finite = not value.is_floating_point() or bool(value.to(weights.dtype).isfinite().all())
+        expect(finite, name, f"numbers that are finite in {weights.dtype}", "inf, as this model has it")
     with torch.random.fork_rng(devices=[]):
         model = Glow(config).to(weights.dtype)
     model.load_state_dict(state)

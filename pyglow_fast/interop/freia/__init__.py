@@ -10,6 +10,7 @@ is FrEIA's own.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import FrEIA.modules as _theirs
@@ -65,6 +66,6 @@ def adopt(model: nn.Module) -> list[str]:
     return names
 
 
-def release(model: nn.Module) -> list[str]:
-    """The opposite of :func:`adopt`: our layers become FrEIA's own again, in place."""
-    return exchange(model, reversed_classes(ADAPTERS))
+def release(model: nn.Module, only: Collection[nn.Module] | None = None) -> list[str]:
+    """The opposite of :func:`adopt`: our layers (with ``only``, these alone) become FrEIA's own again, in place."""
+    return exchange(model, reversed_classes(ADAPTERS), only)

@@ -4,28 +4,69 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
+import FrEIA.modules as Fm
 from torch import Tensor, nn
 
 from pyglow_fast.interop.freia.all_in_one import AllInOneBlock, step_parts
-from pyglow_fast.interop.joined import Face, JoinedRun, JoinedStep, after
+from pyglow_fast.interop.joined import (
+    ALONE,
+    ChangedError,
+    Face,
+    JoinedRun,
+    JoinedStep,
+    Reasons,
+    after,
+    unrepeatable,
+)
 from pyglow_fast.layers.flow_step import ChannelMap
+
+_COUPLINGS = Fm.GLOWCouplingBlock | Fm.AffineCouplingOneSided | Fm.NICECouplingBlock
+STEPS = (AllInOneBlock,)  # what may be joined
 
 
 class BlockRun(Face):
-    """AllInOneBlocks joined, called as one of them, without conditions."""
+    """AllInOneBlocks joined, called as one of them, with one condition for all or none."""
 
     def __call__(
         self, x: Sequence[Tensor], c: Any = None, rev: bool = False, jac: bool = True
     ) -> tuple[tuple[Tensor], Tensor]:
         """(x,) -> (z,), log_det (N,); with ``rev`` (z,) -> (x,)."""
-        out, log_det = self.run.inverse(x[0]) if rev else self.run.forward(x[0])
-        return (out,), log_det
+        cond = c[0] if c else None
+
+        def joined() -> tuple[tuple[Tensor], Tensor]:
+            out, log_det = (self.run.inverse if rev else self.run.forward)(x[0], cond)
+            return (out,), log_det
+
+        def alone() -> tuple[tuple[Tensor], Tensor]:
+            given = {} if cond is None else {"c": [cond]}
+            state, total = x, 0
+            for block in reversed(self.modules) if rev else self.modules:
+                state, log_det = block(state, rev=rev, jac=jac, **given)
+                total = log_det + total
+            return (state[0],), cast(Tensor, total)
+
+        return self.either(self.takes(x[0]), joined, alone)
 
 
-def _between(before: nn.Module | None, block: nn.Module | None) -> ChannelMap:
-    """What is between the couplings of two blocks that follow each other; of one alone, its end or its beginning."""
+class Passed:
+    """In the place of a block that a run before it has done, so that the others keep their numbers."""
+
+    def __call__(self, x: Sequence[Tensor], c: Any = None, rev: bool = False, jac: bool = True) -> tuple[Any, int]:
+        """x, 0."""
+        return x, 0
+
+
+def _between(before: nn.Module | None, block: nn.Module | None, nets: tuple[nn.Module | None, ...]) -> ChannelMap:
+    """What is between the couplings of two blocks that follow each other; of one alone, its end or its beginning.
+
+    Raises:
+        ChangedError: one of them is not as it was, or has another than these nets.
+    """
+    for module, net in zip((before, block), nets, strict=True):
+        if module is not None and (_changed(module) or module.subnet is not net):
+            raise ChangedError(_changed(module) or "another net")
     end = None if before is None else step_parts(before).after
     begin = None if block is None else step_parts(block).before
     if end is None or begin is None:
@@ -35,41 +76,61 @@ def _between(before: nn.Module | None, block: nn.Module | None) -> ChannelMap:
     return after(end, begin)
 
 
-def _joins(module: nn.Module) -> bool:
-    return (
-        type(module) is AllInOneBlock
-        and not module.conditional
-        and module.splits[0] == module.splits[1]
-        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-    )
+def _changed(module: nn.Module) -> str:
+    """What keeps it from being called otherwise than as it comes, or nothing."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "hooks on it"
+    return "a forward of its own" if "forward" in vars(module) else ""
 
 
-def join(modules: Sequence[nn.Module], memory: str, budget: str | int) -> list[Any]:
-    """The modules, with a BlockRun in the place of every run of two or more blocks of one width without conditions."""
+def _reason(module: nn.Module, memory: str) -> str:
+    """Why a module is no step of a run, or nothing."""
+    if type(module) is not AllInOneBlock:
+        return "only AllInOneBlocks are joined"
+    if module.splits[0] != module.splits[1]:
+        return f"an odd number of channels, {module.in_channels}"
+    return _changed(module) or unrepeatable(module.subnet, memory)
+
+
+def join(modules: Sequence[nn.Module], owner: nn.Module, memory: str, budget: str | int) -> tuple[list[Any], Reasons]:
+    """The modules, with a BlockRun for every run of two or more blocks of one width and one condition or none.
+
+    The run has the place of its first block, a Passed those of the others. And why those couplings are not in a run
+    that are in none.
+    """
     found: list[Any] = []
+    reasons: Reasons = {}
     run: list[Any] = []
+    conditions: list[Any] = getattr(owner, "conditions", None) or [None] * len(modules)  # of a SequenceINN
+    cond: Any = None
 
     def close() -> None:
         if len(run) > 1:
             steps = []
             for previous, block in zip([None, *run[:-1]], run, strict=True):
                 parts = step_parts(block)
+                nets = (None if previous is None else previous.subnet, block.subnet)
                 mixes = previous is not None or parts.before is not None
-                channel_map = partial(_between, previous, block) if mixes else None
+                channel_map = partial(_between, previous, block, nets) if mixes else None
                 steps.append(JoinedStep(parts.net, parts.spec, channel_map))
-            last = partial(_between, run[-1], None)
+            last = partial(_between, run[-1], None, (run[-1].subnet, None))
             found.append(BlockRun(run, JoinedRun(run[0].in_channels, steps, last, memory, budget)))
+            found.extend(Passed() for _ in run[1:])
         else:
             found.extend(run)
+            reasons.update((block, ALONE) for block in run)
         run.clear()
 
-    for module in modules:
-        joins = _joins(module)
-        if not joins or (run and run[0].in_channels != module.in_channels):
+    for module, own_cond in zip(modules, conditions, strict=True):
+        reason = _reason(module, memory)
+        if reason or own_cond != cond or (run and run[0].in_channels != module.in_channels):
             close()
-        if joins:
+        cond = own_cond
+        if not reason:
             run.append(module)
-        else:
-            found.append(module)
+            continue
+        found.append(module)
+        if isinstance(module, Fm.AllInOneBlock | _COUPLINGS):
+            reasons[module] = reason
     close()
-    return found
+    return found, reasons

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from nflows import transforms
 from torch import nn
 
@@ -36,13 +38,15 @@ def adopt(model: nn.Module) -> list[str]:
     return exchange(model, REPLACEMENTS)
 
 
-def release(model: nn.Module) -> list[str]:
-    """The opposite of :func:`adopt`: our layers become nflows' own, in place.
+def release(model: nn.Module, only: Collection[nn.Module] | None = None) -> list[str]:
+    """The opposite of :func:`adopt`: our layers (with ``only``, these alone) become nflows' own, in place.
 
     Raises:
         ValueError: an affine coupling has a scale that the installed nflows cannot give it. Nothing is changed then.
     """
     for name, module in model.named_modules():
+        if only is not None and module not in only:
+            continue
         own = type(module) is AffineCouplingTransform and scale_activation(module) is not default_scale_activation
         expect(_TAKES_ACTIVATION or not own, name or "model", "the scale of nflows 0.14", "a scale_activation")
-    return exchange(model, reversed_classes(REPLACEMENTS))
+    return exchange(model, reversed_classes(REPLACEMENTS), only)

@@ -6,6 +6,7 @@ changes.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -29,11 +30,11 @@ def adopt(model: nn.Module) -> list[str]:
     return exchange(model, OURS)
 
 
-def release(model: nn.Module) -> list[str]:
-    """The opposite of :func:`adopt`: our layers become normflows' own, in place."""
+def release(model: nn.Module, only: Collection[nn.Module] | None = None) -> list[str]:
+    """The opposite of :func:`adopt`: our layers (with ``only``, these alone) become normflows' own, in place."""
     for module in model.modules():
         vars(module).pop("_flag_seen", None)
-    return exchange(model, reversed_classes(OURS))
+    return exchange(model, reversed_classes(OURS), only)
 
 
 def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:

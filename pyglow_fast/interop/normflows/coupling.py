@@ -35,10 +35,6 @@ class ShiftThenRaw:
         shift, raw = params.unflatten(dim, (-1, 2)).unbind(dim + 1)
         return torch.cat([shift if self.shift_sign > 0 else -shift, raw if self.raw_sign > 0 else -raw], dim)
 
-    def index_and_sign(self, channels: int) -> tuple[Tensor, Tensor]:
-        """The same as ``params[index] * sign`` along the channels, of which there are so many."""
-        return ShiftThenRaw(1, abs(self.raw_sign))(torch.arange(channels), 0), self(torch.ones(channels), 0)
-
 
 class Form(NamedTuple):
     """One direction of normflows' coupling in our terms: functional.coupling, or its inverse, with this spec."""

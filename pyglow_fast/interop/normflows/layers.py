@@ -27,8 +27,8 @@ def check_images(z: Tensor, channels: int | None = None) -> None:
 
 
 def in_full(z: Tensor, like: Tensor) -> Tensor:
-    """Under autocast a 16-bit output of someone else's layer in the dtype of our parameters; else z."""
-    return z.to(like.dtype) if torch.is_autocast_enabled(z.device.type) else z
+    """A z that normflows' arithmetic promotes to the dtype of the parameters (16 bits under autocast, bytes) in it."""
+    return z.to(like.dtype) if torch.promote_types(z.dtype, like.dtype) == like.dtype else z
 
 
 @stands_in

@@ -1,0 +1,123 @@
+"""What of an accelerated model is joined, what is not, and what the report says of it."""
+
+from __future__ import annotations
+
+import copy
+
+import FrEIA.framework as Ff
+import FrEIA.modules as Fm
+import nflows.transforms
+import normflows
+import pytest
+import torch
+from test_accelerate import ContextNet, from_normflows, mask, subnet
+from test_accelerate_changes import noisy
+from torch import nn
+
+from pyglow_fast.interop import accelerate
+
+
+class Mine(normflows.flows.GlowBlock):
+    """Of a user."""
+
+
+class TestReport:
+    def test_subclasses_and_what_is_in_containers(self) -> None:
+        t = nflows.transforms
+        model = nn.ModuleDict(
+            {
+                "mine": Mine(4, 4),
+                "chain": t.CompositeTransform([t.ActNorm(4), t.Tanh(), t.LULinear(4)]),
+                "nice": Ff.SequenceINN(4, 8, 8),
+            }
+        )
+        model["nice"].append(Fm.NICECouplingBlock, subnet_constructor=lambda i, o: nn.Conv2d(i, o, 1))
+        left = accelerate(model).left
+        assert "Mine, a subclass of GlowBlock" in left["mine"]
+        assert left["chain._transforms.1"] == "no counterpart of Tanh"
+        assert left["chain._transforms.2"] == "no counterpart of LULinear"
+        assert "1 convolutions, not 3" in left["nice.module_list.0.F"]
+        assert not any(name in left for name in ("chain", "mine.flows.0.flows.0"))
+
+    def test_why_steps_are_not_joined(self) -> None:
+        hooked = from_normflows(levels=1, steps=4)
+        hooked.flows[0][1].register_forward_hook(lambda *args: None)
+        done = accelerate(hooked, "reversible")
+        assert done.joined == {"flows.0": "2 steps in one chain each, memory 'reversible'"}
+        assert done.left["flows.0.0"] == "not joined: no step of its width next to it"
+        assert "not joined: a GlowBlock with hooks" in done.left["flows.0.1"]
+        alone = nn.Sequential(normflows.flows.GlowBlock(4, 4), normflows.flows.GlowBlock(4, 4))
+        assert accelerate(alone, "store").left["0"] == "not joined: in no list with others like it"
+        nodes = [Ff.InputNode(4, 8, 8)]
+        for _ in range(2):
+            nodes.append(Ff.Node(nodes[-1], Fm.AllInOneBlock, {"subnet_constructor": subnet}))
+        graph = Ff.GraphINN([*nodes, Ff.OutputNode(nodes[-1])])
+        assert accelerate(graph, "store").left["module_list.0"] == "not joined: the nodes of a GraphINN run one by one"
+        odd = Ff.SequenceINN(3, 8, 8)
+        for _ in range(2):
+            odd.append(Fm.AllInOneBlock, subnet_constructor=subnet)
+        assert accelerate(odd, "store").left["module_list.0"] == "not joined: an odd number of channels, 3"
+        t = nflows.transforms
+        thirds = t.AffineCouplingTransform([0, 0, 1], ContextNet)
+        layers = t.CompositeTransform([t.OneByOneConvolution(3), thirds])
+        assert accelerate(layers, "store").left["_transforms.1"] == "not joined: a mask that keeps 2 of 3 channels"
+
+    def test_a_flow_that_splits_between_its_transforms(self) -> None:
+        """Along another dimension than the channels: the widths do not tell."""
+        t = nflows.transforms
+        torch.manual_seed(0)
+        model, shape = t.MultiscaleCompositeTransform(4, split_dim=2), (4, 16, 4)
+        for _ in range(2):
+            shape = model.add_transform(t.ActNorm(4), shape)
+            shape = model.add_transform(t.AffineCouplingTransform(mask(4, "halves"), ContextNet), shape)
+        model = noisy(model)
+        theirs, x = copy.deepcopy(model), torch.randn(3, 4, 16, 4, dtype=torch.float64)
+        done = accelerate(model, "store")
+        assert (done.joined, "splits after each" in done.left["_transforms.1"]) == ({}, True)
+        torch.testing.assert_close(model(x), theirs(x), rtol=1e-12, atol=1e-12)
+
+
+class TestConditionsOfFrEIA:
+    """SequenceINN gives each block its condition by the block's number in the list."""
+
+    def make(self, conditions: list[int | None]) -> nn.Module:
+        torch.manual_seed(0)
+        model = Ff.SequenceINN(4, 8, 8)
+        for cond in conditions:
+            given = {} if cond is None else {"cond": cond, "cond_shape": (2 + cond, 8, 8)}
+            model.append(Fm.AllInOneBlock, subnet_constructor=subnet, **given)
+        return noisy(model)
+
+    @pytest.mark.parametrize("memory", ["store", "checkpoint", "reversible"])
+    @pytest.mark.parametrize(
+        ("conditions", "joined"),
+        [([0, 0, 0], "3 steps"), ([None, None, 0, 1, 1], "2, 2 steps"), ([1, None, None, 0], "2 steps"), ([0, 1], "")],
+    )
+    def test_joined_where_they_are_the_same(self, conditions: list[int | None], joined: str, memory: str) -> None:
+        model = self.make(conditions)
+        theirs = copy.deepcopy(model)
+        done = accelerate(model, memory)
+        assert list(done.joined.values()) == ([f"{joined} in one chain each, memory {memory!r}"] if joined else [])
+        assert len(model) == len(conditions)
+        x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+        given = [torch.randn(2, 2 + i, 8, 8, dtype=torch.float64) for i in range(2)]
+        gradients = []
+        for item in (model, theirs):
+            c = [value.clone().requires_grad_() for value in given]
+            z, log_det = item(x, c=c)
+            loss = (z.square().flatten(1).sum(1) - log_det).mean()
+            wanted = [*[parameter for parameter in item.parameters() if parameter.requires_grad], *c]
+            gradients.append([loss, *torch.autograd.grad(loss, wanted, allow_unused=True)])
+            with torch.no_grad():
+                back, inverse_log_det = item(z, c=c, rev=True)
+            torch.testing.assert_close(back, x, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(inverse_log_det, -log_det, rtol=1e-9, atol=1e-9)
+        for found, wanted in zip(*gradients, strict=True):
+            assert (found is None) == (wanted is None)
+            if found is not None:
+                torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-9)
+        reports = done.memory_report()
+        assert all(report["skipped"] == report["redone_steps"] == 0 for report in reports)
+        done.undo()
+        model.append(Fm.AllInOneBlock, subnet_constructor=subnet)
+        assert len(model) == len(conditions) + 1
