@@ -1,5 +1,6 @@
 # make demo    trains a small Glow on handwritten digits and writes runs/demo
 # make test    the style checks, then the whole test suite
+# make docs    the pages of docs/ and the API reference as a site in build/site
 # make wheel   a wheel and a source distribution in dist/
 # make lint | format | venv | clean
 # All of it happens in a virtual environment, $(VENV), which is made when it is missing and needs no root rights.
@@ -15,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc cmake -type f)
 FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: venv demo test lint format wheel clean
+.PHONY: venv demo test lint format docs wheel clean
 .DELETE_ON_ERROR:
 
 venv: $(VENV)/.built
@@ -31,7 +32,7 @@ $(VENV)/.torch:
 	$(PIP) freeze | grep '^torch==' > $@
 
 $(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py CMakeLists.txt $(NATIVE)
-	$(PIP) install --quiet --no-build-isolation --constraint $(VENV)/.torch --editable '.[train,dev]'
+	$(PIP) install --quiet --no-build-isolation --constraint $(VENV)/.torch --editable '.[train,dev,docs]'
 	@$(BIN)/python -c 'from pyglow_fast import _backend; print("compiled kernels:", _backend.reason() or "ready")'
 	@touch $@
 
@@ -53,6 +54,10 @@ format: venv
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED)
+
+docs: venv
+	$(BIN)/python -m mkdocs build --quiet
+	@echo build/site/index.html
 
 wheel: venv
 	$(BIN)/python -m build --no-isolation --outdir dist .

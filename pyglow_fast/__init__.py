@@ -5,7 +5,7 @@ Kingma & Dhariwal 2018, "Glow: Generative Flow with Invertible 1x1 Convolutions"
 
 import importlib.metadata
 
-from pyglow_fast import functional, likelihood, reference
+from pyglow_fast import functional, likelihood, presets, reference
 from pyglow_fast.layers import (
     ActNorm,
     Coupling,
@@ -39,5 +39,6 @@ __all__ = [
     "__version__",
     "functional",
     "likelihood",
+    "presets",
     "reference",
 ]

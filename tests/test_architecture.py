@@ -15,8 +15,21 @@ PACKAGE = "pyglow_fast"
 # What each part of the package may import of the others; a new module or subpackage is entered here. A part is a direct
 # child of the package: layers stands for all modules in layers/.
 FOUNDATION = {"_errors", "_derivatives"}
-STACK = ("_backend", "ops", "autograd", "functional", "reversible", "coupling_nets", "layers", "models", "train", "cli")
-BESIDE = {"reference", "likelihood"}  # torch only, usable by every layer above _backend
+STACK = (
+    "_backend",
+    "ops",
+    "autograd",
+    "functional",
+    "reversible",
+    "coupling_nets",
+    "layers",
+    "models",
+    "latents",
+    "train",
+    "experiments",
+    "cli",
+)
+BESIDE = {"reference", "likelihood", "presets"}  # torch at most, usable by every layer above _backend
 ALLOWED: dict[str, set[str]] = {
     "_errors": set(),
     "_derivatives": {"_errors"},
@@ -28,13 +41,13 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": FOUNDATION | BESIDE | {"interop"} | set(STACK[: STACK.index("models") + 1]),
     "__main__": {"cli"},
 }
-for above_data in ("train", "cli"):
+for above_data in ("train", "experiments", "cli"):
     ALLOWED[above_data] |= {"data", "interop", "info"}
 # A net is known to the reversible chain by a protocol only, and the chain to the nets not at all.
 ALLOWED["coupling_nets"] -= {"reversible"}
 
 DEPENDENCIES = {"torch", "numpy", "safetensors"}  # always installed; anything else is imported inside functions
-MAY_USE_EXTRAS = {"data", "train", "cli", "interop"}
+MAY_USE_EXTRAS = {"data", "train", "experiments", "cli", "interop"}
 # Modules that nothing of the package imports, and the library that each is made for: its class is theirs' base.
 MADE_FOR = {
     "pyglow_fast.train.lightning": "lightning",

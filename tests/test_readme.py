@@ -9,6 +9,7 @@ from pathlib import Path
 
 import normflows
 import pytest
+from pages import ROOT, code, page
 
 from pyglow_fast import GlowConfig
 from pyglow_fast.cli import app
@@ -16,9 +17,8 @@ from pyglow_fast.cli.train import from_file
 from pyglow_fast.data import DataConfig
 from pyglow_fast.train import TrainConfig
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = {name: (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("training.md", "data.md")}
+README = page("README.md")
+PAGES = {name: page(f"docs/{name}") for name in ("index.md", "training.md", "data.md")}
 COMMANDS = [
     re.sub(r"\[[^]]*\]", "", line.split("#")[0]).split()[1:]  # [what may follow] is for readers
     for text in (README, *PAGES.values())
@@ -27,7 +27,7 @@ COMMANDS = [
 ]
 
 
-EXAMPLE, ACCELERATE, IMPORTS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+EXAMPLE, ACCELERATE, IMPORTS = code(README, "python")
 
 
 def test_switching_examples_run() -> None:
@@ -47,18 +47,18 @@ def test_python_example_runs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("page", "code"),
-    [(name, code) for name, text in PAGES.items() for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL)],
+    ("name", "example"),
+    [(name, example) for name, text in PAGES.items() for example in code(text, "python")],
 )
-def test_examples_of_the_pages_run(page: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_of_the_pages_run(name: str, example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(code, {})
+    exec(example, {})
 
 
 def test_settings_of_the_pages_are_known(tmp_path: Path) -> None:
-    (text,) = re.findall(r"```toml\n(.*?)```", PAGES["training.md"], re.DOTALL)
+    (text,) = code(PAGES["training.md"], "toml")
     (tmp_path / "x.toml").write_text(text)
-    settings, images = from_file(str(tmp_path / "x.toml"))
+    settings, images, _ = from_file(str(tmp_path / "x.toml"))
     assert images == "fashion-mnist"
     known = {item.name for kind in (TrainConfig, DataConfig, GlowConfig) for item in fields(kind)}
     assert set(settings) <= known

@@ -94,16 +94,21 @@ def open_run(args: argparse.Namespace) -> tuple[RunFolder, Checkpoint, Glow]:
 
 
 def picture_path(text: str) -> Path:
-    """Where a picture will go, checked before anything is computed.
+    """Where a picture will go: see :func:`output_path`."""
+    return output_path(text, ".png")
+
+
+def output_path(text: str, suffix: str, argument: str = "out") -> Path:
+    """Where a file will go, checked before anything is computed.
 
     Raises:
-        ValueError: the folder is not there, or the name is not that of a PNG file.
+        ValueError: the folder is not there or cannot be written, or the name does not end in ``suffix``.
     """
     path = Path(text)
-    expect(path.suffix.lower() == ".png", "out", "a name ending in .png", repr(text))
-    expect(path.parent.is_dir(), "out", "a file in an existing folder", repr(text))
-    expect(not path.is_dir(), "out", "a file", f"a folder, {text!r}")
-    expect(os.access(path.parent, os.W_OK), "out", "a file in a folder that can be written", repr(text))
+    expect(path.suffix.lower() == suffix, argument, f"a name ending in {suffix}", repr(text))
+    expect(path.parent.is_dir(), argument, "a file in an existing folder", repr(text))
+    expect(not path.is_dir(), argument, "a file", f"a folder, {text!r}")
+    expect(os.access(path.parent, os.W_OK), argument, "a file in a folder that can be written", repr(text))
     return path
 
 
@@ -115,9 +120,14 @@ def stream(device: torch.device, seed: int) -> torch.Generator:
 def table(scores: dict[str, Score], yardsticks: tuple[Yardstick, ...] | list[Yardstick] = ()) -> str:
     """Scores and yardsticks as aligned lines."""
     rows = [
-        (name, f"{score.mean:.3f}", f"± {score.error_text} bits/dim, {score.images} images")
+        (name, f"{score.mean:.3f}", f"± {score.error_text} bits/dim, {score.images} images{_labels(score)}")
         for name, score in scores.items()
     ]
     rows += [(item.name, f"{item.bits_per_dim:.3f}", f"bits/dim, {item.how}") for item in yardsticks]
     width = max(len(name) for name, _, _ in rows)
     return "\n".join(f"  {name.ljust(width)}  {value:>7}  {rest}" for name, value, rest in rows)
+
+
+def _labels(score: Score) -> str:
+    """What a classifier made of the labels, if there is one."""
+    return "" if score.accuracy is None else f"; labels {score.accuracy:.1%} right, {score.class_bits:.3f} bits"

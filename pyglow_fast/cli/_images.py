@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from pyglow_fast._errors import expect
 from pyglow_fast.data import DATA_HELP, DataConfig, Images, load_data, options_of, split
@@ -31,22 +34,47 @@ def config_for(name: str, stored: DataConfig, model: Glow) -> DataConfig:
     return replace(plain, **{key: value for key, value in wanted.items() if key in options_of(name)})
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Which of a set of images are looked at.
+
+    Args:
+        images: those that are.
+        positions: int64, where in the whole set each of them is.
+        train: the training images of the run; None if the set is not the run's own.
+        part: one of PARTS.
+    """
+
+    images: Images
+    positions: Tensor
+    train: Images | None
+    part: str
+
+
 def images_of(args: argparse.Namespace, checkpoint: Checkpoint, model: Glow) -> tuple[Images, Images | None, str]:
     """(the images to look at, the run's training images or None if DATA is not the run's, the part in words).
 
     Raises:
         ValueError: images that do not fit the model, or a part that they do not have.
     """
+    found = selection(args.data, args.part, checkpoint, model)
+    return found.images, found.train, found.part
+
+
+def selection(name: str, part: str | None, checkpoint: Checkpoint, model: Glow) -> Selection:
+    """The images ``name``, prepared for the model, of which ``part`` is looked at: see :func:`images_of`."""
     config = checkpoint.config
-    data = load_data(config_for(args.data, config.data, model))
+    data = load_data(config_for(name, config.data, model))
     check_fits(model, data, checkpoint.data.n_bins)
     own = data.fingerprint() == checkpoint.data.fingerprint
-    part = args.part or ("held-out" if own else "all")
+    part = part or ("held-out" if own else "all")
+    everything = torch.arange(len(data))
     if not own:
         expect(part == "all", "part", "all, since these are not the images of the run", part)
-        return data, None, part
-    train, held_out = _sides(data, checkpoint)
-    return {"held-out": held_out, "train": train, "all": data}[part], train, part
+        return Selection(data, everything, None, part)
+    train, held_out = split(data, config.data.held_out, config.seed)
+    positions = {"held-out": held_out, "train": train, "all": everything}[part]
+    return Selection(data if part == "all" else data.subset(positions), positions, data.subset(train), part)
 
 
 def trained_on(checkpoint: Checkpoint) -> Images | None:
@@ -55,11 +83,6 @@ def trained_on(checkpoint: Checkpoint) -> Images | None:
         data = load_data(checkpoint.config.data)
     except ValueError:
         return None
-    return _sides(data, checkpoint)[0] if data.fingerprint() == checkpoint.data.fingerprint else None
-
-
-def _sides(data: Images, checkpoint: Checkpoint) -> tuple[Images, Images]:
-    """(train, held-out) as the run split its images."""
-    config = checkpoint.config
-    train, held_out = split(data, config.data.held_out, config.seed)
-    return data.subset(train), data.subset(held_out)
+    if data.fingerprint() != checkpoint.data.fingerprint:
+        return None
+    return data.subset(split(data, checkpoint.config.data.held_out, checkpoint.config.seed)[0])

@@ -43,10 +43,12 @@ _GROUPS: tuple[tuple[str, tuple[tuple[str, str, Any, str], ...]], ...] = (
         "optimisation",
         (
             ("--optimizer", "optimizer", None, f"{', '.join(OPTIMIZERS)} (adam; digits adamw)"),
+            ("--class-weight", "class_weight", number, "of the bits of the label, by a linear classifier (0: none)"),
             ("--lr", "lr", number, "learning rate after warm-up (0.001; digits 0.01)"),
             ("--warmup", "warmup_steps", whole, "steps of linear warm-up (100)"),
             ("--decay-steps", "decay_steps", whole, "cosine decay of the rate up to this step (none; digits 1500)"),
             ("--weight-decay", "weight_decay", number, "decoupled weight decay, adamw only (0; digits 0.3)"),
+            ("--beta2", "beta2", number, "decay of the optimizer's second moment (0.999)"),
             ("--max-skipped", "max_skipped", whole, "steps in a row that are left out as not finite (10)"),
             ("--batch-size", "batch_size", whole, "images a step, over all ranks (64)"),
             ("--init-images", "init_images", whole, "images that actnorm is initialised from (256)"),

@@ -9,12 +9,48 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from pyglow_fast.cli import bench, convert, data, demo, evaluate, info, reconstruct, sample, train
+from pyglow_fast.cli import (
+    bench,
+    compare,
+    convert,
+    data,
+    demo,
+    depths,
+    evaluate,
+    info,
+    interpolate,
+    levels,
+    manipulate,
+    ood,
+    reconstruct,
+    sample,
+    score,
+    temperatures,
+    train,
+)
 from pyglow_fast.cli._common import InputError, Parser
 from pyglow_fast.data import MissingExtraError
 from pyglow_fast.train import FolderError, InputLostError, RankError, SaveError, TrainingDivergedError
 
-COMMANDS: tuple[ModuleType, ...] = (train, sample, evaluate, reconstruct, convert, demo, data, bench, info)
+COMMANDS: tuple[ModuleType, ...] = (
+    train,
+    sample,
+    evaluate,
+    score,
+    ood,
+    compare,
+    reconstruct,
+    interpolate,
+    manipulate,
+    temperatures,
+    levels,
+    depths,
+    convert,
+    demo,
+    data,
+    bench,
+    info,
+)
 
 
 def parser() -> argparse.ArgumentParser:

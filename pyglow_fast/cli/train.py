@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from pyglow_fast import presets
 from pyglow_fast._errors import expect
 from pyglow_fast.cli._common import folder_name, table, user_input
 from pyglow_fast.cli._train_options import add_options
@@ -28,28 +29,19 @@ from pyglow_fast.train import (
     resume,
     start,
 )
+from pyglow_fast.train.config import images_for
 
-# What suits a source better than the general defaults; anything given on the command line comes before.
-PRESETS: dict[str, dict[str, Any]] = {
-    # 1,617 training digits: the paper's model would learn them by heart within minutes. Narrow nets, weight decay and
-    # a large but falling learning rate did best on held-out digits of all that was tried.
-    "digits": {
-        "n_levels": 2,
-        "n_steps": 12,
-        "hidden": 24,
-        "lr": 1e-2,
-        "optimizer": "adamw",
-        "weight_decay": 0.3,
-        "ema_decay": None,  # the falling rate averages already
-        "max_steps": 1500,
-        "decay_steps": 1500,
-        # At 8x8 a second thread gains nothing, and waiting for it costs tenfold when another process has its core.
-        "threads": 1,
-    },
-}
 _DATA = tuple(item.name for item in fields(DataConfig) if item.name != "name")
 _MODEL = tuple(item.name for item in fields(GlowConfig))
-_SPECIAL = ("run_command", "data", "out", "resume", "overwrite", "quiet", "command", "config")
+_SPECIAL = ("run_command", "data", "out", "resume", "overwrite", "quiet", "command", "config", "preset")
+
+
+class _ListPresets(argparse.Action):
+    """Prints the table of presets and ends, as --help does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> None:
+        print(presets.table())
+        parser.exit()
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -71,6 +63,13 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         metavar="FILE",
         help="settings from a TOML, YAML or JSON file, such as another run's config.toml; options come before them",
     )
+    parser.add_argument(
+        "--preset",
+        default=None,
+        metavar="NAME",
+        help="settings of the paper's models and of small ones; options and the file come before them",
+    )
+    parser.add_argument("--list-presets", action=_ListPresets, nargs=0, help="show the presets and exit")
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument(
         "--resume", action="store_true", default=False, help="go on from the last checkpoint in --out"
@@ -96,13 +95,15 @@ def next_out(config: str | None) -> str:
     return os.path.relpath(place.with_name(f"{place.name}-{number}"))
 
 
-def from_file(path: str) -> tuple[dict[str, Any], str | None]:
-    """(settings as if they were given as options, name of the images) of a configuration file.
+def from_file(path: str) -> tuple[dict[str, Any], str | None, str | None]:
+    """(settings as if they were given as options, name of the images, preset) of a configuration file.
 
     Raises:
         ValueError: see read_config; or a key that is no setting.
     """
     tables = read_config(Path(path))
+    preset = tables.pop("preset", None)
+    expect(preset is None or isinstance(preset, str), f"{path}: preset", "a text", preset)
     flat: dict[str, Any] = {}
     for name, kind in (("data", DataConfig), ("model", GlowConfig), ("config", TrainConfig)):
         values = tables if name == "config" else tables.get(name, {})
@@ -114,31 +115,51 @@ def from_file(path: str) -> tuple[dict[str, Any], str | None]:
         flat |= {key: value for key, value in values.items() if key not in ("data", "model")}
     images = flat.pop("name", None)
     expect(images is None or isinstance(images, str), f"{path}: data.name", "a text", images)
-    return flat, images
+    return flat, images, preset
 
 
-def make_config(given: dict[str, Any], name: str) -> tuple[TrainConfig, Images]:
-    """The configuration for what was given, with the preset of the source, and the images that decide its shape.
+def gathered(args: argparse.Namespace, special: Collection[str]) -> tuple[dict[str, Any], str | None, str | None]:
+    """(settings, name of the images, preset) from the options, and behind them from --config.
+
+    Args:
+        args: with data, preset and config.
+        special: what else in it is no setting.
+
+    Raises:
+        ValueError: see from_file.
+    """
+    given = {key: value for key, value in vars(args).items() if key not in special}
+    name, preset = args.data, args.preset
+    if args.config is not None:
+        settings, stored_name, stored_preset = from_file(args.config)
+        if any(limit in given for limit in LIMITS):
+            settings = {key: value for key, value in settings.items() if key not in LIMITS}
+        given, name, preset = settings | given, name or stored_name, preset or stored_preset
+    return given, name, preset
+
+
+def make_config(given: dict[str, Any], name: str, preset: str | None = None) -> tuple[TrainConfig, Images]:
+    """The configuration for what was given, and the images that decide its shape.
+
+    Args:
+        given: fields of DataConfig, GlowConfig and TrainConfig, by name.
+        name: of the images.
+        preset: its settings are behind what is given; None: that of the digits for the digits, else none.
 
     Raises:
         ValueError: see DataConfig, GlowConfig and TrainConfig.
     """
-    data_config = DataConfig(name, **{key: given[key] for key in _DATA if key in given})
-    data = load_data(data_config)
-    preset = dict(PRESETS.get(name.partition(":")[0], {}))
-    if any(f"max_{unit}" in given for unit in ("steps", "epochs", "minutes")):
-        preset["max_steps"] = None  # a limit that was asked for is not cut short by one that was not
-        if "decay_steps" in preset:
-            preset["decay_steps"] = given.get("max_steps")
-    if given.get("optimizer", "adamw") != "adamw":
-        preset.pop("weight_decay", None)  # the others have none
-    values = preset | given
-    conditional = values.get("class_conditional", False)
+    preset = "digits" if preset is None and name == "digits" else preset
+    values = presets.resolve({} if preset is None else presets.find(preset).settings, given)
+    data_config = DataConfig(name, **{key: values[key] for key in _DATA if key in values})
+    conditional, weight = values.get("class_conditional", False), values.get("class_weight", 0.0)
     expect(type(conditional) is bool, "class_conditional", "true or false", conditional)
-    expect(
-        not conditional or data.labels is not None, "class_conditional", "images with labels", f"none in {data.name}"
-    )
-    found = {"image_shape": data.image_shape, "n_classes": len(data.class_names) if conditional else None}
+    data = load_data(data_config)
+    for key, wanted in (("class_conditional", conditional), ("class_weight", weight)):
+        expect(not wanted or data.labels is not None, key, "images with labels", f"none in {data.name}")
+    n_classes = len(data.class_names)
+    found = {"image_shape": data.image_shape, "n_classes": n_classes if conditional else None}
+    found["classify"] = n_classes if weight else 0
     for key, value in found.items():
         given_value = tuple(given[key]) if isinstance(given.get(key), list) else given.get(key, value)
         expect(given_value == value, key, f"{value}, as the images have it", given_value)
@@ -192,14 +213,16 @@ def finish(result: Result, folder: RunFolder) -> int:
     return 0
 
 
-def _run(args: argparse.Namespace, given: dict[str, Any], name: str | None, out: str, ranks: Ranks) -> int:
+def _run(
+    args: argparse.Namespace, given: dict[str, Any], name: str | None, preset: str | None, out: str, ranks: Ranks
+) -> int:
     """Apart from ``run``, so that nothing of the training is left when the ranks part."""
     with user_input():
         if args.resume:
             ready = resumed(given, name, out, ranks)
         else:
             assert name is not None  # see run
-            config, data = make_config(given, name)
+            config, data = make_config(given, name, preset)
             ready = start(config, out, args.overwrite, data, ranks)
     result = ready.execute(args.quiet)
     return finish(result, ready.folder) if ranks.first else 128 + result.stopped_by if result.stopped_by else 0
@@ -207,14 +230,11 @@ def _run(args: argparse.Namespace, given: dict[str, Any], name: str | None, out:
 
 def run(args: argparse.Namespace) -> int:
     """Train; returns the exit code."""
-    given = {key: value for key, value in vars(args).items() if key not in _SPECIAL}
     with user_input():
-        name = args.data
-        if args.config is not None:
-            settings, stored_name = from_file(args.config)
-            if any(limit in given for limit in LIMITS):
-                settings = {key: value for key, value in settings.items() if key not in LIMITS}
-            given, name = settings | given, name or stored_name
+        given, name, preset = gathered(args, _SPECIAL)
+        if preset is not None:
+            expect(not args.resume, "preset", "none with --resume: the run has its settings", repr(preset))
+            name = images_for(preset, name)
         expect(args.resume or name is not None, "data", DATA_HELP, "none")
         out = args.out or next_out(args.config)
         device = given.get("device")
@@ -223,4 +243,4 @@ def run(args: argparse.Namespace) -> int:
         resolve_device(device)
         group = open_ranks(device)
     with group as ranks:
-        return _run(args, given, name, out, ranks)
+        return _run(args, given, name, preset, out, ranks)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pyglow_fast import presets
 from pyglow_fast._errors import expect
 from pyglow_fast.layers.coupling import check_scale_numbers
 from pyglow_fast.layers.flow_step import PERMUTATIONS
@@ -30,6 +31,8 @@ class GlowConfig:
         learn_prior: learned split priors and top prior.
         scale_map, scale_bias, scale_eps, scale_clamp: of the affine coupling, see Coupling.
         border: convolutions of the nets and priors also see a ring of ones around the image, see CouplingNet.
+        classify: number of classes that a linear head on the top latent tells apart, see ClassHead; 0 for no head. It
+            goes with n_classes (then the same number) or without.
 
     Raises:
         ValueError: a value out of its range; the message names it.
@@ -50,6 +53,7 @@ class GlowConfig:
     scale_eps: float = 0.0
     scale_clamp: float = 2.0
     border: bool = False
+    classify: int = 0
 
     def __post_init__(self) -> None:
         expect(isinstance(self.image_shape, Sequence), "image_shape", "a tuple of ints", repr(self.image_shape))
@@ -69,8 +73,11 @@ class GlowConfig:
         expect(self.permutation in PERMUTATIONS, "permutation", f"one of {PERMUTATIONS}", repr(self.permutation))
         classes_ok = self.n_classes is None or (type(self.n_classes) is int and self.n_classes >= 1)
         expect(classes_ok, "n_classes", "None or a positive int", self.n_classes)
-        cond_ok = type(self.cond_channels) is int and self.cond_channels >= 0
-        expect(cond_ok, "cond_channels", "0 or a positive int", self.cond_channels)
+        for name in ("cond_channels", "classify"):
+            value = getattr(self, name)
+            expect(type(value) is int and 0 <= value < 2**31, name, "0 or a positive int", value)
+        agree = not self.classify or self.n_classes in (None, self.classify)
+        expect(agree, "classify", f"0 or n_classes={self.n_classes}", self.classify)
         expect(self.scale_map in SCALE_MAPS, "scale_map", f"one of {SCALE_MAPS}", repr(self.scale_map))
         for name in ("net_actnorm", "learn_prior", "border"):
             expect(type(getattr(self, name)) is bool, name, "True or False", repr(getattr(self, name)))
@@ -101,6 +108,28 @@ class GlowConfig:
             shapes.append((channels, *spatial))
             channels //= 2
         return shapes
+
+    @classmethod
+    def preset(cls, name: str, **fields: Any) -> GlowConfig:
+        """The architecture of a preset, see :mod:`pyglow_fast.presets`.
+
+        Args:
+            name: of the preset; ``presets.table()`` lists them.
+            fields: come before those of the preset. One made for any images has (3, 32, 32) without an image_shape.
+
+        Raises:
+            ValueError: no such preset, an unknown field, or a value out of its range.
+        """
+        found = presets.find(name)
+        own = {item.name for item in dataclasses.fields(cls)}
+        values = {key: value for key, value in found.settings.items() if key in own}
+        if found.image_shape is not None:
+            values["image_shape"] = found.image_shape
+        if found.settings.get("class_conditional", False):
+            values["n_classes"] = found.n_classes
+        if found.settings.get("class_weight", 0.0):
+            values["classify"] = found.n_classes
+        return cls.from_dict(values | fields)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able data."""

@@ -16,6 +16,7 @@ from pyglow_fast.layers import ActNorm, FrozenSteps, ReversibleSequence, Split
 from pyglow_fast.layers._base import check_input
 from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.likelihood import bits_per_dim, dequantize
+from pyglow_fast.models.class_head import ClassHead
 from pyglow_fast.models.config import GlowConfig
 from pyglow_fast.models.distribution import GlowDistribution
 from pyglow_fast.models.graphed import GraphedGlow
@@ -89,6 +90,7 @@ class Glow(GlowSettings):
             self.config.border,
             self.config.dims,
         )
+        self.head = ClassHead(self.state_shapes[-1][0], self.config.classify) if self.config.classify else None
 
     def freeze(self) -> Glow:
         """A copy for deployment: the same densities, latents and samples from folded weights in buffers.
@@ -236,13 +238,37 @@ class Glow(GlowSettings):
 
     def log_prob(self, x: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
         """log p(x), or log p(x | y) for a model with classes, in nats, (N,)."""
+        return self._log_prob(x, y, cond)[0]
+
+    def _log_prob(self, x: Tensor, y: Tensor | None, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+        """log p(x), and the top latent that a head may look at: one pass for both."""
         with self._refused_alike():
             expect(isinstance(x, Tensor) and x.dim() >= 1, "x", "a Tensor (N, C, *spatial)", type(x).__name__)
             check_labels(y, x.shape[0], self.config.n_classes)
         latents, kept_halves, log_prob = self._encode(x, cond)
         for split, kept, factored in zip(self._splits(), kept_halves, latents[:-1], strict=True):
             log_prob = log_prob + split.log_prob(kept, factored)
-        return log_prob + functional.gaussian_log_prob(latents[-1], *self.prior(latents[-1], y))
+        return log_prob + functional.gaussian_log_prob(latents[-1], *self.prior(latents[-1], y)), latents[-1]
+
+    def class_logits(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Logits of the classes of x, (N, config.classify), by the head on its top latent; no label is asked for.
+
+        Raises ValueError for a model without a head (classify=0). ``model.head(z)`` takes a top latent, see ClassHead.
+        """
+        return self._required_head()(self(x, cond)[0][-1])
+
+    def log_prob_and_logits(
+        self, x: Tensor, y: Tensor | None = None, cond: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`log_prob` (N,), nats, and :meth:`class_logits` (N, config.classify), from one pass."""
+        head = self._required_head()
+        log_prob, top = self._log_prob(x, y, cond)
+        return log_prob, head(top)
+
+    def _required_head(self) -> ClassHead:
+        expect(self.head is not None, "model", "one with a classifier (classify=number of classes)", "classify=0")
+        assert self.head is not None  # for the type checker: refused above
+        return self.head
 
     def bits_per_dim(
         self,

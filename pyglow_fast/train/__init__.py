@@ -5,9 +5,18 @@ from pyglow_fast.train.config import ADJUSTABLE, LIMITS, OPTIONAL, TrainConfig
 from pyglow_fast.train.config_file import read_config, to_toml
 from pyglow_fast.train.devices import resolve_device
 from pyglow_fast.train.ema import Ema
-from pyglow_fast.train.evaluation import Score, check_fits, device_of, evaluate, labels_for
+from pyglow_fast.train.evaluation import (
+    ImageScores,
+    Score,
+    check_fits,
+    device_of,
+    evaluate,
+    labels_for,
+    score_images,
+)
 from pyglow_fast.train.feed import InputLostError
 from pyglow_fast.train.figures import class_columns, class_cycle, save_curve, save_grid, to_levels
+from pyglow_fast.train.labelled import GridRow, labelled_grid, save_labelled_grid
 from pyglow_fast.train.loop import Result, Run
 from pyglow_fast.train.optim import OPTIMIZERS, learning_rate, make_optimizer
 from pyglow_fast.train.ranks import RankError, Ranks, open_ranks
@@ -26,6 +35,8 @@ __all__ = [
     "DataStamp",
     "Ema",
     "FolderError",
+    "GridRow",
+    "ImageScores",
     "InputLostError",
     "RankError",
     "Ranks",
@@ -43,6 +54,7 @@ __all__ = [
     "derive",
     "device_of",
     "evaluate",
+    "labelled_grid",
     "labels_for",
     "learning_rate",
     "load_model",
@@ -53,6 +65,8 @@ __all__ = [
     "resume",
     "save_curve",
     "save_grid",
+    "save_labelled_grid",
+    "score_images",
     "start",
     "to_levels",
     "to_toml",

@@ -8,14 +8,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from pyglow_fast import presets
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.precision import PRECISIONS
-from pyglow_fast.data import DataConfig
+from pyglow_fast.data import DATA_HELP, DataConfig
 from pyglow_fast.layers.reversible_sequence import MEMORY_MODES
 from pyglow_fast.models import GlowConfig
 from pyglow_fast.train.optim import OPTIMIZERS
 
-LIMITS = ("max_steps", "max_epochs", "max_minutes")
+LIMITS = presets.LIMITS
 EVERY = ("log", "eval", "save", "sample")
 # What a resumed run may change: how long it goes on, what it shows, and by which means it computes the same steps.
 ADJUSTABLE = frozenset(
@@ -39,13 +40,17 @@ class TrainConfig:
         data: which images; see DataConfig.
         model: the architecture; its image_shape must be that of the images.
         class_conditional: condition the top prior on the labels; the model's n_classes must then be that of the data.
+        class_weight: w in the loss, bits/dim of the image + w times the bits that its label costs by the head on the
+            top latent (released code, weight_y: 0.01 in its commands); 0: no such term. The model's classify must then
+            be the number of classes. With or without class_conditional.
         optimizer: "adam", "adamw" or "adamax".
         lr: learning rate after warm-up.
         warmup_steps: the learning rate rises linearly over the first so many steps.
         decay_steps: the learning rate then falls along half a cosine, to a hundredth at this step; None: it stays.
         weight_decay: decoupled, of adamw only.
+        beta2: decay of the optimizer's second moment (Adamax: of its largest gradient).
         ema_decay: evaluation and samples use a moving average of the weights with this decay, see Ema; None: not so.
-        clip_norm: gradients are scaled down to this norm (of the loss in bits/dim); None for no clipping.
+        clip_norm: gradients are scaled down to this norm (of the loss, which is in bits/dim); None for no clipping.
         max_skipped: steps in a row whose loss or gradient is not finite and that are left out before the run ends.
         batch_size: images a step, over all ranks and accumulated parts together.
         accumulate: parts that a batch is cut into, one after the other, for memory.
@@ -53,7 +58,7 @@ class TrainConfig:
         memory: memory mode of training: "reversible", "checkpoint" or "store".
         precision: of the nets in training: "auto", "fp32", "tf32", "bf16" or "fp16".
         compile: train through torch.compile.
-        cuda_graphs: train through a CUDA graph; on one GPU, without accumulation.
+        cuda_graphs: train through a CUDA graph; on one GPU, without accumulation and without class_weight.
         workers: processes that read images; None: none for images in memory, else 2.
         max_steps, max_epochs, max_minutes: the run ends at whichever comes first; at least one must be given.
         patience: the run also ends after so many evaluations without a better held-out score.
@@ -75,11 +80,13 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: GlowConfig = field(default_factory=GlowConfig)
     class_conditional: bool = False
+    class_weight: float = 0.0
     optimizer: str = "adam"
     lr: float = 1e-3
     warmup_steps: int = 100
     decay_steps: int | None = None
     weight_decay: float = 0.0
+    beta2: float = 0.999
     ema_decay: float | None = 0.999
     clip_norm: float | None = 1.0
     max_skipped: int = 10
@@ -124,6 +131,9 @@ class TrainConfig:
             self._check_int(name, 0)
         self._check_number("lr", positive=True)
         self._check_number("weight_decay")
+        self._check_number("class_weight")
+        self._check_number("beta2")
+        expect(self.beta2 < 1, "beta2", "a number from 0 to below 1", self.beta2)
         self._check_number("sample_temperature")
         decays = self.weight_decay == 0.0 or self.optimizer == "adamw"
         expect(decays, "weight_decay", f"0 with optimizer {self.optimizer!r} (adamw has it)", self.weight_decay)
@@ -141,6 +151,8 @@ class TrainConfig:
         expect(even, "accumulate", f"a divisor of batch_size, {self.batch_size}", self.accumulate)
         graphed = not self.cuda_graphs or (self.accumulate == 1 and not self.compile)
         expect(graphed, "cuda_graphs", "no accumulation and no torch.compile beside it", "one of them")
+        plain = not self.cuda_graphs or self.class_weight == 0
+        expect(plain, "cuda_graphs", "class_weight 0 beside it (a graph has the likelihood alone)", self.class_weight)
         limited = any(getattr(self, name) is not None for name in LIMITS)
         expect(limited, "max_steps", "a limit, or max_epochs or max_minutes", "none")
         conditioned = self.model.n_classes is not None
@@ -150,6 +162,8 @@ class TrainConfig:
             "n_classes exactly if class_conditional",
             self.model.n_classes,
         )
+        judged = (self.model.classify > 0) == (self.class_weight > 0)
+        expect(judged, "model", "classify above 0 exactly if class_weight is", self.model.classify)
         no_cond = self.model.cond_channels == 0
         expect(no_cond, "model", "cond_channels=0 (image sources give no condition)", self.model.cond_channels)
 
@@ -165,6 +179,33 @@ class TrainConfig:
         ok = ok and (value > 0 if positive else value >= 0)
         found = repr(value) if isinstance(value, str) else value
         expect(ok, name, "a positive number" if positive else "a number, 0 or more", found)
+
+    @classmethod
+    def preset(cls, name: str, data: str | None = None, **given: Any) -> TrainConfig:
+        """The settings of a preset, see :mod:`pyglow_fast.presets`; its images are not looked for.
+
+        Args:
+            name: of the preset.
+            data: the name of the images, for DataConfig; None: those that the preset is made for.
+            given: fields of DataConfig, GlowConfig or TrainConfig, by name, which come before the preset's.
+
+        Raises:
+            ValueError: no such preset, an unknown field, no ``data`` where a folder must be named, or a value that is
+                refused.
+        """
+        preset = presets.find(name)
+        images = images_for(name, data)
+        known = {kind: {item.name for item in fields(kind)} for kind in (DataConfig, GlowConfig, cls)}
+        unknown = sorted(set(given) - set().union(*known.values()))
+        expect(not unknown, "preset", "known fields beside it", ", ".join(unknown))
+        values = presets.resolve(preset.settings, given)
+
+        def among(names: set[str], values: Mapping[str, Any]) -> dict[str, Any]:
+            return {key: value for key, value in values.items() if key in names}
+
+        source = DataConfig(**{"name": images, **among(known[DataConfig], values)})
+        model = GlowConfig.preset(name, **among(known[GlowConfig], given))
+        return cls(**{**among(known[cls], values), "data": source, "model": model})
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict; :meth:`from_dict` reads it back."""
@@ -213,6 +254,20 @@ class TrainConfig:
             changed = dict.fromkeys(LIMITS) | changed
         data = {name.removeprefix("data."): changed.pop(name) for name in list(changed) if name.startswith("data.")}
         return replace(self, **changed, data=replace(self.data, **data))
+
+
+def images_for(preset: str, data: str | None) -> str:
+    """``data``, or the name of the images that a preset is made for.
+
+    Raises:
+        ValueError: no such preset; or no ``data`` for one that is made for any images, or for those in some folder.
+    """
+    found = presets.find(preset)
+    wanted = DATA_HELP if found.image_shape is None else f"{found.data} for preset {preset}"
+    name = data or found.data_name
+    expect(name is not None, "data", wanted, "none")
+    assert name is not None  # for the type checker: refused above
+    return name
 
 
 def check_device(name: str) -> None:

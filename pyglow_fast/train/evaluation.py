@@ -1,16 +1,18 @@
-"""Bits per dimension of a model over a set of images, with its standard error."""
+"""Bits per dimension of a model, image by image and over a set of images with its standard error."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from pyglow_fast._errors import expect
 from pyglow_fast.data import Images, batches
 from pyglow_fast.likelihood import bits_per_dim
 from pyglow_fast.models import Glow
+from pyglow_fast.models.class_head import class_bits
 from pyglow_fast.train.feed import noisy
 from pyglow_fast.train.ranks import Ranks
 from pyglow_fast.train.seeds import derive, random_subset
@@ -20,13 +22,31 @@ from pyglow_fast.train.seeds import derive, random_subset
 class Score:
     """Mean bits/dim over ``images`` images and the standard error of that mean over the images.
 
-    ``unreadable`` more images could not be read and are left out.
+    ``unreadable`` more images could not be read and are left out. Of a model with a classifier, on images with labels:
+    ``class_bits``, the mean of -log2 p(label | top latent), and ``accuracy``, the share whose likeliest class is right.
     """
 
     mean: float
     standard_error: float
     images: int
     unreadable: int = 0
+    class_bits: float | None = None
+    accuracy: float | None = None
+
+    @classmethod
+    def of(cls, values: Tensor, unreadable: int = 0, ranks: Ranks | None = None) -> Score:
+        """mean = sum b_i / n, standard error = sqrt(sum (b_i - mean)^2 / (n - 1) / n), over the images of all ranks.
+
+        Args:
+            values: b (n,), float64, bits/dim of this rank's images. Without any image on any rank the mean is 0.
+            unreadable: images of all ranks that are not among them.
+            ranks: who else has images.
+        """
+        ranks = ranks or Ranks()
+        total, count = ranks.total(float(values.sum()), len(values))
+        n, mean = int(count), total / max(1.0, count)
+        squares = ranks.total(float((values - mean).square().sum()))[0]
+        return cls(mean, math.sqrt(squares / (n - 1) / n) if n > 1 else math.nan, n, unreadable)
 
     @property
     def error_text(self) -> str:
@@ -67,7 +87,113 @@ def check_fits(model: Glow, data: Images, n_bins: int) -> None:
         expect(found == n_classes, "data", f"{n_classes} classes, as the model was trained on", found)
 
 
+def classifies(model: Glow, data: Images) -> bool:
+    """Whether the model has a classifier for the labels of these images."""
+    return model.head is not None and data.labels is not None and len(data.class_names) == model.config.classify
+
+
+@dataclass(frozen=True)
+class ImageScores:
+    """-log2 p(x) / D + log2(n_bins) of single images.
+
+    Args:
+        indices: int64 (n,), which images these are.
+        draws: float64 (n, S), bits/dim of each image under S draws of the dequantisation noise. Not finite where the
+            model gives the image no likelihood.
+        unreadable: indices of images that could not be read.
+        classes: float64 (n, 2) where the model has a classifier for the images' labels: -log2 p(label | top latent)
+            under the first draw, and 1 or 0 as the likeliest class is the label or not. None elsewhere.
+    """
+
+    indices: Tensor
+    draws: Tensor
+    unreadable: tuple[int, ...] = ()
+    classes: Tensor | None = None
+
+    @property
+    def bits_per_dim(self) -> Tensor:
+        """(n,), the mean over the draws."""
+        return self.draws.mean(1)
+
+    @property
+    def spread(self) -> Tensor:
+        """(n,), the standard deviation over the draws; NaN for a single one."""
+        if self.draws.shape[1] < 2:
+            return torch.full_like(self.bits_per_dim, math.nan)
+        return self.draws.std(1)
+
+
 @torch.no_grad()
+def score_images(
+    model: Glow,
+    data: Images,
+    batch_size: int,
+    seed: int,
+    limit: int | None = None,
+    workers: int = 0,
+    on_unreadable: str = "raise",
+    ranks: Ranks | None = None,
+    draws: int = 1,
+) -> ImageScores:
+    """Bits/dim of each image, each with dequantisation noise of its own that is the same at every call.
+
+    The first draw does not depend on how many there are. Each draw bounds -log2 P(level) / D from above in expectation
+    (Theis et al. 2016, "A note on the evaluation of generative models"), so their mean does too, with less noise.
+
+    Args:
+        model: put in evaluation mode for the call.
+        data: the images.
+        batch_size: images at a time.
+        seed: of the noise, and of which images are looked at.
+        limit: most images to look at, drawn at random since the first ones may all be of one class; None: all.
+        workers, on_unreadable: see :func:`pyglow_fast.data.batches`.
+        ranks: share the images among these; every rank gets its own part.
+        draws: S, of the noise of each image.
+
+    Raises:
+        ValueError: images that do not fit the model; one that cannot be read, or with "skip" none that can.
+    """
+    check_fits(model, data, data.n_bins)
+    expect(draws >= 1, "draws", "a positive whole number", draws)
+    device, n_values = device_of(model), model.config.n_values
+    chosen = (ranks or Ranks()).share(random_subset(seed, len(data), len(data) if limit is None else limit))
+    plan: list[list[tuple[int, int | None]]] = [
+        [(index, None) for index in part.tolist()] for part in chosen.split(batch_size) if len(part)
+    ]
+    was_training = model.training
+    model.eval()
+    bits, found = [torch.zeros(0, draws, dtype=torch.float64)], [torch.zeros(0, dtype=torch.int64)]
+    classify, classes = classifies(model, data), [torch.zeros(0, 2, dtype=torch.float64)]
+    try:
+        for batch, wanted in zip(batches(data, plan, workers, on_unreadable), plan, strict=True):
+            labels = labels_for(model, batch.labels)
+            own = batch.indices == torch.tensor([index for index, _ in wanted])  # others stand in for unreadable ones
+            columns = []
+            for draw in range(draws):
+                keys = [derive(seed, "noise", index, *([draw] if draw else [])) for index, _ in wanted]
+                x = noisy(batch.levels, keys, data.n_bins, device)
+                if classify and draw == 0:
+                    log_prob, logits = model.log_prob_and_logits(x, labels)
+                    classes.append(_judged(logits, batch.labels)[own])
+                else:
+                    log_prob = model.log_prob(x, labels)
+                columns.append(bits_per_dim(log_prob, n_values, data.n_bins).double().cpu()[own])
+            bits.append(torch.stack(columns, 1))
+            found.append(batch.indices[own])
+    finally:
+        model.train(was_training)
+    indices = torch.cat(found)
+    unreadable = tuple(sorted(set(chosen.tolist()) - set(indices.tolist())))
+    return ImageScores(indices, torch.cat(bits), unreadable, torch.cat(classes) if classify else None)
+
+
+def _judged(logits: Tensor, labels: Tensor | None) -> Tensor:
+    """float64 (n, 2): see ImageScores.classes."""
+    assert labels is not None  # classifies() says so
+    labels = labels.to(logits.device)
+    return torch.stack([class_bits(logits.double(), labels), (logits.argmax(1) == labels).double()], 1).cpu()
+
+
 def evaluate(
     model: Glow,
     data: Images,
@@ -78,42 +204,17 @@ def evaluate(
     on_unreadable: str = "raise",
     ranks: Ranks | None = None,
 ) -> Score:
-    """Score ``data``, each image with dequantisation noise of its own that is the same at every call.
-
-    Args:
-        model: put in evaluation mode for the call.
-        data: the images.
-        batch_size: images at a time.
-        seed: of the noise, and of which images are looked at.
-        limit: most images to look at, drawn at random since the first ones may all be of one class; None: all.
-        workers, on_unreadable: see :func:`pyglow_fast.data.batches`.
-        ranks: share the images among these; every rank gets the whole score.
+    """The mean of :func:`score_images`, which says what the arguments are; over all ranks, on every one of them.
 
     Raises:
         ValueError: images that do not fit the model; one that cannot be read, or with "skip" none that can.
     """
     ranks = ranks or Ranks()
-    check_fits(model, data, data.n_bins)
-    device, n_values = device_of(model), model.config.n_values
-    chosen = random_subset(seed, len(data), len(data) if limit is None else limit)
-    plan: list[list[tuple[int, int | None]]] = [
-        [(index, None) for index in part.tolist()] for part in ranks.share(chosen).split(batch_size) if len(part)
-    ]
-    was_training = model.training
-    model.eval()
-    bits = [torch.zeros(0, dtype=torch.float64)]
-    try:
-        for batch, wanted in zip(batches(data, plan, workers, on_unreadable), plan, strict=True):
-            keys = [derive(seed, "noise", index) for index, _ in wanted]
-            x = noisy(batch.levels, keys, data.n_bins, device)
-            log_prob = model.log_prob(x, labels_for(model, batch.labels))
-            own = batch.indices == torch.tensor([index for index, _ in wanted])  # others stand in for unreadable ones
-            bits.append(bits_per_dim(log_prob, n_values, data.n_bins).double().cpu()[own])
-    finally:
-        model.train(was_training)
-    values = torch.cat(bits)
-    total, count = ranks.total(float(values.sum()), len(values))
-    n, mean = int(count), total / max(1.0, count)
-    expect(n > 0, "data", f"at least one image that can be read in {data.name}", f"none of {len(chosen)}")
-    squares = ranks.total(float((values - mean).square().sum()))[0]
-    return Score(mean, math.sqrt(squares / (n - 1) / n) if n > 1 else math.nan, n, len(chosen) - n)
+    scores = score_images(model, data, batch_size, seed, limit, workers, on_unreadable, ranks)
+    (unreadable,) = ranks.total(len(scores.unreadable))
+    score = Score.of(scores.bits_per_dim, int(unreadable), ranks)
+    expect(score.images > 0, "data", f"at least one image that can be read in {data.name}", f"none of {unreadable:.0f}")
+    if scores.classes is None:
+        return score
+    cost, right = ranks.total(*scores.classes.sum(0).tolist())
+    return replace(score, class_bits=cost / score.images, accuracy=right / score.images)

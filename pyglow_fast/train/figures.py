@@ -19,6 +19,13 @@ def to_levels(x: Tensor, n_bins: int) -> Tensor:
     return quantize(x.float().nan_to_num(0.0), n_bins)
 
 
+def enlarged(levels: Tensor, n_bins: int, scale: int | None = None) -> Tensor:
+    """Images (N, C, H, W) of levels 0..n_bins-1 as float (N, 1 or 3, scale H, scale W) in 0..1; see :func:`grid`."""
+    images = levels[:, : 3 if levels.shape[1] >= 3 else 1].cpu().float() / (n_bins - 1)
+    factor = scale or max(1, 64 // images.shape[-2])
+    return images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+
+
 def grid(levels: Tensor, n_bins: int, columns: int | None = None, scale: int | None = None) -> Tensor:
     """Images (N, C, H, W) of levels 0..n_bins-1 side by side, uint8 (3, height, width).
 
@@ -32,9 +39,7 @@ def grid(levels: Tensor, n_bins: int, columns: int | None = None, scale: int | N
         MissingExtraError: torchvision is not installed.
     """
     make_grid = optional("torchvision.utils", "pictures").make_grid
-    images = levels[:, : 3 if levels.shape[1] >= 3 else 1].cpu().float() / (n_bins - 1)
-    factor = scale or max(1, 64 // images.shape[-2])
-    images = images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+    images = enlarged(levels, n_bins, scale)
     shown: Tensor = make_grid(images, nrow=columns or math.ceil(math.sqrt(len(images))), padding=2, pad_value=0.5)
     return (shown * 255).round().to(torch.uint8)
 

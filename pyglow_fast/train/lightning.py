@@ -15,7 +15,10 @@ from torch import Tensor
 
 from pyglow_fast._errors import expect
 from pyglow_fast.data import MissingExtraError
+from pyglow_fast.likelihood import bits_per_dim, dequantize
 from pyglow_fast.models import Glow, GlowConfig
+from pyglow_fast.models.class_head import class_bits
+from pyglow_fast.models.prior import check_labels
 from pyglow_fast.train.ema import Ema
 from pyglow_fast.train.optim import OPTIMIZERS, learning_rate, make_optimizer
 from pyglow_fast.train.seeds import derive
@@ -52,6 +55,10 @@ def _labelled(batch: Any) -> tuple[Tensor, Tensor | None]:
 class GlowModule(LightningModule):
     """loss = mean bits/dim = mean(-log p(x) / (D ln 2)) + log2(n_bins), x = (level + u) / n_bins - 0.5.
 
+    With ``class_weight`` w > 0 the loss is this plus w mean(-log2 p(label | top latent)), by the model's head. Then
+    ``train_class_bits`` and, of evaluations, ``val_accuracy`` and ``test_accuracy`` are logged too, and batches must
+    have labels in 0..classify-1.
+
     The first training batch initialises the actnorms, that of all ranks together (an evaluation before it, such as
     the Trainer's sanity check, takes the model as it is and initialises nothing). The noise u of a training batch is a
     function of seed, update, batch and rank, so that a resumed run goes on as the uninterrupted one would; that of an
@@ -72,6 +79,7 @@ class GlowModule(LightningModule):
         weight_decay: of "adamw".
         ema_decay: of the exponential moving average of the weights that evaluations use; None for none.
         seed: of the dequantisation noise.
+        class_weight: w above; 0 exactly if the model has no head (classify=0).
 
     Checkpoints hold tensors and plain data alone (``weights_only=True`` loads them), the averaged weights under "ema".
     ``GlowModule.load_from_checkpoint(path)`` makes the model again, with its configuration, memory mode and precision;
@@ -94,6 +102,7 @@ class GlowModule(LightningModule):
         weight_decay: float = 0.0,
         ema_decay: float | None = None,
         seed: int = 0,
+        class_weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.model = _glow(model)
@@ -102,9 +111,11 @@ class GlowModule(LightningModule):
         expect(config.cond_channels == 0, "model", "a model with cond_channels=0", config.cond_channels)
         expect(type(n_bins) is int and 2 <= n_bins <= 65536, "n_bins", "an int in 2..65536", n_bins)
         expect(optimizer in OPTIMIZERS, "optimizer", f"one of {OPTIMIZERS}", repr(optimizer))
-        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        for name, value in (("lr", lr), ("weight_decay", weight_decay), ("class_weight", class_weight)):
             is_number = isinstance(value, int | float) and math.isfinite(value)
             expect(is_number and value >= 0 and (name != "lr" or value > 0), name, "a positive number", value)
+        judged = (class_weight > 0) == (config.classify > 0)
+        expect(judged, "class_weight", f"a number above 0 exactly if classify={config.classify} is", class_weight)
         expect(weight_decay == 0 or optimizer == "adamw", "weight_decay", f"0 for {optimizer}", weight_decay)
         expect(type(warmup_steps) is int and warmup_steps >= 0, "warmup_steps", "an int, 0 or more", warmup_steps)
         ends = decay_steps is None or (type(decay_steps) is int and decay_steps > warmup_steps)
@@ -120,6 +131,7 @@ class GlowModule(LightningModule):
             "weight_decay": weight_decay,
             "ema_decay": ema_decay,
             "seed": seed,
+            "class_weight": class_weight,
         }
         # As plain data, which a checkpoint may hold, and from which it makes the module again.
         plain = {"config": config.to_dict(), "memory": self.model.memory, "precision": self.model.precision}
@@ -146,6 +158,19 @@ class GlowModule(LightningModule):
         y = labels if self.model.config.n_classes is not None else None
         return self.model.bits_per_dim(levels, self.n_bins, y=y, generator=generator)
 
+    def _scored(
+        self, levels: Tensor, labels: Tensor | None, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor | None]:
+        """Bits/dim (N,), and the logits of a model with a head, from one pass."""
+        model, config = self.model, self.model.config
+        if model.head is None:
+            return self(levels, labels, generator), None
+        with model._refused_alike():
+            check_labels(labels, len(levels), config.classify)
+            x = dequantize(levels, self.n_bins, generator, dtype=model._parameter().dtype)
+        log_prob, logits = model.log_prob_and_logits(x, labels if config.n_classes is not None else None)
+        return bits_per_dim(log_prob, config.n_values, self.n_bins), logits
+
     def _noise(self, levels: Tensor, *names: str | int) -> torch.Generator:
         """The source of a batch's noise, on the images' device: it need not be copied there."""
         generator = torch.Generator(levels.device)
@@ -155,10 +180,15 @@ class GlowModule(LightningModule):
         """The loss, bits/dim."""
         levels, labels = _labelled(batch)
         fresh = not self.model.is_initialized
-        bits = self(levels, labels, self._noise(levels, "training", self.global_step, batch_idx))
+        bits, logits = self._scored(levels, labels, self._noise(levels, "training", self.global_step, batch_idx))
         if fresh and self.ema is not None:
             self.ema.restart()  # what the weights were before they saw data is no part of the average
         loss: Tensor = bits.mean()
+        self.log("train_bpd", loss.detach(), prog_bar=True, batch_size=len(levels))
+        if logits is not None and labels is not None:
+            cost = class_bits(logits, labels).mean()
+            self.log("train_class_bits", cost.detach(), batch_size=len(levels))
+            loss = loss + self.hparams["class_weight"] * cost
         value = float(loss.detach())
         if not math.isfinite(value):
             raise TrainingDivergedError(
@@ -166,7 +196,6 @@ class GlowModule(LightningModule):
                 f"bits/dim (rank {self.global_rank}): a lower lr, more warmup_steps or the Trainer's gradient_clip_val "
                 "may help"
             )
-        self.log("train_bpd", loss.detach(), prog_bar=True, batch_size=len(levels))
         return loss
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
@@ -204,22 +233,27 @@ class GlowModule(LightningModule):
         self.ema.load(checkpoint[EMA_KEY])
 
     def _begin(self, loaders: list[Any]) -> None:
-        # Of each loader: images, sum of bits/dim, sum of squares. float64, as the variance is a difference of the two.
-        self._sums = torch.zeros(len(loaders), 3, dtype=torch.float64)
+        # Of each loader: images, sum of bits/dim, sum of squares, labels that are right. float64, as the variance is a
+        # difference of two of them.
+        self._sums = torch.zeros(len(loaders), 4, dtype=torch.float64)
 
     def _evaluate(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         levels, labels = _labelled(batch)
         noise = self._noise(levels, "evaluation", dataloader_idx, batch_idx)
         # For each batch anew, so that whatever ends an evaluation early leaves the model its own weights.
         with self.averaged():
-            bits = self(levels, labels, noise).double().cpu()
+            scores, logits = self._scored(levels, labels, noise)
+        bits = scores.double().cpu()
+        right = torch.zeros_like(bits)
+        if logits is not None and labels is not None:
+            right = logits.argmax(1).eq(labels).double().cpu()
         assert self._sums is not None
-        self._sums[dataloader_idx] += torch.stack([torch.ones_like(bits), bits, bits.square()]).sum(1)
+        self._sums[dataloader_idx] += torch.stack([torch.ones_like(bits), bits, bits.square(), right]).sum(1)
 
     def _end(self, name: str) -> None:
         assert self._sums is not None
         sums: Any = self.trainer.strategy.reduce(self._sums.to(self.device), reduce_op="sum")
-        for index, (count, total, squares) in enumerate(sums.tolist()):
+        for index, (count, total, squares, right) in enumerate(sums.tolist()):
             if count == 0:
                 continue
             mean = total / count
@@ -227,8 +261,10 @@ class GlowModule(LightningModule):
             variance = max(0.0, squares / count - mean * mean) if math.isfinite(squares) else math.nan
             error = math.sqrt(variance / (count - 1)) if count > 1 else math.nan
             suffix = "" if len(sums) == 1 else f"/dataloader_idx_{index}"
-            self.log(f"{name}{suffix}", mean, prog_bar=True, sync_dist=True, add_dataloader_idx=False)
-            self.log(f"{name}_se{suffix}", error, sync_dist=True, add_dataloader_idx=False)
+            self.log(f"{name}_bpd{suffix}", mean, prog_bar=True, sync_dist=True, add_dataloader_idx=False)
+            self.log(f"{name}_bpd_se{suffix}", error, sync_dist=True, add_dataloader_idx=False)
+            if self.model.head is not None:
+                self.log(f"{name}_accuracy{suffix}", right / count, sync_dist=True, add_dataloader_idx=False)
         self._sums = None
 
     def on_validation_epoch_start(self) -> None:
@@ -242,8 +278,8 @@ class GlowModule(LightningModule):
         self._evaluate(batch, batch_idx, dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs val_bpd and val_bpd_se."""
-        self._end("val_bpd")
+        """Logs val_bpd, val_bpd_se and, of a model with a head, val_accuracy."""
+        self._end("val")
 
     def on_test_epoch_start(self) -> None:
         """Begins to sum."""
@@ -254,5 +290,5 @@ class GlowModule(LightningModule):
         self._evaluate(batch, batch_idx, dataloader_idx)
 
     def on_test_epoch_end(self) -> None:
-        """Logs test_bpd and test_bpd_se."""
-        self._end("test_bpd")
+        """Logs test_bpd, test_bpd_se and, of a model with a head, test_accuracy."""
+        self._end("test")

@@ -244,7 +244,7 @@ class Run:
             self.writer.say(f"step {progress.step}: {lost} images of the evaluation cannot be read and are left out")
         self.writer.say(
             f"step {progress.step}: held-out {held_out.mean:.3f} ± {held_out.error_text} bits/dim, "
-            f"train {train.mean:.3f}"
+            f"train {train.mean:.3f}" + ("" if held_out.accuracy is None else f", accuracy {held_out.accuracy:.3f}")
         )
         if everything:  # of other images than the scores that it would be compared to
             return held_out
@@ -275,6 +275,8 @@ class Run:
         row |= {"train_bpd": None, "images_per_s": None}
         if progress.steps_summed:
             row["train_bpd"] = progress.loss_sum / progress.steps_summed
+            if state.model.head is not None:
+                row["train_class_bits"] = progress.class_sum / progress.steps_summed
             row |= {"lr": state.lr, "grad_norm": state.grad_norm}
         if step > last_step:
             row["images_per_s"] = (step - last_step) * state.config.batch_size / (now - then)
@@ -282,8 +284,9 @@ class Run:
             _, held_out, train = self._scores
             row |= {"held_out_bpd": held_out.mean, "held_out_se": held_out.standard_error}
             row |= {"train_subset_bpd": train.mean, "train_subset_se": train.standard_error}
+            row |= {"held_out_class_bits": held_out.class_bits, "held_out_accuracy": held_out.accuracy}
         if not last:
-            progress.loss_sum, progress.steps_summed = 0.0, 0
+            progress.loss_sum, progress.class_sum, progress.steps_summed = 0.0, 0.0, 0
         self._mark = (now, step)
         return row
 

@@ -24,7 +24,11 @@ COLUMNS = (
     "train_subset_se",
     "skipped_steps",  # so far, as loss or gradient were not finite
     "unreadable_images",  # so far
+    "train_class_bits",  # of a classifier on the top latent: bits that a label costs, as train_bpd; then held out
+    "held_out_class_bits",
+    "held_out_accuracy",  # share of the images whose likeliest class is right
 )
+LATER = frozenset(COLUMNS[COLUMNS.index("train_class_bits") :])  # files of former versions have none of them
 Row = dict[str, float | int | None]
 
 
@@ -80,7 +84,7 @@ def _row(names: list[str], line: str) -> Row | None:
     """One line by the names in the header, or None if it is damaged."""
     try:
         cells = dict(zip(names, line.split(","), strict=True))
-        row = {name: _number(cells[name]) for name in COLUMNS}
+        row = {name: _number(cells.get(name, "") if name in LATER else cells[name]) for name in COLUMNS}
     except (ValueError, KeyError):
         return None
     return row if isinstance(row["step"], int) else None

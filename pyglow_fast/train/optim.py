@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,14 +13,15 @@ OPTIMIZERS = ("adam", "adamw", "adamax")
 
 
 def make_optimizer(
-    name: str, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0
+    name: str, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, beta2: float = 0.999
 ) -> torch.optim.Optimizer:
-    """Adam, AdamW (decoupled weight decay) or Adamax (Glow's own), by its name in OPTIMIZERS."""
+    """Adam, AdamW (decoupled weight decay) or Adamax (Glow's own), by its name in OPTIMIZERS; beta1 is 0.9."""
+    options: dict[str, Any] = {"lr": lr, "betas": (0.9, beta2)}
     if name == "adamax":
-        return torch.optim.Adamax(parameters, lr=lr)
+        return torch.optim.Adamax(parameters, **options)
     if name == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
-    return torch.optim.Adam(parameters, lr=lr)
+        return torch.optim.AdamW(parameters, weight_decay=weight_decay, **options)
+    return torch.optim.Adam(parameters, **options)
 
 
 def learning_rate(step: int, lr: float, warmup_steps: int = 0, decay_steps: int | None = None) -> float:

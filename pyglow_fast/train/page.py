@@ -50,6 +50,8 @@ def write_page(folder: RunFolder, config: TrainConfig, result: Result, images: s
         "images that could not be read": str(result.unreadable),
         "ended": "early, since the held-out score stopped improving" if result.stopped_early else "at its limit",
     }
+    if result.held_out is not None and result.held_out.accuracy is not None:
+        facts["held-out labels that the classifier has right"] = f"{result.held_out.accuracy:.1%}"
     settings = config.to_dict()
     tables = {name: value for name, value in settings.items() if isinstance(value, dict)}
     tables = {"training": {name: value for name, value in settings.items() if name not in tables}} | tables

@@ -17,6 +17,7 @@ from pyglow_fast._errors import expect
 from pyglow_fast.data import Images, batches, split
 from pyglow_fast.likelihood import bits_per_dim
 from pyglow_fast.models import Glow
+from pyglow_fast.models.class_head import class_bits
 from pyglow_fast.models.graphed import GraphedGlow
 from pyglow_fast.train.checkpoint import Checkpoint, DataStamp, optimizer_tensors, restore_optimizer
 from pyglow_fast.train.config import TrainConfig
@@ -45,6 +46,7 @@ class Progress:
         step: steps done.
         seconds: spent so far, over all parts.
         loss_sum, steps_summed: of the running mean since the last row of metrics.csv, in bits/dim.
+        class_sum: the same of the bits that the labels cost.
         best: lowest held-out bits/dim so far.
         stale: evaluations since then.
         skipped, skipped_in_row: steps left out since loss or gradient were not finite; the last ones of them.
@@ -60,18 +62,30 @@ class Progress:
     skipped: int = 0
     skipped_in_row: int = 0
     unreadable: int = 0
+    class_sum: float = 0.0
 
 
-class BitsPerDim(nn.Module):
-    """Mean over the batch of -log p(x) / (D ln 2) + log2(n_bins): the loss, as a module that others can wrap."""
+class Losses(nn.Module):
+    """What a step is trained on, each a mean over the batch, as a module that others can wrap.
+
+    Bits/dim, -log p(x) / (D ln 2) + log2(n_bins); and of a model with a classifier, from the same pass, the bits that
+    the labels cost, -log2 p(label | top latent). The loss is the first plus config.class_weight times the second.
+    """
 
     def __init__(self, model: Glow, n_bins: int) -> None:
         super().__init__()
         self.model, self.n_bins = model, n_bins
 
-    def forward(self, x: Tensor, y: Tensor | None) -> Tensor:
-        """x (N, C, H, W), y (N,) or None -> (), bits/dim."""
-        return bits_per_dim(self.model.log_prob(x, y), self.model.config.n_values, self.n_bins).mean()
+    def forward(self, x: Tensor, y: Tensor | None, labels: Tensor | None = None) -> Tensor:
+        """x (N, C, H, W), y (N,) to condition on or None, labels (N,) for the classifier -> (1,), or (2,) with it."""
+        if self.model.head is None:
+            losses = [self.model.log_prob(x, y)]
+        else:
+            assert labels is not None  # TrainState refuses images without
+            log_prob, logits = self.model.log_prob_and_logits(x, y)
+            losses = [log_prob, class_bits(logits, labels)]
+        losses[0] = bits_per_dim(losses[0], self.model.config.n_values, self.n_bins)
+        return torch.stack([values.mean() for values in losses])
 
 
 class TrainState:
@@ -102,10 +116,14 @@ class TrainState:
         expect(not config.cuda_graphs or alone, "cuda_graphs", "one rank on a GPU", found)
         if config.class_conditional:
             expect(data.labels is not None, "class_conditional", "images with labels", f"none in {data.name}")
+        if config.class_weight:
+            expect(data.labels is not None, "class_weight", "images with labels", f"none in {data.name}")
+            count, classify = len(data.class_names), config.model.classify
+            expect(count == classify, "classify", f"{count}, the classes of the images", classify)
         torch.manual_seed(derive(config.seed, "weights"))
         self.model = Glow(config.model, memory=config.memory, precision=config.precision).to(self.device)
         check_fits(self.model, data, data.n_bins)
-        loss: nn.Module = BitsPerDim(self.model, data.n_bins)
+        loss: nn.Module = Losses(self.model, data.n_bins)
         if config.compile:
             loss.compile()
         if self.ranks.world > 1:
@@ -114,7 +132,7 @@ class TrainState:
         self._graphed: GraphedGlow | None = None
         self._graph_skips = 0
         parameters = self.model.parameters()
-        self.optimizer = make_optimizer(config.optimizer, parameters, config.lr, config.weight_decay)
+        self.optimizer = make_optimizer(config.optimizer, parameters, config.lr, config.weight_decay, config.beta2)
         self.ema = None if config.ema_decay is None else Ema(self.model, config.ema_decay)
         torch.manual_seed(derive(config.seed, "torch", self.ranks.rank))  # for dropout and the like in a user's model
         self.progress = Progress()
@@ -154,7 +172,7 @@ class TrainState:
             self.ema.restart()
 
     def step(self) -> float:
-        """One update; returns the loss in bits/dim, over all ranks.
+        """One update; returns the mean bits/dim of the batch, over all ranks.
 
         A step whose loss or gradient norm is NaN or inf leaves weights and optimizer as they are and is counted.
 
@@ -171,38 +189,46 @@ class TrainState:
         parts = next(self._feed)
         losses = [self._backward(part, i + 1 == len(parts)) for i, part in enumerate(parts)]
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm or math.inf)
-        value, self.grad_norm = torch.stack([torch.stack(losses).sum(), norm]).tolist()  # one read: on a GPU it waits
-        total, unreadable = self.ranks.total(value, sum(part.unreadable for part in parts))
-        value = total / self.ranks.world
+        found = [*torch.stack(losses).sum(0), norm]
+        *values, self.grad_norm = torch.stack(found).tolist()  # one read: on a GPU it waits
+        *totals, unreadable = self.ranks.total(*values, sum(part.unreadable for part in parts))
+        value, *labels = (total / self.ranks.world for total in totals)
         self.lr = learning_rate(progress.step, config.lr, config.warmup_steps, config.decay_steps)
-        finite = math.isfinite(value) and math.isfinite(self.grad_norm)
+        finite = all(map(math.isfinite, (value, *labels, self.grad_norm)))
         progress.unreadable += int(unreadable)
         if finite:
             self._update()
             progress.loss_sum += value
+            progress.class_sum += sum(labels)
             progress.steps_summed += 1
             progress.skipped_in_row = 0
         else:
             progress.skipped += 1
             progress.skipped_in_row += 1
             if progress.skipped_in_row > config.max_skipped:
+                loss = self._weighted(value, *labels)
                 raise TrainingDivergedError(
-                    f"training diverged at step {progress.step + 1}: loss {value:g} bits/dim, gradient norm "
+                    f"training diverged at step {progress.step + 1}: loss {loss:g} bits/dim, gradient norm "
                     f"{self.grad_norm:g}, lr {self.lr:g}, {progress.skipped_in_row} steps in a row without an update"
                 )
         progress.step += 1
         return value
 
     def _backward(self, part: Part, last: bool) -> Tensor:
-        """Adds a part's share of the gradient; returns its share of the loss. Gradients meet after the last part."""
+        """Adds a part's share of the gradient; returns its share of the losses. Gradients meet after the last part."""
         y, share = labels_for(self.model, part.labels), 1.0 / self.config.accumulate
+        labels = None if part.labels is None or self.model.head is None else part.labels.to(part.x.device)
         if self.config.cuda_graphs:
-            return self._replay(part.x, y)
+            return self._replay(part.x, y).unsqueeze(0)
         apart = isinstance(self._loss, DistributedDataParallel) and not last
         with self._loss.no_sync() if apart else contextlib.nullcontext(), self.ranks.talking():
-            loss: Tensor = self._loss(part.x, y) * share
-            loss.backward()
-        return loss.detach()
+            losses: Tensor = self._loss(part.x, y, labels) * share
+            self._weighted(*losses).backward()
+        return losses.detach()
+
+    def _weighted(self, bits: Any, class_bits: Any = 0.0) -> Any:
+        """bits/dim + class_weight times the bits that the labels cost."""
+        return bits + self.config.class_weight * class_bits
 
     def _replay(self, x: Tensor, y: Tensor | None) -> Tensor:
         """Loss and gradient from a CUDA graph, which has them in nats."""
@@ -343,6 +369,6 @@ def _part_of(values: dict[str, Tensor], rank: int, name: str) -> dict[str, Tenso
 
 
 def _progress(values: dict[str, Any], name: str) -> Progress:
-    known = set(asdict(Progress()))
-    expect(set(values) == known, name, f"progress with {sorted(known)}", sorted(values))
+    known, later = set(asdict(Progress())), {"class_sum"}  # which former versions did not write
+    expect(set(values) | later == known, name, f"progress with {sorted(known)}", sorted(values))
     return Progress(**values)

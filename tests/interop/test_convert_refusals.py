@@ -277,6 +277,10 @@ class TestSaving:
         with pytest.raises(ValueError, match=r"^border1?: expected (no border term|zeros)"):
             save(model)
 
+    def test_a_classifier_is_left_out_aloud(self, save: Callable[..., Any]) -> None:
+        with pytest.warns(UserWarning, match="the classifier on the top latent is left out: no format has one"):
+            assert not any("head" in name for name in save(fresh(classify=3)))
+
     def test_changes_nothing(self, save: Callable[..., Any]) -> None:
         model = fresh().double()  # no dtype to change: what is given must be copies all the same
         before = copy.deepcopy(model.state_dict())

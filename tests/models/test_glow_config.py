@@ -30,6 +30,7 @@ OTHER_VALUES: dict[str, Any] = {
     "scale_eps": 0.1,
     "scale_clamp": 1.0,
     "border": True,
+    "classify": 10,
 }
 
 

@@ -16,8 +16,10 @@ from pyglow_fast.train import TrainConfig
 def test_json_round_trip() -> None:
     config = TrainConfig(
         data=DataConfig("folder:x", size=16, gray=True, n_bits=5, split_by="folder", held_out=0.2),
-        model=GlowConfig(image_shape=(1, 16, 16), n_levels=2, n_classes=3),
+        model=GlowConfig(image_shape=(1, 16, 16), n_levels=2, n_classes=3, classify=3),
         class_conditional=True,
+        class_weight=0.01,
+        beta2=0.99,
         clip_norm=None,
         max_minutes=1.5,
     )
@@ -73,6 +75,17 @@ def test_json_round_trip() -> None:
         ({"sample_temperature": -1.0}, "sample_temperature: expected a number, 0 or more"),
         ({"class_conditional": True}, "model: expected n_classes exactly if class_conditional, found None"),
         ({"model": GlowConfig(n_classes=2)}, "model: expected n_classes exactly if class_conditional, found 2"),
+        ({"class_weight": -0.1}, "class_weight: expected a number, 0 or more, found -0.1"),
+        ({"class_weight": "much"}, "class_weight: expected a number, 0 or more, found 'much'"),
+        ({"class_weight": float("inf")}, "class_weight: expected a number, 0 or more, found inf"),
+        ({"class_weight": 0.01}, "model: expected classify above 0 exactly if class_weight is, found 0"),
+        ({"model": GlowConfig(classify=2)}, "model: expected classify above 0 exactly if class_weight is, found 2"),
+        (
+            {"class_weight": 0.01, "model": GlowConfig(classify=2), "cuda_graphs": True},
+            r"cuda_graphs: expected class_weight 0 beside it \(.*\), found 0.01",
+        ),
+        ({"beta2": 1.0}, "beta2: expected a number from 0 to below 1, found 1.0"),
+        ({"beta2": -0.5}, "beta2: expected a number, 0 or more, found -0.5"),
         ({"model": GlowConfig(cond_channels=2)}, "model: expected cond_channels=0"),
         ({"model": {"n_levels": 2}}, "model: expected a GlowConfig, found dict"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 import warnings
@@ -341,3 +342,53 @@ def test_without_the_library_it_says_what_to_install() -> None:
     found = python(code)
     assert found.startswith("MissingExtraError lightning is needed for GlowModule and cannot be imported")
     assert found.endswith('pip install "pyglow-fast[lightning]"\n')
+
+
+def test_a_classifier_is_trained_and_scored_too(tmp_path: Path) -> None:
+    """Bright images against dark ones; the loss is that of the training loop, and checkpoints keep the weight."""
+    labels = torch.arange(32) % 2
+    levels = torch.cat(batches()) // 2 + 4 * labels.reshape(-1, 1, 1, 1).byte()
+    pairs = DataLoader(TensorDataset(levels, labels), 8)
+    torch.manual_seed(1)
+    module = Recording(GlowConfig(**FIELDS, classify=2), N_BINS, lr=2e-2, class_weight=0.5)
+    fit = trainer(tmp_path, max_epochs=1)
+    fit.fit(module, pairs, pairs)
+    found = fit.callback_metrics
+    expected = found["train_bpd"] + 0.5 * found["train_class_bits"]
+    assert module.losses[-1] == pytest.approx(float(expected), rel=1e-6)
+    trainer(tmp_path, max_epochs=15).fit(module, pairs)
+    scores = trainer(tmp_path).test(module, pairs, verbose=False)[0]
+    assert scores["test_accuracy"] > 0.9
+    assert math.isfinite(scores["test_bpd_se"])
+    assert module.hparams["class_weight"] == 0.5
+    plain = GlowModule(CONFIG, N_BINS)
+    assert "test_accuracy" not in trainer(tmp_path).test(plain, loader(), verbose=False)[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "weight", "message"),
+    [
+        ({"classify": 2}, 0.0, r"class_weight: expected a number above 0 exactly if classify=2 is, found 0\.0"),
+        ({}, 0.1, r"class_weight: expected a number above 0 exactly if classify=0 is, found 0\.1"),
+        ({"classify": 2}, -1.0, r"class_weight: expected a positive number, found -1\.0"),
+        ({"classify": 2}, math.nan, "class_weight: expected a positive number, found nan"),
+    ],
+)
+def test_weights_of_a_classifier_that_are_refused(fields: dict[str, Any], weight: float, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        GlowModule(GlowConfig(**FIELDS, **fields), N_BINS, class_weight=weight)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (None, "y: expected labels in 0..1 (n_classes=2), found NoneType"),
+        (torch.full((8,), 2), "y: expected labels in 0..1, found 2..2"),
+        (torch.zeros(8), "y: expected int64 of shape (8,), found torch.float32 (8,)"),
+    ],
+    ids=str,
+)
+def test_labels_that_a_classifier_refuses(labels: Tensor | None, message: str) -> None:
+    module = GlowModule(GlowConfig(**FIELDS, classify=2), N_BINS, class_weight=0.1)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        module._scored(batches()[0], labels, torch.Generator())

@@ -101,6 +101,19 @@ def test_two_ranks_are_one_run(tmp_path: Path, memory: str) -> None:
         assert rows[1][name] == pytest.approx(rows[0][name], rel=1e-3)
 
 
+def test_two_ranks_with_a_classifier_are_one_run(tmp_path: Path) -> None:
+    """Its gradients meet as all others do, and the held-out accuracy is that of all images."""
+    options = ["--max-steps", "6", "--log-every", "1", "--check-ranks-every", "3", "--class-weight", "0.5"]
+    run_alone([*options, "--out", "one"], tmp_path)
+    run_ranks([*options, "--out", "two"], tmp_path)
+    one, two = (read_metrics(tmp_path / name / "metrics.csv") for name in ("one", "two"))
+    for name in ("train_bpd", "train_class_bits"):
+        assert [row[name] for row in two[1:]] == pytest.approx([row[name] for row in one[1:]], rel=1e-4)
+    assert two[-1]["train_class_bits"] < two[1]["train_class_bits"]  # type: ignore[operator]
+    assert two[-1]["held_out_class_bits"] == pytest.approx(one[-1]["held_out_class_bits"], rel=1e-3)
+    assert two[-1]["held_out_accuracy"] == pytest.approx(one[-1]["held_out_accuracy"], abs=0.02)
+
+
 def test_a_resumed_run_on_as_many_and_on_other_ranks(tmp_path: Path) -> None:
     run_ranks(["--max-steps", "12", "--out", "whole"], tmp_path)
     run_ranks(["--max-steps", "5", "--out", "parts"], tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -328,7 +329,7 @@ def _split_of(split: Split) -> ZeroConv:
 
 
 def from_model(model: Glow) -> Weights:
-    """The weights of a Glow that other implementations can express.
+    """The weights of a Glow that other implementations can express; a classifier is left out, with a warning.
 
     Raises:
         ValueError: a model that none of them has: other than 2-d images, a condition to the nets, another scale map
@@ -343,6 +344,8 @@ def from_model(model: Glow) -> Weights:
         found = (config.scale_map, config.scale_bias, config.scale_eps)
         expect(found == ("sigmoid", 2.0, 0.0), "scale_map", "sigmoid(raw + 2), as in all of these formats", found)
     expect(model.is_initialized, "model", "actnorms that have seen data (model.initialize)", "fresh ones")
+    if config.classify:
+        warnings.warn("the classifier on the top latent is left out: no format has one", stacklevel=3)
     levels: list[list[Step]] = []
     for i, level in enumerate(model.levels):
         assert isinstance(level, FlowLevel)

@@ -1,0 +1,115 @@
+"""What the commands that work on latents share: their options, images as the model takes them, and the picture."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pyglow_fast._errors import expect
+from pyglow_fast.cli._common import number, user_input, whole
+from pyglow_fast.data import Batch, Images, batches, optional
+from pyglow_fast.latents import DEFAULT_SPACE, SPACES
+from pyglow_fast.likelihood import dequantize
+from pyglow_fast.models import Glow
+from pyglow_fast.train import GridRow, labels_for, save_labelled_grid, to_levels
+from pyglow_fast.train.seeds import random_subset
+
+BATCH = 64  # images that go through the model at a time
+
+
+def add_picture(parser: argparse.ArgumentParser, seed_of: str) -> None:
+    """--out, --scale and --seed."""
+    parser.add_argument("--out", required=True, metavar="PNG", help="the picture to write")
+    parser.add_argument(
+        "--scale", type=whole, metavar="N", help="enlarge each pixel by this factor (default: to 64 pixels high)"
+    )
+    parser.add_argument("--seed", type=whole, metavar="N", default=0, help=f"of {seed_of} (0)")
+
+
+def add_space(parser: argparse.ArgumentParser) -> None:
+    """--space."""
+    text = "z of every level (latent), or what the priors standardise it to (noise)"
+    parser.add_argument("--space", choices=SPACES, default=DEFAULT_SPACE, help=f"{text}; default {DEFAULT_SPACE}")
+
+
+def add_temperature(parser: argparse.ArgumentParser, default: float, text: str) -> None:
+    """--temperature."""
+    parser.add_argument("--temperature", type=number, metavar="X", default=default, help=f"{text} ({default:g})")
+
+
+def check_options(args: argparse.Namespace, *positive: str) -> None:
+    """Refuse a seed or scale, or one of the options ``positive``, that is out of its range.
+
+    Raises:
+        ValueError: one is.
+        MissingExtraError: a library for the picture is not installed: better missed now than after minutes.
+    """
+    for module in ("PIL.ImageDraw", "PIL.ImageFont", "matplotlib"):
+        optional(module, "labelled pictures")
+    for name in (*positive, "scale"):
+        value = getattr(args, name)
+        expect(value is None or value >= 1, name, "a positive whole number", value)
+    expect(0 <= args.seed < 2**63, "seed", "a whole number, 0 or more", args.seed)
+    temperature = getattr(args, "temperature", 0.0)
+    expect(0.0 <= temperature < float("inf"), "temperature", "a number, 0 or more", temperature)
+
+
+def chosen(images: Images, count: int, seed: int) -> Tensor:
+    """``count`` of the images' indices drawn by the seed, or all if there are not more."""
+    return random_subset(seed, len(images), min(count, len(images)))
+
+
+def inputs(levels: Tensor, labels: Tensor | None, n_bins: int, model: Glow) -> tuple[Tensor, Tensor | None]:
+    """(x, y) on the model's device: the middle of each level's interval, and labels for a model with classes."""
+    parameter = next(model.parameters())
+    middle = torch.full(levels.shape, 0.5, dtype=parameter.dtype)
+    x = dequantize(levels, n_bins, dtype=parameter.dtype, noise=middle)
+    return x.to(parameter.device), labels_for(model, labels)
+
+
+def read(images: Images, indices: Tensor) -> Iterator[Batch]:
+    """The images at ``indices`` in batches.
+
+    Raises:
+        InputError: one that cannot be read.
+    """
+    plan = [[(index, None) for index in part.tolist()] for part in indices.split(BATCH) if len(part)]
+    reading = batches(images, plan)
+    while True:
+        with user_input():
+            batch = next(reading, None)
+        if batch is None:
+            return
+        yield batch
+
+
+def name_of(images: Images, index: int, number: int | None = None) -> str:
+    """An image in a few words: the emoji's own name, otherwise its number (``index`` if None) and class."""
+    if images.name == "emoji" and images.groups:
+        return images.groups[index]
+    number = index if number is None else number
+    if images.labels is None:
+        return str(number)
+    return f"{number}: {images.class_names[int(images.labels[index])]}"
+
+
+def count_not_finite(x: Tensor) -> int:
+    """How many of the images (N, C, H, W) hold NaN or inf."""
+    return int((~x.isfinite().flatten(1).all(1)).sum())
+
+
+def not_finite_note(count: int, of: str = "of them") -> str:
+    """In words for the end of a clause; empty for none."""
+    return f" ({count} {of} not finite, shown grey)" if count else ""
+
+
+def save(
+    path: Path, rows: list[tuple[str, Tensor]], n_bins: int, columns: list[str], title: str, scale: int | None
+) -> None:
+    """Rows of model outputs x (n, C, H, W) as a labelled grid."""
+    shown = [GridRow(label, to_levels(x, n_bins).cpu()) for label, x in rows]
+    save_labelled_grid(shown, n_bins, path, columns, title, scale)

@@ -1,0 +1,124 @@
+"""Edits of emoji whose true result is known: the same emoji in a skin tone."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyglow_fast._errors import expect
+from pyglow_fast.data import DataConfig, Images, emoji_tone_pairs, load_data
+from pyglow_fast.data.cache import cached
+from pyglow_fast.latents import EditScore, edit_score, mean_and_error, rmse
+from pyglow_fast.train.files import write_text
+
+
+@dataclass(frozen=True)
+class TonePairs:
+    """Indices of emoji without a tone and of the same ones in one tone: training ones, and held-out ones.
+
+    Args:
+        train_bases, train_variants: the direction is the mean of the latter minus that of the former.
+        bases, targets: what is edited, and what it should become.
+    """
+
+    train_bases: Tensor
+    train_variants: Tensor
+    bases: Tensor
+    targets: Tensor
+
+
+def tone_pairs(tone: str, data: Images, config: DataConfig, held_out: Tensor) -> TonePairs:
+    """The pairs of one tone; an emoji and its tones are on one side of the split, which keeps groups together.
+
+    Args:
+        tone: one of the names in TONES.
+        data: all emoji.
+        config: as they were loaded.
+        held_out: indices of the held-out ones.
+
+    Raises:
+        ValueError: images were left out as unreadable, so that indices are not those of the list; or no pairs.
+    """
+    _, _, path = config.name.partition(":")
+    root = Path(path) if path else cached("emoji")
+    if config.on_unreadable != "raise":
+        listed = len(load_data(replace(config, in_memory=False)))
+        expect(len(data) == listed, "tone", f"all {listed} emoji of the list", f"{len(data)} that can be read")
+    test = set(held_out.tolist())
+    pairs = [pair for pair in emoji_tone_pairs(root) if pair.tone == tone]
+    sides = [[pair for pair in pairs if (pair.base in test) == wanted] for wanted in (False, True)]
+    for name, side in zip(("training", "held-out"), sides, strict=True):
+        expect(len(side) > 0, "tone", f"{name} emoji with the tone {tone!r}", "none")
+    (bases, variants), (held, targets) = (
+        (torch.tensor([pair.base for pair in side]), torch.tensor([pair.variant for pair in side])) for side in sides
+    )
+    return TonePairs(bases, variants, held, targets)
+
+
+@dataclass(frozen=True)
+class Row:
+    """The score of one way to come near the target at one strength (None for copying)."""
+
+    edit: str
+    strength: float | None
+    score: EditScore
+
+
+def copy_and_table(
+    x: Tensor, edited: Tensor, target: Tensor, pixels: Tensor, strengths: list[float]
+) -> tuple[list[Row], str]:
+    """Scores of the edits, and beside them of two that need no model: copying, and a shift of the pixels.
+
+    Args:
+        x: unedited images (N, C, H, W).
+        edited: (N, S, C, H, W).
+        target: (N, C, H, W).
+        pixels: (C, H, W), the mean pixel difference of the training pairs.
+        strengths: S numbers.
+    """
+    rows = [Row("copy", None, edit_score(x, target, x))]
+    for i, value in enumerate(strengths):
+        rows.append(Row("latents", value, edit_score(edited[:, i], target, x)))
+    for value in strengths:
+        rows.append(Row("pixels", value, edit_score(x + value * pixels.to(x), target, x)))
+    mean, error = mean_and_error(rmse(x, target))
+    lines = [
+        "RMSE to the true target over pixels from 0 to 1, mean over the images ± its standard error",
+        f"  copy (no edit): {mean:.4f}{_error(error)}",
+        "  strength  edit of the latents   better than copy by   not finite   pixels shifted by their mean difference",
+    ]
+    edits = {row.strength: row.score for row in rows if row.edit == "latents"}
+    shifts = {row.strength: row.score for row in rows if row.edit == "pixels"}
+    for value in strengths:
+        edit, shift = edits[value], shifts[value]
+        lines.append(
+            f"  {value:>8g}  {edit.distance:.4f}{_error(edit.standard_error):<12}"
+            f"  {edit.gain:>+8.4f}{_error(edit.gain_error):<12}  {edit.not_finite:>9d}"
+            f"     {shift.distance:.4f}{_error(shift.standard_error)}"
+        )
+    return rows, "\n".join(lines)
+
+
+def _error(value: float) -> str:
+    return "" if math.isnan(value) else f" ± {value:.4f}"
+
+
+def write_scores(rows: list[Row], path: Path) -> None:
+    """One line a row; a standard error of a single image is empty."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["edit", "strength", "rmse", "rmse_se", "gain", "gain_se", "images", "not_finite"])
+    for row in rows:
+        score = row.score
+        numbers: list[Any] = [score.distance, score.standard_error, score.gain, score.gain_error]
+        texts = ["" if math.isnan(value) else f"{value:.6g}" for value in numbers]
+        strength = "" if row.strength is None else f"{row.strength:g}"
+        writer.writerow([row.edit, strength, *texts, score.images, score.not_finite])
+    write_text(path, buffer.getvalue())

@@ -1,0 +1,88 @@
+"""``pyglow-fast compare``: the paper's ablation, permutations x couplings over several seeds."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+
+from pyglow_fast._errors import expect
+from pyglow_fast.cli._common import folder_name, user_input, whole
+from pyglow_fast.cli._train_options import add_options
+from pyglow_fast.cli.train import gathered, make_config
+from pyglow_fast.data import DATA_HELP
+from pyglow_fast.experiments import Comparison, variants
+from pyglow_fast.train.config import images_for
+
+PERMUTATIONS = ("reverse", "shuffle", "invconv")
+COUPLINGS = ("additive", "affine")
+_SPECIAL = ("run_command", "data", "out", "quiet", "command", "config", "preset")
+_VARIED = ("permutations", "couplings", "seeds")
+_PLURAL = {"permutation": "permutations", "coupling": "couplings", "seed": "seeds"}
+
+
+def _refused(plural: str) -> Callable[[str], str]:
+    """A type for argparse that no text has."""
+
+    def refuse(text: str) -> str:
+        raise argparse.ArgumentTypeError(f"expected --{plural} in its place, which takes several, found {text!r}")
+
+    return refuse
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the command."""
+    about = "train permutations x couplings over several seeds, and compare their held-out bits/dim"
+    parser = commands.add_parser(
+        "compare", help=about, description=about, argument_default=argparse.SUPPRESS, conflict_handler="resolve"
+    )
+    parser.set_defaults(run_command=run)
+    parser.add_argument("data", metavar="DATA", nargs="?", default=None, help=DATA_HELP)
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=folder_name,
+        metavar="DIR",
+        help="a folder; runs that are finished in it are not trained again, others go on",
+    )
+    parser.add_argument(
+        "--permutations",
+        nargs="+",
+        default=list(PERMUTATIONS),
+        metavar="NAME",
+        help=f"({' '.join(PERMUTATIONS)}); invconv_plain too",
+    )
+    parser.add_argument(
+        "--couplings", nargs="+", default=list(COUPLINGS), metavar="NAME", help=f"({' '.join(COUPLINGS)})"
+    )
+    parser.add_argument("--seeds", nargs="+", type=whole, default=[0, 1, 2], metavar="N", help="(0 1 2)")
+    parser.add_argument(
+        "--config", default=None, metavar="FILE", help="settings from a file, as for train; options come before them"
+    )
+    parser.add_argument("--preset", default=None, metavar="NAME", help="settings under a name, as for train")
+    parser.add_argument("--quiet", action="store_true", default=False, help="print the table only")
+    add_options(parser)
+    for name, plural in _PLURAL.items():  # in the place of train's option of that name
+        parser.add_argument(f"--{name}", type=_refused(plural), help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train all and compare; returns the exit code."""
+    with user_input():
+        world = os.environ.get("WORLD_SIZE", "1")
+        expect(world == "1", "WORLD_SIZE", "1, since the runs follow one another in one process", repr(world))
+        given, name, preset = gathered(args, (*_SPECIAL, *_VARIED))
+        if preset is not None:
+            name = images_for(preset, name)
+        expect(name is not None, "data", DATA_HELP, "none")
+        assert name is not None  # for the type checker: refused above
+        first = {"permutation": args.permutations[0], "coupling": args.couplings[0], "seed": args.seeds[0]}
+        base, data = make_config(given | first, name, preset)
+        comparison = Comparison(variants(base, args.permutations, args.couplings, args.seeds), args.out, data)
+    signum = comparison.execute(args.quiet)
+    print(f"\n{comparison.write()}")
+    if signum is not None:
+        print(f"stopped; the same command goes on in {args.out}")
+        return 128 + signum
+    print("\n".join(str(path) for path in comparison.files))
+    return 1 if comparison.failures else 0

@@ -1,0 +1,114 @@
+"""``pyglow-fast interpolate``: from one image to another through the latents of every level."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import Tensor
+
+from pyglow_fast._errors import expect
+from pyglow_fast.cli._common import add_run, open_run, picture_path, user_input, whole
+from pyglow_fast.cli._images import add_images, images_of
+from pyglow_fast.cli._latents import (
+    add_picture,
+    add_space,
+    check_options,
+    count_not_finite,
+    inputs,
+    name_of,
+    not_finite_note,
+    read,
+    save,
+)
+from pyglow_fast.data import Images
+from pyglow_fast.latents import interpolate
+from pyglow_fast.train import derive, to_levels
+
+PAIRS = 4
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the command."""
+    about = "paths from one image to another through the latents"
+    parser = commands.add_parser("interpolate", help=about, description=about)
+    parser.set_defaults(run_command=run)
+    add_run(parser)
+    add_images(parser)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--images",
+        type=whole,
+        nargs="+",
+        action="append",
+        metavar="I",
+        help="the numbers of two images of the part, from 0; may be repeated",
+    )
+    which.add_argument("--pairs", type=whole, metavar="N", help=f"so many random pairs ({PAIRS})")
+    parser.add_argument("--steps", type=whole, metavar="N", default=8, help="images on each path, both ends too (8)")
+    parser.add_argument("--spherical", action="store_true", help="on great circles, level by level, not straight")
+    add_space(parser)
+    add_picture(parser, "the random pairs")
+
+
+def pairs_of(args: argparse.Namespace, images: Images) -> Tensor:
+    """Indices (n, 2) of the images that paths go between.
+
+    Raises:
+        ValueError: not two different images that there are.
+    """
+    count = len(images)
+    if args.images is None:
+        pairs = args.pairs or PAIRS
+        expect(
+            args.pairs is None or 2 * pairs <= count,
+            "pairs",
+            f"at most {count // 2}, as there are {count} images",
+            args.pairs,
+        )
+        expect(count >= 2, "data", "two images or more to interpolate between", count)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(derive(args.seed, "pairs")))
+        pairs = min(pairs, count // 2)
+        return order[: 2 * pairs].reshape(pairs, 2)
+    for pair in args.images:
+        text = " ".join(map(str, pair))
+        expect(len(pair) == 2 and pair[0] != pair[1], "images", "the numbers of two different images", text)
+        inside = all(0 <= index < count for index in pair)
+        expect(inside, "images", f"numbers in 0..{count - 1}", text)
+    return torch.tensor(args.images)
+
+
+@torch.no_grad()
+def run(args: argparse.Namespace) -> int:
+    """Interpolate; returns the exit code."""
+    with user_input():
+        check_options(args, "pairs")
+        expect(args.steps >= 2, "steps", "a whole number, 2 or more (both ends are steps)", args.steps)
+        out = picture_path(args.out)
+        _, checkpoint, model = open_run(args)
+        images, _, part = images_of(args, checkpoint, model)
+        pairs = pairs_of(args, images)
+    n_bins, rows, error, changed, bad = images.n_bins, [], 0.0, 0, 0
+    # Both ends of a pair follow each other, and a batch is even: no pair is cut.
+    first = 0
+    for batch in read(images, pairs.flatten()):
+        x, y = inputs(batch.levels, batch.labels, n_bins, model)
+        labels = None if y is None else (y[::2], y[1::2])
+        paths = interpolate(model, x[::2], x[1::2], args.steps, args.spherical, args.space, labels)
+        ends = paths[:, [0, -1]].flatten(0, 1)  # in the order of x
+        error = max(error, float((ends - x).abs().max()))
+        changed += int((to_levels(ends, n_bins).cpu() != batch.levels).sum())
+        bad += count_not_finite(paths.flatten(0, 1))
+        for i, path in enumerate(paths):
+            names = [name_of(images, int(index)) for index in pairs[first + i]]
+            rows.append(("\n→ ".join(names), torch.cat([x[2 * i : 2 * i + 1], path, x[2 * i + 1 : 2 * i + 2]])))
+        first += len(paths)
+    how = "spherical" if args.spherical else "linear"
+    columns = ["A", *(f"{i / (args.steps - 1):.2g}" for i in range(args.steps)), "B"]
+    what = f"{images.name}, {part}: {how} paths in {args.space} space"
+    save(out, rows, n_bins, columns, what, args.scale)
+    print(
+        f"{len(pairs)} pairs of {what}, {args.steps} steps{not_finite_note(bad, 'images')}; "
+        f"ends off by at most {error:.3g} ({error * n_bins:.2g} levels), {changed} levels changed: {out}"
+    )
+    return 0

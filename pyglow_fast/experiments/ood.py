@@ -1,0 +1,124 @@
+"""Can a likelihood tell foreign images from those a model was trained on? AUROC, and a histogram of both."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyglow_fast._errors import expect
+from pyglow_fast.data import optional
+from pyglow_fast.train.files import replacing
+
+BINS = 60  # at most; fewer for fewer images
+TAIL = 0.001  # share of each set that may lie beyond either end of the axis
+
+
+@dataclass(frozen=True)
+class Auroc:
+    """P(s' > s) + P(s' = s) / 2 for a foreign image's score s' and an own image's s, with its standard error.
+
+    ``standard_error`` is NaN where the sets are wholly apart: there DeLong's estimate has nothing to go by.
+    """
+
+    value: float
+    standard_error: float
+
+    @property
+    def below_chance(self) -> bool:
+        """Whether foreign images have lower scores, by more than two standard errors."""
+        return self.value + (0.0 if math.isnan(self.standard_error) else 2.0 * self.standard_error) < 0.5
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        error = "n/a" if math.isnan(self.standard_error) else f"{self.standard_error:.4f}"
+        return f"{self.value:.4f} ± {error}"
+
+
+def auroc(own: Tensor, foreign: Tensor) -> Auroc:
+    """AUROC = mean over pairs of 1[s' > s] + 1[s' = s] / 2, with DeLong's standard error.
+
+    With V_j the share of own scores below foreign score j (ties count half) and W_i the share of foreign scores above
+    own score i, the variance is var(V) / m + var(W) / n. 0.5 is chance; below it foreign images score *lower*.
+
+    Args:
+        own: (n,) floating, scores of images like those of the training, n >= 2.
+        foreign: (m,) floating, scores of other images, m >= 2.
+
+    Raises:
+        ValueError: fewer than two scores, or one that is not finite.
+        MissingExtraError: scikit-learn is not installed.
+
+    Reference: DeLong, DeLong & Clarke-Pearson 1988.
+    """
+    for name, values in (("own", own), ("foreign", foreign)):
+        expect(values.dim() == 1 and len(values) >= 2, name, "at least 2 scores", tuple(values.shape))
+        expect(bool(values.isfinite().all()), name, "finite scores", "NaN or inf")
+    a, b = own.double().numpy(), foreign.double().numpy()
+    truth = np.repeat([0, 1], [len(a), len(b)])
+    value = float(optional("sklearn.metrics", "the AUROC").roc_auc_score(truth, np.concatenate([a, b])))
+    variance = _placements(b, a).var(ddof=1) / len(b) + (1.0 - _placements(a, b)).var(ddof=1) / len(a)
+    return Auroc(value, math.sqrt(variance) if variance > 0.0 else math.nan)
+
+
+def _placements(scores: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """The share of ``others`` below each of ``scores``, ties counting half."""
+    ordered = np.sort(others)
+    below, up_to = (np.searchsorted(ordered, scores, side) for side in ("left", "right"))
+    return (below + up_to) / (2.0 * len(others))
+
+
+def typicality(bits_per_dim: Tensor, typical: float) -> Tensor:
+    """|b - b_typical|: how far from the typical bits/dim of the training images, in either direction.
+
+    Args:
+        bits_per_dim: b, any shape.
+        typical: the mean bits/dim of training images.
+
+    Reference: Nalisnick et al. 2019, "Detecting out-of-distribution inputs to deep generative models using typicality"
+    (their test for a single image).
+    """
+    return (bits_per_dim - typical).abs()
+
+
+def save_histogram(path: Path, own: Tensor, foreign: Tensor, names: tuple[str, str], title: str) -> None:
+    """Both sets of bits/dim as one histogram on common bins, each as the share of its images in a bin, as a PNG.
+
+    Args:
+        path: the picture, replaced atomically.
+        own, foreign: (n,) and (m,), finite, bits/dim. At most TAIL of each set lies beyond either end of the axis;
+            the label of the axis says how many images do.
+        names: of the two sets, for the legend.
+        title: of the picture.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    sets = [own.double(), foreign.double()]
+    edges = torch.tensor([TAIL, 1.0 - TAIL], dtype=torch.float64)
+    ends = torch.stack([values.quantile(edges) for values in sets])
+    low, high = float(ends[:, 0].min()), float(ends[:, 1].max())
+    margin = 0.02 * (high - low) or 0.5
+    count = min(BINS, max(10, 2 * math.isqrt(min(map(len, sets)))))
+    bins = np.linspace(low - margin, high + margin, count + 1)
+    beyond = sum(int(((values < bins[0]) | (values > bins[-1])).sum()) for values in sets)
+    figure_class = optional("matplotlib.figure", "the histogram").Figure  # no pyplot: no global state
+    axes = (figure := figure_class(figsize=(8, 4.5), layout="constrained")).subplots()
+    for values, name, colour in zip(sets, names, ("C0", "C1"), strict=True):
+        share = np.full(len(values), 100.0 / len(values))
+        label = f"{name}: {len(values)} images, mean {float(values.mean()):.3f}"
+        axes.hist(values.numpy(), bins, weights=share, alpha=0.55, color=colour, label=label)
+        axes.axvline(float(values.mean()), color=colour, ls="--", lw=1.2)
+    axes.set_title(title, parse_math=False)
+    unseen = f"; {beyond} images lie beyond this axis" if beyond else ""
+    axes.set(xlabel=f"bits/dim (less is more likely{unseen})", ylabel="share of the set's images, %")
+    axes.grid(alpha=0.3)
+    for text in axes.legend().get_texts():
+        text.set_parse_math(False)  # the names of images may hold a $
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

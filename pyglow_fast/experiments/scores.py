@@ -1,0 +1,119 @@
+"""Bits/dim of single images as a CSV file."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pyglow_fast._errors import expect
+from pyglow_fast.data import Images, LazyImages
+from pyglow_fast.data.lazy import FileReader
+from pyglow_fast.train import ImageScores
+from pyglow_fast.train.files import write_text
+
+NAMED = 5  # images that are named in a line about many
+
+
+@dataclass(frozen=True)
+class ScoredImages:
+    """Images, and what a model makes of them.
+
+    Args:
+        images: that were scored, or of which some were.
+        scores: of them; its indices are those in ``images``.
+        positions: int64 (len(images),), the index of each image in the set that they come from; None: the same.
+
+    Raises:
+        ValueError: positions of another number of images.
+    """
+
+    images: Images
+    scores: ImageScores
+    positions: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        fits = self.positions is None or len(self.positions) == len(self.images)
+        found = None if self.positions is None else len(self.positions)
+        expect(fits, "positions", f"{len(self.images)} of them, one an image", found)
+
+    @property
+    def finite(self) -> Tensor:
+        """bool (n,), which of the scores are numbers."""
+        return self.scores.bits_per_dim.isfinite()
+
+    def position(self, index: int) -> int:
+        """Where image ``index`` is in the set that it comes from."""
+        return index if self.positions is None else int(self.positions[index])
+
+    def name(self, index: int) -> str:
+        """The file of image ``index`` if it is read when needed, else the key of its group; "" if it has neither.
+
+        Of images in memory the groups are what is left of their names: of a folder's images the file, of photos' tiles
+        the photo, of emoji the emoji without its skin tone.
+        """
+        images = self.images
+        if isinstance(images, LazyImages) and isinstance(images.reader, FileReader):
+            return images.reader.names[index if images.positions is None else int(images.positions[index])]
+        return images.groups[index] if images.groups else ""
+
+    def label(self, index: int) -> str:
+        """The name of image ``index``'s class, or "" without labels."""
+        labels = self.images.labels
+        return "" if labels is None else self.images.class_names[int(labels[index])]
+
+    def listing(self, indices: list[int]) -> str:
+        """Images in words: the first few by position and name, and how many more."""
+        shown = [f"{self.position(i)}{f' ({self.name(i)})' if self.name(i) else ''}" for i in indices[:NAMED]]
+        more = len(indices) - len(shown)
+        return ", ".join(shown) + (f" and {more} more" if more else "")
+
+    def complaints(self) -> list[str]:
+        """Lines about images without a finite score, and about those that could not be read."""
+        bad = self.scores.indices[~self.finite].tolist()
+        lost = list(self.scores.unreadable)
+        what = "without a finite likelihood, left out of the figures"
+        lines = [f"{_images(len(bad))} {what}: {self.listing(bad)}"] if bad else []
+        return lines + ([f"{_images(len(lost))} that cannot be read: {self.listing(lost)}"] if lost else [])
+
+
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count} images"
+
+
+def score_csv(sets: Mapping[str, ScoredImages]) -> str:
+    """One line an image: set, index, name, label, bits_per_dim, bits_per_dim_sd, as text.
+
+    The columns ``set``, ``name``, ``label`` and ``bits_per_dim_sd`` (over the draws) are there where there are several
+    sets, an image has a name, a class, and more than one draw. Scores that are not finite are ``nan`` and ``inf``.
+
+    Args:
+        sets: what is written, by a name that each set has in the column ``set``.
+    """
+    rows = [(name, found, at, i) for name, found in sets.items() for at, i in enumerate(found.scores.indices.tolist())]
+    draws = max((found.scores.draws.shape[1] for found in sets.values()), default=1)
+    columns: dict[str, list[str]] = {"set": [name for name, *_ in rows]} if len(sets) > 1 else {}
+    columns["index"] = [str(found.position(i)) for _, found, _, i in rows]
+    named = {"name": [found.name(i) for _, found, _, i in rows], "label": [found.label(i) for _, found, _, i in rows]}
+    columns |= {title: values for title, values in named.items() if any(values)}
+    values = torch.cat([found.scores.bits_per_dim for found in sets.values()]).tolist()
+    columns["bits_per_dim"] = [f"{value:.9g}" for value in values]
+    if draws > 1:
+        spread = torch.cat([found.scores.spread for found in sets.values()]).tolist()
+        columns["bits_per_dim_sd"] = [f"{value:.9g}" for value in spread]
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    # A file's name may be bytes that are no text.
+    return buffer.getvalue().encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def write_scores(path: Path, sets: Mapping[str, ScoredImages]) -> None:
+    """Replace ``path`` by :func:`score_csv`."""
+    write_text(path, score_csv(sets))

@@ -1,0 +1,151 @@
+"""From one image to another through the latents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyglow_fast import functional
+from pyglow_fast._errors import expect
+from pyglow_fast.latents.spaces import (
+    DEFAULT_SPACE,
+    check_finite,
+    check_images,
+    check_space,
+    decode_each,
+    to_space,
+)
+from pyglow_fast.models import Glow
+
+# Directions nearer to opposite than this have no great circle that rounding leaves alone: sin(angle) divides.
+_OPPOSITE = 1e-3
+
+
+def linear(a: Tensor, b: Tensor, t: float) -> Tensor:
+    """(1 - t) a + t b; exactly a at t = 0 and exactly b at t = 1."""
+    return (1.0 - t) * a + t * b
+
+
+def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
+    """n(t) (sin((1 - t) w) u + sin(t w) v) / sin w, per sample: u, v the unit vectors of a and b, w their angle.
+
+    The norm n(t) = (1 - t)|a| + t|b| goes straight from one to the other, which a linear path falls short of: two
+    independent latents are almost orthogonal, and their mean is shorter than both by sqrt(2). Where there is no great
+    circle (parallel, opposite or zero vectors) the path is linear.
+
+    Args:
+        a, b: (N, ...), floating; one shape.
+        t: 0 gives a and 1 gives b, exactly.
+
+    Returns:
+        (N, ...), like a.
+
+    Raises:
+        ValueError: shapes or dtypes differ, or t outside 0..1.
+
+    Reference: Shoemake 1985; White 2016, "Sampling generative networks".
+    """
+    expect(
+        isinstance(a, Tensor) and isinstance(b, Tensor), "a, b", "tensors", f"{type(a).__name__}, {type(b).__name__}"
+    )
+    expect(a.is_floating_point() and a.dtype == b.dtype, "b", f"a floating dtype, that of a ({a.dtype})", b.dtype)
+    expect(a.dim() >= 1 and a.shape == b.shape, "b", f"shape {tuple(a.shape)}, that of a", tuple(b.shape))
+    expect(0.0 <= t <= 1.0, "t", "a number in 0..1", t)
+    first, second = a.flatten(1).double(), b.flatten(1).double()
+    norms = [vector.norm(dim=1, keepdim=True) for vector in (first, second)]
+    one = torch.ones_like(norms[0])
+    u, v = (vector / norm.where(norm > 0, one) for vector, norm in zip((first, second), norms, strict=True))
+    apart, together = (u - v).norm(dim=1, keepdim=True), (u + v).norm(dim=1, keepdim=True)
+    angle = 2.0 * torch.atan2(apart, together)  # accurate where acos(u v) is not, near 0 and pi
+    usable = (norms[0] > 0) & (norms[1] > 0) & (angle > 0) & (together > _OPPOSITE)
+    norms = [norm.where(usable, one) for norm in norms]
+    angle = angle.where(usable, one)
+    norm = linear(norms[0], norms[1], t)
+    weights = [
+        (norm / own * (share * angle).sin() / angle.sin()).where(usable, share * one)
+        for own, share in zip(norms, (1.0 - t, t), strict=True)
+    ]
+    return (weights[0] * first + weights[1] * second).reshape(a.shape).to(a.dtype)
+
+
+def interpolate_latents(
+    a: Sequence[Tensor], b: Sequence[Tensor], steps: int = 8, spherical: bool = False
+) -> list[list[Tensor]]:
+    """The latents at t = 0, 1 / (steps - 1), ..., 1 between a and b, each level on its own.
+
+    Args:
+        a, b: one tensor (N, C, *spatial) a level.
+        steps: points, both ends included.
+        spherical: :func:`slerp` rather than :func:`linear`. Every level keeps its own norm: over all levels together
+            the directions of the many shallow values would decide how the few deep ones turn.
+
+    Raises:
+        ValueError: fewer than two steps, or latents that do not fit each other or are not finite.
+    """
+    whole = isinstance(steps, int) and not isinstance(steps, bool)
+    expect(whole and steps >= 2, "steps", "a whole number, 2 or more (both ends are steps)", repr(steps))
+    expect(isinstance(spherical, bool), "spherical", "True or False", repr(spherical))
+    check_finite("a", a)
+    check_finite("b", b)
+    expect(len(a) == len(b), "b", f"{len(a)} tensors, as in a", len(b))
+    for i, (first, second) in enumerate(zip(a, b, strict=True)):
+        expect(first.shape == second.shape, f"b[{i}]", f"shape {tuple(first.shape)}, as in a", tuple(second.shape))
+    between = slerp if spherical else linear
+    times = [i / (steps - 1) for i in range(steps)]
+    return [[between(first, second, t) for first, second in zip(a, b, strict=True)] for t in times]
+
+
+@torch.no_grad()
+def interpolate(
+    model: Glow,
+    a: Tensor,
+    b: Tensor,
+    steps: int = 8,
+    spherical: bool = False,
+    space: str = DEFAULT_SPACE,
+    y: tuple[Tensor, Tensor] | None = None,
+    cond: Tensor | None = None,
+) -> Tensor:
+    """x(t) = decode(path(encode(a), encode(b), t)) for t = 0, 1 / (steps - 1), ..., 1: each a[i] on its way to b[i].
+
+    In the noise of a model with classes, the mean and log sd of the top prior go linearly from those of the class of
+    a to those of the class of b, so that the path is continuous and both ends are the images.
+
+    Args:
+        model: a Glow.
+        a, b: images (N, C, *spatial), in about [-0.5, 0.5].
+        steps: images of the path, both ends included.
+        spherical: on great circles, level by level; see :func:`slerp`.
+        space: "latent" or "noise", see :func:`to_space`.
+        y: labels (N,) of a and of b, for a model with classes.
+        cond: the condition of both, if the model has one.
+
+    Returns:
+        (N, steps, C, *spatial); the first of each row is a and the last b, up to rounding.
+
+    Raises:
+        ValueError: images that are not as many in b as in a or do not fit the model, or an option out of its range.
+
+    Reference: Kingma & Dhariwal 2018, figure 5 (linear).
+    """
+    check_space(space)
+    pair = y if y is not None else (None, None)
+    expect(isinstance(pair, tuple | list) and len(pair) == 2, "y", "a pair: labels of a and of b", type(y).__name__)
+    for name, x, labels in (("a", a, pair[0]), ("b", b, pair[1])):
+        check_images(name, model, x, labels)
+    expect(len(a) == len(b), "b", f"{len(a)} images, one for each of a", len(b))
+    start, end = (to_space(model, x, space, labels, cond) for x, labels in zip((a, b), pair, strict=True))
+    points = interpolate_latents(start, end, steps, spherical)
+    if space == "noise" and pair[0] is not None:
+        points = [_between_classes(model, point, pair, i / (steps - 1)) for i, point in enumerate(points)]
+    return decode_each(model, points, space, pair[0], cond)
+
+
+def _between_classes(model: Glow, noise: list[Tensor], y: Sequence[Tensor | None], t: float) -> list[Tensor]:
+    """The noise that under the class of a gives the top latent of a prior between both classes."""
+    top = noise[-1]
+    (mean_a, log_sd_a), (mean_b, log_sd_b) = (model.prior(top, labels) for labels in y)
+    latent = functional.gaussian_sample(top, linear(mean_a, mean_b, t), linear(log_sd_a, log_sd_b, t))
+    return [*noise[:-1], (latent - mean_a) * (-log_sd_a).exp()]

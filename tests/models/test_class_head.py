@@ -1,0 +1,162 @@
+"""The classifier on the top latent: its formula, its gradients through every memory mode, and one pass for all."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_close
+from plain_glow import plain_encode, plain_log_prob
+from torch import Tensor
+
+import pyglow_fast as pgf
+from pyglow_fast.models.class_head import ClassHead, class_bits
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CONDITION = 1000.0  # as for the models of glow_settings, which these are like
+WEIGHT = 0.7
+FIELDS: dict[str, Any] = {"image_shape": (1, 4, 8), "n_levels": 2, "n_steps": 2, "hidden": 5, "classify": 3}
+
+
+def trained(**fields: Any) -> pgf.Glow:
+    """A small model in float64, away from its start."""
+    model = pgf.Glow(**(FIELDS | fields)).double()
+    model.initialize(torch.rand(64, *model.config.image_shape, dtype=torch.float64) - 0.5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def batch(model: pgf.Glow) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x, labels, and the labels to condition on, if the model has such classes."""
+    x = torch.rand(4, *model.config.image_shape, dtype=torch.float64) - 0.5
+    labels = torch.tensor([2, 0, 1, 2])
+    return x, labels, None if model.config.n_classes is None else labels
+
+
+def plain_loss(model: pgf.Glow, state: dict[str, Tensor], x: Tensor, labels: Tensor, y: Tensor | None) -> Tensor:
+    """Bits/dim + WEIGHT times the bits of the labels, written out, by ordinary autograd."""
+    n_values = model.config.n_values
+    top = plain_encode(state, model.config, x, y)[0][-1][0]
+    pooled = top.mean(dim=tuple(range(2, top.dim())))
+    logits = (pooled @ state["head.weight"].T + state["head.bias"]) * (3 * state["head.log_gain"]).exp()
+    cost = (logits.logsumexp(1) - logits[torch.arange(len(x)), labels]) / math.log(2)
+    bits = -plain_log_prob(state, model.config, x, y) / (n_values * math.log(2))
+    return (bits + WEIGHT * cost).mean()
+
+
+def loss(model: pgf.Glow, x: Tensor, labels: Tensor, y: Tensor | None) -> Tensor:
+    log_prob, logits = model.log_prob_and_logits(x, y)
+    bits = -log_prob / (model.config.n_values * math.log(2))
+    return (bits + WEIGHT * class_bits(logits, labels)).mean()
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 3), (2, 4, 3, 5), (2, 4, 1, 2, 3)], ids=str)
+def test_the_formula(shape: tuple[int, ...]) -> None:
+    head, z = ClassHead(4, 3).double(), torch.randn(shape, dtype=torch.float64)
+    assert not head(z).any()  # a fresh one finds all classes equally likely
+    assert torch.allclose(class_bits(head(z), torch.tensor([0, 2])), torch.full((2,), math.log2(3)).double())
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.normal_()
+    pooled = z.flatten(2).sum(2) / math.prod(shape[2:])
+    expected = torch.stack([(head.weight[k] * pooled).sum(1) + head.bias[k] for k in range(3)], 1)
+    assert_close(head(z), expected * torch.exp(3 * head.log_gain))
+    with torch.autocast("cpu"):
+        assert head.float()(z.float()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("memory", ["reversible", "checkpoint", "store"])
+@pytest.mark.parametrize("n_classes", [None, 3])
+def test_gradients_are_those_of_the_plain_computation(memory: str, n_classes: int | None) -> None:
+    model = trained(n_classes=n_classes)
+    model.memory = memory
+    x, labels, y = batch(model)
+    parameters = dict(model.named_parameters())
+    value = loss(model, x, labels, y)
+    gradients = torch.autograd.grad(value, list(parameters.values()))
+    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    leaves = [state[name].requires_grad_() for name in parameters]
+    plain = plain_loss(model, state, x, labels, y)
+    assert_close(value, plain, condition=CONDITION)
+    for name, got, expected in zip(parameters, gradients, torch.autograd.grad(plain, leaves), strict=True):
+        assert expected.abs().max() > 0, name
+        assert_close(got, expected, condition=CONDITION)
+
+
+def test_the_loss_reaches_the_flow_through_the_latent() -> None:
+    model = trained()
+    x, labels, _ = batch(model)
+    cost = class_bits(model.class_logits(x), labels).sum()
+    first = model.levels[0].steps[0].actnorm  # the very first layer
+    found = torch.autograd.grad(cost, list(first.parameters()))
+    assert all(gradient.abs().max() > 1e-6 for gradient in found)
+
+
+def test_one_pass_gives_the_likelihood_and_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained(n_classes=3).eval()
+    x, _, y = batch(model)
+    log_prob, logits = model.log_prob_and_logits(x, y)
+    assert torch.equal(log_prob, model.log_prob(x, y))
+    assert torch.equal(logits, model.class_logits(x))
+    assert model.head is not None
+    assert torch.equal(logits, model.head(model(x)[0][-1]))
+    assert logits.shape == (4, 3)
+    passes, encode = [], model._encode
+
+    def counted(*arguments: Any) -> Any:
+        passes.append(1)
+        return encode(*arguments)
+
+    monkeypatch.setattr(model, "_encode", counted)
+    model.log_prob_and_logits(x, y)
+    assert len(passes) == 1
+
+
+def test_the_likelihood_is_that_of_the_model_without_it() -> None:
+    model = trained()
+    plain = pgf.Glow(**(FIELDS | {"classify": 0})).double()
+    missing, extra = plain.load_state_dict(model.state_dict(), strict=False)
+    assert (missing, sorted(extra)) == ([], ["head.bias", "head.log_gain", "head.weight"])
+    x, _, _ = batch(model)
+    assert torch.equal(plain.eval().log_prob(x), model.eval().log_prob(x))
+    assert torch.equal(model.freeze().class_logits(x), model.freeze().log_prob_and_logits(x)[1])
+
+
+def test_compiled_it_is_one_graph() -> None:
+    model = trained(n_levels=1, n_steps=1)
+    model.memory = "store"
+    x, labels, y = batch(model)
+    parameters = list(model.parameters())
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(model, x, labels, y), parameters)
+    for got, expected in zip(found, torch.autograd.grad(loss(model, x, labels, y), parameters), strict=True):
+        assert_close(got, expected, condition=CONDITION)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"classify": -1}, "classify: expected 0 or a positive int, found -1"),
+        ({"classify": True}, "classify: expected 0 or a positive int, found True"),
+        ({"classify": 2.0}, r"classify: expected 0 or a positive int, found 2\.0"),
+        ({"classify": None}, "classify: expected 0 or a positive int, found None"),
+        ({"n_classes": 4}, "classify: expected 0 or n_classes=4, found 3"),
+    ],
+    ids=str,
+)
+def test_refusals(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        pgf.GlowConfig(**(FIELDS | fields))
+
+
+def test_a_model_without_one_says_so() -> None:
+    model = trained(classify=0)
+    x, _, _ = batch(model)
+    for method in (model.class_logits, model.log_prob_and_logits):
+        with pytest.raises(ValueError, match=r"^model: expected one with a classifier \(.*\), found classify=0$"):
+            method(x)

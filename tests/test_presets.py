@@ -1,0 +1,164 @@
+"""Presets: every one can be built, is what its source says, and gives way to what is said beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+import torch
+
+import pyglow_fast as pgf
+from pyglow_fast import presets
+from pyglow_fast.data import DATA_HELP, DataConfig, ImageSet
+from pyglow_fast.train import TrainConfig, TrainState
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NAMES = list(presets.PRESETS)
+SMALL = ["digits", "fashion", "emoji32", "photos32"]
+
+
+def config(name: str, **given: Any) -> TrainConfig:
+    """The preset on images that need not be there."""
+    preset = presets.find(name)
+    data = "digits" if preset.data == "any" else preset.data.replace("PATH", "x")
+    return TrainConfig.preset(name, data, **given)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_preset_is_a_model_that_can_be_built(name: str) -> None:
+    found, architecture = config(name), pgf.GlowConfig.preset(name)
+    assert found.model == architecture
+    preset = presets.find(name)
+    if preset.image_shape is not None:
+        assert architecture.image_shape == preset.image_shape
+        side = found.data.size or 8  # that of the digits
+        assert architecture.image_shape[1:] == (side, side)
+    known = {item.name for kind in (DataConfig, pgf.GlowConfig, TrainConfig) for item in dataclasses.fields(kind)}
+    assert set(preset.settings) <= known
+    with torch.device("meta"):
+        model = pgf.Glow(dataclasses.replace(architecture, n_steps=1))
+    assert sum(parameter.numel() for parameter in model.parameters()) > 0
+    shrink = 2**found.model.n_levels
+    assert model.latent_shapes[-1][1:] == tuple(side // shrink for side in model.config.image_shape[1:])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_preset_has_a_density(name: str) -> None:
+    fields: dict[str, Any] = {"n_steps": 1, "hidden": 4}
+    model = pgf.Glow(pgf.GlowConfig.preset(name, **fields))
+    x = torch.rand(2, *model.config.image_shape) - 0.5
+    y = None if model.config.n_classes is None else torch.zeros(2, dtype=torch.int64)
+    model.initialize(x)
+    with torch.no_grad():
+        assert model.log_prob(x, y).isfinite().all()
+        assert torch.allclose(model.decode(model.encode(x)), x, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_small_preset_takes_a_step(name: str) -> None:
+    """On images like its own; narrower nets and fewer images, so that it takes no time."""
+    given: dict[str, Any] = {"batch_size": 4, "init_images": 4, "threads": 1, "device": "cpu"}
+    found = config(name, hidden=16, **given)
+    shape, n_bins = found.model.image_shape, 17 if name == "digits" else 1 << (found.data.n_bits or 8)
+    generator = torch.Generator().manual_seed(1)
+    levels = torch.randint(n_bins, (20, *shape), generator=generator).to(torch.uint8)
+    state = TrainState(found, ImageSet(name, levels, n_bins))
+    state.initialize()
+    before = [parameter.detach().clone() for parameter in state.model.parameters()]
+    value = state.step()
+    assert 0.5 * n_bins.bit_length() < value < 4 * n_bins.bit_length()  # noise costs about log2(n_bins)
+    assert not all(map(torch.equal, before, state.model.parameters()))
+    assert state.progress.skipped == 0
+    state.close()
+
+
+def test_the_numbers_of_the_released_code() -> None:
+    """README's commands, and what train.py and optim.py make of them on 8 and on 40 processes."""
+    expected = {
+        "cifar10": (3, 32, "affine", 8, 512, 256, 977),
+        "imagenet32": (3, 48, "affine", 8, 512, 256, 977),
+        "imagenet64": (4, 48, "affine", 8, 128, 64, 977),
+        "lsun64": (3, 48, "affine", 8, 128, 64, 977),
+        "lsun96": (5, 64, "additive", 5, 280, 28, 196),
+        "lsun128": (5, 64, "additive", 5, 160, 16, 196),
+        "celeba256": (6, 32, "additive", 5, 40, 4, 196),
+        "cifar10-classes": (3, 32, "additive", 5, 512, 256, 977),
+        "imagenet32-classes": (3, 48, "additive", 5, 512, 256, 977),
+    }
+    for name, values in expected.items():
+        found = config(name)
+        model = found.model
+        numbers = (found.data.n_bits, found.batch_size, found.init_images, found.warmup_steps)
+        assert (model.n_levels, model.n_steps, model.coupling, *numbers) == values, name
+        assert (model.hidden, model.permutation, model.net_actnorm, model.border) == (512, "invconv_plain", True, True)
+        assert (found.optimizer, found.lr, found.clip_norm) == ("adamax", 1e-3, None)
+        assert found.beta2 == found.ema_decay == pytest.approx(1 - 1 / (20 if found.warmup_steps == 196 else 98))
+    for name, n_classes in (("cifar10-classes", 10), ("imagenet32-classes", 1000)):
+        found = config(name)
+        assert (found.class_weight, found.model.n_classes, found.model.classify) == (0.01, n_classes, n_classes)
+
+
+def test_what_is_given_comes_first() -> None:
+    found = TrainConfig.preset("fashion", n_steps=3, batch_size=8, flip=True)
+    assert (found.data, found.model.n_steps) == (DataConfig("fashion-mnist", size=32, n_bits=8, flip=True), 3)
+    assert (found.batch_size, found.memory, found.max_steps, found.max_minutes) == (8, "store", None, 30.0)
+    assert pgf.GlowConfig.preset("nice", image_shape=(1, 8, 8)).image_shape == (1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, (1500, None, None, 1500)),
+        ({"max_steps": 40}, (40, None, None, 40)),
+        ({"max_minutes": 2.0}, (None, None, 2.0, None)),
+        ({"max_epochs": 3, "decay_steps": 7}, (None, 3, None, 7)),
+    ],
+    ids=str,
+)
+def test_a_limit_takes_the_place_of_all(given: dict[str, Any], expected: tuple[Any, ...]) -> None:
+    found = TrainConfig.preset("digits", **given)
+    assert (found.max_steps, found.max_epochs, found.max_minutes, found.decay_steps) == expected
+
+
+def test_another_optimizer_has_no_weight_decay() -> None:
+    assert TrainConfig.preset("digits").weight_decay == 0.3
+    assert TrainConfig.preset("digits", optimizer="adamax").weight_decay == 0
+
+
+def test_the_table_has_them_all() -> None:
+    head, *rows = presets.table().splitlines()
+    assert head.split()[:3] == ["name", "L", "K"]
+    assert [row.split()[0] for row in rows] == NAMES
+    cells = rows[NAMES.index("celeba256")].split()
+    assert cells[1:9] == ["6", "32", "512", "additive", "invconv_plain", "5", "40", "256"]
+    assert max(map(len, rows)) <= 140
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given", "message"),
+    [
+        (("cifar",), {}, r"preset: expected one of cifar10, imagenet32, .*, found 'cifar'"),
+        ((3,), {}, r"preset: expected one of .*, found 3"),
+        (("cifar10",), {}, "data: expected cifar10:PATH for preset cifar10, found none"),
+        (("nice",), {}, f"data: expected {re.escape(DATA_HELP)}, found none"),
+        (("digits",), {"depth": 3}, "preset: expected known fields beside it, found depth"),
+        (("digits",), {"n_bits": 5}, r"n_bits: expected no such option for digits \(.*\), found 5"),
+        (("fashion",), {"n_levels": 6}, r"image_shape: expected sides divisible by 2\^n_levels = 64, found .*"),
+        (("fashion",), {"class_weight": 0.1}, "model: expected classify above 0 exactly if class_weight is, found 0"),
+    ],
+    ids=str,
+)
+def test_refusals(arguments: tuple[Any, ...], given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        TrainConfig.preset(*arguments, **given)
+    if not given and arguments[0] in ("cifar", 3):
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            pgf.GlowConfig.preset(*arguments)
+
+
+def test_unknown_fields_of_a_model_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^config: expected keys among .*, found unknown \['lr'\]$"):
+        pgf.GlowConfig.preset("digits", lr=0.1)
