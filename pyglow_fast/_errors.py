@@ -7,6 +7,10 @@ from typing import Any
 import torch
 
 
+class SingularMatrixError(ValueError):
+    """A matrix of the flow has no inverse."""
+
+
 def expect(condition: bool, argument: str, expected: str, found: Any) -> None:
     """Raise ``ValueError("argument: expected ..., found ...")`` unless ``condition`` holds.
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyglow_fast._errors import can_read, expect
+from pyglow_fast._errors import SingularMatrixError, can_read, expect
 
 KINDS = ("affine", "additive")
 SCALE_MAPS = ("sigmoid", "exp", "tanh", "atan")
@@ -125,14 +125,13 @@ def invert_matrix(matrix: Tensor) -> Tensor:
     """M^-1 of the matrix actually applied, formed in float64 and rounded once. matrix (..., C, C).
 
     Raises:
-        ValueError: a matrix is singular (checked on the CPU only: on CUDA the check would stop the stream, and a
-            singular matrix shows as inf or NaN instead).
+        SingularMatrixError: a ValueError; a matrix is singular (checked on the CPU only: on CUDA the check would stop
+            the stream, and a singular matrix shows as inf or NaN instead).
     """
     flat = matrix.double().reshape(math.prod(matrix.shape[:-2]), *matrix.shape[-2:])
     found = [torch.linalg.inv_ex(batch) for batch in _in_batches(flat)]
-    if can_read(matrix):
-        singular = any(bool(info.any()) for _, info in found)
-        expect(not singular, "matrix", "an invertible matrix", "a singular one")
+    if can_read(matrix) and any(bool(info.any()) for _, info in found):
+        raise SingularMatrixError("matrix: expected an invertible matrix, found a singular one")
     return torch.cat([inverse.reshape(-1) for inverse, _ in found]).reshape(matrix.shape).to(matrix.dtype)
 
 

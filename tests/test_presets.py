@@ -123,6 +123,14 @@ def test_a_limit_takes_the_place_of_all(given: dict[str, Any], expected: tuple[A
     assert (found.max_steps, found.max_epochs, found.max_minutes, found.decay_steps) == expected
 
 
+def test_labels_can_be_left_out_of_a_preset_that_uses_them() -> None:
+    found = config("cifar10-classes", class_weight=0.0)
+    assert (found.model.n_classes, found.model.classify) == (10, 0)
+    found = config("cifar10-classes", class_conditional=False)
+    assert (found.model.n_classes, found.model.classify) == (None, 10)
+    assert config("fashion", class_conditional=True, n_classes=10).model.n_classes == 10
+
+
 def test_another_optimizer_has_no_weight_decay() -> None:
     assert TrainConfig.preset("digits").weight_decay == 0.3
     assert TrainConfig.preset("digits", optimizer="adamax").weight_decay == 0

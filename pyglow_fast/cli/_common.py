@@ -17,6 +17,8 @@ from pyglow_fast.data import Yardstick
 from pyglow_fast.models import Glow
 from pyglow_fast.train import Checkpoint, RunFolder, Score, load_model, resolve_device
 
+LOOSE = ("folder", "photos")  # images that are whatever lies below a folder: a file more there would be one of them
+
 
 class InputError(Exception):
     """Something the user gave is wrong; the message says what, what was expected and what was found."""
@@ -93,22 +95,37 @@ def open_run(args: argparse.Namespace) -> tuple[RunFolder, Checkpoint, Glow]:
     return folder, checkpoint, load_model(checkpoint, str(folder.path), device)
 
 
-def picture_path(text: str) -> Path:
+def picture_path(text: str, *images: str) -> Path:
     """Where a picture will go: see :func:`output_path`."""
-    return output_path(text, ".png")
+    return output_path(text, ".png", "out", *images)
 
 
-def output_path(text: str, suffix: str, argument: str = "out") -> Path:
+def output_path(text: str, suffix: str, argument: str = "out", *images: str) -> Path:
     """Where a file will go, checked before anything is computed.
 
+    Args:
+        text: the path.
+        suffix: that it must end in.
+        argument: whose value it is.
+        images: names of the images that are read; nothing is written among loose files.
+
     Raises:
-        ValueError: the folder is not there or cannot be written, or the name does not end in ``suffix``.
+        ValueError: the folder is not there or cannot be written, the name does not end in ``suffix``, or the file is
+            one that a run keeps, or would be among the images.
     """
     path = Path(text)
     expect(path.suffix.lower() == suffix, argument, f"a name ending in {suffix}", repr(text))
     expect(path.parent.is_dir(), argument, "a file in an existing folder", repr(text))
     expect(not path.is_dir(), argument, "a file", f"a folder, {text!r}")
     expect(os.access(path.parent, os.W_OK), argument, "a file in a folder that can be written", repr(text))
+    place = path.resolve()
+    folder = RunFolder(place.parent)
+    kept = folder.exists and place in (folder.metrics, folder.samples, folder.curve)
+    expect(not kept, argument, "another file than those that a run keeps", repr(text))
+    for name in images:
+        scheme, _, root = name.partition(":")
+        among = scheme in LOOSE and bool(root) and Path(root).resolve() in place.parents
+        expect(not among, argument, f"a file outside of the folder of {name}", repr(text))
     return path
 
 

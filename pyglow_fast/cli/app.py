@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+import torch
+
 from pyglow_fast.cli import (
     bench,
     compare,
@@ -32,6 +34,7 @@ from pyglow_fast.cli._common import InputError, Parser
 from pyglow_fast.data import MissingExtraError
 from pyglow_fast.train import FolderError, InputLostError, RankError, SaveError, TrainingDivergedError
 
+NO_MEMORY = "can't allocate memory"  # in what torch raises on the CPU
 COMMANDS: tuple[ModuleType, ...] = (
     train,
     sample,
@@ -77,8 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; those of the process if None.
 
     Returns:
-        0; 1 if training diverged, or lost its images, its disk or another rank; 2 for bad input or a missing
-        library; 128 + N if signal N ended a run (saved);
+        0; 1 if training diverged, or lost its images, its disk or another rank, or if there is not enough memory; 2
+        for bad input or a missing library; 128 + N if signal N ended a run (saved);
         141, as after SIGPIPE, if nobody reads the output any more.
     """
     try:
@@ -103,6 +106,12 @@ def _run(argv: Sequence[str] | None) -> int:
         return 2
     except (TrainingDivergedError, InputLostError, RankError, SaveError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or NO_MEMORY in str(error)):
+            raise
+        what = str(error).split("\n")[0]
+        print(f"error: not enough memory{f': {what}' if what else ''}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     with user_input():
         check_options(args, "pairs")
         expect(args.steps >= 2, "steps", "a whole number, 2 or more (both ends are steps)", args.steps)
-        out = picture_path(args.out)
+        out = picture_path(args.out, args.data)
         _, checkpoint, model = open_run(args)
         images, _, part = images_of(args, checkpoint, model)
         pairs = pairs_of(args, images)
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         labels = None if y is None else (y[::2], y[1::2])
         paths = interpolate(model, x[::2], x[1::2], args.steps, args.spherical, args.space, labels)
         ends = paths[:, [0, -1]].flatten(0, 1)  # in the order of x
-        error = max(error, float((ends - x).abs().max()))
+        error = float(torch.cat([ends - x, torch.full_like(x[:1], error)]).abs().max())  # unlike max(), keeps a NaN
         changed += int((to_levels(ends, n_bins).cpu() != batch.levels).sum())
         bad += count_not_finite(paths.flatten(0, 1))
         for i, path in enumerate(paths):

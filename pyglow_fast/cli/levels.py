@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     """Reconstruct; returns the exit code."""
     with user_input():
         check_options(args, "n")
-        out = picture_path(args.out)
+        out = picture_path(args.out, args.data)
         _, checkpoint, model = open_run(args)
         n_levels = model.config.n_levels
         subsets = subsets_of(args.keep, n_levels)

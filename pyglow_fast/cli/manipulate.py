@@ -151,8 +151,8 @@ def run(args: argparse.Namespace) -> int:
         strengths = args.strengths or list(TONE_STRENGTHS if args.tone else STRENGTHS)
         for value in strengths:
             expect(abs(value) < float("inf"), "strengths", "finite numbers", value)
-        out = picture_path(args.out)
-        csv = None if args.csv is None else output_path(args.csv, ".csv", "csv")
+        out = picture_path(args.out, args.data)
+        csv = None if args.csv is None else output_path(args.csv, ".csv", "csv", args.data)
         scheme = args.data.partition(":")[0]
         expect(args.tone is None or scheme == "emoji", "tone", "emoji as DATA, which have tones", repr(args.data))
         _, checkpoint, model = open_run(args)
@@ -179,6 +179,8 @@ def run(args: argparse.Namespace) -> int:
         f"{len(x)} held-out images of {data.name}, {len(strengths)} strengths"
         f"{not_finite_note(count_not_finite(edited.flatten(0, 1)), 'edits')}"
     )
+    if args.space == "noise" and model.config.n_classes is not None:
+        print("note: the model has classes: noise under an image's own class holds little of it; see --space latent")
     columns = ["original", *(f"{value:+g}" for value in strengths)]
     target = None
     if task.tones is not None:

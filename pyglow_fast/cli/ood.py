@@ -57,16 +57,18 @@ def _checked(found: ScoredImages, argument: str) -> Tensor:
     return values
 
 
-def _titles(own: Selection, foreign: Selection) -> tuple[str, str]:
-    """What the two sets are called.
+def _titles(args: argparse.Namespace, own: Selection, foreign: Selection) -> tuple[str, str]:
+    """What the two sets are called: two folders of one kind may share a name.
 
     Raises:
         ValueError: both are the same images.
     """
     same = own.images.fingerprint() == foreign.images.fingerprint()
     expect(not same, "other", "other images than DATA", f"the same ones, {foreign.images.name}, {foreign.part}")
-    first, second = (f"{found.images.name}, {found.part}" for found in (own, foreign))
-    return first, second
+    names = [own.images.name, foreign.images.name]
+    if names[0] == names[1]:
+        names = [args.data, args.other]
+    return f"{names[0]}, {own.part}", f"{names[1]}, {foreign.part}"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,12 +78,12 @@ def run(args: argparse.Namespace) -> int:
             optional(module, "AUROC and histogram")  # better missed now than when all is computed
         check_scoring(args)
         expect(args.n >= 2, "n", "2 images or more", args.n)
-        out = picture_path(args.out)
-        csv = None if args.csv is None else output_path(args.csv, ".csv", "csv")
+        out = picture_path(args.out, args.data, args.other)
+        csv = None if args.csv is None else output_path(args.csv, ".csv", "csv", args.data, args.other)
         _, checkpoint, model = open_run(args)
         own = selection(args.data, args.part, checkpoint, model)
         foreign = selection(args.other, args.other_part, checkpoint, model)
-        titles = _titles(own, foreign)
+        titles = _titles(args, own, foreign)
         train = None
         if args.typicality:
             train = own.train or foreign.train or trained_on(checkpoint)

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     """Reconstruct; returns the exit code."""
     with user_input():
         expect(args.n >= 1, "n", "a positive whole number", args.n)
-        out = picture_path(args.out)
+        out = picture_path(args.out, args.data)
         _, checkpoint, model = open_run(args)
         images, _, part = images_of(args, checkpoint, model)
     levels, _ = images.batch(torch.arange(min(args.n, len(images))))

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     """Score; returns the exit code."""
     with user_input():
         check_scoring(args)
-        out = output_path(args.out, ".csv")
+        out = output_path(args.out, ".csv", "out", args.data)
         _, checkpoint, model = open_run(args)
         found = selection(args.data, args.part, checkpoint, model)
     result = scored(args, checkpoint, model, found)

@@ -204,7 +204,9 @@ class TrainConfig:
             return {key: value for key, value in values.items() if key in names}
 
         source = DataConfig(**{"name": images, **among(known[DataConfig], values)})
-        model = GlowConfig.preset(name, **among(known[GlowConfig], given))
+        unused: dict[str, Any] = {} if values.get("class_conditional", False) else {"n_classes": None}
+        unused |= {} if values.get("class_weight", 0.0) else {"classify": 0}
+        model = GlowConfig.preset(name, **unused | among(known[GlowConfig], given))
         return cls(**{**among(known[cls], values), "data": source, "model": model})
 
     def to_dict(self) -> dict[str, Any]:

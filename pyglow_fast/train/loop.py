@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from pyglow_fast._errors import SingularMatrixError
 from pyglow_fast.data import UnreadableImageError, Yardstick, measure_yardsticks, optional
 from pyglow_fast.train.board import writer_class
 from pyglow_fast.train.evaluation import Score
@@ -150,13 +151,16 @@ class Run:
 
     @contextmanager
     def _reporting(self) -> Iterator[None]:
-        """Adds to the report of a divergence what is left and what to do."""
+        """Adds to the report of a divergence what is left and what to do; a singular matrix of the flow is one, too."""
         try:
             yield
-        except TrainingDivergedError as error:
-            path = self.folder.checkpoint
+        except (TrainingDivergedError, SingularMatrixError) as error:
+            path, report = self.folder.checkpoint, str(error)
+            if isinstance(error, SingularMatrixError):
+                step = self.state.progress.step
+                report = f"training diverged at step {step}: after its update a matrix of the flow is singular"
             raise TrainingDivergedError(
-                f"{error}\n  kept: {path}, the last good checkpoint\n"
+                f"{report}\n  kept: {path}, the last good checkpoint\n"
                 "  try: a lower learning rate, a longer warm-up, or a smaller gradient clipping norm"
             ) from error
 
@@ -298,7 +302,8 @@ class Run:
         y = class_cycle(config.sample_count, config.model.n_classes, state.device)
         with state.averaged() as model:
             model.eval()
-            x = model.sample(config.sample_count, config.sample_temperature, y=y, generator=generator)
+            with self._reporting():
+                x = model.sample(config.sample_count, config.sample_temperature, y=y, generator=generator)
         bad = int((~x.isfinite().flatten(1).all(1)).sum())
         if bad:
             self.writer.say(f"step {state.progress.step}: {bad} of {len(x)} samples are not finite (shown grey)")

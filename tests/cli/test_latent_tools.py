@@ -69,6 +69,40 @@ def test_interpolate(
     assert size(out)[0] > 64 * (5 if "--steps" in options else 10)
 
 
+def test_ends_that_are_not_finite_are_told(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ruined(*args: Any) -> torch.Tensor:
+        return tools.interpolate(*args).index_fill_(0, torch.tensor([1]), torch.nan)
+
+    monkeypatch.setattr("pyglow_fast.cli.interpolate.interpolate", ruined)
+    command = ["interpolate", str(place / "digits"), "digits", "--pairs", "3", "--steps", "2"]
+    text = said(capsys, *command, "--out", str(tmp_path / "x.png"))
+    assert "(2 images not finite, shown grey); ends off by at most nan (nan levels)" in text
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no: can't allocate memory, 8 bytes\nmore"), MemoryError()])
+def test_too_many_samples_are_refused_in_one_line(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def full(*args: Any, **options: Any) -> torch.Tensor:
+        raise error
+
+    monkeypatch.setattr("pyglow_fast.cli.temperatures.temperature_sweep", full)
+    assert main(["temperatures", str(place / "digits"), "--out", str(tmp_path / "x.png")]) == 1
+    why = f": {error}".split("\n")[0] if str(error) else ""
+    assert capsys.readouterr().err == f"error: not enough memory{why}\n"
+
+
+@pytest.mark.parametrize(("run", "space", "told"), [("digits", "noise", True), ("digits", "latent", False)])
+def test_noise_that_does_not_hold_the_class_is_told(
+    place: Path, run: str, space: str, told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["manipulate", str(place / run), "digits", "--plus", "3", "--minus", "8", "--train-images", "4"]
+    text = said(capsys, *command, "--space", space, "--out", str(tmp_path / "x.png"))
+    assert ("note: the model has classes" in text) == told
+
+
 def test_interpolate_draws_pairs_by_the_seed(place: Path, tmp_path: Path) -> None:
     pictures = []
     for seed in ("0", "0", "1"):

@@ -156,6 +156,37 @@ def test_manipulate(place: Path, options: list[str], message: str, capsys: pytes
     refused(["manipulate", "two", "emoji:emoji", "--out", "old.png", *options], message, capsys)
 
 
+KEPT = "out: expected another file than those that a run keeps, found "
+AMONG = "expected a file outside of the folder of "
+OVER_INPUT = [
+    (["temperatures", "two", "--out", "two/samples.png"], f"{KEPT}'two/samples.png'"),
+    (["sample", "two", "--out", "two/curve.png"], f"{KEPT}'two/curve.png'"),
+    (["score", "two", "emoji:emoji", "--out", "digits/metrics.csv"], f"{KEPT}'digits/metrics.csv'"),
+    (["levels", "unlabelled", "folder:plain", "--out", "plain/0.png"], f"out: {AMONG}folder:plain, found .*"),
+    (["reconstruct", "unlabelled", "folder:plain", "--out", "plain/new.png"], f"out: {AMONG}folder:plain, found .*"),
+    (["score", "unlabelled", "folder:plain", "--out", "plain/x.csv"], f"out: {AMONG}folder:plain, found .*"),
+    (["ood", "two", "emoji:emoji", "folder:plain", "--out", "plain/0.png"], f"out: {AMONG}folder:plain, found .*"),
+    (
+        ["ood", "two", "emoji:emoji", "photos:plain", "--out", "x.png", "--csv", "plain/x.csv"],
+        f"csv: {AMONG}photos:plain, found .*",
+    ),
+    (["interpolate", "unlabelled", "folder:.", "--out", "plain/0.png"], f"out: {AMONG}folder:., found .*"),
+    (["manipulate", "two", "folder:plain", *CLASSES, "--out", "plain/0.png"], f"out: {AMONG}folder:plain, found .*"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), OVER_INPUT, ids=case)
+def test_what_is_read_is_not_written_over(
+    place: Path, command: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def files() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+
+    before = files()
+    refused(command, message, capsys)
+    assert files() == before
+
+
 @pytest.mark.parametrize(("command", "message"), OTHERS, ids=case)
 def test_others(place: Path, command: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     refused([*command, "--out", "old.png"], message, capsys)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from latent_runs import train, write_emoji
 from PIL import Image
 from torch import Tensor
 
@@ -162,6 +163,19 @@ def test_images_without_a_likelihood(
     message = "error: data: expected at least 2 images with a finite likelihood, found 0 in digits\n"
     assert capsys.readouterr().err == message
     assert not (tmp_path / "x.png").exists()
+
+
+def test_two_sets_of_one_name_are_told_apart(tmp_path: Path, capsys: Capture) -> None:
+    """All emoji are named emoji, from whichever folder."""
+    for name, emoji in (("a", 12), ("b", 4)):
+        write_emoji(tmp_path / name, emoji)
+    own, foreign = (f"emoji:{tmp_path / name}" for name in "ab")
+    train(own, tmp_path / "run", "--size", "16", "--levels", "1")
+    files = ["--out", str(tmp_path / "x.png"), "--csv", str(tmp_path / "x.csv")]
+    assert main(["ood", str(tmp_path / "run"), own, foreign, "--part", "all", *files]) == 0
+    assert f"  {own}, all " in capsys.readouterr().out
+    sets = [row["set"] for row in rows(tmp_path / "x.csv")]
+    assert sets == [f"{own}, all"] * (4 * 12) + [f"{foreign}, all"] * (4 * 4)
 
 
 def test_ood_of_rougher_images(smooth: Path, folders: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from pyglow_fast import GlowConfig
 from pyglow_fast.data import DataConfig, ImageSet, histogram_bits_per_dim, png_bits_per_dim, split
+from pyglow_fast.layers import ActNorm
 from pyglow_fast.train import (
     Checkpoint,
     FolderError,
@@ -269,6 +270,29 @@ def test_a_ruined_update_is_not_saved(
     with pytest.raises(TrainingDivergedError, match="diverged at step 3: after its update"):
         run.execute(quiet=True)
     assert RunFolder(tmp_path).load().progress["step"] == 2
+
+
+@pytest.mark.parametrize("sample_every", [1, 99])
+def test_a_singular_matrix_is_a_divergence(
+    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sample_every: int
+) -> None:
+    """Samples need the inverses at once, else the next backward does."""
+    run = start(tiny_config(sample_every=sample_every, save_every=2, eval_every=99), str(tmp_path), data=tiny_images)
+    step = run.state.step
+
+    def ruinous() -> float:
+        loss = step()
+        if run.state.progress.step == 3:
+            with torch.no_grad():
+                next(m for m in run.state.model.modules() if isinstance(m, ActNorm)).log_scale.fill_(-1e4)
+            if run.state.ema is not None:
+                run.state.ema.restart()
+        return loss
+
+    monkeypatch.setattr(run.state, "step", ruinous)
+    report = "step 3: after its update a matrix of the flow is singular\n.*step-0000002.safetensors, the last good"
+    with pytest.raises(TrainingDivergedError, match=report):
+        run.execute(quiet=True)
 
 
 def test_a_step_that_diverges_leaves_the_weights(tiny_config: MakeConfig, tiny_images: ImageSet) -> None:
