@@ -205,8 +205,9 @@ struct ProductArgs {
   Matrix<T> c;
   int64_t rows, columns, inner;
   bool accumulate;
-  const T* bias;         // (rows,) or null: C becomes relu(C + bias)
-  Matrix<const T> mask;  // (rows, columns), or its data null: C becomes 0 where this is <= 0, so that of NaN it is kept
+  const T* bias;         // (rows,) or null: C becomes leaky_relu(C + bias)
+  Matrix<const T> mask;  // (rows, columns), or its data null: a leaky_relu's result; C becomes its input's gradient
+  T leak;                // what leaky_relu multiplies by below zero; 0: relu
   T* row_sums;           // (rows,) or null: the sums of the rows of `a` are added
 };
 

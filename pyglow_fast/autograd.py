@@ -166,9 +166,9 @@ class CouplingMix(torch.autograd.Function):
 
 
 class CouplingNet(torch.autograd.Function):
-    """exp(3 log_gain) (w3 * relu(w2 * relu(w1 * x + b1) + b2) + b3) as matrix products.
+    """exp(3 log_gain) (w3 * a(w2 * a(w1 * x + b1) + b2) + b3) as matrix products, a the (leaky) relu.
 
-    Keeps x and the two hidden layers after relu.
+    Keeps x and the two hidden layers after a.
     """
 
     @staticmethod
@@ -182,9 +182,11 @@ class CouplingNet(torch.autograd.Function):
         w3: Tensor,
         b3: Tensor,
         log_gain: Tensor | None,
+        leak: float,
     ) -> Tensor:
         """The net's output (N, C_out, H, W)."""
-        out, h1, h2 = ops.coupling_net(x, w1, b1, w2, b2, w3, b3, log_gain, True)
+        out, h1, h2 = ops.coupling_net(x, w1, b1, w2, b2, w3, b3, log_gain, True, leak)
+        ctx.leak = leak
         ctx.save_for_backward(x, h1, h2, w1, w2, w3, b3, log_gain)
         return out
 
@@ -193,8 +195,8 @@ class CouplingNet(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, the weights, the biases and the gain."""
         want_weights = any(ctx.needs_input_grad[1:])
-        grads = ops.coupling_net_backward(grad_out, *ctx.saved_tensors, want_weights)
-        return (*grads, *[None] * (8 - len(grads)))
+        grads = ops.coupling_net_backward(grad_out, *ctx.saved_tensors, want_weights, ctx.leak)
+        return (*grads, *[None] * (9 - len(grads)))
 
 
 class GaussianLogProb(torch.autograd.Function):

@@ -152,17 +152,19 @@ def coupling_net(
     w3: Tensor,
     b3: Tensor,
     log_gain: Tensor | None = None,
+    *,
+    leak: float = 0.0,
 ) -> Tensor:
-    """exp(3 log_gain) (w3 * relu(w2 * relu(w1 * x + b1) + b2) + b3).
+    """exp(3 log_gain) (w3 * a(w2 * a(w1 * x + b1) + b2) + b3), a(h) = max(h, 0) + leak min(h, 0).
 
     See :func:`pyglow_fast.reference.coupling_net`.
     """
     weights = (w1, b1, w2, b2, w3, b3, log_gain)
     if not net_as_products(x):
-        return reference.coupling_net(x, *weights)
+        return reference.coupling_net(x, *weights, leak=leak)
     if _records_gradient(x, *(weight for weight in weights if weight is not None)):
-        return autograd.CouplingNet.apply(x, *weights)
-    return ops.coupling_net(x, *weights, False)[0]
+        return autograd.CouplingNet.apply(x, *weights, leak)
+    return ops.coupling_net(x, *weights, False, leak)[0]
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -124,6 +124,7 @@ def _fake_coupling_net(
     b3: Tensor,
     log_gain: Tensor | None,
     keep: bool,
+    leak: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, _, height, width = x.shape
     kept = [x.new_empty(weight.shape[0] * n * height * width if keep else 0) for weight in (w1, w2)]
@@ -141,6 +142,7 @@ def _fake_net_backward(
     b3: Tensor | None,
     log_gain: Tensor | None,
     want_weights: bool,
+    leak: float = 0.0,
 ) -> list[Tensor]:
     grad_x = _in_format_of(x, x.shape)
     if not want_weights:
@@ -190,14 +192,14 @@ _define("gaussian_sample(Tensor noise, Tensor mean, Tensor log_sd) -> Tensor", _
 # The coupling net as matrix products, on the CPU only: elsewhere the libraries' convolutions do it.
 _define(
     "coupling_net(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor w3, Tensor b3, "
-    "Tensor? log_gain, bool keep)"
+    "Tensor? log_gain, bool keep, float leak=0.0)"
     " -> (Tensor, Tensor, Tensor)",
     _fake_coupling_net,
     ("CPU",),
 )
 _define(
     "coupling_net_backward(Tensor grad_out, Tensor x, Tensor h1, Tensor h2, Tensor w1, Tensor w2, Tensor w3, "
-    "Tensor? b3, Tensor? log_gain, bool want_weights) -> Tensor[]",
+    "Tensor? b3, Tensor? log_gain, bool want_weights, float leak=0.0) -> Tensor[]",
     _fake_net_backward,
     ("CPU",),
 )

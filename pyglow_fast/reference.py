@@ -211,6 +211,11 @@ def coupling_mix_inverse(
     return channel_unmix(u, inverse_matrix, offset), log_det
 
 
+def _leaky_relu(x: Tensor, leak: float) -> Tensor:
+    """max(x, 0) + leak min(x, 0); without a leak relu, which of -inf is 0 and not NaN."""
+    return F.leaky_relu(x, leak) if leak else x.relu()
+
+
 def coupling_net(
     x: Tensor,
     w1: Tensor,
@@ -220,18 +225,26 @@ def coupling_net(
     w3: Tensor,
     b3: Tensor,
     log_gain: Tensor | None = None,
+    *,
+    leak: float = 0.0,
 ) -> Tensor:
-    """exp(3 log_gain) (w3 * relu(w2 * relu(w1 * x + b1) + b2) + b3): convolutions 3x3, 1x1, 3x3, padded by zeros.
+    """exp(3 log_gain) (w3 * a(w2 * a(w1 * x + b1) + b2) + b3): convolutions 3x3, 1x1, 3x3, padded by zeros.
+
+    a(h) = max(h, 0) + leak min(h, 0), which is relu without a leak.
 
     x (N, C_in, *spatial), w1 (hidden, C_in, 3, ...), w2 (hidden, hidden, 1, ...), w3 (C_out, hidden, 3, ...), 1-d and
-    3-d alike; log_gain: C_out elements, or None for zeros.
+    3-d alike; log_gain: C_out elements, or None for zeros; leak: 0 to 1.
+
+    Raises:
+        ValueError: another leak.
     """
+    expect(0.0 <= leak <= 1.0, "leak", "a slope from 0 to 1", leak)
     if log_gain is not None:  # folded into the weights, which are smaller than the output
         gain = (3.0 * log_gain).exp().flatten()
         w3, b3 = w3 * gain.reshape(-1, *[1] * (w3.dim() - 1)), b3 * gain
     conv = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[x.dim()]
-    hidden = conv(x, w1, b1, padding=1).relu()
-    return conv(conv(hidden, w2, b2).relu(), w3, b3, padding=1)
+    hidden = _leaky_relu(conv(x, w1, b1, padding=1), leak)
+    return conv(_leaky_relu(conv(hidden, w2, b2), leak), w3, b3, padding=1)
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import threading
@@ -53,6 +54,11 @@ def weights_for(shape: tuple[int, ...], hidden: int, out: int, dtype: torch.dtyp
     ]
 
 
+def leaky(function: Callable[..., Tensor], leak: float) -> Callable[..., Tensor]:
+    """With that leak; without one called as it always was."""
+    return functools.partial(function, leak=leak) if leak else function
+
+
 def with_gradients(function: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     leaves = [value.detach().to(dtype).requires_grad_() for value in inputs]
     out = function(*leaves)
@@ -60,22 +66,41 @@ def with_gradients(function: Callable[..., Tensor], inputs: list[Tensor], dtype:
     return [out, *torch.autograd.grad(out, leaves, grad)]
 
 
-@pytest.mark.parametrize("gained", [False, True])
+# Whether there is a log_gain, and the leak: none, the usual one, the largest.
+OPTIONS = [(False, 0.0), (True, 0.0), (True, 0.1), (False, 1.0)]
+
+
+@pytest.mark.parametrize(("gained", "leak"), OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=case_name)
 @pytest.mark.parametrize("case", CASES, ids=case_name)
-def test_equals_the_convolutions(case: tuple[tuple[int, ...], int, int], dtype: torch.dtype, gained: bool) -> None:
+def test_equals_the_convolutions(
+    case: tuple[tuple[int, ...], int, int], dtype: torch.dtype, gained: bool, leak: float
+) -> None:
     inputs = weights_for(*case, dtype)
-    if gained:
-        inputs.append(0.3 * torch.randn(case[2], 1, 1).to(dtype))
-    got = with_gradients(functional.coupling_net, inputs, dtype)
-    same = with_gradients(reference.coupling_net, inputs, dtype)
-    exact = with_gradients(reference.coupling_net, inputs, torch.float64)
+    inputs += [0.3 * torch.randn(case[2], 1, 1).to(dtype)] if gained else []
+    got = with_gradients(leaky(functional.coupling_net, leak), inputs, dtype)
+    same = with_gradients(leaky(reference.coupling_net, leak), inputs, dtype)
+    exact = with_gradients(leaky(reference.coupling_net, leak), inputs, torch.float64)
     for actual, in_torch, truth in zip(got, same, exact, strict=True):
         # A hidden value within rounding of zero may fall on the other side of the relu.
         flips = 0.0 if dtype == torch.float64 else 1e-4 * float(truth.detach().abs().max()) if truth.numel() else 0.0
         assert_kernel_close(actual, in_torch, truth, flips / torch.finfo(dtype).eps)
     with torch.no_grad():
-        assert torch.equal(functional.coupling_net(*inputs), got[0])
+        assert torch.equal(leaky(functional.coupling_net, leak)(*inputs), got[0])
+
+
+def test_the_leak_is_written_out() -> None:
+    """Against the formula, element by element: the reference itself could be wrong."""
+    inputs = weights_for((2, 3, 5, 4), 8, 4, torch.float64)
+    x, w1, b1, w2, b2, w3, b3 = inputs
+    for leak in (0.0, 0.2, 1.0):
+        hidden = torch.nn.functional.conv2d(x, w1, b1, padding=1)
+        hidden = hidden.clamp(min=0) + leak * hidden.clamp(max=0)
+        hidden = torch.nn.functional.conv2d(hidden, w2, b2)
+        hidden = hidden.clamp(min=0) + leak * hidden.clamp(max=0)
+        expected = torch.nn.functional.conv2d(hidden, w3, b3, padding=1)
+        for function in (functional.coupling_net, reference.coupling_net):
+            assert_close(function(*inputs, leak=leak), expected)
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[7]], ids=case_name)
@@ -92,10 +117,34 @@ def test_layouts(case: tuple[tuple[int, ...], int, int]) -> None:
     assert torch.equal(functional.coupling_net(half, *turned[1:]), expected)
 
 
-def test_gradcheck() -> None:
+@pytest.mark.parametrize("leak", [0.0, 0.3])
+def test_gradcheck(leak: float) -> None:
     for case in (((2, 2, 3, 4), 3, 2), ((1, 1, 34, 33), 2, 1)):
         inputs = [value.requires_grad_() for value in weights_for(*case, torch.float64)]
-        assert torch.autograd.gradcheck(functional.coupling_net, tuple(inputs), fast_mode=True)
+        assert torch.autograd.gradcheck(leaky(functional.coupling_net, leak), tuple(inputs), fast_mode=True)
+
+
+def test_hidden_values_of_zero_take_the_slope_below() -> None:
+    """As torch's do: where a hidden value is zero, or leak times it underflows, the gradient is multiplied by leak."""
+    inputs = weights_for((1, 2, 4, 4), 8, 4, torch.float32)
+    for index in (1, 2, 4):
+        inputs[index] = torch.zeros_like(inputs[index])
+    inputs[2][4:], inputs[4][4:] = -1e-45, -1e-45  # the smallest there is
+    got = with_gradients(leaky(functional.coupling_net, 0.25), inputs, torch.float32)
+    expected = with_gradients(leaky(reference.coupling_net, 0.25), inputs, torch.float32)
+    assert all(expected[index].abs().max() > 0 for index in (3, 5))  # of b1 and b2
+    for actual, wanted in zip(got, expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_second_derivatives_are_refused() -> None:
+    for leak in (0.0, 0.1):
+        inputs = [value.requires_grad_() for value in weights_for((1, 2, 3, 3), 4, 2, torch.float64)]
+        out = leaky(functional.coupling_net, leak)(*inputs)
+        (grad,) = torch.autograd.grad(out.square().sum(), inputs[0], create_graph=True)
+        with pytest.raises(RuntimeError, match="double backward"):
+            grad.sum().backward()
+        assert torch.autograd.gradgradcheck(leaky(reference.coupling_net, leak), tuple(inputs), fast_mode=True)
 
 
 def test_frozen_weights_and_input() -> None:
@@ -111,13 +160,15 @@ def test_frozen_weights_and_input() -> None:
         assert_close(actual, exact)
 
 
-def test_nan_and_inf_come_through() -> None:
+@pytest.mark.parametrize("leak", [0.0, 0.1])
+def test_nan_and_inf_come_through(leak: float) -> None:
     inputs = weights_for((2, 2, 6, 6), 8, 4, torch.float32)
+    net, plain = leaky(functional.coupling_net, leak), leaky(reference.coupling_net, leak)
     for value in (math.nan, math.inf):
         spoiled = inputs[0].clone()
         spoiled[1, 0, 2, 3] = value
-        got, expected = (f(spoiled, *inputs[1:]) for f in (functional.coupling_net, reference.coupling_net))
-        assert torch.equal(got[0], functional.coupling_net(*inputs)[0])
+        got, expected = (function(spoiled, *inputs[1:]) for function in (net, plain))
+        assert torch.equal(got[0], net(*inputs)[0])
         assert not got[1].isfinite().all()
         assert torch.equal(got[1].isfinite(), expected[1].isfinite())
 
@@ -143,7 +194,11 @@ def test_autocast_leaves_it_to_the_library() -> None:
     inputs = weights_for((2, 2, 4, 4), 8, 4, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         assert functional.coupling_net(*inputs).dtype == torch.bfloat16
+        half = functional.coupling_net(*inputs, leak=0.5)
         assert ops.coupling_net(*inputs, None, False)[0].dtype == torch.float32  # asked for by name: in its own dtype
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), functional.coupling_net(*inputs, leak=0.5), rtol=0.05, atol=0.05)
+    assert (half.float() - functional.coupling_net(*inputs)).abs().max() > 0.1
 
 
 def test_opcheck() -> None:
@@ -153,9 +208,29 @@ def test_opcheck() -> None:
     x, w1, _, w2, _, w3, _ = inputs
     layouts = (x, x.to(memory_format=torch.channels_last))
     for layout, gain in itertools.product(layouts, (None, torch.randn(4, 1, 1))):
-        for flag in (True, False):
-            torch.library.opcheck(ops.coupling_net, (layout, *inputs[1:], gain, flag))
-            torch.library.opcheck(ops.coupling_net_backward, (grad, layout, h1, h2, w1, w2, w3, inputs[6], gain, flag))
+        for rest in ((True,), (False,), (True, 0.1)):
+            torch.library.opcheck(ops.coupling_net, (layout, *inputs[1:], gain, *rest))
+            kept = (grad, layout, h1, h2, w1, w2, w3, inputs[6], gain, *rest)
+            torch.library.opcheck(ops.coupling_net_backward, kept)
+
+
+def test_compiled_and_exported() -> None:
+    inputs = weights_for((2, 2, 4, 5), 8, 4, torch.float64)
+    compiled = torch.compile(functional.coupling_net, fullgraph=True, backend="aot_eager")
+    for leak in (0.0, 0.1):
+        got = with_gradients(functools.partial(compiled, leak=leak), inputs, torch.float64)
+        plain = with_gradients(leaky(reference.coupling_net, leak), inputs, torch.float64)
+        for actual, expected in zip(got, plain, strict=True):
+            assert_close(actual, expected, condition=10.0)
+
+    class Net(torch.nn.Module):
+        def forward(self, *values: Tensor) -> Tensor:
+            return functional.coupling_net(*values, leak=0.1)
+
+    with torch.no_grad():
+        program = torch.export.export(Net(), tuple(inputs))
+    assert "pyglow_fast.coupling_net" in str(program.graph)
+    assert torch.equal(program.module()(*inputs), functional.coupling_net(*inputs, leak=0.1))
 
 
 def test_folded_net_is_the_net_layer_by_layer() -> None:
@@ -200,6 +275,20 @@ def test_bad_gain() -> None:
     h1, h2 = ops.coupling_net(*ARGS, None, True)[1:]
     with pytest.raises(ValueError, match="b3: expected a bias beside log_gain, found none"):
         ops.coupling_net_backward(torch.zeros(2, 4, 4, 4), x, h1, h2, w1, w2, w3, None, torch.zeros(4), True)
+
+
+@pytest.mark.parametrize("leak", [-0.1, 1.5, math.nan, math.inf])
+def test_bad_leak(leak: float) -> None:
+    message = rf"leak: expected a slope from 0 to 1, found {leak}"
+    for function in (functional.coupling_net, reference.coupling_net):
+        with pytest.raises(ValueError, match=message):
+            function(*ARGS, leak=leak)
+    x, w1, _, w2, _, w3, _ = ARGS
+    h1, h2 = ops.coupling_net(*ARGS, None, True)[1:]
+    with pytest.raises(ValueError, match=message):
+        ops.coupling_net(*ARGS, None, True, leak)
+    with pytest.raises(ValueError, match=message):
+        ops.coupling_net_backward(torch.zeros(2, 4, 4, 4), x, h1, h2, w1, w2, w3, None, None, True, leak)
 
 
 def test_bad_backward_input() -> None:

@@ -5,6 +5,7 @@ How precise the kernels behind them are in float32 is the business of the tests 
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 
@@ -95,6 +96,21 @@ def test_coupling_mix(name: str, spec: CouplingSpec, shape: tuple[int, ...], dev
 def test_an_unknown_option_is_refused(name: str, field: str) -> None:
     with pytest.raises(ValueError, match=rf"{field}: expected one of .* found 'other'"):
         getattr(functional, name)(randn(2, 4), randn(2, 4), CouplingSpec(**{field: "other"}))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5), (2, 3, 4, 5), (1, 2, 3, 2, 4)], ids=str)
+@pytest.mark.parametrize("leak", [0.0, 0.1])
+def test_coupling_net(leak: float, shape: tuple[int, ...], device: torch.device) -> None:
+    three, one = [3] * (len(shape) - 2), [1] * (len(shape) - 2)
+    sizes = [(6, shape[1], *three), (6,), (6, 6, *one), (6,), (4, 6, *three), (4,), (4, *one)]
+    inputs = (randn(*shape), *(0.3 * randn(*size) for size in sizes))
+    inputs = tuple(value.to(device) for value in inputs)
+    got, expected = (
+        values_and_gradients(functools.partial(module.coupling_net, leak=leak), inputs)
+        for module in (functional, reference)
+    )
+    for value, target in zip(got, expected, strict=True):
+        assert_close(value, target, inputs[0].numel())
 
 
 @pytest.mark.parametrize("shape", SHAPES[:-1], ids=str)

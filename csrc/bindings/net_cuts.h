@@ -117,10 +117,10 @@ struct Left {
     cpu::pack_left<T>(a, turned, rows, inner, memory, torch_threads());
     return memory;
   }
-  // The product of it, packed, with a right matrix of so many columns; bias and mask as in ProductArgs.
+  // The product of it, packed, with a right matrix of so many columns; bias, mask and leak as in ProductArgs.
   ProductArgs<T> times(const T* packed, const Matrix<T>& right, const Matrix<T>& product, int64_t columns,
-                       const T* bias, const Matrix<const T>& mask) const {
-    return {packed, {}, read_only(right), false, product, rows, columns, inner, false, bias, mask, nullptr};
+                       const T* bias, const Matrix<const T>& mask, T leak) const {
+    return {packed, {}, read_only(right), false, product, rows, columns, inner, false, bias, mask, leak, nullptr};
   }
 };
 

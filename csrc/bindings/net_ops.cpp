@@ -1,5 +1,5 @@
 // A coupling net, 3x3 - relu - 1x1 - relu - 3x3 - exp(3 log_gain), as three matrix products over pixels on the CPU, and
-// their gradients.
+// their gradients. With a leak the relus are leaky.
 //
 // Bias and relu ride in the products, the shifts of the 3x3 convolutions lie around them. Pixels are handled in cuts
 // whose hidden activations stay in the second-level cache. Nothing is padded at a cut: the first convolution gathers
@@ -69,6 +69,10 @@ void check_gain(const std::optional<at::Tensor>& log_gain, const Shape& shape, c
   check_like("log_gain", *log_gain, "x", x);
 }
 
+void check_leak(double leak) {
+  TORCH_CHECK_VALUE(0 <= leak && leak <= 1, "leak: expected a slope from 0 to 1, found ", leak);
+}
+
 template <class T>
 Matrix<const T> weight_of(const at::Tensor& m) {
   return by_rows(m.const_data_ptr<T>(), m.size(1));
@@ -76,17 +80,16 @@ Matrix<const T> weight_of(const at::Tensor& m) {
 
 // net_out (N, C, H, W) and, if kept, both hidden layers after relu: one (hidden, pixels) matrix in blocks per cut, one
 // behind the other.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> coupling_net(const at::Tensor& x, const at::Tensor& w1,
-                                                            const at::Tensor& b1_in, const at::Tensor& w2,
-                                                            const at::Tensor& b2_in, const at::Tensor& w3,
-                                                            const at::Tensor& b3,
-                                                            const std::optional<at::Tensor>& log_gain, bool keep) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> coupling_net(
+    const at::Tensor& x, const at::Tensor& w1, const at::Tensor& b1_in, const at::Tensor& w2, const at::Tensor& b2_in,
+    const at::Tensor& w3, const at::Tensor& b3, const std::optional<at::Tensor>& log_gain, bool keep, double leak) {
   const Plain plain;
   const Shape shape = check_net(x, w1, w2, w3);
   check_weight("b1", b1_in, {shape.hidden1}, x);
   check_weight("b2", b2_in, {shape.hidden2}, x);
   check_weight("b3", b3, {shape.out}, x);
   check_gain(log_gain, shape, x);
+  check_leak(leak);
   const at::Tensor b1 = b1_in.contiguous(), b2 = b2_in.contiguous();
   const at::Tensor m1 = w1.reshape({shape.hidden1, 9 * shape.in}).contiguous();
   const at::Tensor m2 = w2.reshape({shape.hidden2, shape.hidden1}).contiguous();
@@ -96,6 +99,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> coupling_net(const at::Tensor& x,
   at::Tensor h2 = empty_reused({keep ? shape.hidden2 * shape.pixels() : 0}, x.options());
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
+    const T slope = static_cast<T>(leak);
     const std::vector<Cut> cuts = cuts_of(shape, sizeof(T));
     if (cuts.empty() || shape.samples == 0) return;
     const int64_t most = cuts[0].count, sum_room = ShiftedSum<T>::elements(shape, shape.out, cuts);
@@ -120,27 +124,29 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> coupling_net(const at::Tensor& x,
       const auto layer2 =
           in_blocks(keep ? h2.mutable_data_ptr<T>() + shape.hidden2 * cut.begin : room2, shape.hidden2, cut);
       columns_of(x, cut, false, columns);
-      multiply<T>({first.times(packed1, columns, layer1, cut.count, b1.const_data_ptr<T>(), {})});
-      multiply<T>({second.times(packed2, layer1, layer2, cut.count, b2.const_data_ptr<T>(), {})});
-      multiply<T>({third.times(packed3, layer2, sum.product(), cut.count, nullptr, {})});
+      multiply<T>({first.times(packed1, columns, layer1, cut.count, b1.const_data_ptr<T>(), {}, slope)});
+      multiply<T>({second.times(packed2, layer1, layer2, cut.count, b2.const_data_ptr<T>(), {}, slope)});
+      multiply<T>({third.times(packed3, layer2, sum.product(), cut.count, nullptr, {}, slope)});
       sum.add(cut);
     }
   });
   return {out, h1, h2};
 }
 
-// Gradients of x, w1, b1, w2, b2, w3, b3 and log_gain (if there is one), given what coupling_net kept; without
-// want_weights that of x alone. b3 is needed beside log_gain only.
+// Gradients of x, w1, b1, w2, b2, w3, b3 and log_gain (if there is one), given what coupling_net of that leak kept;
+// without want_weights that of x alone. b3 is needed beside log_gain only.
 std::vector<at::Tensor> coupling_net_backward(const at::Tensor& grad_out, const at::Tensor& x, const at::Tensor& h1,
                                               const at::Tensor& h2, const at::Tensor& w1, const at::Tensor& w2,
                                               const at::Tensor& w3, const std::optional<at::Tensor>& b3,
-                                              const std::optional<at::Tensor>& log_gain, bool want_weights) {
+                                              const std::optional<at::Tensor>& log_gain, bool want_weights,
+                                              double leak) {
   const Plain plain;
   const Shape shape = check_net(x, w1, w2, w3);
   check_weight("grad_out", grad_out, {shape.samples, shape.out, shape.height, shape.width}, x);
   check_weight("h1", h1, {shape.hidden1 * shape.pixels()}, x);
   check_weight("h2", h2, {shape.hidden2 * shape.pixels()}, x);
   check_gain(log_gain, shape, x);
+  check_leak(leak);
   TORCH_CHECK_VALUE(!log_gain || b3, "b3: expected a bias beside log_gain, found none");
   if (b3) check_weight("b3", *b3, {shape.out}, x);
   const at::Tensor m1 = w1.reshape({shape.hidden1, 9 * shape.in}).contiguous();
@@ -152,6 +158,7 @@ std::vector<at::Tensor> coupling_net_backward(const at::Tensor& grad_out, const 
   std::vector<at::Tensor> last_grads;
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
+    const T slope = static_cast<T>(leak);
     const std::vector<Cut> cuts = cuts_of(shape, sizeof(T));
     LastWeight<T> weight(shape, w3, log_gain);
     if (cuts.empty() || shape.samples == 0) {
@@ -183,9 +190,9 @@ std::vector<at::Tensor> coupling_net_backward(const at::Tensor& grad_out, const 
       const auto layer2 = in_blocks(h2.const_data_ptr<T>() + shape.hidden2 * cut.begin, shape.hidden2, cut);
       const auto columns = in_blocks(columns_room, 9 * shape.in, cut);
       columns_of(grad_out, cut, true, grad_columns);
-      multiply<T>({third.times(packed3, grad_columns, d2, cut.count, nullptr, layer2)});
-      multiply<T>({second.times(packed2, d2, d1, cut.count, nullptr, layer1)});
-      multiply<T>({first.times(packed1, d1, sum.product(), cut.count, nullptr, {})});
+      multiply<T>({third.times(packed3, grad_columns, d2, cut.count, nullptr, layer2, slope)});
+      multiply<T>({second.times(packed2, d2, d1, cut.count, nullptr, layer1, slope)});
+      multiply<T>({first.times(packed1, d1, sum.product(), cut.count, nullptr, {}, slope)});
       sum.add(cut);
       if (want_weights) {
         columns_of(x, cut, false, columns);
@@ -202,6 +209,7 @@ std::vector<at::Tensor> coupling_net_backward(const at::Tensor& grad_out, const 
                                 add,
                                 nullptr,
                                 {},
+                                slope,
                                 row_sums};
         };
         multiply<T>({added(g3, grad_columns, layer2, nullptr), added(g2, d2, layer1, gb2.mutable_data_ptr<T>()),
@@ -220,8 +228,12 @@ std::vector<at::Tensor> coupling_net_backward(const at::Tensor& grad_out, const 
 }  // namespace
 
 void register_net_ops(pybind11::module_& m) {
-  m.def("coupling_net", &coupling_net, NoGil());
-  m.def("coupling_net_backward", &coupling_net_backward, NoGil());
+  using pybind11::arg;
+  // The dispatcher leaves out arguments that have their default.
+  m.def("coupling_net", &coupling_net, arg("x"), arg("w1"), arg("b1"), arg("w2"), arg("b2"), arg("w3"), arg("b3"),
+        arg("log_gain"), arg("keep"), arg("leak") = 0.0, NoGil());
+  m.def("coupling_net_backward", &coupling_net_backward, arg("grad_out"), arg("x"), arg("h1"), arg("h2"), arg("w1"),
+        arg("w2"), arg("w3"), arg("b3"), arg("log_gain"), arg("want_weights"), arg("leak") = 0.0, NoGil());
 }
 
 }  // namespace pyglow::bindings

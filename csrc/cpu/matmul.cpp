@@ -9,6 +9,7 @@
 // is summed in the same order however the tasks are dealt out.
 #include "cpu/isa.h"
 #include "cpu/mix_sums.h"
+#include "math/activation.h"
 
 namespace pyglow::cpu::PYGLOW_ISA {
 namespace {
@@ -126,9 +127,10 @@ struct Epilogue {
   const T* bias;  // of the block's rows, or null
   const T* mask;  // at the block, or null
   int64_t mask_row;
+  T leak;
 };
 
-template <class T, int NumRows>
+template <bool Leaky, class T, int NumRows>
 PYGLOW_HD void put(const Block<T, NumRows>& block, const Epilogue<T>& epilogue, int64_t rows, T* c, int64_t stride) {
 #pragma GCC unroll 16
   for (int i = 0; i < NumRows; ++i) {
@@ -137,30 +139,39 @@ PYGLOW_HD void put(const Block<T, NumRows>& block, const Epilogue<T>& epilogue, 
     for (int v = 0; v < column_vectors; ++v) {
       T* const to = c + i * stride + v * lanes<T>;
       Vec<T> value = epilogue.add ? load<T>(to) + block.sum[i][v] : block.sum[i][v];
-      if (epilogue.bias != nullptr) {
-        value += broadcast<T>(epilogue.bias[i]);
-        value = value < T(0) ? Vec<T>{} : value;  // NaN is kept
+      if (epilogue.bias != nullptr)
+        value = math::leaky_relu<Leaky>(value + broadcast<T>(epilogue.bias[i]), epilogue.leak);
+      if (epilogue.mask != nullptr) {
+        const Vec<T> result = load<T>(epilogue.mask + i * epilogue.mask_row + v * lanes<T>);
+        value = math::leaky_relu_backward<Leaky>(value, result, epilogue.leak);
       }
-      if (epilogue.mask != nullptr)
-        value = load<T>(epilogue.mask + i * epilogue.mask_row + v * lanes<T>) <= T(0) ? Vec<T>{} : value;
       store<T>(to, value);
     }
   }
 }
 
 // Of the last columns, which are fewer than a block has, by way of `edge` (NumRows, block_columns).
-template <class T, int NumRows>
+template <bool Leaky, class T, int NumRows>
 void put_edge(const Block<T, NumRows>& block, const Epilogue<T>& epilogue, int64_t rows, int64_t columns, T* c,
               int64_t stride, T* edge) {
   constexpr int64_t width = block_columns<T>;
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < columns; ++j) edge[i * width + j] = epilogue.add ? c[i * stride + j] : T(0);
-  put<T, NumRows>(block, {epilogue.add, epilogue.bias, nullptr, 0}, rows, edge, width);
+  put<Leaky, T, NumRows>(block, {epilogue.add, epilogue.bias, nullptr, 0, epilogue.leak}, rows, edge, width);
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < columns; ++j) {
-      const bool masked = epilogue.mask != nullptr && epilogue.mask[i * epilogue.mask_row + j] <= T(0);
-      c[i * stride + j] = masked ? T(0) : edge[i * width + j];
+      T value = edge[i * width + j];
+      if (epilogue.mask != nullptr)
+        value = math::leaky_relu_backward<Leaky>(value, epilogue.mask[i * epilogue.mask_row + j], epilogue.leak);
+      c[i * stride + j] = value;
     }
+}
+
+template <bool Leaky, class T, int NumRows>
+PYGLOW_HD void put_columns(const Block<T, NumRows>& block, const Epilogue<T>& epilogue, int64_t rows, int64_t columns,
+                           T* c, int64_t stride, T* edge) {
+  columns == block_columns<T> ? put<Leaky, T, NumRows>(block, epilogue, rows, c, stride)
+                              : put_edge<Leaky, T, NumRows>(block, epilogue, rows, columns, c, stride, edge);
 }
 
 // The blocks [first, last) of panels, `size` apart, in one block of columns.
@@ -179,7 +190,7 @@ void multiply_columns(const ProductArgs<T>& args, int64_t size, int64_t first, i
     const bool is_last = k + inner == args.inner;
     for (int64_t panel = first; panel < last; ++panel) {
       const int64_t row = panel * NumRows, rows = smaller(NumRows, args.rows - row);
-      Epilogue<T> epilogue{args.accumulate || k > 0, nullptr, nullptr, 0};
+      Epilogue<T> epilogue{args.accumulate || k > 0, nullptr, nullptr, 0, args.leak};
       if (is_last && args.bias != nullptr) epilogue.bias = args.bias + row;
       if (is_last && args.mask.data != nullptr) {
         epilogue.mask = at(args.mask, row, column);
@@ -192,8 +203,9 @@ void multiply_columns(const ProductArgs<T>& args, int64_t size, int64_t first, i
       if (args.row_sums != nullptr && column == 0)  // one task per row has these columns
         for (int64_t i = 0; i < rows; ++i) args.row_sums[row + i] += sum_of<T>(args.a, row + i, k, inner);
       T* const c = at(args.c, row, column);
-      columns == width ? put<T, NumRows>(block, epilogue, rows, c, row_at(args.c, column))
-                       : put_edge<T, NumRows>(block, epilogue, rows, columns, c, row_at(args.c, column), edge);
+      const int64_t c_row = row_at(args.c, column);
+      args.leak == T(0) ? put_columns<false, T, NumRows>(block, epilogue, rows, columns, c, c_row, edge)
+                        : put_columns<true, T, NumRows>(block, epilogue, rows, columns, c, c_row, edge);
     }
   }
 }

@@ -90,8 +90,8 @@ def accelerate(model: nn.Module, memory: str | None = None, memory_budget: str |
 
     Objects, parameters, buffers, hooks and names stay: an optimizer that holds the parameters goes on, a state_dict
     fits as before. Outputs are the same up to rounding, in training and evaluation; what differs on purpose is in the
-    adapters' docstrings (pyglow_fast.interop.normflows and so on). Nets of the form 3x3, ReLU, 1x1, ReLU, 3x3 run in
-    our executor.
+    adapters' docstrings (pyglow_fast.interop.normflows and so on). Nets of the form 3x3, ReLU, 1x1, ReLU, 3x3, or with
+    LeakyReLUs of one slope, run in our executor.
 
     Args:
         model: with layers of these libraries anywhere in it.
@@ -163,13 +163,13 @@ def _no_counterpart(kind: type, library: str) -> str:
 
 def _net_reason(net: nn.Module, attribute: str) -> str:
     """Why our executor does not run a net, or nothing."""
-    reason = recognised(net)
+    chain = chain_of(net, None) if attribute == "transform_net" else None  # nflows' nets take a context
+    reason = recognised(net if chain is None else chain)
     if not isinstance(reason, str):
         return ""
-    if attribute != "transform_net":
+    if attribute != "transform_net" or chain is not None:
         return reason
-    known = chain_of(net, None) is not None  # nflows' nets take a context
-    return "" if known else f"{type(net).__qualname__} is not known to be 3x3, ReLU, 1x1, ReLU, 3x3 and no more"
+    return f"{type(net).__qualname__} is not known to be 3x3, ReLU, 1x1, ReLU, 3x3 and no more"
 
 
 def _parents(name: str) -> list[str]:

@@ -1,7 +1,7 @@
 """Coupling nets of other libraries, run by ours where they compute what it computes: 3x3, ReLU, 1x1, ReLU, 3x3.
 
-A net is recognised by its modules, exactly: plain convolutions with zero padding, ReLU or a LeakyReLU of slope 0 in
-between, and after a hidden convolution an affine map per channel, which is folded into it. Anything else (hooks,
+A net is recognised by its modules, exactly: plain convolutions with zero padding, ReLU or LeakyReLU in between, both of
+one slope, and after a hidden convolution an affine map per channel, which is folded into it. Anything else (hooks,
 parametrizations, subclasses, other sizes) runs as it is.
 """
 
@@ -28,10 +28,11 @@ def qualified(module: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class KnownNet:
-    """The convolutions of a recognised net, and what follows the hidden ones."""
+    """The convolutions of a recognised net, what follows the hidden ones, and the slope of both its activations."""
 
     convs: tuple[nn.Conv2d, nn.Conv2d, nn.Conv2d]
     maps: tuple[nn.Module | None, nn.Module | None]
+    leak: float
 
     def weights(self) -> list[Tensor] | None:
         """w1, b1, w2, b2, w3, b3 for functional.coupling_net, differentiable; None while a map waits for data."""
@@ -49,6 +50,13 @@ class KnownNet:
         return found
 
 
+def slope(activation: nn.Module) -> float | None:
+    """Of a LeakyReLU what it multiplies negative values by, of a ReLU 0; None of any other module."""
+    if type(activation) is nn.ReLU:
+        return 0.0
+    return float(activation.negative_slope) if type(activation) is nn.LeakyReLU else None
+
+
 def recognised(net: nn.Module) -> KnownNet | str:
     """The net as our executor takes it, or why it does not."""
     parts = _flat(net)
@@ -56,6 +64,7 @@ def recognised(net: nn.Module) -> KnownNet | str:
         return parts
     convs: list[nn.Conv2d] = []
     maps: list[nn.Module | None] = []
+    slopes: list[float] = []
     expected = "conv"
     for part in parts:
         name = type(part).__name__
@@ -68,18 +77,23 @@ def recognised(net: nn.Module) -> KnownNet | str:
         elif qualified(part) in AFFINE_MAPS and expected == "map or activation":
             maps[-1] = part
             expected = "activation"
-        elif type(part) is nn.ReLU or (type(part) is nn.LeakyReLU and part.negative_slope == 0):
-            expected = "conv"
+        elif (leak := slope(part)) is None:
+            return f"a {name} where a ReLU or LeakyReLU was expected"
+        elif not 0.0 <= leak <= 1.0:
+            return f"a {name} of slope {leak:g}, which is not from 0 to 1"
         else:
-            return f"a {name} where a ReLU was expected"
+            slopes.append(leak)
+            expected = "conv"
     if len(convs) != 3 or expected != "map or activation":
         return f"{len(convs)} convolutions, not 3 with nothing after the last"
     for conv, size in zip(convs, (3, 1, 3), strict=True):
         reason = _odd(conv, size)
         if reason:
             return reason
+    if slopes[0] != slopes[1]:
+        return f"activations of different slopes, {slopes[0]:g} and {slopes[1]:g}"
     first, second, third = convs
-    return KnownNet((first, second, third), (maps[0], maps[1]))
+    return KnownNet((first, second, third), (maps[0], maps[1]), slopes[0])
 
 
 def _odd(conv: nn.Conv2d, size: int) -> str:
@@ -122,21 +136,24 @@ def run(net: nn.Module, x: Tensor, output_map: Callable[[Tensor, int], Tensor] |
     ``output_map(values, dim)`` is a linear map of the output channels, which are dimension ``dim`` of ``values``: then
     output_map(net(x), 1), and in our executor of the last weights instead, so that it costs no pass over the output.
     """
-    weights = _weights(net, x)
-    if weights is None:
+    found = _weights(net, x)
+    if found is None:
         out: Tensor = net(x)
         return out if output_map is None else output_map(out, 1)
+    weights, leak = found
     if output_map is not None:
         weights[-2:] = [output_map(weight, 0) for weight in weights[-2:]]
-    return functional.coupling_net(x, *weights)
+    return functional.coupling_net(x, *weights, leak=leak)
 
 
-def _weights(net: nn.Module, x: Tensor) -> list[Tensor] | None:
-    """Of a recognised net whose executor takes x."""
+def _weights(net: nn.Module, x: Tensor) -> tuple[list[Tensor], float] | None:
+    """Weights and leak of a recognised net whose executor takes x."""
     if not functional.net_as_products(x) or torch.compiler.is_compiling():
         return None
     known = recognised(net)
-    weights = known.weights() if isinstance(known, KnownNet) else None
+    if isinstance(known, str):
+        return None
+    weights = known.weights()
     if weights is None or any(weight.dtype != x.dtype for weight in weights) or x.shape[1] != weights[0].shape[1]:
         return None
-    return weights
+    return weights, known.leak

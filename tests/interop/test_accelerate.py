@@ -23,14 +23,19 @@ MEMORIES = (None, "store", "checkpoint", "reversible")
 HIDDEN = 8
 
 
-def subnet(c_in: int, c_out: int) -> nn.Module:
+def subnet(c_in: int, c_out: int, first: nn.Module | None = None, second: nn.Module | None = None) -> nn.Module:
+    """With ReLUs, or those activations."""
     return nn.Sequential(
         nn.Conv2d(c_in, HIDDEN, 3, padding=1),
-        nn.ReLU(),
+        first or nn.ReLU(),
         nn.Conv2d(HIDDEN, HIDDEN, 1),
-        nn.ReLU(),
+        second or nn.ReLU(),
         nn.Conv2d(HIDDEN, c_out, 3, padding=1),
     )
+
+
+def leaky_subnet(c_in: int, c_out: int) -> nn.Module:
+    return subnet(c_in, c_out, nn.LeakyReLU(0.2), nn.LeakyReLU(0.2, inplace=True))
 
 
 class ContextNet(nn.Module):
@@ -43,6 +48,17 @@ class ContextNet(nn.Module):
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
         first, second, third = self.convs
         return third(torch.relu(second(torch.relu(first(inputs)))))
+
+
+class LeakyContextNet(nn.Module):
+    """The same with modules of two slopes, which the test may make one."""
+
+    def __init__(self, c_in: int, c_out: int, slopes: tuple[float, float] = (0.01, 0.01)) -> None:
+        super().__init__()
+        self.body = subnet(c_in, c_out, *map(nn.LeakyReLU, slopes))
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.body(inputs)
 
 
 def from_normflows(levels: int = 2, steps: int = 3, **options: Any) -> nn.Module:
@@ -67,20 +83,20 @@ def mask(channels: int, kind: str) -> Tensor:
     return (half if kind == "halves" else torch.arange(channels) % 2 == 1).float()
 
 
-def from_nflows(kind: str = "halves", steps: int = 3) -> nn.Module:
+def from_nflows(kind: str = "halves", steps: int = 3, net: Callable[..., nn.Module] = ContextNet) -> nn.Module:
     t = nflows.transforms
     parts: list[nn.Module] = [t.SqueezeTransform()]
     for _ in range(steps):
-        parts += [t.ActNorm(12), t.OneByOneConvolution(12), t.AffineCouplingTransform(mask(12, kind), ContextNet)]
+        parts += [t.ActNorm(12), t.OneByOneConvolution(12), t.AffineCouplingTransform(mask(12, kind), net)]
     base = nflows.distributions.StandardNormal([12, 4, 4])
     return nflows.flows.Flow(t.CompositeTransform(parts), base)
 
 
-def from_freia(steps: int = 3, **options: Any) -> nn.Module:
+def from_freia(steps: int = 3, net: Callable[..., nn.Module] = subnet, **options: Any) -> nn.Module:
     model = Ff.SequenceINN(3, 8, 8)
     model.append(Fm.IRevNetDownsampling)
     for _ in range(steps):
-        model.append(Fm.AllInOneBlock, subnet_constructor=subnet, **options)
+        model.append(Fm.AllInOneBlock, subnet_constructor=net, **options)
     return model
 
 
@@ -103,9 +119,12 @@ CASES: dict[str, tuple[Callable[..., nn.Module], Callable[[Any, Tensor], Tensor]
     "normflows additive": (lambda: from_normflows(scale=False), normflows_loss, 6),
     "normflows net_actnorm": (lambda: from_normflows(net_actnorm=True), normflows_loss, 6),
     "normflows leaky": (lambda: from_normflows(leaky=0.1), normflows_loss, 6),
+    "normflows leaky net_actnorm": (lambda: from_normflows(leaky=0.1, net_actnorm=True), normflows_loss, 6),
     "nflows": (from_nflows, nflows_loss, 3),
     "nflows alternating": (lambda: from_nflows("alternating"), nflows_loss, 3),
+    "nflows leaky": (lambda: from_nflows(net=LeakyContextNet), nflows_loss, 3),
     "FrEIA": (from_freia, freia_loss, 3),
+    "FrEIA leaky": (lambda: from_freia(net=leaky_subnet), freia_loss, 3),
     "FrEIA soft": (lambda: from_freia(permute_soft=True), freia_loss, 3),
     "FrEIA reverse householder": (
         lambda: from_freia(learned_householder_permutation=2, reverse_permutation=True),
@@ -272,9 +291,14 @@ def test_the_report() -> None:
     done = accelerate(model, "store")
     text = str(done)
     assert "GlowBlock" in done.replaced["flows.0.0"]
-    assert "LeakyReLU where a ReLU was expected" in done.left["flows.0.0.flows.0.flows.1.param_map"]
+    assert not any("net runs as it is" in reason for reason in done.left.values())
     assert done.joined == {f"flows.{i}": "3 steps in one chain each, memory 'store'" for i in range(2)}
     assert "joined: 2" in text
+    done.undo()
+    model.flows[0][0].flows[0].flows[1].param_map.net[1] = nn.Tanh()
+    done = accelerate(model)
+    reason = "its net runs as it is: a Tanh where a ReLU or LeakyReLU was expected"
+    assert done.left["flows.0.0.flows.0.flows.1.param_map"] == reason
     other = nn.Sequential(normflows.flows.Planar((4,)), nn.Linear(2, 2))
     assert accelerate(other).left == {"0": "no counterpart of Planar"}
 

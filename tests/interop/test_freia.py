@@ -234,9 +234,9 @@ def test_our_executor_runs_known_nets(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     real = functional.coupling_net
 
-    def counting(*args: Any) -> torch.Tensor:
+    def counting(*args: Any, **options: Any) -> torch.Tensor:
         seen.append(1)
-        return real(*args)
+        return real(*args, **options)
 
     monkeypatch.setattr(functional, "coupling_net", counting)
     for name, runs in ((AIO, 1), ("GLOWCouplingBlock", 2), ("AffineCouplingOneSided", 1), ("NICECouplingBlock", 2)):

@@ -56,6 +56,26 @@ class Methods(Layers):
         return self.last(self.second(self.first(x).relu()).relu())
 
 
+class Leaky(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.activation = nn.LeakyReLU(0.2)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        hidden = self.activation(self.first(x))
+        return self.last(F.leaky_relu(self.second(hidden), 0.2, inplace=True))
+
+
+class LeakyByDefault(Layers):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.last(F.leaky_relu_(self.second(F.leaky_relu(self.first(x)))))
+
+
+class TwoSlopes(Layers):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.last(F.leaky_relu(self.second(F.leaky_relu(self.first(x), 0.3)), negative_slope=0.2))
+
+
 class Nested(Layers):
     def __init__(self) -> None:
         super().__init__()
@@ -124,8 +144,8 @@ class WithScale(Functional):
         self.gain = nn.Parameter(torch.ones(()))
 
 
-KNOWN = (Functional, Methods, Nested, NoBias, lambda: ConvNet(3, 6))
-UNKNOWN = (Residual, Scaled, Tanh, Skipping, Twice, ByHand, Looking, WithScale)
+KNOWN = (Functional, Methods, Leaky, LeakyByDefault, Nested, NoBias, lambda: ConvNet(3, 6))
+UNKNOWN = (Residual, Scaled, Tanh, TwoSlopes, Skipping, Twice, ByHand, Looking, WithScale)
 
 
 def runs_ours(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> bool:
@@ -134,7 +154,7 @@ def runs_ours(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> bool:
     own = functional.coupling_net
     x = torch.randn(2, 3, 4, 5)
     with monkeypatch.context() as patch:
-        patch.setattr(functional, "coupling_net", lambda *args: ran.append(1) or own(*args))
+        patch.setattr(functional, "coupling_net", lambda *args, **options: ran.append(1) or own(*args, **options))
         found = run_net(net, x, None)
     assert_close(found, net(x, None))
     return bool(ran)
@@ -157,6 +177,12 @@ def test_unknown(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_changes_of_a_net_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = randomise(Leaky())
+    assert runs_ours(net, monkeypatch)
+    net.activation.negative_slope = 0.1  # the other one is 0.2
+    assert not runs_ours(net, monkeypatch)
+    net.activation.negative_slope = 0.2
+    assert runs_ours(net, monkeypatch)
     net = randomise(Functional())
     assert runs_ours(net, monkeypatch)
     net.second = nn.Conv2d(8, 8, 1)

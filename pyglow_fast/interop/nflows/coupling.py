@@ -98,7 +98,8 @@ class AffineCouplingTransform(transforms.AffineCouplingTransform):
 
     logabsdet = sum log s; x_t are the channels where mask > 0, x_i the others. In place of
     ``nflows.transforms.AffineCouplingTransform``: the same buffers, net, draws at construction and results. A net of
-    convolutions 3x3, 1x1, 3x3 with ReLUs runs in our executor on the CPU if there is no context.
+    convolutions 3x3, 1x1, 3x3 with ReLUs, or LeakyReLUs of one slope, runs in our executor on the CPU if there is no
+    context.
 
     ``scale_activation`` is an argument of nflows' current source, not of its release 0.14, whose scale is the default.
     The default never exceeds 1.001: a flow of such couplings alone can only contract.

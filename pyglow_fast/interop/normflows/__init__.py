@@ -10,7 +10,7 @@ MultiscaleFlow, NormalizingFlow, distributions. :func:`adopt` turns the layers o
 :func:`release` back; :func:`flow_parts` says what a GlowBlock is in the terms of this package.
 
 A GlowBlock runs as one product with the folded actnorm and 1x1 convolution, one coupling kernel, and its net in this
-package's executor (a LeakyReLU with a slope runs as it is). Layers that someone has put hooks on, replaced or
+package's executor, whatever the slope of its LeakyReLUs from 0 to 1. Layers that someone has put hooks on, replaced or
 overridden are called one by one. What differs from normflows 1.7.3, besides speed:
 
 - ActNorm is initialised from one batch over all ranks of torch.distributed's default group (normflows: each rank from
