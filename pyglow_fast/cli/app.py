@@ -80,8 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; those of the process if None.
 
     Returns:
-        0; 1 if training diverged, or lost its images, its disk or another rank, or if there is not enough memory; 2
-        for bad input or a missing library; 128 + N if signal N ended a run (saved);
+        0; 1 if training diverged, or lost its images, its disk or another rank, or if there is no room on the disk or
+        in memory; 2 for bad input or a missing library; 128 + N if signal N ended a run (saved);
         141, as after SIGPIPE, if nobody reads the output any more.
     """
     try:
@@ -105,6 +105,11 @@ def _run(argv: Sequence[str] | None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (TrainingDivergedError, InputLostError, RankError, SaveError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        raise  # see main
+    except OSError as error:  # a disk that is full, a folder that went away
         print(f"error: {error}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:

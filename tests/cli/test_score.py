@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import errno
+import os
 import re
 import shutil
 import sys
@@ -92,6 +94,19 @@ def test_score_with_several_draws(trained: Path, tmp_path: Path, capsys: Capture
     assert list(one[0]) == ["index", "label", "bits_per_dim"]
     assert list(four[0]) == ["index", "label", "bits_per_dim", "bits_per_dim_sd"]
     assert all(float(row["bits_per_dim_sd"]) > 0 for row in four)
+
+
+def test_a_full_disk(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    (out := tmp_path / "s.csv").write_text("before")
+
+    def full(source: object, target: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+
+    monkeypatch.setattr("pyglow_fast.train.files.os.replace", full)
+    assert main(["score", str(trained), "digits", "--out", str(out)]) == 1
+    assert capsys.readouterr().err == f"error: [Errno {errno.ENOSPC}] No space left on device: '{out}'\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["s.csv"]
+    assert out.read_text() == "before"
 
 
 def test_score_names_files(smooth: Path, folders: Path, tmp_path: Path, capsys: Capture) -> None:
