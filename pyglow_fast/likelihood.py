@@ -91,6 +91,11 @@ def quantize(x: Tensor, n_bins: int = 256) -> Tensor:
     return ((x.double() + 0.5) * n_bins).floor().clamp(0, n_bins - 1).long()
 
 
+def count_not_finite(x: Tensor) -> int:
+    """How many of the images x (N, ...) hold NaN or inf, which have no level."""
+    return int((~x.isfinite().flatten(1).all(1)).sum())
+
+
 def bits_per_dim(log_prob: Tensor, n_dims: int, n_bins: int = 256) -> Tensor:
     """bits/dim = -log_prob / (D ln 2) + log2(n_bins).
 

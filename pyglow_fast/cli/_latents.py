@@ -63,12 +63,16 @@ def chosen(images: Images, count: int, seed: int) -> Tensor:
     return random_subset(seed, len(images), min(count, len(images)))
 
 
-def inputs(levels: Tensor, labels: Tensor | None, n_bins: int, model: Glow) -> tuple[Tensor, Tensor | None]:
-    """(x, y) on the model's device: the middle of each level's interval, and labels for a model with classes."""
+def middles(levels: Tensor, n_bins: int, model: Glow) -> Tensor:
+    """x on the model's device: the middle of each level's interval."""
     parameter = next(model.parameters())
-    middle = torch.full(levels.shape, 0.5, dtype=parameter.dtype)
-    x = dequantize(levels, n_bins, dtype=parameter.dtype, noise=middle)
-    return x.to(parameter.device), labels_for(model, labels)
+    half = torch.full(levels.shape, 0.5, dtype=parameter.dtype)
+    return dequantize(levels, n_bins, dtype=parameter.dtype, noise=half).to(parameter.device)
+
+
+def inputs(levels: Tensor, labels: Tensor | None, n_bins: int, model: Glow) -> tuple[Tensor, Tensor | None]:
+    """(x, y): the images as the model takes them, and labels for a model with classes."""
+    return middles(levels, n_bins, model), labels_for(model, labels)
 
 
 def read(images: Images, indices: Tensor) -> Iterator[Batch]:
@@ -95,11 +99,6 @@ def name_of(images: Images, index: int, number: int | None = None) -> str:
     if images.labels is None:
         return str(number)
     return f"{number}: {images.class_names[int(images.labels[index])]}"
-
-
-def count_not_finite(x: Tensor) -> int:
-    """How many of the images (N, C, H, W) hold NaN or inf."""
-    return int((~x.isfinite().flatten(1).all(1)).sum())
 
 
 def not_finite_note(count: int, of: str = "of them") -> str:

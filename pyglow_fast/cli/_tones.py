@@ -15,7 +15,7 @@ from torch import Tensor
 from pyglow_fast._errors import expect
 from pyglow_fast.data import DataConfig, Images, emoji_tone_pairs, load_data
 from pyglow_fast.data.cache import cached
-from pyglow_fast.latents import EditScore, edit_score, mean_and_error, rmse
+from pyglow_fast.latents import EditScore, edit_score
 from pyglow_fast.train.files import write_text
 
 
@@ -83,26 +83,23 @@ def copy_and_table(
         pixels: (C, H, W), the mean pixel difference of the training pairs.
         strengths: S numbers.
     """
-    rows = [Row("copy", None, edit_score(x, target, x))]
-    for i, value in enumerate(strengths):
-        rows.append(Row("latents", value, edit_score(edited[:, i], target, x)))
-    for value in strengths:
-        rows.append(Row("pixels", value, edit_score(x + value * pixels.to(x), target, x)))
-    mean, error = mean_and_error(rmse(x, target))
+    copy = edit_score(x, target, x)
+    edits = [edit_score(edited[:, i], target, x) for i in range(len(strengths))]
+    shifts = [edit_score(x + value * pixels.to(x), target, x) for value in strengths]
     lines = [
         "RMSE to the true target over pixels from 0 to 1, mean over the images ± its standard error",
-        f"  copy (no edit): {mean:.4f}{_error(error)}",
+        f"  copy (no edit): {copy.distance:.4f}{_error(copy.standard_error)}",
         "  strength  edit of the latents   better than copy by   not finite   pixels shifted by their mean difference",
     ]
-    edits = {row.strength: row.score for row in rows if row.edit == "latents"}
-    shifts = {row.strength: row.score for row in rows if row.edit == "pixels"}
-    for value in strengths:
-        edit, shift = edits[value], shifts[value]
+    for value, edit, shift in zip(strengths, edits, shifts, strict=True):
         lines.append(
             f"  {value:>8g}  {edit.distance:.4f}{_error(edit.standard_error):<12}"
             f"  {edit.gain:>+8.4f}{_error(edit.gain_error):<12}  {edit.not_finite:>9d}"
             f"     {shift.distance:.4f}{_error(shift.standard_error)}"
         )
+    rows = [Row("copy", None, copy)]
+    for name, scores in (("latents", edits), ("pixels", shifts)):
+        rows += [Row(name, value, score) for value, score in zip(strengths, scores, strict=True)]
     return rows, "\n".join(lines)
 
 

@@ -18,11 +18,11 @@ from pyglow_fast.cli._latents import (
     add_picture,
     add_temperature,
     check_options,
-    count_not_finite,
     not_finite_note,
     save,
 )
 from pyglow_fast.data import Images
+from pyglow_fast.likelihood import count_not_finite
 from pyglow_fast.models import Glow
 from pyglow_fast.train import Checkpoint, RunFolder, class_cycle, evaluate
 from pyglow_fast.train.metrics import read_metrics

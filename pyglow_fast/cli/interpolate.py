@@ -14,7 +14,6 @@ from pyglow_fast.cli._latents import (
     add_picture,
     add_space,
     check_options,
-    count_not_finite,
     inputs,
     name_of,
     not_finite_note,
@@ -23,6 +22,7 @@ from pyglow_fast.cli._latents import (
 )
 from pyglow_fast.data import Images
 from pyglow_fast.latents import interpolate
+from pyglow_fast.likelihood import count_not_finite
 from pyglow_fast.train import derive, to_levels
 
 PAIRS = 4

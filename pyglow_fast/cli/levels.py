@@ -15,7 +15,6 @@ from pyglow_fast.cli._latents import (
     add_temperature,
     check_options,
     chosen,
-    count_not_finite,
     inputs,
     name_of,
     not_finite_note,
@@ -23,6 +22,7 @@ from pyglow_fast.cli._latents import (
     save,
 )
 from pyglow_fast.latents import keep_levels, mean_and_error, rmse
+from pyglow_fast.likelihood import count_not_finite
 from pyglow_fast.train import derive
 
 

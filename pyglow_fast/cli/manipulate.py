@@ -15,8 +15,8 @@ from pyglow_fast.cli._latents import (
     add_picture,
     add_space,
     check_options,
-    count_not_finite,
     inputs,
+    middles,
     name_of,
     not_finite_note,
     read,
@@ -26,6 +26,8 @@ from pyglow_fast.cli._tones import TonePairs, copy_and_table, tone_pairs, write_
 from pyglow_fast.data import DATA_HELP, Images, load_data, split
 from pyglow_fast.data.emoji import TONES
 from pyglow_fast.latents import MeanLatent, attribute_direction, manipulate, to_space
+from pyglow_fast.latents.spaces import check_levels, check_numbers
+from pyglow_fast.likelihood import count_not_finite
 from pyglow_fast.models import Glow
 from pyglow_fast.train import Checkpoint, check_fits
 from pyglow_fast.train.seeds import random_subset
@@ -148,17 +150,13 @@ def run(args: argparse.Namespace) -> int:
     """Manipulate; returns the exit code."""
     with user_input():
         check_options(args, "n", "train_images")
-        strengths = args.strengths or list(TONE_STRENGTHS if args.tone else STRENGTHS)
-        for value in strengths:
-            expect(abs(value) < float("inf"), "strengths", "finite numbers", value)
+        strengths = check_numbers("strengths", args.strengths or (TONE_STRENGTHS if args.tone else STRENGTHS))
         out = picture_path(args.out, args.data)
         csv = None if args.csv is None else output_path(args.csv, ".csv", "csv", args.data)
         scheme = args.data.partition(":")[0]
         expect(args.tone is None or scheme == "emoji", "tone", "emoji as DATA, which have tones", repr(args.data))
         _, checkpoint, model = open_run(args)
-        for level in args.levels or ():
-            last = model.config.n_levels - 1
-            expect(0 <= level <= last, "levels", f"numbers in 0..{last} (0 the shallowest)", level)
+        levels = check_levels(args.levels, model.config.n_levels)
         data, train, held_out = _images(args, checkpoint, model)
         if args.tone:
             task = _tone_task(args, checkpoint, data, model, held_out)
@@ -170,9 +168,8 @@ def run(args: argparse.Namespace) -> int:
     for batch in read(data, task.edited):
         x, y = inputs(batch.levels, batch.labels, data.n_bins, model)
         originals.append(x)
-        edits.append(manipulate(model, x, direction, strengths, args.levels, args.space, y))
+        edits.append(manipulate(model, x, direction, strengths, levels, args.space, y))
     x, edited = torch.cat(originals), torch.cat(edits)
-    levels = sorted(set(args.levels)) if args.levels else list(range(model.config.n_levels))
     how = f"{args.space} space, level{'s' if len(levels) > 1 else ''} {' '.join(map(str, levels))}"
     print(
         f"{task.words}: mean of {plus.count} training images minus mean of {minus.count}, {how}; "
@@ -184,7 +181,7 @@ def run(args: argparse.Namespace) -> int:
     columns = ["original", *(f"{value:+g}" for value in strengths)]
     target = None
     if task.tones is not None:
-        target = torch.cat([inputs(b.levels, None, data.n_bins, model)[0] for b in read(data, task.tones.targets)])
+        target = torch.cat([middles(b.levels, data.n_bins, model) for b in read(data, task.tones.targets)])
         (pixels,) = attribute_direction(plus_x, minus_x)
         scores, text = copy_and_table(x, edited, target, pixels, strengths)
         print(text)

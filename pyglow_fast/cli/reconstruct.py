@@ -9,6 +9,7 @@ import torch
 from pyglow_fast._errors import expect
 from pyglow_fast.cli._common import add_run, open_run, picture_path, user_input, whole
 from pyglow_fast.cli._images import add_images, images_of
+from pyglow_fast.cli._latents import middles
 from pyglow_fast.train import save_grid, to_levels
 
 
@@ -34,8 +35,7 @@ def run(args: argparse.Namespace) -> int:
         _, checkpoint, model = open_run(args)
         images, _, part = images_of(args, checkpoint, model)
     levels, _ = images.batch(torch.arange(min(args.n, len(images))))
-    parameter = next(model.parameters())
-    x = (levels.to(parameter) + 0.5) / images.n_bins - 0.5  # the middle of each level's interval
+    x = middles(levels, images.n_bins, model)
     back = model.decode(model.encode(x))
     error = float((back - x).abs().max())
     found = to_levels(back, images.n_bins).cpu()

@@ -8,6 +8,7 @@ import torch
 
 from pyglow_fast._errors import expect
 from pyglow_fast.cli._common import add_run, number, open_run, picture_path, stream, user_input, whole
+from pyglow_fast.likelihood import count_not_finite
 from pyglow_fast.train import Checkpoint, class_columns, class_cycle, save_grid, to_levels
 
 BATCH = 64
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         part = None if y is None else y[first : first + count]
         drawn.append(model.sample(count, args.temperature, y=part, generator=generator))
     x = torch.cat(drawn)
-    bad = int((~x.isfinite().flatten(1).all(1)).sum())
+    bad = count_not_finite(x)
     columns = args.columns or (None if args.label else class_columns(args.n, checkpoint.config.model.n_classes))
     save_grid(to_levels(x, checkpoint.data.n_bins), checkpoint.data.n_bins, out, columns, args.scale)
     note = f" ({bad} of them not finite, shown grey)" if bad else ""

@@ -18,6 +18,7 @@ from pyglow_fast.latents.spaces import (
     decode_each,
     to_space,
 )
+from pyglow_fast.likelihood import count_not_finite
 from pyglow_fast.models import Glow
 
 
@@ -186,5 +187,5 @@ def edit_score(edited: Tensor, target: Tensor, unedited: Tensor) -> EditScore:
         expect(bool(x.isfinite().all()), name, "finite values", "NaN or inf")
     expect(edited.dim() >= 2 and len(edited) > 0, "edited", "at least one image (N, C, *spatial)", tuple(edited.shape))
     after, before = rmse(edited, target), rmse(unedited, target)
-    not_finite = int((~edited.isfinite().flatten(1).all(1)).sum())
-    return EditScore(*mean_and_error(after), *mean_and_error(before - after), len(edited), not_finite)
+    bad = count_not_finite(edited)
+    return EditScore(*mean_and_error(after), *mean_and_error(before - after), len(edited), bad)

@@ -18,6 +18,7 @@ from pyglow_fast.latents.spaces import (
     to_space,
 )
 from pyglow_fast.models import Glow
+from pyglow_fast.models.prior import standardised
 
 # Directions nearer to opposite than this have no great circle that rounding leaves alone: sin(angle) divides.
 _OPPOSITE = 1e-3
@@ -148,4 +149,4 @@ def _between_classes(model: Glow, noise: list[Tensor], y: Sequence[Tensor | None
     top = noise[-1]
     (mean_a, log_sd_a), (mean_b, log_sd_b) = (model.prior(top, labels) for labels in y)
     latent = functional.gaussian_sample(top, linear(mean_a, mean_b, t), linear(log_sd_a, log_sd_b, t))
-    return [*noise[:-1], (latent - mean_a) * (-log_sd_a).exp()]
+    return [*noise[:-1], standardised(latent, mean_a, log_sd_a)]

@@ -21,7 +21,7 @@ from pyglow_fast.models.config import GlowConfig
 from pyglow_fast.models.distribution import GlowDistribution
 from pyglow_fast.models.graphed import GraphedGlow
 from pyglow_fast.models.level import FlowLevel
-from pyglow_fast.models.prior import TopPrior, check_labels, check_temperature, scaled_noise
+from pyglow_fast.models.prior import TopPrior, check_labels, check_temperature, scaled_noise, standardised
 from pyglow_fast.models.settings import GlowSettings
 
 
@@ -386,7 +386,7 @@ class Glow(GlowSettings):
         priors = [split.prior(kept) for split, kept in zip(self._splits(), kept_halves, strict=True)]
         noise = []
         for latent, (mean, log_sd) in zip(latents, [*priors, self.prior(latents[-1], y)], strict=True):
-            noise.append((latent - mean) * (-log_sd).exp())
+            noise.append(standardised(latent, mean, log_sd))
             log_det = log_det - log_sd.expand_as(latent).flatten(1).sum(1)
         return noise, log_det
 

@@ -15,6 +15,7 @@ import torch
 
 from pyglow_fast._errors import SingularMatrixError
 from pyglow_fast.data import UnreadableImageError, Yardstick, measure_yardsticks, optional
+from pyglow_fast.likelihood import count_not_finite
 from pyglow_fast.train.board import writer_class
 from pyglow_fast.train.evaluation import Score
 from pyglow_fast.train.feed import READER_DIED, InputLostError
@@ -304,7 +305,7 @@ class Run:
             model.eval()
             with self._reporting():
                 x = model.sample(config.sample_count, config.sample_temperature, y=y, generator=generator)
-        bad = int((~x.isfinite().flatten(1).all(1)).sum())
+        bad = count_not_finite(x)
         if bad:
             self.writer.say(f"step {state.progress.step}: {bad} of {len(x)} samples are not finite (shown grey)")
         self.writer.samples(state.progress.step, to_levels(x, state.n_bins), state.n_bins)

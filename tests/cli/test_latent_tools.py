@@ -113,6 +113,15 @@ def test_interpolate_draws_pairs_by_the_seed(place: Path, tmp_path: Path) -> Non
     assert pictures[0] == pictures[1] != pictures[2]
 
 
+def test_a_tone_of_a_run_with_classes(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The true targets are looked at without their labels."""
+    data, run, out = f"emoji:{place / 'emoji'}", tmp_path / "run", tmp_path / "x.png"
+    train(data, run, "--size", "16", "--levels", "1", "--class-conditional")
+    text = said(capsys, "manipulate", str(run), data, "--tone", "dark", "--out", str(out))
+    assert "copy (no edit): " in text
+    assert size(out)[0] > 0
+
+
 @pytest.mark.parametrize("space", tools.SPACES)
 def test_a_tone_is_scored_against_the_true_targets(
     place: Path, space: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
