@@ -1,17 +1,50 @@
-"""Fixtures that every test has."""
+"""Fixtures that every test has, and how the suite runs: ``--full``, ``alone``, one thread a test."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from support import covering
+from support.machine import MACHINE_THREADS, Turns
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+TURNS = "PYGLOW_TEST_TURNS"  # the folder in which the workers of a run keep their locks
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """``-m cuda`` chooses the tests that run on the GPU: those whose device is one."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full",
+        action="store_true",
+        help="run every case: whole products of options instead of covering arrays, and the tests marked full",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    covering.full = config.getoption("--full")
+    torch.set_num_threads(1)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        config.pluginmanager.register(Turns(Path(os.environ[TURNS])))
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+    elif getattr(config.option, "numprocesses", None):
+        os.environ[TURNS] = tempfile.mkdtemp(prefix="pytest-turns-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ and TURNS in os.environ:
+        shutil.rmtree(os.environ.pop(TURNS), ignore_errors=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what only ``--full`` runs; puts last what needs the machine for itself; marks the tests on a GPU.
+
+    ``-m cuda`` chooses the tests whose device is one.
+    """
     for item in items:
         if (
             isinstance(item, pytest.Function)
@@ -19,14 +52,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             and item.callspec.params.get("device") == "cuda"
         ):
             item.add_marker("cuda")
+    if not config.getoption("--full"):
+        left_out = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
+    items.sort(key=lambda item: item.get_closest_marker("alone") is not None)
 
 
 @pytest.fixture(autouse=True)
-def _repeatable() -> Iterator[None]:
-    """Each test starts from one seed, whatever ran before it, and leaves the default dtype as it was."""
+def _repeatable(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each test starts from one seed and one thread, whatever ran before it, and leaves the default dtype as it was.
+
+    Waking a second thread costs 20 times the arithmetic of the tiny models here on a busy machine. Tests marked
+    ``alone`` have all threads of the machine.
+    """
     torch.manual_seed(20180710)
     dtype = torch.get_default_dtype()
+    if request.node.get_closest_marker("alone"):
+        torch.set_num_threads(MACHINE_THREADS)
     yield
+    torch.set_num_threads(1)
     torch.set_default_dtype(dtype)
 
 
@@ -34,12 +79,3 @@ def _repeatable() -> Iterator[None]:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The CPU everywhere, and the GPU where there is one."""
     return torch.device(request.param)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """For the many tests of tiny models: waking a second thread costs 20 times their arithmetic on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

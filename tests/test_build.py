@@ -10,8 +10,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from support import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 SWITCHES = ("PYGLOW_CUDA", "PYGLOW_NO_EXTENSION", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH", "CUDACXX", "CXX")
 TOOLS = str(Path(sys.executable).parent)
 CMAKE = shutil.which("cmake", path=TOOLS) or shutil.which("cmake")

@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import assert_close, assert_kernel_close, memory_layouts
-from kernel_cases import DTYPES, case_name
+from support.covering import pairs
+from support.helpers import assert_close, assert_kernel_close, memory_layouts
+from support.kernel_cases import DTYPES, case_name
 from torch import Tensor
 
 import pyglow_fast as pgf
@@ -70,9 +71,11 @@ def with_gradients(function: Callable[..., Tensor], inputs: list[Tensor], dtype:
 OPTIONS = [(False, 0.0), (True, 0.0), (True, 0.1), (False, 1.0)]
 
 
-@pytest.mark.parametrize(("gained", "leak"), OPTIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=case_name)
-@pytest.mark.parametrize("case", CASES, ids=case_name)
+@pairs(
+    pytest.mark.parametrize(("gained", "leak"), OPTIONS),
+    pytest.mark.parametrize("dtype", DTYPES, ids=case_name),
+    pytest.mark.parametrize("case", CASES, ids=case_name),
+)
 def test_equals_the_convolutions(
     case: tuple[tuple[int, ...], int, int], dtype: torch.dtype, gained: bool, leak: float
 ) -> None:

@@ -11,14 +11,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import assert_close, jacobian, log_abs_det
-from test_reference import SPECS, invertible, randn, spec_name
+from support.covering import pairs
+from support.helpers import assert_close, jacobian, log_abs_det
+from support.reference_cases import SPECS, invertible, randn, spec_name
 from torch import Tensor
 
 from pyglow_fast import functional, reference
 from pyglow_fast.reference import CouplingSpec
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHAPES = [(3, 4), (2, 4, 5), (2, 6, 3, 2), (1, 2, 1, 7), (2, 2, 3, 1, 2), (0, 4, 3, 2)]
 
@@ -51,9 +50,11 @@ def test_channel_mix(name: str, shape: tuple[int, ...], device: torch.device) ->
     assert_same(name, inputs)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("spec", SPECS, ids=spec_name)
-@pytest.mark.parametrize("name", ["coupling", "coupling_inverse"])
+@pairs(
+    pytest.mark.parametrize("shape", SHAPES, ids=str),
+    pytest.mark.parametrize("spec", SPECS, ids=spec_name),
+    pytest.mark.parametrize("name", ["coupling", "coupling_inverse"]),
+)
 def test_coupling(name: str, spec: CouplingSpec, shape: tuple[int, ...], device: torch.device) -> None:
     width = shape[1] if spec.kind == "affine" else shape[1] // 2
     inputs = (randn(*shape).to(device), randn(shape[0], width, *shape[2:]).to(device))
@@ -76,9 +77,11 @@ def test_extreme_raw_scales(spec: CouplingSpec, raw: float, device: torch.device
         assert_close(again, u)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("spec", SPECS, ids=spec_name)
-@pytest.mark.parametrize("name", ["coupling_mix", "coupling_mix_inverse"])
+@pairs(
+    pytest.mark.parametrize("shape", SHAPES, ids=str),
+    pytest.mark.parametrize("spec", SPECS, ids=spec_name),
+    pytest.mark.parametrize("name", ["coupling_mix", "coupling_mix_inverse"]),
+)
 def test_coupling_mix(name: str, spec: CouplingSpec, shape: tuple[int, ...], device: torch.device) -> None:
     width = shape[1] if spec.kind == "affine" else shape[1] // 2
     inputs = (randn(*shape), randn(shape[0], width, *shape[2:]), invertible(shape[1]), randn(shape[1]))
@@ -120,9 +123,11 @@ def test_channel_moments(shape: tuple[int, ...], device: torch.device) -> None:
         assert_close(got, expected, condition=x.numel())
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("broadcast", [False, True])
-@pytest.mark.parametrize("name", ["gaussian_log_prob", "gaussian_sample"])
+@pairs(
+    pytest.mark.parametrize("shape", SHAPES, ids=str),
+    pytest.mark.parametrize("broadcast", [False, True]),
+    pytest.mark.parametrize("name", ["gaussian_log_prob", "gaussian_sample"]),
+)
 def test_gaussian(name: str, broadcast: bool, shape: tuple[int, ...], device: torch.device) -> None:
     parameters = (1, shape[1], *[1] * (len(shape) - 2)) if broadcast else shape
     inputs = tuple(value.to(device) for value in (randn(*shape), randn(*parameters), randn(*parameters)))

@@ -7,8 +7,18 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import assert_close, assert_kernel_close, memory_layouts
-from kernel_cases import DTYPES, SHAPES, SPECS, case_name, compare, coupling_inputs, log_det_magnitude, mix_inputs
+from support.covering import pairs
+from support.helpers import assert_close, assert_kernel_close, memory_layouts
+from support.kernel_cases import (
+    DTYPES,
+    SHAPES,
+    SPECS,
+    case_name,
+    compare,
+    coupling_inputs,
+    log_det_magnitude,
+    mix_inputs,
+)
 from torch import Tensor
 
 from pyglow_fast import _backend, functional, ops, reference
@@ -33,10 +43,12 @@ def _step_inputs(shape: tuple[int, ...], spec: CouplingSpec, dtype: torch.dtype)
     return [x, net_out, matrix, offset]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=case_name)
-@pytest.mark.parametrize("shape", SHAPES, ids=case_name)
-@pytest.mark.parametrize("spec", SPECS, ids=case_name)
-@pytest.mark.parametrize("name", ["coupling_mix", "coupling_mix_inverse"])
+@pairs(
+    pytest.mark.parametrize("dtype", DTYPES, ids=case_name),
+    pytest.mark.parametrize("shape", SHAPES, ids=case_name),
+    pytest.mark.parametrize("spec", SPECS, ids=case_name),
+    pytest.mark.parametrize("name", ["coupling_mix", "coupling_mix_inverse"]),
+)
 def test_coupling_mix_equals_reference(
     name: str, spec: CouplingSpec, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:

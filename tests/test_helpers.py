@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import helpers
 import pytest
 import torch
+from support import helpers
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from pyglow_fast.layers import FlowLayer
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Linear(FlowLayer):

@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import assert_close
-from kernel_cases import case_name
-from sparse_memory import SparseMemory
+from support.covering import pairs
+from support.helpers import assert_close
+from support.kernel_cases import case_name
+from support.sparse_memory import SparseMemory
 from torch import Tensor
 
 from pyglow_fast import _backend, ops, reference
@@ -68,9 +69,11 @@ def test_every_op_is_covered() -> None:
     assert {name for name in ops.NAMES if not any(case.startswith(name) for case in OPS)} == set()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=case_name)
-@pytest.mark.parametrize("dim", ["sample", "channel", "position"])
-@pytest.mark.parametrize("name", NETS)
+@pairs(
+    pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=case_name),
+    pytest.mark.parametrize("dim", ["sample", "channel", "position"]),
+    pytest.mark.parametrize("name", NETS),
+)
 def test_far_net_output(name: str, dim: str, dtype: torch.dtype) -> None:
     """The net's output in 16 bits."""
     n_inputs, call = OPS[name]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bijections import BIJECTIONS, Bijection
-from helpers import (
+from support.bijections import BIJECTIONS, Bijection
+from support.helpers import (
     assert_bijection,
     assert_close,
     assert_copies,
@@ -18,7 +18,6 @@ from helpers import (
 )
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.parametrize("case", BIJECTIONS, ids=lambda case: case.name),
 ]
 

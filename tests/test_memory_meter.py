@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import gc
 
-import pytest
 import torch
-from memory_meter import MemoryMeter, peak_tensor_bytes
 from torch import Tensor
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+from bench.memory_meter import MemoryMeter, peak_tensor_bytes
 
 KB = 1000  # bytes of 250 float32
 

@@ -7,8 +7,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import assert_close, memory_layouts
-from kernel_cases import DTYPES, SHAPES, SPECS, case_name, compare, coupling_inputs, log_det_magnitude, mix_inputs
+from support.covering import pairs
+from support.helpers import assert_close, memory_layouts
+from support.kernel_cases import (
+    DTYPES,
+    SHAPES,
+    SPECS,
+    case_name,
+    compare,
+    coupling_inputs,
+    log_det_magnitude,
+    mix_inputs,
+)
 from torch import Tensor
 
 from pyglow_fast import _backend, functional, ops, reference
@@ -17,19 +27,23 @@ from pyglow_fast.reference import CouplingSpec
 pytestmark = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=case_name)
-@pytest.mark.parametrize("shape", SHAPES, ids=case_name)
-@pytest.mark.parametrize("name", ["channel_mix", "channel_unmix"])
+@pairs(
+    pytest.mark.parametrize("dtype", DTYPES, ids=case_name),
+    pytest.mark.parametrize("shape", SHAPES, ids=case_name),
+    pytest.mark.parametrize("name", ["channel_mix", "channel_unmix"]),
+)
 def test_channel_mix_equals_reference(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
     compare(name, mix_inputs(shape, dtype, device))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=case_name)
-@pytest.mark.parametrize("shape", SHAPES, ids=case_name)
-@pytest.mark.parametrize("spec", SPECS, ids=case_name)
-@pytest.mark.parametrize("name", ["coupling", "coupling_inverse"])
+@pairs(
+    pytest.mark.parametrize("dtype", DTYPES, ids=case_name),
+    pytest.mark.parametrize("shape", SHAPES, ids=case_name),
+    pytest.mark.parametrize("spec", SPECS, ids=case_name),
+    pytest.mark.parametrize("name", ["coupling", "coupling_inverse"]),
+)
 def test_coupling_equals_reference(
     name: str, spec: CouplingSpec, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:

@@ -10,8 +10,9 @@ import math
 
 import pytest
 import torch
-from helpers import assert_kernel_close
-from kernel_cases import SHAPES, SPECS, case_name, coupling_inputs, log_det_magnitude, mix_inputs
+from support.covering import pairs
+from support.helpers import assert_kernel_close
+from support.kernel_cases import SHAPES, SPECS, case_name, coupling_inputs, log_det_magnitude, mix_inputs
 from torch import Tensor
 
 from pyglow_fast import _backend, functional, reference
@@ -80,9 +81,11 @@ def assert_close_by_range(
             assert_kernel_close(actual[inside], in_torch[inside], truth[inside], magnitude)
 
 
-@pytest.mark.parametrize("shape", FILLED, ids=case_name)
-@pytest.mark.parametrize("spec", AFFINE, ids=case_name)
-@pytest.mark.parametrize("name", ["coupling", "coupling_inverse"])
+@pairs(
+    pytest.mark.parametrize("shape", FILLED, ids=case_name),
+    pytest.mark.parametrize("spec", AFFINE, ids=case_name),
+    pytest.mark.parametrize("name", ["coupling", "coupling_inverse"]),
+)
 def test_error_is_at_most_twice_that_of_torch(
     name: str, spec: CouplingSpec, shape: tuple[int, ...], device: torch.device
 ) -> None:

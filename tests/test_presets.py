@@ -14,8 +14,6 @@ from pyglow_fast import presets
 from pyglow_fast.data import DATA_HELP, DataConfig, ImageSet
 from pyglow_fast.train import TrainConfig, TrainState
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 NAMES = list(presets.PRESETS)
 SMALL = ["digits", "fashion", "emoji32", "photos32"]
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import normflows
 import pytest
-from pages import ROOT, code, page
+from support import ROOT
+from support.pages import code, page
 
 from pyglow_fast import GlowConfig
 from pyglow_fast.cli import app

@@ -15,7 +15,7 @@ from mkdocs.commands.build import build
 from mkdocs.config import load_config
 from mkdocs.exceptions import Abort
 from mkdocstrings import Inventory
-from pages import ROOT
+from support import ROOT
 
 PACKAGE = "pyglow_fast"
 # What nobody but the package itself imports; everything else has a page in docs/reference.

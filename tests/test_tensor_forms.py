@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import assert_close, memory_layouts
-from kernel_cases import DTYPES, SPECS, case_name, compare, coupling_inputs, mix_inputs
+from support.covering import pairs
+from support.helpers import assert_close, memory_layouts
+from support.kernel_cases import DTYPES, SPECS, case_name, compare, coupling_inputs, mix_inputs
 from torch import Tensor
 
 import pyglow_fast as pgf
@@ -64,9 +65,11 @@ def test_other_dimensions_squeeze_on_the_reference(dims: int) -> None:
     assert_close(restored, x, condition=float(torch.linalg.cond(matrix)))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=case_name)
-@pytest.mark.parametrize("spec", [SPECS[0], SPECS[-1]], ids=case_name)
-@pytest.mark.parametrize("shape", [(2, 6, 5, 7), (1, 12, 40, 33), (2, 4, 9), (0, 4, 3, 3)], ids=case_name)
+@pairs(
+    pytest.mark.parametrize("dtype", DTYPES, ids=case_name),
+    pytest.mark.parametrize("spec", [SPECS[0], SPECS[-1]], ids=case_name),
+    pytest.mark.parametrize("shape", [(2, 6, 5, 7), (1, 12, 40, 33), (2, 4, 9), (0, 4, 3, 3)], ids=case_name),
+)
 def test_gradient_in_two_parts(shape: tuple[int, ...], spec: CouplingSpec, dtype: torch.dtype) -> None:
     """The added part enters as if the sum had been formed before: bit for bit, in every layout."""
     x, net_out = coupling_inputs(shape, spec, dtype, CPU)
@@ -126,9 +129,11 @@ def test_kept_channels_carry_their_gradient() -> None:
             assert_close(actual, expected, condition=10.0)
 
 
-@pytest.mark.parametrize("half", HALVES, ids=case_name)
-@pytest.mark.parametrize("spec", SPECS, ids=case_name)
-@pytest.mark.parametrize("shape", [(2, 6, 5, 7), (1, 12, 40, 33), (2, 4, 9)], ids=case_name)
+@pairs(
+    pytest.mark.parametrize("half", HALVES, ids=case_name),
+    pytest.mark.parametrize("spec", SPECS, ids=case_name),
+    pytest.mark.parametrize("shape", [(2, 6, 5, 7), (1, 12, 40, 33), (2, 4, 9)], ids=case_name),
+)
 def test_net_output_in_16_bits(shape: tuple[int, ...], spec: CouplingSpec, half: torch.dtype) -> None:
     """Read as the float32 numbers that they are, and gradients rounded once: bit for bit, in every layout."""
     x, net_out = coupling_inputs(shape, spec, torch.float32, CPU)

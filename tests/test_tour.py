@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from pages import ROOT, Block, blocks, page, shell_commands
 from PIL import Image
-from tiny_data import fill_cache
+from support import ROOT
+from support.pages import Block, blocks, page, shell_commands
+from support.tiny_data import fill_cache
 
 from pyglow_fast.cli import main
 
@@ -60,14 +60,11 @@ def out_of(words: list[str]) -> Path | None:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder that the tour is taken in, with data in miniature."""
     folder = tmp_path_factory.mktemp("tour")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         fill_cache(folder / "cache", patch)
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.chdir(folder)
         yield folder
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

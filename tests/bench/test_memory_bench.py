@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from memory_meter import AllocatorTrace, MemoryMeter, MemoryTrace
 
 from bench import memory, memory_case, memory_gradients, memory_models, memory_plots
+from bench.memory_meter import AllocatorTrace, MemoryMeter, MemoryTrace
 from pyglow_fast import Glow
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 TINY = memory_models.Shape((3, 16, 16), 2, 2, 8, 2)

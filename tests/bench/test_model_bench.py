@@ -18,8 +18,6 @@ from bench.model_cases import CHANNELS_LAST, COMPILED, EAGER, LOG_PROB, PLAIN, S
 from bench.model_checks import Checks, Unequal, passing
 from pyglow_fast import Glow
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CPU = torch.device("cpu")
 TINY = {"levels": Shape((3, 8, 8), 2, 2, 8, 2), "one step": Shape((12, 4, 4), 1, 1, 8, 2, squeezes=False)}
 EVERY = list(model_cases.IMPLEMENTATIONS)

@@ -11,8 +11,6 @@ import torch
 from bench import nets
 from bench.model_cases import CONFIGS, net_products
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_shapes_are_those_of_the_model(config: str) -> None:

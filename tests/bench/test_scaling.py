@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import scaling, scaling_model, scaling_ranks
@@ -16,7 +17,7 @@ from bench.memory_models import OURS, Shape, plain_levels
 from bench.model_cases import CONFIGS, TRAIN, net_flops
 from pyglow_fast import Glow
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "scaling.md"
+DOCS = ROOT / "docs" / "scaling.md"
 SMALL = Shape((3, 16, 16), n_levels=3, n_steps=2, hidden=8, batch=3)
 TABLES = scaling.sections()
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from latent_runs import EMOJI, train, write_emoji
 from PIL import Image
+from support.latent_runs import EMOJI, train, write_emoji
 
 from pyglow_fast import latents as tools
 from pyglow_fast.cli import main

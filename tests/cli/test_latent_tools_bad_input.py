@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from latent_runs import train, write_emoji
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from support.latent_runs import train, write_emoji
 
 from pyglow_fast.cli import main
 from pyglow_fast.data import DataConfig, load_data, split

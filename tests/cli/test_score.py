@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from latent_runs import train, write_emoji
 from PIL import Image
+from support.latent_runs import train, write_emoji
 from torch import Tensor
 
 from pyglow_fast import Glow

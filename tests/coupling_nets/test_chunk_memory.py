@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from memory_meter import peak_tensor_bytes
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
+from bench.memory_meter import peak_tensor_bytes
 from pyglow_fast.coupling_nets import Chunk, ChunkPlan, plain_call, plan_chunks, run_net, run_net_backward
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 HIDDEN = 64
 

@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from net_cases import DilatedNet, DropoutNet, WideNet, coupling_net
+from support.net_cases import DilatedNet, DropoutNet, WideNet, coupling_net
 from torch import nn
 
 import pyglow_fast as pgf

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_close
-from memory_meter import MemoryMeter
-from net_cases import DropoutNet, coupling_net, objective, plain_gradients, randomised
+from support.helpers import assert_close
+from support.net_cases import DropoutNet, coupling_net, objective, plain_gradients, randomised
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
+from bench.memory_meter import MemoryMeter
 from pyglow_fast._derivatives import check_leaves
 from pyglow_fast.coupling_nets import (
     Chunk,
@@ -24,7 +24,6 @@ from pyglow_fast.coupling_nets import (
     run_net_backward,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 
 

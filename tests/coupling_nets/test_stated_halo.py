@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from net_cases import CircularNet, DilatedNet, DropoutNet, WideNet, coupling_net
+from support.net_cases import CircularNet, DilatedNet, DropoutNet, WideNet, coupling_net
 from torch import nn
 
 import pyglow_fast as pgf
 from pyglow_fast.coupling_nets import check_halo, plan_chunks
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(

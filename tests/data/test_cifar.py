@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from layouts import write_cifar
+from support.data_layouts import write_cifar
 
 from pyglow_fast.data import DataConfig, load_data, split
 from pyglow_fast.data.prepare import luma

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from layouts import picture, write_celeba, write_emoji, write_lmdb
 from PIL import Image
+from support.data_layouts import picture, write_celeba, write_emoji, write_lmdb
 
 from pyglow_fast.data import DataConfig, ImageSet, LazyImages, TonePair, emoji_tone_pairs, load_data, split
 from pyglow_fast.data.photos import default_scale

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from layouts import idx_bytes, write_idx
+from support.data_layouts import idx_bytes, write_idx
 
 from pyglow_fast.data import DataConfig, load_data, split
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from layouts import picture
+from support.data_layouts import picture
 
 from pyglow_fast.data import (
     DataConfig,

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import picture, write_lmdb
+from support.data_layouts import picture, write_lmdb
 
 from pyglow_fast.data import Augmentation, Batch, DataConfig, Images, ImageSet, batches, load_data
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from emulator import Emulator
-from toolchain import CUDA_SOURCES, HERE, build
+from support.emulator import Emulator
+from support.toolchain import CUDA_SOURCES, EMULATION, build
 
 
 @pytest.fixture(scope="session")
 def _library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("emulated") / "libemulated.so"
-    return build(target, [*CUDA_SOURCES, *sorted(HERE.glob("driver*.cpp"))], "-O1", "-shared")
+    return build(target, [*CUDA_SOURCES, *sorted(EMULATION.glob("driver*.cpp"))], "-O1", "-shared")
 
 
 @pytest.fixture

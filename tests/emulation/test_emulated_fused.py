@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulator import LAYOUTS, assert_only_written, laid_out
-from fused_emulator import FusedEmulator
-from helpers import assert_close, assert_kernel_close
-from test_emulated_kernels import (
+from support.covering import pairs
+from support.emulated_cases import (
     MAPS,
     coupling_case,
     coupling_gradients,
@@ -23,6 +21,9 @@ from test_emulated_kernels import (
     shapes,
     specs,
 )
+from support.emulator import LAYOUTS, assert_only_written, laid_out
+from support.fused_emulator import FusedEmulator
+from support.helpers import assert_close, assert_kernel_close
 from torch import Tensor
 
 from pyglow_fast import reference
@@ -52,10 +53,12 @@ def assert_all_close(actual: tuple[Tensor, ...], function: Callable[..., tuple[T
         assert_kernel_close(got, same_dtype, expected.double())
 
 
-@dtypes
-@shapes
-@specs
-@directions
+@pairs(
+    dtypes,
+    shapes,
+    specs,
+    directions,
+)
 def test_coupling_mix(
     emulator: FusedEmulator, shape: tuple[int, int, int, int], spec: CouplingSpec, inverse: bool, dtype: torch.dtype
 ) -> None:
@@ -81,10 +84,12 @@ def mixed_gradients(spec: CouplingSpec) -> Callable[..., tuple[Tensor, ...]]:
     return gradients
 
 
-@dtypes
-@shapes
-@specs
-@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
+@pairs(
+    dtypes,
+    shapes,
+    specs,
+    pytest.mark.parametrize("split", [False, True], ids=["whole", "split"]),
+)
 def test_coupling_mix_backward(
     emulator: FusedEmulator, shape: tuple[int, int, int, int], spec: CouplingSpec, split: bool, dtype: torch.dtype
 ) -> None:
@@ -109,9 +114,11 @@ def step_reference(spec: CouplingSpec) -> Callable[..., tuple[Tensor, ...]]:
     return backward
 
 
-@dtypes
-@shapes
-@specs
+@pairs(
+    dtypes,
+    shapes,
+    specs,
+)
 def test_step_backward(
     emulator: FusedEmulator, shape: tuple[int, int, int, int], spec: CouplingSpec, dtype: torch.dtype
 ) -> None:
@@ -160,10 +167,12 @@ class Case:
 LAYOUT_SHAPES = [(2, 12, 24), (1, 8, 160), (3, 7, 15), (2, 48, 36), (4, 16, 1), (1, 140, 12), (2, 2, 1300)]
 
 
-@pytest.mark.parametrize("shape", LAYOUT_SHAPES, ids=lambda s: "x".join(map(str, s)))
-@layouts
-@pytest.mark.parametrize("out_layout", ["contiguous", "same"])
-@pytest.mark.parametrize("kind", ["float32", "float64", "bfloat16"])
+@pairs(
+    pytest.mark.parametrize("shape", LAYOUT_SHAPES, ids=lambda s: "x".join(map(str, s))),
+    layouts,
+    pytest.mark.parametrize("out_layout", ["contiguous", "same"]),
+    pytest.mark.parametrize("kind", ["float32", "float64", "bfloat16"]),
+)
 def test_layouts(emulator: FusedEmulator, shape: tuple[int, int, int], layout: str, out_layout: str, kind: str) -> None:
     """Layouts change addresses, not values; log_det alone is added up in another order."""
     dtype = torch.float64 if kind == "float64" else torch.float32
@@ -179,9 +188,11 @@ def test_layouts(emulator: FusedEmulator, shape: tuple[int, int, int], layout: s
             assert torch.equal(got, values), index
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 20), (3, 7, 15), (1, 70, 24)], ids=lambda s: "x".join(map(str, s)))
-@halves
-@maps
+@pairs(
+    pytest.mark.parametrize("shape", [(2, 4, 20), (3, 7, 15), (1, 70, 24)], ids=lambda s: "x".join(map(str, s))),
+    halves,
+    maps,
+)
 def test_16_bit_nets(
     emulator: FusedEmulator, shape: tuple[int, int, int], half: torch.dtype, spec: CouplingSpec
 ) -> None:

@@ -6,74 +6,26 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from emulator import LAYOUTS, Emulator, allocate, assert_only_written, laid_out
-from helpers import assert_close, assert_kernel_close, tolerance
+from support.covering import pairs
+from support.emulated_cases import (
+    coupling_case,
+    coupling_gradients,
+    coupling_reference,
+    directions,
+    dtypes,
+    flat,
+    layouts,
+    mix_case,
+    net_channels,
+    shapes,
+    specs,
+)
+from support.emulator import Emulator, allocate, assert_only_written, laid_out
+from support.helpers import assert_close, assert_kernel_close, tolerance
 from torch import Tensor
 
 from pyglow_fast import reference
-from pyglow_fast.reference import ORDERS, CouplingSpec
-
-DTYPES = [torch.float32, torch.float64]
-# (N, C, H, W). H is not W, H * W no multiple of a vector, a warp or a block unless said.
-SHAPES = [
-    (2, 2, 3, 5),
-    (1, 3, 7, 9),
-    (3, 5, 4, 6),  # whole vectors
-    (2, 12, 11, 13),
-    (1, 12, 8, 20),  # whole vectors and several tiles
-    (5, 17, 1, 1),
-    (7, 32, 1, 2),
-    (2, 48, 5, 7),
-    (1, 96, 3, 4),
-    (2, 100, 2, 3),
-    (1, 136, 6, 7),  # more channels than a block takes
-    (1, 200, 4, 10),
-    (0, 6, 3, 5),
-    (2, 6, 0, 5),
-]
-MAPS = {
-    "additive": CouplingSpec(kind="additive"),
-    "sigmoid": CouplingSpec(),
-    "sigmoid_eps": CouplingSpec(bias=0.5, eps=0.1),
-    "exp": CouplingSpec(scale_map="exp"),
-    "tanh": CouplingSpec(scale_map="tanh", clamp=1.5),
-    "atan": CouplingSpec(scale_map="atan", clamp=1.9),
-}
-SPECS = {
-    f"{name}-{order}": spec._replace(order=order)
-    for name, spec in MAPS.items()
-    for order in (ORDERS if spec.kind == "affine" else ORDERS[:1])
-}
-
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
-shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-layouts = pytest.mark.parametrize("layout", LAYOUTS)
-specs = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-directions = pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
-
-
-def flat(shape: tuple[int, int, int, int]) -> tuple[int, int, int]:
-    return shape[0], shape[1], shape[2] * shape[3]
-
-
-def mix_case(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """x, M, c."""
-    c = shape[1]
-    return torch.randn(shape, dtype=dtype), torch.randn(c, c, dtype=dtype) / c**0.5, torch.randn(c, dtype=dtype)
-
-
-def net_channels(channels: int, spec: CouplingSpec) -> int:
-    return (channels - channels // 2) * (1 if spec.kind == "additive" else 2)
-
-
-def coupling_case(shape: tuple[int, int, int], spec: CouplingSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x and the net's output."""
-    n, c, p = shape
-    return torch.randn(n, c, p, dtype=dtype), torch.randn(n, net_channels(c, spec), p, dtype=dtype)
-
-
-def coupling_reference(x: Tensor, net_out: Tensor, spec: CouplingSpec, inverse: bool) -> tuple[Tensor, Tensor]:
-    return (reference.coupling_inverse if inverse else reference.coupling)(x, net_out, spec)
+from pyglow_fast.reference import CouplingSpec
 
 
 def assert_matches(actual: Tensor, function: Callable[..., Tensor], *arguments: Tensor) -> None:
@@ -81,9 +33,11 @@ def assert_matches(actual: Tensor, function: Callable[..., Tensor], *arguments: 
     assert_kernel_close(actual, function(*arguments), function(*(a.double() for a in arguments)))
 
 
-@dtypes
-@shapes
-@pytest.mark.parametrize("subtract_first", [False, True], ids=["mix", "unmix"])
+@pairs(
+    dtypes,
+    shapes,
+    pytest.mark.parametrize("subtract_first", [False, True], ids=["mix", "unmix"]),
+)
 def test_channel_mix(
     emulator: Emulator, shape: tuple[int, int, int, int], subtract_first: bool, dtype: torch.dtype
 ) -> None:
@@ -98,9 +52,11 @@ def mix_gradients(x: Tensor, matrix: Tensor, offset: Tensor, grad_u: Tensor) -> 
     return torch.autograd.grad(reference.channel_mix(*leaves), leaves, grad_u)
 
 
-@dtypes
-@shapes
-@pytest.mark.parametrize("centred", [False, True])
+@pairs(
+    dtypes,
+    shapes,
+    pytest.mark.parametrize("centred", [False, True]),
+)
 def test_channel_mix_backward(
     emulator: Emulator, shape: tuple[int, int, int, int], centred: bool, dtype: torch.dtype
 ) -> None:
@@ -117,10 +73,12 @@ def test_channel_mix_backward(
         assert_kernel_close(got, same_dtype, expected)
 
 
-@dtypes
-@shapes
-@specs
-@directions
+@pairs(
+    dtypes,
+    shapes,
+    specs,
+    directions,
+)
 def test_coupling(
     emulator: Emulator, shape: tuple[int, int, int, int], spec: CouplingSpec, inverse: bool, dtype: torch.dtype
 ) -> None:
@@ -132,20 +90,12 @@ def test_coupling(
     assert_matches(log_det, lambda *args: coupling_reference(*args, spec, inverse)[1], x, net_out)
 
 
-def coupling_gradients(
-    x: Tensor, net_out: Tensor, grad_out: Tensor, grad_log_det: Tensor, spec: CouplingSpec, inverse: bool
-) -> tuple[Tensor, ...]:
-    leaves = [t.detach().requires_grad_() for t in (x, net_out)]
-    out, log_det = coupling_reference(*leaves, spec, inverse)
-    # The additive coupling's log_det is a constant.
-    objective = (out * grad_out).sum() + (log_det * grad_log_det).sum()
-    return torch.autograd.grad(objective, leaves)
-
-
-@dtypes
-@shapes
-@specs
-@directions
+@pairs(
+    dtypes,
+    shapes,
+    specs,
+    directions,
+)
 def test_coupling_backward(
     emulator: Emulator, shape: tuple[int, int, int, int], spec: CouplingSpec, inverse: bool, dtype: torch.dtype
 ) -> None:
@@ -174,10 +124,12 @@ LAYOUT_SHAPES = [(2, 12, 24), (1, 8, 160), (3, 7, 15), (2, 48, 35), (4, 16, 1), 
 layout_shapes = pytest.mark.parametrize("shape", LAYOUT_SHAPES, ids=lambda s: "x".join(map(str, s)))
 
 
-@dtypes
-@layout_shapes
-@layouts
-@pytest.mark.parametrize("out_layout", ["contiguous", "same"])
+@pairs(
+    dtypes,
+    layout_shapes,
+    layouts,
+    pytest.mark.parametrize("out_layout", ["contiguous", "same"]),
+)
 def test_mix_layouts(
     emulator: Emulator, shape: tuple[int, int, int], layout: str, out_layout: str, dtype: torch.dtype
 ) -> None:
@@ -192,10 +144,12 @@ def test_mix_layouts(
         assert torch.equal(got, values)
 
 
-@dtypes
-@layout_shapes
-@layouts
-@pytest.mark.parametrize("out_layout", ["contiguous", "same"])
+@pairs(
+    dtypes,
+    layout_shapes,
+    layouts,
+    pytest.mark.parametrize("out_layout", ["contiguous", "same"]),
+)
 def test_coupling_layouts(
     emulator: Emulator, shape: tuple[int, int, int], layout: str, out_layout: str, dtype: torch.dtype
 ) -> None:

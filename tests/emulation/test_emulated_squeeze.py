@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulator import LAYOUTS, Emulator, assert_only_written, laid_out
-from helpers import assert_kernel_close
-from sparse_memory import SparseMemory
+from support.covering import pairs
+from support.emulator import LAYOUTS, Emulator, assert_only_written, laid_out
+from support.helpers import assert_kernel_close
+from support.sparse_memory import SparseMemory
 from torch import Tensor
 
 from pyglow_fast import reference
@@ -67,10 +68,12 @@ def mix_case(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[Tens
     return torch.randn(shape, dtype=dtype), torch.randn(c, c, dtype=dtype) / c**0.5, torch.randn(c, dtype=dtype)
 
 
-@dtypes
-@shapes
-@image_layouts
-@pytest.mark.parametrize("subtract_first", [False, True], ids=["mix", "unmix"])
+@pairs(
+    dtypes,
+    shapes,
+    image_layouts,
+    pytest.mark.parametrize("subtract_first", [False, True], ids=["mix", "unmix"]),
+)
 def test_squeeze_on_read(
     emulator: Emulator, shape: tuple[int, int, int, int], layout: str, subtract_first: bool, dtype: torch.dtype
 ) -> None:
@@ -84,9 +87,11 @@ def test_squeeze_on_read(
     assert_kernel_close(u, flat(function(*inputs)), flat(function(*(t.double() for t in inputs))))
 
 
-@dtypes
-@shapes
-@image_layouts
+@pairs(
+    dtypes,
+    shapes,
+    image_layouts,
+)
 def test_unsqueeze_on_write(
     emulator: Emulator, shape: tuple[int, int, int, int], layout: str, dtype: torch.dtype
 ) -> None:
@@ -97,10 +102,12 @@ def test_unsqueeze_on_write(
     assert torch.equal(flat(reference.squeeze(out)), emulator.channel_mix(flat(x), matrix, offset))
 
 
-@dtypes
-@shapes
-@image_layouts
-@pytest.mark.parametrize("out_layout", ["contiguous", "same"])
+@pairs(
+    dtypes,
+    shapes,
+    image_layouts,
+    pytest.mark.parametrize("out_layout", ["contiguous", "same"]),
+)
 def test_squeezed_gradients(
     emulator: Emulator, shape: tuple[int, int, int, int], layout: str, out_layout: str, dtype: torch.dtype
 ) -> None:
@@ -117,11 +124,13 @@ def test_squeezed_gradients(
         assert torch.equal(got, value)
 
 
-@dtypes
-@pytest.mark.parametrize("shape", [(2, 12, 24), (1, 8, 160), (3, 7, 15), (4, 16, 1), (1, 140, 12)], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("added_layout", ["contiguous", "same"])
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pairs(
+    dtypes,
+    pytest.mark.parametrize("shape", [(2, 12, 24), (1, 8, 160), (3, 7, 15), (4, 16, 1), (1, 140, 12)], ids=str),
+    pytest.mark.parametrize("layout", LAYOUTS),
+    pytest.mark.parametrize("added_layout", ["contiguous", "same"]),
+    pytest.mark.parametrize("share", [0.0, 0.5, 1.0]),
+)
 def test_gradient_in_two_parts(
     emulator: Emulator, shape: tuple[int, int, int], layout: str, added_layout: str, share: float, dtype: torch.dtype
 ) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulator import LAYOUTS, assert_only_written, laid_out
-from helpers import assert_close, assert_kernel_close
-from sparse_memory import SparseMemory
-from statistics_emulator import StatisticsEmulator
+from support.covering import pairs
+from support.emulator import LAYOUTS, assert_only_written, laid_out
+from support.helpers import assert_close, assert_kernel_close
+from support.sparse_memory import SparseMemory
+from support.statistics_emulator import StatisticsEmulator
 from torch import Tensor
 
 from pyglow_fast import reference
@@ -52,9 +53,11 @@ def assert_moments(actual: tuple[Tensor, Tensor], x: Tensor, condition: float = 
         assert_close(got / size, exact / size, condition, x.dtype)
 
 
-@dtypes
-@shapes
-@pytest.mark.parametrize("shift", [0.0, 1000.0])
+@pairs(
+    dtypes,
+    shapes,
+    pytest.mark.parametrize("shift", [0.0, 1000.0]),
+)
 def test_channel_moments(
     emulator: StatisticsEmulator, shape: tuple[int, int, int], shift: float, dtype: torch.dtype
 ) -> None:
@@ -78,9 +81,11 @@ def test_moments_of_very_different_parts(emulator: StatisticsEmulator) -> None:
     assert mean.isnan().tolist() == m2.isnan().tolist() == [True, False, False]
 
 
-@dtypes
-@pytest.mark.parametrize("shape", [(2, 12, 24), (1, 8, 4160), (3, 7, 15), (4, 16, 1), (1, 140, 12)], ids=str)
-@layouts
+@pairs(
+    dtypes,
+    pytest.mark.parametrize("shape", [(2, 12, 24), (1, 8, 4160), (3, 7, 15), (4, 16, 1), (1, 140, 12)], ids=str),
+    layouts,
+)
 def test_moments_layouts(
     emulator: StatisticsEmulator, shape: tuple[int, int, int], layout: str, dtype: torch.dtype
 ) -> None:
@@ -129,10 +134,12 @@ def test_gaussian(emulator: StatisticsEmulator, shape: tuple[int, int, int], dty
     assert_gaussian(emulator, normal_case(shape, dtype))
 
 
-@dtypes
-@pytest.mark.parametrize("shape", [(2, 12, 24), (3, 7, 15), (4, 16, 1), (2, 6, 1300)], ids=str)
-@pytest.mark.parametrize("z_layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("given", ["scalar", "channel", "sample", "sample_channel", "position"])
+@pairs(
+    dtypes,
+    pytest.mark.parametrize("shape", [(2, 12, 24), (3, 7, 15), (4, 16, 1), (2, 6, 1300)], ids=str),
+    pytest.mark.parametrize("z_layout", ["contiguous", "channels_last"]),
+    pytest.mark.parametrize("given", ["scalar", "channel", "sample", "sample_channel", "position"]),
+)
 def test_strides_of_zero(
     emulator: StatisticsEmulator, shape: tuple[int, int, int], z_layout: str, given: str, dtype: torch.dtype
 ) -> None:
@@ -150,10 +157,12 @@ def test_strides_of_zero(
     assert_gaussian(emulator, [laid_out(torch.randn(shape, dtype=dtype), z_layout), mean, log_sd])
 
 
-@dtypes
-@pytest.mark.parametrize("shape", [(2, 12, 24), (1, 8, 160), (3, 7, 15), (4, 16, 1)], ids=str)
-@layouts
-@pytest.mark.parametrize("others", ["contiguous", "same"])
+@pairs(
+    dtypes,
+    pytest.mark.parametrize("shape", [(2, 12, 24), (1, 8, 160), (3, 7, 15), (4, 16, 1)], ids=str),
+    layouts,
+    pytest.mark.parametrize("others", ["contiguous", "same"]),
+)
 def test_gaussian_layouts(
     emulator: StatisticsEmulator, shape: tuple[int, int, int], layout: str, others: str, dtype: torch.dtype
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from toolchain import CUDA_SOURCES, HERE, build, execute, supports
+from support.toolchain import CUDA_SOURCES, EMULATION, build, execute, supports
 
 # ThreadSanitizer keeps the last few accesses of each address only, and has 8128 slots for threads: small blocks.
 SMALL_BLOCKS = "-DPYGLOW_BLOCK_THREADS={}"
@@ -22,11 +22,10 @@ def require(name: str, folder: Path) -> None:
         pytest.skip(f"programs built with -fsanitize={name} do not run here")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SANITIZERS)
 def test_kernels_are_clean(name: str, tmp_path: Path) -> None:
     require(name, tmp_path)
-    program = build(tmp_path / name, [*CUDA_SOURCES, *sorted(HERE.glob("sanitized*.cpp"))], *SANITIZERS[name])
+    program = build(tmp_path / name, [*CUDA_SOURCES, *sorted(EMULATION.glob("sanitized*.cpp"))], *SANITIZERS[name])
     result = execute(program)
     assert result.returncode == 0, result.stdout[-1000:] + result.stderr[:4000]
     assert result.stdout == "done\n"
@@ -39,7 +38,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     variants = {"plain": ["-O1"], **SANITIZERS, "thread32": ["-O1", "-fsanitize=thread", SMALL_BLOCKS.format(32)]}
     runnable = {name: supports(f"-fsanitize={name}", folder) for name in SANITIZERS}
     return {
-        name: build(folder / name, [HERE / "seeded.cu"], *flags)
+        name: build(folder / name, [EMULATION / "seeded.cu"], *flags)
         for name, flags in variants.items()
         if runnable.get(name.removesuffix("32"), True)
     }

@@ -10,7 +10,7 @@ import nflows.transforms
 import normflows
 import pytest
 import torch
-from test_accelerate import (
+from support.accelerate_cases import (
     HIDDEN,
     ContextNet,
     freia_loss,
@@ -20,6 +20,7 @@ from test_accelerate import (
     images,
     mask,
     nflows_loss,
+    noisy,
     normflows_loss,
     prepared,
     subnet,
@@ -31,16 +32,6 @@ from pyglow_fast.interop import accelerate
 
 NAMES = ("normflows", "nflows", "FrEIA")
 Loss = Callable[[Any, Tensor], Tensor]
-
-
-def noisy(model: nn.Module) -> nn.Module:
-    """In float64 and with weights at work; actnorms are initialised before by whoever wants that."""
-    model = model.double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
 
 
 def assert_same_gradients(model: nn.Module, theirs: nn.Module, loss_of: Loss, x: Tensor) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_accelerate import (
+from support.accelerate_cases import (
     LeakyContextNet,
     freia_loss,
     from_freia,

@@ -10,8 +10,7 @@ import nflows.transforms
 import normflows
 import pytest
 import torch
-from test_accelerate import ContextNet, from_normflows, mask, subnet
-from test_accelerate_changes import noisy
+from support.accelerate_cases import ContextNet, from_normflows, mask, noisy, subnet
 from torch import nn
 
 from pyglow_fast.interop import accelerate

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from peer_glows import (
+from support.covering import pairs
+from support.peer_glows import (
     Encoded,
     Shape,
     State,
@@ -24,8 +25,6 @@ from torch import Tensor
 
 import pyglow_fast as pgf
 from pyglow_fast.interop import convert
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOLERANCE = 1e-10
 
@@ -190,9 +189,11 @@ def test_ours_to_openai_and_back(name: str, lu: bool) -> None:
     assert_same(ours(again, x, y), ours(model, x, y))
 
 
-@pytest.mark.parametrize("rescale", [True, False])
-@pytest.mark.parametrize("name", [name for name in OURS if name != "border"])
-@pytest.mark.parametrize("port", ["chaiyujin", "y0ast"])
+@pairs(
+    pytest.mark.parametrize("rescale", [True, False]),
+    pytest.mark.parametrize("name", [name for name in OURS if name != "border"]),
+    pytest.mark.parametrize("port", ["chaiyujin", "y0ast"]),
+)
 def test_ours_to_the_ports_and_back(port: str, name: str, rescale: bool) -> None:
     model, (x, y) = our_model(**OURS[name]), batch(Shape(n_classes=OURS[name].get("n_classes")))
     reverse = {"permutation": "reverse"} if name == "reverse" else {}

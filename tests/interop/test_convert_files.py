@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peer_glows import Shape, openai_variables, port_state, rosinality_state
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support import ROOT
+from support.peer_glows import Shape, openai_variables, port_state, rosinality_state
 
 import pyglow_fast as pgf
 from pyglow_fast.interop import convert
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Mischief:
@@ -233,7 +232,7 @@ class TestOwnFile:
 
 
 def test_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = Path(__file__).parents[2] / "docs" / "convert.md"
+    page = ROOT / "docs" / "convert.md"
     code = page.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path)
     state = rosinality_state(Shape(size=64))

@@ -8,13 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from peer_glows import Shape, State
-from test_convert_refusals import LOADERS
+from support.convert_cases import LOADERS
+from support.peer_glows import Shape, State
 from torch import Tensor
 
 from pyglow_fast.interop import convert
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = Shape(n_levels=1, n_steps=2)
 SIGNS = {"openai": "sign_S", "rosinality": "s_sign", "chaiyujin": "sign_s", "y0ast": "sign_s"}

@@ -10,20 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peer_glows import Shape, State, openai_variables, port_state, rosinality_state
+from support.convert_cases import LOADERS
+from support.peer_glows import Shape, State, openai_variables, port_state, rosinality_state
 
 import pyglow_fast as pgf
 from pyglow_fast.interop import convert
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SHAPE = Shape(n_classes=2)
-LOADERS: dict[str, tuple[Callable[..., State], Callable[..., pgf.Glow]]] = {
-    "openai": (openai_variables, lambda state: convert.load_openai(state, 8)),
-    "rosinality": (rosinality_state, lambda state: convert.load_rosinality(state, 8)),
-    "chaiyujin": (lambda shape: port_state("chaiyujin", shape), convert.load_chaiyujin),
-    "y0ast": (lambda shape: port_state("y0ast", shape), convert.load_y0ast),
-}
 LEFT_OUT = ("model/classifier/", "project_class.")
 DECISIVE = re.compile(
     r"prior_h|0/0/(actnorm_center/b|f1/l_2/W|f1/l_last/W)|y_emb/W|0\.flows\.0\.(actnorm\.loc|coupling\.net\.(2|4\.conv)\.w)"

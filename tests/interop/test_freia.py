@@ -12,7 +12,7 @@ from typing import Any
 import FrEIA.modules as Theirs
 import pytest
 import torch
-from freia_cases import (
+from support.freia_cases import (
     AIO,
     ALL_IN_ONE,
     CASES,
@@ -27,13 +27,12 @@ from freia_cases import (
     results,
     run,
 )
-from helpers import assert_close, assert_kernel_close, jacobian, log_abs_det
+from support.helpers import assert_close, assert_kernel_close, jacobian, log_abs_det
 from torch import nn
 
 import pyglow_fast.interop.freia as Ours
 from pyglow_fast import functional
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 IDS = [case.id for case in CASES]
 RTOL = 1e-10
 ADAPTED = [own.__name__ for own in Ours.OURS]

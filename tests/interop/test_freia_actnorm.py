@@ -9,17 +9,15 @@ from pathlib import Path
 import FrEIA.modules as Theirs
 import pytest
 import torch
-from freia_cases import (
+from support.freia_cases import (
     RANKS,
     initialise_on_a_rank,
     unequal_batches,
 )
-from helpers import assert_close
+from support.helpers import assert_close
 from torch import nn
 
 import pyglow_fast.interop.freia as Ours
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class TestActNorm:

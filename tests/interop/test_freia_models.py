@@ -9,7 +9,7 @@ import FrEIA.modules as Theirs
 import numpy as np
 import pytest
 import torch
-from freia_cases import (
+from support.freia_cases import (
     COUPLINGS,
     convolutions,
     fully_connected,
@@ -17,12 +17,10 @@ from freia_cases import (
     orthogonalise,
     seeded,
 )
-from helpers import assert_close
+from support.helpers import assert_close
 from torch import Tensor, nn
 
 import pyglow_fast.interop.freia as Ours
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def train(model: nn.Module, batches: list[tuple[Tensor, list[Tensor] | None]]) -> list[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import FrEIA.modules as Theirs
 import pytest
 import torch
-from freia_cases import (
+from support.freia_cases import (
     AIO,
     COUPLINGS,
     Case,
@@ -16,12 +16,10 @@ from freia_cases import (
     run,
     seeded,
 )
-from helpers import assert_close
+from support.helpers import assert_close
 from torch import Tensor, nn
 
 import pyglow_fast.interop.freia as Ours
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class TestSurroundings:

@@ -9,7 +9,7 @@ from typing import Any
 import FrEIA.modules as Theirs
 import pytest
 import torch
-from freia_cases import (
+from support.freia_cases import (
     AIO,
     COUPLINGS,
     Case,
@@ -19,13 +19,11 @@ from freia_cases import (
     pair,
     run,
 )
-from helpers import assert_close
+from support.helpers import assert_close
 from torch import Tensor, nn
 
 import pyglow_fast.interop.freia as Ours
 from pyglow_fast import _backend
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class TestTraps:

@@ -11,14 +11,12 @@ import torch
 
 pytest.importorskip("nflows")
 
-from helpers import assert_close
 from nflows import transforms as theirs
-from nflows_ranks import RANKS, batch, work
+from support.helpers import assert_close
+from support.nflows_ranks import RANKS, batch, work
 from torch import Tensor, nn
 
 from pyglow_fast.interop.nflows import transforms as ours
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHAPES = {"images": (4, 3, 5, 6), "vectors": (9, 3)}
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

@@ -11,14 +11,12 @@ import torch
 
 pytest.importorskip("nflows")
 
-from helpers import assert_close
-from nflows_cases import IMAGES, assert_same, pair, randomise
+from support.helpers import assert_close
+from support.nflows_cases import IMAGES, assert_same, pair, randomise
 from torch import nn
 
 from pyglow_fast.interop.nflows import transforms as ours
 from pyglow_fast.interop.nflows._state import Derived
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def cached(seed: int = 3) -> nn.Module:

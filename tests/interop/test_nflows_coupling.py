@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.covering import pairs
 
 pytest.importorskip("nflows")
 
-from helpers import assert_bijection, assert_close
 from nflows import transforms as library
-from nflows_cases import (
+from support.helpers import assert_bijection, assert_close
+from support.nflows_cases import (
     IMAGES,
     VECTORS,
     ConvNet,
@@ -31,8 +32,6 @@ from nflows_cases import (
 from torch import Tensor, nn
 
 from pyglow_fast.interop.nflows import transforms as ours
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 MASKS: dict[str, Any] = {
     "halves": [0, 0, 0, 1, 1, 1],
@@ -150,9 +149,11 @@ NETS = {
 
 
 @kinds
-@pytest.mark.parametrize("given", [False, True], ids=["no context", "context"])
-@pytest.mark.parametrize("shape", NETS)
-@pytest.mark.parametrize("mask", [MASKS["halves"], MASKS["any numbers"]], ids=["halves", "mixed"])
+@pairs(
+    pytest.mark.parametrize("given", [False, True], ids=["no context", "context"]),
+    pytest.mark.parametrize("shape", NETS),
+    pytest.mark.parametrize("mask", [MASKS["halves"], MASKS["any numbers"]], ids=["halves", "mixed"]),
+)
 def test_their_nets_and_a_context(kind: str, given: bool, shape: str, mask: Any) -> None:
     size, plain, conditional = NETS[shape]
     layers = pair(lambda lib: getattr(lib, kind)(mask, conditional if given else plain))
@@ -167,9 +168,11 @@ def test_as_precise_in_float32_with_a_context(kind: str) -> None:
 
 
 @kinds
-@pytest.mark.parametrize("mask", [MASKS["halves"], MASKS["any numbers"]], ids=["halves", "mixed"])
-@pytest.mark.parametrize("shape", [IMAGES, VECTORS], ids=["images", "vectors"])
-@pytest.mark.parametrize("given", [False, True], ids=["no context", "context"])
+@pairs(
+    pytest.mark.parametrize("mask", [MASKS["halves"], MASKS["any numbers"]], ids=["halves", "mixed"]),
+    pytest.mark.parametrize("shape", [IMAGES, VECTORS], ids=["images", "vectors"]),
+    pytest.mark.parametrize("given", [False, True], ids=["no context", "context"]),
+)
 def test_an_unconditional_transform(kind: str, mask: Any, shape: tuple[int, ...], given: bool) -> None:
     """ActNorm, which is one of those that take ``features``; its logabsdet is added to in place by nflows' inverse."""
     nets = NETS["images" if len(shape) == 4 else "vectors"]

@@ -12,10 +12,10 @@ import torch
 
 pytest.importorskip("nflows")
 
-from helpers import assert_close
 from nflows import distributions, flows
 from nflows import transforms as theirs
-from nflows_cases import (
+from support.helpers import assert_close
+from support.nflows_cases import (
     CONTEXT,
     ConvNet,
     assert_same,
@@ -27,8 +27,6 @@ from torch import Tensor, nn
 
 from pyglow_fast.interop.nflows import REPLACEMENTS, adopt, release
 from pyglow_fast.interop.nflows import transforms as ours
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def step(lib: Any, channels: int, net: Callable[[int, int], nn.Module] = ConvNet, **options: Any) -> list[nn.Module]:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 pytest.importorskip("nflows")
 
 import nflows.transforms as theirs
-from helpers import assert_bijection, assert_empty_batch, memory_layouts
-from nflows_cases import (
+from support.helpers import assert_bijection, assert_empty_batch, memory_layouts
+from support.nflows_cases import (
     IMAGES,
     VECTORS,
     Build,
@@ -29,8 +29,6 @@ from nflows_cases import (
 from pyglow_fast import _backend
 from pyglow_fast.interop.nflows import REPLACEMENTS
 from pyglow_fast.interop.nflows import transforms as ours
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 MIXED = [1, 0, 0, 1, 1, 0]
 LAYERS: dict[str, tuple[Build, tuple[int, ...]]] = {

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 pytest.importorskip("nflows")
 
-from helpers import assert_close
-from nflows_cases import ConvNet, randomise
+from support.helpers import assert_close
+from support.nflows_cases import ConvNet, randomise
 from torch import Tensor, nn
 
 from pyglow_fast import functional
@@ -20,10 +20,7 @@ from pyglow_fast.interop.nflows import transforms as ours
 from pyglow_fast.interop.nflows.coupling import run_net
 
 executor_runs = functional.net_as_products(torch.zeros(1, 1, 1, 1))
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(not executor_runs, reason="the nets run as the library's convolutions here"),
-]
+pytestmark = pytest.mark.skipif(not executor_runs, reason="the nets run as the library's convolutions here")
 
 
 class Layers(nn.Module):

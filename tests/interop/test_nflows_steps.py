@@ -10,16 +10,14 @@ from torch import Tensor, nn
 
 pytest.importorskip("nflows")
 
-from helpers import assert_close
 from nflows import transforms as theirs
-from nflows_cases import ConvNet, randomise
+from support.helpers import assert_close
+from support.nflows_cases import ConvNet, randomise
 
 from pyglow_fast import functional
 from pyglow_fast.interop.nflows import StepParts, channel_map, coupling_parts, step_parts, waits_for_data
 from pyglow_fast.interop.nflows import transforms as ours
 from pyglow_fast.layers.flow_step import ChannelMap
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 libraries = pytest.mark.parametrize("lib", [theirs, ours], ids=["theirs", "ours"])
 HALVES, MIXED = [0, 0, 0, 1, 1, 1], [1, 0, 0, 1, 1, 0]

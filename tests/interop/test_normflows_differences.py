@@ -17,12 +17,10 @@ from torch import Tensor, nn
 
 nf = pytest.importorskip("normflows")
 
-from normflows_cases import DIRECTIONS, built, mark_initialized, randomise, relative_error  # noqa: E402
+from support.normflows_cases import DIRECTIONS, built, mark_initialized, randomise, relative_error  # noqa: E402
 
 import pyglow_fast.interop.normflows as fast  # noqa: E402
 from pyglow_fast.train.ranks import leave_group  # noqa: E402
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 RANKS, SECONDS = 2, 120
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_kernel_close
+from support.covering import pairs
+from support.helpers import assert_kernel_close
 from torch import Tensor, nn
 
 nf = pytest.importorskip("normflows")
 
-from normflows_cases import (  # noqa: E402
+from support.normflows_cases import (  # noqa: E402
     DIRECTIONS,
     assert_equal_outcomes,
     assert_equal_states,
@@ -28,8 +29,6 @@ from normflows_cases import (  # noqa: E402
 
 import pyglow_fast.interop.normflows as fast  # noqa: E402
 from pyglow_fast import functional  # noqa: E402
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 SPLITS = ("channel", "channel_inv", "checkerboard", "checkerboard_inv")
 MAPS = [{"scale_map": name} for name in ("exp", "sigmoid", "sigmoid_inv")] + [{"scale": False}]
@@ -83,9 +82,11 @@ def test_other_numbers_of_channels(channels: int, split: str) -> None:
         assert_equal_outcomes(outcome(ours, direction, z), outcome(theirs, direction, z))
 
 
-@pytest.mark.parametrize("split", SPLITS[:3])
-@pytest.mark.parametrize("scale_map", ["exp", "sigmoid", "sigmoid_inv"])
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@pairs(
+    pytest.mark.parametrize("split", SPLITS[:3]),
+    pytest.mark.parametrize("scale_map", ["exp", "sigmoid", "sigmoid_inv"]),
+    pytest.mark.parametrize("direction", DIRECTIONS),
+)
 def test_float32_is_as_precise_as_theirs(split: str, scale_map: str, direction: str) -> None:
     """Also of data far from zero, which the actnorm centres: folded, it must not add and subtract large numbers."""
     exact, _ = pair(lambda library: glow(library, 8, split_mode=split, scale_map=scale_map))

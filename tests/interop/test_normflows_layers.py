@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from support.covering import pairs
 from torch import Tensor, nn
 
 nf = pytest.importorskip("normflows")
 
-from normflows_cases import (  # noqa: E402
+from support.normflows_cases import (  # noqa: E402
     DIRECTIONS,
     Build,
     assert_equal_outcomes,
@@ -22,8 +23,6 @@ from normflows_cases import (  # noqa: E402
 )
 
 import pyglow_fast.interop.normflows as fast  # noqa: E402
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def conv(inputs: int, outputs: int) -> nn.Module:
@@ -95,9 +94,11 @@ def test_starts_as_theirs_and_loads_both_ways(name: str) -> None:
     assert_equal_states(ours, theirs)
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("name", [name for name in LAYERS if name.startswith("ActNorm")])
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pairs(
+    pytest.mark.parametrize("direction", DIRECTIONS),
+    pytest.mark.parametrize("name", [name for name in LAYERS if name.startswith("ActNorm")]),
+    pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"]),
+)
 def test_first_pass_initialises_as_theirs_does(name: str, direction: str, training: bool) -> None:
     build, shape = LAYERS[name]
     theirs, ours = (built(build, library).double().train(training) for library in (nf, fast))

@@ -15,11 +15,9 @@ from torch import Tensor, nn
 
 nf = pytest.importorskip("normflows")
 
-from normflows_cases import assert_equal_states, built, mark_initialized, randomise, relative_error  # noqa: E402
+from support.normflows_cases import assert_equal_states, built, mark_initialized, randomise, relative_error  # noqa: E402
 
 import pyglow_fast.interop.normflows as fast  # noqa: E402
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 LEVELS, STEPS, HIDDEN, CLASSES, SHAPE = 3, 2, 8, 10, (3, 32, 32)
 

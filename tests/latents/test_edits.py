@@ -6,12 +6,11 @@ import math
 
 import pytest
 import torch
-from glow_settings import CONDITION, Setting
-from helpers import assert_close, tolerance
+from support.covering import pairs
+from support.glow_settings import CONDITION, Setting
+from support.helpers import assert_close, tolerance
 
 from pyglow_fast import latents as tools
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("sizes", [[10], [1] * 10, [3, 0, 7], [6, 4]])
@@ -50,9 +49,11 @@ def test_direction() -> None:
     assert tools.attribute_direction(plus, minus)[0].tolist() == [1.0, 2.0]
 
 
-@pytest.mark.parametrize("space", tools.SPACES)
-@pytest.mark.parametrize("name", ["default", "classes", "everything"])
-@pytest.mark.parametrize("levels", [None, [0], [1], [1, 0, 1]])
+@pairs(
+    pytest.mark.parametrize("space", tools.SPACES),
+    pytest.mark.parametrize("name", ["default", "classes", "everything"]),
+    pytest.mark.parametrize("levels", [None, [0], [1], [1, 0, 1]]),
+)
 def test_an_edit_moves_the_chosen_levels_by_the_strength(name: str, space: str, levels: list[int] | None) -> None:
     setting = Setting(name)
     direction = [0.05 * torch.randn(shape, dtype=torch.float64) for shape in setting.model.latent_shapes]

@@ -9,11 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from glow_settings import Setting
+from support.glow_settings import Setting
 
 from pyglow_fast import latents as tools
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

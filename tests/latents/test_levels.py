@@ -6,13 +6,12 @@ import itertools
 
 import pytest
 import torch
-from glow_settings import CALM, CONDITION, Setting
-from helpers import assert_close
+from support.glow_settings import CALM, CONDITION, Setting
+from support.helpers import assert_close
 
 from pyglow_fast import latents as tools
 from pyglow_fast.layers import Split
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = ["three levels", "default", "one level", "fixed priors", "classes", "everything"]
 
 

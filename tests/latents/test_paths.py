@@ -7,13 +7,13 @@ import math
 
 import pytest
 import torch
-from glow_settings import CONDITION, Setting
-from helpers import assert_close, tolerance
+from support.covering import pairs
+from support.glow_settings import CONDITION, Setting
+from support.helpers import assert_close, tolerance
 from torch import Tensor
 
 from pyglow_fast import latents as tools
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = ["default", "one level", "fixed priors", "classes", "everything"]
 
 
@@ -35,9 +35,11 @@ def test_there_and_back(name: str, space: str) -> None:
     assert same == (space == "noise" or name == "fixed priors")
 
 
-@pytest.mark.parametrize("spherical", [False, True])
-@pytest.mark.parametrize("space", tools.SPACES)
-@pytest.mark.parametrize("name", NAMES)
+@pairs(
+    pytest.mark.parametrize("spherical", [False, True]),
+    pytest.mark.parametrize("space", tools.SPACES),
+    pytest.mark.parametrize("name", NAMES),
+)
 def test_the_ends_are_the_images(name: str, space: str, spherical: bool) -> None:
     setting = Setting(name)
     a, b, y, cond = halves(setting)

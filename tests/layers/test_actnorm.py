@@ -6,12 +6,10 @@ import copy
 
 import pytest
 import torch
-from helpers import assert_close
+from support.helpers import assert_close
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def state_of(layer: nn.Module) -> dict[str, Tensor]:

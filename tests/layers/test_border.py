@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close
+from support.covering import pairs
+from support.helpers import assert_close
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
@@ -15,8 +16,6 @@ from pyglow_fast import _backend
 from pyglow_fast.coupling_nets import check_halo
 from pyglow_fast.layers.border import border_map
 from pyglow_fast.models.prior import TopPrior
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -56,9 +55,11 @@ def test_map_is_what_the_ring_contributes(spatial: tuple[int, ...]) -> None:
     assert not found[(..., *inner)].any()
 
 
-@pytest.mark.parametrize("actnorm", [False, True])
-@pytest.mark.parametrize("cond_channels", [0, 2])
-@pytest.mark.parametrize("spatial", [(7,), (3, 4), (2, 1, 3), (1, 1)], ids=str)
+@pairs(
+    pytest.mark.parametrize("actnorm", [False, True]),
+    pytest.mark.parametrize("cond_channels", [0, 2]),
+    pytest.mark.parametrize("spatial", [(7,), (3, 4), (2, 1, 3), (1, 1)], ids=str),
+)
 def test_formula(actnorm: bool, cond_channels: int, spatial: tuple[int, ...]) -> None:
     net = randomised(pgf.CouplingNet(2, 5, 4, actnorm, cond_channels, border=True, dims=len(spatial)))
     x = torch.randn(3, 2, *spatial, dtype=torch.float64)

@@ -6,15 +6,14 @@ import copy
 
 import pytest
 import torch
-from bijections import softplus_scale
-from helpers import assert_close
+from support.bijections import softplus_scale
+from support.covering import pairs
+from support.helpers import assert_close
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from pyglow_fast import reference
 from pyglow_fast.reference import ORDERS, SCALE_MAPS, CouplingSpec
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Given(nn.Module):
@@ -63,10 +62,12 @@ def test_the_net_sees_the_kept_half_and_the_condition() -> None:
     assert all(inputs[1] is cond for inputs in net.seen[1:])
 
 
-@pytest.mark.parametrize("actnorm", [False, True])
-@pytest.mark.parametrize("kind", ["affine", "additive"])
-@pytest.mark.parametrize(
-    ("scale_map", "at_zero"), [("sigmoid", torch.tensor(2.0).sigmoid()), ("exp", 1.0), ("tanh", 1.0), ("atan", 1.0)]
+@pairs(
+    pytest.mark.parametrize("actnorm", [False, True]),
+    pytest.mark.parametrize("kind", ["affine", "additive"]),
+    pytest.mark.parametrize(
+        ("scale_map", "at_zero"), [("sigmoid", torch.tensor(2.0).sigmoid()), ("exp", 1.0), ("tanh", 1.0), ("atan", 1.0)]
+    ),
 )
 def test_fresh_is_the_identity_up_to_its_constant_scale(
     kind: str, scale_map: str, at_zero: float, actnorm: bool

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close
+from support.covering import pairs
+from support.helpers import assert_close
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -36,9 +35,11 @@ def written_out(state: dict[str, Tensor], x: Tensor) -> Tensor:
     return out * (3.0 * state["log_gain"]).exp()
 
 
-@pytest.mark.parametrize("actnorm", [False, True])
-@pytest.mark.parametrize("cond_channels", [0, 2])
-@pytest.mark.parametrize("spatial", [(7,), (3, 4), (2, 1, 3), (1, 1)], ids=str)
+@pairs(
+    pytest.mark.parametrize("actnorm", [False, True]),
+    pytest.mark.parametrize("cond_channels", [0, 2]),
+    pytest.mark.parametrize("spatial", [(7,), (3, 4), (2, 1, 3), (1, 1)], ids=str),
+)
 def test_formula(actnorm: bool, cond_channels: int, spatial: tuple[int, ...]) -> None:
     net = randomised(pgf.CouplingNet(2, 5, 4, actnorm, cond_channels, dims=len(spatial)))
     x = torch.randn(3, 2, *spatial, dtype=torch.float64)

@@ -6,13 +6,11 @@ import copy
 
 import pytest
 import torch
-from helpers import assert_close
+from support.helpers import assert_close
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from pyglow_fast.layers.flow_step import PERMUTATIONS, fold_steps, invert_maps
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def trained(step: nn.Module, x: Tensor, cond: Tensor | None = None) -> nn.Module:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 import pyglow_fast as pgf
 from pyglow_fast.layers.folded import FoldedSteps
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 X = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
 
 

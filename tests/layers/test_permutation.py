@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import assert_close, memory_layouts
+from support.helpers import assert_close, memory_layouts
 
 import pyglow_fast as pgf
 from pyglow_fast.layers.permutation import ChannelLinear
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def layers(channels: int) -> dict[str, ChannelLinear]:

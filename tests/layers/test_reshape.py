@@ -8,14 +8,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close, memory_layouts
+from support.helpers import assert_close, memory_layouts
 from torch import Tensor
 from torch.distributions import Normal
 
 import pyglow_fast as pgf
 from pyglow_fast.layers.reshape import fit_condition
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class TestSqueeze:

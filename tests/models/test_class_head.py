@@ -7,14 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_close
-from plain_glow import plain_encode, plain_log_prob
+from support.helpers import assert_close
+from support.plain_glow import plain_encode, plain_log_prob
 from torch import Tensor
 
 import pyglow_fast as pgf
 from pyglow_fast.models.class_head import ClassHead, class_bits
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONDITION = 1000.0  # as for the models of glow_settings, which these are like
 WEIGHT = 0.7

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 import pyglow_fast as pgf
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIGS = [
     {},
     {"net_actnorm": True, "permutation": "invconv_plain", "n_classes": 3},

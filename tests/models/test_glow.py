@@ -6,15 +6,13 @@ import math
 
 import pytest
 import torch
-from glow_settings import CALM, CONDITION, CONFIGS, Setting
-from helpers import assert_close, jacobian, memory_layouts
-from plain_glow import plain_encode, plain_log_prob
+from support.glow_settings import CALM, CONDITION, CONFIGS, Setting
+from support.helpers import assert_close, jacobian, memory_layouts
+from support.plain_glow import plain_encode, plain_log_prob
 from torch import Tensor
 
 import pyglow_fast as pgf
 from pyglow_fast import likelihood
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 every_config = pytest.mark.parametrize("name", CONFIGS)
 some_configs = pytest.mark.parametrize("name", ["default", "one dimension", "classes", "map", "everything"])

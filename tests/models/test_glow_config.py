@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.covering import pairs
 
 import pyglow_fast as pgf
 from pyglow_fast.layers.flow_step import PERMUTATIONS
@@ -75,9 +76,11 @@ def test_level_shapes(shape: tuple[int, ...], n_levels: int, states: list[tuple[
     assert config.n_values == math.prod(shape)
 
 
-@pytest.mark.parametrize("permutation", PERMUTATIONS)
-@pytest.mark.parametrize("scale_map", SCALE_MAPS)
-@pytest.mark.parametrize("coupling", KINDS)
+@pairs(
+    pytest.mark.parametrize("permutation", PERMUTATIONS),
+    pytest.mark.parametrize("scale_map", SCALE_MAPS),
+    pytest.mark.parametrize("coupling", KINDS),
+)
 def test_every_choice_builds_a_model(coupling: str, scale_map: str, permutation: str) -> None:
     fields = {"coupling": coupling, "scale_map": scale_map, "permutation": permutation}
     model = pgf.Glow(image_shape=(1, 2), n_levels=1, n_steps=1, hidden=2, **fields)

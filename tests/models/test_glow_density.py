@@ -10,8 +10,6 @@ from torch import Tensor
 
 import pyglow_fast as pgf
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 RADIUS = 10.0  # the models below put less than 1e-9 of their mass outside
 STEPS = 400
 

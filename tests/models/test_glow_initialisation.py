@@ -10,9 +10,6 @@ import torch
 
 import pyglow_fast as pgf
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 FIELDS: dict[str, Any] = {"image_shape": (1, 4, 4), "n_levels": 2, "n_steps": 2, "hidden": 4, "net_actnorm": True}
 
 

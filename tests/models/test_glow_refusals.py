@@ -13,8 +13,6 @@ import torch
 
 import pyglow_fast as pgf
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 X = torch.rand(2, 1, 4, 8) - 0.5
 IMAGES = torch.randint(256, (2, 1, 4, 8), dtype=torch.uint8)
 Y, COND = torch.tensor([0, 2]), torch.zeros(2, 3)

@@ -7,12 +7,10 @@ import math
 
 import pytest
 import torch
-from glow_settings import CALM, CONDITION, CONFIGS, Setting
-from helpers import assert_close
+from support.glow_settings import CALM, CONDITION, CONFIGS, Setting
+from support.helpers import assert_close
 
 import pyglow_fast as pgf
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 every_config = pytest.mark.parametrize("name", CONFIGS)
 some_configs = pytest.mark.parametrize("name", ["default", "one dimension", "classes", "map", "everything"])

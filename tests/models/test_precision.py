@@ -12,7 +12,6 @@ from torch import Tensor, nn
 import pyglow_fast as pgf
 from pyglow_fast.coupling_nets.precision import PRECISIONS, overridden
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 

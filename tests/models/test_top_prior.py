@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import assert_close
+from support.helpers import assert_close
 
 from pyglow_fast.models.prior import TopPrior, scaled_noise
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("learn", [True, False])

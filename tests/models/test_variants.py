@@ -6,14 +6,12 @@ from itertools import product
 
 import pytest
 import torch
-from helpers import assert_close
-from plain_glow import plain_log_prob
+from support.helpers import assert_close
+from support.plain_glow import plain_log_prob
 
 import pyglow_fast as pgf
 from pyglow_fast.layers.flow_step import PERMUTATIONS
 from pyglow_fast.reference import KINDS
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONDITION = 1000.0  # as for the models of glow_settings, which these are like
 VARIANTS = list(product(PERMUTATIONS, KINDS, [True, False], [None, 3]))

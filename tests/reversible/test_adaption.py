@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from chain_cases import CASES, Mode, gradients
+from support.chain_cases import CASES, Mode, gradients
 from torch import Tensor
 
 import pyglow_fast as pgf
 from pyglow_fast.reversible import DriftControl, drift, passes
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 DEEP = next(case for case in CASES if case.name == "depth-8")
 LIMIT = 1.0
 CALM, TIGHT, TOO_MUCH = 0.01, 0.5, 2.0

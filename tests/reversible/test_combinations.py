@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 import torch.utils.checkpoint
-from chain_cases import (
+from support.chain_cases import (
     CASES,
     Mode,
     assert_same_gradients,
@@ -16,12 +16,12 @@ from chain_cases import (
     perturbed,
     relative_error,
 )
+from support.covering import pairs
+from support.user_steps import mixed
 from torch import Tensor, nn
-from user_steps import mixed
 
 import pyglow_fast as pgf
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 MODES = [
     Mode("checkpoint"),
     Mode("reversible", 2),
@@ -54,9 +54,11 @@ def with_nets(*nets: nn.Module, **options: object) -> pgf.ReversibleSequence:
     return perturbed(sequence)
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize("module", [True, False])
-@pytest.mark.parametrize("leave_training", [False, True])
+@pairs(
+    pytest.mark.parametrize("mode", MODES, ids=str),
+    pytest.mark.parametrize("module", [True, False]),
+    pytest.mark.parametrize("leave_training", [False, True]),
+)
 def test_dropout(mode: Mode, module: bool, leave_training: bool) -> None:
     """The masks of the forward, drawn again; whoever draws numbers meanwhile gets those that would have come."""
     sequence, (x, _) = with_nets(*(DropoutNet(module) for _ in range(5))), PLAIN.batch()

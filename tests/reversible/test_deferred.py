@@ -8,14 +8,13 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from chain_cases import CASES, gradients
+from support.chain_cases import CASES, gradients
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from pyglow_fast.reversible import deferred, passes, walk
 from pyglow_fast.reversible.drift import DriftControl
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CASE = next(case for case in CASES if case.name == "depth-8")
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from chain_cases import relative_error
-from helpers import assert_close
-from ranks import MEMORIES, RANKS, STEPS, Loss, batches, train, unequal_batches, work
+from support.chain_cases import relative_error
+from support.chain_ranks import MEMORIES, RANKS, STEPS, Loss, batches, train, unequal_batches, work
+from support.helpers import assert_close
 
 import pyglow_fast as pgf
 from pyglow_fast import reference

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from chain_cases import CASES, Mode, assert_same_gradients, counted_runs, gradients, objective, relative_error
-from helpers import tolerance
-from memory_meter import peak_tensor_bytes
+from support.chain_cases import CASES, Mode, assert_same_gradients, counted_runs, gradients, objective, relative_error
+from support.helpers import tolerance
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
+from bench.memory_meter import peak_tensor_bytes
 from pyglow_fast.reference import n_positions
 from pyglow_fast.reversible import drift as drift_module
 from pyglow_fast.reversible import passes
@@ -24,7 +24,6 @@ from pyglow_fast.reversible.drift import (
     project,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 DEEP = next(case for case in CASES if case.name == "depth-8")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from chain_cases import (
+from support.chain_cases import (
     CASES,
     MODES,
     WHOLE,
@@ -16,14 +16,13 @@ from chain_cases import (
     objective,
     perturbed,
 )
-from glow_settings import CONFIGS, Setting
-from helpers import memory_layouts
+from support.glow_settings import CONFIGS, Setting
+from support.helpers import memory_layouts
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from pyglow_fast.reversible import passes
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 BY_NAME = {case.name: case for case in CASES}
 
 

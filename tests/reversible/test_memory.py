@@ -6,12 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from chain_cases import Mode
-from memory_meter import MemoryMeter, peak_tensor_bytes
+from support.chain_cases import Mode
 
 import pyglow_fast as pgf
+from bench.memory_meter import MemoryMeter, peak_tensor_bytes
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 MiB = 2**20
 STATE = 4 * 12 * 16 * 16 * 4  # bytes of a flow state of the level below: 4 samples, 12 channels, 16 x 16, float32
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from chain_cases import CASES, Mode, gradients, objective, perturbed
+from support.chain_cases import CASES, Mode, gradients, objective, perturbed
+from support.user_steps import Scale, mixed
 from torch import Tensor, nn
-from user_steps import Scale, mixed
 
 import pyglow_fast as pgf
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 MODES = [Mode("checkpoint"), Mode("reversible", 2), Mode("reversible", None)]
 PLAIN = next(case for case in CASES if case.name == "depth-3")
 EITHER = pytest.mark.parametrize("fused", [True, False], ids=["steps", "modules"])

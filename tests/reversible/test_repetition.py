@@ -7,13 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from chain_cases import Mode, objective
+from support.chain_cases import Mode, objective
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from pyglow_fast.coupling_nets import GeneratorState
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 RECOMPUTING = [Mode("checkpoint"), Mode("reversible"), Mode("reversible", None)]
 
 

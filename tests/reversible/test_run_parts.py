@@ -6,16 +6,15 @@ import copy
 
 import pytest
 import torch
-from chain_cases import CASES, Mode, gradients, objective
-from memory_meter import MemoryTrace
+from support.chain_cases import CASES, Mode, gradients, objective
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
+from bench.memory_meter import MemoryTrace
 from pyglow_fast.layers import reversible_sequence
 from pyglow_fast.reversible import passes
 from pyglow_fast.reversible.parts import cut
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CASE = next(case for case in CASES if case.name == "depth-8")
 EVERY_CUT, NO_CUT = 10**9, 1  # of the budget's share for gradients
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from chain_cases import (
+from support.chain_cases import (
     CASES,
     WHOLE,
     Case,
@@ -15,12 +15,11 @@ from chain_cases import (
     objective,
     worst_error,
 )
+from support.user_steps import mixed
 from torch import Tensor, nn
-from user_steps import mixed
 
 import pyglow_fast as pgf
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 PLAIN = next(case for case in CASES if case.name == "depth-3")
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from chain_cases import Mode, assert_same_gradients, gradients, objective
+from support.chain_cases import Mode, assert_same_gradients, gradients, objective
+from support.covering import pairs
+from support.user_steps import Conditioned, Identity, Scale, mixed
 from torch import Tensor, nn
-from user_steps import Conditioned, Identity, Scale, mixed
 
 import pyglow_fast as pgf
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 MODES = [Mode("checkpoint"), *(Mode("reversible", every) for every in ("auto", None, 1, 2, 3))]
 
 
@@ -64,9 +64,11 @@ def test_dropout_masks_outlive_a_switch_to_evaluation(mode: Mode) -> None:
     assert not any(module.training for module in sequence.modules())
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize("where", [(0,), (2,), (0, 1, 2), (0, 2)], ids=str)
-@pytest.mark.parametrize("kind", ["same", "view", "transposed"])
+@pairs(
+    pytest.mark.parametrize("mode", MODES, ids=str),
+    pytest.mark.parametrize("where", [(0,), (2,), (0, 1, 2), (0, 2)], ids=str),
+    pytest.mark.parametrize("kind", ["same", "view", "transposed"]),
+)
 def test_steps_that_hand_their_input_on(kind: str, where: tuple[int, ...], mode: Mode) -> None:
     steps = [Identity(kind) if i in where else Scale() for i in range(3)]
     sequence, x = pgf.ReversibleSequence(steps).double(), batch()

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from chain_cases import Mode, objective
-from memory_meter import peak_tensor_bytes
+from support.chain_cases import Mode, objective
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
+from bench.memory_meter import peak_tensor_bytes
 from pyglow_fast.layers.flow_step import runs_fused
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 MODES = [Mode("store"), Mode("checkpoint"), Mode("reversible")]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from run_cases import assert_same_weights, train
+from support.run_cases import assert_same_weights, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pyglow_fast import GlowConfig

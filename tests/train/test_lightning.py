@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 from lightning import Trainer
-from lightning_rank import FIELDS, N_BINS, batches, loader
+from support import ROOT
+from support.lightning_rank import FIELDS, N_BINS, batches, loader
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -302,7 +303,7 @@ def test_a_checkpoint_without_the_average_is_refused(tmp_path: Path) -> None:
 
 def test_two_processes_train_one_model(tmp_path: Path) -> None:
     """A process of its own: what Trainer starts must not inherit the test runner."""
-    script = Path(__file__).with_name("lightning_rank.py")
+    script = ROOT / "tests" / "support" / "lightning_rank.py"
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
     )

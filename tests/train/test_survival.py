@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from run_cases import MakeConfig, assert_same_weights, before_step, train
+from support.run_cases import MakeConfig, assert_same_weights, before_step, train
 from torch import Tensor
 
 from pyglow_fast.data import DataConfig, ImageSet

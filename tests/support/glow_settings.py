@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from plain_glow import plain_encode
 from torch import Tensor
 
 import pyglow_fast as pgf
+from support.plain_glow import plain_encode
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "default": {"image_shape": (3, 4, 8)},

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+from support import ROOT
+
+EMULATION = ROOT / "tests" / "emulation"
 CUDA_SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 JOBS = 2
 
 FLAGS = [
     *("-std=c++20", "-g", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fPIC"),
-    *("-DPYGLOW_EMULATE_CUDA", f"-I{HERE / 'include'}", f"-I{ROOT / 'csrc'}", f"-I{HERE}"),
+    *("-DPYGLOW_EMULATE_CUDA", f"-I{EMULATION / 'include'}", f"-I{ROOT / 'csrc'}", f"-I{EMULATION}"),
 ]
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from chain_cases import perturbed
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
+from support.chain_cases import perturbed
 
 
 class Scale(nn.Module):

@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable
 
 import torch
-from helpers import assert_kernel_close
 from torch import Tensor
 
 from pyglow_fast import functional, reference
 from pyglow_fast.reference import ORDERS, CouplingSpec
+from support.helpers import assert_kernel_close
 
 DTYPES = [torch.float32, torch.float64]
 # (N, C, *spatial): H != W, P no multiple of a vector or tile, several tiles, odd and large C, no and single samples and

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from bijections import softplus_scale
-from helpers import tolerance
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
+from support.bijections import softplus_scale
+from support.helpers import tolerance
 
 # What a rounding of a state may grow by on its way into a gradient, in the small steps of this file.
 CONDITION = 1000.0

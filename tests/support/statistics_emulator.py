@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from emulator import Emulator, _view
 from torch import Tensor
+
+from support.emulator import Emulator, _view
 
 
 class StatisticsEmulator(Emulator):

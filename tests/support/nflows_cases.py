@@ -7,11 +7,11 @@ from typing import Any
 
 import nflows.transforms as theirs
 import torch
-from helpers import assert_close, assert_kernel_close
 from nflows.nn import nets
 from torch import Tensor, nn
 
 from pyglow_fast.interop.nflows import transforms as ours
+from support.helpers import assert_close, assert_kernel_close
 
 Build = Callable[[Any], nn.Module]  # from nflows.transforms or what stands in for it
 IMAGES, VECTORS = (3, 6, 4, 5), (7, 6)

@@ -6,10 +6,10 @@ import ctypes
 from typing import NamedTuple
 
 import torch
-from emulator import Emulator, _net, _transformed, _variant, _view
 from torch import Tensor
 
 from pyglow_fast.reference import CouplingSpec
+from support.emulator import Emulator, _net, _transformed, _variant, _view
 
 
 class CouplingMixGrads(NamedTuple):
