@@ -1,5 +1,7 @@
 # make demo    trains a small Glow on handwritten digits and writes runs/demo
-# make test    the style checks, then the whole test suite
+# make test    the style checks, then the tests, side by side on all cores
+# make test-full   the same with every case: whole products of options where `make test` has every pair, and the slowest
+# make mutants     seeds faults one by one into a scratch copy and shows which tests catch them (hours)
 # make docs    the pages of docs/ and the API reference as a site in build/site
 # make wheel   a wheel and a source distribution in dist/
 # make lint | format | venv | clean
@@ -10,13 +12,15 @@ VENV ?= .venv
 # What to install as torch: TORCH='torch==2.13.0', or TORCH='torch --index-url URL' for the wheels of another index.
 TORCH ?= torch>=2.11
 PYTEST_ARGS ?=
+# Tests share the cores: a worker has one thread, and takes up to 1.2 GB.
+PYTEST := $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc cmake -type f)
 FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: venv demo test lint format docs wheel clean
+.PHONY: venv demo test test-full mutants lint format docs wheel clean
 .DELETE_ON_ERROR:
 
 venv: $(VENV)/.built
@@ -41,7 +45,13 @@ demo: venv
 
 # The checks come first, so that the suite's own summary is the last line.
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-full: lint
+	$(PYTEST) --full $(PYTEST_ARGS)
+
+mutants: venv
+	$(BIN)/python tests/mutations/run.py
 
 lint: venv
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import covering
+from support import covering, machine
 from support.machine import MACHINE_THREADS, Turns
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -28,15 +28,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     covering.full = config.getoption("--full")
     torch.set_num_threads(1)
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        config.pluginmanager.register(Turns(Path(os.environ[TURNS])))
+    if hasattr(config, "workerinput"):
+        machine.one_of_several = True
+        # Taken out of the environment: a pytest that a test starts is no worker and takes no turns.
+        config.pluginmanager.register(Turns(Path(os.environ.pop(TURNS))))
+        for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID"):
+            os.environ.pop(name, None)
         os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
     elif getattr(config.option, "numprocesses", None):
         os.environ[TURNS] = tempfile.mkdtemp(prefix="pytest-turns-")
 
 
-def pytest_unconfigure(config: pytest.Config) -> None:
-    if "PYTEST_XDIST_WORKER" not in os.environ and TURNS in os.environ:
+def pytest_unconfigure() -> None:
+    if TURNS in os.environ:
         shutil.rmtree(os.environ.pop(TURNS), ignore_errors=True)
 
 

@@ -124,6 +124,15 @@ def test_the_reference_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
         _backend.require()
 
 
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("setting", [None, "", "0"])
+def test_nothing_and_zero_force_nothing(monkeypatch: pytest.MonkeyPatch, setting: str | None) -> None:
+    monkeypatch.delenv("PYGLOW_FORCE_REFERENCE", raising=False)
+    if setting is not None:
+        monkeypatch.setenv("PYGLOW_FORCE_REFERENCE", setting)
+    assert "PYGLOW_FORCE_REFERENCE" not in _backend.reason()
+
+
 @compiled
 @pytest.mark.usefixtures("fresh")
 def test_nets_may_be_left_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.covering import pairs
 from support.helpers import assert_close, assert_kernel_close, memory_layouts
-from support.kernel_cases import DTYPES, case_name
+from support.kernel_cases import DTYPES, assert_bits_do_not_depend_on_threads, case_name
 from torch import Tensor
 
 import pyglow_fast as pgf
@@ -193,6 +193,16 @@ def test_two_threads_do_not_share_a_workspace() -> None:
         assert all(torch.equal(result, expected[index]) for result in results[index])
 
 
+@pytest.mark.alone
+@pytest.mark.parametrize("case", [CASES[6], CASES[8]], ids=case_name)
+def test_bits_do_not_depend_on_threads(case: tuple[tuple[int, ...], int, int]) -> None:
+    """Several cuts, whose gradients of the weights are added up, and products of which each thread has a part."""
+    x, *weights = weights_for(*case, torch.float32)
+    assert_bits_do_not_depend_on_threads(
+        lambda x: with_gradients(functional.coupling_net, [x, *weights], torch.float32), x, threads=2
+    )
+
+
 def test_autocast_leaves_it_to_the_library() -> None:
     inputs = weights_for((2, 2, 4, 4), 8, 4, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -299,5 +309,9 @@ def test_bad_backward_input() -> None:
     h1, h2 = ops.coupling_net(*ARGS, None, True)[1:]
     with pytest.raises(ValueError, match=r"grad_out: expected shape \[2, 4, 4, 4\], found \[2, 4, 4, 3\]"):
         ops.coupling_net_backward(torch.zeros(2, 4, 4, 3), x, h1, h2, w1, w2, w3, None, None, True)
-    with pytest.raises(ValueError, match=r"h2: expected shape"):
+    with pytest.raises(ValueError, match=r"h1: expected shape \[256\], found \[288\]"):
+        ops.coupling_net_backward(torch.zeros(2, 4, 4, 4), x, h2, h2, w1, w2, w3, None, None, True)
+    with pytest.raises(ValueError, match=r"h2: expected shape \[288\], found \[256\]"):
         ops.coupling_net_backward(torch.zeros(2, 4, 4, 4), x, h1, h1, w1, w2, w3, None, None, True)
+    with pytest.raises(ValueError, match="h1: expected dtype float32 like x, found float64"):
+        ops.coupling_net_backward(torch.zeros(2, 4, 4, 4), x, h1.double(), h2, w1, w2, w3, None, None, True)

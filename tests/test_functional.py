@@ -116,6 +116,37 @@ def test_coupling_net(leak: float, shape: tuple[int, ...], device: torch.device)
         assert_close(value, target, inputs[0].numel())
 
 
+STATE, MAP = (2, 4, 3, 2), [(4, 4), (4,)]
+WEIGHTS = [(6, 4, 3, 3), (6,), (6, 6, 1, 1), (6,), (4, 6, 3, 3), (4,), (4, 1, 1)]  # of a net, and its gain
+TENSORS: dict[str, list[tuple[int, ...]]] = {
+    "channel_mix": [STATE, *MAP],
+    "channel_unmix": [STATE, *MAP],
+    "coupling": [STATE, STATE],
+    "coupling_inverse": [STATE, STATE],
+    "coupling_mix": [STATE, STATE, *MAP],
+    "coupling_mix_inverse": [STATE, STATE, *MAP],
+    "coupling_net": [STATE, *WEIGHTS],
+    "gaussian_log_prob": [STATE] * 3,
+    "gaussian_sample": [STATE] * 3,
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_one_tensor_alone_wants_a_gradient(name: str, device: torch.device) -> None:
+    """And gets the one that it gets where all want theirs."""
+    inputs = [(0.3 * randn(*shape)).to(device) for shape in TENSORS[name]]
+    specs = [CouplingSpec()] if name.startswith("coupling") and name != "coupling_net" else []
+
+    def run(*values: Tensor) -> object:
+        return getattr(functional, name)(*values, *specs)
+
+    expected = values_and_gradients(run, tuple(inputs))[-len(inputs) :]
+    for i, gradient in enumerate(expected):
+        rest = inputs[i + 1 :]
+        *_, alone = values_and_gradients(lambda value, i=i, rest=rest: run(*inputs[:i], value, *rest), (inputs[i],))
+        assert_close(alone, gradient, condition=100.0)
+
+
 @pytest.mark.parametrize("shape", SHAPES[:-1], ids=str)
 def test_channel_moments(shape: tuple[int, ...], device: torch.device) -> None:
     x = (3.0 * randn(*shape) + 5.0).to(device)

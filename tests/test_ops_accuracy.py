@@ -11,8 +11,8 @@ import math
 import pytest
 import torch
 from support.covering import pairs
-from support.helpers import assert_kernel_close
-from support.kernel_cases import SHAPES, SPECS, case_name, coupling_inputs, log_det_magnitude, mix_inputs
+from support.helpers import assert_kernel_close, tolerance
+from support.kernel_cases import DTYPES, SHAPES, SPECS, case_name, coupling_inputs, log_det_magnitude, mix_inputs
 from torch import Tensor
 
 from pyglow_fast import _backend, functional, reference
@@ -52,11 +52,9 @@ def _run(library: object, name: str, inputs: list[Tensor], spec: CouplingSpec, d
 def _cancelling(name: str, spec: CouplingSpec, raw: Tensor, grad_log_scale: Tensor) -> Tensor | None:
     """The terms of the gradient of raw, where it is a difference that cancels.
 
-    d tanh = 1 - tanh^2 is one of numbers near one, in torch as in the kernels. And the kernels form the gradient of
-    log s from the output, which has the shift still in it in the inverse of "shift_scale" and in "scale_shift".
+    The kernels form the gradient of log s from the output, which has the shift still in it in the inverse of
+    "shift_scale" and in "scale_shift".
     """
-    if spec.scale_map == "tanh":
-        return grad_log_scale
     if (name == "coupling_inverse") == (spec.order == "scale_shift"):
         return None
     leaf = raw.double().requires_grad_()
@@ -112,6 +110,24 @@ def test_fused_with_the_mixing(name: str, spec: CouplingSpec, device: torch.devi
             plain = getattr(reference, name)(*inputs, spec)
             exact = getattr(reference, name)(*(value.double() for value in inputs), spec)
         assert_kernel_close(got[0], plain[0], exact[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_name)
+@pytest.mark.parametrize("name", ["coupling", "coupling_inverse"])
+def test_slope_of_tanh_in_the_tails(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """1 - tanh^2 cancels, to zero from |raw| = 9 clamp on in float32; the gradient of raw keeps its relative accuracy.
+
+    As long as the dtype has such small numbers, and with nothing on the way that overflows.
+    """
+    spec = CouplingSpec(scale_map="tanh", clamp=1.5)
+    raw = torch.linspace(-100.0, 100.0, 401, dtype=dtype, device=device)
+    net_out = torch.stack([torch.zeros_like(raw), raw])[None].requires_grad_()
+    _, log_det = getattr(functional, name)(torch.zeros_like(net_out[:, :1]), net_out, spec)
+    (gradient,) = torch.autograd.grad(log_det.sum(), net_out)
+    slope = gradient[0, 1] if name == "coupling" else -gradient[0, 1]
+    x = raw.double() / spec.clamp
+    relative = tolerance(condition=2.0 * float(x.abs().max()), dtype=dtype)  # exp(-2 |x|) loses the roundings of 2 |x|
+    torch.testing.assert_close(slope.double(), x.cosh() ** -2, rtol=relative, atol=torch.finfo(dtype).tiny)
 
 
 def test_an_error_at_small_values_is_found() -> None:

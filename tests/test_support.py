@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import ROOT, covering
+from support import ROOT, covering, machine
 from support.covering import covering_array, pairs
 from support.machine import made_once
 
@@ -70,7 +70,7 @@ def _make(base: str, results: multiprocessing.Queue[str]) -> None:
             return Path(base, multiprocessing.current_process().name)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTEST_XDIST_WORKER", "gw0")
+        patch.setattr(machine, "one_of_several", True)
 
         def fill(folder: Path) -> None:
             with (folder / "made").open("a") as file:
@@ -100,7 +100,7 @@ def test_a_failure_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         def getbasetemp(self) -> Path:
             return tmp_path
 
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    monkeypatch.setattr(machine, "one_of_several", False)
     factory: pytest.TempPathFactory = Factory()  # type: ignore[assignment]
     with pytest.raises(ZeroDivisionError):
         made_once(factory, "thing", lambda folder: 1 // 0)
@@ -139,9 +139,7 @@ def test_nothing_runs_beside_what_is_alone(tmp_path: Path, monkeypatch: pytest.M
     settings = f"[pytest]\npythonpath = {ROOT} {ROOT / 'tests'}\nmarkers =\n  alone\n  full\n  cuda\n"
     (tmp_path / "pytest.ini").write_text(settings, encoding="utf-8")
     monkeypatch.setenv("TIMES", str(tmp_path / "times"))
-    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYGLOW_TEST_TURNS"):
-        monkeypatch.delenv(name, raising=False)
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "3", "-p", "no:cacheprovider", str(tmp_path)]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=100)
     assert "28 passed" in done.stdout, done.stdout + done.stderr
     times = [json.loads(line) for line in (tmp_path / "times").read_text().splitlines()]

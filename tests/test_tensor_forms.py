@@ -54,6 +54,26 @@ def test_squeezed_layouts(shape: tuple[int, ...]) -> None:
     assert torch.equal(ops.channel_mix(transposed, matrix, offset, False, CODES["input"]), expected)
 
 
+def forms(out: Tensor | tuple[Tensor, ...]) -> list[tuple[torch.Size, tuple[int, ...]]]:
+    """Shape and strides of every output."""
+    return [(value.shape, value.stride()) for value in ((out,) if isinstance(out, Tensor) else out)]
+
+
+def test_squeezed_products_without_values() -> None:
+    """On tensors that are shapes alone, as torch.compile has them, the results have the shapes of the real ones."""
+    coarse, matrix, offset = mix_inputs((2, 8, 3, 5), torch.float32, CPU)
+    x = reference.unsqueeze(coarse)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        coarse, x = coarse.to(memory_format=layout), x.to(memory_format=layout)
+        calls = [
+            (ops.channel_mix, (x, matrix, offset), (False, CODES["input"])),
+            (ops.channel_mix, (coarse, matrix, offset), (True, CODES["output"])),
+            (ops.channel_mix_backward, (x, coarse, matrix), (None, None, True)),
+        ]
+        for op, tensors, options in calls:
+            assert forms(op(*(value.to("meta") for value in tensors), *options)) == forms(op(*tensors, *options))
+
+
 @pytest.mark.parametrize("dims", [1, 3])
 def test_other_dimensions_squeeze_on_the_reference(dims: int) -> None:
     x = torch.randn(2, 2, *[4] * dims, dtype=torch.float64)

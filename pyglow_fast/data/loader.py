@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -93,9 +95,16 @@ _FOR_THE_MAIN_PROCESS = (signal.SIGINT, signal.SIGTERM)
 
 
 def _start_worker(worker: int) -> None:
-    """A signal to the whole group (Ctrl-C, a scheduler's warning) is for the main process, which may still save."""
+    """A signal to the whole group (Ctrl-C, a scheduler's warning) is for the main process, which may still save.
+
+    That the main process was killed before its worker came here escapes torch, which watches for a change of parent:
+    the worker would wait for ever.
+    """
     for kind in _FOR_THE_MAIN_PROCESS:
         signal.signal(kind, signal.SIG_IGN)
+    main = multiprocessing.parent_process()
+    if main is not None and multiprocessing.get_start_method() != "forkserver" and os.getppid() != main.pid:
+        os._exit(1)
 
 
 @contextmanager

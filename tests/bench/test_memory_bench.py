@@ -187,6 +187,7 @@ def test_anchors_everywhere_are_not_reversible() -> None:
     assert not dataclasses.replace(good, ratio=float("nan")).within
 
 
+@pytest.mark.full
 def test_in_processes_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -263,6 +263,7 @@ def test_names_are_checked() -> None:
     assert models.chosen(["a", "b"])("b, a") == ["b", "a"]
 
 
+@pytest.mark.full
 def test_in_processes_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

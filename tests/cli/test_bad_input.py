@@ -127,6 +127,7 @@ TRAIN = [
     (["digits", "--device", "gpu"], "device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', found 'gpu'"),
     (["digits", "--device", "cuda:99"], "device: expected a device that torch finds, found 'cuda:99' with .*"),
     (["digits", "--speed", "9"], "unrecognized arguments: --speed 9 (see pyglow-fast --help)"),
+    (["digits", "--max-step", "0"], "unrecognized arguments: --max-step 0 (see pyglow-fast --help)"),
     (["digits", "--resume", "--overwrite"], "argument --overwrite: not allowed with argument --resume .*"),
     (["digits", "--resume"], "run: expected the folder of a run, found 'out', which does not exist"),
 ]

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from pyglow_fast import __version__
+from pyglow_fast import Glow, __version__
 from pyglow_fast.cli import main
 from pyglow_fast.data import histogram_bits_per_dim, load_folder, split
 from pyglow_fast.train import RunFolder, TrainConfig, TrainState
@@ -67,10 +68,18 @@ def test_sample(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "6 samples at temperature 0.7" in capsys.readouterr().out
 
 
-def test_samples_come_in_batches(trained: Path, tmp_path: Path) -> None:
+def test_samples_come_in_batches(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample, drawn = Glow.sample, []
+
+    def noting(model: Glow, n: int, *args: Any, y: torch.Tensor, **options: Any) -> torch.Tensor:
+        drawn.append(y.tolist())
+        return sample(model, n, *args, y=y, **options)
+
+    monkeypatch.setattr(Glow, "sample", noting)
     assert main(["sample", str(trained), "--n", "70", "--out", str(tmp_path / "x.png"), "--scale", "1"]) == 0
     with Image.open(tmp_path / "x.png") as picture:
         assert picture.size == (10 * 10 + 2, 7 * 10 + 2)  # a column for each class
+    assert drawn == [[i % 10 for i in part] for part in (range(64), range(64, 70))]
 
 
 def test_evaluate(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from pyglow_fast.cli import main
 from pyglow_fast.data import emoji_tone_pairs, load_data, split
 from pyglow_fast.models import Glow
 from pyglow_fast.train import RunFolder, load_model
+from pyglow_fast.train.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +241,18 @@ def test_depths(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     score = re.compile(r"([\d.]+) ± ([\d.]+) bits/dim")
     assert score.findall(lines[1]) == score.findall(lines[2])
     assert size(tmp_path / "x.png")[1] > 6 * 64
+
+
+def test_depths_of_the_best_checkpoints(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which are older than the report: it tells nothing of them."""
+    runs = [place / name for name in ("two", "one")]
+    lines = said(capsys, "depths", *map(str, runs), "--best", "--out", str(tmp_path / "x.png"), "--n", "1").splitlines()
+    for run, line in zip(runs, lines, strict=False):
+        step = RunFolder(run).load(best=True).progress["step"]
+        assert step < json.loads((run / "report.json").read_text())["step"]
+        (row,) = (row for row in read_metrics(run / "metrics.csv") if row["step"] == step)
+        assert line.startswith(f"{run} at step {step}: ")
+        assert f", {row['held_out_bpd']:.3f} ± {row['held_out_se']:.3f} bits/dim held out" in line
 
 
 def test_a_picture_replaces_the_former_one(place: Path, tmp_path: Path) -> None:

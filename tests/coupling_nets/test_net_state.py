@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from pyglow_fast.coupling_nets import (
     Chunk,
     GeneratorState,
     captured_autocast,
+    check_repeated,
+    output_sums,
     plain_call,
     plan_chunks,
     run_net,
@@ -100,6 +103,17 @@ def test_dropout_has_the_same_masks_in_the_recomputation(module: bool, budget: i
 
     fresh = run_net(net, x, None, plan)
     assert not torch.equal(fresh, out)  # else this test would not have seen other masks
+
+
+@pytest.mark.parametrize("factor", [0.9, 1.1])
+@pytest.mark.parametrize("samples", [[0, 1, 2], [1]], ids=str)
+def test_a_larger_or_a_smaller_output_is_no_repetition(samples: list[int], factor: float) -> None:
+    out = 1.0 + torch.rand(3, 4, 6, 5)
+    check_repeated(output_sums(out), output_sums((1.0 + 1e-6) * out))
+    again = out.clone()
+    again[samples] *= factor
+    with pytest.raises(ValueError, match=rf"net: expected the same output .* in samples {re.escape(str(samples))}"):
+        check_repeated(output_sums(out), output_sums(again))
 
 
 class TestAutocast:

@@ -106,12 +106,14 @@ def test_items_that_cannot_be_had() -> None:
     assert torch.equal(now.levels, VALUES[1:])
     assert now.labels is not None
     assert now.labels.tolist() == [0, 1, 2, 3, 4]
-    later = from_dataset(items, "mine", on_unreadable="skip", in_memory=False)
+    later = from_dataset(items, "mine", labels=[5, 4, 3, 2, 1, 0], on_unreadable="skip", in_memory=False)
     assert isinstance(later, LazyImages)
     with pytest.raises(UnreadableImageError, match="gone"):
         later.item(0)
     found = list(batches(later, [[(0, None), (2, None)]], 1, "skip"))
     assert found[0].indices.tolist() == [1, 2]
+    assert found[0].labels is not None
+    assert found[0].labels.tolist() == [4, 3]
 
 
 def test_fingerprints() -> None:

@@ -45,7 +45,9 @@ def expected_digest(monkeypatch: pytest.MonkeyPatch, name: str, digest: str) -> 
 def emoji_package(path: Path, names: tuple[str, ...] = ()) -> None:
     """A tarball like that of npm, with things that are not wanted."""
     wanted = ("package/emoji.json", "package/img/twitter/64/a.png")
-    others = ("package/README.md", "package/img/twitter/sheets/64.png", "package/img/twitter/64/../../../../evil.png")
+    others = ("package/README.md", "package/img/twitter/sheets/64.png")
+    # Out of where it is unpacked, and also out of the folder around that, which is removed in the end.
+    others += tuple(f"package/img/twitter/64/{'../' * levels}evil.png" for levels in (4, 5))
     with tarfile.open(path, "w:gz") as tar:
         for name in (*wanted, *others, *names):
             info = tarfile.TarInfo(name)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from support.data_layouts import picture, write_lmdb
 
-from pyglow_fast.data import Augmentation, Batch, DataConfig, Images, ImageSet, batches, load_data
+from pyglow_fast.data import Augmentation, Batch, DataConfig, Images, ImageSet, batches, load_data, loader
 
 Plan = list[list[tuple[int, int | None]]]
 PLAN: Plan = [[(i % 7, None if i % 3 == 0 else i), ((3 * i + 1) % 7, 100 + i)] for i in range(12)]
@@ -212,3 +212,13 @@ def test_a_bug_keeps_its_kind_and_message(workers: int) -> None:
 def test_pinning_without_an_accelerator_is_ignored() -> None:
     (found,) = batches(in_memory(), [[(0, 1)]], pin_memory=True)
     assert found.levels.is_pinned() == torch.accelerator.is_available()
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_worker_whose_main_process_is_gone_ends(gone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that was killed while the worker started: another process is the worker's parent by then."""
+    monkeypatch.setattr(os, "getppid", (lambda: 1) if gone else os.getppid)
+    worker = multiprocessing.get_context("fork").Process(target=loader._start_worker, args=(0,))
+    worker.start()
+    worker.join(20)
+    assert worker.exitcode == int(gone)

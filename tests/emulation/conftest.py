@@ -1,4 +1,4 @@
-"""The emulated kernels, built once for the session."""
+"""The emulated kernels, built once for all workers."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 from support.emulator import Emulator
+from support.machine import made_once
 from support.toolchain import CUDA_SOURCES, EMULATION, build
 
 
 @pytest.fixture(scope="session")
 def _library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("emulated") / "libemulated.so"
-    return build(target, [*CUDA_SOURCES, *sorted(EMULATION.glob("driver*.cpp"))], "-O1", "-shared")
+    sources = [*CUDA_SOURCES, *sorted(EMULATION.glob("driver*.cpp"))]
+    name = "libemulated.so"
+    return made_once(tmp_path_factory, "emulated", lambda to: build(to / name, sources, "-O1", "-shared")) / name
 
 
 @pytest.fixture

@@ -87,8 +87,16 @@ struct Shape {
   int64_t n, c, p;
 };
 
-constexpr pyglow::ScaleMap maps[] = {pyglow::ScaleMap::none, pyglow::ScaleMap::sigmoid, pyglow::ScaleMap::sigmoid_eps,
-                                     pyglow::ScaleMap::exp,  pyglow::ScaleMap::tanh,    pyglow::ScaleMap::atan};
+constexpr pyglow::ScaleMap maps[] = {
+    pyglow::ScaleMap::none,
+    pyglow::ScaleMap::sigmoid,
+#ifndef PYGLOW_FEW_MAPS
+    pyglow::ScaleMap::sigmoid_eps,
+    pyglow::ScaleMap::exp,
+    pyglow::ScaleMap::tanh,
+    pyglow::ScaleMap::atan,
+#endif
+};
 constexpr pyglow::Order orders[] = {pyglow::Order::shift_scale, pyglow::Order::scale_shift};
 
 // Run all kernels of a kind, for float and double; throw if a result is not written.

@@ -72,7 +72,7 @@ void all() {
     for (const bool channels_last : {false, true})
       fuse<T>({2, 6, 44}, channels_last, static_cast<NetType>(type), ScaleMap::sigmoid, Order::shift_scale);
   for (const Shape& s : {Shape{5, 6, 240}, Shape{5, 6, 241}, Shape{90, 2, 1}})
-    fuse<T>(s, false, NetType::state, ScaleMap::exp, Order::shift_scale);
+    fuse<T>(s, false, NetType::state, ScaleMap::sigmoid, Order::shift_scale);
   for (const ScaleMap map : maps)
     for (const Order order : orders)
       for (const int64_t positions : {4, 5}) fuse<T>({2, 4, positions}, false, NetType::state, map, order);

@@ -32,9 +32,10 @@ void run(const Shape& s, bool channels_last, bool repeats) {
 
 template <class T>
 void all() {
-  // Vector path and tail, one part or split and several, several groups of channels, more blocks than there are.
+  // Vector path and tail, one part or split and several, several groups of channels, more blocks than there are, of
+  // samples in several parts too.
   for (const Shape& s :
-       {Shape{1, 3, 5}, Shape{2, 4, 16}, Shape{1, 12, 180}, Shape{3, 37, 4}, Shape{2, 6, 601}, Shape{2, 8, 600}})
+       {Shape{1, 3, 5}, Shape{2, 4, 16}, Shape{1, 12, 180}, Shape{3, 37, 4}, Shape{3, 6, 601}, Shape{2, 8, 600}})
     for (const bool channels_last : {false, true})
       for (const bool repeats : {false, true}) run<T>(s, channels_last, repeats);
 }

@@ -315,6 +315,26 @@ def test_many_channels(emulator: FusedEmulator, channels: int, inverse: bool) ->
     assert_all_close(step, step_reference(SPEC), x, net_out, grad, grad_log_det, matrix, offset)
 
 
+@pytest.mark.parametrize("op", ["coupling_mix", "coupling_mix_backward", "step_backward"])
+def test_shared_memory_of_the_widest_tiles(emulator: FusedEmulator, op: str) -> None:
+    """32 channels, no whole vectors and tiles enough for a large GPU: the emulator refuses more than 48 KB."""
+    spec, shape = MAPS["additive"], (1, 32, 263 * 256 + 1)
+    u, net_out = coupling_case(shape, spec, torch.float32)
+    grad, matrix, offset = mix_case(shape, torch.float32)
+    grad_log_det = torch.randn(1)
+    if op == "coupling_mix":
+        actual = emulator.coupling_mix(u, net_out, matrix, offset, spec)
+        assert_all_close(actual, lambda *args: reference.coupling_mix(*args, spec), u, net_out, matrix, offset)
+    elif op == "coupling_mix_backward":
+        grads = emulator.coupling_mix_backward(u, net_out, grad, grad_log_det, matrix, spec)
+        inputs = (u, net_out, matrix, offset, grad, u[:, :0], grad_log_det)
+        assert_all_close(grads, mixed_gradients(spec), *inputs)
+    else:
+        y, _ = reference.coupling(u, net_out, spec)
+        step = emulator.step_backward(y, net_out, grad, grad_log_det, matrix, offset, spec)
+        assert_all_close(step, step_reference(spec), u, net_out, grad, grad_log_det, matrix, offset)
+
+
 def test_offsets_beyond_32_bits(emulator: FusedEmulator) -> None:
     """The elements lie more than 2^31 apart: of such memory only the touched pages exist."""
     case = Case((2, 4, 6), torch.float32, torch.float32, SPEC)

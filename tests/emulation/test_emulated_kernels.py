@@ -259,10 +259,22 @@ def test_more_work_than_blocks(emulator: Emulator, shape: tuple[int, int, int]) 
         assert_kernel_close(got, same_dtype, expected)
 
 
-@pytest.mark.parametrize("channels", [768, 1450])
-def test_many_channels(emulator: Emulator, channels: int) -> None:
-    """Partial sums of grad_M are capped at 16 MB, as the driver checks: few splits, or one that writes the result."""
-    x, matrix, offset = mix_case((1, channels, 8), torch.float32)
+def test_more_tiles_than_blocks(emulator: Emulator) -> None:
+    """A block that walks several tiles brings the weights of every chunk of channels, here two, for each of them."""
+    x, matrix, offset = mix_case((1, 17, 2304 * 128 + 1), torch.float64)
+    assert_matches(emulator.channel_mix(x, matrix, offset), reference.channel_mix, x, matrix, offset)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((1, 309, 673), torch.float64), ((1, 1450, 8), torch.float32)], ids=["309", "1450"]
+)
+def test_many_channels(emulator: Emulator, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Partial sums of grad_M are capped at 16 MB, as the driver checks.
+
+    Of 309 channels that is a split fewer than there are tiles, and more sums than one round of a grid adds up over the
+    splits; of 1450 it is one split, which writes the result.
+    """
+    x, matrix, offset = mix_case(shape, dtype)
     grad_u = torch.randn_like(x)
     assert_matches(emulator.channel_mix(x, matrix, offset), reference.channel_mix, x, matrix, offset)
     plain = mix_gradients(x, matrix, offset, grad_u)

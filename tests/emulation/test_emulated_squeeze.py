@@ -148,6 +148,19 @@ def test_gradient_in_two_parts(
         assert torch.equal(got, value)
 
 
+@dtypes
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_added_part_in_its_own_layout(emulator: Emulator, layout: str, dtype: torch.dtype) -> None:
+    """The second part need not have the whole vectors that all else has: the emulator refuses those not aligned."""
+    x, grad_u, added = (torch.randn(2, channels, 24, dtype=dtype) for channels in (12, 12, 6))
+    matrix = torch.randn(12, 12, dtype=dtype)
+    expected = emulator.channel_mix_backward(x, grad_u, matrix, added=added)
+    actual = emulator.channel_mix_backward(x, grad_u, matrix, added=laid_out(added, layout))
+    for got, value in zip(actual, expected, strict=True):
+        assert_only_written(got)
+        assert torch.equal(got, value)
+
+
 @pytest.mark.parametrize("channels", [4, 16, 32, 128])
 def test_shared_memory_of_the_widest_tiles(emulator: Emulator, channels: int) -> None:
     """Two parts and no whole vectors take the most shared memory: the emulator refuses more than 48 KB."""

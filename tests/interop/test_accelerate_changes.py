@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ from support.accelerate_cases import (
     prepared,
     subnet,
 )
+from support.covering import pairs
 from torch import Tensor, nn
 
 import pyglow_fast.interop.normflows as ours
@@ -65,15 +67,24 @@ class TestWhatChangesLater:
 
     @pytest.mark.parametrize("name", NAMES)
     def test_hooks_on_all_modules_are_called(self, name: str) -> None:
+        """As layer by layer: they see nflows' transforms and FrEIA's blocks, and all convolutions."""
         model, loss_of, _ = prepared(name)
+        alone = copy.deepcopy(model)
         accelerate(model, "reversible")
-        kinds: list[type] = []
-        handle = nn.modules.module.register_module_forward_hook(lambda module, *args: kinds.append(type(module)))
-        try:
-            loss_of(model, images())
-        finally:
-            handle.remove()
-        assert kinds.count(nn.Conv2d) == 3 * {"normflows": 6}.get(name, 3)
+        accelerate(alone)
+        counts = []
+        for item in (model, alone):
+            calls: list[str] = []
+            handle = nn.modules.module.register_module_forward_hook(
+                lambda module, *args, calls=calls: calls.append(type(module).__name__)
+            )
+            try:
+                loss_of(item, images())
+            finally:
+                handle.remove()
+            counts.append(Counter(calls))
+        assert counts[0] == counts[1]
+        assert counts[0]["Conv2d"] == 3 * {"normflows": 6}.get(name, 3)
 
     @pytest.mark.parametrize("memory", [None, "store"])
     @pytest.mark.parametrize("name", NAMES)
@@ -160,13 +171,18 @@ class TestWhatChangesLater:
         assert list(changed._modules)[-1] == str(len(changed) - 1)
 
 
-@pytest.mark.parametrize("kind", ["BatchNorm", "spectral norm", "InstanceNorm"])
-@pytest.mark.parametrize("name", NAMES)
-def test_nets_that_change_when_they_run_are_left(name: str, kind: str) -> None:
+@pairs(
+    pytest.mark.parametrize("kind", ["BatchNorm", "spectral norm", "old spectral norm", "InstanceNorm"]),
+    pytest.mark.parametrize("memory", ["checkpoint", "reversible"]),
+    pytest.mark.parametrize("name", NAMES),
+)
+def test_nets_that_change_when_they_run_are_left(name: str, memory: str, kind: str) -> None:
     def net(c_in: int, c_out: int) -> nn.Module:
         first = nn.Conv2d(c_in, HIDDEN, 3, padding=1)
-        if kind == "spectral norm":
-            return nn.Sequential(nn.utils.parametrizations.spectral_norm(first), nn.ReLU(), nn.Conv2d(HIDDEN, c_out, 1))
+        if kind.endswith("spectral norm"):
+            old = kind.startswith("old")  # a hook on the module, not a parametrization
+            norm_of = nn.utils.spectral_norm if old else nn.utils.parametrizations.spectral_norm
+            return nn.Sequential(norm_of(first), nn.ReLU(), nn.Conv2d(HIDDEN, c_out, 1))
         norm = nn.BatchNorm2d(HIDDEN) if kind == "BatchNorm" else nn.InstanceNorm2d(HIDDEN, track_running_stats=True)
         return nn.Sequential(first, norm, nn.ReLU(), nn.Conv2d(HIDDEN, c_out, 1))
 
@@ -192,7 +208,7 @@ def test_nets_that_change_when_they_run_are_left(name: str, kind: str) -> None:
                 setattr(module, attribute, made(6, 12))
     model = noisy(model)
     theirs = copy.deepcopy(model)
-    done = accelerate(model, "reversible")
+    done = accelerate(model, memory)
     assert done.joined == {}
     assert sum("not joined: a" in reason and "in its net" in reason for reason in done.left.values()) == 3
     assert_same_gradients(model, theirs, loss_of, images())

@@ -6,9 +6,11 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import normflows
 import pytest
 import torch
 from support.accelerate_cases import (
+    HIDDEN,
     LeakyContextNet,
     freia_loss,
     from_freia,
@@ -16,6 +18,7 @@ from support.accelerate_cases import (
     gradients,
     images,
     nflows_loss,
+    noisy,
     prepared,
     subnet,
 )
@@ -42,6 +45,16 @@ def ran_by_ours(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> list
     return leaks
 
 
+def assert_same_losses_and_gradients(model: nn.Module, theirs: nn.Module, loss: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
+    found, wanted = gradients(model, loss), gradients(theirs, expected)
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        torch.testing.assert_close(
+            found[key], value, rtol=1e-10, atol=1e-10, msg=lambda text, key=key: f"{key}: {text}"
+        )
+
+
 @pytest.mark.skipif(not executor_runs, reason="the nets run as the library's convolutions here")
 @pytest.mark.parametrize(
     ("name", "leak"),
@@ -62,14 +75,44 @@ def test_leaky_nets_run_in_our_executor(name: str, leak: float, monkeypatch: pyt
     assert not any("net runs as it is" in reason for reason in done.left.values())
     losses: list[Tensor] = []
     assert ran_by_ours(monkeypatch, lambda: losses.append(loss_of(model, images()))) == [leak] * steps
-    expected = loss_of(theirs, images())
-    torch.testing.assert_close(losses[0], expected, rtol=1e-10, atol=1e-10)
-    found, wanted = gradients(model, losses[0]), gradients(theirs, expected)
-    assert found.keys() == wanted.keys()
-    for key, value in wanted.items():
-        torch.testing.assert_close(
-            found[key], value, rtol=1e-10, atol=1e-10, msg=lambda text, key=key: f"{key}: {text}"
-        )
+    assert_same_losses_and_gradients(model, theirs, losses[0], loss_of(theirs, images()))
+
+
+@pytest.mark.skipif(not executor_runs, reason="the nets run as the library's convolutions here")
+def test_actnorms_of_normflows_in_a_user_s_net(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After convolutions that have biases: those before them in normflows' own nets have none."""
+
+    def net(c_in: int, c_out: int) -> nn.Module:
+        actnorms = [normflows.utils.nn.ActNorm((HIDDEN, 1, 1)) for _ in range(2)]
+        return subnet(c_in, c_out, *(nn.Sequential(actnorm, nn.ReLU()) for actnorm in actnorms))
+
+    torch.manual_seed(3)
+    model = from_freia(net=net).double()
+    freia_loss(model, images(16))  # initialises the actnorms
+    model = noisy(model)
+    theirs = copy.deepcopy(model)
+    accelerate(model)
+    losses: list[Tensor] = []
+    assert ran_by_ours(monkeypatch, lambda: losses.append(freia_loss(model, images()))) == [0.0] * 3
+    assert_same_losses_and_gradients(model, theirs, losses[0], freia_loss(theirs, images()))
+
+
+@pytest.mark.parametrize("mode", ["circular", "reflect"])
+def test_padding_that_is_left_alone(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def net(c_in: int, c_out: int) -> nn.Module:
+        parts = list(subnet(c_in, c_out))
+        parts[0] = nn.Conv2d(c_in, HIDDEN, 3, padding=1, padding_mode=mode)
+        return nn.Sequential(*parts)
+
+    torch.manual_seed(3)
+    model = noisy(from_freia(net=net))
+    theirs = copy.deepcopy(model)
+    done = accelerate(model)
+    reasons = [text for text in done.left.values() if "where a plain 3x3 one was expected" in text]
+    assert len(reasons) == 3
+    losses: list[Tensor] = []
+    assert ran_by_ours(monkeypatch, lambda: losses.append(freia_loss(model, images()))) == []
+    assert_same_losses_and_gradients(model, theirs, losses[0], freia_loss(theirs, images()))
 
 
 @pytest.mark.parametrize(

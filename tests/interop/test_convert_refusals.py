@@ -290,3 +290,13 @@ def test_a_learned_top_is_not_dropped(save: Callable[..., Any]) -> None:
         model.prior.mean_log_sd[0] = 1.0
     with pytest.raises(ValueError, match=r"learn_top: expected True"):
         save(model, learn_top=False)
+
+
+def test_a_border_of_a_learned_top_is_not_dropped() -> None:
+    """Which openai alone has."""
+    model = fresh(border=True)
+    convert.save_openai(model, learn_top=False)  # zeros
+    with torch.no_grad():
+        model.prior.border[0, 0, 0, 0] = 1.0
+    with pytest.raises(ValueError, match=r"learn_top: expected True"):
+        convert.save_openai(model, learn_top=False)

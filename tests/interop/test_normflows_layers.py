@@ -43,9 +43,9 @@ LAYERS: dict[str, tuple[Build, tuple[int, ...]]] = {
     "1x1 LU": (lambda lib: lib.flows.Invertible1x1Conv(5, use_lu=True), IMAGES),
     "1x1 of one channel": (lambda lib: lib.flows.Invertible1x1Conv(1, True), (3, 1, 4, 6)),
     "Squeeze": (lambda lib: lib.flows.Squeeze(), (2, 8, 4, 6)),
-    "Permute shuffle": (lambda lib: lib.flows.Permute(5), IMAGES),
+    "Permute shuffle": (lambda lib: lib.flows.Permute(7), (3, 7, 4, 6)),  # for 5 the draw is its own inverse
     "Permute swap": (lambda lib: lib.flows.Permute(5, mode="swap"), IMAGES),
-    "Permute of vectors": (lambda lib: lib.flows.Permute(5), VECTORS),
+    "Permute of vectors": (lambda lib: lib.flows.Permute(7), (5, 7)),
 }
 MAPS = [("exp", True), ("sigmoid", True), ("sigmoid_inv", True), ("exp", False)]
 SPLITS = ("channel", "channel_inv", "checkerboard", "checkerboard_inv")

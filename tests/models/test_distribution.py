@@ -153,11 +153,13 @@ def test_labels_and_conditions() -> None:
     torch.testing.assert_close(p.log_prob(x), classes.log_prob(x, y), rtol=1e-12, atol=0)
     torch.testing.assert_close(classes.as_distribution(1).log_prob(x), classes.log_prob(x, torch.tensor([1, 1])))
     assert p.sample((4,)).shape == (4, 2, *SHAPE)
-    told = make(cond_channels=2)
-    for cond in (torch.rand(2).double(), torch.rand(5, 2).double(), torch.rand(5, 2, 4, 4).double()):
+    for channels, shape in ((2, (2,)), (2, (5, 2)), (2, (5, 2, 4, 4)), (4, (5, 4, 4, 4)), (4, (4, 4, 4))):
+        told, cond = make(cond_channels=channels), torch.rand(shape).double()
         q = told.as_distribution(cond=cond)
         x = images(5)
-        wanted = cond if cond.dim() > 1 else cond.expand(5, 2)
+        # Maps as wide as they have channels are maps all the same.
+        assert q.batch_shape == ((5,) if shape[0] == 5 else ())
+        wanted = cond if shape[0] == 5 else cond.expand(5, *shape)
         torch.testing.assert_close(q.log_prob(x), told.log_prob(x, None, wanted), rtol=1e-12, atol=0)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
+from pyglow_fast.layers import FrozenSteps
 
 CONFIGS = [
     {},
@@ -53,9 +54,34 @@ def test_is_the_same_function(fields: dict[str, object]) -> None:
     assert torch.allclose(*samples, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"order": "scale_shift", "scale_map": "exp"},
+        {"scale_bias": 0.5, "scale_eps": 0.2},
+        {"scale_map": "atan", "scale_clamp": 0.8},
+        {"precision": "bf16"},
+    ],
+    ids=str,
+)
+def test_steps_keep_every_option(options: dict[str, object]) -> None:
+    """Also those that a Glow has not."""
+    steps, x = pgf.ReversibleSequence([pgf.FlowStep(4, 5, **options) for _ in range(2)]), torch.randn(3, 4, 6, 3)
+    steps.initialize(x)
+    for step in steps:
+        nn.init.normal_(step.coupling.net.conv3.weight, std=0.2)
+    frozen = FrozenSteps(steps)
+    for one, step in zip(frozen.couplings, steps, strict=True):
+        assert (one.spec, one.precision) == (step.coupling.spec, step.coupling.precision)
+    if "precision" not in options:  # weights that are folded round to other 16 bits
+        for found, expected in zip(frozen(x), steps(x), strict=True):
+            assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_nothing_to_train() -> None:
     frozen = model(learn_prior=False).freeze()
     assert not list(frozen.parameters())
+    assert not any(parameter.requires_grad for parameter in model().freeze().parameters())  # those of the priors
     assert not model().freeze().train().training
     assert frozen.memory == "frozen"
     assert frozen.memory_report() == []

@@ -36,6 +36,7 @@ def test_sampling_is_one_graph(model: pgf.Glow) -> None:
     assert torch.allclose(*found, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.full
 def test_inductor_agrees_with_the_fake_kernels(model: pgf.Glow) -> None:
     """The code generator relies on the strides that the fake kernels promise."""
     x = (torch.rand(4, 8, 2, 8) - 0.5).transpose(1, 2)

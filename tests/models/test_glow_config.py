@@ -109,6 +109,10 @@ def test_scale_options_reach_the_couplings() -> None:
             {"image_shape": (3, 32, 36)},
             r"image_shape: expected sides divisible by 2\^n_levels = 8, found \(3, 32, 36\)",
         ),
+        (
+            {"image_shape": (3, 36, 32)},
+            r"image_shape: expected sides divisible by 2\^n_levels = 8, found \(3, 36, 32\)",
+        ),
         ({"n_levels": 6}, r"image_shape: expected sides divisible by 2\^n_levels = 64, found \(3, 32, 32\)"),
         ({"n_levels": 0}, "n_levels: expected a positive int, found 0"),
         ({"n_steps": 0}, "n_steps: expected a positive int, found 0"),

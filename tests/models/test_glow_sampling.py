@@ -61,6 +61,16 @@ def test_a_generator_repeats(name: str) -> None:
     assert not torch.equal(first, third)
 
 
+def test_the_noise_of_the_deepest_level_is_drawn_first() -> None:
+    """So that what a seed gives is known outside of the model, as keep_levels draws it."""
+    setting, generator = Setting("three levels", spread=CALM), torch.Generator().manual_seed(5)
+    x = setting.model.sample(4, 0.7, generator=generator)
+    generator.manual_seed(5)
+    shapes = reversed(setting.model.latent_shapes)
+    noise = [0.7 * torch.randn(4, *shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    assert_close(setting.model.from_noise(noise[::-1])[0], x, condition=CONDITION)
+
+
 def test_the_global_generator_is_left_alone_or_used() -> None:
     setting = Setting("classes", spread=CALM)
     before = torch.get_rng_state()

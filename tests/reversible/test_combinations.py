@@ -88,6 +88,27 @@ def test_dropout(mode: Mode, module: bool, leave_training: bool) -> None:
     assert sequence.training is not leave_training
 
 
+def test_dropout_hidden_in_a_net_that_is_cut_into_strips() -> None:
+    """Their halos draw other numbers than their neighbours: once that shows, the net is run on whole samples."""
+    sequence, (x, _) = with_nets(DropoutNet(module=False)), PLAIN.batch(2)
+    Mode("checkpoint", budget=1).apply(sequence)
+    heights: list[int] = []
+    sequence[0].coupling.net.register_forward_pre_hook(lambda _, inputs: heights.append(inputs[0].shape[2]))
+    sequence(x)
+    strips = [2, 3, 3, 3, 3, 2]
+    assert heights == [*strips, *strips, 6, 6]
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_nets_of_ones_own_that_draw_nothing(mode: Mode) -> None:
+    """They repeat, also in strips: it is the sum over all strips of a sample that tells."""
+    sequence, (x, _) = with_nets(DropoutNet(), DropoutNet(module=False)).eval(), PLAIN.batch()
+    Mode("store").apply(sequence)
+    expected = gradients(sequence, x)
+    mode.apply(sequence)
+    assert_same_gradients(gradients(sequence, x), expected)
+
+
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_frozen_parameters(mode: Mode) -> None:
     sequence, (x, _) = PLAIN.build(), PLAIN.batch()

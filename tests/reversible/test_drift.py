@@ -6,7 +6,16 @@ import math
 
 import pytest
 import torch
-from support.chain_cases import CASES, Mode, assert_same_gradients, counted_runs, gradients, objective, relative_error
+from support.chain_cases import (
+    CASES,
+    Case,
+    Mode,
+    assert_same_gradients,
+    counted_runs,
+    gradients,
+    objective,
+    relative_error,
+)
 from support.helpers import tolerance
 from torch import Tensor, nn
 
@@ -14,7 +23,7 @@ import pyglow_fast as pgf
 from bench.memory_meter import peak_tensor_bytes
 from pyglow_fast.reference import n_positions
 from pyglow_fast.reversible import drift as drift_module
-from pyglow_fast.reversible import passes
+from pyglow_fast.reversible import passes, walk
 from pyglow_fast.reversible.drift import (
     DriftControl,
     Witness,
@@ -25,6 +34,7 @@ from pyglow_fast.reversible.drift import (
 )
 
 DEEP = next(case for case in CASES if case.name == "depth-8")
+CONDITIONED = Case("conditioned", 8, cond_shape=(2, 6, 3))
 
 
 def strong_steps(depth: int, spread: float, channels: int = 12, hidden: int = 16) -> pgf.ReversibleSequence:
@@ -80,8 +90,11 @@ def test_ill_conditioned_steps_give_gradients_as_good_as_stored_ones(
     assert not uncontrolled[0] <= 100.0 * stored[0], "a case that needs no control"
 
 
-def test_states_that_cannot_be_inverted_at_all() -> None:
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_states_that_cannot_be_inverted_at_all(at_the_end: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A scale that underflows to zero: the inverse is a division by zero, the gradient is still the stored one."""
+    if at_the_end:  # as on a GPU
+        monkeypatch.setattr(walk, "can_read", lambda _: False)
     case = next(case for case in CASES if case.name == "depth-3")
     sequence, (x, _) = case.build(), case.batch()
     step = sequence[1]
@@ -167,13 +180,13 @@ class TestWitnesses:
 @pytest.mark.parametrize("at", [1, 3, 6])
 def test_drift_inside_a_segment_that_its_ends_hide(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The state of one step is wrong, and the step before recovers the true one: only the witness knows."""
-    sequence, (x, _) = DEEP.build(), DEEP.batch()
+    sequence, (x, cond) = CONDITIONED.build(), CONDITIONED.batch()
     Mode("store").apply(sequence)
-    expected = gradients(sequence, x)
+    expected = gradients(sequence, x, cond)
     states = [x]
     with torch.no_grad():
         for step in sequence:
-            states.append(step(states[-1])[0])
+            states.append(step(states[-1], cond)[0])
     true, seen = passes.step_backward, []
 
     def wrong(y: Tensor, *inputs: object) -> tuple[Tensor, ...]:
@@ -184,7 +197,7 @@ def test_drift_inside_a_segment_that_its_ends_hide(at: int, monkeypatch: pytest.
 
     Mode("reversible", None).apply(sequence)
     monkeypatch.setattr(passes, "step_backward", wrong)
-    assert_same_gradients(gradients(sequence, x), expected)
+    assert_same_gradients(gradients(sequence, x, cond), expected)
     report = sequence.memory_report()
     assert report["redone_steps"] == at + 1, "the steps after it were right"
     assert 1e-3 < report["last_drift"] < 1e-1
@@ -194,14 +207,14 @@ def test_drift_inside_a_segment_that_its_ends_hide(at: int, monkeypatch: pytest.
     Mode("reversible", None).apply(sequence)
     seen.clear()
     with pytest.raises(AssertionError, match="relative error"):
-        assert_same_gradients(gradients(sequence, x), expected)
+        assert_same_gradients(gradients(sequence, x, cond), expected)
 
 
 def test_drift_that_the_anchor_alone_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     """All steps of the segment are suspect then: it is redone from its end, with the gradient that came in there."""
-    sequence, (x, _) = DEEP.build(), DEEP.batch()
+    sequence, (x, cond) = CONDITIONED.build(), CONDITIONED.batch()
     Mode("store").apply(sequence)
-    expected = gradients(sequence, x)
+    expected = gradients(sequence, x, cond)
     true, calls = passes.step_backward, []
 
     def wrong(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -212,7 +225,7 @@ def test_drift_that_the_anchor_alone_sees(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(passes, "step_backward", wrong)
     monkeypatch.setattr(Witness, "drift", lambda *_: torch.zeros(()))
     Mode("reversible", 4).apply(sequence)
-    assert_same_gradients(gradients(sequence, x), expected)
+    assert_same_gradients(gradients(sequence, x, cond), expected)
     assert sequence.memory_report()["redone_steps"] == 4
 
 
@@ -283,6 +296,18 @@ class TestTolerance:
             assert report["trips"] == trips
             assert (report["last_drift"] > 64 * 2**-23) == autocast, "a drift by the eps of what the nets compute in"
 
+    def test_nor_is_that_of_nets_in_bfloat16_of_themselves(self) -> None:
+        sequence = pgf.ReversibleSequence([pgf.FlowStep(4, 16, precision="bf16") for _ in range(16)], anchor_every=None)
+        x = torch.randn(4, 4, 16, 16)
+        sequence.initialize(x)
+        with torch.no_grad():
+            for step in sequence:
+                step.coupling.net.conv3.weight.normal_(std=0.03)
+        objective(sequence(x)).backward()
+        report = sequence.memory_report()
+        assert report["trips"] == 0
+        assert report["last_drift"] > 64 * 2**-23
+
 
 @pytest.mark.parametrize(("tolerance_", "trips"), [(1e-30, 1), (1e30, 0), (None, 0)])
 def test_the_tolerance_decides(tolerance_: float | None, trips: int) -> None:
@@ -296,8 +321,6 @@ def test_the_tolerance_decides(tolerance_: float | None, trips: int) -> None:
 
 def test_judged_at_the_end_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where every look at a value costs a wait there is one look, and all segments are redone."""
-    from pyglow_fast.reversible import walk
-
     monkeypatch.setattr(walk, "can_read", lambda _: False)
     for name in ("depth-1", "depth-8", "callable", "cond"):
         case = next(case for case in CASES if case.name == name)

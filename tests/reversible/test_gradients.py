@@ -133,6 +133,10 @@ def test_squeezing_as_the_input_is_read(dims: int, depth: int) -> None:
     for mode in MODES:
         mode.apply(sequence)
         assert_same_gradients(gradients(sequence, x, None, run), expected)
+    sequence.control.tolerance = 1e-30  # all is redone: the first segment squeezes again, the others begin at anchors
+    Mode("reversible", 2).apply(sequence)
+    assert_same_gradients(gradients(sequence, x, None, run), expected)
+    assert sequence.memory_report()["trips"] == 1
 
 
 @pytest.mark.parametrize("mode", [Mode("checkpoint", budget=WHOLE), *(Mode("reversible", k, WHOLE) for k in (2, None))])

@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
-from support.chain_cases import CASES, Mode, gradients, objective
+from support.chain_cases import CASES, Mode, assert_same_gradients, gradients, objective
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from bench.memory_meter import MemoryTrace
 from pyglow_fast.layers import reversible_sequence
-from pyglow_fast.reversible import passes
+from pyglow_fast.reversible import DriftControl, Pass, passes
 from pyglow_fast.reversible.parts import cut
 
 CASE = next(case for case in CASES if case.name == "depth-8")
@@ -35,6 +35,12 @@ EVERY_CUT, NO_CUT = 10**9, 1  # of the budget's share for gradients
 )
 def test_cut(sizes: list[int], places: list[int], limit: int, expected: list[tuple[int, int]]) -> None:
     assert cut(sizes, places, limit) == expected
+
+
+def test_anchors_of_a_part_are_counted_from_its_first_step() -> None:
+    whole = Pass(DriftControl(9, 2), [10] * 9, 40)
+    assert whole.anchors == [2, 4, 6, 8]
+    assert [(part.first, part.end, part.anchors) for part in whole.parts] == [(0, 4, [2]), (4, 8, [2]), (8, 9, [])]
 
 
 def user_steps() -> pgf.ReversibleSequence:
@@ -66,6 +72,18 @@ def test_gradients_are_those_of_the_uncut_run(user: bool, mode: Mode, monkeypatc
     assert found[NO_CUT].keys() == found[EVERY_CUT].keys()
     for name, grad in found[NO_CUT].items():
         assert torch.equal(found[EVERY_CUT][name], grad), name
+
+
+@pytest.mark.parametrize("mode", [Mode("checkpoint", budget=1), Mode("reversible", None, 1)], ids=str)
+def test_an_uncut_run_of_nets_in_chunks(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two nets the gradients of the matrix and the offset are sums over the chunks of the second."""
+    monkeypatch.setattr(reversible_sequence, "GRADIENT_SHARE", 1e-9)  # one part, though 1 byte cuts the nets
+    sequence, (x, _) = CASE.build(tolerance=1e-30), CASE.batch()  # what could be inverted is redone
+    Mode("store").apply(sequence)
+    expected = gradients(sequence, x)
+    mode.apply(sequence)
+    assert parts_of(sequence, x) == 1
+    assert_same_gradients(gradients(sequence, x), expected)
 
 
 def test_judged_as_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,12 +59,13 @@ def test_overridden_methods(kind: str, mode: Mode) -> None:
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("where", ["step", "coupling", "actnorm"])
-def test_hooks_are_called(where: str, mode: Mode) -> None:
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook"])
+def test_hooks_are_called(kind: str, where: str, mode: Mode) -> None:
     sequence = initialised(pgf.FlowStep(4, 5), pgf.FlowStep(4, 5))
     mode.apply(sequence)
     seen: list[str] = []
     part = sequence[1] if where == "step" else getattr(sequence[1], where)
-    handle = part.register_forward_hook(lambda *_: seen.append(where))
+    handle = getattr(part, f"register_{kind}")(lambda *_: seen.append(where))
     sequence(torch.randn(2, 4, 6, 6, dtype=torch.float64))
     # A FlowStep computes its parts' work itself: only hooks on it and on its net are called.
     assert seen == (["step"] if where == "step" else seen)
@@ -128,22 +129,25 @@ def test_a_foreign_tensor_in_a_frozen_run_keeps_its_gradient(mode: Mode) -> None
     assert bool(foreign.grad != 0)
 
 
-def test_the_plan_of_another_net_is_not_used() -> None:
+@pytest.mark.parametrize(("kernel", "last"), [(7, nn.Identity()), (3, nn.GroupNorm(2, 4))], ids=str)
+def test_the_plan_of_another_net_is_not_used(kernel: int, last: nn.Module) -> None:
+    """Not where it reaches further, nor where all that it states is the same but no strip is right any more."""
+
     class Net(nn.Module):
-        def __init__(self, kernel: int) -> None:
+        def __init__(self, kernel: int, last: nn.Module) -> None:
             super().__init__()
             self.halo = kernel // 2
-            self.conv = nn.Conv2d(2, 4, kernel, padding=kernel // 2)
+            self.conv, self.last = nn.Conv2d(2, 4, kernel, padding=kernel // 2), last
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.conv(x)
+            return self.last(self.conv(x))
 
     x = torch.randn(1, 4, 32, 8, dtype=torch.float64)
-    sequence = initialised(pgf.FlowStep(4, net=Net(1)))
+    sequence = initialised(pgf.FlowStep(4, net=Net(3, nn.Identity())))
     sequence.memory_budget = 1
-    sequence(x)
-    sequence[0].coupling.net = Net(7).double()
     with torch.no_grad():
+        sequence(x)
+        sequence[0].coupling.net = Net(kernel, last).double()
         chunked = sequence(x)[0]
         sequence.memory_budget = 2**40
         assert torch.allclose(chunked, sequence(x)[0], rtol=1e-10, atol=1e-10)

@@ -78,10 +78,14 @@ def mask(channels: int, kind: str) -> Tensor:
     return (half if kind == "halves" else torch.arange(channels) % 2 == 1).float()
 
 
-def from_nflows(kind: str = "halves", steps: int = 3, net: Callable[..., nn.Module] = ContextNet) -> nn.Module:
+def from_nflows(
+    kind: str = "halves", steps: int = 3, net: Callable[..., nn.Module] = ContextNet, runs: int = 1
+) -> nn.Module:
+    """So many runs of so many steps, with a Sigmoid, which is in no run, between two of them."""
     t = nflows.transforms
     parts: list[nn.Module] = [t.SqueezeTransform()]
-    for _ in range(steps):
+    for i in range(runs * steps):
+        parts += [t.Sigmoid()] if i and i % steps == 0 else []
         parts += [t.ActNorm(12), t.OneByOneConvolution(12), t.AffineCouplingTransform(mask(12, kind), net)]
     base = nflows.distributions.StandardNormal([12, 4, 4])
     return nflows.flows.Flow(t.CompositeTransform(parts), base)
@@ -117,6 +121,7 @@ CASES: dict[str, tuple[Callable[..., nn.Module], Callable[[Any, Tensor], Tensor]
     "normflows leaky net_actnorm": (lambda: from_normflows(leaky=0.1, net_actnorm=True), normflows_loss, 6),
     "nflows": (from_nflows, nflows_loss, 3),
     "nflows alternating": (lambda: from_nflows("alternating"), nflows_loss, 3),
+    "nflows alternating, two runs": (lambda: from_nflows("alternating", 2, runs=2), nflows_loss, 4),
     "nflows leaky": (lambda: from_nflows(net=LeakyContextNet), nflows_loss, 3),
     "FrEIA": (from_freia, freia_loss, 3),
     "FrEIA leaky": (lambda: from_freia(net=leaky_subnet), freia_loss, 3),

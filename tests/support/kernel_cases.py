@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,8 +13,9 @@ from pyglow_fast.reference import ORDERS, CouplingSpec
 from support.helpers import assert_kernel_close
 
 DTYPES = [torch.float32, torch.float64]
-# (N, C, *spatial): H != W, P no multiple of a vector or tile, several tiles, odd and large C, no and single samples and
-# positions, 1-d and 3-d data, vectors.
+# (N, C, *spatial): H != W, P no multiple of a vector or tile, several tiles, more tiles than the slots of the sums over
+# them (32, of moments 256) and no multiple of those, odd and large C, no and single samples and positions, 1-d and 3-d
+# data, vectors.
 SHAPES = [
     (2, 12, 8, 8),
     (3, 5, 7, 3),
@@ -25,6 +26,7 @@ SHAPES = [
     (3, 2, 1, 1),
     (2, 1, 9),
     (4, 6, 700),
+    (300, 3, 2),
     (2, 4, 3, 4, 5),
     (5, 3),
     (0, 4, 4, 4),
@@ -76,6 +78,25 @@ def compare(name: str, inputs: list[Tensor], *rest: object, magnitude: float = 0
     exact = _with_gradients(lambda *args: plain(*args, *rest), inputs, torch.float64)
     for actual, in_torch, truth in zip(got, same, exact, strict=True):
         assert_kernel_close(actual, in_torch, truth, magnitude if truth.dim() == 1 else 0.0)
+
+
+def assert_bits_do_not_depend_on_threads(run: Callable[[Tensor], Sequence[Tensor]], x: Tensor, threads: int) -> None:
+    """``run(x)`` gives the same bits on ``threads`` threads as on one.
+
+    Before each, NaN goes through the memory that the calling thread keeps, on that thread alone: otherwise what a run
+    leaves unwritten might be there, and right, from the run before.
+    """
+    before, results = torch.get_num_threads(), []
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(1)
+            run(torch.full_like(x, torch.nan))
+            torch.set_num_threads(count)
+            results.append(run(x))
+    finally:
+        torch.set_num_threads(before)
+    for on_one, on_several in zip(*results, strict=True):
+        assert torch.equal(on_one, on_several), f"{threads} threads give other bits than one"
 
 
 def mix_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[Tensor]:

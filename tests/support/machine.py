@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 MACHINE_THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+one_of_several = False  # whether this process is a worker of a run; set when pytest is configured
 
 
 @contextmanager
@@ -35,7 +36,7 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
         make: is given the empty folder.
     """
     base = factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if one_of_several:
         base = base.parent
     folder = base / name
     with locked(base / f"{name}.lock", fcntl.LOCK_EX):

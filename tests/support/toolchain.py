@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -16,9 +17,10 @@ from support import ROOT
 EMULATION = ROOT / "tests" / "emulation"
 CUDA_SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 JOBS = 2
+KEPT = ROOT / "build" / "emulation"
 
 FLAGS = [
-    *("-std=c++20", "-g", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fPIC"),
+    *("-std=c++20", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fPIC"),
     *("-DPYGLOW_EMULATE_CUDA", f"-I{EMULATION / 'include'}", f"-I{ROOT / 'csrc'}", f"-I{EMULATION}"),
 ]
 
@@ -32,22 +34,39 @@ def compiler() -> str:
 
 
 def build(target: Path, sources: list[Path], *flags: str) -> Path:
-    """Compile the sources (.cu ones as C++) with the flags, two at a time, and link them to ``target``."""
-    command = compiler()
-    objects = [target.parent / f"{target.name}.{source.stem}.o" for source in sources]
+    """Compile the sources (.cu ones as C++) with the flags, two at a time, and link them to ``target``.
 
-    def compile_one(source: Path, result: Path) -> None:
-        _run([command, *FLAGS, *flags, "-x", "c++", "-c", str(source), "-o", str(result)])
+    Objects are kept in build/emulation under the target's name, with a digest of the compiler, its flags and all that
+    the source includes, and used again while that is the same.
+    """
+    command = compiler()
+    version = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
+    KEPT.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(source: Path) -> Path:
+        arguments = [command, *FLAGS, *flags, "-x", "c++", str(source)]
+        text = _run([*arguments, "-E"])
+        digest = hashlib.sha256("\0".join([version, *arguments, text]).encode()).hexdigest()[:24]
+        stem = f"{target.name}.{source.stem}"
+        result = KEPT / f"{stem}.{digest}.o"
+        if not result.exists():
+            new = target.parent / result.name
+            _run([*arguments, "-c", "-o", str(new)])
+            for former in KEPT.glob(f"{stem}.*.o"):
+                former.unlink(missing_ok=True)
+            shutil.move(new, result)
+        return result
 
     with ThreadPoolExecutor(JOBS) as pool:
-        list(pool.map(compile_one, sources, objects))
+        objects = list(pool.map(compile_one, sources))
     _run([command, *flags, *map(str, objects), "-o", str(target)])
     return target
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str]) -> str:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, f"{' '.join(command)}\n{result.stderr}"
+    return result.stdout
 
 
 def supports(flag: str, folder: Path) -> bool:
@@ -59,14 +78,14 @@ def supports(flag: str, folder: Path) -> bool:
     return built.returncode == 0 and execute(program).returncode == 0
 
 
-def execute(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def execute(program: Path, *arguments: str, address_options: str = "") -> subprocess.CompletedProcess[str]:
     """Run a program of the tests to its end.
 
     Without address space randomisation where that can be had: ThreadSanitizer does not find its memory free otherwise.
     """
     setarch = shutil.which("setarch")
     prefix = [setarch, os.uname().machine, "-R"] if setarch else []
-    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": f"detect_leaks=0:{address_options}"}
     command = [*prefix, str(program), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
     if prefix and result.returncode != 0 and "setarch" in result.stderr:  # not permitted here

@@ -74,9 +74,11 @@ def test_a_restored_state_takes_the_same_steps(
     state.step()
     state.checkpoint().save(tmp_path / "x.safetensors")
     expected = [state.step() for _ in range(8)]  # more than an epoch
-    torch.rand(7)  # whatever the generator did meanwhile
+    saved = Checkpoint.load(tmp_path / "x.safetensors")
     other = TrainState(config, tiny_images)
-    other.restore(Checkpoint.load(tmp_path / "x.safetensors"), "x")
+    torch.rand(7)  # whatever the generator did meanwhile
+    other.restore(saved, "x")
+    assert torch.equal(torch.get_rng_state(), saved.rank["0.torch"])
     assert [other.step() for _ in range(8)] == expected
     assert_same_checkpoint(other.checkpoint(), state.checkpoint())
 

@@ -207,13 +207,28 @@ def test_resuming_a_finished_run_changes_no_weights(
         ({"max_steps": 2}, 2),
         ({"max_steps": None, "max_epochs": 2}, 6),
         ({"max_steps": 4, "max_epochs": 2}, 4),
-        ({"max_steps": None, "max_minutes": 1e-9}, 1),  # time is looked at between steps
+        ({"max_steps": None, "max_minutes": 1.25}, 3),  # time is looked at between steps
     ],
 )
 def test_limits(
-    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, limits: dict[str, Any], step: int
+    tiny_config: MakeConfig,
+    tiny_images: ImageSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    limits: dict[str, Any],
+    step: int,
 ) -> None:
-    assert train(tiny_config(**limits), tmp_path, tiny_images).step == step
+    """Of steps of half a minute."""
+    run = start(tiny_config(**limits), str(tmp_path), data=tiny_images)
+    one_step, clock = run.state.step, [0.0]
+
+    def slow() -> float:
+        clock[0] += 30.0
+        return one_step()
+
+    monkeypatch.setattr(run.state, "step", slow)
+    monkeypatch.setattr("pyglow_fast.train.loop.time.monotonic", lambda: clock[0])
+    assert run.execute(quiet=True).step == step
 
 
 def poison(run: Any, at: int, monkeypatch: pytest.MonkeyPatch, value: float = math.nan) -> None:

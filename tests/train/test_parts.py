@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from pyglow_fast import Glow, GlowConfig
-from pyglow_fast.data import ImageSet
+from pyglow_fast.data import Augmentation, ImageSet
 from pyglow_fast.likelihood import bits_per_dim, dequantize
 from pyglow_fast.train import (
     Score,
@@ -30,7 +30,9 @@ from pyglow_fast.train import (
     save_grid,
     to_levels,
 )
+from pyglow_fast.train.feed import Feed
 from pyglow_fast.train.interrupt import StopRequest
+from pyglow_fast.train.ranks import Ranks
 from pyglow_fast.train.seeds import _order, batch_indices, keyed_noise, random_subset
 
 
@@ -121,6 +123,22 @@ def test_a_new_state_is_initialized_from_data(tiny_config: Callable[..., TrainCo
     assert not state.model.is_initialized
     state.initialize()
     assert state.model.is_initialized
+    assert state.ema is not None  # it begins with these weights
+    assert all(torch.equal(state.ema.average[name], value) for name, value in state.model.named_parameters())
+
+
+def test_the_next_epoch_has_other_noise_and_other_views(tiny_config: Callable[..., TrainConfig]) -> None:
+    levels = torch.randint(256, (8, 1, 6, 6), dtype=torch.uint8)
+    data = ImageSet("one batch", levels, 256, torch.arange(8), tuple("abcdefgh"), augmentation=Augmentation(2, True))
+    feed, epochs = Feed(tiny_config(), data, 0, Ranks(), torch.device("cpu")), []
+    for _ in range(2):
+        (part,) = next(feed)
+        assert part.labels is not None
+        seen = 256 * (part.x[part.labels.argsort()] + 0.5)
+        epochs.append((seen.floor(), seen.frac()))
+    views, noise = ((one != other).flatten(1).any(1) for one, other in zip(*epochs, strict=True))
+    assert noise.all()
+    assert views.sum() > 4  # of eight; one of 18 views is the same by chance
 
 
 def test_evaluate_is_the_mean_over_images_whatever_the_batches(tiny_images: ImageSet) -> None:

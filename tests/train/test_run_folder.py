@@ -33,6 +33,9 @@ def test_last_and_best(run: Path) -> None:
     assert RunFolder(run).load().progress["step"] == 2
     best = RunFolder(run).load(best=True)
     assert best.progress["best"] <= RunFolder(run).load().progress["best"]
+    assert resume(str(run)).state.progress.best == best.progress["best"]
+    progress = resume(str(run), eval_images=4).state.progress  # of which there are no scores yet
+    assert (progress.best, progress.stale) == (None, 0)
 
 
 def test_not_a_run(run: Path, tmp_path: Path) -> None:
