@@ -64,7 +64,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def _repeatable(request: pytest.FixtureRequest) -> Iterator[None]:
+def _repeatable(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each test starts from one seed and one thread, whatever ran before it, and leaves the default dtype as it was.
 
     Waking a second thread costs 20 times the arithmetic of the tiny models here on a busy machine. Tests marked
@@ -72,6 +72,8 @@ def _repeatable(request: pytest.FixtureRequest) -> Iterator[None]:
     """
     torch.manual_seed(20180710)
     dtype = torch.get_default_dtype()
+    if request.node.get_closest_marker("drawn"):
+        monkeypatch.setattr("support.figures.drawing", True)
     if request.node.get_closest_marker("alone"):
         torch.set_num_threads(MACHINE_THREADS)
     yield

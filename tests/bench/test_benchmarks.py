@@ -57,6 +57,7 @@ def test_product_counts() -> None:
     assert cases.arithmetic("channel_mix", "backward", SHAPE) == 4 * 12 * 12 * (2 * 6 * 10)
 
 
+@pytest.mark.alone
 def test_interleaving_times_what_it_runs() -> None:
     calls = {"a": 0, "b": 0}
 

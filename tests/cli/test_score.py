@@ -193,6 +193,7 @@ def test_two_sets_of_one_name_are_told_apart(tmp_path: Path, capsys: Capture) ->
     assert sets == [f"{own}, all"] * (4 * 12) + [f"{foreign}, all"] * (4 * 4)
 
 
+@pytest.mark.drawn
 def test_ood_of_rougher_images(smooth: Path, folders: Path, tmp_path: Path, capsys: Capture) -> None:
     """Which have far more bits/dim: AUROC 1. The CSV file holds both sets, each with its indices and names."""
     own, foreign = (f"folder:{folders / name}" for name in ("smooth", "rough"))

@@ -82,6 +82,7 @@ def test_typicality_flags_both_sides() -> None:
     assert typicality(bits, 3.0).tolist() == [1.0, 0.0, 1.5]
 
 
+@pytest.mark.drawn
 def test_histogram(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both sets fill the same bins with 100 %, and an image far away neither stretches the axis nor is hushed up."""
     import matplotlib.axes

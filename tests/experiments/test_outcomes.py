@@ -97,6 +97,7 @@ def test_table() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 4.0])
+@pytest.mark.drawn
 def test_picture(tmp_path: Path, value: float) -> None:
     curves = curves_of([outcome("reverse", 0, 2.0, (0, 9.0), (10, value)), outcome("shuffle", 0, None)])
     save_curves(curves, tmp_path / "x.png", "a $ name")

@@ -9,6 +9,7 @@ from pathlib import Path
 import FrEIA.modules as Theirs
 import pytest
 import torch
+from support.commands import run_ranks
 from support.freia_cases import (
     RANKS,
     initialise_on_a_rank,
@@ -130,8 +131,7 @@ class TestActNorm:
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_all_ranks_initialise_from_all_batches(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(initialise_on_a_rank, args=(str(tmp_path),), nprocs=RANKS)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    ranks = run_ranks(initialise_on_a_rank, tmp_path, RANKS)
     assert not torch.equal(ranks[0]["theirs"][0], ranks[1]["theirs"][0])  # they diverge
     alone = Ours.ActNorm([(3, 4)])
     alone([torch.cat(unequal_batches())])

@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("nflows")
 
 from nflows import transforms as theirs
+from support.commands import run_ranks
 from support.helpers import assert_close
 from support.nflows_ranks import RANKS, batch, work
 from torch import Tensor, nn
@@ -157,8 +158,7 @@ def test_loaded_weights_are_not_initialised() -> None:
 
 def test_ranks_agree(tmp_path: Path) -> None:
     """Trap: in nflows each rank sets its own values; ours are those of the whole batch, or refused by all."""
-    torch.multiprocessing.spawn(work, (str(tmp_path),), RANKS)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(RANKS))
+    first, second = run_ranks(work, tmp_path, RANKS)
     assert not torch.allclose(first["theirs"]["shift"], second["theirs"]["shift"], atol=0.1)
     alone = theirs.ActNorm(3).double()
     alone(batch())

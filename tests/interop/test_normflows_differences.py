@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import datetime
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 nf = pytest.importorskip("normflows")
 
+from support.commands import run_ranks  # noqa: E402
 from support.normflows_cases import DIRECTIONS, built, mark_initialized, randomise, relative_error  # noqa: E402
 
 import pyglow_fast.interop.normflows as fast  # noqa: E402
 from pyglow_fast.train.ranks import leave_group  # noqa: E402
 
-RANKS, SECONDS = 2, 120
+RANKS = 2
 
 
 def actnorm(library: Any) -> nn.Module:
@@ -261,16 +260,7 @@ def whole_batch() -> Tensor:
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 def test_ranks_are_initialised_alike_from_all_batches(tmp_path: Path) -> None:
-    context = mp.spawn(work, args=(str(tmp_path),), nprocs=RANKS, join=False)
-    end = time.monotonic() + SECONDS
-    try:
-        while not context.join(timeout=1.0):
-            assert time.monotonic() < end, f"a rank hangs: not done in {SECONDS} s"
-    finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.kill()
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    ranks = run_ranks(work, tmp_path, RANKS)
     assert not torch.equal(ranks[0]["theirs"][0], ranks[1]["theirs"][0])  # they diverge
     alone = first_passes(fast, whole_batch())
     assert len(alone) == 6

@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
-import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from support.chain_cases import relative_error
 from support.chain_ranks import MEMORIES, RANKS, STEPS, Loss, batches, train, unequal_batches, work
+from support.commands import run_ranks
 from support.helpers import assert_close
 
 import pyglow_fast as pgf
 from pyglow_fast import reference
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-SECONDS = 120
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank found; a rank that hangs is ended."""
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    context = mp.spawn(work, args=(str(folder),), nprocs=RANKS, join=False)
-    end = time.monotonic() + SECONDS
-    try:
-        while not context.join(timeout=1.0):
-            if time.monotonic() > end:
-                pytest.fail(f"a rank hangs: not done in {SECONDS} s")
-    finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    """What each rank found."""
+    return run_ranks(work, tmp_path_factory.mktemp("ranks"), RANKS)
 
 
 @pytest.fixture(scope="module")

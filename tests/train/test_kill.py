@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
 from PIL import Image
 from support import covering
+from support.commands import Command
 
 from pyglow_fast.train import Checkpoint, RunFolder
 from pyglow_fast.train.metrics import COLUMNS, read_metrics
@@ -23,8 +22,14 @@ OPTIONS += ["--steps", "2", "--hidden", "8", "--batch-size", "8", "--max-steps",
 OPTIONS += ["--eval-every", "20", "--save-every", "3", "--sample-every", "50", "--sample-count", "4", "--device", "cpu"]
 
 
-def command(place: Path, out: str, *more: str) -> list[str]:
-    return [sys.executable, "-m", "pyglow_fast", "train", f"folder:{place / 'images'}", "--out", out, *OPTIONS, *more]
+def command(place: Path, out: str, *more: str) -> Command:
+    words = ["-m", "pyglow_fast", "train", f"folder:{place / 'images'}", "--out", out, *OPTIONS, *more]
+    return Command(words, place)
+
+
+def to_the_end(process: Command) -> None:
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
 
 
 def test_killed_again_and_again(tmp_path: Path) -> None:
@@ -33,23 +38,14 @@ def test_killed_again_and_again(tmp_path: Path) -> None:
     for i in range(50):
         pixels = torch.randint(256, (16, 16, 3), generator=generator, dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(tmp_path / "images" / f"{i:02}.png")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    options = {
-        "cwd": tmp_path,
-        "env": environment,
-        "stdout": subprocess.DEVNULL,
-        "stderr": subprocess.PIPE,
-        "text": True,
-    }
-    done = subprocess.run(command(tmp_path, "whole", "--quiet"), check=False, **options)  # type: ignore[call-overload]
-    assert done.returncode == 0, done.stderr
+    to_the_end(command(tmp_path, "whole", "--quiet"))
 
     moments, reached = random.Random(0), []
     folder = RunFolder(tmp_path / "parts")
     for _ in range(KILLS):
         before = read_metrics(folder.metrics)[-1:] if folder.metrics.exists() else []
         more = ["--resume"] if folder.checkpoint.exists() else ["--overwrite"]
-        process = subprocess.Popen(command(tmp_path, "parts", *more), **options)  # type: ignore[call-overload]
+        process = command(tmp_path, "parts", *more)
         until = time.monotonic() + 60  # the moments are meant to fall into the steps, not into the imports
         while process.poll() is None and time.monotonic() < until:
             if folder.metrics.exists() and read_metrics(folder.metrics)[-1:] != before:
@@ -61,8 +57,7 @@ def test_killed_again_and_again(tmp_path: Path) -> None:
         reached.append(int(folder.checkpoint.stem.removeprefix("step-")))
     assert reached == sorted(reached)
     assert len(set(reached)) > 1  # it got on between the kills
-    done = subprocess.run(command(tmp_path, "parts", "--quiet", "--resume"), check=False, **options)  # type: ignore[call-overload]
-    assert done.returncode == 0, done.stderr
+    to_the_end(command(tmp_path, "parts", "--quiet", "--resume"))
 
     whole, parts = (Checkpoint.load(RunFolder(tmp_path / name).checkpoint) for name in ("whole", "parts"))
     for part in ("model", "ema", "optimizer", "rank"):

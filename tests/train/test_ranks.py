@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.commands import Command
 
 from pyglow_fast.train import Checkpoint, RunFolder
 from pyglow_fast.train.metrics import read_metrics
@@ -31,20 +32,12 @@ def free_port() -> int:
 
 
 @contextmanager
-def ranks(arguments: list[str], place: Path, world: int = 2) -> Iterator[list[subprocess.Popen[str]]]:
+def ranks(arguments: list[str], place: Path, world: int = 2) -> Iterator[list[Command]]:
     """So many processes of ``python arguments``, with the environment that torchrun would give them."""
     shared = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
     shared |= {"MASTER_PORT": str(free_port())}
     processes = [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            cwd=place,
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
+        Command(arguments, place, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)
     ]
     try:
         yield processes
@@ -54,7 +47,7 @@ def ranks(arguments: list[str], place: Path, world: int = 2) -> Iterator[list[su
             process.communicate()
 
 
-def ended(processes: list[subprocess.Popen[str]], seconds: float = 120) -> list[tuple[int, str, str]]:
+def ended(processes: list[Command], seconds: float = 120) -> list[tuple[int | None, str, str]]:
     """(code, output, errors) of each."""
     found = []
     for process in processes:
@@ -70,18 +63,16 @@ def run_ranks(arguments: list[str], place: Path) -> None:
 
 
 def run_alone(arguments: list[str], place: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *TRAIN, *arguments], cwd=place, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    alone = Command([*TRAIN, *arguments], place)
+    _, errors = alone.communicate()
+    assert alone.returncode == 0, errors
 
 
 def losses(run: Path) -> list[float]:
     return [float(row["train_bpd"]) for row in read_metrics(run / "metrics.csv") if row["train_bpd"] is not None]
 
 
-@pytest.mark.parametrize("memory", ["reversible", "store"])
+@pytest.mark.parametrize("memory", ["reversible", pytest.param("store", marks=pytest.mark.full)])
 def test_two_ranks_are_one_run(tmp_path: Path, memory: str) -> None:
     """2 x 8 images against 1 x 16, with noise that belongs to the images; and torchrun itself."""
     options = ["--max-steps", "50", "--log-every", "1", "--check-ranks-every", "10", "--memory", memory]
@@ -198,6 +189,7 @@ def test_weights_that_differ_are_found_on_all_ranks(tmp_path: Path) -> None:
     program.write_text(
         """
 import torch
+from support.commands import Command
 from pyglow_fast.train import RankError, open_ranks
 with open_ranks() as ranks:
     torch.manual_seed(0)
@@ -239,11 +231,9 @@ with open_ranks() as ranks:
     ],
 )
 def test_half_an_environment(tmp_path: Path, environment: dict[str, str], message: str) -> None:
-    command = [sys.executable, *TRAIN, "--out", "run"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stderr) == (2, message)
+    command = Command([*TRAIN, "--out", "run"], tmp_path, os.environ | environment)
+    _, errors = command.communicate()
+    assert (command.returncode, errors) == (2, message)
     assert not (tmp_path / "run").exists()
 
 

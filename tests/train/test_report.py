@@ -158,6 +158,7 @@ def darkness(image: bytes) -> int:
 
 
 @pytest.mark.parametrize("log", [False, True])
+@pytest.mark.drawn
 def test_curves_are_drawn_whatever_the_cells_hold(log: bool) -> None:
     image = curve_png(ROWS, {"lr": "learning rate", "grad_norm": "norm $"}, "both, in $", "rate", log=log)
     assert Image.open(io.BytesIO(image)).format == "PNG"

@@ -1,0 +1,118 @@
+"""Programs in processes that start at once: forked from one that has imported what takes seconds to import.
+
+For tests of many short runs. That the command starts by itself is the matter of tests/cli/test_commands.py.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing
+
+IMPORTED = ["torch", "torch.distributed", "torchvision.utils", "sklearn.datasets", "matplotlib.figure"]
+IMPORTED += ["matplotlib.backends.backend_agg", "pyglow_fast.cli", "pyglow_fast.interop"]
+
+
+def context() -> multiprocessing.context.ForkServerContext:
+    """Of processes forked from a server, which the first of them starts."""
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(IMPORTED)
+    return found
+
+
+def _execute(arguments: list[str], cwd: str, environment: dict[str, str], out: str, err: str) -> None:
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    for path, descriptor in ((out, 1), (err, 2)):
+        file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, descriptor)
+        os.close(file)
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # what a command has that was started by itself
+    from support.figures import leave_undrawn
+
+    leave_undrawn()
+    first, *rest = arguments
+    if first == "-m":
+        sys.argv = rest
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif first == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv = arguments
+        runpy.run_path(first, run_name="__main__")
+
+
+class Command:
+    """``python ARGUMENTS``, used as a ``subprocess.Popen`` with pipes and text; of one thread, its figures undrawn."""
+
+    def __init__(self, arguments: list[str], cwd: Path, env: Mapping[str, str] | None = None) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="command-")
+        paths = [str(Path(self._folder.name, name)) for name in ("out", "err")]
+        for path in paths:
+            Path(path).touch()
+        self._paths = paths
+        given = dict(os.environ if env is None else env)
+        self._process = context().Process(target=_execute, args=(arguments, str(cwd), given, *paths))
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        found = self._process.pid
+        assert found is not None
+        return found
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def send_signal(self, number: signal.Signals) -> None:
+        if self._process.exitcode is None:
+            os.kill(self.pid, number)
+
+    def communicate(self, timeout: float = 120) -> tuple[str, str]:
+        """What it wrote, when it has ended."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise TimeoutError(f"a command still runs after {timeout} s; it wrote: {self._read()}")
+        return self._read()
+
+    def _read(self) -> tuple[str, str]:
+        out, err = (Path(path).read_text(encoding="utf-8") for path in self._paths)
+        return out, err
+
+
+def run_ranks(work: Callable[..., None], folder: Path, ranks: int, seconds: float = 120) -> list[dict[str, Any]]:
+    """What ``work(rank, folder)`` leaves in ``folder/RANK.pt``, each rank in a process of its own; none may hang."""
+    context()
+    processes = torch.multiprocessing.start_processes(
+        work, args=(str(folder),), nprocs=ranks, join=False, start_method="forkserver"
+    )
+    assert processes is not None
+    end = time.monotonic() + seconds
+    try:
+        while not processes.join(timeout=1.0):
+            assert time.monotonic() < end, f"a rank hangs: not done in {seconds} s"
+    finally:
+        for process in processes.processes:
+            if process.is_alive():
+                process.kill()
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
