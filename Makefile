@@ -13,7 +13,7 @@ VENV ?= .venv
 TORCH ?= torch>=2.11
 PYTEST_ARGS ?=
 # Tests share the cores: a worker has one thread, and takes up to 1.2 GB.
-PYTEST := $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+PYTEST := $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check

@@ -14,6 +14,8 @@ from support import covering, machine
 from support.machine import MACHINE_THREADS, Turns
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+# Files that begin first, since a worker that begins one last keeps all others waiting.
+LONG = ("test_sanitizers.py", "test_instruction_sets.py", "test_static_check.py", "test_kill.py", "test_tour.py")
 TURNS = "PYGLOW_TEST_TURNS"  # the folder in which the workers of a run keep their locks
 
 
@@ -45,9 +47,9 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what only ``--full`` runs; puts last what needs the machine for itself; marks the tests on a GPU.
+    """Leaves out what only ``--full`` runs; puts first what takes long, last what needs the machine for itself.
 
-    ``-m cuda`` chooses the tests whose device is one.
+    Tests on a GPU get a mark: ``-m cuda`` chooses the tests whose device is one.
     """
     for item in items:
         if (
@@ -60,7 +62,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker("full")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.get_closest_marker("full")]
-    items.sort(key=lambda item: item.get_closest_marker("alone") is not None)
+    items.sort(key=lambda item: (item.path.name not in LONG, item.get_closest_marker("alone") is not None))
 
 
 @pytest.fixture(autouse=True)

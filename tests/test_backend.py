@@ -87,6 +87,7 @@ def test_no_openmp_or_cuda_library_is_linked() -> None:
     assert "RUNPATH" not in dynamic.stdout
 
 
+@pytest.mark.full
 @compiled
 def test_the_instruction_set_can_be_chosen() -> None:
     best = _backend.require().instruction_set()

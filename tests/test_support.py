@@ -130,6 +130,7 @@ def test_alone(i):
 """
 
 
+@pytest.mark.full
 def test_nothing_runs_beside_what_is_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("xdist")
     (tmp_path / "test_turns.py").write_text(TURNS.replace("\\\\n", "\\n"), encoding="utf-8")

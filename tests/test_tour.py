@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from support import ROOT
+from support.figures import leave_undrawn
 from support.pages import Block, blocks, page, shell_commands
 from support.tiny_data import fill_cache
 
 from pyglow_fast.cli import main
+
+leave_undrawn()
 
 TOUR = "docs/tour.md"
 TEXT = page(TOUR)

@@ -120,6 +120,7 @@ def test_ratios_are_against_ours_with_the_same_map() -> None:
 
 
 @compiled
+@pytest.mark.full
 def test_kernels_end_to_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Each malloc setting in its own process, one file, and the plot where matplotlib is there."""
     options = ["--quick", "--rounds", "2", "--threads", "1", "--only", "coupling forward", "--out", str(tmp_path)]
@@ -165,6 +166,7 @@ def test_peer_computes_the_same_step(name: str) -> None:
         peers.check(peer, data)
 
 
+@pytest.mark.full
 @compiled
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc: resident sizes cannot be read")
 def test_scratch_is_measured_and_bounded(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ def test_table_takes_each_at_its_best() -> None:
     assert line.split()[-4:] == ["1000.00", "1", "1500.00", "1.50"]
 
 
+@pytest.mark.full
 def test_main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     assert nets.main(["--configs", "d", "--rounds", "1", "--out", str(tmp_path)]) == 0
     content = json.loads((tmp_path / "nets-cpu.json").read_text())

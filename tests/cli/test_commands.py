@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.commands import Command
 
 from pyglow_fast import Glow, __version__
 from pyglow_fast.cli import main
@@ -257,9 +258,8 @@ def test_divergence_exits_with_1(tiny: list[str], tmp_path: Path, capsys: pytest
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_to_the_process(tiny: list[str], tmp_path: Path, signum: int, code: int) -> None:
-    command = [sys.executable, "-m", "pyglow_fast", "train", "digits", "--out", str(tmp_path / "r"), *tiny]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, "--log-every", "1"], env=environment, stderr=subprocess.PIPE, text=True)
+    words = ["-m", "pyglow_fast", "train", "digits", "--out", str(tmp_path / "r"), *tiny, "--log-every", "1"]
+    process = Command(words, tmp_path)
     try:
         metrics = tmp_path / "r" / "metrics.csv"
         until = time.monotonic() + 60
