@@ -1,8 +1,8 @@
 // How the coupling's variants become template arguments: all of them for the kernels of the coupling alone, which are
 // bound by memory and instructions alike; the map alone, inside the kernel, for those that a matrix product fills.
 //
-// With PYGLOW_FEW_MAPS only the first two maps are compiled, for a quick look with a sanitizer: the maps differ in their
-// arithmetic, not in what they touch.
+// With PYGLOW_FEW_MAPS only the first two maps are compiled, for a quick look with a sanitizer: the maps differ in
+// their arithmetic, not in what they touch.
 #pragma once
 #include <type_traits>
 

@@ -88,13 +88,9 @@ struct Shape {
 };
 
 constexpr pyglow::ScaleMap maps[] = {
-    pyglow::ScaleMap::none,
-    pyglow::ScaleMap::sigmoid,
+    pyglow::ScaleMap::none,        pyglow::ScaleMap::sigmoid,
 #ifndef PYGLOW_FEW_MAPS
-    pyglow::ScaleMap::sigmoid_eps,
-    pyglow::ScaleMap::exp,
-    pyglow::ScaleMap::tanh,
-    pyglow::ScaleMap::atan,
+    pyglow::ScaleMap::sigmoid_eps, pyglow::ScaleMap::exp,     pyglow::ScaleMap::tanh, pyglow::ScaleMap::atan,
 #endif
 };
 constexpr pyglow::Order orders[] = {pyglow::Order::shift_scale, pyglow::Order::scale_shift};
