@@ -12,9 +12,8 @@ VENV ?= .venv
 # What to install as torch: TORCH='torch==2.13.0', or TORCH='torch --index-url URL' for the wheels of another index.
 TORCH ?= torch>=2.11
 PYTEST_ARGS ?=
-# Tests share the cores: a worker has one thread and takes up to 1.2 GB. One more than there are cores, as some wait.
-WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(8, (os.cpu_count() or 1) + 1))')
-PYTEST := $(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+# Tests share the cores: a worker has one thread and takes up to 1.2 GB.
+PYTEST := $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
