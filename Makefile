@@ -12,12 +12,12 @@ VENV ?= .venv
 # What to install as torch: TORCH='torch==2.13.0', or TORCH='torch --index-url URL' for the wheels of another index.
 TORCH ?= torch>=2.11
 PYTEST_ARGS ?=
-# Tests share the cores: a worker has one thread and takes up to 1.2 GB.
-PYTEST := $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc cmake -type f)
+# Tests share the cores: a worker has one thread and takes up to 1.2 GB.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: venv demo test test-full mutants lint format docs wheel clean

@@ -25,7 +25,7 @@ def require(name: str, folder: Path) -> None:
 @pytest.mark.parametrize("maps", ["few", pytest.param("all", marks=pytest.mark.full)])
 @pytest.mark.parametrize("name", SANITIZERS)
 def test_kernels_are_clean(name: str, maps: str, tmp_path: Path) -> None:
-    """Of few maps the threads run in the order in which missing barriers show, of all in both."""
+    """The sanitizers find nothing; with few maps threads run in the order that shows missing barriers, else in both."""
     require(name, tmp_path)
     flags, order = (["-DPYGLOW_FEW_MAPS"], ["3"]) if maps == "few" else ([], [])
     program = build(

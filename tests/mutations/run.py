@@ -55,7 +55,7 @@ class Mutant:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether it is part of the extension on a CPU."""
+        """True if the extension on a CPU has it compiled in."""
         return self.file.startswith("csrc/") and not self.file.startswith("csrc/cuda/")
 
     def applied(self, text: str) -> str:

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank found."""
+    """Each rank does its work and leaves what it found."""
     return run_ranks(work, tmp_path_factory.mktemp("ranks"), RANKS)
 
 

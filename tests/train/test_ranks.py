@@ -189,7 +189,6 @@ def test_weights_that_differ_are_found_on_all_ranks(tmp_path: Path) -> None:
     program.write_text(
         """
 import torch
-from support.commands import Command
 from pyglow_fast.train import RankError, open_ranks
 with open_ranks() as ranks:
     torch.manual_seed(0)
