@@ -46,13 +46,15 @@ def _define(schema: str, fake: Callable[..., Any], devices: tuple[str, ...] = ("
     torch.library.register_fake(f"pyglow_fast::{name}", fake, lib=_library)
 
 
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """What an output that goes with x has: channels-last if x is that, else contiguous; see csrc/bindings/checks.h."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)
+    return torch.contiguous_format if x.is_contiguous() or not x.is_contiguous(memory_format=last) else last
+
+
 def _like(x: Tensor, shape: Sequence[int] | None = None) -> Tensor:
-    """An output that goes with x: channels-last if x is that, else contiguous, as csrc/bindings/checks.h has it."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    out = x.new_empty(x.shape if shape is None else shape)
-    if not x.is_contiguous() and x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()]):
-        return out.to(memory_format=formats[x.dim()])
-    return out
+    """An output that goes with x, of the shape of x if none is given."""
+    return x.new_empty(x.shape if shape is None else shape).to(memory_format=memory_format_of(x))
 
 
 def _fake_channel_mix(x: Tensor, matrix: Tensor, offset: Tensor, subtract_first: bool, squeeze: int) -> Tensor:

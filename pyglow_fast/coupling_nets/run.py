@@ -17,6 +17,7 @@ from pyglow_fast._derivatives import check_leaves
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.plan import Chunk, ChunkPlan
 from pyglow_fast.coupling_nets.state import without_autocast_cache
+from pyglow_fast.ops import memory_format_of
 
 NetCall = Callable[[Tensor, Tensor | None], Tensor]  # (x1, cond) -> net output
 Consume = Callable[[Tensor, Chunk], Tensor]  # (net output of the chunk, chunk) -> its gradient
@@ -37,12 +38,8 @@ def _checked(net_out: Tensor, x1: Tensor) -> Tensor:
 
 def _empty_output(part: Tensor, x1: Tensor) -> Tensor:
     """Room for the outputs of all chunks, in the memory format of the first one."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    like = torch.contiguous_format
-    if not part.is_contiguous() and part.dim() in formats and part.is_contiguous(memory_format=formats[part.dim()]):
-        like = formats[part.dim()]
     shape = (x1.shape[0], part.shape[1], *x1.shape[2:])
-    return torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=like)
+    return torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=memory_format_of(part))
 
 
 @torch.no_grad()

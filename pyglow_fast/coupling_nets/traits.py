@@ -84,6 +84,13 @@ def draws_random_numbers(net: nn.Module) -> bool:
     return any(draws(module) for module in net.modules())
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything is registered to run around a module's forward or backward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def has_known_modules(net: nn.Module) -> bool:
     """Whether it is made of torch's and our own modules alone, without hooks: no code that we cannot know."""
 

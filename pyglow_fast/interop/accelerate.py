@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 from torch import nn
 
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.plan import budget_bytes
-from pyglow_fast.interop.joined import Face, JoinedList
+from pyglow_fast.interop.joined import Face, JoinedList, join
 from pyglow_fast.interop.nets import recognised
 from pyglow_fast.interop.probing import chain_of
 from pyglow_fast.layers.reversible_sequence import MEMORY_MODES
@@ -191,7 +192,8 @@ def _join(done: Acceleration, library: str, memory: str, budget: str | int) -> N
         if hasattr(owner, "node_list"):
             reasons |= dict.fromkeys(module, "the nodes of a GraphINN run one by one")
             continue
-        shown, why = joining.join(list(module), owner, memory, budget)
+        places = joining.places(list(module), owner, memory)
+        shown, why = join(places, partial(joining.stand_ins, memory=memory, budget=budget))
         reasons |= why
         faces = [item for item in shown if isinstance(item, Face)]
         if faces:

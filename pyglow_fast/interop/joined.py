@@ -6,8 +6,9 @@ channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NoReturn, TypeVar, cast
 
 import torch
@@ -180,6 +181,41 @@ class _Now:
     def inverses(self) -> list[Tensor]:
         """M^-1 of each step."""
         return invert_maps(self.maps)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Layers of a list that are one step, which can be joined with its neighbours, or that are none.
+
+    Args:
+        layers: of the list, in its order.
+        kind: neighbouring steps of one kind, such as one width, make a run; None: these layers are no step.
+        parts: what the library's adapter keeps of the step for ``stand_ins``.
+        reason: why these layers are no step, for the report on the last of them.
+    """
+
+    layers: Sequence[nn.Module]
+    kind: Any = None
+    parts: Any = None
+    reason: str = ""
+
+
+def join(places: Iterable[Place], stand_ins: Callable[[list[Place]], list[Any]]) -> tuple[list[Any], Reasons]:
+    """The layers of a list, with ``stand_ins(run)`` for every run of two or more steps of one kind.
+
+    And why the others are in no run, by the last layer of each place.
+    """
+    found: list[Any] = []
+    reasons: Reasons = {}
+    for kind, neighbours in groupby(places, lambda place: place.kind):
+        run = list(neighbours)
+        if kind is not None and len(run) > 1:
+            found.extend(stand_ins(run))
+            continue
+        for place in run:
+            found.extend(place.layers)
+            reasons[place.layers[-1]] = place.reason if kind is None else ALONE
+    return found, reasons
 
 
 class Face:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
+from pyglow_fast.coupling_nets.traits import has_hooks
 
 # Modules whose forward is that of one child, by qualified name; and affine maps per channel: scale and offset, (C,), or
 # None while they wait for data. Adapters enter those of their library.
@@ -107,7 +108,7 @@ def _odd(conv: nn.Conv2d, size: int) -> str:
 
 def _flat(net: nn.Module) -> list[nn.Module] | str:
     """The modules of a chain in order, or why it is none."""
-    if net._forward_hooks or net._forward_pre_hooks or net._backward_hooks or net._backward_pre_hooks:
+    if has_hooks(net):
         return f"hooks on its {type(net).__name__}"
     if "forward" in vars(net) or torch.nn.modules.module._has_any_global_hook():
         return f"a forward of its own, or hooks on all modules, at its {type(net).__name__}"

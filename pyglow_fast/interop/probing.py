@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.interop.nets import slope
 
 _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
@@ -72,8 +73,7 @@ def _three_convolutions(net: nn.Module) -> dict[int, nn.Conv2d] | None:
         return None
     convs: dict[int, nn.Conv2d] = {}
     for module in net.modules():
-        hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-        if hooked or module._backward_pre_hooks or hasattr(module, "parametrizations"):
+        if has_hooks(module) or hasattr(module, "parametrizations"):
             return None
         if type(module) is nn.Conv2d:
             convs[id(module.weight)] = module

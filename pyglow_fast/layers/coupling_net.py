@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
+from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.layers._base import check_count, check_input
 from pyglow_fast.layers.actnorm import ActNorm
 from pyglow_fast.layers.border import border_kernel, border_map, ones_channel, without_border
@@ -151,11 +152,7 @@ class CouplingNet(NetShape):
     @property
     def is_plain(self) -> bool:
         """Whether nothing but its own parameters decides what it computes: no hooks, no parametrizations."""
-        hooks = any(
-            part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-            for part in (self, *self._modules.values())
-            if part is not None
-        )
+        hooks = any(has_hooks(part) for part in (self, *self._modules.values()) if part is not None)
         return not hooks and not any(hasattr(part, "parametrizations") for part in self._modules.values())
 
     @property

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
+from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.layers._base import FlowLayer, check_count, check_input
 from pyglow_fast.layers.actnorm import ActNorm
 from pyglow_fast.layers.coupling import Coupling
@@ -59,8 +60,7 @@ def runs_fused(step: nn.Module) -> bool:
         (step.coupling, Coupling, ("forward", "inverse", "run_net", "run_net_forward", "kept_half", "runner")),
     )
     return all(
-        all(getattr(type(part), name, None) is getattr(own, name) for name in names)
-        and not (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
+        all(getattr(type(part), name, None) is getattr(own, name) for name in names) and not has_hooks(part)
         for part, own, names in pairs
     )
 

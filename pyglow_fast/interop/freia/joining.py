@@ -6,23 +6,21 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
-import FrEIA.modules as Fm
 from torch import Tensor, nn
 
+from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.interop.freia.all_in_one import AllInOneBlock, step_parts
 from pyglow_fast.interop.joined import (
-    ALONE,
     ChangedError,
     Face,
     JoinedRun,
     JoinedStep,
-    Reasons,
+    Place,
     after,
     unrepeatable,
 )
 from pyglow_fast.layers.flow_step import ChannelMap
 
-_COUPLINGS = Fm.GLOWCouplingBlock | Fm.AffineCouplingOneSided | Fm.NICECouplingBlock
 STEPS = (AllInOneBlock,)  # what may be joined
 
 
@@ -78,7 +76,7 @@ def _between(before: nn.Module | None, block: nn.Module | None, nets: tuple[nn.M
 
 def _changed(module: nn.Module) -> str:
     """What keeps it from being called otherwise than as it comes, or nothing."""
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if has_hooks(module):
         return "hooks on it"
     return "a forward of its own" if "forward" in vars(module) else ""
 
@@ -92,45 +90,26 @@ def _reason(module: nn.Module, memory: str) -> str:
     return _changed(module) or unrepeatable(module.subnet, memory)
 
 
-def join(modules: Sequence[nn.Module], owner: nn.Module, memory: str, budget: str | int) -> tuple[list[Any], Reasons]:
-    """The modules, with a BlockRun for every run of two or more blocks of one width and one condition or none.
-
-    The run has the place of its first block, a Passed those of the others. And why those couplings are not in a run
-    that are in none.
-    """
-    found: list[Any] = []
-    reasons: Reasons = {}
-    run: list[Any] = []
+def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str) -> list[Place]:
+    """The modules of a list, its blocks as steps whose kind is their width and their condition, None for none."""
     conditions: list[Any] = getattr(owner, "conditions", None) or [None] * len(modules)  # of a SequenceINN
-    cond: Any = None
-
-    def close() -> None:
-        if len(run) > 1:
-            steps = []
-            for previous, block in zip([None, *run[:-1]], run, strict=True):
-                parts = step_parts(block)
-                nets = (None if previous is None else previous.subnet, block.subnet)
-                mixes = previous is not None or parts.before is not None
-                channel_map = partial(_between, previous, block, nets) if mixes else None
-                steps.append(JoinedStep(parts.net, parts.spec, channel_map))
-            last = partial(_between, run[-1], None, (run[-1].subnet, None))
-            found.append(BlockRun(run, JoinedRun(run[0].in_channels, steps, last, memory, budget)))
-            found.extend(Passed() for _ in run[1:])
-        else:
-            found.extend(run)
-            reasons.update((block, ALONE) for block in run)
-        run.clear()
-
-    for module, own_cond in zip(modules, conditions, strict=True):
+    found = []
+    for module, cond in zip(modules, conditions, strict=True):
         reason = _reason(module, memory)
-        if reason or own_cond != cond or (run and run[0].in_channels != module.in_channels):
-            close()
-        cond = own_cond
-        if not reason:
-            run.append(module)
-            continue
-        found.append(module)
-        if isinstance(module, Fm.AllInOneBlock | _COUPLINGS):
-            reasons[module] = reason
-    close()
-    return found, reasons
+        found.append(Place([module], reason=reason) if reason else Place([module], (module.in_channels, cond)))
+    return found
+
+
+def stand_ins(run: Sequence[Place], memory: str, budget: str | int) -> list[BlockRun | Passed]:
+    """What stands in the place of a run: a BlockRun in that of its first block, a Passed in those of the others."""
+    blocks: list[Any] = [block for place in run for block in place.layers]
+    steps = []
+    for previous, block in zip([None, *blocks[:-1]], blocks, strict=True):
+        parts = step_parts(block)
+        nets = (None if previous is None else previous.subnet, block.subnet)
+        mixes = previous is not None or parts.before is not None
+        channel_map = partial(_between, previous, block, nets) if mixes else None
+        steps.append(JoinedStep(parts.net, parts.spec, channel_map))
+    last = partial(_between, blocks[-1], None, (blocks[-1].subnet, None))
+    chain = JoinedRun(blocks[0].in_channels, steps, last, memory, budget)
+    return [BlockRun(blocks, chain), *(Passed() for _ in blocks[1:])]

@@ -35,13 +35,6 @@ def as_it_comes(layer: object, *methods: str) -> bool:
     return own and not any(name in vars(layer) for name in methods)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether anything is registered to run around a module's forward or backward."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
 class Derived(Generic[T]):
     """One value per layer, derived from tensors of it, while these are the same objects, in one place, of one version.
 

@@ -8,7 +8,8 @@ from nflows.transforms.permutations import Permutation
 from torch import Tensor
 
 from pyglow_fast import functional
-from pyglow_fast.interop.nflows._state import Derived, as_it_comes, has_hooks, ordinary
+from pyglow_fast.coupling_nets.traits import has_hooks
+from pyglow_fast.interop.nflows._state import Derived, as_it_comes, ordinary
 from pyglow_fast.reference import full_precision
 
 _MATRICES = ("_lu_forward_inverse", "forward_no_cache", "inverse_no_cache", "_create_lower_upper")

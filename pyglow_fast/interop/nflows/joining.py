@@ -11,10 +11,10 @@ from nflows import transforms
 from nflows.transforms.coupling import CouplingTransform
 from torch import Tensor, nn
 
-from pyglow_fast.interop.joined import ALONE, ChangedError, Face, JoinedRun, JoinedStep, Reasons, unrepeatable
+from pyglow_fast.interop.joined import ChangedError, Face, JoinedRun, JoinedStep, Place, unrepeatable
 from pyglow_fast.interop.nets import KnownNet, recognised
 from pyglow_fast.interop.nflows.coupling import run_net
-from pyglow_fast.interop.nflows.steps import step_parts, waits_for_data
+from pyglow_fast.interop.nflows.steps import StepParts, step_parts, waits_for_data
 from pyglow_fast.interop.probing import chain_of
 from pyglow_fast.layers.flow_step import ChannelMap
 
@@ -111,50 +111,40 @@ def _groups(modules: Sequence[nn.Module]) -> list[list[nn.Module]]:
     return [group for group in found if group]
 
 
-def join(modules: Sequence[nn.Module], owner: nn.Module, memory: str, budget: str | int) -> tuple[list[Any], Reasons]:
-    """The modules, with a StepRun in the place of every run of two or more halving steps of one width.
+def _halving(layers: Sequence[nn.Module], memory: str) -> StepParts | str:
+    """The parts of a step that may be joined, or why it may not."""
+    parts = step_parts(layers)
+    if isinstance(parts, str):
+        return parts
+    if 2 * parts.kept != len(parts.matrix):
+        return f"a mask that keeps {parts.kept} of {len(parts.matrix)} channels"
+    return unrepeatable(parts.net, memory) or parts
 
-    And why those couplings are not in one that are in none.
-    """
+
+def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str) -> list[Place]:
+    """The layers of a list, mixing layers up to a coupling as a step whose kind is its width."""
     if isinstance(owner, transforms.MultiscaleCompositeTransform):
-        return list(modules), dict.fromkeys(modules, "its flow splits after each of its transforms")
-    found: list[Any] = []
-    reasons: Reasons = {}
-    run: list[list[nn.Module]] = []
-    state: dict[str, Any] = {"channels": 0, "order": None, "steps": []}
-
-    def close() -> None:
-        if len(run) > 1:
-            layers = [layer for group in run for layer in group]
-            joined = JoinedRun(state["channels"], state["steps"], None, memory, budget)
-            found.append(StepRun(layers, joined, state["order"]))
-        else:
-            found.extend(layer for group in run for layer in group)
-            reasons.update((group[-1], ALONE) for group in run)
-        run.clear()
-        state.update(channels=0, order=None, steps=[])
-
+        return [Place([module], reason="its flow splits after each of its transforms") for module in modules]
+    found: list[Place] = []
     for group in _groups(modules):
-        first = next((i for i in range(len(group)) if not isinstance(step_parts(group[i:]), str)), None)
-        parts = step_parts(group if first is None else group[first:])
-        if not isinstance(parts, str):
-            uneven = f"a mask that keeps {parts.kept} of {len(parts.matrix)} channels"
-            reason = uneven if 2 * parts.kept != len(parts.matrix) else unrepeatable(parts.net, memory)
-            parts = reason or parts
+        first = next((i for i in range(len(group)) if not isinstance(step_parts(group[i:]), str)), 0)
+        parts = _halving(group[first:], memory)
         if isinstance(parts, str):
-            close()
-            found.extend(group)
-            if isinstance(group[-1], CouplingTransform):
-                reasons[group[-1]] = parts
+            found.append(Place(group, reason=parts))
             continue
-        if first or state["channels"] != len(parts.matrix):  # something before the step, or another width
-            close()
-            found.extend(group[:first])
-            state["channels"] = len(parts.matrix)
-        layers = group[first:]
-        channel_map = partial(_channel_map, layers, parts.net, state["order"])
-        state["steps"].append(JoinedStep(UserNet(parts.net), parts.spec, channel_map))
-        state["order"] = None if parts.order is None else torch.as_tensor(parts.order).clone()
-        run.append(layers)
-    close()
-    return found, reasons
+        if first:
+            found.append(Place(group[:first]))
+        found.append(Place(group[first:], len(parts.matrix), parts))
+    return found
+
+
+def stand_ins(run: Sequence[Place], memory: str, budget: str | int) -> list[StepRun]:
+    """What stands in the place of a run: one StepRun."""
+    order: Tensor | None = None
+    steps = []
+    for place in run:
+        channel_map = partial(_channel_map, place.layers, place.parts.net, order)
+        steps.append(JoinedStep(UserNet(place.parts.net), place.parts.spec, channel_map))
+        order = None if place.parts.order is None else torch.as_tensor(place.parts.order).clone()
+    layers = [layer for place in run for layer in place.layers]
+    return [StepRun(layers, JoinedRun(run[0].kind, steps, None, memory, budget), order)]

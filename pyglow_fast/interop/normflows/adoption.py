@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.interop.exchange import Classes, exchange, reversed_classes
 
 OURS: Classes = {}  # normflows' class -> the one that stands in for it
@@ -39,5 +40,4 @@ def release(model: nn.Module, only: Collection[nn.Module] | None = None) -> list
 
 def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether it is of that class and does what the class says: no hooks, no methods replaced on the object."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return type(module) is kind and not hooks and not {"forward", "inverse"} & vars(module).keys()
+    return type(module) is kind and not has_hooks(module) and not {"forward", "inverse"} & vars(module).keys()

@@ -9,13 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyglow_fast.interop.joined import (
-    ALONE,
     ChangedError,
     Face,
     JoinedRun,
     JoinedStep,
     OrderedNet,
-    Reasons,
+    Place,
     unrepeatable,
 )
 from pyglow_fast.interop.normflows.glow import GlowBlock, flow_parts
@@ -55,46 +54,25 @@ def _channel_map(block: nn.Module, net: nn.Module) -> ChannelMap:
     return parts.channel_map
 
 
-def _step(block: nn.Module, memory: str) -> tuple[int, JoinedStep] | str:
-    """Channels and step of a block, or why it is none."""
+def _place(block: nn.Module, memory: str) -> Place:
     parts = flow_parts(block)
     if isinstance(parts, str):
-        return parts
-    if reason := unrepeatable(parts.net, memory):
-        return reason
+        return Place([block], reason=parts)
     channels = parts.channel_map.matrix.shape[0]
-    if 2 * parts.kept != channels:
-        return f"an odd number of channels, {channels}"
-    return channels, JoinedStep(OrderedNet(parts.net, parts.order), parts.spec, partial(_channel_map, block, parts.net))
+    reason = unrepeatable(parts.net, memory)
+    if reason or 2 * parts.kept != channels:
+        return Place([block], reason=reason or f"an odd number of channels, {channels}")
+    step = JoinedStep(OrderedNet(parts.net, parts.order), parts.spec, partial(_channel_map, block, parts.net))
+    return Place([block], channels, step)
 
 
-def join(modules: Sequence[nn.Module], owner: nn.Module, memory: str, budget: str | int) -> tuple[list[Any], Reasons]:
-    """The modules, with a GlowRun in the place of every run of two or more GlowBlocks of one width.
+def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str) -> list[Place]:
+    """The modules of a list, its GlowBlocks as steps whose kind is their width."""
+    return [_place(module, memory) for module in modules]
 
-    And why those GlowBlocks are not in one that are in none.
-    """
-    found: list[Any] = []
-    reasons: Reasons = {}
-    run: list[tuple[nn.Module, int, JoinedStep]] = []
 
-    def close() -> None:
-        if len(run) > 1:
-            # From x to z the last block of the list is the first.
-            steps = [step for _, _, step in reversed(run)]
-            found.append(GlowRun([block for block, _, _ in run], JoinedRun(run[0][1], steps, None, memory, budget)))
-        else:
-            found.extend(block for block, _, _ in run)
-            reasons.update((block, ALONE) for block, _, _ in run)
-        run.clear()
-
-    for module in modules:
-        step = _step(module, memory) if isinstance(module, GlowBlock) else ""
-        if isinstance(step, str) or (run and run[0][1] != step[0]):
-            close()
-        if isinstance(step, str):
-            found.append(module)
-            reasons |= {module: step} if step else {}
-        else:
-            run.append((module, *step))
-    close()
-    return found, reasons
+def stand_ins(run: Sequence[Place], memory: str, budget: str | int) -> list[GlowRun]:
+    """What stands in the place of a run: one GlowRun."""
+    steps = [place.parts for place in reversed(run)]  # from x to z the last block of the list is the first
+    blocks = [block for place in run for block in place.layers]
+    return [GlowRun(blocks, JoinedRun(run[0].kind, steps, None, memory, budget))]
