@@ -14,7 +14,7 @@ from torch import nn
 import pyglow_fast as pgf
 from pyglow_fast.coupling_nets import Chunk, ChunkPlan, check_net, plan_chunks
 from pyglow_fast.coupling_nets.plan import AUTO_BUDGET_ACCELERATOR, AUTO_BUDGET_CPU
-from pyglow_fast.coupling_nets.traits import bytes_per_position
+from pyglow_fast.coupling_nets.traits import bytes_per_position, has_hooks
 
 PER_POSITION = 10
 
@@ -267,6 +267,16 @@ class TestWhatNetsState:
         expected = 2 * 64 + 3 * 12 + 2 * (6 + cond_channels)  # as matrix products; an ActNorm is folded in
         assert net.bytes_per_position(4) == 4 * expected
         assert net.bytes_per_position(8) == 8 * expected
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_of_every_kind_are_seen(kind: str) -> None:
+    net = nn.Identity()
+    assert not has_hooks(net)
+    handle = getattr(net, f"register_{kind}_hook")(lambda *_: None)
+    assert has_hooks(net)
+    handle.remove()
+    assert not has_hooks(net)
 
 
 class TestNormsThatAreRefused:
