@@ -183,34 +183,6 @@ struct GaussianSampleArgs {
   int64_t samples, channels, positions;
 };
 
-constexpr int64_t pixel_block = 32;
-
-// A matrix (rows, pixels), by rows or in blocks of pixels: what a product reads and writes at a time then lies
-// together. Element (r, p) is data[p / 32 * block + r * row + p % 32]; from pixel `tail` on, the last and incomplete
-// block, rows are tail_row apart.
-template <class T>
-struct Matrix {
-  T* data;
-  int64_t row, block, tail, tail_row;
-};
-
-// C = A B, or C + A B. A (rows, inner) is what pack_left has made of it, or in whole blocks of pixels, with memory that
-// may be read for some rows more; B is (inner, columns), or its transpose where it is turned.
-template <class T>
-struct ProductArgs {
-  const T* packed_a;  // or null
-  Matrix<const T> a;  // or its data null
-  Matrix<const T> b;
-  bool turned;
-  Matrix<T> c;
-  int64_t rows, columns, inner;
-  bool accumulate;
-  const T* bias;         // (rows,) or null: C becomes leaky_relu(C + bias)
-  Matrix<const T> mask;  // (rows, columns), or its data null: a leaky_relu's result; C becomes its input's gradient
-  T leak;                // what leaky_relu multiplies by below zero; 0: relu
-  T* row_sums;           // (rows,) or null: the sums of the rows of `a` are added
-};
-
 // Images (N, K, H, W) by strides.
 template <class T>
 struct Image {
@@ -218,31 +190,74 @@ struct Image {
   int64_t sample, channel, row, pixel;
 };
 
-// The nine shifts of images, as the rows of a matrix: row 9 k + 3 i + j holds image[n, k, h + i - 1, w + j - 1] for the
-// pixels of some samples (or of some rows of one sample), zero outside the image. transposed: h + 1 - i, w + 1 - j.
+// A coupling net, exp(3 log_gain) (w3 * a(w2 * a(w1 * x + b1) + b2) + b3) with a the leaky relu of slope `leak`. Each
+// weight lies as a contiguous tensor of its shape; `in`, `hidden1`, `hidden2` and `out` are channels.
 template <class T>
-struct ColumnsArgs {
-  Image<const T> image;
-  Matrix<T> columns;  // (9 K, samples * rows * W)
-  int64_t channels, height, width;
-  int64_t first_sample, samples, first_row, rows;  // rows < height: one sample
-  bool transposed;
+struct NetWeights {
+  int64_t in, hidden1, hidden2, out;
+  const T* w1;        // (hidden1, in, 3, 3)
+  const T* b1;        // (hidden1,)
+  const T* w2;        // (hidden2, hidden1, 1, 1)
+  const T* b2;        // (hidden2,)
+  const T* w3;        // (out, hidden2, 3, 3)
+  const T* b3;        // (out,)
+  const T* log_gain;  // (out,) or null: no gain
+  T leak;
 };
 
-// image[n, k, h, w] = bias[k] + the sum over i, j of columns[9 k + 3 i + j] at pixel (h + i - 1, w + j - 1) of sample
-// n, where that is in the image; transposed: at (h + 1 - i, w + 1 - j). For some samples, or for some rows of one: then
-// the columns begin with another row of the image, and reach as far as the rows and their neighbours in it.
+// The hidden layers may be kept for the backward: after `a`, in an order that the net's kernels share.
 template <class T>
-struct ShiftSumArgs {
-  const T* columns;  // (9 K, at least samples (rows + neighbours) W), rows of `stride`
-  int64_t stride;
-  const T* bias;  // (K,) or null
-  Image<T> image;
-  int64_t channels, height, width;
-  int64_t first_sample, samples, first_row, rows;
-  int64_t columns_row;  // 0 unless only some rows are summed
-  bool transposed;
+struct CouplingNetArgs {
+  Image<const T> x;  // (N, in, H, W)
+  NetWeights<T> net;
+  Image<T> y;  // (N, out, H, W)
+  T* h1;       // hidden1 * N * H * W elements, or null: not kept
+  T* h2;       // hidden2 * N * H * W elements, or null: not kept
+  int64_t samples, height, width;
 };
+
+// Gradients of x and of the weights, each like the weight itself; grad_w1 null: of x alone.
+template <class T>
+struct CouplingNetBackwardArgs {
+  Image<const T> grad_y;  // (N, out, H, W)
+  Image<const T> x;       // as in CouplingNetArgs
+  NetWeights<T> net;      // b1 and b2 are not read, b3 is where there is a gain
+  const T* h1;            // as kept
+  const T* h2;            // as kept
+  Image<T> grad_x;        // (N, in, H, W)
+  T *grad_w1, *grad_b1, *grad_w2, *grad_b2, *grad_w3, *grad_b3;
+  T* grad_log_gain;  // (out,), or null without a gain
+  int64_t samples, height, width;
+};
+
+// y = function(x) as the kernels compute it, on arrays: for tests of the error bounds.
+enum class Elementary : int { exp, log, log1p_unit, tanh, atan };
+template <class T>
+struct ElementaryArgs {
+  Elementary function;
+  const T* x;
+  T* y;
+  int64_t count;
+};
+
+// Every kernel and what it takes, on CPU and GPU and then on the CPU alone; each exists for float and double. What
+// declares, forwards, instantiates or launches kernels goes through these lists: K(kernel, Args).
+#define PYGLOW_KERNELS(K)                             \
+  K(channel_mix, ChannelMixArgs)                      \
+  K(channel_mix_backward, ChannelMixBackwardArgs)     \
+  K(coupling, CouplingArgs)                           \
+  K(coupling_backward, CouplingBackwardArgs)          \
+  K(coupling_mix, CouplingMixArgs)                    \
+  K(coupling_mix_backward, CouplingMixBackwardArgs)   \
+  K(step_backward, StepBackwardArgs)                  \
+  K(channel_moments, ChannelMomentsArgs)              \
+  K(gaussian_log_prob, GaussianArgs)                  \
+  K(gaussian_log_prob_backward, GaussianBackwardArgs) \
+  K(gaussian_sample, GaussianSampleArgs)
+#define PYGLOW_CPU_KERNELS(K)                       \
+  K(coupling_net, CouplingNetArgs)                  \
+  K(coupling_net_backward, CouplingNetBackwardArgs) \
+  K(elementary, ElementaryArgs)
 
 }  // namespace pyglow
 
@@ -258,50 +273,17 @@ struct Threads {
 // PYGLOW_CPU overrides the choice; throws std::invalid_argument if it names one that cannot run here.
 const char* instruction_set();
 
-template <class T>
-void channel_mix(const ChannelMixArgs<T>& args, const Threads& threads);
-template <class T>
-void channel_mix_backward(const ChannelMixBackwardArgs<T>& args, const Threads& threads);
-template <class T>
-void coupling(const CouplingArgs<T>& args, const Threads& threads);
-template <class T>
-void coupling_backward(const CouplingBackwardArgs<T>& args, const Threads& threads);
-template <class T>
-void coupling_mix(const CouplingMixArgs<T>& args, const Threads& threads);
-template <class T>
-void coupling_mix_backward(const CouplingMixBackwardArgs<T>& args, const Threads& threads);
-template <class T>
-void step_backward(const StepBackwardArgs<T>& args, const Threads& threads);
-template <class T>
-void channel_moments(const ChannelMomentsArgs<T>& args, const Threads& threads);
-template <class T>
-void gaussian_log_prob(const GaussianArgs<T>& args, const Threads& threads);
-template <class T>
-void gaussian_log_prob_backward(const GaussianBackwardArgs<T>& args, const Threads& threads);
-template <class T>
-void gaussian_sample(const GaussianSampleArgs<T>& args, const Threads& threads);
+#define PYGLOW_DECLARE(kernel, Args) \
+  template <class T>                 \
+  void kernel(const Args<T>& args, const Threads& threads);
+PYGLOW_KERNELS(PYGLOW_DECLARE)
+PYGLOW_CPU_KERNELS(PYGLOW_DECLARE)
+#undef PYGLOW_DECLARE
 
-// At least `bytes` of this thread's own memory for the matrices of a coupling net, valid until it asks again.
-void* net_workspace(int64_t bytes);
-
-// Matrix products. A takes packed_size elements when packed; stored by rows it may be turned.
-template <class T>
-int64_t packed_size(int64_t rows, int64_t inner);
-template <class T>
-void pack_left(const Matrix<const T>& a, bool turned, int64_t rows, int64_t inner, T* packed, const Threads& threads);
-template <class T>
-void matrix_products(const ProductArgs<T>* products, int64_t count, const Threads& threads);
-
-// Around the matrix products of a coupling net.
-template <class T>
-void shift_columns(const ColumnsArgs<T>& args, const Threads& threads);
-template <class T>
-void shift_sum(const ShiftSumArgs<T>& args, const Threads& threads);
-
-// The functions that the kernels use, on arrays: for tests of their error bounds.
-enum class Elementary : int { exp, log, log1p_unit, tanh, atan };
-template <class T>
-void elementary(Elementary function, const T* x, T* y, int64_t count);
+// What the source of a kernel ends with.
+#define PYGLOW_CPU_INSTANTIATE(kernel, Args)                       \
+  template void kernel<float>(const Args<float>&, const Threads&); \
+  template void kernel<double>(const Args<double>&, const Threads&);
 
 }  // namespace pyglow::cpu
 
@@ -311,39 +293,23 @@ namespace pyglow::cuda {
 int device_count(int* count);
 const char* error_string(int error);
 
-// Kernels are enqueued on `stream` (a cudaStream_t) of the current device. `scratch` is device memory of the size that
-// the function of the same name gives, needed only until the kernels have run.
-template <class T>
-int channel_mix(const ChannelMixArgs<T>& args, void* stream);
-template <class T>
-int64_t channel_mix_backward_scratch(int64_t samples, int64_t channels, int64_t positions);  // bytes
-template <class T>
-int channel_mix_backward(const ChannelMixBackwardArgs<T>& args, void* scratch, void* stream);
-int64_t coupling_scratch(int64_t samples, int64_t transformed, int64_t positions);  // bytes
-template <class T>
-int coupling(const CouplingArgs<T>& args, void* scratch, void* stream);
-template <class T>
-int coupling_backward(const CouplingBackwardArgs<T>& args, void* stream);
-template <class T>
-int64_t coupling_mix_scratch(int64_t samples, int64_t positions);  // bytes
-template <class T>
-int coupling_mix(const CouplingMixArgs<T>& args, void* scratch, void* stream);
-template <class T>
-int64_t coupling_mix_backward_scratch(int64_t samples, int64_t channels, int64_t positions);  // bytes
-template <class T>
-int coupling_mix_backward(const CouplingMixBackwardArgs<T>& args, void* scratch, void* stream);
-template <class T>
-int step_backward(const StepBackwardArgs<T>& args, void* stream);
-template <class T>
-int64_t channel_moments_scratch(const ChannelMomentsArgs<T>& args);  // bytes
-template <class T>
-int channel_moments(const ChannelMomentsArgs<T>& args, void* scratch, void* stream);
-int64_t gaussian_log_prob_scratch(int64_t samples, int64_t channels, int64_t positions);  // bytes
-template <class T>
-int gaussian_log_prob(const GaussianArgs<T>& args, void* scratch, void* stream);
-template <class T>
-int gaussian_log_prob_backward(const GaussianBackwardArgs<T>& args, void* stream);
-template <class T>
-int gaussian_sample(const GaussianSampleArgs<T>& args, void* stream);
+// Where kernels are enqueued: `stream` is a cudaStream_t of the current device. scratch gives device memory of so many
+// bytes, which is needed only until the kernels have run; null for none. One call has one piece of it at most.
+struct Queue {
+  void* stream;
+  void* (*allocate)(int64_t bytes, void* context);
+  void* context;
+  void* scratch(int64_t bytes) const { return bytes == 0 ? nullptr : allocate(bytes, context); }
+};
+
+#define PYGLOW_DECLARE(kernel, Args) \
+  template <class T>                 \
+  int kernel(const Args<T>& args, const Queue& queue);
+PYGLOW_KERNELS(PYGLOW_DECLARE)
+#undef PYGLOW_DECLARE
+
+#define PYGLOW_CUDA_INSTANTIATE(kernel, Args)                   \
+  template int kernel<float>(const Args<float>&, const Queue&); \
+  template int kernel<double>(const Args<double>&, const Queue&);
 
 }  // namespace pyglow::cuda

@@ -12,20 +12,6 @@ import torch
 
 from pyglow_fast import _backend, ops
 
-# The functions and ops, and the kernel of the extension that serves each, forward and backward; empty: none.
-KERNELS = {
-    "channel_mix": "channel_mix",
-    "channel_unmix": "channel_mix",
-    "coupling": "coupling",
-    "coupling_inverse": "coupling",
-    "coupling_mix": "coupling_mix",
-    "coupling_mix_inverse": "coupling_mix",
-    "coupling_net": "coupling_net",
-    "step_backward": "step_backward",
-    "channel_moments": "channel_moments",
-    "gaussian_log_prob": "gaussian_log_prob",
-    "gaussian_sample": "gaussian_sample",
-}
 _PACKAGES = ("numpy", "safetensors", "torchvision", "pillow")
 
 
@@ -142,23 +128,17 @@ def _backend_of(device: str) -> str:
     return f"reference: {why}" if why else "compiled kernels for float32 and float64, reference for other dtypes"
 
 
-def _runs(kernel: str, device: str, why_not: str) -> str:
+def _runs(op: str, device: str, why_not: str) -> str:
     """What an op runs on, given why the device's tensors do not run on the compiled kernels (empty if they do)."""
     if why_not:
         return "reference"
-    return "compiled" if device == "cpu" or kernel in ops.NAMES else "reference: the library's convolutions"
+    return "compiled" if ops.is_compiled(op, device) else "reference"
 
 
 def _ops() -> dict[str, str]:
-    """What runs each op on float32 and float64 tensors of each device."""
-    module = _backend.extension()
+    """What runs each op and its backward on float32 and float64 tensors of each device, as the dispatcher has it."""
     devices = {"cpu": cpu_reason(), "cuda": cuda_reason()}
-    facts = {}
-    for op, kernel in KERNELS.items():
-        if module is not None and not hasattr(module, kernel or "-"):
-            facts[op] = "reference everywhere: there is no kernel for it"
-        else:
-            facts[op] = ", ".join(f"{name}: {_runs(kernel, name, why)}" for name, why in devices.items())
+    facts = {op: ", ".join(f"{name}: {_runs(op, name, why)}" for name, why in devices.items()) for op in ops.names()}
     facts["scale maps"] = (
         "a map that is given as a callable runs on the reference everywhere: kernels know the named ones"
     )

@@ -1,10 +1,9 @@
-"""The compiled kernels as torch ops, ``torch.ops.pyglow_fast.*``: schema, implementation and shapes of each.
+"""The compiled kernels as torch ops, ``torch.ops.pyglow_fast.*``: the schema of each and the shapes of its outputs.
 
-The ops are the thin layer below autograd: they check their arguments (in csrc/bindings), allocate outputs and run one
-kernel. Equations and shapes are in :mod:`pyglow_fast.reference` and csrc/core.h. They have no derivative of their own;
-:mod:`pyglow_fast.autograd` combines them into differentiable functions.
-
-torch.library define and impl are used rather than custom_op, which costs about 15 us a call.
+The extension registers their kernels with torch's dispatcher when it is loaded (csrc/bindings): these check their
+arguments, allocate outputs and run one kernel. Equations and shapes are in :mod:`pyglow_fast.reference` and
+csrc/core.h. The ops have no derivative of their own; :mod:`pyglow_fast.autograd` combines them into differentiable
+functions.
 """
 
 from __future__ import annotations
@@ -28,22 +27,39 @@ _FORWARD_KIND = "int map, int order, float bias, float eps, float clamp"
 _library = torch.library.Library("pyglow_fast", "DEF")
 
 
-NAMES: list[str] = []  # of the ops that have a kernel for every type of device that the extension is built for
-
-
-def _define(schema: str, fake: Callable[..., Any], devices: tuple[str, ...] = ("CPU", "CUDA")) -> None:
-    """Declare an op that the extension's function of the same name implements."""
+def _define(schema: str, fake: Callable[..., Any]) -> None:
+    """Declare an op; its kernels are the extension's."""
     name = schema.split("(")[0]
-    if "CUDA" in devices:
-        NAMES.append(name)
     _library.define(schema)
-
-    def run(*args: Any) -> Any:
-        return getattr(_backend.require(), name)(*args)
-
-    for device in devices:
-        _library.impl(name, run, device)
+    _library.impl(name, functools.partial(_without_kernel, name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"pyglow_fast::{name}", fake, lib=_library)
+
+
+def _without_kernel(name: str, *args: Any) -> Any:
+    """What the dispatcher runs where an op has no kernel: as long as the extension is not loaded, and elsewhere.
+
+    Raises:
+        ImportError: there is no extension.
+        NotImplementedError: it has no kernel for that device.
+    """
+    _backend.require()
+    device = next(value.device for value in args if isinstance(value, Tensor))
+    if not is_compiled(name, device.type):
+        built = [kind for kind in ("cpu", "cuda") if is_compiled(name, kind)]
+        hint = " (pyglow_fast was built without its CUDA kernels)" if not _backend.build_info()["cuda"] else ""
+        raise NotImplementedError(f"{name}: expected a tensor on {' or '.join(built)}, found device {device}{hint}")
+    return getattr(torch.ops.pyglow_fast, name).default(*args)
+
+
+def names() -> list[str]:
+    """All ops, as ``torch.ops.pyglow_fast`` has them."""
+    namespace = "pyglow_fast::"
+    return [name.removeprefix(namespace) for name in torch._C._dispatch_get_all_op_names() if name.startswith(namespace)]
+
+
+def is_compiled(name: str, device_type: str) -> bool:
+    """Whether an op has a compiled kernel for tensors of that type of device, once the extension is loaded."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"pyglow_fast::{name}", device_type.upper()))
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
@@ -116,36 +132,15 @@ def _in_format_of(x: Tensor, shape: Sequence[int]) -> Tensor:
     return x.new_empty(shape).to(memory_format=torch._prims_common.suggest_memory_format(x))
 
 
-def _fake_coupling_net(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    w3: Tensor,
-    b3: Tensor,
-    log_gain: Tensor | None,
-    keep: bool,
-    leak: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_coupling_net(x: Tensor, *weights_keep_leak: Any) -> tuple[Tensor, Tensor, Tensor]:
+    w1, _, w2, _, w3, _, _, keep, *_ = weights_keep_leak
     n, _, height, width = x.shape
     kept = [x.new_empty(weight.shape[0] * n * height * width if keep else 0) for weight in (w1, w2)]
     return _in_format_of(x, (n, w3.shape[0], height, width)), kept[0], kept[1]
 
 
-def _fake_net_backward(
-    grad_out: Tensor,
-    x: Tensor,
-    h1: Tensor,
-    h2: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    w3: Tensor,
-    b3: Tensor | None,
-    log_gain: Tensor | None,
-    want_weights: bool,
-    leak: float = 0.0,
-) -> list[Tensor]:
+def _fake_net_backward(grad_out: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
+    _, _, w1, w2, w3, _, log_gain, want_weights, *_ = rest
     grad_x = _in_format_of(x, x.shape)
     if not want_weights:
         return [grad_x]
@@ -197,13 +192,11 @@ _define(
     "Tensor? log_gain, bool keep, float leak=0.0)"
     " -> (Tensor, Tensor, Tensor)",
     _fake_coupling_net,
-    ("CPU",),
 )
 _define(
     "coupling_net_backward(Tensor grad_out, Tensor x, Tensor h1, Tensor h2, Tensor w1, Tensor w2, Tensor w3, "
     "Tensor? b3, Tensor? log_gain, bool want_weights, float leak=0.0) -> Tensor[]",
     _fake_net_backward,
-    ("CPU",),
 )
 
 # The callables: torch.ops.pyglow_fast.<name>, resolved once.
@@ -226,7 +219,7 @@ coupling_net_backward = torch.ops.pyglow_fast.coupling_net_backward.default
 def _find_devices() -> tuple[str, ...]:
     if _backend.extension() is None:
         return ()
-    return ("cpu", "cuda") if _backend.build_info()["cuda"] else ("cpu",)
+    return tuple(device for device in ("cpu", "cuda") if is_compiled("channel_mix", device))
 
 
 def _kernel_devices() -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from pyglow_fast import _backend, functional, info
+from pyglow_fast import _backend, functional, info, ops
 
 compiled = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
 
@@ -239,30 +239,53 @@ def test_info_tells_the_backend_of_every_op() -> None:
 
 @compiled
 def test_info_tells_which_ops_a_gpu_would_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a usable GPU, all that have a kernel."""
+    """With a usable GPU, all that the dispatcher has a kernel for."""
     monkeypatch.setattr(info, "cuda_reason", lambda: "")
+    monkeypatch.setattr(ops, "is_compiled", lambda op, device: device == "cpu" or not op.startswith("coupling_net"))
     facts = info.collect()["ops"]
-    for op in info.KERNELS:
-        runs = "reference: the library's convolutions" if op == "coupling_net" else "compiled"
-        assert facts[op].endswith(f"cuda: {runs}"), op
+    for op in ops.names():
+        runs = "reference" if op.startswith("coupling_net") else "compiled"
+        assert facts[op] == f"cpu: compiled, cuda: {runs}", op
 
 
 @compiled
-def test_info_notices_a_missing_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(info, "KERNELS", {"coupling": "coupling", "imagined": "no_such_kernel"})
-    ops = info.collect()["ops"]
-    assert ops["imagined"] == "reference everywhere: there is no kernel for it"
-    assert ops["coupling"].startswith("cpu: compiled")
+def test_info_notices_a_missing_kernel() -> None:
+    assert "imagined" not in ops.names()
+    torch.library.define("pyglow_fast::imagined", "(Tensor x) -> Tensor", lib=ops._library)
+    assert info.collect()["ops"]["imagined"].startswith("cpu: reference")
+    assert info.collect()["ops"]["coupling"].startswith("cpu: compiled")
 
 
 @compiled
-def test_info_knows_every_op_of_the_extension() -> None:
-    """A kernel that info does not list would be reported nowhere."""
-    module = _backend.require()
-    ops = [name for name in dir(torch.ops.pyglow_fast) if not name.startswith("_") and hasattr(module, name)]
-    kernels = set(ops) - {f"{name}_backward" for name in ops}
-    assert kernels, "the ops are defined when the package is imported"
-    assert kernels <= set(info.KERNELS.values())
+def test_every_op_has_its_kernels() -> None:
+    """On the CPU, and on a GPU if the extension is built for one, but for the nets, which are the library's there."""
+    assert len(ops.names()) >= 13
+    for op in ops.names():
+        assert op == "imagined" or ops.is_compiled(op, "cpu"), op
+        on_gpus = bool(_backend.build_info()["cuda"]) and not op.startswith(("coupling_net", "imagined"))
+        assert ops.is_compiled(op, "cuda") == on_gpus, op
+
+
+@compiled
+def test_an_op_that_is_called_first_loads_the_extension() -> None:
+    run_python(
+        "import sys, torch, pyglow_fast; assert 'pyglow_fast._C' not in sys.modules\n"
+        "mean, _ = torch.ops.pyglow_fast.channel_moments(torch.ones(2, 3, 4))\n"
+        "assert mean.tolist() == [1.0, 1.0, 1.0] and 'pyglow_fast._C' in sys.modules"
+    )
+
+
+def test_an_op_without_an_extension_says_why() -> None:
+    code = "import torch, pyglow_fast\ntry:\n    torch.ops.pyglow_fast.channel_moments(torch.ones(2, 3, 4))\n"
+    text = run_python(code + "except ImportError as error:\n    print(error)", PYGLOW_FORCE_REFERENCE="1")
+    assert "pyglow_fast._C: PYGLOW_FORCE_REFERENCE is set" in text
+
+
+@compiled
+def test_a_device_without_kernels_is_named() -> None:
+    x = torch.ones(2, 3, 4, device="meta")
+    with pytest.raises(NotImplementedError, match="channel_moments: expected a tensor on cpu.*, found device meta"):
+        ops._without_kernel("channel_moments", x)
 
 
 def test_info_survives_a_bad_choice_of_instruction_set() -> None:

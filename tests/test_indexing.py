@@ -66,7 +66,8 @@ def test_far_inputs(name: str, dim: str) -> None:
 
 
 def test_every_op_is_covered() -> None:
-    assert {name for name in ops.NAMES if not any(case.startswith(name) for case in OPS)} == set()
+    elsewhere = {"coupling_net", "coupling_net_backward"}  # CPU alone: images by strides, no tensors beyond 2^31
+    assert {name for name in ops.names() if not any(case.startswith(name) for case in OPS)} == elsewhere
 
 
 @pairs(

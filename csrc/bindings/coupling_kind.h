@@ -41,10 +41,10 @@ struct Kind {
 
   template <class T>
   CouplingKind<T> as() const {
-    return {static_cast<ScaleMap>(map),
-            static_cast<Order>(order),
-            inverse,
-            {static_cast<T>(bias), static_cast<T>(eps), static_cast<T>(clamp)}};
+    return {.map = static_cast<ScaleMap>(map),
+            .order = static_cast<Order>(order),
+            .inverse = inverse,
+            .params = {static_cast<T>(bias), static_cast<T>(eps), static_cast<T>(clamp)}};
   }
 };
 
@@ -100,6 +100,20 @@ inline int64_t check_net_out(const at::Tensor& net_out, const char* x_name, cons
   shape[1] = net_out.size(1);
   check_shape("net_out", net_out, shape);
   return transformed;
+}
+
+template <class T>
+CouplingArgs<T> coupling_args(const at::Tensor& x, const at::Tensor& net_out, at::Tensor& out, at::Tensor& log_det,
+                              int64_t transformed, const Kind& kind) {
+  return {.in = input<T>(x),
+          .net_out = net_input(net_out),
+          .out = output<T>(out),
+          .log_det = log_det.mutable_data_ptr<T>(),
+          .samples = x.size(0),
+          .channels = x.size(1),
+          .transformed = transformed,
+          .positions = positions_of(x),
+          .kind = kind.as<T>()};
 }
 
 // exp(raw) may overflow; the kernel then makes log_det infinite. Raised where reading it does not stop a stream.

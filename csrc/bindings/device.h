@@ -18,34 +18,48 @@ inline cpu::Threads torch_threads() {
   }};
 }
 
-// Makes the device of x current and finds its stream.
+#ifdef PYGLOW_WITH_CUDA
+// The device of x made current, its stream, and memory of torch's allocator: safe to drop after the launch, since the
+// allocator orders reuse by stream.
 class CudaScope {
  public:
-  explicit CudaScope(const at::Tensor& x) : guard_(x.device()) {
-#ifndef PYGLOW_WITH_CUDA
-    TORCH_CHECK(false, "CUDA: pyglow_fast was built without its CUDA kernels; rebuild with nvcc (see the README)");
-#endif
+  explicit CudaScope(const at::Tensor& x) : guard_(x.device()), options_(x.options().dtype(at::kByte)) {
     const c10::impl::VirtualGuardImpl guard(x.device().type());
     stream_ = guard.getStream(x.device()).native_handle();
   }
-  void* stream() const { return stream_; }
-
-  // Device memory from torch's allocator: safe to drop after the launch, since the allocator orders reuse by stream.
-  static at::Tensor scratch(const at::Tensor& x, int64_t bytes) {
-    return at::empty({bytes}, x.options().dtype(at::kByte));
-  }
-
-  static void check(int error) {
-#ifdef PYGLOW_WITH_CUDA
-    TORCH_CHECK(error == 0, "CUDA: kernel launch failed: ", cuda::error_string(error));
-#else
-    (void)error;
-#endif
-  }
+  cuda::Queue queue() { return {.stream = stream_, .allocate = &allocate, .context = this}; }
 
  private:
+  static void* allocate(int64_t bytes, void* context) {
+    CudaScope& scope = *static_cast<CudaScope*>(context);
+    scope.scratch_ = at::empty({bytes}, scope.options_);
+    return scope.scratch_.mutable_data_ptr();
+  }
+
   c10::DeviceGuard guard_;
+  at::TensorOptions options_;
   void* stream_ = nullptr;
+  at::Tensor scratch_;
 };
+#endif
+
+// run(x, args): the kernel that takes such args, on the device of x.
+#ifdef PYGLOW_WITH_CUDA
+#define PYGLOW_RUN_ELSEWHERE(kernel)                   \
+  CudaScope scope(x);                                  \
+  const int error = cuda::kernel(args, scope.queue()); \
+  TORCH_CHECK(error == 0, "CUDA: kernel launch failed: ", cuda::error_string(error));
+#else
+#define PYGLOW_RUN_ELSEWHERE(kernel) TORCH_INTERNAL_ASSERT(false, "registered for CPU tensors alone");
+#endif
+#define PYGLOW_RUN(kernel, Args)                               \
+  template <class T>                                           \
+  void run(const at::Tensor& x, const Args<T>& args) {         \
+    if (x.is_cpu()) return cpu::kernel(args, torch_threads()); \
+    PYGLOW_RUN_ELSEWHERE(kernel)                               \
+  }
+PYGLOW_KERNELS(PYGLOW_RUN)
+#undef PYGLOW_RUN
+#undef PYGLOW_RUN_ELSEWHERE
 
 }  // namespace pyglow::bindings

@@ -2,7 +2,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include <optional>
 #include <tuple>
@@ -28,16 +27,10 @@ std::tuple<at::Tensor, at::Tensor> coupling_mix(const at::Tensor& x_in, const at
   at::Tensor out = empty_output(x), log_det = at::empty({x.size(0)}, x.options());
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const CouplingArgs<T> half{input<T>(x), net_input(net_out), output<T>(out), log_det.mutable_data_ptr<T>(),
-                               x.size(0),   x.size(1),          transformed,    positions_of(x),
-                               kind.as<T>()};
-    const CouplingMixArgs<T> args{half, matrix.const_data_ptr<T>(), offset.const_data_ptr<T>()};
-    if (x.is_cpu()) return cpu::coupling_mix(args, torch_threads());
-    const CudaScope scope(x);
-#ifdef PYGLOW_WITH_CUDA
-    const at::Tensor scratch = CudaScope::scratch(x, cuda::coupling_mix_scratch<T>(half.samples, half.positions));
-    CudaScope::check(cuda::coupling_mix(args, scratch.mutable_data_ptr(), scope.stream()));
-#endif
+    const CouplingMixArgs<T> args{.coupling = coupling_args<T>(x, net_out, out, log_det, transformed, kind),
+                                  .matrix = matrix.const_data_ptr<T>(),
+                                  .offset = offset.const_data_ptr<T>()};
+    run(x, args);
   });
   check_overflow(kind, log_det);
   return {out, log_det};
@@ -61,27 +54,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> coupling_mix_backward
   at::Tensor grad_matrix = at::empty_like(matrix), grad_offset = at::empty({x.size(1)}, x.options());
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const CouplingMixBackwardArgs<T> args{input<T>(x),
-                                          net_input(net_out),
-                                          split_grad<T>(grad_out, added),
-                                          grad_log_det.const_data_ptr<T>(),
-                                          matrix.const_data_ptr<T>(),
-                                          output<T>(grad_x),
-                                          net_grad(grad_net_out),
-                                          grad_matrix.mutable_data_ptr<T>(),
-                                          grad_offset.mutable_data_ptr<T>(),
-                                          x.size(0),
-                                          x.size(1),
-                                          transformed,
-                                          positions_of(x),
-                                          kind.as<T>()};
-    if (x.is_cpu()) return cpu::coupling_mix_backward(args, torch_threads());
-    const CudaScope scope(x);
-#ifdef PYGLOW_WITH_CUDA
-    const int64_t bytes = cuda::coupling_mix_backward_scratch<T>(args.samples, args.channels, args.positions);
-    const at::Tensor scratch = CudaScope::scratch(x, bytes);
-    CudaScope::check(cuda::coupling_mix_backward(args, scratch.mutable_data_ptr(), scope.stream()));
-#endif
+    const CouplingMixBackwardArgs<T> args{.in = input<T>(x),
+                                          .net_out = net_input(net_out),
+                                          .grad_out = split_grad<T>(grad_out, added),
+                                          .grad_log_det = grad_log_det.const_data_ptr<T>(),
+                                          .matrix = matrix.const_data_ptr<T>(),
+                                          .grad_in = output<T>(grad_x),
+                                          .grad_net_out = net_grad(grad_net_out),
+                                          .grad_matrix = grad_matrix.mutable_data_ptr<T>(),
+                                          .grad_offset = grad_offset.mutable_data_ptr<T>(),
+                                          .samples = x.size(0),
+                                          .channels = x.size(1),
+                                          .transformed = transformed,
+                                          .positions = positions_of(x),
+                                          .kind = kind.as<T>()};
+    run(x, args);
   });
   return {grad_x, grad_net_out, grad_matrix, grad_offset};
 }
@@ -105,35 +92,31 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> step_backward(const at::Tensor& y
   at::Tensor x = empty_output(y), grad_u = empty_output(y), grad_net_out = empty_output(net_out);
   with_dtype(y, [&](auto zero) {
     using T = decltype(zero);
-    const StepBackwardArgs<T> args{input<T>(y),
-                                   net_input(net_out),
-                                   input<T>(grad_y),
-                                   grad_log_det.const_data_ptr<T>(),
-                                   inverse_matrix.const_data_ptr<T>(),
-                                   offset.const_data_ptr<T>(),
-                                   output<T>(x),
-                                   output<T>(grad_u),
-                                   net_grad(grad_net_out),
-                                   y.size(0),
-                                   y.size(1),
-                                   transformed,
-                                   positions_of(y),
-                                   kind.as<T>()};
-    if (y.is_cpu()) return cpu::step_backward(args, torch_threads());
-    const CudaScope scope(y);
-#ifdef PYGLOW_WITH_CUDA
-    CudaScope::check(cuda::step_backward(args, scope.stream()));
-#endif
+    const StepBackwardArgs<T> args{.y = input<T>(y),
+                                   .net_out = net_input(net_out),
+                                   .grad_y = input<T>(grad_y),
+                                   .grad_log_det = grad_log_det.const_data_ptr<T>(),
+                                   .inverse_matrix = inverse_matrix.const_data_ptr<T>(),
+                                   .offset = offset.const_data_ptr<T>(),
+                                   .x = output<T>(x),
+                                   .grad_u = output<T>(grad_u),
+                                   .grad_net_out = net_grad(grad_net_out),
+                                   .samples = y.size(0),
+                                   .channels = y.size(1),
+                                   .transformed = transformed,
+                                   .positions = positions_of(y),
+                                   .kind = kind.as<T>()};
+    run(y, args);
   });
   return {x, grad_u, grad_net_out};
 }
 
 }  // namespace
 
-void register_fused_ops(pybind11::module_& m) {
-  m.def("coupling_mix", &coupling_mix, NoGil());
-  m.def("coupling_mix_backward", &coupling_mix_backward, NoGil());
-  m.def("step_backward", &step_backward, NoGil());
+void register_fused_ops(torch::Library& m) {
+  m.impl("coupling_mix", &coupling_mix);
+  m.impl("coupling_mix_backward", &coupling_mix_backward);
+  m.impl("step_backward", &step_backward);
 }
 
 }  // namespace pyglow::bindings

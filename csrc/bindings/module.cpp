@@ -1,16 +1,24 @@
-// The Python module: what it was built from and for, and the ops.
+// The Python module: what it was built from and for, and the kernels of torch's ops, registered when it is loaded.
+// Schemas and shape functions are in pyglow_fast/ops.py.
 #include <ATen/Parallel.h>
-#include <pybind11/pybind11.h>
+#include <ATen/ops/empty_like.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
+#include <iterator>
 #include <map>
 #include <string>
 
+#include "bindings/checks.h"
+#include "bindings/device.h"
 #include "bindings/memory.h"
 #include "bindings/ops.h"
 #include "core.h"
 
+namespace pyglow::bindings {
 namespace {
 
 std::string compiler() {
@@ -53,26 +61,60 @@ int parallel_threads() {
 int cuda_device_count() {
 #ifdef PYGLOW_WITH_CUDA
   int count = 0;
-  const int error = pyglow::cuda::device_count(&count);
-  TORCH_CHECK(error == 0, "CUDA: ", pyglow::cuda::error_string(error));
+  const int error = cuda::device_count(&count);
+  TORCH_CHECK(error == 0, "CUDA: ", cuda::error_string(error));
   return count;
 #else
   TORCH_CHECK(false, "CUDA: pyglow_fast was built without its CUDA kernels (no nvcc was found, or PYGLOW_CUDA=0)");
 #endif
 }
 
+// A vector function of the CPU kernels on an array.
+at::Tensor elementary(const std::string& name, const at::Tensor& x_in) {
+  static const char* const names[] = {"exp", "log", "log1p_unit", "tanh", "atan"};
+  const auto found = std::find(std::begin(names), std::end(names), name);
+  TORCH_CHECK_VALUE(found != std::end(names), "name: expected exp, log, log1p_unit, tanh or atan, found ", name);
+  check_dtype("x", x_in);
+  TORCH_CHECK_VALUE(x_in.is_cpu(), "x: expected a CPU tensor, found device ", x_in.device());
+  const at::Tensor x = x_in.contiguous();
+  at::Tensor y = at::empty_like(x);
+  with_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    const ElementaryArgs<T> args{.function = static_cast<Elementary>(found - std::begin(names)),
+                                 .x = x.const_data_ptr<T>(),
+                                 .y = y.mutable_data_ptr<T>(),
+                                 .count = x.numel()};
+    cpu::elementary(args, torch_threads());
+  });
+  return y;
+}
+
 }  // namespace
+}  // namespace pyglow::bindings
+
+TORCH_LIBRARY_IMPL(pyglow_fast, CPU, m) {
+  pyglow::bindings::register_step_ops(m);
+  pyglow::bindings::register_fused_ops(m);
+  pyglow::bindings::register_statistics_ops(m);
+  pyglow::bindings::register_net_ops(m);
+}
+
+#ifdef PYGLOW_WITH_CUDA
+TORCH_LIBRARY_IMPL(pyglow_fast, CUDA, m) {
+  pyglow::bindings::register_step_ops(m);
+  pyglow::bindings::register_fused_ops(m);
+  pyglow::bindings::register_statistics_ops(m);
+}
+#endif
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using namespace pyglow::bindings;
   m.doc() = "The compiled kernels of pyglow_fast.";
   m.def("build_info", &build_info, "What the module was built with, as strings.");
   m.def("instruction_set", &pyglow::cpu::instruction_set, "The CPU kernels in use: portable, avx2 or avx512.");
   m.def("parallel_threads", &parallel_threads, "The threads that share a loop of the CPU kernels.");
-  m.def("idle_bytes", &pyglow::bindings::idle_bytes, "Bytes of large CPU outputs that wait for another use.");
-  m.def("release_idle", &pyglow::bindings::release_idle, "Return those bytes to malloc.");
+  m.def("idle_bytes", &idle_bytes, "Bytes of large CPU outputs that wait for another use.");
+  m.def("release_idle", &release_idle, "Return those bytes to malloc.");
   m.def("cuda_device_count", &cuda_device_count, "The GPUs that the CUDA kernels can run on.");
-  pyglow::bindings::register_step_ops(m);
-  pyglow::bindings::register_fused_ops(m);
-  pyglow::bindings::register_net_ops(m);
-  pyglow::bindings::register_statistics_ops(m);
+  m.def("elementary", &elementary, "A vector function of the CPU kernels, for tests of its error bound.");
 }

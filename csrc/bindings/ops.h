@@ -1,14 +1,12 @@
-// What the module's entry registers, file by file.
+// What the module's entry registers with the dispatcher, file by file.
 #pragma once
-#include <pybind11/pybind11.h>
+#include <torch/library.h>
 
 namespace pyglow::bindings {
 
-using NoGil = pybind11::call_guard<pybind11::gil_scoped_release>;
-
-void register_step_ops(pybind11::module_& m);
-void register_fused_ops(pybind11::module_& m);
-void register_net_ops(pybind11::module_& m);
-void register_statistics_ops(pybind11::module_& m);
+void register_step_ops(torch::Library& m);
+void register_fused_ops(torch::Library& m);
+void register_statistics_ops(torch::Library& m);
+void register_net_ops(torch::Library& m);  // for CPU tensors alone
 
 }  // namespace pyglow::bindings

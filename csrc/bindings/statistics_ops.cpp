@@ -1,12 +1,8 @@
-// Channel moments, the normal log density, and the vector functions for tests.
+// Channel moments and the normal log density.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <torch/csrc/utils/pybind.h>
 
-#include <algorithm>
-#include <iterator>
-#include <string>
 #include <tuple>
 
 #include "bindings/checks.h"
@@ -23,15 +19,13 @@ std::tuple<at::Tensor, at::Tensor> channel_moments(const at::Tensor& x_in) {
   at::Tensor mean = at::empty({x.size(1)}, x.options().dtype(at::kDouble)), m2 = at::empty_like(mean);
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const ChannelMomentsArgs<T> args{
-        input<T>(x),    mean.mutable_data_ptr<double>(), m2.mutable_data_ptr<double>(), x.size(0), x.size(1),
-        positions_of(x)};
-    if (x.is_cpu()) return cpu::channel_moments(args, torch_threads());
-    const CudaScope scope(x);
-#ifdef PYGLOW_WITH_CUDA
-    const at::Tensor scratch = CudaScope::scratch(x, cuda::channel_moments_scratch(args));
-    CudaScope::check(cuda::channel_moments(args, scratch.mutable_data_ptr(), scope.stream()));
-#endif
+    const ChannelMomentsArgs<T> args{.x = input<T>(x),
+                                     .mean = mean.mutable_data_ptr<double>(),
+                                     .m2 = m2.mutable_data_ptr<double>(),
+                                     .samples = x.size(0),
+                                     .channels = x.size(1),
+                                     .positions = positions_of(x)};
+    run(x, args);
   });
   return {mean, m2};
 }
@@ -57,20 +51,14 @@ at::Tensor gaussian_log_prob(const at::Tensor& z, const at::Tensor& mean, const 
   at::Tensor log_prob = at::empty({z.size(0)}, z.options());
   with_dtype(z, [&](auto zero) {
     using T = decltype(zero);
-    const GaussianArgs<T> args{input<T>(normal.value),
-                               input<T>(normal.mean),
-                               input<T>(normal.log_sd),
-                               log_prob.mutable_data_ptr<T>(),
-                               z.size(0),
-                               z.size(1),
-                               positions_of(z)};
-    if (z.is_cpu()) return cpu::gaussian_log_prob(args, torch_threads());
-    const CudaScope scope(z);
-#ifdef PYGLOW_WITH_CUDA
-    const int64_t bytes = cuda::gaussian_log_prob_scratch(args.samples, args.channels, args.positions);
-    const at::Tensor scratch = CudaScope::scratch(z, bytes);
-    CudaScope::check(cuda::gaussian_log_prob(args, scratch.mutable_data_ptr(), scope.stream()));
-#endif
+    const GaussianArgs<T> args{.z = input<T>(normal.value),
+                               .mean = input<T>(normal.mean),
+                               .log_sd = input<T>(normal.log_sd),
+                               .log_prob = log_prob.mutable_data_ptr<T>(),
+                               .samples = z.size(0),
+                               .channels = z.size(1),
+                               .positions = positions_of(z)};
+    run(z, args);
   });
   return log_prob;
 }
@@ -87,21 +75,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gaussian_log_prob_backward(const 
   at::Tensor grad_log_sd = empty_output(grad_z);
   with_dtype(z, [&](auto zero) {
     using T = decltype(zero);
-    const GaussianBackwardArgs<T> args{input<T>(normal.value),
-                                       input<T>(normal.mean),
-                                       input<T>(normal.log_sd),
-                                       grad_log_prob.const_data_ptr<T>(),
-                                       output<T>(grad_z),
-                                       output<T>(grad_mean),
-                                       output<T>(grad_log_sd),
-                                       z.size(0),
-                                       z.size(1),
-                                       positions_of(z)};
-    if (z.is_cpu()) return cpu::gaussian_log_prob_backward(args, torch_threads());
-    const CudaScope scope(z);
-#ifdef PYGLOW_WITH_CUDA
-    CudaScope::check(cuda::gaussian_log_prob_backward(args, scope.stream()));
-#endif
+    const GaussianBackwardArgs<T> args{.z = input<T>(normal.value),
+                                       .mean = input<T>(normal.mean),
+                                       .log_sd = input<T>(normal.log_sd),
+                                       .grad_log_prob = grad_log_prob.const_data_ptr<T>(),
+                                       .grad_z = output<T>(grad_z),
+                                       .grad_mean = output<T>(grad_mean),
+                                       .grad_log_sd = output<T>(grad_log_sd),
+                                       .samples = z.size(0),
+                                       .channels = z.size(1),
+                                       .positions = positions_of(z)};
+    run(z, args);
   });
   return {grad_z, grad_mean, grad_log_sd};
 }
@@ -111,42 +95,25 @@ at::Tensor gaussian_sample(const at::Tensor& noise, const at::Tensor& mean, cons
   at::Tensor z = empty_output(normal.value);
   with_dtype(noise, [&](auto zero) {
     using T = decltype(zero);
-    const GaussianSampleArgs<T> args{input<T>(normal.value), input<T>(normal.mean), input<T>(normal.log_sd),
-                                     output<T>(z),           noise.size(0),         noise.size(1),
-                                     positions_of(noise)};
-    if (noise.is_cpu()) return cpu::gaussian_sample(args, torch_threads());
-    const CudaScope scope(noise);
-#ifdef PYGLOW_WITH_CUDA
-    CudaScope::check(cuda::gaussian_sample(args, scope.stream()));
-#endif
+    const GaussianSampleArgs<T> args{.noise = input<T>(normal.value),
+                                     .mean = input<T>(normal.mean),
+                                     .log_sd = input<T>(normal.log_sd),
+                                     .z = output<T>(z),
+                                     .samples = noise.size(0),
+                                     .channels = noise.size(1),
+                                     .positions = positions_of(noise)};
+    run(noise, args);
   });
   return z;
 }
 
-at::Tensor elementary(const std::string& name, const at::Tensor& x_in) {
-  static const char* const names[] = {"exp", "log", "log1p_unit", "tanh", "atan"};
-  const auto found = std::find(std::begin(names), std::end(names), name);
-  TORCH_CHECK_VALUE(found != std::end(names), "name: expected exp, log, log1p_unit, tanh or atan, found ", name);
-  check_dtype("x", x_in);
-  TORCH_CHECK_VALUE(x_in.is_cpu(), "x: expected a CPU tensor, found device ", x_in.device());
-  const at::Tensor x = x_in.contiguous();
-  at::Tensor y = at::empty_like(x);
-  with_dtype(x, [&](auto zero) {
-    using T = decltype(zero);
-    cpu::elementary(static_cast<cpu::Elementary>(found - std::begin(names)), x.const_data_ptr<T>(),
-                    y.mutable_data_ptr<T>(), x.numel());
-  });
-  return y;
-}
-
 }  // namespace
 
-void register_statistics_ops(pybind11::module_& m) {
-  m.def("channel_moments", &channel_moments, NoGil());
-  m.def("gaussian_log_prob", &gaussian_log_prob, NoGil());
-  m.def("gaussian_log_prob_backward", &gaussian_log_prob_backward, NoGil());
-  m.def("gaussian_sample", &gaussian_sample, NoGil());
-  m.def("elementary", &elementary, NoGil(), "A vector function of the CPU kernels, for tests of its error bound.");
+void register_statistics_ops(torch::Library& m) {
+  m.impl("channel_moments", &channel_moments);
+  m.impl("gaussian_log_prob", &gaussian_log_prob);
+  m.impl("gaussian_log_prob_backward", &gaussian_log_prob_backward);
+  m.impl("gaussian_sample", &gaussian_sample);
 }
 
 }  // namespace pyglow::bindings

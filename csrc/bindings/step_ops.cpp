@@ -3,7 +3,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include <optional>
 #include <tuple>
@@ -31,19 +30,15 @@ at::Tensor channel_mix(const at::Tensor& x_in, const at::Tensor& matrix_in, cons
                               : empty_output(x);
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const ChannelMixArgs<T> args{squeezes ? squeezed_input<T>(x) : Squeezed<const T>{input<T>(x), 0, 0},
-                                 matrix.const_data_ptr<T>(),
-                                 offset.const_data_ptr<T>(),
-                                 unsqueezes ? squeezed_output<T>(u) : Squeezed<T>{output<T>(u), 0, 0},
-                                 x.size(0),
-                                 channels,
-                                 squeezes ? positions_of(u) : positions_of(x),
-                                 subtract_first};
-    if (x.is_cpu()) return cpu::channel_mix(args, torch_threads());
-    const CudaScope scope(x);
-#ifdef PYGLOW_WITH_CUDA
-    CudaScope::check(cuda::channel_mix(args, scope.stream()));
-#endif
+    const ChannelMixArgs<T> args{.x = squeezes ? squeezed_input<T>(x) : Squeezed<const T>{input<T>(x), 0, 0},
+                                 .matrix = matrix.const_data_ptr<T>(),
+                                 .offset = offset.const_data_ptr<T>(),
+                                 .u = unsqueezes ? squeezed_output<T>(u) : Squeezed<T>{output<T>(u), 0, 0},
+                                 .samples = x.size(0),
+                                 .channels = channels,
+                                 .positions = squeezes ? positions_of(u) : positions_of(x),
+                                 .subtract_first = subtract_first};
+    run(x, args);
   });
   return u;
 }
@@ -69,23 +64,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> channel_mix_backward(const at::Te
   at::Tensor grad_offset = at::empty({grad_u.size(1)}, x.options());
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const ChannelMixBackwardArgs<T> args{squeezes ? squeezed_input<T>(x) : Squeezed<const T>{input<T>(x), 0, 0},
-                                         split_grad<T>(grad_u, added),
-                                         matrix.const_data_ptr<T>(),
-                                         center.defined() ? center.const_data_ptr<T>() : nullptr,
-                                         squeezes ? squeezed_output<T>(grad_x) : Squeezed<T>{output<T>(grad_x), 0, 0},
-                                         grad_matrix.mutable_data_ptr<T>(),
-                                         grad_offset.mutable_data_ptr<T>(),
-                                         x.size(0),
-                                         grad_u.size(1),
-                                         positions_of(grad_u)};
-    if (x.is_cpu()) return cpu::channel_mix_backward(args, torch_threads());
-    const CudaScope scope(x);
-#ifdef PYGLOW_WITH_CUDA
-    const int64_t bytes = cuda::channel_mix_backward_scratch<T>(args.samples, args.channels, args.positions);
-    const at::Tensor scratch = CudaScope::scratch(x, bytes);
-    CudaScope::check(cuda::channel_mix_backward(args, scratch.mutable_data_ptr(), scope.stream()));
-#endif
+    const ChannelMixBackwardArgs<T> args{
+        .x = squeezes ? squeezed_input<T>(x) : Squeezed<const T>{input<T>(x), 0, 0},
+        .grad_u = split_grad<T>(grad_u, added),
+        .matrix = matrix.const_data_ptr<T>(),
+        .center = center.defined() ? center.const_data_ptr<T>() : nullptr,
+        .grad_x = squeezes ? squeezed_output<T>(grad_x) : Squeezed<T>{output<T>(grad_x), 0, 0},
+        .grad_matrix = grad_matrix.mutable_data_ptr<T>(),
+        .grad_offset = grad_offset.mutable_data_ptr<T>(),
+        .samples = x.size(0),
+        .channels = grad_u.size(1),
+        .positions = positions_of(grad_u)};
+    run(x, args);
   });
   return {grad_x, grad_matrix, grad_offset};
 }
@@ -100,16 +90,7 @@ std::tuple<at::Tensor, at::Tensor> coupling(const at::Tensor& x_in, const at::Te
   at::Tensor out = empty_output(x), log_det = at::empty({x.size(0)}, x.options());
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const CouplingArgs<T> args{input<T>(x), net_input(net_out), output<T>(out), log_det.mutable_data_ptr<T>(),
-                               x.size(0),   x.size(1),          transformed,    positions_of(x),
-                               kind.as<T>()};
-    if (x.is_cpu()) return cpu::coupling(args, torch_threads());
-    const CudaScope scope(x);
-#ifdef PYGLOW_WITH_CUDA
-    const int64_t bytes = cuda::coupling_scratch(args.samples, args.transformed, args.positions);
-    const at::Tensor scratch = CudaScope::scratch(x, bytes);
-    CudaScope::check(cuda::coupling(args, scratch.mutable_data_ptr(), scope.stream()));
-#endif
+    run(x, coupling_args<T>(x, net_out, out, log_det, transformed, kind));
   });
   check_overflow(kind, log_det);
   return {out, log_det};
@@ -131,37 +112,30 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> coupling_backward(const at::Tenso
   at::Tensor in = want_input ? empty_output(out) : at::empty({0}, out.options());
   with_dtype(out, [&](auto zero) {
     using T = decltype(zero);
-    const CouplingBackwardArgs<T> args{input<T>(out),
-                                       net_input(net_out),
-                                       input<T>(grad_out),
-                                       grad_log_det.const_data_ptr<T>(),
-                                       want_input ? output<T>(in) : Strided<T>{nullptr, 0, 0, 0},
-                                       output<T>(grad_in),
-                                       net_grad(grad_net_out),
-                                       out.size(0),
-                                       out.size(1),
-                                       transformed,
-                                       positions_of(out),
-                                       kind.as<T>()};
-    if (out.is_cpu()) return cpu::coupling_backward(args, torch_threads());
-    const CudaScope scope(out);
-#ifdef PYGLOW_WITH_CUDA
-    CudaScope::check(cuda::coupling_backward(args, scope.stream()));
-#endif
+    const CouplingBackwardArgs<T> args{.out = input<T>(out),
+                                       .net_out = net_input(net_out),
+                                       .grad_out = input<T>(grad_out),
+                                       .grad_log_det = grad_log_det.const_data_ptr<T>(),
+                                       .in = want_input ? output<T>(in) : Strided<T>{},
+                                       .grad_in = output<T>(grad_in),
+                                       .grad_net_out = net_grad(grad_net_out),
+                                       .samples = out.size(0),
+                                       .channels = out.size(1),
+                                       .transformed = transformed,
+                                       .positions = positions_of(out),
+                                       .kind = kind.as<T>()};
+    run(out, args);
   });
   return {grad_in, grad_net_out, in};
 }
 
 }  // namespace
-}  // namespace pyglow::bindings
 
-namespace pyglow::bindings {
-
-void register_step_ops(pybind11::module_& m) {
-  m.def("channel_mix", &channel_mix, NoGil());
-  m.def("channel_mix_backward", &channel_mix_backward, NoGil());
-  m.def("coupling", &coupling, NoGil());
-  m.def("coupling_backward", &coupling_backward, NoGil());
+void register_step_ops(torch::Library& m) {
+  m.impl("channel_mix", &channel_mix);
+  m.impl("channel_mix_backward", &channel_mix_backward);
+  m.impl("coupling", &coupling);
+  m.impl("coupling_backward", &coupling_backward);
 }
 
 }  // namespace pyglow::bindings

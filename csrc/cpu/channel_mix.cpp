@@ -64,9 +64,7 @@ void channel_mix_backward(const ChannelMixBackwardArgs<T>& args, const Threads& 
   sums.total(args.grad_matrix, args.grad_offset);
 }
 
-template void channel_mix<float>(const ChannelMixArgs<float>&, const Threads&);
-template void channel_mix<double>(const ChannelMixArgs<double>&, const Threads&);
-template void channel_mix_backward<float>(const ChannelMixBackwardArgs<float>&, const Threads&);
-template void channel_mix_backward<double>(const ChannelMixBackwardArgs<double>&, const Threads&);
+PYGLOW_CPU_INSTANTIATE(channel_mix, ChannelMixArgs)
+PYGLOW_CPU_INSTANTIATE(channel_mix_backward, ChannelMixBackwardArgs)
 
 }  // namespace pyglow::cpu::PYGLOW_ISA

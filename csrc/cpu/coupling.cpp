@@ -118,9 +118,7 @@ void coupling_backward(const CouplingBackwardArgs<T>& args, const Threads& threa
   });
 }
 
-template void coupling<float>(const CouplingArgs<float>&, const Threads&);
-template void coupling<double>(const CouplingArgs<double>&, const Threads&);
-template void coupling_backward<float>(const CouplingBackwardArgs<float>&, const Threads&);
-template void coupling_backward<double>(const CouplingBackwardArgs<double>&, const Threads&);
+PYGLOW_CPU_INSTANTIATE(coupling, CouplingArgs)
+PYGLOW_CPU_INSTANTIATE(coupling_backward, CouplingBackwardArgs)
 
 }  // namespace pyglow::cpu::PYGLOW_ISA

@@ -5,12 +5,12 @@
 namespace pyglow::cpu::PYGLOW_ISA {
 
 template <class T>
-void elementary(Elementary function, const T* x, T* y, int64_t count) {
-  for (int64_t i = 0; i < count; i += lanes<T>) {
-    const int64_t valid = smaller(lanes<T>, count - i);
+void elementary(const ElementaryArgs<T>& args, const Threads&) {
+  for (int64_t i = 0; i < args.count; i += lanes<T>) {
+    const int64_t valid = smaller(lanes<T>, args.count - i);
     Vec<T> v{};
-    __builtin_memcpy(&v, x + i, valid * sizeof(T));
-    switch (function) {
+    __builtin_memcpy(&v, args.x + i, valid * sizeof(T));
+    switch (args.function) {
       case Elementary::exp:
         v = math::exp(v);
         break;
@@ -27,11 +27,10 @@ void elementary(Elementary function, const T* x, T* y, int64_t count) {
         v = math::atan(v);
         break;
     }
-    __builtin_memcpy(y + i, &v, valid * sizeof(T));
+    __builtin_memcpy(args.y + i, &v, valid * sizeof(T));
   }
 }
 
-template void elementary<float>(Elementary, const float*, float*, int64_t);
-template void elementary<double>(Elementary, const double*, double*, int64_t);
+PYGLOW_CPU_INSTANTIATE(elementary, ElementaryArgs)
 
 }  // namespace pyglow::cpu::PYGLOW_ISA

@@ -183,11 +183,8 @@ void step_backward(const StepBackwardArgs<T>& args, const Threads& threads) {
             [&]<ScaleMap Map, Order O>() { step_backward_tiles<Map, O>(args, threads); });
 }
 
-template void coupling_mix<float>(const CouplingMixArgs<float>&, const Threads&);
-template void coupling_mix<double>(const CouplingMixArgs<double>&, const Threads&);
-template void coupling_mix_backward<float>(const CouplingMixBackwardArgs<float>&, const Threads&);
-template void coupling_mix_backward<double>(const CouplingMixBackwardArgs<double>&, const Threads&);
-template void step_backward<float>(const StepBackwardArgs<float>&, const Threads&);
-template void step_backward<double>(const StepBackwardArgs<double>&, const Threads&);
+PYGLOW_CPU_INSTANTIATE(coupling_mix, CouplingMixArgs)
+PYGLOW_CPU_INSTANTIATE(coupling_mix_backward, CouplingMixBackwardArgs)
+PYGLOW_CPU_INSTANTIATE(step_backward, StepBackwardArgs)
 
 }  // namespace pyglow::cpu::PYGLOW_ISA

@@ -7,7 +7,7 @@
 // of pixels, or packed so for a range of tasks with the same columns if B is turned. The block of C lives in registers
 // meanwhile: per k one broadcast value of A and two vectors of B per row, as in the C x C product. Every element of C
 // is summed in the same order however the tasks are dealt out.
-#include "cpu/isa.h"
+#include "cpu/matrix.h"
 #include "cpu/mix_sums.h"
 #include "math/activation.h"
 
@@ -190,7 +190,8 @@ void multiply_columns(const ProductArgs<T>& args, int64_t size, int64_t first, i
     const bool is_last = k + inner == args.inner;
     for (int64_t panel = first; panel < last; ++panel) {
       const int64_t row = panel * NumRows, rows = smaller(NumRows, args.rows - row);
-      Epilogue<T> epilogue{args.accumulate || k > 0, nullptr, nullptr, 0, args.leak};
+      Epilogue<T> epilogue{
+          .add = args.accumulate || k > 0, .bias = nullptr, .mask = nullptr, .mask_row = 0, .leak = args.leak};
       if (is_last && args.bias != nullptr) epilogue.bias = args.bias + row;
       if (is_last && args.mask.data != nullptr) {
         epilogue.mask = at(args.mask, row, column);

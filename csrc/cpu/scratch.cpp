@@ -3,8 +3,6 @@
 #include <cstdlib>
 #include <new>
 
-#include "core.h"
-
 namespace pyglow::cpu {
 namespace {
 
@@ -40,7 +38,5 @@ void* thread_scratch(Scratch kind, std::size_t bytes) {
   thread_local Buffer buffers[3];
   return buffers[static_cast<int>(kind)].at_least(bytes);
 }
-
-void* net_workspace(int64_t bytes) { return thread_scratch(Scratch::net, static_cast<std::size_t>(bytes)); }
 
 }  // namespace pyglow::cpu

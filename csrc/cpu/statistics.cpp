@@ -150,13 +150,9 @@ void gaussian_sample(const GaussianSampleArgs<T>& args, const Threads& threads) 
   });
 }
 
-#define PYGLOW_INSTANTIATE(T)                                                                  \
-  template void channel_moments<T>(const ChannelMomentsArgs<T>&, const Threads&);              \
-  template void gaussian_log_prob<T>(const GaussianArgs<T>&, const Threads&);                  \
-  template void gaussian_log_prob_backward<T>(const GaussianBackwardArgs<T>&, const Threads&); \
-  template void gaussian_sample<T>(const GaussianSampleArgs<T>&, const Threads&);
-PYGLOW_INSTANTIATE(float)
-PYGLOW_INSTANTIATE(double)
-#undef PYGLOW_INSTANTIATE
+PYGLOW_CPU_INSTANTIATE(channel_moments, ChannelMomentsArgs)
+PYGLOW_CPU_INSTANTIATE(gaussian_log_prob, GaussianArgs)
+PYGLOW_CPU_INSTANTIATE(gaussian_log_prob_backward, GaussianBackwardArgs)
+PYGLOW_CPU_INSTANTIATE(gaussian_sample, GaussianSampleArgs)
 
 }  // namespace pyglow::cpu::PYGLOW_ISA

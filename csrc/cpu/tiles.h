@@ -136,16 +136,6 @@ void sum_per_sample(const double* partials, const TileShape& shape, double sign,
   }
 }
 
-// How far apart the rows of a matrix are at a pixel, and where its elements are.
-template <class T>
-PYGLOW_HD int64_t row_at(const Matrix<T>& m, int64_t pixel) {
-  return pixel < m.tail ? m.row : m.tail_row;
-}
-template <class T>
-PYGLOW_HD T* at(const Matrix<T>& m, int64_t row, int64_t pixel) {
-  return m.data + pixel / pixel_block * m.block + row * row_at(m, pixel) + pixel % pixel_block;
-}
-
 // Tasks that make a range worth a thread of its own: about 10 us of work, given the elements that a task touches.
 PYGLOW_HD int64_t grain_of(int64_t elements_per_task) { return larger(1, 16384 / larger(elements_per_task, 1)); }
 

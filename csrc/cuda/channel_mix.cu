@@ -14,7 +14,7 @@ namespace pyglow::cuda {
 //   once up to C = 128 and ceil(C / 128) times above, mostly from L2. Squeezing changes addresses only: a thread reads
 //   or writes 32 bytes of an image's row for two channels.
 template <class T>
-int channel_mix(const ChannelMixArgs<T>& args, void* stream) {
+int channel_mix(const ChannelMixArgs<T>& args, const Queue& queue) {
   const int64_t samples = args.samples, channels = args.channels, positions = args.positions;
   if (samples * positions == 0 || channels == 0) return cudaSuccess;
   const T* const center = args.subtract_first ? args.offset : nullptr;
@@ -22,10 +22,9 @@ int channel_mix(const ChannelMixArgs<T>& args, void* stream) {
   const PlainSource<T> source = plain_source(args.x, center, positions);
   const bool vector = has_vector_columns(args.x, positions) && has_vector_columns(read_only(args.u), positions);
   return fused_product<T>(source, plain_sink(args.u, channels), args.matrix, channels, 1, offset, samples, channels,
-                          positions, vector, LogDet<T>{}, stream);
+                          positions, vector, LogDet<T>{}, queue.stream);
 }
 
-template int channel_mix<float>(const ChannelMixArgs<float>&, void*);
-template int channel_mix<double>(const ChannelMixArgs<double>&, void*);
+PYGLOW_CUDA_INSTANTIATE(channel_mix, ChannelMixArgs)
 
 }  // namespace pyglow::cuda

@@ -6,15 +6,10 @@
 
 namespace pyglow::cuda {
 
-template <class T>
-int64_t channel_mix_backward_scratch(int64_t samples, int64_t channels, int64_t positions) {
-  return sums_scratch<T>(samples, channels, positions);
-}
-
 // The grids of the product and of the sums: channel_mix.cu, mix_sums.cuh. Both read grad_u and what is added to it:
 // writing their sum would cost more.
 template <class T>
-int channel_mix_backward(const ChannelMixBackwardArgs<T>& args, void* scratch, void* stream) {
+int channel_mix_backward(const ChannelMixBackwardArgs<T>& args, const Queue& queue) {
   const int64_t samples = args.samples, channels = args.channels, positions = args.positions;
   if (channels == 0) return cudaSuccess;
   const PlainSource<T> x = plain_source(args.x, args.center, positions);
@@ -23,16 +18,13 @@ int channel_mix_backward(const ChannelMixBackwardArgs<T>& args, void* scratch, v
   if (samples * positions > 0) {
     const bool vector = vector_grad && has_vector_columns(read_only(args.grad_x), positions);
     const int error = fused_product<T>(grad_u, plain_sink(args.grad_x, channels), args.matrix, 1, channels, nullptr,
-                                       samples, channels, positions, vector, LogDet<T>{}, stream);
+                                       samples, channels, positions, vector, LogDet<T>{}, queue.stream);
     if (error != cudaSuccess) return error;
   }
   return mix_sums<T>(x, grad_u, args.grad_matrix, args.grad_offset, samples, channels, positions,
-                     vector_grad && has_vector_columns(x, positions), scratch, stream);
+                     vector_grad && has_vector_columns(x, positions), queue);
 }
 
-template int64_t channel_mix_backward_scratch<float>(int64_t, int64_t, int64_t);
-template int64_t channel_mix_backward_scratch<double>(int64_t, int64_t, int64_t);
-template int channel_mix_backward<float>(const ChannelMixBackwardArgs<float>&, void*, void*);
-template int channel_mix_backward<double>(const ChannelMixBackwardArgs<double>&, void*, void*);
+PYGLOW_CUDA_INSTANTIATE(channel_mix_backward, ChannelMixBackwardArgs)
 
 }  // namespace pyglow::cuda

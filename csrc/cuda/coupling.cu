@@ -82,18 +82,13 @@ __global__ void __launch_bounds__(block_threads)
 
 }  // namespace
 
-int64_t coupling_scratch(int64_t samples, int64_t transformed, int64_t positions) {
-  const int64_t parts = parts_of(samples, transformed * positions);
-  return parts > 1 ? samples * parts * static_cast<int64_t>(sizeof(double)) : 0;
-}
-
 // - Grid: samples by parts of 1024 to 8192 elements, at most max_blocks blocks, which then loop.
 // - Occupancy: up to 64 registers (float), so 4 blocks of 256 threads on a multiprocessor; each thread has three
 //   16-byte loads in flight, 48 KB in all, more than bandwidth times latency (about 30 KB). Double: 2, with atan 1.
 // - Bound: memory; the scale map takes 50 to 100 instructions for each 16 bytes moved. The kept channels are copied in
 //   the same pass, and not at all if out is in. The second stage reads one double per part.
 template <class T>
-int coupling(const CouplingArgs<T>& args, void* scratch, void* stream) {
+int coupling(const CouplingArgs<T>& args, const Queue& queue) {
   if (args.samples == 0) return cudaSuccess;
   const int64_t transformed = args.transformed, kept = args.channels - transformed, positions = args.positions;
   const Rows rows = rows_of(positions, args.out, args.in, args.net_out);
@@ -109,7 +104,7 @@ int coupling(const CouplingArgs<T>& args, void* scratch, void* stream) {
   c.kept_in = row_view(args.in, rows, 0);
   c.kept_out = row_view(args.out, rows, 0);
   c.log_det = args.log_det;
-  c.partials = static_cast<double*>(scratch);
+  c.partials = partial_sums(args.samples, parts, queue);
   c.samples = args.samples;
   c.parts = parts;
   c.copy_kept = !same;
@@ -125,16 +120,15 @@ int coupling(const CouplingArgs<T>& args, void* scratch, void* stream) {
   const int64_t blocks = smaller(args.samples * parts, max_blocks);
   const int error = with_kind(args.kind, [&](auto kind) {
     using K = decltype(kind);
-    return vector ? launch(coupling_kernel<T, K, true>, blocks, threads, 0, stream, c)
-                  : launch(coupling_kernel<T, K, false>, blocks, threads, 0, stream, c);
+    return vector ? launch(coupling_kernel<T, K, true>, blocks, threads, 0, queue.stream, c)
+                  : launch(coupling_kernel<T, K, false>, blocks, threads, 0, queue.stream, c);
   });
   if (error != cudaSuccess || parts == 1 || args.kind.map == ScaleMap::none) return error;
   const dim3 sum_threads(static_cast<unsigned>(smaller<int64_t>(block_threads, round_up(parts, warp_threads))));
-  return launch(log_det_kernel<T>, smaller(args.samples, max_blocks), sum_threads, 0, stream, c.partials, args.samples,
-                parts, args.log_det);
+  return launch(log_det_kernel<T>, smaller(args.samples, max_blocks), sum_threads, 0, queue.stream, c.partials,
+                args.samples, parts, args.log_det);
 }
 
-template int coupling<float>(const CouplingArgs<float>&, void*, void*);
-template int coupling<double>(const CouplingArgs<double>&, void*, void*);
+PYGLOW_CUDA_INSTANTIATE(coupling, CouplingArgs)
 
 }  // namespace pyglow::cuda

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(block_threads, sizeof(T) == 4 ? 3 : 2)
 //   loads in flight, 48 KB in all, more than bandwidth times latency (about 30 KB).
 // - Bound: memory, eight values moved per element.
 template <class T>
-int coupling_backward(const CouplingBackwardArgs<T>& args, void* stream) {
+int coupling_backward(const CouplingBackwardArgs<T>& args, const Queue& queue) {
   if (args.samples == 0) return cudaSuccess;
   const int64_t transformed = args.transformed, kept = args.channels - transformed, positions = args.positions;
   const Rows rows = rows_of(positions, args.grad_in, args.out, args.net_out, args.grad_out, args.in, args.grad_net_out);
@@ -114,12 +114,11 @@ int coupling_backward(const CouplingBackwardArgs<T>& args, void* stream) {
   const int64_t blocks = smaller(args.samples * c.parts, max_blocks);
   return with_kind(args.kind, [&](auto kind) {
     using K = decltype(kind);
-    return vector ? launch(coupling_backward_kernel<T, K, true>, blocks, threads, 0, stream, c)
-                  : launch(coupling_backward_kernel<T, K, false>, blocks, threads, 0, stream, c);
+    return vector ? launch(coupling_backward_kernel<T, K, true>, blocks, threads, 0, queue.stream, c)
+                  : launch(coupling_backward_kernel<T, K, false>, blocks, threads, 0, queue.stream, c);
   });
 }
 
-template int coupling_backward<float>(const CouplingBackwardArgs<float>&, void*);
-template int coupling_backward<double>(const CouplingBackwardArgs<double>&, void*);
+PYGLOW_CUDA_INSTANTIATE(coupling_backward, CouplingBackwardArgs)
 
 }  // namespace pyglow::cuda

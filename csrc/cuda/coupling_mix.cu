@@ -5,11 +5,6 @@
 
 namespace pyglow::cuda {
 
-template <class T>
-int64_t coupling_mix_scratch(int64_t samples, int64_t positions) {
-  return 2 * static_cast<int64_t>(sizeof(double)) * smaller(divide_up(samples * positions, 16 * width<T>), max_blocks);
-}
-
 // - Grid: ranges of tiles of 16 to 64 16-byte columns by groups of up to 128 output channels, groups fastest, so that
 //   the second reader of a tile finds it in L2; at most max_blocks. A block walks its range, so that it leaves at most
 //   two samples' log_det to the second stage.
@@ -21,23 +16,22 @@ int64_t coupling_mix_scratch(int64_t samples, int64_t positions) {
 //   to six 16-byte loads are in flight, 24 to 48 KB on a multiprocessor; bandwidth times latency is about 30 KB.
 // - Bound: memory up to about C = 64 (3 C values moved for C^2 multiply-adds), then the multiply-add units.
 template <class T>
-int coupling_mix(const CouplingMixArgs<T>& args, void* scratch, void* stream) {
+int coupling_mix(const CouplingMixArgs<T>& args, const Queue& queue) {
   const CouplingArgs<T>& half = args.coupling;
   const int64_t samples = half.samples, channels = half.channels, positions = half.positions;
-  if (samples * positions == 0 || channels == 0) return clear_log_det(half.log_det, samples, stream);
+  if (samples * positions == 0 || channels == 0) return clear_log_det(half.log_det, samples, queue.stream);
   const bool inverse = half.kind.inverse;
   const CoupledSource<T> source = coupled_source(half.in, half.net_out, inverse ? args.offset : nullptr, channels,
                                                  half.transformed, positions, half.kind);
   const auto sink = plain_sink(half.out, channels);
   const bool vector = has_vector_columns(source, positions) && has_vector_columns(read_only(half.out), positions);
-  const LogDet<T> log_det = {half.log_det, static_cast<double*>(scratch), inverse};
+  const int64_t most_ranges = smaller(divide_up(samples * positions, 16 * width<T>), max_blocks);
+  double* const partials = static_cast<double*>(queue.scratch(2 * static_cast<int64_t>(sizeof(double)) * most_ranges));
+  const LogDet<T> log_det = {half.log_det, partials, inverse};
   return fused_product<T>(source, sink, args.matrix, channels, 1, inverse ? nullptr : args.offset, samples, channels,
-                          positions, vector, log_det, stream);
+                          positions, vector, log_det, queue.stream);
 }
 
-template int64_t coupling_mix_scratch<float>(int64_t, int64_t);
-template int64_t coupling_mix_scratch<double>(int64_t, int64_t);
-template int coupling_mix<float>(const CouplingMixArgs<float>&, void*, void*);
-template int coupling_mix<double>(const CouplingMixArgs<double>&, void*, void*);
+PYGLOW_CUDA_INSTANTIATE(coupling_mix, CouplingMixArgs)
 
 }  // namespace pyglow::cuda

@@ -125,11 +125,6 @@ struct CouplingSink {
 
 }  // namespace
 
-template <class T>
-int64_t coupling_mix_backward_scratch(int64_t samples, int64_t channels, int64_t positions) {
-  return sums_scratch<T>(samples, channels, positions);
-}
-
 // First pass:
 // - Grid: as coupling_mix; each output channel is in one group, so nothing is evaluated twice.
 // - Occupancy: up to 128 registers, so 2 blocks of 256 threads on a multiprocessor (double: 1); at most 47 KB of shared
@@ -140,7 +135,7 @@ int64_t coupling_mix_backward_scratch(int64_t samples, int64_t channels, int64_t
 // beside 64 multiply-adds for each element. That reads in and net_out again, 2 C values, where keeping y would take
 // memory of the state's size, written once and read once.
 template <class T>
-int coupling_mix_backward(const CouplingMixBackwardArgs<T>& args, void* scratch, void* stream) {
+int coupling_mix_backward(const CouplingMixBackwardArgs<T>& args, const Queue& queue) {
   const int64_t samples = args.samples, channels = args.channels, positions = args.positions;
   if (channels == 0) return cudaSuccess;
   const T* const none = nullptr;
@@ -154,16 +149,12 @@ int coupling_mix_backward(const CouplingMixBackwardArgs<T>& args, void* scratch,
     const bool vector = vector_in && has_vector_columns(read_only(args.grad_in), positions) &&
                         has_vector_net<T>(args.grad_net_out, positions);
     const int error = fused_product<T>(grad_out, sink, args.matrix, 1, channels, none, samples, channels, positions,
-                                       vector, {}, stream);
+                                       vector, {}, queue.stream);
     if (error != cudaSuccess) return error;
   }
-  return mix_sums<T>(y, grad_out, args.grad_matrix, args.grad_offset, samples, channels, positions, vector_in, scratch,
-                     stream);
+  return mix_sums<T>(y, grad_out, args.grad_matrix, args.grad_offset, samples, channels, positions, vector_in, queue);
 }
 
-template int64_t coupling_mix_backward_scratch<float>(int64_t, int64_t, int64_t);
-template int64_t coupling_mix_backward_scratch<double>(int64_t, int64_t, int64_t);
-template int coupling_mix_backward<float>(const CouplingMixBackwardArgs<float>&, void*, void*);
-template int coupling_mix_backward<double>(const CouplingMixBackwardArgs<double>&, void*, void*);
+PYGLOW_CUDA_INSTANTIATE(coupling_mix_backward, CouplingMixBackwardArgs)
 
 }  // namespace pyglow::cuda

@@ -133,11 +133,6 @@ __global__ void __launch_bounds__(block_threads, sizeof(T) == 4 ? 4 : 3)
 
 }  // namespace
 
-int64_t gaussian_log_prob_scratch(int64_t samples, int64_t channels, int64_t positions) {
-  const int64_t parts = parts_of(samples, channels * positions);
-  return parts > 1 ? samples * parts * static_cast<int64_t>(sizeof(double)) : 0;
-}
-
 // The three ops have one schedule:
 // - Grid: samples by parts of 1024 to 8192 elements, at most max_blocks blocks, which then loop.
 // - Occupancy: up to 64 registers (float), so 4 blocks of 256 threads on a multiprocessor; each thread has three
@@ -146,42 +141,38 @@ int64_t gaussian_log_prob_scratch(int64_t samples, int64_t channels, int64_t pos
 // - Bound: memory; one exponential and a few products for each 12 (or 4, if mean and log_sd repeat) bytes read. The
 //   second stage of the sum reads one double per part.
 template <class T>
-int gaussian_log_prob(const GaussianArgs<T>& args, void* scratch, void* stream) {
+int gaussian_log_prob(const GaussianArgs<T>& args, const Queue& queue) {
   if (args.samples == 0) return cudaSuccess;
   const Normal<T> normal = normal_of<T>(args.z, args.mean, args.log_sd, args.samples, args.channels, args.positions);
   const double constant = -math::half_log_2pi * static_cast<double>(args.channels * args.positions);
-  double* const partials = static_cast<double*>(scratch);
-  const int error = launch_normal(normal, log_prob_kernel<T, true>, log_prob_kernel<T, false>, stream, constant,
+  double* const partials = partial_sums(args.samples, normal.parts, queue);
+  const int error = launch_normal(normal, log_prob_kernel<T, true>, log_prob_kernel<T, false>, queue.stream, constant,
                                   partials, args.log_prob);
   if (error != cudaSuccess || normal.parts == 1) return error;
-  return sample_sums(partials, args.samples, normal.parts, constant, args.log_prob, stream);
+  return sample_sums(partials, args.samples, normal.parts, constant, args.log_prob, queue.stream);
 }
 
 template <class T>
-int gaussian_log_prob_backward(const GaussianBackwardArgs<T>& args, void* stream) {
+int gaussian_log_prob_backward(const GaussianBackwardArgs<T>& args, const Queue& queue) {
   if (args.samples == 0) return cudaSuccess;
   const Normal<T> normal = normal_of<T>(args.z, args.mean, args.log_sd, args.samples, args.channels, args.positions,
                                         args.grad_z, args.grad_mean, args.grad_log_sd);
-  return launch_normal(normal, log_prob_backward_kernel<T, true>, log_prob_backward_kernel<T, false>, stream,
+  return launch_normal(normal, log_prob_backward_kernel<T, true>, log_prob_backward_kernel<T, false>, queue.stream,
                        args.grad_log_prob, row_view(args.grad_z, normal.rows, 0),
                        row_view(args.grad_mean, normal.rows, 0), row_view(args.grad_log_sd, normal.rows, 0));
 }
 
 template <class T>
-int gaussian_sample(const GaussianSampleArgs<T>& args, void* stream) {
+int gaussian_sample(const GaussianSampleArgs<T>& args, const Queue& queue) {
   if (args.samples == 0) return cudaSuccess;
   const Normal<T> normal =
       normal_of<T>(args.noise, args.mean, args.log_sd, args.samples, args.channels, args.positions, args.z);
-  return launch_normal(normal, sample_kernel<T, true>, sample_kernel<T, false>, stream,
+  return launch_normal(normal, sample_kernel<T, true>, sample_kernel<T, false>, queue.stream,
                        row_view(args.z, normal.rows, 0));
 }
 
-#define PYGLOW_INSTANTIATE(T)                                                        \
-  template int gaussian_log_prob<T>(const GaussianArgs<T>&, void*, void*);           \
-  template int gaussian_log_prob_backward<T>(const GaussianBackwardArgs<T>&, void*); \
-  template int gaussian_sample<T>(const GaussianSampleArgs<T>&, void*);
-PYGLOW_INSTANTIATE(float)
-PYGLOW_INSTANTIATE(double)
-#undef PYGLOW_INSTANTIATE
+PYGLOW_CUDA_INSTANTIATE(gaussian_log_prob, GaussianArgs)
+PYGLOW_CUDA_INSTANTIATE(gaussian_log_prob_backward, GaussianBackwardArgs)
+PYGLOW_CUDA_INSTANTIATE(gaussian_sample, GaussianSampleArgs)
 
 }  // namespace pyglow::cuda

@@ -60,12 +60,6 @@ Split split_of(int64_t samples, int64_t channels, int64_t positions) {
 }
 
 template <class T>
-int64_t sums_scratch(int64_t samples, int64_t channels, int64_t positions) {
-  const Split split = split_of<T>(samples, channels, positions);
-  return split.splits > 1 ? split.splits * (channels + 1) * channels * static_cast<int64_t>(sizeof(double)) : 0;
-}
-
-template <class T>
 int reduce_sums(const double* partials, int64_t splits, int64_t channels, T* grad_matrix, T* grad_offset,
                 void* stream) {
   const int64_t blocks = smaller(divide_up((channels + 1) * channels, reduce_columns), max_blocks);
@@ -75,8 +69,6 @@ int reduce_sums(const double* partials, int64_t splits, int64_t channels, T* gra
 
 template Split split_of<float>(int64_t, int64_t, int64_t);
 template Split split_of<double>(int64_t, int64_t, int64_t);
-template int64_t sums_scratch<float>(int64_t, int64_t, int64_t);
-template int64_t sums_scratch<double>(int64_t, int64_t, int64_t);
 template int reduce_sums<float>(const double*, int64_t, int64_t, float*, float*, void*);
 template int reduce_sums<double>(const double*, int64_t, int64_t, double*, double*, void*);
 

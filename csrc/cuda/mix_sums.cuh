@@ -19,9 +19,7 @@ struct Split {
 template <class T>
 Split split_of(int64_t samples, int64_t channels, int64_t positions);
 
-// Bytes of the partial sums, and their sum over the splits. Defined for float and double in mix_sums.cu.
-template <class T>
-int64_t sums_scratch(int64_t samples, int64_t channels, int64_t positions);
+// The partial sums' sum over the splits. Defined for float and double in mix_sums.cu.
 template <class T>
 int reduce_sums(const double* partials, int64_t splits, int64_t channels, T* grad_matrix, T* grad_offset, void* stream);
 
@@ -158,23 +156,24 @@ int64_t sums_shared_bytes(const Split& split, bool vector) {
 //   computes takes more registers: 1 block.
 // - Bound: memory up to about C = 48 (2 C values read for C^2 multiply-adds), then the multiply-add units. The second
 //   stage reads at most 16 MB. A source that computes what it stages does so once for each part along the other side.
-// No positions give zeros. `scratch` is that of sums_scratch.
+// No positions give zeros.
 template <class T, class X, class U>
 int mix_sums(const X& x, const U& grad_u, T* grad_matrix, T* grad_offset, int64_t samples, int64_t channels,
-             int64_t positions, bool vector, void* scratch, void* stream) {
+             int64_t positions, bool vector, const Queue& queue) {
   const Split split = split_of<T>(samples, channels, positions);
-  double* const partials = static_cast<double*>(scratch);
+  const int64_t sizes = split.splits > 1 ? split.splits * (channels + 1) * channels : 0;
+  double* const partials = static_cast<double*>(queue.scratch(sizes * static_cast<int64_t>(sizeof(double))));
   if (split.splits > 0) {
     const Sums<T, X, U> sums = {x, grad_u, grad_matrix, grad_offset, partials, samples, channels, positions, split};
     const int64_t blocks = split.splits * split.parts * split.parts;
     const dim3 threads(split.columns, split.threads / split.columns);
     const int64_t bytes = sums_shared_bytes<T, X, U>(split, vector);
-    const int error = vector ? launch(sums_kernel<T, X, U, true>, blocks, threads, bytes, stream, sums)
-                             : launch(sums_kernel<T, X, U, false>, blocks, threads, bytes, stream, sums);
+    const int error = vector ? launch(sums_kernel<T, X, U, true>, blocks, threads, bytes, queue.stream, sums)
+                             : launch(sums_kernel<T, X, U, false>, blocks, threads, bytes, queue.stream, sums);
     if (error != cudaSuccess) return error;
   }
   if (split.splits == 1 || channels == 0) return cudaSuccess;
-  return reduce_sums<T>(partials, split.splits, channels, grad_matrix, grad_offset, stream);
+  return reduce_sums<T>(partials, split.splits, channels, grad_matrix, grad_offset, queue.stream);
 }
 
 }  // namespace pyglow::cuda

@@ -182,12 +182,6 @@ __global__ void __launch_bounds__(block_threads) merge_kernel(const ChannelSums<
 
 }  // namespace
 
-template <class T>
-int64_t channel_moments_scratch(const ChannelMomentsArgs<T>& args) {
-  const int64_t splits = cut_of(args).splits;
-  return splits > 1 ? splits * args.channels * static_cast<int64_t>(sizeof(Moments)) : 0;
-}
-
 // - Grid: channels (units of 16 bytes of them, up to 32 side by side, where channels are the neighbours in memory) by
 //   splits of the positions: as many as occupy a large GPU, while each thread has two units and the partial moments fit
 //   into 16 MB.
@@ -197,28 +191,25 @@ int64_t channel_moments_scratch(const ChannelMomentsArgs<T>& args) {
 // - Bound: memory. A thread's merge takes about 25 operations in double for 128 bytes (45 across channels), which a
 //   multiprocessor with two units for double (12.0) does in the time that its share of the bandwidth takes.
 template <class T>
-int channel_moments(const ChannelMomentsArgs<T>& args, void* scratch, void* stream) {
+int channel_moments(const ChannelMomentsArgs<T>& args, const Queue& queue) {
   if (args.channels == 0) return cudaSuccess;
   const Cut cut = cut_of(args);
-  const ChannelSums<T> sums = {args.x, args.mean, args.m2, static_cast<Moments*>(scratch), args.channels, cut};
+  const int64_t partials = cut.splits > 1 ? cut.splits * args.channels * static_cast<int64_t>(sizeof(Moments)) : 0;
+  const ChannelSums<T> sums = {args.x,        args.mean, args.m2, static_cast<Moments*>(queue.scratch(partials)),
+                               args.channels, cut};
   const int64_t blocks = smaller(cut.splits * cut.groups, max_blocks);
   const dim3 threads(cut.lanes, cut.threads);
   const int64_t bytes = static_cast<int64_t>(sizeof(Moments)) * cut.lanes * cut.threads;
-  const int error = cut.columns ? launch(moments_kernel<T, false, true>, blocks, threads, bytes, stream, sums)
+  const int error = cut.columns ? launch(moments_kernel<T, false, true>, blocks, threads, bytes, queue.stream, sums)
                     : cut.channels
-                        ? launch(moments_kernel<T, true, true>, blocks, threads, bytes * width<T>, stream, sums)
-                        : launch(moments_kernel<T, false, false>, blocks, threads, bytes, stream, sums);
+                        ? launch(moments_kernel<T, true, true>, blocks, threads, bytes * width<T>, queue.stream, sums)
+                        : launch(moments_kernel<T, false, false>, blocks, threads, bytes, queue.stream, sums);
   if (error != cudaSuccess || cut.splits == 1) return error;
   const int64_t rows = smaller<int64_t>(block_threads, cut.splits);
   return launch(merge_kernel<T>, smaller(args.channels, max_blocks), dim3(static_cast<unsigned>(rows)),
-                rows * static_cast<int64_t>(sizeof(Moments)), stream, sums);
+                rows * static_cast<int64_t>(sizeof(Moments)), queue.stream, sums);
 }
 
-#define PYGLOW_INSTANTIATE(T)                                                \
-  template int64_t channel_moments_scratch<T>(const ChannelMomentsArgs<T>&); \
-  template int channel_moments<T>(const ChannelMomentsArgs<T>&, void*, void*);
-PYGLOW_INSTANTIATE(float)
-PYGLOW_INSTANTIATE(double)
-#undef PYGLOW_INSTANTIATE
+PYGLOW_CUDA_INSTANTIATE(channel_moments, ChannelMomentsArgs)
 
 }  // namespace pyglow::cuda

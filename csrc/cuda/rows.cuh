@@ -88,6 +88,12 @@ inline int64_t parts_of(int64_t samples, int64_t elements) {
   return larger<int64_t>(1, smaller(smaller(divide_up(elements, 1024), enough), fitting));
 }
 
+// Room for a double for each part of each sample; null where a sample is one part.
+inline double* partial_sums(int64_t samples, int64_t parts, const Queue& queue) {
+  const int64_t bytes = samples * parts * static_cast<int64_t>(sizeof(double));
+  return static_cast<double*>(queue.scratch(parts > 1 ? bytes : 0));
+}
+
 // The threads of a block that walks parts of a and of b.
 inline dim3 walk_threads(const Walk& a, const Walk& b) {
   const int64_t units = larger<int64_t>(1, larger(a.part, b.part));

@@ -113,7 +113,7 @@ struct StepSource {
 //   latency.
 // - Bound: memory up to about C = 128 (6 C values moved for C^2 multiply-adds), then the multiply-add units.
 template <class T>
-int step_backward(const StepBackwardArgs<T>& args, void* stream) {
+int step_backward(const StepBackwardArgs<T>& args, const Queue& queue) {
   const int64_t samples = args.samples, channels = args.channels, positions = args.positions;
   if (samples * positions == 0 || channels == 0) return cudaSuccess;
   const StepSource<T> source = {args.y,
@@ -133,10 +133,9 @@ int step_backward(const StepBackwardArgs<T>& args, void* stream) {
                       has_vector_net<T>(args.net_out, positions) && has_vector_net<T>(args.grad_net_out, positions);
   const T* const none = nullptr;
   return fused_product<T>(source, sink, args.inverse_matrix, channels, 1, none, samples, channels, positions, vector,
-                          {}, stream);
+                          {}, queue.stream);
 }
 
-template int step_backward<float>(const StepBackwardArgs<float>&, void*);
-template int step_backward<double>(const StepBackwardArgs<double>&, void*);
+PYGLOW_CUDA_INSTANTIATE(step_backward, StepBackwardArgs)
 
 }  // namespace pyglow::cuda

@@ -11,74 +11,34 @@ namespace driver {
 
 constexpr int64_t max_scratch_bytes = 16 << 20;
 
+// What a call takes of device memory, freed after it.
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes) : memory_(std::malloc(bytes)) {
-    if (bytes > max_scratch_bytes) throw std::runtime_error("scratch memory of " + std::to_string(bytes) + " bytes");
-    std::memset(memory_, 0xff, bytes);
-  }
+  Scratch() = default;
   ~Scratch() { std::free(memory_); }
   Scratch(const Scratch&) = delete;
-  void* get() const { return memory_; }
+  pyglow::cuda::Queue queue() { return {nullptr, &allocate, this}; }
 
  private:
-  void* memory_;
+  static void* allocate(int64_t bytes, void* context) {
+    if (bytes > max_scratch_bytes) throw std::runtime_error("scratch memory of " + std::to_string(bytes) + " bytes");
+    void*& memory = static_cast<Scratch*>(context)->memory_;
+    if (memory != nullptr) throw std::runtime_error("a second piece of scratch memory");
+    memory = std::malloc(bytes);
+    return std::memset(memory, 0xff, bytes);
+  }
+
+  void* memory_ = nullptr;
 };
 
-inline void check(int error) {
-  if (error != 0) throw std::runtime_error(pyglow::cuda::error_string(error));
-}
-
-template <class T>
-void run(const pyglow::ChannelMixArgs<T>& args) {
-  check(pyglow::cuda::channel_mix(args, nullptr));
-}
-template <class T>
-void run(const pyglow::ChannelMixBackwardArgs<T>& args) {
-  const Scratch scratch(pyglow::cuda::channel_mix_backward_scratch<T>(args.samples, args.channels, args.positions));
-  check(pyglow::cuda::channel_mix_backward(args, scratch.get(), nullptr));
-}
-template <class T>
-void run(const pyglow::ChannelMomentsArgs<T>& args) {
-  const Scratch scratch(pyglow::cuda::channel_moments_scratch(args));
-  check(pyglow::cuda::channel_moments(args, scratch.get(), nullptr));
-}
-template <class T>
-void run(const pyglow::GaussianArgs<T>& args) {
-  const Scratch scratch(pyglow::cuda::gaussian_log_prob_scratch(args.samples, args.channels, args.positions));
-  check(pyglow::cuda::gaussian_log_prob(args, scratch.get(), nullptr));
-}
-template <class T>
-void run(const pyglow::GaussianBackwardArgs<T>& args) {
-  check(pyglow::cuda::gaussian_log_prob_backward(args, nullptr));
-}
-template <class T>
-void run(const pyglow::GaussianSampleArgs<T>& args) {
-  check(pyglow::cuda::gaussian_sample(args, nullptr));
-}
-template <class T>
-void run(const pyglow::CouplingArgs<T>& args) {
-  const Scratch scratch(pyglow::cuda::coupling_scratch(args.samples, args.transformed, args.positions));
-  check(pyglow::cuda::coupling(args, scratch.get(), nullptr));
-}
-template <class T>
-void run(const pyglow::CouplingBackwardArgs<T>& args) {
-  check(pyglow::cuda::coupling_backward(args, nullptr));
-}
-
-template <class T>
-void run(const pyglow::CouplingMixArgs<T>& args) {
-  const Scratch scratch(pyglow::cuda::coupling_mix_scratch<T>(args.coupling.samples, args.coupling.positions));
-  check(pyglow::cuda::coupling_mix(args, scratch.get(), nullptr));
-}
-template <class T>
-void run(const pyglow::CouplingMixBackwardArgs<T>& args) {
-  const Scratch scratch(pyglow::cuda::coupling_mix_backward_scratch<T>(args.samples, args.channels, args.positions));
-  check(pyglow::cuda::coupling_mix_backward(args, scratch.get(), nullptr));
-}
-template <class T>
-void run(const pyglow::StepBackwardArgs<T>& args) {
-  check(pyglow::cuda::step_backward(args, nullptr));
-}
+#define PYGLOW_RUN(kernel, Args)                                                 \
+  template <class T>                                                             \
+  void run(const pyglow::Args<T>& args) {                                        \
+    Scratch scratch;                                                             \
+    const int error = pyglow::cuda::kernel(args, scratch.queue());               \
+    if (error != 0) throw std::runtime_error(pyglow::cuda::error_string(error)); \
+  }
+PYGLOW_KERNELS(PYGLOW_RUN)
+#undef PYGLOW_RUN
 
 }  // namespace driver

@@ -3,7 +3,8 @@
 // A 3x3 convolution is a product with the nine shifts of its input (columns), or the sum of the nine shifts of a
 // product. Images are narrow at the deep levels, where a loop per row would be all overhead: a small plane is shifted
 // as a whole, as one run of positions, and what came round the edges is masked out.
-#include "cpu/isa.h"
+#include "cpu/shifts.h"
+
 #include "cpu/tiles.h"
 
 namespace pyglow::cpu::PYGLOW_ISA {
