@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 
 from pyglow_fast._errors import expect
 
 Backward = Callable[..., tuple[Tensor | None, ...]]
-Forward = TypeVar("Forward", bound=Callable[..., Any])
 
 
 class _Final(torch.autograd.Function):
@@ -31,10 +30,14 @@ class _Final(torch.autograd.Function):
         )
 
 
-def inspected_once(forward: Forward) -> Forward:
-    """For the forward of an autograd function with a setup_context: torch asks for its signature at every call."""
-    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
-    return forward
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """function.apply(*args), which for a function with a setup_context binds default arguments: thrice all the rest.
+
+    Under torch.compile and the transforms of torch.func it is called as it is.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))
 
 
 def differentiable_once(backward: Backward) -> Backward:

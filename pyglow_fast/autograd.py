@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from pyglow_fast import ops
-from pyglow_fast._derivatives import differentiable_once, inspected_once
+from pyglow_fast._derivatives import differentiable_once
 from pyglow_fast.reference import squeeze
 
 _Kind = tuple[int, int, bool, float, float, float]
@@ -26,7 +26,6 @@ class ChannelMix(torch.autograd.Function):
     """
 
     @staticmethod
-    @inspected_once
     def forward(x: Tensor, matrix: Tensor, offset: Tensor, kept: int, squeeze_first: bool) -> tuple[Tensor, Tensor]:
         """u, like x, and u[:, :kept]."""
         u = ops.channel_mix(x, matrix, offset, False, ops.SQUEEZE_CODES["input" if squeeze_first else "none"])
@@ -76,7 +75,6 @@ class ChannelUnmix(torch.autograd.Function):
     """
 
     @staticmethod
-    @inspected_once
     def forward(u: Tensor, inverse_matrix: Tensor, offset: Tensor, unsqueeze_after: bool) -> Tensor:
         """x, like u."""
         return ops.channel_mix(
@@ -104,7 +102,6 @@ class Coupling(torch.autograd.Function):
     """The coupling or its inverse, with its log-det; the backward needs the output and the net's output only."""
 
     @staticmethod
-    @inspected_once
     def forward(x: Tensor, net_out: Tensor, kind: _Kind) -> tuple[Tensor, Tensor]:
         """The output, like x, and log_det (N,)."""
         return ops.coupling(x, net_out, *kind)
@@ -131,7 +128,6 @@ class CouplingMix(torch.autograd.Function):
     """
 
     @staticmethod
-    @inspected_once
     def forward(
         u: Tensor, net_out: Tensor, matrix: Tensor, offset: Tensor, kept: int, kind: _Kind
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,7 +199,6 @@ class GaussianLogProb(torch.autograd.Function):
     """log N(z; mean, exp(log_sd)) summed per sample; mean and log_sd expanded to the shape of z."""
 
     @staticmethod
-    @inspected_once
     def forward(z: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
         """(N,), nats."""
         return ops.gaussian_log_prob(z, mean, log_sd)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast import _backend, autograd, ops, reference
+from pyglow_fast._derivatives import apply
 from pyglow_fast.reference import (
     CouplingSpec,
     fold_actnorm,
@@ -59,7 +60,7 @@ def channel_mix_for_net(
     The same values as u[:, :kept]; their gradient is added to that of u within the backward kernel.
     """
     if ops.run_on(x) and (x.dim() == 4 or not squeeze_first):
-        return autograd.ChannelMix.apply(x, matrix, offset, kept, squeeze_first)
+        return apply(autograd.ChannelMix, x, matrix, offset, kept, squeeze_first)
     u = reference.channel_mix(x, matrix, offset, squeeze_first)
     return u, u[:, :kept]
 
@@ -67,21 +68,21 @@ def channel_mix_for_net(
 def channel_unmix(u: Tensor, inverse_matrix: Tensor, offset: Tensor, unsqueeze_after: bool = False) -> Tensor:
     """x = M^-1 (u - c) at every position; see :func:`pyglow_fast.reference.channel_unmix`."""
     if ops.run_on(u) and (u.dim() == 4 or not unsqueeze_after):
-        return autograd.ChannelUnmix.apply(u, inverse_matrix, offset, unsqueeze_after)
+        return apply(autograd.ChannelUnmix, u, inverse_matrix, offset, unsqueeze_after)
     return reference.channel_unmix(u, inverse_matrix, offset, unsqueeze_after)
 
 
 def coupling(u: Tensor, net_out: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor]:
     """y2 = (u2 + shift) s, log_det = sum log s; see :func:`pyglow_fast.reference.coupling`."""
     if ops.run_on(u) and ops.has_kernel(spec):
-        return autograd.Coupling.apply(u, readable_net_output(net_out, u), ops.kind_arguments(spec, inverse=False))
+        return apply(autograd.Coupling, u, readable_net_output(net_out, u), ops.kind_arguments(spec, inverse=False))
     return reference.coupling(u, net_out, spec)
 
 
 def coupling_inverse(y: Tensor, net_out: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor]:
     """u2 = y2 / s - shift, log_det = -sum log s; see :func:`pyglow_fast.reference.coupling_inverse`."""
     if ops.run_on(y) and ops.has_kernel(spec):
-        return autograd.Coupling.apply(y, readable_net_output(net_out, y), ops.kind_arguments(spec, inverse=True))
+        return apply(autograd.Coupling, y, readable_net_output(net_out, y), ops.kind_arguments(spec, inverse=True))
     return reference.coupling_inverse(y, net_out, spec)
 
 
@@ -106,7 +107,7 @@ def coupling_mix_for_net(
     """M y + c, its first `kept` channels for the next net (see :func:`channel_mix_for_net`), and log_det."""
     if ops.run_on(u) and ops.has_kernel(spec):
         kind = ops.kind_arguments(spec, inverse=False)
-        return autograd.CouplingMix.apply(u, readable_net_output(net_out, u), matrix, offset, kept, kind)
+        return apply(autograd.CouplingMix, u, readable_net_output(net_out, u), matrix, offset, kept, kind)
     y, log_det = coupling(u, net_out, spec)
     return *channel_mix_for_net(y, matrix, offset, kept), log_det
 
@@ -163,7 +164,7 @@ def coupling_net(
     if not net_as_products(x):
         return reference.coupling_net(x, *weights, leak=leak)
     if _records_gradient(x, *(weight for weight in weights if weight is not None)):
-        return autograd.CouplingNet.apply(x, *weights, leak)
+        return apply(autograd.CouplingNet, x, *weights, leak)
     return ops.coupling_net(x, *weights, False, leak)[0]
 
 
@@ -180,7 +181,7 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 def gaussian_log_prob(z: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
     """log N(z; mean, exp(log_sd)) summed per sample; see :func:`pyglow_fast.reference.gaussian_log_prob`."""
     if ops.run_on(z):
-        return autograd.GaussianLogProb.apply(z, mean.expand_as(z), log_sd.expand_as(z))
+        return apply(autograd.GaussianLogProb, z, mean.expand_as(z), log_sd.expand_as(z))
     return reference.gaussian_log_prob(z, mean, log_sd)
 
 

@@ -54,12 +54,15 @@ def _without_kernel(name: str, *args: Any) -> Any:
 def names() -> list[str]:
     """All ops, as ``torch.ops.pyglow_fast`` has them."""
     namespace = "pyglow_fast::"
-    return [name.removeprefix(namespace) for name in torch._C._dispatch_get_all_op_names() if name.startswith(namespace)]
+    return [
+        name.removeprefix(namespace) for name in torch._C._dispatch_get_all_op_names() if name.startswith(namespace)
+    ]
 
 
 def is_compiled(name: str, device_type: str) -> bool:
     """Whether an op has a compiled kernel for tensors of that type of device, once the extension is loaded."""
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"pyglow_fast::{name}", device_type.upper()))
+    key = torch._C._dispatch_key_for_device(device_type)
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"pyglow_fast::{name}", key))
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:

@@ -66,7 +66,7 @@ def test_far_inputs(name: str, dim: str) -> None:
 
 
 def test_every_op_is_covered() -> None:
-    elsewhere = {"coupling_net", "coupling_net_backward"}  # CPU alone: images by strides, no tensors beyond 2^31
+    elsewhere = {"coupling_net", "coupling_net_backward"}
     assert {name for name in ops.names() if not any(case.startswith(name) for case in OPS)} == elsewhere
 
 
