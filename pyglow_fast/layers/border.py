@@ -31,7 +31,7 @@ def border_map(kernel: Tensor, spatial: Sequence[int]) -> Tensor:
 
 
 def without_border(weights: Sequence[Tensor], scale: Tensor | None, border1: Tensor, border3: Tensor) -> list[Tensor]:
-    """The weights of a net without a border term that equals one with it on :meth:`NetShape.net_input`.
+    """The weights of a net without a border term that equals one with it, given a last input channel of ones.
 
     ring * k = sum k - ones * k, where the ones inside of the image are padded with zeros: an input channel for the
     first convolution, and for the last one a hidden unit that is relu(0 h + 1). So nets with a border term run and are
