@@ -2,13 +2,13 @@
 
     python -m bench.calls [--calls 2000] [--out DIR]
 
-On one thread. Every call is timed by itself, and the median of all counts; cases take turns in blocks. The floor is what
-torch asks for: an addition, and an autograd function that hands its input on. With a record means that the tensors
+On one thread. Every call is timed by itself, and the median of all counts; cases take turns in blocks. The floor is
+what torch asks for: an addition, and an autograd function that hands its input on. With a record means that the tensors
 require gradients, and counts the forward alone.
 
 A flow step is the share of one step in a forward and backward of ``STEPS`` of them, of 12 channels, at 1 x 1 pixels.
-Its kernels are the ops of this package that ran in it, called again with the same arguments; the rest is Python, torch's
-dispatcher and torch's own small ops.
+Its kernels are the ops of this package that ran in it, called again with the same arguments; the rest is Python,
+torch's dispatcher and torch's own small ops.
 """
 
 from __future__ import annotations

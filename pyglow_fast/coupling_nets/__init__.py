@@ -10,7 +10,6 @@ from pyglow_fast.coupling_nets.state import (
     captured_autocast,
     check_repeated,
     output_sums,
-    training_modes,
 )
 from pyglow_fast.coupling_nets.traits import check_net, is_deterministic
 
@@ -31,5 +30,4 @@ __all__ = [
     "plan_chunks",
     "run_net",
     "run_net_backward",
-    "training_modes",
 ]

@@ -7,14 +7,14 @@ At the image's border the strip ends where the image ends and the net's own padd
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from pyglow_fast._derivatives import check_leaves
 from pyglow_fast._errors import expect
+from pyglow_fast.coupling_nets.explicit_net import ExplicitCouplingNet
 from pyglow_fast.coupling_nets.plan import Chunk, ChunkPlan
 from pyglow_fast.coupling_nets.state import without_autocast_cache
 from pyglow_fast.ops import memory_format_of
@@ -107,20 +107,8 @@ def _chunk_gradients(
     return [next(found) if slot is not None and slot.requires_grad else None for slot in slots]
 
 
-class ExplicitNet(Protocol):
-    """A net that differentiates itself; its parameters are those it was made with."""
-
-    def forward(self, x1: Tensor, cond: Tensor | None) -> tuple[Tensor, Any]:
-        """The output and what the backward takes."""
-
-    def backward(
-        self, kept: Any, grad_out: Tensor, channels: int
-    ) -> tuple[Tensor, Tensor | None, Mapping[str, Tensor]]:
-        """Gradients of x1 (of so many channels), of cond, and of the parameters by name."""
-
-
 def _explicit_gradients(
-    net: ExplicitNet, names: Sequence[str], x1: Tensor, cond: Tensor | None, chunk: Chunk, consume: Consume
+    net: ExplicitCouplingNet, names: Sequence[str], x1: Tensor, cond: Tensor | None, chunk: Chunk, consume: Consume
 ) -> list[Tensor | None]:
     """The same as :func:`_chunk_gradients`, without autograd."""
     net_out, kept = net.forward(x1, cond)
@@ -202,7 +190,7 @@ def run_net_backward(
     *,
     needs_x1: bool = True,
     needs_cond: bool = True,
-    explicit: tuple[ExplicitNet, Sequence[str]] | None = None,
+    explicit: tuple[ExplicitCouplingNet, Sequence[str]] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, tuple[Tensor | None, ...]]:
     """d sum(net_out grad_out) / d (x1, cond, params), the net run again, one chunk and one small graph at a time.
 

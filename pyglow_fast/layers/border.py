@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyglow_fast.layers.explicit_net import scaled
+from pyglow_fast.coupling_nets.explicit_net import scaled
 from pyglow_fast.reference import full_precision
 
 
@@ -30,13 +30,8 @@ def border_map(kernel: Tensor, spatial: Sequence[int]) -> Tensor:
         return conv(ring, kernel)
 
 
-def ones_channel(x: Tensor) -> Tensor:
-    """x (N, C, *spatial) with a last channel of ones: what a net of :func:`without_border` reads."""
-    return torch.cat([x, x.new_ones(x.shape[0], 1, *x.shape[2:])], dim=1)
-
-
 def without_border(weights: Sequence[Tensor], scale: Tensor | None, border1: Tensor, border3: Tensor) -> list[Tensor]:
-    """The weights of a net without a border term that equals one with it, given :func:`ones_channel` of its input.
+    """The weights of a net without a border term that equals one with it, given a last input channel of ones.
 
     ring * k = sum k - ones * k, where the ones inside of the image are padded with zeros: an input channel for the
     first convolution, and for the last one a hidden unit that is relu(0 h + 1). So nets with a border term run and are

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets import check_precision, in_precision
+from pyglow_fast.coupling_nets.net_runner import NetRunner, Plans
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.coupling_net import CouplingNet
-from pyglow_fast.layers.net_runner import NetRunner, Plans
 from pyglow_fast.reference import KINDS, ORDERS, SCALE_MAPS, CouplingSpec
 
 MAX_CLAMP = 80.0  # log s of the tanh and atan maps stays below it, and exp(80) is finite in float32

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
+from pyglow_fast.coupling_nets.explicit_net import ExplicitCouplingNet, scaled
+from pyglow_fast.coupling_nets.net_shape import NetShape
 from pyglow_fast.coupling_nets.traits import has_hooks
-from pyglow_fast.layers._base import check_count, check_input
 from pyglow_fast.layers.actnorm import ActNorm
-from pyglow_fast.layers.border import border_kernel, border_map, ones_channel, without_border
-from pyglow_fast.layers.explicit_net import ExplicitCouplingNet, scaled
+from pyglow_fast.layers.border import border_kernel, border_map, without_border
 from pyglow_fast.layers.ranks import refused_alike
 
 _CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
@@ -33,65 +33,6 @@ def zero_bias(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
     """Set the bias of a convolution to zero, if it has one."""
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
-
-
-class NetShape(nn.Module):
-    """What a net of 3x3, 1x1 and 3x3 convolutions takes and gives, and what it costs.
-
-    ``halo`` and :meth:`bytes_per_position` are what chunked execution asks a net for: pyglow_fast/coupling_nets.
-    """
-
-    halo = 2  # an output position sees 1 + 0 + 1 neighbours to each side
-
-    def __init__(
-        self, in_channels: int, out_channels: int, hidden: int, cond_channels: int, dims: int, border: bool = False
-    ) -> None:
-        super().__init__()
-        for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("hidden", hidden)):
-            check_count(name, value)
-        check_count("cond_channels", cond_channels, least=0)
-        self.in_channels, self.out_channels, self.hidden = in_channels, out_channels, hidden
-        self.cond_channels, self.dims, self.border = cond_channels, dims, border
-
-    @property
-    def like(self) -> Tensor:
-        """A tensor of the net's dtype and device."""
-        raise NotImplementedError
-
-    def bytes_per_position(self, element_size: int) -> int:
-        """The most bytes of activations alive in forward and backward, per sample and position.
-
-        As matrix products the two hidden layers after their relu, besides the output and its gradient; as library
-        convolutions their gradients too. A hidden ActNorm costs nothing: it is folded into the weights.
-        """
-        products = self.dims == 2 and functional.net_as_products(self.like)
-        # With a border term there is one input channel and one hidden unit more.
-        hidden = (2 if products else 4) * (self.hidden + self.border)
-        edges = (3 if products else 5) * self.out_channels + 2 * (self.in_channels + self.cond_channels + self.border)
-        return (hidden + edges) * element_size
-
-    def check_inputs(self, x: Tensor, cond: Tensor | None) -> None:
-        """Refuse x or cond of the wrong shape, dtype or device."""
-        check_input("x", x, self.in_channels, self.like)
-        # A convolution would take (N, C, L) for one image without a batch dimension.
-        expect(x.dim() == self.dims + 2, "x", f"{self.dims} spatial dimensions", f"shape {tuple(x.shape)}")
-        if not self.cond_channels:
-            expect(cond is None, "cond", "None, since the net has cond_channels=0", type(cond).__name__)
-            return
-        expect(isinstance(cond, Tensor), "cond", f"a tensor with {self.cond_channels} channels", type(cond).__name__)
-        assert cond is not None  # for the type checker: refused above
-        expected = (x.shape[0], self.cond_channels, *x.shape[2:])
-        expect(tuple(cond.shape) == expected, "cond", f"shape {expected}", f"shape {tuple(cond.shape)}")
-
-    def with_condition(self, x: Tensor, cond: Tensor | None) -> Tensor:
-        """The checked inputs as one."""
-        self.check_inputs(x, cond)
-        return x if cond is None else torch.cat([x, cond.to(x.dtype)], dim=1)
-
-    def net_input(self, x: Tensor, cond: Tensor | None) -> Tensor:
-        """What functional.coupling_net takes: the checked inputs as one and, for a border term, a channel of ones."""
-        x = self.with_condition(x, cond)
-        return ones_channel(x) if self.border else x
 
 
 class CouplingNet(NetShape):
@@ -151,9 +92,10 @@ class CouplingNet(NetShape):
 
     @property
     def is_plain(self) -> bool:
-        """Whether nothing but its own parameters decides what it computes: no hooks, no parametrizations."""
+        """Whether nothing but its own parameters decides what it computes: no subclass, hooks, parametrizations."""
         hooks = any(has_hooks(part) for part in (self, *self._modules.values()) if part is not None)
-        return not hooks and not any(hasattr(part, "parametrizations") for part in self._modules.values())
+        changed = hooks or any(hasattr(part, "parametrizations") for part in self._modules.values())
+        return type(self) is CouplingNet and not changed
 
     @property
     def is_initialized(self) -> bool:
@@ -198,7 +140,7 @@ class CouplingNet(NetShape):
 
         None with a border term too.
         """
-        plain = type(self) is CouplingNet and self.is_plain and params.keys() == self._parameter_names()
+        plain = self.is_plain and params.keys() == self._parameter_names()
         return ExplicitCouplingNet(params) if plain and functional.net_as_products(x1) else None
 
     def _parameter_names(self) -> set[str]:

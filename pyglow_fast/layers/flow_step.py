@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast._errors import expect
+from pyglow_fast._errors import check_count, check_input, expect
 from pyglow_fast.coupling_nets.traits import has_hooks
-from pyglow_fast.layers._base import FlowLayer, check_count, check_input
+from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.actnorm import ActNorm
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.coupling_net import CouplingNet

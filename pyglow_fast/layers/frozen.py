@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast._errors import expect
-from pyglow_fast.layers._base import FlowLayer, check_input
+from pyglow_fast._errors import check_input, expect
+from pyglow_fast.coupling_nets.net_shape import NetShape
+from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.coupling import Coupling
-from pyglow_fast.layers.coupling_net import CouplingNet, NetShape
+from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.flow_step import ChannelMap, run_couplings, run_couplings_inverse
 from pyglow_fast.layers.folded import FoldedSteps, is_foldable
 from pyglow_fast.layers.reversible_sequence import ReversibleSequence

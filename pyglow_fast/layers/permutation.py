@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast._errors import expect
-from pyglow_fast.layers._base import FlowLayer, check_count, check_input
+from pyglow_fast._errors import check_count, check_input, expect
+from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.reference import lu_weight
 
 

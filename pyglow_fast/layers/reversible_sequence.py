@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast._errors import can_read, expect
+from pyglow_fast._errors import can_read, check_input, expect
+from pyglow_fast.coupling_nets.net_runner import NetRunner
 from pyglow_fast.coupling_nets.plan import budget_bytes
 from pyglow_fast.coupling_nets.traits import has_known_modules
-from pyglow_fast.layers._base import FlowLayer, check_input
+from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.flow_step import (
     ChannelMap,
     FlowStep,
@@ -23,11 +24,9 @@ from pyglow_fast.layers.flow_step import (
     runs_fused,
 )
 from pyglow_fast.layers.folded import FoldCache
-from pyglow_fast.layers.module_chain import ModuleChain
-from pyglow_fast.layers.net_runner import NetRunner
 from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.reference import CouplingSpec
-from pyglow_fast.reversible import Chain, DriftControl, Pass, run_chain
+from pyglow_fast.reversible import Chain, DriftControl, ModuleChain, Pass, run_chain
 
 MEMORY_MODES = ("reversible", "checkpoint", "store")
 GRADIENT_SHARE = 4  # of the budget, what gradients may take that exist a second time while they are added to others
@@ -54,11 +53,9 @@ def run_recomputing(
     kept = maps.matrix.shape[-1] // 2
     z, total = x, x.new_zeros(x.shape[0])
     for i, part in enumerate(whole.parts):
-        own = runners[part.first : part.end]
-        squeezes = squeeze_first and part.first == 0
-        chain = Chain(own, [len(runner.params) for runner in own], specs[part.first : part.end], kept, squeezes, part)
-        params = [parameter for runner in own for parameter in runner.params]
-        z, log_det = run_chain(chain, z, cond, matrices[i], offsets[i], map_log_dets[i].sum(), params)
+        own = slice(part.first, part.end)
+        chain = Chain(runners[own], specs[own], kept, squeeze_first and part.first == 0, part)
+        z, log_det = run_chain(chain, z, cond, matrices[i], offsets[i], map_log_dets[i].sum())
         total = log_det if i == 0 else total + log_det
     return z, total
 

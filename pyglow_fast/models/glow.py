@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast._errors import can_read, expect
+from pyglow_fast._errors import can_read, check_input, expect
 from pyglow_fast.layers import ActNorm, FrozenSteps, ReversibleSequence, Split
-from pyglow_fast.layers._base import check_input
 from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.likelihood import bits_per_dim, dequantize
 from pyglow_fast.models.class_head import ClassHead

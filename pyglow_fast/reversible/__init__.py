@@ -2,7 +2,7 @@
 
 from pyglow_fast.reversible.chain import Chain, run_chain
 from pyglow_fast.reversible.drift import DriftControl
+from pyglow_fast.reversible.module_chain import ModuleChain
 from pyglow_fast.reversible.parts import Part, Pass
-from pyglow_fast.reversible.protocol import Chunk, NetRun
 
-__all__ = ["Chain", "Chunk", "DriftControl", "NetRun", "Part", "Pass", "run_chain"]
+__all__ = ["Chain", "DriftControl", "ModuleChain", "Part", "Pass", "run_chain"]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pyglow_fast import functional
+from pyglow_fast.coupling_nets.plan import Chunk
+from pyglow_fast.coupling_nets.run import Consume
 from pyglow_fast.reversible import passes
 from pyglow_fast.reversible.drift import Witness, anchor_drift
-from pyglow_fast.reversible.protocol import Chunk
 from pyglow_fast.reversible.walk import Walk
 
 if TYPE_CHECKING:
@@ -103,9 +104,7 @@ class ChainBackward(Walk):
         grad_x = self._mix_backward(k, x if anchor is None else anchor, grad_u_parts.get(), added, anchor is not None)
         return x, grad_x
 
-    def _net_backward(
-        self, k: int, state: Tensor, consume: Callable[[Tensor, Chunk], Tensor], same_state: bool
-    ) -> Tensor:
+    def _net_backward(self, k: int, state: Tensor, consume: Consume, same_state: bool) -> Tensor:
         arguments = (state[:, : self.chain.kept], self.cond, self.params[k], self.kept.memos[k], consume)
         grad_kept, grad_cond, self.grad_params[k] = self.chain.nets[k].backward(*arguments, self.needs_cond, same_state)
         self.cond_sum.put(grad_cond)

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._derivatives import differentiable_once
+from pyglow_fast.coupling_nets.net_runner import Memo, NetRunner
 from pyglow_fast.reference import CouplingSpec, n_positions
 from pyglow_fast.reversible.backward import ChainBackward
 from pyglow_fast.reversible.drift import Witness, lowest_precision
 from pyglow_fast.reversible.limits import call_untraced, refuse_transforms
 from pyglow_fast.reversible.parts import Part
-from pyglow_fast.reversible.protocol import NetRun
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,13 @@ class Chain:
 
     Attributes:
         nets: of each step.
-        n_params: how many parameters each net takes.
         specs: the coupling of each step.
         kept: channels that feed the net.
         squeeze_first: the input is squeezed as it is read.
         part: of the pass that this is: which states are kept, and who is told of their drift.
     """
 
-    nets: Sequence[NetRun]
-    n_params: Sequence[int]
+    nets: Sequence[NetRunner]
     specs: Sequence[CouplingSpec]
     kept: int
     squeeze_first: bool
@@ -42,12 +40,17 @@ class Chain:
     def __len__(self) -> int:
         return len(self.nets)
 
+    @property
+    def params(self) -> list[nn.Parameter]:
+        """Of all nets, flat."""
+        return [parameter for net in self.nets for parameter in net.params]
+
     def params_of(self, params: Sequence[Tensor]) -> list[Sequence[Tensor]]:
         """The flat list of parameters, by step."""
         parts, at = [], 0
-        for count in self.n_params:
-            parts.append(params[at : at + count])
-            at += count
+        for net in self.nets:
+            parts.append(params[at : at + len(net.names)])
+            at += len(net.names)
         return parts
 
 
@@ -58,7 +61,7 @@ class Kept:
     anchors: dict[int, Tensor]  # inputs of steps; none if checkpointing
     states: list[Tensor]  # u of every step; none unless checkpointing
     seen: list[Tensor]  # by Witness.of u, two tensors a step; none if checkpointing
-    memos: list[Any]
+    memos: list[Memo]
     lowest: torch.dtype  # that the nets compute in
 
 
@@ -129,7 +132,7 @@ class _Run(torch.autograd.Function):
         chain: Chain = ctx.chain
         x, z, matrices, offsets, *rest = ctx.saved_tensors
         cond = rest.pop(0) if ctx.has_cond else None
-        n_params, n_anchors = sum(chain.n_params), len(ctx.anchor_steps)
+        n_params, n_anchors = len(chain.params), len(ctx.anchor_steps)
         params, inner = rest[:n_params], rest[n_params:]
         anchors = dict(zip(ctx.anchor_steps, inner[:n_anchors], strict=True))
         seen = inner[n_anchors : n_anchors + ctx.n_seen]
@@ -157,7 +160,6 @@ def run_chain(
     matrices: Tensor,
     offsets: Tensor,
     map_log_det: Tensor,
-    params: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """z and log|det dz/dx| of K steps: u = M x + c, then the coupling of u, K times.
 
@@ -171,12 +173,11 @@ def run_chain(
         matrices, offsets: (K, C, C) and (K, C).
         map_log_det: sum of log|det M| over the steps, a scalar tensor. It comes in here, since what is not passed on of
             a drifted run's gradients must not be passed on around it either.
-        params: of all nets, flat.
 
     Returns:
         z (N, C, *spatial) and log_det (N,), nats.
     """
     refuse_transforms()
-    inputs = (x, cond, matrices, offsets, map_log_det, *params)
+    inputs = (x, cond, matrices, offsets, map_log_det, *chain.params)
     chain.part.whole.joins(chain.part.first, inputs)
     return call_untraced(_Run.apply, chain, *inputs)

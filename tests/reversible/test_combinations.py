@@ -109,6 +109,21 @@ def test_nets_of_ones_own_that_draw_nothing(mode: Mode) -> None:
     assert_same_gradients(gradients(sequence, x), expected)
 
 
+class HalvedNet(pgf.CouplingNet):
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        return 0.5 * super().forward(x, cond)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_a_subclass_of_the_coupling_net(mode: Mode) -> None:
+    """Its own forward is what is differentiated, not the closed form of the net that it derives from."""
+    sequence, (x, _) = with_nets(HalvedNet(2, 4, 5), HalvedNet(2, 4, 5)), PLAIN.batch()
+    Mode("store").apply(sequence)
+    expected = gradients(sequence, x)
+    mode.apply(sequence)
+    assert_same_gradients(gradients(sequence, x), expected)
+
+
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_frozen_parameters(mode: Mode) -> None:
     sequence, (x, _) = PLAIN.build(), PLAIN.batch()

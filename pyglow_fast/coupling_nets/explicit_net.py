@@ -1,4 +1,4 @@
-"""The coupling net's forward and backward without autograd: what a chain that recomputes runs for every step."""
+"""The coupling net's forward and backward without autograd: what a backward that recomputes runs for every step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A coupling's net as the reversible chain runs it: in chunks within a budget, repeatable, parameters from outside."""
+"""A coupling's net as runs of flow steps take it: in chunks within a budget, repeatable, parameters from outside."""
 
 from __future__ import annotations
 
@@ -11,22 +11,12 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
-from pyglow_fast.coupling_nets import (
-    Chunk,
-    ChunkPlan,
-    GeneratorState,
-    RunState,
-    check_net,
-    check_repeated,
-    in_precision,
-    output_sums,
-    plan_chunks,
-    run_net,
-    run_net_backward,
-    training_modes,
-)
-from pyglow_fast.coupling_nets.traits import bytes_per_position, halo_of, is_deterministic
-from pyglow_fast.layers.coupling_net import CouplingNet, NetShape
+from pyglow_fast.coupling_nets.net_shape import NetShape
+from pyglow_fast.coupling_nets.plan import Chunk, ChunkPlan, plan_chunks
+from pyglow_fast.coupling_nets.precision import in_precision
+from pyglow_fast.coupling_nets.run import Consume, run_net, run_net_backward
+from pyglow_fast.coupling_nets.state import GeneratorState, RunState, check_repeated, output_sums, training_modes
+from pyglow_fast.coupling_nets.traits import bytes_per_position, check_net, halo_of, is_deterministic
 
 Plans = dict[tuple[object, ...], tuple[nn.Module, ChunkPlan]]
 
@@ -65,7 +55,7 @@ class NetRunner:
     ) -> None:
         self.net, self.width, self.budget, self._plans, self.precision = net, width, budget, plans, precision
         # Of these we know all there is to know without a look into their modules, a thousand of them in a deep model.
-        self._known = type(net) is CouplingNet and net.is_plain
+        self._known = isinstance(net, NetShape) and net.is_plain
 
     @functools.cached_property
     def _named(self) -> list[tuple[str, nn.Parameter]]:
@@ -132,7 +122,7 @@ class NetRunner:
         return call
 
     def run(self, x1: Tensor, cond: Tensor | None, weights: Sequence[Tensor] | None = None) -> Tensor:
-        """net(x1, cond) without a record, with the net's own parameters or, of a CouplingNet, its folded weights."""
+        """net(x1, cond) without a record, with the net's own parameters or, of a NetShape, given folded weights."""
         if weights is None or not isinstance(self.net, NetShape):
             return self.forward(x1, cond, self.params)[0]
         net = self.net
@@ -179,11 +169,14 @@ class NetRunner:
         cond: Tensor | None,
         params: Sequence[Tensor],
         memo: Memo,
-        consume: Callable[[Tensor, Chunk], Tensor],
+        consume: Consume,
         needs_cond: bool,
         same_x1: bool,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
-        """Gradients of x1, cond and params, the net run once more; same_x1: on the very input of the forward."""
+        """Gradients of x1, cond and params, the net run once more; see :func:`run_net_backward` for ``consume``.
+
+        same_x1: x1 is that of the forward to the bit, and not recomputed by inversion.
+        """
         seen = None if memo.sums is None or not same_x1 else torch.zeros_like(memo.sums)
 
         def watched(net_out: Tensor, chunk: Chunk) -> Tensor:
@@ -197,7 +190,7 @@ class NetRunner:
         names = [name for name, leaf in by_name.items() if leaf.requires_grad]
         wanted = [by_name[name] for name in names]
         with in_precision(self.precision, x1), memo.state.restored(self.net):
-            explicit = self.net.explicit(x1, by_name) if isinstance(self.net, CouplingNet) else None
+            explicit = self.net.explicit(x1, by_name) if isinstance(self.net, NetShape) else None
             grad_x1, grad_cond, found = run_net_backward(
                 self._call(leaves),
                 x1,

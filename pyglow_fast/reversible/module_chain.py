@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from pyglow_fast._derivatives import check_leaves, differentiable_once
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets import GeneratorState, RunState, check_net, check_repeated, is_deterministic, output_sums
-from pyglow_fast.reversible import Part
 from pyglow_fast.reversible.drift import Witness, anchor_drift, lowest_precision
 from pyglow_fast.reversible.limits import call_untraced, refuse_transforms
+from pyglow_fast.reversible.parts import Part
 from pyglow_fast.reversible.walk import Walk
 
 
@@ -31,7 +31,7 @@ class _Direction(nn.Module):
 
 
 class ModuleChain:
-    """K modules with forward and inverse; see :class:`~pyglow_fast.layers.reversible_sequence.ReversibleSequence`."""
+    """A run of K modules with ``forward(x, cond=None) -> (z, log_det)`` and ``inverse``."""
 
     def __init__(self, steps: Sequence[nn.Module], part: Part) -> None:
         for step in steps:

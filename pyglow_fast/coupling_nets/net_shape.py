@@ -1,0 +1,80 @@
+"""The base of the package's own coupling nets: checked inputs, the memory they take, which shortcuts they allow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from pyglow_fast import functional
+from pyglow_fast._errors import check_count, check_input, expect
+from pyglow_fast.coupling_nets.explicit_net import ExplicitCouplingNet
+
+
+class NetShape(nn.Module):
+    """What a net of 3x3, 1x1 and 3x3 convolutions takes and gives, what it costs, and how it may be run.
+
+    ``halo`` and :meth:`bytes_per_position` are what chunked execution asks any net for: see traits.py.
+    """
+
+    halo = 2  # an output position sees 1 + 0 + 1 neighbours to each side
+
+    def __init__(
+        self, in_channels: int, out_channels: int, hidden: int, cond_channels: int, dims: int, border: bool = False
+    ) -> None:
+        super().__init__()
+        for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("hidden", hidden)):
+            check_count(name, value)
+        check_count("cond_channels", cond_channels, least=0)
+        self.in_channels, self.out_channels, self.hidden = in_channels, out_channels, hidden
+        self.cond_channels, self.dims, self.border = cond_channels, dims, border
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the net's dtype and device."""
+        raise NotImplementedError
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but the net's own parameters is known to decide what it computes."""
+        return False
+
+    def explicit(self, x1: Tensor, params: Mapping[str, Tensor]) -> ExplicitCouplingNet | None:
+        """The net on those parameters without autograd, if it has such a form; else None."""
+        return None
+
+    def bytes_per_position(self, element_size: int) -> int:
+        """The most bytes of activations alive in forward and backward, per sample and position.
+
+        As matrix products the two hidden layers after their relu, besides the output and its gradient; as library
+        convolutions their gradients too. A hidden ActNorm costs nothing: it is folded into the weights.
+        """
+        products = self.dims == 2 and functional.net_as_products(self.like)
+        # With a border term there is one input channel and one hidden unit more.
+        hidden = (2 if products else 4) * (self.hidden + self.border)
+        edges = (3 if products else 5) * self.out_channels + 2 * (self.in_channels + self.cond_channels + self.border)
+        return (hidden + edges) * element_size
+
+    def check_inputs(self, x: Tensor, cond: Tensor | None) -> None:
+        """Refuse x or cond of the wrong shape, dtype or device."""
+        check_input("x", x, self.in_channels, self.like)
+        # A convolution would take (N, C, L) for one image without a batch dimension.
+        expect(x.dim() == self.dims + 2, "x", f"{self.dims} spatial dimensions", f"shape {tuple(x.shape)}")
+        if not self.cond_channels:
+            expect(cond is None, "cond", "None, since the net has cond_channels=0", type(cond).__name__)
+            return
+        expect(isinstance(cond, Tensor), "cond", f"a tensor with {self.cond_channels} channels", type(cond).__name__)
+        assert cond is not None  # for the type checker: refused above
+        expected = (x.shape[0], self.cond_channels, *x.shape[2:])
+        expect(tuple(cond.shape) == expected, "cond", f"shape {expected}", f"shape {tuple(cond.shape)}")
+
+    def with_condition(self, x: Tensor, cond: Tensor | None) -> Tensor:
+        """The checked inputs as one."""
+        self.check_inputs(x, cond)
+        return x if cond is None else torch.cat([x, cond.to(x.dtype)], dim=1)
+
+    def net_input(self, x: Tensor, cond: Tensor | None) -> Tensor:
+        """What functional.coupling_net takes: the checked inputs as one and, for a border term, a channel of ones."""
+        x = self.with_condition(x, cond)
+        return torch.cat([x, x.new_ones(x.shape[0], 1, *x.shape[2:])], dim=1) if self.border else x
