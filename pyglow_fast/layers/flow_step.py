@@ -207,12 +207,13 @@ class FlowStep(FlowLayer):
         super().__init__()
         check_count("channels", channels, least=2)
         expect(channels % 2 == 0, "channels", "an even number to halve", channels)
-        given = isinstance(coupling, CouplingSpec)
-        for name, value in older.items():
-            expect(not given, name, "a field of the CouplingSpec, and no keyword beside it", repr(value))
         kind = coupling.kind if isinstance(coupling, CouplingSpec) else coupling
         expect(kind in KINDS, "coupling", f"one of {KINDS}", repr(kind))
-        spec = coupling if isinstance(coupling, CouplingSpec) else coupling_spec(coupling, **older)
+        spec = coupling_spec(kind, **older)
+        if isinstance(coupling, CouplingSpec):
+            for name, value in older.items():
+                expect(False, name, "a field of the CouplingSpec, and no keyword beside it", repr(value))
+            spec = coupling
         fits = isinstance(permutation, ChannelLinear) and permutation.channels == channels
         expected = f"one of {PERMUTATIONS} or a ChannelLinear (of {channels} channels)"
         expect(fits or permutation in PERMUTATIONS, "permutation", expected, repr(permutation))

@@ -170,9 +170,10 @@ def test_a_spec_and_a_keyword_beside_it(name: str) -> None:
         pgf.FlowStep(4, 5, coupling=CouplingSpec(), **{name: KEYWORDS[name]})
 
 
-def test_an_unknown_keyword() -> None:
+@pytest.mark.parametrize("coupling", ["affine", CouplingSpec()], ids=["kind", "spec"])
+def test_an_unknown_keyword(coupling: CouplingSpec | str) -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'scale'"):
-        pgf.FlowStep(4, 5, scale=1.0)
+        pgf.FlowStep(4, 5, coupling, scale=1.0)
 
 
 @pytest.mark.parametrize(
