@@ -59,7 +59,8 @@ MAPS: dict[str, Callable[[], list[Any]]] = {
     "third": lambda: [Householder(4) for _ in range(3)],
     "nested": lambda: [Nested(4) for _ in range(3)],
     "beside others": lambda: [pgf.InvConv(4), Householder(4), pgf.Permute(4)],
-    "of InvConv's": lambda: [Transposed(4), Transposed(4, lu=False), pgf.InvConv(4)],
+    "of InvConv's factors": lambda: [Transposed(4), pgf.InvConv(4), Transposed(4)],
+    "of InvConv's weight": lambda: [pgf.InvConv(4, lu=False), Transposed(4, lu=False), Transposed(4, lu=False)],
 }
 every_map = pytest.mark.parametrize("name", MAPS)
 
