@@ -25,11 +25,11 @@ def check_scale_numbers(scale_eps: float, scale_clamp: float) -> None:
 
 def coupling_spec(
     kind: str,
-    scale_map: str | Callable[[Tensor], tuple[Tensor, Tensor]],
-    scale_bias: float,
-    scale_eps: float,
-    scale_clamp: float,
-    order: str,
+    scale_map: str | Callable[[Tensor], tuple[Tensor, Tensor]] = "sigmoid",
+    scale_bias: float = 2.0,
+    scale_eps: float = 0.0,
+    scale_clamp: float = 2.0,
+    order: str = "shift_scale",
 ) -> CouplingSpec:
     """A CouplingSpec of checked values; the error names the argument."""
     expect(kind in KINDS, "kind", f"one of {KINDS}", repr(kind))

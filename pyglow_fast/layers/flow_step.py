@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,11 @@ from pyglow_fast._errors import check_count, check_input, expect
 from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.actnorm import ActNorm
-from pyglow_fast.layers.coupling import Coupling
+from pyglow_fast.layers.coupling import Coupling, coupling_spec
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.permutation import ChannelLinear, InvConv, Permute
 from pyglow_fast.layers.ranks import refused_alike
-from pyglow_fast.reference import KINDS, fold_actnorm, log_abs_det, lu_weight
+from pyglow_fast.reference import KINDS, CouplingSpec, fold_actnorm
 
 PERMUTATIONS = ("invconv", "invconv_plain", "shuffle", "reverse")
 
@@ -30,33 +30,17 @@ class ChannelMap(NamedTuple):
     log_det: Tensor  # (), log|det matrix|
 
 
-def _stacked_weights(layers: Sequence[ChannelLinear]) -> tuple[Tensor, Tensor]:
-    """W (K, C, C) and log|det W| (K,), in a few batched ops when all layers are of one parameterisation."""
-    convs = [layer for layer in layers if isinstance(layer, InvConv)]
-    if len(convs) == len(layers) and all(conv.lu for conv in convs):
-        names = ("permutation", "lower", "upper", "log_diag", "sign_diag")
-        factors = [torch.stack([getattr(conv, name) for conv in convs]) for name in names]
-        return lu_weight(*factors), factors[3].sum(-1)
-    if len(convs) == len(layers) and not any(conv.lu for conv in convs):
-        weight = torch.stack([conv.weight for conv in convs])
-        return weight, log_abs_det(weight)
-    pairs = [layer.weight_and_log_det() for layer in layers]
-    return torch.stack([weight for weight, _ in pairs]), torch.stack([log_det for _, log_det in pairs])
-
-
 def runs_fused(step: nn.Module) -> bool:
     """Whether a step is a FlowStep whose parts do what theirs do, so that it may be joined with its neighbours.
 
     Not where a subclass overrides a method (a parametrized class does not), nor with hooks that would not be called.
     """
-    if not isinstance(step, FlowStep):
+    if not isinstance(step, FlowStep) or not isinstance(step.permutation, ChannelLinear):
         return False
-    permutation = step.permutation
-    kind = InvConv if isinstance(permutation, InvConv) else Permute
     pairs: tuple[tuple[nn.Module, type, tuple[str, ...]], ...] = (
         (step, FlowStep, ("forward", "inverse")),
         (step.actnorm, ActNorm, ("forward", "inverse")),
-        (permutation, kind, ("forward", "inverse", "weight_and_log_det")),
+        (step.permutation, ChannelLinear, ()),  # a step asks it for its weight alone
         (step.coupling, Coupling, ("forward", "inverse", "run_net", "run_net_forward", "kept_half", "runner")),
     )
     return all(
@@ -67,7 +51,8 @@ def runs_fused(step: nn.Module) -> bool:
 
 def fold_in_one(steps: Sequence[FlowStep]) -> ChannelMap:
     """The channel maps of K steps of one width, (K, C, C), (K, C) and (K,): parameter-sized work in one batch."""
-    weight, weight_log_det = _stacked_weights([step.permutation for step in steps])
+    layers = [step.permutation for step in steps]
+    weight, weight_log_det = layers[0].stack_weights(layers)
     log_scale = torch.stack([step.actnorm.log_scale for step in steps])
     bias = torch.stack([step.actnorm.bias for step in steps])
     matrix, offset = fold_actnorm(weight, log_scale, bias)
@@ -184,20 +169,22 @@ class FlowStep(FlowLayer):
     Args:
         channels: C, even.
         hidden: width of the coupling net.
-        coupling: "affine" or "additive".
-        permutation: "invconv" (LU), "invconv_plain", "shuffle" or "reverse".
+        coupling: how the net's output shifts and scales: a CouplingSpec, or its kind alone, "affine" or "additive".
+        permutation: "invconv" (LU), "invconv_plain", "shuffle" or "reverse"; or a ChannelLinear of your own.
         net: a coupling net of your own instead of CouplingNet (then hidden, net_actnorm, cond_channels, border are not
             used).
         net_actnorm: ActNorm inside the coupling net.
         cond_channels: channels of the conditioning input.
         dims: number of spatial dimensions, 1 to 3.
-        scale_map, scale_bias, scale_eps, scale_clamp, order, precision: see Coupling.
+        precision: of the coupling net, see Coupling.
         border: of the coupling net, see CouplingNet.
+        older: the other fields of the CouplingSpec as they were given before it, beside a kind only: scale_map,
+            scale_bias, scale_eps, scale_clamp and order, see Coupling.
 
     Shapes: x (N, C, *spatial), float32 or float64; log_det (N,), nats.
 
     Raises:
-        ValueError: odd channels, wrong option, shape, dtype or device.
+        ValueError: odd channels, wrong option, shape, dtype or device; an older keyword beside a CouplingSpec.
 
     Reference: Kingma & Dhariwal 2018, table 1.
     """
@@ -206,36 +193,41 @@ class FlowStep(FlowLayer):
         self,
         channels: int,
         hidden: int = 512,
-        coupling: str = "affine",
-        permutation: str = "invconv",
+        coupling: CouplingSpec | str = "affine",
+        permutation: ChannelLinear | str = "invconv",
         net: nn.Module | None = None,
         net_actnorm: bool = False,
         cond_channels: int = 0,
         dims: int = 2,
-        scale_map: str | Callable[[Tensor], tuple[Tensor, Tensor]] = "sigmoid",
-        scale_bias: float = 2.0,
-        scale_eps: float = 0.0,
-        scale_clamp: float = 2.0,
-        order: str = "shift_scale",
+        *,
         precision: str = "auto",
         border: bool = False,
+        **older: Any,
     ) -> None:
         super().__init__()
         check_count("channels", channels, least=2)
         expect(channels % 2 == 0, "channels", "an even number to halve", channels)
-        expect(coupling in KINDS, "coupling", f"one of {KINDS}", repr(coupling))
-        expect(permutation in PERMUTATIONS, "permutation", f"one of {PERMUTATIONS}", repr(permutation))
+        kind = coupling.kind if isinstance(coupling, CouplingSpec) else coupling
+        expect(kind in KINDS, "coupling", f"one of {KINDS}", repr(kind))
+        spec = coupling_spec(kind, **older)
+        if isinstance(coupling, CouplingSpec):
+            for name, value in older.items():
+                expect(False, name, "a field of the CouplingSpec, and no keyword beside it", repr(value))
+            spec = coupling
+        fits = isinstance(permutation, ChannelLinear) and permutation.channels == channels
+        expected = f"one of {PERMUTATIONS} or a ChannelLinear (of {channels} channels)"
+        expect(fits or permutation in PERMUTATIONS, "permutation", expected, repr(permutation))
         if net is None:
-            width = channels if coupling == "affine" else channels // 2
+            width = channels if kind == "affine" else channels // 2
             net = CouplingNet(channels // 2, width, hidden, net_actnorm, cond_channels, border, dims)
         self.channels = channels
         self.actnorm = ActNorm(channels)
-        self.permutation: ChannelLinear = (
-            InvConv(channels, lu=permutation == "invconv")
-            if permutation.startswith("invconv")
-            else Permute(channels, permutation)
-        )
-        self.coupling = Coupling(net, coupling, scale_map, scale_bias, scale_eps, scale_clamp, order, precision)
+        if isinstance(permutation, str):
+            is_conv = permutation.startswith("invconv")
+            lu = permutation == "invconv"
+            permutation = InvConv(channels, lu) if is_conv else Permute(channels, permutation)
+        self.permutation = permutation
+        self.coupling = Coupling(net, *spec, precision)
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x -> z; a fresh step in training initialises its actnorm from x first."""

@@ -13,7 +13,6 @@ from torch import Tensor
 from pyglow_fast._errors import can_read
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.flow_step import ChannelMap, FlowStep, fold_steps, invert_maps
-from pyglow_fast.layers.permutation import InvConv, Permute
 from pyglow_fast.reversible.deferred import is_capturing
 
 Identity = tuple["weakref.ref[Tensor]", int, int]  # the tensor, where its data is, its version
@@ -54,10 +53,11 @@ def _tensors(steps: Sequence[FlowStep]) -> list[Tensor] | None:
     """All that the folded steps are made of; None if it cannot be told (parametrizations)."""
     found: list[Tensor] = []
     for step in steps:
-        if type(step.permutation) not in (InvConv, Permute) or hasattr(step.actnorm, "parametrizations"):
+        sources = step.permutation.weight_sources()
+        if sources is None or hasattr(step.actnorm, "parametrizations"):
             return None
-        for part in (step.actnorm, step.permutation):
-            found += [tensor for tensor in (*part._parameters.values(), *part._buffers.values()) if tensor is not None]
+        own = (*step.actnorm._parameters.values(), *step.actnorm._buffers.values())
+        found += [*sources, *(tensor for tensor in own if tensor is not None)]
         net = step.coupling.net
         if is_foldable(net):
             found += [tensor for part in net.modules() for tensor in part._parameters.values() if tensor is not None]

@@ -73,12 +73,8 @@ class FrozenSteps(FlowLayer):
             self.register_buffer("inverses", torch.stack(folded.inverses))
         couplings = []
         for step in own:
-            options = step.coupling.spec
             net = FrozenNet(step.coupling.net) if is_foldable(step.coupling.net) else step.coupling.net  # type: ignore[arg-type]
-            numbers = (options.bias, options.eps, options.clamp)
-            couplings.append(
-                Coupling(net, options.kind, options.scale_map, *numbers, options.order, step.coupling.precision)
-            )
+            couplings.append(Coupling(net, *step.coupling.spec, step.coupling.precision))
         self.couplings = nn.ModuleList(couplings)
         self.requires_grad_(False)
         self.eval()

@@ -2,23 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import check_count, check_input, expect
 from pyglow_fast.layers._base import FlowLayer
-from pyglow_fast.reference import lu_weight
+from pyglow_fast.reference import log_abs_det, lu_weight
 
 
 class ChannelLinear(FlowLayer):
-    """z = W x at every position; subclasses say what W (C, C) and log|det W| are. log_det = P log|det W|."""
+    """z = W x at every position; log_det = P log|det W|. A subclass says what W is, and sets ``channels``.
+
+    A FlowStep runs any subclass as it does InvConv: it asks for W, folds it with the actnorm before, joins the product
+    with the couplings around it, and without gradients keeps the folded matrix and its inverse until a tensor of
+    ``weight_sources`` changes. It calls neither forward nor inverse, so that one who overrides them (Permute, which
+    gathers) computes the same product. GlowConfig names InvConv and Permute only: any other is put into a Glow by
+    assigning it to ``permutation`` of a step of ``model.levels[i].steps``, also before saved weights are loaded.
+
+    Shapes: x (N, C, *spatial), float32 or float64; W (C, C) of the same dtype; log_det (N,), nats.
+
+    Raises:
+        TypeError: a subclass that does not define weight_and_log_det.
+        ValueError: wrong shape, dtype or device; inverse of a singular W.
+    """
 
     channels: int
 
     def weight_and_log_det(self) -> tuple[Tensor, Tensor]:
         """W (C, C) and log|det W| ()."""
         raise TypeError(f"{type(self).__name__} must define weight_and_log_det")
+
+    def weight_sources(self) -> list[Tensor] | None:
+        """All tensors that W is a function of: here every parameter and buffer, also of submodules.
+
+        None: it cannot be told (here with parametrizations, which are code of the user's), and W is not kept.
+        """
+        found: list[Tensor | None] = []
+        for part in self.modules():
+            if "parametrizations" in part._modules:
+                return None
+            found += [*part._parameters.values(), *part._buffers.values()]
+        return [tensor for tensor in found if tensor is not None]
+
+    @classmethod
+    def stack_weights(cls, layers: Sequence[ChannelLinear]) -> tuple[Tensor, Tensor]:
+        """W (K, C, C) and log|det W| (K,) of any K layers of one width; a subclass may be faster with its own."""
+        pairs = [layer.weight_and_log_det() for layer in layers]
+        return torch.stack([weight for weight, _ in pairs]), torch.stack([log_det for _, log_det in pairs])
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x -> z = W x."""
@@ -81,6 +114,20 @@ class InvConv(ChannelLinear):
             weight = lu_weight(self.permutation, self.lower, self.upper, self.log_diag, self.sign_diag)
             return weight, self.log_diag.sum()
         return self.weight, torch.linalg.slogdet(self.weight).logabsdet
+
+    @classmethod
+    def stack_weights(cls, layers: Sequence[ChannelLinear]) -> tuple[Tensor, Tensor]:
+        """W (K, C, C) and log|det W| (K,), in a few batched ops where all layers are of one parameterisation."""
+        own = InvConv.weight_and_log_det
+        convs = [conv for conv in layers if isinstance(conv, InvConv) and type(conv).weight_and_log_det is own]
+        if len(convs) == len(layers) and all(conv.lu for conv in convs):
+            names = ("permutation", "lower", "upper", "log_diag", "sign_diag")
+            factors = [torch.stack([getattr(conv, name) for conv in convs]) for name in names]
+            return lu_weight(*factors), factors[3].sum(-1)
+        if len(convs) == len(layers) and not any(conv.lu for conv in convs):
+            weight = torch.stack([conv.weight for conv in convs])
+            return weight, log_abs_det(weight)
+        return super().stack_weights(layers)
 
     def extra_repr(self) -> str:
         """Channels and parameterisation, for repr."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from pyglow_fast.layers import FlowStep, FrozenSteps, ReversibleSequence, Squeeze
 from pyglow_fast.layers.reshape import fit_condition
 from pyglow_fast.models.config import GlowConfig
+from pyglow_fast.reference import CouplingSpec
 
 
 class FlowLevel(nn.Module):
@@ -17,19 +18,16 @@ class FlowLevel(nn.Module):
     def __init__(self, config: GlowConfig, channels: int, **memory: Any) -> None:
         super().__init__()
         self.squeeze = Squeeze(2)
+        numbers = (config.scale_bias, config.scale_eps, config.scale_clamp)
         steps = [
             FlowStep(
                 channels,
                 hidden=config.hidden,
-                coupling=config.coupling,
+                coupling=CouplingSpec(config.coupling, config.scale_map, *numbers),
                 permutation=config.permutation,
                 net_actnorm=config.net_actnorm,
                 cond_channels=config.cond_channels,
                 dims=config.dims,
-                scale_map=config.scale_map,
-                scale_bias=config.scale_bias,
-                scale_eps=config.scale_eps,
-                scale_clamp=config.scale_clamp,
                 border=config.border,
             )
             for _ in range(config.n_steps)

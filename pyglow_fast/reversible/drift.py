@@ -13,7 +13,7 @@ import functools
 import threading
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -158,6 +158,46 @@ def anchor_drift(recomputed: Tensor, true: Tensor) -> Tensor:
     return _largest(norms(recomputed - true), _scale(norms(true)))
 
 
+@dataclass
+class DriftRecord:
+    """What earlier passes have taught, which is all that decides the next ones.
+
+    Checkpoints have it as a vector, in which the order of the fields is that of the numbers.
+    """
+
+    spacing: int  # of the anchors, where it is "auto"
+    calm: int = 0  # passes in a row far below the tolerance
+    hold: int = 0  # passes until a spacing that drifted is tried again
+    next_hold: int = FIRST_HOLD
+    too_wide: int = 0  # the spacing that drifted last
+    passes: int = 0
+    trips: int = 0  # passes in which a state drifted
+    redone_steps: int = 0
+    skipped: int = 0  # passes whose gradients became zero
+    last_drift: float = 0.0
+    largest_drift: float = 0.0
+    recent_redone: float = 0.0  # share of the steps, over about WINDOW passes
+    warned_at: int = -1  # the pass of the last warning
+
+    def vector(self) -> Tensor:
+        """The fields in their order, (13,) float64."""
+        return torch.tensor(astuple(self), dtype=torch.float64)
+
+    @classmethod
+    def of_vector(cls, vector: Tensor) -> DriftRecord:
+        """The inverse of :meth:`vector`; any dtype and device.
+
+        Raises:
+            ValueError: other than a tensor of so many numbers.
+        """
+        own = fields(cls)
+        is_record = isinstance(vector, Tensor) and vector.shape == (len(own),)
+        found = getattr(vector, "shape", type(vector).__name__)
+        expect(is_record, "drift control state", f"{len(own)} numbers", found)
+        values = zip(own, vector.double().tolist(), strict=True)
+        return cls(*(int(value) if item.type == "int" else value for item, value in values))
+
+
 class DriftControl:
     """The anchors' spacing of one run of steps, adapted from pass to pass.
 
@@ -192,14 +232,7 @@ class DriftControl:
         self.n_steps, self.anchor_every, self.tolerance, self.deferred = n_steps, anchor_every, tolerance, deferred
         self._verdicts = Verdicts()
         self._lock = threading.Lock()
-        self._warned_at = -1
-        self.passes = self.trips = self.redone_steps = self.skipped = 0
-        self.last_drift = self.largest_drift = 0.0
-        self._auto_spacing = min(START_SPACING, max(n_steps, 1))
-        self._calm = self._hold = 0
-        self._next_hold = FIRST_HOLD
-        self._too_wide = 0  # the spacing that drifted last
-        self._recent_redone = 0.0
+        self.learnt = DriftRecord(min(START_SPACING, max(n_steps, 1)))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the lock and what is under way: copies and pickles have their own."""
@@ -216,7 +249,7 @@ class DriftControl:
             return max(self.n_steps, 1)
         if isinstance(self.anchor_every, int):
             return self.anchor_every
-        return self._auto_spacing
+        return self.learnt.spacing
 
     def limit(self, state: torch.dtype, lowest: torch.dtype | None = None) -> float:
         """The tolerance for states of that dtype between nets that compute in ``lowest``."""
@@ -246,11 +279,12 @@ class DriftControl:
     def record_checkpointed(self) -> None:
         """After a backward pass in which every state was kept: in time, a wider spacing is tried again."""
         with self._lock:
-            self.passes += 1
-            self._recent_redone -= self._recent_redone / min(self.passes, WINDOW)
-            self._hold = max(0, self._hold - 1)
-            if self.anchor_every == "auto" and self._hold == 0:
-                self._auto_spacing = min(2, self.n_steps)
+            learnt = self.learnt
+            learnt.passes += 1
+            learnt.recent_redone -= learnt.recent_redone / min(learnt.passes, WINDOW)
+            learnt.hold = max(0, learnt.hold - 1)
+            if self.anchor_every == "auto" and learnt.hold == 0:
+                learnt.spacing = min(2, self.n_steps)
 
     def record(
         self,
@@ -266,21 +300,22 @@ class DriftControl:
         With deferred verdicts: whether a state drifted, and whether the gradients became zero (by any run's drift).
         """
         with self._lock:
-            self.passes += 1
-            self.last_drift = drift
-            self.largest_drift = max(self.largest_drift, drift) if drift == drift else float("nan")
-            self.redone_steps += redone
+            learnt = self.learnt
+            learnt.passes += 1
+            learnt.last_drift = drift
+            learnt.largest_drift = max(learnt.largest_drift, drift) if drift == drift else float("nan")
+            learnt.redone_steps += redone
             lost = 1.0 if skipped else redone / max(self.n_steps, 1)
-            self._recent_redone += (lost - self._recent_redone) / min(self.passes, WINDOW)
-            self.skipped += skipped
-            self.trips += bool(redone) or drifted
+            learnt.recent_redone += (lost - learnt.recent_redone) / min(learnt.passes, WINDOW)
+            learnt.skipped += skipped
+            learnt.trips += bool(redone) or drifted
             self._adapt(drift, limit, bool(redone) or drifted, spacing)
-            frequent = self._recent_redone > FREQUENT and self.passes >= WINDOW // 4
-            if frequent and (self._warned_at < 0 or self.passes - self._warned_at >= 16 * WINDOW):
-                self._warned_at = self.passes
+            frequent = learnt.recent_redone > FREQUENT and learnt.passes >= WINDOW // 4
+            if frequent and (learnt.warned_at < 0 or learnt.passes - learnt.warned_at >= 16 * WINDOW):
+                learnt.warned_at = learnt.passes
                 what = "lost, with all gradients," if skipped else "redone from their anchors"
                 warnings.warn(
-                    f"reversible backward: {100 * self._recent_redone:.0f} % of the steps are {what}, "
+                    f"reversible backward: {100 * learnt.recent_redone:.0f} % of the steps are {what}, "
                     f"since recomputed states drift (last: {drift:.1e}, tolerance {limit:.1e}). "
                     'memory="checkpoint" costs no more time then; '
                     "a larger scale_eps or clamp keeps steps well invertible",
@@ -288,64 +323,32 @@ class DriftControl:
                 )
 
     def _adapt(self, drift: float, limit: float, tripped: bool, spacing: int) -> None:
-        self._hold = max(0, self._hold - 1)
+        learnt = self.learnt
+        learnt.hold = max(0, learnt.hold - 1)
         if tripped:
-            self._calm = 0
-            if spacing <= self._auto_spacing:  # else a pass that began before the last adaptation
-                self._too_wide, self._auto_spacing = self._auto_spacing, max(1, self._auto_spacing // 2)
-                self._hold, self._next_hold = self._next_hold, min(2 * self._next_hold, LAST_HOLD)
+            learnt.calm = 0
+            if spacing <= learnt.spacing:  # else a pass that began before the last adaptation
+                learnt.too_wide, learnt.spacing = learnt.spacing, max(1, learnt.spacing // 2)
+                learnt.hold, learnt.next_hold = learnt.next_hold, min(2 * learnt.next_hold, LAST_HOLD)
             return
-        self._calm = self._calm + 1 if drift <= GROW_BELOW * limit else 0
-        wider = min(2 * self._auto_spacing, max(self.n_steps, 1))
-        held = self._hold > 0 and wider >= self._too_wide > 0
-        if self._calm >= GROW_AFTER and wider > self._auto_spacing and not held:
-            self._auto_spacing, self._calm = wider, 0
+        learnt.calm = learnt.calm + 1 if drift <= GROW_BELOW * limit else 0
+        wider = min(2 * learnt.spacing, max(self.n_steps, 1))
+        held = learnt.hold > 0 and wider >= learnt.too_wide > 0
+        if learnt.calm >= GROW_AFTER and wider > learnt.spacing and not held:
+            learnt.spacing, learnt.calm = wider, 0
 
     def report(self) -> dict[str, Any]:
         """Spacing of the anchors, drift, and what was redone or skipped so far."""
         self.settle(wait=True)
-        return {
-            "anchor_every": self.spacing,
-            "passes": self.passes,
-            "last_drift": self.last_drift,
-            "largest_drift": self.largest_drift,
-            "trips": self.trips,
-            "redone_steps": self.redone_steps,
-            "skipped": self.skipped,
-        }
+        shown = ("passes", "last_drift", "largest_drift", "trips", "redone_steps", "skipped")
+        return {"anchor_every": self.spacing} | {name: getattr(self.learnt, name) for name in shown}
 
     def state(self) -> Tensor:
         """All that decides the next passes, as a float64 vector to be saved in checkpoints."""
         self.settle(wait=True)
-        values = (
-            self._auto_spacing,
-            self._calm,
-            self._hold,
-            self._next_hold,
-            self._too_wide,
-            self.passes,
-            self.trips,
-            self.redone_steps,
-            self.skipped,
-            self.last_drift,
-            self.largest_drift,
-            self._recent_redone,
-            self._warned_at,
-        )
-        return torch.tensor(values, dtype=torch.float64)
+        return self.learnt.vector()
 
     def load_state(self, state: Tensor) -> None:
-        """Continue from a saved state."""
-        expect(
-            isinstance(state, Tensor) and state.shape == (13,),
-            "drift control state",
-            "13 numbers",
-            getattr(state, "shape", type(state).__name__),
-        )
-        values = state.double().tolist()
-        whole = [int(value) for value in values[:9]]
-        self._auto_spacing, self._calm, self._hold, self._next_hold, self._too_wide = whole[:5]
-        self._auto_spacing = max(1, min(self._auto_spacing, max(self.n_steps, 1)))
-        self.passes, self.trips, self.redone_steps, self.skipped = whole[5:]
-        self.last_drift, self.largest_drift, self._recent_redone = values[9:12]
-        self._warned_at = int(values[12])
+        """Continue from a saved state, of a run of any depth."""
+        self.learnt = DriftRecord.of_vector(state)
+        self.learnt.spacing = max(1, min(self.learnt.spacing, max(self.n_steps, 1)))

@@ -207,6 +207,21 @@ def test_ours_to_the_ports_and_back(port: str, name: str, rescale: bool) -> None
     assert_same(ours(again, x, y), ours(model, x, y))
 
 
+def test_a_channel_map_of_ones_own_is_written_as_its_matrix() -> None:
+    class Transposed(pgf.InvConv):
+        def weight_and_log_det(self) -> tuple[Tensor, Tensor]:
+            weight, log_det = super().weight_and_log_det()
+            return weight.T, log_det
+
+    model, (x, y) = our_model(), batch(Shape())
+    for level in model.levels:
+        for step in level.steps:
+            step.permutation = Transposed(step.channels).double()
+    again = convert.load_y0ast(convert.save_y0ast(model))
+    assert again.config.permutation == "invconv_plain"
+    assert_same(ours(again, x, y), ours(model, x, y))
+
+
 @pytest.mark.parametrize("permutation", ["shuffle", "invconv", "invconv_plain"])
 def test_where_nothing_is_computed_all_bits_return(permutation: str) -> None:
     model = our_model(net_actnorm=True, permutation=permutation).float()

@@ -10,6 +10,7 @@ from support.helpers import assert_close
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
+from pyglow_fast.functional import CouplingSpec
 from pyglow_fast.layers.flow_step import PERMUTATIONS, fold_steps, invert_maps
 
 
@@ -139,12 +140,50 @@ def test_a_refused_batch_initialises_nothing(x: tuple[int, ...], cond: tuple[int
         assert not step.actnorm.is_initialized
 
 
+KEYWORDS = {"scale_map": "tanh", "scale_bias": 1.5, "scale_eps": 0.1, "scale_clamp": 1.25, "order": "scale_shift"}
+
+
+@pytest.mark.parametrize("kind", ["affine", "additive"])
+def test_the_older_keywords_are_the_fields_of_a_spec(kind: str) -> None:
+    spec = CouplingSpec(kind, "tanh", bias=1.5, eps=0.1, clamp=1.25, order="scale_shift")
+    torch.manual_seed(0)
+    step = pgf.FlowStep(4, 5, coupling=spec, precision="fp32", border=True)
+    torch.manual_seed(0)
+    older = pgf.FlowStep(4, 5, kind, precision="fp32", border=True, **KEYWORDS)
+    assert step.coupling.spec == older.coupling.spec == spec
+    assert step.coupling.precision == older.coupling.precision == "fp32"
+    assert list(step.state_dict()) == list(older.state_dict())
+    x = torch.randn(3, 4, 2, 2)
+    for got, expected in zip(step(x), older(x), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_a_module_as_scale_map_is_of_the_step() -> None:
+    step = pgf.FlowStep(4, 5, CouplingSpec(scale_map=nn.PReLU()))
+    assert step.coupling.scale_module.weight in set(step.parameters())
+
+
+@pytest.mark.parametrize("name", KEYWORDS)
+def test_a_spec_and_a_keyword_beside_it(name: str) -> None:
+    message = f"{name}: expected a field of the CouplingSpec, and no keyword beside it, found {KEYWORDS[name]!r}"
+    with pytest.raises(ValueError, match=message):
+        pgf.FlowStep(4, 5, coupling=CouplingSpec(), **{name: KEYWORDS[name]})
+
+
+@pytest.mark.parametrize("coupling", ["affine", CouplingSpec()], ids=["kind", "spec"])
+def test_an_unknown_keyword(coupling: CouplingSpec | str) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'scale'"):
+        pgf.FlowStep(4, 5, coupling, scale=1.0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"channels": 3}, "channels: expected an even number to halve, found 3"),
         ({"channels": 0}, "channels: expected an int, at least 2, found 0"),
         ({"coupling": "linear"}, r"coupling: expected one of \('affine', 'additive'\), found 'linear'"),
+        ({"coupling": CouplingSpec("linear")}, r"coupling: expected one of \('affine', 'additive'\), found 'linear'"),
+        ({"coupling": CouplingSpec(clamp=0.0)}, "scale_clamp: expected a positive number, at most 80, found 0.0"),
         ({"permutation": "random"}, r"permutation: expected one of \('invconv', .*\), found 'random'"),
         ({"scale_map": "relu"}, "scale_map: expected one of .* or a callable, found 'relu'"),
         ({"order": "scale"}, r"order: expected one of \('shift_scale', 'scale_shift'\), found 'scale'"),

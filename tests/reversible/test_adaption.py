@@ -42,8 +42,8 @@ def test_the_spacing_shrinks_with_each_trip_and_ends_at_checkpointing() -> None:
         spacings.append(control.spacing)
         record(control, TOO_MUCH)
     assert spacings == [4, 2]
-    assert control.trips == 2
-    assert control.redone_steps == 64
+    assert control.learnt.trips == 2
+    assert control.learnt.redone_steps == 64
 
 
 def test_it_grows_while_calm_up_to_the_whole_run() -> None:
@@ -246,6 +246,16 @@ class TestState:
         shorter = DriftControl(8)
         shorter.load_state(control.state())
         assert shorter.spacing == 8
+
+    def test_checkpoints_have_the_numbers_in_this_order(self) -> None:
+        control, saved = DriftControl(32), torch.arange(1.0, 14.0)
+        control.load_state(saved)
+        names = "spacing calm hold next_hold too_wide passes trips redone_steps skipped"
+        names += " last_drift largest_drift recent_redone warned_at"
+        assert vars(control.learnt) == dict(zip(names.split(), range(1, 14), strict=True))
+        floats = {name for name, value in vars(control.learnt).items() if isinstance(value, float)}
+        assert floats == {"last_drift", "largest_drift", "recent_redone"}
+        assert torch.equal(control.state(), saved.double())
 
     @pytest.mark.parametrize("state", [torch.zeros(3), None, "drift"], ids=str)
     def test_what_is_no_state(self, state: object) -> None:

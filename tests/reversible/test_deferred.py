@@ -136,7 +136,7 @@ def test_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     with wrong_states(1.001):
         assert all_zero(gradients(sequence, x))
     sequence.control.settle(wait=True)
-    assert sequence.control.passes == 0
+    assert sequence.control.learnt.passes == 0
     monkeypatch.setattr(deferred, "is_capturing", lambda _: False)
     report = sequence.memory_report()
     assert (report["passes"], report["skipped"], report["anchor_every"]) == (2, 1, 2)
@@ -154,11 +154,11 @@ def test_a_copy_that_is_under_way_is_not_waited_for() -> None:
     event = Event()
     sequence.control._verdicts._event = event  # type: ignore[assignment]
     sequence.control.settle()
-    assert sequence.control.passes == 0
+    assert sequence.control.learnt.passes == 0
     event.ready = True
     sequence.control.settle()
     sequence.control.settle()
-    assert sequence.control.passes == 1
+    assert sequence.control.learnt.passes == 1
 
 
 def test_copies_take_nothing_that_is_under_way() -> None:

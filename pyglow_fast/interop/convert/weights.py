@@ -281,13 +281,13 @@ def _double(value: Tensor) -> Tensor:
 
 def _mixing_of(step: FlowStep) -> Mixing:
     layer = step.permutation
-    if isinstance(layer, Permute):
+    says = type(layer).weight_and_log_det
+    if isinstance(layer, Permute) and says is Permute.weight_and_log_det:
         return Order(layer.index.cpu())
-    assert isinstance(layer, InvConv)
-    if not layer.lu:
-        return Plain(_double(layer.weight))
-    values = (layer.lower, layer.upper, layer.log_diag, layer.sign_diag)
-    return Lu(layer.permutation.cpu(), *(_double(value) for value in values))
+    if isinstance(layer, InvConv) and says is InvConv.weight_and_log_det and layer.lu:
+        values = (layer.lower, layer.upper, layer.log_diag, layer.sign_diag)
+        return Lu(layer.permutation.cpu(), *(_double(value) for value in values))
+    return Plain(_double(layer.weight_and_log_det()[0]))
 
 
 def _hidden_of(conv: torch.nn.Module, norm: torch.nn.Module) -> Hidden:

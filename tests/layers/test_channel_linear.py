@@ -1,0 +1,271 @@
+"""A channel map that the package does not know runs as InvConv does: fused, kept, reversible, frozen, compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support.chain_cases import Mode, assert_same_gradients, gradients, perturbed
+from support.helpers import assert_close
+from torch import Tensor, nn
+
+import pyglow_fast as pgf
+from pyglow_fast import functional
+from pyglow_fast.layers import ChannelLinear, FrozenSteps
+from pyglow_fast.layers.folded import FoldedSteps
+
+DOUBLE = torch.float64
+CONDITION = 100.0  # of three steps near their start, rotations times exp(gain), and of their inverse
+
+
+class Householder(ChannelLinear):
+    """W = exp(gain) H_1 ... H_R, H = I - 2 v v^T / |v|^2; log|det W| = C gain."""
+
+    def __init__(self, channels: int, reflections: int = 2) -> None:
+        super().__init__()
+        self.channels = channels
+        self.vectors = nn.Parameter(torch.randn(reflections, channels))
+        self.register_buffer("gain", torch.tensor(0.1))
+
+    def weight_and_log_det(self) -> tuple[Tensor, Tensor]:
+        weight = torch.eye(self.channels, dtype=self.vectors.dtype, device=self.vectors.device)
+        for vector in self.vectors:
+            weight = weight - 2.0 * torch.outer(weight @ vector, vector) / vector.dot(vector)
+        return weight * self.gain.exp(), self.channels * self.gain
+
+
+class Nested(ChannelLinear):
+    """The same W, of parameters that a submodule has."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels, self.inner = channels, Householder(channels)
+
+    def weight_and_log_det(self) -> tuple[Tensor, Tensor]:
+        return self.inner.weight_and_log_det()
+
+
+class Transposed(pgf.InvConv):
+    """InvConv's parameters, and another W of them."""
+
+    def weight_and_log_det(self) -> tuple[Tensor, Tensor]:
+        weight, log_det = super().weight_and_log_det()
+        return weight.T, log_det
+
+
+MAPS: dict[str, Callable[[], list[Any]]] = {
+    "third": lambda: [Householder(4) for _ in range(3)],
+    "nested": lambda: [Nested(4) for _ in range(3)],
+    "beside others": lambda: [pgf.InvConv(4), Householder(4), pgf.Permute(4)],
+    "of InvConv's factors": lambda: [Transposed(4), pgf.InvConv(4), Transposed(4)],
+    "of InvConv's weight": lambda: [pgf.InvConv(4, lu=False), Transposed(4, lu=False), Transposed(4, lu=False)],
+}
+every_map = pytest.mark.parametrize("name", MAPS)
+
+
+def sequence_of(name: str, **options: Any) -> pgf.ReversibleSequence:
+    steps = [pgf.FlowStep(4, 5, permutation=permutation) for permutation in MAPS[name]()]
+    sequence = pgf.ReversibleSequence(steps, **options).double()
+    sequence.initialize(torch.randn(16, 4, 6, 3, dtype=DOUBLE))
+    return perturbed(sequence).eval()
+
+
+def in_order(sequence: pgf.ReversibleSequence, x: Tensor) -> tuple[Tensor, Tensor]:
+    """ActNorm, channel map, coupling, each by itself."""
+    total = x.new_zeros(x.shape[0])
+    for step in sequence:
+        for layer in (step.actnorm, step.permutation, step.coupling):
+            x, log_det = layer(x)
+            total = total + log_det
+    return x, total
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often each fused op is called; that of a step or a channel map by itself may not be."""
+    counts: dict[str, int] = {}
+
+    def counted(name: str) -> None:
+        true = getattr(functional, name)
+
+        def call(*args: Any) -> Any:
+            counts[name] = counts.get(name, 0) + 1
+            return true(*args)
+
+        monkeypatch.setattr(functional, name, call)
+
+    def refuse(*_: Any) -> None:
+        pytest.fail("a layer ran by itself")
+
+    for name in ("channel_mix_for_net", "coupling_mix_for_net", "coupling", "coupling_mix_inverse"):
+        counted(name)
+    for name in ("channel_linear", "channel_linear_inverse"):
+        monkeypatch.setattr(functional, name, refuse)
+    monkeypatch.setattr(pgf.FlowStep, "forward", refuse)
+    monkeypatch.setattr(pgf.FlowStep, "inverse", refuse)
+    monkeypatch.setattr(pgf.ReversibleSequence, "_run_modules", refuse)
+    return counts
+
+
+@every_map
+@pytest.mark.parametrize("grad", [True, False])
+def test_same_numbers_as_its_layers_in_order(name: str, grad: bool) -> None:
+    sequence, x = sequence_of(name), torch.randn(3, 4, 6, 3, dtype=DOUBLE)
+    expected, expected_log_det = in_order(sequence, x)
+    with torch.set_grad_enabled(grad):
+        z, log_det = sequence(x)
+        again, inverse_log_det = sequence.inverse(z)
+    assert_close(z, expected, CONDITION)
+    assert_close(log_det, expected_log_det, CONDITION)
+    assert_close(again, x, CONDITION)
+    assert_close(inverse_log_det, -log_det, CONDITION)
+
+
+@every_map
+def test_fused(name: str, calls: dict[str, int]) -> None:
+    sequence, x = sequence_of(name), torch.randn(3, 4, 6, 3, dtype=DOUBLE)
+    calls.clear()
+    with torch.no_grad():
+        sequence.inverse(sequence(x)[0])
+    forward = {"channel_mix_for_net": 1, "coupling_mix_for_net": 2, "coupling": 1}
+    assert calls == forward | {"coupling_mix_inverse": 3}
+    for memory in ("store", "checkpoint", "reversible"):
+        calls.clear()
+        sequence.memory = memory
+        sequence(x)[0].sum().backward()
+        assert calls == forward
+
+
+@every_map
+@pytest.mark.parametrize("mode", [Mode("checkpoint"), Mode("reversible"), Mode("reversible", None)], ids=str)
+def test_gradients_in_every_memory_mode(name: str, mode: Mode) -> None:
+    sequence, x = sequence_of(name, memory="store"), torch.randn(3, 4, 6, 3, dtype=DOUBLE)
+    expected = gradients(sequence, x)
+    trained = [key for key, _ in sequence.named_parameters() if "permutation" in key]
+    assert trained
+    assert all(expected[key].norm() > 1e-3 for key in trained if key.endswith("vectors"))
+    mode.apply(sequence)
+    assert_same_gradients(gradients(sequence, x), expected)
+    assert sequence.memory_report()["redone_steps"] == 0
+
+
+@torch.no_grad()
+def new_vectors(layer: Householder) -> None:
+    layer.vectors.add_(0.3)
+
+
+@torch.no_grad()
+def new_buffer(layer: Householder) -> None:
+    layer.gain.sub_(0.2)
+
+
+def new_parameter(layer: Householder) -> None:
+    layer.vectors = nn.Parameter(torch.randn(3, 4, dtype=DOUBLE))
+
+
+def loaded(layer: Householder) -> None:
+    layer.load_state_dict(Householder(4).double().state_dict())
+
+
+@pytest.mark.parametrize("change", [new_vectors, new_buffer, new_parameter, loaded])
+@pytest.mark.parametrize("name", ["third", "nested"])
+def test_kept_until_it_changes(
+    name: str, change: Callable[[Householder], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sequence, x = sequence_of(name), torch.randn(3, 4, 6, 3, dtype=DOUBLE)
+    true, folds = FoldedSteps.of, []
+    monkeypatch.setattr(FoldedSteps, "of", lambda steps: folds.append(1) or true(steps))
+
+    @torch.no_grad()
+    def check() -> None:
+        for _ in range(2):
+            z, log_det = sequence(x)
+            expected, expected_log_det = in_order(sequence, x)
+            assert_close(z, expected, CONDITION)
+            assert_close(log_det, expected_log_det, CONDITION)
+            assert_close(sequence.inverse(z)[0], x, CONDITION)
+
+    check()
+    assert len(folds) == 1
+    permutation = sequence[1].permutation
+    change(permutation.inner if name == "nested" else permutation)
+    check()
+    assert len(folds) == 2
+
+
+def test_not_kept_where_its_sources_cannot_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Outside(Householder):
+        angle = 0.5
+
+        def weight_and_log_det(self) -> tuple[Tensor, Tensor]:
+            weight, log_det = super().weight_and_log_det()
+            return weight * self.angle, log_det + self.channels * torch.tensor(self.angle, dtype=DOUBLE).log()
+
+        def weight_sources(self) -> None:
+            return None
+
+    sequence, x = sequence_of("third"), torch.randn(3, 4, 6, 3, dtype=DOUBLE)
+    sequence[0].permutation = outside = Outside(4).double()
+    nested = Nested(4).double()
+    for change in (lambda: setattr(outside, "angle", 0.8), lambda: setattr(sequence[0], "permutation", nested)):
+        for _ in range(2):
+            with torch.no_grad():
+                assert_close(sequence(x)[0], in_order(sequence, x)[0], CONDITION)
+            change()
+    nn.utils.parametrizations.weight_norm(nested.inner, "vectors")
+    assert nested.weight_sources() is None
+
+
+def test_frozen() -> None:
+    sequence, x = sequence_of("third"), torch.randn(3, 4, 6, 3, dtype=DOUBLE)
+    expected = sequence(x)
+    frozen = FrozenSteps(sequence)
+    for got, value in zip(frozen(x), expected, strict=True):
+        assert_close(got, value, CONDITION)
+    assert_close(frozen.inverse(expected[0])[0], x, CONDITION)
+
+
+def test_one_graph() -> None:
+    sequence, x = sequence_of("third", memory="store"), torch.randn(3, 4, 6, 3, dtype=DOUBLE)
+    compiled = torch.compile(sequence, fullgraph=True, backend="aot_eager")
+    for got, value in zip(compiled(x), sequence(x), strict=True):
+        assert_close(got, value, CONDITION)
+
+
+def test_in_a_glow() -> None:
+    def build() -> pgf.Glow:
+        model = pgf.Glow(image_shape=(1, 4, 4), n_levels=2, n_steps=2, hidden=4)
+        for level in model.levels:
+            for step in level.steps:
+                step.permutation = Householder(step.channels)
+        return model.double()
+
+    model, x = build(), torch.rand(8, 1, 4, 4, dtype=DOUBLE) - 0.5
+    model.initialize(x)
+    perturbed(model)
+    again = build()
+    again.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        log_prob = model.eval().log_prob(x)
+        assert torch.equal(again.eval().log_prob(x), log_prob)
+        assert_close(model.freeze().log_prob(x), log_prob, CONDITION)
+        assert_close(model.decode(model.encode(x)), x, CONDITION)
+
+
+def test_by_itself() -> None:
+    layer, x = Householder(4).double(), torch.randn(3, 4, 6, dtype=DOUBLE)
+    z, log_det = layer(x)
+    weight, _ = layer.weight_and_log_det()
+    assert_close(log_det, (6 * torch.linalg.slogdet(weight).logabsdet).expand(3), CONDITION)
+    assert_close(layer.inverse(z)[0], x, CONDITION)
+    with pytest.raises(TypeError, match="ChannelLinear must define weight_and_log_det"):
+        ChannelLinear().weight_and_log_det()
+
+
+@pytest.mark.parametrize("wrong", [Householder(6), nn.Identity()], ids=["width", "no map"])
+def test_what_a_step_refuses(wrong: Any) -> None:
+    expected = r"permutation: expected one of .* or a ChannelLinear \(of 4 channels\), found (Householder|Identity)"
+    with pytest.raises(ValueError, match=expected):
+        pgf.FlowStep(4, 5, permutation=wrong)
