@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
+from torch._C._functorch import unwrap_if_dead
 
 from pyglow_fast._errors import expect
 
@@ -37,7 +37,9 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
+    return super(torch.autograd.Function, function).apply(  # type: ignore[misc]
+        *[unwrap_if_dead(value) if isinstance(value, Tensor) else value for value in args]
+    )
 
 
 def differentiable_once(backward: Backward) -> Backward:
@@ -49,10 +51,10 @@ def differentiable_once(backward: Backward) -> Backward:
 
     @functools.wraps(backward)
     def checked(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
         with torch.no_grad():
             found = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
-            return found
         final = iter(_Final.apply(*[grad.detach().requires_grad_() for grad in found if grad is not None]))
         return tuple(None if grad is None else next(final) for grad in found)
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+_STATES = (torch.float32, torch.float64)
+
 
 class SingularMatrixError(ValueError):
     """A matrix of the flow has no inverse."""
@@ -31,13 +33,16 @@ def check_count(name: str, value: int, least: int = 1) -> None:
 
 def check_input(name: str, x: torch.Tensor, channels: int, like: torch.Tensor | None = None) -> None:
     """Refuse x unless it is (N, channels, *spatial), float32 or float64, on the device and of the dtype of ``like``."""
+    fits = isinstance(x, torch.Tensor) and x.dim() >= 2 and x.shape[1] == channels and x.dtype in _STATES
+    if fits and (like is None or (x.dtype == like.dtype and x.device == like.device)):
+        return  # before any message is put together: this runs at every call of every layer
     expect(isinstance(x, torch.Tensor), name, "a Tensor", type(x).__name__)
     expect(x.dim() >= 2, name, "shape (N, C, *spatial)", f"shape {tuple(x.shape)}")
     expect(x.shape[1] == channels, name, f"{channels} channels (dimension 1)", f"shape {tuple(x.shape)}")
     if like is not None:
-        kept = like.dtype in (torch.float32, torch.float64)
+        kept = like.dtype in _STATES
         expect(kept, "parameters", "dtype float32 or float64: the flow needs their precision", like.dtype)
-    expect(x.dtype in (torch.float32, torch.float64), name, "dtype float32 or float64", x.dtype)
+    expect(x.dtype in _STATES, name, "dtype float32 or float64", x.dtype)
     if like is not None:
         expect(x.device == like.device, name, f"device {like.device} (where the parameters are)", x.device)
         expect(x.dtype == like.dtype, name, f"dtype {like.dtype} (that of the parameters)", x.dtype)

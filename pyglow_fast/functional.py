@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pyglow_fast import _backend, autograd, ops, reference
 from pyglow_fast._derivatives import apply
@@ -47,9 +48,28 @@ __all__ = [
 ]
 
 
+def _records_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd must be able to differentiate a function of these: then kernels without a backward are out."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return True
+    # Transforms of torch.func and forward-mode AD: what they do with an op that has no derivative is silently wrong.
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
+
+
+def _is_seen(*tensors: Tensor) -> bool:
+    """Whether autograd, or what traces for torch.compile, is to be shown a function of these, and not its op alone."""
+    return torch.compiler.is_compiling() or _records_gradient(*tensors)
+
+
 def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor, squeeze_first: bool = False) -> Tensor:
     """u = M x + c at every position; see :func:`pyglow_fast.reference.channel_mix`."""
-    return channel_mix_for_net(x, matrix, offset, 0, squeeze_first)[0]
+    if not ops.run_on(x) or (squeeze_first and x.dim() != 4):
+        return reference.channel_mix(x, matrix, offset, squeeze_first)
+    if _is_seen(x, matrix, offset):
+        return apply(autograd.ChannelMix, x, matrix, offset, 0, squeeze_first)[0]
+    return ops.channel_mix(x, matrix, offset, False, ops.SQUEEZE_CODES["input" if squeeze_first else "none"])
 
 
 def channel_mix_for_net(
@@ -75,15 +95,20 @@ def channel_unmix(u: Tensor, inverse_matrix: Tensor, offset: Tensor, unsqueeze_a
 def coupling(u: Tensor, net_out: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor]:
     """y2 = (u2 + shift) s, log_det = sum log s; see :func:`pyglow_fast.reference.coupling`."""
     if ops.run_on(u) and ops.has_kernel(spec):
-        return apply(autograd.Coupling, u, readable_net_output(net_out, u), ops.kind_arguments(spec, inverse=False))
+        return _coupled(u, net_out, spec, inverse=False)
     return reference.coupling(u, net_out, spec)
 
 
 def coupling_inverse(y: Tensor, net_out: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor]:
     """u2 = y2 / s - shift, log_det = -sum log s; see :func:`pyglow_fast.reference.coupling_inverse`."""
     if ops.run_on(y) and ops.has_kernel(spec):
-        return apply(autograd.Coupling, y, readable_net_output(net_out, y), ops.kind_arguments(spec, inverse=True))
+        return _coupled(y, net_out, spec, inverse=True)
     return reference.coupling_inverse(y, net_out, spec)
+
+
+def _coupled(x: Tensor, net_out: Tensor, spec: CouplingSpec, inverse: bool) -> tuple[Tensor, Tensor]:
+    net_out, kind = readable_net_output(net_out, x), ops.kind_arguments(spec, inverse)
+    return apply(autograd.Coupling, x, net_out, kind) if _is_seen(x, net_out) else ops.coupling(x, net_out, *kind)
 
 
 def readable_net_output(net_out: Tensor, state: Tensor) -> Tensor:
@@ -97,6 +122,9 @@ def coupling_mix(
     u: Tensor, net_out: Tensor, matrix: Tensor, offset: Tensor, spec: CouplingSpec
 ) -> tuple[Tensor, Tensor]:
     """M y + c with y, log_det = coupling(u, net_out), in one pass; see :func:`pyglow_fast.reference.coupling_mix`."""
+    if ops.run_on(u) and ops.has_kernel(spec) and not _is_seen(u, net_out, matrix, offset):
+        kind = ops.kind_arguments(spec, inverse=False)
+        return ops.coupling_mix(u, readable_net_output(net_out, u), matrix, offset, *kind)
     out, _, log_det = coupling_mix_for_net(u, net_out, matrix, offset, spec, 0)
     return out, log_det
 
@@ -110,11 +138,6 @@ def coupling_mix_for_net(
         return apply(autograd.CouplingMix, u, readable_net_output(net_out, u), matrix, offset, kept, kind)
     y, log_det = coupling(u, net_out, spec)
     return *channel_mix_for_net(y, matrix, offset, kept), log_det
-
-
-def _records_gradient(*tensors: Tensor) -> bool:
-    """Whether autograd must be able to go back through a function of these: then kernels without a backward are out."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def coupling_mix_inverse(

@@ -42,6 +42,10 @@ class ExplicitCouplingNet:
             return weight, self.params[f"norm{layer}.bias"], self.params[f"norm{layer}.log_scale"].exp()
         return weight, self.params[f"conv{layer}.bias"], None
 
+    def output(self, x: Tensor) -> Tensor:
+        """Of the inputs as one, and nothing kept."""
+        return ops.coupling_net(x, *self.weights, False)[0]
+
     def forward(self, x1: Tensor, cond: Tensor | None) -> tuple[Tensor, Any]:
         """The output, and what :meth:`backward` takes."""
         x = x1 if cond is None else torch.cat([x1, cond.to(x1.dtype)], dim=1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
+from pyglow_fast.coupling_nets.explicit_net import ExplicitCouplingNet
 from pyglow_fast.coupling_nets.net_shape import NetShape
 from pyglow_fast.coupling_nets.plan import Chunk, ChunkPlan, plan_chunks
 from pyglow_fast.coupling_nets.precision import in_precision
@@ -107,7 +108,16 @@ class NetRunner:
             self._plans[key] = (self.net, plan)
         return plan
 
-    def _call(self, params: Sequence[Tensor]) -> Callable[[Tensor, Tensor | None], Tensor]:
+    def _explicit(self, x1: Tensor, params: Sequence[Tensor]) -> ExplicitCouplingNet | None:
+        """The net without autograd on those parameters, if it has such a form on x1."""
+        if not isinstance(self.net, NetShape):
+            return None
+        return self.net.explicit(x1, dict(zip(self.names, params, strict=True)))
+
+    def _call(self, x1: Tensor, params: Sequence[Tensor]) -> Callable[[Tensor, Tensor | None], Tensor]:
+        explicit = self._explicit(x1, params)
+        if explicit is not None:
+            return lambda x1, cond: explicit.output(self.net.with_condition(x1, cond))  # type: ignore[operator]
         own = all(given is mine for given, (_, mine) in zip(params, self._now(), strict=True))
         by_name = dict(zip(self.names, params, strict=True))
 
@@ -141,11 +151,11 @@ class NetRunner:
     def _forward(self, x1: Tensor, cond: Tensor | None, params: Sequence[Tensor]) -> tuple[Tensor, Memo]:
         plan = self._plan(x1, cond)
         if self._known:
-            net_out = run_net(self.net, x1, cond, plan, self._call(params))
+            net_out = run_net(self.net, x1, cond, plan, self._call(x1, params))
             return net_out, Memo(plan, RunState.of_autocast(x1.device), None)
         known = is_deterministic(self.net)
         before = None if known else GeneratorState.capture(x1.device)
-        net_out = run_net(self.net, x1, cond, plan, self._call(params))
+        net_out = run_net(self.net, x1, cond, plan, self._call(x1, params))
         state = RunState.after(self.net, before, x1.device)
         if (
             before is not None
@@ -155,13 +165,13 @@ class NetRunner:
             # A net that draws random numbers without saying so, cut into strips: their halos drew others. Once more.
             plan = self._plan(x1, cond, random=True)
             with before.replayed():
-                net_out = run_net(self.net, x1, cond, plan, self._call(params))
+                net_out = run_net(self.net, x1, cond, plan, self._call(x1, params))
         return net_out, Memo(plan, state, None if known else output_sums(net_out))
 
     def repeat(self, x1: Tensor, cond: Tensor | None, params: Sequence[Tensor], memo: Memo) -> Tensor:
         """The output of :meth:`forward` again."""
         with in_precision(self.precision, x1), memo.state.restored(self.net):
-            return run_net(self.net, x1, cond, memo.plan, self._call(params))
+            return run_net(self.net, x1, cond, memo.plan, self._call(x1, params))
 
     def backward(
         self,
@@ -184,15 +194,15 @@ class NetRunner:
                 seen[chunk.samples] += output_sums(net_out)
             return consume(net_out, chunk)
 
-        # Aliases: hooks that someone has put on a parameter belong to the outer backward.
-        leaves = [parameter.detach().requires_grad_(parameter.requires_grad) for parameter in params]
-        by_name = dict(zip(self.names, leaves, strict=True))
-        names = [name for name, leaf in by_name.items() if leaf.requires_grad]
-        wanted = [by_name[name] for name in names]
         with in_precision(self.precision, x1), memo.state.restored(self.net):
-            explicit = self.net.explicit(x1, by_name) if isinstance(self.net, NetShape) else None
+            explicit = self._explicit(x1, params)
+            if explicit is None:
+                # Aliases: hooks that someone has put on a parameter belong to the outer backward.
+                params = [parameter.detach().requires_grad_(parameter.requires_grad) for parameter in params]
+            wanted = [parameter for parameter in params if parameter.requires_grad]
+            names = [name for name, parameter in zip(self.names, params, strict=True) if parameter.requires_grad]
             grad_x1, grad_cond, found = run_net_backward(
-                self._call(leaves),
+                self._call(x1, params) if explicit is None else None,
                 x1,
                 cond,
                 memo.plan,
@@ -205,4 +215,4 @@ class NetRunner:
             check_repeated(memo.sums, seen)
         assert grad_x1 is not None  # asked for
         values = iter(found)
-        return grad_x1, grad_cond, tuple(next(values) if leaf.requires_grad else None for leaf in leaves)
+        return grad_x1, grad_cond, tuple(next(values) if parameter.requires_grad else None for parameter in params)

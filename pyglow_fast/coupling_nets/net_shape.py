@@ -59,10 +59,11 @@ class NetShape(nn.Module):
     def check_inputs(self, x: Tensor, cond: Tensor | None) -> None:
         """Refuse x or cond of the wrong shape, dtype or device."""
         check_input("x", x, self.in_channels, self.like)
-        # A convolution would take (N, C, L) for one image without a batch dimension.
-        expect(x.dim() == self.dims + 2, "x", f"{self.dims} spatial dimensions", f"shape {tuple(x.shape)}")
+        if x.dim() != self.dims + 2:
+            # A convolution would take (N, C, L) for one image without a batch dimension.
+            expect(False, "x", f"{self.dims} spatial dimensions", f"shape {tuple(x.shape)}")
         if not self.cond_channels:
-            expect(cond is None, "cond", "None, since the net has cond_channels=0", type(cond).__name__)
+            expect(cond is None, "cond", "None, since the net has cond_channels=0", cond.__class__.__name__)
             return
         expect(isinstance(cond, Tensor), "cond", f"a tensor with {self.cond_channels} channels", type(cond).__name__)
         assert cond is not None  # for the type checker: refused above

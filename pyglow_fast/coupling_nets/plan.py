@@ -26,19 +26,29 @@ class Chunk:
         samples: along dimension 0.
         rows: of the output that this chunk gives.
         taken: the rows of the input that it needs for them: ``rows`` and the halo, as far as the image reaches.
+        whole: it is all of the batch.
     """
 
     samples: slice
     rows: slice
     taken: slice
+    whole: bool = False
 
     def inputs(self, x: Tensor) -> Tensor:
-        """The part of x (N, C, *spatial) that the net gets: a view."""
+        """The part of x (N, C, *spatial) that the net gets: a view, or x itself where that is all of it."""
+        if self.whole:
+            return x
         return x[self.samples] if x.dim() < 3 else x[self.samples, :, self.taken]
 
     def outputs(self, y: Tensor) -> Tensor:
-        """The part of y (N, C, *spatial) that the chunk gives: a view. The chunks' parts tile y."""
+        """The part of y (N, C, *spatial) that the chunk gives, likewise. The chunks' parts tile y."""
+        if self.whole:
+            return y
         return y[self.samples] if y.dim() < 3 else y[self.samples, :, self.rows]
+
+    def per_sample(self, values: Tensor) -> Tensor:
+        """The part of values (N,) that belongs to its samples, likewise."""
+        return values if self.whole else values[self.samples]
 
     def crop(self, net_out: Tensor) -> Tensor:
         """What the net made of :meth:`inputs`, without the halo: of the shape of :meth:`outputs`."""
@@ -165,7 +175,8 @@ def plan_chunks(
         strips = [
             (rows, slice(max(0, rows.start - reach), min(n_rows, rows.stop + reach))) for rows in _pieces(n_rows, count)
         ]
-    chunks = tuple(Chunk(samples, rows, taken) for samples in batches for rows, taken in strips)
+    whole = len(batches) * len(strips) == 1
+    chunks = tuple(Chunk(samples, rows, taken, whole) for samples in batches for rows, taken in strips)
     most_rows = max(taken.stop - taken.start for _, taken in strips)
     most_samples = max(samples.stop - samples.start for samples in batches)
     return ChunkPlan(chunks, most_samples * most_rows * row_bytes, limit)

@@ -30,6 +30,8 @@ def plain_call(net: nn.Module) -> NetCall:
 
 def _checked(net_out: Tensor, x1: Tensor) -> Tensor:
     expect(isinstance(net_out, Tensor), "net", "an output that is a Tensor", type(net_out).__name__)
+    if net_out.dim() == x1.dim() and net_out.shape[0] == x1.shape[0] and net_out.shape[2:] == x1.shape[2:]:
+        return net_out
     shape = tuple(net_out.shape)
     kept = net_out.dim() == x1.dim() and shape[0] == x1.shape[0] and shape[2:] == tuple(x1.shape[2:])
     expect(kept, "net", f"an output of shape ({x1.shape[0]}, C_out, *{tuple(x1.shape[2:])})", f"shape {shape}")
@@ -181,7 +183,7 @@ class _Sums:
 
 @torch.no_grad()
 def run_net_backward(
-    call: NetCall,
+    call: NetCall | None,
     x1: Tensor,
     cond: Tensor | None,
     plan: ChunkPlan,
@@ -198,7 +200,7 @@ def run_net_backward(
     inversion of a coupling and its differentiation. Nothing is accumulated into ``.grad``, no hooks run.
 
     Args:
-        call: runs the net on a chunk of x1 and cond.
+        call: runs the net on a chunk of x1 and cond; None where ``explicit`` does.
         x1: (N, C1, *spatial), detached or not: only values count.
         cond: (N, Cc, *spatial) or None.
         plan: that of the forward, so that random numbers are drawn in the same order.
@@ -226,6 +228,7 @@ def run_net_backward(
                 net, names = explicit
                 sums.add(chunk, _explicit_gradients(net, names, chunk.inputs(x1), cond_part, chunk, consume))
                 continue
+            assert call is not None  # one of the two is given
             leaf = _leaf(x1, chunk, needs_x1)
             cond_leaf = None if cond is None else _leaf(cond, chunk, needs_cond)
             sums.add(chunk, _chunk_gradients(call, leaf, cond_leaf, chunk, consume, params, check=i == 0))

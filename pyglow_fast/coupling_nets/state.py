@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,15 +50,19 @@ def captured_autocast(device_type: str) -> Callable[[], contextlib.AbstractConte
     kinds = [kind for kind in dict.fromkeys((device_type, "cpu")) if torch.amp.is_autocast_available(kind)]
     states = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds]
 
-    @contextlib.contextmanager
-    def enter() -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            for kind, dtype, enabled in states:
-                if enabled or torch.is_autocast_enabled(kind):
-                    stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
-            yield
+    def enter() -> contextlib.AbstractContextManager[None]:
+        changed = [state for state in states if state[2] or torch.is_autocast_enabled(state[0])]
+        return _autocast(changed) if changed else contextlib.nullcontext()
 
     return enter
+
+
+@contextlib.contextmanager
+def _autocast(states: Sequence[tuple[str, torch.dtype, bool]]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for kind, dtype, enabled in states:
+            stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
+        yield
 
 
 @dataclass(frozen=True)

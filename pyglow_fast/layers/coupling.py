@@ -126,10 +126,14 @@ class Coupling(FlowLayer):
             net_out = self.net(kept) if cond is None else self.net(kept, cond)
         width = 2 * kept.shape[1] if self.spec.kind == "affine" else kept.shape[1]
         expected = (kept.shape[0], width, *kept.shape[2:])
-        expect(
-            tuple(net_out.shape) == expected, "net", f"an output of shape {expected}", f"shape {tuple(net_out.shape)}"
-        )
+        if net_out.shape != expected:
+            expect(False, "net", f"an output of shape {expected}", f"shape {tuple(net_out.shape)}")
         return net_out
+
+    @property
+    def has_own_scale(self) -> bool:
+        """Whether the scale map is a callable of the user's."""
+        return callable(self.spec.scale_map)
 
     @property
     def net_is_initialized(self) -> bool:

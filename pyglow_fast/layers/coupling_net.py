@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -33,6 +34,14 @@ def zero_bias(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
     """Set the bias of a convolution to zero, if it has one."""
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
+
+
+@functools.cache
+def _names_of(*has_norms: bool) -> frozenset[str]:
+    names = {"log_gain", "conv3.bias", *(f"conv{layer}.weight" for layer in (1, 2, 3))}
+    for layer, has_norm in enumerate(has_norms, 1):
+        names |= {f"norm{layer}.log_scale", f"norm{layer}.bias"} if has_norm else {f"conv{layer}.bias"}
+    return frozenset(names)
 
 
 class CouplingNet(NetShape):
@@ -93,9 +102,10 @@ class CouplingNet(NetShape):
     @property
     def is_plain(self) -> bool:
         """Whether nothing but its own parameters decides what it computes: no subclass, hooks, parametrizations."""
-        hooks = any(has_hooks(part) for part in (self, *self._modules.values()) if part is not None)
-        changed = hooks or any(hasattr(part, "parametrizations") for part in self._modules.values())
-        return type(self) is CouplingNet and not changed
+        if type(self) is not CouplingNet or has_hooks(self):
+            return False
+        parts = [part for part in self._modules.values() if part is not None]
+        return not any(has_hooks(part) or "parametrizations" in part._modules for part in parts)
 
     @property
     def is_initialized(self) -> bool:
@@ -132,7 +142,7 @@ class CouplingNet(NetShape):
 
     def _value(self, name: str) -> Tensor:
         module, _, attribute = name.rpartition(".")
-        value: Tensor = getattr(self.get_submodule(module), attribute)
+        value: Tensor = getattr(self._modules[module] if module else self, attribute)
         return value
 
     def explicit(self, x1: Tensor, params: Mapping[str, Tensor]) -> ExplicitCouplingNet | None:
@@ -143,18 +153,14 @@ class CouplingNet(NetShape):
         plain = self.is_plain and params.keys() == self._parameter_names()
         return ExplicitCouplingNet(params) if plain and functional.net_as_products(x1) else None
 
-    def _parameter_names(self) -> set[str]:
+    def _parameter_names(self) -> frozenset[str]:
         """What the parameters (but for a border term's) are called without parametrizations."""
-        names = {"log_gain", "conv3.bias", *(f"conv{layer}.weight" for layer in (1, 2, 3))}
-        for layer, norm in ((1, self.norm1), (2, self.norm2)):
-            names |= (
-                {f"norm{layer}.log_scale", f"norm{layer}.bias"} if isinstance(norm, ActNorm) else {f"conv{layer}.bias"}
-            )
-        return names
+        return _names_of(isinstance(self.norm1, ActNorm), isinstance(self.norm2, ActNorm))
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """x, cond -> shift and raw scale (or shift alone)."""
-        if any(part._forward_hooks or part._forward_pre_hooks for part in self.children()):
+        parts = [part for part in self._modules.values() if part is not None]
+        if any(part._forward_hooks or part._forward_pre_hooks for part in parts):
             return self._layer_by_layer(self.with_condition(x, cond))
         return functional.coupling_net(self.net_input(x, cond), *self._weights())
 

@@ -14,6 +14,7 @@ from pyglow_fast.coupling_nets.net_runner import NetRunner
 from pyglow_fast.coupling_nets.plan import budget_bytes
 from pyglow_fast.coupling_nets.traits import has_known_modules
 from pyglow_fast.layers._base import FlowLayer
+from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.flow_step import (
     ChannelMap,
     FlowStep,
@@ -30,6 +31,14 @@ from pyglow_fast.reversible import Chain, DriftControl, ModuleChain, Pass, run_c
 
 MEMORY_MODES = ("reversible", "checkpoint", "store")
 GRADIENT_SHARE = 4  # of the budget, what gradients may take that exist a second time while they are added to others
+
+
+def _is_initialized(step: nn.Module) -> bool:
+    """Whether nothing in a step waits for data."""
+    if isinstance(step, FlowStep) and type(step.coupling.net) is CouplingNet and not step.coupling.has_own_scale:
+        # Of which all is known, without a look into each module.
+        return step.is_initialized and getattr(step.permutation, "is_initialized", True)
+    return all(getattr(module, "is_initialized", True) for module in step.modules())
 
 
 def pass_of(control: DriftControl | None, budget: str | int, x: Tensor, step_bytes: Sequence[int]) -> Pass:
@@ -179,8 +188,9 @@ class ReversibleSequence(FlowLayer):
         steps = self.flow_steps()
         if not recomputes:
             # Without a record the nets run in chunks. A net of the user's may use other tensors that want one.
-            unknown = torch.is_grad_enabled() and not all(has_known_modules(step) for step in steps)
-            whole_nets = records or unknown or torch.compiler.is_compiling()
+            whole_nets = records or torch.compiler.is_compiling()
+            if not whole_nets and torch.is_grad_enabled():
+                whole_nets = not all(has_known_modules(step) for step in steps)
             couplings = [step.coupling for step in steps]
             if whole_nets:
                 return run_couplings(couplings, Recorded(steps), x, cond, squeeze_first)
@@ -226,7 +236,7 @@ class ReversibleSequence(FlowLayer):
         return x
 
     def _is_initialized(self) -> bool:
-        return all(getattr(module, "is_initialized", True) for module in self.modules() if module is not self)
+        return all(map(_is_initialized, self))
 
     def _run_modules(self, x: Tensor, cond: Tensor | None, recomputes: bool) -> tuple[Tensor, Tensor]:
         if recomputes:

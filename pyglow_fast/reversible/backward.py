@@ -90,7 +90,7 @@ class ChainBackward(Walk):
                 chunk.outputs(y),
                 net_out,
                 chunk.outputs(grad_y),
-                self.grad_log_det[chunk.samples],
+                chunk.per_sample(self.grad_log_det),
                 self.inverses[k],
                 self.offsets[k],
                 spec,
@@ -146,7 +146,7 @@ class ChainBackward(Walk):
         sums: list[Tensor] = []
 
         def consume(net_out: Tensor, chunk: Chunk) -> Tensor:
-            part, grad_part, grad_log_det = chunk.outputs(u), chunk.outputs(grad), self.grad_log_det[chunk.samples]
+            part, grad_part, grad_log_det = chunk.outputs(u), chunk.outputs(grad), chunk.per_sample(self.grad_log_det)
             if last:
                 grad_u, grad_net_out = passes.coupling_backward(part, net_out, grad_part, grad_log_det, spec)
             else:

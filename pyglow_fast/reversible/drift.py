@@ -89,10 +89,10 @@ def project(x: Tensor) -> Tensor:
     flat = flat_positions(x)
     signs = _signs(flat.shape[2], x.dtype, x.device)
     blocks = (signs.outer.shape[0], signs.inner.shape[0])
-    by_position = flat.transpose(1, 2)
     with full_precision(x):
         if blocks[0] <= 1:
             return flat @ signs.inner
+        by_position = flat.transpose(1, 2)
         if by_position.is_contiguous():  # channels last, of which the other product would make a copy
             return signs.outer @ (signs.inner @ by_position.unflatten(1, blocks))
         return (flat.unflatten(2, blocks) @ signs.inner) @ signs.outer
@@ -115,7 +115,8 @@ def _scale(norm: Tensor) -> Tensor:
 
 
 def _largest(error: Tensor, scale: Tensor) -> Tensor:
-    return (error / scale).amax() if error.numel() else error.new_zeros(())
+    """The largest |error| / scale; error is overwritten."""
+    return torch.linalg.vector_norm(error.div_(scale), torch.inf) if error.numel() else error.new_zeros(())
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Witness:
     """What is known of the state u that entered a step's coupling, (N, C) each."""
 
     projection: Tensor
-    scale: Tensor  # of its norms
+    scale: Tensor  # of its norms, times PROJECTION_SLACK
 
     @classmethod
     def of(cls, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,12 +136,13 @@ class Witness:
         """From the projection and norm of every step, one after another: what is parameter-sized in one batch."""
         projections, found = seen[::2], seen[1::2]
         alike = len({norm.shape for norm in found}) == 1
-        scales = _scale(torch.stack(list(found))).unbind() if alike else [_scale(norm) for norm in found]
+        scales = [_scale(norm) * PROJECTION_SLACK for norm in ([torch.stack(list(found))] if alike else found)]
+        scales = list(scales[0].unbind()) if alike else scales
         return [cls(*parts) for parts in zip(projections, scales, strict=True)]
 
     def drift_of(self, x: Tensor) -> Tensor:
         """The same of x itself: about its largest relative error against the state that was seen."""
-        return _largest((project(x) - self.projection).abs_(), self.scale) / PROJECTION_SLACK
+        return _largest(project(x) - self.projection, self.scale)
 
     def drift(self, x: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
         """About the largest relative error of M x + c, given a recomputed x; a scalar tensor, NaN if x is.
@@ -149,8 +151,8 @@ class Witness:
         """
         signs_sum = _signs(n_positions(x), x.dtype, x.device).sum
         with full_precision(x):
-            expected = torch.addmm(signs_sum * offset, project(x), matrix.T)
-        return _largest((expected - self.projection).abs_(), self.scale) / PROJECTION_SLACK
+            expected = torch.addmm(offset, project(x), matrix.T, beta=signs_sum)
+        return _largest(expected.sub_(self.projection), self.scale)
 
 
 def anchor_drift(recomputed: Tensor, true: Tensor) -> Tensor:
