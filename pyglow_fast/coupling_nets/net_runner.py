@@ -150,6 +150,10 @@ class NetRunner:
 
     def _forward(self, x1: Tensor, cond: Tensor | None, params: Sequence[Tensor]) -> tuple[Tensor, Memo]:
         plan = self._plan(x1, cond)
+        explicit = self._explicit(x1, params) if plan.whole and not torch.is_grad_enabled() else None
+        if explicit is not None and isinstance(self.net, NetShape):
+            net_out = explicit.output(self.net.with_condition(x1, cond))
+            return net_out, Memo(plan, RunState.of_autocast(x1.device), None)
         if self._known:
             net_out = run_net(self.net, x1, cond, plan, self._call(x1, params))
             return net_out, Memo(plan, RunState.of_autocast(x1.device), None)

@@ -125,23 +125,23 @@ def _explicit_gradients(
     return [grad_x1, grad_cond, *(grads.get(name) for name in names)]
 
 
+def _or_zeros(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
+    """Zeros for what the net does not use, None for what is not wanted."""
+    return None if like is None else torch.zeros_like(like) if gradient is None else gradient
+
+
 class _InputSum:
     """The gradient of x1 or cond: where the halos of strips overlap, the sum."""
 
-    def __init__(self, like: Tensor | None, whole: bool) -> None:
-        self.like, self.whole = like, whole
-        self.total = None if like is None or whole else torch.zeros_like(like)
+    def __init__(self, like: Tensor | None) -> None:
+        self.total = None if like is None else torch.zeros_like(like)
 
     def add(self, chunk: Chunk, gradient: Tensor | None) -> None:
-        if self.like is None:
-            return
-        if self.whole:
-            self.total = gradient
-        elif self.total is not None and gradient is not None:
+        if self.total is not None and gradient is not None:
             chunk.inputs(self.total).add_(gradient)
 
     def result(self) -> Tensor | None:
-        return self.total if self.total is not None or self.like is None else torch.zeros_like(self.like)
+        return self.total
 
 
 class _ParameterSum:
@@ -170,8 +170,8 @@ class _ParameterSum:
 class _Sums:
     """Takes what each chunk gives. A chunk's own gradients must not outlive the call, or two chunks' are alive."""
 
-    def __init__(self, inputs: Sequence[Tensor | None], params: Sequence[Tensor], whole: bool) -> None:
-        self.inputs = [_InputSum(tensor, whole) for tensor in inputs]
+    def __init__(self, inputs: Sequence[Tensor | None], params: Sequence[Tensor]) -> None:
+        self.inputs = [_InputSum(tensor) for tensor in inputs]
         self.params = [_ParameterSum(parameter.dtype) for parameter in params]
 
     def add(self, chunk: Chunk, gradients: Sequence[Tensor | None]) -> None:
@@ -219,18 +219,24 @@ def run_net_backward(
         ValueError: the net uses a tensor that requires a gradient and is not in params; outputs or gradients of the
             wrong shape.
     """
+
+    def gradients(chunk: Chunk) -> list[Tensor | None]:
+        if explicit is not None:
+            cond_part = None if cond is None else chunk.inputs(cond)
+            return _explicit_gradients(*explicit, chunk.inputs(x1), cond_part, chunk, consume)
+        assert call is not None  # one of the two is given
+        leaf = _leaf(x1, chunk, needs_x1)
+        cond_leaf = None if cond is None else _leaf(cond, chunk, needs_cond)
+        check = chunk is plan.chunks[0]
+        return _chunk_gradients(call, leaf, cond_leaf, chunk, consume, params, check)
+
     wanted = (x1 if needs_x1 else None, cond if needs_cond else None)
-    sums = _Sums(wanted, params, plan.whole)
     with without_autocast_cache(x1.device.type):
-        for i, chunk in enumerate(plan.chunks):
-            if explicit is not None:
-                cond_part = None if cond is None else chunk.inputs(cond)
-                net, names = explicit
-                sums.add(chunk, _explicit_gradients(net, names, chunk.inputs(x1), cond_part, chunk, consume))
-                continue
-            assert call is not None  # one of the two is given
-            leaf = _leaf(x1, chunk, needs_x1)
-            cond_leaf = None if cond is None else _leaf(cond, chunk, needs_cond)
-            sums.add(chunk, _chunk_gradients(call, leaf, cond_leaf, chunk, consume, params, check=i == 0))
+        if plan.whole:
+            grad_x1, grad_cond, *of_params = gradients(plan.chunks[0])
+            return _or_zeros(grad_x1, wanted[0]), _or_zeros(grad_cond, wanted[1]), tuple(of_params)
+        sums = _Sums(wanted, params)
+        for chunk in plan.chunks:
+            sums.add(chunk, gradients(chunk))
     grad_x1, grad_cond = (total.result() for total in sums.inputs)
     return grad_x1, grad_cond, tuple(total.result() for total in sums.params)

@@ -80,14 +80,14 @@ def _signs(positions: int, dtype: torch.dtype, device: torch.device) -> Signs:
     return Signs(inner.to(device, dtype), outer.to(device, dtype), float(inner.sum()) * float(outer.sum()))
 
 
-def project(x: Tensor) -> Tensor:
+def project(x: Tensor, signs: Signs | None = None) -> Tensor:
     """sum over the positions of sign x, per sample and channel: (N, C).
 
     Block by block: the rounding of one long sum, relative to the norm, grows with the root of its length, and would be
     taken for drift at high resolution.
     """
     flat = flat_positions(x)
-    signs = _signs(flat.shape[2], x.dtype, x.device)
+    signs = signs or _signs(flat.shape[2], x.dtype, x.device)
     blocks = (signs.outer.shape[0], signs.inner.shape[0])
     with full_precision(x):
         if blocks[0] <= 1:
@@ -149,9 +149,9 @@ class Witness:
 
         The projection is linear: that of M x + c needs no pass over it.
         """
-        signs_sum = _signs(n_positions(x), x.dtype, x.device).sum
+        signs = _signs(n_positions(x), x.dtype, x.device)
         with full_precision(x):
-            expected = torch.addmm(offset, project(x), matrix.T, beta=signs_sum)
+            expected = torch.addmm(offset, project(x, signs), matrix.T, beta=signs.sum)
         return _largest(expected.sub_(self.projection), self.scale)
 
 
