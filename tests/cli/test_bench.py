@@ -17,7 +17,7 @@ def test_help_of_a_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
 def test_unknown_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "nothing"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: name: expected one of gpu_check, ")
+    assert error.startswith("error: name: expected one of calls, gpu_check, ")
     assert error.endswith("found 'nothing'\n")
     assert "harness" not in error
 
