@@ -16,9 +16,15 @@ const char* emulated_coupling(int is_double, unsigned seed, Sizes sizes, Variant
                               Tensor out, void* log_det) {
   return guarded(is_double, seed, [&](auto zero) {
     using T = decltype(zero);
-    driver::run(pyglow::CouplingArgs<T>{view<const T>(in), net_view<const void>(net_out), view<T>(out),
-                                        static_cast<T*>(log_det), sizes.samples, sizes.channels, sizes.transformed,
-                                        sizes.positions, kind_of<T>(variant)});
+    driver::run(pyglow::CouplingArgs<T>{.in = view<const T>(in),
+                                        .net_out = net_view<const void>(net_out),
+                                        .out = view<T>(out),
+                                        .log_det = static_cast<T*>(log_det),
+                                        .samples = sizes.samples,
+                                        .channels = sizes.channels,
+                                        .transformed = sizes.transformed,
+                                        .positions = sizes.positions,
+                                        .kind = kind_of<T>(variant)});
   });
 }
 
@@ -27,10 +33,18 @@ const char* emulated_coupling_backward(int is_double, unsigned seed, Sizes sizes
                                        Tensor grad_in, Net grad_net_out) {
   return guarded(is_double, seed, [&](auto zero) {
     using T = decltype(zero);
-    driver::run(pyglow::CouplingBackwardArgs<T>{
-        view<const T>(out), net_view<const void>(net_out), view<const T>(grad_out), static_cast<const T*>(grad_log_det),
-        view<T>(in), view<T>(grad_in), net_view<void>(grad_net_out), sizes.samples, sizes.channels, sizes.transformed,
-        sizes.positions, kind_of<T>(variant)});
+    driver::run(pyglow::CouplingBackwardArgs<T>{.out = view<const T>(out),
+                                                .net_out = net_view<const void>(net_out),
+                                                .grad_out = view<const T>(grad_out),
+                                                .grad_log_det = static_cast<const T*>(grad_log_det),
+                                                .in = view<T>(in),
+                                                .grad_in = view<T>(grad_in),
+                                                .grad_net_out = net_view<void>(grad_net_out),
+                                                .samples = sizes.samples,
+                                                .channels = sizes.channels,
+                                                .transformed = sizes.transformed,
+                                                .positions = sizes.positions,
+                                                .kind = kind_of<T>(variant)});
   });
 }
 

@@ -16,11 +16,17 @@ const char* emulated_coupling_mix(int is_double, unsigned seed, Sizes sizes, Var
                                   const void* matrix, const void* offset, Tensor out, void* log_det) {
   return guarded(is_double, seed, [&](auto zero) {
     using T = decltype(zero);
-    driver::run(pyglow::CouplingMixArgs<T>{
-        {view<const T>(in), net_view<const void>(net_out), view<T>(out), static_cast<T*>(log_det), sizes.samples,
-         sizes.channels, sizes.transformed, sizes.positions, kind_of<T>(variant)},
-        static_cast<const T*>(matrix),
-        static_cast<const T*>(offset)});
+    driver::run(pyglow::CouplingMixArgs<T>{.coupling = {.in = view<const T>(in),
+                                                        .net_out = net_view<const void>(net_out),
+                                                        .out = view<T>(out),
+                                                        .log_det = static_cast<T*>(log_det),
+                                                        .samples = sizes.samples,
+                                                        .channels = sizes.channels,
+                                                        .transformed = sizes.transformed,
+                                                        .positions = sizes.positions,
+                                                        .kind = kind_of<T>(variant)},
+                                           .matrix = static_cast<const T*>(matrix),
+                                           .offset = static_cast<const T*>(offset)});
   });
 }
 
@@ -30,20 +36,21 @@ const char* emulated_coupling_mix_backward(int is_double, unsigned seed, Sizes s
                                            Net grad_net_out, void* grad_matrix, void* grad_offset) {
   return guarded(is_double, seed, [&](auto zero) {
     using T = decltype(zero);
-    driver::run(pyglow::CouplingMixBackwardArgs<T>{view<const T>(in),
-                                                   net_view<const void>(net_out),
-                                                   {view<const T>(grad_out), view<const T>(added), added_channels},
-                                                   static_cast<const T*>(grad_log_det),
-                                                   static_cast<const T*>(matrix),
-                                                   view<T>(grad_in),
-                                                   net_view<void>(grad_net_out),
-                                                   static_cast<T*>(grad_matrix),
-                                                   static_cast<T*>(grad_offset),
-                                                   sizes.samples,
-                                                   sizes.channels,
-                                                   sizes.transformed,
-                                                   sizes.positions,
-                                                   kind_of<T>(variant)});
+    driver::run(
+        pyglow::CouplingMixBackwardArgs<T>{.in = view<const T>(in),
+                                           .net_out = net_view<const void>(net_out),
+                                           .grad_out = {view<const T>(grad_out), view<const T>(added), added_channels},
+                                           .grad_log_det = static_cast<const T*>(grad_log_det),
+                                           .matrix = static_cast<const T*>(matrix),
+                                           .grad_in = view<T>(grad_in),
+                                           .grad_net_out = net_view<void>(grad_net_out),
+                                           .grad_matrix = static_cast<T*>(grad_matrix),
+                                           .grad_offset = static_cast<T*>(grad_offset),
+                                           .samples = sizes.samples,
+                                           .channels = sizes.channels,
+                                           .transformed = sizes.transformed,
+                                           .positions = sizes.positions,
+                                           .kind = kind_of<T>(variant)});
   });
 }
 
@@ -52,11 +59,20 @@ const char* emulated_step_backward(int is_double, unsigned seed, Sizes sizes, Va
                                    const void* offset, Tensor x, Tensor grad_u, Net grad_net_out) {
   return guarded(is_double, seed, [&](auto zero) {
     using T = decltype(zero);
-    driver::run(pyglow::StepBackwardArgs<T>{view<const T>(y), net_view<const void>(net_out), view<const T>(grad_y),
-                                            static_cast<const T*>(grad_log_det), static_cast<const T*>(inverse_matrix),
-                                            static_cast<const T*>(offset), view<T>(x), view<T>(grad_u),
-                                            net_view<void>(grad_net_out), sizes.samples, sizes.channels,
-                                            sizes.transformed, sizes.positions, kind_of<T>(variant)});
+    driver::run(pyglow::StepBackwardArgs<T>{.y = view<const T>(y),
+                                            .net_out = net_view<const void>(net_out),
+                                            .grad_y = view<const T>(grad_y),
+                                            .grad_log_det = static_cast<const T*>(grad_log_det),
+                                            .inverse_matrix = static_cast<const T*>(inverse_matrix),
+                                            .offset = static_cast<const T*>(offset),
+                                            .x = view<T>(x),
+                                            .grad_u = view<T>(grad_u),
+                                            .grad_net_out = net_view<void>(grad_net_out),
+                                            .samples = sizes.samples,
+                                            .channels = sizes.channels,
+                                            .transformed = sizes.transformed,
+                                            .positions = sizes.positions,
+                                            .kind = kind_of<T>(variant)});
   });
 }
 

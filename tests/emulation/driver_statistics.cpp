@@ -10,8 +10,12 @@ extern "C" {
 const char* emulated_channel_moments(int is_double, unsigned seed, Sizes sizes, Tensor x, double* mean, double* m2) {
   return driver::guarded(is_double, seed, [&](auto zero) {
     using T = decltype(zero);
-    driver::run(
-        pyglow::ChannelMomentsArgs<T>{view<const T>(x), mean, m2, sizes.samples, sizes.channels, sizes.positions});
+    driver::run(pyglow::ChannelMomentsArgs<T>{.x = view<const T>(x),
+                                              .mean = mean,
+                                              .m2 = m2,
+                                              .samples = sizes.samples,
+                                              .channels = sizes.channels,
+                                              .positions = sizes.positions});
   });
 }
 
@@ -19,8 +23,13 @@ const char* emulated_gaussian_log_prob(int is_double, unsigned seed, Sizes sizes
                                        void* log_prob) {
   return driver::guarded(is_double, seed, [&](auto zero) {
     using T = decltype(zero);
-    driver::run(pyglow::GaussianArgs<T>{view<const T>(z), view<const T>(mean), view<const T>(log_sd),
-                                        static_cast<T*>(log_prob), sizes.samples, sizes.channels, sizes.positions});
+    driver::run(pyglow::GaussianArgs<T>{.z = view<const T>(z),
+                                        .mean = view<const T>(mean),
+                                        .log_sd = view<const T>(log_sd),
+                                        .log_prob = static_cast<T*>(log_prob),
+                                        .samples = sizes.samples,
+                                        .channels = sizes.channels,
+                                        .positions = sizes.positions});
   });
 }
 
@@ -29,9 +38,16 @@ const char* emulated_gaussian_log_prob_backward(int is_double, unsigned seed, Si
                                                 Tensor grad_mean, Tensor grad_log_sd) {
   return driver::guarded(is_double, seed, [&](auto zero) {
     using T = decltype(zero);
-    driver::run(pyglow::GaussianBackwardArgs<T>{
-        view<const T>(z), view<const T>(mean), view<const T>(log_sd), static_cast<const T*>(grad_log_prob),
-        view<T>(grad_z), view<T>(grad_mean), view<T>(grad_log_sd), sizes.samples, sizes.channels, sizes.positions});
+    driver::run(pyglow::GaussianBackwardArgs<T>{.z = view<const T>(z),
+                                                .mean = view<const T>(mean),
+                                                .log_sd = view<const T>(log_sd),
+                                                .grad_log_prob = static_cast<const T*>(grad_log_prob),
+                                                .grad_z = view<T>(grad_z),
+                                                .grad_mean = view<T>(grad_mean),
+                                                .grad_log_sd = view<T>(grad_log_sd),
+                                                .samples = sizes.samples,
+                                                .channels = sizes.channels,
+                                                .positions = sizes.positions});
   });
 }
 
@@ -39,8 +55,13 @@ const char* emulated_gaussian_sample(int is_double, unsigned seed, Sizes sizes, 
                                      Tensor log_sd, Tensor z) {
   return driver::guarded(is_double, seed, [&](auto zero) {
     using T = decltype(zero);
-    driver::run(pyglow::GaussianSampleArgs<T>{view<const T>(noise), view<const T>(mean), view<const T>(log_sd),
-                                              view<T>(z), sizes.samples, sizes.channels, sizes.positions});
+    driver::run(pyglow::GaussianSampleArgs<T>{.noise = view<const T>(noise),
+                                              .mean = view<const T>(mean),
+                                              .log_sd = view<const T>(log_sd),
+                                              .z = view<T>(z),
+                                              .samples = sizes.samples,
+                                              .channels = sizes.channels,
+                                              .positions = sizes.positions});
   });
 }
 

@@ -14,17 +14,33 @@ void couple(const Shape& s, bool channels_last, NetType type, ScaleMap map, Orde
   const Tensor<T> in(s.n, s.c, s.p, channels_last, 1), out(s.n, s.c, s.p, channels_last, 0);
   const Net<T> net_out(s.n, net_channels, s.p, channels_last, 2, type);
   const Tensor<T> log_det(s.n, 1, 1, false, 0);
-  driver::run(
-      pyglow::CouplingArgs<T>{in.in(), net_out.in(), out.out(), log_det.data(), s.n, s.c, transformed, s.p, kind});
+  driver::run(pyglow::CouplingArgs<T>{.in = in.in(),
+                                      .net_out = net_out.in(),
+                                      .out = out.out(),
+                                      .log_det = log_det.data(),
+                                      .samples = s.n,
+                                      .channels = s.c,
+                                      .transformed = transformed,
+                                      .positions = s.p,
+                                      .kind = kind});
   out.expect_written("coupling");
   log_det.expect_written("log_det");
 
   const Tensor<T> grad_out(s.n, s.c, s.p, channels_last, 3), grad_log_det(s.n, 1, 1, false, 4);
   const Tensor<T> recovered(s.n, s.c, s.p, channels_last, 0), grad_in(s.n, s.c, s.p, channels_last, 0);
   const Net<T> grad_net_out(s.n, net_channels, s.p, channels_last, 0, type);
-  driver::run(pyglow::CouplingBackwardArgs<T>{out.in(), net_out.in(), grad_out.in(), grad_log_det.data(),
-                                              recovered.out(), grad_in.out(), grad_net_out.out(), s.n, s.c, transformed,
-                                              s.p, kind});
+  driver::run(pyglow::CouplingBackwardArgs<T>{.out = out.in(),
+                                              .net_out = net_out.in(),
+                                              .grad_out = grad_out.in(),
+                                              .grad_log_det = grad_log_det.data(),
+                                              .in = recovered.out(),
+                                              .grad_in = grad_in.out(),
+                                              .grad_net_out = grad_net_out.out(),
+                                              .samples = s.n,
+                                              .channels = s.c,
+                                              .transformed = transformed,
+                                              .positions = s.p,
+                                              .kind = kind});
   recovered.expect_written("in");
   grad_in.expect_written("grad_in");
   grad_net_out.expect_written("grad_net_out");

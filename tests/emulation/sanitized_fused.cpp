@@ -16,10 +16,17 @@ void fuse(const Shape& s, bool channels_last, NetType type, ScaleMap map, Order 
   for (const bool inverse : {true, false}) {
     kind.inverse = inverse;
     const Tensor<T> out(s.n, s.c, s.p, channels_last, 0), log_det(s.n, 1, 1, false, 0);
-    driver::run(
-        pyglow::CouplingMixArgs<T>{{in.in(), net_out.in(), out.out(), log_det.data(), s.n, s.c, transformed, s.p, kind},
-                                   matrix.data(),
-                                   offset.data()});
+    driver::run(pyglow::CouplingMixArgs<T>{.coupling = {.in = in.in(),
+                                                        .net_out = net_out.in(),
+                                                        .out = out.out(),
+                                                        .log_det = log_det.data(),
+                                                        .samples = s.n,
+                                                        .channels = s.c,
+                                                        .transformed = transformed,
+                                                        .positions = s.p,
+                                                        .kind = kind},
+                                           .matrix = matrix.data(),
+                                           .offset = offset.data()});
     out.expect_written("coupling_mix");
     log_det.expect_written("log_det");
   }
@@ -31,20 +38,21 @@ void fuse(const Shape& s, bool channels_last, NetType type, ScaleMap map, Order 
     const Tensor<T> grad_in(s.n, s.c, s.p, channels_last, 0), grad_matrix(1, s.c, s.c, false, 0);
     const Tensor<T> grad_offset(1, s.c, 1, false, 0);
     const Net<T> grad_net_out(s.n, net_channels, s.p, channels_last, 0, type);
-    driver::run(pyglow::CouplingMixBackwardArgs<T>{in.in(),
-                                                   net_out.in(),
-                                                   {grad.in(), part, part.data == nullptr ? 0 : added_channels},
-                                                   grad_log_det.data(),
-                                                   matrix.data(),
-                                                   grad_in.out(),
-                                                   grad_net_out.out(),
-                                                   grad_matrix.data(),
-                                                   grad_offset.data(),
-                                                   s.n,
-                                                   s.c,
-                                                   transformed,
-                                                   s.p,
-                                                   kind});
+    driver::run(
+        pyglow::CouplingMixBackwardArgs<T>{.in = in.in(),
+                                           .net_out = net_out.in(),
+                                           .grad_out = {grad.in(), part, part.data == nullptr ? 0 : added_channels},
+                                           .grad_log_det = grad_log_det.data(),
+                                           .matrix = matrix.data(),
+                                           .grad_in = grad_in.out(),
+                                           .grad_net_out = grad_net_out.out(),
+                                           .grad_matrix = grad_matrix.data(),
+                                           .grad_offset = grad_offset.data(),
+                                           .samples = s.n,
+                                           .channels = s.c,
+                                           .transformed = transformed,
+                                           .positions = s.p,
+                                           .kind = kind});
     grad_in.expect_written("grad_in");
     grad_net_out.expect_written("grad_net_out");
     grad_matrix.expect_written("grad_matrix");
@@ -53,9 +61,20 @@ void fuse(const Shape& s, bool channels_last, NetType type, ScaleMap map, Order 
 
   const Tensor<T> x(s.n, s.c, s.p, channels_last, 0), grad_u(s.n, s.c, s.p, channels_last, 0);
   const Net<T> grad_net_out(s.n, net_channels, s.p, channels_last, 0, type);
-  driver::run(pyglow::StepBackwardArgs<T>{in.in(), net_out.in(), grad.in(), grad_log_det.data(), matrix.data(),
-                                          offset.data(), x.out(), grad_u.out(), grad_net_out.out(), s.n, s.c,
-                                          transformed, s.p, kind});
+  driver::run(pyglow::StepBackwardArgs<T>{.y = in.in(),
+                                          .net_out = net_out.in(),
+                                          .grad_y = grad.in(),
+                                          .grad_log_det = grad_log_det.data(),
+                                          .inverse_matrix = matrix.data(),
+                                          .offset = offset.data(),
+                                          .x = x.out(),
+                                          .grad_u = grad_u.out(),
+                                          .grad_net_out = grad_net_out.out(),
+                                          .samples = s.n,
+                                          .channels = s.c,
+                                          .transformed = transformed,
+                                          .positions = s.p,
+                                          .kind = kind});
   x.expect_written("x");
   grad_u.expect_written("grad_u");
   grad_net_out.expect_written("grad_net_out");

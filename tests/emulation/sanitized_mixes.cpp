@@ -11,14 +11,26 @@ void mix(const Shape& s, bool channels_last, int64_t width) {
   const Tensor<T> matrix(1, s.c, s.c, false, 3), offset(1, s.c, 1, false, 4);
   for (const bool subtract_first : {false, true}) {
     const Tensor<T> u(s.n, s.c, s.p, channels_last, 0);
-    driver::run(
-        pyglow::ChannelMixArgs<T>{x.in(width), matrix.data(), offset.data(), u.out(0), s.n, s.c, s.p, subtract_first});
+    driver::run(pyglow::ChannelMixArgs<T>{.x = x.in(width),
+                                          .matrix = matrix.data(),
+                                          .offset = offset.data(),
+                                          .u = u.out(0),
+                                          .samples = s.n,
+                                          .channels = s.c,
+                                          .positions = s.p,
+                                          .subtract_first = subtract_first});
     u.expect_written("channel_mix");
   }
   if (width > 0) {
     const Tensor<T> image(s.n, image_c, image_p, channels_last, 0);
-    driver::run(
-        pyglow::ChannelMixArgs<T>{grad_u.in(0), matrix.data(), offset.data(), image.out(width), s.n, s.c, s.p, false});
+    driver::run(pyglow::ChannelMixArgs<T>{.x = grad_u.in(0),
+                                          .matrix = matrix.data(),
+                                          .offset = offset.data(),
+                                          .u = image.out(width),
+                                          .samples = s.n,
+                                          .channels = s.c,
+                                          .positions = s.p,
+                                          .subtract_first = false});
     image.expect_written("unsqueezed channel_mix");
   }
   const int64_t added_channels = s.c / 2;
@@ -26,16 +38,17 @@ void mix(const Shape& s, bool channels_last, int64_t width) {
   for (const pyglow::Strided<const T>& part : {pyglow::Strided<const T>{}, added.in()}) {
     const Tensor<T> grad_x(s.n, image_c, image_p, channels_last, 0), grad_matrix(1, s.c, s.c, false, 0);
     const Tensor<T> grad_offset(1, s.c, 1, false, 0);
-    driver::run(pyglow::ChannelMixBackwardArgs<T>{x.in(width),
-                                                  {grad_u.in(), part, part.data == nullptr ? 0 : added_channels},
-                                                  matrix.data(),
-                                                  offset.data(),
-                                                  grad_x.out(width),
-                                                  grad_matrix.data(),
-                                                  grad_offset.data(),
-                                                  s.n,
-                                                  s.c,
-                                                  s.p});
+    driver::run(
+        pyglow::ChannelMixBackwardArgs<T>{.x = x.in(width),
+                                          .grad_u = {grad_u.in(), part, part.data == nullptr ? 0 : added_channels},
+                                          .matrix = matrix.data(),
+                                          .center = offset.data(),
+                                          .grad_x = grad_x.out(width),
+                                          .grad_matrix = grad_matrix.data(),
+                                          .grad_offset = grad_offset.data(),
+                                          .samples = s.n,
+                                          .channels = s.c,
+                                          .positions = s.p});
     grad_x.expect_written("grad_x");
     grad_matrix.expect_written("grad_matrix");
     grad_offset.expect_written("grad_offset");

@@ -12,21 +12,42 @@ void run(const Shape& s, bool channels_last, bool repeats) {
   const Tensor<T> grad_log_sd(s.n, s.c, s.p, channels_last, 0);
   const Tensor<double> moments_mean(1, s.c, 1, false, 0), m2(1, s.c, 1, false, 0);
 
-  driver::run(pyglow::ChannelMomentsArgs<T>{x.in(), moments_mean.data(), m2.data(), s.n, s.c, s.p});
+  driver::run(pyglow::ChannelMomentsArgs<T>{
+      .x = x.in(), .mean = moments_mean.data(), .m2 = m2.data(), .samples = s.n, .channels = s.c, .positions = s.p});
   moments_mean.expect_written("mean");
   m2.expect_written("m2");
 
   // The last channels' first values, for all samples and positions.
   const pyglow::Strided<const T> repeated = {mean.data() + s.n * s.c * s.p - s.c, 0, 1, 0};
   const pyglow::Strided<const T> given_mean = repeats ? repeated : mean.in(), given_sd = log_sd.in();
-  driver::run(pyglow::GaussianArgs<T>{x.in(), given_mean, given_sd, log_prob.data(), s.n, s.c, s.p});
+  driver::run(pyglow::GaussianArgs<T>{.z = x.in(),
+                                      .mean = given_mean,
+                                      .log_sd = given_sd,
+                                      .log_prob = log_prob.data(),
+                                      .samples = s.n,
+                                      .channels = s.c,
+                                      .positions = s.p});
   log_prob.expect_written("log_prob");
-  driver::run(pyglow::GaussianBackwardArgs<T>{x.in(), given_mean, given_sd, grad_log_prob.data(), grad_z.out(),
-                                              grad_mean.out(), grad_log_sd.out(), s.n, s.c, s.p});
+  driver::run(pyglow::GaussianBackwardArgs<T>{.z = x.in(),
+                                              .mean = given_mean,
+                                              .log_sd = given_sd,
+                                              .grad_log_prob = grad_log_prob.data(),
+                                              .grad_z = grad_z.out(),
+                                              .grad_mean = grad_mean.out(),
+                                              .grad_log_sd = grad_log_sd.out(),
+                                              .samples = s.n,
+                                              .channels = s.c,
+                                              .positions = s.p});
   grad_z.expect_written("grad_z");
   grad_mean.expect_written("grad_mean");
   grad_log_sd.expect_written("grad_log_sd");
-  driver::run(pyglow::GaussianSampleArgs<T>{x.in(), given_mean, given_sd, z.out(), s.n, s.c, s.p});
+  driver::run(pyglow::GaussianSampleArgs<T>{.noise = x.in(),
+                                            .mean = given_mean,
+                                            .log_sd = given_sd,
+                                            .z = z.out(),
+                                            .samples = s.n,
+                                            .channels = s.c,
+                                            .positions = s.p});
   z.expect_written("gaussian_sample");
 }
 
