@@ -168,31 +168,21 @@ class CouplingNet(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        w1: Tensor,
-        b1: Tensor,
-        w2: Tensor,
-        b2: Tensor,
-        w3: Tensor,
-        b3: Tensor,
-        log_gain: Tensor | None,
-        leak: float,
-    ) -> Tensor:
-        """The net's output (N, C_out, H, W)."""
-        out, h1, h2 = ops.coupling_net(x, w1, b1, w2, b2, w3, b3, log_gain, True, leak)
+    def forward(ctx: Any, x: Tensor, leak: float, *weights: Tensor | None) -> Tensor:
+        """The net's output (N, C_out, H, W), of the weights in the order of the formula."""
+        out, h1, h2 = ops.coupling_net(x, *weights, True, leak)
         ctx.leak = leak
-        ctx.save_for_backward(x, h1, h2, w1, w2, w3, b3, log_gain)
+        w1, _, w2, _, *last = weights
+        ctx.save_for_backward(x, h1, h2, w1, w2, *last)
         return out
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, the weights, the biases and the gain."""
-        want_weights = any(ctx.needs_input_grad[1:])
-        grads = ops.coupling_net_backward(grad_out, *ctx.saved_tensors, want_weights, ctx.leak)
-        return (*grads, *[None] * (9 - len(grads)))
+        want_weights = any(ctx.needs_input_grad[2:])
+        grad_x, *grads = ops.coupling_net_backward(grad_out, *ctx.saved_tensors, want_weights, ctx.leak)
+        return (grad_x, None, *grads, *[None] * (7 - len(grads)))
 
 
 class GaussianLogProb(torch.autograd.Function):

@@ -187,7 +187,7 @@ def coupling_net(
     if not net_as_products(x):
         return reference.coupling_net(x, *weights, leak=leak)
     if _records_gradient(x, *(weight for weight in weights if weight is not None)):
-        return apply(autograd.CouplingNet, x, *weights, leak)
+        return apply(autograd.CouplingNet, x, leak, *weights)
     return ops.coupling_net(x, *weights, False, leak)[0]
 
 
