@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from support.covering import pairs
 from support.helpers import assert_close, jacobian, log_abs_det
 from support.reference_cases import SPECS, invertible, randn, spec_name
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pyglow_fast import functional, reference
 from pyglow_fast.reference import CouplingSpec
@@ -213,3 +215,38 @@ def test_names_and_arguments_are_those_of_the_reference() -> None:
             assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters), name
     assert functional.__all__ == sorted(functional.__all__)
     assert all(hasattr(functional, name) for name in functional.__all__)
+
+
+_X, _OUT = (torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(i)) for i in range(2))
+_MATRIX, _OFFSET = torch.eye(4) + 0.1 * torch.arange(16.0).reshape(4, 4) / 16, torch.arange(4.0)
+_NET = [torch.full(shape, 0.1) for shape in ((8, 4, 3, 3), (8,), (8, 8, 1, 1), (8,), (4, 8, 3, 3), (4,))]
+FORWARD_MODE: dict[str, Callable[[ModuleType, Tensor], Tensor]] = {
+    "channel_mix": lambda home, x: home.channel_mix(x, _MATRIX, _OFFSET),
+    "channel_unmix": lambda home, x: home.channel_unmix(x, _MATRIX, _OFFSET),
+    "coupling": lambda home, x: home.coupling(x, _OUT, CouplingSpec())[0],
+    "coupling_inverse": lambda home, x: home.coupling_inverse(x, _OUT, CouplingSpec())[1],
+    "coupling_mix": lambda home, x: home.coupling_mix(x, _OUT, _MATRIX, _OFFSET, CouplingSpec())[0],
+    "coupling_mix_inverse": lambda home, x: home.coupling_mix_inverse(x, _OUT, _MATRIX, _OFFSET, CouplingSpec())[0],
+    "coupling_net": lambda home, x: home.coupling_net(x, *_NET),
+    "gaussian_log_prob": lambda home, x: home.gaussian_log_prob(x, _OUT, _OUT),
+    "gaussian_sample": lambda home, x: home.gaussian_sample(x, _OUT, _OUT),
+}
+
+
+@pytest.mark.parametrize("name", FORWARD_MODE)
+def test_forward_mode_is_right_or_refused(name: str) -> None:
+    """A function whose kernel has no such derivative says so; a tangent of zero would be believed."""
+    tangent = torch.ones_like(_X)
+    _, expected = torch.func.jvp(lambda x: FORWARD_MODE[name](reference, x), (_X,), (tangent,))
+    for jvp in (torch.func.jvp, lambda function, x, t: (None, _dual_tangent(function, *x, *t))):
+        try:
+            _, found = jvp(lambda x: FORWARD_MODE[name](functional, x), (_X,), (tangent,))
+        except (NotImplementedError, RuntimeError) as error:
+            assert "autograd.Function" in str(error)
+        else:
+            torch.testing.assert_close(found, expected)
+
+
+def _dual_tangent(function: Callable[[Tensor], Tensor], x: Tensor, tangent: Tensor) -> Tensor | None:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent))).tangent
