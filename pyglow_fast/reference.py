@@ -30,11 +30,14 @@ _ATAN_GAIN = 0.636  # about 2/pi: the soft clamp of FrEIA tends to +-clamp
 def full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Autocast is for the coupling nets: the flow itself keeps its dtype."""
     kind = x.device.type
-    if not torch.compiler.is_compiling() and not (
-        torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    ):
+    if not torch.compiler.is_compiling() and not autocast_is_on(kind):
         return contextlib.nullcontext()  # which costs a tenth
     return torch.autocast(kind, enabled=False)
+
+
+def autocast_is_on(device_type: str) -> bool:
+    """Whether torch.autocast is enabled for a type of device, which may be one that it does not know."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 class CouplingSpec(NamedTuple):

@@ -70,29 +70,25 @@ class NetRunner:
         found = [(prefix + name, value) for prefix, part in parts for name, value in part._parameters.items()]
         return [(name, value) for name, value in found if value is not None]
 
-    @property
+    @functools.cached_property
     def names(self) -> list[str]:
         """Of the parameters."""
         return [name for name, _ in self._named]
 
-    @property
+    @functools.cached_property
     def params(self) -> list[nn.Parameter]:
         """The net's own."""
         return [parameter for _, parameter in self._named]
 
     def _plan(self, x1: Tensor, cond: Tensor | None, random: bool = False) -> ChunkPlan:
         cond_channels = 0 if cond is None else cond.shape[1]
-        key = (
-            self.budget,
-            *x1.shape,
-            x1.element_size(),
-            x1.device.type,
-            cond_channels,
-            () if isinstance(self.net, NetShape) else training_modes(self.net),
-            halo_of(self.net),
-            bytes_per_position(self.net, x1.shape[1] + cond_channels, x1.element_size()),
-            random,
-        )
+        key: tuple[object, ...] = (self.budget, x1.shape, x1.dtype, x1.device.type, cond_channels, random)
+        if self._known:
+            key += (functional.net_as_products(x1),)
+        else:
+            cost = bytes_per_position(self.net, x1.shape[1] + cond_channels, x1.element_size())
+            modes = () if isinstance(self.net, NetShape) else training_modes(self.net)
+            key += (modes, halo_of(self.net), cost)
         net, plan = self._plans.get(key, (None, None))
         if net is not self.net or plan is None:
             check_net(self.net)
@@ -108,14 +104,19 @@ class NetRunner:
             self._plans[key] = (self.net, plan)
         return plan
 
-    def _explicit(self, x1: Tensor, params: Sequence[Tensor]) -> ExplicitCouplingNet | None:
-        """The net without autograd on those parameters, if it has such a form on x1."""
-        if not isinstance(self.net, NetShape):
+    def _explicit(self, x1: Tensor, params: Sequence[Tensor], later: bool) -> ExplicitCouplingNet | None:
+        """The net without autograd on those parameters, if it has such a form on x1.
+
+        later: than the run began, since when hooks may have been put on the net, which are to be called.
+        """
+        if not self._known or not isinstance(self.net, NetShape) or (later and not self.net.is_plain):
             return None
         return self.net.explicit(x1, dict(zip(self.names, params, strict=True)))
 
-    def _call(self, x1: Tensor, params: Sequence[Tensor]) -> Callable[[Tensor, Tensor | None], Tensor]:
-        explicit = self._explicit(x1, params)
+    def _call(
+        self, x1: Tensor, params: Sequence[Tensor], later: bool = False
+    ) -> Callable[[Tensor, Tensor | None], Tensor]:
+        explicit = self._explicit(x1, params, later)
         if explicit is not None:
             return lambda x1, cond: explicit.output(self.net.with_condition(x1, cond))  # type: ignore[operator]
         own = all(given is mine for given, (_, mine) in zip(params, self._now(), strict=True))
@@ -150,7 +151,7 @@ class NetRunner:
 
     def _forward(self, x1: Tensor, cond: Tensor | None, params: Sequence[Tensor]) -> tuple[Tensor, Memo]:
         plan = self._plan(x1, cond)
-        explicit = self._explicit(x1, params) if plan.whole and not torch.is_grad_enabled() else None
+        explicit = None if torch.is_grad_enabled() or not plan.whole else self._explicit(x1, params, later=False)
         if explicit is not None and isinstance(self.net, NetShape):
             net_out = explicit.output(self.net.with_condition(x1, cond))
             return net_out, Memo(plan, RunState.of_autocast(x1.device), None)
@@ -175,7 +176,7 @@ class NetRunner:
     def repeat(self, x1: Tensor, cond: Tensor | None, params: Sequence[Tensor], memo: Memo) -> Tensor:
         """The output of :meth:`forward` again."""
         with in_precision(self.precision, x1), memo.state.restored(self.net):
-            return run_net(self.net, x1, cond, memo.plan, self._call(x1, params))
+            return run_net(self.net, x1, cond, memo.plan, self._call(x1, params, later=True))
 
     def backward(
         self,
@@ -199,14 +200,14 @@ class NetRunner:
             return consume(net_out, chunk)
 
         with in_precision(self.precision, x1), memo.state.restored(self.net):
-            explicit = self._explicit(x1, params)
+            explicit = self._explicit(x1, params, later=True)
             if explicit is None:
                 # Aliases: hooks that someone has put on a parameter belong to the outer backward.
                 params = [parameter.detach().requires_grad_(parameter.requires_grad) for parameter in params]
             wanted = [parameter for parameter in params if parameter.requires_grad]
             names = [name for name, parameter in zip(self.names, params, strict=True) if parameter.requires_grad]
             grad_x1, grad_cond, found = run_net_backward(
-                self._call(x1, params) if explicit is None else None,
+                self._call(x1, params, later=True) if explicit is None else None,
                 x1,
                 cond,
                 memo.plan,
@@ -218,5 +219,7 @@ class NetRunner:
         if seen is not None and memo.sums is not None:
             check_repeated(memo.sums, seen)
         assert grad_x1 is not None  # asked for
-        values = iter(found)
-        return grad_x1, grad_cond, tuple(next(values) if parameter.requires_grad else None for parameter in params)
+        if len(found) < len(params):
+            values = iter(found)
+            found = tuple(next(values) if parameter.requires_grad else None for parameter in params)
+        return grad_x1, grad_cond, found

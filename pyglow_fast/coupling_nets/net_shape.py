@@ -41,7 +41,7 @@ class NetShape(nn.Module):
         return False
 
     def explicit(self, x1: Tensor, params: Mapping[str, Tensor]) -> ExplicitCouplingNet | None:
-        """The net on those parameters without autograd, if it has such a form; else None."""
+        """The net on those parameters without autograd, if it has such a form; else None. For nets that are plain."""
         return None
 
     def bytes_per_position(self, element_size: int) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
-from pyglow_fast.coupling_nets.state import _autocast_is_on
+from pyglow_fast.reference import autocast_is_on
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,7 +45,7 @@ def _full_precision(tf32: bool, device_type: str) -> Iterator[None]:
     """
     products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
     before = products.allow_tf32, convolutions.allow_tf32
-    with torch.autocast(device_type, enabled=False) if _autocast_is_on(device_type) else contextlib.nullcontext():
+    with torch.autocast(device_type, enabled=False) if autocast_is_on(device_type) else contextlib.nullcontext():
         try:
             if device_type == "cuda":
                 products.allow_tf32 = convolutions.allow_tf32 = tf32
@@ -70,6 +70,6 @@ def in_precision(precision: str, x: Tensor) -> contextlib.AbstractContextManager
     if precision in HALF:
         expect(x.dtype == torch.float32, "precision", f"one that goes with a state of {x.dtype}", repr(precision))
         return torch.autocast(device_type, dtype=HALF[precision])
-    if precision == "auto" or (device_type != "cuda" and not _autocast_is_on(device_type)):
+    if precision == "auto" or (device_type != "cuda" and not autocast_is_on(device_type)):
         return contextlib.nullcontext()
     return _full_precision(precision == "tf32", device_type)

@@ -122,7 +122,7 @@ def _explicit_gradients(
         grad_out = torch.zeros_like(whole)
         chunk.crop(grad_out).copy_(cropped)
     grad_x1, grad_cond, grads = net.backward(kept, grad_out.to(whole.dtype), x1.shape[1])
-    return [grad_x1, grad_cond, *(grads.get(name) for name in names)]
+    return [grad_x1, grad_cond, *map(grads.get, names)]
 
 
 def _or_zeros(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:

@@ -10,12 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast._errors import can_read, expect
+from pyglow_fast.reference import autocast_is_on
 
 REPEAT_TOLERANCE = 0.01  # of the norm of a net's output
-
-
-def _autocast_is_on(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 @contextlib.contextmanager
@@ -35,7 +32,7 @@ def _without_autocast_cache() -> Iterator[None]:
 
 def without_autocast_cache(device_type: str) -> contextlib.AbstractContextManager[None]:
     """A context in which autocast keeps no casts of weights; nothing where autocast is off."""
-    return _without_autocast_cache() if _autocast_is_on(device_type) else contextlib.nullcontext()
+    return _without_autocast_cache() if autocast_is_on(device_type) else contextlib.nullcontext()
 
 
 def captured_autocast(device_type: str) -> Callable[[], contextlib.AbstractContextManager[None]]:

@@ -37,11 +37,11 @@ def zero_bias(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
 
 
 @functools.cache
-def _names_of(*has_norms: bool) -> frozenset[str]:
-    names = {"log_gain", "conv3.bias", *(f"conv{layer}.weight" for layer in (1, 2, 3))}
+def _slots_of(*has_norms: bool) -> tuple[tuple[str, str, str], ...]:
+    names = ["log_gain", "conv3.bias", *(f"conv{layer}.weight" for layer in (1, 2, 3))]
     for layer, has_norm in enumerate(has_norms, 1):
-        names |= {f"norm{layer}.log_scale", f"norm{layer}.bias"} if has_norm else {f"conv{layer}.bias"}
-    return frozenset(names)
+        names += [f"norm{layer}.log_scale", f"norm{layer}.bias"] if has_norm else [f"conv{layer}.bias"]
+    return tuple((name, *name.rpartition(".")[::2]) for name in names)
 
 
 class CouplingNet(NetShape):
@@ -104,8 +104,10 @@ class CouplingNet(NetShape):
         """Whether nothing but its own parameters decides what it computes: no subclass, hooks, parametrizations."""
         if type(self) is not CouplingNet or has_hooks(self):
             return False
-        parts = [part for part in self._modules.values() if part is not None]
-        return not any(has_hooks(part) or "parametrizations" in part._modules for part in parts)
+        for part in self._modules.values():
+            if part is not None and (has_hooks(part) or "parametrizations" in part._modules):
+                return False
+        return True
 
     @property
     def is_initialized(self) -> bool:
@@ -135,27 +137,25 @@ class CouplingNet(NetShape):
     def _weights(self) -> list[Tensor]:
         """With log_gain at the end, not folded in."""
         # By attribute, so that parametrizations, pruning and torch.func.functional_call have their say.
-        net = ExplicitCouplingNet({name: self._value(name) for name in self._parameter_names()})
+        parts = self._modules
+        net = ExplicitCouplingNet(
+            {name: getattr(parts[part] if part else self, attribute) for name, part, attribute in self._slots()}
+        )
         if self.border1 is None or self.border3 is None:
             return net.weights
         return without_border(net.weights, net.scales[0], self.border1, self.border3)
-
-    def _value(self, name: str) -> Tensor:
-        module, _, attribute = name.rpartition(".")
-        value: Tensor = getattr(self._modules[module] if module else self, attribute)
-        return value
 
     def explicit(self, x1: Tensor, params: Mapping[str, Tensor]) -> ExplicitCouplingNet | None:
         """The net on those parameters without autograd, where it runs as matrix products of ours; else None.
 
         None with a border term too.
         """
-        plain = self.is_plain and params.keys() == self._parameter_names()
-        return ExplicitCouplingNet(params) if plain and functional.net_as_products(x1) else None
+        fits = params.keys() == {name for name, _, _ in self._slots()} and functional.net_as_products(x1)
+        return ExplicitCouplingNet(params) if fits else None
 
-    def _parameter_names(self) -> frozenset[str]:
-        """What the parameters (but for a border term's) are called without parametrizations."""
-        return _names_of(isinstance(self.norm1, ActNorm), isinstance(self.norm2, ActNorm))
+    def _slots(self) -> tuple[tuple[str, str, str], ...]:
+        """What the parameters (but for a border term's) are called without parametrizations, and where they are."""
+        return _slots_of(isinstance(self.norm1, ActNorm), isinstance(self.norm2, ActNorm))
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """x, cond -> shift and raw scale (or shift alone)."""

@@ -43,10 +43,13 @@ def runs_fused(step: nn.Module) -> bool:
         (step.permutation, ChannelLinear, ()),  # a step asks it for its weight alone
         (step.coupling, Coupling, ("forward", "inverse", "run_net", "run_net_forward", "kept_half", "runner")),
     )
-    return all(
-        all(getattr(type(part), name, None) is getattr(own, name) for name in names) and not has_hooks(part)
-        for part, own, names in pairs
-    )
+    for part, own, names in pairs:
+        kind = type(part)
+        if kind is not own and any(getattr(kind, name, None) is not getattr(own, name) for name in names):
+            return False
+        if has_hooks(part):
+            return False
+    return True
 
 
 def fold_in_one(steps: Sequence[FlowStep]) -> ChannelMap:

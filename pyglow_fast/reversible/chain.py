@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast._derivatives import differentiable_once
+from pyglow_fast._derivatives import apply, differentiable_once
 from pyglow_fast.coupling_nets.net_runner import Memo, NetRunner
 from pyglow_fast.reference import CouplingSpec, n_positions
 from pyglow_fast.reversible.backward import ChainBackward
@@ -150,7 +150,7 @@ class _Run(torch.autograd.Function):
             grad_log_det.sum() * n_positions(z),
             *[grad for step in backward.grad_params for grad in step],
         )
-        return (None, *map(backward.accepted, grads))
+        return (None, *(grads if backward.drifted is None else map(backward.accepted, grads)))
 
 
 def run_chain(
@@ -180,4 +180,8 @@ def run_chain(
     refuse_transforms()
     inputs = (x, cond, matrices, offsets, map_log_det, *chain.params)
     chain.part.whole.joins(chain.part.first, inputs)
-    return call_untraced(_Run.apply, chain, *inputs)
+    return call_untraced(_run, chain, *inputs)
+
+
+def _run(*inputs: Any) -> tuple[Tensor, Tensor]:
+    return apply(_Run, *inputs)

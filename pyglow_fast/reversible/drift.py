@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
-from pyglow_fast.reference import flat_positions, full_precision, n_positions
+from pyglow_fast.reference import autocast_is_on, flat_positions, full_precision, n_positions
 from pyglow_fast.reversible.deferred import Verdicts
 
 START_SPACING = 4
@@ -53,11 +53,11 @@ def default_tolerance(state: torch.dtype, n_steps: int = 1, lowest: torch.dtype 
 
 def lowest_precision(dtype: torch.dtype, net_out: Tensor) -> torch.dtype:
     """The lowest of a dtype, that of a net's output, and that of autocast if it is on."""
-    found = [dtype, net_out.dtype]
+    found = {dtype, net_out.dtype}
     kind = net_out.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        found.append(torch.get_autocast_dtype(kind))
-    return max(found, key=lambda dtype: torch.finfo(dtype).eps)
+    if autocast_is_on(kind):
+        found.add(torch.get_autocast_dtype(kind))
+    return dtype if len(found) == 1 else max(found, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 class Signs(NamedTuple):
