@@ -3,7 +3,8 @@
 // Tensors are (N, C, P): samples, channels, positions (the product of the spatial sizes), given by element strides, so
 // that contiguous, channels-last and channel-sliced tensors are the same to a kernel. Unless a comment says so, an
 // output may not overlap an input. Sizes may be zero. All arithmetic is in T; sums over positions are formed in T over
-// a run of tiles that depends on shapes and layouts alone, and in double across runs.
+// a run of tiles that depends on shapes and layouts alone, and in double across runs (of a coupling net that of the
+// last bias alone, the other sums being products).
 #pragma once
 #include <cstdint>
 

@@ -95,7 +95,16 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, _unusable(
             f"the compiled extension was built for torch {built_for}, but torch {torch.__version__} is installed."
         )
+    try:
+        module.register_kernels()
+    except (AttributeError, RuntimeError) as error:
+        return None, _unusable(f"the compiled extension was built from other sources than these: {error}.")
     return module, ""
+
+
+def is_loaded() -> bool:
+    """Whether the extension has been looked for."""
+    return _load.cache_info().currsize > 0
 
 
 def _unusable(problem: str) -> str:

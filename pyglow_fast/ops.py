@@ -18,6 +18,7 @@ from torch import Tensor
 from pyglow_fast import _backend
 from pyglow_fast.reference import KINDS, ORDERS, SCALE_MAPS, CouplingSpec
 
+DEVICES = ("cpu", "cuda")  # that there may be kernels for
 SCALE_MAP_CODES = {"none": 0, "sigmoid": 1, "sigmoid_eps": 2, "exp": 3, "tanh": 4, "atan": 5}  # csrc/math/kinds.h
 SQUEEZE_CODES = {"none": 0, "input": 1, "output": 2}  # csrc/bindings/checks.h
 ORDER_CODES = {"shift_scale": 0, "scale_shift": 1}
@@ -40,27 +41,30 @@ def _without_kernel(name: str, *args: Any) -> Any:
 
     Raises:
         ImportError: there is no extension.
-        NotImplementedError: it has no kernel for that device.
+        NotImplementedError: it has no kernel for these devices or layouts.
     """
+    was_loaded = _backend.is_loaded()
     _backend.require()
-    device = next(value.device for value in args if isinstance(value, Tensor))
-    if not is_compiled(name, device.type):
-        built = [kind for kind in ("cpu", "cuda") if is_compiled(name, kind)]
-        hint = " (pyglow_fast was built without its CUDA kernels)" if not _backend.build_info()["cuda"] else ""
-        raise NotImplementedError(f"{name}: expected a tensor on {' or '.join(built)}, found device {device}{hint}")
-    return getattr(torch.ops.pyglow_fast, name).default(*args)
+    if not was_loaded:
+        for op in names():  # of what was found while there were no kernels
+            getattr(torch.ops.pyglow_fast, op).default._dispatch_cache.clear()
+        return getattr(torch.ops.pyglow_fast, name).default(*args)
+    expected = " or ".join(device for device in DEVICES if is_compiled(name, device))
+    found = [f"{value.device} ({value.layout})" for value in args if isinstance(value, Tensor)]
+    hint = "" if _backend.build_info()["cuda"] else "; pyglow_fast was built without its CUDA kernels"
+    raise NotImplementedError(f"{name}: expected strided tensors on {expected}, found {', '.join(found)}{hint}")
 
 
 def names() -> list[str]:
     """All ops, as ``torch.ops.pyglow_fast`` has them."""
-    namespace = "pyglow_fast::"
-    return [
-        name.removeprefix(namespace) for name in torch._C._dispatch_get_all_op_names() if name.startswith(namespace)
-    ]
+    found = (name.split("::") for name in torch._C._dispatch_get_all_op_names())
+    return sorted(name for namespace, name in found if namespace == "pyglow_fast")
 
 
 def is_compiled(name: str, device_type: str) -> bool:
-    """Whether an op has a compiled kernel for tensors of that type of device, once the extension is loaded."""
+    """Whether an op has a compiled kernel for tensors on "cpu" or "cuda", once the extension is loaded."""
+    if device_type not in DEVICES:
+        return False
     key = torch._C._dispatch_key_for_device(device_type)
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"pyglow_fast::{name}", key))
 
@@ -222,7 +226,7 @@ coupling_net_backward = torch.ops.pyglow_fast.coupling_net_backward.default
 def _find_devices() -> tuple[str, ...]:
     if _backend.extension() is None:
         return ()
-    return tuple(device for device in ("cpu", "cuda") if is_compiled("channel_mix", device))
+    return tuple(device for device in DEVICES if is_compiled("channel_mix", device))
 
 
 def _kernel_devices() -> tuple[str, ...]:

@@ -244,7 +244,7 @@ def test_info_tells_which_ops_a_gpu_would_run(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(ops, "is_compiled", lambda op, device: device == "cpu" or not op.startswith("coupling_net"))
     facts = info.collect()["ops"]
     for op in ops.names():
-        runs = "reference" if op.startswith("coupling_net") else "compiled"
+        runs = "reference: the library's convolutions" if op.startswith("coupling_net") else "compiled"
         assert facts[op] == f"cpu: compiled, cuda: {runs}", op
 
 
@@ -284,11 +284,70 @@ def test_an_op_without_an_extension_says_why() -> None:
 
 
 @compiled
-def test_a_device_without_kernels_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "is_compiled", lambda op, device: device == "cpu")
-    x = torch.ones(2, 3, 4, device="meta")
-    with pytest.raises(NotImplementedError, match=r"channel_moments: expected a tensor on cpu.*, found device meta"):
-        ops._without_kernel("channel_moments", x)
+@pytest.mark.parametrize("argument", ["x.to_sparse()", "x.to_mkldnn()"])
+def test_a_layout_without_kernels_is_refused(argument: str) -> None:
+    """Also by the very first call, which loads the extension."""
+    code = """
+import torch, pyglow_fast
+x = torch.ones(2, 3, 4, 4)
+try:
+    torch.ops.pyglow_fast.channel_moments(ARGUMENT)
+except NotImplementedError as error:
+    print(error)"""
+    text = run_python(code.replace("ARGUMENT", argument))
+    assert "channel_moments: expected strided tensors on cpu" in text
+    assert "found cpu (torch." in text
+
+
+@compiled
+def test_an_operand_of_another_layout_is_refused() -> None:
+    x, matrix, offset = torch.ones(2, 3, 4), torch.eye(3), torch.zeros(3)
+    with pytest.raises(NotImplementedError, match=r"found cpu \(torch.strided\), cpu \(torch.sparse"):
+        ops.channel_mix(x, matrix.to_sparse(), offset, False, 0)
+
+
+@compiled
+def test_the_first_call_under_the_python_dispatcher() -> None:
+    run_python("""
+import torch, pyglow_fast
+from torch._dispatch.python import enable_python_dispatcher
+for _ in range(2):
+    with enable_python_dispatcher():
+        mean, _ = torch.ops.pyglow_fast.channel_moments(torch.ones(2, 3, 4))
+    assert mean.tolist() == [1.0, 1.0, 1.0]""")
+
+
+@compiled
+def test_kernels_of_other_schemas_are_refused() -> None:
+    """All of them, by an error and not by the end of the process."""
+    code = """
+import importlib.util, torch
+library = torch.library.Library("pyglow_fast", "DEF")
+library.define("channel_moments(Tensor x, int extra) -> (Tensor, Tensor)")
+spec = importlib.util.spec_from_file_location("pyglow_fast._C", PATH)
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+for _ in range(2):
+    try:
+        module.register_kernels()
+    except RuntimeError as error:
+        print("channel_moments" in str(error))"""
+    assert run_python(code.replace("PATH", repr(_backend.require().__file__))).split() == ["True", "True"]
+
+
+@compiled
+@pytest.mark.parametrize("error", [AttributeError("register_kernels"), RuntimeError("another schema")])
+def test_an_extension_that_cannot_register_is_not_used(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise error
+
+    info = _backend.build_info()
+    module = SimpleNamespace(build_info=lambda: info, register_kernels=refuse)
+    monkeypatch.setattr(importlib, "import_module", lambda name: module)
+    with pytest.warns(RuntimeWarning, match="built from other sources than these"):
+        found, why = _backend._load.__wrapped__()
+    assert found is None
+    assert str(error) in why
 
 
 def test_info_survives_a_bad_choice_of_instruction_set() -> None:

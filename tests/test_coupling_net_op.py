@@ -315,3 +315,15 @@ def test_bad_backward_input() -> None:
         ops.coupling_net_backward(torch.zeros(2, 4, 4, 4), x, h1, h1, w1, w2, w3, None, None, True)
     with pytest.raises(ValueError, match="h1: expected dtype float32 like x, found float64"):
         ops.coupling_net_backward(torch.zeros(2, 4, 4, 4), x, h1.double(), h2, w1, w2, w3, None, None, True)
+
+
+@pytest.mark.parametrize("empty", range(4))
+def test_layers_without_channels_are_refused(empty: int) -> None:
+    """A product over nothing writes nothing: what it would have written was memory as it was found."""
+    sizes = [2, 3, 5, 4]
+    sizes[empty] = 0
+    inside, hidden1, hidden2, outside = sizes
+    weights = [torch.zeros(shape) for shape in ((hidden1, inside, 3, 3), hidden1, (hidden2, hidden1, 1, 1), hidden2)]
+    weights += [torch.zeros(outside, hidden2, 3, 3), torch.zeros(outside)]
+    with pytest.raises(ValueError, match="w1, w2, w3: expected at least one channel each way, found"):
+        ops.coupling_net(torch.zeros(1, inside, 4, 4), *weights, None, False)

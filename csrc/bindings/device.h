@@ -32,6 +32,7 @@ class CudaScope {
  private:
   static void* allocate(int64_t bytes, void* context) {
     CudaScope& scope = *static_cast<CudaScope*>(context);
+    TORCH_INTERNAL_ASSERT(!scope.scratch_.defined());  // one piece a call: a second would free the first
     scope.scratch_ = at::empty({bytes}, scope.options_);
     return scope.scratch_.mutable_data_ptr();
   }

@@ -11,6 +11,8 @@
 #include <iterator>
 #include <map>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "bindings/checks.h"
 #include "bindings/device.h"
@@ -89,27 +91,33 @@ at::Tensor elementary(const std::string& name, const at::Tensor& x_in) {
   return y;
 }
 
+// Not by TORCH_LIBRARY_IMPL, which registers as the module is loaded: a schema of pyglow_fast/ops.py that is not that
+// of a kernel would end the process there, and the module may belong to another torch, which nothing has checked yet.
+void register_kernels() {
+  static std::vector<torch::Library> registered;
+  if (!registered.empty()) return;
+  std::vector<torch::Library> libraries;  // which take their kernels back if one is refused
+  const auto begin = [&](c10::DispatchKey key) -> torch::Library& {
+    torch::Library& m = libraries.emplace_back(torch::Library::IMPL, "pyglow_fast", key, __FILE__, __LINE__);
+    register_step_ops(m);
+    register_fused_ops(m);
+    register_statistics_ops(m);
+    return m;
+  };
+  register_net_ops(begin(c10::DispatchKey::CPU));
+#ifdef PYGLOW_WITH_CUDA
+  begin(c10::DispatchKey::CUDA);
+#endif
+  registered = std::move(libraries);
+}
+
 }  // namespace
 }  // namespace pyglow::bindings
-
-TORCH_LIBRARY_IMPL(pyglow_fast, CPU, m) {
-  pyglow::bindings::register_step_ops(m);
-  pyglow::bindings::register_fused_ops(m);
-  pyglow::bindings::register_statistics_ops(m);
-  pyglow::bindings::register_net_ops(m);
-}
-
-#ifdef PYGLOW_WITH_CUDA
-TORCH_LIBRARY_IMPL(pyglow_fast, CUDA, m) {
-  pyglow::bindings::register_step_ops(m);
-  pyglow::bindings::register_fused_ops(m);
-  pyglow::bindings::register_statistics_ops(m);
-}
-#endif
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace pyglow::bindings;
   m.doc() = "The compiled kernels of pyglow_fast.";
+  m.def("register_kernels", &register_kernels, "Make the kernels those of torch.ops.pyglow_fast; once.");
   m.def("build_info", &build_info, "What the module was built with, as strings.");
   m.def("instruction_set", &pyglow::cpu::instruction_set, "The CPU kernels in use: portable, avx2 or avx512.");
   m.def("parallel_threads", &parallel_threads, "The threads that share a loop of the CPU kernels.");

@@ -47,6 +47,9 @@ struct Net {
                       "w1, w2, w3: expected weights of 2-d convolutions, found ", w1_in.sizes(), ", ", w2_in.sizes(),
                       ", ", w3_in.sizes());
     in = x.size(1), hidden1 = w1_in.size(0), hidden2 = w2_in.size(0), out = w3_in.size(0);
+    TORCH_CHECK_VALUE(in > 0 && hidden1 > 0 && hidden2 > 0 && out > 0,
+                      "w1, w2, w3: expected at least one channel each way, found ", w1_in.sizes(), ", ", w2_in.sizes(),
+                      ", ", w3_in.sizes(), " for x of ", x.sizes());
     check_weight("w1", w1_in, {hidden1, in, 3, 3}, x);
     check_weight("w2", w2_in, {hidden2, hidden1, 1, 1}, x);
     check_weight("w3", w3_in, {out, hidden2, 3, 3}, x);

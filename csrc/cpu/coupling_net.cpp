@@ -84,18 +84,20 @@ void coupling_net_backward(const CouplingNetBackwardArgs<T>& args, const Threads
   const int64_t left1 = work.room(first.size()), left2 = work.room(second.size()), left3 = work.room(third.size());
   const int64_t gain = work.room(net.out), shifted = work.room(9 * net.out * net.hidden2);
   const int64_t grad_shifted = work.room(9 * net.out * net.hidden2), shift_sums = work.room(9 * net.out);
+  const int64_t doubles = static_cast<int64_t>(sizeof(double) / sizeof(T)), bias_sums = work.room(net.out * doubles);
   work.take();
   const LastWeight<T> weight(net, work[gain]);
+  double* const grad_bias = reinterpret_cast<double*>(work[bias_sums]);
   if (want_weights) {
     fill_zero(args.grad_b1, net.hidden1);
     fill_zero(args.grad_b2, net.hidden2);
-    fill_zero(work[shift_sums], 9 * net.out);
+    fill_zero(grad_bias, net.out);
   }
   if (cuts.count() == 0) {
     fill_zero(args.grad_w1, net.hidden1 * 9 * net.in);
     fill_zero(args.grad_w2, net.hidden2 * net.hidden1);
     fill_zero(work[grad_shifted], 9 * net.out * net.hidden2);
-    weight.gradients(work[grad_shifted], work[shift_sums], args);
+    weight.gradients(work[grad_shifted], grad_bias, args);
     return;
   }
   const auto grad_columns = in_whole_blocks(work[grads_room], 9 * net.out);
@@ -135,13 +137,16 @@ void coupling_net_backward(const CouplingNetBackwardArgs<T>& args, const Threads
                             .accumulate = i > 0,
                             .row_sums = row_sums};
     };
+    fill_zero(work[shift_sums], 9 * net.out);
     const ProductArgs<T> products[] = {
         added(work[grad_shifted], 9 * net.out, grad_columns, layer2, net.hidden2, work[shift_sums]),
         added(args.grad_w2, net.hidden2, d2, layer1, net.hidden1, args.grad_b2),
         added(args.grad_w1, net.hidden1, d1, read_only(columns), 9 * net.in, args.grad_b1)};
     matrix_products<T>(products, 3, threads);
+    // Of the nine shifts of a gradient, the sum of the one that is no shift is that of the bias.
+    for (int64_t k = 0; k < net.out; ++k) grad_bias[k] += work[shift_sums][9 * k + 4];
   }
-  if (want_weights) weight.gradients(work[grad_shifted], work[shift_sums], args);
+  if (want_weights) weight.gradients(work[grad_shifted], grad_bias, args);
 }
 
 PYGLOW_CPU_INSTANTIATE(coupling_net, CouplingNetArgs)

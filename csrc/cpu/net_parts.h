@@ -37,7 +37,7 @@ class Cuts {
   int64_t count() const { return count_; }
   int64_t height() const { return height_; }
   int64_t width() const { return width_; }
-  bool by_rows() const { return rows_at_once_ < height_; }  // whether a sample is cut
+  bool cuts_samples() const { return rows_at_once_ < height_; }
   // Pixels of the largest one, which is the first.
   int64_t most() const { return (*this)[0].count; }
 
@@ -162,7 +162,7 @@ class ShiftedSum {
   // The rows of the image that are known with this cut.
   void add(const Cut& cut, const Threads& threads) {
     const int64_t end = cut.first_row + cut.rows;
-    const int64_t first = cuts_.by_rows() && cut.first_row > 0 ? cut.first_row - 1 : cut.first_row;
+    const int64_t first = cuts_.cuts_samples() && cut.first_row > 0 ? cut.first_row - 1 : cut.first_row;
     const int64_t last = end == cuts_.height() ? end : end - 1;
     shift_sum<T>({.columns = columns_,
                   .stride = stride_,
@@ -175,7 +175,7 @@ class ShiftedSum {
                   .samples = cut.samples,
                   .first_row = first,
                   .rows = last - first,
-                  .columns_row = cuts_.by_rows() ? cut.first_row - 2 : 0,
+                  .columns_row = cuts_.cuts_samples() ? cut.first_row - 2 : 0,
                   .transposed = transposed_},
                  threads);
     if (end == cuts_.height()) return;
@@ -187,7 +187,7 @@ class ShiftedSum {
 
  private:
   int64_t carried() const { return carried_of(cuts_); }
-  static int64_t carried_of(const Cuts& cuts) { return cuts.by_rows() ? 2 * cuts.width() : 0; }
+  static int64_t carried_of(const Cuts& cuts) { return cuts.cuts_samples() ? 2 * cuts.width() : 0; }
   static int64_t margin_of(const Cuts& cuts) {  // what shift_sum may read around its columns
     return whole_lines<T>(cuts.width() + 1 + 64);
   }
@@ -231,9 +231,9 @@ class LastWeight {
     return scaled;
   }
 
-  // grad_w3, grad_b3 and, with a gain, grad_log_gain = 3 gain (sum grad_w w + grad_b b), from the gradient of
-  // by_shift() and the sums of the gradient's nine shifts, of which the unshifted one is that of bias().
-  void gradients(const T* grad_matrix, const T* shift_sums, const CouplingNetBackwardArgs<T>& args) const {
+  // grad_w3, grad_b3 and, with a gain, grad_log_gain = 3 gain (sum grad_w w + grad_b b), from the gradients of
+  // by_shift() and of bias().
+  void gradients(const T* grad_matrix, const double* grad_bias, const CouplingNetBackwardArgs<T>& args) const {
     const T* from = grad_matrix;
     const T* w = net_.w3;
     T* to = args.grad_w3;
@@ -248,10 +248,9 @@ class LastWeight {
         }
         along += sum;
       }
-      const T grad = shift_sums[9 * k + 4];
-      args.grad_b3[k] = gain_[k] * grad;
+      args.grad_b3[k] = static_cast<T>(gain_[k] * grad_bias[k]);
       if (args.grad_log_gain != nullptr)
-        args.grad_log_gain[k] = static_cast<T>(3.0 * gain_[k] * (along + double(grad) * net_.b3[k]));
+        args.grad_log_gain[k] = static_cast<T>(3.0 * gain_[k] * (along + grad_bias[k] * net_.b3[k]));
     }
   }
 
