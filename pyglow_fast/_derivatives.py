@@ -16,11 +16,11 @@ Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
 class _Final(torch.autograd.Function):
-    """Hands gradients on."""
+    """Hands gradients on, the first ones of its inputs; the others are what they were computed from."""
 
     @staticmethod
-    def forward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(grad.view_as(grad) for grad in grads)
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(grad.view_as(grad) for grad in tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
@@ -55,7 +55,10 @@ def differentiable_once(backward: Backward) -> Backward:
             return backward(ctx, *grads)
         with torch.no_grad():
             found = backward(ctx, *grads)
-        final = iter(_Final.apply(*[grad.detach().requires_grad_() for grad in found if grad is not None]))
+        given = [grad.detach().requires_grad_() for grad in found if grad is not None]
+        # A derivative with respect to any of these must meet the refusal too, and not be None or zero.
+        sources = [tensor for tensor in (*ctx.saved_tensors, *grads) if tensor is not None and tensor.requires_grad]
+        final = iter(_Final.apply(len(given), *given, *sources))
         return tuple(None if grad is None else next(final) for grad in found)
 
     return checked

@@ -52,10 +52,19 @@ def _records_gradient(*tensors: Tensor) -> bool:
     """Whether autograd must be able to differentiate a function of these: then kernels without a backward are out."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return True
-    # Transforms of torch.func and forward-mode AD: what they do with an op that has no derivative is silently wrong.
+    # What torch.func and forward-mode AD do with an op that has no derivative is silently wrong.
     return not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        forward_ad._current_level >= 0 or (torch._C._are_functorch_transforms_active() and _is_differentiated())
     )
+
+
+def _is_differentiated() -> bool:
+    """Whether a transform of torch.func that is active takes derivatives."""
+    from torch._C._functorch import TransformType
+    from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+
+    kinds = {interpreter.key() for interpreter in retrieve_all_functorch_interpreters()}
+    return bool(kinds & {TransformType.Grad, TransformType.Jvp})
 
 
 def _is_seen(*tensors: Tensor) -> bool:

@@ -42,13 +42,22 @@ class ExplicitCouplingNet:
             return weight, self.params[f"norm{layer}.bias"], self.params[f"norm{layer}.log_scale"].exp()
         return weight, self.params[f"conv{layer}.bias"], None
 
-    def output(self, x: Tensor) -> Tensor:
-        """Of the inputs as one, and nothing kept."""
-        return ops.coupling_net(x, *self.weights, False)[0]
+    @property
+    def out_channels(self) -> int:
+        """Of the output."""
+        return self.weights[4].shape[0]
+
+    @staticmethod
+    def _joined(x1: Tensor, cond: Tensor | None) -> Tensor:
+        return x1 if cond is None else torch.cat([x1, cond.to(x1.dtype)], dim=1)
+
+    def output(self, x1: Tensor, cond: Tensor | None) -> Tensor:
+        """The net's output alone, without what a backward needs."""
+        return ops.coupling_net(self._joined(x1, cond), *self.weights, False)[0]
 
     def forward(self, x1: Tensor, cond: Tensor | None) -> tuple[Tensor, Any]:
         """The output, and what :meth:`backward` takes."""
-        x = x1 if cond is None else torch.cat([x1, cond.to(x1.dtype)], dim=1)
+        x = self._joined(x1, cond)
         net_out, h1, h2 = ops.coupling_net(x, *self.weights, True)
         return net_out, (x, h1, h2)
 

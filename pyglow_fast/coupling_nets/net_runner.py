@@ -111,14 +111,23 @@ class NetRunner:
         """
         if not self._known or not isinstance(self.net, NetShape) or (later and not self.net.is_plain):
             return None
-        return self.net.explicit(x1, dict(zip(self.names, params, strict=True)))
+        found = self.net.explicit(x1, dict(zip(self.names, params, strict=True)))
+        if found is not None:
+            self._check_width(x1, found.out_channels)
+        return found
+
+    def _check_width(self, x1: Tensor, channels: int) -> None:
+        if channels != self.width * x1.shape[1]:
+            sizes = x1.shape[0], *x1.shape[2:]
+            expected, found = ((sizes[0], count, *sizes[1:]) for count in (self.width * x1.shape[1], channels))
+            expect(False, "net", f"an output of shape {expected}", found)
 
     def _call(
         self, x1: Tensor, params: Sequence[Tensor], later: bool = False
     ) -> Callable[[Tensor, Tensor | None], Tensor]:
         explicit = self._explicit(x1, params, later)
         if explicit is not None:
-            return lambda x1, cond: explicit.output(self.net.with_condition(x1, cond))  # type: ignore[operator]
+            return explicit.output
         own = all(given is mine for given, (_, mine) in zip(params, self._now(), strict=True))
         by_name = dict(zip(self.names, params, strict=True))
 
@@ -136,6 +145,7 @@ class NetRunner:
         """net(x1, cond) without a record, with the net's own parameters or, of a NetShape, given folded weights."""
         if weights is None or not isinstance(self.net, NetShape):
             return self.forward(x1, cond, self.params)[0]
+        self._check_width(x1, weights[4].shape[0])
         net = self.net
 
         def call(x1: Tensor, cond: Tensor | None) -> Tensor:
@@ -152,8 +162,10 @@ class NetRunner:
     def _forward(self, x1: Tensor, cond: Tensor | None, params: Sequence[Tensor]) -> tuple[Tensor, Memo]:
         plan = self._plan(x1, cond)
         explicit = None if torch.is_grad_enabled() or not plan.whole else self._explicit(x1, params, later=False)
-        if explicit is not None and isinstance(self.net, NetShape):
-            net_out = explicit.output(self.net.with_condition(x1, cond))
+        if isinstance(self.net, NetShape):
+            self.net.check_inputs(x1, cond)
+        if explicit is not None:
+            net_out = explicit.output(x1, cond)
             return net_out, Memo(plan, RunState.of_autocast(x1.device), None)
         if self._known:
             net_out = run_net(self.net, x1, cond, plan, self._call(x1, params))

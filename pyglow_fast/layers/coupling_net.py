@@ -104,10 +104,17 @@ class CouplingNet(NetShape):
         """Whether nothing but its own parameters decides what it computes: no subclass, hooks, parametrizations."""
         if type(self) is not CouplingNet or has_hooks(self):
             return False
+        if "forward" in self.__dict__ or torch.nn.modules.module._has_any_global_hook():
+            return False
         for part in self._modules.values():
             if part is not None and (has_hooks(part) or "parametrizations" in part._modules):
                 return False
         return True
+
+    @property
+    def has_own_norms(self) -> bool:
+        """Whether its norms are those that it was made with."""
+        return {type(self.norm1), type(self.norm2)} <= {nn.Identity, ActNorm}
 
     @property
     def is_initialized(self) -> bool:

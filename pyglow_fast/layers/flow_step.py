@@ -17,7 +17,7 @@ from pyglow_fast.layers.coupling import Coupling, coupling_spec
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.permutation import ChannelLinear, InvConv, Permute
 from pyglow_fast.layers.ranks import refused_alike
-from pyglow_fast.reference import KINDS, CouplingSpec, fold_actnorm
+from pyglow_fast.reference import KINDS, CouplingSpec, fold_actnorm, full_precision
 
 PERMUTATIONS = ("invconv", "invconv_plain", "shuffle", "reverse")
 
@@ -55,7 +55,10 @@ def runs_fused(step: nn.Module) -> bool:
 def fold_in_one(steps: Sequence[FlowStep]) -> ChannelMap:
     """The channel maps of K steps of one width, (K, C, C), (K, C) and (K,): parameter-sized work in one batch."""
     layers = [step.permutation for step in steps]
-    weight, weight_log_det = layers[0].stack_weights(layers)
+    with full_precision(steps[0].actnorm.bias):
+        weight, weight_log_det = layers[0].stack_weights(layers)
+    own = steps[0].actnorm.bias.dtype
+    expect(weight.dtype == own, "permutation", f"a weight of dtype {own} (that of the actnorm)", weight.dtype)
     log_scale = torch.stack([step.actnorm.log_scale for step in steps])
     bias = torch.stack([step.actnorm.bias for step in steps])
     matrix, offset = fold_actnorm(weight, log_scale, bias)
@@ -217,7 +220,7 @@ class FlowStep(FlowLayer):
             for name, value in older.items():
                 expect(False, name, "a field of the CouplingSpec, and no keyword beside it", repr(value))
             spec = coupling
-        fits = isinstance(permutation, ChannelLinear) and permutation.channels == channels
+        fits = isinstance(permutation, ChannelLinear) and getattr(permutation, "channels", None) == channels
         expected = f"one of {PERMUTATIONS} or a ChannelLinear (of {channels} channels)"
         expect(fits or permutation in PERMUTATIONS, "permutation", expected, repr(permutation))
         if net is None:

@@ -10,17 +10,18 @@ from torch import Tensor, nn
 from pyglow_fast import functional
 from pyglow_fast._errors import check_count, check_input, expect
 from pyglow_fast.layers._base import FlowLayer
-from pyglow_fast.reference import log_abs_det, lu_weight
+from pyglow_fast.reference import full_precision, log_abs_det, lu_weight
 
 
 class ChannelLinear(FlowLayer):
     """z = W x at every position; log_det = P log|det W|. A subclass says what W is, and sets ``channels``.
 
-    A FlowStep runs any subclass as it does InvConv: it asks for W, folds it with the actnorm before, joins the product
-    with the couplings around it, and without gradients keeps the folded matrix and its inverse until a tensor of
-    ``weight_sources`` changes. It calls neither forward nor inverse, so that one who overrides them (Permute, which
-    gathers) computes the same product. GlowConfig names InvConv and Permute only: any other is put into a Glow by
-    assigning it to ``permutation`` of a step of ``model.levels[i].steps``, also before saved weights are loaded.
+    A FlowStep runs any subclass as it does InvConv: it asks for W (outside of autocast), folds it with the actnorm
+    before, joins the product with the couplings around it, and without gradients keeps the folded matrix and its
+    inverse until a tensor of ``weight_sources`` changes, if the class states these. It calls neither forward nor
+    inverse, so that one who overrides them (Permute, which gathers) computes the same product. GlowConfig names InvConv
+    and Permute only: any other is put into a Glow by assigning it to ``permutation`` of a step of
+    ``model.levels[i].steps``, also before saved weights are loaded.
 
     Shapes: x (N, C, *spatial), float32 or float64; W (C, C) of the same dtype; log_det (N,), nats.
 
@@ -36,10 +37,14 @@ class ChannelLinear(FlowLayer):
         raise TypeError(f"{type(self).__name__} must define weight_and_log_det")
 
     def weight_sources(self) -> list[Tensor] | None:
-        """All tensors that W is a function of: here every parameter and buffer, also of submodules.
+        """All tensors that W is a function of, such as :meth:`own_tensors`, where it is one of nothing else.
 
-        None: it cannot be told (here with parametrizations, which are code of the user's), and W is not kept.
+        None, as here: it is not stated, since W may depend on attributes or modes too, and W is not kept.
         """
+        return None
+
+    def own_tensors(self) -> list[Tensor] | None:
+        """Every parameter and buffer, also of submodules; None with parametrizations, which are code of the user's."""
         found: list[Tensor | None] = []
         for part in self.modules():
             if "parametrizations" in part._modules:
@@ -55,13 +60,15 @@ class ChannelLinear(FlowLayer):
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x -> z = W x."""
-        weight, log_det = self.weight_and_log_det()
+        with full_precision(x):
+            weight, log_det = self.weight_and_log_det()
         check_input("x", x, self.channels, weight)
         return functional.channel_linear(x, weight, log_det)
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """z -> x = W^-1 z."""
-        weight, log_det = self.weight_and_log_det()
+        with full_precision(z):
+            weight, log_det = self.weight_and_log_det()
         check_input("z", z, self.channels, weight)
         return functional.channel_linear_inverse(z, weight, log_det)
 
@@ -115,6 +122,10 @@ class InvConv(ChannelLinear):
             return weight, self.log_diag.sum()
         return self.weight, torch.linalg.slogdet(self.weight).logabsdet
 
+    def weight_sources(self) -> list[Tensor] | None:
+        """Its own tensors, unless a subclass has another W, of which it must say so itself."""
+        return self.own_tensors() if type(self).weight_and_log_det is InvConv.weight_and_log_det else None
+
     @classmethod
     def stack_weights(cls, layers: Sequence[ChannelLinear]) -> tuple[Tensor, Tensor]:
         """W (K, C, C) and log|det W| (K,), in a few batched ops where all layers are of one parameterisation."""
@@ -166,6 +177,10 @@ class Permute(ChannelLinear):
         """The permutation matrix (C, C) and 0."""
         eye = torch.eye(self.channels, dtype=self.unit.dtype, device=self.unit.device)
         return eye[self.index], self.unit.new_zeros(())
+
+    def weight_sources(self) -> list[Tensor] | None:
+        """Its own tensors, unless a subclass has another W."""
+        return self.own_tensors() if type(self).weight_and_log_det is Permute.weight_and_log_det else None
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x -> z, by gathering channels."""

@@ -14,6 +14,7 @@ from pyglow_fast.coupling_nets.net_runner import NetRunner
 from pyglow_fast.coupling_nets.plan import budget_bytes
 from pyglow_fast.coupling_nets.traits import has_known_modules
 from pyglow_fast.layers._base import FlowLayer
+from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.flow_step import (
     ChannelMap,
@@ -25,6 +26,7 @@ from pyglow_fast.layers.flow_step import (
     runs_fused,
 )
 from pyglow_fast.layers.folded import FoldCache
+from pyglow_fast.layers.permutation import InvConv, Permute
 from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.reference import CouplingSpec
 from pyglow_fast.reversible import Chain, DriftControl, ModuleChain, Pass, run_chain
@@ -35,9 +37,10 @@ GRADIENT_SHARE = 4  # of the budget, what gradients may take that exist a second
 
 def _is_initialized(step: nn.Module) -> bool:
     """Whether nothing in a step waits for data."""
-    if isinstance(step, FlowStep) and type(step.coupling.net) is CouplingNet and not step.coupling.has_own_scale:
-        # Of which all is known, without a look into each module.
-        return step.is_initialized and getattr(step.permutation, "is_initialized", True)
+    if type(step) is FlowStep and type(step.permutation) in (InvConv, Permute) and type(step.coupling) is Coupling:
+        net = step.coupling.net
+        if type(net) is CouplingNet and net.has_own_norms and not step.coupling.has_own_scale:
+            return step.is_initialized  # of these all is known, without a look into each module
     return all(getattr(module, "is_initialized", True) for module in step.modules())
 
 

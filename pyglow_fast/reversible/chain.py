@@ -42,7 +42,7 @@ class Chain:
 
     @property
     def params(self) -> list[nn.Parameter]:
-        """Of all nets, flat."""
+        """The parameters of all nets, one after another."""
         return [parameter for net in self.nets for parameter in net.params]
 
     def params_of(self, params: Sequence[Tensor]) -> list[Sequence[Tensor]]:

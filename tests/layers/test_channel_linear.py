@@ -35,6 +35,9 @@ class Householder(ChannelLinear):
             weight = weight - 2.0 * torch.outer(weight @ vector, vector) / vector.dot(vector)
         return weight * self.gain.exp(), self.channels * self.gain
 
+    def weight_sources(self) -> list[Tensor] | None:
+        return self.own_tensors()
+
 
 class Nested(ChannelLinear):
     """The same W, of parameters that a submodule has."""
@@ -46,6 +49,9 @@ class Nested(ChannelLinear):
     def weight_and_log_det(self) -> tuple[Tensor, Tensor]:
         return self.inner.weight_and_log_det()
 
+    def weight_sources(self) -> list[Tensor] | None:
+        return self.own_tensors()
+
 
 class Transposed(pgf.InvConv):
     """InvConv's parameters, and another W of them."""
@@ -53,6 +59,9 @@ class Transposed(pgf.InvConv):
     def weight_and_log_det(self) -> tuple[Tensor, Tensor]:
         weight, log_det = super().weight_and_log_det()
         return weight.T, log_det
+
+    def weight_sources(self) -> list[Tensor] | None:
+        return self.own_tensors()
 
 
 MAPS: dict[str, Callable[[], list[Any]]] = {
@@ -271,3 +280,61 @@ def test_what_a_step_refuses(wrong: Any) -> None:
     expected = r"permutation: expected one of .* or a ChannelLinear \(of 4 channels\), found (Householder|Identity)"
     with pytest.raises(ValueError, match=expected):
         pgf.FlowStep(4, 5, permutation=wrong)
+
+
+class Gated(Householder):
+    """A W that depends on more than tensors, of which it says nothing."""
+
+    gate = 0.0
+
+    def weight_and_log_det(self) -> tuple[Tensor, Tensor]:
+        weight, log_det = super().weight_and_log_det()
+        return weight * 2.0**self.gate, log_det + self.channels * self.gate * torch.tensor(2.0).log()
+
+    def weight_sources(self) -> list[Tensor] | None:
+        return ChannelLinear.weight_sources(self)
+
+
+@torch.no_grad()
+def test_what_is_not_stated_is_not_kept() -> None:
+    sequence, x = sequence_of("third"), torch.randn(2, 4, 3, 3, dtype=DOUBLE)
+    sequence[0].permutation = Gated(4).double()
+    before = sequence(x)[0]
+    sequence[0].permutation.gate = 1.0
+    after = sequence(x)[0]
+    assert not torch.allclose(before, after)
+    assert_close(after, in_order(sequence, x)[0], CONDITION)
+
+
+class Product(ChannelLinear):
+    """W = A B."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.left, self.right = (nn.Parameter(torch.eye(channels) + 0.1 * torch.randn(4, 4)) for _ in range(2))
+
+    def weight_and_log_det(self) -> tuple[Tensor, Tensor]:
+        weight = self.left @ self.right
+        return weight, torch.linalg.slogdet(weight).logabsdet
+
+    def weight_sources(self) -> list[Tensor] | None:
+        return self.own_tensors()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_autocast_is_not_for_channel_maps(grad: bool) -> None:
+    step = pgf.FlowStep(4, 5, permutation=Product(4), precision="fp32")
+    sequence = pgf.ReversibleSequence([step]).eval()
+    x = torch.randn(2, 4, 3, 3)
+    with torch.set_grad_enabled(grad):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside, alone = sequence(x)[0], step.permutation(x)[0]
+        assert torch.equal(inside, sequence(x)[0])
+        assert torch.equal(alone, step.permutation(x)[0])
+
+
+def test_a_weight_of_another_dtype_is_refused() -> None:
+    step = pgf.FlowStep(4, 5, permutation=Product(4).double())
+    with pytest.raises(ValueError, match=r"permutation: expected a weight of dtype .*float32.*, found .*float64"):
+        step.eval()(torch.randn(2, 4, 3, 3))

@@ -1,0 +1,129 @@
+"""Nets that are known run by their weights where states are recomputed: what a call of the module would do is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from support.chain_cases import Mode
+from torch import Tensor, nn
+
+import pyglow_fast as pgf
+from pyglow_fast.layers import CouplingNet
+
+MODES = ("store", "checkpoint", "reversible")
+
+
+def sequence_of(n_steps: int = 3, coupling: str = "affine") -> pgf.ReversibleSequence:
+    sequence = pgf.ReversibleSequence([pgf.FlowStep(4, 8, coupling) for _ in range(n_steps)])
+    sequence.initialize(torch.randn(8, 4, 5, 5))
+    with torch.no_grad():
+        for parameter in sequence.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return sequence
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("memory", MODES)
+@pytest.mark.parametrize(("coupling", "width"), [("affine", 6), ("affine", 2), ("additive", 4)])
+def test_a_net_of_another_width_is_refused(coupling: str, width: int, memory: str, grad: bool) -> None:
+    """Kernels would take other channels for the transformed ones."""
+    sequence, x = sequence_of(coupling=coupling), torch.randn(3, 4, 6, 6)
+    sequence.memory = memory
+    sequence[1].coupling.net = CouplingNet(2, width, 8)
+    given = 4 if coupling == "affine" else 2
+    expected = rf"net: expected an output of shape \(3, {given}, 6, 6\), found .*\(3, {width}, 6, 6\)"
+    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=expected):
+        sequence(x)
+
+
+@pytest.fixture
+def doubled() -> Iterator[None]:
+    """A global hook that doubles what a coupling net puts out."""
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, _, out: 2.0 * out if isinstance(module, CouplingNet) else None
+    )
+    yield
+    hook.remove()
+
+
+def outcome(sequence: pgf.ReversibleSequence, memory: str, x: Tensor) -> list[Tensor]:
+    Mode(memory).apply(sequence)
+    x = x.clone().requires_grad_()
+    z, log_det = sequence(x)
+    return [z.detach(), *torch.autograd.grad(z.square().sum() + log_det.sum(), [x, *sequence.parameters()])]
+
+
+@pytest.mark.parametrize("memory", MODES[1:])
+def test_global_hooks_are_called(memory: str, doubled: None) -> None:
+    sequence, x = sequence_of(), torch.randn(3, 4, 6, 6)
+    for one, other in zip(outcome(sequence, memory, x), outcome(sequence, "store", x), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("memory", MODES[1:])
+def test_a_forward_of_the_instance_is_called(memory: str) -> None:
+    sequence, x = sequence_of(), torch.randn(3, 4, 6, 6)
+    net = sequence[1].coupling.net
+    forward = net.forward
+    net.forward = lambda x, cond=None: 2.0 * forward(x, cond)
+    for one, other in zip(outcome(sequence, memory, x), outcome(sequence, "store", x), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_weights_of_another_dtype_where_steps_are_redone() -> None:
+    """Lent for the forward alone; the backward has the module's own around it."""
+    sequence, x = sequence_of(), torch.randn(3, 4, 6, 6, dtype=torch.float64)
+    sequence.control.tolerance = 1e-30
+    lent = {name: value.detach().double().requires_grad_() for name, value in sequence.named_parameters()}
+    lent |= {name: value.double() if value.is_floating_point() else value for name, value in sequence.named_buffers()}
+    wanted = [value for value in lent.values() if value.requires_grad]
+    found = {}
+    for memory in ("store", "reversible"):
+        sequence.memory = memory
+        z, log_det = torch.func.functional_call(sequence, lent, (x,))
+        found[memory] = torch.autograd.grad(z.square().sum() + log_det.sum(), wanted)
+    assert sequence.memory_report()["redone_steps"] == 3
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@torch.no_grad()
+def test_vmap_without_gradients() -> None:
+    sequence, z = sequence_of(), torch.randn(2, 3, 4, 6, 6)
+    found = torch.func.vmap(lambda z: sequence.inverse(z)[0])(z)
+    for one, alone in zip(found, z, strict=True):
+        torch.testing.assert_close(one, sequence.inverse(alone)[0])
+
+
+@pytest.mark.parametrize("memory", MODES)
+def test_second_derivatives_are_refused_however_they_are_asked_for(memory: str) -> None:
+    sequence, x = sequence_of(), torch.randn(1, 4, 2, 2, requires_grad=True)
+    sequence.memory = memory
+
+    def log_prob(x: Tensor) -> Tensor:
+        z, log_det = sequence(x)
+        return z.square().sum() + log_det.sum()
+
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.functional.hessian(log_prob, x)
+    (grad,) = torch.autograd.grad(log_prob(x), x, create_graph=True)
+    for wanted in (x, next(sequence.parameters())):
+        with pytest.raises(RuntimeError, match="double backward"):
+            torch.autograd.grad(grad.sum(), wanted, allow_unused=True, retain_graph=True)
+
+
+def test_a_norm_that_is_put_into_a_net_is_asked() -> None:
+    """Whether it waits for data, as it was before the net was known by its class."""
+
+    class Norm(nn.Module):
+        is_initialized = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    sequence = sequence_of()
+    assert sequence._is_initialized()
+    sequence[0].coupling.net.norm1 = Norm()
+    assert not sequence._is_initialized()
