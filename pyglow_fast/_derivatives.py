@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import unwrap_if_dead
+from torch._C._functorch import TransformType, unwrap_if_dead
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch.autograd import forward_ad
 
 from pyglow_fast._errors import expect
 
@@ -30,12 +32,30 @@ class _Final(torch.autograd.Function):
         )
 
 
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode AD takes derivatives of what is called now, or traced by torch.compile."""
+    if forward_ad._current_level >= 0:
+        return True
+    if torch.compiler.is_compiling():  # which knows no more than that there is a transform
+        return torch._C._functorch.maybe_current_level() is not None
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    kinds = {interpreter.key() for interpreter in retrieve_all_functorch_interpreters()}
+    return bool(kinds & {TransformType.Grad, TransformType.Jvp})
+
+
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """function.apply(*args), which for a function with a setup_context binds default arguments: thrice all the rest.
 
     Under torch.compile and the transforms of torch.func it is called as it is.
+
+    Raises:
+        RuntimeError: a transform that takes derivatives: torch's own refusal, or under torch.compile, where there is
+            none and the derivative would be zero, this one.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() and is_transformed():
+            raise RuntimeError("torch.func within torch.compile: compiled kernels have no derivatives there")
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(  # type: ignore[misc]
         *[unwrap_if_dead(value) if isinstance(value, Tensor) else value for value in args]

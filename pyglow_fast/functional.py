@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from pyglow_fast import _backend, autograd, ops, reference
-from pyglow_fast._derivatives import apply
+from pyglow_fast._derivatives import apply, is_transformed
 from pyglow_fast.reference import (
     CouplingSpec,
     fold_actnorm,
@@ -52,19 +51,7 @@ def _records_gradient(*tensors: Tensor) -> bool:
     """Whether autograd must be able to differentiate a function of these: then kernels without a backward are out."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return True
-    # What torch.func and forward-mode AD do with an op that has no derivative is silently wrong.
-    return not torch.compiler.is_compiling() and (
-        forward_ad._current_level >= 0 or (torch._C._are_functorch_transforms_active() and _is_differentiated())
-    )
-
-
-def _is_differentiated() -> bool:
-    """Whether a transform of torch.func that is active takes derivatives."""
-    from torch._C._functorch import TransformType
-    from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
-
-    kinds = {interpreter.key() for interpreter in retrieve_all_functorch_interpreters()}
-    return bool(kinds & {TransformType.Grad, TransformType.Jvp})
+    return is_transformed()  # what that does with an op that has no derivative is silently wrong
 
 
 def _is_seen(*tensors: Tensor) -> bool:

@@ -18,7 +18,7 @@ from support.reference_cases import SPECS, invertible, randn, spec_name
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pyglow_fast import functional, reference
+from pyglow_fast import _backend, functional, reference
 from pyglow_fast.reference import CouplingSpec
 
 SHAPES = [(3, 4), (2, 4, 5), (2, 6, 3, 2), (1, 2, 1, 7), (2, 2, 3, 1, 2), (0, 4, 3, 2)]
@@ -246,6 +246,16 @@ def test_forward_mode_is_right_or_refused(name: str) -> None:
             refused = str(error)
         if "autograd.Function" not in refused:
             torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.skipif(_backend.extension() is None, reason="the reference has these derivatives")
+@pytest.mark.parametrize("name", ["channel_mix", "coupling", "coupling_mix", "gaussian_log_prob"])
+def test_transforms_within_compile_are_refused(name: str) -> None:
+    """A gradient of zero would be believed."""
+    torch._dynamo.reset()
+    compiled = torch.compile(torch.func.grad(lambda x: FORWARD_MODE[name](functional, x).sum()), backend="eager")
+    with pytest.raises(RuntimeError, match=r"torch.func within torch.compile|functorch transform"):
+        compiled(_X)
 
 
 def _dual_tangent(function: Callable[[Tensor], Tensor], x: Tensor, tangent: Tensor) -> Tensor | None:
