@@ -45,17 +45,18 @@ def is_transformed() -> bool:
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """function.apply(*args), which for a function with a setup_context binds default arguments: thrice all the rest.
-
-    Under torch.compile and the transforms of torch.func it is called as it is.
+    """function.apply(*args), in eager mode without its search for transforms, which takes as long as all the rest.
 
     Raises:
-        RuntimeError: a transform that takes derivatives: torch's own refusal, or under torch.compile, where there is
-            none and the derivative would be zero, this one.
+        RuntimeError: within a transform of torch.func or forward-mode AD, whose derivatives kernels do not have.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        if torch.compiler.is_compiling() and is_transformed():
-            raise RuntimeError("torch.func within torch.compile: compiled kernels have no derivatives there")
+    compiles = torch.compiler.is_compiling()
+    if is_transformed() or (not compiles and torch._C._are_functorch_transforms_active()):
+        raise RuntimeError(
+            "torch.func and forward-mode AD: the compiled kernels have no derivatives there; "
+            "PYGLOW_FORCE_REFERENCE=1 has them"
+        )
+    if compiles:
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(  # type: ignore[misc]
         *[unwrap_if_dead(value) if isinstance(value, Tensor) else value for value in args]

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from pyglow_fast import ops
 from pyglow_fast._derivatives import differentiable_once
@@ -26,17 +25,15 @@ class ChannelMix(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, matrix: Tensor, offset: Tensor, kept: int, squeeze_first: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, matrix: Tensor, offset: Tensor, kept: int, squeeze_first: bool
+    ) -> tuple[Tensor, Tensor]:
         """u, like x, and u[:, :kept]."""
+        ctx.save_for_backward(x, matrix)
+        ctx.squeeze_first = squeeze_first
+        ctx.set_materialize_grads(False)
         u = ops.channel_mix(x, matrix, offset, False, ops.SQUEEZE_CODES["input" if squeeze_first else "none"])
         return u, u[:, :kept]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int, bool], output: Any) -> None:
-        """Keep x and M."""
-        ctx.save_for_backward(inputs[0], inputs[1])
-        ctx.squeeze_first = inputs[4]
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     @differentiable_once
@@ -48,13 +45,8 @@ class ChannelMix(torch.autograd.Function):
         grad_u, grad_kept = _whole_gradient(grad_u, grad_kept, matrix.shape[0])
         frozen = not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
         if frozen and grad_kept is None and not ctx.squeeze_first:
-            return (
-                ops.channel_mix(grad_u, matrix.T, grad_u.new_zeros(matrix.shape[0]), False, 0),
-                None,
-                None,
-                None,
-                None,
-            )
+            grad_x = ops.channel_mix(grad_u, matrix.T, grad_u.new_zeros(matrix.shape[0]), False, 0)
+            return grad_x, None, None, None, None
         return (*ops.channel_mix_backward(x, grad_u, matrix, None, grad_kept, ctx.squeeze_first), None, None)
 
 
@@ -75,17 +67,12 @@ class ChannelUnmix(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(u: Tensor, inverse_matrix: Tensor, offset: Tensor, unsqueeze_after: bool) -> Tensor:
+    def forward(ctx: Any, u: Tensor, inverse_matrix: Tensor, offset: Tensor, unsqueeze_after: bool) -> Tensor:
         """x, like u."""
-        return ops.channel_mix(
-            u, inverse_matrix, offset, True, ops.SQUEEZE_CODES["output" if unsqueeze_after else "none"]
-        )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
-        """Keep u, A and c."""
-        ctx.save_for_backward(*inputs[:3])
-        ctx.unsqueeze_after = inputs[3]
+        ctx.save_for_backward(u, inverse_matrix, offset)
+        ctx.unsqueeze_after = unsqueeze_after
+        code = ops.SQUEEZE_CODES["output" if unsqueeze_after else "none"]
+        return ops.channel_mix(u, inverse_matrix, offset, True, code)
 
     @staticmethod
     @differentiable_once
@@ -102,15 +89,12 @@ class Coupling(torch.autograd.Function):
     """The coupling or its inverse, with its log-det; the backward needs the output and the net's output only."""
 
     @staticmethod
-    def forward(x: Tensor, net_out: Tensor, kind: _Kind) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, net_out: Tensor, kind: _Kind) -> tuple[Tensor, Tensor]:
         """The output, like x, and log_det (N,)."""
-        return ops.coupling(x, net_out, *kind)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, _Kind], output: tuple[Tensor, Tensor]) -> None:
-        """Keep the output and the net's output."""
-        ctx.save_for_backward(output[0], inputs[1])
-        ctx.kind = inputs[2]
+        out, log_det = ops.coupling(x, net_out, *kind)
+        ctx.save_for_backward(out, net_out)
+        ctx.kind = kind
+        return out, log_det
 
     @staticmethod
     @differentiable_once
@@ -129,18 +113,14 @@ class CouplingMix(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        u: Tensor, net_out: Tensor, matrix: Tensor, offset: Tensor, kept: int, kind: _Kind
+        ctx: Any, u: Tensor, net_out: Tensor, matrix: Tensor, offset: Tensor, kept: int, kind: _Kind
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The mixed output, like u, its kept channels, and log_det (N,)."""
+        ctx.save_for_backward(u, net_out, matrix)
+        ctx.kind = kind
+        ctx.set_materialize_grads(False)
         out, log_det = ops.coupling_mix(u, net_out, matrix, offset, *kind)
         return out, out[:, :kept], log_det
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, int, _Kind], output: Any) -> None:
-        """Keep u, the net's output and M."""
-        ctx.save_for_backward(*inputs[:3])
-        ctx.kind = inputs[5]
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     @differentiable_once
@@ -189,14 +169,10 @@ class GaussianLogProb(torch.autograd.Function):
     """log N(z; mean, exp(log_sd)) summed per sample; mean and log_sd expanded to the shape of z."""
 
     @staticmethod
-    def forward(z: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
+    def forward(ctx: Any, z: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
         """(N,), nats."""
+        ctx.save_for_backward(z, mean, log_sd)
         return ops.gaussian_log_prob(z, mean, log_sd)
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        """Keep all three."""
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     @differentiable_once

@@ -28,12 +28,14 @@ _FORWARD_KIND = "int map, int order, float bias, float eps, float clamp"
 _library = torch.library.Library("pyglow_fast", "DEF")
 
 
-def _define(schema: str, fake: Callable[..., Any]) -> None:
-    """Declare an op; its kernels are the extension's."""
+def _define(schema: str, fake: Callable[..., Any]) -> torch._ops.OpOverload:
+    """Declare an op, whose kernels are the extension's; the callable torch.ops.pyglow_fast.<name>, resolved once."""
     name = schema.split("(")[0]
     _library.define(schema)
     _library.impl(name, functools.partial(_without_kernel, name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"pyglow_fast::{name}", fake, lib=_library)
+    op: torch._ops.OpOverload = getattr(torch.ops.pyglow_fast, name).default
+    return op
 
 
 def _without_kernel(name: str, *args: Any) -> Any:
@@ -155,71 +157,58 @@ def _fake_net_backward(grad_out: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
     return [grad_x, *weights, *([] if log_gain is None else [x.new_empty(log_gain.shape)])]
 
 
-_define(
+channel_mix = _define(
     "channel_mix(Tensor x, Tensor matrix, Tensor offset, bool subtract_first, int squeeze) -> Tensor",
     _fake_channel_mix,
 )
-_define(
+channel_mix_backward = _define(
     "channel_mix_backward(Tensor x, Tensor grad_u, Tensor matrix, Tensor? center, Tensor? added, bool squeeze)"
     " -> (Tensor, Tensor, Tensor)",
     _fake_channel_mix_backward,
 )
-_define(f"coupling(Tensor x, Tensor net_out, {_KIND}) -> (Tensor, Tensor)", _fake_coupling)
-_define(
+coupling = _define(f"coupling(Tensor x, Tensor net_out, {_KIND}) -> (Tensor, Tensor)", _fake_coupling)
+coupling_backward = _define(
     "coupling_backward(Tensor out, Tensor net_out, Tensor grad_out, Tensor grad_log_det, "
     f"{_KIND}, bool want_input) -> (Tensor, Tensor, Tensor)",
     _fake_coupling_backward,
 )
-_define(
+coupling_mix = _define(
     f"coupling_mix(Tensor x, Tensor net_out, Tensor matrix, Tensor offset, {_KIND}) -> (Tensor, Tensor)",
     _fake_coupling,
 )
-_define(
+coupling_mix_backward = _define(
     "coupling_mix_backward(Tensor x, Tensor net_out, Tensor grad_out, Tensor grad_log_det, Tensor matrix, "
     f"{_FORWARD_KIND}, Tensor? added) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_coupling_mix_backward,
 )
-_define(
+step_backward = _define(
     "step_backward(Tensor y, Tensor net_out, Tensor grad_y, Tensor grad_log_det, Tensor inverse_matrix, Tensor offset, "
     f"{_FORWARD_KIND}) -> (Tensor, Tensor, Tensor)",
     _fake_step_backward,
 )
-_define("channel_moments(Tensor x) -> (Tensor, Tensor)", _fake_channel_moments)
-_define("gaussian_log_prob(Tensor z, Tensor mean, Tensor log_sd) -> Tensor", _fake_gaussian_log_prob)
-_define(
+channel_moments = _define("channel_moments(Tensor x) -> (Tensor, Tensor)", _fake_channel_moments)
+gaussian_log_prob = _define(
+    "gaussian_log_prob(Tensor z, Tensor mean, Tensor log_sd) -> Tensor", _fake_gaussian_log_prob
+)
+gaussian_log_prob_backward = _define(
     "gaussian_log_prob_backward(Tensor z, Tensor mean, Tensor log_sd, Tensor grad_log_prob)"
     " -> (Tensor, Tensor, Tensor)",
     _fake_gaussian_log_prob_backward,
 )
-_define("gaussian_sample(Tensor noise, Tensor mean, Tensor log_sd) -> Tensor", _fake_gaussian_sample)
+gaussian_sample = _define("gaussian_sample(Tensor noise, Tensor mean, Tensor log_sd) -> Tensor", _fake_gaussian_sample)
 
 # The coupling net as matrix products, on the CPU only: elsewhere the libraries' convolutions do it.
-_define(
+coupling_net = _define(
     "coupling_net(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor w3, Tensor b3, "
     "Tensor? log_gain, bool keep, float leak=0.0)"
     " -> (Tensor, Tensor, Tensor)",
     _fake_coupling_net,
 )
-_define(
+coupling_net_backward = _define(
     "coupling_net_backward(Tensor grad_out, Tensor x, Tensor h1, Tensor h2, Tensor w1, Tensor w2, Tensor w3, "
     "Tensor? b3, Tensor? log_gain, bool want_weights, float leak=0.0) -> Tensor[]",
     _fake_net_backward,
 )
-
-# The callables: torch.ops.pyglow_fast.<name>, resolved once.
-channel_mix = torch.ops.pyglow_fast.channel_mix.default
-channel_mix_backward = torch.ops.pyglow_fast.channel_mix_backward.default
-coupling = torch.ops.pyglow_fast.coupling.default
-coupling_backward = torch.ops.pyglow_fast.coupling_backward.default
-coupling_mix = torch.ops.pyglow_fast.coupling_mix.default
-coupling_mix_backward = torch.ops.pyglow_fast.coupling_mix_backward.default
-step_backward = torch.ops.pyglow_fast.step_backward.default
-channel_moments = torch.ops.pyglow_fast.channel_moments.default
-gaussian_log_prob = torch.ops.pyglow_fast.gaussian_log_prob.default
-gaussian_log_prob_backward = torch.ops.pyglow_fast.gaussian_log_prob_backward.default
-gaussian_sample = torch.ops.pyglow_fast.gaussian_sample.default
-coupling_net = torch.ops.pyglow_fast.coupling_net.default
-coupling_net_backward = torch.ops.pyglow_fast.coupling_net_backward.default
 
 
 @functools.cache

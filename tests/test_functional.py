@@ -244,7 +244,7 @@ def test_forward_mode_is_right_or_refused(name: str) -> None:
             _, found = jvp(lambda x: FORWARD_MODE[name](functional, x), (_X,), (tangent,))
         except (NotImplementedError, RuntimeError) as error:
             refused = str(error)
-        if "autograd.Function" not in refused:
+        if "the compiled kernels have no derivatives there" not in refused:
             torch.testing.assert_close(found, expected)
 
 
@@ -254,7 +254,7 @@ def test_transforms_within_compile_are_refused(name: str) -> None:
     """A gradient of zero would be believed."""
     torch._dynamo.reset()
     compiled = torch.compile(torch.func.grad(lambda x: FORWARD_MODE[name](functional, x).sum()), backend="eager")
-    with pytest.raises(RuntimeError, match=r"torch.func within torch.compile|functorch transform"):
+    with pytest.raises(RuntimeError, match="the compiled kernels have no derivatives there"):
         compiled(_X)
 
 

@@ -14,18 +14,15 @@ Isa selected_isa();
 #define PYGLOW_DECLARE(kernel, Args) \
   template <class T>                 \
   void kernel(const Args<T>& args, const Threads& threads);
-namespace portable {
-PYGLOW_KERNELS(PYGLOW_DECLARE)
-PYGLOW_CPU_KERNELS(PYGLOW_DECLARE)
-}  // namespace portable
-namespace avx2 {
-PYGLOW_KERNELS(PYGLOW_DECLARE)
-PYGLOW_CPU_KERNELS(PYGLOW_DECLARE)
-}  // namespace avx2
-namespace avx512 {
-PYGLOW_KERNELS(PYGLOW_DECLARE)
-PYGLOW_CPU_KERNELS(PYGLOW_DECLARE)
-}  // namespace avx512
+#define PYGLOW_DECLARE_IN(isa)       \
+  namespace isa {                    \
+  PYGLOW_KERNELS(PYGLOW_DECLARE)     \
+  PYGLOW_CPU_KERNELS(PYGLOW_DECLARE) \
+  }
+PYGLOW_DECLARE_IN(portable)
+PYGLOW_DECLARE_IN(avx2)
+PYGLOW_DECLARE_IN(avx512)
+#undef PYGLOW_DECLARE_IN
 #undef PYGLOW_DECLARE
 
 }  // namespace pyglow::cpu
