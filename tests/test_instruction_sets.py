@@ -34,8 +34,8 @@ def test_kernels_of(instruction_set: str, request: pytest.FixtureRequest) -> Non
     if found.returncode != 0:
         pytest.skip(f"this processor has no {instruction_set}")
     assert found.stdout.strip() == instruction_set
-    names = ("test_ops.py", "test_fused_ops.py", "test_elementary.py", "test_coupling_net_op.py")
-    files = [str(TESTS / name) for name in names]
+    names = ("ops", "ops_accuracy", "fused_ops", "elementary", "coupling_net_op")
+    files = [str(TESTS / f"test_{name}.py") for name in names]
     of_kernels = ("-k", "not opcheck and not compiled")  # the others are the same for all
     cases = ["--full"] if request.config.getoption("--full") else []
     result = _run(instruction_set, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *cases, *of_kernels, *files)

@@ -37,7 +37,7 @@ void coupling_tiles(const CouplingArgs<T>& args, const Threads& threads) {
     T* memory = static_cast<T*>(thread_scratch(Scratch::tile, 4 * room * sizeof(T)));
     for (int64_t index = begin; index < end; ++index) {
       const Tile tile = tile_at<T>(shape, index);
-      Vec<T> log_det{};
+      LogDetSum<T> log_det;
       for (int64_t first = 0; first < transformed; first += group) {
         const int64_t rows = smaller(group, transformed - first);
         const Rows<const T> in = read_rows(args.in, tile, kept + first, rows, memory);
@@ -46,11 +46,12 @@ void coupling_tiles(const CouplingArgs<T>& args, const Threads& threads) {
             affine ? read_rows(args.net_out, tile, transformed + first, rows, memory + 2 * room) : shift;
         const Rows<T> out = write_rows(args.out, tile, kept + first, memory + 3 * room);
         for (int64_t c = 0; c < rows; ++c)
-          log_det +=
-              couple_row<Map, O, Inverse>(in.row(c), shift.row(c), raw.row(c), out.row(c), tile, args.kind.params);
+          log_det.add(
+              couple_row<Map, O, Inverse>(in.row(c), shift.row(c), raw.row(c), out.row(c), tile, args.kind.params),
+              tile);
         write_back(args.out, tile, kept + first, rows, out);
       }
-      partials[index] = static_cast<double>(sum_lanes<T>(log_det));
+      partials[index] = log_det.total();
       copy_rows(args.in, args.out, tile, 0, kept);
     }
   });

@@ -50,6 +50,33 @@ Vec<T> couple_row(const T* in, const T* shift, const T* raw, T* out, const Tile&
   return log_det;
 }
 
+// The sum of rows' sums of log s: in T over some vectors, in double across them. A lane that added thousands of nearly
+// equal values would round each of them to the same side.
+template <class T>
+class LogDetSum {
+ public:
+  void add(const Vec<T>& row, const Tile& tile) {
+    sum_ += row;
+    vectors_ += tile.padded / lanes<T>;
+    if (vectors_ >= 64) flush();
+  }
+  double total() {
+    flush();
+    return total_;
+  }
+
+ private:
+  void flush() {
+    total_ += static_cast<double>(sum_lanes<T>(sum_));
+    sum_ = Vec<T>{};
+    vectors_ = 0;
+  }
+
+  Vec<T> sum_{};
+  int64_t vectors_ = 0;
+  double total_ = 0;
+};
+
 template <class T>
 struct BackwardRow {
   const T *out, *shift, *raw, *grad_out;

@@ -34,14 +34,15 @@ void subtract(const Rows<T>& rows, int64_t channels, const T* offset, int64_t le
 
 // between = couple(in) or uncouple(in), all channels; returns the sum of log s.
 template <ScaleMap Map, Order O, bool Inverse, class T>
-T couple_tile(const Rows<const T>& in, const NetRows<T>& net, const Rows<T>& between, const Tile& tile, int64_t kept,
-              int64_t transformed, const ScaleParams<T>& params) {
+double couple_tile(const Rows<const T>& in, const NetRows<T>& net, const Rows<T>& between, const Tile& tile,
+                   int64_t kept, int64_t transformed, const ScaleParams<T>& params) {
   for (int64_t c = 0; c < kept; ++c) __builtin_memcpy(between.row(c), in.row(c), tile.padded * sizeof(T));
-  Vec<T> log_det{};
+  LogDetSum<T> log_det;
   for (int64_t c = 0; c < transformed; ++c)
-    log_det += couple_row<Map, O, Inverse>(in.row(kept + c), net.shift.row(c), net.raw.row(c), between.row(kept + c),
-                                           tile, params);
-  return sum_lanes<T>(log_det);
+    log_det.add(couple_row<Map, O, Inverse>(in.row(kept + c), net.shift.row(c), net.raw.row(c), between.row(kept + c),
+                                            tile, params),
+                tile);
+  return log_det.total();
 }
 
 template <ScaleMap Map, Order O, bool Inverse, class T>
@@ -61,8 +62,7 @@ void coupling_mix_tiles(const CouplingMixArgs<T>& args, const Threads& threads) 
       const Rows<const T> in = read_rows(half.in, tile, 0, channels, memory);
       const NetRows<T> net = read_net<Map, T>(half.net_out, tile, transformed, memory + 3 * room);
       const Rows<T> between{memory + room, tile.padded};
-      const T log_det = couple_tile<Map, O, Inverse>(in, net, between, tile, kept, transformed, half.kind.params);
-      partials[index] = static_cast<double>(log_det);
+      partials[index] = couple_tile<Map, O, Inverse>(in, net, between, tile, kept, transformed, half.kind.params);
       if (Inverse) subtract(between, channels, args.offset, tile.padded);
       const Rows<T> out = write_rows(half.out, tile, 0, memory + 2 * room);
       product<T>(packed, {between.data, between.stride}, Inverse ? nullptr : args.offset, out, channels, tile.padded);

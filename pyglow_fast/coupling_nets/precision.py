@@ -7,7 +7,7 @@ import contextvars
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyglow_fast._errors import expect
 from pyglow_fast.reference import autocast_is_on
@@ -53,6 +53,12 @@ def _full_precision(tf32: bool, device_type: str) -> Iterator[None]:
         finally:
             if device_type == "cuda":
                 products.allow_tf32, convolutions.allow_tf32 = before
+
+
+def half_dtype_of(module: nn.Module) -> torch.dtype | None:
+    """The 16-bit dtype that couplings in a module are set to run their nets in, of two the coarser; None if none is."""
+    dtypes = [HALF[name] for part in module.modules() if (name := getattr(part, "precision", None)) in HALF]
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=None)
 
 
 def in_precision(precision: str, x: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -97,14 +98,19 @@ _FOR_THE_MAIN_PROCESS = (signal.SIGINT, signal.SIGTERM)
 def _start_worker(worker: int) -> None:
     """A signal to the whole group (Ctrl-C, a scheduler's warning) is for the main process, which may still save.
 
-    That the main process was killed before its worker came here escapes torch, which watches for a change of parent:
-    the worker would wait for ever.
+    That the main process was killed escapes torch, which watches for a change of parent, where this comes too late to
+    see one and where a server forks the workers: they would wait for ever.
     """
     for kind in _FOR_THE_MAIN_PROCESS:
         signal.signal(kind, signal.SIG_IGN)
     main = multiprocessing.parent_process()
-    if main is not None and multiprocessing.get_start_method() != "forkserver" and os.getppid() != main.pid:
-        os._exit(1)
+    if main is not None:
+        threading.Thread(target=_end_with, args=(main,), daemon=True).start()
+
+
+def _end_with(main: multiprocessing.process.BaseProcess) -> None:
+    main.join()  # it has a pipe whose other end ends with that process
+    os._exit(1)
 
 
 @contextmanager

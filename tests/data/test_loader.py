@@ -6,6 +6,8 @@ import itertools
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -214,11 +216,61 @@ def test_pinning_without_an_accelerator_is_ignored() -> None:
     assert found.levels.is_pinned() == torch.accelerator.is_available()
 
 
+MAIN = """
+import itertools, multiprocessing, sys, time
+import torch
+from pyglow_fast.data import ImageSet, batches
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    data = ImageSet("test", torch.zeros(2, 1, 4, 4, dtype=torch.uint8), 256)
+    iterator = batches(data, itertools.repeat([(0, 1)]), 2)
+    next(iterator)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", pytest.param("spawn", marks=pytest.mark.full)])
+def test_workers_of_a_killed_main_process_end(method: str, tmp_path: Path) -> None:
+    """However they were started: a server that forks them is their parent, and lives on for a while."""
+    script = tmp_path / "main.py"
+    script.write_text(MAIN, encoding="utf-8")
+    with subprocess.Popen([sys.executable, str(script), method], stdout=subprocess.PIPE, text=True) as main:
+        assert main.stdout is not None
+        workers = [int(pid) for pid in main.stdout.readline().split()]
+        assert len(workers) == 2
+        main.kill()
+    deadline = time.monotonic() + 20
+    while any(map(_is_alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(_is_alive, workers))
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether it runs: one that nobody has waited for is there, as a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 @pytest.mark.parametrize("gone", [False, True])
-def test_a_worker_whose_main_process_is_gone_ends(gone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one that was killed while the worker started: another process is the worker's parent by then."""
-    monkeypatch.setattr(os, "getppid", (lambda: 1) if gone else os.getppid)
-    worker = multiprocessing.get_context("fork").Process(target=loader._start_worker, args=(0,))
+def test_a_worker_whose_main_process_is_gone_ends(gone: bool) -> None:
+    """As one that was killed while the worker started."""
+    worker = multiprocessing.get_context("fork").Process(target=_starts, args=(gone,))
     worker.start()
     worker.join(20)
     assert worker.exitcode == int(gone)
+
+
+def _starts(gone: bool) -> None:
+    """A worker, of a main process whose pipe has ended if ``gone``."""
+    main = multiprocessing.parent_process()
+    if gone and main is not None:
+        read, write = os.pipe()
+        os.close(write)
+        main._sentinel = read  # type: ignore[attr-defined]
+    loader._start_worker(0)
+    if gone:
+        time.sleep(20)

@@ -308,6 +308,22 @@ class TestTolerance:
         assert report["trips"] == 0
         assert report["last_drift"] > 64 * 2**-23
 
+    def test_nor_where_such_steps_run_one_by_one(self) -> None:
+        """A step's output is float32 whatever its net computes in."""
+        steps = [pgf.FlowStep(4, 16, precision="bf16") for _ in range(16)]
+        sequence = pgf.ReversibleSequence(steps, anchor_every=None)
+        x = torch.randn(4, 4, 16, 16)
+        sequence.initialize(x)
+        with torch.no_grad():
+            for step in steps:
+                step.coupling.net.conv3.weight.normal_(std=0.03)
+                step.register_forward_hook(lambda *_: None)
+        assert not sequence.is_fused
+        objective(sequence(x)).backward()
+        report = sequence.memory_report()
+        assert report["trips"] == 0
+        assert report["last_drift"] > 64 * 2**-23
+
 
 @pytest.mark.parametrize(("tolerance_", "trips"), [(1e-30, 1), (1e30, 0), (None, 0)])
 def test_the_tolerance_decides(tolerance_: float | None, trips: int) -> None:
