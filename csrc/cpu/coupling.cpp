@@ -46,9 +46,7 @@ void coupling_tiles(const CouplingArgs<T>& args, const Threads& threads) {
             affine ? read_rows(args.net_out, tile, transformed + first, rows, memory + 2 * room) : shift;
         const Rows<T> out = write_rows(args.out, tile, kept + first, memory + 3 * room);
         for (int64_t c = 0; c < rows; ++c)
-          log_det.add(
-              couple_row<Map, O, Inverse>(in.row(c), shift.row(c), raw.row(c), out.row(c), tile, args.kind.params),
-              tile);
+          couple_row<Map, O, Inverse>(in.row(c), shift.row(c), raw.row(c), out.row(c), tile, args.kind.params, log_det);
         write_back(args.out, tile, kept + first, rows, out);
       }
       partials[index] = log_det.total();

@@ -32,33 +32,14 @@ void with_kind(ScaleMap map, Order order, const F& f) {
   return with_map<Order::scale_shift>(map, f);
 }
 
-// One row of a tile; returns the sum of log s over its valid positions (not yet negated for the inverse).
-template <ScaleMap Map, Order O, bool Inverse, class T>
-Vec<T> couple_row(const T* in, const T* shift, const T* raw, T* out, const Tile& tile, const ScaleParams<T>& params) {
-  Vec<T> log_det{};
-  for (int64_t i = 0; i < tile.padded; i += lanes<T>) {
-    const Vec<T> value = load<T>(in + i), move = load<T>(shift + i);
-    if constexpr (Map == ScaleMap::none) {
-      store<T>(out + i, Inverse ? value - move : value + move);
-    } else {
-      const math::Scale<Vec<T>> scale = math::scale_of<Map>(load<T>(raw + i), params);
-      store<T>(out + i, Inverse ? math::uncouple<O>(value, move, scale.s) : math::couple<O>(value, move, scale.s));
-      const int64_t valid = tile.length - i;
-      log_det += valid < lanes<T> ? first_lanes<T>(scale.log_s, valid) : scale.log_s;
-    }
-  }
-  return log_det;
-}
-
-// The sum of rows' sums of log s: in T over some vectors, in double across them. A lane that added thousands of nearly
-// equal values would round each of them to the same side.
+// A sum of log s: in T over a few vectors, in double across them. A lane that added hundreds of nearly equal values
+// would round each of them to the same side.
 template <class T>
 class LogDetSum {
  public:
-  void add(const Vec<T>& row, const Tile& tile) {
-    sum_ += row;
-    vectors_ += tile.padded / lanes<T>;
-    if (vectors_ >= 64) flush();
+  void add(const Vec<T>& log_s) {
+    sum_ += log_s;
+    if (++vectors_ == 16) flush();
   }
   double total() {
     flush();
@@ -73,9 +54,26 @@ class LogDetSum {
   }
 
   Vec<T> sum_{};
-  int64_t vectors_ = 0;
+  int vectors_ = 0;
   double total_ = 0;
 };
+
+// One row of a tile; log s of its valid positions is added to log_det (not yet negated for the inverse).
+template <ScaleMap Map, Order O, bool Inverse, class T>
+void couple_row(const T* in, const T* shift, const T* raw, T* out, const Tile& tile, const ScaleParams<T>& params,
+                LogDetSum<T>& log_det) {
+  for (int64_t i = 0; i < tile.padded; i += lanes<T>) {
+    const Vec<T> value = load<T>(in + i), move = load<T>(shift + i);
+    if constexpr (Map == ScaleMap::none) {
+      store<T>(out + i, Inverse ? value - move : value + move);
+    } else {
+      const math::Scale<Vec<T>> scale = math::scale_of<Map>(load<T>(raw + i), params);
+      store<T>(out + i, Inverse ? math::uncouple<O>(value, move, scale.s) : math::couple<O>(value, move, scale.s));
+      const int64_t valid = tile.length - i;
+      log_det.add(valid < lanes<T> ? first_lanes<T>(scale.log_s, valid) : scale.log_s);
+    }
+  }
+}
 
 template <class T>
 struct BackwardRow {

@@ -39,9 +39,8 @@ double couple_tile(const Rows<const T>& in, const NetRows<T>& net, const Rows<T>
   for (int64_t c = 0; c < kept; ++c) __builtin_memcpy(between.row(c), in.row(c), tile.padded * sizeof(T));
   LogDetSum<T> log_det;
   for (int64_t c = 0; c < transformed; ++c)
-    log_det.add(couple_row<Map, O, Inverse>(in.row(kept + c), net.shift.row(c), net.raw.row(c), between.row(kept + c),
-                                            tile, params),
-                tile);
+    couple_row<Map, O, Inverse>(in.row(kept + c), net.shift.row(c), net.raw.row(c), between.row(kept + c), tile, params,
+                                log_det);
   return log_det.total();
 }
 
