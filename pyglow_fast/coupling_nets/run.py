@@ -130,20 +130,6 @@ def _or_zeros(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
     return None if like is None else torch.zeros_like(like) if gradient is None else gradient
 
 
-class _InputSum:
-    """The gradient of x1 or cond: where the halos of strips overlap, the sum."""
-
-    def __init__(self, like: Tensor | None) -> None:
-        self.total = None if like is None else torch.zeros_like(like)
-
-    def add(self, chunk: Chunk, gradient: Tensor | None) -> None:
-        if self.total is not None and gradient is not None:
-            chunk.inputs(self.total).add_(gradient)
-
-    def result(self) -> Tensor | None:
-        return self.total
-
-
 class _ParameterSum:
     """The gradient of a parameter: the sum over the chunks, in their order and in float32 at least."""
 
@@ -165,20 +151,6 @@ class _ParameterSum:
 
     def result(self) -> Tensor | None:
         return None if self.total is None else self.total.to(self.dtype)
-
-
-class _Sums:
-    """Takes what each chunk gives. A chunk's own gradients must not outlive the call, or two chunks' are alive."""
-
-    def __init__(self, inputs: Sequence[Tensor | None], params: Sequence[Tensor]) -> None:
-        self.inputs = [_InputSum(tensor) for tensor in inputs]
-        self.params = [_ParameterSum(parameter.dtype) for parameter in params]
-
-    def add(self, chunk: Chunk, gradients: Sequence[Tensor | None]) -> None:
-        for total, gradient in zip(self.inputs, gradients, strict=False):
-            total.add(chunk, gradient)
-        for accumulated, gradient in zip(self.params, gradients[len(self.inputs) :], strict=True):
-            accumulated.add(gradient)
 
 
 @torch.no_grad()
@@ -235,8 +207,18 @@ def run_net_backward(
         if plan.whole:
             grad_x1, grad_cond, *of_params = gradients(plan.chunks[0])
             return _or_zeros(grad_x1, wanted[0]), _or_zeros(grad_cond, wanted[1]), tuple(of_params)
-        sums = _Sums(wanted, params)
+        totals = [None if like is None else torch.zeros_like(like) for like in wanted]  # halos of strips overlap
+        sums = [_ParameterSum(parameter.dtype) for parameter in params]
+
+        def add(chunk: Chunk) -> None:
+            """A call, so that the gradients of one chunk are freed before those of the next are there."""
+            found = gradients(chunk)
+            for total, gradient in zip(totals, found[:2], strict=True):
+                if total is not None and gradient is not None:
+                    chunk.inputs(total).add_(gradient)
+            for accumulated, gradient in zip(sums, found[2:], strict=True):
+                accumulated.add(gradient)
+
         for chunk in plan.chunks:
-            sums.add(chunk, gradients(chunk))
-    grad_x1, grad_cond = (total.result() for total in sums.inputs)
-    return grad_x1, grad_cond, tuple(total.result() for total in sums.params)
+            add(chunk)
+    return totals[0], totals[1], tuple(total.result() for total in sums)
