@@ -1,4 +1,4 @@
-"""What a call costs besides its kernel: the functions on tensors of four numbers, and a flow step at one pixel.
+"""Measures what a call costs besides its kernel: functions on tensors of four numbers, and a flow step at one pixel.
 
     python -m bench.calls [--calls 2000] [--out DIR]
 

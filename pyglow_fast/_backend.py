@@ -103,7 +103,7 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 def is_loaded() -> bool:
-    """Whether the extension has been looked for."""
+    """Tells whether the extension has been looked for: then it is loaded, or will not be."""
     return _load.cache_info().currsize > 0
 
 

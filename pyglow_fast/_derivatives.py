@@ -32,8 +32,13 @@ class _Final(torch.autograd.Function):
         )
 
 
+def has_transforms() -> bool:
+    """Tells whether a transform of torch.func, of whatever kind, or forward-mode AD is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def is_transformed() -> bool:
-    """Whether torch.func or forward-mode AD takes derivatives of what is called now, or traced by torch.compile."""
+    """Tells whether torch.func or forward-mode AD takes derivatives of what is called, or traced by torch.compile."""
     if forward_ad._current_level >= 0:
         return True
     if torch.compiler.is_compiling():  # which knows no more than that there is a transform
@@ -51,7 +56,8 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
         RuntimeError: within a transform of torch.func or forward-mode AD, whose derivatives kernels do not have.
     """
     compiles = torch.compiler.is_compiling()
-    if is_transformed() or (not compiles and torch._C._are_functorch_transforms_active()):
+    transformed = is_transformed() if compiles else has_transforms()
+    if transformed:
         raise RuntimeError(
             "torch.func and forward-mode AD: the compiled kernels have no derivatives there; "
             "PYGLOW_FORCE_REFERENCE=1 has them"

@@ -61,11 +61,9 @@ def _is_seen(*tensors: Tensor) -> bool:
 
 def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor, squeeze_first: bool = False) -> Tensor:
     """u = M x + c at every position; see :func:`pyglow_fast.reference.channel_mix`."""
-    if not ops.run_on(x) or (squeeze_first and x.dim() != 4):
-        return reference.channel_mix(x, matrix, offset, squeeze_first)
-    if _is_seen(x, matrix, offset):
-        return apply(autograd.ChannelMix, x, matrix, offset, 0, squeeze_first)[0]
-    return ops.channel_mix(x, matrix, offset, False, ops.SQUEEZE_CODES["input" if squeeze_first else "none"])
+    if ops.run_on(x) and (x.dim() == 4 or not squeeze_first) and not _is_seen(x, matrix, offset):
+        return ops.channel_mix(x, matrix, offset, False, ops.SQUEEZE_CODES["input" if squeeze_first else "none"])
+    return channel_mix_for_net(x, matrix, offset, 0, squeeze_first)[0]
 
 
 def channel_mix_for_net(

@@ -44,7 +44,7 @@ class ExplicitCouplingNet:
 
     @property
     def out_channels(self) -> int:
-        """Of the output."""
+        """The number of channels of the output."""
         return self.weights[4].shape[0]
 
     @staticmethod

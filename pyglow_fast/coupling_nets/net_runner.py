@@ -126,8 +126,9 @@ class NetRunner:
         self, x1: Tensor, params: Sequence[Tensor], later: bool = False
     ) -> Callable[[Tensor, Tensor | None], Tensor]:
         explicit = self._explicit(x1, params, later)
-        if explicit is not None:
-            return explicit.output
+        return self._module_call(params) if explicit is None else explicit.output
+
+    def _module_call(self, params: Sequence[Tensor]) -> Callable[[Tensor, Tensor | None], Tensor]:
         own = all(given is mine for given, (_, mine) in zip(params, self._now(), strict=True))
         by_name = dict(zip(self.names, params, strict=True))
 
@@ -219,7 +220,7 @@ class NetRunner:
             wanted = [parameter for parameter in params if parameter.requires_grad]
             names = [name for name, parameter in zip(self.names, params, strict=True) if parameter.requires_grad]
             grad_x1, grad_cond, found = run_net_backward(
-                self._call(x1, params, later=True) if explicit is None else None,
+                self._module_call(params) if explicit is None else None,
                 x1,
                 cond,
                 memo.plan,

@@ -13,7 +13,7 @@ from pyglow_fast.coupling_nets.explicit_net import ExplicitCouplingNet
 
 
 class NetShape(nn.Module):
-    """What a net of 3x3, 1x1 and 3x3 convolutions takes and gives, what it costs, and how it may be run.
+    """A net of 3x3, 1x1 and 3x3 convolutions: it checks what it takes, says what it costs and how it may be run.
 
     ``halo`` and :meth:`bytes_per_position` are what chunked execution asks any net for: see traits.py.
     """

@@ -13,9 +13,9 @@ from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from pyglow_fast import functional
+from pyglow_fast._derivatives import has_transforms
 from pyglow_fast._errors import expect
 from pyglow_fast.interop.nets import KnownNet, recognised, run
 from pyglow_fast.layers import Coupling
@@ -249,8 +249,7 @@ class Face:
             return False
         if torch.compiler.is_compiling():
             return True
-        transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-        return not transformed and not torch.nn.modules.module._has_any_global_hook()
+        return not has_transforms() and not torch.nn.modules.module._has_any_global_hook()
 
 
 class JoinedList(nn.ModuleList):

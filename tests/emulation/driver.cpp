@@ -16,15 +16,7 @@ const char* emulated_coupling(int is_double, unsigned seed, Sizes sizes, Variant
                               Tensor out, void* log_det) {
   return guarded(is_double, seed, [&](auto zero) {
     using T = decltype(zero);
-    driver::run(pyglow::CouplingArgs<T>{.in = view<const T>(in),
-                                        .net_out = net_view<const void>(net_out),
-                                        .out = view<T>(out),
-                                        .log_det = static_cast<T*>(log_det),
-                                        .samples = sizes.samples,
-                                        .channels = sizes.channels,
-                                        .transformed = sizes.transformed,
-                                        .positions = sizes.positions,
-                                        .kind = kind_of<T>(variant)});
+    driver::run(driver::coupling_args<T>(sizes, variant, in, net_out, out, log_det));
   });
 }
 

@@ -16,17 +16,10 @@ const char* emulated_coupling_mix(int is_double, unsigned seed, Sizes sizes, Var
                                   const void* matrix, const void* offset, Tensor out, void* log_det) {
   return guarded(is_double, seed, [&](auto zero) {
     using T = decltype(zero);
-    driver::run(pyglow::CouplingMixArgs<T>{.coupling = {.in = view<const T>(in),
-                                                        .net_out = net_view<const void>(net_out),
-                                                        .out = view<T>(out),
-                                                        .log_det = static_cast<T*>(log_det),
-                                                        .samples = sizes.samples,
-                                                        .channels = sizes.channels,
-                                                        .transformed = sizes.transformed,
-                                                        .positions = sizes.positions,
-                                                        .kind = kind_of<T>(variant)},
-                                           .matrix = static_cast<const T*>(matrix),
-                                           .offset = static_cast<const T*>(offset)});
+    driver::run(
+        pyglow::CouplingMixArgs<T>{.coupling = driver::coupling_args<T>(sizes, variant, in, net_out, out, log_det),
+                                   .matrix = static_cast<const T*>(matrix),
+                                   .offset = static_cast<const T*>(offset)});
   });
 }
 

@@ -47,6 +47,20 @@ pyglow::CouplingKind<T> kind_of(const Variant& v) {
           {static_cast<T>(v.bias), static_cast<T>(v.eps), static_cast<T>(v.clamp)}};
 }
 
+template <class T>
+pyglow::CouplingArgs<T> coupling_args(const Sizes& sizes, const Variant& variant, const Tensor& in, const Net& net_out,
+                                      const Tensor& out, void* log_det) {
+  return {.in = view<const T>(in),
+          .net_out = net_view<const void>(net_out),
+          .out = view<T>(out),
+          .log_det = static_cast<T*>(log_det),
+          .samples = sizes.samples,
+          .channels = sizes.channels,
+          .transformed = sizes.transformed,
+          .positions = sizes.positions,
+          .kind = kind_of<T>(variant)};
+}
+
 // Calls f(T()) for float or double.
 template <class F>
 const char* guarded(int is_double, unsigned seed, const F& f) {

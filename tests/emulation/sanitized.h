@@ -79,13 +79,28 @@ class Net {
   pyglow::Strided<T> strides_;
 };
 
-// The types that the net's output may have beside a state of T.
-template <class T>
-constexpr int net_types = sizeof(T) == sizeof(float) ? 3 : 1;
-
 struct Shape {
   int64_t n, c, p;
 };
+
+template <class T>
+pyglow::CouplingArgs<T> coupling_args(const Shape& s, const Tensor<T>& in, const Net<T>& net_out, const Tensor<T>& out,
+                                      const Tensor<T>& log_det, int64_t transformed,
+                                      const pyglow::CouplingKind<T>& kind) {
+  return {.in = in.in(),
+          .net_out = net_out.in(),
+          .out = out.out(),
+          .log_det = log_det.data(),
+          .samples = s.n,
+          .channels = s.c,
+          .transformed = transformed,
+          .positions = s.p,
+          .kind = kind};
+}
+
+// The types that the net's output may have beside a state of T.
+template <class T>
+constexpr int net_types = sizeof(T) == sizeof(float) ? 3 : 1;
 
 constexpr pyglow::ScaleMap maps[] = {
     pyglow::ScaleMap::none,        pyglow::ScaleMap::sigmoid,

@@ -14,15 +14,7 @@ void couple(const Shape& s, bool channels_last, NetType type, ScaleMap map, Orde
   const Tensor<T> in(s.n, s.c, s.p, channels_last, 1), out(s.n, s.c, s.p, channels_last, 0);
   const Net<T> net_out(s.n, net_channels, s.p, channels_last, 2, type);
   const Tensor<T> log_det(s.n, 1, 1, false, 0);
-  driver::run(pyglow::CouplingArgs<T>{.in = in.in(),
-                                      .net_out = net_out.in(),
-                                      .out = out.out(),
-                                      .log_det = log_det.data(),
-                                      .samples = s.n,
-                                      .channels = s.c,
-                                      .transformed = transformed,
-                                      .positions = s.p,
-                                      .kind = kind});
+  driver::run(coupling_args<T>(s, in, net_out, out, log_det, transformed, kind));
   out.expect_written("coupling");
   log_det.expect_written("log_det");
 

@@ -16,17 +16,10 @@ void fuse(const Shape& s, bool channels_last, NetType type, ScaleMap map, Order 
   for (const bool inverse : {true, false}) {
     kind.inverse = inverse;
     const Tensor<T> out(s.n, s.c, s.p, channels_last, 0), log_det(s.n, 1, 1, false, 0);
-    driver::run(pyglow::CouplingMixArgs<T>{.coupling = {.in = in.in(),
-                                                        .net_out = net_out.in(),
-                                                        .out = out.out(),
-                                                        .log_det = log_det.data(),
-                                                        .samples = s.n,
-                                                        .channels = s.c,
-                                                        .transformed = transformed,
-                                                        .positions = s.p,
-                                                        .kind = kind},
-                                           .matrix = matrix.data(),
-                                           .offset = offset.data()});
+    driver::run(
+        pyglow::CouplingMixArgs<T>{.coupling = coupling_args<T>(s, in, net_out, out, log_det, transformed, kind),
+                                   .matrix = matrix.data(),
+                                   .offset = offset.data()});
     out.expect_written("coupling_mix");
     log_det.expect_written("log_det");
   }

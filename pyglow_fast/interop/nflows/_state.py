@@ -8,7 +8,8 @@ from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+
+from pyglow_fast._derivatives import has_transforms
 
 T = TypeVar("T")
 OWNERS = ("nflows", "pyglow_fast")
@@ -20,7 +21,7 @@ def ordinary(inputs: Tensor, *others: Tensor) -> bool:
     Not while torch.compile or torch.export traces, and not inside torch.func transforms or forward-mode
     differentiation, which know the library's operations only.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling() or has_transforms():
         return False
     if inputs.dtype not in (torch.float32, torch.float64) or inputs.device.type == "meta":
         return False
