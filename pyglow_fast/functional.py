@@ -7,12 +7,16 @@ arguments.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from pyglow_fast import _backend, autograd, ops, reference
 from pyglow_fast._derivatives import apply, is_transformed
 from pyglow_fast.reference import (
+    Activation,
+    ChainSpec,
     CouplingSpec,
     fold_actnorm,
     invert_matrix,
@@ -22,6 +26,8 @@ from pyglow_fast.reference import (
 )
 
 __all__ = [
+    "Activation",
+    "ChainSpec",
     "CouplingSpec",
     "actnorm",
     "actnorm_inverse",
@@ -42,6 +48,7 @@ __all__ = [
     "gaussian_sample",
     "invert_matrix",
     "n_positions",
+    "net_chain",
     "squeeze",
     "unsqueeze",
 ]
@@ -159,6 +166,18 @@ def net_as_products(x: Tensor) -> bool:
     if x.device.type != "cpu" or x.dim() != 4 or not ops.run_on(x) or torch.is_autocast_enabled("cpu"):
         return False
     return _backend.nets() != "library"
+
+
+def net_chain(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    spec: ChainSpec,
+    log_gain: Tensor | None = None,
+    cond: Tensor | None = None,
+) -> Tensor:
+    """A coupling net that is a chain of convolutions or linear layers; see :func:`pyglow_fast.reference.net_chain`."""
+    return reference.net_chain(x, weights, biases, spec, log_gain, cond)
 
 
 def coupling_net(

@@ -10,9 +10,10 @@ Sources: Dinh et al. 2014 (NICE), Dinh et al. 2017 (RealNVP), Kingma & Dhariwal 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,9 @@ from pyglow_fast._errors import SingularMatrixError, can_read, expect
 KINDS = ("affine", "additive")
 SCALE_MAPS = ("sigmoid", "exp", "tanh", "atan")
 ORDERS = ("shift_scale", "scale_shift")
+ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "elu", "tanh", "sigmoid")
+MAX_LAYERS = 6  # of a chain
+KERNEL_SIZES = (1, 3, 5, 7)
 LAPACK_BATCHED = 128  # largest C of matrices that are factorised in one batch on the CPU
 _ATAN_GAIN = 0.636  # about 2/pi: the soft clamp of FrEIA tends to +-clamp
 
@@ -54,6 +58,27 @@ class CouplingSpec(NamedTuple):
     eps: float = 0.0
     clamp: float = 2.0
     order: str = "shift_scale"
+
+
+class Activation(NamedTuple):
+    """What a hidden layer of a coupling net is followed by: ``kind``, one of ACTIVATIONS, and its ``parameter``.
+
+    That is the slope of "leaky_relu" below zero, 0 to 1, or the alpha of "elu", above 0; the others have none. "gelu"
+    is exact, "gelu_tanh" torch's approximation of it.
+    """
+
+    kind: str = "relu"
+    parameter: float = 0.0
+
+
+class ChainSpec(NamedTuple):
+    """A coupling net that is a chain of layers, but for its weights; see :func:`net_chain`.
+
+    ``activations`` of the hidden layers, all but the last; ``dilations`` of every layer, along each spatial dimension.
+    """
+
+    activations: tuple[Activation, ...]
+    dilations: tuple[tuple[int, ...], ...]
 
 
 def lu_weight(permutation: Tensor, lower: Tensor, upper: Tensor, log_diag: Tensor, sign_diag: Tensor) -> Tensor:
@@ -220,9 +245,82 @@ def coupling_mix_inverse(
     return channel_unmix(u, inverse_matrix, offset), log_det
 
 
-def _leaky_relu(x: Tensor, leak: float) -> Tensor:
-    """max(x, 0) + leak min(x, 0); without a leak relu, which of -inf is 0 and not NaN."""
-    return F.leaky_relu(x, leak) if leak else x.relu()
+def _activated(h: Tensor, activation: Activation) -> Tensor:
+    kind, parameter = activation
+    if kind == "relu" or (kind == "leaky_relu" and not parameter):  # of -inf 0, and not NaN as 0 times it
+        return h.relu()
+    if kind in ("leaky_relu", "elu"):
+        return getattr(F, kind)(h, parameter)
+    if kind in ("gelu", "gelu_tanh"):
+        return F.gelu(h, approximate="tanh" if kind == "gelu_tanh" else "none")
+    return {"none": lambda h: h, "silu": F.silu, "tanh": torch.tanh, "sigmoid": torch.sigmoid}[kind](h)
+
+
+def check_chain(weights: Sequence[Tensor], spec: ChainSpec) -> None:
+    """Refuse a description that is no chain of these weights.
+
+    Raises:
+        ValueError: layers of other numbers, kernels of even size, unknown activations, slopes out of their range.
+    """
+    layers, dims = len(weights), weights[0].dim() - 2 if weights else 0
+    expect(1 <= layers <= MAX_LAYERS, "weights", f"1 to {MAX_LAYERS} layers", layers)
+    expect(len(spec.activations) == layers - 1, "activations", f"{layers - 1}, of the hidden layers", spec.activations)
+    expect(len(spec.dilations) == layers, "dilations", f"{layers}, of the layers", spec.dilations)
+    for kind, parameter in spec.activations:
+        expect(kind in ACTIVATIONS, "activation", f"one of {ACTIVATIONS}", repr(kind))
+        if kind == "leaky_relu":
+            expect(0.0 <= parameter <= 1.0, "activation", "a slope from 0 to 1", parameter)
+        if kind == "elu":
+            expect(0.0 < parameter < math.inf, "activation", "an alpha above 0", parameter)
+    for weight, dilation in zip(weights, spec.dilations, strict=True):
+        expect(weight.dim() == dims + 2, "weights", f"{dims} spatial dimensions, as the first", tuple(weight.shape))
+        known = all(size in KERNEL_SIZES for size in weight.shape[2:])
+        expect(known, "weights", f"kernel sizes of {KERNEL_SIZES}", tuple(weight.shape))
+        fits = len(dilation) == dims and all(step >= 1 for step in dilation)
+        expect(fits, "dilations", f"{dims} numbers of at least 1 for each layer", spec.dilations)
+
+
+def net_chain(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    spec: ChainSpec,
+    log_gain: Tensor | None = None,
+    cond: Tensor | None = None,
+) -> Tensor:
+    """exp(3 log_gain) (w_L * h_(L-1) + b_L), h_l = a_l(w_l * h_(l-1) + b_l), h_0 = x, or x and cond side by side.
+
+    Convolutions that keep the size, padded by zeros; of vectors (N, C) products.
+
+    x (N, C_in, *spatial), up to three spatial dimensions; cond (N, C_cond, *spatial) or None; w_l (C_l, C_(l-1),
+    *sizes); b_l (C_l,); log_gain: C_L elements, or None for zeros -> (N, C_L, *spatial).
+
+    Raises:
+        ValueError: see :func:`check_chain`.
+    """
+    check_chain(weights, spec)
+    weights, biases = list(weights), list(biases)
+    if log_gain is not None:  # folded into the weights, which are smaller than the output
+        gain = (3.0 * log_gain).exp().flatten()
+        weights[-1] = weights[-1] * gain.reshape(-1, *[1] * (weights[-1].dim() - 1))
+        biases[-1] = biases[-1] * gain
+    hidden = x if cond is None else torch.cat([x, cond.to(x.dtype)], dim=1)
+    for layer, (weight, bias, dilation) in enumerate(zip(weights, biases, spec.dilations, strict=True)):
+        if not dilation:
+            hidden = F.linear(hidden, weight, bias)
+        else:
+            conv: Any = (F.conv1d, F.conv2d, F.conv3d)[len(dilation) - 1]
+            padding = [step * (size // 2) for step, size in zip(dilation, weight.shape[2:], strict=True)]
+            hidden = conv(hidden, weight, bias, padding=padding, dilation=dilation)
+        if layer < len(spec.activations):
+            hidden = _activated(hidden, spec.activations[layer])
+    return hidden
+
+
+@functools.cache
+def coupling_net_spec(dims: int, leak: float = 0.0) -> ChainSpec:
+    """Glow's own coupling net as a chain: three convolutions, (leaky) relus in between."""
+    return ChainSpec((Activation("leaky_relu", leak) if leak else Activation(),) * 2, ((1,) * dims,) * 3)
 
 
 def coupling_net(
@@ -237,9 +335,9 @@ def coupling_net(
     *,
     leak: float = 0.0,
 ) -> Tensor:
-    """exp(3 log_gain) (w3 * a(w2 * a(w1 * x + b1) + b2) + b3): convolutions 3x3, 1x1, 3x3, padded by zeros.
+    """exp(3 log_gain) (w3 * a(w2 * a(w1 * x + b1) + b2) + b3): Glow's net, convolutions 3x3, 1x1, 3x3.
 
-    a(h) = max(h, 0) + leak min(h, 0), which is relu without a leak.
+    a(h) = max(h, 0) + leak min(h, 0), which is relu without a leak. See :func:`net_chain` for other nets.
 
     x (N, C_in, *spatial), w1 (hidden, C_in, 3, ...), w2 (hidden, hidden, 1, ...), w3 (C_out, hidden, 3, ...), 1-d and
     3-d alike; log_gain: C_out elements, or None for zeros; leak: 0 to 1.
@@ -248,12 +346,7 @@ def coupling_net(
         ValueError: another leak.
     """
     expect(0.0 <= leak <= 1.0, "leak", "a slope from 0 to 1", leak)
-    if log_gain is not None:  # folded into the weights, which are smaller than the output
-        gain = (3.0 * log_gain).exp().flatten()
-        w3, b3 = w3 * gain.reshape(-1, *[1] * (w3.dim() - 1)), b3 * gain
-    conv = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[x.dim()]
-    hidden = _leaky_relu(conv(x, w1, b1, padding=1), leak)
-    return conv(_leaky_relu(conv(hidden, w2, b2), leak), w3, b3, padding=1)
+    return net_chain(x, (w1, w2, w3), (b1, b2, b3), coupling_net_spec(x.dim() - 2, leak), log_gain)
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
