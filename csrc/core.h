@@ -8,6 +8,7 @@
 #pragma once
 #include <cstdint>
 
+#include "math/host_device.h"
 #include "math/kinds.h"
 
 namespace pyglow {
@@ -184,51 +185,96 @@ struct GaussianSampleArgs {
   int64_t samples, channels, positions;
 };
 
-// Images (N, K, H, W) by strides.
+// Images (N, K, D, H, W) by strides; fewer dimensions are sizes of 1.
 template <class T>
 struct Image {
   T* data;
-  int64_t sample, channel, row, pixel;
+  int64_t sample, channel, depth, row, pixel;
+};
+struct Extent {  // of one channel of a sample
+  int64_t depth, height, width;
+  PYGLOW_HD int64_t positions() const { return depth * height * width; }
 };
 
-// A coupling net, exp(3 log_gain) (w3 * a(w2 * a(w1 * x + b1) + b2) + b3) with a the leaky relu of slope `leak`. Each
-// weight lies as a contiguous tensor of its shape; `in`, `hidden1`, `hidden2` and `out` are channels.
+// The shifts of a convolution's kernel, along depth, height and width: odd sizes, zero padding that keeps the extent.
+struct Window {
+  int64_t size[3], dilation[3];
+  PYGLOW_HD int64_t taps() const { return size[0] * size[1] * size[2]; }
+  // How far apart in memory the outermost tap and the middle one are, in a channel of that extent.
+  PYGLOW_HD int64_t reach(const Extent& e) const {
+    const int64_t depth = size[0] / 2 * dilation[0], height = size[1] / 2 * dilation[1];
+    return (depth * e.height + height) * e.width + size[2] / 2 * dilation[2];
+  }
+};
+
+// One layer of a net: a(weight * x + bias).
 template <class T>
-struct NetWeights {
-  int64_t in, hidden1, hidden2, out;
-  const T* w1;        // (hidden1, in, 3, 3)
-  const T* b1;        // (hidden1,)
-  const T* w2;        // (hidden2, hidden1, 1, 1)
-  const T* b2;        // (hidden2,)
-  const T* w3;        // (out, hidden2, 3, 3)
-  const T* b3;        // (out,)
+struct NetLayer {
+  const T* weight;  // (out, in, *sizes), contiguous
+  const T* bias;    // (out,)
+  int64_t in, out;
+  Window window;
+  Activation activation;  // none after the last layer
+  T parameter;            // of the activation
+};
+
+constexpr int max_net_layers = 6;
+
+// A coupling net: a chain of layers whose last one is multiplied by exp(3 log_gain). half: what lies between layers,
+// and what is multiplied, is rounded to bfloat16; sums are formed in float.
+template <class T>
+struct NetChain {
+  NetLayer<T> layers[max_net_layers];
+  int64_t count;
   const T* log_gain;  // (out,) or null: no gain
-  T leak;
+  bool half;
+
+  PYGLOW_HD const NetLayer<T>& last() const { return layers[count - 1]; }
+  // What one position keeps for the backward: each hidden layer's result, and its argument where that is needed.
+  PYGLOW_HD int64_t kept_per_position() const {
+    int64_t rows = 0;
+    for (int64_t i = 0; i + 1 < count; ++i) rows += layers[i].out * (keeps_input(layers[i].activation) ? 2 : 1);
+    return rows;
+  }
+  // Elements of what is kept: of all positions, with a margin around them that may be read.
+  PYGLOW_HD int64_t kept(const Extent& extent, int64_t samples) const {
+    return kept_per_position() * samples * extent.positions() + 2 * margin(extent);
+  }
+  PYGLOW_HD int64_t margin(const Extent& extent) const {
+    int64_t reach = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t own = layers[i].window.reach(extent);
+      if (own > reach) reach = own;
+    }
+    return reach + 64;
+  }
 };
 
-// The hidden layers may be kept for the backward: after `a`, in an order that the net's kernels share.
+// The input is x and, behind it, cond; both are read once.
 template <class T>
-struct CouplingNetArgs {
-  Image<const T> x;  // (N, in, H, W)
-  NetWeights<T> net;
-  Image<T> y;  // (N, out, H, W)
-  T* h1;       // hidden1 * N * H * W elements, or null: not kept
-  T* h2;       // hidden2 * N * H * W elements, or null: not kept
-  int64_t samples, height, width;
+struct NetArgs {
+  Image<const T> x, cond;  // (N, in - cond_channels, D, H, W), (N, cond_channels, D, H, W)
+  int64_t cond_channels;
+  NetChain<T> net;
+  Image<T> y;  // (N, out, D, H, W)
+  void* kept;  // net.kept() elements of T, or of bfloat16 if half, in an order of the net's kernels; null: not kept
+  int64_t samples;
+  Extent extent;
 };
 
-// Gradients of x and of the weights, each like the weight itself; grad_w1 null: of x alone.
+// Gradients of the input and of the weights, each like the weight itself; the first weight's null: of the input alone.
 template <class T>
-struct CouplingNetBackwardArgs {
-  Image<const T> grad_y;  // (N, out, H, W)
-  Image<const T> x;       // as in CouplingNetArgs
-  NetWeights<T> net;      // b1 and b2 are not read, b3 is where there is a gain
-  const T* h1;            // as kept
-  const T* h2;            // as kept
-  Image<T> grad_x;        // (N, in, H, W)
-  T *grad_w1, *grad_b1, *grad_w2, *grad_b2, *grad_w3, *grad_b3;
+struct NetBackwardArgs {
+  Image<const T> grad_y;   // (N, out, D, H, W)
+  Image<const T> x, cond;  // as in NetArgs
+  int64_t cond_channels;
+  NetChain<T> net;  // no bias is read but the last, where there is a gain
+  const void* kept;
+  Image<T> grad_x, grad_cond;
+  T *grad_weight[max_net_layers], *grad_bias[max_net_layers];
   T* grad_log_gain;  // (out,), or null without a gain
-  int64_t samples, height, width;
+  int64_t samples;
+  Extent extent;
 };
 
 // y = function(x) as the kernels compute it, on arrays: for tests of the error bounds.
@@ -241,8 +287,9 @@ struct ElementaryArgs {
   int64_t count;
 };
 
-// Every kernel and what it takes, on CPU and GPU and then on the CPU alone; each exists for float and double. What
-// declares, forwards, instantiates or launches kernels goes through these lists: K(kernel, Args).
+// Every kernel and what it takes, on CPU and GPU, then on the CPU alone, then those of the nets, which there are some
+// more instruction sets for; each exists for float and double. What declares, forwards, instantiates or launches
+// kernels goes through these lists: K(kernel, Args).
 #define PYGLOW_KERNELS(K)                             \
   K(channel_mix, ChannelMixArgs)                      \
   K(channel_mix_backward, ChannelMixBackwardArgs)     \
@@ -255,10 +302,10 @@ struct ElementaryArgs {
   K(gaussian_log_prob, GaussianArgs)                  \
   K(gaussian_log_prob_backward, GaussianBackwardArgs) \
   K(gaussian_sample, GaussianSampleArgs)
-#define PYGLOW_CPU_KERNELS(K)                       \
-  K(coupling_net, CouplingNetArgs)                  \
-  K(coupling_net_backward, CouplingNetBackwardArgs) \
-  K(elementary, ElementaryArgs)
+#define PYGLOW_CPU_KERNELS(K) K(elementary, ElementaryArgs)
+#define PYGLOW_NET_KERNELS(K) \
+  K(net_chain, NetArgs)       \
+  K(net_chain_backward, NetBackwardArgs)
 
 }  // namespace pyglow
 
@@ -270,8 +317,9 @@ struct Threads {
   void (*run)(int64_t tasks, int64_t grain, void (*body)(void* context, int64_t begin, int64_t end), void* context);
 };
 
-// The instruction set whose kernels run on this machine: "portable", "avx2" or "avx512". The environment variable
-// PYGLOW_CPU overrides the choice; throws std::invalid_argument if it names one that cannot run here.
+// The instruction set whose kernels run on this machine: "portable", "avx2", "avx512", or "avx512_bf16" or "amx", which
+// are avx512 with instructions for bfloat16. The environment variable PYGLOW_CPU overrides the choice; throws
+// std::invalid_argument if it names one that cannot run here.
 const char* instruction_set();
 
 #define PYGLOW_DECLARE(kernel, Args) \
@@ -279,6 +327,7 @@ const char* instruction_set();
   void kernel(const Args<T>& args, const Threads& threads);
 PYGLOW_KERNELS(PYGLOW_DECLARE)
 PYGLOW_CPU_KERNELS(PYGLOW_DECLARE)
+PYGLOW_NET_KERNELS(PYGLOW_DECLARE)
 #undef PYGLOW_DECLARE
 
 // What the source of a kernel ends with.

@@ -141,28 +141,37 @@ class CouplingMix(torch.autograd.Function):
         return (*ops.coupling_mix_backward(*arguments), None, None)
 
 
-class CouplingNet(torch.autograd.Function):
-    """exp(3 log_gain) (w3 * a(w2 * a(w1 * x + b1) + b2) + b3) as matrix products, a the (leaky) relu.
+class NetChain(torch.autograd.Function):
+    """exp(3 log_gain) (w_L * h_(L-1) + b_L), h_l = a_l(w_l * h_(l-1) + b_l), as matrix products.
 
-    Keeps x and the two hidden layers after a.
+    Keeps x, cond and the hidden layers. ``arguments`` are the ops': of ops.chain_arguments, and whether in bfloat16.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, leak: float, *weights: Tensor | None) -> Tensor:
-        """The net's output (N, C_out, H, W), of the weights in the order of the formula."""
-        out, h1, h2 = ops.coupling_net(x, *weights, True, leak)
-        ctx.leak = leak
-        w1, _, w2, _, *last = weights
-        ctx.save_for_backward(x, h1, h2, w1, w2, *last)
+    def forward(
+        ctx: Any, x: Tensor, cond: Tensor | None, log_gain: Tensor | None, arguments: tuple[Any, ...], *layers: Tensor
+    ) -> Tensor:
+        """The net's output (N, C_out, *spatial), of the weights and then the biases."""
+        count = len(layers) // 2
+        weights, biases = layers[:count], layers[count:]
+        out, kept = ops.net_chain(x, cond, weights, biases, log_gain, *arguments, True)
+        ctx.arguments = arguments
+        ctx.save_for_backward(x, cond, kept, log_gain, biases[-1], *weights)
         return out
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, the weights, the biases and the gain."""
-        want_weights = any(ctx.needs_input_grad[2:])
-        grad_x, *grads = ops.coupling_net_backward(grad_out, *ctx.saved_tensors, want_weights, ctx.leak)
-        return (grad_x, None, *grads, *[None] * (7 - len(grads)))
+        """Gradients of x, cond, the gain, the weights and the biases."""
+        x, cond, kept, log_gain, bias, *weights = ctx.saved_tensors
+        want_weights = any((ctx.needs_input_grad[2], *ctx.needs_input_grad[4:]))
+        found = ops.net_chain_backward(
+            grad_out, x, cond, kept, weights, bias, log_gain, *ctx.arguments, want_weights
+        )
+        grad_x, *grads = found
+        grad_cond = None if cond is None else grads.pop(0)
+        grad_gain = None if log_gain is None or not want_weights else grads.pop()
+        return (grad_x, grad_cond, grad_gain, None, *(grads or [None] * (2 * len(weights))))
 
 
 class GaussianLogProb(torch.autograd.Function):

@@ -18,6 +18,7 @@ from pyglow_fast.reference import (
     Activation,
     ChainSpec,
     CouplingSpec,
+    coupling_net_spec,
     fold_actnorm,
     invert_matrix,
     n_positions,
@@ -157,15 +158,22 @@ def coupling_mix_inverse(
 
 
 def net_as_products(x: Tensor) -> bool:
-    """Whether :func:`coupling_net` on x is matrix products of ours, and not the library's convolutions.
+    """Tells whether :func:`net_chain` on x is matrix products of ours, and not the library's convolutions.
 
-    It is on the CPU, where they are 0.95 to 1.26 times as fast as these at their best (bench/results/nets-cpu.json) and
-    need no padded copies, unless PYGLOW_NETS in the environment is "library". Not under autocast, whose 16-bit
-    convolutions are the library's.
+    It is on the CPU, where they are faster than these at their best (bench/results/nets-cpu.json) and need no padded
+    copies, unless PYGLOW_NETS in the environment is "library". Under autocast to bfloat16 too, of a float32 x: see
+    :func:`net_in_half`; autocast to float16 is the library's.
     """
-    if x.device.type != "cpu" or x.dim() != 4 or not ops.run_on(x) or torch.is_autocast_enabled("cpu"):
+    if x.device.type != "cpu" or not 2 <= x.dim() <= 5 or not ops.run_on(x) or _backend.nets() == "library":
         return False
-    return _backend.nets() != "library"
+    return not torch.is_autocast_enabled("cpu") or net_in_half(x)
+
+
+def net_in_half(x: Tensor) -> bool:
+    """Tells whether the products of :func:`net_chain` on x are of bfloat16 numbers: under autocast to that."""
+    if not torch.is_autocast_enabled("cpu") or x.dtype != torch.float32 or x.device.type != "cpu":
+        return False
+    return torch.get_autocast_dtype("cpu") == torch.bfloat16
 
 
 def net_chain(
@@ -176,8 +184,19 @@ def net_chain(
     log_gain: Tensor | None = None,
     cond: Tensor | None = None,
 ) -> Tensor:
-    """A coupling net that is a chain of convolutions or linear layers; see :func:`pyglow_fast.reference.net_chain`."""
-    return reference.net_chain(x, weights, biases, spec, log_gain, cond)
+    """A coupling net that is a chain of convolutions or linear layers; see :func:`pyglow_fast.reference.net_chain`.
+
+    As products of ours it is float32 also under autocast to bfloat16, where the activations between its layers, and
+    what is multiplied, are rounded to that.
+    """
+    if not net_as_products(x):
+        return reference.net_chain(x, weights, biases, spec, log_gain, cond)
+    reference.check_chain(weights, spec)
+    arguments = (*ops.chain_arguments(spec), net_in_half(x))
+    optional = [tensor for tensor in (log_gain, cond) if tensor is not None]
+    if _records_gradient(x, *weights, *biases, *optional):
+        return apply(autograd.NetChain, x, cond, log_gain, arguments, *weights, *biases)
+    return ops.net_chain(x, cond, weights, biases, log_gain, *arguments, False)[0]
 
 
 def coupling_net(
@@ -196,12 +215,7 @@ def coupling_net(
 
     See :func:`pyglow_fast.reference.coupling_net`.
     """
-    weights = (w1, b1, w2, b2, w3, b3, log_gain)
-    if not net_as_products(x):
-        return reference.coupling_net(x, *weights, leak=leak)
-    if _records_gradient(x, *(weight for weight in weights if weight is not None)):
-        return apply(autograd.CouplingNet, x, leak, *weights)
-    return ops.coupling_net(x, *weights, False, leak)[0]
+    return net_chain(x, (w1, w2, w3), (b1, b2, b3), coupling_net_spec(x.dim() - 2, leak), log_gain)
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:

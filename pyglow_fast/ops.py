@@ -9,6 +9,7 @@ functions.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,11 +17,13 @@ import torch
 from torch import Tensor
 
 from pyglow_fast import _backend
-from pyglow_fast.reference import KINDS, ORDERS, SCALE_MAPS, CouplingSpec
+from pyglow_fast.reference import ACTIVATIONS, KINDS, ORDERS, SCALE_MAPS, ChainSpec, CouplingSpec
 
 DEVICES = ("cpu", "cuda")  # that there may be kernels for
 SCALE_MAP_CODES = {"none": 0, "sigmoid": 1, "sigmoid_eps": 2, "exp": 3, "tanh": 4, "atan": 5}  # csrc/math/kinds.h
 SQUEEZE_CODES = {"none": 0, "input": 1, "output": 2}  # csrc/bindings/checks.h
+ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+KEEPS_INPUT = tuple(ACTIVATION_CODES[name] for name in ("silu", "gelu", "gelu_tanh"))
 ORDER_CODES = {"shift_scale": 0, "scale_shift": 1}
 
 _KIND = "int map, int order, bool inverse, float bias, float eps, float clamp"
@@ -141,20 +144,41 @@ def _in_format_of(x: Tensor, shape: Sequence[int]) -> Tensor:
     return x.new_empty(shape).to(memory_format=torch._prims_common.suggest_memory_format(x))
 
 
-def _fake_coupling_net(x: Tensor, *weights_keep_leak: Any) -> tuple[Tensor, Tensor, Tensor]:
-    w1, _, w2, _, w3, _, _, keep, *_ = weights_keep_leak
-    n, _, height, width = x.shape
-    kept = [x.new_empty(weight.shape[0] * n * height * width if keep else 0) for weight in (w1, w2)]
-    return _in_format_of(x, (n, w3.shape[0], height, width)), kept[0], kept[1]
+def _fake_net_chain(
+    x: Tensor, cond: Tensor | None, weights: Sequence[Tensor], *rest: Any
+) -> tuple[Tensor, Tensor]:
+    _, _, activations, _, dilations, half, keep = rest
+    kept = x.new_empty(
+        kept_elements(x, weights, activations, dilations) if keep else 0, dtype=torch.bfloat16 if half else x.dtype
+    )
+    return _in_format_of(x, (x.shape[0], weights[-1].shape[0], *x.shape[2:])), kept
 
 
-def _fake_net_backward(grad_out: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
-    _, _, w1, w2, w3, _, log_gain, want_weights, *_ = rest
-    grad_x = _in_format_of(x, x.shape)
+def kept_elements(x: Tensor, weights: Sequence[Tensor], activations: Sequence[int], dilations: Sequence[int]) -> int:
+    """What net_chain keeps for its backward, as csrc/core.h has it (NetChain::kept)."""
+    rows = sum(
+        weight.shape[0] * (2 if code in KEEPS_INPUT else 1)
+        for weight, code in zip(weights[:-1], activations, strict=True)
+    )
+    dims = x.dim() - 2
+    reach = 0
+    for i, weight in enumerate(weights):
+        own = 0
+        for size, kernel, dilation in zip(x.shape[2:], weight.shape[2:], dilations[i * dims :], strict=False):
+            own = own * size + kernel // 2 * dilation
+        reach = max(reach, own)
+    return rows * math.prod([x.shape[0], *x.shape[2:]]) + 2 * (reach + 64)
+
+
+def _fake_net_chain_backward(
+    grad_out: Tensor, x: Tensor, cond: Tensor | None, kept: Tensor, weights: Sequence[Tensor], *rest: Any
+) -> list[Tensor]:
+    _, log_gain, *_, want_weights = rest
+    inputs = [_in_format_of(x, given.shape) for given in (x, cond) if given is not None]
     if not want_weights:
-        return [grad_x]
-    weights = [grad for w in (w1, w2, w3) for grad in (x.new_empty(w.shape), x.new_empty(w.shape[0]))]
-    return [grad_x, *weights, *([] if log_gain is None else [x.new_empty(log_gain.shape)])]
+        return inputs
+    grads = [x.new_empty(weight.shape) for weight in weights] + [x.new_empty(weight.shape[0]) for weight in weights]
+    return [*inputs, *grads, *([] if log_gain is None else [x.new_empty(log_gain.shape)])]
 
 
 channel_mix = _define(
@@ -197,17 +221,17 @@ gaussian_log_prob_backward = _define(
 )
 gaussian_sample = _define("gaussian_sample(Tensor noise, Tensor mean, Tensor log_sd) -> Tensor", _fake_gaussian_sample)
 
-# The coupling net as matrix products, on the CPU only: elsewhere the libraries' convolutions do it.
-coupling_net = _define(
-    "coupling_net(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor w3, Tensor b3, "
-    "Tensor? log_gain, bool keep, float leak=0.0)"
-    " -> (Tensor, Tensor, Tensor)",
-    _fake_coupling_net,
+# Coupling nets as matrix products, on the CPU only: elsewhere the libraries' convolutions do it.
+_CHAIN = "int[] activations, float[] parameters, int[] dilations, bool half"
+net_chain = _define(
+    "net_chain(Tensor x, Tensor? cond, Tensor[] weights, Tensor[] biases, Tensor? log_gain, "
+    f"{_CHAIN}, bool keep) -> (Tensor, Tensor)",
+    _fake_net_chain,
 )
-coupling_net_backward = _define(
-    "coupling_net_backward(Tensor grad_out, Tensor x, Tensor h1, Tensor h2, Tensor w1, Tensor w2, Tensor w3, "
-    "Tensor? b3, Tensor? log_gain, bool want_weights, float leak=0.0) -> Tensor[]",
-    _fake_net_backward,
+net_chain_backward = _define(
+    "net_chain_backward(Tensor grad_out, Tensor x, Tensor? cond, Tensor kept, Tensor[] weights, Tensor? last_bias, "
+    f"Tensor? log_gain, {_CHAIN}, bool want_weights) -> Tensor[]",
+    _fake_net_chain_backward,
 )
 
 
@@ -275,3 +299,11 @@ def kind_arguments(spec: CouplingSpec, inverse: bool) -> tuple[int, int, bool, f
     elif name == "sigmoid" and spec.eps > 0:
         name = "sigmoid_eps"
     return SCALE_MAP_CODES[name], ORDER_CODES[spec.order], inverse, spec.bias, spec.eps, spec.clamp
+
+
+@functools.cache
+def chain_arguments(spec: ChainSpec) -> tuple[list[int], list[float], list[int]]:
+    """What the ops of nets take of a description: codes and parameters of the activations, dilations."""
+    codes = [ACTIVATION_CODES[activation.kind] for activation in spec.activations]
+    parameters = [float(activation.parameter) for activation in spec.activations]
+    return codes, parameters, [step for dilation in spec.dilations for step in dilation]

@@ -1,9 +1,10 @@
-// The coupling net as matrix products, on the CPU: checks, and the arguments of its kernels.
+// Coupling nets as matrix products, on the CPU: checks, and the arguments of their kernels.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
+#include <array>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -24,149 +25,246 @@ struct Plain {
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
 
-void check_weight(const char* name, const at::Tensor& weight, at::IntArrayRef shape, const at::Tensor& x) {
-  check_shape(name, weight, shape);
-  check_like(name, weight, "x", x);
+// The spatial sizes, ones in front where there are fewer than three.
+std::array<int64_t, 3> spatial(at::IntArrayRef sizes) {
+  std::array<int64_t, 3> found = {1, 1, 1};
+  for (std::size_t i = 2; i < sizes.size(); ++i) found[3 - sizes.size() + i] = sizes[i];
+  return found;
 }
 
-// Weights as the kernels read them: checked, contiguous, held for as long as the kernel runs. Biases may be left out.
-struct Net {
-  int64_t in, hidden1, hidden2, out;
-  at::Tensor w1, w2, w3;
-  Optional b1, b2, b3, log_gain;
-  double leak;
+Extent extent_of(const at::Tensor& x) {
+  const auto sizes = spatial(x.sizes());
+  return {sizes[0], sizes[1], sizes[2]};
+}
 
-  Net(const at::Tensor& x, const at::Tensor& w1_in, const Optional& b1_in, const at::Tensor& w2_in,
-      const Optional& b2_in, const at::Tensor& w3_in, const Optional& b3_in, const Optional& log_gain_in,
-      double leak_in)
-      : leak(leak_in) {
+// Strides of dimensions that there are not are those of their only element: any will do.
+template <class T>
+Image<T> image_of(T* data, const at::Tensor& x) {
+  const auto stride = [&](int64_t dim) { return dim < 2 ? 0 : x.stride(dim); };
+  const int64_t last = x.dim() - 1;
+  return {data, x.stride(0), x.stride(1), stride(last - 2), stride(last - 1), stride(last)};
+}
+template <class T>
+Image<const T> input_image(const at::Tensor& x) {
+  return image_of(x.const_data_ptr<T>(), x);
+}
+template <class T>
+Image<T> output_image(at::Tensor& x) {
+  return image_of(x.mutable_data_ptr<T>(), x);
+}
+
+// What the ops say about the layers besides their weights.
+struct Description {
+  at::IntArrayRef activations;
+  at::ArrayRef<double> parameters;
+  at::IntArrayRef dilations;
+  bool half;
+};
+
+void check_description(const Description& how, std::size_t layers, int64_t dims) {
+  TORCH_CHECK_VALUE(how.activations.size() + 1 == layers && how.parameters.size() + 1 == layers,
+                    "activations, parameters: expected ", layers - 1, " of each, found ", how.activations.size(),
+                    " and ", how.parameters.size());
+  TORCH_CHECK_VALUE(how.dilations.size() == layers * static_cast<std::size_t>(dims), "dilations: expected ",
+                    layers * static_cast<std::size_t>(dims), " numbers, found ", how.dilations.size());
+  for (const int64_t dilation : how.dilations)
+    TORCH_CHECK_VALUE(dilation >= 1, "dilations: expected numbers of at least 1, found ", how.dilations);
+  for (std::size_t i = 0; i + 1 < layers; ++i) {
+    const int64_t kind = how.activations[i];
+    const double parameter = how.parameters[i];
+    TORCH_CHECK_VALUE(kind >= 0 && kind <= static_cast<int64_t>(Activation::sigmoid),
+                      "activations: expected codes from 0 to ", static_cast<int>(Activation::sigmoid), ", found ",
+                      kind);
+    if (kind == static_cast<int64_t>(Activation::leaky_relu))
+      TORCH_CHECK_VALUE(0 <= parameter && parameter <= 1, "parameters: expected a slope from 0 to 1, found ",
+                        parameter);
+    if (kind == static_cast<int64_t>(Activation::elu))
+      TORCH_CHECK_VALUE(0 < parameter && parameter <= std::numeric_limits<double>::max(),
+                        "parameters: expected an alpha above 0, found ", parameter);
+  }
+}
+
+// Weights as the kernels read them: checked, contiguous, held for as long as the kernel runs.
+class Net {
+ public:
+  Net(const at::Tensor& x, const Optional& cond, at::TensorList weights, at::TensorList biases,
+      const Optional& log_gain, const Description& how)
+      : how_(how) {
     check_state("x", x);
-    TORCH_CHECK_VALUE(x.is_cpu() && x.dim() == 4, "x: expected CPU images (N, C, H, W), found ", x.sizes(), " on ",
+    const int64_t dims = x.dim() - 2;
+    TORCH_CHECK_VALUE(x.is_cpu() && dims <= 3,
+                      "x: expected (N, C, *spatial) on the CPU, up to three dimensions, found ", x.sizes(), " on ",
                       x.device());
-    TORCH_CHECK_VALUE(w1_in.dim() == 4 && w2_in.dim() == 4 && w3_in.dim() == 4,
-                      "w1, w2, w3: expected weights of 2-d convolutions, found ", w1_in.sizes(), ", ", w2_in.sizes(),
-                      ", ", w3_in.sizes());
-    in = x.size(1), hidden1 = w1_in.size(0), hidden2 = w2_in.size(0), out = w3_in.size(0);
-    TORCH_CHECK_VALUE(in > 0 && hidden1 > 0 && hidden2 > 0 && out > 0,
-                      "w1, w2, w3: expected at least one channel each way, found ", w1_in.sizes(), ", ", w2_in.sizes(),
-                      ", ", w3_in.sizes(), " for x of ", x.sizes());
-    check_weight("w1", w1_in, {hidden1, in, 3, 3}, x);
-    check_weight("w2", w2_in, {hidden2, hidden1, 1, 1}, x);
-    check_weight("w3", w3_in, {out, hidden2, 3, 3}, x);
-    if (b1_in) check_weight("b1", *b1_in, {hidden1}, x);
-    if (b2_in) check_weight("b2", *b2_in, {hidden2}, x);
-    if (b3_in) check_weight("b3", *b3_in, {out}, x);
-    if (log_gain_in) {  // of any shape
-      TORCH_CHECK_VALUE(log_gain_in->numel() == out, "log_gain: expected ", out, " elements, found ",
-                        log_gain_in->sizes());
-      check_like("log_gain", *log_gain_in, "x", x);
+    const std::size_t layers = weights.size();
+    TORCH_CHECK_VALUE(layers >= 1 && layers <= max_net_layers, "weights: expected 1 to ", max_net_layers,
+                      " layers, found ", layers);
+    check_description(how, layers, dims);
+    int64_t channels = x.size(1);
+    if (cond) {
+      std::vector<int64_t> shape = x.sizes().vec();
+      shape[1] = cond->dim() > 1 ? cond->size(1) : 0;
+      check_shape("cond", *cond, shape);
+      check_like("cond", *cond, "x", x);
+      channels += shape[1];
     }
-    TORCH_CHECK_VALUE(0 <= leak && leak <= 1, "leak: expected a slope from 0 to 1, found ", leak);
-    w1 = w1_in.contiguous(), w2 = w2_in.contiguous(), w3 = w3_in.contiguous();
-    b1 = contiguous(b1_in), b2 = contiguous(b2_in), b3 = contiguous(b3_in), log_gain = contiguous(log_gain_in);
+    for (std::size_t i = 0; i < layers; ++i) {
+      const at::Tensor& weight = weights[i];
+      check_like("weights", weight, "x", x);
+      TORCH_CHECK_VALUE(weight.dim() == dims + 2 && weight.size(1) == channels && channels > 0 && weight.size(0) > 0,
+                        "weights[", i, "]: expected (outputs, ", channels, ") with ", dims,
+                        " kernel sizes and at least one channel each way, found ", weight.sizes());
+      for (int64_t d = 0; d < dims; ++d)
+        TORCH_CHECK_VALUE(weight.size(d + 2) % 2 == 1 && weight.size(d + 2) <= 7, "weights[", i,
+                          "]: expected kernel sizes of 1, 3, 5 or 7, found ", weight.sizes());
+      channels = weight.size(0);
+      weights_.push_back(weight.contiguous());
+    }
+    TORCH_CHECK_VALUE(biases.empty() || biases.size() == layers, "biases: expected ", layers, ", found ",
+                      biases.size());
+    for (std::size_t i = 0; i < biases.size(); ++i) {
+      check_shape("biases", biases[i], {weights[i].size(0)});
+      check_like("biases", biases[i], "x", x);
+      biases_.push_back(biases[i].contiguous());
+    }
+    if (log_gain) {  // of any shape
+      TORCH_CHECK_VALUE(log_gain->numel() == channels, "log_gain: expected ", channels, " elements, found ",
+                        log_gain->sizes());
+      check_like("log_gain", *log_gain, "x", x);
+      log_gain_ = log_gain->contiguous();
+    }
+    TORCH_CHECK_VALUE(!how.half || x.scalar_type() == at::kFloat, "half: expected a net in float32, found ",
+                      name_of(x.scalar_type()));
   }
 
+  int64_t out() const { return weights_.back().size(0); }
+  const std::vector<at::Tensor>& weights() const { return weights_; }
+
   template <class T>
-  NetWeights<T> as() const {
-    return {.in = in,
-            .hidden1 = hidden1,
-            .hidden2 = hidden2,
-            .out = out,
-            .w1 = w1.const_data_ptr<T>(),
-            .b1 = data<T>(b1),
-            .w2 = w2.const_data_ptr<T>(),
-            .b2 = data<T>(b2),
-            .w3 = w3.const_data_ptr<T>(),
-            .b3 = data<T>(b3),
-            .log_gain = data<T>(log_gain),
-            .leak = static_cast<T>(leak)};
+  NetChain<T> as(const Optional& last_bias) const {
+    NetChain<T> net{};
+    net.count = static_cast<int64_t>(weights_.size());
+    const int64_t dims = weights_[0].dim() - 2;
+    for (int64_t i = 0; i < net.count; ++i) {
+      NetLayer<T>& layer = net.layers[i];
+      const at::Tensor& weight = weights_[i];
+      layer = {.weight = weight.const_data_ptr<T>(),
+               .bias = biases_.empty() ? nullptr : biases_[i].const_data_ptr<T>(),
+               .in = weight.size(1),
+               .out = weight.size(0),
+               .window = {{1, 1, 1}, {1, 1, 1}},
+               .activation = Activation::none,
+               .parameter = 0};
+      for (int64_t d = 0; d < dims; ++d) {
+        layer.window.size[3 - dims + d] = weight.size(d + 2);
+        layer.window.dilation[3 - dims + d] = weight.size(d + 2) == 1 ? 1 : how_.dilations[i * dims + d];
+      }
+      if (i + 1 == net.count) continue;
+      layer.activation = static_cast<Activation>(how_.activations[i]);
+      layer.parameter = static_cast<T>(how_.parameters[i]);
+    }
+    if (last_bias) net.layers[net.count - 1].bias = last_bias->const_data_ptr<T>();
+    net.log_gain = log_gain_ ? log_gain_->const_data_ptr<T>() : nullptr;
+    net.half = how_.half;
+    return net;
   }
 
  private:
-  static Optional contiguous(const Optional& x) { return x ? Optional(x->contiguous()) : Optional(); }
-  template <class T>
-  static const T* data(const Optional& x) {
-    return x ? x->const_data_ptr<T>() : nullptr;
-  }
+  std::vector<at::Tensor> weights_, biases_;
+  Optional log_gain_;
+  Description how_;
 };
 
-template <class T>
-Image<const T> image_of(const at::Tensor& x) {
-  return {x.const_data_ptr<T>(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
-}
-template <class T>
-Image<T> image_of(at::Tensor& x) {
-  return {x.mutable_data_ptr<T>(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+at::TensorOptions kept_options(const at::Tensor& x, bool half) {
+  return half ? x.options().dtype(at::kBFloat16) : x.options();
 }
 
-// net_out (N, C, H, W) and, if kept, both hidden layers.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> coupling_net(const at::Tensor& x, const at::Tensor& w1,
-                                                            const at::Tensor& b1, const at::Tensor& w2,
-                                                            const at::Tensor& b2, const at::Tensor& w3,
-                                                            const at::Tensor& b3, const Optional& log_gain, bool keep,
-                                                            double leak) {
+int64_t kept_elements(const Net& net, const at::Tensor& x) {
+  int64_t found = 0;
+  with_dtype(x, [&](auto zero) { found = net.as<decltype(zero)>({}).kept(extent_of(x), x.size(0)); });
+  return found;
+}
+
+// net_out (N, C, *spatial) and what is kept, if it is.
+std::tuple<at::Tensor, at::Tensor> net_chain(const at::Tensor& x, const Optional& cond, at::TensorList weights,
+                                             at::TensorList biases, const Optional& log_gain,
+                                             at::IntArrayRef activations, at::ArrayRef<double> parameters,
+                                             at::IntArrayRef dilations, bool half, bool keep) {
   const Plain plain;
-  const Net net(x, w1, b1, w2, b2, w3, b3, log_gain, leak);
-  const int64_t pixels = x.size(0) * x.size(2) * x.size(3);
-  at::Tensor y = empty_reused({x.size(0), net.out, x.size(2), x.size(3)}, x.options(), x.suggest_memory_format());
-  at::Tensor h1 = empty_reused({keep ? net.hidden1 * pixels : 0}, x.options());
-  at::Tensor h2 = empty_reused({keep ? net.hidden2 * pixels : 0}, x.options());
+  TORCH_CHECK_VALUE(!biases.empty(), "biases: expected one for each layer, found none");
+  const Net net(x, cond, weights, biases, log_gain, {activations, parameters, dilations, half});
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape[1] = net.out();
+  at::Tensor y = empty_reused(shape, x.options(), x.suggest_memory_format());
+  at::Tensor kept = empty_reused({keep ? kept_elements(net, x) : 0}, kept_options(x, half));
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const CouplingNetArgs<T> args{.x = image_of<T>(x),
-                                  .net = net.as<T>(),
-                                  .y = image_of<T>(y),
-                                  .h1 = keep ? h1.mutable_data_ptr<T>() : nullptr,
-                                  .h2 = keep ? h2.mutable_data_ptr<T>() : nullptr,
-                                  .samples = x.size(0),
-                                  .height = x.size(2),
-                                  .width = x.size(3)};
-    cpu::coupling_net(args, torch_threads());
+    const NetArgs<T> args{.x = input_image<T>(x),
+                          .cond = cond ? input_image<T>(*cond) : Image<const T>{},
+                          .cond_channels = cond ? cond->size(1) : 0,
+                          .net = net.as<T>({}),
+                          .y = output_image<T>(y),
+                          .kept = keep ? kept.mutable_data_ptr() : nullptr,
+                          .samples = x.size(0),
+                          .extent = extent_of(x)};
+    cpu::net_chain(args, torch_threads());
   });
-  return {y, h1, h2};
+  return {y, kept};
 }
 
-// Gradients of x, w1, b1, w2, b2, w3, b3 and log_gain (if there is one), given what coupling_net of that leak kept;
-// without want_weights that of x alone. b3 is needed beside log_gain only.
-std::vector<at::Tensor> coupling_net_backward(const at::Tensor& grad_out, const at::Tensor& x, const at::Tensor& h1,
-                                              const at::Tensor& h2, const at::Tensor& w1, const at::Tensor& w2,
-                                              const at::Tensor& w3, const Optional& b3, const Optional& log_gain,
-                                              bool want_weights, double leak) {
+// Gradients of x, of cond if there is one, of the weights, of the biases and of log_gain if there is one, given what
+// net_chain of that description kept; without want_weights of x and cond alone. last_bias is needed beside log_gain
+// only.
+std::vector<at::Tensor> net_chain_backward(const at::Tensor& grad_out, const at::Tensor& x, const Optional& cond,
+                                           const at::Tensor& kept, at::TensorList weights, const Optional& last_bias,
+                                           const Optional& log_gain, at::IntArrayRef activations,
+                                           at::ArrayRef<double> parameters, at::IntArrayRef dilations, bool half,
+                                           bool want_weights) {
   const Plain plain;
-  const Net net(x, w1, {}, w2, {}, w3, b3, log_gain, leak);
-  const int64_t pixels = x.size(0) * x.size(2) * x.size(3);
-  check_weight("grad_out", grad_out, {x.size(0), net.out, x.size(2), x.size(3)}, x);
-  check_weight("h1", h1, {net.hidden1 * pixels}, x);
-  check_weight("h2", h2, {net.hidden2 * pixels}, x);
-  TORCH_CHECK_VALUE(!log_gain || b3, "b3: expected a bias beside log_gain, found none");
+  const Net net(x, cond, weights, {}, log_gain, {activations, parameters, dilations, half});
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape[1] = net.out();
+  check_shape("grad_out", grad_out, shape);
+  check_like("grad_out", grad_out, "x", x);
+  check_shape("kept", kept, {kept_elements(net, x)});
+  TORCH_CHECK_VALUE(kept.scalar_type() == (half ? at::kBFloat16 : x.scalar_type()) && kept.is_contiguous(),
+                    "kept: expected what net_chain kept, found ", name_of(kept.scalar_type()));
+  TORCH_CHECK_VALUE(!log_gain || last_bias, "last_bias: expected a bias beside log_gain, found none");
+  if (last_bias) {
+    check_shape("last_bias", *last_bias, {net.out()});
+    check_like("last_bias", *last_bias, "x", x);
+  }
+  const Optional bias = last_bias ? Optional(last_bias->contiguous()) : Optional();
   std::vector<at::Tensor> grads = {empty_reused(x.sizes(), x.options(), x.suggest_memory_format())};
+  if (cond) grads.push_back(empty_reused(cond->sizes(), cond->options(), x.suggest_memory_format()));
+  const std::size_t inputs = grads.size(), layers = weights.size();
   if (want_weights) {
-    for (const at::Tensor* weight : {&w1, &w2, &w3}) {
-      grads.push_back(at::empty(weight->sizes(), x.options()));
-      grads.push_back(at::empty({weight->size(0)}, x.options()));
-    }
+    for (const at::Tensor& weight : net.weights()) grads.push_back(at::empty(weight.sizes(), x.options()));
+    for (const at::Tensor& weight : net.weights()) grads.push_back(at::empty({weight.size(0)}, x.options()));
     if (log_gain) grads.push_back(at::empty(log_gain->sizes(), x.options()));
   }
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const auto room = [&](std::size_t i) { return i < grads.size() ? grads[i].mutable_data_ptr<T>() : nullptr; };
-    const CouplingNetBackwardArgs<T> args{.grad_y = image_of<T>(grad_out),
-                                          .x = image_of<T>(x),
-                                          .net = net.as<T>(),
-                                          .h1 = h1.const_data_ptr<T>(),
-                                          .h2 = h2.const_data_ptr<T>(),
-                                          .grad_x = image_of<T>(grads[0]),
-                                          .grad_w1 = room(1),
-                                          .grad_b1 = room(2),
-                                          .grad_w2 = room(3),
-                                          .grad_b2 = room(4),
-                                          .grad_w3 = room(5),
-                                          .grad_b3 = room(6),
-                                          .grad_log_gain = room(7),
-                                          .samples = x.size(0),
-                                          .height = x.size(2),
-                                          .width = x.size(3)};
-    cpu::coupling_net_backward(args, torch_threads());
+    NetBackwardArgs<T> args{.grad_y = input_image<T>(grad_out),
+                            .x = input_image<T>(x),
+                            .cond = cond ? input_image<T>(*cond) : Image<const T>{},
+                            .cond_channels = cond ? cond->size(1) : 0,
+                            .net = net.as<T>(bias),
+                            .kept = kept.const_data_ptr(),
+                            .grad_x = output_image<T>(grads[0]),
+                            .grad_cond = cond ? output_image<T>(grads[1]) : Image<T>{},
+                            .grad_weight = {},
+                            .grad_bias = {},
+                            .grad_log_gain = nullptr,
+                            .samples = x.size(0),
+                            .extent = extent_of(x)};
+    if (want_weights) {
+      for (std::size_t i = 0; i < layers; ++i) {
+        args.grad_weight[i] = grads[inputs + i].mutable_data_ptr<T>();
+        args.grad_bias[i] = grads[inputs + layers + i].mutable_data_ptr<T>();
+      }
+      if (log_gain) args.grad_log_gain = grads.back().mutable_data_ptr<T>();
+    }
+    cpu::net_chain_backward(args, torch_threads());
   });
   return grads;
 }
@@ -174,8 +272,8 @@ std::vector<at::Tensor> coupling_net_backward(const at::Tensor& grad_out, const 
 }  // namespace
 
 void register_net_ops(torch::Library& m) {
-  m.impl("coupling_net", &coupling_net);
-  m.impl("coupling_net_backward", &coupling_net_backward);
+  m.impl("net_chain", &net_chain);
+  m.impl("net_chain_backward", &net_chain_backward);
 }
 
 }  // namespace pyglow::bindings

@@ -1,4 +1,9 @@
 // Chooses the instruction set at run time. Compiled for the baseline processor: it runs before anything is known.
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -8,6 +13,25 @@
 
 namespace pyglow::cpu {
 namespace {
+
+bool has_avx512() {
+#ifdef PYGLOW_HAVE_AVX512
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("fma");
+#else
+  return false;
+#endif
+}
+
+// Linux gives a process the tiles only if it asks, as they make its threads' state larger.
+bool may_use_tiles() {
+#ifdef __linux__
+  constexpr int request_permission = 0x1023, tile_data = 18;
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
 
 bool supported(Isa isa) {
   switch (isa) {
@@ -20,9 +44,17 @@ bool supported(Isa isa) {
       return false;
 #endif
     case Isa::avx512:
-#ifdef PYGLOW_HAVE_AVX512
-      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("fma");
+      return has_avx512();
+    case Isa::avx512_bf16:
+#ifdef PYGLOW_HAVE_AVX512_BF16
+      return has_avx512() && __builtin_cpu_supports("avx512bf16");
+#else
+      return false;
+#endif
+    case Isa::amx:
+#if defined(PYGLOW_HAVE_AVX512_BF16) && defined(PYGLOW_HAVE_AMX)
+      return supported(Isa::avx512_bf16) && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+             may_use_tiles();
 #else
       return false;
 #endif
@@ -38,11 +70,15 @@ const char* name(Isa isa) {
       return "avx2";
     case Isa::avx512:
       return "avx512";
+    case Isa::avx512_bf16:
+      return "avx512_bf16";
+    case Isa::amx:
+      return "amx";
   }
   return "";
 }
 
-constexpr Isa best_first[] = {Isa::avx512, Isa::avx2, Isa::portable};
+constexpr Isa best_first[] = {Isa::amx, Isa::avx512_bf16, Isa::avx512, Isa::avx2, Isa::portable};
 
 Isa select() {
   const char* wanted = std::getenv("PYGLOW_CPU");
@@ -74,6 +110,8 @@ const char* instruction_set() { return name(selected_isa()); }
 #endif
 #ifdef PYGLOW_HAVE_AVX512
 #define PYGLOW_CASE_AVX512(kernel) \
+  case Isa::amx:                   \
+  case Isa::avx512_bf16:           \
   case Isa::avx512:                \
     return avx512::kernel(args, threads);
 #else
@@ -92,5 +130,33 @@ const char* instruction_set() { return name(selected_isa()); }
   PYGLOW_CPU_INSTANTIATE(kernel, Args)
 PYGLOW_KERNELS(PYGLOW_FORWARD)
 PYGLOW_CPU_KERNELS(PYGLOW_FORWARD)
+
+// The nets likewise, but for those in bfloat16 where there are instructions for it.
+#ifdef PYGLOW_HAVE_AMX
+#define PYGLOW_IF_AMX(kernel) \
+  if (args.net.half && selected_isa() == Isa::amx) return amx::kernel(args, threads);
+#else
+#define PYGLOW_IF_AMX(kernel)
+#endif
+#ifdef PYGLOW_HAVE_AVX512_BF16
+#define PYGLOW_IF_AVX512_BF16(kernel) \
+  if (args.net.half && selected_isa() == Isa::avx512_bf16) return avx512_bf16::kernel(args, threads);
+#else
+#define PYGLOW_IF_AVX512_BF16(kernel)
+#endif
+#define PYGLOW_FORWARD_NET(kernel, Args)                     \
+  template <class T>                                         \
+  void kernel(const Args<T>& args, const Threads& threads) { \
+    PYGLOW_IF_AMX(kernel)                                    \
+    PYGLOW_IF_AVX512_BF16(kernel)                            \
+    switch (selected_isa()) {                                \
+      PYGLOW_CASE_AVX512(kernel)                             \
+      PYGLOW_CASE_AVX2(kernel)                               \
+      default:                                               \
+        return portable::kernel(args, threads);              \
+    }                                                        \
+  }                                                          \
+  PYGLOW_CPU_INSTANTIATE(kernel, Args)
+PYGLOW_NET_KERNELS(PYGLOW_FORWARD_NET)
 
 }  // namespace pyglow::cpu

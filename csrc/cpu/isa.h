@@ -4,7 +4,8 @@
 
 namespace pyglow::cpu {
 
-enum class Isa { portable, avx2, avx512 };
+// The last two are avx512 with another kernel for the nets in bfloat16.
+enum class Isa { portable, avx2, avx512, avx512_bf16, amx };
 
 // The best one that is both compiled in and supported by this processor and system, or what PYGLOW_CPU asks for.
 // Decided once; throws std::invalid_argument if PYGLOW_CPU cannot be honoured.
@@ -18,10 +19,18 @@ Isa selected_isa();
   namespace isa {                    \
   PYGLOW_KERNELS(PYGLOW_DECLARE)     \
   PYGLOW_CPU_KERNELS(PYGLOW_DECLARE) \
+  PYGLOW_NET_KERNELS(PYGLOW_DECLARE) \
+  }
+#define PYGLOW_DECLARE_NETS_IN(isa)  \
+  namespace isa {                    \
+  PYGLOW_NET_KERNELS(PYGLOW_DECLARE) \
   }
 PYGLOW_DECLARE_IN(portable)
 PYGLOW_DECLARE_IN(avx2)
 PYGLOW_DECLARE_IN(avx512)
+PYGLOW_DECLARE_NETS_IN(avx512_bf16)
+PYGLOW_DECLARE_NETS_IN(amx)
+#undef PYGLOW_DECLARE_NETS_IN
 #undef PYGLOW_DECLARE_IN
 #undef PYGLOW_DECLARE
 

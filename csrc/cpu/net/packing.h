@@ -1,0 +1,198 @@
+// How the factors of a product are laid out for it, in what order and in which numbers.
+//
+// B is packed a block of columns at a time, [k][column], which is when a convolution's input is gathered: it is never
+// written out as columns. 16-bit numbers go in pairs of k, [k / 2][column][2], or are widened to floats.
+#pragma once
+#if defined(__AVX512BW__)
+#include <immintrin.h>
+#endif
+
+#include "cpu/mix_sums.h"
+#include "cpu/net/windows.h"
+
+namespace pyglow::cpu::PYGLOW_ISA {
+
+constexpr int column_vectors = 2;
+template <class T>
+constexpr int64_t block_columns = column_vectors * lanes<T>;
+static_assert(pixel_block % block_columns<float> == 0);
+
+// A vector of 16-bit numbers is as long as a block of columns.
+using VecH = uint16_t __attribute__((vector_size(PYGLOW_VECTOR_BYTES)));
+constexpr int64_t half_lanes = PYGLOW_VECTOR_BYTES / 2;
+static_assert(half_lanes == block_columns<float>);
+
+// Numbers of one kind as those of another.
+PYGLOW_HD float widen(float x) { return x; }
+PYGLOW_HD double widen(double x) { return x; }
+PYGLOW_HD float widen(BFloat16 x) { return math::widen(x); }
+PYGLOW_HD void narrow(float x, float& y) { y = x; }
+PYGLOW_HD void narrow(double x, double& y) { y = x; }
+PYGLOW_HD void narrow(float x, BFloat16& y) { math::narrow(x, y); }
+// What a packed number is of a number.
+PYGLOW_HD float rounded(float x, BFloat16) {
+  BFloat16 y;
+  math::narrow(x, y);
+  return math::widen(y);
+}
+PYGLOW_HD float rounded(float x, float) { return x; }
+PYGLOW_HD double rounded(double x, double) { return x; }
+
+// Lane i is from[i] where bit i is set, else zero; all of it may be read.
+template <class T>
+PYGLOW_HD Vec<T> load_where(const T* from, uint32_t bits) {
+  using Mask = decltype(Vec<T>{} < Vec<T>{});
+  Mask lane;
+  for (int i = 0; i < static_cast<int>(lanes<T>); ++i) lane[i] = 1 << i;
+  const Mask inside = (lane & (Mask{} + static_cast<int>(bits & ((1u << lanes<T>)-1)))) != 0;
+  return inside ? load<T>(from) : Vec<T>{};
+}
+PYGLOW_HD VecH load_where(const BFloat16* from, uint32_t bits) {
+#if defined(__AVX512BW__)
+  const __m512i v = _mm512_maskz_loadu_epi16(bits, from);
+  VecH result;
+  __builtin_memcpy(&result, &v, sizeof v);
+  return result;
+#else
+  VecH lane, v;
+  for (int i = 0; i < static_cast<int>(half_lanes); ++i) lane[i] = static_cast<uint16_t>(1u << i);
+  __builtin_memcpy(&v, from, sizeof v);
+  return (lane & (VecH{} + static_cast<uint16_t>(bits))) != 0 ? v : VecH{};
+#endif
+}
+
+template <class S>
+constexpr int64_t vector_elements = PYGLOW_VECTOR_BYTES / sizeof(S);
+
+template <class S>
+PYGLOW_HD void copy_where(const S* from, uint32_t bits, S* to) {
+  const auto v = load_where(from, bits);
+  __builtin_memcpy(to, &v, sizeof v);
+}
+
+PYGLOW_HD void widen_row(const BFloat16* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
+}
+
+// Calls f(k, address, bits) for `count` rows from `first` on: where the row's values at the columns from `column` on
+// are, and which of them are not zero. They are `columns`, in one block of pixels.
+template <class S, class F>
+PYGLOW_HD void for_rows(const Right<S>& b, int64_t first, int64_t count, int64_t column, int64_t columns, const F& f) {
+  const uint32_t valid = columns >= pixel_block ? ~0u : (1u << columns) - 1;
+  if (b.shifts == nullptr) {
+    const S* from = at(b.matrix, first, column);
+    const int64_t row = row_at(b.matrix, column);
+    for (int64_t k = 0; k < count; ++k, from += row) f(k, from, valid);
+    return;
+  }
+  const int64_t taps = b.shifts->taps(), pixel = b.first + column;
+  const Shifts::Seen seen = b.shifts->from(pixel / pixel_block);
+  const int skipped = static_cast<int>(pixel % pixel_block);
+  int64_t tap = first % taps;
+  const S* channel = b.matrix.data + first / taps * b.matrix.row + column;
+  for (int64_t k = 0; k < count; ++k) {
+    const int64_t place = b.shifts->place(tap, b.transposed);
+    f(k, channel + seen.offset[place], seen.inside[place] >> skipped & valid);
+    if (++tap == taps) {
+      tap = 0;
+      channel += b.matrix.row;
+    }
+  }
+}
+
+// Two rows of 16-bit numbers, as pairs.
+#if defined(__AVX512BW__)
+PYGLOW_HD void store_pairs(__m512i even, __m512i odd, BFloat16* to) {
+  alignas(64) static constexpr auto order = [] {
+    struct {
+      uint16_t low[32], high[32];
+    } found{};
+    for (int i = 0; i < 32; ++i) {
+      found.low[i] = static_cast<uint16_t>(i / 2 + 32 * (i % 2));
+      found.high[i] = static_cast<uint16_t>(16 + i / 2 + 32 * (i % 2));
+    }
+    return found;
+  }();
+  _mm512_storeu_si512(to, _mm512_permutex2var_epi16(even, _mm512_load_si512(order.low), odd));
+  _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi16(even, _mm512_load_si512(order.high), odd));
+}
+#endif
+
+// Rows of B to [k][block_columns], zero where there are fewer columns. Pairs go on in zeros to a whole block of k.
+template <class S>
+void pack_columns(const Right<S>& b, int64_t first_k, int64_t inner, int64_t column, int64_t columns, Packed<S>* to) {
+  constexpr int64_t width = block_columns<Sum<S>>;
+  if constexpr (sizeof(S) != 2) {
+    for_rows(b, first_k, inner, column, columns, [&](int64_t k, const S* from, uint32_t bits) {
+      copy_where(from, bits, to + k * width);
+      copy_where(from + lanes<S>, bits >> lanes<S>, to + k * width + lanes<S>);
+    });
+  } else if constexpr (!in_pairs<S>) {
+    for_rows(b, first_k, inner, column, columns, [&](int64_t k, const S* from, uint32_t bits) {
+      alignas(PYGLOW_VECTOR_BYTES) S row[half_lanes];
+      copy_where(from, bits, row);
+      widen_row(row, width, to + k * width);
+    });
+  } else {
+#if defined(__AVX512BW__)
+    const __m512i zero = _mm512_setzero_si512();
+    __m512i even = zero;
+    for_rows(b, first_k, inner, column, columns, [&](int64_t k, const S* from, uint32_t bits) {
+      const __m512i row = _mm512_maskz_loadu_epi16(bits, from);
+      k % 2 == 0 ? static_cast<void>(even = row) : store_pairs(even, row, to + (k - 1) * width);
+    });
+    if (inner % 2 == 1) store_pairs(even, zero, to + (inner - 1) * width);
+    for (int64_t k = round_up(inner, 2); k < round_up(inner, pixel_block); k += 2)
+      store_pairs(zero, zero, to + k * width);
+#endif
+  }
+}
+
+// `count` rows at `from`, `stride` apart, k contiguous: to[k * width + i] = from[i * stride + k], zero for i >= count.
+// What a whole vector spoils behind a row of `to` is written after it; behind the last row there is room for that.
+template <class T>
+PYGLOW_HD void transpose_rows(const T* from, int64_t stride, int64_t count, int64_t inner, T* to, int64_t width) {
+  const int64_t blocks = (width + lanes<T> - 1) / lanes<T>;
+  int64_t k = 0;
+  for (; k + lanes<T> <= inner; k += lanes<T>)
+    for (int64_t v = blocks - 1; v >= 0; --v) {
+      const int64_t valid = smaller(larger(count - v * lanes<T>, 0), lanes<T>);
+      transpose_block<T>({from + v * lanes<T> * stride, stride}, 0, k, valid, to + k * width + v * lanes<T>, width);
+    }
+  for (; k < inner; ++k)
+    for (int64_t i = 0; i < width; ++i) to[k * width + i] = i < count ? from[i * stride + k] : T(0);
+}
+
+// The same of B turned: its columns are `count` rows of the matrix from `first` on, its k the pixels from `first_k` on,
+// where a block of pixels begins.
+template <class S>
+void pack_turned(const Right<S>& b, int64_t first_k, int64_t inner, int64_t first, int64_t count, Packed<S>* to) {
+  constexpr int64_t width = block_columns<Sum<S>>;
+  alignas(64) S rows[width * pixel_block];
+  for (int64_t i = count * pixel_block; i < width * pixel_block; ++i) rows[i] = S{};
+  for (int64_t k = 0; k < inner; k += pixel_block, to += width * pixel_block) {
+    const int64_t pixels = smaller(pixel_block, inner - k);
+    if constexpr (sizeof(S) != 2) {
+      if (b.shifts == nullptr) {
+        transpose_rows<S>(at(b.matrix, first, first_k + k), row_at(b.matrix, first_k + k), count, pixels, to, width);
+        continue;
+      }
+    }
+    for_rows(b, first, count, first_k + k, pixels, [&](int64_t row, const S* from, uint32_t bits) {
+      for (int64_t i = 0; i < pixel_block; i += vector_elements<S>)
+        copy_where(from + i, bits >> i, rows + row * pixel_block + i);
+    });
+    if constexpr (sizeof(S) != 2) {
+      transpose_rows<S>(rows, pixel_block, width, pixels, to, width);
+    } else if constexpr (in_pairs<S>) {
+      transpose_rows<float>(reinterpret_cast<const float*>(rows), pixel_block / 2, width, pixel_block / 2,
+                            reinterpret_cast<float*>(to), width);
+    } else {
+      alignas(64) float wide[width * pixel_block];
+      widen_row(rows, width * pixel_block, wide);
+      transpose_rows<float>(wide, pixel_block, width, pixels, to, width);
+    }
+  }
+}
+
+}  // namespace pyglow::cpu::PYGLOW_ISA
