@@ -149,10 +149,10 @@ EXACT = TORCH_ACTIVATIONS | {
 }
 
 
-# Bounds of the errors in units of the dtype's epsilon, from x, the exact y and the exact derivative d >= 0. An operation
-# errs by half an epsilon of its result, exp by 1.5, so the sigmoid and its complement by 3 and erfc by 5; an error of an
-# exponent is a relative one of the power. In a sum of two terms each has its own error, also where they cancel. A
-# derivative from y has the error of y besides, times what y counts in it.
+# Bounds of the errors in units of the dtype's epsilon, from x, the exact y and the exact derivative d >= 0. An
+# operation errs by half an epsilon of its result, exp by 1.5, so the sigmoid and its complement by 3 and erfc by 5; an
+# error of an exponent is a relative one of the power. In a sum of two terms each has its own error, also where they
+# cancel. A derivative from y has the error of y besides, times what y counts in it.
 
 
 def _silu_bounds(x: Tensor, y: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
