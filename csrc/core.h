@@ -278,11 +278,23 @@ struct NetBackwardArgs {
 };
 
 // y = function(x) as the kernels compute it, on arrays: for tests of the error bounds.
-enum class Elementary : int { exp, log, log1p_unit, tanh, atan };
+enum class Elementary : int { exp, log, log1p_unit, tanh, atan, expm1_negative, erf, erfc };
 template <class T>
 struct ElementaryArgs {
   Elementary function;
   const T* x;
+  T* y;
+  int64_t count;
+};
+
+// An activation of the nets on an array, or its backward, for tests as well: y = a(x), or with a gradient y = grad a',
+// where x is what a layer keeps for that.
+template <class T>
+struct ActivationArgs {
+  Activation kind;
+  T parameter;
+  const T* x;
+  const T* grad;  // or null
   T* y;
   int64_t count;
 };
@@ -302,7 +314,9 @@ struct ElementaryArgs {
   K(gaussian_log_prob, GaussianArgs)                  \
   K(gaussian_log_prob_backward, GaussianBackwardArgs) \
   K(gaussian_sample, GaussianSampleArgs)
-#define PYGLOW_CPU_KERNELS(K) K(elementary, ElementaryArgs)
+#define PYGLOW_CPU_KERNELS(K)   \
+  K(elementary, ElementaryArgs) \
+  K(activation, ActivationArgs)
 #define PYGLOW_NET_KERNELS(K) \
   K(net_chain, NetArgs)       \
   K(net_chain_backward, NetBackwardArgs)

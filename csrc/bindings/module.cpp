@@ -10,6 +10,7 @@
 #include <atomic>
 #include <iterator>
 #include <map>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -71,22 +72,57 @@ int cuda_device_count() {
 #endif
 }
 
+// The place of a name, which is its enumerator.
+template <class E, std::size_t Count>
+E enumerator(const char* const (&names)[Count], const std::string& name) {
+  const auto found = std::find(std::begin(names), std::end(names), name);
+  TORCH_CHECK_VALUE(found != std::end(names), "name: expected one of ", c10::ArrayRef<const char*>(names), ", found ",
+                    name);
+  return static_cast<E>(found - std::begin(names));
+}
+
+at::Tensor checked_array(const char* name, const at::Tensor& x) {
+  check_dtype(name, x);
+  TORCH_CHECK_VALUE(x.is_cpu(), name, ": expected a CPU tensor, found device ", x.device());
+  return x.contiguous();
+}
+
 // A vector function of the CPU kernels on an array.
 at::Tensor elementary(const std::string& name, const at::Tensor& x_in) {
-  static const char* const names[] = {"exp", "log", "log1p_unit", "tanh", "atan"};
-  const auto found = std::find(std::begin(names), std::end(names), name);
-  TORCH_CHECK_VALUE(found != std::end(names), "name: expected exp, log, log1p_unit, tanh or atan, found ", name);
-  check_dtype("x", x_in);
-  TORCH_CHECK_VALUE(x_in.is_cpu(), "x: expected a CPU tensor, found device ", x_in.device());
-  const at::Tensor x = x_in.contiguous();
+  static const char* const names[] = {"exp", "log", "log1p_unit", "tanh", "atan", "expm1_negative", "erf", "erfc"};
+  const auto function = enumerator<Elementary>(names, name);
+  const at::Tensor x = checked_array("x", x_in);
   at::Tensor y = at::empty_like(x);
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const ElementaryArgs<T> args{.function = static_cast<Elementary>(found - std::begin(names)),
+    const ElementaryArgs<T> args{
+        .function = function, .x = x.const_data_ptr<T>(), .y = y.mutable_data_ptr<T>(), .count = x.numel()};
+    cpu::elementary(args, torch_threads());
+  });
+  return y;
+}
+
+// An activation of the CPU kernels on an array or, with a gradient, its backward from what is kept of it.
+at::Tensor activation(const std::string& name, const at::Tensor& x_in, double parameter,
+                      const std::optional<at::Tensor>& grad_in) {
+  static const char* const names[] = {"none",      "relu", "leaky_relu", "silu",   "gelu",
+                                      "gelu_tanh", "elu",  "tanh",       "sigmoid"};
+  const auto kind = enumerator<Activation>(names, name);
+  const at::Tensor x = checked_array("x", x_in), grad = grad_in ? checked_array("grad", *grad_in) : at::Tensor();
+  if (grad_in) {
+    check_shape("grad", grad, x.sizes());
+    check_like("grad", grad, "x", x);
+  }
+  at::Tensor y = at::empty_like(x);
+  with_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    const ActivationArgs<T> args{.kind = kind,
+                                 .parameter = static_cast<T>(parameter),
                                  .x = x.const_data_ptr<T>(),
+                                 .grad = grad_in ? grad.const_data_ptr<T>() : nullptr,
                                  .y = y.mutable_data_ptr<T>(),
                                  .count = x.numel()};
-    cpu::elementary(args, torch_threads());
+    cpu::activation(args, torch_threads());
   });
   return y;
 }
@@ -125,4 +161,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("release_idle", &release_idle, "Return those bytes to malloc.");
   m.def("cuda_device_count", &cuda_device_count, "The GPUs that the CUDA kernels can run on.");
   m.def("elementary", &elementary, "A vector function of the CPU kernels, for tests of its error bound.");
+  m.def("activation", &activation, "An activation of the CPU kernels, or its backward, for tests of its error bound.",
+        pybind11::arg("name"), pybind11::arg("x"), pybind11::arg("parameter"), pybind11::arg("grad") = std::nullopt);
 }

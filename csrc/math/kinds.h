@@ -1,5 +1,6 @@
-// The variants of the coupling, as plain values that cross every boundary.
+// The variants of the coupling and of its net, as plain values that cross every boundary.
 #pragma once
+#include "math/host_device.h"
 
 namespace pyglow {
 
@@ -17,5 +18,23 @@ struct ScaleParams {
 enum class NetType : int { state = 0, bfloat16 = 1, float16 = 2 };
 
 enum class Order : int { shift_scale = 0, scale_shift = 1 };
+
+// Of a coupling net's hidden layers, in the order of ACTIVATIONS in pyglow_fast/reference.py.
+enum class Activation : int {
+  none = 0,
+  relu = 1,
+  leaky_relu = 2,
+  silu = 3,
+  gelu = 4,
+  gelu_tanh = 5,
+  elu = 6,
+  tanh = 7,
+  sigmoid = 8
+};
+
+// Whether the derivative takes the argument. That of the others is a function of the result.
+PYGLOW_HD constexpr bool keeps_input(Activation kind) {
+  return kind == Activation::silu || kind == Activation::gelu || kind == Activation::gelu_tanh;
+}
 
 }  // namespace pyglow

@@ -19,12 +19,9 @@ struct Scale {
 template <ScaleMap Map, class V, class T>
 PYGLOW_HD Scale<V> scale_of(V raw, const ScaleParams<T>& params) {
   if constexpr (Map == ScaleMap::sigmoid || Map == ScaleMap::sigmoid_eps) {
-    // With e = exp(-|z|): sigmoid(z) is 1 / (1 + e) or e / (1 + e), and log sigmoid(z) = min(z, 0) - log(1 + e).
+    // With e = exp(-|z|): log sigmoid(z) = min(z, 0) - log(1 + e).
     const V z = raw + params.bias;
-    const V e = exp(z < T(0) ? z : -z);
-    const V near_one = T(1) / (T(1) + e), near_zero = e * near_one;
-    const V sig = z < T(0) ? near_zero : near_one;
-    const V complement = z < T(0) ? near_one : near_zero;
+    const auto [sig, complement, e] = sigmoid(z);
     if constexpr (Map == ScaleMap::sigmoid) {
       return {sig, (z < T(0) ? z : V{}) - log1p_unit(e), complement};
     } else {
