@@ -31,31 +31,25 @@ class Pieces {
     }
   }
 
-  template <class T, class S>
-  PYGLOW_HD void read(const T* channel, S* to) const {
+  // f(piece, pixels before it) for all of them.
+  template <class F>
+  PYGLOW_HD void each(const F& f) const {
+    int64_t done = 0;
     for (int i = 0; i < count_; ++i) {
-      const Piece& piece = piece_[i];
-      const T* const from = channel + piece.offset;
-      if (piece.step == 1) {
-        for (int64_t k = 0; k < piece.count; ++k) narrow(from[k], to[k]);
-      } else {
-        for (int64_t k = 0; k < piece.count; ++k) narrow(from[k * piece.step], to[k]);
-      }
-      to += piece.count;
+      f(piece_[i], done);
+      done += piece_[i].count;
     }
   }
   template <class T>
   PYGLOW_HD void write(const T* from, T* channel) const {
-    for (int i = 0; i < count_; ++i) {
-      const Piece& piece = piece_[i];
+    each([&](const Piece& piece, int64_t done) {
       T* const to = channel + piece.offset;
       if (piece.step == 1) {
-        for (int64_t k = 0; k < piece.count; ++k) to[k] = from[k];
+        for (int64_t k = 0; k < piece.count; ++k) to[k] = from[done + k];
       } else {
-        for (int64_t k = 0; k < piece.count; ++k) to[k * piece.step] = from[k];
+        for (int64_t k = 0; k < piece.count; ++k) to[k * piece.step] = from[done + k];
       }
-      from += piece.count;
-    }
+    });
   }
 
  private:
@@ -75,44 +69,99 @@ void for_blocks(int64_t begin, int64_t end, int64_t work, const Threads& threads
   });
 }
 
-// Channels of an image, from sample `sample` on, to planes; multiplied by gain[channel] where there is one. Then the
-// sums of the blocks before that are written, too, (blocks, channels).
+// Whether the pixels of a channel of one sample lie side by side in memory.
+template <class T>
+PYGLOW_HD bool has_planes(const Image<T>& image, const Extent& extent) {
+  return image.pixel == 1 && (image.row == extent.width || extent.height * extent.depth == 1) &&
+         (image.depth == extent.height * image.row || extent.depth == 1);
+}
+
+// f(channel, first pixel, count, address of the first, how far apart they are) for the pixels [begin, end) of all
+// channels, counted from sample `sample` on: planes by their longest runs, and other layouts a block of pixels after
+// the other, so that what lies between in memory is used, too.
+template <class T, class F>
+void for_runs(const Image<T>& image, const Extent& extent, int64_t sample, int64_t channels, int64_t begin, int64_t end,
+              const Threads& threads, const F& f) {
+  const int64_t plane = extent.positions();
+  if (has_planes(image, extent) && plane >= pixel_block) {
+    const int64_t first = begin / plane, samples = (end + plane - 1) / plane - first;
+    parallel(threads, samples * channels, grain_of(plane), [&](int64_t task, int64_t last) {
+      for (; task < last; ++task) {
+        const int64_t n = first + task / channels, channel = task % channels;
+        const int64_t p = larger(begin, n * plane), count = smaller(end, (n + 1) * plane) - p;
+        f(channel, p, count, image.data + (sample + n) * image.sample + channel * image.channel + (p - n * plane), 1);
+      }
+    });
+    return;
+  }
+  for_blocks(begin, end, channels, threads, [&](int64_t p, int64_t count) {
+    const Pieces pieces(image, extent, sample, p, count);
+    for (int64_t channel = 0; channel < channels; ++channel)
+      pieces.each([&](const Piece& piece, int64_t done) {
+        f(channel, p + done, piece.count, image.data + channel * image.channel + piece.offset, piece.step);
+      });
+  });
+}
+
+// Channels of an image, from sample `sample` on, to planes.
 template <class T, class S>
 void read_planes(const Image<const T>& image, const Extent& extent, int64_t sample, int64_t channels, int64_t pixels,
-                 const T* gain, T* block_sums, const Matrix<S>& planes, const Threads& threads) {
-  for_blocks(0, pixels, channels, threads, [&](int64_t p, int64_t count) {
-    const Pieces pieces(image, extent, sample, p, count);
-    for (int64_t c = 0; c < channels; ++c) {
-      S* const to = at(planes, c, p);
-      if (gain == nullptr) {
-        pieces.read(image.data + c * image.channel, to);
-        continue;
+                 const Matrix<S>& planes, const Threads& threads) {
+  for_runs(image, extent, sample, channels, 0, pixels, threads,
+           [&](int64_t channel, int64_t p, int64_t count, const T* from, int64_t step) {
+             S* const to = planes.data + channel * planes.row + p;
+             if (step == 1) {
+               for (int64_t i = 0; i < count; ++i) narrow(from[i], to[i]);
+             } else {
+               for (int64_t i = 0; i < count; ++i) narrow(from[i * step], to[i]);
+             }
+           });
+}
+
+// The pixels [begin, end) back, which the planes begin with.
+template <class T>
+void write_planes(const Matrix<const T>& planes, const Image<T>& image, const Extent& extent, int64_t sample,
+                  int64_t channels, int64_t begin, int64_t end, const Threads& threads) {
+  for_runs(image, extent, sample, channels, begin, end, threads,
+           [&](int64_t channel, int64_t p, int64_t count, T* to, int64_t step) {
+             const T* const from = planes.data + channel * planes.row + (p - begin);
+             if (step == 1) {
+               for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+             } else {
+               for (int64_t i = 0; i < count; ++i) to[i * step] = from[i];
+             }
+           });
+}
+
+// sums[c] += the sum of a channel over the pixels that lie in planes, by rows.
+template <class T>
+void add_row_sums(const Matrix<const T>& planes, int64_t channels, int64_t pixels, double* sums,
+                  const Threads& threads) {
+  parallel(threads, channels, grain_of(pixels), [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      double total = 0;
+      for (int64_t p = 0; p < pixels; p += 1024) {  // in T over a run, in double across runs
+        T run[pixel_block] = {};
+        const T* const from = planes.data + c * planes.row + p;
+        const int64_t count = smaller(1024, pixels - p), whole = count / pixel_block * pixel_block;
+        for (int64_t i = 0; i < whole; i += pixel_block)
+          for (int64_t j = 0; j < pixel_block; ++j) run[j] += from[i + j];
+        for (int64_t i = whole; i < count; ++i) run[i - whole] += from[i];
+        for (const T value : run) total += value;
       }
-      T row[pixel_block] = {}, sum{};
-      pieces.read(image.data + c * image.channel, row);
-      for (int64_t i = 0; i < pixel_block; ++i) sum += row[i];
-      for (int64_t i = 0; i < count; ++i) narrow(gain[c] * row[i], to[i]);
-      block_sums[p / pixel_block * channels + c] = sum;
+      sums[c] += total;
     }
   });
 }
 
-// The same back, of the pixels [begin, end) alone, which the planes begin with.
-template <class T>
-void write_planes(const Matrix<const T>& planes, const Image<T>& image, const Extent& extent, int64_t sample,
-                  int64_t channels, int64_t begin, int64_t end, const Threads& threads) {
-  for_blocks(begin, end, channels, threads, [&](int64_t p, int64_t count) {
-    const Pieces pieces(image, extent, sample, p, count);
-    for (int64_t c = 0; c < channels; ++c) pieces.write(at(planes, c, p - begin), image.data + c * image.channel);
+// Multiplies rows by gain[row], to other numbers.
+template <class T, class S>
+void scale_planes(const Matrix<const T>& from, const T* gain, int64_t channels, int64_t pixels, const Matrix<S>& to,
+                  const Threads& threads) {
+  parallel(threads, channels, grain_of(pixels), [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c)
+      for (int64_t p = 0; p < pixels; ++p) narrow(gain[c] * from.data[c * from.row + p], to.data[c * to.row + p]);
   });
-}
-
-// Where the planes of one sample lie in an image already, that memory; else its data null.
-template <class T>
-Matrix<T> planes_in_place(const Image<T>& image, const Extent& extent, int64_t sample) {
-  const bool even = image.pixel == 1 && (image.row == extent.width || extent.height * extent.depth == 1) &&
-                    (image.depth == extent.height * image.row || extent.depth == 1);
-  return even ? by_rows(image.data + sample * image.sample, image.channel) : Matrix<T>{};
 }
 
 // The right matrix of a convolution, columns [0, count), written out in whole blocks of pixels.

@@ -211,13 +211,12 @@ inline void open_tiles() {}
 inline void close_tiles() {}
 #endif
 
-// Whether what follows a product is done in registers: nothing, or a relu, leaky or not, of what is not rounded.
+// Whether what follows a product is at most a relu, leaky or not: that is done as the block is written.
 template <class S>
 PYGLOW_HD bool is_simple(const After<S>& after) {
   const Activation kind = after.activation;
   const bool relu = kind == Activation::relu || kind == Activation::leaky_relu;
-  return sizeof(S) != 2 && after.argument.data == nullptr &&
-         (relu || (kind == Activation::none && after.derivative.data == nullptr));
+  return after.argument.data == nullptr && (relu || (kind == Activation::none && after.derivative.data == nullptr));
 }
 
 // The same for one block.
@@ -250,44 +249,92 @@ PYGLOW_HD void put(const Block<T, NumRows>& block, const Epilogue<T>& epilogue, 
   }
 }
 
-// A block of C, (rows, block_columns) in `block`, as After says, of which `columns` are written; `add`: to C.
+// A block of C that lies in `block`, (rows, block_columns).
 template <class S, class Out>
-void put_slowly(const ProductArgs<S, Out>& args, bool add, bool is_last, int64_t row, int64_t rows, int64_t column,
-                int64_t columns, Sum<S>* block) {
+struct Target {
+  const ProductArgs<S, Out>& args;
+  int64_t row, rows, column, columns;
+  bool add, is_last;  // to C; of the parts that are summed
+
+  PYGLOW_HD const Sum<S>* bias() const {
+    return is_last && args.after.bias != nullptr ? args.after.bias + row : nullptr;
+  }
+  PYGLOW_HD bool has_derivative() const { return is_last && args.after.derivative.data != nullptr; }
+};
+
+// Writes it where what follows is simple, the columns are whole and nothing is added.
+template <bool Leaky, class S, class Out>
+void put_at_once(const Target<S, Out>& target, Sum<S> leak, const Sum<S>* block) {
   using T = Sum<S>;
   constexpr int64_t width = block_columns<T>;
-  const After<S>& after = args.after;
-  for (int64_t i = 0; i < rows; ++i, block += width) {
-    Out* const to = at(args.c, row + i, column);
-    if (add)
-      for (int64_t j = 0; j < columns; ++j) block[j] += widen(to[j]);
-    if (is_last && after.bias != nullptr)
-      for (int64_t j = 0; j < width; ++j) block[j] += after.bias[row + i];
-    if (is_last && after.derivative.data != nullptr) {
-      alignas(64) T kept[width] = {};
-      const S* const from = at(after.derivative, row + i, column);
-      for (int64_t j = 0; j < columns; ++j) kept[j] = widen(from[j]);
-      math::with_activation(after.activation, [&](auto kind) {
-        for (int64_t j = 0; j < width; j += lanes<T>)
-          store<T>(block + j,
-                   math::activate_backward<kind.value>(load<T>(block + j), load<T>(kept + j), after.parameter));
-      });
-    } else if (is_last && after.activation != Activation::none) {
-      if (after.argument.data != nullptr) {
-        S* const argument = at(after.argument, row + i, column);
-        for (int64_t j = 0; j < columns; ++j) narrow(block[j], argument[j]);
-      }
-      math::with_activation(after.activation, [&](auto kind) {
-        for (int64_t j = 0; j < width; j += lanes<T>)
-          store<T>(block + j, math::activate<kind.value>(load<T>(block + j), after.parameter));
-      });
+  const ProductArgs<S, Out>& args = target.args;
+  Out* to = at(args.c, target.row, target.column);
+  const int64_t to_row = row_at(args.c, target.column);
+  const T* const bias = target.bias();
+  const S* mask = target.has_derivative() ? at(args.after.derivative, target.row, target.column) : nullptr;
+  const int64_t mask_row = mask == nullptr ? 0 : row_at(args.after.derivative, target.column);
+  for (int64_t i = 0; i < target.rows; ++i, block += width, to += to_row, mask += mask_row) {
+    Vec<T> v[column_vectors] = {load<T>(block), load<T>(block + lanes<T>)};
+    if (bias != nullptr)
+      for (auto& value : v) value = math::leaky_relu<Leaky>(value + broadcast<T>(bias[i]), leak);
+    if (mask != nullptr) {
+      Vec<T> result[column_vectors];
+      load_row(mask, result);
+      for (int j = 0; j < column_vectors; ++j) v[j] = math::leaky_relu_backward<Leaky>(v[j], result[j], leak);
     }
-    if (columns == width) {
-      for (int64_t j = 0; j < width; ++j) narrow(block[j], to[j]);
-    } else {
-      for (int64_t j = 0; j < columns; ++j) narrow(block[j], to[j]);
-    }
+    store_row(v, to);
   }
+}
+
+// Writes it whatever follows; `kept` is memory for another block. Both are spoiled.
+template <class S, class Out>
+void put_slowly(const Target<S, Out>& target, Sum<S>* block, Sum<S>* kept) {
+  using T = Sum<S>;
+  constexpr int64_t width = block_columns<T>;
+  const ProductArgs<S, Out>& args = target.args;
+  const After<S>& after = args.after;
+  const int64_t elements = target.rows * width, columns = target.columns;
+  const auto for_each_row = [&](const auto& matrix, const auto& f) {
+    for (int64_t i = 0; i < target.rows; ++i) f(at(matrix, target.row + i, target.column), i * width);
+  };
+  if (target.add)
+    for_each_row(args.c, [&](const Out* from, int64_t first) {
+      for (int64_t j = 0; j < columns; ++j) block[first + j] += widen(from[j]);
+    });
+  if (const T* const bias = target.bias())
+    for (int64_t i = 0; i < elements; i += lanes<T>)
+      store<T>(block + i, load<T>(block + i) + broadcast<T>(bias[i / width]));
+  if (target.has_derivative()) {
+    for (int64_t i = 0; i < elements; ++i) kept[i] = T(0);
+    for_each_row(after.derivative, [&](const S* from, int64_t first) {
+      for (int64_t j = 0; j < columns; ++j) kept[first + j] = widen(from[j]);
+    });
+    math::with_activation(after.activation, [&](auto kind) {
+      for (int64_t i = 0; i < elements; i += lanes<T>)
+        store<T>(block + i,
+                 math::activate_backward<kind.value>(load<T>(block + i), load<T>(kept + i), after.parameter));
+    });
+  } else if (target.is_last && after.activation != Activation::none) {
+    if (after.argument.data != nullptr)
+      for_each_row(after.argument, [&](S* to, int64_t first) {
+        for (int64_t j = 0; j < columns; ++j) narrow(block[first + j], to[j]);
+      });
+    math::with_activation(after.activation, [&](auto kind) {
+      for (int64_t i = 0; i < elements; i += lanes<T>)
+        store<T>(block + i, math::activate<kind.value>(load<T>(block + i), after.parameter));
+    });
+  }
+  for_each_row(args.c, [&](Out* to, int64_t first) {
+    for (int64_t j = 0; j < columns; ++j) narrow(block[first + j], to[j]);
+  });
+}
+
+// What a leaky relu multiplies by below zero, where what follows is simple; 1: there is none.
+template <class S>
+PYGLOW_HD Sum<S> leak_of(const After<S>& after) {
+  return after.activation == Activation::none   ? Sum<S>(1)
+         : after.activation == Activation::relu ? Sum<S>(0)
+                                                : after.parameter;
 }
 
 // The blocks [first, last) of panels in one block of columns.
@@ -299,13 +346,14 @@ void multiply_columns(const ProductArgs<S, Out>& args, const Blocks& blocks, int
   const int64_t size = panel_size<S>(blocks, args.inner);
   const int64_t longest = round_up(smaller(inner_block<S>, args.inner), pixel_block);
   char* const memory = static_cast<char*>(
-      thread_scratch(Scratch::tile, longest * width * sizeof(Packed<S>) + NumRows * width * sizeof(T)));
+      thread_scratch(Scratch::tile, longest * width * sizeof(Packed<S>) + 2 * NumRows * width * sizeof(T)));
   T* const sums = reinterpret_cast<T*>(memory);
-  Packed<S>* const packed = reinterpret_cast<Packed<S>*>(memory + NumRows * width * sizeof(T));
+  T* const more = sums + NumRows * width;
+  Packed<S>* const packed = reinterpret_cast<Packed<S>*>(more + NumRows * width);
   const int64_t columns = smaller(width, args.columns - column);
   const bool in_place = sizeof(S) != 2 && !args.turned && args.b.shifts == nullptr && columns == width;
   const bool simple = is_simple(args.after);
-  const T leak = args.after.activation == Activation::none ? T(1) : args.after.parameter;
+  const T leak = leak_of(args.after);
   for (int64_t k = 0; k < args.inner; k += inner_block<S>) {
     const int64_t inner = smaller(inner_block<S>, args.inner - k);
     const Packed<S>* right = packed;
@@ -352,7 +400,12 @@ void multiply_columns(const ProductArgs<S, Out>& args, const Blocks& blocks, int
         }
         put<false, T, NumRows>(block, {false, nullptr, nullptr, 0, T(0)}, NumRows, sums, width);
       }
-      put_slowly<S, Out>(args, add, is_last, row, rows, column, columns, sums);
+      const Target<S, Out> target{args, row, rows, column, columns, add, is_last};
+      if (simple && columns == width && !add) {
+        leak == T(0) ? put_at_once<false>(target, leak, sums) : put_at_once<true>(target, leak, sums);
+      } else {
+        put_slowly(target, sums, more);
+      }
     }
   }
 }

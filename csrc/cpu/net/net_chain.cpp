@@ -144,11 +144,9 @@ void gain_of(const NetChain<T>& net, T* gain) {
 template <class Args, class T, class S>
 void read_input(const Args& args, const Layout<T, S>& layout, const Turn& turn, S* planes, const Threads& threads) {
   const int64_t stride = plane_stride<S>(layout.cuts.most_in_turn()), own = layout.channels(0) - args.cond_channels;
-  const T* const no_gain = nullptr;
-  T* const no_sums = nullptr;
-  read_planes(args.x, layout.extent, turn.sample, own, turn.pixels, no_gain, no_sums, by_rows(planes, stride), threads);
+  read_planes(args.x, layout.extent, turn.sample, own, turn.pixels, by_rows(planes, stride), threads);
   if (args.cond_channels > 0)
-    read_planes(args.cond, layout.extent, turn.sample, args.cond_channels, turn.pixels, no_gain, no_sums,
+    read_planes(args.cond, layout.extent, turn.sample, args.cond_channels, turn.pixels,
                 by_rows(planes + own * stride, stride), threads);
 }
 
@@ -163,6 +161,36 @@ void set_activation(const NetLayer<T>& layer, After<S>& after) {
 template <class S, class Out>
 void multiply(const ProductArgs<S, Out>& product, const Threads& threads) {
   matrix_products(&product, 1, threads);
+}
+
+// The matrix from a pixel on with which a block begins.
+template <class T>
+Matrix<T> from_pixel(const Matrix<T>& m, int64_t pixel) {
+  return {m.data + pixel / pixel_block * m.block, m.row, m.block, m.tail - pixel, m.tail_row};
+}
+
+// A product whose result is a cut of an image: sample by sample into the image itself where it lies in planes of whole
+// blocks, else by way of `room`, (rows, stride).
+template <class T, class S>
+void multiply_to_image(ProductArgs<S, T> product, const Image<T>& image, const Extent& extent, const Turn& turn,
+                       const Cut& cut, T* room, int64_t stride, const Threads& threads) {
+  const int64_t plane = extent.positions();
+  const bool fits = turn.samples == 1 || (plane % pixel_block == 0 && plane >= least_pixels);
+  if (!has_planes(image, extent) || !fits) {
+    product.c = by_rows(room, stride);
+    multiply(product, threads);
+    write_planes(read_only(product.c), image, extent, turn.sample, product.rows, cut.begin, cut.end, threads);
+    return;
+  }
+  const Right<S> right = product.b;
+  for (int64_t p = cut.begin; p < cut.end;) {
+    const int64_t n = p / plane, end = smaller(cut.end, (n + 1) * plane);
+    product.c = by_rows(image.data + (turn.sample + n) * image.sample + (p - n * plane), image.channel);
+    product.b = {from_pixel(right.matrix, p - cut.begin), right.shifts, right.transposed, p};
+    product.columns = end - p;
+    multiply(product, threads);
+    p = end;
+  }
 }
 
 template <class T, class S>
@@ -227,7 +255,6 @@ void run(const NetArgs<T>& args, const Threads& threads) {
       return keeps ? layout.part(layout.kept(kept, b, false), b, true, turn, cut)
                    : layout.part(work[hidden[b]], b, false, turn, cut);
     };
-    const Matrix<T> whole = turn.samples == 1 ? planes_in_place(args.y, args.extent, turn.sample) : Matrix<T>{};
     const auto run_last = [&](const Cut& cut, const Right<S>& right) {
       ProductArgs<S, T> product{.a = left[last],
                                 .b = right,
@@ -248,12 +275,8 @@ void run(const NetArgs<T>& args, const Threads& threads) {
         return;
       }
       product.after.bias = bias;
-      const int64_t stride = plane_stride<T>(cuts.most_in_cut());
-      product.c = whole.data != nullptr ? by_rows(whole.data + cut.begin, whole.row) : by_rows(work[sum_room], stride);
-      multiply(product, threads);
-      if (whole.data == nullptr)
-        write_planes(by_rows(static_cast<const T*>(work[sum_room]), stride), args.y, args.extent, turn.sample, out,
-                     cut.begin, cut.end, threads);
+      multiply_to_image(product, args.y, args.extent, turn, cut, work[sum_room], plane_stride<T>(cuts.most_in_cut()),
+                        threads);
     };
     if (sums_last) sum->begin();
     for (int64_t first = 0; first <= last;) {
@@ -331,7 +354,9 @@ void run_backward(const NetBackwardArgs<T>& args, const Threads& threads) {
   }
   const auto gain_room = work.room<T>(out);
   const auto sums_room = work.room<double>(out);
-  const auto block_sums_room = work.room<T>(out * (round_up(cuts.most_in_turn(), pixel_block) / pixel_block));
+  // In its own numbers the output's gradient is read once for both.
+  const int64_t wide_stride = plane_stride<T>(cuts.most_in_turn());
+  const auto wide_room = work.room<T>(sizeof(S) == sizeof(T) ? 0 : out * wide_stride);
   const auto by_taps_room = work.room<T>(want_weights && sums_last ? out * inner_of(last) : 0);
   const auto sum_room =
       work.room<T>(sums_first ? TapSum<T>::elements(in, layout.taps(0), net.layers[0].window.reach(args.extent), cuts)
@@ -362,10 +387,18 @@ void run_backward(const NetBackwardArgs<T>& args, const Threads& threads) {
 
   for (int64_t t = 0; t < cuts.turns(); ++t) {
     const Turn turn = cuts.turn(t);
-    read_planes(args.grad_y, args.extent, turn.sample, out, turn.pixels, static_cast<const T*>(gain),
-                work[block_sums_room], by_rows(work[output_grad], turn_stride), threads);
-    for (int64_t b = 0; b < (turn.pixels + pixel_block - 1) / pixel_block; ++b)
-      for (int64_t k = 0; k < out; ++k) bias_sums[k] += work[block_sums_room][b * out + k];
+    const Matrix<S> grad_planes = by_rows(work[output_grad], turn_stride);
+    const auto read_gradient = [&](const Matrix<T>& planes) {
+      read_planes(args.grad_y, args.extent, turn.sample, out, turn.pixels, planes, threads);
+      if (want_weights) add_row_sums(read_only(planes), out, turn.pixels, bias_sums, threads);
+      if (sizeof(S) != sizeof(T) || net.log_gain != nullptr)
+        scale_planes(read_only(planes), static_cast<const T*>(gain), out, turn.pixels, grad_planes, threads);
+    };
+    if constexpr (sizeof(S) == sizeof(T)) {
+      read_gradient(grad_planes);
+    } else {
+      read_gradient(by_rows(work[wide_room], wide_stride));
+    }
     if (want_weights) read_input(args, layout, turn, work[input], threads);
     if (sums_first) sum->begin();
 
@@ -407,13 +440,16 @@ void run_backward(const NetBackwardArgs<T>& args, const Threads& threads) {
       }
       const int64_t stride = plane_stride<T>(most);
       T* const planes = work[sum_room];
+      if (args.cond_channels == 0) {
+        multiply_to_image(product, args.grad_x, args.extent, turn, cut, planes, stride, threads);
+        return;
+      }
       product.c = by_rows(planes, stride);
       multiply(product, threads);
-      write_planes(by_rows(static_cast<const T*>(planes), stride), args.grad_x, args.extent, turn.sample, own,
-                   cut.begin, cut.end, threads);
-      if (args.cond_channels > 0)
-        write_planes(by_rows(static_cast<const T*>(planes + own * stride), stride), args.grad_cond, args.extent,
-                     turn.sample, args.cond_channels, cut.begin, cut.end, threads);
+      const Matrix<const T> x = read_only(product.c),
+                            cond = by_rows(static_cast<const T*>(planes + own * stride), stride);
+      write_planes(x, args.grad_x, args.extent, turn.sample, own, cut.begin, cut.end, threads);
+      write_planes(cond, args.grad_cond, args.extent, turn.sample, args.cond_channels, cut.begin, cut.end, threads);
     };
 
     // += the gradient behind layer i times the activations before it, turned, and the sums of the gradient's rows.

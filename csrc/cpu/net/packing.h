@@ -38,6 +38,31 @@ PYGLOW_HD float rounded(float x, BFloat16) {
 PYGLOW_HD float rounded(float x, float) { return x; }
 PYGLOW_HD double rounded(double x, double) { return x; }
 
+// A block of columns of one row.
+template <class T>
+PYGLOW_HD void load_row(const T* from, Vec<T> (&v)[column_vectors]) {
+  for (int j = 0; j < column_vectors; ++j) v[j] = load<T>(from + j * lanes<T>);
+}
+template <class T>
+PYGLOW_HD void store_row(const Vec<T> (&v)[column_vectors], T* to) {
+  for (int j = 0; j < column_vectors; ++j) store<T>(to + j * lanes<T>, v[j]);
+}
+PYGLOW_HD void load_row(const BFloat16* from, Vec<float> (&v)[column_vectors]) {
+  float row[block_columns<float>];
+  for (int64_t i = 0; i < block_columns<float>; ++i) row[i] = widen(from[i]);
+  load_row(row, v);
+}
+PYGLOW_HD void store_row(const Vec<float> (&v)[column_vectors], BFloat16* to) {
+#if defined(__AVX512BF16__)
+  const __m512bh both = _mm512_cvtne2ps_pbh((__m512)v[1], (__m512)v[0]);
+  __builtin_memcpy(to, &both, sizeof both);
+#else
+  float row[block_columns<float>];
+  store_row(v, row);
+  for (int64_t i = 0; i < block_columns<float>; ++i) narrow(row[i], to[i]);
+#endif
+}
+
 // Lane i is from[i] where bit i is set, else zero; all of it may be read.
 template <class T>
 PYGLOW_HD Vec<T> load_where(const T* from, uint32_t bits) {
