@@ -165,9 +165,7 @@ class NetChain(torch.autograd.Function):
         """Gradients of x, cond, the gain, the weights and the biases."""
         x, cond, kept, log_gain, bias, *weights = ctx.saved_tensors
         want_weights = any((ctx.needs_input_grad[2], *ctx.needs_input_grad[4:]))
-        found = ops.net_chain_backward(
-            grad_out, x, cond, kept, weights, bias, log_gain, *ctx.arguments, want_weights
-        )
+        found = ops.net_chain_backward(grad_out, x, cond, kept, weights, bias, log_gain, *ctx.arguments, want_weights)
         grad_x, *grads = found
         grad_cond = None if cond is None else grads.pop(0)
         grad_gain = None if log_gain is None or not want_weights else grads.pop()

@@ -210,12 +210,13 @@ def coupling_net(
     log_gain: Tensor | None = None,
     *,
     leak: float = 0.0,
+    cond: Tensor | None = None,
 ) -> Tensor:
     """exp(3 log_gain) (w3 * a(w2 * a(w1 * x + b1) + b2) + b3), a(h) = max(h, 0) + leak min(h, 0).
 
     See :func:`pyglow_fast.reference.coupling_net`.
     """
-    return net_chain(x, (w1, w2, w3), (b1, b2, b3), coupling_net_spec(x.dim() - 2, leak), log_gain)
+    return net_chain(x, (w1, w2, w3), (b1, b2, b3), coupling_net_spec(x.dim() - 2, leak), log_gain, cond)
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -134,7 +134,7 @@ def _runs(op: str, device: str, why_not: str) -> str:
         return "reference"
     if ops.is_compiled(op, device):
         return "compiled"
-    return "reference: the library's convolutions" if op.startswith("coupling_net") else "reference"
+    return "reference: the library's convolutions" if op.startswith("net_chain") else "reference"
 
 
 def _ops() -> dict[str, str]:

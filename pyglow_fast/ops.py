@@ -144,9 +144,7 @@ def _in_format_of(x: Tensor, shape: Sequence[int]) -> Tensor:
     return x.new_empty(shape).to(memory_format=torch._prims_common.suggest_memory_format(x))
 
 
-def _fake_net_chain(
-    x: Tensor, cond: Tensor | None, weights: Sequence[Tensor], *rest: Any
-) -> tuple[Tensor, Tensor]:
+def _fake_net_chain(x: Tensor, cond: Tensor | None, weights: Sequence[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
     _, _, activations, _, dilations, half, keep = rest
     kept = x.new_empty(
         kept_elements(x, weights, activations, dilations) if keep else 0, dtype=torch.bfloat16 if half else x.dtype

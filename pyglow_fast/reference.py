@@ -334,10 +334,11 @@ def coupling_net(
     log_gain: Tensor | None = None,
     *,
     leak: float = 0.0,
+    cond: Tensor | None = None,
 ) -> Tensor:
     """exp(3 log_gain) (w3 * a(w2 * a(w1 * x + b1) + b2) + b3): Glow's net, convolutions 3x3, 1x1, 3x3.
 
-    a(h) = max(h, 0) + leak min(h, 0), which is relu without a leak. See :func:`net_chain` for other nets.
+    a(h) = max(h, 0) + leak min(h, 0), which is relu without a leak. See :func:`net_chain` for cond, and other nets.
 
     x (N, C_in, *spatial), w1 (hidden, C_in, 3, ...), w2 (hidden, hidden, 1, ...), w3 (C_out, hidden, 3, ...), 1-d and
     3-d alike; log_gain: C_out elements, or None for zeros; leak: 0 to 1.
@@ -346,7 +347,7 @@ def coupling_net(
         ValueError: another leak.
     """
     expect(0.0 <= leak <= 1.0, "leak", "a slope from 0 to 1", leak)
-    return net_chain(x, (w1, w2, w3), (b1, b2, b3), coupling_net_spec(x.dim() - 2, leak), log_gain)
+    return net_chain(x, (w1, w2, w3), (b1, b2, b3), coupling_net_spec(x.dim() - 2, leak), log_gain, cond)
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,14 @@
-"""The coupling net's forward and backward without autograd: what a backward that recomputes runs for every step."""
+"""A chain's forward and backward without autograd: what a backward that recomputes runs for every step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from pyglow_fast import ops
+from pyglow_fast import functional, ops
+from pyglow_fast.reference import ChainSpec
 
 
 def scaled(weight: Tensor, scale: Tensor) -> Tensor:
@@ -16,73 +16,84 @@ def scaled(weight: Tensor, scale: Tensor) -> Tensor:
     return weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
 
 
-class ExplicitCouplingNet:
-    """exp(3 log_gain) (w3 * relu(w2' * relu(w1' * x + b1') + b2') + b3), ActNorms folded in, on the CPU.
+class LayerNames(NamedTuple):
+    """What a layer's parameters are called; weight and bias are multiplied by exp(log_scale), if it has one."""
 
-    See CouplingNet.
+    weight: str
+    bias: str
+    log_scale: str | None = None
+
+
+class ExplicitNet:
+    """exp(3 log_gain) (w_L * h_(L-1) + b_L), h_l = a_l(w_l' * h_(l-1) + b_l'), scales folded in, on the CPU.
+
+    See :func:`pyglow_fast.reference.net_chain`.
 
     Args:
         params: of the net, by name.
+        layers: the names of those of each layer.
+        spec: of the chain.
+        gain: the name of log_gain, if there is one.
     """
 
-    def __init__(self, params: Mapping[str, Tensor]) -> None:
-        self.params = params
+    def __init__(
+        self, params: Mapping[str, Tensor], layers: Sequence[LayerNames], spec: ChainSpec, gain: str | None = None
+    ) -> None:
+        self.params, self.layers, self.spec = params, layers, spec
         self.scales: list[Tensor | None] = []
-        self.weights: list[Tensor] = []  # w1', b1', w2', b2', w3, b3, log_gain
-        for layer in (1, 2):
-            weight, bias, scale = self._parts(layer)
+        self.weights: list[Tensor] = []
+        self.biases: list[Tensor] = []
+        for layer in layers:
+            weight, bias = params[layer.weight], params[layer.bias]
+            scale = None if layer.log_scale is None else params[layer.log_scale].exp()
             self.scales.append(scale)
-            self.weights += [weight, bias] if scale is None else [scaled(weight, scale), bias * scale]
-        self.weights += [params[name] for name in ("conv3.weight", "conv3.bias", "log_gain")]
-
-    def _parts(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Weight, bias and the scale of both, if there is one."""
-        weight = self.params[f"conv{layer}.weight"]
-        if f"norm{layer}.log_scale" in self.params:
-            return weight, self.params[f"norm{layer}.bias"], self.params[f"norm{layer}.log_scale"].exp()
-        return weight, self.params[f"conv{layer}.bias"], None
+            self.weights.append(weight if scale is None else scaled(weight, scale))
+            self.biases.append(bias if scale is None else bias * scale)
+        self.gain = gain
+        self.log_gain = None if gain is None else params[gain]
 
     @property
     def out_channels(self) -> int:
         """The number of channels of the output."""
-        return self.weights[4].shape[0]
+        return self.weights[-1].shape[0]
 
-    @staticmethod
-    def _joined(x1: Tensor, cond: Tensor | None) -> Tensor:
-        return x1 if cond is None else torch.cat([x1, cond.to(x1.dtype)], dim=1)
+    def _run(self, x1: Tensor, cond: Tensor | None, keep: bool) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+        cond = None if cond is None else cond.to(x1.dtype)
+        how = (*ops.chain_arguments(self.spec), functional.net_in_half(x1))
+        out, kept = ops.net_chain(x1, cond, self.weights, self.biases, self.log_gain, *how, keep)
+        return out, kept, (x1, cond, how)
 
     def output(self, x1: Tensor, cond: Tensor | None) -> Tensor:
         """The net's output alone, without what a backward needs."""
-        return ops.coupling_net(self._joined(x1, cond), *self.weights, False)[0]
+        return self._run(x1, cond, False)[0]
 
     def forward(self, x1: Tensor, cond: Tensor | None) -> tuple[Tensor, Any]:
         """The output, and what :meth:`backward` takes."""
-        x = self._joined(x1, cond)
-        net_out, h1, h2 = ops.coupling_net(x, *self.weights, True)
-        return net_out, (x, h1, h2)
+        out, kept, (x1, cond, how) = self._run(x1, cond, True)
+        return out, (x1, cond, kept, how)
 
-    def backward(self, kept: Any, grad_out: Tensor, channels: int) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """Gradients of x1 (the first channels), of the condition and, by name, of the parameters that want one."""
-        w1, _, w2, _, *last = self.weights
+    def backward(self, kept: Any, grad_out: Tensor) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """Gradients of x1, of the condition and, by name, of the parameters that want one."""
+        x1, cond, hidden, how = kept
         want = any(parameter.requires_grad for parameter in self.params.values())
-        grad_x, *grads = ops.coupling_net_backward(grad_out, *kept, w1, w2, *last, want)
-        grad_cond = None
-        if grad_x.shape[1] > channels:  # a copy, as one of the two may be kept when the other is not
-            grad_x, grad_cond = grad_x[:, :channels], grad_x[:, channels:].contiguous()
+        bias = self.biases[-1]
+        grad_x, *grads = ops.net_chain_backward(
+            grad_out, x1, cond, hidden, self.weights, bias, self.log_gain, *how, want
+        )
+        grad_cond = grads.pop(0) if cond is not None else None
         return grad_x, grad_cond, self._unfolded(grads) if want else {}
 
     def _unfolded(self, grads: list[Tensor]) -> dict[str, Tensor]:
         """From the gradients of the folded weights and biases to those of the parameters."""
-        found = dict(zip(("conv3.weight", "conv3.bias", "log_gain"), grads[4:], strict=True))
-        for layer, scale in zip((1, 2), self.scales, strict=True):
-            grad_weight, grad_bias = grads[2 * layer - 2 : 2 * layer]
-            weight, bias, _ = self._parts(layer)
-            if scale is None:
-                found[f"conv{layer}.weight"], found[f"conv{layer}.bias"] = grad_weight, grad_bias
+        found = {} if self.gain is None else {self.gain: grads[-1]}
+        count = len(self.layers)
+        for index, (layer, scale) in enumerate(zip(self.layers, self.scales, strict=True)):
+            grad_weight, grad_bias = grads[index], grads[count + index]
+            if layer.log_scale is None or scale is None:
+                found[layer.weight], found[layer.bias] = grad_weight, grad_bias
                 continue
+            weight, bias = self.params[layer.weight], self.params[layer.bias]
             # Of log scale: sum grad' w' = scale (sum grad' w).
-            of_log = ((grad_weight * weight).flatten(1).sum(1) + grad_bias * bias) * scale
-            found[f"conv{layer}.weight"] = scaled(grad_weight, scale)
-            found[f"norm{layer}.bias"] = grad_bias * scale
-            found[f"norm{layer}.log_scale"] = of_log
+            found[layer.log_scale] = ((grad_weight * weight).flatten(1).sum(1) + grad_bias * bias) * scale
+            found[layer.weight], found[layer.bias] = scaled(grad_weight, scale), grad_bias * scale
         return {name: grad for name, grad in found.items() if self.params[name].requires_grad}

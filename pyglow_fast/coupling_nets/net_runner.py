@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
-from pyglow_fast.coupling_nets.explicit_net import ExplicitCouplingNet
+from pyglow_fast.coupling_nets.explicit_net import ExplicitNet
 from pyglow_fast.coupling_nets.net_shape import NetShape
 from pyglow_fast.coupling_nets.plan import Chunk, ChunkPlan, plan_chunks
 from pyglow_fast.coupling_nets.precision import in_precision
@@ -84,7 +84,7 @@ class NetRunner:
         cond_channels = 0 if cond is None else cond.shape[1]
         key: tuple[object, ...] = (self.budget, x1.shape, x1.dtype, x1.device.type, cond_channels, random)
         if self._known:
-            key += (functional.net_as_products(x1),)
+            key += (functional.net_as_products(x1), functional.net_in_half(x1))
         else:
             cost = bytes_per_position(self.net, x1.shape[1] + cond_channels, x1.element_size())
             modes = () if isinstance(self.net, NetShape) else training_modes(self.net)
@@ -104,7 +104,7 @@ class NetRunner:
             self._plans[key] = (self.net, plan)
         return plan
 
-    def _explicit(self, x1: Tensor, params: Sequence[Tensor], later: bool) -> ExplicitCouplingNet | None:
+    def _explicit(self, x1: Tensor, params: Sequence[Tensor], later: bool) -> ExplicitNet | None:
         """The net without autograd on those parameters, if it has such a form on x1.
 
         later: than the run began, since when hooks may have been put on the net, which are to be called.
@@ -150,7 +150,7 @@ class NetRunner:
         net = self.net
 
         def call(x1: Tensor, cond: Tensor | None) -> Tensor:
-            return functional.coupling_net(net.net_input(x1, cond), *weights)
+            return net.run_on(x1, cond, weights)
 
         with in_precision(self.precision, x1):
             return run_net(net, x1, cond, self._plan(x1, cond), call)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import check_count, check_input, expect
-from pyglow_fast.coupling_nets.explicit_net import ExplicitCouplingNet
+from pyglow_fast.coupling_nets.explicit_net import ExplicitNet
 
 
 class NetShape(nn.Module):
@@ -40,21 +40,24 @@ class NetShape(nn.Module):
         """Whether nothing but the net's own parameters is known to decide what it computes."""
         return False
 
-    def explicit(self, x1: Tensor, params: Mapping[str, Tensor]) -> ExplicitCouplingNet | None:
+    def explicit(self, x1: Tensor, params: Mapping[str, Tensor]) -> ExplicitNet | None:
         """The net on those parameters without autograd, if it has such a form; else None. For nets that are plain."""
         return None
 
     def bytes_per_position(self, element_size: int) -> int:
         """The most bytes of activations alive in forward and backward, per sample and position.
 
-        As matrix products the two hidden layers after their relu, besides the output and its gradient; as library
-        convolutions their gradients too. A hidden ActNorm costs nothing: it is folded into the weights.
+        As matrix products the two hidden layers after their relu, in bfloat16 where the net runs in that, besides the
+        output, its gradient and the input; as library convolutions their gradients too. A hidden ActNorm costs nothing:
+        it is folded into the weights.
         """
-        products = self.dims == 2 and functional.net_as_products(self.like)
+        products = functional.net_as_products(self.like)
         # With a border term there is one input channel and one hidden unit more.
-        hidden = (2 if products else 4) * (self.hidden + self.border)
-        edges = (3 if products else 5) * self.out_channels + 2 * (self.in_channels + self.cond_channels + self.border)
-        return (hidden + edges) * element_size
+        hidden, inputs = self.hidden + self.border, self.in_channels + self.cond_channels + self.border
+        if not products:
+            return (4 * hidden + 5 * self.out_channels + 2 * inputs) * element_size
+        kept = 2 if functional.net_in_half(self.like) else element_size
+        return 2 * hidden * kept + (3 * self.out_channels + 2 * inputs) * element_size
 
     def check_inputs(self, x: Tensor, cond: Tensor | None) -> None:
         """Refuse x or cond of the wrong shape, dtype or device."""
@@ -75,7 +78,10 @@ class NetShape(nn.Module):
         self.check_inputs(x, cond)
         return x if cond is None else torch.cat([x, cond.to(x.dtype)], dim=1)
 
-    def net_input(self, x: Tensor, cond: Tensor | None) -> Tensor:
-        """What functional.coupling_net takes: the checked inputs as one and, for a border term, a channel of ones."""
-        x = self.with_condition(x, cond)
-        return torch.cat([x, x.new_ones(x.shape[0], 1, *x.shape[2:])], dim=1) if self.border else x
+    def run_on(self, x: Tensor, cond: Tensor | None, weights: Sequence[Tensor]) -> Tensor:
+        """The net on x and cond, checked, by w1, b1, w2, b2, w3, b3 and maybe log_gain, a border term folded in."""
+        if self.border:  # which then is a channel of ones
+            x = self.with_condition(x, cond)
+            return functional.coupling_net(torch.cat([x, x.new_ones(x.shape[0], 1, *x.shape[2:])], dim=1), *weights)
+        self.check_inputs(x, cond)
+        return functional.coupling_net(x, *weights, cond=None if cond is None else cond.to(x.dtype))

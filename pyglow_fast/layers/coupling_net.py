@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
-from pyglow_fast.coupling_nets.explicit_net import ExplicitCouplingNet, scaled
+from pyglow_fast.coupling_nets.explicit_net import ExplicitNet, LayerNames, scaled
 from pyglow_fast.coupling_nets.net_shape import NetShape
 from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.layers.actnorm import ActNorm
 from pyglow_fast.layers.border import border_kernel, border_map, without_border
 from pyglow_fast.layers.ranks import refused_alike
+from pyglow_fast.reference import coupling_net_spec
 
 _CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
     1: nn.Conv1d,
@@ -42,6 +43,18 @@ def _slots_of(*has_norms: bool) -> tuple[tuple[str, str, str], ...]:
     for layer, has_norm in enumerate(has_norms, 1):
         names += [f"norm{layer}.log_scale", f"norm{layer}.bias"] if has_norm else [f"conv{layer}.bias"]
     return tuple((name, *name.rpartition(".")[::2]) for name in names)
+
+
+@functools.cache
+def _layers_of(*has_norms: bool) -> tuple[LayerNames, ...]:
+    """The hidden layers, whose biases are those of their norms where they have one, and the last."""
+    hidden = [
+        LayerNames(f"conv{layer}.weight", f"norm{layer}.bias", f"norm{layer}.log_scale")
+        if has_norm
+        else LayerNames(f"conv{layer}.weight", f"conv{layer}.bias")
+        for layer, has_norm in enumerate(has_norms, 1)
+    ]
+    return *hidden, LayerNames("conv3.weight", "conv3.bias")
 
 
 class CouplingNet(NetShape):
@@ -145,20 +158,26 @@ class CouplingNet(NetShape):
         """With log_gain at the end, not folded in."""
         # By attribute, so that parametrizations, pruning and torch.func.functional_call have their say.
         parts = self._modules
-        net = ExplicitCouplingNet(
+        net = self._folded(
             {name: getattr(parts[part] if part else self, attribute) for name, part, attribute in self._slots()}
         )
+        pairs = zip(net.weights, net.biases, strict=True)
+        weights = [*(tensor for pair in pairs for tensor in pair), self.log_gain]
         if self.border1 is None or self.border3 is None:
-            return net.weights
-        return without_border(net.weights, net.scales[0], self.border1, self.border3)
+            return weights
+        return without_border(weights, net.scales[0], self.border1, self.border3)
 
-    def explicit(self, x1: Tensor, params: Mapping[str, Tensor]) -> ExplicitCouplingNet | None:
+    def _folded(self, params: Mapping[str, Tensor]) -> ExplicitNet:
+        layers = _layers_of(isinstance(self.norm1, ActNorm), isinstance(self.norm2, ActNorm))
+        return ExplicitNet(params, layers, coupling_net_spec(self.dims), "log_gain")
+
+    def explicit(self, x1: Tensor, params: Mapping[str, Tensor]) -> ExplicitNet | None:
         """The net on those parameters without autograd, where it runs as matrix products of ours; else None.
 
         None with a border term too.
         """
         fits = params.keys() == {name for name, _, _ in self._slots()} and functional.net_as_products(x1)
-        return ExplicitCouplingNet(params) if fits else None
+        return self._folded(params) if fits else None
 
     def _slots(self) -> tuple[tuple[str, str, str], ...]:
         """What the parameters (but for a border term's) are called without parametrizations, and where they are."""
@@ -169,7 +188,7 @@ class CouplingNet(NetShape):
         parts = [part for part in self._modules.values() if part is not None]
         if any(part._forward_hooks or part._forward_pre_hooks for part in parts):
             return self._layer_by_layer(self.with_condition(x, cond))
-        return functional.coupling_net(self.net_input(x, cond), *self._weights())
+        return self.run_on(x, cond, self._weights())
 
     def _convolved(self, conv: nn.Module, x: Tensor) -> Tensor:
         """conv(x), with its border term."""

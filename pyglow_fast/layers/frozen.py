@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast import functional
 from pyglow_fast._errors import check_input, expect
 from pyglow_fast.coupling_nets.net_shape import NetShape
 from pyglow_fast.layers._base import FlowLayer
@@ -41,7 +40,7 @@ class FrozenNet(NetShape):
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """x, cond -> shift and raw scale (or shift alone)."""
         weights = [self.get_buffer(name) for name in WEIGHTS]
-        return functional.coupling_net(self.net_input(x, cond), *weights)
+        return self.run_on(x, cond, weights)
 
 
 class FrozenSteps(FlowLayer):
