@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import parametrize
 
 from pyglow_fast.reference import ChainSpec
 
@@ -79,7 +78,7 @@ class KnownNet:
     @property
     def is_parametrized(self) -> bool:
         """Whether weights are computed when they are asked for, and may be others when they are asked for again."""
-        return any(parametrize.is_parametrized(layer.module) for layer in self.layers)
+        return any(parametrizations(layer.module) for layer in self.layers)
 
     def weights_and_biases(self) -> tuple[list[Tensor], list[Tensor]] | None:
         """Of every layer, for functional.net_chain, differentiable; None while a map waits for data.
@@ -115,9 +114,11 @@ class KnownNet:
     def _tensors(self) -> Iterator[Tensor]:
         for layer in self.layers:
             for module in (layer.module, *layer.before, *layer.after):
-                yield from module.parameters()
+                # Of modules in it where there are any: what parametrizes it, a library's actnorm.
+                own = module.parameters() if module._modules else module._parameters.values()
+                yield from (value for value in own if value is not None)
                 if isinstance(module, _BatchNorm):
-                    yield from (buffer for buffer in module.buffers() if buffer.is_floating_point())
+                    yield from (value for value in module.buffers() if value.is_floating_point())
 
 
 def qualified(kind: type) -> str:
@@ -125,14 +126,20 @@ def qualified(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+def parametrizations(module: nn.Module) -> dict[str, Any]:
+    """What computes tensors of a module when they are asked for, by their names."""
+    found: Any = module._modules.get("parametrizations")  # not by getattr, which is slow where there are none
+    return found._modules if isinstance(found, nn.ModuleDict) else {}
+
+
 def plain_type(module: nn.Module) -> type:
     """The class of a module, without the one that torch's parametrizations put in its place."""
-    kind = type(module)
-    if not parametrize.is_parametrized(module):
+    kind, computed = type(module), parametrizations(module)
+    if not computed:
         return kind
     added = vars(kind).keys() - {"__module__", "__doc__", "__getstate__", "__deepcopy__"}
     by_torch = kind.__name__ == f"Parametrized{kind.__mro__[1].__name__}"
-    return kind.__mro__[1] if by_torch and added <= set(module.parametrizations) else kind  # type: ignore[arg-type]
+    return kind.__mro__[1] if by_torch and added <= computed.keys() else kind
 
 
 def widths(layer: Any) -> tuple[int, int]:

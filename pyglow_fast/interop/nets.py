@@ -24,6 +24,7 @@ from pyglow_fast.interop.known_net import (
     WRAPPERS,
     KnownNet,
     Layer,
+    parametrizations,
     plain_type,
     qualified,
     sides,
@@ -35,6 +36,7 @@ __all__ = ["AFFINE_MAPS", "KnownNet", "halo", "recognised", "run"]
 
 _PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_SIZES = frozenset(KERNEL_SIZES)
 _GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
 ACTIVATIONS: dict[type[nn.Module], Callable[[Any], Activation]] = {
     nn.ReLU: lambda module: Activation(),
@@ -199,37 +201,36 @@ def _check_norm(name: str, module: nn.Module, channels: int, dims: int) -> None:
 
 def _check_weights(name: str, module: Any) -> None:
     """Refuse weights that are not of the size that the layer says, or may not be."""
-    for key, found in getattr(module, "parametrizations", {}).items():
+    computed = parametrizations(module)
+    for key, found in computed.items():
         own = all(type(part).__module__ == "torch.nn.utils.parametrizations" for part in found)
         if found.unsafe and not own:
             _refuse(name, module, f", a parametrization of {key} that is 'unsafe'", "one that keeps size and dtype")
     before, after = widths(module)
-    shapes = {"weight": (after, before, *getattr(module, "kernel_size", ())), "bias": (after,)}
+    kernel: tuple[int, ...] = () if isinstance(module, nn.Linear) else module.kernel_size
+    shapes = {"weight": (after, before, *kernel), "bias": (after,)}
     for key, shape in shapes.items():
-        if key in getattr(module, "parametrizations", {}):  # to look at it computes it, and may change it
-            continue
-        value = getattr(module, key)
-        if value is not None and tuple(value.shape) != shape:
+        value = None if key in computed else getattr(module, key)  # to look at it would compute it, and may change it
+        if value is not None and value.shape != shape:
             _refuse(name, module, f", {key} {tuple(value.shape)}", f"{shape}")
 
 
 def _check_convolution(name: str, conv: Any, dims: int, pads: Sequence[tuple[str, Any]]) -> int:
     """The most zeros to a side that a convolution pads with, the pads before it among them; or refuse it."""
-    for key in ("stride", "dilation", "padding"):
-        value = getattr(conv, key)
-        numbers = isinstance(value, tuple) and len(value) == dims and all(size >= 0 for size in value)
-        if not numbers and not (key == "padding" and isinstance(value, str)):
-            _refuse(name, conv, f", {key} {value!r}", f"{dims} numbers of at least 0")
     if conv.stride != (1,) * dims:
         _refuse(name, conv, f", stride {conv.stride}", "1")
     if conv.groups != 1:
         _refuse(name, conv, f", groups {conv.groups}", "1")
-    if not all(size in KERNEL_SIZES for size in conv.kernel_size):
+    if not _SIZES.issuperset(conv.kernel_size):
         _refuse(name, conv, f", kernel size {conv.kernel_size}", f"sizes of {KERNEL_SIZES}")
+    if not isinstance(conv.dilation, tuple) or len(conv.dilation) != dims:  # set by hand: torch takes a number too
+        _refuse(name, conv, f", dilation {conv.dilation}", f"{dims} numbers")
     expected = sides(conv.kernel_size, conv.dilation)
     own = conv.padding
     if isinstance(own, str):
         own = expected if own == "same" else (0,) * dims
+    if not isinstance(own, tuple) or len(own) != dims or min(own) < 0:
+        _refuse(name, conv, f", padding {own}", f"{dims} numbers of at least 0")
     if conv.padding_mode != "zeros" and any(own):
         _refuse(name, conv, f", padding mode {conv.padding_mode!r}", "'zeros'")
     left, right = list(own), list(own)
@@ -240,7 +241,7 @@ def _check_convolution(name: str, conv: Any, dims: int, pads: Sequence[tuple[str
         for dim, (first, last) in enumerate(pairs, start=1):
             left[-dim] += first
             right[-dim] += last
-    if tuple(left) != expected or tuple(right) != expected:
+    if (*left, *right) != (*expected, *expected):
         both = tuple(left) if left == right else tuple(zip(left, right, strict=True))
         _refuse(name, conv, f", in all padded by {both}", f"{expected}")
     return max(expected)
