@@ -137,7 +137,8 @@ def plain_type(module: nn.Module) -> type:
     kind, computed = type(module), parametrizations(module)
     if not computed:
         return kind
-    added = vars(kind).keys() - {"__module__", "__doc__", "__getstate__", "__deepcopy__"}
+    by_copies = {"__getstate__", "__deepcopy__", "__slotnames__"}  # which do not change what it computes
+    added = vars(kind).keys() - {"__module__", "__doc__", *by_copies}
     by_torch = kind.__name__ == f"Parametrized{kind.__mro__[1].__name__}"
     return kind.__mro__[1] if by_torch and added <= computed.keys() else kind
 

@@ -1,0 +1,483 @@
+"""Which chains of torch's modules run in our executor, with what values and gradients; and which do not, and why."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections.abc import Callable
+from typing import Any
+
+import FrEIA.framework as Ff
+import FrEIA.modules as Fm
+import normflows
+import pytest
+import torch
+from support.accelerate_cases import noisy
+from support.drawn_chains import CONVOLUTIONS, Doubled, drawn_chain, norm_of
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+from pyglow_fast import functional
+from pyglow_fast.interop import accelerate, nets
+from pyglow_fast.reference import Activation
+
+pytestmark = pytest.mark.skipif(
+    not functional.chain_as_products(torch.zeros(1, 1)), reason="the nets run as the library's layers here"
+)
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+
+
+@pytest.fixture
+def chains(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What our executor is called with besides weights."""
+    calls: list[dict[str, Any]] = []
+    own = functional.net_chain
+
+    def noting(x: Tensor, weights: Any, biases: Any, spec: Any, **options: Any) -> Tensor:
+        calls.append({"x": x, "spec": spec, **options})
+        return own(x, weights, biases, spec, **options)
+
+    monkeypatch.setattr(functional, "net_chain", noting)
+    return calls
+
+
+def values_and_gradients(net: nn.Module, run: Callable[[], Tensor], *inputs: Tensor) -> list[Tensor | None]:
+    out = run()
+    wanted = [*inputs, *(parameter for parameter in net.parameters() if parameter.requires_grad)]
+    weights = torch.linspace(-1.0, 1.0, out.numel(), dtype=out.dtype).view_as(out)
+    return [out, *torch.autograd.grad((out * weights).sum(), wanted, allow_unused=True), *net.buffers()]
+
+
+def assert_same(net: nn.Module, x: Tensor) -> None:
+    """Of nets.run and the net itself: values, gradients, and what a call leaves in the buffers."""
+    theirs, ours = copy.deepcopy(net), copy.deepcopy(net)
+    expected = values_and_gradients(theirs, lambda: theirs(x), x)
+    found = values_and_gradients(ours, lambda: nets.run(ours, x), x)
+    for value, wanted in zip(found, expected, strict=True):
+        assert (value is None) == (wanted is None)
+        if wanted is not None:
+            torch.testing.assert_close(value, wanted, **CLOSE)
+
+
+@pytest.mark.parametrize("dims", [0, 1, 2, 3])
+@pytest.mark.parametrize("seed", range(60))
+def test_drawn_chains(seed: int, dims: int, chains: list[dict[str, Any]]) -> None:
+    net, x = drawn_chain(seed, dims)
+    known = nets.recognised(net)
+    assert isinstance(known, nets.KnownNet), known
+    assert known.dims == dims
+    assert_same(net, x)
+    assert len(chains) == 1
+
+
+@pytest.mark.parametrize("dims", [0, 1, 2, 3])
+@pytest.mark.parametrize("seed", range(6))
+def test_drawn_chains_in_float32(seed: int, dims: int) -> None:
+    net, x = drawn_chain(100 + seed, dims)
+    net, x = net.float(), x.detach().float()
+    theirs, ours = copy.deepcopy(net), copy.deepcopy(net)
+    torch.testing.assert_close(nets.run(ours, x), theirs(x), rtol=1e-4, atol=1e-4)
+
+
+def conv(*args: Any, dims: int = 2, **options: Any) -> Any:
+    return CONVOLUTIONS[dims](*args, **options)
+
+
+def like_fast_flow(c_in: int, c_out: int) -> nn.Module:
+    """Pads are modules of their own."""
+    pads = [nn.ZeroPad2d(1), nn.ZeroPad2d((1, 1, 1, 1))]
+    return nn.Sequential(pads[0], nn.Conv2d(c_in, 6, 3), nn.ReLU(), pads[1], nn.Conv2d(6, c_out, 3))
+
+
+def like_u_flow(c_in: int, c_out: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(c_in, 6, 3, padding="same"), nn.ReLU(), nn.Conv2d(6, c_out, 3, padding="same"))
+
+
+def like_glow_tts(c_in: int, c_out: int) -> nn.Module:
+    """Kernel 5 along time, and weights of separate norms and directions."""
+    first, second = nn.Conv1d(c_in, 6, 5, padding=2), nn.Conv1d(6, 6, 5, padding=4, dilation=2)
+    first, second = parametrizations.weight_norm(first), parametrizations.weight_norm(second)
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Conv1d(6, c_out, 1))
+
+
+def like_cflow(c_in: int, c_out: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(c_in, 2 * c_in), nn.ReLU(), nn.Linear(2 * c_in, c_out))
+
+
+def shared_twice(c_in: int, c_out: int) -> nn.Module:
+    """One convolution, norm and activation in two places."""
+    middle, norm, activation = nn.Conv2d(6, 6, 3, padding=1), norm_of(2, 6), nn.Tanh()
+    parts = [middle, norm, activation] * 2
+    return nn.Sequential(nn.Conv2d(c_in, 6, 1), activation, *parts, nn.Conv2d(6, c_out, 1))
+
+
+CASES = {
+    "FastFlow": (like_fast_flow, (2, 4, 5, 6), (2, 2)),
+    "U-Flow": (like_u_flow, (2, 4, 5, 6), (2, 2)),
+    "Glow-TTS": (like_glow_tts, (2, 4, 11), (6,)),
+    "CFLOW": (like_cflow, (7, 4), ()),
+    "a single convolution": (
+        lambda *widths: nn.Conv3d(*widths, (1, 3, 5), padding=(0, 1, 2)),
+        (2, 4, 3, 4, 5),
+        (0, 1, 2),
+    ),
+    "a shared module": (shared_twice, (2, 4, 5, 6), (2, 2)),
+    "normflows' MLP": (lambda *widths: normflows.nets.MLP([widths[0], 8, 8, widths[1]], 0.1), (7, 4), ()),
+    "normflows' ConvNet2d": (
+        lambda *widths: normflows.nets.ConvNet2d([widths[0], 5, 5, widths[1]], (3, 1, 3)),
+        (2, 4, 5, 6),
+        (2, 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nets_as_others_write_them(case: str, chains: list[dict[str, Any]]) -> None:
+    make, shape, reach = CASES[case]
+    net = noisy(make(4, 6))
+    known = nets.recognised(net)
+    assert isinstance(known, nets.KnownNet), known
+    assert known.reach == reach
+    assert known.dims == len(shape) - 2
+    assert nets.halo(net) == (None if case == "Glow-TTS" else max(reach, default=0))
+    assert_same(net, torch.randn(shape, dtype=torch.float64, requires_grad=True))
+    assert len(chains) == 1
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_the_reach_is_how_far_a_net_looks(dims: int) -> None:
+    for seed in (0, 1, 2, 6, 7, 8):
+        net, _ = drawn_chain(seed, dims)
+        known = nets.recognised(net)
+        assert isinstance(known, nets.KnownNet)
+        for part in list(net.modules()):
+            for key, child in part.named_children():
+                if isinstance(child, nn.ReLU | nn.LeakyReLU | nn.GELU):  # which may let nothing through
+                    setattr(part, key, nn.Tanh())
+        middle = [1 + side for side in known.reach]
+        x = torch.randn(1, known.layers[0].module.in_channels, *[2 * at + 1 for at in middle], dtype=torch.float64)
+        x.requires_grad_()
+        out = net(x)[(0, slice(None), *middle)]
+        (grad,) = torch.autograd.grad(out.square().sum(), x)
+        for dim, side in enumerate(known.reach):
+            seen = grad.abs().sum([other for other in range(dims + 2) if other != dim + 2]).nonzero().flatten()
+            assert (seen.min(), seen.max()) == (1, 2 * side + 1), (seed, dim)
+
+
+class Mine(nn.Conv2d):
+    """Of a user."""
+
+
+def hooked(hook: str) -> nn.Module:
+    part = conv(4, 4, 1)
+    getattr(part, f"register_{hook}")(lambda *args: None)
+    return part
+
+
+def with_own_forward() -> nn.Module:
+    part = nn.ReLU()
+    part.forward = torch.tanh  # type: ignore[method-assign]
+    return part
+
+
+def resized() -> nn.Module:
+    part = conv(4, 4, 3, padding=1)
+    part.weight = nn.Parameter(torch.randn(4, 4, 1, 1))
+    return part
+
+
+def widened() -> nn.Module:
+    """A parametrization that torch does not check: its kernel is larger than the module says."""
+    part = conv(4, 4, 1)
+    return parametrize.register_parametrization(part, "weight", nn.ZeroPad2d(1), unsafe=True)
+
+
+def parametrized_mine() -> nn.Module:
+    return parametrize.register_parametrization(Mine(4, 4, 1), "weight", Doubled())
+
+
+def without_statistics() -> nn.Module:
+    return nn.BatchNorm2d(4, track_running_stats=False).eval()
+
+
+# What stands between two convolutions of 1x1 (or after them), and what is said of it; {} is its number.
+MISFITS: dict[str, tuple[Callable[[], list[nn.Module]], str]] = {
+    "an even kernel": (lambda: [conv(4, 4, 2)], "{}: Conv2d(*), kernel size (2, 2): expected sizes of (1, 3, 5, 7)"),
+    "a large kernel": (lambda: [conv(4, 4, 9, padding=4)], "{}: Conv2d(*), kernel size (9, 9): expected sizes of *"),
+    "a stride": (lambda: [conv(4, 4, 3, 2, 1)], "{}: Conv2d(*), stride (2, 2): expected 1"),
+    "groups": (lambda: [conv(4, 4, 3, padding=1, groups=2)], "{}: Conv2d(*), groups 2: expected 1"),
+    "circular": (
+        lambda: [conv(4, 4, 3, padding=1, padding_mode="circular")],
+        "{}: Conv2d(*), padding mode 'circular': expected 'zeros'",
+    ),
+    "too little padding": (
+        lambda: [conv(4, 4, 5, padding=1)],
+        "{}: Conv2d(*), in all padded by (1, 1): expected (2, 2)",
+    ),
+    "no padding": (lambda: [conv(4, 4, 3)], "{}: Conv2d(*), in all padded by (0, 0): expected (1, 1)"),
+    "padding without dilation": (
+        lambda: [conv(4, 4, 3, padding=1, dilation=2)],
+        "{}: Conv2d(*), in all padded by (1, 1): expected (2, 2)",
+    ),
+    "padded twice": (
+        lambda: [nn.ZeroPad2d(1), conv(4, 4, 3, padding=1)],
+        "{1}: Conv2d(*), in all padded by (2, 2): expected (1, 1)",
+    ),
+    "padded on one side": (
+        lambda: [nn.ZeroPad2d((2, 0, 1, 1)), conv(4, 4, 3)],
+        "{1}: Conv2d(*), in all padded by ((1, 1), (2, 0)): expected (1, 1)",
+    ),
+    "padded by ones": (
+        lambda: [nn.ConstantPad2d(1, 1.0), conv(4, 4, 3)],
+        "{}: ConstantPad2d(*), value 1.0: expected 0",
+    ),
+    "cut": (
+        lambda: [nn.ZeroPad2d(-1), conv(4, 4, 3, padding=2)],
+        "{}: ZeroPad2d(*), padding (-1, *: expected numbers*",
+    ),
+    "padded channels": (lambda: [nn.ZeroPad3d(0), conv(4, 4, 1)], "{}: ZeroPad3d(*) before a Conv2d: expected *"),
+    "reflected": (lambda: [nn.ReflectionPad2d(1), conv(4, 4, 3)], "{}: ReflectionPad2d(*): expected a layer*"),
+    "padded for nothing": (lambda: [nn.ZeroPad2d(1)], "{}: ZeroPad2d(*): expected a layer after it"),
+    "padded before an activation": (
+        lambda: [nn.ZeroPad2d(1), nn.ReLU(), conv(4, 4, 3)],
+        "{}: ZeroPad2d(*) before a ReLU: expected a convolution next",
+    ),
+    "transposed": (lambda: [nn.ConvTranspose2d(4, 4, 3, padding=1)], "{}: ConvTranspose2d(*): expected a layer*"),
+    "another dimension": (
+        lambda: [conv(4, 4, 1, dims=3)],
+        "{}: Conv3d(*) after layers of 2 spatial dim*: expected another Conv2d",
+    ),
+    "linear": (
+        lambda: [nn.Linear(4, 4)],
+        "{}: Linear(*) after layers of 2 spatial dimensions: expected another Conv2d",
+    ),
+    "another width": (lambda: [conv(5, 5, 1)], "{}: Conv2d(*), 5 channels: expected 4"),
+    "a subclass": (lambda: [Mine(4, 4, 1)], "{}: Mine(*): expected a layer*"),
+    "a parametrized subclass": (lambda: [parametrized_mine()], "{}: ParametrizedMine(*): expected a layer*"),
+    "an unsafe parametrization": (
+        lambda: [widened()],
+        "{}: ParametrizedConv2d(*), a parametrization of weight that is*",
+    ),
+    "a hook": (lambda: [hooked("forward_hook")], "{}: Conv2d(*) with hooks: expected none"),
+    "a hook before": (lambda: [hooked("forward_pre_hook")], "{}: Conv2d(*) with hooks: expected none"),
+    "a hook of the backward": (lambda: [hooked("full_backward_hook")], "{}: Conv2d(*) with hooks: expected none"),
+    "a hooked sequence": (
+        lambda: [nn.Sequential(nn.Sequential(conv(4, 4, 1)), hooked("forward_hook"))],
+        "{}.1: Conv2d(*) with hooks: expected none",
+    ),
+    "the old weight norm": (
+        lambda: [torch.nn.utils.weight_norm(conv(4, 4, 1))],
+        "{}: Conv2d(*) with hooks: expected none",
+    ),
+    "the old spectral norm": (
+        lambda: [torch.nn.utils.spectral_norm(conv(4, 4, 1))],
+        "{}: Conv2d(*) with hooks: expected none",
+    ),
+    "pruned": (
+        lambda: [prune.l1_unstructured(conv(4, 4, 1), "weight", 2)],
+        "{}: Conv2d(*) with hooks: expected none",
+    ),
+    "a forward of its own": (lambda: [with_own_forward(), conv(4, 4, 1)], "{}: ReLU() with a forward of its own*"),
+    "another kernel than it says": (lambda: [resized()], "{}: Conv2d(*), weight (4, 4, 1, 1): expected (4, 4, 3, 3)"),
+    "a norm in training": (
+        lambda: [nn.BatchNorm2d(4)],
+        "{}: BatchNorm2d(*) in training mode: expected evaluation mode",
+    ),
+    "a norm of the batch": (lambda: [without_statistics()], "{}: BatchNorm2d(*) without running statistics*"),
+    "a norm of another width": (lambda: [norm_of(2, 1)], "{}: BatchNorm2d(*), 1 channels: expected 4"),
+    "a norm of other dimensions": (lambda: [norm_of(3, 4)], "{}: BatchNorm3d(*) in a net of 2 spatial dimensions*"),
+    "a norm before padding": (
+        lambda: [nn.ReLU(), norm_of(2, 4), conv(4, 4, 3, padding=1)],
+        "{1}: BatchNorm2d(*) before {2}, which pads: expected one without padding*",
+    ),
+    "a norm of padded values": (
+        lambda: [nn.ZeroPad2d(1), norm_of(2, 4), conv(4, 4, 3)],
+        "{}: ZeroPad2d(*) before a BatchNorm2d: expected a convolution next",
+    ),
+    "a norm between activations": (
+        lambda: [nn.ReLU(), norm_of(2, 4), nn.ReLU(), conv(4, 4, 1)],
+        "{2}: ReLU(): expected a layer before each activation",
+    ),
+    "a norm of groups": (lambda: [nn.GroupNorm(2, 4)], "{}: GroupNorm(*): expected a layer*"),
+    "two activations": (lambda: [nn.ReLU(), nn.Tanh(), conv(4, 4, 1)], "{1}: Tanh(): expected a layer before each *"),
+    "an activation at the end": (lambda: [nn.Tanh()], "{}: Tanh() after the last layer: expected nothing there"),
+    "a norm at the end": (
+        lambda: [nn.Tanh(), norm_of(2, 4)],
+        "{}: Tanh() after the last layer: expected nothing there",
+    ),
+    "a slope above 1": (lambda: [nn.LeakyReLU(1.5), conv(4, 4, 1)], "{}: LeakyReLU(*), slope 1.5: expected 0 to 1"),
+    "a slope below 0": (lambda: [nn.LeakyReLU(-0.5), conv(4, 4, 1)], "{}: LeakyReLU(*), slope -0.5: expected 0 to 1"),
+    "an alpha of 0": (lambda: [nn.ELU(0.0), conv(4, 4, 1)], "{}: ELU(*), alpha 0: expected a number above 0"),
+    "another activation": (lambda: [nn.Softplus(), conv(4, 4, 1)], "{}: Softplus(*): expected a layer*"),
+    "a dropout": (lambda: [nn.Dropout(0.5)], "{}: Dropout(*) in training mode: expected evaluation mode, or p = 0"),
+    "flattened": (lambda: [nn.Flatten()], "{}: Flatten(*): expected a layer*"),
+    "seven layers": (lambda: [conv(4, 4, 1) for _ in range(6)], "{5}: Conv2d(*), layer 7: expected at most 6"),
+}
+
+
+def pattern(text: str, first: int) -> str:
+    """As glob has it, with the numbers of the modules put in."""
+    for i in range(9):
+        text = text.replace(f"{{{i}}}", str(first + i))
+    return text.replace("{}", str(first))
+
+
+def outcome(run: Callable[[Tensor], Tensor], x: Tensor | None = None) -> Any:
+    """The output for an input, with the gradient of that where there are any; or what is raised."""
+    torch.manual_seed(2)
+    x = torch.randn(2, 3, 6, 7, dtype=torch.float64, requires_grad=True) if x is None else x
+    try:
+        out = run(x)
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return (out, *torch.autograd.grad(out.sum(), x)) if x.requires_grad else out
+
+
+def same(found: Any, expected: Any) -> None:
+    if isinstance(expected, str):
+        assert found == expected
+    else:
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_what_is_left_alone(misfit: str, chains: list[dict[str, Any]]) -> None:
+    make, glob = MISFITS[misfit]
+    ours, theirs = (nn.Sequential(conv(3, 4, 1), *make()).double() for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    reason = nets.recognised(ours)
+    assert isinstance(reason, str)
+    for i in range(8):
+        glob = glob.replace(f"{{{i}}}", str(1 + i))
+    assert fnmatch.fnmatchcase(reason, glob.replace("{}", "1")), reason
+    assert nets.halo(ours) is None
+    same(outcome(lambda x: nets.run(ours, x)), outcome(theirs))
+    assert not chains
+
+
+def test_the_net_itself_is_named_by_its_class() -> None:
+    assert (
+        nets.recognised(nn.Conv2d(3, 4, 3))
+        == "Conv2d(3, 4, kernel_size=(3, 3), stride=(1, 1)), in all padded by (0, 0): expected (1, 1)"
+    )
+    assert nets.recognised(nn.Sequential(nn.Identity())) == "Sequential(): expected a convolution or linear layer"
+    inside = normflows.nets.MLP([4, 4, 4], output_fn="tanh")
+    assert nets.recognised(inside) == "net.3: Tanh() after the last layer: expected nothing there"
+    handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
+    try:
+        assert nets.recognised(like_cflow(4, 4)) == "hooks on all modules: expected none"
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.zeros(4, 5, 6),  # one image
+        torch.zeros(2, 3, 5, 6),
+        torch.zeros(2, 4, 5, 6, dtype=torch.float32),
+        torch.zeros(2, 4, 5, 6, dtype=torch.bfloat16),
+        torch.zeros(2, 4, 5, 6, device="meta"),
+    ],
+    ids=lambda x: f"{tuple(x.shape)} {x.dtype} {x.device}",
+)
+def test_inputs_that_are_left_alone(x: Tensor, chains: list[dict[str, Any]]) -> None:
+    """Torch raises, or knows what to do with them; spectral norms change once, as ever, or not at all."""
+    x = x.double() if x.dtype == torch.float32 and x.shape[1] != 4 else x
+    net = like_fast_flow(4, 6).double()
+    parametrizations.spectral_norm(net[1])
+    ours, theirs = copy.deepcopy(net), copy.deepcopy(net)
+
+    same(outcome(lambda x: nets.run(ours, x), x), outcome(theirs, x))
+    torch.testing.assert_close(list(ours.buffers()), list(theirs.buffers()), rtol=0, atol=0)
+    assert not chains
+
+
+def test_parametrizations_are_asked_once_a_call(chains: list[dict[str, Any]]) -> None:
+    part, asked = conv(4, 4, 3, padding=1), Doubled()
+    parametrize.register_parametrization(part, "weight", asked)
+    net = nn.Sequential(norm_of(2, 4), conv(4, 4, 1), part, norm_of(2, 4))
+    actnorm = normflows.utils.nn.ActNorm((4, 1, 1))
+    x = torch.randn(2, 4, 5, 6)
+    for run, executor in ((net, 1), (nn.Sequential(net, actnorm), 0), (nn.Sequential(net, actnorm), 1)):
+        asked.calls = 0
+        nets.run(run, x)  # the second initialises the actnorm, which runs as it is
+        assert asked.calls == 1
+        assert len(chains) == executor
+        chains.clear()
+    x = x.bfloat16()
+    asked.calls = 0
+    with pytest.raises(RuntimeError):
+        nets.run(net, x)
+    assert asked.calls == 0  # torch refuses it in the norm
+
+
+def test_modes_are_read_at_each_call(chains: list[dict[str, Any]]) -> None:
+    net = nn.Sequential(conv(4, 4, 1), norm_of(2, 4), nn.ReLU(), nn.Dropout(0.5), conv(4, 4, 3, padding=1)).double()
+    x = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+    for training, ran in ((False, 1), (True, 0), (False, 1)):
+        net.train(training)
+        nets.run(net, x)
+        assert len(chains) == ran
+        chains.clear()
+    net[4].padding_mode, net[4]._reversed_padding_repeated_twice = "circular", [1, 1, 1, 1]
+    torch.testing.assert_close(nets.run(net, x), net(x), rtol=0, atol=0)
+    assert not chains
+
+
+def test_activations_have_their_parameters() -> None:
+    activations = [nn.LeakyReLU(0.2), nn.GELU("tanh"), nn.ELU(0.3), nn.LeakyReLU(0.0), nn.Identity()]
+    parts = [part for activation in activations for part in (conv(4, 4, 1), activation)]
+    known = nets.recognised(nn.Sequential(*parts, conv(4, 4, 1)))
+    assert isinstance(known, nets.KnownNet)
+    assert known.spec.activations == (
+        Activation("leaky_relu", 0.2),
+        Activation("gelu_tanh"),
+        Activation("elu", 0.3),
+        Activation("relu"),
+        Activation("none"),
+    )
+
+
+@pytest.mark.parametrize("case", ["FastFlow", "Glow-TTS", "CFLOW"])
+def test_a_condition_goes_beside_the_input(case: str, chains: list[dict[str, Any]]) -> None:
+    make, (n, _, *spatial), _ = CASES[case]
+    net = noisy(make(4, 6))
+    x, cond = (torch.randn(n, width, *spatial, dtype=torch.float64, requires_grad=True) for width in (1, 3))
+    expected = values_and_gradients(net, lambda: net(torch.cat([x, cond], dim=1)), x, cond)
+    found = values_and_gradients(net, lambda: nets.run(net, x, cond=cond), x, cond)
+    torch.testing.assert_close(found, expected, **CLOSE)
+    assert [call["cond"] is cond for call in chains] == [True]
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        nets.run(net, x, cond=torch.cat([cond, cond]))
+    mapped = nets.run(net, x, lambda values, dim: values.flip(dim), cond)
+    torch.testing.assert_close(mapped, net(torch.cat([x, cond], dim=1)).flip(1), **CLOSE)
+
+
+@pytest.mark.parametrize("c", [(), (3,), (3, 2)])
+@pytest.mark.parametrize("case", ["FastFlow", "Glow-TTS"])
+@pytest.mark.parametrize("memory", [None, "store", "reversible"])
+def test_flows_of_such_nets(case: str, c: tuple[int, ...], memory: str | None, chains: list[dict[str, Any]]) -> None:
+    """Blocks of FrEIA whose nets are chains of another form than Glow's."""
+    make, (_, _, *spatial), _ = CASES[case]
+    model = Ff.SequenceINN(4, *spatial)
+    given = [torch.randn(3, width, *spatial, dtype=torch.float64) for width in c]
+    for _ in range(3):
+        options = {"cond": tuple(range(len(c))), "cond_shape": ()} if c else {}
+        if c:
+            options = {"cond": 0, "cond_shape": (sum(c), *spatial)}
+        model.append(Fm.AllInOneBlock, subnet_constructor=make, **options)
+    model = noisy(model)
+    theirs = copy.deepcopy(model)
+    x = torch.randn(3, 4, *spatial, dtype=torch.float64, requires_grad=True)
+    conditions = {"c": [torch.cat(given, dim=1)]} if c else {}
+
+    def loss(of: nn.Module) -> Tensor:
+        z, log_det = of(x, **conditions)
+        return (z.square().flatten(1).sum(1) - log_det).unsqueeze(0)
+
+    done = accelerate(model, memory)
+    assert not any("runs as it is" in reason for reason in done.left.values())
+    found = values_and_gradients(model, lambda: loss(model), x)
+    assert len(chains) >= 3
+    torch.testing.assert_close(found, values_and_gradients(theirs, lambda: loss(theirs), x), rtol=1e-8, atol=1e-9)
