@@ -412,15 +412,16 @@ def test_parametrizations_are_asked_once_a_call(chains: list[dict[str, Any]]) ->
     assert asked.calls == 0  # torch refuses it in the norm
 
 
-def test_modes_are_read_at_each_call(chains: list[dict[str, Any]]) -> None:
-    net = nn.Sequential(conv(4, 4, 1), norm_of(2, 4), nn.ReLU(), nn.Dropout(0.5), conv(4, 4, 3, padding=1)).double()
+@pytest.mark.parametrize("part", [norm_of(2, 4), nn.Dropout(0.5)], ids=lambda part: type(part).__name__)
+def test_modes_are_read_at_each_call(part: nn.Module, chains: list[dict[str, Any]]) -> None:
+    net = nn.Sequential(conv(4, 4, 1), copy.deepcopy(part), nn.ReLU(), conv(4, 4, 3, padding=1)).double()
     x = torch.randn(2, 4, 5, 6, dtype=torch.float64)
     for training, ran in ((False, 1), (True, 0), (False, 1)):
         net.train(training)
         nets.run(net, x)
         assert len(chains) == ran
         chains.clear()
-    net[4].padding_mode, net[4]._reversed_padding_repeated_twice = "circular", [1, 1, 1, 1]
+    net[3].padding_mode, net[3]._reversed_padding_repeated_twice = "circular", [1, 1, 1, 1]
     torch.testing.assert_close(nets.run(net, x), net(x), rtol=0, atol=0)
     assert not chains
 
@@ -495,3 +496,31 @@ def test_blocks_with_two_conditions(kind: type[nn.Module], rev: bool, chains: li
     found = values_and_gradients(model, lambda: out(model), x, *c)
     assert [call["cond"].shape[1] for call in chains] == [5]
     torch.testing.assert_close(found, values_and_gradients(theirs, lambda: out(theirs), x, *c), **CLOSE)
+
+
+@pytest.mark.parametrize("memory", ["store", "reversible"])
+def test_strips_overlap_by_the_reach(memory: str, chains: list[dict[str, Any]]) -> None:
+    """Of nets that look further along one dimension than along the other."""
+
+    def make(c_in: int, c_out: int) -> nn.Module:
+        first = nn.Conv2d(c_in, 6, (5, 3), padding=(4, 1), dilation=(2, 1))
+        return nn.Sequential(
+            first, nn.Tanh(), nn.Conv2d(6, 6, 1), nn.ZeroPad2d((0, 0, 1, 1)), nn.Conv2d(6, c_out, (3, 1))
+        )
+
+    model = Ff.SequenceINN(4, 60, 3)
+    for _ in range(3):
+        model.append(Fm.AllInOneBlock, subnet_constructor=make)
+    model = noisy(model)
+    theirs, x = copy.deepcopy(model), torch.randn(2, 4, 60, 3, dtype=torch.float64, requires_grad=True)
+    accelerate(model, memory, memory_budget=20_000)
+
+    def loss(of: nn.Module) -> Tensor:
+        z, log_det = of(x)
+        return (z.square().flatten(1).sum(1) - log_det).unsqueeze(0)
+
+    with torch.no_grad():
+        torch.testing.assert_close(loss(model), loss(theirs), **CLOSE)
+    assert max(call["x"].shape[2] for call in chains) < 40
+    found = values_and_gradients(model, lambda: loss(model), x)
+    torch.testing.assert_close(found, values_and_gradients(theirs, lambda: loss(theirs), x), rtol=1e-8, atol=1e-9)
