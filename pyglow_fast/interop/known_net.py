@@ -1,4 +1,4 @@
-"""What is known of a coupling net that our executor runs: its layers, their weights, and how far it looks."""
+"""A coupling net that our executor runs, as it is known: it tells its layers, their weights, and how far it looks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Affine = tuple[Tensor, Tensor]  # scale and offset of a map per channel, (C,) ea
 
 
 def _batch_norm(norm: Any, dims: int) -> Affine:
-    """(x - mean) weight / sqrt(var + eps) + bias of a BatchNorm in evaluation mode."""
+    """A BatchNorm in evaluation mode is (x - mean) weight / sqrt(var + eps) + bias."""
     scale = torch.rsqrt(norm.running_var + norm.eps)
     if norm.weight is not None:
         scale = scale * norm.weight
@@ -36,14 +36,14 @@ NORMS: dict[type[nn.Module], tuple[int, ...]] = {nn.BatchNorm1d: (0, 1), nn.Batc
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution or linear layer, the maps per channel of what it gets, and those of what it gives, in order."""
+    """A convolution or linear layer: it has maps per channel of its input, ``before``, and of its output, ``after``."""
 
     module: Any
     before: Sequence[nn.Module]
     after: Sequence[nn.Module]
 
     def folded(self, before: Sequence[Affine], after: Sequence[Affine]) -> tuple[Tensor, Tensor]:
-        """Its weight and bias with the maps folded in, differentiable."""
+        """Folds the maps, as scales and offsets, into its weight and bias, which are returned, differentiable."""
         weight, bias = self.module.weight, self.module.bias  # once: what parametrizes them may change when it is asked
         if bias is None:
             bias = weight.new_zeros(weight.shape[0])
@@ -58,30 +58,30 @@ class Layer:
 
 @dataclass(frozen=True)
 class KnownNet:
-    """The layers of a recognised net, and what functional.net_chain takes besides their weights."""
+    """A net that is recognised: it has layers, and ``spec`` is what functional.net_chain takes besides weights."""
 
     layers: tuple[Layer, ...]
     spec: ChainSpec
 
     @property
     def dims(self) -> int:
-        """Spatial dimensions, 0 of a net for vectors."""
+        """How many spatial dimensions it has, 0 for vectors."""
         return len(self.spec.dilations[0])
 
     @property
     def reach(self) -> tuple[int, ...]:
-        """Positions to each side that an output depends on, along each spatial dimension."""
+        """How many positions to each side an output depends on, along each spatial dimension."""
         steps = zip(self.layers, self.spec.dilations, strict=True)
         every = [sides(layer.module.kernel_size, dilation) for layer, dilation in steps if dilation]
         return tuple(map(sum, zip(*every, strict=True)))
 
     @property
     def is_parametrized(self) -> bool:
-        """Whether weights are computed when they are asked for, and may be others when they are asked for again."""
+        """Tells whether weights are computed when they are asked for, and may be others when asked for again."""
         return any(parametrizations(layer.module) for layer in self.layers)
 
     def weights_and_biases(self) -> tuple[list[Tensor], list[Tensor]] | None:
-        """Of every layer, for functional.net_chain, differentiable; None while a map waits for data.
+        """Computes those of every layer for functional.net_chain, differentiable; None while a map waits for data.
 
         The weight of each layer is asked for once, as in a call of the net, and not where None is returned.
         """
@@ -100,7 +100,7 @@ class KnownNet:
         return ready if len(ready) == len(found) else None
 
     def takes(self, x: Tensor, cond: Tensor | None = None) -> bool:
-        """Whether x, with cond beside it, is of the net's dimensions and channels, and of the dtype of its weights."""
+        """Tells whether x, with cond beside it, has the net's dimensions and channels, and the dtype of its weights."""
         channels = x.shape[1] if x.dim() > 1 else 0
         if cond is not None:
             beside = cond.dim() == x.dim() and cond.shape[0] == x.shape[0] and cond.shape[2:] == x.shape[2:]
@@ -122,18 +122,18 @@ class KnownNet:
 
 
 def qualified(kind: type) -> str:
-    """The full name of a class."""
+    """Gives the full name of a class."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def parametrizations(module: nn.Module) -> dict[str, Any]:
-    """What computes tensors of a module when they are asked for, by their names."""
+    """Gives what computes tensors of a module when they are asked for, by their names."""
     found: Any = module._modules.get("parametrizations")  # not by getattr, which is slow where there are none
     return found._modules if isinstance(found, nn.ModuleDict) else {}
 
 
 def plain_type(module: nn.Module) -> type:
-    """The class of a module, without the one that torch's parametrizations put in its place."""
+    """Gives the class of a module, without the one that torch's parametrizations put in its place."""
     kind, computed = type(module), parametrizations(module)
     if not computed:
         return kind
@@ -144,12 +144,12 @@ def plain_type(module: nn.Module) -> type:
 
 
 def widths(layer: Any) -> tuple[int, int]:
-    """The channels that a layer gets and gives."""
+    """Tells how many channels a layer gets and gives."""
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
     return layer.in_channels, layer.out_channels
 
 
 def sides(kernel_size: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...]:
-    """The padding to each side that keeps the size."""
+    """Computes the padding to each side that keeps the size."""
     return tuple(step * (size // 2) for size, step in zip(kernel_size, dilation, strict=True))

@@ -1,4 +1,4 @@
-"""Coupling nets of other libraries, run by our executor where they are chains of layers that it computes.
+"""Coupling nets of other libraries are run by our executor where they are chains of layers that it computes.
 
 A net is recognised by its modules, exactly: one to six convolutions (1-d, 2-d or 3-d) that keep the size by padding
 with zeros, or linear layers on vectors; an activation or none after each but the last; and maps per channel (a
@@ -53,7 +53,7 @@ ACTIVATIONS: dict[type[nn.Module], Callable[[Any], Activation]] = {
 
 
 class _UnfitError(Exception):
-    """What of a net our executor does not compute."""
+    """Says what of a net our executor does not compute."""
 
 
 def _refuse(name: str, module: nn.Module, found: str, expected: str = "") -> NoReturn:
@@ -63,7 +63,7 @@ def _refuse(name: str, module: nn.Module, found: str, expected: str = "") -> NoR
 
 
 def recognised(net: nn.Module) -> KnownNet | str:
-    """The net as our executor takes it, or why it does not: what is unusual, with the name of the module in the net."""
+    """Reads a net as our executor takes it, or says why it does not: which module, by name, is unusual in what."""
     if torch.nn.modules.module._has_any_global_hook():
         return "hooks on all modules: expected none"
     reader = _Reader()
@@ -76,7 +76,7 @@ def recognised(net: nn.Module) -> KnownNet | str:
 
 
 def _flat(net: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of a chain with their names, in order."""
+    """Yields the modules of a chain with their names, in order."""
     if has_hooks(net):
         _refuse(name, net, " with hooks", "none")
     if not vars(net).keys().isdisjoint(("forward", "_conv_forward")):
@@ -106,7 +106,7 @@ class _Reader:
         self.pads: list[tuple[str, Any]] = []
 
     def read(self, name: str, module: nn.Module) -> None:
-        """The next module."""
+        """Takes the next module."""
         kind = plain_type(module)
         if kind in LAYERS:
             self._layer(name, module, LAYERS[kind])
@@ -180,7 +180,7 @@ class _Reader:
         self.activation, self.before, self.pads = None, [], []
 
     def result(self, net: nn.Module) -> KnownNet:
-        """The net, when all its modules were read."""
+        """Gives the net, when all its modules were read."""
         if self.activation is not None:
             _refuse(*self.activation[:2], " after the last layer", "nothing there")
         for name, module in (*self.before, *self.pads):
@@ -216,7 +216,7 @@ def _check_weights(name: str, module: Any) -> None:
 
 
 def _check_convolution(name: str, conv: Any, dims: int, pads: Sequence[tuple[str, Any]]) -> int:
-    """The most zeros to a side that a convolution pads with, the pads before it among them; or refuse it."""
+    """Refuse a convolution, or tell the most zeros to a side that it and the pads before it add."""
     if conv.stride != (1,) * dims:
         _refuse(name, conv, f", stride {conv.stride}", "1")
     if conv.groups != 1:
@@ -248,7 +248,7 @@ def _check_convolution(name: str, conv: Any, dims: int, pads: Sequence[tuple[str
 
 
 def halo(net: nn.Module) -> int | None:
-    """Positions to each side that an output of a net depends on, the most of any dimension; None if it is not known.
+    """Tells how many positions to each side an output depends on, the most of any dimension; None if it is not known.
 
     Of a net that is not recognised what it states. With parametrized weights none, so that the net is not called more
     often than it would be: a spectral norm changes when it is called.
@@ -283,7 +283,7 @@ def run(
 
 
 def _known(net: nn.Module, x: Tensor, cond: Tensor | None) -> KnownNet | None:
-    """The net, if it is recognised and our executor takes x."""
+    """Gives the net, if it is recognised and our executor takes x."""
     if not functional.chain_as_products(x) or torch.compiler.is_compiling():
         return None
     known = recognised(net)

@@ -1,4 +1,4 @@
-"""Coupling nets of a user's own class, recognised by what their forward does to its input.
+"""Coupling nets of a user's own class are recognised by what their forward does to its input.
 
 nflows, for one, calls a net with the kept channels and a context, which nn.Sequential does not take: every net for
 images is of a class that somebody wrote. Its forward is called with a stand-in for the tensor that notes which
@@ -23,7 +23,7 @@ from pyglow_fast.interop.known_net import LAYERS, NORMS
 
 
 def _pad(pad: Any, mode: str = "constant", value: float | None = None) -> nn.Module:
-    """What torch's pad does with the arguments after its first one."""
+    """Makes what torch's pad does with the arguments after its first one."""
     if mode != "constant":
         raise _UnknownError
     kinds: dict[int, Any] = {2: nn.ConstantPad1d, 4: nn.ConstantPad2d, 6: nn.ConstantPad3d}
@@ -32,7 +32,7 @@ def _pad(pad: Any, mode: str = "constant", value: float | None = None) -> nn.Mod
 
 
 def _dropout(p: float = 0.5, training: bool = True, inplace: bool = False) -> nn.Module:
-    """Nothing, where it draws no numbers."""
+    """Makes nothing of one that draws no numbers."""
     if training and p:
         raise _UnknownError
     return nn.Identity()
@@ -58,7 +58,7 @@ _chains: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], nn.Sequentia
 
 
 class _UnknownError(Exception):
-    """An operation that is not in the chain."""
+    """An operation was met that is not in the chain."""
 
 
 class _Input:
@@ -84,7 +84,7 @@ class _Input:
         return _Input(found.modules, found.dims, found.done)
 
     def _module(self, function: Any, first: Any, second: Any, *rest: Any, **kwargs: Any) -> nn.Module:
-        """The net's own module that calls a function of a tensor with these other arguments, and no others."""
+        """Finds the net's own module that calls a function of a tensor with these other arguments, and no others."""
         module: Any = self.modules[id(first)]
         if function in _CONVOLUTIONS:
             settings = (module.stride, module.padding, module.dilation, module.groups)
@@ -104,24 +104,24 @@ class _Input:
         return found
 
     def __getattr__(self, name: str) -> Callable[..., _Input]:
-        """A method of a tensor that is known as a function."""
+        """Gives a method of a tensor that is known as a function."""
         function = getattr(Tensor, name, None)
         if function not in _FUNCTIONS:
             raise AttributeError(name)
         return lambda *args, **kwargs: self.__torch_function__(function, (), (self, *args), kwargs)
 
     def dim(self) -> int:
-        """As of a tensor; norms ask for it."""
+        """Answers as a tensor; norms ask for it."""
         return self.dims + 2
 
 
 def _modes() -> tuple[bool, ...]:
-    """What else an operation's result depends on."""
+    """Tells what else an operation's result depends on."""
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
 
 
 def _modules(net: nn.Module) -> tuple[dict[int, nn.Module], int] | None:
-    """The layers and norms of a net and its spatial dimensions, if nothing else has parameters or buffers."""
+    """Finds the layers and norms of a net and its spatial dimensions, if nothing else has parameters or buffers."""
     if torch.nn.modules.module._has_any_global_hook():
         return None
     found: dict[int, nn.Module] = {}
@@ -143,12 +143,12 @@ def _modules(net: nn.Module) -> tuple[dict[int, nn.Module], int] | None:
 
 
 def _key(part: nn.Module) -> Any:
-    """What tells a part of a chain from others: itself, or what it says where it was made of a function."""
+    """Tells a part of a chain from others: by itself, or by what it says where it was made of a function."""
     return part if part._parameters or part._buffers else (type(part), part.extra_repr())
 
 
 def chain_of(net: nn.Module, *extra: Any, dim: int | None = None) -> nn.Sequential | None:
-    """A chain of the net's own layers and norms and of activations, if net(x, *extra) is no more than that; else None.
+    """Finds a chain of the net's own layers and norms and of activations, if net(x, *extra) is just that; else None.
 
     The activations, and pads by zeros, are new modules. ``extra`` must be hashable, such as None for a context that is
     not given; ``dim`` are the dimensions of x, None for what the layers take.
