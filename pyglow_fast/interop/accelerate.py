@@ -91,8 +91,9 @@ def accelerate(model: nn.Module, memory: str | None = None, memory_budget: str |
 
     Objects, parameters, buffers, hooks and names stay: an optimizer that holds the parameters goes on, a state_dict
     fits as before. Outputs are the same up to rounding, in training and evaluation; what differs on purpose is in the
-    adapters' docstrings (pyglow_fast.interop.normflows and so on). Nets of the form 3x3, ReLU, 1x1, ReLU, 3x3, or with
-    LeakyReLUs of one slope, run in our executor.
+    adapters' docstrings (pyglow_fast.interop.normflows and so on). On the CPU, nets that are chains of up to six
+    convolutions which keep the size, or linear layers, with the usual activations run in our executor: see
+    pyglow_fast.interop.nets.
 
     Args:
         model: with layers of these libraries anywhere in it.
@@ -168,9 +169,10 @@ def _net_reason(net: nn.Module, attribute: str) -> str:
     reason = recognised(net if chain is None else chain)
     if not isinstance(reason, str):
         return ""
-    if attribute != "transform_net" or chain is not None:
+    if attribute != "transform_net":
         return reason
-    return f"{type(net).__qualname__} is not known to be 3x3, ReLU, 1x1, ReLU, 3x3 and no more"
+    forward = f"{type(net).__qualname__}.forward"
+    return f"in {forward}, {reason}" if chain is not None else f"{forward} is not known to be a chain of layers"
 
 
 def _parents(name: str) -> list[str]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pyglow_fast import functional
 from pyglow_fast._derivatives import has_transforms
 from pyglow_fast._errors import expect
-from pyglow_fast.interop.nets import KnownNet, recognised, run
+from pyglow_fast.interop import nets
 from pyglow_fast.layers import Coupling
 from pyglow_fast.layers.flow_step import ChannelMap, invert_maps, run_couplings, run_couplings_inverse
 from pyglow_fast.layers.reversible_sequence import MEMORY_MODES, pass_of, run_recomputing
@@ -40,14 +40,11 @@ class OrderedNet(nn.Module):
     @property
     def halo(self) -> int | None:
         """Positions to each side that an output depends on, None where it is not known."""
-        if isinstance(recognised(self.net), KnownNet):
-            return 2
-        stated: int | None = getattr(self.net, "halo", None)
-        return stated
+        return nets.halo(self.net)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C/2, *spatial) -> shift and raw scale (or shift alone)."""
-        return run(self.net, x, self.output_map)
+        return nets.run(self.net, x, self.output_map)
 
 
 Result = TypeVar("Result")

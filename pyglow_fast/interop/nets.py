@@ -1,160 +1,290 @@
-"""Coupling nets of other libraries, run by ours where they compute what it computes: 3x3, ReLU, 1x1, ReLU, 3x3.
+"""Coupling nets of other libraries are run by our executor where they are chains of layers that it computes.
 
-A net is recognised by its modules, exactly: plain convolutions with zero padding, ReLU or LeakyReLU in between, both of
-one slope, and after a hidden convolution an affine map per channel, which is folded into it. Anything else (hooks,
-parametrizations, subclasses, other sizes) runs as it is.
+A net is recognised by its modules, exactly: one to six convolutions (1-d, 2-d or 3-d) that keep the size by padding
+with zeros, or linear layers on vectors; an activation or none after each but the last; and maps per channel (a
+BatchNorm in evaluation mode, an actnorm of a library), which are folded into the layer next to them. Weights may be
+parametrized. Anything else (hooks, subclasses, strides, other paddings) runs as it is, and the reason names the module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyglow_fast import functional
 from pyglow_fast.coupling_nets.traits import has_hooks
+from pyglow_fast.interop.known_net import (
+    AFFINE_MAPS,
+    LAYERS,
+    NORMS,
+    WRAPPERS,
+    KnownNet,
+    Layer,
+    parametrizations,
+    plain_type,
+    qualified,
+    sides,
+    widths,
+)
+from pyglow_fast.reference import KERNEL_SIZES, MAX_LAYERS, Activation, ChainSpec
 
-# Modules whose forward is that of one child, by qualified name; and affine maps per channel: scale and offset, (C,), or
-# None while they wait for data. Adapters enter those of their library.
-WRAPPERS: dict[str, str] = {"normflows.nets.cnn.ConvNet2d": "net"}
-AFFINE_MAPS: dict[str, Callable[[nn.Module], tuple[Tensor, Tensor] | None]] = {}
+__all__ = ["AFFINE_MAPS", "KnownNet", "halo", "recognised", "run"]
+
+_PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_SIZES = frozenset(KERNEL_SIZES)
+_GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
+ACTIVATIONS: dict[type[nn.Module], Callable[[Any], Activation]] = {
+    nn.ReLU: lambda module: Activation(),
+    # Without a slope it is a ReLU, which the executor knows as such.
+    nn.LeakyReLU: lambda module: (
+        Activation("leaky_relu", float(module.negative_slope)) if module.negative_slope else Activation()
+    ),
+    nn.SiLU: lambda module: Activation("silu"),
+    nn.GELU: lambda module: Activation(_GELUS.get(module.approximate, module.approximate)),
+    nn.ELU: lambda module: Activation("elu", float(module.alpha)),
+    nn.Tanh: lambda module: Activation("tanh"),
+    nn.Sigmoid: lambda module: Activation("sigmoid"),
+}
 
 
-def qualified(module: nn.Module) -> str:
-    """The full name of a module's class."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+class _UnfitError(Exception):
+    """Says what of a net our executor does not compute."""
 
 
-@dataclass(frozen=True)
-class KnownNet:
-    """The convolutions of a recognised net, what follows the hidden ones, and the slope of both its activations."""
-
-    convs: tuple[nn.Conv2d, nn.Conv2d, nn.Conv2d]
-    maps: tuple[nn.Module | None, nn.Module | None]
-    leak: float
-
-    def weights(self) -> list[Tensor] | None:
-        """w1, b1, w2, b2, w3, b3 for functional.coupling_net, differentiable; None while a map waits for data."""
-        found: list[Tensor] = []
-        for conv, channel_map in zip(self.convs, (*self.maps, None), strict=True):
-            weight = conv.weight
-            bias = weight.new_zeros(weight.shape[0]) if conv.bias is None else conv.bias
-            if channel_map is not None:
-                parts = AFFINE_MAPS[qualified(channel_map)](channel_map)
-                if parts is None:
-                    return None
-                scale, offset = parts
-                weight, bias = weight * scale.view(-1, 1, 1, 1), bias * scale + offset
-            found += [weight, bias]
-        return found
-
-
-def slope(activation: nn.Module) -> float | None:
-    """Of a LeakyReLU what it multiplies negative values by, of a ReLU 0; None of any other module."""
-    if type(activation) is nn.ReLU:
-        return 0.0
-    return float(activation.negative_slope) if type(activation) is nn.LeakyReLU else None
+def _refuse(name: str, module: nn.Module, found: str, expected: str = "") -> NoReturn:
+    shown = f"{type(module).__name__}({module.extra_repr()})"
+    named = f"{name}: {shown}" if name else shown
+    raise _UnfitError(f"{named}{found}" + (f": expected {expected}" if expected else ""))
 
 
 def recognised(net: nn.Module) -> KnownNet | str:
-    """The net as our executor takes it, or why it does not."""
-    parts = _flat(net)
-    if isinstance(parts, str):
-        return parts
-    convs: list[nn.Conv2d] = []
-    maps: list[nn.Module | None] = []
-    slopes: list[float] = []
-    expected = "conv"
-    for part in parts:
-        name = type(part).__name__
-        if expected == "conv":
-            if type(part) is not nn.Conv2d:
-                return f"a {name} where a Conv2d was expected"
-            convs.append(part)
-            maps.append(None)
-            expected = "map or activation"
-        elif qualified(part) in AFFINE_MAPS and expected == "map or activation":
-            maps[-1] = part
-            expected = "activation"
-        elif (leak := slope(part)) is None:
-            return f"a {name} where a ReLU or LeakyReLU was expected"
-        elif not 0.0 <= leak <= 1.0:
-            return f"a {name} of slope {leak:g}, which is not from 0 to 1"
-        else:
-            slopes.append(leak)
-            expected = "conv"
-    if len(convs) != 3 or expected != "map or activation":
-        return f"{len(convs)} convolutions, not 3 with nothing after the last"
-    for conv, size in zip(convs, (3, 1, 3), strict=True):
-        reason = _odd(conv, size)
-        if reason:
-            return reason
-    if slopes[0] != slopes[1]:
-        return f"activations of different slopes, {slopes[0]:g} and {slopes[1]:g}"
-    first, second, third = convs
-    return KnownNet((first, second, third), (maps[0], maps[1]), slopes[0])
+    """Reads a net as our executor takes it, or says why it does not: which module, by name, is unusual in what."""
+    if torch.nn.modules.module._has_any_global_hook():
+        return "hooks on all modules: expected none"
+    reader = _Reader()
+    try:
+        for name, module in _flat(net, ""):
+            reader.read(name, module)
+        return reader.result(net)
+    except _UnfitError as unfit:
+        return str(unfit)
 
 
-def _odd(conv: nn.Conv2d, size: int) -> str:
-    """What is unusual about a convolution, or nothing."""
-    plain = conv.stride == (1, 1) and conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros"
-    padding = conv.padding if isinstance(conv.padding, tuple) else (size // 2,) * 2 if conv.padding == "same" else None
-    if conv.kernel_size != (size, size) or padding != (size // 2, size // 2) or not plain:
-        return f"a convolution {conv} where a plain {size}x{size} one was expected"
-    return ""
-
-
-def _flat(net: nn.Module) -> list[nn.Module] | str:
-    """The modules of a chain in order, or why it is none."""
+def _flat(net: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yields the modules of a chain with their names, in order."""
     if has_hooks(net):
-        return f"hooks on its {type(net).__name__}"
-    if "forward" in vars(net) or torch.nn.modules.module._has_any_global_hook():
-        return f"a forward of its own, or hooks on all modules, at its {type(net).__name__}"
-    if hasattr(net, "parametrizations"):
-        return f"a parametrization of its {type(net).__name__}"
+        _refuse(name, net, " with hooks", "none")
+    if not vars(net).keys().isdisjoint(("forward", "_conv_forward")):
+        _refuse(name, net, " with a forward of its own", "that of its class")
+    inside = f"{name}." if name else ""
     if type(net) is nn.Sequential:
-        children = list(net)
-    elif qualified(net) in WRAPPERS:
-        children = [net.get_submodule(WRAPPERS[qualified(net)])]
-    elif type(net) is nn.Identity:
-        return []
-    else:
-        return [net]
-    found: list[nn.Module] = []
-    for child in children:
-        parts = _flat(child)
-        if isinstance(parts, str):
-            return parts
-        found += parts
-    return found
+        for key, child in net._modules.items():
+            assert child is not None
+            yield from _flat(child, inside + key)
+    elif qualified(type(net)) in WRAPPERS:
+        key = WRAPPERS[qualified(type(net))]
+        yield from _flat(net.get_submodule(key), inside + key)
+    elif type(net) is not nn.Identity:
+        yield name, net
 
 
-def run(net: nn.Module, x: Tensor, output_map: Callable[[Tensor, int], Tensor] | None = None) -> Tensor:
-    """net(x), by our executor where it is recognised and x is one that it takes.
+class _Reader:
+    """Reads the modules of a net in order; each is refused where it comes if it does not fit."""
+
+    def __init__(self) -> None:
+        self.layers: list[Layer] = []
+        self.activations: list[Activation] = []
+        self.dilations: list[tuple[int, ...]] = []
+        # What waits for the layer that follows: an activation, maps, pads; by name, for what is said where none does.
+        self.activation: tuple[str, nn.Module, Activation] | None = None
+        self.before: list[tuple[str, nn.Module]] = []
+        self.pads: list[tuple[str, Any]] = []
+
+    def read(self, name: str, module: nn.Module) -> None:
+        """Takes the next module."""
+        kind = plain_type(module)
+        if kind in LAYERS:
+            self._layer(name, module, LAYERS[kind])
+        elif kind in _PADS:
+            self._pad(name, module)
+        elif kind in _DROPOUTS:
+            if module.training and module.p:
+                _refuse(name, module, " in training mode", "evaluation mode, or p = 0")
+        elif self.pads:
+            _refuse(*self.pads[-1], f" before a {type(module).__name__}", "a convolution next")
+        elif qualified(kind) in AFFINE_MAPS:
+            self._map(name, module)
+        elif kind in ACTIVATIONS:
+            self._activation(name, module, ACTIVATIONS[kind](module))
+        else:
+            _refuse(name, module, "", "a layer, map per channel or activation that our executor computes")
+
+    def _activation(self, name: str, module: nn.Module, activation: Activation) -> None:
+        kind, parameter = activation
+        if not self.layers or self.activation is not None or self.before:
+            _refuse(name, module, "", "a layer before each activation")
+        if kind == "leaky_relu" and not 0.0 <= parameter <= 1.0:
+            _refuse(name, module, f", slope {parameter:g}", "0 to 1")
+        if kind == "elu" and not 0.0 < parameter < float("inf"):
+            _refuse(name, module, f", alpha {parameter:g}", "a number above 0")
+        if type(module) is nn.GELU and kind not in _GELUS.values():
+            _refuse(name, module, f", approximate {kind!r}", "'none' or 'tanh'")
+        self.activation = (name, module, activation)
+
+    def _pad(self, name: str, module: Any) -> None:
+        if module.value != 0:
+            _refuse(name, module, f", value {module.value}", "0")
+        if not all(isinstance(size, int) and size >= 0 for size in module.padding):
+            _refuse(name, module, f", padding {module.padding}", "numbers of at least 0")
+        self.pads.append((name, module))
+
+    def _map(self, name: str, module: nn.Module) -> None:
+        if isinstance(module, _BatchNorm):
+            if module.training:
+                _refuse(name, module, " in training mode", "evaluation mode")
+            if module.running_mean is None or module.running_var is None:
+                _refuse(name, module, " without running statistics", "some")
+        if not self.layers or self.activation is not None:
+            self.before.append((name, module))
+            return
+        last = self.layers[-1]
+        _check_norm(name, module, widths(last.module)[1], len(self.dilations[0]))
+        self.layers[-1] = Layer(last.module, last.before, [*last.after, module])
+
+    def _layer(self, name: str, module: Any, dims: int) -> None:
+        if len(self.layers) == MAX_LAYERS:
+            _refuse(name, module, f", layer {MAX_LAYERS + 1}", f"at most {MAX_LAYERS}")
+        if self.dilations and len(self.dilations[0]) != dims:
+            what = f"another {type(self.layers[0].module).__name__}"
+            _refuse(name, module, f" after layers of {len(self.dilations[0])} spatial dimensions", what)
+        width = widths(module)[0]
+        if self.layers and widths(self.layers[-1].module)[1] != width:
+            _refuse(name, module, f", {width} channels", f"{widths(self.layers[-1].module)[1]}")
+        if not dims and self.pads:
+            _refuse(*self.pads[-1], f" before a {type(module).__name__}", "a convolution next")
+        padding = _check_convolution(name, module, dims, self.pads) if dims else 0
+        _check_weights(name, module)
+        for map_name, channel_map in self.before:
+            if padding:
+                _refuse(map_name, channel_map, f" before {name}, which pads", "one without padding, or no map here")
+            _check_norm(map_name, channel_map, width, dims)
+        if self.layers:
+            self.activations.append(Activation("none") if self.activation is None else self.activation[2])
+        self.layers.append(Layer(module, [channel_map for _, channel_map in self.before], []))
+        self.dilations.append(tuple(module.dilation) if dims else ())
+        self.activation, self.before, self.pads = None, [], []
+
+    def result(self, net: nn.Module) -> KnownNet:
+        """Gives the net, when all its modules were read."""
+        if self.activation is not None:
+            _refuse(*self.activation[:2], " after the last layer", "nothing there")
+        for name, module in (*self.before, *self.pads):
+            _refuse(name, module, "", "a layer after it")
+        if not self.layers:
+            _refuse("", net, "", "a convolution or linear layer")
+        return KnownNet(tuple(self.layers), ChainSpec(tuple(self.activations), tuple(self.dilations)))
+
+
+def _check_norm(name: str, module: nn.Module, channels: int, dims: int) -> None:
+    """Refuse a BatchNorm of another width or for other dimensions than the layer next to it."""
+    if isinstance(module, _BatchNorm):
+        if dims not in NORMS[plain_type(module)]:
+            _refuse(name, module, f" in a net of {dims} spatial dimensions", "a BatchNorm for these")
+        if module.num_features != channels:
+            _refuse(name, module, f", {module.num_features} channels", f"{channels}")
+
+
+def _check_weights(name: str, module: Any) -> None:
+    """Refuse weights that are not of the size that the layer says, or may not be."""
+    computed = parametrizations(module)
+    for key, found in computed.items():
+        own = all(type(part).__module__ == "torch.nn.utils.parametrizations" for part in found)
+        if found.unsafe and not own:
+            _refuse(name, module, f", a parametrization of {key} that is 'unsafe'", "one that keeps size and dtype")
+    before, after = widths(module)
+    kernel: tuple[int, ...] = () if isinstance(module, nn.Linear) else module.kernel_size
+    shapes = {"weight": (after, before, *kernel), "bias": (after,)}
+    for key, shape in shapes.items():
+        value = None if key in computed else getattr(module, key)  # to look at it would compute it, and may change it
+        if value is not None and value.shape != shape:
+            _refuse(name, module, f", {key} {tuple(value.shape)}", f"{shape}")
+
+
+def _check_convolution(name: str, conv: Any, dims: int, pads: Sequence[tuple[str, Any]]) -> int:
+    """Refuse a convolution, or tell the most zeros to a side that it and the pads before it add."""
+    if conv.stride != (1,) * dims:
+        _refuse(name, conv, f", stride {conv.stride}", "1")
+    if conv.groups != 1:
+        _refuse(name, conv, f", groups {conv.groups}", "1")
+    if not _SIZES.issuperset(conv.kernel_size):
+        _refuse(name, conv, f", kernel size {conv.kernel_size}", f"sizes of {KERNEL_SIZES}")
+    if not isinstance(conv.dilation, tuple) or len(conv.dilation) != dims:  # set by hand: torch takes a number too
+        _refuse(name, conv, f", dilation {conv.dilation}", f"{dims} numbers")
+    expected = sides(conv.kernel_size, conv.dilation)
+    own = conv.padding
+    if isinstance(own, str):
+        own = expected if own == "same" else (0,) * dims
+    if not isinstance(own, tuple) or len(own) != dims or min(own) < 0:
+        _refuse(name, conv, f", padding {own}", f"{dims} numbers of at least 0")
+    if conv.padding_mode != "zeros" and any(own):
+        _refuse(name, conv, f", padding mode {conv.padding_mode!r}", "'zeros'")
+    left, right = list(own), list(own)
+    for pad_name, pad in pads:  # whose numbers begin with the last dimension: left, right, left, right
+        pairs = list(zip(pad.padding[::2], pad.padding[1::2], strict=True))
+        if len(pairs) > dims:
+            _refuse(pad_name, pad, f" before a {type(conv).__name__}", f"padding of {dims} dimensions")
+        for dim, (first, last) in enumerate(pairs, start=1):
+            left[-dim] += first
+            right[-dim] += last
+    if (*left, *right) != (*expected, *expected):
+        both = tuple(left) if left == right else tuple(zip(left, right, strict=True))
+        _refuse(name, conv, f", in all padded by {both}", f"{expected}")
+    return max(expected)
+
+
+def halo(net: nn.Module) -> int | None:
+    """Tells how many positions to each side an output depends on, the most of any dimension; None if it is not known.
+
+    Of a net that is not recognised what it states. With parametrized weights none, so that the net is not called more
+    often than it would be: a spectral norm changes when it is called.
+    """
+    known = recognised(net)
+    if isinstance(known, KnownNet):
+        return None if known.is_parametrized else max(known.reach, default=0)
+    stated: int | None = getattr(net, "halo", None)
+    return stated
+
+
+def run(
+    net: nn.Module,
+    x: Tensor,
+    output_map: Callable[[Tensor, int], Tensor] | None = None,
+    cond: Tensor | None = None,
+) -> Tensor:
+    """net(x), or net([x, cond]) of the channels of both, by our executor where it is recognised and takes x.
 
     ``output_map(values, dim)`` is a linear map of the output channels, which are dimension ``dim`` of ``values``: then
     output_map(net(x), 1), and in our executor of the last weights instead, so that it costs no pass over the output.
     """
-    found = _weights(net, x)
-    if found is None:
-        out: Tensor = net(x)
+    known = _known(net, x, cond)
+    found = None if known is None else known.weights_and_biases()
+    if known is None or found is None:
+        out: Tensor = net(x if cond is None else torch.cat([x, cond], dim=1))
         return out if output_map is None else output_map(out, 1)
-    weights, leak = found
+    weights, biases = found
     if output_map is not None:
-        weights[-2:] = [output_map(weight, 0) for weight in weights[-2:]]
-    return functional.coupling_net(x, *weights, leak=leak)
+        weights[-1], biases[-1] = output_map(weights[-1], 0), output_map(biases[-1], 0)
+    return functional.net_chain(x, weights, biases, known.spec, cond=cond)
 
 
-def _weights(net: nn.Module, x: Tensor) -> tuple[list[Tensor], float] | None:
-    """Weights and leak of a recognised net whose executor takes x."""
-    if not functional.net_as_products(x) or torch.compiler.is_compiling():
+def _known(net: nn.Module, x: Tensor, cond: Tensor | None) -> KnownNet | None:
+    """Gives the net, if it is recognised and our executor takes x."""
+    if not functional.chain_as_products(x) or torch.compiler.is_compiling():
         return None
     known = recognised(net)
-    if isinstance(known, str):
-        return None
-    weights = known.weights()
-    if weights is None or any(weight.dtype != x.dtype for weight in weights) or x.shape[1] != weights[0].shape[1]:
-        return None
-    return weights, known.leak
+    return known if isinstance(known, KnownNet) and known.takes(x, cond) else None

@@ -1,114 +1,176 @@
-"""Coupling nets of a user's own class, recognised by what their forward does to its input.
+"""Coupling nets of a user's own class are recognised by what their forward does to its input.
 
 nflows, for one, calls a net with the kept channels and a context, which nn.Sequential does not take: every net for
 images is of a class that somebody wrote. Its forward is called with a stand-in for the tensor that notes which
-operations reach it. If they are the three convolutions of the net with a ReLU or LeakyReLU after the first two, and no
-more, then our executor may run these modules instead. What else the forward does (count, print) happens once for each
-call, as ever.
+operations reach it. If each is a layer of the net, an activation or the like of what the one before it gave, then
+our executor may run these modules instead. What else the forward does (count, print) happens once for each call, as
+ever.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyglow_fast.coupling_nets.traits import has_hooks
-from pyglow_fast.interop.nets import slope
+from pyglow_fast.interop.known_net import LAYERS, NORMS
 
-_RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
-_LEAKY_RELUS = (F.leaky_relu, F.leaky_relu_)
-# The chain of each net that was recognised, by what else it is called with; None for those that were not, which are not
-# asked again.
+
+def _pad(pad: Any, mode: str = "constant", value: float | None = None) -> nn.Module:
+    """Makes what torch's pad does with the arguments after its first one."""
+    if mode != "constant":
+        raise _UnknownError
+    kinds: dict[int, Any] = {2: nn.ConstantPad1d, 4: nn.ConstantPad2d, 6: nn.ConstantPad3d}
+    module: nn.Module = kinds[len(pad)](tuple(pad), 0.0 if value is None else value)
+    return module
+
+
+def _dropout(p: float = 0.5, training: bool = True, inplace: bool = False) -> nn.Module:
+    """Makes nothing of one that draws no numbers."""
+    if training and p:
+        raise _UnknownError
+    return nn.Identity()
+
+
+# Functions of a tensor, and what makes a module of what else they are called with.
+_FUNCTIONS: dict[Any, Callable[..., nn.Module]] = {
+    **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_), nn.ReLU),
+    **dict.fromkeys((F.leaky_relu, F.leaky_relu_), nn.LeakyReLU),
+    F.silu: nn.SiLU,
+    F.gelu: nn.GELU,
+    F.elu: nn.ELU,
+    F.elu_: lambda alpha=1.0: nn.ELU(alpha),  # others than F.elu's follow it
+    **dict.fromkeys((torch.tanh, torch.tanh_, Tensor.tanh, Tensor.tanh_), nn.Tanh),
+    **dict.fromkeys((torch.sigmoid, torch.sigmoid_, Tensor.sigmoid, Tensor.sigmoid_, torch.special.expit), nn.Sigmoid),
+    F.pad: _pad,
+    **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout), _dropout),
+}
+_CONVOLUTIONS = {torch.conv1d: nn.Conv1d, torch.conv2d: nn.Conv2d, torch.conv3d: nn.Conv3d}
+# Of each net, by its mode and by what else it is called with: its chain, or None if it was none, which is not asked
+# again.
 _chains: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], nn.Sequential | None]] = weakref.WeakKeyDictionary()
 
 
 class _UnknownError(Exception):
-    """An operation that is not in the chain."""
+    """An operation was met that is not in the chain."""
 
 
 class _Input:
     """Stands for the tensor in a net's forward; each operation on the latest one gives the next."""
 
-    def __init__(self, convs: dict[int, nn.Conv2d], done: list[nn.Conv2d | float]) -> None:
-        self.convs, self.done = convs, done  # by the identity of their weights; what was applied, of a ReLU the slope
-        self.position = len(done)
+    def __init__(self, modules: dict[int, Any], dims: int, done: list[nn.Module]) -> None:
+        self.modules, self.dims = modules, dims  # by the identity of their weights, of norms their running means
+        self.done, self.position = done, len(done)  # what was applied so far
+        self.modes = _modes()
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> _Input:
-        found = args[0] if args else None
-        if not isinstance(found, _Input) or found.position != len(found.done):
+        found, kwargs = args[0] if args else None, kwargs or {}
+        if not isinstance(found, _Input) or found.position != len(found.done) or found.modes != _modes():
             raise _UnknownError
-        if function in _RELUS:
-            found.done.append(0.0)
-        elif function in _LEAKY_RELUS:
-            found.done.append(_negative_slope(*args[1:], **(kwargs or {})))
-        elif function is torch.conv2d and not kwargs and len(args) == 7:
-            conv = found.convs.get(id(args[1]))
-            if conv is None or args[2] is not conv.bias:
-                raise _UnknownError
-            if args[3:] != (conv.stride, conv.padding, conv.dilation, conv.groups):
-                raise _UnknownError
-            found.done.append(conv)
+        if function in _FUNCTIONS:
+            module = _FUNCTIONS[function](*args[1:], **kwargs)
+            if "inplace" in vars(module):
+                vars(module)["inplace"] = False  # it may be the net's input, should this come first
         else:
+            module = found._module(function, *args[1:], **kwargs)
+        found.done.append(module)
+        return _Input(found.modules, found.dims, found.done)
+
+    def _module(self, function: Any, first: Any, second: Any, *rest: Any, **kwargs: Any) -> nn.Module:
+        """Finds the net's own module that calls a function of a tensor with these other arguments, and no others."""
+        module: Any = self.modules[id(first)]
+        if function in _CONVOLUTIONS:
+            settings = (module.stride, module.padding, module.dilation, module.groups)
+            known = second is module.bias and rest == settings and not kwargs
+            known = known and type(module) is _CONVOLUTIONS[function]
+        elif function is F.linear:
+            known = second is module.bias and not rest and not kwargs and type(module) is nn.Linear
+        elif function is F.batch_norm:
+            known = second is module.running_var and not rest and kwargs["training"] is False
+            known = known and kwargs["weight"] is module.weight and kwargs["bias"] is module.bias
+            known = known and kwargs["eps"] == module.eps
+        else:
+            known = False
+        if not known:
             raise _UnknownError
-        return _Input(found.convs, found.done)
+        found: nn.Module = module
+        return found
 
-    def relu(self) -> _Input:
-        """As the method of a tensor."""
-        return self.__torch_function__(Tensor.relu, (), (self,))
+    def __getattr__(self, name: str) -> Callable[..., _Input]:
+        """Gives a method of a tensor that is known as a function."""
+        function = getattr(Tensor, name, None)
+        if function not in _FUNCTIONS:
+            raise AttributeError(name)
+        return lambda *args, **kwargs: self.__torch_function__(function, (), (self, *args), kwargs)
+
+    def dim(self) -> int:
+        """Answers as a tensor; norms ask for it."""
+        return self.dims + 2
 
 
-def _negative_slope(negative_slope: float = 0.01, inplace: bool = False) -> float:
-    """What torch's leaky_relu makes of the arguments after its first one."""
-    return float(negative_slope)
+def _modes() -> tuple[bool, ...]:
+    """Tells what else an operation's result depends on."""
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
 
 
-def _three_convolutions(net: nn.Module) -> dict[int, nn.Conv2d] | None:
-    """The convolutions by the identity of their weights, if they are three and all that has parameters or buffers."""
+def _modules(net: nn.Module) -> tuple[dict[int, nn.Module], int] | None:
+    """Finds the layers and norms of a net and its spatial dimensions, if nothing else has parameters or buffers."""
     if torch.nn.modules.module._has_any_global_hook():
         return None
-    convs: dict[int, nn.Conv2d] = {}
+    found: dict[int, nn.Module] = {}
+    dims = set()
     for module in net.modules():
         if has_hooks(module) or hasattr(module, "parametrizations"):
             return None
-        if type(module) is nn.Conv2d:
-            convs[id(module.weight)] = module
+        if type(module) in LAYERS:
+            found[id(module.weight)] = module
+            dims.add(LAYERS[type(module)])
+        elif type(module) in NORMS:
+            assert isinstance(module, _BatchNorm)
+            if module.training or module.running_mean is None:  # its forward changes it, or looks at the whole batch
+                return None
+            found[id(module.running_mean)] = module
         elif module._parameters or module._buffers:
             return None
-    return convs if len(convs) == 3 else None
+    return (found, dims.pop()) if len(dims) == 1 else None
 
 
-def chain_of(net: nn.Module, *extra: Any) -> nn.Sequential | None:
-    """Conv-ReLU-Conv-ReLU-Conv of the net's own convolutions, if net(x, *extra) is no more than that; else None.
+def _key(part: nn.Module) -> Any:
+    """Tells a part of a chain from others: by itself, or by what it says where it was made of a function."""
+    return part if part._parameters or part._buffers else (type(part), part.extra_repr())
 
-    The activations are new modules, LeakyReLUs where the net's have a slope. ``extra`` must be
-    hashable, such as None for a context that is not given.
+
+def chain_of(net: nn.Module, *extra: Any, dim: int | None = None) -> nn.Sequential | None:
+    """Finds a chain of the net's own layers and norms and of activations, if net(x, *extra) is just that; else None.
+
+    The activations, and pads by zeros, are new modules. ``extra`` must be hashable, such as None for a context that is
+    not given; ``dim`` are the dimensions of x, None for what the layers take.
     """
+    known = _modules(net)
+    if known is None or dim not in (None, known[1] + 2):
+        return None
     chains = _chains.setdefault(net, {})
-    kept = chains.get(extra)
-    if kept is None and extra in chains:
+    called = (net.training, *extra)
+    kept = chains.get(called)
+    if kept is None and called in chains:
         return None
-    convs = _three_convolutions(net)
-    if convs is None:
-        return None
-    done: list[nn.Conv2d | float] = []
+    done: list[nn.Module] = []
     try:
-        out = net(_Input(convs, done), *extra)
+        out = net(_Input(*known, done), *extra)
     except Exception:  # whatever the forward asks of a tensor that the stand-in cannot do
         out = None
-    found = [part for part in done if isinstance(part, nn.Conv2d)]
-    slopes = [part for part in done if isinstance(part, float)]
     last = isinstance(out, _Input) and out.done is done and out.position == len(done)
-    kinds = [isinstance(part, nn.Conv2d) for part in done]
-    if not last or kinds != [True, False, True, False, True] or len(set(found)) != 3:
-        chains[extra] = None
+    if not last or not done:
+        chains[called] = None
         return None
-    if kept is None or list(kept)[::2] != found or [slope(part) for part in list(kept)[1::2]] != slopes:
-        first, second = (nn.LeakyReLU(leak) if leak else nn.ReLU() for leak in slopes)
-        kept = nn.Sequential(found[0], first, found[1], second, found[2])
-        chains[extra] = kept
+    if kept is None or list(map(_key, kept)) != list(map(_key, done)):
+        kept = nn.Sequential(*done)
+        chains[called] = kept
     return kept

@@ -231,13 +231,13 @@ def test_our_executor_runs_known_nets(monkeypatch: pytest.MonkeyPatch) -> None:
     if not functional.net_as_products(torch.zeros(1, 6, 4, 4).double()):
         pytest.skip("no extension, or PYGLOW_NETS says otherwise")
     seen: list[int] = []
-    real = functional.coupling_net
+    real = functional.net_chain
 
     def counting(*args: Any, **options: Any) -> torch.Tensor:
         seen.append(1)
         return real(*args, **options)
 
-    monkeypatch.setattr(functional, "coupling_net", counting)
+    monkeypatch.setattr(functional, "net_chain", counting)
     for name, runs in ((AIO, 1), ("GLOWCouplingBlock", 2), ("AffineCouplingOneSided", 1), ("NICECouplingBlock", 2)):
         case = Case(name, (6, 4, 4), net=known_net, c=(2,))
         _, ours = pair(case)

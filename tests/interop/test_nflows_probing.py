@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -107,6 +108,12 @@ class Tanh(Layers):
         return self.last(self.second(self.first(x).tanh()).relu())
 
 
+class Softplus(Layers):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        self.calls += 1
+        return self.last(self.second(F.softplus(self.first(x))).relu())
+
+
 class Skipping(Layers):
     """The second ReLU is of a tensor that is not used."""
 
@@ -141,17 +148,109 @@ class WithScale(Functional):
         self.gain = nn.Parameter(torch.ones(()))
 
 
-KNOWN = (Functional, Methods, Leaky, LeakyByDefault, Nested, NoBias, lambda: ConvNet(3, 6))
-UNKNOWN = (Residual, Scaled, Tanh, TwoSlopes, Skipping, Twice, ByHand, Looking, WithScale)
+class Elsewhere(Layers):
+    """What it does is not recorded, or in another precision."""
+
+    def __init__(self, mode: Any) -> None:
+        super().__init__()
+        self.mode = mode
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        with self.mode():
+            return self.last(self.second(self.first(x).relu()).relu())
 
 
-def runs_ours(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> bool:
+class Normed(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.dropout = nn.BatchNorm2d(8), nn.Dropout(0.3)
+        nn.init.uniform_(self.norm.running_mean)
+        self.eval()
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.last(self.dropout(F.silu(self.norm(self.second(self.first(x).sigmoid())))))
+
+
+class NormedByHand(Normed):
+    """With another number than its norm has."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        norm, hidden = self.norm, self.first(x)
+        hidden = F.batch_norm(hidden, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.1, 1e-3)
+        return self.last(hidden.relu())
+
+
+class DroppedOut(Layers):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.last(F.dropout(self.first(x).relu(), 0.0, self.training))
+
+
+class Padded(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, (1, 5)), nn.Conv2d(8, 6, 1)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        hidden = F.elu(self.first(F.pad(x, (1, 1, 1, 1))), 0.5)
+        return self.last(F.gelu(self.second(F.pad(hidden, (2, 2), value=0.0)), approximate="tanh"))
+
+
+class PaddedByOnes(Padded):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.last(self.second(F.pad(self.first(F.pad(x, (1, 1, 1, 1), value=1.0)), (2, 2))))
+
+
+class PaddedByEdges(Padded):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.last(self.second(F.pad(self.first(F.pad(x, (1, 1, 1, 1), mode="replicate")), (2, 2))))
+
+
+class Activations(Layers):
+    """Each of the functions that are known."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        hidden = F.elu_(self.second(self.first(x).tanh_()))
+        hidden = torch.sigmoid_(self.second(torch.special.expit(self.second(hidden))))
+        return self.last(F.gelu(self.second(hidden)))
+
+
+KNOWN = (
+    Functional,
+    Methods,
+    Leaky,
+    LeakyByDefault,
+    Nested,
+    NoBias,
+    Tanh,
+    TwoSlopes,
+    Twice,
+    Normed,
+    DroppedOut,
+    Padded,
+    Activations,
+    lambda: ConvNet(3, 6),
+)
+UNKNOWN = (
+    Residual,
+    Scaled,
+    Softplus,
+    Skipping,
+    ByHand,
+    Looking,
+    WithScale,
+    NormedByHand,
+    PaddedByOnes,
+    PaddedByEdges,
+)
+
+
+def runs_ours(net: nn.Module, monkeypatch: pytest.MonkeyPatch, x: Tensor | None = None) -> bool:
     """Whether our executor is called for a net, whose values are right in any case."""
     ran: list[int] = []
-    own = functional.coupling_net
-    x = torch.randn(2, 3, 4, 5)
+    own = functional.net_chain
+    x = torch.randn(2, 3, 4, 5) if x is None else x
     with monkeypatch.context() as patch:
-        patch.setattr(functional, "coupling_net", lambda *args, **options: ran.append(1) or own(*args, **options))
+        patch.setattr(functional, "net_chain", lambda *args, **options: ran.append(1) or own(*args, **options))
         found = run_net(net, x, None)
     assert_close(found, net(x, None))
     return bool(ran)
@@ -176,9 +275,11 @@ def test_unknown(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_changes_of_a_net_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     net = randomise(Leaky())
     assert runs_ours(net, monkeypatch)
-    net.activation.negative_slope = 0.1  # the other one is 0.2
+    net.activation.negative_slope = 1.5
     assert not runs_ours(net, monkeypatch)
     net.activation.negative_slope = 0.2
+    assert runs_ours(net, monkeypatch)
+    net.activation.negative_slope = 0.7  # the values are compared
     assert runs_ours(net, monkeypatch)
     net = randomise(Functional())
     assert runs_ours(net, monkeypatch)
@@ -198,11 +299,60 @@ def test_changes_of_a_net_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_else_a_forward_does_happens_once_a_call() -> None:
     x = torch.randn(2, 6, 4, 5)
-    for build, calls in ((Methods, 3), (Tanh, 4)):  # one to find out that it is not the net that we know
+    for build, calls in ((Methods, 3), (Softplus, 4)):  # one to find out that it is not the net that we know
         layer = ours.AffineCouplingTransform([0, 0, 0, 1, 1, 1], lambda inputs, outputs, build=build: build())
         for _ in range(3):
             layer(x)
         assert layer.transform_net.calls == calls
+
+
+def test_a_norm_and_a_dropout_are_known_in_evaluation_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = randomise(Normed())
+    assert runs_ours(net, monkeypatch)
+    net.train()
+    before = net.norm.num_batches_tracked.clone()
+    monkeypatch.setattr(net.dropout, "p", 0.0)
+    assert not runs_ours(net, monkeypatch)
+    assert net.norm.num_batches_tracked == before + 2  # one call of ours, one to compare with
+    net.eval()
+    assert runs_ours(net, monkeypatch)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, partial(torch.autocast, "cpu", torch.bfloat16)])
+def test_modes_of_a_part_of_a_net_count(mode: Any) -> None:
+    net, x = randomise(Elsewhere(mode)), torch.randn(2, 3, 4, 5)
+    assert probing.chain_of(net, None) is None
+    found, expected = run_net(net, x, None), net(x)
+    assert torch.equal(found, expected)
+    assert (found.dtype, found.requires_grad) == (expected.dtype, expected.requires_grad)
+    assert probing.chain_of(randomise(Elsewhere(torch.enable_grad)), None) is not None
+
+
+def test_an_input_is_not_written_to() -> None:
+    class InPlace(Layers):
+        def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+            return self.last(self.second(self.first(F.relu(x, inplace=True))))
+
+    net, x = InPlace(), torch.randn(2, 3, 4, 5)
+    given = x.clone()
+    assert_close(run_net(net, x, None), net(given.clone(), None))
+    assert torch.equal(x, given)
+
+
+def test_linear_layers_and_the_dimensions_of_the_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Vectors(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 8), nn.Linear(8, 6)
+
+        def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+            return self.last(torch.relu(self.first(x)))
+
+    net = randomise(Vectors())
+    assert runs_ours(net, monkeypatch, torch.randn(4, 3))
+    assert not runs_ours(net, monkeypatch, torch.randn(2, 3, 4, 3))
+    assert probing.chain_of(net, None, dim=4) is None
+    assert probing.chain_of(net, None, dim=2) is not None
 
 
 def test_gradients_reach_the_nets_parameters() -> None:

@@ -170,7 +170,9 @@ class TestRefusals:
         for net in nets:
             for direction in DIRECTIONS:
                 layer = fast.AffineCoupling(net, scale)
-                with pytest.raises(ValueError, match=f"param_map: expected an output of shape \\(1, {wide}, 3, 3\\)"):
+                with pytest.raises(
+                    ValueError, match=rf"param_map: expected an output of (shape \(1, {wide}, 3, 3\)|{wide} channels)"
+                ):
                     getattr(layer, direction)(z)
         broadcast = nf.flows.AffineCoupling(nets[-1], scale)
         assert broadcast(z)[0][1].shape == z[1].shape

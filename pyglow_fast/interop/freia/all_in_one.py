@@ -17,6 +17,7 @@ from pyglow_fast.interop.freia.layout import (
     clamped_spec,
     for_kernels,
     net_output,
+    side_by_side,
     transformed_by_functorch,
 )
 from pyglow_fast.layers.flow_step import ChannelMap
@@ -182,8 +183,7 @@ class AllInOneBlock(Fm.AllInOneBlock):
 
     def _net_out(self, kept: Tensor, c: Sequence[Tensor], order: ShiftThenRaw) -> Tensor:
         """The subnet's output for the kept channels and the conditions, in our order."""
-        passive = torch.cat([kept, *c], 1) if self.conditional else kept
-        return net_output(self.subnet, passive, kept, order)
+        return net_output(self.subnet, kept, kept, order, side_by_side(c) if self.conditional else None)
 
     def _takes(self, state: Any) -> bool:
         """Whether the state is what the block was made for, and the block what we know."""

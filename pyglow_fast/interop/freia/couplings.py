@@ -6,23 +6,38 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import FrEIA.modules as Fm
-import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast.interop import nets
-from pyglow_fast.interop.freia.layout import ShiftThenRaw, clamped_spec, for_kernels, importable, net_output
+from pyglow_fast.interop.freia.layout import (
+    ShiftThenRaw,
+    clamped_spec,
+    for_kernels,
+    importable,
+    net_output,
+    side_by_side,
+)
 
 Dims = Sequence[Sequence[int]]
 Subnet = Callable[[int, int], nn.Module]
 
 
 def _affine(
-    block: Any, subnet: nn.Module, passive: Tensor, state: Tensor, transformed: int, rev: bool
+    block: Any,
+    subnet: nn.Module,
+    passive: Tensor,
+    state: Tensor,
+    transformed: int,
+    rev: bool,
+    cond: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The last ``transformed`` channels of the state scaled and shifted by subnet(passive), or back; log_det (N,)."""
+    """The last ``transformed`` channels of the state scaled and shifted by subnet(passive), or back; log_det (N,).
+
+    With a condition, by subnet([passive, cond]).
+    """
     spec, raw_gain = clamped_spec(block.clamp, block.f_clamp)
-    net_out = net_output(subnet, passive, state, ShiftThenRaw(transformed, 1.0, raw_gain))
+    net_out = net_output(subnet, passive, state, ShiftThenRaw(transformed, 1.0, raw_gain), cond)
     return (functional.coupling_inverse if rev else functional.coupling)(state, net_out, spec)
 
 
@@ -91,8 +106,8 @@ class AffineCouplingOneSided(Fm.AffineCouplingOneSided):
         if not (for_kernels(state) and state.shape[1] == self.channels and self.split_len2 > 0):
             return super().forward(x, c, rev, jac)
         kept = state[:, : self.split_len1]
-        passive = torch.cat([kept, *c], 1) if self.conditional else kept
-        out, log_det = _affine(self, self.subnet, passive, state, self.split_len2, rev)
+        cond = side_by_side(c) if self.conditional else None
+        out, log_det = _affine(self, self.subnet, kept, state, self.split_len2, rev, cond)
         return (out,), log_det
 
 

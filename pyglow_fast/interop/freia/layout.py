@@ -11,7 +11,7 @@ with c = |clamp|. Any other f, and a clamp that is no number or is out of the ke
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,13 +113,24 @@ def _times(part: Tensor, gain: float) -> Tensor:
     return (part.float() if part.dtype in (torch.float16, torch.bfloat16) else part) * gain
 
 
-def net_output(subnet: nn.Module, passive: Tensor, state: Tensor, order: ShiftThenRaw) -> Tensor:
+def side_by_side(c: Sequence[Tensor]) -> Tensor | None:
+    """All conditions of a block as one; None for none."""
+    if not c:
+        return None
+    return c[0] if len(c) == 1 else torch.cat(list(c), dim=1)
+
+
+def net_output(
+    subnet: nn.Module, passive: Tensor, state: Tensor, order: ShiftThenRaw, cond: Tensor | None = None
+) -> Tensor:
     """[shift | raw] of subnet(passive), (N, 2 transformed, *spatial), for a state (N, C, *spatial).
+
+    With a condition, of subnet([passive, cond]).
 
     Raises:
         ValueError: the subnet's output has another shape. (FrEIA broadcasts some, with a wrong log-det.)
     """
-    out = nets.run(subnet, passive, order)
+    out = nets.run(subnet, passive, order, cond)
     expected = (state.shape[0], 2 * order.transformed, *state.shape[2:])
     expect(tuple(out.shape) == expected, "subnet", f"an output of shape {expected}", tuple(out.shape))
     return out
@@ -143,15 +154,11 @@ class OrderedSubnet(nn.Module):
         """Positions to each side that an output depends on, None where it is not known: see coupling_nets."""
         if self.whole_samples:
             return None
-        if isinstance(nets.recognised(self.subnet), nets.KnownNet):
-            return 2
-        stated: int | None = getattr(self.subnet, "halo", None)
-        return stated
+        return nets.halo(self.subnet)
 
     def forward(self, x1: Tensor, cond: Tensor | None = None) -> Tensor:
         """x1, cond -> [shift | raw]."""
-        x = x1 if cond is None else torch.cat([x1, cond.to(x1.dtype)], dim=1)
-        return net_output(self.subnet, x, x1, self.order)
+        return net_output(self.subnet, x1, x1, self.order, None if cond is None else cond.to(x1.dtype))
 
 
 def transformed_by_functorch() -> bool:

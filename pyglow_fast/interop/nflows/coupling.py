@@ -85,8 +85,8 @@ def run_net(net: nn.Module, kept: Tensor, context: Tensor | None) -> Tensor:
 
     Any other net gets a copy of the kept channels, as from nflows: it may view it in another shape or write to it.
     """
-    if context is None and functional.net_as_products(kept):
-        chain = probing.chain_of(net, None)
+    if context is None and functional.chain_as_products(kept):
+        chain = probing.chain_of(net, None, dim=kept.dim())
         if chain is not None:
             return nets.run(chain, kept)
     out: Tensor = net(kept.clone(memory_format=torch.contiguous_format), context)
@@ -97,8 +97,8 @@ class AffineCouplingTransform(transforms.AffineCouplingTransform):
     """y_t = s x_t + shift with (shift, raw) = net(x_i, context), s = scale_activation(raw), y_i = x_i.
 
     logabsdet = sum log s; x_t are the channels where mask > 0, x_i the others. In place of
-    ``nflows.transforms.AffineCouplingTransform``: the same buffers, net, draws at construction and results. A net of
-    convolutions 3x3, 1x1, 3x3 with ReLUs, or LeakyReLUs of one slope, runs in our executor on the CPU if there is no
+    ``nflows.transforms.AffineCouplingTransform``: the same buffers, net, draws at construction and results. A net
+    whose forward is a chain of layers, see pyglow_fast.interop.nets, runs in our executor on the CPU if there is no
     context.
 
     ``scale_activation`` is an argument of nflows' current source, not of its release 0.14, whose scale is the default.

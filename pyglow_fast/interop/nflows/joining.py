@@ -12,7 +12,7 @@ from nflows.transforms.coupling import CouplingTransform
 from torch import Tensor, nn
 
 from pyglow_fast.interop.joined import ChangedError, Face, JoinedRun, JoinedStep, Place, unrepeatable
-from pyglow_fast.interop.nets import KnownNet, recognised
+from pyglow_fast.interop.nets import KnownNet, halo, recognised
 from pyglow_fast.interop.nflows.coupling import run_net
 from pyglow_fast.interop.nflows.steps import StepParts, step_parts, waits_for_data
 from pyglow_fast.interop.probing import chain_of
@@ -35,18 +35,15 @@ class UserNet(nn.Module):
     @property
     def halo(self) -> int | None:
         """Positions to each side that an output depends on, None where it is not known."""
-        stated: int | None = getattr(self.net, "halo", None)
-        return 2 if isinstance(self._known(), KnownNet) else stated
+        chain = chain_of(self.net, None)
+        return halo(self.net if chain is None else chain)
 
     @property
     def deterministic(self) -> bool | None:
         """True where it is known."""
         stated: bool | None = getattr(self.net, "deterministic", None)
-        return True if isinstance(self._known(), KnownNet) else stated
-
-    def _known(self) -> KnownNet | str:
         chain = chain_of(self.net, None)
-        return "" if chain is None else recognised(chain)
+        return True if chain is not None and isinstance(recognised(chain), KnownNet) else stated
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C/2, *spatial) -> shift and raw scale (or shift alone)."""

@@ -104,14 +104,17 @@ class ActNorm(normflows.flows.ActNorm):
         return out
 
 
-def net_actnorm(module: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """Scale and offset, (C,), of the actnorm within normflows' ConvNet2d; None if it must be called itself."""
+def net_actnorm(module: nn.Module, dims: int) -> tuple[Tensor, Tensor] | None:
+    """Scale and offset, (C,), of the actnorm within normflows' ConvNet2d; None if it must be called itself.
+
+    ``dims`` are the spatial dimensions of what it is called with.
+    """
     actnorm: Any = module.actNorm
     ours = is_untouched(actnorm, ActNorm)
     if not ours and not is_untouched(actnorm, normflows.flows.ActNorm):
         return None
     initialized = actnorm.is_initialized if ours else bool(actnorm.data_dep_init_done > 0)
-    if not initialized or actnorm.s.shape != (1, actnorm.s.numel(), 1, 1):
+    if not initialized or actnorm.s.shape != (1, actnorm.s.numel(), *[1] * dims):
         return None
     return actnorm.s.exp().flatten(), actnorm.t.flatten()
 

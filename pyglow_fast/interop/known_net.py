@@ -1,0 +1,155 @@
+"""A coupling net that our executor runs, as it is known: it tells its layers, their weights, and how far it looks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pyglow_fast.reference import ChainSpec
+
+Affine = tuple[Tensor, Tensor]  # scale and offset of a map per channel, (C,) each
+
+
+def _batch_norm(norm: Any, dims: int) -> Affine:
+    """A BatchNorm in evaluation mode is (x - mean) weight / sqrt(var + eps) + bias."""
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    offset = -norm.running_mean * scale
+    return scale, offset if norm.bias is None else offset + norm.bias
+
+
+# Modules whose forward is that of one child, by qualified name; and maps per channel: (module, spatial dimensions) ->
+# scale and offset, or None while they wait for data. Adapters enter those of their library.
+WRAPPERS: dict[str, str] = {"normflows.nets.cnn.ConvNet2d": "net", "normflows.nets.mlp.MLP": "net"}
+AFFINE_MAPS: dict[str, Callable[[nn.Module, int], Affine | None]] = {
+    f"torch.nn.modules.batchnorm.BatchNorm{size}d": _batch_norm for size in (1, 2, 3)
+}
+LAYERS: dict[type[nn.Module], int] = {nn.Linear: 0, nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}  # spatial dimensions
+NORMS: dict[type[nn.Module], tuple[int, ...]] = {nn.BatchNorm1d: (0, 1), nn.BatchNorm2d: (2,), nn.BatchNorm3d: (3,)}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution or linear layer: it has maps per channel of its input, ``before``, and of its output, ``after``."""
+
+    module: Any
+    before: Sequence[nn.Module]
+    after: Sequence[nn.Module]
+
+    def folded(self, before: Sequence[Affine], after: Sequence[Affine]) -> tuple[Tensor, Tensor]:
+        """Folds the maps, as scales and offsets, into its weight and bias, which are returned, differentiable."""
+        weight, bias = self.module.weight, self.module.bias  # once: what parametrizes them may change when it is asked
+        if bias is None:
+            bias = weight.new_zeros(weight.shape[0])
+        spatial = (1,) * (weight.dim() - 2)
+        for scale, offset in reversed(before):  # nothing is padded: the kernel has one position
+            bias = bias + weight.flatten(1) @ offset.expand(weight.shape[1])
+            weight = weight * scale.view(1, -1, *spatial)
+        for scale, offset in after:
+            weight, bias = weight * scale.view(-1, 1, *spatial), bias * scale + offset
+        return weight, bias
+
+
+@dataclass(frozen=True)
+class KnownNet:
+    """A net that is recognised: it has layers, and ``spec`` is what functional.net_chain takes besides weights."""
+
+    layers: tuple[Layer, ...]
+    spec: ChainSpec
+
+    @property
+    def dims(self) -> int:
+        """How many spatial dimensions it has, 0 for vectors."""
+        return len(self.spec.dilations[0])
+
+    @property
+    def reach(self) -> tuple[int, ...]:
+        """How many positions to each side an output depends on, along each spatial dimension."""
+        steps = zip(self.layers, self.spec.dilations, strict=True)
+        every = [sides(layer.module.kernel_size, dilation) for layer, dilation in steps if dilation]
+        return tuple(map(sum, zip(*every, strict=True)))
+
+    @property
+    def is_parametrized(self) -> bool:
+        """Tells whether weights are computed when they are asked for, and may be others when asked for again."""
+        return any(parametrizations(layer.module) for layer in self.layers)
+
+    def weights_and_biases(self) -> tuple[list[Tensor], list[Tensor]] | None:
+        """Computes those of every layer for functional.net_chain, differentiable; None while a map waits for data.
+
+        The weight of each layer is asked for once, as in a call of the net, and not where None is returned.
+        """
+        found = []
+        for layer in self.layers:
+            before, after = self._maps(layer.before), self._maps(layer.after)
+            if before is None or after is None:
+                return None
+            found.append((layer, before, after))
+        weights, biases = zip(*(layer.folded(before, after) for layer, before, after in found), strict=True)
+        return list(weights), list(biases)
+
+    def _maps(self, modules: Sequence[nn.Module]) -> list[Affine] | None:
+        found = [AFFINE_MAPS[qualified(plain_type(module))](module, self.dims) for module in modules]
+        ready = [channel_map for channel_map in found if channel_map is not None]
+        return ready if len(ready) == len(found) else None
+
+    def takes(self, x: Tensor, cond: Tensor | None = None) -> bool:
+        """Tells whether x, with cond beside it, has the net's dimensions and channels, and the dtype of its weights."""
+        channels = x.shape[1] if x.dim() > 1 else 0
+        if cond is not None:
+            beside = cond.dim() == x.dim() and cond.shape[0] == x.shape[0] and cond.shape[2:] == x.shape[2:]
+            if not beside or (cond.dtype, cond.device) != (x.dtype, x.device):
+                return False
+            channels += cond.shape[1]
+        if x.dim() != self.dims + 2 or channels != widths(self.layers[0].module)[0]:
+            return False
+        return all((part.dtype, part.device) == (x.dtype, x.device) for part in self._tensors())
+
+    def _tensors(self) -> Iterator[Tensor]:
+        for layer in self.layers:
+            for module in (layer.module, *layer.before, *layer.after):
+                # Of modules in it where there are any: what parametrizes it, a library's actnorm.
+                own = module.parameters() if module._modules else module._parameters.values()
+                yield from (value for value in own if value is not None)
+                if isinstance(module, _BatchNorm):
+                    yield from (value for value in module.buffers() if value.is_floating_point())
+
+
+def qualified(kind: type) -> str:
+    """Gives the full name of a class."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def parametrizations(module: nn.Module) -> dict[str, Any]:
+    """Gives what computes tensors of a module when they are asked for, by their names."""
+    found: Any = module._modules.get("parametrizations")  # not by getattr, which is slow where there are none
+    return found._modules if isinstance(found, nn.ModuleDict) else {}
+
+
+def plain_type(module: nn.Module) -> type:
+    """Gives the class of a module, without the one that torch's parametrizations put in its place."""
+    kind, computed = type(module), parametrizations(module)
+    if not computed:
+        return kind
+    by_copies = {"__getstate__", "__deepcopy__", "__slotnames__"}  # which do not change what it computes
+    added = vars(kind).keys() - {"__module__", "__doc__", *by_copies}
+    by_torch = kind.__name__ == f"Parametrized{kind.__mro__[1].__name__}"
+    return kind.__mro__[1] if by_torch and added <= computed.keys() else kind
+
+
+def widths(layer: Any) -> tuple[int, int]:
+    """Tells how many channels a layer gets and gives."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    return layer.in_channels, layer.out_channels
+
+
+def sides(kernel_size: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...]:
+    """Computes the padding to each side that keeps the size."""
+    return tuple(step * (size // 2) for size, step in zip(kernel_size, dilation, strict=True))
