@@ -176,16 +176,6 @@ def net_in_half(x: Tensor) -> bool:
     return torch.get_autocast_dtype("cpu") == torch.bfloat16
 
 
-def chain_as_products(x: Tensor) -> bool:
-    """Whether :func:`net_chain` on x is our executor's, and not the library's layers one by one.
-
-    As :func:`net_as_products`, for vectors and for one to three spatial dimensions.
-    """
-    if x.device.type != "cpu" or not 2 <= x.dim() <= 5 or not ops.run_on(x) or torch.is_autocast_enabled("cpu"):
-        return False
-    return _backend.nets() != "library"
-
-
 def net_chain(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -201,7 +191,6 @@ def net_chain(
     """
     if not net_as_products(x):
         return reference.net_chain(x, weights, biases, spec, log_gain, cond)
-    reference.check_chain(weights, spec)
     arguments = (*ops.chain_arguments(spec), net_in_half(x))
     optional = [tensor for tensor in (log_gain, cond) if tensor is not None]
     if _records_gradient(x, *weights, *biases, *optional):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast import _backend
-from pyglow_fast.reference import ACTIVATIONS, KINDS, ORDERS, SCALE_MAPS, ChainSpec, CouplingSpec
+from pyglow_fast.reference import ACTIVATIONS, KINDS, ORDERS, SCALE_MAPS, ChainSpec, CouplingSpec, check_spec
 
 DEVICES = ("cpu", "cuda")  # that there may be kernels for
 SCALE_MAP_CODES = {"none": 0, "sigmoid": 1, "sigmoid_eps": 2, "exp": 3, "tanh": 4, "atan": 5}  # csrc/math/kinds.h
@@ -299,9 +299,23 @@ def kind_arguments(spec: CouplingSpec, inverse: bool) -> tuple[int, int, bool, f
     return SCALE_MAP_CODES[name], ORDER_CODES[spec.order], inverse, spec.bias, spec.eps, spec.clamp
 
 
-@functools.cache
-def chain_arguments(spec: ChainSpec) -> tuple[list[int], list[float], list[int]]:
-    """What the ops of nets take of a description: codes and parameters of the activations, dilations."""
-    codes = [ACTIVATION_CODES[activation.kind] for activation in spec.activations]
-    parameters = [float(activation.parameter) for activation in spec.activations]
-    return codes, parameters, [step for dilation in spec.dilations for step in dilation]
+ChainArguments = tuple[tuple[int, ...], tuple[float, ...], tuple[int, ...]]
+
+
+def chain_arguments(spec: ChainSpec) -> ChainArguments:
+    """What the ops of nets take of a description: codes and parameters of the activations, dilations.
+
+    Raises:
+        ValueError: see :func:`pyglow_fast.reference.check_spec`.
+    """
+    return _chain_arguments(spec) if torch.compiler.is_compiling() else _known_chain_arguments(spec)
+
+
+def _chain_arguments(spec: ChainSpec) -> ChainArguments:
+    check_spec(spec)
+    codes = tuple(ACTIVATION_CODES[activation.kind] for activation in spec.activations)
+    parameters = tuple(float(activation.parameter) for activation in spec.activations)
+    return codes, parameters, tuple(step for dilation in spec.dilations for step in dilation)
+
+
+_known_chain_arguments = functools.cache(_chain_arguments)

@@ -256,28 +256,40 @@ def _activated(h: Tensor, activation: Activation) -> Tensor:
     return {"none": lambda h: h, "silu": F.silu, "tanh": torch.tanh, "sigmoid": torch.sigmoid}[kind](h)
 
 
-def check_chain(weights: Sequence[Tensor], spec: ChainSpec) -> None:
-    """Refuse a description that is no chain of these weights.
+def check_spec(spec: ChainSpec) -> None:
+    """Refuse a description of no chain at all.
 
     Raises:
-        ValueError: layers of other numbers, kernels of even size, unknown activations, slopes out of their range.
+        ValueError: too many layers, other numbers of activations or dilations, unknown activations or parameters.
     """
-    layers, dims = len(weights), weights[0].dim() - 2 if weights else 0
-    expect(1 <= layers <= MAX_LAYERS, "weights", f"1 to {MAX_LAYERS} layers", layers)
+    layers = len(spec.dilations)
+    expect(1 <= layers <= MAX_LAYERS, "dilations", f"those of 1 to {MAX_LAYERS} layers", spec.dilations)
     expect(len(spec.activations) == layers - 1, "activations", f"{layers - 1}, of the hidden layers", spec.activations)
-    expect(len(spec.dilations) == layers, "dilations", f"{layers}, of the layers", spec.dilations)
     for kind, parameter in spec.activations:
         expect(kind in ACTIVATIONS, "activation", f"one of {ACTIVATIONS}", repr(kind))
         if kind == "leaky_relu":
-            expect(0.0 <= parameter <= 1.0, "activation", "a slope from 0 to 1", parameter)
+            expect(0.0 <= parameter <= 1.0, "leak", "a slope from 0 to 1", parameter)
         if kind == "elu":
-            expect(0.0 < parameter < math.inf, "activation", "an alpha above 0", parameter)
-    for weight, dilation in zip(weights, spec.dilations, strict=True):
-        expect(weight.dim() == dims + 2, "weights", f"{dims} spatial dimensions, as the first", tuple(weight.shape))
+            expect(0.0 < parameter < math.inf, "alpha", "a number above 0", parameter)
+    dims = len(spec.dilations[0])
+    for dilation in spec.dilations:
+        fits = len(dilation) == dims <= 3 and all(step >= 1 for step in dilation)
+        expect(fits, "dilations", f"{dims} numbers of at least 1 for each layer", spec.dilations)
+
+
+def check_chain(weights: Sequence[Tensor], spec: ChainSpec) -> None:
+    """Refuse a description that is not of these weights; see :func:`check_spec`.
+
+    Raises:
+        ValueError: as that, and for other layers or dimensions, or kernels of other sizes than KERNEL_SIZES.
+    """
+    check_spec(spec)
+    layers, dims = len(spec.dilations), len(spec.dilations[0])
+    expect(len(weights) == layers, "weights", f"{layers} layers", len(weights))
+    for weight in weights:
+        expect(weight.dim() == dims + 2, "weights", f"{dims} kernel sizes", tuple(weight.shape))
         known = all(size in KERNEL_SIZES for size in weight.shape[2:])
         expect(known, "weights", f"kernel sizes of {KERNEL_SIZES}", tuple(weight.shape))
-        fits = len(dilation) == dims and all(step >= 1 for step in dilation)
-        expect(fits, "dilations", f"{dims} numbers of at least 1 for each layer", spec.dilations)
 
 
 def net_chain(
@@ -320,6 +332,7 @@ def net_chain(
 @functools.cache
 def coupling_net_spec(dims: int, leak: float = 0.0) -> ChainSpec:
     """Glow's own coupling net as a chain: three convolutions, (leaky) relus in between."""
+    expect(0.0 <= leak <= 1.0, "leak", "a slope from 0 to 1", leak)
     return ChainSpec((Activation("leaky_relu", leak) if leak else Activation(),) * 2, ((1,) * dims,) * 3)
 
 
@@ -346,7 +359,6 @@ def coupling_net(
     Raises:
         ValueError: another leak.
     """
-    expect(0.0 <= leak <= 1.0, "leak", "a slope from 0 to 1", leak)
     return net_chain(x, (w1, w2, w3), (b1, b2, b3), coupling_net_spec(x.dim() - 2, leak), log_gain, cond)
 
 

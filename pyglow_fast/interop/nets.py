@@ -284,7 +284,7 @@ def run(
 
 def _known(net: nn.Module, x: Tensor, cond: Tensor | None) -> KnownNet | None:
     """Gives the net, if it is recognised and our executor takes x."""
-    if not functional.chain_as_products(x) or torch.compiler.is_compiling():
+    if not functional.net_as_products(x) or torch.compiler.is_compiling():
         return None
     known = recognised(net)
     return known if isinstance(known, KnownNet) and known.takes(x, cond) else None
