@@ -219,7 +219,20 @@ PYGLOW_HD bool is_simple(const After<S>& after) {
   return after.argument.data == nullptr && (relu || (kind == Activation::none && after.derivative.data == nullptr));
 }
 
-// The same for one block.
+// Where a block of C goes, (rows, columns).
+template <class S, class Out>
+struct Target {
+  const ProductArgs<S, Out>& args;
+  int64_t row, rows, column, columns;
+  bool add, is_last;  // to C; of the parts that are summed
+
+  PYGLOW_HD const Sum<S>* bias() const {
+    return is_last && args.after.bias != nullptr ? args.after.bias + row : nullptr;
+  }
+  PYGLOW_HD bool has_derivative() const { return is_last && args.after.derivative.data != nullptr; }
+};
+
+// What is done to one block of C in registers.
 template <class T>
 struct Epilogue {
   bool add;
@@ -249,20 +262,24 @@ PYGLOW_HD void put(const Block<T, NumRows>& block, const Epilogue<T>& epilogue, 
   }
 }
 
-// A block of C that lies in `block`, (rows, block_columns).
-template <class S, class Out>
-struct Target {
-  const ProductArgs<S, Out>& args;
-  int64_t row, rows, column, columns;
-  bool add, is_last;  // to C; of the parts that are summed
-
-  PYGLOW_HD const Sum<S>* bias() const {
-    return is_last && args.after.bias != nullptr ? args.after.bias + row : nullptr;
+// A block of whole columns in registers, where what follows is simple.
+template <class S, class Out, int NumRows>
+PYGLOW_HD void put_block(const Target<S, Out>& target, const Block<Sum<S>, NumRows>& block, Sum<S> leak) {
+  using T = Sum<S>;
+  const ProductArgs<S, Out>& args = target.args;
+  Epilogue<T> epilogue{.add = target.add, .bias = target.bias(), .mask = nullptr, .mask_row = 0, .leak = leak};
+  if (target.has_derivative()) {
+    epilogue.mask = at(args.after.derivative, target.row, target.column);
+    epilogue.mask_row = row_at(args.after.derivative, target.column);
   }
-  PYGLOW_HD bool has_derivative() const { return is_last && args.after.derivative.data != nullptr; }
-};
+  T* const c = at(args.c, target.row, target.column);
+  const int64_t c_row = row_at(args.c, target.column);
+  leak == T(0) ? put<false, T, NumRows>(block, epilogue, target.rows, c, c_row)
+               : put<true, T, NumRows>(block, epilogue, target.rows, c, c_row);
+}
 
-// Writes it where what follows is simple, the columns are whole and nothing is added.
+// A block that lies in memory, (rows, block_columns), where what follows is simple, its columns are whole and nothing
+// is added.
 template <bool Leaky, class S, class Out>
 void put_at_once(const Target<S, Out>& target, Sum<S> leak, const Sum<S>* block) {
   using T = Sum<S>;
@@ -337,36 +354,36 @@ PYGLOW_HD Sum<S> leak_of(const After<S>& after) {
                                                 : after.parameter;
 }
 
-// The blocks [first, last) of panels in one block of columns.
+// Blocks of columns of a task. Tiles are done with A sooner than it comes from the second-level cache, and would wait
+// for a block of B that has just been packed.
+template <class S>
+constexpr int64_t blocks_of_task = in_tiles<S> ? 4 : 1;
+
+// The blocks [first, last) of panels in the columns of a task.
 template <class S, class Out, int NumRows>
 void multiply_columns(const ProductArgs<S, Out>& args, const Blocks& blocks, int64_t first, int64_t last,
-                      int64_t column) {
+                      int64_t begin) {
   using T = Sum<S>;
-  constexpr int64_t width = block_columns<T>;
-  const int64_t size = panel_size<S>(blocks, args.inner);
+  constexpr int64_t width = block_columns<T>, most = blocks_of_task<S> * width;
+  const int64_t size = panel_size<S>(blocks, args.inner), end = smaller(args.columns, begin + most);
   const int64_t longest = round_up(smaller(inner_block<S>, args.inner), pixel_block);
   char* const memory = static_cast<char*>(
-      thread_scratch(Scratch::tile, longest * width * sizeof(Packed<S>) + 2 * NumRows * width * sizeof(T)));
+      thread_scratch(Scratch::tile, longest * most * sizeof(Packed<S>) + 2 * NumRows * width * sizeof(T)));
   T* const sums = reinterpret_cast<T*>(memory);
   T* const more = sums + NumRows * width;
   Packed<S>* const packed = reinterpret_cast<Packed<S>*>(more + NumRows * width);
-  const int64_t columns = smaller(width, args.columns - column);
-  const bool in_place = sizeof(S) != 2 && !args.turned && args.b.shifts == nullptr && columns == width;
+  const bool in_place = sizeof(S) != 2 && !args.turned && args.b.shifts == nullptr && begin + width <= end;
   const bool simple = is_simple(args.after);
   const T leak = leak_of(args.after);
   for (int64_t k = 0; k < args.inner; k += inner_block<S>) {
     const int64_t inner = smaller(inner_block<S>, args.inner - k);
-    const Packed<S>* right = packed;
-    int64_t right_row = width;
-    if (in_place) {
-      if constexpr (sizeof(S) != 2) right = at(args.b.matrix, k, column);
-      right_row = row_at(args.b.matrix, column);
-    } else if (args.turned) {
-      pack_turned<S>(args.b, k, inner, column, columns, packed);
-    } else {
-      pack_columns<S>(args.b, k, inner, column, columns, packed);
-    }
     const bool is_last = k + inner == args.inner, add = args.accumulate || k > 0;
+    for (int64_t column = begin; column < end && !in_place; column += width) {
+      const int64_t columns = smaller(width, end - column);
+      Packed<S>* const to = packed + (column - begin) * longest;
+      args.turned ? pack_turned<S>(args.b, k, inner, column, columns, to)
+                  : pack_columns<S>(args.b, k, inner, column, columns, to);
+    }
     for (int64_t panel = first; panel < last; ++panel) {
       const int64_t row = panel * NumRows, rows = smaller(NumRows, args.rows - row);
       const Packed<S>* left = args.a.data;
@@ -375,36 +392,38 @@ void multiply_columns(const ProductArgs<S, Out>& args, const Blocks& blocks, int
       } else {
         left += args.a.block == 0 ? panel * size + k * NumRows : k / pixel_block * args.a.block + row * pixel_block;
       }
-      if (args.row_sums != nullptr && column == 0)  // one task per row has these columns
+      if (args.row_sums != nullptr && begin == 0)  // one task per row has these columns
         for (int64_t i = 0; i < rows; ++i) args.row_sums[row + i] += sum_of(args.summed, row + i, k, inner);
-      if constexpr (in_tiles<S>) {
-#if defined(__AMX_BF16__)
-        multiply_tiles(left, args.a.block, right, inner, rows > tile_rows, sums);
-#endif
-      } else {
-        const Block<T, NumRows> block = multiply<S, NumRows>(left, args.a.block, right, right_row, inner);
+      for (int64_t column = begin; column < end; column += width) {
+        const int64_t columns = smaller(width, end - column);
+        const Packed<S>* right = packed + (column - begin) * longest;
+        int64_t right_row = width;
         if constexpr (sizeof(S) != 2) {
-          if (simple && columns == width) {
-            Epilogue<T> epilogue{.add = add, .bias = nullptr, .mask = nullptr, .mask_row = 0, .leak = leak};
-            if (is_last && args.after.bias != nullptr) epilogue.bias = args.after.bias + row;
-            if (is_last && args.after.derivative.data != nullptr) {
-              epilogue.mask = at(args.after.derivative, row, column);
-              epilogue.mask_row = row_at(args.after.derivative, column);
-            }
-            T* const c = at(args.c, row, column);
-            const int64_t c_row = row_at(args.c, column);
-            leak == T(0) ? put<false, T, NumRows>(block, epilogue, rows, c, c_row)
-                         : put<true, T, NumRows>(block, epilogue, rows, c, c_row);
-            continue;
+          if (in_place) {
+            right = at(args.b.matrix, k, column);
+            right_row = row_at(args.b.matrix, column);
           }
         }
-        put<false, T, NumRows>(block, {false, nullptr, nullptr, 0, T(0)}, NumRows, sums, width);
-      }
-      const Target<S, Out> target{args, row, rows, column, columns, add, is_last};
-      if (simple && columns == width && !add) {
-        leak == T(0) ? put_at_once<false>(target, leak, sums) : put_at_once<true>(target, leak, sums);
-      } else {
-        put_slowly(target, sums, more);
+        const Target<S, Out> target{args, row, rows, column, columns, add, is_last};
+        if constexpr (in_tiles<S>) {
+#if defined(__AMX_BF16__)
+          multiply_tiles(left, args.a.block, right, inner, rows > tile_rows, sums);
+#endif
+        } else {
+          const Block<T, NumRows> block = multiply<S, NumRows>(left, args.a.block, right, right_row, inner);
+          if constexpr (sizeof(S) != 2) {
+            if (simple && columns == width) {
+              put_block(target, block, leak);
+              continue;
+            }
+          }
+          put<false, T, NumRows>(block, {false, nullptr, nullptr, 0, T(0)}, NumRows, sums, width);
+        }
+        if (simple && columns == width && !add) {
+          leak == T(0) ? put_at_once<false>(target, leak, sums) : put_at_once<true>(target, leak, sums);
+        } else {
+          put_slowly(target, sums, more);
+        }
       }
     }
   }
@@ -412,7 +431,7 @@ void multiply_columns(const ProductArgs<S, Out>& args, const Blocks& blocks, int
 
 template <class S, class Out>
 int64_t tasks_of(const ProductArgs<S, Out>& args) {
-  constexpr int64_t width = block_columns<Sum<S>>;
+  constexpr int64_t width = blocks_of_task<S> * block_columns<Sum<S>>;
   return blocks_of_rows<S>(args.rows).count * ((args.columns + width - 1) / width);
 }
 
@@ -425,7 +444,7 @@ void multiply_tasks(const ProductArgs<S, Out>& args, int64_t begin, int64_t end)
     for (int64_t task = begin; task < end;) {
       const int64_t column = task / panels, last = smaller(end, (column + 1) * panels);
       multiply_columns<S, Out, rows.value>(args, blocks, task - column * panels, last - column * panels,
-                                           column * block_columns<Sum<S>>);
+                                           column * blocks_of_task<S> * block_columns<Sum<S>>);
       task = last;
     }
   };

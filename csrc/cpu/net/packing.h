@@ -64,6 +64,13 @@ PYGLOW_HD void store_row(const Vec<float> (&v)[column_vectors], BFloat16* to) {
 }
 
 // Lane i is from[i] where bit i is set, else zero; all of it may be read.
+#if defined(__AVX512F__)
+template <class T>
+PYGLOW_HD Vec<T> load_where(const T* from, uint32_t bits) {
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_maskz_loadu_ps(static_cast<__mmask16>(bits), from);
+  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm512_maskz_loadu_pd(static_cast<__mmask8>(bits), from);
+}
+#else
 template <class T>
 PYGLOW_HD Vec<T> load_where(const T* from, uint32_t bits) {
   using Mask = decltype(Vec<T>{} < Vec<T>{});
@@ -72,6 +79,7 @@ PYGLOW_HD Vec<T> load_where(const T* from, uint32_t bits) {
   const Mask inside = (lane & (Mask{} + static_cast<int>(bits & ((1u << lanes<T>)-1)))) != 0;
   return inside ? load<T>(from) : Vec<T>{};
 }
+#endif
 PYGLOW_HD VecH load_where(const BFloat16* from, uint32_t bits) {
 #if defined(__AVX512BW__)
   const __m512i v = _mm512_maskz_loadu_epi16(bits, from);
@@ -99,31 +107,56 @@ PYGLOW_HD void widen_row(const BFloat16* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
 }
 
-// Calls f(k, address, bits) for `count` rows from `first` on: where the row's values at the columns from `column` on
-// are, and which of them are not zero. They are `columns`, in one block of pixels.
-template <class S, class F>
-PYGLOW_HD void for_rows(const Right<S>& b, int64_t first, int64_t count, int64_t column, int64_t columns, const F& f) {
-  const uint32_t valid = columns >= pixel_block ? ~0u : (1u << columns) - 1;
-  if (b.shifts == nullptr) {
-    const S* from = at(b.matrix, first, column);
-    const int64_t row = row_at(b.matrix, column);
-    for (int64_t k = 0; k < count; ++k, from += row) f(k, from, valid);
-    return;
-  }
-  const int64_t taps = b.shifts->taps(), pixel = b.first + column;
-  const Shifts::Seen seen = b.shifts->from(pixel / pixel_block);
-  const int skipped = static_cast<int>(pixel % pixel_block);
-  int64_t tap = first % taps;
-  const S* channel = b.matrix.data + first / taps * b.matrix.row + column;
-  for (int64_t k = 0; k < count; ++k) {
-    const int64_t place = b.shifts->place(tap, b.transposed);
-    f(k, channel + seen.offset[place], seen.inside[place] >> skipped & valid);
-    if (++tap == taps) {
-      tap = 0;
-      channel += b.matrix.row;
+// The rows of a right matrix from `first` on, one after the other, at the columns from `column` on: where the values
+// are and, by bits, which of them are not zero. There are `columns`, in one block of pixels.
+template <class S>
+class RowsAt {
+ public:
+  PYGLOW_HD RowsAt(const Right<S>& b, int64_t first, int64_t column, int64_t columns)
+      : valid_(columns >= pixel_block ? ~0u : (1u << columns) - 1) {
+    if (b.shifts == nullptr) {
+      from_ = at(b.matrix, first, column);
+      row_ = row_at(b.matrix, column);
+      return;
     }
+    taps_ = b.shifts->taps();
+    const int64_t pixel = b.first + column;
+    const Shifts::Seen seen = b.shifts->from(pixel / pixel_block);
+    skipped_ = static_cast<int>(pixel % pixel_block);
+    step_ = b.transposed ? -1 : 1;
+    offset_ = seen.offset + (b.transposed ? taps_ - 1 : 0);
+    inside_ = seen.inside + (b.transposed ? taps_ - 1 : 0);
+    tap_ = first % taps_;
+    from_ = b.matrix.data + first / taps_ * b.matrix.row + column;
+    row_ = b.matrix.row;
   }
-}
+
+  struct Row {
+    const S* from;
+    uint32_t bits;
+  };
+  PYGLOW_HD Row next() {
+    if (taps_ == 0) {
+      const Row row{from_, valid_};
+      from_ += row_;
+      return row;
+    }
+    const int64_t i = step_ * tap_;
+    const Row row{from_ + offset_[i], inside_[i] >> skipped_ & valid_};
+    const bool is_last = ++tap_ == taps_;
+    from_ += is_last ? row_ : 0;
+    tap_ = is_last ? 0 : tap_;
+    return row;
+  }
+
+ private:
+  const S* from_;
+  uint32_t valid_;
+  int skipped_ = 0;
+  int64_t row_, taps_ = 0, tap_ = 0, step_ = 1;
+  const int64_t* offset_ = nullptr;
+  const uint32_t* inside_ = nullptr;
+};
 
 // Two rows of 16-bit numbers, as pairs.
 #if defined(__AVX512BW__)
@@ -147,28 +180,34 @@ PYGLOW_HD void store_pairs(__m512i even, __m512i odd, BFloat16* to) {
 template <class S>
 void pack_columns(const Right<S>& b, int64_t first_k, int64_t inner, int64_t column, int64_t columns, Packed<S>* to) {
   constexpr int64_t width = block_columns<Sum<S>>;
+  RowsAt<S> rows(b, first_k, column, columns);
   if constexpr (sizeof(S) != 2) {
-    for_rows(b, first_k, inner, column, columns, [&](int64_t k, const S* from, uint32_t bits) {
-      copy_where(from, bits, to + k * width);
-      copy_where(from + lanes<S>, bits >> lanes<S>, to + k * width + lanes<S>);
-    });
+    for (int64_t k = 0; k < inner; ++k, to += width) {
+      const auto [from, bits] = rows.next();
+      copy_where(from, bits, to);
+      copy_where(from + lanes<S>, bits >> lanes<S>, to + lanes<S>);
+    }
   } else if constexpr (!in_pairs<S>) {
-    for_rows(b, first_k, inner, column, columns, [&](int64_t k, const S* from, uint32_t bits) {
+    for (int64_t k = 0; k < inner; ++k, to += width) {
       alignas(PYGLOW_VECTOR_BYTES) S row[half_lanes];
+      const auto [from, bits] = rows.next();
       copy_where(from, bits, row);
-      widen_row(row, width, to + k * width);
-    });
+      widen_row(row, width, to);
+    }
   } else {
 #if defined(__AVX512BW__)
     const __m512i zero = _mm512_setzero_si512();
-    __m512i even = zero;
-    for_rows(b, first_k, inner, column, columns, [&](int64_t k, const S* from, uint32_t bits) {
-      const __m512i row = _mm512_maskz_loadu_epi16(bits, from);
-      k % 2 == 0 ? static_cast<void>(even = row) : store_pairs(even, row, to + (k - 1) * width);
-    });
-    if (inner % 2 == 1) store_pairs(even, zero, to + (inner - 1) * width);
-    for (int64_t k = round_up(inner, 2); k < round_up(inner, pixel_block); k += 2)
-      store_pairs(zero, zero, to + k * width);
+    int64_t k = 0;
+    for (; k + 2 <= inner; k += 2, to += 2 * width) {
+      const auto even = rows.next(), odd = rows.next();
+      store_pairs(_mm512_maskz_loadu_epi16(even.bits, even.from), _mm512_maskz_loadu_epi16(odd.bits, odd.from), to);
+    }
+    if (k < inner) {
+      const auto [from, bits] = rows.next();
+      store_pairs(_mm512_maskz_loadu_epi16(bits, from), zero, to);
+      k += 2, to += 2 * width;
+    }
+    for (; k < round_up(inner, pixel_block); k += 2, to += 2 * width) store_pairs(zero, zero, to);
 #endif
   }
 }
@@ -203,10 +242,12 @@ void pack_turned(const Right<S>& b, int64_t first_k, int64_t inner, int64_t firs
         continue;
       }
     }
-    for_rows(b, first, count, first_k + k, pixels, [&](int64_t row, const S* from, uint32_t bits) {
+    RowsAt<S> source(b, first, first_k + k, pixels);
+    for (int64_t row = 0; row < count; ++row) {
+      const auto [from, bits] = source.next();
       for (int64_t i = 0; i < pixel_block; i += vector_elements<S>)
         copy_where(from + i, bits >> i, rows + row * pixel_block + i);
-    });
+    }
     if constexpr (sizeof(S) != 2) {
       transpose_rows<S>(rows, pixel_block, width, pixels, to, width);
     } else if constexpr (in_pairs<S>) {
