@@ -5,7 +5,8 @@
 FOLDER holds train-images-idx3-ubyte.gz and t10k-images-idx3-ubyte.gz (Debian: dataset-fashion-mnist). All runs have one
 seed, batches and dequantisation noise. "store+i" begins with weights that are off by one unit in the last place, up or
 down at random: how far such runs end apart is what rounding alone does. A reversible run passes if it ends no farther
-from the stored one than these lie apart (their largest difference, the stored run among them).
+from the stored one than these lie apart (their largest difference, the stored run among them); so do "store/bf16" and
+"reversible/bf16", whose nets train in bfloat16. All are scored with nets in float32.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from bench.harness import machine, write_json
 from pyglow_fast import Glow
+from pyglow_fast.coupling_nets.precision import overridden
 
 VARIANTS = ("reversible", "store", "store+1", "store+2", "store+3")
 N_TEST = 2000
@@ -72,19 +74,22 @@ def perturb(model: nn.Module, seed: int) -> None:
 
 @torch.no_grad()
 def score(model: Glow, images: Tensor) -> float:
-    """Mean bits/dim with fixed dequantisation noise."""
+    """Mean bits/dim with fixed dequantisation noise, the nets in float32."""
     torch.manual_seed(7)
     model.eval()
-    parts = [model.bits_per_dim(part) for part in images.split(100)]
+    with overridden("fp32"):
+        parts = [model.bits_per_dim(part) for part in images.split(100)]
     model.train()
     return float(torch.cat(parts).mean())
 
 
 def train(variant: str, images: Tensor, test: Tensor, steps: int) -> Row:
     """One run."""
-    memory, _, perturbation = variant.partition("+")
+    kind, _, precision = variant.partition("/")
+    memory, _, perturbation = kind.partition("+")
     torch.manual_seed(0)
-    model = Glow(image_shape=(1, 28, 28), n_levels=2, n_steps=16, hidden=64, memory=memory)
+    shape: dict[str, Any] = {"image_shape": (1, 28, 28), "n_levels": 2, "n_steps": 16, "hidden": 64}
+    model = Glow(**shape, memory=memory, precision=precision or "auto")
     model.train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     with torch.no_grad():
@@ -123,18 +128,18 @@ def train(variant: str, images: Tensor, test: Tensor, steps: int) -> Row:
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """Reversible against the spread of stored runs."""
-    stored = [row for row in rows if row.variant.startswith("store")]
-    ours = next((row for row in rows if row.variant == "reversible"), None)
+    """Each of the other runs against the spread of the stored ones."""
+    stored = [row for row in rows if row.variant.startswith("store") and "/" not in row.variant]
+    others = [row for row in rows if row not in stored]
     base = next((row for row in rows if row.variant == "store"), None)
-    if ours is None or base is None or len(stored) < 2:
-        return "no verdict: reversible, store and a perturbed run are needed"
+    if not others or base is None or len(stored) < 2:
+        return "no verdict: reversible or bf16, store and a perturbed run are needed"
     lines = []
-    for name in ("train", "test"):
-        difference = abs(getattr(ours, name) - getattr(base, name))
+    for row, name in itertools.product(others, ("train", "test")):
+        difference = abs(getattr(row, name) - getattr(base, name))
         spread = max(abs(getattr(a, name) - getattr(b, name)) for a, b in itertools.combinations(stored, 2))
         word = "within" if difference <= spread else "beyond"
-        lines.append(f"{name}: reversible - store {difference:.5f} bits/dim, {word} the stored runs' {spread:.5f}")
+        lines.append(f"{name}: {row.variant} - store {difference:.5f} bits/dim, {word} the stored runs' {spread:.5f}")
     return "\n".join(lines)
 
 
