@@ -15,6 +15,7 @@ import math
 import torch
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NAMES = {dtype: name for name, dtype in PRECISIONS.items()}
 UNIT = 2.0**-8
 ROUNDING = (0.541 / 3) ** 0.5 * UNIT
 MARGIN = 2.0
