@@ -6,7 +6,7 @@ Each benchmark is a module with ``main(argv) -> exit code``, run from the source
     kernels     the ops, and the flow step outside its net, against the reference and the peers
     models      training step, log_prob and sampling of whole models, against the peers
     calls       what a call costs besides its kernel, and the Python of a flow step
-    nets        coupling nets alone, against the library's convolutions
+    nets        coupling nets that people have alone, against the library's convolutions
     op_memory   what each op allocates beyond its outputs
     memory      training memory against depth and resolution; gradients against float64
     memory_training  Fashion-MNIST, stored against reversible

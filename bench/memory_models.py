@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bench.model_peers import PEER_STEPS
 from pyglow_fast import Glow, functional, reference
-from pyglow_fast.layers import FlowStep, ReversibleSequence
+from pyglow_fast.layers import Coupling, FlowStep, ReversibleSequence
 
 OURS = ("store", "checkpoint", "reversible")
 SAME_FUNCTION = ("plain", "torch checkpoint", "memcnn")
@@ -141,7 +141,8 @@ class Levels(nn.Module):
         """(N,), nats."""
         latents, kept, total = self._encode(x)
         for index, (latent, by) in enumerate(zip(latents, kept, strict=True)):
-            total = total + reference.gaussian_log_prob(latent, *self._prior(index, by))
+            # In the dtype of x: a density of a state that autocast has rounded would be rounded again, as a sum.
+            total = total + reference.gaussian_log_prob(latent.to(total.dtype), *self._prior(index, by))
         return total
 
     def encode(self, x: Tensor) -> list[Tensor]:
@@ -168,7 +169,8 @@ class Levels(nn.Module):
         """(n, C, H, W); noise is drawn from the top down."""
 
         def draw(index: int, like: Tensor) -> Tensor:
-            return reference.gaussian_sample(torch.randn_like(like), *self._prior(index, like))
+            noise = torch.randn_like(like, dtype=top.dtype)  # also where autocast has rounded the state
+            return reference.gaussian_sample(noise, *self._prior(index, like))
 
         top = next(self.parameters()).new_empty(n, *self._top)
         return self._decode(draw(len(self._inverses) - 1, top), draw)
@@ -191,6 +193,19 @@ class OurSteps(nn.Module):
     @memory.setter
     def memory(self, memory: str) -> None:
         self.steps.memory = memory
+
+    @property
+    def precision(self) -> str:
+        """Of the nets."""
+        return self._couplings()[0].precision
+
+    @precision.setter
+    def precision(self, precision: str) -> None:
+        for coupling in self._couplings():
+            coupling.precision = precision
+
+    def _couplings(self) -> list[Coupling]:
+        return [module for module in self.modules() if isinstance(module, Coupling)]
 
     def memory_report(self) -> list[dict[str, Any]]:
         """As of a Glow."""

@@ -8,6 +8,7 @@ convolutions are faster than its products, a fraction of it is more than 1.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import types
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from bench.memory_models import OURS, Levels, Ours, Shape, build, images, plain_levels
 from bench.model_peers import PEER_STEPS
+from bench.precisions import NAMES, autocast, dtype_name
+from pyglow_fast import Glow
 
 CONFIGS = {
     "a": Shape((3, 32, 32), n_levels=3, n_steps=8, hidden=512, batch=16),
@@ -32,6 +35,7 @@ TRAIN, LOG_PROB, SAMPLE = "train step", "log_prob", "sample"
 WORKLOADS = (TRAIN, LOG_PROB, SAMPLE)
 PLAIN, CHECKPOINTED, MEMCNN = "plain", "torch checkpoint", "memcnn"
 EXTERNAL = (*PEER_STEPS, MEMCNN)
+FLOAT_BESIDE = (OURS[0], OURS[2], *PEER_STEPS)  # of what runs in bfloat16, what runs in float32 beside it
 IMPLEMENTATIONS = (*OURS, PLAIN, CHECKPOINTED, *EXTERNAL)
 RECOMPUTING = (*OURS[1:], CHECKPOINTED, MEMCNN)  # in training; else they run as the others do
 EAGER, CHANNELS_LAST, COMPILED = "eager", "channels_last", "torch.compile"
@@ -50,7 +54,8 @@ COMPILATIONS = 512  # of one function, such as a peer's step after a graph break
 class Candidate:
     """An implementation in a variant: its model, the images as it takes them, and the model's two entry points.
 
-    ``memory``: the mode that a model of ours is set to before each run; models are shared between modes.
+    ``memory``: the mode that a model of ours is set to before each run; models are shared between modes. ``dtype``: in
+    bfloat16 a model of ours has that precision itself, the others run under torch.autocast.
     """
 
     implementation: str
@@ -59,6 +64,7 @@ class Candidate:
     x: Tensor
     memory: str | None = None
     note: str = ""
+    dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         self.log_prob: Callable[[Tensor], Tensor] = self.model.log_prob
@@ -67,7 +73,12 @@ class Candidate:
     @property
     def name(self) -> str:
         """For tables and messages."""
-        return f"{self.implementation}, {self.variant}"
+        precision = "" if self.dtype == torch.float32 else f", {dtype_name(self.dtype)}"
+        return f"{self.implementation}, {self.variant}{precision}"
+
+    def context(self) -> contextlib.AbstractContextManager[object]:
+        """What its forward runs in."""
+        return autocast(self.x.device, torch.float32 if self.memory is not None else self.dtype)
 
     def run(self, workload: str) -> Callable[[], Any]:
         """What is timed. A training step is zero_grad, forward and backward; an optimizer is no part of it."""
@@ -75,13 +86,22 @@ class Candidate:
         def train() -> None:
             self.select()
             self.model.zero_grad(set_to_none=True)
-            (-self.log_prob(self.x)).mean().backward()
+            with self.context():
+                loss = (-self.log_prob(self.x)).mean()
+            loss.backward()
 
         def without_gradient() -> Tensor:
-            with torch.no_grad():
+            with torch.no_grad(), self.context():
                 return self.log_prob(self.x) if workload == LOG_PROB else self.sample(self.x.shape[0])
 
         return train if workload == TRAIN else without_gradient
+
+    def decode(self, latents: list[Tensor]) -> Tensor:
+        """The x of these latents, in the precision that it samples in, which that of decode is not unless asked."""
+        own = {"precision": "auto"} if isinstance(self.model, Glow) else {}
+        with self.context():
+            x: Tensor = self.model.decode(latents, **own)
+        return x
 
     def eager(self) -> Candidate:
         """The same, not compiled."""
@@ -119,11 +139,13 @@ def net_products(shape: Shape) -> list[tuple[int, int, int]]:
     return found
 
 
-def products_case(shape: Shape, device: torch.device) -> tuple[Callable[[], None], int]:
+def products_case(
+    shape: Shape, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Callable[[], None], int]:
     """All those products, one after another into memory that is already there, and their FLOPs."""
     sizes = net_products(shape)
     operands = [
-        tuple(torch.randn(size, device=device) for size in ((rows, inner), (inner, columns), (rows, columns)))
+        tuple(torch.randn(size, device=device).to(dtype) for size in ((rows, inner), (inner, columns), (rows, columns)))
         for rows, inner, columns in sizes
     ]
 
@@ -137,11 +159,19 @@ def products_case(shape: Shape, device: torch.device) -> tuple[Callable[[], None
 class Candidates:
     """The implementations of a configuration in their variants, and a line for each that is left out.
 
-    Ours and those of our function share one set of tensors per variant.
+    Ours and those of our function share one set of tensors per variant, and per precision of ours. In bfloat16 those of
+    FLOAT_BESIDE are there in float32, too.
     """
 
-    def __init__(self, shape: Shape, device: torch.device, names: Sequence[str], compiled: bool) -> None:
-        self.shape, self.device = shape, device
+    def __init__(
+        self,
+        shape: Shape,
+        device: torch.device,
+        names: Sequence[str],
+        compiled: bool,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.shape, self.device, self.dtype = shape, device, dtype
         self.found: list[Candidate] = []
         self.missing: list[str] = []
         self.x = images(shape, device)
@@ -149,15 +179,19 @@ class Candidates:
         assert not isinstance(ours, Levels)
         self.ours: Ours = ours
         for variant in (EAGER, CHANNELS_LAST):
-            model = ours if variant == EAGER else copy.deepcopy(ours).to(memory_format=torch.channels_last)
+            models = self._models(variant)
             for name in names:
-                self._add(name, variant, model)
+                self._add(name, variant, models)
         if compiled:
             for name in names:
                 self._add_compiled(name)
 
-    def exact(self) -> Levels:
-        """Our function in float64, by the reference."""
+    def exact(self, implementation: str = PLAIN) -> Levels:
+        """The function of an implementation in float64; ours by the reference."""
+        if implementation in PEER_STEPS:
+            peer = build(implementation, self.shape, "auto", self.device)
+            assert isinstance(peer, Levels)
+            return peer.double()
         return plain_levels(copy.deepcopy(self.ours).double(), CHECKPOINTED)
 
     def of(self, workload: str) -> list[Candidate]:
@@ -166,23 +200,42 @@ class Candidates:
             return list(self.found)
         return [c for c in self.found if c.implementation not in RECOMPUTING]
 
-    def _model(self, name: str, ours: Ours) -> Any:
-        if name in OURS:
-            return ours
-        return build(name, self.shape, "auto", self.device) if name in PEER_STEPS else plain_levels(ours, name)
-
-    def _add(self, name: str, variant: str, ours: Ours) -> None:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                model, x = self._model(name, ours), self.x
-        except ImportError as error:
-            self._leave_out(f"{name} is left out: it cannot be imported ({error})")
-            return
+    def _models(self, variant: str) -> dict[torch.dtype, Ours]:
+        """Ours by dtype; the original is the eager one in float32."""
+        models = {torch.float32: self.ours if variant == EAGER else copy.deepcopy(self.ours)}
+        if self.dtype != torch.float32:
+            models[self.dtype] = copy.deepcopy(self.ours)
+            models[self.dtype].precision = NAMES[self.dtype]
         if variant == CHANNELS_LAST:
-            model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+            return {dtype: _channels_last(model) for dtype, model in models.items()}
+        return models
+
+    def _dtypes(self, name: str) -> list[torch.dtype]:
+        beside = self.dtype != torch.float32 and name in FLOAT_BESIDE
+        return [self.dtype, torch.float32] if beside else [self.dtype]
+
+    def _model(self, name: str, models: dict[torch.dtype, Ours], dtype: torch.dtype) -> Any:
+        """A peer's is built for each dtype: some keep what they compute in evaluation, in the dtype of then."""
+        if name in OURS:
+            return models[dtype]
+        if name in PEER_STEPS:
+            return build(name, self.shape, "auto", self.device)
+        return plain_levels(models[torch.float32], name)
+
+    def _add(self, name: str, variant: str, models: dict[torch.dtype, Ours]) -> None:
+        """In all its dtypes."""
         memory = name if name in OURS else None
-        self.found.append(Candidate(name, variant, model, x, memory, NOTES.get(name, "")))
+        for dtype in self._dtypes(name):
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    model, x = self._model(name, models, dtype), self.x
+            except ImportError as error:
+                self._leave_out(f"{name} is left out: it cannot be imported ({error})")
+                return
+            if variant == CHANNELS_LAST:
+                model, x = _channels_last(model), _channels_last(x)
+            self.found.append(Candidate(name, variant, model, x, memory, NOTES.get(name, ""), dtype))
 
     def _add_compiled(self, name: str) -> None:
         if name in OURS[1:] or name == CHECKPOINTED:
@@ -191,14 +244,20 @@ class Candidates:
             self._leave_out(MEMCNN_COMPILES_NOT)
             return
         before = len(self.found)
-        self._add(name, COMPILED, copy.deepcopy(self.ours))
+        self._add(name, COMPILED, self._models(COMPILED))
         for candidate in self.found[before:]:
-            candidate.log_prob = _compiled(candidate.model.log_prob, f"log_prob_of_{name}")
-            candidate.sample = _compiled(candidate.model.sample, f"sample_of_{name}")
+            suffix = f"{name}_{dtype_name(candidate.dtype)}"
+            candidate.log_prob = _compiled(candidate.model.log_prob, f"log_prob_of_{suffix}")
+            candidate.sample = _compiled(candidate.model.sample, f"sample_of_{suffix}")
 
     def _leave_out(self, line: str) -> None:
         if line not in self.missing:
             self.missing.append(line)
+
+
+def _channels_last(of: Any) -> Any:
+    """A model or images in that layout; a model is changed itself."""
+    return of.to(memory_format=torch.channels_last)
 
 
 def _compiled(function: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:

@@ -1,6 +1,6 @@
 """Whole models: a training step, log_prob and sampling, by ours, plain torch and the peers' layers.
 
-    python -m bench.models [--configs a,b] [--device cpu] [--compile] [--seconds 600] [--out DIR]
+    python -m bench.models [--configs a,b] [--precision fp32] [--device cpu] [--compile] [--seconds 600] [--out DIR]
 
 A training step is zero_grad, forward and backward of the mean of -log_prob; an optimizer is no part of it. log_prob and
 sample run under no_grad in evaluation mode. Every candidate is checked before it is timed (bench/model_checks.py);
@@ -8,6 +8,9 @@ then all take turns in one process, in an order that changes from round to round
 nets' shapes among them. On the CPU each configuration is measured twice, in fresh processes with two settings of malloc
 (bench.harness.TUNED_MALLOC): what ran before leaves the heap and the memory's pages in a state that slows what comes
 after. Ratios are of each side at its own best over variants and both settings.
+
+With ``--precision bf16`` our models have that precision and the others run under torch.autocast; ours (stored and
+reversible) and the peers' layers are in the same rounds in float32, too, so that all ratios come from one run.
 """
 
 from __future__ import annotations
@@ -48,8 +51,9 @@ from bench.model_cases import (
     products_case,
     reset_compiler,
 )
-from bench.model_checks import Checks, passing
+from bench.model_checks import Checks, Errors, passing
 from bench.model_rows import ModelRow, table, verdicts
+from bench.precisions import PRECISIONS, dtype_name
 
 PRODUCTS = "library's products"
 TURN_SECONDS = 0.1  # short cases are repeated within their turn to about this
@@ -92,6 +96,7 @@ class Measurement:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.device, self.rounds, self.seconds = arguments.device, arguments.rounds, arguments.seconds
         self.names, self.workloads, self.compiled = arguments.implementations, arguments.workloads, arguments.compile
+        self.dtype = PRECISIONS[arguments.precision]
         self.shapes: dict[str, Shape] = arguments.shapes or CONFIGS
         self.device_name, self.malloc = device_name(self.device), malloc_setting()
         self.notes: list[str] = []
@@ -99,7 +104,7 @@ class Measurement:
     def config(self, config: str) -> list[ModelRow]:
         """All workloads of one configuration; prints a table of each."""
         shape, rows = self.shapes[config], []
-        candidates = Candidates(shape, self.device, self.names, self.compiled)
+        candidates = Candidates(shape, self.device, self.names, self.compiled, self.dtype)
         for line in candidates.missing:
             self._note(line)
         for workload in self.workloads:
@@ -107,10 +112,13 @@ class Measurement:
                 reset_compiler()  # what was compiled before would be looked through at every call
             for candidate in candidates.found:
                 candidate.model.train(workload == TRAIN)
-            found, lines = passing(Checks(candidates, workload), candidates.of(workload))
+            checks = Checks(candidates, workload)
+            found, lines = passing(checks, candidates.of(workload))
+            errors = checks.errors
+            del checks  # what it holds in float64 is as much as the models
             for line in lines:
                 self._note(f"({config}) {line}")
-            measured = self._workload(config, shape, workload, found)
+            measured = self._workload(config, shape, workload, found, errors)
             print(table(measured), flush=True)
             rows += measured
             for candidate in candidates.found:
@@ -122,15 +130,19 @@ class Measurement:
             self.notes.append(line)
             print(f"note: {line}", flush=True)
 
-    def _workload(self, config: str, shape: Shape, workload: str, candidates: Sequence[Candidate]) -> list[ModelRow]:
-        products, product_flops = products_case(shape, self.device)
-        cases: dict[str, Callable[[], object]] = {c.name: c.run(workload) for c in candidates}
-        times = take_turns({PRODUCTS: products, **cases}, self.device, self.rounds, self.seconds / len(self.workloads))
-        product_rate = product_flops / statistics.median(times[PRODUCTS])
+    def _workload(
+        self, config: str, shape: Shape, workload: str, candidates: Sequence[Candidate], errors: Mapping[str, Errors]
+    ) -> list[ModelRow]:
+        dtypes = list(dict.fromkeys(candidate.dtype for candidate in candidates))
+        products = {dtype: products_case(shape, self.device, dtype) for dtype in dtypes}
+        cases: dict[str, Callable[[], object]] = {f"{PRODUCTS}, {dtype}": products[dtype][0] for dtype in dtypes}
+        cases |= {candidate.name: candidate.run(workload) for candidate in candidates}
+        times = take_turns(cases, self.device, self.rounds, self.seconds / len(self.workloads))
+        rates = {dtype: products[dtype][1] / statistics.median(times[f"{PRODUCTS}, {dtype}"]) for dtype in dtypes}
         flops = net_flops(shape, workload)
         rows = []
         for candidate in candidates:
-            values = times[candidate.name]
+            values, product_rate, error = times[candidate.name], rates[candidate.dtype], errors[candidate.name]
             low, median, high = statistics.quantiles(values, n=4, method="inclusive") if values[1:] else 3 * values
             rows.append(
                 ModelRow(
@@ -140,7 +152,7 @@ class Measurement:
                     variant=candidate.variant,
                     malloc=self.malloc,
                     device=self.device_name,
-                    dtype="float32",
+                    dtype=dtype_name(candidate.dtype),
                     shape=shape,
                     seconds=median,
                     seconds_low=low,
@@ -151,6 +163,9 @@ class Measurement:
                     product_gigaflops=product_rate / 1e9,
                     fraction_of_products=flops / median / product_rate,
                     note=_note_of(candidate, workload),
+                    gradient_error=error.gradients,
+                    gradient_error_worst=error.worst_gradient,
+                    value_error=error.values,
                 )
             )
         return rows
@@ -197,6 +212,9 @@ def parser() -> argparse.ArgumentParser:
         default=list(IMPLEMENTATIONS),
         help=", ".join(IMPLEMENTATIONS),
     )
+    options.add_argument(
+        "--precision", choices=list(PRECISIONS), default="fp32", help="fp32 (default), or bf16: with float32 beside it"
+    )
     options.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")
     options.add_argument("--rounds", type=int, default=5, help="interleaved rounds (5)")
     options.add_argument(
@@ -209,7 +227,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--shapes", type=_shapes, help=argparse.SUPPRESS
     )  # of the configurations, for a process of ours
-    options.add_argument("--out", type=Path, metavar="DIR", help="folder for models-DEVICE.json and a plot")
+    options.add_argument("--out", type=Path, metavar="DIR", help="folder for the results and a plot")
     options.add_argument(
         "--malloc",
         choices=["both", "default", "tuned", "here"],
@@ -219,9 +237,13 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
-def _file(device: torch.device, malloc: str) -> str:
-    setting = f"-{malloc}-malloc" if device.type == "cpu" and malloc in ("default", "tuned") else ""
-    return f"models-{device.type}{setting}.json"
+def _stem(arguments: argparse.Namespace) -> str:
+    return f"models-{arguments.device.type}" + ("" if arguments.precision == "fp32" else f"-{arguments.precision}")
+
+
+def _file(arguments: argparse.Namespace, malloc: str) -> str:
+    setting = f"-{malloc}-malloc" if arguments.device.type == "cpu" and malloc in ("default", "tuned") else ""
+    return f"{_stem(arguments)}{setting}.json"
 
 
 def _write(
@@ -234,7 +256,7 @@ def _write(
     """After each configuration, so that a run that is stopped leaves what it has."""
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        write_json(arguments.out / _file(arguments.device, malloc), facts, rows, notes=notes)
+        write_json(arguments.out / _file(arguments, malloc), facts, rows, notes=notes)
 
 
 def _measure_here(arguments: argparse.Namespace) -> list[ModelRow]:
@@ -252,7 +274,8 @@ def _measure_here(arguments: argparse.Namespace) -> list[ModelRow]:
 def _again(arguments: argparse.Namespace, config: str) -> list[str]:
     """The options again, as they are given to the process that measures a configuration."""
     given = ["--device", str(arguments.device), "--threads", str(arguments.threads), "--rounds", str(arguments.rounds)]
-    given += ["--seconds", str(arguments.seconds), *(["--compile"] if arguments.compile else [])]
+    given += ["--precision", arguments.precision, "--seconds", str(arguments.seconds)]
+    given += [*(["--compile"] if arguments.compile else [])]
     given += ["--shapes", json.dumps({config: dataclasses.asdict(CONFIGS[config])}), "--configs", config]
     for name in ("workloads", "implementations"):
         given += [f"--{name}", ",".join(getattr(arguments, name))]
@@ -272,7 +295,7 @@ def _measure_in_processes(arguments: argparse.Namespace) -> tuple[int, list[Mode
             code = run_module("bench.models", options, environments[malloc])
             if code:
                 return code, []
-            path = Path(folder) / _file(arguments.device, malloc)
+            path = Path(folder) / _file(arguments, malloc)
             content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         rows += [ModelRow.of(row) for row in content["rows"]]
         lines += [line for line in content["notes"] if line not in lines]
@@ -304,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("memory is not measured here: pyglow-fast bench memory")
     if arguments.out is not None:
         print(f"results in {arguments.out}")
-        print(model_plots.draw(rows, arguments.out / f"models-{arguments.device.type}.png"))
+        print(model_plots.draw(rows, arguments.out / f"{_stem(arguments)}.png"))
     return 0
 
 

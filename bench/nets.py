@@ -1,11 +1,11 @@
-"""Coupling nets alone: our matrix products against the library's convolutions, at the shapes of the model benchmark.
+"""Coupling nets alone: ours against the library's convolutions, in float32 and bfloat16, at shapes that people have.
 
-    python -m bench.nets [--configs a,b] [--rounds 7] [--out DIR]
+    python -m bench.nets [--nets a,fastflow] [--precision fp32,bf16] [--rounds 7] [--out DIR]
 
-Every level of a configuration has a net of its own shape. Forward is without a record; forward+backward gives all
-gradients. The library runs the reference's three convolutions, contiguous and channels_last. All take turns, in
-processes with two settings of malloc. The table says which of them ``functional.net_as_products`` should take; what it
-takes on the CPU is products, everywhere.
+a to e are the nets of the model benchmark, one for each level; the others are in bench/net_cases.py. Forward is without
+a record; forward+backward gives all gradients. The library runs ``reference.net_chain``, contiguous and channels_last;
+bfloat16 is that of torch.autocast, for both. Every result is held against float64 before it is timed. All take turns,
+the library's matrix products at the layers' shapes among them, in processes with two settings of malloc.
 """
 
 from __future__ import annotations
@@ -17,126 +17,179 @@ import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.cases import check_equal
 from bench.harness import device_name, machine, malloc_environments, malloc_setting, run_module, write_json
-from bench.memory_models import Shape
-from bench.model_cases import CONFIGS
 from bench.models import chosen, take_turns
-from pyglow_fast import functional, reference
+from bench.net_cases import (
+    CPU,
+    FORWARD,
+    MODES,
+    NETS,
+    OURS,
+    Net,
+    Tensors,
+    products_case,
+    relative_errors,
+)
+from bench.precisions import MARGIN, PRECISIONS, dtype_name, net_error, net_gradient_error
 
-OURS, LIBRARY, CHANNELS_LAST = "products", "library", "library, channels_last"
-FORWARD, BOTH = "forward", "forward+backward"
-CPU = torch.device("cpu")
+PRODUCTS = "library's products"
+FLOAT_TOLERANCE = 1e-3  # as cases.check_equal has it
+SECONDS = 60.0  # of a net and direction; past them the least number of rounds does
 
 
 @dataclasses.dataclass(frozen=True)
 class NetRow:
-    """A timed net: images (N, C/2, H, W) -> hidden -> hidden -> (N, C, H, W); ``flops`` of the convolutions."""
+    """A timed net: median and quartiles of a call, and its arithmetic beside that of the library's products.
 
-    config: str
-    level: int
+    ``flops`` are those of the layers (net_cases.Net.flops); ``product_gigaflops`` was measured in the same rounds and
+    the same dtype. ``errors``: of the values, or of the gradient of each tensor, relative to float64.
+    """
+
+    net: Net
     implementation: str
     mode: str
+    dtype: str
     malloc: str
     device: str
-    batch: int
-    channels: int
-    hidden: int
-    height: int
-    width: int
     seconds: float
+    seconds_low: float
+    seconds_high: float
+    rounds: int
     flops: int
     gigaflops: float
+    product_gigaflops: float
+    fraction_of_products: float
+    errors: dict[str, float]
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> NetRow:
+        """From JSON."""
+        return cls(**values | {"net": Net.of(values["net"])})
 
 
-def net_shapes(shape: Shape) -> list[tuple[int, int, int, int, int]]:
-    """(N, C, hidden, H, W) by level."""
-    channels, height, width = shape.image
-    found = []
-    for _ in range(shape.n_levels):
-        if shape.squeezes:
-            channels, height, width = 4 * channels, height // 2, width // 2
-        found.append((shape.batch, channels, shape.hidden, height, width))
-        channels = channels // 2 if shape.squeezes else channels
-    return found
+def tolerance(net: Net, mode: str, dtype: torch.dtype) -> float:
+    """Of the relative error of the values or of one gradient: what rounding does, see bench.precisions.
+
+    In float32, too, a relu's argument near zero may have another sign, so that one gradient is off by all of itself.
+    """
+    if dtype == torch.float32:
+        return FLOAT_TOLERANCE
+    layers = len(net.widths)
+    return MARGIN * (net_error(layers) if mode == FORWARD else net_gradient_error(layers))
 
 
-def net_cases(shape: tuple[int, int, int, int, int], mode: str) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
-    """By implementation, what is timed; their results are compared first."""
-    n, channels, hidden, height, width = shape
-    generator = torch.Generator().manual_seed(0)
+def check(tensors: Tensors, mode: str, dtype: torch.dtype, name: str, found: Sequence[Tensor]) -> dict[str, float]:
+    """The relative errors of a result.
 
-    def random(*sizes: int, fan_in: int = 1) -> Tensor:
-        return torch.randn(sizes, generator=generator) / fan_in**0.5
-
-    inside = channels // 2
-    weights = [
-        random(hidden, inside, 3, 3, fan_in=9 * inside),
-        random(hidden),
-        random(hidden, hidden, 1, 1, fan_in=hidden),
-        random(hidden),
-        random(channels, hidden, 3, 3, fan_in=9 * hidden),
-        random(channels),
-        0.1 * random(channels, 1, 1),
-    ]
-    x, grad = random(n, inside, height, width), random(n, channels, height, width)
-
-    def case(function: Callable[..., Tensor], last: bool) -> Callable[[], tuple[Tensor, ...]]:
-        layout = torch.channels_last if last else torch.contiguous_format
-        given = [value.to(memory_format=layout) if value.dim() == 4 else value for value in (x, *weights)]
-        if mode == FORWARD:
-            return lambda: (_without_record(function, given),)
-        leaves = [value.clone(memory_format=torch.preserve_format).requires_grad_() for value in given]
-        out_grad = grad.to(memory_format=layout)
-        return lambda: torch.autograd.grad(function(*leaves), leaves, out_grad)
-
-    found = {
-        OURS: case(functional.coupling_net, False),
-        LIBRARY: case(reference.coupling_net, False),
-        CHANNELS_LAST: case(reference.coupling_net, True),
-    }
-    check_equal({name: run() for name, run in found.items()}, f"net {shape}, {mode}")
-    return found
+    Raises:
+        RuntimeError: it is not what float64 gives, so that its time means nothing.
+    """
+    net, exact = tensors.net, tensors.exact(mode)
+    what = f"{net.title}, {mode}, {dtype_name(dtype)}"
+    if mode == FORWARD and dtype == torch.float32:
+        check_equal({"float64": exact, name: tuple(found)}, what)  # each element
+    errors = relative_errors(tensors.names(mode), found, exact)
+    limit = tolerance(net, mode, dtype)
+    for tensor, error in errors.items():
+        if not error <= limit:  # also NaN
+            raise RuntimeError(f"{what}: {tensor} of {name} is off by {error:.1e}, more than {limit:.1e}")
+    return errors
 
 
-@torch.no_grad()
-def _without_record(function: Callable[..., Tensor], given: Sequence[Tensor]) -> Tensor:
-    return function(*given)
-
-
-def measure(configs: Sequence[str], rounds: int) -> list[NetRow]:
-    """In this process, with its malloc."""
+def measure(nets: Sequence[Net], dtypes: Sequence[torch.dtype], rounds: int, seconds: float = SECONDS) -> list[NetRow]:
+    """In this process, with its malloc; the dtypes of a net and direction in the same rounds."""
     rows = []
-    for config in configs:
-        for level, shape in enumerate(net_shapes(CONFIGS[config])):
-            n, channels, hidden, height, width = shape
-            macs = 9 * channels // 2 * hidden + hidden * hidden + 9 * channels * hidden
-            for mode in (FORWARD, BOTH):
-                flops = 2 * macs * n * height * width * (1 if mode == FORWARD else 3)
-                for name, seconds in take_turns(net_cases(shape, mode), CPU, rounds, 60.0).items():
-                    median = statistics.median(seconds)
-                    facts = (config, level + 1, name, mode, malloc_setting(), device_name(CPU), *shape)
-                    rows.append(NetRow(*facts, median, flops, flops / median / 1e9))  # type: ignore[arg-type]
+    for net in nets:
+        tensors = Tensors(net)
+        for mode in MODES:
+            rows += _measure(tensors, mode, dtypes, rounds, seconds)
     return rows
 
 
+def _measure(tensors: Tensors, mode: str, dtypes: Sequence[torch.dtype], rounds: int, seconds: float) -> list[NetRow]:
+    net = tensors.net
+    cases: dict[tuple[str, torch.dtype], Callable[[], object]] = {}
+    errors = {}
+    for dtype in dtypes:
+        products = products_case(net, mode, dtype)
+        products()
+        cases[PRODUCTS, dtype] = products
+        for name, run in tensors.cases(mode, dtype).items():
+            errors[name, dtype] = check(tensors, mode, dtype, name, run())
+            cases[name, dtype] = run
+    named = {f"{name}, {dtype}": case for (name, dtype), case in cases.items()}
+    times = dict(zip(cases, take_turns(named, CPU, rounds, seconds).values(), strict=True))
+    flops, rows = net.flops(mode), []
+    for (name, dtype), error in errors.items():
+        values = times[name, dtype]
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive") if values[1:] else 3 * values
+        product_rate = flops / statistics.median(times[PRODUCTS, dtype])
+        rows.append(
+            NetRow(
+                net=net,
+                implementation=name,
+                mode=mode,
+                dtype=dtype_name(dtype),
+                malloc=malloc_setting(),
+                device=device_name(CPU),
+                seconds=median,
+                seconds_low=low,
+                seconds_high=high,
+                rounds=len(values),
+                flops=flops,
+                gigaflops=flops / median / 1e9,
+                product_gigaflops=product_rate / 1e9,
+                fraction_of_products=flops / median / product_rate,
+                errors=error,
+            )
+        )
+    return rows
+
+
+HEAD = (
+    f"{'net':<42} {'direction':<16} {'dtype':<8} {'ours ms':>9} {'GFLOP/s':>8} {'/products':>9} {'library ms':>10} "
+    f"{'faster':>6} {'error':>8} {'library':>8} {'worst':>6}  the library at its best"
+)
+
+
 def table(rows: Sequence[NetRow]) -> str:
-    """A line a net and direction: ours at its best over malloc settings, the library at its best of all."""
-    lines = [f"{'net':>34} {'direction':>17} {'ours ms':>9} {'GFLOP/s':>8} {'library ms':>11} {'faster':>7}"]
-    for key in dict.fromkeys((row.config, row.level, row.mode) for row in rows):
-        here = [row for row in rows if (row.config, row.level, row.mode) == key]
+    """A line a net, direction and dtype: ours at its best over malloc settings, the library at its best of all.
+
+    The errors are those of the tensor that is off the most; "worst" is the largest of the quotients ours / library's,
+    tensor by tensor.
+    """
+    lines = [HEAD]
+    for net, mode, dtype in dict.fromkeys((row.net, row.mode, row.dtype) for row in rows):
+        here = [row for row in rows if (row.net, row.mode, row.dtype) == (net, mode, dtype)]
         ours = min((row for row in here if row.implementation == OURS), key=lambda row: row.seconds)
         other = min((row for row in here if row.implementation != OURS), key=lambda row: row.seconds)
-        size = f"({ours.batch}, {ours.channels}, {ours.height}, {ours.width}) hidden {ours.hidden}"
+        worst = max(error / max(other.errors[name], 1e-30) for name, error in ours.errors.items())
         lines.append(
-            f"({key[0]}) {size:>30} {key[2]:>17} {1e3 * ours.seconds:9.2f} {ours.gigaflops:8.0f}"
-            f" {1e3 * other.seconds:11.2f} {other.seconds / ours.seconds:7.2f}"
+            f"{net.title:<42} {mode:<16} {dtype:<8} {1e3 * ours.seconds:9.2f} {ours.gigaflops:8.0f}"
+            f" {ours.fraction_of_products:9.2f} {1e3 * other.seconds:10.2f} {other.seconds / ours.seconds:6.2f}"
+            f" {max(ours.errors.values()):8.1e} {max(other.errors.values()):8.1e} {worst:6.2f}"
+            f"  {other.implementation}, {other.malloc} malloc"
         )
     return "\n".join(lines)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    options = argparse.ArgumentParser(prog="nets", description="coupling nets alone", allow_abbrev=False)
+    options.add_argument("--nets", type=chosen(list(NETS)), default=list(NETS), help=f"some of {','.join(NETS)}")
+    options.add_argument(
+        "--precision", type=chosen(list(PRECISIONS)), default=list(PRECISIONS), help="fp32,bf16 (both) or one of them"
+    )
+    options.add_argument("--rounds", type=int, default=7, help="interleaved rounds (7)")
+    options.add_argument("--out", type=Path, metavar="DIR", help="folder for nets-cpu.json")
+    options.add_argument("--here", type=Path, metavar="FILE", help=argparse.SUPPRESS)  # for a process of ours
+    return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -145,25 +198,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the options; those of the process if None.
     """
-    options = argparse.ArgumentParser(prog="nets", description="coupling nets alone", allow_abbrev=False)
-    options.add_argument("--configs", type=chosen(list(CONFIGS)), default=list(CONFIGS), help="some of a,b,c,d,e")
-    options.add_argument("--rounds", type=int, default=7, help="interleaved rounds (7)")
-    options.add_argument("--out", type=Path, metavar="DIR", help="folder for nets-cpu.json")
-    options.add_argument("--here", type=Path, metavar="FILE", help=argparse.SUPPRESS)  # for a process of ours
-    arguments = options.parse_args(argv)
+    arguments = parser().parse_args(argv)
     if arguments.here is not None:
-        write_json(arguments.here, machine(CPU), measure(arguments.configs, arguments.rounds))
+        nets = [net for name in arguments.nets for net in NETS[name]]
+        dtypes = [PRECISIONS[name] for name in arguments.precision]
+        write_json(arguments.here, machine(CPU), measure(nets, dtypes, arguments.rounds))
         return 0
     rows: list[NetRow] = []
+    given = ["--precision", ",".join(arguments.precision), "--rounds", str(arguments.rounds)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "rows.json")
         for environment in malloc_environments().values():
-            given = ["--configs", ",".join(arguments.configs), "--rounds", str(arguments.rounds), "--here", str(path)]
-            code = run_module("bench.nets", given, environment)
+            options = ["--nets", ",".join(arguments.nets), *given, "--here", str(path)]
+            code = run_module("bench.nets", options, environment)
             if code:
                 return code
             content = json.loads(path.read_text(encoding="utf-8"))
-            rows += [NetRow(**row) for row in content["rows"]]
+            rows += [NetRow.of(row) for row in content["rows"]]
     print(table(rows))
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)

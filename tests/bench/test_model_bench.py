@@ -21,13 +21,18 @@ from pyglow_fast import Glow
 CPU = torch.device("cpu")
 TINY = {"levels": Shape((3, 8, 8), 2, 2, 8, 2), "one step": Shape((12, 4, 4), 1, 1, 8, 2, squeezes=False)}
 EVERY = list(model_cases.IMPLEMENTATIONS)
+BFLOAT = torch.bfloat16
 
 
-def candidates(which: str, names: list[str], workload: str) -> Candidates:
-    found = Candidates(TINY[which], CPU, names, compiled=False)
+def candidates(which: str, names: list[str], workload: str, dtype: torch.dtype = torch.float32) -> Candidates:
+    found = Candidates(TINY[which], CPU, names, compiled=False, dtype=dtype)
     for candidate in found.found:
         candidate.model.train(workload == TRAIN)
     return found
+
+
+def both_variants(names: set[str]) -> set[tuple[str, str]]:
+    return {(name, variant) for name in names for variant in (EAGER, CHANNELS_LAST)}
 
 
 class TestCandidates:
@@ -39,7 +44,43 @@ class TestCandidates:
         assert not lines
         missing = {line.split(" ")[0] for line in built.missing}
         names = set(EVERY) - missing if workload == TRAIN else {"store", PLAIN, *model_cases.PEER_STEPS} - missing
-        assert {(c.implementation, c.variant) for c in found} == {(n, v) for n in names for v in (EAGER, CHANNELS_LAST)}
+        assert {(c.implementation, c.variant) for c in found} == both_variants(names)
+
+    @pytest.mark.parametrize("workload", model_cases.WORKLOADS)
+    @pytest.mark.parametrize("which", TINY)
+    def test_all_pass_their_checks_in_bfloat16(self, which: str, workload: str) -> None:
+        built = candidates(which, EVERY, workload, BFLOAT)
+        checks = Checks(built, workload)
+        found, lines = passing(checks, built.of(workload))
+        assert not lines
+        missing = {line.split(" ")[0] for line in built.missing}
+        names = set(EVERY) - missing if workload == TRAIN else {"store", PLAIN, *model_cases.PEER_STEPS} - missing
+        beside = names & set(model_cases.FLOAT_BESIDE)
+        assert {(c.implementation, c.variant) for c in found if c.dtype == BFLOAT} == both_variants(names)
+        assert {(c.implementation, c.variant) for c in found if c.dtype == torch.float32} == both_variants(beside)
+        assert len({c.name for c in found}) == len(found) == len(checks.errors)
+        for candidate in found:
+            errors = checks.errors[candidate.name]
+            error = errors.gradients if workload == TRAIN else errors.values
+            assert error is not None
+            assert (error > 2e-6) == (candidate.dtype == BFLOAT)  # it does round
+
+    def test_bfloat16_is_asked_for(self) -> None:
+        """A model of ours by its precision, the others by autocast; what is in float32 is as it was."""
+        built = candidates("levels", ["store", "normflows"], LOG_PROB, BFLOAT)
+        ours = [c for c in built.found if c.implementation == "store"]
+        assert [c.model.precision for c in ours] == ["bf16", "auto"] * 2
+        assert built.ours is ours[1].model
+        for candidate in built.found:
+            with candidate.context():
+                on = torch.is_autocast_enabled("cpu")
+            assert on == (candidate.implementation == "normflows" and candidate.dtype == BFLOAT)
+            assert candidate.run(LOG_PROB)().dtype == torch.float32
+
+    def test_steps_of_one_level_have_a_precision(self) -> None:
+        model = candidates("one step", ["store"], LOG_PROB, BFLOAT).found[0].model
+        assert isinstance(model, OurSteps)
+        assert model.precision == "bf16"
 
     def test_our_modes_share_a_model(self) -> None:
         found = candidates("levels", ["store", "reversible"], TRAIN).found
@@ -95,7 +136,7 @@ class TestChecks:
             (LOG_PROB, PLAIN, spoil_log_prob, "plain, eager, log_prob"),
             (SAMPLE, PLAIN, spoil_sample, "plain, eager, sample"),
             (SAMPLE, PLAIN, spoil_inverse, "decode"),
-            (TRAIN, "FrEIA", spoil_log_prob, "norm of gradients"),
+            (TRAIN, "FrEIA", spoil_log_prob, "FrEIA, eager, gradients"),
             (LOG_PROB, "FrEIA", spoil_log_prob, "FrEIA, eager, log_prob"),
         ],
     )
@@ -112,6 +153,29 @@ class TestChecks:
                 checks.check(candidate)
         spoil(wrong)
         with pytest.raises(Unequal, match=text):
+            checks.check(wrong)
+
+    @pytest.mark.filterwarnings("ignore:decode with nets")
+    @pytest.mark.parametrize("implementation", ["store", "plain", "normflows"])
+    @pytest.mark.parametrize("workload", model_cases.WORKLOADS)
+    def test_wrong_ones_fail_in_bfloat16(self, workload: str, implementation: str) -> None:
+        """Ours by one net of the other sign; a peer, whose state is rounded, by a tenth and more."""
+        if implementation == "normflows":
+            pytest.importorskip("normflows")
+        built = candidates("levels", [implementation], workload, BFLOAT)
+        checks = Checks(built, workload)
+        wrong = next(c for c in built.of(workload) if c.dtype == BFLOAT)
+        if implementation == "normflows":
+            right, inverse = wrong.log_prob, wrong.model.decode
+            wrong.log_prob = lambda x: 1.3 * right(x)
+            wrong.model.decode = lambda latents: 1.1 * inverse(latents)
+        else:
+            checks._truth(wrong)
+            model = wrong.model if implementation == "store" else built.ours
+            net = model.levels[0].steps[0].coupling.net  # type: ignore[union-attr, index]
+            with torch.no_grad():
+                net.conv3.weight.mul_(-1.0)
+        with pytest.raises(Unequal, match=f"{implementation}, eager, bfloat16"):
             checks.check(wrong)
 
     def test_nets_that_put_out_nothing_fail(self) -> None:
@@ -250,7 +314,40 @@ class TestBars:
     def test_table_is_in_order_of_speed(self) -> None:
         lines = model_rows.table([row("plain", 3.0), row("FrEIA", 2.0, note="less work")]).splitlines()
         assert [line.split()[0] for line in lines[2:]] == ["FrEIA", "plain"]
-        assert lines[2].endswith("0.50  less work")
+        assert lines[2].endswith("0.50          less work")
+
+    def test_table_shows_dtypes_and_errors(self) -> None:
+        half = row("store", 1.0, dtype="bfloat16", product_gigaflops=9.0, gradient_error=2e-3)
+        lines = model_rows.table([half, row("store", 2.0, value_error=1e-7)]).splitlines()
+        assert lines[0].endswith("library's products 9 GFLOP/s (bfloat16), 1 GFLOP/s (float32)")
+        assert [line.split()[2] for line in lines[2:]] == ["bfloat16", "float32"]
+        assert [line.split()[-1] for line in lines[2:]] == ["2.0e-03", "1.0e-07"]
+
+    def test_bfloat16_against_everything(self) -> None:
+        half = {"dtype": "bfloat16", "malloc": "tuned"}
+        rows = [row("store", 1.0, gradient_error=7e-3, **half), row("plain", 3.0, gradient_error=6e-3, **half)]
+        rows += [row("FrEIA", 2.0, **half), row("nflows", 4.0, **half), row("reversible", 1.5, **half)]
+        rows += [row("store", 1.8), row("FrEIA", 2.2), row("normflows", 2.5), row("reversible", 2.7)]
+        where = "(eager, bfloat16, tuned malloc)"
+        lines = [line.strip() for line in model_rows.verdicts(rows)]
+        assert lines[1:11] == [
+            f"store 1000.00 ms {where}; times as fast as",
+            "1.80: store (eager, default malloc), ours in float32",
+            f"2.00: FrEIA {where}, the fastest external peer under autocast",
+            f"4.00: nflows {where}, the fastest that does as much work under autocast",
+            "2.20: FrEIA (eager, default malloc), the fastest external peer in float32",
+            "2.50: normflows (eager, default malloc), the fastest that does as much work in float32",
+            f"3.00: plain {where}",
+            "1.00: of the rate of the library's products beside it",
+            "7.0e-03: relative error of all gradients, plain's 6.0e-03",
+            f"reversible 1500.00 ms {where}; times as fast as",
+        ]
+        assert "store 1800.00 ms (eager, default malloc); times as fast as" in lines
+        assert "1.22, beyond 1.3: FrEIA (eager, default malloc), the fastest external peer" in lines
+        assert lines[-2:] == [
+            "1.50: time of reversible over store, bfloat16",
+            "1.50, beyond 1.38: time of reversible over store",
+        ]
 
     def test_row_from_json(self) -> None:
         first = row("store", 1.0)
@@ -285,8 +382,46 @@ def test_in_processes_of_their_own(
     assert (tmp_path / "models-cpu.png").exists() or "no plot" in out
 
 
+@pytest.mark.full
+def test_bfloat16_has_files_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(models, "CONFIGS", {"a": TINY["levels"]})
+    options = ["--configs", "a", "--precision", "bf16", "--implementations", "store,reversible,plain,FrEIA"]
+    options += ["--malloc", "default", "--rounds", "1", "--threads", "1", "--workloads", "train step,log_prob"]
+    assert models.main([*options, "--out", str(tmp_path)]) == 0
+    assert [path.name for path in tmp_path.glob("*.json")] == ["models-cpu-bf16-default-malloc.json"]
+    content = json.loads((tmp_path / "models-cpu-bf16-default-malloc.json").read_text())
+    rows = [model_rows.ModelRow.of(values) for values in content["rows"]]
+    peers = {"FrEIA"} - {line.split(" ")[0] for line in content["notes"]}
+    found = {(r.workload, r.implementation, r.dtype) for r in rows}
+    halves = {"store", "plain", *peers}
+    assert {name for workload, name, dtype in found if (workload, dtype) == (LOG_PROB, "bfloat16")} == halves
+    assert {name for workload, name, dtype in found if (workload, dtype) == (TRAIN, "float32")} == {
+        *("store", "reversible"),
+        *peers,
+    }
+    assert all(r.gradient_error is not None and r.gradient_error_worst is not None for r in rows if r.workload == TRAIN)
+    assert all(r.value_error is not None for r in rows if r.workload == LOG_PROB)
+    assert len({(r.workload, r.dtype, r.product_gigaflops) for r in rows}) == 4
+    assert "ours in float32" in capfd.readouterr().out
+    assert not (tmp_path / "models-cpu.png").exists()
+
+
+def test_rows_in_bfloat16() -> None:
+    arguments = models.parser().parse_args(["--precision", "bf16", "--implementations", "store", "--rounds", "1"])
+    arguments.shapes, arguments.workloads = {"d": TINY["one step"]}, [TRAIN]
+    rows = models.Measurement(arguments).config("d")
+    assert {(row.variant, row.dtype) for row in rows} == {
+        (variant, dtype) for variant in (EAGER, CHANNELS_LAST) for dtype in ("float32", "bfloat16")
+    }
+    for found in rows:
+        assert found.gradient_error is not None
+        assert (found.gradient_error > 1e-5) == (found.dtype == "bfloat16")
+
+
 def test_plot(tmp_path: Path) -> None:
-    rows = [row("store", 1.0), row("plain", 2.0), row("store", 1.0, config="b")]
+    rows = [row("store", 1.0), row("plain", 2.0), row("store", 1.0, config="b"), row("store", 0.5, dtype="bfloat16")]
     said = model_plots.draw(rows, tmp_path / "models.png")
     assert said.startswith("no plot") or (tmp_path / "models.png").stat().st_size > 0
 
