@@ -103,17 +103,25 @@ void for_runs(const Image<T>& image, const Extent& extent, int64_t sample, int64
   });
 }
 
-// Channels of an image, from sample `sample` on, to planes.
+// The pixels [begin, end) of an image's channels, counted from sample `sample` on, to the rows from `row` on of a
+// matrix that begins with them; multiplied by gain[channel], if there is one.
 template <class T, class S>
-void read_planes(const Image<const T>& image, const Extent& extent, int64_t sample, int64_t channels, int64_t pixels,
-                 const Matrix<S>& planes, const Threads& threads) {
-  for_runs(image, extent, sample, channels, 0, pixels, threads,
+void read_image(const Image<const T>& image, const Extent& extent, int64_t sample, int64_t channels, int64_t begin,
+                int64_t end, const T* gain, const Matrix<S>& to, int64_t row, const Threads& threads) {
+  const bool is_by_rows = to.block == pixel_block;
+  for_runs(image, extent, sample, channels, begin, end, threads,
            [&](int64_t channel, int64_t p, int64_t count, const T* from, int64_t step) {
-             S* const to = planes.data + channel * planes.row + p;
-             if (step == 1) {
-               for (int64_t i = 0; i < count; ++i) narrow(from[i], to[i]);
-             } else {
-               for (int64_t i = 0; i < count; ++i) narrow(from[i * step], to[i]);
+             const T factor = gain == nullptr ? T(1) : gain[channel];
+             for (int64_t done = 0; done < count;) {
+               const int64_t pixel = p - begin + done;
+               const int64_t n = is_by_rows ? count : smaller(count - done, pixel_block - pixel % pixel_block);
+               S* const into = at(to, row + channel, pixel);
+               if (step == 1) {
+                 for (int64_t i = 0; i < n; ++i) narrow(factor * from[done + i], into[i]);
+               } else {
+                 for (int64_t i = 0; i < n; ++i) narrow(factor * from[(done + i) * step], into[i]);
+               }
+               done += n;
              }
            });
 }
@@ -133,34 +141,13 @@ void write_planes(const Matrix<const T>& planes, const Image<T>& image, const Ex
            });
 }
 
-// sums[c] += the sum of a channel over the pixels that lie in planes, by rows.
-template <class T>
-void add_row_sums(const Matrix<const T>& planes, int64_t channels, int64_t pixels, double* sums,
-                  const Threads& threads) {
-  parallel(threads, channels, grain_of(pixels), [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      double total = 0;
-      for (int64_t p = 0; p < pixels; p += 1024) {  // in T over a run, in double across runs
-        T run[pixel_block] = {};
-        const T* const from = planes.data + c * planes.row + p;
-        const int64_t count = smaller(1024, pixels - p), whole = count / pixel_block * pixel_block;
-        for (int64_t i = 0; i < whole; i += pixel_block)
-          for (int64_t j = 0; j < pixel_block; ++j) run[j] += from[i + j];
-        for (int64_t i = whole; i < count; ++i) run[i - whole] += from[i];
-        for (const T value : run) total += value;
-      }
-      sums[c] += total;
-    }
-  });
-}
-
-// Multiplies rows by gain[row], to other numbers.
-template <class T, class S>
-void scale_planes(const Matrix<const T>& from, const T* gain, int64_t channels, int64_t pixels, const Matrix<S>& to,
-                  const Threads& threads) {
-  parallel(threads, channels, grain_of(pixels), [&](int64_t begin, int64_t end) {
+// sums[c] += the sum of a row: in its own numbers over a run of pixels, in double across runs.
+template <class S>
+void add_row_sums(const Matrix<const S>& m, int64_t rows, int64_t pixels, double* sums, const Threads& threads) {
+  constexpr int64_t run = 1024;
+  parallel(threads, rows, grain_of(pixels), [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c)
-      for (int64_t p = 0; p < pixels; ++p) narrow(gain[c] * from.data[c * from.row + p], to.data[c * to.row + p]);
+      for (int64_t p = 0; p < pixels; p += run) sums[c] += sum_of(m, c, p, smaller(run, pixels - p));
   });
 }
 

@@ -40,35 +40,6 @@ PYGLOW_HD int64_t panel_size(const Blocks& blocks, int64_t inner) {
   return round_up(inner * blocks.rows + lanes<Sum<S>>, 16);
 }
 
-template <class T>
-PYGLOW_HD T sum_of(const Matrix<const T>& a, int64_t row, int64_t first_k, int64_t inner) {
-  Vec<T> sum{};
-  T rest{};
-  for (int64_t k = 0; k < inner; k += pixel_block) {
-    const T* const from = at(a, row, first_k + k);
-    const int64_t count = smaller(pixel_block, inner - k);
-    int64_t i = 0;
-    for (; i + lanes<T> <= count; i += lanes<T>) sum += load<T>(from + i);
-    for (; i < count; ++i) rest += from[i];
-  }
-  return sum_lanes<T>(sum) + rest;
-}
-PYGLOW_HD float sum_of(const Matrix<const BFloat16>& a, int64_t row, int64_t first_k, int64_t inner) {
-  float sums[pixel_block] = {};
-  for (int64_t k = 0; k < inner; k += pixel_block) {
-    const BFloat16* const from = at(a, row, first_k + k);
-    const int64_t count = smaller(pixel_block, inner - k);
-    if (count == pixel_block) {
-      for (int64_t i = 0; i < pixel_block; ++i) sums[i] += math::widen(from[i]);
-    } else {
-      for (int64_t i = 0; i < count; ++i) sums[i] += math::widen(from[i]);
-    }
-  }
-  for (int64_t half = pixel_block / 2; half > 0; half /= 2)
-    for (int64_t i = 0; i < half; ++i) sums[i] += sums[i + half];
-  return sums[0];
-}
-
 // `count` rows from `first` on, by rows, to a panel [k][width]; those of the next panel may be loaded along.
 template <class S>
 void pack_panel(const Sum<S>* a, int64_t stride, bool turned, int64_t first, int64_t count, int64_t inner,

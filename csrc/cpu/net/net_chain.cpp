@@ -45,11 +45,10 @@ class Layout {
   bool sums_first() const { return taps(0) > 1 && 2 * layer(0).in <= layer(0).out; }
   // Whether a boundary is there as planes of a turn: else in blocks of a cut. Of the gradients there, likewise.
   bool has_planes(int64_t boundary) const {
-    if (boundary == 0 || boundary == net.count) return boundary == 0;
+    if (boundary == net.count) return false;
     return taps(boundary) > 1 && !(boundary == net.count - 1 && sums_last());
   }
   bool has_gradient_planes(int64_t boundary) const {
-    if (boundary == net.count) return true;
     return boundary > 0 && taps(boundary - 1) > 1 && !(boundary == 1 && sums_first());
   }
 
@@ -140,14 +139,25 @@ void gain_of(const NetChain<T>& net, T* gain) {
     gain[k] = net.log_gain == nullptr ? T(1) : exp_of(T(3) * net.log_gain[k]);
 }
 
-// x, and behind it cond, to the planes of boundary 0.
+// x, and behind it cond, to boundary 0: what there is of it at a time, all of a turn or a cut.
 template <class Args, class T, class S>
-void read_input(const Args& args, const Layout<T, S>& layout, const Turn& turn, S* planes, const Threads& threads) {
-  const int64_t stride = plane_stride<S>(layout.cuts.most_in_turn()), own = layout.channels(0) - args.cond_channels;
-  read_planes(args.x, layout.extent, turn.sample, own, turn.pixels, by_rows(planes, stride), threads);
+void read_input(const Args& args, const Layout<T, S>& layout, const Turn& turn, const Cut& cut, S* memory,
+                const Threads& threads) {
+  const Matrix<S> to = layout.part(memory, 0, false, turn, cut);
+  const int64_t own = layout.channels(0) - args.cond_channels;
+  const T* const no_gain = nullptr;
+  read_image(args.x, layout.extent, turn.sample, own, cut.begin, cut.end, no_gain, to, 0, threads);
   if (args.cond_channels > 0)
-    read_planes(args.cond, layout.extent, turn.sample, args.cond_channels, turn.pixels,
-                by_rows(planes + own * stride, stride), threads);
+    read_image(args.cond, layout.extent, turn.sample, args.cond_channels, cut.begin, cut.end, no_gain, to, own,
+               threads);
+}
+
+// The end of the last of some whole blocks, where numbers are multiplied in pairs.
+template <class S>
+void end_with_zeros(const Matrix<S>& blocks, int64_t rows, int64_t pixels) {
+  const int64_t rest = pixels % pixel_block;
+  if (!in_pairs<S> || rest == 0) return;
+  for (int64_t row = 0; row < rows; ++row) fill_zero(at(blocks, row, pixels - rest) + rest, pixel_block - rest);
 }
 
 // What follows a hidden layer.
@@ -249,7 +259,7 @@ void run(const NetArgs<T>& args, const Threads& threads) {
 
   for (int64_t t = 0; t < cuts.turns(); ++t) {
     const Turn turn = cuts.turn(t);
-    read_input(args, layout, turn, work[input], threads);
+    if (layout.has_planes(0)) read_input(args, layout, turn, {0, turn.pixels}, work[input], threads);
     const auto boundary = [&](int64_t b, const Cut& cut) {
       if (b == 0) return layout.part(work[input], 0, false, turn, cut);
       return keeps ? layout.part(layout.kept(kept, b, false), b, true, turn, cut)
@@ -283,6 +293,7 @@ void run(const NetArgs<T>& args, const Threads& threads) {
       int64_t end = first + 1;  // of the layers that run from cut to cut
       while (end <= last && !layout.has_planes(end)) ++end;
       cuts.for_cuts(turn, [&](const Cut& cut) {
+        if (first == 0 && !layout.has_planes(0)) read_input(args, layout, turn, cut, work[input], threads);
         for (int64_t i = first; i < end; ++i) {
           Right<S> right{read_only(boundary(i, cut)), i == last && sums_last ? nullptr : shifts[i], false, cut.begin};
           if (i == last) {
@@ -335,9 +346,10 @@ void run_backward(const NetBackwardArgs<T>& args, const Threads& threads) {
   Workspace work;
   AllShifts<T, S> shifts(layout, work);
   const auto input = work.room<S>(want_weights ? layout.part_elements(0) : 0, margin);
-  const auto output_grad = work.room<S>(out * turn_stride, margin);
   // Of each boundary the gradient, and in whole blocks what is a left matrix: rows may be read for a block more.
   const auto blocks_room = [&](int64_t rows) { return work.room<S>((rows + 2 * block_rows + 8) * whole_blocks); };
+  const auto output_grad =
+      layout.has_gradient_planes(net.count) ? work.room<S>(out * turn_stride, margin) : blocks_room(out);
   Workspace::Room<S> grads[max_net_layers + 1], in_blocks_room[max_net_layers + 1];
   Workspace::Room<Packed<S>> packed[max_net_layers], packed_grads[max_net_layers];
   Workspace::Room<T> turned[max_net_layers];
@@ -354,9 +366,6 @@ void run_backward(const NetBackwardArgs<T>& args, const Threads& threads) {
   }
   const auto gain_room = work.room<T>(out);
   const auto sums_room = work.room<double>(out);
-  // In its own numbers the output's gradient is read once for both.
-  const int64_t wide_stride = plane_stride<T>(cuts.most_in_turn());
-  const auto wide_room = work.room<T>(sizeof(S) == sizeof(T) ? 0 : out * wide_stride);
   const auto by_taps_room = work.room<T>(want_weights && sums_last ? out * inner_of(last) : 0);
   const auto sum_room =
       work.room<T>(sums_first ? TapSum<T>::elements(in, layout.taps(0), net.layers[0].window.reach(args.extent), cuts)
@@ -387,19 +396,16 @@ void run_backward(const NetBackwardArgs<T>& args, const Threads& threads) {
 
   for (int64_t t = 0; t < cuts.turns(); ++t) {
     const Turn turn = cuts.turn(t);
-    const Matrix<S> grad_planes = by_rows(work[output_grad], turn_stride);
-    const auto read_gradient = [&](const Matrix<T>& planes) {
-      read_planes(args.grad_y, args.extent, turn.sample, out, turn.pixels, planes, threads);
-      if (want_weights) add_row_sums(read_only(planes), out, turn.pixels, bias_sums, threads);
-      if (sizeof(S) != sizeof(T) || net.log_gain != nullptr)
-        scale_planes(read_only(planes), static_cast<const T*>(gain), out, turn.pixels, grad_planes, threads);
+    const Cut whole{0, turn.pixels};
+    const bool has_planes = layout.has_gradient_planes(net.count);
+    // The output's gradient, times the gain, and the sums of its rows.
+    const auto read_gradient = [&](const Cut& cut, const Matrix<S>& to) {
+      read_image(args.grad_y, args.extent, turn.sample, out, cut.begin, cut.end,
+                 net.log_gain == nullptr ? nullptr : static_cast<const T*>(gain), to, 0, threads);
+      if (want_weights) add_row_sums(read_only(to), out, cut.count(), bias_sums, threads);
     };
-    if constexpr (sizeof(S) == sizeof(T)) {
-      read_gradient(grad_planes);
-    } else {
-      read_gradient(by_rows(work[wide_room], wide_stride));
-    }
-    if (want_weights) read_input(args, layout, turn, work[input], threads);
+    if (has_planes) read_gradient(whole, by_rows(work[output_grad], turn_stride));
+    if (want_weights && layout.has_planes(0)) read_input(args, layout, turn, whole, work[input], threads);
     if (sums_first) sum->begin();
 
     const auto activations = [&](int64_t b, const Cut& cut) {
@@ -407,9 +413,9 @@ void run_backward(const NetBackwardArgs<T>& args, const Threads& threads) {
       return layout.part(layout.kept(kept, b, false), b, true, turn, cut);
     };
     const auto gradient = [&](int64_t b, const Cut& cut) {
-      if (b == net.count) return by_rows(work[output_grad] + cut.begin, turn_stride);
-      return layout.has_gradient_planes(b) ? by_rows(work[grads[b]] + cut.begin, turn_stride)
-                                           : in_whole_blocks(work[grads[b]], layout.channels(b));
+      S* const memory = b == net.count ? work[output_grad] : work[grads[b]];
+      return layout.has_gradient_planes(b) ? by_rows(memory + cut.begin, turn_stride)
+                                           : in_whole_blocks(memory, layout.channels(b));
     };
     // The gradient behind layer i as its transposed product and its weight's gradient take it.
     const auto right_of = [&](int64_t i, const Cut& cut) {
@@ -479,6 +485,12 @@ void run_backward(const NetBackwardArgs<T>& args, const Threads& threads) {
       cuts.for_cuts(turn, [&](const Cut& cut) {
         ProductArgs<S, T> products[max_net_layers];
         int64_t n_products = 0;
+        if (first == last && !has_planes) {
+          const Matrix<S> to = gradient(net.count, cut);
+          read_gradient(cut, to);
+          end_with_zeros(to, out, cut.count());
+        }
+        if (want_weights && end < 0 && !layout.has_planes(0)) read_input(args, layout, turn, cut, work[input], threads);
         for (int64_t i = first; i > end; --i) {
           Right<S> right = right_of(i, cut);
           Matrix<const S> grad = right.matrix;
@@ -508,12 +520,7 @@ void run_backward(const NetBackwardArgs<T>& args, const Threads& threads) {
                   layout.part(layout.kept(kept, i, keeps_input(before.activation)), i, true, turn, cut);
             }
             multiply(product, threads);
-            const int64_t rest = cut.count() % pixel_block;
-            if (in_pairs<S> && rest > 0 && !layout.has_gradient_planes(i)) {  // the last block of a left matrix
-              S* const block = at(product.c, 0, cut.count() - rest);
-              for (int64_t row = 0; row < product.rows; ++row)
-                fill_zero(block + row * pixel_block + rest, pixel_block - rest);
-            }
+            if (!layout.has_gradient_planes(i)) end_with_zeros(product.c, product.rows, cut.count());
           }
           if (want_weights) products[n_products++] = weight_gradient(i, cut, grad);
         }
@@ -538,9 +545,9 @@ void run_backward(const NetBackwardArgs<T>& args, const Threads& threads) {
       for (int64_t i = 0; i < layer.in * taps; ++i) along += to[i] * w[i];
     to += layer.in * taps;
     w += layer.in * taps;
-    args.grad_bias[last][k] = static_cast<T>(gain[k] * bias_sums[k]);
+    args.grad_bias[last][k] = static_cast<T>(bias_sums[k]);
     if (args.grad_log_gain != nullptr)
-      args.grad_log_gain[k] = static_cast<T>(3.0 * (along + gain[k] * bias_sums[k] * layer.bias[k]));
+      args.grad_log_gain[k] = static_cast<T>(3.0 * (along + bias_sums[k] * layer.bias[k]));
   }
 }
 

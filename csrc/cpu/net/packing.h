@@ -107,6 +107,36 @@ PYGLOW_HD void widen_row(const BFloat16* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
 }
 
+// The sum of a row from pixel first_k on, where a block begins.
+template <class T>
+PYGLOW_HD T sum_of(const Matrix<const T>& a, int64_t row, int64_t first_k, int64_t inner) {
+  Vec<T> sum{};
+  T rest{};
+  for (int64_t k = 0; k < inner; k += pixel_block) {
+    const T* const from = at(a, row, first_k + k);
+    const int64_t count = smaller(pixel_block, inner - k);
+    int64_t i = 0;
+    for (; i + lanes<T> <= count; i += lanes<T>) sum += load<T>(from + i);
+    for (; i < count; ++i) rest += from[i];
+  }
+  return sum_lanes<T>(sum) + rest;
+}
+PYGLOW_HD float sum_of(const Matrix<const BFloat16>& a, int64_t row, int64_t first_k, int64_t inner) {
+  float sums[pixel_block] = {};
+  for (int64_t k = 0; k < inner; k += pixel_block) {
+    const BFloat16* const from = at(a, row, first_k + k);
+    const int64_t count = smaller(pixel_block, inner - k);
+    if (count == pixel_block) {
+      for (int64_t i = 0; i < pixel_block; ++i) sums[i] += math::widen(from[i]);
+    } else {
+      for (int64_t i = 0; i < count; ++i) sums[i] += math::widen(from[i]);
+    }
+  }
+  for (int64_t half = pixel_block / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) sums[i] += sums[i + half];
+  return sums[0];
+}
+
 // The rows of a right matrix from `first` on, one after the other, at the columns from `column` on: where the values
 // are and, by bits, which of them are not zero. There are `columns`, in one block of pixels.
 template <class S>
@@ -236,10 +266,18 @@ void pack_turned(const Right<S>& b, int64_t first_k, int64_t inner, int64_t firs
   for (int64_t i = count * pixel_block; i < width * pixel_block; ++i) rows[i] = S{};
   for (int64_t k = 0; k < inner; k += pixel_block, to += width * pixel_block) {
     const int64_t pixels = smaller(pixel_block, inner - k);
-    if constexpr (sizeof(S) != 2) {
-      if (b.shifts == nullptr) {
-        transpose_rows<S>(at(b.matrix, first, first_k + k), row_at(b.matrix, first_k + k), count, pixels, to, width);
+    if (b.shifts == nullptr) {  // from where they lie
+      const S* const from = at(b.matrix, first, first_k + k);
+      const int64_t stride = row_at(b.matrix, first_k + k);
+      if constexpr (sizeof(S) != 2) {
+        transpose_rows<S>(from, stride, count, pixels, to, width);
         continue;
+      } else if constexpr (in_pairs<S>) {
+        if (pixels == pixel_block && stride % 2 == 0) {
+          transpose_rows<float>(reinterpret_cast<const float*>(from), stride / 2, count, pixel_block / 2,
+                                reinterpret_cast<float*>(to), width);
+          continue;
+        }
       }
     }
     RowsAt<S> source(b, first, first_k + k, pixels);
