@@ -21,7 +21,7 @@ def collect() -> dict[str, dict[str, str]]:
         "versions": _versions(),
         "build": _build(),
         "devices": _devices(),
-        "backends": {"cpu": _backend_of("cpu"), "cuda": _backend_of("cuda")},
+        "backends": {"cpu": _backend_of("cpu"), "cpu, nets in bfloat16": _half_nets(), "cuda": _backend_of("cuda")},
         "ops": _ops(),
     }
 
@@ -126,6 +126,25 @@ def _instruction_set(module: ModuleType) -> str:
 def _backend_of(device: str) -> str:
     why = cpu_reason() if device == "cpu" else cuda_reason()
     return f"reference: {why}" if why else "compiled kernels for float32 and float64, reference for other dtypes"
+
+
+_HALF = {
+    "amx": "products of ours in the processor's tiles (AMX-BF16)",
+    "avx512_bf16": "products of ours by the processor's dot products (AVX512-BF16)",
+}
+
+
+def _half_nets() -> str:
+    """What multiplies in coupling nets under autocast to bfloat16, or with precision="bf16"."""
+    module = _backend.extension()
+    if module is None or _backend.nets() == "library":
+        return f"the library's layers: {cpu_reason() or 'PYGLOW_NETS is library'}"
+    try:
+        kernels = module.instruction_set()
+    except ValueError as error:
+        return f"no kernels: {error}"
+    found = _HALF.get(kernels, f"products of ours, whose numbers are widened to float32 ({kernels} kernels)")
+    return f"{found}; float16 is the library's"
 
 
 def _runs(op: str, device: str, why_not: str) -> str:

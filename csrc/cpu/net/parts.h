@@ -27,9 +27,13 @@ class Cuts {
       : samples_(samples), plane_(extent.positions()) {
     if (plane_ == 0 || samples == 0) return;
     const int64_t most = larger(least_pixels, cut_bytes / element_size / larger(rows, 1));
-    samples_at_once_ = larger(1, most / plane_);
-    cut_ = plane_ <= most ? samples_at_once_ * plane_ : most / pixel_block * pixel_block;
+    // Of about equal size: the last one would be as small as it comes.
+    const int64_t fitting = larger(1, most / plane_);
+    turns_ = (samples + fitting - 1) / fitting;
+    samples_at_once_ = (samples + turns_ - 1) / turns_;
     turns_ = (samples + samples_at_once_ - 1) / samples_at_once_;
+    const int64_t cuts = (plane_ + most - 1) / most, part = (plane_ + cuts - 1) / cuts;
+    cut_ = cuts == 1 ? samples_at_once_ * plane_ : (part + pixel_block - 1) / pixel_block * pixel_block;
   }
 
   int64_t turns() const { return turns_; }
