@@ -152,12 +152,14 @@ def _fake_net_chain(x: Tensor, cond: Tensor | None, weights: Sequence[Tensor], *
     return _in_format_of(x, (x.shape[0], weights[-1].shape[0], *x.shape[2:])), kept
 
 
+def kept_per_position(hidden: Sequence[int], activations: Sequence[int]) -> int:
+    """Numbers that one position keeps, of hidden layers of these widths: NetChain::kept_per_position."""
+    return sum(width * (2 if code in KEEPS_INPUT else 1) for width, code in zip(hidden, activations, strict=True))
+
+
 def kept_elements(x: Tensor, weights: Sequence[Tensor], activations: Sequence[int], dilations: Sequence[int]) -> int:
     """What net_chain keeps for its backward, as csrc/core.h has it (NetChain::kept)."""
-    rows = sum(
-        weight.shape[0] * (2 if code in KEEPS_INPUT else 1)
-        for weight, code in zip(weights[:-1], activations, strict=True)
-    )
+    rows = kept_per_position([weight.shape[0] for weight in weights[:-1]], activations)
     dims = x.dim() - 2
     reach = 0
     for i, weight in enumerate(weights):

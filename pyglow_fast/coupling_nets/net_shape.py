@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import check_count, check_input, expect
+from pyglow_fast.coupling_nets import chain
 from pyglow_fast.coupling_nets.explicit_net import ExplicitNet
+from pyglow_fast.reference import coupling_net_spec
 
 
 class NetShape(nn.Module):
@@ -18,7 +20,7 @@ class NetShape(nn.Module):
     ``halo`` and :meth:`bytes_per_position` are what chunked execution asks any net for: see traits.py.
     """
 
-    halo = 2  # an output position sees 1 + 0 + 1 neighbours to each side
+    halo = max(chain.reach(((3,), (1,), (3,)), coupling_net_spec(1).dilations))
 
     def __init__(
         self, in_channels: int, out_channels: int, hidden: int, cond_channels: int, dims: int, border: bool = False
@@ -51,13 +53,12 @@ class NetShape(nn.Module):
         output, its gradient and the input; as library convolutions their gradients too. A hidden ActNorm costs nothing:
         it is folded into the weights.
         """
-        products = functional.net_as_products(self.like)
         # With a border term there is one input channel and one hidden unit more.
         hidden, inputs = self.hidden + self.border, self.in_channels + self.cond_channels + self.border
-        if not products:
+        if not functional.net_as_products(self.like):
             return (4 * hidden + 5 * self.out_channels + 2 * inputs) * element_size
-        kept = 2 if functional.net_in_half(self.like) else element_size
-        return 2 * hidden * kept + (3 * self.out_channels + 2 * inputs) * element_size
+        channels = (inputs, hidden, hidden, self.out_channels)
+        return chain.bytes_per_position(channels, coupling_net_spec(self.dims), self.like, element_size)
 
     def check_inputs(self, x: Tensor, cond: Tensor | None) -> None:
         """Refuse x or cond of the wrong shape, dtype or device."""

@@ -42,6 +42,11 @@ class OrderedNet(nn.Module):
         """Positions to each side that an output depends on, None where it is not known."""
         return nets.halo(self.net)
 
+    @property
+    def bytes_per_position(self) -> Callable[[int], int] | None:
+        """What computes the bytes of activations of a position, None where it is not known."""
+        return nets.bytes_per_position(self.net)
+
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C/2, *spatial) -> shift and raw scale (or shift alone)."""
         return nets.run(self.net, x, self.output_map)

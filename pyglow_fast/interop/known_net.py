@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pyglow_fast.coupling_nets import chain
 from pyglow_fast.reference import ChainSpec
 
 Affine = tuple[Tensor, Tensor]  # scale and offset of a map per channel, (C,) each
@@ -71,9 +72,13 @@ class KnownNet:
     @property
     def reach(self) -> tuple[int, ...]:
         """How many positions to each side an output depends on, along each spatial dimension."""
-        steps = zip(self.layers, self.spec.dilations, strict=True)
-        every = [sides(layer.module.kernel_size, dilation) for layer, dilation in steps if dilation]
-        return tuple(map(sum, zip(*every, strict=True)))
+        sizes = [layer.module.kernel_size if self.dims else () for layer in self.layers]
+        return chain.reach(sizes, self.spec.dilations)
+
+    @property
+    def channels(self) -> list[int]:
+        """Those of the input, behind each layer, of the output."""
+        return [widths(self.layers[0].module)[0], *(widths(layer.module)[1] for layer in self.layers)]
 
     @property
     def is_parametrized(self) -> bool:
@@ -148,8 +153,3 @@ def widths(layer: Any) -> tuple[int, int]:
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
     return layer.in_channels, layer.out_channels
-
-
-def sides(kernel_size: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...]:
-    """Computes the padding to each side that keeps the size."""
-    return tuple(step * (size // 2) for size, step in zip(kernel_size, dilation, strict=True))

@@ -9,6 +9,7 @@ parametrized. Anything else (hooks, subclasses, strides, other paddings) runs as
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyglow_fast import functional
+from pyglow_fast.coupling_nets import chain
+from pyglow_fast.coupling_nets.chain import sides
 from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.interop.known_net import (
     AFFINE_MAPS,
@@ -27,7 +30,6 @@ from pyglow_fast.interop.known_net import (
     parametrizations,
     plain_type,
     qualified,
-    sides,
     widths,
 )
 from pyglow_fast.reference import KERNEL_SIZES, MAX_LAYERS, Activation, ChainSpec
@@ -257,6 +259,20 @@ def halo(net: nn.Module) -> int | None:
     if isinstance(known, KnownNet):
         return None if known.is_parametrized else max(known.reach, default=0)
     stated: int | None = getattr(net, "halo", None)
+    return stated
+
+
+def bytes_per_position(net: nn.Module) -> Callable[[int], int] | None:
+    """Gives what computes the bytes of activations of a position from those of a number; None if it is not known.
+
+    Of a net that our executor does not run what the net states.
+    """
+    known = recognised(net)
+    if isinstance(known, KnownNet) and not known.is_parametrized:
+        like = known.layers[0].module.weight
+        if functional.net_as_products(like):
+            return partial(chain.bytes_per_position, known.channels, known.spec, like)
+    stated: Callable[[int], int] | None = getattr(net, "bytes_per_position", None)
     return stated
 
 

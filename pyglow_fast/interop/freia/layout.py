@@ -156,6 +156,11 @@ class OrderedSubnet(nn.Module):
             return None
         return nets.halo(self.subnet)
 
+    @property
+    def bytes_per_position(self) -> Callable[[int], int] | None:
+        """What computes the bytes of activations of a position, None where it is not known."""
+        return nets.bytes_per_position(self.subnet)
+
     def forward(self, x1: Tensor, cond: Tensor | None = None) -> Tensor:
         """x1, cond -> [shift | raw]."""
         return net_output(self.subnet, x1, x1, self.order, None if cond is None else cond.to(x1.dtype))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,8 +11,8 @@ from nflows import transforms
 from nflows.transforms.coupling import CouplingTransform
 from torch import Tensor, nn
 
+from pyglow_fast.interop import nets
 from pyglow_fast.interop.joined import ChangedError, Face, JoinedRun, JoinedStep, Place, unrepeatable
-from pyglow_fast.interop.nets import KnownNet, halo, recognised
 from pyglow_fast.interop.nflows.coupling import run_net
 from pyglow_fast.interop.nflows.steps import StepParts, step_parts, waits_for_data
 from pyglow_fast.interop.probing import chain_of
@@ -36,14 +36,20 @@ class UserNet(nn.Module):
     def halo(self) -> int | None:
         """Positions to each side that an output depends on, None where it is not known."""
         chain = chain_of(self.net, None)
-        return halo(self.net if chain is None else chain)
+        return nets.halo(self.net if chain is None else chain)
+
+    @property
+    def bytes_per_position(self) -> Callable[[int], int] | None:
+        """What computes the bytes of activations of a position, None where it is not known."""
+        chain = chain_of(self.net, None)
+        return nets.bytes_per_position(self.net if chain is None else chain)
 
     @property
     def deterministic(self) -> bool | None:
         """True where it is known."""
         stated: bool | None = getattr(self.net, "deterministic", None)
         chain = chain_of(self.net, None)
-        return True if chain is not None and isinstance(recognised(chain), KnownNet) else stated
+        return True if chain is not None and isinstance(nets.recognised(chain), nets.KnownNet) else stated
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C/2, *spatial) -> shift and raw scale (or shift alone)."""

@@ -1,0 +1,40 @@
+"""How far a chain of layers sees and what it costs, from its description alone; see reference.net_chain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from pyglow_fast import functional, ops
+from pyglow_fast.reference import ChainSpec
+
+
+def sides(kernel_size: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...]:
+    """Computes the padding to each side that keeps the size: how far one convolution sees, along each dimension."""
+    return tuple(step * (size // 2) for size, step in zip(kernel_size, dilation, strict=True))
+
+
+def reach(kernel_sizes: Sequence[Sequence[int]], dilations: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """Computes how far an output position of the chain sees, along each dimension: the sum over its layers."""
+    every = [sides(sizes, dilation) for sizes, dilation in zip(kernel_sizes, dilations, strict=True)]
+    return tuple(map(sum, zip(*every, strict=True)))
+
+
+def bytes_per_position(channels: Sequence[int], spec: ChainSpec, like: Tensor, element_size: int) -> int:
+    """Computes the most bytes alive in forward and backward per sample and position, of a chain as products of ours.
+
+    What is kept of its hidden layers, in bfloat16 where they run in that, and beside it the output, its gradient and
+    the input.
+
+    Args:
+        channels: of the input, behind each layer, of the output.
+        spec: of the chain.
+        like: a tensor of its dtype and device.
+        element_size: bytes of a number where it is not bfloat16.
+    """
+    kept = ops.kept_per_position(channels[1:-1], ops.chain_arguments(spec)[0])
+    return (
+        kept * (2 if functional.net_in_half(like) else element_size)
+        + (3 * channels[-1] + 2 * channels[0]) * element_size
+    )
