@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyglow_fast.coupling_nets import chain
-from pyglow_fast.reference import ChainSpec
+from pyglow_fast.reference import ChainSpec, n_positions
 
 Affine = tuple[Tensor, Tensor]  # scale and offset of a map per channel, (C,) each
 
@@ -31,6 +32,8 @@ WRAPPERS: dict[str, str] = {"normflows.nets.cnn.ConvNet2d": "net", "normflows.ne
 AFFINE_MAPS: dict[str, Callable[[nn.Module, int], Affine | None]] = {
     f"torch.nn.modules.batchnorm.BatchNorm{size}d": _batch_norm for size in (1, 2, 3)
 }
+# Of convolutions that are better left to the library: channels, one side to the other, multiply-adds of a batch.
+LEAST_SQUARE, MOST_RATIO, LEAST_WORK = 16, 4, 2e8
 LAYERS: dict[type[nn.Module], int] = {nn.Linear: 0, nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}  # spatial dimensions
 NORMS: dict[type[nn.Module], tuple[int, ...]] = {nn.BatchNorm1d: (0, 1), nn.BatchNorm2d: (2,), nn.BatchNorm3d: (3,)}
 
@@ -103,6 +106,23 @@ class KnownNet:
         found = [AFFINE_MAPS[qualified(plain_type(module))](module, self.dims) for module in modules]
         ready = [channel_map for channel_map in found if channel_map is not None]
         return ready if len(ready) == len(found) else None
+
+    def pays(self, x: Tensor) -> bool:
+        """Tells whether products of ours are as fast as the library's layers on x; see docs/speed.md.
+
+        They are slower where most of the work is convolutions of images with more than one tap between about as many
+        channels, and much work: the library's direct ones gather nothing.
+        """
+        if self.dims != 2:
+            return True
+        square = every = 0
+        for layer in self.layers:
+            narrow, wide = sorted(widths(layer.module))
+            taps = math.prod(layer.module.kernel_size)
+            work = narrow * wide * taps
+            every += work
+            square += work if taps > 1 and narrow >= LEAST_SQUARE and wide <= MOST_RATIO * narrow else 0
+        return 2 * square < every or square * n_positions(x) * x.shape[0] < LEAST_WORK
 
     def takes(self, x: Tensor, cond: Tensor | None = None) -> bool:
         """Tells whether x, with cond beside it, has the net's dimensions and channels, and the dtype of its weights."""

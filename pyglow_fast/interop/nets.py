@@ -303,4 +303,4 @@ def _known(net: nn.Module, x: Tensor, cond: Tensor | None) -> KnownNet | None:
     if not functional.net_as_products(x) or torch.compiler.is_compiling():
         return None
     known = recognised(net)
-    return known if isinstance(known, KnownNet) and known.takes(x, cond) else None
+    return known if isinstance(known, KnownNet) and known.takes(x, cond) and known.pays(x) else None
