@@ -147,7 +147,9 @@ inline void open_tiles() {
 }
 inline void close_tiles() { _tile_release(); }
 
-inline void multiply_tiles(const BFloat16* a, int64_t a_block, const BFloat16* b, int64_t inner, bool both, float* c) {
+// To c, rows `c_row` apart; `both`: more than the first 16 rows.
+inline void multiply_tiles(const BFloat16* a, int64_t a_block, const BFloat16* b, int64_t inner, bool both, float* c,
+                           int64_t c_row) {
   constexpr int64_t width = block_columns<float>, row = sizeof(BFloat16) * pixel_block, pairs = 2 * row;
   _tile_zero(0);
   _tile_zero(1);
@@ -166,11 +168,12 @@ inline void multiply_tiles(const BFloat16* a, int64_t a_block, const BFloat16* b
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
-  _tile_stored(0, c, sizeof(float) * width);
-  _tile_stored(1, c + width / 2, sizeof(float) * width);
+  const int64_t bytes = c_row * static_cast<int64_t>(sizeof(float));
+  _tile_stored(0, c, bytes);
+  _tile_stored(1, c + width / 2, bytes);
   if (!both) return;
-  _tile_stored(2, c + tile_rows * width, sizeof(float) * width);
-  _tile_stored(3, c + tile_rows * width + width / 2, sizeof(float) * width);
+  _tile_stored(2, c + tile_rows * c_row, bytes);
+  _tile_stored(3, c + tile_rows * c_row + width / 2, bytes);
 }
 #else
 inline void open_tiles() {}
@@ -230,7 +233,13 @@ void multiply_columns(const ProductArgs<S, Out>& args, const Blocks& blocks, int
         const Target<S, Out> target{args, row, rows, column, columns, add, is_last};
         if constexpr (in_tiles<S>) {
 #if defined(__AMX_BF16__)
-          multiply_tiles(left, args.a.block, right, inner, rows > tile_rows, sums);
+          if constexpr (sizeof(Out) == sizeof(float)) {  // nothing is left to be done
+            if (simple && leak == T(1) && args.after.bias == nullptr && !add && columns == width && rows == NumRows) {
+              multiply_tiles(left, args.a.block, right, inner, true, at(args.c, row, column), row_at(args.c, column));
+              continue;
+            }
+          }
+          multiply_tiles(left, args.a.block, right, inner, rows > tile_rows, sums, width);
 #endif
         } else {
           const Block<T, NumRows> block = multiply<S, NumRows>(left, args.a.block, right, right_row, inner);
