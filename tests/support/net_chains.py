@@ -22,6 +22,7 @@ from support.helpers import memory_layouts
 PARAMETERS = {"leaky_relu": 0.2, "elu": 1.0}
 SMOOTH = tuple(kind for kind in ACTIVATIONS if kind not in ("relu", "leaky_relu"))
 MOST_PRODUCTS = 1e7  # of a net's forward
+MOST_NUMBERS = 1e6  # of a layer
 EXACT = 2.0**23  # half of the whole numbers that float32 has: what bfloat16 rounds up stays below them, too
 
 
@@ -121,7 +122,8 @@ def drawn_shape(rng: random.Random) -> Shape:
         dilations = tuple(tuple(rng.choice((1, 1, 2, 3)) for _ in range(dims)) for _ in range(layers))
         cond = rng.randint(1, widths[0] - 1) if widths[0] > 1 and rng.random() < 0.4 else 0
         found = Shape(samples, spatial, tuple(widths), tuple(kernels), dilations, cond, rng.random() < 0.4)
-        if found.products <= (MOST_PRODUCTS if style != "cut" else 5 * MOST_PRODUCTS):
+        fits = found.products <= (MOST_PRODUCTS if style != "cut" else 5 * MOST_PRODUCTS)
+        if fits and found.pixels * max(widths) <= MOST_NUMBERS:
             return found
 
 
@@ -171,7 +173,7 @@ def drawn_whole(seed: int, given: Shape | None = None) -> tuple[ChainSpec, Numbe
         spec = drawn_spec(rng, shape, kinds)
         rounds = rng.choice(("bias", "grad", ""))  # what has numbers that bfloat16 rounds
 
-        def draw(size: tuple[int, ...], kind: str) -> Tensor:
+        def draw(size: tuple[int, ...], kind: str, rounds: str = rounds) -> Tensor:
             if kind == "gain":
                 return torch.zeros(size, dtype=torch.float64)
             most = 2 if math.prod(size) < 1000 else 1
