@@ -179,9 +179,13 @@ def drawn_whole(seed: int, given: Shape | None = None) -> tuple[ChainSpec, Numbe
             most = 2 if math.prod(size) < 1000 else 1
             values = torch.randint(-most, most + 1, size, generator=generator).double()
             if kind == rounds:
-                values *= 1.0 + 258.0 * (torch.rand(size, generator=generator) < 0.2)
-            # Every output of a weight of about two inputs, and every input in about one output.
-            wanted = max(2 * size[0], size[1]) if kind == "weight" else 50 if kind == "grad" else math.prod(size)
+                values *= 1.0 + 258.0 * (torch.rand(size, generator=generator) < 0.05)
+            # Every output of a weight of some inputs, and an input in some output, or of very many every third.
+            wanted: float = math.prod(size)
+            if kind == "weight":
+                wanted = max(2.0 * size[0], size[1] if size[1] < 100 else 0.25 * size[1])
+            if kind == "grad":
+                wanted = 20.0
             return values * (torch.rand(size, generator=generator) < 1.5 * wanted / math.prod(size))
 
         found = _numbers(rng, shape, draw)
