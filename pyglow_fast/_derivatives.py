@@ -49,6 +49,13 @@ def is_transformed() -> bool:
     return bool(kinds & {TransformType.Grad, TransformType.Jvp})
 
 
+def is_batched() -> bool:
+    """Tells whether torch.func.vmap, and no derivative, is taken of what is called: not known of what is traced."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    return not is_transformed()
+
+
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """function.apply(*args), in eager mode without its search for transforms, which takes as long as all the rest.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast import _backend, autograd, ops, reference
-from pyglow_fast._derivatives import apply, is_transformed
+from pyglow_fast._derivatives import apply, is_batched, is_transformed
 from pyglow_fast.reference import (
     Activation,
     ChainSpec,
@@ -162,9 +162,12 @@ def net_as_products(x: Tensor) -> bool:
 
     It is on the CPU, where they are faster than these at their best (bench/results/nets-cpu.json) and need no padded
     copies, unless PYGLOW_NETS in the environment is "library". Under autocast to bfloat16 too, of a float32 x: see
-    :func:`net_in_half`; autocast to float16 is the library's.
+    :func:`net_in_half`; autocast to float16 is the library's, and so is torch.func.vmap, which splits no lists of
+    weights for an op.
     """
     if x.device.type != "cpu" or not 2 <= x.dim() <= 5 or not ops.run_on(x) or _backend.nets() == "library":
+        return False
+    if is_batched():
         return False
     return not torch.is_autocast_enabled("cpu") or net_in_half(x)
 
@@ -191,7 +194,11 @@ def net_chain(
     """
     if not net_as_products(x):
         return reference.net_chain(x, weights, biases, spec, log_gain, cond)
-    arguments = (*ops.chain_arguments(spec), net_in_half(x))
+    half = net_in_half(x)
+    if half:  # autocast takes inputs and parameters of any dtype
+        weights, biases = [value.to(x.dtype) for value in weights], [value.to(x.dtype) for value in biases]
+        log_gain, cond = (None if value is None else value.to(x.dtype) for value in (log_gain, cond))
+    arguments = (*ops.chain_arguments(spec), half)
     optional = [tensor for tensor in (log_gain, cond) if tensor is not None]
     if _records_gradient(x, *weights, *biases, *optional):
         return apply(autograd.NetChain, x, cond, log_gain, arguments, *weights, *biases)

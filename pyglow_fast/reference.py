@@ -329,11 +329,19 @@ def net_chain(
     return hidden
 
 
-@functools.cache
 def coupling_net_spec(dims: int, leak: float = 0.0) -> ChainSpec:
     """Glow's own coupling net as a chain: three convolutions, (leaky) relus in between."""
+    if torch.compiler.is_compiling():  # which warns of caches
+        return _coupling_net_spec(dims, leak)
+    return _known_coupling_net_spec(dims, leak)
+
+
+def _coupling_net_spec(dims: int, leak: float) -> ChainSpec:
     expect(0.0 <= leak <= 1.0, "leak", "a slope from 0 to 1", leak)
     return ChainSpec((Activation("leaky_relu", leak) if leak else Activation(),) * 2, ((1,) * dims,) * 3)
+
+
+_known_coupling_net_spec = functools.cache(_coupling_net_spec)
 
 
 def coupling_net(

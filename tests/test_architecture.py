@@ -179,10 +179,14 @@ def test_an_allowed_import_passes(module: str, source: str) -> None:
 # The native code: which includes a file may have, by the folder it is in. "quoted" are the project's own headers.
 TORCH = re.compile(r"^(torch|ATen|c10|caffe2|pybind11)/|^Python\.h$")
 CUDA = re.compile(r"^(cuda|cub/|thrust/|cooperative_groups|mma\.h|nv)")
+# Instructions by name. The nets alone have some: their sources are compiled for more instruction sets than the others,
+# none of which may come to need what is in them.
+INTRINSICS = re.compile(r"^(\w*intrin|arm_\w+)\.h$")
 OWN_HEADERS = {
     "math": re.compile(r"math/"),
-    "core.h": re.compile(r"math/kinds\.h$"),  # plain values that cross the boundary
-    "cpu": re.compile(r"math/|core\.h$|cpu/"),
+    "core.h": re.compile(r"math/(kinds|host_device)\.h$"),  # plain values that cross the boundary
+    "cpu": re.compile(r"math/|core\.h$|cpu/(?!net/)"),
+    "cpu/net": re.compile(r"math/|core\.h$|cpu/"),
     "cuda": re.compile(r"math/|core\.h$|cuda/"),
     "bindings": re.compile(r"core\.h$|bindings/"),
 }
@@ -192,7 +196,7 @@ NEVER = re.compile(r"^torch/extension\.h$|^torch/all\.h$|^torch/torch\.h$|^(c10|
 
 def include_faults(source: str, name: str) -> list[str]:
     """The forbidden includes of one native file, in words. `name` is relative to csrc, such as cpu/coupling.cpp."""
-    part = name.split("/")[0]
+    part = name if "/" not in name else name.rpartition("/")[0]
     if part not in OWN_HEADERS:
         return [f"{name}: {part} is not entered in OWN_HEADERS of tests/test_architecture.py"]
     faults = []
@@ -211,6 +215,9 @@ def include_faults(source: str, name: str) -> list[str]:
         elif CUDA.search(header) and own is None:
             if part != "cuda":
                 faults.append(f"{where}: only cuda sees CUDA")
+        elif INTRINSICS.search(header):
+            if part != "cpu/net":
+                faults.append(f"{where}: only cpu/net names instructions")
         elif own is not None and not OWN_HEADERS[part].match(own):
             faults.append(f"{where}: {part} may include {OWN_HEADERS[part].pattern}")
         elif system is not None and part == "core.h" and system != "cstdint":
@@ -237,6 +244,10 @@ def test_native_includes(path: Path) -> None:
         ("core.h", '#include "math/coupling.h"', "core.h may include"),
         ("cpu/coupling.cpp", '#include "cuda/runtime.h"', "cpu may include"),
         ("cpu/coupling.cpp", "# include <c10/util/Half.h>", "only bindings"),
+        ("cpu/coupling.cpp", '#include "cpu/net/packing.h"', "cpu may include"),
+        ("cpu/simd.h", "#include <immintrin.h>", "only cpu/net names"),
+        ("cpu/net/matmul.cpp", '#include "bindings/checks.h"', "cpu/net may include"),
+        ("cpu/net/other/new.h", "", "not entered"),
         ("cuda/coupling.cu", '#include "cpu/isa.h"', "cuda may include"),
         ("cuda/coupling.cu", "#include <torch/types.h>", "only bindings"),
         ("cuda/coupling.cu", "#include <torch/extension.h>", "never"),
@@ -259,6 +270,7 @@ def test_a_forbidden_include_is_found(name: str, source: str, word: str) -> None
             "cpu/coupling.cpp",
             '#include <algorithm>\n#include "core.h"\n#include "math/coupling.h"\n#include "cpu/isa.h"',
         ),
+        ("cpu/net/packing.h", '#include <immintrin.h>\n#include "cpu/simd.h"\n#include "cpu/net/matrix.h"'),
         ("cuda/coupling.cu", '#include <cuda_runtime.h>\n#include "core.h"\n#include "cuda/reduce.cuh"'),
         ("bindings/ops.cpp", '#include <ATen/ops/empty.h>\n#include "bindings/checks.h"\n#include "core.h"'),
         ("core.h", '#include <cstdint>\n#include "math/kinds.h"\n// #include <vector>'),
@@ -271,5 +283,5 @@ def test_an_allowed_include_passes(name: str, source: str) -> None:
 def test_every_native_source_is_built() -> None:
     """A source outside the folders whose files are built would look like part of the module and never be compiled."""
     lists = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
-    built = {path for pattern in re.findall(r"csrc/\w+/\*\.\w+", lists) for path in ROOT.glob(pattern)}
+    built = {path for pattern in re.findall(r"csrc/[\w/]+/\*\.\w+", lists) for path in ROOT.glob(pattern)}
     assert built == {path for path in native_files() if path.suffix in {".cpp", ".cu"}}

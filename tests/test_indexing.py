@@ -5,6 +5,8 @@ Inputs only: the ops allocate what they write. tests/emulation has both for the 
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -16,7 +18,7 @@ from support.sparse_memory import SparseMemory
 from torch import Tensor
 
 from pyglow_fast import _backend, ops, reference
-from pyglow_fast.reference import CouplingSpec
+from pyglow_fast.reference import Activation, ChainSpec, CouplingSpec
 
 pytestmark = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
 
@@ -26,6 +28,21 @@ BACKWARD_KIND = (*KIND[:2], *KIND[3:])
 MATRIX = torch.linspace(-1.0, 1.0, 16).square().view(4, 4) + torch.eye(4)
 OFFSET, LOG_DET = torch.linspace(0.5, 2.0, 4), torch.linspace(-1.0, 1.0, 3)
 NONE, INPUT, OUTPUT = (ops.SQUEEZE_CODES[name] for name in ("none", "input", "output"))
+
+# A net of x and a condition: both ways of doing a convolution, gathered and by sums of taps.
+WEIGHTS = [torch.linspace(-1.0, 1.0, math.prod(s)).sin().view(s) for s in ((6, 8, 1, 3), (9, 6, 3, 1), (4, 9, 3, 3))]
+BIASES = [torch.linspace(-0.5, 0.5, weight.shape[0]) for weight in WEIGHTS]
+CHAIN = ops.chain_arguments(ChainSpec((Activation(), Activation("silu")), ((1, 1),) * 3))
+
+
+def net(x: Tensor, cond: Tensor, half: bool = False) -> Tensor:
+    return ops.net_chain(x, cond, WEIGHTS, BIASES, None, *CHAIN, half, False)[0]
+
+
+def net_backward(grad: Tensor, x: Tensor, cond: Tensor, half: bool = False) -> tuple[Tensor, ...]:
+    kept = ops.net_chain(x, cond, WEIGHTS, BIASES, None, *CHAIN, half, True)[1]
+    return tuple(ops.net_chain_backward(grad, x, cond, kept, WEIGHTS, None, None, *CHAIN, half, True))
+
 
 # Each op with the inputs that it reads through strides, all of SHAPE.
 OPS: dict[str, tuple[int, Callable[..., object]]] = {
@@ -46,6 +63,10 @@ OPS: dict[str, tuple[int, Callable[..., object]]] = {
     "gaussian_log_prob": (3, ops.gaussian_log_prob),
     "gaussian_log_prob_backward": (3, lambda z, m, s: ops.gaussian_log_prob_backward(z, m, s, LOG_DET)),
     "gaussian_sample": (3, ops.gaussian_sample),
+    "net_chain": (2, net),
+    "net_chain_half": (2, functools.partial(net, half=True)),
+    "net_chain_backward": (3, net_backward),
+    "net_chain_backward_half": (3, functools.partial(net_backward, half=True)),
 }
 NETS = ("coupling", "coupling_backward", "coupling_mix", "coupling_mix_backward", "step_backward")  # the second input
 
@@ -66,8 +87,7 @@ def test_far_inputs(name: str, dim: str) -> None:
 
 
 def test_every_op_is_covered() -> None:
-    elsewhere = {"coupling_net", "coupling_net_backward"}
-    assert {name for name in ops.names() if not any(case.startswith(name) for case in OPS)} == elsewhere
+    assert set(ops.names()) <= set(OPS)
 
 
 @pairs(
@@ -97,6 +117,15 @@ def test_far_images(dim: str) -> None:
         ops.channel_mix_backward(far, grad, matrix, None, None, True),
         ops.channel_mix_backward(images, grad, matrix, None, None, True),
     )
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_far_rows_of_nets(half: bool) -> None:
+    """Which are apart by a stride of their own."""
+    images, memory = [torch.randn(SHAPE) for _ in range(3)], SparseMemory(torch.float32)
+    grad, x, cond = (memory.far(image, "row") for image in images)
+    assert_same(net(x, cond, half), net(*images[1:], half))
+    assert_same(net_backward(grad, x, cond, half), net_backward(*images, half))
 
 
 def test_far_is_far() -> None:

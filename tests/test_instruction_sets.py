@@ -13,6 +13,11 @@ from pyglow_fast import _backend
 
 pytestmark = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
 TESTS = Path(__file__).parent
+FILES = ("ops", "ops_accuracy", "fused_ops", "elementary", "coupling_net_op", "net_chain_op")
+# These differ in the nets in bfloat16 alone.
+FAMILY = ("avx512", "avx512_bf16", "amx")
+# What is the same for all, being no kernel.
+ELSEWHERE = ("opcheck", "compiled", "exported", "bad_input", "bad_backward_input", "bad_descriptions")
 
 
 def _run(instruction_set: str, *command: str) -> subprocess.CompletedProcess[str]:
@@ -34,11 +39,12 @@ def test_kernels_of(instruction_set: str, request: pytest.FixtureRequest) -> Non
     if found.returncode != 0:
         pytest.skip(f"this processor has no {instruction_set}")
     assert found.stdout.strip() == instruction_set
-    names = ("ops", "ops_accuracy", "fused_ops", "elementary", "coupling_net_op")
-    files = [str(TESTS / f"test_{name}.py") for name in names]
-    of_kernels = ("-k", "not opcheck and not compiled")  # the others are the same for all
+    related = {instruction_set, _backend.require().instruction_set()} <= set(FAMILY)
+    files = [str(TESTS / f"test_{name}.py") for name in (FILES[-1:] if related else FILES)]
+    kernels = " and ".join((*(("half",) if related else ()), *(f"not {name}" for name in ELSEWHERE)))
     cases = ["--full"] if request.config.getoption("--full") else []
-    result = _run(instruction_set, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *cases, *of_kernels, *files)
+    arguments = ["-q", "-x", "-p", "no:cacheprovider", *cases, "-k", kernels]
+    result = _run(instruction_set, "-m", "pytest", *arguments, *files)
     assert result.returncode == 0, result.stdout[-3000:]
     assert " passed" in result.stdout
 

@@ -174,9 +174,10 @@ class CouplingNet(NetShape):
     def explicit(self, x1: Tensor, params: Mapping[str, Tensor]) -> ExplicitNet | None:
         """The net on those parameters without autograd, where it runs as matrix products of ours; else None.
 
-        None with a border term too.
+        None with a border term too, and where autocast is to take parameters of several dtypes.
         """
         fits = params.keys() == {name for name, _, _ in self._slots()} and functional.net_as_products(x1)
+        fits = fits and all(value.dtype == x1.dtype for value in params.values())
         return self._folded(params) if fits else None
 
     def _slots(self) -> tuple[tuple[str, str, str], ...]:

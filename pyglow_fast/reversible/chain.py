@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pyglow_fast import functional
 from pyglow_fast._derivatives import apply, differentiable_once
 from pyglow_fast.coupling_nets.net_runner import Memo, NetRunner
+from pyglow_fast.coupling_nets.precision import in_precision
 from pyglow_fast.reference import CouplingSpec, n_positions
 from pyglow_fast.reversible.backward import ChainBackward
 from pyglow_fast.reversible.drift import Witness, lowest_precision
@@ -87,7 +88,8 @@ def forward_pass(
             seen += Witness.of(u)
         net_out, memo = net.forward(u[:, : chain.kept], cond, params[k])
         memos.append(memo)
-        lowest = lowest_precision(lowest, net_out)
+        with in_precision(net.precision, u):  # which does not show in an output in float32
+            lowest = lowest_precision(lowest, net_out)
         if k + 1 == len(chain):
             u, step_log_det = functional.coupling(u, net_out, spec)
         elif k + 1 in anchor_steps:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.helpers import assert_close
-from support.net_cases import DropoutNet, coupling_net, objective, plain_gradients, randomised
+from support.net_cases import DropoutNet, WideNet, coupling_net, objective, plain_gradients, randomised
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
@@ -205,8 +205,7 @@ class TestAutocast:
             assert meter.now == 0
 
     def test_a_gradient_of_another_dtype_than_the_output(self) -> None:
-        net, x = coupling_net().float(), torch.randn(3, 2, 9, 4)
-        net.log_gain = nn.Parameter(net.log_gain.bfloat16())  # so that the output is low precision too
+        net, x = WideNet().float(), torch.randn(3, 2, 9, 4)  # the library's, whose output is in bfloat16
         params, plan = list(net.parameters()), plan_chunks(net, x.shape, 4, 1)
         results = []
         for dtype in (torch.float32, torch.bfloat16):
@@ -219,6 +218,26 @@ class TestAutocast:
                 results.append(run_net_backward(plain_call(net), x, None, plan, consume, params)[0])
         assert torch.equal(*results)
         assert results[0].dtype == torch.float32
+
+    def test_parameters_of_another_dtype(self) -> None:
+        """Autocast takes them as they are, and they have gradients of their own dtype."""
+        net, x = self.net_and_x()
+        weight, plan = torch.randn(3, 4, 9, 4), plan_chunks(net, x.shape, 4, 1)
+        with torch.no_grad():
+            for parameter in net.parameters():  # exact in both dtypes
+                parameter.copy_(parameter.bfloat16())
+        results = []
+        for dtype in (torch.float32, torch.bfloat16):
+            net.log_gain = nn.Parameter(net.log_gain.to(dtype))
+            net.conv2.to(dtype)
+            params = list(net.parameters())
+            with torch.autocast("cpu", torch.bfloat16):
+                out = run_net(net, x, None, plan)
+                grad_x, _, grads = run_net_backward(plain_call(net), x, None, plan, objective(weight)[1], params)
+            assert [grad.dtype for grad in grads] == [parameter.dtype for parameter in params]
+            results.append([out, grad_x, *(grad.float() for grad in grads)])
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other, rtol=2**-8, atol=1e-3 * float(one.abs().max()))
 
 
 class TestLeaves:

@@ -283,7 +283,7 @@ class TestTolerance:
         torch.manual_seed(0)
         steps: list[nn.Module] = [pgf.FlowStep(4, 16) for _ in range(16)]
         sequence = pgf.ReversibleSequence(steps if fused else [pgf.ActNorm(4), *steps], anchor_every=None)
-        x = torch.randn(4, 4, 16, 16)
+        x = torch.randn(4, 4, 32, 32)
         sequence.initialize(x)
         with torch.no_grad():
             for step in steps:
@@ -298,7 +298,7 @@ class TestTolerance:
 
     def test_nor_is_that_of_nets_in_bfloat16_of_themselves(self) -> None:
         sequence = pgf.ReversibleSequence([pgf.FlowStep(4, 16, precision="bf16") for _ in range(16)], anchor_every=None)
-        x = torch.randn(4, 4, 16, 16)
+        x = torch.randn(4, 4, 32, 32)
         sequence.initialize(x)
         with torch.no_grad():
             for step in sequence:
@@ -312,7 +312,7 @@ class TestTolerance:
         """A step's output is float32 whatever its net computes in."""
         steps = [pgf.FlowStep(4, 16, precision="bf16") for _ in range(16)]
         sequence = pgf.ReversibleSequence(steps, anchor_every=None)
-        x = torch.randn(4, 4, 16, 16)
+        x = torch.randn(4, 4, 32, 32)
         sequence.initialize(x)
         with torch.no_grad():
             for step in steps:

@@ -1,0 +1,759 @@
+"""Coupling nets as matrix products, chains of convolutions of every kind: against the convolutions that they are."""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from support.covering import pairs
+from support.helpers import assert_close, memory_layouts
+from support.kernel_cases import assert_bits_do_not_depend_on_threads, case_name
+from support.net_chains import (
+    Net,
+    Numbers,
+    Shape,
+    after_nan,
+    backward_arguments,
+    drawn_real,
+    drawn_whole,
+    in_half,
+    op_arguments,
+    relative_errors,
+    results,
+    rounded_chain,
+)
+from torch import Tensor, nn
+
+from pyglow_fast import _backend, functional, ops, reference
+from pyglow_fast.coupling_nets import Chunk, plain_call, plan_chunks, run_net, run_net_backward
+from pyglow_fast.coupling_nets.explicit_net import ExplicitNet, LayerNames
+from pyglow_fast.reference import ACTIVATIONS, Activation, ChainSpec
+
+pytestmark = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
+
+# The numbers that a net computes in: what they are called, the dtype it is given, how it is run.
+KINDS = ("float64", "float32", "half")
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "half": torch.float32}
+ROUNDING = {"float64": 2.0**-53, "float32": 2.0**-24, "half": 2.0**-8}  # the largest, relative
+
+
+def seeds(fast: int, full: int) -> pytest.MarkDecorator:
+    """So many draws in the fast suite, and more with --full."""
+    kept: list[Any] = list(range(fast))
+    return pytest.mark.parametrize(
+        "seed", [*kept, *(pytest.param(s, marks=pytest.mark.full) for s in range(fast, full))]
+    )
+
+
+def ours(kind: str) -> Net:
+    return in_half(functional.net_chain) if kind == "half" else functional.net_chain
+
+
+@functools.lru_cache(maxsize=2)
+def whole(seed: int, given: Shape | None = None) -> tuple[ChainSpec, Numbers, list[Tensor], list[Tensor]]:
+    """A chain of whole numbers, its exact results, and those with the roundings of ``half``."""
+    spec, numbers = drawn_whole(seed, given)
+    exact, rounded = (results(net, spec, numbers.contiguous) for net in (reference.net_chain, rounded_chain))
+    return spec, numbers, exact, rounded
+
+
+def assert_to_the_bit(kind: str, seed: int, given: Shape | None = None) -> None:
+    spec, numbers, exact, rounded = whole(seed, given)
+    got = after_nan(ours(kind), spec, numbers.to(DTYPES[kind]))
+    for index, (actual, expected) in enumerate(zip(got, rounded if kind == "half" else exact, strict=True)):
+        assert actual.dtype == DTYPES[kind]
+        assert torch.equal(actual.double(), expected), f"result {index}: {float((actual - expected).abs().max())}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@seeds(40, 600)
+def test_whole_numbers_to_the_bit(kind: str, seed: int) -> None:
+    """All sums are exact: any pixel, tap or channel that is taken for another, left out or counted twice shows.
+
+    Of every instruction set: so they agree with each other, too. NaN is wherever memory was not written.
+    """
+    assert_to_the_bit(kind, seed)
+
+
+def shape_of(
+    samples: int, spatial: tuple[int, ...], widths: tuple[int, ...], *kernels: tuple[int, ...], dilation: int = 1
+) -> Shape:
+    """Where the input has several channels the last one is the condition's."""
+    dilations = tuple((dilation,) * len(spatial) for _ in kernels)
+    return Shape(samples, spatial, widths, kernels, dilations, int(widths[0] > 1), True)
+
+
+# Samples in several cuts in every dtype (of this width 256 pixels each), a last one that is not whole, turns of several
+# samples with some left over. The first and the last convolution as sums of taps, across the cuts; as gathered planes.
+CUT = {
+    "sums last": shape_of(1, (20, 27), (2, 4110, 2), (1, 1), (3, 3)),
+    "sums first": shape_of(1, (20, 27), (2, 4110, 2), (3, 3), (1, 1)),
+    "sums both, far": shape_of(1, (700,), (1, 4110, 1), (7,), (7,), dilation=40),
+    "gathered": shape_of(2, (20, 17), (3, 4110, 2, 2, 2), (1, 1), (1, 1), (3, 3), (3, 5)),
+    "three dimensions": shape_of(1, (5, 9, 11), (2, 4110, 2), (1, 3, 3), (3, 1, 1), dilation=2),
+    "samples of whole blocks": shape_of(5, (8, 16), (2, 4110, 2), (1, 1), (3, 1)),
+    "ragged samples": shape_of(7, (7, 9), (2, 4110, 2), (3, 1), (1, 3)),
+    "vectors": shape_of(1000, (), (3, 4110, 2), (), ()),
+    "one layer": shape_of(1, (15, 20), (4110, 1), (3, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", CUT)
+def test_cuts_to_the_bit(kind: str, name: str) -> None:
+    assert_to_the_bit(kind, 0, CUT[name])
+
+
+# ---- Errors of real numbers ----
+
+# How often the library's error, in roundings, ours may be. Its sums go in blocks, ours are one run of up to n terms: of
+# sqrt(n) roundings. In half that is float32's matter, and what is rounded to bfloat16 is the same or less: between
+# layers once where the library rounds products, sums and activations.
+SLACK = {"float64": 32.0, "float32": 16.0, "half": 4.0}
+
+
+@functools.lru_cache(maxsize=1)
+def real(seed: int) -> tuple[ChainSpec, Numbers, list[Tensor], list[float]]:
+    """A chain, its results in float64, and how many roundings each is off by, at most, as the library has it.
+
+    What a rounding does to a result is the chain's matter and no dtype's: a gradient may cancel. It is measured in
+    two dtypes, as in one of them the library may be right by chance.
+    """
+    spec, numbers = drawn_real(seed)
+    plain = numbers.contiguous
+    exact = results(reference.net_chain, spec, plain)
+    in_float = relative_errors(results(reference.net_chain, spec, plain.to(torch.float32)), exact)
+    in_16_bits = relative_errors(results(in_half(reference.net_chain), spec, plain.to(torch.float32)), exact)
+    found = [max(a / ROUNDING["float32"], b / ROUNDING["half"]) for a, b in zip(in_float, in_16_bits, strict=True)]
+    return spec, numbers, exact, found
+
+
+def assert_errors(got: Sequence[Tensor], exact: Sequence[Tensor], roundings: Sequence[float], kind: str) -> None:
+    for index, (error, most) in enumerate(zip(relative_errors(got, exact), roundings, strict=True)):
+        bound = SLACK[kind] * ROUNDING[kind] * (1.0 + most)
+        assert error <= bound, f"result {index}: relative error {error:.2e}, bound {bound:.2e}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@seeds(32, 300)
+def test_errors(kind: str, seed: int) -> None:
+    """All activations, a gain; values and all gradients."""
+    spec, numbers, exact, roundings = real(seed)
+    given = numbers.to(DTYPES[kind])
+    got = results(ours(kind), spec, given)
+    assert all(value.dtype == DTYPES[kind] for value in got)
+    assert_errors(got, exact, roundings, kind)
+    with torch.no_grad():
+        out = ours(kind)(given.x, given.weights, given.biases, spec, given.log_gain, given.cond)
+    assert torch.equal(out, got[0]), "a forward that keeps nothing gives other bits"
+    assert out.stride() == ops._in_format_of(given.x, out.shape).stride()
+
+
+def test_half_is_nearer_than_the_library() -> None:
+    """Over many chains, squared errors of ours and of the library under autocast: values, and gradients.
+
+    A gradient of a few elements may cancel by chance, and would outweigh all the others.
+    """
+    totals = torch.zeros(2, 2, dtype=torch.float64)
+    for seed in range(24):
+        spec, numbers, exact, _ = real(seed)
+        given = numbers.contiguous.to(torch.float32)
+        found = [results(in_half(net), spec, given) for net in (functional.net_chain, reference.net_chain)]
+        for which, got in enumerate(found):
+            for index, (error, truth) in enumerate(zip(relative_errors(got, exact), exact, strict=True)):
+                totals[which, int(index > 0)] += error**2 if truth.numel() >= 8 else 0.0
+    assert (totals[0] < 1.1 * totals[1]).all(), totals
+    assert (totals[0] > 1e-3 * totals[1]).all(), "not in 16 bits at all"
+
+
+def test_half_rounds_what_is_multiplied_and_stored() -> None:
+    """To the nearest, ties to even: products of single numbers show it to the bit. Sums and biases are not rounded."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator)
+
+    x, w1, w2, b1, b2 = draw(500, 1), draw(40, 1), draw(40, 40).diag().diag(), draw(40), draw(40)
+    x[:4, 0] = torch.tensor([1.0 + 2.0**-8, 1.0 + 3 * 2.0**-8, -1.0 - 2.0**-8, 1.0 + 2.0**-8 + 2.0**-20])  # ties
+    spec = ChainSpec((Activation("leaky_relu", 0.25),), ((), ()))
+
+    def rounded(value: Tensor) -> Tensor:
+        return value.bfloat16().float()
+
+    hidden = rounded(x) @ rounded(w1).T + b1
+    hidden = rounded(torch.where(hidden < 0, 0.25 * hidden, hidden))
+    out = rounded(w2).diag() * hidden + b2
+    found, kept = ops.net_chain(x, None, [w1, w2], [b1, b2], None, *ops.chain_arguments(spec), True, True)
+    assert torch.equal(found, out)
+    assert found.dtype == torch.float32
+    assert kept.dtype == torch.bfloat16
+
+    grad = draw(500, 40)
+    grad_x, *grads = ops.net_chain_backward(
+        grad, x, None, kept, [w1, w2], None, None, *ops.chain_arguments(spec), True, True
+    )
+    grad_hidden = rounded(rounded(grad) * rounded(w2).diag() * torch.where(hidden <= 0, 0.25, 1.0))
+    one = grad_hidden.double() @ rounded(w1).double()
+    assert all(value.dtype == torch.float32 for value in (grad_x, *grads))
+    for actual, exact in zip(
+        (grad_x, grads[0], grads[1].diag(), grads[2], grads[3]),
+        (
+            one,
+            grad_hidden.double().T @ rounded(x).double(),
+            (rounded(grad).double() * hidden.double()).sum(0),
+            grad_hidden.double().sum(0),
+            grad.double().sum(0),
+        ),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+# ---- Chunks, and nets without autograd ----
+
+
+class ChainNet(nn.Module):
+    """A chain as a net of its own, which states its halo."""
+
+    def __init__(self, spec: ChainSpec, numbers: Numbers) -> None:
+        super().__init__()
+        self.spec = spec
+        self.weights = nn.ParameterList([value.clone() for value in numbers.weights])
+        self.biases = nn.ParameterList([value.clone() for value in numbers.biases])
+        self.log_gain = None if numbers.log_gain is None else nn.Parameter(numbers.log_gain.clone())
+        pairs = zip(numbers.weights, spec.dilations, strict=True)
+        self.halo = sum(weight.shape[2] // 2 * dilation[0] for weight, dilation in pairs)
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        return functional.net_chain(x, [*self.weights], [*self.biases], self.spec, self.log_gain, cond)
+
+    @property
+    def all(self) -> list[Tensor]:
+        """In the order of a chain's results."""
+        return [*([] if self.log_gain is None else [self.log_gain]), *self.weights, *self.biases]
+
+
+CHUNKED = [
+    shape_of(3, (9, 6), (3, 10, 4), (3, 3), (3, 3)),
+    shape_of(2, (31,), (2, 5, 7, 3), (5,), (1,), (7,), dilation=2),
+    shape_of(2, (6, 3, 4), (4, 3, 6), (3, 1, 3), (3, 3, 1)),
+    shape_of(4, (12, 5), (2, 40, 40, 2), (1, 3), (1, 1), (5, 1)),
+]
+
+
+def in_chunks(net: ChainNet, numbers: Numbers, budget: int) -> list[Tensor]:
+    """The results of a chain in chunks."""
+    plan = plan_chunks(
+        net, numbers.x.shape, numbers.x.element_size(), budget, cond_channels=int(numbers.cond is not None)
+    )
+    assert plan.whole == (budget > 1)
+    out = run_net(net, numbers.x, numbers.cond, plan)
+    recomputed = torch.zeros_like(out)
+
+    def consume(part: Tensor, chunk: Chunk) -> Tensor:
+        chunk.outputs(recomputed).copy_(part)
+        return chunk.outputs(numbers.grad)
+
+    grad_x, grad_cond, grads = run_net_backward(plain_call(net), numbers.x, numbers.cond, plan, consume, net.all)
+    assert torch.equal(recomputed, out)
+    return [out, *[value for value in (grad_x, grad_cond, *grads) if value is not None]]
+
+
+@pytest.mark.parametrize("budget", [1, 2**40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=case_name)
+@pytest.mark.parametrize("given", CHUNKED, ids=lambda shape: case_name(shape.spatial))
+def test_chunks_to_the_bit(given: Shape, dtype: torch.dtype, budget: int) -> None:
+    spec, numbers, exact, _ = whole(1, given)
+    got = in_chunks(ChainNet(spec, numbers.to(dtype)), numbers.to(dtype), budget)
+    for actual, expected in zip(got, exact, strict=True):
+        assert torch.equal(actual.double(), expected)
+
+
+@pytest.mark.parametrize("given", CHUNKED, ids=lambda shape: case_name(shape.spatial))
+def test_chunks_in_half(given: Shape) -> None:
+    """The same values; gradients of a pixel of which chunks have a part each are rounded by parts."""
+    spec, numbers, _, rounded = whole(1, given)
+    numbers = numbers.to(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, *grads = in_chunks(ChainNet(spec, numbers), numbers, 1)
+    assert torch.equal(out.double(), rounded[0])
+    for error in relative_errors(grads, rounded[1:]):
+        assert error < 4 * len(spec.dilations) * ROUNDING["half"]
+
+
+def explicit_net(spec: ChainSpec, numbers: Numbers, scales: Sequence[Tensor | None]) -> ExplicitNet:
+    """With those log_scales of layers, all else as it is."""
+    params, layers = {}, []
+    for index, (weight, bias, scale) in enumerate(zip(numbers.weights, numbers.biases, scales, strict=True)):
+        names = LayerNames(f"{index}.weight", f"{index}.bias", None if scale is None else f"{index}.log_scale")
+        layers.append(names)
+        params |= {names.weight: weight, names.bias: bias}
+        if scale is not None and names.log_scale is not None:
+            params[names.log_scale] = scale
+    if numbers.log_gain is not None:
+        params["gain"] = numbers.log_gain
+    params = {name: value.clone().requires_grad_(name != "0.bias") for name, value in params.items()}
+    return ExplicitNet(params, layers, spec, "gain" if numbers.log_gain is not None else None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gained", [True, False])
+@pytest.mark.parametrize("conditioned", [True, False])
+def test_explicit_net(kind: str, gained: bool, conditioned: bool) -> None:
+    """A net without autograd has the gradients that autograd has through what is folded; none of what is frozen."""
+    spec, numbers = drawn_whole(3, CHUNKED[0])
+    numbers = numbers.to(DTYPES[kind])
+    extra = {} if gained else {"log_gain": None}
+    if not conditioned:
+        extra |= {"x": torch.randn(3, 3, 9, 6).to(numbers.x), "cond": None}
+    numbers = numbers._replace(**extra)
+    scales = [0.3 * torch.randn(10).to(numbers.x), None]
+    net = explicit_net(spec, numbers, scales)
+    cond = numbers.cond
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "half"), torch.no_grad():
+        # A condition in another dtype is as good.
+        out, kept = net.forward(numbers.x, None if cond is None else cond.double())
+        assert torch.equal(net.output(numbers.x, cond), out)
+        grad_x, grad_cond, grads = net.backward(kept, numbers.grad)
+    assert "0.bias" not in grads
+
+    leaves = {name: value.detach().requires_grad_() for name, value in net.params.items()}
+    x, c = (None if value is None else value.detach().requires_grad_() for value in (numbers.x, cond))
+    scale = leaves["0.log_scale"].exp()
+    weights = [leaves["0.weight"] * scale.reshape(-1, 1, 1, 1), leaves["1.weight"]]
+    expected = ours(kind)(x, weights, [leaves["0.bias"] * scale, leaves["1.bias"]], spec, leaves.get("gain"), c)
+    assert torch.equal(out, expected)
+    assert x is not None
+    wanted = [x, *([] if c is None else [c]), *(leaves[name] for name in grads)]
+    found = [grad_x, *([] if grad_cond is None else [grad_cond]), *grads.values()]
+    assert (grad_cond is None) == (c is None)
+    for actual, exact in zip(found, torch.autograd.grad(expected, wanted, numbers.grad), strict=True):
+        assert_close(actual, exact)
+
+
+# ---- Forms ----
+
+SPEC = ChainSpec((Activation("silu"), Activation("leaky_relu", 0.3)), ((1, 2), (1, 1), (1, 1)))
+
+
+def example(dtype: torch.dtype = torch.float32, samples: int = 2) -> Numbers:
+    """Of SPEC, with all there is."""
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size).to(dtype) / math.sqrt(math.prod(size[1:]) if len(size) == 4 else 1.0)
+
+    weights = [draw(6, 5, 3, 3), draw(7, 6, 1, 1), draw(2, 7, 5, 3)]
+    biases = [draw(6), draw(7), draw(2)]
+    x, cond = draw(samples, 3, 6, 5), draw(samples, 2, 6, 5)
+    return Numbers(x, cond, weights, biases, 0.3 * draw(2).reshape(2, 1, 1), torch.randn(samples, 2, 6, 5).to(dtype))
+
+
+@pytest.mark.parametrize("kind", ["float64", "half"])
+def test_layouts_to_the_bit(kind: str) -> None:
+    """Of every input and of the gradient that comes in; none is written to."""
+    numbers = example(DTYPES[kind])
+    expected = results(ours(kind), SPEC, numbers)
+    for name in ("x", "cond", "grad"):
+        for layout, value in memory_layouts(getattr(numbers, name)).items():
+            before = value.clone()
+            got = results(ours(kind), SPEC, numbers._replace(**{name: value}))
+            assert all(map(torch.equal, got, expected)), f"{name}: {layout}"
+            assert torch.equal(value, before)
+    turned = [value.to(memory_format=torch.channels_last) for value in numbers.weights]
+    assert all(map(torch.equal, results(ours(kind), SPEC, numbers._replace(weights=turned)), expected))
+    out = ours(kind)(
+        numbers.x.to(memory_format=torch.channels_last), numbers.weights, numbers.biases, SPEC, None, numbers.cond
+    )
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    ones = torch.ones(()).to(numbers.x).expand_as(numbers.grad)  # as a sum's gradient comes
+    got, plain = (results(ours(kind), SPEC, numbers._replace(grad=grad)) for grad in (ones, ones.clone()))
+    assert all(map(torch.equal, got, plain))
+
+
+def test_gradcheck() -> None:
+    for kinds in (ACTIVATIONS[:5], ACTIVATIONS[4:]):
+        spec = ChainSpec(tuple(Activation(kind, 0.3) for kind in kinds), ((2,),) * 6)
+        x, *weights = [torch.randn(2, 3, 7), *(torch.randn(3, 3, 1 + i % 2 * 2) for i in range(6))]
+        inputs = [value.double().requires_grad_() for value in (x, *weights, *torch.randn(6, 3), torch.randn(3))]
+
+        def net(x: Tensor, *rest: Tensor, spec: ChainSpec = spec) -> Tensor:
+            return functional.net_chain(x[:, :2], rest[:6], rest[6:12], spec, 0.1 * rest[12], x[:, 2:])
+
+        assert torch.autograd.gradcheck(net, tuple(inputs), fast_mode=True)
+
+
+def test_second_derivatives_are_refused() -> None:
+    numbers = example(torch.float64)
+    for kind in ("float64", "half"):
+        x, *rest = numbers.to(DTYPES[kind])
+        x = x.requires_grad_()
+        weights = [value.detach().requires_grad_() for value in rest[1]]
+        out = ours(kind)(x, weights, rest[2], SPEC, rest[3], rest[0])
+        (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        for wanted in (x, weights[0]):
+            with pytest.raises(RuntimeError, match="double backward"):
+                torch.autograd.grad(grad.sum(), wanted, retain_graph=True)
+
+
+def test_frozen_weights_and_input() -> None:
+    numbers = example(torch.float64)
+    expected = results(functional.net_chain, SPEC, numbers)
+    names = ["x", "cond", "log_gain", *["weights"] * 3, *["biases"] * 3]
+    for wanted in ({"x"}, {"cond"}, {"x", "cond"}, {"weights"}, {"biases"}, {"log_gain"}):
+        leaves = [
+            value.detach().requires_grad_(name in wanted) for name, value in zip(names, numbers.leaves, strict=True)
+        ]
+        x, cond, gain, *rest = leaves
+        out = functional.net_chain(x, rest[:3], rest[3:], SPEC, gain, cond)
+        grads = torch.autograd.grad(out, [leaf for leaf in leaves if leaf.requires_grad], numbers.grad)
+        chosen = [value for name, value in zip(names, expected[1:], strict=True) if name in wanted]
+        assert all(map(torch.equal, grads, chosen)), wanted
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("activation", [kind for kind in ACTIVATIONS if kind not in ("tanh", "sigmoid")])
+def test_nan_and_inf_come_through(kind: str, activation: str) -> None:
+    """In their own sample, and at the pixels that see them; what is finite in torch is finite here."""
+    numbers = example(DTYPES[kind])
+    spec = SPEC._replace(activations=(Activation(activation, 0.3), Activation("relu")))
+    clean = results(ours(kind), spec, numbers)
+    for value in (math.nan, math.inf):
+        spoiled = numbers.x.clone()
+        spoiled[1, 0, 2, 3] = value
+        got, plain = (results(net, spec, numbers._replace(x=spoiled)) for net in (ours(kind), reference.net_chain))
+        for actual, expected in zip(got[:3], clean[:3], strict=True):
+            assert torch.equal(actual[0], expected[0])
+        assert not got[0][1].isfinite().all()
+        assert torch.equal(got[0].isfinite(), plain[0].isfinite())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("samples", "spatial"),
+    [(0, ()), (0, (4,)), (0, (4, 5)), (2, (4, 0)), (1, (0, 2, 3)), (0, (1, 0, 1))],
+    ids=case_name,
+)
+def test_nothing_in_nothing_out(kind: str, samples: int, spatial: tuple[int, ...]) -> None:
+    dims = len(spatial)
+    weights = [torch.randn(4, 3, *[3] * dims), torch.randn(2, 4, *[1] * dims)]
+    numbers = Numbers(
+        torch.randn(samples, 2, *spatial),
+        torch.randn(samples, 1, *spatial),
+        weights,
+        [torch.randn(4), torch.randn(2)],
+        torch.randn(2),
+        torch.randn(samples, 2, *spatial),
+    ).to(DTYPES[kind])
+    spec = ChainSpec((Activation("gelu"),), ((1,) * dims,) * 2)
+    out, grad_x, grad_cond, *grads = results(ours(kind), spec, numbers)
+    assert out.shape == (samples, 2, *spatial)
+    assert grad_x.shape == numbers.x.shape
+    assert grad_cond.shape[1] == 1
+    assert all(grad.eq(0).all() for grad in grads)
+
+
+# ---- Threads ----
+
+THREADED = [
+    shape_of(1, (30, 41), (4, 600, 12), (3, 3), (3, 3)),
+    shape_of(40, (4, 4), (6, 512, 512, 8), (3, 3), (1, 1), (3, 3)),
+    shape_of(3, (200,), (2, 300, 300, 300), (3,), (5,), (1,)),
+]
+
+
+def threaded(index: int, kind: str) -> tuple[ChainSpec, Numbers]:
+    """Many tasks, real numbers: other sums would give other bits."""
+    given = THREADED[index]
+    spec = ChainSpec(tuple(Activation(which) for which in ("silu", "relu")[: len(given.kernels) - 1]), given.dilations)
+    _, numbers = drawn_real(0)
+    generator = torch.Generator().manual_seed(index)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator) / math.sqrt(math.prod(size[1:]) if size[0] > 40 else 1)
+
+    widths, state = given.widths, (given.samples, given.widths[0] - 1, *given.spatial)
+    numbers = Numbers(
+        draw(*state),
+        draw(given.samples, 1, *given.spatial),
+        [draw(*size) for size in given.sizes],
+        [draw(width) for width in widths[1:]],
+        0.1 * draw(widths[-1]),
+        draw(given.samples, widths[-1], *given.spatial),
+    )
+    return spec, numbers.to(DTYPES[kind])
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("kind", ["float32", "half"])
+@pytest.mark.parametrize("index", range(len(THREADED)))
+def test_bits_do_not_depend_on_threads(index: int, kind: str) -> None:
+    """Cuts whose gradients of the weights are added up, and products of which each thread has a part."""
+    spec, numbers = threaded(index, kind)
+    assert_bits_do_not_depend_on_threads(
+        lambda x: results(ours(kind), spec, numbers._replace(x=x)), numbers.x, threads=2
+    )
+
+
+def test_two_threads_do_not_share_a_workspace() -> None:
+    cases = [(*threaded(index, kind), kind) for index, kind in ((0, "half"), (1, "float32"))]
+    expected = [results(ours(kind), spec, numbers) for spec, numbers, kind in cases]
+    found: list[list[list[Tensor]]] = [[], []]
+
+    def work(index: int) -> None:
+        spec, numbers, kind = cases[index]
+        found[index] = [results(ours(kind), spec, numbers) for _ in range(3)]
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index in (0, 1):
+        assert len(found[index]) == 3
+        assert all(torch.equal(*pair) for run in found[index] for pair in zip(run, expected[index], strict=True))
+
+
+# ---- torch's machinery ----
+
+
+@pairs(
+    pytest.mark.parametrize("half", [False, True]),
+    pytest.mark.parametrize("conditioned", [False, True]),
+    pytest.mark.parametrize("gained", [False, True]),
+    pytest.mark.parametrize("keep", [False, True]),
+    pytest.mark.parametrize("last", [False, True]),
+    pytest.mark.parametrize("dims", [0, 1, 2, 3]),
+)
+def test_opcheck(dims: int, last: bool, keep: bool, gained: bool, conditioned: bool, half: bool) -> None:
+    """``keep`` of the forward, and whether the backward wants the weights' gradients."""
+    given = shape_of(2, (5, 4, 3)[:dims], (3, 6, 2), (3,) * dims, (1,) * dims)
+    _, numbers = drawn_whole(0, given)
+    numbers = numbers.contiguous.to(torch.float32)
+    if last and dims > 1:
+        numbers = numbers._replace(
+            x=numbers.x.contiguous(memory_format=torch.channels_last if dims == 2 else torch.channels_last_3d)
+        )
+    if not gained:
+        numbers = numbers._replace(log_gain=None)
+    if not conditioned:
+        numbers = numbers._replace(cond=None, weights=[numbers.weights[0][:, :2].contiguous(), numbers.weights[1]])
+    for name in ("silu", "relu"):
+        spec = ChainSpec((Activation(name),), ((2,) * dims, (1,) * dims))
+        # What is kept has a margin that nobody writes, so that two runs differ there.
+        checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+        arguments = op_arguments(spec, numbers, half, keep)
+        torch.library.opcheck(ops.net_chain, arguments, test_utils=checks[: 3 if keep else 4])
+        _, kept = ops.net_chain(*op_arguments(spec, numbers, half, True))
+        torch.library.opcheck(ops.net_chain_backward, backward_arguments(spec, numbers, kept, half, keep))
+
+
+@pytest.mark.parametrize("kind", ["float64", "half"])
+def test_compiled(kind: str) -> None:
+    """In one graph, without a warning, with and without gradients."""
+    torch.compiler.reset()
+    numbers = example(DTYPES[kind])
+    compiled = torch.compile(functional.net_chain, fullgraph=True, backend="aot_eager")
+    net = in_half(compiled) if kind == "half" else compiled
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=DeprecationWarning)  # of torch's own parts
+        got = results(net, SPEC, numbers)
+        with torch.no_grad():
+            out = net(numbers.x, numbers.weights, numbers.biases, SPEC, numbers.log_gain, numbers.cond)
+        glow = torch.compile(functional.coupling_net, fullgraph=True, backend="aot_eager")
+        x, weights = (
+            torch.randn(2, 3, 4),
+            [torch.randn(*s) for s in ((4, 3, 3), (4,), (5, 4, 1), (5,), (2, 5, 3), (2,))],
+        )
+        assert torch.equal(glow(x, *weights, leak=0.1), functional.coupling_net(x, *weights, leak=0.1))
+    expected = results(ours(kind), SPEC, numbers)
+    assert all(map(torch.equal, got, expected))
+    assert torch.equal(out, expected[0])
+
+
+def test_exported() -> None:
+    numbers = example(torch.float64)
+
+    class Exported(nn.Module):
+        def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+            return functional.net_chain(x, numbers.weights, numbers.biases, SPEC, numbers.log_gain, cond)
+
+    assert numbers.cond is not None
+    with torch.no_grad():
+        program = torch.export.export(Exported(), (numbers.x, numbers.cond))
+        assert "pyglow_fast.net_chain" in str(program.graph)
+        found = program.module()(numbers.x, numbers.cond)
+    assert torch.equal(found, results(functional.net_chain, SPEC, numbers)[0])
+
+
+def test_vmap() -> None:
+    """Without gradients it is the library's; derivatives of torch.func are refused."""
+    numbers = example(torch.float64)
+    x = torch.randn(3, *numbers.x.shape, dtype=torch.float64)
+
+    def net(x: Tensor) -> Tensor:
+        return functional.net_chain(x, numbers.weights, numbers.biases, SPEC, numbers.log_gain, numbers.cond)
+
+    for found, one in zip(torch.func.vmap(net)(x), x, strict=True):
+        assert_close(found, net(one))
+    with pytest.raises(RuntimeError, match=r"torch\.func"):
+        torch.func.grad(lambda x: net(x).sum())(x[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=case_name)
+def test_half_takes_parameters_of_any_dtype(dtype: torch.dtype) -> None:
+    """As autocast does; their gradients are of their own dtype."""
+    numbers = example()
+    wanted = numbers._replace(
+        weights=[value.to(dtype) for value in numbers.weights],
+        log_gain=None if numbers.log_gain is None else numbers.log_gain.to(dtype),
+        cond=None if numbers.cond is None else numbers.cond.to(dtype),
+    )
+    got = results(ours("half"), SPEC, wanted)
+    assert [value.dtype for value in got[1:]] == [value.dtype for value in wanted.leaves]
+    for error in relative_errors(got, [value.double() for value in results(ours("half"), SPEC, numbers)]):
+        assert error < 6 * ROUNDING["half"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=case_name)
+def test_when_half_is_chosen(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 3, dtype=dtype)
+    assert functional.net_as_products(x)
+    assert not functional.net_in_half(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert functional.net_in_half(x) == functional.net_as_products(x) == (dtype == torch.float32)
+        by_name = ops.net_chain(*op_arguments(SPEC, ARGS, False, False))[0]  # as it is asked for
+    with torch.autocast("cpu", torch.float16):
+        assert not functional.net_as_products(x)
+    assert torch.equal(by_name, results(functional.net_chain, SPEC, ARGS)[0])
+    monkeypatch.setattr(_backend, "nets", lambda: "library")
+    assert not functional.net_as_products(x)
+
+
+# ---- Refusals ----
+
+FORWARD = ("x", "cond", "weights", "biases", "log_gain", "activations", "parameters", "dilations", "half", "keep")
+BACKWARD = (
+    *("grad_out", "x", "cond", "kept", "weights", "last_bias", "log_gain", "activations", "parameters", "dilations"),
+    *("half", "want_weights"),
+)
+ONES = (1,) * 6
+EMPTY: list[Tensor] = []
+ARGS = example()
+WEIGHTS = ARGS.weights
+
+
+def replaced(index: int, value: Tensor) -> list[Tensor]:
+    return [*WEIGHTS[:index], value, *WEIGHTS[index + 1 :]]
+
+
+OF_NETS: list[tuple[dict[str, Any], str]] = [
+    ({"x": torch.zeros(3)}, r"x: expected shape \(N, C, \*spatial\), found \[3\]"),
+    (
+        {"x": torch.zeros(2, 3, 1, 1, 1, 1)},
+        r"x: expected \(N, C, \*spatial\) on the CPU, up to three dimensions, found",
+    ),
+    ({"x": torch.zeros(2, 3, 6, 5).half()}, "x: expected dtype float32 or float64, found float16"),
+    ({"weights": EMPTY}, "weights: expected 1 to 6 layers, found 0"),
+    ({"weights": [torch.zeros(2, 2)] * 7}, "weights: expected 1 to 6 layers, found 7"),
+    ({"activations": (1,)}, "activations, parameters: expected 2 of each, found 1 and 2"),
+    ({"parameters": (0.0,) * 3}, "activations, parameters: expected 2 of each, found 2 and 3"),
+    ({"activations": (1, 9)}, "activations: expected codes from 0 to 8, found 9"),
+    ({"activations": (-1, 1)}, "activations: expected codes from 0 to 8, found -1"),
+    ({"activations": (1, 2), "parameters": (0.0, 1.5)}, r"parameters: expected a slope from 0 to 1, found 1\.5"),
+    ({"activations": (1, 2), "parameters": (0.0, math.nan)}, "parameters: expected a slope from 0 to 1, found nan"),
+    ({"activations": (6, 1), "parameters": (0.0, 0.0)}, "parameters: expected an alpha above 0, found 0"),
+    ({"activations": (6, 1), "parameters": (math.inf, 0.0)}, "parameters: expected an alpha above 0, found inf"),
+    ({"dilations": (1,) * 5}, "dilations: expected 6 numbers, found 5"),
+    ({"dilations": (1, 1, 0, 1, 1, 1)}, r"dilations: expected numbers of at least 1, found \[1, 1, 0, 1, 1, 1\]"),
+    ({"cond": torch.zeros(2, 2, 6, 4)}, r"cond: expected shape \[2, 2, 6, 5\], found \[2, 2, 6, 4\]"),
+    ({"cond": torch.zeros(3)}, r"cond: expected shape \[2, 0, 6, 5\], found \[3\]"),
+    ({"cond": torch.zeros(2, 2, 6, 5).double()}, "cond: expected dtype float32 like x, found float64"),
+    ({"cond": None}, r"weights\[0\]: expected \(outputs, 3\) with 2 kernel sizes and at least one channel each way"),
+    (
+        {"weights": replaced(1, torch.zeros(7, 5, 1, 1))},
+        r"weights\[1\]: expected \(outputs, 6\) .* found \[7, 5, 1, 1\]",
+    ),
+    ({"weights": replaced(2, torch.zeros(2, 7, 3))}, r"weights\[2\]: expected .* 2 kernel sizes .* found \[2, 7, 3\]"),
+    ({"weights": replaced(2, torch.zeros(0, 7, 3, 3))}, r"weights\[2\]: expected .* at least one channel each way"),
+    ({"weights": replaced(0, torch.zeros(6, 5, 2, 3))}, r"weights\[0\]: expected kernel sizes of 1, 3, 5 or 7, found"),
+    ({"weights": replaced(0, torch.zeros(6, 5, 3, 9))}, r"weights\[0\]: expected kernel sizes of 1, 3, 5 or 7, found"),
+    (
+        {"weights": replaced(1, torch.zeros(7, 6, 1, 1).double())},
+        "weights: expected dtype float32 like x, found float64",
+    ),
+    ({"log_gain": torch.zeros(3)}, r"log_gain: expected 2 elements, found \[3\]"),
+    ({"log_gain": torch.zeros(2).double()}, "log_gain: expected dtype float32 like x, found float64"),
+]
+OF_FORWARD: list[tuple[dict[str, Any], str]] = [
+    ({"biases": EMPTY}, "biases: expected one for each layer, found none"),
+    ({"biases": ARGS.biases[:2]}, "biases: expected 3, found 2"),
+    ({"biases": [*ARGS.biases[:2], torch.zeros(3)]}, r"biases: expected shape \[2\], found \[3\]"),
+    ({"biases": [*ARGS.biases[:2], torch.zeros(2).double()]}, "biases: expected dtype float32 like x, found float64"),
+]
+OF_BACKWARD: list[tuple[dict[str, Any], str]] = [
+    ({"grad_out": torch.zeros(2, 2, 6, 6)}, r"grad_out: expected shape \[2, 2, 6, 5\], found \[2, 2, 6, 6\]"),
+    ({"grad_out": torch.zeros(2, 2, 6, 5).double()}, "grad_out: expected dtype float32 like x, found float64"),
+    ({"kept": torch.zeros(7)}, r"kept: expected shape \[1290\], found \[7\]"),
+    ({"kept": torch.zeros(1290).double()}, "kept: expected what net_chain kept, found float64"),
+    ({"kept": torch.zeros(2580)[::2]}, "kept: expected what net_chain kept, found"),
+    ({"half": True}, "kept: expected what net_chain kept, found float32"),
+    ({"last_bias": None}, "last_bias: expected a bias beside log_gain, found none"),
+    ({"last_bias": torch.zeros(3)}, r"last_bias: expected shape \[2\], found \[3\]"),
+    ({"last_bias": torch.zeros(2).double()}, "last_bias: expected dtype float32 like x, found float64"),
+]
+
+
+def named(names: Sequence[str], op: Callable[..., object], arguments: Sequence[Any]) -> Callable[..., object]:
+    """The op with some arguments replaced by name."""
+    return lambda changed: op(*{**dict(zip(names, arguments, strict=True)), **changed}.values())
+
+
+@pytest.mark.parametrize(("changed", "message"), [*OF_NETS, *OF_FORWARD])
+def test_bad_input(changed: dict[str, Any], message: str) -> None:
+    call = named(FORWARD, ops.net_chain, op_arguments(SPEC, ARGS, False, True))
+    call({})
+    with pytest.raises(ValueError, match=message):
+        call(changed)
+
+
+@pytest.mark.parametrize(("changed", "message"), [*OF_NETS, *OF_BACKWARD])
+def test_bad_backward_input(changed: dict[str, Any], message: str) -> None:
+    _, kept = ops.net_chain(*op_arguments(SPEC, ARGS, False, True))
+    call = named(BACKWARD, ops.net_chain_backward, backward_arguments(SPEC, ARGS, kept, False, True))
+    call({})
+    with pytest.raises(ValueError, match=message):
+        call(changed)
+
+
+def test_half_of_float64_is_refused() -> None:
+    with pytest.raises(ValueError, match="half: expected a net in float32, found float64"):
+        ops.net_chain(*op_arguments(SPEC, example(torch.float64), True, False))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (SPEC._replace(dilations=()), "dilations: expected those of 1 to 6 layers"),
+        (ChainSpec((Activation(),) * 6, ((1,),) * 7), "dilations: expected those of 1 to 6 layers"),
+        (SPEC._replace(activations=(Activation(),)), "activations: expected 2, of the hidden layers"),
+        (SPEC._replace(activations=(Activation("mish"), Activation())), "activation: expected one of .* found 'mish'"),
+        (
+            SPEC._replace(activations=(Activation("leaky_relu", -0.1), Activation())),
+            r"leak: expected a slope from 0 to 1, found -0\.1",
+        ),
+        (SPEC._replace(activations=(Activation("elu"), Activation())), r"alpha: expected a number above 0, found 0\.0"),
+        (SPEC._replace(dilations=((1, 1), (1,), (1, 1))), "dilations: expected 2 numbers of at least 1 for each layer"),
+        (SPEC._replace(dilations=((1, 1), (1, 0), (1, 1))), "dilations: expected 2 numbers of at least 1"),
+    ],
+)
+def test_bad_descriptions(spec: ChainSpec, message: str) -> None:
+    for net in (functional.net_chain, reference.net_chain):
+        with pytest.raises(ValueError, match=message):
+            net(ARGS.x, ARGS.weights, ARGS.biases, spec, None, ARGS.cond)
