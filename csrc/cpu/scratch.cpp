@@ -27,16 +27,27 @@ class Buffer {
     return memory_;
   }
 
+  void trim(std::size_t most) {
+    if (size_ <= most) return;
+    std::free(memory_);
+    memory_ = nullptr;
+    size_ = 0;
+  }
+
  private:
   void* memory_ = nullptr;
   std::size_t size_ = 0;
 };
 
+Buffer& buffer_of(Scratch kind) {
+  thread_local Buffer buffers[3];
+  return buffers[static_cast<int>(kind)];
+}
+
 }  // namespace
 
-void* thread_scratch(Scratch kind, std::size_t bytes) {
-  thread_local Buffer buffers[3];
-  return buffers[static_cast<int>(kind)].at_least(bytes);
-}
+void* thread_scratch(Scratch kind, std::size_t bytes) { return buffer_of(kind).at_least(bytes); }
+
+void trim_scratch(Scratch kind, std::size_t most) { buffer_of(kind).trim(most); }
 
 }  // namespace pyglow::cpu

@@ -12,4 +12,7 @@ enum class Scratch { tile, partials, net };
 // asks for the same kind again; it grows to the largest request and is freed when the thread ends.
 void* thread_scratch(Scratch kind, std::size_t bytes);
 
+// Gives this thread's memory of that kind back to the system if it is more than `most` bytes.
+void trim_scratch(Scratch kind, std::size_t most);
+
 }  // namespace pyglow::cpu

@@ -33,6 +33,7 @@ class Forward {
         first = end;
       }
     }
+    Workspace::leave();
   }
 
  private:

@@ -42,6 +42,7 @@ class Backward {
       }
     }
     if (want_weights_) finish_last();
+    Workspace::leave();
   }
 
  private:

@@ -54,7 +54,8 @@ class Cuts {
   int64_t samples_at_once_ = 1, cut_ = 0, turns_ = 0;
 };
 
-constexpr int64_t line = 64;  // bytes; every matrix starts on one
+constexpr int64_t line = 64;                 // bytes; every matrix starts on one
+constexpr std::size_t most_kept = 64 << 20;  // bytes between calls
 
 // Arrays in a block of memory that this thread keeps between calls: rooms are reserved, then all of them taken.
 class Workspace {
@@ -72,6 +73,8 @@ class Workspace {
     return found;
   }
   void take() { memory_ = static_cast<char*>(thread_scratch(Scratch::net, size_)); }
+  // Large images are rare, and their planes are not kept for the next.
+  static void leave() { trim_scratch(Scratch::net, most_kept); }
   template <class T>
   T* operator[](Room<T> room) const {
     return reinterpret_cast<T*>(memory_ + room.place);
