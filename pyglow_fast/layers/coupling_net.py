@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import itertools
 from collections.abc import Mapping
 
 import torch
@@ -37,7 +37,6 @@ def zero_bias(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
         nn.init.zeros_(conv.bias)
 
 
-@functools.cache
 def _slots_of(*has_norms: bool) -> tuple[tuple[str, str, str], ...]:
     names = ["log_gain", "conv3.bias", *(f"conv{layer}.weight" for layer in (1, 2, 3))]
     for layer, has_norm in enumerate(has_norms, 1):
@@ -45,7 +44,6 @@ def _slots_of(*has_norms: bool) -> tuple[tuple[str, str, str], ...]:
     return tuple((name, *name.rpartition(".")[::2]) for name in names)
 
 
-@functools.cache
 def _layers_of(*has_norms: bool) -> tuple[LayerNames, ...]:
     """The hidden layers, whose biases are those of their norms where they have one, and the last."""
     hidden = [
@@ -55,6 +53,12 @@ def _layers_of(*has_norms: bool) -> tuple[LayerNames, ...]:
         for layer, has_norm in enumerate(has_norms, 1)
     ]
     return *hidden, LayerNames("conv3.weight", "conv3.bias")
+
+
+# By whether the hidden layers have norms. No caches, of which torch.compile warns.
+_HAS_NORMS = list(itertools.product((False, True), repeat=2))
+_SLOTS = {has_norms: _slots_of(*has_norms) for has_norms in _HAS_NORMS}
+_LAYERS = {has_norms: _layers_of(*has_norms) for has_norms in _HAS_NORMS}
 
 
 class CouplingNet(NetShape):
@@ -168,7 +172,7 @@ class CouplingNet(NetShape):
         return without_border(weights, net.scales[0], self.border1, self.border3)
 
     def _folded(self, params: Mapping[str, Tensor]) -> ExplicitNet:
-        layers = _layers_of(isinstance(self.norm1, ActNorm), isinstance(self.norm2, ActNorm))
+        layers = _LAYERS[isinstance(self.norm1, ActNorm), isinstance(self.norm2, ActNorm)]
         return ExplicitNet(params, layers, coupling_net_spec(self.dims), "log_gain")
 
     def explicit(self, x1: Tensor, params: Mapping[str, Tensor]) -> ExplicitNet | None:
@@ -182,7 +186,7 @@ class CouplingNet(NetShape):
 
     def _slots(self) -> tuple[tuple[str, str, str], ...]:
         """What the parameters (but for a border term's) are called without parametrizations, and where they are."""
-        return _slots_of(isinstance(self.norm1, ActNorm), isinstance(self.norm2, ActNorm))
+        return _SLOTS[isinstance(self.norm1, ActNorm), isinstance(self.norm2, ActNorm)]
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """x, cond -> shift and raw scale (or shift alone)."""

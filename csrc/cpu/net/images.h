@@ -103,11 +103,31 @@ void for_runs(const Image<T>& image, const Extent& extent, int64_t sample, int64
   });
 }
 
+// sums (blocks of pixels, channels) = those of an image's pixels [begin, end): the same bits for any layout.
+template <class T>
+void sum_blocks(const Image<const T>& image, const Extent& extent, int64_t sample, int64_t channels, int64_t begin,
+                int64_t end, T* sums, const Threads& threads) {
+  for_blocks(begin, end, channels, threads, [&](int64_t p, int64_t count) {
+    const Pieces pieces(image, extent, sample, p, count);
+    for (int64_t channel = 0; channel < channels; ++channel) {
+      T row[pixel_block] = {};
+      pieces.each([&](const Piece& piece, int64_t done) {
+        const T* const from = image.data + channel * image.channel + piece.offset;
+        for (int64_t i = 0; i < piece.count; ++i) row[done + i] = from[i * piece.step];
+      });
+      for (int64_t half = pixel_block / 2; half > 0; half /= 2)
+        for (int64_t i = 0; i < half; ++i) row[i] += row[i + half];
+      sums[(p - begin) / pixel_block * channels + channel] = row[0];
+    }
+  });
+}
+
 // The pixels [begin, end) of an image's channels, counted from sample `sample` on, to the rows from `row` on of a
-// matrix that begins with them; multiplied by gain[channel], if there is one.
+// matrix that begins with them. Times gain[channel], if there is one; then sums (blocks of pixels, channels) are added
+// the sums of what is read, each at the block that it begins in.
 template <class T, class S>
 void read_image(const Image<const T>& image, const Extent& extent, int64_t sample, int64_t channels, int64_t begin,
-                int64_t end, const T* gain, const Matrix<S>& to, int64_t row, const Threads& threads) {
+                int64_t end, const Matrix<S>& to, int64_t row, const Threads& threads, const T* gain = nullptr) {
   const bool is_by_rows = to.block == pixel_block;
   for_runs(image, extent, sample, channels, begin, end, threads,
            [&](int64_t channel, int64_t p, int64_t count, const T* from, int64_t step) {
@@ -139,16 +159,6 @@ void write_planes(const Matrix<const T>& planes, const Image<T>& image, const Ex
                for (int64_t i = 0; i < count; ++i) to[i * step] = from[i];
              }
            });
-}
-
-// sums[c] += the sum of a row: in its own numbers over a run of pixels, in double across runs.
-template <class S>
-void add_row_sums(const Matrix<const S>& m, int64_t rows, int64_t pixels, double* sums, const Threads& threads) {
-  constexpr int64_t run = 1024;
-  parallel(threads, rows, grain_of(pixels), [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c)
-      for (int64_t p = 0; p < pixels; p += run) sums[c] += sum_of(m, c, p, smaller(run, pixels - p));
-  });
 }
 
 // The right matrix of a convolution, columns [0, count), written out in whole blocks of pixels.

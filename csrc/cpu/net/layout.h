@@ -153,11 +153,9 @@ void read_input(const Args& args, const Layout<T, S>& layout, const Turn& turn, 
                 const Threads& threads) {
   const Matrix<S> to = layout.part(memory, 0, false, turn, cut);
   const int64_t own = layout.channels(0) - args.cond_channels;
-  const T* const no_gain = nullptr;
-  read_image(args.x, layout.extent, turn.sample, own, cut.begin, cut.end, no_gain, to, 0, threads);
+  read_image(args.x, layout.extent, turn.sample, own, cut.begin, cut.end, to, 0, threads);
   if (args.cond_channels > 0)
-    read_image(args.cond, layout.extent, turn.sample, args.cond_channels, cut.begin, cut.end, no_gain, to, own,
-               threads);
+    read_image(args.cond, layout.extent, turn.sample, args.cond_channels, cut.begin, cut.end, to, own, threads);
 }
 
 // The end of the last of some whole blocks, where numbers are multiplied in pairs.

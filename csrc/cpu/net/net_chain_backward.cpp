@@ -83,6 +83,7 @@ class Backward {
     }
     gain_ = work_.room<T>(out());
     bias_sums_ = work_.room<double>(out());
+    block_sums_ = work_.room<T>((round_up(cuts.most_in_turn(), pixel_block) / pixel_block) * out());
     grad_by_taps_ = work_.room<T>(want_weights_ && sums_last_ ? out() * inner(last_) : 0);
     sum_room_ = work_.room<T>(
         sums_first_ ? TapSum<T>::elements(in(), layout_.taps(0), layer(0).window.reach(args_.extent), cuts)
@@ -124,9 +125,15 @@ class Backward {
   // The output's gradient, times the gain, and the sums of its rows.
   void read_output_gradient(const Cut& cut) {
     const Matrix<S> to = gradient(net().count, cut);
-    const T* const gain = net().log_gain == nullptr ? nullptr : work_[gain_];
-    read_image(args_.grad_y, args_.extent, turn_.sample, out(), cut.begin, cut.end, gain, to, 0, threads_);
-    if (want_weights_) add_row_sums(read_only(to), out(), cut.count(), work_[bias_sums_], threads_);
+    const T* const gain = work_[gain_];
+    read_image(args_.grad_y, args_.extent, turn_.sample, out(), cut.begin, cut.end, to, 0, threads_, gain);
+    if (want_weights_) {
+      T* const sums = work_[block_sums_];
+      sum_blocks(args_.grad_y, args_.extent, turn_.sample, out(), cut.begin, cut.end, sums, threads_);
+      const int64_t blocks = (cut.count() + pixel_block - 1) / pixel_block;
+      for (int64_t i = 0; i < blocks; ++i)
+        for (int64_t k = 0; k < out(); ++k) work_[bias_sums_][k] += gain[k] * sums[i * out() + k];
+    }
     if (!layout_.has_gradient_planes(net().count)) end_with_zeros(to, out(), cut.count());
   }
 
@@ -265,7 +272,7 @@ class Backward {
   AllShifts<T, S> shifts_;
   Workspace::Room<S> input_, gradient_[max_net_layers + 1], blocks_[max_net_layers];
   Workspace::Room<Packed<S>> packed_[max_net_layers], packed_gradient_[max_net_layers];
-  Workspace::Room<T> turned_[max_net_layers], gain_, grad_by_taps_, sum_room_;
+  Workspace::Room<T> turned_[max_net_layers], gain_, block_sums_, grad_by_taps_, sum_room_;
   Workspace::Room<double> bias_sums_;
   Left<S> left_[max_net_layers];
   std::optional<TapSum<T>> sum_;
