@@ -165,7 +165,7 @@ def kept_elements(x: Tensor, weights: Sequence[Tensor], activations: Sequence[in
     for i, weight in enumerate(weights):
         own = 0
         for size, kernel, dilation in zip(x.shape[2:], weight.shape[2:], dilations[i * dims :], strict=False):
-            own = own * size + kernel // 2 * dilation
+            own = own * size + kernel // 2 * min(dilation, max(size, 1))
         reach = max(reach, own)
     return rows * math.prod([x.shape[0], *x.shape[2:]]) + 2 * (reach + 64)
 

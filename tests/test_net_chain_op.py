@@ -692,7 +692,7 @@ OF_NETS: list[tuple[dict[str, Any], str]] = [
     ({"dilations": (1,) * 5}, "dilations: expected 6 numbers, found 5"),
     ({"dilations": (1, 1, 0, 1, 1, 1)}, r"dilations: expected numbers of at least 1, found \[1, 1, 0, 1, 1, 1\]"),
     ({"cond": torch.zeros(2, 2, 6, 4)}, r"cond: expected shape \[2, 2, 6, 5\], found \[2, 2, 6, 4\]"),
-    ({"cond": torch.zeros(3)}, r"cond: expected shape \[2, 0, 6, 5\], found \[3\]"),
+    ({"cond": torch.zeros(3)}, r"cond: expected shape \[2, 1, 6, 5\], found \[3\]"),
     ({"cond": torch.zeros(2, 2, 6, 5).double()}, "cond: expected dtype float32 like x, found float64"),
     ({"cond": None}, r"weights\[0\]: expected \(outputs, 3\) with 2 kernel sizes and at least one channel each way"),
     (

@@ -155,7 +155,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The compiled kernels of pyglow_fast.";
   m.def("register_kernels", &register_kernels, "Make the kernels those of torch.ops.pyglow_fast; once.");
   m.def("build_info", &build_info, "What the module was built with, as strings.");
-  m.def("instruction_set", &pyglow::cpu::instruction_set, "The CPU kernels in use: portable, avx2, avx512, avx512_bf16 or amx.");
+  m.def("instruction_set", &pyglow::cpu::instruction_set,
+        "The CPU kernels in use: portable, avx2, avx512, avx512_bf16 or amx.");
   m.def("parallel_threads", &parallel_threads, "The threads that share a loop of the CPU kernels.");
   m.def("idle_bytes", &idle_bytes, "Bytes of large CPU outputs that wait for another use.");
   m.def("release_idle", &release_idle, "Return those bytes to malloc.");

@@ -4,7 +4,9 @@
 #include <ATen/ops/empty.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
+#include <algorithm>
 #include <array>
+#include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -91,6 +93,7 @@ class Net {
       const Optional& log_gain, const Description& how)
       : how_(how) {
     check_state("x", x);
+    extent_ = x.sizes().slice(2).vec();
     const int64_t dims = x.dim() - 2;
     TORCH_CHECK_VALUE(x.is_cpu() && dims <= 3,
                       "x: expected (N, C, *spatial) on the CPU, up to three dimensions, found ", x.sizes(), " on ",
@@ -102,7 +105,7 @@ class Net {
     int64_t channels = x.size(1);
     if (cond) {
       std::vector<int64_t> shape = x.sizes().vec();
-      shape[1] = cond->dim() > 1 ? cond->size(1) : 0;
+      shape[1] = cond->dim() > 1 ? cond->size(1) : 1;
       check_shape("cond", *cond, shape);
       check_like("cond", *cond, "x", x);
       channels += shape[1];
@@ -156,7 +159,10 @@ class Net {
                .parameter = 0};
       for (int64_t d = 0; d < dims; ++d) {
         layer.window.size[3 - dims + d] = weight.size(d + 2);
-        layer.window.dilation[3 - dims + d] = weight.size(d + 2) == 1 ? 1 : how_.dilations[i * dims + d];
+        // A tap that is farther away than the image is large sees nothing of it, however far.
+        const int64_t farthest = std::max<int64_t>(extent_[d], 1);
+        layer.window.dilation[3 - dims + d] =
+            weight.size(d + 2) == 1 ? 1 : std::min(how_.dilations[i * dims + d], farthest);
       }
       if (i + 1 == net.count) continue;
       layer.activation = static_cast<Activation>(how_.activations[i]);
@@ -172,6 +178,7 @@ class Net {
   std::vector<at::Tensor> weights_, biases_;
   Optional log_gain_;
   Description how_;
+  std::vector<int64_t> extent_;  // the spatial sizes of x
 };
 
 at::TensorOptions kept_options(const at::Tensor& x, bool half) {

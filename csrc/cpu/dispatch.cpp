@@ -1,5 +1,6 @@
 // Chooses the instruction set at run time. Compiled for the baseline processor: it runs before anything is known.
-#ifdef __linux__
+#if defined(PYGLOW_HAVE_AMX) && defined(__linux__)
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -23,15 +24,18 @@ bool has_avx512() {
 #endif
 }
 
-// Linux gives a process the tiles only if it asks, as they make its threads' state larger.
-bool may_use_tiles() {
-#ifdef __linux__
+#if defined(PYGLOW_HAVE_AVX512_BF16) && defined(PYGLOW_HAVE_AMX) && defined(__linux__)
+#define PYGLOW_MAY_HAVE_TILES
+// Not by __builtin_cpu_supports, whose names for it are not known to all compilers. Linux gives a process the tiles
+// only if it asks, as they make its threads' state larger.
+bool has_tiles() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & amx_bf16) == 0 || (d & amx_tile) == 0) return false;
   constexpr int request_permission = 0x1023, tile_data = 18;
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
-#else
-  return false;
-#endif
 }
+#endif
 
 bool supported(Isa isa) {
   switch (isa) {
@@ -52,9 +56,8 @@ bool supported(Isa isa) {
       return false;
 #endif
     case Isa::amx:
-#if defined(PYGLOW_HAVE_AVX512_BF16) && defined(PYGLOW_HAVE_AMX)
-      return supported(Isa::avx512_bf16) && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-             may_use_tiles();
+#ifdef PYGLOW_MAY_HAVE_TILES
+      return supported(Isa::avx512_bf16) && has_tiles();
 #else
       return false;
 #endif
@@ -82,12 +85,12 @@ constexpr Isa best_first[] = {Isa::amx, Isa::avx512_bf16, Isa::avx512, Isa::avx2
 
 Isa select() {
   const char* wanted = std::getenv("PYGLOW_CPU");
+  const bool any = wanted == nullptr || *wanted == '\0';
+  for (Isa isa : best_first)  // the name first: asking for what is not wanted may change the process
+    if ((any || std::string(wanted) == name(isa)) && supported(isa)) return isa;
   std::string choices;
-  for (Isa isa : best_first) {
-    if (!supported(isa)) continue;
-    if (wanted == nullptr || *wanted == '\0' || std::string(wanted) == name(isa)) return isa;
-    choices += (choices.empty() ? "" : ", ") + std::string(name(isa));
-  }
+  for (Isa isa : best_first)
+    if (supported(isa)) choices += (choices.empty() ? "" : ", ") + std::string(name(isa));
   throw std::invalid_argument("PYGLOW_CPU: expected one of " + choices + " on this machine, found " + wanted);
 }
 

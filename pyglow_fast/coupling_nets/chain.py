@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -21,20 +22,27 @@ def reach(kernel_sizes: Sequence[Sequence[int]], dilations: Sequence[Sequence[in
     return tuple(map(sum, zip(*every, strict=True)))
 
 
-def bytes_per_position(channels: Sequence[int], spec: ChainSpec, like: Tensor, element_size: int) -> int:
+def bytes_per_position(
+    channels: Sequence[int], kernel_sizes: Sequence[Sequence[int]], spec: ChainSpec, like: Tensor, element_size: int
+) -> int:
     """Computes the most bytes alive in forward and backward per sample and position, of a chain as products of ours.
 
-    What is kept of its hidden layers, in bfloat16 where they run in that, and beside it the output, its gradient and
-    the input.
+    What is kept of its hidden layers, and the gradients behind those convolutions whose backward looks around, which
+    lie in planes of whole samples (both in bfloat16 where the net runs in that); and the output, its gradient and the
+    input.
 
     Args:
         channels: of the input, behind each layer, of the output.
+        kernel_sizes: of each layer.
         spec: of the chain.
         like: a tensor of its dtype and device.
         element_size: bytes of a number where it is not bfloat16.
     """
-    kept = ops.kept_per_position(channels[1:-1], ops.chain_arguments(spec)[0])
-    return (
-        kept * (2 if functional.net_in_half(like) else element_size)
-        + (3 * channels[-1] + 2 * channels[0]) * element_size
-    )
+    hidden = channels[1:-1]
+    rows = ops.kept_per_position(hidden, ops.chain_arguments(spec)[0])
+    looks = [math.prod(sizes) > 1 for sizes in kernel_sizes[: len(hidden)]]
+    if looks and 2 * channels[0] <= channels[1]:
+        looks[0] = False  # its taps are summed after the product
+    rows += sum(width for width, around in zip(hidden, looks, strict=True) if around)
+    edges = 3 * channels[-1] + 2 * channels[0]
+    return rows * (2 if functional.net_in_half(like) else element_size) + edges * element_size

@@ -13,6 +13,8 @@ from pyglow_fast.coupling_nets import chain
 from pyglow_fast.coupling_nets.explicit_net import ExplicitNet
 from pyglow_fast.reference import coupling_net_spec
 
+KERNEL_SIZES = ((3,), (1,), (3,))  # along each dimension
+
 
 class NetShape(nn.Module):
     """A net of 3x3, 1x1 and 3x3 convolutions: it checks what it takes, says what it costs and how it may be run.
@@ -20,7 +22,7 @@ class NetShape(nn.Module):
     ``halo`` and :meth:`bytes_per_position` are what chunked execution asks any net for: see traits.py.
     """
 
-    halo = max(chain.reach(((3,), (1,), (3,)), coupling_net_spec(1).dilations))
+    halo = max(chain.reach(KERNEL_SIZES, coupling_net_spec(1).dilations))
 
     def __init__(
         self, in_channels: int, out_channels: int, hidden: int, cond_channels: int, dims: int, border: bool = False
@@ -58,7 +60,8 @@ class NetShape(nn.Module):
         if not functional.net_as_products(self.like):
             return (4 * hidden + 5 * self.out_channels + 2 * inputs) * element_size
         channels = (inputs, hidden, hidden, self.out_channels)
-        return chain.bytes_per_position(channels, coupling_net_spec(self.dims), self.like, element_size)
+        spec = coupling_net_spec(self.dims)
+        return chain.bytes_per_position(channels, KERNEL_SIZES, spec, self.like, element_size)
 
     def check_inputs(self, x: Tensor, cond: Tensor | None) -> None:
         """Refuse x or cond of the wrong shape, dtype or device."""

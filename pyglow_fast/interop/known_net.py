@@ -53,7 +53,7 @@ class Layer:
             bias = weight.new_zeros(weight.shape[0])
         spatial = (1,) * (weight.dim() - 2)
         for scale, offset in reversed(before):  # nothing is padded: the kernel has one position
-            bias = bias + weight.flatten(1) @ offset.expand(weight.shape[1])
+            bias = bias + (weight.flatten(1) * offset).sum(1)  # no product: autocast would round it
             weight = weight * scale.view(1, -1, *spatial)
         for scale, offset in after:
             weight, bias = weight * scale.view(-1, 1, *spatial), bias * scale + offset
@@ -75,8 +75,12 @@ class KnownNet:
     @property
     def reach(self) -> tuple[int, ...]:
         """How many positions to each side an output depends on, along each spatial dimension."""
-        sizes = [layer.module.kernel_size if self.dims else () for layer in self.layers]
-        return chain.reach(sizes, self.spec.dilations)
+        return chain.reach(self.kernel_sizes, self.spec.dilations)
+
+    @property
+    def kernel_sizes(self) -> list[tuple[int, ...]]:
+        """Those of each layer, along each spatial dimension."""
+        return [layer.module.kernel_size if self.dims else () for layer in self.layers]
 
     @property
     def channels(self) -> list[int]:

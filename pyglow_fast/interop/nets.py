@@ -271,7 +271,7 @@ def bytes_per_position(net: nn.Module) -> Callable[[int], int] | None:
     if isinstance(known, KnownNet) and not known.is_parametrized:
         like = known.layers[0].module.weight
         if functional.net_as_products(like):
-            return partial(chain.bytes_per_position, known.channels, known.spec, like)
+            return partial(chain.bytes_per_position, known.channels, known.kernel_sizes, known.spec, like)
     stated: Callable[[int], int] | None = getattr(net, "bytes_per_position", None)
     return stated
 

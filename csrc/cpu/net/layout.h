@@ -88,10 +88,11 @@ class AllShifts {
         rooms_[i] =
             work.room<uint32_t>(Shifts::words(layout.layer(i).window, layout.extent, layout.cuts.most_in_turn()));
   }
-  void fill(const Workspace& work) {
+  void fill(const Workspace& work, const Threads& threads) {
     for (int64_t i = 0; i < layout_.net.count; ++i)
       if (rooms_[i].place >= 0)
-        found_[i].emplace(layout_.layer(i).window, layout_.extent, layout_.cuts.most_in_turn(), work[rooms_[i]]);
+        found_[i].emplace(layout_.layer(i).window, layout_.extent, layout_.cuts.most_in_turn(), work[rooms_[i]],
+                          threads);
   }
   // Null for a layer that looks at its own pixel alone.
   const Shifts* operator[](int64_t i) const {

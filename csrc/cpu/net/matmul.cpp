@@ -143,7 +143,8 @@ inline void open_tiles() {
     uint8_t rows[16] = {};
   } shape;
   for (int i = 0; i < 8; ++i) shape.row_bytes[i] = 64, shape.rows[i] = tile_rows;
-  _tile_loadconfig(&shape);
+  // As the compiler may have it, _tile_loadconfig reads 8 bytes of that alone.
+  asm volatile("ldtilecfg %0" ::"m"(shape));
 }
 inline void close_tiles() { _tile_release(); }
 
@@ -151,6 +152,7 @@ inline void close_tiles() { _tile_release(); }
 inline void multiply_tiles(const BFloat16* a, int64_t a_block, const BFloat16* b, int64_t inner, bool both, float* c,
                            int64_t c_row) {
   constexpr int64_t width = block_columns<float>, row = sizeof(BFloat16) * pixel_block, pairs = 2 * row;
+  asm volatile("" ::: "memory");  // tile loads come after what was packed, which the compiler is not told
   _tile_zero(0);
   _tile_zero(1);
   if (both) {

@@ -61,7 +61,7 @@ class Forward {
                                  : out() * plane_stride<T>(cuts.most_in_cut()),
                       margin);
     work_.take();
-    shifts_.fill(work_);
+    shifts_.fill(work_, threads_);
   }
 
   // The last weight and bias are those times the gain.

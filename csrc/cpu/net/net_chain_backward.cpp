@@ -90,7 +90,7 @@ class Backward {
                     : in() * plane_stride<T>(most),
         margin);
     work_.take();
-    shifts_.fill(work_);
+    shifts_.fill(work_, threads_);
     fill_zero(work_[bias_sums_], out());
   }
 

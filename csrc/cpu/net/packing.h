@@ -63,7 +63,8 @@ PYGLOW_HD void store_row(const Vec<float> (&v)[column_vectors], BFloat16* to) {
 #endif
 }
 
-// Lane i is from[i] where bit i is set, else zero; all of it may be read.
+// Lane i is from[i] where bit i is set, else zero. All of it may be read, also what another task writes meanwhile:
+// those lanes are dropped.
 #if defined(__AVX512F__)
 template <class T>
 PYGLOW_HD Vec<T> load_where(const T* from, uint32_t bits) {
@@ -273,6 +274,7 @@ void pack_turned(const Right<S>& b, int64_t first_k, int64_t inner, int64_t firs
         transpose_rows<S>(from, stride, count, pixels, to, width);
         continue;
       } else if constexpr (in_pairs<S>) {
+        static_assert(pixel_block / 2 == lanes<float>, "whole vectors: no pair is read as a float");
         if (pixels == pixel_block && stride % 2 == 0) {
           transpose_rows<float>(reinterpret_cast<const float*>(from), stride / 2, count, pixel_block / 2,
                                 reinterpret_cast<float*>(to), width);

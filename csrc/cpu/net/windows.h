@@ -3,6 +3,7 @@
 #pragma once
 #include "core.h"
 #include "cpu/net/matrix.h"
+#include "cpu/tiles.h"
 
 namespace pyglow::cpu::PYGLOW_ISA {
 
@@ -15,7 +16,7 @@ class Shifts {
     return blocks_of(extent, pixels) * window.taps();
   }
 
-  Shifts(const Window& window, const Extent& extent, int64_t pixels, uint32_t* room)
+  Shifts(const Window& window, const Extent& extent, int64_t pixels, uint32_t* room, const Threads& threads)
       : taps_(window.taps()), reach_(window.reach(extent)), blocks_(blocks_of(extent, pixels)), inside_(room) {
     int64_t tap = 0;
     for (int64_t d = 0; d < window.size[0]; ++d)
@@ -23,7 +24,9 @@ class Shifts {
         for (int64_t w = 0; w < window.size[2]; ++w, ++tap)
           offset_[tap] =
               (shift(window, 0, d) * extent.height + shift(window, 1, h)) * extent.width + shift(window, 2, w);
-    for (int64_t block = 0; block < blocks_; ++block) mark(window, extent, block);
+    parallel(threads, blocks_, grain_of(taps_ + 8 * pixel_block), [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) mark(window, extent, block);
+    });
   }
 
   PYGLOW_HD int64_t taps() const { return taps_; }
@@ -50,11 +53,16 @@ class Shifts {
   void mark(const Window& window, const Extent& extent, int64_t block) {
     const int64_t sizes[3] = {extent.depth, extent.height, extent.width};
     int64_t at[3][pixel_block];
+    const int64_t first = block * pixel_block % extent.positions();
+    int64_t d = first / (extent.height * extent.width), h = first / extent.width % extent.height,
+            w = first % extent.width;
     for (int64_t i = 0; i < pixel_block; ++i) {
-      const int64_t p = (block * pixel_block + i) % extent.positions();
-      at[2][i] = p % extent.width;
-      at[1][i] = p / extent.width % extent.height;
-      at[0][i] = p / extent.width / extent.height;
+      at[0][i] = d, at[1][i] = h, at[2][i] = w;
+      if (++w < extent.width) continue;
+      w = 0;
+      if (++h < extent.height) continue;
+      h = 0;
+      if (++d == extent.depth) d = 0;  // of the next sample
     }
     uint32_t along[3][7];
     for (int axis = 0; axis < 3; ++axis)
@@ -66,9 +74,9 @@ class Shifts {
         along[axis][tap] = bits;
       }
     uint32_t* to = inside_ + block * taps_;
-    for (int64_t d = 0; d < window.size[0]; ++d)
-      for (int64_t h = 0; h < window.size[1]; ++h)
-        for (int64_t w = 0; w < window.size[2]; ++w) *to++ = along[0][d] & along[1][h] & along[2][w];
+    for (int64_t i = 0; i < window.size[0]; ++i)
+      for (int64_t j = 0; j < window.size[1]; ++j)
+        for (int64_t k = 0; k < window.size[2]; ++k) *to++ = along[0][i] & along[1][j] & along[2][k];
   }
 
   int64_t taps_, reach_, blocks_;
