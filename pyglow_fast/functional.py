@@ -160,9 +160,9 @@ def coupling_mix_inverse(
 def net_as_products(x: Tensor) -> bool:
     """Tells whether :func:`net_chain` on x is matrix products of ours, and not the library's convolutions.
 
-    It is on the CPU, where they are faster than these at their best (bench/results/nets-cpu.json) and need no padded
-    copies, unless PYGLOW_NETS in the environment is "library". Under autocast to bfloat16 too, of a float32 x: see
-    :func:`net_in_half`; autocast to float16 is the library's, and so is torch.func.vmap, which splits no lists of
+    It is on the CPU, where Glow's nets are faster so than the library's layers at their best, and keep half as much
+    (docs/speed.md), unless PYGLOW_NETS in the environment is "library". Under autocast to bfloat16 too, of a float32 x:
+    see :func:`net_in_half`; autocast to float16 is the library's, and so is torch.func.vmap, which splits no lists of
     weights for an op.
     """
     if x.device.type != "cpu" or not 2 <= x.dim() <= 5 or not ops.run_on(x) or _backend.nets() == "library":

@@ -92,8 +92,8 @@ def accelerate(model: nn.Module, memory: str | None = None, memory_budget: str |
     Objects, parameters, buffers, hooks and names stay: an optimizer that holds the parameters goes on, a state_dict
     fits as before. Outputs are the same up to rounding, in training and evaluation; what differs on purpose is in the
     adapters' docstrings (pyglow_fast.interop.normflows and so on). On the CPU, nets that are chains of up to six
-    convolutions which keep the size, or linear layers, with the usual activations run in our executor: see
-    pyglow_fast.interop.nets.
+    convolutions which keep the size, or linear layers, with the usual activations run in our executor, but where the
+    library's layers would be faster: see pyglow_fast.interop.nets and docs/speed.md.
 
     Args:
         model: with layers of these libraries anywhere in it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -246,3 +247,37 @@ def test_inputs_that_are_left_alone(x: Tensor, chains: list[dict[str, Any]]) -> 
     same(outcome(lambda x: nets.run(ours, x), x), outcome(theirs, x))
     torch.testing.assert_close(list(ours.buffers()), list(theirs.buffers()), rtol=0, atol=0)
     assert not chains
+
+
+def chain(*channels: int, size: int = 3, dims: int = 2) -> nn.Sequential:
+    parts: list[nn.Module] = []
+    for inside, outside in itertools.pairwise(channels):
+        parts += [conv(inside, outside, size, padding=size // 2, dims=dims), nn.ReLU()]
+    return nn.Sequential(*parts[:-1])
+
+
+# Whether products of ours are as fast: as bench nets found it, at these shapes and near the borders of the rule.
+PAYS = [
+    (chain(32, 32, 64), (16, 32, 64, 64), False),
+    (chain(32, 32, 64), (1, 32, 8, 8), True),  # little work
+    (chain(32, 32, 64, size=1), (16, 32, 64, 64), True),  # nothing is gathered
+    (chain(6, 512, 12), (16, 6, 64, 64), True),  # narrow on one side
+    (chain(8, 8, 8), (64, 8, 256, 256), True),  # narrow on both
+    (chain(80, 192, 160, size=5, dims=1), (64, 80, 2000), True),
+]
+
+
+@pytest.mark.parametrize(("net", "shape", "expected"), PAYS)
+def test_nets_that_the_library_runs_faster(
+    net: nn.Sequential, shape: tuple[int, ...], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = nets.recognised(net)
+    assert isinstance(known, nets.KnownNet)
+    assert known.pays(torch.empty(shape, device="meta")) == expected
+    ran: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(nets.functional, "net_as_products", lambda x: True)
+        patch.setattr(nets.functional, "net_chain", lambda *args, **options: ran.append("ours"))
+        patch.setattr(nn.Sequential, "forward", lambda self, x: ran.append("theirs"))
+        nets.run(net.to("meta"), torch.empty(shape, device="meta"))
+    assert ran == ["ours" if expected else "theirs"]
