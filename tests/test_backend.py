@@ -241,7 +241,7 @@ def test_info_tells_the_backend_of_every_op() -> None:
 def test_info_tells_which_ops_a_gpu_would_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a usable GPU, all that the dispatcher has a kernel for."""
     monkeypatch.setattr(info, "cuda_reason", lambda: "")
-    monkeypatch.setattr(ops, "is_compiled", lambda op, device: device == "cpu" or not op.startswith("coupling_net"))
+    monkeypatch.setattr(ops, "is_compiled", lambda op, device: device == "cpu" or not op.startswith("net_chain"))
     facts = info.collect()["ops"]
     for op in ops.names():
         runs = "reference: the library's convolutions" if op.startswith("coupling_net") else "compiled"

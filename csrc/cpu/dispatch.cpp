@@ -120,17 +120,17 @@ const char* instruction_set() { return name(selected_isa()); }
 #else
 #define PYGLOW_CASE_AVX512(kernel)
 #endif
-#define PYGLOW_FORWARD(kernel, Args)                         \
-  template <class T>                                         \
-  void kernel(const Args<T>& args, const Threads& threads) { \
-    switch (selected_isa()) {                                \
-      PYGLOW_CASE_AVX512(kernel)                             \
-      PYGLOW_CASE_AVX2(kernel)                               \
-      default:                                               \
-        return portable::kernel(args, threads);              \
-    }                                                        \
-  }                                                          \
-  PYGLOW_CPU_INSTANTIATE(kernel, Args)
+#define PYGLOW_ON_SELECTED(kernel)            \
+  switch (selected_isa()) {                   \
+    PYGLOW_CASE_AVX512(kernel)                \
+    PYGLOW_CASE_AVX2(kernel)                  \
+    default:                                  \
+      return portable::kernel(args, threads); \
+  }
+#define PYGLOW_FORWARD(kernel, Args)                                                                                  \
+  template <class T>                                                                                                  \
+  void kernel(const Args<T>& args, const Threads& threads){PYGLOW_ON_SELECTED(kernel)} PYGLOW_CPU_INSTANTIATE(kernel, \
+                                                                                                              Args)
 PYGLOW_KERNELS(PYGLOW_FORWARD)
 PYGLOW_CPU_KERNELS(PYGLOW_FORWARD)
 
@@ -147,19 +147,10 @@ PYGLOW_CPU_KERNELS(PYGLOW_FORWARD)
 #else
 #define PYGLOW_IF_AVX512_BF16(kernel)
 #endif
-#define PYGLOW_FORWARD_NET(kernel, Args)                     \
-  template <class T>                                         \
-  void kernel(const Args<T>& args, const Threads& threads) { \
-    PYGLOW_IF_AMX(kernel)                                    \
-    PYGLOW_IF_AVX512_BF16(kernel)                            \
-    switch (selected_isa()) {                                \
-      PYGLOW_CASE_AVX512(kernel)                             \
-      PYGLOW_CASE_AVX2(kernel)                               \
-      default:                                               \
-        return portable::kernel(args, threads);              \
-    }                                                        \
-  }                                                          \
-  PYGLOW_CPU_INSTANTIATE(kernel, Args)
+#define PYGLOW_FORWARD_NET(kernel, Args)                                                                \
+  template <class T>                                                                                    \
+  void kernel(const Args<T>& args, const Threads& threads){PYGLOW_IF_AMX(kernel) PYGLOW_IF_AVX512_BF16( \
+      kernel) PYGLOW_ON_SELECTED(kernel)} PYGLOW_CPU_INSTANTIATE(kernel, Args)
 PYGLOW_NET_KERNELS(PYGLOW_FORWARD_NET)
 
 }  // namespace pyglow::cpu

@@ -1,6 +1,9 @@
 // One source for both devices: a formula is a scalar function on the GPU and a function of SIMD vectors on the CPU.
 #pragma once
 
+#if defined(PYGLOW_EMULATE_CUDA)
+#include <cuda_runtime.h>  // the emulator's, which has these words
+#endif
 #if defined(__CUDACC__) || defined(PYGLOW_EMULATE_CUDA)
 #define PYGLOW_HD __host__ __device__ __forceinline__
 #else
