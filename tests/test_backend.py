@@ -244,7 +244,7 @@ def test_info_tells_which_ops_a_gpu_would_run(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(ops, "is_compiled", lambda op, device: device == "cpu" or not op.startswith("net_chain"))
     facts = info.collect()["ops"]
     for op in ops.names():
-        runs = "reference: the library's convolutions" if op.startswith("coupling_net") else "compiled"
+        runs = "reference: the library's convolutions" if op.startswith("net_chain") else "compiled"
         assert facts[op] == f"cpu: compiled, cuda: {runs}", op
 
 
@@ -264,7 +264,7 @@ def test_every_op_has_its_kernels() -> None:
     assert len(ops.names()) >= 13
     for op in ops.names():
         assert ops.is_compiled(op, "cpu"), op
-        on_gpus = bool(_backend.build_info()["cuda"]) and not op.startswith("coupling_net")
+        on_gpus = bool(_backend.build_info()["cuda"]) and not op.startswith("net_chain")
         assert ops.is_compiled(op, "cuda") == on_gpus, op
 
 

@@ -1,10 +1,7 @@
 // One source for both devices: a formula is a scalar function on the GPU and a function of SIMD vectors on the CPU.
 #pragma once
 
-#if defined(PYGLOW_EMULATE_CUDA)
-#include <cuda_runtime.h>  // the emulator's, which has these words
-#endif
-#if defined(__CUDACC__) || defined(PYGLOW_EMULATE_CUDA)
+#ifdef __CUDACC__
 #define PYGLOW_HD __host__ __device__ __forceinline__
 #else
 #define PYGLOW_HD inline __attribute__((always_inline))
