@@ -102,6 +102,9 @@ class Copy:
             if source.is_file() and not (target.exists() and target.read_bytes() == source.read_bytes()):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, target)  # with a new time, so that it is compiled again
+        for stale in (self.place / "csrc").rglob("*.*"):  # of a former tree: every source in a folder is compiled
+            if stale.is_file() and stale.relative_to(self.place).as_posix() not in names:
+                stale.unlink()
         self.built = next((ROOT / "pyglow_fast").glob("_C*.so"))
         self.module = self.place / "pyglow_fast" / self.built.name
         self._restore_module()
