@@ -196,7 +196,7 @@ class OurSteps(nn.Module):
 
     @property
     def precision(self) -> str:
-        """Of the nets."""
+        """The precision that the nets compute in."""
         return self._couplings()[0].precision
 
     @precision.setter

@@ -77,7 +77,7 @@ class Candidate:
         return f"{self.implementation}, {self.variant}{precision}"
 
     def context(self) -> contextlib.AbstractContextManager[object]:
-        """What its forward runs in."""
+        """Gives the context that its forward runs in: autocast, but for ours, whose nets have the precision."""
         return autocast(self.x.device, torch.float32 if self.memory is not None else self.dtype)
 
     def run(self, workload: str) -> Callable[[], Any]:

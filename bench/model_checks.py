@@ -35,7 +35,7 @@ class Unequal(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Tolerances:
-    """What a candidate may be off by: log_prob in nats per dimension, gradients together and samples relative."""
+    """Says what a candidate may be off by: log_prob in nats per dimension, gradients together and samples relative."""
 
     log_prob: float
     gradients: float
@@ -46,7 +46,7 @@ FLOAT_TOLERANCES = Tolerances(log_prob=1e-5, gradients=1e-3, samples=1e-3)
 
 
 def tolerances(shape: Shape, candidate: Candidate, log_prob: float = 0.0) -> Tolerances:
-    """Of a candidate of that shape, whose exact log_prob is so many nats per dimension.
+    """Derives the tolerance for a shape and dtype whose exact log_prob is so many nats per dimension.
 
     In bfloat16 what rounding does (bench.precisions): in our function that of the nets alone; in a peer's, whose state
     autocast rounds too, that of the state. Errors of log_prob are not given a margin: over the values of an image they

@@ -76,7 +76,7 @@ class ModelRow:
 
     @property
     def error(self) -> str:
-        """Of what it computes, for a table."""
+        """Gives the error of what it computes against float64, as a table shows it."""
         error = self.value_error if self.gradient_error is None else self.gradient_error
         return "" if error is None else f"{error:.1e}"
 

@@ -123,8 +123,7 @@ void sum_blocks(const Image<const T>& image, const Extent& extent, int64_t sampl
 }
 
 // The pixels [begin, end) of an image's channels, counted from sample `sample` on, to the rows from `row` on of a
-// matrix that begins with them. Times gain[channel], if there is one; then sums (blocks of pixels, channels) are added
-// the sums of what is read, each at the block that it begins in.
+// matrix that begins with them; times gain[channel], if there is one.
 template <class T, class S>
 void read_image(const Image<const T>& image, const Extent& extent, int64_t sample, int64_t channels, int64_t begin,
                 int64_t end, const Matrix<S>& to, int64_t row, const Threads& threads, const T* gain = nullptr) {
