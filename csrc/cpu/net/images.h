@@ -164,15 +164,8 @@ void write_planes(const Matrix<const T>& planes, const Image<T>& image, const Ex
 template <class S>
 void write_columns(const Right<S>& right, int64_t rows, int64_t count, const Matrix<S>& columns,
                    const Threads& threads) {
-  for_blocks(0, count, rows, threads, [&](int64_t p, int64_t valid) {
-    S* const block = at(columns, 0, p);
-    RowsAt<S> source(right, 0, p, valid);
-    for (int64_t row = 0; row < rows; ++row) {
-      const auto [from, bits] = source.next();
-      for (int64_t i = 0; i < pixel_block; i += vector_elements<S>)
-        copy_where(from + i, bits >> i, block + row * pixel_block + i);
-    }
-  });
+  for_blocks(0, count, rows, threads,
+             [&](int64_t p, int64_t valid) { copy_block(right, 0, rows, p, valid, at(columns, 0, p)); });
 }
 
 }  // namespace pyglow::cpu::PYGLOW_ISA

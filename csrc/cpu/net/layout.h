@@ -16,9 +16,6 @@ void fill_zero(T* values, int64_t count) {
   for (int64_t i = 0; i < count; ++i) values[i] = T{};
 }
 
-inline float exp_of(float x) { return __builtin_expf(x); }
-inline double exp_of(double x) { return __builtin_exp(x); }
-
 // What forward and backward share. Boundary b lies before layer b; the input is 0, the output `count`.
 template <class T, class S>
 class Layout {
@@ -134,7 +131,7 @@ const T* by_taps(const NetLayer<T>& layer, T* to, const Threads& threads) {
 template <class T>
 void gain_of(const NetChain<T>& net, T* gain) {
   for (int64_t k = 0; k < net.last().out; ++k)
-    gain[k] = net.log_gain == nullptr ? T(1) : exp_of(T(3) * net.log_gain[k]);
+    gain[k] = net.log_gain == nullptr ? T(1) : math::exp(T(3) * net.log_gain[k]);
 }
 
 // f(number): of the kind that the net multiplies.
@@ -171,8 +168,7 @@ void end_with_zeros(const Matrix<S>& blocks, int64_t rows, int64_t pixels) {
 template <class T, class S>
 void set_activation(const NetLayer<T>& layer, After<S>& after) {
   after.activation = layer.activation;
-  after.parameter =
-      layer.activation == Activation::leaky_relu || layer.activation == Activation::elu ? layer.parameter : 0;
+  after.parameter = layer.parameter;
 }
 
 template <class S, class Out>

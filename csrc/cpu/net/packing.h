@@ -189,6 +189,16 @@ class RowsAt {
   const uint32_t* inside_ = nullptr;
 };
 
+// `count` rows from `first` on of a block of pixels to rows of whole blocks, zero behind its `pixels`.
+template <class S>
+void copy_block(const Right<S>& b, int64_t first, int64_t count, int64_t pixel, int64_t pixels, S* to) {
+  RowsAt<S> source(b, first, pixel, pixels);
+  for (int64_t row = 0; row < count; ++row, to += pixel_block) {
+    const auto [from, bits] = source.next();
+    for (int64_t i = 0; i < pixel_block; i += vector_elements<S>) copy_where(from + i, bits >> i, to + i);
+  }
+}
+
 // Two rows of 16-bit numbers, as pairs.
 #if defined(__AVX512BW__)
 PYGLOW_HD void store_pairs(__m512i even, __m512i odd, BFloat16* to) {
@@ -282,12 +292,7 @@ void pack_turned(const Right<S>& b, int64_t first_k, int64_t inner, int64_t firs
         }
       }
     }
-    RowsAt<S> source(b, first, first_k + k, pixels);
-    for (int64_t row = 0; row < count; ++row) {
-      const auto [from, bits] = source.next();
-      for (int64_t i = 0; i < pixel_block; i += vector_elements<S>)
-        copy_where(from + i, bits >> i, rows + row * pixel_block + i);
-    }
+    copy_block(b, first, count, first_k + k, pixels, rows);
     if constexpr (sizeof(S) != 2) {
       transpose_rows<S>(rows, pixel_block, width, pixels, to, width);
     } else if constexpr (in_pairs<S>) {
