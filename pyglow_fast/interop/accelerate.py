@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -17,6 +18,9 @@ from pyglow_fast.interop.probing import chain_of
 from pyglow_fast.layers.reversible_sequence import MEMORY_MODES
 
 _ADAPTERS = {"normflows": "normflows", "nflows": "nflows", "FrEIA": "freia"}  # top package of a class -> ours for it
+# Adapters of classes that are known by their structure, whatever package they are in. Such an adapter has, besides adopt
+# and release, finds(model) -> bool, and left(model), which names what it leaves and why.
+_BY_STRUCTURE: tuple[str, ...] = ()
 _NETS = ("param_map", "transform_net", "subnet", "subnet1", "subnet2", "F", "G")  # where the layers have their nets
 _FLOWS = {  # packages of layers; what else the libraries have (distributions, utilities) is not to be replaced
     "normflows": ("normflows.flows",),
@@ -116,21 +120,23 @@ def accelerate(model: nn.Module, memory: str | None = None, memory_budget: str |
     budget_bytes(memory_budget, "cpu")
     expect(isinstance(model, nn.Module), "model", "a Module", type(model).__name__)
     libraries = sorted({_library(module) for module in model.modules()} & set(_ADAPTERS))
+    libraries += [name for name in _BY_STRUCTURE if _adapter(name).finds(model)]
     expect(len(libraries) > 0, "model", f"layers of {', '.join(_ADAPTERS)}", "none")
     done = Acceleration(model)
     for library in libraries:
         names = _adapter(library).adopt(model)
         done.replaced |= {name: type(model.get_submodule(name)).__qualname__ for name in names}
         done._adopted[library] = {model.get_submodule(name) for name in names}
-        done.left |= _left(model, library)
+        done.left |= _adapter(library).left(model) if library in _BY_STRUCTURE else _left(model, library)
     if memory is not None:
         for library in libraries:
-            _join(done, library, memory, memory_budget)
+            if importlib.util.find_spec(".joining", _adapter(library).__name__) is not None:
+                _join(done, library, memory, memory_budget)
     return done
 
 
 def _adapter(library: str, part: str = "") -> Any:
-    return importlib.import_module(f"pyglow_fast.interop.{_ADAPTERS[library]}{part}")
+    return importlib.import_module(f"pyglow_fast.interop.{_ADAPTERS.get(library, library)}{part}")
 
 
 def _left(model: nn.Module, library: str) -> dict[str, str]:
