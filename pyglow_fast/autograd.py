@@ -18,7 +18,9 @@ _Kind = tuple[int, int, bool, float, float, float]
 
 
 class ChannelMix(torch.autograd.Function):
-    """u = M x + c, x squeezed first if asked, M a matrix or with an index the scales of a gather; grad_x = M^T grad_u, grad_M = sum grad_u x^T, grad_c = sum grad_u.
+    """u = M x + c, x squeezed first if asked; grad_x = M^T grad_u, grad_M = sum grad_u x^T, grad_c = sum grad_u.
+
+    With an index (C,) M is the scales of a gather, here and below: grad_M_i = sum grad_u_i x_j, j = index_i.
 
     Returns u and its first `kept` channels (a view: what a coupling net reads), whose gradients stay apart until the
     backward kernel adds them in passing.

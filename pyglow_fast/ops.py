@@ -185,7 +185,8 @@ def _fake_net_chain_backward(
 
 # A channel map is a matrix (C, C), or with an index (C,) the scales (C,) of a gather; so in all ops that take one.
 channel_mix = _define(
-    "channel_mix(Tensor x, Tensor matrix, Tensor offset, bool subtract_first, int squeeze, Tensor? index=None) -> Tensor",
+    "channel_mix(Tensor x, Tensor matrix, Tensor offset, bool subtract_first, int squeeze, Tensor? index=None)"
+    " -> Tensor",
     _fake_channel_mix,
 )
 channel_mix_backward = _define(

@@ -104,9 +104,9 @@ def fold_actnorm(weight: Tensor, log_scale: Tensor, bias: Tensor) -> tuple[Tenso
 
 
 def gather_actnorm(index: Tensor, log_scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """s and c of the gather s_i x_j + c_i = exp(log_scale_j) (x_j + bias_j), j = index_i: fold_actnorm without a matrix.
+    """s and c of the gather s_i x_j + c_i = exp(log_scale_j) (x_j + bias_j), j = index_i.
 
-    All arguments and results (..., C).
+    It is :func:`fold_actnorm` of a permutation, without a matrix. All arguments and results (..., C).
     """
     scale = log_scale.exp()
     return scale.gather(-1, index), (scale * bias).gather(-1, index)
@@ -172,8 +172,9 @@ def channel_mix(
 ) -> Tensor:
     """u = M x + c at every position. x (N, C, *spatial), matrix (C, C), offset (C,).
 
-    With an index (C,), a permutation in int64, a gather: u_i = matrix_i x_j + c_i, j = index_i, and matrix (C,). So here
-    and wherever else an index is given beside a matrix.
+    With an index (C,), a permutation in int64, a gather: u_i = matrix_i x_j + c_i, j = index_i, and matrix (C,). So
+    here and wherever an index is given beside a matrix. What is not finite stays in its channel, while a product, which
+    adds zeros times it to all others, spreads it.
 
     With squeeze_first, u = M squeeze(x) + c, x (N, C / 2^d, *(2 spatial)).
     """

@@ -42,7 +42,7 @@ __device__ __forceinline__ Unit<T, Vector> coupled_unit(const GatherArgs<T>& arg
 
 // A block takes parts of samples, one after another; a thread adds up its log s in T, the block in double.
 template <class T, bool Vector>
-__global__ void __launch_bounds__(block_threads, sizeof(T) == 4 ? 3 : 2) gather_kernel(const GatherPass<T> pass) {
+__global__ void __launch_bounds__(block_threads, sizeof(T) == 4 ? 4 : 3) gather_kernel(const GatherPass<T> pass) {
   const GatherArgs<T>& args = pass.args;
   const Gather<T>& map = args.map;
   for (int64_t task = blockIdx.x; task < args.samples * pass.parts; task += gridDim.x) {
@@ -78,8 +78,8 @@ __global__ void __launch_bounds__(block_threads, sizeof(T) == 4 ? 3 : 2) gather_
 }  // namespace
 
 // - Grid: samples by parts of 1024 to 8192 elements, at most max_blocks blocks, which then loop.
-// - Occupancy: up to 80 registers (float), so 3 blocks of 256 threads on a multiprocessor; a thread has up to three
-//   16-byte loads in flight, 36 KB in all, about bandwidth times latency. Double: 2.
+// - Occupancy: up to 64 registers (float), so 4 blocks of 256 threads on a multiprocessor; a thread has up to three
+//   16-byte loads in flight, 48 KB in all, more than bandwidth times latency (about 30 KB). Double: 3.
 // - Bound: memory, 2 values moved for a kept element and 4 for a transformed one. Where channels are neighbours in
 //   memory a thread takes single elements: those of a position come from the same few lines.
 template <class T>

@@ -97,7 +97,8 @@ __device__ __forceinline__ double channel_sum(double value) {
 }
 
 template <class T, bool Vector>
-__global__ void __launch_bounds__(block_threads, 2) gather_backward_kernel(const BackwardPass<T> pass) {
+__global__ void __launch_bounds__(block_threads, sizeof(T) == 4 ? 3 : 2)
+    gather_backward_kernel(const BackwardPass<T> pass) {
   constexpr int unit = unit_width<T, Vector>;
   const GatherBackwardArgs<T>& args = pass.args;
   const SplitGrad<T>& grad_out = args.grad_out;
@@ -143,7 +144,8 @@ struct StepPass {
 };
 
 template <class T, bool Vector>
-__global__ void __launch_bounds__(block_threads, 2) step_gather_backward_kernel(const StepPass<T> pass) {
+__global__ void __launch_bounds__(block_threads, sizeof(T) == 4 ? 4 : 3)
+    step_gather_backward_kernel(const StepPass<T> pass) {
   constexpr int unit = unit_width<T, Vector>;
   const StepGatherBackwardArgs<T>& args = pass.args;
   const Shares& shares = pass.shares;
@@ -195,8 +197,8 @@ bool has_vector_units(const SplitGrad<T>& x, int64_t positions) {
 // - Grid: channels (32 where they are neighbours in memory) by shares of up to 64 terms for each thread, as many as
 // make
 //   max_blocks, which then loop.
-// - Occupancy: up to 128 registers, so 2 blocks of 256 threads on a multiprocessor; a thread has up to five 16-byte
-//   loads in flight, 40 KB in all, more than bandwidth times latency (about 30 KB).
+// - Occupancy: up to 80 registers (float), so 3 blocks of 256 threads on a multiprocessor; a thread has up to five
+//   16-byte loads in flight, 60 KB in all, more than bandwidth times latency (about 30 KB). Double: 2.
 // - Bound: memory, 3 values moved for a kept element and 7 for a transformed one. The second stage reads two doubles
 // for
 //   each channel and share.
@@ -224,7 +226,8 @@ int gather_backward(const GatherBackwardArgs<T>& args, const Queue& queue) {
                         queue.stream);
 }
 
-// As above, but that nothing is summed: 4 values moved for a kept element and 8 for a transformed one.
+// As above, but that nothing is summed: 4 values moved for a kept element and 8 for a transformed one, up to 64 registers
+// (float), so 4 blocks. Double: 3.
 template <class T>
 int step_gather_backward(const StepGatherBackwardArgs<T>& args, const Queue& queue) {
   const int64_t samples = args.samples, channels = args.channels, positions = args.positions;

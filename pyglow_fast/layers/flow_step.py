@@ -23,8 +23,9 @@ PERMUTATIONS = ("invconv", "invconv_plain", "shuffle", "reverse")
 
 
 class ChannelMap(NamedTuple):
-    """The folded actnorm and permutation of one step: u = matrix x + offset, or u_i = matrix_i x_j + offset_i, j = index_i.
+    """The folded actnorm and permutation of one step: u = matrix x + offset.
 
+    With an index a gather: u_i = matrix_i x_j + offset_i, j = index_i; see :func:`pyglow_fast.reference.channel_mix`.
     Those of K steps, stacked, are one too, with K in front of every shape.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyglow_fast import functional, reference
+from pyglow_fast._errors import can_read
 from pyglow_fast.interop.freia.layout import (
     OrderedSubnet,
     ShiftThenRaw,
@@ -22,6 +24,7 @@ from pyglow_fast.interop.freia.layout import (
 )
 from pyglow_fast.layers.flow_step import ChannelMap
 from pyglow_fast.reference import CouplingSpec
+from pyglow_fast.reversible.deferred import is_capturing
 
 SUBNET_GAIN = 0.1  # FrEIA's: of the whole output of the subnet
 
@@ -61,18 +64,41 @@ class _Gather(torch.autograd.Function):
 
 
 class _Seen(NamedTuple):
-    """The permutation and its inverse when they were last looked at, and their indices if they were hard."""
+    """Which tensors the permutation and its inverse were when they were looked at, and their indices if hard."""
 
-    pair: tuple[Tensor, Tensor]
+    tensors: list[tuple[weakref.ref[Tensor], int, int]]  # each with the place of its data and its version
     indices: tuple[Tensor, Tensor] | None
+
+    def holds(self, pair: tuple[Tensor, Tensor]) -> bool:
+        """Whether these are the tensors that were looked at, as they were.
+
+        What is written through .data has no version. On the CPU the ones of a hard permutation are looked at, C numbers
+        of each matrix: while they are where they were, an orthogonal matrix is the same.
+        """
+        for tensor, (known, place, version) in zip(pair, self.tensors, strict=True):
+            if known() is not tensor or tensor.data_ptr() != place or tensor._version != version:
+                return False
+        if self.indices is None or not can_read(pair[0]):
+            return True
+        ones = (w.detach().flatten(1).gather(1, i[:, None]) for w, i in zip(pair, self.indices, strict=True))
+        return all(bool((one == 1).all()) for one in ones)
+
+
+def _look_at(pair: tuple[Tensor, Tensor]) -> _Seen:
+    """Looks at the whole matrices, which stops a GPU's stream: once for as long as they stay."""
+    first, second = (w.detach().flatten(1) for w in pair)
+    indices = first.argmax(1), second.argmax(1)
+    eye = torch.eye(len(first), dtype=first.dtype, device=first.device)
+    hard = torch.equal(first, eye[indices[0]]) and torch.equal(second, eye[indices[1]]) and torch.equal(first, second.T)
+    return _Seen([(weakref.ref(w), w.data_ptr(), w._version) for w in pair], indices if hard else None)
 
 
 class StepParts(NamedTuple):
     """A block as one step of ours: z = after(coupling(before(x))), all parts differentiable in the block's parameters.
 
     ``before`` and ``after`` are maps u = matrix x + offset with log|det matrix| (None: the identity), as
-    functional.channel_mix takes them; ``after_inverse`` is the inverse of ``after`` as such a map. ``net`` (N, C1,
-    *spatial), cond -> [shift | raw] and ``spec`` make a pyglow_fast.layers.Coupling; the net reads the first C1
+    functional.channel_mix takes them, gathers where the permutation is hard; ``after_inverse`` is the inverse of
+    ``after`` as such a map. ``net`` (N, C1, *spatial), cond -> [shift | raw] and ``spec`` make a pyglow_fast.layers.Coupling; the net reads the first C1
     channels, C1 = C - C // 2, and shares the block's subnet.
 
     Blocks in a row are a chain of steps that each mix and then couple: the map of step k is before_k(after_(k-1)(x)),
@@ -165,17 +191,34 @@ class AllInOneBlock(Fm.AllInOneBlock):
         spec, gain = clamped_spec(self.clamp, torch.tanh, self.GIN)
         return spec, ShiftThenRaw(self.splits[1], SUBNET_GAIN, SUBNET_GAIN * gain)
 
-    def _after(self, matrix: Tensor) -> ChannelMap:
+    def _after(self, permutation: ChannelMap) -> ChannelMap:
         """R (a y + b), with R given."""
+        matrix, index = permutation.matrix, permutation.index
         with reference.full_precision(matrix):
             scale, log_det = self._scale()
-            return ChannelMap(matrix * scale, matrix @ self.global_offset.flatten(), log_det)
+            offset = self.global_offset.flatten()
+            if index is not None:
+                return ChannelMap(scale[index], offset[index], log_det, index)
+            return ChannelMap(matrix * scale, matrix @ offset, log_det)
 
-    def _after_inverse(self, inverse: Tensor) -> ChannelMap:
+    def _after_inverse(self, inverse: ChannelMap) -> ChannelMap:
         """(R^-1 z - b) / a, with R^-1 given."""
-        with reference.full_precision(inverse):
+        with reference.full_precision(inverse.matrix):
             scale, log_det = self._scale()
-            return ChannelMap(inverse / scale.unsqueeze(1), -self.global_offset.flatten() / scale, -log_det)
+            rows = scale if inverse.index is not None else scale.unsqueeze(1)
+            offset = -self.global_offset.flatten() / scale
+            return ChannelMap(inverse.matrix / rows, offset, -log_det, inverse.index)
+
+    def _permutation_maps(self) -> tuple[ChannelMap, ChannelMap]:
+        """R and its inverse: gathers where R is hard."""
+        indices = self._hard_order()
+        nothing = torch.zeros_like(self.global_offset).flatten()
+        if indices is None:
+            first, second = (ChannelMap(w, nothing, nothing.new_zeros(())) for w in self._matrices())
+        else:
+            ones = torch.ones_like(nothing)
+            first, second = (ChannelMap(ones, nothing, nothing.new_zeros(()), index) for index in indices)
+        return first, second
 
     def _matrices(self) -> tuple[Tensor, Tensor]:
         with reference.full_precision(self.global_scale):
@@ -227,50 +270,52 @@ class AllInOneBlock(Fm.AllInOneBlock):
         return found
 
     def _by_kernels(self, x: Tensor, c: Sequence[Tensor], rev: bool) -> tuple[Tensor, Tensor]:
-        matrix, inverse = self._matrices()
-        kept, nothing = self.splits[0], matrix.new_zeros(self.in_channels)
+        there, back = self._permutation_maps()
+        kept = self.splits[0]
         spec, order = self._spec()
         if rev:
-            back = self._after_inverse(inverse)
-            y, kept_half = functional.channel_mix_for_net(x, back.matrix, back.offset, kept)
+            begin = self._after_inverse(back)
+            y, kept_half = functional.channel_mix_for_net(x, begin.matrix, begin.offset, kept, index=begin.index)
             net_out = self._net_out(kept_half, c, order)
             if self.reverse_pre_permute:
-                u, log_det = functional.coupling_mix_inverse(y, net_out, matrix, nothing, spec)
+                u, log_det = functional.coupling_mix_inverse(y, net_out, there.matrix, there.offset, spec, there.index)
             else:
                 u, log_det = functional.coupling_inverse(y, net_out, spec)
-            return u, log_det + functional.per_sample(x, back.log_det)
+            return u, log_det + functional.per_sample(x, begin.log_det)
         kept_half = x[:, :kept]
         if self.reverse_pre_permute:
-            x, kept_half = functional.channel_mix_for_net(x, inverse, nothing, kept)
-        after = self._after(matrix)
+            x, kept_half = functional.channel_mix_for_net(x, back.matrix, back.offset, kept, index=back.index)
+        after = self._after(there)
         net_out = self._net_out(kept_half, c, order)
-        z, log_det = functional.coupling_mix(x, net_out, after.matrix, after.offset, spec)
+        z, log_det = functional.coupling_mix(x, net_out, after.matrix, after.offset, spec, after.index)
         return z, log_det + functional.per_sample(z, after.log_det)
 
     def _hard_order(self) -> tuple[Tensor, Tensor] | None:
         """The indices of a hard permutation and of its inverse, or None where R is to be multiplied with."""
-        # On a GPU a look at the matrices would stop the stream.
-        if self.householder or self.w_perm.device.type != "cpu" or torch.compiler.is_compiling():
+        if self.householder:
             return None
-        pair = (self.w_perm.detach().flatten(1), self.w_perm_inv.detach().flatten(1))
-        # Compared in full: a version counter does not see what is written through .data.
-        if self._seen is None or not all(map(torch.equal, pair, self._seen.pair)):
-            indices = tuple(matrix.argmax(1) for matrix in pair)
-            eye = torch.eye(self.in_channels, dtype=pair[0].dtype)
-            hard = torch.equal(pair[0], pair[1].T) and all(map(torch.equal, pair, (eye[i] for i in indices)))
-            self._seen = _Seen((pair[0].clone(), pair[1].clone()), (indices[0], indices[1]) if hard else None)
+        pair = (self.w_perm, self.w_perm_inv)
+        if pair[0].dim() == 1:  # which are indices
+            return pair
+        if torch.compiler.is_compiling() or any(w.is_inference() for w in pair):
+            return None
+        if self._seen is None or not self._seen.holds(pair):
+            if is_capturing(pair[0]):
+                return None
+            self._seen = _look_at(pair)
         return self._seen.indices
 
     def _by_torch(self, x: Tensor, c: Sequence[Tensor], rev: bool) -> tuple[Tensor, Tensor]:
         """Of wide vectors, for which a product with R may cost as much as the subnet; and of empty batches."""
         indices = self._hard_order()
-        matrix, inverse = self._matrices()
+        matrices = self._matrices() if indices is None else None
 
         def permute(x: Tensor, back: bool) -> Tensor:
-            if indices is not None:
+            if matrices is None:
+                assert indices is not None
                 return _Gather.apply(x, *(indices[::-1] if back else indices))
             with reference.full_precision(x):
-                w = inverse if back else matrix
+                w = matrices[1 if back else 0]
                 return self.permute_function(x, w.reshape(*w.shape, *[1] * self.input_rank))
 
         scale, scale_log_det = self._scale()
@@ -300,9 +345,8 @@ def step_parts(block: Fm.AllInOneBlock) -> StepParts:
     """
     if not isinstance(block, AllInOneBlock):
         raise TypeError(f"block: expected an AllInOneBlock of {__name__}, found {type(block)}")
-    matrix, inverse = block._matrices()
+    there, back = block._permutation_maps()
     spec, order = block._spec()
-    nothing = matrix.new_zeros(block.in_channels)
-    before = ChannelMap(inverse, nothing, matrix.new_zeros(())) if block.reverse_pre_permute else None
+    before = back if block.reverse_pre_permute else None
     net = OrderedSubnet(block.subnet, order, whole_samples=block.GIN)
-    return StepParts(before, net, spec, block._after(matrix), block._after_inverse(inverse))
+    return StepParts(before, net, spec, block._after(there), block._after_inverse(back))
