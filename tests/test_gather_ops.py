@@ -250,7 +250,7 @@ def test_what_is_not_finite_stays_in_its_channel(value: float) -> None:
 
 
 X, S, C, L = torch.zeros(2, 4, 3, 3), torch.ones(4), torch.zeros(4), torch.zeros(2)
-I = torch.tensor([2, 0, 3, 1])
+INDEX = torch.tensor([2, 0, 3, 1])
 
 
 @compiled
@@ -260,8 +260,8 @@ I = torch.tensor([2, 0, 3, 1])
         (torch.tensor([0, 1, 2, 4]), "index: expected a permutation of 0 to 3, found 4 at place 3"),
         (torch.tensor([0, -1, 2, 3]), "index: expected a permutation of 0 to 3, found -1 at place 1"),
         (torch.tensor([0, 1, 1, 3]), "index: expected a permutation of 0 to 3, found 1 at place 2"),
-        (I[:3], r"index: expected shape \[4\], found \[3\]"),
-        (I.int(), "index: expected dtype int64, found Int"),
+        (INDEX[:3], r"index: expected shape \[4\], found \[3\]"),
+        (INDEX.int(), "index: expected dtype int64, found Int"),
     ],
 )
 def test_bad_index(index: Tensor, message: str) -> None:
@@ -283,13 +283,13 @@ def test_bad_index_of_the_reference(index: list[int]) -> None:
         with pytest.raises(ValueError, match="index: expected a permutation of 0 to 3"):
             function(X, S, C, index=torch.tensor(index))
     with pytest.raises(ValueError, match=r"index: expected shape \(4,\), int64"):
-        reference.channel_mix(X, S, C, index=I[:3])
+        reference.channel_mix(X, S, C, index=INDEX[:3])
 
 
 @compiled
 def test_a_matrix_is_no_gather() -> None:
     with pytest.raises(ValueError, match=r"matrix: expected shape \[4\], found \[4, 4\]"):
-        ops.channel_mix(X, torch.eye(4), C, False, 0, I)
+        ops.channel_mix(X, torch.eye(4), C, False, 0, INDEX)
     with pytest.raises(ValueError, match=r"matrix: expected shape \[4, 4\], found \[4\]"):
         ops.channel_mix(X, S, C, False, 0)
 

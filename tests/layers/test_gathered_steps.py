@@ -1,4 +1,4 @@
-"""Steps whose permutation moves channels only: gathers, equal to the same steps with a matrix, and no matrix anywhere."""
+"""Steps whose permutation moves channels only are gathers: the same as with a matrix, and without one."""
 
 from __future__ import annotations
 
@@ -32,8 +32,11 @@ def steps_of(kinds: Sequence[str], channels: int = 6) -> list[pgf.FlowStep]:
         step = pgf.FlowStep(channels, 5, permutation=kind).double()
         step.initialize(torch.randn(4, channels, 5, 3, dtype=torch.float64))
         with torch.no_grad():
-            for parameter in step.parameters():
-                parameter.add_(0.3 * torch.randn_like(parameter))
+            for (
+                name,
+                parameter,
+            ) in step.named_parameters():  # small ones of the nets: the steps are to be well conditioned
+                parameter.add_((0.3 if name.startswith("actnorm") else 0.03) * torch.randn_like(parameter))
         found.append(step.eval())
     return found
 

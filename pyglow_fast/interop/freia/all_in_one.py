@@ -98,8 +98,8 @@ class StepParts(NamedTuple):
 
     ``before`` and ``after`` are maps u = matrix x + offset with log|det matrix| (None: the identity), as
     functional.channel_mix takes them, gathers where the permutation is hard; ``after_inverse`` is the inverse of
-    ``after`` as such a map. ``net`` (N, C1, *spatial), cond -> [shift | raw] and ``spec`` make a pyglow_fast.layers.Coupling; the net reads the first C1
-    channels, C1 = C - C // 2, and shares the block's subnet.
+    ``after`` as such a map. ``net`` (N, C1, *spatial), cond -> [shift | raw] and ``spec`` make a
+    pyglow_fast.layers.Coupling; the net reads the first C1 channels, C1 = C - C // 2, and shares the block's subnet.
 
     Blocks in a row are a chain of steps that each mix and then couple: the map of step k is before_k(after_(k-1)(x)),
     and the last ``after`` follows the chain. Such a chain halves the channels, so C must be even.

@@ -16,10 +16,10 @@ from nflows.transforms.permutations import Permutation
 from torch import Tensor, nn
 
 from pyglow_fast.coupling_nets.traits import has_hooks
+from pyglow_fast.interop.joined import after
 from pyglow_fast.interop.nflows import convolution as conv
 from pyglow_fast.interop.nflows import coupling as couplings
 from pyglow_fast.interop.nflows._state import as_it_comes
-from pyglow_fast.interop.joined import after
 from pyglow_fast.layers.flow_step import ChannelMap
 from pyglow_fast.reference import CouplingSpec
 
@@ -81,7 +81,8 @@ def _one_map(layer: nn.Module) -> ChannelMap | str:
 def channel_map(layers: Sequence[nn.Module]) -> ChannelMap | str:
     """M, c and log|det M| of M x + c = what ActNorms, OneByOneConvolutions and Permutations do in turn; or why not.
 
-    M (C, C), c (C,), log|det M| (), in the dtype of the parameters; without a convolution among them a gather. The layers must not wait for data.
+    M (C, C), c (C,), log|det M| (), in the dtype of the parameters; without a convolution among them a gather. The
+    layers must not wait for data.
     """
     whole: ChannelMap | None = None
     for layer in layers:
