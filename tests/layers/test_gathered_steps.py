@@ -32,10 +32,7 @@ def steps_of(kinds: Sequence[str], channels: int = 6) -> list[pgf.FlowStep]:
         step = pgf.FlowStep(channels, 5, permutation=kind).double()
         step.initialize(torch.randn(4, channels, 5, 3, dtype=torch.float64))
         with torch.no_grad():
-            for (
-                name,
-                parameter,
-            ) in step.named_parameters():  # small ones of the nets: the steps are to be well conditioned
+            for name, parameter in step.named_parameters():  # small ones of the nets: well conditioned steps
                 parameter.add_((0.3 if name.startswith("actnorm") else 0.03) * torch.randn_like(parameter))
         found.append(step.eval())
     return found
@@ -139,9 +136,8 @@ def test_no_matrix_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
         with torch.no_grad():
             sequence(x)
             sequence.inverse(z)
-    for channel_map, (scale, _) in zip(
-        *(lambda folded: (folded.maps, folded.inverses))(FoldedSteps.of(steps)), strict=True
-    ):
+    folded = FoldedSteps.of(steps)
+    for channel_map, (scale, _) in zip(folded.maps, folded.inverses, strict=True):
         assert channel_map.matrix.shape == scale.shape == (6,)
 
 
