@@ -104,10 +104,10 @@ class JoinedStep:
 def after(first: ChannelMap, second: ChannelMap) -> ChannelMap:
     """The second map of what the first one gives; a gather if both are."""
     log_det = first.log_det + second.log_det
-    if first.index is not None and second.index is not None:
-        scale, offset = first.matrix[second.index], first.offset[second.index]
+    if first.source is not None and second.source is not None:
+        scale, offset = first.matrix[second.source], first.offset[second.source]
         offset = second.matrix * offset + second.offset
-        return ChannelMap(second.matrix * scale, offset, log_det, first.index[second.index])
+        return ChannelMap(second.matrix * scale, offset, log_det, first.source[second.source])
     first, second = first.as_product(), second.as_product()
     with full_precision(first.matrix):
         matrix, offset = second.matrix @ first.matrix, second.matrix @ first.offset + second.offset
@@ -170,7 +170,7 @@ class JoinedRun:
             z, log_det = run_couplings(self.couplings, _Now(maps), x, cond, budget=budget)
         if self.last is not None:
             end = self.last()
-            z = functional.channel_mix(z, end.matrix, end.offset, index=end.index)
+            z = functional.channel_mix(z, end.matrix, end.offset, index=end.source)
             log_det = log_det + functional.per_sample(z, end.log_det)
         return z, log_det
 

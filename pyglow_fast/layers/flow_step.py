@@ -25,27 +25,27 @@ PERMUTATIONS = ("invconv", "invconv_plain", "shuffle", "reverse")
 class ChannelMap(NamedTuple):
     """The folded actnorm and permutation of one step: u = matrix x + offset.
 
-    With an index a gather: u_i = matrix_i x_j + offset_i, j = index_i; see :func:`pyglow_fast.reference.channel_mix`.
+    With a source a gather: u_i = matrix_i x_j + offset_i, j = source_i; see :func:`pyglow_fast.reference.channel_mix`.
     Those of K steps, stacked, are one too, with K in front of every shape.
     """
 
-    matrix: Tensor  # (C, C); with an index (C,), the scales of a gather
+    matrix: Tensor  # (C, C); with a source (C,), the scales of a gather
     offset: Tensor  # (C,)
     log_det: Tensor  # (), log|det matrix|
-    index: Tensor | None = None  # (C,), a permutation in int64
+    source: Tensor | None = None  # (C,), a permutation in int64: the index of the functions that take a map
 
     def as_product(self) -> ChannelMap:
         """The same as a matrix, where it is a gather."""
-        if self.index is None:
+        if self.source is None:
             return self
         eye = torch.eye(self.matrix.shape[-1], dtype=self.matrix.dtype, device=self.matrix.device)
-        return ChannelMap(eye[self.index] * self.matrix.unsqueeze(-1), self.offset, self.log_det)
+        return ChannelMap(eye[self.source] * self.matrix.unsqueeze(-1), self.offset, self.log_det)
 
     def inverse(self) -> MapInverse:
         """M^-1, a batch of them at once."""
-        if self.index is None:
+        if self.source is None:
             return functional.invert_matrix(self.matrix), None
-        return functional.invert_gather(self.matrix, self.index)
+        return functional.invert_gather(self.matrix, self.source)
 
 
 MapInverse = tuple[Tensor, Tensor | None]  # M^-1, with an index the scales of a gather
@@ -53,7 +53,7 @@ MapInverse = tuple[Tensor, Tensor | None]  # M^-1, with an index the scales of a
 
 def stack_maps(maps: Sequence[ChannelMap]) -> ChannelMap:
     """The maps of K steps as one: gathers if all are, else matrices."""
-    gathers = all(channel_map.index is not None for channel_map in maps)
+    gathers = all(channel_map.source is not None for channel_map in maps)
     alike = maps if gathers else [channel_map.as_product() for channel_map in maps]
     parts = list(zip(*alike, strict=True))
     return ChannelMap(*(torch.stack(part) for part in parts[: 4 if gathers else 3]))
@@ -158,7 +158,7 @@ def run_couplings(
     maps = folded.maps
     kept = maps[0].matrix.shape[0] // 2
     first = maps[0]
-    z, kept_half = functional.channel_mix_for_net(x, first.matrix, first.offset, kept, squeeze_first, first.index)
+    z, kept_half = functional.channel_mix_for_net(x, first.matrix, first.offset, kept, squeeze_first, first.source)
     log_det = maps_log_det(maps, z)
     for coupling, weights, following in zip(couplings, folded.nets, [*maps[1:], None], strict=True):
         net_out = _run_net(coupling, weights, kept_half, cond, budget)
@@ -167,7 +167,7 @@ def run_couplings(
             z, step_log_det = functional.coupling(z, net_out, spec)
         else:
             z, kept_half, step_log_det = functional.coupling_mix_for_net(
-                z, net_out, following.matrix, following.offset, spec, kept, following.index
+                z, net_out, following.matrix, following.offset, spec, kept, following.source
             )
         log_det = log_det + step_log_det
     return z, log_det
@@ -310,5 +310,5 @@ class FlowStep(FlowLayer):
             if not self.actnorm.is_initialized:
                 self.actnorm.initialize_from(x)
             channel_map = fold_steps([self])[0]
-            u = functional.channel_mix(x, channel_map.matrix, channel_map.offset, index=channel_map.index)
+            u = functional.channel_mix(x, channel_map.matrix, channel_map.offset, index=channel_map.source)
             return self.coupling.initialize(u, cond)

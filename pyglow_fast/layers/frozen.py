@@ -70,7 +70,7 @@ class FrozenSteps(FlowLayer):
             self.register_buffer("offsets", maps.offset)
             self.register_buffer("log_dets", maps.log_det)
             self.register_buffer("inverses", inverses)
-            self.register_buffer("indices", maps.index)  # None, and not saved, where the maps are matrices
+            self.register_buffer("indices", maps.source)  # None, and not saved, where the maps are matrices
             self.register_buffer("inverse_indices", back)
         couplings = []
         for step in own:

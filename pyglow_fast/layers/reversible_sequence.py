@@ -62,7 +62,7 @@ def run_recomputing(
     """x through K steps, a channel map (stacked: see stack_maps) and a coupling each, to be recomputed."""
     counts = [part.end - part.first for part in whole.parts]
     parts = zip(*(part.split(counts) for part in maps[:3]), strict=True)
-    indices = [None] * len(counts) if maps.index is None else maps.index.split(counts)
+    indices = [None] * len(counts) if maps.source is None else maps.source.split(counts)
     kept = maps.matrix.shape[-1] // 2
     z, total = x, x.new_zeros(x.shape[0])
     for part, (matrices, offsets, log_dets), index in zip(whole.parts, parts, indices, strict=True):

@@ -90,7 +90,7 @@ def test_folding_in_a_batch_is_folding_one_by_one(permutation: str) -> None:
         alone, product = fold_steps([step])[0], channel_map.as_product().matrix
         for got, expected in zip(channel_map[:3], alone[:3], strict=True):
             assert_close(got, expected, condition=10.0)
-        assert (channel_map.index is None) == (index is None) == permutation.startswith("invconv")
+        assert (channel_map.source is None) == (index is None) == permutation.startswith("invconv")
         inverse = ChannelMap(inverse, channel_map.offset, channel_map.log_det, index).as_product().matrix
         assert_close(inverse @ product, torch.eye(4).double(), condition=10.0)
         assert_close(channel_map.log_det, torch.linalg.slogdet(product).logabsdet, condition=20.0)
@@ -103,7 +103,7 @@ def test_steps_of_different_permutations_fold_together() -> None:
         alone = fold_steps([step])[0].as_product()
         for got, expected in zip(channel_map[:3], alone[:3], strict=True):
             assert_close(got, expected, condition=10.0)
-        assert channel_map.index is None
+        assert channel_map.source is None
 
 
 def test_a_net_of_ones_own() -> None:

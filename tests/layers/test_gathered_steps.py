@@ -166,14 +166,14 @@ def test_stacking() -> None:
     gathers = [ChannelMap(torch.rand(3), torch.rand(3), torch.rand(()), torch.randperm(3)) for _ in range(2)]
     matrix = ChannelMap(torch.rand(3, 3), torch.rand(3), torch.rand(()))
     whole = stack_maps(gathers)
-    assert whole.index is not None
+    assert whole.source is not None
     for got, given in zip(unstack_maps(whole), gathers, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(got, given, strict=True))
     x = torch.randn(2, 3, 4)
     mixed = unstack_maps(stack_maps([*gathers, matrix]))
-    assert all(found.index is None for found in mixed)
+    assert all(found.source is None for found in mixed)
     for found, given in zip(mixed, gathers, strict=False):
-        expected = reference.channel_mix(x, given.matrix, given.offset, index=given.index)
+        expected = reference.channel_mix(x, given.matrix, given.offset, index=given.source)
         assert_close(reference.channel_mix(x, found.matrix, found.offset), expected)
 
 

@@ -193,21 +193,21 @@ class AllInOneBlock(Fm.AllInOneBlock):
 
     def _after(self, permutation: ChannelMap) -> ChannelMap:
         """R (a y + b), with R given."""
-        matrix, index = permutation.matrix, permutation.index
+        matrix, source = permutation.matrix, permutation.source
         with reference.full_precision(matrix):
             scale, log_det = self._scale()
             offset = self.global_offset.flatten()
-            if index is not None:
-                return ChannelMap(scale[index], offset[index], log_det, index)
+            if source is not None:
+                return ChannelMap(scale[source], offset[source], log_det, source)
             return ChannelMap(matrix * scale, matrix @ offset, log_det)
 
     def _after_inverse(self, inverse: ChannelMap) -> ChannelMap:
         """(R^-1 z - b) / a, with R^-1 given."""
         with reference.full_precision(inverse.matrix):
             scale, log_det = self._scale()
-            rows = scale if inverse.index is not None else scale.unsqueeze(1)
+            rows = scale if inverse.source is not None else scale.unsqueeze(1)
             offset = -self.global_offset.flatten() / scale
-            return ChannelMap(inverse.matrix / rows, offset, -log_det, inverse.index)
+            return ChannelMap(inverse.matrix / rows, offset, -log_det, inverse.source)
 
     def _permutation_maps(self) -> tuple[ChannelMap, ChannelMap]:
         """R and its inverse: gathers where R is hard."""
@@ -275,19 +275,19 @@ class AllInOneBlock(Fm.AllInOneBlock):
         spec, order = self._spec()
         if rev:
             begin = self._after_inverse(back)
-            y, kept_half = functional.channel_mix_for_net(x, begin.matrix, begin.offset, kept, index=begin.index)
+            y, kept_half = functional.channel_mix_for_net(x, begin.matrix, begin.offset, kept, index=begin.source)
             net_out = self._net_out(kept_half, c, order)
             if self.reverse_pre_permute:
-                u, log_det = functional.coupling_mix_inverse(y, net_out, there.matrix, there.offset, spec, there.index)
+                u, log_det = functional.coupling_mix_inverse(y, net_out, there.matrix, there.offset, spec, there.source)
             else:
                 u, log_det = functional.coupling_inverse(y, net_out, spec)
             return u, log_det + functional.per_sample(x, begin.log_det)
         kept_half = x[:, :kept]
         if self.reverse_pre_permute:
-            x, kept_half = functional.channel_mix_for_net(x, back.matrix, back.offset, kept, index=back.index)
+            x, kept_half = functional.channel_mix_for_net(x, back.matrix, back.offset, kept, index=back.source)
         after = self._after(there)
         net_out = self._net_out(kept_half, c, order)
-        z, log_det = functional.coupling_mix(x, net_out, after.matrix, after.offset, spec, after.index)
+        z, log_det = functional.coupling_mix(x, net_out, after.matrix, after.offset, spec, after.source)
         return z, log_det + functional.per_sample(z, after.log_det)
 
     def _hard_order(self) -> tuple[Tensor, Tensor] | None:

@@ -100,14 +100,14 @@ def _channel_map(layers: Sequence[nn.Module], net: nn.Module, order: Tensor | No
     parts = step_parts(layers)
     if isinstance(parts, str) or parts.net is not net:
         raise ChangedError(parts if isinstance(parts, str) else "another net")
-    matrix, index = parts.matrix, parts.index
+    matrix, source = parts.matrix, parts.source
     if order is not None:
         order = order.to(matrix.device)
-        if index is None:
+        if source is None:
             matrix = matrix[:, order]
         else:
-            index = order.argsort()[index]
-    return ChannelMap(matrix, parts.offset, parts.log_det, index)
+            source = order.argsort()[source]
+    return ChannelMap(matrix, parts.offset, parts.log_det, source)
 
 
 def _groups(modules: Sequence[nn.Module]) -> list[list[nn.Module]]:

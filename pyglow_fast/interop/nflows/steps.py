@@ -38,17 +38,17 @@ class StepParts(NamedTuple):
 
     The rows are in the order that the coupling takes, so the outputs are y[:, order.argsort()]. In a run of steps this
     can go into the columns of the next matrix: ``matrix[:, order]`` with the order of the step before, or of a gather
-    ``order.argsort()[index]``.
+    ``order.argsort()[source]``.
     """
 
-    matrix: Tensor  # (C, C); with an index (C,), the scales of a gather
+    matrix: Tensor  # (C, C); with a source (C,), the scales of a gather
     offset: Tensor  # (C,)
     log_det: Tensor  # (), log|det matrix|
     net: nn.Module
     spec: CouplingSpec
     kept: int
     order: Tensor | None
-    index: Tensor | None = None  # (C,)
+    source: Tensor | None = None  # (C,)
 
 
 def waits_for_data(layer: nn.Module) -> bool:
@@ -93,7 +93,10 @@ def channel_map(layers: Sequence[nn.Module]) -> ChannelMap | str:
             whole = part
             continue
         dtype = torch.promote_types(whole.matrix.dtype, part.matrix.dtype)  # a permutation has none of its own
-        before, now = (ChannelMap(*(value.to(dtype) for value in half[:3]), half.index) for half in (whole, part))
+        before, now = (
+            ChannelMap(half.matrix.to(dtype), half.offset.to(dtype), half.log_det.to(dtype), half.source)
+            for half in (whole, part)
+        )
         if len(before.matrix) != len(now.matrix):
             return f"a {type(layer).__name__} of {len(now.matrix)} channels after {len(before.matrix)}"
         whole = after(before, now)
@@ -129,10 +132,10 @@ def step_parts(layers: Sequence[nn.Module]) -> StepParts | str:
     mixing = channel_map(layers[:-1])
     if isinstance(mixing, str):
         return mixing
-    matrix, offset, log_det, index = mixing
+    matrix, offset, log_det, source = mixing
     if len(matrix) != layers[-1].features:
         return f"a coupling of {layers[-1].features} channels after {len(matrix)}"
     if parts.order is not None:
         matrix, offset = matrix[parts.order], offset[parts.order]
-        index = None if index is None else index[parts.order]
-    return StepParts(matrix, offset, log_det, *parts, index)
+        source = None if source is None else source[parts.order]
+    return StepParts(matrix, offset, log_det, *parts, source)
