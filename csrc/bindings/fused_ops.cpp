@@ -16,8 +16,9 @@ namespace {
 // M couple(x) + c and log_det; inverse: A (uncouple(x) - c) and its log_det, with matrix A = M^-1.
 std::tuple<at::Tensor, at::Tensor> coupling_mix(const at::Tensor& x_in, const at::Tensor& net_out_in,
                                                 const at::Tensor& matrix_in, const at::Tensor& offset_in, int64_t map,
-                                                int64_t order, bool inverse, double bias, double eps, double clamp) {
-  const Kind kind{map, order, inverse, bias, eps, clamp};
+                                                int64_t order, bool inverse, double bias, double eps, double clamp,
+                                                double factor) {
+  const Kind kind{map, order, inverse, bias, eps, clamp, factor};
   check_state("x", x_in);
   const int64_t transformed = check_net_out(net_out_in, "x", x_in, kind);
   check_matrix("matrix", matrix_in, "x", x_in, x_in.size(1));
@@ -40,8 +41,8 @@ std::tuple<at::Tensor, at::Tensor> coupling_mix(const at::Tensor& x_in, const at
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> coupling_mix_backward(
     const at::Tensor& x_in, const at::Tensor& net_out_in, const at::Tensor& grad_out_in,
     const at::Tensor& grad_log_det_in, const at::Tensor& matrix_in, int64_t map, int64_t order, double bias, double eps,
-    double clamp, const std::optional<at::Tensor>& added_in) {
-  const Kind kind{map, order, false, bias, eps, clamp};
+    double clamp, double factor, const std::optional<at::Tensor>& added_in) {
+  const Kind kind{map, order, false, bias, eps, clamp, factor};
   check_state("x", x_in);
   const int64_t transformed = check_net_out(net_out_in, "x", x_in, kind);
   check_output_grads("grad_out", grad_out_in, grad_log_det_in, "x", x_in);
@@ -79,8 +80,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> step_backward(const at::Tensor& y
                                                              const at::Tensor& grad_log_det_in,
                                                              const at::Tensor& inverse_matrix_in,
                                                              const at::Tensor& offset_in, int64_t map, int64_t order,
-                                                             double bias, double eps, double clamp) {
-  const Kind kind{map, order, false, bias, eps, clamp};
+                                                             double bias, double eps, double clamp, double factor) {
+  const Kind kind{map, order, false, bias, eps, clamp, factor};
   check_state("y", y_in);
   const int64_t transformed = check_net_out(net_out_in, "y", y_in, kind);
   check_output_grads("grad_y", grad_y_in, grad_log_det_in, "y", y_in);

@@ -14,8 +14,8 @@ void with_map(ScaleMap map, const F& f) {
       return f.template operator()<ScaleMap::none, O>();
     case ScaleMap::sigmoid:
       return f.template operator()<ScaleMap::sigmoid, O>();
-    case ScaleMap::sigmoid_eps:
-      return f.template operator()<ScaleMap::sigmoid_eps, O>();
+    case ScaleMap::scaled_sigmoid:
+      return f.template operator()<ScaleMap::scaled_sigmoid, O>();
     case ScaleMap::exp:
       return f.template operator()<ScaleMap::exp, O>();
     case ScaleMap::tanh:

@@ -35,9 +35,10 @@ def _compiled(x: Tensor, spec: CouplingSpec) -> bool:
     return ops.run_on(x) and ops.has_kernel(spec)
 
 
-def _forward_kind(spec: CouplingSpec) -> tuple[int, int, float, float, float]:
-    scale_map, order, _, bias, eps, clamp = ops.kind_arguments(spec, inverse=False)
-    return scale_map, order, bias, eps, clamp
+def _forward_kind(spec: CouplingSpec) -> tuple[int, int, float, float, float, float]:
+    scale_map, order, _, *numbers = ops.kind_arguments(spec, inverse=False)
+    bias, eps, clamp, factor = numbers
+    return scale_map, order, bias, eps, clamp, factor
 
 
 def _whole(grad: Tensor, added: Tensor | None) -> Tensor:
