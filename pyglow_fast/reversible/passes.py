@@ -70,6 +70,18 @@ def step_backward(
     return functional.channel_unmix(u, inverse_matrix, offset), grad_u, grad_net_out
 
 
+def coupling_backward_from_output(
+    y: Tensor, net_out: Tensor, grad_y: Tensor, grad_log_det: Tensor, spec: CouplingSpec
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From a coupling's output y: its input u, and the gradients of u (without the net's part) and of net_out."""
+    if _compiled(y, spec):
+        kind, net_out = ops.kind_arguments(spec, inverse=False), functional.readable_net_output(net_out, y)
+        grad_u, grad_net_out, u = ops.coupling_backward(y, net_out, grad_y, grad_log_det, *kind, True)
+        return u, grad_u, grad_net_out
+    u, _ = functional.coupling_inverse(y, net_out, spec)
+    return u, *coupling_backward(u, net_out, grad_y, grad_log_det, spec)
+
+
 def coupling_backward(
     u: Tensor, net_out: Tensor, grad_y: Tensor, grad_log_det: Tensor, spec: CouplingSpec
 ) -> tuple[Tensor, Tensor]:

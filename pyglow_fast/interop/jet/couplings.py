@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any, TypeVar
 
 import torch
@@ -20,10 +20,14 @@ S = TypeVar("S", bound=nn.Module)
 
 
 def takes(x: Tensor) -> bool:
-    """Whether our operations take x: plain, float32 or float64, and nothing that traces or transforms."""
+    """Whether our operations take x: plain, float32 or float64, and nothing that traces or transforms.
+
+    Nor autocast on the CPU: jet-pytorch takes its projections out of a GPU's alone.
+    """
     if torch.compiler.is_compiling() or has_transforms() or type(x) not in (Tensor, nn.Parameter):
         return False
-    return x.dtype in (torch.float32, torch.float64) and x.device.type != "meta"
+    autocast = x.device.type != "cuda" and autocast_is_on(x.device.type)
+    return x.dtype in (torch.float32, torch.float64) and x.device.type != "meta" and not autocast
 
 
 def _spec(factor: Any) -> CouplingSpec:
@@ -55,11 +59,9 @@ class WithProjections(Adopted):
     scale_factor: float
 
     def coupling(self, x: Tensor, is_channel: bool, channel_proj: Any, spatial_proj: Any) -> TokenCoupling | None:
-        """How x is coupled in our terms; None if it cannot be said."""
+        """How tokens x are coupled in our terms; None if it cannot be said."""
         projection = channel_proj if is_channel else spatial_proj
-        # jet-pytorch takes the projections out of a GPU's autocast alone.
-        autocast = x.device.type != "cuda" and autocast_is_on(x.device.type)
-        if not takes(x) or autocast or x.dim() != 3 or not isinstance(projection, Tensor):
+        if x.dim() != 3 or not isinstance(projection, Tensor):
             return None
         if projection.device != x.device or projection.dtype != x.dtype or projection.requires_grad:
             return None
@@ -82,7 +84,7 @@ class WithProjections(Adopted):
 
     def forward(self, x: Tensor, is_channel: bool, channel_proj: Any, spatial_proj: Any) -> tuple[Tensor, Tensor]:
         """x -> y."""
-        coupling = self.coupling(x, is_channel, channel_proj, spatial_proj)
+        coupling = self.coupling(x, is_channel, channel_proj, spatial_proj) if takes(x) else None
         if coupling is None:
             return super().forward(x, is_channel, channel_proj, spatial_proj)  # type: ignore[misc,no-any-return]
         y, log_det = coupling.forward(x)
@@ -90,7 +92,7 @@ class WithProjections(Adopted):
 
     def inverse(self, x: Tensor, is_channel: bool, channel_proj: Any, spatial_proj: Any) -> tuple[Tensor, Tensor]:
         """y -> x."""
-        coupling = self.coupling(x, is_channel, channel_proj, spatial_proj)
+        coupling = self.coupling(x, is_channel, channel_proj, spatial_proj) if takes(x) else None
         if coupling is None:
             return super().inverse(x, is_channel, channel_proj, spatial_proj)  # type: ignore[misc,no-any-return]
         y, log_det = coupling.inverse(x)
@@ -100,7 +102,7 @@ class WithProjections(Adopted):
 class OfImages(Adopted):
     """JetFormer's interface: (x, context=None) -> (y, log_det (N,)), x (N, H, W, C), patches of ``ps`` by ``ps``.
 
-    ``inverse`` returns the log-det of the forward. ``dnn`` is a ViT of (init_proj, posemb, vit_encoder, final_proj).
+    A dnn with hooks on it is called itself, by the class's own code. ``inverse`` returns the log-det of the forward. ``dnn`` is a ViT of (init_proj, posemb, vit_encoder, final_proj).
     """
 
     kind_is_channel: bool
@@ -109,18 +111,16 @@ class OfImages(Adopted):
     P_chan: Tensor
     P_spatial: Tensor
 
-    def coupling(self, x: Tensor, context: Any = None) -> TokenCoupling | None:
-        """How the patches of x are coupled in our terms; None if it cannot be said."""
-        if not takes(x) or context is not None or x.dim() != 4 or x.shape[1] % self.ps or x.shape[2] % self.ps:
-            return None
-        if self.dnn.posemb.dtype != x.dtype or has_hooks(self.dnn):
+    def coupling(self, tokens: Tensor) -> TokenCoupling | None:
+        """How tokens are coupled in our terms; None if it cannot be said."""
+        if has_hooks(self.dnn) or "forward" in vars(self.dnn):
             return None
         spec = _spec(self.dnn.scale_factor)
         if self.masking_mode == "masking":
             return TokenCoupling(self._by_channel, spec, True, None)
         kind, projection = ("channel", self.P_chan) if self.kind_is_channel else ("spatial", self.P_spatial)
-        width = x.shape[3] * self.ps**2 if self.kind_is_channel else x.shape[1] * x.shape[2] // self.ps**2
-        if projection.device != x.device or len(projection) != width or width % 2:
+        width = tokens.shape[2 if self.kind_is_channel else 1]
+        if projection.device != tokens.device or len(projection) != width or width % 2:
             return None
         assert isinstance(self, nn.Module)
         permutation = permutation_of(self, kind, projection)
@@ -137,6 +137,10 @@ class OfImages(Adopted):
 
     def _by_token(self, kept: Tensor) -> Tensor:
         return torch.cat(self._raw(kept).chunk(2, dim=2), 1)
+
+    def cuts(self, x: Tensor, context: Any = None) -> bool:
+        """Whether x is images that we take, to be cut into patches, and there is no context."""
+        return context is None and x.dim() == 4 and not x.shape[1] % self.ps and not x.shape[2] % self.ps and takes(x)
 
     def patches(self, x: Tensor) -> Tensor:
         """Images (N, H, W, C) -> (N, T, C ps^2), channels before the places in a patch."""
@@ -156,18 +160,20 @@ class OfImages(Adopted):
 
     def forward(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         """x -> y."""
-        coupling = self.coupling(x, context)
-        if coupling is None:
+        tokens = self.patches(x) if self.cuts(x, context) else None
+        coupling = None if tokens is None else self.coupling(tokens)
+        if tokens is None or coupling is None:
             return super().forward(x, context)  # type: ignore[misc,no-any-return]
-        y, log_det = coupling.forward(self.patches(x))
+        y, log_det = coupling.forward(tokens)
         return self.images(y, x.shape), log_det
 
     def inverse(self, y: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         """y -> x, and the log-det of the forward."""
-        coupling = self.coupling(y, context)
-        if coupling is None:
+        tokens = self.patches(y) if self.cuts(y, context) else None
+        coupling = None if tokens is None else self.coupling(tokens)
+        if tokens is None or coupling is None:
             return super().inverse(y, context)  # type: ignore[misc,no-any-return]
-        x, log_det = coupling.inverse(self.patches(y))
+        x, log_det = coupling.inverse(tokens)
         return self.images(x, y.shape), -log_det
 
 
@@ -256,6 +262,7 @@ def _probe(module: nn.Module, base: type[Adopted]) -> list[tuple[nn.Module, Any,
 def _differs(module: nn.Module, base: type[Adopted]) -> str:
     """Where a class's arithmetic is not ours, in float64 on small inputs, or nothing."""
     theirs, ours = type(module), _ours(type(module))
+    shell: Any
     owner: Any = module if base is WithProjections else module.dnn
     # jet-pytorch has log m in float32, whatever the dtype of the model.
     rounding = torch.finfo(torch.float32).eps * abs(math.log(owner.scale_factor))
@@ -264,7 +271,7 @@ def _differs(module: nn.Module, base: type[Adopted]) -> str:
             for call in ("forward", "inverse"):
                 expected = getattr(theirs, call)(shell, x, *rest)
                 shell.__class__ = ours
-                known = shell.coupling(x, *rest) is not None  # type: ignore[operator]
+                known = shell.coupling(shell.patches(x) if base is OfImages else x, *rest) is not None
                 found = getattr(ours, call)(shell, x, *rest)
                 shell.__class__ = theirs
                 if not known:
