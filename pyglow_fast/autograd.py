@@ -14,7 +14,7 @@ from pyglow_fast import ops
 from pyglow_fast._derivatives import differentiable_once
 from pyglow_fast.reference import squeeze, transpose_map
 
-_Kind = tuple[int, int, bool, float, float, float]
+_Kind = tuple[int, int, bool, float, float, float, float]
 
 
 class ChannelMix(torch.autograd.Function):

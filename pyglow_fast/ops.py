@@ -17,17 +17,26 @@ import torch
 from torch import Tensor
 
 from pyglow_fast import _backend
-from pyglow_fast.reference import ACTIVATIONS, KINDS, ORDERS, SCALE_MAPS, ChainSpec, CouplingSpec, check_spec
+from pyglow_fast.reference import (
+    ACTIVATIONS,
+    KINDS,
+    ORDERS,
+    SCALE_MAPS,
+    ChainSpec,
+    CouplingSpec,
+    check_spec,
+    factor_fits,
+)
 
 DEVICES = ("cpu", "cuda")  # that there may be kernels for
-SCALE_MAP_CODES = {"none": 0, "sigmoid": 1, "sigmoid_eps": 2, "exp": 3, "tanh": 4, "atan": 5}  # csrc/math/kinds.h
+SCALE_MAP_CODES = {"none": 0, "sigmoid": 1, "scaled_sigmoid": 2, "exp": 3, "tanh": 4, "atan": 5}  # csrc/math/kinds.h
 SQUEEZE_CODES = {"none": 0, "input": 1, "output": 2}  # csrc/bindings/checks.h
 ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 KEEPS_INPUT = tuple(ACTIVATION_CODES[name] for name in ("silu", "gelu", "gelu_tanh"))
 ORDER_CODES = {"shift_scale": 0, "scale_shift": 1}
 
-_KIND = "int map, int order, bool inverse, float bias, float eps, float clamp"
-_FORWARD_KIND = "int map, int order, float bias, float eps, float clamp"
+_KIND = "int map, int order, bool inverse, float bias, float eps, float clamp, float factor"
+_FORWARD_KIND = "int map, int order, float bias, float eps, float clamp, float factor"
 _library = torch.library.Library("pyglow_fast", "DEF")
 
 
@@ -293,17 +302,18 @@ def has_kernel(spec: CouplingSpec) -> bool:
 
     Nor are options that do not exist, which the reference then refuses.
     """
-    return spec.scale_map in SCALE_MAPS and spec.kind in KINDS and spec.order in ORDERS and spec.eps >= 0.0
+    known = spec.scale_map in SCALE_MAPS and spec.kind in KINDS and spec.order in ORDERS
+    return known and spec.eps >= 0.0 and factor_fits(spec)
 
 
-def kind_arguments(spec: CouplingSpec, inverse: bool) -> tuple[int, int, bool, float, float, float]:
+def kind_arguments(spec: CouplingSpec, inverse: bool) -> tuple[int, int, bool, float, float, float, float]:
     """The trailing arguments of the coupling ops."""
     name = str(spec.scale_map)
     if spec.kind == "additive":
         name = "none"
-    elif name == "sigmoid" and spec.eps > 0:
-        name = "sigmoid_eps"
-    return SCALE_MAP_CODES[name], ORDER_CODES[spec.order], inverse, spec.bias, spec.eps, spec.clamp
+    elif name == "sigmoid" and (spec.eps > 0 or spec.factor != 1.0):
+        name = "scaled_sigmoid"
+    return SCALE_MAP_CODES[name], ORDER_CODES[spec.order], inverse, spec.bias, spec.eps, spec.clamp, spec.factor
 
 
 ChainArguments = tuple[tuple[int, ...], tuple[float, ...], tuple[int, ...]]

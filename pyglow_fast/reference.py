@@ -48,8 +48,9 @@ class CouplingSpec(NamedTuple):
     """How the coupling net's output becomes shift and scale.
 
     ``kind`` "affine" or "additive"; ``scale_map`` one of SCALE_MAPS, or a callable raw -> (scale, log_scale);
-    ``bias`` and ``eps`` of sigmoid(raw + bias) + eps; ``clamp`` of exp(clamp tanh(raw / clamp)) and
-    exp(clamp 0.636 atan(raw)); ``order`` "shift_scale": y = (u + shift) s, or "scale_shift": y = u s + shift.
+    ``factor``, ``bias`` and ``eps`` of factor sigmoid(raw + bias) + eps (a factor of 2 and no bias in Jet); ``clamp``
+    of exp(clamp tanh(raw / clamp)) and exp(clamp 0.636 atan(raw)); ``order`` "shift_scale": y = (u + shift) s, or
+    "scale_shift": y = u s + shift.
     """
 
     kind: str = "affine"
@@ -58,6 +59,7 @@ class CouplingSpec(NamedTuple):
     eps: float = 0.0
     clamp: float = 2.0
     order: str = "shift_scale"
+    factor: float = 1.0
 
 
 class Activation(NamedTuple):
@@ -232,16 +234,23 @@ def invert_matrix(matrix: Tensor) -> Tensor:
     return torch.cat([inverse.reshape(-1) for inverse, _ in found]).reshape(matrix.shape).to(matrix.dtype)
 
 
+def factor_fits(spec: CouplingSpec) -> bool:
+    """Whether the factor is 1, or a positive finite number on the map that alone has one, the sigmoid."""
+    has_factor = spec.kind == "affine" and spec.scale_map == "sigmoid"
+    return spec.factor == 1.0 or (has_factor and 0.0 < spec.factor < math.inf)
+
+
 def scale_and_log(raw: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor]:
     """(s, log s) of the net's raw scale; log s directly, never as the log of an underflowed s."""
     if callable(spec.scale_map):
         return spec.scale_map(raw)
     if spec.scale_map == "sigmoid":
         z = raw + spec.bias
-        if spec.eps == 0.0:
-            return torch.sigmoid(z), F.logsigmoid(z)
-        scale = torch.sigmoid(z) + spec.eps
-        return scale, scale.log()
+        scale = torch.sigmoid(z) if spec.factor == 1.0 else spec.factor * torch.sigmoid(z)
+        if spec.eps > 0.0:
+            scale = scale + spec.eps
+            return scale, scale.log()
+        return scale, F.logsigmoid(z) if spec.factor == 1.0 else math.log(spec.factor) + F.logsigmoid(z)
     if spec.scale_map == "exp":
         scale = raw.exp()
         if can_read(scale):
@@ -259,6 +268,7 @@ def scale_and_log(raw: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor]:
 def _halves(x: Tensor, net_out: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     expect(spec.kind in KINDS, "kind", f"one of {KINDS}", repr(spec.kind))
     expect(spec.order in ORDERS, "order", f"one of {ORDERS}", repr(spec.order))
+    expect(factor_fits(spec), "factor", "1, or a positive number with the sigmoid map", spec.factor)
     net_out = net_out.to(x.dtype)  # of a net that runs in lower precision
     transformed = net_out.shape[1] // (2 if spec.kind == "affine" else 1)
     kept, half = x.split([x.shape[1] - transformed, transformed], dim=1)

@@ -68,6 +68,11 @@ def test_log_scale_survives_underflow(dtype: torch.dtype, device: torch.device) 
     net_out = torch.tensor([[[0.0], [-800.0]]], dtype=dtype, device=device)
     _, log_det = functional.coupling(torch.ones(1, 1, 1).to(net_out), net_out, CouplingSpec(bias=0.0))
     assert log_det.item() == -800.0
+    net_out.requires_grad_()
+    _, log_det = functional.coupling(torch.ones(1, 1, 1).to(net_out), net_out, CouplingSpec(bias=0.0, factor=2.0))
+    assert log_det.item() == torch.tensor(math.log(2.0) - 800.0, dtype=dtype).item()
+    (gradient,) = torch.autograd.grad(log_det.sum(), net_out)
+    assert gradient.flatten().tolist() == [0.0, 1.0]
 
 
 @pytest.mark.parametrize("function", [functional.coupling, functional.coupling_inverse])
@@ -295,11 +300,16 @@ KIND = ops.kind_arguments(CouplingSpec(), inverse=False)
             r"inverse_matrix: expected shape \[4, 4\], found \[3, 4\]",
         ),
         (
-            lambda: ops.coupling(X, X, 4, 0, False, 0.0, 0.0, 200.0),
+            lambda: ops.coupling(X, X, 4, 0, False, 0.0, 0.0, 200.0, 1.0),
             "clamp: expected a positive number, at most 88 in float32, found 200",
         ),
-        (lambda: ops.coupling(X, X, 5, 0, False, 0.0, 0.0, 0.0), "clamp: expected a positive number"),
-        (lambda: ops.coupling(X, X, 2, 0, False, 0.0, -1.0, 1.0), "eps: expected 0 or more, found -1"),
+        (lambda: ops.coupling(X, X, 5, 0, False, 0.0, 0.0, 0.0, 1.0), "clamp: expected a positive number"),
+        (lambda: ops.coupling(X, X, 2, 0, False, 0.0, -1.0, 1.0, 1.0), "eps: expected 0 or more, found -1"),
+        (lambda: ops.coupling(X, X, 1, 0, False, 0.0, 0.0, 1.0, 2.0), "factor: expected 1, or .*, found 2"),
+        (lambda: ops.coupling(X, X, 2, 0, False, 0.0, 0.0, 1.0, 0.0), "factor: expected 1, or .* of float32, found 0"),
+        (lambda: ops.coupling(X, X, 2, 0, False, 0.0, 0.0, 1.0, 1e-40), "factor: .* of float32, found 1e-40"),
+        (lambda: ops.coupling(X, X, 2, 0, False, 0.0, 0.0, 1.0, math.inf), "factor: .* of float32, found inf"),
+        (lambda: ops.coupling(X, X, 2, 0, False, 0.0, 0.0, 1.0, math.nan), "factor: .* of float32, found nan"),
         (lambda: ops.coupling(X, X, 9, *KIND[1:]), "map: expected a ScaleMap, found 9"),
         (lambda: ops.coupling(X, X, 1, 2, *KIND[2:]), "order: expected 0 or 1, found 2"),
         (lambda: ops.coupling_backward(X, X, X, C, *KIND, False), r"grad_log_det: expected shape \[2\], found \[4\]"),

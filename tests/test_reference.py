@@ -14,7 +14,7 @@ from support.reference_cases import SPECS, invertible, randn, spec_name
 from torch import Tensor
 from torch.distributions import Normal
 
-from pyglow_fast import reference
+from pyglow_fast import functional, reference
 from pyglow_fast.reference import KINDS, SCALE_MAPS, CouplingSpec
 
 SHAPES = [(2, 4), (2, 3, 5), (3, 4, 3, 2), (1, 5, 1, 7), (2, 2, 2, 1, 3), (0, 4, 3, 2), (2, 4, 0, 3), (0, 3)]
@@ -148,6 +148,8 @@ class TestScaleMaps:
         [
             (CouplingSpec(), lambda raw: 1.0 / (1.0 + (-(raw + 2.0)).exp())),
             (CouplingSpec(bias=-1.0, eps=0.25), lambda raw: 1.0 / (1.0 + (1.0 - raw).exp()) + 0.25),
+            (CouplingSpec(bias=0.0, factor=2.0), lambda raw: 2.0 / (1.0 + (-raw).exp())),
+            (CouplingSpec(bias=0.5, eps=0.25, factor=0.7), lambda raw: 0.7 / (1.0 + (-(raw + 0.5)).exp()) + 0.25),
             (CouplingSpec(scale_map="exp"), lambda raw: raw.exp()),
             (CouplingSpec(scale_map="tanh", clamp=3.0), lambda raw: (3.0 * (raw / 3.0).tanh()).exp()),
             (CouplingSpec(scale_map="atan", clamp=3.0), lambda raw: (3.0 * 0.636 * raw.atan()).exp()),
@@ -191,6 +193,27 @@ class TestScaleMaps:
         # log sigmoid(z) = z - log(1 + e^z) below, -log(1 + e^-z) = -e^-z above: neither is 0 or -inf.
         expected = torch.tensor([-798.0, -98.0, -math.exp(-102.0)], dtype=torch.float64)
         assert_close(log_scale / expected, torch.ones_like(expected))
+
+    def test_log_of_a_factor_is_added_to_that_of_the_sigmoid(self) -> None:
+        raw = torch.tensor([-800.0, -100.0, 100.0], dtype=torch.float64)
+        _, log_scale = reference.scale_and_log(raw, CouplingSpec(bias=0.0, factor=3.0))
+        expected = torch.tensor([-800.0, -100.0, -math.exp(-100.0)], dtype=torch.float64) + math.log(3.0)
+        assert_close(log_scale / expected, torch.ones_like(expected))
+
+    @pytest.mark.parametrize(
+        "spec",
+        [
+            *(CouplingSpec(scale_map=name, factor=2.0) for name in ("exp", "tanh", "atan", softplus_scale)),
+            CouplingSpec("additive", factor=2.0),
+            *(CouplingSpec(factor=factor) for factor in (0.0, -1.0, math.inf, math.nan)),
+        ],
+        ids=spec_name,
+    )
+    def test_a_factor_of_other_maps_or_out_of_range_is_refused(self, spec: CouplingSpec) -> None:
+        x, net_out = randn(1, 2), randn(1, 1 if spec.kind == "additive" else 2)
+        for call in (functional.coupling, functional.coupling_inverse):
+            with pytest.raises(ValueError, match="factor: expected 1, or a positive number with the sigmoid map"):
+                call(x, net_out, spec)
 
     def test_unknown_is_refused(self) -> None:
         with pytest.raises(ValueError, match=r"scale_map: expected one of .* or a callable, found 'relu'"):

@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cmath>
+#include <limits>
 #include <optional>
 #include <vector>
 
@@ -73,10 +74,15 @@ class MapTensors {
   at::Tensor index_;
 };
 
+template <class T>
+bool is_normal(double value) {
+  return value >= std::numeric_limits<T>::min() && value <= std::numeric_limits<T>::max();
+}
+
 struct Kind {
   int64_t map, order;
   bool inverse;
-  double bias, eps, clamp;
+  double bias, eps, clamp, factor;
 
   // A clamp within which exp does not overflow; the exp map is checked by its results.
   void check(at::ScalarType dtype) const {
@@ -86,6 +92,11 @@ struct Kind {
                       largest, " in ", name_of(dtype), ", found ", clamp);
     TORCH_CHECK_VALUE(eps >= 0, "eps: expected 0 or more, found ", eps);
     TORCH_CHECK_VALUE(map >= 0 && map <= static_cast<int64_t>(ScaleMap::atan), "map: expected a ScaleMap, found ", map);
+    const bool in_range = dtype == at::kDouble ? is_normal<double>(factor) : is_normal<float>(factor);
+    const bool scales = map == static_cast<int64_t>(ScaleMap::scaled_sigmoid);
+    TORCH_CHECK_VALUE(factor == 1 || (scales && in_range),
+                      "factor: expected 1, or with the scaled sigmoid map a positive normal number of ", name_of(dtype),
+                      ", found ", factor);
     TORCH_CHECK_VALUE(order == 0 || order == 1, "order: expected 0 or 1, found ", order);
   }
 
@@ -94,7 +105,8 @@ struct Kind {
     return {.map = static_cast<ScaleMap>(map),
             .order = static_cast<Order>(order),
             .inverse = inverse,
-            .params = {static_cast<T>(bias), static_cast<T>(eps), static_cast<T>(clamp)}};
+            .params = {static_cast<T>(bias), static_cast<T>(eps), static_cast<T>(clamp), static_cast<T>(factor),
+                       static_cast<T>(std::log(factor))}};
   }
 };
 

@@ -17,8 +17,8 @@ namespace {
 std::tuple<at::Tensor, at::Tensor> coupling_mix(const at::Tensor& x_in, const at::Tensor& net_out_in,
                                                 const at::Tensor& matrix_in, const at::Tensor& offset_in, int64_t map,
                                                 int64_t order, bool inverse, double bias, double eps, double clamp,
-                                                const std::optional<at::Tensor>& index) {
-  const Kind kind{map, order, inverse, bias, eps, clamp};
+                                                double factor, const std::optional<at::Tensor>& index) {
+  const Kind kind{map, order, inverse, bias, eps, clamp, factor};
   check_state("x", x_in);
   const int64_t transformed = check_net_out(net_out_in, "x", x_in, kind);
   const MapTensors mix("matrix", matrix_in, index, "x", x_in, x_in.size(1));
@@ -54,8 +54,8 @@ std::tuple<at::Tensor, at::Tensor> coupling_mix(const at::Tensor& x_in, const at
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> coupling_mix_backward(
     const at::Tensor& x_in, const at::Tensor& net_out_in, const at::Tensor& grad_out_in,
     const at::Tensor& grad_log_det_in, const at::Tensor& matrix_in, int64_t map, int64_t order, double bias, double eps,
-    double clamp, const std::optional<at::Tensor>& added_in, const std::optional<at::Tensor>& index) {
-  const Kind kind{map, order, false, bias, eps, clamp};
+    double clamp, double factor, const std::optional<at::Tensor>& added_in, const std::optional<at::Tensor>& index) {
+  const Kind kind{map, order, false, bias, eps, clamp, factor};
   check_state("x", x_in);
   const int64_t transformed = check_net_out(net_out_in, "x", x_in, kind);
   check_output_grads("grad_out", grad_out_in, grad_log_det_in, "x", x_in);
@@ -107,8 +107,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> coupling_mix_backward
 std::tuple<at::Tensor, at::Tensor, at::Tensor> step_backward(
     const at::Tensor& y_in, const at::Tensor& net_out_in, const at::Tensor& grad_y_in,
     const at::Tensor& grad_log_det_in, const at::Tensor& inverse_matrix_in, const at::Tensor& offset_in, int64_t map,
-    int64_t order, double bias, double eps, double clamp, const std::optional<at::Tensor>& index) {
-  const Kind kind{map, order, false, bias, eps, clamp};
+    int64_t order, double bias, double eps, double clamp, double factor, const std::optional<at::Tensor>& index) {
+  const Kind kind{map, order, false, bias, eps, clamp, factor};
   check_state("y", y_in);
   const int64_t transformed = check_net_out(net_out_in, "y", y_in, kind);
   check_output_grads("grad_y", grad_y_in, grad_log_det_in, "y", y_in);

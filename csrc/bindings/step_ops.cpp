@@ -117,8 +117,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> channel_mix_backward(const at::Te
 
 // y and log_det of the coupling, or of its inverse.
 std::tuple<at::Tensor, at::Tensor> coupling(const at::Tensor& x_in, const at::Tensor& net_out_in, int64_t map,
-                                            int64_t order, bool inverse, double bias, double eps, double clamp) {
-  const Kind kind{map, order, inverse, bias, eps, clamp};
+                                            int64_t order, bool inverse, double bias, double eps, double clamp,
+                                            double factor) {
+  const Kind kind{map, order, inverse, bias, eps, clamp, factor};
   check_state("x", x_in);
   const int64_t transformed = check_net_out(net_out_in, "x", x_in, kind);
   const at::Tensor x = with_position_stride(x_in), net_out = with_position_stride(net_out_in);
@@ -136,8 +137,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> coupling_backward(const at::Tenso
                                                                  const at::Tensor& grad_out_in,
                                                                  const at::Tensor& grad_log_det_in, int64_t map,
                                                                  int64_t order, bool inverse, double bias, double eps,
-                                                                 double clamp, bool want_input) {
-  const Kind kind{map, order, inverse, bias, eps, clamp};
+                                                                 double clamp, double factor, bool want_input) {
+  const Kind kind{map, order, inverse, bias, eps, clamp, factor};
   check_state("out", out_in);
   const int64_t transformed = check_net_out(net_out_in, "out", out_in, kind);
   check_output_grads("grad_out", grad_out_in, grad_log_det_in, "out", out_in);

@@ -14,8 +14,8 @@ void with_map(ScaleMap map, const F& f) {
       return f.template operator()<ScaleMap::none, O>();
     case ScaleMap::sigmoid:
       return f.template operator()<ScaleMap::sigmoid, O>();
-    case ScaleMap::sigmoid_eps:
-      return f.template operator()<ScaleMap::sigmoid_eps, O>();
+    case ScaleMap::scaled_sigmoid:
+      return f.template operator()<ScaleMap::scaled_sigmoid, O>();
     case ScaleMap::exp:
       return f.template operator()<ScaleMap::exp, O>();
     case ScaleMap::tanh:
@@ -59,8 +59,9 @@ class LogDetSum {
 };
 
 // One row of a tile; log s of its valid positions is added to log_det (not yet negated for the inverse).
+// The parameters come by value: through a reference they would be read again after every store.
 template <ScaleMap Map, Order O, bool Inverse, class T>
-void couple_row(const T* in, const T* shift, const T* raw, T* out, const Tile& tile, const ScaleParams<T>& params,
+void couple_row(const T* in, const T* shift, const T* raw, T* out, const Tile& tile, ScaleParams<T> params,
                 LogDetSum<T>& log_det) {
   for (int64_t i = 0; i < tile.padded; i += lanes<T>) {
     const Vec<T> value = load<T>(in + i), move = load<T>(shift + i);
@@ -82,7 +83,7 @@ struct BackwardRow {
 };
 
 template <ScaleMap Map, Order O, bool Inverse, class T>
-void couple_backward_row(const BackwardRow<T>& row, T grad_log_det, const Tile& tile, const ScaleParams<T>& params) {
+void couple_backward_row(const BackwardRow<T>& row, T grad_log_det, const Tile& tile, ScaleParams<T> params) {
   for (int64_t i = 0; i < tile.padded; i += lanes<T>) {
     const Vec<T> grad = load<T>(row.grad_out + i), value = load<T>(row.out + i), move = load<T>(row.shift + i);
     if constexpr (Map == ScaleMap::none) {

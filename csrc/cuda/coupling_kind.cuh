@@ -37,8 +37,8 @@ int with_kind(const CouplingKind<T>& kind, const F& f) {
     case ScaleMap::sigmoid:
       return with_map<ScaleMap::sigmoid>(kind.order, kind.inverse, f);
 #ifndef PYGLOW_FEW_MAPS
-    case ScaleMap::sigmoid_eps:
-      return with_map<ScaleMap::sigmoid_eps>(kind.order, kind.inverse, f);
+    case ScaleMap::scaled_sigmoid:
+      return with_map<ScaleMap::scaled_sigmoid>(kind.order, kind.inverse, f);
     case ScaleMap::exp:
       return with_map<ScaleMap::exp>(kind.order, kind.inverse, f);
     case ScaleMap::tanh:
@@ -62,8 +62,8 @@ __device__ __forceinline__ void with_scale_map(ScaleMap map, const F& f) {
     case ScaleMap::sigmoid:
       return f(std::integral_constant<ScaleMap, ScaleMap::sigmoid>());
 #ifndef PYGLOW_FEW_MAPS
-    case ScaleMap::sigmoid_eps:
-      return f(std::integral_constant<ScaleMap, ScaleMap::sigmoid_eps>());
+    case ScaleMap::scaled_sigmoid:
+      return f(std::integral_constant<ScaleMap, ScaleMap::scaled_sigmoid>());
     case ScaleMap::exp:
       return f(std::integral_constant<ScaleMap, ScaleMap::exp>());
     case ScaleMap::tanh:

@@ -4,14 +4,17 @@
 
 namespace pyglow {
 
-// none: additive coupling. sigmoid_eps is sigmoid with eps > 0, whose log needs another formula.
-enum class ScaleMap : int { none = 0, sigmoid = 1, sigmoid_eps = 2, exp = 3, tanh = 4, atan = 5 };
+// none: additive coupling. scaled_sigmoid is sigmoid with another factor than 1, or with eps > 0: what it costs more,
+// the plain one does not pay.
+enum class ScaleMap : int { none = 0, sigmoid = 1, scaled_sigmoid = 2, exp = 3, tanh = 4, atan = 5 };
 
 template <class T>
 struct ScaleParams {
-  T bias;   // sigmoid(raw + bias) + eps
-  T eps;    //
-  T clamp;  // exp(clamp tanh(raw / clamp)), exp(clamp 0.636 atan(raw))
+  T bias;               // factor sigmoid(raw + bias) + eps
+  T eps;                //
+  T clamp;              // exp(clamp tanh(raw / clamp)), exp(clamp 0.636 atan(raw))
+  T factor = T(1);      // of the sigmoid maps
+  T log_factor = T(0);  // its logarithm
 };
 
 // Elements of the coupling net's output: the flow state's own, or 16-bit.

@@ -18,15 +18,16 @@ struct Scale {
 // V a scalar or a vector of T.
 template <ScaleMap Map, class V, class T>
 PYGLOW_HD Scale<V> scale_of(V raw, const ScaleParams<T>& params) {
-  if constexpr (Map == ScaleMap::sigmoid || Map == ScaleMap::sigmoid_eps) {
+  if constexpr (Map == ScaleMap::sigmoid || Map == ScaleMap::scaled_sigmoid) {
     // With e = exp(-|z|): log sigmoid(z) = min(z, 0) - log(1 + e).
     const V z = raw + params.bias;
     const auto [sig, complement, e] = sigmoid(z);
     if constexpr (Map == ScaleMap::sigmoid) {
       return {sig, (z < T(0) ? z : V{}) - log1p_unit(e), complement};
     } else {
-      const V s = sig + params.eps;
-      return {s, log(s), sig * complement / s};
+      const V scaled = params.factor * sig, s = scaled + params.eps;
+      if (params.eps > T(0)) return {s, log(s), scaled * complement / s};
+      return {s, params.log_factor + ((z < T(0) ? z : V{}) - log1p_unit(e)), complement};
     }
   } else if constexpr (Map == ScaleMap::exp) {
     // Where s overflows log_s is infinite too, so that log_det, and with it the loss, shows it.

@@ -37,6 +37,7 @@ _GROUPS: tuple[tuple[str, tuple[tuple[str, str, Any, str], ...]], ...] = (
             ("--scale-bias", "scale_bias", number, "of the sigmoid map (2)"),
             ("--scale-eps", "scale_eps", number, "added to the sigmoid's scale (0)"),
             ("--scale-clamp", "scale_clamp", number, "of the tanh and atan maps (2)"),
+            ("--scale-factor", "scale_factor", number, "times the sigmoid's scale (1)"),
         ),
     ),
     (

@@ -15,12 +15,19 @@ from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.reference import KINDS, ORDERS, SCALE_MAPS, CouplingSpec
 
 MAX_CLAMP = 80.0  # log s of the tanh and atan maps stays below it, and exp(80) is finite in float32
+MAX_FACTOR = 1e30  # nor is 1 / MAX_FACTOR far from the ends of float32
 
 
-def check_scale_numbers(scale_eps: float, scale_clamp: float) -> None:
-    """Refuse values with which a scale could be negative or overflow."""
+def check_scale_numbers(
+    kind: str, scale_map: object, scale_eps: float, scale_clamp: float, scale_factor: float
+) -> None:
+    """Refuse values with which a scale could be negative or overflow, and a factor on a map that has none."""
     expect(scale_eps >= 0, "scale_eps", "0 or more", scale_eps)
     expect(0 < scale_clamp <= MAX_CLAMP, "scale_clamp", f"a positive number, at most {MAX_CLAMP:g}", scale_clamp)
+    expected = f"a number from {1 / MAX_FACTOR:g} to {MAX_FACTOR:g}"
+    expect(1 / MAX_FACTOR <= scale_factor <= MAX_FACTOR, "scale_factor", expected, scale_factor)
+    has_factor = kind == "affine" and scale_map == "sigmoid"
+    expect(has_factor or scale_factor == 1, "scale_factor", "1 where the scale is no sigmoid", scale_factor)
 
 
 def coupling_spec(
@@ -30,6 +37,7 @@ def coupling_spec(
     scale_eps: float = 0.0,
     scale_clamp: float = 2.0,
     order: str = "shift_scale",
+    scale_factor: float = 1.0,
 ) -> CouplingSpec:
     """A CouplingSpec of checked values; the error names the argument."""
     expect(kind in KINDS, "kind", f"one of {KINDS}", repr(kind))
@@ -40,8 +48,9 @@ def coupling_spec(
         repr(scale_map),
     )
     expect(order in ORDERS, "order", f"one of {ORDERS}", repr(order))
-    check_scale_numbers(scale_eps, scale_clamp)
-    return CouplingSpec(kind, scale_map, float(scale_bias), float(scale_eps), float(scale_clamp), order)
+    check_scale_numbers(kind, scale_map, scale_eps, scale_clamp, scale_factor)
+    bias, eps, clamp, factor = float(scale_bias), float(scale_eps), float(scale_clamp), float(scale_factor)
+    return CouplingSpec(kind, scale_map, bias, eps, clamp, order, factor)
 
 
 class Coupling(FlowLayer):
@@ -53,12 +62,14 @@ class Coupling(FlowLayer):
         net: module mapping x1 (N, C/2, *spatial) and, if given, cond to (N, C, *spatial): shift, then raw (affine), or
             to (N, C/2, *spatial): shift (additive).
         kind: "affine" or "additive".
-        scale_map: "sigmoid": s = sigmoid(raw + scale_bias) + scale_eps; "exp"; "tanh": exp(clamp tanh(raw / clamp));
-            "atan": exp(clamp 0.636 atan(raw)); or a callable raw -> (s, log s), which runs on the reference path (a
-            module with parameters trains in memory mode "store" only; the other modes refuse it).
+        scale_map: "sigmoid": s = scale_factor sigmoid(raw + scale_bias) + scale_eps; "exp"; "tanh":
+            exp(clamp tanh(raw / clamp)); "atan": exp(clamp 0.636 atan(raw)); or a callable raw -> (s, log s), which
+            runs on the reference path (a module with parameters trains in memory mode "store" only; the other modes
+            refuse it).
         scale_bias, scale_eps: of the sigmoid map.
         scale_clamp: of the tanh and atan maps.
         order: "shift_scale" (Glow) or "scale_shift" (nflows, FrEIA).
+        scale_factor: of the sigmoid map: the largest scale but for scale_eps (Jet: 2, with a scale_bias of 0).
         precision: of the net: "auto" (as torch.autocast says), "fp32", "tf32", "bf16" or "fp16"; may be changed later.
 
     Where the net makes a scale so small that it underflows, the inverse divides by zero and its result is inf: sampling
@@ -69,7 +80,8 @@ class Coupling(FlowLayer):
     Raises:
         ValueError: wrong option, odd channels, a net whose output has the wrong shape.
 
-    References: Dinh et al. 2014 (additive), Dinh et al. 2017 (affine), Kingma & Dhariwal 2018, section 3.3.
+    References: Dinh et al. 2014 (additive), Dinh et al. 2017 (affine), Kingma & Dhariwal 2018, section 3.3; Kolesnikov
+    et al. 2024, Jet (the factor).
     """
 
     def __init__(
@@ -81,11 +93,12 @@ class Coupling(FlowLayer):
         scale_eps: float = 0.0,
         scale_clamp: float = 2.0,
         order: str = "shift_scale",
+        scale_factor: float = 1.0,
         precision: str = "auto",
     ) -> None:
         super().__init__()
         self.precision = precision
-        self.spec = coupling_spec(kind, scale_map, scale_bias, scale_eps, scale_clamp, order)
+        self.spec = coupling_spec(kind, scale_map, scale_bias, scale_eps, scale_clamp, order, scale_factor)
         self.net = net
         if isinstance(scale_map, nn.Module):
             self.scale_module = scale_map  # its parameters are the model's

@@ -228,7 +228,7 @@ class FlowStep(FlowLayer):
         precision: of the coupling net, see Coupling.
         border: of the coupling net, see CouplingNet.
         older: the other fields of the CouplingSpec as they were given before it, beside a kind only: scale_map,
-            scale_bias, scale_eps, scale_clamp and order, see Coupling.
+            scale_bias, scale_eps, scale_clamp, scale_factor and order, see Coupling.
 
     Shapes: x (N, C, *spatial), float32 or float64; log_det (N,), nats.
 

@@ -29,7 +29,7 @@ class GlowConfig:
         cond_channels: channels of a conditioning input to every coupling net; 0 for none.
         net_actnorm: ActNorm inside the coupling nets, as in the released code.
         learn_prior: learned split priors and top prior.
-        scale_map, scale_bias, scale_eps, scale_clamp: of the affine coupling, see Coupling.
+        scale_map, scale_bias, scale_eps, scale_clamp, scale_factor: of the affine coupling, see Coupling.
         border: convolutions of the nets and priors also see a ring of ones around the image, see CouplingNet.
         classify: number of classes that a linear head on the top latent tells apart, see ClassHead; 0 for no head. It
             goes with n_classes (then the same number) or without.
@@ -54,6 +54,7 @@ class GlowConfig:
     scale_clamp: float = 2.0
     border: bool = False
     classify: int = 0
+    scale_factor: float = 1.0
 
     def __post_init__(self) -> None:
         expect(isinstance(self.image_shape, Sequence), "image_shape", "a tuple of ints", repr(self.image_shape))
@@ -81,11 +82,11 @@ class GlowConfig:
         expect(self.scale_map in SCALE_MAPS, "scale_map", f"one of {SCALE_MAPS}", repr(self.scale_map))
         for name in ("net_actnorm", "learn_prior", "border"):
             expect(type(getattr(self, name)) is bool, name, "True or False", repr(getattr(self, name)))
-        for name in ("scale_bias", "scale_eps", "scale_clamp"):
+        for name in ("scale_bias", "scale_eps", "scale_clamp", "scale_factor"):
             value = getattr(self, name)
             is_number = isinstance(value, int | float) and math.isfinite(value)
             expect(is_number, name, "a finite number", repr(value))
-        check_scale_numbers(self.scale_eps, self.scale_clamp)
+        check_scale_numbers(self.coupling, self.scale_map, self.scale_eps, self.scale_clamp, self.scale_factor)
 
     @property
     def dims(self) -> int:

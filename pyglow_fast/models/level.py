@@ -23,7 +23,7 @@ class FlowLevel(nn.Module):
             FlowStep(
                 channels,
                 hidden=config.hidden,
-                coupling=CouplingSpec(config.coupling, config.scale_map, *numbers),
+                coupling=CouplingSpec(config.coupling, config.scale_map, *numbers, factor=config.scale_factor),
                 permutation=config.permutation,
                 net_actnorm=config.net_actnorm,
                 cond_channels=config.cond_channels,

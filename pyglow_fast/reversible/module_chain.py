@@ -19,20 +19,25 @@ from pyglow_fast.reversible.parts import Part
 from pyglow_fast.reversible.walk import Walk
 
 
-class _Direction(nn.Module):
-    """A step's forward or inverse, as a module that functional_call can call."""
+class _Method(nn.Module):
+    """A step's forward or another method, as a module that functional_call can call."""
 
-    def __init__(self, step: nn.Module, inverse: bool) -> None:
+    def __init__(self, step: nn.Module, method: str) -> None:
         super().__init__()
-        self.step, self.is_inverse = step, inverse
+        self.step, self.method = step, method
 
     def forward(self, x: Tensor, cond: Tensor | None) -> Any:
         inputs = (x,) if cond is None else (x, cond)
-        return self.step.inverse(*inputs) if self.is_inverse else self.step(*inputs)  # type: ignore[operator]
+        return self.step(*inputs) if self.method == "forward" else getattr(self.step, self.method)(*inputs)
 
 
 class ModuleChain:
-    """A run of K modules with ``forward(x, cond=None) -> (z, log_det)`` and ``inverse``."""
+    """A run of K modules with ``forward(x, cond=None) -> (z, log_det)`` and ``inverse``.
+
+    Of a coupling, one run of its net serves the way back and the gradient, if it has two methods more:
+    ``net_output(x, cond=None)``, the same for the step's input and its output, and ``step_backward(y, net_out, grad_y,
+    grad_log_det) -> (x, grad_x, grad_net_out)`` from the step's output, grad_x without the net's part.
+    """
 
     def __init__(self, steps: Sequence[nn.Module], part: Part) -> None:
         for step in steps:
@@ -50,9 +55,9 @@ class ModuleChain:
             at += len(names)
         return parts
 
-    def call(self, k: int, x: Tensor, cond: Tensor | None, params: Sequence[Tensor], inverse: bool) -> Any:
+    def call(self, k: int, x: Tensor, cond: Tensor | None, params: Sequence[Tensor], method: str = "forward") -> Any:
         """Step k with the given parameters in the place of its own."""
-        module = _Direction(self.steps[k], inverse)
+        module = _Method(self.steps[k], method)
         return torch.func.functional_call(module, dict(zip(self.names[k], params, strict=True)), (x, cond))
 
     def run(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -86,9 +91,19 @@ class _ModuleWalk(Walk):
             return run()
 
     def invert(self, k: int, y: Tensor, grad_y: Tensor, anchor: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The module's inverse, then its forward with gradients."""
-        x, _ = self._repeated(k, partial(self.chain.call, k, y, self.cond, self.params[k], True))
+        """The module's inverse, then its forward with gradients; of a coupling its net alone, once."""
+        if hasattr(self.chain.steps[k], "step_backward"):
+            return self._invert_coupling(k, y, grad_y)
+        x, _ = self._repeated(k, partial(self.chain.call, k, y, self.cond, self.params[k], "inverse"))
         return x, self.differentiate(k, x if anchor is None else anchor, grad_y, anchor is not None)
+
+    def _invert_coupling(self, k: int, y: Tensor, grad_y: Tensor) -> tuple[Tensor, Tensor]:
+        leaf, cond, params = self._leaves(k, y)
+        with torch.enable_grad():
+            net_out = self._repeated(k, partial(self.chain.call, k, leaf, cond, params, "net_output"))
+        step: Any = self.chain.steps[k]
+        x, grad_x, grad_net_out = step.step_backward(y, net_out.detach(), grad_y, self.grad_log_det)
+        return x, grad_x + self._pass_back(k, [net_out], [grad_net_out], leaf, cond, params)
 
     def drift(self, k: int, x: Tensor, anchor: Tensor | None) -> Tensor:
         """Of the input itself."""
@@ -98,9 +113,7 @@ class _ModuleWalk(Walk):
         """Inputs forward from the anchor, kept, then back."""
         inputs = [x]
         for k in range(first, last):
-            inputs.append(
-                self._repeated(k, partial(self.chain.call, k, inputs[-1], self.cond, self.params[k], False))[0]
-            )
+            inputs.append(self._repeated(k, partial(self.chain.call, k, inputs[-1], self.cond, self.params[k]))[0])
         for k in reversed(range(first, last + 1)):
             grad = self.differentiate(k, inputs[k - first], grad, True)
         return grad
@@ -110,25 +123,41 @@ class _ModuleWalk(Walk):
 
         same_x: x is the very input of the forward.
         """
-        leaf = x.detach().requires_grad_()
-        params = [parameter.detach().requires_grad_(parameter.requires_grad) for parameter in self.params[k]]
-        cond = None if self.cond is None else self.cond.detach().requires_grad_(self.cond.requires_grad)
+        leaf, cond, params = self._leaves(k, x)
         with torch.enable_grad():
-            y, log_det = self._repeated(k, partial(self.chain.call, k, leaf, cond, params, False))
+            y, log_det = self._repeated(k, partial(self.chain.call, k, leaf, cond, params))
         sums = self.memos[k][1]
         if sums is not None and same_x:
             check_repeated(sums, output_sums(y), f"steps[{k + self.part.first}]")
+        return self._pass_back(k, [y, log_det], [grad_y, self.grad_log_det], leaf, cond, params)
+
+    def _leaves(self, k: int, x: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """What step k is differentiated by: x, the condition and the parameters."""
+        params = [parameter.detach().requires_grad_(parameter.requires_grad) for parameter in self.params[k]]
+        cond = None if self.cond is None else self.cond.detach().requires_grad_(self.cond.requires_grad)
+        return x.detach().requires_grad_(), cond, params
+
+    def _pass_back(
+        self,
+        k: int,
+        outputs: Sequence[Tensor],
+        output_grads: Sequence[Tensor],
+        leaf: Tensor,
+        cond: Tensor | None,
+        params: Sequence[Tensor],
+    ) -> Tensor:
+        """The gradient of the leaf, from those of outputs of step k."""
         slots = [leaf, cond, *params]
         wanted = [slot for slot in slots if slot is not None and slot.requires_grad]
-        for output in (y, log_det):
+        for output in outputs:
             check_leaves(output, wanted)
-        pairs = [(o, g) for o, g in ((y, grad_y), (log_det, self.grad_log_det)) if o.requires_grad]
-        outputs, grads = [o for o, _ in pairs], [g.to(o.dtype) for o, g in pairs]
-        found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
+        pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, output_grads, strict=True) if o.requires_grad]
+        own, grads = [o for o, _ in pairs], [g for _, g in pairs]
+        found = iter(torch.autograd.grad(own, wanted, grads, allow_unused=True))
         grad_x, grad_cond, *rest = [next(found) if slot is not None and slot.requires_grad else None for slot in slots]
         self.cond_sum.put(grad_cond)
         self.grad_params[k] = tuple(rest)
-        return torch.zeros_like(x) if grad_x is None else grad_x
+        return torch.zeros_like(leaf) if grad_x is None else grad_x
 
 
 def _check_outputs(k: int, outputs: Any, n: int) -> None:
@@ -157,7 +186,7 @@ class _RunModules(torch.autograd.Function):
             known = is_deterministic(chain.steps[k])
             before = None if known else GeneratorState.capture(x.device)
             version = z._version
-            outputs = chain.call(k, z, cond, by_step[k], inverse=False)
+            outputs = chain.call(k, z, cond, by_step[k])
             _check_outputs(k, outputs, z.shape[0])
             expect(z._version == version, f"steps[{k}]", "a forward that leaves its input as it is", "one that writes")
             # A step may hand its input on as it is; an output of a function must be its own.

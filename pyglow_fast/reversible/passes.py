@@ -36,9 +36,10 @@ def _compiled(x: Tensor, spec: CouplingSpec) -> bool:
     return ops.run_on(x) and ops.has_kernel(spec)
 
 
-def _forward_kind(spec: CouplingSpec) -> tuple[int, int, float, float, float]:
-    scale_map, order, _, bias, eps, clamp = ops.kind_arguments(spec, inverse=False)
-    return scale_map, order, bias, eps, clamp
+def _forward_kind(spec: CouplingSpec) -> tuple[int, int, float, float, float, float]:
+    scale_map, order, _, *numbers = ops.kind_arguments(spec, inverse=False)
+    bias, eps, clamp, factor = numbers
+    return scale_map, order, bias, eps, clamp, factor
 
 
 def _whole(grad: Tensor, added: Tensor | None) -> Tensor:
@@ -69,6 +70,18 @@ def step_backward(
         lambda u, net_out: reference.coupling(u, net_out, spec), [u, net_out], [grad_y, grad_log_det]
     )
     return functional.channel_unmix(u, inverse_matrix, offset, index=index), grad_u, grad_net_out
+
+
+def coupling_backward_from_output(
+    y: Tensor, net_out: Tensor, grad_y: Tensor, grad_log_det: Tensor, spec: CouplingSpec
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From a coupling's output y: its input u, and the gradients of u (without the net's part) and of net_out."""
+    if _compiled(y, spec):
+        kind, net_out = ops.kind_arguments(spec, inverse=False), functional.readable_net_output(net_out, y)
+        grad_u, grad_net_out, u = ops.coupling_backward(y, net_out, grad_y, grad_log_det, *kind, True)
+        return u, grad_u, grad_net_out
+    u, _ = functional.coupling_inverse(y, net_out, spec)
+    return u, *coupling_backward(u, net_out, grad_y, grad_log_det, spec)
 
 
 def coupling_backward(

@@ -2,6 +2,8 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <cmath>
+
 #include "driver.h"
 
 namespace driver {
@@ -20,7 +22,7 @@ struct Net {
 };
 struct Variant {
   int map, order, inverse;
-  double bias, eps, clamp;
+  double bias, eps, clamp, factor;
 };
 struct Sizes {
   int64_t samples, channels, transformed, positions;
@@ -44,7 +46,8 @@ pyglow::CouplingKind<T> kind_of(const Variant& v) {
   return {static_cast<pyglow::ScaleMap>(v.map),
           static_cast<pyglow::Order>(v.order),
           v.inverse != 0,
-          {static_cast<T>(v.bias), static_cast<T>(v.eps), static_cast<T>(v.clamp)}};
+          {static_cast<T>(v.bias), static_cast<T>(v.eps), static_cast<T>(v.clamp), static_cast<T>(v.factor),
+           static_cast<T>(std::log(v.factor))}};
 }
 
 template <class T>

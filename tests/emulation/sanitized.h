@@ -103,9 +103,9 @@ template <class T>
 constexpr int net_types = sizeof(T) == sizeof(float) ? 3 : 1;
 
 constexpr pyglow::ScaleMap maps[] = {
-    pyglow::ScaleMap::none,        pyglow::ScaleMap::sigmoid,
+    pyglow::ScaleMap::none,           pyglow::ScaleMap::sigmoid,
 #ifndef PYGLOW_FEW_MAPS
-    pyglow::ScaleMap::sigmoid_eps, pyglow::ScaleMap::exp,     pyglow::ScaleMap::tanh, pyglow::ScaleMap::atan,
+    pyglow::ScaleMap::scaled_sigmoid, pyglow::ScaleMap::exp,     pyglow::ScaleMap::tanh, pyglow::ScaleMap::atan,
 #endif
 };
 constexpr pyglow::Order orders[] = {pyglow::Order::shift_scale, pyglow::Order::scale_shift};

@@ -237,6 +237,7 @@ class TestSaving:
             ({"scale_map": "exp"}, r"scale_map: expected sigmoid\(raw \+ 2\)"),
             ({"scale_bias": 1.0}, r"scale_map: expected sigmoid\(raw \+ 2\)"),
             ({"scale_eps": 0.1}, r"scale_map: expected sigmoid\(raw \+ 2\)"),
+            ({"scale_factor": 2.0}, r"scale_map: expected sigmoid\(raw \+ 2\)"),
         ],
     )
     def test_what_no_format_has(self, save: Callable[..., Any], fields: dict[str, Any], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -172,6 +173,12 @@ def test_silently_swapped_dimensions_are_refused() -> None:
         ({"order": "scale"}, r"order: expected one of \('shift_scale', 'scale_shift'\), found 'scale'"),
         ({"scale_eps": -0.1}, "scale_eps: expected 0 or more, found -0.1"),
         ({"scale_clamp": 0.0}, "scale_clamp: expected a positive number, at most 80, found 0.0"),
+        ({"scale_factor": 0.0}, r"scale_factor: expected a number from 1e-30 to 1e\+30, found 0.0"),
+        ({"scale_factor": math.nan}, r"scale_factor: expected a number from 1e-30 to 1e\+30, found nan"),
+        ({"scale_factor": math.inf}, r"scale_factor: expected a number from 1e-30 to 1e\+30, found inf"),
+        ({"scale_factor": 2.0, "scale_map": "tanh"}, "scale_factor: expected 1 where the scale is no sigmoid, found 2"),
+        ({"scale_factor": 2.0, "scale_map": lambda raw: (raw, raw)}, "scale_factor: expected 1 where .* found 2"),
+        ({"scale_factor": 2.0, "kind": "additive"}, "scale_factor: expected 1 where the scale is no sigmoid, found 2"),
     ],
 )
 def test_wrong_arguments(options: dict[str, object], message: str) -> None:

@@ -59,6 +59,7 @@ def test_is_the_same_function(fields: dict[str, object]) -> None:
     [
         {"order": "scale_shift", "scale_map": "exp"},
         {"scale_bias": 0.5, "scale_eps": 0.2},
+        {"scale_bias": 0.0, "scale_factor": 2.0},
         {"scale_map": "atan", "scale_clamp": 0.8},
         {"precision": "bf16"},
     ],

@@ -33,10 +33,11 @@ OTHER_VALUES: dict[str, Any] = {
     "border": True,
     "classify": 10,
 }
+WITH_SIGMOID = {"scale_factor": 2.0}  # which other maps have none of
 
 
 def test_round_trip_through_json() -> None:
-    for config in (pgf.GlowConfig(), pgf.GlowConfig(**OTHER_VALUES)):
+    for config in (pgf.GlowConfig(), pgf.GlowConfig(**OTHER_VALUES), pgf.GlowConfig(**WITH_SIGMOID)):
         again = pgf.GlowConfig.from_dict(json.loads(json.dumps(config.to_dict())))
         assert again == config
         assert hash(again) == hash(config)
@@ -45,8 +46,9 @@ def test_round_trip_through_json() -> None:
 
 def test_the_round_trip_covers_every_field() -> None:
     default = pgf.GlowConfig()
-    assert set(OTHER_VALUES) == {field.name for field in dataclasses.fields(default)}
-    assert all(getattr(default, name) != value for name, value in OTHER_VALUES.items())
+    values = OTHER_VALUES | WITH_SIGMOID
+    assert set(values) == {field.name for field in dataclasses.fields(default)}
+    assert all(getattr(default, name) != value for name, value in values.items())
 
 
 def test_missing_keys_take_their_defaults() -> None:
@@ -133,6 +135,10 @@ def test_scale_options_reach_the_couplings() -> None:
         ({"scale_bias": "2"}, "scale_bias: expected a finite number, found '2'"),
         ({"scale_eps": -0.1}, r"scale_eps: expected 0 or more, found -0\.1"),
         ({"scale_eps": math.inf}, "scale_eps: expected a finite number, found inf"),
+        ({"scale_factor": math.inf}, "scale_factor: expected a finite number, found inf"),
+        ({"scale_factor": 0.0}, r"scale_factor: expected a number from 1e-30 to 1e\+30, found 0\.0"),
+        ({"scale_factor": 2.0, "scale_map": "exp"}, "scale_factor: expected 1 where the scale is no sigmoid"),
+        ({"scale_factor": 2.0, "coupling": "additive"}, "scale_factor: expected 1 where the scale is no sigmoid"),
         ({"scale_clamp": 0}, "scale_clamp: expected a positive number, at most 80, found 0"),
         ({"scale_clamp": 100.0}, r"scale_clamp: expected a positive number, at most 80, found 100\.0"),
         ({"n_step": 3}, r"config: expected keys among \[.*'n_steps'.*\], found unknown \['n_step'\]"),

@@ -123,6 +123,7 @@ BIJECTIONS = [
         for order in ORDERS
     ),
     Bijection("coupling-eps", lambda: _coupling(4, scale_eps=0.2, scale_bias=-1.0), (4, 3, 2)),
+    Bijection("coupling-factor", lambda: _coupling(4, scale_factor=2.0, scale_bias=0.0), (4, 3, 2)),
     Bijection("coupling-clamp", lambda: _coupling(4, scale_map="tanh", scale_clamp=0.5), (4, 3, 2)),
     Bijection("coupling-callable", lambda: _coupling(2, scale_map=softplus_scale), (2, 3, 5)),
     Bijection("coupling-additive", lambda: _coupling(6, "additive"), (6, 3, 2)),

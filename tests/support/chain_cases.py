@@ -77,6 +77,7 @@ CASES = [
     ),
     Case("callable", options={"scale_map": softplus_scale}),
     Case("eps", options={"scale_eps": 0.2}),
+    Case("factor", options={"scale_bias": 0.0, "scale_factor": 2.0}),
     Case("net-actnorm", options={"net_actnorm": True}),
     Case("cond", cond_shape=(2, 6, 3)),
     Case("cond-net-actnorm", cond_shape=(1, 6, 3), options={"net_actnorm": True}),

@@ -32,6 +32,8 @@ MAPS = {
     "additive": CouplingSpec(kind="additive"),
     "sigmoid": CouplingSpec(),
     "sigmoid_eps": CouplingSpec(bias=0.5, eps=0.1),
+    "sigmoid_factor": CouplingSpec(bias=0.0, factor=2.0),
+    "sigmoid_factor_eps": CouplingSpec(bias=0.5, eps=0.1, factor=0.7),
     "exp": CouplingSpec(scale_map="exp"),
     "tanh": CouplingSpec(scale_map="tanh", clamp=1.5),
     "atan": CouplingSpec(scale_map="atan", clamp=1.9),

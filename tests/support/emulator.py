@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyglow_fast.reference import CouplingSpec
 
-MAPS = {"sigmoid": 1, "sigmoid_eps": 2, "exp": 3, "tanh": 4, "atan": 5}  # ScaleMap of csrc/math/kinds.h; additive: 0
+MAPS = {"sigmoid": 1, "scaled_sigmoid": 2, "exp": 3, "tanh": 4, "atan": 5}  # ScaleMap of csrc/math/kinds.h; additive: 0
 NET_TYPES = {torch.bfloat16: 1, torch.float16: 2}  # NetType; the state's own type: 0
 ORDERS = {"shift_scale": 0, "scale_shift": 1}
 
@@ -52,6 +52,7 @@ class _Variant(ctypes.Structure):
         ("bias", ctypes.c_double),
         ("eps", ctypes.c_double),
         ("clamp", ctypes.c_double),
+        ("factor", ctypes.c_double),
     )
 
 
@@ -84,9 +85,10 @@ def _net(x: Tensor) -> _Net:
 
 
 def _variant(spec: CouplingSpec, inverse: bool) -> _Variant:
-    name = "sigmoid_eps" if spec.scale_map == "sigmoid" and spec.eps else str(spec.scale_map)
+    scaled = spec.scale_map == "sigmoid" and (spec.eps or spec.factor != 1.0)
+    name = "scaled_sigmoid" if scaled else str(spec.scale_map)
     index = 0 if spec.kind == "additive" else MAPS[name]
-    return _Variant(index, ORDERS[spec.order], inverse, spec.bias, spec.eps, spec.clamp)
+    return _Variant(index, ORDERS[spec.order], inverse, spec.bias, spec.eps, spec.clamp, spec.factor)
 
 
 def _transformed(net_out: Tensor, spec: CouplingSpec) -> int:

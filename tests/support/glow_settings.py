@@ -30,6 +30,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "exp": {"image_shape": (1, 4, 4), "scale_map": "exp"},
     "tanh": {"image_shape": (1, 4, 4), "scale_map": "tanh", "scale_clamp": 0.8},
     "atan": {"image_shape": (1, 4, 4), "scale_map": "atan"},
+    "factor": {"image_shape": (1, 4, 4), "scale_bias": 0.0, "scale_factor": 2.0},
     "eps": {"image_shape": (1, 4, 4), "scale_bias": 0.5, "scale_eps": 0.2},
 }
 # A bound of the condition number of the models below in their data: what a rounding error can grow by.

@@ -39,13 +39,15 @@ SPECS = [
     CouplingSpec("affine", scale_map, 2.0, eps, 1.5, order)
     for scale_map, eps in (("sigmoid", 0.0), ("sigmoid", 0.05), ("exp", 0.0), ("tanh", 0.0), ("atan", 0.0))
     for order in ORDERS
-] + [CouplingSpec("additive")]
+]
+SPECS += [CouplingSpec("additive"), *(CouplingSpec(bias=0.0, factor=2.0, order=order) for order in ORDERS)]
+SPECS += [CouplingSpec(eps=0.05, factor=0.6)]
 
 
 def case_name(value: object) -> str:
     """A short id for pytest."""
     if isinstance(value, CouplingSpec):
-        return f"{value.kind}-{value.scale_map}-{value.eps}-{value.order}"
+        return f"{value.kind}-{value.scale_map}-{value.eps}-{value.factor}-{value.order}"
     return str(value).replace("torch.", "").replace(" ", "")
 
 

@@ -54,6 +54,7 @@ def _step(state: State, config: GlowConfig, x: Tensor, cond: Tensor | None) -> t
     kept = x[:, : x.shape[1] // 2]
     net_in = kept if cond is None else torch.cat([kept, cond], dim=1)
     spec = CouplingSpec(config.coupling, config.scale_map, config.scale_bias, config.scale_eps, config.scale_clamp)
+    spec = spec._replace(factor=config.scale_factor)
     z, coupling_log_det = reference.coupling(x, _net(_under(state, "coupling.net."), net_in), spec)
     return z, log_det + coupling_log_det
 

@@ -14,6 +14,8 @@ SPECS = [
     *(CouplingSpec(scale_map=softplus_scale, order=order) for order in ORDERS),
     CouplingSpec(bias=-0.5, eps=0.3),
     CouplingSpec(bias=0.0, eps=1e-3, order="scale_shift"),
+    *(CouplingSpec(bias=0.0, factor=2.0, order=order) for order in ORDERS),
+    CouplingSpec(eps=0.3, factor=0.7),
     CouplingSpec(scale_map="tanh", clamp=0.7),
     CouplingSpec(scale_map="atan", clamp=3.0, order="scale_shift"),
 ]
@@ -21,7 +23,7 @@ SPECS = [
 
 def spec_name(spec: CouplingSpec) -> str:
     scale_map = spec.scale_map if isinstance(spec.scale_map, str) else "callable"
-    return "-".join([spec.kind, scale_map, spec.order, *map(str, (spec.bias, spec.eps, spec.clamp))])
+    return "-".join([spec.kind, scale_map, spec.order, *map(str, (spec.bias, spec.eps, spec.clamp, spec.factor))])
 
 
 def randn(*shape: int) -> Tensor:

@@ -341,8 +341,8 @@ def from_model(model: Glow) -> Weights:
     expect(config.dims == 2, "image_shape", "2-d images, as in all of these formats", config.image_shape)
     expect(config.cond_channels == 0, "cond_channels", "0: no format has a condition", config.cond_channels)
     if config.coupling == "affine":
-        found = (config.scale_map, config.scale_bias, config.scale_eps)
-        expect(found == ("sigmoid", 2.0, 0.0), "scale_map", "sigmoid(raw + 2), as in all of these formats", found)
+        found = (config.scale_map, config.scale_bias, config.scale_eps, config.scale_factor)
+        expect(found == ("sigmoid", 2.0, 0.0, 1.0), "scale_map", "sigmoid(raw + 2), as in all of these formats", found)
     expect(model.is_initialized, "model", "actnorms that have seen data (model.initialize)", "fresh ones")
     if config.classify:
         warnings.warn("the classifier on the top latent is left out: no format has one", stacklevel=3)

@@ -1,0 +1,192 @@
+"""Runs of Jet's couplings in one chain, whose backward runs each net once and keeps no state but a few anchors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from pyglow_fast._errors import expect
+from pyglow_fast.coupling_nets.traits import has_hooks
+from pyglow_fast.interop.jet.couplings import Adopted, OfImages, WithProjections, takes
+from pyglow_fast.interop.jet.tokens import TokenCoupling
+from pyglow_fast.interop.joined import Face, Place, unrepeatable
+from pyglow_fast.layers.reversible_sequence import ReversibleSequence
+
+STEPS = (Adopted,)  # what may be joined
+_MODEL = ("kind_flags", "channel_indices", "spatial_indices", "channel_projections", "spatial_projections")
+
+
+class _Called:
+    """What a model of jet-pytorch's interface calls its i-th coupling with besides x; nothing in JetFormer."""
+
+    def __init__(self, owner: nn.Module, index: int, projects: bool) -> None:
+        self.owner, self.index, self.projects = owner, index, projects
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Of now: (is_channel, channel_proj, spatial_proj), or nothing."""
+        if not self.projects:
+            return ()
+        owner: Any = self.owner
+        rows = owner.channel_indices[self.index], owner.spatial_indices[self.index]
+        stacks = owner.channel_projections, owner.spatial_projections
+        found = (stack[row] if row >= 0 else None for row, stack in zip(rows, stacks, strict=True))
+        return (owner.kind_flags[self.index], *found)
+
+    def check(self, given: Sequence[Any]) -> None:
+        """Refuse another call than the one that was joined."""
+
+        def same(one: Any, other: Any) -> bool:
+            if isinstance(one, Tensor) and isinstance(other, Tensor):
+                return one.data_ptr() == other.data_ptr() and one.shape == other.shape
+            return bool(one is other or one == other)
+
+        fits = not self.projects or all(map(same, given, self.arguments()))
+        expect(fits, f"couplings[{self.index}]", "a call with the model's own projections", "one with others")
+
+
+class _Step(nn.Module):
+    """One coupling of tokens, with the calls of a step of a reversible run."""
+
+    def __init__(self, layer: nn.Module, called: _Called) -> None:
+        super().__init__()
+        self.layer, self.called = layer, called
+
+    def coupling(self, x: Tensor) -> TokenCoupling | None:
+        """How tokens are coupled with the projections of now."""
+        layer: Any = self.layer
+        found: TokenCoupling | None = layer.coupling(x, *self.called.arguments())
+        return found
+
+    def _known(self, x: Tensor) -> TokenCoupling:
+        found = self.coupling(x)
+        assert found is not None  # asked before the run
+        return found
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x -> y, log_det (N,)."""
+        return self._known(x).forward(x)
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """y -> x, log_det (N,)."""
+        return self._known(y).inverse(y)
+
+    def net_output(self, x: Tensor) -> Tensor:
+        """What the net gives for the half that stays, of x or of y."""
+        coupling = self._known(x)
+        return coupling.net_output(coupling.halved(x))
+
+    def step_backward(
+        self, y: Tensor, net_out: Tensor, grad_y: Tensor, grad_log_det: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """From y: x, and the gradients of x (without the net's part) and of net_out."""
+        return self._known(y).backward(y, net_out, grad_y, grad_log_det)
+
+
+class TokenRun(Face):
+    """Couplings joined, in the place of the first of them: its forward runs all, its inverse leaves that to the last.
+
+    ``memory`` and ``memory_budget``: see ReversibleSequence.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], called: Sequence[_Called], memory: str, budget: str | int) -> None:
+        steps = [_Step(module, call) for module, call in zip(modules, called, strict=True)]
+        super().__init__(modules, cast(Any, ReversibleSequence(steps, memory, memory_budget=budget)))
+        self.steps = steps
+
+    def __call__(self, x: Tensor, *given: Any, **named: Any) -> tuple[Tensor, Any]:
+        """x -> y through all of them."""
+        return self._through(x, False, *given, **named)
+
+    def inverse(self, x: Tensor, *given: Any, **named: Any) -> tuple[Tensor, int]:
+        """x, 0."""
+        return x, 0
+
+    def inverse_of_all(self, y: Tensor, *given: Any, **named: Any) -> tuple[Tensor, Any]:
+        """y -> x through all of them."""
+        return self._through(y, True, *given, **named)
+
+    def _through(self, x: Tensor, inverse: bool, *given: Any, **named: Any) -> tuple[Tensor, Any]:
+        first: Any = self.modules[0]
+        self.steps[-1 if inverse else 0].called.check(given)
+        of_images = isinstance(first, OfImages)
+        tokens = None
+        if self.takes(x) and not self._changed():
+            if not of_images:
+                tokens = x
+            elif first.cuts(x, *given, **named):
+                tokens = first.patches(x)
+        if tokens is None or any(step.coupling(tokens) is None for step in self.steps):
+            return self._one_by_one(x, inverse, named if of_images else {})
+        run: Any = self.run
+        out, log_det = run.inverse(tokens) if inverse else run(tokens)
+        if of_images:
+            return first.images(out, x.shape), -log_det if inverse else log_det
+        return out.contiguous(), log_det.unsqueeze(-1)
+
+    def takes(self, x: Tensor) -> bool:
+        """As of every run, and nothing that traces."""
+        return takes(x) and super().takes(x)
+
+    def _changed(self) -> bool:
+        return any(not isinstance(m, Adopted) or has_hooks(m) or "forward" in vars(m) for m in self.modules)
+
+    def _one_by_one(self, x: Tensor, inverse: bool, named: dict[str, Any]) -> tuple[Tensor, Any]:
+        total: Any = 0
+        for step in reversed(self.steps) if inverse else self.steps:
+            layer: Any = step.layer
+            x, log_det = (layer.inverse if inverse else layer)(x, *step.called.arguments(), **named)
+            total = total + log_det
+        return x, total
+
+
+class Passed:
+    """In the place of a coupling that the run does, so that the others keep their numbers; the last begins the inverse.
+
+    Args:
+        called: what it would be called with.
+        run: of the last one alone.
+    """
+
+    def __init__(self, called: _Called, run: TokenRun | None) -> None:
+        self.called, self.run = called, run
+
+    def __call__(self, x: Tensor, *given: Any, **named: Any) -> tuple[Tensor, Any]:
+        """x, 0."""
+        self.called.check(given)
+        return x, 0
+
+    def inverse(self, x: Tensor, *given: Any, **named: Any) -> tuple[Tensor, Any]:
+        """x, 0; of the last one the inverse of all."""
+        self.called.check(given)
+        return (x, 0) if self.run is None else self.run.inverse_of_all(x, *given, **named)
+
+
+def _reason(module: nn.Module, owner: nn.Module, memory: str) -> str:
+    """Why a module is no step of a run, or nothing."""
+    if not isinstance(module, Adopted):
+        return "no coupling of ours"
+    if isinstance(module, WithProjections) and not all(hasattr(owner, name) for name in _MODEL):
+        return f"its model has no {', '.join(_MODEL)}"
+    if has_hooks(module) or "forward" in vars(module):
+        return "hooks or a forward of its own on it"
+    return unrepeatable(module.dnn, memory)
+
+
+def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str) -> list[Place]:
+    """The modules of a list, its couplings as steps: neighbours are joined that see the same tokens."""
+    found = []
+    for index, module in enumerate(modules):
+        reason = _reason(module, owner, memory)
+        called = _Called(owner, index, isinstance(module, WithProjections))
+        kind = (called.projects, getattr(module, "ps", None))
+        found.append(Place([module], reason=reason) if reason else Place([module], kind, called))
+    return found
+
+
+def stand_ins(run: Sequence[Place], memory: str, budget: str | int) -> list[TokenRun | Passed]:
+    """What stands in the places of a run: a TokenRun in that of its first coupling, a Passed in each other."""
+    called = [place.parts for place in run]
+    whole = TokenRun([place.layers[0] for place in run], called, memory, budget)
+    return [whole, *(Passed(call, None) for call in called[1:-1]), Passed(called[-1], whole)]
