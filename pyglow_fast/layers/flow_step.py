@@ -13,7 +13,7 @@ from pyglow_fast._errors import check_count, check_input, expect
 from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.actnorm import ActNorm
-from pyglow_fast.layers.coupling import Coupling, coupling_spec
+from pyglow_fast.layers.coupling import MASKS, Coupling, coupling_spec
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.permutation import ChannelLinear, InvConv, Permute
 from pyglow_fast.layers.ranks import refused_alike
@@ -30,6 +30,10 @@ class ChannelMap(NamedTuple):
     log_det: Tensor  # (), log|det matrix|
 
 
+# What a run of steps asks a coupling for, or does in its place.
+_RUN = ("forward", "inverse", "enter", "leave", "kept_half", "run_net", "run_net_forward", "runner")
+
+
 def runs_fused(step: nn.Module) -> bool:
     """Whether a step is a FlowStep whose parts do what theirs do, so that it may be joined with its neighbours.
 
@@ -41,7 +45,7 @@ def runs_fused(step: nn.Module) -> bool:
         (step, FlowStep, ("forward", "inverse")),
         (step.actnorm, ActNorm, ("forward", "inverse")),
         (step.permutation, ChannelLinear, ()),  # a step asks it for its weight alone
-        (step.coupling, Coupling, ("forward", "inverse", "run_net", "run_net_forward", "kept_half", "runner")),
+        (step.coupling, Coupling, _RUN),
     )
     for part, own, names in pairs:
         kind = type(part)
@@ -53,7 +57,10 @@ def runs_fused(step: nn.Module) -> bool:
 
 
 def fold_in_one(steps: Sequence[FlowStep]) -> ChannelMap:
-    """The channel maps of K steps of one width, (K, C, C), (K, C) and (K,): parameter-sized work in one batch."""
+    """The channel maps of K steps of one width, (K, C, C), (K, C) and (K,): parameter-sized work in one batch.
+
+    With checkerboard masks those of the 2 C channels of halves, see :func:`_on_halves`.
+    """
     layers = [step.permutation for step in steps]
     with full_precision(steps[0].actnorm.bias):
         weight, weight_log_det = layers[0].stack_weights(layers)
@@ -62,7 +69,23 @@ def fold_in_one(steps: Sequence[FlowStep]) -> ChannelMap:
     log_scale = torch.stack([step.actnorm.log_scale for step in steps])
     bias = torch.stack([step.actnorm.bias for step in steps])
     matrix, offset = fold_actnorm(weight, log_scale, bias)
-    return ChannelMap(matrix, offset, weight_log_det + log_scale.sum(-1))
+    maps = ChannelMap(matrix, offset, weight_log_det + log_scale.sum(-1))
+    return maps if steps[0].coupling.board is None else _on_halves(maps, steps)
+
+
+def _on_halves(maps: ChannelMap, steps: Sequence[FlowStep]) -> ChannelMap:
+    """The same map for both halves of a checkerboard, which change places where the parity of the step is another.
+
+    (K, 2 C, 2 C), (K, 2 C), (K,): the state that runs through the steps is halved as each coupling wants it.
+    """
+    parities = [step.coupling.board.parity for step in steps if step.coupling.board is not None]
+    same = torch.eye(2, dtype=maps.matrix.dtype, device=maps.matrix.device)
+    swapped = same.flip(0)
+    before = [parities[0], *parities]
+    places = [same if first == second else swapped for first, second in zip(before, parities, strict=False)]
+    k, channels = maps.offset.shape
+    matrix = torch.stack(places)[:, :, None, :, None] * maps.matrix[:, None, :, None, :]
+    return ChannelMap(matrix.reshape(k, 2 * channels, 2 * channels), maps.offset.repeat(1, 2), 2 * maps.log_det)
 
 
 def fold_steps(steps: Sequence[FlowStep]) -> list[ChannelMap]:
@@ -111,10 +134,13 @@ def run_couplings(
 ) -> tuple[Tensor, Tensor]:
     """x through steps of one width: between two coupling nets there is one pass over memory, coupling and next mixing.
 
-    With squeeze_first, x is (N, C / 2^d, *(2 spatial)) and is squeezed as it is read. With a budget (bytes or "auto")
-    the nets run in chunks, without a record. Returns z (N, C, *spatial) and log_det (N,). The steps must be
-    initialised, but for ActNorms inside their nets.
+    With squeeze_first, x is (N, C / 2^d, *(2 spatial)) and is squeezed, with channel masks as it is read. With a budget
+    (bytes or "auto") the nets run in chunks, without a record. Returns z (N, C, *spatial) and log_det (N,). The steps
+    must be initialised, but for ActNorms inside their nets.
     """
+    if squeeze_first and couplings[0].board is not None:
+        x, squeeze_first = functional.squeeze(x), False
+    x, cond = couplings[0].enter(x, cond)
     maps = folded.maps
     kept = maps[0].matrix.shape[0] // 2
     z, kept_half = functional.channel_mix_for_net(x, maps[0].matrix, maps[0].offset, kept, squeeze_first)
@@ -129,7 +155,7 @@ def run_couplings(
                 z, net_out, following.matrix, following.offset, spec, kept
             )
         log_det = log_det + step_log_det
-    return z, log_det
+    return couplings[-1].leave(z), log_det
 
 
 def run_couplings_inverse(
@@ -140,6 +166,7 @@ def run_couplings_inverse(
     budget: str | int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The inverse of :func:`run_couplings`: one pass a step besides its net."""
+    z, cond = couplings[-1].enter(z, cond)
     log_det = -maps_log_det(folded.maps, z)
     steps = zip(couplings, folded.nets, folded.maps, folded.inverses, strict=True)
     for coupling, weights, channel_map, inverse_matrix in reversed(list(steps)):
@@ -151,7 +178,7 @@ def run_couplings_inverse(
         )
         z, step_log_det = functional.coupling_mix_inverse(z, net_out, inverse_matrix, channel_map.offset, spec)
         log_det = log_det + step_log_det
-    return z, log_det
+    return couplings[0].leave(z), log_det
 
 
 class Recorded:
@@ -173,10 +200,11 @@ class FlowStep(FlowLayer):
     log_det = P (sum log_scale + log|det W|) + sum log s.
 
     Args:
-        channels: C, even.
+        channels: C, even (with a checkerboard any).
         hidden: width of the coupling net.
         coupling: how the net's output shifts and scales: a CouplingSpec, or its kind alone, "affine" or "additive".
-        permutation: "invconv" (LU), "invconv_plain", "shuffle" or "reverse"; or a ChannelLinear of your own.
+        permutation: "invconv" (LU), "invconv_plain", "shuffle" or "reverse"; or a ChannelLinear of your own. Behind a
+            checkerboard, whose nets see all channels, the order of these makes no difference.
         net: a coupling net of your own instead of CouplingNet (then hidden, net_actnorm, cond_channels, border are not
             used).
         net_actnorm: ActNorm inside the coupling net.
@@ -184,10 +212,11 @@ class FlowStep(FlowLayer):
         dims: number of spatial dimensions, 1 to 3.
         precision: of the coupling net, see Coupling.
         border: of the coupling net, see CouplingNet.
+        mask, parity: of the coupling, see Coupling.
         older: the other fields of the CouplingSpec as they were given before it, beside a kind only: scale_map,
             scale_bias, scale_eps, scale_clamp and order, see Coupling.
 
-    Shapes: x (N, C, *spatial), float32 or float64; log_det (N,), nats.
+    Shapes: x (N, C, *spatial), float32 or float64, with a checkerboard the first spatial side even; log_det (N,), nats.
 
     Raises:
         ValueError: odd channels, wrong option, shape, dtype or device; an older keyword beside a CouplingSpec.
@@ -208,11 +237,15 @@ class FlowStep(FlowLayer):
         *,
         precision: str = "auto",
         border: bool = False,
+        mask: str = "channels",
+        parity: int = 0,
         **older: Any,
     ) -> None:
         super().__init__()
-        check_count("channels", channels, least=2)
-        expect(channels % 2 == 0, "channels", "an even number to halve", channels)
+        expect(mask in MASKS, "mask", f"one of {MASKS}", repr(mask))
+        shared = 2 if mask == "channels" else 1  # among as many parts
+        check_count("channels", channels, least=shared)
+        expect(channels % shared == 0, "channels", "an even number to halve", channels)
         kind = coupling.kind if isinstance(coupling, CouplingSpec) else coupling
         expect(kind in KINDS, "coupling", f"one of {KINDS}", repr(kind))
         spec = coupling_spec(kind, **older)
@@ -224,8 +257,9 @@ class FlowStep(FlowLayer):
         expected = f"one of {PERMUTATIONS} or a ChannelLinear (of {channels} channels)"
         expect(fits or permutation in PERMUTATIONS, "permutation", expected, repr(permutation))
         if net is None:
-            width = channels if kind == "affine" else channels // 2
-            net = CouplingNet(channels // 2, width, hidden, net_actnorm, cond_channels, border, dims)
+            width = channels // shared
+            outputs = 2 * width if kind == "affine" else width
+            net = CouplingNet(width, outputs, hidden, net_actnorm, cond_channels, border, dims)
         self.channels = channels
         self.actnorm = ActNorm(channels)
         if isinstance(permutation, str):
@@ -233,7 +267,7 @@ class FlowStep(FlowLayer):
             lu = permutation == "invconv"
             permutation = InvConv(channels, lu) if is_conv else Permute(channels, permutation)
         self.permutation = permutation
-        self.coupling = Coupling(net, *spec, precision)
+        self.coupling = Coupling(net, *spec, precision, mask, parity)
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x -> z; a fresh step in training initialises its actnorm from x first."""
@@ -267,4 +301,6 @@ class FlowStep(FlowLayer):
             if not self.actnorm.is_initialized:
                 self.actnorm.initialize_from(x)
             channel_map = fold_steps([self])[0]
-            return self.coupling.initialize(functional.channel_mix(x, channel_map.matrix, channel_map.offset), cond)
+            halves, _ = self.coupling.enter(x, None)
+            u = functional.channel_mix(halves, channel_map.matrix, channel_map.offset)
+            return self.coupling.initialize(self.coupling.leave(u), cond)
