@@ -29,9 +29,9 @@ class Checkerboard:
     def check(self, x: Tensor, cond: Tensor | None) -> None:
         """Refuse images that have no halves of one size, or a condition of other positions."""
         expect(isinstance(x, Tensor), "x", "a Tensor", type(x).__name__)
-        halves = x.dim() >= 3 and x.shape[2] % 2 == 0
-        expected = "shape (N, C, *spatial) with an even first spatial side (mask='checkerboard')"
-        expect(halves, "x", expected, f"shape {tuple(x.shape)}")
+        if x.dim() < 3 or x.shape[2] % 2 == 1:
+            expected = "shape (N, C, *spatial) with an even first spatial side (mask='checkerboard')"
+            expect(False, "x", expected, f"shape {tuple(x.shape)}")
         if cond is not None:
             expect(isinstance(cond, Tensor), "cond", "a Tensor", type(cond).__name__)
             fits = cond.dim() == x.dim() and (cond.shape[0], *cond.shape[2:]) == (x.shape[0], *x.shape[2:])

@@ -132,6 +132,8 @@ class Coupling(FlowLayer):
 
     def kept_half(self, x: Tensor) -> Tensor:
         """The half of the channels (of what :meth:`enter` gives) that the coupling leaves as they are."""
+        if self.board is not None:  # which has made the halves
+            return x[:, : x.shape[1] // 2]
         expect(isinstance(x, Tensor), "x", "a Tensor", type(x).__name__)
         expect(x.dim() >= 2, "x", "shape (N, C, *spatial)", f"shape {tuple(x.shape)}")
         channels = x.shape[1]
