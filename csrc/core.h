@@ -331,6 +331,31 @@ struct NetBackwardArgs {
   Extent extent;
 };
 
+// Images (N, C, 2 R, M, W), each channel's values one after another, and their two halves (N, C, R, M, W), likewise:
+// position [r, m, w] of `kept` is that of rows 2 r and 2 r + 1 whose indices have a sum of the given parity (0 or 1),
+// of `other` the other one. Split writes the halves, merge the whole. With data of `other` null that half is not
+// written, or is zero.
+template <class T>
+struct Planes {
+  T* data;  // values of sample n, channel c begin at data[n * sample + c * channel]
+  int64_t sample, channel;
+};
+struct Board {
+  int64_t samples, channels, row_pairs, middle, width, parity;
+};
+template <class T>
+struct CheckerboardSplitArgs {
+  Planes<const T> whole;
+  Planes<T> kept, other;
+  Board board;
+};
+template <class T>
+struct CheckerboardMergeArgs {
+  Planes<const T> kept, other;
+  Planes<T> whole;
+  Board board;
+};
+
 // y = function(x) as the kernels compute it, on arrays: for tests of the error bounds.
 enum class Elementary : int { exp, log, log1p_unit, tanh, atan, expm1_negative, erf, erfc };
 template <class T>
@@ -371,8 +396,10 @@ struct ActivationArgs {
   K(gaussian_log_prob, GaussianArgs)                  \
   K(gaussian_log_prob_backward, GaussianBackwardArgs) \
   K(gaussian_sample, GaussianSampleArgs)
-#define PYGLOW_CPU_KERNELS(K)   \
-  K(elementary, ElementaryArgs) \
+#define PYGLOW_CPU_KERNELS(K)                  \
+  K(checkerboard_split, CheckerboardSplitArgs) \
+  K(checkerboard_merge, CheckerboardMergeArgs) \
+  K(elementary, ElementaryArgs)                \
   K(activation, ActivationArgs)
 #define PYGLOW_NET_KERNELS(K) \
   K(net_chain, NetArgs)       \

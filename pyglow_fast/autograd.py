@@ -1,6 +1,7 @@
 """Differentiable functions over the kernels of :mod:`pyglow_fast.ops`, gradients formed from the saved output or input.
 
-First derivatives only: differentiating a gradient raises, as the backward kernels have no derivative.
+First derivatives only: differentiating a gradient raises, as the backward kernels have no derivative; that of a move of
+values is a move again.
 """
 
 from __future__ import annotations
@@ -201,3 +202,33 @@ class GaussianLogProb(torch.autograd.Function):
     def backward(ctx: Any, grad_log_prob: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of z, mean and log_sd."""
         return ops.gaussian_log_prob_backward(*ctx.saved_tensors, grad_log_prob)
+
+
+class CheckerboardSplit(torch.autograd.Function):
+    """A checkerboard in two halves, or its first half; the gradient is put back where the values were."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parity: int, both: bool) -> Tensor:
+        """(N, C or 2 C, rows / 2, *rest)."""
+        ctx.arguments = parity, both
+        return ops.checkerboard_split(x, parity, both)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradient of x."""
+        return CheckerboardMerge.apply(grad, *ctx.arguments), None, None
+
+
+class CheckerboardMerge(torch.autograd.Function):
+    """The inverse of :class:`CheckerboardSplit`, and of its first half alone the transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, halves: Tensor, parity: int, both: bool) -> Tensor:
+        """(N, C, rows, *rest)."""
+        ctx.arguments = parity, both
+        return ops.checkerboard_merge(halves, parity, both)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradient of the halves."""
+        return CheckerboardSplit.apply(grad, *ctx.arguments), None, None

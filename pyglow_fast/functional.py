@@ -40,6 +40,8 @@ __all__ = [
     "channel_mix_for_net",
     "channel_moments",
     "channel_unmix",
+    "checkerboard_merge",
+    "checkerboard_split",
     "coupling",
     "coupling_inverse",
     "coupling_mix",
@@ -170,6 +172,29 @@ def coupling_mix_inverse(
         return ops.coupling_mix(y, readable_net_output(net_out, y), inverse_matrix, offset, *kind, index)
     u, log_det = coupling_inverse(y, net_out, spec)
     return channel_unmix(u, inverse_matrix, offset, index=index), log_det
+
+
+def _moves_checkerboards(x: Tensor) -> bool:
+    """Whether there are kernels for the halves of x: on the CPU; torch's own derivatives serve torch.func."""
+    if x.device.type != "cpu" or not 3 <= x.dim() <= 5 or not ops.run_on(x):
+        return False
+    return not is_transformed() and not is_batched()
+
+
+def checkerboard_split(x: Tensor, parity: int, both: bool = True) -> Tensor:
+    """The halves of a checkerboard; see :func:`pyglow_fast.reference.checkerboard_split`."""
+    if not _moves_checkerboards(x):
+        return reference.checkerboard_split(x, parity, both)
+    arguments = (x, parity, both)
+    return apply(autograd.CheckerboardSplit, *arguments) if _is_seen(x) else ops.checkerboard_split(*arguments)
+
+
+def checkerboard_merge(halves: Tensor, parity: int, both: bool = True) -> Tensor:
+    """The checkerboard of two halves; see :func:`pyglow_fast.reference.checkerboard_merge`."""
+    if not _moves_checkerboards(halves):
+        return reference.checkerboard_merge(halves, parity, both)
+    arguments = (halves, parity, both)
+    return apply(autograd.CheckerboardMerge, *arguments) if _is_seen(halves) else ops.checkerboard_merge(*arguments)
 
 
 def net_as_products(x: Tensor) -> bool:

@@ -132,6 +132,16 @@ def _fake_step_backward(y: Tensor, net_out: Tensor, *rest: Any) -> tuple[Tensor,
     return _like(y), _like(y), _like(net_out)
 
 
+def _fake_checkerboard_split(x: Tensor, parity: int, both: bool) -> Tensor:
+    n, channels, rows, *rest = x.shape
+    return x.new_empty(n, (1 + both) * channels, rows // 2, *rest)
+
+
+def _fake_checkerboard_merge(halves: Tensor, parity: int, both: bool) -> Tensor:
+    n, channels, rows, *rest = halves.shape
+    return halves.new_empty(n, channels // (1 + both), 2 * rows, *rest)
+
+
 def _fake_channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[1], dtype=torch.float64), x.new_empty(x.shape[1], dtype=torch.float64)
 
@@ -234,6 +244,12 @@ gaussian_log_prob_backward = _define(
     _fake_gaussian_log_prob_backward,
 )
 gaussian_sample = _define("gaussian_sample(Tensor noise, Tensor mean, Tensor log_sd) -> Tensor", _fake_gaussian_sample)
+
+# Moves of values, on the CPU only: elsewhere torch's are as fast.
+checkerboard_split = _define("checkerboard_split(Tensor x, int parity, bool both) -> Tensor", _fake_checkerboard_split)
+checkerboard_merge = _define(
+    "checkerboard_merge(Tensor halves, int parity, bool both) -> Tensor", _fake_checkerboard_merge
+)
 
 # Coupling nets as matrix products, on the CPU only: elsewhere the libraries' convolutions do it.
 _CHAIN = "int[] activations, float[] parameters, int[] dilations, bool half"

@@ -134,9 +134,10 @@ PRESETS: dict[str, Preset] = {
         None,
         "after Dinh et al. 2014 (NICE)",
     ),
-    # RealNVP: six affine couplings a scale, log scales clamped by tanh, a fixed prior. It alternates checkerboards
-    # before the squeeze with channels after it (here channels alone), and has residual nets with batch normalisation
-    # (here three convolutions with actnorm).
+    # RealNVP: at each scale three affine couplings with checkerboards of alternating parity, the squeeze, three with
+    # halves of the channels in turn; at the last one four checkerboards alone. Log scales clamped by tanh, a fixed
+    # prior. It goes on to 4x4 (L = 4 does at 32x32), and has residual nets, and batch normalisation in them and behind
+    # the couplings (here nets of three convolutions, and actnorm in both places).
     "realnvp": Preset(
         {
             "n_levels": 3,
@@ -144,6 +145,8 @@ PRESETS: dict[str, Preset] = {
             "hidden": 128,
             "coupling": "affine",
             "permutation": "reverse",
+            "n_checkerboard": 3,
+            "n_last_checkerboard": 4,
             "scale_map": "tanh",
             "net_actnorm": True,
             "learn_prior": False,

@@ -503,6 +503,38 @@ def unsqueeze(x: Tensor, factor: int = 2) -> Tensor:
     return x.permute(0, 1, *order).reshape(n, c // factor**d, *[size * factor for size in spatial])
 
 
+def _checkerboard(x: Tensor, parity: int) -> Tensor:
+    """Of two rows of x (N, C, rows, *rest), where their indices have a sum of that parity: bool, (2, *rest)."""
+    total = torch.arange(2, device=x.device).reshape(2, *[1] * (x.dim() - 3))
+    for axis, size in enumerate(x.shape[3:], 1):
+        total = total + torch.arange(size, device=x.device).reshape(size, *[1] * (x.dim() - 3 - axis))
+    return total % 2 == parity
+
+
+def checkerboard_split(x: Tensor, parity: int, both: bool = True) -> Tensor:
+    """A checkerboard in two: the values at positions whose indices have a sum of ``parity``, and behind them the rest.
+
+    x (N, C, R, *rest), one to three spatial dimensions, R even -> (N, 2 C, R / 2, *rest), without ``both`` the first C
+    channels of it. Two rows have one position of each parity in every column: [..., r, j] is that of rows 2 r, 2 r + 1.
+
+    Raises:
+        ValueError: R is odd, or there is no spatial dimension.
+    """
+    fits = x.dim() >= 3 and x.shape[2] % 2 == 0
+    expect(fits, "x", "an even first spatial side, of two rows for each of a half", f"shape {tuple(x.shape)}")
+    board = _checkerboard(x, parity)
+    upper, lower = x.unflatten(2, (x.shape[2] // 2, 2)).unbind(3)
+    kept = torch.where(board[0], upper, lower)
+    return torch.cat([kept, torch.where(board[0], lower, upper)], dim=1) if both else kept
+
+
+def checkerboard_merge(halves: Tensor, parity: int, both: bool = True) -> Tensor:
+    """The inverse of :func:`checkerboard_split`; without ``both`` its transpose, with zeros at the other positions."""
+    kept, other = halves.chunk(2, dim=1) if both else (halves, halves.new_zeros(()))
+    board = _checkerboard(kept, parity)
+    return torch.where(board, kept.unsqueeze(3), other.unsqueeze(3) if both else other).flatten(2, 3)
+
+
 def gaussian_log_prob(z: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
     """sum over a sample of log N(z; mean, exp(log_sd)), in nats.
 

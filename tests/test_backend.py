@@ -15,6 +15,7 @@ import torch
 
 from pyglow_fast import _backend, functional, info, ops
 
+CPU_ALONE = ("net_chain", "checkerboard")  # ops that the library does on a GPU
 compiled = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
 
 
@@ -241,10 +242,11 @@ def test_info_tells_the_backend_of_every_op() -> None:
 def test_info_tells_which_ops_a_gpu_would_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a usable GPU, all that the dispatcher has a kernel for."""
     monkeypatch.setattr(info, "cuda_reason", lambda: "")
-    monkeypatch.setattr(ops, "is_compiled", lambda op, device: device == "cpu" or not op.startswith("net_chain"))
+    monkeypatch.setattr(ops, "is_compiled", lambda op, device: device == "cpu" or not op.startswith(CPU_ALONE))
     facts = info.collect()["ops"]
     for op in ops.names():
-        runs = "reference: the library's convolutions" if op.startswith("net_chain") else "compiled"
+        runs = "reference" if op.startswith(CPU_ALONE) else "compiled"
+        runs += ": the library's convolutions" if op.startswith("net_chain") else ""
         assert facts[op] == f"cpu: compiled, cuda: {runs}", op
 
 
@@ -260,11 +262,11 @@ def test_info_notices_a_missing_kernel() -> None:
 
 @compiled
 def test_every_op_has_its_kernels() -> None:
-    """On the CPU, and on a GPU if the extension is built for one, but for the nets, which are the library's there."""
+    """On the CPU, and on a GPU if the extension is built for one, but for what the library does there."""
     assert len(ops.names()) >= 13
     for op in ops.names():
         assert ops.is_compiled(op, "cpu"), op
-        on_gpus = bool(_backend.build_info()["cuda"]) and not op.startswith("net_chain")
+        on_gpus = bool(_backend.build_info()["cuda"]) and not op.startswith(CPU_ALONE)
         assert ops.is_compiled(op, "cuda") == on_gpus, op
 
 

@@ -37,15 +37,15 @@ def test_every_preset_is_a_model_that_can_be_built(name: str) -> None:
     known = {item.name for kind in (DataConfig, pgf.GlowConfig, TrainConfig) for item in dataclasses.fields(kind)}
     assert set(preset.settings) <= known
     with torch.device("meta"):
-        model = pgf.Glow(dataclasses.replace(architecture, n_steps=1))
+        model = pgf.Glow(dataclasses.replace(architecture, n_steps=1 + architecture.n_checkerboard))
     assert sum(parameter.numel() for parameter in model.parameters()) > 0
-    shrink = 2**found.model.n_levels
+    shrink = 2 ** (found.model.n_levels - (found.model.n_last_checkerboard > 0))
     assert model.latent_shapes[-1][1:] == tuple(side // shrink for side in model.config.image_shape[1:])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_preset_has_a_density(name: str) -> None:
-    fields: dict[str, Any] = {"n_steps": 1, "hidden": 4}
+    fields: dict[str, Any] = {"n_steps": 1 + pgf.GlowConfig.preset(name).n_checkerboard, "hidden": 4}
     model = pgf.Glow(pgf.GlowConfig.preset(name, **fields))
     x = torch.rand(2, *model.config.image_shape) - 0.5
     y = None if model.config.n_classes is None else torch.zeros(2, dtype=torch.int64)
@@ -97,6 +97,31 @@ def test_the_numbers_of_the_released_code() -> None:
     for name, n_classes in (("cifar10-classes", 10), ("imagenet32-classes", 1000)):
         found = config(name)
         assert (found.class_weight, found.model.n_classes, found.model.classify) == (0.01, n_classes, n_classes)
+
+
+def test_realnvp_is_realnvp() -> None:
+    """Dinh et al. 2017, section 3.6: 3 checkerboards, squeeze, 3 of channels in turn; 4 checkerboards at the end."""
+    model = pgf.Glow(pgf.GlowConfig.preset("realnvp", hidden=4))
+    for level in model.levels[:2]:
+        assert [step.coupling.board.parity for step in level.checkerboard] == [1, 0, 1]
+        assert [step.coupling.mask for step in level.steps] == ["channels"] * 3
+        assert all(step.permutation.kind == "reverse" for step in level.steps)
+    assert model.levels[2].steps is None
+    assert [step.coupling.board.parity for step in model.levels[2].checkerboard] == [1, 0, 1, 0]
+    assert [level.checkerboard[0].channels for level in model.levels] == [3, 6, 12]
+    specs = {step.coupling.spec[:2] for step in model.modules() if isinstance(step, pgf.FlowStep)}
+    assert specs == {("affine", "tanh")}
+    assert model.latent_shapes == [(6, 16, 16), (12, 8, 8), (12, 8, 8)]
+
+
+def test_a_checkpoint_of_the_preset_as_it_was_loads_as_it_was() -> None:
+    """What a run of realnvp kept before there were checkerboards: a config without these fields, and its weights."""
+    before = pgf.GlowConfig.preset("realnvp", image_shape=(1, 8, 8), hidden=4).to_dict()
+    del before["n_checkerboard"], before["n_last_checkerboard"]
+    model = pgf.Glow(pgf.GlowConfig.from_dict(before))
+    names = [f"levels.{level}.steps.{k}.coupling.net.conv1.weight" for level in range(3) for k in range(6)]
+    assert [name for name in model.state_dict() if name.endswith("conv1.weight")] == names
+    assert model.latent_shapes == [(2, 4, 4), (4, 2, 2), (16, 1, 1)]
 
 
 def test_what_is_given_comes_first() -> None:

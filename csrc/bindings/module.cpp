@@ -140,7 +140,9 @@ void register_kernels() {
     register_statistics_ops(m);
     return m;
   };
-  register_net_ops(begin(c10::DispatchKey::CPU));
+  torch::Library& on_cpu = begin(c10::DispatchKey::CPU);
+  register_net_ops(on_cpu);
+  register_checkerboard_ops(on_cpu);
 #ifdef PYGLOW_WITH_CUDA
   begin(c10::DispatchKey::CUDA);
 #endif

@@ -7,6 +7,8 @@ namespace pyglow::bindings {
 void register_step_ops(torch::Library& m);
 void register_fused_ops(torch::Library& m);
 void register_statistics_ops(torch::Library& m);
-void register_net_ops(torch::Library& m);  // for CPU tensors alone
+// For CPU tensors alone:
+void register_net_ops(torch::Library& m);
+void register_checkerboard_ops(torch::Library& m);
 
 }  // namespace pyglow::bindings

@@ -33,6 +33,8 @@ _GROUPS: tuple[tuple[str, tuple[tuple[str, str, Any, str], ...]], ...] = (
             ("--hidden", "hidden", whole, "width of the coupling nets (512; digits 24)"),
             ("--coupling", "coupling", None, "affine (default) or additive"),
             ("--permutation", "permutation", None, "invconv (default), invconv_plain, shuffle or reverse"),
+            ("--checkerboard", "n_checkerboard", whole, "of the K steps, with checkerboards, before the squeeze (0)"),
+            ("--last-checkerboard", "n_last_checkerboard", whole, "steps of a last level of these alone (0: none)"),
             ("--scale-map", "scale_map", None, "sigmoid (default), exp, tanh or atan"),
             ("--scale-bias", "scale_bias", number, "of the sigmoid map (2)"),
             ("--scale-eps", "scale_eps", number, "added to the sigmoid's scale (0)"),

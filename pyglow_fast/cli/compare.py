@@ -1,4 +1,4 @@
-"""``pyglow-fast compare``: the paper's ablation, permutations x couplings over several seeds."""
+"""``pyglow-fast compare``: the paper's ablation, permutations x couplings, maybe x masks, over several seeds."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from pyglow_fast.train.config import images_for
 PERMUTATIONS = ("reverse", "shuffle", "invconv")
 COUPLINGS = ("additive", "affine")
 _SPECIAL = ("run_command", "data", "out", "quiet", "command", "config", "preset")
-_VARIED = ("permutations", "couplings", "seeds")
-_PLURAL = {"permutation": "permutations", "coupling": "couplings", "seed": "seeds"}
+_VARIED = ("permutations", "couplings", "seeds", "checkerboards")
+_PLURAL = {"permutation": "permutations", "coupling": "couplings", "seed": "seeds", "checkerboard": "checkerboards"}
 
 
 def _refused(plural: str) -> Callable[[str], str]:
@@ -55,6 +55,14 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--couplings", nargs="+", default=list(COUPLINGS), metavar="NAME", help=f"({' '.join(COUPLINGS)})"
     )
+    parser.add_argument(
+        "--checkerboards",
+        nargs="+",
+        type=whole,
+        default=None,
+        metavar="N",
+        help="how many of the K steps have checkerboard masks (as in the settings: 0)",
+    )
     parser.add_argument("--seeds", nargs="+", type=whole, default=[0, 1, 2], metavar="N", help="(0 1 2)")
     parser.add_argument(
         "--config", default=None, metavar="FILE", help="settings from a file, as for train; options come before them"
@@ -77,8 +85,11 @@ def run(args: argparse.Namespace) -> int:
         expect(name is not None, "data", DATA_HELP, "none")
         assert name is not None  # for the type checker: refused above
         first = {"permutation": args.permutations[0], "coupling": args.couplings[0], "seed": args.seeds[0]}
+        if args.checkerboards:
+            first["n_checkerboard"] = args.checkerboards[0]
         base, data = make_config(given | first, name, preset)
-        comparison = Comparison(variants(base, args.permutations, args.couplings, args.seeds), args.out, data)
+        configs = variants(base, args.permutations, args.couplings, args.seeds, args.checkerboards)
+        comparison = Comparison(configs, args.out, data)
     signum = comparison.execute(args.quiet)
     print(f"\n{comparison.write()}")
     if signum is not None:

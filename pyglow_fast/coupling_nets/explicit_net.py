@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -14,6 +14,23 @@ from pyglow_fast.reference import ChainSpec
 def scaled(weight: Tensor, scale: Tensor) -> Tensor:
     """A weight whose output channels (dimension 0) are multiplied."""
     return weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
+
+
+class Explicit(Protocol):
+    """What a run of a net without autograd is asked for; see :class:`ExplicitNet`."""
+
+    @property
+    def out_channels(self) -> int:
+        """The number of channels of the output."""
+
+    def output(self, x1: Tensor, cond: Tensor | None) -> Tensor:
+        """The net's output alone, without what a backward needs."""
+
+    def forward(self, x1: Tensor, cond: Tensor | None) -> tuple[Tensor, Any]:
+        """The output, and what :meth:`backward` takes."""
+
+    def backward(self, kept: Any, grad_out: Tensor) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """Gradients of x1, of the condition and, by name, of the parameters that want one."""
 
 
 class LayerNames(NamedTuple):

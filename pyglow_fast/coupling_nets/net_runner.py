@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
-from pyglow_fast.coupling_nets.explicit_net import ExplicitNet
+from pyglow_fast.coupling_nets.checkerboard import Checkerboard, OnCheckerboard
+from pyglow_fast.coupling_nets.explicit_net import Explicit
 from pyglow_fast.coupling_nets.net_shape import NetShape
 from pyglow_fast.coupling_nets.plan import Chunk, ChunkPlan, plan_chunks
 from pyglow_fast.coupling_nets.precision import in_precision
-from pyglow_fast.coupling_nets.run import Consume, run_net, run_net_backward
+from pyglow_fast.coupling_nets.run import Consume, NetCall, run_net, run_net_backward
 from pyglow_fast.coupling_nets.state import GeneratorState, RunState, check_repeated, output_sums, training_modes
 from pyglow_fast.coupling_nets.traits import bytes_per_position, check_net, halo_of, is_deterministic
 
@@ -40,6 +41,7 @@ class NetRunner:
         budget: bytes of activations, or "auto".
         plans: how inputs of known shapes are cut, by which net, filled as they come.
         precision: that the net runs in.
+        board: of a coupling with a checkerboard mask: x1 is the kept half of images, and the net sees the whole ones.
 
     Raises:
         ValueError: a BatchNorm in training mode and the like, an output of the wrong shape; in the backward, a net that
@@ -53,8 +55,10 @@ class NetRunner:
         budget: str | int,
         plans: Plans,
         precision: str = "auto",
+        board: Checkerboard | None = None,
     ) -> None:
         self.net, self.width, self.budget, self._plans, self.precision = net, width, budget, plans, precision
+        self.board = board
         # Of these we know all there is to know without a look into their modules, a thousand of them in a deep model.
         self._known = isinstance(net, NetShape) and net.is_plain
 
@@ -82,7 +86,8 @@ class NetRunner:
 
     def _plan(self, x1: Tensor, cond: Tensor | None, random: bool = False) -> ChunkPlan:
         cond_channels = 0 if cond is None else cond.shape[1]
-        key: tuple[object, ...] = (self.budget, x1.shape, x1.dtype, x1.device.type, cond_channels, random)
+        rows_each = 1 if self.board is None else 2
+        key: tuple[object, ...] = (self.budget, x1.shape, x1.dtype, x1.device.type, cond_channels, random, rows_each)
         if self._known:
             key += (functional.net_as_products(x1), functional.net_in_half(x1))
         else:
@@ -100,11 +105,12 @@ class NetRunner:
                 device_type=x1.device.type,
                 cond_channels=cond_channels,
                 random=random,
+                rows_each=rows_each,
             )
             self._plans[key] = (self.net, plan)
         return plan
 
-    def _explicit(self, x1: Tensor, params: Sequence[Tensor], later: bool) -> ExplicitNet | None:
+    def _explicit(self, x1: Tensor, params: Sequence[Tensor], later: bool) -> Explicit | None:
         """The net without autograd on those parameters, if it has such a form on x1.
 
         later: than the run began, since when hooks may have been put on the net, which are to be called.
@@ -114,21 +120,20 @@ class NetRunner:
         found = self.net.explicit(x1, dict(zip(self.names, params, strict=True)))
         if found is not None:
             self._check_width(x1, found.out_channels)
-        return found
+        return found if found is None or self.board is None else OnCheckerboard(found, self.board)
 
     def _check_width(self, x1: Tensor, channels: int) -> None:
         if channels != self.width * x1.shape[1]:
-            sizes = x1.shape[0], *x1.shape[2:]
+            seen = x1 if self.board is None else self.board.shaped(x1, None)[0]
+            sizes = seen.shape[0], *seen.shape[2:]
             expected, found = ((sizes[0], count, *sizes[1:]) for count in (self.width * x1.shape[1], channels))
             expect(False, "net", f"an output of shape {expected}", found)
 
-    def _call(
-        self, x1: Tensor, params: Sequence[Tensor], later: bool = False
-    ) -> Callable[[Tensor, Tensor | None], Tensor]:
+    def _call(self, x1: Tensor, params: Sequence[Tensor], later: bool = False) -> NetCall:
         explicit = self._explicit(x1, params, later)
         return self._module_call(params) if explicit is None else explicit.output
 
-    def _module_call(self, params: Sequence[Tensor]) -> Callable[[Tensor, Tensor | None], Tensor]:
+    def _module_call(self, params: Sequence[Tensor]) -> NetCall:
         own = all(given is mine for given, (_, mine) in zip(params, self._now(), strict=True))
         by_name = dict(zip(self.names, params, strict=True))
 
@@ -140,7 +145,14 @@ class NetRunner:
             expect(found == shape, "net", f"an output of shape {shape}", found)
             return net_out
 
-        return call
+        return self._on_board(call)
+
+    def _on_board(self, call: NetCall) -> NetCall:
+        """A call on what the net sees, as one on x1."""
+        board = self.board
+        if board is None:
+            return call
+        return lambda x1, cond: board.net_output(call(*board.net_inputs(x1, cond)))
 
     def run(self, x1: Tensor, cond: Tensor | None, weights: Sequence[Tensor] | None = None) -> Tensor:
         """net(x1, cond) without a record, with the net's own parameters or, of a NetShape, given folded weights."""
@@ -153,7 +165,7 @@ class NetRunner:
             return net.run_on(x1, cond, weights)
 
         with in_precision(self.precision, x1):
-            return run_net(net, x1, cond, self._plan(x1, cond), call)
+            return run_net(net, x1, cond, self._plan(x1, cond), self._on_board(call))
 
     def forward(self, x1: Tensor, cond: Tensor | None, params: Sequence[Tensor]) -> tuple[Tensor, Memo]:
         """net(x1, cond) without a record, and what repeats it."""
@@ -164,7 +176,7 @@ class NetRunner:
         plan = self._plan(x1, cond)
         explicit = None if torch.is_grad_enabled() or not plan.whole else self._explicit(x1, params, later=False)
         if isinstance(self.net, NetShape):
-            self.net.check_inputs(x1, cond)
+            self.net.check_inputs(*((x1, cond) if self.board is None else self.board.shaped(x1, cond)))
         if explicit is not None:
             net_out = explicit.output(x1, cond)
             return net_out, Memo(plan, RunState.of_autocast(x1.device), None)

@@ -134,6 +134,7 @@ def plan_chunks(
     device_type: str = "cpu",
     cond_channels: int = 0,
     random: bool = False,
+    rows_each: int = 1,
 ) -> ChunkPlan:
     """peak = samples rows width bytes_per_position <= budget: as many samples at once as fit, else strips of one.
 
@@ -149,6 +150,7 @@ def plan_chunks(
         device_type: where x1 is, "cpu", "cuda", ...
         cond_channels: of the condition, for the cost of nets that do not state it.
         random: the net is known to draw random numbers, though no submodule shows it.
+        rows_each: how many rows the net runs on for each row of x1 (of a checkerboard's half: 2).
 
     Raises:
         ValueError: a budget that is neither "auto" nor a positive int, a shape without channels, a wrong statement of
@@ -158,10 +160,12 @@ def plan_chunks(
     limit = budget_bytes(budget, device_type)
     n_samples, channels, *spatial = shape
     n_rows, row_positions = (spatial[0], math.prod(spatial[1:])) if spatial else (1, 1)
-    row_bytes = row_positions * bytes_per_position(net, channels + cond_channels, element_size)
+    row_bytes = rows_each * row_positions * bytes_per_position(net, channels + cond_channels, element_size)
     halo = halo_of(net) if spatial else None
     if random or draws_random_numbers(net) or mixes_positions(net):
         halo = None
+    if halo is not None:
+        halo = math.ceil(halo / rows_each)
 
     all_rows, sample_bytes = slice(0, n_rows), n_rows * row_bytes
     at_once = limit // sample_bytes if sample_bytes else n_samples

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyglow_fast._derivatives import check_leaves
 from pyglow_fast._errors import expect
-from pyglow_fast.coupling_nets.explicit_net import ExplicitNet
+from pyglow_fast.coupling_nets.explicit_net import Explicit
 from pyglow_fast.coupling_nets.plan import Chunk, ChunkPlan
 from pyglow_fast.coupling_nets.state import without_autocast_cache
 from pyglow_fast.ops import memory_format_of
@@ -110,7 +110,7 @@ def _chunk_gradients(
 
 
 def _explicit_gradients(
-    net: ExplicitNet, names: Sequence[str], x1: Tensor, cond: Tensor | None, chunk: Chunk, consume: Consume
+    net: Explicit, names: Sequence[str], x1: Tensor, cond: Tensor | None, chunk: Chunk, consume: Consume
 ) -> list[Tensor | None]:
     """The same as :func:`_chunk_gradients`, without autograd."""
     net_out, kept = net.forward(x1, cond)
@@ -164,7 +164,7 @@ def run_net_backward(
     *,
     needs_x1: bool = True,
     needs_cond: bool = True,
-    explicit: tuple[ExplicitNet, Sequence[str]] | None = None,
+    explicit: tuple[Explicit, Sequence[str]] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, tuple[Tensor | None, ...]]:
     """d sum(net_out grad_out) / d (x1, cond, params), the net run again, one chunk and one small graph at a time.
 

@@ -1,4 +1,4 @@
-"""The ablation of the paper: permutations x couplings, each with several seeds, as runs in one folder."""
+"""The ablation of the paper: permutations x couplings (x masks), each with several seeds, as runs in one folder."""
 
 from __future__ import annotations
 
@@ -33,31 +33,40 @@ from pyglow_fast.train.config import flatten
 from pyglow_fast.train.files import TEMPORARY
 
 RUNS = "runs"
-VARIED = frozenset({"model.permutation", "model.coupling", "seed"})
+VARIED = frozenset({"model.permutation", "model.coupling", "model.n_checkerboard", "seed"})
 # What ends one run and leaves the others their chance.
 FAILURES = (TrainingDivergedError, InputLostError, SaveError, FolderError, torch.OutOfMemoryError)
 
 
 def variants(
-    base: TrainConfig, permutations: Sequence[str], couplings: Sequence[str], seeds: Sequence[int]
+    base: TrainConfig,
+    permutations: Sequence[str],
+    couplings: Sequence[str],
+    seeds: Sequence[int],
+    checkerboards: Sequence[int] | None = None,
 ) -> list[TrainConfig]:
-    """``base`` with each permutation, coupling and seed, all of the first seed first.
+    """``base`` with each permutation, number of checkerboards, coupling and seed, all of the first seed first.
 
-    Runs of one seed split the images alike and see the same batches with the same noise, whatever their variant.
+    Of the K steps of a level so many have checkerboard masks, in place of channels; None: as many as in ``base``. Runs
+    of one seed split the images alike and see the same batches with the same noise, whatever their variant.
 
     Raises:
         ValueError: nothing to vary, something named twice, or a value that is refused.
 
     Reference: Kingma & Dhariwal 2018, section 6.1 and figure 3.
     """
-    for name, values in (("permutations", permutations), ("couplings", couplings), ("seeds", seeds)):
+    if checkerboards is None:
+        checkerboards = [base.model.n_checkerboard]
+    varied: dict[str, Sequence[Any]] = {"permutations": permutations, "couplings": couplings, "seeds": seeds}
+    for name, values in (varied | {"checkerboards": checkerboards}).items():
         expect(len(values) > 0, name, "at least one", "none")
         twice = sorted({str(value) for value in values if list(values).count(value) > 1})
         expect(not twice, name, "each once", f"{', '.join(twice)} again")
     return [
-        replace(base, seed=seed, model=replace(base.model, permutation=permutation, coupling=coupling))
+        replace(base, seed=seed, model=replace(base.model, permutation=one, coupling=coupling, n_checkerboard=boards))
         for seed in seeds
-        for permutation in permutations
+        for one in permutations
+        for boards in checkerboards
         for coupling in couplings
     ]
 
@@ -113,7 +122,7 @@ class Trial:
 
 
 class Comparison:
-    """Runs that differ in permutation, coupling and seed alone. Making the object checks all and writes nothing.
+    """Runs that differ in what is varied alone, see :func:`variants`. Making the object checks all and writes nothing.
 
     Args:
         configs: the runs that are wanted; see :func:`variants`.
@@ -157,10 +166,11 @@ class Comparison:
 
     def _check_startable(self) -> None:
         """Try out, without a step, all runs that go on and one new run of each variant."""
-        tried: set[tuple[str, str]] = set()
+        tried: set[tuple[str, str, int]] = set()
         for trial in self.planned:
             model = trial.config.model
-            goes_on, variant = bool(trial.folder.saved()), (model.permutation, model.coupling)
+            goes_on = bool(trial.folder.saved())
+            variant = (model.permutation, model.coupling, model.n_checkerboard)
             if (goes_on or variant not in tried) and trial.finished() is None:
                 trial.ready(self.data)
                 if not goes_on:
@@ -243,7 +253,9 @@ def _say_nothing(text: str) -> None:
 
 def name_of(config: TrainConfig) -> str:
     """The folder of a run within its comparison."""
-    return f"{config.model.permutation}-{config.model.coupling}-seed{config.seed}"
+    model = config.model
+    boards = f"-checkerboard{model.n_checkerboard}" if model.n_checkerboard else ""
+    return f"{model.permutation}{boards}-{model.coupling}-seed{config.seed}"
 
 
 def _check_place(out: Path) -> None:

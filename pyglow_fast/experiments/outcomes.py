@@ -54,8 +54,10 @@ class Outcome:
 
     @property
     def variant(self) -> tuple[str, str]:
-        """(permutation, coupling)."""
-        return self.config.model.permutation, self.config.model.coupling
+        """(permutation, coupling), with the number of checkerboards in the permutation's name, if there are any."""
+        model = self.config.model
+        boards = f" + {model.n_checkerboard} checkerboard{'s' if model.n_checkerboard > 1 else ''}"
+        return model.permutation + (boards if model.n_checkerboard else ""), model.coupling
 
 
 def seconds_per_step(rows: Sequence[Row], batch_size: int) -> float:
@@ -164,6 +166,7 @@ def save_curves(curves: Curves, path: Path, images: str) -> None:
     """
     figure_class = optional("matplotlib.figure", "the curves").Figure  # no pyplot: no global state
     couplings = list(dict.fromkeys(coupling for _, coupling in curves))
+    colours = list(dict.fromkeys([*PERMUTATIONS, *(name for name, _ in curves)]))
     figure = figure_class(figsize=(1.5 + 4.5 * len(couplings), 4.5), layout="constrained")
     panels = figure.subplots(1, len(couplings), sharey=True, squeeze=False)[0]
     for axes, coupling in zip(panels, couplings, strict=True):
@@ -173,7 +176,7 @@ def save_curves(curves: Curves, path: Path, images: str) -> None:
             steps, means = [point.step for point in points], [point.mean for point in points]
             seeds = max((point.seeds for point in points), default=0)
             label = f"{permutation}, {seeds} seed{'s' if seeds != 1 else ''}"
-            colour = f"C{PERMUTATIONS.index(permutation)}"
+            colour = f"C{colours.index(permutation)}"
             axes.plot(steps, means, color=colour, marker="o", ms=3, lw=1.4, label=label)
             spread = [0.0 if math.isnan(point.spread) else point.spread for point in points]
             ends = [[mean + sign * sd for mean, sd in zip(means, spread, strict=True)] for sign in (-1, 1)]

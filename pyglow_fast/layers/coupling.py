@@ -1,4 +1,4 @@
-"""The coupling: half of the channels, untouched, decides how the other half is shifted and scaled."""
+"""The coupling: half of the values, untouched, decides how the other half is shifted and scaled."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets import check_precision, in_precision
+from pyglow_fast.coupling_nets.checkerboard import Checkerboard
 from pyglow_fast.coupling_nets.net_runner import NetRunner, Plans
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.reference import KINDS, ORDERS, SCALE_MAPS, CouplingSpec
 
+MASKS = ("channels", "checkerboard")
 MAX_CLAMP = 80.0  # log s of the tanh and atan maps stays below it, and exp(80) is finite in float32
 MAX_FACTOR = 1e30  # nor is 1 / MAX_FACTOR far from the ends of float32
 
@@ -58,9 +60,14 @@ class Coupling(FlowLayer):
 
     Additive: y2 = x2 + shift, log_det = 0. Order "scale_shift": y2 = x2 s + shift.
 
+    Mask "channels": x1, x2 are the first and the last C/2 channels. "checkerboard": y = b x + (1 - b) (x + shift) s,
+    (shift, raw) = net(b x), with b = 1 at positions whose indices have a sum of ``parity`` modulo 2; log_det is the sum
+    over the others. Internally the two parities are halves, one behind the other as channels.
+
     Args:
         net: module mapping x1 (N, C/2, *spatial) and, if given, cond to (N, C, *spatial): shift, then raw (affine), or
-            to (N, C/2, *spatial): shift (additive).
+            to (N, C/2, *spatial): shift (additive). With a checkerboard b x (N, C, *spatial) and cond, of the same
+            positions, to (N, 2 C, *spatial) or (N, C, *spatial); what it gives where b = 1 is not used.
         kind: "affine" or "additive".
         scale_map: "sigmoid": s = scale_factor sigmoid(raw + scale_bias) + scale_eps; "exp"; "tanh":
             exp(clamp tanh(raw / clamp)); "atan": exp(clamp 0.636 atan(raw)); or a callable raw -> (s, log s), which
@@ -71,17 +78,20 @@ class Coupling(FlowLayer):
         order: "shift_scale" (Glow) or "scale_shift" (nflows, FrEIA).
         scale_factor: of the sigmoid map: the largest scale but for scale_eps (Jet: 2, with a scale_bias of 0).
         precision: of the net: "auto" (as torch.autocast says), "fp32", "tf32", "bf16" or "fp16"; may be changed later.
+        mask: "channels" or "checkerboard".
+        parity: 0 or 1, of the positions that a checkerboard keeps.
 
     Where the net makes a scale so small that it underflows, the inverse divides by zero and its result is inf: sampling
     at high temperature from a badly trained flow can show that; scale_eps bounds the scale from below.
 
-    Shapes: x (N, C, *spatial), C even, float32 or float64; log_det (N,), nats.
+    Shapes: x (N, C, *spatial), C even (with a checkerboard: any C, the first spatial side even), float32 or float64;
+    log_det (N,), nats.
 
     Raises:
-        ValueError: wrong option, odd channels, a net whose output has the wrong shape.
+        ValueError: wrong option, odd channels or side, a net whose output has the wrong shape.
 
-    References: Dinh et al. 2014 (additive), Dinh et al. 2017 (affine), Kingma & Dhariwal 2018, section 3.3; Kolesnikov
-    et al. 2024, Jet (the factor).
+    References: Dinh et al. 2014 (additive), Dinh et al. 2017 (affine; checkerboards: section 3.4), Kingma & Dhariwal
+    2018, section 3.3; Kolesnikov et al. 2024, Jet (the factor).
     """
 
     def __init__(
@@ -95,8 +105,14 @@ class Coupling(FlowLayer):
         order: str = "shift_scale",
         scale_factor: float = 1.0,
         precision: str = "auto",
+        mask: str = "channels",
+        parity: int = 0,
     ) -> None:
         super().__init__()
+        expect(mask in MASKS, "mask", f"one of {MASKS}", repr(mask))
+        expect(parity in (0, 1), "parity", "0 or 1", repr(parity))
+        expect(mask == "checkerboard" or parity == 0, "parity", "0 (no other with mask='channels')", repr(parity))
+        self.board = Checkerboard(int(parity)) if mask == "checkerboard" else None
         self.precision = precision
         self.spec = coupling_spec(kind, scale_map, scale_bias, scale_eps, scale_clamp, order, scale_factor)
         self.net = net
@@ -113,8 +129,23 @@ class Coupling(FlowLayer):
     def precision(self, precision: str) -> None:
         self._precision = check_precision(precision)
 
+    @property
+    def mask(self) -> str:
+        """ "channels" or "checkerboard"."""
+        return MASKS[self.board is not None]
+
+    def enter(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x with its kept and its transformed part as halves of the channels, and cond as the net's runs take it."""
+        return (x, cond) if self.board is None else self.board.enter(x, cond)
+
+    def leave(self, y: Tensor) -> Tensor:
+        """The inverse of :meth:`enter`, of x."""
+        return y if self.board is None else self.board.leave(y)
+
     def kept_half(self, x: Tensor) -> Tensor:
-        """The half of the channels that the net reads and the coupling leaves as they are."""
+        """The half of the channels (of what :meth:`enter` gives) that the coupling leaves as they are."""
+        if self.board is not None:  # which has made the halves
+            return x[:, : x.shape[1] // 2]
         expect(isinstance(x, Tensor), "x", "a Tensor", type(x).__name__)
         expect(x.dim() >= 2, "x", "shape (N, C, *spatial)", f"shape {tuple(x.shape)}")
         channels = x.shape[1]
@@ -125,23 +156,30 @@ class Coupling(FlowLayer):
 
     def check_inputs(self, x: Tensor, cond: Tensor | None) -> None:
         """Refuse what the coupling or its net cannot take, before anything is initialised from it."""
-        kept = self.kept_half(x)
+        if self.board is not None:
+            self.board.check(x, cond)
+        kept = x if self.board is not None else self.kept_half(x)
         if isinstance(self.net, CouplingNet):
             self.net.check_inputs(kept, cond)
 
     def runner(self, budget: str | int) -> NetRunner:
         """The net to be run in chunks within a budget."""
-        return NetRunner(self.net, 2 if self.spec.kind == "affine" else 1, budget, self._plans, self.precision)
+        width = 2 if self.spec.kind == "affine" else 1
+        return NetRunner(self.net, width, budget, self._plans, self.precision, self.board)
+
+    def _net_inputs(self, kept: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return (kept, cond) if self.board is None else self.board.net_inputs(kept, cond)
 
     def run_net(self, kept: Tensor, cond: Tensor | None) -> Tensor:
         """The coupling net on the kept half (the same before and after the coupling), checked for its shape."""
-        with in_precision(self.precision, kept):
-            net_out = self.net(kept) if cond is None else self.net(kept, cond)
-        width = 2 * kept.shape[1] if self.spec.kind == "affine" else kept.shape[1]
-        expected = (kept.shape[0], width, *kept.shape[2:])
+        seen, cond = self._net_inputs(kept, cond)
+        with in_precision(self.precision, seen):
+            net_out = self.net(seen) if cond is None else self.net(seen, cond)
+        width = 2 * seen.shape[1] if self.spec.kind == "affine" else seen.shape[1]
+        expected = (seen.shape[0], width, *seen.shape[2:])
         if net_out.shape != expected:
             expect(False, "net", f"an output of shape {expected}", f"shape {tuple(net_out.shape)}")
-        return net_out
+        return net_out if self.board is None else self.board.net_output(net_out)
 
     @property
     def has_own_scale(self) -> bool:
@@ -156,23 +194,29 @@ class Coupling(FlowLayer):
     def run_net_forward(self, kept: Tensor, cond: Tensor | None) -> Tensor:
         """The net in the forward direction; in training, its ActNorms are initialised first if they are fresh."""
         if self.training and isinstance(self.net, CouplingNet) and not self.net.is_initialized:
-            self.net.initialize(kept, cond)
+            self.net.initialize(*self._net_inputs(kept, cond))
         return self.run_net(kept, cond)
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x -> y."""
-        return functional.coupling(x, self.run_net_forward(self.kept_half(x), cond), self.spec)
+        x, cond = self.enter(x, cond)
+        y, log_det = functional.coupling(x, self.run_net_forward(self.kept_half(x), cond), self.spec)
+        return self.leave(y), log_det
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """y -> x."""
-        return functional.coupling_inverse(z, self.run_net(self.kept_half(z), cond), self.spec)
+        z, cond = self.enter(z, cond)
+        x, log_det = functional.coupling_inverse(z, self.run_net(self.kept_half(z), cond), self.spec)
+        return self.leave(x), log_det
 
     def initialize(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Initialise the net's ActNorms from x if that has not happened yet, and return y."""
         if isinstance(self.net, CouplingNet) and not self.net.is_initialized:
-            self.net.initialize(self.kept_half(x), cond)
+            halves, halved_cond = self.enter(x, cond)
+            self.net.initialize(*self._net_inputs(self.kept_half(halves), halved_cond))
         return super().initialize(x, cond)
 
     def extra_repr(self) -> str:
-        """Kind and scale map, for repr."""
-        return f"kind={self.spec.kind!r}, scale_map={self.spec.scale_map!r}, order={self.spec.order!r}"
+        """Kind, scale map and mask, for repr."""
+        mask = "" if self.board is None else f", mask={self.mask!r}, parity={self.board.parity}"
+        return f"kind={self.spec.kind!r}, scale_map={self.spec.scale_map!r}, order={self.spec.order!r}{mask}"

@@ -13,7 +13,7 @@ from pyglow_fast._errors import check_count, check_input, expect
 from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.actnorm import ActNorm
-from pyglow_fast.layers.coupling import Coupling, coupling_spec
+from pyglow_fast.layers.coupling import MASKS, Coupling, coupling_spec
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.permutation import ChannelLinear, InvConv, Permute
 from pyglow_fast.layers.ranks import refused_alike
@@ -64,6 +64,10 @@ def unstack_maps(stacked: ChannelMap) -> list[ChannelMap]:
     return [ChannelMap(*parts) for parts in zip(*(p.unbind() for p in stacked if p is not None), strict=True)]
 
 
+# What a run of steps asks a coupling for, or does in its place.
+_RUN = ("forward", "inverse", "enter", "leave", "kept_half", "run_net", "run_net_forward", "runner")
+
+
 def runs_fused(step: nn.Module) -> bool:
     """Whether a step is a FlowStep whose parts do what theirs do, so that it may be joined with its neighbours.
 
@@ -75,7 +79,7 @@ def runs_fused(step: nn.Module) -> bool:
         (step, FlowStep, ("forward", "inverse")),
         (step.actnorm, ActNorm, ("forward", "inverse")),
         (step.permutation, ChannelLinear, ()),  # a step asks it for its weight alone
-        (step.coupling, Coupling, ("forward", "inverse", "run_net", "run_net_forward", "kept_half", "runner")),
+        (step.coupling, Coupling, _RUN),
     )
     for part, own, names in pairs:
         kind = type(part)
@@ -87,7 +91,10 @@ def runs_fused(step: nn.Module) -> bool:
 
 
 def fold_in_one(steps: Sequence[FlowStep]) -> ChannelMap:
-    """The channel maps of K steps of one width, stacked: parameter-sized work in one batch."""
+    """The channel maps of K steps of one width, stacked: parameter-sized work in one batch.
+
+    With checkerboard masks those of the 2 C channels of halves, see :func:`_for_masks`.
+    """
     layers = [step.permutation for step in steps]
     log_scale = torch.stack([step.actnorm.log_scale for step in steps])
     bias = torch.stack([step.actnorm.bias for step in steps])
@@ -95,13 +102,38 @@ def fold_in_one(steps: Sequence[FlowStep]) -> ChannelMap:
     known = [index for index in indices if index is not None]
     if len(known) == len(layers):
         index = torch.stack(known)
-        return ChannelMap(*functional.gather_actnorm(index, log_scale, bias), log_scale.sum(-1), index)
+        maps = ChannelMap(*functional.gather_actnorm(index, log_scale, bias), log_scale.sum(-1), index)
+        return _for_masks(maps, steps)
     with full_precision(steps[0].actnorm.bias):
         weight, weight_log_det = layers[0].stack_weights(layers)
     own = steps[0].actnorm.bias.dtype
     expect(weight.dtype == own, "permutation", f"a weight of dtype {own} (that of the actnorm)", weight.dtype)
     matrix, offset = fold_actnorm(weight, log_scale, bias)
-    return ChannelMap(matrix, offset, weight_log_det + log_scale.sum(-1))
+    return _for_masks(ChannelMap(matrix, offset, weight_log_det + log_scale.sum(-1)), steps)
+
+
+def _for_masks(maps: ChannelMap, steps: Sequence[FlowStep]) -> ChannelMap:
+    """The same with channel masks; with checkerboards that map for both halves of the state, 2 C channels.
+
+    The state that runs through the steps is halved as each coupling wants it: where the parity of a step is another
+    than that of the step before, the halves change places.
+    """
+    parities = [step.coupling.board.parity for step in steps if step.coupling.board is not None]
+    if not parities:
+        return maps
+    swaps = [first != second for first, second in zip([parities[0], *parities], parities, strict=False)]
+    k, channels = maps.offset.shape
+    offset, log_det = maps.offset.repeat(1, 2), 2 * maps.log_det
+    if maps.source is not None:
+        halves = [[source, source + channels] for source in maps.source]
+        source = torch.stack(
+            [torch.cat(pair[::-1] if swap else pair) for pair, swap in zip(halves, swaps, strict=True)]
+        )
+        return ChannelMap(maps.matrix.repeat(1, 2), offset, log_det, source)
+    same = torch.eye(2, dtype=maps.matrix.dtype, device=maps.matrix.device)
+    places = torch.stack([same.flip(0) if swap else same for swap in swaps])
+    matrix = places[:, :, None, :, None] * maps.matrix[:, None, :, None, :]
+    return ChannelMap(matrix.reshape(k, 2 * channels, 2 * channels), offset, log_det)
 
 
 def fold_steps(steps: Sequence[FlowStep]) -> list[ChannelMap]:
@@ -151,10 +183,13 @@ def run_couplings(
 ) -> tuple[Tensor, Tensor]:
     """x through steps of one width: between two coupling nets there is one pass over memory, coupling and next mixing.
 
-    With squeeze_first, x is (N, C / 2^d, *(2 spatial)) and is squeezed as it is read. With a budget (bytes or "auto")
-    the nets run in chunks, without a record. Returns z (N, C, *spatial) and log_det (N,). The steps must be
-    initialised, but for ActNorms inside their nets.
+    With squeeze_first, x is (N, C / 2^d, *(2 spatial)) and is squeezed, with channel masks as it is read. With a budget
+    (bytes or "auto") the nets run in chunks, without a record. Returns z (N, C, *spatial) and log_det (N,). The steps
+    must be initialised, but for ActNorms inside their nets.
     """
+    if squeeze_first and couplings[0].board is not None:
+        x, squeeze_first = functional.squeeze(x), False
+    x, cond = couplings[0].enter(x, cond)
     maps = folded.maps
     kept = maps[0].matrix.shape[0] // 2
     first = maps[0]
@@ -170,7 +205,7 @@ def run_couplings(
                 z, net_out, following.matrix, following.offset, spec, kept, following.source
             )
         log_det = log_det + step_log_det
-    return z, log_det
+    return couplings[-1].leave(z), log_det
 
 
 def run_couplings_inverse(
@@ -181,6 +216,7 @@ def run_couplings_inverse(
     budget: str | int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The inverse of :func:`run_couplings`: one pass a step besides its net."""
+    z, cond = couplings[-1].enter(z, cond)
     log_det = -maps_log_det(folded.maps, z)
     steps = zip(couplings, folded.nets, folded.maps, folded.inverses, strict=True)
     for coupling, weights, channel_map, (inverse, index) in reversed(list(steps)):
@@ -192,7 +228,7 @@ def run_couplings_inverse(
         )
         z, step_log_det = functional.coupling_mix_inverse(z, net_out, inverse, channel_map.offset, spec, index)
         log_det = log_det + step_log_det
-    return z, log_det
+    return couplings[0].leave(z), log_det
 
 
 class Recorded:
@@ -216,10 +252,11 @@ class FlowStep(FlowLayer):
     log_det = P (sum log_scale + log|det W|) + sum log s.
 
     Args:
-        channels: C, even.
+        channels: C, even (with a checkerboard any).
         hidden: width of the coupling net.
         coupling: how the net's output shifts and scales: a CouplingSpec, or its kind alone, "affine" or "additive".
-        permutation: "invconv" (LU), "invconv_plain", "shuffle" or "reverse"; or a ChannelLinear of your own.
+        permutation: "invconv" (LU), "invconv_plain", "shuffle" or "reverse"; or a ChannelLinear of your own. Behind a
+            checkerboard, whose nets see all channels, the order of these makes no difference.
         net: a coupling net of your own instead of CouplingNet (then hidden, net_actnorm, cond_channels, border are not
             used).
         net_actnorm: ActNorm inside the coupling net.
@@ -227,10 +264,11 @@ class FlowStep(FlowLayer):
         dims: number of spatial dimensions, 1 to 3.
         precision: of the coupling net, see Coupling.
         border: of the coupling net, see CouplingNet.
+        mask, parity: of the coupling, see Coupling.
         older: the other fields of the CouplingSpec as they were given before it, beside a kind only: scale_map,
             scale_bias, scale_eps, scale_clamp, scale_factor and order, see Coupling.
 
-    Shapes: x (N, C, *spatial), float32 or float64; log_det (N,), nats.
+    Shapes: x (N, C, *spatial), float32 or float64, with a checkerboard the first spatial side even; log_det (N,), nats.
 
     Raises:
         ValueError: odd channels, wrong option, shape, dtype or device; an older keyword beside a CouplingSpec.
@@ -251,11 +289,15 @@ class FlowStep(FlowLayer):
         *,
         precision: str = "auto",
         border: bool = False,
+        mask: str = "channels",
+        parity: int = 0,
         **older: Any,
     ) -> None:
         super().__init__()
-        check_count("channels", channels, least=2)
-        expect(channels % 2 == 0, "channels", "an even number to halve", channels)
+        expect(mask in MASKS, "mask", f"one of {MASKS}", repr(mask))
+        shared = 2 if mask == "channels" else 1  # among as many parts
+        check_count("channels", channels, least=shared)
+        expect(channels % shared == 0, "channels", "an even number to halve", channels)
         kind = coupling.kind if isinstance(coupling, CouplingSpec) else coupling
         expect(kind in KINDS, "coupling", f"one of {KINDS}", repr(kind))
         spec = coupling_spec(kind, **older)
@@ -267,8 +309,9 @@ class FlowStep(FlowLayer):
         expected = f"one of {PERMUTATIONS} or a ChannelLinear (of {channels} channels)"
         expect(fits or permutation in PERMUTATIONS, "permutation", expected, repr(permutation))
         if net is None:
-            width = channels if kind == "affine" else channels // 2
-            net = CouplingNet(channels // 2, width, hidden, net_actnorm, cond_channels, border, dims)
+            width = channels // shared
+            outputs = 2 * width if kind == "affine" else width
+            net = CouplingNet(width, outputs, hidden, net_actnorm, cond_channels, border, dims)
         self.channels = channels
         self.actnorm = ActNorm(channels)
         if isinstance(permutation, str):
@@ -276,7 +319,7 @@ class FlowStep(FlowLayer):
             lu = permutation == "invconv"
             permutation = InvConv(channels, lu) if is_conv else Permute(channels, permutation)
         self.permutation = permutation
-        self.coupling = Coupling(net, *spec, precision)
+        self.coupling = Coupling(net, *spec, precision, mask, parity)
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x -> z; a fresh step in training initialises its actnorm from x first."""
@@ -310,5 +353,6 @@ class FlowStep(FlowLayer):
             if not self.actnorm.is_initialized:
                 self.actnorm.initialize_from(x)
             channel_map = fold_steps([self])[0]
-            u = functional.channel_mix(x, channel_map.matrix, channel_map.offset, index=channel_map.source)
-            return self.coupling.initialize(u, cond)
+            halves, _ = self.coupling.enter(x, None)
+            u = functional.channel_mix(halves, channel_map.matrix, channel_map.offset, index=channel_map.source)
+            return self.coupling.initialize(self.coupling.leave(u), cond)

@@ -75,7 +75,9 @@ class FrozenSteps(FlowLayer):
         couplings = []
         for step in own:
             net = FrozenNet(step.coupling.net) if is_foldable(step.coupling.net) else step.coupling.net  # type: ignore[arg-type]
-            couplings.append(Coupling(net, *step.coupling.spec, step.coupling.precision))
+            board = step.coupling.board
+            mask = (step.coupling.mask, 0 if board is None else board.parity)
+            couplings.append(Coupling(net, *step.coupling.spec, step.coupling.precision, *mask))
         self.couplings = nn.ModuleList(couplings)
         self.requires_grad_(False)
         self.eval()

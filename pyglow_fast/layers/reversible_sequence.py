@@ -89,8 +89,8 @@ class ReversibleSequence(FlowLayer):
     overridden in a subclass, with hooks on them, or among other modules, they run one by one, and their nets whole.
 
     Args:
-        steps: FlowSteps of one width, or any modules with ``forward(x, cond=None) -> (z, log_det)`` and
-            ``inverse``; their parameters must be theirs alone and their output a function of the input.
+        steps: FlowSteps of one width and kind of mask, or any modules with ``forward(x, cond=None) -> (z, log_det)``
+            and ``inverse``; their parameters must be theirs alone and their output a function of the input.
         memory: a mode.
         anchor_every: steps between stored states: "auto", an int, or None for none but the input.
         tolerance: largest relative drift of a recomputed state, or None for the default by dtype and depth.
@@ -127,6 +127,8 @@ class ReversibleSequence(FlowLayer):
         if all(isinstance(step, FlowStep) for step in steps):
             widths = {cast(FlowStep, step).channels for step in steps}
             expect(len(widths) == 1, "steps", "FlowSteps of one width", sorted(widths))
+            masks = {cast(FlowStep, step).coupling.mask for step in steps}
+            expect(len(masks) == 1, "steps", "FlowSteps of one kind of mask", sorted(masks))
         self.control = DriftControl(len(steps), anchor_every, tolerance, deferred_check)
         self.memory = memory
         self.memory_budget = memory_budget
@@ -171,9 +173,9 @@ class ReversibleSequence(FlowLayer):
         return [step for step in self if isinstance(step, FlowStep)]
 
     def forward(self, x: Tensor, cond: Tensor | None = None, squeeze_first: bool = False) -> tuple[Tensor, Tensor]:
-        """x -> z. squeeze_first: x (N, C / 2^d, *(2 spatial)) is squeezed, by FlowSteps as it is read."""
+        """x -> z. squeeze_first: x (N, C / 2^d, *(2 spatial)) is squeezed, by FlowSteps mostly as it is read."""
         fused = self.is_fused
-        if squeeze_first and not fused:
+        if squeeze_first and (not fused or self.flow_steps()[0].coupling.board is not None):
             x, squeeze_first = functional.squeeze(x), False
         if fused and not squeeze_first:
             first = self.flow_steps()[0]
@@ -203,7 +205,10 @@ class ReversibleSequence(FlowLayer):
         runners = [step.coupling.runner(self.memory_budget) for step in steps]
         whole = self._pass(x, [sum(parameter.nbytes for parameter in runner.params) for runner in runners])
         specs = [step.coupling.spec for step in steps]
-        return run_recomputing(runners, specs, fold_in_one(steps), whole, x, cond, squeeze_first)
+        first, last = steps[0].coupling, steps[-1].coupling
+        x, cond = first.enter(x, cond)
+        z, log_det = run_recomputing(runners, specs, fold_in_one(steps), whole, x, cond, squeeze_first)
+        return last.leave(z), log_det
 
     def _pass(self, x: Tensor, step_bytes: Sequence[int]) -> Pass:
         """Of a forward that begins now. A GPU's one verdict a level wants one part."""

@@ -22,6 +22,8 @@ class GlowConfig:
         image_shape: (C, *spatial) of x with 1 to 3 spatial dimensions, each divisible by 2^n_levels.
         n_levels: L, each with a squeeze, n_steps flow steps and (but for the last) a split.
         n_steps: K, flow steps per level.
+        n_checkerboard: how many of these come before the squeeze of their level, with checkerboard masks, see Coupling.
+        n_last_checkerboard: 0, or how many steps the last level has instead, all with checkerboards and no squeeze.
         hidden: width of the coupling nets.
         coupling: "affine" or "additive".
         permutation: "invconv" (LU), "invconv_plain", "shuffle" or "reverse".
@@ -55,6 +57,8 @@ class GlowConfig:
     border: bool = False
     classify: int = 0
     scale_factor: float = 1.0
+    n_checkerboard: int = 0
+    n_last_checkerboard: int = 0
 
     def __post_init__(self) -> None:
         expect(isinstance(self.image_shape, Sequence), "image_shape", "a tuple of ints", repr(self.image_shape))
@@ -74,9 +78,11 @@ class GlowConfig:
         expect(self.permutation in PERMUTATIONS, "permutation", f"one of {PERMUTATIONS}", repr(self.permutation))
         classes_ok = self.n_classes is None or (type(self.n_classes) is int and self.n_classes >= 1)
         expect(classes_ok, "n_classes", "None or a positive int", self.n_classes)
-        for name in ("cond_channels", "classify"):
+        for name in ("cond_channels", "classify", "n_checkerboard", "n_last_checkerboard"):
             value = getattr(self, name)
             expect(type(value) is int and 0 <= value < 2**31, name, "0 or a positive int", value)
+        below = self.n_checkerboard < self.n_steps
+        expect(below, "n_checkerboard", f"fewer than n_steps = {self.n_steps}", self.n_checkerboard)
         agree = not self.classify or self.n_classes in (None, self.classify)
         expect(agree, "classify", f"0 or n_classes={self.n_classes}", self.classify)
         expect(self.scale_map in SCALE_MAPS, "scale_map", f"one of {SCALE_MAPS}", repr(self.scale_map))
@@ -101,11 +107,16 @@ class GlowConfig:
             total *= size
         return total
 
+    def squeezes(self, level: int) -> bool:
+        """Whether a level, counted from 0, has a squeeze."""
+        return not self.n_last_checkerboard or level + 1 < self.n_levels
+
     def level_shapes(self) -> list[tuple[int, ...]]:
         """(C, *spatial) of the flow state inside each level, after its squeeze."""
         channels, spatial, shapes = self.image_shape[0], self.image_shape[1:], []
-        for _ in range(self.n_levels):
-            channels, spatial = channels * 2**self.dims, tuple(size // 2 for size in spatial)
+        for level in range(self.n_levels):
+            if self.squeezes(level):
+                channels, spatial = channels * 2**self.dims, tuple(size // 2 for size in spatial)
             shapes.append((channels, *spatial))
             channels //= 2
         return shapes

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import can_read, check_input, expect
-from pyglow_fast.layers import ActNorm, FrozenSteps, ReversibleSequence, Split
+from pyglow_fast.layers import ActNorm, Split
 from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.likelihood import bits_per_dim, dequantize
 from pyglow_fast.models.class_head import ClassHead
@@ -28,8 +28,8 @@ class Glow(GlowSettings):
     """log p(x) = sum over levels of log N(z_l; prior(z_{>l})) + log|det dz/dx|.
 
     Each of the L levels squeezes, applies K flow steps, and (but for the last) factors half of the channels out as a
-    latent whose prior the other half predicts. x is float, (level + u) / n_bins - 0.5 with u uniform in [0, 1); see
-    :mod:`pyglow_fast.likelihood`.
+    latent whose prior the other half predicts. With ``n_checkerboard`` some of the steps come before the squeeze. x is
+    float, (level + u) / n_bins - 0.5 with u uniform in [0, 1); see :mod:`pyglow_fast.likelihood`.
 
     Args:
         config: a GlowConfig; or pass its fields as keywords.
@@ -76,7 +76,7 @@ class Glow(GlowSettings):
             "memory_budget": memory_budget,
             "deferred_check": deferred_check,
         }
-        self.levels = nn.ModuleList(FlowLevel(self.config, shape[0], **options) for shape in self.state_shapes)
+        self.levels = nn.ModuleList(FlowLevel(self.config, level, **options) for level in range(self.config.n_levels))
         self.splits = nn.ModuleList(
             Split(shape[0], self.config.learn_prior, self.config.dims, self.config.border)
             for shape in self.state_shapes[:-1]
@@ -104,8 +104,7 @@ class Glow(GlowSettings):
         frozen = copy.deepcopy(self)
         for level in frozen.levels:
             assert isinstance(level, FlowLevel)
-            if isinstance(level.steps, ReversibleSequence):
-                level.steps = FrozenSteps(level.steps)
+            level.freeze()
         frozen.requires_grad_(False)
         return frozen.eval()
 

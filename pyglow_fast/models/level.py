@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,43 +12,84 @@ from pyglow_fast.layers.reshape import fit_condition
 from pyglow_fast.models.config import GlowConfig
 from pyglow_fast.reference import CouplingSpec
 
+Steps = ReversibleSequence | FrozenSteps
+
 
 class FlowLevel(nn.Module):
-    """One level: squeeze, then K flow steps whose parameter work is done in one batch."""
+    """One level: steps with checkerboard masks, if any, then a squeeze and steps with channel masks, if any.
 
-    def __init__(self, config: GlowConfig, channels: int, **memory: Any) -> None:
+    Args:
+        config: of the whole model.
+        level: which one, from 0.
+        memory: options of the ReversibleSequences.
+    """
+
+    def __init__(self, config: GlowConfig, level: int, **memory: Any) -> None:
         super().__init__()
+        squeezes, channels = config.squeezes(level), config.level_shapes()[level][0]
+        n_boards = config.n_checkerboard if squeezes else config.n_last_checkerboard
+        width = channels // 2**config.dims if squeezes else channels
+        # Dinh et al. 2017, figure 3: the first mask keeps where the sum of the indices is odd.
+        boards = [_step(config, width, mask="checkerboard", parity=(k + 1) % 2) for k in range(n_boards)]
+        self.checkerboard: Steps | None = ReversibleSequence(boards, **memory) if boards else None
         self.squeeze = Squeeze(2)
-        numbers = (config.scale_bias, config.scale_eps, config.scale_clamp)
-        steps = [
-            FlowStep(
-                channels,
-                hidden=config.hidden,
-                coupling=CouplingSpec(config.coupling, config.scale_map, *numbers, factor=config.scale_factor),
-                permutation=config.permutation,
-                net_actnorm=config.net_actnorm,
-                cond_channels=config.cond_channels,
-                dims=config.dims,
-                border=config.border,
-            )
-            for _ in range(config.n_steps)
-        ]
-        self.steps: ReversibleSequence | FrozenSteps = ReversibleSequence(steps, **memory)
+        steps = [_step(config, channels) for _ in range(config.n_steps - n_boards)] if squeezes else []
+        self.steps: Steps | None = ReversibleSequence(steps, **memory) if steps else None
+
+    def freeze(self) -> None:
+        """Replace all steps by their folded ones; see FrozenSteps."""
+        for name, steps in (("checkerboard", self.checkerboard), ("steps", self.steps)):
+            if isinstance(steps, ReversibleSequence):
+                setattr(self, name, FrozenSteps(steps))
 
     def forward(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x (N, C, *spatial) -> z (N, C 2^d, *spatial / 2), log_det (N,)."""
-        cond = None if cond is None else fit_condition(cond, tuple(size // 2 for size in x.shape[2:]))
-        return self.steps(x, cond, squeeze_first=True)
+        """x (N, C, *spatial) -> z (N, C 2^d, *spatial / 2), unless the level has no squeeze; log_det (N,)."""
+        log_det: Tensor | None = None
+        if self.checkerboard is not None:
+            x, log_det = self.checkerboard(x, _fitted(cond, x.shape[2:]))
+        if self.steps is not None:
+            halved = _fitted(cond, [size // 2 for size in x.shape[2:]])
+            x, step_log_det = self.steps(x, halved, squeeze_first=True)
+            log_det = step_log_det if log_det is None else log_det + step_log_det
+        assert log_det is not None  # a level has steps
+        return x, log_det
 
     def inverse(self, z: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         """z -> x, log_det (N,)."""
-        cond = None if cond is None else fit_condition(cond, tuple(z.shape[2:]))
-        z, log_det = self.steps.inverse(z, cond)
-        x, _ = self.squeeze.inverse(z)
-        return x, log_det
+        log_det: Tensor | None = None
+        if self.steps is not None:
+            z, log_det = self.steps.inverse(z, _fitted(cond, z.shape[2:]))
+            z, _ = self.squeeze.inverse(z)
+        if self.checkerboard is not None:
+            z, board_log_det = self.checkerboard.inverse(z, _fitted(cond, z.shape[2:]))
+            log_det = board_log_det if log_det is None else log_det + board_log_det
+        assert log_det is not None  # a level has steps
+        return z, log_det
 
     def initialize(self, x: Tensor, cond: Tensor | None) -> Tensor:
         """Data-dependent initialisation, step after step, each from the output of those before it."""
-        z, _ = self.squeeze(x)
-        cond = None if cond is None else fit_condition(cond, tuple(z.shape[2:]))
-        return self.steps.initialize(z, cond)
+        if self.checkerboard is not None:
+            x = self.checkerboard.initialize(x, _fitted(cond, x.shape[2:]))
+        if self.steps is not None:
+            x, _ = self.squeeze(x)
+            x = self.steps.initialize(x, _fitted(cond, x.shape[2:]))
+        return x
+
+
+def _fitted(cond: Tensor | None, spatial: Sequence[int]) -> Tensor | None:
+    return None if cond is None else fit_condition(cond, tuple(spatial))
+
+
+def _step(config: GlowConfig, channels: int, **mask: Any) -> FlowStep:
+    numbers = (config.scale_bias, config.scale_eps, config.scale_clamp)
+    return FlowStep(
+        channels,
+        hidden=config.hidden,
+        coupling=CouplingSpec(config.coupling, config.scale_map, *numbers, factor=config.scale_factor),
+        permutation=config.permutation,
+        net_actnorm=config.net_actnorm,
+        cond_channels=config.cond_channels,
+        dims=config.dims,
+        border=config.border,
+        **mask,
+    )

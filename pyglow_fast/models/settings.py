@@ -27,9 +27,8 @@ class GlowSettings(nn.Module):
         raise NotImplementedError
 
     def _sequences(self) -> list[ReversibleSequence]:
-        """None of a frozen model."""
-        steps = [level.steps for level in self.levels]
-        return [sequence for sequence in steps if isinstance(sequence, ReversibleSequence)]
+        """All runs of steps, in their order; none of a frozen model."""
+        return [run for level in self.levels for run in level.children() if isinstance(run, ReversibleSequence)]
 
     @property
     def memory(self) -> str:
@@ -75,5 +74,5 @@ class GlowSettings(nn.Module):
             yield
 
     def memory_report(self) -> list[dict[str, Any]]:
-        """Of each level: mode, anchors' spacing, drift, what was redone; see ReversibleSequence.memory_report."""
+        """Of each run of steps, with checkerboards two a level: see ReversibleSequence.memory_report."""
         return [sequence.memory_report() for sequence in self._sequences()]

@@ -262,6 +262,19 @@ def test_another_process_trains_one_of_them(
     assert {row[0]: row[3] for row in cells(copy)} == {"reverse": "2", "invconv": "1 of 2"}
 
 
+def test_masks(copy: Path, data: str, options: list[str]) -> None:
+    """Another number of checkerboards is another variant, beside the former ones."""
+    more = ["--permutations", "reverse", "--seeds", "0", "--checkerboards", "0", "1", "--quiet"]
+    assert main(["compare", data, "--out", str(copy), *options, *more]) == 0
+    name = "reverse-checkerboard1-additive-seed0"
+    assert sorted(os.listdir(copy / "runs")) == sorted([*NAMES, name])
+    model = RunFolder(copy / "runs" / name).load().config.model
+    assert (model.n_steps, model.n_checkerboard) == (2, 1)
+    found = {row[0]: row for row in cells(copy)}
+    assert found.keys() == {"reverse", "invconv", "reverse + 1 checkerboard"}
+    assert found["reverse + 1 checkerboard"][2] == f"{held_out(copy, name):.4f}"
+
+
 def test_settings_from_a_file_and_by_name(
     compared: Path, data: str, tmp_path: Path, capsys: Capture, forbid_steps: None
 ) -> None:
@@ -296,6 +309,8 @@ def _no_folder(out: Path) -> None:
         (None, ["--max-steps", "5"], "max_steps: expected more than the 6 steps done, found 5"),
         (None, ["--permutation", "reverse"], "argument --permutation: expected --permutations in its place, .*"),
         (None, ["--coupling", "affine"], "argument --coupling: expected --couplings in its place, .*"),
+        (None, ["--checkerboard", "1"], "argument --checkerboard: expected --checkerboards in its place, .*"),
+        (None, ["--checkerboards", "2"], "n_checkerboard: expected fewer than n_steps = 2, found 2"),
         (None, ["--seed", "1"], "argument --seed: expected --seeds in its place, which takes several, found '1' .*"),
         (None, ["--seeds", "one"], "argument --seeds: expected a whole number, found 'one' .*"),
         (None, ["--seeds", "0", "0"], "seeds: expected each once, found 0 again"),

@@ -143,6 +143,17 @@ def test_the_price_of_strips() -> None:
     assert plan_chunks(Stated(1), (0, 2, 4, 4), 4).work == 1.0
 
 
+def test_rows_that_stand_for_several_of_the_net() -> None:
+    """Each costs as many as it stands for, and half as many of them hold the halo, rounded up."""
+    cost = 2 * 4 * PER_POSITION
+    for halo, reach in ((0, 0), (1, 1), (2, 1), (3, 2)):
+        plan = plan_chunks(Stated(halo), (1, 2, 12, 4), 4, 8 * cost, rows_each=2)
+        assert [chunk.rows for chunk in plan.chunks] == [slice(0, 6), slice(6, 12)], halo
+        assert [chunk.taken for chunk in plan.chunks] == [slice(0, 6 + reach), slice(6 - reach, 12)]
+        assert plan.peak == (6 + reach) * cost
+    assert plan_chunks(Stated(1), (1, 2, 12, 4), 4, 12 * cost, rows_each=2).whole
+
+
 def test_a_cut_that_saves_nothing_is_not_made() -> None:
     # With a halo of 2, each strip of 5 rows would take all 5 of them in the middle.
     plan = plan_chunks(Stated(2), (3, 2, 5, 4), 4, 1)

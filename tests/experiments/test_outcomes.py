@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from PIL import Image
 from pyglow_fast import GlowConfig
 from pyglow_fast.data import DataConfig
 from pyglow_fast.experiments import Outcome, variants
+from pyglow_fast.experiments.compare import name_of
 from pyglow_fast.experiments.outcomes import (
     Point,
+    by_variant,
     curves_csv,
     curves_of,
     mean_and_spread,
@@ -112,6 +115,9 @@ def test_picture(tmp_path: Path, value: float) -> None:
         ({"couplings": ["affine", "affine"]}, "couplings: expected each once, found affine again"),
         ({"seeds": [3, 1, 3]}, "seeds: expected each once, found 3 again"),
         ({"seeds": [-1]}, "seed: expected a whole number, 0 or more, found -1"),
+        ({"checkerboards": [0, 0]}, "checkerboards: expected each once, found 0 again"),
+        ({"checkerboards": []}, "checkerboards: expected at least one, found none"),
+        ({"checkerboards": [99]}, "n_checkerboard: expected fewer than n_steps = .*, found 99"),
         ({"permutations": ["rotate"]}, "permutation: expected one of .*, found 'rotate'"),
         ({"couplings": ["linear"]}, "coupling: expected one of .*, found 'linear'"),
     ],
@@ -129,3 +135,21 @@ def test_variants_come_seed_by_seed() -> None:
         (4, "shuffle", "additive"),
     ]
     assert [c.seed for c in found] == [4] * 4 + [2] * 4
+
+
+def test_variants_of_masks() -> None:
+    """As many steps whatever their masks; a name, a line and a colour of its own for each."""
+    base = replace(BASE, model=replace(BASE.model, n_steps=4, n_checkerboard=1))
+    assert [c.model.n_checkerboard for c in variants(base, ["reverse"], ["affine"], [0])] == [1]
+    found = variants(base, ["reverse", "invconv"], ["affine"], [0], [0, 2])
+    assert [(c.model.permutation, c.model.n_checkerboard) for c in found] == [
+        ("reverse", 0),
+        ("reverse", 2),
+        ("invconv", 0),
+        ("invconv", 2),
+    ]
+    assert {c.model.n_steps for c in found} == {4}
+    assert [name_of(c) for c in found[:2]] == ["reverse-affine-seed0", "reverse-checkerboard2-affine-seed0"]
+    outcomes = [replace(outcome("reverse", 0, 2.0), config=c) for c in found]
+    assert [one.variant[0] for one in outcomes[:2]] == ["reverse", "reverse + 2 checkerboards"]
+    assert len(by_variant(outcomes)) == 4

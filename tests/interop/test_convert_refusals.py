@@ -234,6 +234,8 @@ class TestSaving:
         [
             ({"image_shape": (2, 8)}, "image_shape: expected 2-d images"),
             ({"cond_channels": 1}, "cond_channels: expected 0"),
+            ({"n_steps": 2, "n_checkerboard": 1}, "n_checkerboard: expected 0: no format has checkerboards, found 1"),
+            ({"n_last_checkerboard": 2}, "n_last_checkerboard: expected 0: no format has checkerboards, found 2"),
             ({"scale_map": "exp"}, r"scale_map: expected sigmoid\(raw \+ 2\)"),
             ({"scale_bias": 1.0}, r"scale_map: expected sigmoid\(raw \+ 2\)"),
             ({"scale_eps": 0.1}, r"scale_map: expected sigmoid\(raw \+ 2\)"),

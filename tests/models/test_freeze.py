@@ -16,6 +16,7 @@ CONFIGS = [
     {"net_actnorm": True, "permutation": "invconv_plain", "n_classes": 3},
     {"coupling": "additive", "permutation": "shuffle", "learn_prior": False},
     {"cond_channels": 2, "scale_map": "tanh"},
+    {"cond_channels": 2, "n_checkerboard": 1, "n_last_checkerboard": 2, "net_actnorm": True},
 ]
 
 

@@ -32,6 +32,8 @@ OTHER_VALUES: dict[str, Any] = {
     "scale_clamp": 1.0,
     "border": True,
     "classify": 10,
+    "n_checkerboard": 2,
+    "n_last_checkerboard": 4,
 }
 WITH_SIGMOID = {"scale_factor": 2.0}  # which other maps have none of
 
@@ -76,6 +78,13 @@ def test_level_shapes(shape: tuple[int, ...], n_levels: int, states: list[tuple[
     assert config.level_shapes() == states
     assert config.dims == len(shape) - 1
     assert config.n_values == math.prod(shape)
+
+
+def test_a_last_level_of_checkerboards_has_no_squeeze() -> None:
+    config = pgf.GlowConfig(image_shape=(3, 32, 32), n_levels=3, n_checkerboard=1, n_last_checkerboard=4)
+    assert config.level_shapes() == [(12, 16, 16), (24, 8, 8), (12, 8, 8)]
+    assert [config.squeezes(level) for level in range(3)] == [True, True, False]
+    assert pgf.GlowConfig(image_shape=(3, 4), n_levels=1, n_last_checkerboard=1).level_shapes() == [(3, 4)]
 
 
 @pairs(
@@ -127,6 +136,10 @@ def test_scale_options_reach_the_couplings() -> None:
         ({"n_classes": "10"}, "n_classes: expected None or a positive int, found 10"),
         ({"cond_channels": -1}, "cond_channels: expected 0 or a positive int, found -1"),
         ({"cond_channels": None}, "cond_channels: expected 0 or a positive int, found None"),
+        ({"n_checkerboard": -1}, "n_checkerboard: expected 0 or a positive int, found -1"),
+        ({"n_checkerboard": True}, "n_checkerboard: expected 0 or a positive int, found True"),
+        ({"n_last_checkerboard": 1.0}, r"n_last_checkerboard: expected 0 or a positive int, found 1\.0"),
+        ({"n_steps": 4, "n_checkerboard": 4}, "n_checkerboard: expected fewer than n_steps = 4, found 4"),
         ({"net_actnorm": "no"}, "net_actnorm: expected True or False, found 'no'"),
         ({"learn_prior": 1}, "learn_prior: expected True or False, found 1"),
         ({"scale_map": "relu"}, r"scale_map: expected one of \('sigmoid', .*\), found 'relu'"),

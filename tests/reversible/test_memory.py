@@ -15,8 +15,8 @@ MiB = 2**20
 STATE = 4 * 12 * 16 * 16 * 4  # bytes of a flow state of the level below: 4 samples, 12 channels, 16 x 16, float32
 
 
-def level(depth: int, mode: Mode, channels: int = 12, hidden: int = 128) -> pgf.ReversibleSequence:
-    sequence = pgf.ReversibleSequence([pgf.FlowStep(channels, hidden) for _ in range(depth)])
+def level(depth: int, mode: Mode, channels: int = 12, hidden: int = 128, **options: object) -> pgf.ReversibleSequence:
+    sequence = pgf.ReversibleSequence([pgf.FlowStep(channels, hidden, **options) for _ in range(depth)])
     for module in sequence.modules():
         if isinstance(module, pgf.ActNorm):
             module.initialized.fill_(True)
@@ -36,9 +36,11 @@ def kept_bytes(depth: int, mode: Mode) -> int:
     return now
 
 
-def peak_bytes(depth: int, mode: Mode, shape: tuple[int, ...] = (4, 12, 16, 16), hidden: int = 128) -> int:
+def peak_bytes(
+    depth: int, mode: Mode, shape: tuple[int, ...] = (4, 12, 16, 16), hidden: int = 128, **options: object
+) -> int:
     """Of a forward and backward, beyond the parameters, their accumulated gradients and x."""
-    sequence, x = level(depth, mode, shape[1], hidden), torch.randn(shape)
+    sequence, x = level(depth, mode, shape[1], hidden, **options), torch.randn(shape)
 
     def step() -> None:
         z, log_det = sequence(x)
@@ -90,6 +92,35 @@ def test_a_large_image_within_a_budget(memory: str) -> None:
     assert peak <= budget + gradients + (kept + 1 + 8) * state + 64 * 1024
     assert peak_bytes(4, Mode(memory, None, 2**40), shape, 64) > 2 * peak
     assert peak_bytes(4, Mode("store"), shape, 64) > 6 * peak
+
+
+@pytest.mark.parametrize("memory", ["reversible", "checkpoint"])
+def test_checkerboards_within_a_budget(memory: str) -> None:
+    """As above, of nets that run on whole images: each hidden layer of a step is 1 MiB."""
+    shape, budget, mask = (1, 2, 64, 64), MiB // 4, {"mask": "checkerboard"}
+    state = 4 * 2 * 64 * 64
+    mode = Mode(memory, None, budget)
+    gradients = 4 * sum(parameter.numel() for parameter in level(4, mode, 2, 64, **mask).parameters())
+    kept = 1 if memory == "reversible" else 4
+    peak = peak_bytes(4, mode, shape, 64, **mask)
+    # Besides, x in halves.
+    assert peak <= budget + gradients + (kept + 1 + 8 + 1) * state + 64 * 1024
+    assert peak_bytes(4, Mode(memory, None, 2**40), shape, 64, **mask) > 2 * peak
+    assert peak_bytes(4, Mode("store"), shape, 64, **mask) > 6 * peak
+
+
+def test_checkerboards_keep_nothing_per_step() -> None:
+    def kept(depth: int, mode: Mode) -> int:
+        sequence, x = level(depth, mode, 3, 64, mask="checkerboard"), torch.randn(4, 3, 32, 32)
+        with MemoryMeter() as meter:
+            outputs = sequence(x)
+            now = meter.now
+        assert outputs[0].requires_grad
+        return now
+
+    assert growth(kept, Mode("reversible", None)) <= PER_STEP
+    assert growth(kept, Mode("checkpoint")) <= PER_STEP + STATE
+    assert growth(kept, Mode("store")) > 2 * 4 * 64 * 32 * 32 * 4, "the hidden layers"
 
 
 def test_nothing_is_kept_after_the_backward() -> None:

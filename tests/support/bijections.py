@@ -89,6 +89,19 @@ def _coupling(
     return pgf.Coupling(net, kind, **options)
 
 
+def _checkerboard(
+    channels: int, kind: str = "affine", dims: int = 2, cond_channels: int = 0, **options: object
+) -> nn.Module:
+    width = 2 * channels if kind == "affine" else channels
+    net = pgf.CouplingNet(channels, width, 5, cond_channels=cond_channels, dims=dims)
+    return pgf.Coupling(net, kind, mask="checkerboard", **options)
+
+
+def _boards(memory: str, **options: object) -> nn.Module:
+    steps = [pgf.FlowStep(3, 5, mask="checkerboard", parity=k % 2, **options) for k in range(3)]
+    return pgf.ReversibleSequence(steps, memory, anchor_every=2)
+
+
 def _sequence(memory: str, memory_budget: str | int = "auto", **options: object) -> nn.Module:
     steps = [pgf.FlowStep(4, 5, **options) for _ in range(3)]
     return pgf.ReversibleSequence(steps, memory, anchor_every=2, memory_budget=memory_budget)
@@ -131,6 +144,24 @@ BIJECTIONS = [
     Bijection("coupling-cond", lambda: _coupling(4, cond_channels=2), (4, 3, 2), (2, 3, 2)),
     *(
         Bijection(
+            f"coupling-checkerboard-{parity}-{kind}",
+            lambda parity=parity, kind=kind: _checkerboard(3, kind, parity=parity),
+            (3, 4, 3),
+        )
+        for parity in (0, 1)
+        for kind in ("affine", "additive")
+    ),
+    Bijection("coupling-checkerboard-1d", lambda: _checkerboard(2, dims=1, scale_map="exp"), (2, 6)),
+    Bijection("coupling-checkerboard-3d", lambda: _checkerboard(1, dims=3, parity=1), (1, 4, 3, 2)),
+    Bijection("coupling-checkerboard-cond", lambda: _checkerboard(2, cond_channels=1), (2, 4, 3), (1, 4, 3)),
+    Bijection("step-checkerboard", lambda: pgf.FlowStep(3, 5, mask="checkerboard", net_actnorm=True), (3, 4, 3)),
+    *(
+        Bijection(f"sequence-checkerboard-{memory}", lambda memory=memory: _boards(memory), (3, 4, 3))
+        for memory in ("reversible", "checkpoint", "store")
+    ),
+    Bijection("sequence-checkerboard-cond", lambda: _boards("reversible", cond_channels=1), (3, 4, 2), (1, 4, 2)),
+    *(
+        Bijection(
             f"step-{permutation}-{coupling}",
             lambda permutation=permutation, coupling=coupling: pgf.FlowStep(
                 4, 5, coupling=coupling, permutation=permutation
@@ -166,6 +197,12 @@ BIJECTIONS = [
     Bijection("glow-cond", lambda: _glow(image_shape=(1, 4, 4), cond_channels=2, net_actnorm=True), (1, 4, 4), (2,)),
     Bijection(
         "glow-cond-map", lambda: _glow(image_shape=(1, 4, 8), cond_channels=1, n_classes=3), (1, 4, 8), (1, 4, 8)
+    ),
+    Bijection(
+        "glow-checkerboard",
+        lambda: _glow(image_shape=(2, 4, 4), n_checkerboard=1, n_last_checkerboard=2, cond_channels=1),
+        (2, 4, 4),
+        (1, 4, 4),
     ),
     Bijection("glow-additive", lambda: _glow(image_shape=(1, 4, 4), coupling="additive"), (1, 4, 4)),
     Bijection("glow-shuffle", lambda: _glow(image_shape=(1, 4, 4), permutation="shuffle", scale_map="atan"), (1, 4, 4)),

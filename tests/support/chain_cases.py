@@ -51,11 +51,16 @@ class Case:
     cond_shape: tuple[int, ...] | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
+    def _step(self, k: int, options: dict[str, Any]) -> pgf.FlowStep:
+        """The k-th; of a run of checkerboards the parity changes, but for the second step."""
+        parity = {"parity": (k - (k > 0)) % 2} if "mask" in options else {}
+        return pgf.FlowStep(self.shape[0], **options, **parity)
+
     def build(self, **sequence_options: Any) -> pgf.ReversibleSequence:
         """In float64, initialised, away from the start."""
         cond_channels = self.cond_shape[0] if self.cond_shape else 0
         options = {"hidden": 5, "dims": len(self.shape) - 1, "cond_channels": cond_channels, **self.options}
-        steps = [pgf.FlowStep(self.shape[0], **options) for _ in range(self.depth)]
+        steps = [self._step(k, options) for k in range(self.depth)]
         sequence = pgf.ReversibleSequence(steps, **sequence_options).double()
         sequence.initialize(*self.batch(64))
         return perturbed(sequence)
@@ -84,6 +89,12 @@ CASES = [
     Case("1d", shape=(4, 7)),
     Case("3d", shape=(2, 5, 2, 3)),
     Case("two-channels", shape=(2, 5, 4)),
+    Case("checkerboard", 4, (3, 8, 3), options={"mask": "checkerboard"}),
+    Case("checkerboard-additive", 3, (1, 6, 4), options={"mask": "checkerboard", "coupling": "additive"}),
+    Case("checkerboard-callable", 3, (2, 6, 2), options={"mask": "checkerboard", "scale_map": softplus_scale}),
+    Case("checkerboard-1d", 3, (2, 8), options={"mask": "checkerboard", "permutation": "reverse"}),
+    Case("checkerboard-3d", 3, (2, 4, 3, 2), options={"mask": "checkerboard", "net_actnorm": True}),
+    Case("checkerboard-cond", 4, (2, 6, 3), (2, 6, 3), options={"mask": "checkerboard"}),
 ]
 
 

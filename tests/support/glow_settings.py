@@ -32,6 +32,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "atan": {"image_shape": (1, 4, 4), "scale_map": "atan"},
     "factor": {"image_shape": (1, 4, 4), "scale_bias": 0.0, "scale_factor": 2.0},
     "eps": {"image_shape": (1, 4, 4), "scale_bias": 0.5, "scale_eps": 0.2},
+    "checkerboard": {"image_shape": (2, 4, 8), "n_levels": 1, "n_steps": 4, "n_checkerboard": 3},
+    "checkerboard, one dimension": {"image_shape": (1, 8), "n_checkerboard": 1, "cond_channels": 1, "cond_map": True},
+    "last checkerboard": {"image_shape": (1, 4, 4), "n_last_checkerboard": 2, "n_steps": 1, "n_classes": 3},
+    "realnvp": {
+        "image_shape": (1, 8, 8),
+        "n_checkerboard": 1,
+        "n_last_checkerboard": 2,
+        "permutation": "reverse",
+        "scale_map": "tanh",
+        "net_actnorm": True,
+        "learn_prior": False,
+    },
 }
 # A bound of the condition number of the models below in their data: what a rounding error can grow by.
 CONDITION = 1000.0

@@ -46,16 +46,39 @@ def _net(state: State, x: Tensor) -> Tensor:
     return conv(x, state["conv3.weight"], state["conv3.bias"], padding=1) * (3.0 * state["log_gain"]).exp()
 
 
-def _step(state: State, config: GlowConfig, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+def checkerboard(x: Tensor, parity: int) -> Tensor:
+    """1 where the indices of a position have a sum of that parity, else 0; like one channel of x."""
+    indices = torch.meshgrid(*(torch.arange(size, device=x.device) for size in x.shape[2:]), indexing="ij")
+    return (sum(indices) % 2 == parity).to(x.dtype)
+
+
+def masked_coupling(x: Tensor, net_out: Tensor, spec: CouplingSpec, parity: int) -> tuple[Tensor, Tensor]:
+    """y = b x + (1 - b) couple(x), log_det the sum of (1 - b) log s: what torch code without kernels writes."""
+    b = checkerboard(x, parity)
+    shift, raw = (net_out, None) if spec.kind == "additive" else net_out.chunk(2, dim=1)
+    if raw is None:
+        return b * x + (1 - b) * (x + shift), x.new_zeros(x.shape[0])
+    scale, log_scale = reference.scale_and_log(raw, spec)
+    coupled = (x + shift) * scale if spec.order == "shift_scale" else x * scale + shift
+    return b * x + (1 - b) * coupled, ((1 - b) * log_scale).flatten(1).sum(1)
+
+
+def _step(
+    state: State, config: GlowConfig, x: Tensor, cond: Tensor | None, parity: int | None = None
+) -> tuple[Tensor, Tensor]:
     positions = reference.n_positions(x)
     weight = _weight(_under(state, "permutation."), x.shape[1], x)
     log_det = positions * (state["actnorm.log_scale"].sum() + torch.linalg.slogdet(weight).logabsdet)
     x = torch.einsum("ij,nj...->ni...", weight, _actnorm(_under(state, "actnorm."), x))
-    kept = x[:, : x.shape[1] // 2]
+    kept = x[:, : x.shape[1] // 2] if parity is None else checkerboard(x, parity) * x
     net_in = kept if cond is None else torch.cat([kept, cond], dim=1)
     spec = CouplingSpec(config.coupling, config.scale_map, config.scale_bias, config.scale_eps, config.scale_clamp)
     spec = spec._replace(factor=config.scale_factor)
-    z, coupling_log_det = reference.coupling(x, _net(_under(state, "coupling.net."), net_in), spec)
+    net_out = _net(_under(state, "coupling.net."), net_in)
+    if parity is None:
+        z, coupling_log_det = reference.coupling(x, net_out, spec)
+    else:
+        z, coupling_log_det = masked_coupling(x, net_out, spec, parity)
     return z, log_det + coupling_log_det
 
 
@@ -76,10 +99,15 @@ def plain_encode(
     """Each latent with the mean and log_sd of its prior, shallowest first, and log_det."""
     latents, log_det = [], x.new_zeros(x.shape[0])
     for level in range(config.n_levels):
-        x = reference.squeeze(x)
-        for k in range(config.n_steps):
-            step_state = _under(state, f"levels.{level}.steps.{k}.")
-            x, step_log_det = _step(step_state, config, x, _condition(cond, x))
+        is_last = config.n_last_checkerboard > 0 and level + 1 == config.n_levels
+        n_boards = config.n_last_checkerboard if is_last else config.n_checkerboard
+        steps: list[tuple[str, int | None]] = [(f"checkerboard.{k}", (k + 1) % 2) for k in range(n_boards)]
+        steps += [] if is_last else [(f"steps.{k}", None) for k in range(config.n_steps - n_boards)]
+        for name, parity in steps:
+            if name == "steps.0":
+                x = reference.squeeze(x)
+            step_state = _under(state, f"levels.{level}.{name}.")
+            x, step_log_det = _step(step_state, config, x, _condition(cond, x), parity)
             log_det = log_det + step_log_det
         if level + 1 < config.n_levels:
             x, factored = x.chunk(2, dim=1)

@@ -340,6 +340,8 @@ def from_model(model: Glow) -> Weights:
     config = model.config
     expect(config.dims == 2, "image_shape", "2-d images, as in all of these formats", config.image_shape)
     expect(config.cond_channels == 0, "cond_channels", "0: no format has a condition", config.cond_channels)
+    for name in ("n_checkerboard", "n_last_checkerboard"):
+        expect(getattr(config, name) == 0, name, "0: no format has checkerboards", getattr(config, name))
     if config.coupling == "affine":
         found = (config.scale_map, config.scale_bias, config.scale_eps, config.scale_factor)
         expect(found == ("sigmoid", 2.0, 0.0, 1.0), "scale_map", "sigmoid(raw + 2), as in all of these formats", found)

@@ -1,0 +1,90 @@
+"""The checkerboard mask: a coupling's net sees whole images, while the coupling itself has two halves as channels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from pyglow_fast import functional
+from pyglow_fast._errors import expect
+from pyglow_fast.coupling_nets.explicit_net import Explicit
+
+
+@dataclass(frozen=True)
+class Checkerboard:
+    """The positions whose indices have a sum of ``parity`` (modulo 2) are kept; the net predicts the others from them.
+
+    With x (N, C, R, *rest) halved to (N, 2 C, R / 2, *rest), kept positions first, a coupling is one of channels: a
+    step's kernels, and all that recomputes, run on the halves. The net alone runs on whole images: it gets them with
+    zeros at the other positions, and of its output what lies there is taken. A condition goes along as a view
+    (N, Cc, R / 2, 2, *rest), so that rows of it are cut as those of a half.
+
+    Reference: Dinh et al. 2017, section 3.4.
+    """
+
+    parity: int
+
+    def check(self, x: Tensor, cond: Tensor | None) -> None:
+        """Refuse images that have no halves of one size, or a condition of other positions."""
+        expect(isinstance(x, Tensor), "x", "a Tensor", type(x).__name__)
+        if x.dim() < 3 or x.shape[2] % 2 == 1:
+            expected = "shape (N, C, *spatial) with an even first spatial side (mask='checkerboard')"
+            expect(False, "x", expected, f"shape {tuple(x.shape)}")
+        if cond is not None:
+            expect(isinstance(cond, Tensor), "cond", "a Tensor", type(cond).__name__)
+            fits = cond.dim() == x.dim() and (cond.shape[0], *cond.shape[2:]) == (x.shape[0], *x.shape[2:])
+            shape = ", ".join(map(str, (x.shape[0], "Cc", *x.shape[2:])))
+            expect(fits, "cond", f"shape ({shape}), the positions of x", f"shape {tuple(cond.shape)}")
+
+    def enter(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The halves of x, and the condition by pairs of rows."""
+        self.check(x, cond)
+        return functional.checkerboard_split(x, self.parity), None if cond is None else cond.unflatten(2, (-1, 2))
+
+    def leave(self, halves: Tensor) -> Tensor:
+        """The images of these halves."""
+        return functional.checkerboard_merge(halves, self.parity)
+
+    def net_inputs(self, kept: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The masked images and the condition, as the net sees them."""
+        masked = functional.checkerboard_merge(kept, self.parity, both=False)
+        return masked, None if cond is None else cond.flatten(2, 3)
+
+    def net_output(self, net_out: Tensor) -> Tensor:
+        """What the net says of the other positions."""
+        return functional.checkerboard_split(net_out, 1 - self.parity, both=False)
+
+    def shaped(self, kept: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Stand-ins for :meth:`net_inputs`, of their shapes, dtypes and devices, to be checked."""
+        n, channels, rows, *rest = kept.shape
+        return kept.new_empty(()).expand(n, channels, 2 * rows, *rest), None if cond is None else cond.flatten(2, 3)
+
+
+class OnCheckerboard:
+    """A net without autograd on whole images, as a net on their kept halves."""
+
+    def __init__(self, net: Explicit, board: Checkerboard) -> None:
+        self.net, self.board = net, board
+
+    @property
+    def out_channels(self) -> int:
+        """The number of channels of the output."""
+        return self.net.out_channels
+
+    def output(self, x1: Tensor, cond: Tensor | None) -> Tensor:
+        """The net's output alone, without what a backward needs."""
+        return self.board.net_output(self.net.output(*self.board.net_inputs(x1, cond)))
+
+    def forward(self, x1: Tensor, cond: Tensor | None) -> tuple[Tensor, Any]:
+        """The output, and what :meth:`backward` takes."""
+        net_out, kept = self.net.forward(*self.board.net_inputs(x1, cond))
+        return self.board.net_output(net_out), kept
+
+    def backward(self, kept: Any, grad_out: Tensor) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """Gradients of x1, of the condition and, by name, of the parameters that want one: the transposed moves."""
+        grad_whole = functional.checkerboard_merge(grad_out, 1 - self.board.parity, both=False)
+        grad_x, grad_cond, grads = self.net.backward(kept, grad_whole)
+        grad_x1 = functional.checkerboard_split(grad_x, self.board.parity, both=False)
+        return grad_x1, None if grad_cond is None else grad_cond.unflatten(2, (-1, 2)), grads

@@ -1,0 +1,256 @@
+"""Coupling and FlowStep with checkerboard masks: their formula at full resolution, their start, their refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.bijections import softplus_scale
+from support.chain_cases import perturbed
+from support.covering import pairs
+from support.helpers import assert_close
+from support.plain_glow import checkerboard, masked_coupling
+from torch import Tensor, nn
+
+import pyglow_fast as pgf
+from pyglow_fast.layers import FrozenSteps
+from pyglow_fast.reference import KINDS, ORDERS, SCALE_MAPS, CouplingSpec
+
+SHAPES = [(3, 4, 6), (1, 6, 5), (2, 8), (2, 4, 3, 2)]
+
+
+class Given(nn.Module):
+    """A net that returns what it is told to, and remembers what it was given."""
+
+    def __init__(self, out: Tensor) -> None:
+        super().__init__()
+        self.out, self.seen = out, []
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        self.seen.append(inputs)
+        return self.out
+
+
+@pairs(
+    pytest.mark.parametrize("parity", [0, 1]),
+    pytest.mark.parametrize("shape", SHAPES, ids=str),
+    pytest.mark.parametrize("order", ORDERS),
+    pytest.mark.parametrize("kind", KINDS),
+    pytest.mark.parametrize("scale_map", [*SCALE_MAPS, softplus_scale], ids=str),
+)
+def test_is_the_masked_formula(
+    scale_map: str, kind: str, order: str, shape: tuple[int, ...], parity: int, device: torch.device
+) -> None:
+    """Values, log-det, the inverse, and gradients; the kept positions to the bit."""
+    outputs = shape[0] * (2 if kind == "affine" else 1)
+    x = torch.randn(2, *shape, dtype=torch.float64, device=device, requires_grad=True)
+    out = torch.randn(2, outputs, *shape[1:], dtype=torch.float64, device=device, requires_grad=True)
+    layer = pgf.Coupling(Given(out), kind, scale_map, 1.5, 0.25, 0.75, order, mask="checkerboard", parity=parity)
+    z, log_det = layer(x)
+    spec = CouplingSpec(kind, scale_map, 1.5, 0.25, 0.75, order)
+    plain, plain_log_det = masked_coupling(x, out, spec, parity)
+    assert_close(z, plain)
+    assert_close(log_det, plain_log_det, condition=6.0)
+    kept = checkerboard(x, parity).expand_as(x) == 1
+    assert torch.equal(z[kept], x[kept])
+    assert_close(layer.inverse(z.detach())[0], x, condition=10.0)
+    weight = torch.randn_like(x)
+    losses = [(weight * a).sum() + b.square().sum() for a, b in ((z, log_det), (plain, plain_log_det))]
+    for got, expected in zip(*(torch.autograd.grad(loss, (x, out), retain_graph=True) for loss in losses), strict=True):
+        assert_close(got, expected, condition=100.0)
+
+
+@pytest.mark.parametrize("parity", [0, 1])
+def test_the_net_sees_masked_images_and_the_condition_as_they_are(parity: int) -> None:
+    x, cond, net = torch.randn(2, 3, 4, 5), torch.randn(2, 7, 4, 5), Given(torch.zeros(2, 6, 4, 5))
+    layer = pgf.Coupling(net, mask="checkerboard", parity=parity)
+    layer(x)
+    z, _ = layer(x, cond)
+    layer.inverse(z, cond)
+    assert [len(inputs) for inputs in net.seen] == [1, 2, 2]
+    for inputs in net.seen:
+        assert torch.equal(inputs[0], checkerboard(x, parity) * x)
+    for inputs in net.seen[1:]:
+        assert torch.equal(inputs[1], cond)
+
+
+@pytest.mark.parametrize("parity", [0, 1])
+def test_what_the_net_says_of_kept_positions_is_not_used(parity: int) -> None:
+    x, out = torch.randn(2, 2, 4, 4), torch.randn(2, 4, 4, 4)
+    z, log_det = pgf.Coupling(Given(out), mask="checkerboard", parity=parity)(x)
+    spoiled = out.masked_fill(checkerboard(x, parity) == 1, float("nan"))
+    again, log_det_again = pgf.Coupling(Given(spoiled), mask="checkerboard", parity=parity)(x)
+    assert torch.equal(z, again)
+    assert torch.equal(log_det, log_det_again)
+
+
+@pytest.mark.parametrize("cond_channels", [0, 1])
+@pytest.mark.parametrize("shape", [(2, 4, 3), (1, 4), (1, 2, 2, 3)], ids=str)
+def test_gradcheck(shape: tuple[int, ...], cond_channels: int) -> None:
+    net = pgf.CouplingNet(shape[0], 2 * shape[0], 4, cond_channels=cond_channels, dims=len(shape) - 1)
+    layer = perturbed(pgf.Coupling(net, mask="checkerboard", parity=1).double(), 0.3)
+    sizes = [shape, *([(1, *shape[1:])] if cond_channels else [])]
+    inputs = [torch.randn(2, *size, dtype=torch.float64, requires_grad=True) for size in sizes]
+    assert torch.autograd.gradcheck(layer, inputs)
+    assert torch.autograd.gradcheck(layer.inverse, inputs)
+
+
+def test_hidden_actnorms_are_initialised_from_what_the_net_sees() -> None:
+    def build() -> pgf.Coupling:
+        return pgf.Coupling(pgf.CouplingNet(3, 6, 5, actnorm=True, cond_channels=1), mask="checkerboard", parity=1)
+
+    layer, twin, third = build(), build(), build()
+    for other in (twin, third):
+        other.load_state_dict(layer.state_dict())
+    x, cond = 2.0 * torch.randn(4, 3, 4, 3) + 1.0, torch.randn(4, 1, 4, 3)
+    layer.inverse(x, cond)
+    assert not layer.net.is_initialized
+    z, _ = layer(x, cond)
+    twin.net.initialize(checkerboard(x, 1) * x, cond)
+    assert torch.equal(third.initialize(x, cond), z)
+    for other in (twin, third):
+        for got, expected in zip(layer.state_dict().values(), other.state_dict().values(), strict=True):
+            assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("permutation", ["reverse", "invconv"])
+def test_a_step_is_its_three_layers_in_order(permutation: str) -> None:
+    step = pgf.FlowStep(3, 5, permutation=permutation, mask="checkerboard", parity=1, net_actnorm=True).double()
+    x = 2.0 * torch.randn(32, 3, 4, 6, dtype=torch.float64) + 1.0
+    normed = step.initialize(x)
+    assert step.is_initialized
+    u, _ = step.permutation(step.actnorm(x)[0])
+    assert_close(u.mean((0, 2, 3)), torch.zeros(3, dtype=torch.float64), condition=100.0)
+    assert_close(normed, step.coupling(u)[0])
+    perturbed(step)
+    x = x[:3]
+    z, log_det = step(x)
+    expected, total = x, torch.zeros(3, dtype=torch.float64)
+    for layer in (step.actnorm, step.permutation, step.coupling):
+        expected, part = layer(expected)
+        total = total + part
+    assert_close(z, expected, condition=100.0)
+    assert_close(log_det, total, condition=100.0)
+    assert_close(step.inverse(z)[0], x, condition=100.0)
+
+
+@pytest.mark.parametrize("memory", ["store", "checkpoint", "reversible"])
+def test_a_run_is_its_steps_one_by_one(memory: str) -> None:
+    """Whatever parity follows which, joined, frozen, and where hooks keep it from being joined."""
+    parities = (1, 0, 0, 1, 1, 0)
+    steps = [pgf.FlowStep(2, 5, mask="checkerboard", parity=parity) for parity in parities]
+    run = pgf.ReversibleSequence(steps, memory).double()
+    x = torch.randn(4, 2, 6, 4, dtype=torch.float64)
+    run.initialize(x)
+    perturbed(run)
+    expected, total = x, torch.zeros(4, dtype=torch.float64)
+    for step in steps:
+        expected, part = step(expected)
+        total = total + part
+    frozen = FrozenSteps(run)
+    for budget in ("auto", 1):
+        run.memory_budget = frozen.memory_budget = budget
+        with torch.no_grad():
+            unrecorded = run(x)
+        for z, log_det in (run(x), unrecorded, frozen(x)):
+            assert_close(z, expected, condition=1000.0)
+            assert_close(log_det, total, condition=1000.0)
+        assert_close(run.inverse(expected)[0], x, condition=1000.0)
+        assert_close(frozen.inverse(expected)[0], x, condition=1000.0)
+    calls: list[int] = []
+    steps[2].register_forward_hook(lambda *_: calls.append(1))
+    assert not run.is_fused
+    assert_close(run(x)[0], expected, condition=1000.0)
+    assert calls
+
+
+def test_squeezed_first() -> None:
+    run = pgf.ReversibleSequence([pgf.FlowStep(8, 5, mask="checkerboard", parity=k) for k in (0, 1)]).double()
+    x = torch.randn(3, 2, 4, 6, dtype=torch.float64)
+    squeezed, _ = pgf.Squeeze()(x)
+    run.initialize(squeezed)
+    for memory in ("store", "reversible"):
+        run.memory = memory
+        assert_close(run(x, squeeze_first=True)[0], run(squeezed)[0])
+    assert_close(FrozenSteps(run)(x, squeeze_first=True)[0], run(squeezed)[0], condition=10.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_net_in_lower_precision(dtype: torch.dtype) -> None:
+    """State and log-det stay float32, and are near those of the net in float32."""
+    layer = perturbed(pgf.Coupling(pgf.CouplingNet(3, 6, 8), mask="checkerboard"), 0.2)
+    x = torch.randn(2, 3, 4, 6)
+    with torch.no_grad():
+        exact, exact_log_det = layer(x)
+        layer.precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+        z, log_det = layer(x)
+    assert z.dtype == log_det.dtype == torch.float32
+    assert not torch.equal(z, exact)
+    bound = 64 * torch.finfo(dtype).eps  # of a few roundings of values of about 1, along a net of three layers
+    assert float((z - exact).abs().max()) < bound * float(exact.abs().max())
+    assert float((log_det - exact_log_det).abs().max()) < bound * float(exact_log_det.abs().max())
+
+
+def test_compiled() -> None:
+    layer = perturbed(pgf.Coupling(pgf.CouplingNet(2, 4, 4), mask="checkerboard"), 0.2)
+    x = torch.randn(2, 2, 4, 4)
+    z, log_det = torch.compile(layer, backend="aot_eager")(x)
+    assert_close(z, layer(x)[0])
+    assert_close(log_det, layer(x)[1], condition=10.0)
+
+
+@pytest.mark.parametrize(
+    ("x", "cond", "message"),
+    [
+        (torch.zeros(2, 3, 5, 4), None, r"x: expected shape \(N, C, \*spatial\) with an even first .*\(2, 3, 5, 4\)"),
+        (torch.zeros(2, 3), None, r"x: expected shape \(N, C, \*spatial\) with an even first .*, found shape \(2, 3\)"),
+        (None, None, "x: expected a Tensor, found NoneType"),
+        (torch.zeros(2, 3, 4, 4), torch.zeros(2, 1, 2, 2), r"cond: expected shape \(2, Cc, 4, 4\), .*\(2, 1, 2, 2\)"),
+        (torch.zeros(2, 3, 4, 4), torch.zeros(2, 1), r"cond: expected shape \(2, Cc, 4, 4\), .*\(2, 1\)"),
+        (torch.zeros(2, 3, 4, 6), None, r"net: expected an output of shape \(2, 6, 4, 6\), found shape \(2, 6, 4, 4\)"),
+    ],
+)
+def test_refusals(x: Tensor | None, cond: Tensor | None, message: str) -> None:
+    layer = pgf.Coupling(Given(torch.zeros(2, 6, 4, 4)), mask="checkerboard")
+    for call in (layer, layer.inverse):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            call(x, cond)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mask": "stripes"}, r"mask: expected one of \('channels', 'checkerboard'\), found 'stripes'"),
+        ({"mask": "checkerboard", "parity": 2}, "parity: expected 0 or 1, found 2"),
+        ({"parity": 1}, r"parity: expected 0 \(no other with mask='channels'\), found 1"),
+    ],
+)
+def test_wrong_options(options: dict[str, object], message: str) -> None:
+    for build in (lambda: pgf.Coupling(nn.Identity(), **options), lambda: pgf.FlowStep(4, 5, **options)):
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            build()
+
+
+def test_a_run_has_one_kind_of_mask() -> None:
+    steps = [pgf.FlowStep(4, 5), pgf.FlowStep(4, 5, mask="checkerboard")]
+    with pytest.raises(ValueError, match=r"^steps: expected FlowSteps of one kind of mask, found \['channels', "):
+        pgf.ReversibleSequence(steps)
+
+
+def test_a_refused_batch_initialises_nothing() -> None:
+    step = pgf.FlowStep(3, 5, mask="checkerboard", net_actnorm=True, cond_channels=1)
+    for x, cond in (
+        (torch.randn(4, 3, 5, 4), torch.randn(4, 1, 5, 4)),
+        (torch.randn(4, 3, 4, 4), None),
+        (torch.randn(4, 3, 4, 4), torch.randn(4, 2, 4, 4)),
+        (torch.randn(4, 3, 4, 4), torch.randn(4, 1, 2, 2)),
+    ):
+        for call in (step, step.initialize, pgf.ReversibleSequence([step])):
+            with pytest.raises(ValueError, match=r"^(x|cond): expected"):
+                call(x, cond)
+    assert not any(part.is_initialized for part in step.modules() if isinstance(part, pgf.ActNorm))
+
+
+def test_repr() -> None:
+    layer = pgf.Coupling(nn.Identity(), mask="checkerboard", parity=1)
+    assert "mask='checkerboard', parity=1" in repr(layer)
+    assert (layer.mask, pgf.Coupling(nn.Identity()).mask) == ("checkerboard", "channels")
