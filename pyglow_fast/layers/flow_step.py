@@ -129,7 +129,7 @@ def _for_masks(maps: ChannelMap, steps: Sequence[FlowStep]) -> ChannelMap:
         source = torch.stack(
             [torch.cat(pair[::-1] if swap else pair) for pair, swap in zip(halves, swaps, strict=True)]
         )
-        return ChannelMap(maps.matrix.repeat(1, 2), offset, log_det, source)
+        return ChannelMap(maps.matrix.repeat(1, 2), offset, log_det, source.flatten(1))
     same = torch.eye(2, dtype=maps.matrix.dtype, device=maps.matrix.device)
     places = torch.stack([same.flip(0) if swap else same for swap in swaps])
     matrix = places[:, :, None, :, None] * maps.matrix[:, None, :, None, :]
