@@ -14,8 +14,7 @@ from support.helpers import assert_close
 from torch import Tensor, nn
 
 from pyglow_fast import functional, reference
-from pyglow_fast.interop import freia
-from pyglow_fast.interop.accelerate import accelerate
+from pyglow_fast.interop import accelerate, freia
 
 DOUBLE = torch.float64
 
