@@ -20,8 +20,9 @@ from pyglow_fast._errors import expect
 from pyglow_fast.interop import nets
 from pyglow_fast.layers import Coupling
 from pyglow_fast.layers.flow_step import ChannelMap, invert_maps, run_couplings, run_couplings_inverse
+from pyglow_fast.layers.flow_step import after as after
 from pyglow_fast.layers.reversible_sequence import MEMORY_MODES, pass_of, run_recomputing
-from pyglow_fast.reference import CouplingSpec, full_precision
+from pyglow_fast.reference import CouplingSpec
 from pyglow_fast.reversible import DriftControl
 
 
@@ -91,13 +92,6 @@ class JoinedStep:
     net: nn.Module
     spec: CouplingSpec
     channel_map: Callable[[], ChannelMap] | None
-
-
-def after(first: ChannelMap, second: ChannelMap) -> ChannelMap:
-    """The second map of what the first one gives."""
-    with full_precision(first.matrix):
-        matrix, offset = second.matrix @ first.matrix, second.matrix @ first.offset + second.offset
-    return ChannelMap(matrix, offset, first.log_det + second.log_det)
 
 
 class JoinedRun:

@@ -100,6 +100,10 @@ class Coupling(FlowLayer):
     def precision(self, precision: str) -> None:
         self._precision = check_precision(precision)
 
+    def reads(self, channels: int) -> int:
+        """How many of C channels the net reads and the coupling leaves as they are: the first half."""
+        return channels // 2
+
     def kept_half(self, x: Tensor) -> Tensor:
         """The half of the channels that the net reads and the coupling leaves as they are."""
         expect(isinstance(x, Tensor), "x", "a Tensor", type(x).__name__)
@@ -112,9 +116,17 @@ class Coupling(FlowLayer):
 
     def check_inputs(self, x: Tensor, cond: Tensor | None) -> None:
         """Refuse what the coupling or its net cannot take, before anything is initialised from it."""
-        kept = self.kept_half(x)
+        inputs = self._net_inputs(self.kept_half(x), cond)
         if isinstance(self.net, CouplingNet):
-            self.net.check_inputs(kept, cond)
+            self.net.check_inputs(*inputs)
+
+    def _net_inputs(self, kept: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What the net is called with."""
+        return kept, cond
+
+    def _net_width(self, kept: Tensor) -> int:
+        """The channels that the net must give."""
+        return 2 * kept.shape[1] if self.spec.kind == "affine" else kept.shape[1]
 
     def runner(self, budget: str | int) -> NetRunner:
         """The net to be run in chunks within a budget."""
@@ -122,10 +134,10 @@ class Coupling(FlowLayer):
 
     def run_net(self, kept: Tensor, cond: Tensor | None) -> Tensor:
         """The coupling net on the kept half (the same before and after the coupling), checked for its shape."""
+        x1, beside = self._net_inputs(kept, cond)
         with in_precision(self.precision, kept):
-            net_out = self.net(kept) if cond is None else self.net(kept, cond)
-        width = 2 * kept.shape[1] if self.spec.kind == "affine" else kept.shape[1]
-        expected = (kept.shape[0], width, *kept.shape[2:])
+            net_out = self.net(x1) if beside is None else self.net(x1, beside)
+        expected = (kept.shape[0], self._net_width(kept), *kept.shape[2:])
         if net_out.shape != expected:
             expect(False, "net", f"an output of shape {expected}", f"shape {tuple(net_out.shape)}")
         return net_out
@@ -143,7 +155,7 @@ class Coupling(FlowLayer):
     def run_net_forward(self, kept: Tensor, cond: Tensor | None) -> Tensor:
         """The net in the forward direction; in training, its ActNorms are initialised first if they are fresh."""
         if self.training and isinstance(self.net, CouplingNet) and not self.net.is_initialized:
-            self.net.initialize(kept, cond)
+            self.net.initialize(*self._net_inputs(kept, cond))
         return self.run_net(kept, cond)
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -157,7 +169,7 @@ class Coupling(FlowLayer):
     def initialize(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Initialise the net's ActNorms from x if that has not happened yet, and return y."""
         if isinstance(self.net, CouplingNet) and not self.net.is_initialized:
-            self.net.initialize(self.kept_half(x), cond)
+            self.net.initialize(*self._net_inputs(self.kept_half(x), cond))
         return super().initialize(x, cond)
 
     def extra_repr(self) -> str:

@@ -15,11 +15,13 @@ from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.actnorm import ActNorm
 from pyglow_fast.layers.coupling import Coupling, coupling_spec
 from pyglow_fast.layers.coupling_net import CouplingNet
+from pyglow_fast.layers.injector import AffineInjector
 from pyglow_fast.layers.permutation import ChannelLinear, InvConv, Permute
 from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.reference import KINDS, CouplingSpec, fold_actnorm, full_precision
 
 PERMUTATIONS = ("invconv", "invconv_plain", "shuffle", "reverse")
+NO_COUPLING = "none"  # the kind of a step without one
 
 
 class ChannelMap(NamedTuple):
@@ -41,9 +43,10 @@ def runs_fused(step: nn.Module) -> bool:
         (step, FlowStep, ("forward", "inverse")),
         (step.actnorm, ActNorm, ("forward", "inverse")),
         (step.permutation, ChannelLinear, ()),  # a step asks it for its weight alone
-        (step.coupling, Coupling, ("forward", "inverse", "run_net", "run_net_forward", "kept_half", "runner")),
     )
-    for part, own, names in pairs:
+    methods = ("forward", "inverse", "run_net", "run_net_forward", "kept_half", "runner")
+    couplings = ((part, AffineInjector if part is step.injector else Coupling, methods) for part in step.couplings)
+    for part, own, names in (*pairs, *couplings):
         kind = type(part)
         if kind is not own and any(getattr(kind, name, None) is not getattr(own, name) for name in names):
             return False
@@ -52,8 +55,48 @@ def runs_fused(step: nn.Module) -> bool:
     return True
 
 
+def after(first: ChannelMap, second: ChannelMap) -> ChannelMap:
+    """The second map of what the first one gives."""
+    with full_precision(first.matrix):
+        matrix, offset = second.matrix @ first.matrix, second.matrix @ first.offset + second.offset
+    return ChannelMap(matrix, offset, first.log_det + second.log_det)
+
+
+def _stacked(maps: Sequence[ChannelMap]) -> ChannelMap:
+    return ChannelMap(*(torch.stack(parts) for parts in zip(*maps, strict=True)))
+
+
+def _unstacked(maps: ChannelMap) -> list[ChannelMap]:
+    return [ChannelMap(*parts) for parts in zip(*(part.unbind() for part in maps), strict=True)]
+
+
+def _between_couplings(maps: ChannelMap, counts: Sequence[int]) -> ChannelMap:
+    """From a map for each step, which has so many couplings, to one before each coupling; and one behind the last.
+
+    That only where the last steps have no coupling. The map of a step without one is part of the next step's.
+    """
+    eye = torch.eye(maps.matrix.shape[-1], dtype=maps.matrix.dtype, device=maps.matrix.device)
+    nothing = ChannelMap(eye, torch.zeros_like(eye[0]), eye.new_zeros(()))
+    found: list[ChannelMap] = []
+    waiting: ChannelMap | None = None
+    for own, count in zip(_unstacked(maps), counts, strict=True):
+        waiting = own if waiting is None else after(waiting, own)
+        if count:
+            found += [waiting, *[nothing] * (count - 1)]
+            waiting = None
+    return _stacked(found if waiting is None else [*found, waiting])
+
+
+def couplings_of(steps: Sequence[FlowStep]) -> list[Coupling]:
+    """Those of all steps, in their order."""
+    return [coupling for step in steps for coupling in step.couplings]
+
+
 def fold_in_one(steps: Sequence[FlowStep]) -> ChannelMap:
-    """The channel maps of K steps of one width, (K, C, C), (K, C) and (K,): parameter-sized work in one batch."""
+    """The channel maps between the couplings of steps of one width, (K, C, C), (K, C) and (K,), in one batch.
+
+    One before each of the couplings, and one behind the last where the last step has none: parameter-sized work.
+    """
     layers = [step.permutation for step in steps]
     with full_precision(steps[0].actnorm.bias):
         weight, weight_log_det = layers[0].stack_weights(layers)
@@ -62,12 +105,14 @@ def fold_in_one(steps: Sequence[FlowStep]) -> ChannelMap:
     log_scale = torch.stack([step.actnorm.log_scale for step in steps])
     bias = torch.stack([step.actnorm.bias for step in steps])
     matrix, offset = fold_actnorm(weight, log_scale, bias)
-    return ChannelMap(matrix, offset, weight_log_det + log_scale.sum(-1))
+    maps = ChannelMap(matrix, offset, weight_log_det + log_scale.sum(-1))
+    counts = [len(step.couplings) for step in steps]
+    return maps if all(count == 1 for count in counts) else _between_couplings(maps, counts)
 
 
 def fold_steps(steps: Sequence[FlowStep]) -> list[ChannelMap]:
-    """The same, a map for each step."""
-    return [ChannelMap(*parts) for parts in zip(*(part.unbind() for part in fold_in_one(steps)), strict=True)]
+    """The same, a list of maps."""
+    return _unstacked(fold_in_one(steps))
 
 
 def invert_maps(maps: Sequence[ChannelMap]) -> list[Tensor]:
@@ -76,7 +121,7 @@ def invert_maps(maps: Sequence[ChannelMap]) -> list[Tensor]:
 
 
 def maps_log_det(maps: Sequence[ChannelMap], x: Tensor) -> Tensor:
-    """P sum log|det M| over the steps, for each of the N samples: (N,)."""
+    """P sum log|det M| over the maps, for each of the N samples: (N,)."""
     total = torch.stack([channel_map.log_det for channel_map in maps]).sum()
     return functional.per_sample(x, total)
 
@@ -89,7 +134,7 @@ class Folded(Protocol):
 
     @property
     def inverses(self) -> list[Tensor]:
-        """M^-1 of each step."""
+        """M^-1 of each map."""
 
 
 def _run_net(
@@ -109,17 +154,18 @@ def run_couplings(
     squeeze_first: bool = False,
     budget: str | int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x through steps of one width: between two coupling nets there is one pass over memory, coupling and next mixing.
+    """x through couplings and the maps between them: between two nets there is one pass, coupling and next mixing.
 
     With squeeze_first, x is (N, C / 2^d, *(2 spatial)) and is squeezed as it is read. With a budget (bytes or "auto")
     the nets run in chunks, without a record. Returns z (N, C, *spatial) and log_det (N,). The steps must be
     initialised, but for ActNorms inside their nets.
     """
-    maps = folded.maps
-    kept = maps[0].matrix.shape[0] // 2
-    z, kept_half = functional.channel_mix_for_net(x, maps[0].matrix, maps[0].offset, kept, squeeze_first)
+    maps, count = folded.maps, len(couplings)
+    reads = [*(coupling.reads(maps[0].matrix.shape[0]) for coupling in couplings), 0]
+    z, kept_half = functional.channel_mix_for_net(x, maps[0].matrix, maps[0].offset, reads[0], squeeze_first)
     log_det = maps_log_det(maps, z)
-    for coupling, weights, following in zip(couplings, folded.nets, [*maps[1:], None], strict=True):
+    behind = [*maps[1:], None][:count]
+    for coupling, weights, following, kept in zip(couplings, folded.nets, behind, reads[1:], strict=True):
         net_out = _run_net(coupling, weights, kept_half, cond, budget)
         spec = coupling.spec
         if following is None:
@@ -140,8 +186,10 @@ def run_couplings_inverse(
     budget: str | int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The inverse of :func:`run_couplings`: one pass a step besides its net."""
-    log_det = -maps_log_det(folded.maps, z)
-    steps = zip(couplings, folded.nets, folded.maps, folded.inverses, strict=True)
+    log_det, count = -maps_log_det(folded.maps, z), len(couplings)
+    if len(folded.maps) > count:
+        z = functional.channel_unmix(z, folded.inverses[count], folded.maps[count].offset)
+    steps = zip(couplings, folded.nets, folded.maps[:count], folded.inverses[:count], strict=True)
     for coupling, weights, channel_map, inverse_matrix in reversed(list(steps)):
         kept_half, spec = coupling.kept_half(z), coupling.spec
         net_out = (
@@ -159,23 +207,26 @@ class Recorded:
 
     def __init__(self, steps: Sequence[FlowStep]) -> None:
         self.maps = fold_steps(steps)
-        self.nets: list[list[Tensor] | None] = [None] * len(steps)
+        self.nets: list[list[Tensor] | None] = [None] * len(couplings_of(steps))
 
     @property
     def inverses(self) -> list[Tensor]:
-        """M^-1 of each step."""
+        """M^-1 of each map."""
         return invert_maps(self.maps)
 
 
 class FlowStep(FlowLayer):
     """u = M x + c (actnorm and invertible 1x1 convolution, folded), then the coupling of u.
 
-    log_det = P (sum log_scale + log|det W|) + sum log s.
+    log_det = P (sum log_scale + log|det W|) + sum log s. With an injector, the coupling is of v = (u + shift) s, shift
+    and s a function of the condition alone.
 
     Args:
         channels: C, even.
         hidden: width of the coupling net.
-        coupling: how the net's output shifts and scales: a CouplingSpec, or its kind alone, "affine" or "additive".
+        coupling: how the net's output shifts and scales: a CouplingSpec, or its kind alone, "affine" or "additive"; or
+            "none", for a step without a coupling (then hidden, net, net_actnorm, cond_channels, precision and border
+            are the injector's alone, if there is one).
         permutation: "invconv" (LU), "invconv_plain", "shuffle" or "reverse"; or a ChannelLinear of your own.
         net: a coupling net of your own instead of CouplingNet (then hidden, net_actnorm, cond_channels, border are not
             used).
@@ -184,15 +235,18 @@ class FlowStep(FlowLayer):
         dims: number of spatial dimensions, 1 to 3.
         precision: of the coupling net, see Coupling.
         border: of the coupling net, see CouplingNet.
+        injector: True for an AffineInjector before the coupling, of the same width, scale map, condition and options as
+            the coupling's; or one of your own.
         older: the other fields of the CouplingSpec as they were given before it, beside a kind only: scale_map,
             scale_bias, scale_eps, scale_clamp and order, see Coupling.
 
     Shapes: x (N, C, *spatial), float32 or float64; log_det (N,), nats.
 
     Raises:
-        ValueError: odd channels, wrong option, shape, dtype or device; an older keyword beside a CouplingSpec.
+        ValueError: odd channels, wrong option, shape, dtype or device; an older keyword beside a CouplingSpec; an
+            injector without a condition.
 
-    Reference: Kingma & Dhariwal 2018, table 1.
+    References: Kingma & Dhariwal 2018, table 1; Lugmayr et al. 2020 (injector, steps without a coupling).
     """
 
     def __init__(
@@ -208,14 +262,17 @@ class FlowStep(FlowLayer):
         *,
         precision: str = "auto",
         border: bool = False,
+        injector: AffineInjector | bool = False,
         **older: Any,
     ) -> None:
         super().__init__()
         check_count("channels", channels, least=2)
         expect(channels % 2 == 0, "channels", "an even number to halve", channels)
         kind = coupling.kind if isinstance(coupling, CouplingSpec) else coupling
-        expect(kind in KINDS, "coupling", f"one of {KINDS}", repr(kind))
-        spec = coupling_spec(kind, **older)
+        expect(kind in (*KINDS, NO_COUPLING), "coupling", f"one of {(*KINDS, NO_COUPLING)}", repr(kind))
+        couples = kind != NO_COUPLING
+        expect(couples or net is None, "net", f'None beside coupling="{NO_COUPLING}"', type(net).__name__)
+        spec = coupling_spec(kind if couples else "affine", **older)
         if isinstance(coupling, CouplingSpec):
             for name, value in older.items():
                 expect(False, name, "a field of the CouplingSpec, and no keyword beside it", repr(value))
@@ -223,9 +280,15 @@ class FlowStep(FlowLayer):
         fits = isinstance(permutation, ChannelLinear) and getattr(permutation, "channels", None) == channels
         expected = f"one of {PERMUTATIONS} or a ChannelLinear (of {channels} channels)"
         expect(fits or permutation in PERMUTATIONS, "permutation", expected, repr(permutation))
-        if net is None:
+        if couples and net is None:
             width = channels if kind == "affine" else channels // 2
             net = CouplingNet(channels // 2, width, hidden, net_actnorm, cond_channels, border, dims)
+        if injector is True:
+            expect(cond_channels > 0, "cond_channels", "at least 1, for the injector to read", cond_channels)
+            sizes = (channels, cond_channels, hidden, None, net_actnorm, dims)
+            injector = AffineInjector(*sizes, spec=spec, precision=precision, border=border)
+        own = injector is False or (isinstance(injector, AffineInjector) and injector.channels == channels)
+        expect(own, "injector", f"True, False or an AffineInjector of {channels} channels", repr(injector))
         self.channels = channels
         self.actnorm = ActNorm(channels)
         if isinstance(permutation, str):
@@ -233,7 +296,13 @@ class FlowStep(FlowLayer):
             lu = permutation == "invconv"
             permutation = InvConv(channels, lu) if is_conv else Permute(channels, permutation)
         self.permutation = permutation
-        self.coupling = Coupling(net, *spec, precision)
+        self.injector = injector or None
+        self.coupling = None if net is None else Coupling(net, *spec, precision)
+
+    @property
+    def couplings(self) -> list[Coupling]:
+        """What follows the channel map, in order: the injector and the coupling, of those that there are."""
+        return [part for part in (self.injector, self.coupling) if part is not None]
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x -> z; a fresh step in training initialises its actnorm from x first."""
@@ -242,23 +311,24 @@ class FlowStep(FlowLayer):
             self.actnorm.initialize_from(x)
         else:
             check_input("x", x, self.channels, self.actnorm.bias)
-        return run_couplings([self.coupling], Recorded([self]), x, cond)
+        return run_couplings(self.couplings, Recorded([self]), x, cond)
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """z -> x."""
         check_input("z", z, self.channels, self.actnorm.bias)
-        return run_couplings_inverse([self.coupling], Recorded([self]), z, cond)
+        return run_couplings_inverse(self.couplings, Recorded([self]), z, cond)
 
     @property
     def is_initialized(self) -> bool:
         """Whether every actnorm of the step, also in its net, has seen data."""
-        return self.actnorm.is_initialized and self.coupling.net_is_initialized
+        return self.actnorm.is_initialized and all(part.net_is_initialized for part in self.couplings)
 
     def _check_together(self, x: Tensor, cond: Tensor | None) -> None:
         """Before an initialisation: refuse what the step cannot take, on all ranks."""
         with refused_alike(self.actnorm.bias.device, lambda: not self.is_initialized):
             check_input("x", x, self.channels, self.actnorm.bias)
-            self.coupling.check_inputs(x, cond)
+            for part in self.couplings:
+                part.check_inputs(x, cond)
 
     def initialize(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Initialise every actnorm of the step (also those of the net) from x, and return z."""
@@ -267,4 +337,7 @@ class FlowStep(FlowLayer):
             if not self.actnorm.is_initialized:
                 self.actnorm.initialize_from(x)
             channel_map = fold_steps([self])[0]
-            return self.coupling.initialize(functional.channel_mix(x, channel_map.matrix, channel_map.offset), cond)
+            z = functional.channel_mix(x, channel_map.matrix, channel_map.offset)
+            for part in self.couplings:
+                z = part.initialize(z, cond)
+            return z

@@ -12,8 +12,9 @@ from pyglow_fast.coupling_nets.net_shape import NetShape
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.coupling_net import CouplingNet
-from pyglow_fast.layers.flow_step import ChannelMap, run_couplings, run_couplings_inverse
+from pyglow_fast.layers.flow_step import ChannelMap, couplings_of, run_couplings, run_couplings_inverse
 from pyglow_fast.layers.folded import FoldedSteps, is_foldable
+from pyglow_fast.layers.injector import AffineInjector
 from pyglow_fast.layers.reversible_sequence import ReversibleSequence
 
 WEIGHTS = ("w1", "b1", "w2", "b2", "w3", "b3")
@@ -43,6 +44,14 @@ class FrozenNet(NetShape):
         return self.run_on(x, cond, weights)
 
 
+def _frozen(coupling: Coupling) -> Coupling:
+    """The same with the net frozen, where that is a CouplingNet as it comes."""
+    net = FrozenNet(coupling.net) if is_foldable(coupling.net) else coupling.net  # type: ignore[arg-type]
+    if isinstance(coupling, AffineInjector):
+        return AffineInjector(coupling.channels, net=net, spec=coupling.spec, precision=coupling.precision)
+    return Coupling(net, *coupling.spec, coupling.precision)
+
+
 class FrozenSteps(FlowLayer):
     """z = f_K(... f_1(x)), log_det their sum, of a run of FlowSteps: the same function, from folded buffers.
 
@@ -70,18 +79,14 @@ class FrozenSteps(FlowLayer):
             self.register_buffer("offsets", torch.stack([part.offset for part in folded.maps]))
             self.register_buffer("log_dets", torch.stack([part.log_det for part in folded.maps]))
             self.register_buffer("inverses", torch.stack(folded.inverses))
-        couplings = []
-        for step in own:
-            net = FrozenNet(step.coupling.net) if is_foldable(step.coupling.net) else step.coupling.net  # type: ignore[arg-type]
-            couplings.append(Coupling(net, *step.coupling.spec, step.coupling.precision))
-        self.couplings = nn.ModuleList(couplings)
+        self.couplings = nn.ModuleList(map(_frozen, couplings_of(own)))
         self.requires_grad_(False)
         self.eval()
 
     def _folded(self) -> FoldedSteps:
         parts: list[Any] = [self.get_buffer(name).unbind() for name in ("matrices", "offsets", "log_dets", "inverses")]
         maps = [ChannelMap(*values) for values in zip(*parts[:3], strict=True)]
-        return FoldedSteps(maps, [None] * len(maps), list(parts[3]))
+        return FoldedSteps(maps, [None] * len(self.couplings), list(parts[3]))
 
     def _budget(self) -> str | int | None:
         whole = torch.is_grad_enabled() or torch.compiler.is_compiling()
