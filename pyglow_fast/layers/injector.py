@@ -16,7 +16,8 @@ _SIGMOID = CouplingSpec()
 class AffineInjector(Coupling):
     """z = (x + shift) s at every position, (shift, raw) = net(cond), s = scale_map(raw); log_det = sum log s.
 
-    A coupling that keeps no channel: its net reads the condition and nothing of x. Order "scale_shift": z = x s + shift.
+    A coupling that keeps no channel: its net reads the condition and nothing of x. In order "scale_shift" it is
+    z = x s + shift.
 
     Args:
         channels: C.

@@ -45,9 +45,9 @@ def _is_known(coupling: Coupling) -> bool:
 
 def _is_initialized(step: nn.Module) -> bool:
     """Whether nothing in a step waits for data."""
-    if type(step) is FlowStep and type(step.permutation) in (InvConv, Permute):
-        if all(map(_is_known, step.couplings)):
-            return step.is_initialized  # of these all is known, without a look into each module
+    own = type(step) is FlowStep and type(step.permutation) in (InvConv, Permute)
+    if isinstance(step, FlowStep) and own and all(map(_is_known, step.couplings)):
+        return step.is_initialized  # of these all is known, without a look into each module
     return all(getattr(module, "is_initialized", True) for module in step.modules())
 
 
@@ -309,9 +309,7 @@ class ReversibleSequence(FlowLayer):
             log_det = log_det + step_log_det
         return x, log_det
 
-    def _run_module_parts(
-        self, steps: Sequence[nn.Module], x: Tensor, cond: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _run_module_parts(self, steps: Sequence[nn.Module], x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         total = x.new_zeros(x.shape[0])
         step_bytes = [sum(parameter.nbytes for parameter in step.parameters()) for step in steps]
         for part in self._pass(x, step_bytes).parts:

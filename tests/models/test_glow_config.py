@@ -32,6 +32,12 @@ OTHER_VALUES: dict[str, Any] = {
     "scale_clamp": 1.0,
     "border": True,
     "classify": 10,
+    "injector": True,
+    "n_transitions": 2,
+    "n_splits": 0,
+    "split_ratio": 0.25,
+    "cond_splits": True,
+    "learn_top": False,
 }
 
 
