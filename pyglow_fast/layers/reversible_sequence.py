@@ -227,10 +227,10 @@ class ReversibleSequence(FlowLayer):
         states: list[Tensor] = []
         log_dets: list[Tensor] = []
         steps, starts = list(self), [0, *(k + 1 for k in at)]
-        for first, end in zip(starts, [*starts[1:], len(steps)], strict=True):
-            own = steps[first:end]
+        for begin, end in zip(starts, [*starts[1:], len(steps)], strict=True):
+            own, squeezes = steps[begin:end], squeeze_first and begin == 0
             if fused:
-                x, log_det = self._run_fused(own, x, cond, records, recomputes, squeeze_first and first == 0)  # type: ignore[arg-type]
+                x, log_det = self._run_fused(cast("list[FlowStep]", own), x, cond, records, recomputes, squeezes)
             else:
                 x, log_det = self._run_modules(own, x, cond, recomputes)
             states.append(x)

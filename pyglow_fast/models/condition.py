@@ -37,13 +37,12 @@ def level_conditions(
     if channels == 0:
         expect(cond is None, "cond", "None, since the model has cond_channels=0", type(cond).__name__)
         return [None] * len(shapes)
-    by_level = isinstance(channels, tuple)
-    if isinstance(cond, Tensor) and not by_level:
+    if isinstance(cond, Tensor) and isinstance(channels, int):
         _check(cond, "cond", channels, n, None, len(shapes[0]) + 1, device)
         return [fit_condition(cond, shape[1:]) for shape in shapes]
     widths = channels if isinstance(channels, tuple) else (channels,) * len(shapes)
     expected = f"a list or dict of {len(shapes)} tensors, one a level"
-    if not by_level:
+    if isinstance(channels, int):
         expected = f"a tensor with {channels} channels, or {expected}"
     several = isinstance(cond, Mapping | list | tuple)
     expect(several, "cond", expected, type(cond).__name__)

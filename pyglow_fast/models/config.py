@@ -110,8 +110,7 @@ class GlowConfig:
 
     def _check_condition(self) -> None:
         found = self.cond_channels
-        several = isinstance(found, Sequence) and not isinstance(found, str)
-        if several:
+        if isinstance(found, list | tuple):  # from JSON it is a list
             object.__setattr__(self, "cond_channels", tuple(found))
             counts = all(type(value) is int and 1 <= value < 2**31 for value in found)
             fits = counts and len(found) == self.n_levels

@@ -150,7 +150,7 @@ class Glow(GlowSettings):
         return view
 
     def make_graphed(
-        self, x: Tensor, y: Tensor | None = None, cond: Condition | None = None, n_samples: int | None = None
+        self, x: Tensor, y: Tensor | None = None, cond: Tensor | None = None, n_samples: int | None = None
     ) -> GraphedGlow:
         """Training steps and sampling as CUDA graphs, for batches like these; see GraphedGlow.
 
@@ -458,6 +458,6 @@ class Glow(GlowSettings):
     def _splits(self) -> list[Split]:
         return [split for split in self.splits if isinstance(split, Split)]
 
-    def as_distribution(self, y: Tensor | int | None = None, cond: Condition | None = None) -> GlowDistribution:
+    def as_distribution(self, y: Tensor | int | None = None, cond: Tensor | None = None) -> GlowDistribution:
         """This model with the interface of torch.distributions; see GlowDistribution."""
         return GlowDistribution(self, y, cond)

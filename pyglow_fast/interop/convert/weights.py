@@ -308,7 +308,7 @@ def _zero_conv_of(conv: torch.nn.Module, log_gain: Tensor, border: Tensor | None
 
 
 def _step_of(step: FlowStep, name: str) -> Step:
-    net = step.coupling.net
+    net = None if step.coupling is None else step.coupling.net
     expect(type(net) is CouplingNet, f"{name}.coupling.net", "a CouplingNet", type(net).__name__)
     assert isinstance(net, CouplingNet)
     return Step(
@@ -340,6 +340,9 @@ def from_model(model: Glow) -> Weights:
     config = model.config
     expect(config.dims == 2, "image_shape", "2-d images, as in all of these formats", config.image_shape)
     expect(config.cond_channels == 0, "cond_channels", "0: no format has a condition", config.cond_channels)
+    plain = (config.n_transitions, config.splits, config.split_ratio)
+    halved = (0, config.n_levels - 1, 0.5)
+    expect(plain == halved, "n_transitions, n_splits, split_ratio", f"{halved}, as in all of these formats", plain)
     if config.coupling == "affine":
         found = (config.scale_map, config.scale_bias, config.scale_eps)
         expect(found == ("sigmoid", 2.0, 0.0), "scale_map", "sigmoid(raw + 2), as in all of these formats", found)
