@@ -8,6 +8,7 @@ import importlib.metadata
 from pyglow_fast import functional, likelihood, presets, reference
 from pyglow_fast.layers import (
     ActNorm,
+    AffineInjector,
     Coupling,
     CouplingNet,
     FlowStep,
@@ -26,6 +27,7 @@ except importlib.metadata.PackageNotFoundError:  # a source tree on the path, no
 
 __all__ = [
     "ActNorm",
+    "AffineInjector",
     "Coupling",
     "CouplingNet",
     "FlowStep",

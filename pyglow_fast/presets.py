@@ -185,15 +185,45 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+def _super_resolution(n_levels: int, n_steps: int, n_splits: int) -> dict[str, Any]:
+    """The flow of SRFlow's family: 64 features of an encoder's output and of four of its blocks at every level."""
+    return {
+        "size": 160,
+        "n_levels": n_levels,
+        "n_steps": n_steps,
+        "hidden": 64,
+        "coupling": "affine",
+        "permutation": "invconv_plain",
+        "net_actnorm": True,
+        "scale_eps": 1e-4,
+        "cond_channels": (5 * 64,) * n_levels,
+        "injector": True,
+        "n_transitions": 2,
+        "n_splits": n_splits,
+        "learn_top": False,
+    }
+
+
+# Architectures whose nets read the features of another network, which images alone do not give: GlowConfig.preset takes
+# them, training by this package's own loop does not. By the published settings: SRFlow_DF2K_4X, SRFlow_DF2K_8X (no
+# split behind the last but one level), LOL-pc.
+CONDITIONAL: dict[str, Preset] = {
+    "srflow4x": Preset(_super_resolution(3, 16, 1), "folder:PATH", (3, 160, 160), "after Lugmayr et al. 2020 (SRFlow)"),
+    "srflow8x": Preset(_super_resolution(4, 16, 2), "folder:PATH", (3, 160, 160), "after Lugmayr et al. 2020 (SRFlow)"),
+    "llflow": Preset(_super_resolution(3, 12, 0), "folder:PATH", (3, 160, 160), "after Wang et al. 2022 (LLFlow)"),
+}
+
+
 def find(name: str) -> Preset:
-    """The preset of that name.
+    """The preset of that name, of those for training by images and of those with a condition.
 
     Raises:
         ValueError: there is none.
     """
-    known = isinstance(name, str) and name in PRESETS
-    expect(known, "preset", f"one of {', '.join(PRESETS)}", repr(name))
-    return PRESETS[name]
+    presets = {**PRESETS, **CONDITIONAL}
+    known = isinstance(name, str) and name in presets
+    expect(known, "preset", f"one of {', '.join(presets)}", repr(name))
+    return presets[name]
 
 
 def resolve(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         check_options(args, "n")
         out = picture_path(args.out, args.data)
         _, checkpoint, model = open_run(args)
-        n_levels = model.config.n_levels
+        n_levels = len(model.latent_shapes)
         subsets = subsets_of(args.keep, n_levels)
         images, _, part = images_of(args, checkpoint, model)
         indices = chosen(images, args.n, args.seed)

@@ -156,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
         scheme = args.data.partition(":")[0]
         expect(args.tone is None or scheme == "emoji", "tone", "emoji as DATA, which have tones", repr(args.data))
         _, checkpoint, model = open_run(args)
-        levels = check_levels(args.levels, model.config.n_levels)
+        levels = check_levels(args.levels, len(model.latent_shapes))
         data, train, held_out = _images(args, checkpoint, model)
         if args.tone:
             task = _tone_task(args, checkpoint, data, model, held_out)

@@ -122,11 +122,18 @@ class NetRunner:
             self._check_width(x1, found.out_channels)
         return found if found is None or self.board is None else OnCheckerboard(found, self.board)
 
+    def reads(self, channels: int) -> int:
+        """How many of a state's C channels, the first ones, are x1: half of them."""
+        return channels // 2
+
+    def _out_channels(self, x1: Tensor) -> int:
+        return self.width * x1.shape[1]
+
     def _check_width(self, x1: Tensor, channels: int) -> None:
-        if channels != self.width * x1.shape[1]:
+        if channels != self._out_channels(x1):
             seen = x1 if self.board is None else self.board.shaped(x1, None)[0]
             sizes = seen.shape[0], *seen.shape[2:]
-            expected, found = ((sizes[0], count, *sizes[1:]) for count in (self.width * x1.shape[1], channels))
+            expected, found = ((sizes[0], count, *sizes[1:]) for count in (self._out_channels(x1), channels))
             expect(False, "net", f"an output of shape {expected}", found)
 
     def _call(self, x1: Tensor, params: Sequence[Tensor], later: bool = False) -> NetCall:
@@ -140,7 +147,7 @@ class NetRunner:
         def call(x1: Tensor, cond: Tensor | None) -> Tensor:
             inputs = (x1,) if cond is None else (x1, cond)
             net_out = self.net(*inputs) if own else torch.func.functional_call(self.net, by_name, inputs)
-            shape = (x1.shape[0], self.width * x1.shape[1], *x1.shape[2:])
+            shape = (x1.shape[0], self._out_channels(x1), *x1.shape[2:])
             found = tuple(net_out.shape) if isinstance(net_out, Tensor) else type(net_out).__name__
             expect(found == shape, "net", f"an output of shape {shape}", found)
             return net_out
@@ -157,7 +164,8 @@ class NetRunner:
     def run(self, x1: Tensor, cond: Tensor | None, weights: Sequence[Tensor] | None = None) -> Tensor:
         """net(x1, cond) without a record, with the net's own parameters or, of a NetShape, given folded weights."""
         if weights is None or not isinstance(self.net, NetShape):
-            return self.forward(x1, cond, self.params)[0]
+            with in_precision(self.precision, x1):
+                return self._forward(x1, cond, self.params)[0]
         self._check_width(x1, weights[4].shape[0])
         net = self.net
 
@@ -212,10 +220,11 @@ class NetRunner:
         consume: Consume,
         needs_cond: bool,
         same_x1: bool,
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
+    ) -> tuple[Tensor | None, Tensor | None, tuple[Tensor | None, ...]]:
         """Gradients of x1, cond and params, the net run once more; see :func:`run_net_backward` for ``consume``.
 
-        same_x1: x1 is that of the forward to the bit, and not recomputed by inversion.
+        same_x1: x1 is that of the forward to the bit, and not recomputed by inversion. Where the net reads nothing of
+        the state, the gradient of x1 is None.
         """
         seen = None if memo.sums is None or not same_x1 else torch.zeros_like(memo.sums)
 
@@ -248,3 +257,61 @@ class NetRunner:
             values = iter(found)
             found = tuple(next(values) if parameter.requires_grad else None for parameter in params)
         return grad_x1, grad_cond, found
+
+
+def condition_for(x: Tensor, cond: Tensor | None) -> Tensor:
+    """The condition as what reads it alone takes it, in the dtype of the state x (N, C, *spatial).
+
+    Raises:
+        ValueError: none, or one of another batch or other spatial sizes than x.
+    """
+    expected = f"a tensor of shape ({x.shape[0]}, C_cond, {', '.join(map(str, x.shape[2:]))})"
+    expect(isinstance(cond, Tensor), "cond", expected, type(cond).__name__)
+    assert cond is not None  # for the type checker: refused above
+    fits = cond.dim() == x.dim() and cond.shape[0] == x.shape[0] and cond.shape[2:] == x.shape[2:]
+    expect(fits, "cond", expected, f"shape {tuple(cond.shape)}")
+    expect(cond.device == x.device, "cond", f"device {x.device} (that of the state)", cond.device)
+    return cond.to(x.dtype)
+
+
+class ConditionRunner(NetRunner):
+    """Runs a net that reads the condition and nothing of the state: its x1 is that.
+
+    Args:
+        net: the module.
+        width: channels that its output must have.
+        budget, plans, precision: as of NetRunner.
+    """
+
+    def reads(self, channels: int) -> int:
+        """None of the state's channels."""
+        return 0
+
+    def _out_channels(self, x1: Tensor) -> int:
+        return self.width
+
+    def run(self, x1: Tensor, cond: Tensor | None, weights: Sequence[Tensor] | None = None) -> Tensor:
+        """net(cond) without a record; x1 (N, 0, *spatial)."""
+        return super().run(condition_for(x1, cond), None, weights)
+
+    def forward(self, x1: Tensor, cond: Tensor | None, params: Sequence[Tensor]) -> tuple[Tensor, Memo]:
+        """net(cond) without a record, and what repeats it."""
+        return super().forward(condition_for(x1, cond), None, params)
+
+    def repeat(self, x1: Tensor, cond: Tensor | None, params: Sequence[Tensor], memo: Memo) -> Tensor:
+        """The output of :meth:`forward` again."""
+        return super().repeat(condition_for(x1, cond), None, params, memo)
+
+    def backward(
+        self,
+        x1: Tensor,
+        cond: Tensor | None,
+        params: Sequence[Tensor],
+        memo: Memo,
+        consume: Consume,
+        needs_cond: bool,
+        same_x1: bool,
+    ) -> tuple[Tensor | None, Tensor | None, tuple[Tensor | None, ...]]:
+        """Gradients of the condition and of params; the condition is that of the forward to the bit."""
+        grad_cond, _, grads = super().backward(condition_for(x1, cond), None, params, memo, consume, False, True)
+        return None, grad_cond if needs_cond else None, grads

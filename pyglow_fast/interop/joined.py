@@ -28,8 +28,9 @@ from pyglow_fast.layers.flow_step import (
     stack_maps,
     unstack_maps,
 )
+from pyglow_fast.layers.flow_step import after as after
 from pyglow_fast.layers.reversible_sequence import MEMORY_MODES, pass_of, run_recomputing
-from pyglow_fast.reference import CouplingSpec, full_precision
+from pyglow_fast.reference import CouplingSpec
 from pyglow_fast.reversible import DriftControl
 
 
@@ -99,19 +100,6 @@ class JoinedStep:
     net: nn.Module
     spec: CouplingSpec
     channel_map: Callable[[], ChannelMap] | None
-
-
-def after(first: ChannelMap, second: ChannelMap) -> ChannelMap:
-    """The second map of what the first one gives; a gather if both are."""
-    log_det = first.log_det + second.log_det
-    if first.source is not None and second.source is not None:
-        scale, offset = first.matrix[second.source], first.offset[second.source]
-        offset = second.matrix * offset + second.offset
-        return ChannelMap(second.matrix * scale, offset, log_det, first.source[second.source])
-    first, second = first.as_product(), second.as_product()
-    with full_precision(first.matrix):
-        matrix, offset = second.matrix @ first.matrix, second.matrix @ first.offset + second.offset
-    return ChannelMap(matrix, offset, log_det)
 
 
 class JoinedRun:

@@ -118,7 +118,7 @@ def manipulate(
     """
     expect(isinstance(model, Glow), "model", "a Glow", type(model).__name__)
     values = check_numbers("strengths", strengths)
-    chosen = check_levels(levels, model.config.n_levels)
+    chosen = check_levels(levels, len(model.latent_shapes))
     check_finite("direction", direction)
     shapes = model.latent_shapes
     expect(len(direction) == len(shapes), "direction", f"{len(shapes)} tensors, one a level", len(direction))

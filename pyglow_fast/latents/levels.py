@@ -11,7 +11,6 @@ from pyglow_fast import functional
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.precision import overridden
 from pyglow_fast.latents.spaces import check_images, check_levels, check_numbers
-from pyglow_fast.layers import Split
 from pyglow_fast.models import Glow
 from pyglow_fast.models.level import FlowLevel
 from pyglow_fast.models.prior import check_temperature, scaled_noise
@@ -49,26 +48,26 @@ def keep_levels(
     Reference: Dinh et al. 2017, appendix on the semantics of latent variables; Kingma & Dhariwal 2018.
     """
     check_images("x", model, x, y)
-    kept = check_levels(levels, model.config.n_levels)
+    kept = check_levels(levels, len(model.latent_shapes))
     check_temperature(temperature, len(x))
     latents = model.encode(x, cond)
     top = len(latents) - 1
     state: Tensor | None = None
     with overridden("fp32"):
-        for i in reversed(range(top + 1)):
-            # Deepest first, as sample draws them.
-            noise = scaled_noise(latents[i], temperature, generator)
-            split = None if i == top else model.splits[i]
-            if split is None:
-                prior = model.prior(noise, y)
-            else:
-                assert isinstance(split, Split)
-                assert state is not None  # set at the top
-                prior = split.prior(state)
-            latent = latents[i] if i in kept else functional.gaussian_sample(noise, *prior)
+        conds = model._check_cond(cond, len(x))
+        for i in reversed(range(len(model.levels))):
+            at_top = state is None
+            if at_top or i < top:  # a latent enters: its level is the last one or has a split
+                entry = top if at_top else i
+                # Deepest first, as sample draws them.
+                noise = scaled_noise(latents[entry], temperature, generator)
+                prior = model.prior(noise, y) if state is None else model._split(i).prior(state, conds[i])
+                latent = latents[entry] if entry in kept else functional.gaussian_sample(noise, *prior)
+                state = latent if state is None else torch.cat([state, latent], dim=1)
             level = model.levels[i]
             assert isinstance(level, FlowLevel)
-            state, _ = level.inverse(latent if state is None else torch.cat([state, latent], dim=1), cond)
+            assert state is not None  # since the top
+            state, _ = level.inverse(state, conds[i])
     assert state is not None  # a model has at least one level
     return state
 

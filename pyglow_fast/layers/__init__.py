@@ -6,12 +6,14 @@ from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.flow_step import FlowStep
 from pyglow_fast.layers.frozen import FrozenSteps
+from pyglow_fast.layers.injector import AffineInjector
 from pyglow_fast.layers.permutation import ChannelLinear, InvConv, Permute
 from pyglow_fast.layers.reshape import Split, Squeeze
 from pyglow_fast.layers.reversible_sequence import ReversibleSequence
 
 __all__ = [
     "ActNorm",
+    "AffineInjector",
     "ChannelLinear",
     "Coupling",
     "CouplingNet",

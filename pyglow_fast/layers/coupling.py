@@ -142,6 +142,10 @@ class Coupling(FlowLayer):
         """The inverse of :meth:`enter`, of x."""
         return y if self.board is None else self.board.leave(y)
 
+    def reads(self, channels: int) -> int:
+        """How many of C channels the net reads and the coupling leaves as they are: the first half."""
+        return channels // 2
+
     def kept_half(self, x: Tensor) -> Tensor:
         """The half of the channels (of what :meth:`enter` gives) that the coupling leaves as they are."""
         if self.board is not None:  # which has made the halves
@@ -158,25 +162,31 @@ class Coupling(FlowLayer):
         """Refuse what the coupling or its net cannot take, before anything is initialised from it."""
         if self.board is not None:
             self.board.check(x, cond)
-        kept = x if self.board is not None else self.kept_half(x)
+            inputs: tuple[Tensor, Tensor | None] = x, cond
+        else:
+            inputs = self._net_inputs(self.kept_half(x), cond)
         if isinstance(self.net, CouplingNet):
-            self.net.check_inputs(kept, cond)
+            self.net.check_inputs(*inputs)
+
+    def _net_inputs(self, kept: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What the net is called with."""
+        return (kept, cond) if self.board is None else self.board.net_inputs(kept, cond)
+
+    def _net_width(self, kept: Tensor) -> int:
+        """The channels that the net must give."""
+        return 2 * kept.shape[1] if self.spec.kind == "affine" else kept.shape[1]
 
     def runner(self, budget: str | int) -> NetRunner:
         """The net to be run in chunks within a budget."""
         width = 2 if self.spec.kind == "affine" else 1
         return NetRunner(self.net, width, budget, self._plans, self.precision, self.board)
 
-    def _net_inputs(self, kept: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return (kept, cond) if self.board is None else self.board.net_inputs(kept, cond)
-
     def run_net(self, kept: Tensor, cond: Tensor | None) -> Tensor:
         """The coupling net on the kept half (the same before and after the coupling), checked for its shape."""
-        seen, cond = self._net_inputs(kept, cond)
-        with in_precision(self.precision, seen):
-            net_out = self.net(seen) if cond is None else self.net(seen, cond)
-        width = 2 * seen.shape[1] if self.spec.kind == "affine" else seen.shape[1]
-        expected = (seen.shape[0], width, *seen.shape[2:])
+        seen, beside = self._net_inputs(kept, cond)
+        with in_precision(self.precision, kept):
+            net_out = self.net(seen) if beside is None else self.net(seen, beside)
+        expected = (seen.shape[0], self._net_width(seen), *seen.shape[2:])
         if net_out.shape != expected:
             expect(False, "net", f"an output of shape {expected}", f"shape {tuple(net_out.shape)}")
         return net_out if self.board is None else self.board.net_output(net_out)

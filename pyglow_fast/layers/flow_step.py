@@ -15,11 +15,13 @@ from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.actnorm import ActNorm
 from pyglow_fast.layers.coupling import MASKS, Coupling, coupling_spec
 from pyglow_fast.layers.coupling_net import CouplingNet
+from pyglow_fast.layers.injector import AffineInjector
 from pyglow_fast.layers.permutation import ChannelLinear, InvConv, Permute
 from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.reference import KINDS, CouplingSpec, fold_actnorm, full_precision
 
 PERMUTATIONS = ("invconv", "invconv_plain", "shuffle", "reverse")
+NO_COUPLING = "none"  # the kind of a step without one
 
 
 class ChannelMap(NamedTuple):
@@ -52,7 +54,7 @@ MapInverse = tuple[Tensor, Tensor | None]  # M^-1, with an index the scales of a
 
 
 def stack_maps(maps: Sequence[ChannelMap]) -> ChannelMap:
-    """The maps of K steps as one: gathers if all are, else matrices."""
+    """A list of maps as one: gathers if all are, else matrices."""
     gathers = all(channel_map.source is not None for channel_map in maps)
     alike = maps if gathers else [channel_map.as_product() for channel_map in maps]
     parts = list(zip(*alike, strict=True))
@@ -65,7 +67,7 @@ def unstack_maps(stacked: ChannelMap) -> list[ChannelMap]:
 
 
 # What a run of steps asks a coupling for, or does in its place.
-_RUN = ("forward", "inverse", "enter", "leave", "kept_half", "run_net", "run_net_forward", "runner")
+_RUN = ("forward", "inverse", "enter", "leave", "reads", "kept_half", "run_net", "run_net_forward", "runner")
 
 
 def runs_fused(step: nn.Module) -> bool:
@@ -79,9 +81,9 @@ def runs_fused(step: nn.Module) -> bool:
         (step, FlowStep, ("forward", "inverse")),
         (step.actnorm, ActNorm, ("forward", "inverse")),
         (step.permutation, ChannelLinear, ()),  # a step asks it for its weight alone
-        (step.coupling, Coupling, _RUN),
     )
-    for part, own, names in pairs:
+    couplings = ((part, AffineInjector if part is step.injector else Coupling, _RUN) for part in step.couplings)
+    for part, own, names in (*pairs, *couplings):
         kind = type(part)
         if kind is not own and any(getattr(kind, name, None) is not getattr(own, name) for name in names):
             return False
@@ -90,10 +92,46 @@ def runs_fused(step: nn.Module) -> bool:
     return True
 
 
-def fold_in_one(steps: Sequence[FlowStep]) -> ChannelMap:
-    """The channel maps of K steps of one width, stacked: parameter-sized work in one batch.
+def after(first: ChannelMap, second: ChannelMap) -> ChannelMap:
+    """The second map of what the first one gives; a gather if both are."""
+    log_det = first.log_det + second.log_det
+    if first.source is not None and second.source is not None:
+        scale, offset = first.matrix[second.source], first.offset[second.source]
+        offset = second.matrix * offset + second.offset
+        return ChannelMap(second.matrix * scale, offset, log_det, first.source[second.source])
+    first, second = first.as_product(), second.as_product()
+    with full_precision(first.matrix):
+        matrix, offset = second.matrix @ first.matrix, second.matrix @ first.offset + second.offset
+    return ChannelMap(matrix, offset, log_det)
 
-    With checkerboard masks those of the 2 C channels of halves, see :func:`_for_masks`.
+
+def _between_couplings(maps: ChannelMap, counts: Sequence[int]) -> ChannelMap:
+    """From a map for each step, which has so many couplings, to one before each coupling; and one behind the last.
+
+    That only where the last steps have no coupling. The map of a step without one is part of the next step's.
+    """
+    zeros = torch.zeros_like(maps.offset[0])
+    nothing = ChannelMap(zeros + 1, zeros, zeros.sum(), torch.arange(len(zeros), device=zeros.device))
+    found: list[ChannelMap] = []
+    waiting: ChannelMap | None = None
+    for own, count in zip(unstack_maps(maps), counts, strict=True):
+        waiting = own if waiting is None else after(waiting, own)
+        if count:
+            found += [waiting, *[nothing] * (count - 1)]
+            waiting = None
+    return stack_maps(found if waiting is None else [*found, waiting])
+
+
+def couplings_of(steps: Sequence[FlowStep]) -> list[Coupling]:
+    """Those of all steps, in their order."""
+    return [coupling for step in steps for coupling in step.couplings]
+
+
+def fold_in_one(steps: Sequence[FlowStep]) -> ChannelMap:
+    """The channel maps between the couplings of steps of one width, stacked: parameter-sized work in one batch.
+
+    One before each of the couplings, and one behind the last where the last step has none. With checkerboard masks
+    those of the 2 C channels of halves, see :func:`_for_masks`.
     """
     layers = [step.permutation for step in steps]
     log_scale = torch.stack([step.actnorm.log_scale for step in steps])
@@ -103,13 +141,19 @@ def fold_in_one(steps: Sequence[FlowStep]) -> ChannelMap:
     if len(known) == len(layers):
         index = torch.stack(known)
         maps = ChannelMap(*functional.gather_actnorm(index, log_scale, bias), log_scale.sum(-1), index)
-        return _for_masks(maps, steps)
+        return _for_couplings(maps, steps)
     with full_precision(steps[0].actnorm.bias):
         weight, weight_log_det = layers[0].stack_weights(layers)
     own = steps[0].actnorm.bias.dtype
     expect(weight.dtype == own, "permutation", f"a weight of dtype {own} (that of the actnorm)", weight.dtype)
     matrix, offset = fold_actnorm(weight, log_scale, bias)
-    return _for_masks(ChannelMap(matrix, offset, weight_log_det + log_scale.sum(-1)), steps)
+    return _for_couplings(ChannelMap(matrix, offset, weight_log_det + log_scale.sum(-1)), steps)
+
+
+def _for_couplings(maps: ChannelMap, steps: Sequence[FlowStep]) -> ChannelMap:
+    """From a map for each step to one for each coupling."""
+    counts = [len(step.couplings) for step in steps]
+    return _for_masks(maps if all(count == 1 for count in counts) else _between_couplings(maps, counts), steps)
 
 
 def _for_masks(maps: ChannelMap, steps: Sequence[FlowStep]) -> ChannelMap:
@@ -118,17 +162,16 @@ def _for_masks(maps: ChannelMap, steps: Sequence[FlowStep]) -> ChannelMap:
     The state that runs through the steps is halved as each coupling wants it: where the parity of a step is another
     than that of the step before, the halves change places.
     """
-    parities = [step.coupling.board.parity for step in steps if step.coupling.board is not None]
+    boards = [coupling.board for coupling in couplings_of(steps)]
+    parities = [board.parity for board in boards if board is not None]
     if not parities:
         return maps
     swaps = [first != second for first, second in zip([parities[0], *parities], parities, strict=False)]
     k, channels = maps.offset.shape
     offset, log_det = maps.offset.repeat(1, 2), 2 * maps.log_det
     if maps.source is not None:
-        halves = [[source, source + channels] for source in maps.source]
-        source = torch.stack(
-            [torch.cat(pair[::-1] if swap else pair) for pair, swap in zip(halves, swaps, strict=True)]
-        )
+        halves = torch.stack([maps.source, maps.source + channels], dim=1)
+        source = torch.stack([half.flip(0) if swap else half for half, swap in zip(halves, swaps, strict=True)])
         return ChannelMap(maps.matrix.repeat(1, 2), offset, log_det, source.flatten(1))
     same = torch.eye(2, dtype=maps.matrix.dtype, device=maps.matrix.device)
     places = torch.stack([same.flip(0) if swap else same for swap in swaps])
@@ -137,7 +180,7 @@ def _for_masks(maps: ChannelMap, steps: Sequence[FlowStep]) -> ChannelMap:
 
 
 def fold_steps(steps: Sequence[FlowStep]) -> list[ChannelMap]:
-    """The same, a map for each step."""
+    """The same, a list of maps."""
     return unstack_maps(fold_in_one(steps))
 
 
@@ -148,7 +191,7 @@ def invert_maps(maps: Sequence[ChannelMap]) -> list[MapInverse]:
 
 
 def maps_log_det(maps: Sequence[ChannelMap], x: Tensor) -> Tensor:
-    """P sum log|det M| over the steps, for each of the N samples: (N,)."""
+    """P sum log|det M| over the maps, for each of the N samples: (N,)."""
     total = torch.stack([channel_map.log_det for channel_map in maps]).sum()
     return functional.per_sample(x, total)
 
@@ -161,7 +204,7 @@ class Folded(Protocol):
 
     @property
     def inverses(self) -> list[MapInverse]:
-        """M^-1 of each step."""
+        """M^-1 of each map."""
 
 
 def _run_net(
@@ -181,21 +224,23 @@ def run_couplings(
     squeeze_first: bool = False,
     budget: str | int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x through steps of one width: between two coupling nets there is one pass over memory, coupling and next mixing.
+    """x through couplings and the maps between them: between two nets there is one pass, coupling and next mixing.
 
     With squeeze_first, x is (N, C / 2^d, *(2 spatial)) and is squeezed, with channel masks as it is read. With a budget
     (bytes or "auto") the nets run in chunks, without a record. Returns z (N, C, *spatial) and log_det (N,). The steps
     must be initialised, but for ActNorms inside their nets.
     """
-    if squeeze_first and couplings[0].board is not None:
+    if squeeze_first and couplings and couplings[0].board is not None:
         x, squeeze_first = functional.squeeze(x), False
-    x, cond = couplings[0].enter(x, cond)
-    maps = folded.maps
-    kept = maps[0].matrix.shape[0] // 2
+    if couplings:
+        x, cond = couplings[0].enter(x, cond)
+    maps, count = folded.maps, len(couplings)
     first = maps[0]
-    z, kept_half = functional.channel_mix_for_net(x, first.matrix, first.offset, kept, squeeze_first, first.source)
+    reads = [*(coupling.reads(first.matrix.shape[0]) for coupling in couplings), 0]
+    z, kept_half = functional.channel_mix_for_net(x, first.matrix, first.offset, reads[0], squeeze_first, first.source)
     log_det = maps_log_det(maps, z)
-    for coupling, weights, following in zip(couplings, folded.nets, [*maps[1:], None], strict=True):
+    behind = [*maps[1:], None][:count]
+    for coupling, weights, following, kept in zip(couplings, folded.nets, behind, reads[1:], strict=True):
         net_out = _run_net(coupling, weights, kept_half, cond, budget)
         spec = coupling.spec
         if following is None:
@@ -205,7 +250,7 @@ def run_couplings(
                 z, net_out, following.matrix, following.offset, spec, kept, following.source
             )
         log_det = log_det + step_log_det
-    return couplings[-1].leave(z), log_det
+    return (couplings[-1].leave(z) if couplings else z), log_det
 
 
 def run_couplings_inverse(
@@ -216,9 +261,13 @@ def run_couplings_inverse(
     budget: str | int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The inverse of :func:`run_couplings`: one pass a step besides its net."""
-    z, cond = couplings[-1].enter(z, cond)
-    log_det = -maps_log_det(folded.maps, z)
-    steps = zip(couplings, folded.nets, folded.maps, folded.inverses, strict=True)
+    if couplings:
+        z, cond = couplings[-1].enter(z, cond)
+    log_det, count = -maps_log_det(folded.maps, z), len(couplings)
+    if len(folded.maps) > count:
+        inverse, index = folded.inverses[count]
+        z = functional.channel_unmix(z, inverse, folded.maps[count].offset, index=index)
+    steps = zip(couplings, folded.nets, folded.maps[:count], folded.inverses[:count], strict=True)
     for coupling, weights, channel_map, (inverse, index) in reversed(list(steps)):
         kept_half, spec = coupling.kept_half(z), coupling.spec
         net_out = (
@@ -228,7 +277,7 @@ def run_couplings_inverse(
         )
         z, step_log_det = functional.coupling_mix_inverse(z, net_out, inverse, channel_map.offset, spec, index)
         log_det = log_det + step_log_det
-    return couplings[0].leave(z), log_det
+    return (couplings[0].leave(z) if couplings else z), log_det
 
 
 class Recorded:
@@ -236,11 +285,11 @@ class Recorded:
 
     def __init__(self, steps: Sequence[FlowStep]) -> None:
         self.maps = fold_steps(steps)
-        self.nets: list[list[Tensor] | None] = [None] * len(steps)
+        self.nets: list[list[Tensor] | None] = [None] * len(couplings_of(steps))
 
     @property
     def inverses(self) -> list[MapInverse]:
-        """M^-1 of each step."""
+        """M^-1 of each map."""
         return invert_maps(self.maps)
 
 
@@ -249,12 +298,15 @@ class FlowStep(FlowLayer):
 
     With a permutation of channels, "shuffle" or "reverse", a gather instead: u_i = exp(log_scale_j) (x_j + bias_j).
 
-    log_det = P (sum log_scale + log|det W|) + sum log s.
+    log_det = P (sum log_scale + log|det W|) + sum log s. With an injector, the coupling is of v = (u + shift) s, shift
+    and s a function of the condition alone.
 
     Args:
         channels: C, even (with a checkerboard any).
         hidden: width of the coupling net.
-        coupling: how the net's output shifts and scales: a CouplingSpec, or its kind alone, "affine" or "additive".
+        coupling: how the net's output shifts and scales: a CouplingSpec, or its kind alone, "affine" or "additive"; or
+            "none", for a step without a coupling (then hidden, net, net_actnorm, cond_channels, precision and border
+            are the injector's alone, if there is one).
         permutation: "invconv" (LU), "invconv_plain", "shuffle" or "reverse"; or a ChannelLinear of your own. Behind a
             checkerboard, whose nets see all channels, the order of these makes no difference.
         net: a coupling net of your own instead of CouplingNet (then hidden, net_actnorm, cond_channels, border are not
@@ -265,15 +317,18 @@ class FlowStep(FlowLayer):
         precision: of the coupling net, see Coupling.
         border: of the coupling net, see CouplingNet.
         mask, parity: of the coupling, see Coupling.
+        injector: True for an AffineInjector before the coupling, of the same width, scale map, condition and options as
+            the coupling's; or one of your own.
         older: the other fields of the CouplingSpec as they were given before it, beside a kind only: scale_map,
             scale_bias, scale_eps, scale_clamp, scale_factor and order, see Coupling.
 
     Shapes: x (N, C, *spatial), float32 or float64, with a checkerboard the first spatial side even; log_det (N,), nats.
 
     Raises:
-        ValueError: odd channels, wrong option, shape, dtype or device; an older keyword beside a CouplingSpec.
+        ValueError: odd channels, wrong option, shape, dtype or device; an older keyword beside a CouplingSpec; an
+            injector without a condition.
 
-    Reference: Kingma & Dhariwal 2018, table 1.
+    References: Kingma & Dhariwal 2018, table 1; Lugmayr et al. 2020 (injector, steps without a coupling).
     """
 
     def __init__(
@@ -291,6 +346,7 @@ class FlowStep(FlowLayer):
         border: bool = False,
         mask: str = "channels",
         parity: int = 0,
+        injector: AffineInjector | bool = False,
         **older: Any,
     ) -> None:
         super().__init__()
@@ -299,8 +355,10 @@ class FlowStep(FlowLayer):
         check_count("channels", channels, least=shared)
         expect(channels % shared == 0, "channels", "an even number to halve", channels)
         kind = coupling.kind if isinstance(coupling, CouplingSpec) else coupling
-        expect(kind in KINDS, "coupling", f"one of {KINDS}", repr(kind))
-        spec = coupling_spec(kind, **older)
+        expect(kind in (*KINDS, NO_COUPLING), "coupling", f"one of {(*KINDS, NO_COUPLING)}", repr(kind))
+        couples = kind != NO_COUPLING
+        expect(couples or net is None, "net", f'None beside coupling="{NO_COUPLING}"', type(net).__name__)
+        spec = coupling_spec(kind if couples else "affine", **older)
         if isinstance(coupling, CouplingSpec):
             for name, value in older.items():
                 expect(False, name, "a field of the CouplingSpec, and no keyword beside it", repr(value))
@@ -308,10 +366,19 @@ class FlowStep(FlowLayer):
         fits = isinstance(permutation, ChannelLinear) and getattr(permutation, "channels", None) == channels
         expected = f"one of {PERMUTATIONS} or a ChannelLinear (of {channels} channels)"
         expect(fits or permutation in PERMUTATIONS, "permutation", expected, repr(permutation))
-        if net is None:
+        if couples and net is None:
             width = channels // shared
             outputs = 2 * width if kind == "affine" else width
             net = CouplingNet(width, outputs, hidden, net_actnorm, cond_channels, border, dims)
+        if mask != "channels":
+            expect(injector is False, "injector", f"False beside mask={mask!r}", repr(injector))
+            expect(couples, "coupling", f"one of {KINDS} beside mask={mask!r}", repr(kind))
+        if injector is True:
+            expect(cond_channels > 0, "cond_channels", "at least 1, for the injector to read", cond_channels)
+            sizes = (channels, cond_channels, hidden, None, net_actnorm, dims)
+            injector = AffineInjector(*sizes, spec=spec, precision=precision, border=border)
+        own = injector is False or (isinstance(injector, AffineInjector) and injector.channels == channels)
+        expect(own, "injector", f"True, False or an AffineInjector of {channels} channels", repr(injector))
         self.channels = channels
         self.actnorm = ActNorm(channels)
         if isinstance(permutation, str):
@@ -319,7 +386,13 @@ class FlowStep(FlowLayer):
             lu = permutation == "invconv"
             permutation = InvConv(channels, lu) if is_conv else Permute(channels, permutation)
         self.permutation = permutation
-        self.coupling = Coupling(net, *spec, precision, mask, parity)
+        self.injector = injector or None
+        self.coupling = None if net is None else Coupling(net, *spec, precision, mask, parity)
+
+    @property
+    def couplings(self) -> list[Coupling]:
+        """What follows the channel map, in order: the injector and the coupling, of those that there are."""
+        return [part for part in (self.injector, self.coupling) if part is not None]
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x -> z; a fresh step in training initialises its actnorm from x first."""
@@ -328,23 +401,24 @@ class FlowStep(FlowLayer):
             self.actnorm.initialize_from(x)
         else:
             check_input("x", x, self.channels, self.actnorm.bias)
-        return run_couplings([self.coupling], Recorded([self]), x, cond)
+        return run_couplings(self.couplings, Recorded([self]), x, cond)
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """z -> x."""
         check_input("z", z, self.channels, self.actnorm.bias)
-        return run_couplings_inverse([self.coupling], Recorded([self]), z, cond)
+        return run_couplings_inverse(self.couplings, Recorded([self]), z, cond)
 
     @property
     def is_initialized(self) -> bool:
         """Whether every actnorm of the step, also in its net, has seen data."""
-        return self.actnorm.is_initialized and self.coupling.net_is_initialized
+        return self.actnorm.is_initialized and all(part.net_is_initialized for part in self.couplings)
 
     def _check_together(self, x: Tensor, cond: Tensor | None) -> None:
         """Before an initialisation: refuse what the step cannot take, on all ranks."""
         with refused_alike(self.actnorm.bias.device, lambda: not self.is_initialized):
             check_input("x", x, self.channels, self.actnorm.bias)
-            self.coupling.check_inputs(x, cond)
+            for part in self.couplings:
+                part.check_inputs(x, cond)
 
     def initialize(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Initialise every actnorm of the step (also those of the net) from x, and return z."""
@@ -353,6 +427,9 @@ class FlowStep(FlowLayer):
             if not self.actnorm.is_initialized:
                 self.actnorm.initialize_from(x)
             channel_map = fold_steps([self])[0]
-            halves, _ = self.coupling.enter(x, None)
-            u = functional.channel_mix(halves, channel_map.matrix, channel_map.offset, index=channel_map.source)
-            return self.coupling.initialize(self.coupling.leave(u), cond)
+            halves, _ = self.couplings[0].enter(x, None) if self.couplings else (x, None)
+            z = functional.channel_mix(halves, channel_map.matrix, channel_map.offset, index=channel_map.source)
+            z = self.couplings[0].leave(z) if self.couplings else z
+            for part in self.couplings:
+                z = part.initialize(z, cond)
+            return z

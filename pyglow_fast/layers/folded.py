@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyglow_fast._errors import can_read
 from pyglow_fast.layers.coupling_net import CouplingNet
-from pyglow_fast.layers.flow_step import ChannelMap, FlowStep, MapInverse, fold_steps, invert_maps
+from pyglow_fast.layers.flow_step import ChannelMap, FlowStep, MapInverse, couplings_of, fold_steps, invert_maps
 from pyglow_fast.reversible.deferred import is_capturing
 
 Identity = tuple["weakref.ref[Tensor]", int, int]  # the tensor, where its data is, its version
@@ -21,6 +21,8 @@ Identity = tuple["weakref.ref[Tensor]", int, int]  # the tensor, where its data 
 @dataclass
 class FoldedSteps:
     """The channel maps of the steps, their inverses, and the weights of nets that are CouplingNets (None for others).
+
+    Maps as fold_in_one has them, nets by coupling.
 
     The inverses come when they are first asked for.
     """
@@ -31,7 +33,7 @@ class FoldedSteps:
 
     @property
     def inverses(self) -> list[MapInverse]:
-        """M^-1 of each step."""
+        """M^-1 of each map."""
         if not self._inverses:
             self._inverses = invert_maps(self.maps)
         return self._inverses
@@ -39,7 +41,7 @@ class FoldedSteps:
     @classmethod
     def of(cls, steps: Sequence[FlowStep]) -> FoldedSteps:
         """From the parameters of now."""
-        nets = [step.coupling.net for step in steps]
+        nets = [coupling.net for coupling in couplings_of(steps)]
         weights = [net.folded_weights() if is_foldable(net) else None for net in nets]  # type: ignore[operator]
         return cls(fold_steps(steps), weights)
 
@@ -58,8 +60,7 @@ def _tensors(steps: Sequence[FlowStep]) -> list[Tensor] | None:
             return None
         own = (*step.actnorm._parameters.values(), *step.actnorm._buffers.values())
         found += [*sources, *(tensor for tensor in own if tensor is not None)]
-        net = step.coupling.net
-        if is_foldable(net):
+        for net in (coupling.net for coupling in step.couplings if is_foldable(coupling.net)):
             found += [tensor for part in net.modules() for tensor in part._parameters.values() if tensor is not None]
     return found
 
@@ -118,7 +119,7 @@ class FoldCache:
         first = steps[0].actnorm.bias
         if not can_read(first):
             return first.new_empty(0)
-        nets = [step.coupling.net for step in steps]
+        nets = [coupling.net for coupling in couplings_of(steps)]
         gains = [net.log_gain.flatten() for net in nets if isinstance(net, CouplingNet)]
         small = [*(step.actnorm.log_scale for step in steps), *(step.actnorm.bias for step in steps), *gains]
         return torch.cat(small)

@@ -10,8 +10,16 @@ from pyglow_fast.coupling_nets.net_shape import NetShape
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.coupling_net import CouplingNet
-from pyglow_fast.layers.flow_step import ChannelMap, run_couplings, run_couplings_inverse, stack_maps, unstack_maps
+from pyglow_fast.layers.flow_step import (
+    ChannelMap,
+    couplings_of,
+    run_couplings,
+    run_couplings_inverse,
+    stack_maps,
+    unstack_maps,
+)
 from pyglow_fast.layers.folded import FoldedSteps, is_foldable
+from pyglow_fast.layers.injector import AffineInjector
 from pyglow_fast.layers.reversible_sequence import ReversibleSequence
 
 WEIGHTS = ("w1", "b1", "w2", "b2", "w3", "b3")
@@ -39,6 +47,15 @@ class FrozenNet(NetShape):
         """x, cond -> shift and raw scale (or shift alone)."""
         weights = [self.get_buffer(name) for name in WEIGHTS]
         return self.run_on(x, cond, weights)
+
+
+def _frozen(coupling: Coupling) -> Coupling:
+    """The same with the net frozen, where that is a CouplingNet as it comes."""
+    net = FrozenNet(coupling.net) if is_foldable(coupling.net) else coupling.net  # type: ignore[arg-type]
+    if isinstance(coupling, AffineInjector):
+        return AffineInjector(coupling.channels, net=net, spec=coupling.spec, precision=coupling.precision)
+    parity = 0 if coupling.board is None else coupling.board.parity
+    return Coupling(net, *coupling.spec, coupling.precision, coupling.mask, parity)
 
 
 class FrozenSteps(FlowLayer):
@@ -72,13 +89,7 @@ class FrozenSteps(FlowLayer):
             self.register_buffer("inverses", inverses)
             self.register_buffer("indices", maps.source)  # None, and not saved, where the maps are matrices
             self.register_buffer("inverse_indices", back)
-        couplings = []
-        for step in own:
-            net = FrozenNet(step.coupling.net) if is_foldable(step.coupling.net) else step.coupling.net  # type: ignore[arg-type]
-            board = step.coupling.board
-            mask = (step.coupling.mask, 0 if board is None else board.parity)
-            couplings.append(Coupling(net, *step.coupling.spec, step.coupling.precision, *mask))
-        self.couplings = nn.ModuleList(couplings)
+        self.couplings = nn.ModuleList(map(_frozen, couplings_of(own)))
         self.requires_grad_(False)
         self.eval()
 
@@ -87,7 +98,9 @@ class FrozenSteps(FlowLayer):
         maps = unstack_maps(ChannelMap(*(self._buffers[name] for name in names)))  # type: ignore[arg-type]
         back = self._buffers["inverse_indices"]
         indices = [None] * len(maps) if back is None else back.unbind()
-        return FoldedSteps(maps, [None] * len(maps), list(zip(self.get_buffer("inverses"), indices, strict=True)))
+        return FoldedSteps(
+            maps, [None] * len(self.couplings), list(zip(self.get_buffer("inverses"), indices, strict=True))
+        )
 
     def _budget(self) -> str | int | None:
         whole = torch.is_grad_enabled() or torch.compiler.is_compiling()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import check_count, check_input, expect
+from pyglow_fast.coupling_nets.net_runner import condition_for
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.border import border_kernel, border_map
 from pyglow_fast.layers.coupling_net import conv_for, zero_bias
@@ -43,42 +44,66 @@ class Squeeze(FlowLayer):
 
 
 class Split(nn.Module):
-    """z1, z2 = halves of x; z2 leaves the flow with prior N(z2; mean, exp(log_sd)), (mean, log_sd) = conv(z1).
+    """z1, z2 = parts of x; z2 leaves the flow with prior N(z2; mean, exp(log_sd)), (mean, log_sd) = conv(z1).
 
     The convolution (3x3, times exp(3 log_gain)) starts at zero, so a fresh prior is the standard normal. With
-    ``learn_prior=False`` it stays that.
+    ``learn_prior=False`` it stays that. With a condition, (mean, log_sd) = conv([z1, cond]).
 
     Args:
-        channels: C of x, even.
+        channels: C of x, even where it is halved.
         learn_prior: whether z1 predicts mean and log_sd.
         dims: number of spatial dimensions, 1 to 3.
         border: the convolution also sees a ring of ones around the image, see CouplingNet.
+        factored: C2, the channels of z2; None: half of them.
+        cond_channels: of a condition that the convolution reads too; 0 for none.
 
-    Shapes: x (N, C, *spatial); z1, z2 (N, C/2, *spatial); log_prob (N,), nats.
+    Shapes: x (N, C, *spatial); z1 (N, C - C2, *spatial), z2 (N, C2, *spatial); cond (N, C_cond, *spatial); log_prob
+    (N,), nats.
 
-    Reference: Kingma & Dhariwal 2018, section 3 and the released code's learned split prior.
+    References: Kingma & Dhariwal 2018, section 3 and the released code's learned split prior; Lugmayr et al. 2020
+    (condition).
     """
 
-    def __init__(self, channels: int, learn_prior: bool = True, dims: int = 2, border: bool = False) -> None:
+    def __init__(
+        self,
+        channels: int,
+        learn_prior: bool = True,
+        dims: int = 2,
+        border: bool = False,
+        factored: int | None = None,
+        cond_channels: int = 0,
+    ) -> None:
         super().__init__()
         check_count("channels", channels, least=2)
-        expect(channels % 2 == 0, "channels", "an even number to halve", channels)
+        check_count("cond_channels", cond_channels, least=0)
+        if factored is None:
+            expect(channels % 2 == 0, "channels", "an even number to halve", channels)
+            factored = channels // 2
+        check_count("factored", factored)
+        expect(factored < channels, "factored", f"less than the {channels} channels", factored)
         self.channels, self.learn_prior, self.dims = channels, learn_prior, dims
+        self.factored, self.kept, self.cond_channels = factored, channels - factored, cond_channels
         if learn_prior:
-            self.conv = conv_for(dims)(channels // 2, channels, 3, padding=1)
+            self.conv = conv_for(dims)(self.kept + cond_channels, 2 * factored, 3, padding=1)
             nn.init.zeros_(self.conv.weight)
             zero_bias(self.conv)
-            self.log_gain = nn.Parameter(torch.zeros(channels, *[1] * dims))
-        self.border = border_kernel(channels, dims) if border and learn_prior else None
+            self.log_gain = nn.Parameter(torch.zeros(2 * factored, *[1] * dims))
+        self.border = border_kernel(2 * factored, dims) if border and learn_prior else None
 
-    def prior(self, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log_sd of z2 given z1, each like z1."""
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The kept and the factored channels of x."""
+        return x[:, : self.kept], x[:, self.kept :]
+
+    def prior(self, kept: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and log_sd of z2 given z1 (and the condition), each like z2."""
         if not self.learn_prior:
-            zeros = torch.zeros_like(kept)
+            zeros = kept.new_zeros(kept.shape[0], self.factored, *kept.shape[2:])
             return zeros, zeros
-        check_input("kept", kept, self.channels // 2, self.conv.weight)
+        check_input("kept", kept, self.kept, self.conv.weight)
         # A convolution would take (N, C, L) for one image without a batch dimension.
         expect(kept.dim() == self.dims + 2, "kept", f"{self.dims} spatial dimensions", f"shape {tuple(kept.shape)}")
+        if self.cond_channels:
+            kept = torch.cat([kept, condition_for(kept, cond)], dim=1)
         out = self.conv(kept)
         if self.border is not None:
             out = out + border_map(self.border, kept.shape[2:])
@@ -88,23 +113,23 @@ class Split(nn.Module):
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """x -> ((z1, z2), log_det = 0)."""
         check_input("x", x, self.channels)
-        kept, factored = x.chunk(2, dim=1)
-        return (kept, factored), x.new_zeros(x.shape[0])
+        return self.parts(x), x.new_zeros(x.shape[0])
 
     def inverse(self, z: tuple[Tensor, Tensor], cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(z1, z2) -> (x, log_det = 0)."""
         kept, factored = z
-        check_input("z[0]", kept, self.channels // 2)
-        expect(factored.shape == kept.shape, "z[1]", f"shape {tuple(kept.shape)}, like z[0]", tuple(factored.shape))
+        check_input("z[0]", kept, self.kept)
+        expected = (kept.shape[0], self.factored, *kept.shape[2:])
+        expect(factored.shape == expected, "z[1]", f"shape {expected}, to go with z[0]", tuple(factored.shape))
         return torch.cat([kept, factored], dim=1), kept.new_zeros(kept.shape[0])
 
-    def log_prob(self, kept: Tensor, factored: Tensor) -> Tensor:
+    def log_prob(self, kept: Tensor, factored: Tensor, cond: Tensor | None = None) -> Tensor:
         """log N(z2; prior(z1)) summed per sample, (N,) nats."""
-        return functional.gaussian_log_prob(factored, *self.prior(kept))
+        return functional.gaussian_log_prob(factored, *self.prior(kept, cond))
 
-    def sample(self, kept: Tensor, noise: Tensor) -> Tensor:
-        """z2 = mean + exp(log_sd) noise; noise like z1 carries the temperature."""
-        return functional.gaussian_sample(noise, *self.prior(kept))
+    def sample(self, kept: Tensor, noise: Tensor, cond: Tensor | None = None) -> Tensor:
+        """z2 = mean + exp(log_sd) noise; noise like z2 carries the temperature."""
+        return functional.gaussian_sample(noise, *self.prior(kept, cond))
 
     def extra_repr(self) -> str:
         """Channels, for repr."""

@@ -20,12 +20,14 @@ from pyglow_fast.layers.flow_step import (
     ChannelMap,
     FlowStep,
     Recorded,
+    couplings_of,
     fold_in_one,
     run_couplings,
     run_couplings_inverse,
     runs_fused,
 )
 from pyglow_fast.layers.folded import FoldCache
+from pyglow_fast.layers.injector import AffineInjector
 from pyglow_fast.layers.permutation import InvConv, Permute
 from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.reference import CouplingSpec
@@ -35,12 +37,17 @@ MEMORY_MODES = ("reversible", "checkpoint", "store")
 GRADIENT_SHARE = 4  # of the budget, what gradients may take that exist a second time while they are added to others
 
 
+def _is_known(coupling: Coupling) -> bool:
+    net = coupling.net
+    own = type(coupling) in (Coupling, AffineInjector) and type(net) is CouplingNet and net.has_own_norms
+    return own and not coupling.has_own_scale
+
+
 def _is_initialized(step: nn.Module) -> bool:
     """Whether nothing in a step waits for data."""
-    if type(step) is FlowStep and type(step.permutation) in (InvConv, Permute) and type(step.coupling) is Coupling:
-        net = step.coupling.net
-        if type(net) is CouplingNet and net.has_own_norms and not step.coupling.has_own_scale:
-            return step.is_initialized  # of these all is known, without a look into each module
+    own = type(step) is FlowStep and type(step.permutation) in (InvConv, Permute)
+    if isinstance(step, FlowStep) and own and all(map(_is_known, step.couplings)):
+        return step.is_initialized  # of these all is known, without a look into each module
     return all(getattr(module, "is_initialized", True) for module in step.modules())
 
 
@@ -59,17 +66,23 @@ def run_recomputing(
     cond: Tensor | None = None,
     squeeze_first: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """x through K steps, a channel map (stacked: see stack_maps) and a coupling each, to be recomputed."""
-    counts = [part.end - part.first for part in whole.parts]
-    parts = zip(*(part.split(counts) for part in maps[:3]), strict=True)
-    indices = [None] * len(counts) if maps.source is None else maps.source.split(counts)
-    kept = maps.matrix.shape[-1] // 2
+    """x through K steps, a channel map (stacked: see stack_maps) and a coupling each, to be recomputed.
+
+    K + 1 maps: there is one more behind the last coupling.
+    """
+    counts, own_maps = [part.end - part.first for part in whole.parts], len(runners)
+    parts = zip(*(part[:own_maps].split(counts) for part in maps[:3]), strict=True)
+    indices = [None] * len(counts) if maps.source is None else maps.source[:own_maps].split(counts)
     z, total = x, x.new_zeros(x.shape[0])
     for part, (matrices, offsets, log_dets), index in zip(whole.parts, parts, indices, strict=True):
         own = slice(part.first, part.end)
-        chain = Chain(runners[own], specs[own], kept, squeeze_first and part.first == 0, part)
+        chain = Chain(runners[own], specs[own], squeeze_first and part.first == 0, part)
         z, log_det = run_chain(chain, z, cond, matrices, offsets, log_dets.sum(), index)
         total = log_det if part.first == 0 else total + log_det
+    if len(maps.matrix) > own_maps:
+        index = None if maps.source is None else maps.source[-1]
+        z = functional.channel_mix(z, maps.matrix[-1], maps.offset[-1], index=index)
+        total = total + functional.per_sample(z, maps.log_det[-1])
     return z, total
 
 
@@ -92,7 +105,8 @@ class ReversibleSequence(FlowLayer):
         steps: FlowSteps of one width and kind of mask, or any modules with ``forward(x, cond=None) -> (z, log_det)``
             and ``inverse``; their parameters must be theirs alone and their output a function of the input.
         memory: a mode.
-        anchor_every: steps between stored states: "auto", an int, or None for none but the input.
+        anchor_every: steps between stored states: "auto", an int, or None for none but the input. In FlowSteps, an
+            injector and a coupling count as a step each; what has neither counts as none.
         tolerance: largest relative drift of a recomputed state, or None for the default by dtype and depth.
         memory_budget: bytes of one net's activations, or "auto".
         deferred_check: in mode "reversible" the host does not wait for the verdict on drift. Where a state has drifted,
@@ -127,9 +141,10 @@ class ReversibleSequence(FlowLayer):
         if all(isinstance(step, FlowStep) for step in steps):
             widths = {cast(FlowStep, step).channels for step in steps}
             expect(len(widths) == 1, "steps", "FlowSteps of one width", sorted(widths))
-            masks = {cast(FlowStep, step).coupling.mask for step in steps}
+            couplings = [cast(FlowStep, step).coupling for step in steps]
+            masks = {"channels" if coupling is None else coupling.mask for coupling in couplings}
             expect(len(masks) == 1, "steps", "FlowSteps of one kind of mask", sorted(masks))
-        self.control = DriftControl(len(steps), anchor_every, tolerance, deferred_check)
+        self.control = DriftControl(self._chain_length(), anchor_every, tolerance, deferred_check)
         self.memory = memory
         self.memory_budget = memory_budget
         self._cache = FoldCache()
@@ -168,14 +183,39 @@ class ReversibleSequence(FlowLayer):
         """Whether all are FlowSteps as they come, which run joined."""
         return all(runs_fused(step) for step in self)
 
+    def _chain_length(self) -> int:
+        """How many states of a chain there are to recompute: one for each coupling and injector of FlowSteps."""
+        steps = self.flow_steps()
+        return len(couplings_of(steps)) if len(steps) == len(self) else len(self)
+
     def flow_steps(self) -> list[FlowStep]:
         """The steps, if all are FlowSteps."""
         return [step for step in self if isinstance(step, FlowStep)]
 
     def forward(self, x: Tensor, cond: Tensor | None = None, squeeze_first: bool = False) -> tuple[Tensor, Tensor]:
         """x -> z. squeeze_first: x (N, C / 2^d, *(2 spatial)) is squeezed, by FlowSteps mostly as it is read."""
+        states, log_det = self.intermediates(x, cond, squeeze_first=squeeze_first)
+        return states[-1], log_det
+
+    def intermediates(
+        self, x: Tensor, cond: Tensor | None = None, at: Sequence[int] = (), squeeze_first: bool = False
+    ) -> tuple[list[Tensor], Tensor]:
+        """The states behind the steps ``at``, and behind the last one; log_det of all.
+
+        Gradients flow from each of them, in every memory mode; what is kept for that is these states.
+
+        Args:
+            x, cond, squeeze_first: see :meth:`forward`.
+            at: numbers of steps, ascending; -1 is not the last one, which is always there.
+
+        Returns:
+            len(at) + 1 states z (N, C, *spatial), and log_det (N,).
+        """
+        last = len(self) - 1
+        ascending = all(a < b for a, b in zip([-1, *at], [*at, last], strict=True))
+        expect(ascending, "at", f"ascending numbers of steps in 0..{last - 1}", list(at))
         fused = self.is_fused
-        if squeeze_first and (not fused or self.flow_steps()[0].coupling.board is not None):
+        if squeeze_first and (not fused or any(part.board is not None for part in self.flow_steps()[0].couplings)):
             x, squeeze_first = functional.squeeze(x), False
         if fused and not squeeze_first:
             first = self.flow_steps()[0]
@@ -189,23 +229,42 @@ class ReversibleSequence(FlowLayer):
             or any(parameter.requires_grad for parameter in self.parameters())
         )
         recomputes = records and self.memory != "store"
-        if not fused:
-            return self._run_modules(x, cond, recomputes)
-        steps = self.flow_steps()
-        if not recomputes:
+        states: list[Tensor] = []
+        log_dets: list[Tensor] = []
+        steps, starts = list(self), [0, *(k + 1 for k in at)]
+        for begin, end in zip(starts, [*starts[1:], len(steps)], strict=True):
+            own, squeezes = steps[begin:end], squeeze_first and begin == 0
+            if fused:
+                x, log_det = self._run_fused(cast("list[FlowStep]", own), x, cond, records, recomputes, squeezes)
+            else:
+                x, log_det = self._run_modules(own, x, cond, recomputes)
+            states.append(x)
+            log_dets.append(log_det)
+        return states, log_dets[0] if len(log_dets) == 1 else torch.stack(log_dets).sum(0)
+
+    def _run_fused(
+        self,
+        steps: Sequence[FlowStep],
+        x: Tensor,
+        cond: Tensor | None,
+        records: bool,
+        recomputes: bool,
+        squeeze_first: bool,
+    ) -> tuple[Tensor, Tensor]:
+        couplings = couplings_of(steps)
+        if not recomputes or not couplings:
             # Without a record the nets run in chunks. A net of the user's may use other tensors that want one.
             whole_nets = records or torch.compiler.is_compiling()
             if not whole_nets and torch.is_grad_enabled():
                 whole_nets = not all(has_known_modules(step) for step in steps)
-            couplings = [step.coupling for step in steps]
             if whole_nets:
                 return run_couplings(couplings, Recorded(steps), x, cond, squeeze_first)
             return run_couplings(couplings, self._cache.get(steps), x, cond, squeeze_first, self.memory_budget)
         self._cache.clear()
-        runners = [step.coupling.runner(self.memory_budget) for step in steps]
+        runners = [coupling.runner(self.memory_budget) for coupling in couplings]
         whole = self._pass(x, [sum(parameter.nbytes for parameter in runner.params) for runner in runners])
-        specs = [step.coupling.spec for step in steps]
-        first, last = steps[0].coupling, steps[-1].coupling
+        specs = [coupling.spec for coupling in couplings]
+        first, last = couplings[0], couplings[-1]
         x, cond = first.enter(x, cond)
         z, log_det = run_recomputing(runners, specs, fold_in_one(steps), whole, x, cond, squeeze_first)
         return last.leave(z), log_det
@@ -219,7 +278,7 @@ class ReversibleSequence(FlowLayer):
         if self.is_fused:
             steps = self.flow_steps()
             check_input("z", z, steps[0].channels, steps[0].actnorm.bias)
-            couplings = [step.coupling for step in steps]
+            couplings = couplings_of(steps)
             if torch.is_grad_enabled() or torch.compiler.is_compiling():
                 return run_couplings_inverse(couplings, Recorded(steps), z, cond)
             return run_couplings_inverse(couplings, self._cache.get(steps), z, cond, self.memory_budget)
@@ -247,17 +306,19 @@ class ReversibleSequence(FlowLayer):
     def _is_initialized(self) -> bool:
         return all(map(_is_initialized, self))
 
-    def _run_modules(self, x: Tensor, cond: Tensor | None, recomputes: bool) -> tuple[Tensor, Tensor]:
+    def _run_modules(
+        self, steps: Sequence[nn.Module], x: Tensor, cond: Tensor | None, recomputes: bool
+    ) -> tuple[Tensor, Tensor]:
         if recomputes:
-            return self._run_module_parts(x, cond)
+            return self._run_module_parts(steps, x, cond)
         log_det = x.new_zeros(x.shape[0])
-        for step in self:
+        for step in steps:
             x, step_log_det = step(x) if cond is None else step(x, cond)
             log_det = log_det + step_log_det
         return x, log_det
 
-    def _run_module_parts(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
-        steps, total = list(self), x.new_zeros(x.shape[0])
+    def _run_module_parts(self, steps: Sequence[nn.Module], x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+        total = x.new_zeros(x.shape[0])
         step_bytes = [sum(parameter.nbytes for parameter in step.parameters()) for step in steps]
         for part in self._pass(x, step_bytes).parts:
             x, log_det = ModuleChain(steps[part.first : part.end], part).run(x, cond)

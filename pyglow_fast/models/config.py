@@ -28,13 +28,22 @@ class GlowConfig:
         coupling: "affine" or "additive".
         permutation: "invconv" (LU), "invconv_plain", "shuffle" or "reverse".
         n_classes: number of classes that the top prior is conditioned on; None for none.
-        cond_channels: channels of a conditioning input to every coupling net; 0 for none.
+        cond_channels: channels of a conditioning input to every coupling net; 0 for none. A tuple of one number a
+            level: the model then takes one condition a level, of so many channels, at the level's resolution.
         net_actnorm: ActNorm inside the coupling nets, as in the released code.
         learn_prior: learned split priors and top prior.
         scale_map, scale_bias, scale_eps, scale_clamp, scale_factor: of the affine coupling, see Coupling.
         border: convolutions of the nets and priors also see a ring of ones around the image, see CouplingNet.
         classify: number of classes that a linear head on the top latent tells apart, see ClassHead; 0 for no head. It
             goes with n_classes (then the same number) or without.
+        injector: an AffineInjector before the coupling of every flow step, which reads the condition.
+        n_transitions: steps without injector and coupling (actnorm and 1x1 convolution) at the beginning of each level,
+            before its n_steps flow steps.
+        n_splits: levels, from the first on, behind which a part of the channels is factored out; None: all but the
+            last.
+        split_ratio: the share of the channels that a split factors out, C2 = round(split_ratio C).
+        cond_splits: the priors of the splits read the condition too.
+        learn_top: a learned top prior, if learn_prior; False: N(0, 1).
 
     Raises:
         ValueError: a value out of its range; the message names it.
@@ -47,7 +56,7 @@ class GlowConfig:
     coupling: str = "affine"
     permutation: str = "invconv"
     n_classes: int | None = None
-    cond_channels: int = 0
+    cond_channels: int | tuple[int, ...] = 0
     net_actnorm: bool = False
     learn_prior: bool = True
     scale_map: str = "sigmoid"
@@ -59,6 +68,12 @@ class GlowConfig:
     scale_factor: float = 1.0
     n_checkerboard: int = 0
     n_last_checkerboard: int = 0
+    injector: bool = False
+    n_transitions: int = 0
+    n_splits: int | None = None
+    split_ratio: float = 0.5
+    cond_splits: bool = False
+    learn_top: bool = True
 
     def __post_init__(self) -> None:
         expect(isinstance(self.image_shape, Sequence), "image_shape", "a tuple of ints", repr(self.image_shape))
@@ -78,21 +93,48 @@ class GlowConfig:
         expect(self.permutation in PERMUTATIONS, "permutation", f"one of {PERMUTATIONS}", repr(self.permutation))
         classes_ok = self.n_classes is None or (type(self.n_classes) is int and self.n_classes >= 1)
         expect(classes_ok, "n_classes", "None or a positive int", self.n_classes)
-        for name in ("cond_channels", "classify", "n_checkerboard", "n_last_checkerboard"):
+        for name in ("classify", "n_transitions", "n_checkerboard", "n_last_checkerboard"):
             value = getattr(self, name)
             expect(type(value) is int and 0 <= value < 2**31, name, "0 or a positive int", value)
         below = self.n_checkerboard < self.n_steps
         expect(below, "n_checkerboard", f"fewer than n_steps = {self.n_steps}", self.n_checkerboard)
+        boards = self.n_checkerboard + self.n_last_checkerboard
+        for name in ("injector", "n_transitions"):
+            apart = not boards or not getattr(self, name)
+            expect(apart, name, f"{type(getattr(self, name))()} beside checkerboards", getattr(self, name))
+        self._check_condition()
         agree = not self.classify or self.n_classes in (None, self.classify)
         expect(agree, "classify", f"0 or n_classes={self.n_classes}", self.classify)
         expect(self.scale_map in SCALE_MAPS, "scale_map", f"one of {SCALE_MAPS}", repr(self.scale_map))
-        for name in ("net_actnorm", "learn_prior", "border"):
+        for name in ("net_actnorm", "learn_prior", "border", "injector", "cond_splits", "learn_top"):
             expect(type(getattr(self, name)) is bool, name, "True or False", repr(getattr(self, name)))
-        for name in ("scale_bias", "scale_eps", "scale_clamp", "scale_factor"):
+        for name in ("scale_bias", "scale_eps", "scale_clamp", "scale_factor", "split_ratio"):
             value = getattr(self, name)
             is_number = isinstance(value, int | float) and math.isfinite(value)
             expect(is_number, name, "a finite number", repr(value))
         check_scale_numbers(self.coupling, self.scale_map, self.scale_eps, self.scale_clamp, self.scale_factor)
+        whole = self.n_splits is None or (type(self.n_splits) is int and 0 <= self.n_splits < self.n_levels)
+        expect(whole, "n_splits", f"None or an int in 0..n_levels - 1 = {self.n_levels - 1}", repr(self.n_splits))
+        for state, factored in zip(self.level_shapes(), self._factored(), strict=False):
+            keeps = 0 < factored < state[0]
+            expect(keeps, "split_ratio", f"a share that leaves a part of {state[0]} channels on each side", factored)
+
+    def _check_condition(self) -> None:
+        found = self.cond_channels
+        if isinstance(found, list | tuple):  # from JSON it is a list
+            object.__setattr__(self, "cond_channels", tuple(found))
+            counts = all(type(value) is int and 1 <= value < 2**31 for value in found)
+            fits = counts and len(found) == self.n_levels
+            expect(fits, "cond_channels", f"{self.n_levels} positive ints, one a level", found)
+        else:
+            expect(type(found) is int and 0 <= found < 2**31, "cond_channels", "0 or a positive int", found)
+        for name in ("injector", "cond_splits"):
+            reads = found != 0 or not getattr(self, name)
+            expect(reads, name, "False, since the model has cond_channels=0", getattr(self, name))
+
+    def cond_channels_of(self, level: int) -> int:
+        """Of the condition of a level, 0 the shallowest."""
+        return self.cond_channels[level] if isinstance(self.cond_channels, tuple) else self.cond_channels
 
     @property
     def dims(self) -> int:
@@ -118,8 +160,25 @@ class GlowConfig:
             if self.squeezes(level):
                 channels, spatial = channels * 2**self.dims, tuple(size // 2 for size in spatial)
             shapes.append((channels, *spatial))
-            channels //= 2
+            channels -= self._factored_of(channels) if level < self.splits else 0
         return shapes
+
+    @property
+    def splits(self) -> int:
+        """How many splits there are, behind the first levels."""
+        return self.n_levels - 1 if self.n_splits is None else self.n_splits
+
+    def _factored_of(self, channels: int) -> int:
+        return round(self.split_ratio * channels)
+
+    def _factored(self) -> list[int]:
+        return [self._factored_of(shape[0]) for shape in self.level_shapes()[: self.splits]]
+
+    def latent_shapes(self) -> list[tuple[int, ...]]:
+        """(C, *spatial) of each latent: what each split factors out, shallowest first, then the top state."""
+        states = self.level_shapes()
+        parts = zip(self._factored(), states, strict=False)
+        return [*((factored, *state[1:]) for factored, state in parts), states[-1]]
 
     @classmethod
     def preset(cls, name: str, **fields: Any) -> GlowConfig:
@@ -145,7 +204,8 @@ class GlowConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able data."""
-        return {**dataclasses.asdict(self), "image_shape": list(self.image_shape)}
+        values = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GlowConfig:

@@ -56,6 +56,9 @@ class _Given:
         channels, n_classes = model.config.cond_channels, model.config.n_classes
         wanted = n_classes is not None
         expect((y is not None) == wanted, "y", "labels exactly if the model has classes", type(y).__name__)
+        if isinstance(channels, tuple):
+            expect(False, "model", "one with one condition for all levels", "one with a condition of each")
+            raise AssertionError  # for the type checker: refused above
         expect((cond is not None) == bool(channels), "cond", f"a condition of {channels} channels or none", type(cond))
         self.y = None if y is None else _labels(y, model)
         self.cond = cond

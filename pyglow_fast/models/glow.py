@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import numbers
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from pyglow_fast.layers import ActNorm, Split
 from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.likelihood import bits_per_dim, dequantize
 from pyglow_fast.models.class_head import ClassHead
+from pyglow_fast.models.condition import Condition, fitted, level_conditions
 from pyglow_fast.models.config import GlowConfig
 from pyglow_fast.models.distribution import GlowDistribution
 from pyglow_fast.models.graphed import GraphedGlow
@@ -24,12 +27,22 @@ from pyglow_fast.models.prior import TopPrior, check_labels, check_temperature, 
 from pyglow_fast.models.settings import GlowSettings
 
 
+class _Encoded(NamedTuple):
+    latents: list[Tensor]
+    priors: list[
+        tuple[Split, Tensor, Tensor | None]
+    ]  # of each split: what its prior reads, kept channels and condition
+    log_det: Tensor
+    states: list[list[Tensor]]
+
+
 class Glow(GlowSettings):
     """log p(x) = sum over levels of log N(z_l; prior(z_{>l})) + log|det dz/dx|.
 
     Each of the L levels squeezes, applies K flow steps, and (but for the last) factors half of the channels out as a
-    latent whose prior the other half predicts. With ``n_checkerboard`` some of the steps come before the squeeze. x is
-    float, (level + u) / n_bins - 0.5 with u uniform in [0, 1); see :mod:`pyglow_fast.likelihood`.
+    latent whose prior the other half predicts. With ``n_checkerboard`` some of the steps come before the squeeze;
+    GlowConfig says what else there is. x is float, (level + u) / n_bins - 0.5 with u uniform in [0, 1); see
+    :mod:`pyglow_fast.likelihood`.
 
     Args:
         config: a GlowConfig; or pass its fields as keywords.
@@ -41,7 +54,8 @@ class Glow(GlowSettings):
             it is, unless they are told otherwise.
 
     Shapes: x (N, C, *spatial), float32 or float64; latents, shallowest first: L-1 halves of the levels' states, then
-    the top state; log_det and log_prob (N,), nats.
+    the top state; log_det and log_prob (N,), nats. cond: one tensor (N, C_cond) or (N, C_cond, *spatial), spread or
+    averaged to the size of each level; or a list, or a dict with the keys 0 .. L-1, of one a level at its size.
 
     Raises:
         ValueError: bad configuration, shape, dtype, device, labels, condition or temperature, each named; NaN or inf in
@@ -78,14 +92,21 @@ class Glow(GlowSettings):
         }
         self.levels = nn.ModuleList(FlowLevel(self.config, level, **options) for level in range(self.config.n_levels))
         self.splits = nn.ModuleList(
-            Split(shape[0], self.config.learn_prior, self.config.dims, self.config.border)
-            for shape in self.state_shapes[:-1]
+            Split(
+                self.state_shapes[i][0],
+                self.config.learn_prior,
+                self.config.dims,
+                self.config.border,
+                self.latent_shapes[i][0],
+                self.config.cond_channels_of(i) if self.config.cond_splits else 0,
+            )
+            for i in range(self.config.splits)
         )
         self.precision = precision
         self.prior = TopPrior(
             self.state_shapes[-1][0],
             self.config.n_classes,
-            self.config.learn_prior,
+            self.config.learn_prior and self.config.learn_top,
             self.config.border,
             self.config.dims,
         )
@@ -108,6 +129,24 @@ class Glow(GlowSettings):
         frozen.requires_grad_(False)
         return frozen.eval()
 
+    def resized(self, *spatial: int) -> Glow:
+        """The same model for images of other sizes: it shares all modules, and so parameters, modes and settings.
+
+        Convolutions know no size. With class labels, ``border`` or a condition too the weights are the same.
+
+        Args:
+            spatial: the sides, each divisible by 2^n_levels.
+
+        Raises:
+            ValueError: other sides.
+        """
+        view = copy.copy(self)
+        view.config = dataclasses.replace(self.config, image_shape=(self.config.image_shape[0], *spatial))
+        same = view.config.dims == self.config.dims
+        expect(same, "spatial", f"{self.config.dims} sides", spatial)
+        view.state_shapes = view.config.level_shapes()
+        return view
+
     def make_graphed(
         self, x: Tensor, y: Tensor | None = None, cond: Tensor | None = None, n_samples: int | None = None
     ) -> GraphedGlow:
@@ -129,7 +168,7 @@ class Glow(GlowSettings):
     @property
     def latent_shapes(self) -> list[tuple[int, ...]]:
         """(C, *spatial) of each latent, shallowest first."""
-        return [(shape[0] // 2, *shape[1:]) for shape in self.state_shapes[:-1]] + [self.state_shapes[-1]]
+        return self.config.latent_shapes()
 
     @property
     def is_initialized(self) -> bool:
@@ -146,28 +185,19 @@ class Glow(GlowSettings):
             return tensor
         return next(tensor for tensor in self.buffers() if tensor.is_floating_point())
 
-    def _check_x(self, x: Tensor, cond: Tensor | None) -> None:
+    def _check_x(self, x: Tensor, cond: Condition | None) -> list[Tensor | None]:
+        """Checks both, and gives the condition of each level."""
         check_input("x", x, self.config.image_shape[0], self._parameter())
         shape = self.config.image_shape
         expect(tuple(x.shape[1:]) == shape, "x", f"shape (N, {', '.join(map(str, shape))})", f"shape {tuple(x.shape)}")
         if can_read(x):
             expect(bool(x.isfinite().all()), "x", "finite values", "NaN or inf")
-        self._check_cond(cond, x.shape[0])
+        return self._check_cond(cond, x.shape[0])
 
-    def _check_cond(self, cond: Tensor | None, n: int) -> None:
-        channels = self.config.cond_channels
-        if channels == 0:
-            expect(cond is None, "cond", "None, since the model has cond_channels=0", type(cond).__name__)
-            return
-        expect(isinstance(cond, Tensor), "cond", f"a tensor with {channels} channels", type(cond).__name__)
-        assert cond is not None  # for the type checker: refused above
-        fits = cond.dim() in (2, self.config.dims + 2) and tuple(cond.shape[:2]) == (n, channels)
-        expect(fits, "cond", f"shape ({n}, {channels}) or ({n}, {channels}, *spatial)", f"shape {tuple(cond.shape)}")
-        expect(cond.is_floating_point(), "cond", "a floating dtype", cond.dtype)
+    def _check_cond(self, cond: Condition | None, n: int) -> list[Tensor | None]:
+        """Checks it, and gives that of each level."""
         device = self._parameter().device
-        expect(cond.device == device, "cond", f"device {device} (where the parameters are)", cond.device)
-        if can_read(cond):
-            expect(bool(cond.isfinite().all()), "cond", "finite values", "NaN or inf")
+        return level_conditions(cond, self.config.cond_channels, n, self.state_shapes, device)
 
     def _check_latents(self, latents: list[Tensor]) -> None:
         shapes = self.latent_shapes
@@ -182,47 +212,78 @@ class Glow(GlowSettings):
             )
 
     @torch.no_grad()
-    def initialize(self, x: Tensor, cond: Tensor | None = None) -> None:
+    def initialize(self, x: Tensor, cond: Condition | None = None) -> None:
         """Set every actnorm from x, level by level; happens by itself on the first training forward.
 
         x is checked first. Should a step still make NaN or inf of it, the error leaves the actnorms before it set.
         Under torch.distributed all ranks must call it, each with its part of the batch: see ActNorm.
         """
         with refused_alike(self._parameter().device, lambda: not self.is_initialized):
-            self._check_x(x, cond)
+            conds = self._check_x(x, cond)
         for i, level in enumerate(self.levels):
             assert isinstance(level, FlowLevel)
-            x = level.initialize(x, cond)
+            x = level.initialize(x, conds[i])
             if i < len(self.splits):
-                x, _ = x.chunk(2, dim=1)
+                x, _ = self._split(i).parts(x)
 
-    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+    def forward(self, x: Tensor, cond: Condition | None = None) -> tuple[list[Tensor], Tensor]:
         """x -> (latents, log_det)."""
-        latents, _, log_det = self._encode(x, cond)
-        return latents, log_det
+        found = self._encode(x, cond)
+        return found.latents, found.log_det
 
-    def _encode(self, x: Tensor, cond: Tensor | None) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Latents, the kept halves that predict their priors, and log_det."""
+    def intermediates(
+        self, x: Tensor, cond: Condition | None = None, at: Sequence[int] = ()
+    ) -> tuple[list[Tensor], list[list[Tensor]], Tensor]:
+        """x -> (latents, states, log_det): those of :meth:`forward`, and states between the steps.
+
+        ``states[l]`` are those of level l behind its steps ``at`` and behind its last one, before its split. Gradients
+        flow from each, in every memory mode; they are kept for it.
+
+        Args:
+            x, cond: as of forward.
+            at: numbers of steps within a level, ascending, without the last; transitions count.
+
+        Raises:
+            ValueError: a step that there is not; a frozen model, or one with checkerboards; what forward refuses.
+        """
+        boards = self.config.n_checkerboard + self.config.n_last_checkerboard
+        expect(boards == 0, "model", "one without checkerboards", f"{boards} of them a level")
+        expect(self.memory != "frozen", "model", "one that is not frozen", "a frozen one")
+        found = self._encode(x, cond, at)
+        return found.latents, found.states, found.log_det
+
+    def _encode(self, x: Tensor, cond: Condition | None, at: Sequence[int] | None = None) -> _Encoded:
+        """x -> its latents; with ``at`` states between the steps too."""
         with self._refused_alike():
-            self._check_x(x, cond)
+            conds = self._check_x(x, cond)
         if self.training and not self.is_initialized:
             self.initialize(x, cond)
         log_det = x.new_zeros(x.shape[0])
-        latents, kept_halves = [], []
+        latents: list[Tensor] = []
+        kept: list[Tensor] = []
+        states: list[list[Tensor]] = []
         for i, level in enumerate(self.levels):
-            x, level_log_det = level(x, cond)
+            assert isinstance(level, FlowLevel)
+            if at is None:
+                x, level_log_det = level(x, conds[i])
+            else:
+                found, level_log_det = level.intermediates(x, conds[i], at)
+                states.append(found)
+                x = found[-1]
             log_det = log_det + level_log_det
             if i < len(self.splits):
-                x, factored = x.chunk(2, dim=1)
-                kept_halves.append(x)
+                x, factored = self._split(i).parts(x)
+                kept.append(x)
                 latents.append(factored)
         latents.append(x)
-        return latents, kept_halves, log_det
+        parts = zip(self._splits(), kept, conds, strict=False)
+        priors = [(split, part, fitted(beside, part.shape[2:])) for split, part, beside in parts]
+        return _Encoded(latents, priors, log_det, states)
 
-    def inverse(self, latents: list[Tensor], cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, latents: list[Tensor], cond: Condition | None = None) -> tuple[Tensor, Tensor]:
         """latents -> (x, log_det), log_det the negative of the forward one."""
         self._check_latents(latents)
-        self._check_cond(cond, latents[0].shape[0])
+        conds = self._check_cond(cond, latents[0].shape[0])
         x = latents[-1]
         log_det = x.new_zeros(x.shape[0])
         for i in reversed(range(len(self.levels))):
@@ -230,25 +291,26 @@ class Glow(GlowSettings):
                 x = torch.cat([x, latents[i]], dim=1)
             level = self.levels[i]
             assert isinstance(level, FlowLevel)
-            x, level_log_det = level.inverse(x, cond)
+            x, level_log_det = level.inverse(x, conds[i])
             log_det = log_det + level_log_det
         return x, log_det
 
-    def log_prob(self, x: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
+    def log_prob(self, x: Tensor, y: Tensor | None = None, cond: Condition | None = None) -> Tensor:
         """log p(x), or log p(x | y) for a model with classes, in nats, (N,)."""
         return self._log_prob(x, y, cond)[0]
 
-    def _log_prob(self, x: Tensor, y: Tensor | None, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _log_prob(self, x: Tensor, y: Tensor | None, cond: Condition | None) -> tuple[Tensor, Tensor]:
         """log p(x), and the top latent that a head may look at: one pass for both."""
         with self._refused_alike():
             expect(isinstance(x, Tensor) and x.dim() >= 1, "x", "a Tensor (N, C, *spatial)", type(x).__name__)
             check_labels(y, x.shape[0], self.config.n_classes)
-        latents, kept_halves, log_prob = self._encode(x, cond)
-        for split, kept, factored in zip(self._splits(), kept_halves, latents[:-1], strict=True):
-            log_prob = log_prob + split.log_prob(kept, factored)
-        return log_prob + functional.gaussian_log_prob(latents[-1], *self.prior(latents[-1], y)), latents[-1]
+        found = self._encode(x, cond)
+        log_prob, top = found.log_det, found.latents[-1]
+        for (split, kept, split_cond), factored in zip(found.priors, found.latents[:-1], strict=True):
+            log_prob = log_prob + split.log_prob(kept, factored, split_cond)
+        return log_prob + functional.gaussian_log_prob(top, *self.prior(top, y)), top
 
-    def class_logits(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+    def class_logits(self, x: Tensor, cond: Condition | None = None) -> Tensor:
         """Logits of the classes of x, (N, config.classify), by the head on its top latent; no label is asked for.
 
         Raises ValueError for a model without a head (classify=0). ``model.head(z)`` takes a top latent, see ClassHead.
@@ -256,7 +318,7 @@ class Glow(GlowSettings):
         return self._required_head()(self(x, cond)[0][-1])
 
     def log_prob_and_logits(
-        self, x: Tensor, y: Tensor | None = None, cond: Tensor | None = None
+        self, x: Tensor, y: Tensor | None = None, cond: Condition | None = None
     ) -> tuple[Tensor, Tensor]:
         """:meth:`log_prob` (N,), nats, and :meth:`class_logits` (N, config.classify), from one pass."""
         head = self._required_head()
@@ -273,7 +335,7 @@ class Glow(GlowSettings):
         images: Tensor,
         n_bins: int = 256,
         y: Tensor | None = None,
-        cond: Tensor | None = None,
+        cond: Condition | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Bits per dimension of integer images (N, C, *spatial), dequantised with fresh noise; (N,).
@@ -295,7 +357,7 @@ class Glow(GlowSettings):
             x = dequantize(images, n_bins, generator, dtype=self._parameter().dtype)
         return bits_per_dim(self.log_prob(x, y, cond), self.config.n_values, n_bins)
 
-    def encode(self, x: Tensor, cond: Tensor | None = None, precision: str = "fp32") -> list[Tensor]:
+    def encode(self, x: Tensor, cond: Condition | None = None, precision: str = "fp32") -> list[Tensor]:
         """The latents of x, all levels: decode(encode(x)) is x up to rounding.
 
         precision: of the nets; "auto" for the model's own. Rounding of 16 bits is amplified from step to step: a
@@ -304,7 +366,7 @@ class Glow(GlowSettings):
         with self._exact(precision, "encode"):
             return self(x, cond)[0]
 
-    def decode(self, latents: list[Tensor], cond: Tensor | None = None, precision: str = "fp32") -> Tensor:
+    def decode(self, latents: list[Tensor], cond: Condition | None = None, precision: str = "fp32") -> Tensor:
         """The x whose latents these are; precision: that of encode."""
         with self._exact(precision, "decode"):
             return self.inverse(latents, cond)[0]
@@ -315,7 +377,7 @@ class Glow(GlowSettings):
         n: int,
         temperature: float | Tensor = 1.0,
         y: Tensor | None = None,
-        cond: Tensor | None = None,
+        cond: Condition | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """x = inverse of z_l = mean + temperature sd eps at every level; no gradient is recorded.
@@ -335,7 +397,7 @@ class Glow(GlowSettings):
         expect(whole and int(n) >= 0, "n", "a whole number of samples, 0 or more", repr(n))
         n = int(n)
         check_temperature(temperature, n)
-        self._check_cond(cond, n)
+        conds = self._check_cond(cond, n)
         parameter = self._parameter()
         if y is None and self.config.n_classes is not None:
             device = parameter.device if generator is None else generator.device
@@ -344,27 +406,25 @@ class Glow(GlowSettings):
         # In the order in which the inverse needs it: the deepest latent's first.
         shapes = [parameter.new_empty(n, *shape) for shape in self.latent_shapes]
         noise = [scaled_noise(like, temperature, generator) for like in reversed(shapes)]
-        return self._from_noise(noise[::-1], y, cond)[0]
+        return self._from_noise(noise[::-1], y, conds)[0]
 
-    def _from_noise(self, noise: list[Tensor], y: Tensor | None, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _from_noise(self, noise: list[Tensor], y: Tensor | None, conds: list[Tensor | None]) -> tuple[Tensor, Tensor]:
         mean, log_sd = self.prior(noise[-1], y)
         x = functional.gaussian_sample(noise[-1], mean, log_sd)
         log_det = log_sd.expand_as(x).flatten(1).sum(1)
         for i in reversed(range(len(self.levels))):
             if i < len(self.splits):
-                split = self.splits[i]
-                assert isinstance(split, Split)
-                mean, log_sd = split.prior(x)
+                mean, log_sd = self._split(i).prior(x, fitted(conds[i], x.shape[2:]))
                 x = torch.cat([x, functional.gaussian_sample(noise[i], mean, log_sd)], dim=1)
                 log_det = log_det + log_sd.flatten(1).sum(1)
             level = self.levels[i]
             assert isinstance(level, FlowLevel)
-            x, level_log_det = level.inverse(x, cond)
+            x, level_log_det = level.inverse(x, conds[i])
             log_det = log_det + level_log_det
         return x, log_det
 
     def from_noise(
-        self, noise: list[Tensor], y: Tensor | None = None, cond: Tensor | None = None
+        self, noise: list[Tensor], y: Tensor | None = None, cond: Condition | None = None
     ) -> tuple[Tensor, Tensor]:
         """x, log|det dx/deps|: z_l = mean_l + exp(log_sd_l) eps_l by the priors, then the inverse flow.
 
@@ -373,20 +433,28 @@ class Glow(GlowSettings):
             y, cond: as in log_prob.
         """
         self._check_latents(noise)
-        self._check_cond(cond, noise[0].shape[0])
+        conds = self._check_cond(cond, noise[0].shape[0])
         check_labels(y, noise[0].shape[0], self.config.n_classes)
-        return self._from_noise(noise, y, cond)
+        return self._from_noise(noise, y, conds)
 
-    def to_noise(self, x: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+    def to_noise(
+        self, x: Tensor, y: Tensor | None = None, cond: Condition | None = None
+    ) -> tuple[list[Tensor], Tensor]:
         """eps of every level and log|det deps/dx|, the inverse of :meth:`from_noise`: eps_l = (z_l - mean_l) / sd_l."""
         check_labels(y, x.shape[0], self.config.n_classes)
-        latents, kept_halves, log_det = self._encode(x, cond)
-        priors = [split.prior(kept) for split, kept in zip(self._splits(), kept_halves, strict=True)]
+        found = self._encode(x, cond)
+        latents, log_det = found.latents, found.log_det
+        priors = [split.prior(kept, split_cond) for split, kept, split_cond in found.priors]
         noise = []
         for latent, (mean, log_sd) in zip(latents, [*priors, self.prior(latents[-1], y)], strict=True):
             noise.append(standardised(latent, mean, log_sd))
             log_det = log_det - log_sd.expand_as(latent).flatten(1).sum(1)
         return noise, log_det
+
+    def _split(self, i: int) -> Split:
+        split = self.splits[i]
+        assert isinstance(split, Split)
+        return split
 
     def _splits(self) -> list[Split]:
         return [split for split in self.splits if isinstance(split, Split)]

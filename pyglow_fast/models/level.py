@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyglow_fast.layers import FlowStep, FrozenSteps, ReversibleSequence, Squeeze
-from pyglow_fast.layers.reshape import fit_condition
+from pyglow_fast.layers.flow_step import NO_COUPLING
+from pyglow_fast.models.condition import fitted
 from pyglow_fast.models.config import GlowConfig
 from pyglow_fast.reference import CouplingSpec
 
@@ -17,6 +18,8 @@ Steps = ReversibleSequence | FrozenSteps
 
 class FlowLevel(nn.Module):
     """One level: steps with checkerboard masks, if any, then a squeeze and steps with channel masks, if any.
+
+    Of the latter those without a coupling come first.
 
     Args:
         config: of the whole model.
@@ -30,10 +33,13 @@ class FlowLevel(nn.Module):
         n_boards = config.n_checkerboard if squeezes else config.n_last_checkerboard
         width = channels // 2**config.dims if squeezes else channels
         # Dinh et al. 2017, figure 3: the first mask keeps where the sum of the indices is odd.
-        boards = [_step(config, width, mask="checkerboard", parity=(k + 1) % 2) for k in range(n_boards)]
+        boards = [_step(config, level, width, mask="checkerboard", parity=(k + 1) % 2) for k in range(n_boards)]
         self.checkerboard: Steps | None = ReversibleSequence(boards, **memory) if boards else None
         self.squeeze = Squeeze(2)
-        steps = [_step(config, channels) for _ in range(config.n_steps - n_boards)] if squeezes else []
+        steps: list[FlowStep] = []
+        if squeezes:
+            steps += [_transition(config, channels) for _ in range(config.n_transitions)]
+            steps += [_step(config, level, channels) for _ in range(config.n_steps - n_boards)]
         self.steps: Steps | None = ReversibleSequence(steps, **memory) if steps else None
 
     def freeze(self) -> None:
@@ -46,22 +52,31 @@ class FlowLevel(nn.Module):
         """x (N, C, *spatial) -> z (N, C 2^d, *spatial / 2), unless the level has no squeeze; log_det (N,)."""
         log_det: Tensor | None = None
         if self.checkerboard is not None:
-            x, log_det = self.checkerboard(x, _fitted(cond, x.shape[2:]))
+            x, log_det = self.checkerboard(x, fitted(cond, x.shape[2:]))
         if self.steps is not None:
-            halved = _fitted(cond, [size // 2 for size in x.shape[2:]])
+            halved = fitted(cond, [size // 2 for size in x.shape[2:]])
             x, step_log_det = self.steps(x, halved, squeeze_first=True)
             log_det = step_log_det if log_det is None else log_det + step_log_det
         assert log_det is not None  # a level has steps
         return x, log_det
 
+    def intermediates(self, x: Tensor, cond: Tensor | None, at: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+        """x -> the states behind the steps ``at`` after the squeeze, and behind the last one; log_det (N,).
+
+        Not of a frozen level, nor of one with checkerboards.
+        """
+        assert isinstance(self.steps, ReversibleSequence)
+        assert self.checkerboard is None
+        return self.steps.intermediates(x, fitted(cond, [size // 2 for size in x.shape[2:]]), at, squeeze_first=True)
+
     def inverse(self, z: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         """z -> x, log_det (N,)."""
         log_det: Tensor | None = None
         if self.steps is not None:
-            z, log_det = self.steps.inverse(z, _fitted(cond, z.shape[2:]))
+            z, log_det = self.steps.inverse(z, fitted(cond, z.shape[2:]))
             z, _ = self.squeeze.inverse(z)
         if self.checkerboard is not None:
-            z, board_log_det = self.checkerboard.inverse(z, _fitted(cond, z.shape[2:]))
+            z, board_log_det = self.checkerboard.inverse(z, fitted(cond, z.shape[2:]))
             log_det = board_log_det if log_det is None else log_det + board_log_det
         assert log_det is not None  # a level has steps
         return z, log_det
@@ -69,18 +84,18 @@ class FlowLevel(nn.Module):
     def initialize(self, x: Tensor, cond: Tensor | None) -> Tensor:
         """Data-dependent initialisation, step after step, each from the output of those before it."""
         if self.checkerboard is not None:
-            x = self.checkerboard.initialize(x, _fitted(cond, x.shape[2:]))
+            x = self.checkerboard.initialize(x, fitted(cond, x.shape[2:]))
         if self.steps is not None:
             x, _ = self.squeeze(x)
-            x = self.steps.initialize(x, _fitted(cond, x.shape[2:]))
+            x = self.steps.initialize(x, fitted(cond, x.shape[2:]))
         return x
 
 
-def _fitted(cond: Tensor | None, spatial: Sequence[int]) -> Tensor | None:
-    return None if cond is None else fit_condition(cond, tuple(spatial))
+def _transition(config: GlowConfig, channels: int) -> FlowStep:
+    return FlowStep(channels, coupling=NO_COUPLING, permutation=config.permutation)
 
 
-def _step(config: GlowConfig, channels: int, **mask: Any) -> FlowStep:
+def _step(config: GlowConfig, level: int, channels: int, **mask: Any) -> FlowStep:
     numbers = (config.scale_bias, config.scale_eps, config.scale_clamp)
     return FlowStep(
         channels,
@@ -88,8 +103,9 @@ def _step(config: GlowConfig, channels: int, **mask: Any) -> FlowStep:
         coupling=CouplingSpec(config.coupling, config.scale_map, *numbers, factor=config.scale_factor),
         permutation=config.permutation,
         net_actnorm=config.net_actnorm,
-        cond_channels=config.cond_channels,
+        cond_channels=config.cond_channels_of(level),
         dims=config.dims,
         border=config.border,
+        injector=config.injector,
         **mask,
     )

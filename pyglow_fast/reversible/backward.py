@@ -120,13 +120,17 @@ class ChainBackward(Walk):
         grad_x = self._mix_backward(k, x if anchor is None else anchor, grad_u_parts.get(), added, anchor is not None)
         return x, grad_x
 
-    def _net_backward(self, k: int, state: Tensor, consume: Consume, same_state: bool) -> Tensor:
-        arguments = (state[:, : self.chain.kept], self.cond, self.params[k], self.kept.memos[k], consume)
+    def _read(self, k: int, state: Tensor) -> Tensor:
+        """What the step's net reads of a state."""
+        return state[:, : self.chain.nets[k].reads(state.shape[1])]
+
+    def _net_backward(self, k: int, state: Tensor, consume: Consume, same_state: bool) -> Tensor | None:
+        arguments = (self._read(k, state), self.cond, self.params[k], self.kept.memos[k], consume)
         grad_kept, grad_cond, self.grad_params[k] = self.chain.nets[k].backward(*arguments, self.needs_cond, same_state)
         self.cond_sum.put(grad_cond)
         return grad_kept
 
-    def _mix_backward(self, k: int, x: Tensor, grad_u: Tensor, added: Tensor, is_input: bool) -> Tensor:
+    def _mix_backward(self, k: int, x: Tensor, grad_u: Tensor, added: Tensor | None, is_input: bool) -> Tensor:
         squeezes = k == 0 and is_input and self.chain.squeeze_first
         grad_x, self.grad_matrices[k], self.grad_offsets[k] = passes.channel_mix_backward(
             x, grad_u, self.matrices[k], self.offsets[k], added, squeezes, self.indices[k]
@@ -139,7 +143,7 @@ class ChainBackward(Walk):
         u = functional.channel_mix(x, self.matrices[first], self.offsets[first], squeezes, self.indices[first])
         states = [u]
         for k in range(first, last):
-            net_out = self.chain.nets[k].repeat(u[:, : self.chain.kept], self.cond, self.params[k], self.kept.memos[k])
+            net_out = self.chain.nets[k].repeat(self._read(k, u), self.cond, self.params[k], self.kept.memos[k])
             following = self.matrices[k + 1], self.offsets[k + 1]
             u, _ = functional.coupling_mix(u, net_out, *following, self.chain.specs[k], self.indices[k + 1])
             states.append(u)
@@ -147,17 +151,20 @@ class ChainBackward(Walk):
 
     def _differentiate(self, first: int, states: list[Tensor], x: Tensor, grad_z: Tensor) -> Tensor:
         """Given u of every step from `first` on, and the input x of that step: its gradient. Nothing is inverted."""
-        grad, added = grad_z, None
+        grad: Tensor = grad_z
+        added: Tensor | None = None
         for i in reversed(range(len(states))):
             last = i + 1 == len(states)
             grad, added = self._couple_backward(first + i, states[i], grad, added, last)
-        assert added is not None  # a chain has a step
         return self._mix_backward(first, x, grad, added, True)
 
     def _couple_backward(
         self, k: int, u: Tensor, grad: Tensor, added: Tensor | None, last: bool
-    ) -> tuple[Tensor, Tensor]:
-        """The gradient of u in two parts, from that of the coupling's output (last) or of the next step's u."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradient of u in two parts, from that of the coupling's output (last) or of the next step's u.
+
+        The second, the net's, is None where the net reads nothing of u.
+        """
         grad_u_parts = _Parts(u)
         spec = self.chain.specs[k]
         sums: list[Tensor] = []

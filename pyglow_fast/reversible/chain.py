@@ -27,14 +27,12 @@ class Chain:
     Attributes:
         nets: of each step.
         specs: the coupling of each step.
-        kept: channels that feed the net.
         squeeze_first: the input is squeezed as it is read.
         part: of the pass that this is: which states are kept, and who is told of their drift.
     """
 
     nets: Sequence[NetRunner]
     specs: Sequence[CouplingSpec]
-    kept: int
     squeeze_first: bool
     part: Part
 
@@ -89,7 +87,7 @@ def forward_pass(
             states.append(u)
         else:
             seen += Witness.of(u)
-        net_out, memo = net.forward(u[:, : chain.kept], cond, params[k])
+        net_out, memo = net.forward(u[:, : net.reads(u.shape[1])], cond, params[k])
         memos.append(memo)
         with in_precision(net.precision, u):  # which does not show in an output in float32
             lowest = lowest_precision(lowest, net_out)

@@ -51,7 +51,7 @@ class Pass:
         n_steps = len(step_bytes)
         self.control = control
         self.keeps_states = control is None or control.checkpoints
-        self.anchors = [] if control is None or self.keeps_states else control.anchors()
+        self.anchors = [] if control is None or self.keeps_states else [k for k in control.anchors() if k < n_steps]
         self.spacing = n_steps if control is None or self.keeps_states else control.spacing
         places = range(1, n_steps) if self.keeps_states else self.anchors
         bounds = [(0, n_steps)] if limit is None else cut(step_bytes, places, limit)

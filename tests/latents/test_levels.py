@@ -10,7 +10,6 @@ from support.glow_settings import CALM, CONDITION, Setting
 from support.helpers import assert_close
 
 from pyglow_fast import latents as tools
-from pyglow_fast.layers import Split
 
 NAMES = ["three levels", "default", "one level", "fixed priors", "classes", "everything"]
 
@@ -35,21 +34,20 @@ def test_kept_levels_stay_and_the_others_are_drawn_given_the_deeper_ones(name: s
         for kept in itertools.combinations(range(n_levels), size):
             generator = torch.Generator().manual_seed(3)
             found = tools.keep_levels(model, setting.x, kept, temperature, y, cond, generator)
-            latents, halves, _ = model._encode(found, cond)
+            encoded = model._encode(found, cond)
             generator.manual_seed(3)
             for level in reversed(range(n_levels)):
                 shape = original[level].shape
                 noise = temperature * torch.randn(shape, generator=generator, dtype=torch.float64)
                 if level in kept:
-                    assert_close(latents[level], original[level], CONDITION)
+                    assert_close(encoded.latents[level], original[level], CONDITION)
                     continue
                 if level == n_levels - 1:
-                    mean, log_sd = model.prior(latents[level], y)
+                    mean, log_sd = model.prior(encoded.latents[level], y)
                 else:
-                    split = model.splits[level]
-                    assert isinstance(split, Split)
-                    mean, log_sd = split.prior(halves[level])
-                assert_close(latents[level], (mean + noise * log_sd.exp()).expand(shape), CONDITION)
+                    split, halves, _ = encoded.priors[level]
+                    mean, log_sd = split.prior(halves)
+                assert_close(encoded.latents[level], (mean + noise * log_sd.exp()).expand(shape), CONDITION)
 
 
 def test_a_dropped_top_level_is_that_of_the_class() -> None:

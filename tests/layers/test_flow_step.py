@@ -185,8 +185,11 @@ def test_an_unknown_keyword(coupling: CouplingSpec | str) -> None:
     [
         ({"channels": 3}, "channels: expected an even number to halve, found 3"),
         ({"channels": 0}, "channels: expected an int, at least 2, found 0"),
-        ({"coupling": "linear"}, r"coupling: expected one of \('affine', 'additive'\), found 'linear'"),
-        ({"coupling": CouplingSpec("linear")}, r"coupling: expected one of \('affine', 'additive'\), found 'linear'"),
+        ({"coupling": "linear"}, r"coupling: expected one of \('affine', 'additive', 'none'\), found 'linear'"),
+        (
+            {"coupling": CouplingSpec("linear")},
+            r"coupling: expected one of \('affine', 'additive', 'none'\), found 'linear'",
+        ),
         ({"coupling": CouplingSpec(factor=-2.0)}, "scale_factor: expected a number from 1e-30 to .*, found -2.0"),
         ({"coupling": CouplingSpec(clamp=0.0)}, "scale_clamp: expected a positive number, at most 80, found 0.0"),
         ({"permutation": "random"}, r"permutation: expected one of \('invconv', .*\), found 'random'"),

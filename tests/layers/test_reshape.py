@@ -108,7 +108,7 @@ class TestSplit:
             (lambda: pgf.Split(4)(torch.zeros(1, 6, 2, 2)), r"x: expected 4 channels \(dimension 1\), found shape"),
             (
                 lambda: pgf.Split(4).inverse((torch.zeros(1, 2, 3), torch.zeros(1, 2, 4))),
-                r"z\[1\]: expected shape \(1, 2, 3\), like z\[0\], found \(1, 2, 4\)",
+                r"z\[1\]: expected shape \(1, 2, 3\), to go with z\[0\], found \(1, 2, 4\)",
             ),
             (
                 lambda: pgf.Split(4).inverse((torch.zeros(1, 4, 3), torch.zeros(1, 2, 4))),

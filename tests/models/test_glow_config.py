@@ -34,6 +34,12 @@ OTHER_VALUES: dict[str, Any] = {
     "classify": 10,
     "n_checkerboard": 2,
     "n_last_checkerboard": 4,
+    "injector": True,
+    "n_transitions": 2,
+    "n_splits": 0,
+    "split_ratio": 0.25,
+    "cond_splits": True,
+    "learn_top": False,
 }
 WITH_SIGMOID = {"scale_factor": 2.0}  # which other maps have none of
 

@@ -136,13 +136,22 @@ CONDITIONED: dict[str, tuple[Call, str]] = {
     "one-hot labels": (lambda m: m.log_prob(X, torch.eye(3)[Y].long(), COND), r"y: expected int64 .* found .*\(2, 3\)"),
     "no labels for bits": (lambda m: m.bits_per_dim(IMAGES, cond=COND), r"y: expected labels in 0\.\.2"),
     "labels to sample": (lambda m: m.sample(3, y=Y, cond=torch.zeros(3, 3)), r"y: expected int64 of shape \(3,\)"),
-    "no condition": (lambda m: m.log_prob(X, Y), "cond: expected a tensor with 3 channels, found NoneType"),
-    "no condition to sample": (lambda m: m.sample(2, y=Y), "cond: expected a tensor with 3 channels, found NoneType"),
+    "no condition": (
+        lambda m: m.log_prob(X, Y),
+        "cond: expected a tensor with 3 channels, or a list or dict of 2 tensors, one a level, found NoneType",
+    ),
+    "no condition to sample": (
+        lambda m: m.sample(2, y=Y),
+        "cond: expected a tensor with 3 channels, or a list or dict of 2 tensors, one a level, found NoneType",
+    ),
     "no condition to decode": (
         lambda m: m.decode(latents()),
-        "cond: expected a tensor with 3 channels, found NoneType",
+        "cond: expected a tensor with 3 channels, or a list or dict of 2 tensors, one a level, found NoneType",
     ),
-    "condition of numbers": (lambda m: m.encode(X, [0.0]), "cond: expected a tensor with 3 channels, found list"),
+    "condition of numbers": (
+        lambda m: m.encode(X, [0.0]),
+        "cond: expected a tensor with 3 channels, or a list or dict of 2 tensors, one a level, found 1",
+    ),
     "condition channels": (
         lambda m: m.encode(X, COND[:, :2]),
         r"cond: expected shape \(2, 3\) or .* found shape \(2, 2\)",

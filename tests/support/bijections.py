@@ -8,13 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from pyglow_fast.layers import FlowLayer
-from pyglow_fast.reference import ORDERS, SCALE_MAPS
+from pyglow_fast.reference import ORDERS, SCALE_MAPS, CouplingSpec
+
+_INJECTED: dict[str, Any] = {"cond_channels": 2, "net_actnorm": True}
 
 
 def softplus_scale(raw: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,6 +110,21 @@ def _sequence(memory: str, memory_budget: str | int = "auto", **options: object)
     return pgf.ReversibleSequence(steps, memory, anchor_every=2, memory_budget=memory_budget)
 
 
+def _injected(memory: str, memory_budget: str | int = "auto") -> nn.Module:
+    """Every order of injectors, couplings and steps without."""
+    kinds: list[dict[str, Any]] = [
+        {"coupling": "none"},
+        {**_INJECTED, "injector": True},
+        {"coupling": "none"},
+        {"coupling": "none"},
+        {**_INJECTED, "coupling": "none", "injector": True},
+        {**_INJECTED, "coupling": "additive", "injector": True},
+        {"coupling": "none"},
+    ]
+    steps = [pgf.FlowStep(4, 5, **kind) for kind in kinds]
+    return pgf.ReversibleSequence(steps, memory, anchor_every=2, memory_budget=memory_budget)
+
+
 def _modules(memory: str) -> nn.Module:
     steps = [pgf.ActNorm(4), pgf.InvConv(4), _coupling(4), pgf.Permute(4, "reverse"), pgf.FlowStep(4, 5)]
     return pgf.ReversibleSequence(steps, memory, anchor_every=2)
@@ -174,6 +192,21 @@ BIJECTIONS = [
     Bijection("step-net-actnorm", lambda: pgf.FlowStep(4, 5, net_actnorm=True), (4, 3, 2)),
     Bijection("step-cond", lambda: pgf.FlowStep(4, 5, net_actnorm=True, cond_channels=1), (4, 3, 2), (1, 3, 2)),
     Bijection("step-scale-shift", lambda: pgf.FlowStep(4, 5, scale_map="exp", order="scale_shift"), (4, 3, 2)),
+    Bijection("injector", lambda: pgf.AffineInjector(3, 2, 5), (3, 2, 3), (2, 2, 3)),
+    Bijection(
+        "injector-clamp",
+        lambda: pgf.AffineInjector(3, 1, 5, net_actnorm=True, dims=1, spec=CouplingSpec(scale_map="tanh")),
+        (3, 6),
+        (1, 6),
+    ),
+    Bijection("step-injector", lambda: pgf.FlowStep(4, 5, injector=True, **_INJECTED), (4, 3, 2), (2, 3, 2)),
+    Bijection(
+        "step-injector-alone",
+        lambda: pgf.FlowStep(4, 5, coupling="none", injector=True, **_INJECTED),
+        (4, 3, 2),
+        (2, 3, 2),
+    ),
+    Bijection("step-without-coupling", lambda: pgf.FlowStep(4, coupling="none"), (4, 3, 2)),
     Bijection("step-1d", lambda: pgf.FlowStep(2, 5, dims=1), (2, 7)),
     Bijection("step-3d", lambda: pgf.FlowStep(4, 3, dims=3), (4, 2, 1, 3)),
     *(
@@ -186,6 +219,12 @@ BIJECTIONS = [
         Bijection(f"sequence-of-modules-{memory}", lambda memory=memory: _modules(memory), (4, 3, 2))
         for memory in ("reversible", "checkpoint", "store")
     ),
+    *(
+        Bijection(f"sequence-injectors-{memory}", lambda memory=memory: _injected(memory), (4, 2, 3), (2, 2, 3))
+        for memory in ("reversible", "checkpoint", "store")
+    ),
+    Bijection("sequence-injectors-strips", lambda: _injected("reversible", 1), (4, 7, 2), (2, 7, 2)),
+    Bijection("sequence-without-couplings", lambda: _sequence("reversible", coupling="none"), (4, 2, 3)),
     Bijection("squeeze", lambda: pgf.Squeeze(), (2, 4, 2)),
     Bijection("squeeze-by-3", lambda: pgf.Squeeze(3), (1, 3, 6)),
     Bijection("squeeze-1d", lambda: pgf.Squeeze(), (3, 6)),
@@ -204,6 +243,21 @@ BIJECTIONS = [
         (2, 4, 4),
         (1, 4, 4),
     ),
+    Bijection(
+        "glow-injectors",
+        lambda: _glow(
+            image_shape=(1, 8, 4),
+            **_INJECTED,
+            injector=True,
+            n_steps=1,
+            n_transitions=1,
+            split_ratio=0.25,
+            cond_splits=True,
+        ),
+        (1, 8, 4),
+        (2, 8, 4),
+    ),
+    Bijection("glow-without-splits", lambda: _glow(image_shape=(1, 4, 4), n_splits=0, learn_top=False), (1, 4, 4)),
     Bijection("glow-additive", lambda: _glow(image_shape=(1, 4, 4), coupling="additive"), (1, 4, 4)),
     Bijection("glow-shuffle", lambda: _glow(image_shape=(1, 4, 4), permutation="shuffle", scale_map="atan"), (1, 4, 4)),
     Bijection("glow-plain", lambda: _glow(image_shape=(1, 4, 4), permutation="invconv_plain"), (1, 4, 4)),

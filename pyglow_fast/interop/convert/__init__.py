@@ -9,18 +9,22 @@ from pyglow_fast.interop.convert.files import load_glow, read_tensors, save_glow
 from pyglow_fast.interop.convert.openai import load_openai, save_openai
 from pyglow_fast.interop.convert.ports import load_chaiyujin, load_y0ast, save_chaiyujin, save_y0ast
 from pyglow_fast.interop.convert.rosinality import load_rosinality, save_rosinality
+from pyglow_fast.interop.convert.srflow import level_features, load_srflow, save_srflow
 
 __all__ = [
+    "level_features",
     "load_chaiyujin",
     "load_glow",
     "load_openai",
     "load_rosinality",
+    "load_srflow",
     "load_y0ast",
     "read_tensors",
     "save_chaiyujin",
     "save_glow",
     "save_openai",
     "save_rosinality",
+    "save_srflow",
     "save_y0ast",
     "write_tensors",
 ]

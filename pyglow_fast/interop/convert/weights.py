@@ -308,7 +308,7 @@ def _zero_conv_of(conv: torch.nn.Module, log_gain: Tensor, border: Tensor | None
 
 
 def _step_of(step: FlowStep, name: str) -> Step:
-    net = step.coupling.net
+    net = None if step.coupling is None else step.coupling.net
     expect(type(net) is CouplingNet, f"{name}.coupling.net", "a CouplingNet", type(net).__name__)
     assert isinstance(net, CouplingNet)
     return Step(
@@ -342,6 +342,9 @@ def from_model(model: Glow) -> Weights:
     expect(config.cond_channels == 0, "cond_channels", "0: no format has a condition", config.cond_channels)
     for name in ("n_checkerboard", "n_last_checkerboard"):
         expect(getattr(config, name) == 0, name, "0: no format has checkerboards", getattr(config, name))
+    plain = (config.n_transitions, config.splits, config.split_ratio)
+    halved = (0, config.n_levels - 1, 0.5)
+    expect(plain == halved, "n_transitions, n_splits, split_ratio", f"{halved}, as in all of these formats", plain)
     if config.coupling == "affine":
         found = (config.scale_map, config.scale_bias, config.scale_eps, config.scale_factor)
         expect(found == ("sigmoid", 2.0, 0.0, 1.0), "scale_map", "sigmoid(raw + 2), as in all of these formats", found)

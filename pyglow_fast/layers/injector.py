@@ -1,0 +1,86 @@
+"""The injector: a condition alone decides how all channels are shifted and scaled."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from pyglow_fast._errors import check_count, expect
+from pyglow_fast.coupling_nets.net_runner import ConditionRunner, condition_for
+from pyglow_fast.layers.coupling import Coupling
+from pyglow_fast.layers.coupling_net import CouplingNet
+from pyglow_fast.reference import CouplingSpec
+
+_SIGMOID = CouplingSpec()
+
+
+class AffineInjector(Coupling):
+    """z = (x + shift) s at every position, (shift, raw) = net(cond), s = scale_map(raw); log_det = sum log s.
+
+    A coupling that keeps no channel: its net reads the condition and nothing of x. In order "scale_shift" it is
+    z = x s + shift.
+
+    Args:
+        channels: C.
+        cond_channels: channels of the condition, which a CouplingNet made here reads.
+        hidden: width of that net.
+        net: a net of your own instead: (N, C_cond, *spatial) to (N, 2 C, *spatial), shift, then raw.
+        net_actnorm: ActNorm inside the net, initialised from the condition of the first training forward.
+        dims: number of spatial dimensions, 1 to 3.
+        border: of the net, see CouplingNet.
+        spec: the scale map and the order; its kind is "affine" in any case.
+        precision: of the net, see Coupling.
+
+    Shapes: x (N, C, *spatial), float32 or float64; cond (N, C_cond, *spatial), of the same positions; log_det (N,),
+    nats.
+
+    Raises:
+        ValueError: a wrong option; no condition, or one of another batch or other spatial sizes than x; a net whose
+            output has the wrong shape.
+
+    Reference: Lugmayr et al. 2020 (SRFlow), section 3.3.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        cond_channels: int = 0,
+        hidden: int = 64,
+        net: nn.Module | None = None,
+        net_actnorm: bool = False,
+        dims: int = 2,
+        *,
+        spec: CouplingSpec = _SIGMOID,
+        precision: str = "auto",
+        border: bool = False,
+    ) -> None:
+        check_count("channels", channels)
+        if net is None:
+            check_count("cond_channels", cond_channels)
+            net = CouplingNet(cond_channels, 2 * channels, hidden, net_actnorm, border=border, dims=dims)
+        super().__init__(net, *spec._replace(kind="affine"), precision)
+        self.channels = channels
+
+    def reads(self, channels: int) -> int:
+        """None of the channels."""
+        return 0
+
+    def kept_half(self, x: Tensor) -> Tensor:
+        """No channel of x: (N, 0, *spatial)."""
+        expect(isinstance(x, Tensor), "x", "a Tensor", type(x).__name__)
+        fits = x.dim() >= 2 and x.shape[1] == self.channels
+        expect(fits, "x", f"shape (N, {self.channels}, *spatial)", f"shape {tuple(x.shape)}")
+        return x[:, :0]
+
+    def _net_inputs(self, kept: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return condition_for(kept, cond), None
+
+    def _net_width(self, kept: Tensor) -> int:
+        return 2 * self.channels
+
+    def runner(self, budget: str | int) -> ConditionRunner:
+        """The net to be run in chunks within a budget."""
+        return ConditionRunner(self.net, 2 * self.channels, budget, self._plans, self.precision)
+
+    def extra_repr(self) -> str:
+        """Channels and scale map, for repr."""
+        return f"{self.channels}, scale_map={self.spec.scale_map!r}, order={self.spec.order!r}"
