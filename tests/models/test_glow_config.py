@@ -32,8 +32,6 @@ OTHER_VALUES: dict[str, Any] = {
     "scale_clamp": 1.0,
     "border": True,
     "classify": 10,
-    "n_checkerboard": 2,
-    "n_last_checkerboard": 4,
     "injector": True,
     "n_transitions": 2,
     "n_splits": 0,
@@ -41,7 +39,8 @@ OTHER_VALUES: dict[str, Any] = {
     "cond_splits": True,
     "learn_top": False,
 }
-WITH_SIGMOID = {"scale_factor": 2.0}  # which other maps have none of
+# Which other maps, and models with injectors, have none of.
+WITH_SIGMOID = {"scale_factor": 2.0, "n_checkerboard": 2, "n_last_checkerboard": 4}
 
 
 def test_round_trip_through_json() -> None:
