@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from pyglow_fast._errors import expect
-from pyglow_fast.coupling_nets.traits import has_hooks
+from pyglow_fast.coupling_nets.plan import budget_bytes
+from pyglow_fast.coupling_nets.traits import bytes_per_position, has_hooks
 from pyglow_fast.interop.jet.couplings import Adopted, OfImages, WithProjections, takes
 from pyglow_fast.interop.jet.tokens import TokenCoupling
 from pyglow_fast.interop.joined import Face, Place, unrepeatable
@@ -49,9 +52,9 @@ class _Called:
 class _Step(nn.Module):
     """One coupling of tokens, with the calls of a step of a reversible run."""
 
-    def __init__(self, layer: nn.Module, called: _Called) -> None:
+    def __init__(self, layer: nn.Module, called: _Called, budget: str | int) -> None:
         super().__init__()
-        self.layer, self.called = layer, called
+        self.layer, self.called, self.budget = layer, called, budget
 
     def coupling(self, x: Tensor) -> TokenCoupling | None:
         """How tokens are coupled with the projections of now."""
@@ -62,7 +65,14 @@ class _Step(nn.Module):
     def _known(self, x: Tensor) -> TokenCoupling:
         found = self.coupling(x)
         assert found is not None  # asked before the run
-        return found
+        return found._replace(net=partial(_in_parts, found.net, self.samples_at_once(x)))
+
+    def samples_at_once(self, x: Tensor) -> int:
+        """How many samples of x the net sees at a time: as many as the memory budget holds."""
+        layer: Any = self.layer
+        _, tokens, channels = x.shape
+        one = tokens * bytes_per_position(layer.dnn, channels, x.element_size())
+        return max(1, budget_bytes(self.budget, x.device.type) // one) if tokens else len(x)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x -> y, log_det (N,)."""
@@ -84,6 +94,10 @@ class _Step(nn.Module):
         return self._known(y).backward(y, net_out, grad_y, grad_log_det)
 
 
+def _in_parts(net: Callable[[Tensor], Tensor], size: int, kept: Tensor) -> Tensor:
+    return net(kept) if size >= len(kept) else torch.cat([net(part) for part in kept.split(size)])
+
+
 class TokenRun(Face):
     """Couplings joined, in the place of the first of them: its forward runs all, its inverse leaves that to the last.
 
@@ -91,7 +105,7 @@ class TokenRun(Face):
     """
 
     def __init__(self, modules: Sequence[nn.Module], called: Sequence[_Called], memory: str, budget: str | int) -> None:
-        steps = [_Step(module, call) for module, call in zip(modules, called, strict=True)]
+        steps = [_Step(module, call, budget) for module, call in zip(modules, called, strict=True)]
         super().__init__(modules, cast(Any, ReversibleSequence(steps, memory, memory_budget=budget)))
         self.steps = steps
 
