@@ -37,15 +37,17 @@ class _Called:
         found = (stack[row] if row >= 0 else None for row, stack in zip(rows, stacks, strict=True))
         return (owner.kind_flags[self.index], *found)
 
-    def check(self, given: Sequence[Any]) -> None:
-        """Refuse another call than the one that was joined."""
+    def check(self, x: Tensor, given: Sequence[Any]) -> None:
+        """Refuse another call than the one that was joined; what traces or transforms has no tensors to compare."""
+        if not self.projects or not takes(x):
+            return
 
         def same(one: Any, other: Any) -> bool:
             if isinstance(one, Tensor) and isinstance(other, Tensor):
                 return one.data_ptr() == other.data_ptr() and one.shape == other.shape
             return bool(one is other or one == other)
 
-        fits = not self.projects or all(map(same, given, self.arguments()))
+        fits = all(map(same, given, self.arguments()))
         expect(fits, f"couplings[{self.index}]", "a call with the model's own projections", "one with others")
 
 
@@ -123,7 +125,7 @@ class TokenRun(Face):
 
     def _through(self, x: Tensor, inverse: bool, *given: Any, **named: Any) -> tuple[Tensor, Any]:
         first: Any = self.modules[0]
-        self.steps[-1 if inverse else 0].called.check(given)
+        self.steps[-1 if inverse else 0].called.check(x, given)
         of_images = isinstance(first, OfImages)
         tokens = None
         if self.takes(x) and not self._changed():
@@ -168,12 +170,12 @@ class Passed:
 
     def __call__(self, x: Tensor, *given: Any, **named: Any) -> tuple[Tensor, Any]:
         """x, 0."""
-        self.called.check(given)
+        self.called.check(x, given)
         return x, 0
 
     def inverse(self, x: Tensor, *given: Any, **named: Any) -> tuple[Tensor, Any]:
         """x, 0; of the last one the inverse of all."""
-        self.called.check(given)
+        self.called.check(x, given)
         return (x, 0) if self.run is None else self.run.inverse_of_all(x, *given, **named)
 
 
