@@ -16,7 +16,7 @@ from pyglow_fast.coupling_nets.precision import half_dtype_of
 from pyglow_fast.reversible.drift import Witness, anchor_drift, lowest_precision
 from pyglow_fast.reversible.limits import call_untraced, refuse_transforms
 from pyglow_fast.reversible.parts import Part
-from pyglow_fast.reversible.walk import Walk
+from pyglow_fast.reversible.walk import Walk, added
 
 
 class _Method(nn.Module):
@@ -34,9 +34,10 @@ class _Method(nn.Module):
 class ModuleChain:
     """A run of K modules with ``forward(x, cond=None) -> (z, log_det)`` and ``inverse``.
 
-    Of a coupling, one run of its net serves the way back and the gradient, if it has two methods more:
-    ``net_output(x, cond=None)``, the same for the step's input and its output, and ``step_backward(y, net_out, grad_y,
-    grad_log_det) -> (x, grad_x, grad_net_out)`` from the step's output, grad_x without the net's part.
+    Of a coupling, one run of its net serves the way back and the gradient, some samples at a time, if it has three
+    methods more: ``net_output(x)``, the same for the step's input and its output; ``step_backward(y, net_out, grad_y,
+    grad_log_det) -> (x, grad_x, grad_net_out)`` from the step's output, grad_x without the net's part; and
+    ``samples_at_once(x)``, of which net_output makes its parts too, so that random numbers are drawn alike.
     """
 
     def __init__(self, steps: Sequence[nn.Module], part: Part) -> None:
@@ -92,18 +93,27 @@ class _ModuleWalk(Walk):
 
     def invert(self, k: int, y: Tensor, grad_y: Tensor, anchor: Tensor | None) -> tuple[Tensor, Tensor]:
         """The module's inverse, then its forward with gradients; of a coupling its net alone, once."""
-        if hasattr(self.chain.steps[k], "step_backward"):
-            return self._invert_coupling(k, y, grad_y)
+        if self.cond is None and hasattr(self.chain.steps[k], "step_backward"):
+            return self._repeated(k, partial(self._invert_coupling, k, y, grad_y))
         x, _ = self._repeated(k, partial(self.chain.call, k, y, self.cond, self.params[k], "inverse"))
         return x, self.differentiate(k, x if anchor is None else anchor, grad_y, anchor is not None)
 
     def _invert_coupling(self, k: int, y: Tensor, grad_y: Tensor) -> tuple[Tensor, Tensor]:
-        leaf, cond, params = self._leaves(k, y)
-        with torch.enable_grad():
-            net_out = self._repeated(k, partial(self.chain.call, k, leaf, cond, params, "net_output"))
         step: Any = self.chain.steps[k]
-        x, grad_x, grad_net_out = step.step_backward(y, net_out.detach(), grad_y, self.grad_log_det)
-        return x, grad_x + self._pass_back(k, [net_out], [grad_net_out], leaf, cond, params)
+        inputs, gradients, size = [], [], step.samples_at_once(y)
+        totals: list[Tensor | None] = [None] * len(self.params[k])
+        for part in zip(*(values.split(size) for values in (y, grad_y, self.grad_log_det)), strict=True):
+            leaf, _, params = self._leaves(k, part[0])
+            with torch.enable_grad():
+                net_out = self.chain.call(k, leaf, None, params, "net_output")
+            x, grad_x, grad_net_out = step.step_backward(part[0], net_out.detach(), *part[1:])
+            own, _, *rest = _passed_back([net_out], [grad_net_out], [leaf, None, *params])
+            inputs.append(x)
+            gradients.append(grad_x if own is None else grad_x + own)
+            totals = list(map(added, totals, rest))
+        self.grad_params[k] = tuple(totals)
+        self.cond_sum.put(None)
+        return (inputs[0], gradients[0]) if len(inputs) == 1 else (torch.cat(inputs), torch.cat(gradients))
 
     def drift(self, k: int, x: Tensor, anchor: Tensor | None) -> Tensor:
         """Of the input itself."""
@@ -129,7 +139,11 @@ class _ModuleWalk(Walk):
         sums = self.memos[k][1]
         if sums is not None and same_x:
             check_repeated(sums, output_sums(y), f"steps[{k + self.part.first}]")
-        return self._pass_back(k, [y, log_det], [grad_y, self.grad_log_det], leaf, cond, params)
+        slots = [leaf, cond, *params]
+        grad_x, grad_cond, *rest = _passed_back([y, log_det], [grad_y, self.grad_log_det], slots)
+        self.cond_sum.put(grad_cond)
+        self.grad_params[k] = tuple(rest)
+        return torch.zeros_like(x) if grad_x is None else grad_x
 
     def _leaves(self, k: int, x: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """What step k is differentiated by: x, the condition and the parameters."""
@@ -137,27 +151,18 @@ class _ModuleWalk(Walk):
         cond = None if self.cond is None else self.cond.detach().requires_grad_(self.cond.requires_grad)
         return x.detach().requires_grad_(), cond, params
 
-    def _pass_back(
-        self,
-        k: int,
-        outputs: Sequence[Tensor],
-        output_grads: Sequence[Tensor],
-        leaf: Tensor,
-        cond: Tensor | None,
-        params: Sequence[Tensor],
-    ) -> Tensor:
-        """The gradient of the leaf, from those of outputs of step k."""
-        slots = [leaf, cond, *params]
-        wanted = [slot for slot in slots if slot is not None and slot.requires_grad]
-        for output in outputs:
-            check_leaves(output, wanted)
-        pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, output_grads, strict=True) if o.requires_grad]
-        own, grads = [o for o, _ in pairs], [g for _, g in pairs]
-        found = iter(torch.autograd.grad(own, wanted, grads, allow_unused=True))
-        grad_x, grad_cond, *rest = [next(found) if slot is not None and slot.requires_grad else None for slot in slots]
-        self.cond_sum.put(grad_cond)
-        self.grad_params[k] = tuple(rest)
-        return torch.zeros_like(leaf) if grad_x is None else grad_x
+
+def _passed_back(
+    outputs: Sequence[Tensor], output_grads: Sequence[Tensor], slots: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients of a step's slots (input, condition, parameters) from those of its outputs; None where none is."""
+    wanted = [slot for slot in slots if slot is not None and slot.requires_grad]
+    for output in outputs:
+        check_leaves(output, wanted)
+    pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, output_grads, strict=True) if o.requires_grad]
+    own, grads = [o for o, _ in pairs], [g for _, g in pairs]
+    found = iter(torch.autograd.grad(own, wanted, grads, allow_unused=True))
+    return [next(found) if slot is not None and slot.requires_grad else None for slot in slots]
 
 
 def _check_outputs(k: int, outputs: Any, n: int) -> None:

@@ -23,7 +23,7 @@ class SegmentedSum:
 
     def put(self, value: Tensor | None) -> None:
         """The next step's; with it the one before is accepted."""
-        self._segment, self._step = _added(self._segment, self._step), value
+        self._segment, self._step = added(self._segment, self._step), value
 
     def drop_step(self) -> None:
         """Take back the last step's."""
@@ -36,7 +36,7 @@ class SegmentedSum:
     def close(self) -> None:
         """Accept all."""
         self.put(None)
-        self._total, self._segment = _added(self._total, self._segment), None
+        self._total, self._segment = added(self._total, self._segment), None
 
     def result(self) -> Tensor | None:
         """The sum, None if nothing was put."""
@@ -48,7 +48,8 @@ class SegmentedSum:
         self._step = self._segment = self._total = None
 
 
-def _added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+def added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The sum of two gradients, of which None is none."""
     return other if one is None else (one if other is None else one + other)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Collection
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ def _spec(factor: Any) -> CouplingSpec:
     return CouplingSpec(bias=0.0, factor=float(factor))
 
 
-class Adopted:
+class Adopted(nn.Module):
     """What the classes of adopted layers have in common: they are made of the model's own class, and pickled as it."""
 
     theirs: type[nn.Module]
@@ -44,8 +44,8 @@ class Adopted:
         return _blank, (self.theirs,), dict(vars(self))
 
 
-def _blank(theirs: type[nn.Module]) -> Any:
-    kind = _ours(theirs)
+def _blank(theirs: type[nn.Module]) -> nn.Module:
+    kind: type[nn.Module] = _ours(theirs)
     return kind.__new__(kind)
 
 
@@ -67,7 +67,6 @@ class WithProjections(Adopted):
             return None
         if x.shape[2] % 2 or len(projection) != x.shape[2 if is_channel else 1] or len(projection) % 2:
             return None
-        assert isinstance(self, nn.Module)
         permutation = permutation_of(self, "channel" if is_channel else "spatial", projection)
         if permutation is None:
             return None
@@ -86,7 +85,7 @@ class WithProjections(Adopted):
         """x -> y."""
         coupling = self.coupling(x, is_channel, channel_proj, spatial_proj) if takes(x) else None
         if coupling is None:
-            return super().forward(x, is_channel, channel_proj, spatial_proj)  # type: ignore[misc,no-any-return]
+            return super().forward(x, is_channel, channel_proj, spatial_proj)
         y, log_det = coupling.forward(x)
         return y.contiguous(), log_det.unsqueeze(-1)
 
@@ -94,7 +93,7 @@ class WithProjections(Adopted):
         """y -> x."""
         coupling = self.coupling(x, is_channel, channel_proj, spatial_proj) if takes(x) else None
         if coupling is None:
-            return super().inverse(x, is_channel, channel_proj, spatial_proj)  # type: ignore[misc,no-any-return]
+            return super().inverse(x, is_channel, channel_proj, spatial_proj)  # type: ignore[misc]
         y, log_det = coupling.inverse(x)
         return y.contiguous(), log_det.unsqueeze(-1)
 
@@ -102,7 +101,8 @@ class WithProjections(Adopted):
 class OfImages(Adopted):
     """JetFormer's interface: (x, context=None) -> (y, log_det (N,)), x (N, H, W, C), patches of ``ps`` by ``ps``.
 
-    A dnn with hooks on it is called itself, by the class's own code. ``inverse`` returns the log-det of the forward. ``dnn`` is a ViT of (init_proj, posemb, vit_encoder, final_proj).
+    ``inverse`` returns the log-det of the forward. ``dnn`` is a ViT of (init_proj, posemb, vit_encoder, final_proj);
+    one with hooks on it is called as a whole, by the class's own code.
     """
 
     kind_is_channel: bool
@@ -122,7 +122,6 @@ class OfImages(Adopted):
         width = tokens.shape[2 if self.kind_is_channel else 1]
         if projection.device != tokens.device or len(projection) != width or width % 2:
             return None
-        assert isinstance(self, nn.Module)
         permutation = permutation_of(self, kind, projection)
         net = self._by_channel if self.kind_is_channel else self._by_token
         return None if permutation is None else TokenCoupling(net, spec, self.kind_is_channel, permutation)
@@ -130,7 +129,7 @@ class OfImages(Adopted):
     def _raw(self, tokens: Tensor) -> Tensor:
         """Shift and raw scale side by side, which the dnn itself would make a scale of."""
         dnn: Any = self.dnn
-        return dnn.final_proj(dnn.vit_encoder(dnn.init_proj(tokens) + dnn.posemb))  # type: ignore[no-any-return]
+        return dnn.final_proj(dnn.vit_encoder(dnn.init_proj(tokens) + dnn.posemb))
 
     def _by_channel(self, kept: Tensor) -> Tensor:
         return self._raw(kept.transpose(1, 2).contiguous()).transpose(1, 2)
@@ -163,7 +162,7 @@ class OfImages(Adopted):
         tokens = self.patches(x) if self.cuts(x, context) else None
         coupling = None if tokens is None else self.coupling(tokens)
         if tokens is None or coupling is None:
-            return super().forward(x, context)  # type: ignore[misc,no-any-return]
+            return super().forward(x, context)
         y, log_det = coupling.forward(tokens)
         return self.images(y, x.shape), log_det
 
@@ -172,7 +171,7 @@ class OfImages(Adopted):
         tokens = self.patches(y) if self.cuts(y, context) else None
         coupling = None if tokens is None else self.coupling(tokens)
         if tokens is None or coupling is None:
-            return super().inverse(y, context)  # type: ignore[misc,no-any-return]
+            return super().inverse(y, context)  # type: ignore[misc]
         x, log_det = coupling.inverse(tokens)
         return self.images(x, y.shape), -log_det
 
@@ -214,7 +213,7 @@ def _shell(module: S, **replaced: Any) -> S:
     """A layer of that class and settings with other submodules, parameters or buffers; nothing is registered on it."""
     shell = module.__class__.__new__(module.__class__)
     vars(shell).update(vars(module))
-    own = {"_modules": {}, "_parameters": {}, "_buffers": {}}
+    own: dict[str, dict[str, Any]] = {"_modules": {}, "_parameters": {}, "_buffers": {}}
     for name, value in replaced.items():
         part = "_modules" if isinstance(value, nn.Module) else "_parameters"
         own[part if not isinstance(value, Tensor) or isinstance(value, nn.Parameter) else "_buffers"][name] = value
@@ -342,6 +341,6 @@ def release(model: nn.Module, only: Collection[nn.Module] | None = None) -> list
     names = []
     for name, module in model.named_modules():
         if isinstance(module, Adopted) and (only is None or module in only):
-            module.__class__ = module.theirs
+            cast(Any, module).__class__ = module.theirs
             names.append(name)
     return names

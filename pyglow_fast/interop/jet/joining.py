@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from pyglow_fast._errors import expect
-from pyglow_fast.coupling_nets.traits import has_hooks
+from pyglow_fast.coupling_nets.plan import budget_bytes
+from pyglow_fast.coupling_nets.traits import bytes_per_position, has_hooks
 from pyglow_fast.interop.jet.couplings import Adopted, OfImages, WithProjections, takes
 from pyglow_fast.interop.jet.tokens import TokenCoupling
 from pyglow_fast.interop.joined import Face, Place, unrepeatable
@@ -34,24 +37,26 @@ class _Called:
         found = (stack[row] if row >= 0 else None for row, stack in zip(rows, stacks, strict=True))
         return (owner.kind_flags[self.index], *found)
 
-    def check(self, given: Sequence[Any]) -> None:
-        """Refuse another call than the one that was joined."""
+    def check(self, x: Tensor, given: Sequence[Any]) -> None:
+        """Refuse another call than the one that was joined; what traces or transforms has no tensors to compare."""
+        if not self.projects or not takes(x):
+            return
 
         def same(one: Any, other: Any) -> bool:
             if isinstance(one, Tensor) and isinstance(other, Tensor):
                 return one.data_ptr() == other.data_ptr() and one.shape == other.shape
             return bool(one is other or one == other)
 
-        fits = not self.projects or all(map(same, given, self.arguments()))
+        fits = all(map(same, given, self.arguments()))
         expect(fits, f"couplings[{self.index}]", "a call with the model's own projections", "one with others")
 
 
 class _Step(nn.Module):
     """One coupling of tokens, with the calls of a step of a reversible run."""
 
-    def __init__(self, layer: nn.Module, called: _Called) -> None:
+    def __init__(self, layer: nn.Module, called: _Called, budget: str | int) -> None:
         super().__init__()
-        self.layer, self.called = layer, called
+        self.layer, self.called, self.budget = layer, called, budget
 
     def coupling(self, x: Tensor) -> TokenCoupling | None:
         """How tokens are coupled with the projections of now."""
@@ -62,7 +67,14 @@ class _Step(nn.Module):
     def _known(self, x: Tensor) -> TokenCoupling:
         found = self.coupling(x)
         assert found is not None  # asked before the run
-        return found
+        return found._replace(net=partial(_in_parts, found.net, self.samples_at_once(x)))
+
+    def samples_at_once(self, x: Tensor) -> int:
+        """How many samples of x the net sees at a time: as many as the memory budget holds."""
+        layer: Any = self.layer
+        _, tokens, channels = x.shape
+        one = tokens * bytes_per_position(layer.dnn, channels, x.element_size())
+        return max(1, budget_bytes(self.budget, x.device.type) // one) if tokens else len(x)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x -> y, log_det (N,)."""
@@ -84,6 +96,10 @@ class _Step(nn.Module):
         return self._known(y).backward(y, net_out, grad_y, grad_log_det)
 
 
+def _in_parts(net: Callable[[Tensor], Tensor], size: int, kept: Tensor) -> Tensor:
+    return net(kept) if size >= len(kept) else torch.cat([net(part) for part in kept.split(size)])
+
+
 class TokenRun(Face):
     """Couplings joined, in the place of the first of them: its forward runs all, its inverse leaves that to the last.
 
@@ -91,7 +107,7 @@ class TokenRun(Face):
     """
 
     def __init__(self, modules: Sequence[nn.Module], called: Sequence[_Called], memory: str, budget: str | int) -> None:
-        steps = [_Step(module, call) for module, call in zip(modules, called, strict=True)]
+        steps = [_Step(module, call, budget) for module, call in zip(modules, called, strict=True)]
         super().__init__(modules, cast(Any, ReversibleSequence(steps, memory, memory_budget=budget)))
         self.steps = steps
 
@@ -109,7 +125,7 @@ class TokenRun(Face):
 
     def _through(self, x: Tensor, inverse: bool, *given: Any, **named: Any) -> tuple[Tensor, Any]:
         first: Any = self.modules[0]
-        self.steps[-1 if inverse else 0].called.check(given)
+        self.steps[-1 if inverse else 0].called.check(x, given)
         of_images = isinstance(first, OfImages)
         tokens = None
         if self.takes(x) and not self._changed():
@@ -154,12 +170,12 @@ class Passed:
 
     def __call__(self, x: Tensor, *given: Any, **named: Any) -> tuple[Tensor, Any]:
         """x, 0."""
-        self.called.check(given)
+        self.called.check(x, given)
         return x, 0
 
     def inverse(self, x: Tensor, *given: Any, **named: Any) -> tuple[Tensor, Any]:
         """x, 0; of the last one the inverse of all."""
-        self.called.check(given)
+        self.called.check(x, given)
         return (x, 0) if self.run is None else self.run.inverse_of_all(x, *given, **named)
 
 

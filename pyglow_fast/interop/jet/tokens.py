@@ -38,7 +38,7 @@ class _Gather(torch.autograd.Function):
 def _gathered(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
     if not x.requires_grad or not torch.is_grad_enabled():
         return x.index_select(1, order)
-    out: Tensor = _Gather.apply(x, order, back)  # type: ignore[no-untyped-call]
+    out: Tensor = _Gather.apply(x, order, back)
     return out
 
 
