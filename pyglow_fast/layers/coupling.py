@@ -119,7 +119,7 @@ class Coupling(FlowLayer):
 
     @property
     def mask(self) -> str:
-        """ "channels" or "checkerboard"."""
+        """The kind of mask: "channels" or "checkerboard"."""
         return MASKS[self.board is not None]
 
     def enter(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -144,11 +144,12 @@ class Coupling(FlowLayer):
 
     def check_inputs(self, x: Tensor, cond: Tensor | None) -> None:
         """Refuse what the coupling or its net cannot take, before anything is initialised from it."""
-        if self.board is not None:
+        if self.board is None:
+            x = self.kept_half(x)
+        else:
             self.board.check(x, cond)
-        kept = x if self.board is not None else self.kept_half(x)
         if isinstance(self.net, CouplingNet):
-            self.net.check_inputs(kept, cond)
+            self.net.check_inputs(x, cond)
 
     def runner(self, budget: str | int) -> NetRunner:
         """The net to be run in chunks within a budget."""

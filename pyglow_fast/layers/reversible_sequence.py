@@ -204,10 +204,9 @@ class ReversibleSequence(FlowLayer):
         runners = [step.coupling.runner(self.memory_budget) for step in steps]
         whole = self._pass(x, [sum(parameter.nbytes for parameter in runner.params) for runner in runners])
         specs = [step.coupling.spec for step in steps]
-        first, last = steps[0].coupling, steps[-1].coupling
-        x, cond = first.enter(x, cond)
+        x, cond = steps[0].coupling.enter(x, cond)
         z, log_det = run_recomputing(runners, specs, fold_in_one(steps), whole, x, cond, squeeze_first)
-        return last.leave(z), log_det
+        return steps[-1].coupling.leave(z), log_det
 
     def _pass(self, x: Tensor, step_bytes: Sequence[int]) -> Pass:
         """Of a forward that begins now. A GPU's one verdict a level wants one part."""
