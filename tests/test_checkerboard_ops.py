@@ -13,6 +13,7 @@ from pyglow_fast import _backend, functional, ops, reference
 
 compiled = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
 SHAPES = [(2, 3, 4, 6), (1, 2, 2, 5), (3, 1, 6, 1), (2, 2, 8), (2, 2, 4, 3, 5), (1, 1, 2, 1, 4)]
+SHAPES += [(2, 1, 4, 37), (1, 2, 2, 3, 18)]  # rows of several vectors, and what is left of one
 SHAPES += [(0, 2, 4, 3), (2, 3, 0, 3), (2, 3, 4, 0)]  # nothing at all
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 

@@ -131,7 +131,7 @@ class Coupling(FlowLayer):
 
     @property
     def mask(self) -> str:
-        """ "channels" or "checkerboard"."""
+        """The kind of mask: "channels" or "checkerboard"."""
         return MASKS[self.board is not None]
 
     def enter(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -160,13 +160,12 @@ class Coupling(FlowLayer):
 
     def check_inputs(self, x: Tensor, cond: Tensor | None) -> None:
         """Refuse what the coupling or its net cannot take, before anything is initialised from it."""
-        if self.board is not None:
-            self.board.check(x, cond)
-            inputs: tuple[Tensor, Tensor | None] = x, cond
+        if self.board is None:
+            x, cond = self._net_inputs(self.kept_half(x), cond)
         else:
-            inputs = self._net_inputs(self.kept_half(x), cond)
+            self.board.check(x, cond)
         if isinstance(self.net, CouplingNet):
-            self.net.check_inputs(*inputs)
+            self.net.check_inputs(x, cond)
 
     def _net_inputs(self, kept: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What the net is called with."""

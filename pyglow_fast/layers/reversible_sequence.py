@@ -264,10 +264,9 @@ class ReversibleSequence(FlowLayer):
         runners = [coupling.runner(self.memory_budget) for coupling in couplings]
         whole = self._pass(x, [sum(parameter.nbytes for parameter in runner.params) for runner in runners])
         specs = [coupling.spec for coupling in couplings]
-        first, last = couplings[0], couplings[-1]
-        x, cond = first.enter(x, cond)
+        x, cond = couplings[0].enter(x, cond)
         z, log_det = run_recomputing(runners, specs, fold_in_one(steps), whole, x, cond, squeeze_first)
-        return last.leave(z), log_det
+        return couplings[-1].leave(z), log_det
 
     def _pass(self, x: Tensor, step_bytes: Sequence[int]) -> Pass:
         """Of a forward that begins now. A GPU's one verdict a level wants one part."""
