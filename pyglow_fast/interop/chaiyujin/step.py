@@ -191,7 +191,7 @@ def release(model: nn.Module, only: Collection[nn.Module] | None = None) -> list
         if isinstance(module, AdoptedStep) and (only is None or module in only):
             for name_of_ours in ("_parts", "_memory"):
                 module.__dict__.pop(name_of_ours, None)
-            module.__class__ = module._theirs
+            cast(Any, module).__class__ = module._theirs
             names.append(name)
     return names
 
