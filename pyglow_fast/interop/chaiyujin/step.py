@@ -1,0 +1,304 @@
+"""A flow step of chaiyujin's kind made ours, in place: the same object, parameters and call."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from pyglow_fast import functional
+from pyglow_fast._derivatives import has_transforms
+from pyglow_fast.coupling_nets.traits import has_hooks
+from pyglow_fast.interop.chaiyujin.structure import Now, Parts, SharedNet, UnknownError, channel_map, looks_like, read
+from pyglow_fast.layers import Coupling
+from pyglow_fast.layers.flow_step import ChannelMap, run_couplings, run_couplings_inverse
+from pyglow_fast.layers.reversible_sequence import pass_of, run_recomputing
+from pyglow_fast.reversible import DriftControl
+
+# Positions of a batch: below, what is done with the parameters takes longer than is gained on the data.
+LEAST_POSITIONS, LEAST_WITHOUT_NET = 1600, 6400
+PROBE_ERROR = 1e-9  # of the largest value, in float64: a million roundings
+_AS_FAST = "its net runs as it is: at these widths the library is as fast, unless memory is asked for"
+PROBE_ERROR_BACK = 1e-3  # of the inverse in float32, which theirs always inverts its matrices to
+
+
+class Memory:
+    """How a step keeps what its backward needs; see ReversibleSequence for the modes.
+
+    Args:
+        mode: "reversible", "checkpoint" or "store".
+        budget: bytes of one net's activations, or "auto".
+        n_couplings: of the step.
+    """
+
+    def __init__(self, mode: str, budget: str | int, n_couplings: int) -> None:
+        self.mode, self.budget = mode, budget
+        self.control = DriftControl(n_couplings, "auto", None, False)
+
+    def recomputes(self, step: nn.Module, x: Tensor, features: Tensor | None) -> bool:
+        """Whether a graph is recorded whose activations are not to be kept."""
+        recorded = (tensor for tensor in (x, features, *step.parameters()) if tensor is not None)
+        wants = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in recorded)
+        return wants and self.mode != "store"
+
+    def run(self, couplings: Sequence[Coupling], now: Now, x: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x -> z, log_det (N,)."""
+        runners = [coupling.runner(self.budget) for coupling in couplings]
+        sizes = [sum(parameter.nbytes for parameter in runner.params) for runner in runners]
+        whole = pass_of(self.control if self.mode == "reversible" else None, self.budget, x, sizes)
+        maps = ChannelMap(*(torch.stack(parts) for parts in zip(*now.maps, strict=True)))
+        return run_recomputing(runners, [coupling.spec for coupling in couplings], maps, whole, x, features)
+
+
+class AdoptedStep(nn.Module):
+    """What a step's class gains: our forward before its own. The class itself is made for each class of theirs."""
+
+    _theirs: type[nn.Module]
+    _parts: Parts
+    _memory: Memory | None = None
+
+    def forward(
+        self, input: Tensor, logdet: Any = None, reverse: bool = False, *more: Any, **named: Any
+    ) -> tuple[Tensor, Any]:
+        """x, logdet -> z, logdet + log|det|; with ``reverse`` z, logdet -> x, logdet - log|det|."""
+        features = more[0] if len(more) == 1 else named.get("rrdbResults")
+        extra = len(more) > 1 or not named.keys() <= {"rrdbResults"}
+        if isinstance(features, Mapping):
+            features = features.get(getattr(self, "position", None))
+        parts = self._parts
+        if extra or not parts.are_of(self) or not self._takes(input, logdet, features):
+            found: tuple[Tensor, Any] = super().forward(input, logdet, reverse, *more, **named)
+            return found
+        return run(self, parts, input, logdet, reverse, features if parts.needs_features else None, self._memory)
+
+    def _takes(self, x: Any, logdet: Any, features: Any) -> bool:
+        """Whether ours is to run, and computes what theirs would."""
+        parts, like = self._parts, cast(Tensor, cast(Any, self).actnorm.bias)
+        fits = isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] == like.numel() and x.numel() > 0
+        if not fits or (x.dtype, x.device) != (like.dtype, like.device):
+            return False
+        if x.dtype not in (torch.float32, torch.float64) or (logdet is None and parts.couplings):
+            return False  # theirs adds to None where it has a scale, and says so
+        if not self._pays(x):
+            return False
+        if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling() or has_transforms():
+            return False
+        if torch.nn.modules.module._has_any_global_hook() or any(map(has_hooks, self._inner())):
+            return False
+        if any(norm.training and not norm.inited for norm in parts.actnorms):
+            return False
+        if not parts.needs_features:
+            return True
+        fits = isinstance(features, Tensor) and features.dim() == 4 and features.shape[0] == x.shape[0]
+        return fits and (features.dtype, features.shape[2:]) == (x.dtype, x.shape[2:])
+
+    def _pays(self, x: Tensor) -> bool:
+        """Whether ours is not slower on x, or saves memory that was asked for."""
+        n_positions = x.shape[0] * functional.n_positions(x)
+        if not self._parts.couplings:
+            return n_positions >= LEAST_WITHOUT_NET
+        if self._memory is not None and torch.is_grad_enabled():
+            return True
+        return n_positions >= LEAST_POSITIONS and self._parts.pays
+
+    def _inner(self) -> list[nn.Module]:
+        return [module for module in self.modules() if module is not self]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles by their class, which can be imported; ours is made again."""
+        return _blank, (self._theirs,), self.__dict__.copy()
+
+
+def run(
+    step: Any,
+    parts: Parts,
+    x: Tensor,
+    logdet: Any,
+    reverse: bool,
+    features: Tensor | None,
+    memory: Memory | None = None,
+) -> tuple[Tensor, Any]:
+    """The step by our functions; logdet may be None where there is no scale."""
+    own = channel_map(step)
+    couplings = parts.couplings
+    if not couplings:
+        scalar = own.log_det * functional.n_positions(x)  # added to whatever there is, as theirs adds it
+        if reverse:
+            x = functional.channel_unmix(x, functional.invert_matrix(own.matrix), own.offset)
+            return x, None if logdet is None else logdet - scalar
+        x = functional.channel_mix(x, own.matrix, own.offset)
+        return x, None if logdet is None else logdet + scalar
+    now = Now(own, len(couplings))
+    budget = None if torch.is_grad_enabled() else "auto"
+    if not reverse and memory is not None and memory.recomputes(step, x, features):
+        x, gained = memory.run(couplings, now, x, features)
+    elif reverse:
+        x, gained = run_couplings_inverse(couplings, now, x, features, budget)
+    else:
+        x, gained = run_couplings(couplings, now, x, features, budget=budget)
+    return x, logdet + gained
+
+
+_classes: dict[type[nn.Module], type[AdoptedStep]] = {}
+
+
+def _adopted(theirs: type[nn.Module]) -> type[AdoptedStep]:
+    if theirs not in _classes:
+        names = {"_theirs": theirs, "__module__": theirs.__module__, "__qualname__": theirs.__qualname__}
+        made = type(theirs.__name__, (AdoptedStep, theirs), {**names, "__doc__": theirs.__doc__})
+        _classes[theirs] = cast("type[AdoptedStep]", made)
+    return _classes[theirs]
+
+
+def _blank(theirs: type[nn.Module]) -> nn.Module:
+    kind = _adopted(theirs)
+    return kind.__new__(kind)
+
+
+def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, module) for name, module in model.named_modules() if looks_like(module)]
+
+
+def finds(model: nn.Module) -> bool:
+    """Whether there are steps that look like it, ours or theirs."""
+    return any(looks_like(module) for module in model.modules())
+
+
+def adopt(model: nn.Module) -> list[str]:
+    """Make the flow steps of a live model ours, in place, and return their names; those that differ stay.
+
+    The same objects, parameters and hooks. Random generators are left alone.
+    """
+    names = []
+    for name, module in _candidates(model):
+        if isinstance(module, AdoptedStep):
+            continue
+        found = _verified(module)
+        if isinstance(found, Parts):
+            module.__class__ = _adopted(type(module))
+            cast(AdoptedStep, module)._parts = found
+            names.append(name)
+    return names
+
+
+def release(model: nn.Module, only: Collection[nn.Module] | None = None) -> list[str]:
+    """The opposite of :func:`adopt`: our steps (with ``only``, these alone) become their own class again, in place."""
+    names = []
+    for name, module in model.named_modules():
+        if isinstance(module, AdoptedStep) and (only is None or module in only):
+            for name_of_ours in ("_parts", "_memory"):
+                module.__dict__.pop(name_of_ours, None)
+            cast(Any, module).__class__ = module._theirs
+            names.append(name)
+    return names
+
+
+def recompute(model: nn.Module, mode: str, budget: str | int) -> dict[str, str]:
+    """Let our steps with a coupling keep their input alone for the backward, step by step; says which, and how."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, AdoptedStep) and module._parts.couplings and module._memory is None:
+            module._memory = Memory(mode, budget, len(module._parts.couplings))
+            found[name] = f"one step, memory {mode!r}"
+    return found
+
+
+def left(model: nn.Module) -> dict[str, str]:
+    """Steps that look like it and stay as they are, and nets that run as they are, and why."""
+    found = {}
+    for name, module in _candidates(model):
+        if isinstance(module, AdoptedStep):
+            if not module._parts.pays:
+                found[f"{name}.{'affine' if module._parts.needs_features else 'f'}".lstrip(".")] = _AS_FAST
+        elif isinstance(reason := _verified(module), str):
+            found[name] = reason
+    return found
+
+
+def _verified(step: nn.Module) -> Parts | str:
+    """The parts of a step that computes what we compute, or what differs."""
+    if any(map(has_hooks, step.modules())):
+        return "hooks on it or in it"
+    if any("forward" in vars(module) for module in step.modules()):
+        return "a forward of its own"
+    try:
+        parts = read(step)
+        with torch.inference_mode(False), torch.enable_grad():
+            difference = _difference(step)
+    except UnknownError as unknown:
+        return str(unknown)
+    except Exception as error:  # whatever their code raises on the probe is theirs
+        return f"a call of it with random weights failed: {type(error).__name__}: {error}"
+    return difference or parts
+
+
+def _difference(step: nn.Module) -> str:
+    """Calls a copy with random weights, theirs and ours; says what differs."""
+    generator = torch.Generator().manual_seed(1)
+    double = copy.deepcopy(step).cpu().double().eval().requires_grad_()
+    _randomise(double, generator)
+    parts = read(double)
+    channels = cast(Any, double).actnorm.bias.numel()
+    x = torch.randn(2, channels, 5, 4, generator=generator, dtype=torch.float64)
+    features = None
+    if parts.needs_features:
+        width = cast(SharedNet, parts.couplings[0].net).known.channels[0]
+        features = torch.randn(2, width, 5, 4, generator=generator, dtype=torch.float64)
+    logdet = torch.randn(2, generator=generator, dtype=torch.float64)
+    weights = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+
+    def theirs(step: Any, x: Tensor, logdet: Tensor, reverse: bool, features: Tensor | None) -> tuple[Tensor, Tensor]:
+        more = {} if features is None else {"rrdbResults": features}
+        found: tuple[Tensor, Tensor] = step(x, logdet, reverse, **more)
+        return found
+
+    results = []
+    for ours in (False, True):
+        leaf = x.clone().requires_grad_()
+        call = (
+            run(double, parts, leaf, logdet, False, features) if ours else theirs(double, leaf, logdet, False, features)
+        )
+        objective = (call[0] * weights).sum() + (call[1] * weights[:, 0, 0, 0]).sum()
+        inputs = [leaf, *double.parameters()]
+        grads = torch.autograd.grad(objective, inputs, allow_unused=True)
+        results.append(
+            [
+                *call,
+                *(torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(grads, inputs, strict=True)),
+            ]
+        )
+    names = ["output", "log-det", "gradient", *(f"gradient of {name}" for name, _ in double.named_parameters())]
+    for name, expected, found in zip(names, *results, strict=True):
+        if error := _differs(found, expected, PROBE_ERROR):
+            return f"another {name} than ours with random weights: {error}"
+    single = double.float()
+    back = [value if value is None else value.detach().float() for value in (*results[0][:2], features)]
+    with torch.no_grad():
+        image = theirs(single, back[0], back[1], True, back[2])  # type: ignore[arg-type]
+        found = run(single, parts, back[0], back[1], True, back[2])  # type: ignore[arg-type]
+    for name, expected, value in zip(("inverse", "inverse log-det"), image, found, strict=True):
+        if error := _differs(value, expected, PROBE_ERROR_BACK):
+            return f"another {name} than ours with random weights: {error}"
+    return ""
+
+
+def _differs(found: Tensor, expected: Tensor, bound: float) -> str:
+    if found.shape != expected.shape:
+        return f"shape {tuple(expected.shape)}, not {tuple(found.shape)}"
+    error = float((found - expected).detach().abs().max() / expected.detach().abs().max().clamp_min(1.0))
+    return "" if error <= bound else f"off by {error:.1e}"
+
+
+def _randomise(step: nn.Module, generator: torch.Generator) -> None:
+    """Every parameter moved, the actnorms as if they had seen data."""
+    with torch.no_grad():
+        for parameter in step.parameters():
+            fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
+            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter.add_(0.2 * noise / max(1, fan_in) ** 0.5)
+    for module in step.modules():
+        if hasattr(module, "inited"):
+            cast(Any, module).inited = True

@@ -1,0 +1,227 @@
+"""What a flow step of chaiyujin's kind is made of, read off its attributes."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from pyglow_fast import functional
+from pyglow_fast.coupling_nets import chain
+from pyglow_fast.coupling_nets.net_shape import KERNEL_SIZES
+from pyglow_fast.interop.known_net import KnownNet, Layer, widths
+from pyglow_fast.layers import AffineInjector, Coupling
+from pyglow_fast.layers.flow_step import ChannelMap, invert_maps
+from pyglow_fast.reference import CouplingSpec, coupling_net_spec, fold_actnorm, full_precision
+
+_CALL = ["self", "input", "logdet", "reverse"]
+_PERMUTATIONS = ("invconv", "shuffle", "reverse")
+_FACTOR = 3.0  # of log_gain in our nets
+LEAST_RATIO = 8  # of the sides of a 3x3 convolution: at 512 to 96 and at 320 to 64 channels the library is as fast
+
+
+class UnknownError(Exception):
+    """Says what in a step is not as we know it."""
+
+
+class SharedNet(nn.Module):
+    """Their net as the net of a coupling of ours: parameters shared, actnorms folded, output channels in our order.
+
+    Args:
+        net: a Sequential of convolution, ReLU, convolution, ReLU, convolution.
+        is_interleaved: its output channels are shift, raw, shift, raw, ...; ours are all shifts, then all raw.
+    """
+
+    def __init__(self, net: nn.Sequential, is_interleaved: bool) -> None:
+        super().__init__()
+        self.net, self.is_interleaved = net, is_interleaved
+
+    @property
+    def known(self) -> KnownNet:
+        """Its convolutions, as the net that they are without actnorms."""
+        return KnownNet(tuple(Layer(self.net[i], [], []) for i in (0, 2, 4)), coupling_net_spec(2))
+
+    @property
+    def pays(self) -> bool:
+        """Whether products of ours are faster than the library's convolutions: those with taps are wide to narrow."""
+        sides = [sorted(widths(self.net[i])) for i in (0, 4)]
+        return all(wide >= LEAST_RATIO * narrow for narrow, wide in sides)
+
+    @property
+    def halo(self) -> int:
+        """Positions to each side that an output depends on."""
+        return max(self.known.reach)
+
+    def bytes_per_position(self, element_size: int) -> int:
+        """Of activations, see pyglow_fast.coupling_nets.traits."""
+        like, channels = cast(Tensor, self.net[0].weight), self.known.channels
+        if functional.net_as_products(like):
+            return chain.bytes_per_position(channels, KERNEL_SIZES, self.known.spec, like, element_size)
+        return (2 * sum(channels[1:3]) + 5 * channels[3] + 2 * channels[0]) * element_size
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """x (N, C1, H, W), cond (N, C_c, H, W) or None -> shift and raw (or shift alone)."""
+        if (cond is None and not x.requires_grad and torch.is_grad_enabled()) or not self.pays:
+            # The library leaves out a gradient of x that nobody wants, which ours computes.
+            out: Tensor = self.net(x if cond is None else torch.cat([x, cond], dim=1))
+            return torch.cat([out[:, 0::2], out[:, 1::2]], dim=1) if self.is_interleaved else out
+        weights: list[Tensor] = []
+        biases: list[Tensor] = []
+        for i in (0, 2):
+            conv: Any = self.net[i]
+            weight, bias = conv.weight, conv.bias
+            if bias is None:
+                scale = conv.actnorm.logs.exp().flatten()
+                weight, bias = weight * scale[:, None, None, None], conv.actnorm.bias.flatten() * scale
+            weights.append(weight)
+            biases.append(bias)
+        last: Any = self.net[4]
+        values = [last.weight, last.bias, last.logs * (last.logscale_factor / _FACTOR)]
+        if self.is_interleaved:
+            values = [torch.cat([value[0::2], value[1::2]]) for value in values]
+        weight, bias, log_gain = values
+        return functional.net_chain(x, [*weights, weight], [*biases, bias], coupling_net_spec(2), log_gain, cond)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A step's couplings, which have its nets, and the modules that they were read from.
+
+    Attributes:
+        couplings: in the direction of data to latent: the injector, the coupling, of those that there are.
+        modules: that must be the step's still: actnorm, permutation, nets.
+        actnorms: all, those in the nets too.
+        needs_features: whether the nets read features.
+    """
+
+    couplings: tuple[Coupling, ...]
+    modules: tuple[nn.Module, ...]
+    actnorms: tuple[Any, ...]
+    needs_features: bool
+
+    @property
+    def pays(self) -> bool:
+        """Whether products of ours are faster than the library's convolutions in every net."""
+        return all(cast(SharedNet, coupling.net).pays for coupling in self.couplings)
+
+    def are_of(self, step: Any) -> bool:
+        """Whether the step has these modules now."""
+        found = modules_of(step)
+        return len(found) == len(self.modules) and all(a is b for a, b in zip(found, self.modules, strict=True))
+
+
+def looks_like(module: nn.Module) -> bool:
+    """Whether a module has the attributes of a flow step of this kind."""
+    actnorm = getattr(module, "actnorm", None)
+    has_actnorm = isinstance(actnorm, nn.Module) and all(hasattr(actnorm, name) for name in ("bias", "logs", "inited"))
+    kinds = (getattr(module, name, None) for name in ("flow_permutation", "flow_coupling"))
+    return has_actnorm and all(isinstance(kind, str) for kind in kinds)
+
+
+def modules_of(step: Any) -> list[nn.Module]:
+    """Its actnorm, permutation and nets."""
+    found = [step.actnorm, getattr(step, step.flow_permutation, None)]
+    if step.flow_coupling == "CondAffineSeparatedAndCond":
+        found += [step.affine.fFeatures, step.affine.fAffine]
+    elif step.flow_coupling in ("affine", "additive"):
+        found.append(step.f)
+    return found
+
+
+def read(step: Any) -> Parts:
+    """The parts of a step that looks like one.
+
+    Raises:
+        UnknownError: something in it is not as we know it.
+    """
+    names = list(inspect.signature(type(step).forward).parameters)
+    _expect(names[:4] == _CALL and names[4:] in ([], ["rrdbResults"]), f"its forward takes {', '.join(names[1:])}")
+    _expect(step.flow_permutation in _PERMUTATIONS, f"flow_permutation {step.flow_permutation!r}")
+    channels = step.actnorm.bias.numel()
+    kind = step.flow_coupling
+    couplings: list[Coupling] = []
+    if kind == "CondAffineSeparatedAndCond":
+        affine = step.affine
+        _expect(channels % 2 == 0 and affine.channels_for_nn == channels // 2, f"{channels} channels not halved")
+        spec = CouplingSpec("affine", eps=float(affine.affine_eps))
+        couplings.append(AffineInjector(channels, net=_net(affine.fFeatures, "fFeatures", True), spec=spec))
+        couplings.append(Coupling(_net(affine.fAffine, "fAffine", True), *spec))
+    elif kind in ("affine", "additive"):
+        _expect(channels % 2 == 0, f"{channels} channels")
+        couplings.append(Coupling(_net(step.f, "f", kind == "affine"), kind))
+    else:
+        _expect(kind == "noCoupling", f"flow_coupling {kind!r}")
+    modules = tuple(modules_of(step))
+    _expect(all(isinstance(module, nn.Module) for module in modules), f"no {step.flow_permutation}")
+    actnorms = tuple(module for module in step.modules() if hasattr(module, "inited"))
+    return Parts(tuple(couplings), modules, actnorms, kind == "CondAffineSeparatedAndCond")
+
+
+def _expect(condition: bool, found: str) -> None:
+    if not condition:
+        raise UnknownError(found)
+
+
+def _net(net: nn.Module, name: str, is_interleaved: bool) -> SharedNet:
+    layers: list[Any] = list(net.children())
+    known = type(net) is nn.Sequential and len(layers) == 5 and all(type(layers[i]) is nn.ReLU for i in (1, 3))
+    convs = layers[::2]
+    known = known and all(isinstance(conv, nn.Conv2d) for conv in convs)
+    _expect(known, f"{name} is no chain of three convolutions with ReLUs between")
+    for conv, (size,) in zip(convs, KERNEL_SIZES, strict=True):
+        shape = (conv.kernel_size, conv.padding, conv.stride, conv.dilation, conv.groups, conv.padding_mode)
+        expected = ((size, size), (size // 2, size // 2), (1, 1), (1, 1), 1, "zeros")
+        _expect(shape == expected, f"{name} has a convolution with kernel, padding, stride, ... {shape}")
+    for conv in convs[:2]:
+        _expect(
+            (conv.bias is None) == hasattr(conv, "actnorm"), f"{name} has a convolution with bias and actnorm, or none"
+        )
+    last = convs[2]
+    scaled = last.bias is not None and hasattr(last, "logs") and hasattr(last, "logscale_factor")
+    _expect(scaled, f"{name} has no scaled convolution at its end")
+    assert isinstance(net, nn.Sequential)
+    return SharedNet(net, is_interleaved)
+
+
+def _weight(step: Any) -> tuple[Tensor, Tensor]:
+    """W (C, C) and log|det W|."""
+    like: Tensor = step.actnorm.bias
+    if step.flow_permutation != "invconv":
+        order = torch.as_tensor(getattr(step, step.flow_permutation).indices, device=like.device)
+        eye = torch.eye(len(order), dtype=like.dtype, device=like.device)
+        return eye[order.long()], like.new_zeros(())
+    conv = step.invconv
+    if not conv.LU:
+        return conv.weight, torch.linalg.slogdet(conv.weight).logabsdet
+    eye = torch.eye(conv.l.shape[0], dtype=like.dtype, device=like.device)
+    upper = conv.u.triu(1) + torch.diag(conv.sign_s * conv.log_s.exp())
+    return conv.p @ (conv.l.tril(-1) + eye) @ upper, conv.log_s.sum()
+
+
+def channel_map(step: Any) -> ChannelMap:
+    """actnorm and permutation of a step as one map, with the parameters of now."""
+    actnorm = step.actnorm
+    with full_precision(actnorm.bias):
+        weight, log_abs_det = _weight(step)
+        log_scale = actnorm.logs.flatten()
+        matrix, offset = fold_actnorm(weight[None], log_scale[None], actnorm.bias.flatten()[None])
+    return ChannelMap(matrix[0], offset[0], log_scale.sum() + log_abs_det)
+
+
+class Now:
+    """The channel map of one step with the parameters of now, as run_couplings takes it."""
+
+    def __init__(self, own: ChannelMap, n_couplings: int) -> None:
+        size, like = len(own.offset), own.offset
+        eye = torch.eye(size, dtype=like.dtype, device=like.device)
+        nothing = [ChannelMap(eye, torch.zeros_like(like), like.new_zeros(()))]
+        self.maps = [own, *nothing * (n_couplings - 1)]
+        self.nets: list[list[Tensor] | None] = [None] * n_couplings
+
+    @property
+    def inverses(self) -> list[Tensor]:
+        """M^-1 of each map."""
+        return invert_maps(self.maps)

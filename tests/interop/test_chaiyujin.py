@@ -1,0 +1,329 @@
+"""Flow steps of chaiyujin's and SRFlow's kind in place: found by structure, equal, and left where they differ."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench import srflow_peer
+from bench.srflow_peer import FlowStep, FlowUpsamplerNet, randomised
+from pyglow_fast.interop.accelerate import accelerate
+from pyglow_fast.interop.chaiyujin import step as adapter
+
+FEATURES = 3
+CASES: dict[str, dict[str, Any]] = {
+    "affine": {},
+    "additive": {"flow_coupling": "additive"},
+    "lu": {"LU_decomposed": True},
+    "shuffle": {"flow_permutation": "shuffle"},
+    "reverse": {"flow_permutation": "reverse"},
+    "no coupling": {"flow_coupling": "noCoupling"},
+    "features": {"flow_coupling": "CondAffineSeparatedAndCond", "features": FEATURES, "position": "fea_up1"},
+}
+CHANNELS, SIDE = 4, 6
+
+
+@pytest.fixture(autouse=True)
+def _always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours at any size: that small steps are left to theirs is tested by itself."""
+    monkeypatch.setattr(adapter, "LEAST_POSITIONS", 0)
+    monkeypatch.setattr(adapter, "LEAST_WITHOUT_NET", 0)
+
+
+def step_of(name: str, hidden: int = 40, **options: Any) -> FlowStep:
+    found = randomised(FlowStep(CHANNELS, hidden, **{**CASES[name], **options}).double())
+    assert isinstance(found, FlowStep)
+    return found
+
+
+def call_of(step: nn.Module, name: str, n: int = 2) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """x, logdet and what else the step is called with."""
+    x = torch.randn(n, CHANNELS, SIDE, SIDE, dtype=torch.float64)
+    features = torch.randn(n, FEATURES, SIDE, SIDE, dtype=torch.float64)
+    return x, torch.randn(n, dtype=torch.float64), {"rrdbResults": features} if name == "features" else {}
+
+
+def everything(step: nn.Module, x: Tensor, logdet: Tensor, more: dict[str, Any]) -> list[Tensor]:
+    """Outputs, inverse and gradients."""
+    leaf = x.clone().requires_grad_()
+    own = {key: value.clone().requires_grad_() for key, value in more.items()}
+    z, gained = step(leaf, logdet, **own)
+    inputs = [leaf, *own.values(), *step.parameters()]
+    grads = torch.autograd.grad(z.square().sum() + gained.sin().sum(), inputs, allow_unused=True)
+    back, lost = step(z.detach(), gained.detach(), reverse=True, **more)
+    return [z, gained, back, lost, *(grad for grad in grads if grad is not None)]
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(found) == len(expected)
+    for value, other in zip(found, expected, strict=True):
+        assert value.shape == other.shape
+        assert float((value - other).detach().abs().max()) <= 1e-9 * max(1.0, float(other.detach().abs().max()))
+
+
+@pytest.fixture
+def theirs_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each run of their own forward."""
+    calls: list[int] = []
+    own = FlowStep.forward
+
+    def forward(
+        self: FlowStep, input: Tensor, logdet: Any = None, reverse: bool = False, rrdbResults: Any = None
+    ) -> tuple[Tensor, Any]:
+        calls.append(1)
+        return own(self, input, logdet, reverse, rrdbResults)
+
+    monkeypatch.setattr(FlowStep, "forward", forward)
+    return calls
+
+
+@pytest.mark.parametrize("memory", [None, "reversible", "checkpoint", "store"])
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_and_gradients_are_theirs(name: str, memory: str | None, theirs_calls: list[int]) -> None:
+    step = step_of(name)
+    inputs = call_of(step, name)
+    expected = everything(step, *inputs)
+    done = accelerate(step, memory=memory)
+    assert list(done.replaced) == [""]
+    assert isinstance(step, FlowStep)
+    theirs_calls.clear()
+    assert_same(everything(step, *inputs), expected)
+    # With features the widths are such that the library is as fast: theirs runs where no memory is to be saved.
+    assert len(theirs_calls) == (2 if name == "features" and memory is None else 0)
+    done.undo()
+    assert type(step) is FlowStep
+    assert not {"_parts", "_memory"} & vars(step).keys()
+
+
+def test_wide_nets_beside_features_are_ours(theirs_calls: list[int]) -> None:
+    step = step_of("features", hidden=72)
+    inputs = call_of(step, "features")
+    expected = everything(step, *inputs)
+    accelerate(step)
+    theirs_calls.clear()
+    assert_same(everything(step, *inputs), expected)
+    assert not theirs_calls
+
+
+def test_features_by_their_place_in_a_dict() -> None:
+    step = step_of("features", hidden=72)
+    x, logdet, more = call_of(step, "features")
+    by_name = {"fea_up1": more["rrdbResults"], "fea_up2": torch.zeros(1)}
+    expected = step(x, logdet, rrdbResults=by_name)
+    accelerate(step)
+    assert_same(list(step(x, logdet, False, by_name)), list(expected))
+
+
+@pytest.mark.parametrize("name", ["affine", "features", "no coupling"])
+def test_a_fresh_step_starts_from_its_first_batch_as_theirs(name: str) -> None:
+    options = {**CASES[name]}
+    step = FlowStep(CHANNELS, 40, **options).double()
+    other = copy.deepcopy(step)
+    accelerate(step)
+    x, logdet, more = call_of(step, name, n=8)
+    assert_same(list(step(x, logdet, **more)), list(other(x, logdet, **more)))
+    assert step.actnorm.inited
+    for one, two in zip(step.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+    assert_same(list(step(x, logdet, **more)), list(other(x, logdet, **more)))
+
+
+def test_without_a_log_det() -> None:
+    for name in ("no coupling", "additive"):
+        step = step_of(name)
+        x, _, _ = call_of(step, name)
+        expected = step(x), step(x, None, True)
+        accelerate(step)
+        for (z, logdet), (other, _) in zip((step(x), step(x, None, True)), expected, strict=True):
+            assert logdet is None
+            assert_same([z], [other])
+    step = step_of("no coupling")
+    scalar = step(x, 0.0)[1]
+    accelerate(step)
+    assert step(x, 0.0)[1].shape == scalar.shape == ()
+
+
+def test_a_whole_model_in_its_own_loops() -> None:
+    model = randomised(FlowUpsamplerNet(3, 40, 2, 2, FEATURES, n_splits=1).double(), 0.05)
+    assert isinstance(model, FlowUpsamplerNet)
+    x = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    features = [torch.randn(2, FEATURES, side, side, dtype=torch.float64) for side in (8, 4)]
+    results, gradients = [], []
+    for memory in ("none", "reversible"):
+        done = accelerate(model, memory=memory) if memory != "none" else None
+        epses, logdet = model.encode(x, features)
+        model.zero_grad()
+        (epses[-1].square().sum() - logdet.sum()).backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+        image, _ = model.decode([eps.detach() for eps in epses], features)
+        results.append([*epses, logdet, image])
+    assert_same(results[1], results[0])
+    assert_same(gradients[1], gradients[0])
+    assert done is not None
+    assert len(done.replaced) == 8  # two steps without and two with a coupling in each level
+    assert len(done.joined) == 4
+    assert "layers.3.affine" in done.left  # its net, which the library runs as fast
+    assert "memory 'reversible'" in str(done)
+
+
+def test_memory_of_the_nets_is_not_kept() -> None:
+    """What autograd saves of a step, in values for each of x."""
+
+    def saved(step: nn.Module) -> float:
+        found: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if not any(tensor.data_ptr() == parameter.data_ptr() for parameter in step.parameters()):
+                found[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        x, logdet, more = call_of(step, "features", n=16)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            step(x, logdet, **more)
+        return sum(found.values()) / x.numel()
+
+    step = step_of("features", hidden=64)
+    before = saved(step)
+    accelerate(step, memory="reversible")
+    assert before > 80  # four hidden layers of 64 of 4 channels, and more
+    assert saved(step) < 8  # input, output, features
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda step: setattr(step.affine, "affine_eps", "none"), "ValueError"),
+        (lambda step: setattr(step.affine.fAffine, "0", nn.Conv2d(5, 40, 3, stride=2)), "kernel, padding, stride"),
+        (lambda step: setattr(step.affine.fAffine, "1", nn.Tanh()), "no chain of three convolutions with ReLUs"),
+        (lambda step: setattr(step.affine, "channels_for_nn", 1), "4 channels not halved"),
+        (lambda step: setattr(step, "flow_coupling", "bentIdentity"), "flow_coupling 'bentIdentity'"),
+        (lambda step: setattr(step, "flow_permutation", "resqueeze"), "flow_permutation 'resqueeze'"),
+        (lambda step: step.affine.register_forward_hook(lambda *_: None), "hooks on it or in it"),
+        (lambda step: setattr(step, "forward", step.forward), "a forward of its own"),
+    ],
+    ids=["eps", "stride", "tanh", "channels", "coupling", "permutation", "hook", "own forward"],
+)
+def test_what_is_not_known_is_left_with_its_reason(change: Any, reason: str) -> None:
+    step = step_of("features")
+    change(step)
+    done = accelerate(nn.ModuleList([step, step_of("affine")]))
+    assert type(step) is FlowStep
+    assert list(done.replaced) == ["1"]
+    assert reason in done.left["0"]
+
+
+class OtherScale(FlowStep):
+    """The same attributes and call, but another arithmetic: the scale's offset is 1."""
+
+    def _coupled(self, z: Tensor, logdet: Any, reverse: bool, rrdbResults: Any) -> tuple[Tensor, Any]:
+        z1, z2 = z.chunk(2, dim=1)
+        shift, raw = srflow_peer.apart(self.f(z1))
+        scale = torch.sigmoid(raw + 1.0)
+        gained = scale.log().sum((1, 2, 3))
+        if reverse:
+            return torch.cat([z1, z2 / scale - shift], dim=1), logdet - gained
+        return torch.cat([z1, (z2 + shift) * scale], dim=1), logdet + gained
+
+
+class OtherInverse(FlowStep):
+    """As ours forward, and no inverse of it."""
+
+    def forward(
+        self, input: Tensor, logdet: Any = None, reverse: bool = False, rrdbResults: Any = None
+    ) -> tuple[Tensor, Any]:
+        z, logdet = super().forward(input, logdet, reverse, rrdbResults)
+        return (z + 0.01, logdet) if reverse else (z, logdet)
+
+
+class OtherLogDet(FlowStep):
+    """A log-det that is off."""
+
+    def forward(
+        self, input: Tensor, logdet: Any = None, reverse: bool = False, rrdbResults: Any = None
+    ) -> tuple[Tensor, Any]:
+        z, logdet = super().forward(input, logdet, reverse, rrdbResults)
+        return z, logdet + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [(OtherScale, "another output"), (OtherInverse, "another inverse"), (OtherLogDet, "another log-det")],
+)
+def test_another_arithmetic_is_found_by_the_probe(kind: type[FlowStep], reason: str) -> None:
+    step = randomised(kind(CHANNELS, 40).double())
+    state = torch.get_rng_state()
+    done = accelerate(step)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert type(step) is kind
+    assert done.left[""].startswith(reason + " than ours")
+
+
+def test_a_later_change_is_seen(theirs_calls: list[int]) -> None:
+    """Hooks, another net, an input of another dtype, autocast: their own forward, with whatever it does."""
+    step = step_of("affine")
+    x, logdet, _ = call_of(step, "affine")
+    accelerate(step)
+    theirs_calls.clear()
+    seen: list[int] = []
+    handle = step.actnorm.register_forward_hook(lambda *_: seen.append(1))
+    step(x, logdet)
+    assert (len(seen), len(theirs_calls)) == (1, 1)
+    handle.remove()
+    step(x, logdet)
+    assert len(theirs_calls) == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        step(x, logdet)
+    assert len(theirs_calls) == 2
+    step(x.float(), logdet)
+    assert len(theirs_calls) == 3
+    net = srflow_peer.net(CHANNELS // 2, CHANNELS, 40).double()
+    step.f = randomised(net)
+    other = FlowStep(CHANNELS, 40).double()
+    other.load_state_dict(step.state_dict())
+    randomised(other, 0.0)
+    assert_same(list(step(x, logdet)), list(other(x, logdet)))
+
+
+def test_small_batches_are_theirs(monkeypatch: pytest.MonkeyPatch, theirs_calls: list[int]) -> None:
+    monkeypatch.undo()
+    for name, least in (("affine", 1600), ("no coupling", 6400)):
+        step = step_of(name)
+        accelerate(step)
+        for size, expected in ((least - 1, FlowStep), (least, None)):
+            x = torch.randn(1, CHANNELS, 1, size, dtype=torch.float64)
+            assert step._pays(x) == (expected is None)
+
+
+def test_copies_and_pickles_stay_ours() -> None:
+    step = step_of("features", hidden=72)
+    inputs = call_of(step, "features")
+    accelerate(step, memory="reversible")
+    expected = everything(step, *inputs)
+    saved = io.BytesIO()
+    torch.save(step, saved)
+    saved.seek(0)
+    for other in (
+        copy.deepcopy(step),
+        pickle.loads(pickle.dumps(step)),
+        torch.load(saved, weights_only=False),
+    ):
+        assert type(other) is type(step)
+        assert other._parts.are_of(other)
+        assert next(other.parameters()) is not next(step.parameters())
+        assert_same(everything(other, *inputs), expected)
+
+
+def test_the_probe_is_as_wide_as_it_says() -> None:
+    """A difference of a millionth is found in float64."""
+    step = step_of("affine")
+    step.f[4].logscale_factor = 3 * (1 + 1e-6)
+    done = accelerate(step)
+    assert "" in done.replaced  # a factor of its own is known: it is read off
+    assert math.isclose(step._parts.couplings[0].net.net[4].logscale_factor, 3 * (1 + 1e-6))

@@ -1,0 +1,226 @@
+"""Glows with a condition of each level, injectors, transitions, other splits and states between the steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.helpers import assert_close
+from torch import Tensor
+
+import pyglow_fast as pgf
+from pyglow_fast import latents as tools
+from pyglow_fast.reference import gaussian_log_prob
+
+CHANNELS = (2, 3, 1)
+FIELDS: dict[str, Any] = {
+    "image_shape": (3, 16, 8),
+    "n_levels": 3,
+    "n_steps": 2,
+    "hidden": 5,
+    "cond_channels": CHANNELS,
+    "net_actnorm": True,
+    "injector": True,
+    "n_transitions": 1,
+    "n_splits": 1,
+    "split_ratio": 1 / 3,
+    "cond_splits": True,
+    "learn_top": False,
+}
+
+
+def batch(n: int, channels: tuple[int, ...] = CHANNELS) -> tuple[Tensor, list[Tensor]]:
+    x = torch.rand(n, 3, 16, 8, dtype=torch.float64) - 0.5
+    conds = [torch.randn(n, c, 8 >> i, 4 >> i, dtype=torch.float64) for i, c in enumerate(channels)]
+    return x, conds
+
+
+def model_of(memory: str = "reversible", **fields: Any) -> pgf.Glow:
+    torch.manual_seed(1)
+    model = pgf.Glow(pgf.GlowConfig(**{**FIELDS, **fields}), memory=memory).double()
+    model.initialize(*batch(32, tuple(model.config.cond_channels_of(level) for level in range(3))))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def test_shapes() -> None:
+    model = model_of()
+    x, conds = batch(2)
+    latents, log_det = model(x, conds)
+    # 12 channels, of which a third is factored out; 8 are 32 after the squeeze, and 128 after the next one.
+    assert [tuple(z.shape[1:]) for z in latents] == model.latent_shapes == [(4, 8, 4), (128, 2, 1)]
+    assert [shape[0] for shape in model.state_shapes] == [12, 32, 128]
+    assert log_det.shape == (2,)
+    assert [len(level.steps) for level in model.levels] == [3, 3, 3]
+    assert model.prior.mean_log_sd is None
+
+
+def test_encode_decode_noise_and_density_agree() -> None:
+    model = model_of()
+    x, conds = batch(2)
+    as_dict = dict(enumerate(conds))
+    assert_close(model.decode(model.encode(x, conds), as_dict), x, 100.0)
+    noise, log_det = model.to_noise(x, cond=as_dict)
+    again, inverse_log_det = model.from_noise(noise, cond=conds)
+    assert_close(again, x, 100.0)
+    assert_close(inverse_log_det, -log_det, 100.0)
+    zero = torch.zeros((), dtype=torch.float64)
+    density = sum(gaussian_log_prob(eps, zero.expand_as(eps), zero.expand_as(eps)) for eps in noise)
+    assert_close(model.log_prob(x, cond=conds), density + log_det, 100.0)
+    assert model.sample(3, 0.5, cond=[cond[:1].expand(3, -1, -1, -1) for cond in conds]).shape == (3, 3, 16, 8)
+
+
+@pytest.mark.parametrize("memory", ["checkpoint", "reversible"])
+def test_gradients_by_level_are_those_of_stored_activations(memory: str) -> None:
+    def gradients(memory: str) -> list[Tensor]:
+        model = model_of(memory)
+        x, conds = batch(2)
+        leaves = [x.requires_grad_(), *(cond.requires_grad_() for cond in conds)]
+        return list(torch.autograd.grad(-model.log_prob(x, cond=conds).sum(), [*leaves, *model.parameters()]))
+
+    torch.manual_seed(2)
+    for found, expected in zip(gradients(memory), gradients("store"), strict=True):
+        assert_close(found, expected, 100.0)
+
+
+def test_the_condition_of_each_level_matters_from_its_level_on() -> None:
+    model = model_of()
+    x, conds = batch(2)
+    _, states, _ = model.intermediates(x, conds)
+    for level in range(3):
+        changed = [cond + (i == level) for i, cond in enumerate(conds)]
+        _, found, _ = model.intermediates(x, changed)
+        same = [torch.equal(a[-1], b[-1]) for a, b in zip(found, states, strict=True)]
+        assert same == [i < level for i in range(3)]
+
+
+@pytest.mark.parametrize("memory", ["store", "checkpoint", "reversible"])
+def test_intermediates_and_their_gradients(memory: str) -> None:
+    model, x, conds = model_of(memory), *batch(2)
+    latents, states, log_det = model.intermediates(x, conds, at=(0, 1))
+    expected, expected_log_det = model(x, conds)
+    for found, latent in zip(latents, expected, strict=True):
+        assert_close(found, latent, 10.0)
+    assert_close(log_det, expected_log_det, 10.0)
+    assert [[tuple(state.shape[1:]) for state in level] for level in states] == [[s] * 3 for s in model.state_shapes]
+    # By hand: squeeze, then the steps one after another.
+    state = torch.nn.functional.pixel_unshuffle(x, 2)
+    for i, step in enumerate(model.levels[0].steps):
+        state, _ = step(state, conds[0])
+        assert_close(states[0][i], state, 10.0)
+    loss = states[0][0].square().sum() + states[1][1].square().sum()
+    by_hand = state  # of level 0, whose kept channels go on
+    kept, _ = model.splits[0].parts(by_hand)
+    state = torch.nn.functional.pixel_unshuffle(kept, 2)
+    for step in list(model.levels[1].steps)[:2]:
+        state, _ = step(state, conds[1])
+    first = torch.nn.functional.pixel_unshuffle(x, 2)
+    first, _ = model.levels[0].steps[0](first, conds[0])
+    plain = first.square().sum() + state.square().sum()
+    parameters = [parameter for level in model.levels[:2] for parameter in level.parameters()]
+    found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    for one, other in zip(
+        found, torch.autograd.grad(plain, parameters, allow_unused=True, materialize_grads=True), strict=True
+    ):
+        assert_close(one, other, 100.0)
+
+
+def test_one_condition_for_all_levels_may_still_be_given_by_level() -> None:
+    model = model_of(cond_channels=2)
+    x, _ = batch(2)
+    whole = torch.randn(2, 2, 16, 8, dtype=torch.float64)
+    sizes = [shape[1:] for shape in model.state_shapes]
+    by_level = [torch.nn.functional.interpolate(whole, size, mode="area") for size in sizes]
+    assert_close(model.log_prob(x, cond=by_level), model.log_prob(x, cond=whole), 10.0)
+    vector = torch.randn(2, 2, dtype=torch.float64)
+    assert_close(model.log_prob(x, cond=[vector] * 3), model.log_prob(x, cond=vector), 10.0)
+
+
+def test_a_frozen_copy_is_the_same() -> None:
+    model = model_of()
+    x, conds = batch(2)
+    frozen = model.freeze()
+    with torch.no_grad():
+        assert_close(frozen.log_prob(x, cond=conds), model.log_prob(x, cond=conds), 100.0)
+        assert_close(frozen.decode(frozen.encode(x, conds), conds), x, 100.0)
+    with pytest.raises(ValueError, match="model: expected one that is not frozen"):
+        frozen.intermediates(x, conds)
+
+
+def test_the_precision_is_that_of_injectors_too() -> None:
+    model = model_of()
+    model.precision = "bf16"
+    steps = list(model.levels[0].steps)
+    assert [step.injector.precision for step in steps if step.injector is not None] == ["bf16", "bf16"]
+
+
+def test_kept_levels_of_fewer_latents() -> None:
+    model = model_of()
+    x, conds = batch(2)
+    assert_close(tools.keep_levels(model, x, [0, 1], cond=conds), x, 100.0)
+    latents = model.encode(x, conds)
+    found = model.encode(tools.keep_levels(model, x, [1], cond=conds), conds)
+    assert_close(found[1], latents[1], 100.0)
+    _, states, _ = model.intermediates(x, conds)
+    mean, _ = model.splits[0].prior(model.splits[0].parts(states[0][-1])[0], conds[0])
+    assert_close(found[0], mean, 100.0)
+    with pytest.raises(ValueError, match=r"levels: expected numbers in 0\.\.1"):
+        tools.keep_levels(model, x, [2], cond=conds)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c[0], r"cond: expected a list or dict of 3 tensors, one a level, found Tensor"),
+        (lambda c: c[:2], "cond: expected a list or dict of 3 tensors, one a level, found 2"),
+        (lambda c: dict(enumerate(c[:2])), r"cond: expected the keys 0\.\.2, the levels, found \['0', '1'\]"),
+        (lambda c: [*c[:2], None], r"cond\[2\]: expected a tensor with 1 channels, found NoneType"),
+        (lambda c: [c[1], *c[1:]], r"cond\[0\]: expected shape \(2, 2\) or \(2, 2, 8, 4\), found shape \(2, 3, 4, 2\)"),
+        (lambda c: [c[0][..., :2], *c[1:]], r"cond\[0\]: expected shape \(2, 2\) or \(2, 2, 8, 4\)"),
+        (lambda c: [*c[:2], c[2].long()], r"cond\[2\]: expected a floating dtype, found torch\.int64"),
+        (lambda c: [*c[:2], c[2] / 0], r"cond\[2\]: expected finite values, found NaN or inf"),
+        (lambda c: None, "cond: expected a list or dict of 3 tensors, one a level, found NoneType"),
+    ],
+)
+def test_conditions_that_do_not_fit(change: Any, message: str) -> None:
+    model = model_of()
+    x, conds = batch(2)
+    with pytest.raises(ValueError, match=message):
+        model.log_prob(x, cond=change(conds))
+
+
+def test_no_distribution_of_a_condition_of_each_level() -> None:
+    with pytest.raises(ValueError, match="model: expected one with one condition for all levels"):
+        model_of().as_distribution(cond=batch(2)[1][0])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"cond_channels": (2, 3)}, "cond_channels: expected 3 positive ints, one a level, found"),
+        ({"cond_channels": (2, 3, 0)}, "cond_channels: expected 3 positive ints, one a level"),
+        ({"cond_channels": 0}, "injector: expected False, since the model has cond_channels=0, found True"),
+        (
+            {"cond_channels": 0, "injector": False},
+            "cond_splits: expected False, since the model has cond_channels=0, found True",
+        ),
+        ({"n_splits": 3}, r"n_splits: expected None or an int in 0\.\.n_levels - 1 = 2, found 3"),
+        ({"n_splits": -1}, r"n_splits: expected None or an int in 0\.\.n_levels - 1 = 2, found -1"),
+        (
+            {"split_ratio": 0.01},
+            "split_ratio: expected a share that leaves a part of 12 channels on each side, found 0",
+        ),
+        (
+            {"split_ratio": 1.0},
+            "split_ratio: expected a share that leaves a part of 12 channels on each side, found 12",
+        ),
+        ({"n_transitions": -1}, "n_transitions: expected 0 or a positive int, found -1"),
+        ({"injector": 1}, "injector: expected True or False, found 1"),
+    ],
+)
+def test_configs_that_no_model_can_have(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pgf.GlowConfig(**{**FIELDS, **fields})
