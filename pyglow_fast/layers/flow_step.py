@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import check_count, check_input, expect
+from pyglow_fast.coupling_nets.masks import mask_of, positions_of
 from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.actnorm import ActNorm
@@ -75,10 +76,10 @@ def invert_maps(maps: Sequence[ChannelMap]) -> list[Tensor]:
     return list(functional.invert_matrix(torch.stack([channel_map.matrix for channel_map in maps])).unbind())
 
 
-def maps_log_det(maps: Sequence[ChannelMap], x: Tensor) -> Tensor:
-    """P sum log|det M| over the steps, for each of the N samples: (N,)."""
+def maps_log_det(maps: Sequence[ChannelMap], x: Tensor, masked_by: Tensor | None = None) -> Tensor:
+    """P sum log|det M| over the steps, (N,), P all positions or, of a run that is masked by a condition, its own."""
     total = torch.stack([channel_map.log_det for channel_map in maps]).sum()
-    return functional.per_sample(x, total)
+    return functional.per_sample(x, total) if masked_by is None else total * positions_of(masked_by)
 
 
 class Folded(Protocol):
@@ -90,6 +91,14 @@ class Folded(Protocol):
     @property
     def inverses(self) -> list[Tensor]:
         """M^-1 of each step."""
+
+
+def _masked(u: Tensor, kept_half: Tensor | None, masked_by: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A state and the half of it that a net reads, without what a channel map makes of positions that are masked."""
+    if masked_by is None:
+        return u, kept_half
+    u = u * mask_of(masked_by)
+    return u, None if kept_half is None else u[:, : kept_half.shape[1]]
 
 
 def _run_net(
@@ -108,17 +117,20 @@ def run_couplings(
     cond: Tensor | None = None,
     squeeze_first: bool = False,
     budget: str | int | None = None,
+    masked: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """x through steps of one width: between two coupling nets there is one pass over memory, coupling and next mixing.
 
     With squeeze_first, x is (N, C / 2^d, *(2 spatial)) and is squeezed as it is read. With a budget (bytes or "auto")
-    the nets run in chunks, without a record. Returns z (N, C, *spatial) and log_det (N,). The steps must be
-    initialised, but for ActNorms inside their nets.
+    the nets run in chunks, without a record. With masked, x is zero where the first channel of cond is, and z will be.
+    Returns z (N, C, *spatial) and log_det (N,). The steps must be initialised, but for ActNorms inside their nets.
     """
     maps = folded.maps
     kept = maps[0].matrix.shape[0] // 2
     z, kept_half = functional.channel_mix_for_net(x, maps[0].matrix, maps[0].offset, kept, squeeze_first)
-    log_det = maps_log_det(maps, z)
+    masked_by = cond if masked else None
+    z, kept_half = _masked(z, kept_half, masked_by)
+    log_det = maps_log_det(maps, z, masked_by)
     for coupling, weights, following in zip(couplings, folded.nets, [*maps[1:], None], strict=True):
         net_out = _run_net(coupling, weights, kept_half, cond, budget)
         spec = coupling.spec
@@ -128,6 +140,7 @@ def run_couplings(
             z, kept_half, step_log_det = functional.coupling_mix_for_net(
                 z, net_out, following.matrix, following.offset, spec, kept
             )
+            z, kept_half = _masked(z, kept_half, masked_by)
         log_det = log_det + step_log_det
     return z, log_det
 
@@ -138,9 +151,11 @@ def run_couplings_inverse(
     z: Tensor,
     cond: Tensor | None = None,
     budget: str | int | None = None,
+    masked: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The inverse of :func:`run_couplings`: one pass a step besides its net."""
-    log_det = -maps_log_det(folded.maps, z)
+    masked_by = cond if masked else None
+    log_det = -maps_log_det(folded.maps, z, masked_by)
     steps = zip(couplings, folded.nets, folded.maps, folded.inverses, strict=True)
     for coupling, weights, channel_map, inverse_matrix in reversed(list(steps)):
         kept_half, spec = coupling.kept_half(z), coupling.spec
@@ -150,6 +165,7 @@ def run_couplings_inverse(
             else coupling.runner(budget).run(kept_half, cond, weights)
         )
         z, step_log_det = functional.coupling_mix_inverse(z, net_out, inverse_matrix, channel_map.offset, spec)
+        z, _ = _masked(z, None, masked_by)
         log_det = log_det + step_log_det
     return z, log_det
 

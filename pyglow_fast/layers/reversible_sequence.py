@@ -58,15 +58,19 @@ def run_recomputing(
     x: Tensor,
     cond: Tensor | None = None,
     squeeze_first: bool = False,
+    masked: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """x through K steps, a channel map (stacked: (K, C, C), (K, C), (K,)) and a coupling each, to be recomputed."""
+    """x through K steps, a channel map (stacked: (K, C, C), (K, C), (K,)) and a coupling each, to be recomputed.
+
+    masked: see run_couplings.
+    """
     counts = [part.end - part.first for part in whole.parts]
     matrices, offsets, map_log_dets = (part.split(counts) for part in maps)
     kept = maps.matrix.shape[-1] // 2
     z, total = x, x.new_zeros(x.shape[0])
     for i, part in enumerate(whole.parts):
         own = slice(part.first, part.end)
-        chain = Chain(runners[own], specs[own], kept, squeeze_first and part.first == 0, part)
+        chain = Chain(runners[own], specs[own], kept, squeeze_first and part.first == 0, part, masked)
         z, log_det = run_chain(chain, z, cond, matrices[i], offsets[i], map_log_dets[i].sum())
         total = log_det if i == 0 else total + log_det
     return z, total
