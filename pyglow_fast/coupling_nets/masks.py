@@ -29,9 +29,15 @@ def check_mask(mask: Tensor, x: Tensor) -> Tensor:
     expected = (x.shape[0], 1, *x.shape[2:])
     expect(tuple(mask.shape) == expected, "mask", f"shape {expected}", f"shape {tuple(mask.shape)}")
     expect(mask.device == x.device, "mask", f"device {x.device}", mask.device)
-    if mask.dtype != torch.bool and can_read(mask):
-        expect(bool(((mask == 0) | (mask == 1)).all()), "mask", "values 0 and 1", "others")
+    expect(is_mask(mask, x), "mask", "values 0 and 1", "others")
     return mask.detach().to(x.dtype)
+
+
+def is_mask(mask: Tensor, x: Tensor) -> bool:
+    """Whether it is a mask for x; its values are looked at where that takes no pause."""
+    if tuple(mask.shape) != (x.shape[0], 1, *x.shape[2:]) or mask.device != x.device:
+        return False
+    return mask.dtype == torch.bool or not can_read(mask) or bool(((mask == 0) | (mask == 1)).all())
 
 
 def without_padding(x: Tensor, mask: Tensor) -> Tensor:
