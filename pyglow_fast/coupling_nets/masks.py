@@ -18,9 +18,9 @@ from pyglow_fast.coupling_nets.traits import bytes_per_position, halo_of, is_det
 
 # Samples run together while the shortest has this part of the positions of the longest at least: the rest is computed
 # for nothing. More groups would compute less, but a net's calls have a price of their own.
-ALIKE = 0.9
+ALIKE = 0.8
 
-MaskedCall = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]  # (x, cond, mask) -> output
+MaskedCall = Callable[..., Tensor]  # (x, cond or None, mask or None) -> output
 
 
 def check_mask(mask: Tensor, x: Tensor) -> Tensor:
@@ -92,11 +92,26 @@ def run_by_length(call: MaskedCall, x: Tensor, cond: Tensor | None, mask: Tensor
     outputs = []
     for group in groups:
         samples, end = torch.tensor(group), ends[group[0]]
-        own = None if cond is None else cond[samples] if cond.shape[2] == 1 else cond[samples, :, :end]
-        out = call(x[samples, :, :end], own, mask[samples, :, :end])
-        outputs.append(F.pad(out, (0, total - end)))
+        inputs = (None if part is None else part[:, :, :end].index_select(0, samples) for part in (x, cond, mask))
+        outputs.append(F.pad(call(*inputs), (0, total - end)))
     order = torch.tensor([sample for group in groups for sample in group])
-    return torch.cat(outputs)[order.argsort()]
+    return torch.cat(outputs).index_select(0, order.argsort())
+
+
+def run_sorted(
+    call: Callable[..., tuple[Tensor, Tensor]], x: Tensor, cond: Tensor | None, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """call(x, cond, mask) of the samples by length, so that chunks of them have little padding; in their order again.
+
+    ``call`` gives two tensors (N, ...).
+    """
+    ends = lengths(mask) if can_read(mask) and mask.numel() else []
+    if len(set(ends)) < 2 or ends == sorted(ends, reverse=True):
+        return call(x, cond, mask)
+    order = torch.tensor(sorted(range(len(ends)), key=lambda i: -ends[i]))
+    one, other = call(*(None if part is None else part.index_select(0, order) for part in (x, cond, mask)))
+    back = order.argsort()
+    return one.index_select(0, back), other.index_select(0, back)
 
 
 class MaskedNet(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyglow_fast import reference
 from pyglow_fast._errors import check_count, check_input, expect
-from pyglow_fast.coupling_nets.masks import MaskedNet, check_mask, without_padding
+from pyglow_fast.coupling_nets.masks import MaskedNet, check_mask, run_sorted, without_padding
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.flow_step import (
     FlowStep,
@@ -126,15 +126,20 @@ class MaskedSequence(ReversibleSequence):
         steps, mask = self._checked("x", x, cond, mask)
         if self.training and not self._is_initialized():
             self._initialize_masked(steps, x, cond, mask)
-        couplings, extra, x = _couplings(steps, cond), masked_condition(mask, cond), without_padding(x, mask)
+        couplings = _couplings(steps, cond)
         specs = [coupling.spec for coupling in couplings]
-        if self._records(x, cond) and self.memory != "store":
+
+        def run(x: Tensor, cond: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
+            extra, recomputes = masked_condition(mask, cond), self._records(x, cond) and self.memory != "store"
+            if not recomputes:
+                folded, budget = self._folded(steps), self._budget()
+                return run_couplings(couplings, folded, x, extra, budget=budget, masked=True)
             self._cache.clear()
             runners = [coupling.runner(self.memory_budget) for coupling in couplings]
             whole = self._pass(x, [sum(parameter.nbytes for parameter in runner.params) for runner in runners])
-            z, log_det = run_recomputing(runners, specs, fold_in_one(steps), whole, x, extra, masked=True)
-        else:
-            z, log_det = run_couplings(couplings, self._folded(steps), x, extra, budget=self._budget(), masked=True)
+            return run_recomputing(runners, specs, fold_in_one(steps), whole, x, extra, masked=True)
+
+        z, log_det = run_sorted(run, without_padding(x, mask), cond, mask)
         return without_padding(z, mask), log_det - log_scale_of_padding(specs, mask, x.shape[1] // 2)
 
     def inverse(self, z: Tensor, cond: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -142,11 +147,14 @@ class MaskedSequence(ReversibleSequence):
         if mask is None:
             return super().inverse(z, cond)
         steps, mask = self._checked("z", z, cond, mask)
-        couplings, extra, z = _couplings(steps, cond), masked_condition(mask, cond), without_padding(z, mask)
+        couplings = _couplings(steps, cond)
         specs = [coupling.spec for coupling in couplings]
-        x, log_det = run_couplings_inverse(
-            couplings, self._folded(steps), z, extra, budget=self._budget(), masked=True
-        )
+
+        def run(z: Tensor, cond: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
+            folded, extra, budget = self._folded(steps), masked_condition(mask, cond), self._budget()
+            return run_couplings_inverse(couplings, folded, z, extra, budget=budget, masked=True)
+
+        x, log_det = run_sorted(run, without_padding(z, mask), cond, mask)
         return without_padding(x, mask), log_det + log_scale_of_padding(specs, mask, z.shape[1] // 2)
 
     def initialize(self, x: Tensor, cond: Tensor | None = None, mask: Tensor | None = None) -> Tensor:

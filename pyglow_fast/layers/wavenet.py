@@ -22,7 +22,7 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, h: Tensor) -> Tensor:
-        a, b = h.chunk(2, dim=1)
+        a, b = h.chunk(2, dim=-1)
         tanh, sigmoid = a.tanh(), b.sigmoid()
         ctx.save_for_backward(tanh, sigmoid)
         return tanh * sigmoid
@@ -32,11 +32,8 @@ class _Gate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor]:
         """s (1 - t^2) grad and t s (1 - s) grad, side by side."""
         tanh, sigmoid = ctx.saved_tensors
-        last = grad.dim() == 4 and grad.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.channels_last if last else torch.contiguous_format
-        shape = (grad.shape[0], 2 * grad.shape[1], *grad.shape[2:])
-        grad_h = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
-        of_tanh, of_sigmoid = grad_h.chunk(2, dim=1)
+        grad_h = grad.new_empty(*grad.shape[:-1], 2 * grad.shape[-1])
+        of_tanh, of_sigmoid = grad_h.chunk(2, dim=-1)
         scaled = grad * sigmoid
         torch.addcmul(scaled, scaled, tanh.square(), value=-1.0, out=of_tanh)
         scaled *= tanh
@@ -45,9 +42,9 @@ class _Gate(torch.autograd.Function):
 
 
 def gated(h: Tensor) -> Tensor:
-    """tanh(a) sigmoid(b), a and b the first and second half of the channels of h: (N, 2 C, ...) -> (N, C, ...)."""
+    """tanh(a) sigmoid(b), a and b the first and second half of the channels of h: (N, T, 2 C) -> (N, T, C)."""
     if torch.compiler.is_compiling() or has_transforms() or not ops.run_on(h):
-        a, b = h.chunk(2, dim=1)
+        a, b = h.chunk(2, dim=-1)
         return a.tanh() * b.sigmoid()
     out: Tensor = apply(_Gate, h)
     return out
@@ -60,11 +57,19 @@ class Conv(NamedTuple):
     bias: Tensor | None
     dilation: int = 1
 
+    def laid_out(self) -> Conv:
+        """The same with a weight (C_out, C_in[, 1, size]) in memory as :meth:`of` reads it, once for all its calls."""
+        if self.weight.shape[2] == 1:
+            return self._replace(weight=self.weight.squeeze(2))
+        return self._replace(weight=self.weight.unsqueeze(2).contiguous(memory_format=torch.channels_last))
+
     def of(self, x: Tensor) -> Tensor:
-        """Of x (N, C_in, 1, T)."""
-        padding = self.dilation * (self.weight.shape[2] // 2)
-        weight = self.weight.unsqueeze(2)
-        return F.conv2d(x, weight, self.bias, padding=(0, padding), dilation=(1, self.dilation))
+        """Of x (N, T, C_in): (N, T, C_out), which for torch is an image with its channels last, of one row."""
+        if self.weight.dim() == 2:
+            return F.linear(x, self.weight, self.bias)
+        padding, dilation = (0, self.dilation * (self.weight.shape[3] // 2)), (1, self.dilation)
+        image = x.transpose(1, 2).unsqueeze(2)
+        return F.conv2d(image, self.weight, self.bias, padding=padding, dilation=dilation).squeeze(2).transpose(1, 2)
 
 
 class WaveNetParts(NamedTuple):
@@ -76,14 +81,19 @@ class WaveNetParts(NamedTuple):
     start: Conv | None = None  # of size 1, to H channels
     end: Conv | None = None  # of size 1
 
+    def laid_out(self) -> WaveNetParts:
+        """The same, of convolutions that are."""
+        around = (None if conv is None else conv.laid_out() for conv in (self.cond, self.start, self.end))
+        return WaveNetParts([conv.laid_out() for conv in self.dilated], [conv.laid_out() for conv in self.mixing], *around)
+
 
 def run_wavenet(
     parts: WaveNetParts, x: Tensor, cond: Tensor | None, mask: Tensor | None, dropout: float = 0.0
 ) -> Tensor:
-    """end(m sum_l skip_l), h_0 = m start(x), (residual_l, skip_l) = mix_l(gate(dropout(conv_l(h_l)) + cond_l)).
+    """m end(sum_l skip_l), h_0 = m start(x), (residual_l, skip_l) = mix_l(gate(dropout(conv_l(h_l)) + cond_l)).
 
-    h_(l+1) = m (h_l + residual_l); gate(a, b) = tanh(a) sigmoid(b). The convolutions run with channels last, which
-    torch's are faster in, on samples of like lengths together.
+    h_(l+1) = m (h_l + residual_l); gate(a, b) = tanh(a) sigmoid(b). All of it runs with the channels last, where
+    torch's convolutions are faster and those of size 1 are one product, on samples of like lengths together.
 
     Args:
         parts: the convolutions.
@@ -93,26 +103,21 @@ def run_wavenet(
         dropout: probability that a value in front of the gate becomes zero; 0 outside of training.
 
     Returns:
-        (N, C_out, T); without ``end`` zero where the mask is.
+        (N, C_out, T), zero where the mask is.
     """
-    out = run_by_length(partial(_run, parts, dropout), x, cond, mask)
-    if parts.end is None:
-        return out
-    # Behind the cuts, so that a position without a sample gets the bias, as it does where nothing is cut.
-    found: Tensor = F.conv1d(out, parts.end.weight, parts.end.bias)
-    return found
+    return run_by_length(partial(_run, parts.laid_out(), dropout), x, cond, mask)
 
 
 def _run(parts: WaveNetParts, dropout: float, x: Tensor, cond: Tensor | None, mask: Tensor | None) -> Tensor:
-    h = x.unsqueeze(2).contiguous(memory_format=torch.channels_last)
-    m = None if mask is None else mask.unsqueeze(2)
+    h = x.transpose(1, 2).contiguous()
+    m = None if mask is None else mask.transpose(1, 2)
 
     def masked(value: Tensor) -> Tensor:
         return value if m is None else value * m
 
     if parts.start is not None:
         h = masked(parts.start.of(h))
-    given = None if cond is None or parts.cond is None else parts.cond.of(cond.unsqueeze(2))
+    given = None if cond is None or parts.cond is None else parts.cond.of(cond.transpose(1, 2))
     skips: Tensor | None = None
     layers = list(zip(parts.dilated, parts.mixing, strict=True))
     for layer, (dilated, mixing) in enumerate(layers):
@@ -120,14 +125,15 @@ def _run(parts: WaveNetParts, dropout: float, x: Tensor, cond: Tensor | None, ma
         if dropout:
             before = F.dropout(before, dropout)
         if given is not None:
-            before = before + given.narrow(1, layer * before.shape[1], before.shape[1])
+            before = before + given.narrow(2, layer * before.shape[2], before.shape[2])
         mixed = mixing.of(gated(before))
         if layer + 1 < len(layers):
-            residual, mixed = mixed.chunk(2, dim=1)
+            residual, mixed = mixed.chunk(2, dim=2)
             h = masked(h + residual)
         skips = mixed if skips is None else skips + mixed
     assert skips is not None  # there is a layer
-    return masked(skips).squeeze(2)
+    out = masked(skips)
+    return (out if parts.end is None else masked(parts.end.of(out))).transpose(1, 2)
 
 
 def wavenet_halo(kernel_size: int, dilations: Sequence[int]) -> int:
@@ -145,7 +151,7 @@ def wavenet_bytes(hidden: int, layers: int, edges: int, dropout: bool, element_s
 
 
 class WaveNet(nn.Module):
-    """end(m sum_l skip_l), h_0 = m start(x), (residual_l, skip_l) = mix_l(gate(dropout(conv_l(h_l)) + cond_l)).
+    """m end(sum_l skip_l), h_0 = m start(x), (residual_l, skip_l) = mix_l(gate(dropout(conv_l(h_l)) + cond_l)).
 
     h_(l+1) = m (h_l + residual_l), gate(a, b) = tanh(a) sigmoid(b), m the mask; conv_l is of size ``kernel_size`` and
     dilation dilation_rate^l, padded by zeros to keep the length, start, mix_l and end are of size 1, and cond_l is one
@@ -163,8 +169,8 @@ class WaveNet(nn.Module):
         dropout: probability, in training.
 
     Shapes: x (N, in_channels, T); cond (N, cond_channels, T), or (N, cond_channels, 1) for the same at all positions;
-    mask (N, 1, T), 1 where there is a sample and 0 behind it, or None for ones; output (N, out_channels, T). Where
-    the mask is zero x must be (or finite, it is multiplied), and the output means nothing.
+    mask (N, 1, T), 1 where there is a sample and 0 behind it, or None for ones; output (N, out_channels, T), zero where
+    the mask is, if x is finite there.
 
     Raises:
         ValueError: an even kernel size, wrong numbers; an input of another shape, dtype or device.

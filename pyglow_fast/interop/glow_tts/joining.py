@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast._errors import can_read
-from pyglow_fast.coupling_nets.masks import MaskedNet, without_padding
+from pyglow_fast.coupling_nets.masks import MaskedNet, run_sorted, without_padding
 from pyglow_fast.interop.glow_tts.layers import BlockNet, CouplingBlock, InvConvNear, runs_on, spec_of
 from pyglow_fast.interop.glow_tts.probe import actnorm_fault
 from pyglow_fast.interop.glow_tts.structure import has_only_weight_norm, watched
@@ -42,9 +42,12 @@ class DecoderRun(Face):
 
         def joined() -> tuple[Tensor, Tensor | None]:
             mask = x.new_ones(x.shape[0], 1, x.shape[2]) if x_mask is None else x_mask.to(x.dtype)
-            extra = masked_condition(mask, g)
             run = self.run.inverse if reverse else self.run.forward
-            z, log_det = run(without_padding(x, mask), extra)
+
+            def masked(x: Tensor, g: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
+                return run(x, masked_condition(mask, g))
+
+            z, log_det = run_sorted(masked, without_padding(x, mask), g, mask)
             specs = [step.spec for step in self.run.steps]
             log_det = log_det - log_scale_of_padding(specs, mask, x.shape[1] // 2)
             return without_padding(z, mask), None if reverse else log_det
