@@ -93,12 +93,12 @@ class Folded(Protocol):
         """M^-1 of each step."""
 
 
-def _masked(u: Tensor, kept_half: Tensor | None, masked_by: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _masked(u: Tensor, kept_half: Tensor, masked_by: Tensor | None) -> tuple[Tensor, Tensor]:
     """A state and the half of it that a net reads, without what a channel map makes of positions that are masked."""
     if masked_by is None:
         return u, kept_half
     u = u * mask_of(masked_by)
-    return u, None if kept_half is None else u[:, : kept_half.shape[1]]
+    return u, u[:, : kept_half.shape[1]]
 
 
 def _run_net(
@@ -165,7 +165,7 @@ def run_couplings_inverse(
             else coupling.runner(budget).run(kept_half, cond, weights)
         )
         z, step_log_det = functional.coupling_mix_inverse(z, net_out, inverse_matrix, channel_map.offset, spec)
-        z, _ = _masked(z, None, masked_by)
+        z = z if masked_by is None else z * mask_of(masked_by)
         log_det = log_det + step_log_det
     return z, log_det
 

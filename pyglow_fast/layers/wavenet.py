@@ -84,7 +84,9 @@ class WaveNetParts(NamedTuple):
     def laid_out(self) -> WaveNetParts:
         """The same, of convolutions that are."""
         around = (None if conv is None else conv.laid_out() for conv in (self.cond, self.start, self.end))
-        return WaveNetParts([conv.laid_out() for conv in self.dilated], [conv.laid_out() for conv in self.mixing], *around)
+        return WaveNetParts(
+            [conv.laid_out() for conv in self.dilated], [conv.laid_out() for conv in self.mixing], *around
+        )
 
 
 def run_wavenet(

@@ -20,6 +20,7 @@ CouplingBlock) are joined, and there it is folded into the convolution.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import cast
 
 from torch import nn
 
@@ -37,12 +38,11 @@ def finds(model: nn.Module) -> bool:
 def adopt(model: nn.Module) -> list[str]:
     """Make the layers of Glow-TTS in a model ours, in place, and return their names (the model's own is "")."""
     found = [(name, module) for name, module in model.named_modules() if kind_of(module) is not None]
-    fitting = [(name, module) for name, module in found if not fault(module)]
-    for _, module in fitting:
-        kind = kind_of(module)
+    fitting = [(name, module, kind_of(module)) for name, module in found if not fault(module)]
+    for _, module, kind in fitting:
         assert kind is not None  # asked above
         module.__class__ = stand_in(kind, type(module))
-    return [name for name, _ in fitting]
+    return [name for name, _, _ in fitting]
 
 
 def left(model: nn.Module) -> dict[str, str]:
@@ -55,5 +55,6 @@ def release(model: nn.Module, only: Collection[nn.Module] | None = None) -> list
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, StandIn)]
     chosen = [(name, module) for name, module in found if only is None or module in only]
     for _, module in chosen:
-        module.__class__ = module._theirs
+        theirs: type[nn.Module] = module._theirs
+        cast(nn.Module, module).__class__ = theirs
     return [name for name, _ in chosen]

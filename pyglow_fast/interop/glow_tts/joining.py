@@ -13,7 +13,7 @@ from pyglow_fast._errors import can_read
 from pyglow_fast.coupling_nets.masks import MaskedNet, run_sorted, without_padding
 from pyglow_fast.interop.glow_tts.layers import BlockNet, CouplingBlock, InvConvNear, runs_on, spec_of
 from pyglow_fast.interop.glow_tts.probe import actnorm_fault
-from pyglow_fast.interop.glow_tts.structure import has_only_weight_norm, watched
+from pyglow_fast.interop.glow_tts.structure import coupling_fault, watched
 from pyglow_fast.interop.joined import ChangedError, Face, JoinedRun, JoinedStep, Place
 from pyglow_fast.layers.flow_step import ChannelMap
 from pyglow_fast.layers.grouped_conv import spread_over_groups
@@ -87,8 +87,10 @@ def _fault(layers: Sequence[nn.Module]) -> str:
     """Say why layers are not a step as they are now; nothing if they are."""
     if len(layers) != 3 or not isinstance(layers[1], InvConvNear) or not isinstance(layers[2], CouplingBlock):
         return "not an actnorm, a convolution in groups and a coupling of ours, in this order"
-    if any(map(watched, layers)) or not has_only_weight_norm(layers[2]):
+    if any(map(watched, layers)):
         return "hooks on one of its layers"
+    if found := coupling_fault(layers[2]):
+        return found
     if getattr(layers[1], "no_jacobian", False):
         return "a convolution without its log-det (no_jacobian)"
     return ""
@@ -116,7 +118,8 @@ def _place(layers: Sequence[Any]) -> Place:
         return Place(layers, reason=reason)
     actnorm, _, coupling = layers
     net, spec = BlockNet(coupling), spec_of(coupling)
-    return Place(layers, actnorm.logs.shape[1], JoinedStep(MaskedNet(net), spec, partial(_channel_map, layers, net, spec)))
+    step = JoinedStep(MaskedNet(net), spec, partial(_channel_map, layers, net, spec))
+    return Place(layers, actnorm.logs.shape[1], step)
 
 
 def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str) -> list[Place]:

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._derivatives import has_transforms
+from pyglow_fast._errors import can_read
 from pyglow_fast.coupling_nets.masks import MaskedNet, is_mask, positions_of, without_padding
 from pyglow_fast.interop.glow_tts.structure import (
+    coupling_fault,
     dropout_probability,
-    has_only_weight_norm,
+    wavenet_fault,
     wavenet_parts,
 )
 from pyglow_fast.layers.grouped_conv import spread_over_groups
@@ -68,7 +70,7 @@ def runs_on(module: nn.Module, x: Any, mask: Any, g: Any = None) -> bool:
         return False
     if x.dtype not in (torch.float32, torch.float64) or torch.nn.modules.module._has_any_global_hook():
         return False
-    if g is not None and (g.dim() != 3 or g.shape[2] != 1) or has_transforms():
+    if (g is not None and (g.dim() != 3 or g.shape[2] != 1)) or has_transforms():
         return False
     return mask is None or (not mask.requires_grad and is_mask(mask, x))
 
@@ -78,10 +80,12 @@ class WN(StandIn):
 
     def forward(self, x: Tensor, x_mask: Tensor | None = None, g: Tensor | None = None, **kwargs: Any) -> Tensor:
         """x (N, H, T), x_mask (N, 1, T), g (N, C_c, 1) -> (N, H, T)."""
-        if not runs_on(self, x, x_mask, g) or not has_only_weight_norm(self):
+        fits = runs_on(self, x, x_mask, g) and not wavenet_fault(self)
+        mask = x_mask.to(x.dtype) if fits and x_mask is not None else None
+        # What x has behind the end of a sample, which its first layer would see in theirs, is cut off in ours.
+        if not fits or (mask is not None and can_read(x) and bool(((x != 0) & (mask == 0)).any())):
             out: Tensor = self._alone(x, x_mask, g, **kwargs)
             return out
-        mask = None if x_mask is None else x_mask.to(x.dtype)
         return run_wavenet(wavenet_parts(self), x, g, mask, dropout_probability(self))
 
 
@@ -97,7 +101,7 @@ class InvConvNear(StandIn):
         """x (N, C, T) -> z, log_det (N,), or None if reverse."""
         own: Any = self
         if not runs_on(self, x, x_mask) or getattr(own, "no_jacobian", False):
-            return self._alone(x, x_mask, reverse=reverse, **kwargs)  # type: ignore[no-any-return]
+            return self._alone(x, x_mask, reverse=reverse, **kwargs)
         mask = None if x_mask is None else x_mask.to(x.dtype)
         weight = own.weight
         if reverse:
@@ -166,8 +170,8 @@ class CouplingBlock(StandIn):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """x (N, C, T), x_mask (N, 1, T), g (N, C_c, 1) -> z, log_det (N,), or None if reverse."""
-        if not runs_on(self, x, x_mask, g) or not has_only_weight_norm(self):
-            return self._alone(x, x_mask, reverse=reverse, g=g, **kwargs)  # type: ignore[no-any-return]
+        if not runs_on(self, x, x_mask, g) or coupling_fault(self):
+            return self._alone(x, x_mask, reverse=reverse, g=g, **kwargs)
         mask = x.new_ones(x.shape[0], 1, x.shape[2]) if x_mask is None else x_mask.to(x.dtype)
         net, spec, half = MaskedNet(BlockNet(self)), spec_of(self), x.shape[1] // 2
         # Theirs leaves the first half as it is; the second it masks.
@@ -176,4 +180,3 @@ class CouplingBlock(StandIn):
         if x_mask is not None:
             z = torch.cat([z[:, :half], without_padding(z[:, half:], mask)], dim=1)
         return z, None if reverse else log_det - log_scale_of_padding([spec], mask, half)
-

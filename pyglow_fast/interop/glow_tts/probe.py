@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pyglow_fast.interop.glow_tts.layers import WN, CouplingBlock, InvConvNear, StandIn, stand_in
 from pyglow_fast.interop.glow_tts.structure import (
+    coupling_fault,
     looks_like_actnorm,
     looks_like_coupling,
     looks_like_inv_conv,
@@ -42,12 +43,11 @@ def fault(module: nn.Module) -> str:
     if watched(module):
         return "hooks on it, or a forward of its own"
     try:
-        if ours is not InvConvNear:
-            found = wavenet_fault(module if ours is WN else module.wn)  # type: ignore[arg-type]
-            if found:
-                return found
+        found = {WN: wavenet_fault, CouplingBlock: coupling_fault}.get(ours, lambda module: "")(module)
+        if found:
+            return found
         theirs = _twin(module)
-        mine = copy.deepcopy(theirs)
+        mine = _twin(module)
         mine.__class__ = stand_in(ours, type(theirs))
         return _difference(theirs, mine, _calls(module, ours))
     except Exception as error:  # whatever a module of a foreign class may do
@@ -73,13 +73,15 @@ def actnorm_fault(module: nn.Module) -> str:
 def _twin(module: nn.Module) -> nn.Module:
     """A copy in float64 and evaluation mode with random parameters."""
     generator = torch.Generator().manual_seed(0)
-    twin = copy.deepcopy(module).to("cpu", torch.float64).eval()
+    # Torch's older weight norm leaves its result on the module, of which there are no deep copies: it is made again.
+    computed = [value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor)]
+    twin = copy.deepcopy(module, {id(value): value.detach() for value in computed}).to("cpu", torch.float64).eval()
     for parameter in twin.parameters():
         drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         fan_in = max(1, parameter[0].numel()) if parameter.dim() > 1 else 4
         parameter.copy_(drawn / fan_in**0.5)
         if looks_like_inv_conv(twin) and parameter.dim() == 2:
-            parameter += 3 * torch.eye(len(parameter), dtype=torch.float64)  # well away from singular, det > 0
+            parameter.add_(torch.eye(len(parameter), dtype=torch.float64), alpha=3.0)  # far from singular, det > 0
     if hasattr(twin, "initialized"):
         twin.initialized = True  # type: ignore[assignment]
     return twin
@@ -158,4 +160,3 @@ def _alike(one: Any, other: Any) -> bool:
         return False
     tolerance = TOLERANCE if one.dtype == torch.float64 else 1e-5
     return float((one - other).abs().max()) <= tolerance * max(1.0, float(one.abs().max()))
-

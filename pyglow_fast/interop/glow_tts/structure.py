@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.weight_norm import WeightNorm
 
 from pyglow_fast.coupling_nets.traits import has_hooks
@@ -46,7 +48,7 @@ def looks_like_coupling(module: nn.Module) -> bool:
 
 def dropout_of(wavenet: nn.Module) -> nn.Dropout | None:
     """Its dropout, if it has just one."""
-    found = [child for child in wavenet.children() if isinstance(child, nn.Dropout)]
+    found = [child for child in wavenet.children() if type(child) is nn.Dropout]
     return found[0] if len(found) == 1 else None
 
 
@@ -70,11 +72,13 @@ def _keeps_length(conv: Any, before: int, after: int) -> bool:
     return size % 2 == 1 and conv.stride == (1,) and conv.groups == 1 and pads
 
 
-def has_only_weight_norm(module: nn.Module) -> bool:
+def _has_only_weight_norm(module: nn.Module) -> bool:
     """Whether nothing runs around its convolutions or in them but weight norms, old or new."""
     for part in module.modules():
         others = part._forward_hooks or part._backward_hooks or part._backward_pre_hooks
         if others or not _normalised(part) or "forward" in vars(part):
+            return False
+        if isinstance(part, ParametrizationList) and not all(isinstance(item, _WeightNorm) for item in part):
             return False
     return True
 
@@ -92,9 +96,21 @@ def wavenet_fault(module: nn.Module) -> str:
     for conv, (before, after) in zip(convs, widths, strict=True):
         if not _keeps_length(conv, before, after):
             return f"{type(conv).__name__}({conv.extra_repr()}) where a WaveNet has another convolution"
-    if not has_only_weight_norm(module):
-        return "hooks in it, which would not be called"
+    if not _has_only_weight_norm(module):
+        return "hooks in it, or parametrizations that are no weight norm"
     return ""
+
+
+def coupling_fault(module: nn.Module) -> str:
+    """Say what of a coupling is not as ours; nothing if all is."""
+    own: Any = module
+    start, end = own.start, own.end
+    if found := wavenet_fault(own.wn):
+        return found
+    half, hidden = getattr(start, "in_channels", 0), own.wn.in_layers[0].in_channels
+    if not _keeps_length(start, half, hidden) or not _keeps_length(end, hidden, 2 * half):
+        return "other layers around its WaveNet than Glow-TTS's"
+    return "" if _has_only_weight_norm(module) else "hooks in it, or parametrizations that are no weight norm"
 
 
 def conv_parts(conv: Any) -> Conv:
