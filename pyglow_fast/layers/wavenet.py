@@ -18,26 +18,25 @@ from pyglow_fast.coupling_nets.masks import run_by_length
 
 
 class _Gate(torch.autograd.Function):
-    """tanh(a) sigmoid(b) of the halves of h, which keeps its two factors for the backward and nothing else."""
+    """t s = tanh(a) sigmoid(b) of the halves of h, which keeps the factors and the result, and not h."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor) -> Tensor:
         a, b = h.chunk(2, dim=-1)
         tanh, sigmoid = a.tanh(), b.sigmoid()
-        ctx.save_for_backward(tanh, sigmoid)
-        return tanh * sigmoid
+        out = tanh * sigmoid
+        ctx.save_for_backward(tanh, sigmoid, out)
+        return out
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor]:
-        """s (1 - t^2) grad and t s (1 - s) grad, side by side."""
-        tanh, sigmoid = ctx.saved_tensors
+        """(s - t (t s)) grad and (t s - (t s) s) grad, side by side."""
+        tanh, sigmoid, out = ctx.saved_tensors
         grad_h = grad.new_empty(*grad.shape[:-1], 2 * grad.shape[-1])
         of_tanh, of_sigmoid = grad_h.chunk(2, dim=-1)
-        scaled = grad * sigmoid
-        torch.addcmul(scaled, scaled, tanh.square(), value=-1.0, out=of_tanh)
-        scaled *= tanh
-        torch.addcmul(scaled, scaled, sigmoid, value=-1.0, out=of_sigmoid)
+        torch.addcmul(sigmoid, out, tanh, value=-1.0, out=of_tanh).mul_(grad)
+        torch.addcmul(out, out, sigmoid, value=-1.0, out=of_sigmoid).mul_(grad)
         return (grad_h,)
 
 
@@ -147,9 +146,11 @@ def wavenet_bytes(hidden: int, layers: int, edges: int, dropout: bool, element_s
     """The most bytes alive in forward and backward of a WaveNet, per sample and position.
 
     Of each layer its input, the gate's factors and its output, and a byte for each value that may drop out; in the
-    layer under way the results of both convolutions and their gradients. ``edges``: channels of its input and output.
+    layer under way the results of both convolutions, also before the dropout, and their gradients. ``edges``: channels
+    of its input and output.
     """
-    return ((4 * layers + 8) * hidden + 3 * edges) * element_size + 2 * hidden * layers * dropout
+    under_way = 12 if dropout else 8
+    return ((4 * layers + under_way) * hidden + 3 * edges) * element_size + 2 * hidden * layers * dropout
 
 
 class WaveNet(nn.Module):

@@ -135,7 +135,9 @@ def test_dropout_repeats_in_the_backward() -> None:
                 steps.append(float(z.square().sum() - log_det.sum()))
                 parameter -= sign * 1e-5
         gradients.append(parameter.grad)
-        assert abs((steps[0] - steps[1]) / 2e-5 - float(parameter.grad.sum())) <= 1e-4 * abs(float(parameter.grad.sum()))
+        assert abs((steps[0] - steps[1]) / 2e-5 - float(parameter.grad.sum())) <= 1e-4 * abs(
+            float(parameter.grad.sum())
+        )
     assert torch.allclose(*gradients, rtol=1e-9)
 
 

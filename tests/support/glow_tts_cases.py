@@ -22,7 +22,9 @@ def normed(conv: nn.Conv1d, norm: str) -> nn.Module:
 class TextWaveNet(nn.Module):
     """Gated convolutions with a mask and the embedding of a speaker."""
 
-    def __init__(self, hidden: int, kernel: int, rate: int, layers: int, cond: int = 0, drop: float = 0.0, norm: str = "hook"):
+    def __init__(
+        self, hidden: int, kernel: int, rate: int, layers: int, cond: int = 0, drop: float = 0.0, norm: str = "hook"
+    ):
         super().__init__()
         self.drop = nn.Dropout(drop)
         self.in_layers, self.res_skip_layers = nn.ModuleList(), nn.ModuleList()
