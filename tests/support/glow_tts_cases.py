@@ -1,4 +1,4 @@
-"""A decoder of Glow-TTS's interface, written for these tests: masks, groups of channels, WaveNet nets, squeezed time."""
+"""A decoder of Glow-TTS's interface, for these tests: masks, groups of channels, WaveNet nets, squeezed time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TextWaveNet(nn.Module):
 
     def __init__(
         self, hidden: int, kernel: int, rate: int, layers: int, cond: int = 0, drop: float = 0.0, norm: str = "hook"
-    ):
+    ) -> None:
         super().__init__()
         self.drop = nn.Dropout(drop)
         self.in_layers, self.res_skip_layers = nn.ModuleList(), nn.ModuleList()
@@ -54,7 +54,7 @@ class TextWaveNet(nn.Module):
 class TextActNorm(nn.Module):
     """z = (bias + exp(logs) x) m."""
 
-    def __init__(self, channels: int, ddi: bool = False):
+    def __init__(self, channels: int, ddi: bool = False) -> None:
         super().__init__()
         self.initialized = not ddi
         self.logs, self.bias = (nn.Parameter(torch.zeros(1, channels, 1)) for _ in range(2))
@@ -84,7 +84,7 @@ class TextActNorm(nn.Module):
 class TextInvConv(nn.Module):
     """One matrix for groups of half their channels from each half."""
 
-    def __init__(self, channels: int, n_split: int = 4):
+    def __init__(self, channels: int, n_split: int = 4) -> None:
         super().__init__()
         self.n_split, self.weight_inv = n_split, None
         rotation = torch.linalg.qr(torch.randn(n_split, n_split)).Q
@@ -112,7 +112,7 @@ class TextInvConv(nn.Module):
 class TextCoupling(nn.Module):
     """z = (x_0, (t + s x_1) m)."""
 
-    def __init__(self, channels: int, hidden: int, sigmoid_scale: bool = False, norm: str = "hook", **net: Any):
+    def __init__(self, channels: int, hidden: int, sigmoid_scale: bool = False, norm: str = "hook", **net: Any) -> None:
         super().__init__()
         self.sigmoid_scale = sigmoid_scale
         self.start = normed(nn.Conv1d(channels // 2, hidden, 1), norm)
@@ -138,7 +138,7 @@ class TextCoupling(nn.Module):
 class TextDecoder(nn.Module):
     """Steps on squeezed time."""
 
-    def __init__(self, channels: int, hidden: int, steps: int, ddi: bool = False, n_split: int = 4, **options: Any):
+    def __init__(self, channels: int, hidden: int, steps: int, ddi: bool = False, n_split: int = 4, **options: Any) -> None:
         super().__init__()
         self.flows = nn.ModuleList()
         for _ in range(steps):
