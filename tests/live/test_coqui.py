@@ -8,7 +8,7 @@ import pytest
 import torch
 from live import coqui
 from support.covering import pairs
-from support.glow_tts_cases import difference, mask_of_lengths, moved, results
+from support.glow_tts_cases import difference, mask_of_lengths, moved, results, single_errors
 from support.helpers import assert_close
 from torch import Tensor, nn
 
@@ -83,14 +83,8 @@ def test_inverses_stored_afterwards(memory: str | None) -> None:
 
 @pytest.mark.parametrize("memory", MODES)
 def test_float32_is_within_twice_their_error(memory: str | None) -> None:
-    model, (x, mask, _) = decoder(steps=4), batch()
-    exact = results(model, x, mask)
-    model.float()
-    theirs = results(model, x.float(), mask.float())
-    accelerate(model, memory=memory)
-    ours = results(model, x.float(), mask.float())
-    for truth, their, own in zip(exact, theirs, ours, strict=True):
-        assert difference(own, truth) <= 2.0 * difference(their, truth)
+    theirs, ours = single_errors(lambda: decoder(steps=4), batch, memory)
+    assert ours.mean().sqrt() <= 2.0 * theirs.mean().sqrt()
 
 
 def test_first_batch_initialises_as_theirs() -> None:
