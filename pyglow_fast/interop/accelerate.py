@@ -20,7 +20,7 @@ from pyglow_fast.layers.reversible_sequence import MEMORY_MODES
 _ADAPTERS = {"normflows": "normflows", "nflows": "nflows", "FrEIA": "freia"}  # top package of a class -> ours for it
 # Adapters of classes that are known by their structure, whatever package they are in. Such an adapter has, besides
 # adopt and release, finds(model) -> bool, and left(model), which names what it leaves and why.
-_BY_STRUCTURE: tuple[str, ...] = ("chaiyujin", "jet")
+_BY_STRUCTURE: tuple[str, ...] = ("chaiyujin", "glow_tts", "jet")
 _NETS = ("param_map", "transform_net", "subnet", "subnet1", "subnet2", "F", "G")  # where the layers have their nets
 _FLOWS = {  # packages of layers; what else the libraries have (distributions, utilities) is not to be replaced
     "normflows": ("normflows.flows",),

@@ -113,6 +113,7 @@ class JoinedRun:
         last: g, a channel map; None: nothing.
         memory: "reversible", "checkpoint" or "store".
         memory_budget: bytes of one net's activations, or "auto".
+        masked: cond's first channel is a mask outside of which x is zero, as is what the nets give: see masks.py.
     """
 
     def __init__(
@@ -122,10 +123,11 @@ class JoinedRun:
         last: Callable[[], ChannelMap] | None = None,
         memory: str = "store",
         memory_budget: str | int = "auto",
+        masked: bool = False,
     ) -> None:
         expect(memory in MEMORY_MODES, "memory", f"one of {MEMORY_MODES}", repr(memory))
         self.channels, self.steps, self.last = channels, list(steps), last
-        self.memory, self.memory_budget = memory, memory_budget
+        self.memory, self.memory_budget, self.masked = memory, memory_budget, masked
         self.couplings = [Coupling(step.net, *step.spec) for step in steps]
         self.control = DriftControl(len(self.steps), "auto", None, False)
 
@@ -152,10 +154,11 @@ class JoinedRun:
             sizes = [sum(parameter.nbytes for parameter in runner.params) for runner in runners]
             control = self.control if self.memory == "reversible" else None
             whole = pass_of(control, self.memory_budget, x, sizes)
-            z, log_det = run_recomputing(runners, [step.spec for step in self.steps], maps, whole, x, cond)
+            specs = [step.spec for step in self.steps]
+            z, log_det = run_recomputing(runners, specs, maps, whole, x, cond, masked=self.masked)
         else:
             budget = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else self.memory_budget
-            z, log_det = run_couplings(self.couplings, _Now(maps), x, cond, budget=budget)
+            z, log_det = run_couplings(self.couplings, _Now(maps), x, cond, budget=budget, masked=self.masked)
         if self.last is not None:
             end = self.last()
             z = functional.channel_mix(z, end.matrix, end.offset, index=end.source)
@@ -169,7 +172,8 @@ class JoinedRun:
         if end is not None:
             inverse, index = end.inverse()
             z = functional.channel_unmix(z, inverse, end.offset, index=index)
-        x, log_det = run_couplings_inverse(self.couplings, _Now(self._maps(z)), z, cond, budget=budget)
+        maps = _Now(self._maps(z))
+        x, log_det = run_couplings_inverse(self.couplings, maps, z, cond, budget=budget, masked=self.masked)
         return x, log_det if end is None else log_det - functional.per_sample(x, end.log_det)
 
 

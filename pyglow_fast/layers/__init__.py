@@ -6,10 +6,13 @@ from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.flow_step import FlowStep
 from pyglow_fast.layers.frozen import FrozenSteps
+from pyglow_fast.layers.grouped_conv import GroupedInvConv
 from pyglow_fast.layers.injector import AffineInjector
 from pyglow_fast.layers.permutation import ChannelLinear, InvConv, Permute
 from pyglow_fast.layers.reshape import Split, Squeeze
 from pyglow_fast.layers.reversible_sequence import ReversibleSequence
+from pyglow_fast.layers.sequence import MaskedSequence, squeeze_time, unsqueeze_time
+from pyglow_fast.layers.wavenet import WaveNet
 
 __all__ = [
     "ActNorm",
@@ -20,9 +23,14 @@ __all__ = [
     "FlowLayer",
     "FlowStep",
     "FrozenSteps",
+    "GroupedInvConv",
     "InvConv",
+    "MaskedSequence",
     "Permute",
     "ReversibleSequence",
     "Split",
     "Squeeze",
+    "WaveNet",
+    "squeeze_time",
+    "unsqueeze_time",
 ]

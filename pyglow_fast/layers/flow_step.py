@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import check_count, check_input, expect
+from pyglow_fast.coupling_nets.masks import mask_of, positions_of
 from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.actnorm import ActNorm
@@ -190,10 +191,10 @@ def invert_maps(maps: Sequence[ChannelMap]) -> list[MapInverse]:
     return list(zip(matrices, [None] * len(maps) if indices is None else indices.unbind(), strict=True))
 
 
-def maps_log_det(maps: Sequence[ChannelMap], x: Tensor) -> Tensor:
-    """P sum log|det M| over the maps, for each of the N samples: (N,)."""
+def maps_log_det(maps: Sequence[ChannelMap], x: Tensor, masked_by: Tensor | None = None) -> Tensor:
+    """P sum log|det M| over the maps, (N,), P all positions or, of a run that is masked by a condition, its own."""
     total = torch.stack([channel_map.log_det for channel_map in maps]).sum()
-    return functional.per_sample(x, total)
+    return functional.per_sample(x, total) if masked_by is None else total * positions_of(masked_by)
 
 
 class Folded(Protocol):
@@ -205,6 +206,14 @@ class Folded(Protocol):
     @property
     def inverses(self) -> list[MapInverse]:
         """M^-1 of each map."""
+
+
+def _masked(u: Tensor, kept_half: Tensor, masked_by: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A state and the half of it that a net reads, without what a channel map makes of positions that are masked."""
+    if masked_by is None:
+        return u, kept_half
+    u = u * mask_of(masked_by)
+    return u, u[:, : kept_half.shape[1]]
 
 
 def _run_net(
@@ -223,12 +232,14 @@ def run_couplings(
     cond: Tensor | None = None,
     squeeze_first: bool = False,
     budget: str | int | None = None,
+    masked: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """x through couplings and the maps between them: between two nets there is one pass, coupling and next mixing.
 
     With squeeze_first, x is (N, C / 2^d, *(2 spatial)) and is squeezed, with channel masks as it is read. With a budget
-    (bytes or "auto") the nets run in chunks, without a record. Returns z (N, C, *spatial) and log_det (N,). The steps
-    must be initialised, but for ActNorms inside their nets.
+    (bytes or "auto") the nets run in chunks, without a record. With masked, x is zero where the first channel of cond
+    is, and z will be. Returns z (N, C, *spatial) and log_det (N,). The steps must be initialised, but for ActNorms
+    inside their nets.
     """
     if squeeze_first and couplings and couplings[0].board is not None:
         x, squeeze_first = functional.squeeze(x), False
@@ -238,7 +249,9 @@ def run_couplings(
     first = maps[0]
     reads = [*(coupling.reads(first.matrix.shape[0]) for coupling in couplings), 0]
     z, kept_half = functional.channel_mix_for_net(x, first.matrix, first.offset, reads[0], squeeze_first, first.source)
-    log_det = maps_log_det(maps, z)
+    masked_by = cond if masked else None
+    z, kept_half = _masked(z, kept_half, masked_by)
+    log_det = maps_log_det(maps, z, masked_by)
     behind = [*maps[1:], None][:count]
     for coupling, weights, following, kept in zip(couplings, folded.nets, behind, reads[1:], strict=True):
         net_out = _run_net(coupling, weights, kept_half, cond, budget)
@@ -249,6 +262,7 @@ def run_couplings(
             z, kept_half, step_log_det = functional.coupling_mix_for_net(
                 z, net_out, following.matrix, following.offset, spec, kept, following.source
             )
+            z, kept_half = _masked(z, kept_half, masked_by)
         log_det = log_det + step_log_det
     return (couplings[-1].leave(z) if couplings else z), log_det
 
@@ -259,14 +273,17 @@ def run_couplings_inverse(
     z: Tensor,
     cond: Tensor | None = None,
     budget: str | int | None = None,
+    masked: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The inverse of :func:`run_couplings`: one pass a step besides its net."""
     if couplings:
         z, cond = couplings[-1].enter(z, cond)
-    log_det, count = -maps_log_det(folded.maps, z), len(couplings)
+    masked_by, count = cond if masked else None, len(couplings)
+    log_det = -maps_log_det(folded.maps, z, masked_by)
     if len(folded.maps) > count:
         inverse, index = folded.inverses[count]
         z = functional.channel_unmix(z, inverse, folded.maps[count].offset, index=index)
+        z = z if masked_by is None else z * mask_of(masked_by)
     steps = zip(couplings, folded.nets, folded.maps[:count], folded.inverses[:count], strict=True)
     for coupling, weights, channel_map, (inverse, index) in reversed(list(steps)):
         kept_half, spec = coupling.kept_half(z), coupling.spec
@@ -276,6 +293,7 @@ def run_couplings_inverse(
             else coupling.runner(budget).run(kept_half, cond, weights)
         )
         z, step_log_det = functional.coupling_mix_inverse(z, net_out, inverse, channel_map.offset, spec, index)
+        z = z if masked_by is None else z * mask_of(masked_by)
         log_det = log_det + step_log_det
     return (couplings[0].leave(z) if couplings else z), log_det
 

@@ -65,10 +65,11 @@ def run_recomputing(
     x: Tensor,
     cond: Tensor | None = None,
     squeeze_first: bool = False,
+    masked: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """x through K steps, a channel map (stacked: see stack_maps) and a coupling each, to be recomputed.
 
-    K + 1 maps: there is one more behind the last coupling.
+    K + 1 maps: there is one more behind the last coupling. masked: see run_couplings.
     """
     counts, own_maps = [part.end - part.first for part in whole.parts], len(runners)
     parts = zip(*(part[:own_maps].split(counts) for part in maps[:3]), strict=True)
@@ -76,13 +77,14 @@ def run_recomputing(
     z, total = x, x.new_zeros(x.shape[0])
     for part, (matrices, offsets, log_dets), index in zip(whole.parts, parts, indices, strict=True):
         own = slice(part.first, part.end)
-        chain = Chain(runners[own], specs[own], squeeze_first and part.first == 0, part)
+        chain = Chain(runners[own], specs[own], squeeze_first and part.first == 0, part, masked)
         z, log_det = run_chain(chain, z, cond, matrices, offsets, log_dets.sum(), index)
         total = log_det if part.first == 0 else total + log_det
     if len(maps.matrix) > own_maps:
         index = None if maps.source is None else maps.source[-1]
         z = functional.channel_mix(z, maps.matrix[-1], maps.offset[-1], index=index)
-        total = total + functional.per_sample(z, maps.log_det[-1])
+        z = chain.masked_state(z, cond)
+        total = total + maps.log_det[-1] * chain.positions(z, cond)
     return z, total
 
 

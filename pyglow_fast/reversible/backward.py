@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast import functional
+from pyglow_fast.coupling_nets.masks import mask_of
 from pyglow_fast.coupling_nets.plan import Chunk
 from pyglow_fast.coupling_nets.run import Consume
 from pyglow_fast.reversible import passes
@@ -88,7 +89,8 @@ class ChainBackward(Walk):
 
     def drift(self, k: int, x: Tensor, anchor: Tensor | None) -> Tensor:
         if anchor is None:
-            return self.witnesses[k].drift(x, self.matrices[k], self.offsets[k], self.indices[k])
+            mask = mask_of(self.cond) if self.chain.masked and self.cond is not None else None
+            return self.witnesses[k].drift(x, self.matrices[k], self.offsets[k], self.indices[k], mask)
         squeezed = k == 0 and self.chain.squeeze_first
         return anchor_drift(x, functional.squeeze(anchor) if squeezed else anchor)
 
@@ -116,7 +118,7 @@ class ChainBackward(Walk):
             return grad_net_out
 
         added = self._net_backward(k, y, consume, False)
-        x = x_parts.get()
+        x = self.chain.masked_state(x_parts.get(), self.cond)
         grad_x = self._mix_backward(k, x if anchor is None else anchor, grad_u_parts.get(), added, anchor is not None)
         return x, grad_x
 
@@ -141,11 +143,13 @@ class ChainBackward(Walk):
         """Steps first .. last by checkpointing from the true input of the first: the exact gradient of it."""
         squeezes = first == 0 and self.chain.squeeze_first
         u = functional.channel_mix(x, self.matrices[first], self.offsets[first], squeezes, self.indices[first])
+        u = self.chain.masked_state(u, self.cond)
         states = [u]
         for k in range(first, last):
             net_out = self.chain.nets[k].repeat(self._read(k, u), self.cond, self.params[k], self.kept.memos[k])
             following = self.matrices[k + 1], self.offsets[k + 1]
             u, _ = functional.coupling_mix(u, net_out, *following, self.chain.specs[k], self.indices[k + 1])
+            u = self.chain.masked_state(u, self.cond)
             states.append(u)
         return self._differentiate(first, states, x, grad)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._derivatives import apply, differentiable_once
+from pyglow_fast.coupling_nets.masks import mask_of, positions_of
 from pyglow_fast.coupling_nets.net_runner import Memo, NetRunner
 from pyglow_fast.coupling_nets.precision import in_precision
 from pyglow_fast.reference import CouplingSpec, n_positions
@@ -29,15 +30,26 @@ class Chain:
         specs: the coupling of each step.
         squeeze_first: the input is squeezed as it is read.
         part: of the pass that this is: which states are kept, and who is told of their drift.
+        masked: the first channel of cond is a mask (see coupling_nets/masks.py): where it is zero the states are kept
+            zero, which the input and what the nets give are.
     """
 
     nets: Sequence[NetRunner]
     specs: Sequence[CouplingSpec]
     squeeze_first: bool
     part: Part
+    masked: bool = False
 
     def __len__(self) -> int:
         return len(self.nets)
+
+    def masked_state(self, u: Tensor, cond: Tensor | None) -> Tensor:
+        """u, without what a channel map makes of positions that are masked."""
+        return u.mul_(mask_of(cond)) if self.masked and cond is not None else u
+
+    def positions(self, z: Tensor, cond: Tensor | None) -> Tensor | int:
+        """How many positions count: of each sample its own, (N,), with a mask."""
+        return positions_of(cond) if self.masked and cond is not None else n_positions(z)
 
     @property
     def params(self) -> list[nn.Parameter]:
@@ -80,7 +92,7 @@ def forward_pass(
     lowest = x.dtype
     maps = list(zip(matrices, offsets, indices, strict=True))
     matrix, offset, index = maps[0]
-    u = functional.channel_mix(x, matrix, offset, chain.squeeze_first, index)
+    u = chain.masked_state(functional.channel_mix(x, matrix, offset, chain.squeeze_first, index), cond)
     log_det = u.new_zeros(u.shape[0])
     for k, (net, spec, following) in enumerate(zip(chain.nets, chain.specs, [*maps[1:], None], strict=True)):
         if keeps_states:
@@ -101,6 +113,7 @@ def forward_pass(
         else:
             matrix, offset, index = following
             u, step_log_det = functional.coupling_mix(u, net_out, matrix, offset, spec, index)
+        u = chain.masked_state(u, cond)
         log_det += step_log_det
     return u, log_det, Kept(anchors, states, seen, memos, lowest)
 
@@ -130,7 +143,7 @@ class _Run(torch.autograd.Function):
         conditions = [] if cond is None else [cond]
         inner = [*kept.anchors.values(), *kept.seen, *kept.states]
         ctx.save_for_backward(x, z, matrices, offsets, indices, *conditions, *params, *inner)
-        return z, log_det + functional.per_sample(z, map_log_det)
+        return z, log_det + map_log_det * chain.positions(z, cond)
 
     @staticmethod
     @differentiable_once
@@ -155,7 +168,7 @@ class _Run(torch.autograd.Function):
             backward.cond_sum.result(),
             torch.stack(backward.grad_matrices),
             torch.stack(backward.grad_offsets),
-            grad_log_det.sum() * n_positions(z),
+            (grad_log_det * chain.positions(z, cond)).sum(),
             None,
             *[grad for step in backward.grad_params for grad in step],
         )

@@ -144,17 +144,23 @@ class Witness:
         """The same of x itself: about its largest relative error against the state that was seen."""
         return _largest(project(x) - self.projection, self.scale)
 
-    def drift(self, x: Tensor, matrix: Tensor, offset: Tensor, index: Tensor | None = None) -> Tensor:
-        """About the largest relative error of M x + c, given a recomputed x; a scalar tensor, NaN if x is.
+    def drift(
+        self, x: Tensor, matrix: Tensor, offset: Tensor, index: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """About the largest relative error of m (M x + c), given a recomputed x; a scalar tensor, NaN if x is.
 
-        The projection is linear: that of M x + c needs no pass over it.
+        The projection is linear: that of M x + c needs no pass over it. m is a mask (N, 1, T) outside of which x is
+        zero, or None for ones.
         """
         signs = _signs(n_positions(x), x.dtype, x.device)
         with full_precision(x):
-            if index is None:
-                expected = torch.addmm(offset, project(x, signs), matrix.T, beta=signs.sum)
+            ones = signs.sum if mask is None else project(mask, signs)
+            if index is not None:
+                expected = project(x, signs)[:, index] * matrix + offset * ones
+            elif mask is None:
+                expected = torch.addmm(offset, project(x, signs), matrix.T, beta=ones)
             else:
-                expected = project(x, signs)[:, index] * matrix + offset * signs.sum
+                expected = torch.addmm(ones * offset, project(x, signs), matrix.T)
         return _largest(expected.sub_(self.projection), self.scale)
 
 

@@ -1,0 +1,154 @@
+"""Masks of sequences of unequal lengths: which positions of a batch are there, and how a net sees no others.
+
+A mask m (N, 1, T) is 1 at the positions that a sample has and 0 behind them, where its values are padding. Nets of
+couplings get one tensor besides the channels that they read: of a masked run its first channel is the mask, and what
+else the nets are given follows. So whatever cuts a batch into chunks cuts the mask with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyglow_fast._errors import can_read, expect
+from pyglow_fast.coupling_nets.traits import bytes_per_position, halo_of, is_deterministic
+
+# Samples run together while the shortest has this part of the positions of the longest at least: the rest is computed
+# for nothing. More groups would compute less, but a net's calls have a price of their own.
+ALIKE = 0.8
+
+MaskedCall = Callable[..., Tensor]  # (x, cond or None, mask or None) -> output
+
+
+def check_mask(mask: Tensor, x: Tensor) -> Tensor:
+    """Give the mask in x's dtype, (N, 1, T); refuse one of another shape or device, or of other values than 0 and 1."""
+    expect(isinstance(mask, Tensor), "mask", "a Tensor", type(mask).__name__)
+    expected = (x.shape[0], 1, *x.shape[2:])
+    expect(tuple(mask.shape) == expected, "mask", f"shape {expected}", f"shape {tuple(mask.shape)}")
+    expect(mask.device == x.device, "mask", f"device {x.device}", mask.device)
+    expect(is_mask(mask, x), "mask", "values 0 and 1", "others")
+    return mask.detach().to(x.dtype)
+
+
+def is_mask(mask: Tensor, x: Tensor) -> bool:
+    """Whether it is a mask for x; its values are looked at where that takes no pause."""
+    if tuple(mask.shape) != (x.shape[0], 1, *x.shape[2:]) or mask.device != x.device:
+        return False
+    return mask.dtype == torch.bool or not can_read(mask) or bool(((mask == 0) | (mask == 1)).all())
+
+
+def without_padding(x: Tensor, mask: Tensor) -> Tensor:
+    """Zero where the mask is, whatever x is there: NaN and inf too, of which no gradient comes back."""
+    return x.masked_fill(mask == 0, 0.0)
+
+
+def mask_of(cond: Tensor) -> Tensor:
+    """The mask (N, 1, T) in what the nets of a masked run get besides x1."""
+    return cond[:, :1]
+
+
+def positions_of(cond: Tensor) -> Tensor:
+    """How many positions each sample has, (N,), in the dtype of the flow."""
+    return mask_of(cond).sum(dim=(1, 2))
+
+
+def lengths(mask: Tensor) -> list[int]:
+    """Where the last position of each sample ends, at least 1: it may be cut behind it."""
+    ends = torch.arange(1, mask.shape[2] + 1, device=mask.device)
+    return ((mask[:, 0] != 0) * ends).amax(dim=1).clamp_min(1).tolist() if mask.shape[2] else [0] * mask.shape[0]
+
+
+def groups_alike(ends: Sequence[int]) -> list[list[int]]:
+    """Group the samples by like lengths, longest first: their numbers."""
+    found: list[list[int]] = []
+    for sample in sorted(range(len(ends)), key=lambda i: -ends[i]):
+        if not found or ends[sample] < ALIKE * ends[found[-1][0]]:
+            found.append([])
+        found[-1].append(sample)
+    return found
+
+
+def run_by_length(call: MaskedCall, x: Tensor, cond: Tensor | None, mask: Tensor | None) -> Tensor:
+    """call(x, cond, mask) without the work for padding: samples of like lengths together, cut behind the longest.
+
+    What call gives must be zero where the mask is, and not depend on how much padding follows. Where the mask's values
+    cannot be read without a pause (CUDA, traced code) nothing is cut.
+
+    Args:
+        call: gives (n, C_out, t) of x (n, C, t), cond (n, C_c, t or 1) or None and mask (n, 1, t) or None.
+        x: (N, C, T).
+        cond: (N, C_c, T), or (N, C_c, 1) for the same at all positions, or None.
+        mask: (N, 1, T), or None: all positions are there.
+    """
+    if mask is None or not can_read(mask) or 0 in x.shape:
+        return call(x, cond, mask)
+    ends, total = lengths(mask), x.shape[2]
+    groups = groups_alike(ends)
+    if len(groups) == 1 and max(ends) == total:
+        return call(x, cond, mask)
+    outputs = []
+    for group in groups:
+        samples, end = torch.tensor(group), ends[group[0]]
+        inputs = (None if part is None else part[:, :, :end].index_select(0, samples) for part in (x, cond, mask))
+        outputs.append(F.pad(call(*inputs), (0, total - end)))
+    order = torch.tensor([sample for group in groups for sample in group])
+    return torch.cat(outputs).index_select(0, order.argsort())
+
+
+def run_sorted(
+    call: Callable[..., tuple[Tensor, Tensor]], x: Tensor, cond: Tensor | None, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """call(x, cond, mask) of the samples by length, so that chunks of them have little padding; in their order again.
+
+    ``call`` gives two tensors (N, ...).
+    """
+    ends = lengths(mask) if can_read(mask) and mask.numel() else []
+    if len(set(ends)) < 2 or ends == sorted(ends, reverse=True):
+        return call(x, cond, mask)
+    order = torch.tensor(sorted(range(len(ends)), key=lambda i: -ends[i]))
+    one, other = call(*(None if part is None else part.index_select(0, order) for part in (x, cond, mask)))
+    back = order.argsort()
+    return one.index_select(0, back), other.index_select(0, back)
+
+
+class MaskedNet(nn.Module):
+    """m net(m x1, cond, m): a net of sequences as a net of a coupling, m the first channel of its second input.
+
+    Args:
+        net: a module called with x1 (N, C1, T), cond or None, and the mask (N, 1, T); it states ``takes_mask = True``:
+            what it gives at a position does not depend on how much padding follows.
+        per_sample: cond is the same at every position: the net gets (N, C_c, 1).
+
+    Raises:
+        ValueError: a net that does not state it.
+    """
+
+    def __init__(self, net: nn.Module, per_sample: bool = True) -> None:
+        super().__init__()
+        stated = getattr(net, "takes_mask", False) is True
+        expect(stated, "net", "one for masked sequences, which states takes_mask = True", type(net).__name__)
+        self.net, self.per_sample = net, per_sample
+
+    @property
+    def halo(self) -> int | None:
+        """Positions to each side that an output depends on, None where the net does not state it."""
+        return halo_of(self.net)
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether the net repeats itself whatever the random generators."""
+        return is_deterministic(self.net)
+
+    def bytes_per_position(self, element_size: int) -> int:
+        """What the net states, or the estimate for it."""
+        return bytes_per_position(self.net, 1, element_size)
+
+    def forward(self, x1: Tensor, extra: Tensor) -> Tensor:
+        """x1 (N, C1, T), extra (N, 1 + C_c, T) -> (N, C_out, T)."""
+        mask = mask_of(extra).detach()
+        cond = None if extra.shape[1] == 1 else extra[:, 1:, :1] if self.per_sample else extra[:, 1:]
+        out: Tensor = self.net(x1 * mask, cond, mask)
+        return out * mask

@@ -1,0 +1,60 @@
+"""Layers in the place of those of Glow-TTS, known by their structure: coqui's, and copies of them.
+
+:func:`adopt` makes WaveNet nets (``WN``), convolutions in groups (``InvConvNear``) and couplings (``CouplingBlock``)
+ours, in place: the objects, their parameters, weight norms and names stay, and so do all methods but ``forward``. A
+layer is replaced if its structure is that of Glow-TTS's and, on random numbers in float64, forward, inverse and log-det
+are ours to 1e-9. So WN is served wherever it is used: in the couplings of VITS (``ResidualCouplingBlock``), which are a
+sum apart from their net and stay as they are, and in its posterior encoder.
+
+What differs on purpose:
+
+- Dropout draws other random numbers, of the same distribution.
+- The log-det of a matrix whose determinant is negative is log|det| (theirs: NaN).
+- Masks must be 0 and 1, which is checked on the CPU (theirs takes any number), and take no gradient.
+- Gradients cannot be differentiated again; within torch.func, and with hooks on a layer, theirs runs.
+
+ActNorm is left as it is: alone there is nothing to gain. With a memory mode its steps (ActNorm, InvConvNear,
+CouplingBlock) are joined, and there it is folded into the convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import cast
+
+from torch import nn
+
+from pyglow_fast.interop.glow_tts.layers import WN, CouplingBlock, InvConvNear, StandIn, stand_in
+from pyglow_fast.interop.glow_tts.probe import fault, kind_of
+
+__all__ = ["WN", "CouplingBlock", "InvConvNear", "adopt", "finds", "left", "release"]
+
+
+def finds(model: nn.Module) -> bool:
+    """Whether a model has layers that look like these, or that are ours."""
+    return any(isinstance(module, StandIn) or kind_of(module) is not None for module in model.modules())
+
+
+def adopt(model: nn.Module) -> list[str]:
+    """Make the layers of Glow-TTS in a model ours, in place, and return their names (the model's own is "")."""
+    found = [(name, module) for name, module in model.named_modules() if kind_of(module) is not None]
+    fitting = [(name, module, kind_of(module)) for name, module in found if not fault(module)]
+    for _, module, kind in fitting:
+        assert kind is not None  # asked above
+        module.__class__ = stand_in(kind, type(module))
+    return [name for name, _, _ in fitting]
+
+
+def left(model: nn.Module) -> dict[str, str]:
+    """What looks like a layer of Glow-TTS and is not ours, and why."""
+    return {name: fault(module) for name, module in model.named_modules() if kind_of(module) is not None}
+
+
+def release(model: nn.Module, only: Collection[nn.Module] | None = None) -> list[str]:
+    """The opposite of :func:`adopt`: our layers (with ``only``, these alone) get their own class back."""
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, StandIn)]
+    chosen = [(name, module) for name, module in found if only is None or module in only]
+    for _, module in chosen:
+        theirs: type[nn.Module] = module._theirs
+        cast(nn.Module, module).__class__ = theirs
+    return [name for name, _ in chosen]

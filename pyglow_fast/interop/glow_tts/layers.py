@@ -1,0 +1,182 @@
+"""Layers in the place of those of Glow-TTS, whatever class they are of: made subclasses of that class, in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyglow_fast import functional
+from pyglow_fast._derivatives import has_transforms
+from pyglow_fast._errors import can_read
+from pyglow_fast.coupling_nets.masks import MaskedNet, is_mask, positions_of, without_padding
+from pyglow_fast.interop.glow_tts.structure import (
+    coupling_fault,
+    dropout_probability,
+    wavenet_fault,
+    wavenet_parts,
+)
+from pyglow_fast.layers.grouped_conv import spread_over_groups
+from pyglow_fast.layers.sequence import log_scale_of_padding, masked_condition
+from pyglow_fast.layers.wavenet import run_wavenet, wavenet_bytes, wavenet_halo
+from pyglow_fast.reference import CouplingSpec
+
+_SIGMOID_EPS = 1e-6  # that Glow-TTS adds to a scale
+
+
+class StandIn(nn.Module):
+    """Base of what stands in: a class of ours and the class of the layer, which the layer is made an object of.
+
+    Wherever ours does not apply (hooks, other dtypes, torch.func) the layer's own forward runs.
+    """
+
+    _theirs: type[nn.Module]
+    _ours: type[StandIn]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickled by the two classes that its own is made of."""
+        return _made_of, (self._ours, self._theirs), self.__dict__
+
+    def _alone(self, *args: Any, **kwargs: Any) -> Any:
+        return self._theirs.forward(self, *args, **kwargs)
+
+
+_classes: dict[tuple[type[StandIn], type[nn.Module]], type[StandIn]] = {}
+
+
+def stand_in(ours: type[StandIn], theirs: type[nn.Module]) -> type[StandIn]:
+    """Give the class of layers that are of the second class and run by the first."""
+    key = (ours, theirs)
+    if key not in _classes:
+        names = {"_ours": ours, "_theirs": theirs, "__module__": ours.__module__, "__doc__": ours.__doc__}
+        _classes[key] = type(ours.__name__, (ours, theirs), names)
+    return _classes[key]
+
+
+def _made_of(ours: type[StandIn], theirs: type[nn.Module]) -> StandIn:
+    kind = stand_in(ours, theirs)
+    return kind.__new__(kind)
+
+
+def runs_on(module: nn.Module, x: Any, mask: Any, g: Any = None) -> bool:
+    """Whether our arithmetic applies to the inputs of a module.
+
+    Which it does to sequences of the parameters' dtype, a mask of zeros and ones or none, and a condition that is the
+    same at all positions or none; with nothing that watches every module's call.
+    """
+    like = next(module.parameters())
+    if not isinstance(x, Tensor) or x.dim() != 3 or x.dtype != like.dtype or x.device != like.device:
+        return False
+    if x.dtype not in (torch.float32, torch.float64) or torch.nn.modules.module._has_any_global_hook():
+        return False
+    if (g is not None and (g.dim() != 3 or g.shape[2] != 1)) or has_transforms():
+        return False
+    return mask is None or (not mask.requires_grad and is_mask(mask, x))
+
+
+class WN(StandIn):
+    """m sum_l skip_l of a WaveNet: see :func:`pyglow_fast.layers.wavenet.run_wavenet`."""
+
+    def forward(self, x: Tensor, x_mask: Tensor | None = None, g: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """x (N, H, T), x_mask (N, 1, T), g (N, C_c, 1) -> (N, H, T)."""
+        fits = runs_on(self, x, x_mask, g) and not wavenet_fault(self)
+        mask = x_mask.to(x.dtype) if fits and x_mask is not None else None
+        # What x has behind the end of a sample, which its first layer would see in theirs, is cut off in ours.
+        if not fits or (mask is not None and can_read(x) and bool(((x != 0) & (mask == 0)).any())):
+            out: Tensor = self._alone(x, x_mask, g, **kwargs)
+            return out
+        return run_wavenet(wavenet_parts(self), x, g, mask, dropout_probability(self))
+
+
+class InvConvNear(StandIn):
+    """z_g = W x_g m for each group of channels: one product with all groups' matrix.
+
+    log_det = log|det W| (C / n_split) times the sample's length. Where det W is negative theirs is NaN.
+    """
+
+    def forward(
+        self, x: Tensor, x_mask: Tensor | None = None, reverse: bool = False, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """x (N, C, T) -> z, log_det (N,), or None if reverse."""
+        own: Any = self
+        if not runs_on(self, x, x_mask) or getattr(own, "no_jacobian", False):
+            return self._alone(x, x_mask, reverse=reverse, **kwargs)
+        mask = None if x_mask is None else x_mask.to(x.dtype)
+        weight = own.weight
+        if reverse:
+            weight = functional.invert_matrix(weight) if own.weight_inv is None else own.weight_inv
+        z = functional.channel_mix(x, spread_over_groups(weight, x.shape[1]), x.new_zeros(x.shape[1]))
+        z = z if mask is None else z * mask
+        if reverse:
+            return z, None
+        log_det = torch.linalg.slogdet(weight).logabsdet * (x.shape[1] // weight.shape[0])
+        return z, functional.per_sample(z, log_det) if mask is None else log_det * positions_of(mask)
+
+
+class BlockNet(nn.Module):
+    """end(wn(m start(x1))) of a coupling as a net for masked sequences.
+
+    Args:
+        block: the coupling.
+    """
+
+    takes_mask = True
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        own: Any = block
+        self.start, self.wn, self.end = own.start, own.wn, own.end
+
+    @property
+    def halo(self) -> int:
+        """Positions to each side that an output depends on."""
+        layers: Any = self.wn.in_layers
+        return wavenet_halo(layers[0].kernel_size[0], [conv.dilation[0] for conv in layers])
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether no dropout is active."""
+        return not dropout_probability(self.wn)
+
+    def bytes_per_position(self, element_size: int) -> int:
+        """The most bytes of activations alive in forward and backward, per sample and position."""
+        layers: Any = self.wn.in_layers
+        edges = self.start.in_channels + self.end.out_channels
+        return wavenet_bytes(layers[0].in_channels, len(layers), edges, not self.deterministic, element_size)
+
+    def forward(self, x1: Tensor, cond: Tensor | None, mask: Tensor) -> Tensor:
+        """x1 (N, C / 2, T), cond (N, C_c, 1) or None, mask (N, 1, T) -> (N, C, T)."""
+        parts = wavenet_parts(self.wn, self.start, self.end)
+        return run_wavenet(parts, x1, cond, mask, dropout_probability(self.wn))
+
+
+def spec_of(block: nn.Module) -> CouplingSpec:
+    """z_1 = t + s x_1 with s = exp(raw), or sigmoid(raw + 2) + 1e-6."""
+    if getattr(block, "sigmoid_scale", False):
+        return CouplingSpec("affine", "sigmoid", bias=2.0, eps=_SIGMOID_EPS, order="scale_shift")
+    return CouplingSpec("affine", "exp", order="scale_shift")
+
+
+class CouplingBlock(StandIn):
+    """z = (x_0, (t + s x_1) m), (t, log s) = end(wn(m start(x_0))); log_det = sum over the sample of m log s."""
+
+    def forward(
+        self,
+        x: Tensor,
+        x_mask: Tensor | None = None,
+        reverse: bool = False,
+        g: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """x (N, C, T), x_mask (N, 1, T), g (N, C_c, 1) -> z, log_det (N,), or None if reverse."""
+        if not runs_on(self, x, x_mask, g) or coupling_fault(self):
+            return self._alone(x, x_mask, reverse=reverse, g=g, **kwargs)
+        mask = x.new_ones(x.shape[0], 1, x.shape[2]) if x_mask is None else x_mask.to(x.dtype)
+        net, spec, half = MaskedNet(BlockNet(self)), spec_of(self), x.shape[1] // 2
+        # Theirs leaves the first half as it is; the second it masks.
+        net_out = net(x[:, :half], masked_condition(mask, g))
+        z, log_det = (functional.coupling_inverse if reverse else functional.coupling)(x, net_out, spec)
+        if x_mask is not None:
+            z = torch.cat([z[:, :half], without_padding(z[:, half:], mask)], dim=1)
+        return z, None if reverse else log_det - log_scale_of_padding([spec], mask, half)

@@ -1,0 +1,66 @@
+"""The 1x1 convolution of Glow-TTS: one small matrix for all groups of channels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pyglow_fast._errors import check_count, expect
+from pyglow_fast.layers.permutation import ChannelLinear
+
+
+def group_channels(channels: int, size: int) -> Tensor:
+    """The channels of each group, (C / size, size): group j has size / 2 neighbours of each half of the channels.
+
+    Those are j size / 2 and what follows it, and the same behind C / 2.
+    """
+    return torch.arange(channels).reshape(2, channels // size, size // 2).transpose(0, 1).reshape(-1, size)
+
+
+def spread_over_groups(weight: Tensor, channels: int) -> Tensor:
+    """W (C, C) that multiplies every group of channels by weight (size, size): see :func:`group_channels`."""
+    groups = group_channels(channels, weight.shape[0]).to(weight.device)
+    whole = weight.new_zeros(channels, channels)
+    return whole.index_put((groups.unsqueeze(2), groups.unsqueeze(1)), weight.expand(len(groups), *weight.shape))
+
+
+class GroupedInvConv(ChannelLinear):
+    """Invertible 1x1 convolution in groups: z_g = w x_g for every group g; log_det = P (C / size) log|det w|.
+
+    All groups share w (size, size), which starts as a random rotation. A group has size / 2 channels of each half, so
+    that the coupling that follows, which keeps the first half, sees of both.
+
+    Args:
+        channels: C.
+        size: of a group (n_split), even, a divisor of C.
+
+    Shapes: x (N, C, *spatial), float32 or float64; log_det (N,), nats.
+
+    Raises:
+        ValueError: a size that is odd or no divisor; wrong shape, dtype or device; inverse of a singular w.
+
+    Reference: Kim et al. 2020, appendix A.1.
+    """
+
+    def __init__(self, channels: int, size: int = 4) -> None:
+        super().__init__()
+        check_count("channels", channels)
+        check_count("size", size, least=2)
+        expect(size % 2 == 0 and channels % size == 0, "size", f"an even divisor of {channels} channels", size)
+        self.channels, self.size = channels, size
+        rotation = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64)).Q
+        self.weight = nn.Parameter(rotation.to(torch.get_default_dtype()))
+
+    def weight_and_log_det(self) -> tuple[Tensor, Tensor]:
+        """W (C, C), w for each group, and log|det W| ()."""
+        log_det = torch.linalg.slogdet(self.weight).logabsdet * (self.channels // self.size)
+        return spread_over_groups(self.weight, self.channels), log_det
+
+    def weight_sources(self) -> list[Tensor] | None:
+        """Its own tensors, unless a subclass has another W, of which it must say so itself."""
+        own = type(self).weight_and_log_det is GroupedInvConv.weight_and_log_det
+        return self.own_tensors() if own else None
+
+    def extra_repr(self) -> str:
+        """Channels and group size, for repr."""
+        return f"{self.channels}, size={self.size}"

@@ -1,0 +1,206 @@
+"""Flows on sequences of unequal lengths: masks, and time folded into channels.
+
+A mask (N, 1, T) is 1 at the positions of a sample and 0 behind its end. What x holds there, NaN too, has no influence
+on anything; z is zero there; log-dets count a sample's own positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyglow_fast import reference
+from pyglow_fast._errors import check_count, check_input, expect
+from pyglow_fast.coupling_nets.masks import MaskedNet, check_mask, run_sorted, without_padding
+from pyglow_fast.layers.coupling import Coupling
+from pyglow_fast.layers.flow_step import (
+    FlowStep,
+    Folded,
+    Recorded,
+    fold_in_one,
+    run_couplings,
+    run_couplings_inverse,
+)
+from pyglow_fast.layers.reversible_sequence import ReversibleSequence, run_recomputing
+from pyglow_fast.reference import CouplingSpec
+
+
+def squeeze_time(x: Tensor, mask: Tensor, factor: int = 2) -> tuple[Tensor, Tensor]:
+    """z[:, i C + c, t] = x[:, c, t factor + i], mask[..., factor - 1::factor]: time into channels.
+
+    What is left of a sample's positions beyond a multiple of the factor is cut off, as in Glow-TTS.
+
+    Args:
+        x: (N, C, T).
+        mask: (N, 1, T), 1 at the positions of a sample.
+        factor: positions that become one.
+
+    Returns:
+        z (N, C factor, T // factor) and its mask (N, 1, T // factor).
+
+    Raises:
+        ValueError: a wrong factor, x or mask.
+
+    Reference: Kim et al. 2020, appendix A.1.
+    """
+    check_count("factor", factor)
+    expect(x.dim() == 3, "x", "shape (N, C, T)", f"shape {tuple(x.shape)}")
+    mask = check_mask(mask, x)[:, :, factor - 1 :: factor]
+    n, channels, time = x.shape
+    x = x[:, :, : time - time % factor].reshape(n, channels, time // factor, factor)
+    return without_padding(x.permute(0, 3, 1, 2).reshape(n, factor * channels, time // factor), mask), mask
+
+
+def unsqueeze_time(z: Tensor, mask: Tensor, factor: int = 2) -> tuple[Tensor, Tensor]:
+    """x[:, c, t factor + i] = z[:, i C + c, t], each position of the mask factor times: undoes squeeze_time.
+
+    Args:
+        z: (N, C factor, T).
+        mask: (N, 1, T).
+        factor: positions that one becomes.
+
+    Returns:
+        x (N, C, T factor) and its mask (N, 1, T factor).
+
+    Raises:
+        ValueError: a wrong factor or mask, channels that do not divide by the factor.
+    """
+    check_count("factor", factor)
+    divides = z.dim() == 3 and z.shape[1] % factor == 0
+    expect(divides, "z", f"shape (N, C, T), C divisible by {factor}", f"shape {tuple(z.shape)}")
+    mask = check_mask(mask, z)
+    n, channels, time = z.shape
+    x = without_padding(z, mask).reshape(n, factor, channels // factor, time).permute(0, 2, 3, 1)
+    return x.reshape(n, channels // factor, time * factor), mask.repeat_interleave(factor, dim=2)
+
+
+def masked_condition(mask: Tensor, cond: Tensor | None) -> Tensor:
+    """What the nets of a masked run get besides x1, (N, 1 + C_c, T): see coupling_nets/masks.py."""
+    return mask if cond is None else torch.cat([mask, cond.to(mask.dtype).expand(-1, -1, mask.shape[2])], dim=1)
+
+
+def log_scale_of_padding(specs: Sequence[CouplingSpec], mask: Tensor, channels: int) -> Tensor:
+    """What the couplings' log-dets count for masked positions, where a net's output is zero: (N,).
+
+    Args:
+        specs: of the couplings.
+        mask: (N, 1, T).
+        channels: that a coupling transforms.
+    """
+    zero = mask.new_zeros(1)
+    scaled = [reference.scale_and_log(zero, spec)[1] for spec in specs if spec.kind == "affine"]
+    total = torch.cat(scaled).sum() if scaled else zero
+    return (mask.shape[2] - mask.sum(dim=(1, 2))) * (channels * total)
+
+
+class MaskedSequence(ReversibleSequence):
+    """z = f_K(... f_1(x)) of the positions that a mask says are there, log_det theirs; f_k FlowSteps of one width.
+
+    A step's actnorm is initialised from the positions that are there, its net gets the mask, and where there is none z
+    is zero. Without a mask, and in all else, it is a ReversibleSequence: memory modes, drift control, budget.
+
+    Args:
+        steps: FlowSteps of one width with nets that state ``takes_mask = True``, such as WaveNet: called with x1, cond
+            or None, and the mask, they give at a position what does not depend on how much padding follows.
+        memory, anchor_every, tolerance, memory_budget, deferred_check: see ReversibleSequence.
+
+    Shapes: x, z (N, C, T), float32 or float64; mask (N, 1, T), 0 and 1 or bool; cond (N, C_c, T), or (N, C_c, 1) for
+    the same at all positions, such as a speaker's embedding; log_det (N,), nats.
+
+    Raises:
+        ValueError: steps that are no FlowSteps, or have been changed by hooks or in a subclass; nets that take no mask;
+            scale maps that are callables; inputs of other shapes; a mask of other values.
+
+    References: Kim et al. 2020 (Glow-TTS), Gomez et al. 2017 (reversible backward).
+    """
+
+    def forward(
+        self, x: Tensor, cond: Tensor | None = None, squeeze_first: bool = False, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x -> z."""
+        if mask is None:
+            return super().forward(x, cond, squeeze_first)
+        expect(not squeeze_first, "squeeze_first", "False with a mask; see squeeze_time", squeeze_first)
+        steps, mask = self._checked("x", x, cond, mask)
+        if self.training and not self._is_initialized():
+            self._initialize_masked(steps, x, cond, mask)
+        couplings = _couplings(steps, cond)
+        specs = [coupling.spec for coupling in couplings]
+
+        def run(x: Tensor, cond: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
+            extra, recomputes = masked_condition(mask, cond), self._records(x, cond) and self.memory != "store"
+            if not recomputes:
+                folded, budget = self._folded(steps), self._budget()
+                return run_couplings(couplings, folded, x, extra, budget=budget, masked=True)
+            self._cache.clear()
+            runners = [coupling.runner(self.memory_budget) for coupling in couplings]
+            whole = self._pass(x, [sum(parameter.nbytes for parameter in runner.params) for runner in runners])
+            return run_recomputing(runners, specs, fold_in_one(steps), whole, x, extra, masked=True)
+
+        z, log_det = run_sorted(run, without_padding(x, mask), cond, mask)
+        return without_padding(z, mask), log_det - log_scale_of_padding(specs, mask, x.shape[1] // 2)
+
+    def inverse(self, z: Tensor, cond: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """z -> x."""
+        if mask is None:
+            return super().inverse(z, cond)
+        steps, mask = self._checked("z", z, cond, mask)
+        couplings = _couplings(steps, cond)
+        specs = [coupling.spec for coupling in couplings]
+
+        def run(z: Tensor, cond: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
+            folded, extra, budget = self._folded(steps), masked_condition(mask, cond), self._budget()
+            return run_couplings_inverse(couplings, folded, z, extra, budget=budget, masked=True)
+
+        x, log_det = run_sorted(run, without_padding(z, mask), cond, mask)
+        return without_padding(x, mask), log_det + log_scale_of_padding(specs, mask, z.shape[1] // 2)
+
+    def initialize(self, x: Tensor, cond: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Data-dependent initialisation, step after step, from the positions that are there; returns z."""
+        if mask is None:
+            return super().initialize(x, cond)
+        steps, mask = self._checked("x", x, cond, mask)
+        return self._initialize_masked(steps, x, cond, mask)
+
+    def _checked(self, name: str, x: Tensor, cond: Tensor | None, mask: Tensor) -> tuple[list[FlowStep], Tensor]:
+        expect(self.is_fused, "steps", "FlowSteps without hooks or overridden methods, with a mask", "others")
+        steps = self.flow_steps()
+        check_input(name, x, steps[0].channels, steps[0].actnorm.bias)
+        expect(x.dim() == 3, name, "shape (N, C, T)", f"shape {tuple(x.shape)}")
+        for k, step in enumerate(steps):
+            own = step.coupling.has_own_scale
+            expect(not own, f"steps[{k}].coupling", "a scale map by name, with a mask", "a callable")
+        if cond is not None:
+            fits = cond.dim() == 3 and len(cond) == len(x) and cond.shape[2] in (1, x.shape[2])
+            expect(fits, "cond", f"shape ({len(x)}, C_c, {x.shape[2]} or 1)", f"shape {tuple(cond.shape)}")
+        return steps, check_mask(mask, x)
+
+    def _records(self, x: Tensor, cond: Tensor | None) -> bool:
+        tensors = (x, *([] if cond is None else [cond]), *self.parameters())
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+    def _folded(self, steps: list[FlowStep]) -> Folded:
+        direct = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        return Recorded(steps) if direct else self._cache.get(steps)
+
+    def _budget(self) -> str | int | None:
+        return None if torch.is_grad_enabled() or torch.compiler.is_compiling() else self.memory_budget
+
+    @torch.no_grad()
+    def _initialize_masked(self, steps: list[FlowStep], x: Tensor, cond: Tensor | None, mask: Tensor) -> Tensor:
+        x, extra = without_padding(x, mask), masked_condition(mask, cond)
+        there = mask[:, 0] != 0
+        for step in steps:
+            if not step.actnorm.is_initialized:
+                step.actnorm.initialize_from(x.transpose(1, 2)[there])  # as a batch of vectors
+            x, _ = run_couplings(_couplings([step], cond), Recorded([step]), x, extra, masked=True)
+        return x
+
+
+def _couplings(steps: Sequence[FlowStep], cond: Tensor | None) -> list[Coupling]:
+    """The steps' couplings with nets that get the mask beside the condition."""
+    per_sample = cond is not None and cond.shape[2] == 1
+    couplings = [step.coupling for step in steps]
+    return [Coupling(MaskedNet(own.net, per_sample), *own.spec, own.precision) for own in couplings]

@@ -1,0 +1,255 @@
+"""The coupling net of flows on sequences: WaveNet's gated, dilated convolutions, without its causality."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from pyglow_fast import ops
+from pyglow_fast._derivatives import apply, differentiable_once, has_transforms
+from pyglow_fast._errors import check_count, check_input, expect
+from pyglow_fast.coupling_nets.masks import run_by_length
+
+
+class _Gate(torch.autograd.Function):
+    """t s = tanh(a) sigmoid(b) of the halves of h, which keeps the factors and the result, and not h."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        a, b = h.chunk(2, dim=-1)
+        tanh, sigmoid = a.tanh(), b.sigmoid()
+        out = tanh * sigmoid
+        ctx.save_for_backward(tanh, sigmoid, out)
+        return out
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor]:
+        """(s - t (t s)) grad and (t s - (t s) s) grad, side by side."""
+        tanh, sigmoid, out = ctx.saved_tensors
+        grad_h = grad.new_empty(*grad.shape[:-1], 2 * grad.shape[-1])
+        of_tanh, of_sigmoid = grad_h.chunk(2, dim=-1)
+        torch.addcmul(sigmoid, out, tanh, value=-1.0, out=of_tanh).mul_(grad)
+        torch.addcmul(out, out, sigmoid, value=-1.0, out=of_sigmoid).mul_(grad)
+        return (grad_h,)
+
+
+def gated(h: Tensor) -> Tensor:
+    """tanh(a) sigmoid(b), a and b the first and second half of the channels of h: (N, T, 2 C) -> (N, T, C)."""
+    if torch.compiler.is_compiling() or has_transforms() or not ops.run_on(h):
+        a, b = h.chunk(2, dim=-1)
+        return a.tanh() * b.sigmoid()
+    out: Tensor = apply(_Gate, h)
+    return out
+
+
+class Conv(NamedTuple):
+    """One convolution along time, as tensors: it keeps the length, padded by zeros."""
+
+    weight: Tensor  # (C_out, C_in, odd size)
+    bias: Tensor | None
+    dilation: int = 1
+
+    def laid_out(self) -> Conv:
+        """The same with a weight (C_out, C_in[, 1, size]) in memory as :meth:`of` reads it, once for all its calls."""
+        if self.weight.shape[2] == 1:
+            return self._replace(weight=self.weight.squeeze(2))
+        return self._replace(weight=self.weight.unsqueeze(2).contiguous(memory_format=torch.channels_last))
+
+    def of(self, x: Tensor) -> Tensor:
+        """Of x (N, T, C_in): (N, T, C_out), which for torch is an image with its channels last, of one row."""
+        if self.weight.dim() == 2:
+            return F.linear(x, self.weight, self.bias)
+        padding, dilation = (0, self.dilation * (self.weight.shape[3] // 2)), (1, self.dilation)
+        image = x.transpose(1, 2).unsqueeze(2)
+        return F.conv2d(image, self.weight, self.bias, padding=padding, dilation=dilation).squeeze(2).transpose(1, 2)
+
+
+class WaveNetParts(NamedTuple):
+    """The convolutions of a WaveNet of L layers."""
+
+    dilated: Sequence[Conv]  # L, from H to 2 H channels
+    mixing: Sequence[Conv]  # L, of size 1 from H to 2 H (residual, then skip), the last to H (skip)
+    cond: Conv | None = None  # of size 1, to 2 H L channels
+    start: Conv | None = None  # of size 1, to H channels
+    end: Conv | None = None  # of size 1
+
+    def laid_out(self) -> WaveNetParts:
+        """The same, of convolutions that are."""
+        around = (None if conv is None else conv.laid_out() for conv in (self.cond, self.start, self.end))
+        return WaveNetParts(
+            [conv.laid_out() for conv in self.dilated], [conv.laid_out() for conv in self.mixing], *around
+        )
+
+
+def run_wavenet(
+    parts: WaveNetParts, x: Tensor, cond: Tensor | None, mask: Tensor | None, dropout: float = 0.0
+) -> Tensor:
+    """m end(sum_l skip_l), h_0 = m start(x), (residual_l, skip_l) = mix_l(gate(dropout(conv_l(h_l)) + cond_l)).
+
+    h_(l+1) = m (h_l + residual_l); gate(a, b) = tanh(a) sigmoid(b). All of it runs with the channels last, where
+    torch's convolutions are faster and those of size 1 are one product, on samples of like lengths together.
+
+    Args:
+        parts: the convolutions.
+        x: (N, C, T).
+        cond: (N, C_c, T) or (N, C_c, 1), or None.
+        mask: (N, 1, T), or None for ones.
+        dropout: probability that a value in front of the gate becomes zero; 0 outside of training.
+
+    Returns:
+        (N, C_out, T), zero where the mask is.
+    """
+    return run_by_length(partial(_run, parts.laid_out(), dropout), x, cond, mask)
+
+
+def _run(parts: WaveNetParts, dropout: float, x: Tensor, cond: Tensor | None, mask: Tensor | None) -> Tensor:
+    h = x.transpose(1, 2).contiguous()
+    m = None if mask is None else mask.transpose(1, 2)
+
+    def masked(value: Tensor) -> Tensor:
+        return value if m is None else value * m
+
+    if parts.start is not None:
+        h = masked(parts.start.of(h))
+    given = None if cond is None or parts.cond is None else parts.cond.of(cond.transpose(1, 2))
+    skips: Tensor | None = None
+    layers = list(zip(parts.dilated, parts.mixing, strict=True))
+    for layer, (dilated, mixing) in enumerate(layers):
+        before = dilated.of(h)
+        if dropout:
+            before = F.dropout(before, dropout)
+        if given is not None:
+            before = before + given.narrow(2, layer * before.shape[2], before.shape[2])
+        mixed = mixing.of(gated(before))
+        if layer + 1 < len(layers):
+            residual, mixed = mixed.chunk(2, dim=2)
+            h = masked(h + residual)
+        skips = mixed if skips is None else skips + mixed
+    assert skips is not None  # there is a layer
+    out = masked(skips)
+    return (out if parts.end is None else masked(parts.end.of(out))).transpose(1, 2)
+
+
+def wavenet_halo(kernel_size: int, dilations: Sequence[int]) -> int:
+    """How far an output position of a WaveNet sees to each side."""
+    return sum(dilations) * (kernel_size // 2)
+
+
+def wavenet_bytes(hidden: int, layers: int, edges: int, dropout: bool, element_size: int) -> int:
+    """The most bytes alive in forward and backward of a WaveNet, per sample and position.
+
+    Of each layer its input, the gate's factors and its output, and a byte for each value that may drop out; in the
+    layer under way the results of both convolutions, also before the dropout, and their gradients. ``edges``: channels
+    of its input and output.
+    """
+    under_way = 12 if dropout else 8
+    return ((4 * layers + under_way) * hidden + 3 * edges) * element_size + 2 * hidden * layers * dropout
+
+
+class WaveNet(nn.Module):
+    """m end(sum_l skip_l), h_0 = m start(x), (residual_l, skip_l) = mix_l(gate(dropout(conv_l(h_l)) + cond_l)).
+
+    h_(l+1) = m (h_l + residual_l), gate(a, b) = tanh(a) sigmoid(b), m the mask; conv_l is of size ``kernel_size`` and
+    dilation dilation_rate^l, padded by zeros to keep the length, start, mix_l and end are of size 1, and cond_l is one
+    of L parts of such a convolution of cond. The weights but end's are normalised (Salimans & Kingma 2016); end starts
+    at zero, so that a coupling does nothing at first.
+
+    Args:
+        in_channels: of x, C / 2 in a coupling.
+        out_channels: of the output: C in an affine coupling, C / 2 in an additive one.
+        hidden: H.
+        kernel_size: odd.
+        dilation_rate: 1 in Glow-TTS and VITS, 2 in WaveGlow.
+        layers: L.
+        cond_channels: of cond, such as an embedding of the speaker; 0 for none.
+        dropout: probability, in training.
+
+    Shapes: x (N, in_channels, T); cond (N, cond_channels, T), or (N, cond_channels, 1) for the same at all positions;
+    mask (N, 1, T), 1 where there is a sample and 0 behind it, or None for ones; output (N, out_channels, T), zero where
+    the mask is, if x is finite there.
+
+    Raises:
+        ValueError: an even kernel size, wrong numbers; an input of another shape, dtype or device.
+
+    References: van den Oord et al. 2016 (the gate), Prenger et al. 2018 (in a coupling), Kim et al. 2020 (the mask).
+    """
+
+    takes_mask = True
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        hidden: int = 192,
+        kernel_size: int = 5,
+        dilation_rate: int = 1,
+        layers: int = 4,
+        cond_channels: int = 0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        counts = {"in_channels": in_channels, "out_channels": out_channels, "hidden": hidden, "layers": layers}
+        for name, value in {**counts, "kernel_size": kernel_size, "dilation_rate": dilation_rate}.items():
+            check_count(name, value)
+        check_count("cond_channels", cond_channels, least=0)
+        expect(kernel_size % 2 == 1, "kernel_size", "an odd number", kernel_size)
+        expect(0.0 <= dropout < 1.0, "dropout", "a probability below 1", dropout)
+        self.in_channels, self.out_channels, self.hidden = in_channels, out_channels, hidden
+        self.cond_channels = cond_channels
+        self.dropout = nn.Dropout(dropout)
+        self.start = weight_norm(nn.Conv1d(in_channels, hidden, 1))
+        self.cond = weight_norm(nn.Conv1d(cond_channels, 2 * hidden * layers, 1)) if cond_channels else None
+        self.dilated, self.mixing = nn.ModuleList(), nn.ModuleList()
+        for layer in range(layers):
+            reach = dilation_rate**layer
+            conv = nn.Conv1d(hidden, 2 * hidden, kernel_size, padding=reach * (kernel_size // 2), dilation=reach)
+            self.dilated.append(weight_norm(conv))
+            self.mixing.append(weight_norm(nn.Conv1d(hidden, hidden if layer + 1 == layers else 2 * hidden, 1)))
+        self.end = nn.Conv1d(hidden, out_channels, 1)
+        nn.init.zeros_(self.end.weight)
+        nn.init.zeros_(self.end.bias)  # type: ignore[arg-type]
+
+    @property
+    def halo(self) -> int:
+        """Positions to each side that an output depends on."""
+        convs: list[Any] = list(self.dilated)
+        return wavenet_halo(convs[0].kernel_size[0], [conv.dilation[0] for conv in convs])
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether it repeats itself whatever the random generators: no dropout is active."""
+        return not (self.dropout.training and self.dropout.p)
+
+    def bytes_per_position(self, element_size: int) -> int:
+        """The most bytes of activations alive in forward and backward, per sample and position."""
+        edges = self.in_channels + self.out_channels
+        return wavenet_bytes(self.hidden, len(self.dilated), edges, not self.deterministic, element_size)
+
+    def forward(self, x: Tensor, cond: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """x (N, in_channels, T) -> (N, out_channels, T)."""
+        check_input("x", x, self.in_channels, self.end.weight)
+        expect(x.dim() == 3, "x", "shape (N, C, T)", f"shape {tuple(x.shape)}")
+        if self.cond is None:
+            expect(cond is None, "cond", "None, since the net has cond_channels=0", type(cond).__name__)
+        else:
+            fits = isinstance(cond, Tensor) and cond.dim() == 3 and cond.shape[2] in (1, x.shape[2])
+            fits = fits and cond is not None and tuple(cond.shape[:2]) == (x.shape[0], self.cond_channels)
+            shape = tuple(cond.shape) if isinstance(cond, Tensor) else type(cond).__name__
+            expect(fits, "cond", f"shape ({x.shape[0]}, {self.cond_channels}, {x.shape[2]} or 1)", shape)
+        dropout = self.dropout.p if self.dropout.training else 0.0
+        return run_wavenet(self._parts(), x, cond, mask, dropout)
+
+    def _parts(self) -> WaveNetParts:
+        def conv(module: Any) -> Conv:
+            return Conv(module.weight, module.bias, module.dilation[0])
+
+        cond = None if self.cond is None else conv(self.cond)
+        dilated, mixing = [conv(module) for module in self.dilated], [conv(module) for module in self.mixing]
+        return WaveNetParts(dilated, mixing, cond, conv(self.start), conv(self.end))

@@ -1,0 +1,89 @@
+"""Masks of sequences: what is refused, how samples are grouped, and that cutting changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.glow_tts_cases import mask_of_lengths
+from torch import Tensor, nn
+
+from pyglow_fast.coupling_nets import masks
+
+
+def test_lengths_end_with_the_last_position() -> None:
+    mask = mask_of_lengths((5, 2, 0), 6)
+    assert masks.lengths(mask) == [5, 2, 1]
+    mask[2, 0, 3] = 1.0  # a hole before it does not matter
+    assert masks.lengths(mask) == [5, 2, 4]
+
+
+def test_groups_are_of_like_lengths() -> None:
+    ends = [100, 30, 85, 79, 64, 31]
+    groups = masks.groups_alike(ends)
+    assert groups == [[0, 2], [3, 4], [5, 1]]
+    for group in groups:
+        assert min(ends[i] for i in group) >= masks.ALIKE * max(ends[i] for i in group)
+
+
+@pytest.mark.parametrize("lengths", [(9, 9, 9), (9, 3, 7), (4, 2, 1), (0, 0, 0)])
+@pytest.mark.parametrize("positions", [None, 1, 9])
+def test_cutting_by_length_changes_nothing(lengths: tuple[int, ...], positions: int | None) -> None:
+    x, mask = torch.randn(3, 2, 9, dtype=torch.float64), mask_of_lengths(lengths, 9)
+    cond = None if positions is None else torch.randn(3, 2, positions, dtype=torch.float64)
+    weight = torch.randn(4, 2, 3, dtype=torch.float64)
+    widths = []
+
+    def call(x: Tensor, cond: Tensor | None, mask: Tensor) -> Tensor:
+        widths.append(x.shape[0] * x.shape[2])
+        out = nn.functional.conv1d(x * mask, weight, padding=1)
+        return (out if cond is None else out + cond.repeat(1, 2, 1)) * mask
+
+    found = masks.run_by_length(call, x, cond, mask)
+    work = sum(widths)
+    assert torch.allclose(found, call(x, cond, mask), rtol=1e-13, atol=1e-13)
+    assert work <= 27
+    assert lengths == (9, 9, 9) or work < 27
+
+
+def test_sorted_runs_give_the_samples_in_their_order() -> None:
+    x, mask = torch.randn(4, 2, 5), mask_of_lengths((2, 5, 1, 4), 5, torch.float32)
+    seen = []
+
+    def call(x: Tensor, cond: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(masks.lengths(mask))
+        assert cond is not None
+        return x * mask + cond, mask.sum((1, 2))
+
+    cond = torch.randn(4, 2, 1)
+    z, counts = masks.run_sorted(call, x, cond, mask)
+    assert seen == [[5, 4, 2, 1]]
+    assert torch.equal(z, x * mask + cond)
+    assert counts.tolist() == [2, 5, 1, 4]
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(2, 5), "mask: expected shape"),
+        (torch.ones(2, 1, 4), "mask: expected shape"),
+        (torch.full((2, 1, 5), 0.5), "mask: expected values 0 and 1"),
+        (None, "mask: expected a Tensor"),
+    ],
+)
+def test_what_is_no_mask_is_refused(mask: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        masks.check_mask(mask, torch.zeros(2, 3, 5))
+
+
+def test_a_net_that_takes_no_mask_is_refused() -> None:
+    with pytest.raises(ValueError, match="takes_mask = True, found Conv1d"):
+        masks.MaskedNet(nn.Conv1d(2, 4, 3))
+
+
+def test_padding_gives_and_takes_nothing() -> None:
+    x = torch.tensor([[[1.0, float("nan"), float("inf")]]], requires_grad=True)
+    out = masks.without_padding(x, mask_of_lengths((1,), 3, torch.float32))
+    out.sum().backward()
+    assert out.tolist() == [[[1.0, 0.0, 0.0]]]
+    assert x.grad is not None
+    assert x.grad.tolist() == [[[1.0, 0.0, 0.0]]]

@@ -1,0 +1,241 @@
+"""Glow-TTS's decoder accelerated: a model of its interface that the tests write, with both of torch's weight norms."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from support.covering import pairs
+from support.glow_tts_cases import (
+    NORMS,
+    TextActNorm,
+    TextCoupling,
+    TextDecoder,
+    TextInvConv,
+    TextWaveNet,
+    difference,
+    mask_of_lengths,
+    moved,
+    results,
+    single_errors,
+)
+from torch import Tensor, nn
+
+from pyglow_fast.interop import accelerate, glow_tts
+from pyglow_fast.interop.glow_tts.joining import DecoderRun
+
+MODES = (None, "store", "checkpoint", "reversible")
+LENGTHS, TIME = (17, 16, 9, 3), 17
+EXACT = 1e-9  # relative, of float64
+
+
+def decoder(dtype: torch.dtype = torch.float64, steps: int = 3, **options: Any) -> TextDecoder:
+    settings: dict[str, Any] = {"kernel": 3, "rate": 2, "layers": 2, **options}
+    model: TextDecoder = moved(TextDecoder(4, 6, steps, **settings))
+    return model.to(dtype)
+
+
+def exact_inverses(model: nn.Module) -> None:
+    """Inverses of the weights in the model's own dtype: those that theirs computes are rounded to float32."""
+    for module in model.modules():
+        if isinstance(module, TextInvConv):
+            module.weight_inv = nn.Parameter(torch.inverse(module.weight.detach()), requires_grad=False)
+
+
+def batch(dtype: torch.dtype = torch.float64, cond: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
+    x = torch.randn(len(LENGTHS), 4, TIME, dtype=dtype)
+    return x, mask_of_lengths(LENGTHS, TIME, dtype), torch.randn(len(x), cond, 1, dtype=dtype) if cond else None
+
+
+@pairs(
+    pytest.mark.parametrize("memory", MODES),
+    pytest.mark.parametrize("norm", NORMS),
+    pytest.mark.parametrize("sigmoid_scale", [False, True]),
+    pytest.mark.parametrize("cond", [0, 3]),
+    pytest.mark.parametrize("split", [2, 4]),
+)
+def test_numbers_are_theirs(memory: str | None, norm: str, sigmoid_scale: bool, cond: int, split: int) -> None:
+    model = decoder(norm=norm, sigmoid_scale=sigmoid_scale, cond=cond, n_split=split)
+    exact_inverses(model)
+    inputs = batch(cond=cond)
+    expected = results(model, *inputs)
+    done = accelerate(model, memory=memory)
+    assert len(done.replaced) == 9
+    assert done.left == {}
+    found = results(model, *inputs)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert difference(ours, theirs) <= EXACT
+    done.undo()
+    again = results(model, *inputs)
+    assert all(torch.equal(again[i][name], value) for i in (0, 1) for name, value in expected[i].items())
+    assert {type(module) for module in model.flows} == {TextActNorm, TextInvConv, TextCoupling}
+
+
+@pytest.mark.parametrize("memory", MODES)
+def test_float32_is_within_twice_their_error(memory: str | None) -> None:
+    theirs, ours = single_errors(lambda: decoder(cond=2), lambda: batch(cond=2), memory)
+    assert ours.mean().sqrt() <= 2.0 * theirs.mean().sqrt()
+
+
+@pytest.mark.parametrize("memory", ["checkpoint", "reversible"])
+@pytest.mark.parametrize("budget", [1, 30_000])
+def test_chunks_give_the_same(memory: str, budget: int) -> None:
+    model, inputs = decoder(cond=2), batch(cond=2)
+    exact_inverses(model)
+    expected = results(model, *inputs)
+    accelerate(model, memory=memory, memory_budget=budget)
+    for ours, theirs in zip(results(model, *inputs), expected, strict=True):
+        assert difference(ours, theirs) <= EXACT
+
+
+def test_what_lies_behind_the_end_has_no_influence() -> None:
+    model = decoder()
+    done = accelerate(model, memory="reversible")
+    (run,) = model.flows
+    x, mask = torch.randn(3, 8, 7, dtype=torch.float64), mask_of_lengths((7, 5, 1), 7)
+    z, log_det = run(x * mask, mask)
+    spoilt = x.masked_fill(mask == 0, float("nan")).requires_grad_()
+    again, again_log_det = run(spoilt, mask)
+    (again.sum() + again_log_det.sum()).backward()
+    assert torch.equal(again, z)
+    assert torch.equal(again_log_det, log_det)
+    assert torch.equal(again * mask, again)
+    assert spoilt.grad is not None
+    assert bool(spoilt.grad.isfinite().all())
+    assert done.joined
+
+
+def test_dropout_repeats_in_the_backward() -> None:
+    """The gradient of a chain that runs its nets again is that of the numbers that the forward drew."""
+    gradients = []
+    for memory in ("checkpoint", "reversible"):
+        torch.manual_seed(0)
+        model, (x, mask, _) = decoder(drop=0.4), batch()
+        accelerate(model, memory=memory)
+        torch.manual_seed(5)
+        z, log_det = model(x, mask)
+        loss = z.square().sum() - log_det.sum()
+        loss.backward()
+        parameter = model.flows[0].modules[2].end.bias
+        with torch.no_grad():  # a finite difference, the same numbers drawn again
+            steps = []
+            for sign in (1.0, -1.0):
+                parameter += sign * 1e-5
+                torch.manual_seed(5)
+                z, log_det = model(x, mask)
+                steps.append(float(z.square().sum() - log_det.sum()))
+                parameter -= sign * 1e-5
+        gradients.append(parameter.grad)
+        assert abs((steps[0] - steps[1]) / 2e-5 - float(parameter.grad.sum())) <= 1e-4 * abs(
+            float(parameter.grad.sum())
+        )
+    assert torch.allclose(*gradients, rtol=1e-9)
+
+
+def test_initialisation_and_stored_inverses_pass_through_a_run() -> None:
+    x, mask, _ = batch()
+    model, twin = decoder(norm="none"), decoder(norm="none")
+    twin.load_state_dict(model.state_dict())
+    accelerate(model, memory="reversible")
+    for flow in [*model.flows, *twin.flows]:
+        if hasattr(flow, "set_ddi"):
+            flow.set_ddi(True)
+    assert difference(results(model, x, mask)[0], results(twin, x, mask)[0]) <= 1e-5  # theirs inverts in float32
+    model.store_inverse()
+    assert all(module.weight_inv is not None for module in model.modules() if isinstance(module, TextInvConv))
+    z, _ = model(x, mask)
+    there = mask[:, :, 1::2].repeat_interleave(2, dim=2)
+    assert difference({"x": model(z, mask[:, :, :16], reverse=True)[0]}, {"x": x[:, :, :16] * there}) <= 1e-5
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, TextInvConv):
+                module.weight_inv.mul_(2.0)  # no longer the inverse: theirs goes by it, and so does ours
+    scaled, _ = model(z, mask[:, :, :16], reverse=True)
+    assert float((scaled - x[:, :, :16] * there).abs().max()) > 0.1
+
+
+def test_hooks_and_odd_inputs_go_to_their_own_code() -> None:
+    model, (x, mask, _) = decoder(), batch()
+    expected = results(model, x, mask)
+    accelerate(model, memory="reversible")
+    (run,) = model.flows
+    assert isinstance(run, DecoderRun)
+    seen = []
+    handle = run.modules[2].wn.in_layers[0].register_forward_hook(lambda *_: seen.append(1))
+    for ours, theirs in zip(results(model, x, mask), expected, strict=True):
+        assert difference(ours, theirs) <= 1e-5
+    assert seen
+    handle.remove()
+    soft = mask * 0.5  # no mask of ours: what theirs does with it
+    twin = decoder()
+    twin.load_state_dict(model.state_dict())
+    assert difference({"z": model(x, soft)[0]}, {"z": twin(x, soft)[0]}) <= EXACT
+
+
+class OtherGate(TextWaveNet):
+    def forward(self, x: Tensor, x_mask: Tensor | None = None, g: Tensor | None = None, **kwargs: Any) -> Tensor:
+        return super().forward(x, x_mask, g) * 1.0001
+
+
+class LateDropout(TextWaveNet):
+    def forward(self, x: Tensor, x_mask: Tensor | None = None, g: Tensor | None = None, **kwargs: Any) -> Tensor:
+        kept, self.drop.p = self.drop.p, 0.0
+        out = super().forward(x, x_mask, g)
+        self.drop.p = kept
+        return self.drop(out)
+
+
+@pytest.mark.parametrize("other", [OtherGate, LateDropout])
+def test_other_arithmetic_is_left_with_its_reason(other: type[TextWaveNet]) -> None:
+    model = decoder(steps=1)
+    model.flows[2].wn.__class__ = other
+    done = accelerate(model)
+    assert sorted(done.replaced) == ["flows.1"]
+    assert done.left["flows.2.wn"] == "its output is another one than ours on the same numbers"
+    assert "flows.2" in done.left
+
+
+def test_other_structures_are_left_with_their_reason() -> None:
+    model = decoder(steps=4, norm="none")
+    nn.utils.parametrizations.spectral_norm(model.flows[11].wn.in_layers[1])
+    model.flows[2].wn.in_layers[0].stride = (2,)
+    model.flows[5].wn.res_skip_layers[1].register_forward_hook(lambda *_: None)
+    done = accelerate(model, memory="reversible")
+    assert "stride=(2,)" in done.left["flows.2.wn"]
+    assert "hooks" in done.left["flows.5"]
+    assert "flows.8" in done.replaced
+    assert "not joined" in done.left["flows.8"]
+    assert "no weight norm" in done.left["flows.11.wn"]
+
+
+def test_a_wavenet_alone_is_served() -> None:
+    net = moved(TextWaveNet(6, 5, 1, 3, cond=2)).double()
+    x, mask, g = torch.randn(3, 6, 9).double(), mask_of_lengths((9, 4, 2), 9), torch.randn(3, 2, 1).double()
+    calls = [lambda: net(x * mask, mask, g=g), lambda: net(x), lambda: net(x, mask)]  # the last with padding not zero
+    expected = [call() for call in calls]
+    assert list(accelerate(net).replaced) == [""]
+    for call, theirs in zip(calls, expected, strict=True):
+        assert difference({"x": call()}, {"x": theirs}) <= EXACT
+
+
+def test_copies_and_pickles_stay_ours() -> None:
+    conv = moved(TextInvConv(8)).double()
+    accelerate(conv)
+    x = torch.randn(2, 8, 3).double()
+    for twin in (copy.deepcopy(conv), pickle.loads(pickle.dumps(conv))):
+        assert isinstance(twin, glow_tts.InvConvNear)
+        assert isinstance(twin, TextInvConv)
+        assert torch.equal(twin(x)[0], conv(x)[0])
+        assert glow_tts.release(twin) == [""]
+        assert type(twin) is TextInvConv
+
+
+def test_report_of_a_second_call() -> None:
+    model = decoder()
+    accelerate(model)
+    done = accelerate(model, memory="reversible")
+    assert list(done.joined) == ["flows"]
+    assert done.memory_report()[0]["steps"] == 3

@@ -1,0 +1,59 @@
+"""The 1x1 convolution in groups: which channels belong together, its log-det, and that steps take it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.glow_tts_cases import TextInvConv
+from support.helpers import assert_close
+
+import pyglow_fast as pgf
+from pyglow_fast.layers import GroupedInvConv
+from pyglow_fast.layers.grouped_conv import group_channels
+
+
+def test_groups_have_channels_of_both_halves() -> None:
+    assert group_channels(8, 4).tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    assert group_channels(6, 2).tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
+@pytest.mark.parametrize(("channels", "size"), [(8, 4), (12, 4), (6, 6), (4, 2)])
+def test_is_the_one_of_glow_tts(channels: int, size: int) -> None:
+    theirs, layer = TextInvConv(channels, size).double(), GroupedInvConv(channels, size).double()
+    layer.weight = theirs.weight
+    x = torch.randn(2, channels, 5).double()
+    z, log_det = layer(x)
+    expected, expected_log_det = theirs(x)
+    assert_close(z, expected)
+    assert_close(log_det, expected_log_det, condition=10.0)
+    weight, weight_log_det = layer.weight_and_log_det()
+    assert_close(torch.linalg.slogdet(weight).logabsdet, weight_log_det, condition=10.0)
+    assert_close(layer.inverse(z)[0], x, condition=10.0)
+
+
+def test_starts_as_a_rotation_and_has_a_gradient() -> None:
+    layer = GroupedInvConv(8).double()
+    weight, _ = layer.weight_and_log_det()
+    assert_close(weight @ weight.T, torch.eye(8).double(), dtype=torch.float32)
+
+    def function(own: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.func.functional_call(layer, {"weight": own}, (torch.ones(1, 8, 2).double(),))
+
+    assert torch.autograd.gradcheck(function, (layer.weight.detach().clone().requires_grad_(),))
+
+
+def test_a_step_keeps_its_folded_matrix() -> None:
+    step = pgf.FlowStep(8, 4, permutation=GroupedInvConv(8), dims=1)
+    steps = pgf.ReversibleSequence([step]).eval()
+    x = torch.randn(2, 8, 3)
+    with torch.no_grad():
+        step.actnorm.initialized.fill_(True)
+        z, _ = steps(x)
+        step.permutation.weight.mul_(2.0)
+        assert not torch.allclose(steps(x)[0], z)
+
+
+@pytest.mark.parametrize("size", [3, 5, 16])
+def test_other_sizes_are_refused(size: int) -> None:
+    with pytest.raises(ValueError, match="size: expected an even divisor of 8 channels"):
+        GroupedInvConv(8, size)

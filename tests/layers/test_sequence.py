@@ -1,0 +1,255 @@
+"""Flows on sequences of unequal lengths: each sample as if it were alone, log-dets, memory modes, initialisation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.covering import pairs
+from support.glow_tts_cases import mask_of_lengths, moved
+from support.helpers import assert_close
+from torch import Tensor, nn
+
+import pyglow_fast as pgf
+from pyglow_fast.layers import GroupedInvConv, MaskedSequence, WaveNet, squeeze_time, unsqueeze_time
+from pyglow_fast.layers.flow_step import FlowStep
+from pyglow_fast.reference import CouplingSpec
+from pyglow_fast.reversible.drift import Witness
+
+MEMORY = ("store", "checkpoint", "reversible")
+LENGTHS, TIME = (9, 5, 2), 9
+SPECS = {
+    "exp": CouplingSpec("affine", "exp", order="scale_shift"),
+    "sigmoid": CouplingSpec("affine", "sigmoid", eps=1e-6),  # whose log s of zero is not zero
+    "tanh": CouplingSpec("affine", "tanh"),
+    "additive": CouplingSpec("additive"),
+}
+
+
+def flow(
+    memory: str = "store", spec: str = "exp", cond: int = 0, steps: int = 3, dropout: float = 0.0, **options: Any
+) -> MaskedSequence:
+    def step() -> FlowStep:
+        net = WaveNet(4, 4 if spec == "additive" else 8, 6, 3, 1, 2, cond, dropout)
+        return FlowStep(8, coupling=SPECS[spec], permutation=GroupedInvConv(8), net=net)
+
+    model: MaskedSequence = moved(MaskedSequence([step() for _ in range(steps)], memory, **options)).double()
+    for part in model.flow_steps():
+        part.actnorm.initialized.fill_(True)
+    return model
+
+
+def batch(cond: int = 0, positions: int = 1) -> tuple[Tensor, Tensor | None, Tensor]:
+    x = torch.randn(len(LENGTHS), 8, TIME, dtype=torch.float64)
+    given = torch.randn(len(LENGTHS), cond, positions, dtype=torch.float64) if cond else None
+    return x, given, mask_of_lengths(LENGTHS, TIME)
+
+
+def outcome(model: MaskedSequence, x: Tensor, cond: Tensor | None, mask: Tensor) -> list[Tensor]:
+    """z, log_det, and the gradients of a function of both."""
+    inputs = [value.clone().requires_grad_() for value in (x, cond) if value is not None]
+    z, log_det = model(*inputs, mask=mask)
+    loss = z.square().sum() + z.sum() - (log_det * torch.tensor([1.0, 2.0, 3.0]).double()).sum()
+    return [z, log_det, *torch.autograd.grad(loss, [*inputs, *model.parameters()])]
+
+
+@pairs(
+    pytest.mark.parametrize("memory", MEMORY),
+    pytest.mark.parametrize("spec", list(SPECS)),
+    pytest.mark.parametrize("positions", [0, 1, TIME]),
+    pytest.mark.parametrize("budget", ["auto", 1]),
+)
+class TestEachSampleIsAlone:
+    def test_z_log_det_and_gradients(self, memory: str, spec: str, positions: int, budget: Any) -> None:
+        """Those of the samples without padding, one by one, by plain autograd."""
+        cond = 2 if positions else 0
+        torch.manual_seed(1)
+        model = flow(memory, spec, cond, memory_budget=budget)
+        x, given, mask = batch(cond, positions)
+        z, log_det, *grads = outcome(model, x.masked_fill(mask == 0, float("nan")), given, mask)
+        assert_close(z * mask, z)
+        model.memory = "store"
+        inputs = [value.clone().requires_grad_() for value in (x, given) if value is not None]
+        loss = torch.zeros((), dtype=torch.float64)
+        for i, length in enumerate(LENGTHS):
+            own = inputs[0][i : i + 1, :, :length]
+            own_cond = None if given is None else inputs[1][i : i + 1, :, : length if positions > 1 else 1]
+            own_z, own_log_det = model(own, own_cond, mask=torch.ones(1, 1, length).double())
+            assert_close(z[i : i + 1, :, :length], own_z, condition=10.0)
+            assert_close(log_det[i : i + 1], own_log_det, condition=100.0)
+            loss = loss + own_z.square().sum() + own_z.sum() - (i + 1) * own_log_det.sum()
+        for found, expected in zip(grads, torch.autograd.grad(loss, [*inputs, *model.parameters()]), strict=True):
+            assert_close(found[None], expected[None], condition=100.0)
+
+    def test_inverse(self, memory: str, spec: str, positions: int, budget: Any) -> None:
+        model = flow(memory, spec, 2 if positions else 0, memory_budget=budget)
+        x, given, mask = batch(2 if positions else 0, positions)
+        z, log_det = model(x, given, mask=mask)
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients):
+                back, inverse_log_det = model.inverse(z.detach().masked_fill(mask == 0, float("inf")), given, mask=mask)
+            assert_close(back, x * mask, condition=100.0)
+            assert_close(inverse_log_det, -log_det, condition=100.0)
+        with torch.no_grad():
+            assert_close(model(x, given, mask=mask)[0], z, condition=10.0)
+
+
+@pytest.mark.parametrize("spec", list(SPECS))
+def test_log_det_is_that_of_the_jacobian(spec: str) -> None:
+    model, (x, _, mask) = flow(spec=spec), batch()
+    _, log_det = model(x, mask=mask)
+    for i, length in enumerate(LENGTHS):
+
+        def own(values: Tensor, i: int = i, length: int = length) -> Tensor:
+            whole = torch.cat([values.reshape(1, 8, length), x[i : i + 1, :, length:]], dim=2)
+            return model(whole, mask=mask[i : i + 1])[0][:, :, :length].flatten()
+
+        jacobian = torch.autograd.functional.jacobian(own, x[i, :, :length].flatten())
+        assert_close(log_det[i], torch.linalg.slogdet(jacobian).logabsdet, condition=100.0)
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_gradcheck(memory: str) -> None:
+    model, (x, cond, mask) = flow(memory, steps=2, cond=2), batch(cond=2)
+    assert cond is not None
+
+    def run(x: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
+        z, log_det = model(x, cond, mask=mask)
+        return z, log_det
+
+    assert torch.autograd.gradcheck(run, (x.requires_grad_(), cond.requires_grad_()), fast_mode=True)
+
+
+@pytest.mark.parametrize("memory", ["checkpoint", "reversible"])
+def test_dropout_draws_the_same_again(memory: str) -> None:
+    """The loss moves with a parameter as its gradient says, for the numbers that the forward drew."""
+    model, (x, _, mask) = flow(memory, dropout=0.4), batch()
+    parameter = model.flow_steps()[0].coupling.net.end.bias
+
+    def loss() -> Tensor:
+        torch.manual_seed(3)
+        z, log_det = model(x, mask=mask)
+        return z.square().sum() - log_det.sum()
+
+    (grad,) = torch.autograd.grad(loss(), parameter)
+    with torch.no_grad():
+        parameter += 1e-6
+        above = float(loss())
+        parameter -= 2e-6
+        below = float(loss())
+    assert abs((above - below) / 2e-6 - float(grad.sum())) <= 1e-5 * float(grad.abs().sum())
+
+
+def test_initialisation_sees_the_positions_that_are_there() -> None:
+    model = MaskedSequence([FlowStep(8, permutation=GroupedInvConv(8), net=WaveNet(4, 8, 6))]).double()
+    x, _, mask = batch()
+    model.initialize((3.0 * x + 2.0).masked_fill(mask == 0, float("nan")), mask=mask)
+    actnorm = model.flow_steps()[0].actnorm
+    there = (3.0 * x + 2.0).transpose(1, 2)[mask[:, 0] == 1]
+    assert_close(actnorm.bias[None], -there.mean(0)[None], condition=10.0)
+    assert_close(actnorm.log_scale[None], -(there.std(0, correction=0) + 1e-6).log()[None], condition=10.0)
+    fresh = MaskedSequence([FlowStep(8, permutation=GroupedInvConv(8), net=WaveNet(4, 8, 6))]).double()
+    fresh(3.0 * x + 2.0, mask=mask)  # a first forward in training does the same
+    assert_close(fresh.flow_steps()[0].actnorm.bias[None], actnorm.bias.detach()[None])
+
+
+def test_drift_is_judged_with_the_mask() -> None:
+    x, mask = torch.randn(2, 4, 50).double(), mask_of_lengths((50, 7), 50)
+    matrix, offset = torch.randn(4, 4).double(), torch.randn(4).double()
+    u = (torch.einsum("ij,njt->nit", matrix, x * mask) + offset[:, None]) * mask
+    (witness,) = Witness.all_of(Witness.of(u))
+    assert float(witness.drift(x * mask, matrix, offset, mask)) < 1e-12
+    assert float(witness.drift(x * mask, matrix, offset)) > 1e-3  # what the offset adds behind the end
+    assert float(witness.drift((x + 1e-3) * mask, matrix, offset, mask)) > 1e-5
+
+
+def test_states_that_drift_are_redone() -> None:
+    model, (x, _, mask) = flow("reversible", steps=4, anchor_every=None, tolerance=1e-30), batch()
+    found = outcome(model, x, None, mask)
+    assert model.memory_report()["redone_steps"] > 0
+    model.memory = "store"
+    for own, expected in zip(found, outcome(model, x, None, mask), strict=True):
+        assert_close(own[None], expected[None], condition=10.0)
+
+
+def test_without_a_mask_it_is_a_reversible_sequence() -> None:
+    model, (x, _, _) = flow("reversible", "sigmoid"), batch()
+    z, log_det = pgf.ReversibleSequence(list(model), "store")(x)
+    for mask in (None, torch.ones(3, 1, TIME, dtype=torch.bool)):
+        own, own_log_det = model(x, mask=mask)
+        assert_close(own, z)
+        assert_close(own_log_det, log_det, condition=10.0)
+    assert_close(model.inverse(z)[0], x, condition=100.0)
+
+
+@pytest.mark.parametrize(("total", "factor"), [(9, 2), (8, 2), (7, 3), (1, 2)])
+def test_squeezed_time_comes_back(total: int, factor: int) -> None:
+    lengths = (total, max(total - 2, 0))
+    x, mask = torch.randn(2, 3, total), mask_of_lengths(lengths, total, torch.float32)
+    z, squeezed = squeeze_time(x.masked_fill(mask == 0, float("nan")), mask, factor)
+    assert z.shape == (2, 3 * factor, total // factor)
+    assert squeezed.sum((1, 2)).tolist() == [length // factor for length in lengths]
+    back, there = unsqueeze_time(z, squeezed, factor)
+    assert torch.equal(back, x[:, :, : back.shape[2]] * there)
+    for i, length in enumerate(lengths):
+        assert there[i].sum() == length - length % factor
+    if total == 9:
+        assert torch.equal(z[0, :, 1], torch.cat([x[0, :, 2], x[0, :, 3]]))  # one position, then the next
+
+
+class MiniWaveGlow(nn.Module):
+    """WaveGlow's step, written for this test: a 1x1 convolution, then an affine coupling, the scale second."""
+
+    def __init__(self, net: WaveNet, weight: Tensor) -> None:
+        super().__init__()
+        self.net, self.weight = net, weight
+
+    def forward(self, audio: Tensor, spectrogram: Tensor) -> tuple[Tensor, Tensor]:
+        audio = torch.einsum("ij,njt->nit", self.weight, audio)
+        kept, moved_half = audio.chunk(2, dim=1)
+        shift, log_scale = self.net(kept, spectrogram).chunk(2, dim=1)
+        log_det = audio.shape[2] * torch.linalg.slogdet(self.weight).logabsdet + log_scale.sum((1, 2))
+        return torch.cat([kept, log_scale.exp() * moved_half + shift], dim=1), log_det
+
+
+@pytest.mark.parametrize("channels", [4, 6, 8])
+def test_waveglow_is_a_case_of_it(channels: int) -> None:
+    net = moved(WaveNet(channels // 2, channels, 6, 3, 2, 3, cond_channels=5))
+    step = FlowStep(channels, coupling=SPECS["exp"], permutation="invconv_plain", net=net)
+    model = MaskedSequence([step], "reversible").double()
+    step.actnorm.initialized.fill_(True)
+    x, mel = torch.randn(2, channels, 12).double(), torch.randn(2, 5, 12).double()
+    z, log_det = model(x, mel, mask=torch.ones(2, 1, 12))
+    expected, expected_log_det = MiniWaveGlow(net, step.permutation.weight)(x, mel)
+    assert_close(z, expected)
+    assert_close(log_det, expected_log_det, condition=10.0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model, x, mask: model(x, mask=mask[:, :, 1:]), "mask: expected shape"),
+        (lambda model, x, mask: model(x, mask=mask * 0.5), "mask: expected values 0 and 1"),
+        (lambda model, x, mask: model(x[:, :6], mask=mask), "x: expected 8 channels"),
+        (lambda model, x, mask: model.inverse(x.float(), mask=mask), "z: expected dtype"),
+        (lambda model, x, mask: model(x, torch.zeros(3, 2, 4).double(), mask=mask), "cond: expected shape"),
+        (lambda model, x, mask: model(x, None, True, mask), "squeeze_first: expected False"),
+        (lambda model, x, mask: squeeze_time(x, mask, 0), "factor: expected an int"),
+        (lambda model, x, mask: unsqueeze_time(x, mask, 3), "z: expected shape"),
+    ],
+)
+def test_bad_input_is_refused(call: Any, message: str) -> None:
+    model, (x, _, mask) = flow(), batch()
+    with pytest.raises(ValueError, match=message):
+        call(model, x, mask)
+
+
+def test_nets_and_scales_that_know_no_mask_are_refused() -> None:
+    x, _, mask = batch()
+    plain = MaskedSequence([FlowStep(8, 4, dims=1)]).double()
+    with pytest.raises(ValueError, match="net: expected one for masked sequences"):
+        plain(x, mask=mask)
+    own_scale = MaskedSequence([FlowStep(8, net=WaveNet(4, 8, 4), scale_map=lambda raw: (raw.exp(), raw))]).double()
+    with pytest.raises(ValueError, match=r"steps\[0\].coupling: expected a scale map by name"):
+        own_scale(x, mask=mask)

@@ -1,0 +1,141 @@
+"""The WaveNet net against a plain one, its gate's gradient, in chunks, and what it states of itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.covering import pairs
+from support.glow_tts_cases import TextWaveNet, mask_of_lengths, moved
+from support.helpers import assert_close
+from torch import Tensor, nn
+
+from bench.memory_meter import peak_tensor_bytes
+from pyglow_fast.coupling_nets import check_halo, is_deterministic, plain_call, plan_chunks, run_net, run_net_backward
+from pyglow_fast.layers import WaveNet
+from pyglow_fast.layers.wavenet import gated
+
+
+def plain(net: WaveNet, x: Tensor, cond: Tensor | None, mask: Tensor | None) -> Tensor:
+    """The same by another implementation, with its weights."""
+    rate = net.dilated[1].dilation[0] if len(net.dilated) > 1 else 1
+    twin: Any = TextWaveNet(
+        net.hidden, net.dilated[0].kernel_size[0], rate, len(net.dilated), net.cond_channels, norm="none"
+    )
+    pairs_of_convs = [
+        *zip(twin.in_layers, net.dilated, strict=True),
+        *zip(twin.res_skip_layers, net.mixing, strict=True),
+    ]
+    if net.cond is not None:
+        pairs_of_convs.append((twin.cond_layer, net.cond))
+    for own, other in pairs_of_convs:
+        del own.weight
+        own.weight, own.bias = other.weight, other.bias
+    m = 1.0 if mask is None else mask
+    return net.end(twin(net.start(x) * m, m, cond)) * m
+
+
+@pairs(
+    pytest.mark.parametrize("kernel", [1, 3, 5]),
+    pytest.mark.parametrize("rate", [1, 2]),
+    pytest.mark.parametrize("layers", [1, 3]),
+    pytest.mark.parametrize("cond", [None, 1, 11]),
+    pytest.mark.parametrize("lengths", [None, (11, 11), (11, 4), (3, 2)]),
+)
+def test_is_a_plain_one(kernel: int, rate: int, layers: int, cond: int | None, lengths: tuple[int, ...] | None) -> None:
+    net = moved(WaveNet(2, 6, 4, kernel, rate, layers, 3 if cond else 0)).double()
+    x = torch.randn(2, 2, 11, dtype=torch.float64, requires_grad=True)
+    given = torch.randn(2, 3, cond, dtype=torch.float64, requires_grad=True) if cond else None
+    mask = None if lengths is None else mask_of_lengths(lengths, 11)
+    inputs = [value for value in (x, given, *net.parameters()) if value is not None]
+    found, expected = net(x, given, mask), plain(net, x, given, mask)
+    assert_close(found, expected)
+    grad = torch.randn_like(found)
+    for own, theirs in zip(
+        torch.autograd.grad(found, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
+    ):
+        assert_close(own[None], theirs[None], condition=10.0)
+
+
+def test_padding_is_not_seen() -> None:
+    net = moved(WaveNet(2, 6, 4, 5, 1, 3)).double()
+    x = torch.randn(1, 2, 7).double()
+    alone = net(x, None, mask_of_lengths((7,), 7))
+    for total in (8, 30):
+        padded = nn.functional.pad(x, (0, total - 7))
+        assert_close(net(padded, None, mask_of_lengths((7,), total))[:, :, :7], alone)
+        both = net(padded.repeat(2, 1, 1), None, mask_of_lengths((7, total), total))  # together with a longer one
+        assert_close(both[:1, :, :7], alone)
+
+
+def test_gate_has_the_right_gradient() -> None:
+    h = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(gated, (h,))
+    a, b = h.detach().chunk(2, dim=2)
+    assert_close(gated(h), a.tanh() * b.sigmoid())
+    assert_close(torch.func.vmap(gated)(h.detach()), gated(h))
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(torch.autograd.grad(gated(h).sum(), h, create_graph=True)[0].sum(), h)
+
+
+@pytest.mark.parametrize(("kernel", "rate"), [(3, 2), (5, 1)])
+def test_halo_is_what_it_sees(kernel: int, rate: int) -> None:
+    net = WaveNet(2, 4, 4, kernel, rate, 3)
+    assert net.halo == {(3, 2): 7, (5, 1): 6}[kernel, rate]
+    check_halo(net, (1, 2, 2 * net.halo + 9))
+    short = type("Short", (WaveNet,), {"halo": net.halo - 1})
+    with pytest.raises(ValueError, match=r"net\.halo"):
+        check_halo(short(2, 4, 4, kernel, rate, 3), (1, 2, 2 * net.halo + 9))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_bytes_that_it_states_are_enough_and_not_far_too_much(dropout: float) -> None:
+    net, x = moved(WaveNet(8, 16, 32, 5, 1, 4, dropout=dropout)), torch.randn(2, 8, 3000)
+    plan = plan_chunks(net, x.shape, 4, 10**12)
+    parameters = list(net.parameters())
+    peak = peak_tensor_bytes(
+        lambda: run_net_backward(plain_call(net), x, None, plan, lambda out, _: 2.0 * out, parameters)
+    )
+    weights = 4 * sum(
+        parameter.numel() for parameter in parameters
+    )  # and as they are normalised, laid out, their gradients
+    assert peak - weights <= plan.peak
+    assert peak >= 0.6 * plan.peak
+
+
+def test_strips_give_the_whole() -> None:
+    net, x = moved(WaveNet(2, 4, 4, 5, 1, 2)).double(), torch.randn(2, 2, 40).double()
+    plan = plan_chunks(net, x.shape, 8, 20 * net.bytes_per_position(8))
+    assert len(plan.chunks) > 2
+    assert_close(run_net(net, x, None, plan), net(x))
+
+
+def test_dropout_is_said() -> None:
+    net = WaveNet(2, 4, 4, dropout=0.1)
+    assert not is_deterministic(net)
+    assert is_deterministic(net.eval())
+    assert torch.equal(net(torch.ones(1, 2, 3)), net(torch.ones(1, 2, 3)))
+    assert plan_chunks(net.train(), (1, 2, 1000), 4, 1).whole  # strips would draw other numbers
+
+
+def test_starts_at_zero() -> None:
+    assert not bool(WaveNet(2, 4, 4)(torch.randn(1, 2, 5)).any())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: WaveNet(2, 4, 4, 4), "kernel_size: expected an odd number, found 4"),
+        (lambda: WaveNet(2, 4, 4, dropout=1.0), "dropout: expected a probability below 1"),
+        (lambda: WaveNet(2, 4, 0), "hidden: expected an int, at least 1"),
+        (lambda: WaveNet(2, 4, 4)(torch.zeros(1, 3, 5)), "x: expected 2 channels"),
+        (lambda: WaveNet(2, 4, 4)(torch.zeros(1, 2, 5, 5)), "x: expected shape"),
+        (lambda: WaveNet(2, 4, 4)(torch.zeros(1, 2, 5), torch.zeros(1, 1, 5)), "cond: expected None"),
+        (lambda: WaveNet(2, 4, 4, cond_channels=3)(torch.zeros(1, 2, 5), torch.zeros(1, 3, 4)), "cond: expected shape"),
+        (lambda: WaveNet(2, 4, 4, cond_channels=3)(torch.zeros(1, 2, 5)), "cond: expected shape"),
+    ],
+)
+def test_bad_input_is_refused(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

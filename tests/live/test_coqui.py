@@ -1,0 +1,154 @@
+"""coqui-tts's own layers accelerated: the decoder of Glow-TTS, the couplings and nets of VITS."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from live import coqui
+from support.covering import pairs
+from support.glow_tts_cases import difference, mask_of_lengths, moved, results, single_errors
+from support.helpers import assert_close
+from torch import Tensor, nn
+
+from pyglow_fast.interop import accelerate
+from pyglow_fast.layers import MaskedSequence, Permute, WaveNet
+from pyglow_fast.layers.flow_step import FlowStep
+
+decoders = coqui.load("TTS.tts.layers.glow_tts.decoder")
+MODES = (None, "store", "checkpoint", "reversible")
+EXACT = 1e-9
+
+
+def decoder(dtype: torch.dtype = torch.float64, channels: int = 6, steps: int = 3, **options: Any) -> Any:
+    settings: dict[str, Any] = {"dropout_p": 0.0, "num_splits": 4, "num_squeeze": 2, **options}
+    model = decoders.Decoder(channels, 8, 5, settings.pop("rate", 1), steps, 3, **settings)
+    return moved(model).to(dtype)
+
+
+def exact_inverses(model: nn.Module) -> None:
+    """Kept inverses in the dtype of the model: those that theirs computes are rounded to float32."""
+    for module in model.modules():
+        if hasattr(module, "weight_inv"):
+            module.weight_inv = nn.Parameter(torch.inverse(module.weight.detach()), requires_grad=False)
+
+
+def batch(dtype: torch.dtype = torch.float64, cond: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
+    lengths = torch.randint(4, 24, (5,)).tolist()
+    total = max(lengths) + 1
+    x = torch.randn(5, 6, total, dtype=dtype)
+    return x, mask_of_lengths(lengths, total, dtype), torch.randn(5, cond, 1, dtype=dtype) if cond else None
+
+
+@pairs(
+    pytest.mark.parametrize("memory", MODES),
+    pytest.mark.parametrize("training", [False, True]),
+    pytest.mark.parametrize("sigmoid_scale", [False, True]),
+    pytest.mark.parametrize("cond", [0, 4]),
+    pytest.mark.parametrize("rate", [1, 2]),
+    pytest.mark.parametrize("stored", [False, True]),
+)
+def test_decoder(memory: str | None, training: bool, sigmoid_scale: bool, cond: int, rate: int, stored: bool) -> None:
+    model = decoder(sigmoid_scale=sigmoid_scale, c_in_channels=cond, rate=rate).train(training)
+    if stored:
+        model.store_inverse()
+    exact_inverses(model)
+    inputs = batch(cond=cond)
+    expected = results(model, *inputs)
+    done = accelerate(model, memory=memory)
+    assert len(done.replaced) == 9
+    assert done.left == {}
+    for ours, theirs in zip(results(model, *inputs), expected, strict=True):
+        assert difference(ours, theirs) <= EXACT
+    done.undo()
+    again = results(model, *inputs)
+    assert all(torch.equal(again[i][name], value) for i in (0, 1) for name, value in expected[i].items())
+    assert not any(type(module).__module__.startswith("pyglow_fast") for module in model.modules())
+
+
+@pytest.mark.parametrize("memory", MODES)
+def test_inverses_stored_afterwards(memory: str | None) -> None:
+    model, (x, mask, _) = decoder(), batch()
+    accelerate(model, memory=memory)
+    z, _ = model(x, mask)
+    model.store_inverse()
+    with torch.no_grad():
+        again, _ = model(x, mask)
+        back, _ = model(again, mask[:, :, : z.shape[2]], reverse=True)
+    assert difference({"z": again}, {"z": z.detach()}) <= EXACT
+    there = mask[:, :, 1::2].repeat_interleave(2, dim=2)
+    assert difference({"x": back}, {"x": x[:, :, : there.shape[2]] * there}) <= 1e-5  # stored in float32
+
+
+@pytest.mark.parametrize("memory", MODES)
+def test_float32_is_within_twice_their_error(memory: str | None) -> None:
+    theirs, ours = single_errors(lambda: decoder(steps=4), batch, memory)
+    assert ours.mean().sqrt() <= 2.0 * theirs.mean().sqrt()
+
+
+def test_first_batch_initialises_as_theirs() -> None:
+    model, (x, mask, _) = decoder(), batch()
+    twin = decoder()
+    twin.load_state_dict(model.state_dict())
+    for flow in [*model.flows, *twin.flows]:
+        if hasattr(flow, "set_ddi"):
+            flow.set_ddi(True)
+    accelerate(model, memory="reversible")
+    assert difference(*(results(part, x, mask)[0] for part in (model, twin))) <= 1e-5  # the inverse is float32
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+def vits() -> Any:
+    return coqui.load("TTS.tts.layers.vits.networks")
+
+
+def test_nets_of_vits_are_served() -> None:
+    flows = moved(vits().ResidualCouplingBlocks(6, 8, 5, 1, 3, num_flows=4, cond_channels=4)).double()
+    x, mask, g = batch(cond=4)
+    expected = [flows(x * mask, mask, g=g), flows(x * mask, mask, g=g, reverse=True)]
+    done = accelerate(flows)
+    assert sorted(done.replaced) == [f"flows.{i}.enc" for i in range(4)]
+    for reverse, theirs in enumerate(expected):
+        assert difference({"x": flows(x * mask, mask, g=g, reverse=bool(reverse))}, {"x": theirs}) <= EXACT
+
+
+def weights_of(block: Any, net: WaveNet) -> None:
+    """Give our net the weights of a coupling of VITS."""
+    wn = block.enc
+    pairs_of_convs = [(net.start, block.pre), (net.end, block.post), (net.cond, wn.cond_layer)]
+    pairs_of_convs += [*zip(net.dilated, wn.in_layers, strict=True), *zip(net.mixing, wn.res_skip_layers, strict=True)]
+    with torch.no_grad():
+        for own, theirs in pairs_of_convs:
+            own.weight = theirs.weight.detach() if hasattr(own, "parametrizations") else nn.Parameter(theirs.weight)
+            own.bias.copy_(theirs.bias)
+
+
+@pytest.mark.parametrize("memory", MODES[1:])
+@pytest.mark.parametrize("mean_only", [True, False])
+def test_vits_is_a_case_of_our_layers(memory: str, mean_only: bool) -> None:
+    """Mean only, then a flip, four times: FlowSteps that reverse the channels, on reversed ones, and so reversed."""
+    blocks = moved(vits().ResidualCouplingBlocks(6, 8, 5, 1, 3, num_flows=4, cond_channels=4)).double()
+    kinds = vits().ResidualCouplingBlock
+    if not mean_only:
+        own = [moved(kinds(6, 8, 5, 1, 3, cond_channels=4, mean_only=False)).double() for _ in range(4)]
+        blocks.flows = nn.ModuleList(own)
+    steps = []
+    for block in blocks.flows:
+        net = WaveNet(3, 3 if mean_only else 6, 8, 5, 1, 3, cond_channels=4).double()
+        weights_of(block, net)
+        options: Any = {"coupling": "additive"} if mean_only else {"scale_map": "exp", "order": "scale_shift"}
+        steps.append(FlowStep(6, permutation=Permute(6, "reverse"), net=net, **options).double())
+        steps[-1].actnorm.initialized.fill_(True)
+    model = MaskedSequence(steps, memory)
+    x, mask, g = batch(cond=4)
+    z, log_det = model(x.flip(1), g, mask=mask)
+    expected, total = x * mask, torch.zeros(5).double()
+    for block in blocks.flows:
+        expected, own_log_det = block(expected, mask, g=g)
+        expected, total = expected.flip(1), total + own_log_det
+    assert_close(z.flip(1), expected, condition=10.0)
+    assert_close(log_det, total, condition=10.0)
+    back, _ = model.inverse(z, g, mask=mask)
+    assert_close(back.flip(1), blocks(expected, mask, g=g, reverse=True), condition=100.0)
