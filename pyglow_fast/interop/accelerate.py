@@ -20,7 +20,8 @@ from pyglow_fast.layers.reversible_sequence import MEMORY_MODES
 _ADAPTERS = {"normflows": "normflows", "nflows": "nflows", "FrEIA": "freia"}  # top package of a class -> ours for it
 # Adapters of classes that are known by their structure, whatever package they are in. Such an adapter has, besides adopt
 # and release, finds(model) -> bool, and left(model), which names what it leaves and why.
-_BY_STRUCTURE: tuple[str, ...] = ()
+_BY_STRUCTURE: tuple[str, ...] = ("FrEIA",)
+_SIGNS = {"FrEIA": ("subnet", "global_scale", "w_perm")}  # attributes without which a library need not be imported
 _NETS = ("param_map", "transform_net", "subnet", "subnet1", "subnet2", "F", "G")  # where the layers have their nets
 _FLOWS = {  # packages of layers; what else the libraries have (distributions, utilities) is not to be replaced
     "normflows": ("normflows.flows",),
@@ -119,15 +120,18 @@ def accelerate(model: nn.Module, memory: str | None = None, memory_budget: str |
     expect(memory is None or memory in MEMORY_MODES, "memory", f"None or one of {MEMORY_MODES}", repr(memory))
     budget_bytes(memory_budget, "cpu")
     expect(isinstance(model, nn.Module), "model", "a Module", type(model).__name__)
-    libraries = sorted({_library(module) for module in model.modules()} & set(_ADAPTERS))
-    libraries += [name for name in _BY_STRUCTURE if _adapter(name).finds(model)]
+    known = {_library(module) for module in model.modules()} & set(_ADAPTERS)
+    libraries = sorted(known | {name for name in _BY_STRUCTURE if name not in known and _finds(name, model)})
     expect(len(libraries) > 0, "model", f"layers of {', '.join(_ADAPTERS)}", "none")
     done = Acceleration(model)
     for library in libraries:
         names = _adapter(library).adopt(model)
         done.replaced |= {name: type(model.get_submodule(name)).__qualname__ for name in names}
         done._adopted[library] = {model.get_submodule(name) for name in names}
-        done.left |= _adapter(library).left(model) if library in _BY_STRUCTURE else _left(model, library)
+        if library in _ADAPTERS:
+            done.left |= _left(model, library)
+        if library in _BY_STRUCTURE:
+            done.left |= _adapter(library).left(model)
     if memory is not None:
         for library in libraries:
             if importlib.util.find_spec(".joining", _adapter(library).__name__) is not None:
@@ -137,6 +141,15 @@ def accelerate(model: nn.Module, memory: str | None = None, memory_budget: str |
 
 def _adapter(library: str, part: str = "") -> Any:
     return importlib.import_module(f"pyglow_fast.interop.{_ADAPTERS.get(library, library)}{part}")
+
+
+def _finds(name: str, model: nn.Module) -> bool:
+    """Whether an adapter by structure finds layers in a model."""
+    if name in _SIGNS:
+        signs = any(all(hasattr(module, sign) for sign in _SIGNS[name]) for module in model.modules())
+        if not signs or importlib.util.find_spec(name) is None:
+            return False
+    return bool(_adapter(name).finds(model))
 
 
 def _left(model: nn.Module, library: str) -> dict[str, str]:

@@ -34,9 +34,29 @@ def _sigmoid_scale(a: Tensor) -> Tensor:
     return 10 * torch.sigmoid(a - 2.0)
 
 
-SCALE_ACTIVATIONS = {"SOFTPLUS": _softplus_scale, "SIGMOID": _sigmoid_scale, "EXP": torch.exp}
+def _gathered(x: Tensor, order: Tensor) -> Tensor:
+    return x[:, order]
+
+
+def without_closures(block: Any) -> None:
+    """Put functions that pickle can find in the place of a block's lambdas that compute the same."""
+
+    def is_lambda(function: Any) -> bool:
+        return getattr(function, "__name__", "") == "<lambda>"
+
+    if is_lambda(block.global_scale_activation):
+        at = torch.linspace(-3.0, 3.0, 7, dtype=torch.float64, device="cpu")
+        found = block.global_scale_activation(at)
+        same = [own for own in (_softplus_scale, _sigmoid_scale, torch.exp) if torch.equal(own(at), found)]
+        block.global_scale_activation = same[0] if same else block.global_scale_activation
+    if block.w_perm is not None and block.w_perm.dim() == 1 and is_lambda(block.permute_function):
+        order = torch.tensor([2, 0, 1], device="cpu")
+        if torch.equal(block.permute_function(order[None], order), _gathered(order[None], order)):
+            block.permute_function = _gathered
+
+
 # Where a subclass overrides one of these, FrEIA's forward calls it.
-_STEPS = ("_permute", "_pre_permute", "_affine")
+STEPS = ("_permute", "_pre_permute", "_affine")
 GATHERED_FROM = 256  # channels of a vector from which a hard permutation is gathered: a product costs more from there
 
 
@@ -86,56 +106,36 @@ class StepParts(NamedTuple):
     after_inverse: ChannelMap
 
 
-class AllInOneBlock(Fm.AllInOneBlock):
-    """z = R (a * coupling(R0 x) + b): y1 = u1, y2 = u2 exp(s) + t / 10, s = clamp tanh(s_net / 10) with u = R0 x.
+class ServedBlock(nn.Module):
+    """The arithmetic of AllInOneBlock, put before a class that has its interface: that class is the next base.
 
-    (s_net, t) = subnet(u1, c); a = global_scale_activation(global_scale), b = global_offset; R is the permutation, hard
-    or soft, with learned reflections or without, and R0 its inverse with ``reverse_permutation``, else the identity.
-    log_det = sum s + P sum log a, (N,); its negative with ``rev=True``. A GIN block subtracts from s its mean over the
-    sample and has a = 1.
-
-    Arguments, parameters, initial values and errors are those of ``FrEIA.modules.AllInOneBlock``. FrEIA's own forward
-    runs for vectors (but a hard permutation of 256 channels or more is gathered), samples of fewer than 8 positions,
-    half precision, inputs of an unexpected kind, whatever runs inside torch.func, and a subclass that overrides
-    ``_affine``, ``_permute`` or ``_pre_permute``.
-
-    Where FrEIA's goes wrong, this one does not: the subnet's output is not changed in place (which breaks the backward
-    of a subnet that ends in a Tanh or the like); an empty batch works; a block with reflections can be copied after a
-    forward, and any block pickled. A subnet's output of another shape than (N, 2 (C // 2), *spatial) is a ValueError
-    for images. Under autocast only the subnet runs in 16 bits. Gradients that come from kernels cannot be
-    differentiated again: an error says so, and that PYGLOW_FORCE_REFERENCE=1 helps.
-
-    Shapes: x ((N, C, *spatial),), none to three spatial dimensions, c of conditions (N, C_c, *spatial).
+    Such a class is FrEIA's own or, where it was verified that it computes the same, a copy of it.
     """
 
+    _home: type[ServedBlock]  # the class that was put together, of which a user's class may be a subclass
+    _serves: type[nn.Module]  # the one behind it
+    _divides = False  # s = clamp tanh(s_net / (10 clamp)), as in FrEIA's git since August 2023
+    _fixed_size = False  # its forward refuses other sizes than those of dims_in
     _seen: _Seen | None = None
 
-    def __init__(
-        self,
-        dims_in: Sequence[Sequence[int]],
-        dims_c: Sequence[Sequence[int]] = (),
-        subnet_constructor: Callable[[int, int], nn.Module] | None = None,
-        affine_clamping: float = 2.0,
-        gin_block: bool = False,
-        global_affine_init: float = 1.0,
-        global_affine_type: str = "SOFTPLUS",
-        permute_soft: bool = False,
-        learned_householder_permutation: int = 0,
-        reverse_permutation: bool = False,
-    ) -> None:
-        super().__init__(
-            dims_in,
-            dims_c,
-            subnet_constructor,
-            affine_clamping,
-            gin_block,
-            global_affine_init,
-            global_affine_type,
-            permute_soft,
-            learned_householder_permutation,
-            reverse_permutation,
-        )
-        self.global_scale_activation = SCALE_ACTIVATIONS[global_affine_type]  # FrEIA's lambdas cannot be pickled
+    in_channels: int
+    input_rank: int
+    splits: Sequence[int]
+    clamp: Any
+    GIN: bool
+    householder: int
+    reverse_pre_permute: bool
+    conditional: bool
+    dims_in: Sequence[Sequence[int]]
+    subnet: nn.Module
+    global_scale: Tensor
+    global_offset: Tensor
+    global_scale_activation: Callable[[Tensor], Tensor]
+    permute_function: Callable[[Tensor, Tensor], Tensor]
+    w_0: Tensor
+    w_perm: Any  # (C, C, 1, ...), the indices (C,) of a hard permutation, or None before the first reflections
+    w_perm_inv: Any
+    vk_householder: Tensor
 
     def _construct_householder_permutation(self) -> Tensor:
         w = self.w_0
@@ -151,18 +151,25 @@ class AllInOneBlock(Fm.AllInOneBlock):
             self.w_perm = matrix.detach()
             self.w_perm_inv = self.w_perm.transpose(0, 1).contiguous()
             return matrix.flatten(1), matrix.flatten(1).T
-        return self.w_perm.flatten(1), self.w_perm_inv.flatten(1)
+        return self._as_matrix(self.w_perm), self._as_matrix(self.w_perm_inv)
+
+    def _as_matrix(self, permutation: Tensor) -> Tensor:
+        """(C, C) of a permutation that is kept as a kernel, or as the indices of a hard one."""
+        if permutation.dim() > 1:
+            return permutation.flatten(1)
+        like = self.global_scale
+        return torch.eye(self.in_channels, dtype=like.dtype, device=like.device)[permutation]
 
     def _scale(self) -> tuple[Tensor, Tensor]:
         """The global scale a (C,) and sum log a ()."""
         if self.GIN:
             return torch.ones_like(self.global_scale).flatten(), self.global_scale.new_zeros(())
-        scale: Tensor = self.global_scale_activation(self.global_scale).flatten()  # type: ignore[operator]
+        scale = self.global_scale_activation(self.global_scale).flatten()
         return scale, scale.log().sum()
 
     def _spec(self) -> tuple[CouplingSpec, ShiftThenRaw]:
         """The coupling, and how its net's output comes from the subnet's."""
-        spec, gain = clamped_spec(self.clamp, torch.tanh, self.GIN)
+        spec, gain = clamped_spec(self.clamp, torch.tanh, self.GIN, self._divides)
         return spec, ShiftThenRaw(self.splits[1], SUBNET_GAIN, SUBNET_GAIN * gain)
 
     def _after(self, matrix: Tensor) -> ChannelMap:
@@ -196,7 +203,8 @@ class AllInOneBlock(Fm.AllInOneBlock):
             and state.dtype == like.dtype
             and state.dtype in (torch.float32, torch.float64)
             and state.device == like.device
-            and all(getattr(type(self), name) is getattr(AllInOneBlock, name) for name in _STEPS)
+            and not (self._fixed_size and tuple(state.shape[1:]) != tuple(self.dims_in[0]))
+            and all(getattr(type(self), name, None) is getattr(self._home, name, None) for name in STEPS)
             and not transformed_by_functorch()
         )
 
@@ -252,6 +260,8 @@ class AllInOneBlock(Fm.AllInOneBlock):
         # On a GPU a look at the matrices would stop the stream.
         if self.householder or self.w_perm.device.type != "cpu" or torch.compiler.is_compiling():
             return None
+        if self.w_perm.dim() == 1:  # its own forward gathers
+            return None
         pair = (self.w_perm.detach().flatten(1), self.w_perm_inv.detach().flatten(1))
         # Compared in full: a version counter does not see what is written through .data.
         if self._seen is None or not all(map(torch.equal, pair, self._seen.pair)):
@@ -269,6 +279,8 @@ class AllInOneBlock(Fm.AllInOneBlock):
         def permute(x: Tensor, back: bool) -> Tensor:
             if indices is not None:
                 return _Gather.apply(x, *(indices[::-1] if back else indices))
+            if self.w_perm.dim() == 1:
+                return self.permute_function(x, self.w_perm_inv if back else self.w_perm)
             with reference.full_precision(x):
                 w = inverse if back else matrix
                 return self.permute_function(x, w.reshape(*w.shape, *[1] * self.input_rank))
@@ -290,7 +302,60 @@ class AllInOneBlock(Fm.AllInOneBlock):
         return {name: value for name, value in self.__dict__.items() if name != "_seen"}
 
 
-def step_parts(block: Fm.AllInOneBlock) -> StepParts:
+class AllInOneBlock(ServedBlock, Fm.AllInOneBlock):
+    """z = R (a * coupling(R0 x) + b): y1 = u1, y2 = u2 exp(s) + t / 10, s = clamp tanh(s_net / 10) with u = R0 x.
+
+    (s_net, t) = subnet(u1, c); a = global_scale_activation(global_scale), b = global_offset; R is the permutation, hard
+    or soft, with learned reflections or without, and R0 its inverse with ``reverse_permutation``, else the identity.
+    log_det = sum s + P sum log a, (N,); its negative with ``rev=True``. A GIN block subtracts from s its mean over the
+    sample and has a = 1.
+
+    Arguments, parameters, initial values and errors are those of ``FrEIA.modules.AllInOneBlock``. FrEIA's own forward
+    runs for vectors (but a hard permutation of 256 channels or more is gathered), samples of fewer than 8 positions,
+    half precision, inputs of an unexpected kind, whatever runs inside torch.func, and a subclass that overrides
+    ``_affine``, ``_permute`` or ``_pre_permute``.
+
+    Where FrEIA's goes wrong, this one does not: the subnet's output is not changed in place (which breaks the backward
+    of a subnet that ends in a Tanh or the like); an empty batch works; a block with reflections can be copied after a
+    forward, and any block pickled. A subnet's output of another shape than (N, 2 (C // 2), *spatial) is a ValueError
+    for images. Under autocast only the subnet runs in 16 bits. Gradients that come from kernels cannot be
+    differentiated again: an error says so, and that PYGLOW_FORCE_REFERENCE=1 helps.
+
+    Shapes: x ((N, C, *spatial),), none to three spatial dimensions, c of conditions (N, C_c, *spatial).
+    """
+
+    def __init__(
+        self,
+        dims_in: Sequence[Sequence[int]],
+        dims_c: Sequence[Sequence[int]] = (),
+        subnet_constructor: Callable[[int, int], nn.Module] | None = None,
+        affine_clamping: float = 2.0,
+        gin_block: bool = False,
+        global_affine_init: float = 1.0,
+        global_affine_type: str = "SOFTPLUS",
+        permute_soft: bool = False,
+        learned_householder_permutation: int = 0,
+        reverse_permutation: bool = False,
+    ) -> None:
+        super().__init__(
+            dims_in,
+            dims_c,
+            subnet_constructor,
+            affine_clamping,
+            gin_block,
+            global_affine_init,
+            global_affine_type,
+            permute_soft,
+            learned_householder_permutation,
+            reverse_permutation,
+        )
+        without_closures(self)
+
+
+AllInOneBlock._home, AllInOneBlock._serves = AllInOneBlock, Fm.AllInOneBlock
+
+
+def step_parts(block: nn.Module) -> StepParts:
     """z = after(coupling(before(x))): net, coupling and channel maps of an AllInOneBlock of this package.
 
     Called again whenever the parameters have changed: the maps are computed from them, with their gradients.
@@ -298,7 +363,7 @@ def step_parts(block: Fm.AllInOneBlock) -> StepParts:
     Raises:
         TypeError: not a block of this package (see :func:`pyglow_fast.interop.freia.adopt`).
     """
-    if not isinstance(block, AllInOneBlock):
+    if not isinstance(block, ServedBlock):
         raise TypeError(f"block: expected an AllInOneBlock of {__name__}, found {type(block)}")
     matrix, inverse = block._matrices()
     spec, order = block._spec()

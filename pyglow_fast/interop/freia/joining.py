@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from pyglow_fast.coupling_nets.traits import has_hooks
-from pyglow_fast.interop.freia.all_in_one import AllInOneBlock, step_parts
+from pyglow_fast.interop.freia.all_in_one import ServedBlock, step_parts
 from pyglow_fast.interop.joined import (
     ChangedError,
     Face,
@@ -21,7 +21,7 @@ from pyglow_fast.interop.joined import (
 )
 from pyglow_fast.layers.flow_step import ChannelMap
 
-STEPS = (AllInOneBlock,)  # what may be joined
+STEPS = (ServedBlock,)  # what may be joined
 
 
 class BlockRun(Face):
@@ -83,7 +83,7 @@ def _changed(module: nn.Module) -> str:
 
 def _reason(module: nn.Module, memory: str) -> str:
     """Why a module is no step of a run, or nothing."""
-    if type(module) is not AllInOneBlock:
+    if not isinstance(module, ServedBlock) or type(module) is not module._home:
         return "only AllInOneBlocks are joined"
     if module.splits[0] != module.splits[1]:
         return f"an odd number of channels, {module.in_channels}"
