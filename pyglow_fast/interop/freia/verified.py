@@ -382,7 +382,8 @@ def _results(layer: nn.Module, run: Callable[..., Any], sizes: Sequence[int]) ->
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     given = [drawn(2, dims[0], *sizes) for dims in _conditions(layer)]
-    state, found = drawn(2, _dims(layer)[0], *sizes), cast(Results, {})
+    upsampling = isinstance(layer, Fm.IRevNetUpsampling | Fm.HaarUpsampling)  # made for what they give
+    state, found = drawn(2, _dims(layer)[0] * (4 if upsampling else 1), *sizes), cast(Results, {})
     for rev in (False, True):
         x = state.clone().requires_grad_()
         c = [value.clone().requires_grad_() for value in given]
