@@ -21,6 +21,7 @@ SHAPES = [(8, 12, 64, 64), (8, 48, 32, 32), (1, 12, 512, 512), (16, 96, 8, 8)]
 SPEC = CouplingSpec()
 STEP, BETWEEN = "flow step outside its net", "between two nets"
 SQUEEZED = "channel_mix of squeeze(x)"
+GATHERED, COUPLE_GATHERED = "channel_mix by an index", "coupling_mix by an index"
 Run = Callable[[], tuple[Tensor, ...]]
 
 # What each (op, mode) reads and writes at least, in tensors of the size of x (a net's output is as large as x):
@@ -31,12 +32,18 @@ TRAFFIC = {
     (SQUEEZED, "forward"): 2,
     (SQUEEZED, "inverse"): 2,
     (SQUEEZED, "backward"): 3,
+    (GATHERED, "forward"): 2,
+    (GATHERED, "inverse"): 2,
+    (GATHERED, "backward"): 3,
     ("coupling", "forward"): 3,  # u, net output; y (its kept half too, as a new tensor)
     ("coupling", "inverse"): 3,
     ("coupling", "backward"): 4,  # half of y, raw, grad_y; grad_u, grad_net_out
     ("coupling_mix", "forward"): 3,
     ("coupling_mix", "inverse"): 3,
     ("coupling_mix", "backward"): 5,  # u, net output, grad; grad_u, grad_net_out
+    (COUPLE_GATHERED, "forward"): 3,
+    (COUPLE_GATHERED, "inverse"): 3,
+    (COUPLE_GATHERED, "backward"): 5,
     ("step_backward", "backward"): 6,  # y, net output, grad_y; x, grad_u, grad_net_out
     ("channel_moments", "forward"): 1,
     ("gaussian_log_prob", "forward"): 3,  # z, mean, log_sd
@@ -63,14 +70,16 @@ def traffic(op: str, mode: str, shape: tuple[int, ...]) -> int:
 def arithmetic(op: str, mode: str, shape: tuple[int, ...]) -> int:
     """Floating-point operations that it must do at least, by the counts above."""
     values = math.prod(shape)
-    mix, halves = 2 * shape[1] * values, values // 2
+    mix, move, halves = 2 * shape[1] * values, 2 * values, values // 2
     couple, couple_back = COUPLE * halves, COUPLE_BACKWARD * halves
     both_ways = mix + couple + 2 * mix + couple_back
     return {
         "channel_mix": 2 * mix if mode == "backward" else mix,
         SQUEEZED: 2 * mix if mode == "backward" else mix,
+        GATHERED: 2 * move if mode == "backward" else move,
         "coupling": couple_back if mode == "backward" else couple,
         "coupling_mix": 2 * mix + couple_back + RECOMPUTE * halves if mode == "backward" else mix + couple,
+        COUPLE_GATHERED: 2 * move + couple_back + RECOMPUTE * halves if mode == "backward" else move + couple,
         "step_backward": mix + couple_back + 2 * halves,
         "channel_moments": MOMENTS * values,
         "gaussian_log_prob": (LOG_PROB_BACKWARD if mode == "backward" else LOG_PROB) * values,
@@ -83,7 +92,8 @@ def arithmetic(op: str, mode: str, shape: tuple[int, ...]) -> int:
 class Data:
     """Random tensors of one shape, whose channels four divides: the state, a net's output, gradients, and so on.
 
-    ``matrix`` and ``offset`` are what actnorm and 1x1 convolution fold to.
+    ``matrix`` and ``offset`` are what actnorm and 1x1 convolution fold to; ``scale`` and ``index`` are what actnorm and
+    a permutation do.
     """
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
@@ -100,6 +110,7 @@ class Data:
         self.matrix = torch.linalg.qr(random(channels, channels).cpu()).Q.contiguous().to(device)
         self.inverse_matrix, self.offset = self.matrix.T.contiguous(), random(channels)
         self.mean, self.log_sd = random(*shape), 0.3 * random(*shape)
+        self.scale, self.index = random(channels).exp(), torch.randperm(channels, generator=generator).to(device)
 
 
 def step_forward(
@@ -250,6 +261,7 @@ def op_cases(data: Data) -> list[Case]:
     mixed, coupled, pair = (d.x, d.matrix, d.offset), (d.x, d.net_out), (d.grad, d.grad_log_det)
     unmixed, gaussian = (d.x, d.inverse_matrix, d.offset), (d.x, d.mean, d.log_sd)
     fused, unfused = (*coupled, d.matrix, d.offset), (*coupled, d.inverse_matrix, d.offset)
+    gathered, couple_gathered = (d.x, d.scale, d.offset), (*coupled, d.scale, d.offset)
     return [
         _op_case(d, "channel_mix", "forward", "channel_mix", mixed),
         _op_case(d, "channel_mix", "inverse", "channel_unmix", unmixed),
@@ -257,12 +269,18 @@ def op_cases(data: Data) -> list[Case]:
         _op_case(d, SQUEEZED, "forward", "channel_mix", (d.unsqueezed, *mixed[1:]), True),
         _op_case(d, SQUEEZED, "inverse", "channel_unmix", unmixed, True),
         _op_case(d, SQUEEZED, "backward", "channel_mix", (d.unsqueezed, *mixed[1:]), True, grads=(d.grad,)),
+        _op_case(d, GATHERED, "forward", "channel_mix", gathered, False, d.index),
+        _op_case(d, GATHERED, "inverse", "channel_unmix", gathered, False, d.index),
+        _op_case(d, GATHERED, "backward", "channel_mix", gathered, False, d.index, grads=(d.grad,)),
         _op_case(d, "coupling", "forward", "coupling", coupled, SPEC),
         _op_case(d, "coupling", "inverse", "coupling_inverse", coupled, SPEC),
         _op_case(d, "coupling", "backward", "coupling", coupled, SPEC, grads=pair),
         _op_case(d, "coupling_mix", "forward", "coupling_mix", fused, SPEC),
         _op_case(d, "coupling_mix", "inverse", "coupling_mix_inverse", unfused, SPEC),
         _op_case(d, "coupling_mix", "backward", "coupling_mix", fused, SPEC, grads=pair),
+        _op_case(d, COUPLE_GATHERED, "forward", "coupling_mix", couple_gathered, SPEC, d.index),
+        _op_case(d, COUPLE_GATHERED, "inverse", "coupling_mix_inverse", couple_gathered, SPEC, d.index),
+        _op_case(d, COUPLE_GATHERED, "backward", "coupling_mix", couple_gathered, SPEC, d.index, grads=pair),
         _step_backward_case(d),
         _op_case(d, "channel_moments", "forward", "channel_moments", (d.x,)),
         _op_case(d, "gaussian_log_prob", "forward", "gaussian_log_prob", gaussian),

@@ -150,6 +150,60 @@ struct StepBackwardArgs {
   CouplingKind<T> kind;  // forward direction
 };
 
+// The channel mixing whose matrix is a permutation times a scale of each channel, as one pass and no product:
+// u_i = scale_i (y_j - center_j) + offset_i with j = index_i.
+template <class T>
+struct Gather {
+  const T* scale;        // (C,)
+  const T* offset;       // (C,), or null: nothing is added
+  const T* center;       // (C,), or null: nothing is taken off
+  const int64_t* index;  // (C,), a permutation
+};
+
+// The gather of y = couple(in), of y = uncouple(in), or of y = in where no channel is transformed.
+template <class T>
+struct GatherArgs {
+  Squeezed<const T> in;  // (N, C, P)
+  NetOutput net_out;     // as in CouplingArgs; not read if none are transformed
+  Gather<T> map;
+  Squeezed<T> out;  // (N, C, P); at most one of in and out is squeezed, and only if none are transformed
+  T* log_det;       // (N,): that of the coupling, or null: not wanted
+  int64_t samples, channels, transformed, positions;
+  CouplingKind<T> kind;
+};
+
+// Gradients of the gather of y = couple(in), or y = in, from in: grad_y_j = scale_i grad_out_i,
+// grad_scale_i = sum grad_out_i (y_j - center_j), grad_offset_i = sum grad_out_i; the coupling is evaluated again.
+template <class T>
+struct GatherBackwardArgs {
+  Squeezed<const T> in;   // (N, C, P)
+  NetOutput net_out;      // as in CouplingArgs; not read if none are transformed
+  SplitGrad<T> grad_out;  // (N, C, P)
+  const T* grad_log_det;  // (N,); not read if none are transformed
+  Gather<T> map;
+  Squeezed<T> grad_in;   // (N, C, P), squeezed like in; without the net's part
+  NetGrad grad_net_out;  // like net_out
+  T* grad_scale;         // (C,)
+  T* grad_offset;        // (C,)
+  int64_t samples, channels, transformed, positions;
+  CouplingKind<T> kind;  // forward direction
+};
+
+// As StepBackwardArgs, where `map` recovers x of u.
+template <class T>
+struct StepGatherBackwardArgs {
+  Strided<const T> y;       // (N, C, P)
+  NetOutput net_out;        // as there
+  Strided<const T> grad_y;  // (N, C, P)
+  const T* grad_log_det;    // (N,)
+  Gather<T> map;
+  Strided<T> x;          // (N, C, P)
+  Strided<T> grad_u;     // (N, C, P)
+  NetGrad grad_net_out;  // like net_out
+  int64_t samples, channels, transformed, positions;
+  CouplingKind<T> kind;  // forward direction
+};
+
 // Mean and sum of squared deviations per channel over samples and positions; both zero where there are none.
 template <class T>
 struct ChannelMomentsArgs {
@@ -310,6 +364,9 @@ struct ActivationArgs {
   K(coupling_mix, CouplingMixArgs)                    \
   K(coupling_mix_backward, CouplingMixBackwardArgs)   \
   K(step_backward, StepBackwardArgs)                  \
+  K(gather, GatherArgs)                               \
+  K(gather_backward, GatherBackwardArgs)              \
+  K(step_gather_backward, StepGatherBackwardArgs)     \
   K(channel_moments, ChannelMomentsArgs)              \
   K(gaussian_log_prob, GaussianArgs)                  \
   K(gaussian_log_prob_backward, GaussianBackwardArgs) \

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyglow_fast import ops
 from pyglow_fast._derivatives import differentiable_once
-from pyglow_fast.reference import squeeze
+from pyglow_fast.reference import squeeze, transpose_map
 
 _Kind = tuple[int, int, bool, float, float, float]
 
@@ -20,19 +20,21 @@ _Kind = tuple[int, int, bool, float, float, float]
 class ChannelMix(torch.autograd.Function):
     """u = M x + c, x squeezed first if asked; grad_x = M^T grad_u, grad_M = sum grad_u x^T, grad_c = sum grad_u.
 
+    With an index (C,) M is the scales of a gather, here and below: grad_M_i = sum grad_u_i x_j, j = index_i.
+
     Returns u and its first `kept` channels (a view: what a coupling net reads), whose gradients stay apart until the
     backward kernel adds them in passing.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, matrix: Tensor, offset: Tensor, kept: int, squeeze_first: bool
+        ctx: Any, x: Tensor, matrix: Tensor, offset: Tensor, kept: int, squeeze_first: bool, index: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """u, like x, and u[:, :kept]."""
-        ctx.save_for_backward(x, matrix)
+        ctx.save_for_backward(x, matrix, index)
         ctx.squeeze_first = squeeze_first
         ctx.set_materialize_grads(False)
-        u = ops.channel_mix(x, matrix, offset, False, ops.SQUEEZE_CODES["input" if squeeze_first else "none"])
+        u = ops.channel_mix(x, matrix, offset, False, ops.SQUEEZE_CODES["input" if squeeze_first else "none"], index)
         return u, u[:, :kept]
 
     @staticmethod
@@ -40,14 +42,16 @@ class ChannelMix(torch.autograd.Function):
     def backward(ctx: Any, grad_u: Tensor | None, grad_kept: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of x, M and c."""
         if grad_u is None and grad_kept is None:
-            return (None,) * 5
-        x, matrix = ctx.saved_tensors
+            return (None,) * 6
+        x, matrix, index = ctx.saved_tensors
         grad_u, grad_kept = _whole_gradient(grad_u, grad_kept, matrix.shape[0])
         frozen = not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
         if frozen and grad_kept is None and not ctx.squeeze_first:
-            grad_x = ops.channel_mix(grad_u, matrix.T, grad_u.new_zeros(matrix.shape[0]), False, 0)
-            return grad_x, None, None, None, None
-        return (*ops.channel_mix_backward(x, grad_u, matrix, None, grad_kept, ctx.squeeze_first), None, None)
+            transposed = transpose_map(matrix, index)
+            grad_x = ops.channel_mix(grad_u, transposed[0], grad_u.new_zeros(matrix.shape[0]), False, 0, transposed[1])
+            return grad_x, None, None, None, None, None
+        grads = ops.channel_mix_backward(x, grad_u, matrix, None, grad_kept, ctx.squeeze_first, index)
+        return (*grads, None, None, None)
 
 
 def _whole_gradient(grad: Tensor | None, grad_kept: Tensor | None, channels: int) -> tuple[Tensor, Tensor | None]:
@@ -67,22 +71,26 @@ class ChannelUnmix(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, inverse_matrix: Tensor, offset: Tensor, unsqueeze_after: bool) -> Tensor:
+    def forward(
+        ctx: Any, u: Tensor, inverse_matrix: Tensor, offset: Tensor, unsqueeze_after: bool, index: Tensor | None
+    ) -> Tensor:
         """x, like u."""
-        ctx.save_for_backward(u, inverse_matrix, offset)
+        ctx.save_for_backward(u, inverse_matrix, offset, index)
         ctx.unsqueeze_after = unsqueeze_after
         code = ops.SQUEEZE_CODES["output" if unsqueeze_after else "none"]
-        return ops.channel_mix(u, inverse_matrix, offset, True, code)
+        return ops.channel_mix(u, inverse_matrix, offset, True, code, index)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of u, A and c."""
-        u, inverse_matrix, offset = ctx.saved_tensors
+        u, inverse_matrix, offset, index = ctx.saved_tensors
         if ctx.unsqueeze_after:
             grad_x = squeeze(grad_x)
-        grad_u, grad_matrix, summed = ops.channel_mix_backward(u, grad_x, inverse_matrix, offset, None, False)
-        return grad_u, grad_matrix, -(inverse_matrix.T @ summed), None
+        grad_u, grad_matrix, summed = ops.channel_mix_backward(u, grad_x, inverse_matrix, offset, None, False, index)
+        transposed, back = transpose_map(inverse_matrix, index)
+        grad_offset = -(transposed @ summed if back is None else transposed * summed[back])
+        return grad_u, grad_matrix, grad_offset, None, None
 
 
 class Coupling(torch.autograd.Function):
@@ -113,13 +121,20 @@ class CouplingMix(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, u: Tensor, net_out: Tensor, matrix: Tensor, offset: Tensor, kept: int, kind: _Kind
+        ctx: Any,
+        u: Tensor,
+        net_out: Tensor,
+        matrix: Tensor,
+        offset: Tensor,
+        kept: int,
+        kind: _Kind,
+        index: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The mixed output, like u, its kept channels, and log_det (N,)."""
-        ctx.save_for_backward(u, net_out, matrix)
+        ctx.save_for_backward(u, net_out, matrix, index)
         ctx.kind = kind
         ctx.set_materialize_grads(False)
-        out, log_det = ops.coupling_mix(u, net_out, matrix, offset, *kind)
+        out, log_det = ops.coupling_mix(u, net_out, matrix, offset, *kind, index)
         return out, out[:, :kept], log_det
 
     @staticmethod
@@ -129,16 +144,16 @@ class CouplingMix(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         """Gradients of u (without what flows through the net), of the net's output, M and c."""
         if grad_out is None and grad_kept is None and grad_log_det is None:
-            return (None,) * 6
-        u, net_out, matrix = ctx.saved_tensors
+            return (None,) * 7
+        u, net_out, matrix, index = ctx.saved_tensors
         if grad_out is None and grad_kept is None:
             grad_out = torch.zeros_like(u)
         grad_out, grad_kept = _whole_gradient(grad_out, grad_kept, u.shape[1])
         if grad_log_det is None:
             grad_log_det = u.new_zeros(u.shape[0])
         scale_map, order, _, *parameters = ctx.kind
-        arguments = (u, net_out, grad_out, grad_log_det, matrix, scale_map, order, *parameters, grad_kept)
-        return (*ops.coupling_mix_backward(*arguments), None, None)
+        arguments = (u, net_out, grad_out, grad_log_det, matrix, scale_map, order, *parameters, grad_kept, index)
+        return (*ops.coupling_mix_backward(*arguments), None, None, None)
 
 
 class NetChain(torch.autograd.Function):

@@ -20,6 +20,8 @@ from pyglow_fast.reference import (
     CouplingSpec,
     coupling_net_spec,
     fold_actnorm,
+    gather_actnorm,
+    invert_gather,
     invert_matrix,
     n_positions,
     squeeze,
@@ -45,8 +47,10 @@ __all__ = [
     "coupling_mix_inverse",
     "coupling_net",
     "fold_actnorm",
+    "gather_actnorm",
     "gaussian_log_prob",
     "gaussian_sample",
+    "invert_gather",
     "invert_matrix",
     "n_positions",
     "net_chain",
@@ -67,31 +71,36 @@ def _is_seen(*tensors: Tensor) -> bool:
     return torch.compiler.is_compiling() or _records_gradient(*tensors)
 
 
-def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor, squeeze_first: bool = False) -> Tensor:
-    """u = M x + c at every position; see :func:`pyglow_fast.reference.channel_mix`."""
+def channel_mix(
+    x: Tensor, matrix: Tensor, offset: Tensor, squeeze_first: bool = False, index: Tensor | None = None
+) -> Tensor:
+    """u = M x + c at every position, or a gather with an index; see :func:`pyglow_fast.reference.channel_mix`."""
     if ops.run_on(x) and (x.dim() == 4 or not squeeze_first) and not _is_seen(x, matrix, offset):
-        return ops.channel_mix(x, matrix, offset, False, ops.SQUEEZE_CODES["input" if squeeze_first else "none"])
-    return channel_mix_for_net(x, matrix, offset, 0, squeeze_first)[0]
+        code = ops.SQUEEZE_CODES["input" if squeeze_first else "none"]
+        return ops.channel_mix(x, matrix, offset, False, code, index)
+    return channel_mix_for_net(x, matrix, offset, 0, squeeze_first, index)[0]
 
 
 def channel_mix_for_net(
-    x: Tensor, matrix: Tensor, offset: Tensor, kept: int, squeeze_first: bool = False
+    x: Tensor, matrix: Tensor, offset: Tensor, kept: int, squeeze_first: bool = False, index: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """u = M x + c, and its first `kept` channels for a coupling net to read.
 
     The same values as u[:, :kept]; their gradient is added to that of u within the backward kernel.
     """
     if ops.run_on(x) and (x.dim() == 4 or not squeeze_first):
-        return apply(autograd.ChannelMix, x, matrix, offset, kept, squeeze_first)
-    u = reference.channel_mix(x, matrix, offset, squeeze_first)
+        return apply(autograd.ChannelMix, x, matrix, offset, kept, squeeze_first, index)
+    u = reference.channel_mix(x, matrix, offset, squeeze_first, index)
     return u, u[:, :kept]
 
 
-def channel_unmix(u: Tensor, inverse_matrix: Tensor, offset: Tensor, unsqueeze_after: bool = False) -> Tensor:
+def channel_unmix(
+    u: Tensor, inverse_matrix: Tensor, offset: Tensor, unsqueeze_after: bool = False, index: Tensor | None = None
+) -> Tensor:
     """x = M^-1 (u - c) at every position; see :func:`pyglow_fast.reference.channel_unmix`."""
     if ops.run_on(u) and (u.dim() == 4 or not unsqueeze_after):
-        return apply(autograd.ChannelUnmix, u, inverse_matrix, offset, unsqueeze_after)
-    return reference.channel_unmix(u, inverse_matrix, offset, unsqueeze_after)
+        return apply(autograd.ChannelUnmix, u, inverse_matrix, offset, unsqueeze_after, index)
+    return reference.channel_unmix(u, inverse_matrix, offset, unsqueeze_after, index)
 
 
 def coupling(u: Tensor, net_out: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor]:
@@ -121,29 +130,35 @@ def readable_net_output(net_out: Tensor, state: Tensor) -> Tensor:
 
 
 def coupling_mix(
-    u: Tensor, net_out: Tensor, matrix: Tensor, offset: Tensor, spec: CouplingSpec
+    u: Tensor, net_out: Tensor, matrix: Tensor, offset: Tensor, spec: CouplingSpec, index: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """M y + c with y, log_det = coupling(u, net_out), in one pass; see :func:`pyglow_fast.reference.coupling_mix`."""
     if ops.run_on(u) and ops.has_kernel(spec) and not _is_seen(u, net_out, matrix, offset):
         kind = ops.kind_arguments(spec, inverse=False)
-        return ops.coupling_mix(u, readable_net_output(net_out, u), matrix, offset, *kind)
-    out, _, log_det = coupling_mix_for_net(u, net_out, matrix, offset, spec, 0)
+        return ops.coupling_mix(u, readable_net_output(net_out, u), matrix, offset, *kind, index)
+    out, _, log_det = coupling_mix_for_net(u, net_out, matrix, offset, spec, 0, index)
     return out, log_det
 
 
 def coupling_mix_for_net(
-    u: Tensor, net_out: Tensor, matrix: Tensor, offset: Tensor, spec: CouplingSpec, kept: int
+    u: Tensor,
+    net_out: Tensor,
+    matrix: Tensor,
+    offset: Tensor,
+    spec: CouplingSpec,
+    kept: int,
+    index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """M y + c, its first `kept` channels for the next net (see :func:`channel_mix_for_net`), and log_det."""
     if ops.run_on(u) and ops.has_kernel(spec):
         kind = ops.kind_arguments(spec, inverse=False)
-        return apply(autograd.CouplingMix, u, readable_net_output(net_out, u), matrix, offset, kept, kind)
+        return apply(autograd.CouplingMix, u, readable_net_output(net_out, u), matrix, offset, kept, kind, index)
     y, log_det = coupling(u, net_out, spec)
-    return *channel_mix_for_net(y, matrix, offset, kept), log_det
+    return *channel_mix_for_net(y, matrix, offset, kept, index=index), log_det
 
 
 def coupling_mix_inverse(
-    y: Tensor, net_out: Tensor, inverse_matrix: Tensor, offset: Tensor, spec: CouplingSpec
+    y: Tensor, net_out: Tensor, inverse_matrix: Tensor, offset: Tensor, spec: CouplingSpec, index: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """M^-1 (u - c) with u, log_det = coupling_inverse(y, net_out); one pass where no gradient is recorded.
 
@@ -152,9 +167,9 @@ def coupling_mix_inverse(
     records = _records_gradient(y, net_out, inverse_matrix, offset)
     if ops.run_on(y) and ops.has_kernel(spec) and not records:
         kind = ops.kind_arguments(spec, inverse=True)
-        return ops.coupling_mix(y, readable_net_output(net_out, y), inverse_matrix, offset, *kind)
+        return ops.coupling_mix(y, readable_net_output(net_out, y), inverse_matrix, offset, *kind, index)
     u, log_det = coupling_inverse(y, net_out, spec)
-    return channel_unmix(u, inverse_matrix, offset), log_det
+    return channel_unmix(u, inverse_matrix, offset, index=index), log_det
 
 
 def net_as_products(x: Tensor) -> bool:

@@ -85,7 +85,9 @@ def _like(x: Tensor, shape: Sequence[int] | None = None) -> Tensor:
     return x.new_empty(x.shape if shape is None else shape).to(memory_format=memory_format_of(x))
 
 
-def _fake_channel_mix(x: Tensor, matrix: Tensor, offset: Tensor, subtract_first: bool, squeeze: int) -> Tensor:
+def _fake_channel_mix(
+    x: Tensor, matrix: Tensor, offset: Tensor, subtract_first: bool, squeeze: int, index: Tensor | None = None
+) -> Tensor:
     if squeeze == SQUEEZE_CODES["none"]:
         return _like(x)
     n, channels, height, width = x.shape
@@ -181,13 +183,15 @@ def _fake_net_chain_backward(
     return [*inputs, *grads, *([] if log_gain is None else [x.new_empty(log_gain.shape)])]
 
 
+# A channel map is a matrix (C, C), or with an index (C,) the scales (C,) of a gather; so in all ops that take one.
 channel_mix = _define(
-    "channel_mix(Tensor x, Tensor matrix, Tensor offset, bool subtract_first, int squeeze) -> Tensor",
+    "channel_mix(Tensor x, Tensor matrix, Tensor offset, bool subtract_first, int squeeze, Tensor? index=None)"
+    " -> Tensor",
     _fake_channel_mix,
 )
 channel_mix_backward = _define(
-    "channel_mix_backward(Tensor x, Tensor grad_u, Tensor matrix, Tensor? center, Tensor? added, bool squeeze)"
-    " -> (Tensor, Tensor, Tensor)",
+    "channel_mix_backward(Tensor x, Tensor grad_u, Tensor matrix, Tensor? center, Tensor? added, bool squeeze, "
+    "Tensor? index=None) -> (Tensor, Tensor, Tensor)",
     _fake_channel_mix_backward,
 )
 coupling = _define(f"coupling(Tensor x, Tensor net_out, {_KIND}) -> (Tensor, Tensor)", _fake_coupling)
@@ -197,17 +201,18 @@ coupling_backward = _define(
     _fake_coupling_backward,
 )
 coupling_mix = _define(
-    f"coupling_mix(Tensor x, Tensor net_out, Tensor matrix, Tensor offset, {_KIND}) -> (Tensor, Tensor)",
+    f"coupling_mix(Tensor x, Tensor net_out, Tensor matrix, Tensor offset, {_KIND}, Tensor? index=None)"
+    " -> (Tensor, Tensor)",
     _fake_coupling,
 )
 coupling_mix_backward = _define(
     "coupling_mix_backward(Tensor x, Tensor net_out, Tensor grad_out, Tensor grad_log_det, Tensor matrix, "
-    f"{_FORWARD_KIND}, Tensor? added) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"{_FORWARD_KIND}, Tensor? added, Tensor? index=None) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_coupling_mix_backward,
 )
 step_backward = _define(
     "step_backward(Tensor y, Tensor net_out, Tensor grad_y, Tensor grad_log_det, Tensor inverse_matrix, Tensor offset, "
-    f"{_FORWARD_KIND}) -> (Tensor, Tensor, Tensor)",
+    f"{_FORWARD_KIND}, Tensor? index=None) -> (Tensor, Tensor, Tensor)",
     _fake_step_backward,
 )
 channel_moments = _define("channel_moments(Tensor x) -> (Tensor, Tensor)", _fake_channel_moments)

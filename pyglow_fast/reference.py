@@ -103,6 +103,48 @@ def fold_actnorm(weight: Tensor, log_scale: Tensor, bias: Tensor) -> tuple[Tenso
         return matrix, (matrix @ bias.unsqueeze(-1)).squeeze(-1)
 
 
+def gather_actnorm(index: Tensor, log_scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """s and c of the gather s_i x_j + c_i = exp(log_scale_j) (x_j + bias_j), j = index_i.
+
+    It is :func:`fold_actnorm` of a permutation, without a matrix. All arguments and results (..., C).
+    """
+    scale = log_scale.exp()
+    return scale.gather(-1, index), (scale * bias).gather(-1, index)
+
+
+def check_index(index: Tensor, channels: int) -> None:
+    """Refuse what is no permutation of the channels; its values where reading them stops no stream.
+
+    Raises:
+        ValueError: another shape or dtype, a place that there is not, or one that comes twice.
+    """
+    fits = tuple(index.shape) == (channels,) and index.dtype == torch.int64
+    expect(fits, "index", f"shape ({channels},), int64", f"{tuple(index.shape)}, {index.dtype}")
+    if can_read(index):
+        whole = bool((index.sort().values == torch.arange(channels)).all())
+        expect(whole, "index", f"a permutation of 0 to {channels - 1}", index.tolist())
+
+
+def invert_gather(scale: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """(1 / s_k, k) for the k with index_k = j, for every j: the gather that undoes s_i x_index_i. All (..., C).
+
+    Raises:
+        SingularMatrixError: a ValueError; a scale is zero (checked on the CPU only, as in :func:`invert_matrix`).
+    """
+    if can_read(scale) and bool((scale == 0).any()):
+        raise SingularMatrixError("scale: expected scales that are not zero, found a zero")
+    inverse = index.argsort(-1)
+    return scale.gather(-1, inverse).reciprocal(), inverse
+
+
+def transpose_map(matrix: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """M^T of a matrix (C, C), or of the scales (C,) of a gather with its index, of which M^T is one too."""
+    if index is None:
+        return matrix.T, None
+    back = index.argsort()
+    return matrix[back], back
+
+
 def flat_positions(x: Tensor) -> Tensor:
     """View x (N, C, *spatial) as (N, C, P)."""
     return x.unsqueeze(-1) if x.dim() == 2 else x.flatten(2)
@@ -121,21 +163,42 @@ def _matrix_product(flat: Tensor, matrix: Tensor, offset: Tensor | None = None) 
         return product if offset is None else product + offset.unsqueeze(-1)
 
 
-def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor, squeeze_first: bool = False) -> Tensor:
+def _per_channel(value: Tensor, x: Tensor) -> Tensor:
+    return value.reshape(-1, *[1] * (x.dim() - 2))
+
+
+def channel_mix(
+    x: Tensor, matrix: Tensor, offset: Tensor, squeeze_first: bool = False, index: Tensor | None = None
+) -> Tensor:
     """u = M x + c at every position. x (N, C, *spatial), matrix (C, C), offset (C,).
+
+    With an index (C,), a permutation in int64, a gather: u_i = matrix_i x_j + c_i, j = index_i, and matrix (C,). So
+    here and wherever an index is given beside a matrix. What is not finite stays in its channel, while a product, which
+    adds zeros times it to all others, spreads it.
 
     With squeeze_first, u = M squeeze(x) + c, x (N, C / 2^d, *(2 spatial)).
     """
     x = squeeze(x) if squeeze_first else x
+    if index is not None:
+        check_index(index, x.shape[1])
+        return torch.addcmul(_per_channel(offset, x), x.index_select(1, index), _per_channel(matrix, x))
     return _matrix_product(flat_positions(x), matrix, offset).reshape(x.shape)
 
 
-def channel_unmix(u: Tensor, inverse_matrix: Tensor, offset: Tensor, unsqueeze_after: bool = False) -> Tensor:
+def channel_unmix(
+    u: Tensor, inverse_matrix: Tensor, offset: Tensor, unsqueeze_after: bool = False, index: Tensor | None = None
+) -> Tensor:
     """x = M^-1 (u - c) at every position. u (N, C, *spatial), inverse_matrix (C, C) = M^-1, offset (C,) = c.
+
+    With an index x_i = inverse_matrix_i (u_j - c_j), j = index_i: both are :func:`invert_gather`'s.
 
     With unsqueeze_after, x = unsqueeze(M^-1 (u - c)).
     """
-    centred = u - offset.reshape(-1, *[1] * (u.dim() - 2))
+    centred = u - _per_channel(offset, u)
+    if index is not None:
+        check_index(index, u.shape[1])
+        x = centred.index_select(1, index) * _per_channel(inverse_matrix, u)
+        return unsqueeze(x) if unsqueeze_after else x
     x = _matrix_product(flat_positions(centred), inverse_matrix).reshape(u.shape)
     return unsqueeze(x) if unsqueeze_after else x
 
@@ -230,19 +293,19 @@ def coupling_inverse(y: Tensor, net_out: Tensor, spec: CouplingSpec) -> tuple[Te
 
 
 def coupling_mix(
-    u: Tensor, net_out: Tensor, matrix: Tensor, offset: Tensor, spec: CouplingSpec
+    u: Tensor, net_out: Tensor, matrix: Tensor, offset: Tensor, spec: CouplingSpec, index: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """M y + c of the next step, where y, log_det = coupling(u, net_out): what lies between two coupling nets."""
     y, log_det = coupling(u, net_out, spec)
-    return channel_mix(y, matrix, offset), log_det
+    return channel_mix(y, matrix, offset, index=index), log_det
 
 
 def coupling_mix_inverse(
-    y: Tensor, net_out: Tensor, inverse_matrix: Tensor, offset: Tensor, spec: CouplingSpec
+    y: Tensor, net_out: Tensor, inverse_matrix: Tensor, offset: Tensor, spec: CouplingSpec, index: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """x = M^-1 (u - c) where u, log_det = coupling_inverse(y, net_out): a whole step back but for its net."""
     u, log_det = coupling_inverse(y, net_out, spec)
-    return channel_unmix(u, inverse_matrix, offset), log_det
+    return channel_unmix(u, inverse_matrix, offset, index=index), log_det
 
 
 def _activated(h: Tensor, activation: Activation) -> Tensor:

@@ -13,7 +13,7 @@ from pyglow_fast import _backend
 
 pytestmark = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
 TESTS = Path(__file__).parent
-FILES = ("ops", "ops_accuracy", "fused_ops", "elementary", "coupling_net_op", "net_chain_op")
+FILES = ("ops", "ops_accuracy", "fused_ops", "gather_ops", "elementary", "coupling_net_op", "net_chain_op")
 # These differ in the nets in bfloat16 alone.
 FAMILY = ("avx512", "avx512_bf16", "amx")
 # What is the same for all, being no kernel.

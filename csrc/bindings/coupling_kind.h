@@ -23,6 +23,56 @@ inline void check_vector(const char* name, const at::Tensor& vector, const char*
   check_like(name, vector, x_name, x);
 }
 
+// The channel map of an op: a matrix (C, C), or with an index (C,) of int64 the scales (C,) of a gather. Where reading
+// it does not stop a stream, the index is seen to be a permutation; elsewhere the kernels read no channel that there is
+// not.
+class MapTensors {
+ public:
+  MapTensors(const char* name, const at::Tensor& matrix, const std::optional<at::Tensor>& index, const char* x_name,
+             const at::Tensor& x, int64_t channels)
+      : matrix(matrix.contiguous()) {
+    if (!index) {
+      check_matrix(name, matrix, x_name, x, channels);
+      return;
+    }
+    check_vector(name, matrix, x_name, x, channels);
+    check_shape("index", *index, {channels});
+    TORCH_CHECK_VALUE(index->scalar_type() == at::kLong, "index: expected dtype int64, found ",
+                      name_of(index->scalar_type()));
+    TORCH_CHECK_VALUE(index->device() == x.device(), "index: expected device ", x.device(), " like ", x_name,
+                      ", found ", index->device());
+    index_ = index->contiguous();
+    if (index_.is_cpu()) check_permutation();
+  }
+
+  bool gathers() const { return index_.defined(); }
+
+  template <class T>
+  Gather<T> gather(const at::Tensor& offset, const at::Tensor& center) const {
+    return {.scale = matrix.const_data_ptr<T>(),
+            .offset = offset.defined() ? offset.const_data_ptr<T>() : nullptr,
+            .center = center.defined() ? center.const_data_ptr<T>() : nullptr,
+            .index = index_.const_data_ptr<int64_t>()};
+  }
+
+  const at::Tensor matrix;  // or the scales, contiguous
+
+ private:
+  void check_permutation() const {
+    const int64_t channels = index_.numel();
+    const int64_t* const index = index_.const_data_ptr<int64_t>();
+    std::vector<bool> seen(channels);
+    for (int64_t i = 0; i < channels; ++i) {
+      const bool fits = index[i] >= 0 && index[i] < channels && !seen[index[i]];
+      TORCH_CHECK_VALUE(fits, "index: expected a permutation of 0 to ", channels - 1, ", found ", index[i],
+                        " at place ", i);
+      seen[index[i]] = true;
+    }
+  }
+
+  at::Tensor index_;
+};
+
 struct Kind {
   int64_t map, order;
   bool inverse;

@@ -1,4 +1,4 @@
-// The passes that join a coupling with a channel mixing.
+// The passes that join a coupling with a channel mixing; with an index that is a gather, see step_ops.cpp.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -16,19 +16,33 @@ namespace {
 // M couple(x) + c and log_det; inverse: A (uncouple(x) - c) and its log_det, with matrix A = M^-1.
 std::tuple<at::Tensor, at::Tensor> coupling_mix(const at::Tensor& x_in, const at::Tensor& net_out_in,
                                                 const at::Tensor& matrix_in, const at::Tensor& offset_in, int64_t map,
-                                                int64_t order, bool inverse, double bias, double eps, double clamp) {
+                                                int64_t order, bool inverse, double bias, double eps, double clamp,
+                                                const std::optional<at::Tensor>& index) {
   const Kind kind{map, order, inverse, bias, eps, clamp};
   check_state("x", x_in);
   const int64_t transformed = check_net_out(net_out_in, "x", x_in, kind);
-  check_matrix("matrix", matrix_in, "x", x_in, x_in.size(1));
+  const MapTensors mix("matrix", matrix_in, index, "x", x_in, x_in.size(1));
   check_vector("offset", offset_in, "x", x_in, x_in.size(1));
   const at::Tensor x = with_position_stride(x_in), net_out = with_position_stride(net_out_in);
-  const at::Tensor matrix = matrix_in.contiguous(), offset = offset_in.contiguous();
+  const at::Tensor offset = offset_in.contiguous();
   at::Tensor out = empty_output(x), log_det = at::empty({x.size(0)}, x.options());
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
+    if (mix.gathers()) {
+      const GatherArgs<T> args{.in = {input<T>(x), 0, 0},
+                               .net_out = net_input(net_out),
+                               .map = inverse ? mix.gather<T>({}, offset) : mix.gather<T>(offset, {}),
+                               .out = {output<T>(out), 0, 0},
+                               .log_det = log_det.mutable_data_ptr<T>(),
+                               .samples = x.size(0),
+                               .channels = x.size(1),
+                               .transformed = transformed,
+                               .positions = positions_of(x),
+                               .kind = kind.as<T>()};
+      return run(x, args);
+    }
     const CouplingMixArgs<T> args{.coupling = coupling_args<T>(x, net_out, out, log_det, transformed, kind),
-                                  .matrix = matrix.const_data_ptr<T>(),
+                                  .matrix = mix.matrix.const_data_ptr<T>(),
                                   .offset = offset.const_data_ptr<T>()};
     run(x, args);
   });
@@ -40,25 +54,41 @@ std::tuple<at::Tensor, at::Tensor> coupling_mix(const at::Tensor& x_in, const at
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> coupling_mix_backward(
     const at::Tensor& x_in, const at::Tensor& net_out_in, const at::Tensor& grad_out_in,
     const at::Tensor& grad_log_det_in, const at::Tensor& matrix_in, int64_t map, int64_t order, double bias, double eps,
-    double clamp, const std::optional<at::Tensor>& added_in) {
+    double clamp, const std::optional<at::Tensor>& added_in, const std::optional<at::Tensor>& index) {
   const Kind kind{map, order, false, bias, eps, clamp};
   check_state("x", x_in);
   const int64_t transformed = check_net_out(net_out_in, "x", x_in, kind);
   check_output_grads("grad_out", grad_out_in, grad_log_det_in, "x", x_in);
-  check_matrix("matrix", matrix_in, "x", x_in, x_in.size(1));
+  const MapTensors mix("matrix", matrix_in, index, "x", x_in, x_in.size(1));
   const at::Tensor added = check_added(added_in, "grad_out", grad_out_in);
   const at::Tensor x = with_position_stride(x_in), net_out = with_position_stride(net_out_in);
   const at::Tensor grad_out = with_position_stride(grad_out_in), grad_log_det = grad_log_det_in.contiguous();
-  const at::Tensor matrix = matrix_in.contiguous();
   at::Tensor grad_x = empty_output(x), grad_net_out = empty_output(net_out);
-  at::Tensor grad_matrix = at::empty_like(matrix), grad_offset = at::empty({x.size(1)}, x.options());
+  at::Tensor grad_matrix = at::empty_like(mix.matrix), grad_offset = at::empty({x.size(1)}, x.options());
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
+    if (mix.gathers()) {
+      const GatherBackwardArgs<T> args{.in = {input<T>(x), 0, 0},
+                                       .net_out = net_input(net_out),
+                                       .grad_out = split_grad<T>(grad_out, added),
+                                       .grad_log_det = grad_log_det.const_data_ptr<T>(),
+                                       .map = mix.gather<T>({}, {}),
+                                       .grad_in = {output<T>(grad_x), 0, 0},
+                                       .grad_net_out = net_grad(grad_net_out),
+                                       .grad_scale = grad_matrix.mutable_data_ptr<T>(),
+                                       .grad_offset = grad_offset.mutable_data_ptr<T>(),
+                                       .samples = x.size(0),
+                                       .channels = x.size(1),
+                                       .transformed = transformed,
+                                       .positions = positions_of(x),
+                                       .kind = kind.as<T>()};
+      return run(x, args);
+    }
     const CouplingMixBackwardArgs<T> args{.in = input<T>(x),
                                           .net_out = net_input(net_out),
                                           .grad_out = split_grad<T>(grad_out, added),
                                           .grad_log_det = grad_log_det.const_data_ptr<T>(),
-                                          .matrix = matrix.const_data_ptr<T>(),
+                                          .matrix = mix.matrix.const_data_ptr<T>(),
                                           .grad_in = output<T>(grad_x),
                                           .grad_net_out = net_grad(grad_net_out),
                                           .grad_matrix = grad_matrix.mutable_data_ptr<T>(),
@@ -74,29 +104,43 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> coupling_mix_backward
 }
 
 // From a step's output y: its input x, grad_u (without the net's part) and grad_net_out.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> step_backward(const at::Tensor& y_in, const at::Tensor& net_out_in,
-                                                             const at::Tensor& grad_y_in,
-                                                             const at::Tensor& grad_log_det_in,
-                                                             const at::Tensor& inverse_matrix_in,
-                                                             const at::Tensor& offset_in, int64_t map, int64_t order,
-                                                             double bias, double eps, double clamp) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> step_backward(
+    const at::Tensor& y_in, const at::Tensor& net_out_in, const at::Tensor& grad_y_in,
+    const at::Tensor& grad_log_det_in, const at::Tensor& inverse_matrix_in, const at::Tensor& offset_in, int64_t map,
+    int64_t order, double bias, double eps, double clamp, const std::optional<at::Tensor>& index) {
   const Kind kind{map, order, false, bias, eps, clamp};
   check_state("y", y_in);
   const int64_t transformed = check_net_out(net_out_in, "y", y_in, kind);
   check_output_grads("grad_y", grad_y_in, grad_log_det_in, "y", y_in);
-  check_matrix("inverse_matrix", inverse_matrix_in, "y", y_in, y_in.size(1));
+  const MapTensors unmix("inverse_matrix", inverse_matrix_in, index, "y", y_in, y_in.size(1));
   check_vector("offset", offset_in, "y", y_in, y_in.size(1));
   const at::Tensor y = with_position_stride(y_in), net_out = with_position_stride(net_out_in);
   const at::Tensor grad_y = with_position_stride(grad_y_in), grad_log_det = grad_log_det_in.contiguous();
-  const at::Tensor inverse_matrix = inverse_matrix_in.contiguous(), offset = offset_in.contiguous();
+  const at::Tensor offset = offset_in.contiguous();
   at::Tensor x = empty_output(y), grad_u = empty_output(y), grad_net_out = empty_output(net_out);
   with_dtype(y, [&](auto zero) {
     using T = decltype(zero);
+    if (unmix.gathers()) {
+      const StepGatherBackwardArgs<T> args{.y = input<T>(y),
+                                           .net_out = net_input(net_out),
+                                           .grad_y = input<T>(grad_y),
+                                           .grad_log_det = grad_log_det.const_data_ptr<T>(),
+                                           .map = unmix.gather<T>({}, offset),
+                                           .x = output<T>(x),
+                                           .grad_u = output<T>(grad_u),
+                                           .grad_net_out = net_grad(grad_net_out),
+                                           .samples = y.size(0),
+                                           .channels = y.size(1),
+                                           .transformed = transformed,
+                                           .positions = positions_of(y),
+                                           .kind = kind.as<T>()};
+      return run(y, args);
+    }
     const StepBackwardArgs<T> args{.y = input<T>(y),
                                    .net_out = net_input(net_out),
                                    .grad_y = input<T>(grad_y),
                                    .grad_log_det = grad_log_det.const_data_ptr<T>(),
-                                   .inverse_matrix = inverse_matrix.const_data_ptr<T>(),
+                                   .inverse_matrix = unmix.matrix.const_data_ptr<T>(),
                                    .offset = offset.const_data_ptr<T>(),
                                    .x = output<T>(x),
                                    .grad_u = output<T>(grad_u),

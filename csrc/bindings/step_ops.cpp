@@ -14,29 +14,46 @@
 namespace pyglow::bindings {
 namespace {
 
-// u = M x + c, or u = M (x - c); x may be squeezed on the way in, or u unsqueezed on the way out.
+// u = M x + c, or u = M (x - c); x may be squeezed on the way in, or u unsqueezed on the way out. With an index M has
+// the scale i, matrix_i, at [i, index_i] and nothing elsewhere.
 at::Tensor channel_mix(const at::Tensor& x_in, const at::Tensor& matrix_in, const at::Tensor& offset_in,
-                       bool subtract_first, int64_t squeeze_code) {
+                       bool subtract_first, int64_t squeeze_code, const std::optional<at::Tensor>& index) {
   check_state("x", x_in);
   const Squeeze squeeze = check_squeeze(squeeze_code, x_in);
   const bool squeezes = squeeze == Squeeze::input, unsqueezes = squeeze == Squeeze::output;
   const int64_t channels = squeezes ? 4 * x_in.size(1) : x_in.size(1);
-  check_matrix("matrix", matrix_in, "x", x_in, channels);
+  const MapTensors map("matrix", matrix_in, index, "x", x_in, channels);
   check_vector("offset", offset_in, "x", x_in, channels);
   const at::Tensor x = squeezes ? x_in : with_position_stride(x_in);
-  const at::Tensor matrix = matrix_in.contiguous(), offset = offset_in.contiguous();
+  const at::Tensor offset = offset_in.contiguous();
   at::Tensor u = squeezes     ? empty_output(x, squeezed_sizes(x))
                  : unsqueezes ? empty_output(x, unsqueezed_sizes(x))
                               : empty_output(x);
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const ChannelMixArgs<T> args{.x = squeezes ? squeezed_input<T>(x) : Squeezed<const T>{input<T>(x), 0, 0},
-                                 .matrix = matrix.const_data_ptr<T>(),
+    const auto in = squeezes ? squeezed_input<T>(x) : Squeezed<const T>{input<T>(x), 0, 0};
+    const auto out = unsqueezes ? squeezed_output<T>(u) : Squeezed<T>{output<T>(u), 0, 0};
+    const int64_t positions = squeezes ? positions_of(u) : positions_of(x);
+    if (map.gathers()) {
+      const GatherArgs<T> args{.in = in,
+                               .net_out = {},
+                               .map = subtract_first ? map.gather<T>({}, offset) : map.gather<T>(offset, {}),
+                               .out = out,
+                               .log_det = nullptr,
+                               .samples = x.size(0),
+                               .channels = channels,
+                               .transformed = 0,
+                               .positions = positions,
+                               .kind = {}};
+      return run(x, args);
+    }
+    const ChannelMixArgs<T> args{.x = in,
+                                 .matrix = map.matrix.const_data_ptr<T>(),
                                  .offset = offset.const_data_ptr<T>(),
-                                 .u = unsqueezes ? squeezed_output<T>(u) : Squeezed<T>{output<T>(u), 0, 0},
+                                 .u = out,
                                  .samples = x.size(0),
                                  .channels = channels,
-                                 .positions = squeezes ? positions_of(u) : positions_of(x),
+                                 .positions = positions,
                                  .subtract_first = subtract_first};
     run(x, args);
   });
@@ -49,32 +66,50 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> channel_mix_backward(const at::Te
                                                                     const at::Tensor& matrix_in,
                                                                     const std::optional<at::Tensor>& center_in,
                                                                     const std::optional<at::Tensor>& added_in,
-                                                                    bool squeezes) {
+                                                                    bool squeezes,
+                                                                    const std::optional<at::Tensor>& index) {
   check_state("x", x_in);
   check_squeeze(squeezes ? 1 : 0, x_in);
   check_shape("grad_u", grad_u_in, squeezes ? at::IntArrayRef(squeezed_sizes(x_in)) : x_in.sizes());
   check_like("grad_u", grad_u_in, "x", x_in);
-  check_matrix("matrix", matrix_in, "x", x_in, grad_u_in.size(1));
+  const MapTensors map("matrix", matrix_in, index, "x", x_in, grad_u_in.size(1));
   if (center_in) check_vector("center", *center_in, "x", x_in, grad_u_in.size(1));
   const at::Tensor added = check_added(added_in, "grad_u", grad_u_in);
   const at::Tensor x = squeezes ? x_in : with_position_stride(x_in), grad_u = with_position_stride(grad_u_in);
-  const at::Tensor matrix = matrix_in.contiguous();
   const at::Tensor center = center_in ? center_in->contiguous() : at::Tensor();
-  at::Tensor grad_x = empty_output(x), grad_matrix = at::empty_like(matrix);
+  at::Tensor grad_x = empty_output(x), grad_matrix = at::empty_like(map.matrix);
   at::Tensor grad_offset = at::empty({grad_u.size(1)}, x.options());
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const ChannelMixBackwardArgs<T> args{
-        .x = squeezes ? squeezed_input<T>(x) : Squeezed<const T>{input<T>(x), 0, 0},
-        .grad_u = split_grad<T>(grad_u, added),
-        .matrix = matrix.const_data_ptr<T>(),
-        .center = center.defined() ? center.const_data_ptr<T>() : nullptr,
-        .grad_x = squeezes ? squeezed_output<T>(grad_x) : Squeezed<T>{output<T>(grad_x), 0, 0},
-        .grad_matrix = grad_matrix.mutable_data_ptr<T>(),
-        .grad_offset = grad_offset.mutable_data_ptr<T>(),
-        .samples = x.size(0),
-        .channels = grad_u.size(1),
-        .positions = positions_of(grad_u)};
+    const auto in = squeezes ? squeezed_input<T>(x) : Squeezed<const T>{input<T>(x), 0, 0};
+    const auto grad_in = squeezes ? squeezed_output<T>(grad_x) : Squeezed<T>{output<T>(grad_x), 0, 0};
+    if (map.gathers()) {
+      const GatherBackwardArgs<T> args{.in = in,
+                                       .net_out = {},
+                                       .grad_out = split_grad<T>(grad_u, added),
+                                       .grad_log_det = nullptr,
+                                       .map = map.gather<T>({}, center),
+                                       .grad_in = grad_in,
+                                       .grad_net_out = {},
+                                       .grad_scale = grad_matrix.mutable_data_ptr<T>(),
+                                       .grad_offset = grad_offset.mutable_data_ptr<T>(),
+                                       .samples = x.size(0),
+                                       .channels = grad_u.size(1),
+                                       .transformed = 0,
+                                       .positions = positions_of(grad_u),
+                                       .kind = {}};
+      return run(x, args);
+    }
+    const ChannelMixBackwardArgs<T> args{.x = in,
+                                         .grad_u = split_grad<T>(grad_u, added),
+                                         .matrix = map.matrix.const_data_ptr<T>(),
+                                         .center = center.defined() ? center.const_data_ptr<T>() : nullptr,
+                                         .grad_x = grad_in,
+                                         .grad_matrix = grad_matrix.mutable_data_ptr<T>(),
+                                         .grad_offset = grad_offset.mutable_data_ptr<T>(),
+                                         .samples = x.size(0),
+                                         .channels = grad_u.size(1),
+                                         .positions = positions_of(grad_u)};
     run(x, args);
   });
   return {grad_x, grad_matrix, grad_offset};

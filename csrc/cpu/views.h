@@ -65,22 +65,35 @@ void write_back(const Squeezed<T>& x, const Tile& tile, int64_t first, int64_t c
 // ---- A gradient in two parts ----
 
 template <class T>
+void add_row(const Strided<const T>& added, const Tile& tile, int64_t channel, T* to) {
+  const T* const from = tile_pointer(added, tile, channel);
+  if (added.position == 1) {
+    for (int64_t i = 0; i < tile.length; ++i) to[i] += from[i];
+  } else {
+    for (int64_t i = 0; i < tile.length; ++i) to[i] += from[i * added.position];
+  }
+}
+
+template <class T>
 Rows<const T> read_rows(const SplitGrad<T>& x, const Tile& tile, int64_t channels, T* room) {
   const Rows<const T> all = read_rows(x.all, tile, 0, channels, room);
   if (x.added.data == nullptr) return all;
-  const Strided<const T>& added = x.added;
   for (int64_t c = 0; c < channels; ++c) {
     T* const to = room + c * tile.padded;
     if (all.row(c) != to) __builtin_memcpy(to, all.row(c), tile.padded * sizeof(T));
-    if (c >= x.added_channels) continue;
-    const T* const from = tile_pointer(added, tile, c);
-    if (added.position == 1) {
-      for (int64_t i = 0; i < tile.length; ++i) to[i] += from[i];
-    } else {
-      for (int64_t i = 0; i < tile.length; ++i) to[i] += from[i * added.position];
-    }
+    if (c < x.added_channels) add_row(x.added, tile, c, to);
   }
   return {room, tile.padded};
+}
+
+// One channel of it.
+template <class T>
+const T* read_row(const SplitGrad<T>& x, const Tile& tile, int64_t channel, T* room) {
+  const T* const all = read_rows(x.all, tile, channel, 1, room).data;
+  if (channel >= x.added_channels) return all;
+  if (all != room) __builtin_memcpy(room, all, tile.padded * sizeof(T));
+  add_row(x.added, tile, channel, room);
+  return room;
 }
 
 // ---- The coupling net's output and its gradient ----

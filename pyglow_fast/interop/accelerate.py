@@ -18,8 +18,8 @@ from pyglow_fast.interop.probing import chain_of
 from pyglow_fast.layers.reversible_sequence import MEMORY_MODES
 
 _ADAPTERS = {"normflows": "normflows", "nflows": "nflows", "FrEIA": "freia"}  # top package of a class -> ours for it
-# Adapters of classes that are known by their structure, whatever package they are in. Such an adapter has, besides adopt
-# and release, finds(model) -> bool, and left(model), which names what it leaves and why.
+# Adapters of classes that are known by their structure, whatever package they are in. Such an adapter has, besides
+# adopt and release, finds(model) -> bool, and left(model), which names what it leaves and why.
 _BY_STRUCTURE: tuple[str, ...] = ("FrEIA",)
 _SIGNS = {"FrEIA": ("subnet", "global_scale", "w_perm")}  # attributes without which a library need not be imported
 _NETS = ("param_map", "transform_net", "subnet", "subnet1", "subnet2", "F", "G")  # where the layers have their nets

@@ -19,7 +19,15 @@ from pyglow_fast._derivatives import has_transforms
 from pyglow_fast._errors import expect
 from pyglow_fast.interop import nets
 from pyglow_fast.layers import Coupling
-from pyglow_fast.layers.flow_step import ChannelMap, invert_maps, run_couplings, run_couplings_inverse
+from pyglow_fast.layers.flow_step import (
+    ChannelMap,
+    MapInverse,
+    invert_maps,
+    run_couplings,
+    run_couplings_inverse,
+    stack_maps,
+    unstack_maps,
+)
 from pyglow_fast.layers.reversible_sequence import MEMORY_MODES, pass_of, run_recomputing
 from pyglow_fast.reference import CouplingSpec, full_precision
 from pyglow_fast.reversible import DriftControl
@@ -94,10 +102,16 @@ class JoinedStep:
 
 
 def after(first: ChannelMap, second: ChannelMap) -> ChannelMap:
-    """The second map of what the first one gives."""
+    """The second map of what the first one gives; a gather if both are."""
+    log_det = first.log_det + second.log_det
+    if first.source is not None and second.source is not None:
+        scale, offset = first.matrix[second.source], first.offset[second.source]
+        offset = second.matrix * offset + second.offset
+        return ChannelMap(second.matrix * scale, offset, log_det, first.source[second.source])
+    first, second = first.as_product(), second.as_product()
     with full_precision(first.matrix):
         matrix, offset = second.matrix @ first.matrix, second.matrix @ first.offset + second.offset
-    return ChannelMap(matrix, offset, first.log_det + second.log_det)
+    return ChannelMap(matrix, offset, log_det)
 
 
 class JoinedRun:
@@ -131,10 +145,9 @@ class JoinedRun:
         return len(self.steps)
 
     def _maps(self, like: Tensor) -> ChannelMap:
-        eye = torch.eye(self.channels, dtype=like.dtype, device=like.device)
-        nothing = ChannelMap(eye, eye.new_zeros(self.channels), eye.new_zeros(()))
-        maps = [nothing if step.channel_map is None else step.channel_map() for step in self.steps]
-        return ChannelMap(*(torch.stack(parts) for parts in zip(*maps, strict=True)))
+        ones, index = like.new_ones(self.channels), torch.arange(self.channels, device=like.device)
+        nothing = ChannelMap(ones, torch.zeros_like(ones), ones.new_zeros(()), index)
+        return stack_maps([nothing if step.channel_map is None else step.channel_map() for step in self.steps])
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x (N, C, *spatial) -> z, log_det (N,); cond (N, C_c, *spatial) is what the nets get besides, or None.
@@ -164,7 +177,7 @@ class JoinedRun:
             z, log_det = run_couplings(self.couplings, _Now(maps), x, cond, budget=budget)
         if self.last is not None:
             end = self.last()
-            z = functional.channel_mix(z, end.matrix, end.offset)
+            z = functional.channel_mix(z, end.matrix, end.offset, index=end.source)
             log_det = log_det + functional.per_sample(z, end.log_det)
         return z, log_det
 
@@ -173,7 +186,8 @@ class JoinedRun:
         budget = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else self.memory_budget
         end = None if self.last is None else self.last()
         if end is not None:
-            z = functional.channel_unmix(z, functional.invert_matrix(end.matrix), end.offset)
+            inverse, index = end.inverse()
+            z = functional.channel_unmix(z, inverse, end.offset, index=index)
         x, log_det = run_couplings_inverse(self.couplings, _Now(self._maps(z)), z, cond, budget=budget)
         return x, log_det if end is None else log_det - functional.per_sample(x, end.log_det)
 
@@ -182,12 +196,11 @@ class _Now:
     """The channel maps of a run with the parameters of now."""
 
     def __init__(self, stacked: ChannelMap) -> None:
-        parts = (part.unbind() for part in stacked)
-        self.maps = [ChannelMap(*values) for values in zip(*parts, strict=True)]
+        self.maps = unstack_maps(stacked)
         self.nets: list[list[Tensor] | None] = [None] * len(self.maps)
 
     @property
-    def inverses(self) -> list[Tensor]:
+    def inverses(self) -> list[MapInverse]:
         """M^-1 of each step."""
         return invert_maps(self.maps)
 

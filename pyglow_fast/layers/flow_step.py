@@ -23,11 +23,45 @@ PERMUTATIONS = ("invconv", "invconv_plain", "shuffle", "reverse")
 
 
 class ChannelMap(NamedTuple):
-    """The folded actnorm and permutation of one step: u = matrix x + offset."""
+    """The folded actnorm and permutation of one step: u = matrix x + offset.
 
-    matrix: Tensor  # (C, C)
+    With a source a gather: u_i = matrix_i x_j + offset_i, j = source_i; see :func:`pyglow_fast.reference.channel_mix`.
+    Those of K steps, stacked, are one too, with K in front of every shape.
+    """
+
+    matrix: Tensor  # (C, C); with a source (C,), the scales of a gather
     offset: Tensor  # (C,)
     log_det: Tensor  # (), log|det matrix|
+    source: Tensor | None = None  # (C,), a permutation in int64: the index of the functions that take a map
+
+    def as_product(self) -> ChannelMap:
+        """The same as a matrix, where it is a gather."""
+        if self.source is None:
+            return self
+        eye = torch.eye(self.matrix.shape[-1], dtype=self.matrix.dtype, device=self.matrix.device)
+        return ChannelMap(eye[self.source] * self.matrix.unsqueeze(-1), self.offset, self.log_det)
+
+    def inverse(self) -> MapInverse:
+        """M^-1, a batch of them at once."""
+        if self.source is None:
+            return functional.invert_matrix(self.matrix), None
+        return functional.invert_gather(self.matrix, self.source)
+
+
+MapInverse = tuple[Tensor, Tensor | None]  # M^-1, with an index the scales of a gather
+
+
+def stack_maps(maps: Sequence[ChannelMap]) -> ChannelMap:
+    """The maps of K steps as one: gathers if all are, else matrices."""
+    gathers = all(channel_map.source is not None for channel_map in maps)
+    alike = maps if gathers else [channel_map.as_product() for channel_map in maps]
+    parts = list(zip(*alike, strict=True))
+    return ChannelMap(*(torch.stack(part) for part in parts[: 4 if gathers else 3]))
+
+
+def unstack_maps(stacked: ChannelMap) -> list[ChannelMap]:
+    """The opposite: a map for each step."""
+    return [ChannelMap(*parts) for parts in zip(*(p.unbind() for p in stacked if p is not None), strict=True)]
 
 
 def runs_fused(step: nn.Module) -> bool:
@@ -53,26 +87,32 @@ def runs_fused(step: nn.Module) -> bool:
 
 
 def fold_in_one(steps: Sequence[FlowStep]) -> ChannelMap:
-    """The channel maps of K steps of one width, (K, C, C), (K, C) and (K,): parameter-sized work in one batch."""
+    """The channel maps of K steps of one width, stacked: parameter-sized work in one batch."""
     layers = [step.permutation for step in steps]
+    log_scale = torch.stack([step.actnorm.log_scale for step in steps])
+    bias = torch.stack([step.actnorm.bias for step in steps])
+    indices = [layer.gather_index() for layer in layers]
+    known = [index for index in indices if index is not None]
+    if len(known) == len(layers):
+        index = torch.stack(known)
+        return ChannelMap(*functional.gather_actnorm(index, log_scale, bias), log_scale.sum(-1), index)
     with full_precision(steps[0].actnorm.bias):
         weight, weight_log_det = layers[0].stack_weights(layers)
     own = steps[0].actnorm.bias.dtype
     expect(weight.dtype == own, "permutation", f"a weight of dtype {own} (that of the actnorm)", weight.dtype)
-    log_scale = torch.stack([step.actnorm.log_scale for step in steps])
-    bias = torch.stack([step.actnorm.bias for step in steps])
     matrix, offset = fold_actnorm(weight, log_scale, bias)
     return ChannelMap(matrix, offset, weight_log_det + log_scale.sum(-1))
 
 
 def fold_steps(steps: Sequence[FlowStep]) -> list[ChannelMap]:
     """The same, a map for each step."""
-    return [ChannelMap(*parts) for parts in zip(*(part.unbind() for part in fold_in_one(steps)), strict=True)]
+    return unstack_maps(fold_in_one(steps))
 
 
-def invert_maps(maps: Sequence[ChannelMap]) -> list[Tensor]:
-    """M^-1 of each map, in one batch."""
-    return list(functional.invert_matrix(torch.stack([channel_map.matrix for channel_map in maps])).unbind())
+def invert_maps(maps: Sequence[ChannelMap]) -> list[MapInverse]:
+    """M^-1 of each map of :func:`unstack_maps`, in one batch."""
+    matrices, indices = stack_maps(maps).inverse()
+    return list(zip(matrices, [None] * len(maps) if indices is None else indices.unbind(), strict=True))
 
 
 def maps_log_det(maps: Sequence[ChannelMap], x: Tensor) -> Tensor:
@@ -88,7 +128,7 @@ class Folded(Protocol):
     nets: list[list[Tensor] | None]
 
     @property
-    def inverses(self) -> list[Tensor]:
+    def inverses(self) -> list[MapInverse]:
         """M^-1 of each step."""
 
 
@@ -117,7 +157,8 @@ def run_couplings(
     """
     maps = folded.maps
     kept = maps[0].matrix.shape[0] // 2
-    z, kept_half = functional.channel_mix_for_net(x, maps[0].matrix, maps[0].offset, kept, squeeze_first)
+    first = maps[0]
+    z, kept_half = functional.channel_mix_for_net(x, first.matrix, first.offset, kept, squeeze_first, first.source)
     log_det = maps_log_det(maps, z)
     for coupling, weights, following in zip(couplings, folded.nets, [*maps[1:], None], strict=True):
         net_out = _run_net(coupling, weights, kept_half, cond, budget)
@@ -126,7 +167,7 @@ def run_couplings(
             z, step_log_det = functional.coupling(z, net_out, spec)
         else:
             z, kept_half, step_log_det = functional.coupling_mix_for_net(
-                z, net_out, following.matrix, following.offset, spec, kept
+                z, net_out, following.matrix, following.offset, spec, kept, following.source
             )
         log_det = log_det + step_log_det
     return z, log_det
@@ -142,14 +183,14 @@ def run_couplings_inverse(
     """The inverse of :func:`run_couplings`: one pass a step besides its net."""
     log_det = -maps_log_det(folded.maps, z)
     steps = zip(couplings, folded.nets, folded.maps, folded.inverses, strict=True)
-    for coupling, weights, channel_map, inverse_matrix in reversed(list(steps)):
+    for coupling, weights, channel_map, (inverse, index) in reversed(list(steps)):
         kept_half, spec = coupling.kept_half(z), coupling.spec
         net_out = (
             coupling.run_net(kept_half, cond)
             if budget is None
             else coupling.runner(budget).run(kept_half, cond, weights)
         )
-        z, step_log_det = functional.coupling_mix_inverse(z, net_out, inverse_matrix, channel_map.offset, spec)
+        z, step_log_det = functional.coupling_mix_inverse(z, net_out, inverse, channel_map.offset, spec, index)
         log_det = log_det + step_log_det
     return z, log_det
 
@@ -162,13 +203,15 @@ class Recorded:
         self.nets: list[list[Tensor] | None] = [None] * len(steps)
 
     @property
-    def inverses(self) -> list[Tensor]:
+    def inverses(self) -> list[MapInverse]:
         """M^-1 of each step."""
         return invert_maps(self.maps)
 
 
 class FlowStep(FlowLayer):
     """u = M x + c (actnorm and invertible 1x1 convolution, folded), then the coupling of u.
+
+    With a permutation of channels, "shuffle" or "reverse", a gather instead: u_i = exp(log_scale_j) (x_j + bias_j).
 
     log_det = P (sum log_scale + log|det W|) + sum log s.
 
@@ -267,4 +310,5 @@ class FlowStep(FlowLayer):
             if not self.actnorm.is_initialized:
                 self.actnorm.initialize_from(x)
             channel_map = fold_steps([self])[0]
-            return self.coupling.initialize(functional.channel_mix(x, channel_map.matrix, channel_map.offset), cond)
+            u = functional.channel_mix(x, channel_map.matrix, channel_map.offset, index=channel_map.source)
+            return self.coupling.initialize(u, cond)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyglow_fast._errors import can_read
 from pyglow_fast.layers.coupling_net import CouplingNet
-from pyglow_fast.layers.flow_step import ChannelMap, FlowStep, fold_steps, invert_maps
+from pyglow_fast.layers.flow_step import ChannelMap, FlowStep, MapInverse, fold_steps, invert_maps
 from pyglow_fast.reversible.deferred import is_capturing
 
 Identity = tuple["weakref.ref[Tensor]", int, int]  # the tensor, where its data is, its version
@@ -27,10 +27,10 @@ class FoldedSteps:
 
     maps: list[ChannelMap]
     nets: list[list[Tensor] | None]
-    _inverses: list[Tensor] = field(default_factory=list)
+    _inverses: list[MapInverse] = field(default_factory=list)
 
     @property
-    def inverses(self) -> list[Tensor]:
+    def inverses(self) -> list[MapInverse]:
         """M^-1 of each step."""
         if not self._inverses:
             self._inverses = invert_maps(self.maps)

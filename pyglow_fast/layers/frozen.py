@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +10,7 @@ from pyglow_fast.coupling_nets.net_shape import NetShape
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.coupling_net import CouplingNet
-from pyglow_fast.layers.flow_step import ChannelMap, run_couplings, run_couplings_inverse
+from pyglow_fast.layers.flow_step import ChannelMap, run_couplings, run_couplings_inverse, stack_maps, unstack_maps
 from pyglow_fast.layers.folded import FoldedSteps, is_foldable
 from pyglow_fast.layers.reversible_sequence import ReversibleSequence
 
@@ -66,10 +64,14 @@ class FrozenSteps(FlowLayer):
         self.channels, self.memory_budget = own[0].channels, steps.memory_budget
         folded = FoldedSteps.of(own)
         with torch.no_grad():
-            self.register_buffer("matrices", torch.stack([part.matrix for part in folded.maps]))
-            self.register_buffer("offsets", torch.stack([part.offset for part in folded.maps]))
-            self.register_buffer("log_dets", torch.stack([part.log_det for part in folded.maps]))
-            self.register_buffer("inverses", torch.stack(folded.inverses))
+            maps = stack_maps(folded.maps)
+            inverses, back = maps.inverse()
+            self.register_buffer("matrices", maps.matrix)
+            self.register_buffer("offsets", maps.offset)
+            self.register_buffer("log_dets", maps.log_det)
+            self.register_buffer("inverses", inverses)
+            self.register_buffer("indices", maps.source)  # None, and not saved, where the maps are matrices
+            self.register_buffer("inverse_indices", back)
         couplings = []
         for step in own:
             net = FrozenNet(step.coupling.net) if is_foldable(step.coupling.net) else step.coupling.net  # type: ignore[arg-type]
@@ -79,9 +81,11 @@ class FrozenSteps(FlowLayer):
         self.eval()
 
     def _folded(self) -> FoldedSteps:
-        parts: list[Any] = [self.get_buffer(name).unbind() for name in ("matrices", "offsets", "log_dets", "inverses")]
-        maps = [ChannelMap(*values) for values in zip(*parts[:3], strict=True)]
-        return FoldedSteps(maps, [None] * len(maps), list(parts[3]))
+        names = ("matrices", "offsets", "log_dets", "indices")
+        maps = unstack_maps(ChannelMap(*(self._buffers[name] for name in names)))  # type: ignore[arg-type]
+        back = self._buffers["inverse_indices"]
+        indices = [None] * len(maps) if back is None else back.unbind()
+        return FoldedSteps(maps, [None] * len(maps), list(zip(self.get_buffer("inverses"), indices, strict=True)))
 
     def _budget(self) -> str | int | None:
         whole = torch.is_grad_enabled() or torch.compiler.is_compiling()

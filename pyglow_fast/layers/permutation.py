@@ -18,8 +18,9 @@ class ChannelLinear(FlowLayer):
 
     A FlowStep runs any subclass as it does InvConv: it asks for W (outside of autocast), folds it with the actnorm
     before, joins the product with the couplings around it, and without gradients keeps the folded matrix and its
-    inverse until a tensor of ``weight_sources`` changes, if the class states these. It calls neither forward nor
-    inverse, so that one who overrides them (Permute, which gathers) computes the same product. GlowConfig names InvConv
+    inverse until a tensor of ``weight_sources`` changes, if the class states these. Where all steps of a run state a
+    ``gather_index`` it gathers channels instead. It calls neither forward nor inverse, so that one who overrides them
+    computes the same product. GlowConfig names InvConv
     and Permute only: any other is put into a Glow by assigning it to ``permutation`` of a step of
     ``model.levels[i].steps``, also before saved weights are loaded.
 
@@ -40,6 +41,13 @@ class ChannelLinear(FlowLayer):
         """All tensors that W is a function of, such as :meth:`own_tensors`, where it is one of nothing else.
 
         None, as here: it is not stated, since W may depend on attributes or modes too, and W is not kept.
+        """
+        return None
+
+    def gather_index(self) -> Tensor | None:
+        """The index (C,), int64, where W x is x[:, index] and nothing else: a step then multiplies with no matrix.
+
+        None, as here: W is to be multiplied with.
         """
         return None
 
@@ -178,9 +186,16 @@ class Permute(ChannelLinear):
         eye = torch.eye(self.channels, dtype=self.unit.dtype, device=self.unit.device)
         return eye[self.index], self.unit.new_zeros(())
 
+    def _is_own(self) -> bool:
+        return type(self).weight_and_log_det is Permute.weight_and_log_det
+
     def weight_sources(self) -> list[Tensor] | None:
         """Its own tensors, unless a subclass has another W."""
-        return self.own_tensors() if type(self).weight_and_log_det is Permute.weight_and_log_det else None
+        return self.own_tensors() if self._is_own() else None
+
+    def gather_index(self) -> Tensor | None:
+        """The index, unless a subclass has another W."""
+        return self.index if self._is_own() else None
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x -> z, by gathering channels."""

@@ -59,16 +59,17 @@ def run_recomputing(
     cond: Tensor | None = None,
     squeeze_first: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """x through K steps, a channel map (stacked: (K, C, C), (K, C), (K,)) and a coupling each, to be recomputed."""
+    """x through K steps, a channel map (stacked: see stack_maps) and a coupling each, to be recomputed."""
     counts = [part.end - part.first for part in whole.parts]
-    matrices, offsets, map_log_dets = (part.split(counts) for part in maps)
+    parts = zip(*(part.split(counts) for part in maps[:3]), strict=True)
+    indices = [None] * len(counts) if maps.source is None else maps.source.split(counts)
     kept = maps.matrix.shape[-1] // 2
     z, total = x, x.new_zeros(x.shape[0])
-    for i, part in enumerate(whole.parts):
+    for part, (matrices, offsets, log_dets), index in zip(whole.parts, parts, indices, strict=True):
         own = slice(part.first, part.end)
         chain = Chain(runners[own], specs[own], kept, squeeze_first and part.first == 0, part)
-        z, log_det = run_chain(chain, z, cond, matrices[i], offsets[i], map_log_dets[i].sum())
-        total = log_det if i == 0 else total + log_det
+        z, log_det = run_chain(chain, z, cond, matrices, offsets, log_dets.sum(), index)
+        total = log_det if part.first == 0 else total + log_det
     return z, total
 
 

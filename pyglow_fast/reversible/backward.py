@@ -38,6 +38,19 @@ class _Parts:
         return torch.empty_like(self.like) if self.value is None else self.value
 
 
+def unbind_indices(indices: Tensor | None, steps: int) -> Sequence[Tensor | None]:
+    """Of each step its index, None where the maps are matrices."""
+    return [None] * steps if indices is None else indices.unbind()
+
+
+def _inverses(matrices: Tensor, indices: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+    """M^-1 of every step, with its index if the maps are gathers."""
+    if indices is None:
+        return [(inverse, None) for inverse in functional.invert_matrix(matrices).unbind()]
+    scales, back = functional.invert_gather(matrices, indices)
+    return list(zip(scales.unbind(), back.unbind(), strict=True))
+
+
 class ChainBackward(Walk):
     """Walks a chain back, or differentiates it from kept states; each net runs once a step, chunk by chunk."""
 
@@ -48,6 +61,7 @@ class ChainBackward(Walk):
         cond: Tensor | None,
         matrices: Tensor,
         offsets: Tensor,
+        indices: Tensor | None,
         params: Sequence[Sequence[Tensor]],
         kept: Kept,
         grad_log_det: Tensor,
@@ -57,7 +71,8 @@ class ChainBackward(Walk):
         super().__init__(n, x, kept.anchors, chain.part, kept.lowest)
         self.chain, self.cond, self.params, self.kept = chain, cond, params, kept
         self.matrices, self.offsets = matrices.unbind(), offsets.unbind()
-        self.inverses = () if kept.states else functional.invert_matrix(matrices).unbind()
+        self.indices = unbind_indices(indices, n)
+        self.inverses = [] if kept.states else _inverses(matrices, indices)
         self.grad_log_det, self.needs_cond = grad_log_det, needs_cond
         self.witnesses = Witness.all_of(kept.seen)
         self.grad_matrices: list[Tensor] = [matrices] * n  # placeholders until each is known
@@ -73,7 +88,7 @@ class ChainBackward(Walk):
 
     def drift(self, k: int, x: Tensor, anchor: Tensor | None) -> Tensor:
         if anchor is None:
-            return self.witnesses[k].drift(x, self.matrices[k], self.offsets[k])
+            return self.witnesses[k].drift(x, self.matrices[k], self.offsets[k], self.indices[k])
         squeezed = k == 0 and self.chain.squeeze_first
         return anchor_drift(x, functional.squeeze(anchor) if squeezed else anchor)
 
@@ -83,7 +98,7 @@ class ChainBackward(Walk):
         The one run of the net serves the inversion and the differentiation.
         """
         x_parts, grad_u_parts = _Parts(y), _Parts(y)
-        spec = self.chain.specs[k]
+        spec, (inverse_matrix, inverse_index) = self.chain.specs[k], self.inverses[k]
 
         def consume(net_out: Tensor, chunk: Chunk) -> Tensor:
             x, grad_u, grad_net_out = passes.step_backward(
@@ -91,9 +106,10 @@ class ChainBackward(Walk):
                 net_out,
                 chunk.outputs(grad_y),
                 chunk.per_sample(self.grad_log_det),
-                self.inverses[k],
+                inverse_matrix,
                 self.offsets[k],
                 spec,
+                inverse_index,
             )
             x_parts.put(chunk, x)
             grad_u_parts.put(chunk, grad_u)
@@ -113,18 +129,19 @@ class ChainBackward(Walk):
     def _mix_backward(self, k: int, x: Tensor, grad_u: Tensor, added: Tensor, is_input: bool) -> Tensor:
         squeezes = k == 0 and is_input and self.chain.squeeze_first
         grad_x, self.grad_matrices[k], self.grad_offsets[k] = passes.channel_mix_backward(
-            x, grad_u, self.matrices[k], self.offsets[k], added, squeezes
+            x, grad_u, self.matrices[k], self.offsets[k], added, squeezes, self.indices[k]
         )
         return grad_x
 
     def redo(self, first: int, last: int, x: Tensor, grad: Tensor) -> Tensor:
         """Steps first .. last by checkpointing from the true input of the first: the exact gradient of it."""
         squeezes = first == 0 and self.chain.squeeze_first
-        u = functional.channel_mix(x, self.matrices[first], self.offsets[first], squeezes)
+        u = functional.channel_mix(x, self.matrices[first], self.offsets[first], squeezes, self.indices[first])
         states = [u]
         for k in range(first, last):
             net_out = self.chain.nets[k].repeat(u[:, : self.chain.kept], self.cond, self.params[k], self.kept.memos[k])
-            u, _ = functional.coupling_mix(u, net_out, self.matrices[k + 1], self.offsets[k + 1], self.chain.specs[k])
+            following = self.matrices[k + 1], self.offsets[k + 1]
+            u, _ = functional.coupling_mix(u, net_out, *following, self.chain.specs[k], self.indices[k + 1])
             states.append(u)
         return self._differentiate(first, states, x, grad)
 
@@ -159,6 +176,7 @@ class ChainBackward(Walk):
                     self.offsets[k + 1],
                     spec,
                     None if added is None else chunk.outputs(added),
+                    self.indices[k + 1],
                 )
                 sums[:] = [total + value for total, value in zip(sums, mix, strict=True)] if sums else mix
             grad_u_parts.put(chunk, grad_u)

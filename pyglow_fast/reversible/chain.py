@@ -14,7 +14,7 @@ from pyglow_fast._derivatives import apply, differentiable_once
 from pyglow_fast.coupling_nets.net_runner import Memo, NetRunner
 from pyglow_fast.coupling_nets.precision import in_precision
 from pyglow_fast.reference import CouplingSpec, n_positions
-from pyglow_fast.reversible.backward import ChainBackward
+from pyglow_fast.reversible.backward import ChainBackward, unbind_indices
 from pyglow_fast.reversible.drift import Witness, lowest_precision
 from pyglow_fast.reversible.limits import call_untraced, refuse_transforms
 from pyglow_fast.reversible.parts import Part
@@ -72,6 +72,7 @@ def forward_pass(
     cond: Tensor | None,
     matrices: Sequence[Tensor],
     offsets: Sequence[Tensor],
+    indices: Sequence[Tensor | None],
     params: Sequence[Sequence[Tensor]],
 ) -> tuple[Tensor, Tensor, Kept]:
     """z, the couplings' log_det (N,), and what is kept. Between nets there is one pass; two where an anchor lies."""
@@ -79,9 +80,11 @@ def forward_pass(
     anchors, states, memos = {}, [], []
     seen: list[Tensor] = []
     lowest = x.dtype
-    u = functional.channel_mix(x, matrices[0], offsets[0], chain.squeeze_first)
+    maps = list(zip(matrices, offsets, indices, strict=True))
+    matrix, offset, index = maps[0]
+    u = functional.channel_mix(x, matrix, offset, chain.squeeze_first, index)
     log_det = u.new_zeros(u.shape[0])
-    for k, (net, spec) in enumerate(zip(chain.nets, chain.specs, strict=True)):
+    for k, (net, spec, following) in enumerate(zip(chain.nets, chain.specs, [*maps[1:], None], strict=True)):
         if keeps_states:
             states.append(u)
         else:
@@ -90,14 +93,16 @@ def forward_pass(
         memos.append(memo)
         with in_precision(net.precision, u):  # which does not show in an output in float32
             lowest = lowest_precision(lowest, net_out)
-        if k + 1 == len(chain):
+        if following is None:
             u, step_log_det = functional.coupling(u, net_out, spec)
         elif k + 1 in anchor_steps:
+            matrix, offset, index = following
             y, step_log_det = functional.coupling(u, net_out, spec)
             anchors[k + 1] = y
-            u = functional.channel_mix(y, matrices[k + 1], offsets[k + 1])
+            u = functional.channel_mix(y, matrix, offset, index=index)
         else:
-            u, step_log_det = functional.coupling_mix(u, net_out, matrices[k + 1], offsets[k + 1], spec)
+            matrix, offset, index = following
+            u, step_log_det = functional.coupling_mix(u, net_out, matrix, offset, spec, index)
         log_det += step_log_det
     return u, log_det, Kept(anchors, states, seen, memos, lowest)
 
@@ -114,17 +119,19 @@ class _Run(torch.autograd.Function):
         matrices: Tensor,
         offsets: Tensor,
         map_log_det: Tensor,
+        indices: Tensor | None,
         *params: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """z like x (squeezed), log_det (N,)."""
         by_step = chain.params_of(params)
-        z, log_det, kept = forward_pass(chain, x, cond, matrices.unbind(), offsets.unbind(), by_step)
+        by_map = matrices.unbind(), offsets.unbind(), unbind_indices(indices, len(chain))
+        z, log_det, kept = forward_pass(chain, x, cond, *by_map, by_step)
         ctx.chain, ctx.memos, ctx.has_cond = chain, kept.memos, cond is not None
         ctx.lowest = kept.lowest
         ctx.anchor_steps, ctx.n_seen = list(kept.anchors), len(kept.seen)
         conditions = [] if cond is None else [cond]
         inner = [*kept.anchors.values(), *kept.seen, *kept.states]
-        ctx.save_for_backward(x, z, matrices, offsets, *conditions, *params, *inner)
+        ctx.save_for_backward(x, z, matrices, offsets, indices, *conditions, *params, *inner)
         return z, log_det + functional.per_sample(z, map_log_det)
 
     @staticmethod
@@ -132,7 +139,7 @@ class _Run(torch.autograd.Function):
     def backward(ctx: Any, grad_z: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, cond, M, c, log|det M| and the nets' parameters."""
         chain: Chain = ctx.chain
-        x, z, matrices, offsets, *rest = ctx.saved_tensors
+        x, z, matrices, offsets, indices, *rest = ctx.saved_tensors
         cond = rest.pop(0) if ctx.has_cond else None
         n_params, n_anchors = len(chain.params), len(ctx.anchor_steps)
         params, inner = rest[:n_params], rest[n_params:]
@@ -140,8 +147,9 @@ class _Run(torch.autograd.Function):
         seen = inner[n_anchors : n_anchors + ctx.n_seen]
         states = inner[n_anchors + len(seen) :]
         kept = Kept(anchors, states, seen, ctx.memos, ctx.lowest)
+        by_step = chain.params_of(params)
         backward = ChainBackward(
-            chain, x, cond, matrices, offsets, chain.params_of(params), kept, grad_log_det, ctx.needs_input_grad[2]
+            chain, x, cond, matrices, offsets, indices, by_step, kept, grad_log_det, ctx.needs_input_grad[2]
         )
         grad_x = backward.run(z, grad_z)
         grads = (
@@ -150,6 +158,7 @@ class _Run(torch.autograd.Function):
             torch.stack(backward.grad_matrices),
             torch.stack(backward.grad_offsets),
             grad_log_det.sum() * n_positions(z),
+            None,
             *[grad for step in backward.grad_params for grad in step],
         )
         return (None, *(grads if backward.drifted is None else map(backward.accepted, grads)))
@@ -162,6 +171,7 @@ def run_chain(
     matrices: Tensor,
     offsets: Tensor,
     map_log_det: Tensor,
+    indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """z and log|det dz/dx| of K steps: u = M x + c, then the coupling of u, K times.
 
@@ -172,15 +182,16 @@ def run_chain(
         chain: the steps.
         x: (N, C, *spatial); with chain.squeeze_first (N, C / 2^d, *(2 spatial)).
         cond: what the nets get besides, or None.
-        matrices, offsets: (K, C, C) and (K, C).
+        matrices, offsets: (K, C, C) and (K, C); with indices, the scales (K, C) of gathers and (K, C).
         map_log_det: sum of log|det M| over the steps, a scalar tensor. It comes in here, since what is not passed on of
             a drifted run's gradients must not be passed on around it either.
+        indices: (K, C) int64, where the maps are gathers: see :func:`pyglow_fast.reference.channel_mix`.
 
     Returns:
         z (N, C, *spatial) and log_det (N,), nats.
     """
     refuse_transforms()
-    inputs = (x, cond, matrices, offsets, map_log_det, *chain.params)
+    inputs = (x, cond, matrices, offsets, map_log_det, indices, *chain.params)
     chain.part.whole.joins(chain.part.first, inputs)
     return call_untraced(_run, chain, *inputs)
 

@@ -144,14 +144,17 @@ class Witness:
         """The same of x itself: about its largest relative error against the state that was seen."""
         return _largest(project(x) - self.projection, self.scale)
 
-    def drift(self, x: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
+    def drift(self, x: Tensor, matrix: Tensor, offset: Tensor, index: Tensor | None = None) -> Tensor:
         """About the largest relative error of M x + c, given a recomputed x; a scalar tensor, NaN if x is.
 
         The projection is linear: that of M x + c needs no pass over it.
         """
         signs = _signs(n_positions(x), x.dtype, x.device)
         with full_precision(x):
-            expected = torch.addmm(offset, project(x, signs), matrix.T, beta=signs.sum)
+            if index is None:
+                expected = torch.addmm(offset, project(x, signs), matrix.T, beta=signs.sum)
+            else:
+                expected = project(x, signs)[:, index] * matrix + offset * signs.sum
         return _largest(expected.sub_(self.projection), self.scale)
 
 

@@ -1,6 +1,7 @@
 """The backward passes of a flow step outside its net: one kernel each, or autograd through the reference.
 
-Shapes and equations are in csrc/core.h; ``added`` is what the net's backward adds to the gradient of the kept channels.
+Shapes and equations are in csrc/core.h; ``added`` is what the net's backward adds to the gradient of the kept channels;
+with an ``index`` the matrix is the scales of a gather.
 """
 
 from __future__ import annotations
@@ -56,17 +57,18 @@ def step_backward(
     inverse_matrix: Tensor,
     offset: Tensor,
     spec: CouplingSpec,
+    index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From a step's output y: its input x, and the gradients of u = M x + c (without the net's part) and of net_out."""
     if _compiled(y, spec):
         kind = _forward_kind(spec)
         net_out = functional.readable_net_output(net_out, y)
-        return ops.step_backward(y, net_out, grad_y, grad_log_det, inverse_matrix, offset, *kind)
+        return ops.step_backward(y, net_out, grad_y, grad_log_det, inverse_matrix, offset, *kind, index)
     u, _ = functional.coupling_inverse(y, net_out, spec)
     grad_u, grad_net_out = _gradients(
         lambda u, net_out: reference.coupling(u, net_out, spec), [u, net_out], [grad_y, grad_log_det]
     )
-    return functional.channel_unmix(u, inverse_matrix, offset), grad_u, grad_net_out
+    return functional.channel_unmix(u, inverse_matrix, offset, index=index), grad_u, grad_net_out
 
 
 def coupling_backward(
@@ -94,13 +96,15 @@ def coupling_mix_backward(
     offset: Tensor,
     spec: CouplingSpec,
     added: Tensor | None,
+    index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of out = M couple(u) + c: the gradients of u (without the net's part), net_out, M and c."""
     if _compiled(u, spec):
         net_out = functional.readable_net_output(net_out, u)
-        return ops.coupling_mix_backward(u, net_out, grad_out, grad_log_det, matrix, *_forward_kind(spec), added)
+        kind = _forward_kind(spec)
+        return ops.coupling_mix_backward(u, net_out, grad_out, grad_log_det, matrix, *kind, added, index)
     grad_u, grad_net_out, grad_matrix, grad_offset = _gradients(
-        lambda u, net_out, matrix, offset: reference.coupling_mix(u, net_out, matrix, offset, spec),
+        lambda u, net_out, matrix, offset: reference.coupling_mix(u, net_out, matrix, offset, spec, index),
         [u, net_out, matrix, offset],
         [_whole(grad_out, added), grad_log_det],
     )
@@ -108,13 +112,19 @@ def coupling_mix_backward(
 
 
 def channel_mix_backward(
-    x: Tensor, grad_u: Tensor, matrix: Tensor, offset: Tensor, added: Tensor | None, squeeze_first: bool
+    x: Tensor,
+    grad_u: Tensor,
+    matrix: Tensor,
+    offset: Tensor,
+    added: Tensor | None,
+    squeeze_first: bool,
+    index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of u = M x + c: the gradients of x, M and c."""
     if ops.run_on(x) and (x.dim() == 4 or not squeeze_first):
-        return ops.channel_mix_backward(x, grad_u, matrix, None, added, squeeze_first)
+        return ops.channel_mix_backward(x, grad_u, matrix, None, added, squeeze_first, index)
     grad_x, grad_matrix, grad_offset = _gradients(
-        lambda x, matrix, offset: (reference.channel_mix(x, matrix, offset, squeeze_first),),
+        lambda x, matrix, offset: (reference.channel_mix(x, matrix, offset, squeeze_first, index),),
         [x, matrix, offset],
         [_whole(grad_u, added)],
     )

@@ -179,15 +179,18 @@ def test_step_parts_are_the_block(case: Case) -> None:
     before, net, spec, after, after_inverse = Ours.step_parts(ours)
     u, total = x, 0.0
     if before is not None:
-        u = functional.channel_mix(u, before.matrix, before.offset)
+        u = functional.channel_mix(u, before.matrix, before.offset, index=before.source)
         total = before.log_det * 24
     y, log_det = functional.coupling(u, net(u[:, : ours.splits[0]]), spec)
-    z = functional.channel_mix(y, after.matrix, after.offset)
+    z = functional.channel_mix(y, after.matrix, after.offset, index=after.source)
     expected, expected_log_det = run(ours, x, [], False)
     assert_close(z, expected, 10.0)
     assert_close(log_det + after.log_det * 24 + total, expected_log_det, 10.0)
-    assert_close(functional.channel_mix(z, after_inverse.matrix, after_inverse.offset), y, 100.0)
-    assert_close(after.log_det, log_abs_det(after.matrix), 10.0)
+    back = functional.channel_mix(z, after_inverse.matrix, after_inverse.offset, index=after_inverse.source)
+    assert_close(back, y, 100.0)
+    assert_close(after.log_det, log_abs_det(after.as_product().matrix), 10.0)
+    hard = not case.options.get("permute_soft") and not case.options.get("learned_householder_permutation")
+    assert (after.source is not None) == hard
     assert (net.halo is None) == case.options.get("gin_block", False)
     mine, blocks = (set(map(id, part.parameters())) for part in (net, ours.subnet))
     assert mine == blocks
@@ -200,7 +203,7 @@ def test_step_parts_with_a_condition() -> None:
     _, ours = pair(case)
     x, c = inputs(case)
     _, net, spec, after, _ = Ours.step_parts(ours)
-    z, _ = functional.coupling_mix(x, net(x[:, :3], c[0]), after.matrix, after.offset, spec)
+    z, _ = functional.coupling_mix(x, net(x[:, :3], c[0]), after.matrix, after.offset, spec, after.source)
     assert_close(z, run(ours, x, c, False)[0])
 
 

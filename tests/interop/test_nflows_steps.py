@@ -39,7 +39,7 @@ def composed(layers: list[nn.Module], x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def run(parts: StepParts, x: Tensor) -> tuple[Tensor, Tensor]:
-    u = functional.channel_mix(x, parts.matrix, parts.offset)
+    u = functional.channel_mix(x, parts.matrix, parts.offset, index=parts.source)
     y, log_det = functional.coupling(u, parts.net(u[:, : parts.kept], None), parts.spec)
     return y, log_det + functional.per_sample(x, parts.log_det)
 
@@ -105,7 +105,9 @@ def test_mixing_layers_in_any_order(lib: Any, kinds: list[str]) -> None:
     found = channel_map(layers)
     assert isinstance(found, ChannelMap)
     expected, expected_log_det = composed(layers, x)
-    matrix, offset = found.matrix.double(), found.offset.double()
+    assert (found.source is None) == ("conv" in kinds)
+    product = found.as_product()
+    matrix, offset = product.matrix.double(), product.offset.double()
     assert_close(functional.channel_mix(x, matrix, offset), expected)
     assert_close(functional.per_sample(x, found.log_det).double(), expected_log_det)
     assert_close(torch.linalg.slogdet(matrix).logabsdet, found.log_det.double().detach())

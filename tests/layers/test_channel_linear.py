@@ -99,10 +99,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     def counted(name: str) -> None:
         true = getattr(functional, name)
 
-        def call(*args: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
             op = name.removesuffix("_for_net")
             counts[op] = counts.get(op, 0) + 1
-            return true(*args)
+            return true(*args, **options)
 
         monkeypatch.setattr(functional, name, call)
 

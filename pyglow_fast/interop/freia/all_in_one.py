@@ -20,8 +20,10 @@ from pyglow_fast.interop.freia.layout import (
     side_by_side,
     transformed_by_functorch,
 )
+from pyglow_fast.interop.freia.permutation import Gather, Seen, look_at
 from pyglow_fast.layers.flow_step import ChannelMap
 from pyglow_fast.reference import CouplingSpec
+from pyglow_fast.reversible.deferred import is_capturing
 
 SUBNET_GAIN = 0.1  # FrEIA's: of the whole output of the subnet
 
@@ -60,40 +62,13 @@ STEPS = ("_permute", "_pre_permute", "_affine")
 GATHERED_FROM = 256  # channels of a vector from which a hard permutation is gathered: a product costs more from there
 
 
-class _Gather(torch.autograd.Function):
-    """x[:, order]; the gradient gathers by the inverse order, where torch's own would scatter."""
-
-    @staticmethod
-    def forward(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        """Like x."""
-        return x.index_select(1, order)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        """Keep the orders."""
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        """Of x."""
-        order, inverse = ctx.saved_tensors
-        return _Gather.apply(grad, inverse, order), None, None
-
-
-class _Seen(NamedTuple):
-    """The permutation and its inverse when they were last looked at, and their indices if they were hard."""
-
-    pair: tuple[Tensor, Tensor]
-    indices: tuple[Tensor, Tensor] | None
-
-
 class StepParts(NamedTuple):
     """A block as one step of ours: z = after(coupling(before(x))), all parts differentiable in the block's parameters.
 
     ``before`` and ``after`` are maps u = matrix x + offset with log|det matrix| (None: the identity), as
-    functional.channel_mix takes them; ``after_inverse`` is the inverse of ``after`` as such a map. ``net`` (N, C1,
-    *spatial), cond -> [shift | raw] and ``spec`` make a pyglow_fast.layers.Coupling; the net reads the first C1
-    channels, C1 = C - C // 2, and shares the block's subnet.
+    functional.channel_mix takes them, gathers where the permutation is hard; ``after_inverse`` is the inverse of
+    ``after`` as such a map. ``net`` (N, C1, *spatial), cond -> [shift | raw] and ``spec`` make a
+    pyglow_fast.layers.Coupling; the net reads the first C1 channels, C1 = C - C // 2, and shares the block's subnet.
 
     Blocks in a row are a chain of steps that each mix and then couple: the map of step k is before_k(after_(k-1)(x)),
     and the last ``after`` follows the chain. Such a chain halves the channels, so C must be even.
@@ -116,7 +91,7 @@ class ServedBlock(nn.Module):
     _serves: type[nn.Module]  # the one behind it
     _divides = False  # s = clamp tanh(s_net / (10 clamp)), as in FrEIA's git since August 2023
     _fixed_size = False  # its forward refuses other sizes than those of dims_in
-    _seen: _Seen | None = None
+    _seen: Seen | None = None
 
     in_channels: int
     input_rank: int
@@ -151,14 +126,7 @@ class ServedBlock(nn.Module):
             self.w_perm = matrix.detach()
             self.w_perm_inv = self.w_perm.transpose(0, 1).contiguous()
             return matrix.flatten(1), matrix.flatten(1).T
-        return self._as_matrix(self.w_perm), self._as_matrix(self.w_perm_inv)
-
-    def _as_matrix(self, permutation: Tensor) -> Tensor:
-        """(C, C) of a permutation that is kept as a kernel, or as the indices of a hard one."""
-        if permutation.dim() > 1:
-            return permutation.flatten(1)
-        like = self.global_scale
-        return torch.eye(self.in_channels, dtype=like.dtype, device=like.device)[permutation]
+        return self.w_perm.flatten(1), self.w_perm_inv.flatten(1)
 
     def _scale(self) -> tuple[Tensor, Tensor]:
         """The global scale a (C,) and sum log a ()."""
@@ -172,17 +140,34 @@ class ServedBlock(nn.Module):
         spec, gain = clamped_spec(self.clamp, torch.tanh, self.GIN, self._divides)
         return spec, ShiftThenRaw(self.splits[1], SUBNET_GAIN, SUBNET_GAIN * gain)
 
-    def _after(self, matrix: Tensor) -> ChannelMap:
+    def _after(self, permutation: ChannelMap) -> ChannelMap:
         """R (a y + b), with R given."""
+        matrix, source = permutation.matrix, permutation.source
         with reference.full_precision(matrix):
             scale, log_det = self._scale()
-            return ChannelMap(matrix * scale, matrix @ self.global_offset.flatten(), log_det)
+            offset = self.global_offset.flatten()
+            if source is not None:
+                return ChannelMap(scale[source], offset[source], log_det, source)
+            return ChannelMap(matrix * scale, matrix @ offset, log_det)
 
-    def _after_inverse(self, inverse: Tensor) -> ChannelMap:
+    def _after_inverse(self, inverse: ChannelMap) -> ChannelMap:
         """(R^-1 z - b) / a, with R^-1 given."""
-        with reference.full_precision(inverse):
+        with reference.full_precision(inverse.matrix):
             scale, log_det = self._scale()
-            return ChannelMap(inverse / scale.unsqueeze(1), -self.global_offset.flatten() / scale, -log_det)
+            rows = scale if inverse.source is not None else scale.unsqueeze(1)
+            offset = -self.global_offset.flatten() / scale
+            return ChannelMap(inverse.matrix / rows, offset, -log_det, inverse.source)
+
+    def _permutation_maps(self) -> tuple[ChannelMap, ChannelMap]:
+        """R and its inverse: gathers where R is hard."""
+        indices = self._hard_order()
+        nothing = torch.zeros_like(self.global_offset).flatten()
+        if indices is None:
+            first, second = (ChannelMap(w, nothing, nothing.new_zeros(())) for w in self._matrices())
+        else:
+            ones = torch.ones_like(nothing)
+            first, second = (ChannelMap(ones, nothing, nothing.new_zeros(()), index) for index in indices)
+        return first, second
 
     def _matrices(self) -> tuple[Tensor, Tensor]:
         with reference.full_precision(self.global_scale):
@@ -235,68 +220,69 @@ class ServedBlock(nn.Module):
         return found
 
     def _by_kernels(self, x: Tensor, c: Sequence[Tensor], rev: bool) -> tuple[Tensor, Tensor]:
-        matrix, inverse = self._matrices()
-        kept, nothing = self.splits[0], matrix.new_zeros(self.in_channels)
+        there, back = self._permutation_maps()
+        kept = self.splits[0]
         spec, order = self._spec()
         if rev:
-            back = self._after_inverse(inverse)
-            y, kept_half = functional.channel_mix_for_net(x, back.matrix, back.offset, kept)
+            begin = self._after_inverse(back)
+            y, kept_half = functional.channel_mix_for_net(x, begin.matrix, begin.offset, kept, index=begin.source)
             net_out = self._net_out(kept_half, c, order)
             if self.reverse_pre_permute:
-                u, log_det = functional.coupling_mix_inverse(y, net_out, matrix, nothing, spec)
+                u, log_det = functional.coupling_mix_inverse(y, net_out, there.matrix, there.offset, spec, there.source)
             else:
                 u, log_det = functional.coupling_inverse(y, net_out, spec)
-            return u, log_det + functional.per_sample(x, back.log_det)
+            return u, log_det + functional.per_sample(x, begin.log_det)
         kept_half = x[:, :kept]
         if self.reverse_pre_permute:
-            x, kept_half = functional.channel_mix_for_net(x, inverse, nothing, kept)
-        after = self._after(matrix)
+            x, kept_half = functional.channel_mix_for_net(x, back.matrix, back.offset, kept, index=back.source)
+        after = self._after(there)
         net_out = self._net_out(kept_half, c, order)
-        z, log_det = functional.coupling_mix(x, net_out, after.matrix, after.offset, spec)
+        z, log_det = functional.coupling_mix(x, net_out, after.matrix, after.offset, spec, after.source)
         return z, log_det + functional.per_sample(z, after.log_det)
 
     def _hard_order(self) -> tuple[Tensor, Tensor] | None:
         """The indices of a hard permutation and of its inverse, or None where R is to be multiplied with."""
-        # On a GPU a look at the matrices would stop the stream.
-        if self.householder or self.w_perm.device.type != "cpu" or torch.compiler.is_compiling():
+        if self.householder:
             return None
-        if self.w_perm.dim() == 1:  # its own forward gathers
+        pair = (self.w_perm, self.w_perm_inv)
+        if pair[0].dim() == 1:  # which are indices
+            return pair
+        if torch.compiler.is_compiling() or any(w.is_inference() for w in pair):
             return None
-        pair = (self.w_perm.detach().flatten(1), self.w_perm_inv.detach().flatten(1))
-        # Compared in full: a version counter does not see what is written through .data.
-        if self._seen is None or not all(map(torch.equal, pair, self._seen.pair)):
-            indices = tuple(matrix.argmax(1) for matrix in pair)
-            eye = torch.eye(self.in_channels, dtype=pair[0].dtype)
-            hard = torch.equal(pair[0], pair[1].T) and all(map(torch.equal, pair, (eye[i] for i in indices)))
-            self._seen = _Seen((pair[0].clone(), pair[1].clone()), (indices[0], indices[1]) if hard else None)
+        if self._seen is None or not self._seen.holds(pair):
+            if is_capturing(pair[0]):
+                return None
+            self._seen = look_at(pair)
         return self._seen.indices
 
     def _by_torch(self, x: Tensor, c: Sequence[Tensor], rev: bool) -> tuple[Tensor, Tensor]:
-        """Of wide vectors, for which a product with R may cost as much as the subnet; and of empty batches."""
+        """As the class behind does it, but for a hard permutation, which is gathered, and for empty batches."""
         indices = self._hard_order()
-        matrix, inverse = self._matrices()
+        matrices = self._matrices() if indices is None else None
 
         def permute(x: Tensor, back: bool) -> Tensor:
-            if indices is not None:
-                return _Gather.apply(x, *(indices[::-1] if back else indices))
-            if self.w_perm.dim() == 1:
-                return self.permute_function(x, self.w_perm_inv if back else self.w_perm)
+            if matrices is None:
+                assert indices is not None
+                return Gather.apply(x, *(indices[::-1] if back else indices))
             with reference.full_precision(x):
-                w = inverse if back else matrix
+                w = matrices[1 if back else 0]
                 return self.permute_function(x, w.reshape(*w.shape, *[1] * self.input_rank))
 
         scale, scale_log_det = self._scale()
         scale = scale.view_as(self.global_scale)
-        scale_log_det = functional.per_sample(x, -scale_log_det if rev else scale_log_det)
-        spec, order = self._spec()
-        kept = self.splits[0]
         if rev:
-            y = (permute(x, True) - self.global_offset) / scale
-            u, log_det = reference.coupling_inverse(y, self._net_out(y[:, :kept], c, order), spec)
-            return permute(u, False) if self.reverse_pre_permute else u, log_det + scale_log_det
-        u = permute(x, True) if self.reverse_pre_permute else x
-        y, log_det = reference.coupling(u, self._net_out(u[:, :kept], c, order), spec)
-        return permute(torch.addcmul(self.global_offset, y, scale), False), log_det + scale_log_det
+            u = (permute(x, True) - self.global_offset) / scale
+        else:
+            u = permute(x, True) if self.reverse_pre_permute else x
+        kept, changed = u.split(list(self.splits), dim=1)
+        net_out = self.subnet(torch.cat([kept, *c], dim=1) if self.conditional else kept)
+        changed, log_det = self._affine(changed, net_out, rev)
+        y = torch.cat([kept, changed], dim=1)
+        if not rev:
+            y = permute(torch.addcmul(self.global_offset, y, scale), False)
+        elif self.reverse_pre_permute:
+            y = permute(y, False)
+        return y, log_det + functional.per_sample(x, -scale_log_det if rev else scale_log_det)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_seen"}
@@ -365,9 +351,8 @@ def step_parts(block: nn.Module) -> StepParts:
     """
     if not isinstance(block, ServedBlock):
         raise TypeError(f"block: expected an AllInOneBlock of {__name__}, found {type(block)}")
-    matrix, inverse = block._matrices()
+    there, back = block._permutation_maps()
     spec, order = block._spec()
-    nothing = matrix.new_zeros(block.in_channels)
-    before = ChannelMap(inverse, nothing, matrix.new_zeros(())) if block.reverse_pre_permute else None
+    before = back if block.reverse_pre_permute else None
     net = OrderedSubnet(block.subnet, order, whole_samples=block.GIN)
-    return StepParts(before, net, spec, block._after(matrix), block._after_inverse(inverse))
+    return StepParts(before, net, spec, block._after(there), block._after_inverse(back))

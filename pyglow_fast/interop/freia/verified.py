@@ -1,8 +1,8 @@
 """Which layers compute what ours do, whatever code base their class is from: told by their attributes and by a probe.
 
-A probe runs two copies of a layer, one of its class and one of ours, with the same random float64 weights and with a stub
-in the place of each net: forward, back, and backward, for two sizes, in training and in evaluation. The layer itself, its
-net, its hooks and the random state are not touched. What is found is kept for a class and its configuration.
+A probe runs two copies of a layer, one of its class and one of ours, with the same random float64 weights and a stub in
+the place of each net: forward, inverse and their gradients, for two sizes, in training and in evaluation. The layer
+itself, its net, its hooks and the random state are not touched. The result is kept for a class and a configuration.
 """
 
 from __future__ import annotations
@@ -232,11 +232,12 @@ def _compare(layer: nn.Module, own: type[nn.Module], theirs: Sequence[Results]) 
     for index, expected in enumerate(theirs):
         twin: Any = _twin(layer, own)
         twin.training = index == 0
-        run = twin.forward
+        runs = [twin.forward]
         if isinstance(twin, ServedBlock):  # by what its forward may not use for so small a state
             without_closures(twin)
-            run = _arithmetic(twin)
-        for name, value in _results(twin, run, _sizes(layer)[index]).items():
+            runs = [_calling(twin._by_kernels), _calling(twin._by_torch)]
+        found = [item for run in runs for item in _results(twin, run, _sizes(layer)[index]).items()]
+        for name, value in found:
             wanted = expected[name]
             if value is None or wanted is None or value.shape != wanted.shape:
                 shapes = [None if part is None else tuple(part.shape) for part in (wanted, value)]
@@ -248,12 +249,11 @@ def _compare(layer: nn.Module, own: type[nn.Module], theirs: Sequence[Results]) 
                 raise _DiffersError(f"its {name} differs by {error:.1g} in a probe")
 
 
-def _arithmetic(block: ServedBlock) -> Callable[..., Any]:
-    """The forward of a block by our arithmetic, whatever its state is."""
+def _calling(arithmetic: Callable[..., Any]) -> Callable[..., Any]:
+    """A block's arithmetic, called as its forward."""
 
     def run(x: Sequence[Tensor], c: Sequence[Tensor] = (), rev: bool = False) -> Any:
-        own = block._by_kernels if block.input_rank else block._by_torch
-        out, log_det = own(x[0], c, rev)
+        out, log_det = arithmetic(x[0], c, rev)
         return (out,), log_det
 
     return run

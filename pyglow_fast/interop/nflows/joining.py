@@ -100,8 +100,14 @@ def _channel_map(layers: Sequence[nn.Module], net: nn.Module, order: Tensor | No
     parts = step_parts(layers)
     if isinstance(parts, str) or parts.net is not net:
         raise ChangedError(parts if isinstance(parts, str) else "another net")
-    matrix = parts.matrix if order is None else parts.matrix[:, order.to(parts.matrix.device)]
-    return ChannelMap(matrix, parts.offset, parts.log_det)
+    matrix, source = parts.matrix, parts.source
+    if order is not None:
+        order = order.to(matrix.device)
+        if source is None:
+            matrix = matrix[:, order]
+        else:
+            source = order.argsort()[source]
+    return ChannelMap(matrix, parts.offset, parts.log_det, source)
 
 
 def _groups(modules: Sequence[nn.Module]) -> list[list[nn.Module]]:

@@ -16,11 +16,12 @@ from nflows.transforms.permutations import Permutation
 from torch import Tensor, nn
 
 from pyglow_fast.coupling_nets.traits import has_hooks
+from pyglow_fast.interop.joined import after
 from pyglow_fast.interop.nflows import convolution as conv
 from pyglow_fast.interop.nflows import coupling as couplings
 from pyglow_fast.interop.nflows._state import as_it_comes
 from pyglow_fast.layers.flow_step import ChannelMap
-from pyglow_fast.reference import CouplingSpec, full_precision
+from pyglow_fast.reference import CouplingSpec
 
 
 class CouplingParts(NamedTuple):
@@ -36,16 +37,18 @@ class StepParts(NamedTuple):
     """u = matrix x + offset, then the coupling of u: P log_det + log_det of the coupling, P the number of positions.
 
     The rows are in the order that the coupling takes, so the outputs are y[:, order.argsort()]. In a run of steps this
-    can go into the columns of the next matrix: ``matrix[:, order]`` with the order of the step before.
+    can go into the columns of the next matrix: ``matrix[:, order]`` with the order of the step before, or of a gather
+    ``order.argsort()[source]``.
     """
 
-    matrix: Tensor  # (C, C)
+    matrix: Tensor  # (C, C); with a source (C,), the scales of a gather
     offset: Tensor  # (C,)
     log_det: Tensor  # (), log|det matrix|
     net: nn.Module
     spec: CouplingSpec
     kept: int
     order: Tensor | None
+    source: Tensor | None = None  # (C,)
 
 
 def waits_for_data(layer: nn.Module) -> bool:
@@ -60,7 +63,8 @@ def _one_map(layer: nn.Module) -> ChannelMap | str:
     if isinstance(layer, transforms.ActNorm):
         if not as_it_comes(layer, "forward", "inverse"):
             return f"{name} has a forward of its own"
-        return ChannelMap(layer.scale.diag(), layer.shift, layer.log_scale.sum())
+        scale = layer.scale
+        return ChannelMap(scale, layer.shift, layer.log_scale.sum(), torch.arange(len(scale), device=scale.device))
     if isinstance(layer, transforms.OneByOneConvolution):
         order = conv.channel_order(layer)
         if order is None or not as_it_comes(layer, "forward", "inverse", "weight", "logabsdet", *conv._MATRICES):
@@ -69,15 +73,16 @@ def _one_map(layer: nn.Module) -> ChannelMap | str:
     if isinstance(layer, Permutation):
         if layer._dim != 1 or not as_it_comes(layer, "forward", "inverse", "_permute"):
             return f"{name} permutes in a way of its own"
-        matrix = torch.eye(len(layer._permutation), device=layer._permutation.device)[layer._permutation]
-        return ChannelMap(matrix, matrix.new_zeros(len(matrix)), matrix.new_zeros(()))
+        ones = torch.ones(len(layer._permutation), device=layer._permutation.device)
+        return ChannelMap(ones, torch.zeros_like(ones), ones.new_zeros(()), layer._permutation)
     return f"a {name}, which does not mix channels"
 
 
 def channel_map(layers: Sequence[nn.Module]) -> ChannelMap | str:
     """M, c and log|det M| of M x + c = what ActNorms, OneByOneConvolutions and Permutations do in turn; or why not.
 
-    M (C, C), c (C,), log|det M| (), in the dtype of the parameters. The layers must not wait for data.
+    M (C, C), c (C,), log|det M| (), in the dtype of the parameters; without a convolution among them a gather. The
+    layers must not wait for data.
     """
     whole: ChannelMap | None = None
     for layer in layers:
@@ -88,12 +93,13 @@ def channel_map(layers: Sequence[nn.Module]) -> ChannelMap | str:
             whole = part
             continue
         dtype = torch.promote_types(whole.matrix.dtype, part.matrix.dtype)  # a permutation has none of its own
-        before, after = (ChannelMap(*(value.to(dtype) for value in half)) for half in (whole, part))
-        if before.matrix.shape != after.matrix.shape:
-            return f"a {type(layer).__name__} of {len(after.matrix)} channels after {len(before.matrix)}"
-        with full_precision(after.matrix):
-            matrix, offset = after.matrix @ before.matrix, after.matrix @ before.offset + after.offset
-        whole = ChannelMap(matrix, offset, before.log_det + after.log_det)
+        before, now = (
+            ChannelMap(half.matrix.to(dtype), half.offset.to(dtype), half.log_det.to(dtype), half.source)
+            for half in (whole, part)
+        )
+        if len(before.matrix) != len(now.matrix):
+            return f"a {type(layer).__name__} of {len(now.matrix)} channels after {len(before.matrix)}"
+        whole = after(before, now)
     return "no layer" if whole is None else whole
 
 
@@ -126,9 +132,10 @@ def step_parts(layers: Sequence[nn.Module]) -> StepParts | str:
     mixing = channel_map(layers[:-1])
     if isinstance(mixing, str):
         return mixing
-    matrix, offset, log_det = mixing
+    matrix, offset, log_det, source = mixing
     if len(matrix) != layers[-1].features:
         return f"a coupling of {layers[-1].features} channels after {len(matrix)}"
     if parts.order is not None:
         matrix, offset = matrix[parts.order], offset[parts.order]
-    return StepParts(matrix, offset, log_det, *parts)
+        source = None if source is None else source[parts.order]
+    return StepParts(matrix, offset, log_det, *parts, source)
