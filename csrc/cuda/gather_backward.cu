@@ -226,8 +226,8 @@ int gather_backward(const GatherBackwardArgs<T>& args, const Queue& queue) {
                         queue.stream);
 }
 
-// As above, but that nothing is summed: 4 values moved for a kept element and 8 for a transformed one, up to 64 registers
-// (float), so 4 blocks. Double: 3.
+// As above, but that nothing is summed: 4 values moved for a kept element and 8 for a transformed one, up to 64
+// registers (float), so 4 blocks. Double: 3.
 template <class T>
 int step_gather_backward(const StepGatherBackwardArgs<T>& args, const Queue& queue) {
   const int64_t samples = args.samples, channels = args.channels, positions = args.positions;

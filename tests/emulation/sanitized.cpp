@@ -12,6 +12,7 @@ int main(int argc, char** argv) {
       emu::schedule_seed = seed;
       sanitized::couplings();
       sanitized::fused();
+      sanitized::gathers();
       sanitized::mixes();
       sanitized::statistics();
     }

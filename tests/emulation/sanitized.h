@@ -111,6 +111,7 @@ constexpr pyglow::ScaleMap maps[] = {
 constexpr pyglow::Order orders[] = {pyglow::Order::shift_scale, pyglow::Order::scale_shift};
 
 // Run all kernels of a kind, for float and double; throw if a result is not written.
+void gathers();
 void mixes();
 void statistics();
 void couplings();
