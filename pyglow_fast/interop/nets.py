@@ -124,7 +124,8 @@ class _Reader:
         elif kind in ACTIVATIONS:
             self._activation(name, module, ACTIVATIONS[kind](module))
         else:
-            inside = ", ".join(sorted({type(child).__name__ for child in module.children()}))
+            children = {type(child).__name__ for key, child in module.named_children() if key != "parametrizations"}
+            inside = ", ".join(sorted(children))
             found = f", a net of a class of its own over {inside}" if inside else ""
             _refuse(name, module, found, "a layer, map per channel or activation that our executor computes")
 

@@ -212,7 +212,7 @@ def _theirs(layer: nn.Module) -> tuple[list[Results], bool]:
     """What the layer's own class computes for each size, and whether it refuses the second one."""
     found: list[Results] = []
     for index, sizes in enumerate(_sizes(layer)):
-        twin = _twin(layer, type(layer))
+        twin = _twin(layer, type(layer), hard=index == 1)
         twin.training = index == 0
         before = dict(vars(twin))
         try:
@@ -230,7 +230,7 @@ def _theirs(layer: nn.Module) -> tuple[list[Results], bool]:
 def _compare(layer: nn.Module, own: type[nn.Module], theirs: Sequence[Results]) -> None:
     """Refuse a class of ours that computes something else than the layer's own."""
     for index, expected in enumerate(theirs):
-        twin: Any = _twin(layer, own)
+        twin: Any = _twin(layer, own, hard=index == 1)
         twin.training = index == 0
         runs = [twin.forward]
         if isinstance(twin, ServedBlock):  # by what its forward may not use for so small a state
@@ -312,14 +312,14 @@ def _sizes(layer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 _INNER = frozenset(vars(nn.Module()))
 
 
-def _twin(layer: nn.Module, kind: type[nn.Module]) -> nn.Module:
+def _twin(layer: nn.Module, kind: type[nn.Module], hard: bool) -> nn.Module:
     """A copy of a layer as an instance of a class, in float64, with weights and nets of its own, for small images."""
     twin = kind.__new__(kind)
     nn.Module.__init__(twin)
     for name, value in vars(layer).items():
         if name not in _INNER:
             vars(twin)[name] = _own_value(name, value, layer, twin)
-    values = _Values(torch.Generator().manual_seed(3))
+    values = _Values(torch.Generator().manual_seed(3), hard)
     for name, value in layer._parameters.items():
         trained = value is not None and value.is_floating_point() and name not in (*_PERMUTATIONS, *_CONSTANTS)
         twin._parameters[name] = None if value is None else nn.Parameter(values(name, value), requires_grad=trained)
@@ -352,21 +352,22 @@ def _own_value(name: str, value: Any, layer: nn.Module, twin: nn.Module) -> Any:
 
 
 class _Values:
-    """Random values for the parameters and buffers of a copy; a permutation that is no symmetric one."""
+    """Random values for the parameters and buffers of a copy; a permutation is a hard one or a reflected one."""
 
-    def __init__(self, generator: torch.Generator) -> None:
-        self.generator = generator
+    def __init__(self, generator: torch.Generator, hard: bool) -> None:
+        self.generator, self.hard = generator, hard
 
     def __call__(self, name: str, like: Tensor) -> Tensor:
         if name in _PERMUTATIONS and like.dim() == 1:
             order = torch.randperm(len(like), generator=torch.Generator().manual_seed(1))
             return order.argsort() if name == "w_perm_inv" else order
-        if name in _PERMUTATIONS:  # a hard one, reflected
+        if name in _PERMUTATIONS:
             count = like.shape[0]
             generator = torch.Generator().manual_seed(1)
             matrix = torch.eye(count, dtype=torch.float64)[torch.randperm(count, generator=generator)]
-            vector = torch.randn(count, generator=generator, dtype=torch.float64)
-            matrix = matrix - torch.outer(matrix @ vector, 2.0 * vector / (vector @ vector))
+            if not self.hard:
+                vector = torch.randn(count, generator=generator, dtype=torch.float64)
+                matrix = matrix - torch.outer(matrix @ vector, 2.0 * vector / (vector @ vector))
             return (matrix.T if name == "w_perm_inv" else matrix).reshape(like.shape)
         if not like.is_floating_point() or name in _CONSTANTS:
             own = like.detach().cpu()
