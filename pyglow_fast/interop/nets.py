@@ -34,7 +34,7 @@ from pyglow_fast.interop.known_net import (
 )
 from pyglow_fast.reference import KERNEL_SIZES, MAX_LAYERS, Activation, ChainSpec, activated
 
-__all__ = ["AFFINE_MAPS", "KnownNet", "halo", "recognised", "run"]
+__all__ = ["AFFINE_MAPS", "KnownNet", "halo", "recognised", "run", "serves"]
 
 _PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -306,6 +306,11 @@ def run(
         return out
     out = activated(out, known.last)
     return out if output_map is None else output_map(out, 1)
+
+
+def serves(net: nn.Module, x: Tensor, cond: Tensor | None = None) -> bool:
+    """Tells whether :func:`run` would use our executor."""
+    return _known(net, x, cond) is not None
 
 
 def _known(net: nn.Module, x: Tensor, cond: Tensor | None) -> KnownNet | None:

@@ -22,6 +22,7 @@ from typing import Any, cast
 import FrEIA.modules as _theirs
 from torch import nn
 
+from pyglow_fast.interop import nets
 from pyglow_fast.interop.exchange import Classes, exchange, reversed_classes
 from pyglow_fast.interop.freia.actnorm import ActNorm, forgets_closure, tells_itself
 from pyglow_fast.interop.freia.all_in_one import AllInOneBlock, ServedBlock, StepParts, step_parts, without_closures
@@ -114,6 +115,10 @@ def left(model: nn.Module) -> dict[str, str]:
         reason = counterpart(module, ADAPTERS)
         if isinstance(reason, str):
             found[name] = reason
+        dense = isinstance(module, ServedBlock) and module.input_rank > 0 and module.is_dense
+        if dense and isinstance(nets.recognised(module.subnet), str):
+            what = f"a soft permutation of {module.in_channels} channels around a net that runs as it is"
+            found[name] = f"{what}: on the CPU its own forward is as fast"
         if type(module).__module__.startswith("FrEIA.framework"):
             steps = getattr(module, "module_list", nn.ModuleList())
             for key, step in steps._modules.items():

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyglow_fast import functional, reference
+from pyglow_fast.interop import nets
 from pyglow_fast.interop.freia.layout import (
     OrderedSubnet,
     ShiftThenRaw,
@@ -59,7 +60,8 @@ def without_closures(block: Any) -> None:
 
 # Where a subclass overrides one of these, FrEIA's forward calls it.
 STEPS = ("_permute", "_pre_permute", "_affine")
-GATHERED_FROM = 256  # channels of a vector from which a hard permutation is gathered: a product costs more from there
+DENSE_FROM = 128  # channels from which a product with a dense R costs more than all else but the net
+GATHERED_FROM = 512  # channels of a vector from which a hard permutation is gathered: a product costs more from there
 
 
 class StepParts(NamedTuple):
@@ -198,11 +200,14 @@ class ServedBlock(nn.Module):
     ) -> tuple[tuple[Tensor], Tensor]:
         """x -> z, or z -> x with ``rev``."""
         state = x[0]
-        if not self._takes(state):
+        narrow = self.input_rank == 0 and self.in_channels < GATHERED_FROM  # with nothing to gain: at no cost
+        if (narrow and len(state)) or not self._takes(state):
             return self._by_freia(x, c, rev, jac)
         if for_kernels(state):
-            out, log_det = self._by_kernels(state, c, rev)
-        elif not state.numel() or (self.in_channels >= GATHERED_FROM and self._hard_order() is not None):
+            if self.is_dense and not self._net_is_ours(state, c):
+                return self._by_freia(x, c, rev, jac)
+            out, log_det = (self._by_products if self.is_dense else self._by_kernels)(state, c, rev)
+        elif not state.numel() or (not narrow and self._hard_order() is not None):
             out, log_det = self._by_torch(state, c, rev)
         else:
             return self._by_freia(x, c, rev, jac)
@@ -255,8 +260,44 @@ class ServedBlock(nn.Module):
             self._seen = look_at(pair)
         return self._seen.indices
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether R is a fixed matrix, not a hard permutation, of so many channels that its products decide the time.
+
+        Then ours are no faster on the CPU than the library's, and what is gained is the net, if our executor runs it.
+        """
+        wide = self.in_channels >= DENSE_FROM and not self.householder
+        return wide and self.w_perm.device.type == "cpu" and self._hard_order() is None
+
+    def _net_is_ours(self, x: Tensor, c: Sequence[Tensor]) -> bool:
+        return nets.serves(self.subnet, x[:, : self.splits[0]], side_by_side(c) if self.conditional else None)
+
+    def _by_products(self, x: Tensor, c: Sequence[Tensor], rev: bool) -> tuple[Tensor, Tensor]:
+        """With the coupling in a kernel, and a dense R by the library: a has no part in a product with R.
+
+        In one pass it has, and the backward of a R then is one product of (C, C) more than that of R, which is fixed.
+        """
+        spec, order = self._spec()
+
+        def couple(u: Tensor) -> tuple[Tensor, Tensor]:
+            net_out = self._net_out(u[:, : self.splits[0]], c, order)
+            return (functional.coupling_inverse if rev else functional.coupling)(u, net_out, spec)
+
+        return self._around(couple, x, rev)
+
     def _by_torch(self, x: Tensor, c: Sequence[Tensor], rev: bool) -> tuple[Tensor, Tensor]:
         """As the class behind does it, but for a hard permutation, which is gathered, and for empty batches."""
+
+        def couple(u: Tensor) -> tuple[Tensor, Tensor]:
+            kept, changed = u.split(list(self.splits), dim=1)
+            net_out = self.subnet(torch.cat([kept, *c], dim=1) if self.conditional else kept)
+            changed, log_det = self._affine(changed, net_out, rev)
+            return torch.cat([kept, changed], dim=1), log_det
+
+        return self._around(couple, x, rev)
+
+    def _around(self, couple: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor, rev: bool) -> tuple[Tensor, Tensor]:
+        """The block of a coupling, there or back."""
         indices = self._hard_order()
         matrices = self._matrices() if indices is None else None
 
@@ -271,18 +312,12 @@ class ServedBlock(nn.Module):
         scale, scale_log_det = self._scale()
         scale = scale.view_as(self.global_scale)
         if rev:
-            u = (permute(x, True) - self.global_offset) / scale
-        else:
-            u = permute(x, True) if self.reverse_pre_permute else x
-        kept, changed = u.split(list(self.splits), dim=1)
-        net_out = self.subnet(torch.cat([kept, *c], dim=1) if self.conditional else kept)
-        changed, log_det = self._affine(changed, net_out, rev)
-        y = torch.cat([kept, changed], dim=1)
-        if not rev:
-            y = permute(torch.addcmul(self.global_offset, y, scale), False)
-        elif self.reverse_pre_permute:
-            y = permute(y, False)
-        return y, log_det + functional.per_sample(x, -scale_log_det if rev else scale_log_det)
+            u, log_det = couple((permute(x, True) - self.global_offset) / scale)
+            log_det = log_det - functional.per_sample(u, scale_log_det)
+            return permute(u, False) if self.reverse_pre_permute else u, log_det
+        y, log_det = couple(permute(x, True) if self.reverse_pre_permute else x)
+        z = permute(torch.addcmul(self.global_offset, y, scale), False)
+        return z, log_det + functional.per_sample(z, scale_log_det)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_seen"}
@@ -297,7 +332,8 @@ class AllInOneBlock(ServedBlock, Fm.AllInOneBlock):
     sample and has a = 1.
 
     Arguments, parameters, initial values and errors are those of ``FrEIA.modules.AllInOneBlock``. FrEIA's own forward
-    runs for vectors (but a hard permutation of 256 channels or more is gathered), samples of fewer than 8 positions,
+    runs for vectors (but a hard permutation of 512 channels or more is gathered), samples of fewer than 8 positions,
+    on the CPU for soft permutations of 128 channels or more around a net that our executor does not run,
     half precision, inputs of an unexpected kind, whatever runs inside torch.func, and a subclass that overrides
     ``_affine``, ``_permute`` or ``_pre_permute``.
 

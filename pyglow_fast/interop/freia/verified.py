@@ -235,7 +235,7 @@ def _compare(layer: nn.Module, own: type[nn.Module], theirs: Sequence[Results]) 
         runs = [twin.forward]
         if isinstance(twin, ServedBlock):  # by what its forward may not use for so small a state
             without_closures(twin)
-            runs = [_calling(twin._by_kernels), _calling(twin._by_torch)]
+            runs = [_calling(each) for each in (twin._by_kernels, twin._by_products, twin._by_torch)]
         found = [item for run in runs for item in _results(twin, run, _sizes(layer)[index]).items()]
         for name, value in found:
             wanted = expected[name]
