@@ -1,6 +1,7 @@
 # make demo    trains a small Glow on handwritten digits and writes runs/demo
 # make test    the style checks, then the tests, side by side on all cores
 # make test-full   the same with every case: whole products of options where `make test` has every pair, and the slowest
+# make test-live   tests/live against anomalib, coqui-tts, jet-pytorch and ONNX's runtimes, put into build/live (360 MB)
 # make mutants     seeds faults one by one into a scratch copy and shows which tests catch them (hours)
 # make docs    the pages of docs/ and the API reference as a site in build/site
 # make wheel   a wheel and a source distribution in dist/
@@ -20,7 +21,10 @@ NATIVE := $(shell find csrc cmake -type f)
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: venv demo test test-full mutants lint format docs wheel clean
+# Packages that tests/live imports single modules of, without their dependencies.
+LIVE := build/live
+
+.PHONY: venv demo test test-full test-live mutants lint format docs wheel clean
 .DELETE_ON_ERROR:
 
 venv: $(VENV)/.built
@@ -49,6 +53,14 @@ test: lint
 
 test-full: lint
 	$(PYTEST) --full $(PYTEST_ARGS)
+
+$(LIVE)/.installed: tests/live/requirements.txt | venv
+	rm -rf $(LIVE)
+	$(PIP) install --quiet --no-deps --target $(LIVE) -r $<
+	@touch $@
+
+test-live: $(LIVE)/.installed
+	PYTHONPATH=$(LIVE) $(PYTEST) $(PYTEST_ARGS) tests/live
 
 mutants: venv
 	$(BIN)/python tests/mutations/run.py

@@ -318,7 +318,8 @@ def coupling_mix_inverse(
     return channel_unmix(u, inverse_matrix, offset, index=index), log_det
 
 
-def _activated(h: Tensor, activation: Activation) -> Tensor:
+def activated(h: Tensor, activation: Activation) -> Tensor:
+    """The activation of h, by torch."""
     kind, parameter = activation
     if kind == "relu" or (kind == "leaky_relu" and not parameter):  # of -inf 0, and not NaN as 0 times it
         return h.relu()
@@ -398,7 +399,7 @@ def net_chain(
             padding = [step * (size // 2) for step, size in zip(dilation, weight.shape[2:], strict=True)]
             hidden = conv(hidden, weight, bias, padding=padding, dilation=dilation)
         if layer < len(spec.activations):
-            hidden = _activated(hidden, spec.activations[layer])
+            hidden = activated(hidden, spec.activations[layer])
     return hidden
 
 

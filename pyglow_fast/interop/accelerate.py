@@ -12,7 +12,7 @@ from torch import nn
 
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.plan import budget_bytes
-from pyglow_fast.interop.joined import Face, JoinedList, join
+from pyglow_fast.interop.joined import Face, Joined, JoinedList, Reasons, join
 from pyglow_fast.interop.nets import recognised
 from pyglow_fast.interop.probing import chain_of
 from pyglow_fast.layers.reversible_sequence import MEMORY_MODES
@@ -20,7 +20,8 @@ from pyglow_fast.layers.reversible_sequence import MEMORY_MODES
 _ADAPTERS = {"normflows": "normflows", "nflows": "nflows", "FrEIA": "freia"}  # top package of a class -> ours for it
 # Adapters of classes that are known by their structure, whatever package they are in. Such an adapter has, besides
 # adopt and release, finds(model) -> bool, and left(model), which names what it leaves and why.
-_BY_STRUCTURE: tuple[str, ...] = ("chaiyujin", "glow_tts", "jet")
+_BY_STRUCTURE: tuple[str, ...] = ("FrEIA", "chaiyujin", "glow_tts", "jet")
+_SIGNS = {"FrEIA": ("subnet", "global_scale", "w_perm")}  # attributes without which a library need not be imported
 _NETS = ("param_map", "transform_net", "subnet", "subnet1", "subnet2", "F", "G")  # where the layers have their nets
 _FLOWS = {  # packages of layers; what else the libraries have (distributions, utilities) is not to be replaced
     "normflows": ("normflows.flows",),
@@ -53,7 +54,7 @@ class Acceleration:
     left: dict[str, str] = field(default_factory=dict)
     joined: dict[str, str] = field(default_factory=dict)
     _faces: list[Face] = field(default_factory=list)
-    _lists: list[nn.ModuleList] = field(default_factory=list)
+    _lists: list[Joined] = field(default_factory=list)
     _adopted: dict[str, set[nn.Module]] = field(default_factory=dict)  # by library
 
     def undo(self) -> None:
@@ -66,12 +67,11 @@ class Acceleration:
         """
         changed = set().union(*self._adopted.values())
         for name, module in self.model.named_modules():
-            later = isinstance(module, JoinedList) and module not in self._lists
+            later = isinstance(module, Joined) and module not in self._lists
             if later and not changed.isdisjoint(module.modules()):
                 raise RuntimeError(f"{name}: joined by a later call of accelerate; undo that first")
         for module in self._lists:
-            module.__class__ = nn.ModuleList
-            del module.faces
+            module.part()
         for library, modules in self._adopted.items():
             _adapter(library).release(self.model, modules)
         self._faces, self._lists, self._adopted = [], [], {}
@@ -119,18 +119,21 @@ def accelerate(model: nn.Module, memory: str | None = None, memory_budget: str |
     expect(memory is None or memory in MEMORY_MODES, "memory", f"None or one of {MEMORY_MODES}", repr(memory))
     budget_bytes(memory_budget, "cpu")
     expect(isinstance(model, nn.Module), "model", "a Module", type(model).__name__)
-    libraries = sorted({_library(module) for module in model.modules()} & set(_ADAPTERS))
-    libraries += [name for name in _BY_STRUCTURE if _adapter(name).finds(model)]
+    known = {_library(module) for module in model.modules()} & set(_ADAPTERS)
+    libraries = sorted(known | {name for name in _BY_STRUCTURE if name not in known and _finds(name, model)})
     expect(len(libraries) > 0, "model", f"layers of {', '.join(_ADAPTERS)}", "none")
     done = Acceleration(model)
     for library in libraries:
         names = _adapter(library).adopt(model)
         done.replaced |= {name: type(model.get_submodule(name)).__qualname__ for name in names}
         done._adopted[library] = {model.get_submodule(name) for name in names}
-        done.left |= _adapter(library).left(model) if library in _BY_STRUCTURE else _left(model, library)
+        if library in _ADAPTERS:
+            done.left |= _left(model, library)
+        if library in _BY_STRUCTURE:
+            done.left |= _adapter(library).left(model)
     if memory is not None:
         for library in libraries:
-            if importlib.util.find_spec(".joining", _adapter(library).__name__) is not None:
+            if _has(library, ".joining"):
                 _join(done, library, memory, memory_budget)
             if hasattr(_adapter(library), "recompute"):
                 done.joined |= _adapter(library).recompute(model, memory, memory_budget)
@@ -139,6 +142,19 @@ def accelerate(model: nn.Module, memory: str | None = None, memory_budget: str |
 
 def _adapter(library: str, part: str = "") -> Any:
     return importlib.import_module(f"pyglow_fast.interop.{_ADAPTERS.get(library, library)}{part}")
+
+
+def _has(library: str, part: str) -> bool:
+    return importlib.util.find_spec(part, _adapter(library).__name__) is not None
+
+
+def _finds(name: str, model: nn.Module) -> bool:
+    """Whether an adapter by structure finds layers in a model."""
+    if name in _SIGNS:
+        signs = any(all(hasattr(module, sign) for sign in _SIGNS[name]) for module in model.modules())
+        if not signs or importlib.util.find_spec(name) is None:
+            return False
+    return bool(_adapter(name).finds(model))
 
 
 def _left(model: nn.Module, library: str) -> dict[str, str]:
@@ -190,30 +206,34 @@ def _parents(name: str) -> list[str]:
 
 def _join(done: Acceleration, library: str, memory: str, budget: str | int) -> None:
     joining = _adapter(library, ".joining")
-    reasons: dict[nn.Module, str] = {}
-    joined: set[nn.Module] = set()
+    reasons: Reasons = {}
     for name, module in list(done.model.named_modules()):
-        if isinstance(module, JoinedList) and module not in done._lists:
-            modes = {item.run.memory for item in module if isinstance(item, Face)}
-            reasons |= dict.fromkeys(module._modules.values(), f"joined before, memory {', '.join(sorted(modes))}")
-        if type(module) is not nn.ModuleList or not any(isinstance(child, joining.STEPS) for child in module):
+        if isinstance(module, Joined):
+            if module not in done._lists:
+                modes = {item.run.memory for item in module.faces if isinstance(item, Face)}
+                reasons |= dict.fromkeys(module.steps(), f"joined before, memory {', '.join(sorted(modes))}")
             continue
-        owner = done.model.get_submodule(name.rpartition(".")[0])
-        if hasattr(owner, "node_list"):
-            reasons |= dict.fromkeys(module, "the nodes of a GraphINN run one by one")
+        if hasattr(module, "node_list") and _has(library, ".graphs"):
+            faces, why = _adapter(library, ".graphs").join(module, memory, budget)
+        elif type(module) is nn.ModuleList and any(isinstance(child, joining.STEPS) for child in module):
+            owner = done.model.get_submodule(name.rpartition(".")[0])
+            if hasattr(owner, "node_list"):  # whose nodes were looked at
+                continue
+            places = joining.places(list(module), owner, memory)
+            shown, why = join(places, partial(joining.stand_ins, memory=memory, budget=budget))
+            faces = [item for item in shown if isinstance(item, Face)]
+            if faces:
+                module.__class__ = JoinedList
+                cast(JoinedList, module).faces = shown
+        else:
             continue
-        places = joining.places(list(module), owner, memory)
-        shown, why = join(places, partial(joining.stand_ins, memory=memory, budget=budget))
         reasons |= why
-        faces = [item for item in shown if isinstance(item, Face)]
         if faces:
-            module.__class__ = JoinedList
-            cast(JoinedList, module).faces = shown
             done._faces += faces
-            done._lists.append(module)
-            joined.update(step for face in faces for step in face.modules)
+            done._lists.append(cast(Joined, module))
             steps = ", ".join(str(len(face.run)) for face in faces)
             done.joined[name] = f"{steps} steps in one chain each, memory {memory!r}"
+    joined = {step for face in done._faces for step in face.modules}
     for name, module in done.model.named_modules():
         if isinstance(module, joining.STEPS) and module not in joined:
             reason = reasons.get(module, "in no list with others like it")

@@ -140,7 +140,11 @@ class JoinedRun:
         return stack_maps([nothing if step.channel_map is None else step.channel_map() for step in self.steps])
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x (N, C, *spatial) -> z, log_det (N,); cond (N, C_c, *spatial) is what the nets get besides, or None."""
+        """x (N, C, *spatial) -> z, log_det (N,); cond (N, C_c, *spatial) is what the nets get besides, or None.
+
+        Raises:
+            ChangedError: a net cannot be run again any more.
+        """
         params = [parameter for step in self.steps for parameter in step.net.parameters()]
         maps = self._maps(x)
         records = torch.is_grad_enabled() and (
@@ -150,6 +154,9 @@ class JoinedRun:
             or any(parameter.requires_grad for parameter in params)
         )
         if records and self.memory != "store":
+            for step in self.steps:  # put on a net since it was joined
+                if reason := unrepeatable(step.net, self.memory):
+                    raise ChangedError(reason)
             runners = [coupling.runner(self.memory_budget) for coupling in self.couplings]
             sizes = [sum(parameter.nbytes for parameter in runner.params) for runner in runners]
             control = self.control if self.memory == "reversible" else None
@@ -259,13 +266,34 @@ class Face:
         return not has_transforms() and not torch.nn.modules.module._has_any_global_hook()
 
 
-class JoinedList(nn.ModuleList):
+class Joined(nn.Module):
+    """A container of a library with runs of its steps joined, in place."""
+
+    faces: list[Any]  # of the runs, and perhaps what is between them
+
+    def steps(self) -> list[nn.Module]:
+        """Give the modules that it contains."""
+        raise NotImplementedError
+
+    def part(self) -> None:
+        """Make it what it was."""
+        raise NotImplementedError
+
+
+class JoinedList(Joined, nn.ModuleList):
     """A ModuleList that lends its runs of steps as one: whoever iterates over it or indexes it sees faces instead.
 
     Its children, and so parameters, buffers and state_dict, are what they were. It cannot be changed.
     """
 
-    faces: list[Any]
+    def steps(self) -> list[nn.Module]:
+        """Give its children."""
+        return cast("list[nn.Module]", list(self._modules.values()))
+
+    def part(self) -> None:
+        """Make it a ModuleList."""
+        self.__class__ = nn.ModuleList  # type: ignore[assignment]
+        del self.faces
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.faces)
@@ -283,7 +311,7 @@ class JoinedList(nn.ModuleList):
         return repr(self._as_it_was()).replace("ModuleList", "JoinedList", 1)
 
     def _as_it_was(self) -> nn.ModuleList:
-        return nn.ModuleList(cast("list[nn.Module]", list(self._modules.values())))
+        return nn.ModuleList(self.steps())
 
     def _replicate_for_data_parallel(self) -> nn.ModuleList:
         """Of a DataParallel: its replicas have modules and parameters of their own, which run one by one."""

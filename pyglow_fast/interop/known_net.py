@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyglow_fast.coupling_nets import chain
-from pyglow_fast.reference import ChainSpec, n_positions
+from pyglow_fast.reference import Activation, ChainSpec, n_positions
 
 Affine = tuple[Tensor, Tensor]  # scale and offset of a map per channel, (C,) each
 
@@ -62,10 +62,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class KnownNet:
-    """A net that is recognised: it has layers, and ``spec`` is what functional.net_chain takes besides weights."""
+    """A net that is recognised: it has layers, and ``spec`` is what functional.net_chain takes besides weights.
+
+    ``last`` is an activation of what that gives.
+    """
 
     layers: tuple[Layer, ...]
     spec: ChainSpec
+    last: Activation | None = None
 
     @property
     def dims(self) -> int:

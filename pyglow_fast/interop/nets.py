@@ -1,7 +1,7 @@
 """Coupling nets of other libraries are run by our executor where they are chains of layers that it computes.
 
 A net is recognised by its modules, exactly: one to six convolutions (1-d, 2-d or 3-d) that keep the size by padding
-with zeros, or linear layers on vectors; an activation or none after each but the last; and maps per channel (a
+with zeros, or linear layers on vectors; an activation or none after each; and maps per channel (a
 BatchNorm in evaluation mode, an actnorm of a library), which are folded into the layer next to them. Weights may be
 parametrized. Anything else (hooks, subclasses, strides, other paddings) runs as it is, and the reason names the module.
 """
@@ -32,9 +32,9 @@ from pyglow_fast.interop.known_net import (
     qualified,
     widths,
 )
-from pyglow_fast.reference import KERNEL_SIZES, MAX_LAYERS, Activation, ChainSpec
+from pyglow_fast.reference import KERNEL_SIZES, MAX_LAYERS, Activation, ChainSpec, activated
 
-__all__ = ["AFFINE_MAPS", "KnownNet", "halo", "recognised", "run"]
+__all__ = ["AFFINE_MAPS", "KnownNet", "halo", "recognised", "run", "serves"]
 
 _PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -124,7 +124,10 @@ class _Reader:
         elif kind in ACTIVATIONS:
             self._activation(name, module, ACTIVATIONS[kind](module))
         else:
-            _refuse(name, module, "", "a layer, map per channel or activation that our executor computes")
+            children = {type(child).__name__ for key, child in module.named_children() if key != "parametrizations"}
+            inside = ", ".join(sorted(children))
+            found = f", a net of a class of its own over {inside}" if inside else ""
+            _refuse(name, module, found, "a layer, map per channel or activation that our executor computes")
 
     def _activation(self, name: str, module: nn.Module, activation: Activation) -> None:
         kind, parameter = activation
@@ -183,13 +186,15 @@ class _Reader:
 
     def result(self, net: nn.Module) -> KnownNet:
         """Gives the net, when all its modules were read."""
-        if self.activation is not None:
-            _refuse(*self.activation[:2], " after the last layer", "nothing there")
+        last = self.activation
+        if last is not None and (self.before or self.pads or not self.layers):
+            _refuse(*last[:2], " after the last layer", "nothing after it")
         for name, module in (*self.before, *self.pads):
             _refuse(name, module, "", "a layer after it")
         if not self.layers:
             _refuse("", net, "", "a convolution or linear layer")
-        return KnownNet(tuple(self.layers), ChainSpec(tuple(self.activations), tuple(self.dilations)))
+        spec = ChainSpec(tuple(self.activations), tuple(self.dilations))
+        return KnownNet(tuple(self.layers), spec, None if last is None else last[2])
 
 
 def _check_norm(name: str, module: nn.Module, channels: int, dims: int) -> None:
@@ -285,7 +290,8 @@ def run(
     """net(x), or net([x, cond]) of the channels of both, by our executor where it is recognised and takes x.
 
     ``output_map(values, dim)`` is a linear map of the output channels, which are dimension ``dim`` of ``values``: then
-    output_map(net(x), 1), and in our executor of the last weights instead, so that it costs no pass over the output.
+    output_map(net(x), 1), and in our executor of the last weights instead, so that it costs no pass over the output
+    (but for nets that end in an activation).
     """
     known = _known(net, x, cond)
     found = None if known is None else known.weights_and_biases()
@@ -293,9 +299,18 @@ def run(
         out: Tensor = net(x if cond is None else torch.cat([x, cond], dim=1))
         return out if output_map is None else output_map(out, 1)
     weights, biases = found
-    if output_map is not None:
+    if known.last is None and output_map is not None:
         weights[-1], biases[-1] = output_map(weights[-1], 0), output_map(biases[-1], 0)
-    return functional.net_chain(x, weights, biases, known.spec, cond=cond)
+    out = functional.net_chain(x, weights, biases, known.spec, cond=cond)
+    if known.last is None:
+        return out
+    out = activated(out, known.last)
+    return out if output_map is None else output_map(out, 1)
+
+
+def serves(net: nn.Module, x: Tensor, cond: Tensor | None = None) -> bool:
+    """Tells whether :func:`run` would use our executor."""
+    return _known(net, x, cond) is not None
 
 
 def _known(net: nn.Module, x: Tensor, cond: Tensor | None) -> KnownNet | None:

@@ -19,6 +19,7 @@ from pyglow_fast.layers.flow_step import (
     FlowStep,
     Folded,
     Recorded,
+    couplings_of,
     fold_in_one,
     run_couplings,
     run_couplings_inverse,
@@ -170,7 +171,11 @@ class MaskedSequence(ReversibleSequence):
         check_input(name, x, steps[0].channels, steps[0].actnorm.bias)
         expect(x.dim() == 3, name, "shape (N, C, T)", f"shape {tuple(x.shape)}")
         for k, step in enumerate(steps):
-            own = step.coupling.has_own_scale
+            coupling = step.coupling
+            plain = coupling is not None and step.injector is None and coupling.board is None
+            expect(plain, f"steps[{k}]", "a step with a coupling of channels alone, with a mask", "another")
+            assert coupling is not None  # for the type checker: refused above
+            own = coupling.has_own_scale
             expect(not own, f"steps[{k}].coupling", "a scale map by name, with a mask", "a callable")
         if cond is not None:
             fits = cond.dim() == 3 and len(cond) == len(x) and cond.shape[2] in (1, x.shape[2])
@@ -202,5 +207,5 @@ class MaskedSequence(ReversibleSequence):
 def _couplings(steps: Sequence[FlowStep], cond: Tensor | None) -> list[Coupling]:
     """The steps' couplings with nets that get the mask beside the condition."""
     per_sample = cond is not None and cond.shape[2] == 1
-    couplings = [step.coupling for step in steps]
+    couplings = couplings_of(steps)
     return [Coupling(MaskedNet(own.net, per_sample), *own.spec, own.precision) for own in couplings]

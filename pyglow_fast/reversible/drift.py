@@ -158,7 +158,7 @@ class Witness:
             if index is not None:
                 expected = project(x, signs)[:, index] * matrix + offset * ones
             elif mask is None:
-                expected = torch.addmm(offset, project(x, signs), matrix.T, beta=ones)
+                expected = torch.addmm(offset, project(x, signs), matrix.T, beta=signs.sum)
             else:
                 expected = torch.addmm(ones * offset, project(x, signs), matrix.T)
         return _largest(expected.sub_(self.projection), self.scale)

@@ -48,11 +48,6 @@ class TestReport:
         assert "not joined: a GlowBlock with hooks" in done.left["flows.0.1"]
         alone = nn.Sequential(normflows.flows.GlowBlock(4, 4), normflows.flows.GlowBlock(4, 4))
         assert accelerate(alone, "store").left["0"] == "not joined: in no list with others like it"
-        nodes = [Ff.InputNode(4, 8, 8)]
-        for _ in range(2):
-            nodes.append(Ff.Node(nodes[-1], Fm.AllInOneBlock, {"subnet_constructor": subnet}))
-        graph = Ff.GraphINN([*nodes, Ff.OutputNode(nodes[-1])])
-        assert accelerate(graph, "store").left["module_list.0"] == "not joined: the nodes of a GraphINN run one by one"
         odd = Ff.SequenceINN(3, 8, 8)
         for _ in range(2):
             odd.append(Fm.AllInOneBlock, subnet_constructor=subnet)

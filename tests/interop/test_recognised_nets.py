@@ -90,6 +90,12 @@ def like_cflow(c_in: int, c_out: int) -> nn.Module:
     return nn.Sequential(nn.Linear(c_in, 2 * c_in), nn.ReLU(), nn.Linear(2 * c_in, c_out))
 
 
+def like_patch_flow(c_in: int, c_out: int) -> nn.Module:
+    """In evaluation mode: the norm goes into the second convolution, the activation behind it."""
+    convolutions = nn.Conv2d(c_in, 6, 3, padding=1), nn.Conv2d(6, c_out, 3, padding=1)
+    return nn.Sequential(*convolutions, nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2)).eval()
+
+
 def shared_twice(c_in: int, c_out: int) -> nn.Module:
     """One convolution, norm and activation in two places."""
     middle, norm, activation = nn.Conv2d(6, 6, 3, padding=1), norm_of(2, 6), nn.Tanh()
@@ -100,6 +106,7 @@ def shared_twice(c_in: int, c_out: int) -> nn.Module:
 CASES = {
     "FastFlow": (like_fast_flow, (2, 4, 5, 6), (2, 2)),
     "U-Flow": (like_u_flow, (2, 4, 5, 6), (2, 2)),
+    "PatchFlow": (like_patch_flow, (2, 4, 5, 6), (2, 2)),
     "Glow-TTS": (like_glow_tts, (2, 4, 11), (6,)),
     "CFLOW": (like_cflow, (7, 4), ()),
     "a single convolution": (
@@ -214,7 +221,7 @@ def test_a_condition_goes_beside_the_input(case: str, chains: list[dict[str, Any
 
 
 @pytest.mark.parametrize("cond", [0, 3])
-@pytest.mark.parametrize("case", ["FastFlow", "Glow-TTS"])
+@pytest.mark.parametrize("case", ["FastFlow", "Glow-TTS", "PatchFlow"])
 @pytest.mark.parametrize("memory", [None, "store", "reversible"])
 def test_flows_of_such_nets(case: str, cond: int, memory: str | None, chains: list[dict[str, Any]]) -> None:
     """Blocks of FrEIA whose nets are chains of another form than Glow's."""

@@ -292,7 +292,7 @@ def rounded_chain(
         if layer == last:
             return grad_rounded(product) + own
         activation = spec.activations[layer]
-        hidden = rounded(reference._activated(grad_rounded(product + own), activation))
+        hidden = rounded(reference.activated(grad_rounded(product + own), activation))
     raise AssertionError("a chain has a last layer")
 
 

@@ -14,7 +14,7 @@ from pyglow_fast.coupling_nets import chain
 from pyglow_fast.coupling_nets.net_shape import KERNEL_SIZES
 from pyglow_fast.interop.known_net import KnownNet, Layer, widths
 from pyglow_fast.layers import AffineInjector, Coupling
-from pyglow_fast.layers.flow_step import ChannelMap, invert_maps
+from pyglow_fast.layers.flow_step import ChannelMap, MapInverse, invert_maps
 from pyglow_fast.reference import CouplingSpec, coupling_net_spec, fold_actnorm, full_precision
 
 _CALL = ["self", "input", "logdet", "reverse"]
@@ -222,6 +222,6 @@ class Now:
         self.nets: list[list[Tensor] | None] = [None] * n_couplings
 
     @property
-    def inverses(self) -> list[Tensor]:
+    def inverses(self) -> list[MapInverse]:
         """M^-1 of each map."""
         return invert_maps(self.maps)

@@ -7,11 +7,28 @@ from typing import Any
 
 import FrEIA.modules as Fm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
 from pyglow_fast.layers.actnorm import has_no_spread, joint_moments
+
+
+def forgets_closure(layer: nn.Module) -> None:
+    """Take away FrEIA's hook on loading: it tells the first instance, not a copy, and cannot be pickled."""
+    hooks = layer._load_state_dict_pre_hooks
+    for key, hook in list(hooks.items()):
+        if getattr(getattr(hook, "hook", hook), "__qualname__", "").endswith("on_load_state_dict"):
+            del hooks[key]
+
+
+def tells_itself(layer: nn.Module) -> None:
+    """Give FrEIA's layer a hook that does what its own does, to the layer that has it."""
+    layer._register_load_state_dict_pre_hook(_on_load_state_dict, with_module=True)
+
+
+def _on_load_state_dict(layer: Any, *args: Any) -> None:
+    layer.init_on_next_batch = False
 
 
 class ActNorm(Fm.ActNorm):
@@ -44,8 +61,7 @@ class ActNorm(Fm.ActNorm):
 
     def __init__(self, dims_in: Sequence[Sequence[int]], dims_c: Any = None, init_data: Tensor | None = None) -> None:
         super().__init__(dims_in, dims_c)
-        # FrEIA's hook is a closure over the first instance: it cannot be pickled, and a copy would not be told.
-        self._load_state_dict_pre_hooks.clear()
+        forgets_closure(self)
         if init_data is not None:
             self._initialize_with_data(init_data)
 

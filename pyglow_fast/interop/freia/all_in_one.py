@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyglow_fast import functional, reference
-from pyglow_fast._errors import can_read
+from pyglow_fast.interop import nets
 from pyglow_fast.interop.freia.layout import (
     OrderedSubnet,
     ShiftThenRaw,
@@ -22,6 +21,7 @@ from pyglow_fast.interop.freia.layout import (
     side_by_side,
     transformed_by_functorch,
 )
+from pyglow_fast.interop.freia.permutation import Gather, Seen, look_at
 from pyglow_fast.layers.flow_step import ChannelMap
 from pyglow_fast.reference import CouplingSpec
 from pyglow_fast.reversible.deferred import is_capturing
@@ -37,60 +37,31 @@ def _sigmoid_scale(a: Tensor) -> Tensor:
     return 10 * torch.sigmoid(a - 2.0)
 
 
-SCALE_ACTIVATIONS = {"SOFTPLUS": _softplus_scale, "SIGMOID": _sigmoid_scale, "EXP": torch.exp}
+def _gathered(x: Tensor, order: Tensor) -> Tensor:
+    return x[:, order]
+
+
+def without_closures(block: Any) -> None:
+    """Put functions that pickle can find in the place of a block's lambdas that compute the same."""
+
+    def is_lambda(function: Any) -> bool:
+        return getattr(function, "__name__", "") == "<lambda>"
+
+    if is_lambda(block.global_scale_activation):
+        at = torch.linspace(-3.0, 3.0, 7, dtype=torch.float64, device="cpu")
+        found = block.global_scale_activation(at)
+        same = [own for own in (_softplus_scale, _sigmoid_scale, torch.exp) if torch.equal(own(at), found)]
+        block.global_scale_activation = same[0] if same else block.global_scale_activation
+    if block.w_perm is not None and block.w_perm.dim() == 1 and is_lambda(block.permute_function):
+        order = torch.tensor([2, 0, 1], device="cpu")
+        if torch.equal(block.permute_function(order[None], order), _gathered(order[None], order)):
+            block.permute_function = _gathered
+
+
 # Where a subclass overrides one of these, FrEIA's forward calls it.
-_STEPS = ("_permute", "_pre_permute", "_affine")
-GATHERED_FROM = 256  # channels of a vector from which a hard permutation is gathered: a product costs more from there
-
-
-class _Gather(torch.autograd.Function):
-    """x[:, order]; the gradient gathers by the inverse order, where torch's own would scatter."""
-
-    @staticmethod
-    def forward(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        """Like x."""
-        return x.index_select(1, order)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        """Keep the orders."""
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        """Of x."""
-        order, inverse = ctx.saved_tensors
-        return _Gather.apply(grad, inverse, order), None, None
-
-
-class _Seen(NamedTuple):
-    """Which tensors the permutation and its inverse were when they were looked at, and their indices if hard."""
-
-    tensors: list[tuple[weakref.ref[Tensor], int, int]]  # each with the place of its data and its version
-    indices: tuple[Tensor, Tensor] | None
-
-    def holds(self, pair: tuple[Tensor, Tensor]) -> bool:
-        """Whether these are the tensors that were looked at, as they were.
-
-        What is written through .data has no version. On the CPU the ones of a hard permutation are looked at, C numbers
-        of each matrix: while they are where they were, an orthogonal matrix is the same.
-        """
-        for tensor, (known, place, version) in zip(pair, self.tensors, strict=True):
-            if known() is not tensor or tensor.data_ptr() != place or tensor._version != version:
-                return False
-        if self.indices is None or not can_read(pair[0]):
-            return True
-        ones = (w.detach().flatten(1).gather(1, i[:, None]) for w, i in zip(pair, self.indices, strict=True))
-        return all(bool((one == 1).all()) for one in ones)
-
-
-def _look_at(pair: tuple[Tensor, Tensor]) -> _Seen:
-    """Looks at the whole matrices, which stops a GPU's stream: once for as long as they stay."""
-    first, second = (w.detach().flatten(1) for w in pair)
-    indices = first.argmax(1), second.argmax(1)
-    eye = torch.eye(len(first), dtype=first.dtype, device=first.device)
-    hard = torch.equal(first, eye[indices[0]]) and torch.equal(second, eye[indices[1]]) and torch.equal(first, second.T)
-    return _Seen([(weakref.ref(w), w.data_ptr(), w._version) for w in pair], indices if hard else None)
+STEPS = ("_permute", "_pre_permute", "_affine")
+DENSE_FROM = 128  # channels from which a product with a dense R costs more than all else but the net
+GATHERED_FROM = 512  # channels of a vector from which a hard permutation is gathered: a product costs more from there
 
 
 class StepParts(NamedTuple):
@@ -112,56 +83,36 @@ class StepParts(NamedTuple):
     after_inverse: ChannelMap
 
 
-class AllInOneBlock(Fm.AllInOneBlock):
-    """z = R (a * coupling(R0 x) + b): y1 = u1, y2 = u2 exp(s) + t / 10, s = clamp tanh(s_net / 10) with u = R0 x.
+class ServedBlock(nn.Module):
+    """The arithmetic of AllInOneBlock, put before a class that has its interface: that class is the next base.
 
-    (s_net, t) = subnet(u1, c); a = global_scale_activation(global_scale), b = global_offset; R is the permutation, hard
-    or soft, with learned reflections or without, and R0 its inverse with ``reverse_permutation``, else the identity.
-    log_det = sum s + P sum log a, (N,); its negative with ``rev=True``. A GIN block subtracts from s its mean over the
-    sample and has a = 1.
-
-    Arguments, parameters, initial values and errors are those of ``FrEIA.modules.AllInOneBlock``. FrEIA's own forward
-    runs for vectors (but a hard permutation of 256 channels or more is gathered), samples of fewer than 8 positions,
-    half precision, inputs of an unexpected kind, whatever runs inside torch.func, and a subclass that overrides
-    ``_affine``, ``_permute`` or ``_pre_permute``.
-
-    Where FrEIA's goes wrong, this one does not: the subnet's output is not changed in place (which breaks the backward
-    of a subnet that ends in a Tanh or the like); an empty batch works; a block with reflections can be copied after a
-    forward, and any block pickled. A subnet's output of another shape than (N, 2 (C // 2), *spatial) is a ValueError
-    for images. Under autocast only the subnet runs in 16 bits. Gradients that come from kernels cannot be
-    differentiated again: an error says so, and that PYGLOW_FORCE_REFERENCE=1 helps.
-
-    Shapes: x ((N, C, *spatial),), none to three spatial dimensions, c of conditions (N, C_c, *spatial).
+    Such a class is FrEIA's own or, where it was verified that it computes the same, a copy of it.
     """
 
-    _seen: _Seen | None = None
+    _home: type[ServedBlock]  # the class that was put together, of which a user's class may be a subclass
+    _serves: type[nn.Module]  # the one behind it
+    _divides = False  # s = clamp tanh(s_net / (10 clamp)), as in FrEIA's git since August 2023
+    _fixed_size = False  # its forward refuses other sizes than those of dims_in
+    _seen: Seen | None = None
 
-    def __init__(
-        self,
-        dims_in: Sequence[Sequence[int]],
-        dims_c: Sequence[Sequence[int]] = (),
-        subnet_constructor: Callable[[int, int], nn.Module] | None = None,
-        affine_clamping: float = 2.0,
-        gin_block: bool = False,
-        global_affine_init: float = 1.0,
-        global_affine_type: str = "SOFTPLUS",
-        permute_soft: bool = False,
-        learned_householder_permutation: int = 0,
-        reverse_permutation: bool = False,
-    ) -> None:
-        super().__init__(
-            dims_in,
-            dims_c,
-            subnet_constructor,
-            affine_clamping,
-            gin_block,
-            global_affine_init,
-            global_affine_type,
-            permute_soft,
-            learned_householder_permutation,
-            reverse_permutation,
-        )
-        self.global_scale_activation = SCALE_ACTIVATIONS[global_affine_type]  # FrEIA's lambdas cannot be pickled
+    in_channels: int
+    input_rank: int
+    splits: Sequence[int]
+    clamp: Any
+    GIN: bool
+    householder: int
+    reverse_pre_permute: bool
+    conditional: bool
+    dims_in: Sequence[Sequence[int]]
+    subnet: nn.Module
+    global_scale: Tensor
+    global_offset: Tensor
+    global_scale_activation: Callable[[Tensor], Tensor]
+    permute_function: Callable[[Tensor, Tensor], Tensor]
+    w_0: Tensor
+    w_perm: Any  # (C, C, 1, ...), the indices (C,) of a hard permutation, or None before the first reflections
+    w_perm_inv: Any
+    vk_householder: Tensor
 
     def _construct_householder_permutation(self) -> Tensor:
         w = self.w_0
@@ -183,12 +134,12 @@ class AllInOneBlock(Fm.AllInOneBlock):
         """The global scale a (C,) and sum log a ()."""
         if self.GIN:
             return torch.ones_like(self.global_scale).flatten(), self.global_scale.new_zeros(())
-        scale: Tensor = self.global_scale_activation(self.global_scale).flatten()  # type: ignore[operator]
+        scale = self.global_scale_activation(self.global_scale).flatten()
         return scale, scale.log().sum()
 
     def _spec(self) -> tuple[CouplingSpec, ShiftThenRaw]:
         """The coupling, and how its net's output comes from the subnet's."""
-        spec, gain = clamped_spec(self.clamp, torch.tanh, self.GIN)
+        spec, gain = clamped_spec(self.clamp, torch.tanh, self.GIN, self._divides)
         return spec, ShiftThenRaw(self.splits[1], SUBNET_GAIN, SUBNET_GAIN * gain)
 
     def _after(self, permutation: ChannelMap) -> ChannelMap:
@@ -239,7 +190,8 @@ class AllInOneBlock(Fm.AllInOneBlock):
             and state.dtype == like.dtype
             and state.dtype in (torch.float32, torch.float64)
             and state.device == like.device
-            and all(getattr(type(self), name) is getattr(AllInOneBlock, name) for name in _STEPS)
+            and not (self._fixed_size and tuple(state.shape[1:]) != tuple(self.dims_in[0]))
+            and all(getattr(type(self), name, None) is getattr(self._home, name, None) for name in STEPS)
             and not transformed_by_functorch()
         )
 
@@ -248,11 +200,14 @@ class AllInOneBlock(Fm.AllInOneBlock):
     ) -> tuple[tuple[Tensor], Tensor]:
         """x -> z, or z -> x with ``rev``."""
         state = x[0]
-        if not self._takes(state):
+        narrow = self.input_rank == 0 and self.in_channels < GATHERED_FROM  # with nothing to gain: at no cost
+        if (narrow and len(state)) or not self._takes(state):
             return self._by_freia(x, c, rev, jac)
         if for_kernels(state):
-            out, log_det = self._by_kernels(state, c, rev)
-        elif not state.numel() or (self.in_channels >= GATHERED_FROM and self._hard_order() is not None):
+            if self.is_dense and not self._net_is_ours(state, c):
+                return self._by_freia(x, c, rev, jac)
+            out, log_det = (self._by_products if self.is_dense else self._by_kernels)(state, c, rev)
+        elif not state.numel() or (not narrow and self._hard_order() is not None):
             out, log_det = self._by_torch(state, c, rev)
         else:
             return self._by_freia(x, c, rev, jac)
@@ -302,40 +257,127 @@ class AllInOneBlock(Fm.AllInOneBlock):
         if self._seen is None or not self._seen.holds(pair):
             if is_capturing(pair[0]):
                 return None
-            self._seen = _look_at(pair)
+            self._seen = look_at(pair)
         return self._seen.indices
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether R is a fixed matrix, not a hard permutation, of so many channels that its products decide the time.
+
+        Then ours are no faster on the CPU than the library's, and what is gained is the net, if our executor runs it.
+        """
+        wide = self.in_channels >= DENSE_FROM and not self.householder
+        return wide and self.w_perm.device.type == "cpu" and self._hard_order() is None
+
+    def _net_is_ours(self, x: Tensor, c: Sequence[Tensor]) -> bool:
+        return nets.serves(self.subnet, x[:, : self.splits[0]], side_by_side(c) if self.conditional else None)
+
+    def _by_products(self, x: Tensor, c: Sequence[Tensor], rev: bool) -> tuple[Tensor, Tensor]:
+        """With the coupling in a kernel, and a dense R by the library: a has no part in a product with R.
+
+        In one pass it has, and the backward of a R then is one product of (C, C) more than that of R, which is fixed.
+        """
+        spec, order = self._spec()
+
+        def couple(u: Tensor) -> tuple[Tensor, Tensor]:
+            net_out = self._net_out(u[:, : self.splits[0]], c, order)
+            return (functional.coupling_inverse if rev else functional.coupling)(u, net_out, spec)
+
+        return self._around(couple, x, rev)
+
     def _by_torch(self, x: Tensor, c: Sequence[Tensor], rev: bool) -> tuple[Tensor, Tensor]:
-        """Of wide vectors, for which a product with R may cost as much as the subnet; and of empty batches."""
+        """As the class behind does it, but for a hard permutation, which is gathered, and for empty batches."""
+
+        def couple(u: Tensor) -> tuple[Tensor, Tensor]:
+            kept, changed = u.split(list(self.splits), dim=1)
+            net_out = self.subnet(torch.cat([kept, *c], dim=1) if self.conditional else kept)
+            changed, log_det = self._affine(changed, net_out, rev)
+            return torch.cat([kept, changed], dim=1), log_det
+
+        return self._around(couple, x, rev)
+
+    def _around(self, couple: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor, rev: bool) -> tuple[Tensor, Tensor]:
+        """The block of a coupling, there or back."""
         indices = self._hard_order()
         matrices = self._matrices() if indices is None else None
 
         def permute(x: Tensor, back: bool) -> Tensor:
             if matrices is None:
                 assert indices is not None
-                return _Gather.apply(x, *(indices[::-1] if back else indices))
+                return Gather.apply(x, *(indices[::-1] if back else indices))
             with reference.full_precision(x):
                 w = matrices[1 if back else 0]
                 return self.permute_function(x, w.reshape(*w.shape, *[1] * self.input_rank))
 
         scale, scale_log_det = self._scale()
         scale = scale.view_as(self.global_scale)
-        scale_log_det = functional.per_sample(x, -scale_log_det if rev else scale_log_det)
-        spec, order = self._spec()
-        kept = self.splits[0]
         if rev:
-            y = (permute(x, True) - self.global_offset) / scale
-            u, log_det = reference.coupling_inverse(y, self._net_out(y[:, :kept], c, order), spec)
-            return permute(u, False) if self.reverse_pre_permute else u, log_det + scale_log_det
-        u = permute(x, True) if self.reverse_pre_permute else x
-        y, log_det = reference.coupling(u, self._net_out(u[:, :kept], c, order), spec)
-        return permute(torch.addcmul(self.global_offset, y, scale), False), log_det + scale_log_det
+            u, log_det = couple((permute(x, True) - self.global_offset) / scale)
+            log_det = log_det - functional.per_sample(u, scale_log_det)
+            return permute(u, False) if self.reverse_pre_permute else u, log_det
+        y, log_det = couple(permute(x, True) if self.reverse_pre_permute else x)
+        z = permute(torch.addcmul(self.global_offset, y, scale), False)
+        return z, log_det + functional.per_sample(z, scale_log_det)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_seen"}
 
 
-def step_parts(block: Fm.AllInOneBlock) -> StepParts:
+class AllInOneBlock(ServedBlock, Fm.AllInOneBlock):
+    """z = R (a * coupling(R0 x) + b): y1 = u1, y2 = u2 exp(s) + t / 10, s = clamp tanh(s_net / 10) with u = R0 x.
+
+    (s_net, t) = subnet(u1, c); a = global_scale_activation(global_scale), b = global_offset; R is the permutation, hard
+    or soft, with learned reflections or without, and R0 its inverse with ``reverse_permutation``, else the identity.
+    log_det = sum s + P sum log a, (N,); its negative with ``rev=True``. A GIN block subtracts from s its mean over the
+    sample and has a = 1.
+
+    Arguments, parameters, initial values and errors are those of ``FrEIA.modules.AllInOneBlock``. FrEIA's own forward
+    runs for vectors (but a hard permutation of 512 channels or more is gathered), samples of fewer than 8 positions,
+    on the CPU for soft permutations of 128 channels or more around a net that our executor does not run,
+    half precision, inputs of an unexpected kind, whatever runs inside torch.func, and a subclass that overrides
+    ``_affine``, ``_permute`` or ``_pre_permute``.
+
+    Where FrEIA's goes wrong, this one does not: the subnet's output is not changed in place (which breaks the backward
+    of a subnet that ends in a Tanh or the like); an empty batch works; a block with reflections can be copied after a
+    forward, and any block pickled. A subnet's output of another shape than (N, 2 (C // 2), *spatial) is a ValueError
+    for images. Under autocast only the subnet runs in 16 bits. Gradients that come from kernels cannot be
+    differentiated again: an error says so, and that PYGLOW_FORCE_REFERENCE=1 helps.
+
+    Shapes: x ((N, C, *spatial),), none to three spatial dimensions, c of conditions (N, C_c, *spatial).
+    """
+
+    def __init__(
+        self,
+        dims_in: Sequence[Sequence[int]],
+        dims_c: Sequence[Sequence[int]] = (),
+        subnet_constructor: Callable[[int, int], nn.Module] | None = None,
+        affine_clamping: float = 2.0,
+        gin_block: bool = False,
+        global_affine_init: float = 1.0,
+        global_affine_type: str = "SOFTPLUS",
+        permute_soft: bool = False,
+        learned_householder_permutation: int = 0,
+        reverse_permutation: bool = False,
+    ) -> None:
+        super().__init__(
+            dims_in,
+            dims_c,
+            subnet_constructor,
+            affine_clamping,
+            gin_block,
+            global_affine_init,
+            global_affine_type,
+            permute_soft,
+            learned_householder_permutation,
+            reverse_permutation,
+        )
+        without_closures(self)
+
+
+AllInOneBlock._home, AllInOneBlock._serves = AllInOneBlock, Fm.AllInOneBlock
+
+
+def step_parts(block: nn.Module) -> StepParts:
     """z = after(coupling(before(x))): net, coupling and channel maps of an AllInOneBlock of this package.
 
     Called again whenever the parameters have changed: the maps are computed from them, with their gradients.
@@ -343,7 +385,7 @@ def step_parts(block: Fm.AllInOneBlock) -> StepParts:
     Raises:
         TypeError: not a block of this package (see :func:`pyglow_fast.interop.freia.adopt`).
     """
-    if not isinstance(block, AllInOneBlock):
+    if not isinstance(block, ServedBlock):
         raise TypeError(f"block: expected an AllInOneBlock of {__name__}, found {type(block)}")
     there, back = block._permutation_maps()
     spec, order = block._spec()

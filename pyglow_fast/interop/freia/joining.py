@@ -1,4 +1,4 @@
-"""Runs of FrEIA's AllInOneBlocks in one chain."""
+"""Runs of AllInOneBlocks in one chain, of lists and of graphs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from pyglow_fast.coupling_nets.traits import has_hooks
-from pyglow_fast.interop.freia.all_in_one import AllInOneBlock, step_parts
+from pyglow_fast.interop.freia.all_in_one import ServedBlock, step_parts
+from pyglow_fast.interop.freia.layout import side_by_side
 from pyglow_fast.interop.joined import (
     ChangedError,
     Face,
@@ -21,24 +22,30 @@ from pyglow_fast.interop.joined import (
 )
 from pyglow_fast.layers.flow_step import ChannelMap
 
-STEPS = (AllInOneBlock,)  # what may be joined
+STEPS = (ServedBlock,)  # what may be joined
 
 
 class BlockRun(Face):
-    """AllInOneBlocks joined, called as one of them, with one condition for all or none."""
+    """AllInOneBlocks joined, called as one of them, with the same conditions for all or none."""
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the run takes x; a size that the blocks refuse they refuse themselves."""
+        first: Any = self.modules[0]
+        sized = not first._fixed_size or tuple(x.shape[1:]) == tuple(first.dims_in[0])
+        return sized and super().takes(x)
 
     def __call__(
         self, x: Sequence[Tensor], c: Any = None, rev: bool = False, jac: bool = True
     ) -> tuple[tuple[Tensor], Tensor]:
         """(x,) -> (z,), log_det (N,); with ``rev`` (z,) -> (x,)."""
-        cond = c[0] if c else None
+        cond = side_by_side(c or ())
 
         def joined() -> tuple[tuple[Tensor], Tensor]:
             out, log_det = (self.run.inverse if rev else self.run.forward)(x[0], cond)
             return (out,), log_det
 
         def alone() -> tuple[tuple[Tensor], Tensor]:
-            given = {} if cond is None else {"c": [cond]}
+            given = {"c": c} if c else {}
             state, total = x, 0
             for block in reversed(self.modules) if rev else self.modules:
                 state, log_det = block(state, rev=rev, jac=jac, **given)
@@ -81,9 +88,9 @@ def _changed(module: nn.Module) -> str:
     return "a forward of its own" if "forward" in vars(module) else ""
 
 
-def _reason(module: nn.Module, memory: str) -> str:
+def reason_against(module: nn.Module, memory: str) -> str:
     """Why a module is no step of a run, or nothing."""
-    if type(module) is not AllInOneBlock:
+    if not isinstance(module, ServedBlock) or type(module) is not module._home:
         return "only AllInOneBlocks are joined"
     if module.splits[0] != module.splits[1]:
         return f"an odd number of channels, {module.in_channels}"
@@ -95,7 +102,7 @@ def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str) -> list[
     conditions: list[Any] = getattr(owner, "conditions", None) or [None] * len(modules)  # of a SequenceINN
     found = []
     for module, cond in zip(modules, conditions, strict=True):
-        reason = _reason(module, memory)
+        reason = reason_against(module, memory)
         found.append(Place([module], reason=reason) if reason else Place([module], (module.in_channels, cond)))
     return found
 

@@ -3,6 +3,7 @@
 FrEIA: y = x exp(clamp f(s)) + t. Ours: y = x s + shift with log s = c tanh(raw / c) or c 0.636 atan(raw), so that
 
     TANH     clamp tanh(s)              = c tanh(raw / c)      raw = clamp s
+             clamp tanh(s / clamp)      = c tanh(raw / c)      raw = s
     SIGMOID  clamp 2 (sigmoid(s) - 1/2) = c tanh(raw / c)      raw = clamp s / 2
     ATAN     clamp 0.636 atan(s)        = c 0.636 atan(raw)    raw = sign(clamp) s
 
@@ -57,35 +58,42 @@ def importable(f_clamp: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor
 
 @dataclass(frozen=True)
 class ScaleFunction:
-    """log s = clamp f(raw), minus its mean over the sample if ``centred`` (GIN): a CouplingSpec's callable map."""
+    """log s = clamp f(raw), minus its mean over the sample if ``centred`` (GIN): a CouplingSpec's callable map.
+
+    If it ``divides``, log s = clamp f(raw / clamp).
+    """
 
     clamp: Any
     activation: Callable[[Tensor], Tensor]
     centred: bool = False
+    divides: bool = False
 
     def __call__(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         """s and log s, like raw."""
-        log_scale = self.clamp * self.activation(raw)
+        log_scale = self.clamp * self.activation(raw / self.clamp if self.divides else raw)
         if self.centred:
             log_scale = log_scale - log_scale.mean(dim=tuple(range(1, raw.dim())), keepdim=True)
         return log_scale.exp(), log_scale
 
 
-def clamped_spec(clamp: Any, f_clamp: Callable[[Tensor], Tensor], centred: bool = False) -> tuple[CouplingSpec, float]:
+def clamped_spec(
+    clamp: Any, f_clamp: Callable[[Tensor], Tensor], centred: bool = False, divides: bool = False
+) -> tuple[CouplingSpec, float]:
     """y = x exp(clamp f_clamp(s)) + t as a CouplingSpec of raw = gain s, and that gain.
 
     Args:
         clamp: FrEIA's; a float or anything that multiplies a tensor.
         f_clamp: atan_clamp, torch.tanh, sigmoid_clamp or any other callable.
         centred: the mean of log s over the sample is subtracted (GIN).
+        divides: clamp f_clamp(s / clamp) instead; of tanh alone.
     """
-    own = CouplingSpec(scale_map=ScaleFunction(clamp, f_clamp, centred), order="scale_shift")
+    own = CouplingSpec(scale_map=ScaleFunction(clamp, f_clamp, centred, divides), order="scale_shift")
     if centred or isinstance(clamp, bool) or not isinstance(clamp, int | float) or not 0 < abs(clamp) <= MAX_CLAMP:
         return own, 1.0
     if f_clamp is atan_clamp:
         return CouplingSpec(scale_map="atan", clamp=abs(float(clamp)), order="scale_shift"), 1.0 if clamp > 0 else -1.0
     if f_clamp is torch.tanh or f_clamp is sigmoid_clamp:
-        gain = float(clamp) if f_clamp is torch.tanh else 0.5 * clamp
+        gain = 1.0 if divides else float(clamp) if f_clamp is torch.tanh else 0.5 * clamp
         return CouplingSpec(scale_map="tanh", clamp=abs(float(clamp)), order="scale_shift"), gain
     return own, 1.0
 
