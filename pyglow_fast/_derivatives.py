@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, unwrap_if_dead
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
-from torch.autograd import forward_ad
+from torch._C._functorch import unwrap_if_dead
 
 from pyglow_fast._errors import expect
 
@@ -32,44 +30,12 @@ class _Final(torch.autograd.Function):
         )
 
 
-def has_transforms() -> bool:
-    """Tells whether a transform of torch.func, of whatever kind, or forward-mode AD is active."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def is_transformed() -> bool:
-    """Tells whether torch.func or forward-mode AD takes derivatives of what is called, or traced by torch.compile."""
-    if forward_ad._current_level >= 0:
-        return True
-    if torch.compiler.is_compiling():  # which knows no more than that there is a transform
-        return torch._C._functorch.maybe_current_level() is not None
-    if not torch._C._are_functorch_transforms_active():
-        return False
-    kinds = {interpreter.key() for interpreter in retrieve_all_functorch_interpreters()}
-    return bool(kinds & {TransformType.Grad, TransformType.Jvp})
-
-
-def is_batched() -> bool:
-    """Tells whether torch.func.vmap, and no derivative, is taken of what is called: not known of what is traced."""
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        return False
-    return not is_transformed()
-
-
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """function.apply(*args), in eager mode without its search for transforms, which takes as long as all the rest.
 
-    Raises:
-        RuntimeError: within a transform of torch.func or forward-mode AD, whose derivatives kernels do not have.
+    Not within torch.func or forward-mode AD: a kernel has no derivative there, see :mod:`pyglow_fast._tracing`.
     """
-    compiles = torch.compiler.is_compiling()
-    transformed = is_transformed() if compiles else has_transforms()
-    if transformed:
-        raise RuntimeError(
-            "torch.func and forward-mode AD: the compiled kernels have no derivatives there; "
-            "PYGLOW_FORCE_REFERENCE=1 has them"
-        )
-    if compiles:
+    if torch.compiler.is_compiling():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(  # type: ignore[misc]
         *[unwrap_if_dead(value) if isinstance(value, Tensor) else value for value in args]

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyglow_fast._errors import SingularMatrixError, can_read, expect
+from pyglow_fast._tracing import is_traced
 
 KINDS = ("affine", "additive")
 SCALE_MAPS = ("sigmoid", "exp", "tanh", "atan")
@@ -34,7 +35,7 @@ _ATAN_GAIN = 0.636  # about 2/pi: the soft clamp of FrEIA tends to +-clamp
 def full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Autocast is for the coupling nets: the flow itself keeps its dtype."""
     kind = x.device.type
-    if not torch.compiler.is_compiling() and not autocast_is_on(kind):
+    if not autocast_is_on(kind):
         return contextlib.nullcontext()  # which costs a tenth
     return torch.autocast(kind, enabled=False)
 
@@ -331,7 +332,7 @@ def net_chain(
 
 def coupling_net_spec(dims: int, leak: float = 0.0) -> ChainSpec:
     """Glow's own coupling net as a chain: three convolutions, (leaky) relus in between."""
-    if torch.compiler.is_compiling():  # which warns of caches
+    if is_traced():  # which warns of caches
         return _coupling_net_spec(dims, leak)
     return _known_coupling_net_spec(dims, leak)
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyglow_fast import functional, reference
+from pyglow_fast._tracing import kernels_step_aside
 from pyglow_fast.interop.freia.layout import (
     OrderedSubnet,
     ShiftThenRaw,
@@ -18,7 +19,6 @@ from pyglow_fast.interop.freia.layout import (
     for_kernels,
     net_output,
     side_by_side,
-    transformed_by_functorch,
 )
 from pyglow_fast.layers.flow_step import ChannelMap
 from pyglow_fast.reference import CouplingSpec
@@ -197,7 +197,7 @@ class AllInOneBlock(Fm.AllInOneBlock):
             and state.dtype in (torch.float32, torch.float64)
             and state.device == like.device
             and all(getattr(type(self), name) is getattr(AllInOneBlock, name) for name in _STEPS)
-            and not transformed_by_functorch()
+            and not kernels_step_aside()
         )
 
     def forward(

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast._derivatives import has_transforms
+from pyglow_fast._tracing import is_watched
 
 T = TypeVar("T")
 OWNERS = ("nflows", "pyglow_fast")
@@ -21,7 +21,7 @@ def ordinary(inputs: Tensor, *others: Tensor) -> bool:
     Not while torch.compile or torch.export traces, and not inside torch.func transforms or forward-mode
     differentiation, which know the library's operations only.
     """
-    if torch.compiler.is_compiling() or has_transforms():
+    if is_watched():
         return False
     if inputs.dtype not in (torch.float32, torch.float64) or inputs.device.type == "meta":
         return False
