@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyglow_fast._errors import SingularMatrixError, can_read, expect
-from pyglow_fast._tracing import is_traced
 
 KINDS = ("affine", "additive")
 SCALE_MAPS = ("sigmoid", "exp", "tanh", "atan")
@@ -152,7 +151,9 @@ def _in_batches(matrices: Tensor) -> list[Tensor]:
 
 
 def log_abs_det(matrices: Tensor) -> Tensor:
-    """log|det| of each of (K, C, C)."""
+    """log|det| of a matrix (C, C), (), or of each of (K, C, C), (K,)."""
+    if matrices.dim() == 2:
+        return torch.linalg.slogdet(matrices).logabsdet
     return torch.cat([torch.linalg.slogdet(batch).logabsdet.reshape(-1) for batch in _in_batches(matrices)])
 
 
@@ -332,7 +333,7 @@ def net_chain(
 
 def coupling_net_spec(dims: int, leak: float = 0.0) -> ChainSpec:
     """Glow's own coupling net as a chain: three convolutions, (leaky) relus in between."""
-    if is_traced():  # which warns of caches
+    if torch.compiler.is_compiling():  # which warns of caches
         return _coupling_net_spec(dims, leak)
     return _known_coupling_net_spec(dims, leak)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyglow_fast import functional, reference
-from pyglow_fast._tracing import kernels_step_aside
+from pyglow_fast._tracing import is_exporting, kernels_step_aside
 from pyglow_fast.interop.freia.layout import (
     OrderedSubnet,
     ShiftThenRaw,
@@ -218,7 +218,7 @@ class AllInOneBlock(Fm.AllInOneBlock):
     def _by_freia(self, x: Sequence[Tensor], c: Sequence[Tensor], rev: bool, jac: bool) -> tuple[tuple[Tensor], Tensor]:
         """FrEIA's own forward, but for what it leaves behind."""
         found: tuple[tuple[Tensor], Tensor] = super().forward(x, c, rev, jac)
-        if self.householder:
+        if self.householder and not is_exporting():  # which puts back what it was
             self.w_perm, self.w_perm_inv = (w if w is None else w.detach() for w in (self.w_perm, self.w_perm_inv))
         return found
 
