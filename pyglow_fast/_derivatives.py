@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import unwrap_if_dead
+from torch._C._functorch import (
+    _add_batch_dim,
+    _remove_batch_dim,
+    is_batchedtensor,
+    is_legacy_batchedtensor,
+    maybe_get_level,
+    unwrap_if_dead,
+)
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
 from pyglow_fast._errors import expect
 
@@ -42,6 +51,34 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     )
 
 
+def _of_each_row(backward: Backward, ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """backward(ctx, *grads), where vmap hands in many rows of gradients at once (of a Jacobian) for one after another.
+
+    Kernels know nothing of vmap, and a backward that decides by values cannot go through it.
+    """
+    for grad in grads:
+        if grad is not None and (is_legacy_batchedtensor(grad) or is_batchedtensor(grad)):
+            break
+    else:
+        return backward(ctx, *grads)
+    if is_batchedtensor(grad):  # torch.func.vmap
+        level, ours, add, remove = maybe_get_level(grad), is_batchedtensor, _add_batch_dim, _remove_batch_dim
+        outside = temporarily_pop_interpreter_stack()
+    else:  # torch.autograd's own: is_grads_batched, torch.autograd.functional
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        ours, add, remove = is_legacy_batchedtensor, torch._add_batch_dim, torch._remove_batch_dim  # type: ignore[attr-defined]
+        outside = contextlib.nullcontext()
+    # The size that is given counts for tensors without a batch only.
+    rows = [remove(grad, level, 0, 0) if grad is not None and ours(grad) else None for grad in grads]
+    count = next(len(row) for row in rows if row is not None)
+    with outside:
+        pairs = list(zip(rows, grads, strict=True))
+        found = [backward(ctx, *(grad if row is None else row[i] for row, grad in pairs)) for i in range(count)]
+        stacked = [None if parts[0] is None else torch.stack(parts) for parts in zip(*found, strict=True)]
+    return tuple(None if part is None else add(part, 0, level) for part in stacked)
+
+
 def differentiable_once(backward: Backward) -> Backward:
     """For the backward of an autograd function: a second derivative raises.
 
@@ -52,9 +89,9 @@ def differentiable_once(backward: Backward) -> Backward:
     @functools.wraps(backward)
     def checked(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if not torch.is_grad_enabled():
-            return backward(ctx, *grads)
+            return _of_each_row(backward, ctx, grads)
         with torch.no_grad():
-            found = backward(ctx, *grads)
+            found = _of_each_row(backward, ctx, grads)
         given = [grad.detach().requires_grad_() for grad in found if grad is not None]
         # A derivative with respect to any of these must meet the refusal too, and not be None or zero.
         sources = [tensor for tensor in (*ctx.saved_tensors, *grads) if tensor is not None and tensor.requires_grad]
