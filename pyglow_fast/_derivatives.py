@@ -56,6 +56,8 @@ def _of_each_row(backward: Backward, ctx: Any, grads: Sequence[Tensor | None]) -
 
     Kernels know nothing of vmap, and a backward that decides by values cannot go through it.
     """
+    if torch.compiler.is_compiling():
+        return backward(ctx, *grads)
     for grad in grads:
         if grad is not None and (is_legacy_batchedtensor(grad) or is_batchedtensor(grad)):
             break

@@ -40,7 +40,7 @@ class Derived(Generic[T]):
     """One value per layer, derived from tensors of it, while these are the same objects, in one place, of one version.
 
     It is kept beside the layers, so that they have no attribute that those of the library lack and copies start anew.
-    Tensors made in inference mode have no version: then it is derived each time.
+    Tensors made in inference mode, and traced ones, have no version: then it is derived each time.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class Derived(Generic[T]):
 
     def get(self, layer: nn.Module, tensors: Sequence[Tensor], derive: Callable[[], T]) -> T:
         """The value for a layer, from ``derive()`` if any of the tensors is new or was written to."""
-        if any(tensor.is_inference() for tensor in tensors):
+        if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors):
             return derive()
         state = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
         kept = self._kept.get(layer)
