@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, unwrap_if_dead
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
-from torch.autograd import forward_ad
+from torch._C._functorch import (
+    _add_batch_dim,
+    _remove_batch_dim,
+    is_batchedtensor,
+    is_legacy_batchedtensor,
+    maybe_get_level,
+    unwrap_if_dead,
+)
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
 from pyglow_fast._errors import expect
 
@@ -32,48 +39,46 @@ class _Final(torch.autograd.Function):
         )
 
 
-def has_transforms() -> bool:
-    """Tells whether a transform of torch.func, of whatever kind, or forward-mode AD is active."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def is_transformed() -> bool:
-    """Tells whether torch.func or forward-mode AD takes derivatives of what is called, or traced by torch.compile."""
-    if forward_ad._current_level >= 0:
-        return True
-    if torch.compiler.is_compiling():  # which knows no more than that there is a transform
-        return torch._C._functorch.maybe_current_level() is not None
-    if not torch._C._are_functorch_transforms_active():
-        return False
-    kinds = {interpreter.key() for interpreter in retrieve_all_functorch_interpreters()}
-    return bool(kinds & {TransformType.Grad, TransformType.Jvp})
-
-
-def is_batched() -> bool:
-    """Tells whether torch.func.vmap, and no derivative, is taken of what is called: not known of what is traced."""
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        return False
-    return not is_transformed()
-
-
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """function.apply(*args), in eager mode without its search for transforms, which takes as long as all the rest.
 
-    Raises:
-        RuntimeError: within a transform of torch.func or forward-mode AD, whose derivatives kernels do not have.
+    Not within torch.func or forward-mode AD: a kernel has no derivative there, see :mod:`pyglow_fast._tracing`.
     """
-    compiles = torch.compiler.is_compiling()
-    transformed = is_transformed() if compiles else has_transforms()
-    if transformed:
-        raise RuntimeError(
-            "torch.func and forward-mode AD: the compiled kernels have no derivatives there; "
-            "PYGLOW_FORCE_REFERENCE=1 has them"
-        )
-    if compiles:
+    if torch.compiler.is_compiling():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(  # type: ignore[misc]
         *[unwrap_if_dead(value) if isinstance(value, Tensor) else value for value in args]
     )
+
+
+def _of_each_row(backward: Backward, ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """backward(ctx, *grads), where vmap hands in many rows of gradients at once (of a Jacobian) for one after another.
+
+    Kernels know nothing of vmap, and a backward that decides by values cannot go through it.
+    """
+    if torch.compiler.is_compiling():
+        return backward(ctx, *grads)
+    for grad in grads:
+        if grad is not None and (is_legacy_batchedtensor(grad) or is_batchedtensor(grad)):
+            break
+    else:
+        return backward(ctx, *grads)
+    if is_batchedtensor(grad):  # torch.func.vmap
+        level, ours, add, remove = maybe_get_level(grad), is_batchedtensor, _add_batch_dim, _remove_batch_dim
+        outside = temporarily_pop_interpreter_stack()
+    else:  # torch.autograd's own: is_grads_batched, torch.autograd.functional
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        ours, add, remove = is_legacy_batchedtensor, torch._add_batch_dim, torch._remove_batch_dim  # type: ignore[attr-defined]
+        outside = contextlib.nullcontext()
+    # The size that is given counts for tensors without a batch only.
+    rows = [remove(grad, level, 0, 0) if grad is not None and ours(grad) else None for grad in grads]
+    count = next(len(row) for row in rows if row is not None)
+    with outside:
+        pairs = list(zip(rows, grads, strict=True))
+        found = [backward(ctx, *(grad if row is None else row[i] for row, grad in pairs)) for i in range(count)]
+        stacked = [None if parts[0] is None else torch.stack(parts) for parts in zip(*found, strict=True)]
+    return tuple(None if part is None else add(part, 0, level) for part in stacked)
 
 
 def differentiable_once(backward: Backward) -> Backward:
@@ -86,9 +91,9 @@ def differentiable_once(backward: Backward) -> Backward:
     @functools.wraps(backward)
     def checked(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if not torch.is_grad_enabled():
-            return backward(ctx, *grads)
+            return _of_each_row(backward, ctx, grads)
         with torch.no_grad():
-            found = backward(ctx, *grads)
+            found = _of_each_row(backward, ctx, grads)
         given = [grad.detach().requires_grad_() for grad in found if grad is not None]
         # A derivative with respect to any of these must meet the refusal too, and not be None or zero.
         sources = [tensor for tensor in (*ctx.saved_tensors, *grads) if tensor is not None and tensor.requires_grad]

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from pyglow_fast._tracing import is_batched, is_traced
+
 _STATES = (torch.float32, torch.float64)
 
 
@@ -49,8 +51,8 @@ def check_input(name: str, x: torch.Tensor, channels: int, like: torch.Tensor | 
 
 
 def can_read(x: torch.Tensor) -> bool:
-    """Whether a check may look at the values of x: on the CPU, and not while torch.compile or torch.export traces.
+    """Whether a check may look at the values of x: on the CPU, not while it is traced or exported, nor under vmap.
 
     On CUDA a look would stop the stream; there values that are not finite show in the results instead.
     """
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and not is_traced() and not is_batched()

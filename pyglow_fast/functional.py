@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast import _backend, autograd, ops, reference
-from pyglow_fast._derivatives import apply, is_batched, is_transformed
+from pyglow_fast._derivatives import apply
 from pyglow_fast.reference import (
     Activation,
     ChainSpec,
@@ -63,9 +63,7 @@ __all__ = [
 
 def _records_gradient(*tensors: Tensor) -> bool:
     """Whether autograd must be able to differentiate a function of these: then kernels without a backward are out."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return True
-    return is_transformed()  # what that does with an op that has no derivative is silently wrong
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _is_seen(*tensors: Tensor) -> bool:
@@ -202,12 +200,9 @@ def net_as_products(x: Tensor) -> bool:
 
     It is on the CPU, where Glow's nets are faster so than the library's layers at their best, and keep half as much
     (docs/speed.md), unless PYGLOW_NETS in the environment is "library". Under autocast to bfloat16 too, of a float32 x:
-    see :func:`net_in_half`; autocast to float16 is the library's, and so is torch.func.vmap, which splits no lists of
-    weights for an op.
+    see :func:`net_in_half`; autocast to float16 is the library's.
     """
     if x.device.type != "cpu" or not 2 <= x.dim() <= 5 or not ops.run_on(x) or _backend.nets() == "library":
-        return False
-    if is_batched():
         return False
     return not torch.is_autocast_enabled("cpu") or net_in_half(x)
 

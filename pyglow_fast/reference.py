@@ -34,7 +34,7 @@ _ATAN_GAIN = 0.636  # about 2/pi: the soft clamp of FrEIA tends to +-clamp
 def full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Autocast is for the coupling nets: the flow itself keeps its dtype."""
     kind = x.device.type
-    if not torch.compiler.is_compiling() and not autocast_is_on(kind):
+    if not autocast_is_on(kind):
         return contextlib.nullcontext()  # which costs a tenth
     return torch.autocast(kind, enabled=False)
 
@@ -216,7 +216,9 @@ def _in_batches(matrices: Tensor) -> list[Tensor]:
 
 
 def log_abs_det(matrices: Tensor) -> Tensor:
-    """log|det| of each of (K, C, C)."""
+    """log|det| of a matrix (C, C), (), or of each of (K, C, C), (K,)."""
+    if matrices.dim() == 2:
+        return torch.linalg.slogdet(matrices).logabsdet
     return torch.cat([torch.linalg.slogdet(batch).logabsdet.reshape(-1) for batch in _in_batches(matrices)])
 
 

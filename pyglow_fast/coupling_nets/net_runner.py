@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -61,11 +60,16 @@ class NetRunner:
         self.board = board
         # Of these we know all there is to know without a look into their modules, a thousand of them in a deep model.
         self._known = isinstance(net, NetShape) and net.is_plain
+        self._found: tuple[list[str], list[nn.Parameter]] | None = (
+            None  # no cached_property, whose lock is not compiled
+        )
 
-    @functools.cached_property
-    def _named(self) -> list[tuple[str, nn.Parameter]]:
+    def _then(self) -> tuple[list[str], list[nn.Parameter]]:
         """What the module had when the run began; torch.func.functional_call lends it others, and takes them back."""
-        return self._now()
+        if self._found is None:
+            now = self._now()
+            self._found = [name for name, _ in now], [parameter for _, parameter in now]
+        return self._found
 
     def _now(self) -> list[tuple[str, nn.Parameter]]:
         if not self._known:
@@ -74,15 +78,15 @@ class NetRunner:
         found = [(prefix + name, value) for prefix, part in parts for name, value in part._parameters.items()]
         return [(name, value) for name, value in found if value is not None]
 
-    @functools.cached_property
+    @property
     def names(self) -> list[str]:
         """Of the parameters."""
-        return [name for name, _ in self._named]
+        return self._then()[0]
 
-    @functools.cached_property
+    @property
     def params(self) -> list[nn.Parameter]:
         """The net's own."""
-        return [parameter for _, parameter in self._named]
+        return self._then()[1]
 
     def _plan(self, x1: Tensor, cond: Tensor | None, random: bool = False) -> ChunkPlan:
         cond_channels = 0 if cond is None else cond.shape[1]

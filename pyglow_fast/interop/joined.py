@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast._derivatives import has_transforms
 from pyglow_fast._errors import expect
+from pyglow_fast._tracing import is_watched, kernels_step_aside
 from pyglow_fast.interop import nets
 from pyglow_fast.layers import Coupling
 from pyglow_fast.layers.flow_step import (
@@ -164,7 +164,7 @@ class JoinedRun:
             specs = [step.spec for step in self.steps]
             z, log_det = run_recomputing(runners, specs, maps, whole, x, cond, masked=self.masked)
         else:
-            budget = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else self.memory_budget
+            budget = None if torch.is_grad_enabled() or is_watched() else self.memory_budget
             z, log_det = run_couplings(self.couplings, _Now(maps), x, cond, budget=budget, masked=self.masked)
         if self.last is not None:
             end = self.last()
@@ -174,7 +174,7 @@ class JoinedRun:
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """z -> x, log_det (N,)."""
-        budget = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else self.memory_budget
+        budget = None if torch.is_grad_enabled() or is_watched() else self.memory_budget
         end = None if self.last is None else self.last()
         if end is not None:
             inverse, index = end.inverse()
@@ -261,9 +261,9 @@ class Face:
         own = next(parameter for module in self.modules for parameter in module.parameters())
         if x.dtype != own.dtype or x.dtype not in (torch.float32, torch.float64):
             return False
-        if torch.compiler.is_compiling():
-            return True
-        return not has_transforms() and not torch.nn.modules.module._has_any_global_hook()
+        if kernels_step_aside():
+            return False
+        return torch.compiler.is_compiling() or not torch.nn.modules.module._has_any_global_hook()
 
 
 class Joined(nn.Module):

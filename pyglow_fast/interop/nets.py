@@ -313,9 +313,14 @@ def serves(net: nn.Module, x: Tensor, cond: Tensor | None = None) -> bool:
     return _known(net, x, cond) is not None
 
 
+def takes(x: Tensor) -> bool:
+    """Tells whether our executor runs nets that it knows on x; torch.compile is left the library's, which it fuses."""
+    return functional.net_as_products(x) and not torch.compiler.is_compiling()
+
+
 def _known(net: nn.Module, x: Tensor, cond: Tensor | None) -> KnownNet | None:
     """Gives the net, if it is recognised and our executor takes x."""
-    if not functional.net_as_products(x) or torch.compiler.is_compiling():
+    if not takes(x):
         return None
     known = recognised(net)
     return known if isinstance(known, KnownNet) and known.takes(x, cond) and known.pays(x) else None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast._errors import check_input, expect
+from pyglow_fast._tracing import is_watched
 from pyglow_fast.coupling_nets.net_shape import NetShape
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.coupling import Coupling
@@ -103,7 +104,7 @@ class FrozenSteps(FlowLayer):
         )
 
     def _budget(self) -> str | int | None:
-        whole = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        whole = torch.is_grad_enabled() or is_watched()
         return None if whole else self.memory_budget
 
     def forward(self, x: Tensor, cond: Tensor | None = None, squeeze_first: bool = False) -> tuple[Tensor, Tensor]:

@@ -128,7 +128,7 @@ class InvConv(ChannelLinear):
         if self.lu:
             weight = lu_weight(self.permutation, self.lower, self.upper, self.log_diag, self.sign_diag)
             return weight, self.log_diag.sum()
-        return self.weight, torch.linalg.slogdet(self.weight).logabsdet
+        return self.weight, log_abs_det(self.weight)
 
     def weight_sources(self) -> list[Tensor] | None:
         """Its own tensors, unless a subclass has another W, of which it must say so itself."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import can_read, check_input, expect
+from pyglow_fast._tracing import is_exporting, is_watched
 from pyglow_fast.coupling_nets.net_runner import NetRunner
 from pyglow_fast.coupling_nets.plan import budget_bytes
 from pyglow_fast.coupling_nets.traits import has_known_modules
@@ -230,7 +231,7 @@ class ReversibleSequence(FlowLayer):
             or (cond is not None and cond.requires_grad)
             or any(parameter.requires_grad for parameter in self.parameters())
         )
-        recomputes = records and self.memory != "store"
+        recomputes = records and self.memory != "store" and not is_exporting()
         states: list[Tensor] = []
         log_dets: list[Tensor] = []
         steps, starts = list(self), [0, *(k + 1 for k in at)]
@@ -256,7 +257,7 @@ class ReversibleSequence(FlowLayer):
         couplings = couplings_of(steps)
         if not recomputes or not couplings:
             # Without a record the nets run in chunks. A net of the user's may use other tensors that want one.
-            whole_nets = records or torch.compiler.is_compiling()
+            whole_nets = records or is_watched()
             if not whole_nets and torch.is_grad_enabled():
                 whole_nets = not all(has_known_modules(step) for step in steps)
             if whole_nets:
@@ -280,7 +281,7 @@ class ReversibleSequence(FlowLayer):
             steps = self.flow_steps()
             check_input("z", z, steps[0].channels, steps[0].actnorm.bias)
             couplings = couplings_of(steps)
-            if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            if torch.is_grad_enabled() or is_watched():
                 return run_couplings_inverse(couplings, Recorded(steps), z, cond)
             return run_couplings_inverse(couplings, self._cache.get(steps), z, cond, self.memory_budget)
         log_det = z.new_zeros(z.shape[0])

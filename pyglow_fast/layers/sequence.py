@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyglow_fast import reference
 from pyglow_fast._errors import check_count, check_input, expect
+from pyglow_fast._tracing import is_watched
 from pyglow_fast.coupling_nets.masks import MaskedNet, check_mask, run_sorted, without_padding
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.flow_step import (
@@ -187,11 +188,11 @@ class MaskedSequence(ReversibleSequence):
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
     def _folded(self, steps: list[FlowStep]) -> Folded:
-        direct = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        direct = torch.is_grad_enabled() or is_watched()
         return Recorded(steps) if direct else self._cache.get(steps)
 
     def _budget(self) -> str | int | None:
-        return None if torch.is_grad_enabled() or torch.compiler.is_compiling() else self.memory_budget
+        return None if torch.is_grad_enabled() or is_watched() else self.memory_budget
 
     @torch.no_grad()
     def _initialize_masked(self, steps: list[FlowStep], x: Tensor, cond: Tensor | None, mask: Tensor) -> Tensor:

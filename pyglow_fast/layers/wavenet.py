@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from pyglow_fast import ops
-from pyglow_fast._derivatives import apply, differentiable_once, has_transforms
+from pyglow_fast._derivatives import apply, differentiable_once
 from pyglow_fast._errors import check_count, check_input, expect
+from pyglow_fast._tracing import is_watched
 from pyglow_fast.coupling_nets.masks import run_by_length
 
 
@@ -42,7 +43,7 @@ class _Gate(torch.autograd.Function):
 
 def gated(h: Tensor) -> Tensor:
     """tanh(a) sigmoid(b), a and b the first and second half of the channels of h: (N, T, 2 C) -> (N, T, C)."""
-    if torch.compiler.is_compiling() or has_transforms() or not ops.run_on(h):
+    if is_watched() or not ops.run_on(h):
         a, b = h.chunk(2, dim=-1)
         return a.tanh() * b.sigmoid()
     out: Tensor = apply(_Gate, h)

@@ -9,17 +9,16 @@ from typing import Any
 import torch
 
 from pyglow_fast._errors import expect
+from pyglow_fast._tracing import has_transforms
 
 
 def refuse_transforms() -> None:
-    """Refuse to run inside torch.func.grad, vmap and the like.
+    """Refuse to run inside torch.func.grad, vmap and the like, or forward-mode AD.
 
     Raises:
         ValueError: it does.
     """
-    inside = torch._C._are_functorch_transforms_active()
-    expected = 'no torch.func transform around it; memory="store" with PYGLOW_FORCE_REFERENCE=1 allows them'
-    expect(not inside, "memory", expected, "one")
+    expect(not has_transforms(), "memory", 'no torch.func transform around it; memory="store" allows them', "one")
 
 
 _untraced: dict[Callable[..., Any], Callable[..., Any]] = {}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast._derivatives import has_transforms
+from pyglow_fast._tracing import is_watched
 from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.interop.chaiyujin.structure import Now, Parts, SharedNet, UnknownError, channel_map, looks_like, read
 from pyglow_fast.layers import Coupling
@@ -84,7 +84,7 @@ class AdoptedStep(nn.Module):
             return False  # theirs adds to None where it has a scale, and says so
         if not self._pays(x):
             return False
-        if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling() or has_transforms():
+        if torch.is_autocast_enabled(x.device.type) or is_watched():
             return False
         if torch.nn.modules.module._has_any_global_hook() or any(map(has_hooks, self._inner())):
             return False

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyglow_fast import functional, reference
+from pyglow_fast._tracing import is_exporting, kernels_step_aside
 from pyglow_fast.interop import nets
 from pyglow_fast.interop.freia.layout import (
     OrderedSubnet,
@@ -19,7 +20,6 @@ from pyglow_fast.interop.freia.layout import (
     for_kernels,
     net_output,
     side_by_side,
-    transformed_by_functorch,
 )
 from pyglow_fast.interop.freia.permutation import Gather, Seen, look_at
 from pyglow_fast.layers.flow_step import ChannelMap
@@ -192,7 +192,7 @@ class ServedBlock(nn.Module):
             and state.device == like.device
             and not (self._fixed_size and tuple(state.shape[1:]) != tuple(self.dims_in[0]))
             and all(getattr(type(self), name, None) is getattr(self._home, name, None) for name in STEPS)
-            and not transformed_by_functorch()
+            and not kernels_step_aside()
         )
 
     def forward(
@@ -216,7 +216,7 @@ class ServedBlock(nn.Module):
     def _by_freia(self, x: Sequence[Tensor], c: Sequence[Tensor], rev: bool, jac: bool) -> tuple[tuple[Tensor], Tensor]:
         """FrEIA's own forward, but for what it leaves behind."""
         found: tuple[tuple[Tensor], Tensor] = super().forward(x, c, rev, jac)
-        if self.householder:
+        if self.householder and not is_exporting():  # which puts back what it was
             self.w_perm, self.w_perm_inv = (w if w is None else w.detach() for w in (self.w_perm, self.w_perm_inv))
         return found
 

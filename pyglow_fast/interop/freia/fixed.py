@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
-from pyglow_fast.interop.freia.layout import transformed_by_functorch
+from pyglow_fast._tracing import kernels_step_aside
 
 
 class IRevNetDownsampling(Fm.IRevNetDownsampling):
@@ -89,7 +89,7 @@ class Fixed1x1Conv(Fm.Fixed1x1Conv):
     ) -> tuple[tuple[Tensor], Tensor]:
         """x -> z, or z -> x with ``rev``."""
         state = x[0]
-        if transformed_by_functorch() or state.dtype != self.M.dtype:
+        if kernels_step_aside() or state.dtype != self.M.dtype:
             return super().forward(x, rev, jac)
         matrix = (self.M_inv if rev else self.M).flatten(1)
         images = state.dim() == 4 and state.shape[1] == matrix.shape[1]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast._errors import expect
+from pyglow_fast._tracing import kernels_step_aside
 from pyglow_fast.interop import nets
 from pyglow_fast.layers.coupling import MAX_CLAMP
 from pyglow_fast.reference import CouplingSpec, n_positions
@@ -174,11 +175,6 @@ class OrderedSubnet(nn.Module):
         return net_output(self.subnet, x1, x1, self.order, None if cond is None else cond.to(x1.dtype))
 
 
-def transformed_by_functorch() -> bool:
-    """Whether torch.func is at work (vmap, jacrev and the like), whose transforms the kernels do not have."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-
-
 def for_kernels(state: Any) -> bool:
     """Whether a state (N, C, *spatial) is one that the kernels are good for: enough positions, float32 or float64."""
     return (
@@ -187,5 +183,5 @@ def for_kernels(state: Any) -> bool:
         and state.dtype in (torch.float32, torch.float64)
         and state.shape[1] > 0
         and n_positions(state) >= FEW_POSITIONS
-        and not transformed_by_functorch()
+        and not kernels_step_aside()
     )

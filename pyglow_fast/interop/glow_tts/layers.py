@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast._derivatives import has_transforms
 from pyglow_fast._errors import can_read
+from pyglow_fast._tracing import is_watched
 from pyglow_fast.coupling_nets.masks import MaskedNet, is_mask, positions_of, without_padding
 from pyglow_fast.interop.glow_tts.structure import (
     coupling_fault,
@@ -70,7 +70,7 @@ def runs_on(module: nn.Module, x: Any, mask: Any, g: Any = None) -> bool:
         return False
     if x.dtype not in (torch.float32, torch.float64) or torch.nn.modules.module._has_any_global_hook():
         return False
-    if (g is not None and (g.dim() != 3 or g.shape[2] != 1)) or has_transforms():
+    if (g is not None and (g.dim() != 3 or g.shape[2] != 1)) or is_watched():
         return False
     return mask is None or (not mask.requires_grad and is_mask(mask, x))
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast._derivatives import has_transforms
+from pyglow_fast._tracing import is_watched
 from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.interop.jet.tokens import TokenCoupling, permutation_of
 from pyglow_fast.layers.coupling import MAX_FACTOR
@@ -24,7 +24,7 @@ def takes(x: Tensor) -> bool:
 
     Nor autocast on the CPU: jet-pytorch takes its projections out of a GPU's alone.
     """
-    if torch.compiler.is_compiling() or has_transforms() or type(x) not in (Tensor, nn.Parameter):
+    if is_watched() or type(x) not in (Tensor, nn.Parameter):
         return False
     autocast = x.device.type != "cuda" and autocast_is_on(x.device.type)
     return x.dtype in (torch.float32, torch.float64) and x.device.type != "meta" and not autocast

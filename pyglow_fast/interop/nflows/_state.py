@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast._derivatives import has_transforms
+from pyglow_fast._tracing import is_watched
 
 T = TypeVar("T")
 OWNERS = ("nflows", "pyglow_fast")
@@ -21,7 +21,7 @@ def ordinary(inputs: Tensor, *others: Tensor) -> bool:
     Not while torch.compile or torch.export traces, and not inside torch.func transforms or forward-mode
     differentiation, which know the library's operations only.
     """
-    if torch.compiler.is_compiling() or has_transforms():
+    if is_watched():
         return False
     if inputs.dtype not in (torch.float32, torch.float64) or inputs.device.type == "meta":
         return False
@@ -40,7 +40,7 @@ class Derived(Generic[T]):
     """One value per layer, derived from tensors of it, while these are the same objects, in one place, of one version.
 
     It is kept beside the layers, so that they have no attribute that those of the library lack and copies start anew.
-    Tensors made in inference mode have no version: then it is derived each time.
+    Tensors made in inference mode, and traced ones, have no version: then it is derived each time.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class Derived(Generic[T]):
 
     def get(self, layer: nn.Module, tensors: Sequence[Tensor], derive: Callable[[], T]) -> T:
         """The value for a layer, from ``derive()`` if any of the tensors is new or was written to."""
-        if any(tensor.is_inference() for tensor in tensors):
+        if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors):
             return derive()
         state = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
         kept = self._kept.get(layer)

@@ -74,8 +74,9 @@ def channel_order(coupling: transforms.AffineCouplingTransform) -> Order:
 
     def derive() -> Order:
         order = torch.cat(features)
-        in_order = torch.equal(order, torch.arange(len(order), device=order.device))
-        return None if in_order else (order, order.argsort())
+        if not torch.compiler.is_compiling() and torch.equal(order, torch.arange(len(order), device=order.device)):
+            return None
+        return order, order.argsort()
 
     return _orders.get(coupling, features, derive)
 
@@ -85,7 +86,7 @@ def run_net(net: nn.Module, kept: Tensor, context: Tensor | None) -> Tensor:
 
     Any other net gets a copy of the kept channels, as from nflows: it may view it in another shape or write to it.
     """
-    if context is None and functional.net_as_products(kept):
+    if context is None and nets.takes(kept):
         chain = probing.chain_of(net, None, dim=kept.dim())
         if chain is not None:
             return nets.run(chain, kept)

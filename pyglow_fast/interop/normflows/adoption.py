@@ -28,7 +28,11 @@ def adopt(model: nn.Module) -> list[str]:
 
     Layers whose class is exactly normflows' change, ``model`` itself included (its name is ""); subclasses stay.
     """
-    return exchange(model, OURS)
+    names = exchange(model, OURS)
+    for module in map(model.get_submodule, names):
+        if hasattr(module, "look_at_flag"):
+            module.look_at_flag()  # type: ignore[operator]
+    return names
 
 
 def release(model: nn.Module, only: Collection[nn.Module] | None = None) -> list[str]:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
+from pyglow_fast._tracing import is_traced
 from pyglow_fast.interop import nets
 from pyglow_fast.interop.normflows.adoption import is_untouched, stands_in
 from pyglow_fast.layers.actnorm import has_no_spread, joint_moments
-from pyglow_fast.reference import full_precision
+from pyglow_fast.reference import full_precision, log_abs_det
 
 EPS = 1e-6  # that normflows adds to the standard deviation
 
@@ -49,7 +50,7 @@ class ActNorm(normflows.flows.ActNorm):
         ValueError: the batch to initialise from is of another shape, empty or not finite, here or on another rank.
     """
 
-    # The flag and its version when it was last read, which on a GPU stops the stream.
+    # The flag and its version when it was last read and set: to read it stops a GPU's stream, and tracing.
     _flag_seen: tuple[Tensor, int] | None = None
 
     @property
@@ -59,11 +60,18 @@ class ActNorm(normflows.flows.ActNorm):
         if flag.is_meta:
             return False
         seen = self._flag_seen
+        if seen is not None and is_traced():  # what is traced has another tensor in the place of the flag
+            return True
         if seen is not None and seen[0] is flag and not flag.is_inference() and seen[1] == flag._version:
             return True
         done = bool(flag > 0)
         self._flag_seen = (flag, flag._version) if done and not flag.is_inference() else None
         return done
+
+    def look_at_flag(self) -> None:
+        """Read the flag now, so that what is traced later need not: a compiled graph would break, an export fail."""
+        self._flag_seen = None
+        _ = self.is_initialized
 
     @torch.no_grad()
     def initialize_from(self, z: Tensor, inverse: bool) -> None:
@@ -88,6 +96,7 @@ class ActNorm(normflows.flows.ActNorm):
         self.s.copy_(s.view_as(self.s))
         self.t.copy_(t.view_as(self.t))
         self.data_dep_init_done.fill_(1.0)
+        self._flag_seen = None
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """z -> x."""
@@ -102,6 +111,10 @@ class ActNorm(normflows.flows.ActNorm):
             self.initialize_from(z, inverse=True)
         out: tuple[Tensor, Tensor] = AffineConstFlow.inverse(self, z)
         return out
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.look_at_flag()
 
 
 def net_actnorm(module: nn.Module, dims: int) -> tuple[Tensor, Tensor] | None:
@@ -143,7 +156,7 @@ class Invertible1x1Conv(normflows.flows.Invertible1x1Conv):
     def weight_and_log_det(self) -> tuple[Tensor, Tensor]:
         """W (C, C), differentiable, and log|det W| ()."""
         if not self.use_lu:
-            return self.W, torch.linalg.slogdet(self.W).logabsdet
+            return self.W, log_abs_det(self.W)
         with full_precision(self.L):
             return self._assemble_W(), self.log_S.sum()
 

@@ -1,0 +1,45 @@
+"""What torch does with the calls of this package besides running them, and whether kernels then step aside.
+
+A kernel is an op of this package. An exported program is to run where the package is not, and torch.func can
+differentiate and batch torch's own ops only: there all functions are made of those, as pyglow_fast.reference has them.
+torch.compile takes the kernels into its graphs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch.autograd import forward_ad
+
+
+def is_exporting() -> bool:
+    """Tells whether torch.export, and so torch.onnx and AOTInductor, or torch.jit.trace records what is called."""
+    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+
+
+def is_traced() -> bool:
+    """Tells whether torch.compile or an export records what is called: then tensors have no values to decide by."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
+def has_transforms() -> bool:
+    """Tells whether a transform of torch.func, of whatever kind, or forward-mode AD is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_watched() -> bool:
+    """Tells whether any of these sees the calls: then values, and places in memory, are not to be decided by."""
+    return is_traced() or has_transforms()
+
+
+def is_batched() -> bool:
+    """Tells whether torch.func.vmap is at work, under which tensors have no values of their own."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    return any(interpreter.key() == TransformType.Vmap for interpreter in retrieve_all_functorch_interpreters())
+
+
+def kernels_step_aside() -> bool:
+    """Tells whether functions are to be made of torch's own ops: see the module."""
+    return is_exporting() or has_transforms()

@@ -1,0 +1,86 @@
+"""Programs for other runtimes: torch.export with all that depends on parameters alone computed beforehand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from pyglow_fast._errors import expect
+
+
+def folded(
+    model: nn.Module, args: tuple[Any, ...], dynamic_shapes: Any = None, kwargs: dict[str, Any] | None = None
+) -> torch.export.ExportedProgram:
+    """The program f of torch.export.export(model, args), every value in it that no input changes being a constant.
+
+    Such are the inverse and log|det W| of a plain 1x1 convolution, for which ONNX has no operators, actnorms folded into
+    products, Householder reflections, global scales. The program consists of torch's own ops, is differentiable in its
+    inputs alone, and goes to torch.onnx.export, torch.export.save and torch._inductor.aoti_compile_and_package.
+
+    Args:
+        model: in the mode to be exported, initialised; it is left as it is.
+        args, kwargs: example inputs, as of torch.export.export.
+        dynamic_shapes: as of torch.export.export, such as ``({0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO},)``.
+
+    Raises:
+        ValueError: a matrix of the model is singular.
+    """
+    with torch.no_grad():
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+        module = program.run_decompositions({}).module(check_guards=False)
+        _fold(module)
+        return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes)
+
+
+def _fold(module: fx.GraphModule) -> None:
+    """Put the values that a graph computes from its own tensors into it."""
+    values: dict[fx.Node, Any] = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            values[node] = _attribute(module, node.target)
+        elif node.op == "call_function" and _is_pure(node) and all(known in values for known in node.all_input_nodes):
+            given = fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+            values[node] = node.target(*given[0], **given[1])
+            _check(node, values[node])
+    for count, (node, value) in enumerate(values.items()):
+        is_read = any(user not in values for user in node.users)
+        if node.op == "get_attr" or not is_read or not isinstance(value, Tensor):
+            continue
+        module.register_buffer(f"constant_{count}", value.detach().contiguous())
+        with module.graph.inserting_before(node):
+            node.replace_all_uses_with(module.graph.get_attr(f"constant_{count}"))
+    for node in reversed(values):  # those of checks too, which no other node reads
+        if not node.users:
+            module.graph.erase_node(node)
+    read = {node.target for node in module.graph.find_nodes(op="get_attr")}
+    for name, _ in [*module.named_parameters(), *module.named_buffers()]:
+        if name not in read:
+            owner, _, attribute = name.rpartition(".")
+            delattr(module.get_submodule(owner), attribute)
+    module.recompile()
+
+
+def _check(node: fx.Node, value: Any) -> None:
+    """Refuse the inverse or the log-det of a singular matrix, which an exported program does not look for."""
+    name = str(node.target)
+    if "linalg" in name:
+        parts = [value] if isinstance(value, Tensor) else value
+        regular = all(bool(part.isfinite().all()) for part in parts if part.is_floating_point())
+        if "_ex" in name:
+            regular = regular and not any(bool(part.any()) for part in parts if not part.is_floating_point())
+        expect(regular, "model", "regular matrices", f"a singular one in {name}")
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    owner, _, attribute = name.rpartition(".")
+    return getattr(module.get_submodule(owner), attribute)
+
+
+def _is_pure(node: fx.Node) -> bool:
+    """Whether it gives the same values each time and changes nothing."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return getattr(node.target, "__module__", "") in ("_operator", "operator", "math")
+    random = torch.Tag.nondeterministic_seeded in node.target.tags
+    return not random and not node.target._schema.is_mutable
