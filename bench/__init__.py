@@ -7,6 +7,7 @@ Each benchmark is a module with ``main(argv) -> exit code``, run from the source
     models      training step, log_prob and sampling of whole models, against the peers
     calls       what a call costs besides its kernel, and the Python of a flow step
     nets        coupling nets that people have alone, against the library's convolutions
+    live        flows of projects that people run, before and after accelerate
     op_memory   what each op allocates beyond its outputs
     memory      training memory against depth and resolution; gradients against float64
     memory_training  Fashion-MNIST, stored against reversible
