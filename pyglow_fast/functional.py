@@ -173,10 +173,8 @@ def coupling_mix_inverse(
 
 
 def _moves_checkerboards(x: Tensor) -> bool:
-    """Whether there are kernels for the halves of x: on the CPU; torch's own derivatives serve torch.func."""
-    if x.device.type != "cpu" or not 3 <= x.dim() <= 5 or not ops.run_on(x):
-        return False
-    return not is_transformed() and not is_batched()
+    """Whether there are kernels for the halves of x: on the CPU."""
+    return x.device.type == "cpu" and 3 <= x.dim() <= 5 and ops.run_on(x)
 
 
 def checkerboard_split(x: Tensor, parity: int, both: bool = True) -> Tensor:
