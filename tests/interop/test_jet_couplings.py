@@ -129,10 +129,10 @@ def test_memory_does_not_grow_with_the_batch_beyond_the_states() -> None:
         return meter.peak
 
     state_bytes = 16 * 8 * 4
-    grown = peak(64, "reversible") - peak(32, "reversible")
+    grown = peak(12, "reversible") - peak(6, "reversible")
     # x, z and their gradients, anchors every 3 steps, and what one coupling handles at a time.
-    assert grown <= 32 * 24 * state_bytes
-    assert peak(64, "checkpoint") - peak(32, "checkpoint") > 2 * grown
+    assert grown <= 6 * 24 * state_bytes
+    assert peak(12, "checkpoint") - peak(6, "checkpoint") > 2 * grown
 
 
 @pytest.mark.parametrize("budget", ["auto", 1])
@@ -207,6 +207,28 @@ def test_other_arithmetic_is_left(kind: type[nn.Module], reason: str) -> None:
     assert sorted(done.replaced) == ["blocks.0", "blocks.2"]
     assert reason in done.left["blocks.1"]
     assert type(model.blocks[1]) is kind
+
+
+class Twisted(ProjectedCoupling):
+    """An option that its class's other layers do not have."""
+
+    doubled = False
+
+    def forward(self, x: Tensor, is_channel: bool, channel_proj: Any, spatial_proj: Any) -> tuple[Tensor, Tensor]:
+        y, log_det = super().forward(x, is_channel, channel_proj, spatial_proj)
+        return (2.0 * y if self.doubled else y), log_det
+
+
+def test_layers_of_a_class_are_compared_by_their_options() -> None:
+    model = ProjectedFlow(6, 8, 3)
+    for block in model.blocks:
+        block.__class__ = Twisted
+    model.blocks[1].doubled = True
+    model.blocks[2].inverse = model.blocks[2].forward
+    done = accelerate(model)
+    assert sorted(done.replaced) == ["blocks.0"]
+    assert "the output of its forward is another than" in done.left["blocks.1"]
+    assert done.left["blocks.2"] == "a forward or inverse of its own"
 
 
 @pytest.mark.parametrize("factor", [0.0, -1.0, float("nan"), "2"])

@@ -282,6 +282,12 @@ def _differs(module: nn.Module, base: type[Adopted]) -> str:
     return ""
 
 
+def _settings(module: nn.Module) -> tuple[Any, ...]:
+    """A class and the plain values that its forward may depend on."""
+    plain = ((name, value) for name, value in vars(module).items() if type(value) in (bool, int, float, str))
+    return type(module), *sorted(plain)
+
+
 _reasons: dict[tuple[Any, ...], str] = {}
 
 
@@ -295,13 +301,14 @@ def reason(module: nn.Module, base: type[Adopted]) -> str:
     is_number = isinstance(factor, int | float) and 1 / MAX_FACTOR <= factor <= MAX_FACTOR
     if not is_number:
         return f"a scale_factor of {factor!r}"
-    settings: tuple[Any, ...] = (type(module), factor)
+    if "forward" in vars(module) or "inverse" in vars(module):
+        return "a forward or inverse of its own"
     if base is OfImages:
         if part.use_actnorm or part.use_invertible_dense:
             return "an ActNorm or an invertible convolution before the coupling"
         if part.masking_mode == "masking" and not part.kind_is_channel:
             return "masking by tokens"
-        settings += (type(part.dnn), part.masking_mode, part.kind_is_channel, part.ps)
+    settings = _settings(module) if base is WithProjections else _settings(module) + _settings(part.dnn)
     if settings not in _reasons:
         try:
             _reasons[settings] = _differs(module, base)
