@@ -14,6 +14,7 @@ from pyglow_fast import functional, reference
 from pyglow_fast.interop import nets
 from pyglow_fast.interop.freia.layout import (
     OrderedSubnet,
+    ScaleFunction,
     ShiftThenRaw,
     clamped_spec,
     for_kernels,
@@ -291,8 +292,10 @@ class ServedBlock(nn.Module):
         def couple(u: Tensor) -> tuple[Tensor, Tensor]:
             kept, changed = u.split(list(self.splits), dim=1)
             net_out = self.subnet(torch.cat([kept, *c], dim=1) if self.conditional else kept)
-            changed, log_det = self._affine(changed, net_out, rev)
-            return torch.cat([kept, changed], dim=1), log_det
+            raw, shift = (SUBNET_GAIN * net_out).split(self.splits[1], dim=1)
+            s, log_s = ScaleFunction(self.clamp, torch.tanh, self.GIN, self._divides)(raw)
+            changed, log_det = ((changed - shift) / s, -log_s) if rev else (changed * s + shift, log_s)
+            return torch.cat([kept, changed], dim=1), log_det.flatten(1).sum(1)
 
         return self._around(couple, x, rev)
 
