@@ -186,7 +186,7 @@ def test_cflow(memory: str | None) -> None:
 
 
 def test_csflow_is_named() -> None:
-    """Its couplings over three scales and its permutations have no counterpart: three quarters of them are the nets."""
+    """Its couplings over three scales and its permutations have no counterpart: 9/10 of their time is that of nets."""
     model = csflow.CrossScaleFlow((3, 128, 128), 2, 3.0, 64)
     done = accelerate(model)
     assert done.replaced == {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import FrEIA.modules as Fm
 import torch
@@ -222,7 +222,7 @@ class ServedBlock(nn.Module):
         return found
 
     def _affine(self, x: Tensor, a: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = super()._affine(x, a.clone(), rev)  # which multiplies a in place
+        found: tuple[Tensor, Tensor] = cast(Any, super())._affine(x, a.clone(), rev)  # which multiplies a in place
         return found
 
     def _by_kernels(self, x: Tensor, c: Sequence[Tensor], rev: bool) -> tuple[Tensor, Tensor]:

@@ -25,20 +25,22 @@ class JoinedGraph(Joined, Ff.GraphINN):
 
     def steps(self) -> list[nn.Module]:
         """Give the modules of its nodes."""
-        return list(self.module_list)
+        return list(cast(Any, self).module_list)
 
     def part(self) -> None:
         """Make it a GraphINN."""
         self.__class__ = Ff.GraphINN
         for name in ("faces", "joined_graph", "joined_from"):
-            del vars(self)[name]
+            del self.__dict__[name]
 
     def forward(
         self, x_or_z: Any, c: Any = None, rev: bool = False, jac: bool = True, intermediate_outputs: bool = False,
         x: Any = None,
     ) -> Any:  # fmt: skip
         """As GraphINN's."""
-        same = all(node.module is known for node, known in zip(self.node_list, self.joined_from, strict=True))
+        same = all(
+            node.module is known for node, known in zip(cast(Any, self).node_list, self.joined_from, strict=True)
+        )
         if intermediate_outputs or not same:
             return super().forward(x_or_z, c, rev, jac, intermediate_outputs, x)
         return self.joined_graph.forward(x_or_z, c, rev, jac, x=x)

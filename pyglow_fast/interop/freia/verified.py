@@ -25,8 +25,10 @@ from pyglow_fast.interop.freia.all_in_one import STEPS, ServedBlock, without_clo
 TOLERANCE = 1e-9  # relative, in float64: sums of a few thousand terms are rounded to 1e-12
 # What an AllInOneBlock is known by, and what ours asks of it besides.
 _KNOWN_BY = ("subnet", "splits", "global_scale", "global_offset", "w_perm", "w_perm_inv")
-_NEEDS = ("clamp", "GIN", "reverse_pre_permute", "householder", "global_scale_activation", "permute_function")
-_NEEDS = (*_NEEDS, "in_channels", "input_rank", "conditional")
+_NEEDS = (
+    *("clamp", "GIN", "reverse_pre_permute", "householder", "global_scale_activation", "permute_function"),
+    *("in_channels", "input_rank", "conditional"),
+)
 _PARTS = ("forward", *STEPS, "_construct_householder_permutation")  # methods that are its arithmetic
 _SIZES = {0: ((), ()), 1: ((8,), (10,)), 2: ((4, 4), (4, 6)), 3: ((2, 2, 4), (2, 4, 4))}  # of images, by dimensions
 _CONSTANTS = ("haar_weights", "downsample_kernel")
