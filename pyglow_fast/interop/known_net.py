@@ -120,8 +120,8 @@ class KnownNet:
         """Tells whether products of ours are as fast as the library's layers on x; see docs/speed.md.
 
         They are slower where most of the work is convolutions of images with more than one tap between about as many
-        channels, and much work: the library's direct ones gather nothing. And for few vectors, whose cost is that of the
-        weights, which are packed, and for wide layers on vectors.
+        channels, and much work: the library's direct ones gather nothing. And for few vectors, whose cost is that of
+        packing the weights, and for wide layers on vectors.
         """
         if self.dims == 0:
             return x.shape[0] >= LEAST_ROWS and max(self.channels) <= MOST_FEATURES

@@ -63,6 +63,9 @@ LIMITS = {
     "sample_kernel": Limit({"f": 4, "d": 3}, 0, 2, narrow_loads=2),
     "sample_sums_kernel": Limit({"f": 6, "d": 6}, 64, 1),
     "coupling_backward_kernel": Limit({"f": 3, "d": 2}, 0, 44, narrow_loads=1, nets=True),
+    "gather_kernel": Limit({"f": 4, "d": 3}, 64, 2, narrow_loads=4, narrow_stores=2, nets=True),
+    "gather_backward_kernel": Limit({"f": 3, "d": 2}, 64 + 2048, 2, narrow_loads=4, narrow_stores=2, nets=True),
+    "step_gather_backward_kernel": Limit({"f": 4, "d": 3}, 0, 2, narrow_loads=4, nets=True),
 }
 
 

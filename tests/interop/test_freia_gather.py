@@ -99,13 +99,15 @@ def test_soft_permutations_stay_products(options: dict[str, Any], products: list
 
 
 @pytest.mark.parametrize("memory", ["store", "reversible", "checkpoint"])
+@pytest.mark.parametrize("reverse", [False, True], ids=["", "there and back"])
 @pytest.mark.parametrize("soft", [None, 1], ids=["all hard", "one soft"])
-def test_joined(memory: str, soft: int | None, products: list[int]) -> None:
+def test_joined(memory: str, soft: int | None, reverse: bool, products: list[int]) -> None:
     """A run whose maps are all hard gathers; with a soft one among them it multiplies."""
     torch.manual_seed(0)
     theirs = Ff.SequenceINN(6, 6, 5)
     for k in range(4):
-        theirs.append(Fm.AllInOneBlock, subnet_constructor=known_net, permute_soft=k == soft)
+        options = {"permute_soft": k == soft, "reverse_permutation": reverse}
+        theirs.append(Fm.AllInOneBlock, subnet_constructor=known_net, **options)
     theirs = theirs.double()
     ours = copy.deepcopy(theirs)
     accelerate(ours, memory=memory)

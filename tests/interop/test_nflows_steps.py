@@ -15,6 +15,7 @@ from support.helpers import assert_close
 from support.nflows_cases import ConvNet, randomise
 
 from pyglow_fast import functional
+from pyglow_fast.interop import accelerate
 from pyglow_fast.interop.nflows import StepParts, channel_map, coupling_parts, step_parts, waits_for_data
 from pyglow_fast.interop.nflows import transforms as ours
 from pyglow_fast.layers.flow_step import ChannelMap
@@ -183,3 +184,25 @@ def test_scales_and_layers_that_wait() -> None:
         layer.train()(torch.randn(4, 3))
         assert not waits_for_data(layer)
     assert not waits_for_data(default)
+
+
+@pytest.mark.parametrize("memory", ["store", "reversible"])
+def test_permutations_are_joined_as_gathers(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a convolution there is no matrix, whatever order the masks bring the channels into."""
+    layers: list[nn.Module] = []
+    for name in ("mixed", "unequal", "halves", "additive"):
+        layers += [theirs.ActNorm(6), theirs.RandomPermutation(6), COUPLINGS[name](theirs)]
+    model = theirs.CompositeTransform([randomise(layer, seed).double() for seed, layer in enumerate(layers)])
+    x = torch.randn(2, 6, 4, 5, dtype=torch.float64)
+    results = []
+    for joined in (False, True):
+        if joined:
+            assert accelerate(model, memory).joined
+            monkeypatch.setattr(ChannelMap, "as_product", lambda _: pytest.fail("a matrix"))
+        leaf = x.clone().requires_grad_()
+        z, log_det = model(leaf)
+        back, back_log_det = model.inverse(z.detach())
+        grads = torch.autograd.grad(z.square().sum() + log_det.sum(), [leaf, *model.parameters()])
+        results.append([z, log_det, back, back_log_det, *grads])
+    for got, exact in zip(results[1], results[0], strict=True):
+        assert_close(got, exact, 1000.0)
