@@ -104,10 +104,10 @@ def accelerate(model: nn.Module, memory: str | None = None, memory_budget: str |
         memory: None: layer by layer. "reversible", "checkpoint" or "store": runs of GlowBlocks (normflows), of mixing
             layers and couplings (nflows), and of AllInOneBlocks (FrEIA's SequenceINN and GraphINN; all of a run with
             the same conditions or none) are joined, fused, and trained in that memory mode, see ReversibleSequence.
-            Whoever iterates over or indexes the lists that hold them finds one object in the place of a run, and the lists
-            cannot be changed. The layers run one by one, as ever, while they wait for data to be initialised from,
-            while there are hooks on them, in other dtypes than float32 and float64, with a context (nflows), within
-            torch.func, and in the replicas of a DataParallel.
+            Whoever iterates over or indexes the lists that hold them finds one object in the place of a run, and the
+            lists cannot be changed. The layers run one by one, as ever, while they wait for data to be initialised
+            from, while there are hooks on them, in other dtypes than float32 and float64, with a context (nflows),
+            within torch.func, and in the replicas of a DataParallel.
         memory_budget: bytes of one net's activations in a joined run, or "auto".
 
     Returns:
