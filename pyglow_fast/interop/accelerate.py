@@ -91,7 +91,7 @@ class Acceleration:
 
 
 def accelerate(model: nn.Module, memory: str | None = None, memory_budget: str | int = "auto") -> Acceleration:
-    """Make the layers of normflows, nflows and FrEIA in a model ours, in place.
+    """Make the layers of normflows, nflows and FrEIA in a model ours, in place, and copies of FrEIA's block (anomalib).
 
     Objects, parameters, buffers, hooks and names stay: an optimizer that holds the parameters goes on, a state_dict
     fits as before. Outputs are the same up to rounding, in training and evaluation; what differs on purpose is in the
@@ -102,12 +102,12 @@ def accelerate(model: nn.Module, memory: str | None = None, memory_budget: str |
     Args:
         model: with layers of these libraries anywhere in it.
         memory: None: layer by layer. "reversible", "checkpoint" or "store": runs of GlowBlocks (normflows), of mixing
-            layers and couplings (nflows), and of AllInOneBlocks (FrEIA's SequenceINN; all of a run with the same
-            condition or none) are joined, fused, and trained in that memory mode, see ReversibleSequence. Whoever
-            iterates over or indexes the lists that hold them finds one object in the place of a run, and the lists
-            cannot be changed. The layers run one by one, as ever, while they wait for data to be initialised from,
-            while there are hooks on them, in other dtypes than float32 and float64, with a context (nflows), within
-            torch.func, and in the replicas of a DataParallel.
+            layers and couplings (nflows), and of AllInOneBlocks (FrEIA's SequenceINN and GraphINN; all of a run with
+            the same conditions or none) are joined, fused, and trained in that memory mode, see ReversibleSequence.
+            Whoever iterates over or indexes the lists that hold them finds one object in the place of a run, and the
+            lists cannot be changed. The layers run one by one, as ever, while they wait for data to be initialised
+            from, while there are hooks on them, in other dtypes than float32 and float64, with a context (nflows),
+            within torch.func, and in the replicas of a DataParallel.
         memory_budget: bytes of one net's activations in a joined run, or "auto".
 
     Returns:

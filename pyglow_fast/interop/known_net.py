@@ -34,6 +34,7 @@ AFFINE_MAPS: dict[str, Callable[[nn.Module, int], Affine | None]] = {
 }
 # Of convolutions that are better left to the library: channels, one side to the other, multiply-adds of a batch.
 LEAST_SQUARE, MOST_RATIO, LEAST_WORK = 16, 4, 2e8
+LEAST_ROWS, MOST_FEATURES = 1024, 512  # of vectors and of the layers between which ours are as fast, see pays
 LAYERS: dict[type[nn.Module], int] = {nn.Linear: 0, nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}  # spatial dimensions
 NORMS: dict[type[nn.Module], tuple[int, ...]] = {nn.BatchNorm1d: (0, 1), nn.BatchNorm2d: (2,), nn.BatchNorm3d: (3,)}
 
@@ -119,8 +120,11 @@ class KnownNet:
         """Tells whether products of ours are as fast as the library's layers on x; see docs/speed.md.
 
         They are slower where most of the work is convolutions of images with more than one tap between about as many
-        channels, and much work: the library's direct ones gather nothing.
+        channels, and much work: the library's direct ones gather nothing. And for few vectors, whose cost is that of
+        packing the weights, and for wide layers on vectors.
         """
+        if self.dims == 0:
+            return x.shape[0] >= LEAST_ROWS and max(self.channels) <= MOST_FEATURES
         if self.dims != 2:
             return True
         square = every = 0

@@ -218,6 +218,24 @@ def test_nets_that_change_when_they_run_are_left(name: str, memory: str, kind: s
         )
 
 
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("memory", ["checkpoint", "reversible"])
+@pytest.mark.parametrize("name", ["normflows", "FrEIA"])
+def test_a_spectral_norm_put_on_a_joined_net(name: str, memory: str, old: bool) -> None:
+    """The steps run one by one then, in training: a net that changes when it runs cannot be run again."""
+    model, loss_of, _ = prepared(name)
+    theirs = copy.deepcopy(model)
+    assert accelerate(model, memory).joined
+    norm_of = nn.utils.spectral_norm if old else nn.utils.parametrizations.spectral_norm
+    for item in (model, theirs):
+        torch.manual_seed(5)
+        convolution = [module for module in item.modules() if type(module) is nn.Conv2d][1]
+        norm_of(convolution)
+    assert_same_gradients(model, theirs, loss_of, images())
+    for (key, own), (_, wanted) in zip(model.named_buffers(), theirs.named_buffers(), strict=True):
+        torch.testing.assert_close(own, wanted, rtol=1e-9, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}")
+
+
 class TestInputs:
     @pytest.mark.parametrize("memory", [None, "reversible"])
     @pytest.mark.parametrize("name", ["normflows", "nflows"])

@@ -15,7 +15,7 @@ from support.drawn_chains import CONVOLUTIONS, Doubled, norm_of
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from pyglow_fast.interop import nets
+from pyglow_fast.interop import known_net, nets
 
 
 def conv(*args: Any, dims: int = 2, **options: Any) -> Any:
@@ -256,6 +256,10 @@ def chain(*channels: int, size: int = 3, dims: int = 2) -> nn.Sequential:
     return nn.Sequential(*parts[:-1])
 
 
+def linear(*channels: int) -> nn.Sequential:
+    return nn.Sequential(*(nn.Linear(*widths) for widths in itertools.pairwise(channels)))
+
+
 # Whether products of ours are as fast: as bench nets found it, at these shapes and near the borders of the rule.
 PAYS = [
     (chain(32, 32, 64), (16, 32, 64, 64), False),
@@ -264,13 +268,18 @@ PAYS = [
     (chain(6, 512, 12), (16, 6, 64, 64), True),  # narrow on one side
     (chain(8, 8, 8), (64, 8, 256, 256), True),  # narrow on both
     (chain(80, 192, 160, size=5, dims=1), (64, 80, 2000), True),
+    (linear(64, 128, 64), (1024, 64), True),
+    (linear(64, 128, 64), (1023, 64), False),  # few vectors
+    (linear(256, 640, 256), (4096, 256), False),  # wide layers
 ]
+LEAST_ROWS = known_net.LEAST_ROWS
 
 
 @pytest.mark.parametrize(("net", "shape", "expected"), PAYS)
 def test_nets_that_the_library_runs_faster(
     net: nn.Sequential, shape: tuple[int, ...], expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(known_net, "LEAST_ROWS", LEAST_ROWS)
     known = nets.recognised(net)
     assert isinstance(known, nets.KnownNet)
     assert known.pays(torch.empty(shape, device="meta")) == expected

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import FrEIA.modules as Fm
 import torch
@@ -15,6 +15,7 @@ from pyglow_fast._tracing import is_exporting, kernels_step_aside
 from pyglow_fast.interop import nets
 from pyglow_fast.interop.freia.layout import (
     OrderedSubnet,
+    ScaleFunction,
     ShiftThenRaw,
     clamped_spec,
     for_kernels,
@@ -221,7 +222,7 @@ class ServedBlock(nn.Module):
         return found
 
     def _affine(self, x: Tensor, a: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = super()._affine(x, a.clone(), rev)  # which multiplies a in place
+        found: tuple[Tensor, Tensor] = cast(Any, super())._affine(x, a.clone(), rev)  # which multiplies a in place
         return found
 
     def _by_kernels(self, x: Tensor, c: Sequence[Tensor], rev: bool) -> tuple[Tensor, Tensor]:
@@ -291,8 +292,10 @@ class ServedBlock(nn.Module):
         def couple(u: Tensor) -> tuple[Tensor, Tensor]:
             kept, changed = u.split(list(self.splits), dim=1)
             net_out = self.subnet(torch.cat([kept, *c], dim=1) if self.conditional else kept)
-            changed, log_det = self._affine(changed, net_out, rev)
-            return torch.cat([kept, changed], dim=1), log_det
+            raw, shift = (SUBNET_GAIN * net_out).split(self.splits[1], dim=1)
+            s, log_s = ScaleFunction(self.clamp, torch.tanh, self.GIN, self._divides)(raw)
+            changed, log_det = ((changed - shift) / s, -log_s) if rev else (changed * s + shift, log_s)
+            return torch.cat([kept, changed], dim=1), log_det.flatten(1).sum(1)
 
         return self._around(couple, x, rev)
 

@@ -25,20 +25,22 @@ class JoinedGraph(Joined, Ff.GraphINN):
 
     def steps(self) -> list[nn.Module]:
         """Give the modules of its nodes."""
-        return list(self.module_list)
+        return list(cast(Any, self).module_list)
 
     def part(self) -> None:
         """Make it a GraphINN."""
         self.__class__ = Ff.GraphINN
         for name in ("faces", "joined_graph", "joined_from"):
-            del vars(self)[name]
+            del self.__dict__[name]
 
     def forward(
         self, x_or_z: Any, c: Any = None, rev: bool = False, jac: bool = True, intermediate_outputs: bool = False,
         x: Any = None,
     ) -> Any:  # fmt: skip
         """As GraphINN's."""
-        same = all(node.module is known for node, known in zip(self.node_list, self.joined_from, strict=True))
+        same = all(
+            node.module is known for node, known in zip(cast(Any, self).node_list, self.joined_from, strict=True)
+        )
         if intermediate_outputs or not same:
             return super().forward(x_or_z, c, rev, jac, intermediate_outputs, x)
         return self.joined_graph.forward(x_or_z, c, rev, jac, x=x)
@@ -49,11 +51,12 @@ def join(graph: nn.Module, memory: str, budget: str | int) -> tuple[list[Face], 
     if type(graph) is not Ff.GraphINN:
         whose = f"the nodes of a {type(graph).__qualname__} run one by one"
         return [], dict.fromkeys(cast(Any, graph).module_list, whose)
-    nodes: list[Any] = [node for node in cast(Any, graph).node_list if node.module is not None]
+    every: list[Any] = list(cast(Any, graph).node_list)
+    nodes = [node for node in every if node.module is not None]
     places = {node: _place(node, memory) for node in nodes}
     reasons = {node.module: places[node].reason or ALONE for node in nodes}
     shown: dict[Any, Any] = {}
-    for run in _runs(nodes, places):
+    for run in _runs(every, places):
         shown |= zip(run, stand_ins([places[node] for node in run], memory, budget), strict=True)
         for node in run:
             del reasons[node.module]
@@ -73,15 +76,15 @@ def _place(node: Any, memory: str) -> Place:
     return Place([node.module], None if reason else (node.module.in_channels, conditions), reason=reason)
 
 
-def _runs(nodes: list[Any], places: dict[Any, Place]) -> list[list[Any]]:
-    """Nodes that follow each other, of one kind, with no other reader between them."""
+def _runs(every: list[Any], places: dict[Any, Place]) -> list[list[Any]]:
+    """Nodes that follow each other, of one kind, with no other reader between them, outputs of the graph included."""
     readers: Counter[tuple[Any, int]] = Counter()
-    uses = Counter(node.module for node in nodes)
-    for node in nodes:
+    uses = Counter(node.module for node in places)
+    for node in every:
         readers.update((other, index) for other, index in node.inputs)
         readers.update(cond if isinstance(cond, tuple) else (cond, 0) for cond in node.conditions)
     runs: dict[Any, list[Any]] = {}  # by the node that ends it
-    for node in nodes:  # in the order of their data
+    for node in places:  # in the order of their data
         kind = places[node].kind
         if kind is None or uses[node.module] > 1:
             continue

@@ -25,8 +25,10 @@ from pyglow_fast.interop.freia.all_in_one import STEPS, ServedBlock, without_clo
 TOLERANCE = 1e-9  # relative, in float64: sums of a few thousand terms are rounded to 1e-12
 # What an AllInOneBlock is known by, and what ours asks of it besides.
 _KNOWN_BY = ("subnet", "splits", "global_scale", "global_offset", "w_perm", "w_perm_inv")
-_NEEDS = ("clamp", "GIN", "reverse_pre_permute", "householder", "global_scale_activation", "permute_function")
-_NEEDS = (*_NEEDS, "in_channels", "input_rank", "conditional")
+_NEEDS = (
+    *("clamp", "GIN", "reverse_pre_permute", "householder", "global_scale_activation", "permute_function"),
+    *("in_channels", "input_rank", "conditional"),
+)
 _PARTS = ("forward", *STEPS, "_construct_householder_permutation")  # methods that are its arithmetic
 _SIZES = {0: ((), ()), 1: ((8,), (10,)), 2: ((4, 4), (4, 6)), 3: ((2, 2, 4), (2, 4, 4))}  # of images, by dimensions
 _CONSTANTS = ("haar_weights", "downsample_kernel")
@@ -42,7 +44,11 @@ class Variant(NamedTuple):
 
 
 class _DiffersError(Exception):
-    """Says in what a layer is not what ours is."""
+    """Says in what a layer is not what ours is, and how many things are the same."""
+
+    def __init__(self, text: str = "", same: int = 0) -> None:
+        super().__init__(text)
+        self.same = same
 
 
 # Of each class, by the configuration of a layer: its variant, or why it is left.
@@ -140,7 +146,8 @@ def _unfit(layer: Any) -> str:
     if rank not in _SIZES or list(layer.splits) != [channels - channels // 2, channels // 2]:
         return f"splits {layer.splits} of {channels} channels: expected halves"
     if any(getattr(layer, name).shape != per_channel for name in ("global_scale", "global_offset")):
-        return f"global_scale {tuple(layer.global_scale.shape)}, expected {per_channel}"
+        shapes = (f"{name} {tuple(getattr(layer, name).shape)}" for name in ("global_scale", "global_offset"))
+        return f"{', '.join(shapes)}: expected {per_channel}"
     if layer.householder and not (hasattr(layer, "vk_householder") and hasattr(layer, "w_0")):
         return "reflections that are kept otherwise than in vk_householder and w_0"
     if "parametrizations" in layer._modules:
@@ -201,8 +208,8 @@ def _variant(layer: nn.Module, own: type[nn.Module] | None) -> Variant | str:
                 _compare(layer, ours, theirs)
                 return Variant(divides, fixed_size)
             except Exception as error:
-                reasons.append(str(error) or type(error).__name__)
-    return f"{type(layer).__qualname__} is not what ours is: {reasons[-1]}"
+                reasons.append((getattr(error, "same", 0), str(error) or type(error).__name__))
+    return f"{type(layer).__qualname__} is not what ours is: {max(reasons)[1]}"  # of the form that comes closest
 
 
 Results = dict[str, Tensor | None]
@@ -237,16 +244,16 @@ def _compare(layer: nn.Module, own: type[nn.Module], theirs: Sequence[Results]) 
             without_closures(twin)
             runs = [_calling(each) for each in (twin._by_kernels, twin._by_products, twin._by_torch)]
         found = [item for run in runs for item in _results(twin, run, _sizes(layer)[index]).items()]
-        for name, value in found:
+        for same, (name, value) in enumerate(found):
             wanted = expected[name]
             if value is None or wanted is None or value.shape != wanted.shape:
                 shapes = [None if part is None else tuple(part.shape) for part in (wanted, value)]
                 if shapes[0] != shapes[1]:
-                    raise _DiffersError(f"its {name} has shape {shapes[0]}, ours {shapes[1]}")
+                    raise _DiffersError(f"its {name} has shape {shapes[0]}, ours {shapes[1]}", same)
                 continue
             error = float((value - wanted).abs().max() / wanted.abs().max().clamp_min(1.0)) if value.numel() else 0.0
             if not error <= TOLERANCE:
-                raise _DiffersError(f"its {name} differs by {error:.1g} in a probe")
+                raise _DiffersError(f"its {name} differs by {error:.1g} in a probe", same)
 
 
 def _calling(arithmetic: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,183 @@
+"""Runs of blocks in GraphINNs: what is joined, with the values, gradients and calls of the graph as it was."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import FrEIA.framework as Ff
+import FrEIA.modules as Fm
+import pytest
+import torch
+from support.accelerate_cases import noisy, subnet
+from support.freia_copies import Block
+from support.helpers import assert_close
+from torch import Tensor, nn
+
+from pyglow_fast.interop import accelerate
+from pyglow_fast.interop.freia.graphs import JoinedGraph
+
+
+def blocks(start: Any, count: int, name: str, kind: type[nn.Module] = Block, **options: Any) -> list[Any]:
+    nodes: list[Any] = []
+    for i in range(count):
+        before = nodes[-1] if nodes else start
+        nodes.append(Ff.Node(before, kind, {"subnet_constructor": subnet}, name=f"{name}{i}", **options))
+    return nodes
+
+
+def u_shaped() -> nn.Module:
+    """As U-Flow: stages of blocks from coarse to fine, with half of each going up."""
+    torch.manual_seed(0)
+    coarse, fine = Ff.InputNode(8, 4, 4, name="coarse"), Ff.InputNode(4, 8, 8, name="fine")
+    first = blocks(coarse, 3, "first")
+    split = Ff.Node(first[-1], Fm.Split, {"section_sizes": (4, 4), "dim": 0}, name="split")
+    up = Ff.Node(split.out0, Fm.IRevNetUpsampling, {}, name="up")
+    cat = Ff.Node([fine.out0, up.out0], Fm.Concat, {"dim": 0}, name="cat")
+    second = blocks(cat, 2, "second", Fm.AllInOneBlock)
+    ends = [Ff.OutputNode(split.out1, name="o1"), Ff.OutputNode(second[-1], name="o2")]
+    return noisy(Ff.GraphINN([coarse, fine, *first, split, up, cat, *second, *ends]))
+
+
+def states(*shapes: tuple[int, ...]) -> list[Tensor]:
+    torch.manual_seed(1)
+    return [torch.randn(3, *shape, dtype=torch.float64) for shape in shapes]
+
+
+def assert_same(ours: nn.Module, theirs: nn.Module, xs: list[Tensor], **given: Any) -> None:
+    """Outputs, log-dets and gradients, and the way back."""
+    found = []
+    for model in (ours, theirs):
+        leaves = [x.clone().requires_grad_() for x in xs]
+        zs, log_det = model(leaves, **given)
+        zs = list(zs) if isinstance(zs, tuple) else [zs]
+        wanted = [*leaves, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
+        loss = sum((z.square().sum() for z in zs), torch.zeros(())) - log_det.sum()
+        back, back_log_det = model([z.detach() for z in zs], rev=True, **given)
+        back = list(back) if isinstance(back, tuple) else [back]
+        found.append([*zs, log_det, *torch.autograd.grad(loss, wanted), *back, back_log_det])
+    for value, expected in zip(*found, strict=True):
+        assert_close(value, expected, 1000.0)
+
+
+@pytest.mark.parametrize("memory", ["store", "checkpoint", "reversible"])
+def test_a_graph_that_splits_and_joins(memory: str) -> None:
+    theirs = u_shaped()
+    ours, xs = copy.deepcopy(theirs), states((8, 4, 4), (4, 8, 8))
+    kinds = [type(module) for module in ours.modules()]
+    done = accelerate(ours, memory)
+    assert done.joined == {"": f"3 steps in one chain each, memory {memory!r}"}
+    reasons = {name: reason for name, reason in done.left.items() if "not joined" in reason}
+    assert list(reasons.values()) == ["not joined: an odd number of channels, 5"] * 2
+    for item in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert type(item) is JoinedGraph
+        assert list(item.state_dict()) == list(theirs.state_dict())
+        assert_same(item, theirs, xs)
+    done.undo()
+    assert [type(module) for module in ours.modules()] == kinds
+    assert vars(ours).keys() == vars(theirs).keys()
+    assert_same(ours, theirs, xs)
+
+
+def test_all_that_a_graph_can_be_asked_for() -> None:
+    """Each node's output and log-det, no log-dets, nodes by name, another input by name, the numerical log-det."""
+    theirs = u_shaped()
+    ours, xs = copy.deepcopy(theirs), states((8, 4, 4), (4, 8, 8))
+    accelerate(ours, "store")
+    for rev in (False, True):
+        given = list(theirs(xs)[0]) if rev else xs
+        (outputs, log_dets), (expected, expected_log_dets) = (
+            model(given, rev=rev, intermediate_outputs=True) for model in (ours, theirs)
+        )
+        assert [(node.name, i) for node, i in outputs] == [(node.name, i) for node, i in expected]
+        for value, wanted in zip(outputs.values(), expected.values(), strict=True):
+            assert_close(value, wanted, 100.0)
+        for value, wanted in zip(log_dets.values(), expected_log_dets.values(), strict=True):
+            assert_close(value, wanted, 100.0)
+    assert not ours(xs, jac=False)[1].any()
+    assert ours.get_module_by_name("first1") is ours.get_node_by_name("first1").module
+    with pytest.warns(UserWarning, match="x is now called x_or_z"):
+        assert_close(ours(None, x=xs)[1], theirs(xs)[1], 100.0)
+
+
+@pytest.mark.parametrize("memory", ["store", "reversible"])
+def test_conditions(memory: str) -> None:
+    """Neighbours with the same ones are joined, with two at a time too."""
+    torch.manual_seed(0)
+    start, conds = Ff.InputNode(4, 6, 6), [Ff.ConditionNode(2, 6, 6, name="a"), Ff.ConditionNode(3, 6, 6, name="b")]
+    nodes = blocks(start, 2, "both", conditions=conds)
+    nodes += blocks(nodes[-1], 1, "first", conditions=conds[0])
+    nodes += blocks(nodes[-1], 2, "second", conditions=conds[1])
+    nodes += blocks(nodes[-1], 2, "none", Fm.AllInOneBlock)
+    theirs = noisy(Ff.GraphINN([start, *conds, *nodes, Ff.OutputNode(nodes[-1])]))
+    ours = copy.deepcopy(theirs)
+    done = accelerate(ours, memory)
+    assert done.joined == {"": f"2, 2, 2 steps in one chain each, memory {memory!r}"}
+    assert [reason for reason in done.left.values() if "joined" in reason] == [
+        "not joined: no step of its width next to it"
+    ]
+    x, *c = states((4, 6, 6), (2, 6, 6), (3, 6, 6))
+    assert_same(ours, theirs, [x], c=c)
+
+
+def test_what_somebody_else_reads_ends_a_run() -> None:
+    """Here an output of the graph, which FrEIA can only run forward then."""
+    torch.manual_seed(0)
+    start = Ff.InputNode(4, 6, 6)
+    nodes = blocks(start, 2, "first")
+    tap = Ff.OutputNode(nodes[1], name="tap")
+    nodes += blocks(nodes[1], 2, "second")
+    theirs = noisy(Ff.GraphINN([start, *nodes, tap, Ff.OutputNode(nodes[-1], name="end")]))
+    ours = copy.deepcopy(theirs)
+    assert accelerate(ours, "store").joined == {"": "2, 2 steps in one chain each, memory 'store'"}
+    (tapped, end), log_det = ours(x := states((4, 6, 6))[0])
+    (wanted, last), expected = theirs(x)
+    for value, exact in ((tapped, wanted), (end, last), (log_det, expected)):
+        assert_close(value, exact, 100.0)
+
+
+def test_a_module_in_two_nodes_is_in_no_run() -> None:
+    torch.manual_seed(0)
+    start = Ff.InputNode(4, 6, 6)
+    nodes = blocks(start, 3, "block")
+    theirs = Ff.GraphINN([start, *nodes, Ff.OutputNode(nodes[-1])])
+    theirs.node_list[2].module = theirs.node_list[1].module
+    assert accelerate(theirs, "store").joined == {}
+
+
+def test_another_module_in_a_node_is_what_runs() -> None:
+    theirs = u_shaped()
+    ours, xs = copy.deepcopy(theirs), states((8, 4, 4), (4, 8, 8))
+    accelerate(ours, "store")
+    for model in (ours, theirs):
+        torch.manual_seed(3)
+        model.get_node_by_name("first1").module = noisy(Block([(8, 4, 4)], subnet_constructor=subnet))
+    assert_close(ours(xs)[1], theirs(xs)[1], 100.0)
+
+
+def test_called_again() -> None:
+    model = u_shaped()
+    first = accelerate(model)
+    second = accelerate(model, "reversible")
+    third = accelerate(model, "store")
+    assert (list(second.joined), third.joined) == ([""], {})
+    assert sum("joined before, memory reversible" in reason for reason in third.left.values()) == 5
+    with pytest.raises(RuntimeError, match="joined by a later call of accelerate"):
+        first.undo()
+    second.undo()
+    first.undo()
+    assert type(model) is Ff.GraphINN
+
+
+def test_another_kind_of_graph_runs_node_by_node() -> None:
+    class Mine(Ff.GraphINN):  # type: ignore[misc]
+        pass
+
+    start = Ff.InputNode(4, 6, 6)
+    nodes = blocks(start, 2, "block")
+    model = Mine([start, *nodes, Ff.OutputNode(nodes[-1])])
+    done = accelerate(model, "store")
+    assert done.joined == {}
+    reason = done.left["module_list.0"]
+    assert (reason.startswith("not joined: the nodes of a "), reason.endswith("Mine run one by one")) == (True, True)
