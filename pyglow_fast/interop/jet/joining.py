@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
@@ -70,11 +71,12 @@ class _Step(nn.Module):
         return found._replace(net=partial(_in_parts, found.net, self.samples_at_once(x)))
 
     def samples_at_once(self, x: Tensor) -> int:
-        """How many samples of x the net sees at a time: as many as the memory budget holds."""
+        """How many samples of x the net sees at a time: the fewest parts of near-equal size that the budget holds."""
         layer: Any = self.layer
-        _, tokens, channels = x.shape
-        one = tokens * bytes_per_position(layer.dnn, channels, x.element_size())
-        return max(1, budget_bytes(self.budget, x.device.type) // one) if tokens else len(x)
+        n, tokens, channels = x.shape
+        one = max(1, tokens * bytes_per_position(layer.dnn, channels, x.element_size()))
+        most = max(1, budget_bytes(self.budget, x.device.type) // one)
+        return max(1, math.ceil(n / max(1, math.ceil(n / most))))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x -> y, log_det (N,)."""
