@@ -17,6 +17,7 @@ from pyglow_fast.layers import (
     Split,
     Squeeze,
 )
+from pyglow_fast.memory import release_memory
 from pyglow_fast.models import Glow, GlowConfig
 
 try:
@@ -41,4 +42,5 @@ __all__ = [
     "likelihood",
     "presets",
     "reference",
+    "release_memory",
 ]
