@@ -6,7 +6,8 @@ The flow part alone, on random features (bench/live_cases.py). Theirs, and copie
 ``accelerate(model)`` and with memory "store" and "reversible", take turns in one process. A training step is forward
 and backward of the mean negative log-likelihood, inference the forward without gradients; an optimizer is no part of
 it. With bf16 all are under torch.autocast. Outputs and gradients of every copy are held against theirs in float64: in
-float64 they are to agree to 1e-9, in the precision that is measured to be off by at most twice as much as theirs.
+float64 they are to agree to 1e-9, in the precision that is measured to be off by at most twice as much as theirs (and
+gradients in float32 by what relus do whose arguments have another sign).
 Memory is what a training step has alive at its peak besides parameters and gradients (AllocatorTrace of
 bench/memory_meter.py). A project that is not installed is left out, by name; a model of which nothing is replaced is a
 row that says so.

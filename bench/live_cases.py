@@ -1,7 +1,7 @@
 """The flows of projects that people run, as the benchmark of live models calls them: models, features, sources.
 
 Each is built by its project's own code where that can be imported (`make test-live` installs it into build/live), else
-by FrEIA's layers in the same shape, or is the model of the interface that the tests have. Features are random.
+by FrEIA's layers in the same shape, or is written by the project's interface. Features are random.
 """
 
 from __future__ import annotations
@@ -216,8 +216,9 @@ class _InTurn(nn.Module):
 
 def chaiyujin(batch: int) -> LiveCase:
     """16 of chaiyujin's FlowSteps, hidden 512, at the first level of 64x64 images."""
-    own = light_import("tests.support.srflow_like")
-    model = _InTurn([own.FlowStep(12, 512, flow_coupling="affine") for _ in range(16)])
+    from bench.srflow_peer import FlowStep
+
+    model = _InTurn([FlowStep(12, 512, flow_coupling="affine") for _ in range(16)])
 
     def call(model: nn.Module, x: Tensor) -> Latents:
         z, log_det = model(x)

@@ -1,7 +1,7 @@
 # cmake -DNM=nm -DISA=avx2 "-DOBJECTS=a.o;b.o" [-DSTAMP=file] -P check_isa_symbols.cmake
 # Fails if an object defines a weak or unique symbol whose mangled name does not contain its instruction set. The token
 # appears there with its length in front (4avx2): as the enclosing namespace, or in a template argument, and in both
-# cases no object of another instruction set can define the same name.
+# cases no object of another instruction set can define the same name. DW.ref... are addresses for exceptions, no code.
 string(LENGTH "${ISA}" length)
 set(token "${length}${ISA}")
 set(shared "")
@@ -13,7 +13,7 @@ foreach(object IN LISTS OBJECTS)
     # posix format: name, type, ...; types W, w, V, v are weak and u is unique.
     if(line MATCHES "^([^ ]+) [WwVvu]( |$)")
       set(symbol "${CMAKE_MATCH_1}")
-      if(NOT symbol MATCHES "${token}")
+      if(NOT symbol MATCHES "${token}|^DW\\.ref\\.")
         string(APPEND shared "\n  ${symbol}  in ${object}")
       endif()
     endif()

@@ -420,6 +420,19 @@ struct Threads {
 // std::invalid_argument if it names one that cannot run here.
 const char* instruction_set();
 
+// Memory of large outputs and of the nets' workspaces, which waits for another use: fresh pages cost more than what
+// most ops do with them, and malloc by default returns large blocks to the system at once. At most 64 MiB wait within a
+// step, and 32 MiB after it, but no more than one of the last 16 steps needed.
+struct Block {
+  void* data;  // null: there is not so much memory
+  int64_t size;
+};
+constexpr int64_t least_reused = int64_t{1} << 17;  // bytes; malloc keeps what is smaller by itself
+Block take_block(int64_t bytes);
+void give_back(const Block& block);
+int64_t idle_bytes();  // that wait
+void release_idle();   // to the system
+
 #define PYGLOW_DECLARE(kernel, Args) \
   template <class T>                 \
   void kernel(const Args<T>& args, const Threads& threads);

@@ -18,6 +18,7 @@ from pyglow_fast.layers import (
     Split,
     Squeeze,
 )
+from pyglow_fast.memory import release_memory
 from pyglow_fast.models import Glow, GlowConfig
 
 try:
@@ -43,4 +44,5 @@ __all__ = [
     "likelihood",
     "presets",
     "reference",
+    "release_memory",
 ]

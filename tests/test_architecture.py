@@ -38,8 +38,9 @@ ALLOWED: dict[str, set[str]] = {
     **{name: FOUNDATION | BESIDE | set(STACK[:rank]) for rank, name in enumerate(STACK)},
     "_backend": FOUNDATION,
     "info": FOUNDATION | BESIDE | {"_backend", "ops"},
+    "memory": {"_backend"},
     "interop": FOUNDATION | BESIDE | set(STACK[: STACK.index("models") + 1]),
-    "__init__": FOUNDATION | BESIDE | {"interop"} | set(STACK[: STACK.index("models") + 1]),
+    "__init__": FOUNDATION | BESIDE | {"interop", "memory"} | set(STACK[: STACK.index("models") + 1]),
     "__main__": {"cli"},
 }
 for above_data in ("train", "experiments", "cli"):

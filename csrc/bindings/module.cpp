@@ -17,7 +17,6 @@
 
 #include "bindings/checks.h"
 #include "bindings/device.h"
-#include "bindings/memory.h"
 #include "bindings/ops.h"
 #include "core.h"
 
@@ -160,8 +159,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("instruction_set", &pyglow::cpu::instruction_set,
         "The CPU kernels in use: portable, avx2, avx512, avx512_bf16 or amx.");
   m.def("parallel_threads", &parallel_threads, "The threads that share a loop of the CPU kernels.");
-  m.def("idle_bytes", &idle_bytes, "Bytes of large CPU outputs that wait for another use.");
-  m.def("release_idle", &release_idle, "Return those bytes to malloc.");
+  m.def("idle_bytes", &pyglow::cpu::idle_bytes, "Bytes of CPU memory that wait for another use.");
+  m.def("release_idle", &pyglow::cpu::release_idle, "Return those bytes to the system.");
   m.def("cuda_device_count", &cuda_device_count, "The GPUs that the CUDA kernels can run on.");
   m.def("elementary", &elementary, "A vector function of the CPU kernels, for tests of its error bound.");
   m.def("activation", &activation, "An activation of the CPU kernels, or its backward, for tests of its error bound.",

@@ -27,13 +27,6 @@ class Buffer {
     return memory_;
   }
 
-  void trim(std::size_t most) {
-    if (size_ <= most) return;
-    std::free(memory_);
-    memory_ = nullptr;
-    size_ = 0;
-  }
-
  private:
   void* memory_ = nullptr;
   std::size_t size_ = 0;
@@ -47,7 +40,5 @@ Buffer& buffer_of(Scratch kind) {
 }  // namespace
 
 void* thread_scratch(Scratch kind, std::size_t bytes) { return buffer_of(kind).at_least(bytes); }
-
-void trim_scratch(Scratch kind, std::size_t most) { buffer_of(kind).trim(most); }
 
 }  // namespace pyglow::cpu

@@ -116,13 +116,16 @@ def test_what_an_adapter_raises_is_a_row(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "KeyError" in table(list(rows.values()))
 
 
-@pytest.mark.parametrize("error", [math.nan, 3.1e-7])
+@pytest.mark.parametrize("error", [math.nan, 3e-4])
 def test_faults(error: float) -> None:
     values = {"float64 outputs": 0.0, "float64 gradients": 1e-10, "outputs": 1e-7, "gradients": 1e-7}
     theirs = LiveRow("m", "s", 1, "theirs", "fp32", "cpu", "default", errors=values)
     assert faults(theirs, theirs) == ""
     for name in values:
         assert faults(dataclasses.replace(theirs, errors=values | {name: error}), theirs) != ""
+    other_signs = dataclasses.replace(theirs, errors=values | {"gradients": 2e-4})
+    assert faults(other_signs, theirs) == ""
+    assert faults(dataclasses.replace(other_signs, precision="bf16"), theirs) != ""
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,7 +33,6 @@ class Forward {
         first = end;
       }
     }
-    Workspace::leave();
   }
 
  private:

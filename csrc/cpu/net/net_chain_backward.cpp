@@ -42,7 +42,6 @@ class Backward {
       }
     }
     if (want_weights_) finish_last();
-    Workspace::leave();
   }
 
  private:

@@ -1,6 +1,9 @@
 // What the products of a coupling net are made of: turns of samples, cuts of pixels, their workspace, and the sum of
 // the taps of a last convolution.
 #pragma once
+#include <new>
+
+#include "core.h"
 #include "cpu/net/images.h"
 #include "cpu/scratch.h"
 
@@ -54,12 +57,19 @@ class Cuts {
   int64_t samples_at_once_ = 1, cut_ = 0, turns_ = 0;
 };
 
-constexpr int64_t line = 64;                 // bytes; every matrix starts on one
-constexpr std::size_t most_kept = 64 << 20;  // bytes between calls
+constexpr int64_t line = 64;  // bytes; every matrix starts on one
 
-// Arrays in a block of memory that this thread keeps between calls: rooms are reserved, then all of them taken.
+// Arrays in one piece of memory: rooms are reserved, then all of them taken. A small piece stays with this thread, a
+// large one is a block that whoever comes next may have.
 class Workspace {
  public:
+  Workspace() = default;
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  ~Workspace() {
+    if (block_.data != nullptr) give_back(block_);
+  }
+
   template <class T>
   struct Room {
     int64_t place = -1;
@@ -72,9 +82,15 @@ class Workspace {
     size_ += 2 * before + round_up(elements * static_cast<int64_t>(sizeof(T)), line) + line;
     return found;
   }
-  void take() { memory_ = static_cast<char*>(thread_scratch(Scratch::net, size_)); }
-  // Large images are rare, and their planes are not kept for the next.
-  static void leave() { trim_scratch(Scratch::net, most_kept); }
+  void take() {
+    if (size_ < least_reused) {
+      memory_ = static_cast<char*>(thread_scratch(Scratch::net, size_));
+      return;
+    }
+    block_ = take_block(size_);
+    if (block_.data == nullptr) throw std::bad_alloc();
+    memory_ = static_cast<char*>(block_.data);
+  }
   template <class T>
   T* operator[](Room<T> room) const {
     return reinterpret_cast<T*>(memory_ + room.place);
@@ -83,6 +99,7 @@ class Workspace {
  private:
   int64_t size_ = 0;
   char* memory_ = nullptr;
+  Block block_{nullptr, 0};
 };
 
 // Rows of planes should not share one set of a cache: no power of two apart.
