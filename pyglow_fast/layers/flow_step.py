@@ -186,7 +186,8 @@ def run_couplings_inverse(
     budget: str | int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The inverse of :func:`run_couplings`: one pass a step besides its net."""
-    log_det, count = -maps_log_det(folded.maps, z), len(couplings)
+    log_det = -maps_log_det(folded.maps, z)
+    count = len(couplings)
     if len(folded.maps) > count:
         z = functional.channel_unmix(z, folded.inverses[count], folded.maps[count].offset)
     steps = zip(couplings, folded.nets, folded.maps[:count], folded.inverses[:count], strict=True)
