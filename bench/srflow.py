@@ -5,9 +5,9 @@
 
 All have the same weights and the same loss, -log p of one batch, given features of each level. `memory` is the largest
 number of bytes of tensors alive during forward and backward that were made there (bench/memory_meter.py), gradients of
-the parameters among them; `seconds` is processor time, the least of the rounds, which are interleaved. With --encoder
-the features ask for a gradient too, as those of an encoder that is trained. The model in plain torch is
-bench/srflow_peer.py, of SRFlow's interface and equations.
+the parameters among them (`gradients` of it); `seconds` is processor time, the least of the rounds, which are
+interleaved. With --encoder the features ask for a gradient too, as those of an encoder that is trained. The model in
+plain torch is bench/srflow_peer.py, of SRFlow's interface and equations.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ Loss = Callable[[Tensor, list[Tensor]], Tensor]
 
 @dataclass(frozen=True)
 class Row:
-    """One way to train: its name, largest bytes, least processor seconds, and its loss and gradient norm."""
+    """One way to train: its name, largest bytes, those of the parameters' gradients, processor seconds, and checks."""
 
     name: str
     memory: int
+    gradients: int
     seconds: float
     loss: float
     gradient: float
@@ -116,17 +117,17 @@ def measure(options: argparse.Namespace) -> list[Row]:
     seconds: dict[str, list[float]] = {name: [] for name in models}
     peaks, results = {}, {}
     for name in models:
-        for _ in range(2):  # the reversible ones settle the spacing of their anchors
-            results[name] = step(name)
+        step(name)
         with MemoryMeter() as meter:
-            step(name)
+            results[name] = step(name)
         peaks[name] = meter.peak
     for _ in range(options.rounds):
         for name in models:
             begin = time.process_time()
             step(name)
             seconds[name].append(time.process_time() - begin)
-    return [Row(name, peaks[name], min(seconds[name]), *results[name]) for name in models]
+    gradients = sum(parameter.nbytes for parameter in peer.parameters())
+    return [Row(name, peaks[name], gradients, min(seconds[name]), *results[name]) for name in models]
 
 
 def _arguments(options: Sequence[str] | None) -> argparse.Namespace:
@@ -147,12 +148,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _arguments(arguments)
     torch.set_num_threads(options.threads)
     rows = measure(options)
-    print(f"{'':26}{'memory, MB':>12}{'seconds':>9}{'loss':>13}{'gradient':>12}")
+    print(f"{'':26}{'memory, MB':>12}{'gradients':>11}{'seconds':>9}{'loss':>13}{'gradient':>12}")
     for row in rows:
-        print(f"{row.name:26}{row.memory / 1e6:12.0f}{row.seconds:9.2f}{row.loss:13.1f}{row.gradient:12.1f}")
+        sizes = f"{row.memory / 1e6:12.0f}{row.gradients / 1e6:11.0f}"
+        print(f"{row.name:26}{sizes}{row.seconds:9.2f}{row.loss:13.1f}{row.gradient:12.1f}")
     if options.out is not None:
         shown = {name: value for name, value in vars(options).items() if name != "out"}
-        write_json(options.out, {"machine": machine(), "options": shown, "rows": [asdict(row) for row in rows]})
+        write_json(
+            options.out,
+            {"machine": machine(torch.device("cpu")), "options": shown, "rows": [asdict(row) for row in rows]},
+        )
     return 0
 
 

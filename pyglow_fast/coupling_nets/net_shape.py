@@ -88,6 +88,7 @@ class NetShape(nn.Module):
             x = self.with_condition(x, cond)
             return functional.coupling_net(torch.cat([x, x.new_ones(x.shape[0], 1, *x.shape[2:])], dim=1), *weights)
         self.check_inputs(x, cond)
-        if cond is None and not x.requires_grad and torch.is_grad_enabled():
+        of_data = cond is None and not x.requires_grad and torch.is_grad_enabled()
+        if of_data and not torch.is_autocast_enabled(x.device.type):
             return reference.coupling_net(x, *weights)  # the library leaves out the gradient of x, which ours computes
         return functional.coupling_net(x, *weights, cond=None if cond is None else cond.to(x.dtype))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.helpers import assert_close
+from support.pages import code, page
 from torch import Tensor
 
 import pyglow_fast as pgf
@@ -224,3 +225,12 @@ def test_no_distribution_of_a_condition_of_each_level() -> None:
 def test_configs_that_no_model_can_have(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pgf.GlowConfig(**{**FIELDS, **fields})
+
+
+def test_the_example_of_the_page_runs() -> None:
+    example, *_ = code(page("docs/superresolution.md"), "python")
+    names: dict[str, Any] = {}
+    exec(example, names)
+    assert names["sample"].shape == names["x"].shape == (1, 3, 160, 160)
+    assert names["wide"].config.image_shape == (3, 320, 240)
+    assert all(parameter.grad is not None for parameter in names["flow"].parameters())
