@@ -16,13 +16,16 @@ from pyglow_fast._derivatives import apply, differentiable_once, has_transforms
 from pyglow_fast._errors import check_count, check_input, expect
 from pyglow_fast.coupling_nets.masks import run_by_length
 
+CHANNELS_LAST = 1000  # positions of a batch from which on it pays to lay the weights out for it
+
 
 class _Gate(torch.autograd.Function):
     """t s = tanh(a) sigmoid(b) of the halves of h, which keeps the factors and the result, and not h."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor) -> Tensor:
-        a, b = h.chunk(2, dim=-1)
+    def forward(ctx: Any, h: Tensor, dim: int) -> Tensor:
+        ctx.dim = dim
+        a, b = h.chunk(2, dim)
         tanh, sigmoid = a.tanh(), b.sigmoid()
         out = tanh * sigmoid
         ctx.save_for_backward(tanh, sigmoid, out)
@@ -30,22 +33,22 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """(s - t (t s)) grad and (t s - (t s) s) grad, side by side."""
         tanh, sigmoid, out = ctx.saved_tensors
-        grad_h = grad.new_empty(*grad.shape[:-1], 2 * grad.shape[-1])
-        of_tanh, of_sigmoid = grad_h.chunk(2, dim=-1)
+        grad_h = grad.new_empty([size * (1 + (dim == ctx.dim)) for dim, size in enumerate(grad.shape)])
+        of_tanh, of_sigmoid = grad_h.chunk(2, ctx.dim)
         torch.addcmul(sigmoid, out, tanh, value=-1.0, out=of_tanh).mul_(grad)
         torch.addcmul(out, out, sigmoid, value=-1.0, out=of_sigmoid).mul_(grad)
-        return (grad_h,)
+        return grad_h, None
 
 
-def gated(h: Tensor) -> Tensor:
-    """tanh(a) sigmoid(b), a and b the first and second half of the channels of h: (N, T, 2 C) -> (N, T, C)."""
+def gated(h: Tensor, dim: int) -> Tensor:
+    """tanh(a) sigmoid(b), a and b the first and second half of the channels of h, which are dimension ``dim``."""
     if torch.compiler.is_compiling() or has_transforms() or not ops.run_on(h):
-        a, b = h.chunk(2, dim=-1)
+        a, b = h.chunk(2, dim)
         return a.tanh() * b.sigmoid()
-    out: Tensor = apply(_Gate, h)
+    out: Tensor = apply(_Gate, h, dim)
     return out
 
 
@@ -63,12 +66,18 @@ class Conv(NamedTuple):
         return self._replace(weight=self.weight.unsqueeze(2).contiguous(memory_format=torch.channels_last))
 
     def of(self, x: Tensor) -> Tensor:
-        """Of x (N, T, C_in): (N, T, C_out), which for torch is an image with its channels last, of one row."""
+        """Of x (N, C_in, T): (N, C_out, T). With a weight that is laid out of (N, T, C_in): (N, T, C_out).
+
+        That is for torch an image with its channels last, of one row.
+        """
+        if self.weight.dim() == 3:
+            padding = self.dilation * (self.weight.shape[2] // 2)
+            return F.conv1d(x, self.weight, self.bias, padding=padding, dilation=self.dilation)
         if self.weight.dim() == 2:
             return F.linear(x, self.weight, self.bias)
-        padding, dilation = (0, self.dilation * (self.weight.shape[3] // 2)), (1, self.dilation)
-        image = x.transpose(1, 2).unsqueeze(2)
-        return F.conv2d(image, self.weight, self.bias, padding=padding, dilation=dilation).squeeze(2).transpose(1, 2)
+        image, pads = x.transpose(1, 2).unsqueeze(2), (0, self.dilation * (self.weight.shape[3] // 2))
+        out = F.conv2d(image, self.weight, self.bias, padding=pads, dilation=(1, self.dilation))
+        return out.squeeze(2).transpose(1, 2)
 
 
 class WaveNetParts(NamedTuple):
@@ -93,8 +102,9 @@ def run_wavenet(
 ) -> Tensor:
     """m end(sum_l skip_l), h_0 = m start(x), (residual_l, skip_l) = mix_l(gate(dropout(conv_l(h_l)) + cond_l)).
 
-    h_(l+1) = m (h_l + residual_l); gate(a, b) = tanh(a) sigmoid(b). All of it runs with the channels last, where
-    torch's convolutions are faster and those of size 1 are one product, on samples of like lengths together.
+    h_(l+1) = m (h_l + residual_l); gate(a, b) = tanh(a) sigmoid(b). Samples of like lengths run together, and with the
+    channels last, where torch's convolutions are faster and those of size 1 are one product; but where there are too
+    few positions to pay for weights that are laid out so.
 
     Args:
         parts: the convolutions.
@@ -106,19 +116,24 @@ def run_wavenet(
     Returns:
         (N, C_out, T), zero where the mask is.
     """
-    return run_by_length(partial(_run, parts.laid_out(), dropout), x, cond, mask)
+    last = x.shape[0] * x.shape[2] >= CHANNELS_LAST
+    return run_by_length(partial(_run, parts.laid_out() if last else parts, dropout, last), x, cond, mask)
 
 
-def _run(parts: WaveNetParts, dropout: float, x: Tensor, cond: Tensor | None, mask: Tensor | None) -> Tensor:
-    h = x.transpose(1, 2).contiguous()
-    m = None if mask is None else mask.transpose(1, 2)
+def _run(
+    parts: WaveNetParts, dropout: float, last: bool, x: Tensor, cond: Tensor | None, mask: Tensor | None
+) -> Tensor:
+    if last:
+        x, cond, mask = (None if part is None else part.transpose(1, 2) for part in (x, cond, mask))
+        assert x is not None  # for the type checker
+    h, dim = x.contiguous(), 2 if last else 1
 
     def masked(value: Tensor) -> Tensor:
-        return value if m is None else value * m
+        return value if mask is None else value * mask
 
     if parts.start is not None:
         h = masked(parts.start.of(h))
-    given = None if cond is None or parts.cond is None else parts.cond.of(cond.transpose(1, 2))
+    given = None if cond is None or parts.cond is None else parts.cond.of(cond)
     skips: Tensor | None = None
     layers = list(zip(parts.dilated, parts.mixing, strict=True))
     for layer, (dilated, mixing) in enumerate(layers):
@@ -126,15 +141,16 @@ def _run(parts: WaveNetParts, dropout: float, x: Tensor, cond: Tensor | None, ma
         if dropout:
             before = F.dropout(before, dropout)
         if given is not None:
-            before = before + given.narrow(2, layer * before.shape[2], before.shape[2])
-        mixed = mixing.of(gated(before))
+            before = before + given.narrow(dim, layer * before.shape[dim], before.shape[dim])
+        mixed = mixing.of(gated(before, dim))
         if layer + 1 < len(layers):
-            residual, mixed = mixed.chunk(2, dim=2)
+            residual, mixed = mixed.chunk(2, dim)
             h = masked(h + residual)
         skips = mixed if skips is None else skips + mixed
     assert skips is not None  # there is a layer
     out = masked(skips)
-    return (out if parts.end is None else masked(parts.end.of(out))).transpose(1, 2)
+    out = out if parts.end is None else masked(parts.end.of(out))
+    return out.transpose(1, 2) if last else out
 
 
 def wavenet_halo(kernel_size: int, dilations: Sequence[int]) -> int:

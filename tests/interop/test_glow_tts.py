@@ -26,10 +26,20 @@ from torch import Tensor, nn
 
 from pyglow_fast.interop import accelerate, glow_tts
 from pyglow_fast.interop.glow_tts.joining import DecoderRun
+from pyglow_fast.interop.glow_tts.layers import StandIn
+from pyglow_fast.layers import wavenet
 
 MODES = (None, "store", "checkpoint", "reversible")
 LENGTHS, TIME = (17, 16, 9, 3), 17
 EXACT = 1e-9  # relative, of float64
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["", "channels last"])
+def _sizes_that_pay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours runs on the small batches here, in both memory layouts of the nets."""
+    monkeypatch.setattr(StandIn, "least_positions", 0)
+    if request.param:
+        monkeypatch.setattr(wavenet, "CHANNELS_LAST", 0)
 
 
 def decoder(dtype: torch.dtype = torch.float64, steps: int = 3, **options: Any) -> TextDecoder:
@@ -231,6 +241,18 @@ def test_copies_and_pickles_stay_ours() -> None:
         assert torch.equal(twin(x)[0], conv(x)[0])
         assert glow_tts.release(twin) == [""]
         assert type(twin) is TextInvConv
+
+
+def test_small_batches_run_their_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StandIn, "least_positions", 50)
+    net = moved(TextWaveNet(6, 5, 1, 2))
+    accelerate(net)
+    calls = []
+    monkeypatch.setattr(wavenet, "run_by_length", lambda call, x, *_: calls.append(x.shape) or x)
+    net(torch.zeros(7, 6, 7))
+    assert calls == []
+    net(torch.zeros(5, 6, 10))
+    assert calls == [(5, 6, 10)]
 
 
 def test_report_of_a_second_call() -> None:
