@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import weight_norm
 
 from pyglow_fast import ops
 from pyglow_fast._derivatives import apply, differentiable_once, has_transforms
@@ -169,6 +168,44 @@ def wavenet_bytes(hidden: int, layers: int, edges: int, dropout: bool, element_s
     return ((4 * layers + under_way) * hidden + 3 * edges) * element_size + 2 * hidden * layers * dropout
 
 
+class NormedConv(nn.Module):
+    """A convolution along time with a weight w = gain v / |v|, |v| of each output channel: weight normalisation.
+
+    It starts as torch's Conv1d does. Unlike one with torch's weight_norm it can be pickled.
+
+    Args:
+        in_channels, out_channels: of the input and the output.
+        kernel_size: odd.
+        dilation: distance between the positions that a kernel sees.
+
+    Reference: Salimans & Kingma 2016.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, dilation: int = 1) -> None:
+        super().__init__()
+        fresh = nn.Conv1d(in_channels, out_channels, kernel_size)
+        assert fresh.bias is not None  # asked for by default
+        self.direction, self.bias = fresh.weight, fresh.bias
+        self.gain = nn.Parameter(self._norm().detach())
+        self.kernel_size, self.dilation = kernel_size, dilation
+
+    def _norm(self) -> Tensor:
+        return torch.linalg.vector_norm(self.direction, dim=(1, 2), keepdim=True)
+
+    @property
+    def weight(self) -> Tensor:
+        """w (C_out, C_in, size)."""
+        return self.direction * (self.gain / self._norm())
+
+    def parts(self) -> Conv:
+        """Its tensors of now."""
+        return Conv(self.weight, self.bias, self.dilation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, C_in, T) -> (N, C_out, T)."""
+        return self.parts().of(x)
+
+
 class WaveNet(nn.Module):
     """m end(sum_l skip_l), h_0 = m start(x), (residual_l, skip_l) = mix_l(gate(dropout(conv_l(h_l)) + cond_l)).
 
@@ -220,14 +257,12 @@ class WaveNet(nn.Module):
         self.in_channels, self.out_channels, self.hidden = in_channels, out_channels, hidden
         self.cond_channels = cond_channels
         self.dropout = nn.Dropout(dropout)
-        self.start = weight_norm(nn.Conv1d(in_channels, hidden, 1))
-        self.cond = weight_norm(nn.Conv1d(cond_channels, 2 * hidden * layers, 1)) if cond_channels else None
+        self.start = NormedConv(in_channels, hidden)
+        self.cond = NormedConv(cond_channels, 2 * hidden * layers) if cond_channels else None
         self.dilated, self.mixing = nn.ModuleList(), nn.ModuleList()
         for layer in range(layers):
-            reach = dilation_rate**layer
-            conv = nn.Conv1d(hidden, 2 * hidden, kernel_size, padding=reach * (kernel_size // 2), dilation=reach)
-            self.dilated.append(weight_norm(conv))
-            self.mixing.append(weight_norm(nn.Conv1d(hidden, hidden if layer + 1 == layers else 2 * hidden, 1)))
+            self.dilated.append(NormedConv(hidden, 2 * hidden, kernel_size, dilation_rate**layer))
+            self.mixing.append(NormedConv(hidden, hidden if layer + 1 == layers else 2 * hidden))
         self.end = nn.Conv1d(hidden, out_channels, 1)
         nn.init.zeros_(self.end.weight)
         nn.init.zeros_(self.end.bias)  # type: ignore[arg-type]
@@ -235,8 +270,8 @@ class WaveNet(nn.Module):
     @property
     def halo(self) -> int:
         """Positions to each side that an output depends on."""
-        convs: list[Any] = list(self.dilated)
-        return wavenet_halo(convs[0].kernel_size[0], [conv.dilation[0] for conv in convs])
+        dilated, _ = self._layers()
+        return wavenet_halo(dilated[0].kernel_size, [conv.dilation for conv in dilated])
 
     @property
     def deterministic(self) -> bool:
@@ -263,9 +298,9 @@ class WaveNet(nn.Module):
         return run_wavenet(self._parts(), x, cond, mask, dropout)
 
     def _parts(self) -> WaveNetParts:
-        def conv(module: Any) -> Conv:
-            return Conv(module.weight, module.bias, module.dilation[0])
+        cond = None if self.cond is None else self.cond.parts()
+        dilated, mixing = ([conv.parts() for conv in convs] for convs in self._layers())
+        return WaveNetParts(dilated, mixing, cond, self.start.parts(), Conv(self.end.weight, self.end.bias))
 
-        cond = None if self.cond is None else conv(self.cond)
-        dilated, mixing = [conv(module) for module in self.dilated], [conv(module) for module in self.mixing]
-        return WaveNetParts(dilated, mixing, cond, conv(self.start), conv(self.end))
+    def _layers(self) -> tuple[list[NormedConv], list[NormedConv]]:
+        return cast("list[NormedConv]", list(self.dilated)), cast("list[NormedConv]", list(self.mixing))

@@ -20,9 +20,9 @@ from pyglow_fast.layers.wavenet import gated
 
 def plain(net: WaveNet, x: Tensor, cond: Tensor | None, mask: Tensor | None) -> Tensor:
     """The same by another implementation, with its weights."""
-    rate = net.dilated[1].dilation[0] if len(net.dilated) > 1 else 1
+    rate = net.dilated[1].dilation if len(net.dilated) > 1 else 1
     twin: Any = TextWaveNet(
-        net.hidden, net.dilated[0].kernel_size[0], rate, len(net.dilated), net.cond_channels, norm="none"
+        net.hidden, net.dilated[0].kernel_size, rate, len(net.dilated), net.cond_channels, norm="none"
     )
     pairs_of_convs = [
         *zip(twin.in_layers, net.dilated, strict=True),

@@ -130,7 +130,11 @@ def weights_of(block: Any, net: WaveNet) -> None:
     pairs_of_convs += [*zip(net.dilated, wn.in_layers, strict=True), *zip(net.mixing, wn.res_skip_layers, strict=True)]
     with torch.no_grad():
         for own, theirs in pairs_of_convs:
-            own.weight = theirs.weight.detach() if hasattr(own, "parametrizations") else nn.Parameter(theirs.weight)
+            if isinstance(own, wavenet.NormedConv):
+                own.direction.copy_(theirs.weight)
+                own.gain.copy_(torch.linalg.vector_norm(theirs.weight, dim=(1, 2), keepdim=True))
+            else:
+                own.weight.copy_(theirs.weight)
             own.bias.copy_(theirs.bias)
 
 
