@@ -123,8 +123,8 @@ def _run(
     parts: WaveNetParts, dropout: float, last: bool, x: Tensor, cond: Tensor | None, mask: Tensor | None
 ) -> Tensor:
     if last:
-        x, cond, mask = (None if part is None else part.transpose(1, 2) for part in (x, cond, mask))
-        assert x is not None  # for the type checker
+        x = x.transpose(1, 2)
+        cond, mask = (None if part is None else part.transpose(1, 2) for part in (cond, mask))
     h, dim = x.contiguous(), 2 if last else 1
 
     def masked(value: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ def _run(
         if layer + 1 < len(layers):
             residual, mixed = mixed.chunk(2, dim)
             h = masked(h + residual)
-        skips = mixed if skips is None else skips + mixed
+        skips = mixed.to(h.dtype) if skips is None else skips + mixed  # under autocast h is wider
     assert skips is not None  # there is a layer
     out = masked(skips)
     out = out if parts.end is None else masked(parts.end.of(out))

@@ -101,6 +101,24 @@ def test_chunks_give_the_same(memory: str, budget: int) -> None:
         assert difference(ours, theirs) <= EXACT
 
 
+@pytest.mark.parametrize("memory", [None, "reversible"])
+def test_autocast_is_within_twice_their_error(memory: str | None) -> None:
+    errors: list[list[Tensor]] = [[], []]
+    for _ in range(4):
+        model, (x, mask, _) = decoder(), batch()
+        exact, _ = results(model, x, mask)
+        model.float()
+        for kept in errors:
+            with torch.autocast("cpu", torch.bfloat16):
+                z, log_det = model(x.float(), mask.float())
+            assert z.dtype == torch.float32
+            for name, value in {"z": z, "log_det": log_det}.items():
+                kept.append(((value.double() - exact[name]).norm() / exact[name].norm()).square())
+            accelerate(model, memory=memory)
+    theirs, ours = (torch.stack(kept).mean().sqrt() for kept in errors)
+    assert 1e-4 < ours <= 2.0 * theirs
+
+
 def test_what_lies_behind_the_end_has_no_influence() -> None:
     model = decoder()
     done = accelerate(model, memory="reversible")
