@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import weight_norm
 
 from pyglow_fast import ops
 from pyglow_fast._derivatives import apply, differentiable_once
@@ -17,13 +16,16 @@ from pyglow_fast._errors import check_count, check_input, expect
 from pyglow_fast._tracing import is_watched
 from pyglow_fast.coupling_nets.masks import run_by_length
 
+CHANNELS_LAST = 1000  # positions of a batch from which on it pays to lay the weights out for it
+
 
 class _Gate(torch.autograd.Function):
     """t s = tanh(a) sigmoid(b) of the halves of h, which keeps the factors and the result, and not h."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor) -> Tensor:
-        a, b = h.chunk(2, dim=-1)
+    def forward(ctx: Any, h: Tensor, dim: int) -> Tensor:
+        ctx.dim = dim
+        a, b = h.chunk(2, dim)
         tanh, sigmoid = a.tanh(), b.sigmoid()
         out = tanh * sigmoid
         ctx.save_for_backward(tanh, sigmoid, out)
@@ -31,22 +33,22 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """(s - t (t s)) grad and (t s - (t s) s) grad, side by side."""
         tanh, sigmoid, out = ctx.saved_tensors
-        grad_h = grad.new_empty(*grad.shape[:-1], 2 * grad.shape[-1])
-        of_tanh, of_sigmoid = grad_h.chunk(2, dim=-1)
+        grad_h = grad.new_empty([size * (1 + (dim == ctx.dim)) for dim, size in enumerate(grad.shape)])
+        of_tanh, of_sigmoid = grad_h.chunk(2, ctx.dim)
         torch.addcmul(sigmoid, out, tanh, value=-1.0, out=of_tanh).mul_(grad)
         torch.addcmul(out, out, sigmoid, value=-1.0, out=of_sigmoid).mul_(grad)
-        return (grad_h,)
+        return grad_h, None
 
 
-def gated(h: Tensor) -> Tensor:
-    """tanh(a) sigmoid(b), a and b the first and second half of the channels of h: (N, T, 2 C) -> (N, T, C)."""
+def gated(h: Tensor, dim: int) -> Tensor:
+    """tanh(a) sigmoid(b), a and b the first and second half of the channels of h, which are dimension ``dim``."""
     if is_watched() or not ops.run_on(h):
-        a, b = h.chunk(2, dim=-1)
+        a, b = h.chunk(2, dim)
         return a.tanh() * b.sigmoid()
-    out: Tensor = apply(_Gate, h)
+    out: Tensor = apply(_Gate, h, dim)
     return out
 
 
@@ -64,12 +66,18 @@ class Conv(NamedTuple):
         return self._replace(weight=self.weight.unsqueeze(2).contiguous(memory_format=torch.channels_last))
 
     def of(self, x: Tensor) -> Tensor:
-        """Of x (N, T, C_in): (N, T, C_out), which for torch is an image with its channels last, of one row."""
+        """Of x (N, C_in, T): (N, C_out, T). With a weight that is laid out of (N, T, C_in): (N, T, C_out).
+
+        That is for torch an image with its channels last, of one row.
+        """
+        if self.weight.dim() == 3:
+            padding = self.dilation * (self.weight.shape[2] // 2)
+            return F.conv1d(x, self.weight, self.bias, padding=padding, dilation=self.dilation)
         if self.weight.dim() == 2:
             return F.linear(x, self.weight, self.bias)
-        padding, dilation = (0, self.dilation * (self.weight.shape[3] // 2)), (1, self.dilation)
-        image = x.transpose(1, 2).unsqueeze(2)
-        return F.conv2d(image, self.weight, self.bias, padding=padding, dilation=dilation).squeeze(2).transpose(1, 2)
+        image, pads = x.transpose(1, 2).unsqueeze(2), (0, self.dilation * (self.weight.shape[3] // 2))
+        out = F.conv2d(image, self.weight, self.bias, padding=pads, dilation=(1, self.dilation))
+        return out.squeeze(2).transpose(1, 2)
 
 
 class WaveNetParts(NamedTuple):
@@ -94,8 +102,9 @@ def run_wavenet(
 ) -> Tensor:
     """m end(sum_l skip_l), h_0 = m start(x), (residual_l, skip_l) = mix_l(gate(dropout(conv_l(h_l)) + cond_l)).
 
-    h_(l+1) = m (h_l + residual_l); gate(a, b) = tanh(a) sigmoid(b). All of it runs with the channels last, where
-    torch's convolutions are faster and those of size 1 are one product, on samples of like lengths together.
+    h_(l+1) = m (h_l + residual_l); gate(a, b) = tanh(a) sigmoid(b). Samples of like lengths run together, and with the
+    channels last, where torch's convolutions are faster and those of size 1 are one product; but where there are too
+    few positions to pay for weights that are laid out so.
 
     Args:
         parts: the convolutions.
@@ -107,19 +116,24 @@ def run_wavenet(
     Returns:
         (N, C_out, T), zero where the mask is.
     """
-    return run_by_length(partial(_run, parts.laid_out(), dropout), x, cond, mask)
+    last = x.shape[0] * x.shape[2] >= CHANNELS_LAST
+    return run_by_length(partial(_run, parts.laid_out() if last else parts, dropout, last), x, cond, mask)
 
 
-def _run(parts: WaveNetParts, dropout: float, x: Tensor, cond: Tensor | None, mask: Tensor | None) -> Tensor:
-    h = x.transpose(1, 2).contiguous()
-    m = None if mask is None else mask.transpose(1, 2)
+def _run(
+    parts: WaveNetParts, dropout: float, last: bool, x: Tensor, cond: Tensor | None, mask: Tensor | None
+) -> Tensor:
+    if last:
+        x = x.transpose(1, 2)
+        cond, mask = (None if part is None else part.transpose(1, 2) for part in (cond, mask))
+    h, dim = x.contiguous(), 2 if last else 1
 
     def masked(value: Tensor) -> Tensor:
-        return value if m is None else value * m
+        return value if mask is None else value * mask
 
     if parts.start is not None:
         h = masked(parts.start.of(h))
-    given = None if cond is None or parts.cond is None else parts.cond.of(cond.transpose(1, 2))
+    given = None if cond is None or parts.cond is None else parts.cond.of(cond)
     skips: Tensor | None = None
     layers = list(zip(parts.dilated, parts.mixing, strict=True))
     for layer, (dilated, mixing) in enumerate(layers):
@@ -127,15 +141,16 @@ def _run(parts: WaveNetParts, dropout: float, x: Tensor, cond: Tensor | None, ma
         if dropout:
             before = F.dropout(before, dropout)
         if given is not None:
-            before = before + given.narrow(2, layer * before.shape[2], before.shape[2])
-        mixed = mixing.of(gated(before))
+            before = before + given.narrow(dim, layer * before.shape[dim], before.shape[dim])
+        mixed = mixing.of(gated(before, dim))
         if layer + 1 < len(layers):
-            residual, mixed = mixed.chunk(2, dim=2)
+            residual, mixed = mixed.chunk(2, dim)
             h = masked(h + residual)
-        skips = mixed if skips is None else skips + mixed
+        skips = mixed.to(h.dtype) if skips is None else skips + mixed  # under autocast h is wider
     assert skips is not None  # there is a layer
     out = masked(skips)
-    return (out if parts.end is None else masked(parts.end.of(out))).transpose(1, 2)
+    out = out if parts.end is None else masked(parts.end.of(out))
+    return out.transpose(1, 2) if last else out
 
 
 def wavenet_halo(kernel_size: int, dilations: Sequence[int]) -> int:
@@ -152,6 +167,44 @@ def wavenet_bytes(hidden: int, layers: int, edges: int, dropout: bool, element_s
     """
     under_way = 12 if dropout else 8
     return ((4 * layers + under_way) * hidden + 3 * edges) * element_size + 2 * hidden * layers * dropout
+
+
+class NormedConv(nn.Module):
+    """A convolution along time with a weight w = gain v / |v|, |v| of each output channel: weight normalisation.
+
+    It starts as torch's Conv1d does. Unlike one with torch's weight_norm it can be pickled.
+
+    Args:
+        in_channels, out_channels: of the input and the output.
+        kernel_size: odd.
+        dilation: distance between the positions that a kernel sees.
+
+    Reference: Salimans & Kingma 2016.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, dilation: int = 1) -> None:
+        super().__init__()
+        fresh = nn.Conv1d(in_channels, out_channels, kernel_size)
+        assert fresh.bias is not None  # asked for by default
+        self.direction, self.bias = fresh.weight, fresh.bias
+        self.gain = nn.Parameter(self._norm().detach())
+        self.kernel_size, self.dilation = kernel_size, dilation
+
+    def _norm(self) -> Tensor:
+        return torch.linalg.vector_norm(self.direction, dim=(1, 2), keepdim=True)
+
+    @property
+    def weight(self) -> Tensor:
+        """w (C_out, C_in, size)."""
+        return self.direction * (self.gain / self._norm())
+
+    def parts(self) -> Conv:
+        """Its tensors of now."""
+        return Conv(self.weight, self.bias, self.dilation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, C_in, T) -> (N, C_out, T)."""
+        return self.parts().of(x)
 
 
 class WaveNet(nn.Module):
@@ -205,14 +258,12 @@ class WaveNet(nn.Module):
         self.in_channels, self.out_channels, self.hidden = in_channels, out_channels, hidden
         self.cond_channels = cond_channels
         self.dropout = nn.Dropout(dropout)
-        self.start = weight_norm(nn.Conv1d(in_channels, hidden, 1))
-        self.cond = weight_norm(nn.Conv1d(cond_channels, 2 * hidden * layers, 1)) if cond_channels else None
+        self.start = NormedConv(in_channels, hidden)
+        self.cond = NormedConv(cond_channels, 2 * hidden * layers) if cond_channels else None
         self.dilated, self.mixing = nn.ModuleList(), nn.ModuleList()
         for layer in range(layers):
-            reach = dilation_rate**layer
-            conv = nn.Conv1d(hidden, 2 * hidden, kernel_size, padding=reach * (kernel_size // 2), dilation=reach)
-            self.dilated.append(weight_norm(conv))
-            self.mixing.append(weight_norm(nn.Conv1d(hidden, hidden if layer + 1 == layers else 2 * hidden, 1)))
+            self.dilated.append(NormedConv(hidden, 2 * hidden, kernel_size, dilation_rate**layer))
+            self.mixing.append(NormedConv(hidden, hidden if layer + 1 == layers else 2 * hidden))
         self.end = nn.Conv1d(hidden, out_channels, 1)
         nn.init.zeros_(self.end.weight)
         nn.init.zeros_(self.end.bias)  # type: ignore[arg-type]
@@ -220,8 +271,8 @@ class WaveNet(nn.Module):
     @property
     def halo(self) -> int:
         """Positions to each side that an output depends on."""
-        convs: list[Any] = list(self.dilated)
-        return wavenet_halo(convs[0].kernel_size[0], [conv.dilation[0] for conv in convs])
+        dilated, _ = self._layers()
+        return wavenet_halo(dilated[0].kernel_size, [conv.dilation for conv in dilated])
 
     @property
     def deterministic(self) -> bool:
@@ -248,9 +299,9 @@ class WaveNet(nn.Module):
         return run_wavenet(self._parts(), x, cond, mask, dropout)
 
     def _parts(self) -> WaveNetParts:
-        def conv(module: Any) -> Conv:
-            return Conv(module.weight, module.bias, module.dilation[0])
+        cond = None if self.cond is None else self.cond.parts()
+        dilated, mixing = ([conv.parts() for conv in convs] for convs in self._layers())
+        return WaveNetParts(dilated, mixing, cond, self.start.parts(), Conv(self.end.weight, self.end.bias))
 
-        cond = None if self.cond is None else conv(self.cond)
-        dilated, mixing = [conv(module) for module in self.dilated], [conv(module) for module in self.mixing]
-        return WaveNetParts(dilated, mixing, cond, conv(self.start), conv(self.end))
+    def _layers(self) -> tuple[list[NormedConv], list[NormedConv]]:
+        return cast("list[NormedConv]", list(self.dilated)), cast("list[NormedConv]", list(self.mixing))

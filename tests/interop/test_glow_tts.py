@@ -26,10 +26,20 @@ from torch import Tensor, nn
 
 from pyglow_fast.interop import accelerate, glow_tts
 from pyglow_fast.interop.glow_tts.joining import DecoderRun
+from pyglow_fast.interop.glow_tts.layers import StandIn
+from pyglow_fast.layers import wavenet
 
 MODES = (None, "store", "checkpoint", "reversible")
 LENGTHS, TIME = (17, 16, 9, 3), 17
 EXACT = 1e-9  # relative, of float64
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["", "channels last"])
+def _sizes_that_pay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours runs on the small batches here, in both memory layouts of the nets."""
+    monkeypatch.setattr(StandIn, "least_positions", 0)
+    if request.param:
+        monkeypatch.setattr(wavenet, "CHANNELS_LAST", 0)
 
 
 def decoder(dtype: torch.dtype = torch.float64, steps: int = 3, **options: Any) -> TextDecoder:
@@ -89,6 +99,24 @@ def test_chunks_give_the_same(memory: str, budget: int) -> None:
     accelerate(model, memory=memory, memory_budget=budget)
     for ours, theirs in zip(results(model, *inputs), expected, strict=True):
         assert difference(ours, theirs) <= EXACT
+
+
+@pytest.mark.parametrize("memory", [None, "reversible"])
+def test_autocast_is_within_twice_their_error(memory: str | None) -> None:
+    errors: list[list[Tensor]] = [[], []]
+    for _ in range(4):
+        model, (x, mask, _) = decoder(), batch()
+        exact, _ = results(model, x, mask)
+        model.float()
+        for kept in errors:
+            with torch.autocast("cpu", torch.bfloat16):
+                z, log_det = model(x.float(), mask.float())
+            assert z.dtype == torch.float32
+            for name, value in {"z": z, "log_det": log_det}.items():
+                kept.append(((value.double() - exact[name]).norm() / exact[name].norm()).square())
+            accelerate(model, memory=memory)
+    theirs, ours = (torch.stack(kept).mean().sqrt() for kept in errors)
+    assert 1e-4 < ours <= 2.0 * theirs
 
 
 def test_what_lies_behind_the_end_has_no_influence() -> None:
@@ -231,6 +259,18 @@ def test_copies_and_pickles_stay_ours() -> None:
         assert torch.equal(twin(x)[0], conv(x)[0])
         assert glow_tts.release(twin) == [""]
         assert type(twin) is TextInvConv
+
+
+def test_small_batches_run_their_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StandIn, "least_positions", 50)
+    net = moved(TextWaveNet(6, 5, 1, 2))
+    accelerate(net)
+    calls = []
+    monkeypatch.setattr(wavenet, "run_by_length", lambda call, x, *_: calls.append(x.shape) or x)
+    net(torch.zeros(7, 6, 7))
+    assert calls == []
+    net(torch.zeros(5, 6, 10))
+    assert calls == [(5, 6, 10)]
 
 
 def test_report_of_a_second_call() -> None:

@@ -253,3 +253,11 @@ def test_nets_and_scales_that_know_no_mask_are_refused() -> None:
     own_scale = MaskedSequence([FlowStep(8, net=WaveNet(4, 8, 4), scale_map=lambda raw: (raw.exp(), raw))]).double()
     with pytest.raises(ValueError, match=r"steps\[0\].coupling: expected a scale map by name"):
         own_scale(x, mask=mask)
+
+
+def test_nothing_is_redone_without_cause() -> None:
+    model, (x, _, mask) = flow("reversible", steps=2, anchor_every=None), batch()
+    outcome(model, x, None, mask)
+    report = model.memory_report()
+    assert report["passes"] == 1
+    assert report["redone_steps"] == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,15 +14,15 @@ from torch import Tensor, nn
 
 from bench.memory_meter import peak_tensor_bytes
 from pyglow_fast.coupling_nets import check_halo, is_deterministic, plain_call, plan_chunks, run_net, run_net_backward
-from pyglow_fast.layers import WaveNet
+from pyglow_fast.layers import WaveNet, wavenet
 from pyglow_fast.layers.wavenet import gated
 
 
 def plain(net: WaveNet, x: Tensor, cond: Tensor | None, mask: Tensor | None) -> Tensor:
     """The same by another implementation, with its weights."""
-    rate = net.dilated[1].dilation[0] if len(net.dilated) > 1 else 1
+    rate = net.dilated[1].dilation if len(net.dilated) > 1 else 1
     twin: Any = TextWaveNet(
-        net.hidden, net.dilated[0].kernel_size[0], rate, len(net.dilated), net.cond_channels, norm="none"
+        net.hidden, net.dilated[0].kernel_size, rate, len(net.dilated), net.cond_channels, norm="none"
     )
     pairs_of_convs = [
         *zip(twin.in_layers, net.dilated, strict=True),
@@ -42,8 +43,18 @@ def plain(net: WaveNet, x: Tensor, cond: Tensor | None, mask: Tensor | None) -> 
     pytest.mark.parametrize("layers", [1, 3]),
     pytest.mark.parametrize("cond", [None, 1, 11]),
     pytest.mark.parametrize("lengths", [None, (11, 11), (11, 4), (3, 2)]),
+    pytest.mark.parametrize("least", [0, 1000]),
 )
-def test_is_a_plain_one(kernel: int, rate: int, layers: int, cond: int | None, lengths: tuple[int, ...] | None) -> None:
+def test_is_a_plain_one(
+    kernel: int,
+    rate: int,
+    layers: int,
+    cond: int | None,
+    lengths: tuple[int, ...] | None,
+    least: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(wavenet, "CHANNELS_LAST", least)
     net = moved(WaveNet(2, 6, 4, kernel, rate, layers, 3 if cond else 0)).double()
     x = torch.randn(2, 2, 11, dtype=torch.float64, requires_grad=True)
     given = torch.randn(2, 3, cond, dtype=torch.float64, requires_grad=True) if cond else None
@@ -71,12 +82,13 @@ def test_padding_is_not_seen() -> None:
 
 def test_gate_has_the_right_gradient() -> None:
     h = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(gated, (h,))
-    a, b = h.detach().chunk(2, dim=2)
-    assert_close(gated(h), a.tanh() * b.sigmoid())
-    assert_close(torch.func.vmap(gated)(h.detach()), gated(h))
+    for dim, value in ((2, h), (1, h.transpose(1, 2))):
+        assert torch.autograd.gradcheck(partial(gated, dim=dim), (value,))
+        a, b = value.detach().chunk(2, dim)
+        assert_close(gated(value, dim), a.tanh() * b.sigmoid())
+        assert_close(torch.func.vmap(partial(gated, dim=dim - 1))(value.detach()), gated(value, dim))
     with pytest.raises(RuntimeError, match="double backward"):
-        torch.autograd.grad(torch.autograd.grad(gated(h).sum(), h, create_graph=True)[0].sum(), h)
+        torch.autograd.grad(torch.autograd.grad(gated(h, 2).sum(), h, create_graph=True)[0].sum(), h)
 
 
 @pytest.mark.parametrize(("kernel", "rate"), [(3, 2), (5, 1)])

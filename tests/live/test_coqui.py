@@ -13,12 +13,21 @@ from support.helpers import assert_close
 from torch import Tensor, nn
 
 from pyglow_fast.interop import accelerate
-from pyglow_fast.layers import MaskedSequence, Permute, WaveNet
+from pyglow_fast.interop.glow_tts.layers import StandIn
+from pyglow_fast.layers import MaskedSequence, Permute, WaveNet, wavenet
 from pyglow_fast.layers.flow_step import FlowStep
 
 decoders = coqui.load("TTS.tts.layers.glow_tts.decoder")
 MODES = (None, "store", "checkpoint", "reversible")
 EXACT = 1e-9
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["", "channels last"])
+def _sizes_that_pay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours runs on the small batches here, in both memory layouts of the nets."""
+    monkeypatch.setattr(StandIn, "least_positions", 0)
+    if request.param:
+        monkeypatch.setattr(wavenet, "CHANNELS_LAST", 0)
 
 
 def decoder(dtype: torch.dtype = torch.float64, channels: int = 6, steps: int = 3, **options: Any) -> Any:
@@ -121,7 +130,11 @@ def weights_of(block: Any, net: WaveNet) -> None:
     pairs_of_convs += [*zip(net.dilated, wn.in_layers, strict=True), *zip(net.mixing, wn.res_skip_layers, strict=True)]
     with torch.no_grad():
         for own, theirs in pairs_of_convs:
-            own.weight = theirs.weight.detach() if hasattr(own, "parametrizations") else nn.Parameter(theirs.weight)
+            if isinstance(own, wavenet.NormedConv):
+                own.direction.copy_(theirs.weight)
+                own.gain.copy_(torch.linalg.vector_norm(theirs.weight, dim=(1, 2), keepdim=True))
+            else:
+                own.weight.copy_(theirs.weight)
             own.bias.copy_(theirs.bias)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
-from pyglow_fast.layers import FlowLayer
+from pyglow_fast.layers import FlowLayer, GroupedInvConv, MaskedSequence, WaveNet
 from pyglow_fast.reference import ORDERS, SCALE_MAPS, CouplingSpec
 
 _INJECTED: dict[str, Any] = {"cond_channels": 2, "net_actnorm": True}
@@ -125,6 +125,11 @@ def _injected(memory: str, memory_budget: str | int = "auto") -> nn.Module:
     return pgf.ReversibleSequence(steps, memory, anchor_every=2, memory_budget=memory_budget)
 
 
+def _wavenets(memory: str) -> nn.Module:
+    nets = [WaveNet(2, 4, 5, 3, 2, 2, cond_channels=2) for _ in range(3)]
+    return MaskedSequence([pgf.FlowStep(4, permutation=GroupedInvConv(4), net=net) for net in nets], memory)
+
+
 def _modules(memory: str) -> nn.Module:
     steps = [pgf.ActNorm(4), pgf.InvConv(4), _coupling(4), pgf.Permute(4, "reverse"), pgf.FlowStep(4, 5)]
     return pgf.ReversibleSequence(steps, memory, anchor_every=2)
@@ -142,6 +147,7 @@ BIJECTIONS = [
     Bijection("invconv-plain", lambda: pgf.InvConv(5, lu=False), (5, 3, 2)),
     Bijection("invconv-lu-1d", lambda: pgf.InvConv(3), (3, 7)),
     Bijection("invconv-one-channel", lambda: pgf.InvConv(1, lu=False), (1, 3, 2)),
+    Bijection("invconv-groups", lambda: GroupedInvConv(8, 4), (8, 3, 2)),
     Bijection("permute-shuffle", lambda: pgf.Permute(5, "shuffle"), (5, 1, 3)),
     Bijection("permute-reverse", lambda: pgf.Permute(4, "reverse"), (4, 3)),
     *(
@@ -211,6 +217,10 @@ BIJECTIONS = [
     Bijection("step-3d", lambda: pgf.FlowStep(4, 3, dims=3), (4, 2, 1, 3)),
     *(
         Bijection(f"sequence-{memory}", lambda memory=memory: _sequence(memory), (4, 2, 3))
+        for memory in ("reversible", "checkpoint", "store")
+    ),
+    *(
+        Bijection(f"sequence-wavenet-{memory}", lambda memory=memory: _wavenets(memory), (4, 7), (2, 7))
         for memory in ("reversible", "checkpoint", "store")
     ),
     Bijection("sequence-strips", lambda: _sequence("reversible", memory_budget=1), (4, 7, 2)),

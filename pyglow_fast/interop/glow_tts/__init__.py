@@ -6,7 +6,8 @@ layer is replaced if its structure is that of Glow-TTS's and, on random numbers 
 are ours to 1e-9. So WN is served wherever it is used: in the couplings of VITS (``ResidualCouplingBlock``), which are a
 sum apart from their net and stay as they are, and in its posterior encoder.
 
-What differs on purpose:
+Batches of less than 1000 positions (samples times time steps, as the layer sees them), such as one sentence that is
+spoken, run by their own code, which is faster there. What differs on purpose:
 
 - Dropout draws other random numbers, of the same distribution.
 - The log-det of a matrix whose determinant is negative is log|det| (theirs: NaN).

@@ -27,7 +27,7 @@ OTHER = 1e-4  # by how much W^-1 W may differ from 1 when the inverse was rounde
 class DecoderRun(Face):
     """Steps joined, called as one of their layers: x, mask -> z, log_det, or back.
 
-    The layers run one by one while an actnorm waits for data.
+    The layers run one by one while an actnorm waits for data, and on a small batch without gradients.
     """
 
     def __call__(
@@ -59,7 +59,9 @@ class DecoderRun(Face):
                 total = log_det if total is None or log_det is None else total + log_det
             return z, total
 
-        joins = self.takes(x) and runs_on(self.modules[0], x, x_mask, g)
+        coupling: Any = self.modules[2]
+        spares = torch.is_grad_enabled() or not coupling.is_small(x)  # memory, or else time
+        joins = spares and self.takes(x) and runs_on(self.modules[0], x, x_mask, g)
         return self.either(joins and not (reverse and self._has_other_inverse()), joined, alone)
 
     def _has_other_inverse(self) -> bool:

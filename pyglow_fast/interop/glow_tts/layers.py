@@ -19,7 +19,7 @@ from pyglow_fast.interop.glow_tts.structure import (
 )
 from pyglow_fast.layers.grouped_conv import spread_over_groups
 from pyglow_fast.layers.sequence import log_scale_of_padding, masked_condition
-from pyglow_fast.layers.wavenet import run_wavenet, wavenet_bytes, wavenet_halo
+from pyglow_fast.layers.wavenet import CHANNELS_LAST, run_wavenet, wavenet_bytes, wavenet_halo
 from pyglow_fast.reference import CouplingSpec
 
 _SIGMOID_EPS = 1e-6  # that Glow-TTS adds to a scale
@@ -28,15 +28,21 @@ _SIGMOID_EPS = 1e-6  # that Glow-TTS adds to a scale
 class StandIn(nn.Module):
     """Base of what stands in: a class of ours and the class of the layer, which the layer is made an object of.
 
-    Wherever ours does not apply (hooks, other dtypes, torch.func) the layer's own forward runs.
+    Wherever ours does not apply (hooks, other dtypes, torch.func) or does not pay (a few hundred positions, as when one
+    sentence is spoken) the layer's own forward runs.
     """
 
+    least_positions = CHANNELS_LAST  # samples times time steps from which on ours runs
     _theirs: type[nn.Module]
     _ours: type[StandIn]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickled by the two classes that its own is made of."""
         return _made_of, (self._ours, self._theirs), self.__dict__
+
+    def is_small(self, x: Any) -> bool:
+        """Whether a batch has so few positions that the layer's own code is as fast or faster."""
+        return isinstance(x, Tensor) and x.dim() == 3 and x.shape[0] * x.shape[2] < self.least_positions
 
     def _alone(self, *args: Any, **kwargs: Any) -> Any:
         return self._theirs.forward(self, *args, **kwargs)
@@ -80,7 +86,7 @@ class WN(StandIn):
 
     def forward(self, x: Tensor, x_mask: Tensor | None = None, g: Tensor | None = None, **kwargs: Any) -> Tensor:
         """x (N, H, T), x_mask (N, 1, T), g (N, C_c, 1) -> (N, H, T)."""
-        fits = runs_on(self, x, x_mask, g) and not wavenet_fault(self)
+        fits = not self.is_small(x) and runs_on(self, x, x_mask, g) and not wavenet_fault(self)
         mask = x_mask.to(x.dtype) if fits and x_mask is not None else None
         # What x has behind the end of a sample, which its first layer would see in theirs, is cut off in ours.
         if not fits or (mask is not None and can_read(x) and bool(((x != 0) & (mask == 0)).any())):
@@ -100,7 +106,7 @@ class InvConvNear(StandIn):
     ) -> tuple[Tensor, Tensor | None]:
         """x (N, C, T) -> z, log_det (N,), or None if reverse."""
         own: Any = self
-        if not runs_on(self, x, x_mask) or getattr(own, "no_jacobian", False):
+        if self.is_small(x) or not runs_on(self, x, x_mask) or getattr(own, "no_jacobian", False):
             return self._alone(x, x_mask, reverse=reverse, **kwargs)
         mask = None if x_mask is None else x_mask.to(x.dtype)
         weight = own.weight
@@ -170,7 +176,7 @@ class CouplingBlock(StandIn):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """x (N, C, T), x_mask (N, 1, T), g (N, C_c, 1) -> z, log_det (N,), or None if reverse."""
-        if not runs_on(self, x, x_mask, g) or coupling_fault(self):
+        if self.is_small(x) or not runs_on(self, x, x_mask, g) or coupling_fault(self):
             return self._alone(x, x_mask, reverse=reverse, g=g, **kwargs)
         mask = x.new_ones(x.shape[0], 1, x.shape[2]) if x_mask is None else x_mask.to(x.dtype)
         net, spec, half = MaskedNet(BlockNet(self)), spec_of(self), x.shape[1] // 2
