@@ -107,7 +107,7 @@ def accelerate(model: nn.Module, memory: str | None = None, memory_budget: str |
             Whoever iterates over or indexes the lists that hold them finds one object in the place of a run, and the
             lists cannot be changed. The layers run one by one, as ever, while they wait for data to be initialised
             from, while there are hooks on them, in other dtypes than float32 and float64, with a context (nflows),
-            within torch.func, and in the replicas of a DataParallel.
+            within torch.func, in exports (docs/export.md), and in the replicas of a DataParallel.
         memory_budget: bytes of one net's activations in a joined run, or "auto".
 
     Returns:

@@ -81,7 +81,7 @@ def _flat(net: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     """Yields the modules of a chain with their names, in order."""
     if has_hooks(net):
         _refuse(name, net, " with hooks", "none")
-    if not vars(net).keys().isdisjoint(("forward", "_conv_forward")):
+    if "forward" in vars(net) or "_conv_forward" in vars(net):
         _refuse(name, net, " with a forward of its own", "that of its class")
     inside = f"{name}." if name else ""
     if type(net) is nn.Sequential:
@@ -313,14 +313,9 @@ def serves(net: nn.Module, x: Tensor, cond: Tensor | None = None) -> bool:
     return _known(net, x, cond) is not None
 
 
-def takes(x: Tensor) -> bool:
-    """Tells whether our executor runs nets that it knows on x; torch.compile is left the library's, which it fuses."""
-    return functional.net_as_products(x) and not torch.compiler.is_compiling()
-
-
 def _known(net: nn.Module, x: Tensor, cond: Tensor | None) -> KnownNet | None:
     """Gives the net, if it is recognised and our executor takes x."""
-    if not takes(x):
+    if not functional.net_as_products(x):
         return None
     known = recognised(net)
     return known if isinstance(known, KnownNet) and known.takes(x, cond) and known.pays(x) else None

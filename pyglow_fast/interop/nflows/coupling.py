@@ -86,7 +86,7 @@ def run_net(net: nn.Module, kept: Tensor, context: Tensor | None) -> Tensor:
 
     Any other net gets a copy of the kept channels, as from nflows: it may view it in another shape or write to it.
     """
-    if context is None and nets.takes(kept):
+    if context is None and functional.net_as_products(kept) and not torch.compiler.is_compiling():
         chain = probing.chain_of(net, None, dim=kept.dim())
         if chain is not None:
             return nets.run(chain, kept)

@@ -25,8 +25,8 @@ overridden are called one by one. What differs from normflows 1.7.3, besides spe
 - A singular 1x1 matrix to be inverted, or an image that does not fit, raises ValueError (normflows: RuntimeError).
 - Under autocast the flow keeps its dtype, and only the nets run in 16 bits.
 - Permute gives a log-det of the dtype of its input (normflows: always float32).
-- Gradients cannot be differentiated again, nor taken by torch.func, and the output of a coupling that records a
-  gradient must not be changed in place: all raise. For such a model, :func:`release`.
+- Gradients cannot be differentiated again, but within torch.func, where plain torch runs, and the output of a coupling
+  that records a gradient must not be changed in place: both raise. For such a model, :func:`release`.
 """
 
 from __future__ import annotations

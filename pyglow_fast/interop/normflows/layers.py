@@ -96,7 +96,7 @@ class ActNorm(normflows.flows.ActNorm):
         self.s.copy_(s.view_as(self.s))
         self.t.copy_(t.view_as(self.t))
         self.data_dep_init_done.fill_(1.0)
-        self._flag_seen = None
+        self.look_at_flag()
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """z -> x."""

@@ -1,0 +1,148 @@
+"""Exports of models and layers: torch.export, torch.jit.trace, AOTInductor, and programs without this package."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.export_cases import ALL, assert_same, dynamic_shapes, other_input, tensors
+from torch import Tensor, nn
+
+import pyglow_fast as pgf
+from pyglow_fast.interop.export import folded
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the tracers: constants, deprecation
+
+
+def operators(program: torch.export.ExportedProgram) -> set[str]:
+    return {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+
+
+@pytest.mark.parametrize("records", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("name", ALL)
+def test_torch_export(name: str, records: bool) -> None:
+    """A graph of torch's own ops, of any batch and image size; the model is afterwards what it was."""
+    model, x = ALL[name]()
+    other = other_input(x, name)
+    with torch.set_grad_enabled(records):
+        expected = tensors(model(other))
+        program = torch.export.export(model, (x,), dynamic_shapes=dynamic_shapes(name))
+        assert not [target for target in operators(program) if "pyglow" in target or "higher_order" in target]
+        assert_same(program.module()(other), expected)
+        assert_same(model(other), expected)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_torch_jit_trace(name: str, tmp_path: Path) -> None:
+    model, x = ALL[name]()
+    traced = torch.jit.trace(model, (x,))
+    assert "pyglow_fast::" not in str(traced.inlined_graph)
+    torch.jit.save(traced, tmp_path / "model.pt")
+    other = torch.randn(5, *x.shape[1:])
+    with torch.no_grad():
+        assert_same(torch.jit.load(tmp_path / "model.pt")(other), model(other))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_folded(name: str) -> None:
+    """What depends on parameters alone is a constant: no linear algebra is left, nor a tensor that is not read."""
+    model, x = ALL[name]()
+    program = folded(model, (x,), dynamic_shapes(name))
+    assert not [target for target in operators(program) if "linalg" in target or "pyglow" in target]
+    kept = [node for node in program.graph.nodes if node.op == "placeholder"][:-1]
+    assert all(node.users for node in kept)
+    assert not [user for node in kept for user in node.users if set(user.all_input_nodes) <= set(kept)]
+    other = other_input(x, name)
+    with torch.no_grad():
+        assert_same(program.module()(other), model(other))
+
+
+def test_a_singular_matrix_is_not_folded() -> None:
+    conv = pgf.InvConv(4, lu=False)
+    with torch.no_grad():
+        conv.weight[1] = conv.weight[0]
+
+    class Inverse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = conv
+
+        def forward(self, z: Tensor) -> Any:
+            return self.conv.inverse(z)
+
+    for model in (conv, Inverse()):
+        with pytest.raises(ValueError, match="model: expected regular matrices, found a singular one in aten"):
+            folded(model, (torch.randn(2, 4, 3, 3),))
+
+
+def test_what_is_random_or_depends_on_inputs_is_not_folded() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.randn(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.scale.exp() * torch.randn_like(self.scale)
+
+    program = folded(Noisy(), (torch.zeros(2, 4),))
+    run = program.module()
+    x = torch.zeros(2, 4)
+    assert not torch.equal(run(x), run(x))
+
+
+_RUN = """
+import sys, torch
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("pyglow_fast", "FrEIA", "normflows", "nflows"):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Blocked())
+folder, compiled = sys.argv[1], sys.argv[2] == "compiled"
+x = torch.load(folder + "/x.pt")
+if compiled:
+    run = torch._inductor.aoti_load_package(folder + "/compiled.pt2")
+else:
+    run = torch.export.load(folder + "/program.pt2").module()
+with torch.no_grad():
+    torch.save(list(torch.utils._pytree.tree_leaves(run(x))), folder + "/out.pt")
+"""
+
+
+def run_without_the_package(folder: Path, x: Tensor, kind: str) -> list[Tensor]:
+    torch.save(x, folder / "x.pt")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", _RUN, str(folder), kind], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found: list[Tensor] = torch.load(folder / "out.pt")
+    return found
+
+
+@pytest.mark.parametrize("name", ["FrEIA, reversible", "glow"])
+def test_a_saved_program_needs_no_package(name: str, tmp_path: Path) -> None:
+    model, x = ALL[name]()
+    other = other_input(x, name)
+    with torch.no_grad():
+        torch.export.save(
+            torch.export.export(model, (x,), dynamic_shapes=dynamic_shapes(name)), tmp_path / "program.pt2"
+        )
+        assert_same(run_without_the_package(tmp_path, other, "saved"), model(other))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["FrEIA", "frozen"])
+def test_compiled_ahead_of_time(name: str, tmp_path: Path) -> None:
+    model, x = ALL[name]()
+    other = other_input(x, name)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,), dynamic_shapes=dynamic_shapes(name))
+        torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "compiled.pt2"))
+        assert_same(run_without_the_package(tmp_path, other, "compiled"), model(other))

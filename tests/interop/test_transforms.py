@@ -1,0 +1,75 @@
+"""Accelerated models within torch.func and torch.compile: plain torch's derivatives, kernels in one graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support.export_cases import ACCELERATED, tensors
+from torch import Tensor
+
+from pyglow_fast import ops
+
+Function = Callable[[Tensor], Any]
+
+
+def squares(function: Function, x: Tensor) -> Tensor:
+    parts = [value for value in torch.utils._pytree.tree_leaves(function(x)) if isinstance(value, Tensor)]
+    return torch.stack([part.square().sum() for part in parts])
+
+
+def rows(function: Function, x: Tensor) -> Tensor:
+    """A Jacobian by vmap over the backward of what ran without it."""
+    x = x.clone().requires_grad_()
+    out = squares(function, x)
+    return torch.func.vmap(lambda v: torch.autograd.grad(out, x, v, retain_graph=True)[0])(torch.eye(len(out)).to(out))
+
+
+WAYS: dict[str, Callable[[Function, Tensor], Tensor]] = {
+    "grad": lambda function, x: torch.func.grad(lambda x: squares(function, x).sum())(x),
+    "jacrev": lambda function, x: torch.func.jacrev(lambda x: squares(function, x))(x),
+    "jvp": lambda function, x: torch.func.jvp(lambda x: squares(function, x), (x,), (torch.ones_like(x),))[1],
+    "vmap": lambda function, x: torch.func.vmap(lambda one: squares(function, one.unsqueeze(0)))(x),
+    "vectorised jacobian": lambda function, x: torch.autograd.functional.jacobian(
+        lambda x: squares(function, x), x, vectorize=True
+    ),
+    "vmap of a backward": rows,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ACCELERATED)
+def test_torch_func(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where there are no kernels at all."""
+    model, x = ACCELERATED[name]()
+    model, x = model.double(), x.double()
+    found = WAYS[way](model, x)
+    monkeypatch.setattr(ops, "_kernel_devices", lambda: ())
+    expected = WAYS[way](model, x)
+    # Of one formula in two orders of summation: 1e-9 is 1e6 units of rounding.
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("records", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("name", [name for name in ACCELERATED if "reversible" not in name])
+def test_compiles_as_one_graph(name: str, records: bool) -> None:
+    model, x = ACCELERATED[name]()
+    model, x = model.double(), x.double()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.set_grad_enabled(records):
+        found, expected = compiled(x), model(x)
+        for got, exact in zip(tensors(found), tensors(expected), strict=True):
+            torch.testing.assert_close(got, exact, rtol=1e-9, atol=1e-9)
+        if records:
+            wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            grads = [
+                torch.autograd.grad(sum(part.square().sum() for part in out), wanted, allow_unused=True)
+                for out in (found, expected)
+            ]
+            for got, exact in zip(*grads, strict=True):
+                assert (got is None) == (exact is None)
+                if got is not None:
+                    torch.testing.assert_close(got, exact, rtol=1e-9, atol=1e-9)

@@ -1,0 +1,82 @@
+"""ONNX files of models and layers, run by onnxruntime and OpenVINO."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.export_cases import ACCELERATED, ALL, LINEAR_ALGEBRA, OURS, assert_same, dynamic_shapes, other_input
+from torch import Tensor
+
+from pyglow_fast.interop.export import folded
+
+onnx = pytest.importorskip("onnx", reason="onnx is missing: pip install onnx onnxscript onnxruntime openvino")
+pytest.importorskip("onnxscript", reason="onnxscript is missing: torch.onnx.export asks for it")
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the exporters
+
+
+def run_by_onnxruntime(path: Path, x: Tensor) -> list[Tensor]:
+    runtime: Any = pytest.importorskip("onnxruntime", reason="onnxruntime is missing")
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return [torch.as_tensor(out) for out in session.run(None, {session.get_inputs()[0].name: x.numpy()})]
+
+
+def run_by_openvino(path: Path, x: Tensor) -> list[Tensor]:
+    openvino: Any = pytest.importorskip("openvino", reason="openvino is missing")
+    core = openvino.Core()
+    # Else it computes in bfloat16 where the processor can.
+    compiled = core.compile_model(core.read_model(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return [torch.as_tensor(out) for out in compiled([x.numpy()]).values()]
+
+
+RUNTIMES = {"onnxruntime": run_by_onnxruntime, "openvino": run_by_openvino}
+
+
+def check(path: Path, name: str, model: torch.nn.Module, x: Tensor, runtime: str) -> None:
+    """Standard operators alone; the model's results on one sample, and on another batch and image size."""
+    written = onnx.load(path)
+    assert {node.domain for node in written.graph.node} <= {"", "ai.onnx"}
+    assert not written.functions
+    for batch in (x, x[:1], other_input(x, name)):
+        with torch.no_grad():
+            assert_same(RUNTIMES[runtime](path, batch), model(batch))
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("name", [*ACCELERATED, *OURS])
+def test_onnx(name: str, runtime: str, tmp_path: Path) -> None:
+    model, x = ALL[name]()
+    torch.onnx.export(
+        model, (x,), tmp_path / "model.onnx", dynamo=True, dynamic_shapes=dynamic_shapes(name), verbose=False
+    )
+    check(tmp_path / "model.onnx", name, model, x, runtime)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("name", LINEAR_ALGEBRA)
+def test_folded(name: str, runtime: str, tmp_path: Path) -> None:
+    model, x = ALL[name]()
+    program = folded(model, (x,), dynamic_shapes(name))
+    torch.onnx.export(program, f=tmp_path / "model.onnx", dynamo=True, verbose=False)
+    check(tmp_path / "model.onnx", name, model, x, runtime)
+
+
+@pytest.mark.parametrize("name", LINEAR_ALGEBRA)
+def test_linear_algebra_is_refused(name: str, tmp_path: Path) -> None:
+    """By torch.onnx, which has no operator: there is no file that could be wrong."""
+    model, x = ALL[name]()
+    with pytest.raises(torch.onnx.errors.OnnxExporterError, match="linalg"):
+        torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    assert not (tmp_path / "model.onnx").exists()
+
+
+@pytest.mark.parametrize("name", ["FrEIA", "FrEIA, reversible", "normflows", "nflows", "glow", "frozen", "step"])
+def test_the_exporter_that_traces(name: str, tmp_path: Path) -> None:
+    model, x = ALL[name]()
+    axes = {"x": {0: "n"} if "glow" in name or "frozen" in name else {0: "n", 2: "height", 3: "width"}}
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(model, (x,), path, dynamo=False, input_names=["x"], dynamic_axes=axes)
+    check(path, name, model, x, "onnxruntime")

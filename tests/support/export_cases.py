@@ -1,0 +1,195 @@
+"""Models and layers to export: small, initialised, with random weights, and an input of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import FrEIA.framework as Ff
+import FrEIA.modules as Fm
+import normflows as nf
+import torch
+from nflows import transforms
+from torch import Tensor, nn
+
+import pyglow_fast as pgf
+from pyglow_fast.interop.accelerate import accelerate
+
+Case = tuple[nn.Module, Tensor]
+
+
+def subnet(in_channels: int, out_channels: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(in_channels, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, out_channels, 3, padding=1))
+
+
+class UserNet(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.net = subnet(in_channels, out_channels)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.net(x)
+
+
+class InverseOrder(nn.Module):
+    """normflows' blocks from x to z."""
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        super().__init__()
+        self.flows = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        total = x.new_zeros(x.shape[0])
+        for block in reversed(self.flows):
+            x, log_det = block.inverse(x)
+            total = total + log_det
+        return x, total
+
+
+class LikelihoodMap(nn.Module):
+    """What FastFlow makes of a feature map: -z^2 / 2, averaged over channels, and the log-det."""
+
+    def __init__(self, flow: nn.Module) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z, log_det = self.flow(x)
+        return -0.5 * z.square().mean(1, keepdim=True), log_det
+
+
+class LogProb(nn.Module):
+    def __init__(self, glow: pgf.Glow) -> None:
+        super().__init__()
+        self.glow = glow
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.glow.log_prob(x)
+
+
+class Inverse(nn.Module):
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, z: Tensor) -> Any:
+        return self.layer.inverse(z)
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def features() -> Tensor:
+    return torch.randn(3, 4, 6, 6)
+
+
+def freia(memory: str | None = None, **options: Any) -> Case:
+    flow = Ff.SequenceINN(4, 6, 6)
+    for soft in (True, False):
+        flow.append(Fm.AllInOneBlock, subnet_constructor=subnet, permute_soft=soft, **options)
+    accelerate(flow, memory)
+    return LikelihoodMap(randomised(flow)).eval(), features()
+
+
+def normflows(memory: str | None = None, use_lu: bool = True) -> Case:
+    model, x = InverseOrder([nf.flows.GlowBlock(4, 8, use_lu=use_lu) for _ in range(2)]), features()
+    accelerate(model, memory)
+    with torch.no_grad():
+        model(x)
+    return randomised(model).eval(), x
+
+
+def nflows(memory: str | None = None) -> Case:
+    layers = []
+    for mask in ([0, 1, 0, 1], [1, 0, 1, 0]):
+        layers += [transforms.ActNorm(4), transforms.OneByOneConvolution(4)]
+        layers += [transforms.AffineCouplingTransform(torch.tensor(mask), UserNet)]
+    model, x = transforms.CompositeTransform(layers), features()
+    model.train()(x)
+    accelerate(model, memory)
+    return randomised(model).eval(), x
+
+
+def glow(frozen: bool = False, **options: Any) -> Case:
+    model = pgf.Glow(image_shape=(2, 8, 8), n_levels=2, n_steps=2, hidden=8, **options)
+    x = torch.rand(3, 2, 8, 8) - 0.5
+    model.initialize(x)
+    randomised(model).eval()
+    return LogProb(model.freeze() if frozen else model), x
+
+
+def layer(made: nn.Module, inverse: bool = False) -> Case:
+    randomised(made).eval()
+    return (Inverse(made) if inverse else made), features()
+
+
+def _step() -> pgf.FlowStep:
+    return pgf.FlowStep(4, hidden=8)
+
+
+ACCELERATED: dict[str, Callable[[], Case]] = {
+    "FrEIA": freia,
+    "FrEIA, reflections": lambda: freia(learned_householder_permutation=2),
+    "FrEIA, store": lambda: freia("store"),
+    "FrEIA, reversible": lambda: freia("reversible"),
+    "normflows": normflows,
+    "normflows, store": lambda: normflows("store"),
+    "normflows, reversible": lambda: normflows("reversible"),
+    "nflows": nflows,
+    "nflows, store": lambda: nflows("store"),
+    "nflows, reversible": lambda: nflows("reversible"),
+}
+OURS: dict[str, Callable[[], Case]] = {
+    "glow": glow,
+    "glow, shuffle": lambda: glow(permutation="shuffle", memory="store"),
+    "glow, border": lambda: glow(border=True),
+    "frozen": lambda: glow(frozen=True),
+    "frozen plain": lambda: glow(frozen=True, permutation="invconv_plain"),
+    "actnorm": lambda: layer(pgf.ActNorm(4)),
+    "invconv": lambda: layer(pgf.InvConv(4)),
+    "permute": lambda: layer(pgf.Permute(4)),
+    "coupling": lambda: layer(pgf.Coupling(pgf.CouplingNet(2, 4, 8))),
+    "coupling, exp": lambda: layer(pgf.Coupling(pgf.CouplingNet(2, 4, 8), scale_map="exp"), inverse=True),
+    "step": lambda: layer(_step()),
+    "sequence": lambda: layer(pgf.ReversibleSequence([_step(), _step()])),
+    "squeeze": lambda: layer(pgf.Squeeze()),
+    "unsqueeze": lambda: layer(pgf.Squeeze(), inverse=True),
+    "split": lambda: layer(pgf.Split(4)),
+}
+# With an inverse or log-determinant of a matrix, for which ONNX has no operator.
+LINEAR_ALGEBRA: dict[str, Callable[[], Case]] = {
+    "plain glow": lambda: glow(permutation="invconv_plain"),
+    "plain invconv": lambda: layer(pgf.InvConv(4, lu=False)),
+    "inverse of invconv": lambda: layer(pgf.InvConv(4), inverse=True),
+    "inverse of a step": lambda: layer(_step(), inverse=True),
+    "normflows, plain": lambda: normflows(use_lu=False),
+}
+ALL = ACCELERATED | OURS | LINEAR_ALGEBRA
+
+
+def other_input(x: Tensor, name: str) -> Tensor:
+    """Of another batch size, and of other sides where the model takes these."""
+    if "glow" in name or "frozen" in name:  # images of one size
+        return torch.rand(5, *x.shape[1:]) - 0.5
+    return torch.randn(5, x.shape[1], 8, 10)
+
+
+def dynamic_shapes(name: str) -> tuple[dict[int, Any], ...]:
+    auto = torch.export.Dim.AUTO
+    return ({0: auto} if "glow" in name or "frozen" in name else {0: auto, 2: auto, 3: auto},)
+
+
+def tensors(out: Any) -> list[Tensor]:
+    return [leaf.detach() for leaf in torch.utils._pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    """To 1e-4 of the largest value of each tensor, and of 1 where all are small: what the issue of exports asks for."""
+    for got, exact in zip(tensors(found), tensors(expected), strict=True):
+        assert got.shape == exact.shape
+        assert got.isfinite().all()
+        assert float((got - exact).abs().max()) <= 1e-4 * max(1.0, float(exact.abs().max()))
