@@ -153,3 +153,10 @@ class Counting(Block):
     def log_scale(self, a: Tensor) -> Tensor:
         self.calls += 1
         return super().log_scale(a)
+
+
+class InEvaluation(Sized):
+    """The same in training, and not in evaluation."""
+
+    def log_scale(self, a: Tensor) -> Tensor:
+        return super().log_scale(a if self.training else 1.001 * a)

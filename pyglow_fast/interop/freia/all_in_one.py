@@ -332,7 +332,8 @@ class AllInOneBlock(ServedBlock, Fm.AllInOneBlock):
     (s_net, t) = subnet(u1, c); a = global_scale_activation(global_scale), b = global_offset; R is the permutation, hard
     or soft, with learned reflections or without, and R0 its inverse with ``reverse_permutation``, else the identity.
     log_det = sum s + P sum log a, (N,); its negative with ``rev=True``. A GIN block subtracts from s its mean over the
-    sample and has a = 1.
+    sample and has a = 1. Where FrEIA's git since August 2023 is installed, s = clamp tanh(s_net / (10 clamp)), as it
+    has it.
 
     Arguments, parameters, initial values and errors are those of ``FrEIA.modules.AllInOneBlock``. FrEIA's own forward
     runs for vectors (but a hard permutation of 512 channels or more is gathered), samples of fewer than 8 positions,
