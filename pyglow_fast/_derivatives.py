@@ -63,14 +63,16 @@ def _of_each_row(backward: Backward, ctx: Any, grads: Sequence[Tensor | None]) -
             break
     else:
         return backward(ctx, *grads)
+    add: Callable[..., Tensor] = _add_batch_dim
+    remove: Callable[..., Tensor] = _remove_batch_dim
+    outside: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if is_batchedtensor(grad):  # torch.func.vmap
-        level, ours, add, remove = maybe_get_level(grad), is_batchedtensor, _add_batch_dim, _remove_batch_dim
+        level, ours = maybe_get_level(grad), is_batchedtensor
         outside = temporarily_pop_interpreter_stack()
     else:  # torch.autograd's own: is_grads_batched, torch.autograd.functional
-        level = torch._C._vmapmode_increment_nesting() - 1
+        level, ours = torch._C._vmapmode_increment_nesting() - 1, is_legacy_batchedtensor
         torch._C._vmapmode_decrement_nesting()
-        ours, add, remove = is_legacy_batchedtensor, torch._add_batch_dim, torch._remove_batch_dim  # type: ignore[attr-defined]
-        outside = contextlib.nullcontext()
+        add, remove = torch._add_batch_dim, torch._remove_batch_dim
     # The size that is given counts for tensors without a batch only.
     rows = [remove(grad, level, 0, 0) if grad is not None and ours(grad) else None for grad in grads]
     count = next(len(row) for row in rows if row is not None)
