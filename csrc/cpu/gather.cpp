@@ -48,17 +48,11 @@ void gather_row(const Gather<T>& map, int64_t i, const T* from, T* to, int64_t l
     store<T>(to + p, math::gathered(math::centred(load<T>(from + p), center), scale, offset));
 }
 
-template <ScaleMap Map, Order O>
-struct CouplingOf {
-  static constexpr ScaleMap map = Map;
-  static constexpr Order order = O;
-};
-
-// f(CouplingOf<Map, Order>()), without a coupling that of the additive one, which no row then is given to.
+// f.template operator()<Map, Order>(); where no channel is transformed with the map of the additive coupling, which
+// then meets no row.
 template <class T, class F>
 void with_coupling(const CouplingKind<T>& kind, int64_t transformed, const F& f) {
-  if (transformed == 0) return f(CouplingOf<ScaleMap::none, Order::shift_scale>());
-  with_kind(kind.map, kind.order, [&]<ScaleMap Map, Order O>() { f(CouplingOf<Map, O>()); });
+  with_kind(transformed == 0 ? ScaleMap::none : kind.map, kind.order, f);
 }
 
 // The rows of the net's output for transformed channel c; raw is not used without a scale.
@@ -270,7 +264,7 @@ void step_gather_backward_tiles(const StepGatherBackwardArgs<T>& args, const Thr
 
 template <class T>
 void gather(const GatherArgs<T>& args, const Threads& threads) {
-  with_coupling(args.kind, args.transformed, [&]<ScaleMap Map, Order O>(CouplingOf<Map, O>) {
+  with_coupling(args.kind, args.transformed, [&]<ScaleMap Map, Order O>() {
     if (args.kind.inverse) return gather_tiles<Map, O, true>(args, threads);
     return gather_tiles<Map, O, false>(args, threads);
   });
@@ -279,13 +273,13 @@ void gather(const GatherArgs<T>& args, const Threads& threads) {
 template <class T>
 void gather_backward(const GatherBackwardArgs<T>& args, const Threads& threads) {
   with_coupling(args.kind, args.transformed,
-                [&]<ScaleMap Map, Order O>(CouplingOf<Map, O>) { gather_backward_tiles<Map, O>(args, threads); });
+                [&]<ScaleMap Map, Order O>() { gather_backward_tiles<Map, O>(args, threads); });
 }
 
 template <class T>
 void step_gather_backward(const StepGatherBackwardArgs<T>& args, const Threads& threads) {
   with_coupling(args.kind, args.transformed,
-                [&]<ScaleMap Map, Order O>(CouplingOf<Map, O>) { step_gather_backward_tiles<Map, O>(args, threads); });
+                [&]<ScaleMap Map, Order O>() { step_gather_backward_tiles<Map, O>(args, threads); });
 }
 
 PYGLOW_CPU_INSTANTIATE(gather, GatherArgs)
