@@ -16,7 +16,7 @@ import argparse
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -154,10 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{row.name:26}{sizes}{row.seconds:9.2f}{row.loss:13.1f}{row.gradient:12.1f}")
     if options.out is not None:
         shown = {name: value for name, value in vars(options).items() if name != "out"}
-        write_json(
-            options.out,
-            {"machine": machine(torch.device("cpu")), "options": shown, "rows": [asdict(row) for row in rows]},
-        )
+        write_json(options.out, machine(torch.device("cpu")), rows, options=shown)
     return 0
 
 

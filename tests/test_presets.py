@@ -193,3 +193,11 @@ def test_refusals(arguments: tuple[Any, ...], given: dict[str, Any], message: st
 def test_unknown_fields_of_a_model_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^config: expected keys among .*, found unknown \['lr'\]$"):
         pgf.GlowConfig.preset("digits", lr=0.1)
+
+
+@pytest.mark.parametrize("name", presets.CONDITIONAL)
+def test_presets_with_a_condition_are_no_models_of_images_alone(name: str) -> None:
+    assert pgf.GlowConfig.preset(name).cond_channels == (320,) * pgf.GlowConfig.preset(name).n_levels
+    assert name not in presets.table()
+    with pytest.raises(ValueError, match=r"model: expected cond_channels=0 \(image sources give no condition\)"):
+        TrainConfig.preset(name, "folder:x")

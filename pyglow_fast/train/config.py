@@ -28,7 +28,7 @@ ADJUSTABLE = frozenset(
 # In a file, which knows no null: "none" in these fields.
 OPTIONAL = frozenset(
     {"ema_decay", "decay_steps", "clip_norm", "patience", "threads", "workers", *LIMITS}
-    | {"size", "n_bits", "held_out", "scale", "attribute", "in_memory", "n_classes"}
+    | {"size", "n_bits", "held_out", "scale", "attribute", "in_memory", "n_classes", "n_splits"}
 )
 
 
