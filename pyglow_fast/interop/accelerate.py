@@ -91,7 +91,12 @@ class Acceleration:
 
 
 def accelerate(model: nn.Module, memory: str | None = None, memory_budget: str | int = "auto") -> Acceleration:
-    """Make the layers of normflows, nflows and FrEIA in a model ours, in place, and copies of FrEIA's block (anomalib).
+    """Make the layers of other projects' flows in a model ours, in place.
+
+    By their library those of normflows, nflows and FrEIA. By their structure, whatever package has them: AllInOneBlocks
+    as FrEIA's (anomalib), flow steps as chaiyujin's (SRFlow, LLFlow), Glow-TTS's decoder and WaveNet nets (coqui-tts),
+    Jet's couplings (jet-pytorch, JetFormer). What is known by structure is compared with ours in float64 first, on
+    random numbers, and left as it is where it differs.
 
     Objects, parameters, buffers, hooks and names stay: an optimizer that holds the parameters goes on, a state_dict
     fits as before. Outputs are the same up to rounding, in training and evaluation; what differs on purpose is in the
@@ -100,10 +105,11 @@ def accelerate(model: nn.Module, memory: str | None = None, memory_budget: str |
     library's layers would be faster: see pyglow_fast.interop.nets and docs/speed.md.
 
     Args:
-        model: with layers of these libraries anywhere in it.
+        model: with such layers anywhere in it.
         memory: None: layer by layer. "reversible", "checkpoint" or "store": runs of GlowBlocks (normflows), of mixing
             layers and couplings (nflows), and of AllInOneBlocks (FrEIA's SequenceINN and GraphINN; all of a run with
-            the same conditions or none) are joined, fused, and trained in that memory mode, see ReversibleSequence.
+            the same conditions or none), and the couplings of Glow-TTS and Jet are joined, fused, and trained in that
+            memory mode, see ReversibleSequence; chaiyujin's steps, which their model calls, recompute one by one.
             Whoever iterates over or indexes the lists that hold them finds one object in the place of a run, and the
             lists cannot be changed. The layers run one by one, as ever, while they wait for data to be initialised
             from, while there are hooks on them, in other dtypes than float32 and float64, with a context (nflows),
@@ -114,14 +120,15 @@ def accelerate(model: nn.Module, memory: str | None = None, memory_budget: str |
         What was replaced, joined and left, and why; its ``undo()`` takes all of it back.
 
     Raises:
-        ValueError: a wrong option, or no layer of these libraries in the model.
+        ValueError: a wrong option, or no such layer in the model.
     """
     expect(memory is None or memory in MEMORY_MODES, "memory", f"None or one of {MEMORY_MODES}", repr(memory))
     budget_bytes(memory_budget, "cpu")
     expect(isinstance(model, nn.Module), "model", "a Module", type(model).__name__)
     known = {_library(module) for module in model.modules()} & set(_ADAPTERS)
     libraries = sorted(known | {name for name in _BY_STRUCTURE if name not in known and _finds(name, model)})
-    expect(len(libraries) > 0, "model", f"layers of {', '.join(_ADAPTERS)}", "none")
+    expected = f"layers of {', '.join(_ADAPTERS)}, or of the structures in the documentation"
+    expect(len(libraries) > 0, "model", expected, "none")
     done = Acceleration(model)
     for library in libraries:
         names = _adapter(library).adopt(model)
