@@ -9,17 +9,18 @@ from pyglow_fast._errors import check_count, expect
 from pyglow_fast.layers.permutation import ChannelLinear
 
 
-def group_channels(channels: int, size: int) -> Tensor:
+def group_channels(channels: int, size: int, device: torch.device | None = None) -> Tensor:
     """The channels of each group, (C / size, size): group j has size / 2 neighbours of each half of the channels.
 
     Those are j size / 2 and what follows it, and the same behind C / 2.
     """
-    return torch.arange(channels).reshape(2, channels // size, size // 2).transpose(0, 1).reshape(-1, size)
+    order = torch.arange(channels, device=device)
+    return order.reshape(2, channels // size, size // 2).transpose(0, 1).reshape(-1, size)
 
 
 def spread_over_groups(weight: Tensor, channels: int) -> Tensor:
     """W (C, C) that multiplies every group of channels by weight (size, size): see :func:`group_channels`."""
-    groups = group_channels(channels, weight.shape[0]).to(weight.device)
+    groups = group_channels(channels, weight.shape[0], weight.device)
     whole = weight.new_zeros(channels, channels)
     return whole.index_put((groups.unsqueeze(2), groups.unsqueeze(1)), weight.expand(len(groups), *weight.shape))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyglow_fast import reference
 from pyglow_fast._errors import check_count, check_input, expect
-from pyglow_fast._tracing import is_watched
+from pyglow_fast._tracing import is_exporting, is_watched
 from pyglow_fast.coupling_nets.masks import MaskedNet, check_mask, run_sorted, without_padding
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.flow_step import (
@@ -132,8 +132,8 @@ class MaskedSequence(ReversibleSequence):
         specs = [coupling.spec for coupling in couplings]
 
         def run(x: Tensor, cond: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
-            extra, recomputes = masked_condition(mask, cond), self._records(x, cond) and self.memory != "store"
-            if not recomputes:
+            extra, records = masked_condition(mask, cond), self._records(x, cond)
+            if not records or self.memory == "store" or is_exporting():
                 folded, budget = self._folded(steps), self._budget()
                 return run_couplings(couplings, folded, x, extra, budget=budget, masked=True)
             self._cache.clear()

@@ -159,9 +159,14 @@ def test_drift_is_judged_with_the_mask() -> None:
     matrix, offset = torch.randn(4, 4).double(), torch.randn(4).double()
     u = (torch.einsum("ij,njt->nit", matrix, x * mask) + offset[:, None]) * mask
     (witness,) = Witness.all_of(Witness.of(u))
-    assert float(witness.drift(x * mask, matrix, offset, mask)) < 1e-12
+    assert float(witness.drift(x * mask, matrix, offset, mask=mask)) < 1e-12
     assert float(witness.drift(x * mask, matrix, offset)) > 1e-3  # what the offset adds behind the end
-    assert float(witness.drift((x + 1e-3) * mask, matrix, offset, mask)) > 1e-5
+    assert float(witness.drift((x + 1e-3) * mask, matrix, offset, mask=mask)) > 1e-5
+    index, scale = torch.tensor([2, 0, 3, 1]), torch.rand(4).double() + 0.5
+    gathered = (x[:, index] * scale[:, None] + offset[:, None]) * mask
+    (witness,) = Witness.all_of(Witness.of(gathered))
+    assert float(witness.drift(x * mask, scale, offset, index, mask)) < 1e-12
+    assert float(witness.drift(x * mask, scale, offset, index)) > 1e-3
 
 
 def test_states_that_drift_are_redone() -> None:
@@ -261,3 +266,24 @@ def test_nothing_is_redone_without_cause() -> None:
     report = model.memory_report()
     assert report["passes"] == 1
     assert report["redone_steps"] == 0
+
+
+@pytest.mark.parametrize("memory", ["checkpoint", "reversible"])
+def test_an_export_keeps_nothing_for_a_backward(memory: str) -> None:
+    """With parameters that want a gradient: the program is that of mode "store"."""
+
+    class Called(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.flow = flow(memory)
+
+        def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+            z, log_det = self.flow(x, mask=mask)
+            return z, log_det
+
+    model, (x, _, mask) = Called().eval(), batch()
+    program = torch.export.export(model, (x, mask))
+    for found, expected in zip(program.module()(x, mask), model(x, mask), strict=True):
+        assert_close(found, expected)
+    model.flow.memory = "store"
+    assert len(program.graph.nodes) == len(torch.export.export(model, (x, mask)).graph.nodes)
