@@ -206,3 +206,23 @@ def test_permutations_are_joined_as_gathers(memory: str, monkeypatch: pytest.Mon
         results.append([z, log_det, back, back_log_det, *grads])
     for got, exact in zip(results[1], results[0], strict=True):
         assert_close(got, exact, 1000.0)
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+@pytest.mark.parametrize("own", [torch.float32, torch.float64])
+def test_permutations_alone_have_the_dtype_of_the_nets(default: torch.dtype, own: torch.dtype) -> None:
+    layers: list[nn.Module] = []
+    for name in ("halves", "additive"):
+        layers += [theirs.RandomPermutation(6), COUPLINGS[name](theirs)]
+    model = theirs.CompositeTransform([randomise(layer, seed) for seed, layer in enumerate(layers)]).to(own)
+    x = torch.randn(2, 6, 4, 5, dtype=own)
+    expected = model(x)
+    assert accelerate(model, "store").joined
+    torch.set_default_dtype(default)
+    try:
+        found = model(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for value, truth in zip(found, expected, strict=True):
+        assert value.dtype == own
+        assert_close(value, truth, 10.0)

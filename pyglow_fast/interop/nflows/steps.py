@@ -56,7 +56,7 @@ def waits_for_data(layer: nn.Module) -> bool:
     return isinstance(layer, transforms.ActNorm) and layer.training and not bool(layer.initialized)
 
 
-def _one_map(layer: nn.Module) -> ChannelMap | str:
+def _one_map(layer: nn.Module, dtype: torch.dtype | None) -> ChannelMap | str:
     name = type(layer).__name__
     if has_hooks(layer):
         return f"hooks on its {name}"
@@ -73,20 +73,20 @@ def _one_map(layer: nn.Module) -> ChannelMap | str:
     if isinstance(layer, Permutation):
         if layer._dim != 1 or not as_it_comes(layer, "forward", "inverse", "_permute"):
             return f"{name} permutes in a way of its own"
-        ones = torch.ones(len(layer._permutation), device=layer._permutation.device)
+        ones = torch.ones(len(layer._permutation), dtype=dtype, device=layer._permutation.device)
         return ChannelMap(ones, torch.zeros_like(ones), ones.new_zeros(()), layer._permutation)
     return f"a {name}, which does not mix channels"
 
 
-def channel_map(layers: Sequence[nn.Module]) -> ChannelMap | str:
+def channel_map(layers: Sequence[nn.Module], dtype: torch.dtype | None = None) -> ChannelMap | str:
     """M, c and log|det M| of M x + c = what ActNorms, OneByOneConvolutions and Permutations do in turn; or why not.
 
-    M (C, C), c (C,), log|det M| (), in the dtype of the parameters; without a convolution among them a gather. The
-    layers must not wait for data.
+    M (C, C), c (C,), log|det M| (), in the dtype of the parameters, of Permutations alone in the one given (None:
+    torch's default); without a convolution among them a gather. The layers must not wait for data.
     """
     whole: ChannelMap | None = None
     for layer in layers:
-        part = _one_map(layer)
+        part = _one_map(layer, dtype)
         if isinstance(part, str):
             return part
         if whole is None:
@@ -129,7 +129,8 @@ def step_parts(layers: Sequence[nn.Module]) -> StepParts | str:
     parts = coupling_parts(layers[-1])
     if isinstance(parts, str):
         return parts
-    mixing = channel_map(layers[:-1])
+    like = next(parts.net.parameters(), None)
+    mixing = channel_map(layers[:-1], None if like is None else like.dtype)
     if isinstance(mixing, str):
         return mixing
     matrix, offset, log_det, source = mixing
