@@ -33,6 +33,8 @@ class GraphedGlow:
         trains = parameter is not None and model.memory != "frozen"
         expect(trains, "model", "one that is not frozen", "a frozen one")
         assert parameter is not None  # for the type checker: refused above
+        one = cond is None or isinstance(cond, Tensor)
+        expect(one, "cond", "None or one tensor for all levels: graphs take no condition of each", type(cond).__name__)
         _require_gpu(parameter.device)
         expect(model.is_initialized, "model", "actnorms that have seen data (model.initialize)", "fresh ones")
         with torch.no_grad():

@@ -139,6 +139,10 @@ def test_refusals() -> None:
         model.make_graphed(x)
     with pytest.raises(ValueError, match="model: expected one that is not frozen"):
         model.freeze().make_graphed(x)
+    model, x = make(cond_channels=2)
+    for conditions in ([torch.randn(N, 2)] * 2, {0: torch.randn(N, 2), 1: torch.randn(N, 2)}):
+        with pytest.raises(ValueError, match="cond: expected None or one tensor for all levels"):
+            model.make_graphed(x, cond=conditions)  # type: ignore[arg-type]
 
 
 def test_more_refusals(recorded: None) -> None:
