@@ -91,7 +91,7 @@ def lu_weight(permutation: Tensor, lower: Tensor, upper: Tensor, log_diag: Tenso
     """
     eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
     with full_precision(lower):
-        product = (lower.tril(-1) + eye) @ (upper.triu(1) + torch.diag_embed(sign_diag * log_diag.exp()))
+        product = (lower.tril(-1) + eye) @ (upper.triu(1) + eye * (sign_diag * log_diag.exp()).unsqueeze(-1))
     return product.gather(-2, permutation.unsqueeze(-1).expand_as(product))
 
 
