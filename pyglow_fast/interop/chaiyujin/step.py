@@ -14,7 +14,7 @@ from pyglow_fast._tracing import is_watched
 from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.interop.chaiyujin.structure import Now, Parts, SharedNet, UnknownError, channel_map, looks_like, read
 from pyglow_fast.layers import Coupling
-from pyglow_fast.layers.flow_step import run_couplings, run_couplings_inverse, stack_maps
+from pyglow_fast.layers.flow_step import run_couplings, run_couplings_inverse
 from pyglow_fast.layers.reversible_sequence import pass_of, run_recomputing
 from pyglow_fast.reversible import DriftControl
 
@@ -49,8 +49,7 @@ class Memory:
         runners = [coupling.runner(self.budget) for coupling in couplings]
         sizes = [sum(parameter.nbytes for parameter in runner.params) for runner in runners]
         whole = pass_of(self.control if self.mode == "reversible" else None, self.budget, x, sizes)
-        specs = [coupling.spec for coupling in couplings]
-        return run_recomputing(runners, specs, stack_maps(now.maps), whole, x, features)
+        return run_recomputing(runners, [coupling.spec for coupling in couplings], now.stacked, whole, x, features)
 
 
 class AdoptedStep(nn.Module):
@@ -127,9 +126,10 @@ def run(
     if not couplings:
         scalar = own.log_det * functional.n_positions(x)  # added to whatever there is, as theirs adds it
         if reverse:
-            x = functional.channel_unmix(x, functional.invert_matrix(own.matrix), own.offset)
+            inverse, index = own.inverse()
+            x = functional.channel_unmix(x, inverse, own.offset, index=index)
             return x, None if logdet is None else logdet - scalar
-        x = functional.channel_mix(x, own.matrix, own.offset)
+        x = functional.channel_mix(x, own.matrix, own.offset, index=own.source)
         return x, None if logdet is None else logdet + scalar
     now = Now(own, len(couplings))
     budget = None if torch.is_grad_enabled() else "auto"

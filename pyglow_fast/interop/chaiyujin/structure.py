@@ -14,7 +14,7 @@ from pyglow_fast.coupling_nets import chain
 from pyglow_fast.coupling_nets.net_shape import KERNEL_SIZES
 from pyglow_fast.interop.known_net import KnownNet, Layer, widths
 from pyglow_fast.layers import AffineInjector, Coupling
-from pyglow_fast.layers.flow_step import ChannelMap, MapInverse, invert_maps
+from pyglow_fast.layers.flow_step import ChannelMap, MapInverse, invert_maps, stack_maps, unstack_maps
 from pyglow_fast.reference import CouplingSpec, coupling_net_spec, fold_actnorm, full_precision
 
 _CALL = ["self", "input", "logdet", "reverse"]
@@ -187,12 +187,8 @@ def _net(net: nn.Module, name: str, is_interleaved: bool) -> SharedNet:
 
 
 def _weight(step: Any) -> tuple[Tensor, Tensor]:
-    """W (C, C) and log|det W|."""
+    """W (C, C) of a 1x1 convolution and log|det W|."""
     like: Tensor = step.actnorm.bias
-    if step.flow_permutation != "invconv":
-        order = torch.as_tensor(getattr(step, step.flow_permutation).indices, device=like.device)
-        eye = torch.eye(len(order), dtype=like.dtype, device=like.device)
-        return eye[order.long()], like.new_zeros(())
     conv = step.invconv
     if not conv.LU:
         return conv.weight, torch.linalg.slogdet(conv.weight).logabsdet
@@ -203,11 +199,13 @@ def _weight(step: Any) -> tuple[Tensor, Tensor]:
 
 def channel_map(step: Any) -> ChannelMap:
     """actnorm and permutation of a step as one map, with the parameters of now."""
-    actnorm = step.actnorm
-    with full_precision(actnorm.bias):
+    log_scale, bias = step.actnorm.logs.flatten(), step.actnorm.bias.flatten()
+    if step.flow_permutation != "invconv":
+        source = torch.as_tensor(getattr(step, step.flow_permutation).indices, device=bias.device).long()
+        return ChannelMap(*functional.gather_actnorm(source, log_scale, bias), log_scale.sum(), source)
+    with full_precision(bias):
         weight, log_abs_det = _weight(step)
-        log_scale = actnorm.logs.flatten()
-        matrix, offset = fold_actnorm(weight[None], log_scale[None], actnorm.bias.flatten()[None])
+        matrix, offset = fold_actnorm(weight[None], log_scale[None], bias[None])
     return ChannelMap(matrix[0], offset[0], log_scale.sum() + log_abs_det)
 
 
@@ -215,10 +213,9 @@ class Now:
     """The channel map of one step with the parameters of now, as run_couplings takes it."""
 
     def __init__(self, own: ChannelMap, n_couplings: int) -> None:
-        size, like = len(own.offset), own.offset
-        eye = torch.eye(size, dtype=like.dtype, device=like.device)
-        nothing = [ChannelMap(eye, torch.zeros_like(like), like.new_zeros(()))]
-        self.maps = [own, *nothing * (n_couplings - 1)]
+        maps = [own, *[ChannelMap.nothing(own.offset)] * (n_couplings - 1)]
+        self.stacked = stack_maps(maps)
+        self.maps = unstack_maps(self.stacked)
         self.nets: list[list[Tensor] | None] = [None] * n_couplings
 
     @property
