@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import can_read
+from pyglow_fast.coupling_nets.checkerboard import Checkerboard
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.flow_step import ChannelMap, FlowStep, MapInverse, couplings_of, fold_steps, invert_maps
 from pyglow_fast.reversible.deferred import is_capturing
@@ -83,6 +84,7 @@ class FoldCache:
         self._lock = threading.Lock()
         self._folded: FoldedSteps | None = None
         self._identities: list[Identity] = []
+        self._boards: list[Checkerboard | None] = []
         self._small = torch.empty(0)
 
     def __deepcopy__(self, memo: object) -> FoldCache:
@@ -106,12 +108,14 @@ class FoldCache:
         with torch.no_grad(), self._lock:
             tensors = _tensors(steps)
             small = self._small_values(steps)
-            if tensors is not None and self._folded is not None and self._matches(tensors, small):
-                return self._folded
+            boards = [coupling.board for coupling in couplings_of(steps)]  # which are folded into the maps too
+            known = self._folded if boards == self._boards else None
+            if tensors is not None and known is not None and self._matches(tensors, small):
+                return known
             folded = FoldedSteps.of(steps)
             identities = None if tensors is None else _identities(tensors)
             self._folded, self._identities = (None, []) if identities is None else (folded, identities)
-            self._small = small
+            self._small, self._boards = small, boards
             return folded
 
     @staticmethod

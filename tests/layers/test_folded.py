@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
+from pyglow_fast.coupling_nets.checkerboard import Checkerboard
 from pyglow_fast.layers.folded import FoldedSteps
 
 X = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -208,3 +209,12 @@ def test_two_threads() -> None:
         thread.join()
     assert len(found) == 60
     assert all(torch.allclose(z, expected, rtol=1e-5, atol=1e-5) for z in found)
+
+
+def test_anew_with_another_parity() -> None:
+    """The places of the halves of a checkerboard are a part of the maps."""
+    sequence = steps(mask="checkerboard")
+    before = inference(sequence)
+    sequence[1].coupling.board = Checkerboard(1)
+    check(sequence)
+    assert not torch.allclose(inference(sequence), before, atol=1e-4)
