@@ -14,7 +14,7 @@ from pyglow_fast._tracing import is_watched
 from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.interop.chaiyujin.structure import Now, Parts, SharedNet, UnknownError, channel_map, looks_like, read
 from pyglow_fast.layers import Coupling
-from pyglow_fast.layers.flow_step import ChannelMap, run_couplings, run_couplings_inverse
+from pyglow_fast.layers.flow_step import run_couplings, run_couplings_inverse, stack_maps
 from pyglow_fast.layers.reversible_sequence import pass_of, run_recomputing
 from pyglow_fast.reversible import DriftControl
 
@@ -49,8 +49,8 @@ class Memory:
         runners = [coupling.runner(self.budget) for coupling in couplings]
         sizes = [sum(parameter.nbytes for parameter in runner.params) for runner in runners]
         whole = pass_of(self.control if self.mode == "reversible" else None, self.budget, x, sizes)
-        maps = ChannelMap(*(torch.stack(parts) for parts in zip(*now.maps, strict=True)))
-        return run_recomputing(runners, [coupling.spec for coupling in couplings], maps, whole, x, features)
+        specs = [coupling.spec for coupling in couplings]
+        return run_recomputing(runners, specs, stack_maps(now.maps), whole, x, features)
 
 
 class AdoptedStep(nn.Module):
