@@ -159,9 +159,9 @@ def test_drift_is_judged_with_the_mask() -> None:
     matrix, offset = torch.randn(4, 4).double(), torch.randn(4).double()
     u = (torch.einsum("ij,njt->nit", matrix, x * mask) + offset[:, None]) * mask
     (witness,) = Witness.all_of(Witness.of(u))
-    assert float(witness.drift(x * mask, matrix, offset, mask)) < 1e-12
+    assert float(witness.drift(x * mask, matrix, offset, mask=mask)) < 1e-12
     assert float(witness.drift(x * mask, matrix, offset)) > 1e-3  # what the offset adds behind the end
-    assert float(witness.drift((x + 1e-3) * mask, matrix, offset, mask)) > 1e-5
+    assert float(witness.drift((x + 1e-3) * mask, matrix, offset, mask=mask)) > 1e-5
 
 
 def test_states_that_drift_are_redone() -> None:
