@@ -13,6 +13,7 @@ from pyglow_fast import functional
 from pyglow_fast._tracing import is_watched
 from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.interop.chaiyujin.structure import Now, Parts, SharedNet, UnknownError, channel_map, looks_like, read
+from pyglow_fast.interop.stand_in import StandIn, give_back, stand_in
 from pyglow_fast.layers import Coupling
 from pyglow_fast.layers.flow_step import run_couplings, run_couplings_inverse, stack_maps
 from pyglow_fast.layers.reversible_sequence import pass_of, run_recomputing
@@ -53,10 +54,9 @@ class Memory:
         return run_recomputing(runners, specs, stack_maps(now.maps), whole, x, features)
 
 
-class AdoptedStep(nn.Module):
-    """What a step's class gains: our forward before its own. The class itself is made for each class of theirs."""
+class AdoptedStep(StandIn):
+    """What a step's class gains: our forward before its own."""
 
-    _theirs: type[nn.Module]
     _parts: Parts
     _memory: Memory | None = None
 
@@ -107,10 +107,6 @@ class AdoptedStep(nn.Module):
     def _inner(self) -> list[nn.Module]:
         return [module for module in self.modules() if module is not self]
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies and pickles by their class, which can be imported; ours is made again."""
-        return _blank, (self._theirs,), self.__dict__.copy()
-
 
 def run(
     step: Any,
@@ -142,22 +138,6 @@ def run(
     return x, logdet + gained
 
 
-_classes: dict[type[nn.Module], type[AdoptedStep]] = {}
-
-
-def _adopted(theirs: type[nn.Module]) -> type[AdoptedStep]:
-    if theirs not in _classes:
-        names = {"_theirs": theirs, "__module__": theirs.__module__, "__qualname__": theirs.__qualname__}
-        made = type(theirs.__name__, (AdoptedStep, theirs), {**names, "__doc__": theirs.__doc__})
-        _classes[theirs] = cast("type[AdoptedStep]", made)
-    return _classes[theirs]
-
-
-def _blank(theirs: type[nn.Module]) -> nn.Module:
-    kind = _adopted(theirs)
-    return kind.__new__(kind)
-
-
 def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, module) for name, module in model.named_modules() if looks_like(module)]
 
@@ -178,7 +158,7 @@ def adopt(model: nn.Module) -> list[str]:
             continue
         found = _verified(module)
         if isinstance(found, Parts):
-            module.__class__ = _adopted(type(module))
+            module.__class__ = stand_in(AdoptedStep, type(module))
             cast(AdoptedStep, module)._parts = found
             names.append(name)
     return names
@@ -186,13 +166,10 @@ def adopt(model: nn.Module) -> list[str]:
 
 def release(model: nn.Module, only: Collection[nn.Module] | None = None) -> list[str]:
     """The opposite of :func:`adopt`: our steps (with ``only``, these alone) become their own class again, in place."""
-    names = []
-    for name, module in model.named_modules():
-        if isinstance(module, AdoptedStep) and (only is None or module in only):
-            for name_of_ours in ("_parts", "_memory"):
-                module.__dict__.pop(name_of_ours, None)
-            cast(Any, module).__class__ = module._theirs
-            names.append(name)
+    names = give_back(model, AdoptedStep, only)
+    for name in names:
+        for name_of_ours in ("_parts", "_memory"):
+            vars(model.get_submodule(name)).pop(name_of_ours, None)
     return names
 
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from pyglow_fast._errors import can_read
 from pyglow_fast.coupling_nets.masks import MaskedNet, run_sorted, without_padding
+from pyglow_fast.coupling_nets.traits import is_altered
 from pyglow_fast.interop.glow_tts.layers import BlockNet, CouplingBlock, InvConvNear, runs_on, spec_of
 from pyglow_fast.interop.glow_tts.probe import actnorm_fault
-from pyglow_fast.interop.glow_tts.structure import coupling_fault, watched
+from pyglow_fast.interop.glow_tts.structure import coupling_fault
 from pyglow_fast.interop.joined import ChangedError, Face, JoinedRun, JoinedStep, Place
 from pyglow_fast.layers.flow_step import ChannelMap
 from pyglow_fast.layers.grouped_conv import spread_over_groups
@@ -89,7 +90,7 @@ def _fault(layers: Sequence[nn.Module]) -> str:
     """Say why layers are not a step as they are now; nothing if they are."""
     if len(layers) != 3 or not isinstance(layers[1], InvConvNear) or not isinstance(layers[2], CouplingBlock):
         return "not an actnorm, a convolution in groups and a coupling of ours, in this order"
-    if any(map(watched, layers)):
+    if any(map(is_altered, layers)):
         return "hooks on one of its layers"
     if found := coupling_fault(layers[2]):
         return found

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.plan import budget_bytes
-from pyglow_fast.coupling_nets.traits import bytes_per_position, has_hooks
+from pyglow_fast.coupling_nets.traits import bytes_per_position, is_altered
 from pyglow_fast.interop.jet.couplings import Adopted, OfImages, WithProjections, takes
 from pyglow_fast.interop.jet.tokens import TokenCoupling
 from pyglow_fast.interop.joined import Face, Place, unrepeatable
@@ -148,7 +148,7 @@ class TokenRun(Face):
         return takes(x) and super().takes(x)
 
     def _changed(self) -> bool:
-        return any(not isinstance(m, Adopted) or has_hooks(m) or "forward" in vars(m) for m in self.modules)
+        return any(not isinstance(module, Adopted) or is_altered(module) for module in self.modules)
 
     def _one_by_one(self, x: Tensor, inverse: bool, named: dict[str, Any]) -> tuple[Tensor, Any]:
         total: Any = 0
@@ -187,7 +187,7 @@ def _reason(module: nn.Module, owner: nn.Module, memory: str) -> str:
         return "no coupling of ours"
     if isinstance(module, WithProjections) and not all(hasattr(owner, name) for name in _MODEL):
         return f"its model has no {', '.join(_MODEL)}"
-    if has_hooks(module) or "forward" in vars(module):
+    if is_altered(module):
         return "hooks or a forward of its own on it"
     return unrepeatable(module.dnn, memory)
 
