@@ -12,10 +12,19 @@ from torch import Tensor, nn
 from pyglow_fast import functional
 from pyglow_fast._tracing import is_watched
 from pyglow_fast.coupling_nets.traits import has_hooks
-from pyglow_fast.interop.chaiyujin.structure import Now, Parts, SharedNet, UnknownError, channel_map, looks_like, read
+from pyglow_fast.interop.chaiyujin.structure import (
+    Parts,
+    SharedNet,
+    UnknownError,
+    before_couplings,
+    channel_map,
+    looks_like,
+    read,
+)
+from pyglow_fast.interop.joined import Now
 from pyglow_fast.interop.stand_in import StandIn, give_back, stand_in
 from pyglow_fast.layers import Coupling
-from pyglow_fast.layers.flow_step import run_couplings, run_couplings_inverse, stack_maps
+from pyglow_fast.layers.flow_step import ChannelMap, run_couplings, run_couplings_inverse
 from pyglow_fast.layers.reversible_sequence import pass_of, run_recomputing
 from pyglow_fast.reversible import DriftControl
 
@@ -45,13 +54,15 @@ class Memory:
         wants = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in recorded)
         return wants and self.mode != "store"
 
-    def run(self, couplings: Sequence[Coupling], now: Now, x: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor]:
+    def run(
+        self, couplings: Sequence[Coupling], maps: ChannelMap, x: Tensor, features: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """x -> z, log_det (N,)."""
         runners = [coupling.runner(self.budget) for coupling in couplings]
         sizes = [sum(parameter.nbytes for parameter in runner.params) for runner in runners]
         whole = pass_of(self.control if self.mode == "reversible" else None, self.budget, x, sizes)
         specs = [coupling.spec for coupling in couplings]
-        return run_recomputing(runners, specs, stack_maps(now.maps), whole, x, features)
+        return run_recomputing(runners, specs, maps, whole, x, features)
 
 
 class AdoptedStep(StandIn):
@@ -127,14 +138,14 @@ def run(
             return x, None if logdet is None else logdet - scalar
         x = functional.channel_mix(x, own.matrix, own.offset)
         return x, None if logdet is None else logdet + scalar
-    now = Now(own, len(couplings))
+    maps = before_couplings(own, len(couplings))
     budget = None if torch.is_grad_enabled() else "auto"
     if not reverse and memory is not None and memory.recomputes(step, x, features):
-        x, gained = memory.run(couplings, now, x, features)
+        x, gained = memory.run(couplings, maps, x, features)
     elif reverse:
-        x, gained = run_couplings_inverse(couplings, now, x, features, budget)
+        x, gained = run_couplings_inverse(couplings, Now(maps), x, features, budget)
     else:
-        x, gained = run_couplings(couplings, now, x, features, budget=budget)
+        x, gained = run_couplings(couplings, Now(maps), x, features, budget=budget)
     return x, logdet + gained
 
 
@@ -143,7 +154,7 @@ def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def finds(model: nn.Module) -> bool:
-    """Whether there are steps that look like it, ours or theirs."""
+    """Whether a model has steps that look like chaiyujin's, ours or theirs."""
     return any(looks_like(module) for module in model.modules())
 
 
@@ -174,7 +185,7 @@ def release(model: nn.Module, only: Collection[nn.Module] | None = None) -> list
 
 
 def recompute(model: nn.Module, mode: str, budget: str | int) -> dict[str, str]:
-    """Let our steps with a coupling keep their input alone for the backward, step by step; says which, and how."""
+    """Have our steps with a coupling keep their input alone for the backward; returns which, and how."""
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, AdoptedStep) and module._parts.couplings and module._memory is None:
@@ -184,7 +195,7 @@ def recompute(model: nn.Module, mode: str, budget: str | int) -> dict[str, str]:
 
 
 def left(model: nn.Module) -> dict[str, str]:
-    """Steps that look like it and stay as they are, and nets that run as they are, and why."""
+    """The steps of this kind that are left as they are, and the nets that run as they are, and why."""
     found = {}
     for name, module in _candidates(model):
         if isinstance(module, AdoptedStep):

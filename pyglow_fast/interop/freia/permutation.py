@@ -12,7 +12,7 @@ from pyglow_fast._errors import can_read
 
 
 class Seen(NamedTuple):
-    """Which tensors the permutation and its inverse were when they were looked at, and their indices if hard."""
+    """The tensors of a permutation and its inverse as they were when looked at, and their indices if hard."""
 
     tensors: list[tuple[weakref.ref[Tensor], int, int]]  # each with the place of its data and its version
     indices: tuple[Tensor, Tensor] | None
@@ -33,7 +33,7 @@ class Seen(NamedTuple):
 
 
 def look_at(pair: tuple[Tensor, Tensor]) -> Seen:
-    """Looks at the whole matrices, which stops a GPU's stream: once for as long as they stay."""
+    """Look at the whole matrices, which stops a GPU's stream: once for as long as they stay."""
     first, second = (w.detach().flatten(1) for w in pair)
     indices = first.argmax(1), second.argmax(1)
     eye = torch.eye(len(first), dtype=first.dtype, device=first.device)

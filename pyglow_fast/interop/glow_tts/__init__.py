@@ -47,7 +47,7 @@ def adopt(model: nn.Module) -> list[str]:
 
 
 def left(model: nn.Module) -> dict[str, str]:
-    """What looks like a layer of Glow-TTS and is not ours, and why."""
+    """The layers that look like Glow-TTS's and are left as they are, and why."""
     return {name: fault(module) for name, module in model.named_modules() if kind_of(module) is not None}
 
 

@@ -26,7 +26,7 @@ OTHER = 1e-4  # by how much W^-1 W may differ from 1 when the inverse was rounde
 
 
 class DecoderRun(Face):
-    """Steps joined, called as one of their layers: x, mask -> z, log_det, or back.
+    """A run of joined steps, called as one of their layers: x, mask -> z, log_det, or back.
 
     The layers run one by one while an actnorm waits for data, and on a small batch without gradients.
     """
@@ -75,12 +75,12 @@ class DecoderRun(Face):
         return bool(((products - torch.eye(products.shape[1], dtype=products.dtype)).abs() > OTHER).any())
 
     def store_inverse(self) -> None:
-        """Their own preparation for inference: weight norms are taken off."""
+        """Prepare the layers for inference, as theirs do: weight norms are taken off."""
         for module in self.modules:
             module.store_inverse()  # type: ignore[operator]
 
     def set_ddi(self, ddi: bool) -> None:
-        """Whether the actnorms are to be initialised from the next batch."""
+        """Say whether the actnorms are to be initialised from the next batch."""
         for module in self.modules:
             if hasattr(module, "set_ddi"):
                 module.set_ddi(ddi)  # type: ignore[operator]

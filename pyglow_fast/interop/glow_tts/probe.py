@@ -102,7 +102,7 @@ Call = Callable[[nn.Module], Any]
 
 
 def _calls(module: Any, ours: type[AdoptedLayer]) -> list[Call]:
-    """What a layer is probed by."""
+    """The calls that a layer is probed by."""
     if ours is InvConvNear:
         x, mask, _ = _inputs(3 * len(module.weight), 0)
 

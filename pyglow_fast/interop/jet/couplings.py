@@ -313,7 +313,7 @@ def finds(model: nn.Module) -> bool:
 
 
 def adopt(model: nn.Module) -> list[str]:
-    """Make the couplings whose arithmetic is ours such, in place, and return their names ("" for the model itself)."""
+    """Make the couplings ours whose arithmetic is, in place, and return their names ("" for the model itself)."""
     names = []
     for name, module, base in _candidates(model):
         if not reason(module, base):
@@ -323,7 +323,7 @@ def adopt(model: nn.Module) -> list[str]:
 
 
 def left(model: nn.Module) -> dict[str, str]:
-    """Couplings of one of the interfaces that are as they were, and why."""
+    """The couplings of one of the interfaces that are left as they were, and why."""
     found = {name: reason(module, base) for name, module, base in _candidates(model)}
     return {name: text for name, text in found.items() if text}
 

@@ -29,7 +29,7 @@ class _Called:
         self.owner, self.index, self.projects = owner, index, projects
 
     def arguments(self) -> tuple[Any, ...]:
-        """Of now: (is_channel, channel_proj, spatial_proj), or nothing."""
+        """The arguments of now: (is_channel, channel_proj, spatial_proj), or nothing."""
         if not self.projects:
             return ()
         owner: Any = self.owner
@@ -144,7 +144,7 @@ class TokenRun(Face):
         return out.contiguous(), log_det.unsqueeze(-1)
 
     def takes(self, x: Tensor) -> bool:
-        """As of every run, and nothing that traces."""
+        """Whether the run takes x: as every run does, and nothing that traces."""
         return takes(x) and super().takes(x)
 
     def _changed(self) -> bool:
@@ -160,7 +160,7 @@ class TokenRun(Face):
 
 
 class Passed:
-    """In the place of a coupling that the run does, so that the others keep their numbers; the last begins the inverse.
+    """A placeholder of a coupling that the run does, so that others keep their numbers; the last begins the inverse.
 
     Args:
         called: what it would be called with.
