@@ -91,7 +91,7 @@ def lu_weight(permutation: Tensor, lower: Tensor, upper: Tensor, log_diag: Tenso
     """
     eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
     with full_precision(lower):
-        product = (lower.tril(-1) + eye) @ (upper.triu(1) + torch.diag_embed(sign_diag * log_diag.exp()))
+        product = (lower.tril(-1) + eye) @ (upper.triu(1) + eye * (sign_diag * log_diag.exp()).unsqueeze(-1))
     return product.gather(-2, permutation.unsqueeze(-1).expand_as(product))
 
 
@@ -320,11 +320,11 @@ def coupling_mix_inverse(
     return channel_unmix(u, inverse_matrix, offset, index=index), log_det
 
 
-def activated(h: Tensor, activation: Activation) -> Tensor:
-    """The activation of h, by torch."""
+def activated(h: Tensor, activation: Activation, in_place: bool = False) -> Tensor:
+    """The activation of h, by torch; in_place: a relu may be written over h, which nobody else has."""
     kind, parameter = activation
     if kind == "relu" or (kind == "leaky_relu" and not parameter):  # of -inf 0, and not NaN as 0 times it
-        return h.relu()
+        return h.relu_() if in_place else h.relu()
     if kind in ("leaky_relu", "elu"):
         return getattr(F, kind)(h, parameter)
     if kind in ("gelu", "gelu_tanh"):
@@ -401,7 +401,7 @@ def net_chain(
             padding = [step * (size // 2) for step, size in zip(dilation, weight.shape[2:], strict=True)]
             hidden = conv(hidden, weight, bias, padding=padding, dilation=dilation)
         if layer < len(spec.activations):
-            hidden = activated(hidden, spec.activations[layer])
+            hidden = activated(hidden, spec.activations[layer], in_place=True)
     return hidden
 
 

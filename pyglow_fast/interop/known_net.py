@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pyglow_fast import functional
 from pyglow_fast.coupling_nets import chain
 from pyglow_fast.reference import Activation, ChainSpec, n_positions
 
@@ -32,8 +33,9 @@ WRAPPERS: dict[str, str] = {"normflows.nets.cnn.ConvNet2d": "net", "normflows.ne
 AFFINE_MAPS: dict[str, Callable[[nn.Module, int], Affine | None]] = {
     f"torch.nn.modules.batchnorm.BatchNorm{size}d": _batch_norm for size in (1, 2, 3)
 }
-# Of convolutions that are better left to the library: channels, one side to the other, multiply-adds of a batch.
-LEAST_SQUARE, MOST_RATIO, LEAST_WORK = 16, 4, 2e8
+# Of convolutions that are better left to the library: channels (in float32 and in 16 bits), one side to the other,
+# multiply-adds of a batch.
+LEAST_SQUARE, LEAST_SQUARE_IN_HALF, MOST_RATIO, LEAST_WORK = 48, 16, 4, 2e8
 LEAST_ROWS, MOST_FEATURES = 1024, 512  # of vectors and of the layers between which ours are as fast, see pays
 LAYERS: dict[type[nn.Module], int] = {nn.Linear: 0, nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}  # spatial dimensions
 NORMS: dict[type[nn.Module], tuple[int, ...]] = {nn.BatchNorm1d: (0, 1), nn.BatchNorm2d: (2,), nn.BatchNorm3d: (3,)}
@@ -128,12 +130,13 @@ class KnownNet:
         if self.dims != 2:
             return True
         square = every = 0
+        least = LEAST_SQUARE_IN_HALF if functional.net_in_half(x) else LEAST_SQUARE
         for layer in self.layers:
             narrow, wide = sorted(widths(layer.module))
             taps = math.prod(layer.module.kernel_size)
             work = narrow * wide * taps
             every += work
-            square += work if taps > 1 and narrow >= LEAST_SQUARE and wide <= MOST_RATIO * narrow else 0
+            square += work if taps > 1 and narrow >= least and wide <= MOST_RATIO * narrow else 0
         return 2 * square < every or square * n_positions(x) * x.shape[0] < LEAST_WORK
 
     def takes(self, x: Tensor, cond: Tensor | None = None) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pyglow_fast import functional
+from pyglow_fast import functional, reference
 from pyglow_fast.coupling_nets import chain
 from pyglow_fast.coupling_nets.chain import sides
 from pyglow_fast.coupling_nets.traits import has_hooks
@@ -289,9 +289,10 @@ def run(
 ) -> Tensor:
     """net(x), or net([x, cond]) of the channels of both, by our executor where it is recognised and takes x.
 
+    Or, where it is recognised and ours would be slower, by the library's convolutions, which pad by themselves.
     ``output_map(values, dim)`` is a linear map of the output channels, which are dimension ``dim`` of ``values``: then
-    output_map(net(x), 1), and in our executor of the last weights instead, so that it costs no pass over the output
-    (but for nets that end in an activation).
+    output_map(net(x), 1), and of a recognised net the map of the last weights instead, so that it costs no pass over
+    the output (but for nets that end in an activation).
     """
     known = _known(net, x, cond)
     found = None if known is None else known.weights_and_biases()
@@ -301,7 +302,8 @@ def run(
     weights, biases = found
     if known.last is None and output_map is not None:
         weights[-1], biases[-1] = output_map(weights[-1], 0), output_map(biases[-1], 0)
-    out = functional.net_chain(x, weights, biases, known.spec, cond=cond)
+    compute = functional.net_chain if known.pays(x) else reference.net_chain
+    out = compute(x, weights, biases, known.spec, cond=cond)
     if known.last is None:
         return out
     out = activated(out, known.last)
@@ -310,12 +312,15 @@ def run(
 
 def serves(net: nn.Module, x: Tensor, cond: Tensor | None = None) -> bool:
     """Tells whether :func:`run` would use our executor."""
-    return _known(net, x, cond) is not None
+    known = _known(net, x, cond)
+    return known is not None and known.pays(x)
 
 
 def _known(net: nn.Module, x: Tensor, cond: Tensor | None) -> KnownNet | None:
-    """Gives the net, if it is recognised and our executor takes x."""
+    """Gives the net, if it is recognised and not to be called as it is: on vectors that is where ours is slower."""
     if not functional.net_as_products(x):
         return None
     known = recognised(net)
-    return known if isinstance(known, KnownNet) and known.takes(x, cond) and known.pays(x) else None
+    if not isinstance(known, KnownNet) or not known.takes(x, cond) or (known.dims == 0 and not known.pays(x)):
+        return None
+    return known

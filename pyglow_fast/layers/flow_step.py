@@ -37,6 +37,12 @@ class ChannelMap(NamedTuple):
     log_det: Tensor  # (), log|det matrix|
     source: Tensor | None = None  # (C,), a permutation in int64: the index of the functions that take a map
 
+    @staticmethod
+    def nothing(like: Tensor) -> ChannelMap:
+        """The map, a gather, that leaves as many channels as ``like`` (C,) has what they are."""
+        zeros = torch.zeros_like(like)
+        return ChannelMap(zeros + 1, zeros, zeros.sum(), torch.arange(len(zeros), device=like.device))
+
     def as_product(self) -> ChannelMap:
         """The map with a matrix, also where it is a gather."""
         if self.source is None:
@@ -111,8 +117,7 @@ def _between_couplings(maps: ChannelMap, counts: Sequence[int]) -> ChannelMap:
 
     That only where the last steps have no coupling. The map of a step without one is part of the next step's.
     """
-    zeros = torch.zeros_like(maps.offset[0])
-    nothing = ChannelMap(zeros + 1, zeros, zeros.sum(), torch.arange(len(zeros), device=zeros.device))
+    nothing = ChannelMap.nothing(maps.offset[0])
     found: list[ChannelMap] = []
     waiting: ChannelMap | None = None
     for own, count in zip(unstack_maps(maps), counts, strict=True):

@@ -35,7 +35,7 @@ class Given(nn.Module):
     pytest.mark.parametrize("shape", SHAPES, ids=str),
     pytest.mark.parametrize("order", ORDERS),
     pytest.mark.parametrize("kind", KINDS),
-    pytest.mark.parametrize("scale_map", [*SCALE_MAPS, softplus_scale]),
+    pytest.mark.parametrize("scale_map", [*SCALE_MAPS, softplus_scale], ids=lambda f: getattr(f, "__name__", f)),
 )
 def test_is_the_masked_formula(
     scale_map: str, kind: str, order: str, shape: tuple[int, ...], parity: int, device: torch.device

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from live import coqui
+from live.peers import load
 from support.covering import pairs
 from support.glow_tts_cases import difference, mask_of_lengths, moved, results, single_errors
 from support.helpers import assert_close
@@ -17,7 +17,7 @@ from pyglow_fast.interop.glow_tts.layers import AdoptedLayer
 from pyglow_fast.layers import MaskedSequence, Permute, WaveNet, wavenet
 from pyglow_fast.layers.flow_step import FlowStep
 
-decoders = coqui.load("TTS.tts.layers.glow_tts.decoder")
+decoders = load("TTS.tts.layers.glow_tts.decoder")
 MODES = (None, "store", "checkpoint", "reversible")
 EXACT = 1e-9
 
@@ -110,7 +110,7 @@ def test_first_batch_initialises_as_theirs() -> None:
 
 
 def vits() -> Any:
-    return coqui.load("TTS.tts.layers.vits.networks")
+    return load("TTS.tts.layers.vits.networks")
 
 
 def test_nets_of_vits_are_served() -> None:

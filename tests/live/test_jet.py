@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from live.peers import load
 from support.helpers import assert_kernel_close
 from torch import Tensor
 
 from pyglow_fast.interop import accelerate
 
-pytest.importorskip("einops", reason="einops, which jet-pytorch imports, is not installed")
-jet = pytest.importorskip("jet_pytorch.jet", reason="jet-pytorch is not installed")
+jet: Any = load("jet_pytorch.jet")
 modes = pytest.mark.parametrize("memory", [None, "reversible", "checkpoint", "store"])
 
 

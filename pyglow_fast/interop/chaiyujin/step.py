@@ -134,9 +134,10 @@ def run(
     if not couplings:
         scalar = own.log_det * functional.n_positions(x)  # added to whatever there is, as theirs adds it
         if reverse:
-            x = functional.channel_unmix(x, functional.invert_matrix(own.matrix), own.offset)
+            inverse, index = own.inverse()
+            x = functional.channel_unmix(x, inverse, own.offset, index=index)
             return x, None if logdet is None else logdet - scalar
-        x = functional.channel_mix(x, own.matrix, own.offset)
+        x = functional.channel_mix(x, own.matrix, own.offset, index=own.source)
         return x, None if logdet is None else logdet + scalar
     maps = before_couplings(own, len(couplings))
     budget = None if torch.is_grad_enabled() else "auto"

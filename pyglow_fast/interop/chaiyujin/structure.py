@@ -187,12 +187,8 @@ def _net(net: nn.Module, name: str, is_interleaved: bool) -> SharedNet:
 
 
 def _weight(step: Any) -> tuple[Tensor, Tensor]:
-    """W (C, C) and log|det W|."""
+    """W (C, C) of a 1x1 convolution and log|det W|."""
     like: Tensor = step.actnorm.bias
-    if step.flow_permutation != "invconv":
-        order = torch.as_tensor(getattr(step, step.flow_permutation).indices, device=like.device)
-        eye = torch.eye(len(order), dtype=like.dtype, device=like.device)
-        return eye[order.long()], like.new_zeros(())
     conv = step.invconv
     if not conv.LU:
         return conv.weight, torch.linalg.slogdet(conv.weight).logabsdet
@@ -203,16 +199,16 @@ def _weight(step: Any) -> tuple[Tensor, Tensor]:
 
 def channel_map(step: Any) -> ChannelMap:
     """The actnorm and permutation of a step as one map, with the parameters of now."""
-    actnorm = step.actnorm
-    with full_precision(actnorm.bias):
+    log_scale, bias = step.actnorm.logs.flatten(), step.actnorm.bias.flatten()
+    if step.flow_permutation != "invconv":
+        source = torch.as_tensor(getattr(step, step.flow_permutation).indices, device=bias.device).long()
+        return ChannelMap(*functional.gather_actnorm(source, log_scale, bias), log_scale.sum(), source)
+    with full_precision(bias):
         weight, log_abs_det = _weight(step)
-        log_scale = actnorm.logs.flatten()
-        matrix, offset = fold_actnorm(weight[None], log_scale[None], actnorm.bias.flatten()[None])
+        matrix, offset = fold_actnorm(weight[None], log_scale[None], bias[None])
     return ChannelMap(matrix[0], offset[0], log_scale.sum() + log_abs_det)
 
 
 def before_couplings(own: ChannelMap, n_couplings: int) -> ChannelMap:
     """The maps before each coupling of a step, stacked: its own before the first, and none between."""
-    zeros = torch.zeros_like(own.offset)
-    nothing = ChannelMap(zeros + 1, zeros, zeros.sum(), torch.arange(len(zeros), device=zeros.device))
-    return stack_maps([own, *[nothing] * (n_couplings - 1)])
+    return stack_maps([own, *[ChannelMap.nothing(own.offset)] * (n_couplings - 1)])
