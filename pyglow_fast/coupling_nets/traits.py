@@ -91,6 +91,11 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def is_altered(module: nn.Module) -> bool:
+    """Whether a call of a module does something else than its class: hooks, or a forward of its own."""
+    return has_hooks(module) or "forward" in vars(module)
+
+
 def has_known_modules(net: nn.Module) -> bool:
     """Whether it is made of torch's and our own modules alone, without hooks: no code that we cannot know."""
 

@@ -25,8 +25,9 @@ def folded(
         dynamic_shapes: as of torch.export.export, such as ``({0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO},)``.
 
     Raises:
-        ValueError: a matrix of the model is singular.
+        ValueError: args is no tuple; a matrix of the model is singular.
     """
+    expect(isinstance(args, tuple), "args", "a tuple of example inputs", type(args).__name__)
     with torch.no_grad():
         program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
         module = program.run_decompositions({}).module(check_guards=False)

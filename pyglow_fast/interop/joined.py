@@ -28,7 +28,6 @@ from pyglow_fast.layers.flow_step import (
     stack_maps,
     unstack_maps,
 )
-from pyglow_fast.layers.flow_step import after as after
 from pyglow_fast.layers.reversible_sequence import MEMORY_MODES, pass_of, run_recomputing
 from pyglow_fast.reference import CouplingSpec
 from pyglow_fast.reversible import DriftControl
@@ -165,7 +164,7 @@ class JoinedRun:
             z, log_det = run_recomputing(runners, specs, maps, whole, x, cond, masked=self.masked)
         else:
             budget = None if torch.is_grad_enabled() or is_watched() else self.memory_budget
-            z, log_det = run_couplings(self.couplings, _Now(maps), x, cond, budget=budget, masked=self.masked)
+            z, log_det = run_couplings(self.couplings, Now(maps), x, cond, budget=budget, masked=self.masked)
         if self.last is not None:
             end = self.last()
             z = functional.channel_mix(z, end.matrix, end.offset, index=end.source)
@@ -179,13 +178,13 @@ class JoinedRun:
         if end is not None:
             inverse, index = end.inverse()
             z = functional.channel_unmix(z, inverse, end.offset, index=index)
-        maps = _Now(self._maps(z))
+        maps = Now(self._maps(z))
         x, log_det = run_couplings_inverse(self.couplings, maps, z, cond, budget=budget, masked=self.masked)
         return x, log_det if end is None else log_det - functional.per_sample(x, end.log_det)
 
 
-class _Now:
-    """The channel maps of a run with the parameters of now."""
+class Now:
+    """The channel maps of a run, stacked, with the parameters of now, as run_couplings takes them."""
 
     def __init__(self, stacked: ChannelMap) -> None:
         self.maps = unstack_maps(stacked)

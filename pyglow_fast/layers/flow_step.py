@@ -44,14 +44,14 @@ class ChannelMap(NamedTuple):
         return ChannelMap(zeros + 1, zeros, zeros.sum(), torch.arange(len(zeros), device=like.device))
 
     def as_product(self) -> ChannelMap:
-        """The same as a matrix, where it is a gather."""
+        """The map with a matrix, also where it is a gather."""
         if self.source is None:
             return self
         eye = torch.eye(self.matrix.shape[-1], dtype=self.matrix.dtype, device=self.matrix.device)
         return ChannelMap(eye[self.source] * self.matrix.unsqueeze(-1), self.offset, self.log_det)
 
     def inverse(self) -> MapInverse:
-        """M^-1, a batch of them at once."""
+        """M^-1, of stacked maps all in one batch; with the index where M is a gather."""
         if self.source is None:
             return functional.invert_matrix(self.matrix), None
         return functional.invert_gather(self.matrix, self.source)
@@ -61,7 +61,7 @@ MapInverse = tuple[Tensor, Tensor | None]  # M^-1, with an index the scales of a
 
 
 def stack_maps(maps: Sequence[ChannelMap]) -> ChannelMap:
-    """A list of maps as one: gathers if all are, else matrices."""
+    """Stack a list of maps: gathers if all are, else matrices."""
     gathers = all(channel_map.source is not None for channel_map in maps)
     alike = maps if gathers else [channel_map.as_product() for channel_map in maps]
     parts = list(zip(*alike, strict=True))
@@ -69,7 +69,7 @@ def stack_maps(maps: Sequence[ChannelMap]) -> ChannelMap:
 
 
 def unstack_maps(stacked: ChannelMap) -> list[ChannelMap]:
-    """The opposite: a map for each step."""
+    """A list of the maps that :func:`stack_maps` made one."""
     return [ChannelMap(*parts) for parts in zip(*(p.unbind() for p in stacked if p is not None), strict=True)]
 
 
@@ -100,7 +100,7 @@ def runs_fused(step: nn.Module) -> bool:
 
 
 def after(first: ChannelMap, second: ChannelMap) -> ChannelMap:
-    """The second map of what the first one gives; a gather if both are."""
+    """The composition of two maps, second(first(x)); a gather if both are."""
     log_det = first.log_det + second.log_det
     if first.source is not None and second.source is not None:
         scale, offset = first.matrix[second.source], first.offset[second.source]
@@ -113,7 +113,7 @@ def after(first: ChannelMap, second: ChannelMap) -> ChannelMap:
 
 
 def _between_couplings(maps: ChannelMap, counts: Sequence[int]) -> ChannelMap:
-    """From a map for each step, which has so many couplings, to one before each coupling; and one behind the last.
+    """Turn a map for each step, which has so many couplings, into one before each coupling, and one behind the last.
 
     That only where the last steps have no coupling. The map of a step without one is part of the next step's.
     """
@@ -129,7 +129,7 @@ def _between_couplings(maps: ChannelMap, counts: Sequence[int]) -> ChannelMap:
 
 
 def couplings_of(steps: Sequence[FlowStep]) -> list[Coupling]:
-    """Those of all steps, in their order."""
+    """The couplings and injectors of all steps, in their order."""
     return [coupling for step in steps for coupling in step.couplings]
 
 
@@ -157,13 +157,13 @@ def fold_in_one(steps: Sequence[FlowStep]) -> ChannelMap:
 
 
 def _for_couplings(maps: ChannelMap, steps: Sequence[FlowStep]) -> ChannelMap:
-    """From a map for each step to one for each coupling."""
+    """Turn a map for each step into one for each coupling."""
     counts = [len(step.couplings) for step in steps]
     return _for_masks(maps if all(count == 1 for count in counts) else _between_couplings(maps, counts), steps)
 
 
 def _for_masks(maps: ChannelMap, steps: Sequence[FlowStep]) -> ChannelMap:
-    """The same with channel masks; with checkerboards that map for both halves of the state, 2 C channels.
+    """The maps as they are with channel masks; with checkerboards for both halves of the state, 2 C channels.
 
     The state that runs through the steps is halved as each coupling wants it: where the parity of a step is another
     than that of the step before, the halves change places.
@@ -186,7 +186,7 @@ def _for_masks(maps: ChannelMap, steps: Sequence[FlowStep]) -> ChannelMap:
 
 
 def fold_steps(steps: Sequence[FlowStep]) -> list[ChannelMap]:
-    """The same, a list of maps."""
+    """The maps of :func:`fold_in_one`, as a list."""
     return unstack_maps(fold_in_one(steps))
 
 
@@ -380,6 +380,7 @@ class FlowStep(FlowLayer):
         kind = coupling.kind if isinstance(coupling, CouplingSpec) else coupling
         expect(kind in (*KINDS, NO_COUPLING), "coupling", f"one of {(*KINDS, NO_COUPLING)}", repr(kind))
         couples = kind != NO_COUPLING
+        expect(couples or parity == 0, "parity", f'0 beside coupling="{NO_COUPLING}"', repr(parity))
         expect(couples or net is None, "net", f'None beside coupling="{NO_COUPLING}"', type(net).__name__)
         spec = coupling_spec(kind if couples else "affine", **older)
         if isinstance(coupling, CouplingSpec):

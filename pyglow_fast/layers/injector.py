@@ -61,7 +61,7 @@ class AffineInjector(Coupling):
         self.channels = channels
 
     def reads(self, channels: int) -> int:
-        """None of the channels."""
+        """0: the net reads no channel of the state."""
         return 0
 
     def kept_half(self, x: Tensor) -> Tensor:

@@ -215,6 +215,8 @@ class ReversibleSequence(FlowLayer):
             len(at) + 1 states z (N, C, *spatial), and log_det (N,).
         """
         last = len(self) - 1
+        whole = isinstance(at, Sequence) and all(type(step) is int for step in at)
+        expect(whole, "at", "a sequence of ints", repr(at))
         ascending = all(a < b for a, b in zip([-1, *at], [*at, last], strict=True))
         expect(ascending, "at", f"ascending numbers of steps in 0..{last - 1}", list(at))
         fused = self.is_fused

@@ -26,6 +26,7 @@ from pyglow_fast.layers.flow_step import (
     run_couplings_inverse,
 )
 from pyglow_fast.layers.reversible_sequence import ReversibleSequence, run_recomputing
+from pyglow_fast.layers.wavenet import WaveNet
 from pyglow_fast.reference import CouplingSpec
 
 
@@ -48,6 +49,7 @@ def squeeze_time(x: Tensor, mask: Tensor, factor: int = 2) -> tuple[Tensor, Tens
     Reference: Kim et al. 2020, appendix A.1.
     """
     check_count("factor", factor)
+    expect(isinstance(x, Tensor), "x", "a Tensor", type(x).__name__)
     expect(x.dim() == 3, "x", "shape (N, C, T)", f"shape {tuple(x.shape)}")
     mask = check_mask(mask, x)[:, :, factor - 1 :: factor]
     n, channels, time = x.shape
@@ -70,6 +72,7 @@ def unsqueeze_time(z: Tensor, mask: Tensor, factor: int = 2) -> tuple[Tensor, Te
         ValueError: a wrong factor or mask, channels that do not divide by the factor.
     """
     check_count("factor", factor)
+    expect(isinstance(z, Tensor), "z", "a Tensor", type(z).__name__)
     divides = z.dim() == 3 and z.shape[1] % factor == 0
     expect(divides, "z", f"shape (N, C, T), C divisible by {factor}", f"shape {tuple(z.shape)}")
     mask = check_mask(mask, z)
@@ -179,6 +182,7 @@ class MaskedSequence(ReversibleSequence):
             own = coupling.has_own_scale
             expect(not own, f"steps[{k}].coupling", "a scale map by name, with a mask", "a callable")
         if cond is not None:
+            expect(isinstance(cond, Tensor), "cond", "a Tensor or None", type(cond).__name__)
             fits = cond.dim() == 3 and len(cond) == len(x) and cond.shape[2] in (1, x.shape[2])
             expect(fits, "cond", f"shape ({len(x)}, C_c, {x.shape[2]} or 1)", f"shape {tuple(cond.shape)}")
         return steps, check_mask(mask, x)
@@ -196,12 +200,17 @@ class MaskedSequence(ReversibleSequence):
 
     @torch.no_grad()
     def _initialize_masked(self, steps: list[FlowStep], x: Tensor, cond: Tensor | None, mask: Tensor) -> Tensor:
+        couplings = _couplings(steps, cond)
+        for step in steps:  # before any of them is changed
+            assert step.coupling is not None  # checked before
+            if isinstance(step.coupling.net, WaveNet):
+                step.coupling.net.check_inputs(step.coupling.kept_half(x), cond)
         x, extra = without_padding(x, mask), masked_condition(mask, cond)
         there = mask[:, 0] != 0
-        for step in steps:
+        for step, coupling in zip(steps, couplings, strict=True):
             if not step.actnorm.is_initialized:
                 step.actnorm.initialize_from(x.transpose(1, 2)[there])  # as a batch of vectors
-            x, _ = run_couplings(_couplings([step], cond), Recorded([step]), x, extra, masked=True)
+            x, _ = run_couplings([coupling], Recorded([step]), x, extra, masked=True)
         return x
 
 

@@ -66,7 +66,7 @@ class Conv(NamedTuple):
         return self._replace(weight=self.weight.unsqueeze(2).contiguous(memory_format=torch.channels_last))
 
     def of(self, x: Tensor) -> Tensor:
-        """Of x (N, C_in, T): (N, C_out, T). With a weight that is laid out of (N, T, C_in): (N, T, C_out).
+        """The convolution of x (N, C_in, T): (N, C_out, T). With a weight laid out, of (N, T, C_in): (N, T, C_out).
 
         That is for torch an image with its channels last, of one row.
         """
@@ -90,7 +90,7 @@ class WaveNetParts(NamedTuple):
     end: Conv | None = None  # of size 1
 
     def laid_out(self) -> WaveNetParts:
-        """The same, of convolutions that are."""
+        """These convolutions, laid out as :meth:`Conv.laid_out` does."""
         around = (None if conv is None else conv.laid_out() for conv in (self.cond, self.start, self.end))
         return WaveNetParts(
             [conv.laid_out() for conv in self.dilated], [conv.laid_out() for conv in self.mixing], *around
@@ -199,7 +199,7 @@ class NormedConv(nn.Module):
         return self.direction * (self.gain / self._norm())
 
     def parts(self) -> Conv:
-        """Its tensors of now."""
+        """The tensors of the convolution, its weight normalised, with the parameters of now."""
         return Conv(self.weight, self.bias, self.dilation)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -286,6 +286,12 @@ class WaveNet(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """x (N, in_channels, T) -> (N, out_channels, T)."""
+        self.check_inputs(x, cond)
+        dropout = self.dropout.p if self.dropout.training else 0.0
+        return run_wavenet(self._parts(), x, cond, mask, dropout)
+
+    def check_inputs(self, x: Tensor, cond: Tensor | None) -> None:
+        """Refuse what the net cannot take."""
         check_input("x", x, self.in_channels, self.end.weight)
         expect(x.dim() == 3, "x", "shape (N, C, T)", f"shape {tuple(x.shape)}")
         if self.cond is None:
@@ -295,8 +301,6 @@ class WaveNet(nn.Module):
             fits = fits and cond is not None and tuple(cond.shape[:2]) == (x.shape[0], self.cond_channels)
             shape = tuple(cond.shape) if isinstance(cond, Tensor) else type(cond).__name__
             expect(fits, "cond", f"shape ({x.shape[0]}, {self.cond_channels}, {x.shape[2]} or 1)", shape)
-        dropout = self.dropout.p if self.dropout.training else 0.0
-        return run_wavenet(self._parts(), x, cond, mask, dropout)
 
     def _parts(self) -> WaveNetParts:
         cond = None if self.cond is None else self.cond.parts()

@@ -42,7 +42,7 @@ class GlowConfig:
         n_splits: levels, from the first on, behind which a part of the channels is factored out; None: all but the
             last.
         split_ratio: the share of the channels that a split factors out, C2 = round(split_ratio C).
-        cond_splits: the priors of the splits read the condition too.
+        cond_splits: the priors of the splits, which must be learned, read the condition too.
         learn_top: a learned top prior, if learn_prior; False: N(0, 1).
 
     Raises:
@@ -131,9 +131,11 @@ class GlowConfig:
         for name in ("injector", "cond_splits"):
             reads = found != 0 or not getattr(self, name)
             expect(reads, name, "False, since the model has cond_channels=0", getattr(self, name))
+        learned = self.learn_prior or not self.cond_splits
+        expect(learned, "cond_splits", "False, since the model has learn_prior=False", self.cond_splits)
 
     def cond_channels_of(self, level: int) -> int:
-        """Of the condition of a level, 0 the shallowest."""
+        """The channels of the condition of a level, 0 the shallowest."""
         return self.cond_channels[level] if isinstance(self.cond_channels, tuple) else self.cond_channels
 
     @property
@@ -165,7 +167,7 @@ class GlowConfig:
 
     @property
     def splits(self) -> int:
-        """How many splits there are, behind the first levels."""
+        """The number of splits, one behind each of the first levels."""
         return self.n_levels - 1 if self.n_splits is None else self.n_splits
 
     def _factored_of(self, channels: int) -> int:

@@ -29,9 +29,7 @@ from pyglow_fast.models.settings import GlowSettings
 
 class _Encoded(NamedTuple):
     latents: list[Tensor]
-    priors: list[
-        tuple[Split, Tensor, Tensor | None]
-    ]  # of each split: what its prior reads, kept channels and condition
+    priors: list[tuple[Split, Tensor, Tensor | None]]  # of each split: what its prior reads, kept channels and cond
     log_det: Tensor
     states: list[list[Tensor]]
 
@@ -48,7 +46,6 @@ class Glow(GlowSettings):
         config: a GlowConfig; or pass its fields as keywords.
         memory: "reversible", "checkpoint" or "store": what training keeps for the backward; may be changed at any time.
         anchor_every, tolerance, memory_budget, deferred_check: see :class:`~pyglow_fast.ReversibleSequence`.
-
         precision: that the coupling nets compute in, the flow state staying float32: "bf16", "fp16", "tf32", "fp32" or
             "auto" (as torch.autocast says); may be changed at any time. Encoding and decoding use float32 nets whatever
             it is, unless they are told otherwise.

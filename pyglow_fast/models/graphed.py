@@ -37,6 +37,8 @@ class GraphedGlow:
         expect(one, "cond", "None or one tensor for all levels: graphs take no condition of each", type(cond).__name__)
         _require_gpu(parameter.device)
         expect(model.is_initialized, "model", "actnorms that have seen data (model.initialize)", "fresh ones")
+        one = cond is None or isinstance(cond, Tensor)
+        expect(one, "cond", "None or a Tensor, one condition for all levels", type(cond).__name__)
         with torch.no_grad():
             model.log_prob(x[:1], None if y is None else y[:1], None if cond is None else cond[:1])  # checks them
         n = x.shape[0] if n_samples is None else n_samples

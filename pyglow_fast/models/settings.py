@@ -74,5 +74,5 @@ class GlowSettings(nn.Module):
             yield
 
     def memory_report(self) -> list[dict[str, Any]]:
-        """Of each run of steps, with checkerboards two a level: see ReversibleSequence.memory_report."""
+        """A report of each run of steps, two a level with checkerboards: see ReversibleSequence.memory_report."""
         return [sequence.memory_report() for sequence in self._sequences()]

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from pyglow_fast.interop import accelerate, glow_tts
 from pyglow_fast.interop.glow_tts.joining import DecoderRun
-from pyglow_fast.interop.glow_tts.layers import StandIn
+from pyglow_fast.interop.glow_tts.layers import AdoptedLayer
 from pyglow_fast.layers import wavenet
 
 MODES = (None, "store", "checkpoint", "reversible")
@@ -37,7 +37,7 @@ EXACT = 1e-9  # relative, of float64
 @pytest.fixture(autouse=True, params=[False, True], ids=["", "channels last"])
 def _sizes_that_pay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours runs on the small batches here, in both memory layouts of the nets."""
-    monkeypatch.setattr(StandIn, "least_positions", 0)
+    monkeypatch.setattr(AdoptedLayer, "least_positions", 0)
     if request.param:
         monkeypatch.setattr(wavenet, "CHANNELS_LAST", 0)
 
@@ -262,7 +262,7 @@ def test_copies_and_pickles_stay_ours() -> None:
 
 
 def test_small_batches_run_their_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(StandIn, "least_positions", 50)
+    monkeypatch.setattr(AdoptedLayer, "least_positions", 50)
     net = moved(TextWaveNet(6, 5, 1, 2))
     accelerate(net)
     calls = []

@@ -195,9 +195,9 @@ def test_the_last_state_is_the_output() -> None:
     assert torch.equal(log_det, expected)
 
 
-@pytest.mark.parametrize("at", [(4,), (2, 1), (1, 1), (-1,), (7,)])
-def test_steps_that_there_are_not(at: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"at: expected ascending numbers of steps in 0\.\.3"):
+@pytest.mark.parametrize("at", [(4,), (2, 1), (1, 1), (-1,), (7,), 1, (0.5,)])
+def test_steps_that_there_are_not(at: Any) -> None:
+    with pytest.raises(ValueError, match=r"at: expected (ascending numbers of steps in 0\.\.3|a sequence of ints)"):
         _sequence("store", False).intermediates(X, COND, at)
 
 

@@ -239,15 +239,20 @@ def test_waveglow_is_a_case_of_it(channels: int) -> None:
         (lambda model, x, mask: model(x[:, :6], mask=mask), "x: expected 8 channels"),
         (lambda model, x, mask: model.inverse(x.float(), mask=mask), "z: expected dtype"),
         (lambda model, x, mask: model(x, torch.zeros(3, 2, 4).double(), mask=mask), "cond: expected shape"),
+        (lambda model, x, mask: model(x, torch.zeros(3, 2, 1).double(), mask=mask), "cond: expected None"),
+        (lambda model, x, mask: model(x, "speaker", mask=mask), "cond: expected a Tensor or None"),
         (lambda model, x, mask: model(x, None, True, mask), "squeeze_first: expected False"),
         (lambda model, x, mask: squeeze_time(x, mask, 0), "factor: expected an int"),
         (lambda model, x, mask: unsqueeze_time(x, mask, 3), "z: expected shape"),
     ],
 )
 def test_bad_input_is_refused(call: Any, message: str) -> None:
-    model, (x, _, mask) = flow(), batch()
-    with pytest.raises(ValueError, match=message):
-        call(model, x, mask)
+    (x, _, mask), made = batch(), flow()
+    fresh = MaskedSequence([FlowStep(8, net=WaveNet(4, 8, 6, 3))]).double()
+    for model in (made, fresh):
+        with pytest.raises(ValueError, match=message):
+            call(model, x, mask)
+    assert not fresh[0].actnorm.is_initialized
 
 
 def test_nets_and_scales_that_know_no_mask_are_refused() -> None:
@@ -255,6 +260,7 @@ def test_nets_and_scales_that_know_no_mask_are_refused() -> None:
     plain = MaskedSequence([FlowStep(8, 4, dims=1)]).double()
     with pytest.raises(ValueError, match="net: expected one for masked sequences"):
         plain(x, mask=mask)
+    assert not plain[0].actnorm.is_initialized
     own_scale = MaskedSequence([FlowStep(8, net=WaveNet(4, 8, 4), scale_map=lambda raw: (raw.exp(), raw))]).double()
     with pytest.raises(ValueError, match=r"steps\[0\].coupling: expected a scale map by name"):
         own_scale(x, mask=mask)

@@ -13,7 +13,7 @@ from support.helpers import assert_close
 from torch import Tensor, nn
 
 from pyglow_fast.interop import accelerate
-from pyglow_fast.interop.glow_tts.layers import StandIn
+from pyglow_fast.interop.glow_tts.layers import AdoptedLayer
 from pyglow_fast.layers import MaskedSequence, Permute, WaveNet, wavenet
 from pyglow_fast.layers.flow_step import FlowStep
 
@@ -25,7 +25,7 @@ EXACT = 1e-9
 @pytest.fixture(autouse=True, params=[False, True], ids=["", "channels last"])
 def _sizes_that_pay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours runs on the small batches here, in both memory layouts of the nets."""
-    monkeypatch.setattr(StandIn, "least_positions", 0)
+    monkeypatch.setattr(AdoptedLayer, "least_positions", 0)
     if request.param:
         monkeypatch.setattr(wavenet, "CHANNELS_LAST", 0)
 

@@ -25,7 +25,6 @@ OTHER_VALUES: dict[str, Any] = {
     "n_classes": 10,
     "cond_channels": 3,
     "net_actnorm": True,
-    "learn_prior": False,
     "scale_map": "tanh",
     "scale_bias": 1.5,
     "scale_eps": 0.1,
@@ -39,8 +38,8 @@ OTHER_VALUES: dict[str, Any] = {
     "cond_splits": True,
     "learn_top": False,
 }
-# Which other maps, and models with injectors, have none of.
-WITH_SIGMOID = {"scale_factor": 2.0, "n_checkerboard": 2, "n_last_checkerboard": 4}
+# Which other maps, models with injectors, and priors that read a condition have none of.
+WITH_SIGMOID = {"scale_factor": 2.0, "n_checkerboard": 2, "n_last_checkerboard": 4, "learn_prior": False}
 
 
 def test_round_trip_through_json() -> None:
@@ -146,6 +145,10 @@ def test_scale_options_reach_the_couplings() -> None:
         ({"n_last_checkerboard": 1.0}, r"n_last_checkerboard: expected 0 or a positive int, found 1\.0"),
         ({"n_steps": 4, "n_checkerboard": 4}, "n_checkerboard: expected fewer than n_steps = 4, found 4"),
         ({"net_actnorm": "no"}, "net_actnorm: expected True or False, found 'no'"),
+        (
+            {"cond_splits": True, "cond_channels": 3, "learn_prior": False},
+            "cond_splits: expected False, since the model has learn_prior=False, found True",
+        ),
         ({"learn_prior": 1}, "learn_prior: expected True or False, found 1"),
         ({"scale_map": "relu"}, r"scale_map: expected one of \('sigmoid', .*\), found 'relu'"),
         ({"scale_map": np.exp}, r"scale_map: expected one of \('sigmoid', .*\), found <ufunc 'exp'>"),

@@ -12,9 +12,19 @@ from torch import Tensor, nn
 from pyglow_fast import functional
 from pyglow_fast._tracing import is_watched
 from pyglow_fast.coupling_nets.traits import has_hooks
-from pyglow_fast.interop.chaiyujin.structure import Now, Parts, SharedNet, UnknownError, channel_map, looks_like, read
+from pyglow_fast.interop.chaiyujin.structure import (
+    Parts,
+    SharedNet,
+    UnknownError,
+    before_couplings,
+    channel_map,
+    looks_like,
+    read,
+)
+from pyglow_fast.interop.joined import Now
+from pyglow_fast.interop.stand_in import StandIn, give_back, stand_in
 from pyglow_fast.layers import Coupling
-from pyglow_fast.layers.flow_step import run_couplings, run_couplings_inverse
+from pyglow_fast.layers.flow_step import ChannelMap, run_couplings, run_couplings_inverse
 from pyglow_fast.layers.reversible_sequence import pass_of, run_recomputing
 from pyglow_fast.reversible import DriftControl
 
@@ -44,18 +54,20 @@ class Memory:
         wants = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in recorded)
         return wants and self.mode != "store"
 
-    def run(self, couplings: Sequence[Coupling], now: Now, x: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor]:
+    def run(
+        self, couplings: Sequence[Coupling], maps: ChannelMap, x: Tensor, features: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """x -> z, log_det (N,)."""
         runners = [coupling.runner(self.budget) for coupling in couplings]
         sizes = [sum(parameter.nbytes for parameter in runner.params) for runner in runners]
         whole = pass_of(self.control if self.mode == "reversible" else None, self.budget, x, sizes)
-        return run_recomputing(runners, [coupling.spec for coupling in couplings], now.stacked, whole, x, features)
+        specs = [coupling.spec for coupling in couplings]
+        return run_recomputing(runners, specs, maps, whole, x, features)
 
 
-class AdoptedStep(nn.Module):
-    """What a step's class gains: our forward before its own. The class itself is made for each class of theirs."""
+class AdoptedStep(StandIn):
+    """What a step's class gains: our forward before its own."""
 
-    _theirs: type[nn.Module]
     _parts: Parts
     _memory: Memory | None = None
 
@@ -106,10 +118,6 @@ class AdoptedStep(nn.Module):
     def _inner(self) -> list[nn.Module]:
         return [module for module in self.modules() if module is not self]
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies and pickles by their class, which can be imported; ours is made again."""
-        return _blank, (self._theirs,), self.__dict__.copy()
-
 
 def run(
     step: Any,
@@ -131,31 +139,15 @@ def run(
             return x, None if logdet is None else logdet - scalar
         x = functional.channel_mix(x, own.matrix, own.offset, index=own.source)
         return x, None if logdet is None else logdet + scalar
-    now = Now(own, len(couplings))
+    maps = before_couplings(own, len(couplings))
     budget = None if torch.is_grad_enabled() else "auto"
     if not reverse and memory is not None and memory.recomputes(step, x, features):
-        x, gained = memory.run(couplings, now, x, features)
+        x, gained = memory.run(couplings, maps, x, features)
     elif reverse:
-        x, gained = run_couplings_inverse(couplings, now, x, features, budget)
+        x, gained = run_couplings_inverse(couplings, Now(maps), x, features, budget)
     else:
-        x, gained = run_couplings(couplings, now, x, features, budget=budget)
+        x, gained = run_couplings(couplings, Now(maps), x, features, budget=budget)
     return x, logdet + gained
-
-
-_classes: dict[type[nn.Module], type[AdoptedStep]] = {}
-
-
-def _adopted(theirs: type[nn.Module]) -> type[AdoptedStep]:
-    if theirs not in _classes:
-        names = {"_theirs": theirs, "__module__": theirs.__module__, "__qualname__": theirs.__qualname__}
-        made = type(theirs.__name__, (AdoptedStep, theirs), {**names, "__doc__": theirs.__doc__})
-        _classes[theirs] = cast("type[AdoptedStep]", made)
-    return _classes[theirs]
-
-
-def _blank(theirs: type[nn.Module]) -> nn.Module:
-    kind = _adopted(theirs)
-    return kind.__new__(kind)
 
 
 def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -163,7 +155,7 @@ def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def finds(model: nn.Module) -> bool:
-    """Whether there are steps that look like it, ours or theirs."""
+    """Whether a model has steps that look like chaiyujin's, ours or theirs."""
     return any(looks_like(module) for module in model.modules())
 
 
@@ -178,7 +170,7 @@ def adopt(model: nn.Module) -> list[str]:
             continue
         found = _verified(module)
         if isinstance(found, Parts):
-            module.__class__ = _adopted(type(module))
+            module.__class__ = stand_in(AdoptedStep, type(module))
             cast(AdoptedStep, module)._parts = found
             names.append(name)
     return names
@@ -186,18 +178,15 @@ def adopt(model: nn.Module) -> list[str]:
 
 def release(model: nn.Module, only: Collection[nn.Module] | None = None) -> list[str]:
     """The opposite of :func:`adopt`: our steps (with ``only``, these alone) become their own class again, in place."""
-    names = []
-    for name, module in model.named_modules():
-        if isinstance(module, AdoptedStep) and (only is None or module in only):
-            for name_of_ours in ("_parts", "_memory"):
-                module.__dict__.pop(name_of_ours, None)
-            cast(Any, module).__class__ = module._theirs
-            names.append(name)
+    names = give_back(model, AdoptedStep, only)
+    for name in names:
+        for name_of_ours in ("_parts", "_memory"):
+            vars(model.get_submodule(name)).pop(name_of_ours, None)
     return names
 
 
 def recompute(model: nn.Module, mode: str, budget: str | int) -> dict[str, str]:
-    """Let our steps with a coupling keep their input alone for the backward, step by step; says which, and how."""
+    """Have our steps with a coupling keep their input alone for the backward; returns which, and how."""
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, AdoptedStep) and module._parts.couplings and module._memory is None:
@@ -207,7 +196,7 @@ def recompute(model: nn.Module, mode: str, budget: str | int) -> dict[str, str]:
 
 
 def left(model: nn.Module) -> dict[str, str]:
-    """Steps that look like it and stay as they are, and nets that run as they are, and why."""
+    """The steps of this kind that are left as they are, and the nets that run as they are, and why."""
     found = {}
     for name, module in _candidates(model):
         if isinstance(module, AdoptedStep):

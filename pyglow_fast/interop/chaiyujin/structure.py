@@ -14,7 +14,7 @@ from pyglow_fast.coupling_nets import chain
 from pyglow_fast.coupling_nets.net_shape import KERNEL_SIZES
 from pyglow_fast.interop.known_net import KnownNet, Layer, widths
 from pyglow_fast.layers import AffineInjector, Coupling
-from pyglow_fast.layers.flow_step import ChannelMap, MapInverse, invert_maps, stack_maps, unstack_maps
+from pyglow_fast.layers.flow_step import ChannelMap, stack_maps
 from pyglow_fast.reference import CouplingSpec, coupling_net_spec, fold_actnorm, full_precision
 
 _CALL = ["self", "input", "logdet", "reverse"]
@@ -41,7 +41,7 @@ class SharedNet(nn.Module):
 
     @property
     def known(self) -> KnownNet:
-        """Its convolutions, as the net that they are without actnorms."""
+        """The net of its convolutions, without actnorms."""
         return KnownNet(tuple(Layer(self.net[i], [], []) for i in (0, 2, 4)), coupling_net_spec(2))
 
     @property
@@ -56,7 +56,7 @@ class SharedNet(nn.Module):
         return max(self.known.reach)
 
     def bytes_per_position(self, element_size: int) -> int:
-        """Of activations, see pyglow_fast.coupling_nets.traits."""
+        """The bytes of activations of a position, see pyglow_fast.coupling_nets.traits."""
         like, channels = cast(Tensor, self.net[0].weight), self.known.channels
         if functional.net_as_products(like):
             return chain.bytes_per_position(channels, KERNEL_SIZES, self.known.spec, like, element_size)
@@ -122,7 +122,7 @@ def looks_like(module: nn.Module) -> bool:
 
 
 def modules_of(step: Any) -> list[nn.Module]:
-    """Its actnorm, permutation and nets."""
+    """A step's actnorm, permutation and nets."""
     found = [step.actnorm, getattr(step, step.flow_permutation, None)]
     if step.flow_coupling == "CondAffineSeparatedAndCond":
         found += [step.affine.fFeatures, step.affine.fAffine]
@@ -198,7 +198,7 @@ def _weight(step: Any) -> tuple[Tensor, Tensor]:
 
 
 def channel_map(step: Any) -> ChannelMap:
-    """actnorm and permutation of a step as one map, with the parameters of now."""
+    """The actnorm and permutation of a step as one map, with the parameters of now."""
     log_scale, bias = step.actnorm.logs.flatten(), step.actnorm.bias.flatten()
     if step.flow_permutation != "invconv":
         source = torch.as_tensor(getattr(step, step.flow_permutation).indices, device=bias.device).long()
@@ -209,16 +209,6 @@ def channel_map(step: Any) -> ChannelMap:
     return ChannelMap(matrix[0], offset[0], log_scale.sum() + log_abs_det)
 
 
-class Now:
-    """The channel map of one step with the parameters of now, as run_couplings takes it."""
-
-    def __init__(self, own: ChannelMap, n_couplings: int) -> None:
-        maps = [own, *[ChannelMap.nothing(own.offset)] * (n_couplings - 1)]
-        self.stacked = stack_maps(maps)
-        self.maps = unstack_maps(self.stacked)
-        self.nets: list[list[Tensor] | None] = [None] * n_couplings
-
-    @property
-    def inverses(self) -> list[MapInverse]:
-        """M^-1 of each map."""
-        return invert_maps(self.maps)
+def before_couplings(own: ChannelMap, n_couplings: int) -> ChannelMap:
+    """The maps before each coupling of a step, stacked: its own before the first, and none between."""
+    return stack_maps([own, *[ChannelMap.nothing(own.offset)] * (n_couplings - 1)])

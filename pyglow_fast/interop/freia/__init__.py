@@ -104,7 +104,7 @@ def release(model: nn.Module, only: Collection[nn.Module] | None = None) -> list
 
 
 def finds(model: nn.Module) -> bool:
-    """Whether there are layers that may be AllInOneBlocks, of whatever code base."""
+    """Whether a model has layers that may be AllInOneBlocks, of whatever code base."""
     return any(counterpart(module, ADAPTERS) is not None for module in model.modules())
 
 

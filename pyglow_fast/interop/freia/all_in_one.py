@@ -22,7 +22,8 @@ from pyglow_fast.interop.freia.layout import (
     net_output,
     side_by_side,
 )
-from pyglow_fast.interop.freia.permutation import Gather, Seen, look_at
+from pyglow_fast.interop.freia.permutation import Seen, look_at
+from pyglow_fast.interop.gather import Gather
 from pyglow_fast.layers.flow_step import ChannelMap
 from pyglow_fast.reference import CouplingSpec
 from pyglow_fast.reversible.deferred import is_capturing

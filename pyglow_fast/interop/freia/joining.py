@@ -17,10 +17,9 @@ from pyglow_fast.interop.joined import (
     JoinedRun,
     JoinedStep,
     Place,
-    after,
     unrepeatable,
 )
-from pyglow_fast.layers.flow_step import ChannelMap
+from pyglow_fast.layers.flow_step import ChannelMap, after
 
 STEPS = (ServedBlock,)  # what may be joined
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,28 +11,8 @@ from torch import Tensor
 from pyglow_fast._errors import can_read
 
 
-class Gather(torch.autograd.Function):
-    """x[:, order]; the gradient gathers by the inverse order, where torch's own would scatter."""
-
-    @staticmethod
-    def forward(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        """Like x."""
-        return x.index_select(1, order)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        """Keep the orders."""
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        """Of x."""
-        order, inverse = ctx.saved_tensors
-        return Gather.apply(grad, inverse, order), None, None
-
-
 class Seen(NamedTuple):
-    """Which tensors the permutation and its inverse were when they were looked at, and their indices if hard."""
+    """The tensors of a permutation and its inverse as they were when looked at, and their indices if hard."""
 
     tensors: list[tuple[weakref.ref[Tensor], int, int]]  # each with the place of its data and its version
     indices: tuple[Tensor, Tensor] | None
@@ -53,7 +33,7 @@ class Seen(NamedTuple):
 
 
 def look_at(pair: tuple[Tensor, Tensor]) -> Seen:
-    """Looks at the whole matrices, which stops a GPU's stream: once for as long as they stay."""
+    """Look at the whole matrices, which stops a GPU's stream: once for as long as they stay."""
     first, second = (w.detach().flatten(1) for w in pair)
     indices = first.argmax(1), second.argmax(1)
     eye = torch.eye(len(first), dtype=first.dtype, device=first.device)

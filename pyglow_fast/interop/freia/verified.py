@@ -31,7 +31,7 @@ _PARTS = ("forward", *STEPS, "_construct_householder_permutation")  # methods th
 
 
 class Variant(NamedTuple):
-    """Which of the forms of AllInOneBlock a class is, see ServedBlock."""
+    """The form of AllInOneBlock that a class has, see ServedBlock."""
 
     divides: bool
     fixed_size: bool

@@ -21,19 +21,19 @@ CouplingBlock) are joined, and there it is folded into the convolution.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import cast
 
 from torch import nn
 
-from pyglow_fast.interop.glow_tts.layers import WN, CouplingBlock, InvConvNear, StandIn, stand_in
+from pyglow_fast.interop.glow_tts.layers import WN, AdoptedLayer, CouplingBlock, InvConvNear
 from pyglow_fast.interop.glow_tts.probe import fault, kind_of
+from pyglow_fast.interop.stand_in import give_back, stand_in
 
 __all__ = ["WN", "CouplingBlock", "InvConvNear", "adopt", "finds", "left", "release"]
 
 
 def finds(model: nn.Module) -> bool:
     """Whether a model has layers that look like these, or that are ours."""
-    return any(isinstance(module, StandIn) or kind_of(module) is not None for module in model.modules())
+    return any(isinstance(module, AdoptedLayer) or kind_of(module) is not None for module in model.modules())
 
 
 def adopt(model: nn.Module) -> list[str]:
@@ -47,15 +47,10 @@ def adopt(model: nn.Module) -> list[str]:
 
 
 def left(model: nn.Module) -> dict[str, str]:
-    """What looks like a layer of Glow-TTS and is not ours, and why."""
+    """The layers that look like Glow-TTS's and are left as they are, and why."""
     return {name: fault(module) for name, module in model.named_modules() if kind_of(module) is not None}
 
 
 def release(model: nn.Module, only: Collection[nn.Module] | None = None) -> list[str]:
     """The opposite of :func:`adopt`: our layers (with ``only``, these alone) get their own class back."""
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, StandIn)]
-    chosen = [(name, module) for name, module in found if only is None or module in only]
-    for _, module in chosen:
-        theirs: type[nn.Module] = module._theirs
-        cast(nn.Module, module).__class__ = theirs
-    return [name for name, _ in chosen]
+    return give_back(model, AdoptedLayer, only)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from pyglow_fast._errors import can_read
 from pyglow_fast.coupling_nets.masks import MaskedNet, run_sorted, without_padding
+from pyglow_fast.coupling_nets.traits import is_altered
 from pyglow_fast.interop.glow_tts.layers import BlockNet, CouplingBlock, InvConvNear, runs_on, spec_of
 from pyglow_fast.interop.glow_tts.probe import actnorm_fault
-from pyglow_fast.interop.glow_tts.structure import coupling_fault, watched
+from pyglow_fast.interop.glow_tts.structure import coupling_fault
 from pyglow_fast.interop.joined import ChangedError, Face, JoinedRun, JoinedStep, Place
 from pyglow_fast.layers.flow_step import ChannelMap
 from pyglow_fast.layers.grouped_conv import spread_over_groups
@@ -25,7 +26,7 @@ OTHER = 1e-4  # by how much W^-1 W may differ from 1 when the inverse was rounde
 
 
 class DecoderRun(Face):
-    """Steps joined, called as one of their layers: x, mask -> z, log_det, or back.
+    """A run of joined steps, called as one of their layers: x, mask -> z, log_det, or back.
 
     The layers run one by one while an actnorm waits for data, and on a small batch without gradients.
     """
@@ -74,12 +75,12 @@ class DecoderRun(Face):
         return bool(((products - torch.eye(products.shape[1], dtype=products.dtype)).abs() > OTHER).any())
 
     def store_inverse(self) -> None:
-        """Their own preparation for inference: weight norms are taken off."""
+        """Prepare the layers for inference, as theirs do: weight norms are taken off."""
         for module in self.modules:
             module.store_inverse()  # type: ignore[operator]
 
     def set_ddi(self, ddi: bool) -> None:
-        """Whether the actnorms are to be initialised from the next batch."""
+        """Say whether the actnorms are to be initialised from the next batch."""
         for module in self.modules:
             if hasattr(module, "set_ddi"):
                 module.set_ddi(ddi)  # type: ignore[operator]
@@ -89,7 +90,7 @@ def _fault(layers: Sequence[nn.Module]) -> str:
     """Say why layers are not a step as they are now; nothing if they are."""
     if len(layers) != 3 or not isinstance(layers[1], InvConvNear) or not isinstance(layers[2], CouplingBlock):
         return "not an actnorm, a convolution in groups and a coupling of ours, in this order"
-    if any(map(watched, layers)):
+    if any(map(is_altered, layers)):
         return "hooks on one of its layers"
     if found := coupling_fault(layers[2]):
         return found

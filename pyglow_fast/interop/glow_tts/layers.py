@@ -17,6 +17,7 @@ from pyglow_fast.interop.glow_tts.structure import (
     wavenet_fault,
     wavenet_parts,
 )
+from pyglow_fast.interop.stand_in import StandIn
 from pyglow_fast.layers.grouped_conv import spread_over_groups
 from pyglow_fast.layers.sequence import log_scale_of_padding, masked_condition
 from pyglow_fast.layers.wavenet import CHANNELS_LAST, run_wavenet, wavenet_bytes, wavenet_halo
@@ -25,20 +26,14 @@ from pyglow_fast.reference import CouplingSpec
 _SIGMOID_EPS = 1e-6  # that Glow-TTS adds to a scale
 
 
-class StandIn(nn.Module):
-    """Base of what stands in: a class of ours and the class of the layer, which the layer is made an object of.
+class AdoptedLayer(StandIn):
+    """Base of what stands in for the layers of Glow-TTS.
 
     Wherever ours does not apply (hooks, other dtypes, torch.func) or does not pay (a few hundred positions, as when one
     sentence is spoken) the layer's own forward runs.
     """
 
     least_positions = CHANNELS_LAST  # samples times time steps from which on ours runs
-    _theirs: type[nn.Module]
-    _ours: type[StandIn]
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickled by the two classes that its own is made of."""
-        return _made_of, (self._ours, self._theirs), self.__dict__
 
     def is_small(self, x: Any) -> bool:
         """Whether a batch has so few positions that the layer's own code is as fast or faster."""
@@ -46,23 +41,6 @@ class StandIn(nn.Module):
 
     def _alone(self, *args: Any, **kwargs: Any) -> Any:
         return self._theirs.forward(self, *args, **kwargs)
-
-
-_classes: dict[tuple[type[StandIn], type[nn.Module]], type[StandIn]] = {}
-
-
-def stand_in(ours: type[StandIn], theirs: type[nn.Module]) -> type[StandIn]:
-    """Give the class of layers that are of the second class and run by the first."""
-    key = (ours, theirs)
-    if key not in _classes:
-        names = {"_ours": ours, "_theirs": theirs, "__module__": ours.__module__, "__doc__": ours.__doc__}
-        _classes[key] = type(ours.__name__, (ours, theirs), names)
-    return _classes[key]
-
-
-def _made_of(ours: type[StandIn], theirs: type[nn.Module]) -> StandIn:
-    kind = stand_in(ours, theirs)
-    return kind.__new__(kind)
 
 
 def runs_on(module: nn.Module, x: Any, mask: Any, g: Any = None) -> bool:
@@ -81,7 +59,7 @@ def runs_on(module: nn.Module, x: Any, mask: Any, g: Any = None) -> bool:
     return mask is None or (not mask.requires_grad and is_mask(mask, x))
 
 
-class WN(StandIn):
+class WN(AdoptedLayer):
     """m sum_l skip_l of a WaveNet: see :func:`pyglow_fast.layers.wavenet.run_wavenet`."""
 
     def forward(self, x: Tensor, x_mask: Tensor | None = None, g: Tensor | None = None, **kwargs: Any) -> Tensor:
@@ -95,7 +73,7 @@ class WN(StandIn):
         return run_wavenet(wavenet_parts(self), x, g, mask, dropout_probability(self))
 
 
-class InvConvNear(StandIn):
+class InvConvNear(AdoptedLayer):
     """z_g = W x_g m for each group of channels: one product with all groups' matrix.
 
     log_det = log|det W| (C / n_split) times the sample's length. Where det W is negative theirs is NaN.
@@ -164,7 +142,7 @@ def spec_of(block: nn.Module) -> CouplingSpec:
     return CouplingSpec("affine", "exp", order="scale_shift")
 
 
-class CouplingBlock(StandIn):
+class CouplingBlock(AdoptedLayer):
     """z = (x_0, (t + s x_1) m), (t, log s) = end(wn(m start(x_0))); log_det = sum over the sample of m log s."""
 
     def forward(

@@ -9,26 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast.interop.glow_tts.layers import WN, CouplingBlock, InvConvNear, StandIn, stand_in
+from pyglow_fast.coupling_nets.traits import is_altered
+from pyglow_fast.interop.glow_tts.layers import WN, AdoptedLayer, CouplingBlock, InvConvNear
 from pyglow_fast.interop.glow_tts.structure import (
     coupling_fault,
     looks_like_actnorm,
     looks_like_coupling,
     looks_like_inv_conv,
     looks_like_wavenet,
-    watched,
     wavenet_fault,
 )
+from pyglow_fast.interop.stand_in import stand_in
 
 TOLERANCE = 1e-9  # relative to the largest number
 LENGTHS = (7, 4)  # of the samples of the probe
 
 
-def kind_of(module: nn.Module) -> type[StandIn] | None:
+def kind_of(module: nn.Module) -> type[AdoptedLayer] | None:
     """The class of ours for a module that looks like one of theirs; None for any other, and for one that is ours."""
-    if isinstance(module, StandIn):
+    if isinstance(module, AdoptedLayer):
         return None
-    kinds: dict[type[StandIn], Callable[[nn.Module], bool]] = {
+    kinds: dict[type[AdoptedLayer], Callable[[nn.Module], bool]] = {
         WN: looks_like_wavenet,
         InvConvNear: looks_like_inv_conv,
         CouplingBlock: looks_like_coupling,
@@ -40,7 +41,7 @@ def fault(module: nn.Module) -> str:
     """Say why a module that looks like one of theirs is not to be replaced; nothing if it is."""
     ours = kind_of(module)
     assert ours is not None  # it looks like one
-    if watched(module):
+    if is_altered(module):
         return "hooks on it, or a forward of its own"
     try:
         found = {WN: wavenet_fault, CouplingBlock: coupling_fault}.get(ours, lambda module: "")(module)
@@ -57,7 +58,7 @@ def fault(module: nn.Module) -> str:
 
 def actnorm_fault(module: nn.Module) -> str:
     """Say why a module is no actnorm that can be folded; nothing if it is one."""
-    if not looks_like_actnorm(module) or watched(module):
+    if not looks_like_actnorm(module) or is_altered(module):
         return "no actnorm without hooks before the convolution"
     try:
         twin: Any = _twin(module)
@@ -100,8 +101,8 @@ def _inputs(channels: int, cond_channels: int) -> tuple[Tensor, Tensor, Tensor |
 Call = Callable[[nn.Module], Any]
 
 
-def _calls(module: Any, ours: type[StandIn]) -> list[Call]:
-    """What a layer is probed by."""
+def _calls(module: Any, ours: type[AdoptedLayer]) -> list[Call]:
+    """The calls that a layer is probed by."""
     if ours is InvConvNear:
         x, mask, _ = _inputs(3 * len(module.weight), 0)
 

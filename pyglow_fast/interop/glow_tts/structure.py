@@ -14,10 +14,7 @@ from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.weight_norm import WeightNorm
 
-from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.layers.wavenet import Conv, WaveNetParts
-
-Convs = list[nn.Conv1d]
 
 
 def looks_like_wavenet(module: nn.Module) -> bool:
@@ -133,8 +130,3 @@ def dropout_probability(wavenet: nn.Module) -> float:
     """The dropout's probability where it is active, else 0."""
     dropout = dropout_of(wavenet)
     return dropout.p if dropout is not None and dropout.training else 0.0
-
-
-def watched(module: nn.Module) -> bool:
-    """Whether a module has hooks of its own."""
-    return has_hooks(module) or "forward" in vars(module)

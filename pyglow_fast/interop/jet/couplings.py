@@ -5,14 +5,15 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Collection
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pyglow_fast._tracing import is_watched
-from pyglow_fast.coupling_nets.traits import has_hooks
+from pyglow_fast.coupling_nets.traits import is_altered
 from pyglow_fast.interop.jet.tokens import TokenCoupling, permutation_of
+from pyglow_fast.interop.stand_in import StandIn, give_back, stand_in
 from pyglow_fast.layers.coupling import MAX_FACTOR
 from pyglow_fast.reference import CouplingSpec, autocast_is_on
 
@@ -34,19 +35,10 @@ def _spec(factor: Any) -> CouplingSpec:
     return CouplingSpec(bias=0.0, factor=float(factor))
 
 
-class Adopted(nn.Module):
-    """What the classes of adopted layers have in common: they are made of the model's own class, and pickled as it."""
+class Adopted(StandIn):
+    """What the classes of adopted layers have in common."""
 
-    theirs: type[nn.Module]
     dnn: nn.Module
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _blank, (self.theirs,), dict(vars(self))
-
-
-def _blank(theirs: type[nn.Module]) -> nn.Module:
-    kind: type[nn.Module] = _ours(theirs)
-    return kind.__new__(kind)
 
 
 class WithProjections(Adopted):
@@ -113,7 +105,7 @@ class OfImages(Adopted):
 
     def coupling(self, tokens: Tensor) -> TokenCoupling | None:
         """How tokens are coupled in our terms; None if it cannot be said."""
-        if has_hooks(self.dnn) or "forward" in vars(self.dnn):
+        if is_altered(self.dnn):
             return None
         spec = _spec(self.dnn.scale_factor)
         if self.masking_mode == "masking":
@@ -197,16 +189,9 @@ def interface_of(kind: type[nn.Module], module: nn.Module) -> type[Adopted] | No
     return None
 
 
-_made: dict[type[nn.Module], type[Any]] = {}
-
-
 def _ours(theirs: type[nn.Module]) -> type[Any]:
     """The class of adopted layers that were of that one. Its interface is asked of its signatures alone."""
-    if theirs not in _made:
-        base = WithProjections if _arguments(theirs.forward) == _PROJECTED else OfImages
-        body = {"theirs": theirs, "__module__": theirs.__module__, "__qualname__": theirs.__qualname__}
-        _made[theirs] = type(theirs.__name__, (base, theirs), body)
-    return _made[theirs]
+    return stand_in(WithProjections if _arguments(theirs.forward) == _PROJECTED else OfImages, theirs)
 
 
 def _shell(module: S, **replaced: Any) -> S:
@@ -328,7 +313,7 @@ def finds(model: nn.Module) -> bool:
 
 
 def adopt(model: nn.Module) -> list[str]:
-    """Make the couplings whose arithmetic is ours such, in place, and return their names ("" for the model itself)."""
+    """Make the couplings ours whose arithmetic is, in place, and return their names ("" for the model itself)."""
     names = []
     for name, module, base in _candidates(model):
         if not reason(module, base):
@@ -338,16 +323,11 @@ def adopt(model: nn.Module) -> list[str]:
 
 
 def left(model: nn.Module) -> dict[str, str]:
-    """Couplings of one of the interfaces that are as they were, and why."""
+    """The couplings of one of the interfaces that are left as they were, and why."""
     found = {name: reason(module, base) for name, module, base in _candidates(model)}
     return {name: text for name, text in found.items() if text}
 
 
 def release(model: nn.Module, only: Collection[nn.Module] | None = None) -> list[str]:
     """The opposite of :func:`adopt`: our couplings (with ``only``, these alone) become the model's own, in place."""
-    names = []
-    for name, module in model.named_modules():
-        if isinstance(module, Adopted) and (only is None or module in only):
-            cast(Any, module).__class__ = module.theirs
-            names.append(name)
-    return names
+    return give_back(model, Adopted, only)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.plan import budget_bytes
-from pyglow_fast.coupling_nets.traits import bytes_per_position, has_hooks
+from pyglow_fast.coupling_nets.traits import bytes_per_position, is_altered
 from pyglow_fast.interop.jet.couplings import Adopted, OfImages, WithProjections, takes
 from pyglow_fast.interop.jet.tokens import TokenCoupling
 from pyglow_fast.interop.joined import Face, Place, unrepeatable
@@ -29,7 +29,7 @@ class _Called:
         self.owner, self.index, self.projects = owner, index, projects
 
     def arguments(self) -> tuple[Any, ...]:
-        """Of now: (is_channel, channel_proj, spatial_proj), or nothing."""
+        """The arguments of now: (is_channel, channel_proj, spatial_proj), or nothing."""
         if not self.projects:
             return ()
         owner: Any = self.owner
@@ -144,11 +144,11 @@ class TokenRun(Face):
         return out.contiguous(), log_det.unsqueeze(-1)
 
     def takes(self, x: Tensor) -> bool:
-        """As of every run, and nothing that traces."""
+        """Whether the run takes x: as every run does, and nothing that traces."""
         return takes(x) and super().takes(x)
 
     def _changed(self) -> bool:
-        return any(not isinstance(m, Adopted) or has_hooks(m) or "forward" in vars(m) for m in self.modules)
+        return any(not isinstance(module, Adopted) or is_altered(module) for module in self.modules)
 
     def _one_by_one(self, x: Tensor, inverse: bool, named: dict[str, Any]) -> tuple[Tensor, Any]:
         total: Any = 0
@@ -160,7 +160,7 @@ class TokenRun(Face):
 
 
 class Passed:
-    """In the place of a coupling that the run does, so that the others keep their numbers; the last begins the inverse.
+    """A placeholder of a coupling that the run does, so that others keep their numbers; the last begins the inverse.
 
     Args:
         called: what it would be called with.
@@ -187,7 +187,7 @@ def _reason(module: nn.Module, owner: nn.Module, memory: str) -> str:
         return "no coupling of ours"
     if isinstance(module, WithProjections) and not all(hasattr(owner, name) for name in _MODEL):
         return f"its model has no {', '.join(_MODEL)}"
-    if has_hooks(module) or "forward" in vars(module):
+    if is_altered(module):
         return "hooks or a forward of its own on it"
     return unrepeatable(module.dnn, memory)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
+from pyglow_fast.interop.gather import Gather
 from pyglow_fast.reference import CouplingSpec
 from pyglow_fast.reversible.passes import coupling_backward_from_output
 
@@ -21,24 +22,10 @@ class Permutation(NamedTuple):
     back: Tensor
 
 
-class _Gather(torch.autograd.Function):
-    """x[:, order]; the gradient is gathered too, where that of index_select is scattered."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(order, back)
-        return x.index_select(1, order)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        order, back = ctx.saved_tensors
-        return _gathered(grad, back, order), None, None
-
-
 def _gathered(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
     if not x.requires_grad or not torch.is_grad_enabled():
         return x.index_select(1, order)
-    out: Tensor = _Gather.apply(x, order, back)
+    out: Tensor = Gather.apply(x, order, back)
     return out
 
 

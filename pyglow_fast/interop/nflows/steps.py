@@ -16,11 +16,10 @@ from nflows.transforms.permutations import Permutation
 from torch import Tensor, nn
 
 from pyglow_fast.coupling_nets.traits import has_hooks
-from pyglow_fast.interop.joined import after
 from pyglow_fast.interop.nflows import convolution as conv
 from pyglow_fast.interop.nflows import coupling as couplings
 from pyglow_fast.interop.nflows._state import as_it_comes
-from pyglow_fast.layers.flow_step import ChannelMap
+from pyglow_fast.layers.flow_step import ChannelMap, after
 from pyglow_fast.reference import CouplingSpec
 
 

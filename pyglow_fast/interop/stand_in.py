@@ -1,0 +1,50 @@
+"""Layers whose class is known by its structure, run by ours in place: of a class that is made of ours and of theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, cast
+
+from torch import nn
+
+
+class StandIn(nn.Module):
+    """Base of our classes for such layers, which :func:`stand_in` puts before a class of theirs.
+
+    The object, its parameters, hooks and other methods stay, and it is still one of their class; ``super().forward`` is
+    theirs.
+    """
+
+    _ours: type[StandIn]
+    _theirs: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Copied and pickled by the two classes, which can be imported; that made of them is made again."""
+        return _blank, (self._ours, self._theirs), dict(vars(self))
+
+
+_made: dict[tuple[type[StandIn], type[nn.Module]], type[StandIn]] = {}
+
+
+def stand_in(ours: type[StandIn], theirs: type[nn.Module]) -> type[StandIn]:
+    """The class, by the name of theirs, of layers of theirs that ours run."""
+    key = (ours, theirs)
+    if key not in _made:
+        names = {"__module__": theirs.__module__, "__qualname__": theirs.__qualname__, "__doc__": theirs.__doc__}
+        _made[key] = type(theirs.__name__, (ours, theirs), {**names, "_ours": ours, "_theirs": theirs})
+    return _made[key]
+
+
+def _blank(ours: type[StandIn], theirs: type[nn.Module]) -> StandIn:
+    kind = stand_in(ours, theirs)
+    return kind.__new__(kind)
+
+
+def give_back(model: nn.Module, ours: type[StandIn], only: Collection[nn.Module] | None) -> list[str]:
+    """Give the layers that ours run (with ``only``, these alone) their own class again; their names."""
+    names = []
+    for name, module in model.named_modules():
+        if isinstance(module, ours) and (only is None or module in only):
+            cast(Any, module).__class__ = module._theirs
+            names.append(name)
+    return names
