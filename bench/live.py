@@ -195,13 +195,11 @@ class Measurement:
         base = self.rows[THEIRS]
         for name in self.copies:
             row = self.rows[name]
+            quantities = {"train": "train_seconds", "infer": "infer_seconds", "memory": "activation_bytes"}
             ratios = {
-                f"{part}_ratio": getattr(base, quantity) / max(getattr(row, quantity), 1e-9)
-                for part, quantity in {
-                    "train": "train_seconds",
-                    "infer": "infer_seconds",
-                    "memory": "activation_bytes",
-                }.items()
+                f"{part}_ratio": getattr(base, quantity) / getattr(row, quantity)
+                for part, quantity in quantities.items()
+                if getattr(row, quantity) > 0  # activations that weigh no more than the gradients are told as none
             }
             self.rows[name] = dataclasses.replace(row, **ratios)
 

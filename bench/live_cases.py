@@ -178,7 +178,7 @@ def glow_tts(batch: int) -> LiveCase:
     """The decoder of Glow-TTS (arXiv 2005.11129): 12 blocks over 80 mel bands, of samples with lengths of their own."""
     own = light_import("TTS.tts.layers.glow_tts.decoder").Decoder
     model = own(80, 192, kernel_size=5, dilation_rate=1, num_flow_blocks=12, num_coupling_layers=4)
-    frames = 200
+    frames = 400
     lengths = torch.randint(frames // 4, frames // 2 + 1, (batch,)) * 2
     mask = (torch.arange(frames) < lengths[:, None])[:, None].float()
 
@@ -253,7 +253,7 @@ MODELS: dict[str, tuple[Callable[[int], LiveCase], int]] = {
     "fastflow-deit": (fastflow_deit, 2),
     "uflow": (uflow, 8),
     "msflow": (msflow, 1),
-    "glow-tts": (glow_tts, 8),
+    "glow-tts": (glow_tts, 16),
     "jet": (jet, 8),
     "chaiyujin": (chaiyujin, 4),
     "csflow": (csflow, 2),

@@ -82,9 +82,10 @@ def table(rows: Sequence[LiveRow]) -> str:
         "|---" * 14 + "|",
     ]
     for row in rows:
-        memory = (
-            "| " if row.activation_bytes is None else f"{row.activation_bytes / 1e6:.1f} | 1/{row.memory_ratio:.1f}"
-        )
+        memory = "| "
+        if row.activation_bytes is not None:
+            ratio = "" if row.memory_ratio is None else f"1/{row.memory_ratio:.1f}"
+            memory = f"{row.activation_bytes / 1e6:.1f} | {ratio}"
         errors = ", ".join(f"{row.errors[name]:.0e}" for name in ("outputs", "gradients") if name in row.errors)
         lines.append(
             f"| {row.model}, {row.batch} | {row.variant} | {row.precision} "

@@ -163,23 +163,26 @@ class JoinedRun:
             specs = [step.spec for step in self.steps]
             z, log_det = run_recomputing(runners, specs, maps, whole, x, cond, masked=self.masked)
         else:
-            budget = None if torch.is_grad_enabled() or is_watched() else self.memory_budget
-            z, log_det = run_couplings(self.couplings, Now(maps), x, cond, budget=budget, masked=self.masked)
+            z, log_det = run_couplings(self.couplings, Now(maps), x, cond, budget=self._budget(), masked=self.masked)
         if self.last is not None:
             end = self.last()
             z = functional.channel_mix(z, end.matrix, end.offset, index=end.source)
             log_det = log_det + functional.per_sample(z, end.log_det)
         return z, log_det
 
+    def _budget(self) -> str | int | None:
+        """Of the nets' runs without a record; None for whole ones."""
+        whole = torch.is_grad_enabled() or is_watched() or self.memory == "store"
+        return None if whole else self.memory_budget
+
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """z -> x, log_det (N,)."""
-        budget = None if torch.is_grad_enabled() or is_watched() else self.memory_budget
         end = None if self.last is None else self.last()
         if end is not None:
             inverse, index = end.inverse()
             z = functional.channel_unmix(z, inverse, end.offset, index=index)
         maps = Now(self._maps(z))
-        x, log_det = run_couplings_inverse(self.couplings, maps, z, cond, budget=budget, masked=self.masked)
+        x, log_det = run_couplings_inverse(self.couplings, maps, z, cond, budget=self._budget(), masked=self.masked)
         return x, log_det if end is None else log_det - functional.per_sample(x, end.log_det)
 
 
@@ -244,6 +247,11 @@ class Face:
 
     def __init__(self, modules: Sequence[nn.Module], run: JoinedRun) -> None:
         self.modules, self.run = list(modules), run
+
+    @property
+    def spares(self) -> bool:
+        """Whether the run spares memory now, with which layers are joined even where they are faster one by one."""
+        return torch.is_grad_enabled() and self.run.memory != "store"
 
     @staticmethod
     def either(joins: bool, joined: Callable[[], Result], alone: Callable[[], Result]) -> Result:

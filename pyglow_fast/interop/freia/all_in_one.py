@@ -202,7 +202,7 @@ class ServedBlock(nn.Module):
     ) -> tuple[tuple[Tensor], Tensor]:
         """x -> z, or z -> x with ``rev``."""
         state = x[0]
-        narrow = self.input_rank == 0 and self.in_channels < GATHERED_FROM  # with nothing to gain: at no cost
+        narrow = self._is_narrow  # with nothing to gain: at no cost
         if (narrow and len(state)) or not self._takes(state):
             return self._by_freia(x, c, rev, jac)
         if for_kernels(state):
@@ -261,6 +261,14 @@ class ServedBlock(nn.Module):
                 return None
             self._seen = look_at(pair)
         return self._seen.indices
+
+    @property
+    def _is_narrow(self) -> bool:
+        return self.input_rank == 0 and self.in_channels < GATHERED_FROM
+
+    def is_better_alone(self, state: Tensor, c: Sequence[Tensor]) -> bool:
+        """Whether FrEIA's own forward, which :meth:`forward` calls then, is faster on a state than a joined run."""
+        return self._is_narrow or (self.is_dense and not self._net_is_ours(state, c))
 
     @property
     def is_dense(self) -> bool:

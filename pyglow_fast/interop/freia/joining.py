@@ -51,7 +51,11 @@ class BlockRun(Face):
                 total = log_det + total
             return (state[0],), cast(Tensor, total)
 
-        return self.either(self.takes(x[0]), joined, alone)
+        joins = self.takes(x[0])
+        if joins and not self.spares:
+            blocks: Sequence[Any] = self.modules
+            joins = not any(block.is_better_alone(x[0], c or ()) for block in blocks)
+        return self.either(joins, joined, alone)
 
 
 class Passed:

@@ -28,7 +28,7 @@ OTHER = 1e-4  # by how much W^-1 W may differ from 1 when the inverse was rounde
 class DecoderRun(Face):
     """A run of joined steps, called as one of their layers: x, mask -> z, log_det, or back.
 
-    The layers run one by one while an actnorm waits for data, and on a small batch without gradients.
+    The layers run one by one while an actnorm waits for data, and on a small batch where no memory is spared.
     """
 
     def __call__(
@@ -61,8 +61,7 @@ class DecoderRun(Face):
             return z, total
 
         coupling: Any = self.modules[2]
-        spares = torch.is_grad_enabled() or not coupling.is_small(x)  # memory, or else time
-        joins = spares and self.takes(x) and runs_on(self.modules[0], x, x_mask, g)
+        joins = (self.spares or not coupling.is_small(x)) and self.takes(x) and runs_on(self.modules[0], x, x_mask, g)
         return self.either(joins and not (reverse and self._has_other_inverse()), joined, alone)
 
     def _has_other_inverse(self) -> bool:
