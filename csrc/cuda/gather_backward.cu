@@ -144,7 +144,7 @@ struct StepPass {
 };
 
 template <class T, bool Vector>
-__global__ void __launch_bounds__(block_threads, sizeof(T) == 4 ? 4 : 3)
+__global__ void __launch_bounds__(block_threads, sizeof(T) == 4 ? 4 : 2)
     step_gather_backward_kernel(const StepPass<T> pass) {
   constexpr int unit = unit_width<T, Vector>;
   const StepGatherBackwardArgs<T>& args = pass.args;

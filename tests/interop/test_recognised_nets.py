@@ -286,6 +286,7 @@ def test_strips_overlap_by_the_reach(memory: str, chains: list[dict[str, Any]]) 
 
     with torch.no_grad():
         torch.testing.assert_close(loss(model), loss(theirs), **CLOSE)
-    assert max(call["x"].shape[2] for call in chains) < 40
+    whole = memory == "store"  # which spares no memory
+    assert max(call["x"].shape[2] for call in chains) == 60 if whole else max(c["x"].shape[2] for c in chains) < 40
     found = values_and_gradients(model, lambda: loss(model), x)
     torch.testing.assert_close(found, values_and_gradients(theirs, lambda: loss(theirs), x), rtol=1e-8, atol=1e-9)

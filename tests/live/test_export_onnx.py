@@ -7,9 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from support.export_cases import ACCELERATED, ALL, LINEAR_ALGEBRA, OURS, assert_same, dynamic_shapes, other_input
+from live.peers import load
+from support.export_cases import (
+    ACCELERATED,
+    ALL,
+    LINEAR_ALGEBRA,
+    OURS,
+    LikelihoodMap,
+    assert_same,
+    dynamic_shapes,
+    other_input,
+)
 from torch import Tensor
 
+from pyglow_fast.interop import accelerate
 from pyglow_fast.interop.export import folded
 
 onnx = pytest.importorskip("onnx", reason="onnx is missing: pip install onnx onnxscript onnxruntime openvino")
@@ -81,3 +92,16 @@ def test_the_exporter_that_traces(name: str, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     torch.onnx.export(model, (x,), path, dynamo=False, input_names=["x"], dynamic_axes=axes)
     check(path, name, model, x, "onnxruntime")
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("memory", [None, "reversible"])
+def test_maps_of_anomalibs_fastflow(memory: str | None, runtime: str, tmp_path: Path) -> None:
+    fastflow = load("anomalib.models.image.fastflow.torch_model")
+    flow = fastflow.create_fast_flow_block([8, 6, 6], conv3x3_only=False, hidden_ratio=1.0, flow_steps=4)
+    assert len(accelerate(flow, memory=memory).replaced) == 4
+    model, x = LikelihoodMap(flow).eval(), torch.randn(3, 8, 6, 6)
+    shapes = ({0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO},)
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(model, (x,), path, dynamo=True, dynamic_shapes=shapes, verbose=False)
+    check(path, "FrEIA", model, x, runtime)
