@@ -111,7 +111,7 @@ def activation_bytes(case: LiveCase, model: nn.Module, dtype: torch.dtype) -> in
 
 @contextlib.contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Of tensors that a model makes itself, as Jet its log-determinant."""
+    """Sets the dtype of tensors that a model makes itself, as Jet its log-determinant."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -56,7 +56,7 @@ class Stacks(nn.Module):
         self.stacks = nn.ModuleList(stacks)
 
     def forward(self, *features: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Of each stack: (z, log_det)."""
+        """Gives (z, log_det) of each stack."""
         return [stack(x) for stack, x in zip(self.stacks, features, strict=True)]
 
 

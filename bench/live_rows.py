@@ -58,7 +58,7 @@ class LiveRow:
 
 
 def faults(row: LiveRow, theirs: LiveRow) -> str:
-    """What is wrong with the numbers of a row beside those of theirs; nothing if they are right. NaN is wrong."""
+    """Tells what is wrong with a row's numbers beside theirs; nothing if they are right. NaN is wrong."""
     found = []
     for name in ("outputs", "gradients"):
         exact, error = row.errors[f"float64 {name}"], row.errors[name]

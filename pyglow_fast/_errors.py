@@ -51,7 +51,7 @@ def check_input(name: str, x: torch.Tensor, channels: int, like: torch.Tensor | 
 
 
 def can_read(x: torch.Tensor) -> bool:
-    """Whether a check may look at the values of x: on the CPU, not while it is traced or exported, nor under vmap.
+    """Tells whether a check may look at the values of x: on the CPU, not traced or exported, nor under vmap.
 
     On CUDA a look would stop the stream; there values that are not finite show in the results instead.
     """
