@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +52,28 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     )
 
 
+class _Rows(threading.local):
+    """Which row of a batch of gradients is passed back now, by thread."""
+
+    now = 0
+
+    @contextlib.contextmanager
+    def of(self, row: int) -> Iterator[None]:
+        before, self.now = self.now, row
+        try:
+            yield
+        finally:
+            self.now = before
+
+
+_rows = _Rows()
+
+
+def backward_key() -> tuple[int, int]:
+    """What tells a backward apart from others through the same graph: the engine's task, and the row of a Jacobian."""
+    return torch._C._current_graph_task_id(), _rows.now
+
+
 def _of_each_row(backward: Backward, ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """backward(ctx, *grads), where vmap hands in many rows of gradients at once (of a Jacobian) for one after another.
 
@@ -78,7 +101,10 @@ def _of_each_row(backward: Backward, ctx: Any, grads: Sequence[Tensor | None]) -
     count = next(len(row) for row in rows if row is not None)
     with outside:
         pairs = list(zip(rows, grads, strict=True))
-        found = [backward(ctx, *(grad if row is None else row[i] for row, grad in pairs)) for i in range(count)]
+        found = []
+        for i in range(count):
+            with _rows.of(i):
+                found.append(backward(ctx, *(grad if row is None else row[i] for row, grad in pairs)))
         stacked = [None if parts[0] is None else torch.stack(parts) for parts in zip(*found, strict=True)]
     return tuple(None if part is None else add(part, 0, level) for part in stacked)
 

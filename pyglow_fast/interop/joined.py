@@ -22,13 +22,14 @@ from pyglow_fast.layers import Coupling
 from pyglow_fast.layers.flow_step import (
     ChannelMap,
     MapInverse,
+    given_maps,
     invert_maps,
     run_couplings,
     run_couplings_inverse,
     stack_maps,
     unstack_maps,
 )
-from pyglow_fast.layers.reversible_sequence import MEMORY_MODES, pass_of, run_recomputing
+from pyglow_fast.layers.reversible_sequence import MEMORY_MODES, run_recomputing
 from pyglow_fast.reference import CouplingSpec
 from pyglow_fast.reversible import DriftControl
 
@@ -157,11 +158,10 @@ class JoinedRun:
                 if reason := unrepeatable(step.net, self.memory):
                     raise ChangedError(reason)
             runners = [coupling.runner(self.memory_budget) for coupling in self.couplings]
-            sizes = [sum(parameter.nbytes for parameter in runner.params) for runner in runners]
             control = self.control if self.memory == "reversible" else None
-            whole = pass_of(control, self.memory_budget, x, sizes)
             specs = [step.spec for step in self.steps]
-            z, log_det = run_recomputing(runners, specs, maps, whole, x, cond, masked=self.masked)
+            given = given_maps(maps, len(specs))
+            z, log_det = run_recomputing(runners, specs, given, control, x, cond, masked=self.masked)
         else:
             z, log_det = run_couplings(self.couplings, Now(maps), x, cond, budget=self._budget(), masked=self.masked)
         if self.last is not None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast._errors import check_count, check_input, expect
+from pyglow_fast._errors import can_read, check_count, check_input, expect
 from pyglow_fast.coupling_nets.masks import mask_of, positions_of
 from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.layers._base import FlowLayer
@@ -17,9 +18,11 @@ from pyglow_fast.layers.actnorm import ActNorm
 from pyglow_fast.layers.coupling import MASKS, Coupling, coupling_spec
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.injector import AffineInjector
-from pyglow_fast.layers.permutation import ChannelLinear, InvConv, Permute
+from pyglow_fast.layers.permutation import ChannelLinear, InvConv, Permute, WeightsOf
 from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.reference import KINDS, CouplingSpec, fold_actnorm, full_precision
+from pyglow_fast.reversible.maps import MapGroup
+from pyglow_fast.reversible.parts import cut
 
 PERMUTATIONS = ("invconv", "invconv_plain", "shuffle", "reverse")
 NO_COUPLING = "none"  # the kind of a step without one
@@ -133,46 +136,82 @@ def couplings_of(steps: Sequence[FlowStep]) -> list[Coupling]:
     return [coupling for step in steps for coupling in step.couplings]
 
 
+Fold = Callable[[Sequence[Tensor]], ChannelMap]
+
+
 def fold_in_one(steps: Sequence[FlowStep]) -> ChannelMap:
     """The channel maps between the couplings of steps of one width, stacked: parameter-sized work in one batch.
 
     One before each of the couplings, and one behind the last where the last step has none. With checkerboard masks
     those of the 2 C channels of halves, see :func:`_for_masks`.
     """
-    layers = [step.permutation for step in steps]
-    log_scale = torch.stack([step.actnorm.log_scale for step in steps])
-    bias = torch.stack([step.actnorm.bias for step in steps])
+    raw, fold = raw_maps(steps)
+    return fold(raw)
+
+
+def raw_maps(steps: Sequence[FlowStep], before: FlowStep | None = None) -> tuple[list[Tensor], Fold]:
+    """The tensors that the maps of :func:`fold_in_one` are folded from, and the function of them that does it.
+
+    So a backward can fold them again, from what they were, and nobody has to keep them.
+
+    Args:
+        steps: of one width.
+        before: the step before the first, whose checkerboard the state comes from; None: there is none.
+    """
+    layers, k = [step.permutation for step in steps], len(steps)
+    own = [*(step.actnorm.log_scale for step in steps), *(step.actnorm.bias for step in steps)]
+    counts = [len(step.couplings) for step in steps]
+    parities = _parities(steps if before is None else [before, *steps])
+    if before is None:
+        parities = [*parities[:1], *parities]
+    elif before.couplings:
+        parities = parities[len(before.couplings) - 1 :]
     indices = [layer.gather_index() for layer in layers]
     known = [index for index in indices if index is not None]
-    if len(known) == len(layers):
-        index = torch.stack(known)
-        maps = ChannelMap(*functional.gather_actnorm(index, log_scale, bias), log_scale.sum(-1), index)
-        return _for_couplings(maps, steps)
-    with full_precision(steps[0].actnorm.bias):
-        weight, weight_log_det = layers[0].stack_weights(layers)
-    own = steps[0].actnorm.bias.dtype
-    expect(weight.dtype == own, "permutation", f"a weight of dtype {own} (that of the actnorm)", weight.dtype)
-    matrix, offset = fold_actnorm(weight, log_scale, bias)
-    return _for_couplings(ChannelMap(matrix, offset, weight_log_det + log_scale.sum(-1)), steps)
+    gathers = len(known) == k
+    weights_of: WeightsOf | None = None
+    if gathers:
+        raw = known
+    else:
+        with full_precision(own[k]):
+            raw, weights_of = layers[0].raw_weights(layers)
+
+    def fold(tensors: Sequence[Tensor]) -> ChannelMap:
+        log_scale, bias = (torch.stack(list(tensors[i * k : (i + 1) * k])) for i in (0, 1))
+        rest = list(tensors[2 * k :])
+        if weights_of is None:
+            index = torch.stack(rest)
+            maps = ChannelMap(*functional.gather_actnorm(index, log_scale, bias), log_scale.sum(-1), index)
+        else:
+            with full_precision(bias):
+                weight, weight_log_det = weights_of(rest)
+            expected = f"a weight of dtype {bias.dtype} (that of the actnorm)"
+            expect(weight.dtype == bias.dtype, "permutation", expected, weight.dtype)
+            maps = ChannelMap(*fold_actnorm(weight, log_scale, bias), weight_log_det + log_scale.sum(-1))
+        if any(count != 1 for count in counts):
+            maps = _between_couplings(maps, counts)
+        return _for_masks(maps, parities) if parities else maps
+
+    return [*own, *raw], fold
 
 
-def _for_couplings(maps: ChannelMap, steps: Sequence[FlowStep]) -> ChannelMap:
-    """Turn a map for each step into one for each coupling."""
-    counts = [len(step.couplings) for step in steps]
-    return _for_masks(maps if all(count == 1 for count in counts) else _between_couplings(maps, counts), steps)
+def _parities(steps: Sequence[FlowStep]) -> list[int]:
+    """Of the couplings' checkerboards; none with channel masks."""
+    boards = [coupling.board for coupling in couplings_of(steps)]
+    return [board.parity for board in boards if board is not None]
 
 
-def _for_masks(maps: ChannelMap, steps: Sequence[FlowStep]) -> ChannelMap:
-    """The maps as they are with channel masks; with checkerboards for both halves of the state, 2 C channels.
+def _for_masks(maps: ChannelMap, parities: Sequence[int]) -> ChannelMap:
+    """Turn maps of C channels into ones of both halves of a state, 2 C channels, as checkerboards want them.
 
     The state that runs through the steps is halved as each coupling wants it: where the parity of a step is another
     than that of the step before, the halves change places.
+
+    Args:
+        maps: of K steps.
+        parities: K + 1, with that of the state before the first step.
     """
-    boards = [coupling.board for coupling in couplings_of(steps)]
-    parities = [board.parity for board in boards if board is not None]
-    if not parities:
-        return maps
-    swaps = [first != second for first, second in zip([parities[0], *parities], parities, strict=False)]
+    swaps = [first != second for first, second in pairwise(parities)]
     k, channels = maps.offset.shape
     offset, log_det = maps.offset.repeat(1, 2), 2 * maps.log_det
     if maps.source is not None:
@@ -188,6 +227,39 @@ def _for_masks(maps: ChannelMap, steps: Sequence[FlowStep]) -> ChannelMap:
 def fold_steps(steps: Sequence[FlowStep]) -> list[ChannelMap]:
     """The maps of :func:`fold_in_one`, as a list."""
     return unstack_maps(fold_in_one(steps))
+
+
+FOLDED_AT_ONCE = 128 * 1024  # bytes of matrices; the fewer, the oftener a backward folds
+
+
+def map_groups(steps: Sequence[FlowStep], x: Tensor) -> tuple[list[MapGroup], ChannelMap | None]:
+    """The maps of :func:`fold_in_one` in groups that end with a coupling, and the one behind the last coupling.
+
+    On a GPU, where a run of steps is judged and redone as one, in one group.
+    """
+    ends = [k + 1 for k, step in enumerate(steps) if step.couplings]
+    sizes = []
+    for step in steps:
+        width = step.channels if step.coupling is None or step.coupling.board is None else 2 * step.channels
+        gathers = step.permutation.gather_index() is not None
+        sizes.append(step.actnorm.bias.element_size() * width * (1 if gathers else width))
+    groups, first = [], 0
+    at_once = FOLDED_AT_ONCE if can_read(x) else sum(sizes)
+    for start, end in cut(sizes[: ends[-1]], ends[:-1], at_once):
+        own = steps[start:end]
+        raw, fold = raw_maps(own, steps[start - 1] if start else None)
+        last = first + len(couplings_of(own))
+        groups.append(MapGroup(first, last, raw, fold))
+        first = last
+    behind = steps[ends[-1] :]
+    return groups, unstack_maps(fold_in_one(behind))[0] if behind else None
+
+
+def given_maps(maps: ChannelMap, count: int) -> tuple[list[MapGroup], ChannelMap | None]:
+    """Stacked maps, one for each of so many couplings and perhaps one behind them, as map_groups gives them."""
+    raw = [part[:count] for part in maps if part is not None]
+    behind = unstack_maps(maps)[count:]
+    return [MapGroup(0, count, raw, lambda raw: ChannelMap(*raw))], behind[0] if behind else None
 
 
 def invert_maps(maps: Sequence[ChannelMap]) -> list[MapInverse]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from pyglow_fast import functional
 from pyglow_fast._errors import check_count, check_input, expect
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.reference import full_precision, log_abs_det, lu_weight
+
+WeightsOf = Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]]
+LU_FACTORS = ("permutation", "lower", "upper", "log_diag", "sign_diag")  # of W, as lu_weight takes them
 
 
 class ChannelLinear(FlowLayer):
@@ -65,6 +68,14 @@ class ChannelLinear(FlowLayer):
         """W (K, C, C) and log|det W| (K,) of any K layers of one width; a subclass may be faster with its own."""
         pairs = [layer.weight_and_log_det() for layer in layers]
         return torch.stack([weight for weight, _ in pairs]), torch.stack([log_det for _, log_det in pairs])
+
+    @classmethod
+    def raw_weights(cls, layers: Sequence[ChannelLinear]) -> tuple[list[Tensor], WeightsOf]:
+        """Tensors, and the function of them that gives what :meth:`stack_weights` does, so that nobody has to keep it.
+
+        As here, W and log|det W| themselves, where what they are made of is not known.
+        """
+        return list(cls.stack_weights(layers)), lambda made: (made[0], made[1])
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x -> z = W x."""
@@ -137,20 +148,40 @@ class InvConv(ChannelLinear):
     @classmethod
     def stack_weights(cls, layers: Sequence[ChannelLinear]) -> tuple[Tensor, Tensor]:
         """W (K, C, C) and log|det W| (K,), in a few batched ops where all layers are of one parameterisation."""
-        own = InvConv.weight_and_log_det
-        convs = [conv for conv in layers if isinstance(conv, InvConv) and type(conv).weight_and_log_det is own]
-        if len(convs) == len(layers) and all(conv.lu for conv in convs):
-            names = ("permutation", "lower", "upper", "log_diag", "sign_diag")
-            factors = [torch.stack([getattr(conv, name) for conv in convs]) for name in names]
-            return lu_weight(*factors), factors[3].sum(-1)
-        if len(convs) == len(layers) and not any(conv.lu for conv in convs):
-            weight = torch.stack([conv.weight for conv in convs])
-            return weight, log_abs_det(weight)
-        return super().stack_weights(layers)
+        raw = _raw_of_convs(layers)
+        return super().stack_weights(layers) if raw is None else raw[1](raw[0])
+
+    @classmethod
+    def raw_weights(cls, layers: Sequence[ChannelLinear]) -> tuple[list[Tensor], WeightsOf]:
+        """Their parameters and buffers, where all layers are of one parameterisation."""
+        same = cls.stack_weights.__func__ is InvConv.stack_weights.__func__  # type: ignore[attr-defined]
+        raw = _raw_of_convs(layers) if same else None
+        return super().raw_weights(layers) if raw is None else raw
 
     def extra_repr(self) -> str:
         """Channels and parameterisation, for repr."""
         return f"{self.channels}, lu={self.lu}"
+
+
+def _raw_of_convs(layers: Sequence[ChannelLinear]) -> tuple[list[Tensor], WeightsOf] | None:
+    """What :meth:`InvConv.raw_weights` gives; None where not all are InvConvs of one parameterisation."""
+    own, k = InvConv.weight_and_log_det, len(layers)
+    convs = [conv for conv in layers if isinstance(conv, InvConv) and type(conv).weight_and_log_det is own]
+    if len(convs) < k or len({conv.lu for conv in convs}) > 1:
+        return None
+    if not convs[0].lu:
+
+        def plain(raw: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+            weight = torch.stack(list(raw))
+            return weight, log_abs_det(weight)
+
+        return [conv.weight for conv in convs], plain
+
+    def from_factors(raw: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        factors = [torch.stack(list(raw[i * k : (i + 1) * k])) for i in range(len(LU_FACTORS))]
+        return lu_weight(*factors), factors[LU_FACTORS.index("log_diag")].sum(-1)
+
+    return [getattr(conv, name) for name in LU_FACTORS for conv in convs], from_factors
 
 
 class Permute(ChannelLinear):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pyglow_fast import functional
 from pyglow_fast._errors import can_read, check_input, expect
 from pyglow_fast._tracing import is_exporting, is_watched
+from pyglow_fast.coupling_nets.masks import mask_of
 from pyglow_fast.coupling_nets.net_runner import NetRunner
 from pyglow_fast.coupling_nets.plan import budget_bytes
 from pyglow_fast.coupling_nets.traits import has_known_modules
@@ -22,7 +23,8 @@ from pyglow_fast.layers.flow_step import (
     FlowStep,
     Recorded,
     couplings_of,
-    fold_in_one,
+    map_groups,
+    maps_log_det,
     run_couplings,
     run_couplings_inverse,
     runs_fused,
@@ -31,11 +33,12 @@ from pyglow_fast.layers.folded import FoldCache
 from pyglow_fast.layers.injector import AffineInjector
 from pyglow_fast.layers.permutation import InvConv, Permute
 from pyglow_fast.layers.ranks import refused_alike
-from pyglow_fast.reference import CouplingSpec
-from pyglow_fast.reversible import Chain, DriftControl, ModuleChain, Pass, run_chain
+from pyglow_fast.reference import CouplingSpec, n_positions
+from pyglow_fast.reversible import DriftControl, MapGroup, ModuleChain, Pass, run_chain
+from pyglow_fast.reversible.drift import SKETCHED
 
 MEMORY_MODES = ("reversible", "checkpoint", "store")
-GRADIENT_SHARE = 4  # of the budget, what gradients may take that exist a second time while they are added to others
+GRADIENT_SHARE = 16  # of the budget, what gradients may take that exist a second time while they are added to others
 
 
 def _is_known(coupling: Coupling) -> bool:
@@ -52,41 +55,43 @@ def _is_initialized(step: nn.Module) -> bool:
     return all(getattr(module, "is_initialized", True) for module in step.modules())
 
 
-def pass_of(control: DriftControl | None, budget: str | int, x: Tensor, step_bytes: Sequence[int]) -> Pass:
-    """One forward of steps with so many bytes of parameters, to be recomputed; without a control by checkpointing."""
-    limit = budget_bytes(budget, x.device.type) // GRADIENT_SHARE if can_read(x) else None
-    return Pass(control, step_bytes, limit)
+def part_limit(budget: str | int, x: Tensor) -> int | None:
+    """Bytes of gradients of a part; None for one part as large as can be: a GPU's one verdict on drift is of it."""
+    return budget_bytes(budget, x.device.type) // GRADIENT_SHARE if can_read(x) else None
 
 
 def run_recomputing(
     runners: Sequence[NetRunner],
     specs: Sequence[CouplingSpec],
-    maps: ChannelMap,
-    whole: Pass,
+    maps: tuple[Sequence[MapGroup], ChannelMap | None],
+    control: DriftControl | None,
     x: Tensor,
     cond: Tensor | None = None,
     squeeze_first: bool = False,
     masked: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """x through K steps, a channel map (stacked: see stack_maps) and a coupling each, to be recomputed.
+    """x through K steps, a channel map and a coupling each, to be recomputed in the backward.
 
-    K + 1 maps: there is one more behind the last coupling. masked: see run_couplings.
+    Args:
+        runners, specs: of the couplings' nets, and of the couplings.
+        maps: as map_groups gives them, or given_maps.
+        control: of the drift; None: all states are kept.
+        x, cond: of the run.
+        squeeze_first: x is squeezed as it is read.
+        masked: see run_couplings.
     """
-    counts, own_maps = [part.end - part.first for part in whole.parts], len(runners)
-    parts = zip(*(part[:own_maps].split(counts) for part in maps[:3]), strict=True)
-    indices = [None] * len(counts) if maps.source is None else maps.source[:own_maps].split(counts)
-    z, total = x, x.new_zeros(x.shape[0])
-    for part, (matrices, offsets, log_dets), index in zip(whole.parts, parts, indices, strict=True):
-        own = slice(part.first, part.end)
-        chain = Chain(runners[own], specs[own], squeeze_first and part.first == 0, part, masked)
-        z, log_det = run_chain(chain, z, cond, matrices, offsets, log_dets.sum(), index)
-        total = log_det if part.first == 0 else total + log_det
-    if len(maps.matrix) > own_maps:
-        index = None if maps.source is None else maps.source[-1]
-        z = functional.channel_mix(z, maps.matrix[-1], maps.offset[-1], index=index)
-        z = chain.masked_state(z, cond)
-        total = total + maps.log_det[-1] * chain.positions(z, cond)
-    return z, total
+    groups, behind = maps
+    step_bytes = [sum(parameter.nbytes for parameter in runner.params) for runner in runners]
+    few = n_positions(x) <= SKETCHED * (2 ** (x.dim() - 2) if squeeze_first else 1)
+    ends = [group.end for group in groups[:-1]]
+    whole = Pass(control, step_bytes, part_limit(runners[0].budget, x), ends, few)
+    z, log_det = run_chain(runners, specs, groups, whole, x, cond, squeeze_first, masked)
+    if behind is not None:
+        z = functional.channel_mix(z, behind.matrix, behind.offset, index=behind.source)
+        masked_by = cond if masked else None
+        z = z if masked_by is None else z * mask_of(masked_by)
+        log_det = log_det + maps_log_det([behind], z, masked_by)
+    return z, log_det
 
 
 class ReversibleSequence(FlowLayer):
@@ -267,15 +272,15 @@ class ReversibleSequence(FlowLayer):
             return run_couplings(couplings, self._cache.get(steps), x, cond, squeeze_first, self.memory_budget)
         self._cache.clear()
         runners = [coupling.runner(self.memory_budget) for coupling in couplings]
-        whole = self._pass(x, [sum(parameter.nbytes for parameter in runner.params) for runner in runners])
         specs = [coupling.spec for coupling in couplings]
+        maps, own = map_groups(steps, x), self._control()
         x, cond = couplings[0].enter(x, cond)
-        z, log_det = run_recomputing(runners, specs, fold_in_one(steps), whole, x, cond, squeeze_first)
+        z, log_det = run_recomputing(runners, specs, maps, own, x, cond, squeeze_first)
         return couplings[-1].leave(z), log_det
 
-    def _pass(self, x: Tensor, step_bytes: Sequence[int]) -> Pass:
-        """Of a forward that begins now. A GPU's one verdict a level wants one part."""
-        return pass_of(self.control if self.memory == "reversible" else None, self.memory_budget, x, step_bytes)
+    def _control(self) -> DriftControl | None:
+        """That of a forward which begins now: none where all states are kept."""
+        return self.control if self.memory == "reversible" else None
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """z -> x."""
@@ -324,7 +329,7 @@ class ReversibleSequence(FlowLayer):
     def _run_module_parts(self, steps: Sequence[nn.Module], x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         total = x.new_zeros(x.shape[0])
         step_bytes = [sum(parameter.nbytes for parameter in step.parameters()) for step in steps]
-        for part in self._pass(x, step_bytes).parts:
+        for part in Pass(self._control(), step_bytes, part_limit(self.memory_budget, x)).parts:
             x, log_det = ModuleChain(steps[part.first : part.end], part).run(x, cond)
             total = total + log_det
         return x, total

@@ -21,7 +21,7 @@ from pyglow_fast.layers.flow_step import (
     Folded,
     Recorded,
     couplings_of,
-    fold_in_one,
+    map_groups,
     run_couplings,
     run_couplings_inverse,
 )
@@ -141,8 +141,7 @@ class MaskedSequence(ReversibleSequence):
                 return run_couplings(couplings, folded, x, extra, budget=budget, masked=True)
             self._cache.clear()
             runners = [coupling.runner(self.memory_budget) for coupling in couplings]
-            whole = self._pass(x, [sum(parameter.nbytes for parameter in runner.params) for runner in runners])
-            return run_recomputing(runners, specs, fold_in_one(steps), whole, x, extra, masked=True)
+            return run_recomputing(runners, specs, map_groups(steps, x), self._control(), x, extra, masked=True)
 
         z, log_det = run_sorted(run, without_padding(x, mask), cond, mask)
         return without_padding(z, mask), log_det - log_scale_of_padding(specs, mask, x.shape[1] // 2)

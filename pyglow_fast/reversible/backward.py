@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,10 +14,12 @@ from pyglow_fast.coupling_nets.plan import Chunk
 from pyglow_fast.coupling_nets.run import Consume
 from pyglow_fast.reversible import passes
 from pyglow_fast.reversible.drift import Witness, anchor_drift
+from pyglow_fast.reversible.maps import MapsOfPart
 from pyglow_fast.reversible.walk import Walk
 
 if TYPE_CHECKING:
     from pyglow_fast.reversible.chain import Chain, Kept
+    from pyglow_fast.reversible.trail import KnownStates
 
 
 class _Parts:
@@ -39,58 +41,69 @@ class _Parts:
         return torch.empty_like(self.like) if self.value is None else self.value
 
 
-def unbind_indices(indices: Tensor | None, steps: int) -> Sequence[Tensor | None]:
-    """Of each step its index, None where the maps are matrices."""
-    return [None] * steps if indices is None else indices.unbind()
-
-
-def _inverses(matrices: Tensor, indices: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
-    """M^-1 of every step, with its index if the maps are gathers."""
-    if indices is None:
-        return [(inverse, None) for inverse in functional.invert_matrix(matrices).unbind()]
-    scales, back = functional.invert_gather(matrices, indices)
-    return list(zip(scales.unbind(), back.unbind(), strict=True))
-
-
 class ChainBackward(Walk):
-    """Walks a chain back, or differentiates it from kept states; each net runs once a step, chunk by chunk."""
+    """Walks a part of a chain back, or differentiates it from kept states; each net runs once a step, chunk by chunk.
+
+    Args:
+        chain: the part.
+        x: the input of its first step, None where that is not kept.
+        cond: what the nets get besides, or None.
+        maps: of its steps, folded.
+        grads: where the gradients of the maps go, by step.
+        params: of the nets, by step.
+        kept: by the forward.
+        grad_log_det: (N,); None where nothing is differentiated.
+        needs_cond: the gradient of cond is wanted.
+    """
 
     def __init__(
         self,
         chain: Chain,
-        x: Tensor,
+        x: Tensor | None,
         cond: Tensor | None,
-        matrices: Tensor,
-        offsets: Tensor,
-        indices: Tensor | None,
+        maps: MapsOfPart,
         params: Sequence[Sequence[Tensor]],
         kept: Kept,
-        grad_log_det: Tensor,
+        grad_log_det: Tensor | None,
         needs_cond: bool,
     ) -> None:
         n = len(chain)
         super().__init__(n, x, kept.anchors, chain.part, kept.lowest)
-        self.chain, self.cond, self.params, self.kept = chain, cond, params, kept
-        self.matrices, self.offsets = matrices.unbind(), offsets.unbind()
-        self.indices = unbind_indices(indices, n)
-        self.inverses = [] if kept.states else _inverses(matrices, indices)
-        self.grad_log_det, self.needs_cond = grad_log_det, needs_cond
+        self.chain, self.cond, self.maps, self.params, self.kept = chain, cond, maps, params, kept
+        self.matrices, self.offsets, self.indices = maps.matrices, maps.offsets, maps.indices
+        self._grad_log_det, self.needs_cond = grad_log_det, needs_cond
+        self.restored: Callable[[], tuple[Tensor, int]] | None = None  # gives x from the anchor before this part
         self.witnesses = Witness.all_of(kept.seen)
-        self.grad_matrices: list[Tensor] = [matrices] * n  # placeholders until each is known
-        self.grad_offsets: list[Tensor] = [offsets] * n
         self.grad_params: list[tuple[Tensor | None, ...]] = [()] * n
+
+    @property
+    def grad_log_det(self) -> Tensor:
+        """That of the part's log_det, (N,)."""
+        assert self._grad_log_det is not None  # else nothing is differentiated
+        return self._grad_log_det
 
     def run(self, z: Tensor, grad_z: Tensor) -> Tensor:
         """grad_x; the other gradients are attributes."""
         if not self.kept.states:
             return super().run(z, grad_z)
         self.part.whole.checkpointed(self.part.first)
+        assert self.x is not None  # where all states are kept, those between the parts are too
         return self._differentiate(0, self.kept.states, self.x, grad_z)
+
+    def continued(self, known: KnownStates, grad_z: Tensor) -> Tensor:
+        """As :meth:`run`, where a drift behind this part has made its last states known."""
+        self.n_steps = known.first
+        grad = self._differentiate(known.first, known.states, known.x, grad_z)
+        self.cond_sum.close()
+        return super().run(known.x, grad)
 
     def drift(self, k: int, x: Tensor, anchor: Tensor | None) -> Tensor:
         if anchor is None:
             mask = mask_of(self.cond) if self.chain.masked and self.cond is not None else None
-            return self.witnesses[k].drift(x, self.matrices[k], self.offsets[k], self.indices[k], mask)
+            own = (x, self.matrices[k], self.offsets[k], self.indices[k], mask)
+            if k == 0 and self.kept.sketch is not None:
+                return self.witnesses[k].sketched_drift(self.kept.sketch, *own)
+            return self.witnesses[k].drift(*own)
         squeezed = k == 0 and self.chain.squeeze_first
         return anchor_drift(x, functional.squeeze(anchor) if squeezed else anchor)
 
@@ -100,7 +113,7 @@ class ChainBackward(Walk):
         The one run of the net serves the inversion and the differentiation.
         """
         x_parts, grad_u_parts = _Parts(y), _Parts(y)
-        spec, (inverse_matrix, inverse_index) = self.chain.specs[k], self.inverses[k]
+        spec, (inverse_matrix, inverse_index) = self.chain.specs[k], self.maps.inverses[k]
 
         def consume(net_out: Tensor, chunk: Chunk) -> Tensor:
             x, grad_u, grad_net_out = passes.step_backward(
@@ -134,24 +147,41 @@ class ChainBackward(Walk):
 
     def _mix_backward(self, k: int, x: Tensor, grad_u: Tensor, added: Tensor | None, is_input: bool) -> Tensor:
         squeezes = k == 0 and is_input and self.chain.squeeze_first
-        grad_x, self.grad_matrices[k], self.grad_offsets[k] = passes.channel_mix_backward(
+        grad_x, *of_map = passes.channel_mix_backward(
             x, grad_u, self.matrices[k], self.offsets[k], added, squeezes, self.indices[k]
         )
+        self.maps.put(k, *of_map)
         return grad_x
 
-    def redo(self, first: int, last: int, x: Tensor, grad: Tensor) -> Tensor:
-        """Steps first .. last by checkpointing from the true input of the first: the exact gradient of it."""
+    def redo(self, first: int, last: int, x: Tensor | None, grad: Tensor) -> Tensor:
+        """The exact gradient of steps first .. last; where x is not known, the parts before learn their states too."""
+        if x is None:
+            assert self.restored is not None  # of a backward that differentiates
+            x, redone = self.restored()
+            self.redone += redone
+        return self._differentiate(first, self.states(first, last, x), x, grad)
+
+    def states(self, first: int, last: int, x: Tensor) -> list[Tensor]:
+        """u of steps first .. last, forward from the true input of the first."""
         squeezes = first == 0 and self.chain.squeeze_first
         u = functional.channel_mix(x, self.matrices[first], self.offsets[first], squeezes, self.indices[first])
         u = self.chain.masked_state(u, self.cond)
         states = [u]
         for k in range(first, last):
-            net_out = self.chain.nets[k].repeat(self._read(k, u), self.cond, self.params[k], self.kept.memos[k])
+            net_out = self._repeated(k, u)
             following = self.matrices[k + 1], self.offsets[k + 1]
             u, _ = functional.coupling_mix(u, net_out, *following, self.chain.specs[k], self.indices[k + 1])
             u = self.chain.masked_state(u, self.cond)
             states.append(u)
-        return self._differentiate(first, states, x, grad)
+        return states
+
+    def output(self, u: Tensor) -> Tensor:
+        """The part's output from the state u of its last step."""
+        k = len(self.chain) - 1
+        return functional.coupling(u, self._repeated(k, u), self.chain.specs[k])[0]
+
+    def _repeated(self, k: int, u: Tensor) -> Tensor:
+        return self.chain.nets[k].repeat(self._read(k, u), self.cond, self.params[k], self.kept.memos[k])
 
     def _differentiate(self, first: int, states: list[Tensor], x: Tensor, grad_z: Tensor) -> Tensor:
         """Given u of every step from `first` on, and the input x of that step: its gradient. Nothing is inverted."""
@@ -195,5 +225,5 @@ class ChainBackward(Walk):
 
         grad_kept = self._net_backward(k, u, consume, True)
         if not last:
-            self.grad_matrices[k + 1], self.grad_offsets[k + 1] = sums
+            self.maps.put(k + 1, *sums)
         return grad_u_parts.get(), grad_kept

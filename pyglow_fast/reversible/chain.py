@@ -1,10 +1,13 @@
-"""One autograd function for a run of flow steps: states recomputed by inversion, or kept and nets recomputed."""
+"""Runs of flow steps as autograd functions: states recomputed by inversion, or kept and nets recomputed."""
 
 from __future__ import annotations
 
+import dataclasses
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,21 +18,25 @@ from pyglow_fast.coupling_nets.masks import mask_of, positions_of
 from pyglow_fast.coupling_nets.net_runner import Memo, NetRunner
 from pyglow_fast.coupling_nets.precision import in_precision
 from pyglow_fast.reference import CouplingSpec, n_positions
-from pyglow_fast.reversible.backward import ChainBackward, unbind_indices
-from pyglow_fast.reversible.drift import Witness, lowest_precision
+from pyglow_fast.reversible.backward import ChainBackward
+from pyglow_fast.reversible.drift import Witness, lowest_precision, sketch
 from pyglow_fast.reversible.limits import call_untraced, refuse_transforms
-from pyglow_fast.reversible.parts import Part
+from pyglow_fast.reversible.maps import FoldedMaps, MapGroup, MapsOfPart, OpenGroup
+from pyglow_fast.reversible.parts import Part, Pass
+from pyglow_fast.reversible.trail import KnownStates, Trail, Trails
 
 
 @dataclass(frozen=True)
 class Chain:
-    """A run of K flow steps of one width, apart from its tensors.
+    """K flow steps of one width that are a part of a run, apart from its tensors.
 
     Attributes:
         nets: of each step.
         specs: the coupling of each step.
         squeeze_first: the input is squeezed as it is read.
         part: of the pass that this is: which states are kept, and who is told of their drift.
+        run: what all parts share.
+        group: that the channel maps are of.
         masked: the first channel of cond is a mask (see coupling_nets/masks.py): where it is zero the states are kept
             zero, which the input and what the nets give are.
     """
@@ -38,10 +45,26 @@ class Chain:
     specs: Sequence[CouplingSpec]
     squeeze_first: bool
     part: Part
+    run: Run
+    group: MapGroup
     masked: bool = False
 
     def __len__(self) -> int:
         return len(self.nets)
+
+    @property
+    def opens(self) -> bool:
+        """Whether a backward meets the group here for the first time."""
+        return self.part.end == self.group.end
+
+    @property
+    def closes(self) -> bool:
+        """Whether a backward has met all of the group's steps behind this part: it gives the maps' gradients."""
+        return self.part.first == self.group.first
+
+    def maps(self, of: FoldedMaps | OpenGroup) -> MapsOfPart:
+        """Those of its steps, of the group's."""
+        return of.of_part(slice(self.part.first - self.group.first, self.part.end - self.group.first))
 
     def masked_state(self, u: Tensor, cond: Tensor | None) -> Tensor:
         """u, without what a channel map makes of positions that are masked."""
@@ -65,40 +88,48 @@ class Chain:
         return parts
 
 
+class Run:
+    """What the parts of one forward share: where each is, and where a backward has come to."""
+
+    def __init__(self) -> None:
+        self.trails = Trails()
+        self.nodes: dict[int, weakref.ref[Any]] = {}  # the functions of the parts, by index, as long as the graph lives
+
+    def node(self, index: int) -> Any:
+        """The function of a part."""
+        return self.nodes[index]()
+
+
 @dataclass(frozen=True)
 class Kept:
     """What a forward pass keeps besides its input and output: states by step, and what repeats the nets' runs."""
 
-    anchors: dict[int, Tensor]  # inputs of steps; none if checkpointing
+    anchors: dict[int, Tensor]  # inputs of steps but the first; none if checkpointing
     states: list[Tensor]  # u of every step; none unless checkpointing
-    seen: list[Tensor]  # by Witness.of u, two tensors a step; none if checkpointing
+    seen: list[Tensor]  # by Witness.packed, of every step's u; none if checkpointing
+    sketch: Tensor | None  # of the first step's u, where its input is not kept
     memos: list[Memo]
     lowest: torch.dtype  # that the nets compute in
 
 
 def forward_pass(
-    chain: Chain,
-    x: Tensor,
-    cond: Tensor | None,
-    matrices: Sequence[Tensor],
-    offsets: Sequence[Tensor],
-    indices: Sequence[Tensor | None],
-    params: Sequence[Sequence[Tensor]],
+    chain: Chain, x: Tensor, cond: Tensor | None, maps: MapsOfPart, params: Sequence[Sequence[Tensor]]
 ) -> tuple[Tensor, Tensor, Kept]:
     """z, the couplings' log_det (N,), and what is kept. Between nets there is one pass; two where an anchor lies."""
     keeps_states, anchor_steps = chain.part.whole.keeps_states, set(chain.part.anchors)
     anchors, states, memos = {}, [], []
-    seen: list[Tensor] = []
+    seen: list[tuple[Tensor, Tensor]] = []
     lowest = x.dtype
-    maps = list(zip(matrices, offsets, indices, strict=True))
-    matrix, offset, index = maps[0]
+    steps = list(zip(maps.matrices, maps.offsets, maps.indices, strict=True))
+    matrix, offset, index = steps[0]
     u = chain.masked_state(functional.channel_mix(x, matrix, offset, chain.squeeze_first, index), cond)
     log_det = u.new_zeros(u.shape[0])
-    for k, (net, spec, following) in enumerate(zip(chain.nets, chain.specs, [*maps[1:], None], strict=True)):
+    first = None if chain.part.knows_start else sketch(u)
+    for k, (net, spec, following) in enumerate(zip(chain.nets, chain.specs, [*steps[1:], None], strict=True)):
         if keeps_states:
             states.append(u)
         else:
-            seen += Witness.of(u)
+            seen.append(Witness.of(u))
         net_out, memo = net.forward(u[:, : net.reads(u.shape[1])], cond, params[k])
         memos.append(memo)
         with in_precision(net.precision, u):  # which does not show in an output in float32
@@ -115,97 +146,186 @@ def forward_pass(
             u, step_log_det = functional.coupling_mix(u, net_out, matrix, offset, spec, index)
         u = chain.masked_state(u, cond)
         log_det += step_log_det
-    return u, log_det, Kept(anchors, states, seen, memos, lowest)
+    return u, log_det, Kept(anchors, states, Witness.packed(seen) if seen else [], first, memos, lowest)
 
 
-class _Run(torch.autograd.Function):
-    """z, log_det of a chain; everything that its backward needs is an input, an output or in ``Kept``."""
+class _Saved(NamedTuple):
+    """The tensors that the function of a part has saved."""
+
+    x: Tensor | None
+    z: Tensor | None
+    cond: Tensor | None
+    sketch: Tensor | None
+    params: Sequence[Tensor]
+    raw: Sequence[Tensor]
+    anchors: Sequence[Tensor]
+    seen: Sequence[Tensor]
+    states: Sequence[Tensor]
+
+    def save(self, ctx: Any) -> None:
+        """With the function, which frees them as soon as its backward is done."""
+        ctx.counts = [len(part) for part in self[4:]]
+        ctx.save_for_backward(*self[:4], *(tensor for part in self[4:] for tensor in part))
+
+    @classmethod
+    def of(cls, ctx: Any) -> _Saved:
+        """What :meth:`save` was given."""
+        tensors = list(ctx.saved_tensors)
+        own, rest = tensors[:4], iter(tensors[4:])
+        return cls(*own, *([next(rest) for _ in range(count)] for count in ctx.counts))
+
+
+def _walk_of(ctx: Any, saved: _Saved, maps: MapsOfPart, grad_log_det: Tensor | None = None) -> ChainBackward:
+    """The walk back through a part; without a gradient for what it recomputes alone."""
+    chain: Chain = ctx.chain
+    anchors = dict(zip(ctx.anchor_steps, saved.anchors, strict=True))
+    kept = Kept(anchors, list(saved.states), list(saved.seen), saved.sketch, ctx.memos, ctx.lowest)
+    params = chain.params_of(saved.params)
+    return ChainBackward(chain, saved.x, saved.cond, maps, params, kept, grad_log_det, ctx.needs_input_grad[4])
+
+
+def _restored(chain: Chain, trail: Trail) -> tuple[Tensor, int]:
+    """The true input of a part, forward from the anchor before it, and how many steps that took.
+
+    The states on the way are known from then on, so that these steps need not be inverted.
+    """
+    part, run = chain.part, chain.run
+    parts = part.whole.parts
+    index = next(i for i in reversed(range(part.index)) if parts[i].anchors or parts[i].knows_start)
+    first, count = max(parts[index].anchors, default=0), 0
+    x: Tensor | None = None
+    folded = None if trail.maps is None else trail.maps.maps
+    group = chain.group
+    for own in parts[index : part.index]:
+        ctx = run.node(own.index)
+        saved = _Saved.of(ctx)
+        if folded is None or ctx.chain.group is not group:
+            group = ctx.chain.group
+            opener = next(other for other in parts if other.end == group.end)
+            folded = FoldedMaps.of(group, _Saved.of(run.node(opener.index)).raw)
+        if ctx.chain.group is chain.group and trail.maps is not None:
+            folded = trail.maps.maps
+        walk = _walk_of(ctx, saved, ctx.chain.maps(folded))
+        start = walk.anchors.get(first, saved.x) if x is None else x
+        assert start is not None  # known of the first part, computed of those behind it
+        states = walk.states(first, len(ctx.chain) - 1, start)
+        trail.known[own.index] = KnownStates(first, start, states)
+        x, count, first = walk.output(states[-1]), count + len(states), 0
+    assert x is not None  # there is a part before one whose input is not known
+    return x, count
+
+
+class _RunPart(torch.autograd.Function):
+    """z, log_det of a part; what its backward needs is saved, or comes from the part behind it."""
 
     @staticmethod
     def forward(
         ctx: Any,
         chain: Chain,
+        maps: FoldedMaps,
+        raw: Sequence[Tensor],
         x: Tensor,
         cond: Tensor | None,
-        matrices: Tensor,
-        offsets: Tensor,
-        map_log_det: Tensor,
-        indices: Tensor | None,
-        *params: Tensor,
+        *inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """z like x (squeezed), log_det (N,)."""
-        by_step = chain.params_of(params)
-        by_map = matrices.unbind(), offsets.unbind(), unbind_indices(indices, len(chain))
-        z, log_det, kept = forward_pass(chain, x, cond, *by_map, by_step)
-        ctx.chain, ctx.memos, ctx.has_cond = chain, kept.memos, cond is not None
-        ctx.lowest = kept.lowest
-        ctx.anchor_steps, ctx.n_seen = list(kept.anchors), len(kept.seen)
-        conditions = [] if cond is None else [cond]
-        inner = [*kept.anchors.values(), *kept.seen, *kept.states]
-        ctx.save_for_backward(x, z, matrices, offsets, indices, *conditions, *params, *inner)
-        return z, log_det + map_log_det * chain.positions(z, cond)
+        """z like x (squeezed), log_det (N,). inputs: the nets' parameters and, of the part that closes, raw."""
+        params = inputs[: len(chain.params)]
+        z, log_det, kept = forward_pass(chain, x, cond, chain.maps(maps), chain.params_of(params))
+        ctx.chain, ctx.memos, ctx.lowest, ctx.anchor_steps = chain, kept.memos, kept.lowest, list(kept.anchors)
+        part = chain.part
+        _Saved(
+            x if part.knows_start else None,
+            z if part.is_last and not kept.states else None,
+            cond,
+            kept.sketch,
+            params,
+            raw if chain.opens else [],
+            list(kept.anchors.values()),
+            kept.seen,
+            kept.states,
+        ).save(ctx)
+        chain.run.nodes[part.index] = weakref.ref(ctx)
+        if chain.closes:
+            log_det = log_det + maps.log_dets.sum() * chain.positions(z, cond)
+        return z, log_det
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_z: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, cond, M, c, log|det M| and the nets' parameters."""
+        """Gradients of x, cond, the nets' parameters and, of the part that closes, what the maps are made of."""
         chain: Chain = ctx.chain
-        x, z, matrices, offsets, indices, *rest = ctx.saved_tensors
-        cond = rest.pop(0) if ctx.has_cond else None
-        n_params, n_anchors = len(chain.params), len(ctx.anchor_steps)
-        params, inner = rest[:n_params], rest[n_params:]
-        anchors = dict(zip(ctx.anchor_steps, inner[:n_anchors], strict=True))
-        seen = inner[n_anchors : n_anchors + ctx.n_seen]
-        states = inner[n_anchors + len(seen) :]
-        kept = Kept(anchors, states, seen, ctx.memos, ctx.lowest)
-        by_step = chain.params_of(params)
-        backward = ChainBackward(
-            chain, x, cond, matrices, offsets, indices, by_step, kept, grad_log_det, ctx.needs_input_grad[2]
-        )
-        grad_x = backward.run(z, grad_z)
-        grads = (
-            grad_x,
-            backward.cond_sum.result(),
-            torch.stack(backward.grad_matrices),
-            torch.stack(backward.grad_offsets),
-            (grad_log_det * chain.positions(z, cond)).sum(),
-            None,
-            *[grad for step in backward.grad_params for grad in step],
-        )
-        return (None, *(grads if backward.drifted is None else map(backward.accepted, grads)))
+        saved, trail = _Saved.of(ctx), chain.run.trails.of(chain.part)
+        if chain.opens:
+            trail.maps = OpenGroup(chain.group, saved.raw)
+        assert trail.maps is not None  # the part that opens is behind this one
+        walk = _walk_of(ctx, saved, chain.maps(trail.maps), grad_log_det)
+        walk.restored = partial(_restored, chain, trail)
+        known = trail.known.pop(chain.part.index, None)
+        if known is not None:
+            grad_x = walk.continued(known, grad_z)
+        else:
+            y = saved.z if chain.part.is_last else trail.y
+            grad_x = walk.run(grad_z if y is None else y, grad_z)
+        trail.y = walk.start
+        of_maps: list[Tensor | None] = []
+        if chain.closes:
+            of_maps = trail.maps.gradients((grad_log_det * chain.positions(grad_z, saved.cond)).sum())
+            trail.maps = None
+        of_nets = [grad for step in walk.grad_params for grad in step]
+        grads = (grad_x, walk.cond_sum.result(), *of_nets, *of_maps)
+        return (None, None, None, *map(walk.accepted, grads))
 
 
 def run_chain(
-    chain: Chain,
+    nets: Sequence[NetRunner],
+    specs: Sequence[CouplingSpec],
+    groups: Sequence[MapGroup],
+    whole: Pass,
     x: Tensor,
-    cond: Tensor | None,
-    matrices: Tensor,
-    offsets: Tensor,
-    map_log_det: Tensor,
-    indices: Tensor | None = None,
+    cond: Tensor | None = None,
+    squeeze_first: bool = False,
+    masked: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """z and log|det dz/dx| of K steps: u = M x + c, then the coupling of u, K times.
 
     Memory that lives until the backward: x, z, and per step an (N, C) projection and norm, plus the anchors that the
-    pass asks for, or the state of every step if it wants all. Nothing of the nets.
+    pass asks for, or the state of every step if it wants all. Nothing of the nets, nothing of the maps.
 
     Args:
-        chain: the steps.
-        x: (N, C, *spatial); with chain.squeeze_first (N, C / 2^d, *(2 spatial)).
+        nets, specs: of the steps.
+        groups: of the channel maps M, c. What is not passed on of a drifted run's gradients must not be passed on
+            around it either: so their log|det M| is counted here.
+        whole: the pass, cut where the groups end.
+        x: (N, C, *spatial); with squeeze_first (N, C / 2^d, *(2 spatial)).
         cond: what the nets get besides, or None.
-        matrices, offsets: (K, C, C) and (K, C); with indices, the scales (K, C) of gathers and (K, C).
-        map_log_det: sum of log|det M| over the steps, a scalar tensor. It comes in here, since what is not passed on of
-            a drifted run's gradients must not be passed on around it either.
-        indices: (K, C) int64, where the maps are gathers: see :func:`pyglow_fast.reference.channel_mix`.
+        squeeze_first: x is squeezed as it is read.
+        masked: see Chain.
 
     Returns:
         z (N, C, *spatial) and log_det (N,), nats.
     """
     refuse_transforms()
-    inputs = (x, cond, matrices, offsets, map_log_det, indices, *chain.params)
-    chain.part.whole.joins(chain.part.first, inputs)
-    return call_untraced(_run, chain, *inputs)
+    return call_untraced(_run, nets, specs, groups, whole, x, cond, squeeze_first, masked)
 
 
-def _run(*inputs: Any) -> tuple[Tensor, Tensor]:
-    return apply(_Run, *inputs)
+def _run(
+    nets: Sequence[NetRunner],
+    specs: Sequence[CouplingSpec],
+    groups: Sequence[MapGroup],
+    whole: Pass,
+    x: Tensor,
+    cond: Tensor | None,
+    squeeze_first: bool,
+    masked: bool,
+) -> tuple[Tensor, Tensor]:
+    run, log_dets = Run(), []
+    for group in groups:
+        maps, known = FoldedMaps.of(group, group.raw), dataclasses.replace(group, raw=())
+        for part in (part for part in whole.parts if group.first <= part.first < group.end):
+            own = slice(part.first, part.end)
+            chain = Chain(nets[own], specs[own], squeeze_first and part.first == 0, part, run, known, masked)
+            inputs = (x, cond, *chain.params, *(group.raw if chain.closes else ()))
+            whole.joins(part.first, inputs)
+            x, log_det = apply(_RunPart, chain, maps, group.raw, *inputs)
+            log_dets.append(log_det)
+    return x, log_dets[0] if len(log_dets) == 1 else torch.stack(log_dets).sum(0)

@@ -4,7 +4,8 @@ Inverting a step amplifies rounding, so a state recomputed over many steps drift
 recomputation, and each tells the exact drift of its segment. In between, every step has kept an N x C projection of its
 state on random signs: a recomputed state is held against it. A segment that drifts beyond the tolerance is redone from
 its anchor by checkpointing, and the anchors move closer for the passes that follow; while it stays far below, they move
-apart.
+apart. Between two anchors gradients are handed out part by part: what ends a part is held against a sketch, some more
+of these projections, which tells an error's size nearly as well as the true state would.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from pyglow_fast._errors import expect
 from pyglow_fast.reference import autocast_is_on, flat_positions, full_precision, n_positions
 from pyglow_fast.reversible.deferred import Verdicts
 
-START_SPACING = 4
+START_SPACING, MOST_ANCHORS = 4, 16  # to begin with at least 4 steps apart, and farther where that would be too many
 # The projection of an error on random signs is its norm times about a standard normal number, of which many are drawn.
 PROJECTION_SLACK = 4.0
 BLOCK, LEAST_BLOCK = 1024, 32  # positions that are summed in one go; all, if their number has no divisor between
 LEAST_EPS, EPS_PER_ROOT, MOST_EPS, NET_EPS = 16.0, 6.0, 32.0, 4.0  # the tolerance: see docs/memory.md
-GROW_BELOW = 0.25  # of the tolerance: a spacing twice as wide then still fits
+# Of the tolerance: roundings of independent steps add up as squares, so that drift over twice as many is 1.4 times as
+# large (measured: 1.35 to 1.5 for each doubling from 8 to 256 steps), and 2 where each step amplifies those before it.
+GROW_BELOW = 0.5
 GROW_AFTER = 4  # passes in a row
 FIRST_HOLD, LAST_HOLD = 32, 1024  # passes until a spacing that drifted is tried again, doubled each time
 WINDOW = 64  # passes over which redone steps are counted for the warning
@@ -119,6 +122,30 @@ def _largest(error: Tensor, scale: Tensor) -> Tensor:
     return torch.linalg.vector_norm(error.div_(scale), torch.inf) if error.numel() else error.new_zeros(())
 
 
+SKETCHED = 8  # projections of a sketch: of an error twice as large as allowed, one in 50 passes in a single channel
+
+
+@functools.lru_cache(maxsize=16)
+def _sketch_signs(positions: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """As _signs, of SKETCHED projections: inner (length, SKETCHED), outer (blocks, SKETCHED), sums (SKETCHED,)."""
+    single = _signs(positions, dtype, device)
+    generator = torch.Generator("cpu").manual_seed(positions + 1)
+    inner, outer = (
+        (torch.randint(2, (len(part), SKETCHED), generator=generator, device="cpu") * 2 - 1).to(device, dtype)
+        for part in (single.inner, single.outer)
+    )
+    return inner, outer, inner.sum(0) * outer.sum(0)
+
+
+def sketch(x: Tensor) -> Tensor:
+    """As project, with SKETCHED signs at once: (N, C, SKETCHED). Their mean square is about the squared norm."""
+    flat = flat_positions(x)
+    inner, outer, _ = _sketch_signs(flat.shape[2], x.dtype, x.device)
+    with full_precision(x):
+        by_block = flat.unflatten(2, (outer.shape[0], inner.shape[0])) @ inner
+        return (by_block * outer).sum(2)
+
+
 @dataclass(frozen=True)
 class Witness:
     """What is known of the state u that entered a step's coupling, (N, C) each."""
@@ -131,13 +158,23 @@ class Witness:
         """Projection and norm, as seen in the forward pass."""
         return project(u), norms(u)
 
+    @staticmethod
+    def packed(seen: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """What is kept of all that the steps have seen: projections, and norms as coarse as a scale may be."""
+        parts = [list(part) for part in zip(*seen, strict=True)]
+        if len({projection.shape for projection in parts[0]}) > 1:
+            return [*parts[0], *parts[1]]
+        projections, found = (torch.stack(part) for part in parts)
+        return [projections, found.bfloat16() if found.dtype == torch.float32 else found]
+
     @classmethod
-    def all_of(cls, seen: Sequence[Tensor]) -> list[Witness]:
-        """From the projection and norm of every step, one after another: what is parameter-sized in one batch."""
-        projections, found = seen[::2], seen[1::2]
-        alike = len({norm.shape for norm in found}) == 1
-        scales = [_scale(norm) * PROJECTION_SLACK for norm in ([torch.stack(list(found))] if alike else found)]
-        scales = list(scales[0].unbind()) if alike else scales
+    def all_of(cls, packed: Sequence[Tensor]) -> list[Witness]:
+        """From what was kept of the steps: what is parameter-sized in one batch."""
+        half = len(packed) // 2
+        projections, found = packed[:half], packed[half:]
+        scales = [_scale(norm.to(own.dtype)) * PROJECTION_SLACK for own, norm in zip(projections, found, strict=True)]
+        if half == 1:
+            projections, scales = projections[0].unbind(), list(scales[0].unbind())
         return [cls(*parts) for parts in zip(projections, scales, strict=True)]
 
     def drift_of(self, x: Tensor) -> Tensor:
@@ -162,6 +199,24 @@ class Witness:
             else:
                 expected = torch.addmm(ones * offset, project(x, signs), matrix.T)
         return _largest(expected.sub_(self.projection), self.scale)
+
+    def sketched_drift(
+        self,
+        seen: Tensor,
+        x: Tensor,
+        matrix: Tensor,
+        offset: Tensor,
+        index: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """As :meth:`drift`, by the sketch ``seen`` of u: nearly the largest relative error itself."""
+        _, _, sums = _sketch_signs(n_positions(x), x.dtype, x.device)
+        with full_precision(x):
+            ones = sums if mask is None else sketch(mask)  # (N, 1, SKETCHED)
+            moved = sketch(x)[:, index] * matrix.unsqueeze(1) if index is not None else matrix @ sketch(x)
+            error = moved + offset.unsqueeze(1) * ones - seen
+        size = torch.linalg.vector_norm(error, dim=2) * (PROJECTION_SLACK / SKETCHED**0.5)
+        return _largest(size, self.scale)
 
 
 def anchor_drift(recomputed: Tensor, true: Tensor) -> Tensor:
@@ -243,7 +298,8 @@ class DriftControl:
         self.n_steps, self.anchor_every, self.tolerance, self.deferred = n_steps, anchor_every, tolerance, deferred
         self._verdicts = Verdicts()
         self._lock = threading.Lock()
-        self.learnt = DriftRecord(min(START_SPACING, max(n_steps, 1)))
+        spacing = max(START_SPACING, -(-n_steps // MOST_ANCHORS))
+        self.learnt = DriftRecord(min(spacing, max(n_steps, 1)))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the lock and what is under way: copies and pickles have their own."""

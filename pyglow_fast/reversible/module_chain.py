@@ -119,8 +119,9 @@ class _ModuleWalk(Walk):
         """Of the input itself."""
         return self.witnesses[k].drift_of(x) if anchor is None else anchor_drift(x, anchor)
 
-    def redo(self, first: int, last: int, x: Tensor, grad: Tensor) -> Tensor:
+    def redo(self, first: int, last: int, x: Tensor | None, grad: Tensor) -> Tensor:
         """Inputs forward from the anchor, kept, then back."""
+        assert x is not None  # parts begin at anchors
         inputs = [x]
         for k in range(first, last):
             inputs.append(self._repeated(k, partial(self.chain.call, k, inputs[-1], self.cond, self.params[k]))[0])
@@ -179,7 +180,7 @@ class _RunModules(torch.autograd.Function):
         by_step, keeps_states = chain.params_of(params), chain.part.whole.keeps_states
         keep = set(range(1, len(chain.steps)) if keeps_states else chain.part.anchors)
         anchors: dict[int, Tensor] = {}
-        witnesses: list[Tensor] = []
+        seen: list[tuple[Tensor, Tensor]] = []
         memos, log_det, z, lowest = [], x.new_zeros(x.shape[0]), x, x.dtype
         for param in params:
             lowest = lowest_precision(lowest, param) if param.is_floating_point() else lowest
@@ -187,7 +188,7 @@ class _RunModules(torch.autograd.Function):
             if k in keep:
                 anchors[k] = z
             if not keeps_states:
-                witnesses += Witness.of(z)
+                seen.append(Witness.of(z))
             known = is_deterministic(chain.steps[k])
             before = None if known else GeneratorState.capture(x.device)
             version = z._version
@@ -204,7 +205,8 @@ class _RunModules(torch.autograd.Function):
             log_det = log_det + step_log_det
         ctx.lowest = lowest
         ctx.chain, ctx.memos, ctx.has_cond = chain, memos, cond is not None
-        ctx.anchor_steps, ctx.n_witnesses = list(anchors), len(witnesses)
+        ctx.anchor_steps = list(anchors)
+        witnesses = Witness.packed(seen) if seen else []
         ctx.save_for_backward(x, z, *([] if cond is None else [cond]), *params, *anchors.values(), *witnesses)
         return z, log_det
 

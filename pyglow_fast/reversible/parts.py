@@ -1,14 +1,14 @@
 """A run of steps cut into parts, each an autograd function of its own, that are judged as one.
 
 A function hands out the gradients of all its parameters when it ends. Where they are added to those of an earlier batch
-or lie in a process group's buckets, they exist twice until then: those of one part, and not of the whole run. Cuts lie
-at anchors, where the state is stored anyway.
+or lie in a process group's buckets, they exist twice until then: those of one part, and not of the whole run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -39,24 +39,40 @@ class Pass:
     Args:
         control: of the drift; None: all states are kept.
         step_bytes: of the parameters, by step.
-        limit: bytes of a part's gradients; None: one part.
+        limit: bytes of a part's gradients; None: as few parts as can be.
+        ends: steps before which a part has to end, ascending; None: parts end at anchors alone, others anywhere.
+        knows_starts: the first state of each part is kept.
 
     Attributes:
         keeps_states: nothing is to be recomputed from its output.
         spacing: of the anchors, now.
         anchors: steps whose input is stored; none with keeps_states.
+        parts: of the run, in its order.
     """
 
-    def __init__(self, control: DriftControl | None, step_bytes: Sequence[int], limit: int | None) -> None:
+    def __init__(
+        self,
+        control: DriftControl | None,
+        step_bytes: Sequence[int],
+        limit: int | None,
+        ends: Sequence[int] | None = None,
+        knows_starts: bool = False,
+    ) -> None:
         n_steps = len(step_bytes)
         self.control = control
         self.keeps_states = control is None or control.checkpoints
         self.anchors = [] if control is None or self.keeps_states else [k for k in control.anchors() if k < n_steps]
         self.spacing = n_steps if control is None or self.keeps_states else control.spacing
-        places = range(1, n_steps) if self.keeps_states else self.anchors
-        bounds = [(0, n_steps)] if limit is None else cut(step_bytes, places, limit)
-        self.parts = [Part(self, first, end) for first, end in bounds]
-        self._final: int | None = None
+        anywhere = self.keeps_states or ends is not None
+        bounds: list[tuple[int, int]] = []
+        for start, end in pairwise([0, *(ends or []), n_steps]):
+            places = range(1, end - start) if anywhere else [k - start for k in self.anchors]
+            own = [(0, end - start)] if limit is None else cut(step_bytes[start:end], places, limit)
+            bounds += [(start + first, start + last) for first, last in own]
+        if knows_starts and not self.keeps_states:
+            self.anchors = sorted({*self.anchors, *(first for first, _ in bounds[1:])})
+        self.parts = [Part(self, index, first, end) for index, (first, end) in enumerate(bounds)]
+        self.final: int | None = None
         self._worst: list[float] = []
         self._deferred: list[Tensor] = []
         self._redone = 0
@@ -64,15 +80,15 @@ class Pass:
 
     def joins(self, first: int, inputs: Iterable[Tensor | None]) -> None:
         """A part is run on these, in order: a backward ends with the first one that has a gradient to give."""
-        if self._final is None and any(tensor is not None and tensor.requires_grad for tensor in inputs):
-            self._final = first
+        if self.final is None and any(tensor is not None and tensor.requires_grad for tensor in inputs):
+            self.final = first
 
     def judged(self, first: int, worst: float, limit: float, redone: int) -> None:
         """Of the part that begins there: its worst drift, and how many steps it has redone."""
         self._begin()
         self._worst.append(worst)
         self._redone += redone
-        if first == self._final and self.control is not None:
+        if first == self.final and self.control is not None:
             drifts, redone, self._worst, self._redone = self._worst, self._redone, [], 0
             nan = any(drift != drift for drift in drifts)
             self.control.record(float("nan") if nan else max(drifts), limit, redone, self.spacing)
@@ -81,7 +97,7 @@ class Pass:
         """The same where the host is not to wait for a value; ``zeroed``: whether its gradients were."""
         self._begin()
         self._deferred.append(worst)
-        if first == self._final and self.control is not None:
+        if first == self.final and self.control is not None:
             drifts, self._deferred = torch.stack([drift.to(worst.device) for drift in self._deferred]), []
             self.control.defer(drifts.amax(), zeroed, limit, self.spacing)
 
@@ -93,7 +109,7 @@ class Pass:
 
     def checkpointed(self, first: int) -> None:
         """Of a part whose states were all kept."""
-        if first == self._final and self.control is not None:
+        if first == self.final and self.control is not None:
             self.control.record_checkpointed()
 
 
@@ -102,10 +118,26 @@ class Part:
     """Steps first .. end - 1 of a pass; steps are counted from the part's own first one outside of this class."""
 
     whole: Pass
+    index: int
     first: int
     end: int
 
     @property
+    def knows_start(self) -> bool:
+        """Whether the input of its first step is kept: else the backward has it from the part behind it, recomputed."""
+        return self.first == 0 or self.whole.keeps_states or self.first in self.whole.anchors
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it is the run's last, where a backward begins."""
+        return self.index + 1 == len(self.whole.parts)
+
+    @property
+    def is_final(self) -> bool:
+        """Whether a backward ends with it."""
+        return self.first == self.whole.final
+
+    @property
     def anchors(self) -> list[int]:
-        """The steps whose input is stored, but for the first: that is the part's input."""
+        """The steps whose input is stored, but for the first: see :attr:`knows_start`."""
         return [k - self.first for k in self.whole.anchors if self.first < k < self.end]

@@ -54,7 +54,7 @@ def added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 
 class Walk(abc.ABC):
-    """One backward pass over K steps whose inputs are recomputed, but for those of anchors.
+    """One backward pass over a part's K steps whose inputs are recomputed, but for those of anchors.
 
     Gradients of a step's own tensors are kept by step in the subclasses: a step that is redone overwrites its own.
     That of the condition, which is the sum over all steps, is put into ``cond_sum`` by every step as it is done.
@@ -63,12 +63,14 @@ class Walk(abc.ABC):
     def __init__(
         self,
         n_steps: int,
-        x: Tensor,
+        x: Tensor | None,
         anchors: Mapping[int, Tensor],
         part: Part,
         lowest: torch.dtype,
     ) -> None:
-        self.n_steps, self.x, self.anchors, self.part = n_steps, x, anchors, part
+        self.n_steps, self.anchors, self.part = n_steps, anchors, part
+        self.x = x  # the input of the first; None: not known, to be recomputed
+        self.start: Tensor | None = None  # the same when the walk is done, recomputed or not
         self.lowest = lowest  # the dtype that the nets compute in
         self.drifted: Tensor | None = None  # a verdict that the host does not know
         self.cond_sum = SegmentedSum()
@@ -81,11 +83,15 @@ class Walk(abc.ABC):
 
     @abc.abstractmethod
     def drift(self, k: int, x: Tensor, anchor: Tensor | None) -> Tensor:
-        """The relative error of step k's recomputed input: exact if the true one is given, else by its witness."""
+        """The relative error of step k's recomputed input: exact if the true one is given, else by what was seen."""
 
     @abc.abstractmethod
-    def redo(self, first: int, last: int, x: Tensor, grad: Tensor) -> Tensor:
-        """Steps first .. last by checkpointing from the true input x of the first: the gradient of it."""
+    def redo(self, first: int, last: int, x: Tensor | None, grad: Tensor) -> Tensor:
+        """Steps first .. last by checkpointing: the gradient of the first's input, which is x.
+
+        x is None where the first begins a part without an anchor: it comes from the anchor before, through the parts
+        between.
+        """
 
     def run(self, z: Tensor, grad_z: Tensor) -> Tensor:
         """The gradient of the run's input; whatever drifts is redone, so that it is right in any case.
@@ -111,13 +117,14 @@ class Walk(abc.ABC):
             return grad
         return torch.where(self.drifted.to(grad.device), torch.zeros((), dtype=grad.dtype, device=grad.device), grad)
 
-    def _segments(self) -> Sequence[tuple[int, int, Tensor]]:
-        """(first step, one past the last, the true input of the first), last segment first."""
+    def _segments(self) -> Sequence[tuple[int, int, Tensor | None]]:
+        """(first step, one past the last, the true input of the first or None), last segment first."""
         starts = [0, *sorted(self.anchors)]
         ends = [*starts[1:], self.n_steps]
-        return [(a, b, self.x if a == 0 else self.anchors[a]) for a, b in zip(starts, ends, strict=True)][::-1]
+        bounds = [(a, b) for a, b in zip(starts, ends, strict=True) if a < self.n_steps]
+        return [(a, b, self.x if a == 0 else self.anchors[a]) for a, b in bounds][::-1]
 
-    def _redo(self, first: int, last: int, x: Tensor, grad: Tensor) -> Tensor:
+    def _redo(self, first: int, last: int, x: Tensor | None, grad: Tensor) -> Tensor:
         self.redone += last + 1 - first
         return self.redo(first, last, x, grad)
 
@@ -131,14 +138,15 @@ class Walk(abc.ABC):
                 drift = float(self.drift(k, x, anchor))
                 self.worst = drift if drift != drift else max(self.worst, drift)
                 if not drift <= limit:
-                    # The later steps of the segment were within bounds, unless only the exact measure tells otherwise.
-                    last, given = (end - 1, grad_end) if anchor is not None else (k, grad)
-                    self.cond_sum.drop_step() if anchor is None else self.cond_sum.drop_segment()
+                    # The later steps were within bounds, unless only the measure of the first one tells otherwise.
+                    last, given = (end - 1, grad_end) if k == first else (k, grad)
+                    self.cond_sum.drop_segment() if k == first else self.cond_sum.drop_step()
                     grad = self._redo(first, last, true_input, given)
                     break
                 y, grad = x, grad_before
             self.cond_sum.close()
-            y = true_input
+            y = y if true_input is None else true_input
+        self.start = y
         return grad
 
     def _invert_all(self, z: Tensor, grad_z: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,7 +158,8 @@ class Walk(abc.ABC):
                 anchor = true_input if k == first else None
                 y, grad = self.invert(k, y, grad, anchor)
                 drifts.append(self.drift(k, y, anchor))
-            y = true_input
+            y = y if true_input is None else true_input
+        self.start = y
         return grad, torch.stack(drifts).amax()
 
     def _judge_at_the_end(self, z: Tensor, grad_z: Tensor, limit: float) -> Tensor:

@@ -24,8 +24,8 @@ from pyglow_fast.interop.chaiyujin.structure import (
 from pyglow_fast.interop.joined import Now
 from pyglow_fast.interop.stand_in import StandIn, give_back, stand_in
 from pyglow_fast.layers import Coupling
-from pyglow_fast.layers.flow_step import ChannelMap, run_couplings, run_couplings_inverse
-from pyglow_fast.layers.reversible_sequence import pass_of, run_recomputing
+from pyglow_fast.layers.flow_step import ChannelMap, given_maps, run_couplings, run_couplings_inverse
+from pyglow_fast.layers.reversible_sequence import run_recomputing
 from pyglow_fast.reversible import DriftControl
 
 # Positions of a batch: below, what is done with the parameters takes longer than is gained on the data.
@@ -59,10 +59,9 @@ class Memory:
     ) -> tuple[Tensor, Tensor]:
         """x -> z, log_det (N,)."""
         runners = [coupling.runner(self.budget) for coupling in couplings]
-        sizes = [sum(parameter.nbytes for parameter in runner.params) for runner in runners]
-        whole = pass_of(self.control if self.mode == "reversible" else None, self.budget, x, sizes)
         specs = [coupling.spec for coupling in couplings]
-        return run_recomputing(runners, specs, maps, whole, x, features)
+        control = self.control if self.mode == "reversible" else None
+        return run_recomputing(runners, specs, given_maps(maps, len(specs)), control, x, features)
 
 
 class AdoptedStep(StandIn):

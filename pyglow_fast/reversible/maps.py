@@ -1,0 +1,125 @@
+"""Channel maps of a run of steps, folded where they are needed: in the forward, and once more in the backward.
+
+A map is parameter-sized, what autograd would keep of its making several times that; of a thousand steps both are more
+than a flow's states. So a run keeps neither, but the tensors that the maps are made of, which are alive anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyglow_fast import functional
+
+Inverse = tuple[Tensor, Tensor | None]  # M^-1, with an index the scales of a gather
+
+
+@dataclass(frozen=True)
+class MapGroup:
+    """Maps before consecutive couplings that are folded together.
+
+    Attributes:
+        first, end: those couplings, end one past the last.
+        raw: the tensors that the maps are folded from.
+        fold: gives, from these, matrices (K, C, C), offsets (K, C), log_dets (K,) and the indices (K, C) or None; where
+            there are indices, the matrices are scales of gathers (K, C).
+    """
+
+    first: int
+    end: int
+    raw: Sequence[Tensor]
+    fold: Callable[[Sequence[Tensor]], Any]
+
+
+class FoldedMaps:
+    """Matrix, offset and index of each step of a group, and the inverses when they are first asked for.
+
+    Args:
+        matrices, offsets, log_dets, indices: stacked, see MapGroup.
+    """
+
+    def __init__(self, matrices: Tensor, offsets: Tensor, log_dets: Tensor, indices: Tensor | None = None) -> None:
+        self.matrices, self.offsets, self.log_dets = matrices.unbind(), offsets.unbind(), log_dets
+        self.indices: Sequence[Tensor | None] = [None] * len(offsets) if indices is None else indices.unbind()
+        self._stacked = matrices, indices
+        self._inverses: list[Inverse] = []
+
+    @classmethod
+    def of(cls, group: MapGroup, raw: Sequence[Tensor]) -> FoldedMaps:
+        """The maps of a group, from what they are made of, without a record."""
+        with torch.no_grad():
+            return cls(*group.fold(raw))
+
+    def of_part(self, own: slice) -> MapsOfPart:
+        """Some of the maps."""
+        return MapsOfPart(self, own)
+
+    @property
+    def inverses(self) -> list[Inverse]:
+        """M^-1 of every step, all in one batch."""
+        if not self._inverses:
+            matrices, indices = self._stacked
+            if indices is None:
+                self._inverses = [(inverse, None) for inverse in functional.invert_matrix(matrices).unbind()]
+            else:
+                scales, back = functional.invert_gather(matrices, indices)
+                self._inverses = list(zip(scales.unbind(), back.unbind(), strict=True))
+        return self._inverses
+
+
+class MapsOfPart:
+    """The maps of a part's steps, some of a group's, counted from the part's own first one.
+
+    Args:
+        maps: of the group.
+        own: which of them.
+        grads: of the group, (matrix, offset) by map, where gradients are wanted.
+    """
+
+    def __init__(self, maps: FoldedMaps, own: slice, grads: list[tuple[Tensor, ...]] | None = None) -> None:
+        self._maps, self._own, self._grads = maps, own, grads
+        self.matrices, self.offsets, self.indices = maps.matrices[own], maps.offsets[own], maps.indices[own]
+
+    @property
+    def inverses(self) -> list[Inverse]:
+        """M^-1 of each."""
+        return self._maps.inverses[self._own]
+
+    def put(self, k: int, *grads: Tensor) -> None:
+        """The gradients of matrix and offset of map k are these."""
+        assert self._grads is not None  # else nothing is differentiated
+        self._grads[self._own.start + k] = grads
+
+
+class OpenGroup:
+    """A group in a backward: its maps folded again with a record, and the gradients of them as they come."""
+
+    def __init__(self, group: MapGroup, raw: Sequence[Tensor]) -> None:
+        self.leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in raw]
+        with torch.enable_grad():
+            self._recorded = group.fold(self.leaves)
+        matrices, offsets, log_dets, *indices = self._recorded
+        self.maps = FoldedMaps(matrices.detach(), offsets.detach(), log_dets.detach(), *indices)
+        # Placeholders until each is known.
+        self.grads: list[tuple[Tensor, ...]] = list(zip(self.maps.matrices, self.maps.offsets, strict=True))
+
+    def of_part(self, own: slice) -> MapsOfPart:
+        """Some of the maps, and where their gradients go."""
+        return MapsOfPart(self.maps, own, self.grads)
+
+    def gradients(self, grad_log_det: Tensor) -> list[Tensor | None]:
+        """The gradients of the raw tensors; grad_log_det is that of each map's log|det M|, a scalar tensor."""
+        matrices, offsets, log_dets = self._recorded[:3]
+        found = [*(torch.stack(part) for part in zip(*self.grads, strict=True)), grad_log_det.expand_as(log_dets)]
+        pairs = [(out, grad) for out, grad in zip((matrices, offsets, log_dets), found, strict=True)]
+        pairs = [(out, grad) for out, grad in pairs if out.requires_grad]
+        wanted = [leaf for leaf in self.leaves if leaf.requires_grad]
+        if not wanted or not pairs:
+            return [None] * len(self.leaves)
+        outs, grads = [out for out, _ in pairs], [grad for _, grad in pairs]
+        given = iter(torch.autograd.grad(outs, wanted, grads, allow_unused=True))
+        return [next(given) if leaf.requires_grad else None for leaf in self.leaves]
