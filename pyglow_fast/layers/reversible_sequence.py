@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -38,7 +39,7 @@ from pyglow_fast.reversible import DriftControl, MapGroup, ModuleChain, Pass, ru
 from pyglow_fast.reversible.drift import SKETCHED
 
 MEMORY_MODES = ("reversible", "checkpoint", "store")
-GRADIENT_SHARE = 16  # of the budget, what gradients may take that exist a second time while they are added to others
+LEAST_PART = 256 * 1024  # bytes of gradients that may exist a second time while they are added to others
 
 
 def _is_known(coupling: Coupling) -> bool:
@@ -55,9 +56,13 @@ def _is_initialized(step: nn.Module) -> bool:
     return all(getattr(module, "is_initialized", True) for module in step.modules())
 
 
-def part_limit(budget: str | int, x: Tensor) -> int | None:
-    """Bytes of gradients of a part; None for one part as large as can be: a GPU's one verdict on drift is of it."""
-    return budget_bytes(budget, x.device.type) // GRADIENT_SHARE if can_read(x) else None
+def part_limit(x: Tensor, step_bytes: Sequence[int], boundary: int = 0) -> int | None:
+    """Bytes of gradients of a part, for so many bytes that are kept between two parts.
+
+    Where both cost alike in all, their sum is least: parts of sqrt(boundary sum(step_bytes)). None for one part as
+    large as can be: on a GPU, whose one verdict on drift is of all of it.
+    """
+    return max(LEAST_PART, math.isqrt(boundary * sum(step_bytes))) if can_read(x) else None
 
 
 def run_recomputing(
@@ -82,9 +87,11 @@ def run_recomputing(
     """
     groups, behind = maps
     step_bytes = [sum(parameter.nbytes for parameter in runner.params) for runner in runners]
-    few = n_positions(x) <= SKETCHED * (2 ** (x.dim() - 2) if squeeze_first else 1)
+    positions = n_positions(x) // (2 ** (x.dim() - 2) if squeeze_first else 1)
+    few = positions <= SKETCHED
+    boundary = x.nbytes if few or control is None else x.nbytes // positions * SKETCHED
     ends = [group.end for group in groups[:-1]]
-    whole = Pass(control, step_bytes, part_limit(runners[0].budget, x), ends, few)
+    whole = Pass(control, step_bytes, part_limit(x, step_bytes, boundary), ends, few)
     z, log_det = run_chain(runners, specs, groups, whole, x, cond, squeeze_first, masked)
     if behind is not None:
         z = functional.channel_mix(z, behind.matrix, behind.offset, index=behind.source)
@@ -329,7 +336,7 @@ class ReversibleSequence(FlowLayer):
     def _run_module_parts(self, steps: Sequence[nn.Module], x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         total = x.new_zeros(x.shape[0])
         step_bytes = [sum(parameter.nbytes for parameter in step.parameters()) for step in steps]
-        for part in Pass(self._control(), step_bytes, part_limit(self.memory_budget, x)).parts:
+        for part in Pass(self._control(), step_bytes, part_limit(x, step_bytes)).parts:
             x, log_det = ModuleChain(steps[part.first : part.end], part).run(x, cond)
             total = total + log_det
         return x, total

@@ -13,7 +13,7 @@ from pyglow_fast.coupling_nets.masks import mask_of
 from pyglow_fast.coupling_nets.plan import Chunk
 from pyglow_fast.coupling_nets.run import Consume
 from pyglow_fast.reversible import passes
-from pyglow_fast.reversible.drift import Witness, anchor_drift
+from pyglow_fast.reversible.drift import anchor_drift, before_map, witness_drift
 from pyglow_fast.reversible.maps import MapsOfPart
 from pyglow_fast.reversible.walk import Walk
 
@@ -73,7 +73,7 @@ class ChainBackward(Walk):
         self.matrices, self.offsets, self.indices = maps.matrices, maps.offsets, maps.indices
         self._grad_log_det, self.needs_cond = grad_log_det, needs_cond
         self.restored: Callable[[], tuple[Tensor, int]] | None = None  # gives x from the anchor before this part
-        self.witnesses = Witness.all_of(kept.seen)
+        self.seen = () if kept.seen is None else kept.seen.unbind()
         self.grad_params: list[tuple[Tensor | None, ...]] = [()] * n
 
     @property
@@ -100,10 +100,9 @@ class ChainBackward(Walk):
     def drift(self, k: int, x: Tensor, anchor: Tensor | None) -> Tensor:
         if anchor is None:
             mask = mask_of(self.cond) if self.chain.masked and self.cond is not None else None
-            own = (x, self.matrices[k], self.offsets[k], self.indices[k], mask)
-            if k == 0 and self.kept.sketch is not None:
-                return self.witnesses[k].sketched_drift(self.kept.sketch, *own)
-            return self.witnesses[k].drift(*own)
+            seen = self.kept.sketch if k == 0 and self.kept.sketch is not None else self.seen[k]
+            inverse, index = self.maps.inverses[k]
+            return witness_drift(x, before_map(seen, x, inverse, self.offsets[k], index, mask))
         squeezed = k == 0 and self.chain.squeeze_first
         return anchor_drift(x, functional.squeeze(anchor) if squeezed else anchor)
 

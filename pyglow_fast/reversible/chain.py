@@ -19,7 +19,7 @@ from pyglow_fast.coupling_nets.net_runner import Memo, NetRunner
 from pyglow_fast.coupling_nets.precision import in_precision
 from pyglow_fast.reference import CouplingSpec, n_positions
 from pyglow_fast.reversible.backward import ChainBackward
-from pyglow_fast.reversible.drift import Witness, lowest_precision, sketch
+from pyglow_fast.reversible.drift import lowest_precision, project, sketch
 from pyglow_fast.reversible.limits import call_untraced, refuse_transforms
 from pyglow_fast.reversible.maps import FoldedMaps, MapGroup, MapsOfPart, OpenGroup
 from pyglow_fast.reversible.parts import Part, Pass
@@ -106,7 +106,7 @@ class Kept:
 
     anchors: dict[int, Tensor]  # inputs of steps but the first; none if checkpointing
     states: list[Tensor]  # u of every step; none unless checkpointing
-    seen: list[Tensor]  # by Witness.packed, of every step's u; none if checkpointing
+    seen: Tensor | None  # projections of every step's u, (K, N, C); none if checkpointing
     sketch: Tensor | None  # of the first step's u, where its input is not kept
     memos: list[Memo]
     lowest: torch.dtype  # that the nets compute in
@@ -118,7 +118,7 @@ def forward_pass(
     """z, the couplings' log_det (N,), and what is kept. Between nets there is one pass; two where an anchor lies."""
     keeps_states, anchor_steps = chain.part.whole.keeps_states, set(chain.part.anchors)
     anchors, states, memos = {}, [], []
-    seen: list[tuple[Tensor, Tensor]] = []
+    seen: list[Tensor] = []
     lowest = x.dtype
     steps = list(zip(maps.matrices, maps.offsets, maps.indices, strict=True))
     matrix, offset, index = steps[0]
@@ -129,7 +129,7 @@ def forward_pass(
         if keeps_states:
             states.append(u)
         else:
-            seen.append(Witness.of(u))
+            seen.append(project(u))
         net_out, memo = net.forward(u[:, : net.reads(u.shape[1])], cond, params[k])
         memos.append(memo)
         with in_precision(net.precision, u):  # which does not show in an output in float32
@@ -146,7 +146,7 @@ def forward_pass(
             u, step_log_det = functional.coupling_mix(u, net_out, matrix, offset, spec, index)
         u = chain.masked_state(u, cond)
         log_det += step_log_det
-    return u, log_det, Kept(anchors, states, Witness.packed(seen) if seen else [], first, memos, lowest)
+    return u, log_det, Kept(anchors, states, torch.stack(seen) if seen else None, first, memos, lowest)
 
 
 class _Saved(NamedTuple):
@@ -156,22 +156,22 @@ class _Saved(NamedTuple):
     z: Tensor | None
     cond: Tensor | None
     sketch: Tensor | None
+    seen: Tensor | None
     params: Sequence[Tensor]
     raw: Sequence[Tensor]
     anchors: Sequence[Tensor]
-    seen: Sequence[Tensor]
     states: Sequence[Tensor]
 
     def save(self, ctx: Any) -> None:
         """With the function, which frees them as soon as its backward is done."""
-        ctx.counts = [len(part) for part in self[4:]]
-        ctx.save_for_backward(*self[:4], *(tensor for part in self[4:] for tensor in part))
+        ctx.counts = [len(part) for part in self[5:]]
+        ctx.save_for_backward(*self[:5], *(tensor for part in self[5:] for tensor in part))
 
     @classmethod
     def of(cls, ctx: Any) -> _Saved:
         """What :meth:`save` was given."""
         tensors = list(ctx.saved_tensors)
-        own, rest = tensors[:4], iter(tensors[4:])
+        own, rest = tensors[:5], iter(tensors[5:])
         return cls(*own, *([next(rest) for _ in range(count)] for count in ctx.counts))
 
 
@@ -179,7 +179,7 @@ def _walk_of(ctx: Any, saved: _Saved, maps: MapsOfPart, grad_log_det: Tensor | N
     """The walk back through a part; without a gradient for what it recomputes alone."""
     chain: Chain = ctx.chain
     anchors = dict(zip(ctx.anchor_steps, saved.anchors, strict=True))
-    kept = Kept(anchors, list(saved.states), list(saved.seen), saved.sketch, ctx.memos, ctx.lowest)
+    kept = Kept(anchors, list(saved.states), saved.seen, saved.sketch, ctx.memos, ctx.lowest)
     params = chain.params_of(saved.params)
     return ChainBackward(chain, saved.x, saved.cond, maps, params, kept, grad_log_det, ctx.needs_input_grad[4])
 
@@ -238,10 +238,10 @@ class _RunPart(torch.autograd.Function):
             z if part.is_last and not kept.states else None,
             cond,
             kept.sketch,
+            kept.seen,
             params,
             raw if chain.opens else [],
             list(kept.anchors.values()),
-            kept.seen,
             kept.states,
         ).save(ctx)
         chain.run.nodes[part.index] = weakref.ref(ctx)

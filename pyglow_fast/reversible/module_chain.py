@@ -13,7 +13,7 @@ from pyglow_fast._derivatives import check_leaves, differentiable_once
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets import GeneratorState, RunState, check_net, check_repeated, is_deterministic, output_sums
 from pyglow_fast.coupling_nets.precision import half_dtype_of
-from pyglow_fast.reversible.drift import Witness, anchor_drift, lowest_precision
+from pyglow_fast.reversible.drift import anchor_drift, lowest_precision, project, witness_drift
 from pyglow_fast.reversible.limits import call_untraced, refuse_transforms
 from pyglow_fast.reversible.parts import Part
 from pyglow_fast.reversible.walk import Walk, added
@@ -76,14 +76,14 @@ class _ModuleWalk(Walk):
         cond: Tensor | None,
         params: Sequence[Sequence[Tensor]],
         anchors: dict[int, Tensor],
-        witnesses: Sequence[Witness],
+        seen: Sequence[Tensor],
         memos: Sequence[tuple[RunState, Tensor | None]],
         lowest: torch.dtype,
         grad_log_det: Tensor,
     ) -> None:
         n = len(chain.steps)
         super().__init__(n, x, anchors, chain.part, lowest)
-        self.chain, self.cond, self.params, self.witnesses, self.memos = chain, cond, params, witnesses, memos
+        self.chain, self.cond, self.params, self.seen, self.memos = chain, cond, params, seen, memos
         self.grad_log_det = grad_log_det
         self.grad_params: list[tuple[Tensor | None, ...]] = [()] * n
 
@@ -117,7 +117,7 @@ class _ModuleWalk(Walk):
 
     def drift(self, k: int, x: Tensor, anchor: Tensor | None) -> Tensor:
         """Of the input itself."""
-        return self.witnesses[k].drift_of(x) if anchor is None else anchor_drift(x, anchor)
+        return witness_drift(x, self.seen[k]) if anchor is None else anchor_drift(x, anchor)
 
     def redo(self, first: int, last: int, x: Tensor | None, grad: Tensor) -> Tensor:
         """Inputs forward from the anchor, kept, then back."""
@@ -180,7 +180,7 @@ class _RunModules(torch.autograd.Function):
         by_step, keeps_states = chain.params_of(params), chain.part.whole.keeps_states
         keep = set(range(1, len(chain.steps)) if keeps_states else chain.part.anchors)
         anchors: dict[int, Tensor] = {}
-        seen: list[tuple[Tensor, Tensor]] = []
+        seen: list[Tensor] = []
         memos, log_det, z, lowest = [], x.new_zeros(x.shape[0]), x, x.dtype
         for param in params:
             lowest = lowest_precision(lowest, param) if param.is_floating_point() else lowest
@@ -188,7 +188,7 @@ class _RunModules(torch.autograd.Function):
             if k in keep:
                 anchors[k] = z
             if not keeps_states:
-                seen.append(Witness.of(z))
+                seen.append(project(z))
             known = is_deterministic(chain.steps[k])
             before = None if known else GeneratorState.capture(x.device)
             version = z._version
@@ -206,8 +206,7 @@ class _RunModules(torch.autograd.Function):
         ctx.lowest = lowest
         ctx.chain, ctx.memos, ctx.has_cond = chain, memos, cond is not None
         ctx.anchor_steps = list(anchors)
-        witnesses = Witness.packed(seen) if seen else []
-        ctx.save_for_backward(x, z, *([] if cond is None else [cond]), *params, *anchors.values(), *witnesses)
+        ctx.save_for_backward(x, z, *([] if cond is None else [cond]), *params, *anchors.values(), *seen)
         return z, log_det
 
     @staticmethod
@@ -221,10 +220,9 @@ class _RunModules(torch.autograd.Function):
         params, inner = rest[:n_params], rest[n_params:]
         anchors = dict(zip(ctx.anchor_steps, inner[:n_anchors], strict=True))
         seen = inner[n_anchors:]
-        witnesses = Witness.all_of(seen)
-        kept = (anchors, witnesses, ctx.memos, ctx.lowest)
+        kept = (anchors, seen, ctx.memos, ctx.lowest)
         walk = _ModuleWalk(chain, x, cond, chain.params_of(params), *kept, grad_log_det)
-        if witnesses:
+        if seen:
             grad_x = walk.run(z, grad_z)
         else:
             chain.part.whole.checkpointed(chain.part.first)
