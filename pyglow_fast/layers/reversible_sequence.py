@@ -39,7 +39,7 @@ from pyglow_fast.reversible import DriftControl, MapGroup, ModuleChain, Pass, ru
 from pyglow_fast.reversible.drift import SKETCHED
 
 MEMORY_MODES = ("reversible", "checkpoint", "store")
-LEAST_PART = 256 * 1024  # bytes of gradients that may exist a second time while they are added to others
+LEAST_PART = 2 * 2**20  # bytes of gradients that may exist a second time while they are added to others
 
 
 def _is_known(coupling: Coupling) -> bool:

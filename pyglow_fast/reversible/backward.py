@@ -13,9 +13,9 @@ from pyglow_fast.coupling_nets.masks import mask_of
 from pyglow_fast.coupling_nets.plan import Chunk
 from pyglow_fast.coupling_nets.run import Consume
 from pyglow_fast.reversible import passes
-from pyglow_fast.reversible.drift import anchor_drift, before_map, witness_drift
+from pyglow_fast.reversible.drift import anchor_drift, before_map, norms, project, projected_drift, witness_drift
 from pyglow_fast.reversible.maps import MapsOfPart
-from pyglow_fast.reversible.walk import Walk
+from pyglow_fast.reversible.walk import Measure, Walk
 
 if TYPE_CHECKING:
     from pyglow_fast.reversible.chain import Chain, Kept
@@ -73,7 +73,6 @@ class ChainBackward(Walk):
         self.matrices, self.offsets, self.indices = maps.matrices, maps.offsets, maps.indices
         self._grad_log_det, self.needs_cond = grad_log_det, needs_cond
         self.restored: Callable[[], tuple[Tensor, int]] | None = None  # gives x from the anchor before this part
-        self.seen = () if kept.seen is None else kept.seen.unbind()
         self.grad_params: list[tuple[Tensor | None, ...]] = [()] * n
 
     @property
@@ -97,14 +96,28 @@ class ChainBackward(Walk):
         self.cond_sum.close()
         return super().run(known.x, grad)
 
-    def drift(self, k: int, x: Tensor, anchor: Tensor | None) -> Tensor:
-        if anchor is None:
-            mask = mask_of(self.cond) if self.chain.masked and self.cond is not None else None
-            seen = self.kept.sketch if k == 0 and self.kept.sketch is not None else self.seen[k]
-            inverse, index = self.maps.inverses[k]
-            return witness_drift(x, before_map(seen, x, inverse, self.offsets[k], index, mask))
-        squeezed = k == 0 and self.chain.squeeze_first
-        return anchor_drift(x, functional.squeeze(anchor) if squeezed else anchor)
+    def measure(self, k: int, x: Tensor, anchor: Tensor | None) -> Measure:
+        if anchor is not None:
+            squeezed = k == 0 and self.chain.squeeze_first
+            return anchor_drift(x, functional.squeeze(anchor) if squeezed else anchor)
+        if k > 0 or self.kept.sketch is None:
+            return project(x), norms(x)
+        (inverse, index), mask = self.maps.inverse(k), self._mask()
+        return witness_drift(x, before_map(self.kept.sketch, x, inverse, self.offsets[k], index, mask))
+
+    def drift(self, first: int, x: Tensor, measures: Sequence[Measure]) -> Tensor:
+        errors = [error for error in measures if isinstance(error, Tensor)]  # of the first step, if of any
+        pairs = [pair for pair in measures if isinstance(pair, tuple)]
+        if pairs and self.kept.seen is not None:
+            steps = slice(first + len(errors), first + len(measures))
+            seen, (inverse, index) = self.kept.seen[steps], self.maps.inverse(steps)
+            expected = before_map(seen, x, inverse, self.maps.offset(steps), index, self._mask())
+            found, norm = (torch.stack(part) for part in zip(*pairs, strict=True))
+            errors.append(projected_drift(found, norm, expected))
+        return torch.stack(errors).amax()
+
+    def _mask(self) -> Tensor | None:
+        return mask_of(self.cond) if self.chain.masked and self.cond is not None else None
 
     def invert(self, k: int, y: Tensor, grad_y: Tensor, anchor: Tensor | None) -> tuple[Tensor, Tensor]:
         """From step k's output: its input, recomputed, and the gradient of it; that uses the true input where known.
@@ -112,7 +125,7 @@ class ChainBackward(Walk):
         The one run of the net serves the inversion and the differentiation.
         """
         x_parts, grad_u_parts = _Parts(y), _Parts(y)
-        spec, (inverse_matrix, inverse_index) = self.chain.specs[k], self.maps.inverses[k]
+        spec, (inverse_matrix, inverse_index) = self.chain.specs[k], self.maps.inverse(k)
 
         def consume(net_out: Tensor, chunk: Chunk) -> Tensor:
             x, grad_u, grad_net_out = passes.step_backward(

@@ -162,9 +162,14 @@ def witness_drift(x: Tensor, seen: Tensor) -> Tensor:
     are, the error is of their size, beyond any tolerance.
     """
     if seen.dim() == 2:
-        return _largest(project(x) - seen, _scale(norms(x)).mul_(PROJECTION_SLACK))
+        return projected_drift(project(x), norms(x), seen)
     error = torch.linalg.vector_norm(sketch(x) - seen, dim=2).div_(SKETCHED**0.5)
     return _largest(error, _scale(norms(x)))
+
+
+def projected_drift(found: Tensor, norm: Tensor, seen: Tensor) -> Tensor:
+    """The same from the projections and norms (..., N, C) of states, of all that there are."""
+    return _largest(found - seen, _scale(norm).mul_(PROJECTION_SLACK))
 
 
 def before_map(
@@ -175,21 +180,27 @@ def before_map(
     index: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """The projections or sketch of x from those of m (M x + c): linear, so no pass over a state is needed.
+    """The projections of x from those of m (M x + c): linear, so no pass over a state is needed.
 
     Args:
-        seen: (N, C) or (N, C, SKETCHED).
+        seen: (..., N, C) of as many maps; a sketch (N, C, SKETCHED) of one.
         like: a state of the shape of x.
-        inverse, offset, index: M^-1, with an index the scales of the inverse gather, and c.
+        inverse, offset, index: M^-1 (..., C, C), with an index the scales (..., C) of the inverse gather, and c.
         mask: m (N, 1, T) outside of which x is zero, or None for ones.
     """
-    sketched = seen.dim() == 3
-    with full_precision(like):
-        ones = _sums_of_signs(mask, like, sketched)
-        moved = seen - (offset.unsqueeze(1) if sketched else offset) * ones
-        if index is not None:
-            return moved[:, index] * (inverse.unsqueeze(1) if sketched else inverse)
-        return inverse @ moved if sketched else moved @ inverse.T
+    if inverse.dim() - (index is None) == 1 and seen.dim() == 3:
+        seen, ones = seen.movedim(2, 0), _sums_of_signs(mask, like, True)
+        ones = ones.movedim(2, 0) if mask is not None else ones[:, None, None]  # type: ignore[union-attr, index]
+        return _unmixed(seen - offset * ones, inverse, index).movedim(0, 2)
+    return _unmixed(seen - offset.unsqueeze(-2) * _sums_of_signs(mask, like, False), inverse, index)
+
+
+def _unmixed(moved: Tensor, inverse: Tensor, index: Tensor | None) -> Tensor:
+    """M^-1 of rows: moved (..., N, C)."""
+    if index is not None:
+        return moved.take_along_dim(index.unsqueeze(-2).expand_as(moved), -1) * inverse.unsqueeze(-2)
+    with full_precision(moved):
+        return moved @ inverse.mT
 
 
 def anchor_drift(recomputed: Tensor, true: Tensor) -> Tensor:

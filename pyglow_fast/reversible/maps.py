@@ -44,9 +44,10 @@ class FoldedMaps:
 
     def __init__(self, matrices: Tensor, offsets: Tensor, log_dets: Tensor, indices: Tensor | None = None) -> None:
         self.matrices, self.offsets, self.log_dets = matrices.unbind(), offsets.unbind(), log_dets
+        self.offset = offsets
         self.indices: Sequence[Tensor | None] = [None] * len(offsets) if indices is None else indices.unbind()
         self._stacked = matrices, indices
-        self._inverses: list[Inverse] = []
+        self._inverse: Inverse | None = None
 
     @classmethod
     def of(cls, group: MapGroup, raw: Sequence[Tensor]) -> FoldedMaps:
@@ -59,16 +60,15 @@ class FoldedMaps:
         return MapsOfPart(self, own)
 
     @property
-    def inverses(self) -> list[Inverse]:
-        """M^-1 of every step, all in one batch."""
-        if not self._inverses:
+    def inverse(self) -> Inverse:
+        """M^-1 of every step, stacked, all in one batch."""
+        if self._inverse is None:
             matrices, indices = self._stacked
             if indices is None:
-                self._inverses = [(inverse, None) for inverse in functional.invert_matrix(matrices).unbind()]
+                self._inverse = functional.invert_matrix(matrices), None
             else:
-                scales, back = functional.invert_gather(matrices, indices)
-                self._inverses = list(zip(scales.unbind(), back.unbind(), strict=True))
-        return self._inverses
+                self._inverse = functional.invert_gather(matrices, indices)
+        return self._inverse
 
 
 class MapsOfPart:
@@ -84,10 +84,15 @@ class MapsOfPart:
         self._maps, self._own, self._grads = maps, own, grads
         self.matrices, self.offsets, self.indices = maps.matrices[own], maps.offsets[own], maps.indices[own]
 
-    @property
-    def inverses(self) -> list[Inverse]:
-        """M^-1 of each."""
-        return self._maps.inverses[self._own]
+    def inverse(self, steps: int | slice) -> Inverse:
+        """M^-1 of a step, or of some, stacked."""
+        scales, back = (None if part is None else part[self._own][steps] for part in self._maps.inverse)
+        assert scales is not None  # an index alone may be missing
+        return scales, back
+
+    def offset(self, steps: slice) -> Tensor:
+        """Offsets of some steps, stacked."""
+        return self._maps.offset[self._own][steps]
 
     def put(self, k: int, *grads: Tensor) -> None:
         """The gradients of matrix and offset of map k are these."""

@@ -115,7 +115,7 @@ class _ModuleWalk(Walk):
         self.cond_sum.put(None)
         return (inputs[0], gradients[0]) if len(inputs) == 1 else (torch.cat(inputs), torch.cat(gradients))
 
-    def drift(self, k: int, x: Tensor, anchor: Tensor | None) -> Tensor:
+    def measure(self, k: int, x: Tensor, anchor: Tensor | None) -> Tensor:
         """Of the input itself."""
         return witness_drift(x, self.seen[k]) if anchor is None else anchor_drift(x, anchor)
 

@@ -12,40 +12,54 @@ from pyglow_fast._errors import can_read
 from pyglow_fast.reversible.deferred import drifted_in_this_backward, is_capturing
 from pyglow_fast.reversible.parts import Part
 
+Measure = Tensor | tuple[Tensor, ...]
+Inverted = tuple[Tensor, Tensor, Tensor]  # the input of the steps, recomputed or true, the gradient of it, the drift
 
-class SegmentedSum:
-    """A sum over steps, of which the last step or the last segment may still be taken back: two tensors at most."""
+
+class _Sum:
+    """A sum of gradients, written to where it is its own: what is put may share memory with others."""
 
     def __init__(self) -> None:
-        self._step: Tensor | None = None
-        self._segment: Tensor | None = None
-        self._total: Tensor | None = None
+        self.value: Tensor | None = None
+        self._owned = False
 
     def put(self, value: Tensor | None) -> None:
-        """The next step's; with it the one before is accepted."""
-        self._segment, self._step = added(self._segment, self._step), value
+        """The next one, None for none."""
+        if value is None or self.value is None:
+            self.value = self.value if value is None else value
+        elif self._owned:
+            self.value += value
+        else:
+            self.value, self._owned = self.value + value, True
 
-    def drop_step(self) -> None:
-        """Take back the last step's."""
-        self._step = None
+
+class SegmentedSum:
+    """A sum over steps, of which the last segment may still be taken back: two tensors at most."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def put(self, value: Tensor | None) -> None:
+        """The next step's."""
+        self._segment.put(value)
 
     def drop_segment(self) -> None:
         """Take back all since :meth:`close`."""
-        self._step = self._segment = None
+        self._segment = _Sum()
 
     def close(self) -> None:
         """Accept all."""
-        self.put(None)
-        self._total, self._segment = added(self._total, self._segment), None
+        self._total.put(self._segment.value)
+        self._segment = _Sum()
 
     def result(self) -> Tensor | None:
         """The sum, None if nothing was put."""
         self.close()
-        return self._total
+        return self._total.value
 
     def clear(self) -> None:
         """Begin anew."""
-        self._step = self._segment = self._total = None
+        self._segment, self._total = _Sum(), _Sum()
 
 
 def added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
@@ -82,8 +96,18 @@ class Walk(abc.ABC):
         """From step k's output: its input, recomputed, and the gradient of it, which uses the true input if given."""
 
     @abc.abstractmethod
-    def drift(self, k: int, x: Tensor, anchor: Tensor | None) -> Tensor:
-        """The relative error of step k's recomputed input: exact if the true one is given, else by what was seen."""
+    def measure(self, k: int, x: Tensor, anchor: Tensor | None) -> Measure:
+        """What tells the relative error of step k's recomputed input, exactly where the true one is given.
+
+        Small tensors: the error itself, or what :meth:`drift` makes it of, for several steps at once.
+        """
+
+    def drift(self, first: int, x: Tensor, measures: Sequence[Measure]) -> Tensor:
+        """The largest of the errors of consecutive steps from ``first`` on; a scalar tensor, NaN if one is.
+
+        x is a state of their shape.
+        """
+        return torch.stack([error for error in measures if isinstance(error, Tensor)]).amax()
 
     @abc.abstractmethod
     def redo(self, first: int, last: int, x: Tensor | None, grad: Tensor) -> Tensor:
@@ -128,24 +152,26 @@ class Walk(abc.ABC):
         self.redone += last + 1 - first
         return self.redo(first, last, x, grad)
 
+    def _invert(self, first: int, end: int, true_input: Tensor | None, y: Tensor, grad: Tensor) -> Inverted:
+        """Steps end - 1 .. first by inversion, good or bad, from the output y of the last one."""
+        measures: list[Measure] = []
+        for k in reversed(range(first, end)):
+            anchor = true_input if k == first else None
+            y, grad = self.invert(k, y, grad, anchor)
+            measures.append(self.measure(k, y, anchor))
+        return y if true_input is None else true_input, grad, self.drift(first, y, measures[::-1])
+
     def _judge_each(self, z: Tensor, grad_z: Tensor, limit: float) -> Tensor:
         y, grad = z, grad_z
         for first, end, true_input in self._segments():
-            grad_end = grad
-            for k in reversed(range(first, end)):
-                anchor = true_input if k == first else None
-                x, grad_before = self.invert(k, y, grad, anchor)
-                drift = float(self.drift(k, x, anchor))
-                self.worst = drift if drift != drift else max(self.worst, drift)
-                if not drift <= limit:
-                    # The later steps were within bounds, unless only the measure of the first one tells otherwise.
-                    last, given = (end - 1, grad_end) if k == first else (k, grad)
-                    self.cond_sum.drop_segment() if k == first else self.cond_sum.drop_step()
-                    grad = self._redo(first, last, true_input, given)
-                    break
-                y, grad = x, grad_before
+            y, found, drift_tensor = self._invert(first, end, true_input, y, grad)
+            drift = float(drift_tensor)
+            self.worst = drift if drift != drift else max(self.worst, drift)
+            if not drift <= limit:
+                self.cond_sum.drop_segment()
+                found = self._redo(first, end - 1, true_input, grad)
             self.cond_sum.close()
-            y = y if true_input is None else true_input
+            grad = found
         self.start = y
         return grad
 
@@ -154,11 +180,8 @@ class Walk(abc.ABC):
         y, grad = z, grad_z
         drifts = []
         for first, end, true_input in self._segments():
-            for k in reversed(range(first, end)):
-                anchor = true_input if k == first else None
-                y, grad = self.invert(k, y, grad, anchor)
-                drifts.append(self.drift(k, y, anchor))
-            y = y if true_input is None else true_input
+            y, grad, drift = self._invert(first, end, true_input, y, grad)
+            drifts.append(drift)
         self.start = y
         return grad, torch.stack(drifts).amax()
 
