@@ -232,26 +232,36 @@ def fold_steps(steps: Sequence[FlowStep]) -> list[ChannelMap]:
 FOLDED_AT_ONCE = 128 * 1024  # bytes of matrices; the fewer, the oftener a backward folds
 
 
-def map_groups(steps: Sequence[FlowStep], x: Tensor) -> tuple[list[MapGroup], ChannelMap | None]:
-    """The maps of :func:`fold_in_one` in groups that end with a coupling, and the one behind the last coupling.
+def map_bytes(step: FlowStep) -> int:
+    """Bytes of the channel map of a step, with a checkerboard of both halves."""
+    width = step.channels if step.coupling is None or step.coupling.board is None else 2 * step.channels
+    gathers = step.permutation.gather_index() is not None
+    return step.actnorm.bias.element_size() * width * (1 if gathers else width)
 
-    On a GPU, where a run of steps is judged and redone as one, in one group.
+
+def map_bounds(steps: Sequence[FlowStep], like: Tensor) -> tuple[list[tuple[int, int]], int]:
+    """(first, one past the last) of the steps whose maps are folded together, and where the last of these ends.
+
+    Each group ends with a step that has a coupling. On a GPU, where a run of steps is judged and redone as one, in one
+    group; like is a tensor of the device.
     """
     ends = [k + 1 for k, step in enumerate(steps) if step.couplings]
-    sizes = []
-    for step in steps:
-        width = step.channels if step.coupling is None or step.coupling.board is None else 2 * step.channels
-        gathers = step.permutation.gather_index() is not None
-        sizes.append(step.actnorm.bias.element_size() * width * (1 if gathers else width))
+    sizes = [map_bytes(step) for step in steps]
+    at_once = FOLDED_AT_ONCE if can_read(like) else sum(sizes)
+    return cut(sizes[: ends[-1]], ends[:-1], at_once), ends[-1]
+
+
+def map_groups(steps: Sequence[FlowStep], x: Tensor) -> tuple[list[MapGroup], ChannelMap | None]:
+    """The maps of :func:`fold_in_one` in groups (see map_bounds), and the one behind the last coupling."""
     groups, first = [], 0
-    at_once = FOLDED_AT_ONCE if can_read(x) else sum(sizes)
-    for start, end in cut(sizes[: ends[-1]], ends[:-1], at_once):
+    bounds, last_end = map_bounds(steps, x)
+    for start, end in bounds:
         own = steps[start:end]
         raw, fold = raw_maps(own, steps[start - 1] if start else None)
         last = first + len(couplings_of(own))
         groups.append(MapGroup(first, last, raw, fold))
         first = last
-    behind = steps[ends[-1] :]
+    behind = steps[last_end:]
     return groups, unstack_maps(fold_in_one(behind))[0] if behind else None
 
 

@@ -1,0 +1,201 @@
+"""What runs of FlowSteps cost in a training step: the description that a plan of memory is made from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from pyglow_fast import functional, ops
+from pyglow_fast.coupling_nets.net_shape import NetShape
+from pyglow_fast.coupling_nets.plan import plan_chunks
+from pyglow_fast.coupling_nets.precision import HALF, in_precision
+from pyglow_fast.coupling_nets.traits import bytes_per_position
+from pyglow_fast.layers.coupling import Coupling
+from pyglow_fast.layers.coupling_net import CouplingNet
+from pyglow_fast.layers.flow_step import FlowStep, couplings_of, map_bounds, map_bytes
+from pyglow_fast.layers.injector import AffineInjector
+from pyglow_fast.layers.reversible_sequence import part_limit
+from pyglow_fast.reference import coupling_net_spec
+from pyglow_fast.reversible.costs import ChainPart, ChunkCost, CouplingCost, NetCost, RunCost
+from pyglow_fast.reversible.drift import SKETCHED, DriftControl
+from pyglow_fast.reversible.parts import Pass
+
+
+def _wanted(module: nn.Module) -> list[Tensor]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def _made(net: nn.Module, half: bool) -> int:
+    """Bytes of weights that a run of a net makes of its parameters: with ActNorms, a border term, in 16 bits."""
+    if half:
+        return sum(parameter.numel() * 2 for parameter in net.parameters())
+    if not isinstance(net, CouplingNet):
+        return 0
+    convs = [net.conv1.weight, net.conv2.weight, net.conv3.weight]
+    if net.border:
+        return 2 * sum(weight.nbytes for weight in convs)
+    norms = (net.norm1, net.norm2)
+    scaled = zip(norms, convs[:2], strict=True)
+    return sum(weight.nbytes + 4 * weight[:, 0].nbytes for norm, weight in scaled if not isinstance(norm, nn.Identity))
+
+
+def net_cost(
+    coupling: Coupling, channels: int, samples: int, spatial: Sequence[int], cond_channels: int, like: Tensor
+) -> NetCost:
+    """The cost of a coupling's net.
+
+    Args:
+        coupling: with its net.
+        channels: of the state as the coupling has it, with a checkerboard those of both halves.
+        samples, spatial: of the state.
+        cond_channels: 0 without a condition.
+        like: an empty tensor of the state's dtype, device and number of dimensions.
+    """
+    net, board = coupling.net, coupling.board
+    reads, each = coupling.reads(channels), like.element_size()
+    positions, seen = samples * math.prod(spatial), 1 if board is None else 2  # positions that the net sees for each
+    injects = isinstance(coupling, AffineInjector)
+    out = 2 * channels if injects else reads * (2 if coupling.spec.kind == "affine" else 1)
+    inputs, beside = (cond_channels, 0) if injects else (reads, cond_channels)
+    params = _wanted(net)
+    copied = seen * reads if board is not None else 0
+    margin, inside = 0, 0
+    with in_precision(coupling.precision, like):
+        as_products = isinstance(net, NetShape) and functional.net_as_products(like)
+        half = torch.is_autocast_enabled(like.device.type)
+        size = 2 if half else each
+        if isinstance(net, NetShape) and net.border:
+            copied = seen * (inputs + beside + 1)
+        if as_products and not injects:
+            assert isinstance(net, NetShape)
+            hidden = 2 * (net.hidden + net.border) * size
+            shape = torch.empty(samples, inputs, *_whole(spatial, seen), device="meta")
+            codes, _, dilations = ops.chain_arguments(coupling_net_spec(net.dims))
+            weights = [shape.new_empty(width, 1, *[kernel] * net.dims) for width, kernel in _layers(net)]
+            margin = ops.kept_elements(shape, weights, codes, dilations) * size - seen * positions * hidden
+            made = _made(net, False)
+        elif isinstance(net, NetShape):  # as the library's convolutions, relus in place, the output before its gain too
+            hidden = (2 * (net.hidden + net.border)) * size + net.out_channels * each
+            hidden += 0 if beside == 0 or net.border else (inputs + beside) * each
+            inside, made = 2 * net.hidden * size, _made(net, half)
+        else:
+            hidden, made = bytes_per_position(net, inputs + beside, each), _made(net, half)
+
+    @cache
+    def chunk_for(budget: str | int) -> ChunkCost:
+        with in_precision(coupling.precision, like):
+            shape = (samples, inputs, *spatial)
+            plan = plan_chunks(
+                net, shape, each, budget, device_type=like.device.type, cond_channels=beside, rows_each=seen
+            )
+        row = math.prod(spatial[1:])
+        height = spatial[0] if spatial else 1
+        taken = max((c.samples.stop - c.samples.start) * (c.taken.stop - c.taken.start) * row for c in plan.chunks)
+        given = max((c.samples.stop - c.samples.start) * (c.rows.stop - c.rows.start) * row for c in plan.chunks)
+        assert height or not taken
+        return ChunkCost(taken, given, plan.whole, math.ceil(1000 * plan.work))
+
+    return NetCost(
+        positions=positions,
+        hidden=seen * hidden,
+        out=out * each,
+        grad_read=reads * each,
+        params=sum(parameter.nbytes for parameter in params),
+        work=seen * positions * sum(weight.numel() for weight in net.parameters() if weight.dim() > 1),
+        chunk_for=chunk_for,
+        margin=margin,
+        copied=copied * each,
+        raw_out=0 if board is None else seen * out * each,
+        grad_inside=seen * inside,
+        grad_cond=seen * beside * each,
+        made=made,
+    )
+
+
+def _whole(spatial: Sequence[int], seen: int) -> tuple[int, ...]:
+    return (seen * spatial[0], *spatial[1:]) if spatial else ()
+
+
+def _layers(net: NetShape) -> list[tuple[int, int]]:
+    return [(net.hidden + net.border, 3), (net.hidden + net.border, 1), (net.out_channels, 3)]
+
+
+def _parts(
+    steps: Sequence[FlowStep], state: int, positions: int, samples: int, keeps_states: bool, like: Tensor
+) -> list[ChainPart]:
+    """The parts in which couplings of consecutive steps run when they are recomputed, with their first anchors."""
+    couplings = couplings_of(steps)
+    step_bytes = [sum(parameter.nbytes for parameter in coupling.net.parameters()) for coupling in couplings]
+    before = [0]
+    for step in steps:
+        before.append(before[-1] + len(step.couplings))
+    bounds = [(before[first], before[end]) for first, end in map_bounds(steps, like)[0]]
+    few = positions <= SKETCHED
+    boundary = state if few or keeps_states else state // positions * SKETCHED
+    control = None if keeps_states else DriftControl(len(couplings))
+    whole = Pass(control, step_bytes, part_limit(like, step_bytes, boundary), [end for _, end in bounds[:-1]], few)
+    groups = {first: own for own in bounds for first in range(*own)}
+    found = []
+    for part in whole.parts:
+        group = groups[part.first]
+        anchors = tuple(part.first + k for k in part.anchors)
+        opens, closes = part.end == group[1], part.first == group[0]
+        found.append(ChainPart(part.first, part.end, anchors, part.knows_start, opens, closes, group))
+    return found
+
+
+def run_cost(steps: Sequence[FlowStep], samples: int, spatial: Sequence[int], cond_channels: int = 0) -> RunCost:
+    """The cost of steps of one width that run joined.
+
+    Args:
+        steps: as they come, initialised or not.
+        samples: N.
+        spatial: sizes of the state that the steps see (behind a squeeze, if there is one).
+        cond_channels: of the condition, 0 for none.
+    """
+    couplings = couplings_of(steps)
+    first = steps[0]
+    bias = first.actnorm.bias
+    like = bias.new_empty([0] * (2 + len(spatial)))
+    on_board = bool(couplings) and couplings[0].board is not None
+    channels, sizes = first.channels, tuple(spatial)
+    positions = math.prod(sizes)
+    state = samples * channels * positions * bias.element_size()
+    if on_board:
+        channels, sizes, positions = 2 * channels, (sizes[0] // 2, *sizes[1:]), positions // 2
+    known: dict[tuple[object, ...], NetCost] = {}
+
+    def cost_of(coupling: Coupling) -> NetCost:
+        net = coupling.net
+        alike: tuple[object, ...] = (net,)
+        if type(net) is CouplingNet:
+            wanted = tuple((parameter.shape, parameter.requires_grad) for parameter in net.parameters())
+            alike = (wanted, net.is_plain, net.border)
+        key = (type(coupling), coupling.spec.kind, coupling.precision, coupling.board is None, *alike)
+        if key not in known:
+            known[key] = net_cost(coupling, channels, samples, sizes, cond_channels, like)
+        return known[key]
+
+    found: list[CouplingCost] = []
+    places = [(0, 0)]
+    waiting = 0
+    for k, step in enumerate(steps):
+        waiting += map_bytes(step)
+        for coupling in step.couplings:
+            found.append(CouplingCost(cost_of(coupling), waiting))
+            waiting = 0
+        if step.couplings:
+            places.append((k + 1, len(found)))
+    places[-1] = (len(steps), len(found))
+    starts = {at: step for step, at in places}
+
+    def parts(begin: int, end: int, keeps_states: bool) -> list[ChainPart]:
+        own = list(steps[starts[begin] : starts[end]])
+        return _parts(own, state, positions, samples, keeps_states, like)
+
+    witness = samples * channels * bias.element_size()
+    return RunCost(tuple(found), state, witness, tuple(places), cache(parts), entry=state if on_board else 0)
