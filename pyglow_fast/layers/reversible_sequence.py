@@ -292,8 +292,8 @@ class ReversibleSequence(FlowLayer):
         log_dets: list[Tensor] = []
         steps, ends = list(self), [*(k + 1 for k in at), len(self)]
         for begin, end in pairwise([0, *ends]):
-            for first, last, mode in plan.pieces(begin, end):
-                own, squeezes = steps[first:last], squeeze_first and first == 0
+            for start, stop, mode in plan.pieces(begin, end):
+                own, squeezes = steps[start:stop], squeeze_first and start == 0
                 if fused:
                     own_steps = cast("list[FlowStep]", own)
                     x, log_det = self._run_fused(own_steps, x, cond, records, mode, squeezes, plan.budget)
