@@ -33,8 +33,8 @@ from pyglow_fast.layers.permutation import InvConv, Permute
 from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.reference import CouplingSpec
 from pyglow_fast.reversible import Chain, DriftControl, ModuleChain, Pass, run_chain
+from pyglow_fast.reversible.setting import MEMORY_MODES
 
-MEMORY_MODES = ("reversible", "checkpoint", "store")
 GRADIENT_SHARE = 4  # of the budget, what gradients may take that exist a second time while they are added to others
 
 
