@@ -38,8 +38,8 @@ from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.reference import CouplingSpec, n_positions
 from pyglow_fast.reversible import DriftControl, MapGroup, ModuleChain, Pass, run_chain
 from pyglow_fast.reversible.drift import SKETCHED
+from pyglow_fast.reversible.setting import MEMORY_MODES
 
-MEMORY_MODES = ("reversible", "checkpoint", "store")
 LEAST_PART = 2 * 2**20  # bytes of gradients that may exist a second time while they are added to others
 
 
