@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast._errors import can_read, check_input, expect
+from pyglow_fast._errors import check_input, expect
 from pyglow_fast._tracing import is_exporting, is_watched
 from pyglow_fast.coupling_nets.masks import mask_of
 from pyglow_fast.coupling_nets.net_runner import NetRunner
@@ -38,9 +37,8 @@ from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.reference import CouplingSpec, n_positions
 from pyglow_fast.reversible import DriftControl, MapGroup, ModuleChain, Pass, run_chain
 from pyglow_fast.reversible.drift import SKETCHED
+from pyglow_fast.reversible.parts import part_limit
 from pyglow_fast.reversible.setting import MEMORY_MODES
-
-LEAST_PART = 2 * 2**20  # bytes of gradients that may exist a second time while they are added to others
 
 
 def _is_known(coupling: Coupling) -> bool:
@@ -78,15 +76,6 @@ class RunPlan(NamedTuple):
         for mode, (start, stop) in zip(("reversible", "checkpoint", "store"), pairwise(bounds), strict=True):
             if max(start, first) < min(stop, end):
                 yield max(start, first), min(stop, end), mode
-
-
-def part_limit(x: Tensor, step_bytes: Sequence[int], boundary: int = 0) -> int | None:
-    """Bytes of gradients of a part, for so many bytes that are kept between two parts.
-
-    Where both cost alike in all, their sum is least: parts of sqrt(boundary sum(step_bytes)). None for one part as
-    large as can be: on a GPU, whose one verdict on drift is of all of it.
-    """
-    return max(LEAST_PART, math.isqrt(boundary * sum(step_bytes))) if can_read(x) else None
 
 
 def run_recomputing(
