@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from pyglow_fast.cli._common import number, whole
-from pyglow_fast.train import OPTIMIZERS, OPTIONAL
+from pyglow_fast.reversible.setting import MEMORY_MODES
+from pyglow_fast.train import OPTIMIZERS, OPTIONAL, TrainConfig
 
 # Title of the group; then flag, field, type (None: a word), help.
 _GROUPS: tuple[tuple[str, tuple[tuple[str, str, Any, str], ...]], ...] = (
@@ -66,7 +67,7 @@ _GROUPS: tuple[tuple[str, tuple[tuple[str, str, Any, str], ...]], ...] = (
     (
         "how it is computed",
         (
-            ("--memory", "memory", None, "reversible (default), checkpoint or store"),
+            ("--memory", "memory", None, f"{', '.join(MEMORY_MODES)}, or bytes such as 4GB ({TrainConfig.memory})"),
             ("--precision", "precision", None, "of the nets: auto (default), fp32, tf32, bf16 or fp16"),
             ("--threads", "threads", whole, "CPU threads (as torch chooses; digits 1)"),
             ("--device", "device", None, "cpu, cuda, cuda:N or auto (default)"),

@@ -15,7 +15,7 @@ from pyglow_fast.coupling_nets.plan import budget_bytes
 from pyglow_fast.interop.joined import Face, Joined, JoinedList, Reasons, join
 from pyglow_fast.interop.nets import recognised
 from pyglow_fast.interop.probing import chain_of
-from pyglow_fast.layers.reversible_sequence import MEMORY_MODES
+from pyglow_fast.reversible.setting import memory_text, parse_memory
 
 _ADAPTERS = {"normflows": "normflows", "nflows": "nflows", "FrEIA": "freia"}  # top package of a class -> ours for it
 # Adapters of classes that are known by their structure, whatever package they are in. Such an adapter has, besides
@@ -90,7 +90,9 @@ class Acceleration:
         return "\n".join(lines)
 
 
-def accelerate(model: nn.Module, memory: str | None = None, memory_budget: str | int = "auto") -> Acceleration:
+def accelerate(
+    model: nn.Module, memory: str | int | float | None = None, memory_budget: str | int = "auto"
+) -> Acceleration:
     """Make the layers of other projects' flows in a model ours, in place.
 
     By their library those of normflows, nflows and FrEIA. By their structure, whatever package has them: AllInOneBlocks
@@ -113,7 +115,9 @@ def accelerate(model: nn.Module, memory: str | None = None, memory_budget: str |
             Whoever iterates over or indexes the lists that hold them finds one object in the place of a run, and the
             lists cannot be changed. The layers run one by one, as ever, while they wait for data to be initialised
             from, while there are hooks on them, in other dtypes than float32 and float64, with a context (nflows),
-            within torch.func, in exports (docs/export.md), and in the replicas of a DataParallel.
+            within torch.func, in exports (docs/export.md), and in the replicas of a DataParallel. Bytes, such as "4GB"
+            or 4_000_000_000: the fastest training whose joined runs have at most so many in tensors of their own at
+            any time of forward and backward; what the rest of the model keeps comes on top.
         memory_budget: bytes of one net's activations in a joined run, or "auto".
 
     Returns:
@@ -122,7 +126,7 @@ def accelerate(model: nn.Module, memory: str | None = None, memory_budget: str |
     Raises:
         ValueError: a wrong option, or no such layer in the model.
     """
-    expect(memory is None or memory in MEMORY_MODES, "memory", f"None or one of {MEMORY_MODES}", repr(memory))
+    mode = None if memory is None else parse_memory(memory)
     budget_bytes(memory_budget, "cpu")
     expect(isinstance(model, nn.Module), "model", "a Module", type(model).__name__)
     known = {_library(module) for module in model.modules()} & set(_ADAPTERS)
@@ -138,12 +142,12 @@ def accelerate(model: nn.Module, memory: str | None = None, memory_budget: str |
             done.left |= _left(model, library)
         if library in _BY_STRUCTURE:
             done.left |= _adapter(library).left(model)
-    if memory is not None:
+    if mode is not None:
         for library in libraries:
             if _has(library, ".joining"):
-                _join(done, library, memory, memory_budget)
+                _join(done, library, mode, memory_budget)
             if hasattr(_adapter(library), "recompute"):
-                done.joined |= _adapter(library).recompute(model, memory, memory_budget)
+                done.joined |= _adapter(library).recompute(model, mode, memory_budget)
     return done
 
 
@@ -211,13 +215,13 @@ def _parents(name: str) -> list[str]:
     return ["", *(".".join(parts[:i]) for i in range(1, len(parts)))] if name else []
 
 
-def _join(done: Acceleration, library: str, memory: str, budget: str | int) -> None:
+def _join(done: Acceleration, library: str, memory: str | int, budget: str | int) -> None:
     joining = _adapter(library, ".joining")
     reasons: Reasons = {}
     for name, module in list(done.model.named_modules()):
         if isinstance(module, Joined):
             if module not in done._lists:
-                modes = {item.run.memory for item in module.faces if isinstance(item, Face)}
+                modes = {memory_text(item.run.memory) for item in module.faces if isinstance(item, Face)}
                 reasons |= dict.fromkeys(module.steps(), f"joined before, memory {', '.join(sorted(modes))}")
             continue
         if hasattr(module, "node_list") and _has(library, ".graphs"):
@@ -239,7 +243,7 @@ def _join(done: Acceleration, library: str, memory: str, budget: str | int) -> N
             done._faces += faces
             done._lists.append(cast(Joined, module))
             steps = ", ".join(str(len(face.run)) for face in faces)
-            done.joined[name] = f"{steps} steps in one chain each, memory {memory!r}"
+            done.joined[name] = f"{steps} steps in one chain each, memory {memory_text(memory)!r}"
     joined = {step for face in done._faces for step in face.modules}
     for name, module in done.model.named_modules():
         if isinstance(module, joining.STEPS) and module not in joined:

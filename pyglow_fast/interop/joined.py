@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast._errors import expect
 from pyglow_fast._tracing import is_watched, kernels_step_aside
 from pyglow_fast.interop import nets
 from pyglow_fast.layers import Coupling
@@ -29,9 +28,10 @@ from pyglow_fast.layers.flow_step import (
     stack_maps,
     unstack_maps,
 )
-from pyglow_fast.layers.reversible_sequence import MEMORY_MODES, run_recomputing
+from pyglow_fast.layers.reversible_sequence import run_recomputing
 from pyglow_fast.reference import CouplingSpec
 from pyglow_fast.reversible import DriftControl
+from pyglow_fast.reversible.setting import parse_memory
 
 
 class OrderedNet(nn.Module):
@@ -66,7 +66,7 @@ Reasons = dict[nn.Module, str]  # why a step is not in a run
 ALONE = "no step of its width next to it"
 
 
-def unrepeatable(net: nn.Module, memory: str) -> str:
+def unrepeatable(net: nn.Module, memory: str | int) -> str:
     """Why a net cannot be run again in the backward, as all memory modes but "store" do; nothing if nothing is known.
 
     Whatever the mode is that the net is in now: in training these change when they run.
@@ -111,7 +111,7 @@ class JoinedRun:
         channels: C, even.
         steps: f_1 to f_K.
         last: g, a channel map; None: nothing.
-        memory: "reversible", "checkpoint" or "store".
+        memory: "reversible", "checkpoint" or "store"; or bytes, of the run's own tensors.
         memory_budget: bytes of one net's activations, or "auto".
         masked: cond's first channel is a mask outside of which x is zero, as is what the nets give: see masks.py.
     """
@@ -121,13 +121,12 @@ class JoinedRun:
         channels: int,
         steps: Sequence[JoinedStep],
         last: Callable[[], ChannelMap] | None = None,
-        memory: str = "store",
+        memory: str | int = "store",
         memory_budget: str | int = "auto",
         masked: bool = False,
     ) -> None:
-        expect(memory in MEMORY_MODES, "memory", f"one of {MEMORY_MODES}", repr(memory))
         self.channels, self.steps, self.last = channels, list(steps), last
-        self.memory, self.memory_budget, self.masked = memory, memory_budget, masked
+        self.memory, self.memory_budget, self.masked = parse_memory(memory), memory_budget, masked
         self.couplings = [Coupling(step.net, *step.spec) for step in steps]
         self.control = DriftControl(len(self.steps), "auto", None, False)
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from itertools import pairwise
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast._errors import can_read, check_input, expect
+from pyglow_fast._errors import check_input, expect
 from pyglow_fast._tracing import is_exporting, is_watched
 from pyglow_fast.coupling_nets.masks import mask_of
 from pyglow_fast.coupling_nets.net_runner import NetRunner
@@ -37,9 +37,8 @@ from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.reference import CouplingSpec, n_positions
 from pyglow_fast.reversible import DriftControl, MapGroup, ModuleChain, Pass, run_chain
 from pyglow_fast.reversible.drift import SKETCHED
-
-MEMORY_MODES = ("reversible", "checkpoint", "store")
-LEAST_PART = 2 * 2**20  # bytes of gradients that may exist a second time while they are added to others
+from pyglow_fast.reversible.parts import part_limit
+from pyglow_fast.reversible.setting import MEMORY_MODES
 
 
 def _is_known(coupling: Coupling) -> bool:
@@ -56,13 +55,27 @@ def _is_initialized(step: nn.Module) -> bool:
     return all(getattr(module, "is_initialized", True) for module in step.modules())
 
 
-def part_limit(x: Tensor, step_bytes: Sequence[int], boundary: int = 0) -> int | None:
-    """Bytes of gradients of a part, for so many bytes that are kept between two parts.
+class RunPlan(NamedTuple):
+    """How K steps keep what their backward needs: the first ones nothing, then states, the last ones everything.
 
-    Where both cost alike in all, their sum is least: parts of sqrt(boundary sum(step_bytes)). None for one part as
-    large as can be: on a GPU, whose one verdict on drift is of all of it.
+    Stored steps come last, since the backward frees what they keep before it recomputes the others' nets.
     """
-    return max(LEAST_PART, math.isqrt(boundary * sum(step_bytes))) if can_read(x) else None
+
+    states_from: int  # steps 0 .. states_from - 1 are inverted
+    stored_from: int  # steps states_from .. stored_from - 1 keep their state, those from stored_from on everything
+    budget: str | int = "auto"  # bytes of one net's activations
+
+    @classmethod
+    def of_mode(cls, mode: str, n_steps: int, budget: str | int) -> RunPlan:
+        """All steps in one mode."""
+        return cls(n_steps * (mode == "reversible"), n_steps * (mode != "store"), budget)
+
+    def pieces(self, first: int, end: int) -> Iterator[tuple[int, int, str]]:
+        """(first, one past the last, mode) of consecutive steps among first .. end - 1."""
+        bounds = [0, self.states_from, self.stored_from, max(end, self.stored_from)]
+        for mode, (start, stop) in zip(("reversible", "checkpoint", "store"), pairwise(bounds), strict=True):
+            if max(start, first) < min(stop, end):
+                yield max(start, first), min(stop, end), mode
 
 
 def run_recomputing(
@@ -207,20 +220,35 @@ class ReversibleSequence(FlowLayer):
         """The steps, if all are FlowSteps."""
         return [step for step in self if isinstance(step, FlowStep)]
 
-    def forward(self, x: Tensor, cond: Tensor | None = None, squeeze_first: bool = False) -> tuple[Tensor, Tensor]:
-        """x -> z. squeeze_first: x (N, C / 2^d, *(2 spatial)) is squeezed, by FlowSteps mostly as it is read."""
-        states, log_det = self.intermediates(x, cond, squeeze_first=squeeze_first)
+    def forward(
+        self, x: Tensor, cond: Tensor | None = None, squeeze_first: bool = False, *, plan: RunPlan | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x -> z.
+
+        Args:
+            x: (N, C, *spatial).
+            cond: of the steps, or None.
+            squeeze_first: x (N, C / 2^d, *(2 spatial)) is squeezed, by FlowSteps mostly as it is read.
+            plan: of a model with a budget, what this run does; None: as ``memory`` says.
+        """
+        states, log_det = self.intermediates(x, cond, squeeze_first=squeeze_first, plan=plan)
         return states[-1], log_det
 
     def intermediates(
-        self, x: Tensor, cond: Tensor | None = None, at: Sequence[int] = (), squeeze_first: bool = False
+        self,
+        x: Tensor,
+        cond: Tensor | None = None,
+        at: Sequence[int] = (),
+        squeeze_first: bool = False,
+        *,
+        plan: RunPlan | None = None,
     ) -> tuple[list[Tensor], Tensor]:
         """The states behind the steps ``at``, and behind the last one; log_det of all.
 
         Gradients flow from each of them, in every memory mode; what is kept for that is these states.
 
         Args:
-            x, cond, squeeze_first: see :meth:`forward`.
+            x, cond, squeeze_first, plan: see :meth:`forward`.
             at: numbers of steps, ascending; -1 is not the last one, which is always there.
 
         Returns:
@@ -245,19 +273,27 @@ class ReversibleSequence(FlowLayer):
             or (cond is not None and cond.requires_grad)
             or any(parameter.requires_grad for parameter in self.parameters())
         )
-        recomputes = records and self.memory != "store" and not is_exporting()
+        if not records or is_exporting():
+            plan = RunPlan.of_mode("store", len(self), self.memory_budget)
+        elif plan is None:
+            plan = self._plan(x, cond, squeeze_first)
         states: list[Tensor] = []
         log_dets: list[Tensor] = []
-        steps, starts = list(self), [0, *(k + 1 for k in at)]
-        for begin, end in zip(starts, [*starts[1:], len(steps)], strict=True):
-            own, squeezes = steps[begin:end], squeeze_first and begin == 0
-            if fused:
-                x, log_det = self._run_fused(cast("list[FlowStep]", own), x, cond, records, recomputes, squeezes)
-            else:
-                x, log_det = self._run_modules(own, x, cond, recomputes)
+        steps, ends = list(self), [*(k + 1 for k in at), len(self)]
+        for begin, end in pairwise([0, *ends]):
+            for start, stop, mode in plan.pieces(begin, end):
+                own, squeezes = steps[start:stop], squeeze_first and start == 0
+                if fused:
+                    own_steps = cast("list[FlowStep]", own)
+                    x, log_det = self._run_fused(own_steps, x, cond, records, mode, squeezes, plan.budget)
+                else:
+                    x, log_det = self._run_modules(own, x, cond, mode)
+                log_dets.append(log_det)
             states.append(x)
-            log_dets.append(log_det)
         return states, log_dets[0] if len(log_dets) == 1 else torch.stack(log_dets).sum(0)
+
+    def _plan(self, x: Tensor, cond: Tensor | None, squeeze_first: bool) -> RunPlan:
+        return RunPlan.of_mode(self.memory, len(self), self.memory_budget)
 
     def _run_fused(
         self,
@@ -265,29 +301,29 @@ class ReversibleSequence(FlowLayer):
         x: Tensor,
         cond: Tensor | None,
         records: bool,
-        recomputes: bool,
+        mode: str,
         squeeze_first: bool,
+        budget: str | int,
     ) -> tuple[Tensor, Tensor]:
         couplings = couplings_of(steps)
-        if not recomputes or not couplings:
+        if mode == "store" or not couplings:
             # Without a record the nets run in chunks. A net of the user's may use other tensors that want one.
             whole_nets = records or is_watched()
             if not whole_nets and torch.is_grad_enabled():
                 whole_nets = not all(has_known_modules(step) for step in steps)
             if whole_nets:
                 return run_couplings(couplings, Recorded(steps), x, cond, squeeze_first)
-            return run_couplings(couplings, self._cache.get(steps), x, cond, squeeze_first, self.memory_budget)
+            return run_couplings(couplings, self._cache.get(steps), x, cond, squeeze_first, budget)
         self._cache.clear()
-        runners = [coupling.runner(self.memory_budget) for coupling in couplings]
-        specs = [coupling.spec for coupling in couplings]
-        maps, own = map_groups(steps, x), self._control()
+        runners = [coupling.runner(budget) for coupling in couplings]
+        specs, maps = [coupling.spec for coupling in couplings], map_groups(steps, x)
         x, cond = couplings[0].enter(x, cond)
-        z, log_det = run_recomputing(runners, specs, maps, own, x, cond, squeeze_first)
+        z, log_det = run_recomputing(runners, specs, maps, self._control(mode), x, cond, squeeze_first)
         return couplings[-1].leave(z), log_det
 
-    def _control(self) -> DriftControl | None:
-        """That of a forward which begins now: none where all states are kept."""
-        return self.control if self.memory == "reversible" else None
+    def _control(self, mode: str) -> DriftControl | None:
+        """The drift control of what is inverted; None where states are kept."""
+        return self.control if mode == "reversible" else None
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """z -> x."""
@@ -323,20 +359,16 @@ class ReversibleSequence(FlowLayer):
         return all(map(_is_initialized, self))
 
     def _run_modules(
-        self, steps: Sequence[nn.Module], x: Tensor, cond: Tensor | None, recomputes: bool
+        self, steps: Sequence[nn.Module], x: Tensor, cond: Tensor | None, mode: str
     ) -> tuple[Tensor, Tensor]:
-        if recomputes:
-            return self._run_module_parts(steps, x, cond)
-        log_det = x.new_zeros(x.shape[0])
-        for step in steps:
-            x, step_log_det = step(x) if cond is None else step(x, cond)
-            log_det = log_det + step_log_det
-        return x, log_det
-
-    def _run_module_parts(self, steps: Sequence[nn.Module], x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         total = x.new_zeros(x.shape[0])
+        if mode == "store":
+            for step in steps:
+                x, step_log_det = step(x) if cond is None else step(x, cond)
+                total = total + step_log_det
+            return x, total
         step_bytes = [sum(parameter.nbytes for parameter in step.parameters()) for step in steps]
-        for part in Pass(self._control(), step_bytes, part_limit(x, step_bytes)).parts:
+        for part in Pass(self._control(mode), step_bytes, part_limit(x, step_bytes)).parts:
             x, log_det = ModuleChain(steps[part.first : part.end], part).run(x, cond)
             total = total + log_det
         return x, total

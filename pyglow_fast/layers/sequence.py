@@ -25,7 +25,7 @@ from pyglow_fast.layers.flow_step import (
     run_couplings,
     run_couplings_inverse,
 )
-from pyglow_fast.layers.reversible_sequence import ReversibleSequence, run_recomputing
+from pyglow_fast.layers.reversible_sequence import ReversibleSequence, RunPlan, run_recomputing
 from pyglow_fast.layers.wavenet import WaveNet
 from pyglow_fast.reference import CouplingSpec
 
@@ -122,11 +122,17 @@ class MaskedSequence(ReversibleSequence):
     """
 
     def forward(
-        self, x: Tensor, cond: Tensor | None = None, squeeze_first: bool = False, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        cond: Tensor | None = None,
+        squeeze_first: bool = False,
+        mask: Tensor | None = None,
+        *,
+        plan: RunPlan | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x -> z."""
         if mask is None:
-            return super().forward(x, cond, squeeze_first)
+            return super().forward(x, cond, squeeze_first, plan=plan)
         expect(not squeeze_first, "squeeze_first", "False with a mask; see squeeze_time", squeeze_first)
         steps, mask = self._checked("x", x, cond, mask)
         if self.training and not self._is_initialized():
@@ -136,12 +142,22 @@ class MaskedSequence(ReversibleSequence):
 
         def run(x: Tensor, cond: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
             extra, records = masked_condition(mask, cond), self._records(x, cond)
-            if not records or self.memory == "store" or is_exporting():
+            if not records or is_exporting():
                 folded, budget = self._folded(steps), self._budget()
                 return run_couplings(couplings, folded, x, extra, budget=budget, masked=True)
             self._cache.clear()
-            runners = [coupling.runner(self.memory_budget) for coupling in couplings]
-            return run_recomputing(runners, specs, map_groups(steps, x), self._control(), x, extra, masked=True)
+            own = plan or self._plan(x, extra, False)
+            log_dets = []
+            for first, end, mode in own.pieces(0, len(steps)):
+                some, parts = steps[first:end], couplings[first:end]
+                if mode == "store":
+                    x, log_det = run_couplings(parts, Recorded(some), x, extra, masked=True)
+                else:
+                    runners, control = [part.runner(own.budget) for part in parts], self._control(mode)
+                    maps, kinds = map_groups(some, x), specs[first:end]
+                    x, log_det = run_recomputing(runners, kinds, maps, control, x, extra, masked=True)
+                log_dets.append(log_det)
+            return x, torch.stack(log_dets).sum(0)
 
         z, log_det = run_sorted(run, without_padding(x, mask), cond, mask)
         return without_padding(z, mask), log_det - log_scale_of_padding(specs, mask, x.shape[1] // 2)

@@ -6,6 +6,7 @@ or lie in a process group's buckets, they exist twice until then: those of one p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,7 +14,19 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from pyglow_fast._errors import can_read
 from pyglow_fast.reversible.drift import DriftControl
+
+LEAST_PART = 2 * 2**20  # bytes of gradients that may exist a second time while they are added to others
+
+
+def part_limit(x: Tensor, step_bytes: Sequence[int], boundary: int = 0) -> int | None:
+    """Bytes of gradients of a part, for so many bytes that are kept between two parts.
+
+    Where both cost alike in all, their sum is least: parts of sqrt(boundary sum(step_bytes)). None for one part as
+    large as can be: on a GPU, whose one verdict on drift is of all of it.
+    """
+    return max(LEAST_PART, math.isqrt(boundary * sum(step_bytes))) if can_read(x) else None
 
 
 def cut(step_bytes: Sequence[int], places: Sequence[int], limit: int) -> list[tuple[int, int]]:

@@ -12,8 +12,8 @@ from pyglow_fast import presets
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.precision import PRECISIONS
 from pyglow_fast.data import DATA_HELP, DataConfig
-from pyglow_fast.layers.reversible_sequence import MEMORY_MODES
 from pyglow_fast.models import GlowConfig
+from pyglow_fast.reversible.setting import memory_text, parse_memory
 from pyglow_fast.train.optim import OPTIMIZERS
 
 LIMITS = presets.LIMITS
@@ -55,7 +55,9 @@ class TrainConfig:
         batch_size: images a step, over all ranks and accumulated parts together.
         accumulate: parts that a batch is cut into, one after the other, for memory.
         init_images: images that the data-dependent initialisation sees.
-        memory: memory mode of training: "reversible", "checkpoint" or "store".
+        memory: memory mode of training: "reversible", "checkpoint" or "store"; or the bytes that the tensors of a step
+            may take on each rank beyond parameters and gradients, as a number or a text such as "4GB" (then kept as an
+            int): the fastest training within them. Of a part where accumulated.
         precision: of the nets in training: "auto", "fp32", "tf32", "bf16" or "fp16".
         compile: train through torch.compile.
         cuda_graphs: train through a CUDA graph; on one GPU, without accumulation and without class_weight.
@@ -93,7 +95,7 @@ class TrainConfig:
     batch_size: int = 64
     accumulate: int = 1
     init_images: int = 256
-    memory: str = "reversible"
+    memory: str | int = "reversible"
     precision: str = "auto"
     compile: bool = False
     cuda_graphs: bool = False
@@ -121,8 +123,9 @@ class TrainConfig:
         expect(isinstance(self.model, GlowConfig), "model", "a GlowConfig", type(self.model).__name__)
         for name in ("class_conditional", "compile", "cuda_graphs", "tensorboard"):
             expect(type(getattr(self, name)) is bool, name, "true or false", getattr(self, name))
-        for name, known in (("optimizer", OPTIMIZERS), ("memory", MEMORY_MODES), ("precision", PRECISIONS)):
+        for name, known in (("optimizer", OPTIMIZERS), ("precision", PRECISIONS)):
             expect(getattr(self, name) in known, name, f"one of {known}", repr(getattr(self, name)))
+        object.__setattr__(self, "memory", parse_memory(self.memory))
         check_device(self.device)
         every = (f"{what}_every" for what in (*EVERY, "check_ranks"))
         for name in ("batch_size", "accumulate", "init_images", "eval_images", "sample_count", "keep", *every):
@@ -212,7 +215,8 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict; :meth:`from_dict` reads it back."""
         flat = {item.name: getattr(self, item.name) for item in fields(self)}
-        return {**flat, "data": asdict(self.data), "model": self.model.to_dict()}
+        shown = {"memory": memory_text(self.memory), "data": asdict(self.data), "model": self.model.to_dict()}
+        return flat | shown
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:

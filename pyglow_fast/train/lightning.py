@@ -70,7 +70,8 @@ class GlowModule(LightningModule):
     no notice of labels. Under DDP every rank has a model of its own; sharded ones (FSDP) are to be initialised before.
 
     Args:
-        model: a Glow, or the configuration of a new one (memory mode "reversible").
+        model: a Glow, or the configuration of a new one (memory mode "reversible"); ``Glow(config, memory="4GB")`` for
+            the fastest training within so many bytes.
         n_bins: number of levels.
         optimizer: "adam", "adamw" or "adamax".
         lr: learning rate after warm-up.
@@ -82,8 +83,8 @@ class GlowModule(LightningModule):
         class_weight: w above; 0 exactly if the model has no head (classify=0).
 
     Checkpoints hold tensors and plain data alone (``weights_only=True`` loads them), the averaged weights under "ema".
-    ``GlowModule.load_from_checkpoint(path)`` makes the model again, with its configuration, memory mode and precision;
-    other options come with ``model=Glow(config, ...)``.
+    ``GlowModule.load_from_checkpoint(path)`` makes the model again, with its configuration, memory (mode or bytes)
+    and precision; other options come with ``model=Glow(config, ...)``.
 
     Raises:
         ValueError: an argument out of its range, or a batch that the model refuses, each named; a checkpoint without

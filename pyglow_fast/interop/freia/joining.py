@@ -91,7 +91,7 @@ def _changed(module: nn.Module) -> str:
     return "a forward of its own" if "forward" in vars(module) else ""
 
 
-def reason_against(module: nn.Module, memory: str) -> str:
+def reason_against(module: nn.Module, memory: str | int) -> str:
     """Why a module is no step of a run, or nothing."""
     if not isinstance(module, ServedBlock) or type(module) is not module._home:
         return "only AllInOneBlocks are joined"
@@ -100,7 +100,7 @@ def reason_against(module: nn.Module, memory: str) -> str:
     return _changed(module) or unrepeatable(module.subnet, memory)
 
 
-def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str) -> list[Place]:
+def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str | int) -> list[Place]:
     """The modules of a list, its blocks as steps whose kind is their width and their condition, None for none."""
     conditions: list[Any] = getattr(owner, "conditions", None) or [None] * len(modules)  # of a SequenceINN
     found = []
@@ -110,7 +110,7 @@ def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str) -> list[
     return found
 
 
-def stand_ins(run: Sequence[Place], memory: str, budget: str | int) -> list[BlockRun | Passed]:
+def stand_ins(run: Sequence[Place], memory: str | int, budget: str | int) -> list[BlockRun | Passed]:
     """What stands in the place of a run: a BlockRun in that of its first block, a Passed in those of the others."""
     blocks: list[Any] = [block for place in run for block in place.layers]
     steps = []

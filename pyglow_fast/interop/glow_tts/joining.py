@@ -124,7 +124,7 @@ def _place(layers: Sequence[Any]) -> Place:
     return Place(layers, actnorm.logs.shape[1], step)
 
 
-def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str) -> list[Place]:
+def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str | int) -> list[Place]:
     """The layers of a list, up to and with each coupling as a step whose kind is its width."""
     groups: list[list[nn.Module]] = [[]]
     for module in modules:
@@ -134,7 +134,7 @@ def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str) -> list[
     return [_place(group) for group in groups if group]
 
 
-def stand_ins(run: Sequence[Place], memory: str, budget: str | int) -> list[DecoderRun]:
+def stand_ins(run: Sequence[Place], memory: str | int, budget: str | int) -> list[DecoderRun]:
     """What stands in the place of a run: one DecoderRun."""
     layers = [layer for place in run for layer in place.layers]
     steps = [place.parts for place in run]

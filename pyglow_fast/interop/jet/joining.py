@@ -108,7 +108,9 @@ class TokenRun(Face):
     ``memory`` and ``memory_budget``: see ReversibleSequence.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], called: Sequence[_Called], memory: str, budget: str | int) -> None:
+    def __init__(
+        self, modules: Sequence[nn.Module], called: Sequence[_Called], memory: str | int, budget: str | int
+    ) -> None:
         steps = [_Step(module, call, budget) for module, call in zip(modules, called, strict=True)]
         super().__init__(modules, cast(Any, ReversibleSequence(steps, memory, memory_budget=budget)))
         self.steps = steps
@@ -181,7 +183,7 @@ class Passed:
         return (x, 0) if self.run is None else self.run.inverse_of_all(x, *given, **named)
 
 
-def _reason(module: nn.Module, owner: nn.Module, memory: str) -> str:
+def _reason(module: nn.Module, owner: nn.Module, memory: str | int) -> str:
     """Why a module is no step of a run, or nothing."""
     if not isinstance(module, Adopted):
         return "no coupling of ours"
@@ -192,7 +194,7 @@ def _reason(module: nn.Module, owner: nn.Module, memory: str) -> str:
     return unrepeatable(module.dnn, memory)
 
 
-def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str) -> list[Place]:
+def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str | int) -> list[Place]:
     """The modules of a list, its couplings as steps: neighbours are joined that see the same tokens."""
     found = []
     for index, module in enumerate(modules):
@@ -203,7 +205,7 @@ def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str) -> list[
     return found
 
 
-def stand_ins(run: Sequence[Place], memory: str, budget: str | int) -> list[TokenRun | Passed]:
+def stand_ins(run: Sequence[Place], memory: str | int, budget: str | int) -> list[TokenRun | Passed]:
     """What stands in the places of a run: a TokenRun in that of its first coupling, a Passed in each other."""
     called = [place.parts for place in run]
     whole = TokenRun([place.layers[0] for place in run], called, memory, budget)

@@ -120,7 +120,7 @@ def _groups(modules: Sequence[nn.Module]) -> list[list[nn.Module]]:
     return [group for group in found if group]
 
 
-def _halving(layers: Sequence[nn.Module], memory: str) -> StepParts | str:
+def _halving(layers: Sequence[nn.Module], memory: str | int) -> StepParts | str:
     """The parts of a step that may be joined, or why it may not."""
     parts = step_parts(layers)
     if isinstance(parts, str):
@@ -130,7 +130,7 @@ def _halving(layers: Sequence[nn.Module], memory: str) -> StepParts | str:
     return unrepeatable(parts.net, memory) or parts
 
 
-def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str) -> list[Place]:
+def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str | int) -> list[Place]:
     """The layers of a list, mixing layers up to a coupling as a step whose kind is its width."""
     if isinstance(owner, transforms.MultiscaleCompositeTransform):
         return [Place([module], reason="its flow splits after each of its transforms") for module in modules]
@@ -147,7 +147,7 @@ def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str) -> list[
     return found
 
 
-def stand_ins(run: Sequence[Place], memory: str, budget: str | int) -> list[StepRun]:
+def stand_ins(run: Sequence[Place], memory: str | int, budget: str | int) -> list[StepRun]:
     """What stands in the place of a run: one StepRun."""
     order: Tensor | None = None
     steps = []

@@ -54,7 +54,7 @@ def _channel_map(block: nn.Module, net: nn.Module) -> ChannelMap:
     return parts.channel_map
 
 
-def _place(block: nn.Module, memory: str) -> Place:
+def _place(block: nn.Module, memory: str | int) -> Place:
     parts = flow_parts(block)
     if isinstance(parts, str):
         return Place([block], reason=parts)
@@ -66,12 +66,12 @@ def _place(block: nn.Module, memory: str) -> Place:
     return Place([block], channels, step)
 
 
-def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str) -> list[Place]:
+def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str | int) -> list[Place]:
     """The modules of a list, its GlowBlocks as steps whose kind is their width."""
     return [_place(module, memory) for module in modules]
 
 
-def stand_ins(run: Sequence[Place], memory: str, budget: str | int) -> list[GlowRun]:
+def stand_ins(run: Sequence[Place], memory: str | int, budget: str | int) -> list[GlowRun]:
     """What stands in the place of a run: one GlowRun."""
     steps = [place.parts for place in reversed(run)]  # from x to z the last block of the list is the first
     blocks = [block for place in run for block in place.layers]

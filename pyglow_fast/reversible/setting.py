@@ -1,0 +1,75 @@
+"""How a memory mode or a budget in bytes is said ("reversible", "4GB", 4_000_000_000), and how it is shown."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from pyglow_fast._errors import expect
+
+MEMORY_MODES = ("reversible", "checkpoint", "store")
+_QUOTED = ", ".join(f'"{mode}"' for mode in MEMORY_MODES)
+MEMORY_EXPECTED = f'one of ({_QUOTED}) or bytes such as "4GB"'
+
+_PREFIXES = "kMGTPE"
+_UNITS = (  # decimal ones first: of two that say a number as shortly, the first is shown
+    {"B": 1}
+    | {f"{prefix}B": 1000**n for n, prefix in enumerate(_PREFIXES, 1)}
+    | {f"{prefix.upper()}iB": 1024**n for n, prefix in enumerate(_PREFIXES, 1)}
+)
+_SIZES = {unit.lower(): size for unit, size in _UNITS.items()}
+# Few digits, so that no text is slow to convert; ASCII, or the Kelvin sign were a k, and digits those of any script.
+_TEXT = re.compile(rf"([0-9]{{1,20}}(?:\.[0-9]{{1,20}})?)(?: ?({'|'.join(_SIZES)}))?", re.ASCII | re.IGNORECASE)
+_LIMIT = 2**63  # more than any machine addresses
+
+
+def parse_memory(memory: str | int | float, name: str = "memory") -> str | int:
+    """A memory mode as it is, or a budget: bytes = number 1000^n (kB, MB, GB, ...) or number 1024^n (KiB, MiB, ...).
+
+    Args:
+        memory: one of MEMORY_MODES; or a whole number of bytes from 1 to 2^63 - 1, as an int, a float or a text, with
+            a unit or without: "4GB", "1.5 GiB", "4000000000", in large or small letters.
+        name: of the argument, for the error.
+
+    Returns:
+        The mode, or the bytes as an int.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(memory, str) and memory in MEMORY_MODES:
+        return memory
+    found = _bytes(memory)
+    expect(found > 0, name, MEMORY_EXPECTED, _shown(memory))
+    return found
+
+
+def _bytes(memory: str | int | float) -> int:
+    """The bytes that a number or a text stands for; 0 for what is no whole number of them, or too many."""
+    number = Fraction(0)
+    if isinstance(memory, str):
+        if match := _TEXT.fullmatch(memory):
+            number = Fraction(match[1]) * _SIZES[(match[2] or "B").lower()]
+    elif isinstance(memory, int | float) and not isinstance(memory, bool) and 0 < memory < _LIMIT:
+        number = Fraction(memory)
+    return int(number) if number.denominator == 1 and number < _LIMIT else 0
+
+
+def _shown(memory: str | int | float) -> str:
+    """What was found; of an int that is too long for Python to write it out, its length."""
+    if isinstance(memory, int) and memory.bit_length() > 64:
+        return f"an int of {memory.bit_length()} bits"
+    return repr(memory)
+
+
+def memory_text(memory: str | int) -> str:
+    """What parse_memory gives as a text, which it reads back: the mode, or the bytes in the unit of the least number.
+
+    Never rounded: 4_000_000_000 is "4 GB", 2**20 "1 MiB", 1_500_000_000 "1500 MB", 1_234_567 "1234567 B".
+    """
+    if isinstance(memory, str):
+        return memory
+    count, unit = min(
+        ((memory // size, unit) for unit, size in _UNITS.items() if memory % size == 0), key=lambda pair: pair[0]
+    )
+    return f"{count} {unit}"
