@@ -12,17 +12,16 @@ from torch import Tensor, nn
 from pyglow_fast import functional, ops
 from pyglow_fast.coupling_nets.net_shape import NetShape
 from pyglow_fast.coupling_nets.plan import plan_chunks
-from pyglow_fast.coupling_nets.precision import HALF, in_precision
+from pyglow_fast.coupling_nets.precision import in_precision
 from pyglow_fast.coupling_nets.traits import bytes_per_position
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.flow_step import FlowStep, couplings_of, map_bounds, map_bytes
 from pyglow_fast.layers.injector import AffineInjector
-from pyglow_fast.layers.reversible_sequence import part_limit
 from pyglow_fast.reference import coupling_net_spec
 from pyglow_fast.reversible.costs import ChainPart, ChunkCost, CouplingCost, NetCost, RunCost
 from pyglow_fast.reversible.drift import SKETCHED, DriftControl
-from pyglow_fast.reversible.parts import Pass
+from pyglow_fast.reversible.parts import Pass, part_limit
 
 
 def _wanted(module: nn.Module) -> list[Tensor]:

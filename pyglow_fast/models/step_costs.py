@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from pyglow_fast.layers import FrozenSteps, Split
 from pyglow_fast.layers.step_costs import run_cost
 from pyglow_fast.reversible.costs import SMALL, JoinCost, PriorCost, RestCost, RunCost
@@ -26,7 +24,9 @@ def _split_cost(split: Split, samples: int, spatial: Sequence[int], size: int) -
     rim = 2 * split.factored * math.prod(spatial) * size if split.border is not None else 0
     params = sum(parameter.nbytes for parameter in split.parameters())
     # The convolution's output and its product with the gain, which mean and log_sd are parts of.
-    scaling = factored + 2 * given  # the gradients of the product's factors, beside that of the latent; less what is freed
+    scaling = (
+        factored + 2 * given
+    )  # the gradients of the product's factors, beside that of the latent; less what is freed
     convolving = factored + kept + (each * split.cond_channels + kept if read else 0) + params
     return PriorCost(2 * given + read + rim, 2 * given + read + 2 * rim, max(scaling, convolving), factored + kept)
 
@@ -45,7 +45,10 @@ def glow_costs(model: Glow, samples: int) -> tuple[list[RunCost], RestCost]:
         state = samples * math.prod(shapes[index]) * size
         split = model.splits[index] if index < len(model.splits) else None
         cond_channels = config.cond_channels_of(index)
-        for name, sizes in (("checkerboard", [2 * s for s in spatial] if level.steps is not None else spatial), ("steps", spatial)):
+        for name, sizes in (
+            ("checkerboard", [2 * s for s in spatial] if level.steps is not None else spatial),
+            ("steps", spatial),
+        ):
             steps = getattr(level, name)
             if steps is None:
                 continue
