@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.chain_cases import Mode, objective
+from support.chain_cases import EVERY_STEP, Mode, cut_parts, objective
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
@@ -170,10 +170,8 @@ def test_a_condition_costs_no_memory_by_depth(user: bool, wants: bool) -> None:
 
 
 def test_a_backward_that_wants_late_gradients_alone_leaves_nothing_behind() -> None:
-    from pyglow_fast.layers import reversible_sequence
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reversible_sequence, "GRADIENT_SHARE", 10**9)
+        cut_parts(patch, EVERY_STEP)
         sequence = initialised(*(pgf.FlowStep(4, 5) for _ in range(4)))
         Mode("reversible", 2).apply(sequence)
         sequence.control.tolerance = 1e-30
