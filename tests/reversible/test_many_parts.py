@@ -154,9 +154,7 @@ def test_parities_across_groups(
 ) -> None:
     cut_parts(monkeypatch, EVERY_STEP)
     fold_by(monkeypatch, folded)
-    steps = [
-        pgf.FlowStep(2, 5, mask="checkerboard", parity=parity, permutation=permutation) for parity in parities
-    ]
+    steps = [pgf.FlowStep(2, 5, mask="checkerboard", parity=parity, permutation=permutation) for parity in parities]
     sequence = pgf.ReversibleSequence(steps).double()
     sequence.initialize(torch.randn(16, 2, 4, 3, dtype=torch.float64))
     x = torch.randn(3, 2, 4, 3, dtype=torch.float64)
@@ -194,9 +192,7 @@ class TestBackwards:
         x.requires_grad_()
         return sequence, x, expected, objective(sequence(x))
 
-    def of_all(
-        self, sequence: pgf.ReversibleSequence, x: Tensor, value: Tensor, **options: Any
-    ) -> dict[str, Tensor]:
+    def of_all(self, sequence: pgf.ReversibleSequence, x: Tensor, value: Tensor, **options: Any) -> dict[str, Tensor]:
         named = {"x": x, **dict(sequence.named_parameters())}
         return dict(zip(named, torch.autograd.grad(value, list(named.values()), **options), strict=True))
 
@@ -484,7 +480,7 @@ class TestKept:
 
     def test_growth_by_a_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """N C floats of projections; in parts of one step besides a sketch, SKETCHED as many, and log_det (N,)."""
-        # What CPython and torch keep of a node is no tensor; but log_dets and the placeholders of a group are small ones.
+        # Log-dets of parts and of nets wait to be summed.
         projections, slack = 4 * self.N * self.C, 64 + 16 * self.N
         for limit, most in ((2**60, projections), (EVERY_STEP, (1 + SKETCHED) * projections)):
             cut_parts(monkeypatch, limit)
