@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyglow_fast import functional, ops
 from pyglow_fast.coupling_nets.net_shape import NetShape
 from pyglow_fast.coupling_nets.plan import plan_chunks
-from pyglow_fast.coupling_nets.precision import in_precision
+from pyglow_fast.coupling_nets.precision import HALF, in_precision
 from pyglow_fast.coupling_nets.traits import bytes_per_position
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.coupling_net import CouplingNet
@@ -130,7 +130,7 @@ def _parts(
     samples: int,
     keeps_states: bool,
     like: Tensor,
-    anchor_every: str | int,
+    spacing: DriftControl,
 ) -> list[ChainPart]:
     """The parts in which couplings of consecutive steps run when they are recomputed, with their first anchors."""
     couplings = couplings_of(steps)
@@ -141,7 +141,7 @@ def _parts(
     bounds = [(before[first], before[end]) for first, end in map_bounds(steps, like)[0]]
     few = positions <= SKETCHED
     boundary = state if few or keeps_states else state // positions * SKETCHED
-    control = None if keeps_states else DriftControl(len(couplings), anchor_every)
+    control = None if keeps_states else spacing
     whole = Pass(control, step_bytes, part_limit(like, step_bytes, boundary), [end for _, end in bounds[:-1]], few)
     groups = {first: own for own in bounds for first in range(*own)}
     found = []
@@ -158,7 +158,7 @@ def run_cost(
     samples: int,
     spatial: Sequence[int],
     cond_channels: int = 0,
-    anchor_every: str | int = "auto",
+    anchor_every: str | int | None = "auto",
 ) -> RunCost:
     """The cost of steps of one width that run joined.
 
@@ -167,7 +167,7 @@ def run_cost(
         samples: N.
         spatial: sizes of the state that the steps see (behind a squeeze, if there is one).
         cond_channels: of the condition, 0 for none.
-        anchor_every: steps between anchors, or "auto", as far apart as a control begins with.
+        anchor_every: as of the run; where it is "auto" the anchors lie as they do in the first step.
     """
     couplings = couplings_of(steps)
     first = steps[0]
@@ -198,16 +198,18 @@ def run_cost(
     for k, step in enumerate(steps):
         waiting += map_bytes(step)
         for coupling in step.couplings:
-            found.append(CouplingCost(cost_of(coupling), waiting))
+            found.append(CouplingCost(cost_of(coupling), waiting, channels * bias.element_size()))
             waiting = 0
         if step.couplings:
             places.append((k + 1, len(found)))
     places[-1] = (len(steps), len(found))
     starts = {at: step for step, at in places}
 
+    spacing = DriftControl(len(couplings), anchor_every)
+
     def parts(begin: int, end: int, keeps_states: bool) -> list[ChainPart]:
         own = list(steps[starts[begin] : starts[end]])
-        return _parts(own, state, positions, samples, keeps_states, like, anchor_every)
+        return _parts(own, state, positions, samples, keeps_states, like, spacing)
 
     witness = samples * channels * bias.element_size()
     return RunCost(tuple(found), state, witness, tuple(places), cache(parts), entry=state if on_board else 0)
