@@ -87,7 +87,7 @@ def draw_budgets(rows: Sequence[Mapping[str, Any]], path: Path) -> str:
         axes.remove()
     for axes, case in zip(panels, cases, strict=False):
         _panel(axes, [row for row in timed if row["case"] == case])
-    panels[0].legend(fontsize=7)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=7)
     figure.savefig(path, dpi=120)
     return f"wrote {path}"
 
@@ -116,7 +116,8 @@ def _panel(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
         axes.plot(*places["checkpoint"], "s", color="C0", mfc="white", label='pyglow_fast, "checkpoint"')
     line(peers, "D--", ms=4, color="C3", label="torch.utils.checkpoint around so many steps")
     name_points([name for name in given if name != "100 %"], (4, 4))  # which lies where "store" does
-    name_points(modes, (-6, -12))
+    name_points(modes[:1], (-6, 8))
+    name_points(modes[1:], (-6, -12))
     name_points(peers, (4, 4), color="C3")
     size = "x".join(map(str, shape["image"]))
     model = f"L = {shape['n_levels']}, K = {shape['n_steps']}, hidden {shape['hidden']}, batch {shape['batch']}"
