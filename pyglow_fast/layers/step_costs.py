@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyglow_fast import functional, ops
 from pyglow_fast.coupling_nets.net_shape import NetShape
 from pyglow_fast.coupling_nets.plan import plan_chunks
-from pyglow_fast.coupling_nets.precision import HALF, in_precision
+from pyglow_fast.coupling_nets.precision import in_precision
 from pyglow_fast.coupling_nets.traits import bytes_per_position
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.coupling_net import CouplingNet
