@@ -301,7 +301,7 @@ class ReversibleSequence(FlowLayer):
         budget = self.memory
         if isinstance(budget, str):
             return RunPlan.of_mode(budget, len(self), self.memory_budget)
-        return call_untraced(ReversibleSequence._made_plan, self, budget, x, cond, squeeze_first)  # type: ignore[no-any-return]
+        return call_untraced(ReversibleSequence._made_plan, self, budget, x, cond, squeeze_first)
 
     def _made_plan(self, budget: int, x: Tensor, cond: Tensor | None, squeeze_first: bool) -> RunPlan:
         steps = self.flow_steps()
@@ -397,7 +397,8 @@ class ReversibleSequence(FlowLayer):
 
     def memory_report(self) -> dict[str, Any]:
         """Mode, spacing, drift and what was redone so far; bytes of the anchors need a shape: see plan_chunks."""
-        return self._plans.report([{"memory": self.memory, "steps": len(self), **self.control.report()}])[0]
+        own = {"memory": self.memory, "steps": len(self), **self.control.report()}
+        return own if isinstance(self.memory, str) else self._plans.report([own])[0]
 
     def get_extra_state(self) -> Tensor:
         """The drift control's state, saved with the weights."""

@@ -76,7 +76,7 @@ class GlowSettings(nn.Module):
         """With a budget, what each level's runs of steps do in a forward that is recorded; else None."""
         if isinstance(self.memory, str) or not torch.is_grad_enabled() or is_exporting():
             return None
-        return call_untraced(GlowSettings._made_plans, self, self.memory, x, conds)  # type: ignore[no-any-return]
+        return call_untraced(GlowSettings._made_plans, self, self.memory, x, conds)
 
     def _made_plans(self, budget: int, x: Tensor, conds: Sequence[Tensor | None]) -> list[list[RunPlan]] | None:
         sequences = self._sequences()
@@ -135,4 +135,5 @@ class GlowSettings(nn.Module):
         "checkpointed" and "inverted", and of all runs together "predicted_bytes" and "predicted_time" over that of
         mode "store".
         """
-        return self._plans.report([sequence.memory_report() for sequence in self._sequences()])
+        reports = [sequence.memory_report() for sequence in self._sequences()]
+        return reports if isinstance(self.memory, str) else self._plans.report(reports)
