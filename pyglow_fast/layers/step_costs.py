@@ -124,7 +124,13 @@ def _layers(net: NetShape) -> list[tuple[int, int]]:
 
 
 def _parts(
-    steps: Sequence[FlowStep], state: int, positions: int, samples: int, keeps_states: bool, like: Tensor
+    steps: Sequence[FlowStep],
+    state: int,
+    positions: int,
+    samples: int,
+    keeps_states: bool,
+    like: Tensor,
+    spacing: DriftControl,
 ) -> list[ChainPart]:
     """The parts in which couplings of consecutive steps run when they are recomputed, with their first anchors."""
     couplings = couplings_of(steps)
@@ -135,7 +141,7 @@ def _parts(
     bounds = [(before[first], before[end]) for first, end in map_bounds(steps, like)[0]]
     few = positions <= SKETCHED
     boundary = state if few or keeps_states else state // positions * SKETCHED
-    control = None if keeps_states else DriftControl(len(couplings))
+    control = None if keeps_states else spacing
     whole = Pass(control, step_bytes, part_limit(like, step_bytes, boundary), [end for _, end in bounds[:-1]], few)
     groups = {first: own for own in bounds for first in range(*own)}
     found = []
@@ -147,7 +153,13 @@ def _parts(
     return found
 
 
-def run_cost(steps: Sequence[FlowStep], samples: int, spatial: Sequence[int], cond_channels: int = 0) -> RunCost:
+def run_cost(
+    steps: Sequence[FlowStep],
+    samples: int,
+    spatial: Sequence[int],
+    cond_channels: int = 0,
+    anchor_every: str | int | None = "auto",
+) -> RunCost:
     """The cost of steps of one width that run joined.
 
     Args:
@@ -155,6 +167,7 @@ def run_cost(steps: Sequence[FlowStep], samples: int, spatial: Sequence[int], co
         samples: N.
         spatial: sizes of the state that the steps see (behind a squeeze, if there is one).
         cond_channels: of the condition, 0 for none.
+        anchor_every: as of the run; where it is "auto" the anchors lie as they do in the first step.
     """
     couplings = couplings_of(steps)
     first = steps[0]
@@ -185,16 +198,18 @@ def run_cost(steps: Sequence[FlowStep], samples: int, spatial: Sequence[int], co
     for k, step in enumerate(steps):
         waiting += map_bytes(step)
         for coupling in step.couplings:
-            found.append(CouplingCost(cost_of(coupling), waiting))
+            found.append(CouplingCost(cost_of(coupling), waiting, channels * bias.element_size()))
             waiting = 0
         if step.couplings:
             places.append((k + 1, len(found)))
     places[-1] = (len(steps), len(found))
     starts = {at: step for step, at in places}
 
+    spacing = DriftControl(len(couplings), anchor_every)
+
     def parts(begin: int, end: int, keeps_states: bool) -> list[ChainPart]:
         own = list(steps[starts[begin] : starts[end]])
-        return _parts(own, state, positions, samples, keeps_states, like)
+        return _parts(own, state, positions, samples, keeps_states, like, spacing)
 
     witness = samples * channels * bias.element_size()
     return RunCost(tuple(found), state, witness, tuple(places), cache(parts), entry=state if on_board else 0)

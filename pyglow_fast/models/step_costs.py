@@ -24,21 +24,22 @@ def _split_cost(split: Split, samples: int, spatial: Sequence[int], size: int) -
     rim = 2 * split.factored * math.prod(spatial) * size if split.border is not None else 0
     params = sum(parameter.nbytes for parameter in split.parameters())
     # The convolution's output and its product with the gain, which mean and log_sd are parts of.
-    scaling = (
-        factored + 2 * given
-    )  # the gradients of the product's factors, beside that of the latent; less what is freed
+    scaling = factored + 2 * given  # the product's gradients and the latent's
     convolving = factored + kept + (each * split.cond_channels + kept if read else 0) + params
     return PriorCost(2 * given + read + rim, 2 * given + read + 2 * rim, max(scaling, convolving), factored + kept)
 
 
-def glow_costs(model: Glow, samples: int) -> tuple[list[RunCost], RestCost]:
+def glow_costs(model: Glow, samples: int, spacings: Sequence[int]) -> tuple[list[RunCost], RestCost]:
     """The runs of steps of a training step of log_prob on so many samples, in their order, and the rest.
 
     Raises:
         ValueError: a frozen model, which cannot be trained.
     """
     config, like = model.config, model._parameter()
-    size, runs, joins, priors, base = like.element_size(), [], [], [], SMALL
+    size, base = like.element_size(), SMALL
+    runs: list[RunCost] = []
+    joins: list[JoinCost] = []
+    priors: list[PriorCost] = []
     shapes = config.level_shapes()
     for index, level in enumerate(model.levels):
         channels, *spatial = shapes[index]
@@ -53,7 +54,7 @@ def glow_costs(model: Glow, samples: int) -> tuple[list[RunCost], RestCost]:
             if steps is None:
                 continue
             assert not isinstance(steps, FrozenSteps)
-            runs.append(run_cost(steps.flow_steps(), samples, sizes, cond_channels))
+            runs.append(run_cost(steps.flow_steps(), samples, sizes, cond_channels, spacings[len(runs)]))
             joins.append(JoinCost(0, 0))
         if isinstance(split, Split):
             prior = _split_cost(split, samples, spatial, size)

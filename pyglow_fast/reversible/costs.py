@@ -22,9 +22,11 @@ INVERTED_VALUE_WORK = 5  # the same for each byte of the state
 STORED_BYTE_WORK = 8  # to write a net's activations to memory, and read them again
 GRADIENTS_WORK = 3  # forward and backward of a net over its forward
 
-# Matrices C x C by step: what autograd keeps of the making of a channel map, what it needs at one time to make it, and
-# to differentiate it; what is beside an open group's maps: gradients and inverses.
-FOLD_KEPT, FOLD_MAKING, FOLD_BACKWARD, OPEN_MAPS = 4, 3, 5, 2
+# Of the maps that are folded together, in matrices and in vectors of as many numbers as there are channels, each: what
+# autograd keeps of their making, and what that and its derivative take for a moment. In a backward that inverts steps
+# also gradients and inverses, which are made in float64.
+FOLD_KEPT, FOLD_MAKING, FOLD_BACKWARD, FOLD_VECTORS = 5, 3, 6, 12
+OPEN_MAPS, INVERTING = 2, 7
 SMALL = 512  # bytes of numbers by step, sample or channel that are too few to be told apart; the allocator's rounding
 
 
@@ -115,10 +117,40 @@ class CouplingCost:
     Attributes:
         net: its net.
         matrix: bytes of the map's matrix, of a gather those of its scales.
+        offset: bytes of its offset.
     """
 
     net: NetCost
     matrix: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class MapsCost:
+    """Bytes of channel maps that are folded together.
+
+    Attributes:
+        kept: by autograd, of their making.
+        making: beside that, while they are made.
+        back: the same, while their gradients become those of what they are made of.
+        opened: kept in a backward that recomputes states.
+        inverting: beside that, while they are inverted.
+    """
+
+    kept: int
+    making: int
+    back: int
+    opened: int
+    inverting: int
+
+    @classmethod
+    def of(cls, couplings: Sequence[CouplingCost]) -> MapsCost:
+        """Of the maps before these."""
+        matrices = sum(coupling.matrix for coupling in couplings)
+        kept = FOLD_KEPT * matrices + FOLD_VECTORS * sum(coupling.offset for coupling in couplings)
+        kept += max(coupling.matrix for coupling in couplings)  # a unit matrix
+        opened = kept + OPEN_MAPS * matrices
+        return cls(kept, FOLD_MAKING * matrices, FOLD_BACKWARD * matrices, opened, INVERTING * matrices)
 
 
 @dataclass(frozen=True)
@@ -234,9 +266,9 @@ def bytes_of(run: RunCost, first: int, second: int, budget: str | int) -> RunByt
 def _store_forward(run: RunCost, begin: int, end: int, meter: Meter) -> None:
     """Keeps u, the net's inside and its output of every coupling; and the output."""
     own = run.couplings[begin:end]
-    matrices = sum(coupling.matrix for coupling in own)
-    meter.hold(FOLD_KEPT * matrices)
-    meter.touch(FOLD_MAKING * matrices)
+    maps = MapsCost.of(own)
+    meter.hold(maps.kept)
+    meter.touch(maps.making)
     for coupling in own:
         net = coupling.net
         meter.hold(run.state)
@@ -248,7 +280,7 @@ def _store_forward(run: RunCost, begin: int, end: int, meter: Meter) -> None:
 def _store_backward(run: RunCost, begin: int, end: int, meter: Meter) -> None:
     """From the gradient of the output, which is held, to that of the input, which is held in its place."""
     own = run.couplings[begin:end]
-    matrices = 0
+    maps, of_maps = MapsCost.of(own), 0
     for k in reversed(range(len(own))):
         net, state = own[k].net, run.state
         meter.touch(state + net.output)
@@ -260,24 +292,24 @@ def _store_backward(run: RunCost, begin: int, end: int, meter: Meter) -> None:
         # u, what the net has kept, the output and its gradient.
         meter.hold(net.grad_state - state - net.stored - net.output - SMALL)
         meter.hold(own[k].matrix)
-        matrices += own[k].matrix
+        of_maps += own[k].matrix
     meter.touch(run.state)
     meter.hold(-own[0].net.grad_state)
-    meter.touch(FOLD_BACKWARD * matrices)
-    meter.hold(-(1 + FOLD_KEPT) * matrices)
+    meter.touch(maps.back)
+    meter.hold(-of_maps - maps.kept)
 
 
 def _chain_forward(run: RunCost, begin: int, end: int, keeps_states: bool, budget: str | int, meter: Meter) -> None:
     """Keeps the output, and by coupling its state or a witness; anchors; what tells a part its start."""
     for part in run.parts(begin, end, keeps_states):
-        matrices = sum(coupling.matrix for coupling in run.couplings[begin + part.maps[0] : begin + part.maps[1]])
+        maps = MapsCost.of(run.couplings[begin + part.maps[0] : begin + part.maps[1]])
         for k in range(part.first, part.end):
             net = run.couplings[begin + k].net
             chunk = net.chunk_for(budget)
             # u, the output whole and of the chunk, and the next state.
             gathered = 0 if chunk.whole else net.output
             running = net.running(chunk) - chunk.taken * net.hidden + gathered
-            meter.touch(FOLD_MAKING * matrices + 2 * run.state + max(running, run.state + net.output))
+            meter.touch(maps.making + 2 * run.state + max(running, run.state + net.output))
             meter.hold(run.state if keeps_states else run.witness)
         meter.hold(run.state * len(part.anchors))
         if part.first > 0:
@@ -293,18 +325,19 @@ def _chain_backward(run: RunCost, begin: int, end: int, keeps_states: bool, budg
     if keeps_states:
         meter.hold(-state)  # nothing of this run asks for the output
     for part in reversed(parts):
-        matrices = sum(coupling.matrix for coupling in run.couplings[begin + part.maps[0] : begin + part.maps[1]])
+        maps = MapsCost.of(run.couplings[begin + part.maps[0] : begin + part.maps[1]])
         last = part.end == end - begin
         if part.opens:
-            meter.touch(FOLD_MAKING * matrices)
-            meter.hold((FOLD_KEPT + OPEN_MAPS) * matrices)
+            meter.touch(maps.making)
+            meter.hold(maps.opened)
+            meter.touch(0 if keeps_states else maps.inverting)
         start = 0 if last or keeps_states else state  # the output, as the part behind has recomputed it
         meter.hold(start)
         back = _differentiated if keeps_states else _inverted
         grads = back(run, begin, part, budget, meter)
         if part.closes:
-            meter.touch(FOLD_BACKWARD * matrices)
-            meter.hold(-(FOLD_KEPT + OPEN_MAPS) * matrices)
+            meter.touch(maps.back)
+            meter.hold(-maps.opened)
         meter.hold(-start - grads)
         meter.hold(-(state if keeps_states else run.witness) * (part.end - part.first))
         meter.hold(-state * len(part.anchors) - SMALL)
