@@ -14,7 +14,7 @@ from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.reference import autocast_is_on
 from pyglow_fast.reversible import DriftControl
 from pyglow_fast.reversible.costs import RestCost, RunCost
-from pyglow_fast.reversible.planner import MemoryPlan, plan_memory
+from pyglow_fast.reversible.planner import MemoryPlan, Split, plan_memory
 
 REMEMBERED = 16  # plans
 Costs = Callable[[Sequence[int]], tuple[list[RunCost], RestCost]]  # from the anchors' spacing of each run
@@ -98,9 +98,16 @@ class Plans:
         """The reports of the runs, with what the last plan says of each and predicts for all."""
         if self.last is None:
             return reports
-        predicted = {"predicted_bytes": self.last.peak, "predicted_time": self.last.time}
-        found = []
-        for (inverted, stored_from), report in zip(self.last.splits, reports, strict=True):
-            counts = {"inverted": inverted, "checkpointed": stored_from - inverted}
-            found.append(report | counts | {"stored": report["steps"] - stored_from} | predicted)
-        return found
+        told = zip(reports, self.last.splits, strict=True)
+        return [report | counts(report["steps"], split) | predicted(self.last) for report, split in told]
+
+
+def counts(n_steps: int, split: Split) -> dict[str, int]:
+    """How many steps of a run do what, for its report."""
+    inverted, stored_from = split
+    return {"inverted": inverted, "checkpointed": stored_from - inverted, "stored": n_steps - stored_from}
+
+
+def predicted(plan: MemoryPlan) -> dict[str, int | float]:
+    """What a plan says of all runs together, for the report of each."""
+    return {"predicted_bytes": plan.peak, "predicted_time": plan.time}

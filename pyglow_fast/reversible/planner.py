@@ -117,6 +117,11 @@ def _net_budgets(given: str | int, device_type: str) -> list[str | int]:
     return ["auto", *(most >> i for i in range(1, count))]
 
 
+def least_net_budget(given: str | int, device_type: str) -> str | int:
+    """The least that a plan lets the nets' activations take, for a run whose plan cannot be made yet."""
+    return _net_budgets(given, device_type)[-1]
+
+
 def plan_memory(
     runs: Sequence[RunCost], rest: RestCost, budget: int, net_budget: str | int = "auto", device_type: str = "cpu"
 ) -> MemoryPlan:
