@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from bench.harness import synchronize
 from bench.memory_meter import AllocatorTrace, MemoryTrace
-from bench.memory_models import OURS, SAME_FUNCTION, Shape, build, images
+from bench.memory_models import OURS, PARTLY, SAME_FUNCTION, Shape, build, images
 from bench.op_memory import forget_peak, resident
 from pyglow_fast import Glow, _backend
 
@@ -40,9 +40,11 @@ OVERHEAD = 2**30  # bytes that a process may have besides what is measured
 class Case:
     """What to measure.
 
-    ``passes``: training steps before tensors are counted (the anchors' spacing adapts in them); the median of their
-    times is reported, the first one left out if there are more. 0 (on the CPU): all is read off one single step, whose
-    gradients begin as None. ``errors``: gradients against float64, too.
+    ``budget``: memory_budget, of one net. ``passes``: training steps before tensors are counted (the anchors' spacing
+    adapts in them); the median of their times is reported, the first one left out if there are more. 0 (on the CPU):
+    one step, then two in a row whose tensors are counted, and no resident sizes: the fewest steps that tell of a
+    steady state. ``errors``: gradients against float64, too. ``memory``: bytes that are given to a model of ours in
+    place of its mode.
     """
 
     implementation: str
@@ -53,6 +55,7 @@ class Case:
     device: str = "cpu"
     threads: int = 2
     limit: int = 8 * 2**30
+    memory: int | None = None
 
     def text(self) -> str:
         """As JSON."""
@@ -160,25 +163,15 @@ def _resident_growth(step: Callable[[], object], seconds: list[float]) -> int | 
     return resident()[1] - before
 
 
-def _single(model: nn.Module, step: Callable[[], object]) -> dict[str, Any]:
-    """Without resident sizes, which the trace's own records would be part of."""
-    for parameter in model.parameters():
-        parameter.grad = None
-    with AllocatorTrace() as allocator:
-        start = time.perf_counter()
-        step()
-        seconds = time.perf_counter() - start
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    found: dict[str, Any] = {"tensor_bytes_fresh": allocator.peak_without(gradients), "seconds": seconds}
-    return found | ({"report": model.memory_report()} if isinstance(model, Glow) else {})
-
-
 def measure(case: Case) -> dict[str, Any]:
     """Bytes, seconds, gradient errors and the drift control's report of one case."""
     device = torch.device(case.device)
-    small = dataclasses.replace(case.shape.small(), n_steps=1)
+    # What the libraries load when they first run is no part of a step: of PARTLY the fourth step is surely wrapped.
+    small = dataclasses.replace(case.shape.small(), n_steps=4 if case.implementation in PARTLY else 1)
     training_step(build(case.implementation, small, case.budget, device), images(small, device))()
     model = build(case.implementation, case.shape, case.budget, device)
+    if case.memory is not None:
+        give_bytes(model, case.memory)
     x = images(case.shape, device)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in parameters:
@@ -186,16 +179,14 @@ def measure(case: Case) -> dict[str, Any]:
     step = training_step(model, x)
     seconds: list[float] = []
     result: dict[str, Any] = {"parameter_bytes": sum(parameter.nbytes for parameter in parameters)}
-    if device.type == "cpu" and case.passes == 0:
-        return result | _single(model, step)
-    if device.type == "cpu":
+    if device.type == "cpu" and case.passes > 0:
         result["resident_bytes"] = _resident_growth(step, seconds)
         for parameter in parameters:
             parameter.grad = None
         growth = _resident_growth(step, seconds)
         given = sum(parameter.grad.nbytes for parameter in parameters if parameter.grad is not None)
         result["resident_bytes_fresh"] = None if growth is None else growth - given
-    for _ in range(case.passes - len(seconds)):
+    for _ in range(max(case.passes, 1) - len(seconds)):
         synchronize(device)
         start = time.perf_counter()
         step()
@@ -213,10 +204,28 @@ def measure(case: Case) -> dict[str, Any]:
     return result
 
 
+class Refused(ValueError):
+    """A model does not take the bytes that it was given."""
+
+
+def give_bytes(model: nn.Module, memory: int) -> None:
+    """Set a model's memory to a number of bytes.
+
+    Raises:
+        Refused: it cannot do with so few, or takes modes alone.
+    """
+    try:
+        model.memory = memory  # type: ignore[assignment]
+    except ValueError as error:
+        raise Refused(str(error)) from error
+
+
 def run_case(case: Case) -> dict[str, Any]:
-    """The result, or why there is none: ``missing`` a library, or ``too_large`` for the limit."""
+    """The result, or why there is none: ``missing`` a library, ``refused`` bytes, or ``too_large`` for the limit."""
     try:
         return measure(case)
+    except Refused as error:
+        return {"refused": str(error)}
     except ImportError as error:
         return {"missing": str(error)}
     except (MemoryError, RuntimeError) as error:

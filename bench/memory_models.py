@@ -1,9 +1,9 @@
 """The same multi-scale Glow by several implementations, as the benchmarks of memory and of models run it.
 
-All but ours are run level by level here: squeeze, K steps, half of the channels leave. "plain", "torch checkpoint" and
-"memcnn" have our model's own tensors and compute the same function with :mod:`pyglow_fast.reference` alone, step by
-step; normflows, nflows and FrEIA have their own step, with their own permutation and scale, a net of the same three
-convolutions and standard normal priors.
+All but ours are run level by level here: squeeze, K steps, half of the channels leave. "plain", "torch checkpoint" (of
+all steps, or a share of them) and "memcnn" have our model's own tensors and compute the same function with
+:mod:`pyglow_fast.reference` alone, step by step; normflows, nflows and FrEIA have their own step, with their own
+permutation and scale, a net of the same three convolutions and standard normal priors.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from pyglow_fast.layers import Coupling, FlowStep, ReversibleSequence
 
 OURS = ("store", "checkpoint", "reversible")
 SAME_FUNCTION = ("plain", "torch checkpoint", "memcnn")
+# Steps that torch.utils.checkpoint wraps, of how many: every 4th, every 2nd, all but every 4th.
+PARTLY = {"torch checkpoint 1/4": (1, 4), "torch checkpoint 1/2": (1, 2), "torch checkpoint 3/4": (3, 4)}
 OTHERS = ("normflows", "FrEIA")
 IMPLEMENTATIONS = (*OURS, *SAME_FUNCTION, *OTHERS)
 PACKAGES = {"memcnn": "memcnn", "normflows": "normflows", "FrEIA": "FrEIA"}
@@ -250,11 +252,17 @@ def _ours(shape: Shape, memory: str, budget: str | int) -> Ours:
     )
 
 
-def plain_levels(ours: Ours, implementation: str) -> Levels:
-    """The same function with the same tensors: "plain", "torch checkpoint" or "memcnn"."""
+def is_checkpointed(implementation: str, index: int) -> bool:
+    """Whether torch.utils.checkpoint wraps the step of that index in its level; a share's steps are evenly spread."""
+    some, of = PARTLY.get(implementation, (int(implementation == "torch checkpoint"), 1))
+    return (index + 1) * some // of > index * some // of
 
-    def wrapped(plain: PlainStep) -> Step:
-        if implementation == "torch checkpoint":
+
+def plain_levels(ours: Ours, implementation: str) -> Levels:
+    """The same function with the same tensors: "plain", "torch checkpoint", one of PARTLY, or "memcnn"."""
+
+    def wrapped(plain: PlainStep, index: int) -> Step:
+        if is_checkpointed(implementation, index):
             return lambda x: checkpoint(plain, x, use_reentrant=False)
         if implementation == "memcnn":
             return memcnn_step(plain)
@@ -271,7 +279,7 @@ def plain_levels(ours: Ours, implementation: str) -> Levels:
     single = isinstance(ours, OurSteps)
     sequences: Any = [ours.steps] if single else [level.steps for level in ours.levels]  # type: ignore[union-attr]
     plain = [[PlainStep(step) for step in sequence] for sequence in sequences]
-    steps = [[wrapped(step) for step in level] for level in plain]
+    steps = [[wrapped(step, index) for index, step in enumerate(level)] for level in plain]
     inverses = [[step.inverse for step in level] for level in plain]
     return Levels(ours, steps, inverses, prior, ours.top if single else ours.state_shapes[-1], not single)
 

@@ -17,10 +17,9 @@ from bench.memory_models import Shape
 from bench.model_cases import TRAIN, net_flops, net_products
 from pyglow_fast import CouplingNet, GlowConfig
 from pyglow_fast.coupling_nets import ChunkPlan, plan_chunks
-from pyglow_fast.coupling_nets.plan import budget_bytes
-from pyglow_fast.layers.reversible_sequence import GRADIENT_SHARE
+from pyglow_fast.layers.flow_step import FOLDED_AT_ONCE
 from pyglow_fast.reversible.drift import START_SPACING
-from pyglow_fast.reversible.parts import cut
+from pyglow_fast.reversible.parts import Pass, cut, part_limit
 
 FLOAT = 4  # bytes
 # States that one step's backward has besides what is kept: its input and output, the gradients of both, the net's
@@ -89,13 +88,15 @@ def multiply_adds(shape: Shape, mode: str, device_type: str = "cpu") -> list[int
     return found
 
 
-def n_parts(shape: Shape, channels: int, device_type: str = "cpu") -> int:
+def n_parts(shape: Shape, level: int, device_type: str = "cpu") -> int:
     """Functions that a checkpointed level is cut into on a CPU, so that few gradients exist twice; each has a state."""
     if device_type != "cpu":
         return 1
-    step = FLOAT * net_parameters(channels, shape.hidden)
-    limit = budget_bytes("auto", device_type) // GRADIENT_SHARE
-    return len(cut([step] * shape.n_steps, range(1, shape.n_steps), limit))
+    channels, _ = states(shape)[level]
+    steps = [FLOAT * net_parameters(channels, shape.hidden)] * shape.n_steps
+    groups = cut([FLOAT * channels**2] * shape.n_steps, range(1, shape.n_steps), FOLDED_AT_ONCE)
+    limit = part_limit(torch.empty(0), steps, state_bytes(shape)[level])
+    return len(Pass(None, steps, limit, [end for _, end in groups[:-1]]).parts)
 
 
 def flops(shape: Shape, mode: str, device_type: str = "cpu") -> int:
@@ -155,7 +156,7 @@ def step_memory(shape: Shape, mode: str, device_type: str = "cpu", spacing: list
             found.append(Memory(kept, 0, weights, folded))
             continue
         if mode == "checkpoint":
-            kept += (shape.n_steps + n_parts(shape, channels, device_type)) * sizes[level]
+            kept += (shape.n_steps + n_parts(shape, level, device_type)) * sizes[level]
         else:
             kept += math.ceil(shape.n_steps / spacings[level]) * sizes[level]
             kept += 2 * FLOAT * shape.batch * channels * shape.n_steps

@@ -12,9 +12,10 @@ from torch import nn
 
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.plan import budget_bytes
-from pyglow_fast.interop.joined import Face, Joined, JoinedList, Reasons, join
+from pyglow_fast.interop.joined import Face, Joined, JoinedList, JoinedRun, Reasons, join
 from pyglow_fast.interop.nets import recognised
 from pyglow_fast.interop.probing import chain_of
+from pyglow_fast.interop.shared_budget import SharedBudget
 from pyglow_fast.reversible.setting import memory_text, parse_memory
 
 _ADAPTERS = {"normflows": "normflows", "nflows": "nflows", "FrEIA": "freia"}  # top package of a class -> ours for it
@@ -30,6 +31,12 @@ _FLOWS = {  # packages of layers; what else the libraries have (distributions, u
 }
 # Flows that only call others, in turn: there is nothing to replace but what they hold.
 _CONTAINERS = ("CompositeTransform", "MultiscaleCompositeTransform", "InverseTransform", "Composite", "Reverse")
+
+# What is trained in a memory mode, but not within bytes: its activations are not described. By library.
+_MODES_ALONE = {
+    "chaiyujin": "steps that their model calls one by one (chaiyujin's)",
+    "jet": "couplings around nets that are whole modules (Jet, JetFormer)",
+}
 
 
 def _library(module: nn.Module) -> str:
@@ -78,9 +85,13 @@ class Acceleration:
         self.replaced, self.left, self.joined = {}, {}, {}
 
     def memory_report(self) -> list[dict[str, Any]]:
-        """Of each joined run: memory mode, steps, spacing of the anchors, drift, and what was redone."""
-        runs = [face.run for face in self._faces]
-        return [{"memory": run.memory, "steps": len(run), **run.control.report()} for run in runs]
+        """Of each joined run: memory mode, steps, spacing of the anchors, drift, and what was redone.
+
+        With bytes also what its last training step did: how many of its steps were "stored", "checkpointed" and
+        "inverted"; and, once all runs of such a step are known, of all of them together "predicted_bytes" and
+        "predicted_time" over that of mode "store".
+        """
+        return [face.run.memory_report() for face in self._faces]
 
     def __str__(self) -> str:
         lines = []
@@ -116,15 +127,18 @@ def accelerate(
             lists cannot be changed. The layers run one by one, as ever, while they wait for data to be initialised
             from, while there are hooks on them, in other dtypes than float32 and float64, with a context (nflows),
             within torch.func, in exports (docs/export.md), and in the replicas of a DataParallel. Bytes, such as "4GB"
-            or 4_000_000_000: the fastest training whose joined runs have at most so many in tensors of their own at
-            any time of forward and backward; what the rest of the model keeps comes on top.
+            or 4_000_000_000: the fastest training whose joined runs have at most so many in tensors of their own, all
+            of this call together, at any time of forward and backward; what the rest of the model keeps comes on top.
+            A run that comes for the first time, or with new shapes, inverts its steps: the others' shapes are not known
+            yet (see SharedBudget). Too few bytes are refused in a forward. Jet's and chaiyujin's layers take modes
+            alone; beside others, they are left out.
         memory_budget: bytes of one net's activations in a joined run, or "auto".
 
     Returns:
         What was replaced, joined and left, and why; its ``undo()`` takes all of it back.
 
     Raises:
-        ValueError: a wrong option, or no such layer in the model.
+        ValueError: a wrong option, or no such layer in the model; bytes for a model whose layers take modes alone.
     """
     mode = None if memory is None else parse_memory(memory)
     budget_bytes(memory_budget, "cpu")
@@ -133,6 +147,10 @@ def accelerate(
     libraries = sorted(known | {name for name in _BY_STRUCTURE if name not in known and _finds(name, model)})
     expected = f"layers of {', '.join(_ADAPTERS)}, or of the structures in the documentation"
     expect(len(libraries) > 0, "model", expected, "none")
+    if isinstance(mode, int):
+        alone = [_MODES_ALONE[library] for library in libraries if library in _MODES_ALONE]
+        few = len(alone) < len(libraries)
+        expect(few, "memory", f"a mode, for {' and '.join(alone)}", f'"{memory_text(mode)}"')
     done = Acceleration(model)
     for library in libraries:
         names = _adapter(library).adopt(model)
@@ -144,11 +162,25 @@ def accelerate(
             done.left |= _adapter(library).left(model)
     if mode is not None:
         for library in libraries:
+            if isinstance(mode, int) and library in _MODES_ALONE:
+                reason = f"memory in bytes is not for {_MODES_ALONE[library]}"
+                names = [name for name, module in model.named_modules() if module in done._adopted[library]]
+                done.left |= {name: _more(done.left.get(name), reason) for name in names}
+                continue
             if _has(library, ".joining"):
                 _join(done, library, mode, memory_budget)
             if hasattr(_adapter(library), "recompute"):
                 done.joined |= _adapter(library).recompute(model, mode, memory_budget)
+        shared = SharedBudget()
+        for face in done._faces:
+            if isinstance(face.run, JoinedRun):
+                face.run.share(shared)
     return done
+
+
+def _more(known: str | None, reason: str) -> str:
+    """Why a layer is left as it was, with a reason why it is not joined."""
+    return f"not joined: {reason}" if known is None else f"{known}; not joined: {reason}"
 
 
 def _adapter(library: str, part: str = "") -> Any:
@@ -248,5 +280,4 @@ def _join(done: Acceleration, library: str, memory: str | int, budget: str | int
     for name, module in done.model.named_modules():
         if isinstance(module, joining.STEPS) and module not in joined:
             reason = reasons.get(module, "in no list with others like it")
-            known = done.left.get(name)
-            done.left[name] = f"not joined: {reason}" if known is None else f"{known}; not joined: {reason}"
+            done.left[name] = _more(done.left.get(name), reason)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pyglow_fast import functional
 from pyglow_fast._tracing import is_watched, kernels_step_aside
 from pyglow_fast.interop import nets
+from pyglow_fast.interop.shared_budget import Call, SharedBudget
 from pyglow_fast.layers import Coupling
 from pyglow_fast.layers.flow_step import (
     ChannelMap,
@@ -28,9 +29,12 @@ from pyglow_fast.layers.flow_step import (
     stack_maps,
     unstack_maps,
 )
-from pyglow_fast.layers.reversible_sequence import run_recomputing
+from pyglow_fast.layers.planned import run_key
+from pyglow_fast.layers.reversible_sequence import RunPlan, run_recomputing
+from pyglow_fast.layers.step_costs import given_run_cost
 from pyglow_fast.reference import CouplingSpec
 from pyglow_fast.reversible import DriftControl
+from pyglow_fast.reversible.costs import RunCost
 from pyglow_fast.reversible.setting import parse_memory
 
 
@@ -111,7 +115,7 @@ class JoinedRun:
         channels: C, even.
         steps: f_1 to f_K.
         last: g, a channel map; None: nothing.
-        memory: "reversible", "checkpoint" or "store"; or bytes, of the run's own tensors.
+        memory: "reversible", "checkpoint" or "store"; or bytes, of the run's own tensors, unless it shares them.
         memory_budget: bytes of one net's activations, or "auto".
         masked: cond's first channel is a mask outside of which x is zero, as is what the nets give: see masks.py.
     """
@@ -129,45 +133,86 @@ class JoinedRun:
         self.memory, self.memory_budget, self.masked = parse_memory(memory), memory_budget, masked
         self.couplings = [Coupling(step.net, *step.spec) for step in steps]
         self.control = DriftControl(len(self.steps), "auto", None, False)
+        self.share(SharedBudget())
+
+    def share(self, shared: SharedBudget) -> None:
+        """Its bytes, where memory is given in bytes, are those of all runs of ``shared`` from now on."""
+        self._shared, self._place = shared, shared.add()
 
     def __len__(self) -> int:
         return len(self.steps)
 
-    def _maps(self, like: Tensor) -> ChannelMap:
+    def _maps(self, like: Tensor) -> list[ChannelMap]:
         ones, index = like.new_ones(self.channels), torch.arange(self.channels, device=like.device)
         nothing = ChannelMap(ones, torch.zeros_like(ones), ones.new_zeros(()), index)
-        return stack_maps([nothing if step.channel_map is None else step.channel_map() for step in self.steps])
+        return [nothing if step.channel_map is None else step.channel_map() for step in self.steps]
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x (N, C, *spatial) -> z, log_det (N,); cond (N, C_c, *spatial) is what the nets get besides, or None.
 
         Raises:
             ChangedError: a net cannot be run again any more.
+            ValueError: memory is given in bytes, and these are too few.
         """
         params = [parameter for step in self.steps for parameter in step.net.parameters()]
         maps = self._maps(x)
         records = torch.is_grad_enabled() and (
             x.requires_grad
             or (cond is not None and cond.requires_grad)
-            or maps.matrix.requires_grad
+            or any(own.matrix.requires_grad for own in maps)
             or any(parameter.requires_grad for parameter in params)
         )
-        if records and self.memory != "store":
-            for step in self.steps:  # put on a net since it was joined
-                if reason := unrepeatable(step.net, self.memory):
-                    raise ChangedError(reason)
-            runners = [coupling.runner(self.memory_budget) for coupling in self.couplings]
-            control = self.control if self.memory == "reversible" else None
-            specs = [step.spec for step in self.steps]
-            given = given_maps(maps, len(specs))
-            z, log_det = run_recomputing(runners, specs, given, control, x, cond, masked=self.masked)
-        else:
-            z, log_det = run_couplings(self.couplings, Now(maps), x, cond, budget=self._budget(), masked=self.masked)
+        plan = self._plan(maps, x, cond) if records else RunPlan.of_mode("store", len(self), self.memory_budget)
+        z, log_dets = x, []
+        while maps:  # as each piece takes its own, so that nobody keeps them besides
+            start = len(self) - len(maps)
+            start, stop, mode = next(plan.pieces(start, len(self)))
+            own, maps = stack_maps(maps[: stop - start]), maps[stop - start :]
+            z, log_det = self._run(start, stop, mode, own, z, cond, plan.budget)
+            log_dets.append(log_det)
+        log_det = log_dets[0] if len(log_dets) == 1 else torch.stack(log_dets).sum(0)
         if self.last is not None:
             end = self.last()
             z = functional.channel_mix(z, end.matrix, end.offset, index=end.source)
             log_det = log_det + functional.per_sample(z, end.log_det)
         return z, log_det
+
+    def _run(
+        self, start: int, stop: int, mode: str, maps: ChannelMap, x: Tensor, cond: Tensor | None, budget: str | int
+    ) -> tuple[Tensor, Tensor]:
+        """Some steps, with their maps, in one mode."""
+        couplings = self.couplings[start:stop]
+        if mode == "store":
+            return run_couplings(couplings, Now(maps), x, cond, budget=self._budget(), masked=self.masked)
+        runners = [coupling.runner(budget) for coupling in couplings]
+        specs = [step.spec for step in self.steps[start:stop]]
+        control = self.control if mode == "reversible" else None
+        return run_recomputing(runners, specs, given_maps(maps, len(specs)), control, x, cond, masked=self.masked)
+
+    def _plan(self, maps: Sequence[ChannelMap], x: Tensor, cond: Tensor | None) -> RunPlan:
+        """What a forward that is recorded does."""
+        if self.memory == "store":
+            return RunPlan.of_mode("store", len(self), self.memory_budget)
+        for step in self.steps:  # put on a net since it was joined
+            if reason := unrepeatable(step.net, self.memory):
+                raise ChangedError(reason)
+        if isinstance(self.memory, str):
+            return RunPlan.of_mode(self.memory, len(self), self.memory_budget)
+        matrices = [own.matrix.nbytes for own in maps]
+        given = 0 if cond is None else cond.shape[1]
+        wants = tuple(parameter.requires_grad for step in self.steps for parameter in step.net.parameters())
+        key = (x.shape, given, tuple(matrices), wants, run_key(x, self.couplings))
+        shape, like = x.shape, x.new_empty([0] * x.dim())  # not x, which would be kept
+
+        def cost(spacing: int) -> RunCost:
+            return given_run_cost(self.couplings, matrices, shape, like, given, spacing, self.last is not None)
+
+        return self._shared.plan(self._place, Call(key, self.control, cost), self.memory, self.memory_budget, x.device)
+
+    def memory_report(self) -> dict[str, Any]:
+        """Mode or bytes, steps, spacing, drift and what was redone; with bytes also what its last plan was."""
+        report = {"memory": self.memory, "steps": len(self), **self.control.report()}
+        return report | (self._shared.report(self._place, len(self)) if isinstance(self.memory, int) else {})
 
     def _budget(self) -> str | int | None:
         """Of the nets' runs without a record; None for whole ones."""
@@ -180,7 +225,7 @@ class JoinedRun:
         if end is not None:
             inverse, index = end.inverse()
             z = functional.channel_unmix(z, inverse, end.offset, index=index)
-        maps = Now(self._maps(z))
+        maps = Now(stack_maps(self._maps(z)))
         x, log_det = run_couplings_inverse(self.couplings, maps, z, cond, budget=self._budget(), masked=self.masked)
         return x, log_det if end is None else log_det - functional.per_sample(x, end.log_det)
 

@@ -33,12 +33,16 @@ from pyglow_fast.layers.flow_step import (
 from pyglow_fast.layers.folded import FoldCache
 from pyglow_fast.layers.injector import AffineInjector
 from pyglow_fast.layers.permutation import InvConv, Permute
+from pyglow_fast.layers.planned import Plans, run_key
 from pyglow_fast.layers.ranks import refused_alike
+from pyglow_fast.layers.step_costs import run_cost
 from pyglow_fast.reference import CouplingSpec, n_positions
 from pyglow_fast.reversible import DriftControl, MapGroup, ModuleChain, Pass, run_chain
+from pyglow_fast.reversible.costs import JoinCost, RestCost, RunCost
 from pyglow_fast.reversible.drift import SKETCHED
+from pyglow_fast.reversible.limits import call_untraced
 from pyglow_fast.reversible.parts import part_limit
-from pyglow_fast.reversible.setting import MEMORY_MODES
+from pyglow_fast.reversible.setting import memory_text, parse_memory
 
 
 def _is_known(coupling: Coupling) -> bool:
@@ -132,7 +136,8 @@ class ReversibleSequence(FlowLayer):
     Args:
         steps: FlowSteps of one width and kind of mask, or any modules with ``forward(x, cond=None) -> (z, log_det)``
             and ``inverse``; their parameters must be theirs alone and their output a function of the input.
-        memory: a mode.
+        memory: a mode; or bytes, as a number or a text such as "4GB": FlowSteps then keep what is fastest within them,
+            see docs/memory.md. In a model with a budget its plan comes in their place.
         anchor_every: steps between stored states: "auto", an int, or None for none but the input. In FlowSteps, an
             injector and a coupling count as a step each; what has neither counts as none.
         tolerance: largest relative drift of a recomputed state, or None for the default by dtype and depth.
@@ -154,7 +159,7 @@ class ReversibleSequence(FlowLayer):
     def __init__(
         self,
         steps: Sequence[nn.Module],
-        memory: str = "reversible",
+        memory: str | int | float = "reversible",
         anchor_every: str | int | None = "auto",
         tolerance: float | None = None,
         memory_budget: str | int = "auto",
@@ -175,17 +180,16 @@ class ReversibleSequence(FlowLayer):
         self.control = DriftControl(self._chain_length(), anchor_every, tolerance, deferred_check)
         self.memory = memory
         self.memory_budget = memory_budget
-        self._cache = FoldCache()
+        self._cache, self._plans = FoldCache(), Plans()
 
     @property
-    def memory(self) -> str:
-        """The memory mode."""
+    def memory(self) -> str | int:
+        """The memory mode, or the bytes that training may take."""
         return self._memory
 
     @memory.setter
-    def memory(self, memory: str) -> None:
-        expect(memory in MEMORY_MODES, "memory", f"one of {MEMORY_MODES}", repr(memory))
-        self._memory = memory
+    def memory(self, memory: str | int | float) -> None:
+        self._memory = parse_memory(memory)
 
     @property
     def memory_budget(self) -> str | int:
@@ -293,7 +297,25 @@ class ReversibleSequence(FlowLayer):
         return states, log_dets[0] if len(log_dets) == 1 else torch.stack(log_dets).sum(0)
 
     def _plan(self, x: Tensor, cond: Tensor | None, squeeze_first: bool) -> RunPlan:
-        return RunPlan.of_mode(self.memory, len(self), self.memory_budget)
+        """What a forward that is recorded does, of a run that is not told by its model."""
+        budget = self.memory
+        if isinstance(budget, str):
+            return RunPlan.of_mode(budget, len(self), self.memory_budget)
+        return call_untraced(ReversibleSequence._made_plan, self, budget, x, cond, squeeze_first)
+
+    def _made_plan(self, budget: int, x: Tensor, cond: Tensor | None, squeeze_first: bool) -> RunPlan:
+        steps = self.flow_steps()
+        expect(self.is_fused, "memory", "a mode, where steps are no FlowSteps as they come", memory_text(budget))
+        spatial = [size // 2 if squeeze_first else size for size in x.shape[2:]]
+        shapes = (x.shape[0], spatial, 0 if cond is None else cond.shape[1])
+
+        def costs(spacings: Sequence[int]) -> tuple[list[RunCost], RestCost]:
+            return [run_cost(steps, *shapes, spacings[0])], RestCost(0, (JoinCost(0, 0),), ())
+
+        wants = tuple(parameter.requires_grad for parameter in self.parameters())
+        key = (x.shape, squeeze_first, shapes[2], wants, run_key(x, couplings_of(steps)))
+        plan = self._plans.of([self.control], key, costs, budget, self.memory_budget, x.device.type)
+        return RunPlan(*plan.splits[0], plan.net_budget)
 
     def _run_fused(
         self,
@@ -375,7 +397,8 @@ class ReversibleSequence(FlowLayer):
 
     def memory_report(self) -> dict[str, Any]:
         """Mode, spacing, drift and what was redone so far; bytes of the anchors need a shape: see plan_chunks."""
-        return {"memory": self.memory, "steps": len(self), **self.control.report()}
+        own = {"memory": self.memory, "steps": len(self), **self.control.report()}
+        return own if isinstance(self.memory, str) else self._plans.report([own])[0]
 
     def get_extra_state(self) -> Tensor:
         """The drift control's state, saved with the weights."""

@@ -12,14 +12,22 @@ from torch import Tensor, nn
 from pyglow_fast import functional, ops
 from pyglow_fast.coupling_nets.net_shape import NetShape
 from pyglow_fast.coupling_nets.plan import plan_chunks
-from pyglow_fast.coupling_nets.precision import HALF, in_precision
+from pyglow_fast.coupling_nets.precision import in_precision
 from pyglow_fast.coupling_nets.traits import TENSORS_PER_LAYER, bytes_per_position
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.flow_step import FlowStep, couplings_of, map_bounds, map_bytes
 from pyglow_fast.layers.injector import AffineInjector
 from pyglow_fast.reference import coupling_net_spec
-from pyglow_fast.reversible.costs import ChainPart, ChunkCost, CouplingCost, NetCost, RunCost
+from pyglow_fast.reversible.costs import (
+    FOLD_KEPT,
+    FOLD_VECTORS,
+    ChainPart,
+    ChunkCost,
+    CouplingCost,
+    NetCost,
+    RunCost,
+)
 from pyglow_fast.reversible.drift import SKETCHED, DriftControl
 from pyglow_fast.reversible.parts import Pass, part_limit
 
@@ -138,16 +146,28 @@ def _layers(net: NetShape) -> list[tuple[int, int]]:
     return [(net.hidden, 3), (net.hidden + net.border, 1), (net.out_channels, 3)]
 
 
-def _parts(
-    steps: Sequence[FlowStep], state: int, positions: int, samples: int, keeps_states: bool, like: Tensor, spacing: DriftControl
-) -> list[ChainPart]:
-    """The parts in which couplings of consecutive steps run when they are recomputed, with their first anchors."""
-    couplings = couplings_of(steps)
-    step_bytes = [sum(parameter.nbytes for parameter in coupling.net.parameters()) for coupling in couplings]
+def _coupling_bounds(steps: Sequence[FlowStep], like: Tensor) -> list[tuple[int, int]]:
+    """(first, one past the last) of the couplings whose maps are folded together."""
     before = [0]
     for step in steps:
         before.append(before[-1] + len(step.couplings))
-    bounds = [(before[first], before[end]) for first, end in map_bounds(steps, like)[0]]
+    return [(before[first], before[end]) for first, end in map_bounds(steps, like)[0]]
+
+
+def _parts(
+    couplings: Sequence[Coupling],
+    bounds: Sequence[tuple[int, int]],
+    state: int,
+    positions: int,
+    keeps_states: bool,
+    like: Tensor,
+    spacing: DriftControl,
+) -> list[ChainPart]:
+    """The parts in which consecutive couplings run when they are recomputed, with their first anchors.
+
+    Bounds are those of the couplings whose maps are folded together.
+    """
+    step_bytes = [sum(parameter.nbytes for parameter in coupling.net.parameters()) for coupling in couplings]
     few = positions <= SKETCHED
     boundary = state if few or keeps_states else state // positions * SKETCHED
     control = None if keeps_states else spacing
@@ -220,9 +240,49 @@ def run_cost(
 
     def parts(begin: int, end: int, keeps_states: bool) -> list[ChainPart]:
         own = list(steps[starts[begin] : starts[end]])
-        return _parts(own, state, positions, samples, keeps_states, like, spacing)
+        bounds = _coupling_bounds(own, like)
+        return _parts(couplings_of(own), bounds, state, positions, keeps_states, like, spacing)
 
     entry = state if on_board else 0
     squeezed = state if squeezes and (len(sizes) != 2 or not ops.run_on(like)) else 0
     witness = samples * channels * bias.element_size()
-    return RunCost(tuple(found), state, witness, tuple(places), cache(parts), entry, squeezed=squeezed)
+    return RunCost(tuple(found), state, witness, tuple(places), cache(parts), entry=entry, squeezed=squeezed)
+
+
+def given_run_cost(
+    couplings: Sequence[Coupling],
+    matrices: Sequence[int],
+    shape: Sequence[int],
+    like: Tensor,
+    cond_channels: int = 0,
+    anchor_every: str | int | None = "auto",
+    behind: bool = False,
+) -> RunCost:
+    """The cost of couplings that run joined with channel maps which someone else makes before the run.
+
+    Args:
+        couplings: as they come, without checkerboards.
+        matrices: bytes of the matrix of the map before each, of a gather those of its scales.
+        shape: of the state, (N, C, *spatial).
+        like: an empty tensor of the state's dtype, device and number of dimensions.
+        cond_channels: of the condition, 0 for none.
+        anchor_every: as of the run.
+        behind: a channel map follows the last coupling.
+    """
+    samples, channels, *spatial = shape
+    vector = channels * like.element_size()
+    net = cache(lambda coupling: net_cost(coupling, channels, samples, spatial, cond_channels, like))
+    found = [CouplingCost(net(part), size, vector) for part, size in zip(couplings, matrices, strict=True)]
+    spacing, count = DriftControl(len(couplings), anchor_every), len(couplings)
+    positions = math.prod(spatial)
+    state = samples * positions * vector
+
+    def parts(begin: int, end: int, keeps_states: bool) -> list[ChainPart]:
+        return _parts(couplings[begin:end], [(0, end - begin)], state, positions, keeps_states, like, spacing)
+
+    # What autograd keeps of their making is as much as of maps that a step of ours folds; and the maps in one tensor.
+    kept = (FOLD_KEPT + 1) * sum(matrices) + (FOLD_VECTORS + 1) * vector * count
+    places = tuple((k, k) for k in range(count + 1))
+    last = state + (FOLD_KEPT * matrices[-1] + FOLD_VECTORS * vector) if behind else 0
+    witness = samples * vector
+    return RunCost(tuple(found), state, witness, places, cache(parts), first_entry=kept, behind=last, given=True)

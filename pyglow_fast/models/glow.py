@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pyglow_fast import functional
 from pyglow_fast._errors import can_read, check_input, expect
 from pyglow_fast.layers import ActNorm, Split
+from pyglow_fast.layers.planned import Plans
 from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.likelihood import bits_per_dim, dequantize
 from pyglow_fast.models.class_head import ClassHead
@@ -25,6 +26,9 @@ from pyglow_fast.models.graphed import GraphedGlow
 from pyglow_fast.models.level import FlowLevel
 from pyglow_fast.models.prior import TopPrior, check_labels, check_temperature, scaled_noise, standardised
 from pyglow_fast.models.settings import GlowSettings
+from pyglow_fast.models.step_costs import glow_costs
+from pyglow_fast.reversible.costs import RestCost, RunCost
+from pyglow_fast.reversible.setting import parse_memory
 
 
 class _Encoded(NamedTuple):
@@ -44,7 +48,9 @@ class Glow(GlowSettings):
 
     Args:
         config: a GlowConfig; or pass its fields as keywords.
-        memory: "reversible", "checkpoint" or "store": what training keeps for the backward; may be changed at any time.
+        memory: "reversible", "checkpoint" or "store": what training keeps for the backward. Or bytes, as a number or a
+            text such as "4GB": the fastest training whose tensors take at most so many beyond parameters and their
+            gradients (docs/memory.md). May be changed at any time.
         anchor_every, tolerance, memory_budget, deferred_check: see :class:`~pyglow_fast.ReversibleSequence`.
         precision: that the coupling nets compute in, the flow state staying float32: "bf16", "fp16", "tf32", "fp32" or
             "auto" (as torch.autocast says); may be changed at any time. Encoding and decoding use float32 nets whatever
@@ -65,7 +71,7 @@ class Glow(GlowSettings):
         self,
         config: GlowConfig | None = None,
         *,
-        memory: str = "reversible",
+        memory: str | int | float = "reversible",
         anchor_every: str | int | None = "auto",
         tolerance: float | None = None,
         memory_budget: str | int = "auto",
@@ -79,6 +85,7 @@ class Glow(GlowSettings):
         )
         expect(config is None or isinstance(config, GlowConfig), "config", "a GlowConfig", type(config).__name__)
         self.config = GlowConfig.from_dict(fields) if config is None else config
+        memory = parse_memory(memory)
         self.state_shapes = self.config.level_shapes()
         options = {
             "memory": memory,
@@ -100,6 +107,7 @@ class Glow(GlowSettings):
             for i in range(self.config.splits)
         )
         self.precision = precision
+        self._plans = Plans()
         self.prior = TopPrior(
             self.state_shapes[-1][0],
             self.config.n_classes,
@@ -108,6 +116,9 @@ class Glow(GlowSettings):
             self.config.dims,
         )
         self.head = ClassHead(self.state_shapes[-1][0], self.config.classify) if self.config.classify else None
+
+    def _costs(self, samples: int, spacings: Sequence[int]) -> tuple[list[RunCost], RestCost]:
+        return glow_costs(self, samples, spacings)
 
     def freeze(self) -> Glow:
         """A copy for deployment: the same densities, latents and samples from folded weights in buffers.
@@ -142,6 +153,7 @@ class Glow(GlowSettings):
         same = view.config.dims == self.config.dims
         expect(same, "spatial", f"{self.config.dims} sides", spatial)
         view.state_shapes = view.config.level_shapes()
+        view._plans = Plans()
         return view
 
     def make_graphed(
@@ -259,12 +271,14 @@ class Glow(GlowSettings):
         latents: list[Tensor] = []
         kept: list[Tensor] = []
         states: list[list[Tensor]] = []
+        plans = self._run_plans(x, conds)
         for i, level in enumerate(self.levels):
             assert isinstance(level, FlowLevel)
+            own = None if plans is None else plans[i]
             if at is None:
-                x, level_log_det = level(x, conds[i])
+                x, level_log_det = level(x, conds[i], own) if own else level(x, conds[i])
             else:
-                found, level_log_det = level.intermediates(x, conds[i], at)
+                found, level_log_det = level.intermediates(x, conds[i], at, own)
                 states.append(found)
                 x = found[-1]
             log_det = log_det + level_log_det

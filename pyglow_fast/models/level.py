@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pyglow_fast.layers import FlowStep, FrozenSteps, ReversibleSequence, Squeeze
 from pyglow_fast.layers.flow_step import NO_COUPLING
+from pyglow_fast.layers.reversible_sequence import RunPlan
 from pyglow_fast.models.condition import fitted
 from pyglow_fast.models.config import GlowConfig
 from pyglow_fast.reference import CouplingSpec
@@ -48,26 +49,33 @@ class FlowLevel(nn.Module):
             if isinstance(steps, ReversibleSequence):
                 setattr(self, name, FrozenSteps(steps))
 
-    def forward(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x (N, C, *spatial) -> z (N, C 2^d, *spatial / 2), unless the level has no squeeze; log_det (N,)."""
+    def forward(self, x: Tensor, cond: Tensor | None, plans: Sequence[RunPlan] | None = None) -> tuple[Tensor, Tensor]:
+        """x (N, C, *spatial) -> z (N, C 2^d, *spatial / 2), unless the level has no squeeze; log_det (N,).
+
+        plans: of its runs of steps, None: as the memory mode of each says.
+        """
         log_det: Tensor | None = None
+        planned = iter([] if plans is None else [{"plan": plan} for plan in plans])
         if self.checkerboard is not None:
-            x, log_det = self.checkerboard(x, fitted(cond, x.shape[2:]))
+            x, log_det = self.checkerboard(x, fitted(cond, x.shape[2:]), **next(planned, {}))
         if self.steps is not None:
             halved = fitted(cond, [size // 2 for size in x.shape[2:]])
-            x, step_log_det = self.steps(x, halved, squeeze_first=True)
+            x, step_log_det = self.steps(x, halved, squeeze_first=True, **next(planned, {}))
             log_det = step_log_det if log_det is None else log_det + step_log_det
         assert log_det is not None  # a level has steps
         return x, log_det
 
-    def intermediates(self, x: Tensor, cond: Tensor | None, at: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+    def intermediates(
+        self, x: Tensor, cond: Tensor | None, at: Sequence[int], plans: Sequence[RunPlan] | None = None
+    ) -> tuple[list[Tensor], Tensor]:
         """x -> the states behind the steps ``at`` after the squeeze, and behind the last one; log_det (N,).
 
         Not of a frozen level, nor of one with checkerboards.
         """
         assert isinstance(self.steps, ReversibleSequence)
         assert self.checkerboard is None
-        return self.steps.intermediates(x, fitted(cond, [size // 2 for size in x.shape[2:]]), at, squeeze_first=True)
+        halved, plan = fitted(cond, [size // 2 for size in x.shape[2:]]), None if plans is None else plans[0]
+        return self.steps.intermediates(x, halved, at, squeeze_first=True, plan=plan)
 
     def inverse(self, z: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         """z -> x, log_det (N,)."""

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast._errors import expect
+from pyglow_fast._errors import check_count, expect
+from pyglow_fast._tracing import is_exporting
 from pyglow_fast.coupling_nets.precision import HALF, check_precision, overridden
 from pyglow_fast.layers import Coupling, ReversibleSequence
+from pyglow_fast.layers.planned import Plans, planned_spacing, run_key
+from pyglow_fast.layers.reversible_sequence import RunPlan
+from pyglow_fast.reversible.costs import RestCost, RunCost
+from pyglow_fast.reversible.limits import call_untraced
+from pyglow_fast.reversible.planner import MemoryPlan, plan_memory
+from pyglow_fast.reversible.setting import parse_memory
 
 # Of the range of x, largest over 8 images of 3x32x32, nets of 64 channels, L = 3, K = 8, trained 150 steps.
 ROUND_TRIP_ERROR = {torch.bfloat16: "1e-3", torch.float16: "2e-4"}
@@ -22,6 +29,7 @@ class GlowSettings(nn.Module):
     """Base of :class:`~pyglow_fast.Glow`: memory mode and precision of all its levels."""
 
     levels: nn.ModuleList
+    _plans: Plans
 
     def _parameter(self) -> Tensor:
         raise NotImplementedError
@@ -31,15 +39,62 @@ class GlowSettings(nn.Module):
         return [run for level in self.levels for run in level.children() if isinstance(run, ReversibleSequence)]
 
     @property
-    def memory(self) -> str:
-        """The memory mode of all levels; "frozen" for a frozen model."""
+    def memory(self) -> str | int:
+        """The memory mode of all levels, or the bytes of the whole model; "frozen" for a frozen model."""
         return self._sequences()[0].memory if self._sequences() else "frozen"
 
     @memory.setter
-    def memory(self, memory: str) -> None:
+    def memory(self, memory: str | int | float) -> None:
         expect(bool(self._sequences()), "memory", "a model that is not frozen", memory)
+        found = parse_memory(memory)
         for sequence in self._sequences():
-            sequence.memory = memory
+            sequence.memory = found
+
+    def _costs(self, samples: int, spacings: Sequence[int]) -> tuple[list[RunCost], RestCost]:
+        """What a training step costs, with anchors so far apart in each run."""
+        raise NotImplementedError
+
+    def memory_plan(self, n: int) -> MemoryPlan | None:
+        """The plan of a training step on n images of the model's size, from shapes alone; None without a budget.
+
+        What the nets run in is reckoned as it would be now: within torch.autocast call it there.
+
+        Args:
+            n: images of a batch.
+
+        Raises:
+            ValueError: the budget is too small for them; the message says how many bytes are enough.
+        """
+        check_count("n", n)
+        budget, sequences = self.memory, self._sequences()
+        if isinstance(budget, str):
+            return None
+        costs = self._costs(n, [planned_spacing(sequence.control) for sequence in sequences])
+        return plan_memory(*costs, budget, sequences[0].memory_budget, self._parameter().device.type)
+
+    def _run_plans(self, x: Tensor, conds: Sequence[Tensor | None]) -> list[list[RunPlan]] | None:
+        """With a budget, what each level's runs of steps do in a forward that is recorded; else None."""
+        if isinstance(self.memory, str) or not torch.is_grad_enabled() or is_exporting():
+            return None
+        return call_untraced(GlowSettings._made_plans, self, self.memory, x, conds)
+
+    def _made_plans(self, budget: int, x: Tensor, conds: Sequence[Tensor | None]) -> list[list[RunPlan]] | None:
+        sequences = self._sequences()
+        wants = [parameter.requires_grad for parameter in self.parameters()]
+        if not (any(wants) or x.requires_grad or any(cond is not None and cond.requires_grad for cond in conds)):
+            return None
+        conditions = tuple(None if cond is None else cond.shape for cond in conds)
+        key = (x.shape, conditions, tuple(wants), run_key(x, self._couplings()))
+        plan = self._plans.of(
+            [sequence.control for sequence in sequences],
+            key,
+            lambda spacings: self._costs(x.shape[0], spacings),
+            budget,
+            sequences[0].memory_budget,
+            x.device.type,
+        )
+        parts = iter([RunPlan(*split, plan.net_budget) for split in plan.splits])
+        return [[next(parts) for run in level.children() if run in sequences] for level in self.levels]
 
     def _couplings(self) -> list[Coupling]:
         return [module for module in self.modules() if isinstance(module, Coupling)]
@@ -74,5 +129,11 @@ class GlowSettings(nn.Module):
             yield
 
     def memory_report(self) -> list[dict[str, Any]]:
-        """A report of each run of steps, two a level with checkerboards: see ReversibleSequence.memory_report."""
-        return [sequence.memory_report() for sequence in self._sequences()]
+        """A report of each run of steps, two a level with checkerboards: see ReversibleSequence.memory_report.
+
+        With a budget each also says what the last training step's plan was: how many of its steps are "stored",
+        "checkpointed" and "inverted", and of all runs together "predicted_bytes" and "predicted_time" over that of
+        mode "store".
+        """
+        reports = [sequence.memory_report() for sequence in self._sequences()]
+        return reports if isinstance(self.memory, str) else self._plans.report(reports)

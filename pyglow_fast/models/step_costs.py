@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from pyglow_fast.layers import FrozenSteps, Split
 from pyglow_fast.layers.step_costs import run_cost
 from pyglow_fast.reversible.costs import SMALL, JoinCost, PriorCost, RestCost, RunCost
@@ -55,6 +53,7 @@ def glow_costs(
     Args:
         model: for its shapes, settings and dtype.
         samples: N.
+        spacings: of the anchors of each run.
         conds: shape of the condition of each level as it is given, (N, C) or (N, C, *spatial); None: maps of other
             sizes than those of the states.
 
@@ -62,24 +61,27 @@ def glow_costs(
         ValueError: a frozen model, which cannot be trained.
     """
     config, like = model.config, model._parameter()
-    size, runs, joins, priors, base = like.element_size(), [], [], [], SMALL
+    size, base = like.element_size(), SMALL
+    runs: list[RunCost] = []
+    joins: list[JoinCost] = []
+    priors: list[PriorCost] = []
     shapes = config.level_shapes()
     for index, level in enumerate(model.levels):
         channels, *spatial = shapes[index]
         state = samples * math.prod(shapes[index]) * size
         split = model.splits[index] if index < len(model.splits) else None
         cond_channels = config.cond_channels_of(index)
-        for name, sizes in (("checkerboard", [2 * s for s in spatial] if level.steps is not None else spatial), ("steps", spatial)):
+        for name, sizes in (
+            ("checkerboard", [2 * s for s in spatial] if level.steps is not None else spatial),
+            ("steps", spatial),
+        ):
             steps = getattr(level, name)
             if steps is None:
                 continue
             assert not isinstance(steps, FrozenSteps)
-            squeezes = name == "steps"
-            every = steps.control.anchor_every
-            runs.append(run_cost(steps.flow_steps(), samples, sizes, cond_channels, every, squeezes))
-            cond = None if conds is None else conds[index]
-            if cond_channels and (cond is None or (len(cond) > 2 and tuple(cond[2:]) != tuple(sizes))):
-                base += samples * cond_channels * math.prod(sizes) * size  # brought to the states' size
+def glow_costs(
+    model: Glow, samples: int, spacings: Sequence[int], conds: Sequence[Sequence[int] | None] | None = None
+) -> tuple[list[RunCost], RestCost]:
             joins.append(JoinCost(0, 0))
         if isinstance(split, Split):
             prior = _split_cost(split, samples, math.prod(spatial), size)

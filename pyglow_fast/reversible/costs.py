@@ -152,9 +152,11 @@ class MapsCost:
     inverting: int
 
     @classmethod
-    def of(cls, couplings: Sequence[CouplingCost]) -> MapsCost:
-        """Of the maps before these."""
+    def of(cls, couplings: Sequence[CouplingCost], given: bool = False) -> MapsCost:
+        """Of the maps before these; of given ones, which were made before the run, only what their use takes."""
         matrices = sum(coupling.matrix for coupling in couplings)
+        if given:
+            return cls(0, 0, matrices, OPEN_MAPS * matrices, INVERTING * matrices)
         kept = FOLD_KEPT * matrices + FOLD_VECTORS * sum(coupling.offset for coupling in couplings)
         kept += max(coupling.matrix for coupling in couplings)  # a unit matrix
         opened = kept + OPEN_MAPS * matrices
@@ -191,8 +193,10 @@ class RunCost:
         witness: bytes of its projections.
         places: (step, coupling) before which a plan may change the mode, ascending, both ends included.
         parts: of couplings first .. end - 1, keeping all states or not.
+        first_entry: bytes that are kept where the run begins.
         entry: bytes that are copied and kept where a mode begins.
         behind: bytes of a channel map behind the last coupling, with the state before it.
+        given: the channel maps are made before the run, and no one folds them again: first_entry has what they keep.
         squeezed: bytes that are copied to squeeze the run's input where that is not done as it is read; else 0.
     """
 
@@ -201,9 +205,15 @@ class RunCost:
     witness: int
     places: tuple[tuple[int, int], ...]
     parts: Callable[[int, int, bool], Sequence[ChainPart]]
+    first_entry: int = 0
     entry: int = 0
     behind: int = 0
+    given: bool = False
     squeezed: int = 0
+
+    def maps(self, first: int, end: int) -> MapsCost:
+        """The cost of the channel maps before couplings first .. end - 1."""
+        return MapsCost.of(self.couplings[first:end], self.given)
 
     def work(self, first: int, second: int, budget: str | int) -> int:
         """The time of forward and backward of the plan, in multiply-adds."""
@@ -257,25 +267,34 @@ def bytes_of(run: RunCost, first: int, second: int, budget: str | int) -> RunByt
     spans = [(0, first, "reversible"), (first, second, "checkpoint"), (second, count, "store")]
     spans = [span for span in spans if span[0] < span[1]]
     for begin, end, mode in spans:
-        ahead.hold(run.entry)
+        ahead.hold(run.entry + (0 if begin else run.first_entry))
         if mode == "store":
             _store_forward(run, begin, end, ahead)
         else:
             _chain_forward(run, begin, end, mode == "checkpoint", budget, ahead)
+    ahead.hold(run.behind)
     back.hold(ahead.now + run.state)  # the gradient of the output
+    if run.behind:
+        back.touch(run.state)
+        back.hold(-run.behind)
     for begin, end, mode in reversed(spans):
         if mode == "store":
             _store_backward(run, begin, end, back)
         else:
             _chain_backward(run, begin, end, mode == "checkpoint", budget, back)
         back.hold(-run.entry)
+        if run.given:  # gradients of the maps, with which what they were made of gets its own in the end
+            back.hold(sum(coupling.matrix for coupling in run.couplings[begin:end]))
+        elif not begin:
+            back.hold(-run.first_entry)
+    if run.given:
+        back.touch(FOLD_BACKWARD * max(coupling.matrix for coupling in run.couplings))
     return RunBytes(ahead.now, ahead.most, back.most)
 
 
 def _store_forward(run: RunCost, begin: int, end: int, meter: Meter) -> None:
     """Keeps u, the net's inside and its output of every coupling; and the output."""
-    own = run.couplings[begin:end]
-    maps = MapsCost.of(own)
+    own, maps = run.couplings[begin:end], run.maps(begin, end)
     meter.hold(maps.kept + (0 if begin else run.squeezed))
     meter.touch(maps.making)
     for coupling in own:
@@ -289,7 +308,7 @@ def _store_forward(run: RunCost, begin: int, end: int, meter: Meter) -> None:
 def _store_backward(run: RunCost, begin: int, end: int, meter: Meter) -> None:
     """From the gradient of the output, which is held, to that of the input, which is held in its place."""
     own = run.couplings[begin:end]
-    maps, of_maps = MapsCost.of(own), 0
+    maps, of_maps = run.maps(begin, end), 0
     for k in reversed(range(len(own))):
         net, state = own[k].net, run.state
         meter.touch(state + net.output)
@@ -310,7 +329,7 @@ def _store_backward(run: RunCost, begin: int, end: int, meter: Meter) -> None:
 def _chain_forward(run: RunCost, begin: int, end: int, keeps_states: bool, budget: str | int, meter: Meter) -> None:
     """Keeps the output, and by coupling its state or a witness; anchors; what tells a part its start."""
     for part in run.parts(begin, end, keeps_states):
-        maps = MapsCost.of(run.couplings[begin + part.maps[0] : begin + part.maps[1]])
+        maps = run.maps(begin + part.maps[0], begin + part.maps[1])
         for k in range(part.first, part.end):
             net = run.couplings[begin + k].net
             chunk = net.chunk_for(budget)
@@ -333,7 +352,7 @@ def _chain_backward(run: RunCost, begin: int, end: int, keeps_states: bool, budg
     if keeps_states:
         meter.hold(-state)  # nothing of this run asks for the output
     for part in reversed(parts):
-        maps = MapsCost.of(run.couplings[begin + part.maps[0] : begin + part.maps[1]])
+        maps = run.maps(begin + part.maps[0], begin + part.maps[1])
         last = part.end == end - begin
         if part.opens:
             meter.touch(maps.making)

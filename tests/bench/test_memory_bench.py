@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import itertools
 import json
 import math
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import memory, memory_case, memory_gradients, memory_models, memory_plots
+from bench import memory, memory_case, memory_gradients, memory_models, memory_plots, memory_rows, memory_runner
 from bench.memory_meter import AllocatorTrace, MemoryMeter, MemoryTrace
 from pyglow_fast import Glow
 
@@ -65,8 +67,19 @@ class TestMeter:
         assert trace.peak_without([torch.zeros(3)])[0] == 13 * KB  # made elsewhere
 
 
+def _kept(model: torch.nn.Module, shape: memory_models.Shape) -> int:
+    """Bytes alive between forward and backward."""
+    x = memory_models.images(shape, CPU)
+    gc.collect()
+    with MemoryMeter() as meter:
+        loss = model.log_prob(x).mean()  # type: ignore[operator]
+        kept = meter.now
+    loss.backward()
+    return kept
+
+
 class TestModels:
-    @pytest.mark.parametrize("implementation", memory_models.IMPLEMENTATIONS)
+    @pytest.mark.parametrize("implementation", [*memory_models.IMPLEMENTATIONS, *memory_models.PARTLY])
     def test_the_same_function_has_the_same_gradients(self, implementation: str) -> None:
         try:
             model = memory_models.build(implementation, TINY, "auto", CPU).double()
@@ -82,6 +95,28 @@ class TestModels:
         memory_case.training_step(exact_model, x)()
         exact = [parameter.grad for parameter in exact_model.parameters() if parameter.grad is not None]
         assert max(memory_case.gradient_error(found, exact)) < 1e-10
+
+    @pytest.mark.parametrize(
+        ("implementation", "wrapped"),
+        [
+            ("plain", []),
+            ("memcnn", []),
+            ("torch checkpoint 1/4", [3, 7]),
+            ("torch checkpoint 1/2", [1, 3, 5, 7]),
+            ("torch checkpoint 3/4", [1, 2, 3, 5, 6, 7]),
+            ("torch checkpoint", [*range(8)]),
+        ],
+    )
+    def test_a_share_of_the_steps(self, implementation: str, wrapped: list[int]) -> None:
+        assert [k for k in range(8) if memory_models.is_checkpointed(implementation, k)] == wrapped
+
+    def test_more_checkpointed_steps_keep_less(self) -> None:
+        shape = dataclasses.replace(TINY, n_steps=4, hidden=32)
+        names = ("plain", *memory_models.PARTLY, "torch checkpoint")
+        kept = [_kept(memory_models.build(name, shape, "auto", CPU), shape) for name in names]
+        # Each quarter is one step of either level: the outputs of its net's two hidden convolutions, at least.
+        hidden = sum(2 * 2 * 32 * side * side * 4 for side in (8, 4))
+        assert all(more - less >= hidden for more, less in itertools.pairwise(kept))
 
     def test_initialised_on_small_images(self) -> None:
         model = memory_models.build("reversible", TINY, 12345, CPU)
@@ -106,12 +141,24 @@ class TestCase:
         assert ("report" in result, "at_the_peak_fresh" in result) == (ours, ours)
         assert "resident_bytes_fresh" in result
 
-    def test_a_single_step_tells_all(self) -> None:
+    def test_the_fewest_steps(self) -> None:
         usual = memory_case.run_case(memory_case.Case("reversible", TINY, passes=2))
-        single = memory_case.run_case(memory_case.Case("reversible", TINY, passes=0))
-        assert 0.5 < single["tensor_bytes_fresh"] / usual["tensor_bytes_fresh"] < 2  # the anchors are not yet adapted
-        assert "tensor_bytes" not in single
-        assert single["report"][0]["passes"] == 1
+        few = memory_case.run_case(memory_case.Case("reversible", TINY, passes=0))
+        # Anchors of two steps do not move within so few passes, so that the second step keeps what the third one does.
+        assert few["tensor_bytes"] == usual["tensor_bytes"]
+        assert few["tensor_bytes_fresh"] == usual["tensor_bytes_fresh"]
+        assert "resident_bytes" not in few
+        assert few["report"][0]["passes"] == 3  # one before, one with gradients held, one with fresh ones
+
+    def test_bytes_that_a_model_refuses(self) -> None:
+        refused = memory_case.run_case(memory_case.Case("store", TINY, memory=1))["refused"]
+        assert refused.startswith("memory: expected")
+
+    def test_bytes_are_given_before_the_first_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        given = []
+        monkeypatch.setattr(memory_case, "give_bytes", lambda model, memory: given.append((type(model), memory)))
+        assert memory_case.run_case(memory_case.Case("store", TINY, passes=0, memory=12345))["report"]
+        assert given == [(Glow, 12345)]
 
     def test_missing_library(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(__import__("sys").modules, "memcnn", None)
@@ -124,9 +171,9 @@ class TestCase:
         assert math.isnan(memory_case.gradient_error([torch.tensor([float("nan"), 0.0]), exact[1]], exact)[0])
 
 
-def row(implementation: str, n_steps: int, size: float, **more: object) -> memory.Row:
-    shape = dataclasses.replace(memory.DEPTH, n_steps=n_steps)
-    return dataclasses.replace(memory.Row("depth", implementation, shape, tensor_bytes=size), **more)  # type: ignore[arg-type]
+def row(implementation: str, n_steps: int, size: float, **more: object) -> memory_rows.Row:
+    shape = dataclasses.replace(memory_rows.DEPTH, n_steps=n_steps)
+    return dataclasses.replace(memory_rows.Row("depth", implementation, shape, tensor_bytes=size), **more)  # type: ignore[arg-type]
 
 
 def test_plots_take_what_a_single_step_tells() -> None:
@@ -138,7 +185,7 @@ def test_plots_take_what_a_single_step_tells() -> None:
 class TestTable:
     def test_straight_line(self) -> None:
         known = [row("plain", 2, 120.0), row("plain", 1, 100.0)]
-        assert memory.straight_line(known, 32) == {"tensor_bytes": 720.0}
+        assert memory_rows.straight_line(known, 32) == {"tensor_bytes": 720.0}
 
     @pytest.mark.parametrize(
         ("limit", "seconds", "counted"), [(8.0, 60.0, False), (1e-4, 60.0, True), (8.0, 1.0, True)]
@@ -147,14 +194,16 @@ class TestTable:
         self, monkeypatch: pytest.MonkeyPatch, limit: float, seconds: float, counted: bool
     ) -> None:
         options = memory._options(["--limit", str(limit), "--seconds", str(seconds)])
-        runner = memory.Runner(options)
+        runner = memory_runner.Runner(options)
 
-        def case(implementation: str, shape: memory.Shape, passes: int, errors: bool) -> dict[str, float]:
+        def case(implementation: str, shape: memory_models.Shape, passes: int, errors: bool) -> dict[str, float]:
             size = 1e5 * shape.n_steps
             return {"tensor_bytes": size, "tensor_bytes_fresh": size, "seconds": 0.1 * shape.n_steps}
 
         monkeypatch.setattr(runner, "case", case)
-        rows = list(runner.rows("resolution", "plain", [dataclasses.replace(memory.RESOLUTION, n_steps=4)], probe=True))
+        rows = list(
+            runner.rows("resolution", "plain", [dataclasses.replace(memory_rows.RESOLUTION, n_steps=4)], probe=True)
+        )
         assert [row.shape.n_steps for row in rows] == [1, 2, 4]
         assert [row.counted for row in rows] == [False, False, counted]
         assert rows[-1].tensor_bytes == pytest.approx(4e5)
@@ -162,20 +211,60 @@ class TestTable:
     def test_growth_is_of_what_was_measured(self) -> None:
         rows = [row("plain", 8, 800e3), row("plain", 32, 3200e3), row("plain", 512, 1.0, counted=True)]
         rows += [row("reversible", 8, 80e3), row("reversible", 32, 82e3)]
-        per_step = memory.growth(rows, "tensor_bytes")
+        per_step = memory_rows.growth(rows, "tensor_bytes")
         assert per_step == {"plain": 100e3, "reversible": pytest.approx(2e3 / 24)}
-        assert "within 1/100" in memory.verdicts(rows)[0]
+        assert "within 1/100" in memory_rows.verdicts(rows)[0]
         rows[-1].tensor_bytes = 120e3
-        assert "beyond 1/100" in memory.verdicts(rows)[0]
+        assert "beyond 1/100" in memory_rows.verdicts(rows)[0]
 
-    def test_bar_of_one_large_step(self) -> None:
-        large = memory.Row("resolution", "reversible", memory.RESOLUTION, tensor_bytes=65e6, resident_bytes=100e6)
-        assert [line.split(", ")[-1] for line in memory.verdicts([large])] == ["beyond 64 MB", "within 200 MB"]
-        assert not memory.verdicts([dataclasses.replace(large, counted=True)])
+    @pytest.mark.parametrize(("image", "bar"), [(memory_rows.RESOLUTION, "40"), (memory_rows.HUGE, "380")])
+    def test_bar_of_one_large_step(self, image: memory_models.Shape, bar: str) -> None:
+        large = memory_rows.Row(
+            "resolution", "reversible", image, tensor_bytes=1e6 * int(bar) + 1e5, tensor_bytes_fresh=1e6 * int(bar)
+        )
+        assert [line.split(", ")[-1] for line in memory_rows.verdicts([large])] == [
+            f"beyond {bar} MB",
+            f"within {bar} MB",
+        ]
+        assert not memory_rows.verdicts([dataclasses.replace(large, counted=True)])
+
+    @pytest.mark.parametrize(("size", "verdict"), [(20e6, "within"), (20.1e6, "beyond")])
+    def test_bar_of_the_deepest(self, size: float, verdict: str) -> None:
+        (line,) = memory_rows.verdicts([row("reversible", 512, size)])
+        assert line.endswith(f", {verdict} 20 MB")
+
+    @pytest.mark.parametrize(("per_step", "verdict"), [(30e3, "within"), (30.1e3, "beyond")])
+    def test_bar_of_the_growth(self, per_step: float, verdict: str) -> None:
+        rows = [row("reversible", 8, 1e6), row("reversible", 128, 2e6), row("reversible", 512, 2e6 + 384 * per_step)]
+        assert f"{per_step / 1e3:.1f} kB, {verdict} 30 kB" in memory_rows.verdicts(rows)[0]
+        assert not any("kB" in line for line in memory_rows.verdicts(rows[:2]))  # other depths, another growth
+
+    def test_never_above_what_wraps_steps(self) -> None:
+        rows = [row("memcnn", 8, 12e6), row("reversible", 8, 13e6), row("reversible", 32, 1e6), row("plain", 8, 1e6)]
+        (line,) = memory_rows.verdicts(rows)
+        assert "13.0 MB, above memcnn's 12.0 MB" in line
+        rows.append(row(memory_rows.SMALL_NETS, 8, 12e6))
+        (line,) = memory_rows.verdicts(rows)
+        assert f"{memory_rows.SMALL_NETS} 12.0 MB, not above memcnn's" in line
+        rows[-1].counted = True
+        assert "above" in memory_rows.verdicts(rows)[0]
+        assert "not above" not in memory_rows.verdicts(rows)[0]
+
+    def test_rows_of_an_earlier_run(self) -> None:
+        machine = {"device": "another", "threads": "2", "torch": "2.0", "commit": "abc"}
+        old = [row("plain", 8, 1e6), row("plain", 32, 1e6), row("store", 32, 1e6)]
+        content = json.loads(json.dumps({"machine": machine, "rows": [dataclasses.asdict(found) for found in old]}))
+        (taken,) = memory_rows.earlier(content, [row("plain", 8, 2e6), row("plain", 32, 2e6, counted=True)])
+        assert (taken.implementation, taken.shape, taken.tensor_bytes) == ("plain", old[1].shape, 1e6)
+        assert memory_rows.text(taken).endswith("  of another, 2 threads, torch 2.0, abc")
+        again = json.loads(
+            json.dumps({"machine": machine | {"device": "a third"}, "rows": [dataclasses.asdict(taken)]})
+        )
+        assert memory_rows.earlier(again, [])[0].origin == taken.origin  # the first one's
 
     def test_counted_is_said(self) -> None:
-        assert memory.text(row("plain", 8, 1e6, counted=True)).endswith("  counted")
-        assert "counted" not in memory.text(row("plain", 8, 1e6))
+        assert memory_rows.text(row("plain", 8, 1e6, counted=True)).endswith("  counted")
+        assert "counted" not in memory_rows.text(row("plain", 8, 1e6))
 
 
 def test_anchors_everywhere_are_not_reversible() -> None:
@@ -200,5 +289,11 @@ def test_in_processes_of_their_own(
     assert rows["plain", 3]["tensor_bytes"] > 2 * rows["plain", 1]["tensor_bytes"]
     assert rows["reversible", 3]["report"][0]["passes"] > 0
     assert "growth per step" in capsys.readouterr().out
+    again = [*options[:2], "--depths", "1", "--implementations", "reversible", "--passes", "1", "--threads", "1"]
+    others = ["--others", str(tmp_path / "memory-cpu.json"), "--out", str(tmp_path / "again")]
+    assert memory.main([*again, *others]) == 0
+    merged = json.loads((tmp_path / "again" / "memory-cpu.json").read_text())["rows"]
+    origins = {(entry["implementation"], entry["shape"]["n_steps"]): bool(entry["origin"]) for entry in merged}
+    assert origins == {("reversible", 1): False, ("plain", 1): True, ("plain", 3): True}
     drawn = memory_plots.draw(content["rows"], tmp_path, "cpu")
     assert drawn or (tmp_path / "memory-depth-cpu.png").stat().st_size > 0

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from bench import scaling, scaling_model, scaling_ranks
 from bench.memory_models import OURS, Shape, plain_levels
 from bench.model_cases import CONFIGS, TRAIN, net_flops
 from pyglow_fast import Glow
+from pyglow_fast.layers import reversible_sequence
+from pyglow_fast.reversible import Pass
 
 DOCS = ROOT / "docs" / "scaling.md"
 SMALL = Shape((3, 16, 16), n_levels=3, n_steps=2, hidden=8, batch=3)
@@ -102,15 +105,27 @@ def test_memory_by_mode() -> None:
     assert scaling_model.step_memory(shape, "reversible", "cuda").chunk > wide.chunk
 
 
-def test_parts_of_a_level_are_those_of_the_chain() -> None:
-    shape = Shape((3, 32, 32), n_levels=2, n_steps=24, hidden=256, batch=1)
-    steps = glow(shape).levels[1].steps
+@pytest.mark.parametrize(("hidden", "groups"), [(256, 1), (16, 2)])
+def test_parts_of_a_level_are_those_of_the_chain(hidden: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut by what the nets' gradients take, or where a group of channel maps ends."""
+    shape = Shape((3, 32, 32), n_levels=3, n_steps=24, hidden=hidden, batch=1)
+    level = 2 if groups > 1 else 1
+    model = glow(shape)
+    steps = model.levels[level].steps
     sizes = [sum(value.nbytes for value in step.coupling.net.parameters()) for step in steps]
+    channels, positions = scaling_model.states(shape)[level]
+    assert sizes == [4 * scaling_model.net_parameters(channels, hidden)] * 24
+    passes: list[Pass] = []
+
+    def noted(*arguments: Any) -> Pass:
+        passes.append(Pass(*arguments))
+        return passes[-1]
+
+    monkeypatch.setattr(reversible_sequence, "Pass", noted)
     steps.memory = "checkpoint"
-    channels = scaling_model.states(shape)[1][0]
-    assert sizes == [4 * scaling_model.net_parameters(channels, 256)] * 24
-    assert scaling_model.n_parts(shape, channels) == len(steps._pass(torch.zeros(1), sizes).parts) > 1
-    assert scaling_model.n_parts(shape, channels, "cuda") == 1
+    steps.eval()(torch.randn(1, channels, int(positions**0.5), int(positions**0.5)))
+    assert scaling_model.n_parts(shape, level) == len(passes[0].parts) >= 2
+    assert scaling_model.n_parts(shape, level, "cuda") == 1
 
 
 def test_the_largest_batch_is_the_largest() -> None:

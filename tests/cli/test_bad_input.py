@@ -40,6 +40,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 FOLDER = ["--size", "16", "--levels", "1", "--steps", "1", "--hidden", "4"]
+MEMORY = 'memory: expected one of ("reversible", "checkpoint", "store") or bytes such as "4GB"'
 TRAIN = [
     ([], f"data: expected {DATA_HELP}, found none"),
     (["cifar"], f"data: expected {DATA_HELP}, found 'cifar'"),
@@ -93,7 +94,10 @@ TRAIN = [
     (["digits", "--optimizer", "sgd"], "optimizer: expected one of ('adam', 'adamw', 'adamax'), found 'sgd'"),
     (["digits", "--lr", "0"], "lr: expected a positive number, found 0.0"),
     (["digits", "--lr", "fast"], "argument --lr: expected a number, found 'fast' .*"),
-    (["digits", "--memory", "disk"], "memory: expected one of ('reversible', 'checkpoint', 'store'), found 'disk'"),
+    *(
+        (["digits", "--memory", said], f"{MEMORY}, found {said!r}")
+        for said in ("disk", "4XB", "", "-1", "0", "nan", "1.5")
+    ),
     (["digits", "--precision", "int8"], "precision: expected one of .*, found 'int8'"),
     (["digits", "--ema", "1"], "ema_decay: expected a number between 0 and 1, or none, found 1.0"),
     (["digits", "--ema", "0.9", "--no-ema"], "argument --no-ema: not allowed with argument --ema .*"),
@@ -164,6 +168,10 @@ def test_train(place: Path, arguments: list[str], message: str, capsys: pytest.C
         ("[model]\nimage_shape = [3, 8, 8]", "image_shape: expected (1, 8, 8), as the images have it, found (3, 8, 8)"),
         ("[model]\nn_classes = 10", "n_classes: expected None, as the images have it, found 10"),
         ("lr = 'fast'", "lr: expected a positive number, found 'fast'"),
+        ("memory = '4XB'", f"{MEMORY}, found '4XB'"),
+        ("memory = nan", f"{MEMORY}, found nan"),
+        ("memory = true", f"{MEMORY}, found True"),
+        ("memory = 0.5", f"{MEMORY}, found 0.5"),
         ("class_conditional = 1", "class_conditional: expected true or false, found 1"),
         ("batch_size = 1.5", "batch_size: expected a positive whole number, found 1.5"),
         ("max_steps = 'none'\nmax_epochs = 0", "max_epochs: expected a positive whole number, found 0"),

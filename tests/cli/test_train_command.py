@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pyglow_fast.cli import main
-from pyglow_fast.train import Checkpoint, RunFolder, read_config
+from pyglow_fast.cli.train import from_file, make_config
+from pyglow_fast.train import Checkpoint, RunFolder, TrainConfig, read_config
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -96,6 +98,70 @@ def test_the_report_is_one_page(trained: Path) -> None:
         assert part in page
     assert page.count("data:image/png;base64,") >= 6  # five curves and the samples
     assert "http" not in page.replace("http-equiv", "")
+
+
+def test_help_says_how_memory_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """With the default that there is."""
+    assert main(["train", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"reversible, checkpoint, store, or bytes such as 4GB ({TrainConfig().memory})" in text
+
+
+def test_memory_in_bytes_from_options_and_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text('memory = "1.5 GiB"\n')
+    config, _ = make_config(from_file(str(path))[0], "digits")
+    assert config.memory == 3 * 2**29
+    config, _ = make_config({"memory": "4GB"}, "digits")
+    assert config.memory == 4_000_000_000
+
+
+@pytest.mark.parametrize("said", ["1GB", "1000000000"])
+def test_a_run_within_bytes(tiny: list[str], said: str, tmp_path: Path) -> None:
+    """There is room for all that it would store, so that it trains as if it did."""
+    for name, memory in (("bytes", said), ("store", "store")):
+        command = ["train", "digits", "--out", str(tmp_path / name), "--quiet", "--max-steps", "3", *tiny]
+        assert main([*command, "--memory", memory]) == 0
+    assert read_config(tmp_path / "bytes" / "config.toml")["memory"] == "1 GB"
+    assert RunFolder(tmp_path / "bytes").load().config.memory == 10**9
+    assert "1 GB" in (tmp_path / "bytes" / "report.html").read_text(encoding="utf-8")
+    found, wanted = weights(tmp_path / "bytes"), weights(tmp_path / "store")
+    for name, value in wanted.items():
+        if not name.endswith("_extra_state"):  # what the control of drift has counted
+            assert torch.equal(found[name], value), name
+
+
+def test_too_few_bytes_are_refused_before_anything_is_made(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "digits", "--out", str(tmp_path / "r"), "--quiet", "--max-steps", "3", *tiny]
+    assert main([*command, "--memory", "1kB"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.fullmatch(r"error: memory: expected at least \d.*, found .*\n", captured.err), captured.err
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(("memory", "shown", "kept"), [("1GB", "1 GB", 10**9), ("1.5 GiB", "1536 MiB", 3 * 2**29)])
+def test_a_resumed_run_may_have_bytes(
+    run: Path, memory: str, shown: str, kept: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "digits", "--out", str(run), "--resume", "--max-steps", "22", "--memory", memory]
+    assert main(command) == 0
+    assert f"resumed with memory = '{shown}' (it was 'reversible')" in capsys.readouterr().out
+    assert RunFolder(run).load().config.memory == kept
+    assert main([*command[:-2], "--max-steps", "24"]) == 0  # the bytes that it has by now
+    assert "resumed with memory" not in capsys.readouterr().out
+    assert RunFolder(run).load().config.memory == kept
+
+
+@pytest.mark.parametrize("memory", ["4XB", "0GB"])
+def test_a_resumed_run_refuses_what_is_no_memory(run: Path, memory: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run / "config.toml").read_text()
+    assert main(["train", "digits", "--out", str(run), "--resume", "--max-steps", "22", "--memory", memory]) == 2
+    expected = 'memory: expected one of ("reversible", "checkpoint", "store") or bytes such as "4GB"'
+    assert capsys.readouterr().err == f"error: {expected}, found {memory!r}\n"
+    assert (run / "config.toml").read_text() == before
 
 
 @pytest.mark.parametrize("memory", ["checkpoint", "store"])

@@ -25,12 +25,14 @@ from support.accelerate_cases import (
     gradients,
     images,
     nflows_loss,
+    noisy,
     normflows_loss,
     prepared,
     subnet,
 )
 from torch import Tensor, nn
 
+from bench.memory_meter import MemoryMeter
 from pyglow_fast.interop import accelerate
 
 
@@ -209,10 +211,67 @@ def test_what_is_not_joined() -> None:
     ("model", "memory", "message"),
     [
         (nn.Linear(2, 2), None, "model: expected layers of normflows, nflows, FrEIA, .*, found none"),
-        (nn.Linear(2, 2), "disk", "memory: expected None or one of"),
+        *(
+            (nn.Linear(2, 2), memory, r'memory: expected one of \("reversible", .*\) or bytes such as "4GB", found ')
+            for memory in ("disk", "4XB", "", 0, -1, 0.5, float("nan"), True)
+        ),
         (3, None, "model: expected a Module, found int"),
     ],
 )
-def test_refusals(model: Any, memory: str | None, message: str) -> None:
+def test_refusals(model: Any, memory: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         accelerate(model, memory)
+
+
+@pytest.mark.parametrize("memory", ["4XB", "0GB", -1])
+@pytest.mark.parametrize("name", ["normflows", "nflows", "FrEIA"])
+def test_a_wrong_memory_changes_nothing(name: str, memory: Any) -> None:
+    model, _, _ = prepared(name)
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=r"^memory: expected one of"):
+        accelerate(model, memory)
+    assert [type(module) for module in model.modules()] == kinds
+
+
+@pytest.mark.parametrize(
+    ("make", "loss_of"),
+    [
+        (lambda: from_normflows(levels=1, steps=8), normflows_loss),
+        (lambda: from_freia(steps=8), freia_loss),
+        (lambda: from_nflows(steps=8), nflows_loss),
+    ],
+    ids=["normflows", "FrEIA", "nflows"],
+)
+def test_within_bytes(make: Callable[[], nn.Module], loss_of: Callable[[Any, Tensor], Tensor]) -> None:
+    """With room for all of it a run stores; halfway between two modes it takes less, and its gradients are theirs."""
+    torch.manual_seed(0)
+    theirs, x = noisy(make()), images(32)
+    with torch.no_grad():
+        loss_of(theirs, x)
+    expected = gradients(theirs, loss_of(theirs, x))
+
+    def measured(memory: str | int) -> tuple[int, int]:
+        """Bytes that are kept for the backward, and that there are at most."""
+        model = copy.deepcopy(theirs)
+        accelerate(model, memory)
+        kept = saved_bytes(model, loss_of, x)
+        with MemoryMeter() as meter:
+            found = gradients(model, loss_of(model, x))
+        assert found.keys() == expected.keys()
+        for name, value in found.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-8, atol=1e-9)
+        return kept, meter.peak
+
+    stored, recomputed = measured("store"), measured("reversible")
+    assert measured("1GB") == pytest.approx(stored, rel=1e-2)
+    kept, peak = measured((stored[1] + recomputed[1]) // 2)
+    assert recomputed[0] < kept < stored[0]
+    assert recomputed[1] < peak < stored[1]
+
+
+def test_bytes_in_the_report() -> None:
+    model, _, _ = prepared("normflows leaky")
+    done = accelerate(model, 4e9)
+    assert done.joined == {f"flows.{i}": "3 steps in one chain each, memory '4 GB'" for i in range(2)}
+    left = accelerate(model, "store").left
+    assert sum("joined before, memory 4 GB" in reason for reason in left.values()) == 6

@@ -84,7 +84,7 @@ def theirs_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize("memory", [None, "reversible", "checkpoint", "store"])
+@pytest.mark.parametrize("memory", [None, "reversible", "checkpoint", "store", "1GB"])
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_and_gradients_are_theirs(name: str, memory: str | None, theirs_calls: list[int]) -> None:
     step = step_of(name)
@@ -299,6 +299,10 @@ def test_small_batches_are_theirs(monkeypatch: pytest.MonkeyPatch, theirs_calls:
         for size, expected in ((least - 1, FlowStep), (least, None)):
             x = torch.randn(1, CHANNELS, 1, size, dtype=torch.float64)
             assert step._pays(x) == (expected is None)
+
+
+def test_bytes_in_the_report() -> None:
+    assert accelerate(step_of("affine"), memory=4e9).joined == {"": "one step, memory '4 GB'"}
 
 
 def test_copies_and_pickles_stay_ours() -> None:

@@ -61,7 +61,7 @@ def batch(dtype: torch.dtype = torch.float64, cond: int = 0) -> tuple[Tensor, Te
 
 
 @pairs(
-    pytest.mark.parametrize("memory", MODES),
+    pytest.mark.parametrize("memory", [*MODES, "1GB"]),
     pytest.mark.parametrize("norm", NORMS),
     pytest.mark.parametrize("sigmoid_scale", [False, True]),
     pytest.mark.parametrize("cond", [0, 3]),

@@ -39,7 +39,7 @@ def results(model: Any, x: Tensor) -> list[Tensor]:
 
 
 @models
-@modes
+@pytest.mark.parametrize("memory", [*MEMORY, "1GB"])
 def test_equal_in_float64(make: Any, memory: str | None) -> None:
     model, shape = make()
     model = model.double()

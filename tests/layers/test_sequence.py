@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import pyglow_fast as pgf
 from pyglow_fast.layers import GroupedInvConv, MaskedSequence, WaveNet, squeeze_time, unsqueeze_time
 from pyglow_fast.layers.flow_step import FlowStep
 from pyglow_fast.reference import CouplingSpec
-from pyglow_fast.reversible.drift import Witness
+from pyglow_fast.reversible.drift import before_map, project, sketch, witness_drift
 
 MEMORY = ("store", "checkpoint", "reversible")
 LENGTHS, TIME = (9, 5, 2), 9
@@ -154,19 +155,24 @@ def test_initialisation_sees_the_positions_that_are_there() -> None:
     assert_close(fresh.flow_steps()[0].actnorm.bias[None], actnorm.bias.detach()[None])
 
 
-def test_drift_is_judged_with_the_mask() -> None:
+@pytest.mark.parametrize("see", [project, sketch], ids=["projection", "sketch"])
+def test_drift_is_judged_with_the_mask(see: Callable[[Tensor], Tensor]) -> None:
     x, mask = torch.randn(2, 4, 50).double(), mask_of_lengths((50, 7), 50)
-    matrix, offset = torch.randn(4, 4).double(), torch.randn(4).double()
-    u = (torch.einsum("ij,njt->nit", matrix, x * mask) + offset[:, None]) * mask
-    (witness,) = Witness.all_of(Witness.of(u))
-    assert float(witness.drift(x * mask, matrix, offset, mask=mask)) < 1e-12
-    assert float(witness.drift(x * mask, matrix, offset)) > 1e-3  # what the offset adds behind the end
-    assert float(witness.drift((x + 1e-3) * mask, matrix, offset, mask=mask)) > 1e-5
+    offset = torch.randn(4).double()
+
+    def drift(x: Tensor, seen: Tensor, inverse: Tensor, index: Tensor | None, mask: Tensor | None) -> float:
+        return float(witness_drift(x, before_map(seen, x, inverse, offset, index, mask)))
+
+    matrix = torch.randn(4, 4).double()
+    mixed = (torch.einsum("ij,njt->nit", matrix, x * mask) + offset[:, None]) * mask
     index, scale = torch.tensor([2, 0, 3, 1]), torch.rand(4).double() + 0.5
     gathered = (x[:, index] * scale[:, None] + offset[:, None]) * mask
-    (witness,) = Witness.all_of(Witness.of(gathered))
-    assert float(witness.drift(x * mask, scale, offset, index, mask)) < 1e-12
-    assert float(witness.drift(x * mask, scale, offset, index)) > 1e-3
+    back = torch.tensor([1, 3, 0, 2])
+    for u, inverse, source in ((mixed, matrix.inverse(), None), (gathered, 1 / scale[back], back)):
+        seen = see(u)
+        assert drift(x * mask, seen, inverse, source, mask) < 1e-12
+        assert drift(x * mask, seen, inverse, source, None) > 1e-3  # what the offset adds behind the end
+        assert drift((x + 1e-3) * mask, seen, inverse, source, mask) > 1e-5
 
 
 def test_states_that_drift_are_redone() -> None:

@@ -18,7 +18,7 @@ from pyglow_fast.reversible import DriftControl, drift, passes
 
 DEEP = next(case for case in CASES if case.name == "depth-8")
 LIMIT = 1e-6
-CALM, TIGHT, TOO_MUCH = 0.01 * LIMIT, 0.5 * LIMIT, 2.0 * LIMIT
+CALM, TIGHT, TOO_MUCH = 0.01 * LIMIT, 0.51 * LIMIT, 2.0 * LIMIT
 
 
 def record(control: DriftControl, value: float, spacing: int | None = None) -> None:

@@ -22,15 +22,19 @@ from torch import Tensor, nn
 import pyglow_fast as pgf
 from bench.memory_meter import peak_tensor_bytes
 from pyglow_fast.reference import n_positions
+from pyglow_fast.reversible import backward, passes, walk
 from pyglow_fast.reversible import drift as drift_module
-from pyglow_fast.reversible import passes, walk
 from pyglow_fast.reversible.drift import (
+    PROJECTION_SLACK,
+    SKETCHED,
     DriftControl,
-    Witness,
     anchor_drift,
+    before_map,
     default_tolerance,
     lowest_precision,
     project,
+    sketch,
+    witness_drift,
 )
 
 DEEP = next(case for case in CASES if case.name == "depth-8")
@@ -65,7 +69,7 @@ def whole_error(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> tuple[fl
     ids=str,
 )
 def test_ill_conditioned_steps_give_gradients_as_good_as_stored_ones(
-    depth: int, spread: float, every: str | int | None
+    depth: int, spread: float, every: str | int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sequence, x = strong_steps(depth, spread), torch.randn(2, 12, 8, 8, dtype=torch.float64)
 
@@ -85,7 +89,8 @@ def test_ill_conditioned_steps_give_gradients_as_good_as_stored_ones(
     assert all(error <= 2.0 * bound for error, bound in zip(got, stored, strict=True)), (got, stored)
 
     Mode("reversible", every).apply(sequence)
-    sequence.control.tolerance = 1e30  # what it would have been without the control
+    # What it would have been without the control.
+    monkeypatch.setattr(walk.Walk, "_judge_each", lambda own, z, grad, _: own._invert_all(z, grad)[0])
     uncontrolled = whole_error(gradients(sequence, x.float(), None, run), exact)
     assert not uncontrolled[0] <= 100.0 * stored[0], "a case that needs no control"
 
@@ -113,68 +118,148 @@ def test_states_that_cannot_be_inverted_at_all(at_the_end: bool, monkeypatch: py
             assert not math.isfinite(report["last_drift"])
 
 
-def witness_of(u: Tensor) -> Witness:
-    return Witness.all_of(Witness.of(u))[0]
+SEEN = {"projection": project, "sketch": sketch}
 
 
+@pytest.mark.parametrize("kind", list(SEEN))
 class TestWitnesses:
-    """The projection of a state on random signs."""
+    """The projections of a state on random signs, one (N, C) or several, (N, C, SKETCHED)."""
 
     def states(self, *shape: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x, matrix, offset = torch.randn(*shape), torch.randn(shape[1], shape[1]), torch.randn(shape[1])
-        return x, matrix, offset, torch.einsum("ij,nj...->ni...", matrix, x) + offset.reshape(-1, *[1] * (x.dim() - 2))
+        """x, the inverse of a matrix M, c, and M x + c."""
+        sizes = (shape, (shape[1], shape[1]), shape[1:2])
+        x, matrix, offset = (torch.randn(size, dtype=torch.float64) for size in sizes)
+        u = torch.einsum("ij,nj...->ni...", matrix, x) + offset.reshape(-1, *[1] * (x.dim() - 2))
+        return x, matrix.inverse(), offset, u
 
     @pytest.mark.parametrize("shape", [(2, 4, 8, 8), (3, 4, 1), (2, 6), (1, 2, 3, 4, 5)], ids=str)
-    def test_no_drift_is_none(self, shape: tuple[int, ...]) -> None:
-        x, matrix, offset, u = self.states(*shape)
-        positions = math.prod(shape[2:])
-        bound = tolerance(positions, dtype=torch.float32)
-        assert float(witness_of(u).drift(x, matrix, offset)) <= bound
-        assert float(witness_of(x).drift_of(x)) == 0.0
+    def test_no_drift_is_none(self, kind: str, shape: tuple[int, ...]) -> None:
+        """Of x itself exactly; seen behind a map up to the rounding of the map and of its inverse."""
+        x, inverse, offset, u = self.states(*shape)
+        bound = tolerance(
+            math.prod(shape[2:]), float(torch.linalg.cond(inverse)) * float(u.abs().max() / x.abs().min())
+        )
+        assert bound < 1e-2
+        assert float(witness_drift(x, before_map(SEEN[kind](u), x, inverse, offset))) <= bound
+        assert float(witness_drift(x, SEEN[kind](x))) == 0.0
+
+    def test_the_maps_of_several_steps_at_once(self, kind: str) -> None:
+        """Each as if it were alone, gathers too; a sketch is that of one map."""
+        sizes = ((3, 2, 4, 7), (3, 4, 4), (3, 4), (3, 4))
+        x, inverse, offset, scale = (torch.randn(size, dtype=torch.float64) for size in sizes)
+        index = torch.stack([torch.randperm(4) for _ in range(3)])
+        seen = torch.stack([SEEN[kind](state) for state in x])
+        assert seen.shape == ((3, 2, 4) if kind == "projection" else (3, 2, 4, SKETCHED))
+        for maps, back in ((inverse, None), (scale, index)):
+            alone = [before_map(seen[k], x[k], maps[k], offset[k], None if back is None else back[k]) for k in range(3)]
+            for k in range(3):
+                moved = x[k] - offset[k][:, None]
+                moved = torch.einsum("ij,njt->nit", maps[k], moved) if back is None else moved[:, back[k]]
+                moved = moved if back is None else moved * maps[k][:, None]
+                assert torch.allclose(alone[k], SEEN[kind](moved), rtol=1e-12, atol=1e-12)
+            if kind == "projection":
+                assert torch.allclose(before_map(seen, x[0], maps, offset, back), torch.stack(alone), rtol=1e-12)
 
     @pytest.mark.parametrize("relative", [1e-4, 1e-2, 1.0])
-    def test_the_measure_is_that_of_an_anchor(self, relative: float) -> None:
+    def test_the_measure_is_that_of_an_anchor(self, kind: str, relative: float) -> None:
         """One of many projections of an error on random signs is near its norm."""
         x, _, _, _ = self.states(16, 12, 16, 16)
         wrong = x * (1.0 + relative * torch.randn_like(x))
-        exact, seen = float(anchor_drift(wrong, x)), float(witness_of(x).drift_of(wrong))
-        assert exact / 4.0 < seen < 1.5 * exact
+        # Against its own norms, of which those of a state that is all wrong are 1.4 times as large.
+        exact, seen = float(anchor_drift(wrong, x)), float(witness_drift(wrong, SEEN[kind](x)))
+        assert exact / (4.0 if kind == "projection" else 1.5) < seen < (1.5 if kind == "projection" else 2.5) * exact
 
-    def test_a_small_channel_cannot_hide(self) -> None:
+    def test_a_small_channel_cannot_hide(self, kind: str) -> None:
         x, _, _, _ = self.states(4, 6, 8, 8)
         x[:, 2] *= 1e-4
         wrong = x.clone()
         wrong[1, 2] *= 1.01
         assert 5e-3 < float(anchor_drift(wrong, x)) < 2e-2
-        assert 5e-4 < float(witness_of(x).drift_of(wrong)) < 2e-2
+        assert 5e-4 < float(witness_drift(wrong, SEEN[kind](x))) < 2e-2
         of_all = relative_error(wrong, x)
         assert of_all < 1e-5, "a norm over all channels would have seen nothing"
 
-    def test_a_large_sample_does_not_hide_the_others(self) -> None:
+    def test_a_large_sample_does_not_hide_the_others(self, kind: str) -> None:
         x, _, _, _ = self.states(6, 4, 8, 8)
         x[2] *= 1e5
         wrong = x.clone()
         wrong[4] *= 1.01
         assert float(anchor_drift(wrong, x)) > 5e-3
-        assert float(witness_of(x).drift_of(wrong)) > 5e-4
+        assert float(witness_drift(wrong, SEEN[kind](x))) > 5e-4
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-    def test_what_is_not_finite_is_never_within_bounds(self, bad: float) -> None:
-        x, matrix, offset, u = self.states(2, 4, 5, 5)
+    def test_what_is_not_finite_is_never_within_bounds(self, kind: str, bad: float) -> None:
+        x, inverse, offset, u = self.states(2, 4, 5, 5)
         wrong = x.clone()
         wrong[1, 3, 2, 2] = bad
         limit = default_tolerance(torch.float32)
         for drift in (
-            witness_of(u).drift(wrong, matrix, offset),
-            witness_of(x).drift_of(wrong),
+            witness_drift(wrong, before_map(SEEN[kind](u), x, inverse, offset)),
+            witness_drift(wrong, SEEN[kind](x)),
             anchor_drift(wrong, x),
         ):
             assert not float(drift) <= limit
 
-    def test_no_samples(self) -> None:
-        x, matrix, offset, u = self.states(0, 4, 5, 5)
-        assert float(witness_of(u).drift(x, matrix, offset)) == 0.0
+    def test_no_samples(self, kind: str) -> None:
+        x, inverse, offset, u = self.states(0, 4, 5, 5)
+        assert float(witness_drift(x, before_map(SEEN[kind](u), x, inverse, offset))) == 0.0
         assert float(anchor_drift(x, x)) == 0.0
+
+
+class TestSketches:
+    """How many errors of twice the limit a sketch lets pass, by what drift.py says of Gaussian projections."""
+
+    LIMIT, TRIALS = 1e-3, 1000
+
+    def passed(self, times: float, channels: int) -> float:
+        """The share of errors that are so many times the limit in the first channels and pass, over seeds."""
+        generator, passed = torch.Generator().manual_seed(1), 0
+        x = torch.randn(1, 12, 256, generator=generator, dtype=torch.float64)
+        seen = sketch(x)
+        for _ in range(self.TRIALS):
+            error = torch.randn(1, channels, 256, generator=generator, dtype=torch.float64)
+            scale = times * self.LIMIT * x[:, :channels].norm(dim=2) / error.norm(dim=2)
+            wrong = x.clone()
+            wrong[:, :channels] += error * scale.unsqueeze(2)
+            passed += float(witness_drift(wrong, seen)) <= self.LIMIT
+        return passed / self.TRIALS
+
+    def test_what_is_spread_over_the_channels_is_always_found(self) -> None:
+        """All 12 have to pass at once: the chance is 0.09^12."""
+        assert self.passed(2.0, 12) == 0.0
+
+    @pytest.mark.parametrize(("times", "share"), [(2.0, 0.09), (4.0, 1 / 140)])
+    def test_what_one_channel_has_alone(self, times: float, share: float) -> None:
+        """The mean square of 4 Gaussians is below 1 / times^2: chi-squared, 1 - e^-h (1 + h) with h = 2 / times^2."""
+        half = SKETCHED / (2.0 * times**2)
+        exact = 1.0 - math.exp(-half) * (1.0 + half)
+        assert exact == pytest.approx(share, rel=0.05)
+        deviation = (exact * (1.0 - exact) / self.TRIALS) ** 0.5
+        assert abs(self.passed(times, 1) - exact) <= 4.0 * deviation
+
+    def test_a_single_projection_lets_more_pass(self) -> None:
+        """So it is no witness of what ends a part."""
+        x = torch.randn(1, 12, 256, dtype=torch.float64)
+        found = [float(witness_drift(x + 2.0 * self.LIMIT * torch.randn_like(x), project(x))) for _ in range(200)]
+        passed = sum(drift <= self.LIMIT for drift in found) / len(found)
+        # Of 12 Gaussians none is beyond PROJECTION_SLACK / 2.
+        exact = math.erf(PROJECTION_SLACK / 2.0 / 2.0**0.5) ** 12
+        assert abs(passed - exact) < 4.0 * (exact * (1.0 - exact) / len(found)) ** 0.5 + 0.05
+
+
+@pytest.mark.parametrize("positions", [3, 1023, 1024, 1025, 1031, 5000])
+def test_a_sketch_is_on_signs_of_its_own(positions: int) -> None:
+    """One sign a position in each projection, no two of them alike, none that of the single one."""
+    sums = sketch(torch.eye(positions, dtype=torch.float64).unsqueeze(0))[0]
+    assert set(sums.flatten().tolist()) == {-1.0, 1.0}
+    ones = sketch(torch.ones(1, 1, positions, dtype=torch.float64))[0, 0]
+    assert torch.equal(ones, sums.sum(0))
+    assert torch.equal(ones, drift_module._sketch_signs(positions, torch.float64, ones.device)[2])
+    if positions > 1000:
+        signs = torch.cat([sums, project(torch.eye(positions, dtype=torch.float64).unsqueeze(0))[0][:, None]], dim=1)
+        alike = (signs.T @ signs / positions - torch.eye(SKETCHED + 1, dtype=torch.float64)).abs()
+        # By blocks: of b blocks and n positions in each the correlation is a product of two, of 1 / sqrt(n b).
+        assert float(alike.max()) < 5.0 / positions**0.5
 
 
 @pytest.mark.parametrize("at", [1, 3, 6])
@@ -199,11 +284,11 @@ def test_drift_inside_a_segment_that_its_ends_hide(at: int, monkeypatch: pytest.
     monkeypatch.setattr(passes, "step_backward", wrong)
     assert_same_gradients(gradients(sequence, x, cond), expected)
     report = sequence.memory_report()
-    assert report["redone_steps"] == at + 1, "the steps after it were right"
+    assert report["redone_steps"] == 8, "the segment is judged as one"
     assert 1e-3 < report["last_drift"] < 1e-1
-    assert seen == list(range(7, at - 1, -1))
+    assert seen == list(range(7, -1, -1))
 
-    monkeypatch.setattr(Witness, "drift", lambda *_: torch.zeros(()))
+    monkeypatch.setattr(backward, "projected_drift", lambda *_: torch.zeros(()))
     Mode("reversible", None).apply(sequence)
     seen.clear()
     with pytest.raises(AssertionError, match="relative error"):
@@ -223,14 +308,14 @@ def test_drift_that_the_anchor_alone_sees(monkeypatch: pytest.MonkeyPatch) -> No
         return (1.01 * found if len(calls) <= 4 else found, *grads)
 
     monkeypatch.setattr(passes, "step_backward", wrong)
-    monkeypatch.setattr(Witness, "drift", lambda *_: torch.zeros(()))
+    monkeypatch.setattr(backward, "projected_drift", lambda *_: torch.zeros(()))
     Mode("reversible", 4).apply(sequence)
     assert_same_gradients(gradients(sequence, x, cond), expected)
     assert sequence.memory_report()["redone_steps"] == 4
 
 
 def test_runs_of_the_nets_where_a_segment_is_redone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The segment of steps 4..7 drifts as it is begun: one more run of its nets, and none of the others'."""
+    """The segment of steps 4..7 drifts as it is begun: its nets run forward and back again, and none of the others."""
     sequence, (x, _) = DEEP.build(), DEEP.batch()
     Mode("reversible", 4, 2**40).apply(sequence)
     true, calls = passes.step_backward, []
@@ -245,7 +330,7 @@ def test_runs_of_the_nets_where_a_segment_is_redone(monkeypatch: pytest.MonkeyPa
     with counted_runs(sequence) as runs:
         value.backward()
     order = [int(name.split(".")[0]) for name in runs]
-    assert order == [7, 4, 5, 6, 7, 6, 5, 4, 3, 2, 1, 0]
+    assert order == [7, 6, 5, 4, *[4, 5, 6], *[7, 6, 5, 4], *[3, 2, 1, 0]]
 
 
 class TestTolerance:

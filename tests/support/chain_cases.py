@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
+from pyglow_fast.layers import flow_step, reversible_sequence
 from support.bijections import softplus_scale
 from support.helpers import tolerance
+
+MAP_BOUNDS = flow_step.map_bounds
 
 # What a rounding of a state may grow by on its way into a gradient, in the small steps of this file.
 CONDITION = 1000.0
@@ -39,6 +43,26 @@ MODES = [
     *(Mode("reversible", every) for every in (None, 1, 2, 3)),
     *(Mode(memory, "auto", budget) for memory in ("checkpoint", "reversible") for budget in (1, 4000, WHOLE)),
 ]
+
+
+ONE_PART, EVERY_STEP = 2**60, 0  # limits of a part's gradients
+
+
+def cut_parts(patch: pytest.MonkeyPatch, limit: int, steps: int = 0) -> None:
+    """Runs that begin from now on have parts of ``limit`` bytes, or of as many ``steps``, if their parameters allow."""
+    found = (lambda _, step_bytes, *rest: steps * max(step_bytes)) if steps else (lambda *_: limit)
+    patch.setattr(reversible_sequence, "part_limit", found)
+
+
+def fold_by(patch: pytest.MonkeyPatch, steps: int) -> None:
+    """Runs that begin from now on fold the channel maps of so many steps at once; 0: of all."""
+
+    def bounds(of: Sequence[pgf.FlowStep], like: Tensor) -> tuple[list[tuple[int, int]], int]:
+        patch.setattr(flow_step, "FOLDED_AT_ONCE", steps * max(map(flow_step.map_bytes, of)) if steps else 2**60)
+        return true(of, like)
+
+    true = MAP_BOUNDS
+    patch.setattr(flow_step, "map_bounds", bounds)
 
 
 @dataclass(frozen=True)

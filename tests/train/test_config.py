@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,14 @@ def test_json_round_trip() -> None:
             r"weight_decay: expected 0 with optimizer 'adamax' \(adamw has it\), found 0.1",
         ),
         ({"weight_decay": 0.1}, r"weight_decay: expected 0 with optimizer 'adam' \(adamw has it\), found 0.1"),
-        ({"memory": "disk"}, r"memory: expected one of \('reversible', 'checkpoint', 'store'\), found 'disk'"),
+        *(
+            (
+                {"memory": memory},
+                r'memory: expected one of \("reversible", "checkpoint", "store"\) or bytes such as "4GB", found '
+                + re.escape(repr(memory)),
+            )
+            for memory in ("disk", "4XB", "", "0GB", "-4GB", 0, -1, 0.5, float("nan"), float("inf"), True, None)
+        ),
         ({"precision": "int8"}, "precision: expected one of .*, found 'int8'"),
         ({"compile": 1}, "compile: expected true or false, found 1"),
         ({"ema_decay": 1.0}, "ema_decay: expected a number between 0 and 1, or none, found 1.0"),
@@ -108,6 +116,28 @@ def test_refusals(fields: dict[str, Any], message: str) -> None:
 def test_unknown_keys_are_refused(values: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainConfig.from_dict(values)
+
+
+@pytest.mark.parametrize("memory", ["4GB", "4 gb", "4000000000", 4_000_000_000, 4e9])
+def test_memory_in_bytes(memory: Any) -> None:
+    """However it is said: a number of bytes here, a text where people read it."""
+    config = TrainConfig(memory=memory)
+    assert config == TrainConfig(memory="4GB")
+    assert (config.memory, type(config.memory)) == (4_000_000_000, int)
+    assert config.to_dict()["memory"] == "4 GB"
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config.changes(TrainConfig(memory="4 GB")) == {}
+    assert config.changes(TrainConfig()) == {"memory": ("4 GB", "reversible")}
+
+
+def test_memory_may_change_in_a_resumed_run() -> None:
+    config = TrainConfig(memory="store").adjusted(memory="1.5 GiB")
+    assert config.memory == 1_610_612_736
+    assert config.adjusted(memory=4e9).memory == 4_000_000_000
+    assert config.adjusted(log_every=7).memory == 1_610_612_736
+    assert config.adjusted(memory="checkpoint").memory == "checkpoint"
+    with pytest.raises(ValueError, match=r"^memory: expected one of .*, found '4XB'"):
+        config.adjusted(memory="4XB")
 
 
 def test_adjusted(tiny_config: Callable[..., TrainConfig]) -> None:

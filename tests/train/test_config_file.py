@@ -24,12 +24,30 @@ CONFIG = TrainConfig(
 )
 
 
-@pytest.mark.parametrize("config", [CONFIG, TrainConfig()], ids=["changed", "default"])
+@pytest.mark.parametrize(
+    "config",
+    [CONFIG, TrainConfig(), TrainConfig(memory="4GB"), TrainConfig(memory=2**63 - 1)],
+    ids=["changed", "default", "bytes", "most bytes"],
+)
 def test_toml_holds_every_field(config: TrainConfig, tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text(to_toml(config))
     assert TrainConfig.from_dict(read_config(path)) == config
     assert to_toml(TrainConfig.from_dict(read_config(path))) == path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *(("x.toml", f"memory = {value}") for value in ('"4GB"', "'4 GB'", "4_000_000_000", "4e9", '"4000000000"')),
+        *(("x.yaml", f"memory: {value}") for value in ("4GB", "4 GB", "4000000000", "4e9", "'4000000000'")),
+        *(("x.json", f'{{"memory": {value}}}') for value in ('"4GB"', "4000000000", "4e9")),
+    ],
+)
+def test_memory_in_bytes(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    assert TrainConfig.from_dict(read_config(tmp_path / name)) == TrainConfig(memory=4_000_000_000)
+    assert 'memory = "4 GB"' in to_toml(TrainConfig.from_dict(read_config(tmp_path / name))).splitlines()
 
 
 def test_yaml_and_json_say_the_same(tmp_path: Path) -> None:

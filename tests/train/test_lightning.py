@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyglow_fast import Glow, GlowConfig
+from pyglow_fast.reversible.setting import parse_memory
 from pyglow_fast.train import TrainingDivergedError
 from pyglow_fast.train.lightning import GlowModule
 from pyglow_fast.train.seeds import derive
@@ -166,6 +167,24 @@ def test_a_checkpoint_is_plain_and_makes_the_module_again(tmp_path: Path) -> Non
     assert other.model.memory == "store"
     one, two = (trainer(tmp_path).validate(m, loader(), verbose=False)[0] for m in (module, again))
     assert one == two
+
+
+@pytest.mark.parametrize("memory", ["1GB", 1_500_000_000])
+def test_a_checkpoint_keeps_memory_in_bytes(tmp_path: Path, memory: str | int) -> None:
+    torch.manual_seed(1)
+    module = Recording(Glow(CONFIG, memory=memory), N_BINS, lr=2e-2)
+    fit = trainer(tmp_path)
+    fit.fit(module, loader())
+    fit.save_checkpoint(tmp_path / "it.ckpt")
+    assert all(math.isfinite(loss) for loss in module.losses)
+    again = GlowModule.load_from_checkpoint(tmp_path / "it.ckpt", weights_only=True)
+    assert parse_memory(again.model.memory) == parse_memory(module.model.memory) == parse_memory(memory)
+    assert_same(weights(module), weights(again))
+    fit = trainer(tmp_path, max_epochs=3)
+    fit.fit(again, loader(), ckpt_path=tmp_path / "it.ckpt", weights_only=True)
+    assert parse_memory(again.model.memory) == parse_memory(memory)
+    other = GlowModule.load_from_checkpoint(tmp_path / "it.ckpt", model=Glow(CONFIG, memory="store"))
+    assert other.model.memory == "store"
 
 
 def by_hand(module: GlowModule, images: list[Tensor], what: tuple[str | int, ...] = ("evaluation", 0)) -> Tensor:

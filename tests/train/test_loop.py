@@ -17,6 +17,7 @@ from PIL import Image
 from pyglow_fast import GlowConfig
 from pyglow_fast.data import DataConfig, ImageSet, histogram_bits_per_dim, png_bits_per_dim, split
 from pyglow_fast.layers import ActNorm
+from pyglow_fast.reversible.setting import parse_memory
 from pyglow_fast.train import (
     Checkpoint,
     FolderError,
@@ -129,6 +130,12 @@ def test_threads_are_those_asked_for_and_given_back(
     run.execute(quiet=True)
     assert found == [2]
     assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("memory", ["reversible", "checkpoint", "store", "1GB"])
+def test_the_model_is_told_how_to_keep_memory(memory: str, tiny_config: MakeConfig, tiny_images: ImageSet) -> None:
+    state = TrainState(tiny_config(memory=memory), tiny_images)
+    assert parse_memory(state.model.memory) == parse_memory(memory)
 
 
 def test_two_runs_are_the_same_run(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path) -> None:

@@ -27,7 +27,6 @@ from pyglow_fast.layers import Coupling
 from pyglow_fast.layers.flow_step import ChannelMap, given_maps, run_couplings, run_couplings_inverse
 from pyglow_fast.layers.reversible_sequence import run_recomputing
 from pyglow_fast.reversible import DriftControl
-from pyglow_fast.reversible.setting import memory_text
 
 # Positions of a batch: below, what is done with the parameters takes longer than is gained on the data.
 LEAST_POSITIONS, LEAST_WITHOUT_NET = 1600, 6400
@@ -40,12 +39,12 @@ class Memory:
     """How a step keeps what its backward needs; see ReversibleSequence for the modes.
 
     Args:
-        mode: "reversible", "checkpoint" or "store", or bytes.
+        mode: "reversible", "checkpoint" or "store".
         budget: bytes of one net's activations, or "auto".
         n_couplings: of the step.
     """
 
-    def __init__(self, mode: str | int, budget: str | int, n_couplings: int) -> None:
+    def __init__(self, mode: str, budget: str | int, n_couplings: int) -> None:
         self.mode, self.budget = mode, budget
         self.control = DriftControl(n_couplings, "auto", None, False)
 
@@ -185,13 +184,13 @@ def release(model: nn.Module, only: Collection[nn.Module] | None = None) -> list
     return names
 
 
-def recompute(model: nn.Module, mode: str | int, budget: str | int) -> dict[str, str]:
+def recompute(model: nn.Module, mode: str, budget: str | int) -> dict[str, str]:
     """Have our steps with a coupling keep their input alone for the backward; returns which, and how."""
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, AdoptedStep) and module._parts.couplings and module._memory is None:
             module._memory = Memory(mode, budget, len(module._parts.couplings))
-            found[name] = f"one step, memory {memory_text(mode)!r}"
+            found[name] = f"one step, memory {mode!r}"
     return found
 
 

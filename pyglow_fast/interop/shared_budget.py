@@ -1,0 +1,128 @@
+"""Bytes that the joined runs of one model share, whose shapes and order are known only when they have been called."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from pyglow_fast.layers.planned import REMEMBERED, Plans, counts, predicted
+from pyglow_fast.layers.reversible_sequence import RunPlan
+from pyglow_fast.reversible import DriftControl
+from pyglow_fast.reversible.costs import JoinCost, RestCost, RunCost
+from pyglow_fast.reversible.planner import MemoryPlan, least_net_budget
+
+
+class Call(NamedTuple):
+    """What a run says of itself when its forward is recorded.
+
+    Attributes:
+        key: tells all that decides the cost.
+        control: of the drift, with the run's number of steps.
+        cost: of the run, from the anchors' spacing.
+    """
+
+    key: Hashable
+    control: DriftControl
+    cost: Callable[[int], RunCost]
+
+
+class SharedBudget:
+    """The plans of runs that are called one after another in a training step and share its bytes.
+
+    A step begins with the first call, and again when a run is called that was called in it. Of the call that a step
+    begins with it is remembered which runs followed, in which order and with which shapes: when it comes again all of
+    these are planned together, and each does what this plan says, which is a function of their shapes alone. A run that
+    has not followed before, or not with these shapes, inverts all its steps in the smallest chunks, once; where there
+    is one run alone nothing is to be waited for.
+
+    A copy has none of the plans, and serves copies of the runs.
+
+    Args:
+        count: runs that share it so far.
+    """
+
+    def __init__(self, count: int = 0) -> None:
+        self._count = count
+        self._plans = Plans()
+        self._steps: OrderedDict[Hashable, dict[int, Call]] = OrderedDict()  # by the call that they begin with
+        self._opening: Hashable = None  # the call that the present step began with
+        self._step: dict[int, Call] = {}  # the present one, as it is known: runs in their order
+        self._called: set[int] = set()  # in it
+        self._whole: MemoryPlan | None = None  # of these runs, as it began
+        self._runs: list[int] = []
+        self._last: dict[int, tuple[RunPlan, MemoryPlan | None]] = {}  # what each run did, by which plan
+
+    def __reduce__(self) -> tuple[type[SharedBudget], tuple[int]]:
+        return type(self), (self._count,)
+
+    def add(self) -> int:
+        """One more run shares the bytes; its number."""
+        self._count += 1
+        return self._count - 1
+
+    def plan(self, run: int, call: Call, budget: int, net_budget: str | int, device: torch.device) -> RunPlan:
+        """What a run does in a forward that begins now.
+
+        Args:
+            run: its number.
+            call: what it says of itself.
+            budget: bytes, of all runs.
+            net_budget: of one net's activations, or "auto".
+            device: of the run.
+
+        Raises:
+            ValueError: not even inverting every step of the runs that are known takes so few bytes.
+        """
+        begins = not self._called or run in self._called
+        opening = (run, call.key, budget, net_budget, device)
+        step = self._steps.get(opening, {}) if begins else self._step
+        known = self._count == 1 or (run in step and step[run].key == call.key)
+        followed = step | {run: call}
+        if begins or not known:  # may raise, before anything is noted
+            whole = self._of_all(followed, budget, net_budget, device)
+            if begins:
+                self._begin(opening, followed, whole if known else None)
+        self._steps[opening if begins else self._opening] = self._step = followed
+        self._called.add(run)
+        if known:
+            self._last[run] = self._split(run), self._whole
+        else:
+            steps = call.control.n_steps
+            self._last[run] = RunPlan(steps, steps, least_net_budget(net_budget, device.type)), None
+        return self._last[run][0]
+
+    def _of_all(self, step: dict[int, Call], budget: int, net_budget: str | int, device: torch.device) -> MemoryPlan:
+        """The plan of runs that follow one another."""
+
+        def costs(spacings: Sequence[int]) -> tuple[list[RunCost], RestCost]:
+            runs = [call.cost(spacing) for call, spacing in zip(step.values(), spacings, strict=True)]
+            return runs, RestCost(0, (JoinCost(0, 0),) * len(runs), ())
+
+        key = tuple((run, call.key) for run, call in step.items())
+        controls = [call.control for call in step.values()]
+        return self._plans.of(controls, key, costs, budget, net_budget, device.type)
+
+    def _begin(self, opening: Hashable, step: dict[int, Call], whole: MemoryPlan | None) -> None:
+        """A step begins, with its plan if it is known."""
+        self._opening, self._runs, self._whole = opening, list(step), whole
+        self._called = set()
+        self._steps[opening] = step
+        self._steps.move_to_end(opening)
+        while len(self._steps) > REMEMBERED:
+            self._steps.popitem(last=False)
+
+    def _split(self, run: int) -> RunPlan:
+        """The part of a run in the plan of the present step."""
+        assert self._whole is not None  # as the run is known
+        return RunPlan(*self._whole.splits[self._runs.index(run)], self._whole.net_budget)
+
+    def report(self, run: int, n_steps: int) -> dict[str, Any]:
+        """What a run did in its last recorded forward, and what the plan of all predicted, if there was one."""
+        if run not in self._last:
+            return {}
+        own, whole = self._last[run]
+        split = own.states_from, own.stored_from
+        return counts(n_steps, split) | ({} if whole is None else predicted(whole))
