@@ -46,7 +46,7 @@ def _split_cost(split: Split, samples: int, positions: int, size: int) -> PriorC
 
 
 def glow_costs(
-    model: Glow, samples: int, conds: Sequence[Sequence[int] | None] | None = None
+    model: Glow, samples: int, spacings: Sequence[int], conds: Sequence[Sequence[int] | None] | None = None
 ) -> tuple[list[RunCost], RestCost]:
     """The runs of steps of a training step of log_prob on so many samples, in their order, and the rest.
 
@@ -79,9 +79,11 @@ def glow_costs(
             if steps is None:
                 continue
             assert not isinstance(steps, FrozenSteps)
-def glow_costs(
-    model: Glow, samples: int, spacings: Sequence[int], conds: Sequence[Sequence[int] | None] | None = None
-) -> tuple[list[RunCost], RestCost]:
+            squeezes, spacing = name == "steps", spacings[len(runs)]
+            runs.append(run_cost(steps.flow_steps(), samples, sizes, cond_channels, spacing, squeezes))
+            cond = None if conds is None else conds[index]
+            if cond_channels and (cond is None or (len(cond) > 2 and tuple(cond[2:]) != tuple(sizes))):
+                base += samples * cond_channels * math.prod(sizes) * size  # brought to the states' size
             joins.append(JoinCost(0, 0))
         if isinstance(split, Split):
             prior = _split_cost(split, samples, math.prod(spatial), size)
