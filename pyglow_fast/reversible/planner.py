@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.plan import budget_bytes
-from pyglow_fast.reversible.costs import RestCost, RunBytes, RunCost, bytes_of, peak
+from pyglow_fast.reversible.costs import RestCost, RunCost
 from pyglow_fast.reversible.setting import memory_text
+from pyglow_fast.reversible.timeline import RunBytes, bytes_of, peak
 
 LEAST_CHUNK = 128 * 1024  # bytes of a net's activations that a plan goes down to, by halves, from the automatic budget
 Split = tuple[int, int]  # steps before the first are inverted, before the second keep their state, the others all
