@@ -239,29 +239,30 @@ def map_bytes(step: FlowStep) -> int:
     return step.actnorm.bias.element_size() * width * (1 if gathers else width)
 
 
-def map_bounds(steps: Sequence[FlowStep], like: Tensor) -> tuple[list[tuple[int, int]], int]:
-    """(first, one past the last) of the steps whose maps are folded together, and where the last of these ends.
+def map_bounds(sizes: Sequence[int], ends: Sequence[int], like: Tensor) -> list[tuple[int, int]]:
+    """(first, one past the last) of the steps whose maps are folded together.
 
-    Each group ends with a step that has a coupling. On a GPU, where a run of steps is judged and redone as one, in one
-    group; like is a tensor of the device.
+    On a GPU, where a run of steps is judged and redone as one, all are.
+
+    Args:
+        sizes: bytes of the map of each step.
+        ends: one past each step with a coupling, with which a group may end; ascending.
+        like: a tensor of the device.
     """
-    ends = [k + 1 for k, step in enumerate(steps) if step.couplings]
-    sizes = [map_bytes(step) for step in steps]
-    at_once = FOLDED_AT_ONCE if can_read(like) else sum(sizes)
-    return cut(sizes[: ends[-1]], ends[:-1], at_once), ends[-1]
+    return cut(sizes[: ends[-1]], ends[:-1], FOLDED_AT_ONCE if can_read(like) else sum(sizes))
 
 
 def map_groups(steps: Sequence[FlowStep], x: Tensor) -> tuple[list[MapGroup], ChannelMap | None]:
     """The maps of :func:`fold_in_one` in groups (see map_bounds), and the one behind the last coupling."""
     groups, first = [], 0
-    bounds, last_end = map_bounds(steps, x)
-    for start, end in bounds:
+    ends = [k + 1 for k, step in enumerate(steps) if step.couplings]
+    for start, end in map_bounds([map_bytes(step) for step in steps], ends, x):
         own = steps[start:end]
         raw, fold = raw_maps(own, steps[start - 1] if start else None)
         last = first + len(couplings_of(own))
         groups.append(MapGroup(first, last, raw, fold))
         first = last
-    behind = steps[last_end:]
+    behind = steps[ends[-1] :]
     return groups, unstack_maps(fold_in_one(behind))[0] if behind else None
 
 

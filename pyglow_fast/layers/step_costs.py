@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,10 @@ from pyglow_fast.reversible.parts import Pass, part_limit
 
 def _wanted(module: nn.Module) -> list[Tensor]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def _bytes_of(net: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in net.parameters())
 
 
 def _made(net: nn.Module, half: bool) -> int:
@@ -146,16 +151,8 @@ def _layers(net: NetShape) -> list[tuple[int, int]]:
     return [(net.hidden, 3), (net.hidden + net.border, 1), (net.out_channels, 3)]
 
 
-def _coupling_bounds(steps: Sequence[FlowStep], like: Tensor) -> list[tuple[int, int]]:
-    """(first, one past the last) of the couplings whose maps are folded together."""
-    before = [0]
-    for step in steps:
-        before.append(before[-1] + len(step.couplings))
-    return [(before[first], before[end]) for first, end in map_bounds(steps, like)[0]]
-
-
 def _parts(
-    couplings: Sequence[Coupling],
+    step_bytes: Sequence[int],
     bounds: Sequence[tuple[int, int]],
     state: int,
     positions: int,
@@ -165,9 +162,15 @@ def _parts(
 ) -> list[ChainPart]:
     """The parts in which consecutive couplings run when they are recomputed, with their first anchors.
 
-    Bounds are those of the couplings whose maps are folded together.
+    Args:
+        step_bytes: of the parameters of their nets.
+        bounds: of those whose maps are folded together.
+        state: bytes of a state.
+        positions: of that.
+        keeps_states: whether all states are kept.
+        like: a tensor of the device.
+        spacing: of the anchors.
     """
-    step_bytes = [sum(parameter.nbytes for parameter in coupling.net.parameters()) for coupling in couplings]
     few = positions <= SKETCHED
     boundary = state if few or keeps_states else state // positions * SKETCHED
     control = None if keeps_states else spacing
@@ -234,14 +237,16 @@ def run_cost(
         if step.couplings:
             places.append((k + 1, len(found)))
     places[-1] = (len(steps), len(found))
-    starts = {at: step for step, at in places}
-
+    units = {at: unit for unit, (_, at) in enumerate(places)}
+    step_bytes = [_bytes_of(coupling.net) for coupling in couplings]
+    sizes_of_maps = [sum(part.matrix for part in found[start:end]) for (_, start), (_, end) in pairwise(places)]
     spacing = DriftControl(len(couplings), anchor_every)
 
     def parts(begin: int, end: int, keeps_states: bool) -> list[ChainPart]:
-        own = list(steps[starts[begin] : starts[end]])
-        bounds = _coupling_bounds(own, like)
-        return _parts(couplings_of(own), bounds, state, positions, keeps_states, like, spacing)
+        first, last = units[begin], units[end]
+        groups = map_bounds(sizes_of_maps[first:last], range(1, last - first + 1), like)
+        bounds = [(places[first + a][1] - begin, places[first + b][1] - begin) for a, b in groups]
+        return _parts(step_bytes[begin:end], bounds, state, positions, keeps_states, like, spacing)
 
     entry = state if on_board else 0
     squeezed = state if squeezes and (len(sizes) != 2 or not ops.run_on(like)) else 0
@@ -277,8 +282,10 @@ def given_run_cost(
     positions = math.prod(spatial)
     state = samples * positions * vector
 
+    step_bytes = [_bytes_of(coupling.net) for coupling in couplings]
+
     def parts(begin: int, end: int, keeps_states: bool) -> list[ChainPart]:
-        return _parts(couplings[begin:end], [(0, end - begin)], state, positions, keeps_states, like, spacing)
+        return _parts(step_bytes[begin:end], [(0, end - begin)], state, positions, keeps_states, like, spacing)
 
     # What autograd keeps of their making is as much as of maps that a step of ours folds; and the maps in one tensor.
     kept = (FOLD_KEPT + 1) * sum(matrices) + (FOLD_VECTORS + 1) * vector * count

@@ -18,12 +18,13 @@ BLOCK = 16  # channels that the library's convolutions of float32 lie in; to the
 LEAST_BLOCKED = 20480  # numbers of an input: of fewer, of one image, it gathers what the taps read
 
 
-def _convolution_scratch(split: Split, samples: int, positions: int, size: int) -> int:
-    """Bytes that the library's convolution of a prior takes, and its backward again."""
-    inputs, outputs = split.kept + split.cond_channels, 2 * split.factored
+def _convolution_scratch(split: Split, samples: int, positions: int, size: int) -> tuple[int, int]:
+    """Bytes that the library's convolution of a prior takes, and its backward."""
+    inputs, outputs, places = split.kept + split.cond_channels, 2 * split.factored, samples * positions * size
     if size != 4 or (samples == 1 and positions * inputs <= LEAST_BLOCKED):
-        return samples * positions * size * inputs * 3**split.dims
-    return samples * positions * size * sum(-(-channels // BLOCK) * BLOCK for channels in (inputs, outputs))
+        gathered = places * inputs * 3**split.dims
+        return gathered, gathered
+    return 0, places * sum(-(-channels // BLOCK) * BLOCK for channels in (inputs, outputs))
 
 
 def _split_cost(split: Split, samples: int, positions: int, size: int) -> PriorCost:
@@ -36,11 +37,11 @@ def _split_cost(split: Split, samples: int, positions: int, size: int) -> PriorC
     read = kept + beside if beside else 0  # with the condition, in one tensor
     rim = 2 * split.factored * positions * size if split.border is not None else 0
     params = sum(parameter.nbytes for parameter in split.parameters())
-    scratch = _convolution_scratch(split, samples, positions, size)
+    scratch, scratch_back = _convolution_scratch(split, samples, positions, size)
     # Kept are the convolution's output and its product with the gain, which mean and log_sd are parts of. The backward
     # frees them one by one: while the gradients of the product's factors come there is the gradient of the latent, too.
     after_product = factored + 3 * given - given
-    after_convolution = factored + given + kept + read + params + scratch - 2 * given
+    after_convolution = factored + given + kept + read + params + scratch_back - 2 * given
     forward = max(2 * given + rim, given + kept + scratch) + read + rim
     return PriorCost(2 * given + read + rim, forward, max(after_product, after_convolution), factored + kept)
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.plan import budget_bytes
-from pyglow_fast.reversible.costs import RestCost, RunBytes, RunCost, bytes_of, peak
+from pyglow_fast.reversible.costs import RestCost, RunCost
 from pyglow_fast.reversible.setting import memory_text
+from pyglow_fast.reversible.timeline import RunBytes, bytes_of, peak
 
 LEAST_CHUNK = 128 * 1024  # bytes of a net's activations that a plan goes down to, by halves, from the automatic budget
+EXCHANGES, EXCHANGED_KINDS = 4, 2  # of a plan, and of how many kinds that do not fit
 Split = tuple[int, int]  # steps before the first are inverted, before the second keep their state, the others all
 
 
@@ -31,12 +33,38 @@ class MemoryPlan:
     time: float
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """Moves of one kind: the last steps of a run that are inverted, to be checkpointed or stored.
+
+    Attributes:
+        run: which.
+        stores: they are stored, not checkpointed.
+        count: of the moves.
+        saved: time that one saves, in multiply-adds.
+        size: bytes that one keeps more.
+    """
+
+    run: int
+    stores: bool
+    count: int
+    saved: int
+    size: int
+
+
 class _Search:
-    """Plans for runs with one budget of the nets' activations; places are counted as in RunCost.places."""
+    """Plans for runs with one budget of the nets' activations; places are counted as in RunCost.places.
+
+    A plan is a number of moves of each kind, made in the order of the kinds: from those of the most time for a byte on.
+    """
 
     def __init__(self, runs: Sequence[RunCost], rest: RestCost, net_budget: str | int) -> None:
         self.runs, self.rest, self.net_budget = runs, rest, net_budget
         self._bytes: dict[tuple[int, int, int], RunBytes] = {}
+        self.start = self._least()
+        kinds = [kind for index in range(len(runs)) for kind in self._kinds_of(index)]
+        kinds.sort(key=lambda kind: (-(kind.saved * 2**20 // kind.size), -kind.run, kind.stores))
+        self.kinds = kinds
 
     def peak(self, splits: Sequence[Split]) -> int:
         return peak([self._bytes_of(i, *split) for i, split in enumerate(splits)], self.rest)
@@ -48,64 +76,86 @@ class _Search:
             self._bytes[key] = bytes_of(self.runs[run], places[first][1], places[second][1], self.net_budget)
         return self._bytes[key]
 
+    def _work_of(self, run: int, split: Split) -> int:
+        places = self.runs[run].places
+        return self.runs[run].work(places[split[0]][1], places[split[1]][1], self.net_budget)
+
     def work(self, splits: Sequence[Split]) -> int:
         """The time of a plan, in multiply-adds."""
-        pairs = zip(self.runs, splits, strict=True)
-        return sum(run.work(run.places[a][1], run.places[b][1], self.net_budget) for run, (a, b) in pairs)
+        return sum(self._work_of(index, split) for index, split in enumerate(splits))
 
-    def least(self) -> list[Split]:
-        """Everything is inverted."""
-        return [(len(run.places) - 1,) * 2 for run in self.runs]
-
-    def _rates(self, index: int) -> Iterator[tuple[int, int, bool]]:
-        """(time, bytes, whether it is to store) that the first step of a run's end takes less and more."""
-        run, last = self.runs[index], len(self.runs[index].places) - 1
-        before = (last, last)
-        for split, stores in (((last - 1, last), False), ((last - 1, last - 1), True)):
-            of = [run.work(run.places[a][1], run.places[b][1], self.net_budget) for a, b in (before, split)]
-            size = self._bytes_of(index, *split).kept - self._bytes_of(index, *before).kept
-            yield of[0] - of[1], max(size, 1), stores
-            before = split
-
-    def moves(self) -> list[tuple[int, bool]]:
-        """(run, whether a step is stored, else checkpointed), those that save most time for a byte first.
-
-        Steps of a run are alike, so that a run's moves of a kind stand together; deep runs first where all is equal.
-        """
-        kinds = [(*rate, index) for index in range(len(self.runs)) for rate in self._rates(index)]
-        kinds.sort(key=lambda kind: (-(kind[0] * 2**20 // kind[1]), -kind[3], kind[2]))
-        return [(index, stores) for _, _, stores, index in kinds for _ in range(len(self.runs[index].places) - 1)]
-
-    @staticmethod
-    def moved(splits: Sequence[Split], moves: Sequence[tuple[int, bool]]) -> list[Split]:
-        """One step of a run more checkpointed, or one more stored, by each move."""
-        found = list(splits)
-        for index, stores in moves:
-            a, b = found[index]
-            found[index] = (min(a, b - 1), b - 1) if stores and b > 0 else (max(a - 1, 0), b) if not stores else (a, b)
+    def _least(self) -> list[Split]:
+        """Everything is inverted, but for runs that take less otherwise: of few positions or steps."""
+        found = [(len(run.places) - 1,) * 2 for run in self.runs]
+        for index, (last, _) in enumerate(found):
+            others = [[*found[:index], other, *found[index + 1 :]] for other in ((0, last), (0, 0))]
+            found = min([found, *others], key=self.peak)
         return found
 
-    def best(self, budget: int) -> list[Split] | None:
-        """The plan of least time within a budget; None if there is none."""
-        splits = self.least()
-        if self.peak(splits) > budget:
-            return None
-        kinds: list[list[tuple[int, bool]]] = []
-        for move in self.moves():
-            if kinds and kinds[-1][-1] == move:
-                kinds[-1].append(move)
-            else:
-                kinds.append([move])
-        for same in kinds:  # as many of each as fit, the worthiest first
-            low, high = 0, len(same)
+    def _kinds_of(self, index: int) -> Iterator[_Kind]:
+        """Of a run, by what the first move saves and keeps: its steps are alike."""
+        last, before = len(self.runs[index].places) - 1, self.start[index]
+        for split, stores in (((last - 1, last), False), ((last - 1, last - 1), True)):
+            if before[1 if stores else 0] == 0:
+                continue
+            split = min(split[0], before[0]), split[1]
+            saved = self._work_of(index, before) - self._work_of(index, split)
+            size = self._bytes_of(index, *split).kept - self._bytes_of(index, *before).kept
+            yield _Kind(index, stores, last, max(saved, 1), max(size, 1))
+            before = split
+
+    def splits(self, counts: Sequence[int]) -> list[Split]:
+        """The plan of so many moves of each kind."""
+        found = list(self.start)
+        for kind, count in zip(self.kinds, counts, strict=True):
+            a, b = found[kind.run]
+            last = len(self.runs[kind.run].places) - 1
+            found[kind.run] = (min(a, last - count), last - count) if kind.stores else (max(a - count, 0), b)
+        return found
+
+    def _fits(self, counts: Sequence[int], budget: int) -> bool:
+        return self.peak(self.splits(counts)) <= budget
+
+    def _filled(self, counts: list[int], budget: int) -> list[int]:
+        """A plan that fits, with as many more moves of each kind as do, the worthiest first."""
+        for i, kind in enumerate(self.kinds):
+            low, high = counts[i], kind.count
             while low < high:
                 middle = (low + high + 1) // 2
-                if self.peak(self.moved(splits, same[:middle])) <= budget:
+                if self._fits([*counts[:i], middle, *counts[i + 1 :]], budget):
                     low = middle
                 else:
                     high = middle - 1
-            splits = self.moved(splits, same[:low])
-        return splits
+            counts = [*counts[:i], low, *counts[i + 1 :]]
+        return counts
+
+    def _exchanged(self, counts: list[int], budget: int) -> Iterator[list[int]]:
+        """Plans with one more move of a kind that does not fit, and the fewest less of another so that it does."""
+        spare = budget - self.peak(self.splits(counts))
+        waiting = [i for i, kind in enumerate(self.kinds) if counts[i] < kind.count]
+        for i in waiting[:EXCHANGED_KINDS]:
+            more = self.kinds[i]
+            for j, less in enumerate(self.kinds):
+                fewest = max(1, -(-(more.size - spare) // less.size))
+                for given in range(fewest, min(counts[j], (more.saved - 1) // less.saved, fewest + 1) + 1):
+                    trial = list(counts)
+                    trial[i], trial[j] = counts[i] + 1, counts[j] - given
+                    if i != j and self._fits(trial, budget):
+                        yield self._filled(trial, budget)
+                        break
+
+    def best(self, budget: int) -> list[Split] | None:
+        """The plan of least time within a budget, or nearly; None if there is none."""
+        counts = [0] * len(self.kinds)
+        if not self._fits(counts, budget):
+            return None
+        counts = self._filled(counts, budget)
+        for _ in range(EXCHANGES):
+            found = min([counts, *self._exchanged(counts, budget)], key=lambda own: self.work(self.splits(own)))
+            if found is counts:
+                break
+            counts = found
+        return self.splits(counts)
 
 
 def _net_budgets(given: str | int, device_type: str) -> list[str | int]:
@@ -139,21 +189,25 @@ def plan_memory(
     Raises:
         ValueError: not even inverting every step with the smallest chunks takes so few; it names the least that does.
     """
-    found: list[tuple[int, _Search, list[Split]]] = []
-    least: list[int] = []
-    everything = [(0, 0)] * len(runs)
+    everything, least = [(0, 0)] * len(runs), []
+    best: tuple[int, _Search, list[Split]] | None = None
     for own in _net_budgets(net_budget, device_type):
         search = _Search(runs, rest, own)
         if search.peak(everything) <= budget:
-            found = [(0, search, everything)]
+            best = (0, search, everything)
             break
         splits = search.best(budget)
-        least.append(search.peak(search.least()))
-        if splits is not None:
-            found.append((search.work(splits), search, splits))
-    if not found:
-        expect(False, "memory", f"at least {min(least)} bytes, with every step inverted", memory_text(budget))
-    _, search, splits = min(found, key=lambda plan: plan[0])
+        least.append(search.peak(search.start))
+        if splits is None:
+            continue
+        work = search.work(splits)
+        if best is not None and work >= best[0]:
+            break  # still smaller chunks would take still longer
+        best = (work, search, splits)
+    if best is None:
+        expect(False, "memory", f"at least {min(least)} bytes", memory_text(budget))
+        raise AssertionError  # for the type checker: refused above
+    _, search, splits = best
     time = search.work(splits) / max(search.work(everything), 1)
     steps = tuple((run.places[a][0], run.places[b][0]) for run, (a, b) in zip(runs, splits, strict=True))
     return MemoryPlan(steps, search.net_budget, search.peak(splits), time)
