@@ -89,6 +89,8 @@ def net_cost(
             hidden = (2 * (net.hidden + net.border)) * size + net.out_channels * each
             hidden += 0 if beside == 0 or net.border else (inputs + beside) * each
             inside, made = 2 * net.hidden * size, _made(net, half)
+        elif (stated := getattr(net, "kept_bytes", None)) is not None:
+            hidden, margin, made, inside = stated((samples, inputs + beside, *_whole(spatial, seen)), like)
         else:
             hidden, made = bytes_per_position(net, inputs + beside, each), _made(net, half)
 
