@@ -288,11 +288,14 @@ def kept_bytes(net: nn.Module, maps_output: bool = False) -> Callable[[Sequence[
     Of a net that is not recognised what it states. With ``maps_output`` there is a map of its output.
     """
     known = recognised(net)
-    described = isinstance(known, KnownNet) and known.last is None and not known.is_parametrized
-    if described and functional.net_as_products(known.layers[0].module.weight):
+    if isinstance(known, KnownNet) and known.last is None and not known.is_parametrized and _as_products(known):
         return partial(_kept, known, maps_output)
     stated: Callable[[Sequence[int], Tensor], KeptBytes] | None = getattr(net, "kept_bytes", None)
     return stated
+
+
+def _as_products(known: KnownNet) -> bool:
+    return functional.net_as_products(known.layers[0].module.weight)
 
 
 def _kept(known: KnownNet, maps_output: bool, shape: Sequence[int], like: Tensor) -> KeptBytes:

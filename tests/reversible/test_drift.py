@@ -22,8 +22,8 @@ from torch import Tensor, nn
 import pyglow_fast as pgf
 from bench.memory_meter import peak_tensor_bytes
 from pyglow_fast.reference import n_positions
-from pyglow_fast.reversible import drift as drift_module
 from pyglow_fast.reversible import backward, passes, walk
+from pyglow_fast.reversible import drift as drift_module
 from pyglow_fast.reversible.drift import (
     PROJECTION_SLACK,
     SKETCHED,
@@ -136,7 +136,9 @@ class TestWitnesses:
     def test_no_drift_is_none(self, kind: str, shape: tuple[int, ...]) -> None:
         """Of x itself exactly; seen behind a map up to the rounding of the map and of its inverse."""
         x, inverse, offset, u = self.states(*shape)
-        bound = tolerance(math.prod(shape[2:]), float(torch.linalg.cond(inverse)) * float(u.abs().max() / x.abs().min()))
+        bound = tolerance(
+            math.prod(shape[2:]), float(torch.linalg.cond(inverse)) * float(u.abs().max() / x.abs().min())
+        )
         assert bound < 1e-2
         assert float(witness_drift(x, before_map(SEEN[kind](u), x, inverse, offset))) <= bound
         assert float(witness_drift(x, SEEN[kind](x))) == 0.0
@@ -149,9 +151,7 @@ class TestWitnesses:
         seen = torch.stack([SEEN[kind](state) for state in x])
         assert seen.shape == ((3, 2, 4) if kind == "projection" else (3, 2, 4, SKETCHED))
         for maps, back in ((inverse, None), (scale, index)):
-            alone = [
-                before_map(seen[k], x[k], maps[k], offset[k], None if back is None else back[k]) for k in range(3)
-            ]
+            alone = [before_map(seen[k], x[k], maps[k], offset[k], None if back is None else back[k]) for k in range(3)]
             for k in range(3):
                 moved = x[k] - offset[k][:, None]
                 moved = torch.einsum("ij,njt->nit", maps[k], moved) if back is None else moved[:, back[k]]
