@@ -93,6 +93,8 @@ def net_cost(
             hidden, margin, made, inside = stated((samples, inputs + beside, *_whole(spatial, seen)), like)
         else:
             hidden, made = bytes_per_position(net, inputs + beside, each), _made(net, half)
+        if coupling.has_own_scale:  # computed by torch, which keeps s and log s
+            hidden += out * each
 
     @cache
     def chunk_for(budget: str | int) -> ChunkCost:

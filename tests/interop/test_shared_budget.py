@@ -31,13 +31,13 @@ def subnet(c_in: int, c_out: int) -> nn.Module:
 class Stacks(nn.Module):
     """Negative log-likelihood of inputs of several resolutions, each with a run of blocks of its own."""
 
-    def __init__(self, sizes: Sequence[tuple[int, int]] = SIZES) -> None:
+    def __init__(self, sizes: Sequence[tuple[int, int]] = SIZES, **options: Any) -> None:
         super().__init__()
         self.stacks = nn.ModuleList()
         for channels, side in sizes:
             stack = Ff.SequenceINN(channels, side, side)
             for _ in range(STEPS):
-                stack.append(Fm.AllInOneBlock, subnet_constructor=subnet, permute_soft=False)
+                stack.append(Fm.AllInOneBlock, subnet_constructor=subnet, **options)
             self.stacks.append(stack)
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
@@ -48,9 +48,9 @@ class Stacks(nn.Module):
         return total
 
 
-def made(sizes: Sequence[tuple[int, int]] = SIZES) -> Stacks:
+def made(sizes: Sequence[tuple[int, int]] = SIZES, **options: Any) -> Stacks:
     torch.manual_seed(1)
-    model = Stacks(sizes).double()
+    model = Stacks(sizes, **options).double()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     return model
@@ -127,9 +127,16 @@ def test_gradients_are_theirs(share: float, peaks: dict[str, int]) -> None:
             )
 
 
-def test_room_for_everything_stores() -> None:
-    done, _ = settled(made(), "1GB", inputs())
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gin_block": True}, {"permute_soft": True}, {"reverse_permutation": True}],
+    ids=lambda o: "".join(o),
+)
+def test_room_for_everything_stores(options: dict[str, Any]) -> None:
+    done, found = settled(made(**options), "1GB", inputs())
     assert [planned(report) for report in done.memory_report()] == [(0, 0, STEPS)] * len(SIZES)
+    said = done.memory_report()[0]["predicted_bytes"]
+    assert 0.85 * said <= found <= said + rest(inputs())
     assert {report["predicted_time"] for report in done.memory_report()} == {1.0}
 
 
@@ -190,7 +197,8 @@ def test_plans_are_of_shapes_alone(peaks: dict[str, int]) -> None:
         model = made()
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.mul_(1 - 0.1 * seed)
+                if parameter.requires_grad:  # permutations stay what they are
+                    parameter.mul_(1 - 0.1 * seed)
         found.append(list(map(planned, settled(model, budget, inputs())[0].memory_report())))
     assert found[0] == found[1]
 
