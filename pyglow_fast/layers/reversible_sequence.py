@@ -40,6 +40,7 @@ from pyglow_fast.reference import CouplingSpec, n_positions
 from pyglow_fast.reversible import DriftControl, MapGroup, ModuleChain, Pass, run_chain
 from pyglow_fast.reversible.costs import JoinCost, RestCost, RunCost
 from pyglow_fast.reversible.drift import SKETCHED
+from pyglow_fast.reversible.limits import call_untraced
 from pyglow_fast.reversible.parts import part_limit
 from pyglow_fast.reversible.setting import memory_text, parse_memory
 
@@ -297,9 +298,13 @@ class ReversibleSequence(FlowLayer):
 
     def _plan(self, x: Tensor, cond: Tensor | None, squeeze_first: bool) -> RunPlan:
         """What a forward that is recorded does, of a run that is not told by its model."""
-        budget, steps = self.memory, self.flow_steps()
+        budget = self.memory
         if isinstance(budget, str):
             return RunPlan.of_mode(budget, len(self), self.memory_budget)
+        return call_untraced(ReversibleSequence._made_plan, self, budget, x, cond, squeeze_first)
+
+    def _made_plan(self, budget: int, x: Tensor, cond: Tensor | None, squeeze_first: bool) -> RunPlan:
+        steps = self.flow_steps()
         expect(self.is_fused, "memory", "a mode, where steps are no FlowSteps as they come", memory_text(budget))
         spatial = [size // 2 if squeeze_first else size for size in x.shape[2:]]
         shapes = (x.shape[0], spatial, 0 if cond is None else cond.shape[1])
@@ -392,7 +397,8 @@ class ReversibleSequence(FlowLayer):
 
     def memory_report(self) -> dict[str, Any]:
         """Mode, spacing, drift and what was redone so far; bytes of the anchors need a shape: see plan_chunks."""
-        return self._plans.report([{"memory": self.memory, "steps": len(self), **self.control.report()}])[0]
+        own = {"memory": self.memory, "steps": len(self), **self.control.report()}
+        return own if isinstance(self.memory, str) else self._plans.report([own])[0]
 
     def get_extra_state(self) -> Tensor:
         """The drift control's state, saved with the weights."""

@@ -13,7 +13,7 @@ from pyglow_fast import functional, ops
 from pyglow_fast.coupling_nets.net_shape import NetShape
 from pyglow_fast.coupling_nets.plan import plan_chunks
 from pyglow_fast.coupling_nets.precision import in_precision
-from pyglow_fast.coupling_nets.traits import bytes_per_position
+from pyglow_fast.coupling_nets.traits import TENSORS_PER_LAYER, bytes_per_position
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.flow_step import FlowStep, couplings_of, map_bounds, map_bytes
@@ -67,6 +67,7 @@ def net_cost(
     positions, seen = samples * math.prod(spatial), 1 if board is None else 2  # positions that the net sees for each
     injects = isinstance(coupling, AffineInjector)
     out = 2 * channels if injects else reads * (2 if coupling.spec.kind == "affine" else 1)
+    net_out = out  # channels
     inputs, beside = (cond_channels, 0) if injects else (reads, cond_channels)
     params = _wanted(net)
     copied = seen * reads if board is not None else 0
@@ -79,20 +80,21 @@ def net_cost(
             copied = seen * (inputs + beside + 1)
         if as_products and not injects:
             assert isinstance(net, NetShape)
-            hidden = 2 * (net.hidden + net.border) * size
+            hidden = (2 * net.hidden + net.border) * size
             shape = torch.empty(samples, inputs, *_whole(spatial, seen), device="meta")
             codes, _, dilations = ops.chain_arguments(coupling_net_spec(net.dims))
             weights = [shape.new_empty(width, 1, *[kernel] * net.dims) for width, kernel in _layers(net)]
             margin = ops.kept_elements(shape, weights, codes, dilations) * size - seen * positions * hidden
             made = _made(net, False)
         elif isinstance(net, NetShape):  # as the library's convolutions, relus in place, the output before its gain too
-            hidden = (2 * (net.hidden + net.border)) * size + net.out_channels * each
+            hidden = (2 * net.hidden + net.border) * size
             hidden += 0 if beside == 0 or net.border else (inputs + beside) * each
-            inside, made = 2 * net.hidden * size, _made(net, half)
+            inside, made = 3 * net.hidden * size, _made(net, half) + net.out_channels * net.hidden * 3**net.dims * size
         elif (stated := getattr(net, "kept_bytes", None)) is not None:
             hidden, margin, made, inside = stated((samples, inputs + beside, *_whole(spatial, seen)), like)
         else:
-            hidden, made = bytes_per_position(net, inputs + beside, each), _made(net, half)
+            hidden, inside = _estimated(net, inputs + beside, net_out, each)
+            made = _made(net, half)
         if coupling.has_own_scale:  # computed by torch, which keeps s and log s
             hidden += out * each
 
@@ -124,7 +126,20 @@ def net_cost(
         grad_inside=seen * inside,
         grad_cond=seen * beside * each,
         made=made,
+        largest=max((parameter.nbytes for parameter in params), default=0),
     )
+
+
+def _estimated(net: nn.Module, inputs: int, outputs: int, element_size: int) -> tuple[int, int]:
+    """By position, of what a net states or is estimated to take: what it keeps inside, and gradients of that.
+
+    The output and its gradient are counted by themselves. A statement does not tell the two apart: then all is kept.
+    """
+    most = max(0, bytes_per_position(net, inputs, element_size) - 2 * outputs * element_size)
+    if getattr(net, "bytes_per_position", None) is not None:
+        return most, 0
+    kept = most * 2 // TENSORS_PER_LAYER
+    return kept, most - kept
 
 
 def _whole(spatial: Sequence[int], seen: int) -> tuple[int, ...]:
@@ -132,7 +147,7 @@ def _whole(spatial: Sequence[int], seen: int) -> tuple[int, ...]:
 
 
 def _layers(net: NetShape) -> list[tuple[int, int]]:
-    return [(net.hidden + net.border, 3), (net.hidden + net.border, 1), (net.out_channels, 3)]
+    return [(net.hidden, 3), (net.hidden + net.border, 1), (net.out_channels, 3)]
 
 
 def _coupling_bounds(steps: Sequence[FlowStep], like: Tensor) -> list[tuple[int, int]]:
@@ -177,6 +192,7 @@ def run_cost(
     spatial: Sequence[int],
     cond_channels: int = 0,
     anchor_every: str | int | None = "auto",
+    squeezes: bool = False,
 ) -> RunCost:
     """The cost of steps of one width that run joined.
 
@@ -186,6 +202,7 @@ def run_cost(
         spatial: sizes of the state that the steps see (behind a squeeze, if there is one).
         cond_channels: of the condition, 0 for none.
         anchor_every: as of the run; where it is "auto" the anchors lie as they do in the first step.
+        squeezes: the run's input is squeezed first.
     """
     couplings = couplings_of(steps)
     first = steps[0]
@@ -230,8 +247,10 @@ def run_cost(
         bounds = _coupling_bounds(own, like)
         return _parts(couplings_of(own), bounds, state, positions, keeps_states, like, spacing)
 
+    entry = state if on_board else 0
+    squeezed = state if squeezes and (len(sizes) != 2 or not ops.run_on(like)) else 0
     witness = samples * channels * bias.element_size()
-    return RunCost(tuple(found), state, witness, tuple(places), cache(parts), entry=state if on_board else 0)
+    return RunCost(tuple(found), state, witness, tuple(places), cache(parts), entry=entry, squeezed=squeezed)
 
 
 def given_run_cost(

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast._errors import expect
+from pyglow_fast._errors import check_count, expect
 from pyglow_fast._tracing import is_exporting
 from pyglow_fast.coupling_nets.precision import HALF, check_precision, overridden
 from pyglow_fast.layers import Coupling, ReversibleSequence
-from pyglow_fast.layers.planned import Plans, run_key
+from pyglow_fast.layers.planned import Plans, planned_spacing, run_key
 from pyglow_fast.layers.reversible_sequence import RunPlan
 from pyglow_fast.reversible.costs import RestCost, RunCost
+from pyglow_fast.reversible.limits import call_untraced
+from pyglow_fast.reversible.planner import MemoryPlan, plan_memory
 from pyglow_fast.reversible.setting import parse_memory
 
 # Of the range of x, largest over 8 images of 3x32x32, nets of 64 channels, L = 3, K = 8, trained 150 steps.
@@ -52,11 +54,32 @@ class GlowSettings(nn.Module):
         """What a training step costs, with anchors so far apart in each run."""
         raise NotImplementedError
 
+    def memory_plan(self, n: int) -> MemoryPlan | None:
+        """The plan of a training step on n images of the model's size, from shapes alone; None without a budget.
+
+        What the nets run in is reckoned as it would be now: within torch.autocast call it there.
+
+        Args:
+            n: images of a batch.
+
+        Raises:
+            ValueError: the budget is too small for them; the message says how many bytes are enough.
+        """
+        check_count("n", n)
+        budget, sequences = self.memory, self._sequences()
+        if isinstance(budget, str):
+            return None
+        costs = self._costs(n, [planned_spacing(sequence.control) for sequence in sequences])
+        return plan_memory(*costs, budget, sequences[0].memory_budget, self._parameter().device.type)
+
     def _run_plans(self, x: Tensor, conds: Sequence[Tensor | None]) -> list[list[RunPlan]] | None:
         """With a budget, what each level's runs of steps do in a forward that is recorded; else None."""
-        budget, sequences = self.memory, self._sequences()
-        if isinstance(budget, str) or not torch.is_grad_enabled() or is_exporting():
+        if isinstance(self.memory, str) or not torch.is_grad_enabled() or is_exporting():
             return None
+        return call_untraced(GlowSettings._made_plans, self, self.memory, x, conds)
+
+    def _made_plans(self, budget: int, x: Tensor, conds: Sequence[Tensor | None]) -> list[list[RunPlan]] | None:
+        sequences = self._sequences()
         wants = [parameter.requires_grad for parameter in self.parameters()]
         if not (any(wants) or x.requires_grad or any(cond is not None and cond.requires_grad for cond in conds)):
             return None
@@ -112,4 +135,5 @@ class GlowSettings(nn.Module):
         "checkpointed" and "inverted", and of all runs together "predicted_bytes" and "predicted_time" over that of
         mode "store".
         """
-        return self._plans.report([sequence.memory_report() for sequence in self._sequences()])
+        reports = [sequence.memory_report() for sequence in self._sequences()]
+        return reports if isinstance(self.memory, str) else self._plans.report(reports)

@@ -14,23 +14,48 @@ if TYPE_CHECKING:
     from pyglow_fast.models.glow import Glow
 
 
-def _split_cost(split: Split, samples: int, spatial: Sequence[int], size: int) -> PriorCost:
-    """The prior of a split; spatial are the sizes of its state, size the bytes of a number."""
-    each = samples * math.prod(spatial) * size
+BLOCK = 16  # channels that the library's convolutions of float32 lie in; to the next multiple of it
+LEAST_BLOCKED = 20480  # numbers of an input: of fewer, of one image, it gathers what the taps read
+
+
+def _convolution_scratch(split: Split, samples: int, positions: int, size: int) -> int:
+    """Bytes that the library's convolution of a prior takes, and its backward again."""
+    inputs, outputs = split.kept + split.cond_channels, 2 * split.factored
+    if size != 4 or (samples == 1 and positions * inputs <= LEAST_BLOCKED):
+        return samples * positions * size * inputs * 3**split.dims
+    return samples * positions * size * sum(-(-channels // BLOCK) * BLOCK for channels in (inputs, outputs))
+
+
+def _split_cost(split: Split, samples: int, positions: int, size: int) -> PriorCost:
+    """The prior of a split, whose state has so many positions; size is the bytes of a number."""
+    each = samples * positions * size
     factored, kept = each * split.factored, each * split.kept
     if not split.learn_prior:
         return PriorCost(factored, factored, 3 * factored, factored)
-    given, read = 2 * factored, each * (split.kept + split.cond_channels) if split.cond_channels else 0
-    rim = 2 * split.factored * math.prod(spatial) * size if split.border is not None else 0
+    given, beside = 2 * factored, each * split.cond_channels
+    read = kept + beside if beside else 0  # with the condition, in one tensor
+    rim = 2 * split.factored * positions * size if split.border is not None else 0
     params = sum(parameter.nbytes for parameter in split.parameters())
-    # The convolution's output and its product with the gain, which mean and log_sd are parts of.
-    scaling = factored + 2 * given  # the product's gradients and the latent's
-    convolving = factored + kept + (each * split.cond_channels + kept if read else 0) + params
-    return PriorCost(2 * given + read + rim, 2 * given + read + 2 * rim, max(scaling, convolving), factored + kept)
+    scratch = _convolution_scratch(split, samples, positions, size)
+    # Kept are the convolution's output and its product with the gain, which mean and log_sd are parts of. The backward
+    # frees them one by one: while the gradients of the product's factors come there is the gradient of the latent, too.
+    after_product = factored + 3 * given - given
+    after_convolution = factored + given + kept + read + params + scratch - 2 * given
+    forward = max(2 * given + rim, given + kept + scratch) + read + rim
+    return PriorCost(2 * given + read + rim, forward, max(after_product, after_convolution), factored + kept)
 
 
-def glow_costs(model: Glow, samples: int, spacings: Sequence[int]) -> tuple[list[RunCost], RestCost]:
+def glow_costs(
+    model: Glow, samples: int, spacings: Sequence[int], conds: Sequence[Sequence[int] | None] | None = None
+) -> tuple[list[RunCost], RestCost]:
     """The runs of steps of a training step of log_prob on so many samples, in their order, and the rest.
+
+    Args:
+        model: for its shapes, settings and dtype.
+        samples: N.
+        spacings: of the anchors of each run.
+        conds: shape of the condition of each level as it is given, (N, C) or (N, C, *spatial); None: maps of other
+            sizes than those of the states.
 
     Raises:
         ValueError: a frozen model, which cannot be trained.
@@ -54,10 +79,14 @@ def glow_costs(model: Glow, samples: int, spacings: Sequence[int]) -> tuple[list
             if steps is None:
                 continue
             assert not isinstance(steps, FrozenSteps)
-            runs.append(run_cost(steps.flow_steps(), samples, sizes, cond_channels, spacings[len(runs)]))
+            squeezes, spacing = name == "steps", spacings[len(runs)]
+            runs.append(run_cost(steps.flow_steps(), samples, sizes, cond_channels, spacing, squeezes))
+            cond = None if conds is None else conds[index]
+            if cond_channels and (cond is None or (len(cond) > 2 and tuple(cond[2:]) != tuple(sizes))):
+                base += samples * cond_channels * math.prod(sizes) * size  # brought to the states' size
             joins.append(JoinCost(0, 0))
         if isinstance(split, Split):
-            prior = _split_cost(split, samples, spatial, size)
+            prior = _split_cost(split, samples, math.prod(spatial), size)
             priors.append(prior)
             kept = state * split.kept // channels
             joins[-1] = JoinCost(prior.gradient, kept + 3 * state)

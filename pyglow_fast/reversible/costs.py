@@ -25,8 +25,9 @@ GRADIENTS_WORK = 3  # forward and backward of a net over its forward
 # Of the maps that are folded together, in matrices and in vectors of as many numbers as there are channels, each: what
 # autograd keeps of their making, and what that and its derivative take for a moment. In a backward that inverts steps
 # also gradients and inverses, which are made in float64.
-FOLD_KEPT, FOLD_MAKING, FOLD_BACKWARD, FOLD_VECTORS = 5, 3, 6, 12
+FOLD_KEPT, FOLD_MAKING, FOLD_BACKWARD, FOLD_VECTORS = 5, 3, 4, 12
 OPEN_MAPS, INVERTING = 2, 7
+SQUEEZING = 5  # states, where a run's input is not squeezed as it is read
 SMALL = 512  # bytes of numbers by step, sample or channel that are too few to be told apart; the allocator's rounding
 
 
@@ -59,6 +60,7 @@ class NetCost:
         grad_cond: each, of that of the condition.
         params: of the parameters that want gradients.
         made: of weights that are made of the parameters.
+        largest: of one parameter, the most.
         work: multiply-adds of the forward on the batch.
         chunk_for: how the batch is cut for a budget of the net's activations.
     """
@@ -76,6 +78,7 @@ class NetCost:
     grad_inside: int = 0
     grad_cond: int = 0
     made: int = 0
+    largest: int = 0
 
     @property
     def output(self) -> int:
@@ -97,6 +100,11 @@ class NetCost:
         """Bytes that all gradients of parameters take as they come."""
         return self.params + self.made
 
+    @property
+    def grads_inside(self) -> int:
+        """Bytes of gradients of tensors between the output and the state, each."""
+        return self.raw_out + self.grad_inside + self.copied + self.grad_read + self.grad_cond
+
     def running(self, chunk: ChunkCost) -> int:
         """The most bytes while a chunk runs and gives its output, the output included."""
         inside = self.hidden + self.copied + self.out + self.raw_out
@@ -105,9 +113,9 @@ class NetCost:
     def going_back(self, chunk: ChunkCost) -> int:
         """The most bytes while a chunk, which has run, is differentiated; its output and the gradient included."""
         cropped = 0 if chunk.given == chunk.taken else self.out
-        inside = self.hidden + self.copied + self.out + cropped + self.raw_out + self.grad_inside
-        inside += self.grad_read + self.grad_cond
-        return chunk.taken * inside + chunk.given * self.out + self.margin + self.made + self.grads
+        inside = self.hidden + self.copied + self.out + cropped + self.grads_inside
+        summing = 0 if chunk.whole else self.largest
+        return chunk.taken * inside + chunk.given * self.out + self.margin + self.made + self.grads + summing
 
 
 @dataclass(frozen=True)
@@ -186,9 +194,10 @@ class RunCost:
         places: (step, coupling) before which a plan may change the mode, ascending, both ends included.
         parts: of couplings first .. end - 1, keeping all states or not.
         first_entry: bytes that are kept where the run begins.
-        entry: bytes that are copied and kept where another mode begins.
+        entry: bytes that are copied and kept where a mode begins.
         behind: bytes of a channel map behind the last coupling, with the state before it.
         given: the channel maps are made before the run, and no one folds them again: first_entry has what they keep.
+        squeezed: bytes that are copied to squeeze the run's input where that is not done as it is read; else 0.
     """
 
     couplings: tuple[CouplingCost, ...]
@@ -200,6 +209,7 @@ class RunCost:
     entry: int = 0
     behind: int = 0
     given: bool = False
+    squeezed: int = 0
 
     def maps(self, first: int, end: int) -> MapsCost:
         """The cost of the channel maps before couplings first .. end - 1."""
@@ -257,7 +267,7 @@ def bytes_of(run: RunCost, first: int, second: int, budget: str | int) -> RunByt
     spans = [(0, first, "reversible"), (first, second, "checkpoint"), (second, count, "store")]
     spans = [span for span in spans if span[0] < span[1]]
     for begin, end, mode in spans:
-        ahead.hold(run.entry if begin else run.first_entry)
+        ahead.hold(run.entry + (0 if begin else run.first_entry))
         if mode == "store":
             _store_forward(run, begin, end, ahead)
         else:
@@ -272,10 +282,11 @@ def bytes_of(run: RunCost, first: int, second: int, budget: str | int) -> RunByt
             _store_backward(run, begin, end, back)
         else:
             _chain_backward(run, begin, end, mode == "checkpoint", budget, back)
+        back.hold(-run.entry)
         if run.given:  # gradients of the maps, with which what they were made of gets its own in the end
             back.hold(sum(coupling.matrix for coupling in run.couplings[begin:end]))
-        else:
-            back.hold(-(run.entry if begin else run.first_entry))
+        elif not begin:
+            back.hold(-run.first_entry)
     if run.given:
         back.touch(FOLD_BACKWARD * max(coupling.matrix for coupling in run.couplings))
     return RunBytes(ahead.now, ahead.most, back.most)
@@ -284,7 +295,7 @@ def bytes_of(run: RunCost, first: int, second: int, budget: str | int) -> RunByt
 def _store_forward(run: RunCost, begin: int, end: int, meter: Meter) -> None:
     """Keeps u, the net's inside and its output of every coupling; and the output."""
     own, maps = run.couplings[begin:end], run.maps(begin, end)
-    meter.hold(maps.kept)
+    meter.hold(maps.kept + (0 if begin else run.squeezed))
     meter.touch(maps.making)
     for coupling in own:
         net = coupling.net
@@ -304,8 +315,7 @@ def _store_backward(run: RunCost, begin: int, end: int, meter: Meter) -> None:
         # The output, or the map behind it, is done with; its gradients are there for those of u and of the net.
         freed = state if k + 1 == len(own) else own[k + 1].net.grad_state
         meter.hold(-freed)
-        gradients = net.positions * (net.raw_out + net.grad_inside + net.grad_read + net.grad_cond) + net.grads
-        meter.touch(gradients)
+        meter.touch(net.positions * net.grads_inside + net.grads)
         # u, what the net has kept, the output and its gradient.
         meter.hold(net.grad_state - state - net.stored - net.output - SMALL)
         meter.hold(own[k].matrix)
@@ -313,7 +323,7 @@ def _store_backward(run: RunCost, begin: int, end: int, meter: Meter) -> None:
     meter.touch(run.state)
     meter.hold(-own[0].net.grad_state)
     meter.touch(maps.back)
-    meter.hold(-of_maps - maps.kept)
+    meter.hold(-of_maps - maps.kept - (0 if begin else run.squeezed))
 
 
 def _chain_forward(run: RunCost, begin: int, end: int, keeps_states: bool, budget: str | int, meter: Meter) -> None:
@@ -383,8 +393,9 @@ def _inverted(run: RunCost, begin: int, part: ChainPart, budget: str | int, mete
             meter.touch(gathered + of_chunk + net.running(chunk) + chunk.given * net.out)
             meter.touch((gathered or 2 * state) + net.going_back(chunk))
             meter.touch(2 * state + net.grad_state + net.params + state)
-            is_start = k == part.first and part.first == 0
-            meter.touch(net.params + 3 * state + (state if is_start else 0))  # the drift from the true input
+            meter.touch(net.params + 3 * state)  # the drift from the true input
+            if begin + k == 0:
+                meter.touch(2 * state + net.grad_state + net.params + max(2 * state, SQUEEZING * run.squeezed))
             meter.hold(net.params - inner)
             grads += net.params
         meter.hold(-before)
@@ -407,7 +418,8 @@ def _differentiated(run: RunCost, begin: int, part: ChainPart, budget: str | int
         meter.touch((gathered or state) + net.going_back(chunk))
         meter.hold(net.params - held)
         grads += net.params
-    meter.touch(2 * state + run.couplings[begin + part.first].net.grad_state)
+    squeezing = SQUEEZING * run.squeezed if begin + part.first == 0 else 0
+    meter.touch(2 * state + run.couplings[begin + part.first].net.grad_state + squeezing)
     return grads
 
 

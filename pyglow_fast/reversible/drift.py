@@ -23,7 +23,7 @@ from pyglow_fast._errors import expect
 from pyglow_fast.reference import autocast_is_on, flat_positions, full_precision, n_positions
 from pyglow_fast.reversible.deferred import Verdicts
 
-START_SPACING, MOST_ANCHORS = 4, 16  # to begin with at least 4 steps apart, and farther where that would be too many
+START_SPACING, MOST_ANCHORS = 4, 12  # to begin with at least 4 steps apart, and farther where that would be too many
 # The projection of an error on random signs is its norm times about a standard normal number, of which many are drawn.
 PROJECTION_SLACK = 4.0
 BLOCK, LEAST_BLOCK = 1024, 32  # positions that are summed in one go; all, if their number has no divisor between

@@ -123,6 +123,7 @@ class TrainState:
         torch.manual_seed(derive(config.seed, "weights"))
         self.model = Glow(config.model, memory=config.memory, precision=config.precision).to(self.device)
         check_fits(self.model, data, data.n_bins)
+        self.model.memory_plan(config.batch_size // shares)  # which refuses too few bytes
         loss: nn.Module = Losses(self.model, data.n_bins)
         if config.compile:
             loss.compile()

@@ -1,0 +1,492 @@
+"""Runs cut into parts of few steps, with maps folded by few: all that may happen around them gives stored gradients."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from support.chain_cases import (
+    CASES,
+    EVERY_STEP,
+    Case,
+    Mode,
+    assert_same_gradients,
+    cut_parts,
+    fold_by,
+    gradients,
+    objective,
+    perturbed,
+    relative_error,
+)
+from support.covering import pairs
+from support.glow_tts_cases import mask_of_lengths
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import checkpoint
+
+import pyglow_fast as pgf
+from bench.memory_meter import MemoryMeter
+from pyglow_fast.layers import GroupedInvConv, MaskedSequence, WaveNet
+from pyglow_fast.layers.flow_step import map_groups
+from pyglow_fast.reversible import passes
+from pyglow_fast.reversible.drift import SKETCHED
+
+BY_NAME = {case.name: case for case in CASES}
+DEEP = BY_NAME["depth-8"]
+KEEPING = [Mode("checkpoint"), Mode("reversible", None), Mode("reversible", 3)]
+modes = pytest.mark.parametrize("mode", KEEPING, ids=["checkpoint", "reversible", "anchors"])
+
+
+@pytest.fixture(params=[(1, 1), (1, 2), (3, 0), (3, 2)], ids=lambda cut: f"parts-{cut[0]}-groups-{cut[1]}")
+def cuts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """Steps of a part, and of a group of channel maps (0: all)."""
+    steps, folded = request.param
+    cut_parts(monkeypatch, EVERY_STEP, steps)
+    fold_by(monkeypatch, folded)
+    return steps, folded
+
+
+@pytest.fixture
+def single(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of one step, groups of two."""
+    cut_parts(monkeypatch, EVERY_STEP)
+    fold_by(monkeypatch, 2)
+
+
+def stored(sequence: pgf.ReversibleSequence, *inputs: Any) -> dict[str, Tensor]:
+    """The gradients by ordinary autograd; what follows is not redone."""
+    sequence.control.tolerance = 1e-11
+    Mode("store").apply(sequence)
+    return gradients(sequence, *inputs)
+
+
+def assert_calm(sequence: pgf.ReversibleSequence, passes_: int = 1) -> None:
+    """Nothing was redone, and every backward was heard of once."""
+    report = sequence.memory_report()
+    assert (report["passes"], report["trips"]) == (passes_ * (sequence.memory == "reversible"), 0), report
+
+
+@modes
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_kind_of_step(case: Case, mode: Mode, cuts: tuple[int, int]) -> None:
+    sequence, (x, cond) = case.build(), case.batch()
+    expected = stored(sequence, x, cond)
+    outputs = [value.detach() for value in sequence(x, cond)]
+    mode.apply(sequence)
+    assert_same_gradients(gradients(sequence, x, cond), expected)
+    for found, wanted in zip(sequence(x, cond), outputs, strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-12, atol=1e-12)
+    assert_calm(sequence)
+
+
+@pytest.mark.parametrize("folded", [1, 2, 3])
+def test_groups_are_of_consecutive_steps(folded: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    fold_by(monkeypatch, folded)
+    steps = [step for step in DEEP.build() if isinstance(step, pgf.FlowStep)]
+    groups, behind = map_groups(steps, torch.zeros(1))
+    starts = list(range(0, 8, folded))
+    assert [(group.first, group.end) for group in groups] == list(zip(starts, [*starts[1:], 8], strict=True))
+    assert behind is None
+    kept = [tensor for group in groups for tensor in group.raw]
+    known = {id(tensor) for tensor in (*steps[0].parameters(), *steps[0].buffers())}
+    known |= {id(tensor) for step in steps for tensor in (*step.parameters(), *step.buffers())}
+    assert all(id(tensor) in known for tensor in kept), "nothing that somebody had to make"
+
+
+def mixed_steps(where: str, injectors: bool) -> pgf.ReversibleSequence:
+    """Eight steps, of which some have no coupling, first, in the middle or last."""
+    cond = 2 if injectors else 0
+    without = {"first": (0, 1), "middle": (3, 4), "last": (6, 7), "none": ()}[where]
+    steps = []
+    for k in range(8):
+        permutation = ("invconv", "shuffle", "invconv_plain")[k % 3]
+        if k in without:
+            steps.append(pgf.FlowStep(4, coupling="none", permutation=permutation))
+        else:
+            injector = pgf.AffineInjector(4, cond, 5) if injectors and k % 2 == 0 else False
+            steps.append(pgf.FlowStep(4, 5, cond_channels=cond, permutation=permutation, injector=injector))
+    sequence = pgf.ReversibleSequence(steps).double()
+    sequence.initialize(*(torch.randn(16, c, 6, 3, dtype=torch.float64) for c in ((4, cond) if cond else (4,))))
+    return perturbed(sequence)
+
+
+@pairs(
+    pytest.mark.parametrize("where", ["first", "middle", "last", "none"]),
+    pytest.mark.parametrize("injectors", [False, True]),
+    pytest.mark.parametrize("memory", ["checkpoint", "reversible"]),
+    pytest.mark.parametrize("squeeze_first", [False, True]),
+    pytest.mark.parametrize("steps", [1, 3]),
+    pytest.mark.parametrize("folded", [1, 2]),
+)
+def test_injectors_and_steps_without_coupling(
+    where: str,
+    injectors: bool,
+    memory: str,
+    squeeze_first: bool,
+    steps: int,
+    folded: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cut_parts(monkeypatch, EVERY_STEP, steps)
+    fold_by(monkeypatch, folded)
+    sequence = mixed_steps(where, injectors)
+    x = torch.randn(3, *((1, 12, 6) if squeeze_first else (4, 6, 3)), dtype=torch.float64)
+    cond = torch.randn(3, 2, 6, 3, dtype=torch.float64) if injectors else None
+
+    def run(x: Tensor, cond: Tensor | None) -> Tensor:
+        return objective(sequence(x, cond, squeeze_first))
+
+    expected = stored(sequence, x, cond, run)
+    for every in (None, 3):
+        Mode(memory, every).apply(sequence)
+        assert_same_gradients(gradients(sequence, x, cond, run), expected)
+        assert_calm(sequence)
+
+
+@pytest.mark.parametrize("permutation", ["invconv", "shuffle"])
+@pytest.mark.parametrize("parities", [(0, 0, 1, 1, 0, 1), (1, 0, 1, 0, 1, 0), (1, 1, 1, 1, 1, 0)], ids=str)
+@pytest.mark.parametrize("folded", [1, 2, 4])
+def test_parities_across_groups(
+    parities: Sequence[int], folded: int, permutation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_parts(monkeypatch, EVERY_STEP)
+    fold_by(monkeypatch, folded)
+    steps = [pgf.FlowStep(2, 5, mask="checkerboard", parity=parity, permutation=permutation) for parity in parities]
+    sequence = pgf.ReversibleSequence(steps).double()
+    sequence.initialize(torch.randn(16, 2, 4, 3, dtype=torch.float64))
+    x = torch.randn(3, 2, 4, 3, dtype=torch.float64)
+    expected = stored(perturbed(sequence), x)
+    for mode in KEEPING:
+        mode.apply(sequence)
+        assert_same_gradients(gradients(sequence, x), expected)
+        assert_calm(sequence)
+
+
+@modes
+def test_a_mask(mode: Mode, cuts: tuple[int, int]) -> None:
+    steps = [pgf.FlowStep(8, permutation=GroupedInvConv(8), net=WaveNet(4, 8, 6, 3)) for _ in range(6)]
+    model = MaskedSequence(steps)
+    perturbed(model).double().eval()
+    x, mask = torch.randn(3, 8, 9, dtype=torch.float64), mask_of_lengths((9, 5, 2), 9)
+
+    def run(x: Tensor, cond: Tensor | None) -> Tensor:
+        return objective(model(x, mask=mask))
+
+    expected = stored(model, x, None, run)
+    mode.apply(model)
+    assert_same_gradients(gradients(model, x, None, run), expected)
+    assert_calm(model)
+
+
+class TestBackwards:
+    """More than one backward through one graph, or one that is not the whole."""
+
+    def graph(self, mode: Mode) -> tuple[pgf.ReversibleSequence, Tensor, dict[str, Tensor], Tensor]:
+        """A run, its input that wants a gradient, the stored gradients, and the value."""
+        sequence, (x, _) = DEEP.build(), DEEP.batch()
+        expected = stored(sequence, x)
+        mode.apply(sequence)
+        x.requires_grad_()
+        return sequence, x, expected, objective(sequence(x))
+
+    def of_all(self, sequence: pgf.ReversibleSequence, x: Tensor, value: Tensor, **options: Any) -> dict[str, Tensor]:
+        named = {"x": x, **dict(sequence.named_parameters())}
+        return dict(zip(named, torch.autograd.grad(value, list(named.values()), **options), strict=True))
+
+    @modes
+    def test_twice(self, mode: Mode, cuts: tuple[int, int]) -> None:
+        sequence, x, expected, value = self.graph(mode)
+        for retain in (True, True, False):
+            assert_same_gradients(self.of_all(sequence, x, value, retain_graph=retain), expected)
+        assert_calm(sequence, 3)
+
+    @modes
+    def test_late_gradients_alone_and_then_all(self, mode: Mode, cuts: tuple[int, int]) -> None:
+        sequence, x, expected, value = self.graph(mode)
+        for k in (7, 4):
+            for name in (f"{k}.coupling.net.conv1.weight", f"{k}.actnorm.bias", f"{k}.permutation.upper"):
+                (found,) = torch.autograd.grad(value, sequence.get_parameter(name), retain_graph=True)
+                assert_same_gradients({name: found}, {name: expected[name]})
+        # The gradients of maps that are folded together come when all of their steps are done: here of the whole run.
+        whole = 4 if cuts[1] == 0 else 0
+        assert sequence.memory_report()["passes"] == whole * (mode.memory == "reversible")
+        assert_same_gradients(self.of_all(sequence, x, value), expected)
+        assert_calm(sequence, whole + 1)
+
+    @modes
+    def test_a_batch_of_gradients(self, mode: Mode, cuts: tuple[int, int]) -> None:
+        sequence, x, _, _ = self.graph(mode)
+        z, log_det = sequence(x)
+        rows = torch.randn(3, *z.shape, dtype=torch.float64), torch.randn(3, *log_det.shape, dtype=torch.float64)
+        inputs = [x, *sequence.parameters()]
+        at_once = torch.autograd.grad((z, log_det), inputs, rows, is_grads_batched=True, retain_graph=True)
+        Mode("store").apply(sequence)
+        z, log_det = sequence(x)
+        for i in range(3):
+            one = torch.autograd.grad((z, log_det), inputs, [row[i] for row in rows], retain_graph=True)
+            for found, wanted in zip(at_once, one, strict=True):
+                assert_same_gradients({"": found[i]}, {"": wanted})
+
+    @modes
+    def test_a_jacobian(self, mode: Mode, single: None) -> None:
+        case = Case("", 5, (2, 2, 2))
+        sequence, (x, _) = case.build(tolerance=1e-11), case.batch(2)
+        Mode("store").apply(sequence)
+        expected = torch.autograd.functional.jacobian(sequence, x)
+        mode.apply(sequence)
+        for vectorize in (True, False):
+            for found, wanted in zip(
+                torch.autograd.functional.jacobian(sequence, x, vectorize=vectorize), expected, strict=True
+            ):
+                assert_same_gradients({"": found}, {"": wanted})
+
+    @modes
+    def test_in_two_threads_at_a_time(self, mode: Mode, cuts: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+        sequence, x, expected, value = self.graph(mode)
+        gate, true = threading.Barrier(2, timeout=30), passes.channel_mix_backward
+        found: list[dict[str, Tensor]] = []
+        failed: list[BaseException] = []
+
+        def in_step(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+            gate.wait()  # each is in the middle of its backward while the other is
+            return true(*inputs)
+
+        def run() -> None:
+            try:
+                found.append(self.of_all(sequence, x, value, retain_graph=True))
+            except BaseException as error:
+                gate.abort()
+                failed.append(error)
+
+        monkeypatch.setattr(passes, "channel_mix_backward", in_step)
+        threads = [threading.Thread(target=run) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failed
+        for one in found:
+            assert_same_gradients(one, expected)
+
+    @modes
+    def test_after_one_that_failed(self, mode: Mode, cuts: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+        sequence, x, expected, value = self.graph(mode)
+        true, calls = passes.channel_mix_backward, []
+
+        def failing(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+            calls.append(0)
+            if len(calls) == 2:
+                raise MemoryError("planted")
+            return true(*inputs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(passes, "channel_mix_backward", failing)
+            with pytest.raises(MemoryError, match="planted"):
+                self.of_all(sequence, x, value, retain_graph=True)
+        assert_same_gradients(self.of_all(sequence, x, value), expected)
+        assert_calm(sequence)
+
+
+class Checkpointed(nn.Module):
+    """A net that torch checkpoints."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = pgf.CouplingNet(2, 4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = checkpoint(self.net, x, use_reentrant=False)
+        return out
+
+
+class Nested(nn.Module):
+    """A net with a reversible run inside: backwards begin and end within a step of the outer one's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = pgf.ReversibleSequence([pgf.FlowStep(2, 5) for _ in range(3)], anchor_every=None)
+        self.conv = nn.Conv2d(2, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(self.inner(x)[0].tanh())
+        return out
+
+
+@modes
+@pytest.mark.parametrize("net", [Checkpointed, Nested])
+def test_a_net_that_recomputes_itself(net: type[nn.Module], mode: Mode, cuts: tuple[int, int]) -> None:
+    steps = [pgf.FlowStep(4, net=net()) if k % 2 else pgf.FlowStep(4, 5) for k in range(6)]
+    sequence = pgf.ReversibleSequence(steps).double().eval()
+    x = torch.randn(3, 4, 6, 3, dtype=torch.float64)
+    expected = stored(perturbed(sequence), x)
+    mode.apply(sequence)
+    assert_same_gradients(gradients(sequence, x), expected)
+    assert_calm(sequence)
+
+
+class TestParameters:
+    """Tensors in the place of parameters, hooks on them, and some that want no gradient."""
+
+    @modes
+    def test_lent(self, mode: Mode, cuts: tuple[int, int]) -> None:
+        """Gradients flow on to what the lent tensors are made of, after they are given back."""
+        sequence, (x, _) = DEEP.build(), DEEP.batch()
+        leaves = {name: value.detach().clone().requires_grad_() for name, value in sequence.named_parameters()}
+
+        def run() -> dict[str, Tensor]:
+            lent = {name: value + 0.05 * value.sin() for name, value in leaves.items()}
+            value = objective(torch.func.functional_call(sequence, lent, (x,)))
+            return dict(zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True))
+
+        Mode("store").apply(sequence)
+        sequence.control.tolerance = 1e-11
+        expected = run()
+        own = stored(sequence, x)
+        assert relative_error(own["3.actnorm.bias"], expected["3.actnorm.bias"]) > 1e-3, "another function"
+        mode.apply(sequence)
+        assert_same_gradients(run(), expected)
+        assert_calm(sequence)
+
+    @modes
+    def test_parametrized(self, mode: Mode, cuts: tuple[int, int]) -> None:
+        class Bounded(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return x.tanh()
+
+        case = Case("", 6, options={"permutation": "invconv_plain"})
+        sequence, (x, _) = case.build(), case.batch()
+        for k, step in enumerate(sequence):
+            assert isinstance(step, pgf.FlowStep)
+            if k != 3:
+                parametrizations.orthogonal(step.permutation, "weight")
+            parametrize.register_parametrization(step.actnorm, "log_scale", Bounded())
+        assert sequence.is_fused
+        expected = stored(sequence, x)
+        assert any("parametrizations.weight" in name for name in expected)
+        mode.apply(sequence)
+        assert_same_gradients(gradients(sequence, x), expected)
+        assert_calm(sequence)
+
+    @modes
+    def test_hooks(self, mode: Mode, cuts: tuple[int, int]) -> None:
+        """Each is called once, with the whole gradient, and what it makes of it counts."""
+        sequence, (x, _) = DEEP.build(), DEEP.batch()
+        expected, calls = stored(sequence, x), []
+        mode.apply(sequence)
+
+        def doubled(name: str) -> Callable[[Tensor], Tensor]:
+            return lambda grad: (calls.append(name), 2.0 * grad)[1]  # type: ignore[func-returns-value]
+
+        for name, parameter in sequence.named_parameters():
+            parameter.register_hook(doubled(name))
+        objective(sequence(x)).backward()
+        assert sorted(calls) == sorted(name for name, _ in sequence.named_parameters())
+        found = {name: parameter.grad for name, parameter in sequence.named_parameters()}
+        assert_same_gradients(found, {name: 2.0 * expected[name] for name in found})
+
+    @modes
+    @pytest.mark.parametrize("frozen", [(0, 1, 2), (5, 6, 7), (2, 3), (0, 7)], ids=str)
+    @pytest.mark.parametrize("wants_x", [False, True])
+    def test_frozen(self, frozen: Sequence[int], wants_x: bool, mode: Mode, cuts: tuple[int, int]) -> None:
+        sequence, (x, _) = DEEP.build(), DEEP.batch()
+        for k in frozen:
+            sequence[k].requires_grad_(False)
+        expected = stored(sequence, x)
+        mode.apply(sequence)
+        objective(sequence(x.requires_grad_(wants_x))).backward()
+        found = {name: value.grad for name, value in sequence.named_parameters() if value.requires_grad}
+        found |= {"x": x.grad} if wants_x else {}
+        assert_same_gradients(found, {name: expected[name] for name in found})
+        assert {name.split(".")[0] for name in found} - {"x"} == {str(k) for k in range(8)} - {str(k) for k in frozen}
+        assert_calm(sequence)
+
+    @modes
+    def test_maps_that_want_no_gradient(self, mode: Mode, cuts: tuple[int, int]) -> None:
+        """Frozen within a group, one kind of them or all."""
+        sequence, (x, _) = DEEP.build(), DEEP.batch()
+        for step in list(sequence)[2:4]:
+            step.actnorm.requires_grad_(False)
+            step.permutation.requires_grad_(False)
+        sequence[5].actnorm.bias.requires_grad_(False)
+        sequence[6].permutation.requires_grad_(False)
+        expected = stored(sequence, x)
+        mode.apply(sequence)
+        assert_same_gradients(gradients(sequence, x), expected)
+
+
+@modes
+def test_autocast(mode: Mode, cuts: tuple[int, int]) -> None:
+    """Nets in bfloat16 repeat to its eps alone where states are inverted, to the bit where they are kept."""
+    torch.manual_seed(0)
+    sequence = pgf.ReversibleSequence([pgf.FlowStep(4, 16) for _ in range(6)])
+    x = torch.randn(4, 4, 8, 8)
+    sequence.initialize(x)
+    with torch.no_grad():
+        for step in sequence:
+            step.coupling.net.conv3.weight.normal_(std=0.03)  # type: ignore[union-attr, operator]
+
+    def run(x: Tensor, cond: Tensor | None) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return objective(sequence(x))
+
+    Mode("checkpoint").apply(sequence)
+    with pytest.MonkeyPatch.context() as patch:
+        cut_parts(patch, 2**60)
+        expected = gradients(sequence, x, None, run)
+    mode.apply(sequence)
+    found = gradients(sequence, x, None, run)
+    assert all(grad.dtype == torch.float32 for grad in found.values())
+    bound = 64 * torch.finfo(torch.bfloat16).eps if mode.memory == "reversible" else 64 * torch.finfo(torch.float32).eps
+    assert max(relative_error(found[name], grad) for name, grad in expected.items()) < bound
+    assert_calm(sequence)
+
+
+class TestKept:
+    """Bytes from forward to backward."""
+
+    N, C, SIDE = 2, 24, 8
+
+    def saved(self, depth: int, mode: Mode) -> tuple[list[Tensor], int]:
+        """The tensors that are saved for the backward but for parameters, and bytes that live beyond these and x."""
+        sequence = pgf.ReversibleSequence([pgf.FlowStep(self.C, 4) for _ in range(depth)], tolerance=1e-3)
+        x = torch.randn(self.N, self.C, self.SIDE, self.SIDE)
+        sequence.initialize(x)
+        mode.apply(sequence)
+        known = {value.data_ptr() for value in (*sequence.parameters(), *sequence.buffers())}
+        found: list[Tensor] = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.data_ptr() not in known:
+                found.append(tensor)
+            return tensor
+
+        sequence(x)  # signs are made once
+        with MemoryMeter() as meter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            z, log_det = sequence(x)
+            del log_det
+            now = meter.now
+        assert z.requires_grad
+        return found, now
+
+    @modes
+    def test_no_matrices(self, mode: Mode, cuts: tuple[int, int]) -> None:
+        found, _ = self.saved(16, mode)
+        assert found
+        square = [tensor.shape for tensor in found if tensor.shape[-2:] == (self.C, self.C)]
+        assert not square, "what autograd keeps of the making of channel maps"
+
+    def test_growth_by_a_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """N C floats of projections; in parts of one step besides a sketch, SKETCHED as many, and log_det (N,)."""
+        # Log-dets of parts and of nets wait to be summed.
+        projections, slack = 4 * self.N * self.C, 64 + 16 * self.N
+        for limit, most in ((2**60, projections), (EVERY_STEP, (1 + SKETCHED) * projections)):
+            cut_parts(monkeypatch, limit)
+            growth = (self.saved(64, Mode("reversible", None))[1] - self.saved(16, Mode("reversible", None))[1]) / 48
+            assert projections <= growth <= most + slack, limit
+        assert most + slack < 4 * self.C**2, "one matrix a step would be seen"
+        state = 4 * self.N * self.C * self.SIDE**2
+        checkpointed = (self.saved(64, Mode("checkpoint"))[1] - self.saved(16, Mode("checkpoint"))[1]) / 48
+        assert state <= checkpointed <= 2 * state + slack
