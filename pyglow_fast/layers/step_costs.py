@@ -95,9 +95,13 @@ def net_cost(
             hidden = (2 * net.hidden + net.border) * size
             hidden += 0 if beside == 0 or net.border else (inputs + beside) * each
             inside, made = 3 * net.hidden * size, _made(net, half) + net.out_channels * net.hidden * 3**net.dims * size
+        elif (stated := getattr(net, "kept_bytes", None)) is not None:
+            hidden, margin, made, inside = stated((samples, inputs + beside, *_whole(spatial, seen)), like)
         else:
             hidden, inside = _estimated(net, inputs + beside, net_out, each)
             made = _made(net, half)
+        if coupling.has_own_scale:  # computed by torch, which keeps s and log s
+            hidden += out * each
 
     @cache
     def chunk_for(budget: str | int) -> ChunkCost:
