@@ -137,10 +137,11 @@ def plan_memory(
         device_type: of the model, "cpu", "cuda", ...
 
     Raises:
-        ValueError: not even inverting every step with the smallest chunks takes so few; it names the least that does.
+        ValueError: not even inverting every step with the smallest chunks takes so few, nor, of tiny states, storing
+            all; it names the lesser of both.
     """
     found: list[tuple[int, _Search, list[Split]]] = []
-    least: list[int] = []
+    least: list[tuple[int, str]] = []
     everything = [(0, 0)] * len(runs)
     for own in _net_budgets(net_budget, device_type):
         search = _Search(runs, rest, own)
@@ -148,11 +149,12 @@ def plan_memory(
             found = [(0, search, everything)]
             break
         splits = search.best(budget)
-        least.append(search.peak(search.least()))
+        least += [(search.peak(search.least()), "inverted"), (search.peak(everything), "stored")]
         if splits is not None:
             found.append((search.work(splits), search, splits))
     if not found:
-        expect(False, "memory", f"at least {min(least)} bytes, with every step inverted", memory_text(budget))
+        size, how = min(least)
+        expect(False, "memory", f"at least {size} bytes, with every step {how}", memory_text(budget))
     _, search, splits = min(found, key=lambda plan: plan[0])
     time = search.work(splits) / max(search.work(everything), 1)
     steps = tuple((run.places[a][0], run.places[b][0]) for run, (a, b) in zip(runs, splits, strict=True))
