@@ -187,7 +187,8 @@ def plan_memory(
         device_type: of the model, "cpu", "cuda", ...
 
     Raises:
-        ValueError: not even inverting every step with the smallest chunks takes so few; it names the least that does.
+        ValueError: not even inverting every step with the smallest chunks takes so few, nor, of tiny states, storing
+            all; it names the lesser of both.
     """
     everything, least = [(0, 0)] * len(runs), []
     best: tuple[int, _Search, list[Split]] | None = None
