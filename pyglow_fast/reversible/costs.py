@@ -198,6 +198,7 @@ class RunCost:
         behind: bytes of a channel map behind the last coupling, with the state before it.
         given: the channel maps are made before the run, and no one folds them again: first_entry has what they keep.
         squeezed: bytes that are copied to squeeze the run's input where that is not done as it is read; else 0.
+        keeps_states: also in mode "reversible", whose anchors lie at every step: nothing is inverted.
     """
 
     couplings: tuple[CouplingCost, ...]
@@ -210,6 +211,7 @@ class RunCost:
     behind: int = 0
     given: bool = False
     squeezed: int = 0
+    keeps_states: bool = False
 
     def maps(self, first: int, end: int) -> MapsCost:
         """The cost of the channel maps before couplings first .. end - 1."""
@@ -224,7 +226,7 @@ class RunCost:
                 total += GRADIENTS_WORK * net.work + STORED_BYTE_WORK * net.stored + STEP_WORK
                 continue
             total += (GRADIENTS_WORK + 1) * net.work * net.chunk_for(budget).work // 1000 + STEP_WORK
-            if k < first:
+            if k < first and not self.keeps_states:
                 total += INVERTED_STEP_WORK + INVERTED_VALUE_WORK * self.state
         return total
 
@@ -271,7 +273,7 @@ def bytes_of(run: RunCost, first: int, second: int, budget: str | int) -> RunByt
         if mode == "store":
             _store_forward(run, begin, end, ahead)
         else:
-            _chain_forward(run, begin, end, mode == "checkpoint", budget, ahead)
+            _chain_forward(run, begin, end, run.keeps_states or mode == "checkpoint", budget, ahead)
     ahead.hold(run.behind)
     back.hold(ahead.now + run.state)  # the gradient of the output
     if run.behind:
@@ -281,7 +283,7 @@ def bytes_of(run: RunCost, first: int, second: int, budget: str | int) -> RunByt
         if mode == "store":
             _store_backward(run, begin, end, back)
         else:
-            _chain_backward(run, begin, end, mode == "checkpoint", budget, back)
+            _chain_backward(run, begin, end, run.keeps_states or mode == "checkpoint", budget, back)
         back.hold(-run.entry)
         if run.given:  # gradients of the maps, with which what they were made of gets its own in the end
             back.hold(sum(coupling.matrix for coupling in run.couplings[begin:end]))
