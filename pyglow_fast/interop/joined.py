@@ -22,7 +22,6 @@ from pyglow_fast.interop.shared_budget import Call, SharedBudget
 from pyglow_fast.layers import Coupling
 from pyglow_fast.layers.flow_step import (
     ChannelMap,
-    MapInverse,
     given_maps,
     invert_maps,
     run_couplings,
@@ -36,6 +35,7 @@ from pyglow_fast.layers.step_costs import given_run_cost
 from pyglow_fast.reference import CouplingSpec
 from pyglow_fast.reversible import DriftControl
 from pyglow_fast.reversible.costs import RunCost
+from pyglow_fast.reversible.maps import MapInverse
 from pyglow_fast.reversible.setting import parse_memory
 
 

@@ -70,12 +70,13 @@ class Plans:
         """
         now, first = [planned_spacing(control) for control in controls], [_first(control) for control in controls]
         known = (key, budget, net_budget, device_type, tuple(now))
-        if known not in self._known:
-            self._known[known] = self._made(now, first, costs, budget, net_budget, device_type)
+        plan = self._known.get(known)
+        if plan is None:
+            plan = self._known[known] = self._made(now, first, costs, budget, net_budget, device_type)
             while len(self._known) > REMEMBERED:
                 self._known.popitem(last=False)
-        self.last = self._known[known]
-        return self.last
+        self.last = plan
+        return plan
 
     @staticmethod
     def _made(
