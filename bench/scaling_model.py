@@ -139,8 +139,8 @@ def step_memory(shape: Shape, mode: str, device_type: str = "cpu", spacing: list
 
     - "store": all levels at once, K N P (2 h + 2 C) floats each: hidden layers, net output, state.
     - "checkpoint": K + 1 states of this level and of those below (on a CPU one more a part), one net's chunk.
-    - "reversible": K / m states instead, anchors at every m-th step and the output, N C floats a step to judge drift by,
-      and 4 N C between two parts.
+    - "reversible": K / m states instead, anchors at every m-th step and the output, N C floats a step to judge drift
+      by, and 4 N C between two parts.
 
     Args:
         shape, mode: model, batch and memory mode.

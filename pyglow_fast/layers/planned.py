@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -37,7 +38,7 @@ def run_key(x: Tensor, couplings: Sequence[Coupling]) -> Hashable:
     """What decides how nets run on a state like x, besides shapes: precisions, autocast, and which parts are known."""
     kind = x.device.type
     autocast = torch.get_autocast_dtype(kind) if autocast_is_on(kind) else None
-    nets = tuple((coupling.precision, id(coupling.net), coupling.net.training) for coupling in couplings)
+    nets = tuple((coupling.precision, weakref.ref(coupling.net), coupling.net.training) for coupling in couplings)
     return x.dtype, kind, autocast, nets
 
 
@@ -47,6 +48,10 @@ class Plans:
     def __init__(self) -> None:
         self._known: OrderedDict[Hashable, MemoryPlan] = OrderedDict()
         self.last: MemoryPlan | None = None
+
+    def __reduce__(self) -> tuple[type[Plans], tuple[()]]:
+        """Copies of a model begin without plans, which are of its own nets."""
+        return Plans, ()
 
     def of(
         self,

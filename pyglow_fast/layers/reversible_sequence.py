@@ -395,7 +395,11 @@ class ReversibleSequence(FlowLayer):
         return x, total
 
     def memory_report(self) -> dict[str, Any]:
-        """Mode, spacing, drift and what was redone so far; bytes of the anchors need a shape: see plan_chunks."""
+        """Mode or budget, spacing of the anchors, drift, and what was redone so far.
+
+        With a budget also how many steps the last training step has "inverted", "checkpointed" and "stored", and
+        "predicted_bytes" and "predicted_time", over that of mode "store", of its plan.
+        """
         own = {"memory": self.memory, "steps": len(self), **self.control.report()}
         return own if isinstance(self.memory, str) else self._plans.report([own])[0]
 
