@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.harness import machine, malloc_environments, malloc_setting, write_json
-from bench.memory_case import give_bytes, gradient_error, training_step
+from bench.memory_case import gradient_error, training_step
 from bench.memory_models import OURS, PARTLY, Levels, Shape, build, images, plain_levels
 from bench.memory_plots import draw_budgets
 from bench.memory_rows import BYTES
@@ -212,11 +212,8 @@ def take(turns: Turns) -> dict[str, list[float]]:
         if memory in PEERS:
             models[name] = plain_levels(ours, str(memory))
         else:
-            models[name] = model = copy.deepcopy(ours)
-            if isinstance(memory, int):
-                give_bytes(model, memory)
-            else:
-                model.memory = memory
+            models[name] = copy.deepcopy(ours)
+            models[name].memory = memory  # type: ignore[assignment]
 
     def case(model: nn.Module) -> Callable[[], object]:
         step = training_step(model, x)
@@ -267,7 +264,7 @@ def _times(runner: Runner, rows: Sequence[BudgetRow]) -> None:
     for malloc, times in found.items():
         for row in rows if times is not None else []:
             values: list[float] = times[row.variant]  # type: ignore[index]
-            low, _, high = statistics.quantiles(values, n=4)
+            low, _, high = statistics.quantiles(values if len(values) > 1 else 2 * values, n=4)
             row.seconds[malloc] = (statistics.median(values), low, high)
 
 

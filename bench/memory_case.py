@@ -168,10 +168,11 @@ def measure(case: Case) -> dict[str, Any]:
     device = torch.device(case.device)
     # What the libraries load when they first run is no part of a step: of PARTLY the fourth step is surely wrapped.
     small = dataclasses.replace(case.shape.small(), n_steps=4 if case.implementation in PARTLY else 1)
-    training_step(build(case.implementation, small, case.budget, device), images(small, device))()
+    first = case.implementation if case.memory is None else "reversible"  # bytes may ask for any of the modes
+    training_step(build(first, small, case.budget, device), images(small, device))()
     model = build(case.implementation, case.shape, case.budget, device)
     if case.memory is not None:
-        give_bytes(model, case.memory)
+        model.memory = case.memory
     x = images(case.shape, device)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in parameters:
@@ -204,27 +205,13 @@ def measure(case: Case) -> dict[str, Any]:
     return result
 
 
-class Refused(ValueError):
-    """A model does not take the bytes that it was given."""
-
-
-def give_bytes(model: nn.Module, memory: int) -> None:
-    """Set a model's memory to a number of bytes.
-
-    Raises:
-        Refused: it cannot do with so few, or takes modes alone.
-    """
-    try:
-        model.memory = memory  # type: ignore[assignment]
-    except ValueError as error:
-        raise Refused(str(error)) from error
-
-
 def run_case(case: Case) -> dict[str, Any]:
     """The result, or why there is none: ``missing`` a library, ``refused`` bytes, or ``too_large`` for the limit."""
     try:
         return measure(case)
-    except Refused as error:
+    except ValueError as error:  # when they are given, or by the first step, which tells the shapes
+        if case.memory is None:
+            raise
         return {"refused": str(error)}
     except ImportError as error:
         return {"missing": str(error)}

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._tracing import is_watched, kernels_step_aside
+from pyglow_fast.coupling_nets.traits import KeptBytes
 from pyglow_fast.interop import nets
 from pyglow_fast.interop.shared_budget import Call, SharedBudget
 from pyglow_fast.layers import Coupling
 from pyglow_fast.layers.flow_step import (
     ChannelMap,
-    MapInverse,
     given_maps,
     invert_maps,
     run_couplings,
@@ -35,6 +35,7 @@ from pyglow_fast.layers.step_costs import given_run_cost
 from pyglow_fast.reference import CouplingSpec
 from pyglow_fast.reversible import DriftControl
 from pyglow_fast.reversible.costs import RunCost
+from pyglow_fast.reversible.maps import MapInverse
 from pyglow_fast.reversible.setting import parse_memory
 
 
@@ -59,6 +60,11 @@ class OrderedNet(nn.Module):
     def bytes_per_position(self) -> Callable[[int], int] | None:
         """What computes the bytes of activations of a position, None where it is not known."""
         return nets.bytes_per_position(self.net)
+
+    @property
+    def kept_bytes(self) -> Callable[[Sequence[int], Tensor], KeptBytes] | None:
+        """What computes the bytes that it keeps for its backward, None where they are not known: see traits.py."""
+        return nets.kept_bytes(self.net, self.output_map is not None)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C/2, *spatial) -> shift and raw scale (or shift alone)."""

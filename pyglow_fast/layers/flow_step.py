@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast._errors import can_read, check_count, check_input, expect
+from pyglow_fast._errors import check_count, check_input, expect
 from pyglow_fast.coupling_nets.masks import mask_of, positions_of
 from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.layers._base import FlowLayer
@@ -21,7 +21,7 @@ from pyglow_fast.layers.injector import AffineInjector
 from pyglow_fast.layers.permutation import ChannelLinear, InvConv, Permute, WeightsOf
 from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.reference import KINDS, CouplingSpec, fold_actnorm, full_precision
-from pyglow_fast.reversible.maps import MapGroup
+from pyglow_fast.reversible.maps import MapGroup, MapInverse, inverse_of
 from pyglow_fast.reversible.parts import cut
 
 PERMUTATIONS = ("invconv", "invconv_plain", "shuffle", "reverse")
@@ -55,12 +55,7 @@ class ChannelMap(NamedTuple):
 
     def inverse(self) -> MapInverse:
         """M^-1, of stacked maps all in one batch; with the index where M is a gather."""
-        if self.source is None:
-            return functional.invert_matrix(self.matrix), None
-        return functional.invert_gather(self.matrix, self.source)
-
-
-MapInverse = tuple[Tensor, Tensor | None]  # M^-1, with an index the scales of a gather
+        return inverse_of(self.matrix, self.source)
 
 
 def stack_maps(maps: Sequence[ChannelMap]) -> ChannelMap:
@@ -249,7 +244,7 @@ def map_bounds(sizes: Sequence[int], ends: Sequence[int], like: Tensor) -> list[
         ends: one past each step with a coupling, with which a group may end; ascending.
         like: a tensor of the device.
     """
-    return cut(sizes[: ends[-1]], ends[:-1], FOLDED_AT_ONCE if can_read(like) else sum(sizes))
+    return cut(sizes[: ends[-1]], ends[:-1], FOLDED_AT_ONCE if like.device.type == "cpu" else sum(sizes))
 
 
 def map_groups(steps: Sequence[FlowStep], x: Tensor) -> tuple[list[MapGroup], ChannelMap | None]:

@@ -13,8 +13,9 @@ from torch import Tensor
 from pyglow_fast._errors import can_read
 from pyglow_fast.coupling_nets.checkerboard import Checkerboard
 from pyglow_fast.layers.coupling_net import CouplingNet
-from pyglow_fast.layers.flow_step import ChannelMap, FlowStep, MapInverse, couplings_of, fold_steps, invert_maps
+from pyglow_fast.layers.flow_step import ChannelMap, FlowStep, couplings_of, fold_steps, invert_maps
 from pyglow_fast.reversible.deferred import is_capturing
+from pyglow_fast.reversible.maps import MapInverse
 
 Identity = tuple["weakref.ref[Tensor]", int, int]  # the tensor, where its data is, its version
 

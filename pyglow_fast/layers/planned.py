@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -37,7 +38,7 @@ def run_key(x: Tensor, couplings: Sequence[Coupling]) -> Hashable:
     """What decides how nets run on a state like x, besides shapes: precisions, autocast, and which parts are known."""
     kind = x.device.type
     autocast = torch.get_autocast_dtype(kind) if autocast_is_on(kind) else None
-    nets = tuple((coupling.precision, id(coupling.net), coupling.net.training) for coupling in couplings)
+    nets = tuple((coupling.precision, weakref.ref(coupling.net), coupling.net.training) for coupling in couplings)
     return x.dtype, kind, autocast, nets
 
 
@@ -47,6 +48,10 @@ class Plans:
     def __init__(self) -> None:
         self._known: OrderedDict[Hashable, MemoryPlan] = OrderedDict()
         self.last: MemoryPlan | None = None
+
+    def __reduce__(self) -> tuple[type[Plans], tuple[()]]:
+        """Copies of a model begin without plans, which are of its own nets."""
+        return Plans, ()
 
     def of(
         self,
@@ -70,12 +75,13 @@ class Plans:
         """
         now, first = [planned_spacing(control) for control in controls], [_first(control) for control in controls]
         known = (key, budget, net_budget, device_type, tuple(now))
-        if known not in self._known:
-            self._known[known] = self._made(now, first, costs, budget, net_budget, device_type)
+        plan = self._known.get(known)
+        if plan is None:
+            plan = self._known[known] = self._made(now, first, costs, budget, net_budget, device_type)
             while len(self._known) > REMEMBERED:
                 self._known.popitem(last=False)
-        self.last = self._known[known]
-        return self.last
+        self.last = plan
+        return plan
 
     @staticmethod
     def _made(

@@ -39,9 +39,8 @@ from pyglow_fast.layers.step_costs import run_cost
 from pyglow_fast.reference import CouplingSpec, n_positions
 from pyglow_fast.reversible import DriftControl, MapGroup, ModuleChain, Pass, run_chain
 from pyglow_fast.reversible.costs import JoinCost, RestCost, RunCost
-from pyglow_fast.reversible.drift import SKETCHED
 from pyglow_fast.reversible.limits import call_untraced
-from pyglow_fast.reversible.parts import part_limit
+from pyglow_fast.reversible.parts import kept_between, part_limit
 from pyglow_fast.reversible.setting import memory_text, parse_memory
 
 
@@ -105,8 +104,7 @@ def run_recomputing(
     groups, behind = maps
     step_bytes = [sum(parameter.nbytes for parameter in runner.params) for runner in runners]
     positions = n_positions(x) // (2 ** (x.dim() - 2) if squeeze_first else 1)
-    few = positions <= SKETCHED
-    boundary = x.nbytes if few or control is None else x.nbytes // positions * SKETCHED
+    boundary, few = kept_between(x.nbytes, positions, control is None)
     ends = [group.end for group in groups[:-1]]
     whole = Pass(control, step_bytes, part_limit(x, step_bytes, boundary), ends, few)
     z, log_det = run_chain(runners, specs, groups, whole, x, cond, squeeze_first, masked)
@@ -143,9 +141,10 @@ class ReversibleSequence(FlowLayer):
         tolerance: largest relative drift of a recomputed state, or None for the default by dtype and depth.
         memory_budget: bytes of one net's activations, or "auto".
         deferred_check: in mode "reversible" the host does not wait for the verdict on drift. Where a state has drifted,
-            the gradients of this run of steps, and of those that the same backward reaches later, are zero; the next
-            pass counts it ("skipped" in the report) and puts the anchors closer. For CUDA graphs, in whose capture it
-            is always so; else a wait costs one pause of a GPU's stream per backward, and nothing on a CPU.
+            the gradients of its part of this run of steps (on a GPU all of the run), and of all that the same backward
+            reaches later, are zero; the next pass counts it ("skipped" in the report) and puts the anchors closer. For
+            CUDA graphs, in whose capture it is always so; else a wait costs one pause of a GPU's stream per backward,
+            and nothing on a CPU.
 
     Shapes: x, z (N, C, *spatial), float32 or float64; log_det (N,), nats.
 
@@ -310,7 +309,7 @@ class ReversibleSequence(FlowLayer):
         shapes = (x.shape[0], spatial, 0 if cond is None else cond.shape[1])
 
         def costs(spacings: Sequence[int]) -> tuple[list[RunCost], RestCost]:
-            return [run_cost(steps, *shapes, spacings[0])], RestCost(0, (JoinCost(0, 0),), ())
+            return [run_cost(steps, *shapes, spacings[0], squeeze_first)], RestCost(0, (JoinCost(0, 0),), ())
 
         wants = tuple(parameter.requires_grad for parameter in self.parameters())
         key = (x.shape, squeeze_first, shapes[2], wants, run_key(x, couplings_of(steps)))
@@ -396,7 +395,11 @@ class ReversibleSequence(FlowLayer):
         return x, total
 
     def memory_report(self) -> dict[str, Any]:
-        """Mode, spacing, drift and what was redone so far; bytes of the anchors need a shape: see plan_chunks."""
+        """Mode or budget, spacing of the anchors, drift, and what was redone so far.
+
+        With a budget also how many steps the last training step has "inverted", "checkpointed" and "stored", and
+        "predicted_bytes" and "predicted_time", over that of mode "store", of its plan.
+        """
         own = {"memory": self.memory, "steps": len(self), **self.control.report()}
         return own if isinstance(self.memory, str) else self._plans.report([own])[0]
 

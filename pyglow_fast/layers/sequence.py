@@ -130,7 +130,7 @@ class MaskedSequence(ReversibleSequence):
         *,
         plan: RunPlan | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x -> z."""
+        """x -> z; plan: of a model with a budget, what this run does, None: as ``memory`` says."""
         if mask is None:
             return super().forward(x, cond, squeeze_first, plan=plan)
         expect(not squeeze_first, "squeeze_first", "False with a mask; see squeeze_time", squeeze_first)

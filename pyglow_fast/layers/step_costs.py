@@ -29,8 +29,8 @@ from pyglow_fast.reversible.costs import (
     NetCost,
     RunCost,
 )
-from pyglow_fast.reversible.drift import SKETCHED, DriftControl
-from pyglow_fast.reversible.parts import Pass, part_limit
+from pyglow_fast.reversible.drift import DriftControl
+from pyglow_fast.reversible.parts import Pass, kept_between, part_limit
 
 
 def _wanted(module: nn.Module) -> list[Tensor]:
@@ -95,9 +95,13 @@ def net_cost(
             hidden = (2 * net.hidden + net.border) * size
             hidden += 0 if beside == 0 or net.border else (inputs + beside) * each
             inside, made = 3 * net.hidden * size, _made(net, half) + net.out_channels * net.hidden * 3**net.dims * size
+        elif (stated := getattr(net, "kept_bytes", None)) is not None:
+            hidden, margin, made, inside = stated((samples, inputs + beside, *_whole(spatial, seen)), like)
         else:
             hidden, inside = _estimated(net, inputs + beside, net_out, each)
             made = _made(net, half)
+        if coupling.has_own_scale:  # computed by torch, which keeps s and log s
+            hidden += out * each
 
     @cache
     def chunk_for(budget: str | int) -> ChunkCost:
@@ -158,7 +162,7 @@ def _parts(
     positions: int,
     keeps_states: bool,
     like: Tensor,
-    spacing: DriftControl,
+    anchored: DriftControl,
 ) -> list[ChainPart]:
     """The parts in which consecutive couplings run when they are recomputed, with their first anchors.
 
@@ -169,11 +173,10 @@ def _parts(
         positions: of that.
         keeps_states: whether all states are kept.
         like: a tensor of the device.
-        spacing: of the anchors.
+        anchored: tells where anchors lie.
     """
-    few = positions <= SKETCHED
-    boundary = state if few or keeps_states else state // positions * SKETCHED
-    control = None if keeps_states else spacing
+    boundary, few = kept_between(state, positions, keeps_states)
+    control = None if keeps_states else anchored
     whole = Pass(control, step_bytes, part_limit(like, step_bytes, boundary), [end for _, end in bounds[:-1]], few)
     groups = {first: own for own in bounds for first in range(*own)}
     found = []
@@ -240,18 +243,27 @@ def run_cost(
     units = {at: unit for unit, (_, at) in enumerate(places)}
     step_bytes = [_bytes_of(coupling.net) for coupling in couplings]
     sizes_of_maps = [sum(part.matrix for part in found[start:end]) for (_, start), (_, end) in pairwise(places)]
-    spacing = DriftControl(len(couplings), anchor_every)
+    control = DriftControl(len(couplings), anchor_every)
 
     def parts(begin: int, end: int, keeps_states: bool) -> list[ChainPart]:
         first, last = units[begin], units[end]
         groups = map_bounds(sizes_of_maps[first:last], range(1, last - first + 1), like)
         bounds = [(places[first + a][1] - begin, places[first + b][1] - begin) for a, b in groups]
-        return _parts(step_bytes[begin:end], bounds, state, positions, keeps_states, like, spacing)
+        return _parts(step_bytes[begin:end], bounds, state, positions, keeps_states, like, control)
 
     entry = state if on_board else 0
     squeezed = state if squeezes and (len(sizes) != 2 or not ops.run_on(like)) else 0
     witness = samples * channels * bias.element_size()
-    return RunCost(tuple(found), state, witness, tuple(places), cache(parts), entry=entry, squeezed=squeezed)
+    return RunCost(
+        tuple(found),
+        state,
+        witness,
+        tuple(places),
+        cache(parts),
+        entry=entry,
+        squeezed=squeezed,
+        keeps_states=control.checkpoints,
+    )
 
 
 def given_run_cost(
@@ -278,18 +290,28 @@ def given_run_cost(
     vector = channels * like.element_size()
     net = cache(lambda coupling: net_cost(coupling, channels, samples, spatial, cond_channels, like))
     found = [CouplingCost(net(part), size, vector) for part, size in zip(couplings, matrices, strict=True)]
-    spacing, count = DriftControl(len(couplings), anchor_every), len(couplings)
+    control, count = DriftControl(len(couplings), anchor_every), len(couplings)
     positions = math.prod(spatial)
     state = samples * positions * vector
 
     step_bytes = [_bytes_of(coupling.net) for coupling in couplings]
 
     def parts(begin: int, end: int, keeps_states: bool) -> list[ChainPart]:
-        return _parts(step_bytes[begin:end], [(0, end - begin)], state, positions, keeps_states, like, spacing)
+        return _parts(step_bytes[begin:end], [(0, end - begin)], state, positions, keeps_states, like, control)
 
     # What autograd keeps of their making is as much as of maps that a step of ours folds; and the maps in one tensor.
     kept = (FOLD_KEPT + 1) * sum(matrices) + (FOLD_VECTORS + 1) * vector * count
     places = tuple((k, k) for k in range(count + 1))
     last = state + (FOLD_KEPT * matrices[-1] + FOLD_VECTORS * vector) if behind else 0
     witness = samples * vector
-    return RunCost(tuple(found), state, witness, places, cache(parts), first_entry=kept, behind=last, given=True)
+    return RunCost(
+        tuple(found),
+        state,
+        witness,
+        places,
+        cache(parts),
+        first_entry=kept,
+        behind=last,
+        given=True,
+        keeps_states=control.checkpoints,
+    )

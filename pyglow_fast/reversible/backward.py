@@ -48,8 +48,7 @@ class ChainBackward(Walk):
         chain: the part.
         x: the input of its first step, None where that is not kept.
         cond: what the nets get besides, or None.
-        maps: of its steps, folded.
-        grads: where the gradients of the maps go, by step.
+        maps: of its steps, folded, which also take their gradients.
         params: of the nets, by step.
         kept: by the forward.
         grad_log_det: (N,); None where nothing is differentiated.

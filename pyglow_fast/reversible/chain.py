@@ -194,17 +194,19 @@ def _restored(chain: Chain, trail: Trail) -> tuple[Tensor, int]:
     index = next(i for i in reversed(range(part.index)) if parts[i].anchors or parts[i].knows_start)
     first, count = max(parts[index].anchors, default=0), 0
     x: Tensor | None = None
-    folded = None if trail.maps is None else trail.maps.maps
-    group = chain.group
+    assert trail.maps is not None  # of this part
+    group, folded = chain.group, trail.maps.maps
     for own in parts[index : part.index]:
         ctx = run.node(own.index)
         saved = _Saved.of(ctx)
-        if folded is None or ctx.chain.group is not group:
+        if ctx.chain.group is not group:
             group = ctx.chain.group
-            opener = next(other for other in parts if other.end == group.end)
-            folded = FoldedMaps.of(group, _Saved.of(run.node(opener.index)).raw)
-        if ctx.chain.group is chain.group and trail.maps is not None:
-            folded = trail.maps.maps
+            # Of this part's own group nothing is asked for again: what has opened it may have been freed since.
+            if group is chain.group:
+                folded = trail.maps.maps
+            else:
+                opener = next(other for other in parts if other.end == group.end)
+                folded = FoldedMaps.of(group, _Saved.of(run.node(opener.index)).raw)
         walk = _walk_of(ctx, saved, ctx.chain.maps(folded))
         start = walk.anchors.get(first, saved.x) if x is None else x
         assert start is not None  # known of the first part, computed of those behind it
@@ -288,8 +290,9 @@ def run_chain(
 ) -> tuple[Tensor, Tensor]:
     """z and log|det dz/dx| of K steps: u = M x + c, then the coupling of u, K times.
 
-    Memory that lives until the backward: x, z, and per step an (N, C) projection and norm, plus the anchors that the
-    pass asks for, or the state of every step if it wants all. Nothing of the nets, nothing of the maps.
+    Memory that lives until the backward: x, z, and per step an (N, C) projection, plus the anchors that the pass asks
+    for, and a sketch of each part's first state; or the state of every step if it wants all. Nothing of the nets,
+    nothing of the maps.
 
     Args:
         nets, specs: of the steps.

@@ -202,6 +202,7 @@ class RunCost:
         behind: bytes of a channel map behind the last coupling, with the state before it.
         given: the channel maps are made before the run, and no one folds them again: first_entry has what they keep.
         squeezed: bytes that are copied to squeeze the run's input where that is not done as it is read; else 0.
+        keeps_states: also in mode "reversible", whose anchors lie at every step: nothing is inverted.
     """
 
     couplings: tuple[CouplingCost, ...]
@@ -214,6 +215,7 @@ class RunCost:
     behind: int = 0
     given: bool = False
     squeezed: int = 0
+    keeps_states: bool = False
 
     @cached_property
     def maps(self) -> Callable[[int, int], MapsCost]:
@@ -235,7 +237,7 @@ class RunCost:
                 total += GRADIENTS_WORK * net.work + STORED_BYTE_WORK * net.stored + STEP_WORK
                 continue
             total += (GRADIENTS_WORK + 1) * net.work * net.chunk_for(budget).work // 1000 + STEP_WORK
-            if k < first:
+            if k < first and not self.keeps_states:
                 total += INVERTED_STEP_WORK + INVERTED_VALUE_WORK * self.state
         return total
 

@@ -15,7 +15,12 @@ from torch import Tensor
 
 from pyglow_fast import functional
 
-Inverse = tuple[Tensor, Tensor | None]  # M^-1, with an index the scales of a gather
+MapInverse = tuple[Tensor, Tensor | None]  # M^-1, with an index the scales of a gather
+
+
+def inverse_of(matrix: Tensor, index: Tensor | None) -> MapInverse:
+    """M^-1, of stacked maps all in one batch: of a gather, which has an index, the scales and the index of another."""
+    return (functional.invert_matrix(matrix), None) if index is None else functional.invert_gather(matrix, index)
 
 
 @dataclass(frozen=True)
@@ -44,10 +49,10 @@ class FoldedMaps:
 
     def __init__(self, matrices: Tensor, offsets: Tensor, log_dets: Tensor, indices: Tensor | None = None) -> None:
         self.matrices, self.offsets, self.log_dets = matrices.unbind(), offsets.unbind(), log_dets
-        self.offset = offsets
+        self.stacked_offsets = offsets
         self.indices: Sequence[Tensor | None] = [None] * len(offsets) if indices is None else indices.unbind()
         self._stacked = matrices, indices
-        self._inverse: Inverse | None = None
+        self._inverse: MapInverse | None = None
 
     @classmethod
     def of(cls, group: MapGroup, raw: Sequence[Tensor]) -> FoldedMaps:
@@ -60,14 +65,10 @@ class FoldedMaps:
         return MapsOfPart(self, own)
 
     @property
-    def inverse(self) -> Inverse:
+    def inverse(self) -> MapInverse:
         """M^-1 of every step, stacked, all in one batch."""
         if self._inverse is None:
-            matrices, indices = self._stacked
-            if indices is None:
-                self._inverse = functional.invert_matrix(matrices), None
-            else:
-                self._inverse = functional.invert_gather(matrices, indices)
+            self._inverse = inverse_of(*self._stacked)
         return self._inverse
 
 
@@ -84,7 +85,7 @@ class MapsOfPart:
         self._maps, self._own, self._grads = maps, own, grads
         self.matrices, self.offsets, self.indices = maps.matrices[own], maps.offsets[own], maps.indices[own]
 
-    def inverse(self, steps: int | slice) -> Inverse:
+    def inverse(self, steps: int | slice) -> MapInverse:
         """M^-1 of a step, or of some, stacked."""
         scales, back = (None if part is None else part[self._own][steps] for part in self._maps.inverse)
         assert scales is not None  # an index alone may be missing
@@ -92,7 +93,7 @@ class MapsOfPart:
 
     def offset(self, steps: slice) -> Tensor:
         """Offsets of some steps, stacked."""
-        return self._maps.offset[self._own][steps]
+        return self._maps.stacked_offsets[self._own][steps]
 
     def put(self, k: int, *grads: Tensor) -> None:
         """The gradients of matrix and offset of map k are these."""

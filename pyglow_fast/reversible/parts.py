@@ -7,6 +7,7 @@ or lie in a process group's buckets, they exist twice until then: those of one p
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,8 +15,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from pyglow_fast._errors import can_read
-from pyglow_fast.reversible.drift import DriftControl
+from pyglow_fast.reversible.drift import SKETCHED, DriftControl
+
+_judging = threading.Lock()  # backwards through one graph may run at a time; torch.compile cannot trace its making
 
 LEAST_PART = 2 * 2**20  # bytes of gradients that may exist a second time while they are added to others
 
@@ -24,9 +26,24 @@ def part_limit(x: Tensor, step_bytes: Sequence[int], boundary: int = 0) -> int |
     """Bytes of gradients of a part, for so many bytes that are kept between two parts.
 
     Where both cost alike in all, their sum is least: parts of sqrt(boundary sum(step_bytes)). None for one part as
-    large as can be: on a GPU, whose one verdict on drift is of all of it.
+    large as can be: on a GPU, whose one verdict on drift is of all of it. The device alone decides: a plan is made
+    outside of torch.compile for a forward that is traced.
     """
-    return max(LEAST_PART, math.isqrt(boundary * sum(step_bytes))) if can_read(x) else None
+    return max(LEAST_PART, math.isqrt(boundary * sum(step_bytes))) if x.device.type == "cpu" else None
+
+
+def kept_between(state: int, positions: int, keeps_states: bool) -> tuple[int, bool]:
+    """Bytes that are kept where one part ends and another begins, and whether they are the state itself.
+
+    Else a sketch of it, which of few positions would be no smaller.
+
+    Args:
+        state: bytes of one.
+        positions: of one.
+        keeps_states: of every step.
+    """
+    few = positions <= SKETCHED
+    return (state if few or keeps_states else state // positions * SKETCHED), few
 
 
 def cut(step_bytes: Sequence[int], places: Sequence[int], limit: int) -> list[tuple[int, int]]:
@@ -98,21 +115,25 @@ class Pass:
 
     def judged(self, first: int, worst: float, limit: float, redone: int) -> None:
         """Of the part that begins there: its worst drift, and how many steps it has redone."""
-        self._begin()
-        self._worst.append(worst)
-        self._redone += redone
-        if first == self.final and self.control is not None:
+        with _judging:
+            self._begin()
+            self._worst.append(worst)
+            self._redone += redone
+            if first != self.final or self.control is None:
+                return
             drifts, redone, self._worst, self._redone = self._worst, self._redone, [], 0
-            nan = any(drift != drift for drift in drifts)
-            self.control.record(float("nan") if nan else max(drifts), limit, redone, self.spacing)
+        nan = any(drift != drift for drift in drifts)
+        self.control.record(float("nan") if nan else max(drifts), limit, redone, self.spacing)
 
     def deferred(self, first: int, worst: Tensor, limit: float, zeroed: Tensor) -> None:
         """The same where the host is not to wait for a value; ``zeroed``: whether its gradients were."""
-        self._begin()
-        self._deferred.append(worst)
-        if first == self.final and self.control is not None:
+        with _judging:
+            self._begin()
+            self._deferred.append(worst)
+            if first != self.final or self.control is None:
+                return
             drifts, self._deferred = torch.stack([drift.to(worst.device) for drift in self._deferred]), []
-            self.control.defer(drifts.amax(), zeroed, limit, self.spacing)
+        self.control.defer(drifts.amax(), zeroed, limit, self.spacing)
 
     def _begin(self) -> None:
         """Forget what an earlier backward found that ended before the final part, as it wanted late gradients alone."""
@@ -138,7 +159,8 @@ class Part:
     @property
     def knows_start(self) -> bool:
         """Whether the input of its first step is kept: else the backward has it from the part behind it, recomputed."""
-        return self.first == 0 or self.whole.keeps_states or self.first in self.whole.anchors
+        # No part behind the final one can ask those before it, which have no backward and keep nothing.
+        return self.first == 0 or self.whole.keeps_states or self.is_final or self.first in self.whole.anchors
 
     @property
     def is_last(self) -> bool:

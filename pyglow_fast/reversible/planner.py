@@ -266,7 +266,8 @@ def plan_memory(
         device_type: of the model, "cpu", "cuda", ...
 
     Raises:
-        ValueError: not even inverting every step with the smallest chunks takes so few; it names the least that does.
+        ValueError: not even inverting every step with the smallest chunks takes so few, nor, of tiny states, storing
+            all; it names the lesser of both.
     """
     everything = [(0, 0)] * len(runs)
     searches: list[_Search] = []

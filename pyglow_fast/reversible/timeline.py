@@ -71,7 +71,7 @@ def bytes_of(run: RunCost, first: int, second: int, budget: str | int) -> RunByt
         if mode == "store":
             _store_forward(run, begin, end, ahead)
         else:
-            _chain_forward(run, begin, end, mode == "checkpoint", budget, ahead)
+            _chain_forward(run, begin, end, run.keeps_states or mode == "checkpoint", budget, ahead)
     ahead.hold(run.behind)
     back.hold(ahead.now + run.state)  # the gradient of the output
     if run.behind:
@@ -81,7 +81,7 @@ def bytes_of(run: RunCost, first: int, second: int, budget: str | int) -> RunByt
         if mode == "store":
             _store_backward(run, begin, end, back)
         else:
-            _chain_backward(run, begin, end, mode == "checkpoint", budget, back)
+            _chain_backward(run, begin, end, run.keeps_states or mode == "checkpoint", budget, back)
         back.hold(-run.entry)
         if run.given:  # gradients of the maps, with which what they were made of gets its own in the end
             back.hold(sum(coupling.matrix for coupling in run.couplings[begin:end]))

@@ -29,6 +29,7 @@ class Trail:
         y: the output of the part that is next, recomputed or true.
         maps: the group of channel maps that is open.
         known: by index of parts to come, what a drift has made known of them.
+        thread: that the backward runs in.
     """
 
     y: Tensor | None = None
@@ -48,8 +49,8 @@ class Trails:
         key, own = backward_key(), threading.get_ident()
         if part.is_last:
             # What an earlier backward has left that failed, or wanted late gradients alone.
-            stale = [other for other, trail in self._trails.items() if trail.thread == own and other[0] != key[0]]
-            for other in stale:
-                del self._trails[other]
+            for other, trail in list(self._trails.items()):  # a list, as other threads may add theirs meanwhile
+                if trail.thread == own and other[0] != key[0]:
+                    del self._trails[other]
             self._trails[key] = Trail()
         return self._trails.pop(key) if part.is_final else self._trails[key]

@@ -183,7 +183,7 @@ class Walk(abc.ABC):
             y, grad, drift = self._invert(first, end, true_input, y, grad)
             drifts.append(drift)
         self.start = y
-        return grad, torch.stack(drifts).amax()
+        return grad, torch.stack(drifts).amax() if drifts else z.new_zeros(())
 
     def _judge_at_the_end(self, z: Tensor, grad_z: Tensor, limit: float) -> Tensor:
         grad, worst = self._invert_all(z, grad_z)

@@ -154,11 +154,13 @@ class TestCase:
         refused = memory_case.run_case(memory_case.Case("store", TINY, memory=1))["refused"]
         assert refused.startswith("memory: expected")
 
-    def test_bytes_are_given_before_the_first_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        given = []
-        monkeypatch.setattr(memory_case, "give_bytes", lambda model, memory: given.append((type(model), memory)))
-        assert memory_case.run_case(memory_case.Case("store", TINY, passes=0, memory=12345))["report"]
-        assert given == [(Glow, 12345)]
+    def test_bytes_are_given_before_the_first_step(self) -> None:
+        most = memory_case.run_case(memory_case.Case("store", TINY, passes=0))
+        given = memory_case.run_case(memory_case.Case("store", TINY, passes=0, memory=2 * most["tensor_bytes"]))
+        budget = 9 * most["tensor_bytes"] // 10
+        less = memory_case.run_case(memory_case.Case("store", TINY, passes=0, memory=budget))
+        assert given["tensor_bytes"] == most["tensor_bytes"]
+        assert less["tensor_bytes"] <= budget
 
     def test_missing_library(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(__import__("sys").modules, "memcnn", None)
@@ -207,6 +209,34 @@ class TestTable:
         assert [row.shape.n_steps for row in rows] == [1, 2, 4]
         assert [row.counted for row in rows] == [False, False, counted]
         assert rows[-1].tensor_bytes == pytest.approx(4e5)
+
+    @pytest.mark.parametrize(
+        ("implementation", "shape", "passes"),
+        [
+            ("reversible", memory_rows.HUGE, 0),
+            ("checkpoint", memory_rows.HUGE, 0),
+            ("reversible", memory_rows.RESOLUTION, 3 + memory_runner.ADAPTING),
+            (memory_rows.SMALL_NETS, memory_rows.DEPTH, 3 + memory_runner.ADAPTING),
+            ("memcnn", memory_rows.RESOLUTION, 1),
+            ("memcnn", memory_rows.DEPTH, 3),
+        ],
+    )
+    def test_steps_before_bytes_are_counted(
+        self, monkeypatch: pytest.MonkeyPatch, implementation: str, shape: memory_models.Shape, passes: int
+    ) -> None:
+        runner, asked = memory_runner.Runner(memory._options([])), []
+        result = {"tensor_bytes": 1.0, "tensor_bytes_fresh": 1.0}
+        monkeypatch.setattr(runner, "case", lambda name, shape, passes, errors: asked.append(passes) or result)
+        assert len(list(runner.rows("resolution", implementation, [shape], probe=False))) == 1
+        assert asked == [passes]
+
+    def test_small_nets_are_reversible_ones(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        runner = memory_runner.Runner(memory._options(["--small-nets", "12345"]))
+        asked = []
+        monkeypatch.setattr(runner, "process", lambda module, text, name: asked.append(memory_case.Case.of(text)))
+        runner.case(memory_rows.SMALL_NETS, TINY, 1, errors=False)
+        runner.case("reversible", TINY, 1, errors=False)
+        assert [(case.implementation, case.budget) for case in asked] == [("reversible", 12345), ("reversible", "auto")]
 
     def test_growth_is_of_what_was_measured(self) -> None:
         rows = [row("plain", 8, 800e3), row("plain", 32, 3200e3), row("plain", 512, 1.0, counted=True)]

@@ -146,11 +146,17 @@ class TestTurns:
         assert min(min(seconds) for seconds in found.values()) > 0
 
     def test_bytes_are_given_to_a_model_of_its_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        given: list[tuple[int, int]] = []
-        monkeypatch.setattr(memory_budgets, "give_bytes", lambda model, memory: given.append((id(model), memory)))
-        memory_budgets.take(Turns(TINY, {"25 %": 111, "50 %": 222, "plain": "plain"}, "auto", 2, 60.0, "cpu", 1))
-        assert [memory for _, memory in given] == [111, 222]
-        assert len({model for model, _ in given}) == 2
+        variants: dict[str, str | int] = {"75 %": 10**9, "100 %": 2 * 10**9, "store": "store", "plain": "plain"}
+        models: dict[int, object] = {}
+        step = memory_budgets.training_step
+
+        def seen(model: torch.nn.Module, x: torch.Tensor) -> Any:
+            models[id(model)] = getattr(model, "memory", None)
+            return step(model, x)
+
+        monkeypatch.setattr(memory_budgets, "training_step", seen)
+        memory_budgets.take(Turns(TINY, variants, "auto", 2, 60.0, "cpu", 1))
+        assert list(models.values()) == [10**9, 2 * 10**9, "store", None]
 
     def test_another_function_is_not_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         step = memory_budgets.training_step

@@ -39,7 +39,7 @@ def results(model: Any, x: Tensor) -> list[Tensor]:
 
 
 @models
-@pytest.mark.parametrize("memory", [*MEMORY, "1GB"])
+@pytest.mark.parametrize("memory", MEMORY)
 def test_equal_in_float64(make: Any, memory: str | None) -> None:
     model, shape = make()
     model = model.double()
@@ -57,6 +57,15 @@ def test_equal_in_float64(make: Any, memory: str | None) -> None:
     torch.testing.assert_close(found[2], x, rtol=1e-9, atol=1e-9)
     assert found[0].is_contiguous()
     assert found[2].is_contiguous()
+
+
+@models
+def test_bytes_are_refused_before_anything_changes(make: Any) -> None:
+    model, _ = make()
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=r'^memory: expected a mode, for couplings .*JetFormer\), found "4 GB"$'):
+        accelerate(model, memory="4GB")
+    assert [type(module) for module in model.modules()] == kinds
 
 
 @models

@@ -26,7 +26,9 @@ from torch import Tensor, nn
 import pyglow_fast as pgf
 from bench.memory_meter import MemoryTrace
 from pyglow_fast.layers import reversible_sequence
+from pyglow_fast.layers.step_costs import run_cost
 from pyglow_fast.reversible import DriftControl, Pass, backward, passes
+from pyglow_fast.reversible.costs import bytes_of
 from pyglow_fast.reversible.parts import LEAST_PART, cut, part_limit
 
 CASE = next(case for case in CASES if case.name == "depth-8")
@@ -170,6 +172,7 @@ class TestRedone:
         ("steps", "every", "at", "first"),
         [
             (1, None, 6, 0),  # its own first step, which a sketch tells of, far from the run's input
+            (1, None, 4, 0),  # of three parts whose maps are folded together the one in the middle
             (1, None, 1, 0),
             (1, None, 0, 0),  # the run's input, which is known
             (1, 4, 7, 4),  # behind an anchor that begins another part
@@ -298,6 +301,31 @@ def test_first_parts_without_a_gradient(user: bool, monkeypatch: pytest.MonkeyPa
     assert all((p.grad is not None) == p.requires_grad for p in sequence.parameters())
 
 
+@pytest.mark.parametrize("groups", [0, 1, 2, 3])
+@pytest.mark.parametrize("at", [3, 4, 7])
+def test_a_drift_behind_parts_without_a_gradient(at: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of steps 0..2, which are frozen, nothing is kept: the input of the first that is trained is."""
+    sequence, (x, _) = CASE.build(), CASE.batch()
+    for step in list(sequence)[:3]:
+        step.requires_grad_(False)
+    Mode("store").apply(sequence)
+    objective(sequence(x)).backward()
+    wanted = {name: p.grad for name, p in sequence.named_parameters() if p.requires_grad}
+    sequence.zero_grad()
+    sequence.control.tolerance = 1e-9
+    if groups:
+        fold_by(monkeypatch, groups)
+    cut_parts(monkeypatch, EVERY_STEP)
+    Mode("reversible", None).apply(sequence)
+    TestRedone().planted(monkeypatch, at)
+    objective(sequence(x)).backward()
+    assert_same_gradients({name: p.grad for name, p in sequence.named_parameters() if p.requires_grad}, wanted)
+    report = sequence.memory_report()
+    # A part whose step is frozen has a backward where it gives the gradients of maps that are folded with its own.
+    first = {0: 0, 1: 3, 2: 2, 3: 3}[groups]
+    assert (report["passes"], report["trips"], report["redone_steps"]) == (1, 1, at + 1 - first), report
+
+
 def test_gradients_that_are_added_to_others_exist_twice_by_parts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     steps = pgf.ReversibleSequence([pgf.FlowStep(4, 64) for _ in range(16)], anchor_every=2)
@@ -313,3 +341,26 @@ def test_gradients_that_are_added_to_others_exist_twice_by_parts_alone(monkeypat
             objective(model(x)).backward()
         peaks[limit], _ = trace.peak_without()
     assert peaks[ONE_PART] > size > 4 * peaks[EVERY_STEP]
+
+
+def test_a_compiled_run_is_cut_alike() -> None:
+    """A plan reckons with the parts and groups that there are without torch.compile."""
+    torch.manual_seed(0)
+    sequence = pgf.ReversibleSequence([pgf.FlowStep(4, 512) for _ in range(4)]).eval()
+    x = torch.randn(1, 4, 4, 4)
+
+    def parts_of(call: Any) -> int:
+        node, names = call(x)[0].grad_fn, []
+        while node is not None:
+            names.append(node.name())
+            node = next((of for of, _ in node.next_functions if of is not None and "_RunPart" in of.name()), None)
+        return sum("_RunPart" in name for name in names)
+
+    assert parts_of(torch.compile(sequence, backend="eager")) == parts_of(sequence) > 1
+
+
+def test_anchors_at_every_step_cost_what_kept_states_do() -> None:
+    steps = [pgf.FlowStep(4, 8) for _ in range(6)]
+    close, far = (run_cost(steps, 4, (16, 16), anchor_every=every) for every in (1, 2))
+    assert bytes_of(close, 6, 6, "auto") == bytes_of(close, 0, 6, "auto")
+    assert bytes_of(far, 6, 6, "auto").kept < bytes_of(far, 0, 6, "auto").kept

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pyglow_fast._errors import expect
 from pyglow_fast._tracing import kernels_step_aside
+from pyglow_fast.coupling_nets.traits import KeptBytes
 from pyglow_fast.interop import nets
 from pyglow_fast.layers.coupling import MAX_CLAMP
 from pyglow_fast.reference import CouplingSpec, n_positions
@@ -169,6 +170,11 @@ class OrderedSubnet(nn.Module):
     def bytes_per_position(self) -> Callable[[int], int] | None:
         """What computes the bytes of activations of a position, None where it is not known."""
         return nets.bytes_per_position(self.subnet)
+
+    @property
+    def kept_bytes(self) -> Callable[[Sequence[int], Tensor], KeptBytes] | None:
+        """What computes the bytes that it keeps for its backward, None where they are not known: see traits.py."""
+        return nets.kept_bytes(self.subnet, True)
 
     def forward(self, x1: Tensor, cond: Tensor | None = None) -> Tensor:
         """x1, cond -> [shift | raw]."""

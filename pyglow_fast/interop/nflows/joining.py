@@ -11,6 +11,7 @@ from nflows import transforms
 from nflows.transforms.coupling import CouplingTransform
 from torch import Tensor, nn
 
+from pyglow_fast.coupling_nets.traits import KeptBytes
 from pyglow_fast.interop import nets
 from pyglow_fast.interop.joined import ChangedError, Face, JoinedRun, JoinedStep, Place, unrepeatable
 from pyglow_fast.interop.nflows.coupling import run_net
@@ -43,6 +44,12 @@ class UserNet(nn.Module):
         """What computes the bytes of activations of a position, None where it is not known."""
         chain = chain_of(self.net, None)
         return nets.bytes_per_position(self.net if chain is None else chain)
+
+    @property
+    def kept_bytes(self) -> Callable[[Sequence[int], Tensor], KeptBytes] | None:
+        """What computes the bytes that it keeps for its backward, None where they are not known: see traits.py."""
+        chain = chain_of(self.net, None)
+        return nets.kept_bytes(self.net if chain is None else chain)
 
     @property
     def deterministic(self) -> bool | None:
