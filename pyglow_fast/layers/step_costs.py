@@ -23,6 +23,7 @@ from pyglow_fast.reference import coupling_net_spec
 from pyglow_fast.reversible.costs import (
     FOLD_KEPT,
     FOLD_VECTORS,
+    SMALL,
     ChainPart,
     ChunkCost,
     CouplingCost,
@@ -48,8 +49,9 @@ def _made(net: nn.Module, half: bool) -> int:
     if not isinstance(net, CouplingNet):
         return 0
     convs = [net.conv1.weight, net.conv2.weight, net.conv3.weight]
-    if net.border:
-        return 2 * sum(weight.nbytes for weight in convs)
+    if net.border:  # each with an input channel more, the second also an output
+        wider = [weight.nbytes + weight[:, :1].nbytes for weight in convs]
+        return sum(wider) + wider[1] // net.hidden
     norms = (net.norm1, net.norm2)
     scaled = zip(norms, convs[:2], strict=True)
     return sum(weight.nbytes + 4 * weight[:, 0].nbytes for norm, weight in scaled if not isinstance(norm, nn.Identity))
@@ -76,7 +78,7 @@ def net_cost(
     inputs, beside = (cond_channels, 0) if injects else (reads, cond_channels)
     params = _wanted(net)
     copied = seen * reads if board is not None else 0
-    margin, inside = 0, 0
+    margin, inside = 4 * SMALL, 0
     with in_precision(coupling.precision, like):
         as_products = isinstance(net, NetShape) and functional.net_as_products(like)
         half = torch.is_autocast_enabled(like.device.type)
@@ -99,6 +101,7 @@ def net_cost(
             hidden, margin, made, inside = stated((samples, inputs + beside, *_whole(spatial, seen)), like)
         else:
             hidden, inside = _estimated(net, inputs + beside, net_out, each)
+            inside += max((blocked(*conv.weight.shape[:2]) * size for conv in _convolutions(net)), default=0)
             made = _made(net, half)
         if coupling.has_own_scale:  # computed by torch, which keeps s and log s
             hidden += out * each
@@ -123,7 +126,7 @@ def net_cost(
         out=out * each,
         grad_read=reads * each,
         params=sum(parameter.nbytes for parameter in params),
-        work=seen * positions * sum(weight.numel() for weight in net.parameters() if weight.dim() > 1),
+        work=seen * positions * _multiply_adds(net),
         chunk_for=chunk_for,
         margin=margin,
         copied=copied * each,
@@ -133,6 +136,23 @@ def net_cost(
         made=made,
         largest=max((parameter.nbytes for parameter in params), default=0),
     )
+
+
+BLOCK = 16  # channels that the library's convolutions of float32 lie in; to the next multiple of it
+
+
+def blocked(*channels: int) -> int:
+    """Numbers by position that the backward of a convolution of the library takes, of its inputs and outputs."""
+    return sum(-(-count // BLOCK) * BLOCK for count in channels)
+
+
+def _convolutions(net: nn.Module) -> list[nn.modules.conv._ConvNd]:
+    return [module for module in net.modules() if isinstance(module, nn.modules.conv._ConvNd)]
+
+
+def _multiply_adds(net: nn.Module) -> int:
+    """By position: of matrices and kernels, which have more numbers than outputs."""
+    return sum(weight.numel() for weight in net.parameters() if weight.dim() > 1 and weight.numel() > len(weight))
 
 
 def _estimated(net: nn.Module, inputs: int, outputs: int, element_size: int) -> tuple[int, int]:

@@ -6,15 +6,15 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pyglow_fast._errors import expect
 from pyglow_fast.layers import FrozenSteps, Split
-from pyglow_fast.layers.step_costs import run_cost
+from pyglow_fast.layers.step_costs import blocked, run_cost
 from pyglow_fast.reversible.costs import SMALL, JoinCost, PriorCost, RestCost, RunCost
 
 if TYPE_CHECKING:
     from pyglow_fast.models.glow import Glow
 
 
-BLOCK = 16  # channels that the library's convolutions of float32 lie in; to the next multiple of it
 LEAST_BLOCKED = 20480  # numbers of an input: of fewer, of one image, it gathers what the taps read
 
 
@@ -23,8 +23,8 @@ def _convolution_scratch(split: Split, samples: int, positions: int, size: int) 
     inputs, outputs, places = split.kept + split.cond_channels, 2 * split.factored, samples * positions * size
     if size != 4 or (samples == 1 and positions * inputs <= LEAST_BLOCKED):
         gathered = places * inputs * 3**split.dims
-        return gathered, gathered
-    return 0, places * sum(-(-channels // BLOCK) * BLOCK for channels in (inputs, outputs))
+        return gathered, gathered + places * inputs
+    return 0, places * blocked(inputs, outputs)
 
 
 def _split_cost(split: Split, samples: int, positions: int, size: int) -> PriorCost:
@@ -43,7 +43,7 @@ def _split_cost(split: Split, samples: int, positions: int, size: int) -> PriorC
     after_product = factored + 3 * given - given
     after_convolution = factored + given + kept + read + 2 * params + scratch_back - 2 * given
     forward = max(2 * given + rim, given + kept + scratch) + read + rim
-    return PriorCost(2 * given + read + rim, forward, max(after_product, after_convolution), factored + kept)
+    return PriorCost(2 * given + read + rim, forward, max(after_product, after_convolution), factored + (read or kept))
 
 
 def glow_costs(
@@ -62,7 +62,7 @@ def glow_costs(
         ValueError: a frozen model, which cannot be trained.
     """
     config, like = model.config, model._parameter()
-    size, base = like.element_size(), SMALL
+    size, base = like.element_size(), 4 * SMALL
     runs: list[RunCost] = []
     joins: list[JoinCost] = []
     priors: list[PriorCost] = []
@@ -79,7 +79,7 @@ def glow_costs(
             steps = getattr(level, name)
             if steps is None:
                 continue
-            assert not isinstance(steps, FrozenSteps)
+            expect(not isinstance(steps, FrozenSteps), "model", "one that is not frozen", "a frozen one")
             squeezes, spacing = name == "steps", spacings[len(runs)]
             runs.append(run_cost(steps.flow_steps(), samples, sizes, cond_channels, spacing, squeezes))
             cond = None if conds is None else conds[index]

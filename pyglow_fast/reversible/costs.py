@@ -198,7 +198,7 @@ class RunCost:
         places: (step, coupling) before which a plan may change the mode, ascending, both ends included.
         parts: of couplings first .. end - 1, keeping all states or not.
         first_entry: bytes that are kept where the run begins.
-        entry: bytes that are copied and kept where a mode begins.
+        entry: bytes of a state that is copied and kept where a mode begins, and copied back behind the last.
         behind: bytes of a channel map behind the last coupling, with the state before it.
         given: the channel maps are made before the run, and no one folds them again: first_entry has what they keep.
         squeezed: bytes that are copied to squeeze the run's input where that is not done as it is read; else 0.

@@ -9,6 +9,8 @@ from itertools import accumulate, pairwise
 from pyglow_fast.reversible.costs import FOLD_BACKWARD, SMALL, SQUEEZING, ChainPart, RestCost, RunCost
 from pyglow_fast.reversible.drift import SKETCHED
 
+MEASURES = 2  # of a recomputed state, each as large as a witness: they wait until a segment is judged
+
 
 class Meter:
     """Bytes that are held now, and the most so far."""
@@ -72,8 +74,13 @@ def bytes_of(run: RunCost, first: int, second: int, budget: str | int) -> RunByt
             _store_forward(run, begin, end, ahead)
         else:
             _chain_forward(run, begin, end, run.keeps_states or mode == "checkpoint", budget, ahead)
-    ahead.hold(run.behind)
+    left = (
+        run.entry if spans and spans[-1][2] != "checkpoint" else 0
+    )  # the output as it leaves, beside that of the last
+    ahead.hold(run.behind + left)
     back.hold(ahead.now + run.state)  # the gradient of the output
+    back.touch(run.entry)
+    back.hold(-left)
     if run.behind:
         back.touch(run.state)
         back.hold(-run.behind)
@@ -203,10 +210,10 @@ def _inverted(run: RunCost, begin: int, part: ChainPart, budget: str | int, mete
             meter.touch(net.params + 2 * state + net.grad_state + max(state, squeezing))  # the map
             meter.hold(-inner)
             meter.touch(net.params + (3 if k else 4) * state)  # the drift from a true input, which may be squeezed
-            meter.hold(net.params)
+            meter.hold(net.params + MEASURES * run.witness)
 
         meter.walk(run, range(end - 1, start - 1, -1), step)
-        meter.hold(-before)
+        meter.hold(-before - MEASURES * run.witness * (end - start))
 
 
 def _differentiated(run: RunCost, begin: int, part: ChainPart, budget: str | int, meter: Meter) -> None:
