@@ -19,6 +19,8 @@ from itertools import pairwise
 STEP_WORK = 32 * 10**6  # of a step besides its net: autograd, Python
 INVERTED_STEP_WORK = 16 * 10**6  # what it takes more to be inverted and witnessed
 INVERTED_VALUE_WORK = 5  # the same for each byte of the state
+RECOMPUTED_STEP_WORK = 20 * 10**6  # what a step takes more to be recomputed, besides its net
+RECOMPUTED_RUN_WORK = 150 * 10**6  # and a run of which steps are: measured 2 to 3 ms, a step 0.3 to 0.5 (b, c)
 STORED_BYTE_WORK = 8  # to write a net's activations to memory, and read them again
 GRADIENTS_WORK = 3  # forward and backward of a net over its forward
 
@@ -229,13 +231,15 @@ class RunCost:
 
     def work(self, first: int, second: int, budget: str | int) -> int:
         """The time of forward and backward of the plan, in multiply-adds."""
-        total = 0
+        total = RECOMPUTED_RUN_WORK if second else 0
         for k, coupling in enumerate(self.couplings):
             net = coupling.net
             if k >= second:
                 total += GRADIENTS_WORK * net.work + STORED_BYTE_WORK * net.stored + STEP_WORK
                 continue
-            total += (GRADIENTS_WORK + 1) * net.work * net.chunk_for(budget).work // 1000 + STEP_WORK
+            total += (
+                (GRADIENTS_WORK + 1) * net.work * net.chunk_for(budget).work // 1000 + STEP_WORK + RECOMPUTED_STEP_WORK
+            )
             if k < first and not self.keeps_states:
                 total += INVERTED_STEP_WORK + INVERTED_VALUE_WORK * self.state
         return total
