@@ -41,7 +41,7 @@ def _split_cost(split: Split, samples: int, positions: int, size: int) -> PriorC
     # Kept are the convolution's output and its product with the gain, which mean and log_sd are parts of. The backward
     # frees them one by one: while the gradients of the product's factors come there is the gradient of the latent, too.
     after_product = factored + 3 * given - given
-    after_convolution = factored + given + kept + read + params + scratch_back - 2 * given
+    after_convolution = factored + given + kept + read + 2 * params + scratch_back - 2 * given
     forward = max(2 * given + rim, given + kept + scratch) + read + rim
     return PriorCost(2 * given + read + rim, forward, max(after_product, after_convolution), factored + kept)
 

@@ -161,11 +161,12 @@ class MapsCost:
         matrices = sum(coupling.matrix for coupling in couplings)
         if given:
             return cls(0, 0, matrices, OPEN_MAPS * matrices, INVERTING * matrices, matrices)
-        kept = FOLD_KEPT * matrices + FOLD_VECTORS * sum(coupling.offset for coupling in couplings)
+        vectors = FOLD_VECTORS * sum(coupling.offset for coupling in couplings)
+        kept = FOLD_KEPT * matrices + vectors
         kept += max(coupling.matrix for coupling in couplings)  # a unit matrix
         opened = kept + OPEN_MAPS * matrices
         making, back, inverting = (each * matrices for each in (FOLD_MAKING, FOLD_BACKWARD, INVERTING))
-        return cls(kept, making, back, opened, inverting, matrices)
+        return cls(kept, making + vectors, back + vectors, opened, inverting, matrices)
 
 
 @dataclass(frozen=True)

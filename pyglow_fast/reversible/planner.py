@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.plan import budget_bytes
 from pyglow_fast.reversible.costs import RestCost, RunCost
 from pyglow_fast.reversible.setting import memory_text
-from pyglow_fast.reversible.timeline import RunBytes, bytes_of, peak
+from pyglow_fast.reversible.timeline import Course, RunBytes, bytes_of
 
 LEAST_CHUNK = 128 * 1024  # bytes of a net's activations that a plan goes down to, by halves, from the automatic budget
 EXCHANGES, EXCHANGED_KINDS = 4, 2  # of a plan, and of how many kinds that do not fit
+FEW_SPLITS = 64  # of all runs: four runs of 4 steps, or three of 5
 Split = tuple[int, int]  # steps before the first are inverted, before the second keep their state, the others all
 
 
@@ -52,22 +56,29 @@ class _Kind:
     size: int
 
 
+def _least_so_far(plans: Sequence[tuple[Any, ...]]) -> list[float]:
+    """The least second number of those before each one, so that only what is less is worth its larger first."""
+    return list(accumulate((plan[1] for plan in plans[:-1]), min, initial=math.inf))
+
+
 class _Search:
     """Plans for runs with one budget of the nets' activations; places are counted as in RunCost.places.
 
-    A plan is a number of moves of each kind, made in the order of the kinds: from those of the most time for a byte on.
+    Of few steps the fastest of all plans. Of many a number of moves of each kind, made in the order of the kinds: from
+    those of the most time for a byte on.
     """
 
     def __init__(self, runs: Sequence[RunCost], rest: RestCost, net_budget: str | int) -> None:
-        self.runs, self.rest, self.net_budget = runs, rest, net_budget
+        self.runs, self.net_budget, self._course = runs, net_budget, Course(rest)
         self._bytes: dict[tuple[int, int, int], RunBytes] = {}
-        self.start = self._least()
+        self._known: dict[int, list[tuple[int, int, int, Split]]] = {}
+        self.start = self._inverted()
         kinds = [kind for index in range(len(runs)) for kind in self._kinds_of(index)]
         kinds.sort(key=lambda kind: (-(kind.saved * 2**20 // kind.size), -kind.run, kind.stores))
         self.kinds = kinds
 
     def peak(self, splits: Sequence[Split]) -> int:
-        return peak([self._bytes_of(i, *split) for i, split in enumerate(splits)], self.rest)
+        return self._course.peak([self._bytes_of(i, *split) for i, split in enumerate(splits)])
 
     def _bytes_of(self, run: int, first: int, second: int) -> RunBytes:
         key = run, first, second
@@ -84,7 +95,7 @@ class _Search:
         """The time of a plan, in multiply-adds."""
         return sum(self._work_of(index, split) for index, split in enumerate(splits))
 
-    def _least(self) -> list[Split]:
+    def _inverted(self) -> list[Split]:
         """Everything is inverted, but for runs that take less otherwise: of few positions or steps."""
         found = [(len(run.places) - 1,) * 2 for run in self.runs]
         for index, (last, _) in enumerate(found):
@@ -144,8 +155,65 @@ class _Search:
                         yield self._filled(trial, budget)
                         break
 
+    @property
+    def _few(self) -> bool:
+        """Whether every split of every run can be looked at."""
+        return sum(len(run.places) * (len(run.places) + 1) // 2 for run in self.runs) <= FEW_SPLITS
+
     def best(self, budget: int) -> list[Split] | None:
-        """The plan of least time within a budget, or nearly; None if there is none."""
+        """The plan of least time within a budget, of many steps nearly; None if there is none."""
+        return self._fastest(budget) if self._few else self._nearly_fastest(budget)
+
+    def least(self) -> int:
+        """The least bytes that there is a plan for."""
+        if not self._few:
+            return self.peak(self.start)
+        plans = [(0, 0)]  # bytes that the first runs keep, the most so far
+        for index in range(len(self.runs)):
+            pairs = [(kept, need) for kept, need, _, _ in self._splits_of(index)]
+            further = sorted((own + kept, max(most, own + need)) for own, most in plans for kept, need in pairs)
+            plans = [plan for plan, least in zip(further, _least_so_far(further), strict=False) if plan[1] < least]
+        return min(max(most, kept + self._course.priors) for kept, most in plans)
+
+    def _splits_of(self, index: int) -> list[tuple[int, int, int, Split]]:
+        """(bytes kept, bytes needed, time, split) of a run, without splits that are no better in any than another."""
+        if index not in self._known:
+            last = len(self.runs[index].places) - 1
+            found = []
+            for split in [(a, b) for b in range(last + 1) for a in range(b + 1)]:
+                own = self._bytes_of(index, *split)
+                found.append((own.kept, self._course.need(index, own), self._work_of(index, split), split))
+            found.sort()
+            better: list[tuple[int, int, int, Split]] = []
+            for option in found:
+                if not any(other[1] <= option[1] and other[2] <= option[2] for other in better):
+                    better.append(option)
+            self._known[index] = better
+        return self._known[index]
+
+    def _fastest(self, budget: int) -> list[Split] | None:
+        """By dynamic programming over the runs: of the first ones the least time by the bytes that they keep."""
+        plans: list[tuple[int, int, Any]] = [(0, 0, ())]  # the splits as (those before, the last)
+        for index in range(len(self.runs)):
+            further = [
+                (own + kept, time + work, (before, split))
+                for kept, need, work, split in self._splits_of(index)
+                for own, time, before in plans
+                if own + need <= budget
+            ]
+            further.sort(key=lambda plan: plan[:2])
+            least = _least_so_far(further)
+            plans = [plan for plan, other in zip(further, least, strict=False) if plan[1] < other]
+        fitting = [plan for plan in plans if plan[0] + self._course.priors <= budget]
+        if not fitting:
+            return None
+        splits, before = [], min(fitting, key=lambda plan: plan[1])[2]
+        while before:
+            before, split = before
+            splits.append(split)
+        return splits[::-1]
+
+    def _nearly_fastest(self, budget: int) -> list[Split] | None:
         counts = [0] * len(self.kinds)
         if not self._fits(counts, budget):
             return None
@@ -165,6 +233,17 @@ def _net_budgets(given: str | int, device_type: str) -> list[str | int]:
     most = budget_bytes("auto", device_type)
     count = (most // LEAST_CHUNK).bit_length()
     return ["auto", *(most >> i for i in range(1, count))]
+
+
+def _distinct(runs: Sequence[RunCost], budgets: Sequence[str | int]) -> Iterator[str | int]:
+    """Those of the budgets that cut some net otherwise than the one before."""
+    nets = list({id(part.net): part.net for run in runs for part in run.couplings}.values())
+    before = None
+    for budget in budgets:
+        cuts = [net.chunk_for(budget) for net in nets]
+        if cuts != before:
+            yield budget
+        before = cuts
 
 
 def least_net_budget(given: str | int, device_type: str) -> str | int:
@@ -190,25 +269,20 @@ def plan_memory(
         ValueError: not even inverting every step with the smallest chunks takes so few, nor, of tiny states, storing
             all; it names the lesser of both.
     """
-    everything, least = [(0, 0)] * len(runs), []
-    best: tuple[int, _Search, list[Split]] | None = None
-    for own in _net_budgets(net_budget, device_type):
-        search = _Search(runs, rest, own)
-        if search.peak(everything) <= budget:
-            best = (0, search, everything)
-            break
-        splits = search.best(budget)
-        least.append(search.peak(search.start))
+    everything = [(0, 0)] * len(runs)
+    searches: list[_Search] = []
+    found: list[tuple[int, _Search, list[Split]]] = []  # of budgets of the nets that differ, the largest first
+    for own in _distinct(runs, _net_budgets(net_budget, device_type)):
+        searches.append(search := _Search(runs, rest, own))
+        splits = everything if search.peak(everything) <= budget else search.best(budget)
         if splits is None:
             continue
-        work = search.work(splits)
-        if best is not None and work >= best[0]:
+        found.append((search.work(splits), search, splits))
+        if splits is everything or (len(found) > 1 and found[-1][0] >= found[-2][0]):
             break  # still smaller chunks would take still longer
-        best = (work, search, splits)
-    if best is None:
-        expect(False, "memory", f"at least {min(least)} bytes", memory_text(budget))
-        raise AssertionError  # for the type checker: refused above
-    _, search, splits = best
+    if not found:
+        expect(False, "memory", f"at least {min(search.least() for search in searches)} bytes", memory_text(budget))
+    _, search, splits = min(found, key=lambda plan: plan[0])
     time = search.work(splits) / max(search.work(everything), 1)
     steps = tuple((run.places[a][0], run.places[b][0]) for run, (a, b) in zip(runs, splits, strict=True))
     return MemoryPlan(steps, search.net_budget, search.peak(splits), time)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from pyglow_fast.reversible.costs import FOLD_BACKWARD, SMALL, SQUEEZING, ChainPart, RestCost, RunCost
 from pyglow_fast.reversible.drift import SKETCHED
@@ -199,10 +199,11 @@ def _inverted(run: RunCost, begin: int, part: ChainPart, budget: str | int, mete
             gathered = 0 if chunk.whole else 2 * state + net.grad_state + net.grads
             meter.touch(gathered + of_chunk + net.running(chunk) + chunk.given * net.out)
             meter.touch((gathered or 2 * state) + net.going_back(chunk))
-            meter.touch(net.params + 3 * state + net.grad_state)  # the map; also the drift from a true input
-            if k == 0:
-                meter.touch(net.params + 2 * state + net.grad_state + max(2 * state, SQUEEZING * run.squeezed))
-            meter.hold(net.params - inner)
+            squeezing = 0 if k else SQUEEZING * run.squeezed
+            meter.touch(net.params + 2 * state + net.grad_state + max(state, squeezing))  # the map
+            meter.hold(-inner)
+            meter.touch(net.params + (3 if k else 4) * state)  # the drift from a true input, which may be squeezed
+            meter.hold(net.params)
 
         meter.walk(run, range(end - 1, start - 1, -1), step)
         meter.hold(-before)
@@ -229,20 +230,38 @@ def _differentiated(run: RunCost, begin: int, part: ChainPart, budget: str | int
     meter.touch(2 * state + run.couplings[start].net.grad_state + squeezing)
 
 
-def peak(runs: Sequence[RunBytes], rest: RestCost) -> int:
-    """The most bytes of a step: all runs forward, the priors, then back in the opposite order."""
-    meter = Meter(rest.base)
-    for run in runs:
-        meter.touch(run.forward)
-        meter.hold(run.kept)
-    for prior in rest.priors:
-        meter.touch(prior.forward)
-        meter.hold(prior.kept)
-    for prior in reversed(rest.priors):
-        meter.touch(prior.backward)
-        meter.hold(prior.gradient - prior.kept)
-    for run, join in zip(reversed(runs), reversed(rest.joins), strict=True):
-        meter.touch(join.joining)
-        meter.hold(-join.gradients - run.kept)
-        meter.touch(run.backward)
-    return meter.most
+class Course:
+    """A whole step: all runs forward, the priors, then back in the opposite order.
+
+    Args:
+        rest: the model but for its runs.
+
+    Attributes:
+        priors: the most bytes while the priors are counted and differentiated, beyond what the runs keep.
+    """
+
+    def __init__(self, rest: RestCost) -> None:
+        self._base, self._joins = rest.base, rest.joins
+        meter = Meter(rest.base)
+        for prior in rest.priors:
+            meter.touch(prior.forward)
+            meter.hold(prior.kept)
+        for prior in reversed(rest.priors):
+            meter.touch(prior.backward)
+            meter.hold(prior.gradient - prior.kept)
+        self.priors = meter.most
+        # The gradients of parts that wait for the runs before each one, and for it.
+        self._waiting = [0, *accumulate(join.gradients for join in rest.joins)]
+
+    def need(self, index: int, run: RunBytes) -> int:
+        """The most bytes while a run goes forward or back, beyond what the runs before it keep."""
+        joining = run.kept + self._waiting[index + 1] + self._joins[index].joining
+        return self._base + max(run.forward, joining, self._waiting[index] + run.backward)
+
+    def peak(self, runs: Sequence[RunBytes]) -> int:
+        """The most bytes of a step."""
+        most = kept = 0
+        for index, run in enumerate(runs):
+            most = max(most, kept + self.need(index, run))
+            kept += run.kept
+        return max(most, kept + self.priors)
