@@ -128,7 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(memory_gradients.table(gradients))
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-        facts = machine(options.device) | {"limit_gib": str(options.limit), "budget": str(options.budget)}
+        facts = machine(options.device) | {"threads": str(options.threads)}  # of the cases' own processes
+        facts |= {"limit_gib": str(options.limit), "budget": str(options.budget)}
         more = {"gradients": [dataclasses.asdict(row) for row in gradients], "notes": runner.lines}
         write_json(options.out / f"memory-{options.device.type}.json", facts, rows, **more)
         note = draw([dataclasses.asdict(row) for row in rows], options.out, options.device.type)

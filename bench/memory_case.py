@@ -12,6 +12,7 @@ Training memory is that of one forward and backward beyond the parameters and th
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import gc
@@ -44,7 +45,7 @@ class Case:
     adapts in them); the median of their times is reported, the first one left out if there are more. 0 (on the CPU):
     one step, then two in a row whose tensors are counted, and no resident sizes: the fewest steps that tell of a
     steady state. ``errors``: gradients against float64, too. ``memory``: bytes that are given to a model of ours in
-    place of its mode.
+    place of its mode. ``parts``: of a model of ours, what is alive at the peak, which takes long to find.
     """
 
     implementation: str
@@ -56,6 +57,7 @@ class Case:
     threads: int = 2
     limit: int = 8 * 2**30
     memory: int | None = None
+    parts: bool = False
 
     def text(self) -> str:
         """As JSON."""
@@ -130,20 +132,21 @@ def _on_cuda(model: nn.Module, step: Callable[[], object], device: torch.device)
     return found
 
 
-def _on_cpu(model: nn.Module, step: Callable[[], object]) -> dict[str, Any]:
+def _on_cpu(model: nn.Module, step: Callable[[], object], parts: bool) -> dict[str, Any]:
     parameters = list(model.parameters())
     found: dict[str, Any] = {}
     for suffix in ("", "_fresh"):
         gradients = []
         gc.collect()
-        with AllocatorTrace() as allocator, MemoryTrace() as trace:
+        trace = MemoryTrace()
+        with AllocatorTrace() as allocator, trace if parts else contextlib.nullcontext():
             step()
         if suffix:
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         found[f"tensor_bytes{suffix}"] = allocator.peak_without(gradients)
-        if isinstance(model, Glow):
-            parts = trace.peak_without(gradients)[1][:PARTS]
-            found[f"at_the_peak{suffix}"] = [part._asdict() for part in parts]
+        if parts:
+            largest = trace.peak_without(gradients)[1][:PARTS]
+            found[f"at_the_peak{suffix}"] = [part._asdict() for part in largest]
         for parameter in parameters:
             parameter.grad = None
     return found
@@ -194,7 +197,7 @@ def measure(case: Case) -> dict[str, Any]:
         synchronize(device)
         seconds.append(time.perf_counter() - start)
     result["seconds"] = statistics.median(seconds[1:] or seconds)
-    result |= _on_cuda(model, step, device) if device.type == "cuda" else _on_cpu(model, step)
+    result |= _on_cuda(model, step, device) if device.type == "cuda" else _on_cpu(model, step, case.parts)
     if isinstance(model, Glow):
         result["report"] = model.memory_report()
     if case.errors:

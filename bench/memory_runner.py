@@ -15,8 +15,8 @@ import torch
 
 from bench.harness import ROOT
 from bench.memory_case import Case, run_case
-from bench.memory_models import PACKAGES, Shape
-from bench.memory_rows import BYTES, HUGE, REVERSIBLE, SMALL_NETS, Row, straight_line, text
+from bench.memory_models import OURS, PACKAGES, Shape
+from bench.memory_rows import BYTES, HUGE, RESOLUTION, REVERSIBLE, SMALL_NETS, Row, straight_line, text
 
 ADAPTING = 4  # more passes, after which the anchors have moved apart for the first time
 STEPS_OF_A_CASE = 5  # training steps that a case takes at least, and building the model
@@ -52,6 +52,7 @@ class Runner:
             options.threads,
             self.limit,
             memory,
+            implementation in OURS and shape in (RESOLUTION, HUGE),
         )
         name = f"{implementation if memory is None else f'{memory} bytes'}, {shape}"
         result = (

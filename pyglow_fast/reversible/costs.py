@@ -14,11 +14,13 @@ from functools import cache, cached_property
 from itertools import pairwise
 
 # Times in multiply-adds of a net, at the rate that nets have on a CPU: from the table of docs/speed.md, where they give
-# for "checkpoint" and "reversible" over "store" 1.29 and 1.30 (a; measured 1.26 and 1.31), 1.23 and 1.29 (b; 1.08 and
-# 1.13), 1.22 and 1.27 (c; 1.24 and 1.27), 1.29 and 1.30 (e; 1.32 and 1.33).
+# for "checkpoint" and "reversible" over "store" 1.30 and 1.31 (a; measured 1.26 and 1.31), 1.26 and 1.32 (b; 1.08 and
+# 1.13), 1.29 and 1.33 (c; 1.24 and 1.27), 1.30 and 1.30 (e; 1.32 and 1.33).
 STEP_WORK = 32 * 10**6  # of a step besides its net: autograd, Python
 INVERTED_STEP_WORK = 16 * 10**6  # what it takes more to be inverted and witnessed
 INVERTED_VALUE_WORK = 5  # the same for each byte of the state
+RECOMPUTED_STEP_WORK = 8 * 10**6  # what a step takes more to be recomputed, besides its net
+RECOMPUTED_RUN_WORK = 60 * 10**6  # and a run of which some are, however few: the first step costs 2 to 3 ms (b, c)
 STORED_BYTE_WORK = 8  # to write a net's activations to memory, and read them again
 GRADIENTS_WORK = 3  # forward and backward of a net over its forward
 
@@ -230,13 +232,15 @@ class RunCost:
 
     def work(self, first: int, second: int, budget: str | int) -> int:
         """The time of forward and backward of the plan, in multiply-adds."""
-        total = 0
+        total = RECOMPUTED_RUN_WORK if second else 0
         for k, coupling in enumerate(self.couplings):
             net = coupling.net
             if k >= second:
                 total += GRADIENTS_WORK * net.work + STORED_BYTE_WORK * net.stored + STEP_WORK
                 continue
-            total += (GRADIENTS_WORK + 1) * net.work * net.chunk_for(budget).work // 1000 + STEP_WORK
+            total += (
+                (GRADIENTS_WORK + 1) * net.work * net.chunk_for(budget).work // 1000 + STEP_WORK + RECOMPUTED_STEP_WORK
+            )
             if k < first and not self.keeps_states:
                 total += INVERTED_STEP_WORK + INVERTED_VALUE_WORK * self.state
         return total

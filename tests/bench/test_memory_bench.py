@@ -132,7 +132,9 @@ class TestCase:
 
     @pytest.mark.parametrize("implementation", ["plain", "reversible"])
     def test_measures(self, implementation: str) -> None:
-        result = memory_case.run_case(memory_case.Case(implementation, TINY, passes=2, errors=True))
+        result = memory_case.run_case(
+            memory_case.Case(implementation, TINY, passes=2, errors=True, parts=implementation != "plain")
+        )
         # A state of each of the first level's steps, at least, is alive in either.
         assert result["tensor_bytes"] > 4 * 2 * 12 * 64
         assert 0 < result["tensor_bytes_fresh"] <= result["tensor_bytes"]
@@ -319,11 +321,12 @@ def test_in_processes_of_their_own(
     assert rows["plain", 3]["tensor_bytes"] > 2 * rows["plain", 1]["tensor_bytes"]
     assert rows["reversible", 3]["report"][0]["passes"] > 0
     assert "growth per step" in capsys.readouterr().out
-    again = [*options[:2], "--depths", "1", "--implementations", "reversible", "--passes", "1", "--threads", "1"]
+    again = [*options[:2], "--depths", "1", "--implementations", "reversible", "--passes", "1", "--threads", "2"]
     others = ["--others", str(tmp_path / "memory-cpu.json"), "--out", str(tmp_path / "again")]
     assert memory.main([*again, *others]) == 0
-    merged = json.loads((tmp_path / "again" / "memory-cpu.json").read_text())["rows"]
-    origins = {(entry["implementation"], entry["shape"]["n_steps"]): bool(entry["origin"]) for entry in merged}
+    found = json.loads((tmp_path / "again" / "memory-cpu.json").read_text())
+    assert found["machine"]["threads"] == "2"  # of the cases, not of this process
+    origins = {(entry["implementation"], entry["shape"]["n_steps"]): bool(entry["origin"]) for entry in found["rows"]}
     assert origins == {("reversible", 1): False, ("plain", 1): True, ("plain", 3): True}
     drawn = memory_plots.draw(content["rows"], tmp_path, "cpu")
     assert drawn or (tmp_path / "memory-depth-cpu.png").stat().st_size > 0
