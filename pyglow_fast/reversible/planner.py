@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pyglow_fast.reversible.setting import memory_text
 from pyglow_fast.reversible.timeline import Course, RunBytes, bytes_of
 
 LEAST_CHUNK = 128 * 1024  # bytes of a net's activations that a plan goes down to, by halves, from the automatic budget
-EXCHANGES, EXCHANGED_KINDS = 4, 2  # of a plan, and of how many kinds that do not fit
+EXCHANGES = 4  # of a plan, at most
 FEW_SPLITS = 64  # of all runs: four runs of 4 steps, or three of 5
 Split = tuple[int, int]  # steps before the first are inverted, before the second keep their state, the others all
 
@@ -104,15 +105,14 @@ class _Search:
         return found
 
     def _kinds_of(self, index: int) -> Iterator[_Kind]:
-        """Of a run, by what the first move saves and keeps: its steps are alike."""
-        last, before = len(self.runs[index].places) - 1, self.start[index]
-        for split, stores in (((last - 1, last), False), ((last - 1, last - 1), True)):
-            if before[1 if stores else 0] == 0:
+        """Of a run, by what all moves of a kind save and keep together: its steps are alike, nearly."""
+        count, before = len(self.runs[index].places) - 1, self.start[index]
+        for split, stores in (((0, count), False), ((0, 0), True)):
+            if before[stores] == 0:
                 continue
-            split = min(split[0], before[0]), split[1]
             saved = self._work_of(index, before) - self._work_of(index, split)
             size = self._bytes_of(index, *split).kept - self._bytes_of(index, *before).kept
-            yield _Kind(index, stores, last, max(saved, 1), max(size, 1))
+            yield _Kind(index, stores, count, max(saved // count, 1), max(size // count, 1))
             before = split
 
     def splits(self, counts: Sequence[int]) -> list[Split]:
@@ -127,33 +127,38 @@ class _Search:
     def _fits(self, counts: Sequence[int], budget: int) -> bool:
         return self.peak(self.splits(counts)) <= budget
 
+    def _with_most(self, counts: list[int], i: int, budget: int) -> list[int]:
+        """A plan that fits, with as many more moves of one kind as do."""
+        low, high = counts[i], self.kinds[i].count
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self._fits([*counts[:i], middle, *counts[i + 1 :]], budget):
+                low = middle
+            else:
+                high = middle - 1
+        return [*counts[:i], low, *counts[i + 1 :]]
+
     def _filled(self, counts: list[int], budget: int) -> list[int]:
         """A plan that fits, with as many more moves of each kind as do, the worthiest first."""
-        for i, kind in enumerate(self.kinds):
-            low, high = counts[i], kind.count
-            while low < high:
-                middle = (low + high + 1) // 2
-                if self._fits([*counts[:i], middle, *counts[i + 1 :]], budget):
-                    low = middle
-                else:
-                    high = middle - 1
-            counts = [*counts[:i], low, *counts[i + 1 :]]
+        for i in range(len(self.kinds)):
+            counts = self._with_most(counts, i, budget)
         return counts
 
     def _exchanged(self, counts: list[int], budget: int) -> Iterator[list[int]]:
-        """Plans with one more move of a kind that does not fit, and the fewest less of another so that it does."""
+        """Plans with more moves of a kind, and the fewest less of another so that they fit."""
         spare = budget - self.peak(self.splits(counts))
         waiting = [i for i, kind in enumerate(self.kinds) if counts[i] < kind.count]
-        for i in waiting[:EXCHANGED_KINDS]:
+        for i, (j, less) in itertools.product(waiting, enumerate(self.kinds)):
             more = self.kinds[i]
-            for j, less in enumerate(self.kinds):
-                fewest = max(1, -(-(more.size - spare) // less.size))
-                for given in range(fewest, min(counts[j], (more.saved - 1) // less.saved, fewest + 1) + 1):
-                    trial = list(counts)
-                    trial[i], trial[j] = counts[i] + 1, counts[j] - given
-                    if i != j and self._fits(trial, budget):
-                        yield self._filled(trial, budget)
-                        break
+            fewest = max(1, -(-(more.size - spare) // less.size))
+            for given in range(fewest, min(counts[j], fewest + 1) + 1 if i != j else 0):
+                won = min((spare + given * less.size) // more.size, more.count - counts[i]) * more.saved
+                if won <= given * less.saved:
+                    continue
+                trial = self._with_most([*counts[:j], counts[j] - given, *counts[j + 1 :]], i, budget)
+                if trial[i] > counts[i]:
+                    yield self._filled(trial, budget)
+                    break
 
     @property
     def _few(self) -> bool:

@@ -21,7 +21,14 @@ from pyglow_fast.layers.planned import planned_spacing
 from pyglow_fast.layers.reversible_sequence import RunPlan
 from pyglow_fast.layers.step_costs import run_cost
 from pyglow_fast.models.step_costs import glow_costs
-from pyglow_fast.reversible.costs import GRADIENTS_WORK, STEP_WORK, STORED_BYTE_WORK, RunCost
+from pyglow_fast.reversible.costs import (
+    GRADIENTS_WORK,
+    RECOMPUTED_RUN_WORK,
+    RECOMPUTED_STEP_WORK,
+    STEP_WORK,
+    STORED_BYTE_WORK,
+    RunCost,
+)
 from pyglow_fast.reversible.timeline import Course, bytes_of
 
 Splits = Sequence[tuple[int, int]]
@@ -199,9 +206,18 @@ def test_predicted_is_a_little_more_than_measured(
 
 
 @pytest.mark.parametrize("share", [0.25, 0.6])
-@pytest.mark.parametrize("name", ["plain", "wide nets", "condition", "bfloat16"])
-def test_a_budget_is_kept_and_used(name: str, share: float) -> None:
-    case = CASES[name]
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hidden": 128},
+        {"hidden": 128, "cond_channels": 3},
+        {"hidden": 128, "n_levels": 1, "n_steps": 6},
+        {"hidden": 256, "n_steps": 2},
+    ],
+)
+def test_a_budget_is_kept_and_used(fields: dict[str, Any], share: float) -> None:
+    """Of models whose nets are most of their time: else a little time may not be worth the bytes that are left."""
+    case = Case(fields, cond=(3, 32, 32) if "cond_channels" in fields else None)
     model, inputs = case.model(), case.inputs()
     with torch.no_grad():
         model.log_prob(**inputs)
@@ -209,7 +225,11 @@ def test_a_budget_is_kept_and_used(name: str, share: float) -> None:
     budget = int(low + share * (high - low))
     model.memory = budget
     (-model.log_prob(**inputs)).mean().backward()
-    assert 0.85 * budget <= measured(model, inputs) <= budget
+    plan = model.memory_plan(case.batch)
+    assert plan is not None
+    found = measured(model, inputs)
+    assert 0.95 * plan.peak <= found <= plan.peak <= budget
+    assert found >= 0.8 * budget
 
 
 class TestWork:
@@ -233,7 +253,8 @@ class TestWork:
         stored = cost.work(0, 0, "auto")
         of_bytes = STORED_BYTE_WORK * sum(coupling.net.stored for coupling in cost.couplings)
         assert stored == 3 * (GRADIENTS_WORK * self.multiply_adds + STEP_WORK) + of_bytes
-        assert cost.work(0, 3, "auto") == stored - of_bytes + 3 * self.multiply_adds
+        once_more = 3 * (self.multiply_adds + RECOMPUTED_STEP_WORK) + RECOMPUTED_RUN_WORK
+        assert cost.work(0, 3, "auto") == stored - of_bytes + once_more
         assert cost.work(3, 3, "auto") > cost.work(0, 3, "auto")
 
     @pytest.mark.parametrize("budget", ["auto", 4000, 20_000])
