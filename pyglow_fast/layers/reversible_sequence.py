@@ -101,6 +101,19 @@ def run_recomputing(
         squeeze_first: x is squeezed as it is read.
         masked: see run_couplings.
     """
+    return call_untraced(_run_recomputing, runners, specs, maps, control, x, cond, squeeze_first, masked)
+
+
+def _run_recomputing(
+    runners: Sequence[NetRunner],
+    specs: Sequence[CouplingSpec],
+    maps: tuple[Sequence[MapGroup], ChannelMap | None],
+    control: DriftControl | None,
+    x: Tensor,
+    cond: Tensor | None,
+    squeeze_first: bool,
+    masked: bool,
+) -> tuple[Tensor, Tensor]:
     groups, behind = maps
     step_bytes = [sum(parameter.nbytes for parameter in runner.params) for runner in runners]
     positions = n_positions(x) // (2 ** (x.dim() - 2) if squeeze_first else 1)
