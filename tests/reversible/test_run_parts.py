@@ -28,8 +28,8 @@ from bench.memory_meter import MemoryTrace
 from pyglow_fast.layers import reversible_sequence
 from pyglow_fast.layers.step_costs import run_cost
 from pyglow_fast.reversible import DriftControl, Pass, backward, passes
-from pyglow_fast.reversible.costs import bytes_of
 from pyglow_fast.reversible.parts import LEAST_PART, cut, part_limit
+from pyglow_fast.reversible.timeline import bytes_of
 
 CASE = next(case for case in CASES if case.name == "depth-8")
 CONDITIONED = Case("conditioned", 8, cond_shape=(2, 6, 3))

@@ -57,9 +57,9 @@ def cut_parts(patch: pytest.MonkeyPatch, limit: int, steps: int = 0) -> None:
 def fold_by(patch: pytest.MonkeyPatch, steps: int) -> None:
     """Runs that begin from now on fold the channel maps of so many steps at once; 0: of all."""
 
-    def bounds(of: Sequence[pgf.FlowStep], like: Tensor) -> tuple[list[tuple[int, int]], int]:
-        patch.setattr(flow_step, "FOLDED_AT_ONCE", steps * max(map(flow_step.map_bytes, of)) if steps else 2**60)
-        return true(of, like)
+    def bounds(sizes: Sequence[int], ends: Sequence[int], like: Tensor) -> list[tuple[int, int]]:
+        patch.setattr(flow_step, "FOLDED_AT_ONCE", steps * max(sizes) if steps else 2**60)
+        return true(sizes, ends, like)
 
     true = MAP_BOUNDS
     patch.setattr(flow_step, "map_bounds", bounds)
