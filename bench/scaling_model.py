@@ -18,8 +18,8 @@ from bench.model_cases import TRAIN, net_flops, net_products
 from pyglow_fast import CouplingNet, GlowConfig
 from pyglow_fast.coupling_nets import ChunkPlan, plan_chunks
 from pyglow_fast.layers.flow_step import FOLDED_AT_ONCE
-from pyglow_fast.reversible.drift import MOST_ANCHORS, SKETCHED, START_SPACING
-from pyglow_fast.reversible.parts import Pass, cut, kept_between, part_limit
+from pyglow_fast.reversible.drift import START_SPACING
+from pyglow_fast.reversible.parts import Pass, cut, part_limit
 
 FLOAT = 4  # bytes
 # States that one step's backward has besides what is kept: its input and output, the gradients of both, the net's
@@ -88,16 +88,20 @@ def multiply_adds(shape: Shape, mode: str, device_type: str = "cpu") -> list[int
     return found
 
 
-def n_parts(shape: Shape, level: int, device_type: str = "cpu", mode: str = "checkpoint") -> int:
-    """Functions that a recomputed level is cut into on a CPU, so that few gradients exist twice."""
+def n_parts(shape: Shape, level: int, device_type: str = "cpu", limit: int | None = None) -> int:
+    """Functions that a checkpointed level is cut into on a CPU, so that few gradients exist twice; each has a state.
+
+    limit: bytes of gradients of one, where they are not those of now, and nothing else ends one.
+    """
     if device_type != "cpu":
         return 1
-    channels, positions = states(shape)[level]
+    channels, _ = states(shape)[level]
     steps = [FLOAT * net_parameters(channels, shape.hidden)] * shape.n_steps
+    if limit is not None:
+        return len(cut(steps, range(1, shape.n_steps), limit))
     groups = cut([FLOAT * channels**2] * shape.n_steps, range(1, shape.n_steps), FOLDED_AT_ONCE)
-    boundary, _ = kept_between(state_bytes(shape)[level], positions, mode == "checkpoint")
-    limit = part_limit(torch.empty(0), steps, boundary)
-    return len(Pass(None, steps, limit, [end for _, end in groups[:-1]]).parts)
+    own = part_limit(torch.empty(0), steps, state_bytes(shape)[level])
+    return len(Pass(None, steps, own, [end for _, end in groups[:-1]]).parts)
 
 
 def flops(shape: Shape, mode: str, device_type: str = "cpu") -> int:
@@ -126,7 +130,7 @@ class Memory:
     kept: int  # flow states that wait for the backward, and in mode "store" all activations of the nets
     chunk: int  # one net's activations
     working: int  # states that the backward of one step is at work on, and sums of its weights' gradients
-    folded: int  # C x C matrices: stored, of all steps; else of those that are folded together
+    folded: int  # C x C matrices of all steps
 
     @property
     def total(self) -> int:
@@ -134,39 +138,44 @@ class Memory:
         return self.kept + self.chunk + self.working + self.folded
 
 
-def step_memory(shape: Shape, mode: str, device_type: str = "cpu", spacing: list[int] | None = None) -> Memory:
+def step_memory(
+    shape: Shape,
+    mode: str,
+    device_type: str = "cpu",
+    spacing: list[int] | None = None,
+    part: int | None = None,
+) -> Memory:
     """The largest over the levels, as the backward comes by: what lies above has been freed.
 
     - "store": all levels at once, K N P (2 h + 2 C) floats each: hidden layers, net output, state.
     - "checkpoint": K + 1 states of this level and of those below (on a CPU one more a part), one net's chunk.
-    - "reversible": K / m states instead, anchors at every m-th step and the output, N C floats a step to judge drift
-      by, and 4 N C between two parts.
+    - "reversible": K / m states instead, anchors at every m-th step and the output, and 2 N C floats a step to judge
+      drift by.
+
+    That is an upper bound for the last two by now, held against rows that were measured when the folded matrices of all
+    steps were kept, and twice as many floats a step: see docs/memory.md for what is.
 
     Args:
         shape, mode: model, batch and memory mode.
         device_type: "cpu" or "cuda", whose budgets and nets differ.
         spacing: m of each level; that of a run's beginning if None.
+        part: see ``limit`` of n_parts.
     """
-    first = min(max(START_SPACING, math.ceil(shape.n_steps / MOST_ANCHORS)), shape.n_steps)
+    first = min(START_SPACING, shape.n_steps)
     spacings = [first] * shape.n_levels if spacing is None else spacing
     sizes, folded, kept, found = state_bytes(shape), 0, 0, []
     for level, (channels, positions) in enumerate(states(shape)):
         weights = FLOAT * net_parameters(channels, shape.hidden)
-        matrices = FLOAT * channels**2 * shape.n_steps
+        folded += FOLDED_MATRICES * FLOAT * channels**2 * shape.n_steps
         if mode == "store":
-            folded += FOLDED_MATRICES * matrices
             kept += shape.n_steps * FLOAT * shape.batch * positions * (2 * shape.hidden + 2 * channels)
             found.append(Memory(kept, 0, weights, folded))
             continue
         if mode == "checkpoint":
-            kept += (shape.n_steps + n_parts(shape, level, device_type)) * sizes[level]
+            kept += (shape.n_steps + n_parts(shape, level, device_type, part)) * sizes[level]
         else:
             kept += math.ceil(shape.n_steps / spacings[level]) * sizes[level]
-            seen = shape.n_steps + SKETCHED * (n_parts(shape, level, device_type, mode) - 1)
-            kept += FLOAT * shape.batch * channels * seen
-        if device_type == "cpu":
-            matrices = min(matrices, max(FOLDED_AT_ONCE, FLOAT * channels**2))
-        folded = FOLDED_MATRICES * matrices
+            kept += 2 * FLOAT * shape.batch * channels * shape.n_steps
         plan = chunk_plan(shape, level, device_type)
         sums = weights if plan.whole else 2 * weights
         found.append(Memory(kept, plan.peak, WORKING_STATES * sizes[level] + sums, folded))
