@@ -82,7 +82,7 @@ def _sizes(options: argparse.Namespace) -> list[Shape]:
 
 
 def _replaced(row: Row, taken: Sequence[Row]) -> bool:
-    """Whether a row that was only counted now is there as an earlier run's."""
+    """Tell whether an earlier run has measured a row that this one has only counted."""
     same = [(other.curve, other.implementation, other.shape) for other in taken]
     return row.counted and (row.curve, row.implementation, row.shape) in same
 

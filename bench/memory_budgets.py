@@ -82,7 +82,7 @@ HEADER = f"{'':26} {'budget MB':>9} {'held MB':>9} {'fresh MB':>9} {'RSS MB':>9}
 
 @dataclasses.dataclass(frozen=True)
 class Turns:
-    """What takes turns in one process: by name a mode of ours, bytes given to ours, or a peer's implementation."""
+    """Ways to train that are timed in turn in one process: by name a mode, bytes given to ours, or a peer."""
 
     shape: Shape
     variants: dict[str, str | int]
@@ -128,7 +128,7 @@ def _straight_line(reversible: float, store: float, percent: int) -> float:
 
 
 def verdicts(rows: Sequence[BudgetRow]) -> list[str]:
-    """What the rows say about the bars."""
+    """Hold each budget's peak and time against the bars, in a sentence each."""
     lines = []
     for case in dict.fromkeys(row.case for row in rows):
         here = {row.variant: row for row in rows if row.case == case}

@@ -253,7 +253,7 @@ def _ours(shape: Shape, memory: str, budget: str | int) -> Ours:
 
 
 def is_checkpointed(implementation: str, index: int) -> bool:
-    """Whether torch.utils.checkpoint wraps the step of that index in its level; a share's steps are evenly spread."""
+    """Tell whether torch.utils.checkpoint wraps a level's step of that index; a share's steps are evenly spread."""
     some, of = PARTLY.get(implementation, (int(implementation == "torch checkpoint"), 1))
     return (index + 1) * some // of > index * some // of
 

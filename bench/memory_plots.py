@@ -93,7 +93,7 @@ def draw_budgets(rows: Sequence[Mapping[str, Any]], path: Path) -> str:
 
 
 def _panel(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Of one case."""
+    """Draw one case: time over that of plain torch, against megabytes."""
     shape = rows[0]["shape"]
     plain = next(_best(row) for row in rows if row["variant"] == "plain")
     places = {row["variant"]: (_peak(row) / 1e6, _best(row) / plain) for row in rows}

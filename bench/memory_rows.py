@@ -136,7 +136,7 @@ def _within(value: float, bar: float) -> str:
 
 
 def verdicts(rows: Sequence[Row]) -> list[str]:
-    """What the rows say about the bars."""
+    """Hold the rows against the bars, in a sentence each."""
     return [*_of_depth(rows), *_of_large_images(rows), *_against_wrappers(rows)]
 
 

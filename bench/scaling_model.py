@@ -19,7 +19,7 @@ from pyglow_fast import CouplingNet, GlowConfig
 from pyglow_fast.coupling_nets import ChunkPlan, plan_chunks
 from pyglow_fast.layers.flow_step import FOLDED_AT_ONCE
 from pyglow_fast.reversible.drift import START_SPACING
-from pyglow_fast.reversible.parts import Pass, cut, part_limit
+from pyglow_fast.reversible.parts import Pass, cut
 
 FLOAT = 4  # bytes
 # States that one step's backward has besides what is kept: its input and output, the gradients of both, the net's
@@ -95,13 +95,13 @@ def n_parts(shape: Shape, level: int, device_type: str = "cpu", limit: int | Non
     """
     if device_type != "cpu":
         return 1
-    channels, _ = states(shape)[level]
+    channels, positions = states(shape)[level]
     steps = [FLOAT * net_parameters(channels, shape.hidden)] * shape.n_steps
     if limit is not None:
         return len(cut(steps, range(1, shape.n_steps), limit))
     groups = cut([FLOAT * channels**2] * shape.n_steps, range(1, shape.n_steps), FOLDED_AT_ONCE)
-    own = part_limit(torch.empty(0), steps, state_bytes(shape)[level])
-    return len(Pass(None, steps, own, [end for _, end in groups[:-1]]).parts)
+    ends = [end for _, end in groups]
+    return len(Pass.of_couplings(None, steps, ends, state_bytes(shape)[level], positions, torch.empty(0)).parts)
 
 
 def flops(shape: Shape, mode: str, device_type: str = "cpu") -> int:

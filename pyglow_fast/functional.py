@@ -282,6 +282,11 @@ def gaussian_sample(noise: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
     return reference.gaussian_sample(noise, mean, log_sd)
 
 
+def summed(log_dets: Sequence[Tensor]) -> Tensor:
+    """The sum of log-dets (N,) of functions that follow one another; the only one as it is."""
+    return log_dets[0] if len(log_dets) == 1 else torch.stack(list(log_dets)).sum(0)
+
+
 def per_sample(x: Tensor, log_det: Tensor) -> Tensor:
     """P log_det, the same for each of the N samples: (N,)."""
     return (log_det * n_positions(x)).expand(x.shape[0])

@@ -130,27 +130,33 @@ def _or_zeros(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
     return None if like is None else torch.zeros_like(like) if gradient is None else gradient
 
 
-class _ParameterSum:
-    """The gradient of a parameter: the sum over the chunks, in their order and in float32 at least."""
+class GradientSum:
+    """A sum of gradients in their order, written to where it is its own: what is added may share memory with others.
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.total: Tensor | None = None
-        self.owned = False
+    Args:
+        dtype: of the result; sums of 16 bits are in float32. None: as what is added.
+    """
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        self._dtype = dtype
+        self._total: Tensor | None = None
+        self._owned = False
 
     def add(self, gradient: Tensor | None) -> None:
+        """One more, None for none."""
         if gradient is None:
             return
-        if self.total is None:
-            self.total = gradient
-        elif self.owned:
-            self.total += gradient
+        if self._total is None:
+            self._total = gradient
+        elif self._owned:
+            self._total += gradient
         else:  # autograd may have given one tensor as the gradient of two parameters: it is not written to
-            wide = torch.float32 if self.dtype in (torch.float16, torch.bfloat16) else self.dtype
-            self.total, self.owned = self.total.to(wide) + gradient, True
+            wide = torch.float32 if self._dtype in (torch.float16, torch.bfloat16) else self._dtype
+            self._total, self._owned = (self._total if wide is None else self._total.to(wide)) + gradient, True
 
     def result(self) -> Tensor | None:
-        return None if self.total is None else self.total.to(self.dtype)
+        """The sum, None if nothing was added."""
+        return self._total if self._total is None or self._dtype is None else self._total.to(self._dtype)
 
 
 @torch.no_grad()
@@ -208,7 +214,7 @@ def run_net_backward(
             grad_x1, grad_cond, *of_params = gradients(plan.chunks[0])
             return _or_zeros(grad_x1, wanted[0]), _or_zeros(grad_cond, wanted[1]), tuple(of_params)
         totals = [None if like is None else torch.zeros_like(like) for like in wanted]  # halos of strips overlap
-        sums = [_ParameterSum(parameter.dtype) for parameter in params]
+        sums = [GradientSum(parameter.dtype) for parameter in params]
 
         def add(chunk: Chunk) -> None:
             """A call, so that the gradients of one chunk are freed before those of the next are there."""

@@ -30,12 +30,13 @@ from pyglow_fast.layers.flow_step import (
     unstack_maps,
 )
 from pyglow_fast.layers.planned import run_key
-from pyglow_fast.layers.reversible_sequence import RunPlan, run_recomputing
+from pyglow_fast.layers.reversible_sequence import run_recomputing
 from pyglow_fast.layers.step_costs import given_run_cost
 from pyglow_fast.reference import CouplingSpec
 from pyglow_fast.reversible import DriftControl
 from pyglow_fast.reversible.costs import RunCost
 from pyglow_fast.reversible.maps import MapInverse
+from pyglow_fast.reversible.planner import RunPlan
 from pyglow_fast.reversible.setting import parse_memory
 
 
@@ -176,7 +177,7 @@ class JoinedRun:
             own, maps = stack_maps(maps[: stop - start]), maps[stop - start :]
             z, log_det = self._run(start, stop, mode, own, z, cond, plan.budget)
             log_dets.append(log_det)
-        log_det = log_dets[0] if len(log_dets) == 1 else torch.stack(log_dets).sum(0)
+        log_det = functional.summed(log_dets)
         if self.last is not None:
             end = self.last()
             z = functional.channel_mix(z, end.matrix, end.offset, index=end.source)

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import torch
 
 from pyglow_fast.layers.planned import REMEMBERED, Plans, counts, predicted
-from pyglow_fast.layers.reversible_sequence import RunPlan
 from pyglow_fast.reversible import DriftControl
 from pyglow_fast.reversible.costs import JoinCost, RestCost, RunCost
-from pyglow_fast.reversible.planner import MemoryPlan, least_net_budget
+from pyglow_fast.reversible.planner import MemoryPlan, RunPlan, least_net_budget
 
 
 class Call(NamedTuple):
@@ -117,7 +116,7 @@ class SharedBudget:
     def _split(self, run: int) -> RunPlan:
         """The part of a run in the plan of the present step."""
         assert self._whole is not None  # as the run is known
-        return RunPlan(*self._whole.splits[self._runs.index(run)], self._whole.net_budget)
+        return self._whole.runs[self._runs.index(run)]
 
     def report(self, run: int, n_steps: int) -> dict[str, Any]:
         """What a run did in its last recorded forward, and what the plan of all predicted, if there was one."""

@@ -27,11 +27,7 @@ def planned_spacing(control: DriftControl) -> int:
     It is the one that a control begins with, which bounds what anchors take while they move apart; the present one,
     where a drift has made them closer.
     """
-    return min(control.spacing, _first(control))
-
-
-def _first(control: DriftControl) -> int:
-    return DriftControl(control.n_steps, control.anchor_every).spacing
+    return min(control.spacing, control.first_spacing)
 
 
 def run_key(x: Tensor, couplings: Sequence[Coupling]) -> Hashable:
@@ -73,7 +69,7 @@ class Plans:
         Raises:
             ValueError: no plan takes so few bytes.
         """
-        now, first = [planned_spacing(control) for control in controls], [_first(control) for control in controls]
+        now, first = [planned_spacing(control) for control in controls], [control.first_spacing for control in controls]
         known = (key, budget, net_budget, device_type, tuple(now))
         plan = self._known.get(known)
         if plan is None:

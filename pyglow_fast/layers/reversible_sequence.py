@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,8 @@ from pyglow_fast.reference import CouplingSpec, n_positions
 from pyglow_fast.reversible import DriftControl, MapGroup, ModuleChain, Pass, run_chain
 from pyglow_fast.reversible.costs import JoinCost, RestCost, RunCost
 from pyglow_fast.reversible.limits import call_untraced
-from pyglow_fast.reversible.parts import kept_between, part_limit
+from pyglow_fast.reversible.parts import part_limit
+from pyglow_fast.reversible.planner import RunPlan
 from pyglow_fast.reversible.setting import memory_text, parse_memory
 
 
@@ -56,29 +57,6 @@ def _is_initialized(step: nn.Module) -> bool:
     if isinstance(step, FlowStep) and own and all(map(_is_known, step.couplings)):
         return step.is_initialized  # of these all is known, without a look into each module
     return all(getattr(module, "is_initialized", True) for module in step.modules())
-
-
-class RunPlan(NamedTuple):
-    """How K steps keep what their backward needs: the first ones nothing, then states, the last ones everything.
-
-    Stored steps come last, since the backward frees what they keep before it recomputes the others' nets.
-    """
-
-    states_from: int  # steps 0 .. states_from - 1 are inverted
-    stored_from: int  # steps states_from .. stored_from - 1 keep their state, those from stored_from on everything
-    budget: str | int = "auto"  # bytes of one net's activations
-
-    @classmethod
-    def of_mode(cls, mode: str, n_steps: int, budget: str | int) -> RunPlan:
-        """All steps in one mode."""
-        return cls(n_steps * (mode == "reversible"), n_steps * (mode != "store"), budget)
-
-    def pieces(self, first: int, end: int) -> Iterator[tuple[int, int, str]]:
-        """(first, one past the last, mode) of consecutive steps among first .. end - 1."""
-        bounds = [0, self.states_from, self.stored_from, max(end, self.stored_from)]
-        for mode, (start, stop) in zip(("reversible", "checkpoint", "store"), pairwise(bounds), strict=True):
-            if max(start, first) < min(stop, end):
-                yield max(start, first), min(stop, end), mode
 
 
 def run_recomputing(
@@ -117,9 +95,7 @@ def _run_recomputing(
     groups, behind = maps
     step_bytes = [sum(parameter.nbytes for parameter in runner.params) for runner in runners]
     positions = n_positions(x) // (2 ** (x.dim() - 2) if squeeze_first else 1)
-    boundary, few = kept_between(x.nbytes, positions, control is None)
-    ends = [group.end for group in groups[:-1]]
-    whole = Pass(control, step_bytes, part_limit(x, step_bytes, boundary), ends, few)
+    whole = Pass.of_couplings(control, step_bytes, [group.end for group in groups], x.nbytes, positions, x)
     z, log_det = run_chain(runners, specs, groups, whole, x, cond, squeeze_first, masked)
     if behind is not None:
         z = functional.channel_mix(z, behind.matrix, behind.offset, index=behind.source)
@@ -306,7 +282,7 @@ class ReversibleSequence(FlowLayer):
                     x, log_det = self._run_modules(own, x, cond, mode)
                 log_dets.append(log_det)
             states.append(x)
-        return states, log_dets[0] if len(log_dets) == 1 else torch.stack(log_dets).sum(0)
+        return states, functional.summed(log_dets)
 
     def _plan(self, x: Tensor, cond: Tensor | None, squeeze_first: bool) -> RunPlan:
         """What a forward that is recorded does, of a run that is not told by its model."""
@@ -327,7 +303,7 @@ class ReversibleSequence(FlowLayer):
         wants = tuple(parameter.requires_grad for parameter in self.parameters())
         key = (x.shape, squeeze_first, shapes[2], wants, run_key(x, couplings_of(steps)))
         plan = self._plans.of([self.control], key, costs, budget, self.memory_budget, x.device.type)
-        return RunPlan(*plan.splits[0], plan.net_budget)
+        return plan.runs[0]
 
     def _run_fused(
         self,

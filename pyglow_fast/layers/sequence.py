@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyglow_fast import reference
+from pyglow_fast import functional, reference
 from pyglow_fast._errors import check_count, check_input, expect
 from pyglow_fast._tracing import is_exporting, is_watched
 from pyglow_fast.coupling_nets.masks import MaskedNet, check_mask, run_sorted, without_padding
@@ -25,9 +25,10 @@ from pyglow_fast.layers.flow_step import (
     run_couplings,
     run_couplings_inverse,
 )
-from pyglow_fast.layers.reversible_sequence import ReversibleSequence, RunPlan, run_recomputing
+from pyglow_fast.layers.reversible_sequence import ReversibleSequence, run_recomputing
 from pyglow_fast.layers.wavenet import WaveNet
 from pyglow_fast.reference import CouplingSpec
+from pyglow_fast.reversible.planner import RunPlan
 
 
 def squeeze_time(x: Tensor, mask: Tensor, factor: int = 2) -> tuple[Tensor, Tensor]:
@@ -157,7 +158,7 @@ class MaskedSequence(ReversibleSequence):
                     maps, kinds = map_groups(some, x), specs[first:end]
                     x, log_det = run_recomputing(runners, kinds, maps, control, x, extra, masked=True)
                 log_dets.append(log_det)
-            return x, torch.stack(log_dets).sum(0)
+            return x, functional.summed(log_dets)
 
         z, log_det = run_sorted(run, without_padding(x, mask), cond, mask)
         return without_padding(z, mask), log_det - log_scale_of_padding(specs, mask, x.shape[1] // 2)

@@ -31,7 +31,7 @@ from pyglow_fast.reversible.costs import (
     RunCost,
 )
 from pyglow_fast.reversible.drift import DriftControl
-from pyglow_fast.reversible.parts import Pass, kept_between, part_limit
+from pyglow_fast.reversible.parts import Pass
 
 
 def _wanted(module: nn.Module) -> list[Tensor]:
@@ -195,9 +195,8 @@ def _parts(
         like: a tensor of the device.
         anchored: tells where anchors lie.
     """
-    boundary, few = kept_between(state, positions, keeps_states)
     control = None if keeps_states else anchored
-    whole = Pass(control, step_bytes, part_limit(like, step_bytes, boundary), [end for _, end in bounds[:-1]], few)
+    whole = Pass.of_couplings(control, step_bytes, [end for _, end in bounds], state, positions, like)
     groups = {first: own for own in bounds for first in range(*own)}
     found = []
     for part in whole.parts:

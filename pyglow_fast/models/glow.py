@@ -117,8 +117,10 @@ class Glow(GlowSettings):
         )
         self.head = ClassHead(self.state_shapes[-1][0], self.config.classify) if self.config.classify else None
 
-    def _costs(self, samples: int, spacings: Sequence[int]) -> tuple[list[RunCost], RestCost]:
-        return glow_costs(self, samples, spacings)
+    def _costs(
+        self, samples: int, spacings: Sequence[int], conds: Sequence[Sequence[int] | None] | None
+    ) -> tuple[list[RunCost], RestCost]:
+        return glow_costs(self, samples, spacings, conds)
 
     def freeze(self) -> Glow:
         """A copy for deployment: the same densities, latents and samples from folded weights in buffers.

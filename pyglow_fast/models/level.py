@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from pyglow_fast.layers import FlowStep, FrozenSteps, ReversibleSequence, Squeeze
 from pyglow_fast.layers.flow_step import NO_COUPLING
-from pyglow_fast.layers.reversible_sequence import RunPlan
 from pyglow_fast.models.condition import fitted
 from pyglow_fast.models.config import GlowConfig
 from pyglow_fast.reference import CouplingSpec
+from pyglow_fast.reversible.planner import RunPlan
 
 Steps = ReversibleSequence | FrozenSteps
 

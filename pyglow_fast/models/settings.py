@@ -15,10 +15,9 @@ from pyglow_fast._tracing import is_exporting
 from pyglow_fast.coupling_nets.precision import HALF, check_precision, overridden
 from pyglow_fast.layers import Coupling, ReversibleSequence
 from pyglow_fast.layers.planned import Plans, planned_spacing, run_key
-from pyglow_fast.layers.reversible_sequence import RunPlan
 from pyglow_fast.reversible.costs import RestCost, RunCost
 from pyglow_fast.reversible.limits import call_untraced
-from pyglow_fast.reversible.planner import MemoryPlan, plan_memory
+from pyglow_fast.reversible.planner import MemoryPlan, RunPlan, plan_memory
 from pyglow_fast.reversible.setting import parse_memory
 
 # Of the range of x, largest over 8 images of 3x32x32, nets of 64 channels, L = 3, K = 8, trained 150 steps.
@@ -50,8 +49,10 @@ class GlowSettings(nn.Module):
         for sequence in self._sequences():
             sequence.memory = found
 
-    def _costs(self, samples: int, spacings: Sequence[int]) -> tuple[list[RunCost], RestCost]:
-        """What a training step costs, with anchors so far apart in each run."""
+    def _costs(
+        self, samples: int, spacings: Sequence[int], conds: Sequence[Sequence[int] | None] | None
+    ) -> tuple[list[RunCost], RestCost]:
+        """What a training step costs, with anchors so far apart in each run and conditions of such shapes."""
         raise NotImplementedError
 
     def memory_plan(self, n: int) -> MemoryPlan | None:
@@ -69,7 +70,7 @@ class GlowSettings(nn.Module):
         budget, sequences = self.memory, self._sequences()
         if isinstance(budget, str):
             return None
-        costs = self._costs(n, [planned_spacing(sequence.control) for sequence in sequences])
+        costs = self._costs(n, [planned_spacing(sequence.control) for sequence in sequences], None)
         return plan_memory(*costs, budget, sequences[0].memory_budget, self._parameter().device.type)
 
     def _run_plans(self, x: Tensor, conds: Sequence[Tensor | None]) -> list[list[RunPlan]] | None:
@@ -88,12 +89,12 @@ class GlowSettings(nn.Module):
         plan = self._plans.of(
             [sequence.control for sequence in sequences],
             key,
-            lambda spacings: self._costs(x.shape[0], spacings),
+            lambda spacings: self._costs(x.shape[0], spacings, conditions),
             budget,
             sequences[0].memory_budget,
             x.device.type,
         )
-        parts = iter([RunPlan(*split, plan.net_budget) for split in plan.splits])
+        parts = iter(plan.runs)
         return [[next(parts) for run in level.children() if run in sequences] for level in self.levels]
 
     def _couplings(self) -> list[Coupling]:

@@ -51,8 +51,9 @@ class ChainBackward(Walk):
         maps: of its steps, folded, which also take their gradients.
         params: of the nets, by step.
         kept: by the forward.
-        grad_log_det: (N,); None where nothing is differentiated.
         needs_cond: the gradient of cond is wanted.
+        grad_log_det: (N,); None where nothing is differentiated.
+        restored: gives x, and in how many steps, from the anchor before the part; None where nothing is redone.
     """
 
     def __init__(
@@ -63,15 +64,15 @@ class ChainBackward(Walk):
         maps: MapsOfPart,
         params: Sequence[Sequence[Tensor]],
         kept: Kept,
-        grad_log_det: Tensor | None,
         needs_cond: bool,
+        grad_log_det: Tensor | None = None,
+        restored: Callable[[], tuple[Tensor, int]] | None = None,
     ) -> None:
         n = len(chain)
         super().__init__(n, x, kept.anchors, chain.part, kept.lowest)
         self.chain, self.cond, self.maps, self.params, self.kept = chain, cond, maps, params, kept
         self.matrices, self.offsets, self.indices = maps.matrices, maps.offsets, maps.indices
-        self._grad_log_det, self.needs_cond = grad_log_det, needs_cond
-        self.restored: Callable[[], tuple[Tensor, int]] | None = None  # gives x from the anchor before this part
+        self._grad_log_det, self.needs_cond, self._restored = grad_log_det, needs_cond, restored
         self.grad_params: list[tuple[Tensor | None, ...]] = [()] * n
 
     @property
@@ -167,8 +168,8 @@ class ChainBackward(Walk):
     def redo(self, first: int, last: int, x: Tensor | None, grad: Tensor) -> Tensor:
         """The exact gradient of steps first .. last; where x is not known, the parts before learn their states too."""
         if x is None:
-            assert self.restored is not None  # of a backward that differentiates
-            x, redone = self.restored()
+            assert self._restored is not None  # of a backward that differentiates
+            x, redone = self._restored()
             self.redone += redone
         return self._differentiate(first, self.states(first, last, x), x, grad)
 

@@ -20,7 +20,7 @@ from pyglow_fast.coupling_nets.precision import in_precision
 from pyglow_fast.reference import CouplingSpec, n_positions
 from pyglow_fast.reversible.backward import ChainBackward
 from pyglow_fast.reversible.drift import lowest_precision, project, sketch
-from pyglow_fast.reversible.limits import call_untraced, refuse_transforms
+from pyglow_fast.reversible.limits import refuse_transforms
 from pyglow_fast.reversible.maps import FoldedMaps, MapGroup, MapsOfPart, OpenGroup
 from pyglow_fast.reversible.parts import Part, Pass
 from pyglow_fast.reversible.trail import KnownStates, Trail, Trails
@@ -149,6 +149,9 @@ def forward_pass(
     return u, log_det, Kept(anchors, states, torch.stack(seen) if seen else None, first, memos, lowest)
 
 
+SINGLE = 5  # of what a part saves, the first fields: a tensor or None each; the others are sequences
+
+
 class _Saved(NamedTuple):
     """The tensors that the function of a part has saved."""
 
@@ -164,24 +167,24 @@ class _Saved(NamedTuple):
 
     def save(self, ctx: Any) -> None:
         """With the function, which frees them as soon as its backward is done."""
-        ctx.counts = [len(part) for part in self[5:]]
-        ctx.save_for_backward(*self[:5], *(tensor for part in self[5:] for tensor in part))
+        ctx.counts = [len(part) for part in self[SINGLE:]]
+        ctx.save_for_backward(*self[:SINGLE], *(tensor for part in self[SINGLE:] for tensor in part))
 
     @classmethod
     def of(cls, ctx: Any) -> _Saved:
         """What :meth:`save` was given."""
         tensors = list(ctx.saved_tensors)
-        own, rest = tensors[:5], iter(tensors[5:])
+        own, rest = tensors[:SINGLE], iter(tensors[SINGLE:])
         return cls(*own, *([next(rest) for _ in range(count)] for count in ctx.counts))
 
 
-def _walk_of(ctx: Any, saved: _Saved, maps: MapsOfPart, grad_log_det: Tensor | None = None) -> ChainBackward:
-    """The walk back through a part; without a gradient for what it recomputes alone."""
+def _walk_of(ctx: Any, saved: _Saved, maps: MapsOfPart, *gradients: Any) -> ChainBackward:
+    """The walk back through a part; without what ChainBackward needs for gradients it recomputes states alone."""
     chain: Chain = ctx.chain
     anchors = dict(zip(ctx.anchor_steps, saved.anchors, strict=True))
     kept = Kept(anchors, list(saved.states), saved.seen, saved.sketch, ctx.memos, ctx.lowest)
     params = chain.params_of(saved.params)
-    return ChainBackward(chain, saved.x, saved.cond, maps, params, kept, grad_log_det, ctx.needs_input_grad[4])
+    return ChainBackward(chain, saved.x, saved.cond, maps, params, kept, ctx.needs_input_grad[4], *gradients)
 
 
 def _restored(chain: Chain, trail: Trail) -> tuple[Tensor, int]:
@@ -260,8 +263,7 @@ class _RunPart(torch.autograd.Function):
         if chain.opens:
             trail.maps = OpenGroup(chain.group, saved.raw)
         assert trail.maps is not None  # the part that opens is behind this one
-        walk = _walk_of(ctx, saved, chain.maps(trail.maps), grad_log_det)
-        walk.restored = partial(_restored, chain, trail)
+        walk = _walk_of(ctx, saved, chain.maps(trail.maps), grad_log_det, partial(_restored, chain, trail))
         known = trail.known.pop(chain.part.index, None)
         if known is not None:
             grad_x = walk.continued(known, grad_z)
@@ -288,7 +290,7 @@ def run_chain(
     squeeze_first: bool = False,
     masked: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """z and log|det dz/dx| of K steps: u = M x + c, then the coupling of u, K times.
+    """z and log|det dz/dx| of K steps: u = M x + c, then the coupling of u, K times. torch.compile must not trace it.
 
     Memory that lives until the backward: x, z, and per step an (N, C) projection, plus the anchors that the pass asks
     for, and a sketch of each part's first state; or the state of every step if it wants all. Nothing of the nets,
@@ -308,19 +310,6 @@ def run_chain(
         z (N, C, *spatial) and log_det (N,), nats.
     """
     refuse_transforms()
-    return call_untraced(_run, nets, specs, groups, whole, x, cond, squeeze_first, masked)
-
-
-def _run(
-    nets: Sequence[NetRunner],
-    specs: Sequence[CouplingSpec],
-    groups: Sequence[MapGroup],
-    whole: Pass,
-    x: Tensor,
-    cond: Tensor | None,
-    squeeze_first: bool,
-    masked: bool,
-) -> tuple[Tensor, Tensor]:
     run, log_dets = Run(), []
     for group in groups:
         maps, known = FoldedMaps.of(group, group.raw), dataclasses.replace(group, raw=())
@@ -331,4 +320,4 @@ def _run(
             whole.joins(part.first, inputs)
             x, log_det = apply(_RunPart, chain, maps, group.raw, *inputs)
             log_dets.append(log_det)
-    return x, log_dets[0] if len(log_dets) == 1 else torch.stack(log_dets).sum(0)
+    return x, functional.summed(log_dets)

@@ -282,8 +282,7 @@ class DriftControl:
         self.n_steps, self.anchor_every, self.tolerance, self.deferred = n_steps, anchor_every, tolerance, deferred
         self._verdicts = Verdicts()
         self._lock = threading.Lock()
-        spacing = max(START_SPACING, -(-n_steps // MOST_ANCHORS))
-        self.learnt = DriftRecord(min(spacing, max(n_steps, 1)))
+        self.learnt = DriftRecord(self._start)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the lock and what is under way: copies and pickles have their own."""
@@ -296,11 +295,23 @@ class DriftControl:
     @property
     def spacing(self) -> int:
         """Steps from one anchor to the next, now."""
+        return self._fixed or self.learnt.spacing
+
+    @property
+    def first_spacing(self) -> int:
+        """The spacing of a run that begins, in which nothing has been learnt."""
+        return self._fixed or self._start
+
+    @property
+    def _fixed(self) -> int:
+        """The spacing that does not adapt; 0 where it does."""
         if self.anchor_every is None:
             return max(self.n_steps, 1)
-        if isinstance(self.anchor_every, int):
-            return self.anchor_every
-        return self.learnt.spacing
+        return self.anchor_every if isinstance(self.anchor_every, int) else 0
+
+    @property
+    def _start(self) -> int:
+        return min(max(START_SPACING, -(-self.n_steps // MOST_ANCHORS)), max(self.n_steps, 1))
 
     def limit(self, state: torch.dtype, lowest: torch.dtype | None = None) -> float:
         """The tolerance for states of that dtype between nets that compute in ``lowest``."""

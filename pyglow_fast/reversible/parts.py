@@ -108,6 +108,28 @@ class Pass:
         self._redone = 0
         self._task = -1
 
+    @classmethod
+    def of_couplings(
+        cls,
+        control: DriftControl | None,
+        step_bytes: Sequence[int],
+        ends: Sequence[int],
+        state: int,
+        positions: int,
+        like: Tensor,
+    ) -> Pass:
+        """One forward of couplings, cut anywhere and where a group of channel maps ends.
+
+        Args:
+            control, step_bytes: as of the constructor.
+            ends: one past the last coupling of each group, ascending.
+            state: bytes of a state.
+            positions: of one.
+            like: a tensor of the device.
+        """
+        boundary, few = kept_between(state, positions, control is None)
+        return cls(control, step_bytes, part_limit(like, step_bytes, boundary), ends[:-1], few)
+
     def joins(self, first: int, inputs: Iterable[Tensor | None]) -> None:
         """A part is run on these, in order: a backward ends with the first one that has a gradient to give."""
         if self.final is None and any(tensor is not None and tensor.requires_grad for tensor in inputs):

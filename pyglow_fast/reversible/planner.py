@@ -6,8 +6,8 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.plan import budget_bytes
@@ -19,6 +19,29 @@ LEAST_CHUNK = 128 * 1024  # bytes of a net's activations that a plan goes down t
 EXCHANGES = 4  # of a plan, at most
 FEW_SPLITS = 64  # of all runs: four runs of 4 steps, or three of 5
 Split = tuple[int, int]  # steps before the first are inverted, before the second keep their state, the others all
+
+
+class RunPlan(NamedTuple):
+    """How K steps keep what their backward needs: the first ones nothing, then states, the last ones everything.
+
+    Stored steps come last, since the backward frees what they keep before it recomputes the others' nets.
+    """
+
+    states_from: int  # steps 0 .. states_from - 1 are inverted
+    stored_from: int  # steps states_from .. stored_from - 1 keep their state, those from stored_from on everything
+    budget: str | int = "auto"  # bytes of one net's activations
+
+    @classmethod
+    def of_mode(cls, mode: str, n_steps: int, budget: str | int) -> RunPlan:
+        """All steps in one mode."""
+        return cls(n_steps * (mode == "reversible"), n_steps * (mode != "store"), budget)
+
+    def pieces(self, first: int, end: int) -> Iterator[tuple[int, int, str]]:
+        """(first, one past the last, mode) of consecutive steps among first .. end - 1."""
+        bounds = [0, self.states_from, self.stored_from, max(end, self.stored_from)]
+        for mode, (start, stop) in zip(("reversible", "checkpoint", "store"), pairwise(bounds), strict=True):
+            if max(start, first) < min(stop, end):
+                yield max(start, first), min(stop, end), mode
 
 
 @dataclass(frozen=True)
@@ -36,6 +59,11 @@ class MemoryPlan:
     net_budget: str | int
     peak: int
     time: float
+
+    @property
+    def runs(self) -> list[RunPlan]:
+        """The plan of each run."""
+        return [RunPlan(*split, self.net_budget) for split in self.splits]
 
 
 @dataclass(frozen=True)

@@ -9,28 +9,12 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import can_read
+from pyglow_fast.coupling_nets.run import GradientSum
 from pyglow_fast.reversible.deferred import drifted_in_this_backward, is_capturing
 from pyglow_fast.reversible.parts import Part
 
 Measure = Tensor | tuple[Tensor, ...]
 Inverted = tuple[Tensor, Tensor, Tensor]  # the input of the steps, recomputed or true, the gradient of it, the drift
-
-
-class _Sum:
-    """A sum of gradients, written to where it is its own: what is put may share memory with others."""
-
-    def __init__(self) -> None:
-        self.value: Tensor | None = None
-        self._owned = False
-
-    def put(self, value: Tensor | None) -> None:
-        """The next one, None for none."""
-        if value is None or self.value is None:
-            self.value = self.value if value is None else value
-        elif self._owned:
-            self.value += value
-        else:
-            self.value, self._owned = self.value + value, True
 
 
 class SegmentedSum:
@@ -41,25 +25,25 @@ class SegmentedSum:
 
     def put(self, value: Tensor | None) -> None:
         """The next step's."""
-        self._segment.put(value)
+        self._segment.add(value)
 
     def drop_segment(self) -> None:
         """Take back all since :meth:`close`."""
-        self._segment = _Sum()
+        self._segment = GradientSum()
 
     def close(self) -> None:
         """Accept all."""
-        self._total.put(self._segment.value)
-        self._segment = _Sum()
+        self._total.add(self._segment.result())
+        self._segment = GradientSum()
 
     def result(self) -> Tensor | None:
         """The sum, None if nothing was put."""
         self.close()
-        return self._total.value
+        return self._total.result()
 
     def clear(self) -> None:
         """Begin anew."""
-        self._segment, self._total = _Sum(), _Sum()
+        self._segment, self._total = GradientSum(), GradientSum()
 
 
 def added(one: Tensor | None, other: Tensor | None) -> Tensor | None:

@@ -6,19 +6,17 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from support import ROOT
+from support.chain_cases import noted_passes
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import scaling, scaling_model, scaling_ranks
 from bench.memory_models import OURS, Shape, plain_levels
 from bench.model_cases import CONFIGS, TRAIN, net_flops
 from pyglow_fast import Glow
-from pyglow_fast.layers import reversible_sequence
-from pyglow_fast.reversible import Pass
 
 DOCS = ROOT / "docs" / "scaling.md"
 SMALL = Shape((3, 16, 16), n_levels=3, n_steps=2, hidden=8, batch=3)
@@ -115,13 +113,7 @@ def test_parts_of_a_level_are_those_of_the_chain(hidden: int, groups: int, monke
     sizes = [sum(value.nbytes for value in step.coupling.net.parameters()) for step in steps]
     channels, positions = scaling_model.states(shape)[level]
     assert sizes == [4 * scaling_model.net_parameters(channels, hidden)] * 24
-    passes: list[Pass] = []
-
-    def noted(*arguments: Any) -> Pass:
-        passes.append(Pass(*arguments))
-        return passes[-1]
-
-    monkeypatch.setattr(reversible_sequence, "Pass", noted)
+    passes = noted_passes(monkeypatch)
     steps.memory = "checkpoint"
     steps.eval()(torch.randn(1, channels, int(positions**0.5), int(positions**0.5)))
     assert scaling_model.n_parts(shape, level) == len(passes[0].parts) >= 2

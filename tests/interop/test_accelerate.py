@@ -156,7 +156,7 @@ def saved_bytes(model: nn.Module, loss_of: Callable[[Any, Tensor], Tensor], x: T
     return sum(seen.values())
 
 
-@pytest.mark.parametrize(
+of_each_library = pytest.mark.parametrize(
     ("make", "loss_of"),
     [
         (lambda: from_normflows(levels=1, steps=8), normflows_loss),
@@ -165,6 +165,9 @@ def saved_bytes(model: nn.Module, loss_of: Callable[[Any, Tensor], Tensor], x: T
     ],
     ids=["normflows", "FrEIA", "nflows"],
 )
+
+
+@of_each_library
 def test_reversible_memory(make: Callable[[], nn.Module], loss_of: Callable[[Any, Tensor], Tensor]) -> None:
     torch.manual_seed(0)
     model, x = make(), images(32, torch.float32)
@@ -233,15 +236,7 @@ def test_a_wrong_memory_changes_nothing(name: str, memory: Any) -> None:
     assert [type(module) for module in model.modules()] == kinds
 
 
-@pytest.mark.parametrize(
-    ("make", "loss_of"),
-    [
-        (lambda: from_normflows(levels=1, steps=8), normflows_loss),
-        (lambda: from_freia(steps=8), freia_loss),
-        (lambda: from_nflows(steps=8), nflows_loss),
-    ],
-    ids=["normflows", "FrEIA", "nflows"],
-)
+@of_each_library
 def test_within_bytes(make: Callable[[], nn.Module], loss_of: Callable[[Any, Tensor], Tensor]) -> None:
     """With room for all of it a run stores; halfway between two modes it takes less, and its gradients are theirs."""
     torch.manual_seed(0)

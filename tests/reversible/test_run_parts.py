@@ -19,13 +19,13 @@ from support.chain_cases import (
     cut_parts,
     fold_by,
     gradients,
+    noted_passes,
     objective,
 )
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from bench.memory_meter import MemoryTrace
-from pyglow_fast.layers import reversible_sequence
 from pyglow_fast.layers.step_costs import run_cost
 from pyglow_fast.reversible import DriftControl, Pass, backward, passes
 from pyglow_fast.reversible.parts import LEAST_PART, cut, part_limit
@@ -107,14 +107,7 @@ def user_steps() -> pgf.ReversibleSequence:
 @pytest.fixture
 def noted(monkeypatch: pytest.MonkeyPatch) -> list[Pass]:
     """The passes that runs of steps have made."""
-    found: list[Pass] = []
-
-    def note(*arguments: Any) -> Pass:
-        found.append(Pass(*arguments))
-        return found[-1]
-
-    monkeypatch.setattr(reversible_sequence, "Pass", note)
-    return found
+    return noted_passes(monkeypatch)
 
 
 @pytest.mark.parametrize("mode", [Mode("checkpoint"), Mode("reversible", 3), Mode("reversible", 1)], ids=str)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from pyglow_fast.layers import flow_step, reversible_sequence
+from pyglow_fast.reversible import parts
 from support.bijections import softplus_scale
 from support.helpers import tolerance
 
@@ -51,7 +52,21 @@ ONE_PART, EVERY_STEP = 2**60, 0  # limits of a part's gradients
 def cut_parts(patch: pytest.MonkeyPatch, limit: int, steps: int = 0) -> None:
     """Runs that begin from now on have parts of ``limit`` bytes, or of as many ``steps``, if their parameters allow."""
     found = (lambda _, step_bytes, *rest: steps * max(step_bytes)) if steps else (lambda *_: limit)
-    patch.setattr(reversible_sequence, "part_limit", found)
+    for module in (reversible_sequence, parts):  # of modules that are any, and of couplings
+        patch.setattr(module, "part_limit", found)
+
+
+def noted_passes(patch: pytest.MonkeyPatch) -> list[parts.Pass]:
+    """The passes that runs of steps make from now on."""
+    found: list[parts.Pass] = []
+
+    class Noted(parts.Pass):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            found.append(self)
+
+    patch.setattr(reversible_sequence, "Pass", Noted)
+    return found
 
 
 def fold_by(patch: pytest.MonkeyPatch, steps: int) -> None:
