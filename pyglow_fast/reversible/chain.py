@@ -149,11 +149,8 @@ def forward_pass(
     return u, log_det, Kept(anchors, states, torch.stack(seen) if seen else None, first, memos, lowest)
 
 
-SINGLE = 5  # of what a part saves, the first fields: a tensor or None each; the others are sequences
-
-
 class _Saved(NamedTuple):
-    """The tensors that the function of a part has saved."""
+    """The tensors that the function of a part has saved: five, each of which may be missing, then sequences."""
 
     x: Tensor | None
     z: Tensor | None
@@ -167,14 +164,14 @@ class _Saved(NamedTuple):
 
     def save(self, ctx: Any) -> None:
         """With the function, which frees them as soon as its backward is done."""
-        ctx.counts = [len(part) for part in self[SINGLE:]]
-        ctx.save_for_backward(*self[:SINGLE], *(tensor for part in self[SINGLE:] for tensor in part))
+        ctx.counts = [len(part) for part in self[5:]]
+        ctx.save_for_backward(*self[:5], *(tensor for part in self[5:] for tensor in part))
 
     @classmethod
     def of(cls, ctx: Any) -> _Saved:
         """What :meth:`save` was given."""
         tensors = list(ctx.saved_tensors)
-        own, rest = tensors[:SINGLE], iter(tensors[SINGLE:])
+        own, rest = tensors[:5], iter(tensors[5:])
         return cls(*own, *([next(rest) for _ in range(count)] for count in ctx.counts))
 
 
