@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyglow_fast import ops
 from pyglow_fast._derivatives import differentiable_once
-from pyglow_fast.reference import squeeze, transpose_map
+from pyglow_fast.reference import full_product, squeeze, transpose_map
 
 _Kind = tuple[int, int, bool, float, float, float, float]
 
@@ -90,7 +90,7 @@ class ChannelUnmix(torch.autograd.Function):
             grad_x = squeeze(grad_x)
         grad_u, grad_matrix, summed = ops.channel_mix_backward(u, grad_x, inverse_matrix, offset, None, False, index)
         transposed, back = transpose_map(inverse_matrix, index)
-        grad_offset = -(transposed @ summed if back is None else transposed * summed[back])
+        grad_offset = -(full_product(transposed, summed) if back is None else transposed * summed[back])
         return grad_u, grad_matrix, grad_offset, None, None
 
 

@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyglow_fast import _float32
 from pyglow_fast._errors import SingularMatrixError, can_read, expect
+from pyglow_fast._float32 import CONVOLUTIONS, PRODUCTS
 
 KINDS = ("affine", "additive")
 SCALE_MAPS = ("sigmoid", "exp", "tanh", "atan")
@@ -37,6 +39,17 @@ def full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
     if not autocast_is_on(kind):
         return contextlib.nullcontext()  # which costs a tenth
     return torch.autocast(kind, enabled=False)
+
+
+def full_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, as exact as their dtype: where the settings let products round float32 numbers, in float64.
+
+    For what the flow itself multiplies, as no setting of the process is changed for it.
+    """
+    with full_precision(a):
+        if _float32.rounds(PRODUCTS, a):
+            return (a.double() @ b.double()).to(a.dtype)
+        return a @ b
 
 
 def autocast_is_on(device_type: str) -> bool:
@@ -91,7 +104,8 @@ def lu_weight(permutation: Tensor, lower: Tensor, upper: Tensor, log_diag: Tenso
     """
     eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
     with full_precision(lower):
-        product = (lower.tril(-1) + eye) @ (upper.triu(1) + eye * (sign_diag * log_diag.exp()).unsqueeze(-1))
+        diagonal = eye * (sign_diag * log_diag.exp()).unsqueeze(-1)
+    product = full_product(lower.tril(-1) + eye, upper.triu(1) + diagonal)
     return product.gather(-2, permutation.unsqueeze(-1).expand_as(product))
 
 
@@ -101,8 +115,7 @@ def fold_actnorm(weight: Tensor, log_scale: Tensor, bias: Tensor) -> tuple[Tenso
     weight (..., C, C); log_scale, bias (..., C). Returns M (..., C, C) and c (..., C).
     """
     matrix = weight * log_scale.exp().unsqueeze(-2)
-    with full_precision(matrix):
-        return matrix, (matrix @ bias.unsqueeze(-1)).squeeze(-1)
+    return matrix, full_product(matrix, bias.unsqueeze(-1)).squeeze(-1)
 
 
 def gather_actnorm(index: Tensor, log_scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,9 +172,10 @@ def n_positions(x: Tensor) -> int:
 
 def _matrix_product(flat: Tensor, matrix: Tensor, offset: Tensor | None = None) -> Tensor:
     with full_precision(flat):
-        if flat.numel():
+        # A convolution refuses zero positions, and rounds on CUDA where torch's settings are left as they come.
+        if flat.numel() and not _float32.rounds(CONVOLUTIONS, flat):
             return F.conv1d(flat, matrix.unsqueeze(-1), offset)
-        product = matrix @ flat  # a convolution refuses zero positions
+        product = full_product(matrix.expand(flat.shape[0], *matrix.shape), flat)
         return product if offset is None else product + offset.unsqueeze(-1)
 
 

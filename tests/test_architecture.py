@@ -14,7 +14,7 @@ PACKAGE = "pyglow_fast"
 
 # What each part of the package may import of the others; a new module or subpackage is entered here. A part is a direct
 # child of the package: layers stands for all modules in layers/.
-FOUNDATION = {"_tracing", "_errors", "_derivatives"}
+FOUNDATION = {"_tracing", "_errors", "_derivatives", "_float32"}
 STACK = (  # each may import those before it
     "_backend",
     "ops",
@@ -32,6 +32,7 @@ STACK = (  # each may import those before it
 BESIDE = {"reference", "likelihood", "presets"}  # torch at most, usable by every layer above _backend
 ALLOWED: dict[str, set[str]] = {
     "_tracing": set(),
+    "_float32": set(),
     "_errors": {"_tracing"},
     "_derivatives": {"_errors"},
     **dict.fromkeys((*BESIDE, "data"), FOUNDATION),

@@ -9,12 +9,23 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from pyglow_fast import _float32
 from pyglow_fast._errors import expect
 from pyglow_fast.reference import autocast_is_on
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _override: contextvars.ContextVar[str | None] = contextvars.ContextVar("net_precision", default=None)
+
+
+def of_prior(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """The context of what gives a prior's mean and deviation from x: float32 where all nets are told to be that.
+
+    So that a latent is encoded and decoded with the same prior.
+    """
+    if torch.compiler.is_compiling() or _override.get() != "fp32":
+        return contextlib.nullcontext()
+    return in_precision("fp32", x)
 
 
 def check_precision(precision: str) -> str:
@@ -38,44 +49,44 @@ def overridden(precision: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _full_precision(tf32: bool, device_type: str) -> Iterator[None]:
-    """Without autocast; on CUDA, where products and convolutions may round their inputs to TF32, with or without that.
-
-    Those settings are the process's: threads that run nets in different precisions at a time disturb each other.
-    """
-    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = products.allow_tf32, convolutions.allow_tf32
-    with torch.autocast(device_type, enabled=False) if autocast_is_on(device_type) else contextlib.nullcontext():
-        try:
-            if device_type == "cuda":
-                products.allow_tf32 = convolutions.allow_tf32 = tf32
-            yield
-        finally:
-            if device_type == "cuda":
-                products.allow_tf32, convolutions.allow_tf32 = before
+def _float32_nets(precision: str, x: Tensor) -> Iterator[None]:
+    """Without autocast; on a GPU, which may round what it multiplies to TF32, with or without that."""
+    kind = x.device.type
+    without = torch.autocast(kind, enabled=False) if autocast_is_on(kind) else contextlib.nullcontext()
+    wanted = _float32.TF32 if precision == "tf32" else _float32.FULL
+    with without, _float32.held(wanted) if _float32.has_tf32(x) else contextlib.nullcontext():
+        yield
 
 
-def half_dtype_of(module: nn.Module) -> torch.dtype | None:
-    """The 16-bit dtype that couplings in a module are set to run their nets in, of two the coarser; None if none is."""
-    dtypes = [HALF[name] for part in module.modules() if (name := getattr(part, "precision", None)) in HALF]
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=None)
+def precisions_of(module: nn.Module) -> set[str]:
+    """The precisions that couplings in a module are set to run their nets in; "auto" alone if there is none."""
+    found = (getattr(part, "precision", None) for part in module.modules())
+    return {name for name in found if isinstance(name, str) and name in PRECISIONS} or {"auto"}
 
 
 def in_precision(precision: str, x: Tensor) -> contextlib.AbstractContextManager[object]:
     """The context that a net is to be run in on x.
 
     "auto": as torch.autocast and torch's settings of the moment say; "bf16", "fp16": under autocast of that dtype;
-    "fp32", "tf32": without autocast, TF32 off or on (on CUDA; elsewhere the two are the same).
+    "fp32", "tf32": without autocast, TF32 off or on (on CUDA; elsewhere the two are the same). What is compiled runs
+    under the settings of its run, which it cannot change: "tf32" leaves them as they are, "fp32" refuses others.
 
     Raises:
-        ValueError: 16 bits where x is not float32.
+        ValueError: 16 bits where x is not float32; "fp32" under torch.compile where the settings allow TF32.
     """
-    device_type = x.device.type
-    if not torch.compiler.is_compiling():
+    device_type, compiles = x.device.type, torch.compiler.is_compiling()
+    if not compiles:
         precision = _override.get() or precision
     if precision in HALF:
         expect(x.dtype == torch.float32, "precision", f"one that goes with a state of {x.dtype}", repr(precision))
         return torch.autocast(device_type, dtype=HALF[precision])
-    if precision == "auto" or (device_type != "cuda" and not autocast_is_on(device_type)):
+    has_tf32 = _float32.has_tf32(x)
+    if precision == "auto" or not (has_tf32 or autocast_is_on(device_type)):
         return contextlib.nullcontext()
-    return _full_precision(precision == "tf32", device_type)
+    if not compiles:
+        return _float32_nets(precision, x)
+    if has_tf32 and precision == "fp32":
+        found = [name for name in (_float32.PRODUCTS, _float32.CONVOLUTIONS) if _float32.rounds(name, x)]
+        expected = 'torch.backends.fp32_precision = "ieee" where "fp32" is compiled'
+        expect(not found, "precision", expected, f"TF32 for {found}")
+    return torch.autocast(device_type, enabled=False)

@@ -20,7 +20,7 @@ from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.injector import AffineInjector
 from pyglow_fast.layers.permutation import ChannelLinear, InvConv, Permute, WeightsOf
 from pyglow_fast.layers.ranks import refused_alike
-from pyglow_fast.reference import KINDS, CouplingSpec, fold_actnorm, full_precision
+from pyglow_fast.reference import KINDS, CouplingSpec, fold_actnorm, full_precision, full_product
 from pyglow_fast.reversible.maps import MapGroup, MapInverse, inverse_of
 from pyglow_fast.reversible.parts import cut
 
@@ -105,9 +105,8 @@ def after(first: ChannelMap, second: ChannelMap) -> ChannelMap:
         offset = second.matrix * offset + second.offset
         return ChannelMap(second.matrix * scale, offset, log_det, first.source[second.source])
     first, second = first.as_product(), second.as_product()
-    with full_precision(first.matrix):
-        matrix, offset = second.matrix @ first.matrix, second.matrix @ first.offset + second.offset
-    return ChannelMap(matrix, offset, log_det)
+    offset = full_product(second.matrix, first.offset) + second.offset
+    return ChannelMap(full_product(second.matrix, first.matrix), offset, log_det)
 
 
 def _between_couplings(maps: ChannelMap, counts: Sequence[int]) -> ChannelMap:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from pyglow_fast import functional
 from pyglow_fast._errors import check_count, check_input, expect
 from pyglow_fast.coupling_nets.net_runner import condition_for
+from pyglow_fast.coupling_nets.precision import of_prior
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.border import border_kernel, border_map
 from pyglow_fast.layers.coupling_net import conv_for, zero_bias
@@ -104,7 +105,8 @@ class Split(nn.Module):
         expect(kept.dim() == self.dims + 2, "kept", f"{self.dims} spatial dimensions", f"shape {tuple(kept.shape)}")
         if self.cond_channels:
             kept = torch.cat([kept, condition_for(kept, cond)], dim=1)
-        out = self.conv(kept)
+        with of_prior(kept):
+            out = self.conv(kept)
         if self.border is not None:
             out = out + border_map(self.border, kept.shape[2:])
         mean, log_sd = (out * (3.0 * self.log_gain).exp()).to(kept.dtype).chunk(2, dim=1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast._errors import check_count, expect
+from pyglow_fast._float32 import has_tf32
 from pyglow_fast._tracing import is_exporting
 from pyglow_fast.coupling_nets.precision import HALF, check_precision, overridden
 from pyglow_fast.layers import Coupling, ReversibleSequence
@@ -124,7 +125,7 @@ class GlowSettings(nn.Module):
                 stacklevel=4,
             )
         settings = {coupling.precision for coupling in self._couplings()}
-        plain = precision == "fp32" and settings == {"auto"} and device_type == "cpu" and not autocast
+        plain = precision == "fp32" and settings == {"auto"} and not has_tf32(self._parameter()) and not autocast
         same = plain or settings <= {precision}
         with contextlib.nullcontext() if same or precision == "auto" else overridden(precision):
             yield

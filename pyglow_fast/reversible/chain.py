@@ -133,7 +133,7 @@ def forward_pass(
         net_out, memo = net.forward(u[:, : net.reads(u.shape[1])], cond, params[k])
         memos.append(memo)
         with in_precision(net.precision, u):  # which does not show in an output in float32
-            lowest = lowest_precision(lowest, net_out)
+            lowest = lowest_precision(lowest, net_out, params[k])
         if following is None:
             u, step_log_det = functional.coupling(u, net_out, spec)
         elif k + 1 in anchor_steps:

@@ -13,14 +13,17 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyglow_fast import _float32
 from pyglow_fast._errors import expect
-from pyglow_fast.reference import autocast_is_on, flat_positions, full_precision, n_positions
+from pyglow_fast._float32 import CONVOLUTIONS, PRODUCTS
+from pyglow_fast.reference import autocast_is_on, flat_positions, full_precision, full_product, n_positions
 from pyglow_fast.reversible.deferred import Verdicts
 
 START_SPACING, MOST_ANCHORS = 4, 12  # to begin with at least 4 steps apart, and farther where that would be too many
@@ -46,19 +49,27 @@ def default_tolerance(state: torch.dtype, n_steps: int = 1, lowest: torch.dtype 
     Args:
         state: the flow state's dtype.
         n_steps: K: behind so many steps a stored state is off by about sqrt(K) roundings itself.
-        lowest: the dtype that the nets compute in, if lower: their outputs do not repeat better than to its eps.
+        lowest: the dtype that the nets compute in, if lower: their outputs do not repeat better than to its eps. Of
+            TF32 it is float16, which has as many bits.
     """
     if lowest is not None and torch.finfo(lowest).eps > torch.finfo(state).eps:
         return NET_EPS * torch.finfo(lowest).eps
     return min(max(LEAST_EPS, EPS_PER_ROOT * n_steps**0.5), MOST_EPS) * torch.finfo(state).eps
 
 
-def lowest_precision(dtype: torch.dtype, net_out: Tensor) -> torch.dtype:
-    """The lowest of a dtype, that of a net's output, and that of autocast if it is on."""
+def lowest_precision(dtype: torch.dtype, net_out: Tensor, weights: Sequence[Tensor] = ()) -> torch.dtype:
+    """The lowest of a dtype, that of a net's output, and that of autocast if it is on.
+
+    Of a net on a GPU also that which the settings of the moment let products with its weights round to: convolutions
+    have weights (C_out, C_in, ...), linear layers (C_out, C_in). TF32 counts as float16, which has as many bits.
+    """
     found = {dtype, net_out.dtype}
     kind = net_out.device.type
     if autocast_is_on(kind):
         found.add(torch.get_autocast_dtype(kind))
+    if weights and _float32.has_tf32(net_out):
+        operations = {PRODUCTS if weight.dim() == 2 else CONVOLUTIONS for weight in weights if weight.dim() >= 2}
+        found |= {torch.float16 for operation in operations if _float32.rounds(operation, net_out)}
     return dtype if len(found) == 1 else max(found, key=lambda dtype: torch.finfo(dtype).eps)
 
 
@@ -91,6 +102,8 @@ def project(x: Tensor, signs: Signs | None = None) -> Tensor:
     flat = flat_positions(x)
     signs = signs or _signs(flat.shape[2], x.dtype, x.device)
     blocks = (signs.outer.shape[0], signs.inner.shape[0])
+    if _float32.rounds(PRODUCTS, x):  # of single numbers, which nothing rounds
+        return ((flat.unflatten(2, blocks) * signs.inner).sum(3) * signs.outer).sum(2)
     with full_precision(x):
         if blocks[0] <= 1:
             return flat @ signs.inner
@@ -142,9 +155,11 @@ def sketch(x: Tensor) -> Tensor:
     """As project, with SKETCHED signs at once: (N, C, SKETCHED). Their mean square is about the squared norm."""
     flat = flat_positions(x)
     inner, outer, _ = _sketch_signs(flat.shape[2], x.dtype, x.device)
+    by_block = flat.unflatten(2, (outer.shape[0], inner.shape[0]))
+    if _float32.rounds(PRODUCTS, x):
+        return torch.stack([((by_block * own).sum(3) * outer[:, i]).sum(2) for i, own in enumerate(inner.T)], dim=2)
     with full_precision(x):
-        by_block = flat.unflatten(2, (outer.shape[0], inner.shape[0])) @ inner
-        return (by_block * outer).sum(2)
+        return ((by_block @ inner) * outer).sum(2)
 
 
 def _sums_of_signs(mask: Tensor | None, like: Tensor, sketched: bool) -> Tensor | float:
@@ -199,8 +214,7 @@ def _unmixed(moved: Tensor, inverse: Tensor, index: Tensor | None) -> Tensor:
     """M^-1 of rows: moved (..., N, C)."""
     if index is not None:
         return moved.take_along_dim(index.unsqueeze(-2).expand_as(moved), -1) * inverse.unsqueeze(-2)
-    with full_precision(moved):
-        return moved @ inverse.mT
+    return full_product(moved, inverse.mT)
 
 
 def anchor_drift(recomputed: Tensor, true: Tensor) -> Tensor:

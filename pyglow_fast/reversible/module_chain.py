@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyglow_fast._derivatives import check_leaves, differentiable_once
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets import GeneratorState, RunState, check_net, check_repeated, is_deterministic, output_sums
-from pyglow_fast.coupling_nets.precision import half_dtype_of
+from pyglow_fast.coupling_nets.precision import in_precision, precisions_of
 from pyglow_fast.reversible.drift import anchor_drift, lowest_precision, project, witness_drift
 from pyglow_fast.reversible.limits import call_untraced, refuse_transforms
 from pyglow_fast.reversible.parts import Part
@@ -200,8 +200,9 @@ class _RunModules(torch.autograd.Function):
             state = RunState.after(chain.steps[k], before, x.device)
             memos.append((state, None if known else output_sums(z)))
             lowest = lowest_precision(lowest, z)
-            inside = half_dtype_of(chain.steps[k])  # nets between float32 states, which show in no output
-            lowest = lowest if inside is None else max(lowest, inside, key=lambda dtype: torch.finfo(dtype).eps)
+            for precision in precisions_of(chain.steps[k]):  # of nets between float32 states, which show in no output
+                with in_precision(precision, z):
+                    lowest = lowest_precision(lowest, z, by_step[k])
             log_det = log_det + step_log_det
         ctx.lowest = lowest
         ctx.chain, ctx.memos, ctx.has_cond = chain, memos, cond is not None

@@ -15,7 +15,7 @@ from pyglow_fast.coupling_nets.net_shape import KERNEL_SIZES
 from pyglow_fast.interop.known_net import KnownNet, Layer, widths
 from pyglow_fast.layers import AffineInjector, Coupling
 from pyglow_fast.layers.flow_step import ChannelMap, stack_maps
-from pyglow_fast.reference import CouplingSpec, coupling_net_spec, fold_actnorm, full_precision
+from pyglow_fast.reference import CouplingSpec, coupling_net_spec, fold_actnorm, full_precision, full_product
 
 _CALL = ["self", "input", "logdet", "reverse"]
 _PERMUTATIONS = ("invconv", "shuffle", "reverse")
@@ -194,7 +194,7 @@ def _weight(step: Any) -> tuple[Tensor, Tensor]:
         return conv.weight, torch.linalg.slogdet(conv.weight).logabsdet
     eye = torch.eye(conv.l.shape[0], dtype=like.dtype, device=like.device)
     upper = conv.u.triu(1) + torch.diag(conv.sign_s * conv.log_s.exp())
-    return conv.p @ (conv.l.tril(-1) + eye) @ upper, conv.log_s.sum()
+    return full_product(full_product(conv.p, conv.l.tril(-1) + eye), upper), conv.log_s.sum()
 
 
 def channel_map(step: Any) -> ChannelMap:

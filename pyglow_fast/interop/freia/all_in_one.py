@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyglow_fast import functional, reference
+from pyglow_fast import _float32, functional, reference
 from pyglow_fast._tracing import is_exporting, kernels_step_aside
 from pyglow_fast.interop import nets
 from pyglow_fast.interop.freia.layout import (
@@ -119,7 +119,7 @@ class ServedBlock(nn.Module):
     def _construct_householder_permutation(self) -> Tensor:
         w = self.w_0
         for v in self.vk_householder:  # w (1 - 2 v v^T / v^T v)
-            w = w - torch.outer(w @ v, 2.0 * v / (v @ v))
+            w = w - torch.outer(reference.full_product(w, v), 2.0 * v / (v @ v))
         return w.reshape(*w.shape, *[1] * self.input_rank)
 
     def _permutation(self) -> tuple[Tensor, Tensor]:
@@ -152,7 +152,7 @@ class ServedBlock(nn.Module):
             offset = self.global_offset.flatten()
             if source is not None:
                 return ChannelMap(scale[source], offset[source], log_det, source)
-            return ChannelMap(matrix * scale, matrix @ offset, log_det)
+            return ChannelMap(matrix * scale, reference.full_product(matrix, offset), log_det)
 
     def _after_inverse(self, inverse: ChannelMap) -> ChannelMap:
         """(R^-1 z - b) / a, with R^-1 given."""
@@ -317,8 +317,10 @@ class ServedBlock(nn.Module):
             if matrices is None:
                 assert indices is not None
                 return Gather.apply(x, *(indices[::-1] if back else indices))
+            w = matrices[1 if back else 0]
+            if any(_float32.rounds(operation, x) for operation in (_float32.PRODUCTS, _float32.CONVOLUTIONS)):
+                return reference.channel_mix(x, w, x.new_zeros(x.shape[1]))
             with reference.full_precision(x):
-                w = matrices[1 if back else 0]
                 return self.permute_function(x, w.reshape(*w.shape, *[1] * self.input_rank))
 
         scale, scale_log_det = self._scale()

@@ -19,7 +19,7 @@ from pyglow_fast.interop.joined import ChangedError, Face, JoinedRun, JoinedStep
 from pyglow_fast.layers.flow_step import ChannelMap
 from pyglow_fast.layers.grouped_conv import spread_over_groups
 from pyglow_fast.layers.sequence import log_scale_of_padding, masked_condition
-from pyglow_fast.reference import CouplingSpec, full_precision
+from pyglow_fast.reference import CouplingSpec, full_precision, full_product
 
 STEPS = (CouplingBlock,)  # what may be joined
 OTHER = 1e-4  # by how much W^-1 W may differ from 1 when the inverse was rounded to float32
@@ -70,7 +70,7 @@ class DecoderRun(Face):
         kept = [conv for conv in convs if conv.weight_inv is not None]
         if not kept or not can_read(kept[0].weight):
             return bool(kept)
-        products = torch.stack([conv.weight_inv @ conv.weight for conv in kept])
+        products = torch.stack([full_product(conv.weight_inv, conv.weight) for conv in kept])
         return bool(((products - torch.eye(products.shape[1], dtype=products.dtype)).abs() > OTHER).any())
 
     def store_inverse(self) -> None:
@@ -112,7 +112,7 @@ def _channel_map(layers: Sequence[Any], net: BlockNet, spec: CouplingSpec) -> Ch
     with full_precision(weight):
         whole = spread_over_groups(weight, len(logs))
         log_det = torch.linalg.slogdet(weight).logabsdet * (len(logs) // len(weight)) + logs.sum()
-        return ChannelMap(whole * logs.exp(), whole @ bias, log_det)
+        return ChannelMap(whole * logs.exp(), full_product(whole, bias), log_det)
 
 
 def _place(layers: Sequence[Any]) -> Place:

@@ -10,7 +10,7 @@ from torch import Tensor
 from pyglow_fast import functional
 from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.interop.nflows._state import Derived, as_it_comes, ordinary
-from pyglow_fast.reference import full_precision
+from pyglow_fast.reference import full_product
 
 _MATRICES = ("_lu_forward_inverse", "forward_no_cache", "inverse_no_cache", "_create_lower_upper")
 _unchanged: Derived[None] = Derived()
@@ -101,9 +101,7 @@ class OneByOneConvolution(transforms.OneByOneConvolution):
 
     def weight(self) -> Tensor:
         """L U, (C, C)."""
-        with full_precision(self.lower_entries):
-            product: Tensor = super().weight()
-            return product
+        return full_product(*self._create_lower_upper())
 
     def weight_inverse(self) -> Tensor:
         """(L U)^-1, (C, C)."""

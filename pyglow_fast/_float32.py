@@ -1,0 +1,118 @@
+"""How exactly torch's libraries multiply float32 numbers, which its settings decide, for the whole process.
+
+On CUDA convolutions and products may round what they multiply to TF32, of 10 bits: torch's default lets convolutions do
+so. On a CPU that has instructions for it, products and convolutions may round to bfloat16 or TF32 where the settings
+ask for it. That is for coupling nets; what the flow multiplies itself must be as exact as its dtype.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PRODUCTS, CONVOLUTIONS = "matmul", "conv"
+TF32, FULL = "tf32", "ieee"
+
+
+@functools.cache
+def _knows_tf32(device: torch.device) -> bool:
+    """Whether a GPU has TF32: from Ampere on; one that only stands in a trace is taken for such."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device)[0] >= 8
+
+
+def backend_of(device: torch.device) -> str | None:
+    """The part of torch whose settings decide on a device; None where nothing is rounded."""
+    if device.type == "cuda":
+        return "cuda" if _knows_tf32(device) else None
+    return "mkldnn" if device.type == "cpu" else None
+
+
+# What torch.compile takes the answer of, as in pyglow_fast.ops, and does not trace.
+backend_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _setting(operation: str, device: torch.device) -> str:
+    """What operands of PRODUCTS or CONVOLUTIONS may be rounded to now: "tf32", "bf16", else "ieee" or "none"."""
+    backend = backend_of(device)
+    if backend is None:
+        return FULL
+    if backend == "mkldnn":
+        place: Any = getattr(torch.backends.mkldnn, operation)
+    else:
+        place = torch.backends.cuda.matmul if operation == PRODUCTS else torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    return str(place.fp32_precision)
+
+
+# torch.compile compiles again where the answer for products on CUDA changes.
+_setting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def rounds(operation: str, x: Tensor) -> bool:
+    """Whether PRODUCTS or CONVOLUTIONS of x may round it now."""
+    return x.dtype == torch.float32 and _setting(operation, x.device) in (TF32, "bf16")
+
+
+def has_tf32(x: Tensor) -> bool:
+    """Whether x is on a GPU that rounds it to TF32 where the settings say so."""
+    return x.dtype == torch.float32 and backend_of(x.device) == "cuda"
+
+
+class _Held:
+    """The settings of CUDA while someone wants them in some way: changed by the first, restored by the last."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._wanted = {FULL: 0, TF32: 0}
+        self._before: list[tuple[Any, str]] = []
+
+    def change(self, precision: str, by: int) -> None:
+        """One more (1) or one less (-1) who wants it. Who wants full precision has it, whatever others want."""
+        with self._lock:
+            self._wanted[precision] += by
+            self._restore()
+            for wanted in (FULL, TF32):
+                if self._wanted[wanted]:
+                    self._set(wanted)
+                    break
+
+    def _set(self, precision: str) -> None:
+        """Set from the outermost setting inwards, as what is not set follows that around it and shall do so again.
+
+        So a value that does not follow is the setting's own. Only the outermost tells its own at once, so that it is
+        set first where the next one may be following it. Never by allow_tf32, which refuses once anyone has used these.
+        """
+        cudnn: Any = torch.backends.cudnn
+        root: Any = torch.backends
+        first = [root] if root.fp32_precision == cudnn.fp32_precision != "none" else []
+        for place in (*first, cudnn, torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn):
+            now = place.fp32_precision
+            if now != precision:
+                self._before.append((place, now))
+                place.fp32_precision = precision
+
+    def _restore(self) -> None:
+        while self._before:
+            place, value = self._before.pop()
+            place.fp32_precision = value
+
+
+_held = _Held()
+
+
+@contextlib.contextmanager
+def held(precision: str) -> Iterator[None]:
+    """Inside, CUDA computes in TF32 or in full precision ("ieee"), in all threads: the settings are the process's.
+
+    Settings that followed others do so again behind it.
+    """
+    _held.change(precision, 1)
+    try:
+        yield
+    finally:
+        _held.change(precision, -1)
