@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from support.tf32 import SETTINGS, in_tf32
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
@@ -160,3 +161,44 @@ def test_sampling_uses_it() -> None:
     found, expected = (which.sample(4, 0.5, generator=torch.Generator().manual_seed(2)) for which in (glow, exact))
     difference = float((found - expected).abs().max())
     assert 1e-6 < difference < 0.1
+
+
+class TestOnAGpu:
+    """Which rounds what convolutions and products multiply to TF32, where torch's settings let it."""
+
+    @pytest.mark.parametrize("setting", SETTINGS)
+    def test_encoding_is_undone_whatever_the_settings_are(self, setting: str, device: torch.device) -> None:
+        """Nets and priors in float32: the bound is that of TestEncoding on the CPU."""
+        glow, x = model().eval(), images(8)
+        with torch.no_grad():
+            for level in glow.levels:
+                for parameter in level.parameters():
+                    parameter.add_(0.01 * torch.randn_like(parameter))
+            expected = glow.encode(x)
+            with in_tf32(setting, device):
+                latents = glow.to(device).encode(x.to(device))
+                back = glow.decode(latents)
+        assert torch.allclose(back.cpu(), x, atol=1e-5)
+        for found, own in zip(latents, expected, strict=True):
+            assert torch.allclose(found.cpu(), own, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("setting", ["as torch comes", "fp32_precision of all"])
+    def test_under_autocast_too(self, setting: str) -> None:
+        glow, x = model().eval(), images(8)
+        with torch.no_grad():
+            for level in glow.levels:
+                for parameter in level.parameters():
+                    parameter.add_(0.01 * torch.randn_like(parameter))
+            with in_tf32(setting), torch.autocast("cpu", torch.bfloat16):
+                assert torch.allclose(glow.decode(glow.encode(x)), x, atol=1e-5)
+
+    @pytest.mark.parametrize(("precision", "rounds"), [("auto", True), ("tf32", True), ("fp32", False)])
+    @pytest.mark.parametrize("memory", ["store", "checkpoint", "reversible"])
+    def test_nets_are_as_told(self, memory: str, precision: str, rounds: bool) -> None:
+        """Their backward too, but in mode "store", where it is autograd's own, under the settings of its moment."""
+        glow, x = model(precision, memory=memory, learn_prior=False), images(4)
+        with in_tf32() as mode:
+            loss = glow.log_prob(x).sum()
+            if memory != "store":
+                loss.backward()
+        assert (mode.counts["conv"] > 0) == rounds

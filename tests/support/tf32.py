@@ -1,12 +1,13 @@
 """TF32 on the CPU: torch's products and convolutions round what they multiply as on a GPU, where the settings say so.
 
 TF32 has the exponent of float32 and 10 bits behind the point. Numbers are rounded to the nearest, half away from zero,
-as ``cvt.rna.tf32`` does; a library may cut instead, which is no more than twice as far off. Sums are float32's.
+as ``cvt.rna.tf32`` does; a library may cut instead, which is at most twice as far off. Sums are float32's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -18,21 +19,20 @@ from pyglow_fast import _backend, _float32
 
 TF32_EPS = 2.0**-10  # from 1 to the next number
 _aten = torch.ops.aten
-_PRODUCTS = (_aten.mm.default, _aten.bmm.default)
-_ADDED_PRODUCTS = (_aten.addmm.default, _aten.baddbmm.default)  # whose first operand is not multiplied
+_PRODUCTS = {_aten.mm.default: (0, 1), _aten.bmm.default: (0, 1)}
+_PRODUCTS |= {_aten.addmm.default: (1, 2), _aten.baddbmm.default: (1, 2)}  # what they add to is not multiplied
 # Of a matrix and a vector nothing is rounded: torch asks cuBLAS not to (NoTF32Guard in its gemv).
-_CONVOLUTIONS = (_aten.convolution.default, _aten.convolution_backward.default)  # backward: gradient, input, weight
+_CONVOLUTIONS = {_aten.convolution.default: (0, 1), _aten.convolution_backward.default: (0, 1, 2)}
 
 
 def rounded(x: Tensor) -> Tensor:
-    """x (float32, of any shape) to the nearest TF32 number, half away from zero; what is not finite stays."""
-    bits = x.contiguous().view(torch.int32)
-    nearest = ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+    """x, float32, to the nearest TF32 number, half away from zero; what is not finite stays."""
+    nearest = ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
     return torch.where(x.isfinite(), nearest, x)
 
 
 class Tf32(TorchDispatchMode):
-    """Rounds the operands; ``counts`` says how often, of "matmul" and of "conv"."""
+    """Rounds the operands where a GPU would; ``counts`` says how often, of "matmul" and of "conv"."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,22 +41,89 @@ class Tf32(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        backends: Any = torch.backends
         values = list(args)
-        if func in _PRODUCTS + _ADDED_PRODUCTS and torch.backends.cuda.matmul.fp32_precision == "tf32":
-            first = 1 if func in _ADDED_PRODUCTS else 0
-            self._round(values, range(first, first + 2), "matmul")
-        elif func in _CONVOLUTIONS and torch.backends.cudnn.conv.fp32_precision == "tf32":
-            self._round(values, range(3 if func is _CONVOLUTIONS[1] else 2), "conv")
+        for name, ops, place in (
+            ("matmul", _PRODUCTS, backends.cuda.matmul),
+            ("conv", _CONVOLUTIONS, backends.cudnn.conv),
+        ):
+            if func in ops and place.fp32_precision == "tf32" and values[ops[func][0]].dtype == torch.float32:
+                self.counts[name] += 1
+                for operand in ops[func]:
+                    values[operand] = rounded(values[operand])
         return func(*values, **(kwargs or {}))
 
-    def _round(self, values: list[Any], places: range, what: str) -> None:
-        for place in places:
-            if values[place].dtype == torch.float32:
-                values[place] = rounded(values[place])
-                self.counts[what] += 1
+
+def _legacy() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
 
-def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package takes the CPU's settings for a GPU's, and leaves nets to the library, as it does on a GPU."""
-    monkeypatch.setattr(_float32, "backend_of", lambda device: "cuda")
-    monkeypatch.setattr(_backend, "nets", lambda: "library")
+def _new() -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+
+def _around_all() -> None:
+    torch.backends.fp32_precision = "tf32"
+
+
+# By each of torch's ways to say it. As torch comes, convolutions alone compute in TF32.
+SETTINGS: dict[str, Callable[[], None]] = {
+    "as torch comes": lambda: None,
+    "high": lambda: torch.set_float32_matmul_precision("high"),
+    "allow_tf32": _legacy,
+    "fp32_precision": _new,
+    "fp32_precision of all": _around_all,
+}
+
+
+def reset() -> None:
+    """The settings as torch comes with them, but that those of convolutions no longer follow the ones around them."""
+    backends: Any = torch.backends
+    torch.set_float32_matmul_precision("highest")
+    for place in (backends, backends.cudnn, backends.cuda.matmul, backends.mkldnn.matmul, backends.mkldnn.conv):
+        place.fp32_precision = "none"
+    backends.cudnn.allow_tf32 = True
+
+
+@contextlib.contextmanager
+def in_tf32(setting: str = "as torch comes", device: torch.device | str = "cpu", rounds: bool = True) -> Iterator[Tf32]:
+    """With one of SETTINGS. On the CPU as if it were a GPU: its settings count, and nets are left to the library.
+
+    rounds: False where :func:`compiling` does it, since torch.compile takes no notice of a mode around it.
+    """
+    mode = Tf32()
+    pretends = torch.device(device).type == "cpu"
+    with pytest.MonkeyPatch.context() as patch:
+        if pretends:
+            patch.setattr(_float32, "backend_of", backend_of_all)
+            patch.setattr(_backend, "nets", library)
+        try:
+            SETTINGS[setting]()
+            with mode if pretends and rounds else contextlib.nullcontext():
+                yield mode
+        finally:
+            reset()
+
+
+def compiling(graph: Callable[..., Any], inputs: Any) -> Callable[..., Any]:
+    """A backend of torch.compile whose graphs run under the emulation."""
+
+    def run(*values: Tensor) -> Any:
+        with Tf32():
+            return graph(*values)
+
+    return run
+
+
+def backend_of_all(device: torch.device) -> str:
+    """Every device is a GPU."""
+    return "cuda"
+
+
+def library() -> str:
+    """Who computes nets."""
+    return "library"
+
+
+for _answer in (backend_of_all, library):
+    _answer._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,0 +1,160 @@
+"""Reversible runs whose nets compute in TF32, as a GPU's convolutions do as torch comes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from support.chain_cases import Mode, gradients, objective
+from support.tf32 import in_tf32
+from torch import Tensor, nn
+
+import pyglow_fast as pgf
+from pyglow_fast.layers import FlowLayer
+from pyglow_fast.reversible.drift import START_SPACING, DriftControl, lowest_precision
+
+C, DEPTH, HIDDEN = 12, 16, 64
+by_kind = pytest.mark.parametrize("kind", ["steps", "modules"])
+AS_TF32 = torch.float16  # of as many bits
+
+
+class AsModule(FlowLayer):
+    """A step among others that are not known."""
+
+    def __init__(self, step: pgf.FlowStep) -> None:
+        super().__init__()
+        self.step = step
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = self.step(x, cond)
+        return found
+
+    def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = self.step.inverse(z, cond)
+        return found
+
+
+def run_of_steps(kind: str = "steps", depth: int = DEPTH, **options: Any) -> tuple[pgf.ReversibleSequence, Tensor]:
+    """Steps whose nets' last convolutions are as large as after some training, and a batch; float32."""
+    steps: list[nn.Module] = [pgf.FlowStep(C, HIDDEN, **options) for _ in range(depth)]
+    for step in steps:
+        nn.init.normal_(step.coupling.net.conv3.weight, std=0.03)  # type: ignore[union-attr]
+    sequence = pgf.ReversibleSequence([AsModule(step) for step in steps] if kind == "modules" else steps)
+    sequence.initialize(torch.randn(32, C, 8, 8))
+    return sequence, torch.randn(2, C, 8, 8)
+
+
+@by_kind
+@pytest.mark.parametrize("setting", ["as torch comes", "high", "fp32_precision of all"])
+def test_it_does_not_become_checkpointing(setting: str, kind: str, device: torch.device) -> None:
+    sequence, x = run_of_steps(kind)
+    sequence, x = sequence.to(device), x.to(device)
+    with in_tf32(setting, device):
+        for _ in range(12):
+            objective(sequence(x)).backward()
+        report = sequence.memory_report()
+    assert report["trips"] == 0, report
+    assert report["anchor_every"] >= START_SPACING, report
+    assert report["last_drift"] > 1e-5, "the nets were not in TF32"
+
+
+@by_kind
+@pytest.mark.parametrize("setting", ["as torch comes", "high"])
+def test_gradients_are_as_good_as_stored_ones(setting: str, kind: str, device: torch.device) -> None:
+    """The goal of the tolerance: an error of at most twice that of the stored gradient, in TF32 too."""
+    sequence, x = run_of_steps(kind)
+    exact = gradients(copy.deepcopy(sequence).double(), x.double())
+    sequence, x = sequence.to(device), x.to(device)
+
+    def error(mode: Mode) -> float:
+        mode.apply(sequence)
+        with in_tf32(setting, device):
+            found = gradients(sequence, x)
+        whole, true = (torch.cat([value.flatten().cpu().double() for value in g.values()]) for g in (found, exact))
+        return float((whole - true).norm() / true.norm())
+
+    stored = error(Mode("store"))
+    assert stored > 1e-4, "the nets were not in TF32"
+    for mode in (Mode("reversible"), Mode("reversible", 1), Mode("checkpoint")):
+        assert error(mode) <= 2.0 * stored, mode
+
+
+class LinearNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(C // 2, 8), nn.Tanh(), nn.Linear(8, C))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.layers(x)
+        return found
+
+
+@by_kind
+@pytest.mark.parametrize(
+    ("setting", "precision", "net", "expected"),
+    [
+        ("as torch comes", "auto", "conv", AS_TF32),
+        ("as torch comes", "tf32", "conv", AS_TF32),
+        ("as torch comes", "fp32", "conv", torch.float32),
+        ("as torch comes", "bf16", "conv", torch.bfloat16),
+        ("as torch comes", "auto", "linear", torch.float32),
+        ("as torch comes", "tf32", "linear", AS_TF32),
+        ("high", "auto", "linear", AS_TF32),
+        ("high", "fp32", "linear", torch.float32),
+        ("allow_tf32", "auto", "linear", AS_TF32),
+        ("fp32_precision", "auto", "linear", AS_TF32),
+        ("fp32_precision of all", "fp32", "conv", torch.float32),
+    ],
+)
+def test_what_the_drift_is_judged_by(
+    setting: str, precision: str, net: str, expected: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.dtype | None] = []
+
+    def limit(control: DriftControl, state: torch.dtype, lowest: torch.dtype | None = None) -> float:
+        seen.append(lowest)
+        return 1.0
+
+    monkeypatch.setattr(DriftControl, "limit", limit)
+    linear = net == "linear"
+    options: dict[str, Any] = {"net": LinearNet()} if linear else {}
+    step = pgf.FlowStep(C, 8, precision=precision, **options)
+    sequence = pgf.ReversibleSequence([AsModule(step) if kind == "modules" else step])
+    x = torch.randn(4, C) if linear else torch.randn(4, C, 8, 8)
+    sequence.initialize(x)
+    with in_tf32(setting):
+        objective(sequence(x)).backward()
+    assert seen == [expected]
+
+
+def test_of_what_is_not_float32() -> None:
+    weights = [torch.zeros(3, 3, 1)]
+    with in_tf32("high"):
+        assert lowest_precision(torch.float64, torch.zeros(2, dtype=torch.float64), weights) is torch.float64
+        assert lowest_precision(torch.float32, torch.zeros(2), weights) is AS_TF32
+        assert lowest_precision(torch.float32, torch.zeros(2), [torch.zeros(3)]) is torch.float32
+    assert lowest_precision(torch.float32, torch.zeros(2), weights) is torch.float32
+
+
+def test_a_state_that_drifts_farther_is_still_found(device: torch.device) -> None:
+    """What TF32 does not explain is redone, so that the gradient is right all the same."""
+    sequence, x = run_of_steps(depth=6)
+    with torch.no_grad():
+        for step in sequence:
+            nn.init.normal_(step.coupling.net.conv3.weight, std=0.3)  # whose inverse amplifies by far
+    exact = gradients(copy.deepcopy(sequence).double(), x.double())
+    sequence, x = sequence.to(device), x.to(device)
+    with in_tf32(device=device):
+        Mode("store").apply(sequence)
+        stored = gradients(sequence, x)
+        Mode("reversible", None).apply(sequence)
+        found = gradients(sequence, x)
+        assert sequence.memory_report()["trips"] == 1
+
+    def error(of: dict[str, Tensor]) -> float:
+        parts = [(of[name].cpu().double() - exact[name]).square().sum() for name in exact]
+        return float(torch.stack(parts).sum().sqrt())
+
+    assert error(found) <= 2.0 * error(stored)
