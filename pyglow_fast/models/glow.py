@@ -53,8 +53,9 @@ class Glow(GlowSettings):
             gradients (docs/memory.md). May be changed at any time.
         anchor_every, tolerance, memory_budget, deferred_check: see :class:`~pyglow_fast.ReversibleSequence`.
         precision: that the coupling nets compute in, the flow state staying float32: "bf16", "fp16", "tf32", "fp32" or
-            "auto" (as torch.autocast says); may be changed at any time. Encoding and decoding use float32 nets whatever
-            it is, unless they are told otherwise.
+            "auto" (as torch.autocast and torch's settings say, which on a GPU is "tf32" for convolutions as torch
+            comes); may be changed at any time. Encoding and decoding use float32 nets whatever it is, unless they are
+            told otherwise.
 
     Shapes: x (N, C, *spatial), float32 or float64; latents, shallowest first: L-1 halves of the levels' states, then
     the top state; log_det and log_prob (N,), nats. cond: one tensor (N, C_cond) or (N, C_cond, *spatial), spread or
@@ -373,8 +374,8 @@ class Glow(GlowSettings):
     def encode(self, x: Tensor, cond: Condition | None = None, precision: str = "fp32") -> list[Tensor]:
         """The latents of x, all levels: decode(encode(x)) is x up to rounding.
 
-        precision: of the nets; "auto" for the model's own. Rounding of 16 bits is amplified from step to step: a
-        warning says by how much.
+        precision: of the nets; "auto" for the model's own. Rounding to 16 bits, or to TF32, is amplified from step to
+        step: a warning says by how much.
         """
         with self._exact(precision, "encode"):
             return self(x, cond)[0]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast._errors import check_count, expect
-from pyglow_fast._float32 import has_tf32
+from pyglow_fast._float32 import CONVOLUTIONS, has_tf32, rounds
 from pyglow_fast._tracing import is_exporting
 from pyglow_fast.coupling_nets.precision import HALF, check_precision, overridden
 from pyglow_fast.layers import Coupling, ReversibleSequence
@@ -22,7 +22,7 @@ from pyglow_fast.reversible.planner import MemoryPlan, RunPlan, plan_memory
 from pyglow_fast.reversible.setting import parse_memory
 
 # Of the range of x, largest over 8 images of 3x32x32, nets of 64 channels, L = 3, K = 8, trained 150 steps.
-ROUND_TRIP_ERROR = {torch.bfloat16: "1e-3", torch.float16: "2e-4"}
+ROUND_TRIP_ERROR: dict[object, str] = {torch.bfloat16: "1e-3", torch.float16: "2e-4", "TF32": "1e-4"}
 
 
 class GlowSettings(nn.Module):
@@ -115,17 +115,21 @@ class GlowSettings(nn.Module):
     def _exact(self, precision: str, what: str) -> Iterator[None]:
         """Nets in the precision that a call asks for, with a warning if that is not a full one."""
         check_precision(precision)
-        found, device_type = (self.precision if precision == "auto" else precision), self._parameter().device.type
-        autocast = torch.is_autocast_enabled(device_type)
-        dtype = torch.get_autocast_dtype(device_type) if found == "auto" and autocast else HALF.get(found)
-        if dtype in ROUND_TRIP_ERROR:
+        found, like = (self.precision if precision == "auto" else precision), self._parameter()
+        autocast = torch.is_autocast_enabled(like.device.type)
+        coarse: object = HALF.get(found)
+        if found == "auto" and autocast:
+            coarse = torch.get_autocast_dtype(like.device.type)
+        elif has_tf32(like) and (found == "tf32" or (found == "auto" and rounds(CONVOLUTIONS, like))):
+            coarse = "TF32"
+        if coarse in ROUND_TRIP_ERROR:
             warnings.warn(
-                f"{what} with nets in {dtype}: decode(encode(x)) is off by about {ROUND_TRIP_ERROR[dtype]} of the "
+                f"{what} with nets in {coarse}: decode(encode(x)) is off by about {ROUND_TRIP_ERROR[coarse]} of the "
                 'range of x, by more the deeper and longer trained the model is; precision="fp32" repeats it to 1e-6',
                 stacklevel=4,
             )
         settings = {coupling.precision for coupling in self._couplings()}
-        plain = precision == "fp32" and settings == {"auto"} and not has_tf32(self._parameter()) and not autocast
+        plain = precision == "fp32" and settings == {"auto"} and not has_tf32(like) and not autocast
         same = plain or settings <= {precision}
         with contextlib.nullcontext() if same or precision == "auto" else overridden(precision):
             yield

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from pyglow_fast import functional
+from pyglow_fast.latents.spaces import SPACES, from_space, to_space
 from pyglow_fast.coupling_nets.precision import PRECISIONS, overridden
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -182,15 +183,37 @@ class TestOnAGpu:
         for found, own in zip(latents, expected, strict=True):
             assert torch.allclose(found.cpu(), own, rtol=1e-5, atol=1e-5)
 
-    @pytest.mark.parametrize("setting", ["as torch comes", "fp32_precision of all"])
-    def test_under_autocast_too(self, setting: str) -> None:
+    @pytest.mark.parametrize(
+        ("setting", "own", "precision", "warns"),
+        [
+            ("as torch comes", "auto", "auto", True),
+            ("as torch comes", "fp32", "auto", False),
+            ("as torch comes", "auto", "fp32", False),
+            ("as torch comes", "tf32", "auto", True),
+            ("high", "auto", "tf32", True),
+        ],
+    )
+    def test_a_warning_where_it_is_encoded_in_tf32(self, setting: str, own: str, precision: str, warns: bool) -> None:
+        glow = model(own).eval()
+        with in_tf32(setting), torch.no_grad(), warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            glow.encode(images(2), precision=precision)
+        texts = [str(warning.message) for warning in found]
+        assert (
+            any("encode with nets in TF32: decode(encode(x)) is off by about 1e-4" in text for text in texts) == warns
+        )
+
+    @pytest.mark.parametrize("autocast", [False, True])
+    def test_spaces_of_latents_too(self, autocast: bool) -> None:
+        """There the priors of splits take part, of states that differ by roundings."""
         glow, x = model().eval(), images(8)
         with torch.no_grad():
-            for level in glow.levels:
-                for parameter in level.parameters():
-                    parameter.add_(0.01 * torch.randn_like(parameter))
-            with in_tf32(setting), torch.autocast("cpu", torch.bfloat16):
-                assert torch.allclose(glow.decode(glow.encode(x)), x, atol=1e-5)
+            for name, parameter in glow.named_parameters():
+                parameter.add_((0.1 if "split" in name else 0.01) * torch.randn_like(parameter))
+            with in_tf32(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                for space in SPACES:
+                    back = from_space(glow, to_space(glow, x, space), space)
+                    assert torch.allclose(back, x, atol=1e-5), space
 
     @pytest.mark.parametrize(("precision", "rounds"), [("auto", True), ("tf32", True), ("fp32", False)])
     @pytest.mark.parametrize("memory", ["store", "checkpoint", "reversible"])
