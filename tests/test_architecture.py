@@ -14,7 +14,7 @@ PACKAGE = "pyglow_fast"
 
 # What each part of the package may import of the others; a new module or subpackage is entered here. A part is a direct
 # child of the package: layers stands for all modules in layers/.
-FOUNDATION = {"_tracing", "_errors", "_derivatives"}
+FOUNDATION = {"_tracing", "_errors", "_captures", "_derivatives"}
 STACK = (  # each may import those before it
     "_backend",
     "ops",
@@ -33,6 +33,7 @@ BESIDE = {"reference", "likelihood", "presets"}  # torch at most, usable by ever
 ALLOWED: dict[str, set[str]] = {
     "_tracing": set(),
     "_errors": {"_tracing"},
+    "_captures": {"_errors"},
     "_derivatives": {"_errors"},
     **dict.fromkeys((*BESIDE, "data"), FOUNDATION),
     **{name: FOUNDATION | BESIDE | set(STACK[:rank]) for rank, name in enumerate(STACK)},

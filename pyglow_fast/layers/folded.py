@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pyglow_fast._captures import is_capturing
 from pyglow_fast._errors import can_read
 from pyglow_fast.coupling_nets.checkerboard import Checkerboard
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.flow_step import ChannelMap, FlowStep, couplings_of, fold_steps, invert_maps
-from pyglow_fast.reversible.deferred import is_capturing
 from pyglow_fast.reversible.maps import MapInverse
 
 Identity = tuple["weakref.ref[Tensor]", int, int]  # the tensor, where its data is, its version
@@ -103,7 +103,7 @@ class FoldCache:
 
     def get(self, steps: Sequence[FlowStep]) -> FoldedSteps:
         """The folded steps, computed anew if something has changed. No gradient is recorded."""
-        if is_capturing(steps[0].actnorm.bias):  # a graph must fold whatever the parameters are at its replay
+        if is_capturing(steps[0].actnorm.bias.device):  # a graph must fold whatever the parameters are at its replay
             with torch.no_grad():
                 return FoldedSteps.of(steps)
         with torch.no_grad(), self._lock:

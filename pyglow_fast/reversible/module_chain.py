@@ -64,7 +64,7 @@ class ModuleChain:
     def run(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         """z and log_det; memory as the pass's anchors want it, or every step's input."""
         refuse_transforms()
-        self.part.whole.joins(self.part.first, (x, cond, *self.params))
+        self.part.whole.joins(self.part.first, x, (cond, *self.params))
         return call_untraced(_RunModules.apply, self, x, cond, *self.params)
 
 
@@ -225,7 +225,7 @@ class _RunModules(torch.autograd.Function):
         if seen:
             grad_x = walk.run(z, grad_z)
         else:
-            chain.part.whole.checkpointed(chain.part.first)
+            chain.part.whole.checkpointed(chain.part.first, z.device)
             grad_x = grad_z
             for k in reversed(range(len(chain.steps))):
                 grad_x = walk.differentiate(k, x if k == 0 else anchors[k], grad_x, True)
