@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
+from pyglow_fast._tracing import is_traced
 
 T = TypeVar("T")
 
@@ -28,7 +29,7 @@ def can_capture(device: torch.device) -> bool:
 
 def is_capturing(device: torch.device) -> bool:
     """Tells whether a CUDA graph is being captured on the current stream of a device."""
-    if not can_capture(device):
+    if not can_capture(device) or is_traced():
         return False
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()

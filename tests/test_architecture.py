@@ -33,7 +33,7 @@ BESIDE = {"reference", "likelihood", "presets"}  # torch at most, usable by ever
 ALLOWED: dict[str, set[str]] = {
     "_tracing": set(),
     "_errors": {"_tracing"},
-    "_captures": {"_errors"},
+    "_captures": {"_errors", "_tracing"},
     "_derivatives": {"_errors"},
     **dict.fromkeys((*BESIDE, "data"), FOUNDATION),
     **{name: FOUNDATION | BESIDE | set(STACK[:rank]) for rank, name in enumerate(STACK)},

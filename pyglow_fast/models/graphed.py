@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast._captures import Later
+from pyglow_fast._captures import Later, can_capture
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.state import without_autocast_cache
 from pyglow_fast.models.prior import check_temperature
@@ -70,7 +70,9 @@ class GraphedGlow:
         assert parameter is not None  # for the type checker: refused above
         one = cond is None or isinstance(cond, Tensor)
         expect(one, "cond", "None or one tensor for all levels: graphs take no condition of each", type(cond).__name__)
-        _require_gpu(parameter.device)
+        device = parameter.device
+        on_gpu = can_capture(device)
+        expect(on_gpu, "model", "one on a CUDA device: CUDA graphs are captured there", f"one on {device}")
         expect(model.is_initialized, "model", "actnorms that have seen data (model.initialize)", "fresh ones")
         with torch.no_grad():
             model.log_prob(x[:1], None if y is None else y[:1], None if cond is None else cond[:1])  # checks them
@@ -87,10 +89,10 @@ class GraphedGlow:
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._notice: Later | None = None  # of how many gradients have become zero
         self._make_training()
-        with _side_stream(parameter.device) as stream:
-            _warm_up(self._sample, stream)
+        with _side_stream(device) as stream:
+            _warm_up(self._sample)
             self._replay_sampling, self._samples = _capture(self._sample, stream)
-        self._lost = torch.zeros((), dtype=torch.bool, device=parameter.device)
+        self._lost = torch.zeros((), dtype=torch.bool, device=device)
 
     def train_step(self, x: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
         """The loss, in nats; afterwards every parameter's ``.grad`` is its gradient (nothing is accumulated).
@@ -132,7 +134,7 @@ class GraphedGlow:
         """The graph of a training step, with the anchors' spacing that the passes before have brought about."""
         device = self._temperature.device
         with _side_stream(device) as stream:
-            _warm_up(self._train, stream)
+            _warm_up(self._train)
             self.model.memory_report()  # waits for the verdicts of those runs, and takes them in
             self._zeroed_before = float(self._zeroed())
             self._replay_training, self._step = _capture(self._train, stream)
@@ -144,7 +146,7 @@ class GraphedGlow:
             for name, parameter in self._loss.named_parameters()
         }
         before = self._zeroed()
-        with torch.enable_grad(), without_autocast_cache(self._temperature.device.type):
+        with torch.enable_grad():
             inputs = self._inputs["x"], self._inputs["y"], self._inputs["cond"]
             loss = torch.func.functional_call(self._loss, leaves, inputs)
             loss.backward()
@@ -168,10 +170,6 @@ class GraphedGlow:
             parameter.grad = gradient
 
 
-def _require_gpu(device: torch.device) -> None:
-    expect(device.type == "cuda", "model", "one on a CUDA device: CUDA graphs are captured there", f"one on {device}")
-
-
 def _copy(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach().clone()
 
@@ -192,18 +190,20 @@ def _fill(buffers: dict[str, Tensor | None], values: dict[str, Tensor | None]) -
 
 @contextlib.contextmanager
 def _side_stream(device: torch.device) -> Iterator[torch.cuda.Stream]:
-    """A stream for warm-ups and a capture: libraries have handles and memory for each, and make them at first use."""
-    with torch.cuda.device(device):
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream())
-        yield stream
-        torch.cuda.current_stream().wait_stream(stream)
+    """Inside, all runs on a stream of its own, on which a capture may follow warm-ups.
 
-
-def _warm_up(function: Callable[[], object], stream: torch.cuda.Stream) -> None:
+    Libraries have handles and memory for each stream, and make them when they first use one.
+    """
+    outside, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    stream.wait_stream(outside)
     with torch.cuda.stream(stream):
-        for _ in range(WARM_UPS):
-            function()
+        yield stream
+    outside.wait_stream(stream)
+
+
+def _warm_up(function: Callable[[], object]) -> None:
+    for _ in range(WARM_UPS):
+        function()
 
 
 def _capture(function: Callable[[], T], stream: torch.cuda.Stream) -> tuple[Callable[[], None], T]:

@@ -68,6 +68,18 @@ class _Operation:
     kwargs: dict[str, Any]
     places: list[torch.UntypedStorage | None]  # of its results: where those are that it allocates
 
+    def repeat(self) -> None:
+        """Run it again; memory that it only allocates holds nothing."""
+        if self.func.overloadpacket.__name__.startswith(("empty", "new_empty")):
+            for place in self.places:
+                assert place is not None
+                _ruin(place)
+            return
+        results = _tensors(self.func(*self.args, **self.kwargs))
+        for place, result in zip(self.places, results, strict=True):
+            if place is not None:
+                place.copy_(result.untyped_storage())
+
 
 class Recording(TorchDispatchMode):
     """A step as a CUDA graph has it: its operations, on the memory of one run, repeated without the Python around them.
@@ -115,20 +127,11 @@ class Recording(TorchDispatchMode):
         for storage in self._own.values():
             _ruin(storage)
 
-    @torch.no_grad()
     def replay(self) -> None:
         """Run it all again."""
-        for operation in self._operations:
-            if operation.func.overloadpacket.__name__.startswith(("empty", "new_empty")):
-                results: list[Tensor] = []
-                for place in operation.places:
-                    assert place is not None
-                    _ruin(place)
-            else:
-                results = _tensors(operation.func(*operation.args, **operation.kwargs))
-            for place, result in zip(operation.places, results, strict=False):
-                if place is not None:
-                    place.copy_(result.untyped_storage())
+        with torch.no_grad(), torch._C._DisableAutocast():  # below both: their part is recorded
+            for operation in self._operations:
+                operation.repeat()
 
     def __len__(self) -> int:
         return len(self._operations)
@@ -162,10 +165,8 @@ _FACTORISATIONS = re.compile(
 _MASKS = (torch.bool, torch.uint8)
 # From the values of Python's own numbers to a tensor, or to the host.
 _FROM_HOST = (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.scalar_tensor)
-_FACTORIES = tuple(
-    getattr(torch, name)
-    for name in "arange empty empty_strided eye full linspace ones rand randint randn randperm zeros".split()
-)
+_FACTORY_NAMES = "arange empty empty_strided eye full linspace ones rand randint randn randperm zeros"
+_FACTORIES = [getattr(torch, name) for name in re.findall(r"\w+", _FACTORY_NAMES)]
 _TO_HOST = (Tensor.cpu, Tensor.numpy, Tensor.tolist, Tensor.item, Tensor.pin_memory, Tensor.__array__)
 
 
@@ -201,9 +202,9 @@ class _Operations(TorchDispatchMode):
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
         if name in _READS or (name == "repeat_interleave" and kwargs.get("output_size") is None):
             raise NotCapturableError(f"{name}: the host reads a value")
-        if name.startswith(("index", "_index", "_unsafe_index")):
-            if any(tensor.dtype in _MASKS for tensor in _tensors(args[1]) if len(args) > 1):
-                raise NotCapturableError(f"{name}: the host counts what a mask chooses")
+        is_index = len(args) > 1 and name.startswith(("index", "_index", "_unsafe_index"))
+        if is_index and any(tensor.dtype in _MASKS for tensor in _tensors(args[1])):
+            raise NotCapturableError(f"{name}: the host counts what a mask chooses")
         if func.namespace == "aten" and _FACTORISATIONS.match(name):
             raise NotCapturableError(f"{name}: a factorisation")
         if name in ("lift", "lift_fresh", "_pin_memory"):
@@ -274,13 +275,17 @@ class _SlogDet(NamedTuple):
     logabsdet: Tensor
 
 
+def _inv_ex(matrix: Tensor) -> _Found:
+    return _Found(_inv(matrix), matrix.new_zeros(matrix.shape[:-2], dtype=torch.int))
+
+
+def _slogdet(matrix: Tensor) -> _SlogDet:
+    return _SlogDet(None, _log_abs_det(matrix))
+
+
 @contextlib.contextmanager
 def own_factorisations() -> Iterator[None]:
     """In place of the library's inverse and log|det| of matrices there are ops that a capture could hold."""
-    with (
-        mock.patch.object(
-            torch.linalg, "inv_ex", lambda a: _Found(_inv(a), a.new_zeros(a.shape[:-2], dtype=torch.int))
-        ),
-        mock.patch.object(torch.linalg, "slogdet", lambda a: _SlogDet(None, _log_abs_det(a))),
-    ):
+    own = {"inv_ex": _inv_ex, "slogdet": _slogdet}
+    with mock.patch.multiple(torch.linalg, **own):
         yield

@@ -7,36 +7,37 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+import torch
 from support.captures import Recording, capture_guard, like_a_gpu, own_factorisations
 
 from pyglow_fast.models import graphed
 
 
-def _capture(function: Callable[[], Any], stream: object) -> tuple[Callable[[], None], Any]:
-    assert stream == STREAM, "captured on another stream than the one that was warmed up"
-    with Recording() as graph, capture_guard():
-        result = function()
-    return graph.replay, result
+class Side:
+    """A stand-in for the side stream, and whether it is the current one."""
 
+    def __init__(self) -> None:
+        self.is_current = False
 
-STREAM = "the side stream"
+    @contextlib.contextmanager
+    def entered(self, device: torch.device) -> Iterator[Side]:
+        self.is_current = True
+        try:
+            yield self
+        finally:
+            self.is_current = False
+
+    def capture(self, function: Callable[[], Any], stream: object) -> tuple[Callable[[], None], Any]:
+        assert stream is self, "captured on another stream than the one that was warmed up"
+        with Recording() as graph, capture_guard():
+            result = function()
+        return graph.replay, result
 
 
 @contextlib.contextmanager
-def recorded_graphs() -> Iterator[None]:
+def recorded_graphs() -> Iterator[Side]:
     """Inside, make_graphed takes a model on the CPU as one on a GPU, and its captures are recordings."""
-
-    def warm_up(function: Callable[[], object], stream: object) -> None:
-        assert stream == STREAM
-        for _ in range(graphed.WARM_UPS):
-            function()
-
-    with (
-        like_a_gpu(),
-        own_factorisations(),
-        mock.patch.object(graphed, "_require_gpu", lambda device: None),
-        mock.patch.object(graphed, "_side_stream", lambda device: contextlib.nullcontext(STREAM)),
-        mock.patch.object(graphed, "_warm_up", warm_up),
-        mock.patch.object(graphed, "_capture", _capture),
-    ):
-        yield
+    side = Side()
+    own = {"_side_stream": side.entered, "_capture": side.capture}
+    with like_a_gpu(), own_factorisations(), mock.patch.multiple(graphed, **own):
+        yield side
