@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pyglow_fast._captures import is_capturing
 from pyglow_fast._errors import can_read, expect
 from pyglow_fast.reference import autocast_is_on
 
@@ -85,15 +86,15 @@ class GeneratorState:
         Raises:
             ValueError: a CUDA graph is being captured, where the device's generator has no state to be read.
         """
-        if device.type != "cuda":
-            return cls(torch.get_rng_state(), None, None)
         expect(
-            not torch.cuda.is_current_stream_capturing(),
+            not is_capturing(device),
             "net",
             "one of torch's modules without dropout, or one that states deterministic = True, to be run again "
             "within a CUDA graph",
             "another",
         )
+        if device.type != "cuda":
+            return cls(torch.get_rng_state(), None, None)
         return cls(torch.get_rng_state(), device, torch.cuda.get_rng_state(device))
 
     def moved(self) -> bool:
