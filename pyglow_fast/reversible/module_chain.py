@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyglow_fast._derivatives import check_leaves, differentiable_once
 from pyglow_fast._errors import expect
-from pyglow_fast.coupling_nets import GeneratorState, RunState, check_net, check_repeated, is_deterministic, output_sums
+from pyglow_fast.coupling_nets import GeneratorState, RunState, check_net, check_repeated, is_repeatable, output_sums
 from pyglow_fast.coupling_nets.precision import half_dtype_of
 from pyglow_fast.reversible.drift import anchor_drift, lowest_precision, project, witness_drift
 from pyglow_fast.reversible.limits import call_untraced, refuse_transforms
@@ -189,7 +189,7 @@ class _RunModules(torch.autograd.Function):
                 anchors[k] = z
             if not keeps_states:
                 seen.append(project(z))
-            known = is_deterministic(chain.steps[k])
+            known = is_repeatable(chain.steps[k], x.device)
             before = None if known else GeneratorState.capture(x.device)
             version = z._version
             outputs = chain.call(k, z, cond, by_step[k])

@@ -23,9 +23,7 @@ def step(model: pgf.Glow, x: Tensor, y: Tensor | None, cond: Any) -> dict[str, T
     loss = -model.log_prob(x, y, cond).mean()
     named = {name: value for name, value in model.named_parameters() if value.requires_grad}
     found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    return {"loss": loss.detach()} | {
-        name: grad for name, grad in zip(named, found, strict=True) if grad is not None
-    }
+    return {"loss": loss.detach()} | {name: grad for name, grad in zip(named, found, strict=True) if grad is not None}
 
 
 def moved(model: pgf.Glow, gradients: dict[str, Tensor]) -> None:
@@ -149,7 +147,7 @@ def test_a_net_that_draws_random_numbers_is_refused_on_a_gpu(kind: str) -> None:
 
 @pytest.mark.parametrize("name", ["default", "checkerboard", "classes"])
 def test_drift_in_replays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted, told of by the report, and zero from the level on that drifts; what the backward met before it is right."""
+    """Counted, told of by the report, zero from the level on that drifts; what the backward met before it is right."""
     factor, true, calls = torch.ones((), dtype=torch.float64), passes.step_backward, []
 
     def wrong(*inputs: Tensor) -> tuple[Tensor, ...]:

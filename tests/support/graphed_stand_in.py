@@ -8,9 +8,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from support.captures import Recording, capture_guard, like_a_gpu, own_factorisations
 
 from pyglow_fast.models import graphed
+from support.captures import Recording, capture_guard, like_a_gpu, own_factorisations
 
 
 class Side:
