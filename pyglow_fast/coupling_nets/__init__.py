@@ -9,6 +9,7 @@ from pyglow_fast.coupling_nets.state import (
     RunState,
     captured_autocast,
     check_repeated,
+    is_repeatable,
     output_sums,
 )
 from pyglow_fast.coupling_nets.traits import check_net, is_deterministic
@@ -25,6 +26,7 @@ __all__ = [
     "check_repeated",
     "in_precision",
     "is_deterministic",
+    "is_repeatable",
     "output_sums",
     "plain_call",
     "plan_chunks",

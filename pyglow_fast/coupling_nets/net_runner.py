@@ -16,8 +16,15 @@ from pyglow_fast.coupling_nets.net_shape import NetShape
 from pyglow_fast.coupling_nets.plan import Chunk, ChunkPlan, plan_chunks
 from pyglow_fast.coupling_nets.precision import in_precision
 from pyglow_fast.coupling_nets.run import Consume, NetCall, run_net, run_net_backward
-from pyglow_fast.coupling_nets.state import GeneratorState, RunState, check_repeated, output_sums, training_modes
-from pyglow_fast.coupling_nets.traits import bytes_per_position, check_net, halo_of, is_deterministic
+from pyglow_fast.coupling_nets.state import (
+    GeneratorState,
+    RunState,
+    check_repeated,
+    is_repeatable,
+    output_sums,
+    training_modes,
+)
+from pyglow_fast.coupling_nets.traits import bytes_per_position, check_net, halo_of
 
 Plans = dict[tuple[object, ...], tuple[nn.Module, ChunkPlan]]
 
@@ -195,7 +202,7 @@ class NetRunner:
         if self._known:
             net_out = run_net(self.net, x1, cond, plan, self._call(x1, params))
             return net_out, Memo(plan, RunState.of_autocast(x1.device), None)
-        known = is_deterministic(self.net)
+        known = is_repeatable(self.net, x1.device)
         before = None if known else GeneratorState.capture(x1.device)
         net_out = run_net(self.net, x1, cond, plan, self._call(x1, params))
         state = RunState.after(self.net, before, x1.device)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from pyglow_fast._captures import is_capturing
 from pyglow_fast._errors import can_read, expect
+from pyglow_fast.coupling_nets.traits import is_deterministic
 from pyglow_fast.reference import autocast_is_on
 
 REPEAT_TOLERANCE = 0.01  # of the norm of a net's output
@@ -85,15 +88,15 @@ class GeneratorState:
         Raises:
             ValueError: a CUDA graph is being captured, where the device's generator has no state to be read.
         """
-        if device.type != "cuda":
-            return cls(torch.get_rng_state(), None, None)
         expect(
-            not torch.cuda.is_current_stream_capturing(),
+            not is_capturing(device),
             "net",
-            "one of torch's modules without dropout, or one that states deterministic = True, to be run again "
-            "within a CUDA graph",
+            "one of torch's modules without dropout, one that states deterministic = True, or one that drew no random "
+            "numbers in a step before, to be run again within a CUDA graph",
             "another",
         )
+        if device.type != "cuda":
+            return cls(torch.get_rng_state(), None, None)
         return cls(torch.get_rng_state(), device, torch.cuda.get_rng_state(device))
 
     def moved(self) -> bool:
@@ -127,6 +130,19 @@ class GeneratorState:
 def training_modes(net: nn.Module) -> tuple[bool, ...]:
     """Of each submodule whether it is in training mode."""
     return tuple(module.training for module in net.modules())
+
+
+# Nets whose last run drew no random numbers, and the modes that it ran in.
+_drew_nothing: weakref.WeakKeyDictionary[nn.Module, tuple[bool, ...]] = weakref.WeakKeyDictionary()
+
+
+def is_repeatable(net: nn.Module, device: torch.device) -> bool:
+    """Whether a net's output is known to be a function of its input.
+
+    By its modules and what it states; while a CUDA graph is captured, in which nobody can look whether it draws random
+    numbers, also since it drew none when it ran last.
+    """
+    return is_deterministic(net) or (is_capturing(device) and _drew_nothing.get(net) == training_modes(net))
 
 
 _Buffers = dict[str, tuple[Tensor, int]]
@@ -169,8 +185,12 @@ class RunState:
     @classmethod
     def after(cls, net: nn.Module, before: GeneratorState | None, device: torch.device) -> RunState:
         """Of a run that has just ended on ``device``, given the generators before it, unless it cannot have drawn."""
-        drew = before is not None and before.moved()
-        return cls(training_modes(net), before if drew else None, _buffers(net), captured_autocast(device.type))
+        drew, modes = before is not None and before.moved(), training_modes(net)
+        if before is not None and not drew:
+            _drew_nothing[net] = modes
+        elif drew:
+            _drew_nothing.pop(net, None)
+        return cls(modes, before if drew else None, _buffers(net), captured_autocast(device.type))
 
     @classmethod
     def of_autocast(cls, device: torch.device) -> RunState:

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pyglow_fast._captures import is_capturing
 from pyglow_fast._errors import can_read
 from pyglow_fast.coupling_nets.checkerboard import Checkerboard
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.flow_step import ChannelMap, FlowStep, couplings_of, fold_steps, invert_maps
-from pyglow_fast.reversible.deferred import is_capturing
 from pyglow_fast.reversible.maps import MapInverse
 
 Identity = tuple["weakref.ref[Tensor]", int, int]  # the tensor, where its data is, its version
@@ -78,7 +78,8 @@ class FoldCache:
 
     They count as long as the parameters are the same objects, at the same place and of the same version. Writes through
     ``.data`` have no version: so that an optimizer or average which writes all parameters like that is noticed too, the
-    small parameters are compared by value (where reading them does not stop a stream).
+    small parameters are compared by value (where reading them does not stop a stream). What a captured training step is
+    made of, which its replays may change without a trace, is folded anew each time.
     """
 
     def __init__(self) -> None:
@@ -87,6 +88,7 @@ class FoldCache:
         self._identities: list[Identity] = []
         self._boards: list[Checkerboard | None] = []
         self._small = torch.empty(0)
+        self._captured: dict[int, weakref.ref[Tensor]] = {}
 
     def __deepcopy__(self, memo: object) -> FoldCache:
         """A copy of a model has its own parameters."""
@@ -101,13 +103,25 @@ class FoldCache:
         with self._lock:
             self._folded, self._identities = None, []
 
+    def distrust(self, steps: Sequence[FlowStep]) -> None:
+        """A training step on these is captured: its replays may step the parameters, and no version tells of that."""
+        with self._lock:
+            self._captured = {key: kept for key, kept in self._captured.items() if kept() is not None}
+            self._captured |= {id(tensor): weakref.ref(tensor) for tensor in _tensors(steps) or ()}
+
+    def _was_captured(self, tensor: Tensor) -> bool:
+        found = self._captured.get(id(tensor))
+        return found is not None and found() is tensor
+
     def get(self, steps: Sequence[FlowStep]) -> FoldedSteps:
         """The folded steps, computed anew if something has changed. No gradient is recorded."""
-        if is_capturing(steps[0].actnorm.bias):  # a graph must fold whatever the parameters are at its replay
+        if is_capturing(steps[0].actnorm.bias.device):  # a graph must fold whatever the parameters are at its replay
             with torch.no_grad():
                 return FoldedSteps.of(steps)
         with torch.no_grad(), self._lock:
             tensors = _tensors(steps)
+            if self._captured and any(map(self._was_captured, tensors or ())):
+                return FoldedSteps.of(steps)
             small = self._small_values(steps)
             boards = [coupling.board for coupling in couplings_of(steps)]  # which are folded into the maps too
             known = self._folded if boards == self._boards else None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
+from pyglow_fast._captures import is_capturing
 from pyglow_fast._errors import check_input, expect
 from pyglow_fast._tracing import is_exporting, is_watched
 from pyglow_fast.coupling_nets.masks import mask_of
@@ -316,6 +317,8 @@ class ReversibleSequence(FlowLayer):
         budget: str | int,
     ) -> tuple[Tensor, Tensor]:
         couplings = couplings_of(steps)
+        if records and is_capturing(x.device):
+            self._cache.distrust(steps)
         if mode == "store" or not couplings:
             # Without a record the nets run in chunks. A net of the user's may use other tensors that want one.
             whole_nets = records or is_watched()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast import functional, reference
+from pyglow_fast._captures import is_capturing
 from pyglow_fast._errors import check_count, check_input, expect
 from pyglow_fast._tracing import is_exporting, is_watched
 from pyglow_fast.coupling_nets.masks import MaskedNet, check_mask, run_sorted, without_padding
@@ -147,6 +148,8 @@ class MaskedSequence(ReversibleSequence):
                 folded, budget = self._folded(steps), self._budget()
                 return run_couplings(couplings, folded, x, extra, budget=budget, masked=True)
             self._cache.clear()
+            if is_capturing(x.device):
+                self._cache.distrust(steps)
             own = plan or self._plan(x, extra, False)
             log_dets = []
             for first, end, mode in own.pieces(0, len(steps)):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pyglow_fast._captures import Later, can_capture
 from pyglow_fast._errors import expect
+from pyglow_fast.coupling_nets.state import without_autocast_cache
 from pyglow_fast.models.prior import check_temperature
 
 if TYPE_CHECKING:
@@ -16,16 +19,48 @@ if TYPE_CHECKING:
 
 WARM_UPS = 3  # runs before a capture, in which libraries allocate and the anchors' spacing adapts
 
+T = TypeVar("T")
+
+
+class _Loss(nn.Module):
+    """-log p(x), the mean over the batch: a forward that functional_call can call."""
+
+    def __init__(self, model: Glow) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, y: Tensor | None, cond: Tensor | None) -> Tensor:
+        return -self.model.log_prob(x, y, cond).mean()
+
+
+class _Step(NamedTuple):
+    """What a training step leaves on the device; of a graph the tensors that each replay fills.
+
+    Attributes:
+        loss: a scalar, nats.
+        gradients: of the parameters that want one, None of those that the loss does not use.
+        lost: whether some of them are zero instead, since states drifted; a bool scalar.
+        zeroed: how many gradients of levels have become zero so far, a scalar.
+    """
+
+    loss: Tensor
+    gradients: Sequence[Tensor | None]
+    lost: Tensor
+    zeroed: Tensor
+
 
 class GraphedGlow:
     """loss = mean over the batch of -log p(x), its gradients, and samples, replayed from CUDA graphs.
 
     Made by :meth:`pyglow_fast.Glow.make_graphed`. The parameters stay the model's own: an optimizer steps them as ever,
-    and both graphs read what they are at each replay. Replace none of them (by ``model.to``, say) afterwards.
+    and both graphs read what they are at each replay. Replace none of them (by ``model.to``, say) afterwards. Hooks on
+    parameters are not called, and the autocast of the making counts.
 
-    In memory mode "reversible" a graph cannot decide anything: the gradients of a step whose states drifted are zero
-    ("skipped" in ``model.memory_report()``). Where that happens, make the graphs again: they take the spacing of the
-    anchors that the report has brought about.
+    In memory mode "reversible" a graph cannot decide anything: where states drift, the gradients of that level, and of
+    all before it, are zero, and :attr:`lost` is true. The host learns of it without a wait, a step or some later
+    ("skipped" in ``model.memory_report()``); the next step then captures anew, with anchors closer together. Leave a
+    lost step's update out where your loop reads a value anyway, or repeat the step on the model itself, which redoes
+    what has drifted; pyglow-fast's own training does so.
     """
 
     def __init__(self, model: Glow, x: Tensor, y: Tensor | None, cond: Tensor | None, n_samples: int | None) -> None:
@@ -35,10 +70,10 @@ class GraphedGlow:
         assert parameter is not None  # for the type checker: refused above
         one = cond is None or isinstance(cond, Tensor)
         expect(one, "cond", "None or one tensor for all levels: graphs take no condition of each", type(cond).__name__)
-        _require_gpu(parameter.device)
+        device = parameter.device
+        on_gpu = can_capture(device)
+        expect(on_gpu, "model", "one on a CUDA device: CUDA graphs are captured there", f"one on {device}")
         expect(model.is_initialized, "model", "actnorms that have seen data (model.initialize)", "fresh ones")
-        one = cond is None or isinstance(cond, Tensor)
-        expect(one, "cond", "None or a Tensor, one condition for all levels", type(cond).__name__)
         with torch.no_grad():
             model.log_prob(x[:1], None if y is None else y[:1], None if cond is None else cond[:1])  # checks them
         n = x.shape[0] if n_samples is None else n_samples
@@ -50,14 +85,14 @@ class GraphedGlow:
             "cond": None if cond is None else cond[:1].expand(n, *cond.shape[1:]).clone(),
         }
         self._temperature = parameter.new_ones(n)
+        self._loss = _Loss(model)
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        kept = [parameter.grad for parameter in self._parameters]
-        _warm_up([self._train, self._sample], parameter.device)
-        self._attach([None] * len(kept))  # the capture makes tensors that every replay fills
-        self._replay_training, self._loss = _capture(self._train)
-        self._gradients = [parameter.grad for parameter in self._parameters]
-        self._replay_sampling, self._samples = _capture(self._sample)
-        self._attach(kept)
+        self._notice: Later | None = None  # of how many gradients have become zero
+        self._make_training()
+        with _side_stream(device) as stream:
+            _warm_up(self._sample)
+            self._replay_sampling, self._samples = _capture(self._sample, stream)
+        self._lost = torch.zeros((), dtype=torch.bool, device=device)
 
     def train_step(self, x: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
         """The loss, in nats; afterwards every parameter's ``.grad`` is its gradient (nothing is accumulated).
@@ -66,9 +101,23 @@ class GraphedGlow:
             x, y, cond: of the shapes and dtypes that the graph was made with.
         """
         _fill(self._inputs, {"x": x, "y": y, "cond": cond})
+        known = None if self._notice is None else self._notice.read()
+        if known is not None and known[0] > self._zeroed_before:
+            self._attach([None] * len(self._parameters))
+            del self._replay_training, self._step  # whose memory the new graph may have
+            self._notice = None
+            self._make_training()
         self._replay_training()
-        self._attach(self._gradients)
-        return self._loss.clone()
+        self._attach(self._step.gradients)
+        self._lost = self._step.lost.clone()
+        if self._notice is None or known is not None:
+            self._notice = Later(self._step.zeroed)
+        return self._step.loss.clone()
+
+    @property
+    def lost(self) -> Tensor:
+        """Whether gradients of the last train_step are zero since states drifted: a bool tensor () on the device."""
+        return self._lost
 
     def sample(self, temperature: float | Tensor = 1.0, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
         """(n_samples, C, *spatial); y is drawn uniformly if the model has classes and None is given."""
@@ -81,24 +130,44 @@ class GraphedGlow:
         self._replay_sampling()
         return self._samples.clone()
 
-    def _train(self) -> Tensor:
-        x, y, cond = self._inputs["x"], self._inputs["y"], self._inputs["cond"]
-        assert x is not None
+    def _make_training(self) -> None:
+        """The graph of a training step, with the anchors' spacing that the passes before have brought about."""
+        device = self._temperature.device
+        with _side_stream(device) as stream:
+            _warm_up(self._train)
+            self.model.memory_report()  # waits for the verdicts of those runs, and takes them in
+            self._zeroed_before = float(self._zeroed())
+            self._replay_training, self._step = _capture(self._train, stream)
+
+    def _train(self) -> _Step:
+        # Leaves of its own: those of the parameters may belong to a graph of the user's, and to its stream.
+        leaves = {
+            name: parameter.detach().requires_grad_(parameter.requires_grad)
+            for name, parameter in self._loss.named_parameters()
+        }
+        before = self._zeroed()
         with torch.enable_grad():
-            loss = -self.model.log_prob(x, y, cond).mean()
+            inputs = self._inputs["x"], self._inputs["y"], self._inputs["cond"]
+            loss = torch.func.functional_call(self._loss, leaves, inputs)
             loss.backward()
-        return loss.detach()
+        gradients = [leaf.grad for leaf in leaves.values() if leaf.requires_grad]
+        zeroed = self._zeroed()
+        return _Step(loss.detach(), gradients, zeroed > before, zeroed)
+
+    def _zeroed(self) -> Tensor:
+        """How many passes' gradients have become zero, of all runs of steps; a scalar on the device."""
+        device = self._temperature.device
+        counts = [sequence.control.zeroed(device) for sequence in self.model._sequences()]
+        found = [count for count in counts if count is not None]
+        return torch.stack(found).sum() if found else torch.zeros((), dtype=torch.float64, device=device)
 
     def _sample(self) -> Tensor:
-        return self.model.sample(self.n_samples, self._temperature, self._conditions["y"], self._conditions["cond"])
+        with without_autocast_cache(self._temperature.device.type):
+            return self.model.sample(self.n_samples, self._temperature, self._conditions["y"], self._conditions["cond"])
 
-    def _attach(self, gradients: list[Tensor | None]) -> None:
+    def _attach(self, gradients: Sequence[Tensor | None]) -> None:
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient
-
-
-def _require_gpu(device: torch.device) -> None:
-    expect(device.type == "cuda", "model", "one on a CUDA device: CUDA graphs are captured there", f"one on {device}")
 
 
 def _copy(tensor: Tensor | None) -> Tensor | None:
@@ -119,20 +188,30 @@ def _fill(buffers: dict[str, Tensor | None], values: dict[str, Tensor | None]) -
             buffer.copy_(values[name])  # type: ignore[arg-type]
 
 
-def _warm_up(functions: list[Callable[[], Tensor]], device: torch.device) -> None:
-    """Runs them on a stream of their own, as captures do."""
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+@contextlib.contextmanager
+def _side_stream(device: torch.device) -> Iterator[torch.cuda.Stream]:
+    """Inside, all runs on a stream of its own, on which a capture may follow warm-ups.
+
+    Libraries have handles and memory for each stream, and make them when they first use one.
+    """
+    outside, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    stream.wait_stream(outside)
     with torch.cuda.stream(stream):
-        for _ in range(WARM_UPS):
-            for function in functions:
-                function()
-    torch.cuda.current_stream(device).wait_stream(stream)
+        yield stream
+    outside.wait_stream(stream)
 
 
-def _capture(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """What replays it, and the tensor that holds its result after each replay."""
+def _warm_up(function: Callable[[], object]) -> None:
+    for _ in range(WARM_UPS):
+        function()
+
+
+def _capture(function: Callable[[], T], stream: torch.cuda.Stream) -> tuple[Callable[[], None], T]:
+    """What replays it, and its result, whose tensors each replay fills.
+
+    What other threads do meanwhile, such as one that pins memory for a loader of data, does not disturb it.
+    """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         result = function()
     return graph.replay, result

@@ -85,7 +85,7 @@ class ChainBackward(Walk):
         """grad_x; the other gradients are attributes."""
         if not self.kept.states:
             return super().run(z, grad_z)
-        self.part.whole.checkpointed(self.part.first)
+        self.part.whole.checkpointed(self.part.first, z.device)
         assert self.x is not None  # where all states are kept, those between the parts are too
         return self._differentiate(0, self.kept.states, self.x, grad_z)
 

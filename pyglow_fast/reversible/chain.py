@@ -313,8 +313,8 @@ def run_chain(
         for part in (part for part in whole.parts if group.first <= part.first < group.end):
             own = slice(part.first, part.end)
             chain = Chain(nets[own], specs[own], squeeze_first and part.first == 0, part, run, known, masked)
-            inputs = (x, cond, *chain.params, *(group.raw if chain.closes else ()))
-            whole.joins(part.first, inputs)
-            x, log_det = apply(_RunPart, chain, maps, group.raw, *inputs)
+            others = (cond, *chain.params, *(group.raw if chain.closes else ()))
+            whole.joins(part.first, x, others)
+            x, log_det = apply(_RunPart, chain, maps, group.raw, x, *others)
             log_dets.append(log_det)
     return x, functional.summed(log_dets)

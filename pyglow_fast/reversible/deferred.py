@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-REMEMBERED = 16  # backward passes at a time, of all threads
+from pyglow_fast._captures import Later, is_capturing, refuse_first_use
 
-
-def is_capturing(x: Tensor) -> bool:
-    """Whether a CUDA graph is being captured where x is."""
-    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
+REMEMBERED = 16  # backward passes that did not end, of all threads: an error leaves nobody who would forget them
 
 _flags: OrderedDict[int, Tensor] = OrderedDict()
 _flags_lock = threading.Lock()
@@ -36,51 +34,94 @@ def drifted_in_this_backward(drifted: Tensor) -> Tensor:
         _flags[task] = flag
         while len(_flags) > REMEMBERED:
             _flags.popitem(last=False)
+    if earlier is None:  # at the end, so that a flag in a graph's own memory does not hold it
+        torch.autograd.Variable._execution_engine.queue_callback(partial(_forget, task))
     return flag
+
+
+def _forget(task: int) -> None:
+    with _flags_lock:
+        _flags.pop(task, None)
+
+
+class Verdict(NamedTuple):
+    """What one backward pass has found.
+
+    Attributes:
+        drift: the worst one.
+        limit: the tolerance.
+        spacing: of the anchors.
+        drifted: whether the drift is beyond the tolerance.
+        zeroed: whether the pass's gradients became zero, by any run's drift.
+    """
+
+    drift: float
+    limit: float
+    spacing: int
+    drifted: bool
+    zeroed: bool
+
+
+class _Counters:
+    """Of one device; updated in place, also by the replays of a graph."""
+
+    def __init__(self, device: torch.device) -> None:
+        # Passes, those that drifted, those whose gradients were zeroed; of the last one drift, limit and spacing.
+        self.values = torch.zeros(6, dtype=torch.float64, device=device)
+        self.known = [0, 0, 0]  # what was taken of the first three
+        self.copy: Later | None = None
+
+    def take(self, wait: bool) -> list[Verdict]:
+        """See Verdicts."""
+        if is_capturing(self.values.device):
+            return []  # a capture allows no reading, nor the question whether a copy has come
+        found = self.values.tolist() if wait else None if self.copy is None else self.copy.read()
+        if found is None:
+            return []
+        *counts, drift, limit, spacing = found
+        now = [int(count) for count in counts]
+        passes, trips, zeroed = (count - known for count, known in zip(now, self.known, strict=True))
+        self.known, self.copy = now, None
+        return [Verdict(drift, limit, int(spacing), i < trips, i < zeroed) for i in range(passes)]
 
 
 class Verdicts:
     """Of backward passes of one run of steps: counted on the device, copied to the host without a wait."""
 
     def __init__(self) -> None:
-        # Passes, those that drifted, those whose gradients were zeroed, last drift; updated in place, also by a graph.
-        self._counts: Tensor | None = None
-        self._known = [0, 0, 0]  # what was taken of the first three
-        self.limit, self.spacing = 0.0, 1  # of the last pass
-        self._copy: Tensor | None = None
-        self._event: torch.cuda.Event | None = None
+        self._counters: dict[torch.device, _Counters] = {}  # for good: a graph writes to what it was captured with
+
+    def prepare(self, device: torch.device) -> Tensor:
+        """Make the counters of a device, if there are none: the values that passes add to, (6,) float64.
+
+        Raises:
+            ValueError: a CUDA graph is being captured, whose replays would begin to count anew.
+        """
+        if device not in self._counters:
+            refuse_first_use(device, "counters of drift")
+            self._counters[device] = _Counters(device)
+        return self._counters[device].values
 
     def add(self, worst: Tensor, zeroed: Tensor, limit: float, spacing: int) -> None:
         """After a pass: its worst drift, and whether its gradients were zeroed (by any run's drift)."""
-        if self._counts is None or self._counts.device != worst.device:
-            self._counts, self._known = worst.new_zeros(4, dtype=torch.float64), [0, 0, 0]
-        self._counts[0] += 1
-        self._counts[1] += ~(worst <= limit)
-        self._counts[2] += zeroed
-        self._counts[3] = worst
-        self.limit, self.spacing = limit, spacing
-        if is_capturing(worst):
-            return  # a replay has no host code: the counts are read when someone asks
-        if worst.device.type == "cuda":
-            self._copy = torch.empty(4, dtype=torch.float64, pin_memory=True)
-            self._copy.copy_(self._counts, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-        else:
-            self._copy = self._counts.clone()
+        values = self.prepare(worst.device)
+        values[0].add_(1)
+        values[1].add_(~(worst <= limit))
+        values[2].add_(zeroed)
+        values[3].copy_(worst)
+        values[4].fill_(limit)
+        values[5].fill_(spacing)
+        if not is_capturing(worst.device):  # a replay has no host code: the counts are read when someone asks
+            self._counters[worst.device].copy = Later(values)
 
-    def take(self, wait: bool) -> list[tuple[float, bool, bool]]:
-        """(drift, drifted, zeroed) of passes that are known and were not taken yet.
+    def zeroed(self, device: torch.device) -> Tensor | None:
+        """How many passes' gradients have become zero on a device, as the device has it; None without counters."""
+        found = self._counters.get(device)
+        return None if found is None else found.values[2]
 
-        Of several passes since the last call (replays of a graph) all have the last one's drift.
+    def take(self, wait: bool) -> list[Verdict]:
+        """Those of passes that are known and were not taken yet.
+
+        Of several passes since the last call (replays of a graph) all have the last one's drift, limit and spacing.
         """
-        if wait and self._counts is not None and not is_capturing(self._counts):
-            *counts, drift = self._counts.tolist()
-        elif self._copy is None or not (self._event is None or self._event.query()):
-            return []
-        else:
-            *counts, drift = self._copy.tolist()
-        now = [int(count) for count in counts]
-        passes, trips, zeroed = (count - known for count, known in zip(now, self._known, strict=True))
-        self._known, self._copy, self._event = now, None, None
-        return [(drift, i < trips, i < zeroed) for i in range(passes)]
+        return [verdict for counters in self._counters.values() for verdict in counters.take(wait)]

@@ -10,7 +10,6 @@ of these projections, which tells an error's size nearly as well as the true sta
 
 from __future__ import annotations
 
-import functools
 import threading
 import warnings
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast import _float32
+from pyglow_fast._captures import can_capture, made_once
 from pyglow_fast._errors import expect
 from pyglow_fast._float32 import CONVOLUTIONS, PRODUCTS
 from pyglow_fast.reference import autocast_is_on, flat_positions, full_precision, full_product, n_positions
@@ -81,7 +81,7 @@ class Signs(NamedTuple):
     sum: float
 
 
-@functools.lru_cache(maxsize=16)
+@made_once(16)
 def _signs(positions: int, dtype: torch.dtype, device: torch.device) -> Signs:
     generator = torch.Generator("cpu").manual_seed(positions)
     length = next((n for n in range(min(BLOCK, positions), LEAST_BLOCK, -1) if positions % n == 0), positions)
@@ -139,7 +139,7 @@ def _largest(error: Tensor, scale: Tensor) -> Tensor:
 SKETCHED = 4
 
 
-@functools.lru_cache(maxsize=16)
+@made_once(16)
 def _sketch_signs(positions: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """As _signs, of SKETCHED projections: inner (length, SKETCHED), outer (blocks, SKETCHED), sums (SKETCHED,)."""
     single = _signs(positions, dtype, device)
@@ -343,14 +343,30 @@ class DriftControl:
         self.settle()
         return list(range(self.spacing, self.n_steps, self.spacing))
 
+    def prepare(self, device: torch.device) -> None:
+        """Before a pass on a device that may be deferred: what its verdict is counted in.
+
+        Raises:
+            ValueError: a CUDA graph is being captured there, and no pass has come before.
+        """
+        if self.deferred or can_capture(device):
+            self._verdicts.prepare(device)
+
+    def zeroed(self, device: torch.device) -> Tensor | None:
+        """How many passes' gradients have become zero on a device, where it is counted there: a scalar tensor.
+
+        The host is not to wait for it, and a graph's replay changes it.
+        """
+        return self._verdicts.zeroed(device)
+
     def defer(self, worst: Tensor, zeroed: Tensor, limit: float, spacing: int) -> None:
         """After a backward pass that the host does not wait for: its worst drift, whether gradients were zeroed."""
         self._verdicts.add(worst, zeroed, limit, spacing)
 
     def settle(self, wait: bool = False) -> None:
         """Take in the verdict of an earlier pass if it is known by now, or wait for it."""
-        for drift, drifted, skipped in self._verdicts.take(wait):
-            self.record(drift, self._verdicts.limit, 0, self._verdicts.spacing, drifted, skipped)
+        for found in self._verdicts.take(wait):
+            self.record(found.drift, found.limit, 0, found.spacing, found.drifted, found.zeroed)
 
     def record_checkpointed(self) -> None:
         """After a backward pass in which every state was kept: in time, a wider spacing is tried again."""
@@ -404,9 +420,12 @@ class DriftControl:
         if tripped:
             learnt.calm = 0
             if spacing <= learnt.spacing:  # else a pass that began before the last adaptation
-                learnt.too_wide, learnt.spacing = learnt.spacing, max(1, learnt.spacing // 2)
+                # That of the pass: a graph goes on with its own while calm replays have widened what is learnt.
+                learnt.too_wide, learnt.spacing = spacing, max(1, spacing // 2)
                 learnt.hold, learnt.next_hold = learnt.next_hold, min(2 * learnt.next_hold, LAST_HOLD)
             return
+        if spacing < learnt.spacing:
+            return  # its calm says nothing of wider ones
         learnt.calm = learnt.calm + 1 if drift <= GROW_BELOW * limit else 0
         wider = min(2 * learnt.spacing, max(self.n_steps, 1))
         held = learnt.hold > 0 and wider >= learnt.too_wide > 0
@@ -426,5 +445,7 @@ class DriftControl:
 
     def load_state(self, state: Tensor) -> None:
         """Continue from a saved state, of a run of any depth."""
-        self.learnt = DriftRecord.of_vector(state)
+        loaded = DriftRecord.of_vector(state)
+        self.settle(wait=True)  # passes before are none of the loaded record's
+        self.learnt = loaded
         self.learnt.spacing = max(1, min(self.learnt.spacing, max(self.n_steps, 1)))

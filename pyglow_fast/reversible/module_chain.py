@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyglow_fast._derivatives import check_leaves, differentiable_once
 from pyglow_fast._errors import expect
-from pyglow_fast.coupling_nets import GeneratorState, RunState, check_net, check_repeated, is_deterministic, output_sums
+from pyglow_fast.coupling_nets import GeneratorState, RunState, check_net, check_repeated, is_repeatable, output_sums
 from pyglow_fast.coupling_nets.precision import in_precision, precisions_of
 from pyglow_fast.reversible.drift import anchor_drift, lowest_precision, project, witness_drift
 from pyglow_fast.reversible.limits import call_untraced, refuse_transforms
@@ -64,7 +64,7 @@ class ModuleChain:
     def run(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         """z and log_det; memory as the pass's anchors want it, or every step's input."""
         refuse_transforms()
-        self.part.whole.joins(self.part.first, (x, cond, *self.params))
+        self.part.whole.joins(self.part.first, x, (cond, *self.params))
         return call_untraced(_RunModules.apply, self, x, cond, *self.params)
 
 
@@ -189,7 +189,7 @@ class _RunModules(torch.autograd.Function):
                 anchors[k] = z
             if not keeps_states:
                 seen.append(project(z))
-            known = is_deterministic(chain.steps[k])
+            known = is_repeatable(chain.steps[k], x.device)
             before = None if known else GeneratorState.capture(x.device)
             version = z._version
             outputs = chain.call(k, z, cond, by_step[k])
@@ -226,7 +226,7 @@ class _RunModules(torch.autograd.Function):
         if seen:
             grad_x = walk.run(z, grad_z)
         else:
-            chain.part.whole.checkpointed(chain.part.first)
+            chain.part.whole.checkpointed(chain.part.first, z.device)
             grad_x = grad_z
             for k in reversed(range(len(chain.steps))):
                 grad_x = walk.differentiate(k, x if k == 0 else anchors[k], grad_x, True)

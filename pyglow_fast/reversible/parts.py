@@ -15,6 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from pyglow_fast._captures import is_capturing
 from pyglow_fast.reversible.drift import SKETCHED, DriftControl
 
 _judging = threading.Lock()  # backwards through one graph may run at a time; torch.compile cannot trace its making
@@ -130,9 +131,15 @@ class Pass:
         boundary, few = kept_between(state, positions, control is None)
         return cls(control, step_bytes, part_limit(like, step_bytes, boundary), ends[:-1], few)
 
-    def joins(self, first: int, inputs: Iterable[Tensor | None]) -> None:
-        """A part is run on these, in order: a backward ends with the first one that has a gradient to give."""
-        if self.final is None and any(tensor is not None and tensor.requires_grad for tensor in inputs):
+    def joins(self, first: int, x: Tensor, others: Iterable[Tensor | None]) -> None:
+        """A part is run on these, in order: a backward ends with the first one that has a gradient to give.
+
+        Raises:
+            ValueError: a CUDA graph is being captured where the state x is, and no step was run there before.
+        """
+        if self.control is not None and not self.keeps_states:
+            self.control.prepare(x.device)
+        if self.final is None and any(tensor is not None and tensor.requires_grad for tensor in (x, *others)):
             self.final = first
 
     def judged(self, first: int, worst: float, limit: float, redone: int) -> None:
@@ -163,9 +170,9 @@ class Pass:
         if task != self._task:
             self._task, self._worst, self._deferred, self._redone = task, [], [], 0
 
-    def checkpointed(self, first: int) -> None:
-        """Of a part whose states were all kept."""
-        if first == self.final and self.control is not None:
+    def checkpointed(self, first: int, device: torch.device) -> None:
+        """Of a part whose states were all kept; a capture has run nothing."""
+        if first == self.final and self.control is not None and not is_capturing(device):
             self.control.record_checkpointed()
 
 

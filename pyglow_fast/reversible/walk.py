@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from pyglow_fast._captures import is_capturing
 from pyglow_fast._errors import can_read
 from pyglow_fast.coupling_nets.run import GradientSum
-from pyglow_fast.reversible.deferred import drifted_in_this_backward, is_capturing
+from pyglow_fast.reversible.deferred import drifted_in_this_backward
 from pyglow_fast.reversible.parts import Part
 
 Measure = Tensor | tuple[Tensor, ...]
@@ -109,7 +110,7 @@ class Walk(abc.ABC):
         control, whole, first = self.part.whole.control, self.part.whole, self.part.first
         assert control is not None  # a pass without one keeps all states
         limit = control.limit(z.dtype, self.lowest)
-        if control.deferred or is_capturing(z):
+        if control.deferred or is_capturing(z.device):
             grad_x, worst = self._invert_all(z, grad_z)
             self.drifted = drifted_in_this_backward(~(worst <= limit))
             whole.deferred(first, worst, limit, self.drifted)

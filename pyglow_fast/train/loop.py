@@ -222,8 +222,6 @@ class Run:
             self.state.ranks.check_same(self.state.model)
         if due["eval"]:
             self._evaluate()
-        if due["log"]:
-            self.state.settle()
         if due["log"] or due["eval"]:
             row = self._row()
             self.writer.add(row)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pyglow_fast._captures import can_capture
 from pyglow_fast._errors import expect
 from pyglow_fast.data import Images, batches, split
 from pyglow_fast.likelihood import bits_per_dim
@@ -111,7 +112,7 @@ class TrainState:
         shares = self.ranks.world * config.accumulate
         even = f"a multiple of ranks x accumulate = {shares}"
         expect(config.batch_size % shares == 0, "batch_size", even, config.batch_size)
-        alone = self.device.type == "cuda" and self.ranks.world == 1
+        alone = can_capture(self.device) and self.ranks.world == 1
         found = f"{self.ranks.world} ranks on {self.device}"
         expect(not config.cuda_graphs or alone, "cuda_graphs", "one rank on a GPU", found)
         if config.class_conditional:
@@ -131,7 +132,6 @@ class TrainState:
             loss = _distributed(loss, self.device, self.ranks)
         self._loss: Any = loss  # perhaps in a DistributedDataParallel
         self._graphed: GraphedGlow | None = None
-        self._graph_skips = 0
         parameters = self.model.parameters()
         self.optimizer = make_optimizer(config.optimizer, parameters, config.lr, config.weight_decay, config.beta2)
         self.ema = None if config.ema_decay is None else Ema(self.model, config.ema_decay)
@@ -188,10 +188,7 @@ class TrainState:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         parts = next(self._feed)
-        losses = [self._backward(part, i + 1 == len(parts)) for i, part in enumerate(parts)]
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm or math.inf)
-        found = [*torch.stack(losses).sum(0), norm]
-        *values, self.grad_norm = torch.stack(found).tolist()  # one read: on a GPU it waits
+        *values, self.grad_norm = self._gradients(parts, config.cuda_graphs)
         *totals, unreadable = self.ranks.total(*values, sum(part.unreadable for part in parts))
         value, *labels = (total / self.ranks.world for total in totals)
         self.lr = learning_rate(progress.step, config.lr, config.warmup_steps, config.decay_steps)
@@ -215,11 +212,24 @@ class TrainState:
         progress.step += 1
         return value
 
-    def _backward(self, part: Part, last: bool) -> Tensor:
+    def _gradients(self, parts: Sequence[Part], replayed: bool) -> list[float]:
+        """The losses and the norm of the gradients, which are clipped then and are the parameters' own."""
+        losses = [self._backward(part, i + 1 == len(parts), replayed) for i, part in enumerate(parts)]
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm or math.inf)
+        found = [*torch.stack(losses).sum(0), norm]
+        if replayed and self._graphed is not None:
+            found.append(self._graphed.lost.to(norm))
+        values: list[float] = torch.stack(found).tolist()  # one read: on a GPU it waits
+        if replayed and values.pop():  # states drifted: what a graph cannot redo, the model can
+            self.optimizer.zero_grad(set_to_none=True)
+            return self._gradients(parts, replayed=False)
+        return values
+
+    def _backward(self, part: Part, last: bool, replayed: bool) -> Tensor:
         """Adds a part's share of the gradient; returns its share of the losses. Gradients meet after the last part."""
         y, share = labels_for(self.model, part.labels), 1.0 / self.config.accumulate
         labels = None if part.labels is None or self.model.head is None else part.labels.to(part.x.device)
-        if self.config.cuda_graphs:
+        if replayed:
             return self._replay(part.x, y).unsqueeze(0)
         apart = isinstance(self._loss, DistributedDataParallel) and not last
         with self._loss.no_sync() if apart else contextlib.nullcontext(), self.ranks.talking():
@@ -277,15 +287,6 @@ class TrainState:
                 f"training diverged at step {self.progress.step}: after its update training images have "
                 f"{score.mean:g} bits/dim (gradient norm {self.grad_norm:g}, lr {self.lr:g})"
             )
-
-    def settle(self) -> None:
-        """Count the steps whose gradients a CUDA graph has zeroed since states drifted, and make the graph anew."""
-        if self._graphed is None:
-            return
-        skipped = sum(report["skipped"] for report in self.model.memory_report())
-        if skipped > self._graph_skips:
-            self.progress.skipped += skipped - self._graph_skips
-            self._graph_skips, self._graphed = skipped, None
 
     def close(self) -> None:
         """End the processes that read images."""

@@ -9,11 +9,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support.captures import Recording, capturing, like_a_gpu, own_factorisations
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from pyglow_fast.coupling_nets.checkerboard import Checkerboard
 from pyglow_fast.layers.folded import FoldedSteps
+from pyglow_fast.layers.sequence import MaskedSequence
+from pyglow_fast.layers.wavenet import WaveNet
 
 X = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -161,6 +164,39 @@ def test_functional_call_with_one_set_of_parameters_after_another() -> None:
         assert torch.allclose(z, truth(expected), rtol=1e-5, atol=1e-5)
         del parameters
     check(sequence)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("memory", ["store", "reversible"])
+def test_parameters_that_a_graph_steps(memory: str, masked: bool) -> None:
+    """Its replays leave no trace in a tensor's version."""
+    x = X.flatten(2) if masked else X
+    if masked:
+        parts = [pgf.FlowStep(4, net=WaveNet(2, 4, 6, 3, 1, 2)) for _ in range(3)]
+        sequence: pgf.ReversibleSequence = MaskedSequence(parts, memory)
+        extra = {"mask": torch.ones(2, 1, x.shape[2])}
+        sequence.initialize(x, **extra)
+    else:
+        sequence, extra = steps(), {}
+        sequence.memory = memory
+
+    def step() -> None:
+        z, log_det = sequence(x, **extra)
+        gradients = torch.autograd.grad(z.square().sum() - log_det.sum(), list(sequence.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(sequence.parameters(), gradients, strict=True):
+                parameter.sub_(1e-3 * gradient)
+
+    with like_a_gpu(), torch.no_grad():
+        with torch.enable_grad():
+            step()
+            with Recording() as graph, own_factorisations(), capturing():
+                step()
+        before = sequence(x, **extra)[0]
+        graph.replay()
+        after = sequence(x, **extra)[0]
+    assert not torch.allclose(after, before, atol=1e-4), "a step that changes nothing"
+    torch.testing.assert_close(after, sequence(x, **extra)[0].detach(), rtol=1e-5, atol=1e-5)
 
 
 def test_of_another_dtype() -> None:

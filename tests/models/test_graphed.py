@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import pytest
 import torch
+from support.graphed_stand_in import Side, recorded_graphs
 from torch import Tensor
 
 import pyglow_fast as pgf
+from pyglow_fast._captures import Later
 from pyglow_fast.models import graphed
+from pyglow_fast.reversible import passes
 
 N, SHAPE = 4, (3, 8, 8)
 
 
 def make(device: str = "cpu", **options: object) -> tuple[pgf.Glow, Tensor]:
     torch.manual_seed(0)
-    model = pgf.Glow(image_shape=SHAPE, n_levels=2, n_steps=2, hidden=16, **options)
+    model = pgf.Glow(**({"image_shape": SHAPE, "n_levels": 2, "n_steps": 2, "hidden": 16} | options))  # type: ignore
     x = torch.rand(N, *SHAPE) - 0.5
     channels = model.config.cond_channels
     model.initialize(x, torch.randn(N, channels) if channels else None)
@@ -39,54 +42,183 @@ def check_step(model: pgf.Glow, graphs: graphed.GraphedGlow, x: Tensor, y: Tenso
 
 
 @pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In place of a CUDA graph: a replay runs the function again, and writes where the first run has written."""
-
-    def capture(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        parameters = function.__self__._parameters  # type: ignore[attr-defined]
-        result = function().clone()
-        places = [parameter.grad for parameter in parameters]
-
-        def replay() -> None:
-            kept = [parameter.grad for parameter in parameters]
-            for parameter in parameters:
-                parameter.grad = None
-            result.copy_(function())
-            for place, old, parameter in zip(places, kept, parameters, strict=True):
-                if place is not None and parameter.grad is not None:
-                    place.copy_(parameter.grad)
-                parameter.grad = old
-
-        return replay, result
-
-    monkeypatch.setattr(graphed, "_require_gpu", lambda device: None)
-    monkeypatch.setattr(graphed, "_warm_up", lambda functions, device: [function() for function in functions])
-    monkeypatch.setattr(graphed, "_capture", capture)
+def recorded() -> Iterator[Side]:
+    """Recordings in the place of CUDA graphs."""
+    with recorded_graphs() as side:
+        yield side
 
 
-def test_the_step_is_the_models_after_an_update_too(recorded: None) -> None:
-    model, x = make()
+@pytest.fixture
+def off(monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """A factor that recomputed states are off by, in replays too; 1 at first."""
+    factor, true = torch.ones(()), passes.step_backward
+
+    def wrong(*inputs: Tensor) -> tuple[Tensor, ...]:
+        found, *grads = true(*inputs)
+        return factor * found, *grads
+
+    monkeypatch.setattr(passes, "step_backward", wrong)
+    return factor
+
+
+@pytest.mark.parametrize("memory", ["store", "checkpoint", "reversible", "200kB"])
+def test_the_step_is_the_models_after_an_update_too(recorded: Side, memory: str) -> None:
+    model, x = make(memory=memory)
     graphs = model.make_graphed(x)
     assert all(parameter.grad is None for parameter in model.parameters())
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
-    for _ in range(2):
+    for _ in range(3):
         x = x.roll(1, dims=-1)
         check_step(model, graphs, x)
+        assert not graphs.lost
         optimizer.step()
         optimizer.zero_grad()  # sets them to None: the next step puts them back
 
 
-def test_gradients_that_were_there_are_left_alone(recorded: None) -> None:
+def test_a_loss_of_before_that_is_alive_does_no_harm(recorded: Side) -> None:
     model, x = make()
-    kept = [torch.ones_like(parameter) for parameter in model.parameters()]
+    alive = -model.log_prob(x).mean()
+    graphs = model.make_graphed(x)
+    check_step(model, graphs, x)
+    alive.backward()
+
+
+def test_warm_ups_run_where_the_capture_is(recorded: Side, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries have handles and memory for each stream."""
+    model, x = make()
+    inside: dict[str, list[bool]] = {"log_prob": [], "sample": []}
+    for name, seen in inside.items():
+        true = getattr(model, name)
+        monkeypatch.setattr(model, name, lambda *a, t=true, s=seen: s.append(recorded.is_current) or t(*a))
+    model.make_graphed(x)
+    checked, *runs = inside["log_prob"]
+    assert not checked
+    assert runs == inside["sample"] == [True] * (graphed.WARM_UPS + 1)
+
+
+def kept_gradients(model: pgf.Glow) -> list[Tensor]:
+    kept = [torch.randn_like(parameter) for parameter in model.parameters()]
     for parameter, gradient in zip(model.parameters(), kept, strict=True):
         parameter.grad = gradient
+    return kept
+
+
+def test_gradients_that_were_there_are_left_alone(recorded: Side) -> None:
+    model, x = make()
+    kept = kept_gradients(model)
+    before = [gradient.clone() for gradient in kept]
     graphs = model.make_graphed(x)
-    assert all(parameter.grad is gradient for parameter, gradient in zip(model.parameters(), kept, strict=True))
+    for parameter, gradient, values in zip(model.parameters(), kept, before, strict=True):
+        assert parameter.grad is gradient
+        assert torch.equal(gradient, values)
     check_step(model, graphs, x)
+    assert all(torch.equal(gradient, values) for gradient, values in zip(kept, before, strict=True))
 
 
-def test_sampling_is_the_models(recorded: None) -> None:
+@pytest.mark.parametrize("fails_at", [1, 3, 4])  # of three warm-ups and the capture
+def test_gradients_are_left_alone_by_a_making_that_fails(
+    recorded: Side, monkeypatch: pytest.MonkeyPatch, fails_at: int
+) -> None:
+    model, x = make()
+    kept, true, runs = kept_gradients(model), graphed.GraphedGlow._train, []
+
+    def train(graphs: graphed.GraphedGlow) -> object:
+        runs.append(true(graphs))
+        if len(runs) == fails_at:
+            raise RuntimeError("planted")
+        return runs[-1]
+
+    monkeypatch.setattr(graphed.GraphedGlow, "_train", train)
+    before = [gradient.clone() for gradient in kept]
+    with pytest.raises(RuntimeError, match="planted"):
+        model.make_graphed(x)
+    for parameter, gradient, values in zip(model.parameters(), kept, before, strict=True):
+        assert parameter.grad is gradient
+        assert torch.equal(gradient, values)
+
+
+def test_hooks_on_parameters_run_neither_in_the_making_nor_in_replays(recorded: Side) -> None:
+    model, x = make()
+    calls: list[Tensor] = []
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(calls.append)
+    graphs = model.make_graphed(x)
+    graphs.train_step(x)
+    assert calls == []
+
+
+class TestDrift:
+    """What a graph cannot redo is zero, is told of, and the graph is made anew with anchors closer together."""
+
+    def test_a_step_that_drifts_is_lost_once(self, recorded: Side, off: Tensor) -> None:
+        model, x = make(n_steps=8)
+        graphs = model.make_graphed(x)
+        check_step(model, graphs, x)
+        off.fill_(1.01)
+        graphs.train_step(x)
+        assert graphs.lost
+        last = model.levels[0].steps
+        assert all(not parameter.grad.any() for parameter in last.parameters())  # type: ignore[union-attr]
+        for _ in range(3):  # the next one has learnt of it
+            check_step(model, graphs, x)
+            assert not graphs.lost
+        reports = model.memory_report()
+        assert [report["skipped"] for report in reports] == [1, 1]
+        assert [report["anchor_every"] for report in reports] == [1, 1], "all warm-ups of the second making drifted too"
+
+    def test_each_lost_step_is_counted_where_nobody_asks(self, recorded: Side, off: Tensor) -> None:
+        model, x = make(n_steps=8)
+        graphs = model.make_graphed(x)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Later, "read", lambda _: None)  # copies that never come
+            off.fill_(1.01)
+            for _ in range(5):
+                graphs.train_step(x)
+                assert graphs.lost
+            off.fill_(1.0)
+            check_step(model, graphs, x)
+            assert not graphs.lost
+        reports = model.memory_report()
+        assert [(report["trips"], report["skipped"]) for report in reports] == [(5, 5), (5, 5)]
+        assert [report["anchor_every"] for report in reports] == [2, 2], "of one spacing that drifted, not of five"
+
+    def test_verdicts_of_a_model_that_defers_them_are_known_to_the_capture(self, recorded: Side, off: Tensor) -> None:
+        model, x = make(n_steps=8, deferred_check=True)
+        off.fill_(1.01)
+        graphs = model.make_graphed(x)
+        assert {report["anchor_every"] for report in model.memory_report()} == {1}
+        check_step(model, graphs, x)
+        assert not graphs.lost
+
+    def test_an_optimizer_steps_on(self, recorded: Side, off: Tensor) -> None:
+        """As without graphs, but for the step that was lost."""
+        model, x = make(n_steps=8)
+        graphs = model.make_graphed(x)
+        off.fill_(1.01)
+        losses = []
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        for _ in range(20):
+            losses.append(float(graphs.train_step(x)))
+            optimizer.step()
+        assert losses[-1] < losses[2] - 1.0
+
+
+def test_autocast_keeps_no_weights_of_the_warm_ups(recorded: Side) -> None:
+    model, x = make()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        graphs = model.make_graphed(x)
+        first = graphs.train_step(x)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.05)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # another, which has no casts of before
+        expected_loss, expected_samples = -model.log_prob(x).mean(), model.sample(N, 0.0)
+    assert not torch.equal(graphs.train_step(x), first)
+    torch.testing.assert_close(graphs.train_step(x), expected_loss, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(graphs.sample(0.0), expected_samples)
+
+
+def test_sampling_is_the_models(recorded: Side) -> None:
     model, x = make()
     graphs = model.make_graphed(x, n_samples=3)
     temperature = torch.tensor([0.0, 0.5, 1.0])
@@ -97,7 +229,7 @@ def test_sampling_is_the_models(recorded: None) -> None:
     assert graphs.sample(0.7).data_ptr() != graphs.sample(0.7).data_ptr()  # the caller's own
 
 
-def test_classes(recorded: None) -> None:
+def test_classes(recorded: Side) -> None:
     model, x = make(n_classes=5)
     y = torch.arange(N)
     graphs = model.make_graphed(x, y)
@@ -109,7 +241,7 @@ def test_classes(recorded: None) -> None:
     torch.testing.assert_close(found, model.sample(N, 0.5, y))
 
 
-def test_conditions(recorded: None) -> None:
+def test_conditions(recorded: Side) -> None:
     model, x = make(cond_channels=2)
     cond = torch.randn(N, 2)
     graphs = model.make_graphed(x, cond=cond, n_samples=2)
@@ -120,7 +252,7 @@ def test_conditions(recorded: None) -> None:
     torch.testing.assert_close(found, model.sample(2, 0.5, cond=cond[:2]))
 
 
-def test_what_does_not_fit_the_capture_is_refused_before_anything_is_copied(recorded: None) -> None:
+def test_what_does_not_fit_the_capture_is_refused_before_anything_is_copied(recorded: Side) -> None:
     model, x = make()
     graphs = model.make_graphed(x)
     before = graphs._inputs["x"].clone()
@@ -145,7 +277,7 @@ def test_refusals() -> None:
             model.make_graphed(x, cond=conditions)  # type: ignore[arg-type]
 
 
-def test_more_refusals(recorded: None) -> None:
+def test_more_refusals(recorded: Side) -> None:
     model, x = make()
     with pytest.raises(ValueError, match="n_samples: expected a whole number, 1 or more, found 0"):
         model.make_graphed(x, n_samples=0)
@@ -155,6 +287,7 @@ def test_more_refusals(recorded: None) -> None:
         model.make_graphed(x[:, :2])
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("memory", ["store", "checkpoint", "reversible"])
 def test_on_a_gpu(memory: str) -> None:

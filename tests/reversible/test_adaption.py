@@ -101,6 +101,16 @@ def test_passes_that_began_with_another_spacing_do_not_shrink_it_twice() -> None
     assert control.spacing == 8
 
 
+def test_calm_with_closer_anchors_says_nothing_of_wider_ones() -> None:
+    """As of a graph, which goes on with the spacing that it was captured with."""
+    control = DriftControl(32)
+    for _ in range(100):
+        record(control, CALM, spacing=4)
+    assert control.spacing == 8, "the next one up, and no further"
+    record(control, TOO_MUCH, spacing=4)
+    assert control.spacing == 2, "half of what drifted"
+
+
 @pytest.mark.parametrize(
     ("every", "anchors"), [(3, [3, 6]), (1, [1, 2, 3, 4, 5, 6, 7]), (None, []), (8, []), (100, [])]
 )

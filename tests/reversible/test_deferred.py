@@ -8,11 +8,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from support.chain_cases import CASES, gradients
+from support.captures import NotCapturableError, Recording, capture_guard, capturing, like_a_gpu, own_factorisations
+from support.chain_cases import CASES, gradients, worst_error
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
+from pyglow_fast._captures import Later
 from pyglow_fast.reversible import deferred, passes, walk
+from pyglow_fast.reversible import drift as drift_module
 from pyglow_fast.reversible.drift import DriftControl
 
 CASE = next(case for case in CASES if case.name == "depth-8")
@@ -127,38 +130,197 @@ def test_in_a_glow() -> None:
     assert [(level["trips"], level["skipped"]) for level in model.memory_report()] == [(0, 1), (1, 1)]
 
 
-def test_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+def step_gradients(sequence: pgf.ReversibleSequence, x: Tensor) -> dict[str, Tensor]:
+    """Of an objective that takes nothing from the host."""
+
+    def objective(x: Tensor, cond: Tensor | None) -> Tensor:
+        z, log_det = sequence(x)
+        return (z.square() * (1 + 0.1 * z)).sum() - log_det.sum()
+
+    return gradients(sequence, x, run=objective)
+
+
+class Replayed:
+    """The gradients of a run of steps as a graph has them, and a factor that its recomputed states are off by."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, sequence: pgf.ReversibleSequence, x: Tensor) -> None:
+        self.x, self.factor, true = x.clone(), torch.ones((), dtype=x.dtype), passes.step_backward
+
+        def wrong(*inputs: Tensor) -> tuple[Tensor, ...]:
+            found, *grads = true(*inputs)
+            return self.factor * found, *grads
+
+        patch.setattr(passes, "step_backward", wrong)
+        with Recording() as self.graph, own_factorisations(), capture_guard():
+            self.gradients = step_gradients(sequence, self.x)
+
+    def replay(self, factor: float = 1.0) -> dict[str, Tensor]:
+        self.factor.fill_(factor)
+        self.graph.replay()
+        return {name: grad.clone() for name, grad in self.gradients.items()}
+
+
+class TestCaptured:
     """Nothing is read: verdicts are counted where the tensors are until someone asks."""
-    monkeypatch.setattr(walk, "is_capturing", lambda _: True)
-    monkeypatch.setattr(deferred, "is_capturing", lambda _: True)
-    sequence, (x, _) = CASE.build(), CASE.batch()  # not told to defer
-    gradients(sequence, x)
-    with wrong_states(1.001):
-        assert all_zero(gradients(sequence, x))
-    sequence.control.settle(wait=True)
-    assert sequence.control.learnt.passes == 0
-    monkeypatch.setattr(deferred, "is_capturing", lambda _: False)
-    report = sequence.memory_report()
-    assert (report["passes"], report["skipped"], report["anchor_every"]) == (2, 1, 2)
+
+    def test_replays_are_counted_and_those_that_drifted_are_zero(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        sequence, (x, _) = CASE.build(), CASE.batch()  # not told to defer
+        with like_a_gpu():
+            expected = step_gradients(sequence, x)
+            graph = Replayed(monkeypatch, sequence, x)
+            report = sequence.memory_report()
+            assert (report["passes"], report["trips"]) == (1, 0), "a capture is no pass"
+            assert same(graph.replay(), expected)
+            assert all_zero(graph.replay(1.001))
+            assert all_zero(graph.replay(float("nan")))
+            assert same(graph.replay(), expected)
+            report = sequence.memory_report()
+            assert (report["passes"], report["trips"], report["skipped"]) == (5, 2, 2)
+            assert report["anchor_every"] == 2
+            assert all_zero(graph.replay(1.001))
+            assert sequence.memory_report()["skipped"] == 3
+            assert sequence.control.spacing == 2, "the graph's own anchors are where they were"
+
+    def test_a_level_that_drifts_at_each_replay_is_seen(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Counters that are made in a capture would be set to zero by each replay."""
+        sequence, (x, _) = CASE.build(), CASE.batch()
+        with like_a_gpu():
+            step_gradients(sequence, x)
+            graph = Replayed(monkeypatch, sequence, x)
+            for replays in range(1, 6):
+                assert all_zero(graph.replay(1.001))
+                assert sequence.memory_report()["skipped"] == replays
+
+    def test_a_capture_without_a_step_before_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        sequence, (x, _) = CASE.build(), CASE.batch()
+        step_gradients(sequence, x)  # not as on a GPU: no counters
+        expected = "CUDA graph: expected a step run before .*, found a capture that begins without counters of drift"
+        with like_a_gpu(), pytest.raises(ValueError, match=expected):
+            Replayed(monkeypatch, sequence, x)
+
+    def test_constants_of_other_shapes_are_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        sequence, (x, _) = CASE.build(), CASE.batch()
+        with like_a_gpu():
+            step_gradients(sequence, x)
+            wider = torch.cat([x, x, x, x, x, x, x], dim=-1)
+            with pytest.raises(ValueError, match="a capture that begins without constants for its shapes"):
+                Replayed(monkeypatch, sequence, wider)
+
+    def test_what_it_reads_outlives_the_cache(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        sequence, (x, _) = CASE.build(), CASE.batch()
+        with like_a_gpu():
+            step_gradients(sequence, x)
+            Replayed(monkeypatch, sequence, x)
+        before = drift_module._signs(x[0, 0].numel(), x.dtype, x.device)
+        for positions in range(1000, 1040):
+            drift_module._signs(positions, x.dtype, x.device)
+        assert drift_module._signs(x[0, 0].numel(), x.dtype, x.device) is before
+
+    def test_a_verdict_that_is_under_way_is_not_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class UnderWay(Later):
+            def read(self) -> list[float] | None:
+                raise NotCapturableError("an event is asked")
+
+        sequence, (x, _) = CASE.build(deferred_check=True), CASE.batch()
+        with like_a_gpu():
+            step_gradients(sequence, x)
+            with monkeypatch.context() as patch:
+                patch.setattr(deferred, "Later", UnderWay)
+                step_gradients(sequence, x)
+            graph = Replayed(monkeypatch, sequence, x)
+            graph.replay()
+            assert sequence.memory_report()["passes"] == 3
+
+    def test_steps_of_the_user(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        x, sequence = torch.randn(2, 4, 3, 2, dtype=torch.float64), user_steps(False)
+        with like_a_gpu():
+            expected = step_gradients(sequence, x)
+            with Recording() as graph, own_factorisations(), capturing():
+                found = step_gradients(sequence, x)
+            graph.replay()
+            assert same(found, expected)
+            assert sequence.memory_report()["passes"] == 2
+
+    def test_a_pass_that_keeps_all_states_is_none_while_captured(self) -> None:
+        sequence, (x, _) = CASE.build(anchor_every=1), CASE.batch()
+        with like_a_gpu():
+            step_gradients(sequence, x)
+            assert sequence.memory_report()["passes"] == 1
+            with Recording(), own_factorisations(), capture_guard():
+                step_gradients(sequence, x)
+            assert sequence.memory_report()["passes"] == 1
+
+    def test_counters_stay_where_a_graph_writes_to_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        verdicts, cpu, meta = deferred.Verdicts(), torch.device("cpu"), torch.device("meta")
+        first = verdicts.prepare(cpu)
+        verdicts.prepare(meta)
+        assert verdicts.prepare(cpu) is first
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+    @pytest.mark.cuda
+    def test_on_a_gpu(self) -> None:
+        """As a user captures a step: torch.cuda.graph, after a step on another stream."""
+        sequence, x = CASE.build().cuda(), CASE.batch()[0].cuda()
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            expected = step_gradients(sequence, x)
+        torch.cuda.current_stream().wait_stream(side)
+        factor, true, graph = torch.ones((), dtype=x.dtype, device="cuda"), passes.step_backward, torch.cuda.CUDAGraph()
+
+        def wrong(*inputs: Tensor) -> tuple[Tensor, ...]:
+            found, *grads = true(*inputs)
+            return factor * found, *grads
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(passes, "step_backward", wrong)
+            with torch.cuda.graph(graph, stream=side):
+                found = step_gradients(sequence, x)
+        for _ in range(3):
+            factor.fill_(1.0)
+            graph.replay()
+            assert worst_error(found, expected) < 1e-9
+            factor.fill_(1.001)
+            graph.replay()
+            assert all_zero(found)
+        report = sequence.memory_report()
+        assert (report["passes"], report["trips"], report["skipped"]) == (7, 3, 3)
 
 
-def test_a_copy_that_is_under_way_is_not_waited_for() -> None:
-    class Event:
+def test_a_capture_without_verdicts_before_is_told_of_in_the_forward() -> None:
+    control = DriftControl(8)
+    control.prepare(torch.device("cpu"))  # no graphs there, none deferred
+    assert control.zeroed(torch.device("cpu")) is None
+    with like_a_gpu():
+        control.prepare(torch.device("cpu"))
+        with capturing():
+            control.prepare(torch.device("cpu"))
+    assert float(control.zeroed(torch.device("cpu"))) == 0.0  # type: ignore[arg-type]
+
+
+def test_a_copy_that_is_under_way_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(Later):
         ready = False
 
-        def query(self) -> bool:
-            return self.ready
+        def read(self) -> list[float] | None:
+            return super().read() if self.ready else None
 
+    monkeypatch.setattr(deferred, "Later", Slow)
     sequence, (x, _) = CASE.build(deferred_check=True), CASE.batch()
     gradients(sequence, x)
-    event = Event()
-    sequence.control._verdicts._event = event  # type: ignore[assignment]
     sequence.control.settle()
     assert sequence.control.learnt.passes == 0
-    event.ready = True
+    Slow.ready = True
     sequence.control.settle()
     sequence.control.settle()
     assert sequence.control.learnt.passes == 1
+
+
+def test_a_loaded_record_knows_nothing_of_passes_before() -> None:
+    sequence, (x, _) = CASE.build(deferred_check=True), CASE.batch()
+    saved = sequence.control.state()
+    gradients(sequence, x)
+    sequence.control.load_state(saved)
+    assert sequence.memory_report()["passes"] == 0
 
 
 def test_copies_take_nothing_that_is_under_way() -> None:
@@ -178,11 +340,24 @@ def test_frequent_losses_are_warned_of() -> None:
         control.record(1.0, 1e-6, 0, 4, drifted=True, skipped=True)
 
 
-def test_flags_do_not_pile_up() -> None:
+def test_flags_are_forgotten_with_their_backward() -> None:
+    """They may lie in a graph's own memory."""
     sequence, (x, _) = CASE.build(deferred_check=True), CASE.batch()
+    gradients(sequence, x)
+    assert not deferred._flags
+
+
+def test_flags_of_backwards_that_fail_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("planted")
+
+    sequence, (x, _) = CASE.build(deferred_check=True), CASE.batch()
+    monkeypatch.setattr(walk.Walk, "accepted", fails)
     for _ in range(deferred.REMEMBERED + 3):
-        gradients(sequence, x)
+        with pytest.raises(RuntimeError, match="planted"):
+            gradients(sequence, x)
     assert len(deferred._flags) == deferred.REMEMBERED
+    deferred._flags.clear()
 
 
 def test_option_is_a_bool() -> None:

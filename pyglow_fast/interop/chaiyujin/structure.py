@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pyglow_fast import functional
 from pyglow_fast.coupling_nets import chain
 from pyglow_fast.coupling_nets.net_shape import KERNEL_SIZES
+from pyglow_fast.interop.indices import indices_on
 from pyglow_fast.interop.known_net import KnownNet, Layer, widths
 from pyglow_fast.layers import AffineInjector, Coupling
 from pyglow_fast.layers.flow_step import ChannelMap, stack_maps
@@ -201,7 +202,9 @@ def channel_map(step: Any) -> ChannelMap:
     """The actnorm and permutation of a step as one map, with the parameters of now."""
     log_scale, bias = step.actnorm.logs.flatten(), step.actnorm.bias.flatten()
     if step.flow_permutation != "invconv":
-        source = torch.as_tensor(getattr(step, step.flow_permutation).indices, device=bias.device).long()
+        indices = getattr(step, step.flow_permutation).indices
+        on_device = isinstance(indices, Tensor)
+        source = indices.to(bias.device).long() if on_device else indices_on(indices, bias.device)
         return ChannelMap(*functional.gather_actnorm(source, log_scale, bias), log_scale.sum(), source)
     with full_precision(bias):
         weight, log_abs_det = _weight(step)

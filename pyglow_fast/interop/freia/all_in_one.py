@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyglow_fast import _float32, functional, reference
+from pyglow_fast._captures import is_capturing
 from pyglow_fast._tracing import is_exporting, kernels_step_aside
 from pyglow_fast.interop import nets
 from pyglow_fast.interop.freia.layout import (
@@ -26,7 +27,6 @@ from pyglow_fast.interop.freia.permutation import Seen, look_at
 from pyglow_fast.interop.gather import Gather
 from pyglow_fast.layers.flow_step import ChannelMap
 from pyglow_fast.reference import CouplingSpec
-from pyglow_fast.reversible.deferred import is_capturing
 
 SUBNET_GAIN = 0.1  # FrEIA's: of the whole output of the subnet
 
@@ -257,7 +257,7 @@ class ServedBlock(nn.Module):
         if torch.compiler.is_compiling() or any(w.is_inference() for w in pair):
             return None
         if self._seen is None or not self._seen.holds(pair):
-            if is_capturing(pair[0]):
+            if is_capturing(pair[0].device):
                 return None
             self._seen = look_at(pair)
         return self._seen.indices

@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from pyglow_fast._errors import can_read
 from pyglow_fast._tracing import is_watched
 
 T = TypeVar("T")
@@ -59,3 +60,12 @@ class Derived(Generic[T]):
         value = derive()
         self._kept[layer] = ([weakref.ref(tensor) for tensor in tensors], state, value)
         return value
+
+
+_initialized: Derived[bool] = Derived()
+
+
+def is_initialized(layer: nn.Module) -> bool:
+    """The value of an actnorm's buffer ``initialized``, read from a GPU only when it may have changed."""
+    flag: Tensor = layer.initialized  # type: ignore[assignment]
+    return bool(flag) if can_read(flag) else _initialized.get(layer, [flag], lambda: bool(flag))

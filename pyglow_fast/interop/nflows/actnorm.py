@@ -8,10 +8,8 @@ from torch import Tensor
 
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
-from pyglow_fast.interop.nflows._state import Derived, ordinary
+from pyglow_fast.interop.nflows._state import is_initialized, ordinary
 from pyglow_fast.layers.actnorm import has_no_spread, joint_moments
-
-_initialized: Derived[bool] = Derived()
 
 
 class ActNorm(transforms.ActNorm):
@@ -47,7 +45,7 @@ class ActNorm(transforms.ActNorm):
         if not ordinary(inputs, self.log_scale, self.shift):
             found: tuple[Tensor, Tensor] = super().forward(inputs, context)
             return found
-        if self.training and not self._knows_initialized():
+        if self.training and not is_initialized(self):
             self._initialize(inputs)
         scale, shift = self._broadcastable_scale_shift(inputs)
         return torch.addcmul(shift, inputs, scale), self._logabsdet(inputs)
@@ -66,12 +64,6 @@ class ActNorm(transforms.ActNorm):
     def _logabsdet(self, inputs: Tensor) -> Tensor:
         # Not expanded: callers add to it in place.
         return functional.per_sample(inputs, self.log_scale.sum()).contiguous()
-
-    def _knows_initialized(self) -> bool:
-        """The value of the buffer, read from a GPU only when it may have changed."""
-        if self.initialized.device.type == "cpu":
-            return bool(self.initialized)
-        return _initialized.get(self, [self.initialized], lambda: bool(self.initialized))
 
     @torch.no_grad()
     def _initialize(self, inputs: Tensor) -> None:

@@ -99,6 +99,14 @@ class OneByOneConvolution(transforms.OneByOneConvolution):
     def _caches(self) -> bool:
         return self.using_cache and not self.training
 
+    def _create_lower_upper(self) -> tuple[Tensor, Tensor]:
+        """L and U, (C, C), by indices that are made where the parameters are; nflows copies its own there each time."""
+        size, like = (self.features, self.features), self.lower_entries
+        below = torch.tril_indices(*size, -1, device=like.device).unbind()
+        above = torch.triu_indices(*size, 1, device=like.device).unbind()
+        ones = torch.eye(self.features, dtype=like.dtype, device=like.device)
+        return ones.index_put(below, like), torch.diag(self.upper_diag).index_put(above, self.upper_entries)
+
     def weight(self) -> Tensor:
         """L U, (C, C)."""
         return full_product(*self._create_lower_upper())

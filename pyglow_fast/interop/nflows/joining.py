@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from nflows import transforms
 from nflows.transforms.coupling import CouplingTransform
 from torch import Tensor, nn
 
 from pyglow_fast.coupling_nets.traits import KeptBytes
 from pyglow_fast.interop import nets
+from pyglow_fast.interop.indices import indices_on, undoing_indices_on
 from pyglow_fast.interop.joined import ChangedError, Face, JoinedRun, JoinedStep, Place, unrepeatable
 from pyglow_fast.interop.nflows.coupling import run_net
 from pyglow_fast.interop.nflows.steps import StepParts, step_parts, waits_for_data
@@ -71,7 +71,7 @@ class StepRun(Face):
         order: in which the run has the channels at its end, None for as they are.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], run: JoinedRun, order: Tensor | None) -> None:
+    def __init__(self, modules: Sequence[nn.Module], run: JoinedRun, order: Sequence[int] | None) -> None:
         super().__init__(modules, run)
         self.order = order
 
@@ -83,7 +83,7 @@ class StepRun(Face):
 
         def joined() -> tuple[Tensor, Tensor]:
             z, log_det = self.run.forward(inputs)
-            return z if self.order is None else z[:, self.order.argsort().to(z.device)], log_det
+            return z if self.order is None else z[:, undoing_indices_on(self.order, z.device)], log_det
 
         return self.either(self._joins(inputs, context), joined, lambda: _cascade(self.modules, inputs, context))
 
@@ -91,7 +91,7 @@ class StepRun(Face):
         """z -> x, log_det (N,)."""
 
         def joined() -> tuple[Tensor, Tensor]:
-            return self.run.inverse(inputs if self.order is None else inputs[:, self.order.to(inputs.device)])
+            return self.run.inverse(inputs if self.order is None else inputs[:, indices_on(self.order, inputs.device)])
 
         inverses = [module.inverse for module in reversed(self.modules)]
         return self.either(self._joins(inputs, context), joined, lambda: _cascade(inverses, inputs, context))
@@ -102,18 +102,17 @@ def _cascade(calls: Sequence[Any], inputs: Tensor, context: Tensor | None) -> tu
     return found
 
 
-def _channel_map(layers: Sequence[nn.Module], net: nn.Module, order: Tensor | None) -> ChannelMap:
+def _channel_map(layers: Sequence[nn.Module], net: nn.Module, order: Sequence[int] | None) -> ChannelMap:
     """Of one step, its columns in the order in which the step before left the channels."""
     parts = step_parts(layers)
     if isinstance(parts, str) or parts.net is not net:
         raise ChangedError(parts if isinstance(parts, str) else "another net")
     matrix, source = parts.matrix, parts.source
     if order is not None:
-        order = order.to(matrix.device)
         if source is None:
-            matrix = matrix[:, order]
+            matrix = matrix[:, indices_on(order, matrix.device)]
         else:
-            source = order.argsort()[source]
+            source = undoing_indices_on(order, matrix.device)[source]
     return ChannelMap(matrix, parts.offset, parts.log_det, source)
 
 
@@ -156,11 +155,11 @@ def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str | int) ->
 
 def stand_ins(run: Sequence[Place], memory: str | int, budget: str | int) -> list[StepRun]:
     """What stands in the place of a run: one StepRun."""
-    order: Tensor | None = None
+    order: list[int] | None = None
     steps = []
     for place in run:
         channel_map = partial(_channel_map, place.layers, place.parts.net, order)
         steps.append(JoinedStep(UserNet(place.parts.net), place.parts.spec, channel_map))
-        order = None if place.parts.order is None else torch.as_tensor(place.parts.order).clone()
+        order = None if place.parts.order is None else place.parts.order.tolist()
     layers = [layer for place in run for layer in place.layers]
     return [StepRun(layers, JoinedRun(run[0].kind, steps, None, memory, budget), order)]

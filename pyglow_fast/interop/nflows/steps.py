@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.interop.nflows import convolution as conv
 from pyglow_fast.interop.nflows import coupling as couplings
-from pyglow_fast.interop.nflows._state import as_it_comes
+from pyglow_fast.interop.nflows._state import as_it_comes, is_initialized
 from pyglow_fast.layers.flow_step import ChannelMap, after
 from pyglow_fast.reference import CouplingSpec
 
@@ -52,7 +52,7 @@ class StepParts(NamedTuple):
 
 def waits_for_data(layer: nn.Module) -> bool:
     """Whether a layer's next training forward will set its parameters: such a one must run by itself before."""
-    return isinstance(layer, transforms.ActNorm) and layer.training and not bool(layer.initialized)
+    return isinstance(layer, transforms.ActNorm) and layer.training and not is_initialized(layer)
 
 
 def _one_map(layer: nn.Module, dtype: torch.dtype | None) -> ChannelMap | str:

@@ -1,0 +1,105 @@
+"""What a CUDA graph asks of the code that it captures: that all it keeps was there before.
+
+A capture runs nothing: it records what is to run at each replay. Values cannot be read in it, copies from the host
+cannot be made, and what is set to zero in it is set to zero again by every replay. So what outlives a step is made by a
+step before, as torch asks for one anyway (its libraries allocate in it), and a capture without one is refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from pyglow_fast._errors import expect
+from pyglow_fast._tracing import is_traced
+
+T = TypeVar("T")
+
+
+def can_capture(device: torch.device) -> bool:
+    """Tells whether CUDA graphs can be captured on a device."""
+    return device.type == "cuda"
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Tells whether a CUDA graph is being captured on the current stream of a device."""
+    if not can_capture(device) or is_traced():
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def refuse_first_use(device: torch.device, what: str) -> None:
+    """Refuse to make, while a CUDA graph is captured, what its replays are to find there.
+
+    Args:
+        device: where it is to be.
+        what: for the message.
+
+    Raises:
+        ValueError: a graph is being captured there.
+    """
+    expected = "a step run before its capture, forward and backward, with inputs of the same shapes"
+    expect(not is_capturing(device), "CUDA graph", expected, f"a capture that begins without {what}")
+
+
+def made_once(size: int) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """A decorator: of a function of hashable arguments, the last a device, the results for the last ``size`` of them.
+
+    The function makes constants on the host and copies them to the device. What was asked for in a capture is kept for
+    good: the graph reads it at each replay, and nobody tells when it is gone.
+    """
+
+    def decorate(function: Callable[..., T]) -> Callable[..., T]:
+        lock, last, kept = threading.Lock(), OrderedDict[Hashable, Any](), dict[Hashable, Any]()
+
+        @functools.wraps(function)
+        def found(*key: Any) -> T:
+            with lock:
+                value = kept[key] if key in kept else last.pop(key, None)
+            if value is None:
+                refuse_first_use(key[-1], "constants for its shapes")
+                value = function(*key)
+            with lock:
+                if key not in kept and is_capturing(key[-1]):
+                    kept[key] = value
+                elif key not in kept:
+                    last[key] = value
+                    while len(last) > size:
+                        last.popitem(last=False)
+            return value
+
+        return found
+
+    return decorate
+
+
+class Later:
+    """The values of a small tensor as they are now, for the host to read once they have come: the stream goes on.
+
+    Args:
+        values: on any device; not while a graph is captured.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if values.device.type == "cuda":
+            self._copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._copy.copy_(values, non_blocking=True)
+            with torch.cuda.device(values.device):
+                self._event = torch.cuda.Event()
+                self._event.record()
+        else:
+            self._copy = values.clone()
+
+    def read(self) -> list[float] | None:
+        """The values, flat; None as long as they are under way."""
+        if self._event is not None and not self._event.query():
+            return None
+        return self._copy.flatten().tolist()

@@ -1,0 +1,32 @@
+"""Indices that the host knows, on the device where they are asked for: copied there once, as a capture allows none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyglow_fast._captures import made_once
+
+REMEMBERED = 4096  # permutations, C numbers each, of all models of a process
+
+
+@made_once(REMEMBERED)
+def _copied(indices: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(indices, dtype=torch.int64, device=device)
+
+
+@made_once(REMEMBERED)
+def _undoing(indices: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(indices, dtype=torch.int64, device=device).argsort()
+
+
+def indices_on(indices: Sequence[int], device: torch.device) -> Tensor:
+    """The indices, (C,) int64, which are not to be written to."""
+    return _copied(tuple(map(int, indices)), device)
+
+
+def undoing_indices_on(indices: Sequence[int], device: torch.device) -> Tensor:
+    """Those that undo a permutation, (C,) int64, which are not to be written to."""
+    return _undoing(tuple(map(int, indices)), device)

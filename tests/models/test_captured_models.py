@@ -1,0 +1,188 @@
+"""Training steps and sampling of every kind of Glow, captured as a CUDA graph would be and replayed without Python."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.captures import Recording, capture_guard, like_a_gpu, own_factorisations
+from support.covering import pairs
+from support.glow_settings import CALM, CONFIGS, Setting
+from torch import Tensor, nn
+
+import pyglow_fast as pgf
+from pyglow_fast import _backend
+from pyglow_fast.reversible import passes
+
+MEMORY = ("store", "checkpoint", "reversible", "200kB")
+
+
+def step(model: pgf.Glow, x: Tensor, y: Tensor | None, cond: Any) -> dict[str, Tensor]:
+    """Loss and gradients by name."""
+    loss = -model.log_prob(x, y, cond).mean()
+    named = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {"loss": loss.detach()} | {name: grad for name, grad in zip(named, found, strict=True) if grad is not None}
+
+
+def moved(model: pgf.Glow, gradients: dict[str, Tensor]) -> None:
+    """An optimizer's step."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in gradients:
+                parameter.sub_(1e-3 * gradients[name])
+
+
+def assert_replays(setting: Setting, replays: int = 3) -> None:
+    """Of other batches and parameters each time: what the model itself gives, to the bit."""
+    model, x, y, cond = setting.model, setting.x, setting.y, setting.cond
+    n = len(x)
+    for sequence in model._sequences():
+        sequence.control.tolerance = 1e-3  # of a few positions one is soon beyond the default
+    with like_a_gpu(), own_factorisations():
+        for _ in range(2):
+            step(model, x, y, cond)
+            model.sample(n, x.new_ones(n), y, cond)
+        with Recording() as training, capture_guard():
+            found = step(model, x, y, cond)
+        temperature = x.new_ones(n)
+        with Recording() as sampling, capture_guard():
+            samples = model.sample(n, temperature, y, cond)
+        for k in range(replays):
+            new_x, new_y, new_cond = setting.batch(n)
+            for buffer, value in ((x, new_x), (y, new_y), (cond, new_cond)):
+                if buffer is not None and value is not None:
+                    buffer.copy_(value)
+            training.replay()
+            expected = step(model, x, y, cond)
+            assert found.keys() == expected.keys()
+            wrong = [name for name in found if not torch.equal(found[name], expected[name])]
+            assert wrong == []
+            torch.manual_seed(k)
+            sampling.replay()
+            torch.manual_seed(k)
+            assert torch.equal(samples, model.sample(n, temperature, y, cond))
+            moved(model, expected)
+    for report in model.memory_report():
+        assert report["trips"] == report["skipped"] == 0
+
+
+@pairs(
+    pytest.mark.parametrize("name", list(CONFIGS)),
+    pytest.mark.parametrize("memory", MEMORY),
+    pytest.mark.parametrize("nets", ["auto", "library"]),
+    pytest.mark.parametrize("deferred", [False, True]),
+)
+def test_every_kind(name: str, memory: str, nets: str, deferred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "_nets", lambda: nets)
+    setting = Setting(name, spread=CALM)
+    setting.model.memory = memory
+    for sequence in setting.model._sequences():
+        sequence.control.deferred = deferred
+    assert_replays(setting)
+
+
+class OfLevels(Setting):
+    """A condition of each level, injectors, transitions, priors that read the condition, a ring around the image."""
+
+    def __init__(self) -> None:
+        CONFIGS["of levels"] = {
+            "image_shape": (1, 8, 8),
+            "cond_channels": (2, 3),
+            "injector": True,
+            "n_transitions": 1,
+            "cond_splits": True,
+            "border": True,
+        }
+        try:
+            super().__init__("of levels", spread=CALM)
+        finally:
+            del CONFIGS["of levels"]
+
+    def batch(self, n: int) -> tuple[Tensor, Tensor | None, Any]:
+        cond = [torch.randn(n, channels, size, size).double() for channels, size in ((2, 4), (3, 2))]
+        return torch.rand(n, 1, 8, 8).double() - 0.5, None, cond
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_conditions_of_levels(memory: str) -> None:
+    setting = OfLevels()
+    setting.model.memory = memory
+    own = setting.batch(4)[2]
+    for given, buffer in zip(own, setting.cond, strict=True):  # type: ignore[arg-type]
+        given.copy_(buffer)
+    kept, setting.cond = setting.cond, None
+
+    def batch(n: int) -> tuple[Tensor, None, None]:
+        for buffer in kept:  # type: ignore[union-attr]
+            buffer.copy_(torch.randn_like(buffer))
+        return torch.rand(n, 1, 8, 8).double() - 0.5, None, None
+
+    setting.batch, setting.cond = batch, kept  # type: ignore[method-assign, assignment]
+    assert_replays(setting)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32", "fp32"])
+def test_precisions(precision: str) -> None:
+    setting = Setting("default", spread=CALM)
+    setting.model.float().precision = precision
+    setting.x = setting.x.float()
+    assert_replays(setting)
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "reversible"])
+def test_a_net_that_draws_random_numbers_is_refused_on_a_gpu(kind: str) -> None:
+    """Its generator's state, which repeats the draw, cannot be read while a graph is captured."""
+    layers = [nn.Conv2d(2, 4, 3, padding=1), nn.Dropout(0.5), nn.Conv2d(4, 4, 3, padding=1)]
+    sequence = pgf.ReversibleSequence([pgf.FlowStep(4, net=nn.Sequential(*layers))], memory=kind)
+    x = torch.randn(2, 4, 4, 4)
+    sequence.initialize(x)
+    with like_a_gpu():
+        sequence(x)[0].sum().backward()
+        refused = pytest.raises(ValueError, match="net: expected one of torch's modules without dropout")
+        with own_factorisations(), refused, capture_guard():
+            sequence(x)
+
+
+@pytest.mark.parametrize("name", ["default", "checkerboard", "classes"])
+def test_drift_in_replays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted, told of by the report, zero from the level on that drifts; what the backward met before it is right."""
+    factor, true, calls = torch.ones((), dtype=torch.float64), passes.step_backward, []
+
+    def wrong(*inputs: Tensor) -> tuple[Tensor, ...]:
+        found, *grads = true(*inputs)
+        calls.append(found.shape)
+        return (factor if is_bad(found) else 1.0) * found, *grads
+
+    monkeypatch.setattr(passes, "step_backward", wrong)
+    setting = Setting(name, spread=CALM)
+    model, x, y = setting.model, setting.x, setting.y
+    shallow = tuple(model.state_shapes[0])
+
+    def is_bad(state: Tensor) -> bool:
+        return tuple(state.shape[1:]) == shallow
+
+    with like_a_gpu(), own_factorisations():
+        step(model, x, y, None)
+        with Recording() as graph, capture_guard():
+            found = step(model, x, y, None)
+        graph.replay()
+        good = {name: grad.clone() for name, grad in found.items()}
+        for _ in range(3):
+            factor.fill_(1.01)
+            graph.replay()
+            zero = {name for name, grad in found.items() if not grad.any()}
+            assert {name for name in found if name.startswith("levels.0.steps")} <= zero
+            right = {name for name in found if name not in zero}
+            assert all(torch.equal(found[name], good[name]) for name in right)
+            assert any(name.startswith(("levels.1", "prior", "splits")) or len(model.levels) == 1 for name in right)
+            factor.fill_(1.0)
+            graph.replay()
+            assert all(torch.equal(found[name], good[name]) for name in found)
+    report = model.memory_report()
+    runs = {name for name in found if name.startswith("levels.0.")}
+    assert runs
+    first = next(i for i, run in enumerate(model._sequences()) if run is model.levels[0].steps)
+    assert (report[first]["trips"], report[first]["skipped"]) == (3, 3)
+    assert report[first]["passes"] == 8

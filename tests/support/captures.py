@@ -1,0 +1,294 @@
+"""CUDA graphs without a GPU: a recording that replays operations alone, and a guard that refuses what a capture would.
+
+The CPU stands for the device. What the code asks about itself (whether values may be read, whether a graph is being
+captured) is answered as on a GPU while :func:`like_a_gpu` or :func:`capturing` are entered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+@contextlib.contextmanager
+def _answering(**answers: bool) -> Iterator[None]:
+    """Functions of these names answer so, in whatever module of the package they were imported."""
+    with contextlib.ExitStack() as stack:
+        for name, module in list(sys.modules.items()):
+            if name.split(".")[0] == "pyglow_fast":
+                for question in answers.keys() & vars(module).keys():
+                    own = mock.patch.object(module, question, lambda *_, answer=answers[question]: answer)
+                    stack.enter_context(own)
+        yield
+
+
+def like_a_gpu() -> contextlib.AbstractContextManager[None]:
+    """Values may not be read, and a graph might be captured."""
+    return _answering(can_read=False, can_capture=True, is_capturing=False)
+
+
+def capturing() -> contextlib.AbstractContextManager[None]:
+    """A graph is being captured."""
+    return _answering(can_read=False, can_capture=True, is_capturing=True)
+
+
+def _alias(value: Any) -> Any:
+    """A tensor as it is now, on the same memory, whose writes do not show in the versions of others."""
+    return value.data if isinstance(value, Tensor) else value
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The inputs that an operation writes to, by its schema."""
+    found: list[Tensor] = []
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found += _tensors(args[i] if i < len(args) else kwargs.get(argument.name))
+    return found
+
+
+@dataclass
+class _Operation:
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    places: list[torch.UntypedStorage | None]  # of its results: where those are that it allocates
+
+    def repeat(self) -> None:
+        """Run it again; memory that it only allocates holds nothing."""
+        if self.func.overloadpacket.__name__.startswith(("empty", "new_empty")):
+            for place in self.places:
+                assert place is not None
+                _ruin(place)
+            return
+        results = _tensors(self.func(*self.args, **self.kwargs))
+        for place, result in zip(self.places, results, strict=True):
+            if place is not None:
+                place.copy_(result.untyped_storage())
+
+
+class Recording(TorchDispatchMode):
+    """A step as a CUDA graph has it: its operations, on the memory of one run, repeated without the Python around them.
+
+    While it is entered operations are recorded. They run, since sizes are needed, but nothing is left of that when it
+    is closed: memory from elsewhere is as it was, and what was allocated within holds no numbers until a replay. In a
+    replay every operation runs on the same memory as before: results are put where the first ones were, zeros are
+    filled in again, random numbers are drawn anew; what the host has decided stays decided. Writes are not seen by the
+    versions of tensors.
+    """
+
+    METADATA = ("set_", "resize_", "set_data")  # memory that moves cannot be replayed
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._operations: list[_Operation] = []
+        self._own: dict[int, torch.UntypedStorage] = {}
+        self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        assert name not in self.METADATA, f"{name} cannot be replayed"
+        written = _written(func, args, kwargs)
+        for tensor in written:
+            self._keep(tensor.untyped_storage())
+        known = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+        own_args, own_kwargs = tree_map(_alias, args), tree_map(_alias, kwargs)
+        out = func(*args, **kwargs)
+        storages = [tensor.untyped_storage() for tensor in _tensors(out)]
+        places = [None if storage._cdata in known else storage for storage in storages]
+        self._own.update((storage._cdata, storage) for storage in places if storage is not None)
+        if written or any(place is not None for place in places):
+            self._operations.append(_Operation(func, own_args, own_kwargs, places))
+        return out
+
+    def _keep(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self._own and storage._cdata not in self._before:
+            self._before[storage._cdata] = (storage, storage.clone())
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for storage, before in self._before.values():
+            storage.copy_(before)
+        for storage in self._own.values():
+            _ruin(storage)
+
+    def replay(self) -> None:
+        """Run it all again."""
+        with torch.no_grad(), torch._C._DisableAutocast():  # below both: their part is recorded
+            for operation in self._operations:
+                operation.repeat()
+
+    def __len__(self) -> int:
+        return len(self._operations)
+
+
+def _ruin(storage: torch.UntypedStorage) -> None:
+    """Fill memory with what no result is: NaN in floating types, -1 in signed ones."""
+    if storage.nbytes():
+        torch.empty(0, dtype=torch.uint8).set_(storage).fill_(255)
+
+
+class NotCapturableError(RuntimeError):
+    """A CUDA graph cannot be captured with this."""
+
+
+# Operations whose result, or the size of it, the host needs.
+_READS = frozenset(
+    re.findall(
+        r"\w+",
+        """
+        _local_scalar_dense is_nonzero nonzero masked_select _unique _unique2 unique_dim unique_consecutive bincount
+        equal histogram _linalg_check_errors
+        """,
+    )
+)
+# Of a matrix: these call libraries that allocate for themselves, or wait.
+_FACTORISATIONS = re.compile(
+    r"_?linalg_(inv|slogdet|det|lu|solve_ex|qr|svd|eig|cholesky|ldl|lstsq|pinv|matrix_exp)|_?linalg_solve$"
+    r"|linalg_solve_ex|_lu_with_info|lu_unpack|lu_solve|inverse|cholesky|geqrf|ormqr|logdet|slogdet"
+)
+_MASKS = (torch.bool, torch.uint8)
+# From the values of Python's own numbers to a tensor, or to the host.
+_FROM_HOST = (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.scalar_tensor)
+_FACTORY_NAMES = "arange empty empty_strided eye full linspace ones rand randint randn randperm zeros"
+_FACTORIES = [getattr(torch, name) for name in re.findall(r"\w+", _FACTORY_NAMES)]
+_TO_HOST = (Tensor.cpu, Tensor.numpy, Tensor.tolist, Tensor.item, Tensor.pin_memory, Tensor.__array__)
+
+
+class _Functions(TorchFunctionMode):
+    """The part of the guard that sees which arguments Python has given."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", str(func))
+        if func in _FROM_HOST and not (args and isinstance(args[0], Tensor)):
+            raise NotCapturableError(f"{name}: a copy from the host")
+        if func in _TO_HOST:
+            raise NotCapturableError(f"{name}: a copy to the host")
+        if kwargs.get("pin_memory"):
+            raise NotCapturableError(f"{name}: memory outside of torch's pool")
+        # The CPU by its name is the host; the device's own is taken from a tensor, and is a torch.device.
+        places = [kwargs.get("device"), *(args[1:] if func is Tensor.to else ())]
+        if any(isinstance(place, str) and place == "cpu" for place in places):
+            raise NotCapturableError(f"{name}: on the host")
+        if func in _FACTORIES and places[0] is None:
+            raise NotCapturableError(f"{name}: on the host, without a device")
+        if func in (Tensor.__getitem__, Tensor.__setitem__):
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if any(isinstance(part, list) for part in index):
+                raise NotCapturableError(f"{name}: a copy of indices from the host")
+        return func(*args, **kwargs)
+
+
+class _Operations(TorchDispatchMode):
+    """The part of the guard that sees what runs, in the backward too."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, func.overloadpacket.__name__
+        if name in _READS or (name == "repeat_interleave" and kwargs.get("output_size") is None):
+            raise NotCapturableError(f"{name}: the host reads a value")
+        is_index = len(args) > 1 and name.startswith(("index", "_index", "_unsafe_index"))
+        if is_index and any(tensor.dtype in _MASKS for tensor in _tensors(args[1])):
+            raise NotCapturableError(f"{name}: the host counts what a mask chooses")
+        if func.namespace == "aten" and _FACTORISATIONS.match(name):
+            raise NotCapturableError(f"{name}: a factorisation")
+        if name in ("lift", "lift_fresh", "_pin_memory"):
+            raise NotCapturableError(f"{name}: a copy from the host")
+        return func(*args, **kwargs)
+
+
+def _refused(what: str) -> Callable[..., Any]:
+    def call(*_: Any, **__: Any) -> Any:
+        raise NotCapturableError(f"{what} while a graph is captured")
+
+    return call
+
+
+@contextlib.contextmanager
+def capture_guard() -> Iterator[None]:
+    """Refuses what a CUDA graph cannot be captured with, while the code is told that one is.
+
+    That is: reads of values by the host, in whatever form; copies between host and device, of which tensors of Python's
+    numbers are one; factorisations of matrices; memory that is not torch's; questions to events, waits, other streams.
+
+    Raises:
+        NotCapturableError: inside, with the operation's name.
+    """
+    with contextlib.ExitStack() as stack:
+        for owner, names in (
+            (torch.cuda, ("synchronize", "set_stream", "stream", "mem_get_info", "get_rng_state", "set_rng_state")),
+            (torch.cuda.Event, ("query", "synchronize", "elapsed_time", "record", "wait")),
+            (torch.cuda.Stream, ("query", "synchronize", "wait_stream", "wait_event")),
+        ):
+            for name in names:
+                what = f"{owner.__name__}.{name}"
+                stack.enter_context(mock.patch.object(owner, name, _refused(what)))
+        stack.enter_context(capturing())
+        stack.enter_context(_Functions())
+        stack.enter_context(_Operations())
+        yield
+
+
+_library_inv, _library_slogdet = torch.linalg.inv, torch.linalg.slogdet
+
+
+@torch.library.custom_op("pyglow_tests::inv", mutates_args=())
+def _inv(matrix: Tensor) -> Tensor:
+    return _library_inv(matrix)
+
+
+@torch.library.custom_op("pyglow_tests::log_abs_det", mutates_args=())
+def _log_abs_det(matrix: Tensor) -> Tensor:
+    return _library_slogdet(matrix).logabsdet.clone()
+
+
+def _keep_matrix(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _log_abs_det_backward(ctx: Any, grad: Tensor) -> Tensor:
+    return grad[..., None, None] * _inv(*ctx.saved_tensors).mT
+
+
+_log_abs_det.register_autograd(_log_abs_det_backward, setup_context=_keep_matrix)
+
+
+class _Found(NamedTuple):
+    inverse: Tensor
+    info: Tensor
+
+
+class _SlogDet(NamedTuple):
+    sign: None
+    logabsdet: Tensor
+
+
+def _inv_ex(matrix: Tensor) -> _Found:
+    return _Found(_inv(matrix), matrix.new_zeros(matrix.shape[:-2], dtype=torch.int))
+
+
+def _slogdet(matrix: Tensor) -> _SlogDet:
+    return _SlogDet(None, _log_abs_det(matrix))
+
+
+@contextlib.contextmanager
+def own_factorisations() -> Iterator[None]:
+    """In place of the library's inverse and log|det| of matrices there are ops that a capture could hold."""
+    own = {"inv_ex": _inv_ex, "slogdet": _slogdet}
+    with mock.patch.multiple(torch.linalg, **own):
+        yield

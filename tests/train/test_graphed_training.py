@@ -1,0 +1,116 @@
+"""Training through a CUDA graph: the same as without, also where states drift. Recordings are in the graph's place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.graphed_stand_in import recorded_graphs
+from torch import Tensor
+
+from pyglow_fast.data import ImageSet
+from pyglow_fast.models.graphed import GraphedGlow
+from pyglow_fast.reversible import passes
+from pyglow_fast.train import TrainConfig, TrainState, start
+from pyglow_fast.train.metrics import read_metrics
+
+MakeConfig = Callable[..., TrainConfig]
+STEPS, LR = 8, 1e-3
+
+
+@pytest.fixture(autouse=True)
+def _recorded() -> Iterator[None]:
+    with recorded_graphs():
+        yield
+
+
+@pytest.fixture
+def off(monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """A factor that recomputed states are off by, in replays too; 1 at first."""
+    factor, true = torch.ones(()), passes.step_backward
+
+    def wrong(*inputs: Tensor) -> tuple[Tensor, ...]:
+        found, *grads = true(*inputs)
+        return factor * found, *grads
+
+    monkeypatch.setattr(passes, "step_backward", wrong)
+    return factor
+
+
+def trained(config: TrainConfig, data: ImageSet, before: Callable[[int], None] = lambda step: None) -> TrainState:
+    state = TrainState(config, data)
+    state.initialize()
+    for step in range(STEPS):
+        before(step)
+        state.step()
+    state.close()
+    return state
+
+
+def weights(state: TrainState) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in state.model.parameters()])
+
+
+@pytest.mark.parametrize("options", [{}, {"memory": "store"}, {"class_conditional": True}], ids=str)
+def test_as_without(tiny_config: MakeConfig, tiny_images: ImageSet, options: dict[str, Any]) -> None:
+    config = tiny_config(lr=LR, warmup_steps=0, cuda_graphs=True)
+    n_classes = 2 if "class_conditional" in options else None
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, n_classes=n_classes), **options)
+    found = trained(config, tiny_images)
+    expected = trained(dataclasses.replace(config, cuda_graphs=False), tiny_images)
+    assert found.progress.loss_sum == pytest.approx(expected.progress.loss_sum, rel=1e-5)
+    assert torch.allclose(weights(found), weights(expected), rtol=0.0, atol=0.1 * LR)
+
+
+@pytest.mark.parametrize(
+    ("drifts", "steps_lost"),
+    [
+        ([3], [3]),
+        (range(2, STEPS), [2]),
+        (range(3), []),
+        (range(STEPS), []),
+    ],  # warm-ups that drift end at checkpointing
+)
+def test_a_step_that_drifts_is_taken_by_the_model(
+    tiny_config: MakeConfig,
+    tiny_images: ImageSet,
+    off: Tensor,
+    drifts: Sequence[int],
+    steps_lost: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No step is lost, none is taken on zeros, and the graph is made again with other anchors."""
+    config = tiny_config(lr=LR, warmup_steps=0, cuda_graphs=True)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, n_steps=8))
+    expected = trained(dataclasses.replace(config, cuda_graphs=False), tiny_images)
+    lost, true = [], GraphedGlow.train_step
+
+    def noted(graphs: GraphedGlow, x: Tensor, y: Tensor | None = None) -> Tensor:
+        loss = true(graphs, x, y)
+        lost.append(bool(graphs.lost))
+        return loss
+
+    monkeypatch.setattr(GraphedGlow, "train_step", noted)
+    found = trained(config, tiny_images, lambda step: off.fill_(1.01 if step in drifts else 1.0))
+    assert [step for step in range(STEPS) if lost[step]] == steps_lost
+    assert found.progress.skipped == 0
+    assert found.progress.loss_sum == pytest.approx(expected.progress.loss_sum, rel=1e-5)
+    assert torch.allclose(weights(found), weights(expected), rtol=0.0, atol=0.1 * LR)
+
+
+def test_a_run(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path) -> None:
+    """With evaluations, samples and checkpoints between."""
+    rows = {}
+    for graphs in (True, False):
+        config = tiny_config(lr=LR, cuda_graphs=graphs)
+        out = tmp_path / str(graphs)
+        start(config, str(out), data=tiny_images).execute(quiet=True)
+        rows[graphs] = read_metrics(out / "metrics.csv")
+    assert len(rows[True]) == len(rows[False]) > 3
+    for row, wanted in zip(rows[True], rows[False], strict=True):
+        for name in ("train_bpd", "held_out_bpd", "grad_norm"):
+            assert row[name] == (None if wanted[name] is None else pytest.approx(wanted[name], rel=1e-3))
