@@ -18,6 +18,7 @@ FOUNDATION = {"_tracing", "_errors", "_derivatives"}
 STACK = (  # each may import those before it
     "_backend",
     "ops",
+    "convolutions",
     "autograd",
     "functional",
     "coupling_nets",

@@ -89,7 +89,8 @@ class FoldedLayers:
         for layer, scale, (grad_weight, grad_bias) in zip(self.layers, self.scales, grads, strict=True):
             if layer.log_scale is not None and scale is not None:
                 if self.trains(layer.log_scale):
-                    assert grad_weight is not None and grad_bias is not None  # see above
+                    assert grad_weight is not None  # see above
+                    assert grad_bias is not None
                     weight, bias = self.params[layer.weight], self.params[layer.bias]
                     # Of log scale: sum grad' w' = scale (sum grad' w), times the power.
                     grad = ((grad_weight * weight).flatten(1).sum(1) + grad_bias * bias) * (layer.power * scale)

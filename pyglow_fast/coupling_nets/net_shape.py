@@ -52,16 +52,14 @@ class NetShape(nn.Module):
         """The most bytes of activations alive in forward and backward, per sample and position.
 
         As matrix products the two hidden layers after their relu, in bfloat16 where the net runs in that, besides the
-        output, its gradient and the input; as library convolutions one gradient of them too, or both where autograd
-        keeps the layers, or where it records each of their convolutions. A hidden ActNorm costs nothing: it is folded
-        into the weights.
+        output, its gradient and the input; as library convolutions the gradients of both too, where autograd keeps the
+        layers. A hidden ActNorm costs nothing: it is folded into the weights.
         """
         # With a border term there is one input channel and one hidden unit more.
         hidden, inputs = self.hidden + self.border, self.in_channels + self.cond_channels + self.border
         if functional.net_as_convolutions(self.like):
-            alive = 3 if self.is_plain and not self.border else 4
             edges = 3 * (self.out_channels + inputs) * element_size
-            return alive * hidden * convolutions.dtype_on(self.like).itemsize + edges
+            return 4 * hidden * convolutions.dtype_on(self.like).itemsize + edges
         if not functional.net_as_products(self.like):
             return (4 * hidden + 5 * self.out_channels + 2 * inputs) * element_size
         channels = (inputs, hidden, hidden, self.out_channels)
