@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyglow_fast import _backend, autograd, ops, reference
+from pyglow_fast import _backend, autograd, convolutions, ops, reference
 from pyglow_fast._derivatives import apply
 from pyglow_fast.reference import (
     Activation,
@@ -205,6 +205,17 @@ def net_as_products(x: Tensor) -> bool:
     return not torch.is_autocast_enabled("cpu") or net_in_half(x)
 
 
+def net_as_convolutions(x: Tensor) -> bool:
+    """Tells whether :func:`net_chain` on x is the library's convolutions, called op by op and without autograd.
+
+    They are on a GPU, and on the CPU where PYGLOW_NETS in the environment is "library": see
+    :mod:`pyglow_fast.convolutions`. torch.compile, which joins ops in its own ways, is given the reference.
+    """
+    if torch.compiler.is_compiling() or not 3 <= x.dim() <= 5 or not ops.run_on(x):
+        return False
+    return x.device.type == "cuda" or _backend.nets() == "library"
+
+
 def net_in_half(x: Tensor) -> bool:
     """Tells whether the products of :func:`net_chain` on x are of bfloat16 numbers: under autocast to that."""
     if not torch.is_autocast_enabled("cpu") or x.dtype != torch.float32 or x.device.type != "cpu":
@@ -225,6 +236,8 @@ def net_chain(
     As products of ours it is float32 also under autocast to bfloat16, where the activations between its layers, and
     what is multiplied, are rounded to that.
     """
+    if net_as_convolutions(x):
+        return _convolved(x, weights, biases, spec, log_gain, cond)
     if not net_as_products(x):
         return reference.net_chain(x, weights, biases, spec, log_gain, cond)
     half = net_in_half(x)
@@ -236,6 +249,22 @@ def net_chain(
     if _records_gradient(x, *weights, *biases, *optional):
         return apply(autograd.NetChain, x, cond, log_gain, arguments, *weights, *biases)
     return ops.net_chain(x, cond, weights, biases, log_gain, *arguments, False)[0]
+
+
+def _convolved(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    spec: ChainSpec,
+    log_gain: Tensor | None,
+    cond: Tensor | None,
+) -> Tensor:
+    reference.check_chain(weights, spec)
+    weights, biases = reference.with_gain(weights, biases, log_gain)
+    inputs = [x] if cond is None else [x, cond]
+    if _records_gradient(*inputs, *weights, *biases):
+        return apply(autograd.Convolutions, x, cond, spec, *weights, *biases)
+    return convolutions.run(convolutions.prepared(weights, biases, spec, x), convolutions.joined(x, cond))
 
 
 def coupling_net(

@@ -382,6 +382,23 @@ def check_chain(weights: Sequence[Tensor], spec: ChainSpec) -> None:
         expect(known, "weights", f"kernel sizes of {KERNEL_SIZES}", tuple(weight.shape))
 
 
+def sides(kernel_size: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...]:
+    """Computes the padding to each side that keeps the size: how far one convolution sees, along each dimension."""
+    return tuple(step * (size // 2) for size, step in zip(kernel_size, dilation, strict=True))
+
+
+def with_gain(
+    weights: Sequence[Tensor], biases: Sequence[Tensor], log_gain: Tensor | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The weights and biases of a chain, the last ones times exp(3 log_gain): they are smaller than the output."""
+    weights, biases = list(weights), list(biases)
+    if log_gain is not None:
+        gain = (3.0 * log_gain).exp().flatten()
+        weights[-1] = weights[-1] * gain.reshape(-1, *[1] * (weights[-1].dim() - 1))
+        biases[-1] = biases[-1] * gain
+    return weights, biases
+
+
 def net_chain(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -401,18 +418,14 @@ def net_chain(
         ValueError: see :func:`check_chain`.
     """
     check_chain(weights, spec)
-    weights, biases = list(weights), list(biases)
-    if log_gain is not None:  # folded into the weights, which are smaller than the output
-        gain = (3.0 * log_gain).exp().flatten()
-        weights[-1] = weights[-1] * gain.reshape(-1, *[1] * (weights[-1].dim() - 1))
-        biases[-1] = biases[-1] * gain
+    weights, biases = with_gain(weights, biases, log_gain)
     hidden = x if cond is None else torch.cat([x, cond.to(x.dtype)], dim=1)
     for layer, (weight, bias, dilation) in enumerate(zip(weights, biases, spec.dilations, strict=True)):
         if not dilation:
             hidden = F.linear(hidden, weight, bias)
         else:
             conv: Any = (F.conv1d, F.conv2d, F.conv3d)[len(dilation) - 1]
-            padding = [step * (size // 2) for step, size in zip(dilation, weight.shape[2:], strict=True)]
+            padding = sides(weight.shape[2:], dilation)
             hidden = conv(hidden, weight, bias, padding=padding, dilation=dilation)
         if layer < len(spec.activations):
             hidden = activated(hidden, spec.activations[layer], in_place=True)

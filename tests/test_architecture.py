@@ -18,6 +18,7 @@ FOUNDATION = {"_tracing", "_errors", "_captures", "_derivatives", "_float32"}
 STACK = (  # each may import those before it
     "_backend",
     "ops",
+    "convolutions",
     "autograd",
     "functional",
     "coupling_nets",

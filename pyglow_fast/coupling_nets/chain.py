@@ -8,12 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from pyglow_fast import functional, ops
-from pyglow_fast.reference import ChainSpec
-
-
-def sides(kernel_size: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...]:
-    """Computes the padding to each side that keeps the size: how far one convolution sees, along each dimension."""
-    return tuple(step * (size // 2) for size, step in zip(kernel_size, dilation, strict=True))
+from pyglow_fast.reference import ChainSpec, sides
 
 
 def reach(kernel_sizes: Sequence[Sequence[int]], dilations: Sequence[Sequence[int]]) -> tuple[int, ...]:

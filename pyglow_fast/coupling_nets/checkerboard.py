@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
-from pyglow_fast.coupling_nets.explicit_net import Explicit
+from pyglow_fast.coupling_nets.explicit_net import Explicit, NetGradients
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ class OnCheckerboard:
         net_out, kept = self.net.forward(*self.board.net_inputs(x1, cond))
         return self.board.net_output(net_out), kept
 
-    def backward(self, kept: Any, grad_out: Tensor) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    def backward(self, kept: Any, grad_out: Tensor, needs_inputs: bool = True) -> NetGradients:
         """Gradients of x1, of the condition and, by name, of the parameters that want one: the transposed moves."""
         grad_whole = functional.checkerboard_merge(grad_out, 1 - self.board.parity, both=False)
-        grad_x, grad_cond, grads = self.net.backward(kept, grad_whole)
-        grad_x1 = functional.checkerboard_split(grad_x, self.board.parity, both=False)
+        grad_x, grad_cond, grads = self.net.backward(kept, grad_whole, needs_inputs)
+        grad_x1 = None if grad_x is None else functional.checkerboard_split(grad_x, self.board.parity, both=False)
         return grad_x1, None if grad_cond is None else grad_cond.unflatten(2, (-1, 2)), grads

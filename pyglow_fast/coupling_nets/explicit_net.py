@@ -16,8 +16,11 @@ def scaled(weight: Tensor, scale: Tensor) -> Tensor:
     return weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
 
 
+NetGradients = tuple[Tensor | None, Tensor | None, dict[str, Tensor]]
+
+
 class Explicit(Protocol):
-    """What a run of a net without autograd is asked for; see :class:`ExplicitNet`."""
+    """What a run of a net without autograd is asked for; see :class:`ExplicitNet` and library_net.LibraryNet."""
 
     @property
     def out_channels(self) -> int:
@@ -27,21 +30,78 @@ class Explicit(Protocol):
         """The net's output alone, without what a backward needs."""
 
     def forward(self, x1: Tensor, cond: Tensor | None) -> tuple[Tensor, Any]:
-        """The output, and what :meth:`backward` takes."""
+        """The output, and what :meth:`backward` takes, once."""
 
-    def backward(self, kept: Any, grad_out: Tensor) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """Gradients of x1, of the condition and, by name, of the parameters that want one."""
+    def backward(self, kept: Any, grad_out: Tensor, needs_inputs: bool = True) -> NetGradients:
+        """Gradients of x1, of the condition and, by name, of the parameters that want one.
+
+        Where neither of the first two is needed they may be None.
+        """
 
 
 class LayerNames(NamedTuple):
-    """What a layer's parameters are called; weight and bias are multiplied by exp(log_scale), if it has one."""
+    """What a layer's parameters are called; weight and bias are multiplied by exp(power log_scale), if it has one."""
 
     weight: str
     bias: str
     log_scale: str | None = None
+    power: float = 1.0
 
 
-class ExplicitNet:
+class FoldedLayers:
+    """A chain's weights and biases with the scales of its layers in them, and gradients of these as of the parameters.
+
+    Args:
+        params: of the net, by name.
+        layers: the names of those of each layer.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor], layers: Sequence[LayerNames]) -> None:
+        self.params, self.layers = params, layers
+        self.scales: list[Tensor | None] = []
+        self.weights: list[Tensor] = []
+        self.biases: list[Tensor] = []
+        for layer in layers:
+            weight, bias = params[layer.weight], params[layer.bias]
+            scale = None if layer.log_scale is None else (layer.power * params[layer.log_scale]).exp().flatten()
+            self.scales.append(scale)
+            self.weights.append(weight if scale is None else scaled(weight, scale))
+            self.biases.append(bias if scale is None else bias * scale)
+
+    @property
+    def out_channels(self) -> int:
+        """The number of channels of the output."""
+        return self.weights[-1].shape[0]
+
+    def trains(self, *names: str | None) -> bool:
+        """Whether one of the parameters of these names wants a gradient."""
+        return any(name is not None and self.params[name].requires_grad for name in names)
+
+    def unfolded(
+        self, grad_weights: Sequence[Tensor | None], grad_biases: Sequence[Tensor | None]
+    ) -> dict[str, Tensor]:
+        """From the gradients of the folded weights and biases to those that the parameters want, by name.
+
+        None stands for one that was not computed: of no layer whose scale wants one.
+        """
+        found: dict[str, Tensor | None] = {}
+        grads = zip(grad_weights, grad_biases, strict=True)
+        for layer, scale, (grad_weight, grad_bias) in zip(self.layers, self.scales, grads, strict=True):
+            if layer.log_scale is not None and scale is not None:
+                if self.trains(layer.log_scale):
+                    assert grad_weight is not None  # see above
+                    assert grad_bias is not None
+                    weight, bias = self.params[layer.weight], self.params[layer.bias]
+                    # Of log scale: sum grad' w' = scale (sum grad' w), times the power.
+                    grad = ((grad_weight * weight).flatten(1).sum(1) + grad_bias * bias) * (layer.power * scale)
+                    found[layer.log_scale] = grad.reshape(self.params[layer.log_scale].shape)
+                grad_weight = None if grad_weight is None else scaled(grad_weight, scale)
+                grad_bias = None if grad_bias is None else grad_bias * scale
+            found[layer.weight], found[layer.bias] = grad_weight, grad_bias
+        return {name: grad for name, grad in found.items() if grad is not None and self.params[name].requires_grad}
+
+
+class ExplicitNet(FoldedLayers):
     """exp(3 log_gain) (w_L * h_(L-1) + b_L), h_l = a_l(w_l' * h_(l-1) + b_l'), scales folded in, on the CPU.
 
     See :func:`pyglow_fast.reference.net_chain`.
@@ -56,23 +116,9 @@ class ExplicitNet:
     def __init__(
         self, params: Mapping[str, Tensor], layers: Sequence[LayerNames], spec: ChainSpec, gain: str | None = None
     ) -> None:
-        self.params, self.layers, self.spec = params, layers, spec
-        self.scales: list[Tensor | None] = []
-        self.weights: list[Tensor] = []
-        self.biases: list[Tensor] = []
-        for layer in layers:
-            weight, bias = params[layer.weight], params[layer.bias]
-            scale = None if layer.log_scale is None else params[layer.log_scale].exp()
-            self.scales.append(scale)
-            self.weights.append(weight if scale is None else scaled(weight, scale))
-            self.biases.append(bias if scale is None else bias * scale)
-        self.gain = gain
+        super().__init__(params, layers)
+        self.spec, self.gain = spec, gain
         self.log_gain = None if gain is None else params[gain]
-
-    @property
-    def out_channels(self) -> int:
-        """The number of channels of the output."""
-        return self.weights[-1].shape[0]
 
     def _run(self, x1: Tensor, cond: Tensor | None, keep: bool) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
         cond = None if cond is None else cond.to(x1.dtype)
@@ -89,28 +135,19 @@ class ExplicitNet:
         out, kept, (x1, cond, how) = self._run(x1, cond, True)
         return out, (x1, cond, kept, how)
 
-    def backward(self, kept: Any, grad_out: Tensor) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """Gradients of x1, of the condition and, by name, of the parameters that want one."""
+    def backward(self, kept: Any, grad_out: Tensor, needs_inputs: bool = True) -> NetGradients:
+        """Gradients of x1 and of the condition, always, and, by name, of the parameters that want one."""
         x1, cond, hidden, how = kept
-        want = any(parameter.requires_grad for parameter in self.params.values())
+        want = self.trains(*self.params)
         bias = self.biases[-1]
         grad_x, *grads = ops.net_chain_backward(
             grad_out, x1, cond, hidden, self.weights, bias, self.log_gain, *how, want
         )
         grad_cond = grads.pop(0) if cond is not None else None
-        return grad_x, grad_cond, self._unfolded(grads) if want else {}
-
-    def _unfolded(self, grads: list[Tensor]) -> dict[str, Tensor]:
-        """From the gradients of the folded weights and biases to those of the parameters."""
-        found = {} if self.gain is None else {self.gain: grads[-1]}
+        if not want:
+            return grad_x, grad_cond, {}
         count = len(self.layers)
-        for index, (layer, scale) in enumerate(zip(self.layers, self.scales, strict=True)):
-            grad_weight, grad_bias = grads[index], grads[count + index]
-            if layer.log_scale is None or scale is None:
-                found[layer.weight], found[layer.bias] = grad_weight, grad_bias
-                continue
-            weight, bias = self.params[layer.weight], self.params[layer.bias]
-            # Of log scale: sum grad' w' = scale (sum grad' w).
-            found[layer.log_scale] = ((grad_weight * weight).flatten(1).sum(1) + grad_bias * bias) * scale
-            found[layer.weight], found[layer.bias] = scaled(grad_weight, scale), grad_bias * scale
-        return {name: grad for name, grad in found.items() if self.params[name].requires_grad}
+        found = self.unfolded(grads[:count], grads[count : 2 * count])
+        if self.gain is not None and self.trains(self.gain):
+            found[self.gain] = grads[-1]
+        return grad_x, grad_cond, found

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast import functional
+from pyglow_fast import convolutions, functional
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.checkerboard import Checkerboard, OnCheckerboard
 from pyglow_fast.coupling_nets.explicit_net import Explicit
@@ -100,7 +100,7 @@ class NetRunner:
         rows_each = 1 if self.board is None else 2
         key: tuple[object, ...] = (self.budget, x1.shape, x1.dtype, x1.device.type, cond_channels, random, rows_each)
         if self._known:
-            key += (functional.net_as_products(x1), functional.net_in_half(x1))
+            key += (functional.net_as_products(x1), functional.net_as_convolutions(x1), convolutions.dtype_on(x1))
         else:
             cost = bytes_per_position(self.net, x1.shape[1] + cond_channels, x1.element_size())
             modes = () if isinstance(self.net, NetShape) else training_modes(self.net)
@@ -246,7 +246,8 @@ class NetRunner:
             return consume(net_out, chunk)
 
         with in_precision(self.precision, x1), memo.state.restored(self.net):
-            explicit = self._explicit(x1, params, later=True) if needs_x1 else None  # which always computes it
+            leaves_out = needs_x1 or functional.net_as_convolutions(x1)  # products of ours always compute its gradient
+            explicit = self._explicit(x1, params, later=True) if leaves_out else None
             if explicit is None:
                 # Aliases: hooks that someone has put on a parameter belong to the outer backward.
                 params = [parameter.detach().requires_grad_(parameter.requires_grad) for parameter in params]

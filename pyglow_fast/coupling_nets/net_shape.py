@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast import functional, reference
+from pyglow_fast import convolutions, functional, reference
 from pyglow_fast._errors import check_count, check_input, expect
 from pyglow_fast.coupling_nets import chain
-from pyglow_fast.coupling_nets.explicit_net import ExplicitNet
+from pyglow_fast.coupling_nets.explicit_net import Explicit
 from pyglow_fast.reference import coupling_net_spec
 
 KERNEL_SIZES = ((3,), (1,), (3,))  # along each dimension
@@ -44,7 +44,7 @@ class NetShape(nn.Module):
         """Whether nothing but the net's own parameters is known to decide what it computes."""
         return False
 
-    def explicit(self, x1: Tensor, params: Mapping[str, Tensor]) -> ExplicitNet | None:
+    def explicit(self, x1: Tensor, params: Mapping[str, Tensor]) -> Explicit | None:
         """The net on those parameters without autograd, if it has such a form; else None. For nets that are plain."""
         return None
 
@@ -52,11 +52,14 @@ class NetShape(nn.Module):
         """The most bytes of activations alive in forward and backward, per sample and position.
 
         As matrix products the two hidden layers after their relu, in bfloat16 where the net runs in that, besides the
-        output, its gradient and the input; as library convolutions their gradients too. A hidden ActNorm costs nothing:
-        it is folded into the weights.
+        output, its gradient and the input; as library convolutions the gradients of both too, where autograd keeps the
+        layers. A hidden ActNorm costs nothing: it is folded into the weights.
         """
         # With a border term there is one input channel and one hidden unit more.
         hidden, inputs = self.hidden + self.border, self.in_channels + self.cond_channels + self.border
+        if functional.net_as_convolutions(self.like):
+            edges = 3 * (self.out_channels + inputs) * element_size
+            return 4 * hidden * convolutions.dtype_on(self.like).itemsize + edges
         if not functional.net_as_products(self.like):
             return (4 * hidden + 5 * self.out_channels + 2 * inputs) * element_size
         channels = (inputs, hidden, hidden, self.out_channels)
@@ -89,6 +92,6 @@ class NetShape(nn.Module):
             return functional.coupling_net(torch.cat([x, x.new_ones(x.shape[0], 1, *x.shape[2:])], dim=1), *weights)
         self.check_inputs(x, cond)
         of_data = cond is None and not x.requires_grad and torch.is_grad_enabled()
-        if of_data and not torch.is_autocast_enabled(x.device.type):
+        if of_data and functional.net_as_products(x) and not torch.is_autocast_enabled(x.device.type):
             return reference.coupling_net(x, *weights)  # the library leaves out the gradient of x, which ours computes
         return functional.coupling_net(x, *weights, cond=None if cond is None else cond.to(x.dtype))

@@ -110,7 +110,13 @@ def _chunk_gradients(
 
 
 def _explicit_gradients(
-    net: Explicit, names: Sequence[str], x1: Tensor, cond: Tensor | None, chunk: Chunk, consume: Consume
+    net: Explicit,
+    names: Sequence[str],
+    x1: Tensor,
+    cond: Tensor | None,
+    chunk: Chunk,
+    consume: Consume,
+    needs_inputs: bool,
 ) -> list[Tensor | None]:
     """The same as :func:`_chunk_gradients`, without autograd."""
     net_out, kept = net.forward(x1, cond)
@@ -121,7 +127,7 @@ def _explicit_gradients(
         cropped = grad_out
         grad_out = torch.zeros_like(whole)
         chunk.crop(grad_out).copy_(cropped)
-    grad_x1, grad_cond, grads = net.backward(kept, grad_out.to(whole.dtype))
+    grad_x1, grad_cond, grads = net.backward(kept, grad_out.to(whole.dtype), needs_inputs)
     return [grad_x1, grad_cond, *map(grads.get, names)]
 
 
@@ -201,7 +207,8 @@ def run_net_backward(
     def gradients(chunk: Chunk) -> list[Tensor | None]:
         if explicit is not None:
             cond_part = None if cond is None else chunk.inputs(cond)
-            return _explicit_gradients(*explicit, chunk.inputs(x1), cond_part, chunk, consume)
+            needs_inputs = needs_x1 or needs_cond
+            return _explicit_gradients(*explicit, chunk.inputs(x1), cond_part, chunk, consume, needs_inputs)
         assert call is not None  # one of the two is given
         leaf = _leaf(x1, chunk, needs_x1)
         cond_leaf = None if cond is None else _leaf(cond, chunk, needs_cond)

@@ -19,7 +19,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyglow_fast import functional, ops, reference
 from pyglow_fast.coupling_nets import chain
-from pyglow_fast.coupling_nets.chain import sides
 from pyglow_fast.coupling_nets.traits import KeptBytes, has_hooks
 from pyglow_fast.interop.known_net import (
     AFFINE_MAPS,
@@ -33,7 +32,7 @@ from pyglow_fast.interop.known_net import (
     qualified,
     widths,
 )
-from pyglow_fast.reference import KERNEL_SIZES, MAX_LAYERS, Activation, ChainSpec, activated
+from pyglow_fast.reference import KERNEL_SIZES, MAX_LAYERS, Activation, ChainSpec, activated, sides
 
 __all__ = ["AFFINE_MAPS", "KnownNet", "halo", "recognised", "run", "serves"]
 

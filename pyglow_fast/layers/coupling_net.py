@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
-from pyglow_fast.coupling_nets.explicit_net import ExplicitNet, LayerNames, scaled
+from pyglow_fast.coupling_nets.explicit_net import Explicit, ExplicitNet, FoldedLayers, LayerNames, scaled
+from pyglow_fast.coupling_nets.library_net import LibraryNet
 from pyglow_fast.coupling_nets.net_shape import NetShape
 from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.layers.actnorm import ActNorm
@@ -162,8 +163,9 @@ class CouplingNet(NetShape):
         """With log_gain at the end, not folded in."""
         # By attribute, so that parametrizations, pruning and torch.func.functional_call have their say.
         parts = self._modules
-        net = self._folded(
-            {name: getattr(parts[part] if part else self, attribute) for name, part, attribute in self._slots()}
+        net = FoldedLayers(
+            {name: getattr(parts[part] if part else self, attribute) for name, part, attribute in self._slots()},
+            self._layers(),
         )
         pairs = zip(net.weights, net.biases, strict=True)
         weights = [*(tensor for pair in pairs for tensor in pair), self.log_gain]
@@ -171,18 +173,24 @@ class CouplingNet(NetShape):
             return weights
         return without_border(weights, net.scales[0], self.border1, self.border3)
 
-    def _folded(self, params: Mapping[str, Tensor]) -> ExplicitNet:
-        layers = _LAYERS[isinstance(self.norm1, ActNorm), isinstance(self.norm2, ActNorm)]
-        return ExplicitNet(params, layers, coupling_net_spec(self.dims), "log_gain")
+    def _layers(self) -> tuple[LayerNames, ...]:
+        return _LAYERS[isinstance(self.norm1, ActNorm), isinstance(self.norm2, ActNorm)]
 
-    def explicit(self, x1: Tensor, params: Mapping[str, Tensor]) -> ExplicitNet | None:
-        """The net on those parameters without autograd, where it runs as matrix products of ours; else None.
+    def explicit(self, x1: Tensor, params: Mapping[str, Tensor]) -> Explicit | None:
+        """The net on those parameters without autograd, as products of ours or the library's convolutions; else None.
 
-        None with a border term too, and where autocast is to take parameters of several dtypes.
+        None with a border term, where autocast is to take parameters of several dtypes, and where neither runs on x1.
         """
-        fits = params.keys() == {name for name, _, _ in self._slots()} and functional.net_as_products(x1)
-        fits = fits and all(value.dtype == x1.dtype for value in params.values())
-        return self._folded(params) if fits else None
+        fits = params.keys() == {name for name, _, _ in self._slots()}
+        if not fits or any(value.dtype != x1.dtype for value in params.values()):
+            return None
+        spec = coupling_net_spec(self.dims)
+        if functional.net_as_products(x1):
+            return ExplicitNet(params, self._layers(), spec, "log_gain")
+        if functional.net_as_convolutions(x1):
+            *hidden, last = self._layers()
+            return LibraryNet(params, [*hidden, last._replace(log_scale="log_gain", power=3.0)], spec, x1)
+        return None
 
     def _slots(self) -> tuple[tuple[str, str, str], ...]:
         """What the parameters (but for a border term's) are called without parametrizations, and where they are."""

@@ -57,6 +57,14 @@ def _made(net: nn.Module, half: bool) -> int:
     return sum(weight.nbytes + 4 * weight[:, 0].nbytes for norm, weight in scaled if not isinstance(norm, nn.Identity))
 
 
+def _laid_out(net: NetShape, half: bool) -> int:
+    """Bytes of weights that a run makes besides, to multiply the gain in, and of images to lie channels-last."""
+    if half or not isinstance(net, CouplingNet):  # which all lie as they are to at once
+        return 0
+    own = net.dims == 2 and not net.border and isinstance(net.norm1, nn.Identity)
+    return net.conv3.weight.nbytes + (net.conv1.weight.nbytes if own else 0)
+
+
 def net_cost(
     coupling: Coupling, channels: int, samples: int, spatial: Sequence[int], cond_channels: int, like: Tensor
 ) -> NetCost:
@@ -78,7 +86,7 @@ def net_cost(
     inputs, beside = (cond_channels, 0) if injects else (reads, cond_channels)
     params = _wanted(net)
     copied = seen * reads if board is not None else 0
-    margin, inside = 4 * SMALL, 0
+    margin, inside, freed = 4 * SMALL, 0, 0
     with in_precision(coupling.precision, like):
         as_products = isinstance(net, NetShape) and functional.net_as_products(like)
         half = torch.is_autocast_enabled(like.device.type)
@@ -93,6 +101,12 @@ def net_cost(
             weights = [shape.new_empty(width, 1, *[kernel] * net.dims) for width, kernel in _layers(net)]
             margin = ops.kept_elements(shape, weights, codes, dilations) * size - seen * positions * hidden
             made = _made(net, False)
+        elif isinstance(net, NetShape) and functional.net_as_convolutions(like):  # the input too, as the net takes it
+            given = 0 if net.border else inputs + beside
+            hidden = (2 * net.hidden + net.border + given) * size
+            inside = (2 * net.hidden + (given if half else 0)) * size
+            freed = net.hidden * size if net.is_plain and not net.border else 0
+            made = _made(net, half) + _laid_out(net, half)
         elif isinstance(net, NetShape):  # as the library's convolutions, relus in place, the output before its gain too
             hidden = (2 * net.hidden + net.border) * size
             hidden += 0 if beside == 0 or net.border else (inputs + beside) * each
@@ -133,6 +147,7 @@ def net_cost(
         raw_out=0 if board is None else seen * out * each,
         grad_inside=seen * inside,
         grad_cond=seen * beside * each,
+        freed=seen * freed,
         made=made,
         largest=max((parameter.nbytes for parameter in params), default=0),
     )

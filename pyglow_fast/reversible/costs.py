@@ -58,6 +58,7 @@ class NetCost:
         out: each, of the output.
         raw_out: each, of the output as the net itself gives it where the coupling takes a part of that; else 0.
         grad_inside: each, of gradients inside the net that are tensors.
+        freed: each, of ``hidden`` that a recomputed net frees before its last gradients inside are there.
         grad_read: each, of the gradient of what it reads of the state.
         grad_cond: each, of that of the condition.
         params: of the parameters that want gradients.
@@ -79,6 +80,7 @@ class NetCost:
     raw_out: int = 0
     grad_inside: int = 0
     grad_cond: int = 0
+    freed: int = 0
     made: int = 0
     largest: int = 0
 
@@ -115,7 +117,7 @@ class NetCost:
     def going_back(self, chunk: ChunkCost) -> int:
         """The most bytes while a chunk, which has run, is differentiated; its output and the gradient included."""
         cropped = 0 if chunk.given == chunk.taken else self.out
-        inside = self.hidden + self.copied + self.out + cropped + self.grads_inside
+        inside = self.hidden - self.freed + self.copied + self.out + cropped + self.grads_inside
         summing = 0 if chunk.whole else self.largest
         return chunk.taken * inside + chunk.given * self.out + self.margin + self.made + self.grads + summing
 
