@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from pyglow_fast import functional
-from pyglow_fast.latents.spaces import SPACES, from_space, to_space
 from pyglow_fast.coupling_nets.precision import PRECISIONS, overridden
+from pyglow_fast.latents.spaces import SPACES, from_space, to_space
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
