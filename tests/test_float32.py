@@ -21,7 +21,9 @@ from pyglow_fast import _float32, functional, ops, reference
 from pyglow_fast._float32 import CONVOLUTIONS, PRODUCTS
 from pyglow_fast.coupling_nets.precision import in_precision
 from pyglow_fast.layers import GroupedInvConv
+from pyglow_fast.layers.border import border_map
 from pyglow_fast.layers.flow_step import ChannelMap, after
+from pyglow_fast.models.class_head import ClassHead
 from pyglow_fast.reversible.drift import LEAST_EPS, PROJECTION_SLACK, before_map, norms, project, sketch
 
 C = 12
@@ -482,3 +484,21 @@ print(torch.backends.cudnn.conv.fp32_precision)
                 net("fp32")(x)
             Backends.cudnn.conv.fp32_precision = "ieee"
             assert torch.equal(net("fp32")(x), exact)
+
+
+@by_setting
+def test_what_is_read_off_the_state(setting: str, device: torch.device) -> None:
+    """The logits of a class head, and a border term, which a prior of the top latent may have."""
+
+    def logits(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        head = ClassHead(C, 5).to(z)
+        with torch.no_grad():
+            head.weight.copy_(weight)
+            head.bias.copy_(bias)
+            found: Tensor = head(z)
+        return found
+
+    values = torch.randn(3, C, 6, 8), torch.randn(5, C), torch.randn(5)
+    assert_not_rounded(logits, *values, setting=setting, device=device, magnitude=C**0.5)
+    kernel = torch.randn(5, 1, 3, 3)
+    assert_not_rounded(lambda kernel: border_map(kernel, (6, 8)), kernel, setting=setting, device=device, magnitude=3.0)

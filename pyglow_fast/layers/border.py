@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyglow_fast import _float32
 from pyglow_fast.coupling_nets.explicit_net import scaled
 from pyglow_fast.reference import full_precision
 
@@ -24,10 +25,11 @@ def border_kernel(out_channels: int, dims: int) -> nn.Parameter:
 
 def border_map(kernel: Tensor, spatial: Sequence[int]) -> Tensor:
     """ring * kernel, (1, C_out, *spatial). kernel (C_out, 1, 3, ...)."""
-    ring = F.pad(kernel.new_zeros(1, 1, *spatial), [1, 1] * len(spatial), value=1.0)
+    wide = kernel.double() if _float32.rounds(_float32.CONVOLUTIONS, kernel) else kernel
+    ring = F.pad(wide.new_zeros(1, 1, *spatial), [1, 1] * len(spatial), value=1.0)
     conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(spatial)]
     with full_precision(kernel):
-        return conv(ring, kernel)
+        return conv(ring, wide).to(kernel.dtype)
 
 
 def without_border(weights: Sequence[Tensor], scale: Tensor | None, border1: Tensor, border3: Tensor) -> list[Tensor]:

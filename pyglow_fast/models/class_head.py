@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyglow_fast.reference import full_product
+
 
 class ClassHead(nn.Module):
     """logits = exp(3 log_gain) (W h + b), h the mean of the top latent over its positions.
@@ -33,7 +35,7 @@ class ClassHead(nn.Module):
         """z (N, C, *spatial) -> logits (N, n_classes)."""
         with torch.autocast(z.device.type, enabled=False):  # the flow state, and what is read off it, stay float32
             pooled = z.flatten(2).mean(2)
-            return F.linear(pooled, self.weight, self.bias) * (3.0 * self.log_gain).exp()
+            return (full_product(pooled, self.weight.mT) + self.bias) * (3.0 * self.log_gain).exp()
 
 
 def class_bits(logits: Tensor, labels: Tensor) -> Tensor:
