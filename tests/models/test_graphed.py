@@ -209,7 +209,7 @@ class TestDrift:
                     if graphs.lost:
                         assert found == [], "lost again"
                         continue
-                found.append(float(loss))
+                found.append(float(loss.detach()))
                 optimizer.step()
         assert losses["graphed"] == pytest.approx(losses["plain"], rel=1e-4)
         assert losses["plain"][-1] < losses["plain"][0] - 1.0
