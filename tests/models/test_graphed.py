@@ -299,16 +299,41 @@ def test_more_refusals(recorded: Side) -> None:
         model.make_graphed(x[:, :2])
 
 
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+
+
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@on_a_gpu
 @pytest.mark.parametrize("memory", ["store", "checkpoint", "reversible"])
 def test_on_a_gpu(memory: str) -> None:
     model, x = make("cuda", memory=memory)
+    alive = -model.log_prob(x).mean()  # of the default stream, which no capture may touch
+    kept = kept_gradients(model)
+    before = [gradient.clone() for gradient in kept]
     graphs = model.make_graphed(x)
+    assert all(torch.equal(gradient, values) for gradient, values in zip(kept, before, strict=True))
+    alive.backward()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
     for _ in range(3):
         x = x.roll(1, dims=-1)
         check_step(model, graphs, x)
+        assert not graphs.lost
         optimizer.step()
     torch.testing.assert_close(graphs.sample(0.0), model.sample(N, 0.0), rtol=1e-4, atol=1e-4)
     assert not torch.equal(graphs.sample(), graphs.sample())
+
+
+@pytest.mark.cuda
+@on_a_gpu
+def test_drift_on_a_gpu(off: Tensor) -> None:
+    off.data = off.data.cuda()
+    model, x = make("cuda", n_steps=8)
+    graphs = model.make_graphed(x)
+    check_step(model, graphs, x)
+    off.fill_(1.01)
+    graphs.train_step(x)
+    assert graphs.lost
+    for _ in range(3):
+        check_step(model, graphs, x)
+        assert not graphs.lost
+    assert [report["skipped"] for report in model.memory_report()] == [1, 1]
