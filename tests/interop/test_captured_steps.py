@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +20,7 @@ from bench.srflow_peer import FlowStep, randomised
 from pyglow_fast.interop.accelerate import accelerate
 from pyglow_fast.interop.chaiyujin import step as adapter
 from pyglow_fast.interop.glow_tts.layers import AdoptedLayer
+from pyglow_fast.interop.nflows._state import Derived
 from pyglow_fast.reversible import drift
 
 CHAIYUJIN: dict[str, dict[str, Any]] = {
@@ -113,3 +116,32 @@ def test_jet(name: str, memory: str | None) -> None:
         return z.square().sum() - log_det.sum()
 
     assert_replays(model, loss, x)
+
+
+def test_indices_that_a_graph_reads_outlive_a_load() -> None:
+    """FrEIA's of a hard permutation, and what nflows' layers have derived: loading derives them anew."""
+    model, loss, _ = prepared("FrEIA")
+    accelerate(model)
+    x = images(4)
+    block = next(module for module in model.modules() if hasattr(module, "w_perm"))
+    layer, flag, derived = nn.Linear(1, 1), torch.zeros(2), Derived[Tensor]()
+
+    def ask() -> Tensor:
+        return derived.get(layer, [flag], lambda: flag + 1)
+
+    def step() -> None:
+        gradients(model, lambda: loss(model, x))
+        ask()
+
+    with like_a_gpu(), own_factorisations():
+        step()
+        with capture_guard():
+            step()
+        alive = [weakref.ref(value) for value in (*block._seen.indices, ask())]
+        model.load_state_dict(model.state_dict())
+        flag.add_(1.0)
+        step()
+        gc.collect()
+    assert all(value() is not None for value in alive)
+    assert block._seen.indices[0] is not alive[0]()
+    assert ask() is not alive[2]()
