@@ -49,31 +49,40 @@ def refuse_first_use(device: torch.device, what: str) -> None:
     expect(not is_capturing(device), "CUDA graph", expected, f"a capture that begins without {what}")
 
 
+_held: dict[int, Any] = {}  # what captures have read, by id
+
+
+def held(value: T, device: torch.device) -> T:
+    """The value; one that is asked for while a CUDA graph is captured is kept for good, whatever its owner does.
+
+    The graph reads it at each replay, and nobody tells when the graph is gone.
+    """
+    if is_capturing(device):
+        _held[id(value)] = value
+    return value
+
+
 def made_once(size: int) -> Callable[[Callable[..., T]], Callable[..., T]]:
     """A decorator: of a function of hashable arguments, the last a device, the results for the last ``size`` of them.
 
-    The function makes constants on the host and copies them to the device. What was asked for in a capture is kept for
-    good: the graph reads it at each replay, and nobody tells when it is gone.
+    The function makes constants on the host and copies them to the device. What was asked for in a capture is held.
     """
 
     def decorate(function: Callable[..., T]) -> Callable[..., T]:
-        lock, last, kept = threading.Lock(), OrderedDict[Hashable, Any](), dict[Hashable, Any]()
+        lock, last = threading.Lock(), OrderedDict[Hashable, Any]()
 
         @functools.wraps(function)
         def found(*key: Any) -> T:
             with lock:
-                value = kept[key] if key in kept else last.pop(key, None)
+                value = last.pop(key, None)
             if value is None:
                 refuse_first_use(key[-1], "constants for its shapes")
                 value = function(*key)
             with lock:
-                if key not in kept and is_capturing(key[-1]):
-                    kept[key] = value
-                elif key not in kept:
-                    last[key] = value
-                    while len(last) > size:
-                        last.popitem(last=False)
-            return value
+                last[key] = value
+                while len(last) > size:
+                    last.popitem(last=False)
+            return held(value, key[-1])
 
         return found
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional, reference
+from pyglow_fast._captures import refuse_first_use
 from pyglow_fast._errors import check_count, check_input, expect
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.ranks import gather, refused_alike
@@ -95,6 +96,7 @@ class ActNorm(FlowLayer):
         return self._known_initialized
 
     def _ask_buffer(self) -> None:
+        refuse_first_use(self.initialized.device, "actnorms that have seen data")
         self._known_initialized = not self.initialized.is_meta and bool(self.initialized)
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:

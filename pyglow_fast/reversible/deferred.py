@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyglow_fast._captures import Later, is_capturing, refuse_first_use
+from pyglow_fast._captures import Later, held, is_capturing, refuse_first_use
 
 REMEMBERED = 16  # backward passes that did not end, of all threads: an error leaves nobody who would forget them
 
@@ -104,7 +104,7 @@ class Verdicts:
 
     def add(self, worst: Tensor, zeroed: Tensor, limit: float, spacing: int) -> None:
         """After a pass: its worst drift, and whether its gradients were zeroed (by any run's drift)."""
-        values = self.prepare(worst.device)
+        values = held(self.prepare(worst.device), worst.device)
         values[0].add_(1)
         values[1].add_(~(worst <= limit))
         values[2].add_(zeroed)

@@ -222,6 +222,7 @@ class TrainState:
         values: list[float] = torch.stack(found).tolist()  # one read: on a GPU it waits
         if replayed and values.pop():  # states drifted: what a graph cannot redo, the model can
             self.optimizer.zero_grad(set_to_none=True)
+            self._graphed = None  # frees its memory; the next step makes one with anchors closer together
             return self._gradients(parts, replayed=False)
         return values
 
@@ -244,7 +245,7 @@ class TrainState:
     def _replay(self, x: Tensor, y: Tensor | None) -> Tensor:
         """Loss and gradient from a CUDA graph, which has them in nats."""
         if self._graphed is None:
-            self._graphed = self.model.make_graphed(x, y)
+            self._graphed = self.model.make_graphed(x, y, n_samples=1)  # the least: no samples are asked of it
         nats: Tensor = self._graphed.train_step(x, y)
         scale = 1.0 / (self.model.config.n_values * math.log(2.0))
         torch._foreach_mul_([value.grad for value in self.model.parameters() if value.grad is not None], scale)

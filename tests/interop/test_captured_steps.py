@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +12,15 @@ import torch
 from support.accelerate_cases import CASES, MEMORIES, images, prepared
 from support.captures import Recording, capture_guard, like_a_gpu, own_factorisations
 from support.covering import pairs
+from support.glow_tts_cases import NORMS, TextDecoder, mask_of_lengths, moved
+from support.jet_models import MODELS as JET
 from torch import Tensor, nn
 
 from bench.srflow_peer import FlowStep, randomised
 from pyglow_fast.interop.accelerate import accelerate
 from pyglow_fast.interop.chaiyujin import step as adapter
+from pyglow_fast.interop.glow_tts.layers import AdoptedLayer
+from pyglow_fast.interop.nflows._state import Derived
 from pyglow_fast.reversible import drift
 
 CHAIYUJIN: dict[str, dict[str, Any]] = {
@@ -81,3 +87,61 @@ def test_steps_of_chaiyujin(name: str, memory: str | None, monkeypatch: pytest.M
         return z.square().sum() - gained.sum()
 
     assert_replays(step, loss, x)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("norm", NORMS)
+def test_glow_tts(norm: str, memory: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AdoptedLayer, "least_positions", 0)
+    model = moved(TextDecoder(4, 6, 3, kernel=3, rate=2, layers=2, norm=norm)).double()
+    accelerate(model, memory=memory)
+    x, mask = torch.randn(3, 4, 16, dtype=torch.float64), mask_of_lengths((16, 9, 4), 16)
+
+    def loss() -> Tensor:
+        z, log_det = model(x, mask)
+        return z.square().sum() - log_det.sum()
+
+    assert_replays(model, loss, x)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("name", JET)
+def test_jet(name: str, memory: str | None) -> None:
+    model, shape = JET[name]()
+    model, x = model.double(), torch.randn(3, *shape, dtype=torch.float64)
+    accelerate(model, memory=memory)
+
+    def loss() -> Tensor:
+        z, log_det = model(x)
+        return z.square().sum() - log_det.sum()
+
+    assert_replays(model, loss, x)
+
+
+def test_indices_that_a_graph_reads_outlive_a_load() -> None:
+    """FrEIA's of a hard permutation, and what nflows' layers have derived: loading derives them anew."""
+    model, loss, _ = prepared("FrEIA")
+    accelerate(model)
+    x = images(4)
+    block = next(module for module in model.modules() if hasattr(module, "w_perm"))
+    layer, flag, derived = nn.Linear(1, 1), torch.zeros(2), Derived[Tensor]()
+
+    def ask() -> Tensor:
+        return derived.get(layer, [flag], lambda: flag + 1)
+
+    def step() -> None:
+        gradients(model, lambda: loss(model, x))
+        ask()
+
+    with like_a_gpu(), own_factorisations():
+        step()
+        with capture_guard():
+            step()
+        alive = [weakref.ref(value) for value in (*block._seen.indices, ask())]
+        model.load_state_dict(model.state_dict())
+        flag.add_(1.0)
+        step()
+        gc.collect()
+    assert all(value() is not None for value in alive)
+    assert block._seen.indices[0] is not alive[0]()
+    assert ask() is not alive[2]()

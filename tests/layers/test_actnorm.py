@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from support.captures import capturing
 from support.helpers import assert_close
 from torch import Tensor, nn
 
@@ -223,3 +224,13 @@ def test_wrong_arguments(arguments: dict[str, float], message: str) -> None:
 
 def test_repr() -> None:
     assert repr(pgf.ActNorm(7)) == "ActNorm(7)"
+
+
+def test_a_capture_finds_it_initialized() -> None:
+    """A capture reads no buffer, and its replays would set the parameters from each batch."""
+    layer, x = pgf.ActNorm(4), torch.randn(8, 4, 3)
+    with capturing(), pytest.raises(ValueError, match="a capture that begins without actnorms that have seen data"):
+        layer(x)
+    layer(x)
+    with capturing():
+        layer(x)

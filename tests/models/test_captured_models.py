@@ -12,7 +12,7 @@ from support.glow_settings import CALM, CONFIGS, Setting
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
-from pyglow_fast import _backend
+from pyglow_fast import _backend, ops
 from pyglow_fast.reversible import passes
 
 MEMORY = ("store", "checkpoint", "reversible", "200kB")
@@ -71,11 +71,14 @@ def assert_replays(setting: Setting, replays: int = 3) -> None:
 @pairs(
     pytest.mark.parametrize("name", list(CONFIGS)),
     pytest.mark.parametrize("memory", MEMORY),
-    pytest.mark.parametrize("nets", ["auto", "library"]),
+    pytest.mark.parametrize("by", ["kernels", "library nets", "reference"]),
     pytest.mark.parametrize("deferred", [False, True]),
 )
-def test_every_kind(name: str, memory: str, nets: str, deferred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_backend, "_nets", lambda: nets)
+def test_every_kind(name: str, memory: str, by: str, deferred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By: on a GPU there are the kernels beside library nets, and the reference where there is no kernel."""
+    monkeypatch.setattr(_backend, "_nets", lambda: "auto" if by == "kernels" else "library")
+    if by == "reference":
+        monkeypatch.setattr(ops, "run_on", lambda x: False)
     setting = Setting(name, spread=CALM)
     setting.model.memory = memory
     for sequence in setting.model._sequences():

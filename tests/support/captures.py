@@ -148,7 +148,7 @@ class NotCapturableError(RuntimeError):
 
 
 # Operations whose result, or the size of it, the host needs.
-_READS = frozenset(
+READS = frozenset(
     re.findall(
         r"\w+",
         """
@@ -200,7 +200,7 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
-        if name in _READS or (name == "repeat_interleave" and kwargs.get("output_size") is None):
+        if name in READS or (name == "repeat_interleave" and kwargs.get("output_size") is None):
             raise NotCapturableError(f"{name}: the host reads a value")
         is_index = len(args) > 1 and name.startswith(("index", "_index", "_unsafe_index"))
         if is_index and any(tensor.dtype in _MASKS for tensor in _tensors(args[1])):

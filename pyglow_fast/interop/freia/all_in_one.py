@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyglow_fast import _float32, functional, reference
-from pyglow_fast._captures import is_capturing
+from pyglow_fast._captures import held, is_capturing
 from pyglow_fast._tracing import is_exporting, kernels_step_aside
 from pyglow_fast.interop import nets
 from pyglow_fast.interop.freia.layout import (
@@ -260,7 +260,7 @@ class ServedBlock(nn.Module):
             if is_capturing(pair[0].device):
                 return None
             self._seen = look_at(pair)
-        return self._seen.indices
+        return held(self._seen.indices, pair[0].device)
 
     @property
     def _is_narrow(self) -> bool:

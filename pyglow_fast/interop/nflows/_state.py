@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from pyglow_fast._captures import held
 from pyglow_fast._errors import can_read
 from pyglow_fast._tracing import is_watched
 
@@ -56,7 +57,7 @@ class Derived(Generic[T]):
         state = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
         kept = self._kept.get(layer)
         if kept is not None and kept[1] == state and all(a() is b for a, b in zip(kept[0], tensors, strict=True)):
-            return kept[2]
+            return held(kept[2], tensors[0].device)
         value = derive()
         self._kept[layer] = ([weakref.ref(tensor) for tensor in tensors], state, value)
         return value
