@@ -270,6 +270,20 @@ def test_when_cudnn_fuses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not fuses()
 
 
+def test_what_lies_channels_last() -> None:
+    """Images, but for doubles on a GPU, where cuDNN takes these contiguous only."""
+    for device, dtype, dims, expected in (
+        ("cuda", torch.float32, 4, torch.channels_last),
+        ("cuda", torch.bfloat16, 4, torch.channels_last),
+        ("cuda", torch.float64, 4, torch.contiguous_format),
+        ("cpu", torch.float64, 4, torch.channels_last),
+        ("cuda", torch.float32, 3, torch.contiguous_format),
+        ("cuda", torch.float32, 5, torch.contiguous_format),
+    ):
+        like: Any = SimpleNamespace(device=torch.device(device), dtype=dtype, dim=lambda dims=dims: dims)
+        assert convolutions.format_for(like) == expected
+
+
 def test_what_cudnn_refuses_runs_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not asked again for the same shapes; other failures are not passed over."""
     net, (x, _) = net_of(dtype=torch.float32), state_and_cond()
@@ -459,3 +473,9 @@ def test_bad_input_is_refused_as_ever() -> None:
     biases = [torch.zeros(16), torch.zeros(16), torch.zeros(6)]
     with pytest.raises(RuntimeError, match=r"dtype|type"):
         functional.net_chain(x, other, biases, spec_of("relu", 2))
+    weights = [torch.zeros(16, 6, 3, 3), torch.zeros(16, 16, 1, 1), torch.zeros(6, 16, 3, 3)]
+    for shape in ((1, 2, 5, 5), (2, 2, 1, 5), (2, 2, 5)):
+        with pytest.raises(ValueError, match=r"cond: expected \(2, Cc, 5, 5\) on cpu, like x, found"):
+            functional.net_chain(x, weights, biases, spec_of("relu", 2), cond=torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"strict|shorter|longer"):
+        functional.net_chain(torch.randn(2, 6, 5, 5), weights, [*biases, biases[0]], spec_of("relu", 2))
