@@ -3,7 +3,7 @@
 What lies between layers is kept once, behind its activation, and freed by the backward as it passes. Images are run
 channels-last from end to end: the input, the weights, every hidden layer, the output and all gradients. That this is
 the faster form on a GPU, whose tensor cores multiply channels-last numbers, is a prediction that no GPU has confirmed
-yet; other numbers of dimensions are run contiguous.
+yet. Contiguous are other numbers of dimensions, and float64 on a GPU.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast import ops
+from pyglow_fast._errors import expect
 from pyglow_fast.reference import Activation, ChainSpec, activated, autocast_is_on, sides
 
 _aten = torch.ops.aten
@@ -29,9 +30,11 @@ def dtype_on(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if x.dtype == torch.float32 and autocast_is_on(kind) else x.dtype
 
 
-def format_for(dims: int) -> torch.memory_format:
-    """The memory format that a chain over so many spatial dimensions is run in."""
-    return torch.channels_last if dims == 2 else torch.contiguous_format
+def format_for(x: Tensor) -> torch.memory_format:
+    """The memory format that a chain is run in, given one of its tensors."""
+    on_gpu = x.device.type == "cuda"
+    images = x.dim() == 4 and not (on_gpu and x.dtype == torch.float64)  # which cuDNN takes contiguous only
+    return torch.channels_last if images else torch.contiguous_format
 
 
 class Chain(NamedTuple):
@@ -76,18 +79,26 @@ def prepared(weights: Sequence[Tensor], biases: Sequence[Tensor], spec: ChainSpe
 
     Under autocast parameters of any dtype are cast; else one that is not of x's dtype is refused when it is used.
     """
-    dtype, memory_format = dtype_on(x), format_for(x.dim() - 2)
+    dtype, memory_format = dtype_on(x), format_for(x)
     if dtype != x.dtype:
         weights, biases = [value.to(dtype) for value in weights], [value.to(dtype) for value in biases]
     return Chain([weight.contiguous(memory_format=memory_format) for weight in weights], biases, spec)
 
 
 def joined(x: Tensor, cond: Tensor | None) -> Tensor:
-    """x, or x and cond side by side, in the dtype and memory format that a chain is run in."""
-    dtype, memory_format = dtype_on(x), format_for(x.dim() - 2)
+    """x, or x and cond side by side, in the dtype and memory format that a chain is run in.
+
+    Raises:
+        ValueError: a condition of another batch, other spatial sizes or on another device than x.
+    """
+    dtype, memory_format = dtype_on(x), format_for(x)
     if cond is None:
         return x.to(dtype, memory_format=memory_format).contiguous(memory_format=memory_format)
     channels = x.shape[1]
+    fits = cond.dim() == x.dim() and (cond.shape[0], *cond.shape[2:]) == (x.shape[0], *x.shape[2:])
+    if not (fits and cond.device == x.device):  # a copy would broadcast it, or move it
+        expected = f"({x.shape[0]}, Cc, {', '.join(map(str, x.shape[2:]))}) on {x.device}, like x"
+        expect(False, "cond", expected, f"{tuple(cond.shape)} on {cond.device}")
     shape = (x.shape[0], channels + cond.shape[1], *x.shape[2:])
     both = torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory_format)
     both[:, :channels].copy_(x)
@@ -160,17 +171,15 @@ def run(chain: Chain, h: Tensor, kept: list[Tensor] | None = None) -> Tensor:
         if kept is not None:
             kept.append(h)
         arguments = _arguments(weight, dilation)
-        if index == len(activations):
-            break
-        if _is_relu(activations[index]):
+        if index < len(activations) and _is_relu(activations[index]):
             h = _relu_convolution(h, weight, bias, arguments)
             continue
-        argument = _aten.convolution(h, weight, bias, *arguments)
-        if kept is not None and _keeps_argument(activations[index]):
-            kept.append(argument)
-        h = activated(argument, activations[index])
-    out: Tensor = _aten.convolution(h, weight, bias, *arguments)
-    return out.contiguous(memory_format=format_for(h.dim() - 2))
+        h = _aten.convolution(h, weight, bias, *arguments)
+        if index < len(activations):
+            if kept is not None and _keeps_argument(activations[index]):
+                kept.append(h)
+            h = activated(h, activations[index])
+    return h.contiguous(memory_format=format_for(h))
 
 
 # By the kind of activation, (gradient, value, parameter) -> gradient; the value is the argument where that is kept.
@@ -209,7 +218,7 @@ def backward(
     last = len(weights) - 1
     of_weights: list[Tensor | None] = [None] * len(weights)
     of_biases = list(of_weights)
-    grad: Tensor | None = grad_out.to(kept[0].dtype).contiguous(memory_format=format_for(grad_out.dim() - 2))
+    grad: Tensor | None = grad_out.to(kept[0].dtype).contiguous(memory_format=format_for(kept[0]))
     for index in range(last, -1, -1):
         goes_on = wanted.x or any(wanted.weights[:index]) or any(wanted.biases[:index])
         mask = [goes_on, wanted.weights[index], wanted.biases[index]]

@@ -234,12 +234,12 @@ def net_chain(
     """A coupling net that is a chain of convolutions or linear layers; see :func:`pyglow_fast.reference.net_chain`.
 
     As products of ours it is float32 also under autocast to bfloat16, where the activations between its layers, and
-    what is multiplied, are rounded to that.
+    what is multiplied, are rounded to that. As the library's convolutions it has autocast's dtype, and images are
+    channels-last.
     """
-    if net_as_convolutions(x):
-        return _convolved(x, weights, biases, spec, log_gain, cond)
     if not net_as_products(x):
-        return reference.net_chain(x, weights, biases, spec, log_gain, cond)
+        compute = _convolved if net_as_convolutions(x) else reference.net_chain
+        return compute(x, weights, biases, spec, log_gain, cond)
     half = net_in_half(x)
     if half:  # autocast takes inputs and parameters of any dtype
         weights, biases = [value.to(x.dtype) for value in weights], [value.to(x.dtype) for value in biases]
@@ -259,6 +259,7 @@ def _convolved(
     log_gain: Tensor | None,
     cond: Tensor | None,
 ) -> Tensor:
+    """:func:`net_chain` where it is the library's convolutions."""
     reference.check_chain(weights, spec)
     weights, biases = reference.with_gain(weights, biases, log_gain)
     inputs = [x] if cond is None else [x, cond]

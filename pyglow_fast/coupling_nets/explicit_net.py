@@ -47,6 +47,10 @@ class LayerNames(NamedTuple):
     log_scale: str | None = None
     power: float = 1.0
 
+    def scale_of(self, log_scale: Tensor) -> Tensor:
+        """exp(power log_scale), (C,)."""
+        return (log_scale if self.power == 1.0 else self.power * log_scale).exp().flatten()
+
 
 class FoldedLayers:
     """A chain's weights and biases with the scales of its layers in them, and gradients of these as of the parameters.
@@ -63,7 +67,7 @@ class FoldedLayers:
         self.biases: list[Tensor] = []
         for layer in layers:
             weight, bias = params[layer.weight], params[layer.bias]
-            scale = None if layer.log_scale is None else (layer.power * params[layer.log_scale]).exp().flatten()
+            scale = None if layer.log_scale is None else layer.scale_of(params[layer.log_scale])
             self.scales.append(scale)
             self.weights.append(weight if scale is None else scaled(weight, scale))
             self.biases.append(bias if scale is None else bias * scale)

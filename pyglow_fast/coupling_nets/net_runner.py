@@ -100,7 +100,8 @@ class NetRunner:
         rows_each = 1 if self.board is None else 2
         key: tuple[object, ...] = (self.budget, x1.shape, x1.dtype, x1.device.type, cond_channels, random, rows_each)
         if self._known:
-            key += (functional.net_as_products(x1), functional.net_as_convolutions(x1), convolutions.dtype_on(x1))
+            products = functional.net_as_products(x1)
+            key += (products, not products and functional.net_as_convolutions(x1), convolutions.dtype_on(x1))
         else:
             cost = bytes_per_position(self.net, x1.shape[1] + cond_channels, x1.element_size())
             modes = () if isinstance(self.net, NetShape) else training_modes(self.net)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast import functional
+from pyglow_fast import convolutions, functional
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.explicit_net import Explicit, ExplicitNet, FoldedLayers, LayerNames, scaled
 from pyglow_fast.coupling_nets.library_net import LibraryNet
@@ -157,7 +157,10 @@ class CouplingNet(NetShape):
         """w1, b1, w2, b2, w3, b3 of the plain net that this one is, ActNorms and gain folded in."""
         *hidden, w3, b3, log_gain = self._weights()
         gain = (3.0 * log_gain).exp().flatten()
-        return [*hidden, scaled(w3, gain), b3 * gain]
+        weights = [*hidden, scaled(w3, gain), b3 * gain]
+        if not functional.net_as_convolutions(w3):
+            return weights
+        return [weight.contiguous(memory_format=convolutions.format_for(weight)) for weight in weights]
 
     def _weights(self) -> list[Tensor]:
         """With log_gain at the end, not folded in."""

@@ -36,7 +36,8 @@ class FrozenNet(NetShape):
         super().__init__(net.in_channels, net.out_channels, net.hidden, net.cond_channels, net.dims, net.border)
         with torch.no_grad():
             for name, weight in zip(WEIGHTS, net.folded_weights(), strict=True):
-                self.register_buffer(name, weight.detach().clone())
+                plain = weight.detach().clone(memory_format=torch.contiguous_format)  # files hold no other
+                self.register_buffer(name, plain)
 
     @property
     def like(self) -> Tensor:

@@ -71,10 +71,10 @@ def test_formula(actnorm: bool, cond_channels: int, spatial: tuple[int, ...]) ->
     hook.remove()
 
 
-@pytest.mark.parametrize("backend", ["own", "reference"])
+@pytest.mark.parametrize("backend", ["own", "library"])
 @pytest.mark.parametrize("actnorm", [False, True])
 def test_gradients(actnorm: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if backend == "reference":
+    if backend == "library":
         monkeypatch.setattr(_backend, "nets", lambda: "library")
     net = randomised(pgf.CouplingNet(2, 3, 4, actnorm, border=True))
     x = torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
