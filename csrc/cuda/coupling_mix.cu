@@ -2,6 +2,7 @@
 // the product, and what lies between the two is never written.
 #include "cuda/coupled_source.cuh"
 #include "cuda/fused_product.cuh"
+#include "cuda/sample_sums.cuh"
 
 namespace pyglow::cuda {
 
@@ -19,7 +20,7 @@ template <class T>
 int coupling_mix(const CouplingMixArgs<T>& args, const Queue& queue) {
   const CouplingArgs<T>& half = args.coupling;
   const int64_t samples = half.samples, channels = half.channels, positions = half.positions;
-  if (samples * positions == 0 || channels == 0) return clear_log_det(half.log_det, samples, queue.stream);
+  if (samples * positions == 0 || channels == 0) return no_sums(samples, half.log_det, queue.stream);
   const bool inverse = half.kind.inverse;
   const CoupledSource<T> source = coupled_source(half.in, half.net_out, inverse ? args.offset : nullptr, channels,
                                                  half.transformed, positions, half.kind);
