@@ -47,31 +47,18 @@ PYGLOW_HD constexpr int padded(int columns) {
 }
 
 // weights[k * padded(group) + o] = M[out + o, in + k], zero outside M: copies under way, not waited for, so that a
-// source stages meanwhile. A warp takes 8 input by 4 output channels at a time, whole sectors whichever stride of M is
-// 1, and goes on by as many of these as there are warps.
-template <class T>
+// source stages meanwhile. Each row of threads brings its own output channels, of 8 input channels at a time.
+template <int Rows, class T>
 __device__ __forceinline__ void stage_weights(T* weights, const T* matrix, int64_t row, int64_t column,
-                                              int64_t channels, int group, int64_t out, int64_t in, int inputs) {
-  const int warps = blockDim.x * blockDim.y / warp_threads, warp = thread_index() / warp_threads;
-  const int lane = thread_index() % warp_threads, across = group / 4;
-  const int step_k = warps / across * 8, step_o = warps % across * 4;
-  int k = warp / across * 8 + lane % 8, o = warp % across * 4 + lane / 8;
-  const T* from = matrix + (out + o) * row + (in + k) * column;
-  const int64_t step = step_o * row + step_k * column, wrap = 8 * column - group * row;
-  while (k < inputs) {
-    T* const weight = weights + k * padded<T>(group) + o;
+                                              int64_t channels, int64_t out, int64_t in, int inputs) {
+  const int stride = padded<T>(blockDim.y * Rows), count = Rows * static_cast<int>(round_up(inputs, 8));
+  for (int e = threadIdx.x; e < count; e += blockDim.x) {
+    const int k = e / (8 * Rows) * 8 + e % 8, o = threadIdx.y * Rows + e / 8 % Rows;
+    if (k >= inputs) continue;
     if (out + o < channels)
-      copy_async(weight, from);
+      copy_async(weights + k * stride + o, matrix + (out + o) * row + (in + k) * column);
     else
-      *weight = T(0);
-    k += step_k;
-    o += step_o;
-    from += step;
-    if (o >= group) {
-      k += 8;
-      o -= group;
-      from += wrap;
-    }
+      weights[k * stride + o] = T(0);
   }
 }
 
@@ -153,7 +140,7 @@ __global__ void __launch_bounds__(block_threads,
       const int count = static_cast<int>(smaller<int64_t>(chunk, channels - in));
       __syncthreads();  // the previous chunk has been used, the offsets are there
       if (!resident || tile == first_tile)
-        stage_weights(weights, p.matrix, p.row, p.column, channels, group, first_out, in, count);
+        stage_weights<Rows>(weights, p.matrix, p.row, p.column, channels, first_out, in, count);
       const Aside<T> aside = {first_out == 0, begin, ranges.positions, logs, log_stride};
       p.source.template stage<Vector>(inputs, stride, count, in, channels, source_columns, aside);
       wait_for_copies();
@@ -301,8 +288,7 @@ FusedCut narrow_cut(const FusedCut& wide, int64_t samples, int64_t channels, int
   int64_t most = blocks_of(wide, samples, positions, width<T>);
   for (int64_t groups = divide_up(channels, fused_group); groups <= thread_groups; ++groups) {
     for (int x = smaller(64, block_threads); x >= fused_min_columns; x /= 2) {
-      // Whole warps; weights are staged for four output channels at a time.
-      const int y = static_cast<int>(round_up(divide_up(thread_groups, groups), larger(2, warp_threads / x)));
+      const int y = static_cast<int>(round_up(divide_up(thread_groups, groups), larger(1, warp_threads / x)));
       const bool half_empty = x > fused_min_columns && x / 2 * width<T> >= samples * positions;
       if (half_empty || x * y > block_threads || x * y < smaller(64, block_threads)) continue;
       const FusedCut cut = {x, y, narrow_rows, static_cast<int>(divide_up(thread_groups, y)), wide.chunk, {}};
