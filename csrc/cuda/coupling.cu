@@ -3,6 +3,7 @@
 #include "core.h"
 #include "cuda/coupling_kind.cuh"
 #include "cuda/rows.cuh"
+#include "cuda/sample_sums.cuh"
 #include "math/coupling.h"
 
 namespace pyglow::cuda {
@@ -67,26 +68,13 @@ __global__ void __launch_bounds__(block_threads, sizeof(T) == 4             ? 4
   }
 }
 
-// The second stage: a block sums the parts of a sample.
-template <class T>
-__global__ void __launch_bounds__(block_threads)
-    log_det_kernel(const double* partials, int64_t samples, int64_t parts, T* log_det) {
-  for (int64_t n = blockIdx.x; n < samples; n += gridDim.x) {
-    double sum = 0;
-#pragma unroll 4
-    for (int64_t part = threadIdx.x; part < parts; part += blockDim.x) sum += partials[n * parts + part];
-    sum = block_sum(sum);
-    if (threadIdx.x == 0) log_det[n] = static_cast<T>(sum);
-  }
-}
-
 }  // namespace
 
 // - Grid: samples by parts of 1024 to 8192 elements, at most max_blocks blocks, which then loop.
 // - Occupancy: up to 64 registers (float), so 4 blocks of 256 threads on a multiprocessor; each thread has three
 //   16-byte loads in flight, 48 KB in all, more than bandwidth times latency (about 30 KB). Double: 2, with atan 1.
 // - Bound: memory; the scale map takes 50 to 100 instructions for each 16 bytes moved. The kept channels are copied in
-//   the same pass, and not at all if out is in. The second stage reads one double per part.
+//   the same pass, and not at all if out is in. The second stage: sample_sums.cuh.
 template <class T>
 int coupling(const CouplingArgs<T>& args, const Queue& queue) {
   if (args.samples == 0) return cudaSuccess;
@@ -124,9 +112,7 @@ int coupling(const CouplingArgs<T>& args, const Queue& queue) {
                   : launch(coupling_kernel<T, K, false>, blocks, threads, 0, queue.stream, c);
   });
   if (error != cudaSuccess || parts == 1 || args.kind.map == ScaleMap::none) return error;
-  const dim3 sum_threads(static_cast<unsigned>(smaller<int64_t>(block_threads, round_up(parts, warp_threads))));
-  return launch(log_det_kernel<T>, smaller(args.samples, max_blocks), sum_threads, 0, queue.stream, c.partials,
-                args.samples, parts, args.log_det);
+  return sample_sums<T>(c.partials, args.samples, parts, 0.0, args.log_det, queue.stream);
 }
 
 PYGLOW_CUDA_INSTANTIATE(coupling, CouplingArgs)

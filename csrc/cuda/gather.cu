@@ -86,7 +86,7 @@ template <class T>
 int gather(const GatherArgs<T>& args, const Queue& queue) {
   const int64_t samples = args.samples, channels = args.channels, positions = args.positions;
   if (samples * positions == 0 || channels == 0)
-    return args.log_det == nullptr ? cudaSuccess : clear_log_det(args.log_det, samples, queue.stream);
+    return args.log_det == nullptr ? cudaSuccess : no_sums(samples, args.log_det, queue.stream);
   const Squeezed<const T> out = read_only(args.out);
   GatherPass<T> pass = {};
   pass.args = args;

@@ -62,8 +62,4 @@ __device__ __forceinline__ void sum_log_det(const LogDet<T>& out, const Ranges& 
 template <class T>
 int finish_log_det(const LogDet<T>& out, const Ranges& ranges, void* stream);
 
-// log_det where there is nothing to sum.
-template <class T>
-int clear_log_det(T* log_det, int64_t samples, void* stream);
-
 }  // namespace pyglow::cuda

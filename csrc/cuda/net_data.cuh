@@ -88,7 +88,7 @@ __device__ __forceinline__ void store_net(void* data, NetType type, int64_t at, 
       if constexpr (Vector) {
         const uint2 bits = make_uint2(narrow_bits(unit.v[0], type) | narrow_bits(unit.v[1], type) << 16,
                                       narrow_bits(unit.v[2], type) | narrow_bits(unit.v[3], type) << 16);
-        __stwb(static_cast<uint2*>(__builtin_assume_aligned(p, 8)), bits);
+        store_whole(reinterpret_cast<uint2*>(p), bits);
       } else {
         *p = static_cast<uint16_t>(narrow_bits(unit.v[0], type));
       }

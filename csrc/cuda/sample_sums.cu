@@ -18,11 +18,12 @@ __global__ void __launch_bounds__(block_threads)
 }  // namespace
 
 // A block for each sample, of as many threads as it has parts: it reads one double per part, at most 16 MB in all, and
-// what bounds it is the latency of a launch.
+// what bounds it is the latency of a launch. No parts give the start.
 template <class T>
 int sample_sums(const double* partials, int64_t samples, int64_t parts, double start, T* sums, void* stream) {
   if (samples == 0) return cudaSuccess;
-  const dim3 threads(static_cast<unsigned>(smaller<int64_t>(block_threads, round_up(parts, warp_threads))));
+  const dim3 threads(
+      static_cast<unsigned>(smaller<int64_t>(block_threads, round_up(larger<int64_t>(parts, 1), warp_threads))));
   return launch(sample_sums_kernel<T>, smaller(samples, max_blocks), threads, 0, stream, partials, samples, parts,
                 start, sums);
 }

@@ -69,6 +69,7 @@ template <class F>
 const char* guarded(int is_double, unsigned seed, const F& f) {
   thread_local std::string message;
   emu::schedule_seed = seed;
+  emu::launched.clear();
   try {
     if (is_double) {
       f(double());

@@ -77,7 +77,13 @@ template <class T>
 void all() {
   // Vector path and tail; one sample to several tiles, several samples to a tile; several groups and chunks of
   // channels; blocks that walk several tiles, with samples within a block's range and across two of them.
+  multiprocessors = 1;
   for (const Shape& s : {Shape{1, 3, 5}, Shape{2, 4, 16}, Shape{1, 12, 180}, Shape{3, 37, 4}, Shape{1, 70, 8}})
+    for (const bool channels_last : {false, true})
+      fuse<T>(s, channels_last, NetType::state, ScaleMap::sigmoid, Order::shift_scale);
+  // The cut of small products for a large GPU; and so below.
+  multiprocessors = 132;
+  for (const Shape& s : {Shape{3, 37, 4}, Shape{1, 70, 8}})
     for (const bool channels_last : {false, true})
       fuse<T>(s, channels_last, NetType::state, ScaleMap::sigmoid, Order::shift_scale);
   for (int type = 1; type < net_types<T>; ++type)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
+import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,12 +59,37 @@ class _Variant(ctypes.Structure):
     )
 
 
+class _Launch(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("kernel", "blocks", "x", "y", "dynamic_bytes"))
+
+
+class Launch(NamedTuple):
+    """One launch of a kernel, as the entry points of pyglow::cuda configure it."""
+
+    kernel: str  # its name, such as "fused_kernel"
+    arguments: str  # its template arguments without namespaces, such as "float, true"
+    blocks: int
+    threads: tuple[int, int]  # of a block: x, y
+    dynamic_bytes: int  # of shared memory
+
+
 class CouplingGrads(NamedTuple):
     """What coupling_backward gives; the recovered input is None if it was not wanted."""
 
     recovered: Tensor | None
     grad_in: Tensor
     grad_net_out: Tensor
+
+
+@functools.cache
+def _kernels(library: Path) -> dict[int, tuple[str, str]]:
+    """Name and template arguments of each kernel by its offset in the library's symbol table."""
+    listing = subprocess.run(["nm", "-C", str(library)], capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"^(\w+) \w void .*?(\w+_kernel)<(.*?)>\(", listing, flags=re.MULTILINE)
+    return {
+        int(offset, 16): (name, re.sub(r"(pyglow|cuda|\(anonymous namespace\))::", "", arguments))
+        for offset, name, arguments in found
+    }
 
 
 def _view(x: Tensor | None) -> _Tensor:
@@ -141,23 +169,40 @@ def assert_only_written(x: Tensor) -> None:
 class Emulator:
     """Loads the library that the sources were built into. Outputs have the layout ``out_layout`` of :func:`allocate`.
 
-    ``seed`` chooses the order in which the threads run.
+    ``seed`` chooses the order in which the threads run. With ``only_recorded`` none run: :meth:`launches` tells what
+    would be launched, outputs stay as they are. ``multiprocessors`` are those that small grids are cut for.
     """
 
     def __init__(self, library: Path) -> None:
+        self._path = library
         self._library = ctypes.CDLL(str(library))
         self.seed = 0
+        self.only_recorded = False
+        self.multiprocessors = 132
         self.out_layout = "contiguous"
 
     def _call(self, name: str, x: Tensor, transformed: int, *arguments: Any) -> None:
         function: Callable[..., bytes | None] = getattr(self._library, f"emulated_{name}")
         function.restype = ctypes.c_char_p  # type: ignore[attr-defined]
+        self._library.emulated_only_recorded(ctypes.c_int(self.only_recorded))
+        self._library.emulated_multiprocessors(ctypes.c_int64(self.multiprocessors))
         values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments]
         n, c, p = x.shape
         is_double = ctypes.c_int(x.dtype == torch.float64)
         error = function(is_double, ctypes.c_uint(self.seed), _Sizes(n, c, transformed, p), *values)
         if error is not None:
             raise RuntimeError(error.decode())
+
+    def launches(self) -> list[Launch]:
+        """What the last call of an op launched, in order."""
+        count = self._library.emulated_launches
+        count.restype = ctypes.c_int64
+        room = ctypes.c_int64(16)
+        records = (_Launch * room.value)()
+        number = count(records, room)
+        assert number <= room.value, f"{number} launches in one call"
+        names = _kernels(self._path)
+        return [Launch(*names[r.kernel], r.blocks, (r.x, r.y), r.dynamic_bytes) for r in records[:number]]
 
     def output_like(self, x: Tensor) -> Tensor:
         """Room for an output of the shape (N, C, P) of x."""

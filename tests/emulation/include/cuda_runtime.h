@@ -8,7 +8,7 @@
 #endif
 #include <cmath>
 
-#include "emu/schedule.h"
+#include "emu/launches.h"
 #include "emu/sync.h"
 
 struct alignas(16) float4 {
@@ -23,11 +23,6 @@ struct alignas(8) uint2 {
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline double2 make_double2(double x, double y) { return {x, y}; }
-template <class T>
-void __stwb(T* p, T value) {
-  *p = value;
-}
-
 #define __global__
 #define __device__
 #define __host__
@@ -59,6 +54,22 @@ P check_aligned(P pointer, size_t bytes) {
 #define __builtin_assume_aligned(pointer, bytes) \
   const_cast<void*>(static_cast<const volatile void*>(emu::check_aligned(pointer, bytes)))
 
+// Of the GPU that small grids are cut for; by the operating system's thread.
+inline thread_local int64_t multiprocessors = 132;
+
+// Stand in for the assembly of csrc/cuda/device.cuh.
+template <class T>
+void store_whole(T* p, const T& value) {
+  *emu::check_aligned(p, sizeof(T)) = value;
+}
+template <class T>
+void copy_async(T* shared, const T* global) {
+  emu::begin_copy(shared, global, sizeof(T));
+}
+inline void wait_for_copies() {
+  while (const emu::Copy* const copy = emu::next_copy()) std::memcpy(copy->to, copy->from, copy->bytes);
+}
+
 using cudaError_t = int;
 using cudaStream_t = struct emu_stream*;
 constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9;
@@ -87,7 +98,7 @@ struct cudaLaunchConfig_t {
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
-  const bool valid = emu::run_grid(config->gridDim, config->blockDim, config->dynamicSmemBytes,
-                                   [&] { kernel(static_cast<Parameters>(arguments)...); });
+  const bool valid = emu::launch(reinterpret_cast<const void*>(kernel), config->gridDim, config->blockDim,
+                                 config->dynamicSmemBytes, [&] { kernel(static_cast<Parameters>(arguments)...); });
   return valid ? cudaSuccess : cudaErrorInvalidConfiguration;
 }
