@@ -232,10 +232,19 @@ def test_other_matrices_go_by_the_op_too() -> None:
         (back.sum() + log_det.sum()).backward()
 
 
-def test_functions_of_torch_func_have_torch_s_own_ops() -> None:
-    """There the kernel steps aside: torch.func differentiates and batches what is made of those."""
+@pytest.mark.parametrize("name", ["invert_matrix", "log_abs_det"])
+def test_compiled(name: str) -> None:
+    """torch.compile takes the op and its gradient as they are, in one graph."""
+    torch._dynamo.reset()
     matrices = rotations(3, 4)
-    batched = torch.func.vmap(functional.log_abs_det)(matrices)
-    torch.testing.assert_close(batched, functional.log_abs_det(matrices))
-    jacobian = torch.func.jacrev(functional.log_abs_det)(matrices[0])
-    torch.testing.assert_close(jacobian, functional.invert_matrix(matrices[0]).mT)
+    results = []
+    for function in (
+        getattr(functional, name),
+        torch.compile(getattr(functional, name), backend="aot_eager", fullgraph=True),
+    ):
+        leaf = matrices.clone().requires_grad_()
+        out = function(leaf)
+        (gradient,) = torch.autograd.grad(out.square().sum(), leaf)
+        results.append((out, gradient))
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)

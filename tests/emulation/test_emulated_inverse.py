@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.covering import pairs
-from support.inverse_cases import IRREGULAR, KINDS, assert_inverses, rotations
+from support.inverse_cases import IRREGULAR, KINDS, assert_inverses, rotations, signs
 from support.inverse_emulator import UNWRITTEN, InverseEmulator
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
@@ -62,9 +62,9 @@ def test_nothing_to_invert(emulator: InverseEmulator, shape: tuple[int, int, int
 @pytest.mark.parametrize("channels", [12, 40, 80])
 def test_any_order_of_threads_gives_the_same_bits(emulator: InverseEmulator, channels: int, dtype: torch.dtype) -> None:
     """Also where several rows have the largest pivot: of equals the first is taken."""
-    matrices = torch.stack([rotations(1, channels)[0], torch.ones(channels, channels).double()]).to(dtype)
-    matrices[1] += 2.0 * torch.eye(channels)
+    matrices = torch.cat([rotations(1, channels), signs(1, channels)]).to(dtype)
     first = emulator.invert_matrices(matrices)
+    assert_inverses(matrices, *first)
     for seed in (1, 2, 12345):
         emulator.seed = seed
         for got, expected in zip(emulator.invert_matrices(matrices), first, strict=True):

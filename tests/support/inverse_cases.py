@@ -11,21 +11,31 @@ from torch import Tensor
 
 from support.helpers import tolerance
 
-# The arithmetic of the truth: 64 bits of mantissa on x86, 113 elsewhere, and what double has on a few systems.
-EXTENDED = np.finfo(np.longdouble)
-IRREGULAR = {  # matrices that are singular or not finite, and log|det| of them
+
+def _with(value: float, n: int) -> Tensor:
+    """The identity with one other value in it."""
+    matrix = torch.eye(n)
+    matrix[n // 2, n - 1] = value
+    return matrix
+
+
+def _nan_beside_zeros(n: int) -> Tensor:
+    """A column that is zero but for a NaN."""
+    matrix = torch.eye(n)
+    matrix[:, 0] = 0.0
+    matrix[1, 0] = math.nan
+    return matrix
+
+
+# Matrices that are singular or not finite, and log|det| of them.
+IRREGULAR: dict[str, tuple[Callable[[int], Tensor], float]] = {
     "zeros": (lambda n: torch.zeros(n, n), -math.inf),
     "equal rows": (lambda n: torch.ones(n, n) + torch.eye(n).mul(torch.arange(n).gt(1)), -math.inf),
     "a zero column": (lambda n: torch.eye(n).mul(torch.arange(n).ne(n - 1)), -math.inf),
     "nan": (lambda n: _with(math.nan, n), math.nan),
+    "nan beside zeros": (_nan_beside_zeros, math.nan),
     "inf": (lambda n: _with(math.inf, n), math.nan),
 }
-
-
-def _with(value: float, n: int) -> Tensor:
-    matrix = torch.eye(n)
-    matrix[n // 2, n - 1] = value
-    return matrix
 
 
 def rotations(count: int, n: int) -> Tensor:
@@ -56,6 +66,11 @@ def needing_pivots(count: int, n: int) -> Tensor:
     return 1e-3 * rotations(count, n).tril(-1) + identity.roll(1, -1) + 1e-12 * identity
 
 
+def signs(count: int, n: int) -> Tensor:
+    """Matrices of 1 and -1: in the first column all are the largest."""
+    return torch.randn(count, n, n, dtype=torch.float64).sign()
+
+
 KINDS: dict[str, Callable[[int, int], Tensor]] = {
     "rotations": rotations,
     "condition 1e2": with_condition(1e2),
@@ -66,7 +81,10 @@ KINDS: dict[str, Callable[[int, int], Tensor]] = {
 
 
 def exact(matrices: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The inverse of each of (K, C, C) and log|det|, in extended precision, by elimination with exchanges of rows."""
+    """The inverse of each of (K, C, C) and log|det|, by elimination with exchanges of rows.
+
+    In numpy's longdouble, of 64 bits on x86, which where it is no more than double makes the bound no tighter.
+    """
     inverses, log_dets = [], []
     for matrix in matrices.double().cpu().numpy().astype(np.longdouble):
         n = len(matrix)
