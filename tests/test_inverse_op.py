@@ -232,6 +232,23 @@ def test_other_matrices_go_by_the_op_too() -> None:
         (back.sum() + log_det.sum()).backward()
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("channels", [12, 96])
+def test_captured(channels: int) -> None:
+    """A CUDA graph inverts what is in its matrices when it is replayed, in shared memory and in scratch."""
+    matrices = rotations(3, channels).cuda()
+    ops.invert_matrices(matrices)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = ops.invert_matrices(matrices)
+    for _ in range(2):
+        matrices.copy_(with_condition(1e2)(3, channels))
+        graph.replay()
+        assert_inverses(matrices, *results)
+
+
 @pytest.mark.parametrize("name", ["invert_matrix", "log_abs_det"])
 def test_compiled(name: str) -> None:
     """torch.compile takes the op and its gradient as they are, in one graph."""

@@ -157,12 +157,13 @@ __global__ void __launch_bounds__(block_threads) invert_kernel(const InvertMatri
 
 }  // namespace
 
-// - Grid: a block for each matrix, as many as scratch memory of 16 MB has room for where it is used; 4 threads for each
-//   channel, 32 to 256.
-// - Shared memory: up to C = 75 the matrix in double and three lists, 47 KB; beyond that the lists alone (C to 3000).
-// - Bound: the latency of C steps one after the other, each two barriers, a search and a division, for which 600 cycles
-//   are a guess; 2 C^3 operations in double, and each value loaded and stored C / 8 times. At C = 48 the steps count,
-//   at C = 384 the loads and stores: 113 MB a matrix.
+// - Grid: a block for each matrix, or as many as 16 MB of scratch memory have room for where that is used; of 4 threads
+//   for each channel, 32 to 256.
+// - Shared memory: up to C = 76 the matrix in double and three lists, 47 KB; beyond that the lists alone, to C = 3000.
+// - Bound: the latency of C steps one after the other, each a search, a division and two barriers: 350 instructions or
+//   so on sm_90, predicted as 800 cycles. Then C^3 multiply-adds in double, and C / 8 loads and stores of each value.
+//   At C = 48 the steps count, predicted as 22 us; at C = 384 what the second-level cache gives one multiprocessor, 113
+//   MB for a matrix, predicted as 2 to 3 ms.
 template <class T>
 int invert_matrices(const InvertMatricesArgs<T>& args, const Queue& queue) {
   if (args.count == 0) return cudaSuccess;

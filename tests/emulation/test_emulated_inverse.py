@@ -71,6 +71,14 @@ def test_any_order_of_threads_gives_the_same_bits(emulator: InverseEmulator, cha
             assert torch.equal(got, expected)
 
 
+@pytest.mark.full
+def test_scratch_memory_for_some_at_a_time(emulator: InverseEmulator) -> None:
+    """16 MB, to which the driver holds it, are room for 14 of these matrices; the last ones wait for it."""
+    matrices = rotations(1, 384).float() * torch.arange(1.0, 16.0)[:, None, None]
+    inverses, log_dets = emulator.invert_matrices(matrices)
+    assert_inverses(matrices[13:], inverses[13:], log_dets[13:])
+
+
 def test_more_matrices_than_blocks(emulator: InverseEmulator) -> None:
     """The last one of many is no other than if it were alone."""
     matrices = rotations(2600, 3).float()
