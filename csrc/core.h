@@ -239,6 +239,16 @@ struct GaussianSampleArgs {
   int64_t samples, channels, positions;
 };
 
+// The inverse of each matrix, formed in double and rounded once, and log|det|. A singular matrix has an inverse of NaN
+// and -inf, one with a value that is not finite has NaN for both.
+template <class T>
+struct InvertMatricesArgs {
+  const T* matrices;  // (K, C, C), row-major
+  T* inverses;        // (K, C, C), row-major
+  T* log_dets;        // (K,)
+  int64_t count, channels;
+};
+
 // Images (N, K, D, H, W) by strides; fewer dimensions are sizes of 1.
 template <class T>
 struct Image {
@@ -395,7 +405,8 @@ struct ActivationArgs {
   K(channel_moments, ChannelMomentsArgs)              \
   K(gaussian_log_prob, GaussianArgs)                  \
   K(gaussian_log_prob_backward, GaussianBackwardArgs) \
-  K(gaussian_sample, GaussianSampleArgs)
+  K(gaussian_sample, GaussianSampleArgs)              \
+  K(invert_matrices, InvertMatricesArgs)
 #define PYGLOW_CPU_KERNELS(K)                  \
   K(checkerboard_split, CheckerboardSplitArgs) \
   K(checkerboard_merge, CheckerboardMergeArgs) \

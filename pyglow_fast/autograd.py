@@ -1,7 +1,7 @@
 """Differentiable functions over the kernels of :mod:`pyglow_fast.ops`, gradients formed from the saved output or input.
 
 First derivatives only: differentiating a gradient raises, as the backward kernels have no derivative; that of a move of
-values is a move again.
+values is a move again, and that of an inverse is made of products of it.
 """
 
 from __future__ import annotations
@@ -92,6 +92,33 @@ class ChannelUnmix(torch.autograd.Function):
         transposed, back = transpose_map(inverse_matrix, index)
         grad_offset = -(full_product(transposed, summed) if back is None else transposed * summed[back])
         return grad_u, grad_matrix, grad_offset, None, None
+
+
+class InvertMatrices(torch.autograd.Function):
+    """A^-1 and log|det A| of matrices (K, C, C); grad_A = A^-T (grad_log_det - grad_inverse A^-T).
+
+    The products are of float64 whatever the dtype, as the inverse itself is formed, and no setting of matrix products
+    makes less of them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, matrices: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverses, like the matrices, and log|det| (K,)."""
+        inverses, log_dets = ops.invert_matrices(matrices)
+        ctx.save_for_backward(inverses)
+        ctx.set_materialize_grads(False)
+        return inverses, log_dets
+
+    @staticmethod
+    def backward(ctx: Any, grad_inverses: Tensor | None, grad_log_dets: Tensor | None) -> Tensor | None:
+        """The gradient of the matrices."""
+        (inverses,) = ctx.saved_tensors
+        transposed = inverses.mT.double()
+        grad = None if grad_log_dets is None else grad_log_dets[:, None, None] * transposed
+        if grad_inverses is not None:
+            through_inverse = -(transposed @ grad_inverses.double() @ transposed)
+            grad = through_inverse if grad is None else grad + through_inverse
+        return None if grad is None else grad.to(inverses.dtype)
 
 
 class Coupling(torch.autograd.Function):

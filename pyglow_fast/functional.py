@@ -7,6 +7,7 @@ arguments.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from pyglow_fast import _backend, autograd, convolutions, ops, reference
 from pyglow_fast._derivatives import apply
+from pyglow_fast._errors import can_read
 from pyglow_fast.reference import (
     Activation,
     ChainSpec,
@@ -22,7 +24,6 @@ from pyglow_fast.reference import (
     fold_actnorm,
     gather_actnorm,
     invert_gather,
-    invert_matrix,
     n_positions,
     squeeze,
     unsqueeze,
@@ -54,6 +55,7 @@ __all__ = [
     "gaussian_sample",
     "invert_gather",
     "invert_matrix",
+    "log_abs_det",
     "n_positions",
     "net_chain",
     "squeeze",
@@ -170,6 +172,29 @@ def coupling_mix_inverse(
         return ops.coupling_mix(y, readable_net_output(net_out, y), inverse_matrix, offset, *kind, index)
     u, log_det = coupling_inverse(y, net_out, spec)
     return channel_unmix(u, inverse_matrix, offset, index=index), log_det
+
+
+def invert_matrix(matrix: Tensor) -> Tensor:
+    """M^-1 of each matrix of (..., C, C), formed in float64; see :func:`pyglow_fast.reference.invert_matrix`."""
+    if not ops.run_on(matrix):
+        return reference.invert_matrix(matrix)
+    inverses, log_dets = _inverted(matrix)
+    if can_read(matrix):
+        reference.refuse_singular(bool((log_dets == -math.inf).any()))
+    return inverses.reshape(matrix.shape)
+
+
+def log_abs_det(matrices: Tensor) -> Tensor:
+    """log|det M| of each matrix of (..., C, C), formed in float64; see :func:`pyglow_fast.reference.log_abs_det`."""
+    if not ops.run_on(matrices):
+        return reference.log_abs_det(matrices)
+    return _inverted(matrices)[1].reshape(matrices.shape[:-2])
+
+
+def _inverted(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverses (K, C, C) and log|det| (K,) of the K matrices of (..., C, C)."""
+    stacked = matrices.reshape(math.prod(matrices.shape[:-2]), *matrices.shape[-2:])
+    return apply(autograd.InvertMatrices, stacked) if _is_seen(matrices) else ops.invert_matrices(stacked)
 
 
 def _moves_checkerboards(x: Tensor) -> bool:

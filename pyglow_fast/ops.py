@@ -161,6 +161,10 @@ def _fake_gaussian_sample(noise: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor
     return _like(noise)
 
 
+def _fake_invert_matrices(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    return matrices.new_empty(matrices.shape), matrices.new_empty(matrices.shape[0])
+
+
 def _in_format_of(x: Tensor, shape: Sequence[int]) -> Tensor:
     """An output in the memory format that the strides of x suggest, also those of a slice."""
     return x.new_empty(shape).to(memory_format=torch._prims_common.suggest_memory_format(x))
@@ -245,6 +249,7 @@ gaussian_log_prob_backward = _define(
     _fake_gaussian_log_prob_backward,
 )
 gaussian_sample = _define("gaussian_sample(Tensor noise, Tensor mean, Tensor log_sd) -> Tensor", _fake_gaussian_sample)
+invert_matrices = _define("invert_matrices(Tensor matrices) -> (Tensor, Tensor)", _fake_invert_matrices)
 
 # Moves of values, on the CPU only: elsewhere torch's are as fast.
 checkerboard_split = _define("checkerboard_split(Tensor x, int parity, bool both) -> Tensor", _fake_checkerboard_split)

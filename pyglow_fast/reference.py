@@ -230,7 +230,7 @@ def _in_batches(matrices: Tensor) -> list[Tensor]:
 
 
 def log_abs_det(matrices: Tensor) -> Tensor:
-    """log|det| of a matrix (C, C), (), or of each of (K, C, C), (K,)."""
+    """log|det M| of a matrix (C, C), (), or of each of (K, C, C), (K,); -inf where it is singular."""
     if matrices.dim() == 2:
         return torch.linalg.slogdet(matrices).logabsdet
     return torch.cat([torch.linalg.slogdet(batch).logabsdet.reshape(-1) for batch in _in_batches(matrices)])
@@ -245,9 +245,15 @@ def invert_matrix(matrix: Tensor) -> Tensor:
     """
     flat = matrix.double().reshape(math.prod(matrix.shape[:-2]), *matrix.shape[-2:])
     found = [torch.linalg.inv_ex(batch) for batch in _in_batches(flat)]
-    if can_read(matrix) and any(bool(info.any()) for _, info in found):
-        raise SingularMatrixError("matrix: expected an invertible matrix, found a singular one")
+    if can_read(matrix):
+        refuse_singular(any(bool(info.any()) for _, info in found))
     return torch.cat([inverse.reshape(-1) for inverse, _ in found]).reshape(matrix.shape).to(matrix.dtype)
+
+
+def refuse_singular(found: bool) -> None:
+    """Raise SingularMatrixError if a singular one was ``found`` among matrices to be inverted."""
+    if found:
+        raise SingularMatrixError("matrix: expected an invertible matrix, found a singular one")
 
 
 def factor_fits(spec: CouplingSpec) -> bool:

@@ -228,6 +228,8 @@ FORWARD_MODE: dict[str, Callable[[ModuleType, Tensor], Tensor]] = {
     "coupling_mix": lambda home, x: home.coupling_mix(x, _OUT, _MATRIX, _OFFSET, CouplingSpec())[0],
     "coupling_mix_inverse": lambda home, x: home.coupling_mix_inverse(x, _OUT, _MATRIX, _OFFSET, CouplingSpec())[0],
     "coupling_net": lambda home, x: home.coupling_net(x, *_NET),
+    "invert_matrix": lambda home, x: home.invert_matrix(3.0 * torch.eye(3) + x),
+    "log_abs_det": lambda home, x: home.log_abs_det(3.0 * torch.eye(3) + x.flatten(0, 1)),
     "gaussian_log_prob": lambda home, x: home.gaussian_log_prob(x, _OUT, _OUT),
     "gaussian_sample": lambda home, x: home.gaussian_sample(x, _OUT, _OUT),
 }

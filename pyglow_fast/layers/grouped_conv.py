@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pyglow_fast import functional
 from pyglow_fast._errors import check_count, expect
 from pyglow_fast.layers.permutation import ChannelLinear
 
@@ -54,7 +55,7 @@ class GroupedInvConv(ChannelLinear):
 
     def weight_and_log_det(self) -> tuple[Tensor, Tensor]:
         """W (C, C), w for each group, and log|det W| ()."""
-        log_det = torch.linalg.slogdet(self.weight).logabsdet * (self.channels // self.size)
+        log_det = functional.log_abs_det(self.weight) * (self.channels // self.size)
         return spread_over_groups(self.weight, self.channels), log_det
 
     def weight_sources(self) -> list[Tensor] | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pyglow_fast import functional
 from pyglow_fast._errors import check_count, check_input, expect
 from pyglow_fast.layers._base import FlowLayer
-from pyglow_fast.reference import full_precision, log_abs_det, lu_weight
+from pyglow_fast.reference import full_precision, lu_weight
 
 WeightsOf = Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]]
 LU_FACTORS = ("permutation", "lower", "upper", "log_diag", "sign_diag")  # of W, as lu_weight takes them
@@ -139,7 +139,7 @@ class InvConv(ChannelLinear):
         if self.lu:
             weight = lu_weight(self.permutation, self.lower, self.upper, self.log_diag, self.sign_diag)
             return weight, self.log_diag.sum()
-        return self.weight, log_abs_det(self.weight)
+        return self.weight, functional.log_abs_det(self.weight)
 
     def weight_sources(self) -> list[Tensor] | None:
         """Its own tensors, unless a subclass has another W, of which it must say so itself."""
@@ -173,7 +173,7 @@ def _raw_of_convs(layers: Sequence[ChannelLinear]) -> tuple[list[Tensor], Weight
 
         def plain(raw: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
             weight = torch.stack(list(raw))
-            return weight, log_abs_det(weight)
+            return weight, functional.log_abs_det(weight)
 
         return [conv.weight for conv in convs], plain
 

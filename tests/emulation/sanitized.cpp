@@ -13,6 +13,7 @@ int main(int argc, char** argv) {
       sanitized::couplings();
       sanitized::fused();
       sanitized::gathers();
+      sanitized::inverses();
       sanitized::mixes();
       sanitized::statistics();
     }

@@ -112,6 +112,7 @@ constexpr pyglow::Order orders[] = {pyglow::Order::shift_scale, pyglow::Order::s
 
 // Run all kernels of a kind, for float and double; throw if a result is not written.
 void gathers();
+void inverses();
 void mixes();
 void statistics();
 void couplings();

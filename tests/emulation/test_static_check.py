@@ -65,6 +65,7 @@ LIMITS = {
     "coupling_backward_kernel": Limit({"f": 3, "d": 2}, 0, 44, narrow_loads=1, nets=True),
     "gather_kernel": Limit({"f": 4, "d": 3}, 64, 2, narrow_loads=4, narrow_stores=2, nets=True),
     "gather_backward_kernel": Limit({"f": 3, "d": 2}, 64 + 2048, 2, narrow_loads=4, narrow_stores=2, nets=True),
+    "invert_kernel": Limit({"f": 2, "d": 2}, 64 + 64, 2),
     "step_gather_backward_kernel": Limit({"f": 4, "d": 2}, 0, 2, narrow_loads=4, nets=True),
 }
 

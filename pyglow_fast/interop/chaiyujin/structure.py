@@ -192,7 +192,7 @@ def _weight(step: Any) -> tuple[Tensor, Tensor]:
     like: Tensor = step.actnorm.bias
     conv = step.invconv
     if not conv.LU:
-        return conv.weight, torch.linalg.slogdet(conv.weight).logabsdet
+        return conv.weight, functional.log_abs_det(conv.weight)
     eye = torch.eye(conv.l.shape[0], dtype=like.dtype, device=like.device)
     upper = conv.u.triu(1) + torch.diag(conv.sign_s * conv.log_s.exp())
     return full_product(full_product(conv.p, conv.l.tril(-1) + eye), upper), conv.log_s.sum()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyglow_fast import functional
 from pyglow_fast._errors import can_read
 from pyglow_fast.coupling_nets.masks import MaskedNet, run_sorted, without_padding
 from pyglow_fast.coupling_nets.traits import is_altered
@@ -111,7 +112,7 @@ def _channel_map(layers: Sequence[Any], net: BlockNet, spec: CouplingSpec) -> Ch
     logs, bias, weight = actnorm.logs.flatten(), actnorm.bias.flatten(), conv.weight
     with full_precision(weight):
         whole = spread_over_groups(weight, len(logs))
-        log_det = torch.linalg.slogdet(weight).logabsdet * (len(logs) // len(weight)) + logs.sum()
+        log_det = functional.log_abs_det(weight) * (len(logs) // len(weight)) + logs.sum()
         return ChannelMap(whole * logs.exp(), full_product(whole, bias), log_det)
 
 

@@ -94,7 +94,7 @@ class InvConvNear(AdoptedLayer):
         z = z if mask is None else z * mask
         if reverse:
             return z, None
-        log_det = torch.linalg.slogdet(weight).logabsdet * (x.shape[1] // weight.shape[0])
+        log_det = functional.log_abs_det(weight) * (x.shape[1] // weight.shape[0])
         return z, functional.per_sample(z, log_det) if mask is None else log_det * positions_of(mask)
 
 
