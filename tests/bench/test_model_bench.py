@@ -25,7 +25,7 @@ BFLOAT = torch.bfloat16
 
 
 def candidates(which: str, names: list[str], workload: str, dtype: torch.dtype = torch.float32) -> Candidates:
-    found = Candidates(TINY[which], CPU, names, compiled=False, dtype=dtype)
+    found = Candidates(TINY[which], CPU, names, compiled=[], dtype=dtype)
     for candidate in found.found:
         candidate.model.train(workload == TRAIN)
     return found
@@ -100,12 +100,12 @@ class TestCandidates:
 
     def test_missing_library(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(__import__("sys").modules, "nflows", None)
-        built = Candidates(TINY["levels"], CPU, ["plain", "nflows"], compiled=False)
+        built = Candidates(TINY["levels"], CPU, ["plain", "nflows"], compiled=[])
         assert {c.implementation for c in built.found} == {"plain"}
         assert [line.split(":")[0] for line in built.missing] == ["nflows is left out"]
 
     def test_what_is_compiled(self) -> None:
-        built = Candidates(TINY["one step"], CPU, ["store", "reversible", "memcnn", "plain"], compiled=True)
+        built = Candidates(TINY["one step"], CPU, names := ["store", "reversible", "memcnn", "plain"], compiled=names)
         compiled = [c for c in built.found if c.variant == COMPILED]
         assert [c.implementation for c in compiled] == ["store", "plain"]
         assert built.missing[-1:] == [model_cases.MEMCNN_COMPILES_NOT]
@@ -229,7 +229,7 @@ class TestArithmetic:
             assert isinstance(module, torch.nn.Conv2d)
             counted += 2 * module.weight.numel() * out.shape[0] * out.shape[2] * out.shape[3]
 
-        peer = pytest.importorskip("FrEIA") and Candidates(shape, CPU, ["FrEIA"], compiled=False).found[0]
+        peer = pytest.importorskip("FrEIA") and Candidates(shape, CPU, ["FrEIA"], compiled=[]).found[0]
         for part in peer.model.modules():
             if isinstance(part, torch.nn.Conv2d):
                 part.register_forward_hook(count)
