@@ -6,6 +6,7 @@ arguments, and says what the operation must move and compute at least.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import math
@@ -61,6 +62,19 @@ TRAFFIC = {
 COUPLE, COUPLE_BACKWARD, RECOMPUTE = 50, 33, 30
 # and per value
 MOMENTS, LOG_PROB, LOG_PROB_BACKWARD, SAMPLE = 4, 28, 30, 25
+
+
+def parse_shapes(text: str) -> list[tuple[int, ...]]:
+    """A parser's type: shapes such as 8x12x64x64, with commas between them."""
+    try:
+        found = [tuple(int(size) for size in shape.split("x")) for shape in text.split(",")]
+    except ValueError:
+        found = [()]
+    if any(len(shape) != 4 or math.prod(shape) <= 0 or shape[1] % 4 for shape in found):
+        raise argparse.ArgumentTypeError(
+            f"expected shapes such as 8x12x64x64, whose channels 4 divides, found {text!r}"
+        )
+    return found
 
 
 def traffic(op: str, mode: str, shape: tuple[int, ...]) -> int:

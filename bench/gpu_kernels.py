@@ -14,14 +14,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from bench.cases import SHAPES, Case, Data, check_equal, op_cases, step_cases, traffic
+from bench.cases import SHAPES, Case, Data, check_equal, op_cases, parse_shapes, step_cases, traffic
 from bench.device_timing import Launch, RotatingTimer, copy_launches, device_of
 from bench.harness import Timing, device_name, machine, write_json
 from pyglow_fast import functional, reference
@@ -169,17 +168,6 @@ def table(rows: Sequence[KernelRow]) -> str:
     return "\n".join(lines)
 
 
-def shapes(text: str) -> list[tuple[int, ...]]:
-    """A parser's type: shapes such as 8x12x64x64, with commas between them."""
-    try:
-        found = [tuple(int(size) for size in shape.split("x")) for shape in text.split(",")]
-    except ValueError:
-        found = [()]
-    if any(len(shape) != 4 or math.prod(shape) <= 0 or shape[1] % 4 for shape in found):
-        raise argparse.ArgumentTypeError(f"expected shapes such as 8x12x64x64, whose channels 4 divides, found {text!r}")
-    return found
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the tables, write the file.
 
@@ -191,7 +179,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = argparse.ArgumentParser(prog="bench gpu_kernels", description="kernels on a GPU", allow_abbrev=False)
     options.add_argument("--device", type=torch.device, default=torch.device("cuda"), help="cuda (default), or cpu")
-    options.add_argument("--shapes", type=shapes, default=SHAPES, help="separated by commas (those of bench kernels)")
+    options.add_argument(
+        "--shapes", type=parse_shapes, default=SHAPES, help="separated by commas (those of bench kernels)"
+    )
     options.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains this")
     options.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write")
     arguments = options.parse_args(argv)

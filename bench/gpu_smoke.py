@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bench import precisions
 from bench.cases import Case, Data, op_cases, step_cases
+from bench.gpu_stages import NO_KERNELS
 from bench.harness import device_name, machine, synchronize, write_json
 from bench.memory_case import gradient_error
 from bench.memory_models import RAW_SIZE, wake
@@ -77,7 +78,9 @@ def op_checks(device: torch.device, shapes: Sequence[tuple[int, ...]] = tuple(SH
     for shape in shapes:
         for half in (False, True):
             data = data_of(shape, half)
-            triples = zip(*(cases_of(d) for d in (data.copy(device), data, data.copy(dtype=torch.float64))), strict=True)
+            triples = zip(
+                *(cases_of(d) for d in (data.copy(device), data, data.copy(dtype=torch.float64))), strict=True
+            )
             for case, plain, exact in triples:
 
                 def check(case: Case = case, plain: Case = plain, exact: Case = exact) -> str:
@@ -201,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the options; those of the process if None.
 
     Returns:
-        0; 1 if a check failed, or if there are no kernels for the device.
+        0; 1 if a check failed; NO_KERNELS if there are none for the device.
     """
     options = argparse.ArgumentParser(prog="bench gpu_smoke", description="first facts", allow_abbrev=False)
     options.add_argument("--device", type=torch.device, default=torch.device("cuda"), help="cuda (default), or cpu")
@@ -211,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device, out = arguments.device, arguments.out
     if not Case.is_ours(device):
         print(f"there are no compiled kernels for {device.type} here: {_backend.reason() or 'it is not built for it'}")
-        return 1
+        return NO_KERNELS
     if arguments.unchecked:
         watched(device)
         return 0
