@@ -1,4 +1,4 @@
-"""Times every op and the flow step outside its net on a GPU, each in a CUDA graph, on buffers that rotate beyond the L2.
+"""Times every op, and the flow step outside its net, on a GPU: in a CUDA graph, on buffers that rotate beyond the L2.
 
     python -m bench.gpu_kernels [--device cuda] [--shapes 8x12x64x64,...] [--only TEXT] [--out FILE]
 

@@ -21,6 +21,8 @@ from bench.model_rows import FLOAT, ModelRow, fastest
 from bench.precisions import TF32
 
 SHOWN_FAILURES = 20
+MODEL_COLUMNS = ["model", "precision", "ours or another", "how", "ms>", "x plain eager>", "x plain compiled>"]
+MODEL_COLUMNS += ["of the products' rate>", "gradients' error>", "note"]
 Content = Mapping[str, Any]
 
 
@@ -68,22 +70,25 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str
 
 def _stages(stages: Mapping[str, Content]) -> list[str]:
     rows = [
-        (name, content["status"], f"{content['seconds']:.0f}", content["reason"], _last_line(content))
+        (name, content["status"], f"{content['seconds']:.0f}", content["reason"], _said(content))
         for name, content in stages.items()
     ]
-    return ["## Stages", "", *_table(("stage", "status", "s>", "why", "last line"), rows)]
+    return ["## Stages", "", *_table(("stage", "status", "s>", "why", "what it said"), rows)]
 
 
-def _last_line(content: Content) -> str:
-    lines = [line for line in content["tail"].splitlines() if line.strip()]
-    return lines[-1][:150] if lines and content["name"] != "machine" else ""
+def _said(content: Content) -> str:
+    """A sanitizer's summary; else the last line of a stage that did not pass."""
+    lines = [line.strip("= ") for line in content["tail"].splitlines() if line.strip("= ")]
+    summaries = [line for line in lines if "SUMMARY" in line]
+    last = lines[-1:] if content["status"] in ("failed", "timeout") else []
+    return (["", *last, *summaries])[-1][:200]
 
 
 def _smoke(results: Content) -> list[str]:
     rows = results["rows"]
     failed = [row for row in rows if not row["passed"]]
     lines = ["## First facts", "", f"{len(rows) - len(failed)} of {len(rows)} checks passed.", ""]
-    shown = [row for row in rows if "step" in row["check"] and "flow step" not in row["check"]]
+    shown = [row for row in rows if "training step" in row["check"]]
     shown += [row for row in failed if row not in shown][:SHOWN_FAILURES]
     return lines + _table(
         ("check", "passed", "what was found"), [(r["check"], r["passed"], r["text"][-300:]) for r in shown]
@@ -162,8 +167,7 @@ def _models(contents: Sequence[Content]) -> list[str]:
         "which is at its best of eager and channels_last, and under torch.compile.",
         "",
         *_table(
-            ("model", "precision", "ours or another", "how", "ms>", "x plain eager>", "x plain compiled>")
-            + ("of the products' rate>", "gradients' error>", "note"),
+            MODEL_COLUMNS,
             table,
         ),
         *(f"\n- {note}" for note in notes),
@@ -190,8 +194,8 @@ def _memory(results: Content) -> list[str]:
     return [
         "## Memory of a training step",
         "",
-        "MB beyond parameters and gradients, batch 1: held, where gradients are there before; fresh, where they are not "
-        "and what becomes one does not count. Counted: continued along the line through smaller K.",
+        "MB beyond parameters and gradients, batch 1: held, where gradients are there before; fresh, where they are "
+        "not and what becomes one does not count. Counted: continued along the line through smaller K.",
         "",
         *_table(("pixels>", "K>", "L>", "hidden>", "ours or plain", "held MB>", "fresh MB>", "ms>", "how"), rows),
         *(f"\n- {note}" for note in results["notes"]),

@@ -46,7 +46,7 @@ def hold(found: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tenso
     """The largest error over that of plain torch, as words.
 
     Raises:
-        Failed: a result is off by more than twice plain torch's error and ROUNDINGS of its largest value, or not finite.
+        Failed: a result is off by more than twice plain torch's error and ROUNDINGS of its largest value, or NaN.
     """
     worst = 0.0
     for index, (value, beside, truth) in enumerate(zip(found, plain, exact, strict=True)):

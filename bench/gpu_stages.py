@@ -18,6 +18,7 @@ TOTAL_SECONDS = 570  # of all stages, so that the whole fits into ten minutes
 NO_KERNELS = 3  # exit code of bench.gpu_smoke where the extension has none for the device: nothing after it is worth it
 OURS_AND_PLAIN = "store,reversible,plain"
 SANITIZED = ("-m", "bench.gpu_smoke", "--unchecked")
+PYTEST = ("-m", "pytest", "-q", "-p", "bench.gpu_tests", "-p", "no:cacheprovider", "--continue-on-collection-errors")
 OUR_KERNELS = ("--kernel-name", "kns=pyglow")  # torch's own are many, and not what is checked
 
 
@@ -112,9 +113,9 @@ STAGES = (
         "tests",
         "the tests that have a case on a GPU",
         75,
-        ("-m", "pytest", "-q", "-p", "bench.gpu_tests", "-p", "no:cacheprovider"),
+        PYTEST,
         sizes=("tests",),
-        small=("tests/layers", "tests/models", "--every", "40"),
+        small=("tests/layers", "tests/models", "--every", "8"),
         device="--on",
         out="--tally",
         file="tally.jsonl",
@@ -168,7 +169,7 @@ def command(stage: Stage, device: str, folder: Path) -> list[str]:
 
 
 def environment(stage: Stage, device: str, capability: str) -> dict[str, str]:
-    """What a stage's process has in its environment beside that of this one; a rehearsal of the build builds nothing."""
+    """What a stage's process has in its environment beside ours; a rehearsal of the build builds nothing."""
     found = dict(stage.environment)
     if stage.name == "build":
         found |= {"PYGLOW_NO_EXTENSION": "0" if device == "cuda" else "1"}

@@ -54,7 +54,7 @@ from bench.model_cases import (
 )
 from bench.model_checks import Checks, Errors, passing
 from bench.model_rows import ModelRow, table, verdicts
-from bench.precisions import PRECISIONS, TF32, dtype_name, tf32
+from bench.precisions import PRECISIONS, TF32, tf32
 
 PRODUCTS = "library's products"
 TURN_SECONDS = 0.1  # short cases are repeated within their turn to about this
