@@ -37,8 +37,12 @@ def read(folder: Path) -> dict[str, Content]:
 
 
 def report(folder: Path) -> str:
-    """All of it, as Markdown."""
-    stages = read(folder)
+    """All that the stages have written into a folder, as Markdown."""
+    return report_of(read(folder))
+
+
+def report_of(stages: Mapping[str, Content]) -> str:
+    """What stages have written, by name, as Markdown."""
     facts: dict[str, Any] = {}
     for content in stages.values():
         facts |= content["machine"]

@@ -91,7 +91,8 @@ def test_copies_take_turns_and_their_results_rotate() -> None:
 
 
 @pytest.mark.parametrize(
-    ("l2", "touched", "copies"), [(50 * 2**20, 3 * 2**20, 34), (50 * 2**20, 2**30, 2), (10**6, 10**6, 3), (10**6, 1, 512)]
+    ("l2", "touched", "copies"),
+    [(50 * 2**20, 3 * 2**20, 34), (50 * 2**20, 2**30, 2), (10**6, 10**6, 3), (10**6, 1, 512)],
 )
 def test_copies_are_more_than_twice_the_l2(l2: int, touched: int, copies: int) -> None:
     assert copies_beyond(l2, touched) == copies

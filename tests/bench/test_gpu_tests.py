@@ -12,11 +12,12 @@ from support import ROOT
 from bench.gpu_tests import counts, missing_library, read_tally
 
 # What the package can do without, and what pytest finds by itself where it is installed.
-HIDDEN = """
-normflows nflows FrEIA zuko memcnn matplotlib PIL torchvision sklearn scipy tqdm rich lightning pytorch_lightning
-tensorboard lmdb yaml tomli_w hypothesis mkdocs mkdocstrings pymdownx xdist execnet pytest_benchmark onnx jet_pytorch
-anomalib TTS pandas
-""".split()
+HIDDEN = [
+    *("normflows", "nflows", "FrEIA", "zuko", "memcnn", "matplotlib", "PIL", "torchvision", "sklearn", "scipy", "tqdm"),
+    *("rich", "lightning", "pytorch_lightning", "tensorboard", "lmdb", "yaml", "tomli_w", "hypothesis", "mkdocs"),
+    *("mkdocstrings", "pymdownx", "xdist", "execnet", "pytest_benchmark", "onnx", "jet_pytorch", "anomalib", "TTS"),
+    "pandas",
+]
 # Runs pytest with those hidden, as on a machine that does not have them.
 BARE = f"""
 import importlib.abc, sys
