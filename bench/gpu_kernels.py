@@ -28,11 +28,10 @@ from pyglow_fast import functional, reference
 
 @dataclasses.dataclass(frozen=True)
 class KernelRow:
-    """One case on one shape, times in microseconds.
+    """One case on one shape: seconds of ours, of a copy that touches as many bytes, and of plain torch's ops.
 
-    ``copy_us`` is the time of a copy that touches as many bytes; ``copies`` how many sets of tensors took turns, so
-    that ``copies * bytes`` is what a turn of all of them touches. None: it was not measured, and ``note`` says why; or
-    nothing is predicted.
+    ``copies`` sets of tensors took turns, so that ``copies * bytes`` is what a turn of all of them touches. None: it
+    was not measured, and ``note`` says why; or nothing is predicted.
     """
 
     op: str
@@ -41,28 +40,28 @@ class KernelRow:
     device: str
     bytes: int
     copies: int
-    us: float | None
-    us_low: float | None
-    us_high: float | None
-    copy_us: float
-    predicted_us: float | None
-    plain_us: float | None
+    seconds: float | None
+    seconds_low: float | None
+    seconds_high: float | None
+    copy_seconds: float
+    predicted_seconds: float | None
+    plain_seconds: float | None
     note: str = ""
+    implementation: str = "pyglow_fast"
 
     @property
     def share_of_copy(self) -> float | None:
         """Says how near to a copy of as many bytes it comes."""
-        return None if self.us is None else self.copy_us / self.us
+        return None if self.seconds is None else self.copy_seconds / self.seconds
 
 
 def predicted(shape: tuple[int, ...]) -> dict[tuple[str, str], float]:
-    """Microseconds by (op, mode) that the model of the compiled code gives; empty where there is no such model."""
+    """Seconds by (op, mode) that the model of the compiled code gives; empty where there is no such model."""
     try:
         from bench.gpu_model import predictions  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
         return {}
-    found: dict[tuple[str, str], float] = predictions(shape)
-    return found
+    return {case: microseconds / 1e6 for case, microseconds in predictions(shape).items()}
 
 
 class Kernels:
@@ -102,8 +101,8 @@ class Kernels:
                     device=self.device_name,
                     bytes=moved,
                     copies=number,
-                    copy_us=1e6 * copied[moved].median,
-                    predicted_us=expected.get((case.op, case.mode)),
+                    copy_seconds=copied[moved].median,
+                    predicted_seconds=expected.get((case.op, case.mode)),
                     **found,  # type: ignore[arg-type]
                 )
             )
@@ -111,7 +110,7 @@ class Kernels:
 
     def _case(self, cases: Sequence[Case]) -> dict[str, float | str | None]:
         """The measured fields of a row."""
-        found: dict[str, float | str | None] = dict.fromkeys(("us", "us_low", "us_high", "plain_us"))
+        found: dict[str, float | str | None] = dict.fromkeys(TIMES)
         notes = []
         try:
             with self.timer.device.stream():
@@ -119,16 +118,17 @@ class Kernels:
                 check_equal(both, f"{cases[0].name} {cases[0].shape}")
                 del both
             timing = self.timer.time(_launches(cases, functional))
-            found |= {"us": 1e6 * timing.median, "us_low": 1e6 * timing.low, "us_high": 1e6 * timing.high}
+            found |= {"seconds": timing.median, "seconds_low": timing.low, "seconds_high": timing.high}
         except RuntimeError as error:
             notes.append(_short(error))
         try:
-            found["plain_us"] = 1e6 * self.timer.time(_launches(cases, reference)).median
+            found["plain_seconds"] = self.timer.time(_launches(cases, reference)).median
         except RuntimeError as error:
             notes.append(f"plain torch: {_short(error)}")
         return found | {"note": "; ".join(notes)}
 
 
+TIMES = ("seconds", "seconds_low", "seconds_high", "plain_seconds")
 LIBRARIES = {"plain torch": reference, "ours": functional}
 
 
@@ -145,10 +145,13 @@ def _short(error: RuntimeError) -> str:
 
 
 def table(rows: Sequence[KernelRow]) -> str:
-    """A Markdown table of each shape."""
+    """A Markdown table of each shape, in microseconds."""
 
-    def number(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
+    def number(value: float | None, form: str, scale: float = 1.0) -> str:
+        return "-" if value is None else format(scale * value, form)
+
+    def us(value: float | None) -> str:
+        return number(value, ".2f", 1e6)
 
     lines = []
     for shape in dict.fromkeys(row.shape for row in rows):
@@ -159,11 +162,11 @@ def table(rows: Sequence[KernelRow]) -> str:
             "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
         ]
         for row in here:
-            span = "-" if row.us_low is None else f"{row.us_low:.2f} to {row.us_high:.2f}"
-            rate = None if row.us is None else row.bytes / row.us / 1e3
-            cells = [row.op, row.mode, number(row.us, ".2f"), span, f"{row.bytes / 1e6:.2f}", number(rate, ".0f")]
-            cells += [f"{row.copy_us:.2f}", number(row.share_of_copy, ".2f"), number(row.predicted_us, ".2f")]
-            lines.append(f"| {' | '.join([*cells, number(row.plain_us, '.1f'), row.note])} |")
+            span = "-" if row.seconds_low is None else f"{us(row.seconds_low)} to {us(row.seconds_high)}"
+            rate = None if row.seconds is None else row.bytes / row.seconds
+            cells = [row.op, row.mode, us(row.seconds), span, f"{row.bytes / 1e6:.2f}", number(rate, ".0f", 1e-9)]
+            cells += [us(row.copy_seconds), number(row.share_of_copy, ".2f"), us(row.predicted_seconds)]
+            lines.append(f"| {' | '.join([*cells, us(row.plain_seconds), row.note])} |")
         lines.append("")
     return "\n".join(lines)
 

@@ -9,7 +9,7 @@ follows from that; a wrong formula is off by more.
 TF32 is how a GPU may multiply float32 numbers: with 11 bits of each, the others dropped or rounded away, which is off
 by at most TF32_UNIT = 2^-10. Products and sums stay float32, so that fewer numbers are rounded than in bfloat16; what
 follows for bfloat16 is a bound with that unit, too. What is dropped is of one sign: the product of two such numbers is
-too small by 0.35 TF32_UNIT of each in the mean (1 / m has the mean 0.693), and so is a net's output for each of its
+too small by 0.36 TF32_UNIT of each in the mean (1 / m has the mean 0.721), and so is a net's output for each of its
 2 * layers operands, of which MARGIN holds.
 """
 
@@ -48,27 +48,24 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
 def tf32(allowed: bool) -> Iterator[None]:
     """Inside, the library's convolutions on CUDA may round to TF32, or may not; the process's settings are changed."""
     cudnn = torch.backends.cudnn
-    places = (cudnn.conv, cudnn.rnn)  # type: ignore[attr-defined]  # alike, else torch's older setting cannot be read
-    before = [place.fp32_precision for place in places]
+    before = cudnn.conv.fp32_precision == TF32  # type: ignore[attr-defined]  # allow_tf32 itself cannot always be read
+    cudnn.allow_tf32 = allowed
     try:
-        for place in places:
-            place.fp32_precision = TF32 if allowed else "ieee"
         yield
     finally:
-        for place, value in zip(places, before, strict=True):
-            place.fp32_precision = value
+        cudnn.allow_tf32 = before
 
 
 @contextlib.contextmanager
 def tf32_products() -> Iterator[None]:
     """Inside, the library's matrix products on CUDA may round to TF32."""
-    place = torch.backends.cuda.matmul
-    before = place.fp32_precision
-    place.fp32_precision = TF32
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision == TF32
+    products.allow_tf32 = True
     try:
         yield
     finally:
-        place.fp32_precision = before
+        products.allow_tf32 = before
 
 
 def net_error(layers: int, unit: float = UNIT) -> float:

@@ -34,9 +34,9 @@ def test_every_case_has_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     for row in content["rows"]:
         assert row["bytes"] == cases.traffic(row["op"], row["mode"], SHAPE)
         assert row["copies"] * row["bytes"] > 2 * 2**14  # beyond what the stand-in has as an L2
-        assert 0 < row["us_low"] <= row["us"] <= row["us_high"]
-        assert min(row["copy_us"], row["plain_us"]) > 0
-        assert row["predicted_us"] is None
+        assert 0 < row["seconds_low"] <= row["seconds"] <= row["seconds_high"]
+        assert min(row["copy_seconds"], row["plain_seconds"]) > 0
+        assert (row["predicted_seconds"], row["implementation"]) == (None, "pyglow_fast")
     assert "| coupling_mix | backward |" in capsys.readouterr().out
 
 
@@ -54,9 +54,10 @@ def test_every_copy_has_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_share_of_the_copy() -> None:
-    row = KernelRow("x", "forward", SHAPE, "GPU", 100, 2, 4.0, 4.0, 4.0, 3.0, None, 8.0)
-    assert row.share_of_copy == 0.75
-    assert "| x | forward | 4.00 | 4.00 to 4.00 | 0.00 | 0 | 3.00 | 0.75 | - | 8.0 |  |" in gpu_kernels.table([row])
+    row = KernelRow("x", "forward", SHAPE, "GPU", 12_000_000, 2, 4e-6, 3.9e-6, 4.1e-6, 3e-6, None, 8e-6)
+    assert row.share_of_copy == pytest.approx(0.75)
+    shown = "| x | forward | 4.00 | 3.90 to 4.10 | 12.00 | 3000 | 3.00 | 0.75 | - | 8.00 |  |"
+    assert shown in gpu_kernels.table([row])
 
 
 def test_predictions_stand_beside(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +65,7 @@ def test_predictions_stand_beside(monkeypatch: pytest.MonkeyPatch) -> None:
     model.predictions = lambda shape: {("channel_moments", "forward"): 7.25 * shape[0]}  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "bench.gpu_model", model)
     (row,) = rows("channel_moments")
-    assert row.predicted_us == 7.25
+    assert row.predicted_seconds == pytest.approx(7.25e-6)
     assert "| 7.25 |" in gpu_kernels.table([row])
 
 
@@ -77,9 +78,9 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: py
     right = functional.channel_moments
     monkeypatch.setattr(functional, "channel_moments", lambda x: tuple(1.01 * value + 1 for value in right(x)))
     (row,) = rows("channel_moments")
-    assert row.us is None
+    assert row.seconds is None
     assert "differs" in row.note
-    assert row.plain_us is not None
+    assert row.plain_seconds is not None
     assert gpu_kernels.main(["--device", "cpu", "--shapes", "1x4x3x5", "--only", "channel_moments"]) == 1
     assert "| channel_moments | forward | - | - |" in capsys.readouterr().out
 
@@ -98,7 +99,7 @@ def test_what_cannot_be_captured_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(kernels.timer.device, "record", record)
     (row,) = kernels.rows(SHAPE)
-    assert (row.us, row.note) == (None, "operation not permitted when stream is capturing")
+    assert (row.seconds, row.note) == (None, "operation not permitted when stream is capturing")
 
 
 @pytest.mark.parametrize("text", ["8x12x64", "8x6x64x64", "8x12x0x64", "8,12", ""])
