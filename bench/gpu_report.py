@@ -132,7 +132,9 @@ def _tests(results: Sequence[dict[str, str]]) -> list[str]:
     lines = ["## Tests", "", ", ".join(f"{number} {name}" for name, number in found.items()) + "."]
     failed = [row for row in results if row["outcome"] == "failed"]
     if failed:
-        shown = [(row["test"], row["reason"].splitlines()[-1:] or "") for row in failed[:SHOWN_FAILURES]]
+        shown = [
+            (row["test"], row["reason"].splitlines()[-1] if row["reason"] else "") for row in failed[:SHOWN_FAILURES]
+        ]
         lines += ["", *_table(("failed", "last line"), shown)]
     skipped: dict[str, int] = {}
     for row in results:

@@ -2,9 +2,9 @@
 
     python -m bench.gpu_steps [--device cuda] [--config b] [--quick] [--out FILE]
 
-A training step is zero_grad, forward and backward of the mean of -log_prob, as in bench.models: ours in each memory
-mode and plain torch with the same tensors, in float32, with TF32 as torch has it by default, and in bfloat16; then ours
-as a CUDA graph. Where the clock shows more than the kernels take, the GPU waits for Python. With ``--device cpu``
+A training step is zero_grad, forward and backward of the mean of -log_prob, as in bench.models: ours in two memory
+modes and plain torch with the same tensors, in float32, with TF32 as torch has it by default, and in bfloat16; then
+ours as a CUDA graph. Where the clock shows more than the kernels take, the GPU waits for Python. With ``--device cpu``
 launches are our operators and those that call no other, and nothing is captured.
 """
 
@@ -24,14 +24,15 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench.harness import machine, synchronize, write_json
-from bench.memory_models import OURS, Shape
+from bench.memory_models import Shape
 from bench.model_cases import CONFIGS, EAGER, PLAIN, TRAIN, Candidate, Candidates
 from bench.models import quick
 from bench.precisions import TF32, tf32
 
-WARM_UPS, ROUNDS = 8, 5  # in the warm-ups the anchors' spacing adapts
+WARM_UPS, ROUNDS = 6, 3  # in the warm-ups the anchors' spacing adapts
 MARK = "pyglow"  # the namespace of our kernels, and of our operators
 GRAPH = "CUDA graph"
+MODES = ("store", "reversible")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +120,7 @@ def rows(config: str, shape: Shape, device: torch.device) -> Iterator[StepRow | 
     """All rows; in place of one that cannot be had a line that says why."""
     for precision, dtype in (("fp32", torch.float32), (TF32, torch.float32), ("bf16", torch.bfloat16)):
         with tf32(precision == TF32):
-            candidates = Candidates(shape, device, [*OURS, PLAIN], [], dtype, precision == TF32)
+            candidates = Candidates(shape, device, [*MODES, PLAIN], [], dtype, precision == TF32)
             eager = [c for c in candidates.found if c.variant == EAGER and c.dtype == dtype]
             for candidate in eager:
                 try:
@@ -130,7 +131,7 @@ def rows(config: str, shape: Shape, device: torch.device) -> Iterator[StepRow | 
             if device.type != "cuda":
                 yield "CUDA graphs are left out: they are captured on a GPU alone"
             else:
-                for memory in ("store", "reversible"):
+                for memory in MODES:
                     try:
                         yield graph_row(eager[0].model, candidates.x, memory, config, precision, shape)
                     except (RuntimeError, ValueError) as error:

@@ -144,7 +144,9 @@ class TestCommands:
         shown = ended.tail.splitlines()[0]
         assert shown.startswith(f"--tool {tool} --error-exitcode 1 ")
         assert ("--kernel-name kns=pyglow" in shown) == (tool != "initcheck")
-        assert shown.endswith("-m bench.gpu_smoke --unchecked --device cuda 1")
+        assert shown.endswith(
+            f"-m bench.gpu_smoke --unchecked {'ops' if tool == 'initcheck' else 'all'} --device cuda 1"
+        )
         assert f"| {tool} | failed |" in (tmp_path / "out" / "report.md").read_text()
         assert "ERROR SUMMARY: 3 errors" in (tmp_path / "out" / "report.md").read_text()
 
