@@ -26,6 +26,7 @@ from bench.gpu_stages import NO_KERNELS
 from bench.harness import device_name, machine, synchronize, write_json
 from bench.memory_case import gradient_error
 from bench.memory_models import RAW_SIZE, wake
+from bench.model_checks import FLOAT_TOLERANCES
 from pyglow_fast import Glow, _backend, functional, reference
 
 # Of each: channels that 4 divides and others, H != W, ends of tiles and vectors that are not full, a single position.
@@ -33,7 +34,7 @@ SHAPES = [(2, 4, 5, 9), (3, 5, 7, 3), (1, 131, 3, 5), (1, 12, 40, 33), (2, 48, 1
 CPU = torch.device("cpu")
 ROUNDINGS = 8.0  # of the largest value: where plain torch is exact by chance, and sums over positions are longer
 IMAGE, LEVELS, STEPS, HIDDEN, BATCH = (3, 8, 8), 2, 2, 16, 4
-FLOAT_GRADIENTS = 1e-4  # relative error of all gradients in float32: roundings of 2^-24 through eight nets
+ROUND_TRIP = 1e-4  # of values of about 1 through four steps and back
 MODES = ("store", "checkpoint", "reversible")
 
 Check = tuple[str, Callable[[], str]]
@@ -117,7 +118,7 @@ def model_checks(device: torch.device) -> Iterator[Check]:
         with precisions.tf32(tf32):
             found = gradients_of(model.to(device), x.to(device))
         error, worst = gradient_error([gradient.cpu() for gradient in found], exact)
-        limit = FLOAT_GRADIENTS
+        limit = FLOAT_TOLERANCES.gradients
         if tf32:
             rounded = precisions.flow_gradient_error(LEVELS * STEPS, RAW_SIZE, precisions.TF32_UNIT)
             limit += precisions.MARGIN * rounded
@@ -131,7 +132,7 @@ def model_checks(device: torch.device) -> Iterator[Check]:
         with torch.no_grad():
             back = model.decode(model.encode(x))
         error = float((back - x).abs().max())
-        if not error <= FLOAT_GRADIENTS:
+        if not error <= ROUND_TRIP:
             raise Failed(f"decode(encode(x)) is off by {error:.1e}")
         return f"off by {error:.1e}"
 
@@ -159,7 +160,7 @@ def graph_checks() -> Iterator[Check]:
             raise Failed(f"losses of two replays are {losses}, the eager one is {expected_loss}")
         assert all(gradient is not None for gradient in found)
         error, _ = gradient_error([g for g in found if g is not None], [g.double() for g in expected])
-        if not error <= FLOAT_GRADIENTS:
+        if not error <= FLOAT_TOLERANCES.gradients:
             raise Failed(f"gradients of a replay are off by {error:.1e}")
         return f"gradients of a replay off by {error:.1e}; {model.memory_report()[0]}"
 

@@ -161,6 +161,7 @@ def test_what_cuda_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: asked.append("sleep"))
     device = CudaDevice(torch.device("cuda"))
     assert device.l2_bytes == 123
     with device.stream():
@@ -168,5 +169,5 @@ def test_what_cuda_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         assert device.seconds(replay) == pytest.approx(3e-3)
     assert asked == [
         *("new stream", "enter", "synchronize", "capture", "launch", "captured"),
-        *("event", "replay", "event", "wait", "leave"),
+        *("sleep", "event", "replay", "event", "wait", "leave"),
     ]

@@ -58,7 +58,7 @@ def test_what_is_off_is_refused(wrong: float) -> None:
 def test_models_pass_and_wrong_gradients_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert failures(model_checks(CPU)) == []
     right = Glow.log_prob
-    monkeypatch.setattr(Glow, "log_prob", lambda self, x: right(self, x) * (1.001 if x.dtype == torch.float32 else 1))
+    monkeypatch.setattr(Glow, "log_prob", lambda self, x: right(self, x) * (1.01 if x.dtype == torch.float32 else 1))
     steps = [f"training step, {memory}" for memory in gpu_smoke.MODES]
     assert failures(model_checks(CPU)) == steps  # what TF32 rounds is more
 
