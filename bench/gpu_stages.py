@@ -169,8 +169,12 @@ def command(stage: Stage, device: str, folder: Path) -> list[str]:
 
 
 def environment(stage: Stage, device: str, capability: str) -> dict[str, str]:
-    """What a stage's process has in its environment beside ours; a rehearsal of the build builds nothing."""
-    found = dict(stage.environment)
+    """What a stage's process has in its environment beside ours.
+
+    A rehearsal of the build builds nothing; all others have one thread, since waking a second one costs more than the
+    arithmetic of their tiny models.
+    """
+    found = dict(stage.environment) | ({"OMP_NUM_THREADS": "1"} if device == "cpu" else {})
     if stage.name == "build":
         found |= {"PYGLOW_NO_EXTENSION": "0" if device == "cuda" else "1"}
         if device == "cuda":

@@ -78,7 +78,7 @@ class TestBudgets:
 
         monkeypatch.setattr(gpu_check, "run", run)
         monkeypatch.setattr(gpu_check, "missing_tools", lambda stage, device: [])
-        everything = check(tmp_path)
+        everything = check(tmp_path, "cuda")
         for stage in STAGES:
             everything.go(stage)
         budgets = {stage.name: stage.budget for stage in STAGES}
@@ -88,7 +88,7 @@ class TestBudgets:
         assert sum(ended.seconds for ended in everything.ended) == sum(budgets.values())
 
     def test_no_time_is_not_a_success(self, tmp_path: Path) -> None:
-        ended = check(tmp_path).go(stub("late", "pass", budget=1))
+        ended = check(tmp_path, "cuda").go(stub("late", "pass", budget=1))
         assert (ended.status, ended.reason) == ("skipped", gpu_check.NO_TIME)
 
 
@@ -128,7 +128,7 @@ class TestCommands:
         assert found["TORCH_CUDA_ARCH_LIST"] == "9.0"
         assert (found["PYGLOW_CUDA"], found["PYGLOW_NO_EXTENSION"]) == ("1", "0")
         assert found["MAX_JOBS"] == str(os.cpu_count())
-        assert environment(BY_NAME["build"], "cpu", "") == {"PYGLOW_NO_EXTENSION": "1"}
+        assert environment(BY_NAME["build"], "cpu", "") == {"PYGLOW_NO_EXTENSION": "1", "OMP_NUM_THREADS": "1"}
 
     @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
     def test_the_sanitizer_is_run_as_it_wants(self, tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,6 +187,7 @@ class TestStages:
     ) -> None:
         write = "import pathlib, sys, time; pathlib.Path(sys.argv[-1], 'a.json').write_text('[1]'); time.sleep(60)"
         monkeypatch.setattr(gpu_check, "MACHINE_SECONDS", 0)
+        monkeypatch.setattr(gpu_check, "REHEARSAL_PATIENCE", 1)
         monkeypatch.setattr(gpu_check, "LEAST_SECONDS", 1)
         assert self.main(tmp_path, monkeypatch, [stub("one", write, budget=3)], "--rehearse") == 1
         content = read(tmp_path / "out", "one")
