@@ -6,6 +6,8 @@ arguments, and says what the operation must move and compute at least.
 
 from __future__ import annotations
 
+import argparse
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -62,6 +64,19 @@ COUPLE, COUPLE_BACKWARD, RECOMPUTE = 50, 33, 30
 MOMENTS, LOG_PROB, LOG_PROB_BACKWARD, SAMPLE = 4, 28, 30, 25
 
 
+def parse_shapes(text: str) -> list[tuple[int, ...]]:
+    """A parser's type: shapes such as 8x12x64x64, with commas between them."""
+    try:
+        found = [tuple(int(size) for size in shape.split("x")) for shape in text.split(",")]
+    except ValueError:
+        found = [()]
+    if any(len(shape) != 4 or math.prod(shape) <= 0 or shape[1] % 4 for shape in found):
+        raise argparse.ArgumentTypeError(
+            f"expected shapes such as 8x12x64x64, whose channels 4 divides, found {text!r}"
+        )
+    return found
+
+
 def traffic(op: str, mode: str, shape: tuple[int, ...]) -> int:
     """Bytes that the operation must move at least, float32."""
     return 4 * math.prod(shape) * TRAFFIC[op, mode]
@@ -90,27 +105,38 @@ def arithmetic(op: str, mode: str, shape: tuple[int, ...]) -> int:
 
 
 class Data:
-    """Random tensors of one shape, whose channels four divides: the state, a net's output, gradients, and so on.
+    """Random tensors of one shape: the state, a net's output, gradients, and so on.
 
     ``matrix`` and ``offset`` are what actnorm and 1x1 convolution fold to; ``scale`` and ``index`` are what actnorm and
-    a permutation do.
+    a permutation do. ``unsqueezed`` is there where four divides the channels; the net's output is as large as x where
+    two does.
     """
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
-        channels = shape[1]
+        samples, channels, *spatial = shape
         generator = torch.Generator().manual_seed(0)
 
         def random(*sizes: int) -> Tensor:
             return torch.randn(sizes, generator=generator).to(device)
 
         self.shape = shape
-        self.x, self.net_out, self.grad = random(*shape), random(*shape), random(*shape)
-        self.grad_log_det = random(shape[0])
-        self.unsqueezed = random(shape[0], channels // 4, *(2 * size for size in shape[2:]))
+        net_channels = 2 * (channels - channels // 2)
+        self.x, self.net_out, self.grad = random(*shape), random(samples, net_channels, *spatial), random(*shape)
+        self.grad_log_det = random(samples)
+        self.unsqueezed = random(samples, channels // 4, *(2 * size for size in spatial)) if channels % 4 == 0 else None
         self.matrix = torch.linalg.qr(random(channels, channels).cpu()).Q.contiguous().to(device)
         self.inverse_matrix, self.offset = self.matrix.T.contiguous(), random(channels)
         self.mean, self.log_sd = random(*shape), 0.3 * random(*shape)
         self.scale, self.index = random(channels).exp(), torch.randperm(channels, generator=generator).to(device)
+
+    def copy(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Data:
+        """The same numbers in memory of their own, on another device or in another dtype if one is given."""
+        made = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                kind = dtype if value.is_floating_point() else None
+                setattr(made, name, value.detach().to(device, kind, copy=True))
+        return made
 
 
 def step_forward(
@@ -256,19 +282,25 @@ def step_cases(data: Data, spec: CouplingSpec = SPEC) -> list[Case]:
 
 
 def op_cases(data: Data) -> list[Case]:
-    """Every op in every direction that it has."""
+    """Every op in every direction that it has; none of a squeezed input where four does not divide the channels."""
     d = data
     mixed, coupled, pair = (d.x, d.matrix, d.offset), (d.x, d.net_out), (d.grad, d.grad_log_det)
     unmixed, gaussian = (d.x, d.inverse_matrix, d.offset), (d.x, d.mean, d.log_sd)
     fused, unfused = (*coupled, d.matrix, d.offset), (*coupled, d.inverse_matrix, d.offset)
     gathered, couple_gathered = (d.x, d.scale, d.offset), (*coupled, d.scale, d.offset)
+    squeezed = []
+    if d.unsqueezed is not None:
+        unsqueezed = (d.unsqueezed, *mixed[1:])
+        squeezed = [
+            _op_case(d, SQUEEZED, "forward", "channel_mix", unsqueezed, True),
+            _op_case(d, SQUEEZED, "inverse", "channel_unmix", unmixed, True),
+            _op_case(d, SQUEEZED, "backward", "channel_mix", unsqueezed, True, grads=(d.grad,)),
+        ]
     return [
         _op_case(d, "channel_mix", "forward", "channel_mix", mixed),
         _op_case(d, "channel_mix", "inverse", "channel_unmix", unmixed),
         _op_case(d, "channel_mix", "backward", "channel_mix", mixed, grads=(d.grad,)),
-        _op_case(d, SQUEEZED, "forward", "channel_mix", (d.unsqueezed, *mixed[1:]), True),
-        _op_case(d, SQUEEZED, "inverse", "channel_unmix", unmixed, True),
-        _op_case(d, SQUEEZED, "backward", "channel_mix", (d.unsqueezed, *mixed[1:]), True, grads=(d.grad,)),
+        *squeezed,
         _op_case(d, GATHERED, "forward", "channel_mix", gathered, False, d.index),
         _op_case(d, GATHERED, "inverse", "channel_unmix", gathered, False, d.index),
         _op_case(d, GATHERED, "backward", "channel_mix", gathered, False, d.index, grads=(d.grad,)),

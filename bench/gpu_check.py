@@ -1,22 +1,25 @@
-"""Everything that needs a GPU, in one command and less than ten minutes: one JSON, and an exit code.
+"""Everything that needs a GPU, in one command and less than ten minutes: a report, a JSON of each stage, an exit code.
 
-    python -m bench.gpu_check [--out gpu_check.json] [--minutes 9.5]
+    python -m bench.gpu_check [--out gpu_check] [--only STAGE ...] [--rehearse]
 
-Needs a source tree, Python 3.11 or newer with torch built for CUDA, nvcc, a C++ compiler, cmake, ninja and pytest;
-nothing is downloaded and nothing is installed: the extension is compiled into the tree. Stages, each with a budget:
+Needs a source tree, Python 3.11 or newer with torch built for CUDA, numpy, safetensors and pytest, nvcc, a C++ compiler
+and cmake; nothing is downloaded and nothing is installed: the extension is compiled into the tree. What else is missing
+(compute-sanitizer, a peer's library, matplotlib) is skipped by name. Stages, in this order, with the seconds that each
+may take besides what those before it have left over:
 
-    machine      what is there                       tests      the tests that have a CUDA case, on the GPU
-    build        the extension, for this GPU only    sanitize   compute-sanitizer over every kernel on small sizes
-    kernels, op_memory, models, memory               the benchmarks of these names (where they exist), on the GPU
+{stages}
 
-The file is written anew after every stage, so that a run that is cut off leaves what it had. Exit code: 0 all well; 1 a
-stage failed or ran out of time; 2 there is no GPU (then the stages before the tests still run, to the same file).
+A stage writes STAGE.json into the folder as it ends, and report.md, all of it in tables, is made anew: a run that is
+killed leaves what had ended, and what the stage that it was at had written, in parts/. ``--only`` runs some stages
+alone and leaves the others' files. ``--rehearse`` runs every command on the CPU with tiny sizes, where numbers mean
+nothing. Exit code: 0 all well; 1 a stage failed or ran out of time; 2 there is no GPU (then only the build runs).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import json
 import os
@@ -24,46 +27,48 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import gpu_report
+from bench.gpu_stages import MACHINE_SECONDS, NO_KERNELS, STAGES, Stage, command, environment, find_tool, missing_tools
+from bench.gpu_tests import read_tally
 from bench.harness import ROOT, commit
 
+_ABOUT = [f"    {stage.name:<12} {stage.budget:>3}  {stage.about}" for stage in STAGES]
+__doc__ = (__doc__ or "").format(
+    stages="\n".join([f"    {'machine':<12} {MACHINE_SECONDS:>3}  what is there", *_ABOUT])
+)
 TAIL = 6000  # characters of output that are kept of a stage
+REHEARSAL_PATIENCE = 4  # times the budgets, on a machine that other tests are running on
+LEAST_SECONDS = 5  # with less left a stage does not begin
 NO_GPU = "no GPU: torch.cuda.is_available() is false here"
-# Tests without a device of their own, or of things that a GPU does not change:
-WITHOUT_CUDA = ("emulation", "cli", "data", "train", "bench")
-
+NO_TIME = "no time is left"
+PARTS = "parts"  # what stages write while they run
+TOOLS = ("nvcc", "g++", "cmake", "ninja", "nvidia-smi", "compute-sanitizer")
+WHAT_TO_DO = {"cmake": "pip install cmake, 3.24 or newer", "nvcc": "install the CUDA toolkit, or set CUDA_HOME"}
 # The device as the tests and the benchmarks will see it, printed as JSON by another process, since torch keeps it open.
 PROBE = """
-import json, sys, torch
+import importlib.metadata, json, sys, torch
 found = {"python": sys.version.split()[0], "torch": torch.__version__, "torch_cuda": str(torch.version.cuda)}
+for name in ("numpy", "safetensors", "pytest", "setuptools"):
+    try:
+        found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        found[name] = "not found"
 if torch.cuda.is_available():
     facts = torch.cuda.get_device_properties(0)
     found |= {"device": facts.name, "capability": f"{facts.major}.{facts.minor}", "memory": facts.total_memory}
+    found |= {"multiprocessors": facts.multi_processor_count, "L2": facts.L2_cache_size}
 print(json.dumps(found))
-"""
-# Every op once on sizes with ragged ends, forward and backward; for the sanitizer, under which torch itself is slow.
-SMALL_RUN = """
-import torch
-from bench.cases import Data, op_cases
-from pyglow_fast import functional
-device = torch.device("cuda")
-for shape in ((2, 6, 5, 9), (1, 130, 3, 5), (1, 12, 40, 33)):
-    for case in op_cases(Data(shape, device)):
-        if case.is_ours(device):
-            case.build(functional, False)()
-            print(case.name, shape, flush=True)
-torch.cuda.synchronize()
 """
 
 
 @dataclasses.dataclass
-class Stage:
-    """What became of one stage; ``status`` is passed, failed, timeout or skipped."""
+class Ended:
+    """What became of a stage; ``status`` is passed, failed, timeout or skipped."""
 
     name: str
     status: str
@@ -71,147 +76,160 @@ class Stage:
     command: str = ""
     reason: str = ""
     tail: str = ""
+    code: int | None = None
     results: Any = None
 
 
-def run(name: str, command: Sequence[str], seconds: float, environment: dict[str, str] | None = None) -> Stage:
-    """Run a command in the source tree; it and its children end when the time is over."""
+def _end_with_parent() -> None:
+    """Let the kernel end this process when the one that started it ends, however that does (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
+
+
+def run(
+    name: str, line: Sequence[str], seconds: float, log: Path, more: Mapping[str, str] | None = None, cwd: Path = ROOT
+) -> Ended:
+    """Run a command in the source tree; it and its children end when the time is over. ``log`` takes its output."""
     start = time.monotonic()
-    shown = " ".join(part if "\n" not in part else "..." for part in command)
+    shown = " ".join([part if "\n" not in part else "..." for part in line])
     print(f"== {name}: {shown} (at most {seconds:.0f} s)", flush=True)
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
+    with log.open("w+", encoding="utf-8", errors="replace") as output:
         try:
             process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=os.environ | (environment or {}),
+                line,
+                cwd=cwd,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"} | dict(more or {}),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
         except OSError as error:
-            return Stage(name, "failed", 0.0, shown, f"cannot start: {error}")
+            return Ended(name, "failed", 0.0, shown, f"cannot start: {error}")
+        code = None
         try:
             code = process.wait(timeout=max(1.0, seconds))
             status, reason = ("passed", "") if code == 0 else ("failed", f"exit code {code}")
         except subprocess.TimeoutExpired:
             status, reason = "timeout", f"more than {seconds:.0f} s"
+        finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         output.seek(0)
         tail = output.read()[-TAIL:]
-    return Stage(name, status, round(time.monotonic() - start, 1), shown, reason, tail)
+    return Ended(name, status, round(time.monotonic() - start, 1), shown, reason, tail, code)
+
+
+def read_results(folder: Path) -> Any:
+    """What a stage has written: its JSON, as a list if there is more than one, or a tally of tests; None if nothing."""
+    found: list[Any] = []
+    for path in sorted(folder.glob("*.json*")):
+        with contextlib.suppress(ValueError, OSError):
+            found.append(read_tally(path) if path.suffix == ".jsonl" else json.loads(path.read_text(encoding="utf-8")))
+    return found[0] if len(found) == 1 else found or None
 
 
 class Check:
-    """The stages one after another, under one deadline, and the file that they are written to."""
+    """The stages one after another, and the folder that they are written to."""
 
-    def __init__(self, out: Path, minutes: float) -> None:
-        self.out, self.start, self.deadline = out, time.monotonic(), time.monotonic() + 60 * minutes
-        self.stages: list[Stage] = []
-        self.facts: dict[str, Any] = {"commit": commit()}
-        self.scratch = Path(tempfile.mkdtemp(prefix="gpu_check-"))
+    def __init__(self, out: Path, device: str) -> None:
+        self.out, self.device = out, device
+        self.patience = REHEARSAL_PATIENCE if device == "cpu" else 1
+        self.saved = 0.0  # seconds that the stages so far have left over
+        self.facts: dict[str, Any] = {"commit": commit(), "rehearsal": device == "cpu"}
+        self.ended: list[Ended] = []
+        out.mkdir(parents=True, exist_ok=True)
 
-    def left(self, budget: float) -> float:
-        """Seconds that a stage may take."""
-        return min(budget, self.deadline - time.monotonic())
+    def add(self, ended: Ended) -> Ended:
+        """Report a stage, write its file, and make the report anew."""
+        self.ended.append(ended)
+        print(f"   {ended.status} after {ended.seconds:.0f} s {ended.reason}".rstrip(), flush=True)
+        if ended.status in ("failed", "timeout"):
+            print(ended.tail, flush=True)
+        content = {"machine": self.facts, **dataclasses.asdict(ended)}
+        _write(self.out / f"{ended.name}.json", json.dumps(content, indent=1) + "\n")
+        _write(self.out / "report.md", gpu_report.report(self.out))
+        return ended
 
-    def add(self, stage: Stage) -> Stage:
-        """Report a stage and write the file."""
-        self.stages.append(stage)
-        print(f"   {stage.status} after {stage.seconds:.0f} s {stage.reason}".rstrip(), flush=True)
-        if stage.status in ("failed", "timeout"):
-            print(stage.tail, flush=True)
-        content = {
-            "machine": self.facts,
-            "seconds": round(time.monotonic() - self.start, 1),
-            "stages": [dataclasses.asdict(stage) for stage in self.stages],
-        }
-        self.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        return stage
-
-    def skip(self, name: str, reason: str) -> Stage:
+    def skip(self, name: str, reason: str) -> Ended:
         """A stage that does not run."""
         print(f"== {name}", flush=True)
-        return self.add(Stage(name, "skipped", reason=reason))
+        return self.add(Ended(name, "skipped", reason=reason))
 
-    def go(self, name: str, command: Sequence[str], budget: float, environment: dict[str, str] | None = None) -> Stage:
-        """Run a stage, if there is time."""
-        seconds = self.left(budget)
-        if seconds < 5:
-            return self.skip(name, "no time is left")
-        return self.add(run(name, command, seconds, environment))
+    def go(self, stage: Stage) -> Ended:
+        """Run a stage and add it, or skip it where a program that it needs is missing or no time is left."""
+        missing = missing_tools(stage, self.device)
+        if missing:
+            said = [
+                f"{name} was not found" + (f" ({WHAT_TO_DO[name]})" if name in WHAT_TO_DO else "") for name in missing
+            ]
+            return self.skip(stage.name, ", ".join(said))
+        if self.patience * stage.budget + self.saved < LEAST_SECONDS:
+            return self.skip(stage.name, NO_TIME)
+        folder = self.out / PARTS / stage.name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        line = command(stage, self.device, folder)
+        more = environment(stage, self.device, self.facts.get("capability", ""))
+        ended = self._timed(stage.name, line, stage.budget, folder, more)
+        self.add(ended)
+        shutil.rmtree(folder)
+        return ended
+
+    def _timed(self, name: str, line: Sequence[str], budget: float, folder: Path, more: Mapping[str, str]) -> Ended:
+        seconds = self.patience * budget + self.saved
+        ended = run(name, line, seconds, folder / "log", more)
+        ended.results = read_results(folder)
+        self.saved = seconds - ended.seconds
+        return ended
 
     def machine(self) -> bool:
         """What is there; whether there is a GPU."""
-        stage = run("machine", [sys.executable, "-c", PROBE], self.left(60))
+        folder = self.out / PARTS
+        folder.mkdir(parents=True, exist_ok=True)
+        ended = self._timed("machine", [sys.executable, "-c", PROBE], MACHINE_SECONDS, folder, {})
         with contextlib.suppress(ValueError, IndexError):
-            self.facts |= json.loads(stage.tail.splitlines()[-1])
-        for tool in ("nvcc", "nvidia-smi", "compute-sanitizer", "cmake", "ninja", "g++"):
-            self.facts[tool] = find_tool(tool) or "not found"
-        self.add(stage)
+            self.facts |= json.loads(ended.tail.splitlines()[-1])
+        self.facts |= {tool: find_tool(tool) or "not found" for tool in TOOLS}
+        smi = find_tool("nvidia-smi")
+        if smi is not None:
+            asked = [smi, "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                self.facts["nvidia-smi"] = subprocess.run(
+                    asked, capture_output=True, text=True, timeout=10
+                ).stdout.strip()
+        self.add(ended)
         return "capability" in self.facts
 
-    def build(self) -> Stage:
-        """Compile the extension into the tree, for this GPU alone."""
-        environment = {"PYGLOW_NO_EXTENSION": "0", "PYGLOW_CUDA": "1" if find_tool("nvcc") else "auto"}
-        if "capability" in self.facts:
-            environment["TORCH_CUDA_ARCH_LIST"] = self.facts["capability"]
-        budget = 200 if "capability" in self.facts else 600  # without a GPU nothing else needs the time
-        return self.go("build", [sys.executable, "setup.py", "build_ext", "--inplace"], budget, environment)
 
-    def tests(self) -> None:
-        """The tests with a CUDA case."""
-        ignored = [f"--ignore=tests/{name}" for name in WITHOUT_CUDA if (ROOT / "tests" / name).exists()]
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "tests", *ignored, "-p", "no:cacheprovider"]
-        self.go("tests", [*command, "--continue-on-collection-errors"], 180)
-
-    def sanitize(self) -> None:
-        """compute-sanitizer: reads and writes out of bounds, then races in shared memory."""
-        program = find_tool("compute-sanitizer")
-        for tool, budget in (("memcheck", 60.0), ("racecheck", 45.0)):
-            name = f"sanitize {tool}"
-            if program is None:
-                self.skip(name, "compute-sanitizer was not found")
-            else:
-                # torch's allocator would hand out memory beside memory; without it every tensor has its own bounds.
-                environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
-                command = [program, "--tool", tool, "--error-exitcode", "1", sys.executable, "-c", SMALL_RUN]
-                self.go(name, command, budget, environment)
-
-    def benchmark(self, name: str, options: Sequence[str], budget: float, result: Path) -> None:
-        """``python -m bench.NAME``, its JSON taken over."""
-        if not (ROOT / "bench" / f"{name}.py").is_file():
-            self.skip(name, f"bench/{name}.py is not there")
-            return
-        stage = self.go(name, [sys.executable, "-m", f"bench.{name}", *options], budget)
-        if result.is_file():
-            with contextlib.suppress(ValueError):
-                stage.results = json.loads(result.read_text(encoding="utf-8"))
-        self.stages.pop()
-        self.add(stage)
-
-    def benchmarks(self) -> None:
-        """Kernels, scratch, models and memory curves."""
-        cuda, folder = ["--device", "cuda"], self.scratch
-        kernels = [*cuda, "--compile", "--peers", "--out", str(folder)]
-        self.benchmark("kernels", kernels, 120, folder / "kernels-cuda.json")
-        self.benchmark("op_memory", [*cuda, "--out", str(folder / "op.json")], 30, folder / "op.json")
-        for name in ("models", "memory"):
-            self.benchmark(name, [*cuda, "--quick", "--out", str(folder)], 90, folder / f"{name}-cuda.json")
+def _write(path: Path, text: str) -> None:
+    """Put a file in its place whole: a kill leaves the one before or this one."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
 
 
-def find_tool(name: str) -> str | None:
-    """The path of a program: on PATH, beside this Python, or in the CUDA toolkit's folder."""
-    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
-    places = [os.environ.get("PATH", ""), str(Path(sys.executable).parent), f"{home}/bin", f"{home}/compute-sanitizer"]
-    return shutil.which(name, path=os.pathsep.join(places))
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    options = argparse.ArgumentParser(prog="bench gpu_check", description=__doc__, allow_abbrev=False)
+    options.formatter_class = argparse.RawDescriptionHelpFormatter
+    options.add_argument("--out", type=Path, metavar="FOLDER", default=Path("gpu_check"), help="(gpu_check)")
+    options.add_argument(
+        "--only",
+        action="extend",
+        nargs="+",
+        choices=[stage.name for stage in STAGES],
+        metavar="STAGE",
+        help="these stages, and what is there, alone",
+    )
+    options.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny sizes")
+    return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all stages.
+    """Run the stages.
 
     Args:
         argv: the options; those of the process if None.
@@ -219,30 +237,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, 1 or 2, as the module says.
     """
-    options = argparse.ArgumentParser(
-        prog="bench gpu_check", description="build, tests, sanitizer and benchmarks on a GPU", allow_abbrev=False
-    )
-    options.add_argument("--out", type=Path, metavar="FILE", default=Path("gpu_check.json"), help="(gpu_check.json)")
-    options.add_argument("--minutes", type=float, default=9.5, help="for everything together (9.5)")
-    arguments = options.parse_args(argv)
-    check = Check(arguments.out.resolve(), arguments.minutes)
-    has_gpu = check.machine()
-    built = check.build().status == "passed"
-    if not has_gpu:
-        check.skip("tests, sanitize, kernels, op_memory, models, memory", NO_GPU)
-        print(f"{NO_GPU}; {'built' if built else 'the build failed'}; wrote {check.out}")
+    arguments = parser().parse_args(argv)
+    check = Check(arguments.out.resolve(), "cpu" if arguments.rehearse else "cuda")
+    chosen = [stage for stage in STAGES if arguments.only is None or stage.name in arguments.only]
+    there = check.machine() or arguments.rehearse
+    without = "" if there else NO_GPU
+    for stage in chosen:
+        if without and stage.name != "build":
+            check.skip(stage.name, without)
+            continue
+        ended = check.go(stage)
+        if ended.code == NO_KERNELS:
+            without = "the extension has no kernels for this device"
+    bad = [ended.name for ended in check.ended if ended.status in ("failed", "timeout")]
+    skipped = [f"{ended.name} ({ended.reason})" for ended in check.ended if ended.status == "skipped"]
+    shutil.rmtree(check.out / PARTS)
+    print(gpu_report.report(check.out))
+    print(f"{'failed: ' + ', '.join(bad) if bad else 'no stage failed'}; wrote {check.out}")
+    if skipped:
+        print(f"skipped: {'; '.join(skipped)}")
+    if not there:
         return 2
-    if built:
-        check.tests()
-        check.sanitize()
-        check.benchmarks()
-    else:
-        check.skip("tests and everything after them", "the extension was not built")
-    shutil.rmtree(check.scratch, ignore_errors=True)
-    bad = [stage.name for stage in check.stages if stage.status in ("failed", "timeout")]
-    late = [stage.name for stage in check.stages if stage.reason == "no time is left"]
-    print(f"{'failed: ' + ', '.join(bad + late) if bad or late else 'all stages passed'}; wrote {check.out}")
-    return 1 if bad or late or not built else 0
+    late = any(ended.reason == NO_TIME for ended in check.ended)
+    return 1 if bad or late or without else 0
 
 
 if __name__ == "__main__":

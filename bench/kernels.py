@@ -2,6 +2,8 @@
 
     python -m bench.kernels [--device cpu] [--compile] [--peers] [--quick] [--out DIR]
 
+On a GPU bench/gpu_kernels.py measures, without peers and torch.compile, which bench models has there.
+
 On the CPU everything is measured twice, in processes with two settings of malloc: the default, and one that keeps large
 buffers (bench.harness.TUNED_MALLOC), under which fresh ones cost no page faults. Each row says what the operation must
 move and compute at least, and which fraction it reaches of two ceilings of the same run: a copy that touches as many
@@ -19,7 +21,7 @@ from typing import Any
 
 import torch
 
-from bench import peers, roofline
+from bench import gpu_kernels, peers, roofline
 from bench.cases import (
     BETWEEN,
     SHAPES,
@@ -226,7 +228,7 @@ def _write(arguments: argparse.Namespace, facts: dict[str, Any], rows: list[Row]
     path = _file(arguments, arguments.out)
     write_json(path, facts, rows, notes=notes)
     print(f"wrote {path}")
-    if arguments.malloc != "here" or arguments.device.type != "cpu":
+    if arguments.malloc != "here":
         print(roofline.write(rows, path.with_name(f"{path.stem}-roofline.png")))
 
 
@@ -275,6 +277,15 @@ def _measure_both(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _on_gpu(arguments: argparse.Namespace) -> int:
+    shapes = ",".join("x".join(map(str, shape)) for shape in (QUICK_SHAPES if arguments.quick else SHAPES))
+    given = ["--device", str(arguments.device), "--shapes", shapes, "--only", arguments.only]
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        given += ["--out", str(_file(arguments, arguments.out))]
+    return gpu_kernels.main(given)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the tables, write the files.
 
@@ -284,10 +295,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, or the exit code of a measuring process that failed.
     """
-    arguments = parser().parse_args(argv)
-    if arguments.device.type == "cpu" and arguments.malloc != "here":
-        return _measure_both(arguments)
-    return _measure_here(arguments)
+    options = parser()
+    arguments = options.parse_args(argv)
+    if arguments.device.type == "cuda":
+        if arguments.compile or arguments.peers:
+            options.error("--compile, --peers: expected on the CPU; on a GPU bench models has them")
+        return _on_gpu(arguments)
+    return _measure_both(arguments) if arguments.malloc != "here" else _measure_here(arguments)
 
 
 if __name__ == "__main__":

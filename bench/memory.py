@@ -2,6 +2,7 @@
 
     pyglow-fast bench memory [--quick | --full] [--device cpu] [--only depth,resolution,gradients] [--budget BYTES]
                              [--run FOLDER] [--others JSON] [--out DIR]
+    pyglow-fast bench memory --only large [--sizes 256,1024] [--depths 4,16] [--device cuda] [--out DIR]
     pyglow-fast bench memory --budgets [--cases a,b,c,e] [--rounds 7] [--quick] [--out DIR]
 
 The memory of one training step (forward and backward) beyond parameters and gradients, each case in a fresh process;
@@ -9,7 +10,8 @@ bench/memory_case.py says what is counted. Where a case would not fit --limit or
 continued along the straight line through two smaller depths of the same images. ``held``: gradients allocated before.
 ``fresh``: gradients begin as None, and what becomes one is not counted. Ours includes the anchors. "reversible small
 nets" gives one net --small-nets bytes, as few as one net of what wraps steps needs. --others takes rows of other
-implementations that are not measured now from an earlier run's JSON, and says so. For the gradients see
+implementations that are not measured now from an earlier run's JSON, and says so. ``large`` is the depth on images of
+256 and 1024 pixels, which takes a GPU. For the gradients see
 bench/memory_gradients.py, for --budgets, which draws time against bytes, bench/memory_budgets.py.
 """
 
@@ -31,6 +33,7 @@ from bench.memory_rows import DEPTH, HEADER, HUGE, RESOLUTION, SMALL_NETS, Row, 
 from bench.memory_runner import Runner
 
 CHOICES = (*OURS, SMALL_NETS, *SAME_FUNCTION, *OTHERS)
+LARGE_SIDES, LARGE_DEPTHS = "256,1024", "4,16"
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -41,7 +44,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument("--out", type=Path, metavar="DIR", help="folder for memory-DEVICE.json and the plots")
     options.add_argument("--quick", action="store_true", help="shallow models and small images")
     options.add_argument("--full", action="store_true", help="also K = 512 and images of 1024 pixels: very long")
-    options.add_argument("--only", default="depth,resolution,gradients", help="parts, separated by commas")
+    options.add_argument("--only", default="depth,resolution,gradients", help="parts, separated by commas; or large")
     options.add_argument("--implementations", default=",".join(CHOICES), help="separated by commas")
     options.add_argument("--depths", help="K, separated by commas, in place of the standard ones")
     options.add_argument("--sizes", help="sides of the images, separated by commas, in place of the standard ones")
@@ -81,10 +84,38 @@ def _sizes(options: argparse.Namespace) -> list[Shape]:
     return sorted(shapes, key=lambda shape: shape.image[1])
 
 
+def _large(options: argparse.Namespace) -> list[list[Shape]]:
+    """By side, the depths: the models of the resolution's curve."""
+    sides = [int(side) for side in (options.sizes or LARGE_SIDES).split(",")]
+    steps = sorted(int(k) for k in (options.depths or LARGE_DEPTHS).split(","))
+    found = []
+    for side in sides:
+        base = HUGE if side == HUGE.image[1] else dataclasses.replace(RESOLUTION, image=(3, side, side))
+        if options.quick:
+            base = dataclasses.replace(base, hidden=16)
+        found.append([dataclasses.replace(base, n_steps=k) for k in steps])
+    return found
+
+
 def _replaced(row: Row, taken: Sequence[Row]) -> bool:
     """Tell whether an earlier run has measured a row that this one has only counted."""
     same = [(other.curve, other.implementation, other.shape) for other in taken]
     return row.counted and (row.curve, row.implementation, row.shape) in same
+
+
+def _write(
+    options: argparse.Namespace,
+    runner: Runner,
+    rows: Sequence[Row],
+    gradients: Sequence[memory_gradients.GradientRow],
+) -> None:
+    """Write memory-DEVICE.json, if there is a folder for it."""
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        facts = machine(options.device) | {"threads": str(options.threads)}  # of the cases' own processes
+        facts |= {"limit_gib": str(options.limit), "budget": str(options.budget)}
+        more = {"gradients": [dataclasses.asdict(row) for row in gradients], "notes": runner.lines}
+        write_json(options.out / f"memory-{options.device.type}.json", facts, rows, **more)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,6 +142,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 # Only others are continued from shallow depths; of ours, all is measured.
                 probe = implementation not in (*OURS[1:], SMALL_NETS)
                 rows += runner.rows("resolution", implementation, [shape], probe=probe)
+    if "large" in parts:
+        for shapes in _large(options):
+            for implementation in chosen:
+                rows += runner.rows(f"depth at {shapes[0].image[1]}", implementation, shapes, probe=False)
+                _write(options, runner, rows, [])  # a run that is stopped leaves what it has
     if options.others is not None:
         taken = earlier(json.loads(options.others.read_text(encoding="utf-8")), rows)
         print("\n".join(text(row) for row in taken))
@@ -126,12 +162,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 gradients.append(row)
         print(memory_gradients.table(gradients))
+    _write(options, runner, rows, gradients)
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        facts = machine(options.device) | {"threads": str(options.threads)}  # of the cases' own processes
-        facts |= {"limit_gib": str(options.limit), "budget": str(options.budget)}
-        more = {"gradients": [dataclasses.asdict(row) for row in gradients], "notes": runner.lines}
-        write_json(options.out / f"memory-{options.device.type}.json", facts, rows, **more)
         note = draw([dataclasses.asdict(row) for row in rows], options.out, options.device.type)
         if note:
             print(note)

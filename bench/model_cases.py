@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bench.memory_models import OURS, Levels, Ours, Shape, build, images, plain_levels
 from bench.model_peers import PEER_STEPS
-from bench.precisions import NAMES, autocast, dtype_name
+from bench.precisions import NAMES, TF32, autocast, dtype_name, tf32_products
 from pyglow_fast import Glow
 
 CONFIGS = {
@@ -55,7 +55,8 @@ class Candidate:
     """An implementation in a variant: its model, the images as it takes them, and the model's two entry points.
 
     ``memory``: the mode that a model of ours is set to before each run; models are shared between modes. ``dtype``: in
-    bfloat16 a model of ours has that precision itself, the others run under torch.autocast.
+    bfloat16 a model of ours has that precision itself, the others run under torch.autocast. ``tf32``: float32 whose
+    convolutions the library may round.
     """
 
     implementation: str
@@ -65,6 +66,7 @@ class Candidate:
     memory: str | None = None
     note: str = ""
     dtype: torch.dtype = torch.float32
+    tf32: bool = False
 
     def __post_init__(self) -> None:
         self.log_prob: Callable[[Tensor], Tensor] = self.model.log_prob
@@ -73,8 +75,13 @@ class Candidate:
     @property
     def name(self) -> str:
         """For tables and messages."""
-        precision = "" if self.dtype == torch.float32 else f", {dtype_name(self.dtype)}"
+        precision = "" if self.dtype_name == "float32" else f", {self.dtype_name}"
         return f"{self.implementation}, {self.variant}{precision}"
+
+    @property
+    def dtype_name(self) -> str:
+        """As rows have it."""
+        return TF32 if self.tf32 else dtype_name(self.dtype)
 
     def context(self) -> contextlib.AbstractContextManager[object]:
         """Gives the context that its forward runs in: autocast, but for ours, whose nets have the precision."""
@@ -140,9 +147,9 @@ def net_products(shape: Shape) -> list[tuple[int, int, int]]:
 
 
 def products_case(
-    shape: Shape, device: torch.device, dtype: torch.dtype = torch.float32
+    shape: Shape, device: torch.device, dtype: torch.dtype = torch.float32, tf32: bool = False
 ) -> tuple[Callable[[], None], int]:
-    """All those products, one after another into memory that is already there, and their FLOPs."""
+    """All those products, one after another into memory that is already there, and their FLOPs; in TF32 if asked."""
     sizes = net_products(shape)
     operands = [
         tuple(torch.randn(size, device=device).to(dtype) for size in ((rows, inner), (inner, columns), (rows, columns)))
@@ -150,8 +157,9 @@ def products_case(
     ]
 
     def run() -> None:
-        for left, right, out in operands:
-            torch.mm(left, right, out=out)
+        with tf32_products() if tf32 else contextlib.nullcontext():
+            for left, right, out in operands:
+                torch.mm(left, right, out=out)
 
     return run, sum(2 * rows * inner * columns for rows, inner, columns in sizes)
 
@@ -160,7 +168,7 @@ class Candidates:
     """The implementations of a configuration in their variants, and a line for each that is left out.
 
     Ours and those of our function share one set of tensors per variant, and per precision of ours. In bfloat16 those of
-    FLOAT_BESIDE are there in float32, too.
+    FLOAT_BESIDE are there in float32, too. ``compiled``: those that are there under torch.compile as well.
     """
 
     def __init__(
@@ -168,10 +176,11 @@ class Candidates:
         shape: Shape,
         device: torch.device,
         names: Sequence[str],
-        compiled: bool,
+        compiled: Sequence[str],
         dtype: torch.dtype = torch.float32,
+        tf32: bool = False,
     ) -> None:
-        self.shape, self.device, self.dtype = shape, device, dtype
+        self.shape, self.device, self.dtype, self.tf32 = shape, device, dtype, tf32
         self.found: list[Candidate] = []
         self.missing: list[str] = []
         self.x = images(shape, device)
@@ -182,8 +191,8 @@ class Candidates:
             models = self._models(variant)
             for name in names:
                 self._add(name, variant, models)
-        if compiled:
-            for name in names:
+        for name in compiled:
+            if name in names:
                 self._add_compiled(name)
 
     def exact(self, implementation: str = PLAIN) -> Levels:
@@ -235,7 +244,7 @@ class Candidates:
                 return
             if variant == CHANNELS_LAST:
                 model, x = _channels_last(model), _channels_last(x)
-            self.found.append(Candidate(name, variant, model, x, memory, NOTES.get(name, ""), dtype))
+            self.found.append(Candidate(name, variant, model, x, memory, NOTES.get(name, ""), dtype, self.tf32))
 
     def _add_compiled(self, name: str) -> None:
         if name in OURS[1:] or name == CHECKPOINTED:

@@ -1,6 +1,6 @@
 """Whole models: a training step, log_prob and sampling, by ours, plain torch and the peers' layers.
 
-    python -m bench.models [--configs a,b] [--precision fp32] [--device cpu] [--compile] [--seconds 600] [--out DIR]
+    python -m bench.models [--configs a,b] [--precision fp32] [--device cpu] [--compile [NAMES]] [--quick] [--out DIR]
 
 A training step is zero_grad, forward and backward of the mean of -log_prob; an optimizer is no part of it. log_prob and
 sample run under no_grad in evaluation mode. Every candidate is checked before it is timed (bench/model_checks.py);
@@ -10,7 +10,8 @@ nets' shapes among them. On the CPU each configuration is measured twice, in fre
 after. Ratios are of each side at its own best over variants and both settings.
 
 With ``--precision bf16`` our models have that precision and the others run under torch.autocast; ours (stored and
-reversible) and the peers' layers are in the same rounds in float32, too, so that all ratios come from one run.
+reversible) and the peers' layers are in the same rounds in float32, too, so that all ratios come from one run. On a
+GPU torch lets convolutions round to TF32: ``--precision fp32`` turns that off, ``tf32`` on, and the rows say which.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ from bench.model_cases import (
 )
 from bench.model_checks import Checks, Errors, passing
 from bench.model_rows import ModelRow, table, verdicts
-from bench.precisions import PRECISIONS, dtype_name
+from bench.precisions import PRECISIONS, TF32, tf32
 
 PRODUCTS = "library's products"
 TURN_SECONDS = 0.1  # short cases are repeated within their turn to about this
@@ -96,15 +97,18 @@ class Measurement:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.device, self.rounds, self.seconds = arguments.device, arguments.rounds, arguments.seconds
         self.names, self.workloads, self.compiled = arguments.implementations, arguments.workloads, arguments.compile
-        self.dtype = PRECISIONS[arguments.precision]
+        self.tf32 = arguments.precision == TF32
+        self.dtype = torch.float32 if self.tf32 else PRECISIONS[arguments.precision]
         self.shapes: dict[str, Shape] = arguments.shapes or CONFIGS
+        if arguments.quick:
+            self.shapes = {name: quick(shape) for name, shape in self.shapes.items()}
         self.device_name, self.malloc = device_name(self.device), malloc_setting()
         self.notes: list[str] = []
 
     def config(self, config: str) -> list[ModelRow]:
         """All workloads of one configuration; prints a table of each."""
         shape, rows = self.shapes[config], []
-        candidates = Candidates(shape, self.device, self.names, self.compiled, self.dtype)
+        candidates = Candidates(shape, self.device, self.names, self.compiled, self.dtype, self.tf32)
         for line in candidates.missing:
             self._note(line)
         for workload in self.workloads:
@@ -134,7 +138,7 @@ class Measurement:
         self, config: str, shape: Shape, workload: str, candidates: Sequence[Candidate], errors: Mapping[str, Errors]
     ) -> list[ModelRow]:
         dtypes = list(dict.fromkeys(candidate.dtype for candidate in candidates))
-        products = {dtype: products_case(shape, self.device, dtype) for dtype in dtypes}
+        products = {dtype: products_case(shape, self.device, dtype, self.tf32) for dtype in dtypes}
         cases: dict[str, Callable[[], object]] = {f"{PRODUCTS}, {dtype}": products[dtype][0] for dtype in dtypes}
         cases |= {candidate.name: candidate.run(workload) for candidate in candidates}
         times = take_turns(cases, self.device, self.rounds, self.seconds / len(self.workloads))
@@ -152,7 +156,7 @@ class Measurement:
                     variant=candidate.variant,
                     malloc=self.malloc,
                     device=self.device_name,
-                    dtype=dtype_name(candidate.dtype),
+                    dtype=candidate.dtype_name,
                     shape=shape,
                     seconds=median,
                     seconds_low=low,
@@ -197,6 +201,13 @@ def chosen(known: Sequence[str]) -> Callable[[str], list[str]]:
     return parse
 
 
+def quick(shape: Shape) -> Shape:
+    """The same model with few steps, narrow nets and one or two small images: to see that all of it runs."""
+    side = min(shape.image[1], 2 ** (shape.n_levels + 1))
+    image = (shape.image[0], *[side] * (len(shape.image) - 1))
+    return dataclasses.replace(shape, image=image, n_steps=min(shape.n_steps, 2), hidden=8, batch=min(shape.batch, 2))
+
+
 def _shapes(text: str) -> dict[str, Shape]:
     return {name: Shape.of(values) for name, values in json.loads(text).items()}
 
@@ -213,7 +224,10 @@ def parser() -> argparse.ArgumentParser:
         help=", ".join(IMPLEMENTATIONS),
     )
     options.add_argument(
-        "--precision", choices=list(PRECISIONS), default="fp32", help="fp32 (default), or bf16: with float32 beside it"
+        "--precision",
+        choices=[*PRECISIONS, TF32],
+        default="fp32",
+        help="fp32 (default); bf16: with float32 beside it; tf32: convolutions may round to it, on a GPU",
     )
     options.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")
     options.add_argument("--rounds", type=int, default=5, help="interleaved rounds (5)")
@@ -222,8 +236,15 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch on the CPU")
     options.add_argument(
-        "--compile", action="store_true", help="also under torch.compile, minutes each for deep models"
+        "--compile",
+        nargs="?",
+        type=chosen(IMPLEMENTATIONS),
+        const=list(IMPLEMENTATIONS),
+        default=[],
+        metavar="NAMES",
+        help="also under torch.compile, minutes each for deep models: all, or those named",
     )
+    options.add_argument("--quick", action="store_true", help="tiny models and images: to see that it works")
     options.add_argument(
         "--shapes", type=_shapes, help=argparse.SUPPRESS
     )  # of the configurations, for a process of ours
@@ -263,11 +284,13 @@ def _measure_here(arguments: argparse.Namespace) -> list[ModelRow]:
     torch.set_num_threads(arguments.threads)
     measurement = Measurement(arguments)
     facts = machine(arguments.device) | {"rounds": str(arguments.rounds)} | peers.versions()
+    facts["precision"] = arguments.precision
     print(", ".join(f"{name}: {value}" for name, value in facts.items()), flush=True)
     rows: list[ModelRow] = []
-    for config in arguments.configs:
-        rows += measurement.config(config)
-        _write(arguments, measurement.malloc, facts, rows, measurement.notes)
+    with tf32(measurement.tf32):
+        for config in arguments.configs:
+            rows += measurement.config(config)
+            _write(arguments, measurement.malloc, facts, rows, measurement.notes)
     return rows
 
 
@@ -275,7 +298,8 @@ def _again(arguments: argparse.Namespace, config: str) -> list[str]:
     """The options again, as they are given to the process that measures a configuration."""
     given = ["--device", str(arguments.device), "--threads", str(arguments.threads), "--rounds", str(arguments.rounds)]
     given += ["--precision", arguments.precision, "--seconds", str(arguments.seconds)]
-    given += [*(["--compile"] if arguments.compile else [])]
+    given += ["--compile", ",".join(arguments.compile)] if arguments.compile else []
+    given += ["--quick"] if arguments.quick else []
     given += ["--shapes", json.dumps({config: dataclasses.asdict(CONFIGS[config])}), "--configs", config]
     for name in ("workloads", "implementations"):
         given += [f"--{name}", ",".join(getattr(arguments, name))]

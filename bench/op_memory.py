@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from bench.cases import Case, Data, Run, op_cases
+from bench.cases import Case, Data, Run, op_cases, parse_shapes
 from bench.harness import machine, write_json
 from pyglow_fast import functional
 
@@ -158,10 +158,12 @@ def measure(device: torch.device, threads: int, shapes: Sequence[tuple[int, ...]
     torch.set_num_threads(1)  # no pool of threads before the forks: it would be missing in the children
     names = [case.is_ours(device) for case in op_cases(Data((1, 4, 3, 3), torch.device("cpu")))]
     for shape in shapes:
+        if device.type == "cuda":
+            cases = op_cases(Data(shape, device))
+            rows += [_cuda_case(case, device) for case, ours in zip(cases, names, strict=True) if ours]
+            continue
         for index, ours in enumerate(names):
-            if ours and device.type == "cuda":
-                rows.append(_cuda_case(_find(shape, device, index), device))
-            elif ours:
+            if ours:
                 rows.append(_forked(lambda shape=shape, index=index: _cpu_case(shape, index, threads)))  # type: ignore[misc]
     return rows
 
@@ -193,9 +195,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     options.add_argument("--threads", type=int, default=torch.get_num_threads())
     options.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write")
+    options.add_argument("--shapes", type=parse_shapes, default=SHAPES, help="such as 4x12x64x64, separated by commas")
     options.add_argument("--quick", action="store_true", help="one shape, the one with most channels")
     arguments = options.parse_args(argv)
-    shapes = SHAPES[-1:] if arguments.quick else SHAPES
+    shapes = SHAPES[-1:] if arguments.quick else arguments.shapes
     rows = measure(arguments.device, arguments.threads, shapes)
     print(table(rows))
     if arguments.out is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cases, harness, kernels, op_memory, peers, roofline
+from bench import cases, gpu_kernels, harness, kernels, op_memory, peers, roofline
 from pyglow_fast import _backend, functional, reference
 
 SHAPE = (2, 12, 6, 10)
@@ -192,3 +192,19 @@ def test_scratch_is_measured_and_bounded(tmp_path: Path) -> None:
             assert max(r.kept, r.peak) < state / 2, r  # a copy of the state would be twice that
     unbounded = dataclasses.replace(rows[0], kept=17 * 2**20)
     assert op_memory.beyond_bound([unbounded]) == [unbounded]
+
+
+def test_on_a_gpu_kernels_are_timed_in_graphs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: list[list[str]] = []
+    monkeypatch.setattr(gpu_kernels, "main", lambda argv: given.append(argv) or 0)
+    out = tmp_path / "results"
+    assert kernels.main(["--device", "cuda", "--quick", "--only", "coupling", "--out", str(out)]) == 0
+    shapes = "4x12x32x32,1x12x128x128"
+    file = str(out / "kernels-cuda.json")
+    assert given == [["--device", "cuda", "--shapes", shapes, "--only", "coupling", "--out", file]]
+    for option in ("--compile", "--peers"):
+        with pytest.raises(SystemExit):
+            kernels.main(["--device", "cuda", option])
+        assert "on a GPU bench models has them" in capsys.readouterr().err

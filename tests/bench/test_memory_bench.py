@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -330,3 +331,44 @@ def test_in_processes_of_their_own(
     assert origins == {("reversible", 1): False, ("plain", 1): True, ("plain", 3): True}
     drawn = memory_plots.draw(content["rows"], tmp_path, "cpu")
     assert drawn or (tmp_path / "memory-depth-cpu.png").stat().st_size > 0
+
+
+class TestLarge:
+    def run(self, folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> list[dict[str, Any]]:
+        """The rows of cases that are answered, not measured; some are written after each curve."""
+        lengths: list[int] = []
+        right = memory.write_json
+
+        def case(
+            runner: memory_runner.Runner, name: str, shape: memory_models.Shape, *rest: object, **more: object
+        ) -> dict[str, float]:
+            return {"tensor_bytes": 1e6 * shape.n_steps, "tensor_bytes_fresh": 1.0, "seconds": 1.0}
+
+        def write(path: Path, facts: dict[str, str], rows: list[memory_rows.Row], **more: Any) -> None:
+            lengths.append(len(rows))
+            right(path, facts, rows, **more)
+
+        monkeypatch.setattr(memory_runner.Runner, "case", case)
+        monkeypatch.setattr(memory, "write_json", write)
+        given = ["--only", "large", "--implementations", "store,plain", "--out", str(folder), *options]
+        assert memory.main(given) == 0
+        rows: list[dict[str, Any]] = json.loads((folder / "memory-cpu.json").read_text())["rows"]
+        assert lengths == [2, 4, 6, 8, 8]
+        return rows
+
+    def test_depths_at_256_and_1024_pixels(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        rows = self.run(tmp_path, monkeypatch)
+        assert [(row["curve"], row["implementation"], row["shape"]["n_steps"]) for row in rows] == [
+            (f"depth at {side}", name, k) for side in (256, 1024) for name in ("store", "plain") for k in (4, 16)
+        ]
+        assert {(*row["shape"]["image"], row["shape"]["n_levels"]) for row in rows} == {
+            (3, 256, 256, 4),
+            (3, 1024, 1024, 6),
+        }
+        assert {row["shape"]["hidden"] for row in rows} == {512}
+
+    def test_others(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        rows = self.run(tmp_path, monkeypatch, "--sizes", "32,64", "--depths", "3,1", "--quick")
+        assert [row["shape"]["n_steps"] for row in rows[:2]] == [1, 3]
+        assert {row["shape"]["image"][1] for row in rows} == {32, 64}
+        assert {row["shape"]["hidden"] for row in rows} == {16}

@@ -11,21 +11,23 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import model_cases, model_checks, model_plots, model_rows, models
+from bench import model_cases, model_checks, model_plots, model_rows, models, precisions
 from bench.memory_models import OurSteps, Shape
 from bench.model_cases import CHANNELS_LAST, COMPILED, EAGER, LOG_PROB, PLAIN, SAMPLE, TRAIN, Candidate, Candidates
 from bench.model_checks import Checks, Unequal, passing
-from pyglow_fast import Glow
+from pyglow_fast import Glow, _backend
 
 CPU = torch.device("cpu")
 TINY = {"levels": Shape((3, 8, 8), 2, 2, 8, 2), "one step": Shape((12, 4, 4), 1, 1, 8, 2, squeezes=False)}
 EVERY = list(model_cases.IMPLEMENTATIONS)
 BFLOAT = torch.bfloat16
+aten = torch.ops.aten
 
 
 def candidates(which: str, names: list[str], workload: str, dtype: torch.dtype = torch.float32) -> Candidates:
-    found = Candidates(TINY[which], CPU, names, compiled=False, dtype=dtype)
+    found = Candidates(TINY[which], CPU, names, compiled=[], dtype=dtype)
     for candidate in found.found:
         candidate.model.train(workload == TRAIN)
     return found
@@ -100,12 +102,12 @@ class TestCandidates:
 
     def test_missing_library(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(__import__("sys").modules, "nflows", None)
-        built = Candidates(TINY["levels"], CPU, ["plain", "nflows"], compiled=False)
+        built = Candidates(TINY["levels"], CPU, ["plain", "nflows"], compiled=[])
         assert {c.implementation for c in built.found} == {"plain"}
         assert [line.split(":")[0] for line in built.missing] == ["nflows is left out"]
 
     def test_what_is_compiled(self) -> None:
-        built = Candidates(TINY["one step"], CPU, ["store", "reversible", "memcnn", "plain"], compiled=True)
+        built = Candidates(TINY["one step"], CPU, names := ["store", "reversible", "memcnn", "plain"], compiled=names)
         compiled = [c for c in built.found if c.variant == COMPILED]
         assert [c.implementation for c in compiled] == ["store", "plain"]
         assert built.missing[-1:] == [model_cases.MEMCNN_COMPILES_NOT]
@@ -206,6 +208,121 @@ class TestChecks:
         assert not passing(Checks(built, TRAIN), [compiled])[0]
 
 
+class CutToTF32(TorchDispatchMode):
+    """Convolutions of float32 multiply what is left of 11 bits, the others cut off: as far off as a GPU may be."""
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        operands = {aten.convolution.default: 2, aten.convolution_backward.default: 3}.get(func, 0)
+        cut = [cut_to_tf32(value) if value.dtype == torch.float32 else value for value in args[:operands]]
+        return func(*cut, *args[operands:], **(kwargs or {}))
+
+
+def cut_to_tf32(x: torch.Tensor) -> torch.Tensor:
+    return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.fixture
+def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nets are the library's convolutions; the state is mapped by our kernels, as on a GPU."""
+    monkeypatch.setattr(_backend, "nets", lambda: "library")
+
+
+class TestTF32:
+    def candidates(self, which: str, names: list[str], workload: str, tf32: bool) -> Candidates:
+        built = Candidates(TINY[which], CPU, names, compiled=[], tf32=tf32)
+        for candidate in built.found:
+            candidate.model.train(workload == TRAIN)
+        return built
+
+    @pytest.mark.parametrize("workload", model_cases.WORKLOADS)
+    @pytest.mark.parametrize("which", TINY)
+    def test_all_pass_what_is_derived(self, which: str, workload: str, like_a_gpu: None) -> None:
+        built = self.candidates(which, EVERY, workload, tf32=True)
+        checks = Checks(built, workload)
+        with CutToTF32():
+            found, lines = passing(checks, built.of(workload))
+        assert not lines
+        assert len(found) == len(built.of(workload))
+        for candidate in found:
+            errors = checks.errors[candidate.name]
+            error = errors.gradients if workload == TRAIN else errors.values
+            assert error is not None
+            assert error > 2e-6  # it does round
+            assert candidate.name.endswith(", tf32")
+
+    def test_no_rounding_passes_too(self) -> None:
+        built = self.candidates("levels", ["store", PLAIN], TRAIN, tf32=True)
+        assert passing(Checks(built, TRAIN), built.found)[1] == []
+
+    def test_what_float32_allows_is_too_little(self, like_a_gpu: None) -> None:
+        built = self.candidates("levels", ["store"], TRAIN, tf32=False)
+        with CutToTF32(), pytest.raises(Unequal, match="store, eager, gradients: off by"):
+            passing(Checks(built, TRAIN), built.found)
+
+    @pytest.mark.parametrize("workload", [TRAIN, LOG_PROB])
+    def test_a_wrong_net_fails(self, workload: str, like_a_gpu: None) -> None:
+        built = self.candidates("levels", ["store"], workload, tf32=True)
+        checks = Checks(built, workload)
+        checks._truth(built.found[0])
+        net = built.ours.levels[0].steps[0].coupling.net  # type: ignore[union-attr, index]
+        with torch.no_grad():
+            net.conv3.weight.mul_(-1.0)
+        with CutToTF32(), pytest.raises(Unequal, match="store, eager, tf32"):
+            checks.check(built.found[0])
+
+    def test_rows_say_it(self, tmp_path: Path) -> None:
+        options = ["--configs", "d", "--workloads", LOG_PROB, "--implementations", PLAIN, "--precision", "tf32"]
+        options += ["--quick", "--rounds", "1", "--malloc", "here", "--threads", "1", "--out", str(tmp_path)]
+        assert models.main(options) == 0
+        (path,) = tmp_path.glob("models-cpu-tf32*.json")
+        content = json.loads(path.read_text())
+        assert {row["dtype"] for row in content["rows"]} == {"tf32"}
+        assert content["machine"]["precision"] == "tf32"
+        assert model_rows.ModelRow.of(content["rows"][0]).shape == models.quick(model_cases.CONFIGS["d"])
+
+    @pytest.mark.parametrize("allowed", [True, False])
+    def test_the_librarys_setting_is_put_back(self, allowed: bool) -> None:
+        cudnn: Any = torch.backends.cudnn
+        before = cudnn.conv.fp32_precision, cudnn.allow_tf32
+        with precisions.tf32(allowed), precisions.tf32_products():
+            assert cudnn.allow_tf32 == allowed
+            assert torch.backends.cuda.matmul.allow_tf32
+        assert (cudnn.conv.fp32_precision, cudnn.allow_tf32) == before
+        assert not torch.backends.cuda.matmul.allow_tf32
+
+    def test_what_is_cut_off(self) -> None:
+        """The unit is the largest error, and the bias of a product is what the derivation says."""
+        x = 2.0 ** (8 * torch.rand(100_000))
+        errors = (x - cut_to_tf32(x)) / x
+        assert 0.99 * precisions.TF32_UNIT < float(errors.max()) <= precisions.TF32_UNIT
+        assert float(errors.mean()) == pytest.approx(0.36 * precisions.TF32_UNIT, rel=0.02)
+        rms = precisions.SPREAD_EVENLY * precisions.TF32_UNIT
+        assert float(errors.square().mean().sqrt()) == pytest.approx(rms, rel=0.02)
+        bias = 6 * 0.36 * precisions.TF32_UNIT  # of the three layers of a net
+        assert bias < precisions.MARGIN * precisions.net_error(3, precisions.TF32_UNIT)
+
+
+class TestQuick:
+    def test_only_some_are_compiled(self) -> None:
+        built = Candidates(TINY["one step"], CPU, ["store", PLAIN], compiled=[PLAIN])
+        assert [c.implementation for c in built.found if c.variant == COMPILED] == [PLAIN]
+
+    def test_options(self) -> None:
+        parse = models.parser().parse_args
+        assert parse([]).compile == []
+        assert parse(["--compile"]).compile == list(model_cases.IMPLEMENTATIONS)
+        assert parse(["--compile", "plain,store"]).compile == ["plain", "store"]
+
+    @pytest.mark.parametrize("config", model_cases.CONFIGS)
+    def test_the_model_is_of_the_same_kind(self, config: str) -> None:
+        shape = model_cases.CONFIGS[config]
+        small = models.quick(shape)
+        assert (small.n_levels, small.squeezes, small.image[0]) == (shape.n_levels, shape.squeezes, shape.image[0])
+        assert model_cases.net_flops(small, TRAIN) < 1e8
+
+
 class TestArithmetic:
     def test_flops_of_one_step(self) -> None:
         shape = Shape((12, 64, 64), 1, 1, 32, 8, squeezes=False)
@@ -229,7 +346,7 @@ class TestArithmetic:
             assert isinstance(module, torch.nn.Conv2d)
             counted += 2 * module.weight.numel() * out.shape[0] * out.shape[2] * out.shape[3]
 
-        peer = pytest.importorskip("FrEIA") and Candidates(shape, CPU, ["FrEIA"], compiled=False).found[0]
+        peer = pytest.importorskip("FrEIA") and Candidates(shape, CPU, ["FrEIA"], compiled=[]).found[0]
         for part in peer.model.modules():
             if isinstance(part, torch.nn.Conv2d):
                 part.register_forward_hook(count)
