@@ -1,0 +1,207 @@
+"""What each case of `bench kernels` does on a GPU, counted without one: launches, instructions, sectors, cycles.
+
+The emulator of the tests tells the launches with their arguments, nvcc's code for sm_90 is executed on some blocks of each
+(bench/sass). Written to bench/results/gpu-model.json by ``python -m bench.gpu_model --write``, read by bench/gpu_model.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import machine_code
+from bench.cases import SHAPES, Case, Data, op_cases, step_cases
+from bench.harness import ROOT, commit
+from bench.machine_code import Cubin, Kernel
+from bench.sass.listing import Instruction, decode
+from bench.sass.machine import Counts, Machine
+from bench.sass.state import Launch
+from pyglow_fast import _backend
+
+ARCH = "90"
+ARCHITECTURES = ("80", "90", "100", "120")
+BLOCKS = 12  # of a launch that are executed, spread over the grid
+# Cycles from a load to its value, assumed: what all blocks read is in L2, tensors of more bytes come from memory.
+L2_LATENCY, MEMORY_LATENCY, SMALL = 270, 600, 2**18
+
+
+class NotModelled(RuntimeError):
+    """A kernel that is launched and has no code for the architecture, or code that bench/sass does not execute."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Code:
+    """One kernel for sm_90."""
+
+    kernel: Kernel
+    constants: bytes
+    instructions: list[Instruction]
+
+
+class Codes:
+    """The float kernels of one architecture by name and template arguments; listings are read when they are asked for."""
+
+    def __init__(self, cubins: Sequence[Cubin]) -> None:
+        found = [(cubin, kernel) for cubin in cubins for kernel in cubin.kernels]
+        names = machine_code.demangled([kernel.symbol for _, kernel in found])
+        self._found = dict(zip(names, found, strict=True))
+        self._codes: dict[tuple[str, str], Code] = {}
+
+    def of(self, kernel: str, arguments: str) -> Code:
+        """One kernel.
+
+        Raises:
+            NotModelled: there is none of this name.
+        """
+        key = kernel, arguments
+        if key not in self._found:
+            raise NotModelled(f"{kernel}<{arguments}>: expected code for sm_{ARCH}, found none")
+        if key not in self._codes:
+            cubin, entry = self._found[key]
+            listing = cubin.listings([entry.symbol])[entry.symbol]
+            self._codes[key] = Code(entry, cubin.constants(entry.symbol), decode(listing))
+        return self._codes[key]
+
+
+def spread(count: int, most: int = BLOCKS) -> list[int]:
+    """Up to ``most`` of the numbers below ``count``, the first and the last among them."""
+    n = min(most, count)
+    return sorted({round(i * (count - 1) / max(1, n - 1)) for i in range(n)})
+
+
+def execute(code: Code, launch: Any, parameters: bytes, tensors: dict[str, tuple[int, int]], indices: Any) -> Counts:
+    """Run some blocks of a launch that the emulator told."""
+    given = Launch(code.kernel.symbol, (launch.blocks, 1, 1), (*launch.threads, 1), launch.dynamic_bytes, parameters)
+    ranges = {
+        name: (begin, end, L2_LATENCY if end - begin <= SMALL else MEMORY_LATENCY)
+        for name, (begin, end) in tensors.items()
+    }
+    integers = {index.data_ptr(): index.numpy() for index in indices}
+    machine = Machine(code.instructions, code.constants, given, spread(launch.blocks), integers, ranges, L2_LATENCY)
+    return machine.run()
+
+
+def case_entry(case: Case, emulator: Any, codes: Codes) -> dict[str, Any]:
+    """A case as it stands in the JSON: numbers of a launch are those of an average block."""
+    from support.case_launches import case_launches  # of the tests, which are not there for who only reads the JSON
+
+    told = case_launches(case, emulator)
+    names: dict[int, str] = {}
+    sizes, launches = {}, []
+    for record in told.ours:
+        tensors = {}
+        for key, begin, end in record.tensors:
+            name = names.setdefault(key, f"t{len(names)}")
+            tensors[name], sizes[name] = (begin, end), end - begin
+        code = codes.of(record.launch.kernel, record.launch.arguments)
+        counts = execute(code, record.launch, record.parameters, tensors, record.indices)
+        launches.append(
+            {
+                "kernel": record.launch.kernel,
+                "arguments": record.launch.arguments,
+                "blocks": record.launch.blocks,
+                "threads": list(record.launch.threads),
+                "dynamic_bytes": record.launch.dynamic_bytes,
+                "static_bytes": code.kernel.shared_bytes,
+                "registers": code.kernel.registers,
+                "issued": round(counts.issued, 1),
+                "units": {unit: round(count, 1) for unit, count in counts.units.items()},
+                "shared_cycles": round(counts.shared_cycles, 1),
+                "sectors": {f"{name} {way}": round(count, 2) for (name, way), count in counts.sectors.items()},
+                "cycles": round(counts.cycles),
+                "barriers": round(counts.barriers, 1),
+            }
+        )
+    return {
+        "op": case.op,
+        "mode": case.mode,
+        "shape": list(case.shape),
+        "tensors": sizes,
+        "launches": launches,
+        "others": [list(other) for other in told.others],
+    }
+
+
+def emulator_in(folder: Path) -> Any:
+    """The tests' emulator, built if need be (the objects are kept in build/emulation)."""
+    tests = str(ROOT / "tests")
+    if tests not in sys.path:
+        sys.path.insert(0, tests)
+    from support.case_launches import AllKernels
+    from support.toolchain import CUDA_SOURCES, EMULATION, build
+
+    sources = [*CUDA_SOURCES, *sorted(EMULATION.glob("driver*.cpp"))]
+    return AllKernels(build(folder / "libemulated.so", sources, "-O1", "-shared"))
+
+
+def cases_of(shape: tuple[int, ...]) -> list[Case]:
+    """What `bench kernels` runs on a shape."""
+    data = Data(shape, torch.device("cpu"))
+    return [*op_cases(data), *step_cases(data)]
+
+
+def compiled_facts(cubins: Iterable[Cubin]) -> dict[str, dict[str, Any]]:
+    """By kernel, of the float instantiations that take 16 bytes at a time, or of all where there is no such: what each
+    has at most or at least.
+    """
+    groups: dict[str, list[tuple[Kernel, str]]] = {}
+    for cubin in cubins:
+        listings = cubin.code if cubin.kernels else {}
+        for kernel in cubin.kernels:
+            if kernel.dtype == "f":
+                groups.setdefault(kernel.name, []).append((kernel, listings[kernel.symbol]))
+    facts = {}
+    for name, group in sorted(groups.items()):
+        chosen = [pair for pair in group if pair[0].vector] or group
+        kernels = [kernel for kernel, _ in chosen]
+        accesses = [re.findall(r"\b(?:LDG|STG)\.[.\w]*", listing) for _, listing in chosen]
+        registers = [kernel.registers for kernel in kernels]
+        facts[name] = {
+            "instantiations": len(group),
+            "registers": [min(registers), max(registers)],
+            "stack": max(kernel.stack + kernel.local for kernel, _ in group),
+            "static_bytes": max(kernel.shared_bytes for kernel in kernels),
+            "wide": min(sum(".128" in access for access in found) for found in accesses),
+        }
+    return facts
+
+
+def nvcc_version() -> str:
+    """Of the compiler on the PATH, or what the built module says it was compiled with."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return str(_backend.build_info().get("cuda", "unknown"))
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"V([\d.]+)", text)
+    return found[1] if found else "unknown"
+
+
+def content(shapes: Sequence[tuple[int, ...]] = tuple(SHAPES), more: Sequence[Case] = ()) -> dict[str, Any]:
+    """All that the JSON holds.
+
+    Raises:
+        NotModelled: a case launches a kernel that cannot be counted.
+        MissingTool: a tool to read or make the kernels' code is not there.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        by_arch = {}
+        for arch in ARCHITECTURES:
+            (folder / arch).mkdir()
+            by_arch[arch] = machine_code.cubins(arch, folder / arch)
+        codes, emulator = Codes(by_arch[ARCH]), emulator_in(folder)
+        cases = [case for shape in shapes for case in cases_of(shape)]
+        return {
+            "code": {"commit": commit(), "nvcc": nvcc_version(), "arch": f"sm_{ARCH}"},
+            "compiled": {f"sm_{arch}": compiled_facts(cubins) for arch, cubins in by_arch.items()},
+            "cases": [case_entry(case, emulator, codes) for case in (*cases, *more)],
+        }
