@@ -1,7 +1,8 @@
 """What each case of `bench kernels` does on a GPU, counted without one: launches, instructions, sectors, cycles.
 
-The emulator of the tests tells the launches with their arguments, nvcc's code for sm_90 is executed on some blocks of each
-(bench/sass). Written to bench/results/gpu-model.json by ``python -m bench.gpu_model --write``, read by bench/gpu_model.py.
+The emulator of the tests tells the launches with their arguments; nvcc's code for sm_90 is executed on some blocks of
+each (bench/sass). ``python -m bench.gpu_tables --write`` writes it to bench/results/gpu-model.json, which
+bench/gpu_model.py reads.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -19,7 +21,8 @@ from typing import Any
 import torch
 
 from bench import machine_code
-from bench.cases import SHAPES, Case, Data, op_cases, step_cases
+from bench.cases import BETWEEN, SHAPES, Case, Data, op_cases, step_cases
+from bench.gpu_model import L2_LATENCY, MEMORY_LATENCY, SMALL
 from bench.harness import ROOT, commit
 from bench.machine_code import Cubin, Kernel
 from bench.sass.listing import Instruction, decode
@@ -29,9 +32,8 @@ from pyglow_fast import _backend
 
 ARCH = "90"
 ARCHITECTURES = ("80", "90", "100", "120")
-BLOCKS = 12  # of a launch that are executed, spread over the grid
-# Cycles from a load to its value, assumed: what all blocks read is in L2, tensors of more bytes come from memory.
-L2_LATENCY, MEMORY_LATENCY, SMALL = 270, 600, 2**18
+BLOCKS = 16  # of a launch that are executed, spread over the grid
+Tensors = dict[str, tuple[int, int]]  # address of the first byte, and behind the last
 
 
 class NotModelled(RuntimeError):
@@ -48,7 +50,7 @@ class Code:
 
 
 class Codes:
-    """The float kernels of one architecture by name and template arguments; listings are read when they are asked for."""
+    """The kernels of one architecture by name and template arguments; listings are read when they are asked for."""
 
     def __init__(self, cubins: Sequence[Cubin]) -> None:
         found = [(cubin, kernel) for cubin in cubins for kernel in cubin.kernels]
@@ -73,12 +75,13 @@ class Codes:
 
 
 def spread(count: int, most: int = BLOCKS) -> list[int]:
-    """Up to ``most`` of the numbers below ``count``, the first and the last among them."""
-    n = min(most, count)
-    return sorted({round(i * (count - 1) / max(1, n - 1)) for i in range(n)})
+    """Up to ``most`` of the numbers below ``count``, evenly but in no period: multiples of the golden ratio."""
+    if count <= most:
+        return list(range(count))
+    return sorted({int((0.5 + i * 0.6180339887498949) % 1 * count) for i in range(most)})
 
 
-def execute(code: Code, launch: Any, parameters: bytes, tensors: dict[str, tuple[int, int]], indices: Any) -> Counts:
+def execute(code: Code, launch: Any, parameters: bytes, tensors: Tensors, indices: Any) -> Counts:
     """Run some blocks of a launch that the emulator told."""
     given = Launch(code.kernel.symbol, (launch.blocks, 1, 1), (*launch.threads, 1), launch.dynamic_bytes, parameters)
     ranges = {
@@ -90,7 +93,44 @@ def execute(code: Code, launch: Any, parameters: bytes, tensors: dict[str, tuple
     return machine.run()
 
 
-def case_entry(case: Case, emulator: Any, codes: Codes) -> dict[str, Any]:
+class Executed:
+    """Counts of launches; one that differs from an earlier one in its addresses alone is not executed again."""
+
+    def __init__(self, codes: Codes) -> None:
+        self.codes = codes
+        self._done: dict[tuple[Any, ...], Counts] = {}
+
+    def counts(self, record: Any, tensors: Tensors) -> Counts:
+        """Sectors by the names of ``tensors``."""
+        numbered = {str(i): place for i, place in enumerate(tensors.values())}
+        words = [word for (word,) in struct.iter_unpack("<Q", record.parameters[: len(record.parameters) // 8 * 8])]
+        places = [_place(word, numbered) for word in words]
+        key = (
+            record.launch,
+            *places,
+            record.parameters[len(words) * 8 :],
+            *(end - at for at, end in numbered.values()),
+        )
+        if key not in self._done:
+            code = self.codes.of(record.launch.kernel, record.launch.arguments)
+            self._done[key] = execute(code, record.launch, record.parameters, numbered, record.indices)
+        counts, names = self._done[key], [*tensors, "other"]
+        sectors = {
+            (names[-1 if number == "other" else int(number)], way): count
+            for (number, way), count in counts.sectors.items()
+        }
+        return dataclasses.replace(counts, sectors=sectors)
+
+
+def _place(word: int, tensors: Tensors) -> object:
+    """What a word of the arguments is: an address in a tensor, another address, or a number."""
+    for name, (begin, end) in tensors.items():
+        if begin <= word < end:
+            return name, word - begin
+    return "elsewhere" if word >= 2**40 else word
+
+
+def case_entry(case: Case, emulator: Any, executed: Executed) -> dict[str, Any]:
     """A case as it stands in the JSON: numbers of a launch are those of an average block."""
     from support.case_launches import case_launches  # of the tests, which are not there for who only reads the JSON
 
@@ -102,8 +142,8 @@ def case_entry(case: Case, emulator: Any, codes: Codes) -> dict[str, Any]:
         for key, begin, end in record.tensors:
             name = names.setdefault(key, f"t{len(names)}")
             tensors[name], sizes[name] = (begin, end), end - begin
-        code = codes.of(record.launch.kernel, record.launch.arguments)
-        counts = execute(code, record.launch, record.parameters, tensors, record.indices)
+        code = executed.codes.of(record.launch.kernel, record.launch.arguments)
+        counts = executed.counts(record, tensors)
         launches.append(
             {
                 "kernel": record.launch.kernel,
@@ -118,7 +158,8 @@ def case_entry(case: Case, emulator: Any, codes: Codes) -> dict[str, Any]:
                 "shared_cycles": round(counts.shared_cycles, 1),
                 "sectors": {f"{name} {way}": round(count, 2) for (name, way), count in counts.sectors.items()},
                 "cycles": round(counts.cycles),
-                "barriers": round(counts.barriers, 1),
+                "longest": round(counts.longest),
+                "round_trips": round(counts.round_trips, 1),
             }
         )
     return {
@@ -147,6 +188,14 @@ def cases_of(shape: tuple[int, ...]) -> list[Case]:
     """What `bench kernels` runs on a shape."""
     data = Data(shape, torch.device("cpu"))
     return [*op_cases(data), *step_cases(data)]
+
+
+def glow_cases(shape: tuple[int, ...]) -> list[Case]:
+    """A flow step between two nets, forward and backward, on the state of one level; none if `bench kernels` has it."""
+    if shape in SHAPES:
+        return []
+    cases = step_cases(Data(shape, torch.device("cpu")))
+    return [case for case in cases if (case.op, case.mode) == (BETWEEN, "forward+backward")]
 
 
 def compiled_facts(cubins: Iterable[Cubin]) -> dict[str, dict[str, Any]]:
@@ -198,10 +247,10 @@ def content(shapes: Sequence[tuple[int, ...]] = tuple(SHAPES), more: Sequence[Ca
         for arch in ARCHITECTURES:
             (folder / arch).mkdir()
             by_arch[arch] = machine_code.cubins(arch, folder / arch)
-        codes, emulator = Codes(by_arch[ARCH]), emulator_in(folder)
+        executed, emulator = Executed(Codes(by_arch[ARCH])), emulator_in(folder)
         cases = [case for shape in shapes for case in cases_of(shape)]
         return {
             "code": {"commit": commit(), "nvcc": nvcc_version(), "arch": f"sm_{ARCH}"},
             "compiled": {f"sm_{arch}": compiled_facts(cubins) for arch, cubins in by_arch.items()},
-            "cases": [case_entry(case, emulator, codes) for case in (*cases, *more)],
+            "cases": [case_entry(case, emulator, executed) for case in (*cases, *more)],
         }

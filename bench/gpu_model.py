@@ -1,33 +1,31 @@
 """Predicts what each op of `bench kernels` takes on an H100, from its launches, its machine code and its bytes.
 
-    python -m bench.gpu_model [--write]
-
 No GPU is needed, and nothing here is a measurement. bench/results/gpu-model.json holds what the compiled kernels do
-(bench/gpu_counts.py counts it); --write counts anew and puts the tables into docs/gpu.md. A launch takes
+(``python -m bench.gpu_tables --write`` counts it). A launch takes
 
     gap + max(issue, arithmetic, shared, l2, memory, latency)
 
-where each is the time that the launch would take if there were nothing but: instructions to issue; the busiest unit that
-executes them; shared memory and L1; L2; the memory itself; and the dependent instructions of one block after another.
+where each is the time that it would take if there were nothing but: instructions to issue; the busiest unit that
+executes them; shared memory and L1; L2; the memory itself; and dependent instructions, one block after another.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.cases import BETWEEN, SHAPES, TRAFFIC, traffic
+from bench.cases import traffic
 from bench.harness import ROOT
-from bench.scaling import number, table
 
 RESULT = ROOT / "bench" / "results" / "gpu-model.json"
-PAGE = ROOT / "docs" / "gpu.md"
 SECTOR = 32
+LIMITS = ("issue", "arithmetic", "shared", "l2", "memory", "latency")
+# Cycles from a load to its value, assumed: what all blocks read is in L2, tensors of more bytes come from memory.
+L2_LATENCY, MEMORY_LATENCY, SMALL = 270, 600, 2**18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,16 +116,14 @@ def launch_limits(
     sectors = sum(launch["sectors"].values())
     l1 = launch["shared_cycles"] + sectors * SECTOR / device.l1
     waves = -(-blocks // (device.multiprocessors * resident(launch, device)))
-    l2 = max(
-        blocks * sectors * SECTOR / device.l2_bandwidth, busiest * sectors * SECTOR / device.l2_port * cycle
-    )
+    l2 = max(blocks * sectors * SECTOR / device.l2_bandwidth, busiest * sectors * SECTOR / device.l2_port * cycle)
     return {
         "issue": busiest * launch["issued"] / (device.issue * device.issue_share) * cycle,
         "arithmetic": busiest * max(busy.values()) * cycle,
         "shared": busiest * l1 * cycle,
         "l2": l2,
         "memory": memory_bytes(launch, tensors, cached) / device.copy_rate,
-        "latency": waves * launch["cycles"] * cycle,
+        "latency": ((waves - 1) * launch["cycles"] + launch["longest"]) * cycle,
     }
 
 
@@ -191,27 +187,3 @@ def predictions(shape: tuple[int, ...]) -> dict[tuple[str, str], float]:
     """
     cases = [case for case in content()["cases"] if tuple(case["shape"]) == tuple(shape)]
     return {(case["op"], case["mode"]): 1e6 * case_seconds(case) for case in cases}
-
-
-def case_table(shape: tuple[int, ...], content: Mapping[str, Any], device: Device = H100) -> str:
-    """Predicted us and share of the copy of each op on one shape, its launches, and the limit of the longest of them."""
-    rows = []
-    for case in content["cases"]:
-        key = case["op"], case["mode"]
-        if tuple(case["shape"]) != tuple(shape) or key not in TRAFFIC:
-            continue
-        launches = case_predictions(case, device)
-        longest = max(launches, key=lambda launch: launch.seconds)
-        seconds = sum(launch.seconds for launch in launches)
-        rows.append(
-            (
-                ", ".join(key),
-                " + ".join(number(1e6 * launch.seconds) for launch in launches),
-                number(1e6 * seconds),
-                f"{copy_seconds(*key, shape, device) / seconds:.2f}",
-                f"{longest.kernel}: {longest.bound}",
-                "not measured",
-            )
-        )
-    head = ("op, mode", "launches, us", "predicted us", "share of the copy", "longest launch and its limit", "measured us")
-    return table(head, rows)

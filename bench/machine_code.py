@@ -159,7 +159,11 @@ def demangled(symbols: Sequence[str]) -> list[tuple[str, str]]:
 def built_module(arch: str) -> Path | None:
     """The extension, if it has code for the architecture and no CUDA source is newer."""
     extension = _backend.extension()
-    if extension is None or arch not in re.findall(r"\d+", _backend.build_info().get("cuda_archs", "")):
+    if (
+        extension is None
+        or extension.__file__ is None
+        or arch not in re.findall(r"\d+", _backend.build_info().get("cuda_archs", ""))
+    ):
         return None
     module = Path(extension.__file__)
     sources = [path for folder in ("cuda", "math") for path in (ROOT / "csrc" / folder).iterdir()]

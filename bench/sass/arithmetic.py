@@ -8,11 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.sass.listing import Instruction, Operand
-from bench.sass.state import Mask, State, lookup
+from bench.sass.state import WARP, Mask, State, lookup
 
 
 class Arithmetic(State):
     """A method for each instruction, named after it; modifiers that change nothing for a count are ignored."""
+
+    def nothing(self, i: Instruction) -> None:
+        """Changes no register."""
 
     def _MOV(self, i: Instruction) -> None:
         self._set(i.operands[0], self._word(i.operands[1]))
@@ -46,11 +49,29 @@ class Arithmetic(State):
         m = self._word(mask)
         self._set(d, (self._word(old) & ~m) | (packed & m))
 
+    def _PRMT(self, i: Instruction) -> None:
+        """Four bytes chosen among the eight of two registers."""
+        d, a, choice, b = i.operands
+        if i.modifiers:
+            self._fail(i)
+        both = self._word(a).astype(np.uint64) | self._word(b).astype(np.uint64) << np.uint64(32)
+        value = np.zeros(self.lanes, np.uint64)
+        for k in range(4):
+            which = self._word(choice).astype(np.uint64) >> np.uint64(4 * k) & np.uint64(15)
+            byte = both >> np.uint64(8) * (which & np.uint64(7)) & np.uint64(255)
+            sign = np.where(byte > 127, np.uint64(255), np.uint64(0))  # repeated where the choice has its highest bit
+            value |= np.where(which > 7, sign, byte) << np.uint64(8 * k)
+        self._set(d, value.astype(np.uint32))
+
     def _SHFL(self, i: Instruction) -> None:
         p, d, a, lane, _ = i.operands
-        if i.modifiers != ("BFLY",):
+        own, given = np.arange(self.lanes), self._word(lane).astype(np.int64) & 31
+        if i.modifiers == ("BFLY",):
+            source = own ^ given
+        elif i.modifiers == ("IDX",):
+            source = own // WARP * WARP + given
+        else:
             self._fail(i)
-        source = np.arange(self.lanes) ^ (self._word(lane).astype(np.int64) & 31)
         self._set(d, self._word(a)[source])
         self._set(p, np.ones(self.lanes, bool))
 
@@ -258,11 +279,17 @@ class Arithmetic(State):
             self._set(d, (value.view(np.uint64) >> np.uint64(32)).astype(np.uint32))
             return
         x = self._float(a)
-        functions = {
-            "EX2": np.exp2, "LG2": np.log2, "RCP": np.reciprocal, "SQRT": np.sqrt, "RSQ": lambda v: 1 / np.sqrt(v),
-            "SIN": np.sin, "COS": np.cos, "TANH": np.tanh,
-        }  # fmt: skip
-        self._set_float(d, functions[kind](x))
+        one = np.float32(1)
+        if kind == "EX2":
+            self._set_float(d, np.exp2(x))
+        elif kind == "LG2":
+            self._set_float(d, np.log2(x))
+        elif kind == "RCP":
+            self._set_float(d, np.divide(one, x))
+        elif kind in ("SQRT", "RSQ"):
+            self._set_float(d, np.sqrt(x) if kind == "SQRT" else np.divide(one, np.sqrt(x)))
+        else:
+            self._fail(i)
 
     def _I2F(self, i: Instruction) -> None:
         d, a = i.operands

@@ -13,10 +13,10 @@ UNITS = {
     "fp64": ("DFMA", "DADD", "DMUL", "DSETP"),
     "special": ("MUFU", "F2F", "F2I", "I2F"),
     "shared": ("LDS", "STS", "SHFL"),
-    "global": ("LDG", "STG"),
+    "global": ("LDGSTS", "LDG", "STG"),
     "control": (
         *("BRA", "BRX", "BSSY", "BSYNC", "CALL", "RET", "EXIT", "NOP", "BAR", "WARPSYNC", "ENDCOLLECTIVE"),
-        *("S2R", "S2UR", "CS2R", "LDC", "ULDC", "MOV", "UMOV", "R2UR", "P2R"),
+        *("LDGDEPBAR", "DEPBAR", "S2R", "S2UR", "CS2R", "LDC", "ULDC", "MOV", "UMOV", "R2UR", "P2R"),
     ),
 }
 # Cycles from issue to a result that another instruction can use.
@@ -77,17 +77,20 @@ def _operand(text: str) -> Operand:
             inverted = True
         text = text[1:]
     text = text.replace(".reuse", "").replace("|", "").strip()
-    signs = {"negative": negative, "inverted": inverted, "absolute": absolute}
+
+    def operand(kind: str, index: int = 0, bank: int = 0, more: tuple[Operand, ...] = ()) -> Operand:
+        return Operand(kind, index, negative, inverted, absolute, bank, text, more)
+
     if text in _SPECIAL:
         kind, index = _SPECIAL[text]
-        return Operand(kind, index, text=text, **signs)
+        return operand(kind, index)
     if found := re.fullmatch(r"(UR|R|UP|P)(\d+)(\.64)?", text):
-        return Operand(found[1], int(found[2]), text=text, **signs)
+        return operand(found[1], int(found[2]))
     if found := re.fullmatch(r"c\[(0x[0-9a-f]+)\]\[(.*)\]", text):
-        return Operand("c", bank=int(found[1], 16), text=text, more=_sum(found[2]), **signs)
+        return operand("c", bank=int(found[1], 16), more=_sum(found[2]))
     if found := re.fullmatch(r"(?:desc\[UR\d+\])?\[(.*)\]", text):
-        return Operand("memory", text=text, more=_sum(found[1]))
-    return Operand("number", text=text, **signs)
+        return operand("memory", more=_sum(found[1]))
+    return operand("number")
 
 
 def _sum(text: str) -> tuple[Operand, ...]:

@@ -21,6 +21,7 @@ from bench.sass.arithmetic import Arithmetic
 from bench.sass.listing import LATENCY, Instruction, Operand, access_bytes, sources
 from bench.sass.state import WARP, Launch, Mask, UnknownInstruction
 
+LONG_WAIT = 100  # cycles: longer than any instruction takes that does not load from global memory
 SHARED_START = 1024  # of the shared memory of sm_90; the system has what is before
 
 
@@ -34,8 +35,9 @@ class Counts:
         shared_cycles: cycles of the shared memory, bank conflicts among them.
         requests: of global memory, by "LDG.128" and the like, with the sectors of 32 bytes that they touch.
         sectors: the same sectors, by range of memory ("other" if in none that was named) and "load" or "store".
-        cycles: from the first to the last instruction, as if the block were alone.
-        barriers: that a thread meets.
+        cycles: from the first to the last instruction, as if the block were alone;
+        longest: the same of the slowest block.
+        round_trips: how often the warp that does so most waits for global memory or L2.
     """
 
     issued: float
@@ -44,7 +46,8 @@ class Counts:
     requests: dict[str, tuple[float, float]]
     sectors: dict[tuple[str, str], float]
     cycles: float
-    barriers: float
+    longest: float
+    round_trips: float
 
 
 class Machine(Arithmetic):
@@ -75,9 +78,10 @@ class Machine(Arithmetic):
         self.code = {instruction.address: instruction for instruction in code}
         self.pc = np.zeros(self.lanes, np.int64)
         self.waiting = np.zeros(self.lanes, bool)  # at a barrier
-        self.clock = np.zeros(self.warps, np.int64)
+        self.clock, self.round_trips = (np.zeros(self.warps, np.int64) for _ in range(2))
+        self.copied = np.zeros(self.warps, np.int64)  # when copies from global to shared memory are there
         self.ready: dict[tuple[str, int], NDArray[np.int64]] = {}
-        self.issued = self.shared_cycles = self.barriers = 0
+        self.issued = self.shared_cycles = 0
         self.units: dict[str, int] = {}
         self.requests: dict[str, list[int]] = {}
         self.sectors: dict[tuple[str, str], int] = {}
@@ -106,7 +110,8 @@ class Machine(Arithmetic):
             {name: (count / n, sectors / n) for name, (count, sectors) in sorted(self.requests.items())},
             {key: count / n for key, count in sorted(self.sectors.items())},
             float(cycles.mean()),
-            self.barriers / n,
+            float(cycles.max()),
+            float(self.round_trips.reshape(n, -1).max(axis=1).mean()),
         )
 
     def _open_barrier(self) -> None:
@@ -116,7 +121,7 @@ class Machine(Arithmetic):
         self.waiting[:] = False
 
     def _warps(self, mask: Mask) -> Mask:
-        return mask.reshape(self.warps, WARP).any(axis=1)
+        return np.asarray(mask.reshape(self.warps, WARP).any(axis=1))
 
     def _step(self, instruction: Instruction, mask: Mask) -> None:
         warps = self._warps(mask)
@@ -143,16 +148,14 @@ class Machine(Arithmetic):
         for key in sources(instruction):
             if key in self.ready:
                 start = np.maximum(start, self.ready[key])
+        self.round_trips += warps & (start - self.clock > LONG_WAIT)
         self.clock = np.where(warps, start, self.clock)
         if self.targets:
-            done = np.where(warps, start + self.latency, 0)
+            done = np.where(self._warps(self.mask), start + self.latency, 0)
             for key in self.targets:
                 self.ready[key] = np.maximum(self.ready.get(key, done), done)
 
-    def _nothing(self, i: Instruction) -> None:
-        pass
-
-    _BSSY = _BSYNC = _NOP = _WARPSYNC = _ENDCOLLECTIVE = _nothing
+    _BSSY = _BSYNC = _NOP = _WARPSYNC = _ENDCOLLECTIVE = Arithmetic.nothing
 
     def _BRA(self, i: Instruction) -> None:
         if "DIV" in i.modifiers:  # taken where the lanes of a warp are not together, which they are
@@ -179,7 +182,6 @@ class Machine(Arithmetic):
 
     def _BAR(self, i: Instruction) -> None:
         self.waiting |= self.mask
-        self.barriers += len(np.unique(self.block_of[self.mask]))
 
     def _address(self, operand: Operand, long: bool) -> NDArray[np.int64]:
         total = np.zeros(self.lanes, np.int64)
@@ -208,6 +210,21 @@ class Machine(Arithmetic):
     def _STG(self, i: Instruction) -> None:
         self._touch(i, self._address(i.operands[0], True), access_bytes(i))
 
+    def _LDGSTS(self, i: Instruction) -> None:
+        """Global to shared memory, not waited for but by DEPBAR."""
+        latency = self._touch(i, self._address(i.operands[1], True), access_bytes(i))
+        self._banks(i, i.operands[0], access_bytes(i))
+        warps = self._warps(self.mask)
+        self.copied = np.where(warps, np.maximum(self.copied, self.clock + latency), self.copied)
+
+    _LDGDEPBAR = Arithmetic.nothing
+
+    def _DEPBAR(self, i: Instruction) -> None:
+        """Waits for all of them, also where some could be left under way."""
+        warps = self._warps(self.mask) & (self.copied > self.clock)
+        self.round_trips += warps & (self.copied - self.clock > LONG_WAIT)
+        self.clock = np.where(warps, self.copied, self.clock)
+
     def _touch(self, i: Instruction, address: NDArray[np.int64], size: int) -> int:
         """Counts the sectors; returns the longest latency of them."""
         where = np.flatnonzero(self.mask)
@@ -218,7 +235,7 @@ class Machine(Arithmetic):
         entry[0] += len(np.unique(where // WARP))
         entry[1] += len(sectors)
         at = address[where][first]
-        direction = "load" if i.name == "LDG" else "store"
+        direction = "store" if i.name == "STG" else "load"
         left, longest = np.ones(len(at), bool), 0
         for name, (begin, end, latency) in (*self.ranges.items(), ("other", (-(2**63), 2**63 - 1, self.other_latency))):
             inside = left & (at >= begin) & (at < end)

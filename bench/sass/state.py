@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ class UnknownInstruction(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One kernel launch: symbol, numbers of blocks and threads, dynamic shared memory, and the bytes of the arguments."""
+    """One kernel launch: symbol, numbers of blocks and threads, dynamic shared memory, and the arguments as bytes."""
 
     symbol: str
     grid: tuple[int, int, int]
@@ -56,8 +57,7 @@ class State:
         self.n_blocks, self.lanes = len(blocks), per_block * len(blocks)
         self.warps = self.lanes // WARP
         thread = np.arange(self.lanes) % per_block
-        self.block_of = np.arange(self.lanes) // per_block
-        index = np.asarray(blocks)[self.block_of]
+        index = np.repeat(np.asarray(blocks), per_block)
         bx, by, _ = launch.block
         gx, gy, _ = launch.grid
         self.special = {
@@ -81,7 +81,7 @@ class State:
         self.latency = 0  # of its results,
         self.targets: list[tuple[str, int]] = []  # which are these
 
-    def _fail(self, instruction: Instruction) -> None:
+    def _fail(self, instruction: Instruction) -> NoReturn:
         raise UnknownInstruction(f"{self.launch.symbol}: {instruction.text}")
 
     def _predicate(self, operand: Operand) -> Mask:

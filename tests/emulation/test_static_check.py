@@ -11,8 +11,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 import pytest
+from support import toolchain
 
-from bench import machine_code
 from bench.machine_code import Cubin, Kernel, parse
 
 # The others differ in what their instructions cost, hardly in which ones there are.
@@ -58,11 +58,7 @@ LIMITS = {
 @pytest.fixture(scope="module", params=ARCHITECTURES, ids=lambda arch: f"sm_{arch}")
 def cubins(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Cubin]:
     """The kernels' code for one architecture."""
-    folder = tmp_path_factory.mktemp(f"sm_{request.param}")
-    try:
-        return machine_code.cubins(request.param, folder)
-    except machine_code.MissingTool as error:
-        pytest.skip(str(error))
+    return toolchain.cubins(tmp_path_factory, request.param)
 
 
 def test_registers_and_memory(cubins: list[Cubin]) -> None:

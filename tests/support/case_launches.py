@@ -211,7 +211,8 @@ def case_launches(case: Case, emulator: AllKernels) -> CaseLaunches:
     run, calls = case.build(functional, False), _Calls()
     with calls:
         results = run()
-    player, alive, recorded = _Player(emulator), [results], []
+    player, recorded = _Player(emulator), []
+    alive: list[object] = [results]  # so that no two tensors have the same address
     emulator.only_recorded = True
     for name, arguments, result in calls.ours:
         made = getattr(player, name)(*arguments)
