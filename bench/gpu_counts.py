@@ -8,6 +8,8 @@ bench/gpu_model.py reads.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import random
 import re
 import shutil
 import struct
@@ -50,7 +52,7 @@ class Code:
 
 
 class Codes:
-    """The kernels of one architecture by name and template arguments; listings are read when they are asked for."""
+    """The kernels of one architecture by name and template arguments, decoded when they are asked for."""
 
     def __init__(self, cubins: Sequence[Cubin]) -> None:
         found = [(cubin, kernel) for cubin in cubins for kernel in cubin.kernels]
@@ -69,16 +71,17 @@ class Codes:
             raise NotModelled(f"{kernel}<{arguments}>: expected code for sm_{ARCH}, found none")
         if key not in self._codes:
             cubin, entry = self._found[key]
-            listing = cubin.listings([entry.symbol])[entry.symbol]
-            self._codes[key] = Code(entry, cubin.constants(entry.symbol), decode(listing))
+            self._codes[key] = Code(entry, cubin.constants(entry.symbol), decode(cubin.code[entry.symbol]))
         return self._codes[key]
 
 
 def spread(count: int, most: int = BLOCKS) -> list[int]:
-    """Up to ``most`` of the numbers below ``count``, evenly but in no period: multiples of the golden ratio."""
+    """Up to ``most`` of the numbers below ``count``: one by chance of each of as many equal shares, always the same."""
     if count <= most:
         return list(range(count))
-    return sorted({int((0.5 + i * 0.6180339887498949) % 1 * count) for i in range(most)})
+    chance = random.Random(count)
+    borders = [i * count // most for i in range(most + 1)]
+    return [chance.randrange(*share) for share in itertools.pairwise(borders)]
 
 
 def execute(code: Code, launch: Any, parameters: bytes, tensors: Tensors, indices: Any) -> Counts:

@@ -219,10 +219,10 @@ def with_tables(page: str, tables: Mapping[str, str]) -> str:
         ValueError: the page has no place for one of them.
     """
     for name, text in tables.items():
-        begin, end = f"<!-- gpu_model: {name} -->\n", "\n<!-- end -->"
+        begin, end = f"<!-- gpu_model: {name} -->\n", "<!-- end -->"
         expect(page.count(begin) == 1, "page", f"one place for the table {name!r}", page.count(begin))
         before, rest = page.split(begin)
-        page = f"{before}{begin}\n{text}\n{rest[rest.index(end) :]}"
+        page = f"{before}{begin}\n{text}\n\n{rest[rest.index(end) :]}"
     return page
 
 

@@ -91,14 +91,8 @@ class Cubin:
     @cached_property
     def code(self) -> dict[str, str]:
         """The instructions of each kernel by symbol."""
-        return self.listings()
-
-    def listings(self, symbols: Sequence[str] = ()) -> dict[str, str]:
-        """The instructions of some kernels, or of all."""
-        only = ["-fun", ",".join(symbols)] if symbols else []
-        blocks = re.split(r"^\s*Function : (\S+)\s*$", cuobjdump("-sass", *only, str(self.path)), flags=re.MULTILINE)[
-            1:
-        ]
+        text = cuobjdump("-sass", str(self.path))
+        blocks = re.split(r"^\s*Function : (\S+)\s*$", text, flags=re.MULTILINE)[1:]
         return dict(zip(blocks[::2], blocks[1::2], strict=True))
 
     def constants(self, symbol: str) -> bytes:

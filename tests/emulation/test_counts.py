@@ -16,7 +16,7 @@ from bench.machine_code import Cubin
 from pyglow_fast import reference
 
 AGAIN = "python -m bench.gpu_tables --write counts anew"
-# Another nvcc makes other code; the same one the same, but for where scratch memory begins.
+# Another nvcc makes other code.
 SAME, OTHER_COMPILER = 0.02, 0.3
 
 
@@ -41,7 +41,8 @@ def written() -> dict[tuple[str, str, tuple[int, ...]], dict[str, Any]]:
 
 
 def sectors(launch: dict[str, Any], way: str) -> float:
-    return sum(count for key, count in launch["sectors"].items() if key.endswith(way))
+    """Of tensors; where scratch memory begins, and so how many sectors it has, differs from call to call."""
+    return sum(count for key, count in launch["sectors"].items() if key.endswith(way) and not key.startswith("other"))
 
 
 def check_same(entry: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:
@@ -59,7 +60,9 @@ def check_same(entry: dict[str, Any], expected: dict[str, Any], tolerance: float
             )
         for way in ("load", "store"):
             found = sectors(launch, way)
-            assert found == pytest.approx(sectors(wanted, way), rel=0.05, abs=2), f"{launch['kernel']}, {way}; {what}"
+            assert found == pytest.approx(sectors(wanted, way), rel=tolerance, abs=2), (
+                f"{launch['kernel']}, {way}; {what}"
+            )
 
 
 @pytest.mark.parametrize(
@@ -83,7 +86,7 @@ def test_another_count_is_seen() -> None:
         "blocks": launch["blocks"] + 1,
         "issued": 1.1 * launch["issued"],
         "cycles": 0.9 * launch["cycles"],
-        "sectors": {**launch["sectors"], "other store": 0.2 * sectors(launch, "store")},
+        "sectors": {**launch["sectors"], "more store": 0.2 * sectors(launch, "store")},
     }
     for name, value in changes.items():
         with pytest.raises(AssertionError, match="counts anew"):
