@@ -180,7 +180,7 @@ def emulator_in(folder: Path) -> Any:
     tests = str(ROOT / "tests")
     if tests not in sys.path:
         sys.path.insert(0, tests)
-    from support.case_launches import AllKernels
+    from support.launch_cases import AllKernels
     from support.toolchain import CUDA_SOURCES, EMULATION, build
 
     sources = [*CUDA_SOURCES, *sorted(EMULATION.glob("driver*.cpp"))]

@@ -26,8 +26,8 @@ int coupling_mix(const CouplingMixArgs<T>& args, const Queue& queue) {
                                                  half.transformed, positions, half.kind);
   const auto sink = plain_sink(half.out, channels);
   const bool vector = has_vector_columns(source, positions) && has_vector_columns(read_only(half.out), positions);
-  const int64_t most_ranges = smaller(divide_up(samples * positions, 16 * width<T>), max_blocks);
-  double* const partials = static_cast<double*>(queue.scratch(2 * static_cast<int64_t>(sizeof(double)) * most_ranges));
+  const int64_t partials_bytes = 2 * static_cast<int64_t>(sizeof(double)) * most_ranges<T>(samples, positions);
+  double* const partials = static_cast<double*>(queue.scratch(partials_bytes));
   const LogDet<T> log_det = {half.log_det, partials, inverse};
   return fused_product<T>(source, sink, args.matrix, channels, 1, inverse ? nullptr : args.offset, samples, channels,
                           positions, vector, log_det, queue.stream);

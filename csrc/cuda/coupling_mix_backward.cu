@@ -73,11 +73,11 @@ struct CouplingSink {
 
   // The rows leave the registers one after another, moving up, so that the code of the coupling is there once; what the
   // next row needs is loaded before.
-  template <bool Vector>
-  __device__ __forceinline__ void store(const T (&sum)[fused_rows][width<T>], int64_t out, int64_t channels,
+  template <bool Vector, int Rows>
+  __device__ __forceinline__ void store(const T (&sum)[Rows][width<T>], int64_t out, int64_t channels,
                                         const Columns<4>& columns, int64_t begin, int64_t positions) const {
     constexpr int unit = unit_width<T, Vector>, units = width<T> / unit;
-    const int last = static_cast<int>(smaller<int64_t>(fused_rows, channels - out));
+    const int last = static_cast<int>(smaller<int64_t>(Rows, channels - out));
     bool there[units];
     T weight[units];
     Loaded<Vector> next[units];
@@ -93,9 +93,9 @@ struct CouplingSink {
       weight[i] = there[i] ? grad_log_det[j / positions] : T(0);
       next[i] = {};
     }
-    T rows[fused_rows][width<T>];
+    T rows[Rows][width<T>];
 #pragma unroll
-    for (int k = 0; k < fused_rows; ++k)
+    for (int k = 0; k < Rows; ++k)
 #pragma unroll
       for (int i = 0; i < width<T>; ++i) rows[k][i] = sum[k][i];
     load_row(0);
@@ -116,7 +116,7 @@ struct CouplingSink {
         store_unit<Vector>(grad_in.data + at<Vector>(columns, 2, i) + channel * grad_in.channel, grad);
       }
 #pragma unroll
-      for (int l = 0; l + 1 < fused_rows; ++l)
+      for (int l = 0; l + 1 < Rows; ++l)
 #pragma unroll
         for (int i = 0; i < width<T>; ++i) rows[l][i] = rows[l + 1][i];
     }

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from support import toolchain
-from support.case_launches import AllKernels, case_launches
+from support.case_launches import case_launches
+from support.launch_cases import AllKernels
 
 from bench import gpu_counts, gpu_model
 from bench.cases import BETWEEN, SHAPES, Case, Data, op_cases

@@ -13,17 +13,13 @@ from bench.cases import Case
 from pyglow_fast import functional
 from pyglow_fast.reference import CouplingSpec
 from support.emulator import MAPS, ORDERS, Launch
-from support.gather_emulator import Gather, GatherEmulator
-from support.statistics_emulator import StatisticsEmulator
+from support.gather_emulator import Gather
+from support.launch_cases import AllKernels
 
 SCALE_MAPS = {index: name for name, index in MAPS.items() if name != "scaled_sigmoid"} | {
     MAPS["scaled_sigmoid"]: "sigmoid"
 }
 ORDER_NAMES = {index: name for name, index in ORDERS.items()}
-
-
-class AllKernels(GatherEmulator, StatisticsEmulator):
-    """Every op of the emulator."""
 
 
 class Recorded(NamedTuple):
