@@ -252,15 +252,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.write:
         from bench import gpu_counts  # needs the tests' emulator and the tools of the CUDA toolkit
 
-        more = [case for shape in level_shapes(CONFIGS[GLOW]) for case in gpu_counts.glow_cases(shape)]
-        found = gpu_counts.content(more=more)
-        RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        content.cache_clear()
-    tables = sections(content())
+        counted = gpu_counts.content(
+            more=[case for shape in level_shapes(CONFIGS[GLOW]) for case in gpu_counts.glow_cases(shape)]
+        )
+    else:
+        counted = content()
+    tables = sections(counted)
     for name, text in tables.items():
         print(f"{name}\n\n{text}\n")
     if arguments.write:
-        PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8"), tables), encoding="utf-8")
+        page = with_tables(PAGE.read_text(encoding="utf-8"), tables)
+        RESULT.write_text(json.dumps(counted, indent=1) + "\n", encoding="utf-8")
+        PAGE.write_text(page, encoding="utf-8")
         print(f"wrote {RESULT} and the tables of {PAGE}")
     return 0
 

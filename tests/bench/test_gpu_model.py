@@ -12,6 +12,7 @@ import pytest
 from bench import gpu_counts, gpu_model, gpu_tables
 from bench.cases import SHAPES, TRAFFIC, traffic
 from bench.gpu_model import H100, case_predictions, launch_limits
+from bench.model_cases import CONFIGS
 
 MEGABYTE = 10**6
 
@@ -191,3 +192,27 @@ def test_a_slower_device_takes_longer() -> None:
     case = gpu_model.content()["cases"][0]
     slower = dataclasses.replace(H100, clock=1e9, bandwidth=1e12)
     assert gpu_model.case_seconds(case, slower) > 1.5 * gpu_model.case_seconds(case)
+
+
+def test_the_command_prints_and_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without --write the tables alone; with it what was counted and the page, here of counts that are there."""
+    assert gpu_tables.main([]) == 0
+    printed = capsys.readouterr().out
+    assert all(table in printed for table in gpu_tables.sections(gpu_model.content()).values())
+    counted = gpu_model.content()
+    code = {"code": {"commit": "none", "nvcc": "none", "arch": "sm_90"}}
+    monkeypatch.setattr(gpu_counts, "content", lambda more: counted | code | {"more": len(more)})
+    monkeypatch.setattr(gpu_tables, "RESULT", tmp_path / "gpu-model.json")
+    monkeypatch.setattr(gpu_tables, "PAGE", tmp_path / "gpu.md")
+    places = "\n".join(f"<!-- gpu_model: {name} -->\n<!-- end -->" for name in gpu_tables.sections(counted))
+    (tmp_path / "gpu.md").write_text(f"# A page\n\n{places}\n\nIts end.\n")
+    assert gpu_tables.main(["--write"]) == 0
+    page = (tmp_path / "gpu.md").read_text()
+    assert page.startswith("# A page\n")
+    assert page.endswith("\n\nIts end.\n")
+    assert all(table in page for table in gpu_tables.sections(counted).values())
+    levels = gpu_tables.level_shapes(CONFIGS[gpu_tables.GLOW])
+    written = json.loads((tmp_path / "gpu-model.json").read_text())
+    assert written == counted | code | {"more": len(levels)}
