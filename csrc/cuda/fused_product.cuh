@@ -46,20 +46,32 @@ PYGLOW_HD constexpr int padded(int columns) {
   return columns + width<T>;
 }
 
-// weights[k * stride + o] = M[out + o, in + k], zero outside M: copies under way, not waited for, so that a source
-// stages meanwhile.
+// weights[k * padded(group) + o] = M[out + o, in + k], zero outside M: copies under way, not waited for, so that a
+// source stages meanwhile. A warp takes 8 input by 4 output channels at a time, whole sectors whichever stride of M is
+// 1, and goes on by as many of these as there are warps.
 template <class T>
 __device__ __forceinline__ void stage_weights(T* weights, const T* matrix, int64_t row, int64_t column,
                                               int64_t channels, int group, int64_t out, int64_t in, int inputs) {
-  const int count = group / 4 * static_cast<int>(round_up(inputs, 8)) * 4;
-  for (int e = thread_index(); e < count; e += blockDim.x * blockDim.y) {
-    const int block = e / 32, k = block / (group / 4) * 8 + e % 8, o = block % (group / 4) * 4 + e / 8 % 4;
-    if (k >= inputs) continue;
+  const int warps = blockDim.x * blockDim.y / warp_threads, warp = thread_index() / warp_threads;
+  const int lane = thread_index() % warp_threads, across = group / 4;
+  const int step_k = warps / across * 8, step_o = warps % across * 4;
+  int k = warp / across * 8 + lane % 8, o = warp % across * 4 + lane / 8;
+  const T* from = matrix + (out + o) * row + (in + k) * column;
+  const int64_t step = step_o * row + step_k * column, wrap = 8 * column - group * row;
+  while (k < inputs) {
     T* const weight = weights + k * padded<T>(group) + o;
     if (out + o < channels)
-      copy_async(weight, matrix + (out + o) * row + (in + k) * column);
+      copy_async(weight, from);
     else
       *weight = T(0);
+    k += step_k;
+    o += step_o;
+    from += step;
+    if (o >= group) {
+      k += 8;
+      o -= group;
+      from += wrap;
+    }
   }
 }
 

@@ -73,7 +73,7 @@ __device__ __forceinline__ void stage_pairs(T* tile, int stride, int rows, const
 #pragma unroll
     for (int b = 0; b < batch; ++b) {
       const int row = r + b * step;
-      if (own == outside || row >= inside) continue;
+      if (row >= inside || own == outside) continue;
       const T* const start = x.data + own + channel_offset(x, first + row);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
