@@ -51,7 +51,7 @@ def measured_seconds(path: Path = MEASURED) -> dict[tuple[str, str, tuple[int, .
     if not path.is_file():
         return {}
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    ours = [row for row in rows if row["implementation"] == "pyglow_fast"]
+    ours = [row for row in rows if row["implementation"] == "pyglow_fast" and row["seconds"] is not None]
     return {(row["op"], row["mode"], tuple(row["shape"])): row["seconds"] for row in ours}
 
 

@@ -131,12 +131,15 @@ def access_bytes(instruction: Instruction) -> int:
 
 def sources(instruction: Instruction) -> list[tuple[str, int]]:
     """The registers that an instruction reads (and some that it writes, which in order is the same)."""
-    wide = {"LDG", "STG", "STS", "DADD", "DMUL", "DFMA", "F2F", "IMAD", "DSETP"}
+    pairs = instruction.name in ("DADD", "DMUL", "DFMA", "DSETP", "F2F") or "WIDE" in instruction.modifiers
+    stored = instruction.operands[-1] if instruction.name in ("STG", "STS") else None
     found = []
     for operand in (*instruction.operands, *([instruction.guard] if instruction.guard else [])):
         for part in (operand, *operand.more):
-            if part.kind in ("R", "UR", "P", "UP") and part.text not in _SPECIAL:
-                found.append((part.kind, part.index))
-                if part.kind == "R" and instruction.name in wide:
-                    found.append((part.kind, part.index + 1))
+            if part.kind not in ("R", "UR", "P", "UP") or part.text in _SPECIAL:
+                continue
+            count = 2 if part.kind == "R" and (pairs or part.text.endswith(".64")) else 1
+            if part is stored:
+                count = max(1, access_bytes(instruction) // 4)
+            found += [(part.kind, part.index + k) for k in range(count)]
     return found

@@ -151,7 +151,11 @@ def test_measured_times_stand_beside_the_predicted(tmp_path: Path) -> None:
     assert gpu_tables.measured_seconds(tmp_path / "nothing.json") == {}
     shape = SHAPES[0]
     row = {"op": "coupling", "mode": "forward", "shape": list(shape), "seconds": 4.25e-6}
-    rows = [row | {"implementation": "pyglow_fast"}, row | {"implementation": "reference", "seconds": 1.0}]
+    rows = [
+        row | {"implementation": "pyglow_fast"},
+        row | {"implementation": "reference", "seconds": 1.0},
+        row | {"implementation": "pyglow_fast", "mode": "inverse", "seconds": None},
+    ]
     (tmp_path / "kernels-cuda.json").write_text(json.dumps({"rows": rows}))
     measured = gpu_tables.measured_seconds(tmp_path / "kernels-cuda.json")
     lines = gpu_tables.case_table(shape, gpu_model.content(), measured).splitlines()

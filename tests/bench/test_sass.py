@@ -191,6 +191,14 @@ def test_copies_to_shared_memory_are_waited_for_once() -> None:
     assert counts.shared_cycles == 4
 
 
+def test_a_store_waits_for_all_that_it_stores() -> None:
+    address = ("LDC.64 R2, c[0x0][0x210]", "LDG.E R7, desc[UR4][R2.64]")
+    parameters = struct.pack("<Q", 1 << 20)
+    _, wide = run(*address, "STG.E.128 desc[UR4][R2.64+0x100], R4", parameters=parameters)
+    _, narrow = run(*address, "STG.E.64 desc[UR4][R2.64+0x100], R4", parameters=parameters)
+    assert narrow.cycles < 50 < OTHER < wide.cycles
+
+
 def test_a_barrier_waits_for_the_slowest_warp() -> None:
     lines = (
         "S2R R0, SR_TID.X",
