@@ -25,7 +25,7 @@ import torch
 from bench import machine_code
 from bench.cases import BETWEEN, SHAPES, Case, Data, op_cases, step_cases
 from bench.gpu_model import L2_LATENCY, MEMORY_LATENCY, SMALL
-from bench.harness import ROOT, commit
+from bench.harness import ROOT
 from bench.machine_code import Cubin, Kernel
 from bench.sass.listing import Instruction, decode
 from bench.sass.machine import Counts, Machine
@@ -84,15 +84,17 @@ def spread(count: int, most: int = BLOCKS) -> list[int]:
     return [chance.randrange(*share) for share in itertools.pairwise(borders)]
 
 
-def execute(code: Code, launch: Any, parameters: bytes, tensors: Tensors, indices: Any) -> Counts:
-    """Run some blocks of a launch that the emulator told."""
+def execute(code: Code, launch: Any, parameters: bytes, tensors: Tensors, indices: Any, most: int = BLOCKS) -> Counts:
+    """Run some blocks of a launch that the emulator told, or all if it has no more than ``most``."""
     given = Launch(code.kernel.symbol, (launch.blocks, 1, 1), (*launch.threads, 1), launch.dynamic_bytes, parameters)
     ranges = {
         name: (begin, end, L2_LATENCY if end - begin <= SMALL else MEMORY_LATENCY)
         for name, (begin, end) in tensors.items()
     }
     integers = {index.data_ptr(): index.numpy() for index in indices}
-    machine = Machine(code.instructions, code.constants, given, spread(launch.blocks), integers, ranges, L2_LATENCY)
+    machine = Machine(
+        code.instructions, code.constants, given, spread(launch.blocks, most), integers, ranges, L2_LATENCY
+    )
     return machine.run()
 
 
@@ -227,6 +229,23 @@ def compiled_facts(cubins: Iterable[Cubin]) -> dict[str, dict[str, Any]]:
     return facts
 
 
+def commit_of_kernels() -> str:
+    """The last commit that changed the kernels' sources, with -dirty if they were changed since."""
+    folders = ["csrc/cuda", "csrc/math", "csrc/core.h"]
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments, "--", *folders], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip()
+
+    try:
+        found = git("log", "-1", "--format=%h")
+        return f"{found}-dirty" if found and git("status", "--porcelain") else found or "unknown"
+    except OSError:  # no git
+        return "unknown"
+
+
 def nvcc_version() -> str:
     """Of the compiler on the PATH, or what the built module says it was compiled with."""
     nvcc = shutil.which("nvcc")
@@ -253,7 +272,7 @@ def content(shapes: Sequence[tuple[int, ...]] = tuple(SHAPES), more: Sequence[Ca
         executed, emulator = Executed(Codes(by_arch[ARCH])), emulator_in(folder)
         cases = [case for shape in shapes for case in cases_of(shape)]
         return {
-            "code": {"commit": commit(), "nvcc": nvcc_version(), "arch": f"sm_{ARCH}"},
+            "code": {"commit": commit_of_kernels(), "nvcc": nvcc_version(), "arch": f"sm_{ARCH}"},
             "compiled": {f"sm_{arch}": compiled_facts(cubins) for arch, cubins in by_arch.items()},
             "cases": [case_entry(case, emulator, executed) for case in (*cases, *more)],
         }

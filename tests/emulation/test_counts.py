@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from support.case_launches import case_launches
 from support.launch_cases import AllKernels
 
 from bench import gpu_counts, gpu_model
-from bench.cases import BETWEEN, SHAPES, Case, Data, op_cases
+from bench.cases import BETWEEN, SHAPES, SQUEEZED, Case, Data, op_cases
 from bench.machine_code import Cubin
 from pyglow_fast import reference
 
@@ -100,6 +101,25 @@ def test_the_compiled_facts_are_of_this_code(cubins: list[Cubin]) -> None:
     if gpu_model.content()["code"]["nvcc"] != gpu_counts.nvcc_version():
         pytest.skip("another nvcc than the one that the file names")
     assert gpu_counts.compiled_facts(cubins) == gpu_model.content()["compiled"][f"sm_{gpu_counts.ARCH}"], AGAIN
+
+
+@pytest.mark.parametrize("shape", [(2, 12, 16, 16), (3, 40, 4, 8)], ids=str)
+def test_stores_are_the_outputs(emulator: AllKernels, executed: gpu_counts.Executed, shape: tuple[int, ...]) -> None:
+    """All blocks together store each output once, whatever the kernel: the sectors add up to its bytes."""
+    seen = 0
+    for case in op_cases(Data(shape, torch.device("cpu"))):
+        if case.op == SQUEEZED:  # halves of a sector are two stores
+            continue
+        for record in case_launches(case, emulator).ours:
+            tensors = {str(key): (begin, end) for key, begin, end in record.tensors}
+            code = executed.codes.of(record.launch.kernel, record.launch.arguments)
+            counts = gpu_counts.execute(code, record.launch, record.parameters, tensors, record.indices, 10**6)
+            for (name, way), count in counts.sectors.items():
+                begin, end = tensors.get(name, (0, 0))
+                if way == "store" and end - begin >= 4 * math.prod(shape):
+                    assert 32 * count * record.launch.blocks == pytest.approx(end - begin), case.name
+                    seen += 1
+    assert seen >= 25
 
 
 def test_torchs_own_kernels_are_counted(emulator: AllKernels) -> None:
