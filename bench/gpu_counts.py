@@ -26,10 +26,10 @@ from bench import machine_code
 from bench.cases import BETWEEN, SHAPES, Case, Data, op_cases, step_cases
 from bench.gpu_model import L2_LATENCY, MEMORY_LATENCY, SMALL
 from bench.harness import ROOT
-from bench.machine_code import Cubin, Kernel
+from bench.machine_code import Cubin, Kernel, MissingTool
 from bench.sass.listing import Instruction, decode
 from bench.sass.machine import Counts, Machine
-from bench.sass.state import Launch
+from bench.sass.state import Launch, UnknownInstruction
 from pyglow_fast import _backend
 
 ARCH = "90"
@@ -39,7 +39,10 @@ Tensors = dict[str, tuple[int, int]]  # address of the first byte, and behind th
 
 
 class NotModelled(RuntimeError):
-    """A kernel that is launched and has no code for the architecture, or code that bench/sass does not execute."""
+    """A kernel that is launched and has no code for the architecture."""
+
+
+CANNOT_COUNT = (NotModelled, UnknownInstruction, MissingTool)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,7 +263,8 @@ def content(shapes: Sequence[tuple[int, ...]] = tuple(SHAPES), more: Sequence[Ca
     """All that the JSON holds.
 
     Raises:
-        NotModelled: a case launches a kernel that cannot be counted.
+        NotModelled: a case launches a kernel that has no code.
+        UnknownInstruction: a kernel has an instruction that bench/sass does not execute.
         MissingTool: a tool to read or make the kernels' code is not there.
     """
     with tempfile.TemporaryDirectory() as name:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -246,15 +247,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the options; those of the process if None.
 
     Returns:
-        0.
+        0; 1 if the kernels cannot be counted.
     """
     arguments = parser().parse_args(argv)
     if arguments.write:
         from bench import gpu_counts  # needs the tests' emulator and the tools of the CUDA toolkit
 
-        counted = gpu_counts.content(
-            more=[case for shape in level_shapes(CONFIGS[GLOW]) for case in gpu_counts.glow_cases(shape)]
-        )
+        more = [case for shape in level_shapes(CONFIGS[GLOW]) for case in gpu_counts.glow_cases(shape)]
+        try:
+            counted = gpu_counts.content(more=more)
+        except gpu_counts.CANNOT_COUNT as error:
+            print(f"bench gpu_tables: nothing was written; {error}", file=sys.stderr)
+            return 1
     else:
         counted = content()
     tables = sections(counted)

@@ -207,3 +207,18 @@ def test_the_command_prints_and_writes(
     levels = gpu_tables.level_shapes(CONFIGS[gpu_tables.GLOW])
     written = json.loads((tmp_path / "gpu-model.json").read_text())
     assert written == counted | code | {"more": len(levels)}
+
+
+def test_what_cannot_be_counted_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def content(more: object) -> dict[str, Any]:
+        raise gpu_counts.NotModelled("new_kernel<float>: expected code for sm_90, found none")
+
+    monkeypatch.setattr(gpu_counts, "content", content)
+    monkeypatch.setattr(gpu_tables, "RESULT", tmp_path / "gpu-model.json")
+    before = gpu_tables.PAGE.read_bytes()
+    assert gpu_tables.main(["--write"]) == 1
+    assert "nothing was written; new_kernel<float>: expected code" in capsys.readouterr().err
+    assert gpu_tables.PAGE.read_bytes() == before
+    assert not (tmp_path / "gpu-model.json").exists()
