@@ -94,7 +94,7 @@ def launch_table(counted: Mapping[str, Any], device: Device = H100) -> str:
             name = f"{launch['kernel']} of {case['op']}, {case['mode']}"
             threads = launch["threads"][0] * launch["threads"][1]
             work = round(launch["issued"]), f"{launch['round_trips']:g}"
-            times = {limit: number(1e6 * seconds, 2) for limit, seconds in prediction.limits.items()}
+            times = {limit: f"{1e6 * seconds:.2f}" for limit, seconds in prediction.limits.items()}
             times[prediction.bound] = f"**{times[prediction.bound]}**"
             row = name, shape, launch["blocks"], threads, resident(launch, device), *work, *times.values()
             rows.setdefault((shape, launch["kernel"], launch["arguments"], *row[2:7]), row)
@@ -150,7 +150,7 @@ def device_table(device: Device = H100) -> str:
         ("L2 to one multiprocessor", f"{device.l2_port:.0f} bytes a cycle", "assumed"),
         ("L1 and shared memory", l1, guide),
         ("issued in a cycle", issue, f"{guide}; assumed"),
-        ("results in a cycle", results, guide),
+        ("results in a cycle", results, f"{guide}; conversions assumed"),
         ("from load to value", f"from L2 {L2_LATENCY}, from memory {MEMORY_LATENCY} cycles", "assumed"),
         ("between dependent kernels in a graph", f"{device.gap * 1e6:.1f} us", "assumed"),
         ("a launch from Python", f"{device.eager_gap * 1e6:.0f} us of the host", "assumed"),
