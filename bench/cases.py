@@ -19,7 +19,7 @@ from torch import Tensor
 from pyglow_fast import functional, ops, reference
 from pyglow_fast.reference import CouplingSpec
 
-SHAPES = [(8, 12, 64, 64), (8, 48, 32, 32), (1, 12, 512, 512), (16, 96, 8, 8)]
+SHAPES = [(8, 12, 64, 64), (8, 48, 32, 32), (1, 12, 512, 512), (16, 96, 8, 8), (64, 12, 16, 16)]
 SPEC = CouplingSpec()
 STEP, BETWEEN = "flow step outside its net", "between two nets"
 SQUEEZED = "channel_mix of squeeze(x)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,17 @@ def test_launches_without_running(emulator: Emulator) -> None:
     assert emulator.launches() == launches
     assert y.isnan().all()
     assert log_det.isnan().all()
+
+
+def test_arguments_of_launches(emulator: AllKernels) -> None:
+    """As a kernel finds them: a structure by value, then what follows at its own alignment."""
+    x, log_sd = torch.randn(3, 12, 700), torch.randn(3, 12, 700)
+    emulator.gaussian_log_prob(x, x, log_sd)
+    first, second = (emulator.parameters(at) for at in range(2))
+    assert struct.unpack_from("<4q", first) == (x.data_ptr(), 12 * 700, 700, 1)
+    samples, parts, start = struct.unpack_from("<qqd", second, 8)
+    assert (samples, parts) == (3, emulator.launches()[0].blocks // 3)
+    assert start == pytest.approx(-0.5 * math.log(2 * math.pi) * 12 * 700)
 
 
 def test_sums_per_sample_have_one_second_stage(emulator: AllKernels) -> None:

@@ -6,29 +6,17 @@ than a source, nvcc compiles the kernels anew as the build would.
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import re
-import shutil
-import subprocess
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 
 import pytest
-from support import ROOT
-from support.toolchain import CUDA_SOURCES, JOBS
+from support import toolchain
 
-from pyglow_fast import _backend
+from bench.machine_code import Cubin, Kernel, parse
 
 # The others differ in what their instructions cost, hardly in which ones there are.
 ARCHITECTURES = ("90", *(pytest.param(arch, marks=pytest.mark.full) for arch in ("80", "100", "120")))
-# As CMake compiles them: optimised, C++17, no fast math. All warnings of the assembler about memory count as errors.
-FLAGS = ["-O3", "-std=c++17", f"-I{ROOT / 'csrc'}", "-Xptxas", "-warn-spills,-warn-lmem-usage", "-cubin"]
-REGISTERS = 64 * 1024  # of a multiprocessor, all architectures
 BLOCK_THREADS = 256
 
 
@@ -70,118 +58,10 @@ LIMITS = {
 }
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """One instantiation, as cuobjdump reports it."""
-
-    symbol: str
-    registers: int
-    stack: int
-    local: int
-    shared_bytes: int
-
-    @property
-    def parts(self) -> re.Match[str]:
-        """name, type and the rest of the template arguments, from the mangled name."""
-        found = re.search(r"\d([a-z_]+_kernel)I([fd])(.*?)EEv", self.symbol)
-        assert found is not None, f"no kernel's name: {self.symbol}"
-        return found
-
-    @property
-    def name(self) -> str:
-        return self.parts[1]
-
-    @property
-    def dtype(self) -> str:
-        return self.parts[2]
-
-    @property
-    def vector(self) -> bool:
-        return self.parts[3].endswith("Lb1E")
-
-
-def parse(report: str, reserved: int) -> Iterator[Kernel]:
-    """The kernels in what cuobjdump -res-usage prints; it counts bytes reserved by the system for those that share."""
-    pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
-    for symbol, registers, stack, shared, local in re.findall(pattern, report):
-        yield Kernel(symbol, int(registers), int(stack), int(local), max(0, int(shared) - reserved))
-
-
-@dataclass(frozen=True)
-class Cubin:
-    """Compiled kernels of one architecture."""
-
-    path: Path
-    arch: int
-
-    @cached_property
-    def kernels(self) -> list[Kernel]:
-        return list(parse(cuobjdump("-res-usage", str(self.path)), 1024 if self.arch >= 90 else 0))
-
-    @cached_property
-    def code(self) -> dict[str, str]:
-        """The instructions of each kernel by symbol."""
-        text = cuobjdump("-sass", str(self.path))
-        blocks = re.split(r"^\s*Function : (\S+)\s*$", text, flags=re.MULTILINE)[1:]
-        return dict(zip(blocks[::2], blocks[1::2], strict=True))
-
-
-def cuobjdump(*arguments: str, cwd: Path | None = None) -> str:
-    """What the tool prints; it and nvdisasm, which it calls, are those of the toolkit or of their pip packages."""
-    folders = [os.environ.get("PATH", "")]
-    package = importlib.util.find_spec("nvidia")
-    for base in package.submodule_search_locations or [] if package else []:
-        folders += [str(tool.parent) for tool in Path(base).glob("*/bin/cuobjdump")]
-    path = os.pathsep.join(folders)
-    tool = shutil.which("cuobjdump", path=path)
-    if tool is None or shutil.which("nvdisasm", path=path) is None:
-        pytest.skip("needs cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
-    environment = {**os.environ, "PATH": path}
-    return subprocess.run(
-        [tool, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=True
-    ).stdout
-
-
-def built_module(arch: str) -> Path | None:
-    """The extension, if it has code for the architecture and no CUDA source is newer."""
-    extension = _backend.extension()
-    if extension is None or arch not in re.findall(r"\d+", _backend.build_info().get("cuda_archs", "")):
-        return None
-    module = Path(extension.__file__)
-    sources = [path for folder in ("cuda", "math") for path in (ROOT / "csrc" / folder).iterdir()]
-    return module if max(path.stat().st_mtime for path in sources) <= module.stat().st_mtime else None
-
-
-def extract(module: Path, arch: str, folder: Path) -> list[Cubin]:
-    """The module's code for an architecture."""
-    cuobjdump("-xelf", f"sm_{arch}", str(module), cwd=folder)
-    return [Cubin(path, int(arch)) for path in sorted(folder.glob("*.cubin"))]
-
-
-def compiled(arch: str, folder: Path) -> list[Cubin]:
-    """Every source compiled for one architecture, two at a time."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("needs nvcc (the CUDA toolkit) on the PATH")
-
-    def compile_one(source: Path) -> Cubin:
-        target = folder / f"{source.stem}.cubin"
-        command = [nvcc, *FLAGS, f"-arch=sm_{arch}", str(source), "-o", str(target)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stderr
-        assert "warning" not in result.stderr.lower(), result.stderr
-        return Cubin(target, int(arch))
-
-    with ThreadPoolExecutor(JOBS) as pool:
-        return list(pool.map(compile_one, CUDA_SOURCES))
-
-
 @pytest.fixture(scope="module", params=ARCHITECTURES, ids=lambda arch: f"sm_{arch}")
 def cubins(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Cubin]:
     """The kernels' code for one architecture."""
-    folder = tmp_path_factory.mktemp(f"sm_{request.param}")
-    module = built_module(request.param)
-    return compiled(request.param, folder) if module is None else extract(module, request.param, folder)
+    return toolchain.cubins(tmp_path_factory, request.param)
 
 
 def test_registers_and_memory(cubins: list[Cubin]) -> None:
@@ -195,8 +75,7 @@ def test_registers_and_memory(cubins: list[Cubin]) -> None:
     for kernel in kernels:
         limit = LIMITS[kernel.name]
         assert kernel.stack == kernel.local == 0, f"{kernel} uses local memory"
-        # Registers are allotted to warps in units of 8 for each thread.
-        blocks = REGISTERS // (BLOCK_THREADS * -(-kernel.registers // 8) * 8)
+        blocks = kernel.blocks(BLOCK_THREADS)
         assert blocks >= limit.blocks[kernel.dtype], f"{kernel}: {blocks} blocks on a multiprocessor"
         assert kernel.shared_bytes <= limit.shared_bytes, f"{kernel} has more shared memory than declared"
 

@@ -204,6 +204,15 @@ class Emulator:
         names = _kernels(self._path)
         return [Launch(*names[r.kernel], r.blocks, (r.x, r.y), r.dynamic_bytes) for r in records[:number]]
 
+    def parameters(self, launch: int) -> bytes:
+        """The arguments of one of :meth:`launches` as they lie in the kernel's constant memory."""
+        size = self._library.emulated_parameters
+        size.restype = ctypes.c_int64
+        room = ctypes.create_string_buffer(4096)  # what CUDA passes at most, where nothing is said
+        number = size(ctypes.c_int64(launch), room, ctypes.c_int64(len(room)))
+        assert number <= len(room), f"arguments of {number} bytes"
+        return room.raw[:number]
+
     def output_like(self, x: Tensor) -> Tensor:
         """Room for an output of the shape (N, C, P) of x."""
         return allocate(self.out_layout, (x.shape[0], x.shape[1], x.shape[2]), x.dtype)

@@ -1,0 +1,1 @@
+"""Executes compiled kernels on the CPU to count what they do: see :mod:`bench.sass.machine`."""
