@@ -69,17 +69,20 @@ class _Held:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._wanted = {FULL: 0, TF32: 0}
+        self._set_to: str | None = None
         self._before: list[tuple[Any, str]] = []
 
     def change(self, precision: str, by: int) -> None:
         """One more (1) or one less (-1) who wants it. Who wants full precision has it, whatever others want."""
         with self._lock:
             self._wanted[precision] += by
+            found = next((wanted for wanted in (FULL, TF32) if self._wanted[wanted]), None)
+            if found == self._set_to:  # not even for a moment may those inside have other settings
+                return
+            self._set_to = found
             self._restore()
-            for wanted in (FULL, TF32):
-                if self._wanted[wanted]:
-                    self._set(wanted)
-                    break
+            if found is not None:
+                self._set(found)
 
     def _set(self, precision: str) -> None:
         """Set from the outermost setting inwards, as what is not set follows that around it and shall do so again.

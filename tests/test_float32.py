@@ -420,6 +420,17 @@ class TestHeld:
             assert now() == before
         assert seen == ["ieee"]
 
+    def test_those_inside_keep_it_while_others_come_and_go(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        x, restored = torch.randn(2, C, 9), []
+        with in_tf32(), in_precision("fp32", x):
+            monkeypatch.setattr(_float32._held, "_restore", lambda: restored.append(1))
+            for precision in ("fp32", "tf32"):
+                with in_precision(precision, x):
+                    assert now()["conv"] == "ieee"
+            monkeypatch.undo()
+            assert not restored
+            assert now()["conv"] == "ieee"
+
     def test_full_precision_wins(self) -> None:
         x = torch.randn(2, C, 9)
         with in_tf32(), in_precision("fp32", x), in_precision("tf32", x):

@@ -57,7 +57,8 @@ def test_it_does_not_become_checkpointing(setting: str, kind: str, device: torch
         report = sequence.memory_report()
     assert report["trips"] == 0, report
     assert report["anchor_every"] >= START_SPACING, report
-    assert report["last_drift"] > 1e-5, "the nets were not in TF32"
+    if device.type == "cpu":  # on a GPU the library may find a small convolution not worth it
+        assert report["last_drift"] > 1e-5, "the nets were not in TF32"
 
 
 @by_kind
@@ -76,7 +77,8 @@ def test_gradients_are_as_good_as_stored_ones(setting: str, kind: str, device: t
         return float((whole - true).norm() / true.norm())
 
     stored = error(Mode("store"))
-    assert stored > 1e-4, "the nets were not in TF32"
+    if device.type == "cpu":
+        assert stored > 1e-4, "the nets were not in TF32"
     for mode in (Mode("reversible"), Mode("reversible", 1), Mode("checkpoint")):
         assert error(mode) <= 2.0 * stored, mode
 
@@ -89,6 +91,33 @@ class LinearNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         found: Tensor = self.layers(x)
         return found
+
+
+def judged_by(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype | None]:
+    """The dtypes that nets are taken to compute in, by the runs from now on."""
+    seen: list[torch.dtype | None] = []
+
+    def limit(control: DriftControl, state: torch.dtype, lowest: torch.dtype | None = None) -> float:
+        seen.append(lowest)
+        return 1.0
+
+    monkeypatch.setattr(DriftControl, "limit", limit)
+    return seen
+
+
+class HalfNet(LinearNet):
+    """In 16 bits of itself, whatever it is told."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).bfloat16()
+
+
+def test_a_net_in_16_bits_of_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = judged_by(monkeypatch)
+    sequence = pgf.ReversibleSequence([pgf.FlowStep(C, net=HalfNet())])
+    sequence.initialize(torch.randn(4, C))
+    objective(sequence(torch.randn(4, C))).backward()
+    assert seen == [torch.bfloat16]
 
 
 @by_kind
@@ -111,13 +140,7 @@ class LinearNet(nn.Module):
 def test_what_the_drift_is_judged_by(
     setting: str, precision: str, net: str, expected: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[torch.dtype | None] = []
-
-    def limit(control: DriftControl, state: torch.dtype, lowest: torch.dtype | None = None) -> float:
-        seen.append(lowest)
-        return 1.0
-
-    monkeypatch.setattr(DriftControl, "limit", limit)
+    seen = judged_by(monkeypatch)
     linear = net == "linear"
     options: dict[str, Any] = {"net": LinearNet()} if linear else {}
     step = pgf.FlowStep(C, 8, precision=precision, **options)
