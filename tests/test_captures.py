@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from support.captures import NotCapturableError, Recording, capture_guard, capturing, like_a_gpu
@@ -148,6 +149,7 @@ BAD: dict[str, Callable[[Tensor], object]] = {
     "a tensor of a number": lambda x: torch.as_tensor(1.0),
     "a list as index": lambda x: x[[1, 0]],
     "a list as second index": lambda x: x[:, [1, 0]],
+    "an array as index": lambda x: x[np.array([1, 0])],
     "to the host": lambda x: x.cpu(),
     "to the host by name": lambda x: x.to("cpu"),
     "made on the host": lambda x: torch.arange(3, device="cpu"),
