@@ -26,7 +26,7 @@ GRADIENTS_WORK = 3  # forward and backward of a net over its forward
 
 # Of the maps that are folded together, in matrices and in vectors of as many numbers as there are channels, each: what
 # autograd keeps of their making, and what that and its derivative take for a moment. In a backward that inverts steps
-# also gradients and inverses, which are made in float64.
+# also gradients and inverses, which plain torch makes in float64.
 FOLD_KEPT, FOLD_MAKING, FOLD_BACKWARD, FOLD_VECTORS = 5, 3, 4, 12
 OPEN_MAPS, INVERTING = 2, 7
 SQUEEZING = 5  # states, where a run's input is not squeezed as it is read
