@@ -4,9 +4,9 @@
 
 Each check prints a line and goes on after a failure, since the next one tells something else; the file is written anew
 after each. An op runs on small shapes with ragged ends, forward, backward and inverse, the net's output in float32 and
-in bfloat16. A result may be off by twice what plain torch on the CPU is off by in float32, both against float64, and by
-a few roundings of the largest value. ``--unchecked`` runs the ops, or all but the graphs, and compares nothing: it is
-what compute-sanitizer watches.
+in bfloat16, in either layout. A result may be off by twice what plain torch on the CPU is off by in float32, both
+against float64, and by a few roundings of the largest value. ``--unchecked`` runs the ops, or all but the graphs, and
+compares nothing: it is what compute-sanitizer watches.
 """
 
 from __future__ import annotations
@@ -31,6 +31,13 @@ from pyglow_fast import Glow, _backend, functional, reference
 
 # Of each: channels that 4 divides and others, H != W, ends of tiles and vectors that are not full, a single position.
 SHAPES = [(2, 4, 5, 9), (3, 5, 7, 3), (1, 131, 3, 5), (1, 12, 40, 33), (2, 48, 16, 12), (3, 8, 1, 1)]
+# Of what the coupling reads: as a net gives it out that runs in float32 or bfloat16, in either layout.
+FORMS = {
+    "float32": (torch.float32, torch.contiguous_format),
+    "bfloat16": (torch.bfloat16, torch.contiguous_format),
+    "float32, channels_last": (torch.float32, torch.channels_last),
+    "bfloat16, channels_last": (torch.bfloat16, torch.channels_last),
+}
 CPU = torch.device("cpu")
 ROUNDINGS = 8.0  # of the largest value: where plain torch is exact by chance, and sums over positions are longer
 IMAGE, LEVELS, STEPS, HIDDEN, BATCH = (3, 8, 8), 2, 2, 16, 4
@@ -62,11 +69,10 @@ def hold(found: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tenso
     return f"off by {worst:.1e} of the largest value at most"
 
 
-def data_of(shape: tuple[int, ...], half: bool) -> Data:
-    """The tensors of a shape on the CPU, the net's output in bfloat16 if asked."""
-    data = Data(shape, CPU)
-    if half:
-        data.net_out = data.net_out.to(torch.bfloat16)
+def data_of(shape: tuple[int, ...], form: str) -> Data:
+    """The tensors of a shape on the CPU, the net's output in one of FORMS."""
+    data, (dtype, layout) = Data(shape, CPU), FORMS[form]
+    data.net_out = data.net_out.to(dtype=dtype, memory_format=layout)
     return data
 
 
@@ -78,8 +84,8 @@ def cases_of(data: Data) -> list[Case]:
 def op_checks(device: torch.device, shapes: Sequence[tuple[int, ...]] = tuple(SHAPES)) -> Iterator[Check]:
     """Every case on every shape, against the reference in float64 on the CPU."""
     for shape in shapes:
-        for half in (False, True):
-            data = data_of(shape, half)
+        for form in FORMS:
+            data = data_of(shape, form)
             triples = zip(
                 *(cases_of(d) for d in (data.copy(device), data, data.copy(dtype=torch.float64))), strict=True
             )
@@ -90,8 +96,7 @@ def op_checks(device: torch.device, shapes: Sequence[tuple[int, ...]] = tuple(SH
                     synchronize(device)
                     return hold(found, plain.build(reference, False)(), exact.build(reference, False)())
 
-                net = ", net's output bfloat16" if half else ""
-                yield f"{case.name} {'x'.join(map(str, shape))}{net}", check
+                yield f"{case.name} {'x'.join(map(str, shape))}, net's output {form}", check
 
 
 def small_model(memory: str) -> tuple[Glow, Tensor]:
@@ -187,11 +192,11 @@ def run_checks(checks: Iterator[Check], written: Callable[[list[dict[str, object
 def watched(device: torch.device, what: str) -> None:
     """Run every case, and of "all" a training step in two memory modes, too; compare nothing."""
     for shape in SHAPES:
-        for half in (False, True):
-            for case in cases_of(data_of(shape, half).copy(device)):
+        for form in FORMS:
+            for case in cases_of(data_of(shape, form).copy(device)):
                 case.build(functional, False)()
                 synchronize(device)  # so that a fault is told of the case whose it is
-                print(case.name, shape, "bfloat16" if half else "", flush=True)
+                print(case.name, shape, form, flush=True)
     for memory in ("store", "reversible") if what == "all" else ():
         model, x = small_model(memory)
         gradients_of(model.to(device), x.to(device))

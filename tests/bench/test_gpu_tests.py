@@ -8,35 +8,18 @@ from pathlib import Path
 
 import pytest
 from support import ROOT
+from support.bare_python import bare_environment
 
 from bench.gpu_tests import counts, missing_library, read_tally
 
-# What the package can do without, and what pytest finds by itself where it is installed.
-HIDDEN = [
-    *("normflows", "nflows", "FrEIA", "zuko", "memcnn", "matplotlib", "PIL", "torchvision", "sklearn", "scipy", "tqdm"),
-    *("rich", "lightning", "pytorch_lightning", "tensorboard", "lmdb", "yaml", "tomli_w", "hypothesis", "mkdocs"),
-    *("mkdocstrings", "pymdownx", "xdist", "execnet", "pytest_benchmark", "onnx", "jet_pytorch", "anomalib", "TTS"),
-    "pandas",
-]
-# Runs pytest with those hidden, as on a machine that does not have them.
-BARE = f"""
-import importlib.abc, sys
-class Hide(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {HIDDEN!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Hide())
-import os
-os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-import pytest
-sys.exit(pytest.main(sys.argv[1:]))
-"""
 
-
-def bare(*options: str, seconds: float = 300) -> subprocess.CompletedProcess[str]:
+def bare(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """pytest with the plugin where nothing else is installed."""
-    command = [sys.executable, "-c", BARE, "-q", "-p", "no:cacheprovider", "-p", "bench.gpu_tests", *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "bench.gpu_tests", *options]
+    site = folder / "site"
+    site.mkdir()
+    env = bare_environment(site)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
 SOME_TESTS = """
@@ -95,7 +78,7 @@ def outcomes(folder: Path, *options: str) -> dict[str, tuple[str, str]]:
     """By test, what became of it and why."""
     tally = folder / "tally.jsonl"
     fixed = ["-c", str(folder / "pytest.ini"), f"--rootdir={folder}", "--continue-on-collection-errors"]
-    done = bare(*fixed, "--tally", str(tally), *options, str(folder))
+    done = bare(folder, *fixed, "--tally", str(tally), *options, str(folder))
     assert tally.is_file(), done.stdout + done.stderr
     return {row["test"].split("/")[-1]: (row["outcome"], row["reason"]) for row in read_tally(tally)}
 
@@ -166,7 +149,7 @@ def test_a_tally_that_was_cut_off(tmp_path: Path) -> None:
 )
 def test_ours_run_with_torch_numpy_safetensors_and_pytest(options: list[str], least: int, tmp_path: Path) -> None:
     tally = tmp_path / "tally.jsonl"
-    done = bare("--on", "cpu", "--tally", str(tally), *options)
+    done = bare(tmp_path, "--on", "cpu", "--tally", str(tally), *options)
     rows = read_tally(tally)
     assert [row for row in rows if row["outcome"] == "failed"] == []
     assert done.returncode == 0, done.stdout + done.stderr
