@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.accelerate_cases import CASES, MEMORIES, images, prepared
-from support.captures import Recording, capture_guard, like_a_gpu, own_factorisations
+from support.captures import Recording, capture_guard, like_a_gpu
 from support.covering import pairs
 from support.glow_tts_cases import NORMS, TextDecoder, mask_of_lengths, moved
 from support.jet_models import MODELS as JET
@@ -47,7 +47,7 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def assert_replays(model: nn.Module, loss: Callable[[], Tensor], x: Tensor) -> None:
     """Of other inputs and parameters: what the model itself gives, but for rounding."""
-    with like_a_gpu(), own_factorisations():
+    with like_a_gpu():
         for _ in range(2):
             gradients(model, loss)
         with Recording() as graph, capture_guard():
@@ -133,7 +133,7 @@ def test_indices_that_a_graph_reads_outlive_a_load() -> None:
         gradients(model, lambda: loss(model, x))
         ask()
 
-    with like_a_gpu(), own_factorisations():
+    with like_a_gpu():
         step()
         with capture_guard():
             step()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.captures import Recording, capturing, like_a_gpu, own_factorisations
+from support.captures import Recording, capturing, like_a_gpu
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
@@ -190,7 +190,7 @@ def test_parameters_that_a_graph_steps(memory: str, masked: bool) -> None:
     with like_a_gpu(), torch.no_grad():
         with torch.enable_grad():
             step()
-            with Recording() as graph, own_factorisations(), capturing():
+            with Recording() as graph, capturing():
                 step()
         before = sequence(x, **extra)[0]
         graph.replay()

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from support.captures import NotCapturableError, Recording, capture_guard, capturing, like_a_gpu, own_factorisations
+from support.captures import NotCapturableError, Recording, capture_guard, capturing, like_a_gpu
 from support.chain_cases import CASES, gradients, worst_error
 from torch import Tensor, nn
 
@@ -153,7 +153,7 @@ class Replayed:
             return self.factor * found, *grads
 
         patch.setattr(passes, "step_backward", wrong)
-        with Recording() as self.graph, own_factorisations(), capture_guard():
+        with Recording() as self.graph, capture_guard():
             self.gradients = step_gradients(sequence, self.x)
 
     def replay(self, factor: float = 1.0) -> dict[str, Tensor]:
@@ -239,7 +239,7 @@ class TestCaptured:
         x, sequence = torch.randn(2, 4, 3, 2, dtype=torch.float64), user_steps(False)
         with like_a_gpu():
             expected = step_gradients(sequence, x)
-            with Recording() as graph, own_factorisations(), capturing():
+            with Recording() as graph, capturing():
                 found = step_gradients(sequence, x)
             graph.replay()
             assert same(found, expected)
@@ -250,7 +250,7 @@ class TestCaptured:
         with like_a_gpu():
             step_gradients(sequence, x)
             assert sequence.memory_report()["passes"] == 1
-            with Recording(), own_factorisations(), capture_guard():
+            with Recording(), capture_guard():
                 step_gradients(sequence, x)
             assert sequence.memory_report()["passes"] == 1
 

@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 
 from pyglow_fast.models import graphed
-from support.captures import Recording, capture_guard, like_a_gpu, own_factorisations
+from support.captures import Recording, capture_guard, like_a_gpu
 
 
 class Side:
@@ -39,5 +39,5 @@ def recorded_graphs() -> Iterator[Side]:
     """Inside, make_graphed takes a model on the CPU as one on a GPU, and its captures are recordings."""
     side = Side()
     own = {"_side_stream": side.entered, "_capture": side.capture}
-    with like_a_gpu(), own_factorisations(), mock.patch.multiple(graphed, **own):
+    with like_a_gpu(), mock.patch.multiple(graphed, **own):
         yield side
