@@ -17,6 +17,7 @@ import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -48,6 +49,11 @@ class KernelRow:
     plain_seconds: float | None
     note: str = ""
     implementation: str = "pyglow_fast"
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> KernelRow:
+        """From JSON."""
+        return cls(**values | {"shape": tuple(values["shape"])})
 
     @property
     def share_of_copy(self) -> float | None:

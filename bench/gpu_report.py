@@ -6,7 +6,6 @@ python -m bench.gpu_report FOLDER
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -100,11 +99,7 @@ def _smoke(results: Content) -> list[str]:
 
 
 def _kernels(results: Content) -> list[str]:
-    names = {field.name for field in dataclasses.fields(gpu_kernels.KernelRow)}
-    rows = [
-        gpu_kernels.KernelRow(**{k: tuple(v) if k == "shape" else v for k, v in row.items() if k in names})
-        for row in results["rows"]
-    ]
+    rows = [gpu_kernels.KernelRow.of(row) for row in results["rows"]]
     return [
         "## Kernels",
         "",
@@ -117,7 +112,7 @@ def _kernels(results: Content) -> list[str]:
 
 
 def _steps(results: Content) -> list[str]:
-    rows = [gpu_steps.StepRow(**row | {"shape": Shape.of(row["shape"])}) for row in results["rows"]]
+    rows = [gpu_steps.StepRow.of(row) for row in results["rows"]]
     title = ["## A training step: launches and time", ""]
     if rows:
         title += [

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
 from bench.harness import machine, synchronize, write_json
@@ -52,6 +52,11 @@ class StepRow:
     kernel_ms: float
     step_ms: float
     note: str = ""
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> StepRow:
+        """From JSON."""
+        return cls(**values | {"shape": Shape.of(values["shape"])})
 
 
 def launched(step: Callable[[], object], device: torch.device) -> tuple[int, int, float]:
