@@ -6,12 +6,12 @@
 
 namespace pyglow::cuda {
 
-// - Grid: ranges of tiles of 16 to 64 16-byte columns by groups of up to 128 output channels, groups fastest, so that
-//   the second reader of a tile finds it in L2; at most max_blocks. A block walks its range, so that it leaves at most
-//   two samples' log_det to the second stage.
+// - Grid: as channel_mix. A block walks its range, so that it leaves at most two samples' log_det to the second stage,
+//   which is not launched where no sample lies in two ranges.
 // - Large C: each group stages, and so couples, again. An element staged costs 128 multiply-adds in its group and,
 //   every second one, some 30 instructions of the coupling: about an eighth more. A coupling pass of its own would need
-//   memory of the state's size and move 2 C values more for each position.
+//   memory of the state's size and move 2 C values more for each position. Of small products that fused_cut splits, an
+//   element costs 32 multiply-adds or more in each group, and the instructions are spread over idle multiprocessors.
 // - Occupancy: up to 128 registers, so 2 blocks of 256 threads on a multiprocessor (4 of 128; double: 1); at most 47 KB
 //   of shared memory, which is not the tighter limit. While a thread couples one row it loads the next, so that three
 //   to six 16-byte loads are in flight, 24 to 48 KB on a multiprocessor; bandwidth times latency is about 30 KB.

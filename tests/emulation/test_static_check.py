@@ -41,7 +41,7 @@ class Limit:
 LIMITS = {
     "fused_kernel": Limit({"f": 2, "d": 1}, 16, 20, 18, 2, in_flight=4, copies=True, nets=True),
     "finish_kernel": Limit({"f": 6, "d": 6}, 0, 1),
-    "sums_kernel": Limit({"f": 2, "d": 1}, 0, 4, 10, 20, in_flight=8, nets=True, only_sums=True),
+    "sums_kernel": Limit({"f": 2, "d": 1}, 0, 4, 10, 20, in_flight=4, nets=True, only_sums=True),
     "reduce_kernel": Limit({"f": 4, "d": 4}, 2048, 1),
     "coupling_kernel": Limit({"f": 4, "d": 1}, 64, 44, narrow_loads=0, narrow_stores=2, nets=True),
     "moments_kernel": Limit({"f": 2, "d": 2}, 0, 3, narrow_loads=0, narrow_stores=20, only_sums=True),
