@@ -42,7 +42,7 @@ class NotModelled(RuntimeError):
     """A kernel that is launched and has no code for the architecture."""
 
 
-CANNOT_COUNT = (NotModelled, UnknownInstruction, MissingTool)
+CANNOT_COUNT = (NotModelled, NotImplementedError, UnknownInstruction, MissingTool)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,22 +207,24 @@ def glow_cases(shape: tuple[int, ...]) -> list[Case]:
 
 
 def compiled_facts(cubins: Iterable[Cubin]) -> dict[str, dict[str, Any]]:
-    """By kernel, of the float instantiations that take 16 bytes at a time, or of all where there is no such: what each
-    has at most or at least.
+    """By kernel, of the float32 instantiations (float64 where there are no others) that take 16 bytes at a time (of all
+    where none does): what each has at most or at least.
     """
     groups: dict[str, list[tuple[Kernel, str]]] = {}
     for cubin in cubins:
         listings = cubin.code if cubin.kernels else {}
         for kernel in cubin.kernels:
-            if kernel.dtype == "f":
-                groups.setdefault(kernel.name, []).append((kernel, listings[kernel.symbol]))
+            groups.setdefault(kernel.name, []).append((kernel, listings[kernel.symbol]))
     facts = {}
     for name, group in sorted(groups.items()):
+        single = [pair for pair in group if pair[0].dtype == "f"]
+        group = single or group
         chosen = [pair for pair in group if pair[0].vector] or group
         kernels = [kernel for kernel, _ in chosen]
         accesses = [re.findall(r"\b(?:LDG|STG)\.[.\w]*", listing) for _, listing in chosen]
         registers = [kernel.registers for kernel in kernels]
         facts[name] = {
+            "dtype": "float32" if single else "float64",
             "instantiations": len(group),
             "registers": [min(registers), max(registers)],
             "stack": max(kernel.stack + kernel.local for kernel, _ in group),
@@ -264,6 +266,7 @@ def content(shapes: Sequence[tuple[int, ...]] = tuple(SHAPES), more: Sequence[Ca
 
     Raises:
         NotModelled: a case launches a kernel that has no code.
+        NotImplementedError: a case runs an op of ours that tests/support/case_launches.py does not know.
         UnknownInstruction: a kernel has an instruction that bench/sass does not execute.
         MissingTool: a tool to read or make the kernels' code is not there.
     """

@@ -113,7 +113,7 @@ def compiled_table(counted: Mapping[str, Any]) -> str:
         rows.append(
             (
                 kernel,
-                found[0]["instantiations"],
+                f"{found[0]['instantiations']}, {found[0]['dtype']}",
                 " / ".join(str(facts["registers"][1]) for facts in found),
                 " / ".join(map(str, blocks)),
                 max(facts["stack"] for facts in found),
@@ -125,7 +125,7 @@ def compiled_table(counted: Mapping[str, Any]) -> str:
     archs = " / ".join(compiled)
     head = (
         "kernel",
-        "float instantiations",
+        "instantiations",
         f"registers, {archs}",
         "blocks of 256 by registers",
         "bytes spilled",

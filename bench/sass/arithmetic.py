@@ -63,6 +63,16 @@ class Arithmetic(State):
             value |= np.where(which > 7, sign, byte) << np.uint64(8 * k)
         self._set(d, value.astype(np.uint32))
 
+    def _VOTE(self, i: Instruction) -> None:
+        """Which threads of a warp a predicate holds in, as bits."""
+        d, q, p = i.operands
+        if i.modifiers != ("ANY",):
+            self._fail(i)
+        votes = (self.mask & self._predicate(p)).reshape(-1, WARP)
+        bits = (votes.astype(np.uint32) << np.arange(WARP, dtype=np.uint32)).sum(axis=1, dtype=np.uint32)
+        self._set(d, np.repeat(bits, WARP))
+        self._set(q, np.repeat(bits > 0, WARP))
+
     def _SHFL(self, i: Instruction) -> None:
         p, d, a, lane, _ = i.operands
         own, given = np.arange(self.lanes), self._word(lane).astype(np.int64) & 31
@@ -258,6 +268,13 @@ class Arithmetic(State):
         d, a, b, p = i.operands
         x, y = self._float(a), self._float(b)
         self._set_float(d, np.where(self._predicate(p), np.fmin(x, y), np.fmax(x, y)))
+
+    def _FRND(self, i: Instruction) -> None:
+        d, a = i.operands
+        if i.modifiers not in ((), ("FLOOR",), ("CEIL",), ("TRUNC",)):
+            self._fail(i)
+        rounded = {"FLOOR": np.floor, "CEIL": np.ceil, "TRUNC": np.trunc}.get("".join(i.modifiers), np.rint)
+        self._set_float(d, rounded(self._float(a)))
 
     def _FSETP(self, i: Instruction) -> None:
         p, q, a, b, combined = i.operands

@@ -271,4 +271,5 @@ class Machine(Arithmetic):
 
 
 def _base(instruction: Instruction) -> str:
-    return instruction.name[1:] if instruction.uniform else {"S2UR": "S2R"}.get(instruction.name, instruction.name)
+    known = {"S2UR": "S2R", "VOTEU": "VOTE"}
+    return instruction.name[1:] if instruction.uniform else known.get(instruction.name, instruction.name)

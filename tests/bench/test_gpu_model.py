@@ -12,6 +12,7 @@ import pytest
 from bench import gpu_counts, gpu_model, gpu_tables
 from bench.cases import SHAPES, TRAFFIC, traffic
 from bench.gpu_model import H100, case_predictions, launch_limits
+from bench.machine_code import Kernel
 from bench.model_cases import CONFIGS
 
 MEGABYTE = 10**6
@@ -153,10 +154,37 @@ def test_measured_times_stand_beside_the_predicted(tmp_path: Path) -> None:
 
 def test_what_no_case_launches_is_named() -> None:
     counted = gpu_model.content()
-    facts = {"instantiations": 1, "registers": [40, 40], "stack": 0, "static_bytes": 0, "wide": 0}
+    facts = {"dtype": "float64", "instantiations": 1, "registers": [40, 40], "stack": 0, "static_bytes": 0, "wide": 0}
     more = {"compiled": {arch: {**found, "new_kernel": facts} for arch, found in counted["compiled"].items()}}
     (line,) = [line for line in gpu_tables.compiled_table(counted | more).splitlines() if "new_kernel" in line]
     assert "not modelled" in line
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeCubin:
+    """Kernels with their listings, as a Cubin has them."""
+
+    code: dict[str, str]
+
+    @property
+    def kernels(self) -> list[Kernel]:
+        return [Kernel(symbol, 40 + 8 * i, 0, 0, 0) for i, symbol in enumerate(self.code)]
+
+
+def test_facts_of_compiled_kernels() -> None:
+    """Of float32 and the vector path where there are such; a kernel that has neither is not left out."""
+    wide = "LDG.E.128 R4; LDG.E R5; STG.E.128 [R2], R4;"
+    code = {
+        "_ZN6pyglow4cuda10both_kernelIfLb0EEEvv": "LDG.E R4;",
+        "_ZN6pyglow4cuda10both_kernelIfLb1EEEvv": wide,
+        "_ZN6pyglow4cuda10both_kernelIdLb1EEEvv": "LDG.E R4;",
+        "_ZN6pyglow4cuda12double_kernelIdEEvv": "LDG.E.64 R4;",
+    }
+    facts = gpu_counts.compiled_facts([FakeCubin(code)])  # type: ignore[list-item]
+    assert facts["both_kernel"] == {
+        "dtype": "float32", "instantiations": 2, "registers": [48, 48], "stack": 0, "static_bytes": 0, "wide": 2
+    }  # fmt: skip
+    assert (facts["double_kernel"]["dtype"], facts["double_kernel"]["registers"]) == ("float64", [64, 64])
 
 
 def test_a_kernel_without_code_is_an_error() -> None:

@@ -130,6 +130,12 @@ def test_logic_and_selection() -> None:
         "FADD R7, |R5|, -0.5",
         "MOV R8, 0x44332291",
         "PRMT R9, R8, 0x8043, R0",
+        "FADD R12, R5, 0.75",
+        "FRND R13, R12",
+        "FRND.FLOOR R14, R12",
+        "ISETP.LT.AND P3, PT, R0, 0x3, PT",
+        "VOTEU.ANY UR4, UPT, P3",
+        "MOV R15, UR4",
         "SHFL.IDX PT, R10, R0, 0x3, 0x1f",
         "SHFL.BFLY PT, R11, R0, 0x10, 0x1f",
     )
@@ -143,6 +149,9 @@ def test_logic_and_selection() -> None:
     assert made.registers["R"][7].view(np.float32).tolist() == [0.5] * 32
     assert register(made, 9) == [0xFF910044 | lane << 8 for lane in range(32)]
     assert register(made, 10) == [3] * 32
+    assert made.registers["R"][13].view(np.float32).tolist() == [2.0] * 32
+    assert made.registers["R"][14].view(np.float32).tolist() == [1.0] * 32
+    assert register(made, 15) == [7] * 32
     assert register(made, 11) == (lanes ^ 16).tolist()
 
 

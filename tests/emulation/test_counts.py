@@ -15,7 +15,7 @@ from support.launch_cases import AllKernels
 from bench import gpu_counts, gpu_model
 from bench.cases import BETWEEN, SHAPES, SQUEEZED, Case, Data, op_cases
 from bench.machine_code import Cubin
-from pyglow_fast import reference
+from pyglow_fast import ops, reference
 
 AGAIN = "python -m bench.gpu_tables --write counts anew"
 # Another nvcc makes other code.
@@ -132,6 +132,13 @@ def test_torchs_own_kernels_are_counted(emulator: AllKernels) -> None:
     assert torchs.ours == []
     assert len(torchs.others) > 5
     assert all(moved > 0 for _, moved in torchs.others)
+
+
+def test_an_op_that_is_not_known_is_an_error(emulator: AllKernels) -> None:
+    x = torch.randn(2, 6, 4, 4)
+    halves = Case("split", "forward", (2, 6, 4, 4), lambda *_: lambda: (ops.checkerboard_split(x, 0, False),))
+    with pytest.raises(NotImplementedError, match=r"split forward: expected an op that .* found checkerboard_split"):
+        case_launches(halves, emulator)
 
 
 def test_launches_of_a_step_share_tensors() -> None:

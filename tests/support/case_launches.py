@@ -203,6 +203,9 @@ def case_launches(case: Case, emulator: AllKernels) -> CaseLaunches:
     """Run a case on the CPU, and have the emulator tell what each of its ops would launch.
 
     Addresses are those of this process, which lie on multiples of 64 bytes, on a GPU on multiples of 512.
+
+    Raises:
+        NotImplementedError: the case runs an op of ours that is not known here.
     """
     run, calls = case.build(functional, False), _Calls()
     with calls:
@@ -211,7 +214,10 @@ def case_launches(case: Case, emulator: AllKernels) -> CaseLaunches:
     alive: list[object] = [results]  # so that no two tensors have the same address
     emulator.only_recorded = True
     for name, arguments, result in calls.ours:
-        made = getattr(player, name)(*arguments)
+        play = getattr(player, name, None)
+        if play is None:
+            raise NotImplementedError(f"{case.name}: expected an op that {__name__} has the emulator run, found {name}")
+        made = play(*arguments)
         alive += [result, made]
         tensors = [(x.data_ptr(), x) for x in _tensors(arguments)] + _identities(made, result)
         ranges = [(key, x.data_ptr(), x.data_ptr() + x.nbytes) for key, x in tensors if x.nbytes]
