@@ -288,7 +288,7 @@ def _slogdet(matrix: Tensor) -> _SlogDet:
 
 @contextlib.contextmanager
 def own_factorisations() -> Iterator[None]:
-    """For the reference, which has no kernels: ops that a capture holds instead of the library's inverse and log|det|."""
+    """For the reference, which has no kernels: ops that a capture holds for the inverse and log|det| of matrices."""
     own = {"inv_ex": _inv_ex, "slogdet": _slogdet}
     with mock.patch.multiple(torch.linalg, **own):
         yield
