@@ -283,7 +283,7 @@ def step_cases(data: Data, spec: CouplingSpec = SPEC) -> list[Case]:
 
 
 def op_cases(data: Data) -> list[Case]:
-    """Every op in every direction that it has; none of a squeezed input where four does not divide the channels."""
+    """Makes every op in every direction; none of a squeezed input where four does not divide the channels."""
     d = data
     mixed, coupled, pair = (d.x, d.matrix, d.offset), (d.x, d.net_out), (d.grad, d.grad_log_det)
     unmixed, gaussian = (d.x, d.inverse_matrix, d.offset), (d.x, d.mean, d.log_sd)
@@ -323,12 +323,12 @@ def op_cases(data: Data) -> list[Case]:
 
 
 def kernel_cases(data: Data) -> list[Case]:
-    """What `bench kernels` runs: every op on images, and the flow step outside its net."""
+    """Makes all that `bench kernels` runs: every op on images, and the flow step outside its net."""
     return [*op_cases(data), *step_cases(data)]
 
 
 def matrix_cases(data: Data) -> list[Case]:
-    """Inverses and log-determinants of C x C matrices, which do not depend on an image; `bench kernels` leaves them."""
+    """Makes inverses and log-determinants of C x C matrices, which `bench kernels` leaves out: no image is in them."""
     d = data
     grads = {"invert_matrix": (d.matrices,), "log_abs_det": (d.scale[:2],)}
     return [

@@ -1,4 +1,4 @@
-"""What each case of `bench kernels` does on a GPU, counted without one: launches, instructions, sectors, cycles.
+"""Counts what each case of `bench kernels` does on a GPU, without one: launches, instructions, sectors, cycles.
 
 The emulator of the tests tells the launches with their arguments; nvcc's code for sm_90 is executed on some blocks of
 each (bench/sass). ``python -m bench.gpu_tables --write`` writes it to bench/results/gpu-model.json, which
@@ -110,7 +110,7 @@ class Executed:
         self._done: dict[tuple[Any, ...], Counts] = {}
 
     def counts(self, record: Any, tensors: Tensors) -> Counts:
-        """Sectors by the names of ``tensors``."""
+        """The counts of a launch, its sectors by the names of ``tensors``."""
         numbered = {str(i): place for i, place in enumerate(tensors.values())}
         words = [word for (word,) in struct.iter_unpack("<Q", record.parameters[: len(record.parameters) // 8 * 8])]
         places = [_place(word, numbered) for word in words]
@@ -202,8 +202,10 @@ def glow_cases(shape: tuple[int, ...]) -> list[Case]:
 
 
 def compiled_facts(cubins: Iterable[Cubin]) -> dict[str, dict[str, Any]]:
-    """By kernel, of the float32 instantiations (float64 where there are no others) that take 16 bytes at a time (of all
-    where none does): what each has at most or at least.
+    """Sums up each kernel by name: what its instantiations have at most or at least.
+
+    Of these it takes those of float32 (float64 where there are no others) that move 16 bytes at a time (all where none
+    does).
     """
     groups: dict[str, list[tuple[Kernel, str]]] = {}
     for cubin in cubins:
@@ -247,7 +249,7 @@ def commit_of_kernels() -> str:
 
 
 def nvcc_version() -> str:
-    """Of the compiler on the PATH, or what the built module says it was compiled with."""
+    """The version of the compiler on the PATH, or what the built module says it was compiled with."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         return str(_backend.build_info().get("cuda", "unknown"))

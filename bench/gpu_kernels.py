@@ -53,7 +53,7 @@ class KernelRow:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> KernelRow:
-        """From JSON."""
+        """Reads a row from JSON."""
         return cls(**values | {"shape": tuple(values["shape"])})
 
     @property

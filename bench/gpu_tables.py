@@ -64,7 +64,7 @@ def measured_seconds(path: Path = MEASURED) -> dict[tuple[str, str, tuple[int, .
 def case_table(
     shape: tuple[int, ...], counted: Mapping[str, Any], measured: Mapping[Any, float], device: Device = H100
 ) -> str:
-    """Of each op on one shape: launches, predicted us and share of the copy, what limits the longest, measured us."""
+    """A row for each op on one shape: launches, predicted us, share of the copy, what limits the longest, measured us."""
     rows = []
     for case in counted["cases"]:
         key = case["op"], case["mode"]
@@ -89,7 +89,7 @@ def case_table(
 
 
 def launch_table(counted: Mapping[str, Any], device: Device = H100) -> str:
-    """Every launch of the ops on each shape, once: grid, what a block does, us by each limit, the largest in bold."""
+    """A row for every launch of the ops on each shape: grid, work of a block, us by each limit, the largest in bold."""
     rows: dict[object, Sequence[object]] = {}
     for case in counted["cases"]:
         shape = tuple(case["shape"])
@@ -108,7 +108,7 @@ def launch_table(counted: Mapping[str, Any], device: Device = H100) -> str:
 
 
 def compiled_table(counted: Mapping[str, Any]) -> str:
-    """Every compiled kernel: registers, blocks of 256 threads on a multiprocessor, bytes spilled, 16-byte accesses."""
+    """A row for every compiled kernel: registers, blocks that these have room for, bytes spilled, 16-byte accesses."""
     compiled = counted["compiled"]
     launched = {launch["kernel"] for case in counted["cases"] for launch in case["launches"]}
     rows = []
@@ -164,7 +164,7 @@ def device_table(device: Device = H100) -> str:
 
 
 def glow_table(counted: Mapping[str, Any], device: Device = H100) -> str:
-    """A training step of a Glow (bench.model_cases, configuration a), stored, by its parts."""
+    """The parts of a Glow's training step (bench.model_cases, configuration a), stored, and their sum."""
     shape, ours, launches = CONFIGS[GLOW], 0.0, 0
     for level in level_shapes(shape):
         case = next(

@@ -51,12 +51,12 @@ class Kernel:
 
     @property
     def name(self) -> str:
-        """Without namespaces, such as "fused_kernel"."""
+        """Its name without namespaces, such as "fused_kernel"."""
         return self.parts[1]
 
     @property
     def dtype(self) -> str:
-        """f: float, d: double."""
+        """The type of its values: f for float, d for double."""
         return self.parts[2]
 
     @property
@@ -85,7 +85,7 @@ class Cubin:
 
     @cached_property
     def kernels(self) -> list[Kernel]:
-        """All of them."""
+        """All kernels of the file, with what they use."""
         return list(parse(cuobjdump("-res-usage", str(self.path)), 1024 if self.arch >= 90 else 0))
 
     @cached_property

@@ -73,7 +73,7 @@ class _Settings:
         self._before: list[tuple[Any, str]] = []
 
     def change(self, precision: str, by: int) -> None:
-        """One more (1) or one less (-1) who wants it. Who wants full precision has it, whatever others want."""
+        """Counts one more (1) or one less (-1) who wants it. Who wants full precision has it, whatever others want."""
         with self._lock:
             self._wanted[precision] += by
             found = next((wanted for wanted in (FULL, TF32) if self._wanted[wanted]), None)
@@ -110,7 +110,7 @@ _settings = _Settings()
 
 @contextlib.contextmanager
 def computing_in(precision: str) -> Iterator[None]:
-    """Inside, CUDA computes in TF32 or in full precision ("ieee"), in all threads: the settings are the process's.
+    """A context in which CUDA computes in TF32 or in full precision ("ieee"), in all threads of the process.
 
     Settings that followed others do so again behind it.
     """

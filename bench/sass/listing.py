@@ -55,7 +55,7 @@ class Instruction:
 
     @property
     def unit(self) -> str:
-        """What executes it."""
+        """Names the unit that executes it."""
         return next((unit for unit, names in UNITS.items() if self.name.startswith(names)), "alu")
 
 

@@ -87,7 +87,7 @@ class Machine(Arithmetic):
         self.sectors: dict[tuple[str, str], int] = {}
 
     def run(self, most: int = 2_000_000) -> Counts:
-        """Until all threads have ended; returns what an average block did."""
+        """Execute until all threads have ended; returns what an average block did."""
         with np.errstate(all="ignore"):
             for _ in range(most):
                 ready = self.alive & ~self.waiting
@@ -115,7 +115,7 @@ class Machine(Arithmetic):
         )
 
     def _open_barrier(self) -> None:
-        """Of every block: all its threads that have not ended wait."""
+        """Open the barrier of every block all of whose threads that have not ended wait."""
         clock = self.clock.reshape(self.n_blocks, -1)
         clock[:] = clock.max(axis=1, keepdims=True)
         self.waiting[:] = False

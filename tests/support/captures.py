@@ -26,7 +26,7 @@ from pyglow_fast.reversible import passes
 
 @contextlib.contextmanager
 def _answering(**answers: bool) -> Iterator[None]:
-    """Functions of these names answer so, in whatever module of the package they were imported."""
+    """A context in which functions of these names answer so, in whatever module of the package they were imported."""
     with contextlib.ExitStack() as stack:
         for name, module in list(sys.modules.items()):
             if name.split(".")[0] == "pyglow_fast":
@@ -37,12 +37,12 @@ def _answering(**answers: bool) -> Iterator[None]:
 
 
 def like_a_gpu() -> contextlib.AbstractContextManager[None]:
-    """Values may not be read, and a graph might be captured."""
+    """A context in which code takes the CPU for a GPU: values may not be read, a graph might be captured."""
     return _answering(can_read=False, can_capture=True, is_capturing=False)
 
 
 def capturing() -> contextlib.AbstractContextManager[None]:
-    """A graph is being captured."""
+    """A context in which code is told that a graph is being captured."""
     return _answering(can_read=False, can_capture=True, is_capturing=True)
 
 
@@ -131,7 +131,7 @@ class Recording(TorchDispatchMode):
             _ruin(storage)
 
     def replay(self) -> None:
-        """Run it all again."""
+        """Repeat all operations."""
         with torch.no_grad(), torch._C._DisableAutocast():  # below both: their part is recorded
             for operation in self._operations:
                 operation.repeat()
@@ -310,7 +310,7 @@ def _slogdet(matrix: Tensor) -> _SlogDet:
 
 @contextlib.contextmanager
 def own_factorisations() -> Iterator[None]:
-    """For the reference, which has no kernels: ops that a capture holds for the inverse and log|det| of matrices."""
+    """A context in which torch's inverses and log-determinants, which the reference calls, pass the guard as ops."""
     own = {"inv_ex": _inv_ex, "slogdet": _slogdet}
     with mock.patch.multiple(torch.linalg, **own):
         yield

@@ -88,7 +88,7 @@ def reset() -> None:
 
 @contextlib.contextmanager
 def in_tf32(setting: str = "as torch comes", device: torch.device | str = "cpu", rounds: bool = True) -> Iterator[Tf32]:
-    """With one of SETTINGS. On the CPU as if it were a GPU: its settings count, and nets are left to the library.
+    """A context with one of SETTINGS; the CPU is as a GPU: its settings count, and nets are left to the library.
 
     rounds: False where :func:`compiling` does it, since torch.compile takes no notice of a mode around it.
     """
@@ -117,7 +117,7 @@ def compiling(graph: Callable[..., Any], inputs: Any) -> Callable[..., Any]:
 
 
 def backend_of_all(device: torch.device) -> str:
-    """Every device is a GPU."""
+    """Takes every device for a GPU."""
     return "cuda"
 
 
