@@ -64,7 +64,7 @@ def measured_seconds(path: Path = MEASURED) -> dict[tuple[str, str, tuple[int, .
 def case_table(
     shape: tuple[int, ...], counted: Mapping[str, Any], measured: Mapping[Any, float], device: Device = H100
 ) -> str:
-    """A row for each op on one shape: launches, predicted us, share of the copy, what limits the longest, measured us."""
+    """A row for each op on one shape: launches, predicted us, share of the copy, the longest's limit, measured us."""
     rows = []
     for case in counted["cases"]:
         key = case["op"], case["mode"]
