@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from bench import machine_code
-from bench.cases import BETWEEN, SHAPES, Case, Data, op_cases, step_cases
+from bench.cases import BETWEEN, SHAPES, Case, Data, kernel_cases, step_cases
 from bench.gpu_model import L2_LATENCY, MEMORY_LATENCY, SMALL
 from bench.harness import ROOT
 from bench.machine_code import Cubin, Kernel, MissingTool
@@ -35,6 +35,7 @@ from pyglow_fast import _backend
 ARCH = "90"
 ARCHITECTURES = ("80", "90", "100", "120")
 BLOCKS = 16  # of a launch that are executed, spread over the grid
+CPU = torch.device("cpu")
 Tensors = dict[str, tuple[int, int]]  # address of the first byte, and behind the last
 
 
@@ -192,17 +193,11 @@ def emulator_in(folder: Path) -> Any:
     return AllKernels(build(folder / "libemulated.so", sources, "-O1", "-shared"))
 
 
-def cases_of(shape: tuple[int, ...]) -> list[Case]:
-    """What `bench kernels` runs on a shape."""
-    data = Data(shape, torch.device("cpu"))
-    return [*op_cases(data), *step_cases(data)]
-
-
 def glow_cases(shape: tuple[int, ...]) -> list[Case]:
     """A flow step between two nets, forward and backward, on the state of one level; none if `bench kernels` has it."""
     if shape in SHAPES:
         return []
-    cases = step_cases(Data(shape, torch.device("cpu")))
+    cases = step_cases(Data(shape, CPU))
     return [case for case in cases if (case.op, case.mode) == (BETWEEN, "forward+backward")]
 
 
@@ -277,7 +272,7 @@ def content(shapes: Sequence[tuple[int, ...]] = tuple(SHAPES), more: Sequence[Ca
             (folder / arch).mkdir()
             by_arch[arch] = machine_code.cubins(arch, folder / arch)
         executed, emulator = Executed(Codes(by_arch[ARCH])), emulator_in(folder)
-        cases = [case for shape in shapes for case in cases_of(shape)]
+        cases = [case for shape in shapes for case in kernel_cases(Data(shape, CPU))]
         return {
             "code": {"commit": commit_of_kernels(), "nvcc": nvcc_version(), "arch": f"sm_{ARCH}"},
             "compiled": {f"sm_{arch}": compiled_facts(cubins) for arch, cubins in by_arch.items()},

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bench import precisions
-from bench.cases import Case, Data, op_cases, step_cases
+from bench.cases import Case, Data, kernel_cases, matrix_cases
 from bench.gpu_stages import NO_KERNELS
 from bench.harness import device_name, machine, synchronize, write_json
 from bench.memory_case import gradient_error
@@ -77,8 +77,8 @@ def data_of(shape: tuple[int, ...], form: str) -> Data:
 
 
 def cases_of(data: Data) -> list[Case]:
-    """Every op and the flow step outside its net."""
-    return [*op_cases(data), *step_cases(data)]
+    """Every op that has a CUDA kernel, and the flow step outside its net."""
+    return [*kernel_cases(data), *matrix_cases(data)]
 
 
 def op_checks(device: torch.device, shapes: Sequence[tuple[int, ...]] = tuple(SHAPES)) -> Iterator[Check]:

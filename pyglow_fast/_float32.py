@@ -63,7 +63,7 @@ def has_tf32(x: Tensor) -> bool:
     return x.dtype == torch.float32 and backend_of(x.device) == "cuda"
 
 
-class _Held:
+class _Settings:
     """The settings of CUDA while someone wants them in some way: changed by the first, restored by the last."""
 
     def __init__(self) -> None:
@@ -105,17 +105,17 @@ class _Held:
             place.fp32_precision = value
 
 
-_held = _Held()
+_settings = _Settings()
 
 
 @contextlib.contextmanager
-def held(precision: str) -> Iterator[None]:
+def computing_in(precision: str) -> Iterator[None]:
     """Inside, CUDA computes in TF32 or in full precision ("ieee"), in all threads: the settings are the process's.
 
     Settings that followed others do so again behind it.
     """
-    _held.change(precision, 1)
+    _settings.change(precision, 1)
     try:
         yield
     finally:
-        _held.change(precision, -1)
+        _settings.change(precision, -1)

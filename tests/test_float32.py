@@ -423,7 +423,7 @@ class TestHeld:
     def test_those_inside_keep_it_while_others_come_and_go(self, monkeypatch: pytest.MonkeyPatch) -> None:
         x, restored = torch.randn(2, C, 9), []
         with in_tf32(), in_precision("fp32", x):
-            monkeypatch.setattr(_float32._held, "_restore", lambda: restored.append(1))
+            monkeypatch.setattr(_float32._settings, "_restore", lambda: restored.append(1))
             for precision in ("fp32", "tf32"):
                 with in_precision(precision, x):
                     assert now()["conv"] == "ieee"
@@ -452,7 +452,7 @@ def now():
 torch.backends.{outer}fp32_precision = "tf32"
 torch.backends.{inner}fp32_precision = "tf32"
 for precision in sys.argv[1:]:
-    with _float32.held(precision):
+    with _float32.computing_in(precision):
         assert set(now()) == {{precision}}, now()
 torch.backends.{outer}fp32_precision = "ieee"
 print(now())
@@ -465,7 +465,7 @@ print(now())
         program = """
 import torch
 from pyglow_fast import _float32
-with _float32.held("ieee"):
+with _float32.computing_in("ieee"):
     assert torch.backends.cudnn.conv.fp32_precision == "ieee"
 assert torch.backends.cudnn.allow_tf32
 assert torch.backends.cudnn.conv.fp32_precision == "tf32"

@@ -54,7 +54,7 @@ def _float32_nets(precision: str, x: Tensor) -> Iterator[None]:
     kind = x.device.type
     without = torch.autocast(kind, enabled=False) if autocast_is_on(kind) else contextlib.nullcontext()
     wanted = _float32.TF32 if precision == "tf32" else _float32.FULL
-    with without, _float32.held(wanted) if _float32.has_tf32(x) else contextlib.nullcontext():
+    with without, _float32.computing_in(wanted) if _float32.has_tf32(x) else contextlib.nullcontext():
         yield
 
 
