@@ -22,15 +22,19 @@ int coupling_mix(const CouplingMixArgs<T>& args, const Queue& queue) {
   const int64_t samples = half.samples, channels = half.channels, positions = half.positions;
   if (samples * positions == 0 || channels == 0) return no_sums(samples, half.log_det, queue.stream);
   const bool inverse = half.kind.inverse;
-  const CoupledSource<T> source = coupled_source(half.in, half.net_out, inverse ? args.offset : nullptr, channels,
-                                                 half.transformed, positions, half.kind);
   const auto sink = plain_sink(half.out, channels);
-  const bool vector = has_vector_columns(source, positions) && has_vector_columns(read_only(half.out), positions);
+  const bool vector = has_vector_columns(half.in, positions) && has_vector_columns(read_only(half.out), positions);
+  const NetAccess access =
+      vector ? net_access<T>(channels - half.transformed, half.transformed, positions, half.net_out) : NetAccess{};
   const int64_t most_ranges = smaller(divide_up(samples * positions, 16 * width<T>), max_blocks);
   double* const partials = static_cast<double*>(queue.scratch(2 * static_cast<int64_t>(sizeof(double)) * most_ranges));
   const LogDet<T> log_det = {half.log_det, partials, inverse};
-  return fused_product<T>(source, sink, args.matrix, channels, 1, inverse ? nullptr : args.offset, samples, channels,
-                          positions, vector, log_det, queue.stream);
+  return with_coupled_source(half.in, half.net_out, inverse ? args.offset : nullptr, channels, half.transformed,
+                             positions, half.kind, access, [&](const auto& source) {
+                               return fused_product<T>(source, sink, args.matrix, channels, 1,
+                                                       inverse ? nullptr : args.offset, samples, channels, positions,
+                                                       access.vector(), log_det, queue.stream);
+                             });
 }
 
 PYGLOW_CUDA_INSTANTIATE(coupling_mix, CouplingMixArgs)

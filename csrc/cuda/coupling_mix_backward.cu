@@ -8,11 +8,12 @@
 namespace pyglow::cuda {
 namespace {
 
-// Takes grad_y, which the product gives, through the coupling: grad_in and grad_net_out.
-template <class T>
+// Takes grad_y, which the product gives, through the coupling: grad_in and grad_net_out. Blocks: the vector path takes
+// the net's tensors in blocks.
+template <class T, bool Blocks>
 struct CouplingSink {
   static constexpr int tensors = 4;
-  static constexpr bool computes = true;
+  static constexpr bool computes = true, blocks = Blocks;
   Strided<const T> in;
   NetOutput net_out;
   Strided<T> grad_in;
@@ -20,6 +21,7 @@ struct CouplingSink {
   const T* grad_log_det;  // (N,)
   int64_t kept, transformed;
   CouplingKind<T> kind;  // forward direction
+  bool wide;             // NetAccess's
 
   __device__ Steps<4> steps() const {
     return {{in.sample, net_out.sample, grad_in.sample, grad_net_out.sample},
@@ -49,33 +51,90 @@ struct CouplingSink {
     return loaded;
   }
 
-  // grad of y becomes that of u; stores those of the net's output.
+  // grad of y becomes that of u; shift and raw become their gradients.
+  template <class U>
+  __device__ __forceinline__ void couple_row(U& grad, const U& u, U& shift, U& raw, T weight) const {
+    with_scale_map(kind.map, [&](auto map) {
+#pragma unroll
+      for (int l = 0; l < static_cast<int>(sizeof(U) / sizeof(T)); ++l) {
+        const math::Scale<T> scale = scale_at<decltype(map)::value>(raw.v[l], kind.params);
+        const T y = couple_in(kind.order, u.v[l], shift.v[l], scale.s);
+        const auto grads = couple_backward_in(kind.order, y, shift.v[l], scale.s, grad.v[l], weight);
+        grad.v[l] = grads.in;
+        shift.v[l] = grads.shift;
+        raw.v[l] = grads.log_s * scale.slope;
+      }
+    });
+  }
+
+  // The same of a unit that is stored at once.
   template <bool Vector>
   __device__ __forceinline__ void couple(Unit<T, Vector>& grad, Loaded<Vector>& x, int64_t channel,
                                          const Columns<4>& columns, int i, T weight) const {
     widen_net(net_out.type, x.shift, x.raw);
-    with_scale_map(kind.map, [&](auto map) {
-#pragma unroll
-      for (int l = 0; l < unit_width<T, Vector>; ++l) {
-        const math::Scale<T> scale = scale_at<decltype(map)::value>(x.raw.v[l], kind.params);
-        const T y = couple_in(kind.order, x.u.v[l], x.shift.v[l], scale.s);
-        const auto grads = couple_backward_in(kind.order, y, x.shift.v[l], scale.s, grad.v[l], weight);
-        grad.v[l] = grads.in;
-        x.shift.v[l] = grads.shift;
-        x.raw.v[l] = grads.log_s * scale.slope;
-      }
-    });
+    couple_row(grad, x.u, x.shift, x.raw, weight);
     const int64_t grad_at = at<Vector>(columns, 3, i) + (channel - kept) * grad_net_out.channel;
     store_net<Vector>(grad_net_out.data, grad_net_out.type, grad_at, x.shift);
     if (kind.map != ScaleMap::none)
       store_net<Vector>(grad_net_out.data, grad_net_out.type, grad_at + transformed * grad_net_out.channel, x.raw);
   }
 
-  // The rows leave the registers one after another, moving up, so that the code of the coupling is there once; what the
-  // next row needs is loaded before.
+  // As store, in blocks: a thread's rows are two of them, or four in double.
+  __device__ __forceinline__ void store_blocks(const T (&sum)[fused_rows][width<T>], int64_t out, int64_t channels,
+                                               const Columns<4>& columns, T weight) const {
+    const bool affine = kind.map != ScaleMap::none;
+    const int last = static_cast<int>(smaller<int64_t>(fused_rows, channels - out));
+    T rows[fused_rows][width<T>];
+#pragma unroll
+    for (int k = 0; k < fused_rows; ++k)
+#pragma unroll
+      for (int i = 0; i < width<T>; ++i) rows[k][i] = sum[k][i];
+#pragma unroll 1
+    for (int begin = 0; begin < last; begin += width<T>) {
+      const int c = static_cast<int>(out - kept) + begin, half = static_cast<int>(transformed);
+      const NetPart<T> shifts = net_part<T>(c, 0, half, wide), raws = net_part<T>(c, half, half, wide);
+      NetBlock<T> shift = fetch_block(net_out, columns.own[1], shifts), raw = {};
+      if (affine) raw = fetch_block(net_out, columns.own[1], raws);
+      const T* u = in.data + columns.own[0] + (out + begin) * in.channel;
+      T* target = grad_in.data + columns.own[2] + (out + begin) * grad_in.channel;
+      widen_blocks(net_out.type, shift, raw);
+#pragma unroll 1
+      for (int k = 0; k < width<T>; ++k, u += in.channel, target += grad_in.channel) {
+        Vec<T> grad, shift_row = shift.v[0], raw_row = raw.v[0];
+#pragma unroll
+        for (int l = 0; l < width<T>; ++l) grad.v[l] = rows[0][l];
+        if (begin + k < last) {
+          if (c + k >= 0) couple_row(grad, load_vector(u), shift_row, raw_row, weight);
+          store_vector(target, grad);
+        }
+        rotate(shift, shift_row);
+        rotate(raw, raw_row);
+#pragma unroll
+        for (int l = 0; l + 1 < fused_rows; ++l)
+#pragma unroll
+          for (int i = 0; i < width<T>; ++i) rows[l][i] = rows[l + 1][i];
+      }
+      store_block(grad_net_out, columns.own[3], shifts, shift);
+      if (affine) store_block(grad_net_out, columns.own[3], raws, raw);
+    }
+  }
+
   template <bool Vector>
   __device__ __forceinline__ void store(const T (&sum)[fused_rows][width<T>], int64_t out, int64_t channels,
                                         const Columns<4>& columns, int64_t begin, int64_t positions) const {
+    if constexpr (Vector && Blocks) {
+      if (columns.own[0] == outside) return;
+      store_blocks(sum, out, channels, columns, grad_log_det[(begin + threadIdx.x * width<T>) / positions]);
+    } else {
+      store_rows<Vector>(sum, out, channels, columns, begin, positions);
+    }
+  }
+
+  // The rows leave the registers one after another, moving up, so that the code of the coupling is there once; what the
+  // next row needs is loaded before.
+  template <bool Vector>
+  __device__ __forceinline__ void store_rows(const T (&sum)[fused_rows][width<T>], int64_t out, int64_t channels,
+                                             const Columns<4>& columns, int64_t begin, int64_t positions) const {
     constexpr int unit = unit_width<T, Vector>, units = width<T> / unit;
     const int last = static_cast<int>(smaller<int64_t>(fused_rows, channels - out));
     bool there[units];
@@ -140,19 +199,29 @@ int coupling_mix_backward(const CouplingMixBackwardArgs<T>& args, const Queue& q
   if (channels == 0) return cudaSuccess;
   const T* const none = nullptr;
   const SplitSource<T> grad_out = split_source(args.grad_out, positions);
-  const CoupledSource<T> y =
-      coupled_source(args.in, args.net_out, none, channels, args.transformed, positions, args.kind);
-  const bool vector_in = has_vector_columns(grad_out, positions) && has_vector_columns(y, positions);
+  const int64_t kept = channels - args.transformed;
+  const bool vector_in = has_vector_columns(grad_out, positions) && has_vector_columns(args.in, positions);
+  const auto access = [&](bool vector, const auto&... nets) {
+    return vector ? net_access<T>(kept, args.transformed, positions, nets...) : NetAccess{};
+  };
   if (samples * positions > 0) {
-    const CouplingSink<T> sink = {args.in,           args.net_out, args.grad_in,     args.grad_net_out,
-                                  args.grad_log_det, y.kept,       args.transformed, args.kind};
-    const bool vector = vector_in && has_vector_columns(read_only(args.grad_in), positions) &&
-                        has_vector_net<T>(args.grad_net_out, positions);
-    const int error = fused_product<T>(grad_out, sink, args.matrix, 1, channels, none, samples, channels, positions,
-                                       vector, {}, queue.stream);
+    const NetAccess both =
+        access(vector_in && has_vector_columns(read_only(args.grad_in), positions), args.net_out, args.grad_net_out);
+    const int error = with_blocks(both, [&](auto blocks) {
+      const CouplingSink<T, decltype(blocks)::value> sink = {args.in,           args.net_out,      args.grad_in,
+                                                             args.grad_net_out, args.grad_log_det, kept,
+                                                             args.transformed,  args.kind,         both.wide};
+      return fused_product<T>(grad_out, sink, args.matrix, 1, channels, none, samples, channels, positions,
+                              both.vector(), {}, queue.stream);
+    });
     if (error != cudaSuccess) return error;
   }
-  return mix_sums<T>(y, grad_out, args.grad_matrix, args.grad_offset, samples, channels, positions, vector_in, queue);
+  const NetAccess reading = access(vector_in, args.net_out);
+  return with_coupled_source(args.in, args.net_out, none, channels, args.transformed, positions, args.kind, reading,
+                             [&](const auto& y) {
+                               return mix_sums<T>(y, grad_out, args.grad_matrix, args.grad_offset, samples, channels,
+                                                  positions, reading.vector(), queue);
+                             });
 }
 
 PYGLOW_CUDA_INSTANTIATE(coupling_mix_backward, CouplingMixBackwardArgs)

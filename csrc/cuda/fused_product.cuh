@@ -2,7 +2,7 @@
 // sink that computes on with what comes out of it while that is in registers.
 //
 // A sink has
-//   tensors, computes, steps()
+//   tensors, computes, blocks, steps()
 //                        as a source has
 //   store<Vector>(sum, out, channels, columns, begin, positions)
 //                        sum[k][i]: the thread's output channel out + k at its position i of the tile at `begin`
@@ -97,6 +97,7 @@ __global__ void __launch_bounds__(block_threads,
             sharers = column_sharers<Vector>(p.source.channels_adjacent);
   int64_t* const source_table = reinterpret_cast<int64_t*>(logs + (Source::sums ? sharers * log_stride : 0));
   int64_t* const sink_table = source_table + Source::tensors * columns;
+  T* const spare = reinterpret_cast<T*>(source_table);  // which the vector path has none of
   // A matrix that fits is read once for all tiles of a block.
   const bool resident = groups == 1 && chunk >= channels;
   const int64_t range = blockIdx.x / groups, first_out = (blockIdx.x - range * groups) * group;
@@ -125,7 +126,7 @@ __global__ void __launch_bounds__(block_threads,
       __syncthreads();  // the previous chunk has been used, the offsets are there
       if (!resident || tile == first_tile)
         stage_weights(weights, p.matrix, p.row, p.column, channels, group, first_out, in, count);
-      const Aside<T> aside = {first_out == 0, begin, ranges.positions, logs, log_stride};
+      const Aside<T> aside = {first_out == 0, begin, ranges.positions, logs, log_stride, spare};
       p.source.template stage<Vector>(inputs, stride, count, in, channels, source_columns, aside);
       __syncthreads();
       T sum[fused_rows][width<T>] = {};
@@ -149,6 +150,7 @@ template <class T, class Tensor>
 struct PlainSink {
   static constexpr int tensors = 1;
   static constexpr bool computes = false;
+  static constexpr bool blocks = false;
   Tensor u;
   bool vector_channels;  // the strided path may store `width` channels at once
 
@@ -226,7 +228,9 @@ template <class T, class Source, class Sink>
 int64_t fused_bytes(const FusedCut& cut, bool vector) {
   const int64_t columns = cut.x * width<T>, sharers = vector ? cut.y : larger(cut.y, 8);
   const int64_t logs = Source::sums ? sharers * padded<T>(static_cast<int>(vector ? cut.x : columns)) : 0;
-  const int64_t elements = cut.chunk * (padded<T>(cut.y * fused_rows) + padded<T>(static_cast<int>(columns))) + logs;
+  const int64_t spare = Source::spare * width<T> * cut.x * cut.y;
+  const int64_t elements =
+      cut.chunk * (padded<T>(cut.y * fused_rows) + padded<T>(static_cast<int>(columns))) + logs + spare;
   const int64_t table = vector ? 0 : (Source::tensors + Sink::tensors) * columns;
   return elements * static_cast<int64_t>(sizeof(T)) + table * static_cast<int64_t>(sizeof(int64_t));
 }
@@ -260,8 +264,10 @@ int fused_product(const Source& source, const Sink& sink, const T* matrix, int64
   const FusedProduct<T, Source, Sink> product = {source, sink, matrix, row, column, offset, channels, log_det, cut};
   const int64_t blocks = cut.ranges.ranges * cut.groups, bytes = fused_bytes<T, Source, Sink>(cut, vector);
   const dim3 threads(cut.x, cut.y);
-  const int error = vector ? launch(fused_kernel<T, Source, Sink, true>, blocks, threads, bytes, stream, product)
-                           : launch(fused_kernel<T, Source, Sink, false>, blocks, threads, bytes, stream, product);
+  constexpr bool in_blocks = Source::blocks || Sink::blocks;
+  const int error = with_path<in_blocks>(vector, [&](auto path) {
+    return launch(fused_kernel<T, Source, Sink, decltype(path)::value>, blocks, threads, bytes, stream, product);
+  });
   if (error != cudaSuccess || !Source::sums) return error;
   return finish_log_det(log_det, cut.ranges, stream);
 }
