@@ -47,28 +47,36 @@ struct CoupledSource {
     return log_s;
   }
 
-  // Couples the rows from `same` to `inside` of the thread's column: blocks of channels, shared out among the threads
-  // of the column. `start` is the column's first row, `net_at` its place in the net's output. Returns the sum of log s.
-  template <ScaleMap Map>
+  // Couples the rows from `same` to `inside` of the thread's column: blocks of channels, shared out among the threads of
+  // the column. `start` is the column's first row, `net_at` its place in the net's output. The rows go to shared memory
+  // first: in registers they would have no room beside the block. Returns the sum of log s.
   __device__ __forceinline__ T couple_blocks(T* tile, int stride, const T* start, int64_t net_at, int64_t first,
                                              int same, int inside) const {
-    T* const column = tile + threadIdx.x * width<T>;
+    const int half = static_cast<int>(transformed);
     T log_s = T(0);
 #pragma unroll 1
     for (int begin = (same / width<T> + threadIdx.y) * width<T>; begin < inside; begin += width<T> * blockDim.y) {
+      const int from = same - begin, to = inside - begin;  // rows of the block
+      T* row = tile + begin * stride + threadIdx.x * width<T>;
+      const T* const in_row = start + begin * in.channel;
 #pragma unroll
-      for (int r = begin; r < begin + width<T>; ++r)
-        if (r >= same && r < inside) store_shared(column + r * stride, load_vector(start + r * in.channel));
-      const int c = static_cast<int>(first - kept) + begin, half = static_cast<int>(transformed);
+      for (int k = 0; k < width<T>; ++k)
+        if (k >= from && k < to) store_shared(row + k * stride, load_vector(in_row + k * in.channel));
+      const int c = static_cast<int>(first - kept) + begin;
       NetBlock<T> shift = fetch_block(net_out, net_at, net_part<T>(c, 0, half, wide)), raw = {};
-      if constexpr (Map != ScaleMap::none) raw = fetch_block(net_out, net_at, net_part<T>(c, half, half, wide));
+      if (kind.map != ScaleMap::none) raw = fetch_block(net_out, net_at, net_part<T>(c, half, half, wide));
       widen_blocks(net_out.type, shift, raw);
 #pragma unroll 1
-      for (int r = begin; r < smaller(begin + width<T>, inside); ++r) {
-        if (r >= same) {
-          Vec<T> value = load_vector(column + r * stride);
-          log_s += couple<Map, true>(value, shift.v[0], raw.v[0]);
-          stage_centred<true>(tile, stride, r, threadIdx.x, value, first + r);
+      for (int k = 0; k < width<T>; ++k, row += stride) {
+        if (k >= from && k < to) {
+          Vec<T> value = load_vector(row);
+          with_scale_map(kind.map, [&](auto map) {
+            log_s += couple<decltype(map)::value, true>(value, shift.v[0], raw.v[0]);
+          });
+          const T c = center != nullptr ? center[first + begin + k] : T(0);
+#pragma unroll
+          for (int i = 0; i < width<T>; ++i) value.v[i] = math::centred(value.v[i], c);
+          store_shared(row, value);
         }
         rotate(shift, {});
         rotate(raw, {});
@@ -103,13 +111,13 @@ struct CoupledSource {
             if (row < same) stage_centred<Vector>(tile, stride, row, q, value[b], first + row);
           }
         }
-        r = row_from(same, sharer, step);
-        with_scale_map(kind.map, [&](auto map) {
-          constexpr ScaleMap Map = decltype(map)::value;
-          if constexpr (Vector && Blocks) {
-            log_s = couple_blocks<Map>(tile, stride, start, net_column, first, same, inside);
-            r = row_from(inside, sharer, step);
-          } else {
+        if constexpr (Vector && Blocks) {
+          log_s = couple_blocks(tile, stride, start, net_column, first, same, inside);
+          r = row_from(inside, sharer, step);
+        } else {
+          r = row_from(same, sharer, step);
+          with_scale_map(kind.map, [&](auto map) {
+            constexpr ScaleMap Map = decltype(map)::value;
             Unit<T, Vector> value = {}, shift = {}, raw = {};  // of the next row, loaded while this one is computed
             const auto load_row = [&](int row) {
               if (row >= inside) return;
@@ -127,8 +135,8 @@ struct CoupledSource {
               log_s += couple<Map, Vector>(now, now_shift, now_raw);
               stage_centred<Vector>(tile, stride, r, q, now, first + r);
             }
-          }
-        });
+          });
+        }
       }
       for (; r < rows; r += step) stage_unit<Vector>(tile, stride, r, q, {});
       if (aside.wanted) {

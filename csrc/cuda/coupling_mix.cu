@@ -26,8 +26,8 @@ int coupling_mix(const CouplingMixArgs<T>& args, const Queue& queue) {
   const bool vector = has_vector_columns(half.in, positions) && has_vector_columns(read_only(half.out), positions);
   const NetAccess access =
       vector ? net_access<T>(channels - half.transformed, half.transformed, positions, half.net_out) : NetAccess{};
-  const int64_t most_ranges = smaller(divide_up(samples * positions, 16 * width<T>), max_blocks);
-  double* const partials = static_cast<double*>(queue.scratch(2 * static_cast<int64_t>(sizeof(double)) * most_ranges));
+  const int64_t partials_bytes = 2 * static_cast<int64_t>(sizeof(double)) * most_ranges<T>(samples, positions);
+  double* const partials = static_cast<double*>(queue.scratch(partials_bytes));
   const LogDet<T> log_det = {half.log_det, partials, inverse};
   return with_coupled_source(half.in, half.net_out, inverse ? args.offset : nullptr, channels, half.transformed,
                              positions, half.kind, access, [&](const auto& source) {

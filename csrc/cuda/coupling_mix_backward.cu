@@ -52,11 +52,12 @@ struct CouplingSink {
   }
 
   // grad of y becomes that of u; shift and raw become their gradients.
-  template <class U>
-  __device__ __forceinline__ void couple_row(U& grad, const U& u, U& shift, U& raw, T weight) const {
+  template <bool Vector>
+  __device__ __forceinline__ void couple_row(Unit<T, Vector>& grad, const Unit<T, Vector>& u, Unit<T, Vector>& shift,
+                                             Unit<T, Vector>& raw, T weight) const {
     with_scale_map(kind.map, [&](auto map) {
 #pragma unroll
-      for (int l = 0; l < static_cast<int>(sizeof(U) / sizeof(T)); ++l) {
+      for (int l = 0; l < unit_width<T, Vector>; ++l) {
         const math::Scale<T> scale = scale_at<decltype(map)::value>(raw.v[l], kind.params);
         const T y = couple_in(kind.order, u.v[l], shift.v[l], scale.s);
         const auto grads = couple_backward_in(kind.order, y, shift.v[l], scale.s, grad.v[l], weight);
@@ -72,45 +73,47 @@ struct CouplingSink {
   __device__ __forceinline__ void couple(Unit<T, Vector>& grad, Loaded<Vector>& x, int64_t channel,
                                          const Columns<4>& columns, int i, T weight) const {
     widen_net(net_out.type, x.shift, x.raw);
-    couple_row(grad, x.u, x.shift, x.raw, weight);
+    couple_row<Vector>(grad, x.u, x.shift, x.raw, weight);
     const int64_t grad_at = at<Vector>(columns, 3, i) + (channel - kept) * grad_net_out.channel;
     store_net<Vector>(grad_net_out.data, grad_net_out.type, grad_at, x.shift);
     if (kind.map != ScaleMap::none)
       store_net<Vector>(grad_net_out.data, grad_net_out.type, grad_at + transformed * grad_net_out.channel, x.raw);
   }
 
-  // As store, in blocks: a thread's rows are two of them, or four in double.
-  __device__ __forceinline__ void store_blocks(const T (&sum)[fused_rows][width<T>], int64_t out, int64_t channels,
+  // As store_rows, in blocks: of `width` rows, or of two where the thread has no more.
+  template <int Rows>
+  __device__ __forceinline__ void store_blocks(const T (&sum)[Rows][width<T>], int64_t out, int64_t channels,
                                                const Columns<4>& columns, T weight) const {
+    constexpr int count = smaller(Rows, width<T>);
     const bool affine = kind.map != ScaleMap::none;
-    const int last = static_cast<int>(smaller<int64_t>(fused_rows, channels - out));
-    T rows[fused_rows][width<T>];
+    const int last = static_cast<int>(smaller<int64_t>(Rows, channels - out)), half = static_cast<int>(transformed);
+    T rows[Rows][width<T>];
 #pragma unroll
-    for (int k = 0; k < fused_rows; ++k)
+    for (int k = 0; k < Rows; ++k)
 #pragma unroll
       for (int i = 0; i < width<T>; ++i) rows[k][i] = sum[k][i];
 #pragma unroll 1
-    for (int begin = 0; begin < last; begin += width<T>) {
-      const int c = static_cast<int>(out - kept) + begin, half = static_cast<int>(transformed);
-      const NetPart<T> shifts = net_part<T>(c, 0, half, wide), raws = net_part<T>(c, half, half, wide);
-      NetBlock<T> shift = fetch_block(net_out, columns.own[1], shifts), raw = {};
+    for (int begin = 0; begin < last; begin += count) {
+      const int c = static_cast<int>(out - kept) + begin;
+      const auto shifts = net_part<T, count>(c, 0, half, wide), raws = net_part<T, count>(c, half, half, wide);
+      NetBlock<T, count> shift = fetch_block(net_out, columns.own[1], shifts), raw = {};
       if (affine) raw = fetch_block(net_out, columns.own[1], raws);
       const T* u = in.data + columns.own[0] + (out + begin) * in.channel;
       T* target = grad_in.data + columns.own[2] + (out + begin) * grad_in.channel;
       widen_blocks(net_out.type, shift, raw);
 #pragma unroll 1
-      for (int k = 0; k < width<T>; ++k, u += in.channel, target += grad_in.channel) {
+      for (int k = 0; k < count; ++k, u += in.channel, target += grad_in.channel) {
         Vec<T> grad, shift_row = shift.v[0], raw_row = raw.v[0];
 #pragma unroll
         for (int l = 0; l < width<T>; ++l) grad.v[l] = rows[0][l];
         if (begin + k < last) {
-          if (c + k >= 0) couple_row(grad, load_vector(u), shift_row, raw_row, weight);
+          if (c + k >= 0) couple_row<true>(grad, load_vector(u), shift_row, raw_row, weight);
           store_vector(target, grad);
         }
         rotate(shift, shift_row);
         rotate(raw, raw_row);
 #pragma unroll
-        for (int l = 0; l + 1 < fused_rows; ++l)
+        for (int l = 0; l + 1 < Rows; ++l)
 #pragma unroll
           for (int i = 0; i < width<T>; ++i) rows[l][i] = rows[l + 1][i];
       }
@@ -119,8 +122,8 @@ struct CouplingSink {
     }
   }
 
-  template <bool Vector>
-  __device__ __forceinline__ void store(const T (&sum)[fused_rows][width<T>], int64_t out, int64_t channels,
+  template <bool Vector, int Rows>
+  __device__ __forceinline__ void store(const T (&sum)[Rows][width<T>], int64_t out, int64_t channels,
                                         const Columns<4>& columns, int64_t begin, int64_t positions) const {
     if constexpr (Vector && Blocks) {
       if (columns.own[0] == outside) return;
@@ -132,11 +135,11 @@ struct CouplingSink {
 
   // The rows leave the registers one after another, moving up, so that the code of the coupling is there once; what the
   // next row needs is loaded before.
-  template <bool Vector>
-  __device__ __forceinline__ void store_rows(const T (&sum)[fused_rows][width<T>], int64_t out, int64_t channels,
+  template <bool Vector, int Rows>
+  __device__ __forceinline__ void store_rows(const T (&sum)[Rows][width<T>], int64_t out, int64_t channels,
                                              const Columns<4>& columns, int64_t begin, int64_t positions) const {
     constexpr int unit = unit_width<T, Vector>, units = width<T> / unit;
-    const int last = static_cast<int>(smaller<int64_t>(fused_rows, channels - out));
+    const int last = static_cast<int>(smaller<int64_t>(Rows, channels - out));
     bool there[units];
     T weight[units];
     Loaded<Vector> next[units];
@@ -152,9 +155,9 @@ struct CouplingSink {
       weight[i] = there[i] ? grad_log_det[j / positions] : T(0);
       next[i] = {};
     }
-    T rows[fused_rows][width<T>];
+    T rows[Rows][width<T>];
 #pragma unroll
-    for (int k = 0; k < fused_rows; ++k)
+    for (int k = 0; k < Rows; ++k)
 #pragma unroll
       for (int i = 0; i < width<T>; ++i) rows[k][i] = sum[k][i];
     load_row(0);
@@ -175,7 +178,7 @@ struct CouplingSink {
         store_unit<Vector>(grad_in.data + at<Vector>(columns, 2, i) + channel * grad_in.channel, grad);
       }
 #pragma unroll
-      for (int l = 0; l + 1 < fused_rows; ++l)
+      for (int l = 0; l + 1 < Rows; ++l)
 #pragma unroll
         for (int i = 0; i < width<T>; ++i) rows[l][i] = rows[l + 1][i];
     }

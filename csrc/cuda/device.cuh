@@ -1,8 +1,9 @@
 // What every kernel here is written with: launching, 16-byte vectors, shared memory and sums within a block.
 //
 // The same sources are compiled by a host compiler for tests/emulation (-DPYGLOW_EMULATE_CUDA), where cuda_runtime.h is
-// the emulator's and brings its own PYGLOW_SHARED, PYGLOW_DYNAMIC_SHARED and store_whole, which check bounds and
-// alignment and poison the memory. So kernels use no <<<>>>, no __shared__ and no assembly of their own.
+// the emulator's and brings its own PYGLOW_SHARED, PYGLOW_DYNAMIC_SHARED, store_whole, copy_async and wait_for_copies,
+// which check bounds and alignment and poison the memory, and a number of multiprocessors that tests choose. So kernels
+// use no <<<>>>, no __shared__ and no assembly of their own.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -77,6 +78,9 @@ __device__ __forceinline__ void store_shared(T* p, const Vec<T>& vector) {
 }
 
 #ifndef PYGLOW_EMULATE_CUDA
+// Multiprocessors of a large GPU, an H100: what small grids are cut for.
+constexpr int64_t multiprocessors = 132;
+
 // *p = v in global memory, p being aligned to the size of v, as one instruction. nvcc splits the plain assignment into
 // stores of single members where these come from different branches; the intrinsic __stwb stays whole, but orders the
 // store for the multiprocessor (STRONG.SM).
@@ -91,6 +95,17 @@ __device__ __forceinline__ void store_whole(double2* p, const double2& v) {
 __device__ __forceinline__ void store_whole(uint2* p, const uint2& v) {
   asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y) : "memory");
 }
+
+// Copies one element from global to shared memory without waiting for it: wait_for_copies() does, and a barrier then
+// shows it to the other threads.
+template <class T>
+__device__ __forceinline__ void copy_async(T* shared, const T* global) {
+  const unsigned target = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(target), "l"(__cvta_generic_to_global(global)),
+               "n"(sizeof(T))
+               : "memory");
+}
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 #endif
 
 // To global memory.

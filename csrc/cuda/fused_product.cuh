@@ -12,16 +12,19 @@
 
 namespace pyglow::cuda {
 
-constexpr int fused_rows = 8;                                  // output channels of a thread
-constexpr int fused_groups = smaller(block_threads / 16, 16);  // threads along the output channels
+// Output channels of a thread. Eight share each load from shared memory among 32 multiply-adds; two make four times as
+// many threads of a product too small to occupy the GPU, for half as many multiply-adds to a load.
+constexpr int wide_rows = 8, narrow_rows = 2;
+constexpr int fused_group = 8 * smaller(block_threads / 16, 16);  // output channels of a block, at most
+constexpr int fused_min_columns = 4;                              // 16-byte columns of a tile, at least
 template <class T>
 constexpr int fused_chunk = sizeof(T) == sizeof(float) ? 32 : 16;  // input channels in shared memory at a time
-constexpr int64_t fused_min_blocks = 2 * 132;                      // blocks that occupy a large GPU
 constexpr int64_t fused_shared_bytes = (48 << 10) - 1024;          // leaves room for static shared memory
 
-// How the product is cut: ranges of tiles of positions by `groups` of output channels; blocks are x by y threads.
+// How the product is cut: ranges of tiles of positions by `groups` of output channels; blocks are x by y threads, each
+// with `rows` output channels.
 struct FusedCut {
-  int x, y, groups, chunk;
+  int x, y, rows, groups, chunk;
   Ranges ranges;
 };
 
@@ -43,22 +46,35 @@ PYGLOW_HD constexpr int padded(int columns) {
   return columns + width<T>;
 }
 
-// weights[k * stride + o] = M[out + o, in + k], zero outside M.
+// weights[k * stride + o] = M[out + o, in + k], zero outside M: copies under way, not waited for, so that a source
+// stages meanwhile.
 template <class T>
 __device__ __forceinline__ void stage_weights(T* weights, const T* matrix, int64_t row, int64_t column,
                                               int64_t channels, int group, int64_t out, int64_t in, int inputs) {
   const int count = group / 4 * static_cast<int>(round_up(inputs, 8)) * 4;
   for (int e = thread_index(); e < count; e += blockDim.x * blockDim.y) {
     const int block = e / 32, k = block / (group / 4) * 8 + e % 8, o = block % (group / 4) * 4 + e / 8 % 4;
-    if (k < inputs)
-      weights[k * padded<T>(group) + o] = out + o < channels ? matrix[(out + o) * row + (in + k) * column] : T(0);
+    if (k >= inputs) continue;
+    T* const weight = weights + k * padded<T>(group) + o;
+    if (out + o < channels)
+      copy_async(weight, matrix + (out + o) * row + (in + k) * column);
+    else
+      *weight = T(0);
   }
 }
 
+// Weights that a thread loads at once.
+template <class T, int Count>
+struct alignas(Count * sizeof(T)) Weights {
+  T v[Count];
+};
+
 // sum[o][i] += weights[k, o] x[k, i] over the staged channels k.
-template <bool Vector, class T>
-__device__ __forceinline__ void multiply(T (&sum)[fused_rows][width<T>], const T* inputs, int stride, const T* weights,
+template <bool Vector, int Rows, class T>
+__device__ __forceinline__ void multiply(T (&sum)[Rows][width<T>], const T* inputs, int stride, const T* weights,
                                          int weight_stride, int count) {
+  constexpr int at_once = smaller(Rows, width<T>);
+  using Loaded = Weights<T, at_once>;
 #pragma unroll 2
   for (int k = 0; k < count; ++k) {
     Vec<T> x;
@@ -68,27 +84,28 @@ __device__ __forceinline__ void multiply(T (&sum)[fused_rows][width<T>], const T
 #pragma unroll
       for (int i = 0; i < width<T>; ++i) x.v[i] = inputs[k * stride + threadIdx.x + i * blockDim.x];
     }
-    const T* const row = weights + k * weight_stride + threadIdx.y * fused_rows;
+    const T* const row = weights + k * weight_stride + threadIdx.y * Rows;
 #pragma unroll
-    for (int o = 0; o < fused_rows; o += width<T>) {
-      const Vec<T> weight = load_vector(row + o);
+    for (int o = 0; o < Rows; o += at_once) {
+      const Loaded weight = *static_cast<const Loaded*>(__builtin_assume_aligned(row + o, sizeof(Loaded)));
 #pragma unroll
-      for (int l = 0; l < width<T>; ++l)
+      for (int l = 0; l < at_once; ++l)
 #pragma unroll
         for (int i = 0; i < width<T>; ++i) sum[o + l][i] = math::mix_term(sum[o + l][i], weight.v[l], x.v[i]);
     }
   }
 }
 
-// A thread keeps 8 output channels by `width` positions in registers. Each chunk has sums of its own, so that rounding
-// errors do not pile up over all of C. Only blocks of the first group have the source store and sum what it gives
-// beside its tile. In double, what computes takes more registers than two blocks would leave.
-template <class T, class Source, class Sink, bool Vector>
+// A thread keeps Rows output channels by `width` positions in registers. Each chunk has sums of its own, so that
+// rounding errors do not pile up over all of C; chunks are the same however the output channels are cut, and so are the
+// bits. Only blocks of the first group have the source store and sum what it gives beside its tile. In double, what
+// computes takes more registers than two blocks would leave.
+template <class T, class Source, class Sink, int Rows, bool Vector>
 __global__ void __launch_bounds__(block_threads,
                                   sizeof(T) == sizeof(float) || !(Source::computes || Sink::computes) ? 2 : 1)
     fused_kernel(const FusedProduct<T, Source, Sink> p) {
   const int columns = blockDim.x * width<T>, stride = padded<T>(columns);
-  const int group = blockDim.y * fused_rows, chunk = p.cut.chunk, groups = p.cut.groups;
+  const int group = blockDim.y * Rows, chunk = p.cut.chunk, groups = p.cut.groups;
   const int64_t channels = p.channels;
   PYGLOW_DYNAMIC_SHARED(T, weights);
   T* const inputs = weights + chunk * padded<T>(group);
@@ -101,7 +118,7 @@ __global__ void __launch_bounds__(block_threads,
   // A matrix that fits is read once for all tiles of a block.
   const bool resident = groups == 1 && chunk >= channels;
   const int64_t range = blockIdx.x / groups, first_out = (blockIdx.x - range * groups) * group;
-  const int64_t out = first_out + threadIdx.y * fused_rows;
+  const int64_t out = first_out + threadIdx.y * Rows;
   const Ranges& ranges = p.cut.ranges;
   const int64_t first_tile = range * ranges.per_range;
 
@@ -113,9 +130,9 @@ __global__ void __launch_bounds__(block_threads,
     Columns<Sink::tensors> sink_columns = {};
     if constexpr (!Vector)
       sink_columns = columns_of<Vector, T>(p.sink.steps(), begin, ranges.samples, ranges.positions, sink_table);
-    T total[fused_rows][width<T>];
+    T total[Rows][width<T>];
 #pragma unroll
-    for (int k = 0; k < fused_rows; ++k) {
+    for (int k = 0; k < Rows; ++k) {
       // Added to the sum of a chunk, not in front of its terms, each of which a large one would round to its own size.
       const T start = p.offset != nullptr && out + k < channels ? p.offset[out + k] : T(0);
 #pragma unroll
@@ -128,11 +145,12 @@ __global__ void __launch_bounds__(block_threads,
         stage_weights(weights, p.matrix, p.row, p.column, channels, group, first_out, in, count);
       const Aside<T> aside = {first_out == 0, begin, ranges.positions, logs, log_stride, spare};
       p.source.template stage<Vector>(inputs, stride, count, in, channels, source_columns, aside);
+      wait_for_copies();
       __syncthreads();
-      T sum[fused_rows][width<T>] = {};
+      T sum[Rows][width<T>] = {};
       multiply<Vector>(sum, inputs, stride, weights, padded<T>(group), count);
 #pragma unroll
-      for (int k = 0; k < fused_rows; ++k)
+      for (int k = 0; k < Rows; ++k)
 #pragma unroll
         for (int i = 0; i < width<T>; ++i) total[k][i] += sum[k][i];
     }
@@ -155,8 +173,8 @@ struct PlainSink {
   bool vector_channels;  // the strided path may store `width` channels at once
 
   __device__ Steps<1> steps() const { return steps_of(u); }
-  template <bool Vector>
-  __device__ __forceinline__ void store(const T (&sum)[fused_rows][width<T>], int64_t out, int64_t channels,
+  template <bool Vector, int Rows>
+  __device__ __forceinline__ void store(const T (&sum)[Rows][width<T>], int64_t out, int64_t channels,
                                         const Columns<1>& columns, int64_t, int64_t) const {
     if constexpr (Vector) {
       if (columns.own[0] != outside) store_columns(sum, out, channels, u.data + columns.own[0]);
@@ -166,32 +184,35 @@ struct PlainSink {
         const int64_t at = columns.table[threadIdx.x + i * blockDim.x];
         if (at == outside) continue;
         T* const target = u.data + at;
-        if (vector_channels) {
+        if constexpr (Rows % width<T> == 0) {
+          if (vector_channels) {
 #pragma unroll
-          for (int k = 0; k < fused_rows; k += width<T>) {
-            if (out + k >= channels) break;
-            Vec<T> unit;
+            for (int k = 0; k < Rows; k += width<T>) {
+              if (out + k >= channels) break;
+              Vec<T> unit;
 #pragma unroll
-            for (int l = 0; l < width<T>; ++l) unit.v[l] = sum[k + l][i];
-            store_vector(target + out + k, unit);
+              for (int l = 0; l < width<T>; ++l) unit.v[l] = sum[k + l][i];
+              store_vector(target + out + k, unit);
+            }
+            continue;
           }
-        } else {
-#pragma unroll
-          for (int k = 0; k < fused_rows; ++k)
-            if (out + k < channels) target[channel_offset(u, out + k)] = sum[k][i];
         }
+#pragma unroll
+        for (int k = 0; k < Rows; ++k)
+          if (out + k < channels) target[channel_offset(u, out + k)] = sum[k][i];
       }
     }
   }
 
   // Whole vectors of positions; of two channels side by side if u is unsqueezed, where the neighbours in memory are the
   // two channels of a position in turn.
-  __device__ __forceinline__ void store_columns(const T (&sum)[fused_rows][width<T>], int64_t out, int64_t channels,
+  template <int Rows>
+  __device__ __forceinline__ void store_columns(const T (&sum)[Rows][width<T>], int64_t out, int64_t channels,
                                                 T* target) const {
     if constexpr (std::is_same_v<Tensor, Squeezed<T>>) {
       if (u.width > 0) {
 #pragma unroll
-        for (int k = 0; k < fused_rows; k += 2) {
+        for (int k = 0; k < Rows; k += 2) {
           if (out + k >= channels) break;
           T* const pair = target + channel_offset(u, out + k);
 #pragma unroll
@@ -206,7 +227,7 @@ struct PlainSink {
       }
     }
 #pragma unroll
-    for (int k = 0; k < fused_rows; ++k) {
+    for (int k = 0; k < Rows; ++k) {
       Vec<T> unit;
 #pragma unroll
       for (int i = 0; i < width<T>; ++i) unit.v[i] = sum[k][i];
@@ -230,29 +251,87 @@ int64_t fused_bytes(const FusedCut& cut, bool vector) {
   const int64_t logs = Source::sums ? sharers * padded<T>(static_cast<int>(vector ? cut.x : columns)) : 0;
   const int64_t spare = Source::spare * width<T> * cut.x * cut.y;
   const int64_t elements =
-      cut.chunk * (padded<T>(cut.y * fused_rows) + padded<T>(static_cast<int>(columns))) + logs + spare;
+      cut.chunk * (padded<T>(cut.y * cut.rows) + padded<T>(static_cast<int>(columns))) + logs + spare;
   const int64_t table = vector ? 0 : (Source::tensors + Sink::tensors) * columns;
   return elements * static_cast<int64_t>(sizeof(T)) + table * static_cast<int64_t>(sizeof(int64_t));
+}
+
+inline int64_t blocks_of(const FusedCut& cut, int64_t samples, int64_t positions, int column) {
+  return divide_up(samples * positions, cut.x * column) * cut.groups;
 }
 
 // Wide tiles for few channels keep blocks at 64 to 256 threads, in whole warps; tiles shrink until they fit into shared
 // memory, and while there are fewer blocks than a large GPU runs at once.
 template <class T, class Source, class Sink>
-FusedCut fused_cut(int64_t samples, int64_t channels, int64_t positions, bool vector) {
-  const int64_t thread_groups = divide_up(channels, fused_rows);
+FusedCut wide_cut(int64_t samples, int64_t channels, int64_t positions, bool vector) {
+  const int64_t thread_groups = divide_up(channels, wide_rows);
   FusedCut cut = {};
-  cut.y = static_cast<int>(divide_up(thread_groups, divide_up(thread_groups, fused_groups)));
+  cut.rows = wide_rows;
+  cut.y = static_cast<int>(divide_up(thread_groups, divide_up(thread_groups, fused_group / wide_rows)));
   if (32 * cut.y > block_threads) cut.y = static_cast<int>(round_up(cut.y, 2));
   cut.groups = static_cast<int>(divide_up(thread_groups, cut.y));
   cut.chunk = static_cast<int>(smaller<int64_t>(fused_chunk<T>, channels));
   cut.x = smaller(64, block_threads);
-  const auto blocks = [&] { return divide_up(samples * positions, cut.x * width<T>) * cut.groups; };
   while (cut.x > 16 && cut.x / 2 * cut.y % warp_threads == 0 &&
          (cut.x * cut.y > block_threads || fused_bytes<T, Source, Sink>(cut, vector) > fused_shared_bytes ||
-          (cut.x * cut.y > 64 && blocks() < fused_min_blocks)))
+          (cut.x * cut.y > 64 && blocks_of(cut, samples, positions, width<T>) < 2 * multiprocessors)))
     cut.x /= 2;
+  return cut;
+}
+
+// The wide cut, or one with narrow tiles and threads of few output channels, in blocks of 64 to 256, if it gives more
+// blocks: the fewest groups of output channels that give each multiprocessor a block, and the widest tile with these;
+// else what gives the most blocks. A group more stages, and so couples, the whole tile once more, from the L2, but
+// every block multiplies less and brings fewer weights. It ends at 64 threads: what a thread waits for is the rows of a
+// tile that it stages, in batches of four, and they become more as threads become fewer.
+template <class T>
+FusedCut narrow_cut(const FusedCut& wide, int64_t samples, int64_t channels, int64_t positions) {
+  const int64_t thread_groups = divide_up(channels, narrow_rows);
+  FusedCut best = wide;
+  int64_t most = blocks_of(wide, samples, positions, width<T>);
+  for (int64_t groups = divide_up(channels, fused_group); groups <= thread_groups; ++groups) {
+    for (int x = smaller(64, block_threads); x >= fused_min_columns; x /= 2) {
+      // Whole warps; weights are staged for four output channels at a time.
+      const int y = static_cast<int>(round_up(divide_up(thread_groups, groups), larger(2, warp_threads / x)));
+      const bool half_empty = x > fused_min_columns && x / 2 * width<T> >= samples * positions;
+      if (half_empty || x * y > block_threads || x * y < smaller(64, block_threads)) continue;
+      const FusedCut cut = {x, y, narrow_rows, static_cast<int>(divide_up(thread_groups, y)), wide.chunk, {}};
+      const int64_t blocks = blocks_of(cut, samples, positions, width<T>);
+      if (blocks <= most) continue;
+      best = cut;
+      most = blocks;
+      if (most >= multiprocessors) return best;
+    }
+  }
+  return best;
+}
+
+// With more blocks than half of the multiprocessors the wide cut stays: were each block two, one multiprocessor would
+// still have both, and end no earlier.
+template <class T, class Source, class Sink>
+FusedCut fused_cut(int64_t samples, int64_t channels, int64_t positions, bool vector) {
+  FusedCut cut = wide_cut<T, Source, Sink>(samples, channels, positions, vector);
+  if (blocks_of(cut, samples, positions, width<T>) <= multiprocessors / 2)
+    cut = narrow_cut<T>(cut, samples, channels, positions);
   cut.ranges = ranges_of(samples, positions, cut.x * width<T>, max_blocks / cut.groups);
   return cut;
+}
+
+// The most ranges of any cut: what LogDet has room for.
+template <class T>
+int64_t most_ranges(int64_t samples, int64_t positions) {
+  return smaller(divide_up(samples * positions, fused_min_columns * width<T>), max_blocks);
+}
+
+template <int Rows, class T, class Source, class Sink>
+int launch_product(const FusedProduct<T, Source, Sink>& product, bool vector, void* stream) {
+  const FusedCut& cut = product.cut;
+  const int64_t blocks = cut.ranges.ranges * cut.groups, bytes = fused_bytes<T, Source, Sink>(cut, vector);
+  const dim3 threads(cut.x, cut.y);
+  constexpr bool in_blocks = Source::blocks || Sink::blocks;
+  return with_path<in_blocks>(vector, [&](auto path) {
+    return launch(fused_kernel<T, Source, Sink, Rows, decltype(path)::value>, blocks, threads, bytes, stream, product);
+  });
 }
 
 // No positions and no channels: nothing to do. LogDet: of a source that sums.
@@ -262,12 +341,8 @@ int fused_product(const Source& source, const Sink& sink, const T* matrix, int64
                   void* stream) {
   const FusedCut cut = fused_cut<T, Source, Sink>(samples, channels, positions, vector);
   const FusedProduct<T, Source, Sink> product = {source, sink, matrix, row, column, offset, channels, log_det, cut};
-  const int64_t blocks = cut.ranges.ranges * cut.groups, bytes = fused_bytes<T, Source, Sink>(cut, vector);
-  const dim3 threads(cut.x, cut.y);
-  constexpr bool in_blocks = Source::blocks || Sink::blocks;
-  const int error = with_path<in_blocks>(vector, [&](auto path) {
-    return launch(fused_kernel<T, Source, Sink, decltype(path)::value>, blocks, threads, bytes, stream, product);
-  });
+  const int error = cut.rows == narrow_rows ? launch_product<narrow_rows>(product, vector, stream)
+                                            : launch_product<wide_rows>(product, vector, stream);
   if (error != cudaSuccess || !Source::sums) return error;
   return finish_log_det(log_det, cut.ranges, stream);
 }

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "cuda/gather.cuh"
+#include "cuda/rows.cuh"
 #include "cuda/sample_sums.cuh"
 
 namespace pyglow::cuda {
@@ -33,10 +34,12 @@ struct Shares {
   }
 };
 
-// `sums`: of two numbers for each channel and split there must be room.
+// Up to 64 terms for each thread, or two units where that still gives work to a large GPU. `sums`: of two numbers for
+// each channel and split there must be room.
 Shares shares_of(int64_t samples, int64_t channels, int64_t positions, const dim3& threads, int unit, bool sums) {
   Shares shares = {channels, positions, samples * positions / unit, divide_up(channels, threads.x), 0, 0};
-  shares.per_split = int64_t{threads.y} * most_terms / unit;
+  const int64_t enough = divide_up(shares.units, divide_up(busy_blocks, shares.groups));
+  shares.per_split = threads.y * smaller<int64_t>(most_terms / unit, larger<int64_t>(2, divide_up(enough, threads.y)));
   if (sums) {
     const int64_t fitting = max_scratch_bytes / static_cast<int64_t>(2 * sizeof(double)) / channels;
     shares.per_split = larger(shares.per_split, divide_up(shares.units, larger<int64_t>(fitting, 1)));

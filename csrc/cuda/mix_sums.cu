@@ -6,7 +6,6 @@ namespace {
 
 constexpr int reduce_columns = 32;
 constexpr int reduce_rows = larger(block_threads / reduce_columns, 1);
-constexpr int64_t wanted_blocks = smaller<int64_t>(4 * 132, max_blocks);
 
 // The second stage: sums of the partials over the splits, 32 of them by `reduce_rows` shares of the splits in a block.
 template <class T>
@@ -37,25 +36,52 @@ __global__ void __launch_bounds__(block_threads)
   }
 }
 
-}  // namespace
+// 16-byte columns of a tile: 2 * micro * side rows of them take about 32 KB of shared memory.
+int columns_for(int side) { return side > 8 ? 16 : side > 4 ? 32 : 64; }
 
 template <class T>
-Split split_of(int64_t samples, int64_t channels, int64_t positions) {
+Split split_into(int64_t total, int64_t channels, int64_t parts, int columns) {
   Split split = {};
-  const int64_t total = samples * positions;
-  if (channels == 0) return split;
-  const int64_t sides = divide_up(channels, micro);
-  split.parts = static_cast<int>(divide_up(sides, max_side));
-  split.side = static_cast<int>(divide_up(sides, split.parts));
+  split.parts = static_cast<int>(parts);
+  split.side = static_cast<int>(divide_up(divide_up(channels, micro), parts));
+  split.columns = columns;
   const int share = split.side * split.side;
-  split.groups = block_threads / share;
-  // 16-byte columns of a tile: 2 * micro * side rows of them take about 32 KB of shared memory.
-  split.columns = split.side > 8 ? 16 : split.side > 4 ? 32 : 64;
-  split.threads = static_cast<int>(round_up(share * split.groups, larger(split.columns, warp_threads)));
-  split.tiles = divide_up(total, split.columns * width<T>);
+  split.groups = smaller(block_threads / share, columns);
+  split.threads = static_cast<int>(round_up(share * split.groups, larger(columns, warp_threads)));
+  split.tiles = divide_up(total, columns * width<T>);
   const int64_t fitting = max_scratch_bytes / static_cast<int64_t>(sizeof(double)) / ((channels + 1) * channels);
-  const int64_t wanted = divide_up(wanted_blocks, static_cast<int64_t>(split.parts) * split.parts);
+  const int64_t wanted = divide_up(smaller(4 * multiprocessors, max_blocks), parts * parts);
   split.splits = smaller(split.tiles, larger<int64_t>(1, smaller(fitting, wanted)));
+  return split;
+}
+
+int64_t blocks_of(const Split& split) { return split.splits * split.parts * split.parts; }
+
+}  // namespace
+
+// Of a sum that gives at most half of the multiprocessors a block, tiles become shorter, down to 16 columns, and then
+// the parts of grad_M smaller, down to 16 by 16: a block has less to stage and to multiply, for tiles that are staged
+// once more from the L2 and, of shorter ones, more partial sums.
+template <class T>
+Split split_of(int64_t samples, int64_t channels, int64_t positions) {
+  if (channels == 0) return {};
+  const int64_t sides = divide_up(channels, micro);
+  int64_t parts = divide_up(sides, max_side);
+  int side = static_cast<int>(divide_up(sides, parts));
+  int columns = columns_for(side);
+  Split split = split_into<T>(samples * positions, channels, parts, columns);
+  if (blocks_of(split) > multiprocessors / 2) return split;
+  while (blocks_of(split) < multiprocessors) {
+    if (columns > 16 && split.splits > 1) {  // one split alone needs no second stage
+      columns /= 2;
+    } else if (side > 4) {
+      side = static_cast<int>(divide_up(sides, ++parts));
+      columns = columns_for(side);
+    } else {
+      break;
+    }
+    split = split_into<T>(samples * positions, channels, parts, columns);
+  }
   return split;
 }
 

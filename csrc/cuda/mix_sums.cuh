@@ -149,8 +149,8 @@ int64_t sums_shared_bytes(const Split& split, bool vector) {
 }
 
 // - Grid: splits of the positions by parts of grad_M of up to 64 by 64, parts fastest so that they find their tiles in
-//   L2; about wanted_blocks in all, fewer where there are fewer tiles or the partial sums would pass 16 MB (C = 768: 3
-//   splits of 144 parts). From C = 1024 on one split remains and writes the result itself.
+//   L2; about four for each multiprocessor in all, fewer where there are fewer tiles or the partial sums would pass 16
+//   MB (C = 768: 3 splits of 144 parts). From C = 1024 on one split remains and writes the result itself.
 // - Occupancy: up to 128 registers and 42 KB of shared memory, so 2 blocks of up to 256 threads on a multiprocessor; a
 //   tile's loads are all in flight together, and one block's arithmetic hides the other's loads. A double source that
 //   computes takes more registers: 1 block.

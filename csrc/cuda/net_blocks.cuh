@@ -13,10 +13,10 @@
 
 namespace pyglow::cuda {
 
-// Channel k at position i of the block is v[k].v[i].
-template <class T>
+// Channel k at position i of the block is v[k].v[i]. Count: `width`, or two for a thread that has no more channels.
+template <class T, int Count = width<T>>
 struct NetBlock {
-  Vec<T> v[width<T>];
+  Vec<T> v[Count];
 };
 
 // How a launch reaches the net's tensors: in the strided path, in vectors of positions, or in blocks. wide: multiples
@@ -52,19 +52,19 @@ int with_blocks(const NetAccess& access, const F& f) {
 
 // The block that begins at channel c of a half, where c may be negative: which of its pairs lie in the half, and
 // whether all of it is one vector at each position.
-template <class T>
+template <class T, int Count = width<T>>
 struct NetPart {
-  static constexpr int pairs = width<T> / 2;
+  static constexpr int pairs = Count / 2;
   int channel;  // in the tensor
   bool there[pairs];
   bool whole;
 };
 
-template <class T>
-__device__ __forceinline__ NetPart<T> net_part(int c, int half, int transformed, bool wide) {
-  NetPart<T> part = {half + c, {}, wide && (half + c) % width<T> == 0};
+template <class T, int Count = width<T>>
+__device__ __forceinline__ NetPart<T, Count> net_part(int c, int half, int transformed, bool wide) {
+  NetPart<T, Count> part = {half + c, {}, wide && Count == width<T> && (half + c) % width<T> == 0};
 #pragma unroll
-  for (int m = 0; m < NetPart<T>::pairs; ++m) {
+  for (int m = 0; m < NetPart<T, Count>::pairs; ++m) {
     part.there[m] = c + 2 * m >= 0 && c + 2 * m < transformed;
     part.whole = part.whole && part.there[m];
   }
@@ -73,18 +73,19 @@ __device__ __forceinline__ NetPart<T> net_part(int c, int half, int transformed,
 
 // The block of the positions whose first one is at offset `at`, as fetch_net gives it: 16-bit numbers stand as bits in
 // the first two vectors, to be widened after the loads of other tensors have been issued too. Zero where nothing is.
-template <class T>
-__device__ __forceinline__ NetBlock<T> fetch_block(const NetOutput& x, int64_t at, const NetPart<T>& part) {
-  constexpr int count = width<T>;
-  NetBlock<T> block = {};
+template <class T, int Count>
+__device__ __forceinline__ NetBlock<T, Count> fetch_block(const NetOutput& x, int64_t at,
+                                                          const NetPart<T, Count>& part) {
+  constexpr int positions = width<T>;
+  NetBlock<T, Count> block = {};
   const int64_t start = at + part.channel;
   const auto pairs = [&](auto* data, const auto& load) {
 #pragma unroll
-    for (int m = 0; m < NetPart<T>::pairs; ++m) {
+    for (int m = 0; m < NetPart<T, Count>::pairs; ++m) {
       if (!part.there[m]) continue;
       auto* p = data + start + 2 * m;
 #pragma unroll
-      for (int i = 0; i < count; ++i, p += x.position) load(m, i, p);
+      for (int i = 0; i < positions; ++i, p += x.position) load(m, i, p);
     }
   };
   if constexpr (sizeof(T) == sizeof(float)) {
@@ -98,10 +99,10 @@ __device__ __forceinline__ NetBlock<T> fetch_block(const NetOutput& x, int64_t a
       }
       p += start;
 #pragma unroll
-      for (int i = 0; i < count; ++i, p += x.position) {
+      for (int i = 0; i < positions; ++i, p += x.position) {
         const Bits64 bits = *static_cast<const Bits64*>(__builtin_assume_aligned(p, 8));
         block.v[0].v[i] = math::float_of(bits.low);
-        block.v[1].v[i] = math::float_of(bits.high);
+        block.v[NetPart<T, Count>::pairs - 1].v[i] = math::float_of(bits.high);
       }
       return block;
     }
@@ -110,10 +111,10 @@ __device__ __forceinline__ NetBlock<T> fetch_block(const NetOutput& x, int64_t a
   if (part.whole) {
     p += start;
 #pragma unroll
-    for (int i = 0; i < count; ++i, p += x.position) {
+    for (int i = 0; i < positions; ++i, p += x.position) {
       const Vec<T> channels = load_vector(p);
 #pragma unroll
-      for (int k = 0; k < count; ++k) block.v[k].v[i] = channels.v[k];
+      for (int k = 0; k < Count; ++k) block.v[k].v[i] = channels.v[k];
     }
   } else if constexpr (sizeof(T) == sizeof(float)) {
     pairs(p, [&](int m, int i, const T* pair) {
@@ -126,45 +127,48 @@ __device__ __forceinline__ NetBlock<T> fetch_block(const NetOutput& x, int64_t a
 }
 
 // The numbers of blocks that fetch_block gave.
-template <class... Blocks>
-__device__ __forceinline__ void widen_blocks(NetType type, Blocks&... blocks) {
-  if constexpr ((std::is_same_v<Blocks, NetBlock<float>> && ...)) {
-    const auto widen = [&](auto half, NetBlock<float>& block) {
+template <class T, int Count>
+__device__ __forceinline__ void widen_blocks(NetType type, NetBlock<T, Count>& shift, NetBlock<T, Count>& raw) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    const auto widen = [&](auto half, NetBlock<T, Count>& block) {
 #pragma unroll
-      for (int i = 0; i < width<float>; ++i) {
-        float channels[] = {block.v[0].v[i], block.v[1].v[i], 0, 0};
+      for (int i = 0; i < width<T>; ++i) {
+        T channels[] = {block.v[0].v[i], block.v[1].v[i], T(0), T(0)};
         widen_bits<decltype(half)>(channels);
 #pragma unroll
-        for (int k = 0; k < width<float>; ++k) block.v[k].v[i] = channels[k];
+        for (int k = 0; k < Count; ++k) block.v[k].v[i] = channels[k];
       }
     };
-    if (type == NetType::bfloat16)
-      (widen(BFloat16{}, blocks), ...);
-    else if (type == NetType::float16)
-      (widen(Float16{}, blocks), ...);
+    if (type == NetType::bfloat16) {
+      widen(BFloat16{}, shift);
+      widen(BFloat16{}, raw);
+    } else if (type == NetType::float16) {
+      widen(Float16{}, shift);
+      widen(Float16{}, raw);
+    }
   }
 }
 
 // The reverse of fetch_block and widen_blocks.
-template <class T>
-__device__ __forceinline__ void store_block(const NetGrad& x, int64_t at, const NetPart<T>& part,
-                                            const NetBlock<T>& block) {
-  constexpr int count = width<T>;
+template <class T, int Count>
+__device__ __forceinline__ void store_block(const NetGrad& x, int64_t at, const NetPart<T, Count>& part,
+                                            const NetBlock<T, Count>& block) {
+  constexpr int positions = width<T>;
   const auto place = [&](int i) { return at + i * x.position + part.channel; };
   if constexpr (sizeof(T) == sizeof(float)) {
     if (x.type != NetType::state) {
 #pragma unroll
-      for (int i = 0; i < count; ++i) {
+      for (int i = 0; i < positions; ++i) {
         uint16_t* const p = static_cast<uint16_t*>(x.data) + place(i);
-        uint32_t bits[NetPart<T>::pairs];
+        uint32_t bits[NetPart<T, Count>::pairs];
 #pragma unroll
-        for (int m = 0; m < NetPart<T>::pairs; ++m)
+        for (int m = 0; m < NetPart<T, Count>::pairs; ++m)
           bits[m] = narrow_bits(block.v[2 * m].v[i], x.type) | narrow_bits(block.v[2 * m + 1].v[i], x.type) << 16;
         if (part.whole) {
-          store_whole(reinterpret_cast<uint2*>(p), make_uint2(bits[0], bits[1]));
+          store_whole(reinterpret_cast<uint2*>(p), make_uint2(bits[0], bits[NetPart<T, Count>::pairs - 1]));
         } else {
 #pragma unroll
-          for (int m = 0; m < NetPart<T>::pairs; ++m)
+          for (int m = 0; m < NetPart<T, Count>::pairs; ++m)
             if (part.there[m]) *static_cast<uint32_t*>(__builtin_assume_aligned(p + 2 * m, 4)) = bits[m];
         }
       }
@@ -172,10 +176,10 @@ __device__ __forceinline__ void store_block(const NetGrad& x, int64_t at, const 
     }
     if (!part.whole) {
 #pragma unroll
-      for (int m = 0; m < NetPart<T>::pairs; ++m) {
+      for (int m = 0; m < NetPart<T, Count>::pairs; ++m) {
         if (!part.there[m]) continue;
 #pragma unroll
-        for (int i = 0; i < count; ++i)
+        for (int i = 0; i < positions; ++i)
           store_whole(reinterpret_cast<uint2*>(static_cast<float*>(x.data) + place(i) + 2 * m),
                       make_uint2(math::float_bits(block.v[2 * m].v[i]), math::float_bits(block.v[2 * m + 1].v[i])));
       }
@@ -184,21 +188,21 @@ __device__ __forceinline__ void store_block(const NetGrad& x, int64_t at, const 
   }
   if (!part.whole) return;
 #pragma unroll
-  for (int i = 0; i < count; ++i) {
+  for (int i = 0; i < positions; ++i) {
     Vec<T> channels;
 #pragma unroll
-    for (int k = 0; k < count; ++k) channels.v[k] = block.v[k].v[i];
+    for (int k = 0; k < Count; ++k) channels.v[k] = block.v[k].v[i];
     store_vector(static_cast<T*>(x.data) + place(i), channels);
   }
 }
 
-// The block's first channel. The others move up, and what has become of it goes behind them: after `width` of these all
-// stand where they were, and code that treats one channel is there once.
-template <class T>
-__device__ __forceinline__ void rotate(NetBlock<T>& block, const Vec<T>& last) {
+// The block's first channel. The others move up, and what has become of it goes behind them: after as many of these as
+// it has channels all stand where they were, and code that treats one channel is there once.
+template <class T, int Count>
+__device__ __forceinline__ void rotate(NetBlock<T, Count>& block, const Vec<T>& last) {
 #pragma unroll
-  for (int k = 0; k + 1 < width<T>; ++k) block.v[k] = block.v[k + 1];
-  block.v[width<T> - 1] = last;
+  for (int k = 0; k + 1 < Count; ++k) block.v[k] = block.v[k + 1];
+  block.v[Count - 1] = last;
 }
 
 }  // namespace pyglow::cuda

@@ -65,22 +65,33 @@ bool has_vector_channels(const Strided<const T>& x, int64_t channels) {
 template <class T>
 __device__ __forceinline__ void stage_pairs(T* tile, int stride, int rows, const Squeezed<const T>& x, int64_t first,
                                             int inside, const T* center, int64_t own) {
-#pragma unroll 2
-  for (int r = 2 * threadIdx.y; r < rows; r += 2 * blockDim.y) {
-    Vec<T> memory[2] = {}, row[2];
-    const bool there = own != outside && r < inside;
-    if (there) {
-      const T* const start = x.data + own + channel_offset(x, first + r);
-      memory[0] = load_vector(start);
-      memory[1] = load_vector(start + width<T>);
+  constexpr int batch = 2;  // pairs whose loads are in flight together
+  const int step = 2 * blockDim.y;
+  for (int r = 2 * threadIdx.y; r < rows; r += batch * step) {
+    Vec<T> memory[batch][2] = {};
+    T c[batch][2] = {};
+#pragma unroll
+    for (int b = 0; b < batch; ++b) {
+      const int row = r + b * step;
+      if (own == outside || row >= inside) continue;
+      const T* const start = x.data + own + channel_offset(x, first + row);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        memory[b][j] = load_vector(start + j * width<T>);
+        if (center != nullptr) c[b][j] = center[first + row + j];
+      }
     }
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const T c = there && center != nullptr ? center[first + r + j] : T(0);
+    for (int b = 0; b < batch; ++b) {
+      if (r + b * step >= rows) break;
 #pragma unroll
-      for (int i = 0; i < width<T>; ++i)
-        row[j].v[i] = math::centred(memory[2 * i / width<T>].v[(2 * i + j) % width<T>], c);
-      store_shared(tile + (r + j) * stride + threadIdx.x * width<T>, row[j]);
+      for (int j = 0; j < 2; ++j) {
+        Vec<T> row;
+#pragma unroll
+        for (int i = 0; i < width<T>; ++i)
+          row.v[i] = math::centred(memory[b][2 * i / width<T>].v[(2 * i + j) % width<T>], c[b][j]);
+        store_shared(tile + (r + b * step + j) * stride + threadIdx.x * width<T>, row);
+      }
     }
   }
 }
@@ -94,18 +105,25 @@ __device__ __forceinline__ void stage_columns(T* tile, int stride, int rows, con
     stage_pairs(tile, stride, rows, x, first, inside, center, own);
     return;
   }
-#pragma unroll 4
-  for (int r = threadIdx.y; r < rows; r += blockDim.y) {
-    Vec<T> column = {};
-    if (own != outside && r < inside) {
-      column = load_vector(x.data + own + (first + r) * x.channel);
-      if (center != nullptr) {
-        const T c = center[first + r];
+  constexpr int batch = 4;  // rows whose loads are in flight together
+  const int step = blockDim.y;
+  for (int r = threadIdx.y; r < rows; r += batch * step) {
+    Vec<T> column[batch] = {};
+    T c[batch] = {};
 #pragma unroll
-        for (int i = 0; i < width<T>; ++i) column.v[i] = math::centred(column.v[i], c);
-      }
+    for (int b = 0; b < batch; ++b) {
+      const int row = r + b * step;
+      if (own == outside || row >= inside) continue;
+      column[b] = load_vector(x.data + own + (first + row) * x.channel);
+      if (center != nullptr) c[b] = center[first + row];
     }
-    store_shared(tile + r * stride + threadIdx.x * width<T>, column);
+#pragma unroll
+    for (int b = 0; b < batch; ++b) {
+      const int row = r + b * step;
+#pragma unroll
+      for (int i = 0; i < width<T>; ++i) column[b].v[i] = math::centred(column[b].v[i], c[b]);
+      if (row < rows) store_shared(tile + row * stride + threadIdx.x * width<T>, column[b]);
+    }
   }
 }
 

@@ -137,16 +137,20 @@ struct PlainSource {
       stage_columns(tile, stride, rows, x, first, inside, center, columns.own[0]);
     } else {
       for_each_column<Vector, T>(channels_adjacent, [&](int q, int begin, int step) {
-        constexpr int at_once = rows_at_once<T, Vector>;
+        constexpr int batch = rows_at_once<T, Vector>;
         const int64_t at = columns.table[q];
-#pragma unroll at_once
-        for (int r = begin; r < rows; r += step) {
-          T value = T(0);
-          if (at != outside && r < inside) {
-            value = x.data[at + channel_offset(x, first + r)];
-            if (center != nullptr) value = math::centred(value, center[first + r]);
+        for (int r = begin; r < rows; r += batch * step) {
+          T value[batch] = {}, c[batch] = {};
+#pragma unroll
+          for (int b = 0; b < batch; ++b) {
+            const int row = r + b * step;
+            if (at == outside || row >= inside) continue;
+            value[b] = x.data[at + channel_offset(x, first + row)];
+            if (center != nullptr) c[b] = center[first + row];
           }
-          tile[r * stride + q] = value;
+#pragma unroll
+          for (int b = 0; b < batch; ++b)
+            if (r + b * step < rows) tile[(r + b * step) * stride + q] = math::centred(value[b], c[b]);
         }
       });
     }
@@ -211,20 +215,26 @@ struct SplitSource {
     const int count = blockDim.x * width<T>, inside = static_cast<int>(smaller<int64_t>(rows, channels - first));
     const int sums = static_cast<int>(larger<int64_t>(0, smaller<int64_t>(inside, grad.added_channels - first)));
     for_each_column<Vector, T>(channels_adjacent, [&](int q, int begin, int step) {
-      constexpr int at_once = rows_at_once<T, Vector>;
+      constexpr int batch = rows_at_once<T, Vector>;
       const int64_t all_at = Vector ? columns.own[0] : columns.table[q];
       const int64_t added_at = Vector ? columns.own[1] : columns.table[count + q];
       const T* const all = grad.all.data + all_at + first * grad.all.channel;
       const T* const added = grad.added.data + added_at + first * grad.added.channel;
-#pragma unroll at_once
-      for (int r = begin; r < rows; r += step) {
-        const bool there = all_at != outside && r < inside;
-        Unit<T, Vector> sum = {}, more = {};
-        if (there) sum = load_unit<Vector>(all + r * grad.all.channel);
-        if (there && r < sums) more = load_unit<Vector>(added + r * grad.added.channel);
+      for (int r = begin; r < rows; r += batch * step) {
+        Unit<T, Vector> sum[batch] = {}, more[batch] = {};
 #pragma unroll
-        for (int i = 0; i < unit_width<T, Vector>; ++i) sum.v[i] += more.v[i];
-        stage_unit<Vector>(tile, stride, r, q, sum);
+        for (int b = 0; b < batch; ++b) {
+          const int row = r + b * step;
+          const bool there = all_at != outside && row < inside;
+          if (there) sum[b] = load_unit<Vector>(all + row * grad.all.channel);
+          if (there && row < sums) more[b] = load_unit<Vector>(added + row * grad.added.channel);
+        }
+#pragma unroll
+        for (int b = 0; b < batch; ++b) {
+#pragma unroll
+          for (int i = 0; i < unit_width<T, Vector>; ++i) sum[b].v[i] += more[b].v[i];
+          if (r + b * step < rows) stage_unit<Vector>(tile, stride, r + b * step, q, sum[b]);
+        }
       }
     });
   }

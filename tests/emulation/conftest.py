@@ -18,5 +18,13 @@ def _library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def emulator(_library: Path) -> Emulator:
-    return Emulator(_library)
+def multiprocessors() -> int:
+    """Those that small grids are cut for; tests choose others by ``emulated_cases.cuts``."""
+    return 132
+
+
+@pytest.fixture
+def emulator(_library: Path, multiprocessors: int) -> Emulator:
+    emulator = Emulator(_library)
+    emulator.multiprocessors = multiprocessors
+    return emulator

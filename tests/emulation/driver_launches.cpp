@@ -25,6 +25,8 @@ extern "C" {
 
 void emulated_only_recorded(int only) { emu::only_recorded = only != 0; }
 
+void emulated_multiprocessors(int64_t number) { multiprocessors = number; }
+
 // Fills `out` with the launches of this thread's last call, as far as there is room, and returns how many they were.
 int64_t emulated_launches(Launch* out, int64_t room) {
   const int64_t count = static_cast<int64_t>(emu::launched.size());

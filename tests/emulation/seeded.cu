@@ -24,6 +24,7 @@ enum class Bug {
   out_of_bounds,       // one vector too many is read
   misaligned,          // vectors begin at an odd element
   no_barrier,          // shared memory is read without waiting for its writers
+  no_wait,             // a copy to shared memory is not waited for
   no_second_barrier,   // shared memory is written again without waiting for its readers
   divergent_barrier,   // half of the threads skip a barrier
   early_return,        // half of the threads never come to a barrier
@@ -32,9 +33,9 @@ enum class Bug {
   no_warp_reduction,   // the first lane's value stands for its warp
   no_block_reduction,  // blocks add to one total
 };
-constexpr const char* names[] = {
-    "none",         "out_of_bounds", "misaligned",     "no_barrier",        "no_second_barrier", "divergent_barrier",
-    "early_return", "absent_lanes",  "shared_overrun", "no_warp_reduction", "no_block_reduction"};
+constexpr const char* names[] = {"none",         "out_of_bounds",     "misaligned",        "no_barrier",
+                                 "no_wait",      "no_second_barrier", "divergent_barrier", "early_return",
+                                 "absent_lanes", "shared_overrun",    "no_warp_reduction", "no_block_reduction"};
 
 __device__ float warp_sum(float value, Bug bug) {
   if (bug == Bug::no_warp_reduction) return value;
@@ -45,13 +46,16 @@ __device__ float warp_sum(float value, Bug bug) {
 
 __global__ void sum_kernel(const float* x, float* block_sums, Bug bug) {
   PYGLOW_SHARED(float, warp_sums, warps);
+  PYGLOW_SHARED(float, firsts, threads);
   float total = 0;
   if (bug == Bug::early_return && threadIdx.x < threads / 2) return;
   for (int round = 0; round < rounds; ++round) {
     const int index = (round * blocks + blockIdx.x) * threads + threadIdx.x;
     const float* at = x + 4 * index + (bug == Bug::out_of_bounds ? 4 : 0) + (bug == Bug::misaligned ? 1 : 0);
     const Float4 loaded = *static_cast<const Float4*>(__builtin_assume_aligned(at, 16));
-    const float sum = warp_sum(loaded.v[0] + loaded.v[1] + loaded.v[2] + loaded.v[3], bug);
+    copy_async(&firsts[threadIdx.x], at);
+    if (bug != Bug::no_wait) wait_for_copies();
+    const float sum = warp_sum(firsts[threadIdx.x] + loaded.v[1] + loaded.v[2] + loaded.v[3], bug);
     if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32 + (bug == Bug::shared_overrun ? 1 : 0)] = sum;
     if (bug != Bug::no_barrier && (bug != Bug::divergent_barrier || threadIdx.x < threads / 2)) __syncthreads();
     // Not the first thread: it would find its own warp's sum even without the barrier.

@@ -13,6 +13,7 @@ from support.emulated_cases import (
     coupling_case,
     coupling_gradients,
     coupling_reference,
+    cuts,
     directions,
     dtypes,
     flat,
@@ -37,8 +38,10 @@ maps = pytest.mark.parametrize("spec", MAPS.values(), ids=MAPS)
 
 
 @pytest.fixture
-def emulator(_library: Path) -> FusedEmulator:
-    return FusedEmulator(_library)
+def emulator(_library: Path, multiprocessors: int) -> FusedEmulator:
+    emulator = FusedEmulator(_library)
+    emulator.multiprocessors = multiprocessors
+    return emulator
 
 
 def mixed_reference(inverse: bool) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -58,6 +61,7 @@ def assert_all_close(actual: tuple[Tensor, ...], function: Callable[..., tuple[T
     shapes,
     specs,
     directions,
+    cuts,
 )
 def test_coupling_mix(
     emulator: FusedEmulator, shape: tuple[int, int, int, int], spec: CouplingSpec, inverse: bool, dtype: torch.dtype
@@ -89,6 +93,7 @@ def mixed_gradients(spec: CouplingSpec) -> Callable[..., tuple[Tensor, ...]]:
     shapes,
     specs,
     pytest.mark.parametrize("split", [False, True], ids=["whole", "split"]),
+    cuts,
 )
 def test_coupling_mix_backward(
     emulator: FusedEmulator, shape: tuple[int, int, int, int], spec: CouplingSpec, split: bool, dtype: torch.dtype
@@ -118,6 +123,7 @@ def step_reference(spec: CouplingSpec) -> Callable[..., tuple[Tensor, ...]]:
     dtypes,
     shapes,
     specs,
+    cuts,
 )
 def test_step_backward(
     emulator: FusedEmulator, shape: tuple[int, int, int, int], spec: CouplingSpec, dtype: torch.dtype
@@ -172,6 +178,7 @@ LAYOUT_SHAPES = [(2, 12, 24), (1, 8, 160), (3, 7, 15), (2, 48, 36), (4, 16, 1), 
     layouts,
     pytest.mark.parametrize("out_layout", ["contiguous", "same"]),
     pytest.mark.parametrize("kind", ["float32", "float64", "bfloat16"]),
+    cuts,
 )
 def test_layouts(emulator: FusedEmulator, shape: tuple[int, int, int], layout: str, out_layout: str, kind: str) -> None:
     """Layouts change addresses, not values; log_det alone is added up in another order."""
@@ -192,6 +199,7 @@ def test_layouts(emulator: FusedEmulator, shape: tuple[int, int, int], layout: s
     pytest.mark.parametrize("shape", [(2, 4, 20), (3, 7, 15), (1, 70, 24)], ids=lambda s: "x".join(map(str, s))),
     halves,
     maps,
+    cuts,
 )
 def test_16_bit_nets(
     emulator: FusedEmulator, shape: tuple[int, int, int], half: torch.dtype, spec: CouplingSpec
@@ -252,6 +260,7 @@ def test_any_split_of_the_channels(emulator: FusedEmulator, kept: int) -> None:
 
 
 @dtypes
+@cuts
 @pytest.mark.parametrize("shape", [(3, 12, 700), (2, 7, 333), (1, 70, 90)], ids=lambda s: "x".join(map(str, s)))
 def test_any_order_of_threads_gives_the_same_bits(
     emulator: FusedEmulator, shape: tuple[int, int, int], dtype: torch.dtype
@@ -281,6 +290,7 @@ LOG_DET_SHAPES = [
 
 @pytest.mark.parametrize("shape", LOG_DET_SHAPES, ids=lambda s: "x".join(map(str, s)))
 @directions
+@cuts
 def test_log_det_of_every_sample(emulator: FusedEmulator, shape: tuple[int, int, int], inverse: bool) -> None:
     """log_det counts each position once, whatever the tiles are. With exp, log s is the net's own output."""
     spec = CouplingSpec(scale_map="exp")
@@ -296,6 +306,7 @@ def test_log_det_of_every_sample(emulator: FusedEmulator, shape: tuple[int, int,
 
 @pytest.mark.parametrize("channels", [200, 768])
 @directions
+@cuts
 def test_many_channels(emulator: FusedEmulator, channels: int, inverse: bool) -> None:
     """Several groups of output channels, partial sums capped at 16 MB, as the driver checks."""
     shape = (1, channels, 8)

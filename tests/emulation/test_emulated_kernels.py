@@ -11,6 +11,7 @@ from support.emulated_cases import (
     coupling_case,
     coupling_gradients,
     coupling_reference,
+    cuts,
     directions,
     dtypes,
     flat,
@@ -37,6 +38,7 @@ def assert_matches(actual: Tensor, function: Callable[..., Tensor], *arguments: 
     dtypes,
     shapes,
     pytest.mark.parametrize("subtract_first", [False, True], ids=["mix", "unmix"]),
+    cuts,
 )
 def test_channel_mix(
     emulator: Emulator, shape: tuple[int, int, int, int], subtract_first: bool, dtype: torch.dtype
@@ -56,6 +58,7 @@ def mix_gradients(x: Tensor, matrix: Tensor, offset: Tensor, grad_u: Tensor) -> 
     dtypes,
     shapes,
     pytest.mark.parametrize("centred", [False, True]),
+    cuts,
 )
 def test_channel_mix_backward(
     emulator: Emulator, shape: tuple[int, int, int, int], centred: bool, dtype: torch.dtype
@@ -129,6 +132,7 @@ layout_shapes = pytest.mark.parametrize("shape", LAYOUT_SHAPES, ids=lambda s: "x
     layout_shapes,
     layouts,
     pytest.mark.parametrize("out_layout", ["contiguous", "same"]),
+    cuts,
 )
 def test_mix_layouts(
     emulator: Emulator, shape: tuple[int, int, int], layout: str, out_layout: str, dtype: torch.dtype

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.covering import pairs
+from support.emulated_cases import cuts
 from support.emulator import LAYOUTS, Emulator, assert_only_written, laid_out
 from support.helpers import assert_kernel_close
 from support.sparse_memory import SparseMemory
@@ -73,6 +74,7 @@ def mix_case(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[Tens
     shapes,
     image_layouts,
     pytest.mark.parametrize("subtract_first", [False, True], ids=["mix", "unmix"]),
+    cuts,
 )
 def test_squeeze_on_read(
     emulator: Emulator, shape: tuple[int, int, int, int], layout: str, subtract_first: bool, dtype: torch.dtype
@@ -91,6 +93,7 @@ def test_squeeze_on_read(
     dtypes,
     shapes,
     image_layouts,
+    cuts,
 )
 def test_unsqueeze_on_write(
     emulator: Emulator, shape: tuple[int, int, int, int], layout: str, dtype: torch.dtype
@@ -107,6 +110,7 @@ def test_unsqueeze_on_write(
     shapes,
     image_layouts,
     pytest.mark.parametrize("out_layout", ["contiguous", "same"]),
+    cuts,
 )
 def test_squeezed_gradients(
     emulator: Emulator, shape: tuple[int, int, int, int], layout: str, out_layout: str, dtype: torch.dtype
@@ -130,6 +134,7 @@ def test_squeezed_gradients(
     pytest.mark.parametrize("layout", LAYOUTS),
     pytest.mark.parametrize("added_layout", ["contiguous", "same"]),
     pytest.mark.parametrize("share", [0.0, 0.5, 1.0]),
+    cuts,
 )
 def test_gradient_in_two_parts(
     emulator: Emulator, shape: tuple[int, int, int], layout: str, added_layout: str, share: float, dtype: torch.dtype

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from support.emulated_cases import mix_case
 from support.emulator import Emulator, Launch
 from support.fused_emulator import FusedEmulator
-from support.gather_emulator import Gather, GatherEmulator
-from support.statistics_emulator import StatisticsEmulator
+from support.gather_emulator import Gather
+from support.launch_cases import SPEC, AllKernels, launches_of_ops
 
-from pyglow_fast.reference import CouplingSpec
+from bench.cases import SHAPES
 
-SPEC = CouplingSpec()
-
-
-class AllKernels(GatherEmulator, StatisticsEmulator):
-    """Every op of the emulator."""
+MULTIPROCESSORS = 132  # of an H100
+# Second stages: what they read is a few numbers for each block of the first.
+SECOND_STAGES = {"sample_sums_kernel", "finish_kernel", "reduce_kernel", "merge_kernel"}
 
 
 @pytest.fixture
@@ -74,3 +74,84 @@ def test_nothing_to_sum_is_one_launch(emulator: FusedEmulator) -> None:
     (launch,) = emulator.launches()
     assert (launch.kernel, launch.blocks) == ("sample_sums_kernel", 3)
     assert torch.equal(log_det, torch.zeros(3))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_kernels_occupy_a_large_gpu(emulator: AllKernels, shape: tuple[int, ...]) -> None:
+    """More blocks than half of the multiprocessors, of two warps at least, or no thread has more than 16 bytes.
+
+    Where more than half have a block, cutting each in two would leave one multiprocessor with both.
+    """
+    for op, launches in launches_of_ops(emulator, shape).items():
+        for launch in launches:
+            if launch.kernel in SECOND_STAGES:
+                continue
+            threads = math.prod(launch.threads)
+            spread = launch.blocks > MULTIPROCESSORS // 2 and threads >= 64
+            transformed = math.prod(shape) // (2 if launch.kernel.startswith("coupling") else 1)
+            assert spread or launch.blocks * threads * 4 >= transformed, f"{op}: {launch}"
+
+
+def test_small_products_are_split(emulator: AllKernels) -> None:
+    """16 samples of 96 channels by 8 by 8: a block for each multiprocessor, where eight channels a thread give 16."""
+    shape = (16, 96, 8, 8)
+    for op, launches in launches_of_ops(emulator, shape).items():
+        for launch in launches:
+            if launch.kernel in ("fused_kernel", "sums_kernel"):
+                assert launch.blocks >= MULTIPROCESSORS, op
+                assert math.prod(launch.threads) >= 64, op
+    emulator.multiprocessors = 1
+    (wide,) = launches_of_ops(emulator, shape)["channel_mix"]
+    assert (wide.blocks, wide.threads) == (16, (16, 12))
+
+
+def test_products_that_occupy_most_multiprocessors_stay(emulator: AllKernels) -> None:
+    """8 x 48 x 32 x 32 gives 128 blocks whose threads have eight output channels each."""
+    (launch,) = launches_of_ops(emulator, (8, 48, 32, 32))["channel_mix"]
+    assert (launch.blocks, launch.threads) == (128, (16, 6))
+    assert launch.arguments.endswith(", 8, true")
+
+
+def test_narrow_tiles_are_not_mostly_empty(emulator: AllKernels) -> None:
+    """16 positions are one tile of four 16-byte columns, whose 96 output channels three blocks share."""
+    (launch,) = launches_of_ops(emulator, (1, 96, 4, 4))["channel_mix"]
+    assert (launch.blocks, launch.threads) == (3, (4, 16))
+
+
+def test_one_split_of_the_sums_stays_one(emulator: AllKernels) -> None:
+    """Where one split gives the gradient of the matrix, none is cut that would need a second stage."""
+    launches = launches_of_ops(emulator, (2, 4, 8, 8))["channel_mix_backward"]
+    assert [launch.kernel for launch in launches] == ["fused_kernel", "sums_kernel"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("shape", [(16, 96, 64), (3, 140, 20), (5, 12, 33)], ids=lambda s: "x".join(map(str, s)))
+def test_the_cut_does_not_change_the_bits(
+    emulator: AllKernels, shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    """Products are added up in one order, however many blocks share the output channels; log_det is, in double,
+    added up in another.
+    """
+    x, matrix, offset = mix_case(shape, dtype)
+    net_out, grad, grad_log_det = torch.randn_like(x), torch.randn_like(x), torch.randn(shape[0], dtype=dtype)
+    results, grids = [], []
+    for emulator.multiprocessors in (1, MULTIPROCESSORS):
+        out, log_det = emulator.coupling_mix(x, net_out, matrix, offset, SPEC)
+        grids.append(emulator.launches()[0].blocks)
+        grads = emulator.coupling_mix_backward(x, net_out, grad, grad_log_det, matrix, SPEC)
+        step = emulator.step_backward(x, net_out, grad, grad_log_det, matrix, offset, SPEC)
+        results.append((emulator.channel_mix(x, matrix, offset), out, *grads[:2], *step, log_det))
+    assert grids[0] < grids[1]
+    for wide, narrow in zip(*(result[:-1] for result in results), strict=True):
+        assert torch.equal(wide, narrow)
+    size = shape[1] * shape[2] * torch.finfo(dtype).eps
+    assert torch.allclose(results[0][-1], results[1][-1], rtol=0.0, atol=size)
+
+
+def test_samples_within_tiles_need_no_second_stage(emulator: AllKernels) -> None:
+    """Tiles of 64 positions that are a sample each leave no log_det to be added up between them."""
+    emulator.multiprocessors = 1
+    (launch,) = launches_of_ops(emulator, (16, 96, 8, 8))["coupling_mix"]
+    assert launch.kernel == "fused_kernel"
+    launches = launches_of_ops(emulator, (16, 96, 8, 9))["coupling_mix"]
+    assert [launch.kernel for launch in launches] == ["fused_kernel", "finish_kernel"]

@@ -74,6 +74,7 @@ def test_a_correct_kernel_passes(programs: dict[str, Path], variant: str) -> Non
         ("misaligned", "plain", "a vector is not aligned"),
         ("no_barrier", "plain", "nan of 2048"),  # unwritten shared memory is NaN
         ("no_barrier", "thread", "data race"),
+        ("no_wait", "plain", "a thread ended without waiting for its copies"),
         ("no_second_barrier", "thread", "data race"),
         ("divergent_barrier", "plain", "the threads of a block wait at different __syncthreads"),
         ("early_return", "plain", "__syncthreads reached by 32 of 64 threads"),

@@ -47,6 +47,8 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 specs = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+# Small grids are cut further for a large GPU, not for one of a single multiprocessor.
+cuts = pytest.mark.parametrize("multiprocessors", [1, 132], ids=["wide", "narrow"])
 directions = pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
 
 

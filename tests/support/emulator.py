@@ -172,7 +172,7 @@ class Emulator:
     The gradient for the net's output has ``net_layout``, if that is set.
 
     ``seed`` chooses the order in which the threads run. With ``only_recorded`` none run: :meth:`launches` tells what
-    would be launched, outputs stay as they are.
+    would be launched, outputs stay as they are. ``multiprocessors`` are those that small grids are cut for.
     """
 
     def __init__(self, library: Path) -> None:
@@ -180,6 +180,7 @@ class Emulator:
         self._library = ctypes.CDLL(str(library))
         self.seed = 0
         self.only_recorded = False
+        self.multiprocessors = 132
         self.out_layout = "contiguous"
         self.net_layout: str | None = None
 
@@ -187,6 +188,7 @@ class Emulator:
         function: Callable[..., bytes | None] = getattr(self._library, f"emulated_{name}")
         function.restype = ctypes.c_char_p  # type: ignore[attr-defined]
         self._library.emulated_only_recorded(ctypes.c_int(self.only_recorded))
+        self._library.emulated_multiprocessors(ctypes.c_int64(self.multiprocessors))
         values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments]
         n, c, p = x.shape
         is_double = ctypes.c_int(x.dtype == torch.float64)

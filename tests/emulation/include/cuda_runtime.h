@@ -54,10 +54,20 @@ P check_aligned(P pointer, size_t bytes) {
 #define __builtin_assume_aligned(pointer, bytes) \
   const_cast<void*>(static_cast<const volatile void*>(emu::check_aligned(pointer, bytes)))
 
-// Stands in for the assembly of csrc/cuda/device.cuh.
+// Of the GPU that small grids are cut for; by the operating system's thread.
+inline thread_local int64_t multiprocessors = 132;
+
+// Stand in for the assembly of csrc/cuda/device.cuh.
 template <class T>
 void store_whole(T* p, const T& value) {
   *emu::check_aligned(p, sizeof(T)) = value;
+}
+template <class T>
+void copy_async(T* shared, const T* global) {
+  emu::begin_copy(shared, global, sizeof(T));
+}
+inline void wait_for_copies() {
+  while (const emu::Copy* const copy = emu::next_copy()) std::memcpy(copy->to, copy->from, copy->bytes);
 }
 
 using cudaError_t = int;

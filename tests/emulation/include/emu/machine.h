@@ -32,6 +32,7 @@ struct Error : std::runtime_error {
 
 constexpr unsigned warp_lanes = 32, max_warps = 32;
 constexpr unsigned all_lanes = ~0u;
+constexpr unsigned max_copies = 256;  // that a thread has under way; CUDA knows no limit
 
 // Where a thread waits, so that threads at different barriers are told apart.
 struct Site {
@@ -43,6 +44,13 @@ struct Site {
 
 enum class Wait : uint8_t { nothing, block, warp, finished };
 
+// From global to shared memory, made when the thread waits for it.
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
 struct Fiber {
   Context context;
   uint3 index{};
@@ -52,6 +60,8 @@ struct Fiber {
   unsigned barriers = 0, warp_barriers = 0;  // passed so far
   Wait wait = Wait::finished;
   Site site{};
+  Copy copies[max_copies];  // begun and not yet waited for
+  unsigned copy_count = 0;
 };
 
 struct SharedBlock {
@@ -86,6 +96,20 @@ inline thread_local unsigned schedule_seed = 0;
 
 EMU_HIDDEN unsigned lane() { return machine.current->linear % warp_lanes; }
 EMU_HIDDEN unsigned warp() { return machine.current->linear / warp_lanes; }
+
+EMU_HIDDEN void begin_copy(void* to, const void* from, size_t bytes) {
+  Fiber& fiber = *machine.current;
+  if (fiber.copy_count == max_copies) throw Error("a thread has more copies under way than the emulator keeps");
+  Copy& copy = fiber.copies[fiber.copy_count++];
+  copy.to = to;
+  copy.from = from;
+  copy.bytes = bytes;
+}
+// The last copy that has not been made; null if there is none.
+EMU_HIDDEN const Copy* next_copy() {
+  Fiber& fiber = *machine.current;
+  return fiber.copy_count == 0 ? nullptr : &fiber.copies[--fiber.copy_count];
+}
 
 // Suspends the running thread until what it waits for has happened.
 EMU_HIDDEN void wait_for(Wait wait, Site site, unsigned mask = 0) {

@@ -11,6 +11,7 @@ constexpr size_t max_tsan_threads = 7000;  // ThreadSanitizer has 8128 slots
 EMU_HIDDEN void call_body() {
   try {
     (*machine.body)();
+    if (next_copy() != nullptr) throw Error("a thread ended without waiting for its copies");
   } catch (...) {
     machine.failure = std::current_exception();
   }
@@ -38,6 +39,7 @@ EMU_HIDDEN void start_fiber(Fiber& fiber, uint3 index, unsigned linear) {
   fiber.linear = linear;
   fiber.wait = Wait::nothing;
   fiber.parity = fiber.barriers = fiber.warp_barriers = 0;
+  fiber.copy_count = 0;
 }
 
 // Runs one thread until it waits or ends.
