@@ -1,16 +1,17 @@
 // A source of tiles (tile_sources.cuh) that applies the coupling while it stages.
 #pragma once
 #include "cuda/coupling_kind.cuh"
-#include "cuda/net_blocks.cuh"
+#include "cuda/net_patches.cuh"
 #include "cuda/tile_sources.cuh"
 
 namespace pyglow::cuda {
 
-// couple(in), or uncouple(in) less a center. Blocks: the vector path takes the net's output in blocks (net_blocks.cuh).
-template <class T, bool Blocks>
+// couple(in), or uncouple(in) less a center. Patches: the vector path takes the net's output in patches
+// (net_patches.cuh).
+template <class T, bool Patches>
 struct CoupledSource {
   static constexpr int tensors = 2;
-  static constexpr bool blocks = Blocks;
+  static constexpr bool patches = Patches;
   static constexpr int spare = 0;
   static constexpr bool sums = true, computes = true;
   Strided<const T> in;
@@ -47,32 +48,31 @@ struct CoupledSource {
     return log_s;
   }
 
-  // Couples the rows from `same` to `inside` of the thread's column: blocks of channels, shared out among the threads of
+  // Couples the rows from `same` to `inside` of the thread's column: patches, shared out among the threads of
   // the column. `start` is the column's first row, `net_at` its place in the net's output. The rows go to shared memory
-  // first: in registers they would have no room beside the block. Returns the sum of log s.
-  __device__ __forceinline__ T couple_blocks(T* tile, int stride, const T* start, int64_t net_at, int64_t first,
-                                             int same, int inside) const {
+  // first: in registers they would have no room beside the patch. Returns the sum of log s.
+  __device__ __forceinline__ T couple_patches(T* tile, int stride, const T* start, int64_t net_at, int64_t first,
+                                              int same, int inside) const {
     const int half = static_cast<int>(transformed);
     T log_s = T(0);
 #pragma unroll 1
     for (int begin = (same / width<T> + threadIdx.y) * width<T>; begin < inside; begin += width<T> * blockDim.y) {
-      const int from = same - begin, to = inside - begin;  // rows of the block
+      const int from = same - begin, to = inside - begin;  // rows of the patch
       T* row = tile + begin * stride + threadIdx.x * width<T>;
       const T* const in_row = start + begin * in.channel;
 #pragma unroll
       for (int k = 0; k < width<T>; ++k)
         if (k >= from && k < to) store_shared(row + k * stride, load_vector(in_row + k * in.channel));
       const int c = static_cast<int>(first - kept) + begin;
-      NetBlock<T> shift = fetch_block(net_out, net_at, net_part<T>(c, 0, half, wide)), raw = {};
-      if (kind.map != ScaleMap::none) raw = fetch_block(net_out, net_at, net_part<T>(c, half, half, wide));
-      widen_blocks(net_out.type, shift, raw);
+      NetPatch<T> shift = fetch_patch(net_out, net_at, net_part<T>(c, 0, half, wide)), raw = {};
+      if (kind.map != ScaleMap::none) raw = fetch_patch(net_out, net_at, net_part<T>(c, half, half, wide));
+      widen_patches(net_out.type, shift, raw);
 #pragma unroll 1
       for (int k = 0; k < width<T>; ++k, row += stride) {
         if (k >= from && k < to) {
           Vec<T> value = load_vector(row);
-          with_scale_map(kind.map, [&](auto map) {
-            log_s += couple<decltype(map)::value, true>(value, shift.v[0], raw.v[0]);
-          });
+          with_scale_map(kind.map,
+                         [&](auto map) { log_s += couple<decltype(map)::value, true>(value, shift.v[0], raw.v[0]); });
           const T c = center != nullptr ? center[first + begin + k] : T(0);
 #pragma unroll
           for (int i = 0; i < width<T>; ++i) value.v[i] = math::centred(value.v[i], c);
@@ -111,8 +111,8 @@ struct CoupledSource {
             if (row < same) stage_centred<Vector>(tile, stride, row, q, value[b], first + row);
           }
         }
-        if constexpr (Vector && Blocks) {
-          log_s = couple_blocks(tile, stride, start, net_column, first, same, inside);
+        if constexpr (Vector && Patches) {
+          log_s = couple_patches(tile, stride, start, net_column, first, same, inside);
           r = row_from(inside, sharer, step);
         } else {
           r = row_from(same, sharer, step);
@@ -152,9 +152,9 @@ template <class T, class F>
 int with_coupled_source(const Strided<const T>& in, const NetOutput& net_out, const T* center, int64_t channels,
                         int64_t transformed, int64_t positions, const CouplingKind<T>& kind, const NetAccess& access,
                         const F& f) {
-  return with_blocks(access, [&](auto blocks) {
-    return f(CoupledSource<T, decltype(blocks)::value>{in, net_out, center, channels - transformed, transformed,
-                                                       channels_adjacent(in, positions), kind, access.wide});
+  return with_patches(access, [&](auto patches) {
+    return f(CoupledSource<T, decltype(patches)::value>{in, net_out, center, channels - transformed, transformed,
+                                                        channels_adjacent(in, positions), kind, access.wide});
   });
 }
 

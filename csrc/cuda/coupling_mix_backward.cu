@@ -8,12 +8,12 @@
 namespace pyglow::cuda {
 namespace {
 
-// Takes grad_y, which the product gives, through the coupling: grad_in and grad_net_out. Blocks: the vector path takes
-// the net's tensors in blocks.
-template <class T, bool Blocks>
+// Takes grad_y, which the product gives, through the coupling: grad_in and grad_net_out. Patches: the vector path takes
+// the net's tensors in patches.
+template <class T, bool Patches>
 struct CouplingSink {
   static constexpr int tensors = 4;
-  static constexpr bool computes = true, blocks = Blocks;
+  static constexpr bool computes = true, patches = Patches;
   Strided<const T> in;
   NetOutput net_out;
   Strided<T> grad_in;
@@ -80,10 +80,10 @@ struct CouplingSink {
       store_net<Vector>(grad_net_out.data, grad_net_out.type, grad_at + transformed * grad_net_out.channel, x.raw);
   }
 
-  // As store_rows, in blocks: of `width` rows, or of two where the thread has no more.
+  // As store_rows, in patches: of `width` rows, or of two where the thread has no more.
   template <int Rows>
-  __device__ __forceinline__ void store_blocks(const T (&sum)[Rows][width<T>], int64_t out, int64_t channels,
-                                               const Columns<4>& columns, T weight) const {
+  __device__ __forceinline__ void store_patches(const T (&sum)[Rows][width<T>], int64_t out, int64_t channels,
+                                                const Columns<4>& columns, T weight) const {
     constexpr int count = smaller(Rows, width<T>);
     const bool affine = kind.map != ScaleMap::none;
     const int last = static_cast<int>(smaller<int64_t>(Rows, channels - out)), half = static_cast<int>(transformed);
@@ -96,11 +96,11 @@ struct CouplingSink {
     for (int begin = 0; begin < last; begin += count) {
       const int c = static_cast<int>(out - kept) + begin;
       const auto shifts = net_part<T, count>(c, 0, half, wide), raws = net_part<T, count>(c, half, half, wide);
-      NetBlock<T, count> shift = fetch_block(net_out, columns.own[1], shifts), raw = {};
-      if (affine) raw = fetch_block(net_out, columns.own[1], raws);
+      NetPatch<T, count> shift = fetch_patch(net_out, columns.own[1], shifts), raw = {};
+      if (affine) raw = fetch_patch(net_out, columns.own[1], raws);
       const T* u = in.data + columns.own[0] + (out + begin) * in.channel;
       T* target = grad_in.data + columns.own[2] + (out + begin) * grad_in.channel;
-      widen_blocks(net_out.type, shift, raw);
+      widen_patches(net_out.type, shift, raw);
 #pragma unroll 1
       for (int k = 0; k < count; ++k, u += in.channel, target += grad_in.channel) {
         Vec<T> grad, shift_row = shift.v[0], raw_row = raw.v[0];
@@ -117,17 +117,17 @@ struct CouplingSink {
 #pragma unroll
           for (int i = 0; i < width<T>; ++i) rows[l][i] = rows[l + 1][i];
       }
-      store_block(grad_net_out, columns.own[3], shifts, shift);
-      if (affine) store_block(grad_net_out, columns.own[3], raws, raw);
+      store_patch(grad_net_out, columns.own[3], shifts, shift);
+      if (affine) store_patch(grad_net_out, columns.own[3], raws, raw);
     }
   }
 
   template <bool Vector, int Rows>
   __device__ __forceinline__ void store(const T (&sum)[Rows][width<T>], int64_t out, int64_t channels,
                                         const Columns<4>& columns, int64_t begin, int64_t positions) const {
-    if constexpr (Vector && Blocks) {
+    if constexpr (Vector && Patches) {
       if (columns.own[0] == outside) return;
-      store_blocks(sum, out, channels, columns, grad_log_det[(begin + threadIdx.x * width<T>) / positions]);
+      store_patches(sum, out, channels, columns, grad_log_det[(begin + threadIdx.x * width<T>) / positions]);
     } else {
       store_rows<Vector>(sum, out, channels, columns, begin, positions);
     }
@@ -210,10 +210,10 @@ int coupling_mix_backward(const CouplingMixBackwardArgs<T>& args, const Queue& q
   if (samples * positions > 0) {
     const NetAccess both =
         access(vector_in && has_vector_columns(read_only(args.grad_in), positions), args.net_out, args.grad_net_out);
-    const int error = with_blocks(both, [&](auto blocks) {
-      const CouplingSink<T, decltype(blocks)::value> sink = {args.in,           args.net_out,      args.grad_in,
-                                                             args.grad_net_out, args.grad_log_det, kept,
-                                                             args.transformed,  args.kind,         both.wide};
+    const int error = with_patches(both, [&](auto patches) {
+      const CouplingSink<T, decltype(patches)::value> sink = {args.in,           args.net_out,      args.grad_in,
+                                                              args.grad_net_out, args.grad_log_det, kept,
+                                                              args.transformed,  args.kind,         both.wide};
       return fused_product<T>(grad_out, sink, args.matrix, 1, channels, none, samples, channels, positions,
                               both.vector(), {}, queue.stream);
     });

@@ -2,7 +2,7 @@
 // sink that computes on with what comes out of it while that is in registers.
 //
 // A sink has
-//   tensors, computes, blocks, steps()
+//   tensors, computes, patches, steps()
 //                        as a source has
 //   store<Vector>(sum, out, channels, columns, begin, positions)
 //                        sum[k][i]: the thread's output channel out + k at its position i of the tile at `begin`
@@ -168,7 +168,7 @@ template <class T, class Tensor>
 struct PlainSink {
   static constexpr int tensors = 1;
   static constexpr bool computes = false;
-  static constexpr bool blocks = false;
+  static constexpr bool patches = false;
   Tensor u;
   bool vector_channels;  // the strided path may store `width` channels at once
 
@@ -328,8 +328,8 @@ int launch_product(const FusedProduct<T, Source, Sink>& product, bool vector, vo
   const FusedCut& cut = product.cut;
   const int64_t blocks = cut.ranges.ranges * cut.groups, bytes = fused_bytes<T, Source, Sink>(cut, vector);
   const dim3 threads(cut.x, cut.y);
-  constexpr bool in_blocks = Source::blocks || Sink::blocks;
-  return with_path<in_blocks>(vector, [&](auto path) {
+  constexpr bool in_patches = Source::patches || Sink::patches;
+  return with_path<in_patches>(vector, [&](auto path) {
     return launch(fused_kernel<T, Source, Sink, Rows, decltype(path)::value>, blocks, threads, bytes, stream, product);
   });
 }

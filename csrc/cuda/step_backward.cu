@@ -2,17 +2,17 @@
 // it recovers, is staged for the product x = A (u - c).
 #include "cuda/coupling_kind.cuh"
 #include "cuda/fused_product.cuh"
-#include "cuda/net_blocks.cuh"
+#include "cuda/net_patches.cuh"
 
 namespace pyglow::cuda {
 namespace {
 
-// u - c, and beside it grad_u and grad_net_out. Blocks: the vector path takes the net's tensors in blocks.
-template <class T, bool Blocks>
+// u - c, and beside it grad_u and grad_net_out. Patches: the vector path takes the net's tensors in patches.
+template <class T, bool Patches>
 struct StepSource {
   static constexpr int tensors = 5;
-  static constexpr bool sums = false, computes = true, blocks = Blocks;
-  static constexpr int spare = Blocks ? width<T> : 0;
+  static constexpr bool sums = false, computes = true, patches = Patches;
+  static constexpr int spare = Patches ? width<T> : 0;
   Strided<const T> y;
   NetOutput net_out;
   Strided<const T> grad_y;
@@ -45,11 +45,11 @@ struct StepSource {
     }
   }
 
-  // As CoupledSource's couple_blocks, where the thread's column begins at position p of sample n. The sums of the
+  // As CoupledSource's couple_patches, where the thread's column begins at position p of sample n. The sums of the
   // product leave registers for one half of the net's output: raw, and what becomes of it, stands in shared memory; and
   // for no offsets of five tensors.
-  __device__ __forceinline__ void uncouple_blocks(T* tile, int stride, int64_t n, int64_t p, int64_t first, int same,
-                                                  int inside, const Aside<T>& aside) const {
+  __device__ __forceinline__ void uncouple_patches(T* tile, int stride, int64_t n, int64_t p, int64_t first, int same,
+                                                   int inside, const Aside<T>& aside) const {
     const auto at = [&](const auto& x) { return n * x.sample + p * x.position; };
     const T weight = grad_log_det[n];
     const bool affine = kind.map != ScaleMap::none;
@@ -57,16 +57,16 @@ struct StepSource {
     T* const raws = aside.spare + thread_index() * width<T>;
 #pragma unroll 1
     for (int begin = (same / width<T> + threadIdx.y) * width<T>; begin < inside; begin += width<T> * blockDim.y) {
-      const int from = same - begin, to = inside - begin;  // rows of the block
+      const int from = same - begin, to = inside - begin;  // rows of the patch
       T* row = tile + begin * stride + threadIdx.x * width<T>;
       const T* const y_row = y.data + at(y) + (first + begin) * y.channel;
 #pragma unroll
       for (int k = 0; k < width<T>; ++k)
         if (k >= from && k < to) store_shared(row + k * stride, load_vector(y_row + k * y.channel));
       const int c = static_cast<int>(first - kept) + begin;
-      NetBlock<T> shift = fetch_block(net_out, at(net_out), net_part<T>(c, 0, half, wide)), raw = {};
-      if (affine) raw = fetch_block(net_out, at(net_out), net_part<T>(c, half, half, wide));
-      widen_blocks(net_out.type, shift, raw);
+      NetPatch<T> shift = fetch_patch(net_out, at(net_out), net_part<T>(c, 0, half, wide)), raw = {};
+      if (affine) raw = fetch_patch(net_out, at(net_out), net_part<T>(c, half, half, wide));
+      widen_patches(net_out.type, shift, raw);
 #pragma unroll
       for (int k = 0; k < width<T>; ++k) store_shared(raws + k * apart, raw.v[k]);
       const T* grad_row = grad_y.data + at(grad_y) + (first + begin) * grad_y.channel;
@@ -90,10 +90,10 @@ struct StepSource {
         target += grad_u.channel;
       }
       if (!aside.wanted) continue;
-      store_block(grad_net_out, at(grad_net_out), net_part<T>(c, 0, half, wide), shift);
+      store_patch(grad_net_out, at(grad_net_out), net_part<T>(c, 0, half, wide), shift);
 #pragma unroll
       for (int k = 0; k < width<T>; ++k) raw.v[k] = load_vector(raws + k * apart);
-      if (affine) store_block(grad_net_out, at(grad_net_out), net_part<T>(c, half, half, wide), raw);
+      if (affine) store_patch(grad_net_out, at(grad_net_out), net_part<T>(c, half, half, wide), raw);
     }
   }
 
@@ -106,13 +106,13 @@ struct StepSource {
     const int same = static_cast<int>(larger<int64_t>(0, smaller<int64_t>(inside, kept - first)));
     for_each_column<Vector, T>(channels_adjacent, [&](int q, int sharer, int step) {
       const int64_t j = aside.begin + q * unit;
-      [[maybe_unused]] int64_t n = 0, p = 0;  // see uncouple_blocks
-      if constexpr (Blocks) {
+      [[maybe_unused]] int64_t n = 0, p = 0;  // see uncouple_patches
+      if constexpr (Patches) {
         n = j / aside.positions;
         p = j - n * aside.positions;
       }
       const auto at = [&](int tensor) {
-        if (Blocks && tensor > 0) return n * steps().sample[tensor] + p * steps().position[tensor];
+        if (Patches && tensor > 0) return n * steps().sample[tensor] + p * steps().position[tensor];
         return Vector ? columns.own[tensor] : columns.table[tensor * count + q];
       };
       int r = sharer;
@@ -145,9 +145,9 @@ struct StepSource {
         }
       }
       r = row_from(same, sharer, step);
-      if (Blocks ? same >= inside : r >= inside) return;
-      if constexpr (Blocks) {
-        uncouple_blocks(tile, stride, n, p, first, same, inside, aside);
+      if (Patches ? same >= inside : r >= inside) return;
+      if constexpr (Patches) {
+        uncouple_patches(tile, stride, n, p, first, same, inside, aside);
         return;
       }
       const T weight = grad_log_det[j / aside.positions];
@@ -196,19 +196,19 @@ int step_backward(const StepBackwardArgs<T>& args, const Queue& queue) {
   const bool vector = vector_columns(args.y, args.grad_y, read_only(args.grad_u), read_only(args.x));
   const NetAccess access =
       vector ? net_access<T>(kept, args.transformed, positions, args.net_out, args.grad_net_out) : NetAccess{};
-  return with_blocks(access, [&](auto blocks) {
-    const StepSource<T, decltype(blocks)::value> source = {args.y,
-                                                           args.net_out,
-                                                           args.grad_y,
-                                                           args.grad_u,
-                                                           args.grad_net_out,
-                                                           args.grad_log_det,
-                                                           args.offset,
-                                                           kept,
-                                                           args.transformed,
-                                                           channels_adjacent(args.y, positions),
-                                                           args.kind,
-                                                           access.wide};
+  return with_patches(access, [&](auto patches) {
+    const StepSource<T, decltype(patches)::value> source = {args.y,
+                                                            args.net_out,
+                                                            args.grad_y,
+                                                            args.grad_u,
+                                                            args.grad_net_out,
+                                                            args.grad_log_det,
+                                                            args.offset,
+                                                            kept,
+                                                            args.transformed,
+                                                            channels_adjacent(args.y, positions),
+                                                            args.kind,
+                                                            access.wide};
     const T* const none = nullptr;
     return fused_product<T>(source, plain_sink(args.x, channels), args.inverse_matrix, channels, 1, none, samples,
                             channels, positions, access.vector(), {}, queue.stream);

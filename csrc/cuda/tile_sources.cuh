@@ -4,7 +4,7 @@
 //   sums                           whether it gives sums of log s
 //   computes                       whether it uses exp and its like, which in double take many registers
 //   spare                          vectors of shared memory that each thread wants for itself
-//   blocks                         whether it reads a net's output in blocks (net_blocks.cuh), for which there is no
+//   patches                        whether it reads a net's output in patches (net_patches.cuh), for which there is no
 //                                  strided path
 //   steps()                        their strides along samples and positions
 //   stage<Vector>(tile, stride, rows, first, channels, columns, aside)
@@ -16,10 +16,10 @@
 
 namespace pyglow::cuda {
 
-// Calls f(std::bool_constant<whether it is the vector path>()): with blocks it always is.
-template <bool Blocks, class F>
+// Calls f(std::bool_constant<whether it is the vector path>()): with patches it always is.
+template <bool Patches, class F>
 int with_path(bool vector, const F& f) {
-  if constexpr (!Blocks) {
+  if constexpr (!Patches) {
     if (!vector) return f(std::false_type());
   }
   return f(std::true_type());
@@ -122,7 +122,7 @@ struct PlainSource {
   static constexpr int tensors = 1;
   static constexpr bool sums = false;
   static constexpr bool computes = false;
-  static constexpr bool blocks = false;
+  static constexpr bool patches = false;
   static constexpr int spare = 0;
   Squeezed<const T> x;
   const T* center;         // (C,) or null
@@ -201,7 +201,7 @@ struct SplitSource {
   static constexpr int tensors = 2;
   static constexpr bool sums = false;  // of log s
   static constexpr bool computes = false;
-  static constexpr bool blocks = false;
+  static constexpr bool patches = false;
   static constexpr int spare = 0;
   SplitGrad<T> grad;       // without a second part added_channels is 0
   bool channels_adjacent;  // in memory, rather than positions

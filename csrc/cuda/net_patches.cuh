@@ -1,32 +1,32 @@
 // The net's output, and the gradient for it, where their channels are neighbours in memory (channels-last, as tensor
 // cores like it) and the positions of the flow state are.
 //
-// A thread takes a block, `width` channels by `width` positions: it reads 16 bytes of channels at each position, and 16
+// A thread takes a patch, `width` channels by `width` positions: it reads 16 bytes of channels at each position, and 16
 // bytes of positions in each channel of the state. Turning one into the other is only a matter of which register is
 // called what, so that nothing goes through shared memory. 16-bit numbers are 8 bytes where those of T are 16.
 //
 // The channels of both halves of the output, shift and raw, come in pairs, but not always in fours (C2 = 6: raw begins
-// at the sixth channel): a block of floats that does not begin at a multiple of four, or reaches beyond its half, is
+// at the sixth channel): a patch of floats that does not begin at a multiple of four, or reaches beyond its half, is
 // read as pairs.
 #pragma once
 #include "cuda/net_data.cuh"
 
 namespace pyglow::cuda {
 
-// Channel k at position i of the block is v[k].v[i]. Count: `width`, or two for a thread that has no more channels.
+// Channel k at position i of the patch is v[k].v[i]. Count: `width`, or two for a thread that has no more channels.
 template <class T, int Count = width<T>>
-struct NetBlock {
+struct NetPatch {
   Vec<T> v[Count];
 };
 
-// How a launch reaches the net's tensors: in the strided path, in vectors of positions, or in blocks. wide: multiples
+// How a launch reaches the net's tensors: in the strided path, in vectors of positions, or in patches. wide: multiples
 // of `width` channels are aligned.
 struct NetAccess {
-  enum class Path { strided, positions, blocks } path;
+  enum class Path { strided, positions, patches } path;
   bool wide;
 
   bool vector() const { return path != Path::strided; }
-  bool blocks() const { return path == Path::blocks; }
+  bool patches() const { return path == Path::patches; }
 };
 
 template <class T, class Data>
@@ -41,16 +41,16 @@ NetAccess net_access(int64_t kept, int64_t transformed, int64_t positions, const
   if ((has_vector_net<T>(nets, positions) && ...)) return {NetAccess::Path::positions, false};
   if (kept % 2 != 0 || transformed % 2 != 0 || !(has_net_vectors<T>(nets, 2) && ...))
     return {NetAccess::Path::strided, false};
-  return {NetAccess::Path::blocks, (has_net_vectors<T>(nets, width<T>) && ...)};
+  return {NetAccess::Path::patches, (has_net_vectors<T>(nets, width<T>) && ...)};
 }
 
-// Calls f(std::bool_constant<whether the net's tensors are taken in blocks>()).
+// Calls f(std::bool_constant<whether the net's tensors are taken in patches>()).
 template <class F>
-int with_blocks(const NetAccess& access, const F& f) {
-  return access.blocks() ? f(std::true_type()) : f(std::false_type());
+int with_patches(const NetAccess& access, const F& f) {
+  return access.patches() ? f(std::true_type()) : f(std::false_type());
 }
 
-// The block that begins at channel c of a half, where c may be negative: which of its pairs lie in the half, and
+// The patch that begins at channel c of a half, where c may be negative: which of its pairs lie in the half, and
 // whether all of it is one vector at each position.
 template <class T, int Count = width<T>>
 struct NetPart {
@@ -71,13 +71,13 @@ __device__ __forceinline__ NetPart<T, Count> net_part(int c, int half, int trans
   return part;
 }
 
-// The block of the positions whose first one is at offset `at`, as fetch_net gives it: 16-bit numbers stand as bits in
+// The patch of the positions whose first one is at offset `at`, as fetch_net gives it: 16-bit numbers stand as bits in
 // the first two vectors, to be widened after the loads of other tensors have been issued too. Zero where nothing is.
 template <class T, int Count>
-__device__ __forceinline__ NetBlock<T, Count> fetch_block(const NetOutput& x, int64_t at,
+__device__ __forceinline__ NetPatch<T, Count> fetch_patch(const NetOutput& x, int64_t at,
                                                           const NetPart<T, Count>& part) {
   constexpr int positions = width<T>;
-  NetBlock<T, Count> block = {};
+  NetPatch<T, Count> patch = {};
   const int64_t start = at + part.channel;
   const auto pairs = [&](auto* data, const auto& load) {
 #pragma unroll
@@ -93,18 +93,18 @@ __device__ __forceinline__ NetBlock<T, Count> fetch_block(const NetOutput& x, in
       const uint16_t* p = static_cast<const uint16_t*>(x.data);
       if (!part.whole) {
         pairs(p, [&](int m, int i, const uint16_t* pair) {
-          block.v[m].v[i] = math::float_of(*static_cast<const uint32_t*>(__builtin_assume_aligned(pair, 4)));
+          patch.v[m].v[i] = math::float_of(*static_cast<const uint32_t*>(__builtin_assume_aligned(pair, 4)));
         });
-        return block;
+        return patch;
       }
       p += start;
 #pragma unroll
       for (int i = 0; i < positions; ++i, p += x.position) {
         const Bits64 bits = *static_cast<const Bits64*>(__builtin_assume_aligned(p, 8));
-        block.v[0].v[i] = math::float_of(bits.low);
-        block.v[NetPart<T, Count>::pairs - 1].v[i] = math::float_of(bits.high);
+        patch.v[0].v[i] = math::float_of(bits.low);
+        patch.v[NetPart<T, Count>::pairs - 1].v[i] = math::float_of(bits.high);
       }
-      return block;
+      return patch;
     }
   }
   const T* p = static_cast<const T*>(x.data);
@@ -114,29 +114,29 @@ __device__ __forceinline__ NetBlock<T, Count> fetch_block(const NetOutput& x, in
     for (int i = 0; i < positions; ++i, p += x.position) {
       const Vec<T> channels = load_vector(p);
 #pragma unroll
-      for (int k = 0; k < Count; ++k) block.v[k].v[i] = channels.v[k];
+      for (int k = 0; k < Count; ++k) patch.v[k].v[i] = channels.v[k];
     }
   } else if constexpr (sizeof(T) == sizeof(float)) {
     pairs(p, [&](int m, int i, const T* pair) {
       const Bits64 bits = *static_cast<const Bits64*>(__builtin_assume_aligned(pair, 8));
-      block.v[2 * m].v[i] = math::float_of(bits.low);
-      block.v[2 * m + 1].v[i] = math::float_of(bits.high);
+      patch.v[2 * m].v[i] = math::float_of(bits.low);
+      patch.v[2 * m + 1].v[i] = math::float_of(bits.high);
     });
   }
-  return block;
+  return patch;
 }
 
-// The numbers of blocks that fetch_block gave.
+// The numbers of patches that fetch_patch gave.
 template <class T, int Count>
-__device__ __forceinline__ void widen_blocks(NetType type, NetBlock<T, Count>& shift, NetBlock<T, Count>& raw) {
+__device__ __forceinline__ void widen_patches(NetType type, NetPatch<T, Count>& shift, NetPatch<T, Count>& raw) {
   if constexpr (sizeof(T) == sizeof(float)) {
-    const auto widen = [&](auto half, NetBlock<T, Count>& block) {
+    const auto widen = [&](auto half, NetPatch<T, Count>& patch) {
 #pragma unroll
       for (int i = 0; i < width<T>; ++i) {
-        T channels[] = {block.v[0].v[i], block.v[1].v[i], T(0), T(0)};
+        T channels[] = {patch.v[0].v[i], patch.v[1].v[i], T(0), T(0)};
         widen_bits<decltype(half)>(channels);
 #pragma unroll
-        for (int k = 0; k < Count; ++k) block.v[k].v[i] = channels[k];
+        for (int k = 0; k < Count; ++k) patch.v[k].v[i] = channels[k];
       }
     };
     if (type == NetType::bfloat16) {
@@ -149,10 +149,10 @@ __device__ __forceinline__ void widen_blocks(NetType type, NetBlock<T, Count>& s
   }
 }
 
-// The reverse of fetch_block and widen_blocks.
+// The reverse of fetch_patch and widen_patches.
 template <class T, int Count>
-__device__ __forceinline__ void store_block(const NetGrad& x, int64_t at, const NetPart<T, Count>& part,
-                                            const NetBlock<T, Count>& block) {
+__device__ __forceinline__ void store_patch(const NetGrad& x, int64_t at, const NetPart<T, Count>& part,
+                                            const NetPatch<T, Count>& patch) {
   constexpr int positions = width<T>;
   const auto place = [&](int i) { return at + i * x.position + part.channel; };
   if constexpr (sizeof(T) == sizeof(float)) {
@@ -163,7 +163,7 @@ __device__ __forceinline__ void store_block(const NetGrad& x, int64_t at, const 
         uint32_t bits[NetPart<T, Count>::pairs];
 #pragma unroll
         for (int m = 0; m < NetPart<T, Count>::pairs; ++m)
-          bits[m] = narrow_bits(block.v[2 * m].v[i], x.type) | narrow_bits(block.v[2 * m + 1].v[i], x.type) << 16;
+          bits[m] = narrow_bits(patch.v[2 * m].v[i], x.type) | narrow_bits(patch.v[2 * m + 1].v[i], x.type) << 16;
         if (part.whole) {
           store_whole(reinterpret_cast<uint2*>(p), make_uint2(bits[0], bits[NetPart<T, Count>::pairs - 1]));
         } else {
@@ -181,7 +181,7 @@ __device__ __forceinline__ void store_block(const NetGrad& x, int64_t at, const 
 #pragma unroll
         for (int i = 0; i < positions; ++i)
           store_whole(reinterpret_cast<uint2*>(static_cast<float*>(x.data) + place(i) + 2 * m),
-                      make_uint2(math::float_bits(block.v[2 * m].v[i]), math::float_bits(block.v[2 * m + 1].v[i])));
+                      make_uint2(math::float_bits(patch.v[2 * m].v[i]), math::float_bits(patch.v[2 * m + 1].v[i])));
       }
       return;
     }
@@ -191,18 +191,18 @@ __device__ __forceinline__ void store_block(const NetGrad& x, int64_t at, const 
   for (int i = 0; i < positions; ++i) {
     Vec<T> channels;
 #pragma unroll
-    for (int k = 0; k < Count; ++k) channels.v[k] = block.v[k].v[i];
+    for (int k = 0; k < Count; ++k) channels.v[k] = patch.v[k].v[i];
     store_vector(static_cast<T*>(x.data) + place(i), channels);
   }
 }
 
-// The block's first channel. The others move up, and what has become of it goes behind them: after as many of these as
+// The patch's first channel. The others move up, and what has become of it goes behind them: after as many of these as
 // it has channels all stand where they were, and code that treats one channel is there once.
 template <class T, int Count>
-__device__ __forceinline__ void rotate(NetBlock<T, Count>& block, const Vec<T>& last) {
+__device__ __forceinline__ void rotate(NetPatch<T, Count>& patch, const Vec<T>& last) {
 #pragma unroll
-  for (int k = 0; k + 1 < Count; ++k) block.v[k] = block.v[k + 1];
-  block.v[Count - 1] = last;
+  for (int k = 0; k + 1 < Count; ++k) patch.v[k] = patch.v[k + 1];
+  patch.v[Count - 1] = last;
 }
 
 }  // namespace pyglow::cuda
