@@ -5,11 +5,12 @@
 namespace pyglow::cuda {
 
 // - Grid: ranges of tiles of 16 to 64 16-byte columns by groups of up to 128 output channels, groups fastest, so that
-//   the second reader of a tile finds it in L2; at most max_blocks.
+//   the second reader of a tile finds it in L2; at most max_blocks. Tiles of 4 columns up and groups of 16 output
+//   channels up where that would leave half of a large GPU idle (fused_cut).
 // - Occupancy: up to 128 registers, so 2 blocks of 256 threads on a multiprocessor (4 of 128), in double half of that;
-// at
-//   most 47 KB of shared memory, which is not the tighter limit. All of a chunk's loads are in flight together, up to
-//   32 KB a block.
+//   at most 47 KB of shared memory, which is not the tighter limit. A thread has four 16-byte loads in flight while it
+//   stages, 32 KB on a multiprocessor, about bandwidth times latency; the weights of a chunk come meanwhile, all at
+//   once, by copies to shared memory.
 // - Bound: memory up to about C = 64 (C / 8 multiply-adds for each byte moved), then the multiply-add units. x is read
 //   once up to C = 128 and ceil(C / 128) times above, mostly from L2. Squeezing changes addresses only: a thread reads
 //   or writes 32 bytes of an image's row for two channels.

@@ -8,11 +8,12 @@ namespace pyglow::cuda {
 
 // couple(in), or uncouple(in) less a center. Patches: the vector path takes the net's output in patches
 // (net_patches.cuh).
-template <class T, bool Patches>
+// Spare: of these one half stands in shared memory, where a product leaves no registers for it.
+template <class T, bool Patches, bool Spare>
 struct CoupledSource {
   static constexpr int tensors = 2;
   static constexpr bool patches = Patches;
-  static constexpr int spare = 0;
+  static constexpr int spare = Patches && Spare ? width<T> : 0;
   static constexpr bool sums = true, computes = true;
   Strided<const T> in;
   NetOutput net_out;
@@ -52,34 +53,42 @@ struct CoupledSource {
   // the column. `start` is the column's first row, `net_at` its place in the net's output. The rows go to shared memory
   // first: in registers they would have no room beside the patch. Returns the sum of log s.
   __device__ __forceinline__ T couple_patches(T* tile, int stride, const T* start, int64_t net_at, int64_t first,
-                                              int same, int inside) const {
+                                              int same, int inside, const Aside<T>& aside) const {
     const int half = static_cast<int>(transformed);
+    T* const column = tile + threadIdx.x * width<T>;
     T log_s = T(0);
 #pragma unroll 1
     for (int begin = (same / width<T> + threadIdx.y) * width<T>; begin < inside; begin += width<T> * blockDim.y) {
-      const int from = same - begin, to = inside - begin;  // rows of the patch
-      T* row = tile + begin * stride + threadIdx.x * width<T>;
-      const T* const in_row = start + begin * in.channel;
-#pragma unroll
-      for (int k = 0; k < width<T>; ++k)
-        if (k >= from && k < to) store_shared(row + k * stride, load_vector(in_row + k * in.channel));
-      const int c = static_cast<int>(first - kept) + begin;
-      NetPatch<T> shift = fetch_patch(net_out, net_at, net_part<T>(c, 0, half, wide)), raw = {};
+      const int c = static_cast<int>(first - kept) + begin, apart = blockDim.x * blockDim.y * width<T>;
+      NetPatch<T> shift = {}, raw = {};
       if (kind.map != ScaleMap::none) raw = fetch_patch(net_out, net_at, net_part<T>(c, half, half, wide));
-      widen_patches(net_out.type, shift, raw);
-#pragma unroll 1
-      for (int k = 0; k < width<T>; ++k, row += stride) {
-        if (k >= from && k < to) {
-          Vec<T> value = load_vector(row);
-          with_scale_map(kind.map,
-                         [&](auto map) { log_s += couple<decltype(map)::value, true>(value, shift.v[0], raw.v[0]); });
-          const T c = center != nullptr ? center[first + begin + k] : T(0);
+      T* raws = nullptr;
+      if constexpr (Spare) {
+        raws = aside.spare + thread_index() * width<T>;
+        widen_patches(net_out.type, raw);
 #pragma unroll
-          for (int i = 0; i < width<T>; ++i) value.v[i] = math::centred(value.v[i], c);
-          store_shared(row, value);
+        for (int k = 0; k < width<T>; ++k) store_shared(raws + k * apart, raw.v[k]);
+      }
+#pragma unroll
+      for (int r = begin; r < begin + width<T>; ++r)
+        if (r >= same && r < inside) store_shared(column + r * stride, load_vector(start + r * in.channel));
+      shift = fetch_patch(net_out, net_at, net_part<T>(c, 0, half, wide));
+      if constexpr (Spare)
+        widen_patches(net_out.type, shift);
+      else
+        widen_patches(net_out.type, shift, raw);
+      T* row = column + begin * stride;
+#pragma unroll 1
+      for (int r = begin; r < smaller(begin + width<T>, inside); ++r, row += stride) {
+        if (r >= same) {
+          Vec<T> value = load_vector(row);
+          const Vec<T> raw_row = Spare ? load_vector(raws + (r - begin) * apart) : raw.v[0];
+          with_scale_map(kind.map,
+                         [&](auto map) { log_s += couple<decltype(map)::value, true>(value, shift.v[0], raw_row); });
+          stage_centred<true>(tile, stride, r, threadIdx.x, value, first + r);
         }
         rotate(shift, {});
-        rotate(raw, {});
+        if constexpr (!Spare) rotate(raw, {});
       }
     }
     return log_s;
@@ -112,7 +121,7 @@ struct CoupledSource {
           }
         }
         if constexpr (Vector && Patches) {
-          log_s = couple_patches(tile, stride, start, net_column, first, same, inside);
+          log_s = couple_patches(tile, stride, start, net_column, first, same, inside, aside);
           r = row_from(inside, sharer, step);
         } else {
           r = row_from(same, sharer, step);
@@ -148,13 +157,13 @@ struct CoupledSource {
 };
 
 // Calls f(source).
-template <class T, class F>
+template <bool Spare, class T, class F>
 int with_coupled_source(const Strided<const T>& in, const NetOutput& net_out, const T* center, int64_t channels,
                         int64_t transformed, int64_t positions, const CouplingKind<T>& kind, const NetAccess& access,
                         const F& f) {
   return with_patches(access, [&](auto patches) {
-    return f(CoupledSource<T, decltype(patches)::value>{in, net_out, center, channels - transformed, transformed,
-                                                        channels_adjacent(in, positions), kind, access.wide});
+    return f(CoupledSource<T, decltype(patches)::value, Spare>{in, net_out, center, channels - transformed, transformed,
+                                                               channels_adjacent(in, positions), kind, access.wide});
   });
 }
 

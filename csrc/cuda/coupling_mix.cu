@@ -6,12 +6,12 @@
 
 namespace pyglow::cuda {
 
-// - Grid: ranges of tiles of 16 to 64 16-byte columns by groups of up to 128 output channels, groups fastest, so that
-//   the second reader of a tile finds it in L2; at most max_blocks. A block walks its range, so that it leaves at most
-//   two samples' log_det to the second stage.
+// - Grid: as channel_mix. A block walks its range, so that it leaves at most two samples' log_det to the second stage,
+//   which is not launched where no sample lies in two ranges.
 // - Large C: each group stages, and so couples, again. An element staged costs 128 multiply-adds in its group and,
 //   every second one, some 30 instructions of the coupling: about an eighth more. A coupling pass of its own would need
-//   memory of the state's size and move 2 C values more for each position.
+//   memory of the state's size and move 2 C values more for each position. Of small products that fused_cut splits, an
+//   element costs 32 multiply-adds or more in each group, and the instructions are spread over idle multiprocessors.
 // - Occupancy: up to 128 registers, so 2 blocks of 256 threads on a multiprocessor (4 of 128; double: 1); at most 47 KB
 //   of shared memory, which is not the tighter limit. While a thread couples one row it loads the next, so that three
 //   to six 16-byte loads are in flight, 24 to 48 KB on a multiprocessor; bandwidth times latency is about 30 KB.
@@ -29,12 +29,12 @@ int coupling_mix(const CouplingMixArgs<T>& args, const Queue& queue) {
   const int64_t partials_bytes = 2 * static_cast<int64_t>(sizeof(double)) * most_ranges<T>(samples, positions);
   double* const partials = static_cast<double*>(queue.scratch(partials_bytes));
   const LogDet<T> log_det = {half.log_det, partials, inverse};
-  return with_coupled_source(half.in, half.net_out, inverse ? args.offset : nullptr, channels, half.transformed,
-                             positions, half.kind, access, [&](const auto& source) {
-                               return fused_product<T>(source, sink, args.matrix, channels, 1,
-                                                       inverse ? nullptr : args.offset, samples, channels, positions,
-                                                       access.vector(), log_det, queue.stream);
-                             });
+  return with_coupled_source<true>(half.in, half.net_out, inverse ? args.offset : nullptr, channels, half.transformed,
+                                   positions, half.kind, access, [&](const auto& source) {
+                                     return fused_product<T>(source, sink, args.matrix, channels, 1,
+                                                             inverse ? nullptr : args.offset, samples, channels,
+                                                             positions, access.vector(), log_det, queue.stream);
+                                   });
 }
 
 PYGLOW_CUDA_INSTANTIATE(coupling_mix, CouplingMixArgs)

@@ -220,11 +220,11 @@ int coupling_mix_backward(const CouplingMixBackwardArgs<T>& args, const Queue& q
     if (error != cudaSuccess) return error;
   }
   const NetAccess reading = access(vector_in, args.net_out);
-  return with_coupled_source(args.in, args.net_out, none, channels, args.transformed, positions, args.kind, reading,
-                             [&](const auto& y) {
-                               return mix_sums<T>(y, grad_out, args.grad_matrix, args.grad_offset, samples, channels,
-                                                  positions, reading.vector(), queue);
-                             });
+  return with_coupled_source<false>(args.in, args.net_out, none, channels, args.transformed, positions, args.kind,
+                                    reading, [&](const auto& y) {
+                                      return mix_sums<T>(y, grad_out, args.grad_matrix, args.grad_offset, samples,
+                                                         channels, positions, reading.vector(), queue);
+                                    });
 }
 
 PYGLOW_CUDA_INSTANTIATE(coupling_mix_backward, CouplingMixBackwardArgs)

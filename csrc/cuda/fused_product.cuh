@@ -46,20 +46,19 @@ PYGLOW_HD constexpr int padded(int columns) {
   return columns + width<T>;
 }
 
-// weights[k * stride + o] = M[out + o, in + k], zero outside M: copies under way, not waited for, so that a source
-// stages meanwhile.
-template <class T>
+// weights[k * padded(group) + o] = M[out + o, in + k], zero outside M: copies under way, not waited for, so that a
+// source stages meanwhile. Each row of threads brings its own output channels, of 8 input channels at a time.
+template <int Rows, class T>
 __device__ __forceinline__ void stage_weights(T* weights, const T* matrix, int64_t row, int64_t column,
-                                              int64_t channels, int group, int64_t out, int64_t in, int inputs) {
-  const int count = group / 4 * static_cast<int>(round_up(inputs, 8)) * 4;
-  for (int e = thread_index(); e < count; e += blockDim.x * blockDim.y) {
-    const int block = e / 32, k = block / (group / 4) * 8 + e % 8, o = block % (group / 4) * 4 + e / 8 % 4;
+                                              int64_t channels, int64_t out, int64_t in, int inputs) {
+  const int stride = padded<T>(blockDim.y * Rows), count = Rows * static_cast<int>(round_up(inputs, 8));
+  for (int e = threadIdx.x; e < count; e += blockDim.x) {
+    const int k = e / (8 * Rows) * 8 + e % 8, o = threadIdx.y * Rows + e / 8 % Rows;
     if (k >= inputs) continue;
-    T* const weight = weights + k * padded<T>(group) + o;
     if (out + o < channels)
-      copy_async(weight, matrix + (out + o) * row + (in + k) * column);
+      copy_async(weights + k * stride + o, matrix + (out + o) * row + (in + k) * column);
     else
-      *weight = T(0);
+      weights[k * stride + o] = T(0);
   }
 }
 
@@ -142,7 +141,7 @@ __global__ void __launch_bounds__(block_threads,
       const int count = static_cast<int>(smaller<int64_t>(chunk, channels - in));
       __syncthreads();  // the previous chunk has been used, the offsets are there
       if (!resident || tile == first_tile)
-        stage_weights(weights, p.matrix, p.row, p.column, channels, group, first_out, in, count);
+        stage_weights<Rows>(weights, p.matrix, p.row, p.column, channels, first_out, in, count);
       const Aside<T> aside = {first_out == 0, begin, ranges.positions, logs, log_stride, spare};
       p.source.template stage<Vector>(inputs, stride, count, in, channels, source_columns, aside);
       wait_for_copies();
@@ -282,22 +281,23 @@ FusedCut wide_cut(int64_t samples, int64_t channels, int64_t positions, bool vec
 // The wide cut, or one with narrow tiles and threads of few output channels, in blocks of 64 to 256, if it gives more
 // blocks: the fewest groups of output channels that give each multiprocessor a block, and the widest tile with these;
 // else what gives the most blocks. A group more stages, and so couples, the whole tile once more, from the L2, but
-// every block multiplies less and brings fewer weights. It ends at 64 threads: what a thread waits for is the rows of a
-// tile that it stages, in batches of four, and they become more as threads become fewer.
-template <class T>
-FusedCut narrow_cut(const FusedCut& wide, int64_t samples, int64_t channels, int64_t positions) {
+// every block multiplies less and brings fewer weights. At (16, 96, 8, 8), 192 blocks bring 18 KB each and 27 KB to a
+// multiprocessor, where 16 brought 61 KB each, and a warp has 96 times 8 multiply-adds, not 32. It ends at 64 threads:
+// what a thread waits for is the rows of a tile that it stages, in batches of four, and they become more as threads
+// become fewer.
+template <class T, class Source, class Sink>
+FusedCut narrow_cut(const FusedCut& wide, int64_t samples, int64_t channels, int64_t positions, bool vector) {
   const int64_t thread_groups = divide_up(channels, narrow_rows);
   FusedCut best = wide;
   int64_t most = blocks_of(wide, samples, positions, width<T>);
   for (int64_t groups = divide_up(channels, fused_group); groups <= thread_groups; ++groups) {
     for (int x = smaller(64, block_threads); x >= fused_min_columns; x /= 2) {
-      // Whole warps; weights are staged for four output channels at a time.
-      const int y = static_cast<int>(round_up(divide_up(thread_groups, groups), larger(2, warp_threads / x)));
+      const int y = static_cast<int>(round_up(divide_up(thread_groups, groups), larger(1, warp_threads / x)));
       const bool half_empty = x > fused_min_columns && x / 2 * width<T> >= samples * positions;
       if (half_empty || x * y > block_threads || x * y < smaller(64, block_threads)) continue;
       const FusedCut cut = {x, y, narrow_rows, static_cast<int>(divide_up(thread_groups, y)), wide.chunk, {}};
       const int64_t blocks = blocks_of(cut, samples, positions, width<T>);
-      if (blocks <= most) continue;
+      if (blocks <= most || fused_bytes<T, Source, Sink>(cut, vector) > fused_shared_bytes) continue;
       best = cut;
       most = blocks;
       if (most >= multiprocessors) return best;
@@ -306,13 +306,13 @@ FusedCut narrow_cut(const FusedCut& wide, int64_t samples, int64_t channels, int
   return best;
 }
 
-// With more blocks than half of the multiprocessors the wide cut stays: were each block two, one multiprocessor would
-// still have both, and end no earlier.
+// With more blocks than half of the multiprocessors the wide cut stays: were each block two, some multiprocessor would
+// have two of them, and end no earlier.
 template <class T, class Source, class Sink>
 FusedCut fused_cut(int64_t samples, int64_t channels, int64_t positions, bool vector) {
   FusedCut cut = wide_cut<T, Source, Sink>(samples, channels, positions, vector);
   if (blocks_of(cut, samples, positions, width<T>) <= multiprocessors / 2)
-    cut = narrow_cut<T>(cut, samples, channels, positions);
+    cut = narrow_cut<T, Source, Sink>(cut, samples, channels, positions, vector);
   cut.ranges = ranges_of(samples, positions, cut.x * width<T>, max_blocks / cut.groups);
   return cut;
 }

@@ -201,14 +201,12 @@ bool has_vector_units(const SplitGrad<T>& x, int64_t positions) {
 
 }  // namespace
 
-// - Grid: channels (32 where they are neighbours in memory) by shares of up to 64 terms for each thread, as many as
-// make
-//   max_blocks, which then loop.
+// - Grid: channels (32 where they are neighbours in memory) by shares of two units to 64 terms for each thread, at most
+//   max_blocks blocks, which then loop.
 // - Occupancy: up to 80 registers (float), so 3 blocks of 256 threads on a multiprocessor; a thread has up to five
 //   16-byte loads in flight, 60 KB in all, more than bandwidth times latency (about 30 KB). Double: 2.
 // - Bound: memory, 3 values moved for a kept element and 7 for a transformed one. The second stage reads two doubles
-// for
-//   each channel and share. The transformed channels beside a channels-last net's output are a launch of their own.
+//   for each channel and share. The transformed channels beside a channels-last net's output are a launch of their own.
 template <class T>
 int gather_backward(const GatherBackwardArgs<T>& args, const Queue& queue) {
   const int64_t samples = args.samples, channels = args.channels, positions = args.positions;

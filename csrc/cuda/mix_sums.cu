@@ -47,7 +47,8 @@ Split split_into(int64_t total, int64_t channels, int64_t parts, int columns) {
   split.columns = columns;
   const int share = split.side * split.side;
   split.groups = smaller(block_threads / share, columns);
-  split.threads = static_cast<int>(round_up(share * split.groups, larger(columns, warp_threads)));
+  const int threads = share * (block_threads / share);  // those beyond the groups help staging
+  split.threads = static_cast<int>(round_up(threads, larger(columns, warp_threads)));
   split.tiles = divide_up(total, columns * width<T>);
   const int64_t fitting = max_scratch_bytes / static_cast<int64_t>(sizeof(double)) / ((channels + 1) * channels);
   const int64_t wanted = divide_up(smaller(4 * multiprocessors, max_blocks), parts * parts);
@@ -72,7 +73,8 @@ Split split_of(int64_t samples, int64_t channels, int64_t positions) {
   Split split = split_into<T>(samples * positions, channels, parts, columns);
   if (blocks_of(split) > multiprocessors / 2) return split;
   while (blocks_of(split) < multiprocessors) {
-    if (columns > 16 && split.splits > 1) {  // one split alone needs no second stage
+    // One split needs no second stage: its tile becomes shorter only by what is empty.
+    if (columns > 16 && (split.splits > 1 || columns / 2 * width<T> >= samples * positions)) {
       columns /= 2;
     } else if (side > 4) {
       side = static_cast<int>(divide_up(sides, ++parts));

@@ -127,24 +127,25 @@ __device__ __forceinline__ NetPatch<T, Count> fetch_patch(const NetOutput& x, in
 }
 
 // The numbers of patches that fetch_patch gave.
-template <class T, int Count>
-__device__ __forceinline__ void widen_patches(NetType type, NetPatch<T, Count>& shift, NetPatch<T, Count>& raw) {
+template <class Half, class T, int Count>
+__device__ __forceinline__ void widen_patch(NetPatch<T, Count>& patch) {
+#pragma unroll
+  for (int i = 0; i < width<T>; ++i) {
+    T channels[] = {patch.v[0].v[i], patch.v[1].v[i], T(0), T(0)};
+    widen_bits<Half>(channels);
+#pragma unroll
+    for (int k = 0; k < Count; ++k) patch.v[k].v[i] = channels[k];
+  }
+}
+template <class T, int Count, class... More>
+__device__ __forceinline__ void widen_patches(NetType type, NetPatch<T, Count>& patch, More&... more) {
   if constexpr (sizeof(T) == sizeof(float)) {
-    const auto widen = [&](auto half, NetPatch<T, Count>& patch) {
-#pragma unroll
-      for (int i = 0; i < width<T>; ++i) {
-        T channels[] = {patch.v[0].v[i], patch.v[1].v[i], T(0), T(0)};
-        widen_bits<decltype(half)>(channels);
-#pragma unroll
-        for (int k = 0; k < Count; ++k) patch.v[k].v[i] = channels[k];
-      }
-    };
     if (type == NetType::bfloat16) {
-      widen(BFloat16{}, shift);
-      widen(BFloat16{}, raw);
+      widen_patch<BFloat16>(patch);
+      (widen_patch<BFloat16>(more), ...);
     } else if (type == NetType::float16) {
-      widen(Float16{}, shift);
-      widen(Float16{}, raw);
+      widen_patch<Float16>(patch);
+      (widen_patch<Float16>(more), ...);
     }
   }
 }

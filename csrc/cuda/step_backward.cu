@@ -182,7 +182,7 @@ struct StepSource {
 }  // namespace
 
 // - Grid: as coupling_mix; blocks of the first group of output channels give the gradients, those of the others, above
-//   C = 128, recover u again.
+//   C = 128 and of small products, recover u again.
 // - Occupancy: up to 128 registers, so 2 blocks of 256 threads on a multiprocessor (double: 1); at most 47 KB of shared
 //   memory. A thread has four 16-byte loads in flight while it stages, 32 KB on a multiprocessor, about bandwidth times
 //   latency.

@@ -67,13 +67,14 @@ __device__ __forceinline__ void stage_pairs(T* tile, int stride, int rows, const
                                             int inside, const T* center, int64_t own) {
   constexpr int batch = 2;  // pairs whose loads are in flight together
   const int step = 2 * blockDim.y;
+#pragma unroll 1
   for (int r = 2 * threadIdx.y; r < rows; r += batch * step) {
     Vec<T> memory[batch][2] = {};
     T c[batch][2] = {};
 #pragma unroll
     for (int b = 0; b < batch; ++b) {
       const int row = r + b * step;
-      if (own == outside || row >= inside) continue;
+      if (row >= inside || own == outside) continue;
       const T* const start = x.data + own + channel_offset(x, first + row);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
@@ -107,6 +108,7 @@ __device__ __forceinline__ void stage_columns(T* tile, int stride, int rows, con
   }
   constexpr int batch = 4;  // rows whose loads are in flight together
   const int step = blockDim.y;
+#pragma unroll 1
   for (int r = threadIdx.y; r < rows; r += batch * step) {
     Vec<T> column[batch] = {};
     T c[batch] = {};

@@ -111,10 +111,10 @@ __device__ __forceinline__ int column_sharers(bool channels_adjacent) {
   return !Vector && channels_adjacent ? 8 : blockDim.y;
 }
 
-// Rows of a column whose loads a thread has in flight together: four, but for the strided path in double, whose
-// registers are taken by sums and offsets.
+// Loads that a thread has in flight together: four, but for the strided path in double, whose registers are taken by
+// sums and offsets.
 template <class T, bool Vector>
-constexpr int rows_at_once = Vector || sizeof(T) == sizeof(float) ? 4 : 1;
+constexpr int loads_at_once = Vector || sizeof(T) == sizeof(float) ? 4 : 1;
 
 // A tensor, which may be squeezed, less a center if there is one.
 template <class T>
@@ -137,8 +137,9 @@ struct PlainSource {
       stage_columns(tile, stride, rows, x, first, inside, center, columns.own[0]);
     } else {
       for_each_column<Vector, T>(channels_adjacent, [&](int q, int begin, int step) {
-        constexpr int batch = rows_at_once<T, Vector>;
+        constexpr int batch = loads_at_once<T, Vector>;
         const int64_t at = columns.table[q];
+#pragma unroll 1
         for (int r = begin; r < rows; r += batch * step) {
           T value[batch] = {}, c[batch] = {};
 #pragma unroll
@@ -215,11 +216,12 @@ struct SplitSource {
     const int count = blockDim.x * width<T>, inside = static_cast<int>(smaller<int64_t>(rows, channels - first));
     const int sums = static_cast<int>(larger<int64_t>(0, smaller<int64_t>(inside, grad.added_channels - first)));
     for_each_column<Vector, T>(channels_adjacent, [&](int q, int begin, int step) {
-      constexpr int batch = rows_at_once<T, Vector>;
+      constexpr int batch = larger(loads_at_once<T, Vector> / 2, 1);
       const int64_t all_at = Vector ? columns.own[0] : columns.table[q];
       const int64_t added_at = Vector ? columns.own[1] : columns.table[count + q];
       const T* const all = grad.all.data + all_at + first * grad.all.channel;
       const T* const added = grad.added.data + added_at + first * grad.added.channel;
+#pragma unroll 1
       for (int r = begin; r < rows; r += batch * step) {
         Unit<T, Vector> sum[batch] = {}, more[batch] = {};
 #pragma unroll

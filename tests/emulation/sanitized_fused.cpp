@@ -77,13 +77,15 @@ template <class T>
 void all() {
   // Vector path and tail; one sample to several tiles, several samples to a tile; several groups and chunks of
   // channels; blocks that walk several tiles, with samples within a block's range and across two of them.
-  // Cut for a large GPU and for a small one.
+  multiprocessors = 1;
   for (const Shape& s : {Shape{1, 3, 5}, Shape{2, 4, 16}, Shape{1, 12, 180}, Shape{3, 37, 4}, Shape{1, 70, 8}})
     for (const bool channels_last : {false, true})
-      for (const int64_t number : {1, 132}) {
-        multiprocessors = number;
-        fuse<T>(s, channels_last, NetType::state, ScaleMap::sigmoid, Order::shift_scale);
-      }
+      fuse<T>(s, channels_last, NetType::state, ScaleMap::sigmoid, Order::shift_scale);
+  // The cut of small products for a large GPU; and so below.
+  multiprocessors = 132;
+  for (const Shape& s : {Shape{3, 37, 4}, Shape{1, 70, 8}})
+    for (const bool channels_last : {false, true})
+      fuse<T>(s, channels_last, NetType::state, ScaleMap::sigmoid, Order::shift_scale);
   for (int type = 1; type < net_types<T>; ++type)
     for (const bool channels_last : {false, true})
       fuse<T>({2, 6, 44}, channels_last, static_cast<NetType>(type), ScaleMap::sigmoid, Order::shift_scale);

@@ -56,25 +56,24 @@ void mix(const Shape& s, bool channels_last, int64_t width) {
 }
 
 template <class T>
-void small() {
+void all() {
   // Vector path and tail, one block and several, several groups and chunks of channels, one sample and several.
+  multiprocessors = 1;
   for (const bool channels_last : {false, true}) {
     for (const Shape& s : {Shape{1, 3, 5}, Shape{2, 4, 16}, Shape{1, 12, 180}, Shape{3, 37, 4}, Shape{1, 70, 8}})
       mix<T>(s, channels_last, 0);
     for (const Shape& s : {Shape{2, 4, 15}, Shape{1, 12, 180}, Shape{1, 72, 10}}) mix<T>(s, channels_last, 5);
     for (const Shape& s : {Shape{2, 4, 16}, Shape{1, 12, 200}, Shape{1, 72, 8}}) mix<T>(s, channels_last, 8);
   }
-}
-
-template <class T>
-void all() {
-  for (const int64_t number : {1, 132}) {  // cut for a small GPU and for a large one
-    multiprocessors = number;
-    small<T>();
-  }
   // Two splits of the positions with several tiles each.
+  multiprocessors = 132;
   mix<T>({1, 6, 1204}, false, 0);
   mix<T>({1, 6, 1205}, false, 0);
+  // The cut of small products for a large GPU.
+  for (const bool channels_last : {false, true}) {
+    for (const Shape& s : {Shape{3, 37, 4}, Shape{1, 70, 8}}) mix<T>(s, channels_last, 0);
+    mix<T>({1, 72, 8}, channels_last, 8);
+  }
 }
 
 }  // namespace

@@ -44,14 +44,16 @@ class Limit:
     # kernels that store nothing but sums.
     narrow_loads: int | None = None
     narrow_stores: int = 0
+    in_flight: int = 0  # 128-bit loads of a vector path that a thread issues before it stores what came of one
+    copies: bool = False  # some go to shared memory without passing the thread's registers
     nets: bool = False  # float kernels also have 64-bit accesses there, for four numbers of a 16-bit net
     only_sums: bool = False
 
 
 LIMITS = {
-    "fused_kernel": Limit({"f": 2, "d": 1}, 16, 10, narrow_loads=19, narrow_stores=2, nets=True),
+    "fused_kernel": Limit({"f": 2, "d": 1}, 16, 20, 18, 2, in_flight=4, copies=True, nets=True),
     "finish_kernel": Limit({"f": 6, "d": 6}, 0, 1),
-    "sums_kernel": Limit({"f": 2, "d": 1}, 0, 4, narrow_loads=10, narrow_stores=20, nets=True, only_sums=True),
+    "sums_kernel": Limit({"f": 2, "d": 1}, 0, 4, 10, 20, in_flight=4, nets=True, only_sums=True),
     "reduce_kernel": Limit({"f": 4, "d": 4}, 2048, 1),
     "coupling_kernel": Limit({"f": 4, "d": 1}, 64, 44, narrow_loads=0, narrow_stores=2, nets=True),
     "moments_kernel": Limit({"f": 2, "d": 2}, 0, 3, narrow_loads=0, narrow_stores=20, only_sums=True),
@@ -198,6 +200,12 @@ def test_registers_and_memory(cubins: list[Cubin]) -> None:
         assert kernel.shared_bytes <= limit.shared_bytes, f"{kernel} has more shared memory than declared"
 
 
+def loads_in_flight(code: str) -> int:
+    """The longest row of 128-bit loads that no store to shared memory, which would wait for them, interrupts."""
+    rows = re.split(r"\bSTS\b|\bBAR\b", code)
+    return max(len(re.findall(r"\bLDG\b[.\w]*\.128\b", row)) for row in rows)
+
+
 def check_accesses(kernel: Kernel, code: str) -> None:
     """128-bit loads and stores in a vector path, none that order more than their thread needs; no local memory; no
     atomics, which would make results vary.
@@ -214,6 +222,8 @@ def check_accesses(kernel: Kernel, code: str) -> None:
         assert narrow["STG"] <= limit.narrow_stores, f"{kernel}: {operations}"
         assert wide["LDG"] >= 2, f"{kernel}: {operations}"
         assert wide["STG"] >= 1 or limit.only_sums, f"{kernel}: {operations}"
+        assert loads_in_flight(code) >= limit.in_flight, f"{kernel}: a thread waits for one load before the next"
+        assert bool(re.search(r"\bLDGSTS\b", code)) == limit.copies, f"{kernel}: copies to shared memory"
 
 
 def test_machine_code(cubins: list[Cubin]) -> None:
@@ -222,6 +232,12 @@ def test_machine_code(cubins: list[Cubin]) -> None:
         assert set(code) == {kernel.symbol for kernel in cubin.kernels}
         for kernel in cubin.kernels:
             check_accesses(kernel, code[kernel.symbol])
+
+
+def test_loads_in_flight() -> None:
+    """Loads count together up to the next store to shared memory."""
+    assert loads_in_flight("LDG.E.128; STS.128; LDG.E.128; STS.128; BAR.SYNC; LDG.E; LDG.E.64") == 1
+    assert loads_in_flight("LDG.E.128; LDG.E; LDG.E.128.CONSTANT; STS.128; STS.128; LDG.E.128") == 2
 
 
 @pytest.mark.parametrize(
