@@ -93,7 +93,8 @@ __global__ void __launch_bounds__(block_threads, 2) coupling_patches_kernel(cons
   const Coupling<T>& c = b.state;
   const bool affine = b.kind.map != ScaleMap::none;
   const int half = static_cast<int>(b.transformed);
-  for (int64_t task = blockIdx.x; task < c.samples * c.parts; task += gridDim.x) {
+  const int64_t tasks = c.samples * c.parts;
+  for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
     const int64_t n = task / c.parts, part = task - n * c.parts;
     T log_s = T(0);
     for_each_patch<T>(c.walk, part, b.positions, [&](int first, int64_t p) {
@@ -139,6 +140,8 @@ __global__ void __launch_bounds__(block_threads, 2) coupling_patches_kernel(cons
 //   16-byte loads in flight, 48 KB in all, more than bandwidth times latency (about 30 KB). Double: 2, with atan 1.
 // - Bound: memory; the scale map takes 50 to 100 instructions for each 16 bytes moved. The kept channels are copied in
 //   the same pass, and not at all if out is in. The second stage: sample_sums.cuh.
+// In patches: up to 128 registers, so 2 blocks; a thread has twelve 16-byte loads in flight, 98 KB in all. A warp reads
+// 128 bytes of each of four channels of the state, and 64 of each position of the net's output, at a time.
 template <class T>
 int coupling(const CouplingArgs<T>& args, const Queue& queue) {
   if (args.samples == 0) return cudaSuccess;

@@ -108,7 +108,8 @@ __global__ void __launch_bounds__(block_threads, 2)
   const CouplingBackward<T>& c = b.state;
   const bool affine = b.kind.map != ScaleMap::none;
   const int half = static_cast<int>(b.transformed);
-  for (int64_t task = blockIdx.x; task < c.samples * c.parts; task += gridDim.x) {
+  const int64_t tasks = c.samples * c.parts;
+  for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
     const int64_t n = task / c.parts, part = task - n * c.parts;
     const T grad_log_det = c.grad_log_det[n];
     for_each_patch<T>(c.walk, part, b.positions, [&](int first, int64_t p) {
@@ -163,6 +164,7 @@ __global__ void __launch_bounds__(block_threads, 2)
 // - Occupancy: up to 80 registers (float), so 3 blocks of 256 threads on a multiprocessor; each thread has four 16-byte
 //   loads in flight, 48 KB in all, more than bandwidth times latency (about 30 KB).
 // - Bound: memory, eight values moved per element.
+// In patches: up to 128 registers, so 2 blocks; a thread has sixteen 16-byte loads in flight.
 template <class T>
 int coupling_backward(const CouplingBackwardArgs<T>& args, const Queue& queue) {
   if (args.samples == 0) return cudaSuccess;

@@ -15,6 +15,9 @@ namespace pyglow::cuda {
 // - Occupancy: up to 128 registers, so 2 blocks of 256 threads on a multiprocessor (4 of 128; double: 1); at most 47 KB
 //   of shared memory, which is not the tighter limit. While a thread couples one row it loads the next, so that three
 //   to six 16-byte loads are in flight, 24 to 48 KB on a multiprocessor; bandwidth times latency is about 30 KB.
+// - A channels-last net's output comes in patches, 16 bytes at each of four positions: neighbouring threads read other
+//   lines, and the sectors that one leaves half read are in L1 for the next. 12 loads in flight, in two or three turns:
+//   registers are taken by the sums.
 // - Bound: memory up to about C = 64 (3 C values moved for C^2 multiply-adds), then the multiply-add units.
 template <class T>
 int coupling_mix(const CouplingMixArgs<T>& args, const Queue& queue) {

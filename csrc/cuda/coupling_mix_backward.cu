@@ -192,6 +192,8 @@ struct CouplingSink {
 // - Occupancy: up to 128 registers, so 2 blocks of 256 threads on a multiprocessor (double: 1); at most 47 KB of shared
 //   memory. While a thread takes one row through the coupling it loads the next: three to six 16-byte loads are in
 //   flight, and the other block stages meanwhile.
+//   In patches of channels-last tensors: eight loads of the net's output together, then a row of u at a time. Threads
+//   with two output channels each (small grids) have but 8 bytes of them at a position.
 // - Bound: memory up to about C = 90 (4.5 C values moved for C^2 multiply-adds), then the multiply-add units.
 // Second pass: mix_sums.cuh; up to C = 64 the coupling is evaluated once more there, above once for each 64 channels,
 // beside 64 multiply-adds for each element. That reads in and net_out again, 2 C values, where keeping y would take

@@ -59,16 +59,18 @@ struct StepSource {
     for (int begin = (same / width<T> + threadIdx.y) * width<T>; begin < inside; begin += width<T> * blockDim.y) {
       const int from = same - begin, to = inside - begin;  // rows of the patch
       T* row = tile + begin * stride + threadIdx.x * width<T>;
+      const int c = static_cast<int>(first - kept) + begin;
+      NetPatch<T> raw = {};
+      if (affine) raw = fetch_patch(net_out, at(net_out), net_part<T>(c, half, half, wide));
+      widen_patches(net_out.type, raw);
+#pragma unroll
+      for (int k = 0; k < width<T>; ++k) store_shared(raws + k * apart, raw.v[k]);
       const T* const y_row = y.data + at(y) + (first + begin) * y.channel;
 #pragma unroll
       for (int k = 0; k < width<T>; ++k)
         if (k >= from && k < to) store_shared(row + k * stride, load_vector(y_row + k * y.channel));
-      const int c = static_cast<int>(first - kept) + begin;
-      NetPatch<T> shift = fetch_patch(net_out, at(net_out), net_part<T>(c, 0, half, wide)), raw = {};
-      if (affine) raw = fetch_patch(net_out, at(net_out), net_part<T>(c, half, half, wide));
-      widen_patches(net_out.type, shift, raw);
-#pragma unroll
-      for (int k = 0; k < width<T>; ++k) store_shared(raws + k * apart, raw.v[k]);
+      NetPatch<T> shift = fetch_patch(net_out, at(net_out), net_part<T>(c, 0, half, wide));
+      widen_patches(net_out.type, shift);
       const T* grad_row = grad_y.data + at(grad_y) + (first + begin) * grad_y.channel;
       T* target = grad_u.data + at(grad_u) + (first + begin) * grad_u.channel;
 #pragma unroll 1
@@ -186,6 +188,8 @@ struct StepSource {
 // - Occupancy: up to 128 registers, so 2 blocks of 256 threads on a multiprocessor (double: 1); at most 47 KB of shared
 //   memory. A thread has four 16-byte loads in flight while it stages, 32 KB on a multiprocessor, about bandwidth times
 //   latency.
+//   In patches of channels-last tensors: 4, 8 and then, gradients of the state, one at a time; and 64 bytes more of
+//   shared memory for each thread (double: 32).
 // - Bound: memory up to about C = 128 (6 C values moved for C^2 multiply-adds), then the multiply-add units.
 template <class T>
 int step_backward(const StepBackwardArgs<T>& args, const Queue& queue) {
