@@ -199,7 +199,7 @@ def test_gradcheck() -> None:
 
 @pytest.mark.parametrize("indexed", [False, True])
 def test_channels_last_net(indexed: bool) -> None:
-    """A channels-last net's output beside a contiguous state gives the same; its gradient has its layout, traced too."""
+    """A channels-last net's output beside a contiguous state gives the same; its gradient keeps the layout."""
     x, net_out, matrix, offset = _step_inputs((2, 12, 4, 8), SPECS[0], torch.float64)
     index = torch.randperm(12) if indexed else None
     kind, grad, grad_log_det = ops.kind_arguments(SPECS[0], inverse=False), torch.randn_like(x), torch.randn(2).to(x)
