@@ -4,8 +4,8 @@
 
 Without --write the tables are printed. With it the compiled kernels are counted anew (bench/gpu_counts.py: this needs
 the tests' emulator, cuobjdump, and nvcc unless the module that was built is newer than the sources), and the counts go
-to bench/results/gpu-model.json, the tables into the page. Where `bench kernels --device cuda` has left its file in
-bench/results, measured times stand beside the predicted ones.
+to bench/results/gpu-model.json, the tables into the page. Where bench/results has kernels-cuda.json, which `bench
+kernels --device cuda` writes and `bench gpu_check` as kernels.json, measured times stand beside the predicted ones.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.cases import BETWEEN, SHAPES
+from bench.gpu_kernels import KernelRow
 from bench.gpu_model import (
     H100,
     L2_LATENCY,
@@ -48,12 +49,16 @@ GLOW, NET_RATE, NET_LAUNCHES = "a", 30e12, 16
 
 
 def measured_seconds(path: Path = MEASURED) -> dict[tuple[str, str, tuple[int, ...]], float]:
-    """By (op, mode, shape), what `bench kernels --device cuda` wrote of ours; nothing while there is no such file."""
+    """Reads what each (op, mode, shape) took, from `bench kernels` or from that stage of `bench gpu_check`.
+
+    Args:
+        path: the file; nothing was measured while there is none.
+    """
     if not path.is_file():
         return {}
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    ours = [row for row in rows if row["implementation"] == "pyglow_fast" and row["seconds"] is not None]
-    return {(row["op"], row["mode"], tuple(row["shape"])): row["seconds"] for row in ours}
+    written = json.loads(path.read_text(encoding="utf-8"))
+    rows = map(KernelRow.of, (written.get("results") or written)["rows"])  # a stage's file has the benchmark's in it
+    return {(row.op, row.mode, row.shape): row.seconds for row in rows if row.seconds is not None}
 
 
 def case_table(

@@ -14,11 +14,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from pyglow_fast.reversible import passes
 
 
 @contextlib.contextmanager
@@ -162,6 +165,13 @@ _FACTORISATIONS = re.compile(
     r"_?linalg_(inv|slogdet|det|lu|solve_ex|qr|svd|eig|cholesky|ldl|lstsq|pinv|matrix_exp)|_?linalg_solve$"
     r"|linalg_solve_ex|_lu_with_info|lu_unpack|lu_solve|inverse|cholesky|geqrf|ormqr|logdet|slogdet"
 )
+
+
+def is_factorisation(func: torch._ops.OpOverload) -> bool:
+    """Whether an operation is one of torch's that factorise a matrix, or solve by it."""
+    return func.namespace == "aten" and _FACTORISATIONS.match(func.overloadpacket.__name__) is not None
+
+
 _MASKS = (torch.bool, torch.uint8)
 # From the values of Python's own numbers to a tensor, or to the host.
 _FROM_HOST = (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.scalar_tensor)
@@ -205,7 +215,7 @@ class _Operations(TorchDispatchMode):
         is_index = len(args) > 1 and name.startswith(("index", "_index", "_unsafe_index"))
         if is_index and any(tensor.dtype in _MASKS for tensor in _tensors(args[1])):
             raise NotCapturableError(f"{name}: the host counts what a mask chooses")
-        if func.namespace == "aten" and _FACTORISATIONS.match(name):
+        if is_factorisation(func):
             raise NotCapturableError(f"{name}: a factorisation")
         if name in ("lift", "lift_fresh", "_pin_memory"):
             raise NotCapturableError(f"{name}: a copy from the host")
@@ -242,6 +252,18 @@ def capture_guard() -> Iterator[None]:
         stack.enter_context(_Functions())
         stack.enter_context(_Operations())
         yield
+
+
+def drifting(patch: pytest.MonkeyPatch, like: Tensor) -> Tensor:
+    """Makes recomputed states of flow steps wrong by a factor: the tensor returned, which replays read; 1 at first."""
+    factor, true = like.new_ones(()), passes.step_backward
+
+    def wrong(*inputs: Tensor) -> tuple[Tensor, ...]:
+        found, *grads = true(*inputs)
+        return factor * found, *grads
+
+    patch.setattr(passes, "step_backward", wrong)
+    return factor
 
 
 _library_inv, _library_slogdet = torch.linalg.inv, torch.linalg.slogdet

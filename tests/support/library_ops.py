@@ -16,7 +16,7 @@ from pyglow_fast import _backend, convolutions
 
 def use_library(patch: pytest.MonkeyPatch) -> None:
     """From now on nets are the library's convolutions, on the CPU as on a GPU."""
-    patch.setattr(_backend, "nets", lambda: "library")
+    patch.setattr(_backend, "_nets", lambda: "library")
 
 
 @contextmanager
