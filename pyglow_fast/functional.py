@@ -193,7 +193,7 @@ def log_abs_det(matrices: Tensor) -> Tensor:
 
 def _inverted(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """The inverses (K, C, C) and log|det| (K,) of the K matrices of (..., C, C)."""
-    stacked = matrices.reshape(math.prod(matrices.shape[:-2]), *matrices.shape[-2:])
+    stacked = reference.stacked(matrices)
     return apply(autograd.InvertMatrices, stacked) if _is_seen(matrices) else ops.invert_matrices(stacked)
 
 

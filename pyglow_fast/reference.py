@@ -219,6 +219,11 @@ def channel_unmix(
     return unsqueeze(x) if unsqueeze_after else x
 
 
+def stacked(matrices: Tensor) -> Tensor:
+    """(..., C, C) as (K, C, C)."""
+    return matrices.reshape(math.prod(matrices.shape[:-2]), *matrices.shape[-2:])
+
+
 def _in_batches(matrices: Tensor) -> list[Tensor]:
     """(K, C, C) as batches that a LAPACK routine is called with.
 
@@ -230,10 +235,12 @@ def _in_batches(matrices: Tensor) -> list[Tensor]:
 
 
 def log_abs_det(matrices: Tensor) -> Tensor:
-    """log|det M| of a matrix (C, C), (), or of each of (K, C, C), (K,); -inf where it is singular."""
+    """log|det M| of each matrix of (..., C, C), (...); -inf where it is singular."""
     if matrices.dim() == 2:
         return torch.linalg.slogdet(matrices).logabsdet
-    return torch.cat([torch.linalg.slogdet(batch).logabsdet.reshape(-1) for batch in _in_batches(matrices)])
+    batches = _in_batches(stacked(matrices))
+    found = torch.cat([torch.linalg.slogdet(batch).logabsdet.reshape(-1) for batch in batches])
+    return found.reshape(matrices.shape[:-2])
 
 
 def invert_matrix(matrix: Tensor) -> Tensor:
@@ -243,8 +250,7 @@ def invert_matrix(matrix: Tensor) -> Tensor:
         SingularMatrixError: a ValueError; a matrix is singular (checked on the CPU only: on CUDA the check would stop
             the stream, and a singular matrix shows as inf or NaN instead).
     """
-    flat = matrix.double().reshape(math.prod(matrix.shape[:-2]), *matrix.shape[-2:])
-    found = [torch.linalg.inv_ex(batch) for batch in _in_batches(flat)]
+    found = [torch.linalg.inv_ex(batch) for batch in _in_batches(stacked(matrix.double()))]
     if can_read(matrix):
         refuse_singular(any(bool(info.any()) for _, info in found))
     return torch.cat([inverse.reshape(-1) for inverse, _ in found]).reshape(matrix.shape).to(matrix.dtype)

@@ -128,6 +128,13 @@ class TestInvertMatrix:
             assert reference.invert_matrix(torch.empty(shape)).shape == shape
         assert reference.log_abs_det(torch.empty(0, 200, 200)).shape == (0,)
 
+    def test_any_number_of_dimensions(self) -> None:
+        """As the kernels take them, which step aside for the reference under torch.func."""
+        matrices = invertible(6, 3).reshape(2, 3, 3, 3)
+        expected = torch.linalg.slogdet(matrices).logabsdet
+        assert_close(reference.log_abs_det(matrices), expected, condition=3.0)
+        assert_close(torch.func.vmap(functional.log_abs_det)(matrices.unsqueeze(0))[0], expected, condition=3.0)
+
     def test_float32_is_rounded_once(self) -> None:
         matrix = invertible(4, 6).float()
         inverse = reference.invert_matrix(matrix)
