@@ -56,24 +56,23 @@ __device__ __forceinline__ NetPatch<T> load_rows(const Strided<const T>& x, int6
 // The net's output for the patch that begins at transformed channel c.
 template <class T>
 struct NetPatches {
-  NetPart<T> shifts, raws;
   NetPatch<T> shift, raw;
 };
 template <class T>
 __device__ __forceinline__ NetPatches<T> fetch_patches(const NetOutput& net_out, ScaleMap map, int64_t n, int c,
                                                        int half, int64_t p, bool wide) {
-  NetPatches<T> net = {net_part<T>(c, 0, half, wide), net_part<T>(c, half, half, wide), {}, {}};
+  NetPatches<T> net = {};
   const int64_t at = n * net_out.sample + p * net_out.position;
-  net.shift = fetch_patch(net_out, at, net.shifts);
-  if (map != ScaleMap::none) net.raw = fetch_patch(net_out, at, net.raws);
+  net.shift = fetch_patch(net_out, at, net_part<T>(c, 0, half, wide));
+  if (map != ScaleMap::none) net.raw = fetch_patch(net_out, at, net_part<T>(c, half, half, wide));
   return net;
 }
 template <class T>
-__device__ __forceinline__ void store_patches(const NetGrad& grad, ScaleMap map, int64_t n, int64_t p,
-                                              const NetPatches<T>& net) {
+__device__ __forceinline__ void store_patches(const NetGrad& grad, ScaleMap map, int64_t n, int c, int half, int64_t p,
+                                              bool wide, const NetPatches<T>& net) {
   const int64_t at = n * grad.sample + p * grad.position;
-  store_patch(grad, at, net.shifts, net.shift);
-  if (map != ScaleMap::none) store_patch(grad, at, net.raws, net.raw);
+  store_patch(grad, at, net_part<T>(c, 0, half, wide), net.shift);
+  if (map != ScaleMap::none) store_patch(grad, at, net_part<T>(c, half, half, wide), net.raw);
 }
 
 template <class T>
@@ -215,7 +214,7 @@ __global__ void __launch_bounds__(block_threads, 2) gather_backward_patches_kern
         sums[0][width<T> - 1] = sum_scale;
         sums[1][width<T> - 1] = sum_offset;
       }
-      store_patches(args.grad_net_out, kind.map, n, p, net);
+      store_patches(args.grad_net_out, kind.map, n, first, half, p, pass.wide, net);
     }
     __syncthreads();  // the sums of an earlier task have been read
 #pragma unroll
@@ -287,7 +286,7 @@ __global__ void __launch_bounds__(block_threads, 2) step_gather_backward_patches
         rotate(net.shift, shift);
         rotate(net.raw, raw);
       }
-      store_patches(args.grad_net_out, kind.map, n, p, net);
+      store_patches(args.grad_net_out, kind.map, n, first, half, p, pass.parts.wide, net);
     });
   });
 }
