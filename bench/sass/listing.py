@@ -15,7 +15,7 @@ UNITS = {
     "shared": ("LDS", "STS", "SHFL"),
     "global": ("LDGSTS", "LDG", "STG"),
     "control": (
-        *("BRA", "BRX", "BSSY", "BSYNC", "CALL", "RET", "EXIT", "NOP", "BAR", "WARPSYNC", "ENDCOLLECTIVE"),
+        *("BRA", "BREAK", "BRX", "BSSY", "BSYNC", "CALL", "RET", "EXIT", "NOP", "BAR", "WARPSYNC", "ENDCOLLECTIVE"),
         *("LDGDEPBAR", "DEPBAR", "S2R", "S2UR", "CS2R", "LDC", "ULDC", "MOV", "UMOV", "R2UR", "P2R"),
     ),
 }

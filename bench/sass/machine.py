@@ -155,7 +155,7 @@ class Machine(Arithmetic):
             for key in self.targets:
                 self.ready[key] = np.maximum(self.ready.get(key, done), done)
 
-    _BSSY = _BSYNC = _NOP = _WARPSYNC = _ENDCOLLECTIVE = Arithmetic.nothing
+    _BREAK = _BSSY = _BSYNC = _NOP = _WARPSYNC = _ENDCOLLECTIVE = Arithmetic.nothing
 
     def _BRA(self, i: Instruction) -> None:
         if "DIV" in i.modifiers:  # taken where the lanes of a warp are not together, which they are
