@@ -116,7 +116,7 @@ KERNELS = {
     "gather": "gather_patches_kernel",
     "gather_backward": "gather_backward_patches_kernel",
     "step_gather_backward": "step_gather_backward_patches_kernel",
-    "coupling_mix": "CoupledSource<float, true>",
+    "coupling_mix": "CoupledSource<float, true, true>",
     "coupling_mix_backward": "CouplingSink<float, true>",
     "step_backward": "StepSource<float, true>",
 }
