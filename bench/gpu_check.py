@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one command and less than ten minutes: a report, a JSON of each stage, an exit code.
 
-    python -m bench.gpu_check [--out gpu_check] [--only STAGE ...] [--rehearse]
+    python -m bench.gpu_check [--out FOLDER] [--only STAGE ...] [--rehearse]
 
 Needs a source tree, Python 3.11 or newer with torch built for CUDA, numpy, safetensors and pytest, nvcc, a C++ compiler
 and cmake; nothing is downloaded and nothing is installed: the extension is compiled into the tree. What else is missing
@@ -12,7 +12,8 @@ may take besides what those before it have left over:
 A stage writes STAGE.json into the folder as it ends, and report.md, all of it in tables, is made anew: a run that is
 killed leaves what had ended, and what the stage that it was at had written, in parts/. ``--only`` runs some stages
 alone and leaves the others' files. ``--rehearse`` runs every command on the CPU with tiny sizes, where numbers mean
-nothing. Exit code: 0 all well; 1 a stage failed or ran out of time; 2 there is no GPU (then only the build runs).
+nothing, and has a folder of its own. Exit code: 0 all well; 1 a stage failed or ran out of time; 2 there is no GPU
+(then only the build runs), or the options are wrong.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ LEAST_SECONDS = 5  # with less left a stage does not begin
 NO_GPU = "no GPU: torch.cuda.is_available() is false here"
 NO_TIME = "no time is left"
 PARTS = "parts"  # what stages write while they run
+MEASURED, REHEARSED = Path("gpu_check"), Path("gpu_check", "rehearsal")  # folders, if none is given
 TOOLS = ("nvcc", "g++", "cmake", "ninja", "nvidia-smi", "compute-sanitizer")
 WHAT_TO_DO = {"cmake": "pip install cmake, 3.24 or newer", "nvcc": "install the CUDA toolkit, or set CUDA_HOME"}
 # The device as the tests and the benchmarks will see it, printed as JSON by another process, since torch keeps it open.
@@ -174,6 +176,8 @@ class Check:
         line = command(stage, self.device, folder)
         more = environment(stage, self.device, self.facts.get("capability", ""))
         ended = self._timed(stage.name, line, stage.budget, folder, more)
+        if stage.name == "build" and ended.status == "timeout":
+            ended.reason += "; what is compiled is kept: run it again"
         self.add(ended)
         shutil.rmtree(folder)
         return ended
@@ -204,6 +208,20 @@ class Check:
         return "capability" in self.facts
 
 
+def unfit(out: Path, rehearsal: bool) -> str:
+    """Why a run is not to write into a folder, or nothing; the folder is made."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        earlier = gpu_report.read(out)
+    except (OSError, ValueError) as error:
+        return f"expected a folder for results, found {error}"
+    if not os.access(out, os.W_OK):
+        return f"expected a folder that can be written to, found {out}"
+    others = [name for name, content in earlier.items() if content["machine"]["rehearsal"] != rehearsal]
+    kind = "measurements" if rehearsal else "a rehearsal"  # one report must not show both
+    return f"expected a folder without {kind}, found {', '.join(others)} in {out}" if others else ""
+
+
 def _write(path: Path, text: str) -> None:
     """Put a file in its place whole: a kill leaves the one before or this one."""
     new = path.with_name(path.name + ".new")
@@ -215,7 +233,8 @@ def parser() -> argparse.ArgumentParser:
     """The options."""
     options = argparse.ArgumentParser(prog="bench gpu_check", description=__doc__, allow_abbrev=False)
     options.formatter_class = argparse.RawDescriptionHelpFormatter
-    options.add_argument("--out", type=Path, metavar="FOLDER", default=Path("gpu_check"), help="(gpu_check)")
+    folders = f"({MEASURED}; of a rehearsal {REHEARSED})"
+    options.add_argument("--out", type=Path, metavar="FOLDER", help=folders)
     options.add_argument(
         "--only",
         action="extend",
@@ -237,8 +256,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, 1 or 2, as the module says.
     """
-    arguments = parser().parse_args(argv)
-    check = Check(arguments.out.resolve(), "cpu" if arguments.rehearse else "cuda")
+    options = parser()
+    arguments = options.parse_args(argv)
+    out = (arguments.out or (REHEARSED if arguments.rehearse else MEASURED)).resolve()
+    problem = unfit(out, arguments.rehearse)
+    if problem:
+        options.error(f"--out: {problem}")
+    check = Check(out, "cpu" if arguments.rehearse else "cuda")
     chosen = [stage for stage in STAGES if arguments.only is None or stage.name in arguments.only]
     there = check.machine() or arguments.rehearse
     without = "" if there else NO_GPU
@@ -250,12 +274,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ended.code == NO_KERNELS:
             without = "the extension has no kernels for this device"
     bad = [ended.name for ended in check.ended if ended.status in ("failed", "timeout")]
-    skipped = [f"{ended.name} ({ended.reason})" for ended in check.ended if ended.status == "skipped"]
+    skipped: dict[str, list[str]] = {}
+    for ended in check.ended:
+        if ended.status == "skipped":
+            skipped.setdefault(ended.reason, []).append(ended.name)
     shutil.rmtree(check.out / PARTS)
     print(gpu_report.report(check.out))
     print(f"{'failed: ' + ', '.join(bad) if bad else 'no stage failed'}; wrote {check.out}")
     if skipped:
-        print(f"skipped: {'; '.join(skipped)}")
+        print("skipped: " + "; ".join(f"{', '.join(names)} ({reason})" for reason, names in skipped.items()))
     if not there:
         return 2
     late = any(ended.reason == NO_TIME for ended in check.ended)

@@ -42,13 +42,16 @@ def report(folder: Path) -> str:
 
 def report_of(stages: Mapping[str, Content]) -> str:
     """Makes Markdown of what stages have written, by name."""
-    facts: dict[str, Any] = {}
-    for content in stages.values():
-        facts |= content["machine"]
+    latest = stages.get("machine") or next(iter(stages.values()), None)  # others may be of an earlier run
+    facts: Mapping[str, Any] = latest["machine"] if latest else {}
     lines = ["# GPU check", ""]
     if facts.get("rehearsal"):
         lines += ["A rehearsal on a CPU with tiny sizes: no number here means anything.", ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
+    for name, content in stages.items():
+        differing = [f"{key} {value}" for key, value in content["machine"].items() if facts.get(key) != value]
+        if differing:
+            lines.append(f"- of an earlier run is {name}: {', '.join(differing)}")
     lines += ["", *_stages(stages)]
     for name, section in SECTIONS.items():
         for stage, content in stages.items():

@@ -27,6 +27,7 @@ from pyglow_fast.coupling_nets.state import (
 from pyglow_fast.coupling_nets.traits import bytes_per_position, check_net, halo_of
 
 Plans = dict[tuple[object, ...], tuple[nn.Module, ChunkPlan]]
+REMEMBERED = 64  # plans of a net: lengths of speech are many
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class NetRunner:
         net: the module.
         width: channels that its output must have, per channel of x1.
         budget: bytes of activations, or "auto".
-        plans: how inputs of known shapes are cut, by which net, filled as they come.
+        plans: how inputs of the last shapes are cut, by which net, filled as they come.
         precision: that the net runs in.
         board: of a coupling with a checkerboard mask: x1 is the kept half of images, and the net sees the whole ones.
 
@@ -120,6 +121,8 @@ class NetRunner:
                 rows_each=rows_each,
             )
             self._plans[key] = (self.net, plan)
+            while len(self._plans) > REMEMBERED:
+                self._plans.pop(next(iter(self._plans)), None)
         return plan
 
     def _explicit(self, x1: Tensor, params: Sequence[Tensor], later: bool) -> Explicit | None:

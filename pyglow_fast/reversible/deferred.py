@@ -90,6 +90,7 @@ class Verdicts:
 
     def __init__(self) -> None:
         self._counters: dict[torch.device, _Counters] = {}  # for good: a graph writes to what it was captured with
+        self._lock = threading.Lock()  # or two threads take the same verdict
 
     def prepare(self, device: torch.device) -> Tensor:
         """Make the counters of a device, if there are none: the values that passes add to, (6,) float64.
@@ -97,22 +98,24 @@ class Verdicts:
         Raises:
             ValueError: a CUDA graph is being captured, whose replays would begin to count anew.
         """
-        if device not in self._counters:
-            refuse_first_use(device, "counters of drift")
-            self._counters[device] = _Counters(device)
-        return self._counters[device].values
+        with self._lock:
+            if device not in self._counters:
+                refuse_first_use(device, "counters of drift")
+                self._counters[device] = _Counters(device)
+            return self._counters[device].values
 
     def add(self, worst: Tensor, zeroed: Tensor, limit: float, spacing: int) -> None:
         """After a pass: its worst drift, and whether its gradients were zeroed (by any run's drift)."""
         values = held(self.prepare(worst.device), worst.device)
-        values[0].add_(1)
-        values[1].add_(~(worst <= limit))
-        values[2].add_(zeroed)
-        values[3].copy_(worst)
-        values[4].fill_(limit)
-        values[5].fill_(spacing)
-        if not is_capturing(worst.device):  # a replay has no host code: the counts are read when someone asks
-            self._counters[worst.device].copy = Later(values)
+        with self._lock:
+            values[0].add_(1)
+            values[1].add_(~(worst <= limit))
+            values[2].add_(zeroed)
+            values[3].copy_(worst)
+            values[4].fill_(limit)
+            values[5].fill_(spacing)
+            if not is_capturing(worst.device):  # a replay has no host code: the counts are read when someone asks
+                self._counters[worst.device].copy = Later(values)
 
     def zeroed(self, device: torch.device) -> Tensor | None:
         """How many passes' gradients have become zero on a device, as the device has it; None without counters."""
@@ -124,4 +127,5 @@ class Verdicts:
 
         Of several passes since the last call (replays of a graph) all have the last one's drift, limit and spacing.
         """
-        return [verdict for counters in self._counters.values() for verdict in counters.take(wait)]
+        with self._lock:
+            return [verdict for counters in self._counters.values() for verdict in counters.take(wait)]

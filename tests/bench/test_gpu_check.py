@@ -205,15 +205,56 @@ class TestStages:
         with pytest.raises(SystemExit):
             self.main(tmp_path, monkeypatch, stages, "--only", "four")
 
+    def test_a_rehearsal_and_measurements_have_folders_of_their_own(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Else numbers of the one would stand in the report of the other, or in place of them."""
+        stages = [stub("build", "print('built')"), stub("smoke", "print('not run')")]
+        for first, then, kind in ((["--rehearse"], [], "a rehearsal"), ([], ["--rehearse"], "measurements")):
+            folder = tmp_path / kind
+            folder.mkdir()
+            self.main(folder, monkeypatch, stages, *first)
+            report = (folder / "out" / "report.md").read_text()
+            capsys.readouterr()
+            with pytest.raises(SystemExit) as raised:
+                self.main(folder, monkeypatch, stages, *then)
+            assert raised.value.code == 2
+            assert f"--out: expected a folder without {kind}, found machine, build, smoke" in capsys.readouterr().err
+            assert (folder / "out" / "report.md").read_text() == report
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(gpu_check, "STAGES", ())
+        assert (gpu_check.main([]), gpu_check.main(["--rehearse"])) == (2, 0)
+        assert [
+            read(tmp_path / "gpu_check" / name, "machine")["machine"]["rehearsal"] for name in (".", "rehearsal")
+        ] == [
+            False,
+            True,
+        ]
+
+    def test_a_file_is_no_folder(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "out").write_text("")
+        with pytest.raises(SystemExit):
+            gpu_check.main(["--rehearse", "--out", str(tmp_path / "out")])
+        assert "--out: expected a folder for results, found" in capsys.readouterr().err
+
+    def test_a_build_whose_time_is_over_goes_on_the_next_time(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(
+            gpu_check, "run", lambda name, *rest: gpu_check.Ended(name, "timeout", reason="more than 5 s")
+        )
+        ended = check(tmp_path).go(stub("build", "pass"))
+        assert ended.reason == "more than 5 s; what is compiled is kept: run it again"
+
     def test_without_a_gpu(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        stages = [stub("build", "print('built')"), stub("smoke", "print('not run')")]
+        stages = [stub("build", "print('built')"), stub("smoke", "print('not run')"), stub("kernels", "print('no')")]
         assert self.main(tmp_path, monkeypatch, stages) == 2
         assert read(tmp_path / "out", "build")["status"] == "passed"
         smoke = read(tmp_path / "out", "smoke")
         assert (smoke["status"], smoke["reason"]) == ("skipped", gpu_check.NO_GPU)
-        assert f"skipped: smoke ({gpu_check.NO_GPU})" in capsys.readouterr().out
+        assert f"skipped: smoke, kernels ({gpu_check.NO_GPU})\n" in capsys.readouterr().out
 
     def test_without_kernels_nothing_else_runs(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         stages = [stub("smoke", f"raise SystemExit({NO_KERNELS})"), stub("kernels", "print('not run')")]

@@ -55,6 +55,13 @@ def test_models_stand_against_plain_eager_and_compiled() -> None:
     assert "- normflows is left out" in lines
 
 
+def test_what_an_earlier_run_has_left_is_told_of() -> None:
+    """After a run of some stages alone, at another commit."""
+    machines = [{"commit": commit, "device": "a GPU"} for commit in ("new", "old")]
+    lines = of(content("machine", None, machine=machines[0]), content("smoke", None, machine=machines[1]))
+    assert lines[2:6] == ["- commit: new", "- device: a GPU", "- of an earlier run is smoke: commit old", ""]
+
+
 def test_tests_are_counted_and_failures_named() -> None:
     results = [{"test": "a::x", "outcome": "failed", "reason": "E  line\nassert 1 | 2"}]
     results += 3 * [{"test": "b::y", "outcome": "passed", "reason": ""}]

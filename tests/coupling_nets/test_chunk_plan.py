@@ -12,7 +12,7 @@ from support.net_cases import DilatedNet, DropoutNet, WideNet, coupling_net
 from torch import nn
 
 import pyglow_fast as pgf
-from pyglow_fast.coupling_nets import Chunk, ChunkPlan, check_net, plan_chunks
+from pyglow_fast.coupling_nets import Chunk, ChunkPlan, check_net, net_runner, plan_chunks
 from pyglow_fast.coupling_nets.plan import AUTO_BUDGET_ACCELERATOR, AUTO_BUDGET_CPU
 from pyglow_fast.coupling_nets.traits import bytes_per_position, has_hooks
 
@@ -324,3 +324,13 @@ def test_coupling_net_strips_have_the_exact_halo() -> None:
     assert len(plan.chunks) == 2 * 9  # one row with two above and two below
     assert plan.chunks[4] == Chunk(slice(0, 1), slice(4, 5), slice(2, 7))
     assert plan.chunks[0].taken == slice(0, 3)
+
+
+def test_of_many_shapes_the_last_ones_are_remembered() -> None:
+    """As of speech, whose lengths are many."""
+    known: net_runner.Plans = {}
+    runner = net_runner.NetRunner(pgf.CouplingNet(2, 4, 1, dims=1), 2, "auto", known)
+    lengths = range(1, net_runner.REMEMBERED + 10)
+    for length in lengths:
+        runner.run(torch.randn(1, 2, length), None)
+    assert [plan.chunks[0].rows.stop for _, plan in known.values()] == list(lengths)[-net_runner.REMEMBERED :]

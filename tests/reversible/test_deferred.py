@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import time
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -323,6 +325,21 @@ def test_copies_take_nothing_that_is_under_way() -> None:
     assert other.memory_report()["passes"] == 0
     assert sequence.memory_report()["passes"] == 1
     assert float(sequence.control.state()[5]) == 1
+
+
+def test_threads_take_each_verdict_once() -> None:
+    class Slow(list[int]):
+        """Gives another thread time to read the same counts."""
+
+        def __iter__(self) -> Iterator[int]:
+            time.sleep(0.1)
+            return super().__iter__()
+
+    verdicts = deferred.Verdicts()
+    verdicts.add(torch.tensor(0.0), torch.tensor(False), 1.0, 2)
+    verdicts._counters[torch.device("cpu")].known = Slow([0, 0, 0])
+    with ThreadPoolExecutor(2) as pool:
+        assert sum(len(found) for found in pool.map(verdicts.take, [True, True])) == 1
 
 
 def test_frequent_losses_are_warned_of() -> None:
