@@ -83,6 +83,8 @@ def reset() -> None:
     torch.set_float32_matmul_precision("highest")
     for place in (backends, backends.cudnn, backends.cuda.matmul, backends.mkldnn.matmul, backends.mkldnn.conv):
         place.fp32_precision = "none"
+    # torch.export leaves that of oneDNN behind; torch.backends.mkldnn.fp32_precision would set the one around it.
+    torch._C._set_fp32_precision_setter("mkldnn", "all", "none")
     backends.cudnn.allow_tf32 = True
 
 
