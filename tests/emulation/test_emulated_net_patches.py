@@ -83,12 +83,12 @@ class Case:
         common = (self.x, net_out, self.grad, self.grad_log_det, self.matrix)
         for added in (None, self.added):
             split = "whole" if added is None else "split"
-            grads = emulator.coupling_mix_backward(*common, self.spec, added)
-            results |= {f"mix {name} {split}": value for name, value in grads._asdict().items()}
-            grads = emulator.gather_backward(
+            mixed = emulator.coupling_mix_backward(*common, self.spec, added)
+            results |= {f"mix {name} {split}": value for name, value in mixed._asdict().items()}
+            gathers = emulator.gather_backward(
                 self.x, self.gather, self.grad, added, net_out, self.grad_log_det, self.spec
             )
-            results |= {f"gather sum {name} {split}": value for name, value in grads._asdict().items()}
+            results |= {f"gather sum {name} {split}": value for name, value in gathers._asdict().items()}
         step = emulator.step_backward(*common, self.offset, self.spec)
         results |= {f"step {name}": value for name, value in step._asdict().items()}
         back = Gather(self.gather.scale, self.gather.index, None, self.offset)
