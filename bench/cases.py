@@ -24,6 +24,7 @@ SPEC = CouplingSpec()
 STEP, BETWEEN = "flow step outside its net", "between two nets"
 SQUEEZED = "channel_mix of squeeze(x)"
 GATHERED, COUPLE_GATHERED = "channel_mix by an index", "coupling_mix by an index"
+CHANNELS_LAST = ", channels-last net"  # behind the name of an op
 Run = Callable[[], tuple[Tensor, ...]]
 
 # What each (op, mode) reads and writes at least, in tensors of the size of x (a net's output is as large as x):
@@ -79,7 +80,7 @@ def parse_shapes(text: str) -> list[tuple[int, ...]]:
 
 def traffic(op: str, mode: str, shape: tuple[int, ...]) -> int:
     """Bytes that the operation must move at least, float32."""
-    return 4 * math.prod(shape) * TRAFFIC[op, mode]
+    return 4 * math.prod(shape) * TRAFFIC[op.removesuffix(CHANNELS_LAST), mode]
 
 
 def arithmetic(op: str, mode: str, shape: tuple[int, ...]) -> int:
@@ -101,7 +102,7 @@ def arithmetic(op: str, mode: str, shape: tuple[int, ...]) -> int:
         "gaussian_sample": SAMPLE * values,
         STEP: both_ways if "backward" in mode else mix + couple,
         BETWEEN: both_ways if "backward" in mode else mix + couple,
-    }[op]
+    }[op.removesuffix(CHANNELS_LAST)]
 
 
 class Data:
@@ -325,6 +326,15 @@ def op_cases(data: Data) -> list[Case]:
 def kernel_cases(data: Data) -> list[Case]:
     """Makes all that `bench kernels` runs: every op on images, and the flow step outside its net."""
     return [*op_cases(data), *step_cases(data)]
+
+
+def gpu_cases(data: Data) -> list[Case]:
+    """Makes those, and once more what reads a net's output: channels-last, as nets on a GPU give it."""
+    other = copy.copy(data)
+    other.net_out = data.net_out.contiguous(memory_format=torch.channels_last)
+    reading = ("coupling", "coupling_mix", COUPLE_GATHERED, "step_backward", BETWEEN)
+    again = [case for case in kernel_cases(other) if case.op in reading]
+    return [*kernel_cases(data), *(dataclasses.replace(case, op=case.op + CHANNELS_LAST) for case in again)]
 
 
 def matrix_cases(data: Data) -> list[Case]:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from bench import machine_code
-from bench.cases import BETWEEN, SHAPES, Case, Data, kernel_cases, step_cases
+from bench.cases import BETWEEN, SHAPES, Case, Data, gpu_cases, step_cases
 from bench.gpu_model import L2_LATENCY, MEMORY_LATENCY, SMALL
 from bench.harness import ROOT
 from bench.machine_code import Cubin, Kernel, MissingTool
@@ -274,7 +274,7 @@ def content(shapes: Sequence[tuple[int, ...]] = tuple(SHAPES), more: Sequence[Ca
             (folder / arch).mkdir()
             by_arch[arch] = machine_code.cubins(arch, folder / arch)
         executed, emulator = Executed(Codes(by_arch[ARCH])), emulator_in(folder)
-        cases = [case for shape in shapes for case in kernel_cases(Data(shape, CPU))]
+        cases = [case for shape in shapes for case in gpu_cases(Data(shape, CPU))]
         return {
             "code": {"commit": commit_of_kernels(), "nvcc": nvcc_version(), "arch": f"sm_{ARCH}"},
             "compiled": {f"sm_{arch}": compiled_facts(cubins) for arch, cubins in by_arch.items()},

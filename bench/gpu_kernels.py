@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from bench.cases import SHAPES, Case, Data, check_equal, kernel_cases, parse_shapes, traffic
+from bench.cases import SHAPES, Case, Data, check_equal, gpu_cases, parse_shapes, traffic
 from bench.device_timing import Launch, RotatingTimer, copy_launches, device_of
 from bench.gpu_model import predictions
 from bench.harness import Timing, device_name, machine, write_json
@@ -74,12 +74,12 @@ class Kernels:
         """All cases of one shape whose name contains ``only``."""
         with self.timer.device.stream():
             first = Data(shape, self.device)
-            chosen = [case for case in kernel_cases(first) if self.only in case.name]
+            chosen = [case for case in gpu_cases(first) if self.only in case.name]
             least = min((traffic(case.op, case.mode, shape) for case in chosen), default=1)
             every = [first, *(first.copy() for _ in range(self.timer.copies(least) - 1))] if chosen else []
             turns: dict[str, list[Case]] = {case.name: [] for case in chosen}
             for data in every:
-                for case in kernel_cases(data):
+                for case in gpu_cases(data):
                     if case.name in turns:
                         turns[case.name].append(case)
         expected = {case: us / 1e6 for case, us in predictions(shape).items()}

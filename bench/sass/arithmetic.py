@@ -64,14 +64,16 @@ class Arithmetic(State):
         self._set(d, value.astype(np.uint32))
 
     def _VOTE(self, i: Instruction) -> None:
-        """Which threads of a warp a predicate holds in, as bits."""
-        d, q, p = i.operands
-        if i.modifiers != ("ANY",):
+        """Which threads of a warp a predicate holds in, as bits, and whether in any or in all that take part."""
+        *results, p = i.operands
+        if i.modifiers not in (("ANY",), ("ALL",)):
             self._fail(i)
-        votes = (self.mask & self._predicate(p)).reshape(-1, WARP)
+        taking = self.mask.reshape(-1, WARP)
+        votes = taking & self._predicate(p).reshape(-1, WARP)
         bits = (votes.astype(np.uint32) << np.arange(WARP, dtype=np.uint32)).sum(axis=1, dtype=np.uint32)
-        self._set(d, np.repeat(bits, WARP))
-        self._set(q, np.repeat(bits > 0, WARP))
+        agreed = bits > 0 if i.modifiers == ("ANY",) else (votes == taking).all(axis=1)
+        for result in results:
+            self._set(result, np.repeat(agreed if result.kind in self.predicates else bits, WARP))
 
     def _SHFL(self, i: Instruction) -> None:
         p, d, a, lane, _ = i.operands

@@ -26,7 +26,7 @@ def test_every_case_has_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     out = tmp_path / "kernels.json"
     assert gpu_kernels.main(["--device", "cpu", "--shapes", "1x4x3x5", "--only", "coupling", "--out", str(out)]) == 0
     content = json.loads(out.read_text())
-    expected = [(c.op, c.mode) for c in cases.kernel_cases(cases.Data(SHAPE, CPU)) if "coupling" in c.name]
+    expected = [(c.op, c.mode) for c in cases.gpu_cases(cases.Data(SHAPE, CPU)) if "coupling" in c.name]
     assert [(row["op"], row["mode"]) for row in content["rows"]] == expected
     for row in content["rows"]:
         assert row["bytes"] == cases.traffic(row["op"], row["mode"], SHAPE)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.cases import Case
+from bench.cases import CHANNELS_LAST, Case
 from pyglow_fast import functional
 from pyglow_fast.reference import CouplingSpec
 from support.emulator import MAPS, ORDERS, Launch
@@ -215,6 +215,7 @@ def case_launches(case: Case, emulator: AllKernels) -> CaseLaunches:
     player, recorded = _Player(emulator), []
     alive: list[object] = [results]  # so that no two tensors have the same address
     emulator.only_recorded = True
+    emulator.net_layout = "channels_last" if case.op.endswith(CHANNELS_LAST) else None
     for name, arguments, result in calls.ours:
         play = getattr(player, name, None)
         if play is None:
