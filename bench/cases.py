@@ -108,8 +108,8 @@ class Data:
     """Random tensors of one shape: the state, a net's output, gradients, and so on.
 
     ``matrix`` and ``offset`` are what actnorm and 1x1 convolution fold to; ``scale`` and ``index`` are what actnorm and
-    a permutation do. ``unsqueezed`` is there where four divides the channels; the net's output is as large as x where
-    two does.
+    a permutation do; ``matrices`` are two to invert. ``unsqueezed`` is there where four divides the channels; the net's
+    output is as large as x where two does.
     """
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
@@ -128,6 +128,7 @@ class Data:
         self.inverse_matrix, self.offset = self.matrix.T.contiguous(), random(channels)
         self.mean, self.log_sd = random(*shape), 0.3 * random(*shape)
         self.scale, self.index = random(channels).exp(), torch.randperm(channels, generator=generator).to(device)
+        self.matrices = torch.stack([self.matrix, self.scale * self.matrix])
 
     def copy(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Data:
         """The same numbers in memory of their own, on another device or in another dtype if one is given."""
@@ -282,7 +283,7 @@ def step_cases(data: Data, spec: CouplingSpec = SPEC) -> list[Case]:
 
 
 def op_cases(data: Data) -> list[Case]:
-    """Every op in every direction that it has; none of a squeezed input where four does not divide the channels."""
+    """Makes every op in every direction; none of a squeezed input where four does not divide the channels."""
     d = data
     mixed, coupled, pair = (d.x, d.matrix, d.offset), (d.x, d.net_out), (d.grad, d.grad_log_det)
     unmixed, gaussian = (d.x, d.inverse_matrix, d.offset), (d.x, d.mean, d.log_sd)
@@ -318,6 +319,25 @@ def op_cases(data: Data) -> list[Case]:
         _op_case(d, "gaussian_log_prob", "forward", "gaussian_log_prob", gaussian),
         _op_case(d, "gaussian_log_prob", "backward", "gaussian_log_prob", gaussian, grads=(d.grad_log_det,)),
         _op_case(d, "gaussian_sample", "forward", "gaussian_sample", gaussian),
+    ]
+
+
+def kernel_cases(data: Data) -> list[Case]:
+    """Makes all that `bench kernels` runs: every op on images, and the flow step outside its net."""
+    return [*op_cases(data), *step_cases(data)]
+
+
+def matrix_cases(data: Data) -> list[Case]:
+    """Makes inverses and log-determinants of C x C matrices, which `bench kernels` leaves out: no image is in them."""
+    d = data
+    grads = {"invert_matrix": (d.matrices,), "log_abs_det": (d.scale[:2],)}
+    return [
+        case
+        for name, grad in grads.items()
+        for case in (
+            _op_case(d, name, "forward", name, (d.matrices,)),
+            _op_case(d, name, "backward", name, (d.matrices,), grads=grad),
+        )
     ]
 
 

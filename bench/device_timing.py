@@ -62,7 +62,7 @@ class CudaDevice:
         return torch.cuda.stream(self._stream)
 
     def record(self, function: Callable[[], object]) -> Callable[[], object]:
-        """A replay of the captured launches."""
+        """Captures them; returns the graph's replay."""
         self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self._stream):
@@ -70,7 +70,7 @@ class CudaDevice:
         return graph.replay
 
     def seconds(self, replay: Callable[[], object]) -> float:
-        """Between two events around it; the GPU waits before the first, so that the launch itself is not counted."""
+        """Measured between two events; the GPU waits before the first, so that the launch itself is not counted."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(HEAD_START)
         begin.record()
@@ -87,22 +87,22 @@ class CpuDevice:
     replay_seconds = 0.0  # a rehearsal launches each copy once
 
     def stream(self) -> contextlib.AbstractContextManager[object]:
-        """Nothing to enter."""
+        """There is none to enter."""
         return contextlib.nullcontext()
 
     def record(self, function: Callable[[], object]) -> Callable[[], object]:
-        """The function itself."""
+        """Returns the function itself: there are no graphs."""
         return function
 
     def seconds(self, replay: Callable[[], object]) -> float:
-        """By the clock."""
+        """Takes the clock around it."""
         start = time.perf_counter()
         replay()
         return time.perf_counter() - start
 
 
 def device_of(device: torch.device) -> Device:
-    """What times on that device."""
+    """Chooses what times on a device."""
     return CudaDevice(device) if device.type == "cuda" else CpuDevice()
 
 

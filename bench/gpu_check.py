@@ -156,7 +156,7 @@ class Check:
         return ended
 
     def skip(self, name: str, reason: str) -> Ended:
-        """A stage that does not run."""
+        """Add a stage that does not run, with the reason."""
         print(f"== {name}", flush=True)
         return self.add(Ended(name, "skipped", reason=reason))
 
@@ -190,7 +190,7 @@ class Check:
         return ended
 
     def machine(self) -> bool:
-        """What is there; whether there is a GPU."""
+        """Look up what is there; tells whether there is a GPU."""
         folder = self.out / PARTS
         folder.mkdir(parents=True, exist_ok=True)
         ended = self._timed("machine", [sys.executable, "-c", PROBE], MACHINE_SECONDS, folder, {})

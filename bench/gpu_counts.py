@@ -1,4 +1,4 @@
-"""What each case of `bench kernels` does on a GPU, counted without one: launches, instructions, sectors, cycles.
+"""Counts what each case of `bench kernels` does on a GPU, without one: launches, instructions, sectors, cycles.
 
 The emulator of the tests tells the launches with their arguments; nvcc's code for sm_90 is executed on some blocks of
 each (bench/sass). ``python -m bench.gpu_tables --write`` writes it to bench/results/gpu-model.json, which
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from bench import machine_code
-from bench.cases import BETWEEN, SHAPES, Case, Data, op_cases, step_cases
+from bench.cases import BETWEEN, SHAPES, Case, Data, kernel_cases, step_cases
 from bench.gpu_model import L2_LATENCY, MEMORY_LATENCY, SMALL
 from bench.harness import ROOT
 from bench.machine_code import Cubin, Kernel, MissingTool
@@ -35,6 +35,7 @@ from pyglow_fast import _backend
 ARCH = "90"
 ARCHITECTURES = ("80", "90", "100", "120")
 BLOCKS = 16  # of a launch that are executed, spread over the grid
+CPU = torch.device("cpu")
 Tensors = dict[str, tuple[int, int]]  # address of the first byte, and behind the last
 
 
@@ -109,7 +110,7 @@ class Executed:
         self._done: dict[tuple[Any, ...], Counts] = {}
 
     def counts(self, record: Any, tensors: Tensors) -> Counts:
-        """Sectors by the names of ``tensors``."""
+        """The counts of a launch, its sectors by the names of ``tensors``."""
         numbered = {str(i): place for i, place in enumerate(tensors.values())}
         words = [word for (word,) in struct.iter_unpack("<Q", record.parameters[: len(record.parameters) // 8 * 8])]
         places = [_place(word, numbered) for word in words]
@@ -192,23 +193,19 @@ def emulator_in(folder: Path) -> Any:
     return AllKernels(build(folder / "libemulated.so", sources, "-O1", "-shared"))
 
 
-def cases_of(shape: tuple[int, ...]) -> list[Case]:
-    """What `bench kernels` runs on a shape."""
-    data = Data(shape, torch.device("cpu"))
-    return [*op_cases(data), *step_cases(data)]
-
-
 def glow_cases(shape: tuple[int, ...]) -> list[Case]:
     """A flow step between two nets, forward and backward, on the state of one level; none if `bench kernels` has it."""
     if shape in SHAPES:
         return []
-    cases = step_cases(Data(shape, torch.device("cpu")))
+    cases = step_cases(Data(shape, CPU))
     return [case for case in cases if (case.op, case.mode) == (BETWEEN, "forward+backward")]
 
 
 def compiled_facts(cubins: Iterable[Cubin]) -> dict[str, dict[str, Any]]:
-    """By kernel, of the float32 instantiations (float64 where there are no others) that take 16 bytes at a time (of all
-    where none does): what each has at most or at least.
+    """Sums up each kernel by name: what its instantiations have at most or at least.
+
+    Of these it takes those of float32 (float64 where there are no others) that move 16 bytes at a time (all where none
+    does).
     """
     groups: dict[str, list[tuple[Kernel, str]]] = {}
     for cubin in cubins:
@@ -252,7 +249,7 @@ def commit_of_kernels() -> str:
 
 
 def nvcc_version() -> str:
-    """Of the compiler on the PATH, or what the built module says it was compiled with."""
+    """The version of the compiler on the PATH, or what the built module says it was compiled with."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         return str(_backend.build_info().get("cuda", "unknown"))
@@ -277,7 +274,7 @@ def content(shapes: Sequence[tuple[int, ...]] = tuple(SHAPES), more: Sequence[Ca
             (folder / arch).mkdir()
             by_arch[arch] = machine_code.cubins(arch, folder / arch)
         executed, emulator = Executed(Codes(by_arch[ARCH])), emulator_in(folder)
-        cases = [case for shape in shapes for case in cases_of(shape)]
+        cases = [case for shape in shapes for case in kernel_cases(Data(shape, CPU))]
         return {
             "code": {"commit": commit_of_kernels(), "nvcc": nvcc_version(), "arch": f"sm_{ARCH}"},
             "compiled": {f"sm_{arch}": compiled_facts(cubins) for arch, cubins in by_arch.items()},

@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
-from bench.cases import SHAPES, Case, Data, check_equal, op_cases, parse_shapes, step_cases, traffic
+from bench.cases import SHAPES, Case, Data, check_equal, kernel_cases, parse_shapes, traffic
 from bench.device_timing import Launch, RotatingTimer, copy_launches, device_of
+from bench.gpu_model import predictions
 from bench.harness import Timing, device_name, machine, write_json
 from pyglow_fast import functional, reference
 
@@ -52,22 +53,13 @@ class KernelRow:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> KernelRow:
-        """From JSON."""
+        """Reads a row from JSON."""
         return cls(**values | {"shape": tuple(values["shape"])})
 
     @property
     def share_of_copy(self) -> float | None:
         """Says how near to a copy of as many bytes it comes."""
         return None if self.seconds is None else self.copy_seconds / self.seconds
-
-
-def predicted(shape: tuple[int, ...]) -> dict[tuple[str, str], float]:
-    """Seconds by (op, mode) that the model of the compiled code gives; empty where there is no such model."""
-    try:
-        from bench.gpu_model import predictions  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        return {}
-    return {case: microseconds / 1e6 for case, microseconds in predictions(shape).items()}
 
 
 class Kernels:
@@ -82,15 +74,15 @@ class Kernels:
         """All cases of one shape whose name contains ``only``."""
         with self.timer.device.stream():
             first = Data(shape, self.device)
-            chosen = [case for case in _cases(first) if self.only in case.name]
+            chosen = [case for case in kernel_cases(first) if self.only in case.name]
             least = min((traffic(case.op, case.mode, shape) for case in chosen), default=1)
             every = [first, *(first.copy() for _ in range(self.timer.copies(least) - 1))] if chosen else []
             turns: dict[str, list[Case]] = {case.name: [] for case in chosen}
             for data in every:
-                for case in _cases(data):
+                for case in kernel_cases(data):
                     if case.name in turns:
                         turns[case.name].append(case)
-        expected = predicted(shape)
+        expected = {case: us / 1e6 for case, us in predictions(shape).items()}
         copied: dict[int, Timing] = {}
         rows = []
         for case in chosen:
@@ -136,10 +128,6 @@ class Kernels:
 
 TIMES = ("seconds", "seconds_low", "seconds_high", "plain_seconds")
 LIBRARIES = {"plain torch": reference, "ours": functional}
-
-
-def _cases(data: Data) -> list[Case]:
-    return [*op_cases(data), *step_cases(data)]
 
 
 def _launches(cases: Sequence[Case], library: ModuleType) -> Callable[[], list[Launch]]:

@@ -75,12 +75,12 @@ class Prediction:
 
     @property
     def bound(self) -> str:
-        """The limit that decides."""
+        """Names the limit that decides."""
         return max(self.limits, key=lambda name: self.limits[name])
 
     @property
     def seconds(self) -> float:
-        """Of the launch."""
+        """What the launch is predicted to take."""
         return self.gap + self.limits[self.bound]
 
 
@@ -128,8 +128,9 @@ def launch_limits(
 
 
 def memory_bytes(launch: Mapping[str, Any], tensors: Mapping[str, int], cached: Iterable[str] = ()) -> float:
-    """What a launch reads from and writes to memory: of each tensor not more than it has, nothing of scratch, and no
-    reads of what is in L2.
+    """What a launch reads from and writes to memory, in bytes.
+
+    That is of each tensor not more than it has, nothing of scratch, and no reads of what is in L2.
     """
     total, cached = 0.0, set(cached)
     for key, count in launch["sectors"].items():
@@ -160,18 +161,18 @@ def case_predictions(case: Mapping[str, Any], device: Device = H100) -> list[Pre
 
 
 def case_seconds(case: Mapping[str, Any], device: Device = H100) -> float:
-    """Of all launches of a case."""
+    """What all launches of a case are predicted to take."""
     return sum(prediction.seconds for prediction in case_predictions(case, device))
 
 
 def copy_seconds(op: str, mode: str, shape: tuple[int, ...], device: Device = H100) -> float:
-    """Of a copy that touches as many bytes as the operation must."""
+    """What a copy is predicted to take that touches as many bytes as the operation must."""
     return device.gap + traffic(op, mode, shape) / device.copy_rate
 
 
 @functools.cache
 def content(path: Path = RESULT) -> dict[str, Any]:
-    """The JSON."""
+    """Reads the counts that ``bench.gpu_tables --write`` has written."""
     result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return result
 

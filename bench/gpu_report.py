@@ -26,7 +26,7 @@ Content = Mapping[str, Any]
 
 
 def read(folder: Path) -> dict[str, Content]:
-    """By stage, what has been written, in the order of the stages."""
+    """Reads what has been written, by stage, in the order of the stages."""
     found = {}
     for name in ("machine", *(stage.name for stage in STAGES)):
         path = folder / f"{name}.json"
@@ -36,12 +36,12 @@ def read(folder: Path) -> dict[str, Content]:
 
 
 def report(folder: Path) -> str:
-    """All that the stages have written into a folder, as Markdown."""
+    """Makes Markdown of all that the stages have written into a folder."""
     return report_of(read(folder))
 
 
 def report_of(stages: Mapping[str, Content]) -> str:
-    """What stages have written, by name, as Markdown."""
+    """Makes Markdown of what stages have written, by name."""
     latest = stages.get("machine") or next(iter(stages.values()), None)  # others may be of an earlier run
     facts: Mapping[str, Any] = latest["machine"] if latest else {}
     lines = ["# GPU check", ""]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bench import precisions
-from bench.cases import Case, Data, op_cases, step_cases
+from bench.cases import Case, Data, kernel_cases, matrix_cases
 from bench.gpu_stages import NO_KERNELS
 from bench.harness import device_name, machine, synchronize, write_json
 from bench.memory_case import gradient_error
@@ -52,7 +52,7 @@ class Failed(Exception):
 
 
 def hold(found: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor]) -> str:
-    """The largest error over that of plain torch, as words.
+    """Compares results with plain torch's, both against float64; tells the largest error in words.
 
     Raises:
         Failed: a result is off by more than twice plain torch's error and ROUNDINGS of its largest value, or NaN.
@@ -77,12 +77,12 @@ def data_of(shape: tuple[int, ...], form: str) -> Data:
 
 
 def cases_of(data: Data) -> list[Case]:
-    """Every op and the flow step outside its net."""
-    return [*op_cases(data), *step_cases(data)]
+    """Every op that has a CUDA kernel, and the flow step outside its net."""
+    return [*kernel_cases(data), *matrix_cases(data)]
 
 
 def op_checks(device: torch.device, shapes: Sequence[tuple[int, ...]] = tuple(SHAPES)) -> Iterator[Check]:
-    """Every case on every shape, against the reference in float64 on the CPU."""
+    """Checks every case on every shape against the reference in float64 on the CPU."""
     for shape in shapes:
         for form in FORMS:
             data = data_of(shape, form)
@@ -110,12 +110,12 @@ def small_model(memory: str) -> tuple[Glow, Tensor]:
 
 
 def gradients_of(model: Glow, x: Tensor) -> list[Tensor]:
-    """Of the mean of -log_prob."""
+    """The gradients of the mean of -log_prob, parameter by parameter."""
     return list(torch.autograd.grad(-model.log_prob(x).mean(), list(model.parameters())))
 
 
 def model_checks(device: torch.device) -> Iterator[Check]:
-    """A training step in each memory mode against float64, TF32 off and as torch has it; then x from its latents."""
+    """Checks a training step in each memory mode against float64, TF32 off and on; then x from its latents."""
 
     def step(memory: str, tf32: bool) -> str:
         model, x = small_model(memory)
@@ -149,7 +149,7 @@ def model_checks(device: torch.device) -> Iterator[Check]:
 
 
 def graph_checks() -> Iterator[Check]:
-    """A captured training step, replayed on other images, against the eager one."""
+    """Checks a captured training step, replayed on other images, against the eager one."""
 
     def check(memory: str) -> str:
         model, x = small_model(memory)
@@ -174,7 +174,7 @@ def graph_checks() -> Iterator[Check]:
 
 
 def run_checks(checks: Iterator[Check], written: Callable[[list[dict[str, object]]], None]) -> list[dict[str, object]]:
-    """A row for each check; ``written(rows)`` is called after each."""
+    """Runs the checks; a row for each, and ``written(rows)`` is called after each."""
     rows: list[dict[str, object]] = []
     for name, check in checks:
         try:

@@ -23,7 +23,7 @@ OUR_KERNELS = ("--kernel-name", "kns=pyglow")  # torch's own are many, and not w
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage.
+    """One stage of the GPU check: a program, its options on a GPU and in a rehearsal, and its seconds.
 
     ``program``: what Python runs. ``sizes``: its options that say how much, on a GPU; ``small``: in a rehearsal.
     ``out``: the option that takes where results are written, to a file of that name or, if there is none, a folder.

@@ -55,7 +55,7 @@ class StepRow:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> StepRow:
-        """From JSON."""
+        """Reads a row from JSON."""
         return cls(**values | {"shape": Shape.of(values["shape"])})
 
 
@@ -86,7 +86,7 @@ def _is_ours(event: Any) -> bool:
 
 
 def row_of(candidate: Candidate, config: str, precision: str, shape: Shape) -> StepRow:
-    """Of one candidate, eager."""
+    """Measures one candidate, eager."""
     step = candidate.run(TRAIN)
     note = ""
     if candidate.memory == "reversible":
@@ -99,7 +99,7 @@ def row_of(candidate: Candidate, config: str, precision: str, shape: Shape) -> S
 
 
 def graph_row(model: Any, x: torch.Tensor, memory: str, config: str, precision: str, shape: Shape) -> StepRow:
-    """Of our model's captured step in a memory mode."""
+    """Measures our model's captured step in a memory mode."""
     model.memory = memory
     model.zero_grad(set_to_none=True)
     graphs = model.make_graphed(x)

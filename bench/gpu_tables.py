@@ -4,8 +4,8 @@
 
 Without --write the tables are printed. With it the compiled kernels are counted anew (bench/gpu_counts.py: this needs
 the tests' emulator, cuobjdump, and nvcc unless the module that was built is newer than the sources), and the counts go
-to bench/results/gpu-model.json, the tables into the page. Where `bench kernels --device cuda` has left its file in
-bench/results, measured times stand beside the predicted ones.
+to bench/results/gpu-model.json, the tables into the page. Where bench/results has kernels-cuda.json, which `bench
+kernels --device cuda` writes and `bench gpu_check` as kernels.json, measured times stand beside the predicted ones.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.cases import BETWEEN, SHAPES
+from bench.gpu_kernels import KernelRow
 from bench.gpu_model import (
     H100,
     L2_LATENCY,
@@ -48,18 +49,22 @@ GLOW, NET_RATE, NET_LAUNCHES = "a", 30e12, 16
 
 
 def measured_seconds(path: Path = MEASURED) -> dict[tuple[str, str, tuple[int, ...]], float]:
-    """By (op, mode, shape), what `bench kernels --device cuda` wrote of ours; nothing while there is no such file."""
+    """Reads what each (op, mode, shape) took, from `bench kernels` or from that stage of `bench gpu_check`.
+
+    Args:
+        path: the file; nothing was measured while there is none.
+    """
     if not path.is_file():
         return {}
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    ours = [row for row in rows if row["implementation"] == "pyglow_fast" and row["seconds"] is not None]
-    return {(row["op"], row["mode"], tuple(row["shape"])): row["seconds"] for row in ours}
+    written = json.loads(path.read_text(encoding="utf-8"))
+    rows = map(KernelRow.of, (written.get("results") or written)["rows"])  # a stage's file has the benchmark's in it
+    return {(row.op, row.mode, row.shape): row.seconds for row in rows if row.seconds is not None}
 
 
 def case_table(
     shape: tuple[int, ...], counted: Mapping[str, Any], measured: Mapping[Any, float], device: Device = H100
 ) -> str:
-    """Of each op on one shape: launches, predicted us and share of the copy, what limits the longest, measured us."""
+    """A row for each op on one shape: launches, predicted us, share of the copy, the longest's limit, measured us."""
     rows = []
     for case in counted["cases"]:
         key = case["op"], case["mode"]
@@ -84,7 +89,7 @@ def case_table(
 
 
 def launch_table(counted: Mapping[str, Any], device: Device = H100) -> str:
-    """Every launch of the ops on each shape, once: grid, what a block does, us by each limit, the largest in bold."""
+    """A row for every launch of the ops on each shape: grid, work of a block, us by each limit, the largest in bold."""
     rows: dict[object, Sequence[object]] = {}
     for case in counted["cases"]:
         shape = tuple(case["shape"])
@@ -103,7 +108,7 @@ def launch_table(counted: Mapping[str, Any], device: Device = H100) -> str:
 
 
 def compiled_table(counted: Mapping[str, Any]) -> str:
-    """Every compiled kernel: registers, blocks of 256 threads on a multiprocessor, bytes spilled, 16-byte accesses."""
+    """A row for every compiled kernel: registers, blocks that these have room for, bytes spilled, 16-byte accesses."""
     compiled = counted["compiled"]
     launched = {launch["kernel"] for case in counted["cases"] for launch in case["launches"]}
     rows = []
@@ -159,7 +164,7 @@ def device_table(device: Device = H100) -> str:
 
 
 def glow_table(counted: Mapping[str, Any], device: Device = H100) -> str:
-    """A training step of a Glow (bench.model_cases, configuration a), stored, by its parts."""
+    """The parts of a Glow's training step (bench.model_cases, configuration a), stored, and their sum."""
     shape, ours, launches = CONFIGS[GLOW], 0.0, 0
     for level in level_shapes(shape):
         case = next(

@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _has_case(item: pytest.Item, device: str) -> bool:
-    """The case of that device, or a test for a GPU that has no cases: without one that test skips itself."""
+    """Whether a test is the case of that device, or one for a GPU that has no cases: without a GPU it skips itself."""
     parameter = item.callspec.params.get("device") if hasattr(item, "callspec") else None
     return item.get_closest_marker("cuda") is not None if parameter is None else str(parameter) == device
 
@@ -94,12 +94,12 @@ class _Tally:
         self._stream.flush()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Of the test itself; of what is around it where that did not pass."""
+        """Notes the test itself; what is around it, too, where that did not pass."""
         if report.when == "call" or not report.passed:
             self._write(report.nodeid, report.outcome, _reason(report))
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """Of a file that was skipped, or that is broken."""
+        """Notes a file that was skipped, or that is broken."""
         if not report.passed:
             self._write(report.nodeid, report.outcome, _reason(report))
 
@@ -119,7 +119,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def read_tally(path: Path) -> list[dict[str, str]]:
-    """The outcomes; the last line may be cut off where the run was."""
+    """Reads the outcomes; the last line may be cut off where the run was."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:

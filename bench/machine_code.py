@@ -51,18 +51,33 @@ class Kernel:
 
     @property
     def name(self) -> str:
-        """Without namespaces, such as "fused_kernel"."""
+        """Its name without namespaces, such as "fused_kernel"."""
         return self.parts[1]
 
     @property
     def dtype(self) -> str:
-        """f: float, d: double."""
+        """The type of its values: f for float, d for double."""
         return self.parts[2]
 
     @property
     def vector(self) -> bool:
-        """Whether it takes 16 bytes at a time: the last template argument."""
-        return self.parts[3].endswith("Lb1E")
+        """Whether it takes 16 bytes at a time: by its last template argument, or as all do that work in patches."""
+        return self.parts[3].endswith("Lb1E") or "_patches_" in self.name
+
+    @property
+    def patches(self) -> bool:
+        """Whether it takes a channels-last net's output in patches."""
+        return "_patches_" in self.name or re.search(r"(Source|Sink)I[fd]Lb1E", self.symbol) is not None
+
+    @property
+    def writes_net(self) -> bool:
+        """Whether it also gives the gradient for the net's output."""
+        return "backward_patches" in self.name or re.search(r"(StepSource|CouplingSink)", self.symbol) is not None
+
+    @property
+    def pairs_only(self) -> bool:
+        """Whether its threads have but two channels of the net's output."""
+        return re.search(r"CouplingSinkI.*Li2E", self.symbol) is not None and self.dtype == "f"
 
     def blocks(self, threads: int) -> int:
         """Blocks of so many threads that a multiprocessor's registers have room for: whole warps, 8 for a thread."""
@@ -85,7 +100,7 @@ class Cubin:
 
     @cached_property
     def kernels(self) -> list[Kernel]:
-        """All of them."""
+        """All kernels of the file, with what they use."""
         return list(parse(cuobjdump("-res-usage", str(self.path)), 1024 if self.arch >= 90 else 0))
 
     @cached_property

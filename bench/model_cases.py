@@ -80,7 +80,7 @@ class Candidate:
 
     @property
     def dtype_name(self) -> str:
-        """As rows have it."""
+        """The precision as rows name it."""
         return TF32 if self.tf32 else dtype_name(self.dtype)
 
     def context(self) -> contextlib.AbstractContextManager[object]:

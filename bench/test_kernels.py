@@ -11,13 +11,13 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.cases import SHAPES, Data, op_cases, step_cases
+from bench.cases import SHAPES, Data, kernel_cases
 from bench.harness import synchronize
 from pyglow_fast import functional, reference
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 PROBE = Data((1, 4, 3, 3), torch.device("cpu"))
-NAMES = [case.name for case in (*op_cases(PROBE), *step_cases(PROBE))]
+NAMES = [case.name for case in kernel_cases(PROBE)]
 
 
 @pytest.mark.parametrize("library", [functional, reference], ids=["pyglow_fast", "reference"])
@@ -29,7 +29,7 @@ def test_kernel(
 ) -> None:
     place = torch.device(device)
     data = Data(shape, place)
-    case = next(case for case in (*op_cases(data), *step_cases(data)) if case.name == name)
+    case = next(case for case in kernel_cases(data) if case.name == name)
     if library is functional and not case.is_ours(place):
         pytest.skip(f"{name} has no kernel for {device}")
     run = case.build(library, False)

@@ -1,4 +1,4 @@
-"""What a CUDA graph asks of the code that it captures: that all it keeps was there before.
+"""Rules for code that a CUDA graph may capture: all that outlives a step was there before the capture.
 
 A capture runs nothing: it records what is to run at each replay. Values cannot be read in it, copies from the host
 cannot be made, and what is set to zero in it is set to zero again by every replay. So what outlives a step is made by a
@@ -53,7 +53,7 @@ _held: dict[int, Any] = {}  # what captures have read, by id
 
 
 def held(value: T, device: torch.device) -> T:
-    """The value; one that is asked for while a CUDA graph is captured is kept for good, whatever its owner does.
+    """Returns the value; one that is asked for while a CUDA graph is captured is kept for good.
 
     The graph reads it at each replay, and nobody tells when the graph is gone.
     """
@@ -63,7 +63,7 @@ def held(value: T, device: torch.device) -> T:
 
 
 def made_once(size: int) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    """A decorator: of a function of hashable arguments, the last a device, the results for the last ``size`` of them.
+    """A decorator that keeps the last ``size`` results of a function of hashable arguments, the last of them a device.
 
     The function makes constants on the host and copies them to the device. What was asked for in a capture is held.
     """

@@ -63,7 +63,7 @@ def has_tf32(x: Tensor) -> bool:
     return x.dtype == torch.float32 and backend_of(x.device) == "cuda"
 
 
-class _Held:
+class _Settings:
     """The settings of CUDA while someone wants them in some way: changed by the first, restored by the last."""
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class _Held:
         self._before: list[tuple[Any, str]] = []
 
     def change(self, precision: str, by: int) -> None:
-        """One more (1) or one less (-1) who wants it. Who wants full precision has it, whatever others want."""
+        """Counts one more (1) or one less (-1) who wants it. Who wants full precision has it, whatever others want."""
         with self._lock:
             self._wanted[precision] += by
             found = next((wanted for wanted in (FULL, TF32) if self._wanted[wanted]), None)
@@ -105,17 +105,17 @@ class _Held:
             place.fp32_precision = value
 
 
-_held = _Held()
+_settings = _Settings()
 
 
 @contextlib.contextmanager
-def held(precision: str) -> Iterator[None]:
-    """Inside, CUDA computes in TF32 or in full precision ("ieee"), in all threads: the settings are the process's.
+def computing_in(precision: str) -> Iterator[None]:
+    """A context in which CUDA computes in TF32 or in full precision ("ieee"), in all threads of the process.
 
     Settings that followed others do so again behind it.
     """
-    _held.change(precision, 1)
+    _settings.change(precision, 1)
     try:
         yield
     finally:
-        _held.change(precision, -1)
+        _settings.change(precision, -1)

@@ -62,7 +62,7 @@ class Source(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, cond: Tensor | None) -> Source:
-        """That of x and cond side by side."""
+        """The source that x and cond side by side are."""
         return cls(x.shape[1], x.dtype, None if cond is None else cond.dtype)
 
     def split(self, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.commands import Command
 from support.covering import pairs
 from support.helpers import assert_kernel_close
 from support.tf32 import SETTINGS, TF32_EPS, compiling, in_tf32, reset, rounded
@@ -17,9 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import pyglow_fast as pgf
-from pyglow_fast import _float32, functional, ops, reference
-from pyglow_fast._float32 import CONVOLUTIONS, PRODUCTS
-from pyglow_fast.coupling_nets.precision import in_precision
+from pyglow_fast import functional, ops, reference
 from pyglow_fast.layers import GroupedInvConv
 from pyglow_fast.layers.border import border_map
 from pyglow_fast.layers.flow_step import ChannelMap, after
@@ -369,132 +364,6 @@ def test_compiled_without_a_break_and_again_where_the_setting_of_products_change
         with in_tf32(setting, rounds=False):
             found = compiled(x)
         assert_kernel_close(found, plain, exact, magnitude=4.0 * C**0.5)
-
-
-def now() -> dict[str, str]:
-    """What CUDA is set to, by each of its settings, and what those around them say."""
-    places = {"all": Backends, "cuda": Backends.cudnn, "matmul": Backends.cuda.matmul}
-    places |= {"conv": Backends.cudnn.conv, "rnn": Backends.cudnn.rnn}
-    return {name: place.fp32_precision for name, place in places.items()}
-
-
-class TestHeld:
-    """Nets in float32 or in TF32, which only settings of the process can say."""
-
-    @pytest.mark.parametrize("precision", ["fp32", "tf32"])
-    @by_setting
-    def test_all_compute_in_it_and_the_settings_are_as_they_were(self, setting: str, precision: str) -> None:
-        x = torch.randn(2, C, 9)
-        with in_tf32(setting):
-            before = now()
-            with in_precision(precision, x):
-                assert {now()[name] for name in ("matmul", "conv", "rnn")} == {
-                    "ieee" if precision == "fp32" else "tf32"
-                }
-                assert _float32.rounds(PRODUCTS, x) == _float32.rounds(CONVOLUTIONS, x) == (precision == "tf32")
-            assert now() == before
-            with pytest.raises(KeyError), in_precision(precision, x):
-                raise KeyError
-            assert now() == before
-
-    def test_threads_do_not_leave_each_others_settings_behind(self) -> None:
-        """The first to come is the first to go: what it found is not put back under the others, nor theirs kept."""
-        x, seen = torch.randn(2, C, 9), []
-        inside, leave = threading.Event(), threading.Event()
-
-        def hold() -> None:
-            with in_precision("fp32", x):
-                inside.set()
-                leave.wait(10)
-                seen.append(now()["conv"])
-
-        with in_tf32():
-            before = now()
-            other = threading.Thread(target=hold)
-            with in_precision("fp32", x):
-                other.start()
-                assert inside.wait(10)
-            assert now()["conv"] == "ieee"
-            leave.set()
-            other.join()
-            assert now() == before
-        assert seen == ["ieee"]
-
-    def test_those_inside_keep_it_while_others_come_and_go(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        x, restored = torch.randn(2, C, 9), []
-        with in_tf32(), in_precision("fp32", x):
-            monkeypatch.setattr(_float32._held, "_restore", lambda: restored.append(1))
-            for precision in ("fp32", "tf32"):
-                with in_precision(precision, x):
-                    assert now()["conv"] == "ieee"
-            monkeypatch.undo()
-            assert not restored
-            assert now()["conv"] == "ieee"
-
-    def test_full_precision_wins(self) -> None:
-        x = torch.randn(2, C, 9)
-        with in_tf32(), in_precision("fp32", x), in_precision("tf32", x):
-            assert now()["conv"] == "ieee"
-
-    @pytest.mark.parametrize("inner", ["", "cudnn.", "cudnn.conv.", "cuda.matmul."])
-    @pytest.mark.parametrize("outer", ["", "cudnn."])
-    def test_what_followed_another_setting_still_does(self, outer: str, inner: str, tmp_path: Path) -> None:
-        """In a process of its own: torch has no way back to a setting of convolutions that follows the others."""
-        program = f"""
-import sys
-import torch
-from pyglow_fast import _float32
-
-def now():
-    cudnn = torch.backends.cudnn
-    return [place.fp32_precision for place in (cudnn, torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)]
-
-torch.backends.{outer}fp32_precision = "tf32"
-torch.backends.{inner}fp32_precision = "tf32"
-for precision in sys.argv[1:]:
-    with _float32.held(precision):
-        assert set(now()) == {{precision}}, now()
-torch.backends.{outer}fp32_precision = "ieee"
-print(now())
-"""
-        outputs = [Command(["-c", program, *held], tmp_path).communicate() for held in ([], ["ieee", "tf32", "ieee"])]
-        assert outputs[0][0].startswith("["), outputs[0]
-        assert outputs[0] == outputs[1]
-
-    def test_defaults_follow_again(self, tmp_path: Path) -> None:
-        program = """
-import torch
-from pyglow_fast import _float32
-with _float32.held("ieee"):
-    assert torch.backends.cudnn.conv.fp32_precision == "ieee"
-assert torch.backends.cudnn.allow_tf32
-assert torch.backends.cudnn.conv.fp32_precision == "tf32"
-torch.backends.fp32_precision = "ieee"
-print(torch.backends.cudnn.conv.fp32_precision)
-"""
-        out, err = Command(["-c", program], tmp_path).communicate()
-        assert out.strip() == "ieee", err
-
-    def test_what_is_compiled_cannot_change_them(self) -> None:
-        x, weight = torch.randn(2, C, 9), torch.randn(C, C, 1)
-
-        def net(precision: str) -> Callable[[Tensor], Tensor]:
-            def run(x: Tensor) -> Tensor:
-                with in_precision(precision, x):
-                    return F.conv1d(x, weight)
-
-            torch.compiler.reset()
-            return torch.compile(run, fullgraph=True, backend=compiling)
-
-        exact = F.conv1d(x, weight)
-        with in_tf32(rounds=False):
-            assert not torch.equal(net("tf32")(x), exact)
-            with pytest.raises(
-                Exception, match=r'precision: expected torch.backends.fp32_precision = "ieee" where "fp32"'
-            ):
-                net("fp32")(x)
-            Backends.cudnn.conv.fp32_precision = "ieee"
-            assert torch.equal(net("fp32")(x), exact)
 
 
 @by_setting

@@ -197,6 +197,35 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(functional.gaussian_log_prob, tuple(values))
 
 
+@pytest.mark.parametrize("indexed", [False, True])
+def test_channels_last_net(indexed: bool) -> None:
+    """A channels-last net's output beside a contiguous state gives the same; its gradient keeps the layout."""
+    x, net_out, matrix, offset = _step_inputs((2, 12, 4, 8), SPECS[0], torch.float64)
+    index = torch.randperm(12) if indexed else None
+    kind, grad, grad_log_det = ops.kind_arguments(SPECS[0], inverse=False), torch.randn_like(x), torch.randn(2).to(x)
+    backward_kind = kind[:2] + kind[3:]
+    matrix = matrix.diagonal().contiguous() if indexed else matrix
+    last = net_out.to(memory_format=torch.channels_last)
+    calls = [
+        (ops.coupling, lambda net: (x, net, *kind), None),
+        (ops.coupling_backward, lambda net: (x, net, grad, grad_log_det, *kind, True), 1),
+        (ops.coupling_mix, lambda net: (x, net, matrix, offset, *kind, index), None),
+        (
+            ops.coupling_mix_backward,
+            lambda net: (x, net, grad, grad_log_det, matrix, *backward_kind, None, index),
+            1,
+        ),
+        (ops.step_backward, lambda net: (x, net, grad, grad_log_det, matrix, offset, *backward_kind, index), 2),
+    ]
+    for op, arguments, grad_net_out in calls:
+        results = op(*arguments(last))
+        for position, (got, expected) in enumerate(zip(results, op(*arguments(net_out)), strict=True)):
+            assert_close(got, expected)
+            of_net = position == grad_net_out
+            assert got.dim() != 4 or got.is_contiguous(memory_format=torch.channels_last) == of_net
+        torch.library.opcheck(op, arguments(last))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=case_name)
 def test_opcheck(dtype: torch.dtype) -> None:
     x, net_out, matrix, offset = _step_inputs((2, 6, 5, 3), SPECS[0], dtype)

@@ -15,6 +15,7 @@ import torch
 from support.covering import pairs
 from support.helpers import assert_close, memory_layouts
 from support.kernel_cases import assert_bits_do_not_depend_on_threads, case_name
+from support.library_ops import use_library
 from support.net_chains import (
     Net,
     Numbers,
@@ -652,7 +653,7 @@ def test_when_half_is_chosen(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     with torch.autocast("cpu", torch.float16):
         assert not functional.net_as_products(x)
     assert torch.equal(by_name, results(functional.net_chain, SPEC, ARGS)[0])
-    monkeypatch.setattr(_backend, "nets", lambda: "library")
+    use_library(monkeypatch)
     assert not functional.net_as_products(x)
 
 

@@ -15,7 +15,7 @@ UNITS = {
     "shared": ("LDS", "STS", "SHFL"),
     "global": ("LDGSTS", "LDG", "STG"),
     "control": (
-        *("BRA", "BRX", "BSSY", "BSYNC", "CALL", "RET", "EXIT", "NOP", "BAR", "WARPSYNC", "ENDCOLLECTIVE"),
+        *("BRA", "BREAK", "BRX", "BSSY", "BSYNC", "CALL", "RET", "EXIT", "NOP", "BAR", "WARPSYNC", "ENDCOLLECTIVE"),
         *("LDGDEPBAR", "DEPBAR", "S2R", "S2UR", "CS2R", "LDC", "ULDC", "MOV", "UMOV", "R2UR", "P2R"),
     ),
 }
@@ -55,7 +55,7 @@ class Instruction:
 
     @property
     def unit(self) -> str:
-        """What executes it."""
+        """Names the unit that executes it."""
         return next((unit for unit, names in UNITS.items() if self.name.startswith(names)), "alu")
 
 

@@ -87,7 +87,7 @@ class Machine(Arithmetic):
         self.sectors: dict[tuple[str, str], int] = {}
 
     def run(self, most: int = 2_000_000) -> Counts:
-        """Until all threads have ended; returns what an average block did."""
+        """Execute until all threads have ended; returns what an average block did."""
         with np.errstate(all="ignore"):
             for _ in range(most):
                 ready = self.alive & ~self.waiting
@@ -115,7 +115,7 @@ class Machine(Arithmetic):
         )
 
     def _open_barrier(self) -> None:
-        """Of every block: all its threads that have not ended wait."""
+        """Open the barrier of every block all of whose threads that have not ended wait."""
         clock = self.clock.reshape(self.n_blocks, -1)
         clock[:] = clock.max(axis=1, keepdims=True)
         self.waiting[:] = False
@@ -155,7 +155,7 @@ class Machine(Arithmetic):
             for key in self.targets:
                 self.ready[key] = np.maximum(self.ready.get(key, done), done)
 
-    _BSSY = _BSYNC = _NOP = _WARPSYNC = _ENDCOLLECTIVE = Arithmetic.nothing
+    _BREAK = _BSSY = _BSYNC = _NOP = _WARPSYNC = _ENDCOLLECTIVE = Arithmetic.nothing
 
     def _BRA(self, i: Instruction) -> None:
         if "DIV" in i.modifiers:  # taken where the lanes of a warp are not together, which they are

@@ -33,12 +33,12 @@ class Launch:
 
     @property
     def blocks(self) -> int:
-        """Of the grid."""
+        """How many blocks the grid has."""
         return self.grid[0] * self.grid[1] * self.grid[2]
 
     @property
     def threads(self) -> int:
-        """Of a block."""
+        """How many threads a block has."""
         return self.block[0] * self.block[1] * self.block[2]
 
 

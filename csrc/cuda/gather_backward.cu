@@ -2,7 +2,7 @@
 // two stages without atomics, and from a step's output, which has none.
 #include <cmath>
 
-#include "cuda/gather.cuh"
+#include "cuda/gather_patches.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/sample_sums.cuh"
 
@@ -57,6 +57,7 @@ struct BackwardPass {
   GatherBackwardArgs<T> args;
   Shares shares;
   double* partials;  // (2, C, splits)
+  bool only_kept;    // transformed channels are left to gather_patches.cuh
 };
 
 // grad_in and grad_net_out of one unit of channel j; gives y.
@@ -111,6 +112,7 @@ __global__ void __launch_bounds__(block_threads, sizeof(T) == 4 ? 3 : 2)
     T sum_scale = T(0), sum_offset = T(0);
     if (i < shares.channels) {
       const int64_t j = source_channel(args.map, i, shares.channels);
+      if (pass.only_kept && j >= args.channels - args.transformed) continue;  // in the vector path i is the block's
       if (j == outside) {
         sum_scale = sum_offset = T(NAN);
       } else {
@@ -144,6 +146,7 @@ template <class T>
 struct StepPass {
   StepGatherBackwardArgs<T> args;
   Shares shares;
+  bool only_kept;  // as above
 };
 
 template <class T, bool Vector>
@@ -156,6 +159,7 @@ __global__ void __launch_bounds__(block_threads, sizeof(T) == 4 ? 4 : 2)
     const int64_t i = shares.channel(task);
     if (i >= shares.channels) continue;
     const int64_t j = source_channel(args.map, i, shares.channels), c = j - (args.channels - args.transformed);
+    if (pass.only_kept && c >= 0) continue;
     const T scale = j == outside ? T(NAN) : args.map.scale[i];
     const T center = j == outside || args.map.center == nullptr ? T(0) : args.map.center[j];
     shares.for_each<unit>(task, [&](int64_t n, int64_t p) {
@@ -202,24 +206,30 @@ bool has_vector_units(const SplitGrad<T>& x, int64_t positions) {
 // - Occupancy: up to 80 registers (float), so 3 blocks of 256 threads on a multiprocessor; a thread has up to five
 //   16-byte loads in flight, 60 KB in all, more than bandwidth times latency (about 30 KB). Double: 2.
 // - Bound: memory, 3 values moved for a kept element and 7 for a transformed one. The second stage reads two doubles
-//   for each channel and share.
+//   for each channel and share. The transformed channels beside a channels-last net's output are a launch of their own.
 template <class T>
 int gather_backward(const GatherBackwardArgs<T>& args, const Queue& queue) {
   const int64_t samples = args.samples, channels = args.channels, positions = args.positions;
   if (channels == 0) return cudaSuccess;
   const bool adjacent = channels_adjacent(args.grad_out.all, positions);
-  const bool vector = !adjacent && has_vector_units(args.in, positions) && has_vector_units(args.grad_out, positions) &&
-                      has_vector_units(read_only(args.grad_in), positions) &&
-                      (args.transformed == 0 ||
-                       (has_vector_net<T>(args.net_out, positions) && has_vector_net<T>(args.grad_net_out, positions)));
+  const NetAccess access = gather_access<T>(!adjacent && has_vector_units(args.in, positions) &&
+                                                has_vector_units(args.grad_out, positions) &&
+                                                has_vector_units(read_only(args.grad_in), positions),
+                                            channels, args.transformed, positions, args.net_out, args.grad_net_out);
+  const bool vector = access.vector();
   const dim3 threads = share_threads(adjacent);
-  const Shares shares = shares_of(samples, channels, positions, threads, vector ? width<T> : 1, true);
+  // Beside patches the shares are such that the threads with one group of channels, fewer of them, have no more terms.
+  const int abreast = access.patches() ? groups_abreast(divide_up(args.transformed, width<T>)) : 1;
+  const Shares shares =
+      shares_of(samples, channels, positions, dim3(threads.x, threads.y / abreast), vector ? width<T> : 1, true);
   double* const partials =
       static_cast<double*>(queue.scratch(2 * channels * shares.splits * static_cast<int64_t>(sizeof(double))));
-  const BackwardPass<T> pass = {args, shares, partials};
+  const BackwardPass<T> pass = {args, shares, partials, access.patches()};
   const int64_t blocks = smaller(shares.groups * shares.splits, max_blocks);
   int error = vector ? launch(gather_backward_kernel<T, true>, blocks, threads, 0, queue.stream, pass)
                      : launch(gather_backward_kernel<T, false>, blocks, threads, 0, queue.stream, pass);
+  if (error == cudaSuccess && access.patches())
+    error = gather_backward_patches(args, access.wide, {abreast, shares.splits, shares.per_split, partials}, queue);
   if (error != cudaSuccess) return error;
   error = sample_sums<T>(partials, channels, shares.splits, 0.0, args.grad_scale, queue.stream);
   if (error != cudaSuccess) return error;
@@ -235,13 +245,17 @@ int step_gather_backward(const StepGatherBackwardArgs<T>& args, const Queue& que
   if (samples * positions == 0 || channels == 0) return cudaSuccess;
   const bool adjacent = channels_adjacent(args.y, positions);
   const auto vector_columns = [&](const auto&... x) { return (has_vector_columns(x, positions) && ...); };
-  const bool vector = !adjacent && vector_columns(args.y, args.grad_y, read_only(args.grad_u), read_only(args.x)) &&
-                      has_vector_net<T>(args.net_out, positions) && has_vector_net<T>(args.grad_net_out, positions);
+  const NetAccess access =
+      gather_access<T>(!adjacent && vector_columns(args.y, args.grad_y, read_only(args.grad_u), read_only(args.x)),
+                       channels, args.transformed, positions, args.net_out, args.grad_net_out);
+  const bool vector = access.vector();
   const dim3 threads = share_threads(adjacent);
-  const StepPass<T> pass = {args, shares_of(samples, channels, positions, threads, vector ? width<T> : 1, false)};
+  const StepPass<T> pass = {args, shares_of(samples, channels, positions, threads, vector ? width<T> : 1, false),
+                            access.patches()};
   const int64_t blocks = smaller(pass.shares.groups * pass.shares.splits, max_blocks);
-  return vector ? launch(step_gather_backward_kernel<T, true>, blocks, threads, 0, queue.stream, pass)
-                : launch(step_gather_backward_kernel<T, false>, blocks, threads, 0, queue.stream, pass);
+  const int error = vector ? launch(step_gather_backward_kernel<T, true>, blocks, threads, 0, queue.stream, pass)
+                           : launch(step_gather_backward_kernel<T, false>, blocks, threads, 0, queue.stream, pass);
+  return error == cudaSuccess && access.patches() ? step_gather_backward_patches(args, access.wide, queue) : error;
 }
 
 PYGLOW_CUDA_INSTANTIATE(gather_backward, GatherBackwardArgs)

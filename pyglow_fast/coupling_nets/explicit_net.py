@@ -84,7 +84,7 @@ class FoldedLayers:
     def unfolded(
         self, grad_weights: Sequence[Tensor | None], grad_biases: Sequence[Tensor | None]
     ) -> dict[str, Tensor]:
-        """From the gradients of the folded weights and biases to those that the parameters want, by name.
+        """Turns gradients of the folded weights and biases into those that the parameters want, by name.
 
         None stands for one that was not computed: of no layer whose scale wants one.
         """

@@ -23,10 +23,10 @@ def _undoing(indices: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def indices_on(indices: Sequence[int], device: torch.device) -> Tensor:
-    """The indices, (C,) int64, which are not to be written to."""
+    """Puts indices on a device: (C,) int64, which are not to be written to."""
     return _copied(tuple(map(int, indices)), device)
 
 
 def undoing_indices_on(indices: Sequence[int], device: torch.device) -> Tensor:
-    """Those that undo a permutation, (C,) int64, which are not to be written to."""
+    """Puts the indices that undo a permutation on a device: (C,) int64, which are not to be written to."""
     return _undoing(tuple(map(int, indices)), device)

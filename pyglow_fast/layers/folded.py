@@ -104,7 +104,7 @@ class FoldCache:
             self._folded, self._identities = None, []
 
     def distrust(self, steps: Sequence[FlowStep]) -> None:
-        """A training step on these is captured: its replays may step the parameters, and no version tells of that."""
+        """Stops trusting versions of parameters: a captured training step may change them at each replay, unseen."""
         with self._lock:
             self._captured = {key: kept for key, kept in self._captured.items() if kept() is not None}
             self._captured |= {id(tensor): weakref.ref(tensor) for tensor in _tensors(steps) or ()}

@@ -131,7 +131,7 @@ class GraphedGlow:
         return self._samples.clone()
 
     def _make_training(self) -> None:
-        """The graph of a training step, with the anchors' spacing that the passes before have brought about."""
+        """Captures a training step, with the anchors' spacing that the passes before have brought about."""
         device = self._temperature.device
         with _side_stream(device) as stream:
             _warm_up(self._train)
@@ -190,7 +190,7 @@ def _fill(buffers: dict[str, Tensor | None], values: dict[str, Tensor | None]) -
 
 @contextlib.contextmanager
 def _side_stream(device: torch.device) -> Iterator[torch.cuda.Stream]:
-    """Inside, all runs on a stream of its own, on which a capture may follow warm-ups.
+    """A context whose work runs on a stream of its own, on which a capture may follow warm-ups.
 
     Libraries have handles and memory for each stream, and make them when they first use one.
     """
@@ -207,7 +207,7 @@ def _warm_up(function: Callable[[], object]) -> None:
 
 
 def _capture(function: Callable[[], T], stream: torch.cuda.Stream) -> tuple[Callable[[], None], T]:
-    """What replays it, and its result, whose tensors each replay fills.
+    """Captures a function; returns what replays it, and its result, whose tensors each replay fills.
 
     What other threads do meanwhile, such as one that pins memory for a loader of data, does not disturb it.
     """

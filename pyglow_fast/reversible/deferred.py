@@ -63,7 +63,7 @@ class Verdict(NamedTuple):
 
 
 class _Counters:
-    """Of one device; updated in place, also by the replays of a graph."""
+    """The counts of passes on one device; updated in place, also by the replays of a graph."""
 
     def __init__(self, device: torch.device) -> None:
         # Passes, those that drifted, those whose gradients were zeroed; of the last one drift, limit and spacing.
@@ -72,7 +72,7 @@ class _Counters:
         self.copy: Later | None = None
 
     def take(self, wait: bool) -> list[Verdict]:
-        """See Verdicts."""
+        """Gives the verdicts that are known; see :meth:`Verdicts.take`."""
         if is_capturing(self.values.device):
             return []  # a capture allows no reading, nor the question whether a copy has come
         found = self.values.tolist() if wait else None if self.copy is None else self.copy.read()

@@ -20,11 +20,7 @@ CPU = torch.device("cpu")
 compiled = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
 
 
-def all_cases(data: cases.Data) -> list[cases.Case]:
-    return [*cases.op_cases(data), *cases.step_cases(data)]
-
-
-ALL = all_cases(cases.Data(SHAPE, CPU))
+ALL = cases.kernel_cases(cases.Data(SHAPE, CPU))
 
 
 @compiled

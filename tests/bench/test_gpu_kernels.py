@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +26,7 @@ def test_every_case_has_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     out = tmp_path / "kernels.json"
     assert gpu_kernels.main(["--device", "cpu", "--shapes", "1x4x3x5", "--only", "coupling", "--out", str(out)]) == 0
     content = json.loads(out.read_text())
-    data = cases.Data(SHAPE, CPU)
-    expected = [(c.op, c.mode) for c in [*cases.op_cases(data), *cases.step_cases(data)] if "coupling" in c.name]
+    expected = [(c.op, c.mode) for c in cases.kernel_cases(cases.Data(SHAPE, CPU)) if "coupling" in c.name]
     assert [(row["op"], row["mode"]) for row in content["rows"]] == expected
     for row in content["rows"]:
         assert row["bytes"] == cases.traffic(row["op"], row["mode"], SHAPE)
@@ -61,17 +58,11 @@ def test_the_share_of_the_copy() -> None:
 
 
 def test_predictions_stand_beside(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = types.ModuleType("bench.gpu_model")
-    model.predictions = lambda shape: {("channel_moments", "forward"): 7.25 * shape[0]}  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "bench.gpu_model", model)
+    found = {("channel_moments", "forward"): 7.25}
+    monkeypatch.setattr(gpu_kernels, "predictions", lambda shape: found if shape == SHAPE else {})
     (row,) = rows("channel_moments")
     assert row.predicted_seconds == pytest.approx(7.25e-6)
     assert "| 7.25 |" in gpu_kernels.table([row])
-
-
-def test_without_a_model_nothing_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "bench.gpu_model", None)
-    assert gpu_kernels.predicted(SHAPE) == {}
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,10 @@ import pytest
 
 from bench import gpu_counts, gpu_model, gpu_tables
 from bench.cases import SHAPES, TRAFFIC, traffic
+from bench.gpu_check import Check, Ended
+from bench.gpu_kernels import KernelRow
 from bench.gpu_model import H100, case_predictions, launch_limits
+from bench.harness import write_json
 from bench.machine_code import Kernel
 from bench.model_cases import CONFIGS
 
@@ -135,16 +138,18 @@ def test_the_page_names_what_it_rests_on() -> None:
     assert code["commit"]
 
 
-def test_measured_times_stand_beside_the_predicted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("by", ["bench kernels", "bench gpu_check"])
+def test_measured_times_stand_beside_the_predicted(by: str, tmp_path: Path) -> None:
     assert gpu_tables.measured_seconds(tmp_path / "nothing.json") == {}
     shape = SHAPES[0]
-    row = {"op": "coupling", "mode": "forward", "shape": list(shape), "seconds": 4.25e-6}
-    rows = [
-        row | {"implementation": "pyglow_fast"},
-        row | {"implementation": "reference", "seconds": 1.0},
-        row | {"implementation": "pyglow_fast", "mode": "inverse", "seconds": None},
-    ]
-    (tmp_path / "kernels-cuda.json").write_text(json.dumps({"rows": rows}))
+    row = KernelRow("coupling", "forward", shape, "GPU", 1, 2, 4.25e-6, 4e-6, 4.5e-6, 3e-6, None, 1.0)
+    failed = dataclasses.replace(row, mode="inverse", seconds=None, note="it is wrong")
+    out = tmp_path / "kernels-cuda.json"
+    write_json(out, {"device": "GPU"}, [row, failed])
+    if by == "bench gpu_check":
+        check = Check(tmp_path, "cuda")
+        check.add(Ended("kernels", "passed", results=json.loads(out.read_text())))
+        (tmp_path / "kernels.json").replace(out)
     measured = gpu_tables.measured_seconds(tmp_path / "kernels-cuda.json")
     lines = gpu_tables.case_table(shape, gpu_model.content(), measured).splitlines()
     cells = {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in lines}

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import cases, gpu_smoke
 from bench.gpu_smoke import Failed, hold, model_checks, op_checks, run_checks
 from bench.gpu_stages import NO_KERNELS
+from bench.harness import ROOT
 from pyglow_fast import _backend, functional
 from pyglow_fast.models.glow import Glow
 
@@ -22,6 +25,34 @@ SMALL = [(2, 4, 5, 9), (3, 5, 7, 3)]
 
 def failures(checks: Any) -> list[str]:
     return [str(row["check"]) for row in run_checks(checks, lambda rows: None) if not row["passed"]]
+
+
+class Kernels(TorchDispatchMode):
+    """Notes the names of the ops of ours that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func.namespace == "pyglow_fast":
+            self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+# Kernels without an op of their own: channel_mix, coupling_mix, step_backward and gradients by an index run them.
+GATHERS = {"gather", "gather_backward", "step_gather_backward"}
+
+
+def test_every_op_that_has_a_cuda_kernel_is_run() -> None:
+    """By the list of kernels in csrc/core.h."""
+    listed = re.search(r"#define PYGLOW_KERNELS\(K\)(.*?)#define", (ROOT / "csrc" / "core.h").read_text(), re.DOTALL)
+    assert listed is not None
+    expected = set(re.findall(r"K\((\w+),", listed[1]))
+    with Kernels() as ran:
+        for case in gpu_smoke.cases_of(gpu_smoke.data_of(SMALL[0], "float32")):
+            case.build(functional, False)()
+    assert ran.names == expected - GATHERS
 
 
 def test_right_kernels_pass() -> None:

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from support.library_ops import use_library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import model_cases, model_checks, model_plots, model_rows, models, precisions
 from bench.memory_models import OurSteps, Shape
 from bench.model_cases import CHANNELS_LAST, COMPILED, EAGER, LOG_PROB, PLAIN, SAMPLE, TRAIN, Candidate, Candidates
 from bench.model_checks import Checks, Unequal, passing
-from pyglow_fast import Glow, _backend
+from pyglow_fast import Glow
 
 CPU = torch.device("cpu")
 TINY = {"levels": Shape((3, 8, 8), 2, 2, 8, 2), "one step": Shape((12, 4, 4), 1, 1, 8, 2, squeezes=False)}
@@ -226,7 +227,7 @@ def cut_to_tf32(x: torch.Tensor) -> torch.Tensor:
 @pytest.fixture
 def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nets are the library's convolutions; the state is mapped by our kernels, as on a GPU."""
-    monkeypatch.setattr(_backend, "nets", lambda: "library")
+    use_library(monkeypatch)
 
 
 class TestTF32:

@@ -60,10 +60,10 @@ void gather(const Shape& s, bool channels_last, int64_t width) {
 }
 
 template <class T>
-void couple(const Shape& s, bool channels_last, NetType type, ScaleMap map, Order order) {
+void couple(const Shape& s, bool channels_last, bool net_last, NetType type, ScaleMap map, Order order) {
   const int64_t transformed = (s.c + 1) / 2, net_channels = map == ScaleMap::none ? transformed : 2 * transformed;
   const Tensor<T> in(s.n, s.c, s.p, channels_last, 1), scale(1, s.c, 1, false, 3), offset(1, s.c, 1, false, 4);
-  const Net<T> net_out(s.n, net_channels, s.p, channels_last, 2, type);
+  const Net<T> net_out(s.n, net_channels, s.p, net_last, 2, type);
   const std::vector<int64_t> index = permutation(s.c);
   pyglow::CouplingKind<T> kind = {map, order, true, {T(2), T(0.1), T(2)}};
   const Tensor<T> out(s.n, s.c, s.p, channels_last, 0), log_det(s.n, 1, 1, false, 0);
@@ -84,7 +84,7 @@ void couple(const Shape& s, bool channels_last, NetType type, ScaleMap map, Orde
   const Tensor<T> grad(s.n, s.c, s.p, channels_last, 5), grad_log_det(s.n, 1, 1, false, 6);
   const Tensor<T> grad_in(s.n, s.c, s.p, channels_last, 0);
   const Tensor<T> grad_scale(1, s.c, 1, false, 0), grad_offset(1, s.c, 1, false, 0);
-  const Net<T> grad_net_out(s.n, net_channels, s.p, channels_last, 0, type);
+  const Net<T> grad_net_out(s.n, net_channels, s.p, net_last, 0, type);
   driver::run(pyglow::GatherBackwardArgs<T>{.in = in.in(0),
                                             .net_out = net_out.in(),
                                             .grad_out = {grad.in(), {}, 0},
@@ -105,7 +105,7 @@ void couple(const Shape& s, bool channels_last, NetType type, ScaleMap map, Orde
   grad_offset.expect_written("grad_offset");
 
   const Tensor<T> x(s.n, s.c, s.p, channels_last, 0), grad_u(s.n, s.c, s.p, channels_last, 0);
-  const Net<T> step_grad_net_out(s.n, net_channels, s.p, channels_last, 0, type);
+  const Net<T> step_grad_net_out(s.n, net_channels, s.p, net_last, 0, type);
   driver::run(pyglow::StepGatherBackwardArgs<T>{.y = in.in(),
                                                 .net_out = net_out.in(),
                                                 .grad_y = grad.in(),
@@ -130,15 +130,21 @@ void all() {
   for (const bool channels_last : {false, true}) {
     for (const Shape& s : {Shape{1, 3, 5}, Shape{2, 4, 16}, Shape{3, 37, 4}, Shape{2, 6, 1204}, Shape{90, 2, 1}}) {
       gather<T>(s, channels_last, 0);
-      couple<T>(s, channels_last, NetType::state, ScaleMap::sigmoid, Order::shift_scale);
+      couple<T>(s, channels_last, channels_last, NetType::state, ScaleMap::sigmoid, Order::shift_scale);
     }
     gather<T>({2, 4, 15}, channels_last, 5);
     for (int type = 1; type < net_types<T>; ++type)
-      couple<T>({2, 6, 44}, channels_last, static_cast<NetType>(type), ScaleMap::sigmoid, Order::shift_scale);
+      couple<T>({2, 6, 44}, channels_last, channels_last, static_cast<NetType>(type), ScaleMap::sigmoid,
+                Order::shift_scale);
   }
+  // Patches: halves of two, six, eight and 38 channels; additive ones too.
+  for (const Shape& s : {Shape{2, 4, 16}, Shape{1, 12, 180}, Shape{3, 16, 20}, Shape{1, 76, 8}})
+    for (int type = 0; type < net_types<T>; ++type)
+      for (const ScaleMap map : {ScaleMap::none, ScaleMap::sigmoid})
+        couple<T>(s, false, true, static_cast<NetType>(type), map, Order::shift_scale);
   for (const ScaleMap map : maps)
     for (const Order order : orders)
-      for (const int64_t positions : {4, 5}) couple<T>({2, 4, positions}, false, NetType::state, map, order);
+      for (const int64_t positions : {4, 5}) couple<T>({2, 4, positions}, false, false, NetType::state, map, order);
 }
 
 }  // namespace

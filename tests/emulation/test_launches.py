@@ -29,7 +29,6 @@ def emulator(_library: Path) -> AllKernels:
 def test_launches_are_those_of_the_last_call(emulator: Emulator) -> None:
     """Kernel, template arguments, grid, block and shared memory, also of kernels that have no symbol to link to."""
     x, matrix, offset = torch.randn(1, 12, 4), torch.eye(12), torch.zeros(12)
-    assert emulator.launches() == []
     emulator.channel_mix(x, matrix, offset)
     (mix,) = emulator.launches()
     assert (mix.kernel, mix.arguments.split(", ")[0], mix.blocks) == ("fused_kernel", "float", 1)

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from support.covering import pairs
 from support.helpers import assert_close
+from support.library_ops import use_library
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
-from pyglow_fast import _backend
 from pyglow_fast.coupling_nets import check_halo
 from pyglow_fast.layers.border import border_map
 from pyglow_fast.models.prior import TopPrior
@@ -75,7 +75,7 @@ def test_formula(actnorm: bool, cond_channels: int, spatial: tuple[int, ...]) ->
 @pytest.mark.parametrize("actnorm", [False, True])
 def test_gradients(actnorm: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend == "library":
-        monkeypatch.setattr(_backend, "nets", lambda: "library")
+        use_library(monkeypatch)
     net = randomised(pgf.CouplingNet(2, 3, 4, actnorm, border=True))
     x = torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
     inputs, weights = [x, *net.parameters()], torch.randn(2, 3, 3, 4, dtype=torch.float64)

@@ -10,10 +10,11 @@ import torch
 from support.captures import Recording, capture_guard, like_a_gpu, own_factorisations
 from support.covering import pairs
 from support.glow_settings import CALM, CONFIGS, Setting
+from support.library_ops import use_library
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
-from pyglow_fast import _backend, ops
+from pyglow_fast import ops
 from pyglow_fast.reversible import passes
 
 MEMORY = ("store", "checkpoint", "reversible", "200kB")
@@ -77,7 +78,8 @@ def assert_replays(setting: Setting, replays: int = 3) -> None:
 )
 def test_every_kind(name: str, memory: str, by: str, deferred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """By: on a GPU there are the kernels beside library nets, and the reference where there is no kernel."""
-    monkeypatch.setattr(_backend, "_nets", lambda: "auto" if by == "kernels" else "library")
+    if by != "kernels":
+        use_library(monkeypatch)
     if by == "reference":
         monkeypatch.setattr(ops, "run_on", lambda x: False)
     setting = Setting(name, spread=CALM)

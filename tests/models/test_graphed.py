@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from support.captures import drifting
 from support.graphed_stand_in import Side, recorded_graphs
 from torch import Tensor
 
 import pyglow_fast as pgf
 from pyglow_fast._captures import Later
 from pyglow_fast.models import graphed
-from pyglow_fast.reversible import passes
 
 N, SHAPE = 4, (3, 8, 8)
 
@@ -51,14 +51,7 @@ def recorded() -> Iterator[Side]:
 @pytest.fixture
 def off(monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """A factor that recomputed states are off by, in replays too; 1 at first."""
-    factor, true = torch.ones(()), passes.step_backward
-
-    def wrong(*inputs: Tensor) -> tuple[Tensor, ...]:
-        found, *grads = true(*inputs)
-        return factor * found, *grads
-
-    monkeypatch.setattr(passes, "step_backward", wrong)
-    return factor
+    return drifting(monkeypatch, torch.ones(()))
 
 
 @pytest.mark.parametrize("memory", ["store", "checkpoint", "reversible", "200kB"])

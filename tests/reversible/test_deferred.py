@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from support.captures import NotCapturableError, Recording, capture_guard, capturing, like_a_gpu
+from support.captures import NotCapturableError, Recording, capture_guard, capturing, drifting, like_a_gpu
 from support.chain_cases import CASES, gradients, worst_error
 from torch import Tensor, nn
 
@@ -148,13 +148,7 @@ class Replayed:
     """The gradients of a run of steps as a graph has them, and a factor that its recomputed states are off by."""
 
     def __init__(self, patch: pytest.MonkeyPatch, sequence: pgf.ReversibleSequence, x: Tensor) -> None:
-        self.x, self.factor, true = x.clone(), torch.ones((), dtype=x.dtype), passes.step_backward
-
-        def wrong(*inputs: Tensor) -> tuple[Tensor, ...]:
-            found, *grads = true(*inputs)
-            return self.factor * found, *grads
-
-        patch.setattr(passes, "step_backward", wrong)
+        self.x, self.factor = x.clone(), drifting(patch, x)
         with Recording() as self.graph, capture_guard():
             self.gradients = step_gradients(sequence, self.x)
 
@@ -271,14 +265,9 @@ class TestCaptured:
         with torch.cuda.stream(side):
             expected = step_gradients(sequence, x)
         torch.cuda.current_stream().wait_stream(side)
-        factor, true, graph = torch.ones((), dtype=x.dtype, device="cuda"), passes.step_backward, torch.cuda.CUDAGraph()
-
-        def wrong(*inputs: Tensor) -> tuple[Tensor, ...]:
-            found, *grads = true(*inputs)
-            return factor * found, *grads
-
+        graph = torch.cuda.CUDAGraph()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(passes, "step_backward", wrong)
+            factor = drifting(patch, x)
             with torch.cuda.graph(graph, stream=side):
                 found = step_gradients(sequence, x)
         for _ in range(3):

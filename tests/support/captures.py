@@ -14,16 +14,19 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from pyglow_fast.reversible import passes
+
 
 @contextlib.contextmanager
 def _answering(**answers: bool) -> Iterator[None]:
-    """Functions of these names answer so, in whatever module of the package they were imported."""
+    """A context in which functions of these names answer so, in whatever module of the package they were imported."""
     with contextlib.ExitStack() as stack:
         for name, module in list(sys.modules.items()):
             if name.split(".")[0] == "pyglow_fast":
@@ -34,12 +37,12 @@ def _answering(**answers: bool) -> Iterator[None]:
 
 
 def like_a_gpu() -> contextlib.AbstractContextManager[None]:
-    """Values may not be read, and a graph might be captured."""
+    """A context in which code takes the CPU for a GPU: values may not be read, a graph might be captured."""
     return _answering(can_read=False, can_capture=True, is_capturing=False)
 
 
 def capturing() -> contextlib.AbstractContextManager[None]:
-    """A graph is being captured."""
+    """A context in which code is told that a graph is being captured."""
     return _answering(can_read=False, can_capture=True, is_capturing=True)
 
 
@@ -128,7 +131,7 @@ class Recording(TorchDispatchMode):
             _ruin(storage)
 
     def replay(self) -> None:
-        """Run it all again."""
+        """Repeat all operations."""
         with torch.no_grad(), torch._C._DisableAutocast():  # below both: their part is recorded
             for operation in self._operations:
                 operation.repeat()
@@ -162,6 +165,13 @@ _FACTORISATIONS = re.compile(
     r"_?linalg_(inv|slogdet|det|lu|solve_ex|qr|svd|eig|cholesky|ldl|lstsq|pinv|matrix_exp)|_?linalg_solve$"
     r"|linalg_solve_ex|_lu_with_info|lu_unpack|lu_solve|inverse|cholesky|geqrf|ormqr|logdet|slogdet"
 )
+
+
+def is_factorisation(func: torch._ops.OpOverload) -> bool:
+    """Whether an operation is one of torch's that factorise a matrix, or solve by it."""
+    return func.namespace == "aten" and _FACTORISATIONS.match(func.overloadpacket.__name__) is not None
+
+
 _MASKS = (torch.bool, torch.uint8)
 # From the values of Python's own numbers to a tensor, or to the host.
 _FROM_HOST = (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.scalar_tensor)
@@ -205,7 +215,7 @@ class _Operations(TorchDispatchMode):
         is_index = len(args) > 1 and name.startswith(("index", "_index", "_unsafe_index"))
         if is_index and any(tensor.dtype in _MASKS for tensor in _tensors(args[1])):
             raise NotCapturableError(f"{name}: the host counts what a mask chooses")
-        if func.namespace == "aten" and _FACTORISATIONS.match(name):
+        if is_factorisation(func):
             raise NotCapturableError(f"{name}: a factorisation")
         if name in ("lift", "lift_fresh", "_pin_memory"):
             raise NotCapturableError(f"{name}: a copy from the host")
@@ -242,6 +252,18 @@ def capture_guard() -> Iterator[None]:
         stack.enter_context(_Functions())
         stack.enter_context(_Operations())
         yield
+
+
+def drifting(patch: pytest.MonkeyPatch, like: Tensor) -> Tensor:
+    """Makes recomputed states of flow steps wrong by a factor: the tensor returned, which replays read; 1 at first."""
+    factor, true = like.new_ones(()), passes.step_backward
+
+    def wrong(*inputs: Tensor) -> tuple[Tensor, ...]:
+        found, *grads = true(*inputs)
+        return factor * found, *grads
+
+    patch.setattr(passes, "step_backward", wrong)
+    return factor
 
 
 _library_inv, _library_slogdet = torch.linalg.inv, torch.linalg.slogdet
@@ -288,7 +310,7 @@ def _slogdet(matrix: Tensor) -> _SlogDet:
 
 @contextlib.contextmanager
 def own_factorisations() -> Iterator[None]:
-    """For the reference, which has no kernels: ops that a capture holds for the inverse and log|det| of matrices."""
+    """A context in which torch's inverses and log-determinants, which the reference calls, pass the guard as ops."""
     own = {"inv_ex": _inv_ex, "slogdet": _slogdet}
     with mock.patch.multiple(torch.linalg, **own):
         yield

@@ -23,8 +23,10 @@ ORDER_NAMES = {index: name for name, index in ORDERS.items()}
 
 
 class Recorded(NamedTuple):
-    """One launch, the bytes of its arguments, and the tensors that it may touch: identity, first byte, byte behind the
-    last. What the emulator made in place of an op's result has the identity of that.
+    """One launch, the bytes of its arguments, and the tensors that it may touch.
+
+    Of a tensor: identity, first byte, byte behind the last. What the emulator made in place of an op's result has the
+    identity of that.
     """
 
     launch: Launch

@@ -169,6 +169,8 @@ def assert_only_written(x: Tensor) -> None:
 class Emulator:
     """Loads the library that the sources were built into. Outputs have the layout ``out_layout`` of :func:`allocate`.
 
+    The gradient for the net's output has ``net_layout``, if that is set.
+
     ``seed`` chooses the order in which the threads run. With ``only_recorded`` none run: :meth:`launches` tells what
     would be launched, outputs stay as they are. ``multiprocessors`` are those that small grids are cut for.
     """
@@ -180,6 +182,7 @@ class Emulator:
         self.only_recorded = False
         self.multiprocessors = 132
         self.out_layout = "contiguous"
+        self.net_layout: str | None = None
 
     def _call(self, name: str, x: Tensor, transformed: int, *arguments: Any) -> None:
         function: Callable[..., bytes | None] = getattr(self._library, f"emulated_{name}")
@@ -216,6 +219,11 @@ class Emulator:
     def output_like(self, x: Tensor) -> Tensor:
         """Room for an output of the shape (N, C, P) of x."""
         return allocate(self.out_layout, (x.shape[0], x.shape[1], x.shape[2]), x.dtype)
+
+    def net_grad_like(self, net_out: Tensor) -> Tensor:
+        """Room for the gradient for the net's output."""
+        shape = (net_out.shape[0], net_out.shape[1], net_out.shape[2])
+        return allocate(self.net_layout or self.out_layout, shape, net_out.dtype)
 
     def channel_mix(
         self, x: Tensor, matrix: Tensor, offset: Tensor, subtract_first: bool = False, out: Tensor | None = None
@@ -267,7 +275,7 @@ class Emulator:
     ) -> CouplingGrads:
         """The gradients, and the input if ``recover``, from the output of :meth:`coupling`."""
         recovered = self.output_like(out) if recover else None
-        grad_in, grad_net_out = self.output_like(out), self.output_like(net_out)
+        grad_in, grad_net_out = self.output_like(out), self.net_grad_like(net_out)
         inputs = (_view(out), _net(net_out), _view(grad_out), grad_log_det)
         outputs = (_view(recovered), _view(grad_in), _net(grad_net_out))
         variant, transformed = _variant(spec, inverse), _transformed(net_out, spec)

@@ -54,7 +54,7 @@ class FusedEmulator(Emulator):
         """The gradients from the input of :meth:`coupling_mix`; ``added`` belongs to grad_out."""
         grads = CouplingMixGrads(
             self.output_like(x),
-            self.output_like(net_out),
+            self.net_grad_like(net_out),
             torch.full_like(matrix, torch.nan),
             matrix.new_full((x.shape[1],), torch.nan),
         )
@@ -75,7 +75,7 @@ class FusedEmulator(Emulator):
         spec: CouplingSpec,
     ) -> StepGrads:
         """x = A (uncouple(y) - c), the gradients of uncouple(y) and of the net's output."""
-        results = StepGrads(self.output_like(y), self.output_like(y), self.output_like(net_out))
+        results = StepGrads(self.output_like(y), self.output_like(y), self.net_grad_like(net_out))
         inputs = (_variant(spec, False), _view(y), _net(net_out), _view(grad_y), grad_log_det, inverse_matrix, offset)
         outputs = (_view(results.x), _view(results.grad_u), _net(results.grad_net_out))
         self._call("step_backward", y, _transformed(net_out, spec), *inputs, *outputs)

@@ -82,7 +82,7 @@ class GatherEmulator(FusedEmulator):
     ) -> GatherGrads:
         """The gradients from the input of :meth:`gather`; ``added`` belongs to grad_out."""
         grad_in = self.output_like(x) if grad_in is None else grad_in
-        grad_net_out = None if net_out is None else self.output_like(net_out)
+        grad_net_out = None if net_out is None else self.net_grad_like(net_out)
         sums = [torch.full_like(gather.scale, torch.nan) for _ in range(2)]
         transformed = 0 if net_out is None else _transformed(net_out, spec)
         parts = (_view(grad_out), _view(added), ctypes.c_int64(0 if added is None else added.shape[1]))
@@ -96,7 +96,7 @@ class GatherEmulator(FusedEmulator):
         self, y: Tensor, gather: Gather, net_out: Tensor, grad_y: Tensor, grad_log_det: Tensor, spec: CouplingSpec
     ) -> StepGrads:
         """The gather of uncouple(y), the gradients of uncouple(y) and of the net's output."""
-        results = StepGrads(self.output_like(y), self.output_like(y), self.output_like(net_out))
+        results = StepGrads(self.output_like(y), self.output_like(y), self.net_grad_like(net_out))
         inputs = (_variant(spec, False), _view(y), _net(net_out), _view(grad_y), grad_log_det, _map(gather))
         outputs = (_view(results.x), _view(results.grad_u), _net(results.grad_net_out))
         self._call("step_gather_backward", y, _transformed(net_out, spec), *inputs, *outputs)

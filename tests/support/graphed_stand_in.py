@@ -36,7 +36,7 @@ class Side:
 
 @contextlib.contextmanager
 def recorded_graphs() -> Iterator[Side]:
-    """Inside, make_graphed takes a model on the CPU as one on a GPU, and its captures are recordings."""
+    """A context in which make_graphed takes a model on the CPU as one on a GPU, and its captures are recordings."""
     side = Side()
     own = {"_side_stream": side.entered, "_capture": side.capture}
     with like_a_gpu(), mock.patch.multiple(graphed, **own):

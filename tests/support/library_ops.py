@@ -15,8 +15,8 @@ from pyglow_fast import _backend, convolutions
 
 
 def use_library(patch: pytest.MonkeyPatch) -> None:
-    """From now on nets are the library's convolutions, on the CPU as on a GPU."""
-    patch.setattr(_backend, "nets", lambda: "library")
+    """Makes nets the library's convolutions, on the CPU as on a GPU."""
+    patch.setattr(_backend, "_nets", lambda: "library")
 
 
 @contextmanager
@@ -78,7 +78,7 @@ class Ops(TorchDispatchMode):
         return [arguments for found, arguments in self.found if found == name]
 
     def names(self, least: int = 0) -> list[str]:
-        """Those of all that ran on a tensor of at least so many elements."""
+        """The names of all that ran on a tensor of at least so many elements."""
         return [
             name
             for name, args in self.found

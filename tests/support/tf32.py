@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyglow_fast import _backend, _float32
+from pyglow_fast import _float32
+from support.library_ops import use_library
 
 TF32_EPS = 2.0**-10  # from 1 to the next number
 _aten = torch.ops.aten
@@ -87,7 +88,7 @@ def reset() -> None:
 
 @contextlib.contextmanager
 def in_tf32(setting: str = "as torch comes", device: torch.device | str = "cpu", rounds: bool = True) -> Iterator[Tf32]:
-    """With one of SETTINGS. On the CPU as if it were a GPU: its settings count, and nets are left to the library.
+    """A context with one of SETTINGS; the CPU is as a GPU: its settings count, and nets are left to the library.
 
     rounds: False where :func:`compiling` does it, since torch.compile takes no notice of a mode around it.
     """
@@ -96,7 +97,7 @@ def in_tf32(setting: str = "as torch comes", device: torch.device | str = "cpu",
     with pytest.MonkeyPatch.context() as patch:
         if pretends:
             patch.setattr(_float32, "backend_of", backend_of_all)
-            patch.setattr(_backend, "nets", library)
+            use_library(patch)
         try:
             SETTINGS[setting]()
             with mode if pretends and rounds else contextlib.nullcontext():
@@ -116,14 +117,8 @@ def compiling(graph: Callable[..., Any], inputs: Any) -> Callable[..., Any]:
 
 
 def backend_of_all(device: torch.device) -> str:
-    """Every device is a GPU."""
+    """Takes every device for a GPU."""
     return "cuda"
 
 
-def library() -> str:
-    """Who computes nets."""
-    return "library"
-
-
-for _answer in (backend_of_all, library):
-    _answer._dynamo_marked_constant = True  # type: ignore[attr-defined]
+backend_of_all._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from support.captures import drifting
 from support.graphed_stand_in import recorded_graphs
 from torch import Tensor
 
 from pyglow_fast.data import ImageSet
 from pyglow_fast.models.graphed import GraphedGlow
-from pyglow_fast.reversible import passes
 from pyglow_fast.train import TrainConfig, TrainState, start
 from pyglow_fast.train.metrics import read_metrics
 
@@ -31,14 +31,7 @@ def _recorded() -> Iterator[None]:
 @pytest.fixture
 def off(monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """A factor that recomputed states are off by, in replays too; 1 at first."""
-    factor, true = torch.ones(()), passes.step_backward
-
-    def wrong(*inputs: Tensor) -> tuple[Tensor, ...]:
-        found, *grads = true(*inputs)
-        return factor * found, *grads
-
-    monkeypatch.setattr(passes, "step_backward", wrong)
-    return factor
+    return drifting(monkeypatch, torch.ones(()))
 
 
 def trained(config: TrainConfig, data: ImageSet, before: Callable[[int], None] = lambda step: None) -> TrainState:

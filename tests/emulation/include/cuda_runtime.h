@@ -100,8 +100,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                Arguments&&... arguments) {
   std::vector<unsigned char> parameters;
   (emu::append(parameters, static_cast<Parameters>(arguments)), ...);
-  const bool valid = emu::launch(reinterpret_cast<const void*>(kernel), config->gridDim, config->blockDim,
-                                 config->dynamicSmemBytes, std::move(parameters),
-                                 [&] { kernel(static_cast<Parameters>(arguments)...); });
+  const bool valid =
+      emu::launch(reinterpret_cast<const void*>(kernel), config->gridDim, config->blockDim, config->dynamicSmemBytes,
+                  std::move(parameters), [&] { kernel(static_cast<Parameters>(arguments)...); });
   return valid ? cudaSuccess : cudaErrorInvalidConfiguration;
 }
