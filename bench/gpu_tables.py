@@ -245,6 +245,12 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
+def _json(counted: dict[str, Any]) -> str:
+    """Writes each case on a line of its own."""
+    cases = ",\n".join(f"  {json.dumps(entry)}" for entry in counted["cases"])
+    return json.dumps(counted | {"cases": []}, indent=1).replace('"cases": []', f'"cases": [\n{cases}\n ]') + "\n"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the tables, counted anew and written if asked.
 
@@ -271,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}\n\n{text}\n")
     if arguments.write:
         page = with_tables(PAGE.read_text(encoding="utf-8"), tables)
-        RESULT.write_text(json.dumps(counted, indent=1) + "\n", encoding="utf-8")
+        RESULT.write_text(_json(counted), encoding="utf-8")
         PAGE.write_text(page, encoding="utf-8")
         print(f"wrote {RESULT} and the tables of {PAGE}")
     return 0

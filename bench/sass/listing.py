@@ -94,7 +94,9 @@ def _operand(text: str) -> Operand:
 
 
 def _sum(text: str) -> tuple[Operand, ...]:
-    return tuple(_operand(part.lstrip("+ ")) for part in re.findall(r"[+-]?[^+-]+", text.replace("+-", "-")) if part.strip("+ "))
+    return tuple(
+        _operand(part.lstrip("+ ")) for part in re.findall(r"[+-]?[^+-]+", text.replace("+-", "-")) if part.strip("+ ")
+    )
 
 
 def decode(listing: str) -> list[Instruction]:
