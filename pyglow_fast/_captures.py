@@ -73,6 +73,8 @@ def made_once(size: int) -> Callable[[Callable[..., T]], Callable[..., T]]:
 
         @functools.wraps(function)
         def found(*key: Any) -> T:
+            if is_traced():  # a constant of what is recorded
+                return function(*key)
             with lock:
                 value = last.pop(key, None)
             if value is None:

@@ -63,6 +63,7 @@ OPS: dict[str, tuple[int, Callable[..., object]]] = {
     "gaussian_log_prob": (3, ops.gaussian_log_prob),
     "gaussian_log_prob_backward": (3, lambda z, m, s: ops.gaussian_log_prob_backward(z, m, s, LOG_DET)),
     "gaussian_sample": (3, ops.gaussian_sample),
+    "invert_matrices": (1, lambda x: ops.invert_matrices(x[:, :, 0, :4])),
     "checkerboard_split": (1, lambda x: ops.checkerboard_split(x, 1, True)),
     "checkerboard_merge": (1, lambda x: ops.checkerboard_merge(x, 1, True)),
     "net_chain": (2, net),

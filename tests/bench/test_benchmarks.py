@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 compiled = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
 
 
-ALL = cases.kernel_cases(cases.Data(SHAPE, CPU))
+ALL = cases.gpu_cases(cases.Data(SHAPE, CPU))
 
 
 @compiled

@@ -133,9 +133,9 @@ def test_all_variants_of_a_seed_see_the_same(data: str, tmp_path: Path, monkeypa
         batches: list[torch.Tensor] = []
         backward = state._backward
 
-        def spy(part: Any, last: bool, batches: Any = batches, backward: Any = backward) -> Any:
+        def spy(part: Any, *how: bool, batches: Any = batches, backward: Any = backward) -> Any:
             batches.append(part.x.clone())
-            return backward(part, last)
+            return backward(part, *how)
 
         monkeypatch.setattr(state, "_backward", spy)
         state.initialize()
