@@ -33,7 +33,7 @@ Launch = Callable[[], object]
 
 
 class Device(Protocol):
-    """What a timer needs of a device."""
+    """A device as a timer sees it: streams, recorded launches, and the time between two marks."""
 
     l2_bytes: int
     replay_seconds: float
@@ -42,7 +42,7 @@ class Device(Protocol):
         """The context that tensors, autograd's graphs and launches of a case are all made in."""
 
     def record(self, function: Callable[[], object]) -> Callable[[], object]:
-        """What runs all launches of ``function()`` again."""
+        """Records the launches that ``function()`` gives; returns a callable that runs all of them again."""
 
     def seconds(self, replay: Callable[[], object]) -> float:
         """From the first launch of ``replay()`` to the end of its last."""

@@ -70,7 +70,7 @@ print(json.dumps(found))
 
 @dataclasses.dataclass
 class Ended:
-    """What became of a stage; ``status`` is passed, failed, timeout or skipped."""
+    """The outcome of a stage; ``status`` is passed, failed, timeout or skipped."""
 
     name: str
     status: str
@@ -125,7 +125,7 @@ def run(
 
 
 def read_results(folder: Path) -> Any:
-    """What a stage has written: its JSON, as a list if there is more than one, or a tally of tests; None if nothing."""
+    """Reads what a stage has written: its JSON, a list of several, or a tally of tests; None if nothing."""
     found: list[Any] = []
     for path in sorted(folder.glob("*.json*")):
         with contextlib.suppress(ValueError, OSError):

@@ -132,7 +132,7 @@ class Executed:
 
 
 def _place(word: int, tensors: Tensors) -> object:
-    """What a word of the arguments is: an address in a tensor, another address, or a number."""
+    """A word of a launch's arguments: an address in a tensor, another address, or a number."""
     for name, (begin, end) in tensors.items():
         if begin <= word < end:
             return name, word - begin

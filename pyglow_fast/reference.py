@@ -102,11 +102,22 @@ def lu_weight(permutation: Tensor, lower: Tensor, upper: Tensor, log_diag: Tenso
     All arguments may carry leading batch dimensions: permutation, log_diag, sign_diag (..., C); lower, upper
     (..., C, C). (P A)[i] = A[permutation[i]]. log|det W| = sum log_diag.
     """
+    product = full_product(*_lu_factors(lower, upper, log_diag, sign_diag))
+    return product.gather(-2, permutation.unsqueeze(-1).expand_as(product))
+
+
+def plu_weight(permutation: Tensor, lower: Tensor, upper: Tensor, log_diag: Tensor, sign_diag: Tensor) -> Tensor:
+    """The W of :func:`lu_weight` as (P L) U with P a matrix (C, C), in the order in which other libraries multiply."""
+    lower, upper = _lu_factors(lower, upper, log_diag, sign_diag)
+    return full_product(full_product(permutation, lower), upper)
+
+
+def _lu_factors(lower: Tensor, upper: Tensor, log_diag: Tensor, sign_diag: Tensor) -> tuple[Tensor, Tensor]:
+    """L = tril(lower, -1) + I and U = triu(upper, 1) + diag(sign_diag exp(log_diag))."""
     eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
     with full_precision(lower):
         diagonal = eye * (sign_diag * log_diag.exp()).unsqueeze(-1)
-    product = full_product(lower.tril(-1) + eye, upper.triu(1) + diagonal)
-    return product.gather(-2, permutation.unsqueeze(-1).expand_as(product))
+    return lower.tril(-1) + eye, upper.triu(1) + diagonal
 
 
 def fold_actnorm(weight: Tensor, log_scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

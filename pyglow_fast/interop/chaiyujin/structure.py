@@ -16,7 +16,7 @@ from pyglow_fast.interop.indices import indices_on
 from pyglow_fast.interop.known_net import KnownNet, Layer, widths
 from pyglow_fast.layers import AffineInjector, Coupling
 from pyglow_fast.layers.flow_step import ChannelMap, stack_maps
-from pyglow_fast.reference import CouplingSpec, coupling_net_spec, fold_actnorm, full_precision, full_product
+from pyglow_fast.reference import CouplingSpec, coupling_net_spec, fold_actnorm, full_precision, plu_weight
 
 _CALL = ["self", "input", "logdet", "reverse"]
 _PERMUTATIONS = ("invconv", "shuffle", "reverse")
@@ -189,13 +189,10 @@ def _net(net: nn.Module, name: str, is_interleaved: bool) -> SharedNet:
 
 def _weight(step: Any) -> tuple[Tensor, Tensor]:
     """W (C, C) of a 1x1 convolution and log|det W|."""
-    like: Tensor = step.actnorm.bias
     conv = step.invconv
     if not conv.LU:
         return conv.weight, functional.log_abs_det(conv.weight)
-    eye = torch.eye(conv.l.shape[0], dtype=like.dtype, device=like.device)
-    upper = conv.u.triu(1) + torch.diag(conv.sign_s * conv.log_s.exp())
-    return full_product(full_product(conv.p, conv.l.tril(-1) + eye), upper), conv.log_s.sum()
+    return plu_weight(conv.p, conv.l, conv.u, conv.log_s, conv.sign_s), conv.log_s.sum()
 
 
 def channel_map(step: Any) -> ChannelMap:

@@ -15,7 +15,7 @@ from pyglow_fast._tracing import is_traced
 from pyglow_fast.interop import nets
 from pyglow_fast.interop.normflows.adoption import is_untouched, stands_in
 from pyglow_fast.layers.actnorm import has_no_spread, joint_moments
-from pyglow_fast.reference import full_precision, full_product
+from pyglow_fast.reference import plu_weight
 
 EPS = 1e-6  # that normflows adds to the standard deviation
 
@@ -157,9 +157,7 @@ class Invertible1x1Conv(normflows.flows.Invertible1x1Conv):
         """W (C, C), differentiable, and log|det W| ()."""
         if not self.use_lu:
             return self.W, functional.log_abs_det(self.W)
-        with full_precision(self.L):
-            lower, upper = self.L.tril(-1) + self.eye, self.U.triu(1) + torch.diag(self.sign_S * self.log_S.exp())
-            return full_product(full_product(self.P, lower), upper), self.log_S.sum()
+        return plu_weight(self.P, self.L, self.U, self.log_S, self.sign_S), self.log_S.sum()
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """z -> x."""
