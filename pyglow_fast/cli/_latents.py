@@ -6,19 +6,15 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
 from pyglow_fast.cli._common import number, user_input, whole
-from pyglow_fast.data import Batch, Images, batches, optional
+from pyglow_fast.data import Batch, Images, optional
 from pyglow_fast.latents import DEFAULT_SPACE, SPACES
-from pyglow_fast.likelihood import dequantize
-from pyglow_fast.models import Glow
-from pyglow_fast.train import GridRow, labels_for, save_labelled_grid, to_levels
+from pyglow_fast.studio.reading import read as reading_of
+from pyglow_fast.train import GridRow, save_labelled_grid, to_levels
 from pyglow_fast.train.seeds import random_subset
-
-BATCH = 64  # images that go through the model at a time
 
 
 def add_picture(parser: argparse.ArgumentParser, seed_of: str) -> None:
@@ -63,42 +59,19 @@ def chosen(images: Images, count: int, seed: int) -> Tensor:
     return random_subset(seed, len(images), min(count, len(images)))
 
 
-def middles(levels: Tensor, n_bins: int, model: Glow) -> Tensor:
-    """x on the model's device: the middle of each level's interval."""
-    parameter = next(model.parameters())
-    half = torch.full(levels.shape, 0.5, dtype=parameter.dtype)
-    return dequantize(levels, n_bins, dtype=parameter.dtype, noise=half).to(parameter.device)
-
-
-def inputs(levels: Tensor, labels: Tensor | None, n_bins: int, model: Glow) -> tuple[Tensor, Tensor | None]:
-    """(x, y): the images as the model takes them, and labels for a model with classes."""
-    return middles(levels, n_bins, model), labels_for(model, labels)
-
-
 def read(images: Images, indices: Tensor) -> Iterator[Batch]:
     """The images at ``indices`` in batches.
 
     Raises:
         InputError: one that cannot be read.
     """
-    plan = [[(index, None) for index in part.tolist()] for part in indices.split(BATCH) if len(part)]
-    reading = batches(images, plan)
+    reading = reading_of(images, indices)
     while True:
         with user_input():
             batch = next(reading, None)
         if batch is None:
             return
         yield batch
-
-
-def name_of(images: Images, index: int, number: int | None = None) -> str:
-    """An image in a few words: the emoji's own name, otherwise its number (``index`` if None) and class."""
-    if images.name == "emoji" and images.groups:
-        return images.groups[index]
-    number = index if number is None else number
-    if images.labels is None:
-        return str(number)
-    return f"{number}: {images.class_names[int(images.labels[index])]}"
 
 
 def not_finite_note(count: int, of: str = "of them") -> str:

@@ -1,65 +1,18 @@
-"""Edits of emoji whose true result is known: the same emoji in a skin tone."""
+"""How near edits of emoji come to the true result: the same emoji in a skin tone."""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from pyglow_fast._errors import expect
-from pyglow_fast.data import DataConfig, Images, emoji_tone_pairs, load_data
-from pyglow_fast.data.cache import cached
 from pyglow_fast.latents import EditScore, edit_score
 from pyglow_fast.train.files import write_text
-
-
-@dataclass(frozen=True)
-class TonePairs:
-    """Indices of emoji without a tone and of the same ones in one tone: training ones, and held-out ones.
-
-    Args:
-        train_bases, train_variants: the direction is the mean of the latter minus that of the former.
-        bases, targets: what is edited, and what it should become.
-    """
-
-    train_bases: Tensor
-    train_variants: Tensor
-    bases: Tensor
-    targets: Tensor
-
-
-def tone_pairs(tone: str, data: Images, config: DataConfig, held_out: Tensor) -> TonePairs:
-    """The pairs of one tone; an emoji and its tones are on one side of the split, which keeps groups together.
-
-    Args:
-        tone: one of the names in TONES.
-        data: all emoji.
-        config: as they were loaded.
-        held_out: indices of the held-out ones.
-
-    Raises:
-        ValueError: images were left out as unreadable, so that indices are not those of the list; or no pairs.
-    """
-    _, _, path = config.name.partition(":")
-    root = Path(path) if path else cached("emoji")
-    if config.on_unreadable != "raise":
-        listed = len(load_data(replace(config, in_memory=False)))
-        expect(len(data) == listed, "tone", f"all {listed} emoji of the list", f"{len(data)} that can be read")
-    test = set(held_out.tolist())
-    pairs = [pair for pair in emoji_tone_pairs(root) if pair.tone == tone]
-    sides = [[pair for pair in pairs if (pair.base in test) == wanted] for wanted in (False, True)]
-    for name, side in zip(("training", "held-out"), sides, strict=True):
-        expect(len(side) > 0, "tone", f"{name} emoji with the tone {tone!r}", "none")
-    (bases, variants), (held, targets) = (
-        (torch.tensor([pair.base for pair in side]), torch.tensor([pair.variant for pair in side])) for side in sides
-    )
-    return TonePairs(bases, variants, held, targets)
 
 
 @dataclass(frozen=True)

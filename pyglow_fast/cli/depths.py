@@ -12,18 +12,12 @@ from torch import Tensor
 
 from pyglow_fast._errors import expect
 from pyglow_fast.cli._common import folder_name, open_run, picture_path, stream, user_input, whole
-from pyglow_fast.cli._images import selection
-from pyglow_fast.cli._latents import (
-    BATCH,
-    add_picture,
-    add_temperature,
-    check_options,
-    not_finite_note,
-    save,
-)
+from pyglow_fast.cli._latents import add_picture, add_temperature, check_options, not_finite_note, save
 from pyglow_fast.data import Images
 from pyglow_fast.likelihood import count_not_finite
 from pyglow_fast.models import Glow
+from pyglow_fast.studio.reading import BATCH
+from pyglow_fast.studio.selection import selection
 from pyglow_fast.train import Checkpoint, RunFolder, class_cycle, evaluate
 from pyglow_fast.train.metrics import read_metrics
 

@@ -6,8 +6,9 @@ import argparse
 
 from pyglow_fast._errors import expect
 from pyglow_fast.cli._common import add_run, open_run, table, user_input, whole
-from pyglow_fast.cli._images import add_images, images_of, trained_on
+from pyglow_fast.cli._images import add_images, images_of
 from pyglow_fast.data import measure_yardsticks
+from pyglow_fast.studio.selection import trained_on
 from pyglow_fast.train import evaluate
 
 

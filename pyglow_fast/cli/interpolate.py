@@ -10,19 +10,11 @@ from torch import Tensor
 from pyglow_fast._errors import expect
 from pyglow_fast.cli._common import add_run, open_run, picture_path, user_input, whole
 from pyglow_fast.cli._images import add_images, images_of
-from pyglow_fast.cli._latents import (
-    add_picture,
-    add_space,
-    check_options,
-    inputs,
-    name_of,
-    not_finite_note,
-    read,
-    save,
-)
+from pyglow_fast.cli._latents import add_picture, add_space, check_options, not_finite_note, read, save
 from pyglow_fast.data import Images
 from pyglow_fast.latents import interpolate
 from pyglow_fast.likelihood import count_not_finite
+from pyglow_fast.studio.reading import inputs, name_of
 from pyglow_fast.train import derive, to_levels
 
 PAIRS = 4

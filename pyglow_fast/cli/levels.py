@@ -10,19 +10,10 @@ from torch import Tensor
 from pyglow_fast._errors import expect
 from pyglow_fast.cli._common import add_run, open_run, picture_path, stream, user_input, whole
 from pyglow_fast.cli._images import add_images, images_of
-from pyglow_fast.cli._latents import (
-    add_picture,
-    add_temperature,
-    check_options,
-    chosen,
-    inputs,
-    name_of,
-    not_finite_note,
-    read,
-    save,
-)
+from pyglow_fast.cli._latents import add_picture, add_temperature, check_options, chosen, not_finite_note, read, save
 from pyglow_fast.latents import keep_levels, mean_and_error, rmse
 from pyglow_fast.likelihood import count_not_finite
+from pyglow_fast.studio.reading import inputs, name_of
 from pyglow_fast.train import derive
 
 

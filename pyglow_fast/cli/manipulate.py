@@ -10,25 +10,17 @@ from torch import Tensor
 
 from pyglow_fast._errors import expect
 from pyglow_fast.cli._common import add_run, number, open_run, output_path, picture_path, user_input, whole
-from pyglow_fast.cli._images import config_for
-from pyglow_fast.cli._latents import (
-    add_picture,
-    add_space,
-    check_options,
-    inputs,
-    middles,
-    name_of,
-    not_finite_note,
-    read,
-    save,
-)
-from pyglow_fast.cli._tones import TonePairs, copy_and_table, tone_pairs, write_scores
+from pyglow_fast.cli._latents import add_picture, add_space, check_options, not_finite_note, read, save
+from pyglow_fast.cli._tones import copy_and_table, write_scores
 from pyglow_fast.data import DATA_HELP, Images, load_data, split
 from pyglow_fast.data.emoji import TONES
 from pyglow_fast.latents import MeanLatent, attribute_direction, manipulate, to_space
 from pyglow_fast.latents.spaces import check_levels, check_numbers
 from pyglow_fast.likelihood import count_not_finite
 from pyglow_fast.models import Glow
+from pyglow_fast.studio.reading import inputs, middles, name_of
+from pyglow_fast.studio.selection import config_for
+from pyglow_fast.studio.tones import TonePairs, tone_pairs
 from pyglow_fast.train import Checkpoint, check_fits
 from pyglow_fast.train.seeds import random_subset
 

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from pyglow_fast._errors import expect
 from pyglow_fast.cli._common import add_run, open_run, output_path, picture_path, user_input, whole
-from pyglow_fast.cli._images import PARTS, Selection, add_images, selection, trained_on
+from pyglow_fast.cli._images import add_images
 from pyglow_fast.cli.score import add_scoring, check_scoring, scored
 from pyglow_fast.data import DATA_HELP, optional
 from pyglow_fast.experiments import ScoredImages, auroc, save_histogram, typicality, write_scores
+from pyglow_fast.studio.selection import PARTS, Selection, selection, trained_on
 from pyglow_fast.train import Score
 
 CAVEAT = (

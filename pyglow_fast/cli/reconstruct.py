@@ -9,7 +9,7 @@ import torch
 from pyglow_fast._errors import expect
 from pyglow_fast.cli._common import add_run, open_run, picture_path, user_input, whole
 from pyglow_fast.cli._images import add_images, images_of
-from pyglow_fast.cli._latents import middles
+from pyglow_fast.studio.reading import middles
 from pyglow_fast.train import save_grid, to_levels
 
 

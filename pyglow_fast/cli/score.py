@@ -6,10 +6,11 @@ import argparse
 
 from pyglow_fast._errors import expect
 from pyglow_fast.cli._common import InputError, add_run, open_run, output_path, user_input, whole
-from pyglow_fast.cli._images import Selection, add_images, selection
+from pyglow_fast.cli._images import add_images
 from pyglow_fast.data import UnreadableImageError
 from pyglow_fast.experiments import ScoredImages, write_scores
 from pyglow_fast.models import Glow
+from pyglow_fast.studio.selection import Selection, selection
 from pyglow_fast.train import Checkpoint, Score, score_images
 
 

@@ -26,21 +26,47 @@ def _lines(path: Path) -> list[list[str]]:
     return [line.split() for line in text.splitlines() if line.strip()]
 
 
-def _labels(path: Path, attribute: str, names: list[str]) -> Tensor:
-    """1 where an image has the attribute, else 0."""
+def _table(path: Path, names: list[str]) -> tuple[tuple[str, ...], Tensor]:
+    """(attribute names, bool (len(names), attributes): whether each of these images has each attribute)."""
     rows = _lines(path)
     expect(len(rows) >= 2, str(path), "a count, a line of attribute names and a line an image", f"{len(rows)} lines")
     known = rows[1]
-    expect(attribute in known, "attribute", f"one of {', '.join(known)}", repr(attribute))
-    column = known.index(attribute) + 1
     value = {}
     for row in rows[2:]:
-        fits = len(row) == len(known) + 1 and row[column] in ("1", "-1")
+        fits = len(row) == len(known) + 1 and set(row[1:]) <= {"1", "-1"}
         expect(fits, str(path), f"a name and {len(known)} values of 1 or -1 a line", " ".join(row)[:80])
-        value[row[0]] = int(row[column] == "1")
+        value[row[0]] = [word == "1" for word in row[1:]]
     for name in names:
         expect(name in value, str(path), f"a line for {name}", "none")
-    return torch.tensor([value[name] for name in names], dtype=torch.int64)
+    return tuple(known), torch.tensor([value[name] for name in names])
+
+
+def _labels(path: Path, attribute: str, names: list[str]) -> Tensor:
+    """1 where an image has the attribute, else 0."""
+    known, table = _table(path, names)
+    expect(attribute in known, "attribute", f"one of {', '.join(known)}", repr(attribute))
+    return table[:, known.index(attribute)].long()
+
+
+def _folder(root: Path) -> Path:
+    """Where the files are: ``root``, or the folder celeba in it."""
+    check_folder(root, "celeba")
+    folder = root if (root / PARTITION).is_file() else root / "celeba"
+    expect((folder / PARTITION).is_file(), "celeba", f"the file {folder / PARTITION}", "none")
+    return folder
+
+
+def attribute_table(root: Path) -> tuple[tuple[str, ...], Tensor]:
+    """(names of the attributes, bool (N, attributes): which of them each image has), in the order of the images.
+
+    Args:
+        root: as for :func:`load_celeba`.
+
+    Raises:
+        ValueError: a file is missing or is not what it should be.
+    """
+    folder = _folder(root)
+    return _table(folder / ATTRIBUTES, [row[0] for row in _lines(folder / PARTITION)])
 
 
 def load_celeba(root: Path, preparation: Preparation, attribute: str | None = None) -> Images:
@@ -56,9 +82,7 @@ def load_celeba(root: Path, preparation: Preparation, attribute: str | None = No
     Raises:
         ValueError: a file is missing or is not what it should be, or no such attribute.
     """
-    check_folder(root, "celeba")
-    folder = root if (root / PARTITION).is_file() else root / "celeba"
-    expect((folder / PARTITION).is_file(), "celeba", f"the file {folder / PARTITION}", "none")
+    folder = _folder(root)
     rows = _lines(folder / PARTITION)
     for row in rows:
         fits = len(row) == 2 and row[1] in _PARTS and "/" not in row[0] and "\\" not in row[0]

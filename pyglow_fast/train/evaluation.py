@@ -55,8 +55,8 @@ class Score:
 
 
 def device_of(model: Glow) -> torch.device:
-    """Where the model's parameters are."""
-    return next(model.parameters()).device
+    """Where the model's parameters are, or the buffers of a frozen one."""
+    return model._parameter().device
 
 
 def labels_for(model: Glow, labels: torch.Tensor | None) -> torch.Tensor | None:

@@ -226,7 +226,7 @@ def test_the_caveat(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Glow, "log_prob", liking_flat_images)
     levels = torch.randint(3, data.levels.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     sources = iter([data, replace(data, name="flat", levels=levels)])
-    monkeypatch.setattr("pyglow_fast.cli._images.load_data", lambda config: next(sources))
+    monkeypatch.setattr("pyglow_fast.studio.selection.load_data", lambda config: next(sources))
     assert main(["ood", str(trained), "digits", "digits", "--out", out, "--n", "150", "--typicality"]) == 0
     text = capsys.readouterr().out
     assert "AUROC 0.0000 ± n/a: how often an image of flat, all has more bits/dim than one of digits, held-out" in text

@@ -1,0 +1,118 @@
+"""Mean latents of training images with and without each attribute, and the directions between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyglow_fast._errors import expect
+from pyglow_fast.data import Images
+from pyglow_fast.latents import MeanLatent, to_space
+from pyglow_fast.models import Glow
+from pyglow_fast.studio.groups import Group, drawn_images
+from pyglow_fast.studio.kept import progress_of
+from pyglow_fast.studio.reading import inputs, read
+
+REST = "rest"  # as minus: the images without the attribute
+
+
+class Add(NamedTuple):
+    """strength times the way from the images of ``minus`` to those of ``plus``."""
+
+    plus: str
+    minus: str
+    strength: float
+
+
+class Directions(NamedTuple):
+    """Mean latents and mean pixels of the images with each attribute, and of those without.
+
+    Args:
+        space: of the latents, "noise" or "latent".
+        names: of the A attributes.
+        counts: int64 (A, 2), images with and without.
+        means: float32, one tensor (A, 2, C, *spatial) a level.
+        pixels: float32 (A, 2, C, *spatial), of x.
+    """
+
+    space: str
+    names: tuple[str, ...]
+    counts: Tensor
+    means: tuple[Tensor, ...]
+    pixels: Tensor
+
+    def shift(self, adds: Sequence[Add]) -> tuple[list[Tensor] | None, Tensor | None]:
+        """sum_j s_j (mean_plus_j - mean_minus_j), of the latents and of the pixels; None for no sum.
+
+        Returns:
+            One tensor (C, *spatial) a level, and one of the image's shape; float32.
+
+        Raises:
+            ValueError: an attribute that there is not, or a strength that is not finite.
+        """
+        sides = [(*self._sides(add), add.strength) for add in adds if add.strength != 0.0]
+        if not sides:
+            return None, None
+        sums = [sum(s * (mean[plus] - mean[minus]) for plus, minus, s in sides) for mean in (*self.means, self.pixels)]
+        return sums[:-1], sums[-1]  # type: ignore[return-value]
+
+    def _sides(self, add: Add) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Where the means of both ends are."""
+        known = ", ".join(self.names) or "none, as the run's images have no classes"
+        expect(add.plus in self.names, "plus", f"one of {known}", repr(add.plus))
+        expect(add.minus in (*self.names, REST), "minus", f"{REST} or one of {known}", repr(add.minus))
+        expect(add.plus != add.minus, "minus", "another attribute than plus", repr(add.minus))
+        expect(abs(add.strength) < float("inf"), "strength", "a finite number", add.strength)
+        plus = self.names.index(add.plus)
+        return (plus, 0), ((self.names.index(add.minus), 0) if add.minus in self.names else (plus, 1))
+
+
+@torch.no_grad()
+def measure(
+    model: Glow,
+    data: Images,
+    groups: list[Group],
+    space: str,
+    on_unreadable: str = "raise",
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Tensor]:
+    """The tensors of :class:`Directions` by name: one pass over the images of all groups.
+
+    Raises:
+        ValueError: an image that cannot be read, or a group of which none can.
+    """
+    drawn = drawn_images(groups)
+    shared = drawn_images([group for group in groups if group.others is None])
+    advance = progress_of(len(drawn), progress)
+    everything, sides = MeanLatent(), [(MeanLatent(), MeanLatent()) for _ in groups]
+    for batch in read(data, drawn, on_unreadable):
+        x, y = inputs(batch.levels, batch.labels, data.n_bins, model)
+        values = [*to_space(model, x, space, y), x]
+        everything.add(_chosen(values, torch.isin(batch.indices, shared)))
+        for group, (with_it, without) in zip(groups, sides, strict=True):
+            with_it.add(_chosen(values, torch.isin(batch.indices, group.images)))
+            if group.others is not None:
+                without.add(_chosen(values, torch.isin(batch.indices, group.others)))
+        advance(len(batch.levels))
+    means = []
+    counts = []
+    for group, (with_it, without) in zip(groups, sides, strict=True):
+        other = everything.without(with_it) if group.others is None else without
+        counts.append((with_it.count, other.count))
+        means.append([torch.stack([a, b]).float().cpu() for a, b in zip(with_it.mean(), other.mean(), strict=True)])
+    *levels, pixels = (torch.stack(parts) for parts in zip(*means, strict=True))
+    found = {f"level{i}": level for i, level in enumerate(levels)}
+    return found | {"pixels": pixels, "counts": torch.tensor(counts)}
+
+
+def _chosen(values: list[Tensor], mask: Tensor) -> list[Tensor]:
+    return [value[mask.to(value.device)] for value in values]
+
+
+def from_tensors(tensors: dict[str, Tensor], names: Sequence[str], space: str) -> Directions:
+    """What :func:`measure` gave."""
+    levels = sorted((name for name in tensors if name.startswith("level")), key=lambda name: int(name[5:]))
+    return Directions(space, tuple(names), tensors["counts"], tuple(tensors[name] for name in levels), tensors["pixels"])

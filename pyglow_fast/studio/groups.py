@@ -1,0 +1,75 @@
+"""Which training images have an attribute: classes, the attributes of CelebA, the skin tones of emoji."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pyglow_fast.data import DataConfig, Images
+from pyglow_fast.data.celeba import attribute_table
+from pyglow_fast.data.emoji import TONES
+from pyglow_fast.studio.tones import tone_pairs
+from pyglow_fast.train.seeds import derive, random_subset
+
+
+@dataclass(frozen=True)
+class Group:
+    """Training images with an attribute, and those that they are compared with.
+
+    Args:
+        name: of the attribute.
+        images: their indices.
+        others: indices of images without it; None: all the images of other groups that are not among ``images``.
+    """
+
+    name: str
+    images: Tensor
+    others: Tensor | None = None
+
+
+def groups_of(config: DataConfig, data: Images, train: Tensor, held_out: Tensor, most: int, seed: int) -> list[Group]:
+    """The attributes that the images of a source have, each with at least one training image on both sides.
+
+    Args:
+        config: as they were loaded.
+        data: all images.
+        train, held_out: indices of those that are trained on, and of those that are not.
+        most: training images in all, shared evenly by the classes; pairs of emoji that differ in skin tone come besides.
+        seed: of which are drawn.
+    """
+    scheme, _, path = config.name.partition(":")
+    if scheme == "celeba":
+        names, has = attribute_table(Path(path))
+        drawn = train[random_subset(seed, len(train), most)]
+        found = [Group(name, drawn[has[drawn, i]]) for i, name in enumerate(names)]
+        return [group for group in found if 0 < len(group.images) < len(drawn)]
+    found = []
+    if data.labels is not None and len(data.class_names) > 1:
+        share = max(1, most // len(data.class_names))
+        for label, name in enumerate(data.class_names):
+            own = train[data.labels[train] == label]
+            found.append(Group(name, own[random_subset(derive(seed, label), len(own), share)]))
+        found = [group for group in found if len(group.images)]
+        found = found if len(found) > 1 else []
+    return found + (_tones(config, data, held_out) if scheme == "emoji" else [])
+
+
+def _tones(config: DataConfig, data: Images, held_out: Tensor) -> list[Group]:
+    """The skin tones that training emoji come in."""
+    found = []
+    for tone in TONES.values():
+        try:
+            pairs = tone_pairs(tone, data, config, held_out)
+        except ValueError:  # this tone is not among them
+            continue
+        found.append(Group(f"skin tone {tone}", pairs.train_variants, pairs.train_bases))
+    return found
+
+
+def drawn_images(groups: list[Group]) -> Tensor:
+    """Indices of all images of the groups, each once, sorted."""
+    parts = [part for group in groups for part in (group.images, group.others) if part is not None]
+    return torch.cat(parts).unique() if parts else torch.zeros(0, dtype=torch.int64)

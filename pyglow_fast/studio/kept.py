@@ -1,0 +1,78 @@
+"""What was computed of a checkpoint, kept in the folder of its run so that it is computed once."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from pyglow_fast.train.files import replacing
+
+_HEADER = "pyglow_fast"
+MOST = 4  # files of one kind: those of the newest checkpoints, or of other settings
+
+
+def kept(folder: Path, kind: str, key: dict[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors that were computed for ``key``: from ``folder`` if they are there, else computed and written.
+
+    A file that is damaged, or was written for another key, is passed over and replaced. A folder that cannot be written
+    is no error: a warning says that the next time will take as long.
+
+    Args:
+        folder: made if it is not there.
+        kind: the beginning of the file's name.
+        key: all that the result depends on, JSON-able; with the digest of a checkpoint under ``digest``.
+        compute: what gives them.
+    """
+    text = json.dumps(key, sort_keys=True)
+    path = folder / f"{kind}-{key['digest'][:16]}.safetensors"
+    found = _read(path, text)
+    if found is not None:
+        return found
+    tensors = compute()
+    try:
+        folder.mkdir(exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_bytes(save(tensors, {_HEADER: text}))
+        newest = sorted(folder.glob(f"{kind}-*.safetensors"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
+        for old in newest[MOST:]:
+            old.unlink(missing_ok=True)
+    except OSError as error:
+        warnings.warn(f"{path}: not kept, and computed anew the next time ({error})", stacklevel=2)
+    return tensors
+
+
+def _read(path: Path, text: str) -> dict[str, Tensor] | None:
+    """The tensors of a file that was written for the key ``text``; None if there is none that is whole."""
+    try:
+        data = path.read_bytes()  # not mapped: another process may replace the file
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + size])
+        if header.get("__metadata__", {}).get(_HEADER) != text:
+            return None
+        tensors = load(data)
+    except (OSError, SafetensorError, ValueError, AttributeError):
+        return None
+    whole = all(bool(tensor.isfinite().all()) for tensor in tensors.values() if tensor.is_floating_point())
+    return tensors if whole else None
+
+
+def progress_of(total: int, progress: Callable[[int, int], None] | None) -> Callable[[int], None]:
+    """A function that is told how many more are done, and tells ``progress`` (done, total)."""
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
+    return advance
+
+
