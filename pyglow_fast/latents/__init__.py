@@ -3,11 +3,13 @@
 Images are x in about [-0.5, 0.5] as :meth:`Glow.log_prob` takes them; latents are lists, shallowest level first.
 """
 
+from pyglow_fast.latents.classes import likeliest_class
 from pyglow_fast.latents.edits import (
     EditScore,
     MeanLatent,
     attribute_direction,
     edit_score,
+    edited,
     manipulate,
     mean_and_error,
     rmse,
@@ -23,10 +25,12 @@ __all__ = [
     "MeanLatent",
     "attribute_direction",
     "edit_score",
+    "edited",
     "from_space",
     "interpolate",
     "interpolate_latents",
     "keep_levels",
+    "likeliest_class",
     "linear",
     "manipulate",
     "mean_and_error",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +15,16 @@ from pyglow_fast.latents.spaces import (
     check_finite,
     check_levels,
     check_numbers,
+    check_parts,
+    check_space,
+    decode_chosen,
     decode_each,
+    from_space,
     to_space,
 )
 from pyglow_fast.likelihood import count_not_finite
 from pyglow_fast.models import Glow
+from pyglow_fast.models.prior import check_labels
 
 
 class MeanLatent:
@@ -119,16 +124,90 @@ def manipulate(
     expect(isinstance(model, Glow), "model", "a Glow", type(model).__name__)
     values = check_numbers("strengths", strengths)
     chosen = check_levels(levels, len(model.latent_shapes))
-    check_finite("direction", direction)
-    shapes = model.latent_shapes
-    expect(len(direction) == len(shapes), "direction", f"{len(shapes)} tensors, one a level", len(direction))
-    for i, (part, shape) in enumerate(zip(direction, shapes, strict=True)):
-        expect(tuple(part.shape) == shape, f"direction[{i}]", f"shape {shape}", tuple(part.shape))
-    latents = to_space(model, x, space, y, cond)
+    check_parts("direction", direction, model.latent_shapes)
+    pairs = list(zip(to_space(model, x, space, y, cond), direction, strict=True))
     variants = [
-        [z + s * direction[i].to(z) if i in chosen and s != 0.0 else z for i, z in enumerate(latents)] for s in values
+        [_plus(z, s * part.to(z) if i in chosen and s != 0.0 else None) for i, (z, part) in enumerate(pairs)]
+        for s in values
     ]
     return decode_each(model, variants, space, y, cond)
+
+
+@torch.no_grad()
+def edited(
+    model: Glow,
+    latents: Sequence[Tensor],
+    shift: Sequence[Tensor] | None = None,
+    keep: Sequence[float] | None = None,
+    space: str = DEFAULT_SPACE,
+    y: Tensor | None = None,
+    cond: Tensor | None = None,
+) -> Tensor:
+    """x' = decode(latents'), eps'_l = keep_l eps_l + shift_l, or z'_l = mean_l + keep_l (z_l - mean_l) + shift_l.
+
+    The first is the edit of the noise, the second that of the latents; mean_l is then that of the level's prior given
+    the deeper levels as they are now, so that ``keep`` draws an image towards what is likeliest. Where keep_l is 1 no
+    mean is needed: the latents are z_l + shift_l to the bit.
+
+    Args:
+        model: a Glow.
+        latents: of N images, one tensor (N, C, *spatial) a level, shallowest first, from :func:`to_space` in the same
+            space.
+        shift: one tensor (C, *spatial) a level, such as the sum over attributes of strength times direction; None: 0.
+        keep: one number in 0..1 a level, the share of the image's own latents that is kept; None: 1.
+        space: "noise" or "latent".
+        y: labels (N,), for a model with classes: they choose the prior of the top level.
+        cond: condition, if the model has one.
+
+    Returns:
+        (N, C, *spatial). Without an edit what :func:`from_space` gives under torch.no_grad, to the bit. NaN or inf
+        where an edit leads out of the range that the inverse of the affine couplings can follow.
+
+    Raises:
+        ValueError: an unknown space, latents or a shift that do not fit the model or are not finite, shares that are
+            not one number in 0..1 a level, or y or cond that do not fit.
+    """
+    check_space(space)
+    expect(isinstance(model, Glow), "model", "a Glow", type(model).__name__)
+    check_finite("latents", latents)
+    model._check_latents(list(latents))
+    check_labels(y, len(latents[0]), model.config.n_classes)
+    shares = _shares(keep, len(latents))
+    own: Sequence[Tensor | None] = [None] * len(latents)
+    if shift is not None:
+        check_parts("shift", shift, model.latent_shapes)
+        cast = [part.to(z) for part, z in zip(shift, latents, strict=True)]
+        check_finite("shift", cast)  # a narrower dtype may not hold what a wider one does
+        own = cast
+    if space == "latent" and min(shares) < 1.0:
+
+        def choose(level: int, prior: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
+            z, share = latents[level], shares[level]
+            if share < 1.0:
+                mean, _ = prior()
+                z = mean + share * (z - mean)
+            return _plus(z, own[level])
+
+        return decode_chosen(model, latents, y, cond, choose)
+    parts = zip(latents, shares, own, strict=True)
+    now = [_plus(z if share == 1.0 else share * z, step) for z, share, step in parts]
+    return from_space(model, now, space, y, cond)
+
+
+def _plus(z: Tensor, step: Tensor | None) -> Tensor:
+    """The one way a latent is shifted: z + step, and z itself where there is none."""
+    return z if step is None else z + step
+
+
+def _shares(keep: Sequence[float] | None, n_levels: int) -> list[float]:
+    """One number in 0..1 a level; 1 for None."""
+    if keep is None:
+        return [1.0] * n_levels
+    shares = check_numbers("keep", keep)
+    expect(len(shares) == n_levels, "keep", f"{n_levels} numbers, one a level", len(shares))
+    for share in shares:
+        expect(0.0 <= share <= 1.0, "keep", "numbers in 0..1", share)
+    return shares
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
-from pyglow_fast.coupling_nets.precision import overridden
-from pyglow_fast.latents.spaces import check_images, check_levels, check_numbers
+from pyglow_fast.latents.spaces import check_images, check_levels, check_numbers, decode_chosen
 from pyglow_fast.models import Glow
-from pyglow_fast.models.level import FlowLevel
 from pyglow_fast.models.prior import check_temperature, scaled_noise
 
 
@@ -51,25 +49,12 @@ def keep_levels(
     kept = check_levels(levels, len(model.latent_shapes))
     check_temperature(temperature, len(x))
     latents = model.encode(x, cond)
-    top = len(latents) - 1
-    state: Tensor | None = None
-    with overridden("fp32"):
-        conds = model._check_cond(cond, len(x))
-        for i in reversed(range(len(model.levels))):
-            at_top = state is None
-            if at_top or i < top:  # a latent enters: its level is the last one or has a split
-                entry = top if at_top else i
-                # Deepest first, as sample draws them.
-                noise = scaled_noise(latents[entry], temperature, generator)
-                prior = model.prior(noise, y) if state is None else model._split(i).prior(state, conds[i])
-                latent = latents[entry] if entry in kept else functional.gaussian_sample(noise, *prior)
-                state = latent if state is None else torch.cat([state, latent], dim=1)
-            level = model.levels[i]
-            assert isinstance(level, FlowLevel)
-            assert state is not None  # since the top
-            state, _ = level.inverse(state, conds[i])
-    assert state is not None  # a model has at least one level
-    return state
+
+    def choose(level: int, prior: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
+        noise = scaled_noise(latents[level], temperature, generator)  # deepest first, as sample draws them
+        return latents[level] if level in kept else functional.gaussian_sample(noise, *prior())
+
+    return decode_chosen(model, latents, y, cond, choose)
 
 
 @torch.no_grad()

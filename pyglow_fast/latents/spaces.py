@@ -1,8 +1,9 @@
-"""The two spaces that images are edited in, and the checks that all edits share."""
+"""The two spaces that images are edited in, and the checks and the ways to decode that all edits share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.precision import overridden
 from pyglow_fast.models import Glow
+from pyglow_fast.models.condition import fitted
+from pyglow_fast.models.level import FlowLevel
 from pyglow_fast.models.prior import check_labels
 
 SPACES = ("noise", "latent")
@@ -128,6 +131,14 @@ def check_levels(levels: Iterable[int] | None, n_levels: int) -> list[int]:
     return sorted(set(found))
 
 
+def check_parts(name: str, parts: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> None:
+    """Refuse what is no list of finite tensors (C, *spatial), one a level, of the shapes of the model's latents."""
+    check_finite(name, parts)
+    expect(len(parts) == len(shapes), name, f"{len(shapes)} tensors, one a level", len(parts))
+    for i, (part, shape) in enumerate(zip(parts, shapes, strict=True)):
+        expect(tuple(part.shape) == shape, f"{name}[{i}]", f"shape {shape}", tuple(part.shape))
+
+
 def decode_each(
     model: Glow, variants: Sequence[Sequence[Tensor]], space: str, y: Tensor | None, cond: Tensor | None
 ) -> Tensor:
@@ -136,3 +147,36 @@ def decode_each(
     A decoded image may hold NaN or inf where the inverse overflows: an edit that leads out of the model's range.
     """
     return torch.stack([from_space(model, variant, space, y, cond) for variant in variants], dim=1)
+
+
+def decode_chosen(
+    model: Glow,
+    latents: Sequence[Tensor],
+    y: Tensor | None,
+    cond: Tensor | None,
+    choose: Callable[[int, Callable[[], tuple[Tensor, Tensor]]], Tensor],
+) -> Tensor:
+    """x' = decode(z'), z'_l = choose(l, prior_l), from the deepest level up: each prior sees what the deeper ones are.
+
+    Args:
+        model: a Glow.
+        latents: of N images, checked before; of the deepest one the shape is taken.
+        y: labels (N,), for a model with classes.
+        cond: condition, if the model has one.
+        choose: gives the latent of a level; calling its second argument computes (mean, log_sd) of that level's prior.
+    """
+    n, top = len(latents[-1]), len(latents) - 1
+    state: Tensor | None = None
+    with overridden("fp32"):
+        conds = model._check_cond(cond, n)
+        for i in reversed(range(len(model.levels))):
+            if state is None:
+                state = choose(top, lambda: model.prior(latents[top], y))
+            elif i < top:  # a latent enters: its level has a split
+                beside = fitted(conds[i], state.shape[2:])
+                state = torch.cat([state, choose(i, partial(model._split(i).prior, state, beside))], dim=1)
+            level = model.levels[i]
+            assert isinstance(level, FlowLevel)
+            state, _ = level.inverse(state, conds[i])
+    assert state is not None  # a model has at least one level
+    return state

@@ -30,6 +30,10 @@ def good(setting: Setting) -> list[torch.Tensor]:
     return [torch.zeros(shape, dtype=torch.float64) for shape in setting.model.latent_shapes]
 
 
+def batch(setting: Setting) -> list[torch.Tensor]:
+    return [torch.zeros(2, *shape, dtype=torch.float64) for shape in setting.model.latent_shapes]
+
+
 Call = Callable[[Setting, Setting], Any]
 CASES: dict[str, tuple[Call, str]] = {
     "no model": (lambda p, c: tools.to_space(None, p.x), "model: expected a Glow, found NoneType"),  # type: ignore[arg-type]
@@ -129,6 +133,88 @@ CASES: dict[str, tuple[Call, str]] = {
         lambda p, c: tools.manipulate(p.model, p.x, [z * math.nan for z in good(p)]),
         r"direction\[0\]: expected finite values",
     ),
+    "edited model": (lambda p, c: tools.edited(None, good(p)), "model: expected a Glow, found NoneType"),  # type: ignore[arg-type]
+    "edited space": (lambda p, c: tools.edited(p.model, batch(p), space="z"), r"space: expected one of .* found 'z'"),
+    "edited tensor": (lambda p, c: tools.edited(p.model, p.x), "latents: expected a list of tensors"),  # type: ignore[arg-type]
+    "edited levels": (
+        lambda p, c: tools.edited(p.model, batch(p)[:1], space="latent"),
+        "latents: expected 2 tensors, one a level, found 1",
+    ),
+    "edited none": (lambda p, c: tools.edited(p.model, []), "latents: expected 2 tensors, one a level, found 0"),
+    "edited unbatched": (lambda p, c: tools.edited(p.model, good(p)), r"latents\[0\]: expected"),
+    "edited counts": (
+        lambda p, c: tools.edited(p.model, [batch(p)[0], batch(p)[1][:1]]),
+        r"latents\[1\]: expected shape \(2, 8, 1, 1\), found shape \(1, 8, 1, 1\)",
+    ),
+    "edited dtype": (
+        lambda p, c: tools.edited(p.model, [z.float() for z in batch(p)]),
+        r"latents\[0\]: expected dtype torch.float64",
+    ),
+    "edited NaN": (
+        lambda p, c: tools.edited(p.model, [z * math.nan for z in batch(p)], None, [0.0, 0.0], "latent"),
+        r"latents\[0\]: expected finite values, found NaN or inf",
+    ),
+    "edited labels missing": (lambda p, c: tools.edited(c.model, batch(c)), r"y: expected labels in 0\.\.2"),
+    "edited labels unwanted": (
+        lambda p, c: tools.edited(p.model, batch(p), space="latent", y=c.y),
+        "y: expected None, since the model has no",
+    ),
+    "edited label outside": (
+        lambda p, c: tools.edited(c.model, batch(c), None, [0.0, 0.0], "latent", torch.tensor([0, 3])),
+        r"y: expected labels in 0\.\.2, found 0\.\.3",
+    ),
+    "edited condition": (
+        lambda p, c: tools.edited(p.model, batch(p), None, [0.0, 0.0], "latent", cond=p.x),
+        "cond: expected None",
+    ),
+    "short shift": (
+        lambda p, c: tools.edited(p.model, batch(p), good(p)[:1]),
+        "shift: expected 2 tensors, one a level, found 1",
+    ),
+    "batched shift": (
+        lambda p, c: tools.edited(p.model, batch(p), batch(p)),
+        r"shift\[0\]: expected shape \(2, 2, 2\), found \(2, 2, 2, 2\)",
+    ),
+    "one shift": (lambda p, c: tools.edited(p.model, batch(p), good(p)[0]), "shift: expected a list of tensors"),  # type: ignore[arg-type]
+    "NaN shift": (
+        lambda p, c: tools.edited(p.model, batch(p), [z * math.nan for z in good(p)]),
+        r"shift\[0\]: expected finite values",
+    ),
+    "shift beyond the dtype": (
+        lambda p, c: tools.edited(
+            Setting("additive").model.float(), [z.float() for z in batch(p)], [z + 1e300 for z in good(p)]
+        ),
+        r"shift\[0\]: expected finite values, found NaN or inf",
+    ),
+    "one share": (lambda p, c: tools.edited(p.model, batch(p), None, 0.5), "keep: expected a list of numbers"),  # type: ignore[arg-type]
+    "few shares": (
+        lambda p, c: tools.edited(p.model, batch(p), None, [0.5]),
+        "keep: expected 2 numbers, one a level, found 1",
+    ),
+    "no shares": (lambda p, c: tools.edited(p.model, batch(p), None, []), "keep: expected at least one number"),
+    "NaN share": (
+        lambda p, c: tools.edited(p.model, batch(p), None, [1.0, math.nan]),
+        "keep: expected finite numbers, found nan",
+    ),
+    "large share": (
+        lambda p, c: tools.edited(p.model, batch(p), None, [1.0, 1.5]),
+        r"keep: expected numbers in 0\.\.1, found 1.5",
+    ),
+    "negative share": (
+        lambda p, c: tools.edited(p.model, batch(p), None, [-0.1, 1.0], "latent"),
+        r"keep: expected numbers in 0\.\.1, found -0.1",
+    ),
+    "true share": (
+        lambda p, c: tools.edited(p.model, batch(p), None, [True, True]),
+        "keep: expected finite numbers, found True",
+    ),
+    "class of none": (
+        lambda p, c: tools.likeliest_class(p.model, p.x),
+        r"model: expected one with classes \(n_classes\), found n_classes=None",
+    ),
+    "class without a model": (lambda p, c: tools.likeliest_class(None, p.x), "model: expected a Glow"),  # type: ignore[arg-type]
+    "class of NaN": (lambda p, c: tools.likeliest_class(c.model, c.x * math.nan), "x: expected finite values"),
+    "class of one image": (lambda p, c: tools.likeliest_class(c.model, c.x[0]), "x: expected"),
     "kept outside": (lambda p, c: tools.keep_levels(p.model, p.x, [-1]), r"levels: expected numbers in 0\.\.1"),
     "none kept": (
         lambda p, c: tools.keep_levels(p.model, p.x, []),
