@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,25 +103,64 @@ def save_histogram(path: Path, own: Tensor, foreign: Tensor, names: tuple[str, s
         MissingExtraError: matplotlib is not installed.
     """
     sets = [own.double(), foreign.double()]
+    count = min(BINS, max(10, 2 * math.isqrt(min(map(len, sets)))))
+    figure, _ = _histogram(dict(zip(names, sets, strict=True)), _bins(sets, count), title)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def marked_histogram(own: Tensor, name: str, marks: Mapping[str, float], title: str, text: Mapping[str, str]) -> bytes:
+    """A histogram of bits/dim with a line for each single image, as a PNG.
+
+    Args:
+        own: (n,), finite, bits/dim of images to compare with.
+        name: of them, for the legend.
+        marks: bits/dim of single images by their short names, which stand beside the lines; all are on the axis, those
+            that are not finite are left out.
+        title: of the picture.
+        text: kept in the PNG.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    shown = {label: value for label, value in marks.items() if math.isfinite(value)}
+    points = torch.tensor(list(shown.values()), dtype=torch.float64)
+    count = min(BINS, max(10, 2 * math.isqrt(len(own))))
+    bins = _bins([own.double(), *points.unsqueeze(1)], count)  # a set of one lies on the axis as a whole
+    figure, axes = _histogram({name: own.double()}, bins, title)
+    top = axes.get_ylim()[1]
+    for i, (label, value) in enumerate(sorted(shown.items(), key=lambda item: item[1])):
+        axes.axvline(value, color="C3", lw=1.2)
+        height = top * (0.97 - 0.06 * (i % 12))  # neighbours at other heights
+        axes.text(value, height, f" {label}", color="C3", va="top", fontsize=8, parse_math=False)
+    figure.savefig(buffer := io.BytesIO(), format="png", dpi=120, metadata=dict(text))
+    return buffer.getvalue()
+
+
+def _bins(sets: Sequence[Tensor], count: int) -> np.ndarray:
+    """``count`` bins on which at most TAIL of each set lies beyond either end."""
     edges = torch.tensor([TAIL, 1.0 - TAIL], dtype=torch.float64)
     ends = torch.stack([values.quantile(edges) for values in sets])
     low, high = float(ends[:, 0].min()), float(ends[:, 1].max())
     margin = 0.02 * (high - low) or 0.5
-    count = min(BINS, max(10, 2 * math.isqrt(min(map(len, sets)))))
-    bins = np.linspace(low - margin, high + margin, count + 1)
-    beyond = sum(int(((values < bins[0]) | (values > bins[-1])).sum()) for values in sets)
+    return np.linspace(low - margin, high + margin, count + 1)
+
+
+def _histogram(sets: Mapping[str, Tensor], bins: np.ndarray, title: str) -> tuple[Any, Any]:
+    """(figure, axes): each set as the share of its images in a bin, with its mean."""
     figure_class = optional("matplotlib.figure", "the histogram").Figure  # no pyplot: no global state
     axes = (figure := figure_class(figsize=(8, 4.5), layout="constrained")).subplots()
-    for values, name, colour in zip(sets, names, ("C0", "C1"), strict=True):
+    beyond = 0
+    for i, (name, values) in enumerate(sets.items()):
+        beyond += int(((values < bins[0]) | (values > bins[-1])).sum())
         share = np.full(len(values), 100.0 / len(values))
         label = f"{name}: {len(values)} images, mean {float(values.mean()):.3f}"
-        axes.hist(values.numpy(), bins, weights=share, alpha=0.55, color=colour, label=label)
-        axes.axvline(float(values.mean()), color=colour, ls="--", lw=1.2)
+        axes.hist(values.numpy(), bins, weights=share, alpha=0.55, color=f"C{i}", label=label)
+        axes.axvline(float(values.mean()), color=f"C{i}", ls="--", lw=1.2)
     axes.set_title(title, parse_math=False)
     unseen = f"; {beyond} images lie beyond this axis" if beyond else ""
     axes.set(xlabel=f"bits/dim (less is more likely{unseen})", ylabel="share of the set's images, %")
     axes.grid(alpha=0.3)
     for text in axes.legend().get_texts():
         text.set_parse_math(False)  # the names of images may hold a $
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    return figure, axes

@@ -13,6 +13,7 @@ from pyglow_fast.latents.spaces import (
     DEFAULT_SPACE,
     check_finite,
     check_images,
+    check_numbers,
     check_space,
     decode_each,
     to_space,
@@ -72,7 +73,11 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
 
 
 def interpolate_latents(
-    a: Sequence[Tensor], b: Sequence[Tensor], steps: int = 8, spherical: bool = False
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    steps: int = 8,
+    spherical: bool = False,
+    times: Sequence[float] | None = None,
 ) -> list[list[Tensor]]:
     """The latents at t = 0, 1 / (steps - 1), ..., 1 between a and b, each level on its own.
 
@@ -81,12 +86,12 @@ def interpolate_latents(
         steps: points, both ends included.
         spherical: :func:`slerp` rather than :func:`linear`. Every level keeps its own norm: over all levels together
             the directions of the many shallow values would decide how the few deep ones turn.
+        times: the points t, each in 0..1, instead of ``steps`` of them.
 
     Raises:
-        ValueError: fewer than two steps, or latents that do not fit each other or are not finite.
+        ValueError: fewer than two steps, a point outside of 0..1, or latents that do not fit each other or are not finite.
     """
-    whole = isinstance(steps, int) and not isinstance(steps, bool)
-    expect(whole and steps >= 2, "steps", "a whole number, 2 or more (both ends are steps)", repr(steps))
+    points = _times(steps, times)
     expect(isinstance(spherical, bool), "spherical", "True or False", repr(spherical))
     check_finite("a", a)
     check_finite("b", b)
@@ -94,8 +99,23 @@ def interpolate_latents(
     for i, (first, second) in enumerate(zip(a, b, strict=True)):
         expect(first.shape == second.shape, f"b[{i}]", f"shape {tuple(first.shape)}, as in a", tuple(second.shape))
     between = slerp if spherical else linear
-    times = [i / (steps - 1) for i in range(steps)]
-    return [[between(first, second, t) for first, second in zip(a, b, strict=True)] for t in times]
+    return [[between(first, second, t) for first, second in zip(a, b, strict=True)] for t in points]
+
+
+def _times(steps: int, times: Sequence[float] | None) -> list[float]:
+    """The points of a path.
+
+    Raises:
+        ValueError: fewer than two steps, or points that are not in 0..1.
+    """
+    if times is None:
+        whole = isinstance(steps, int) and not isinstance(steps, bool)
+        expect(whole and steps >= 2, "steps", "a whole number, 2 or more (both ends are steps)", repr(steps))
+        return [i / (steps - 1) for i in range(steps)]
+    points = check_numbers("times", times)
+    for point in points:
+        expect(0.0 <= point <= 1.0, "times", "numbers in 0..1", point)
+    return points
 
 
 @torch.no_grad()
@@ -106,8 +126,9 @@ def interpolate(
     steps: int = 8,
     spherical: bool = False,
     space: str = DEFAULT_SPACE,
-    y: tuple[Tensor, Tensor] | None = None,
+    y: tuple[Tensor | None, Tensor | None] | None = None,
     cond: Tensor | None = None,
+    times: Sequence[float] | None = None,
 ) -> Tensor:
     """x(t) = decode(path(encode(a), encode(b), t)) for t = 0, 1 / (steps - 1), ..., 1: each a[i] on its way to b[i].
 
@@ -122,9 +143,10 @@ def interpolate(
         space: "latent" or "noise", see :func:`to_space`.
         y: labels (N,) of a and of b, for a model with classes.
         cond: the condition of both, if the model has one.
+        times: the points t, each in 0..1, instead of ``steps`` of them.
 
     Returns:
-        (N, steps, C, *spatial); the first of each row is a and the last b, up to rounding.
+        (N, steps, C, *spatial), or (N, len(times), C, *spatial); at t = 0 it is a and at t = 1 b, up to rounding.
 
     Raises:
         ValueError: images that are not as many in b as in a or do not fit the model, or an option out of its range.
@@ -138,9 +160,10 @@ def interpolate(
         check_images(name, model, x, labels)
     expect(len(a) == len(b), "b", f"{len(a)} images, one for each of a", len(b))
     start, end = (to_space(model, x, space, labels, cond) for x, labels in zip((a, b), pair, strict=True))
-    points = interpolate_latents(start, end, steps, spherical)
+    at = _times(steps, times)
+    points = interpolate_latents(start, end, spherical=spherical, times=at)
     if space == "noise" and pair[0] is not None:
-        points = [_between_classes(model, point, pair, i / (steps - 1)) for i, point in enumerate(points)]
+        points = [_between_classes(model, point, pair, t) for point, t in zip(points, at, strict=True)]
     return decode_each(model, points, space, pair[0], cond)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -134,6 +135,7 @@ def score_images(
     on_unreadable: str = "raise",
     ranks: Ranks | None = None,
     draws: int = 1,
+    progress: Callable[[int], None] | None = None,
 ) -> ImageScores:
     """Bits/dim of each image, each with dequantisation noise of its own that is the same at every call.
 
@@ -149,6 +151,7 @@ def score_images(
         workers, on_unreadable: see :func:`pyglow_fast.data.batches`.
         ranks: share the images among these; every rank gets its own part.
         draws: S, of the noise of each image.
+        progress: told after each batch how many images it had.
 
     Raises:
         ValueError: images that do not fit the model; one that cannot be read, or with "skip" none that can.
@@ -180,6 +183,8 @@ def score_images(
                 columns.append(bits_per_dim(log_prob, n_values, data.n_bins).double().cpu()[own])
             bits.append(torch.stack(columns, 1))
             found.append(batch.indices[own])
+            if progress is not None:
+                progress(len(wanted))
     finally:
         model.train(was_training)
     indices = torch.cat(found)

@@ -1,0 +1,81 @@
+"""The path from one image to another: frames, a strip of them, an animation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyglow_fast._errors import expect
+from pyglow_fast.latents import interpolate
+from pyglow_fast.likelihood import count_not_finite
+from pyglow_fast.studio.commands import COMMAND, Made, command_line, made_png
+from pyglow_fast.studio.opened import OpenRun, Picked
+from pyglow_fast.studio.words import number_text, rounded
+from pyglow_fast.train import to_levels
+from pyglow_fast.train.figures import animation_bytes, grid, image_picture
+
+ANIMATED = (".gif", ".webp")
+
+
+@dataclass(frozen=True)
+class Path:
+    """A path from one image to another through the latents.
+
+    Args:
+        opened: the run.
+        first, last: the images.
+        space: "noise" or "latent".
+        spherical: on great circles, level by level.
+    """
+
+    opened: OpenRun
+    first: Picked
+    last: Picked
+    space: str
+    spherical: bool = False
+
+    @torch.no_grad()
+    def frames(self, steps: int = 8, times: tuple[float, ...] | None = None) -> tuple[Tensor, int]:
+        """Levels int64 (steps, C, H, W), both ends included, and how many frames were not finite.
+
+        Args:
+            steps: how many, evenly spaced.
+            times: points between 0 and 1 instead.
+
+        Raises:
+            ValueError: fewer than two steps, or points outside of 0..1.
+        """
+        model, n_bins = self.opened.model, self.opened.n_bins
+        a, b = (self.opened.x(picked.levels[None].long()) for picked in (self.first, self.last))
+        ends = (self.opened.y(self.first.label), self.opened.y(self.last.label))
+        x = interpolate(model, a, b, steps, self.spherical, self.space, ends, times=times)[0]
+        return to_levels(x, n_bins).cpu(), count_not_finite(x)
+
+    def _words(self) -> list[str]:
+        words = ["--from", self.first.image.text, "--to", self.last.image.text, "--space", self.space]
+        if self.first.label is not None and self.last.label is not None:
+            classes = self.opened.classes
+            words += ["--labels", classes[self.first.label], classes[self.last.label]]
+        return words + (["--spherical"] if self.spherical else [])
+
+    def made_frame(self, levels: Tensor, time: float, scale: int = 1) -> Made:
+        """One frame (C, H, W) as a PNG."""
+        words = [*self._words(), "--at", number_text(rounded(time)), "--scale", str(scale)]
+        picture = image_picture(levels, self.opened.n_bins, scale)
+        return made_png(picture, command_line(self.opened, "interpolate", words))
+
+    def made(self, levels: Tensor, suffix: str, scale: int | None = None) -> Made:
+        """All frames (steps, C, H, W): side by side as a PNG, or there and back again as a GIF or WebP.
+
+        Raises:
+            ValueError: another suffix.
+        """
+        words = [*self._words(), "--steps", str(len(levels))]
+        command = command_line(self.opened, "interpolate", words + (["--scale", str(scale)] if scale else []))
+        if suffix == ".png":
+            return made_png(grid(levels, self.opened.n_bins, len(levels), scale), command)
+        expect(suffix in ANIMATED, "out", f"a name ending in .png, {' or '.join(ANIMATED)}", repr(suffix))
+        data = animation_bytes(levels, self.opened.n_bins, suffix[1:], scale=scale, text={COMMAND: command})
+        return Made(data, command, suffix)

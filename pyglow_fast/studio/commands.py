@@ -1,0 +1,43 @@
+"""Pictures with the command that repeats them, which is written into the file."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from pyglow_fast.studio.opened import OpenRun
+from pyglow_fast.train.figures import png_bytes
+
+COMMAND = "Command"  # the name of the text in a PNG
+
+
+class Made(NamedTuple):
+    """A file that was made, and the command that makes the same bytes.
+
+    Args:
+        data: of the file.
+        command: without ``--out``.
+        suffix: of its name.
+    """
+
+    data: bytes
+    command: str
+    suffix: str = ".png"
+
+    def shown(self, out: str) -> str:
+        """The whole command, to be copied: it writes the file ``out``."""
+        return f"{self.command} --out {shlex.quote(out)}"
+
+
+def command_line(opened: OpenRun, name: str, words: Sequence[str]) -> str:
+    """``pyglow-fast NAME RUN ...``, quoted for a shell."""
+    best = ["--best"] if opened.best else []
+    return shlex.join(["pyglow-fast", name, opened.name, *words, *best])
+
+
+def made_png(picture: Tensor, command: str) -> Made:
+    """A picture, uint8 (3, H, W), as a PNG that holds its command."""
+    return Made(png_bytes(picture, {COMMAND: command}), command)

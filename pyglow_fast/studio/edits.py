@@ -1,0 +1,155 @@
+"""One image under edit: its latents, moved along directions of attributes and towards the means of the priors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyglow_fast._errors import expect
+from pyglow_fast.latents import edited, to_space
+from pyglow_fast.studio.commands import Made, command_line, made_png
+from pyglow_fast.studio.directions import Add
+from pyglow_fast.studio.opened import TRAIN_IMAGES, OpenRun, Picked, Progress
+from pyglow_fast.studio.words import number_text, rounded
+from pyglow_fast.train import to_levels
+from pyglow_fast.train.figures import image_picture
+
+
+class Edited(NamedTuple):
+    """What an edit gives.
+
+    Args:
+        levels: int64 (C, H, W).
+        finite: whether all values of the decoded image are numbers; those that are not are shown grey.
+        shifted: of the pixel-shift twin, x + sum_j s_j (mean pixels with - without); None if it was not asked for.
+    """
+
+    levels: Tensor
+    finite: bool
+    shifted: Tensor | None
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What is done to an image.
+
+    Args:
+        adds: attributes, each with its strength.
+        keep: the share of the image's own latents that each level keeps, shallowest first; empty: all of all.
+
+    Strengths and shares are rounded to what the command line can say.
+    """
+
+    adds: tuple[Add, ...] = ()
+    keep: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        adds = tuple(add._replace(strength=rounded(add.strength)) for add in self.adds)
+        object.__setattr__(self, "adds", adds)
+        object.__setattr__(self, "keep", tuple(map(rounded, self.keep)))
+
+    @property
+    def active(self) -> tuple[Add, ...]:
+        """The attributes whose strength is not 0."""
+        return tuple(add for add in self.adds if add.strength != 0.0)
+
+    @property
+    def is_none(self) -> bool:
+        """Whether nothing is changed."""
+        return not self.active and all(share == 1.0 for share in self.keep)
+
+    def options(self) -> list[str]:
+        """As the command ``edit`` takes them."""
+        words = [word for add in self.active for word in ("--add", add.plus, add.minus, number_text(add.strength))]
+        if any(share != 1.0 for share in self.keep):
+            words += ["--keep", *map(number_text, self.keep)]
+        return words
+
+
+class Subject:
+    """An image whose latents were taken once, to be edited many times.
+
+    Args:
+        opened: the run.
+        picked: the image.
+        space: "noise" or "latent", of the edits.
+
+    Raises:
+        ValueError: the image does not fit the model; its latents are not finite.
+    """
+
+    @torch.no_grad()
+    def __init__(self, opened: OpenRun, picked: Picked, space: str) -> None:
+        self.opened, self.picked, self.space = opened, picked, space
+        self.levels = picked.levels.long()
+        self._x, self._y = opened.x(self.levels[None]), opened.y(picked.label)
+        self._latents = to_space(opened.model, self._x, space, self._y)
+
+    @torch.no_grad()
+    def edited(self, edit: Edit, pixel_shift: bool = False, progress: Progress | None = None) -> Edited:
+        """The image after an edit; without one the image itself, to the bit.
+
+        Args:
+            edit: what is done.
+            pixel_shift: give the twin whose pixels are shifted, too.
+            progress: of the means over training images, where they are not measured yet.
+
+        Raises:
+            ValueError: an attribute that there is not, shares that do not fit the model's levels.
+        """
+        shift = pixels = None
+        if edit.active:
+            shift, pixels = self.opened.directions(self.space, progress).shift(edit.active)
+        n_levels = len(self._latents)
+        expect(len(edit.keep) in (0, n_levels), "keep", f"{n_levels} shares, one a level", len(edit.keep))
+        x = self._x
+        if not edit.is_none:
+            x = edited(self.opened.model, self._latents, shift, edit.keep or None, self.space, self._y)
+        twin = None
+        if pixel_shift:
+            moved = self._x if pixels is None else self._x + pixels.to(self._x)
+            twin = to_levels(moved, self.opened.n_bins)[0].cpu()
+        finite = bool(x.isfinite().all())
+        return Edited(self.levels if edit.is_none else to_levels(x, self.opened.n_bins)[0].cpu(), finite, twin)
+
+    def command(self, edit: Edit, pixel_shift: bool, scale: int = 1) -> str:
+        """The command that gives the same picture, without ``--out``."""
+        opened = self.opened
+        words = [self.picked.image.text, *edit.options(), "--space", self.space]
+        if self.picked.label is not None:
+            words += ["--label", opened.classes[self.picked.label]]
+        if opened.train_images != TRAIN_IMAGES and edit.active:
+            words += ["--train-images", str(opened.train_images)]
+        words += ["--pixel-shift"] if pixel_shift else []
+        return command_line(opened, "edit", words + (["--scale", str(scale)] if scale != 1 else []))
+
+    def made(self, levels: Tensor, edit: Edit, pixel_shift: bool = False, scale: int = 1) -> Made:
+        """What :meth:`edited` gave, as a PNG: the image itself, one pixel a pixel unless ``scale`` says otherwise."""
+        picture = image_picture(levels, self.opened.n_bins, scale)
+        return made_png(picture, self.command(edit, pixel_shift, scale))
+
+
+def likelihood_text(opened: OpenRun, bits: float, progress: Progress | None = None) -> str:
+    """Bits/dim of an image in words, and how far along the training images it is, where they are at hand."""
+    if not math.isfinite(bits):
+        return "no finite likelihood"
+    text = f"{bits:.3f} bits/dim"
+    if opened.images.missing:
+        return text
+    scores = opened.scores(progress)
+    return f"{text}, more than {scores.share_below(bits):.1%} of {len(scores.train)} training images"
+
+
+def check_adds(opened: OpenRun, adds: Sequence[Add], space: str, progress: Progress | None = None) -> None:
+    """Refuse attributes that the run does not have.
+
+    Raises:
+        ValueError: there are such.
+    """
+    if adds:
+        opened.directions(space, progress).shift(adds)

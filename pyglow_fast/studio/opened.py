@@ -1,0 +1,289 @@
+"""A checkpoint of a run, opened to look at: its frozen model, its images, and what was measured of both."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyglow_fast._errors import expect
+from pyglow_fast.data import Images, ImageSet, MissingExtraError
+from pyglow_fast.data.single import read_single
+from pyglow_fast.latents import likeliest_class
+from pyglow_fast.models import Glow
+from pyglow_fast.studio.directions import Directions, from_tensors, measure
+from pyglow_fast.studio.groups import groups_of
+from pyglow_fast.studio.kept import kept, progress_of
+from pyglow_fast.studio.reading import middles
+from pyglow_fast.studio.selection import own_images
+from pyglow_fast.studio.words import File, HeldOut, Image, Sample
+from pyglow_fast.train import Checkpoint, RunFolder, check_fits, load_model, resolve_device, score_images
+
+TRAIN_IMAGES = 5000  # that directions are measured on
+SCORED = 1000  # images of each side that bits/dim are compared with
+Progress = Callable[[int, int], None]  # (done, of how many)
+
+
+class Picked(NamedTuple):
+    """An image that was chosen: levels uint8 (C, H, W), its label (of a model with classes), and its name."""
+
+    levels: Tensor
+    label: int | None
+    image: Image
+
+
+class Scores(NamedTuple):
+    """Bits/dim of some held-out and some training images of a run, finite ones, float64."""
+
+    held_out: Tensor
+    train: Tensor
+
+    def share_below(self, bits: float) -> float:
+        """The share of the training images with fewer bits/dim; NaN without any."""
+        return float((self.train < bits).double().mean()) if len(self.train) else float("nan")
+
+
+class OwnImages:
+    """The images of a run, loaded when they are first asked for; one for all checkpoints of the run."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._lock = threading.Lock()
+
+    @functools.cached_property
+    def _found(self) -> tuple[Images, Tensor, Tensor] | str:
+        try:
+            return own_images(self._checkpoint)
+        except (ValueError, OSError, MissingExtraError) as error:
+            return str(error)
+
+    def find(self) -> tuple[Images, Tensor, Tensor]:
+        """(all images, indices of the training images, of the held-out ones).
+
+        Raises:
+            ValueError: they are no longer there, or have changed.
+        """
+        with self._lock:
+            found = self._found
+        if isinstance(found, str):
+            raise ValueError(found)
+        return found
+
+    @property
+    def missing(self) -> str:
+        """Why they cannot be had; empty if they can."""
+        with self._lock:
+            return self._found if isinstance(self._found, str) else ""
+
+
+@dataclass(eq=False)
+class OpenRun:
+    """One checkpoint of a run to look at.
+
+    Args:
+        name: of the run's folder, as it was given.
+        best: the checkpoint is that with the best held-out bits/dim.
+        folder: of the run.
+        checkpoint: of it.
+        model: frozen.
+        images: of the run.
+        train_images: that directions are measured on, at most.
+    """
+
+    name: str
+    best: bool
+    folder: RunFolder
+    checkpoint: Checkpoint
+    model: Glow
+    images: OwnImages
+    train_images: int = TRAIN_IMAGES
+    _directions: dict[str, Directions] = field(default_factory=dict)
+    _scores: list[Scores] = field(default_factory=list)
+
+    @classmethod
+    def open(
+        cls,
+        name: str,
+        best: bool = False,
+        device: str = "auto",
+        train_images: int = TRAIN_IMAGES,
+        images: OwnImages | None = None,
+    ) -> OpenRun:
+        """The run in the folder ``name``.
+
+        Args:
+            name: of the folder.
+            best: the checkpoint with the best held-out bits/dim rather than the newest.
+            device: cpu, cuda, cuda:N or auto.
+            train_images: that directions are measured on, at most.
+            images: of the run, if another checkpoint of it was opened before.
+
+        Raises:
+            ValueError: it is no run, or what it holds does not fit together; a value outside its range.
+        """
+        expect(train_images >= 1, "train_images", "a positive whole number", train_images)
+        folder, place = RunFolder(name), resolve_device(device)
+        checkpoint = folder.load(best)
+        shape = checkpoint.config.model.image_shape
+        expect(len(shape) == 3, "run", "a model of images (C, H, W)", f"one of shape {shape}")
+        with torch.no_grad():
+            model = load_model(checkpoint, str(folder.path), place).freeze()
+        checkpoint.model, checkpoint.ema, checkpoint.optimizer = {}, {}, {}  # the model has what is needed of them
+        return cls(name, best, folder, checkpoint, model, images or OwnImages(checkpoint), train_images)
+
+    @property
+    def n_bins(self) -> int:
+        """Levels of an image."""
+        return self.checkpoint.data.n_bins
+
+    @property
+    def step(self) -> int:
+        """How many training steps were done."""
+        return int(self.checkpoint.progress["step"])
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes that the model is conditioned on; empty without."""
+        return self.checkpoint.data.class_names if self.model.config.n_classes is not None else ()
+
+    @property
+    def space(self) -> str:
+        """Where edits are made if nothing is asked for.
+
+        The noise under an image's own class holds little of the class, so a model with classes is edited in its latents.
+        """
+        return "noise" if self.model.config.n_classes is None else "latent"
+
+    def label(self, name: str) -> int:
+        """The number of a class.
+
+        Raises:
+            ValueError: the model does not have it.
+        """
+        expect(bool(self.classes), "label", "no label, since the model has no classes", repr(name))
+        expect(name in self.classes, "label", f"one of {', '.join(self.classes)}", repr(name))
+        return self.classes.index(name)
+
+    def x(self, levels: Tensor) -> Tensor:
+        """Levels (n, C, H, W) as the model takes them: the middle of each level's interval."""
+        return middles(levels, self.n_bins, self.model)
+
+    def y(self, label: int | None) -> Tensor | None:
+        """A label as the model takes it, (1,); None for a model without classes."""
+        return None if label is None else torch.tensor([label], device=self.model._parameter().device)
+
+    def pick(self, image: Image, label: int | None = None) -> Picked:
+        """The image that a text names.
+
+        Args:
+            image: see :func:`~pyglow_fast.studio.words.parse_image`.
+            label: its class, for a model with classes; None: its own, of a file the likeliest.
+
+        Raises:
+            ValueError: there is no such image, or it cannot be read.
+        """
+        if isinstance(image, HeldOut):
+            data, _, held_out = self.images.find()
+            check_fits(self.model, data, self.n_bins)
+            expect(image.number < len(held_out), "image", f"a held-out image in 0..{len(held_out) - 1}", image.number)
+            levels, labels = data.batch(held_out[image.number : image.number + 1])
+            own = int(labels[0]) if labels is not None and self.classes else None
+            return self._with_label(levels[0], label if label is not None else own, image)
+        if isinstance(image, Sample):
+            drawn = image.draw.drawn(self.model, self.n_bins)
+            own = None if drawn.labels is None else int(drawn.labels[image.number])
+            levels = drawn.levels[image.number].to(torch.uint8)
+            return self._with_label(levels, label if label is not None else own, image)
+        return self.pick_file(Path(image.path), image, label)
+
+    def pick_file(
+        self, source: Path | bytes, image: File, label: int | None = None, most_pixels: int | None = None
+    ) -> Picked:
+        """The image in a file, or in its contents, brought to what the model sees.
+
+        Raises:
+            UnreadableImageError: it cannot be read, or is too small or too large.
+        """
+        shape = self.checkpoint.config.model.image_shape
+        config = self.checkpoint.config.data
+        channels, height, width = shape
+        levels = read_single(source, image.path, config, (channels, height, width), self.n_bins, most_pixels=most_pixels)
+        return self._with_label(levels, label, image)
+
+    def _with_label(self, levels: Tensor, label: int | None, image: Image) -> Picked:
+        if not self.classes:
+            expect(label is None, "label", "no label, since the model has no classes", label)
+        elif label is None:
+            label = int(likeliest_class(self.model, self.x(levels[None]))[0])
+        else:
+            expect(0 <= label < len(self.classes), "label", f"a class in 0..{len(self.classes) - 1}", label)
+        return Picked(levels, label, image)
+
+    def bits(self, levels: Tensor, label: int | None = None) -> float:
+        """Bits/dim of one image of levels (C, H, W), with the dequantisation noise that is the same at every call."""
+        labels = None if label is None else torch.tensor([label])
+        names = self.classes if label is not None else ()
+        one = ImageSet("image", levels[None].to(torch.uint8), self.n_bins, labels, names)
+        return float(score_images(self.model, one, 1, seed=0).bits_per_dim[0])
+
+    def directions(self, space: str, progress: Progress | None = None) -> Directions:
+        """Mean latents of the run's training images with and without each attribute.
+
+        They are kept in the folder of the run: measured once for a checkpoint.
+
+        Raises:
+            ValueError: the images of the run are no longer there.
+        """
+        if space not in self._directions:
+            self._directions[space] = self._measured(space, progress)
+        return self._directions[space]
+
+    def _measured(self, space: str, progress: Progress | None) -> Directions:
+        data, train, held_out = self.images.find()
+        config = self.checkpoint.config
+        groups = groups_of(config.data, data, train, held_out, self.train_images, config.seed)
+        names = [group.name for group in groups]
+        if not groups:
+            none = torch.zeros(0)
+            return Directions(space, (), none, (), none)
+        key = self._key() | {"space": space, "names": names, "train_images": self.train_images}
+        tensors = kept(
+            self.folder.cache,
+            f"directions-{space}",
+            key,
+            lambda: measure(self.model, data, groups, space, config.data.on_unreadable, progress),
+        )
+        return from_tensors(tensors, names, space)
+
+    def scores(self, progress: Progress | None = None) -> Scores:
+        """Bits/dim of SCORED held-out and SCORED training images, kept in the folder of the run.
+
+        Raises:
+            ValueError: the images of the run are no longer there.
+        """
+        if not self._scores:
+            tensors = kept(self.folder.cache, "scores", self._key() | {"images": SCORED}, lambda: self._scored(progress))
+            self._scores.append(Scores(tensors["held_out"], tensors["train"]))
+        return self._scores[0]
+
+    def _scored(self, progress: Progress | None) -> dict[str, Tensor]:
+        data, train, held_out = self.images.find()
+        policy = self.checkpoint.config.data.on_unreadable
+        sides = {"held_out": held_out, "train": train}
+        advance = progress_of(sum(min(SCORED, len(side)) for side in sides.values()), progress)
+        found = {}
+        for name, side in sides.items():
+            scores = score_images(
+                self.model, data.subset(side), 50, 0, SCORED, on_unreadable=policy, progress=advance
+            ).bits_per_dim
+            found[name] = scores[scores.isfinite()]
+        return found
+
+    def _key(self) -> dict[str, str]:
+        return {"digest": self.checkpoint.digest, "images": self.checkpoint.data.fingerprint}

@@ -1,0 +1,91 @@
+"""Samples of a model, drawn so that the same words give the same images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyglow_fast._errors import expect
+from pyglow_fast.likelihood import count_not_finite
+from pyglow_fast.models import Glow
+from pyglow_fast.train import class_columns, class_cycle, device_of, to_levels
+from pyglow_fast.train.figures import grid
+
+BATCH = 64
+N, TEMPERATURE = 64, 0.7
+
+
+class Drawn(NamedTuple):
+    """Samples as levels (n, C, H, W), their labels (n,) or None, and how many of them were not finite (now grey)."""
+
+    levels: Tensor
+    labels: Tensor | None
+    not_finite: int
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Samples to draw.
+
+    Args:
+        n: how many.
+        temperature: multiplies the standard deviation of the priors; 0 is the mode.
+        seed: the same seed draws the same images.
+        labels: numbers of classes, in turn; empty: all classes in turn.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    n: int = N
+    temperature: float = TEMPERATURE
+    seed: int = 0
+    labels: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        expect(self.n >= 1, "n", "a positive whole number", self.n)
+        finite = 0.0 <= self.temperature < float("inf")
+        expect(finite, "temperature", "a number, 0 or more", self.temperature)
+        expect(0 <= self.seed < 2**63, "seed", "a whole number, 0 or more", self.seed)
+
+    def check(self, model: Glow) -> None:
+        """Refuse classes that the model does not have.
+
+        Raises:
+            ValueError: there are such.
+        """
+        count = model.config.n_classes
+        expect(not self.labels or count is not None, "label", "no label, since the model has no classes", self.labels)
+        for label in self.labels:
+            expect(0 <= label < (count or 0), "label", f"a class in 0..{(count or 0) - 1}", label)
+
+    def labels_of(self, model: Glow) -> Tensor | None:
+        """The label of each sample, (n,), or None for a model without classes."""
+        device = device_of(model)
+        if not self.labels:
+            return class_cycle(self.n, model.config.n_classes, device)
+        return torch.tensor(self.labels, device=device)[torch.arange(self.n, device=device) % len(self.labels)]
+
+    def drawn(self, model: Glow, n_bins: int) -> Drawn:
+        """The samples.
+
+        Raises:
+            ValueError: a class that the model does not have.
+        """
+        self.check(model)
+        y = self.labels_of(model)
+        generator, found = torch.Generator(device_of(model)).manual_seed(self.seed), []
+        for first in range(0, self.n, BATCH):
+            count = min(BATCH, self.n - first)
+            part = None if y is None else y[first : first + count]
+            found.append(model.sample(count, self.temperature, y=part, generator=generator))
+        x = torch.cat(found)
+        return Drawn(to_levels(x, n_bins).cpu(), None if y is None else y.cpu(), count_not_finite(x))
+
+    def picture(self, drawn: Drawn, model: Glow, n_bins: int, columns: int | None, scale: int | None) -> Tensor:
+        """The samples side by side, uint8 (3, height, width): with all classes, each in a column of its own."""
+        columns = columns or (None if self.labels else class_columns(self.n, model.config.n_classes))
+        return grid(drawn.levels, n_bins, columns, scale)

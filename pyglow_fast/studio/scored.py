@@ -1,0 +1,79 @@
+"""Bits/dim of image files beside those of held-out images: a table and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyglow_fast.data import ImageSet
+from pyglow_fast.experiments import ScoredImages, score_csv
+from pyglow_fast.experiments.ood import marked_histogram
+from pyglow_fast.studio.commands import COMMAND, Made, command_line
+from pyglow_fast.studio.opened import OpenRun, Picked, Progress
+from pyglow_fast.train import ImageScores
+
+LONGEST = 24  # characters of a name in the picture
+
+
+class FileScore(NamedTuple):
+    """Bits/dim of one image, and the share of training images with fewer; NaN where there are none to compare with."""
+
+    picked: Picked
+    bits: float
+    share_below: float
+
+
+def score_files(opened: OpenRun, files: Sequence[Picked], progress: Progress | None = None) -> list[FileScore]:
+    """Bits/dim of single images, each as if it were scored alone, so that the order does not matter."""
+    missing = opened.images.missing
+    found = []
+    for picked in files:
+        bits = opened.bits(picked.levels, picked.label)
+        found.append(FileScore(picked, bits, float("nan") if missing else opened.scores(progress).share_below(bits)))
+    return found
+
+
+def _command(opened: OpenRun, scores: Sequence[FileScore]) -> str:
+    return command_line(opened, "score", [score.picked.image.text for score in scores])
+
+
+def made_picture(opened: OpenRun, scores: Sequence[FileScore]) -> Made:
+    """The images as lines on the histogram of held-out ones, as a PNG: what ``score ... --picture`` writes.
+
+    Raises:
+        ValueError: the run's images are no longer there.
+    """
+    command = _command(opened, scores)
+    held_out = opened.scores().held_out
+    marks = {}
+    for i, score in enumerate(scores):
+        name = score.picked.image.text.replace("\\", "/").rpartition("/")[2]
+        short = name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
+        marks[f"{i + 1} {short}" if len(scores) > 1 else short] = score.bits
+    name = f"held-out {opened.checkpoint.config.data.name}"
+    title = f"{opened.folder.path.resolve().name} at step {opened.step}"
+    return Made(marked_histogram(held_out, name, marks, title, {COMMAND: command}), command)
+
+
+def made_csv(opened: OpenRun, scores: Sequence[FileScore]) -> Made:
+    """The scores as a CSV file: what ``score ... --out`` writes."""
+    images = ImageSet(
+        "files",
+        torch.stack([score.picked.levels for score in scores]).to(torch.uint8),
+        opened.n_bins,
+        _labels(opened, scores),
+        opened.classes,
+        groups=tuple(score.picked.image.text for score in scores),
+    )
+    bits = torch.tensor([[score.bits] for score in scores], dtype=torch.float64)
+    table = score_csv({"files": ScoredImages(images, ImageScores(torch.arange(len(scores)), bits))})
+    return Made(table.encode(), _command(opened, scores), ".csv")
+
+
+def _labels(opened: OpenRun, scores: Sequence[FileScore]) -> Tensor | None:
+    if not opened.classes:
+        return None
+    return torch.tensor([score.picked.label for score in scores])

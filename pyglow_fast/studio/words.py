@@ -1,0 +1,98 @@
+"""Short texts: numbers as the command line takes them, and names of images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pyglow_fast._errors import expect
+from pyglow_fast.studio.samples import Draw
+
+IMAGE_HELP = "the number of a held-out image, from 0; a file; or sample:I[:n=N][:seed=S][:temperature=X][:label=C]"
+DIGITS = 6  # behind the point: finer than any slider, and exact to read back
+
+
+def rounded(value: float) -> float:
+    """The number that :func:`number_text` of ``value`` reads back as."""
+    return float(number_text(value)) if abs(value) < float("inf") else value
+
+
+def number_text(value: float) -> str:
+    """A number without an exponent, which argparse would take for an option: 1.5, -0.25, 0."""
+    text = f"{value:.{DIGITS}f}".rstrip("0").rstrip(".")
+    return "0" if text == "-0" else text
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out image number ``number`` of a run, from 0."""
+
+    number: int
+
+    @property
+    def text(self) -> str:
+        """As :func:`parse_image` takes it."""
+        return str(self.number)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Image ``number`` of the samples of ``draw``, from 0."""
+
+    number: int
+    draw: Draw
+
+    @property
+    def text(self) -> str:
+        """As :func:`parse_image` takes it."""
+        draw = self.draw
+        options = {"n": str(draw.n), "seed": str(draw.seed), "temperature": number_text(draw.temperature)}
+        parts = [f"sample:{self.number}", *(f"{name}={value}" for name, value in options.items())]
+        return ":".join([*parts, *(f"label={label}" for label in draw.labels)])
+
+
+@dataclass(frozen=True)
+class File:
+    """The image in a file."""
+
+    path: str
+
+    @property
+    def text(self) -> str:
+        """As :func:`parse_image` takes it: never taken for a number, a sample or an option."""
+        plain = not (self.path.isdecimal() or self.path.startswith(("sample:", "-")))
+        return self.path if plain else f"./{self.path}"
+
+
+Image = HeldOut | Sample | File
+
+
+def parse_image(text: str, argument: str = "image") -> Image:
+    """What a text names: see IMAGE_HELP.
+
+    Raises:
+        ValueError: it names nothing.
+    """
+    if text.isascii() and text.isdecimal():
+        return HeldOut(int(text))
+    if not text.startswith("sample:"):
+        expect(text != "", argument, IMAGE_HELP, "an empty text")
+        return File(text)
+    number, *options = text.removeprefix("sample:").split(":")
+    named: dict[str, list[str]] = {"n": [], "seed": [], "temperature": [], "label": []}
+    for option in options:
+        name, equals, value = option.partition("=")
+        expect(equals == "=" and name in named, argument, IMAGE_HELP, repr(text))
+        named[name].append(value)
+    once = all(len(values) <= 1 for name, values in named.items() if name != "label")
+    expect(once, argument, "each option of a sample once", repr(text))
+    try:
+        draw = Draw(
+            **{name: int(named[name][0]) for name in ("n", "seed") if named[name]},
+            **{"temperature": float(value) for value in named["temperature"]},
+            labels=tuple(map(int, named["label"])),
+        )
+        index = int(number)
+    except ValueError as error:
+        raise ValueError(f"{argument}: expected {IMAGE_HELP}, found {text!r} ({error})") from error
+    expect(0 <= index < draw.n, argument, f"a sample in 0..{draw.n - 1}", repr(text))
+    return Sample(index, draw)
