@@ -1,17 +1,36 @@
-"""What a run shows: grids of images and the loss curve."""
+"""What a run shows: images, grids of them, animations and the loss curve."""
 
 from __future__ import annotations
 
+import io
 import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+from xml.sax.saxutils import escape
 
 import torch
 from torch import Tensor
 
+from pyglow_fast._errors import check_count, expect
 from pyglow_fast.data import optional
 from pyglow_fast.likelihood import quantize
 from pyglow_fast.train.files import replacing
 from pyglow_fast.train.metrics import Row
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+LONGEST_TEXT = 1 << 16  # characters of a text in a picture; readers refuse what is much longer
+ANIMATIONS = ("gif", "webp")
+# What is no character of XML, which is where a WebP keeps its text; a carriage return would be read as a line end.
+_NO_TEXT = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_XMP = (
+    '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    '<rdf:Description rdf:about="" xmlns:dc="http://purl.org/dc/elements/1.1/"><dc:description><rdf:Alt>'
+    '<rdf:li xml:lang="x-default">{}</rdf:li></rdf:Alt></dc:description></rdf:Description></rdf:RDF></x:xmpmeta>'
+)
 
 
 def to_levels(x: Tensor, n_bins: int) -> Tensor:
@@ -44,20 +63,162 @@ def grid(levels: Tensor, n_bins: int, columns: int | None = None, scale: int | N
     return (shown * 255).round().to(torch.uint8)
 
 
-def save_picture(picture: Tensor, path: Path) -> None:
-    """uint8 (3, H, W) as a PNG, replaced atomically.
+def pictures(levels: Tensor, n_bins: int, scale: int | None = None) -> Tensor:
+    """Images (N, C, H, W) of levels 0..n_bins-1 as uint8 (N, 3, scale H, scale W); see :func:`grid`."""
+    return (enlarged(levels, n_bins, scale).expand(-1, 3, -1, -1) * 255).round().to(torch.uint8)
+
+
+def image_picture(levels: Tensor, n_bins: int, scale: int = 1) -> Tensor:
+    """One image (C, H, W) of levels 0..n_bins-1 as uint8 (3, scale H, scale W), without a border.
 
     Raises:
+        ValueError: it is no single image, or a factor below 1.
+    """
+    expect(isinstance(levels, Tensor) and levels.dim() == 3, "levels", "one image (C, H, W)", _shape(levels))
+    check_count("scale", scale)
+    return pictures(levels[None], n_bins, scale)[0]
+
+
+def png_bytes(picture: Tensor, text: Mapping[str, str] | None = None) -> bytes:
+    """A PNG file of a picture, with texts that tell how it was made.
+
+    Args:
+        picture: uint8 (3, H, W).
+        text: texts by keyword, each in a chunk of its own ("tEXt", or "iTXt" for what is not Latin-1).
+
+    Raises:
+        ValueError: no such picture; a keyword that is not 1 to 79 ASCII characters with single spaces between words; a
+            text of more than LONGEST_TEXT characters or with control characters other than tabs and line ends.
         MissingExtraError: Pillow is not installed.
     """
-    image = optional("PIL.Image", "pictures").fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+    image = _image(picture)
+    chunks = None
+    if text is not None:
+        chunks = optional("PIL.PngImagePlugin", "pictures").PngInfo()
+        for keyword, value in _checked(text).items():
+            chunks.add_text(keyword, value)
+    stream = io.BytesIO()
+    image.save(stream, "PNG", pnginfo=chunks)
+    return stream.getvalue()
+
+
+def save_picture(picture: Tensor, path: Path, text: Mapping[str, str] | None = None) -> None:
+    """:func:`png_bytes` as a file, replaced atomically.
+
+    Raises:
+        ValueError: what png_bytes refuses.
+        MissingExtraError: Pillow is not installed.
+    """
+    contents = png_bytes(picture, text)
     with replacing(path) as temporary:
-        image.save(temporary, "PNG")
+        temporary.write_bytes(contents)
 
 
-def save_grid(levels: Tensor, n_bins: int, path: Path, columns: int | None = None, scale: int | None = None) -> None:
+def save_grid(
+    levels: Tensor,
+    n_bins: int,
+    path: Path,
+    columns: int | None = None,
+    scale: int | None = None,
+    text: Mapping[str, str] | None = None,
+) -> None:
     """:func:`grid` as a PNG."""
-    save_picture(grid(levels, n_bins, columns, scale), path)
+    save_picture(grid(levels, n_bins, columns, scale), path, text)
+
+
+def animation_bytes(
+    levels: Tensor,
+    n_bins: int,
+    kind: str,
+    milliseconds: int = 100,
+    scale: int | None = None,
+    text: Mapping[str, str] | None = None,
+) -> bytes:
+    """An endless animation of images, there and back: 0, 1, .., n-1, n-2, .., 1 and again.
+
+    A WebP is lossless. A GIF is so too where the images have at most 256 colours together, as grey ones have; otherwise
+    each image is shown in the 256 colours nearest to its own, without dithering. Images that equal the one before may
+    be stored as one that is shown for longer.
+
+    Args:
+        levels: (n, C, H, W) of levels 0..n_bins-1; channels beyond the third are left out, two channels show the first.
+        n_bins: the level n_bins-1 is shown white.
+        kind: "gif" or "webp".
+        milliseconds: that an image is shown for, 20..60000; a GIF counts in tens, rounded down.
+        scale: whole factor each pixel is enlarged by; by default what makes an image about 64 pixels high.
+        text: as of :func:`png_bytes`. A GIF keeps it as its comment, a WebP as the description of its XMP, one line
+            "keyword: text" each.
+
+    Raises:
+        ValueError: no images, another kind, a time or factor out of range, or a text that png_bytes refuses.
+        MissingExtraError: Pillow is not installed.
+    """
+    expect(kind in ANIMATIONS, "kind", f"one of {ANIMATIONS}", repr(kind))
+    images = isinstance(levels, Tensor) and levels.dim() == 4 and len(levels) > 0
+    expect(images, "levels", "at least one image (n, C, H, W)", _shape(levels))
+    timed = isinstance(milliseconds, int) and 20 <= milliseconds <= 60000
+    expect(timed, "milliseconds", "a whole number in 20..60000", repr(milliseconds))
+    if scale is not None:
+        check_count("scale", scale)
+    told = "\n".join(f"{keyword}: {value}" for keyword, value in _checked(text or {}).items())
+    shown = pictures(levels, n_bins, scale)
+    frames = _paletted(shown) if kind == "gif" else [_image(picture) for picture in shown]
+    options: dict[str, object] = {"duration": milliseconds, "loop": 0, "save_all": True}
+    if kind == "webp":
+        options |= {"lossless": True, "xmp": _XMP.format(escape(told)).encode()} if told else {"lossless": True}
+    elif told:
+        options["comment"] = told.encode()
+    stream = io.BytesIO()
+    first, *rest = [*frames, *frames[-2:0:-1]]
+    first.save(stream, kind.upper(), append_images=rest, **options)
+    return stream.getvalue()
+
+
+def _shape(value: object) -> object:
+    """What a message says of a value that should be a tensor of another shape."""
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _image(picture: Tensor) -> Image:
+    """uint8 (3, H, W) as a Pillow image."""
+    fits = isinstance(picture, Tensor) and picture.dtype == torch.uint8 and picture.dim() == 3 and len(picture) == 3
+    found = f"{picture.dtype} {tuple(picture.shape)}" if isinstance(picture, Tensor) else type(picture).__name__
+    expect(fits and picture.numel() > 0, "picture", "uint8 of shape (3, H, W)", found)
+    return optional("PIL.Image", "pictures").fromarray(picture.permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+def _paletted(shown: Tensor) -> list[Image]:
+    """uint8 (n, 3, H, W) as images of at most 256 colours: those that occur, if all images together have so few."""
+    pil = optional("PIL.Image", "pictures")
+    red, green, blue = shown.int().unbind(1)
+    colours, which = torch.unique(red << 16 | green << 8 | blue, return_inverse=True)
+    if len(colours) > 256:
+        return [_image(picture).quantize(256, pil.Quantize.MEDIANCUT, dither=pil.Dither.NONE) for picture in shown]
+    palette = torch.stack([colours >> 16, colours >> 8 & 255, colours & 255], 1).flatten().tolist()
+    frames = []
+    for index in which.to(torch.uint8):
+        frames.append(pil.fromarray(index.numpy()))
+        frames[-1].putpalette(palette)  # makes a "P" of the "L"
+    return frames
+
+
+def _checked(text: Mapping[str, str]) -> Mapping[str, str]:
+    """Texts that every kind of picture can hold.
+
+    Raises:
+        ValueError: one cannot be held.
+    """
+    expect(isinstance(text, Mapping), "text", "a mapping from keywords to texts", type(text).__name__)
+    for keyword, value in text.items():
+        plain = isinstance(keyword, str) and keyword.isascii() and keyword.isprintable()
+        plain = plain and 1 <= len(keyword) <= 79 and keyword == " ".join(keyword.split())
+        expect(plain, "text", "keywords of 1 to 79 ASCII characters, single spaces between words", repr(keyword)[:99])
+        name = f"text[{keyword!r}]"
+        expect(isinstance(value, str), name, "a string", type(value).__name__)
+        expect(len(value) <= LONGEST_TEXT, name, f"at most {LONGEST_TEXT} characters", len(value))
+        found = _NO_TEXT.search(value)
+        expect(found is None, name, "characters other than control characters", repr(found and found.group()))
+    return text
 
 
 def save_curve(rows: list[Row], path: Path, yardsticks: dict[str, float]) -> None:

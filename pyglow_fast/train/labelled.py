@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyglow_fast._errors import expect
 from pyglow_fast.data import optional
-from pyglow_fast.train.figures import enlarged, save_picture
+from pyglow_fast.train.figures import pictures, save_picture
 
 FONT_SIZE = 14
 _GAP = 6  # pixels between images, and around text
@@ -55,7 +55,7 @@ def labelled_grid(
         expect(fits, "rows", f"images (n, {', '.join(map(str, shape))})", tuple(row.levels.shape))
     count = max(len(row.levels) for row in grid)
     expect(not columns or len(columns) >= count, "columns", f"{count} labels", len(columns))
-    images = [_rgb(enlarged(row.levels, n_bins, scale)) for row in grid]
+    images = [pictures(row.levels, n_bins, scale).permute(0, 2, 3, 1).contiguous() for row in grid]
     return _draw(images, [row.label for row in grid], list(columns)[:count], title)
 
 
@@ -69,11 +69,6 @@ def save_labelled_grid(
 ) -> None:
     """:func:`labelled_grid` as a PNG, replaced atomically."""
     save_picture(labelled_grid(rows, n_bins, columns, title, scale), path)
-
-
-def _rgb(images: Tensor) -> Tensor:
-    """(n, 1 or 3, H, W) in 0..1 as uint8 (n, H, W, 3)."""
-    return (images.expand(-1, 3, -1, -1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def _font() -> Any:
