@@ -1,0 +1,78 @@
+"""What a handler of the page says when it fails: one plain sentence for the user, the traceback for the log."""
+
+from __future__ import annotations
+
+import functools
+import html
+import inspect
+import logging
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import gradio as gr
+
+from pyglow_fast.data import MissingExtraError
+
+Handler = TypeVar("Handler", bound=Callable[..., Any])
+
+LOG = logging.getLogger("pyglow_fast.web")
+LONGEST = 400  # characters of a message: a toast is no place for more
+# An absolute path of two parts or more, as POSIX or Windows writes it; what is kept is its last part.
+_PATH = re.compile(r"(?<![\w./:\\])(?:[A-Za-z]:)?(?:[\\/][^\\/\s'\",:;()<>]+)+[\\/]([^\\/\s'\",:;()<>]+)")
+
+
+def sentence(message: str) -> str:
+    """The first line of a message as HTML that shows just these characters, without the folders of files in it."""
+    line = next((line for line in message.splitlines() if line.strip()), "").strip()
+    line = _PATH.sub(r"\1", line)
+    return html.escape(line if len(line) <= LONGEST else line[: LONGEST - 3] + "...")
+
+
+def refusal(message: str) -> gr.Error:
+    """The error that shows ``message`` on the page and nothing in the log."""
+    return gr.Error(sentence(message), title="Not done", print_exception=False)
+
+
+@contextmanager
+def _shown(log: logging.Logger, handler: str) -> Iterator[None]:
+    try:
+        yield
+    except gr.Error:
+        raise
+    except (ValueError, MissingExtraError) as error:
+        raise refusal(str(error)) from error
+    except Exception as error:
+        log.error("%s failed", handler, exc_info=error)
+        said = f"{type(error).__name__}: this should not have happened; the traceback is in the log of the server."
+        raise gr.Error(html.escape(said), title="Failed", print_exception=False) from error
+
+
+def on_page(log: logging.Logger = LOG) -> Callable[[Handler], Handler]:
+    """A decorator for handlers of the page, functions and generators, that turns what they raise into a ``gr.Error``.
+
+    A ValueError or a missing library is the user's to mend: the first line of its message is shown as text, with the
+    folders of files left out. Anything else is a fault: it is written to ``log`` with its traceback, and the page gets
+    the name of its class. A ``gr.Error`` passes as it is.
+    """
+
+    def decorate(handler: Handler) -> Handler:
+        name = getattr(handler, "__qualname__", repr(handler))
+        if inspect.isgeneratorfunction(handler):
+
+            @functools.wraps(handler)
+            def generate(*args: Any, **options: Any) -> Any:
+                with _shown(log, name):
+                    return (yield from handler(*args, **options))
+
+            return generate  # type: ignore[return-value]
+
+        @functools.wraps(handler)
+        def call(*args: Any, **options: Any) -> Any:
+            with _shown(log, name):
+                return handler(*args, **options)
+
+        return call  # type: ignore[return-value]
+
+    return decorate

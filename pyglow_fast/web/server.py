@@ -1,0 +1,269 @@
+"""Starts and ends the server of the page: on this machine alone unless there is a login, without anything from outside."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import webbrowser
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+
+import fastapi
+import gradio as gr
+import uvicorn
+from gradio.routes import App as GradioApp
+
+from pyglow_fast._errors import expect
+from pyglow_fast.web.gate import Gate
+from pyglow_fast.web.uploads import MAX_FILE_SIZE
+
+VARIABLE = "PYGLOW_SERVE_AUTH"
+FIRST_PORT = 7860
+PORTS = 100  # that are tried
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+GRACE = 0.7  # seconds that the server has to end in, which a handler that computes does not keep to
+# Of Gradio's defaults one looks for fonts of its own; these are on every system.
+FONT = ("ui-sans-serif", "system-ui", "sans-serif")
+FONT_MONO = ("ui-monospace", "Consolas", "monospace")
+
+
+def is_loopback(host: str) -> bool:
+    """Tells whether ``host`` can be reached from this machine alone: localhost, 127.0.0.0/8 or ::1."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
+
+
+def check_host(host: str, auth: tuple[str, str] | None) -> str:
+    """The address to bind, without the brackets of an IPv6 address.
+
+    Raises:
+        ValueError: it is empty, or others can reach it and there is no login.
+    """
+    plain = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    expect(bool(plain.strip()), "host", "an address such as 127.0.0.1", repr(host))
+    expect(
+        auth is not None or is_loopback(plain),
+        "host",
+        f"127.0.0.1, or a login for all who can reach another address (--auth USER or {VARIABLE}=USER:PASSWORD)",
+        f"{host} without one",
+    )
+    return plain
+
+
+def credentials(
+    flag: str | None, environment: Mapping[str, str], ask: Callable[[str], str] | None
+) -> tuple[str, str] | None:
+    """The user and the password of the login, or None if none was asked for.
+
+    Args:
+        flag: the user, from the command line. A password there could be read by every user of the machine.
+        environment: PYGLOW_SERVE_AUTH=USER:PASSWORD is looked up here.
+        ask: asks for the password with a prompt, such as ``getpass.getpass``; None where there is no terminal.
+
+    Raises:
+        ValueError: a part is empty or missing, or a password was given on the command line. No message has it.
+    """
+    given = environment.get(VARIABLE)
+    if flag is not None:
+        expect(
+            ":" not in flag,
+            "auth",
+            f"a user alone; others see a command line in the list of processes, so the password is asked for or comes "
+            f"from {VARIABLE}=USER:PASSWORD",
+            "a colon",
+        )
+        _check_user("auth", flag)
+    if given is not None:
+        user, colon, password = given.partition(":")
+        expect(bool(colon), VARIABLE, "USER:PASSWORD", "no colon")
+        _check_user(VARIABLE, user)
+        expect(bool(password), VARIABLE, "USER:PASSWORD", "an empty password")
+        expect(flag in (None, user), "auth", f"the user of {VARIABLE}, or none", "another one")
+        return user, password
+    if flag is None:
+        return None
+    expect(ask is not None, "auth", f"a terminal to ask for the password on, or {VARIABLE}=USER:PASSWORD", "neither")
+    assert ask is not None
+    password = ask(f"Password of {flag}: ")
+    expect(bool(password), "password", "at least one character", "none")
+    return flag, password
+
+
+def _check_user(argument: str, user: str) -> None:
+    expect(bool(user), argument, "the name of a user", "an empty one")
+    expect(user == user.strip(), argument, "the name of a user without spaces around it", repr(user))
+
+
+def can_open_browser(environment: Mapping[str, str], platform: str = sys.platform) -> bool:
+    """Tells whether a browser would open before the user's eyes: on a desktop, and not over ssh."""
+    if any(environment.get(name) for name in ("SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY")):
+        return False
+    return platform in ("win32", "darwin") or any(environment.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
+
+
+def bind(host: str, port: int | None) -> socket.socket:
+    """A socket that listens on ``port``, or on the first free one from 7860.
+
+    Raises:
+        ValueError: the port is no port or is taken, or the address is not one of this machine.
+    """
+    expect(port is None or 1 <= port <= 65535, "port", "a whole number from 1 to 65535", port)
+    try:
+        address = "127.0.0.1" if host.lower() == "localhost" else host
+        family, _, _, _, _ = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0]
+        with socket.create_server((address, 0), family=family):
+            pass  # the address is one of this machine
+    except OSError:
+        raise ValueError(f"host: expected an address of this machine, found {host}") from None
+    ports = range(FIRST_PORT, FIRST_PORT + PORTS) if port is None else [port]
+    for number in ports:
+        try:
+            return socket.create_server((address, number), family=family)
+        except OSError as error:
+            refused = error.strerror
+    found = f"{port} ({refused})" if port is not None else f"none from {ports[0]} to {ports[-1]}"
+    raise ValueError(f"port: expected a free port, found {found}")
+
+
+class _Stop(BaseException):
+    """Ctrl-C or SIGTERM; like a KeyboardInterrupt it is caught by nothing in between."""
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    for each in _signals():
+        signal.signal(each, signal.SIG_IGN)  # what follows takes a second at most and must not be cut short
+    raise _Stop
+
+
+def _signals() -> list[signal.Signals]:
+    return [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def _application(
+    blocks: gr.Blocks,
+    folder: Path,
+    host: str,
+    auth: tuple[str, str] | None,
+    max_file_size: int,
+    css: str | None,
+    js: str | None,
+    head: str | None,
+) -> Gate:
+    outer = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    gr.mount_gradio_app(
+        outer,
+        blocks,
+        path="/",
+        auth=auth,
+        footer_links=[],
+        run_history=False,
+        show_error=False,  # what is no gr.Error may name files
+        max_file_size=max_file_size,
+        ssr_mode=False,
+        enable_monitoring=False,
+        pwa=False,
+        mcp_server=False,
+        theme=gr.themes.Default(font=list(FONT), font_mono=list(FONT_MONO)),
+        css=css,
+        js=js,
+        head=head,
+    )
+    mounted = next(app for app in (getattr(route, "app", None) for route in outer.routes) if isinstance(app, GradioApp))
+    blocks.has_launched = True  # without it Gradio checks no file that a request names
+
+    def logged_in(cookies: list[str]) -> bool:
+        return auth is None or any(cookie in mounted.tokens for cookie in cookies)
+
+    names = LOOPBACK | {host.lower()} if is_loopback(host) else None
+    return Gate(outer, folder, names, max_file_size, logged_in)
+
+
+def serve(
+    page: Callable[[], gr.Blocks],
+    *,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    auth: tuple[str, str] | None = None,
+    open_browser: bool = False,
+    max_file_size: int = MAX_FILE_SIZE,
+    css: str | None = None,
+    js: str | None = None,
+    head: str | None = None,
+) -> None:
+    """Serves a page until Ctrl-C, SIGTERM or SIGHUP, from the main thread; prints its address once it answers.
+
+    A handler that still computes then is not waited for: the process ends without it.
+
+    Args:
+        page: builds it. It is called when the folder for its files, private to this process and removed at the end, is
+            there.
+        host: the address to bind.
+        port: the port; None for the first free one from 7860.
+        auth: user and password.
+        open_browser: whether to open the user's browser, where there is a desktop to see it on.
+        max_file_size: bytes that an uploaded file may have.
+        css, js, head: handed to Gradio.
+
+    Raises:
+        ValueError: the address or the port cannot be had, or the address needs a login.
+    """
+    host = check_host(host, auth)
+    listener = bind(host, port)
+    former = {each: signal.signal(each, _stop) for each in _signals()}
+    folder, thread, temporary = None, None, tempfile.tempdir
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="pyglow-serve-")).resolve()
+        os.environ |= {"GRADIO_TEMP_DIR": str(folder), "GRADIO_ANALYTICS_ENABLED": "False"}
+        tempfile.tempdir = str(folder)  # for uploads that were broken off
+        gate = _application(page(), folder, host, auth, max_file_size, css, js, head)
+        config = uvicorn.Config(
+            gate, log_config=None, access_log=False, proxy_headers=False, server_header=False, ws="none"
+        )
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        while not server.started and thread.is_alive():
+            time.sleep(0.01)
+        address = _address(host, listener.getsockname()[1])
+        print(f"Serving on {address} (Ctrl-C ends it)", flush=True)
+        if open_browser and can_open_browser(os.environ):
+            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+        while thread.is_alive():
+            thread.join(0.5)
+        raise RuntimeError("the server ended by itself")
+    except _Stop:
+        pass
+    finally:
+        if thread is not None:
+            server.should_exit = server.force_exit = True
+            thread.join(GRACE)
+        listener.close()
+        tempfile.tempdir = temporary
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        if thread is not None and thread.is_alive():  # a handler computes: Python would wait for it
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
+        for each, handler in former.items():
+            signal.signal(each, handler)
+
+
+def _address(host: str, port: int) -> str:
+    every = host in ("0.0.0.0", "::")
+    name = socket.gethostname() if every else f"[{host}]" if ":" in host else host
+    return f"http://{name}:{port}/"

@@ -1,0 +1,119 @@
+"""Components for files that a user gives: their bytes reach the handler unread, and soon nothing of them is on disk."""
+
+from __future__ import annotations
+
+import os
+import threading
+from abc import ABCMeta
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.component_meta import ComponentMeta
+from gradio.data_classes import FileData, ImageData, ListFiles
+
+from pyglow_fast.web.errors import refusal
+
+MAX_FILE_SIZE = 20 * 2**20  # bytes
+LONGEST_NAME = 100  # characters
+LINGER = 5.0  # seconds that a file stays after it was read: the browser may still be fetching it to show it
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file as it came: the name that it has on the user's machine, its last part only, and its bytes."""
+
+    name: str
+    data: bytes
+
+
+def clean_name(name: str | None, otherwise: str = "upload") -> str:
+    """The last part of a path, without characters that do not print, of at most 100 characters.
+
+    Args:
+        name: as the browser gave it; a path of any system.
+        otherwise: what stands for a name that has nothing left.
+    """
+    last = (name or "").replace("\\", "/").rstrip("/").rpartition("/")[2]
+    last = "".join(character for character in last if character.isprintable()).strip()
+    if len(last) > LONGEST_NAME:
+        stem, ending = os.path.splitext(last)
+        ending = ending[:10]
+        last = stem[: LONGEST_NAME - len(ending)] + ending
+    return otherwise if last in ("", ".", "..") else last
+
+
+def _forget(path: Path, inode: int) -> None:
+    """Unlink a file, unless the same was uploaded again meanwhile: it has the same name and another inode."""
+    try:
+        if path.stat().st_ino == inode:
+            path.unlink()
+            path.parent.rmdir()  # named by the file's hash, it holds nothing else
+    except OSError:
+        pass  # gone already, or the folder is in use again
+
+
+def take(payload: FileData | ImageData, cache: str, limit: int = MAX_FILE_SIZE, linger: float = LINGER) -> Upload:
+    """Reads an uploaded file and has it unlinked ``linger`` seconds later.
+
+    Args:
+        payload: what the page sent; its path must lie in the cache. Its url is not looked at.
+        cache: the folder that holds what was uploaded.
+        limit: the most bytes it may have.
+
+    Raises:
+        gr.Error: it is not there any more, lies elsewhere or is too large.
+    """
+    name = clean_name(payload.orig_name)
+    folder = Path(cache).resolve()
+    path = Path(payload.path or "").resolve()
+    if not path.is_relative_to(folder) or not path.is_file():
+        raise refusal(f"{name}: not on the server any more; choose the file again")
+    try:
+        with path.open("rb") as file:
+            inode = os.fstat(file.fileno()).st_ino
+            data = file.read(limit + 1)
+    except OSError:
+        raise refusal(f"{name}: not on the server any more; choose the file again") from None
+    timer = threading.Timer(linger, _forget, (path, inode))
+    timer.daemon = True
+    timer.start()
+    if len(data) > limit:
+        raise refusal(f"{name}: expected a file of at most {limit / 2**20:g} MB, found a larger one")
+    return Upload(name, data)
+
+
+class _WithoutStub(ComponentMeta):
+    """Makes a component's class as Gradio does, but writes no .pyi beside this file."""
+
+    def __new__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> Any:
+        return ABCMeta.__new__(cls, name, bases, namespace)
+
+
+class UploadedImage(gr.Image, metaclass=_WithoutStub):
+    """A ``gr.Image`` for input whose handler gets an :class:`Upload`, or None; nothing opens the picture before it.
+
+    The file is gone some seconds after the first handler read it. So listen to ``upload`` (and ``input`` for the
+    webcam), keep what you make of the picture in a ``gr.State``, and show that elsewhere or as this component's value.
+    """
+
+    is_template = True  # the browser shows it as an image
+
+    def preprocess(self, payload: ImageData | None) -> Upload | None:  # type: ignore[override]
+        return None if payload is None else take(payload, self.GRADIO_CACHE)
+
+
+class UploadedFiles(gr.File, metaclass=_WithoutStub):
+    """A ``gr.File`` for input, also with ``file_count="multiple"``, whose handler gets a list of :class:`Upload`.
+
+    As with :class:`UploadedImage` the files can be read once.
+    """
+
+    is_template = True
+
+    def preprocess(self, payload: ListFiles | FileData | None) -> list[Upload]:  # type: ignore[override]
+        if payload is None:
+            return []
+        files = [payload] if isinstance(payload, FileData) else list(payload)
+        return [take(file, self.GRADIO_CACHE) for file in files]
