@@ -13,9 +13,12 @@ from typing import Any, NoReturn
 import torch
 
 from pyglow_fast._errors import expect
-from pyglow_fast.data import Yardstick
+from pyglow_fast.data import Yardstick, optional
 from pyglow_fast.models import Glow
+from pyglow_fast.studio.commands import Made
+from pyglow_fast.studio.opened import TRAIN_IMAGES, OpenRun, Progress
 from pyglow_fast.train import Checkpoint, RunFolder, Score, load_model, resolve_device
+from pyglow_fast.train.files import replacing
 
 LOOSE = ("folder", "photos")  # images that are whatever lies below a folder: a file more there would be one of them
 
@@ -93,6 +96,39 @@ def open_run(args: argparse.Namespace) -> tuple[RunFolder, Checkpoint, Glow]:
     device = resolve_device(args.device)
     checkpoint = folder.load(args.best)
     return folder, checkpoint, load_model(checkpoint, str(folder.path), device)
+
+
+def open_to_look(args: argparse.Namespace) -> OpenRun:
+    """The run that ``add_run`` parsed, opened to look at.
+
+    Raises:
+        ValueError: it is no run, or what it holds does not fit together.
+    """
+    return OpenRun.open(args.run, args.best, args.device, getattr(args, "train_images", TRAIN_IMAGES))
+
+
+@contextmanager
+def progress_bar(words: str) -> Iterator[Progress]:
+    """A function to be told (done, total), which shows a bar on a terminal, from the first call on."""
+    bar: Any = None
+
+    def told(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = optional("tqdm", "progress bars").tqdm(total=total, desc=words, leave=False, disable=None)
+        bar.update(done - bar.n)
+
+    try:
+        yield told
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def write_made(made: Made, path: Path) -> None:
+    """Replace ``path`` by a file that was made."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(made.data)
 
 
 def picture_path(text: str, *images: str) -> Path:

@@ -16,10 +16,13 @@ from pyglow_fast.studio.reading import read as reading_of
 from pyglow_fast.train import GridRow, save_labelled_grid, to_levels
 from pyglow_fast.train.seeds import random_subset
 
+SPACE_WORDS = "z of every level (latent), or what the priors standardise it to (noise)"
 
-def add_picture(parser: argparse.ArgumentParser, seed_of: str) -> None:
+
+def add_picture(parser: argparse.ArgumentParser, seed_of: str, kinds: str = "") -> None:
     """--out, --scale and --seed."""
-    parser.add_argument("--out", required=True, metavar="PNG", help="the picture to write")
+    text = f"the picture to write{': ' if kinds else ''}{kinds}"
+    parser.add_argument("--out", required=True, metavar="PNG", help=text)
     parser.add_argument(
         "--scale", type=whole, metavar="N", help="enlarge each pixel by this factor (default: to 64 pixels high)"
     )
@@ -28,8 +31,9 @@ def add_picture(parser: argparse.ArgumentParser, seed_of: str) -> None:
 
 def add_space(parser: argparse.ArgumentParser) -> None:
     """--space."""
-    text = "z of every level (latent), or what the priors standardise it to (noise)"
-    parser.add_argument("--space", choices=SPACES, default=DEFAULT_SPACE, help=f"{text}; default {DEFAULT_SPACE}")
+    parser.add_argument(
+        "--space", choices=SPACES, default=DEFAULT_SPACE, help=f"{SPACE_WORDS}; default {DEFAULT_SPACE}"
+    )
 
 
 def add_temperature(parser: argparse.ArgumentParser, default: float, text: str) -> None:

@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path as FilePath
 
 import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
-from pyglow_fast.cli._common import add_run, open_run, picture_path, user_input, whole
+from pyglow_fast.cli._common import (
+    add_run,
+    number,
+    open_run,
+    open_to_look,
+    output_path,
+    picture_path,
+    user_input,
+    whole,
+    write_made,
+)
 from pyglow_fast.cli._images import add_images, images_of
-from pyglow_fast.cli._latents import add_picture, add_space, check_options, not_finite_note, read, save
-from pyglow_fast.data import Images
-from pyglow_fast.latents import interpolate
+from pyglow_fast.cli._latents import add_picture, check_options, not_finite_note, read, save
+from pyglow_fast.data import DATA_HELP, Images
+from pyglow_fast.latents import DEFAULT_SPACE, SPACES, interpolate
 from pyglow_fast.likelihood import count_not_finite
+from pyglow_fast.studio.between import ANIMATED, Path
 from pyglow_fast.studio.reading import inputs, name_of
+from pyglow_fast.studio.words import IMAGE_HELP, parse_image
 from pyglow_fast.train import derive, to_levels
 
 PAIRS = 4
+SPACE_HELP = f"{SPACE_WORDS}; default {DEFAULT_SPACE}, with --from that of the command edit"
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -26,7 +40,13 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("interpolate", help=about, description=about)
     parser.set_defaults(run_command=run)
     add_run(parser)
-    add_images(parser)
+    add_images(parser, nargs="?")
+    parser.add_argument(
+        "--from", dest="first", metavar="IMAGE", help=f"instead of DATA, one path from here: {IMAGE_HELP}"
+    )
+    parser.add_argument("--to", dest="last", metavar="IMAGE", help="and to here")
+    parser.add_argument("--labels", nargs=2, metavar="CLASS", help="with --from: the classes of both (their own)")
+    parser.add_argument("--at", type=number, metavar="T", help="with --from: the one frame at T, from 0 to 1")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--images",
@@ -39,8 +59,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     which.add_argument("--pairs", type=whole, metavar="N", help=f"so many random pairs ({PAIRS})")
     parser.add_argument("--steps", type=whole, metavar="N", default=8, help="images on each path, both ends too (8)")
     parser.add_argument("--spherical", action="store_true", help="on great circles, level by level, not straight")
-    add_space(parser)
-    add_picture(parser, "the random pairs")
+    parser.add_argument("--space", choices=SPACES, help=SPACE_HELP)
+    add_picture(parser, "the random pairs", "PNG, with --from also GIF or WEBP: there and back again")
 
 
 def pairs_of(args: argparse.Namespace, images: Images) -> Tensor:
@@ -70,9 +90,53 @@ def pairs_of(args: argparse.Namespace, images: Images) -> Tensor:
     return torch.tensor(args.images)
 
 
-@torch.no_grad()
 def run(args: argparse.Namespace) -> int:
     """Interpolate; returns the exit code."""
+    with user_input():
+        named = args.first is not None or args.last is not None
+        expect(args.data is not None or named, "data", f"{DATA_HELP}; or --from and --to", "none")
+        expect(args.data is None or not named, "data", "either DATA, or --from and --to", "both")
+        for name in ("labels", "at"):
+            value = getattr(args, name)
+            expect(named or value is None, name, "--from and --to beside it", value)
+    return _between(args) if named else _pairs(args)
+
+
+@torch.no_grad()
+def _between(args: argparse.Namespace) -> int:
+    """One path, from --from to --to; returns the exit code."""
+    with user_input():
+        check_options(args)
+        for name in ("images", "pairs", "part"):
+            value = getattr(args, name)
+            expect(value is None, name, "DATA beside it, not --from and --to", value)
+        for name, value in (("from", args.first), ("to", args.last)):
+            expect(value is not None, name, "an image, since the other end is given", "none")
+        expect(args.steps >= 2, "steps", "a whole number, 2 or more (both ends are steps)", args.steps)
+        expect(args.at is None or 0.0 <= args.at <= 1.0, "at", "a number in 0..1", args.at)
+        images = (parse_image(args.first, "from"), parse_image(args.last, "to"))
+        suffix = FilePath(args.out).suffix.lower()
+        animated = args.at is None and suffix in ANIMATED
+        out = output_path(args.out, suffix if animated else ".png")
+        opened = open_to_look(args)
+        labels = [opened.label(name) for name in args.labels] if args.labels else [None, None]
+        ends = [opened.pick(image, label) for image, label in zip(images, labels, strict=True)]
+    path = Path(opened, *ends, args.space or opened.space, args.spherical)
+    frames, bad = path.frames(args.steps, None if args.at is None else (args.at,))
+    if args.at is None:
+        write_made(path.made(frames, out.suffix.lower(), args.scale), out)
+    else:
+        write_made(path.made_frame(frames[0], args.at, args.scale or 1), out)
+    how = "spherical" if args.spherical else "linear"
+    what = f"{len(frames)} images" if args.at is None else f"the image at {args.at:g}"
+    print(f"{what} of a {how} path in {path.space} space{not_finite_note(bad)}: {out}")
+    return 0
+
+
+@torch.no_grad()
+def _pairs(args: argparse.Namespace) -> int:
+    """Labelled paths between images of DATA; returns the exit code."""
+    args.space = args.space or DEFAULT_SPACE
     with user_input():
         check_options(args, "pairs")
         expect(args.steps >= 2, "steps", "a whole number, 2 or more (both ends are steps)", args.steps)

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import math
+from pathlib import Path
 
 from pyglow_fast._errors import expect
-from pyglow_fast.cli._common import InputError, add_run, open_run, output_path, user_input, whole
-from pyglow_fast.cli._images import add_images
-from pyglow_fast.data import UnreadableImageError
+from pyglow_fast.cli._common import (
+    InputError,
+    add_run,
+    open_run,
+    open_to_look,
+    output_path,
+    progress_bar,
+    user_input,
+    whole,
+    write_made,
+)
+from pyglow_fast.data import DATA_HELP, UnreadableImageError
+from pyglow_fast.data.sources import SOURCES
 from pyglow_fast.experiments import ScoredImages, write_scores
 from pyglow_fast.models import Glow
-from pyglow_fast.studio.selection import Selection, selection
+from pyglow_fast.studio.scored import made_csv, made_picture, score_files
+from pyglow_fast.studio.selection import PARTS, Selection, selection
+from pyglow_fast.studio.words import parse_image
 from pyglow_fast.train import Checkpoint, Score, score_images
 
 
@@ -20,8 +34,13 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("score", help=about, description=about)
     parser.set_defaults(run_command=run)
     add_run(parser)
-    add_images(parser)
-    parser.add_argument("--out", required=True, metavar="CSV", help="the file to write")
+    text = f"{DATA_HELP}; prepared as the run's own images were. Or image files, each cropped and scaled as in training"
+    parser.add_argument("data", nargs="+", metavar="DATA", help=text)
+    parser.add_argument("--part", choices=PARTS, help="default: held-out of the run's own images, all of any others")
+    parser.add_argument("--out", metavar="CSV", help="the file to write")
+    parser.add_argument(
+        "--picture", metavar="PNG", help="of image files: write where they are on the histogram of held-out images"
+    )
     add_scoring(parser)
 
 
@@ -67,9 +86,46 @@ def run(args: argparse.Namespace) -> int:
     """Score; returns the exit code."""
     with user_input():
         check_scoring(args)
-        out = output_path(args.out, ".csv", "out", args.data)
+        expect(args.out is not None or args.picture is not None, "out", "a file to write", "none")
+        first = args.data[0].partition(":")[0]
+        of_data = len(args.data) == 1 and first in SOURCES and not Path(args.data[0]).is_file()
+    return _data(args) if of_data else _files(args)
+
+
+def _files(args: argparse.Namespace) -> int:
+    """Single image files; returns the exit code."""
+    with user_input():
+        for name, default in (("part", None), ("samples", 1), ("seed", 0)):
+            value = getattr(args, name)
+            expect(value == default, name, "no such option for image files", value)
+        images = [parse_image(text, "data") for text in args.data]
+        out = None if args.out is None else output_path(args.out, ".csv")
+        picture = None if args.picture is None else output_path(args.picture, ".png", "picture")
+        opened = open_to_look(args)
+        files = [opened.pick(image) for image in images]
+        if picture is not None:
+            opened.images.find()
+    with progress_bar("bits/dim of own images") as progress:
+        scores = score_files(opened, files, progress)
+    print(f"{args.run} at step {opened.step}:")
+    for score in scores:
+        below = "" if math.isnan(score.share_below) else f", more than {score.share_below:.1%} of the training images"
+        print(f"  {score.picked.image.text}: {score.bits:.3f} bits/dim{below}")
+    for path, make in ((out, made_csv), (picture, made_picture)):
+        if path is not None:
+            write_made(make(opened, scores), path)
+            print(path)
+    return 0
+
+
+def _data(args: argparse.Namespace) -> int:
+    """All images of DATA; returns the exit code."""
+    with user_input():
+        (data,) = args.data
+        expect(args.picture is None, "picture", "image files (a histogram of DATA is what ood draws)", args.picture)
+        out = output_path(args.out, ".csv", "out", data)
         _, checkpoint, model = open_run(args)
-        found = selection(args.data, args.part, checkpoint, model)
+        found = selection(data, args.part, checkpoint, model)
     result = scored(args, checkpoint, model, found)
     write_scores(out, {found.part: result})
     print(f"{args.run} at step {checkpoint.progress['step']} on {found.images.name}, {found.part}:")

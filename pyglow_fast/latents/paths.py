@@ -89,7 +89,7 @@ def interpolate_latents(
         times: the points t, each in 0..1, instead of ``steps`` of them.
 
     Raises:
-        ValueError: fewer than two steps, a point outside of 0..1, or latents that do not fit each other or are not finite.
+        ValueError: fewer than two steps, a point outside of 0..1, latents that do not fit each other or are not finite.
     """
     points = _times(steps, times)
     expect(isinstance(spherical, bool), "spherical", "True or False", repr(spherical))

@@ -115,4 +115,6 @@ def _chosen(values: list[Tensor], mask: Tensor) -> list[Tensor]:
 def from_tensors(tensors: dict[str, Tensor], names: Sequence[str], space: str) -> Directions:
     """What :func:`measure` gave."""
     levels = sorted((name for name in tensors if name.startswith("level")), key=lambda name: int(name[5:]))
-    return Directions(space, tuple(names), tensors["counts"], tuple(tensors[name] for name in levels), tensors["pixels"])
+    return Directions(
+        space, tuple(names), tensors["counts"], tuple(tensors[name] for name in levels), tensors["pixels"]
+    )

@@ -37,7 +37,7 @@ def groups_of(config: DataConfig, data: Images, train: Tensor, held_out: Tensor,
         config: as they were loaded.
         data: all images.
         train, held_out: indices of those that are trained on, and of those that are not.
-        most: training images in all, shared evenly by the classes; pairs of emoji that differ in skin tone come besides.
+        most: training images in all, shared evenly by the classes; emoji in pairs of skin tones come besides.
         seed: of which are drawn.
     """
     scheme, _, path = config.name.partition(":")

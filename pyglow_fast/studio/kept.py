@@ -74,5 +74,3 @@ def progress_of(total: int, progress: Callable[[int, int], None] | None) -> Call
             progress(done, total)
 
     return advance
-
-

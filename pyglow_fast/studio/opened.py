@@ -156,7 +156,7 @@ class OpenRun:
     def space(self) -> str:
         """Where edits are made if nothing is asked for.
 
-        The noise under an image's own class holds little of the class, so a model with classes is edited in its latents.
+        The noise under an image's own class holds little of the class, so models with classes are edited in latents.
         """
         return "noise" if self.model.config.n_classes is None else "latent"
 
@@ -213,7 +213,9 @@ class OpenRun:
         shape = self.checkpoint.config.model.image_shape
         config = self.checkpoint.config.data
         channels, height, width = shape
-        levels = read_single(source, image.path, config, (channels, height, width), self.n_bins, most_pixels=most_pixels)
+        levels = read_single(
+            source, image.path, config, (channels, height, width), self.n_bins, most_pixels=most_pixels
+        )
         return self._with_label(levels, label, image)
 
     def _with_label(self, levels: Tensor, label: int | None, image: Image) -> Picked:
@@ -268,7 +270,9 @@ class OpenRun:
             ValueError: the images of the run are no longer there.
         """
         if not self._scores:
-            tensors = kept(self.folder.cache, "scores", self._key() | {"images": SCORED}, lambda: self._scored(progress))
+            tensors = kept(
+                self.folder.cache, "scores", self._key() | {"images": SCORED}, lambda: self._scored(progress)
+            )
             self._scores.append(Scores(tensors["held_out"], tensors["train"]))
         return self._scores[0]
 

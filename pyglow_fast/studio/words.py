@@ -86,11 +86,10 @@ def parse_image(text: str, argument: str = "image") -> Image:
     once = all(len(values) <= 1 for name, values in named.items() if name != "label")
     expect(once, argument, "each option of a sample once", repr(text))
     try:
-        draw = Draw(
-            **{name: int(named[name][0]) for name in ("n", "seed") if named[name]},
-            **{"temperature": float(value) for value in named["temperature"]},
-            labels=tuple(map(int, named["label"])),
-        )
+        labels = tuple(map(int, named.pop("label")))
+        kinds = {"n": int, "seed": int, "temperature": float}
+        given = {name: kinds[name](values[0]) for name, values in named.items() if values}
+        draw = Draw(**given, labels=labels)  # type: ignore[arg-type]
         index = int(number)
     except ValueError as error:
         raise ValueError(f"{argument}: expected {IMAGE_HELP}, found {text!r} ({error})") from error

@@ -1,0 +1,111 @@
+"""``pyglow-fast edit``: one image, moved along directions of attributes and towards the means of the priors."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from pyglow_fast._errors import expect
+from pyglow_fast.cli._common import (
+    add_run,
+    number,
+    open_to_look,
+    picture_path,
+    progress_bar,
+    user_input,
+    whole,
+    write_made,
+)
+from pyglow_fast.latents import SPACES
+from pyglow_fast.studio.directions import REST, Add
+from pyglow_fast.studio.edits import Edit, Subject, check_adds, likelihood_text
+from pyglow_fast.studio.opened import TRAIN_IMAGES
+from pyglow_fast.studio.words import IMAGE_HELP, parse_image
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the command."""
+    about = "edit one image: add attributes, keep a share of each level's latents"
+    parser = commands.add_parser("edit", help=about, description=about)
+    parser.set_defaults(run_command=run)
+    add_run(parser)
+    parser.add_argument("image", metavar="IMAGE", help=f"{IMAGE_HELP}; a file is cropped and scaled as in training")
+    text = f"the way from the mean latent of MINUS, a class or {REST}, to that of PLUS, S times; may be repeated"
+    parser.add_argument("--add", nargs=3, action="append", metavar=("PLUS", "MINUS", "S"), help=text)
+    parser.add_argument(
+        "--keep",
+        type=number,
+        nargs="+",
+        metavar="SHARE",
+        help="the share of the image's own latents that each level keeps, 0 to 1, the shallowest first (1)",
+    )
+    parser.add_argument(
+        "--space", choices=SPACES, help="that is edited (noise; of a model with classes latent, as noise holds none)"
+    )
+    parser.add_argument("--label", metavar="CLASS", help="the image's class (its own; of a file the likeliest)")
+    parser.add_argument(
+        "--pixel-shift", action="store_true", help="instead add the differences of the mean pixels to the pixels"
+    )
+    add_train_images(parser)
+    parser.add_argument("--out", required=True, metavar="PNG", help="the picture to write")
+    parser.add_argument("--scale", type=whole, metavar="N", default=1, help="enlarge each pixel by this factor (1)")
+
+
+def add_train_images(parser: argparse.ArgumentParser) -> None:
+    """--train-images."""
+    text = "training images that the mean latents are measured on, at most"
+    parser.add_argument(
+        "--train-images", type=whole, metavar="N", default=TRAIN_IMAGES, help=f"{text} ({TRAIN_IMAGES})"
+    )
+
+
+def adds_of(given: list[list[str]] | None) -> tuple[Add, ...]:
+    """What --add says.
+
+    Raises:
+        ValueError: a strength that is no finite number.
+    """
+    found = []
+    for plus, minus, text in given or ():
+        try:
+            strength = float(text)
+        except ValueError:
+            raise ValueError(f"add: expected a number as the third word, found {text!r}") from None
+        expect(abs(strength) < float("inf"), "add", "a finite number as the third word", text)
+        found.append(Add(plus, minus, strength))
+    return tuple(found)
+
+
+@torch.no_grad()
+def run(args: argparse.Namespace) -> int:
+    """Edit; returns the exit code."""
+    with user_input():
+        expect(args.scale >= 1, "scale", "a positive whole number", args.scale)
+        edit = Edit(adds_of(args.add), tuple(args.keep or ()))
+        for share in edit.keep:
+            expect(0.0 <= share <= 1.0, "keep", "shares in 0..1", share)
+        image = parse_image(args.image)
+        out = picture_path(args.out)
+        opened = open_to_look(args)
+        space = args.space or opened.space
+        picked = opened.pick(image, None if args.label is None else opened.label(args.label))
+        expect(
+            len(edit.keep) in (0, len(opened.model.latent_shapes)),
+            "keep",
+            f"{len(opened.model.latent_shapes)} shares, one a level",
+            len(edit.keep),
+        )
+        with progress_bar("mean latents") as progress:
+            check_adds(opened, edit.active, space, progress)
+    subject = Subject(opened, picked, space)
+    found = subject.edited(edit, args.pixel_shift)
+    shown = found.levels if found.shifted is None else found.shifted
+    write_made(subject.made(shown, edit, args.pixel_shift, args.scale), out)
+    if not found.finite and not args.pixel_shift:
+        print("note: parts of the edit are not finite, shown grey: it leads out of the model's range")
+    with progress_bar("bits/dim of training images") as progress:
+        for name, levels in (("before", subject.levels), ("after", shown)):
+            print(f"{name}: {likelihood_text(opened, opened.bits(levels, picked.label), progress)}")
+    print(f"picture: {out}")
+    return 0

@@ -1,0 +1,54 @@
+"""Samples of an opened run side by side."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from pyglow_fast.studio.commands import Made, command_line, made_png
+from pyglow_fast.studio.opened import OpenRun, Picked
+from pyglow_fast.studio.samples import Draw, Drawn
+from pyglow_fast.studio.words import Sample, number_text
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Samples that are drawn when they are first looked at.
+
+    Args:
+        opened: the run.
+        draw: which samples.
+
+    Raises:
+        ValueError: classes that the model does not have.
+    """
+
+    opened: OpenRun
+    draw: Draw
+
+    def __post_init__(self) -> None:
+        self.draw.check(self.opened.model)
+
+    @functools.cached_property
+    def drawn(self) -> Drawn:
+        """The samples."""
+        return self.draw.drawn(self.opened.model, self.opened.n_bins)
+
+    def picked(self, number: int) -> Picked:
+        """Sample ``number``, to be edited."""
+        label = None if self.drawn.labels is None else int(self.drawn.labels[number])
+        return Picked(self.drawn.levels[number].byte(), label, Sample(number, self.draw))
+
+    def made(self, columns: int | None = None, scale: int | None = None) -> Made:
+        """All of them as a PNG: what the command ``sample`` writes."""
+        draw, opened = self.draw, self.opened
+        words = ["--n", str(draw.n), "--temperature", number_text(draw.temperature), "--seed", str(draw.seed)]
+        words += [word for label in draw.labels for word in ("--label", opened.classes[label])]
+        words += [
+            word
+            for name, value in (("columns", columns), ("scale", scale))
+            if value
+            for word in (f"--{name}", str(value))
+        ]
+        picture = draw.picture(self.drawn, opened.model, opened.n_bins, columns, scale)
+        return made_png(picture, command_line(opened, "sample", words))
