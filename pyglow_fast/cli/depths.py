@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from dataclasses import dataclass
 
@@ -85,7 +84,7 @@ def stored_score(item: _Opened) -> _HeldOut | None:
     """The held-out score that the run itself wrote down for the weights of this checkpoint, if it did."""
     step = item.checkpoint.progress["step"]
     try:
-        report = json.loads(item.folder.report.read_text(encoding="utf-8"))
+        report = item.folder.read_report()
         if report["step"] == step:
             found = report["held_out"]
             source = f"the run's own evaluation, {int(found['images'])} images"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -89,24 +88,9 @@ class Trial:
             return None
         checkpoint = self.folder.load()
         # A run that goes on after its end keeps the report of that end until it has another one.
-        same = self.report()["step"] == checkpoint.progress["step"]
+        same = self.folder.read_report()["step"] == checkpoint.progress["step"]
         limits = all(getattr(checkpoint.config, name) == getattr(self.config, name) for name in (*LIMITS, "patience"))
         return checkpoint if same and limits else None
-
-    def report(self) -> dict[str, Any]:
-        """What report.json says.
-
-        Raises:
-            ValueError: it holds something else.
-        """
-        path = self.folder.report
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            whole = isinstance(found["step"], int) and isinstance(found["held_out"], dict)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: expected the report of a run, found {error!r}") from error
-        expect(whole, str(path), "the report of a run", "another one")
-        return dict(found)
 
     def ready(self, data: Images) -> Run:
         """The run, new or from its last checkpoint on.
@@ -225,7 +209,7 @@ class Comparison:
     def _outcome(self, trial: Trial) -> Outcome:
         note = self.failures.get(trial.name, "")
         if (checkpoint := trial.finished()) is not None:
-            held_out = trial.report()["held_out"].get("mean")
+            held_out = trial.folder.read_report()["held_out"].get("mean")
             note = note or ("" if held_out is not None else "its held-out bits/dim is not finite")
             return Outcome.of(trial.config, trial.folder, held_out, checkpoint.progress["step"], note)
         if not trial.folder.saved():

@@ -51,6 +51,7 @@ class Checkpoint:
         optimizer_groups: the optimizer's param_groups without parameters, JSON-able.
         rank: what each rank has for itself, named ``R.NAME``: states of random generators and of the drift control.
         written_by: versions of what wrote it.
+        digest: of all tensors as the file has it, a key for what is computed from them; empty unless it was loaded.
     """
 
     config: TrainConfig
@@ -62,6 +63,7 @@ class Checkpoint:
     optimizer_groups: list[dict[str, Any]] = field(default_factory=list)
     rank: dict[str, Tensor] = field(default_factory=dict)
     written_by: dict[str, str] = field(default_factory=dict)
+    digest: str = ""
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all.
@@ -95,12 +97,13 @@ class Checkpoint:
         """Read the file; all tensors come to the CPU.
 
         Raises:
-            ValueError: no such file, a truncated, damaged or foreign one, or one of another format.
+            ValueError: no such file, a truncated, damaged or foreign one, one of another format, or one that was
+                removed or replaced meanwhile.
         """
         name = str(path)
         expect(path.is_file(), name, "a checkpoint file", "a folder" if path.is_dir() else "nothing there")
         try:
-            with safe_open(name, framework="pt", device="cpu") as file:
+            with _open(name) as file:
                 text = (file.metadata() or {}).get(_HEADER)
                 if text is None:
                     raise ValueError(f"{name}: expected a checkpoint of pyglow_fast, found another safetensors file")
@@ -124,6 +127,7 @@ class Checkpoint:
                 data=DataStamp(stamp["fingerprint"], stamp["n_bins"], tuple(stamp["class_names"])),
                 optimizer_groups=[_tuples(group) for group in header["optimizer_groups"]],
                 written_by=dict(header["written_by"]),
+                digest=header["digest"],
                 **parts,
             )
         except (TypeError, KeyError, AttributeError) as error:
@@ -143,6 +147,14 @@ class Checkpoint:
         weights = self.model | (self.ema if averaged else {})
         check_weights(weights, model, name)
         model.load_state_dict(weights)
+
+
+def _open(name: str) -> Any:
+    """``safe_open``, which opens the file twice: for the header, and again for torch."""
+    try:
+        return safe_open(name, framework="pt", device="cpu")
+    except (FileNotFoundError, RuntimeError) as error:  # the second: from torch
+        raise ValueError(f"{name}: expected a file that stays as it is while it is read, found {error}") from error
 
 
 def _tuples(group: dict[str, Any]) -> dict[str, Any]:

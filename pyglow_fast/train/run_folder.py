@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,11 +43,14 @@ class RunFolder:
         self.curve = self.path / "curve.png"
         self.report = self.path / "report.json"
         self.page = self.path / "report.html"
+        self.cache = self.path / "cache"  # what commands computed of a checkpoint; may be removed at any time
         self.lock = self.path / ".lock"
 
     def saved(self) -> list[Path]:
         """The checkpoints, the newest first."""
-        found = {_step_of(path): path for path in self.checkpoints.glob("step-*.safetensors")}
+        found: dict[int, Path] = {}
+        with contextlib.suppress(FileNotFoundError):  # a new run in the place of this one removes the folder
+            found = {step_of(path): path for path in self.checkpoints.glob("step-*.safetensors")}
         return [found[step] for step in sorted(found, reverse=True) if step >= 0]
 
     @property
@@ -73,7 +79,7 @@ class RunFolder:
     def set_aside(self, step: int) -> None:
         """Rename the checkpoints after ``step``, which could not be read, so that they do not count as the newest."""
         for path in self.saved():
-            if _step_of(path) > step:
+            if step_of(path) > step:
                 path.replace(path.with_name(path.name + ".damaged"))
 
     @staticmethod
@@ -176,6 +182,8 @@ class RunFolder:
         for folder in (self.checkpoints, self.sample_history, self.events):
             if folder.is_dir():
                 shutil.rmtree(folder)
+        # Another process may write there just now; what it leaves is of a checkpoint that its name tells.
+        shutil.rmtree(self.cache, ignore_errors=True)
         for path in files:
             path.with_name(path.name + TEMPORARY).unlink(missing_ok=True)
             path.unlink(missing_ok=True)
@@ -183,40 +191,104 @@ class RunFolder:
     def load(self, best: bool = False) -> Checkpoint:
         """The newest checkpoint that is whole, or the one with the best held-out bits/dim, checked against config.toml.
 
-        A newest one that is torn or damaged is passed over with a warning.
+        A newest one that is torn or damaged is passed over with a warning. A training may go on meanwhile, and remove
+        and replace checkpoints.
 
         Raises:
             ValueError: not a run, no checkpoint yet, none that is whole, or a configuration that is not the
                 checkpoint's.
         """
-        run, written = str(self.path), self.read_config()
-        paths = [self.best] if best else self.saved()
-        name = self.best.name if best else "in checkpoints/"
-        found = bool(paths) and paths[0].is_file()
-        expect(found, "run", f"a checkpoint {name}", f"none in {run!r} (it stopped before the first)")
-        path, checkpoint = _newest_whole(paths)
+        written = self.read_config()
+        path, checkpoint = self._newest_whole(best)
         for name, (there, here) in checkpoint.config.changes(written).items():
             may_differ = name in ADJUSTABLE or name == "data.name"  # images may move; their fingerprint tells
             expect(may_differ, str(self.config), f"{name} = {there!r}, as in {path.name}", repr(here))
         return checkpoint
 
+    def stamp(self, best: bool = False) -> tuple[str, int, int] | None:
+        """Name, time of the last change (ns) and size (bytes) of the file that :meth:`load` would read first.
 
-def _newest_whole(paths: list[Path]) -> tuple[Path, Checkpoint]:
-    """The first of ``paths`` that can be read; the error of the very first one if none can."""
-    refusals: list[ValueError] = []
-    for path in paths:
-        try:
-            found = path, Checkpoint.load(path)
-        except ValueError as error:
-            refusals.append(error)
-            continue
+        Two that differ tell that there is a newer checkpoint. Nothing is read. None: there is no checkpoint yet.
+        """
+        for listed in self._listings(best):
+            for path, state in listed:
+                if state is not None:
+                    return path.name, state.changed, state.size
+        return None
+
+    def _listings(self, best: bool) -> Iterator[list[tuple[Path, _State | None]]]:
+        """The files that :meth:`load` tries, in this order; again for as long as they are others than those before.
+
+        Ends when a reader that could do nothing with the last ones would find the same: then it is not that a training
+        beside it has removed or replaced them since they were listed.
+        """
+        before: list[tuple[Path, _State | None]] | None = None
+        while True:
+            listed = [(path, _state_of(path)) for path in ([self.best] if best else self.saved())]
+            if listed == before:
+                return
+            yield listed
+            before = listed
+
+    def _newest_whole(self, best: bool) -> tuple[Path, Checkpoint]:
+        """The first checkpoint that can be read; the error of the very first one if none can."""
+        found: tuple[Path, Checkpoint] | None = None
+        refusals: list[ValueError] = []
+        there = False
+        for listed in self._listings(best):
+            found, refusals, there = None, [], any(state is not None for _, state in listed)
+            for path, _ in listed:
+                try:
+                    found = path, Checkpoint.load(path)
+                    break
+                except ValueError as error:
+                    refusals.append(error)
+            if found is not None and not refusals:
+                break
+        name = self.best.name if best else "in checkpoints/"
+        expect(there, "run", f"a checkpoint {name}", f"none in {str(self.path)!r} (it stopped before the first)")
+        if found is None:
+            raise refusals[0]
         for refusal in refusals:
-            warnings.warn(f"{refusal}; an older checkpoint, {path.name}, is taken instead", stacklevel=3)
+            warnings.warn(f"{refusal}; an older checkpoint, {found[0].name}, is taken instead", stacklevel=3)
         return found
-    raise refusals[0]
+
+    def read_report(self) -> dict[str, Any]:
+        """What report.json says of the end of the run: its step and its scores at least.
+
+        Raises:
+            FileNotFoundError: there is none yet.
+            ValueError: it holds something else.
+        """
+        path = self.report
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            whole = isinstance(found["step"], int) and isinstance(found["held_out"], dict)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: expected the report of a run, found {error!r}") from error
+        expect(whole, str(path), "the report of a run", "another one")
+        return dict(found)
 
 
-def _step_of(path: Path) -> int:
+@dataclass(frozen=True)
+class _State:
+    """What tells a file from the one that took its place."""
+
+    changed: int
+    size: int
+    inode: int
+
+
+def _state_of(path: Path) -> _State | None:
+    """None: it is not there."""
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return _State(found.st_mtime_ns, found.st_size, found.st_ino)
+
+
+def step_of(path: Path) -> int:
     """The step in a checkpoint's name, or -1."""
     digits = path.stem.removeprefix("step-")
     return int(digits) if digits.isdecimal() else -1

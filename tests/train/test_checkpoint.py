@@ -55,6 +55,45 @@ def test_round_trip(state: TrainState, tmp_path: Path) -> None:
     assert saved.ema.keys() == dict(state.model.named_parameters()).keys()
 
 
+def test_the_digest_is_that_of_the_file(state: TrainState, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    assert state.checkpoint().digest == ""
+    digests = []
+    for _ in range(2):
+        state.checkpoint().save(path)
+        with safe_open(path, "pt") as file:
+            written = json.loads(file.metadata()["pyglow_fast"])["digest"]
+        digests.append(Checkpoint.load(path).digest)
+        assert digests[-1] == written
+        assert len(written) == 64  # SHA-256
+        state.step()
+    assert digests[0] != digests[1]
+    again = Checkpoint.load(path)
+    again.save(tmp_path / "again.safetensors")
+    assert Checkpoint.load(tmp_path / "again.safetensors").digest == digests[1]
+
+
+@pytest.mark.parametrize("when", ["before it is opened", "between the header and the tensors"])
+def test_a_file_that_goes_away_while_it_is_read(
+    state: TrainState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    path = tmp_path / "x.safetensors"
+    state.checkpoint().save(path)
+
+    def gone(*args: Any, **options: Any) -> Any:
+        path.unlink()
+        return opened(*args, **options)
+
+    if when == "before it is opened":
+        opened: Callable[..., Any] = safe_open
+        monkeypatch.setattr("pyglow_fast.train.checkpoint.safe_open", gone)
+    else:  # torch opens the file by its name once more
+        opened = torch.UntypedStorage.from_file
+        monkeypatch.setattr(torch.UntypedStorage, "from_file", gone)
+    with pytest.raises(ValueError, match=r"x.safetensors: expected a file that stays as it is while it is read, found"):
+        Checkpoint.load(path)
+
+
 def test_the_file_is_safetensors_with_a_json_header(state: TrainState, tmp_path: Path) -> None:
     state.checkpoint().save(tmp_path / "x.safetensors")
     with safe_open(tmp_path / "x.safetensors", "pt") as file:

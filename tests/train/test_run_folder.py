@@ -132,3 +132,29 @@ def test_resume_refuses_other_images(run: Path, tiny_images: ImageSet, monkeypat
     monkeypatch.setattr("pyglow_fast.train.runs.load_data", lambda config: fewer)
     with pytest.raises(ValueError, match="data: expected the images that the run was started with"):
         resume(str(run))
+
+
+def test_a_new_run_removes_what_was_computed_of_the_old_one(
+    run: Path, tiny_config: Callable[..., TrainConfig], tiny_images: ImageSet
+) -> None:
+    kept = RunFolder(run).cache / "of a checkpoint" / "latents.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    assert resume(str(run), max_steps=3).execute(quiet=True).step == 3
+    assert kept.is_file()
+    start(tiny_config(max_steps=1), str(run), overwrite=True, data=tiny_images).execute(quiet=True)
+    assert not RunFolder(run).cache.exists()
+
+
+def test_the_report_of_the_end(run: Path) -> None:
+    folder = RunFolder(run)
+    report = folder.read_report()
+    assert report["step"] == 2
+    assert report["held_out"]["images"] == 10
+    for text in ("{", "[]", "7", '{"step": 2}', '{"step": "2", "held_out": {}}', '{"step": 2, "held_out": null}'):
+        folder.report.write_text(text)
+        with pytest.raises(ValueError, match=r"report.json: expected the report of a run, found"):
+            folder.read_report()
+    folder.report.unlink()
+    with pytest.raises(FileNotFoundError):
+        folder.read_report()
