@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,11 +21,11 @@ from pyglow_fast.cli._common import (
     write_made,
 )
 from pyglow_fast.cli._images import add_images, images_of
-from pyglow_fast.cli._latents import add_picture, check_options, not_finite_note, read, save
+from pyglow_fast.cli._latents import SPACE_WORDS, add_picture, check_options, not_finite_note, read, save
 from pyglow_fast.data import DATA_HELP, Images
 from pyglow_fast.latents import DEFAULT_SPACE, SPACES, interpolate
 from pyglow_fast.likelihood import count_not_finite
-from pyglow_fast.studio.between import ANIMATED, Path
+from pyglow_fast.studio.between import ANIMATED, Between
 from pyglow_fast.studio.reading import inputs, name_of
 from pyglow_fast.studio.words import IMAGE_HELP, parse_image
 from pyglow_fast.train import derive, to_levels
@@ -115,13 +115,13 @@ def _between(args: argparse.Namespace) -> int:
         expect(args.steps >= 2, "steps", "a whole number, 2 or more (both ends are steps)", args.steps)
         expect(args.at is None or 0.0 <= args.at <= 1.0, "at", "a number in 0..1", args.at)
         images = (parse_image(args.first, "from"), parse_image(args.last, "to"))
-        suffix = FilePath(args.out).suffix.lower()
+        suffix = Path(args.out).suffix.lower()
         animated = args.at is None and suffix in ANIMATED
         out = output_path(args.out, suffix if animated else ".png")
         opened = open_to_look(args)
         labels = [opened.label(name) for name in args.labels] if args.labels else [None, None]
         ends = [opened.pick(image, label) for image, label in zip(images, labels, strict=True)]
-    path = Path(opened, *ends, args.space or opened.space, args.spherical)
+    path = Between(opened, *ends, args.space or opened.space, args.spherical)
     frames, bad = path.frames(args.steps, None if args.at is None else (args.at,))
     if args.at is None:
         write_made(path.made(frames, out.suffix.lower(), args.scale), out)

@@ -7,9 +7,10 @@ import argparse
 import torch
 
 from pyglow_fast._errors import expect
-from pyglow_fast.cli._common import add_run, number, open_run, picture_path, stream, user_input, whole
+from pyglow_fast.cli._common import add_run, number, open_to_look, picture_path, stream, user_input, whole
 from pyglow_fast.cli._latents import add_picture, check_options, save
-from pyglow_fast.cli.sample import labels_of
+from pyglow_fast.studio.samples import Draw
+from pyglow_fast.train import device_of
 from pyglow_fast.latents import temperature_sweep
 from pyglow_fast.likelihood import count_not_finite
 
@@ -45,15 +46,15 @@ def run(args: argparse.Namespace) -> int:
         for value in args.temperatures:
             expect(0.0 <= value < float("inf"), "temperatures", "numbers, 0 or more", value)
         out = picture_path(args.out)
-        _, checkpoint, model = open_run(args)
-        device = next(model.parameters()).device
-        y = labels_of(args.label, args.n, checkpoint, device)
+        opened = open_to_look(args)
+        draw = Draw(args.n, labels=tuple(opened.label(name) for name in args.label or ()))
+        model, n_bins = opened.model, opened.n_bins
+        y, device = draw.labels_of(model), device_of(model)
     sweep = temperature_sweep(model, args.temperatures, args.n, y, generator=stream(device, args.seed))
-    names = checkpoint.data.class_names
-    columns = [] if y is None else [names[label] for label in y.tolist()]
+    columns = [] if y is None else [opened.classes[label] for label in y.tolist()]
     rows = [(f"T = {value:g}", x) for value, x in zip(args.temperatures, sweep, strict=True)]
     title = f"{args.run}: samples of the same noise"
-    save(out, rows, checkpoint.data.n_bins, columns, title, args.scale)
+    save(out, rows, n_bins, columns, title, args.scale)
     bad = {f"{value:g}": count_not_finite(x) for value, x in zip(args.temperatures, sweep, strict=True)}
     counts = ", ".join(f"{count} at {value}" for value, count in bad.items() if count)
     note = f"not finite, shown grey: {counts}" if counts else "all finite"

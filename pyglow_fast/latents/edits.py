@@ -51,6 +51,23 @@ class MeanLatent:
         self._sums = [old + new for old, new in zip(self._sums, sums, strict=True)] if self._sums else sums
         self.count += n
 
+    def without(self, part: MeanLatent) -> MeanLatent:
+        """The mean of the images that ``part`` has not, of those that this one has: part's must be among them.
+
+        Raises:
+            ValueError: part has more images than this, or latents of other shapes.
+        """
+        expect(part.count <= self.count, "part", f"at most {self.count} images, those of the whole", part.count)
+        found = MeanLatent()
+        found.count = self.count - part.count
+        if part.count == 0:
+            found._sums = list(self._sums)
+            return found
+        shapes, own = ([tuple(total.shape) for total in side._sums] for side in (part, self))
+        expect(shapes == own, "part", f"shapes {own}", shapes)
+        found._sums = [whole - some for whole, some in zip(self._sums, part._sums, strict=True)]
+        return found
+
     def mean(self) -> list[Tensor]:
         """One tensor (C, *spatial) a level, float64.
 

@@ -20,7 +20,7 @@ ANIMATED = (".gif", ".webp")
 
 
 @dataclass(frozen=True)
-class Path:
+class Between:
     """A path from one image to another through the latents.
 
     Args:

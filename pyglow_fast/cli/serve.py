@@ -1,0 +1,58 @@
+"""``pyglow-fast serve``: trained runs in the browser, to look at and to touch."""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import os
+import sys
+
+from pyglow_fast._errors import expect
+from pyglow_fast.cli._common import folder_name, user_input, whole
+from pyglow_fast.cli.edit import add_train_images
+from pyglow_fast.data import optional
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the command."""
+    about = "open trained runs in the browser: sample, edit, interpolate, score"
+    parser = commands.add_parser("serve", help=about, description=about)
+    parser.set_defaults(run_command=run)
+    parser.add_argument(
+        "runs", type=folder_name, nargs="+", metavar="RUN", help="the folder of a run, or of several runs; no others are shown"
+    )
+    parser.add_argument(
+        "--best", action="store_true", help="the checkpoint with the best held-out bits/dim, not the last"
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (default)")
+    parser.add_argument("--host", default="127.0.0.1", metavar="HOST", help="the address to listen at (127.0.0.1)")
+    parser.add_argument("--port", type=whole, metavar="N", help="the port (the first free one from 7860)")
+    parser.add_argument(
+        "--auth",
+        metavar="USER",
+        help="ask for USER and a password, prompted for or from PYGLOW_SERVE_AUTH=USER:PASSWORD; a must for other hosts",
+    )
+    parser.add_argument("--no-browser", action="store_true", help="do not open a browser")
+    add_train_images(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until Ctrl-C; returns the exit code."""
+    with user_input():
+        for module in ("gradio", "PIL.Image", "matplotlib.figure", "torchvision.utils"):
+            optional(module, "the page")
+        from pyglow_fast.web import Shelf, check_host, credentials, page, serve
+
+        expect(args.train_images >= 1, "train_images", "a positive whole number", args.train_images)
+        ask = getpass.getpass if sys.stdin is not None and sys.stdin.isatty() else None
+        auth = credentials(args.auth, os.environ, ask)
+        check_host(args.host, auth)
+        shelf = Shelf(args.runs, args.best, args.device, args.train_images)
+        serve(
+            lambda: page(shelf),
+            host=args.host,
+            port=args.port,
+            auth=auth,
+            open_browser=not args.no_browser,
+        )
+    return 0
