@@ -1,0 +1,115 @@
+"""Pieces of HTML: pictures inside the page, links that save them, tables. All text is escaped here."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from pyglow_fast.studio.commands import Made
+from pyglow_fast.train.figures import image_picture, png_bytes
+
+SHOWN = 256  # pixels on the page that an image under edit is high, or as many as it has
+THUMB = 64
+TYPES = {".png": "image/png", ".gif": "image/gif", ".webp": "image/webp", ".csv": "text/csv;charset=utf-8"}
+
+CSS = """
+.pgf-row { display: flex; flex-wrap: wrap; gap: 0.8rem; align-items: flex-start; }
+.pgf-row figure { margin: 0; } .pgf-row figcaption { font-size: 0.85rem; color: var(--body-text-color-subdued);
+  max-width: 16rem; }
+.pgf-image { image-rendering: pixelated; background: #888; border-radius: 4px; max-width: 100%; display: block; }
+.pgf-smooth { image-rendering: auto; }
+.pgf-pick { padding: 2px; border: 2px solid transparent; border-radius: 6px; background: none; cursor: pointer; }
+.pgf-pick:hover, .pgf-pick:focus-visible, .pgf-pick[aria-pressed=true] { border-color: var(--color-accent); outline: none; }
+.pgf-grid { display: flex; flex-wrap: wrap; gap: 4px; }
+.pgf-strip { display: flex; gap: 2px; overflow-x: auto; }
+.pgf-save { display: inline-block; margin: 0 0.8rem 0.3rem 0; color: var(--link-text-color); text-decoration: underline; }
+.pgf-note { color: var(--body-text-color-subdued); }
+.pgf-table { border-collapse: collapse; } .pgf-table th, .pgf-table td { text-align: left; padding: 0.2rem 1rem 0.2rem 0;
+  border-bottom: 1px solid var(--border-color-primary); vertical-align: middle; overflow-wrap: anywhere; }
+.pgf-plot { max-width: 100%; background: #fff; border-radius: 4px; }
+.pgf-frame { width: 100%; height: 75vh; border: 1px solid var(--border-color-primary); border-radius: 6px; background: #fff; }
+"""
+
+# A click on a button of a gr.HTML, or Enter on it, reaches Python as the number of the button.
+PICK_JS = """
+element.addEventListener('click', event => {
+  const button = event.target.closest('button[data-index]');
+  if (button) trigger('click', {index: Number(button.dataset.index)});
+});
+"""
+
+
+def uri(data: bytes, suffix: str = ".png") -> str:
+    """A file as an address that holds it."""
+    return f"data:{TYPES[suffix]};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def image(levels: Tensor, n_bins: int, words: str, height: int = SHOWN) -> str:
+    """One image (C, H, W) of levels; pixels are enlarged in the browser, the file has them one by one."""
+    source = uri(png_bytes(image_picture(levels, n_bins)))
+    tall, wide = levels.shape[-2:]
+    shown = max(height, tall) if height > THUMB else height
+    smooth = " pgf-smooth" if tall > shown else ""
+    return (
+        f'<img class="pgf-image{smooth}" alt="{html.escape(words)}" src="{source}" '
+        f'height="{shown}" width="{max(1, round(wide * shown / tall))}">'
+    )
+
+
+def figure(levels: Tensor, n_bins: int, title: str, caption: str = "", part: str = "") -> str:
+    """An image with words below it; ``part`` names it for the tests and for style."""
+    below = f"<b>{html.escape(title)}</b>" + (f"<br>{html.escape(caption)}" if caption else "")
+    return (
+        f'<figure data-part="{html.escape(part)}">{image(levels, n_bins, title)}<figcaption>{below}</figcaption></figure>'
+    )
+
+
+def row(figures: Sequence[str]) -> str:
+    """Figures side by side, below each other where there is no room."""
+    return f'<div class="pgf-row">{"".join(figures)}</div>'
+
+
+def buttons(images: Sequence[Tensor], n_bins: int, words: Sequence[str], strip: bool = False, pressed: int = -1) -> str:
+    """Images as buttons, whose number a click gives; see PICK_JS."""
+    found = [
+        f'<button type="button" class="pgf-pick" data-index="{i}" title="{html.escape(text)}" '
+        f'aria-label="{html.escape(text)}"{_pressed(i, pressed)}>{image(levels, n_bins, text, THUMB)}</button>'
+        for i, (levels, text) in enumerate(zip(images, words, strict=True))
+    ]
+    return f'<div class="{"pgf-strip" if strip else "pgf-grid"}">{"".join(found)}</div>'
+
+
+def _pressed(i: int, pressed: int) -> str:
+    return "" if pressed < 0 else f' aria-pressed="{"true" if i == pressed else "false"}"'
+
+
+def save_link(made: Made, name: str, words: str) -> str:
+    """A link that saves a file under ``name``."""
+    return (
+        f'<a class="pgf-save" download="{html.escape(name)}" href="{uri(made.data, made.suffix)}">{html.escape(words)}</a>'
+    )
+
+
+def note(text: str) -> str:
+    """A quiet line."""
+    return f'<p class="pgf-note">{html.escape(text)}</p>' if text else ""
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells of HTML, which the caller has escaped, below a head of plain text."""
+    top = "".join(f"<th>{html.escape(text)}</th>" for text in head)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for cells in rows)
+    return f'<table class="pgf-table"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def plot(data: bytes, words: str) -> str:
+    """A PNG that was drawn."""
+    return f'<img class="pgf-plot" alt="{html.escape(words)}" src="{uri(data)}">'
+
+
+def framed(page: str, words: str) -> str:
+    """A whole HTML page inside of this one; none of its scripts run."""
+    return f'<iframe class="pgf-frame" sandbox="" title="{html.escape(words)}" srcdoc="{html.escape(page)}"></iframe>'
