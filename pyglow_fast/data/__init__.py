@@ -19,6 +19,7 @@ from pyglow_fast.data.loader import Batch, batches
 from pyglow_fast.data.lsun import load_lsun
 from pyglow_fast.data.photos import load_photos
 from pyglow_fast.data.prepare import Preparation
+from pyglow_fast.data.single import read_single
 from pyglow_fast.data.sources import DATA_HELP, DataConfig, load_data, options_of
 from pyglow_fast.data.yardsticks import Yardstick, histogram_bits_per_dim, measure_yardsticks, png_bits_per_dim
 
@@ -58,5 +59,6 @@ __all__ = [
     "optional",
     "options_of",
     "png_bits_per_dim",
+    "read_single",
     "split",
 ]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from pyglow_fast._errors import expect
 from pyglow_fast.data._optional import optional
 
 if TYPE_CHECKING:
@@ -65,24 +69,74 @@ def plain(image: Image, gray: bool) -> Image:
     return _eight_bit(ops.exif_transpose(image)).convert("L" if gray else "RGB")
 
 
-def decode(source: Path | bytes, where: str, gray: bool) -> Image:
-    """An encoded image as a :func:`plain` Pillow image.
+def decode(
+    source: Path | bytes,
+    where: str,
+    gray: bool,
+    most_pixels: int | None = None,
+    formats: Sequence[str] | None = None,
+) -> Image:
+    """An encoded image as a :func:`plain` Pillow image; of several frames or pages the first.
 
     Args:
         source: a file, or its contents.
         where: what messages call it.
         gray: "L" rather than "RGB".
+        most_pixels: of its width times height, looked at before any are decoded. None: what Pillow allows.
+        formats: Pillow's names of those that are tried, such as "PNG". None: all that can hold pixels.
 
     Raises:
-        UnreadableImageError: Pillow cannot decode it.
+        UnreadableImageError: Pillow cannot decode it, it has too many pixels, or ``source`` is no regular file.
     """
     pil = optional("PIL.Image", "image files")
+    expect(
+        most_pixels is None or (isinstance(most_pixels, int) and most_pixels >= 1),
+        "most_pixels",
+        "a positive number",
+        repr(most_pixels),
+    )
+    listed = formats is None or (not isinstance(formats, str) and len(formats) > 0)
+    expect(listed, "formats", "names of Pillow's formats", repr(formats))
+    tried = [kind for kind in _formats() if formats is None or kind in formats]
     try:
-        with pil.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()) as opened:
+        if isinstance(source, Path):
+            _check_regular(source, where)
+        with pil.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=tried) as opened:
+            if most_pixels is not None and opened.width * opened.height > most_pixels:
+                raise _too_large(where, most_pixels, f"{opened.width}x{opened.height}")
             opened.load()
             return plain(opened, gray)
-    except Exception as error:  # decoders raise many kinds: OSError, SyntaxError, struct.error, Pillow's bomb error
-        raise UnreadableImageError(f"{where}: expected an image that Pillow can decode, found {error}") from error
+    except UnreadableImageError:
+        raise
+    except (pil.DecompressionBombError, pil.DecompressionBombWarning) as error:  # a warning where warnings are errors
+        limit = (pil.MAX_IMAGE_PIXELS or 0) * (1 if isinstance(error, Warning) else 2)
+        pixels_found = re.search(r"\d+", str(error))
+        found = f"{pixels_found.group()} of them" if pixels_found else str(error)
+        raise _too_large(where, min(limit, most_pixels or limit), found) from error
+    except Exception as error:  # decoders raise many kinds: OSError, SyntaxError, struct.error and others
+        # That a file is of no known format is said with the file's name or the address of its contents.
+        unknown = isinstance(error, pil.UnidentifiedImageError)
+        said = "cannot identify image file" if unknown else " ".join(str(error).split()) or type(error).__name__
+        kinds = "" if formats is None else f" ({', '.join(formats)})"
+        raise UnreadableImageError(f"{where}: expected an image that Pillow can decode{kinds}, found {said}") from error
+
+
+def _check_regular(path: Path, where: str) -> None:
+    """Refuse what cannot be read from its beginning to its end; reading a pipe would wait for a writer.
+
+    Raises:
+        OSError: there is nothing.
+        UnreadableImageError: it is a folder, a pipe or a device.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
+        found = next((word for test, word in kinds if test(mode)), "a device")
+        raise UnreadableImageError(f"{where}: expected an image file, found {found}")
+
+
+def _too_large(where: str, most: int, found: str) -> UnreadableImageError:
+    return UnreadableImageError(f"{where}: expected an image of at most {most} pixels, found {found}")
 
 
 def to_square(image: Image, size: int, where: str) -> Image:

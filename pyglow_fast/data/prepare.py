@@ -106,6 +106,15 @@ class Preparation:
         return torch.nn.functional.pad(values, (before, side - own - before) * 2) if side > own else values
 
 
+def levels_of(values: Tensor, n_bins: int) -> Tensor:
+    """v n_bins // 256 for 8-bit values v, uint8: :meth:`Preparation.to_levels` where n_bins = 2^n_bits.
+
+    A level l that is shown as the value nearest to 255 l / (n_bins - 1) comes back as l, with the 17 levels of the
+    digits too.
+    """
+    return (values.int() * n_bins // 256).to(torch.uint8)
+
+
 def check_side(size: int | None, own: int, source: str) -> None:
     """Refuse a size that would have to cut into images of one fixed size.
 

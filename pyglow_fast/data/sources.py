@@ -194,6 +194,11 @@ def options_of(name: str) -> tuple[str, ...]:
     return SOURCES[name.partition(":")[0]].options
 
 
+def side_of(name: str) -> int | None:
+    """The side of the images of the source of ``name``, if they have one size: what a larger size pads with zeros."""
+    return SOURCES[name.partition(":")[0]].side
+
+
 def load_data(config: DataConfig) -> Images:
     """Load what ``config`` names.
 
