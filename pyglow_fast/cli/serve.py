@@ -19,7 +19,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("serve", help=about, description=about)
     parser.set_defaults(run_command=run)
     parser.add_argument(
-        "runs", type=folder_name, nargs="+", metavar="RUN", help="the folder of a run, or of several runs; no others are shown"
+        "runs",
+        type=folder_name,
+        nargs="+",
+        metavar="RUN",
+        help="the folder of a run, or of several runs; no others are shown",
     )
     parser.add_argument(
         "--best", action="store_true", help="the checkpoint with the best held-out bits/dim, not the last"
@@ -41,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     with user_input():
         for module in ("gradio", "PIL.Image", "matplotlib.figure", "torchvision.utils"):
             optional(module, "the page")
-        from pyglow_fast.web import Shelf, check_host, credentials, page, serve
+        from pyglow_fast.web import CSS, Shelf, check_host, credentials, page, serve
 
         expect(args.train_images >= 1, "train_images", "a positive whole number", args.train_images)
         ask = getpass.getpass if sys.stdin is not None and sys.stdin.isatty() else None
@@ -54,5 +58,6 @@ def run(args: argparse.Namespace) -> int:
             port=args.port,
             auth=auth,
             open_browser=not args.no_browser,
+            css=CSS,
         )
     return 0

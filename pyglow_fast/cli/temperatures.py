@@ -9,10 +9,10 @@ import torch
 from pyglow_fast._errors import expect
 from pyglow_fast.cli._common import add_run, number, open_to_look, picture_path, stream, user_input, whole
 from pyglow_fast.cli._latents import add_picture, check_options, save
-from pyglow_fast.studio.samples import Draw
-from pyglow_fast.train import device_of
 from pyglow_fast.latents import temperature_sweep
 from pyglow_fast.likelihood import count_not_finite
+from pyglow_fast.studio.samples import Draw
+from pyglow_fast.train import device_of
 
 TEMPERATURES = (0.0, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0)
 

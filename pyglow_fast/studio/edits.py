@@ -15,7 +15,7 @@ from pyglow_fast.latents import edited, to_space
 from pyglow_fast.studio.commands import Made, command_line, made_png
 from pyglow_fast.studio.directions import Add
 from pyglow_fast.studio.opened import TRAIN_IMAGES, OpenRun, Picked, Progress
-from pyglow_fast.studio.words import number_text, rounded
+from pyglow_fast.studio.words import File, number_text, rounded
 from pyglow_fast.train import to_levels
 from pyglow_fast.train.figures import image_picture
 
@@ -89,6 +89,11 @@ class Subject:
         self.levels = picked.levels.long()
         self._x, self._y = opened.x(self.levels[None]), opened.y(picked.label)
         self._latents = to_space(opened.model, self._x, space, self._y)
+
+    @property
+    def from_file(self) -> bool:
+        """Whether the image is one of a file."""
+        return isinstance(self.picked.image, File)
 
     @torch.no_grad()
     def edited(self, edit: Edit, pixel_shift: bool = False, progress: Progress | None = None) -> Edited:

@@ -202,6 +202,16 @@ class OpenRun:
             return self._with_label(levels, label if label is not None else own, image)
         return self.pick_file(Path(image.path), image, label)
 
+    def relabelled(self, picked: Picked, label: int | None) -> Picked:
+        """The same image with another class; None: its own, of a file the likeliest.
+
+        Raises:
+            ValueError: the model has no such class.
+        """
+        if label is None and not isinstance(picked.image, File):
+            return self.pick(picked.image)
+        return self._with_label(picked.levels, label, picked.image)
+
     def pick_file(
         self, source: Path | bytes, image: File, label: int | None = None, most_pixels: int | None = None
     ) -> Picked:

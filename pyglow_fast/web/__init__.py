@@ -1,1 +1,8 @@
-"""The local web page of a trained run, made with Gradio; ``pyglow-fast serve`` imports it and nothing else does."""
+"""A page in the browser to look at trained runs and to touch them, made with Gradio."""
+
+from pyglow_fast.web.html import CSS
+from pyglow_fast.web.page import page
+from pyglow_fast.web.server import check_host, credentials, serve
+from pyglow_fast.web.shelf import Shelf
+
+__all__ = ["CSS", "Shelf", "check_host", "credentials", "page", "serve"]

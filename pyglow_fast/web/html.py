@@ -62,9 +62,7 @@ def image(levels: Tensor, n_bins: int, words: str, height: int = SHOWN) -> str:
 def figure(levels: Tensor, n_bins: int, title: str, caption: str = "", part: str = "") -> str:
     """An image with words below it; ``part`` names it for the tests and for style."""
     below = f"<b>{html.escape(title)}</b>" + (f"<br>{html.escape(caption)}" if caption else "")
-    return (
-        f'<figure data-part="{html.escape(part)}">{image(levels, n_bins, title)}<figcaption>{below}</figcaption></figure>'
-    )
+    return f'<figure data-part="{html.escape(part)}">{image(levels, n_bins, title)}<figcaption>{below}</figcaption></figure>'
 
 
 def row(figures: Sequence[str]) -> str:
@@ -88,9 +86,7 @@ def _pressed(i: int, pressed: int) -> str:
 
 def save_link(made: Made, name: str, words: str) -> str:
     """A link that saves a file under ``name``."""
-    return (
-        f'<a class="pgf-save" download="{html.escape(name)}" href="{uri(made.data, made.suffix)}">{html.escape(words)}</a>'
-    )
+    return f'<a class="pgf-save" download="{html.escape(name)}" href="{uri(made.data, made.suffix)}">{html.escape(words)}</a>'
 
 
 def note(text: str) -> str:

@@ -1,0 +1,130 @@
+"""The tab of paths: two images, the way from one to the other through the latents, as a frame, a strip, an animation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from pyglow_fast.studio.between import Between
+from pyglow_fast.studio.opened import OpenRun
+from pyglow_fast.studio.words import HeldOut
+from pyglow_fast.web.desk import Desk, picked_number, picked_upload
+from pyglow_fast.web.edit_tab import QUIET
+from pyglow_fast.web.errors import on_page
+from pyglow_fast.web.html import buttons, figure, note, row, save_link
+from pyglow_fast.web.shelf import Shelf
+from pyglow_fast.web.uploads import Upload, UploadedImage
+
+STEPS, MOST = 9, 25
+NAMES = ("from", "to")
+
+
+class BetweenTab:
+    """Widgets and handlers of the tab; made inside of gr.Blocks."""
+
+    def __init__(self, shelf: Shelf, desk: gr.State) -> None:
+        self._shelf = shelf
+        self.numbers, self.uploads, self.takes = [], [], []
+        with gr.Row():
+            for i, name in enumerate(NAMES):
+                with gr.Column(scale=1, min_width=200):
+                    self.numbers.append(
+                        gr.Number(i, precision=0, minimum=0, label=f"{name}: held-out image", elem_id=f"{name}-number")
+                    )
+                    self.uploads.append(
+                        UploadedImage(
+                            label=f"{name}: an image of yours",
+                            sources=["upload", "webcam", "clipboard"],
+                            type="filepath",
+                            height=150,
+                            elem_id=f"{name}-upload",
+                        )  # fmt: skip
+                    )
+                    self.takes.append(gr.Button(f"{name}: the image under Edit", elem_id=f"{name}-take"))
+            with gr.Column(scale=2, min_width=300):
+                self.kind = gr.Radio(["linear", "spherical"], value="linear", label="path", elem_id="path-kind")
+                self.steps = gr.Slider(2, MOST, value=STEPS, step=1, label="images of the strip", elem_id="path-steps")
+                self.at = gr.Slider(0.0, 1.0, value=0.5, step=0.01, label="the way along the path", elem_id="path-at")
+                self.frame = gr.HTML(elem_id="path-frame")
+        self.strip = gr.HTML(elem_id="path-strip")
+        self.command = gr.Textbox(
+            label="the same from the command line", buttons=["copy"], interactive=False, elem_id="path-command"
+        )
+        self.outputs = [*self.numbers, *self.uploads, self.frame, self.strip, self.command]
+        inputs = [desk, self.kind, self.steps, self.at]
+        shown = [self.frame, self.strip, self.command]
+        drawn = (on_page()(self.drawn), inputs, shown)
+        self.at.input(on_page()(self.moved), inputs, [self.frame, self.command], **QUIET)
+        for widget in (self.kind, self.steps):
+            widget.input(*drawn, **QUIET)
+        for i in range(2):
+            number, upload = self.numbers[i], self.uploads[i]
+            number.change(on_page()(self._take_number(i)), [desk, number], None, **QUIET).success(*drawn, **QUIET)
+            taken = upload.upload(on_page()(self._take_upload(i)), [desk, upload], upload, **QUIET)
+            taken.success(*drawn, **QUIET)
+            self.takes[i].click(on_page()(self._take_edit(i)), desk, None, **QUIET).success(*drawn, **QUIET)
+
+    def show(self, desk: Desk, kind: str, steps: float, at: float) -> list[Any]:
+        """What the tab shows of a run that was chosen."""
+        opened = desk.opened(self._shelf)
+        missing = opened.images.missing
+        if not missing:
+            count = len(opened.images.find()[2])
+            desk.ends = [opened.pick(HeldOut(min(i, count - 1))) for i in range(2)]
+        numbers = [gr.Number(i, visible=not missing) for i in range(2)]
+        return [*numbers, None, None, *self.drawn(desk, kind, steps, at)]
+
+    def _take_number(self, i: int) -> Any:
+        def take(desk: Desk, number: float | None) -> None:
+            desk.ends[i] = picked_number(desk.opened(self._shelf), number)
+
+        return take
+
+    def _take_upload(self, i: int) -> Any:
+        def take(desk: Desk, upload: Upload | None) -> None:
+            if upload is not None:
+                desk.ends[i] = picked_upload(desk.opened(self._shelf), upload)
+
+        return take
+
+    def _take_edit(self, i: int) -> Any:
+        def take(desk: Desk) -> None:
+            if desk.picked is None:
+                raise ValueError("image: expected an image under Edit, found none")
+            desk.ends[i] = desk.picked
+
+        return take
+
+    def _between(self, desk: Desk, kind: str) -> tuple[OpenRun, Between | None]:
+        opened = desk.opened(self._shelf)
+        first, last = desk.ends
+        if first is None or last is None:
+            return opened, None
+        return opened, Between(opened, first, last, desk.space_of(opened), kind == "spherical")
+
+    def moved(self, desk: Desk, kind: str, steps: float, at: float) -> list[str]:
+        """The image at one point of the path."""
+        opened, between = self._between(desk, kind)
+        if between is None:
+            return [note("Choose two images."), ""]
+        levels, bad = between.frames(times=(float(at),))
+        made = between.made_frame(levels[0], float(at))
+        shown = row([figure(levels[0], opened.n_bins, f"at {at:g}", part="frame")])
+        grey = note("Parts are not finite, shown grey." if bad else "")
+        return [f"{shown}<p>{save_link(made, 'between.png', 'Save PNG')}</p>{grey}", made.shown("between.png")]
+
+    def drawn(self, desk: Desk, kind: str, steps: float, at: float) -> list[str]:
+        """The image at one point, and the strip of the whole path."""
+        opened, between = self._between(desk, kind)
+        frame, command = self.moved(desk, kind, steps, at)
+        if between is None:
+            return [frame, "", ""]
+        levels, _ = between.frames(int(steps))
+        words = [f"at {i / (len(levels) - 1):.2f}" for i in range(len(levels))]
+        files = {".png": "Save the strip", ".gif": "Save as GIF", ".webp": "Save as WebP"}
+        made = {suffix: between.made(levels, suffix) for suffix in files}
+        links = [save_link(made[suffix], f"path{suffix}", text) for suffix, text in files.items()]
+        strip = buttons(list(levels), opened.n_bins, words, strip=True)
+        whole = made[".png"].shown("path.png")
+        return [frame, f"{strip}<p>{''.join(links)}</p>", f"{command}\n{whole}"]

@@ -1,0 +1,286 @@
+"""The tab of edits: an image, a slider for each attribute and each level, and the image that follows them."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import gradio as gr
+
+from pyglow_fast.latents import SPACES
+from pyglow_fast.studio.directions import REST, Add
+from pyglow_fast.studio.edits import Edit, likelihood_text
+from pyglow_fast.studio.opened import OpenRun
+from pyglow_fast.studio.words import HeldOut
+from pyglow_fast.web.desk import Desk, picked_number, picked_upload, progress_on
+from pyglow_fast.web.errors import on_page
+from pyglow_fast.web.html import PICK_JS, buttons, figure, note, row, save_link
+from pyglow_fast.web.shelf import Shelf
+from pyglow_fast.web.uploads import Upload, UploadedImage
+
+ATTRIBUTES, LEVELS = 12, 10  # sliders that there are at most
+FIRST = 6  # attributes that have sliders at the beginning
+THUMBS = 12
+STRONGEST = 3.0
+NO_CLASS = "its own"
+QUIET: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
+
+
+def pair_text(pair: tuple[str, str]) -> str:
+    """A difference of two attributes in words."""
+    return f"{pair[0]} − {pair[1]}"
+
+
+class EditTab:
+    """Widgets and handlers of the tab; made inside of gr.Blocks."""
+
+    def __init__(self, shelf: Shelf, desk: gr.State) -> None:
+        self._shelf, self._desk = shelf, desk
+        with gr.Row():
+            with gr.Column(scale=1, min_width=260):
+                self._image_widgets()
+            with gr.Column(scale=2, min_width=300):
+                self.pictures = gr.HTML(elem_id="edited")
+                self.back = gr.Button("Back to the original", elem_id="edit-back")
+                self.command = gr.Textbox(
+                    label="the same from the command line", buttons=["copy"], interactive=False, elem_id="edit-command"
+                )
+            with gr.Column(scale=1, min_width=280):
+                self._slider_widgets()
+        self.shown = [self.pictures, self.command]
+        self.controls = [self.twin, *self.adds, *self.keeps]
+        self.outputs = [
+            self.thumbs, self.number, self.label, self.attributes, self.plus, self.minus, self.space, self.why,
+            self.upload, *self.adds, *self.keeps, *self.shown,
+        ]  # fmt: skip
+        self._wire()
+
+    def _image_widgets(self) -> None:
+        self.thumbs = gr.HTML(js_on_load=PICK_JS, elem_id="edit-thumbs")
+        with gr.Row():
+            self.number = gr.Number(0, precision=0, minimum=0, label="held-out image", elem_id="edit-number")
+            self.others = gr.Button("Others", elem_id="edit-others", min_width=80)
+        self.upload = UploadedImage(
+            label="or an image of yours", sources=["upload", "webcam", "clipboard"], type="filepath", height=180,
+            elem_id="edit-upload",
+        )  # fmt: skip
+        self.label = gr.Dropdown(
+            [NO_CLASS], value=NO_CLASS, label="class of the image", visible=False, elem_id="edit-class"
+        )
+
+    def _slider_widgets(self) -> None:
+        self.why = gr.HTML(elem_id="edit-why")
+        self.attributes = gr.Dropdown([], multiselect=True, label="attributes", elem_id="edit-attributes")
+        self.adds = [
+            gr.Slider(-STRONGEST, STRONGEST, value=0, step=0.05, visible=False, elem_id=f"add-{i}")
+            for i in range(ATTRIBUTES)
+        ]
+        with gr.Accordion("Another difference", open=False), gr.Row():
+            self.plus = gr.Dropdown([], label="plus", elem_id="edit-plus", min_width=90)
+            self.minus = gr.Dropdown([], label="minus", elem_id="edit-minus", min_width=90)
+            self.more = gr.Button("Add its slider", elem_id="edit-more", min_width=90)
+        self.keeps = [
+            gr.Slider(0.0, 1.0, value=1, step=0.05, visible=False, elem_id=f"keep-{i}") for i in range(LEVELS)
+        ]
+        self.twin = gr.Checkbox(False, label="beside it: shift the pixels by the same differences", elem_id="edit-twin")
+        self.space = gr.Radio(list(SPACES), label="space of the edit", elem_id="edit-space")
+
+    def _wire(self) -> None:
+        desk, controls = self._desk, self.controls
+        for widget in (*self.adds, *self.keeps, self.twin):
+            widget.input(on_page()(self.edited), [desk, *controls], self.shown, **QUIET)
+        self.back.click(on_page()(self.reset), [desk, self.twin], [*self.adds, *self.keeps, *self.shown], **QUIET)
+        again = (on_page()(self.edited), [desk, *controls], self.shown)
+        self.number.change(on_page()(self.take_number), [desk, self.number], None, **QUIET).success(*again, **QUIET)
+        self.thumbs.click(on_page()(self.take_thumb), desk, self.number, **QUIET)
+        self.others.click(on_page()(self.other_thumbs), desk, self.thumbs, **QUIET)
+        took = self.upload.upload(on_page()(self.take_upload), [desk, self.upload], self.upload, **QUIET)
+        took.success(*again, **QUIET)
+        self.label.input(on_page()(self.take_label), [desk, self.label], None, **QUIET).success(*again, **QUIET)
+        self.space.input(on_page()(self.take_space), [desk, self.space], self.why, **QUIET).success(*again, **QUIET)
+        chosen = self.attributes.input(
+            on_page()(self.take_pairs), [desk, self.attributes, *self.adds], self.adds, **QUIET
+        )
+        chosen.success(*again, **QUIET)
+        added = [desk, self.plus, self.minus, self.attributes, *self.adds]
+        self.more.click(on_page()(self.add_pair), added, [self.attributes, *self.adds], **QUIET)
+
+    def show(self, desk: Desk, progress: gr.Progress = gr.Progress()) -> list[Any]:  # noqa: B008 - Gradio looks for it
+        """What the tab shows of a run that was chosen; measures its mean latents, where they are not kept."""
+        opened = desk.opened(self._shelf)
+        missing = opened.images.missing
+        names: tuple[str, ...] = ()
+        if not missing:
+            names = opened.directions(
+                desk.space_of(opened), progress_on(progress, "mean latents of training images")
+            ).names
+            opened.scores(progress_on(progress, "bits/dim of training images"))
+            desk.thumbs = list(range(min(THUMBS, len(opened.images.find()[2]))))
+            if desk.picked is None:
+                desk.put(opened.pick(HeldOut(0)))
+        elif desk.picked is None and desk.grid is not None:
+            desk.put(desk.grid.picked(0))
+        pairs = [(name, REST) for name in names]
+        desk.pairs = pairs[:FIRST] if len(names) != 2 else pairs[:1]  # of two the one is the other's opposite
+        why = f"No attributes: {missing}." if missing else "" if names else "The images of this run have no classes."
+        number = desk.picked.image.number if desk.picked and isinstance(desk.picked.image, HeldOut) else 0
+        classes = gr.Dropdown([NO_CLASS, *opened.classes], value=NO_CLASS, visible=bool(opened.classes))
+        texts = [pair_text(pair) for pair in pairs]
+        return [
+            self._thumbs(desk, opened),
+            gr.Number(number, visible=not missing),
+            classes,
+            gr.Dropdown(texts, value=[pair_text(pair) for pair in desk.pairs], visible=bool(names)),
+            gr.Dropdown(list(names), value=names[0] if names else None),
+            gr.Dropdown([REST, *names], value=REST if names else None),
+            gr.Radio(list(SPACES), value=desk.space_of(opened)),
+            note(why),
+            None,
+            *self._sliders(desk, opened),
+            *self._edited(desk, Edit(), twin=False),
+        ]
+
+    def _sliders(self, desk: Desk, opened: OpenRun) -> list[gr.Slider]:
+        """All sliders at rest, those that have a meaning visible."""
+        adds = [
+            gr.Slider(
+                value=0, visible=i < len(desk.pairs), label=pair_text(desk.pairs[i]) if i < len(desk.pairs) else ""
+            )
+            for i in range(ATTRIBUTES)
+        ]
+        n_levels = len(opened.model.latent_shapes)
+        keeps = [
+            gr.Slider(value=1, visible=i < n_levels, label=f"kept of level {i}{_which(i, n_levels)}")
+            for i in range(LEVELS)
+        ]
+        return [*adds, *keeps]
+
+    def _thumbs(self, desk: Desk, opened: OpenRun) -> str:
+        if not desk.thumbs:
+            return ""
+        data, _, held_out = opened.images.find()
+        levels, labels = data.batch(held_out[desk.thumbs])
+        names = ["" if labels is None else f", {data.class_names[int(label)]}" for label in
+                 (labels if labels is not None else desk.thumbs)]  # fmt: skip
+        words = [f"held-out image {number}{name}" for number, name in zip(desk.thumbs, names, strict=True)]
+        return buttons(list(levels), opened.n_bins, words)
+
+    def take_number(self, desk: Desk, number: float | None) -> None:
+        """A held-out image by its number."""
+        opened = desk.opened(self._shelf)
+        current = desk.picked.image if desk.picked else None
+        if number is not None and current != HeldOut(int(number)):
+            desk.put(picked_number(opened, number))
+
+    def take_thumb(self, desk: Desk, event: gr.EventData) -> int:
+        """A held-out image by a click on it: its number."""
+        number = desk.thumbs[int(event.index) % len(desk.thumbs)]
+        desk.put(picked_number(desk.opened(self._shelf), number))
+        return number
+
+    def other_thumbs(self, desk: Desk) -> str:
+        """Other held-out images to choose from."""
+        opened = desk.opened(self._shelf)
+        count = len(opened.images.find()[2])
+        desk.thumbs = sorted(random.sample(range(count), min(THUMBS, count)))
+        return self._thumbs(desk, opened)
+
+    def take_upload(self, desk: Desk, upload: Upload | None) -> None:
+        """An image of the visitor's own; the component is empty again, as the image is shown under edit."""
+        if upload is not None:
+            desk.put(picked_upload(desk.opened(self._shelf), upload))
+
+    def take_label(self, desk: Desk, name: str) -> None:
+        """The class of the image under edit."""
+        opened = desk.opened(self._shelf)
+        if desk.picked is not None:
+            label = None if name == NO_CLASS else opened.label(name)
+            desk.put(opened.relabelled(desk.picked, label))
+
+    def take_space(self, desk: Desk, space: str, progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
+        """The space that is edited; its directions are measured where they are not kept."""
+        opened = desk.opened(self._shelf)
+        if space not in SPACES:
+            raise ValueError(f"space: expected one of {SPACES}, found {space!r}")
+        if not opened.images.missing:
+            opened.directions(space, progress_on(progress, "mean latents of training images"))
+        desk.space = space
+        return ""
+
+    def take_pairs(self, desk: Desk, texts: list[str], *values: float) -> list[gr.Slider]:
+        """The attributes that have sliders; one that stays keeps its value."""
+        opened = desk.opened(self._shelf)
+        names = opened.directions(desk.space_of(opened)).names
+        known = {pair_text(pair): pair for pair in [*((name, REST) for name in names), *desk.pairs]}
+        if len(texts) > ATTRIBUTES:
+            raise ValueError(f"attributes: expected at most {ATTRIBUTES} at once, found {len(texts)}")
+        former = dict(zip(desk.pairs, values, strict=False))
+        desk.pairs = [known[text] for text in texts if text in known]
+        return self._add_sliders(desk, former)
+
+    def add_pair(self, desk: Desk, plus: str, minus: str, texts: list[str], *values: float) -> list[Any]:
+        """One more slider, from the images of ``minus`` to those of ``plus``."""
+        opened = desk.opened(self._shelf)
+        directions = opened.directions(desk.space_of(opened))
+        directions.shift([Add(plus, minus, 1.0)])  # refuses what is none
+        former = dict(zip(desk.pairs, values, strict=False))
+        if (plus, minus) not in desk.pairs:
+            if len(desk.pairs) >= ATTRIBUTES:
+                raise ValueError(f"attributes: expected at most {ATTRIBUTES} at once, found one more")
+            desk.pairs = [*desk.pairs, (plus, minus)]
+        choices = list(dict.fromkeys([*((name, REST) for name in directions.names), *desk.pairs]))
+        chosen = gr.Dropdown([pair_text(pair) for pair in choices], value=[pair_text(pair) for pair in desk.pairs])
+        return [chosen, *self._add_sliders(desk, former)]
+
+    def _add_sliders(self, desk: Desk, values: dict[tuple[str, str], float]) -> list[gr.Slider]:
+        shown = [gr.Slider(value=values.get(pair, 0), visible=True, label=pair_text(pair)) for pair in desk.pairs]
+        return [*shown, *(gr.Slider(value=0, visible=False) for _ in range(ATTRIBUTES - len(shown)))]
+
+    def edited(self, desk: Desk, twin: bool, *values: float) -> list[str]:
+        """The image as the sliders say, and the command that gives it."""
+        opened = desk.opened(self._shelf)
+        strengths, shares = values[:ATTRIBUTES], values[ATTRIBUTES:]
+        adds = tuple(Add(*pair, float(s or 0)) for pair, s in zip(desk.pairs, strengths, strict=False))
+        keep = tuple(float(share) for share in shares[: len(opened.model.latent_shapes)])
+        return self._edited(desk, Edit(adds, keep), twin)
+
+    def reset(self, desk: Desk, twin: bool) -> list[Any]:
+        """All sliders at rest, and so the original."""
+        return [*self._sliders(desk, desk.opened(self._shelf)), *self._edited(desk, Edit(), twin)]
+
+    def _edited(self, desk: Desk, edit: Edit, twin: bool) -> list[str]:
+        if desk.picked is None:
+            return [note("Choose an image: an upload, or a sample by a click on it."), ""]
+        subject = desk.subject(self._shelf)
+        opened, found = subject.opened, subject.edited(edit, twin)
+        made = subject.made(found.levels, edit)
+        figures = [
+            figure(subject.levels, opened.n_bins, "original", self._words(subject, subject.levels), "original"),
+            figure(found.levels, opened.n_bins, "edited", self._words(subject, found.levels), "edited"),
+        ]
+        links = [save_link(made, "edit.png", "Save PNG")]
+        commands = [made.shown("edit.png")]
+        if found.shifted is not None:
+            shifted = subject.made(found.shifted, edit, pixel_shift=True)
+            words = self._words(subject, found.shifted)
+            figures.append(figure(found.shifted, opened.n_bins, "pixels shifted", words, "shifted"))
+            links.append(save_link(shifted, "shifted.png", "Save the shifted one"))
+            commands.append(shifted.shown("shifted.png"))
+        if subject.from_file:
+            name = subject.picked.image.text
+            links.append(
+                save_link(subject.made(subject.levels, Edit()), "seen.png", f"Save {name} as the model sees it")
+            )
+        bad = "" if found.finite else "Parts are not finite, shown grey: the edit leads out of the model's range."
+        return [row(figures) + f"<p>{''.join(links)}</p>" + note(bad), "\n".join(commands)]
+
+    def _words(self, subject: Any, levels: Any) -> str:
+        opened = subject.opened
+        text = likelihood_text(opened, opened.bits(levels, subject.picked.label))
+        return text if subject.picked.label is None else f"{text}; class {opened.classes[subject.picked.label]}"
+
+
+def _which(level: int, n_levels: int) -> str:
+    if n_levels == 1:
+        return ""
+    return " (finest)" if level == 0 else " (deepest)" if level == n_levels - 1 else ""

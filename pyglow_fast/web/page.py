@@ -1,0 +1,72 @@
+"""The page: a run to choose, and a tab for each thing to do with it."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+import gradio as gr
+
+from pyglow_fast.web.between_tab import BetweenTab
+from pyglow_fast.web.desk import Desk
+from pyglow_fast.web.edit_tab import QUIET, EditTab
+from pyglow_fast.web.errors import on_page
+from pyglow_fast.web.run_tab import RunTab
+from pyglow_fast.web.sample_tab import SampleTab
+from pyglow_fast.web.score_tab import ScoreTab
+from pyglow_fast.web.shelf import Shelf
+
+AT_ONCE = 4  # events that are computed at once
+EXPIRE = 3600  # seconds after which what a visitor who left had on the desk is forgotten
+
+
+def page(shelf: Shelf) -> gr.Blocks:
+    """The Blocks that :func:`~pyglow_fast.web.server.serve` serves."""
+    with gr.Blocks(title="pyglow_fast", analytics_enabled=False, fill_width=True) as blocks:
+        desk = gr.State(Desk(), time_to_live=EXPIRE)
+        with gr.Row():
+            names = shelf.names()
+            run = gr.Dropdown(names, value=names[0], label="run", elem_id="run", scale=1)
+            about = gr.HTML(elem_id="about")
+        with gr.Tabs(elem_id="tabs") as tabs:
+            with gr.Tab("Sample", id="sample"):
+                sample = SampleTab(shelf, desk)
+            with gr.Tab("Edit", id="edit"):
+                edit = EditTab(shelf, desk)
+            with gr.Tab("Interpolate", id="interpolate"):
+                between = BetweenTab(shelf, desk)
+            with gr.Tab("Score", id="score"):
+                score = ScoreTab(shelf, desk)
+            with gr.Tab("Run", id="run"):
+                looked = RunTab(shelf, desk)
+
+        @on_page()
+        def opened(found: Desk, name: str) -> Any:
+            run_ = found.choose(shelf, name)
+            shape = "x".join(map(str, run_.model.config.image_shape))
+            text = f"step {run_.step:,}, images {shape}, {run_.n_bins} levels"
+            return f"<p>{html.escape(text)}</p>"
+
+        @on_page()
+        def listed() -> Any:
+            names = shelf.names()
+            return gr.Dropdown(names, value=names[0] if names else None)
+
+        def shown(event: Any) -> None:
+            """Fills the tabs one after the other, each as soon as it can be."""
+            inputs = [desk, sample.temperature, sample.n, sample.seed]
+            event = event.success(on_page()(sample.show), inputs, sample.outputs, **QUIET)
+            event = event.success(on_page()(edit.show), desk, edit.outputs, **(QUIET | {"show_progress": "full"}))
+            inputs = [desk, between.kind, between.steps, between.at]
+            event = event.success(on_page()(between.show), inputs, between.outputs, **QUIET)
+            event = event.success(on_page()(score.show), desk, score.outputs, **QUIET)
+            event.success(on_page()(looked.show), desk, looked.outputs, **QUIET)
+
+        shown(run.input(opened, [desk, run], about, **QUIET))
+        first = blocks.load(listed, None, run, **QUIET)
+        shown(first.success(opened, [desk, run], about, **QUIET))
+        taken = sample.pictures.click(on_page()(sample.take), desk, None, **QUIET)
+        taken = taken.success(lambda: gr.Tabs(selected="edit"), None, tabs, **QUIET)
+        taken.success(on_page()(edit.edited), [desk, *edit.controls], edit.shown, **QUIET)
+    blocks.queue(default_concurrency_limit=AT_ONCE)
+    return blocks

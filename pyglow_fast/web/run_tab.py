@@ -1,0 +1,33 @@
+"""The tab of a run: its settings, curves and figures."""
+
+from __future__ import annotations
+
+import shlex
+
+import gradio as gr
+
+from pyglow_fast.train.page import page_of
+from pyglow_fast.web.desk import Desk
+from pyglow_fast.web.errors import on_page
+from pyglow_fast.web.html import framed
+from pyglow_fast.web.shelf import Shelf
+
+
+class RunTab:
+    """Widgets and handlers of the tab; made inside of gr.Blocks."""
+
+    def __init__(self, shelf: Shelf, desk: gr.State) -> None:
+        self._shelf = shelf
+        self.again = gr.Button("Read again", elem_id="run-again")
+        self.page = gr.HTML(elem_id="run-page")
+        self.command = gr.Textbox(
+            label="the same from the command line", buttons=["copy"], interactive=False, elem_id="run-command"
+        )
+        self.outputs = [self.page, self.command]
+        self.again.click(on_page()(self.show), desk, self.outputs, api_visibility="private")
+
+    def show(self, desk: Desk) -> list[str]:
+        """The page of the run as its files are now, and the command that writes it."""
+        opened = desk.opened(self._shelf)
+        words = shlex.join(["pyglow-fast", "report", opened.name, "--out", "report.html"])
+        return [framed(page_of(opened.folder), f"report of {opened.name}"), words]

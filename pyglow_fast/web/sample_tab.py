@@ -1,0 +1,87 @@
+"""The tab of samples: temperature, class, seed, number, and the images, each a way to the tab of edits."""
+
+from __future__ import annotations
+
+import html
+import random
+from typing import Any
+
+import gradio as gr
+
+from pyglow_fast.studio.grids import Grid
+from pyglow_fast.studio.opened import OpenRun
+from pyglow_fast.studio.samples import TEMPERATURE, Draw
+from pyglow_fast.web.desk import Desk
+from pyglow_fast.web.errors import on_page
+from pyglow_fast.web.html import PICK_JS, buttons, note, save_link
+from pyglow_fast.web.shelf import Shelf
+
+ALL = "all classes in turn"
+SHOWN, MOST = 20, 100
+
+
+class SampleTab:
+    """Widgets and handlers of the tab; made inside of gr.Blocks."""
+
+    def __init__(self, shelf: Shelf, desk: gr.State) -> None:
+        self._shelf = shelf
+        with gr.Row():
+            with gr.Column(scale=1, min_width=260):
+                self.temperature = gr.Slider(
+                    0.0, 1.2, value=TEMPERATURE, step=0.05, label="temperature", elem_id="temperature"
+                )
+                self.label = gr.Dropdown([ALL], value=ALL, label="class", visible=False, elem_id="sample-class")
+                self.n = gr.Slider(1, MOST, value=SHOWN, step=1, label="images", elem_id="sample-n")
+                self.seed = gr.Number(0, precision=0, minimum=0, label="seed", elem_id="sample-seed")
+                self.again = gr.Button("Another seed", elem_id="sample-again")
+            with gr.Column(scale=3, min_width=300):
+                self.pictures = gr.HTML(js_on_load=PICK_JS, elem_id="samples")
+                self.command = gr.Textbox(
+                    label="the same from the command line",
+                    buttons=["copy"],
+                    interactive=False,
+                    elem_id="sample-command",
+                )
+        self.outputs = [self.label, self.pictures, self.command]
+        inputs = [desk, self.temperature, self.label, self.n, self.seed]
+        shown = [self.pictures, self.command]
+        options: dict[str, Any] = {
+            "show_progress": "hidden",
+            "trigger_mode": "always_last",
+            "api_visibility": "private",
+        }
+        for event in (self.temperature.input, self.n.input, self.seed.change, self.label.input):
+            event(on_page()(self.draw), inputs, shown, **options)
+        self.again.click(lambda: random.randrange(10**6), None, self.seed, **options)
+
+    def show(self, desk: Desk, temperature: float, n: float, seed: float | None) -> list[Any]:
+        """What the tab shows of a run that was chosen."""
+        opened = desk.opened(self._shelf)
+        label = gr.Dropdown([ALL, *opened.classes], value=ALL, visible=bool(opened.classes))
+        return [label, *self.draw(desk, temperature, ALL, n, seed)]
+
+    def draw(self, desk: Desk, temperature: float, label: str | None, n: float, seed: float | None) -> list[Any]:
+        """Samples, and the command that draws them."""
+        opened = desk.opened(self._shelf)
+        if n > MOST:
+            raise ValueError(f"n: expected at most {MOST} images on the page, found {n:g}")
+        labels = () if label in (None, ALL) else (opened.label(str(label)),)
+        desk.grid = grid = Grid(opened, Draw(int(n), float(temperature), int(seed or 0), labels))
+        drawn, made = grid.drawn, grid.made()
+        bad = f"{drawn.not_finite} of them are not finite, shown grey" if drawn.not_finite else ""
+        words = [f"sample {i}{_class(opened, drawn.labels, i)}: edit it" for i in range(len(drawn.levels))]
+        shown = buttons(list(drawn.levels), opened.n_bins, words)
+        save = save_link(made, "samples.png", "Save PNG")
+        return [
+            f"{shown}<p>{save} {html.escape('A click on an image takes it to Edit.')}</p>{note(bad)}",
+            made.shown("samples.png"),
+        ]
+
+    def take(self, desk: Desk, event: gr.EventData) -> None:
+        """Puts the sample that was clicked under edit."""
+        if desk.grid is not None:
+            desk.put(desk.grid.picked(int(event.index) % desk.grid.draw.n))
+
+
+def _class(opened: OpenRun, labels: Any, i: int) -> str:
+    return "" if labels is None else f", {opened.classes[int(labels[i])]}"

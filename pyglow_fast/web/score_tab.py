@@ -1,0 +1,75 @@
+"""The tab of scores: bits/dim of images that a visitor drops, on the histogram of held-out ones."""
+
+from __future__ import annotations
+
+import html
+import math
+from typing import Any
+
+import gradio as gr
+
+from pyglow_fast.studio.scored import made_csv, made_picture, score_files
+from pyglow_fast.web.desk import Desk, picked_upload, progress_on
+from pyglow_fast.web.errors import on_page
+from pyglow_fast.web.html import THUMB, image, note, plot, save_link, table
+from pyglow_fast.web.shelf import Shelf
+from pyglow_fast.web.uploads import Upload, UploadedFiles
+
+MOST = 64  # files at once
+
+
+class ScoreTab:
+    """Widgets and handlers of the tab; made inside of gr.Blocks."""
+
+    def __init__(self, shelf: Shelf, desk: gr.State) -> None:
+        self._shelf = shelf
+        self.files = UploadedFiles(
+            label="images to score", file_count="multiple", file_types=["image"], height=160, elem_id="score-files"
+        )
+        self.results = gr.HTML(elem_id="scores")
+        self.command = gr.Textbox(
+            label="the same from the command line", buttons=["copy"], interactive=False, elem_id="score-command"
+        )
+        self.outputs = [self.files, self.results, self.command]
+        self.files.upload(
+            on_page()(self.score), [desk, self.files], self.outputs, trigger_mode="once", api_visibility="private"
+        )
+
+    def show(self, desk: Desk) -> list[Any]:
+        """What the tab shows of a run that was chosen."""
+        return [None, note("Each image is cropped and scaled as in training; less is more likely."), ""]
+
+    def score(
+        self,
+        desk: Desk,
+        uploads: list[Upload],
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> list[Any]:
+        """The table and the histogram of what was dropped."""
+        opened = desk.opened(self._shelf)
+        if not uploads:
+            return self.show(desk)
+        if len(uploads) > MOST:
+            raise ValueError(f"files: expected at most {MOST} at once, found {len(uploads)}")
+        files = [picked_upload(opened, upload) for upload in uploads]
+        scores = score_files(opened, files, progress_on(progress, "bits/dim of own images"))
+        rows = []
+        for score in scores:
+            name = score.picked.image.text
+            below = "" if math.isnan(score.share_below) else f"{score.share_below:.1%}"
+            seen = image(score.picked.levels, opened.n_bins, f"{name} as the model sees it", THUMB)
+            bits = f"{score.bits:.3f}" if math.isfinite(score.bits) else "no finite likelihood"
+            label = "" if score.picked.label is None else opened.classes[score.picked.label]
+            rows.append([seen, html.escape(name), bits, below, *([html.escape(label)] if opened.classes else [])])
+        head = ["", "image", "bits/dim", "training images with fewer", *(["likeliest class"] if opened.classes else [])]
+        csv = made_csv(opened, scores)
+        links, parts = [save_link(csv, "scores.csv", "Save CSV")], [table(head, rows)]
+        command = csv.shown("scores.csv")
+        if opened.images.missing:
+            parts.append(note(f"No histogram: {opened.images.missing}."))
+        else:
+            picture = made_picture(opened, scores)
+            parts.insert(0, plot(picture.data, "the images on the histogram of held-out ones"))
+            links.append(save_link(picture, "scores.png", "Save PNG"))
+            command += " --picture scores.png"
+        return [None, f"{''.join(parts)}<p>{''.join(links)}</p>", command]
