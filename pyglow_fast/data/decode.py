@@ -101,7 +101,10 @@ def decode(
     try:
         if isinstance(source, Path):
             _check_regular(source, where)
-        with pil.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=tried) as opened:
+        with (
+            io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as stream,
+            pil.open(stream, formats=tried) as opened,
+        ):
             if most_pixels is not None and opened.width * opened.height > most_pixels:
                 raise _too_large(where, most_pixels, f"{opened.width}x{opened.height}")
             opened.load()

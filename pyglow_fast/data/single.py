@@ -48,11 +48,11 @@ def read_single(
     expect(fits, "image_shape", "(C, side, side) with 1 or 3 channels", shape)
     expect(n_bins in range(2, 257), "n_bins", "a number of levels in 2..256", n_bins)
     channels, side = shape[:2]
-    own = side_of(config.name)
-    expect(own is None or side >= own, "image_shape", f"sides of at least {own}, as {config.name} has", shape)
     image = decode(source, where, channels == 1, most_pixels, formats)
     if image.size == (side, side):
         return levels_of(pixels(image), n_bins)
+    own = side_of(config.name)
+    expect(own is None or side >= own, "image_shape", f"sides of at least {own}, as {config.name} has", shape)
     preparation = replace(config.preparation(), size=side)
     if own is None:
         values = pixels(to_square(image, preparation.stored_side, where))

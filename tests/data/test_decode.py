@@ -1,0 +1,195 @@
+"""What is decoded at all: kinds of files, how many pixels, and that whatever is wrong is told in one line."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pyglow_fast.data import UnreadableImageError
+from pyglow_fast.data.decode import decode
+
+NOISE = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+KINDS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+
+
+def encoded(kind: str, **options: Any) -> bytes:
+    """The noise as a file of a kind, 32x24."""
+    stream = io.BytesIO()
+    Image.fromarray(NOISE).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """A chunk of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width: int, height: int, *chunks: bytes, pixels: bytes = b"") -> bytes:
+    """A grey PNG whose header says a size; with no pixels unless they are given."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    rows = chunk(b"IDAT", zlib.compress(pixels))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + rows + chunk(b"IEND", b"")
+
+
+def refusal(source: Path | bytes, **options: Any) -> str:
+    """The message, which is one line and begins with the name."""
+    with pytest.raises(UnreadableImageError) as caught:
+        decode(source, "upload 1", False, **options)
+    text = str(caught.value)
+    assert text.startswith("upload 1: expected an image")
+    assert "\n" not in text
+    return text.removeprefix("upload 1: ")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_pixels_are_counted_before_they_are_decoded(kind: str) -> None:
+    data = encoded(kind)
+    assert decode(data, "x", False, 32 * 24).size == (32, 24)
+    assert refusal(data, most_pixels=32 * 24 - 1) == "expected an image of at most 767 pixels, found 32x24"
+    if kind != "WEBP":  # whose decoder wants the whole file before it tells the size
+        # Its pixels cannot be decoded, which one who looks at them first would say.
+        assert "of at most 9 pixels, found 32x24" in refusal(data[: len(data) * 3 // 4], most_pixels=9)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_pillow_takes_for_a_bomb_is_told_in_the_same_way(strict: bool) -> None:
+    limit = Image.MAX_IMAGE_PIXELS
+    assert limit is not None
+    huge, large = png(20000, 20000), png(10000, 10000)  # above twice the limit, and above the limit
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if strict else "ignore")
+        assert refusal(huge) == f"expected an image of at most {2 * limit} pixels, found 400000000 of them"
+        assert refusal(huge, most_pixels=50) == "expected an image of at most 50 pixels, found 400000000 of them"
+        found = "100000000 of them" if strict else "10000x10000"
+        assert refusal(large, most_pixels=50) == f"expected an image of at most 50 pixels, found {found}"
+        if strict:
+            assert refusal(large) == f"expected an image of at most {limit} pixels, found 100000000 of them"
+
+
+def test_formats_limit_what_is_tried(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(encoded("BMP"))
+    for source in (encoded("BMP"), tmp_path / "x.png"):
+        assert decode(source, "x", False, formats=("PNG", "BMP")).size == (32, 24)
+        text = refusal(source, formats=("PNG", "JPEG"))
+        assert text == "expected an image that Pillow can decode (PNG, JPEG), found cannot identify image file"
+    assert refusal(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", formats=("EPS",)).endswith("image file")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"most_pixels": 0}, "most_pixels: expected a positive number, found 0"),
+        ({"most_pixels": 1.5}, "most_pixels: expected a positive number, found 1.5"),
+        ({"formats": "PNG"}, "formats: expected names of Pillow's formats, found 'PNG'"),
+        ({"formats": ()}, r"formats: expected names of Pillow's formats, found \(\)"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="^" + message):
+        decode(encoded("PNG"), "x", False, **options)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_the_first_frame_is_the_image(kind: str) -> None:
+    frames = [Image.new("RGB", (6, 4), colour) for colour in ("red", "blue", "lime")]
+    stream = io.BytesIO()
+    options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
+    frames[0].save(stream, kind, save_all=True, append_images=frames[1:], **options)
+    with Image.open(io.BytesIO(stream.getvalue())) as image:
+        assert image.n_frames == 3  # type: ignore[attr-defined]
+    assert decode(stream.getvalue(), "x", False).tobytes() == frames[0].tobytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.9])
+def test_cut_files(kind: str, share: float) -> None:
+    data = encoded(kind)
+    assert "that Pillow can decode, found " in refusal(data[: int(share * len(data))])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP"])
+@pytest.mark.parametrize("strict", [False, True])
+def test_bytes_that_were_changed_give_an_image_or_the_one_kind_of_error(kind: str, strict: bool) -> None:
+    rng = np.random.default_rng(1)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = np.frombuffer(encoded(kind, **({} if kind == "GIF" else {"exif": exif})), dtype=np.uint8)
+    refused = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if strict else "ignore")
+        for _ in range(200):
+            changed = data.copy()
+            changed[rng.integers(0, min(len(data), 400), 3)] = rng.integers(0, 256, 3)
+            try:
+                assert decode(changed.tobytes(), "x", False, 1 << 20).mode == "RGB"
+            except UnreadableImageError as error:
+                refused.append(str(error))
+    assert refused
+    assert not [message for message in refused if "\n" in message]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b'<svg xmlns="http://www.w3.org/2000/svg" width="8" height="8"><rect width="8" height="8"/></svg>',
+        b"<!DOCTYPE html><html><body><img src=x></body></html>",
+        b"\x89PNG\r\n\x1a\n",
+    ],
+)
+def test_what_is_no_image(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "x.png").write_bytes(data)
+    for source in (data, tmp_path / "x.png"):
+        assert refusal(source) == "expected an image that Pillow can decode, found cannot identify image file"
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP"])
+def test_texts_and_profiles_that_would_unpack_without_end(kind: bytes) -> None:
+    packed = zlib.compress(bytes(1 << 26))
+    between = {b"zTXt": b"\0", b"iTXt": b"\1\0\0\0", b"iCCP": b"\0"}[kind]
+    data = png(8, 8, chunk(kind, b"a\0" + between + packed), pixels=bytes(72))
+    assert "found Decompressed data too large" in refusal(data)
+
+
+def test_many_long_texts_are_refused_or_left_alone() -> None:
+    texts = [chunk(b"tEXt", b"k%d\0" % i + b"x" * (1 << 22)) for i in range(20)]
+    assert "found Too much memory used in text chunks" in refusal(png(8, 8, *texts, pixels=bytes(72)))
+    assert decode(png(8, 8, *texts[:2], pixels=bytes(72)), "x", True).tobytes() == bytes(64)
+
+
+def test_an_exif_block_as_long_as_can_be() -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x9286] = 6, b"x" * 65000
+    assert decode(encoded("PNG", exif=exif), "x", False).size == (24, 32)
+    assert "found not a TIFF file" in refusal(encoded("PNG", exif=b"Exif\0\0" + b"\xff" * (1 << 20)))
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    assert refusal(tmp_path / "pipe.png") == "expected an image file, found a pipe"
+    assert refusal(tmp_path) == "expected an image file, found a folder"
+    assert refusal(Path(os.devnull)) == "expected an image file, found a device"
+    assert "found [Errno 2] No such file" in refusal(tmp_path / "none.png")
+    assert "null" in refusal(Path("a\0b"))
+    (tmp_path / "link.png").symlink_to(tmp_path / "x.png")
+    (tmp_path / "x.png").write_bytes(encoded("PNG"))
+    assert decode(tmp_path / "link.png", "x", False).size == (32, 24)
+
+
+def test_no_file_stays_open(tmp_path: Path) -> None:
+    """What is refused is closed: with warnings as errors an open file would be told of."""
+    (tmp_path / "x.png").write_bytes(png(20000, 20000))
+    (tmp_path / "y.png").write_bytes(encoded("PNG"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResourceWarning)
+        refusal(tmp_path / "x.png")
+        refusal(tmp_path / "y.png", most_pixels=1)
