@@ -19,6 +19,7 @@ from pyglow_fast.train.figures import class_columns, class_cycle, save_curve, sa
 from pyglow_fast.train.labelled import GridRow, labelled_grid, save_labelled_grid
 from pyglow_fast.train.loop import Result, Run
 from pyglow_fast.train.optim import OPTIMIZERS, learning_rate, make_optimizer
+from pyglow_fast.train.page import page_of
 from pyglow_fast.train.ranks import RankError, Ranks, open_ranks
 from pyglow_fast.train.run_folder import FolderError, RunFolder, load_model
 from pyglow_fast.train.runs import resume, start
@@ -60,6 +61,7 @@ __all__ = [
     "load_model",
     "make_optimizer",
     "open_ranks",
+    "page_of",
     "read_config",
     "resolve_device",
     "resume",

@@ -221,8 +221,8 @@ def _checked(text: Mapping[str, str]) -> Mapping[str, str]:
     return text
 
 
-def save_curve(rows: list[Row], path: Path, yardsticks: dict[str, float]) -> None:
-    """bits/dim against steps: trained on, held out, and the yardsticks as level lines.
+def bits_png(rows: list[Row], yardsticks: dict[str, float]) -> bytes:
+    """A PNG of bits/dim against steps: trained on, held out, and the yardsticks as level lines.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -245,8 +245,15 @@ def save_curve(rows: list[Row], path: Path, yardsticks: dict[str, float]) -> Non
     axes.set(xlabel="step", ylabel="bits/dim")
     axes.grid(alpha=0.3)
     axes.legend()
+    figure.savefig(buffer := io.BytesIO(), format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def save_curve(rows: list[Row], path: Path, yardsticks: dict[str, float]) -> None:
+    """:func:`bits_png` as a file, replaced atomically."""
+    png = bits_png(rows, yardsticks)
     with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+        temporary.write_bytes(png)
 
 
 def class_columns(count: int, n_classes: int | None) -> int | None:

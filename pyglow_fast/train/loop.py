@@ -25,6 +25,7 @@ from pyglow_fast.train.interrupt import StopRequest
 from pyglow_fast.train.memory import memory_mb
 from pyglow_fast.train.metrics import Row, read_metrics
 from pyglow_fast.train.page import write_page
+from pyglow_fast.train.report import environment
 from pyglow_fast.train.run_folder import RunFolder
 from pyglow_fast.train.seeds import derive
 from pyglow_fast.train.state import TrainingDivergedError, TrainState
@@ -339,11 +340,13 @@ class Run:
             progress.unreadable,
         )
         levels = {item.name: item.bits_per_dim for item in found}
-        text = json.dumps(_json_able(asdict(result)), indent=2) + "\n"
+        # Of the page all that the other files do not hold, or may not hold any more.
+        about = {"data": state.train.name, "config": state.config.to_dict(), "environment": environment()}
+        text = json.dumps(_json_able(asdict(result) | about), indent=2) + "\n"
         write = self.writer.attempt
         write("the curve", lambda: save_curve(read_metrics(folder.metrics), folder.curve, levels))
-        write("the report", lambda: write_text(folder.report, text))
-        write("the report", lambda: write_page(folder, state.config, result, state.train.name))
+        if write("the report", lambda: write_text(folder.report, text)) is None:
+            write("the page of the report", lambda: write_page(folder))
         return result
 
 

@@ -110,8 +110,13 @@ def _scores(scores: Sequence[tuple[str, str, str]]) -> str:
     return f"<table>\n{rows}\n</table>"
 
 
+def is_png(data: bytes) -> bool:
+    """Whether ``data`` begins as a PNG does."""
+    return data.startswith(PNG)
+
+
 def _figure(kind: str, caption: str, png: bytes) -> str:
-    expect(png.startswith(PNG), "png", f"the bytes of a PNG for {caption!r}", f"{len(png)} others")
+    expect(is_png(png), "png", f"the bytes of a PNG for {caption!r}", f"{len(png)} others")
     source, words = base64.b64encode(png).decode("ascii"), html.escape(caption)
     return (
         f'<figure class="{kind}"><img src="data:image/png;base64,{source}" alt="{words}">'
@@ -127,6 +132,7 @@ def report_html(
     settings: dict[str, dict[str, Any]],
     environment: dict[str, str],
     scores: list[tuple[str, str, str]],
+    notes: Sequence[str] = (),
 ) -> str:
     """One HTML page with everything inside it: no script, no font and no picture comes from anywhere else.
 
@@ -140,11 +146,13 @@ def report_html(
         settings: by section, name and value.
         environment: see :func:`environment`.
         scores: (name, value, note) each.
+        notes: sentences below the facts, such as what is missing.
 
     Raises:
         ValueError: bytes that are no PNG.
     """
     parts = [_table(facts)] if facts else []
+    parts += [f"<p>{html.escape(note)}</p>" for note in notes]
     if scores:
         parts += ["<h2>Scores</h2>", _scores(scores)]
     if curves:

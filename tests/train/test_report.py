@@ -7,51 +7,18 @@ import io
 import math
 import os
 import sys
-from html.parser import HTMLParser
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from support.html_page import Page
 
 from pyglow_fast import info
 from pyglow_fast.data import MissingExtraError
 from pyglow_fast.train.report import curve_png, environment, report_html
 
 NASTY = """<script>alert("x")</script> & 'y'"""
-VOID = {"meta", "img"}
-
-
-class Page(HTMLParser):
-    """Checks that tags are closed in order, and collects text, pictures and tags."""
-
-    def __init__(self, source: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.images: list[dict[str, str | None]] = []
-        self.cells: list[str] = []
-        self.words: dict[str, list[str]] = {}
-        self.feed(source)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Opens."""
-        self.tags.append(tag)
-        if tag == "img":
-            self.images.append(dict(attrs))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        """Closes what was opened last."""
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        """Text by its tag."""
-        if data.strip():
-            self.words.setdefault(self.open[-1], []).append(data)
 
 
 def png(color: tuple[int, int, int] = (255, 0, 0)) -> bytes:
@@ -71,6 +38,7 @@ def page(**changes: Any) -> str:
         "settings": {"model": {"hidden": 64, "lr": 0.001, "n_classes": None, "image_shape": (1, 8, 8)}},
         "environment": {"torch": "2.13"},
         "scores": [("held out", "2.10 ± 0.02", "bits/dim")],
+        "notes": ["no samples"],
     }
     return report_html(**(parts | changes))
 
@@ -80,6 +48,7 @@ def test_everything_is_on_the_page() -> None:
     assert found.words["title"] == found.words["h1"] == ["digits"]
     assert found.words["h2"] == ["Scores", "Curves", "Pictures", "Settings", "Environment"]
     assert found.words["h3"] == ["model"]
+    assert found.words["p"] == ["no samples"]
     assert found.words["figcaption"] == ["loss", "samples", "data"]
     expected = ["digits, 1437 images", "2000", "2.10 ± 0.02", "bits/dim", "64", "0.001", "none", "1, 8, 8", "2.13"]
     assert found.words["td"] == expected
@@ -112,6 +81,7 @@ def test_pictures_are_inside_and_nothing_comes_from_elsewhere() -> None:
         {"settings": {NASTY: {NASTY: NASTY, "list": [NASTY]}}},
         {"environment": {NASTY: NASTY}},
         {"scores": [(NASTY, NASTY, NASTY)]},
+        {"notes": [NASTY]},
     ],
     ids=lambda changes: next(iter(changes)),
 )
@@ -132,10 +102,10 @@ def test_values_that_are_no_numbers() -> None:
 
 
 def test_empty_parts_are_left_out() -> None:
-    empty = {"facts": {}, "curves": [], "pictures": [], "settings": {}, "environment": {}, "scores": []}
+    empty = {"facts": {}, "curves": [], "pictures": [], "settings": {}, "environment": {}, "scores": [], "notes": []}
     found = Page(page(**empty))
     assert found.words["h1"] == ["digits"]
-    assert {"h2", "table", "figure"}.isdisjoint(found.tags)
+    assert {"h2", "table", "figure", "p"}.isdisjoint(found.tags)
 
 
 def test_bytes_that_are_no_picture_are_refused() -> None:
