@@ -18,7 +18,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 API = "/gradio_api"
 # The addresses that the page asks for, by method; all others of Gradio do not exist here: its API and documentation,
 # other people's servers (proxy), reloading, monitoring, recordings, histories and editing by a model.
-OPEN = {"GET": ("/", "/theme.css", f"{API}/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt")}
+OPEN = {"GET": ("/", "/theme.css", f"{API}/theme.css", "/favicon.ico", "/manifest.json")}
 OPEN_FOLDERS = ("/assets/", "/static/")
 LOGIN = {"POST": ("/login", "/login/"), "GET": ("/logout",)}
 CLOSED = {  # to all who have not logged in
@@ -114,8 +114,12 @@ class Gate:
             await _answer(*refused, send)
             return
         path = scope["path"]
-        if path == "/" and any(name != "__theme" for name, _ in parse_qsl(scope["query_string"].decode("latin-1"))):
-            await _answer(303, "", send, (b"location", b"/"))  # Gradio's pages of settings and of its API
+        query = parse_qsl(scope["query_string"].decode("latin-1"))
+        if path == "/" and any(name != "__theme" for name, _ in query):
+            await _answer(303, "", send, location=b"/")  # Gradio's pages of settings and of its API
+            return
+        if path == "/manifest.json":  # asked for without cookies, and Gradio's has the title of the page
+            await _answer(200, "{}", send, kind=b"application/manifest+json")
             return
         try:
             if path == f"{API}/queue/join":
@@ -213,10 +217,12 @@ def _with_headers(send: Send) -> Send:
     return add
 
 
-async def _answer(status: int, text: str, send: Send, *headers: tuple[bytes, bytes]) -> None:
-    send = _with_headers(send)
-    body = text.encode()
-    length = (b"content-length", str(len(body)).encode())
-    kind = (b"content-type", b"text/plain; charset=utf-8")
-    await send({"type": "http.response.start", "status": status, "headers": [kind, length, *headers]})
+async def _answer(
+    status: int, text: str, send: Send, kind: bytes = b"text/plain; charset=utf-8", location: bytes | None = None
+) -> None:
+    send, body = _with_headers(send), text.encode()
+    headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
+    if location is not None:
+        headers.append((b"location", location))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -1,4 +1,4 @@
-"""Starts and ends the server of the page: on this machine alone unless there is a login, without anything from outside."""
+"""Starts and ends the server of the page: for this machine alone unless there is a login, with nothing from outside."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from gradio.routes import App as GradioApp
 
 from pyglow_fast._errors import expect
 from pyglow_fast.web.gate import Gate
-from pyglow_fast.web.uploads import MAX_FILE_SIZE
 
 VARIABLE = "PYGLOW_SERVE_AUTH"
 FIRST_PORT = 7860
 PORTS = 100  # that are tried
+MAX_FILE_SIZE = 20 * 2**20  # bytes
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 GRACE = 0.7  # seconds that the server has to end in, which a handler that computes does not keep to
 # Of Gradio's defaults one looks for fonts of its own; these are on every system.
@@ -153,7 +153,7 @@ def _signals() -> list[signal.Signals]:
     return [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
-def _application(
+def application(
     blocks: gr.Blocks,
     folder: Path,
     host: str,
@@ -163,6 +163,7 @@ def _application(
     js: str | None,
     head: str | None,
 ) -> Gate:
+    """The page as an ASGI application behind its gate; the arguments are those of :func:`serve`, and its folder."""
     outer = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     gr.mount_gradio_app(
         outer,
@@ -229,7 +230,7 @@ def serve(
         folder = Path(tempfile.mkdtemp(prefix="pyglow-serve-")).resolve()
         os.environ |= {"GRADIO_TEMP_DIR": str(folder), "GRADIO_ANALYTICS_ENABLED": "False"}
         tempfile.tempdir = str(folder)  # for uploads that were broken off
-        gate = _application(page(), folder, host, auth, max_file_size, css, js, head)
+        gate = application(page(), folder, host, auth, max_file_size, css, js, head)
         config = uvicorn.Config(
             gate, log_config=None, access_log=False, proxy_headers=False, server_header=False, ws="none"
         )

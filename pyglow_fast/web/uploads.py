@@ -15,14 +15,16 @@ from gradio.data_classes import FileData, ImageData, ListFiles
 
 from pyglow_fast.web.errors import refusal
 
-MAX_FILE_SIZE = 20 * 2**20  # bytes
 LONGEST_NAME = 100  # characters
 LINGER = 5.0  # seconds that a file stays after it was read: the browser may still be fetching it to show it
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A file as it came: the name that it has on the user's machine, its last part only, and its bytes."""
+    """A file as it came: its name on the user's machine (the last part), and its bytes.
+
+    A picture of the webcam is named image.png, one from the clipboard clipboard.png.
+    """
 
     name: str
     data: bytes
@@ -54,16 +56,15 @@ def _forget(path: Path, inode: int) -> None:
         pass  # gone already, or the folder is in use again
 
 
-def take(payload: FileData | ImageData, cache: str, limit: int = MAX_FILE_SIZE, linger: float = LINGER) -> Upload:
+def take(payload: FileData | ImageData, cache: str, linger: float = LINGER) -> Upload:
     """Reads an uploaded file and has it unlinked ``linger`` seconds later.
 
     Args:
         payload: what the page sent; its path must lie in the cache. Its url is not looked at.
         cache: the folder that holds what was uploaded.
-        limit: the most bytes it may have.
 
     Raises:
-        gr.Error: it is not there any more, lies elsewhere or is too large.
+        gr.Error: it is not there any more, or lies elsewhere.
     """
     name = clean_name(payload.orig_name)
     folder = Path(cache).resolve()
@@ -73,14 +74,12 @@ def take(payload: FileData | ImageData, cache: str, limit: int = MAX_FILE_SIZE, 
     try:
         with path.open("rb") as file:
             inode = os.fstat(file.fileno()).st_ino
-            data = file.read(limit + 1)
+            data = file.read()
     except OSError:
         raise refusal(f"{name}: not on the server any more; choose the file again") from None
     timer = threading.Timer(linger, _forget, (path, inode))
     timer.daemon = True
     timer.start()
-    if len(data) > limit:
-        raise refusal(f"{name}: expected a file of at most {limit / 2**20:g} MB, found a larger one")
     return Upload(name, data)
 
 
@@ -94,8 +93,9 @@ class _WithoutStub(ComponentMeta):
 class UploadedImage(gr.Image, metaclass=_WithoutStub):
     """A ``gr.Image`` for input whose handler gets an :class:`Upload`, or None; nothing opens the picture before it.
 
-    The file is gone some seconds after the first handler read it. So listen to ``upload`` (and ``input`` for the
-    webcam), keep what you make of the picture in a ``gr.State``, and show that elsewhere or as this component's value.
+    The file is gone some seconds after a handler read it. So listen to ``upload`` alone, which a file, the webcam and
+    the clipboard cause (``input`` and ``change`` also come with None, when a source is chosen), keep what you make of
+    the picture in a ``gr.State``, give this component None and show the picture elsewhere.
     """
 
     is_template = True  # the browser shows it as an image

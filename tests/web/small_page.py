@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import gradio as gr
 
@@ -50,7 +51,9 @@ def told(upload: Upload | None) -> str:
 
 
 @on_page()
-def received(upload: Upload | None) -> tuple[None, str]:
+def received(upload: Upload | None) -> tuple[Any, str]:
+    if upload is None:
+        return gr.skip(), "none"
     return None, told(upload)
 
 
@@ -72,7 +75,7 @@ def page() -> gr.Blocks:
         gr.Button("Count").click(count, None, out)
         gr.Button("Slow").click(slow, None, out)
         image = UploadedImage(label="Picture", buttons=[])
-        image.input(received, image, [image, out])
+        image.upload(received, image, [image, out])
         files = UploadedFiles(label="Files", file_count="multiple")
         files.upload(received_files, files, out)
     return blocks

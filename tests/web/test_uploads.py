@@ -1,0 +1,111 @@
+"""Uploaded files become a name and bytes, and leave the disk."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+from support import ROOT, web
+
+web.require("gradio")
+
+import gradio as gr  # noqa: E402
+from gradio.data_classes import FileData, ImageData, ListFiles  # noqa: E402
+
+from pyglow_fast.web.uploads import LONGEST_NAME, Upload, UploadedFiles, UploadedImage, clean_name, take  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    ("name", "clean"),
+    [
+        ("cat.png", "cat.png"),
+        ("../../etc/passwd", "passwd"),
+        ("C:\\Users\\me\\cat.png", "cat.png"),
+        ("a\x00b\n\x1b[31m.png", "ab[31m.png"),
+        ("\u202egnp.exe", "gnp.exe"),
+        ("dir/", "dir"),
+        ("größe 1.png", "größe 1.png"),
+        ("..", "upload"),
+        ("", "upload"),
+        (None, "upload"),
+        ("x" * 200 + ".jpeg", "x" * (LONGEST_NAME - 5) + ".jpeg"),
+        ("." + "x" * 200, "." + "x" * (LONGEST_NAME - 1)),
+    ],
+)
+def test_a_name_is_its_last_part_in_characters_that_print(name: str | None, clean: str) -> None:
+    assert clean_name(name) == clean
+
+
+def stored(cache: Path, data: bytes = b"not an image") -> Path:
+    path = cache / "hash" / "cat.png"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def gone(path: Path) -> bool:
+    end = time.monotonic() + 10
+    while path.exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    return not path.exists()
+
+
+def test_a_file_is_read_once(tmp_path: Path) -> None:
+    path = stored(tmp_path)
+    assert take(FileData(path=str(path), orig_name="a/cat.png"), str(tmp_path), linger=0) == Upload(
+        "cat.png", b"not an image"
+    )
+    assert gone(path.parent)
+    with pytest.raises(gr.Error, match="choose the file again"):
+        take(FileData(path=str(path), orig_name="cat.png"), str(tmp_path))
+
+
+def test_a_file_that_came_again_stays(tmp_path: Path) -> None:
+    """The same picture has the same name; what forgets the first must leave the second."""
+    path = stored(tmp_path)
+    take(FileData(path=str(path)), str(tmp_path), linger=0.2)
+    other = tmp_path / "new"
+    other.write_bytes(b"again")
+    os.replace(other, path)
+    time.sleep(0.6)
+    assert take(FileData(path=str(path)), str(tmp_path)).data == b"again"
+
+
+@pytest.mark.parametrize("where", ["beside", "link", "folder", "url", "data"])
+def test_nothing_but_a_file_of_the_cache_is_read(where: str, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    outside = tmp_path / "secret"
+    outside.write_bytes(b"secret")
+    (cache / "link").symlink_to(outside)
+    paths = {
+        "beside": str(cache / ".." / "secret"),
+        "link": str(cache / "link"),
+        "folder": str(cache),
+        "url": "http://127.0.0.1:1/a.png",
+        "data": "data:image/png;base64,AAAA",
+    }
+    with pytest.raises(gr.Error, match="choose the file again"):
+        take(FileData(path=paths[where], orig_name="a.png"), str(cache))
+    assert outside.read_bytes() == b"secret"
+
+
+def test_the_components_hand_bytes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of what is no image; a data url beside the path is not looked at."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    path = str(stored(tmp_path))
+    image, files = UploadedImage(), UploadedFiles(file_count="multiple")
+    expected = Upload("cat.png", b"not an image")
+    assert image.preprocess(ImageData(path=path, orig_name="cat.png", url="data:image/png;base64,AAAA")) == expected
+    assert image.preprocess(None) is None
+    assert files.preprocess(ListFiles(root=[FileData(path=path, orig_name="cat.png")] * 2)) == [expected, expected]
+    assert files.preprocess(FileData(path=path, orig_name="cat.png")) == [expected]
+    assert files.preprocess(None) == []
+    assert (image.get_block_name(), files.get_block_name()) == ("image", "file")
+
+
+def test_no_stub_is_written_beside_the_components() -> None:
+    """Gradio writes a .pyi beside the source of a component's class."""
+    assert list((ROOT / "pyglow_fast" / "web").glob("*.pyi")) == []
