@@ -120,8 +120,8 @@ def _between(args: argparse.Namespace) -> int:
         out = output_path(args.out, suffix if animated else ".png")
         opened = open_to_look(args)
         labels = [opened.label(name) for name in args.labels] if args.labels else [None, None]
-        ends = [opened.pick(image, label) for image, label in zip(images, labels, strict=True)]
-    path = Between(opened, *ends, args.space or opened.space, args.spherical)
+        first, last = (opened.pick(image, label) for image, label in zip(images, labels, strict=True))
+    path = Between(opened, first, last, args.space or opened.space, args.spherical)
     frames, bad = path.frames(args.steps, None if args.at is None else (args.at,))
     if args.at is None:
         write_made(path.made(frames, out.suffix.lower(), args.scale), out)

@@ -34,7 +34,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--auth",
         metavar="USER",
-        help="ask for USER and a password, prompted for or from PYGLOW_SERVE_AUTH=USER:PASSWORD; a must for other hosts",
+        help="a login, its password prompted for or from PYGLOW_SERVE_AUTH=USER:PASSWORD; a must for other hosts",
     )
     parser.add_argument("--no-browser", action="store_true", help="do not open a browser")
     add_train_images(parser)

@@ -89,7 +89,7 @@ def parse_image(text: str, argument: str = "image") -> Image:
         labels = tuple(map(int, named.pop("label")))
         kinds = {"n": int, "seed": int, "temperature": float}
         given = {name: kinds[name](values[0]) for name, values in named.items() if values}
-        draw = Draw(**given, labels=labels)  # type: ignore[arg-type]
+        draw = Draw(**given, labels=labels)
         index = int(number)
     except ValueError as error:
         raise ValueError(f"{argument}: expected {IMAGE_HELP}, found {text!r} ({error})") from error

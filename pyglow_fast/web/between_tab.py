@@ -1,4 +1,4 @@
-"""The tab of paths: two images, the way from one to the other through the latents, as a frame, a strip, an animation."""
+"""The tab of paths: the way from one image to another through the latents, as a frame, a strip, an animation."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class BetweenTab:
                             type="filepath",
                             height=150,
                             elem_id=f"{name}-upload",
-                        )  # fmt: skip
+                        )
                     )
                     self.takes.append(gr.Button(f"{name}: the image under Edit", elem_id=f"{name}-take"))
             with gr.Column(scale=2, min_width=300):

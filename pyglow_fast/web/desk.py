@@ -1,4 +1,4 @@
-"""What one visitor has on the desk: a run, the image under edit, samples, the ends of a path. No two visitors share one."""
+"""What one visitor has on the desk: a run, the image under edit, samples, the ends of a path; no two share one."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ QUIET: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last
 
 def pair_text(pair: tuple[str, str]) -> str:
     """A difference of two attributes in words."""
-    return f"{pair[0]} − {pair[1]}"
+    return f"{pair[0]} minus {pair[1]}"
 
 
 class EditTab:
@@ -87,8 +87,8 @@ class EditTab:
 
     def _wire(self) -> None:
         desk, controls = self._desk, self.controls
-        for widget in (*self.adds, *self.keeps, self.twin):
-            widget.input(on_page()(self.edited), [desk, *controls], self.shown, **QUIET)
+        for event in (*(slider.input for slider in (*self.adds, *self.keeps)), self.twin.input):
+            event(on_page()(self.edited), [desk, *controls], self.shown, **QUIET)
         self.back.click(on_page()(self.reset), [desk, self.twin], [*self.adds, *self.keeps, *self.shown], **QUIET)
         again = (on_page()(self.edited), [desk, *controls], self.shown)
         self.number.change(on_page()(self.take_number), [desk, self.number], None, **QUIET).success(*again, **QUIET)

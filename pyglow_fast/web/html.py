@@ -22,15 +22,17 @@ CSS = """
 .pgf-image { image-rendering: pixelated; background: #888; border-radius: 4px; max-width: 100%; display: block; }
 .pgf-smooth { image-rendering: auto; }
 .pgf-pick { padding: 2px; border: 2px solid transparent; border-radius: 6px; background: none; cursor: pointer; }
-.pgf-pick:hover, .pgf-pick:focus-visible, .pgf-pick[aria-pressed=true] { border-color: var(--color-accent); outline: none; }
+.pgf-pick:hover, .pgf-pick:focus-visible { border-color: var(--color-accent); outline: none; }
 .pgf-grid { display: flex; flex-wrap: wrap; gap: 4px; }
 .pgf-strip { display: flex; gap: 2px; overflow-x: auto; }
-.pgf-save { display: inline-block; margin: 0 0.8rem 0.3rem 0; color: var(--link-text-color); text-decoration: underline; }
+.pgf-save { display: inline-block; margin: 0 0.8rem 0.3rem 0; color: var(--link-text-color);
+  text-decoration: underline; }
 .pgf-note { color: var(--body-text-color-subdued); }
-.pgf-table { border-collapse: collapse; } .pgf-table th, .pgf-table td { text-align: left; padding: 0.2rem 1rem 0.2rem 0;
+.pgf-table { border-collapse: collapse; }
+.pgf-table th, .pgf-table td { text-align: left; padding: 0.2rem 1rem 0.2rem 0;
   border-bottom: 1px solid var(--border-color-primary); vertical-align: middle; overflow-wrap: anywhere; }
 .pgf-plot { max-width: 100%; background: #fff; border-radius: 4px; }
-.pgf-frame { width: 100%; height: 75vh; border: 1px solid var(--border-color-primary); border-radius: 6px; background: #fff; }
+.pgf-frame { width: 100%; height: 75vh; border: 1px solid var(--border-color-primary); border-radius: 6px; }
 """
 
 # A click on a button of a gr.HTML, or Enter on it, reaches Python as the number of the button.
@@ -62,7 +64,8 @@ def image(levels: Tensor, n_bins: int, words: str, height: int = SHOWN) -> str:
 def figure(levels: Tensor, n_bins: int, title: str, caption: str = "", part: str = "") -> str:
     """An image with words below it; ``part`` names it for the tests and for style."""
     below = f"<b>{html.escape(title)}</b>" + (f"<br>{html.escape(caption)}" if caption else "")
-    return f'<figure data-part="{html.escape(part)}">{image(levels, n_bins, title)}<figcaption>{below}</figcaption></figure>'
+    shown = image(levels, n_bins, title)
+    return f'<figure data-part="{html.escape(part)}">{shown}<figcaption>{below}</figcaption></figure>'
 
 
 def row(figures: Sequence[str]) -> str:
@@ -70,23 +73,20 @@ def row(figures: Sequence[str]) -> str:
     return f'<div class="pgf-row">{"".join(figures)}</div>'
 
 
-def buttons(images: Sequence[Tensor], n_bins: int, words: Sequence[str], strip: bool = False, pressed: int = -1) -> str:
+def buttons(images: Sequence[Tensor], n_bins: int, words: Sequence[str], strip: bool = False) -> str:
     """Images as buttons, whose number a click gives; see PICK_JS."""
     found = [
         f'<button type="button" class="pgf-pick" data-index="{i}" title="{html.escape(text)}" '
-        f'aria-label="{html.escape(text)}"{_pressed(i, pressed)}>{image(levels, n_bins, text, THUMB)}</button>'
+        f'aria-label="{html.escape(text)}">{image(levels, n_bins, text, THUMB)}</button>'
         for i, (levels, text) in enumerate(zip(images, words, strict=True))
     ]
     return f'<div class="{"pgf-strip" if strip else "pgf-grid"}">{"".join(found)}</div>'
 
 
-def _pressed(i: int, pressed: int) -> str:
-    return "" if pressed < 0 else f' aria-pressed="{"true" if i == pressed else "false"}"'
-
-
 def save_link(made: Made, name: str, words: str) -> str:
     """A link that saves a file under ``name``."""
-    return f'<a class="pgf-save" download="{html.escape(name)}" href="{uri(made.data, made.suffix)}">{html.escape(words)}</a>'
+    href = uri(made.data, made.suffix)
+    return f'<a class="pgf-save" download="{html.escape(name)}" href="{href}">{html.escape(words)}</a>'
 
 
 def note(text: str) -> str:
