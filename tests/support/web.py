@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -110,6 +111,15 @@ def small_server(folder: Path, **options: Any) -> Server:
     """The server of tests/web/small_page.py; the options are those of ``serve``."""
     require("gradio")
     return Server([str(SMALL_PAGE), json.dumps(options)], folder)
+
+
+def handler_index(server: Server, button: str) -> int:
+    """The number by which a request names the handler of a button."""
+    with urllib.request.urlopen(f"{server.address}config") as answer:
+        config = json.load(answer)
+    (target,) = [part["id"] for part in config["components"] if part["props"].get("value") == button]
+    (index,) = [handler["id"] for handler in config["dependencies"] if [target, "click"] in handler["targets"]]
+    return int(index)
 
 
 class Watched:
