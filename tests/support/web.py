@@ -55,9 +55,11 @@ class Server:
     Attributes:
         address: such as http://127.0.0.1:7860/.
         process: a ``subprocess.Popen``.
+        cwd: its current folder, which also has its temporary files.
     """
 
     def __init__(self, arguments: list[str], cwd: Path, **environment: str) -> None:
+        self.cwd = cwd
         self._err = Path(tempfile.mkstemp(prefix="serve-", suffix=".log", dir=cwd)[1])
         settings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(cwd), **environment}
         with self._err.open("w") as err:
@@ -143,9 +145,10 @@ class Watched:
 
     def check(self, address: str) -> None:
         """Fails on requests to any other server, on errors in the console, exceptions and dialogs."""
-        assert self.foreign(address) == []
-        assert self.errors == []
-        assert self.dialogs == []
+        foreign = self.foreign(address)
+        assert not foreign, foreign
+        assert not self.errors, self.errors
+        assert not self.dialogs, self.dialogs
 
     def foreign(self, address: str) -> list[str]:
         """What was asked for of any other server than that at ``address``."""
