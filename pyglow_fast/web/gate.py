@@ -20,9 +20,14 @@ API = "/gradio_api"
 # other people's servers (proxy), reloading, monitoring, recordings, histories and editing by a model.
 OPEN = {"GET": ("/", "/theme.css", f"{API}/theme.css", "/favicon.ico", "/manifest.json")}
 OPEN_FOLDERS = ("/assets/", "/static/")
-LOGIN = {"POST": ("/login", "/login/"), "GET": ("/logout",)}
+LOGIN = {"POST": ("/login", "/login/")}
 CLOSED = {  # to all who have not logged in
-    "GET": ("/config", "/config/", *(f"{API}/{name}" for name in ("queue/data", "upload_progress", "login_check"))),
+    "GET": (
+        "/config",
+        "/config/",
+        "/logout",
+        *(f"{API}/{name}" for name in ("queue/data", "upload_progress", "login_check")),
+    ),
     "POST": tuple(f"{API}/{name}" for name in ("queue/join", "upload", "cancel", "reset")),
 }
 HEARTBEAT = f"{API}/heartbeat/"

@@ -25,6 +25,7 @@ from pyglow_fast._errors import expect
 from pyglow_fast.web.gate import Gate
 
 VARIABLE = "PYGLOW_SERVE_AUTH"
+SETTINGS = ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED")  # environment variables that Gradio reads again and again
 FIRST_PORT = 7860
 PORTS = 100  # that are tried
 MAX_FILE_SIZE = 20 * 2**20  # bytes
@@ -164,6 +165,8 @@ def application(
     head: str | None,
 ) -> Gate:
     """The page as an ASGI application behind its gate; the arguments are those of :func:`serve`, and its folder."""
+    for handler in blocks.fns.values():
+        handler.api_visibility = "private"  # else the login page holds the names of all handlers and their inputs
     outer = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     gr.mount_gradio_app(
         outer,
@@ -225,10 +228,11 @@ def serve(
     host = check_host(host, auth)
     listener = bind(host, port)
     former = {each: signal.signal(each, _stop) for each in _signals()}
-    folder, thread, temporary = None, None, tempfile.tempdir
+    folder, thread = None, None
+    temporary, environment = tempfile.tempdir, dict(os.environ)
     try:
         folder = Path(tempfile.mkdtemp(prefix="pyglow-serve-")).resolve()
-        os.environ |= {"GRADIO_TEMP_DIR": str(folder), "GRADIO_ANALYTICS_ENABLED": "False"}
+        os.environ |= dict(zip(SETTINGS, (str(folder), "False"), strict=True))
         tempfile.tempdir = str(folder)  # for uploads that were broken off
         gate = application(page(), folder, host, auth, max_file_size, css, js, head)
         config = uvicorn.Config(
@@ -254,6 +258,10 @@ def serve(
             thread.join(GRACE)
         listener.close()
         tempfile.tempdir = temporary
+        for name in SETTINGS:
+            os.environ.pop(name, None)
+            if name in environment:
+                os.environ[name] = environment[name]
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
         if thread is not None and thread.is_alive():  # a handler computes: Python would wait for it

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -54,9 +55,11 @@ class Server:
     Attributes:
         address: such as http://127.0.0.1:7860/.
         process: a ``subprocess.Popen``.
+        cwd: its current folder, which also has its temporary files.
     """
 
     def __init__(self, arguments: list[str], cwd: Path, **environment: str) -> None:
+        self.cwd = cwd
         self._err = Path(tempfile.mkstemp(prefix="serve-", suffix=".log", dir=cwd)[1])
         settings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(cwd), **environment}
         with self._err.open("w") as err:
@@ -112,6 +115,15 @@ def small_server(folder: Path, **options: Any) -> Server:
     return Server([str(SMALL_PAGE), json.dumps(options)], folder)
 
 
+def handler_index(server: Server, button: str) -> int:
+    """The number by which a request names the handler of a button."""
+    with urllib.request.urlopen(f"{server.address}config") as answer:
+        config = json.load(answer)
+    (target,) = [part["id"] for part in config["components"] if part["props"].get("value") == button]
+    (index,) = [handler["id"] for handler in config["dependencies"] if [target, "click"] in handler["targets"]]
+    return int(index)
+
+
 class Watched:
     """Notes what a page asks for, what its console says and what it throws; :meth:`check` finds what must not be."""
 
@@ -133,9 +145,10 @@ class Watched:
 
     def check(self, address: str) -> None:
         """Fails on requests to any other server, on errors in the console, exceptions and dialogs."""
-        assert self.foreign(address) == []
-        assert self.errors == []
-        assert self.dialogs == []
+        foreign = self.foreign(address)
+        assert not foreign, foreign
+        assert not self.errors, self.errors
+        assert not self.dialogs, self.dialogs
 
     def foreign(self, address: str) -> list[str]:
         """What was asked for of any other server than that at ``address``."""

@@ -11,6 +11,7 @@ from support import web
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext, Page
 
+WAIT = 20_000  # milliseconds that anything may take on a busy machine
 FLAGS = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 FLAGS += ["--no-first-run", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
 
@@ -19,13 +20,14 @@ FLAGS += ["--no-first-run", "--use-fake-device-for-media-stream", "--use-fake-ui
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserContext]:
     """A Chromium with a profile of its own; it has a camera, whose picture is made up."""
     web.require("playwright", "chromium")
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=WAIT)
     with sync_playwright() as playwright:
         context = playwright.chromium.launch_persistent_context(
             tmp_path_factory.mktemp("profile"), executable_path=web.chromium(), headless=True, args=FLAGS
         )
-        context.set_default_timeout(20_000)
+        context.set_default_timeout(WAIT)
         yield context
         context.close()
 

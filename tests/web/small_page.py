@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -40,6 +41,7 @@ def count() -> Iterator[str]:
 
 @on_page()
 def slow() -> str:
+    Path("computing").touch()
     end = time.monotonic() + SLOW
     while time.monotonic() < end:
         pass

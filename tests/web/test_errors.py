@@ -24,7 +24,7 @@ from pyglow_fast.web.errors import LONGEST, on_page, sentence  # noqa: E402
         ("first\nsecond", "first"),
         ("\n  \nfirst", "first"),
         ("", ""),
-        ("<img src=x onerror=alert(1)> & \"more\"", "&lt;img src=x onerror=alert(1)&gt; &amp; &quot;more&quot;"),
+        ('<img src=x onerror=alert(1)> & "more"', "&lt;img src=x onerror=alert(1)&gt; &amp; &quot;more&quot;"),
         ("/srv/runs/demo/last.pt: no checkpoint", "last.pt: no checkpoint"),
         ("No such file: '/srv/secret/a.png'", "No such file: &#x27;a.png&#x27;"),
         (r"C:\Users\me\a.png: broken", "a.png: broken"),

@@ -1,0 +1,323 @@
+"""What the server answers, to whom: every route of Gradio, files elsewhere, other names and other pages."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import web
+
+web.require("gradio")
+
+import gradio as gr  # noqa: E402
+
+from pyglow_fast.web.gate import CLOSED, HEADERS, LARGEST_JSON, LOGIN, OPEN, Gate, files_in, host_name  # noqa: E402
+from pyglow_fast.web.server import application  # noqa: E402
+
+USER, PASSWORD = "ada", "correct horse"
+SECRET = "do not serve this"
+
+
+class Client:
+    """Sends requests as they are, without tidying a path or a header."""
+
+    def __init__(self, server: web.Server) -> None:
+        self.host = server.host
+        self.cookie = ""
+
+    def __call__(
+        self, path: str, method: str = "GET", body: bytes | None = None, **headers: str
+    ) -> tuple[int, str, dict[str, str]]:
+        """The status, the body (the first 100 KB, for what never ends) and the headers."""
+        name, _, port = self.host.rpartition(":")
+        connection = HTTPConnection(name, int(port), timeout=10)
+        sent = {"Host": self.host, **({"Cookie": self.cookie} if self.cookie else {})}
+        sent |= {name.replace("_", "-"): value for name, value in headers.items()}
+        try:
+            connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
+            for header in sent.items():
+                connection.putheader(*header)
+            if body is not None and "Content-Length" not in sent and "Transfer-Encoding" not in sent:
+                connection.putheader("Content-Length", str(len(body)))
+            connection.endheaders(body)
+            answer = connection.getresponse()
+            got = {name.lower(): value for name, value in answer.getheaders()}
+            endless = "event-stream" in got.get("content-type", "")
+            return answer.status, "" if endless else answer.read(100_000).decode("utf-8", "replace"), got
+        finally:
+            connection.close()
+
+    def log_in(self, user: str, password: str) -> int:
+        form = f"username={user}&password={password.replace(' ', '+')}".encode()
+        connection = HTTPConnection(*self.host.split(":"), timeout=10)  # type: ignore[arg-type]
+        connection.request("POST", "/login", form, {"Content-Type": "application/x-www-form-urlencoded"})
+        answer = connection.getresponse()
+        cookies = [value.partition(";")[0] for name, value in answer.getheaders() if name.lower() == "set-cookie"]
+        self.cookie = "; ".join(cookies)
+        connection.close()
+        return answer.status
+
+    def join(self, value: Any) -> tuple[int, str]:
+        body = json.dumps({"data": [value], "fn_index": 0, "session_hash": "abc"}).encode()
+        return self("/gradio_api/queue/join", "POST", body, **{"Content-Type": "application/json"})[:2]
+
+
+@pytest.fixture
+def client(small: web.Server) -> Client:
+    return Client(small)
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[web.Server]:
+    """The small page behind a login."""
+    with web.small_server(tmp_path_factory.mktemp("guarded"), auth=[USER, PASSWORD]) as server:
+        yield server
+
+
+def routes(folder: Path) -> list[tuple[str, str]]:
+    """Every method and path that Gradio answers, parameters filled in."""
+    with gr.Blocks(analytics_enabled=False) as blocks:
+        gr.Button("x").click(lambda: None)
+    found: set[tuple[str, str]] = set()
+
+    def walk(holder: Any) -> None:
+        for route in holder.routes:
+            inner = getattr(route, "app", None) or getattr(route, "original_router", None) or route
+            if getattr(route, "methods", None):
+                path = "/".join("x" if part.startswith("{") else part for part in route.path.split("/"))
+                found.update((method, path.split("{")[0]) for method in route.methods)
+            elif hasattr(inner, "routes"):
+                walk(inner)
+
+    walk(application(blocks, folder, "127.0.0.1", None, 1, None, None, None).app)
+    return sorted(found)
+
+
+def test_the_walk_finds_gradios_routes(tmp_path: Path) -> None:
+    found = routes(tmp_path)
+    for known in (("POST", "/gradio_api/queue/join"), ("GET", "/gradio_api/proxy="), ("GET", "/monitoring/x")):
+        assert known in found
+    assert len(found) > 60
+
+
+def test_without_a_login_nothing_is_given_but_the_login_page(guarded: web.Server, tmp_path: Path) -> None:
+    client = Client(guarded)
+    given = {}
+    for method, path in routes(tmp_path):
+        status, body, _ = client(path, method, b"" if method == "POST" else None)
+        assert "Double" not in body, (method, path)  # a button of the page
+        assert "slow" not in body, (method, path)  # a handler of it
+        if status < 400:
+            given[method, path] = status
+    opened = [(method, path) for method in ("GET", "HEAD") for path in OPEN["GET"]]
+    assert set(given) <= {*opened, ("GET", "/assets/x"), ("GET", "/static/x")}
+    assert given["GET", "/"] == 200
+    assert '"auth_required":true' in client("/")[1]
+
+
+def test_a_login_opens_the_page(guarded: web.Server) -> None:
+    client = Client(guarded)
+    assert client.log_in(USER, "wrong") == 400
+    assert client("/config")[0] == 401
+    client.cookie = "access-token-unsecure-x=guess"
+    assert client("/config")[0] == 401
+    assert client.log_in(USER, PASSWORD) == 200
+    status, body, _ = client("/config")
+    assert (status, "Double" in body) == (200, True)
+    assert client("/gradio_api/heartbeat/abc")[0] == 200
+    assert client.join(1)[0] == 200
+
+
+def test_only_what_the_page_asks_for_is_there(client: Client, tmp_path: Path) -> None:
+    """Without a login too: no API pages, proxy, histories, monitoring, recordings or editing."""
+    known = {*OPEN["GET"], *CLOSED["GET"], *CLOSED["POST"], *LOGIN["POST"]}
+    known |= {"/assets/x", "/static/x", "/gradio_api/file=", "/gradio_api/heartbeat/x"}
+    for method, path in routes(tmp_path):
+        if path not in known:
+            assert client(path, method, b"" if method == "POST" else None)[0] == 404, (method, path)
+    for query in ("view=api", "view=settings", "deep_link=x", "__theme=dark&view=api"):
+        status, _, headers = client(f"/?{query}")
+        assert (status, headers["location"]) == (303, "/")
+    assert client("/?__theme=dark")[0] == 200
+
+
+@pytest.fixture
+def secrets(small: web.Server) -> list[Path]:
+    """Files that must stay where they are: one in the server's current folder, one in a run below it."""
+    here = Path(f"/proc/{small.process.pid}/cwd").resolve()
+    run = here / "runs" / "demo"
+    run.mkdir(parents=True, exist_ok=True)
+    files = [here / "secret.txt", run / "secret.png"]
+    for path in files:
+        path.write_text(SECRET)
+    return [*files, Path("/etc/passwd")]
+
+
+def cache_of(secrets: list[Path]) -> Path:
+    (folder,) = secrets[0].parent.glob("pyglow-serve-*")
+    return folder
+
+
+def test_no_file_is_served_from_elsewhere(client: Client, secrets: list[Path]) -> None:
+    cache = cache_of(secrets)
+    (cache / "mine.txt").write_text("mine")
+    (cache / "link.txt").symlink_to(secrets[0])
+    assert client(f"/gradio_api/file={cache}/mine.txt")[:2] == (200, "mine")
+    up = "/.." * 12
+    asked = [f"{cache}/link.txt", f"{cache}{up}/etc/passwd", "secret.txt", "./secret.txt", "~/.profile", ""]
+    for path in secrets:
+        asked += [str(path), f"/{path}", str(path).replace("/", "%2f"), f"file://{path}", f"{cache}{up}{path}"]
+        asked += [f"{path}%00.png", f"{cache}/%2e%2e/{path.name}", f"{cache}/..%5c{path.name}"]
+    asked += [f"http://{client.host}/config", "https://example.org/", "ftp://example.org/a", "//example.org/a"]
+    for path in asked:
+        status, body, _ = client(f"/gradio_api/file={path}")
+        assert status in (403, 404), path
+        assert SECRET not in body, path
+        assert "root:" not in body, path
+
+
+def test_no_asset_is_served_from_elsewhere(client: Client, secrets: list[Path]) -> None:
+    served = {}
+    for top in ("/assets/", "/static/", "/gradio_api/custom_component/x/client/", "/gradio_api/file/", "/svelte/"):
+        for path in secrets:
+            for way in (
+                str(path),
+                f"..{'/..' * 12}{path}",
+                f"%2e%2e{'%2f..' * 12}{path}",
+                str(path).replace("/", "%2f"),
+            ):
+                status, body, _ = client(top + way)
+                assert SECRET not in body
+                assert "root:" not in body
+                served[top + way] = status
+    assert set(served.values()) <= {400, 403, 404}
+    assert client("/static/img/logo_nosize.svg")[0] == 200
+    for address in (f"http://{client.host}/", "https://x.hf.space/", "http://169.254.169.254/"):
+        assert client(f"/gradio_api/proxy={address}")[0] == 404
+
+
+def test_a_request_names_no_file_or_address_elsewhere(client: Client, secrets: list[Path]) -> None:
+    """Gradio would fetch an address and copy a file of the current folder to where it can be asked for."""
+    cache = cache_of(secrets)
+    meta = {"_type": "gradio.FileData"}
+    for path in [
+        *secrets,
+        f"http://{client.host}/config",
+        "data:image/png;base64,AAAA",
+        "secret.txt",
+        f"{cache}/../x",
+        3,
+    ]:
+        named = path if isinstance(path, int) else str(path)
+        status, body = client.join({"a": [{"path": named, "meta": meta}]})
+        assert (status, body) == (400, "The request names a file that was not uploaded here."), path
+    assert client.join({"path": f"{cache}/x.png", "meta": meta})[0] == 200
+    assert client.join(1)[0] == 200
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[" * 100_000, b"\xff\xfe"])
+def test_a_request_that_is_not_json_is_refused(client: Client, body: bytes) -> None:
+    assert client("/gradio_api/queue/join", "POST", body)[:2] == (400, "The request is not JSON.")
+
+
+def test_requests_have_a_size(client: Client) -> None:
+    join = "/gradio_api/queue/join"
+    assert client(join, "POST", b"", **{"Content-Length": str(LARGEST_JSON + 1)})[0] == 413
+    assert client("/gradio_api/upload", "POST", b"", **{"Content-Length": str(2**40)})[0] == 413
+    assert client(join, "POST", b"0\r\n\r\n", **{"Transfer-Encoding": "chunked"})[0] == 411
+    boundary = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n%s\r\n--b--\r\n'
+    kind = {"Content-Type": "multipart/form-data; boundary=b"}
+    status, body, _ = client("/gradio_api/upload", "POST", boundary % bytes(100 * 1024), **kind)
+    assert (status, "pyglow-serve-" in body) == (200, True)
+    status, body, _ = client("/gradio_api/upload", "POST", boundary % bytes(100 * 1024 + 1), **kind)
+    assert (status, "size" in body) == (413, True)
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:7860", "127.0.0.1.evil.example", "localhost.evil", "", "[::2]"]
+)
+def test_a_foreign_name_for_this_machine_is_refused(client: Client, host: str) -> None:
+    assert client("/", Host=host)[0] == 421
+    assert client("/config", Host=host)[0] == 421
+
+
+@pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "[::1]", "LOCALHOST"])
+def test_the_names_of_this_machine_are_served(client: Client, name: str) -> None:
+    assert client("/config", Host=f"{name}:{client.host.rpartition(':')[2]}")[0] == 200
+
+
+def test_another_page_may_not_ask(client: Client) -> None:
+    """Neither with its name (Origin) nor where the browser says so (Sec-Fetch-Site), but it may link to the page."""
+    own = f"http://{client.host}"
+    for origin in ("https://evil.example", "null", "http://127.0.0.1:1", f"{own}.evil.example", "http://localhost"):
+        for path, method in (("/gradio_api/queue/join", "POST"), ("/login", "POST"), ("/config", "GET"), ("/", "GET")):
+            status, _, headers = client(path, method, b"{}" if method == "POST" else None, Origin=origin)
+            assert status == 403, (origin, path)
+            assert "access-control-allow-origin" not in headers
+    preflight = client(
+        "/gradio_api/queue/join", "OPTIONS", Origin="https://evil.example", Access_Control_Request_Method="POST"
+    )
+    assert (preflight[0], "access-control-allow-origin" in preflight[2]) == (403, False)
+    assert client("/config", Origin=own)[0] == 200
+    for site in ("cross-site", "same-site"):
+        assert client("/config", Sec_Fetch_Site=site)[0] == 403
+        assert client("/logout", Sec_Fetch_Site=site, Sec_Fetch_Mode="navigate")[0] == 403
+        assert client("/", Sec_Fetch_Site=site, Sec_Fetch_Mode="no-cors")[0] == 403
+        assert client("/", Sec_Fetch_Site=site, Sec_Fetch_Mode="navigate")[0] == 200
+    assert client("/config", Sec_Fetch_Site="same-origin")[0] == 200
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/static/img/logo_nosize.svg", "/nothing", "/gradio_api/file=/etc/passwd", "/?view=api"]
+)
+def test_every_answer_tells_the_browser_to_load_nothing_from_elsewhere(client: Client, path: str) -> None:
+    headers = client(path)[2]
+    for name, value in HEADERS:
+        assert headers[name.decode()] == value.decode()
+    assert "http" not in headers["content-security-policy"]
+    assert "*" not in headers["content-security-policy"]
+
+
+def test_the_page_names_no_font_of_a_network(client: Client) -> None:
+    assert "fonts.g" not in client("/")[1]
+    for sheet in ("/theme.css", "/gradio_api/theme.css"):
+        status, body, _ = client(sheet)
+        assert (status, "@import" in body, "@font-face" in body) == (200, False, False)
+        assert re.findall(r"url\((?!['\"]?data:).*", body) == []
+
+
+@pytest.mark.parametrize(
+    ("header", "name"),
+    [
+        ("localhost:7860", "localhost"),
+        ("LocalHost", "localhost"),
+        ("[::1]:7860", "::1"),
+        ("[::1]", "::1"),
+        ("a.:1", "a"),
+        ("", ""),
+    ],
+)
+def test_the_name_of_a_host_header(header: str, name: str) -> None:
+    assert host_name(header) == name
+
+
+def test_files_are_found_at_any_depth() -> None:
+    deep: Any = {"path": "deepest"}
+    for _ in range(10_000):
+        deep = [deep]
+    assert files_in(deep) == ["deepest"]
+    assert sorted(files_in({"a": [{"path": "x"}, {"b": {"path": "y", "url": "z"}}], "path": None})) == ["x", "y"]
+
+
+def test_a_bound_address_of_its_own_is_a_name_too(tmp_path: Path) -> None:
+    async def nothing(*_: Any) -> None: ...
+
+    gate = Gate(nothing, tmp_path, frozenset({"127.0.0.5"}), 1, lambda cookies: True)
+    scope = {"method": "GET", "path": "/"}
+    assert gate._refused(scope, {"host": "127.0.0.5:7860"}) is None
+    assert gate._refused(scope, {"host": "127.0.0.6:7860"}) is not None

@@ -1,0 +1,234 @@
+"""How the server starts and ends, for whom it may be, and where the login comes from."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import stat
+import threading
+import time
+from collections.abc import Callable
+from http.client import HTTPConnection
+from pathlib import Path
+
+import pytest
+from support import web
+
+web.require("gradio")
+
+from pyglow_fast.web import server  # noqa: E402
+from pyglow_fast.web.server import VARIABLE, bind, can_open_browser, check_host, credentials  # noqa: E402
+
+LOGIN = ("ada", "pass")
+
+
+@pytest.mark.parametrize(
+    ("host", "bound"),
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("127.8.9.1", "127.8.9.1"),
+        ("localhost", "localhost"),
+        ("::1", "::1"),
+        ("[::1]", "::1"),
+        ("::ffff:127.0.0.1", "::ffff:127.0.0.1"),
+    ],
+)
+def test_this_machine_needs_no_login(host: str, bound: str) -> None:
+    assert check_host(host, None) == bound
+
+
+@pytest.mark.parametrize(
+    "host", ["0.0.0.0", "::", "[::]", "192.168.1.4", "10.0.0.1", "myhost", "127.1", "localhost.evil"]
+)
+def test_every_other_address_needs_one(host: str) -> None:
+    with pytest.raises(ValueError, match=f"^host: expected .*{VARIABLE}.*found .* without one$"):
+        check_host(host, None)
+    assert check_host(host, LOGIN) == host.strip("[]")
+
+
+@pytest.mark.parametrize("host", ["", " ", "[]"])
+def test_an_address_has_characters(host: str) -> None:
+    with pytest.raises(ValueError, match=r"^host: expected an address"):
+        check_host(host, LOGIN)
+
+
+def refuse(prompt: str) -> str:
+    raise AssertionError("asked")
+
+
+def test_where_a_login_comes_from() -> None:
+    prompts: list[str] = []
+
+    def ask(prompt: str) -> str:
+        prompts.append(prompt)
+        return "pa:ss word"
+
+    assert credentials(None, {}, refuse) is None
+    assert credentials(None, {VARIABLE: "ada:pa:ss word"}, refuse) == ("ada", "pa:ss word")
+    assert credentials("ada", {VARIABLE: "ada:pa:ss word"}, None) == ("ada", "pa:ss word")
+    assert credentials("ada", {}, ask) == ("ada", "pa:ss word")
+    assert prompts == ["Password of ada: "]
+
+
+@pytest.mark.parametrize(
+    ("flag", "environment", "answer", "message"),
+    [
+        ("ada:hunter2", None, "hunter2", "^auth: expected .*list of processes.*found a colon$"),
+        (":hunter2", None, "hunter2", "^auth: expected"),
+        ("ada:hunter2", "ada:hunter2", "hunter2", "^auth: expected"),
+        ("", None, "hunter2", "^auth: expected .*found an empty one$"),
+        (" ada", None, "hunter2", "^auth: expected .*without spaces"),
+        ("ada", None, None, f"^auth: expected a terminal .*{VARIABLE}"),
+        ("ada", None, "", "^password: expected at least one character"),
+        ("bob", "ada:hunter2", None, "^auth: expected the user of"),
+        (None, "hunter2", None, f"^{VARIABLE}: expected USER:PASSWORD, found no colon$"),
+        (None, "", None, f"^{VARIABLE}: expected"),
+        (None, ":hunter2", None, f"^{VARIABLE}: expected .*found an empty one$"),
+        (None, "hunter2:", None, f"^{VARIABLE}: expected USER:PASSWORD, found an empty password$"),
+        (None, "ada :hunter2", None, f"^{VARIABLE}: expected .*without spaces"),
+    ],
+)
+def test_a_login_that_is_none_is_refused_and_no_password_shown(
+    flag: str | None, environment: str | None, answer: str | None, message: str
+) -> None:
+    ask: Callable[[str], str] | None = None if answer is None else lambda prompt: answer
+    with pytest.raises(ValueError, match=message) as raised:
+        credentials(flag, {} if environment is None else {VARIABLE: environment}, ask)
+    assert "hunter2" not in str(raised.value)
+
+
+def test_a_browser_opens_on_a_desktop_only() -> None:
+    assert can_open_browser({"DISPLAY": ":0"}, "linux")
+    assert can_open_browser({"WAYLAND_DISPLAY": "wayland-0"}, "linux")
+    assert can_open_browser({}, "darwin")
+    assert can_open_browser({}, "win32")
+    assert not can_open_browser({}, "linux")
+    assert not can_open_browser({"DISPLAY": ""}, "linux")
+    for name in ("SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY"):
+        assert not can_open_browser({"DISPLAY": "localhost:10.0", name: "x"}, "linux")
+        assert not can_open_browser({name: "x"}, "darwin")
+
+
+def test_a_port_that_is_taken_is_refused_or_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        with pytest.raises(ValueError, match=f"^port: expected a free port, found {taken} "):
+            bind("127.0.0.1", taken)
+        monkeypatch.setattr(server, "FIRST_PORT", taken)
+        with bind("127.0.0.1", None) as found:
+            assert found.getsockname()[1] > taken
+        monkeypatch.setattr(server, "PORTS", 1)
+        with pytest.raises(ValueError, match=f"^port: expected a free port, found none from {taken} to {taken}$"):
+            bind("127.0.0.1", None)
+
+
+@pytest.mark.parametrize("port", [0, -1, 65536])
+def test_a_port_is_a_port(port: int) -> None:
+    with pytest.raises(ValueError, match=r"^port: expected a whole number"):
+        bind("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
+def test_an_address_of_another_machine_is_refused(host: str) -> None:
+    with pytest.raises(ValueError, match=f"^host: expected an address of this machine, found {host}$"):
+        bind(host, None)
+
+
+def open_stream(running: web.Server, path: str) -> HTTPConnection:
+    """A connection whose answer has begun and does not end."""
+    connection = HTTPConnection(*running.host.split(":"), timeout=10)  # type: ignore[arg-type]
+    connection.request("GET", path)
+    answer = connection.getresponse()
+    assert answer.status == 200
+    assert answer.read(5) == b"data:"
+    return connection
+
+
+def start_handler(running: web.Server, index: int) -> None:
+    body = f'{{"data": [], "fn_index": {index}, "session_hash": "abc"}}'
+    connection = HTTPConnection(*running.host.split(":"), timeout=10)  # type: ignore[arg-type]
+    connection.request("POST", "/gradio_api/queue/join", body, {"Content-Type": "application/json"})
+    assert connection.getresponse().status == 200
+    connection.close()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_it_ends_at_once_and_leaves_nothing(signum: int, tmp_path: Path) -> None:
+    """Also while a browser listens and a handler computes, for a minute, in a thread that cannot be stopped."""
+    with web.small_server(tmp_path) as running:
+        (folder,) = tmp_path.glob("pyglow-serve-*")
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        streams = [open_stream(running, "/gradio_api/heartbeat/abc") for _ in range(3)]
+        start_handler(running, web.handler_index(running, "Slow"))
+        end = time.monotonic() + 10
+        while not (tmp_path / "computing").exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        assert (tmp_path / "computing").exists()
+        seconds = running.end(signum)
+        for stream in streams:
+            stream.close()
+        assert seconds < 2
+        assert running.process.returncode == 0
+        assert not folder.exists()
+        assert running.process.stdout is not None
+        assert running.process.stdout.read() == ""  # the address was all
+        assert running.log() == ""
+
+
+def test_a_signal_before_it_answers_ends_it_too(tmp_path: Path) -> None:
+    """While the page is built, which loads a model."""
+    code = (
+        "import pathlib, time\nfrom pyglow_fast.web.server import serve\n"
+        "def page():\n    print('http://building', flush=True)\n    time.sleep(60)\nserve(page)\n"
+    )
+    with web.Server(["-c", code], tmp_path) as running:
+        assert list(tmp_path.glob("pyglow-serve-*"))
+        assert running.end(signal.SIGTERM) < 2
+        assert running.process.returncode == 0
+        assert not list(tmp_path.glob("pyglow-serve-*"))
+        assert running.log() == ""
+
+
+def test_a_page_that_cannot_be_built_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its error comes through, signals have their effect again and the port is free."""
+
+    def page() -> None:
+        raise ValueError("no such run")
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
+        monkeypatch.setenv(name, "as before")
+    before = signal.getsignal(signal.SIGINT)
+    assert threading.current_thread() is threading.main_thread()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(ValueError, match=r"^no such run$"):
+        server.serve(page, port=port)  # type: ignore[arg-type]
+    assert signal.getsignal(signal.SIGINT) is before
+    assert list(tmp_path.iterdir()) == []
+    assert os.environ["GRADIO_TEMP_DIR"] == "as before"
+    bind("127.0.0.1", port).close()
+
+
+def test_it_asks_nobody_else(tmp_path: Path) -> None:
+    """No address outside is looked up or connected to, from the import of Gradio to the first page."""
+    code = (
+        "import sys\n"
+        "def watch(event, arguments):\n"
+        "    if event in ('socket.getaddrinfo', 'socket.connect'):\n"
+        "        where = str(arguments)\n"
+        "        if '127.0.0.1' not in where:\n"
+        "            print(event, where, file=sys.stderr, flush=True)\n"
+        "sys.addaudithook(watch)\n"
+        "import runpy\n"
+        f"sys.argv = ['small_page.py', '{{}}']\n"
+        f"runpy.run_path({str(web.SMALL_PAGE)!r}, run_name='__main__')\n"
+    )
+    with web.Server(["-c", code], tmp_path) as running:
+        connection = HTTPConnection(*running.host.split(":"), timeout=10)  # type: ignore[arg-type]
+        connection.request("GET", "/")
+        assert connection.getresponse().status == 200
+        connection.close()
+        time.sleep(1)
+        assert running.log() == ""
