@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,6 +95,15 @@ class Subject:
     def from_file(self) -> bool:
         """Whether the image is one of a file."""
         return isinstance(self.picked.image, File)
+
+    @functools.cached_property
+    def bits(self) -> float:
+        """Bits/dim of the image."""
+        return self.bits_of(self.levels)
+
+    def bits_of(self, levels: Tensor) -> float:
+        """Bits/dim of an edit of the image, under the image's class."""
+        return self.opened.bits(levels, self.picked.label)
 
     @torch.no_grad()
     def edited(self, edit: Edit, pixel_shift: bool = False, progress: Progress | None = None) -> Edited:

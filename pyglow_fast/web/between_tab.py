@@ -10,8 +10,8 @@ from pyglow_fast.studio.between import Between
 from pyglow_fast.studio.opened import OpenRun
 from pyglow_fast.studio.words import HeldOut
 from pyglow_fast.web.desk import Desk, picked_number, picked_upload
-from pyglow_fast.web.edit_tab import QUIET
 from pyglow_fast.web.errors import on_page
+from pyglow_fast.web.events import DRAG, QUIET
 from pyglow_fast.web.html import buttons, figure, note, row, save_link
 from pyglow_fast.web.shelf import Shelf
 from pyglow_fast.web.uploads import Upload, UploadedImage
@@ -55,7 +55,7 @@ class BetweenTab:
         inputs = [desk, self.kind, self.steps, self.at]
         shown = [self.frame, self.strip, self.command]
         drawn = (on_page()(self.drawn), inputs, shown)
-        self.at.input(on_page()(self.moved), inputs, [self.frame, self.command], **QUIET)
+        self.at.input(on_page()(self.moved), inputs, [self.frame, self.command], **DRAG)
         for widget in (self.kind, self.steps):
             widget.input(*drawn, **QUIET)
         for i in range(2):

@@ -9,11 +9,12 @@ import gradio as gr
 
 from pyglow_fast.latents import SPACES
 from pyglow_fast.studio.directions import REST, Add
-from pyglow_fast.studio.edits import Edit, likelihood_text
+from pyglow_fast.studio.edits import Edit, Subject, likelihood_text
 from pyglow_fast.studio.opened import OpenRun
 from pyglow_fast.studio.words import HeldOut
 from pyglow_fast.web.desk import Desk, picked_number, picked_upload, progress_on
 from pyglow_fast.web.errors import on_page
+from pyglow_fast.web.events import DRAG, QUIET
 from pyglow_fast.web.html import PICK_JS, buttons, figure, note, row, save_link
 from pyglow_fast.web.shelf import Shelf
 from pyglow_fast.web.uploads import Upload, UploadedImage
@@ -23,7 +24,6 @@ FIRST = 6  # attributes that have sliders at the beginning
 THUMBS = 12
 STRONGEST = 3.0
 NO_CLASS = "its own"
-QUIET: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
 
 
 def pair_text(pair: tuple[str, str]) -> str:
@@ -37,15 +37,30 @@ class EditTab:
     def __init__(self, shelf: Shelf, desk: gr.State) -> None:
         self._shelf, self._desk = shelf, desk
         with gr.Row():
-            with gr.Column(scale=1, min_width=260):
-                self._image_widgets()
-            with gr.Column(scale=2, min_width=300):
+            self.thumbs = gr.HTML(js_on_load=PICK_JS, elem_id="edit-thumbs", scale=4, min_width=300)
+            self.number = gr.Number(
+                0, precision=0, minimum=0, label="held-out image", elem_id="edit-number", min_width=120
+            )
+            self.others = gr.Button("Others", elem_id="edit-others", min_width=80)
+        with gr.Row():
+            with gr.Column(scale=3, min_width=300):
                 self.pictures = gr.HTML(elem_id="edited")
                 self.back = gr.Button("Back to the original", elem_id="edit-back")
                 self.command = gr.Textbox(
                     label="the same from the command line", buttons=["copy"], interactive=False, elem_id="edit-command"
                 )
-            with gr.Column(scale=1, min_width=280):
+                with gr.Accordion("An image of yours", open=False, elem_id="edit-yours"):
+                    self.upload = UploadedImage(
+                        label="upload, webcam or clipboard",
+                        sources=["upload", "webcam", "clipboard"],
+                        type="filepath",
+                        height=200,
+                        elem_id="edit-upload",
+                    )
+                self.label = gr.Dropdown(
+                    [NO_CLASS], value=NO_CLASS, label="class of the image", visible=False, elem_id="edit-class"
+                )
+            with gr.Column(scale=2, min_width=300):
                 self._slider_widgets()
         self.shown = [self.pictures, self.command]
         self.controls = [self.twin, *self.adds, *self.keeps]
@@ -55,30 +70,18 @@ class EditTab:
         ]  # fmt: skip
         self._wire()
 
-    def _image_widgets(self) -> None:
-        self.thumbs = gr.HTML(js_on_load=PICK_JS, elem_id="edit-thumbs")
-        with gr.Row():
-            self.number = gr.Number(0, precision=0, minimum=0, label="held-out image", elem_id="edit-number")
-            self.others = gr.Button("Others", elem_id="edit-others", min_width=80)
-        self.upload = UploadedImage(
-            label="or an image of yours", sources=["upload", "webcam", "clipboard"], type="filepath", height=180,
-            elem_id="edit-upload",
-        )  # fmt: skip
-        self.label = gr.Dropdown(
-            [NO_CLASS], value=NO_CLASS, label="class of the image", visible=False, elem_id="edit-class"
-        )
-
     def _slider_widgets(self) -> None:
         self.why = gr.HTML(elem_id="edit-why")
-        self.attributes = gr.Dropdown([], multiselect=True, label="attributes", elem_id="edit-attributes")
         self.adds = [
             gr.Slider(-STRONGEST, STRONGEST, value=0, step=0.05, visible=False, elem_id=f"add-{i}")
             for i in range(ATTRIBUTES)
         ]
-        with gr.Accordion("Another difference", open=False), gr.Row():
-            self.plus = gr.Dropdown([], label="plus", elem_id="edit-plus", min_width=90)
-            self.minus = gr.Dropdown([], label="minus", elem_id="edit-minus", min_width=90)
-            self.more = gr.Button("Add its slider", elem_id="edit-more", min_width=90)
+        with gr.Accordion("Which attributes", open=False, elem_id="edit-which"):
+            self.attributes = gr.Dropdown([], multiselect=True, label="sliders", elem_id="edit-attributes")
+            with gr.Row():
+                self.plus = gr.Dropdown([], label="another: plus", elem_id="edit-plus", min_width=90)
+                self.minus = gr.Dropdown([], label="minus", elem_id="edit-minus", min_width=90)
+                self.more = gr.Button("Add a slider", elem_id="edit-more", min_width=90)
         self.keeps = [
             gr.Slider(0.0, 1.0, value=1, step=0.05, visible=False, elem_id=f"keep-{i}") for i in range(LEVELS)
         ]
@@ -88,7 +91,7 @@ class EditTab:
     def _wire(self) -> None:
         desk, controls = self._desk, self.controls
         for event in (*(slider.input for slider in (*self.adds, *self.keeps)), self.twin.input):
-            event(on_page()(self.edited), [desk, *controls], self.shown, **QUIET)
+            event(on_page()(self.edited), [desk, *controls], self.shown, **DRAG)
         self.back.click(on_page()(self.reset), [desk, self.twin], [*self.adds, *self.keeps, *self.shown], **QUIET)
         again = (on_page()(self.edited), [desk, *controls], self.shown)
         self.number.change(on_page()(self.take_number), [desk, self.number], None, **QUIET).success(*again, **QUIET)
@@ -255,14 +258,16 @@ class EditTab:
         opened, found = subject.opened, subject.edited(edit, twin)
         made = subject.made(found.levels, edit)
         figures = [
-            figure(subject.levels, opened.n_bins, "original", self._words(subject, subject.levels), "original"),
-            figure(found.levels, opened.n_bins, "edited", self._words(subject, found.levels), "edited"),
+            figure(subject.levels, opened.n_bins, "original", self._words(subject, subject.bits), "original"),
+            figure(
+                found.levels, opened.n_bins, "edited", self._words(subject, subject.bits_of(found.levels)), "edited"
+            ),
         ]
         links = [save_link(made, "edit.png", "Save PNG")]
         commands = [made.shown("edit.png")]
         if found.shifted is not None:
             shifted = subject.made(found.shifted, edit, pixel_shift=True)
-            words = self._words(subject, found.shifted)
+            words = self._words(subject, subject.bits_of(found.shifted))
             figures.append(figure(found.shifted, opened.n_bins, "pixels shifted", words, "shifted"))
             links.append(save_link(shifted, "shifted.png", "Save the shifted one"))
             commands.append(shifted.shown("shifted.png"))
@@ -274,10 +279,9 @@ class EditTab:
         bad = "" if found.finite else "Parts are not finite, shown grey: the edit leads out of the model's range."
         return [row(figures) + f"<p>{''.join(links)}</p>" + note(bad), "\n".join(commands)]
 
-    def _words(self, subject: Any, levels: Any) -> str:
-        opened = subject.opened
-        text = likelihood_text(opened, opened.bits(levels, subject.picked.label))
-        return text if subject.picked.label is None else f"{text}; class {opened.classes[subject.picked.label]}"
+    def _words(self, subject: Subject, bits: float) -> str:
+        text, label = likelihood_text(subject.opened, bits), subject.picked.label
+        return text if label is None else f"{text}; class {subject.opened.classes[label]}"
 
 
 def _which(level: int, n_levels: int) -> str:

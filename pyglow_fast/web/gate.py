@@ -21,6 +21,7 @@ API = "/gradio_api"
 OPEN = {"GET": ("/", "/theme.css", f"{API}/theme.css", "/favicon.ico", "/manifest.json")}
 OPEN_FOLDERS = ("/assets/", "/static/")
 LOGIN = {"POST": ("/login", "/login/")}
+HANDLERS = (f"{API}/queue/join", f"{API}/run/predict")  # of events, in a queue and at once
 CLOSED = {  # to all who have not logged in
     "GET": (
         "/config",
@@ -28,7 +29,7 @@ CLOSED = {  # to all who have not logged in
         "/logout",
         *(f"{API}/{name}" for name in ("queue/data", "upload_progress", "login_check")),
     ),
-    "POST": tuple(f"{API}/{name}" for name in ("queue/join", "upload", "cancel", "reset")),
+    "POST": (*HANDLERS, *(f"{API}/{name}" for name in ("upload", "cancel", "reset"))),
 }
 HEARTBEAT = f"{API}/heartbeat/"
 FILE = f"{API}/file="
@@ -127,7 +128,7 @@ class Gate:
             await _answer(200, "{}", send, kind=b"application/manifest+json")
             return
         try:
-            if path == f"{API}/queue/join":
+            if path in HANDLERS:
                 receive = await self._checked(receive)
         except ValueError as error:
             await _answer(400, str(error), send)

@@ -17,8 +17,8 @@ TYPES = {".png": "image/png", ".gif": "image/gif", ".webp": "image/webp", ".csv"
 
 CSS = """
 .pgf-row { display: flex; flex-wrap: wrap; gap: 0.8rem; align-items: flex-start; }
-.pgf-row figure { margin: 0; } .pgf-row figcaption { font-size: 0.85rem; color: var(--body-text-color-subdued);
-  max-width: 16rem; }
+.pgf-row figure { margin: 0; }
+.pgf-row figcaption { font-size: 0.85rem; max-width: 16rem; }
 .pgf-image { image-rendering: pixelated; background: #888; border-radius: 4px; max-width: 100%; display: block; }
 .pgf-smooth { image-rendering: auto; }
 .pgf-pick { padding: 2px; border: 2px solid transparent; border-radius: 6px; background: none; cursor: pointer; }
@@ -27,7 +27,7 @@ CSS = """
 .pgf-strip { display: flex; gap: 2px; overflow-x: auto; }
 .pgf-save { display: inline-block; margin: 0 0.8rem 0.3rem 0; color: var(--link-text-color);
   text-decoration: underline; }
-.pgf-note { color: var(--body-text-color-subdued); }
+.pgf-note { opacity: 0.8; }
 .pgf-table { border-collapse: collapse; }
 .pgf-table th, .pgf-table td { text-align: left; padding: 0.2rem 1rem 0.2rem 0;
   border-bottom: 1px solid var(--border-color-primary); vertical-align: middle; overflow-wrap: anywhere; }

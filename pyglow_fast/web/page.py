@@ -9,8 +9,9 @@ import gradio as gr
 
 from pyglow_fast.web.between_tab import BetweenTab
 from pyglow_fast.web.desk import Desk
-from pyglow_fast.web.edit_tab import QUIET, EditTab
+from pyglow_fast.web.edit_tab import EditTab
 from pyglow_fast.web.errors import on_page
+from pyglow_fast.web.events import QUIET
 from pyglow_fast.web.run_tab import RunTab
 from pyglow_fast.web.sample_tab import SampleTab
 from pyglow_fast.web.score_tab import ScoreTab
@@ -37,7 +38,7 @@ def page(shelf: Shelf) -> gr.Blocks:
                 between = BetweenTab(shelf, desk)
             with gr.Tab("Score", id="score"):
                 score = ScoreTab(shelf, desk)
-            with gr.Tab("Run", id="run"):
+            with gr.Tab("Run", id="run") as run_tab:
                 looked = RunTab(shelf, desk)
 
         @on_page()
@@ -53,16 +54,17 @@ def page(shelf: Shelf) -> gr.Blocks:
             return gr.Dropdown(names, value=names[0] if names else None)
 
         def shown(event: Any) -> None:
-            """Fills the tabs one after the other, each as soon as it can be."""
+            """Fills the tabs: what must be measured first, on the side."""
             inputs = [desk, sample.temperature, sample.n, sample.seed]
-            event = event.success(on_page()(sample.show), inputs, sample.outputs, **QUIET)
-            event = event.success(on_page()(edit.show), desk, edit.outputs, **(QUIET | {"show_progress": "full"}))
+            drawn = event.success(on_page()(sample.show), inputs, sample.outputs, **QUIET)
+            drawn.success(on_page()(edit.show), desk, edit.outputs, **(QUIET | {"show_progress": "full"}))
             inputs = [desk, between.kind, between.steps, between.at]
-            event = event.success(on_page()(between.show), inputs, between.outputs, **QUIET)
-            event = event.success(on_page()(score.show), desk, score.outputs, **QUIET)
-            event.success(on_page()(looked.show), desk, looked.outputs, **QUIET)
+            rest = drawn.success(on_page()(between.show), inputs, between.outputs, **QUIET)
+            rest = rest.success(on_page()(score.show), desk, score.outputs, **QUIET)
+            rest.success(on_page()(looked.show), desk, looked.outputs, **QUIET)
 
         shown(run.input(opened, [desk, run], about, **QUIET))
+        run_tab.select(on_page()(looked.show), desk, looked.outputs, **QUIET)
         first = blocks.load(listed, None, run, **QUIET)
         shown(first.success(opened, [desk, run], about, **QUIET))
         taken = sample.pictures.click(on_page()(sample.take), desk, None, **QUIET)

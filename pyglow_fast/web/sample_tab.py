@@ -13,6 +13,7 @@ from pyglow_fast.studio.opened import OpenRun
 from pyglow_fast.studio.samples import TEMPERATURE, Draw
 from pyglow_fast.web.desk import Desk
 from pyglow_fast.web.errors import on_page
+from pyglow_fast.web.events import DRAG, QUIET
 from pyglow_fast.web.html import PICK_JS, buttons, note, save_link
 from pyglow_fast.web.shelf import Shelf
 
@@ -45,14 +46,9 @@ class SampleTab:
         self.outputs = [self.label, self.pictures, self.command]
         inputs = [desk, self.temperature, self.label, self.n, self.seed]
         shown = [self.pictures, self.command]
-        options: dict[str, Any] = {
-            "show_progress": "hidden",
-            "trigger_mode": "always_last",
-            "api_visibility": "private",
-        }
         for event in (self.temperature.input, self.n.input, self.seed.change, self.label.input):
-            event(on_page()(self.draw), inputs, shown, **options)
-        self.again.click(lambda: random.randrange(10**6), None, self.seed, **options)
+            event(on_page()(self.draw), inputs, shown, **DRAG)
+        self.again.click(lambda: random.randrange(10**6), None, self.seed, **QUIET)
 
     def show(self, desk: Desk, temperature: float, n: float, seed: float | None) -> list[Any]:
         """What the tab shows of a run that was chosen."""
