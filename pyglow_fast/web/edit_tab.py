@@ -36,12 +36,7 @@ class EditTab:
 
     def __init__(self, shelf: Shelf, desk: gr.State) -> None:
         self._shelf, self._desk = shelf, desk
-        with gr.Row():
-            self.thumbs = gr.HTML(js_on_load=PICK_JS, elem_id="edit-thumbs", scale=4, min_width=300)
-            self.number = gr.Number(
-                0, precision=0, minimum=0, label="held-out image", elem_id="edit-number", min_width=120
-            )
-            self.others = gr.Button("Others", elem_id="edit-others", min_width=80)
+        self.thumbs = gr.HTML(js_on_load=PICK_JS, elem_id="edit-thumbs")
         with gr.Row():
             with gr.Column(scale=3, min_width=300):
                 self.pictures = gr.HTML(elem_id="edited")
@@ -49,6 +44,11 @@ class EditTab:
                 self.command = gr.Textbox(
                     label="the same from the command line", buttons=["copy"], interactive=False, elem_id="edit-command"
                 )
+                with gr.Row():
+                    self.number = gr.Number(
+                        0, precision=0, minimum=0, label="held-out image", elem_id="edit-number", min_width=120
+                    )
+                    self.others = gr.Button("Other images to choose from", elem_id="edit-others", min_width=120)
                 with gr.Accordion("An image of yours", open=False, elem_id="edit-yours"):
                     self.upload = UploadedImage(
                         label="upload, webcam or clipboard",
@@ -166,7 +166,7 @@ class EditTab:
         names = ["" if labels is None else f", {data.class_names[int(label)]}" for label in
                  (labels if labels is not None else desk.thumbs)]  # fmt: skip
         words = [f"held-out image {number}{name}" for number, name in zip(desk.thumbs, names, strict=True)]
-        return buttons(list(levels), opened.n_bins, words)
+        return buttons(list(levels), opened.n_bins, words, strip=True)
 
     def take_number(self, desk: Desk, number: float | None) -> None:
         """A held-out image by its number."""

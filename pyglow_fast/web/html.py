@@ -21,7 +21,7 @@ CSS = """
 .pgf-row figcaption { font-size: 0.85rem; max-width: 16rem; }
 .pgf-image { image-rendering: pixelated; background: #888; border-radius: 4px; max-width: 100%; display: block; }
 .pgf-smooth { image-rendering: auto; }
-.pgf-pick { padding: 2px; border: 2px solid transparent; border-radius: 6px; background: none; cursor: pointer; }
+.pgf-pick { margin: 0 !important; flex: none; padding: 2px; border: 2px solid transparent; border-radius: 6px; background: none; cursor: pointer; }
 .pgf-pick:hover, .pgf-pick:focus-visible { border-color: var(--color-accent); outline: none; }
 .pgf-grid { display: flex; flex-wrap: wrap; gap: 4px; }
 .pgf-strip { display: flex; gap: 2px; overflow-x: auto; }
