@@ -105,6 +105,7 @@ class OpenRun:
     train_images: int = TRAIN_IMAGES
     _directions: dict[str, Directions] = field(default_factory=dict)
     _scores: list[Scores] = field(default_factory=list)
+    _lock: threading.RLock = field(default_factory=threading.RLock)
 
     @classmethod
     def open(
@@ -252,9 +253,10 @@ class OpenRun:
         Raises:
             ValueError: the images of the run are no longer there.
         """
-        if space not in self._directions:
-            self._directions[space] = self._measured(space, progress)
-        return self._directions[space]
+        with self._lock:
+            if space not in self._directions:
+                self._directions[space] = self._measured(space, progress)
+            return self._directions[space]
 
     def _measured(self, space: str, progress: Progress | None) -> Directions:
         data, train, held_out = self.images.find()
@@ -279,12 +281,17 @@ class OpenRun:
         Raises:
             ValueError: the images of the run are no longer there.
         """
-        if not self._scores:
-            tensors = kept(
-                self.folder.cache, "scores", self._key() | {"images": SCORED}, lambda: self._scored(progress)
-            )
-            self._scores.append(Scores(tensors["held_out"], tensors["train"]))
-        return self._scores[0]
+        with self._lock:
+            if not self._scores:
+                key = self._key() | {"images": SCORED}
+                tensors = kept(self.folder.cache, "scores", key, lambda: self._scored(progress))
+                self._scores.append(Scores(tensors["held_out"], tensors["train"]))
+            return self._scores[0]
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether :meth:`scores` were measured or read."""
+        return bool(self._scores)
 
     def _scored(self, progress: Progress | None) -> dict[str, Tensor]:
         data, train, held_out = self.images.find()

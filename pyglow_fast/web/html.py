@@ -21,16 +21,18 @@ CSS = """
 .pgf-row figcaption { font-size: 0.85rem; max-width: 16rem; }
 .pgf-image { image-rendering: pixelated; background: #888; border-radius: 4px; max-width: 100%; display: block; }
 .pgf-smooth { image-rendering: auto; }
-.pgf-pick { margin: 0 !important; flex: none; padding: 2px; border: 2px solid transparent; border-radius: 6px; background: none; cursor: pointer; }
+.pgf-pick { margin: 0 !important; flex: none; padding: 2px; border: 2px solid transparent; border-radius: 6px;
+  background: none; cursor: pointer; }
 .pgf-pick:hover, .pgf-pick:focus-visible { border-color: var(--color-accent); outline: none; }
 .pgf-grid { display: flex; flex-wrap: wrap; gap: 4px; }
 .pgf-strip { display: flex; gap: 2px; overflow-x: auto; }
 .pgf-save { display: inline-block; margin: 0 0.8rem 0.3rem 0; color: var(--link-text-color);
   text-decoration: underline; }
 .pgf-note { opacity: 0.8; }
+.pgf-wait { min-height: 4rem; }
 .pgf-table { border-collapse: collapse; }
-.pgf-table th, .pgf-table td { text-align: left; padding: 0.2rem 1rem 0.2rem 0;
-  border-bottom: 1px solid var(--border-color-primary); vertical-align: middle; overflow-wrap: anywhere; }
+.pgf-table th, .pgf-table td { text-align: left; padding: 0.2rem 1rem 0.2rem 0; border: 0 !important;
+  border-bottom: 1px solid var(--border-color-primary) !important; vertical-align: middle; overflow-wrap: anywhere; }
 .pgf-plot { max-width: 100%; background: #fff; border-radius: 4px; }
 .pgf-frame { width: 100%; height: 75vh; border: 1px solid var(--border-color-primary); border-radius: 6px; }
 """

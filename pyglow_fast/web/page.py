@@ -57,7 +57,7 @@ def page(shelf: Shelf) -> gr.Blocks:
             """Fills the tabs: what must be measured first, on the side."""
             inputs = [desk, sample.temperature, sample.n, sample.seed]
             drawn = event.success(on_page()(sample.show), inputs, sample.outputs, **QUIET)
-            drawn.success(on_page()(edit.show), desk, edit.outputs, **(QUIET | {"show_progress": "full"}))
+            edit.measure_after(drawn.success(on_page()(edit.show), desk, edit.outputs, **QUIET))
             inputs = [desk, between.kind, between.steps, between.at]
             rest = drawn.success(on_page()(between.show), inputs, between.outputs, **QUIET)
             rest = rest.success(on_page()(score.show), desk, score.outputs, **QUIET)
