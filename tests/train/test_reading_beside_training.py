@@ -183,4 +183,6 @@ def test_a_folder_that_is_removed_and_made_again(folder: RunFolder) -> None:
     finally:
         ended.set()
         thread.join()
-    assert {stamp[0] for stamp in seen if stamp is not None} == {"step-0000003.safetensors"}
+    names = {stamp[0] for stamp in seen if stamp is not None}
+    # The other one is of the first run, whose files go one by one.
+    assert {"step-0000003.safetensors"} <= names <= {"step-0000003.safetensors", "step-0000002.safetensors"}
