@@ -125,7 +125,7 @@ class Gate:
             await _answer(303, "", send, location=b"/")  # Gradio's pages of settings and of its API
             return
         if path == "/manifest.json":  # asked for without cookies, and Gradio's has the title of the page
-            await _answer(200, "{}", send, kind=b"application/manifest+json")
+            await _answer(200, '{"name": "pyglow-fast"}', send, kind=b"application/manifest+json")
             return
         try:
             if path in HANDLERS:

@@ -243,6 +243,8 @@ def serve(
         thread.start()
         while not server.started and thread.is_alive():
             time.sleep(0.01)
+        if not server.started:
+            raise RuntimeError("the server did not start; the log has the reason")
         address = _address(host, listener.getsockname()[1])
         print(f"Serving on {address} (Ctrl-C ends it)", flush=True)
         if open_browser and can_open_browser(os.environ):
