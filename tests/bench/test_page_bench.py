@@ -40,7 +40,7 @@ def test_a_bar_that_is_not_held_is_said(
 def test_another_result_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     decode = page.Levels.decode
     monkeypatch.setattr(page.Levels, "decode", lambda self, latents: decode(self, latents) + 0.01)
-    with pytest.raises(RuntimeError, match="an edit that is off by 0.0"):
+    with pytest.raises(RuntimeError, match=r"an edit that is off by 0\.0"):
         page.edits(2)
 
 
