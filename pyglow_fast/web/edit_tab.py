@@ -120,7 +120,7 @@ class EditTab:
         """What the tab shows of a run that was chosen, until its mean latents are there."""
         opened = desk.opened(self._shelf)
         missing = opened.images.missing
-        desk.thumbs, desk.pairs = [], []
+        desk.thumbs, desk.pairs, desk.measured = [], [], None
         if not missing:
             desk.thumbs = list(range(min(THUMBS, len(opened.images.find()[2]))))
             desk.put(opened.pick(HeldOut(0)))
@@ -149,25 +149,33 @@ class EditTab:
     ) -> list[Any]:
         """Measures the mean latents and likelihoods of training images, where they are not kept; then the sliders."""
         opened = desk.opened(self._shelf)
-        if opened.images.missing:
-            return [gr.skip() for _ in self.measured]
-        names = opened.directions(desk.space_of(opened), progress_on(progress, "mean latents of training images")).names
+        space = desk.space_of(opened)
+        if opened.images.missing or desk.measured == (opened, space):
+            quiet = [gr.skip() for _ in range(len(self.measured) - len(self.shown))]
+            return [*quiet, *self.edited(desk, twin, *values)]
+        names = opened.directions(space, progress_on(progress, "mean latents of training images")).names
         opened.scores(progress_on(progress, "bits/dim of training images"))
         if desk.opened(self._shelf) is not opened:  # there is a newer checkpoint, which has its own
             return self.measure(desk, twin, *values, progress=progress)
-        # Of two classes the one is the other's opposite.
-        desk.pairs = [(name, REST) for name in (names[:FIRST] if len(names) != 2 else names[:1])]
+        former = dict(zip(desk.pairs, values, strict=False))
+        if not former:  # of two classes the one is the other's opposite
+            desk.pairs = [(name, REST) for name in (names[:FIRST] if len(names) != 2 else names[:1])]
+        desk.measured = (opened, space)
         why = "" if names else "The images of this run have no classes."
-        return [*self._attribute_widgets(desk, names), note(why), *self.edited(desk, twin, *values)]
+        return [*self._attribute_widgets(desk, names, former), note(why), *self.edited(desk, twin, *values)]
 
-    def _attribute_widgets(self, desk: Desk, names: tuple[str, ...]) -> list[Any]:
-        """The attributes to choose from, and the sliders of those that are chosen, at rest."""
-        texts = [pair_text((name, REST)) for name in names]
+    def _attribute_widgets(
+        self, desk: Desk, names: tuple[str, ...], values: dict[tuple[str, str], float] | None = None
+    ) -> list[Any]:
+        """The attributes to choose from, and the sliders of those that are chosen, at rest or at ``values``."""
+        pairs = dict.fromkeys([*((name, REST) for name in names), *desk.pairs])
         return [
-            gr.Dropdown(texts, value=[pair_text(pair) for pair in desk.pairs], visible=bool(names)),
+            gr.Dropdown(
+                [pair_text(pair) for pair in pairs], value=[pair_text(pair) for pair in desk.pairs], visible=bool(names)
+            ),
             gr.Dropdown(list(names), value=names[0] if names else None),
             gr.Dropdown([REST, *names], value=REST if names else None),
-            *self._add_sliders(desk, {}),
+            *self._add_sliders(desk, values or {}),
         ]
 
     def _keep_sliders(self, opened: OpenRun) -> list[gr.Slider]:

@@ -55,7 +55,7 @@ def image(levels: Tensor, n_bins: int, words: str, height: int = SHOWN) -> str:
     """One image (C, H, W) of levels; pixels are enlarged in the browser, the file has them one by one."""
     source = uri(png_bytes(image_picture(levels, n_bins)))
     tall, wide = levels.shape[-2:]
-    shown = max(height, tall) if height > THUMB else height
+    shown = max(height, tall) if height == SHOWN else height
     smooth = " pgf-smooth" if tall > shown else ""
     return (
         f'<img class="pgf-image{smooth}" alt="{html.escape(words)}" src="{source}" '
@@ -75,11 +75,13 @@ def row(figures: Sequence[str]) -> str:
     return f'<div class="pgf-row">{"".join(figures)}</div>'
 
 
-def buttons(images: Sequence[Tensor], n_bins: int, words: Sequence[str], strip: bool = False) -> str:
+def buttons(
+    images: Sequence[Tensor], n_bins: int, words: Sequence[str], strip: bool = False, height: int = THUMB
+) -> str:
     """Images as buttons, whose number a click gives; see PICK_JS."""
     found = [
         f'<button type="button" class="pgf-pick" data-index="{i}" title="{html.escape(text)}" '
-        f'aria-label="{html.escape(text)}">{image(levels, n_bins, text, THUMB)}</button>'
+        f'aria-label="{html.escape(text)}">{image(levels, n_bins, text, height)}</button>'
         for i, (levels, text) in enumerate(zip(images, words, strict=True))
     ]
     return f'<div class="{"pgf-strip" if strip else "pgf-grid"}">{"".join(found)}</div>'
