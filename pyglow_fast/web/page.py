@@ -12,7 +12,7 @@ from pyglow_fast.web.between_tab import BetweenTab
 from pyglow_fast.web.desk import Desk
 from pyglow_fast.web.edit_tab import EditTab
 from pyglow_fast.web.errors import on_page
-from pyglow_fast.web.events import DRAG, QUIET
+from pyglow_fast.web.events import QUIET
 from pyglow_fast.web.run_tab import RunTab
 from pyglow_fast.web.sample_tab import SampleTab
 from pyglow_fast.web.score_tab import ScoreTab
@@ -63,7 +63,7 @@ def page(shelf: Shelf) -> gr.Blocks:
             names = shelf.names()
             return gr.Dropdown(names, value=names[0] if names else None)
 
-        clock.tick(on_page()(ticked), [desk, version], [about, version], **DRAG)
+        clock.tick(on_page()(ticked), [desk, version], [about, version], **QUIET)
         inputs = [desk, sample.temperature, sample.label, sample.n, sample.seed]
         renewed = version.change(on_page()(sample.renew), inputs, sample.shown, **QUIET)
         edit.measure_after(renewed)
