@@ -266,7 +266,8 @@ def serve(
                 os.environ[name] = environment[name]
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
-        if thread is not None and thread.is_alive():  # a handler computes: Python would wait for it
+        if thread is not None and thread.is_alive():
+            # A handler computes and cannot be stopped; taking the interpreter down under machine code may crash.
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)
