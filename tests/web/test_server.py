@@ -17,6 +17,8 @@ from support import web
 
 web.require("gradio")
 
+import gradio as gr  # noqa: E402
+
 from pyglow_fast.web import server  # noqa: E402
 from pyglow_fast.web.server import VARIABLE, bind, can_open_browser, check_host, credentials  # noqa: E402
 
@@ -209,6 +211,15 @@ def test_a_page_that_cannot_be_built_leaves_nothing(tmp_path: Path, monkeypatch:
     assert list(tmp_path.iterdir()) == []
     assert os.environ["GRADIO_TEMP_DIR"] == "as before"
     bind("127.0.0.1", port).close()
+
+
+def test_a_server_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not an end with code 0."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(server.uvicorn.Server, "run", lambda self, sockets: None)
+    with pytest.raises(RuntimeError, match="did not start"):
+        server.serve(lambda: gr.Blocks(analytics_enabled=False))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_it_asks_nobody_else(tmp_path: Path) -> None:
