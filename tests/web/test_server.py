@@ -155,6 +155,7 @@ def start_handler(running: web.Server, index: int) -> None:
     connection.close()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_it_ends_at_once_and_leaves_nothing(signum: int, tmp_path: Path) -> None:
     """Also while a browser listens and a handler computes, for a minute, in a thread that cannot be stopped."""
@@ -178,6 +179,7 @@ def test_it_ends_at_once_and_leaves_nothing(signum: int, tmp_path: Path) -> None
         assert running.log() == ""
 
 
+@pytest.mark.alone
 def test_a_signal_before_it_answers_ends_it_too(tmp_path: Path) -> None:
     """While the page is built, which loads a model."""
     code = (
