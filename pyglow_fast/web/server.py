@@ -210,7 +210,7 @@ def serve(
 ) -> None:
     """Serves a page until Ctrl-C, SIGTERM or SIGHUP, from the main thread; prints its address once it answers.
 
-    A handler that still computes then is not waited for: the process ends without it.
+    A handler that still computes then is not waited for: the process ends here, with code 0 and without it.
 
     Args:
         page: builds it. It is called when the folder for its files, private to this process and removed at the end, is
@@ -224,11 +224,13 @@ def serve(
 
     Raises:
         ValueError: the address or the port cannot be had, or the address needs a login.
+        RuntimeError: the server ended without having been told to.
     """
     host = check_host(host, auth)
     listener = bind(host, port)
     former = {each: signal.signal(each, _stop) for each in _signals()}
-    folder, thread = None, None
+    folder, thread, others = None, None, set(threading.enumerate())
+    stopped = False
     temporary, environment = tempfile.tempdir, dict(os.environ)
     try:
         folder = Path(tempfile.mkdtemp(prefix="pyglow-serve-")).resolve()
@@ -253,7 +255,7 @@ def serve(
             thread.join(0.5)
         raise RuntimeError("the server ended by itself")
     except _Stop:
-        pass
+        stopped = True
     finally:
         if thread is not None:
             server.should_exit = server.force_exit = True
@@ -266,7 +268,8 @@ def serve(
                 os.environ[name] = environment[name]
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
-        if thread is not None and thread.is_alive():  # a handler computes: Python would wait for it
+        if stopped and set(threading.enumerate()) - others:
+            # A handler may compute, and cannot be stopped; taking the interpreter down under machine code may crash.
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)
