@@ -143,7 +143,7 @@ def output_path(text: str, suffix: str, argument: str = "out", *images: str) -> 
         text: the path.
         suffix: that it must end in.
         argument: whose value it is.
-        images: names of the images that are read; nothing is written among loose files.
+        images: names of the images that are read; nothing is written over them, or among loose files.
 
     Raises:
         ValueError: the folder is not there or cannot be written, the name does not end in ``suffix``, or the file is
@@ -159,6 +159,7 @@ def output_path(text: str, suffix: str, argument: str = "out", *images: str) -> 
     kept = folder.exists and place in (folder.metrics, folder.samples, folder.curve, folder.page)
     expect(not kept, argument, "another file than those that a run keeps", repr(text))
     for name in images:
+        expect(Path(name).resolve() != place, argument, "another file than one that is read", repr(text))
         scheme, _, root = name.partition(":")
         among = scheme in LOOSE and bool(root) and Path(root).resolve() in place.parents
         expect(not among, argument, f"a file outside of the folder of {name}", repr(text))
