@@ -48,6 +48,17 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **({"allow_abbrev": False} | options))
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As of any, but a last positional that may be left out, the default ``optional_last``, may stand behind options.
+
+        There argparse before Python 3.13 would not look for it any more.
+        """
+        found, rest = super().parse_known_args(args, namespace)
+        name = self.get_default("optional_last")
+        if name and getattr(found, name) is None and len(rest) == 1 and not rest[0].startswith("-"):
+            setattr(found, name, rest.pop())
+        return found, rest
+
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with 2."""
         print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)

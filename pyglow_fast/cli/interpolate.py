@@ -38,7 +38,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the command."""
     about = "paths from one image to another through the latents"
     parser = commands.add_parser("interpolate", help=about, description=about)
-    parser.set_defaults(run_command=run)
+    parser.set_defaults(run_command=run, optional_last="data")
     add_run(parser)
     add_images(parser, nargs="?")
     parser.add_argument(
