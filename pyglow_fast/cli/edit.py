@@ -21,7 +21,7 @@ from pyglow_fast.latents import SPACES
 from pyglow_fast.studio.directions import REST, Add
 from pyglow_fast.studio.edits import Edit, Subject, check_adds, likelihood_text
 from pyglow_fast.studio.opened import TRAIN_IMAGES
-from pyglow_fast.studio.words import IMAGE_HELP, parse_image
+from pyglow_fast.studio.words import IMAGE_HELP, NAME_HELP, parse_image, word_name
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -32,7 +32,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     add_run(parser)
     parser.add_argument("image", metavar="IMAGE", help=f"{IMAGE_HELP}; a file is cropped and scaled as in training")
     text = f"the way from the mean latent of MINUS, a class or {REST}, to that of PLUS, S times; may be repeated"
-    parser.add_argument("--add", nargs=3, action="append", metavar=("PLUS", "MINUS", "S"), help=text)
+    parser.add_argument("--add", nargs=3, action="append", metavar=("PLUS", "MINUS", "S"), help=f"{text}. {NAME_HELP}")
     parser.add_argument(
         "--keep",
         type=number,
@@ -73,7 +73,7 @@ def adds_of(given: list[list[str]] | None) -> tuple[Add, ...]:
         except ValueError:
             raise ValueError(f"add: expected a number as the third word, found {text!r}") from None
         expect(abs(strength) < float("inf"), "add", "a finite number as the third word", text)
-        found.append(Add(plus, minus, strength))
+        found.append(Add(word_name(plus), word_name(minus), strength))
     return tuple(found)
 
 
@@ -85,11 +85,12 @@ def run(args: argparse.Namespace) -> int:
         edit = Edit(adds_of(args.add), tuple(args.keep or ()))
         for share in edit.keep:
             expect(0.0 <= share <= 1.0, "keep", "shares in 0..1", share)
+        expect(not (args.keep and args.pixel_shift), "keep", "no such option beside --pixel-shift", args.keep)
         image = parse_image(args.image)
-        out = picture_path(args.out)
+        out = picture_path(args.out, image.text)
         opened = open_to_look(args)
         space = args.space or opened.space
-        picked = opened.pick(image, None if args.label is None else opened.label(args.label))
+        picked = opened.pick(image, None if args.label is None else opened.label(word_name(args.label)))
         expect(
             len(edit.keep) in (0, len(opened.model.latent_shapes)),
             "keep",
@@ -97,8 +98,8 @@ def run(args: argparse.Namespace) -> int:
             len(edit.keep),
         )
         with progress_bar("mean latents") as progress:
-            check_adds(opened, edit.active, space, progress)
-    subject = Subject(opened, picked, space)
+            check_adds(opened, edit.adds, space, progress)
+        subject = Subject(opened, picked, space)
     found = subject.edited(edit, args.pixel_shift)
     shown = found.levels if found.shifted is None else found.shifted
     write_made(subject.made(shown, edit, args.pixel_shift, args.scale), out)

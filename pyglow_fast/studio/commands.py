@@ -19,23 +19,26 @@ class Made(NamedTuple):
 
     Args:
         data: of the file.
-        command: without ``--out``.
+        command: without the name of the file.
         suffix: of its name.
+        option: of the command, that takes the name.
     """
 
     data: bytes
     command: str
     suffix: str = ".png"
+    option: str = "--out"
 
     def shown(self, out: str) -> str:
         """The whole command, to be copied: it writes the file ``out``."""
-        return f"{self.command} --out {shlex.quote(out)}"
+        return f"{self.command} {self.option} {shlex.quote(out)}"
 
 
 def command_line(opened: OpenRun, name: str, words: Sequence[str]) -> str:
     """``pyglow-fast NAME RUN ...``, quoted for a shell."""
     best = ["--best"] if opened.best else []
-    return shlex.join(["pyglow-fast", name, opened.name, *words, *best])
+    run = f"./{opened.name}" if opened.name.startswith("-") else opened.name
+    return shlex.join(["pyglow-fast", name, run, *words, *best])
 
 
 def made_png(picture: Tensor, command: str) -> Made:

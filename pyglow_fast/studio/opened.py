@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
-from pyglow_fast.data import Images, ImageSet, MissingExtraError
+from pyglow_fast.data import Images, ImageSet, MissingExtraError, UnreadableImageError
 from pyglow_fast.data.single import read_single
 from pyglow_fast.latents import likeliest_class
 from pyglow_fast.models import Glow
@@ -22,7 +22,7 @@ from pyglow_fast.studio.groups import groups_of
 from pyglow_fast.studio.kept import kept, progress_of
 from pyglow_fast.studio.reading import middles
 from pyglow_fast.studio.selection import own_images
-from pyglow_fast.studio.words import File, HeldOut, Image, Sample
+from pyglow_fast.studio.words import File, HeldOut, Image, Sample, one_line
 from pyglow_fast.train import Checkpoint, RunFolder, check_fits, load_model, resolve_device, score_images
 
 TRAIN_IMAGES = 5000  # that directions are measured on
@@ -49,6 +49,10 @@ class Scores(NamedTuple):
         return float((self.train < bits).double().mean()) if len(self.train) else float("nan")
 
 
+class LostImagesError(ValueError):
+    """The images that a run was trained on are no longer there, or have changed."""
+
+
 class OwnImages:
     """The images of a run, loaded when they are first asked for; one for all checkpoints of the run."""
 
@@ -67,12 +71,12 @@ class OwnImages:
         """(all images, indices of the training images, of the held-out ones).
 
         Raises:
-            ValueError: they are no longer there, or have changed.
+            LostImagesError: they are no longer there, or have changed.
         """
         with self._lock:
             found = self._found
         if isinstance(found, str):
-            raise ValueError(found)
+            raise LostImagesError(found)
         return found
 
     @property
@@ -131,6 +135,9 @@ class OpenRun:
         expect(train_images >= 1, "train_images", "a positive whole number", train_images)
         folder, place = RunFolder(name), resolve_device(device)
         checkpoint = folder.load(best)
+        # Else the command that repeats a picture could not be kept in it.
+        for text in (name, *checkpoint.data.class_names):
+            expect(one_line(text), "run", "names of folder and classes without control characters", ascii(text))
         shape = checkpoint.config.model.image_shape
         expect(len(shape) == 3, "run", "a model of images (C, H, W)", f"one of shape {shape}")
         with torch.no_grad():
@@ -248,10 +255,11 @@ class OpenRun:
     def directions(self, space: str, progress: Progress | None = None) -> Directions:
         """Mean latents of the run's training images with and without each attribute.
 
-        They are kept in the folder of the run: measured once for a checkpoint.
+        They are kept in the folder of the run: measured once for a checkpoint, and from then on without the images.
 
         Raises:
-            ValueError: the images of the run are no longer there.
+            LostImagesError: they were not measured, and the images of the run are no longer there.
+            ValueError: an image that cannot be read.
         """
         with self._lock:
             if space not in self._directions:
@@ -259,27 +267,21 @@ class OpenRun:
             return self._directions[space]
 
     def _measured(self, space: str, progress: Progress | None) -> Directions:
-        data, train, held_out = self.images.find()
-        config = self.checkpoint.config
-        groups = groups_of(config.data, data, train, held_out, self.train_images, config.seed)
-        names = [group.name for group in groups]
-        if not groups:
-            none = torch.zeros(0)
-            return Directions(space, (), none, (), none)
-        key = self._key() | {"space": space, "names": names, "train_images": self.train_images}
-        tensors = kept(
-            self.folder.cache,
-            f"directions-{space}",
-            key,
-            lambda: measure(self.model, data, groups, space, config.data.on_unreadable, progress),
-        )
-        return from_tensors(tensors, names, space)
+        def compute() -> dict[str, Tensor]:
+            data, train, held_out = self.images.find()
+            config = self.checkpoint.config
+            groups = groups_of(config.data, data, train, held_out, self.train_images, config.seed)
+            return measure(self.model, data, groups, space, config.data.on_unreadable, progress)
+
+        key = self._key() | {"space": space, "train_images": self.train_images}
+        return from_tensors(kept(self.folder.cache, f"directions-{space}", key, compute), space)
 
     def scores(self, progress: Progress | None = None) -> Scores:
         """Bits/dim of SCORED held-out and SCORED training images, kept in the folder of the run.
 
         Raises:
-            ValueError: the images of the run are no longer there.
+            LostImagesError: they were not scored, and the images of the run are no longer there.
+            ValueError: an image that cannot be read.
         """
         with self._lock:
             if not self._scores:
@@ -292,6 +294,14 @@ class OpenRun:
     def has_scores(self) -> bool:
         """Whether :meth:`scores` were measured or read."""
         return bool(self._scores)
+
+    def scores_at_hand(self, progress: Progress | None = None) -> Scores | None:
+        """:meth:`scores`, or None: the run's images are gone and were not scored, or none has a finite likelihood."""
+        try:
+            found = self.scores(progress)
+        except (LostImagesError, UnreadableImageError):
+            return None
+        return found if len(found.train) else None
 
     def _scored(self, progress: Progress | None) -> dict[str, Tensor]:
         data, train, held_out = self.images.find()
