@@ -48,7 +48,8 @@ def groups_of(config: DataConfig, data: Images, train: Tensor, held_out: Tensor,
     if scheme == "celeba":
         names, has = attribute_table(Path(path))
         # One that was left out would shift all behind it.
-        expect(len(data) == len(has), "attributes", f"all {len(has)} images of the list", f"{len(data)} that can be read")
+        found_images = f"{len(data)} that can be read"
+        expect(len(data) == len(has), "attributes", f"all {len(has)} images of the list", found_images)
         drawn = train[random_subset(seed, len(train), most)]
         found = [Group(name, drawn[has[drawn, i]]) for i, name in enumerate(names)]
         return [group for group in found if 0 < len(group.images) < len(drawn)]
