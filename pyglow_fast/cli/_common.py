@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **({"allow_abbrev": False} | options))
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parses so that a last positional that may be left out, of default ``optional_last``, may follow options.
+        """As of any; but the last positional, if it may be left out (``optional_last``), may stand behind options.
 
         There argparse before Python 3.13 would not look for it any more.
         """
