@@ -39,7 +39,7 @@ FILES_AT_ONCE = 16  # uploads are limited to so many times the largest file
 POLICY = "; ".join(
     (
         "default-src 'self'",
-        "script-src 'self' 'unsafe-inline'",
+        "script-src 'self' 'unsafe-inline' 'unsafe-eval'",  # Gradio compiles the templates of its HTML in the browser
         "style-src 'self' 'unsafe-inline'",
         "img-src 'self' data: blob:",
         "media-src 'self' data: blob:",
