@@ -36,9 +36,10 @@ class Made(NamedTuple):
 
 def command_line(opened: OpenRun, name: str, words: Sequence[str]) -> str:
     """``pyglow-fast NAME RUN ...``, quoted for a shell."""
-    best = ["--best"] if opened.best else []
+    of_run = ["--best"] if opened.best else []
+    of_run += ["--device", opened.device] if opened.device != "auto" else []
     run = f"./{opened.name}" if opened.name.startswith("-") else opened.name
-    return shlex.join(["pyglow-fast", name, run, *words, *best])
+    return shlex.join(["pyglow-fast", name, run, *words, *of_run])
 
 
 def made_png(picture: Tensor, command: str) -> Made:
