@@ -41,7 +41,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="the share of the image's own latents that each level keeps, 0 to 1, the shallowest first (1)",
     )
     parser.add_argument(
-        "--space", choices=SPACES, help="that is edited (noise; of a model with classes latent, as noise holds none)"
+        "--space",
+        choices=SPACES,
+        help="what is edited (default: noise; for a model with classes latent, since its noise holds little of a class)",
     )
     parser.add_argument("--label", metavar="CLASS", help="the image's class (its own; of a file the likeliest)")
     parser.add_argument(
@@ -105,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     write_made(subject.made(shown, edit, args.pixel_shift, args.scale), out)
     if not found.finite and not args.pixel_shift:
         print("note: parts of the edit are not finite, shown grey: it leads out of the model's range")
-    with progress_bar("bits/dim of training images") as progress:
+    with progress_bar("bits/dim of the run's images") as progress:
         for name, levels in (("before", subject.levels), ("after", shown)):
             print(f"{name}: {likelihood_text(opened, opened.bits(levels, picked.label), progress)}")
     print(f"picture: {out}")

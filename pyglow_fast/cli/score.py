@@ -107,7 +107,7 @@ def _files(args: argparse.Namespace) -> int:
         picture = None if args.picture is None else output_path(args.picture, ".png", "picture", *texts)
         opened = open_to_look(args)
         files = [opened.pick(image) for image in images]
-        with progress_bar("bits/dim of own images") as progress:
+        with progress_bar("bits/dim of the run's images") as progress:
             if picture is not None:
                 opened.scores(progress)  # which the histogram needs
             scores = score_files(opened, files, progress)
