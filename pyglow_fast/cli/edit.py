@@ -43,7 +43,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--space",
         choices=SPACES,
-        help="what is edited (default: noise; for a model with classes latent, since its noise holds little of a class)",
+        help="what is edited (default: noise; for a model with classes latent, since noise holds little of it)",
     )
     parser.add_argument("--label", metavar="CLASS", help="the image's class (its own; of a file the likeliest)")
     parser.add_argument(

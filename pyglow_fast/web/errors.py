@@ -9,7 +9,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import gradio as gr
 
@@ -66,13 +66,13 @@ def on_page(log: logging.Logger = LOG) -> Callable[[Handler], Handler]:
                 with _shown(log, name):
                     return (yield from handler(*args, **options))
 
-            return generate  # type: ignore[return-value]
+            return cast(Handler, generate)
 
         @functools.wraps(handler)
         def call(*args: Any, **options: Any) -> Any:
             with _shown(log, name):
                 return handler(*args, **options)
 
-        return call  # type: ignore[return-value]
+        return cast(Handler, call)
 
     return decorate

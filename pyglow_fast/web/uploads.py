@@ -108,7 +108,7 @@ class UploadedImage(gr.Image, metaclass=_WithoutStub):
 class UploadedFiles(gr.File, metaclass=_WithoutStub):
     """A ``gr.File`` for input, also with ``file_count="multiple"``, whose handler gets a list of :class:`Upload`.
 
-    As with :class:`UploadedImage` the files can be read once. More than MOST_FILES are refused, and none of them is read.
+    As with :class:`UploadedImage` the files can be read once. More than MOST_FILES are refused unread.
     """
 
     is_template = True
