@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 
 from pyglow_fast._errors import expect
@@ -22,6 +21,7 @@ from pyglow_fast.data import DATA_HELP, UnreadableImageError
 from pyglow_fast.data.sources import SOURCES
 from pyglow_fast.experiments import ScoredImages, write_scores
 from pyglow_fast.models import Glow
+from pyglow_fast.studio.edits import likelihood_text
 from pyglow_fast.studio.scored import made_csv, made_picture, score_files
 from pyglow_fast.studio.selection import PARTS, Selection, selection
 from pyglow_fast.studio.words import File, parse_image
@@ -113,9 +113,7 @@ def _files(args: argparse.Namespace) -> int:
             scores = score_files(opened, files, progress)
     print(f"{args.run} at step {opened.step}:")
     for score in scores:
-        below = "" if math.isnan(score.share_below) else f", more than {score.share_below:.1%} of the training images"
-        bits = f"{score.bits:.3f} bits/dim" if math.isfinite(score.bits) else "no finite likelihood"
-        print(f"  {score.picked.image.text}: {bits}{below}")
+        print(f"  {score.picked.image.text}: {likelihood_text(opened, score.bits, wait=False)}")
     for path, make in ((out, made_csv), (picture, made_picture)):
         if path is not None:
             write_made(make(opened, scores), path)

@@ -124,7 +124,7 @@ def _chosen(values: list[Tensor], mask: Tensor) -> list[Tensor]:
 
 
 def from_tensors(tensors: dict[str, Tensor], space: str) -> Directions:
-    """What :func:`measure` gave."""
+    """The directions whose tensors :func:`measure` gave, now or when they were kept."""
     names = json.loads(bytes(tensors["names"].tolist()))
     levels = sorted((name for name in tensors if name.startswith("level")), key=lambda name: int(name[5:]))
     return Directions(

@@ -21,6 +21,7 @@ from pyglow_fast.studio.directions import Directions, from_tensors, measure
 from pyglow_fast.studio.groups import groups_of
 from pyglow_fast.studio.kept import kept, progress_of
 from pyglow_fast.studio.reading import middles
+from pyglow_fast.studio.samples import check_label
 from pyglow_fast.studio.selection import own_images
 from pyglow_fast.studio.words import File, HeldOut, Image, Sample, one_line
 from pyglow_fast.train import Checkpoint, RunFolder, check_fits, load_model, resolve_device, score_images
@@ -250,12 +251,10 @@ class OpenRun:
         return self._with_label(levels, label, image)
 
     def _with_label(self, levels: Tensor, label: int | None, image: Image) -> Picked:
-        if not self.classes:
-            expect(label is None, "label", "no label, since the model has no classes", label)
-        elif label is None:
+        if label is not None:
+            check_label(label, self.model)
+        elif self.classes:
             label = int(likeliest_class(self.model, self.x(levels[None]))[0])
-        else:
-            expect(0 <= label < len(self.classes), "label", f"a class in 0..{len(self.classes) - 1}", label)
         return Picked(levels, label, image)
 
     def bits(self, levels: Tensor, label: int | None = None) -> float:
