@@ -157,11 +157,18 @@ class Subject:
         return made_png(picture, self.command(edit, pixel_shift, scale))
 
 
-def likelihood_text(opened: OpenRun, bits: float, progress: Progress | None = None) -> str:
-    """Bits/dim of an image in words, and how far along the training images it is, where they are at hand."""
+def likelihood_text(opened: OpenRun, bits: float, progress: Progress | None = None, wait: bool = True) -> str:
+    """Bits/dim of an image in words, and how far along the training images it is, where they are at hand.
+
+    Args:
+        opened: the run.
+        bits: of the image.
+        progress: of the scores of training images, where they are not measured yet.
+        wait: measure them then, rather than leave them out.
+    """
     if not math.isfinite(bits):
         return "no finite likelihood"
-    scores = opened.scores_at_hand(progress)
+    scores = opened.scores_at_hand(progress) if wait or opened.has_scores else None
     beside = f", more than {scores.share_below(bits):.1%} of {len(scores.train)} training images" if scores else ""
     return f"{bits:.3f} bits/dim{beside}"
 

@@ -109,6 +109,7 @@ class OpenRun:
     train_images: int = TRAIN_IMAGES
     _directions: dict[str, Directions] = field(default_factory=dict)
     _scores: list[Scores] = field(default_factory=list)
+    _lock: threading.RLock = field(default_factory=threading.RLock)
 
     @classmethod
     def open(
@@ -260,9 +261,10 @@ class OpenRun:
             LostImagesError: they were not measured, and the images of the run are no longer there.
             ValueError: an image that cannot be read.
         """
-        if space not in self._directions:
-            self._directions[space] = self._measured(space, progress)
-        return self._directions[space]
+        with self._lock:
+            if space not in self._directions:
+                self._directions[space] = self._measured(space, progress)
+            return self._directions[space]
 
     def _measured(self, space: str, progress: Progress | None) -> Directions:
         def compute() -> dict[str, Tensor]:
@@ -281,12 +283,17 @@ class OpenRun:
             LostImagesError: they were not scored, and the images of the run are no longer there.
             ValueError: an image that cannot be read.
         """
-        if not self._scores:
-            tensors = kept(
-                self.folder.cache, "scores", self._key() | {"images": SCORED}, lambda: self._scored(progress)
-            )
-            self._scores.append(Scores(tensors["held_out"], tensors["train"]))
-        return self._scores[0]
+        with self._lock:
+            if not self._scores:
+                key = self._key() | {"images": SCORED}
+                tensors = kept(self.folder.cache, "scores", key, lambda: self._scored(progress))
+                self._scores.append(Scores(tensors["held_out"], tensors["train"]))
+            return self._scores[0]
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether :meth:`scores` were measured or read."""
+        return bool(self._scores)
 
     def scores_at_hand(self, progress: Progress | None = None) -> Scores | None:
         """:meth:`scores`, or None: the run's images are gone and were not scored, or none has a finite likelihood."""

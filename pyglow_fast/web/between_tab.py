@@ -12,7 +12,7 @@ from pyglow_fast.studio.words import HeldOut
 from pyglow_fast.web.desk import Desk, picked_number, picked_upload
 from pyglow_fast.web.errors import on_page
 from pyglow_fast.web.events import DRAG, QUIET
-from pyglow_fast.web.html import buttons, figure, note, row, save_link
+from pyglow_fast.web.html import PICK_JS, buttons, figure, note, row, save_link
 from pyglow_fast.web.shelf import Shelf
 from pyglow_fast.web.uploads import Upload, UploadedImage
 
@@ -47,7 +47,7 @@ class BetweenTab:
                 self.steps = gr.Slider(2, MOST, value=STEPS, step=1, label="images of the strip", elem_id="path-steps")
                 self.at = gr.Slider(0.0, 1.0, value=0.5, step=0.01, label="the way along the path", elem_id="path-at")
                 self.frame = gr.HTML(elem_id="path-frame")
-        self.strip = gr.HTML(elem_id="path-strip")
+        self.strip = gr.HTML(js_on_load=PICK_JS, elem_id="path-strip")
         self.command = gr.Textbox(
             label="the same from the command line", buttons=["copy"], interactive=False, elem_id="path-command"
         )
@@ -56,6 +56,8 @@ class BetweenTab:
         shown = [self.frame, self.strip, self.command]
         drawn = (on_page()(self.drawn), inputs, shown)
         self.at.input(on_page()(self.moved), inputs, [self.frame, self.command], **DRAG)
+        clicked = self.strip.click(on_page()(self.point), self.steps, self.at, **QUIET)
+        clicked.success(on_page()(self.moved), inputs, [self.frame, self.command], **QUIET)
         for widget in (self.kind, self.steps):
             widget.input(*drawn, **QUIET)
         for i in range(2):
@@ -102,6 +104,10 @@ class BetweenTab:
         if first is None or last is None:
             return opened, None
         return opened, Between(opened, first, last, desk.space_of(opened), kind == "spherical")
+
+    def point(self, steps: float, event: gr.EventData) -> float:
+        """Where on the path the image of the strip is that was clicked."""
+        return min(1.0, int(event.index) / (int(steps) - 1))
 
     def moved(self, desk: Desk, kind: str, steps: float, at: float) -> list[str]:
         """The image at one point of the path."""

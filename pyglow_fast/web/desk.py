@@ -30,6 +30,7 @@ class Desk:
         self.thumbs: list[int] = []  # numbers of the held-out images that are offered
         self.scored: list[tuple[str, bytes]] = []
         self.grid: Grid | None = None
+        self.measured: tuple[OpenRun, str] | None = None  # whose mean latents, and in which space, the sliders show
         self._subject: Subject | None = None
         self._lock = threading.RLock()
 

@@ -23,6 +23,7 @@ ATTRIBUTES, LEVELS = 12, 10  # sliders that there are at most
 FIRST = 6  # attributes that have sliders at the beginning
 THUMBS = 12
 STRONGEST = 3.0
+WAITING = '<div class="pgf-wait"></div>'  # room for the bar of what is measured
 NO_CLASS = "its own"
 
 
@@ -36,12 +37,7 @@ class EditTab:
 
     def __init__(self, shelf: Shelf, desk: gr.State) -> None:
         self._shelf, self._desk = shelf, desk
-        with gr.Row():
-            self.thumbs = gr.HTML(js_on_load=PICK_JS, elem_id="edit-thumbs", scale=4, min_width=300)
-            self.number = gr.Number(
-                0, precision=0, minimum=0, label="held-out image", elem_id="edit-number", min_width=120
-            )
-            self.others = gr.Button("Others", elem_id="edit-others", min_width=80)
+        self.thumbs = gr.HTML(js_on_load=PICK_JS, elem_id="edit-thumbs")
         with gr.Row():
             with gr.Column(scale=3, min_width=300):
                 self.pictures = gr.HTML(elem_id="edited")
@@ -49,6 +45,11 @@ class EditTab:
                 self.command = gr.Textbox(
                     label="the same from the command line", buttons=["copy"], interactive=False, elem_id="edit-command"
                 )
+                with gr.Row():
+                    self.number = gr.Number(
+                        0, precision=0, minimum=0, label="held-out image", elem_id="edit-number", min_width=120
+                    )
+                    self.others = gr.Button("Other images to choose from", elem_id="edit-others", min_width=120)
                 with gr.Accordion("An image of yours", open=False, elem_id="edit-yours"):
                     self.upload = UploadedImage(
                         label="upload, webcam or clipboard",
@@ -64,10 +65,10 @@ class EditTab:
                 self._slider_widgets()
         self.shown = [self.pictures, self.command]
         self.controls = [self.twin, *self.adds, *self.keeps]
-        self.outputs = [
-            self.thumbs, self.number, self.label, self.attributes, self.plus, self.minus, self.space, self.why,
-            self.upload, *self.adds, *self.keeps, *self.shown,
-        ]  # fmt: skip
+        choices = [self.attributes, self.plus, self.minus, *self.adds, self.why]
+        self.measured = [*choices, *self.shown]
+        fixed = [self.thumbs, self.number, self.others, self.label, self.space, self.upload, *self.keeps]
+        self.outputs = [*fixed, *self.measured]
         self._wire()
 
     def _slider_widgets(self) -> None:
@@ -100,7 +101,8 @@ class EditTab:
         took = self.upload.upload(on_page()(self.take_upload), [desk, self.upload], self.upload, **QUIET)
         took.success(*again, **QUIET)
         self.label.input(on_page()(self.take_label), [desk, self.label], None, **QUIET).success(*again, **QUIET)
-        self.space.input(on_page()(self.take_space), [desk, self.space], self.why, **QUIET).success(*again, **QUIET)
+        took = self.space.input(on_page()(self.take_space), [desk, self.space], None, **QUIET)
+        self.measure_after(took)
         chosen = self.attributes.input(
             on_page()(self.take_pairs), [desk, self.attributes, *self.adds], self.adds, **QUIET
         )
@@ -108,55 +110,78 @@ class EditTab:
         added = [desk, self.plus, self.minus, self.attributes, *self.adds]
         self.more.click(on_page()(self.add_pair), added, [self.attributes, *self.adds], **QUIET)
 
-    def show(self, desk: Desk, progress: gr.Progress = gr.Progress()) -> list[Any]:  # noqa: B008 - Gradio looks for it
-        """What the tab shows of a run that was chosen; measures its mean latents, where they are not kept."""
+    def measure_after(self, event: Any) -> None:
+        """Adds the measurement of mean latents to what follows an event."""
+        inputs = [self._desk, *self.controls]
+        shown = QUIET | {"show_progress": "full", "show_progress_on": self.why}
+        event.success(on_page()(self.measure), inputs, self.measured, **shown)
+
+    def show(self, desk: Desk) -> list[Any]:
+        """What the tab shows of a run that was chosen, until its mean latents are there."""
         opened = desk.opened(self._shelf)
         missing = opened.images.missing
-        names: tuple[str, ...] = ()
+        desk.thumbs, desk.pairs, desk.measured = [], [], None
         if not missing:
-            names = opened.directions(
-                desk.space_of(opened), progress_on(progress, "mean latents of training images")
-            ).names
-            opened.scores(progress_on(progress, "bits/dim of training images"))
             desk.thumbs = list(range(min(THUMBS, len(opened.images.find()[2]))))
-            if desk.picked is None:
-                desk.put(opened.pick(HeldOut(0)))
-        elif desk.picked is None and desk.grid is not None:
+            desk.put(opened.pick(HeldOut(0)))
+        elif desk.grid is not None:
             desk.put(desk.grid.picked(0))
-        pairs = [(name, REST) for name in names]
-        desk.pairs = pairs[:FIRST] if len(names) != 2 else pairs[:1]  # of two the one is the other's opposite
-        why = f"No attributes: {missing}." if missing else "" if names else "The images of this run have no classes."
-        number = desk.picked.image.number if desk.picked and isinstance(desk.picked.image, HeldOut) else 0
-        classes = gr.Dropdown([NO_CLASS, *opened.classes], value=NO_CLASS, visible=bool(opened.classes))
-        texts = [pair_text(pair) for pair in pairs]
+        why = note(f"No attributes: {missing}.") if missing else WAITING
         return [
             self._thumbs(desk, opened),
-            gr.Number(number, visible=not missing),
-            classes,
-            gr.Dropdown(texts, value=[pair_text(pair) for pair in desk.pairs], visible=bool(names)),
-            gr.Dropdown(list(names), value=names[0] if names else None),
-            gr.Dropdown([REST, *names], value=REST if names else None),
+            gr.Number(0, visible=not missing),
+            gr.Button(visible=not missing),
+            gr.Dropdown([NO_CLASS, *opened.classes], value=NO_CLASS, visible=bool(opened.classes)),
             gr.Radio(list(SPACES), value=desk.space_of(opened)),
-            note(why),
             None,
-            *self._sliders(desk, opened),
+            *self._keep_sliders(opened),
+            *self._attribute_widgets(desk, ()),
+            why,
             *self._edited(desk, Edit(), twin=False),
         ]
 
-    def _sliders(self, desk: Desk, opened: OpenRun) -> list[gr.Slider]:
-        """All sliders at rest, those that have a meaning visible."""
-        adds = [
-            gr.Slider(
-                value=0, visible=i < len(desk.pairs), label=pair_text(desk.pairs[i]) if i < len(desk.pairs) else ""
-            )
-            for i in range(ATTRIBUTES)
+    def measure(
+        self,
+        desk: Desk,
+        twin: bool,
+        *values: float,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio looks for it
+    ) -> list[Any]:
+        """Measures the mean latents and likelihoods of training images, where they are not kept; then the sliders."""
+        opened = desk.opened(self._shelf)
+        space = desk.space_of(opened)
+        if opened.images.missing or desk.measured == (opened, space):
+            quiet = [gr.skip() for _ in range(len(self.measured) - len(self.shown))]
+            return [*quiet, *self.edited(desk, twin, *values)]
+        names = opened.directions(space, progress_on(progress, "mean latents of training images")).names
+        opened.scores(progress_on(progress, "bits/dim of training images"))
+        if desk.opened(self._shelf) is not opened:  # there is a newer checkpoint, which has its own
+            return self.measure(desk, twin, *values, progress=progress)
+        former = dict(zip(desk.pairs, values, strict=False))
+        if not former:  # of two classes the one is the other's opposite
+            desk.pairs = [(name, REST) for name in (names[:FIRST] if len(names) != 2 else names[:1])]
+        desk.measured = (opened, space)
+        why = "" if names else "The images of this run have no classes."
+        return [*self._attribute_widgets(desk, names, former), note(why), *self.edited(desk, twin, *values)]
+
+    def _attribute_widgets(
+        self, desk: Desk, names: tuple[str, ...], values: dict[tuple[str, str], float] | None = None
+    ) -> list[Any]:
+        """The attributes to choose from, and the sliders of those that are chosen, at rest or at ``values``."""
+        pairs = dict.fromkeys([*((name, REST) for name in names), *desk.pairs])
+        return [
+            gr.Dropdown(
+                [pair_text(pair) for pair in pairs], value=[pair_text(pair) for pair in desk.pairs], visible=bool(names)
+            ),
+            gr.Dropdown(list(names), value=names[0] if names else None),
+            gr.Dropdown([REST, *names], value=REST if names else None),
+            *self._add_sliders(desk, values or {}),
         ]
-        n_levels = len(opened.model.latent_shapes)
-        keeps = [
-            gr.Slider(value=1, visible=i < n_levels, label=f"kept of level {i}{_which(i, n_levels)}")
-            for i in range(LEVELS)
-        ]
-        return [*adds, *keeps]
+
+    def _keep_sliders(self, opened: OpenRun) -> list[gr.Slider]:
+        """The sliders of the levels, at rest."""
+        n = len(opened.model.latent_shapes)
+        return [gr.Slider(value=1, visible=i < n, label=f"kept of level {i}{_which(i, n)}") for i in range(LEVELS)]
 
     def _thumbs(self, desk: Desk, opened: OpenRun) -> str:
         if not desk.thumbs:
@@ -166,7 +191,7 @@ class EditTab:
         names = ["" if labels is None else f", {data.class_names[int(label)]}" for label in
                  (labels if labels is not None else desk.thumbs)]  # fmt: skip
         words = [f"held-out image {number}{name}" for number, name in zip(desk.thumbs, names, strict=True)]
-        return buttons(list(levels), opened.n_bins, words)
+        return buttons(list(levels), opened.n_bins, words, strip=True)
 
     def take_number(self, desk: Desk, number: float | None) -> None:
         """A held-out image by its number."""
@@ -200,15 +225,11 @@ class EditTab:
             label = None if name == NO_CLASS else opened.label(name)
             desk.put(opened.relabelled(desk.picked, label))
 
-    def take_space(self, desk: Desk, space: str, progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
-        """The space that is edited; its directions are measured where they are not kept."""
-        opened = desk.opened(self._shelf)
+    def take_space(self, desk: Desk, space: str) -> None:
+        """The space that is edited."""
         if space not in SPACES:
             raise ValueError(f"space: expected one of {SPACES}, found {space!r}")
-        if not opened.images.missing:
-            opened.directions(space, progress_on(progress, "mean latents of training images"))
         desk.space = space
-        return ""
 
     def take_pairs(self, desk: Desk, texts: list[str], *values: float) -> list[gr.Slider]:
         """The attributes that have sliders; one that stays keeps its value."""
@@ -249,7 +270,8 @@ class EditTab:
 
     def reset(self, desk: Desk, twin: bool) -> list[Any]:
         """All sliders at rest, and so the original."""
-        return [*self._sliders(desk, desk.opened(self._shelf)), *self._edited(desk, Edit(), twin)]
+        sliders = [*self._add_sliders(desk, {}), *self._keep_sliders(desk.opened(self._shelf))]
+        return [*sliders, *self._edited(desk, Edit(), twin)]
 
     def _edited(self, desk: Desk, edit: Edit, twin: bool) -> list[str]:
         if desk.picked is None:
@@ -280,7 +302,7 @@ class EditTab:
         return [row(figures) + f"<p>{''.join(links)}</p>" + note(bad), "\n".join(commands)]
 
     def _words(self, subject: Subject, bits: float) -> str:
-        text, label = likelihood_text(subject.opened, bits), subject.picked.label
+        text, label = likelihood_text(subject.opened, bits, wait=False), subject.picked.label
         return text if label is None else f"{text}; class {subject.opened.classes[label]}"
 
 

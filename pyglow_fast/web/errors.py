@@ -32,7 +32,7 @@ def sentence(message: str) -> str:
 
 def refusal(message: str) -> gr.Error:
     """The error that shows ``message`` on the page and nothing in the log."""
-    return gr.Error(sentence(message), title="Not done", print_exception=False)
+    return gr.Error(sentence(message), print_exception=False)
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def _shown(log: logging.Logger, handler: str) -> Iterator[None]:
     except Exception as error:
         log.error("%s failed", handler, exc_info=error)
         said = f"{type(error).__name__}: this should not have happened; the traceback is in the log of the server."
-        raise gr.Error(html.escape(said), title="Failed", print_exception=False) from error
+        raise gr.Error(html.escape(said), print_exception=False) from error
 
 
 def on_page(log: logging.Logger = LOG) -> Callable[[Handler], Handler]:

@@ -21,16 +21,18 @@ CSS = """
 .pgf-row figcaption { font-size: 0.85rem; max-width: 16rem; }
 .pgf-image { image-rendering: pixelated; background: #888; border-radius: 4px; max-width: 100%; display: block; }
 .pgf-smooth { image-rendering: auto; }
-.pgf-pick { padding: 2px; border: 2px solid transparent; border-radius: 6px; background: none; cursor: pointer; }
+.pgf-pick { margin: 0 !important; flex: none; padding: 2px; border: 2px solid transparent; border-radius: 6px;
+  background: none; cursor: pointer; }
 .pgf-pick:hover, .pgf-pick:focus-visible { border-color: var(--color-accent); outline: none; }
 .pgf-grid { display: flex; flex-wrap: wrap; gap: 4px; }
 .pgf-strip { display: flex; gap: 2px; overflow-x: auto; }
 .pgf-save { display: inline-block; margin: 0 0.8rem 0.3rem 0; color: var(--link-text-color);
   text-decoration: underline; }
 .pgf-note { opacity: 0.8; }
+.pgf-wait { min-height: 4rem; }
 .pgf-table { border-collapse: collapse; }
-.pgf-table th, .pgf-table td { text-align: left; padding: 0.2rem 1rem 0.2rem 0;
-  border-bottom: 1px solid var(--border-color-primary); vertical-align: middle; overflow-wrap: anywhere; }
+.pgf-table th, .pgf-table td { text-align: left; padding: 0.2rem 1rem 0.2rem 0; border: 0 !important;
+  border-bottom: 1px solid var(--border-color-primary) !important; vertical-align: middle; overflow-wrap: anywhere; }
 .pgf-plot { max-width: 100%; background: #fff; border-radius: 4px; }
 .pgf-frame { width: 100%; height: 75vh; border: 1px solid var(--border-color-primary); border-radius: 6px; }
 """
@@ -53,7 +55,7 @@ def image(levels: Tensor, n_bins: int, words: str, height: int = SHOWN) -> str:
     """One image (C, H, W) of levels; pixels are enlarged in the browser, the file has them one by one."""
     source = uri(png_bytes(image_picture(levels, n_bins)))
     tall, wide = levels.shape[-2:]
-    shown = max(height, tall) if height > THUMB else height
+    shown = max(height, tall) if height == SHOWN else height
     smooth = " pgf-smooth" if tall > shown else ""
     return (
         f'<img class="pgf-image{smooth}" alt="{html.escape(words)}" src="{source}" '
@@ -73,11 +75,13 @@ def row(figures: Sequence[str]) -> str:
     return f'<div class="pgf-row">{"".join(figures)}</div>'
 
 
-def buttons(images: Sequence[Tensor], n_bins: int, words: Sequence[str], strip: bool = False) -> str:
+def buttons(
+    images: Sequence[Tensor], n_bins: int, words: Sequence[str], strip: bool = False, height: int = THUMB
+) -> str:
     """Images as buttons, whose number a click gives; see PICK_JS."""
     found = [
         f'<button type="button" class="pgf-pick" data-index="{i}" title="{html.escape(text)}" '
-        f'aria-label="{html.escape(text)}">{image(levels, n_bins, text, THUMB)}</button>'
+        f'aria-label="{html.escape(text)}">{image(levels, n_bins, text, height)}</button>'
         for i, (levels, text) in enumerate(zip(images, words, strict=True))
     ]
     return f'<div class="{"pgf-strip" if strip else "pgf-grid"}">{"".join(found)}</div>'

@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from pyglow_fast.studio.opened import OpenRun
 from pyglow_fast.web.between_tab import BetweenTab
 from pyglow_fast.web.desk import Desk
 from pyglow_fast.web.edit_tab import EditTab
@@ -18,6 +19,7 @@ from pyglow_fast.web.score_tab import ScoreTab
 from pyglow_fast.web.shelf import Shelf
 
 AT_ONCE = 4  # events that are computed at once
+EVERY = 3.0  # seconds from one look for a newer checkpoint to the next
 EXPIRE = 3600  # seconds after which what a visitor who left had on the desk is forgotten
 
 
@@ -29,6 +31,7 @@ def page(shelf: Shelf) -> gr.Blocks:
             names = shelf.names()
             run = gr.Dropdown(names, value=names[0], label="run", elem_id="run", scale=1)
             about = gr.HTML(elem_id="about")
+        version, clock = gr.State(), gr.Timer(EVERY)
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Sample", id="sample"):
                 sample = SampleTab(shelf, desk)
@@ -42,33 +45,51 @@ def page(shelf: Shelf) -> gr.Blocks:
                 looked = RunTab(shelf, desk)
 
         @on_page()
-        def opened(found: Desk, name: str) -> Any:
-            run_ = found.choose(shelf, name)
-            shape = "x".join(map(str, run_.model.config.image_shape))
-            text = f"step {run_.step:,}, images {shape}, {run_.n_bins} levels"
-            return f"<p>{html.escape(text)}</p>"
+        def opened(found: Desk, name: str) -> list[Any]:
+            chosen = found.choose(shelf, name)
+            return [_about(chosen), chosen.checkpoint.digest]
+
+        def ticked(found: Desk, seen: str | None) -> list[Any]:
+            """Notices a newer checkpoint; what is wrong with it is said by the next thing that is done."""
+            try:
+                newest = found.opened(shelf)
+            except ValueError:
+                return [gr.skip(), gr.skip()]
+            digest = newest.checkpoint.digest
+            return [gr.skip(), gr.skip()] if digest == seen else [_about(newest), digest]
 
         @on_page()
         def listed() -> Any:
             names = shelf.names()
             return gr.Dropdown(names, value=names[0] if names else None)
 
+        clock.tick(on_page()(ticked), [desk, version], [about, version], **QUIET)
+        inputs = [desk, sample.temperature, sample.label, sample.n, sample.seed]
+        renewed = version.change(on_page()(sample.renew), inputs, sample.shown, **QUIET)
+        edit.measure_after(renewed)
+
         def shown(event: Any) -> None:
             """Fills the tabs: what must be measured first, on the side."""
             inputs = [desk, sample.temperature, sample.n, sample.seed]
             drawn = event.success(on_page()(sample.show), inputs, sample.outputs, **QUIET)
-            drawn.success(on_page()(edit.show), desk, edit.outputs, **(QUIET | {"show_progress": "full"}))
+            edit.measure_after(drawn.success(on_page()(edit.show), desk, edit.outputs, **QUIET))
             inputs = [desk, between.kind, between.steps, between.at]
             rest = drawn.success(on_page()(between.show), inputs, between.outputs, **QUIET)
             rest = rest.success(on_page()(score.show), desk, score.outputs, **QUIET)
             rest.success(on_page()(looked.show), desk, looked.outputs, **QUIET)
 
-        shown(run.input(opened, [desk, run], about, **QUIET))
+        shown(run.input(opened, [desk, run], [about, version], **QUIET))
         run_tab.select(on_page()(looked.show), desk, looked.outputs, **QUIET)
         first = blocks.load(listed, None, run, **QUIET)
-        shown(first.success(opened, [desk, run], about, **QUIET))
+        shown(first.success(opened, [desk, run], [about, version], **QUIET))
         taken = sample.pictures.click(on_page()(sample.take), desk, None, **QUIET)
         taken = taken.success(lambda: gr.Tabs(selected="edit"), None, tabs, **QUIET)
         taken.success(on_page()(edit.edited), [desk, *edit.controls], edit.shown, **QUIET)
     blocks.queue(default_concurrency_limit=AT_ONCE)
     return blocks
+
+
+def _about(opened: OpenRun) -> str:
+    """What is open, in a line."""
+    shape = "x".join(map(str, opened.model.config.image_shape))
+    return f"<p>{html.escape(f'step {opened.step:,}, images {shape}, {opened.n_bins} levels')}</p>"

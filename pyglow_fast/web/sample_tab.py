@@ -18,7 +18,8 @@ from pyglow_fast.web.html import PICK_JS, buttons, note, save_link
 from pyglow_fast.web.shelf import Shelf
 
 ALL = "all classes in turn"
-SHOWN, MOST = 20, 100
+SHOWN, MOST = 24, 100
+HEIGHT = 96  # pixels on the page
 
 
 class SampleTab:
@@ -45,9 +46,9 @@ class SampleTab:
                 )
         self.outputs = [self.label, self.pictures, self.command]
         inputs = [desk, self.temperature, self.label, self.n, self.seed]
-        shown = [self.pictures, self.command]
+        self.shown = [self.pictures, self.command]
         for event in (self.temperature.input, self.n.input, self.seed.change, self.label.input):
-            event(on_page()(self.draw), inputs, shown, **DRAG)
+            event(on_page()(self.draw), inputs, self.shown, **DRAG)
         self.again.click(lambda: random.randrange(10**6), None, self.seed, **QUIET)
 
     def show(self, desk: Desk, temperature: float, n: float, seed: float | None) -> list[Any]:
@@ -66,12 +67,18 @@ class SampleTab:
         drawn, made = grid.drawn, grid.made()
         bad = f"{drawn.not_finite} of them are not finite, shown grey" if drawn.not_finite else ""
         words = [f"sample {i}{_class(opened, drawn.labels, i)}: edit it" for i in range(len(drawn.levels))]
-        shown = buttons(list(drawn.levels), opened.n_bins, words)
+        shown = buttons(list(drawn.levels), opened.n_bins, words, height=HEIGHT)
         save = save_link(made, "samples.png", "Save PNG")
         return [
             f"{shown}<p>{save} {html.escape('A click on an image takes it to Edit.')}</p>{note(bad)}",
             made.shown("samples.png"),
         ]
+
+    def renew(self, desk: Desk, temperature: float, label: str | None, n: float, seed: float | None) -> list[Any]:
+        """The same samples by a newer checkpoint, where there is one."""
+        if desk.grid is None or desk.grid.opened is desk.opened(self._shelf):
+            return [gr.skip(), gr.skip()]
+        return self.draw(desk, temperature, label, n, seed)
 
     def take(self, desk: Desk, event: gr.EventData) -> None:
         """Puts the sample that was clicked under edit."""

@@ -16,7 +16,7 @@ from gradio.data_classes import FileData, ImageData, ListFiles
 from pyglow_fast.web.errors import refusal
 
 LONGEST_NAME = 100  # characters
-LINGER = 5.0  # seconds that a file stays after it was read: the browser may still be fetching it to show it
+LINGER = 3.0  # seconds that a file stays after it was read: the browser may still be fetching it to show it
 
 
 @dataclass(frozen=True)

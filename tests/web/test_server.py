@@ -17,6 +17,8 @@ from support import web
 
 web.require("gradio")
 
+import gradio as gr  # noqa: E402
+
 from pyglow_fast.web import server  # noqa: E402
 from pyglow_fast.web.server import VARIABLE, bind, can_open_browser, check_host, credentials  # noqa: E402
 
@@ -153,6 +155,7 @@ def start_handler(running: web.Server, index: int) -> None:
     connection.close()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_it_ends_at_once_and_leaves_nothing(signum: int, tmp_path: Path) -> None:
     """Also while a browser listens and a handler computes, for a minute, in a thread that cannot be stopped."""
@@ -176,6 +179,7 @@ def test_it_ends_at_once_and_leaves_nothing(signum: int, tmp_path: Path) -> None
         assert running.log() == ""
 
 
+@pytest.mark.alone
 def test_a_signal_before_it_answers_ends_it_too(tmp_path: Path) -> None:
     """While the page is built, which loads a model."""
     code = (
@@ -209,6 +213,15 @@ def test_a_page_that_cannot_be_built_leaves_nothing(tmp_path: Path, monkeypatch:
     assert list(tmp_path.iterdir()) == []
     assert os.environ["GRADIO_TEMP_DIR"] == "as before"
     bind("127.0.0.1", port).close()
+
+
+def test_a_server_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not an end with code 0."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(server.uvicorn.Server, "run", lambda self, sockets: None)
+    with pytest.raises(RuntimeError, match="did not start"):
+        server.serve(lambda: gr.Blocks(analytics_enabled=False))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_it_asks_nobody_else(tmp_path: Path) -> None:
