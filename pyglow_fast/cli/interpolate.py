@@ -118,8 +118,9 @@ def _between(args: argparse.Namespace) -> int:
         images = (parse_image(args.first, "from"), parse_image(args.last, "to"))
         suffix = Path(args.out).suffix.lower()
         animated = args.at is None and suffix in ANIMATED
-        out = output_path(args.out, suffix if animated else ".png", "out", *(image.text for image in images))
         opened = open_to_look(args)
+        read_from = (opened.checkpoint.config.data.name, *(image.text for image in images))
+        out = output_path(args.out, suffix if animated else ".png", "out", *read_from)
         labels = [opened.label(word_name(word)) for word in args.labels] if args.labels else [None, None]
         first, last = (opened.pick(image, label) for image, label in zip(images, labels, strict=True))
         path = Between(opened, first, last, args.space or opened.space, args.spherical)
