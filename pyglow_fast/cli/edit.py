@@ -89,8 +89,8 @@ def run(args: argparse.Namespace) -> int:
             expect(0.0 <= share <= 1.0, "keep", "shares in 0..1", share)
         expect(not (args.keep and args.pixel_shift), "keep", "no such option beside --pixel-shift", args.keep)
         image = parse_image(args.image)
-        out = picture_path(args.out, image.text)
         opened = open_to_look(args)
+        out = picture_path(args.out, opened.checkpoint.config.data.name, image.text)
         space = args.space or opened.space
         picked = opened.pick(image, None if args.label is None else opened.label(word_name(args.label)))
         expect(

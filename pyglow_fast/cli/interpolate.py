@@ -119,8 +119,9 @@ def _between(args: argparse.Namespace) -> int:
         suffix = Path(args.out).suffix.lower()
         kinds = (".png", *ANIMATED) if args.at is None else (".png",)
         expect(suffix in kinds, "out", f"a name ending in {' or '.join(kinds)}", repr(args.out))
-        out = output_path(args.out, suffix, "out", *(image.text for image in images))
         opened = open_to_look(args)
+        read_from = (opened.checkpoint.config.data.name, *(image.text for image in images))
+        out = output_path(args.out, suffix, "out", *read_from)
         labels = [opened.label(word_name(word)) for word in args.labels] if args.labels else [None, None]
         first, last = (opened.pick(image, label) for image, label in zip(images, labels, strict=True))
         path = Between(opened, first, last, args.space or opened.space, args.spherical)

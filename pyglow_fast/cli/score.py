@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import os
 
 from pyglow_fast._errors import expect
 from pyglow_fast.cli._common import (
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         check_scoring(args)
         expect(args.out is not None or args.picture is not None, "out", "a file to write", "none")
         first = args.data[0].partition(":")[0]
-        of_data = len(args.data) == 1 and first in SOURCES and not Path(args.data[0]).is_file()
+        of_data = len(args.data) == 1 and first in SOURCES and not os.path.isfile(args.data[0])
     return _data(args) if of_data else _files(args)
 
 
@@ -100,12 +100,12 @@ def _files(args: argparse.Namespace) -> int:
             expect(value == default, name, "no such option for image files", value)
         images = [parse_image(text, "data") for text in args.data]
         for image in images:
-            there = not isinstance(image, File) or Path(image.path).exists()
+            there = not isinstance(image, File) or os.path.exists(image.path)
             expect(there, "data", f"{DATA_HELP}; or image files", repr(image.text))
-        texts = [image.text for image in images]
+        opened = open_to_look(args)
+        texts = [opened.checkpoint.config.data.name, *(image.text for image in images)]
         out = None if args.out is None else output_path(args.out, ".csv", "out", *texts)
         picture = None if args.picture is None else output_path(args.picture, ".png", "picture", *texts)
-        opened = open_to_look(args)
         files = [opened.pick(image) for image in images]
         with progress_bar("bits/dim of the run's images") as progress:
             if picture is not None:

@@ -142,6 +142,21 @@ def test_a_strength_is_repeated_exactly(place: Path, tmp_path: Path) -> None:
     assert command[command.index("--keep") + 1] == "0.333333"
 
 
+def test_another_checkpoint_and_fewer_training_images(place: Path, tmp_path: Path) -> None:
+    """Are in the command that a picture holds."""
+    run, out = place / "digits", tmp_path / "x.png"
+    edit(run, "2", out, "--add", "3", "rest", "1", "--train-images", "40", "--best")
+    command = assert_repeatable(out)
+    assert command[command.index("--train-images") + 1] == "40"
+    assert "--best" in command
+    few = pixels(out)
+    edit(run, "2", out, "--add", "3", "rest", "1")
+    assert not np.array_equal(few, pixels(out))
+    assert not {"--train-images", "--best"} & set(kept_command(out))
+    edit(run, "2", out, "--train-images", "40")
+    assert "--train-images" not in assert_repeatable(out)
+
+
 @pytest.mark.parametrize("plus", CLASSES)
 def test_odd_names(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plus: str) -> None:
     """Of classes, of the run and of files: the command in the picture is whole."""
@@ -160,6 +175,13 @@ def test_odd_names(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     adds = [(plus, minus, 0.5), (minus, "rest", -0.25)]
     assert_shows(out, by_hand.edited(levels, label, "latent", adds), by_hand.n_bins)
     assert command[:3] == ["edit", str(place / ODD), file]
+    assert (
+        main(
+            ["sample", str(place / ODD), "--n", "3", "--label", as_words[0], "--label", as_words[1], "--out", str(out)]
+        )
+        == 0
+    )
+    assert assert_repeatable(out).count("--label") == 2
     Path("-run").symlink_to(place / ODD)
     assert main(["edit", "--out", str(out), "--", "-run", "3"]) == 0
     assert assert_repeatable(out)[1] == "./-run"

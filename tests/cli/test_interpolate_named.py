@@ -109,7 +109,8 @@ def test_odd_names(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         path(place / "it's $odd", FILES[k], FILES[-1 - k], out, "--labels", *labels, *options)
         words = assert_repeatable(out)
         assert words[words.index("--labels") + 1 :][:2] == labels
-    path(place / "it's $odd", FILES[k], "0", tmp_path / "x.gif")
+        assert not options or words[words.index("--at") + 1] == "0.123456789"
+    path(place / "it's $odd", FILES[-1 - k], "0", tmp_path / "x.gif")
     words = told(tmp_path / "x.gif")
     assert main([*words, "--out", "again.gif"]) == 0
     assert Path("again.gif").read_bytes() == Path("x.gif").read_bytes()

@@ -172,6 +172,14 @@ OVER_INPUT = [
     ),
     (["interpolate", "unlabelled", "folder:.", "--out", "plain/0.png"], f"out: {AMONG}folder:., found .*"),
     (["manipulate", "two", "folder:plain", *CLASSES, "--out", "plain/0.png"], f"out: {AMONG}folder:plain, found .*"),
+    (["sample", "unlabelled", "--out", "plain/new.png"], f"out: {AMONG}folder:plain, found .*"),
+    (["edit", "unlabelled", "0", "--out", "plain/new.png"], f"out: {AMONG}folder:plain, found .*"),
+    (["score", "unlabelled", "plain/0.png", "--out", "plain/x.csv"], f"out: {AMONG}folder:plain, found .*"),
+    (["score", "unlabelled", "old.png", "--picture", "plain/x.png"], f"picture: {AMONG}folder:plain, found .*"),
+    (
+        ["interpolate", "unlabelled", "--from", "0", "--to", "0", "--out", "plain/x.gif"],
+        f"out: {AMONG}folder:plain, found .*",
+    ),
 ]
 
 

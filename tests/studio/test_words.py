@@ -9,7 +9,7 @@ import shlex
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pyglow_fast.studio.samples import Draw
@@ -65,6 +65,9 @@ def test_a_number_by_hand(value: float, text: str) -> None:
 
 
 @given(LINES, LINES)
+@example("-odd", "--keep")
+@example("\\-odd", "\\")
+@example("-1", "-")
 def test_names_of_classes(plus: str, minus: str) -> None:
     """Through a shell and argparse."""
     line = shlex.join(["--add", name_word(plus), name_word(minus), "-1.5"])
@@ -83,6 +86,10 @@ def test_numbers_and_samples_round_trip(image: Image) -> None:
 
 
 @given(LINES)
+@example("12")
+@example("٣")
+@example("sample:1")
+@example("-x")
 def test_files_round_trip(path: str) -> None:
     """The same file, through a shell and argparse, whatever its name."""
     text = File(path).text
