@@ -23,11 +23,16 @@ LONGEST = 400  # characters of a message: a toast is no place for more
 _PATH = re.compile(r"(?<![\w./:\\])(?:[A-Za-z]:)?(?:[\\/][^\\/\s'\",:;()<>]+)+[\\/]([^\\/\s'\",:;()<>]+)")
 
 
-def sentence(message: str) -> str:
-    """The first line of a message as HTML that shows just these characters, without the folders of files in it."""
+def plain_sentence(message: str) -> str:
+    """The first line of a message, without the folders of files in it: a visitor need not know them."""
     line = next((line for line in message.splitlines() if line.strip()), "").strip()
     line = _PATH.sub(r"\1", line)
-    return html.escape(line if len(line) <= LONGEST else line[: LONGEST - 3] + "...")
+    return line if len(line) <= LONGEST else line[: LONGEST - 3] + "..."
+
+
+def sentence(message: str) -> str:
+    """:func:`plain_sentence` as HTML that shows just these characters."""
+    return html.escape(plain_sentence(message))
 
 
 def refusal(message: str) -> gr.Error:
