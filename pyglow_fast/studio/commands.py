@@ -38,8 +38,12 @@ def command_line(opened: OpenRun, name: str, words: Sequence[str]) -> str:
     """``pyglow-fast NAME RUN ...``, quoted for a shell."""
     of_run = ["--best"] if opened.best else []
     of_run += ["--device", opened.device] if opened.device != "auto" else []
-    run = f"./{opened.name}" if opened.name.startswith("-") else opened.name
-    return shlex.join(["pyglow-fast", name, run, *words, *of_run])
+    return shlex.join(["pyglow-fast", name, run_word(opened.name), *words, *of_run])
+
+
+def run_word(name: str) -> str:
+    """The folder of a run as a word of a command line: never taken for an option."""
+    return f"./{name}" if name.startswith("-") else name
 
 
 def made_png(picture: Tensor, command: str) -> Made:
