@@ -31,8 +31,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.set_defaults(run_command=run)
     add_run(parser)
     parser.add_argument("image", metavar="IMAGE", help=f"{IMAGE_HELP}; a file is cropped and scaled as in training")
-    text = f"the way from the mean latent of MINUS, a class or {REST}, to that of PLUS, S times; may be repeated"
-    parser.add_argument("--add", nargs=3, action="append", metavar=("PLUS", "MINUS", "S"), help=f"{text}. {NAME_HELP}")
+    text = (
+        "S times the way from the mean latent of MINUS to that of PLUS, each a class or attribute of the run's images; "
+        f"MINUS may be {REST}, those without PLUS; may be repeated. {NAME_HELP}"
+    )
+    parser.add_argument("--add", nargs=3, action="append", metavar=("PLUS", "MINUS", "S"), help=text)
     parser.add_argument(
         "--keep",
         type=number,

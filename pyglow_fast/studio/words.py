@@ -14,7 +14,7 @@ IMAGE_HELP = (
     "the number of a held-out image, from 0; a file; "
     "or sample:I[:n=N][:seed=S][:temperature=X][:label=C], C the number of a class"
 )
-NAME_HELP = r"A class whose name begins with - is written \-..."
+NAME_HELP = r"A name that begins with - is written \-..."
 
 
 def number_text(value: float) -> str:
