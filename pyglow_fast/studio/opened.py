@@ -60,6 +60,12 @@ class OwnImages:
         self._checkpoint = checkpoint
         self._lock = threading.Lock()
 
+    def are_those_of(self, checkpoint: Checkpoint) -> bool:
+        """Whether they are those of ``checkpoint``, too: of the same source, prepared and split in the same way."""
+        mine, other = self._checkpoint, checkpoint
+        prepared = (mine.config.data, mine.config.seed) == (other.config.data, other.config.seed)
+        return prepared and mine.data.fingerprint == other.data.fingerprint
+
     @functools.cached_property
     def _found(self) -> tuple[Images, Tensor, Tensor] | str:
         try:
@@ -127,7 +133,8 @@ class OpenRun:
             best: the checkpoint with the best held-out bits/dim rather than the newest.
             device: cpu, cuda, cuda:N or auto.
             train_images: that directions are measured on, at most.
-            images: of the run, if another checkpoint of it was opened before.
+            images: of the run, if another checkpoint of it was opened before; loaded anew if they are no longer its
+                own, since another run may have taken the place of the former.
 
         Raises:
             ValueError: it is no run, or what it holds does not fit together; a value outside its range.
@@ -143,7 +150,9 @@ class OpenRun:
         with torch.no_grad():
             model = load_model(checkpoint, str(folder.path), place).freeze()
         checkpoint.model, checkpoint.ema, checkpoint.optimizer = {}, {}, {}  # the model has what is needed of them
-        return cls(name, best, folder, checkpoint, model, images or OwnImages(checkpoint), train_images)
+        if images is None or not images.are_those_of(checkpoint):
+            images = OwnImages(checkpoint)
+        return cls(name, best, folder, checkpoint, model, images, train_images)
 
     @property
     def n_bins(self) -> int:
