@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from support.edits import ByHand
+from support.latent_runs import train
 
 from pyglow_fast.data import ImageSet, UnreadableImageError
 from pyglow_fast.latents import from_space, likeliest_class, to_space
@@ -243,3 +244,16 @@ def test_a_subject_is_edited_many_times(emoji_run: Path) -> None:
     assert torch.equal(subject.edited(Edit()).levels, subject.levels)
     with pytest.raises(ValueError, match=r"^keep: expected 2 shares, one a level, found 1$"):
         subject.edited(Edit((), (0.5,)))
+
+
+def test_images_go_on_to_the_next_checkpoint_of_the_same_run_alone(
+    emoji_run: Path, digits_run: Path, tmp_path: Path
+) -> None:
+    """Another run may take the place of the former: with other images, or the same ones in another split."""
+    first = OpenRun.open(str(emoji_run))
+    assert OpenRun.open(str(emoji_run), images=first.images).images is first.images
+    other = OpenRun.open(str(digits_run), images=first.images)
+    assert other.images.find()[0].name == "digits"
+    train("digits", tmp_path / "run", "--levels", "2", "--class-conditional", "--seed", "1")
+    again = OpenRun.open(str(tmp_path / "run"), images=other.images)
+    assert not torch.equal(again.images.find()[2], other.images.find()[2])

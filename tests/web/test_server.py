@@ -131,10 +131,23 @@ def test_a_port_is_a_port(port: int) -> None:
         bind("127.0.0.1", port)
 
 
-@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
+@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid", "a" * 64, "a..b"])
 def test_an_address_of_another_machine_is_refused(host: str) -> None:
     with pytest.raises(ValueError, match=f"^host: expected an address of this machine, found {host}$"):
         bind(host, None)
+
+
+def test_those_who_left_are_forgotten(tmp_path: Path) -> None:
+    """Each reload of the page is another visit; who is there keeps what is on the desk."""
+    with gr.Blocks(analytics_enabled=False) as blocks:
+        state = gr.State("none")
+    server.application(blocks, tmp_path, "127.0.0.1", None, 1000, None, None, None)
+    holder = blocks.state_holder
+    holder["here"][state._id] = "mine"
+    for i in range(3 * server.SESSIONS):
+        holder[f"reload {i}"][state._id] = "another"
+        assert holder["here"][state._id] == "mine"
+    assert len(holder.session_data) <= server.SESSIONS + 1
 
 
 def open_stream(running: web.Server, path: str) -> HTTPConnection:
