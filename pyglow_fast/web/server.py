@@ -31,6 +31,7 @@ PORTS = 100  # that are tried
 MAX_FILE_SIZE = 20 * 2**20  # bytes
 SESSIONS = 100  # visits that are remembered; each loading of the page is one, and may hold samples and latents
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+UPLOADS_LAST = 600  # seconds, for those that no handler reads
 # Of Gradio's defaults one looks for fonts of its own; these are on every system.
 FONT = ("ui-sans-serif", "system-ui", "sans-serif")
 FONT_MONO = ("ui-monospace", "Consolas", "monospace")
@@ -168,6 +169,7 @@ def application(
     for handler in blocks.fns.values():
         handler.api_visibility = "private"  # else the login page holds the names of all handlers and their inputs
     blocks.state_session_capacity = SESSIONS  # beyond it the one that was silent for longest is forgotten
+    blocks.delete_cache = (UPLOADS_LAST, UPLOADS_LAST)
     outer = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     gr.mount_gradio_app(
         outer,

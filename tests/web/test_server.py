@@ -18,6 +18,7 @@ from support import web
 web.require("gradio")
 
 import gradio as gr  # noqa: E402
+from fastapi.testclient import TestClient  # noqa: E402
 
 from pyglow_fast.web import server  # noqa: E402
 from pyglow_fast.web.server import VARIABLE, bind, can_open_browser, check_host, credentials  # noqa: E402
@@ -148,6 +149,23 @@ def test_those_who_left_are_forgotten(tmp_path: Path) -> None:
         holder[f"reload {i}"][state._id] = "another"
         assert holder["here"][state._id] == "mine"
     assert len(holder.session_data) <= server.SESSIONS + 1
+
+
+def test_uploads_that_nobody_reads_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else they would fill the disk."""
+    monkeypatch.setattr(server, "UPLOADS_LAST", 1)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    with gr.Blocks(analytics_enabled=False) as blocks:
+        gr.File()
+    gate = server.application(blocks, tmp_path, "127.0.0.1", None, 1000, None, None, None)
+    with TestClient(gate, base_url="http://127.0.0.1") as client:
+        answer = client.post("/gradio_api/upload", files={"files": ("a.png", b"some bytes")})
+        (path,) = answer.json()
+        assert Path(path).read_bytes() == b"some bytes"
+        end = time.monotonic() + 20
+        while Path(path).exists() and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not Path(path).exists()
 
 
 def open_stream(running: web.Server, path: str) -> HTTPConnection:
