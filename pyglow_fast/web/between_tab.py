@@ -58,13 +58,14 @@ class BetweenTab:
         self.at.input(on_page()(self.moved), inputs, [self.frame, self.command], **DRAG)
         clicked = self.strip.click(on_page()(self.point), self.steps, self.at, **QUIET)
         clicked.success(on_page()(self.moved), inputs, [self.frame, self.command], **QUIET)
-        for widget in (self.kind, self.steps):
-            widget.input(*drawn, **QUIET)
+        gr.on([self.kind.input, self.steps.input], *drawn, **QUIET)
         for i in range(2):
             number, upload = self.numbers[i], self.uploads[i]
-            number.change(on_page()(self._take_number(i)), [desk, number], None, **QUIET).success(*drawn, **QUIET)
+            taken = gr.on([number.input, number.submit], on_page()(self._take_number(i)), [desk, number], None, **QUIET)
+            taken.success(*drawn, **QUIET)
             taken = upload.upload(on_page()(self._take_upload(i)), [desk, upload], upload, **QUIET)
             taken.success(*drawn, **QUIET)
+            taken.failure(lambda: None, None, upload, **QUIET)
             self.takes[i].click(on_page()(self._take_edit(i)), desk, None, **QUIET).success(*drawn, **QUIET)
 
     def show(self, desk: Desk, kind: str, steps: float, at: float) -> list[Any]:
@@ -79,7 +80,8 @@ class BetweenTab:
 
     def _take_number(self, i: int) -> Any:
         def take(desk: Desk, number: float | None) -> None:
-            desk.ends[i] = picked_number(desk.opened(self._shelf), number)
+            if number is not None:  # a field that is being typed into
+                desk.ends[i] = picked_number(desk.opened(self._shelf), number)
 
         return take
 
@@ -109,8 +111,8 @@ class BetweenTab:
         """Where on the path the image of the strip is that was clicked."""
         return min(1.0, int(event.index) / (int(steps) - 1))
 
-    def moved(self, desk: Desk, kind: str, steps: float, at: float) -> list[str]:
-        """The image at one point of the path."""
+    def _frame(self, desk: Desk, kind: str, at: float) -> list[str]:
+        """The image at one point of the path, and its command."""
         opened, between = self._between(desk, kind)
         if between is None:
             return [note("Choose two images."), ""]
@@ -120,17 +122,24 @@ class BetweenTab:
         grey = note("Parts are not finite, shown grey." if bad else "")
         return [f"{shown}<p>{save_link(made, 'between.png', 'Save PNG')}</p>{grey}", made.shown("between.png")]
 
+    def moved(self, desk: Desk, kind: str, steps: float, at: float) -> list[str]:
+        """The image at another point of the same path; the strip's command stays below its own."""
+        frame, command = self._frame(desk, kind, at)
+        return [frame, f"{command}\n{desk.strip}".strip()]
+
     def drawn(self, desk: Desk, kind: str, steps: float, at: float) -> list[str]:
         """The image at one point, and the strip of the whole path."""
         opened, between = self._between(desk, kind)
-        frame, command = self.moved(desk, kind, steps, at)
+        desk.strip = ""
         if between is None:
-            return [frame, "", ""]
+            frame, command = self._frame(desk, kind, at)
+            return [frame, "", command]
         levels, _ = between.frames(int(steps))
         words = [f"at {i / (len(levels) - 1):.2f}" for i in range(len(levels))]
         files = {".png": "Save the strip", ".gif": "Save as GIF", ".webp": "Save as WebP"}
         made = {suffix: between.made(levels, suffix) for suffix in files}
         links = [save_link(made[suffix], f"path{suffix}", text) for suffix, text in files.items()]
         strip = buttons(list(levels), opened.n_bins, words, strip=True)
-        whole = made[".png"].shown("path.png")
-        return [frame, f"{strip}<p>{''.join(links)}</p>", f"{command}\n{whole}"]
+        desk.strip = made[".png"].shown("path.png")
+        frame, command = self.moved(desk, kind, steps, at)
+        return [frame, f"{strip}<p>{''.join(links)}</p>", command]

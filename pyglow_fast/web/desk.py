@@ -15,6 +15,7 @@ from pyglow_fast.studio.words import File, HeldOut
 from pyglow_fast.web.shelf import Shelf
 from pyglow_fast.web.uploads import Upload
 
+NO_CLASS = "its own"  # of the image under edit: none was chosen
 MOST_PIXELS = 40_000_000  # of an upload: a photograph of a large camera
 
 
@@ -26,6 +27,7 @@ class Desk:
         self.space: str | None = None
         self.picked: Picked | None = None  # the image under edit
         self.ends: list[Picked | None] = [None, None]  # of the path
+        self.strip = ""  # the command of the path's strip
         self.pairs: list[tuple[str, str]] = []  # attributes that have sliders, as (plus, minus)
         self.thumbs: list[int] = []  # numbers of the held-out images that are offered
         self.scored: list[tuple[str, bytes]] = []

@@ -12,7 +12,7 @@ from pyglow_fast.studio.directions import REST, Add
 from pyglow_fast.studio.edits import Edit, Subject, likelihood_text
 from pyglow_fast.studio.opened import OpenRun
 from pyglow_fast.studio.words import HeldOut
-from pyglow_fast.web.desk import Desk, picked_number, picked_upload, progress_on
+from pyglow_fast.web.desk import NO_CLASS, Desk, picked_number, picked_upload, progress_on
 from pyglow_fast.web.errors import on_page
 from pyglow_fast.web.events import DRAG, QUIET
 from pyglow_fast.web.html import PICK_JS, buttons, figure, note, row, save_link
@@ -24,7 +24,6 @@ FIRST = 6  # attributes that have sliders at the beginning
 THUMBS = 12
 STRONGEST = 3.0
 WAITING = '<div class="pgf-wait"></div>'  # room for the bar of what is measured
-NO_CLASS = "its own"
 
 
 def pair_text(pair: tuple[str, str]) -> str:
@@ -66,9 +65,9 @@ class EditTab:
         self.shown = [self.pictures, self.command]
         self.controls = [self.twin, *self.adds, *self.keeps]
         choices = [self.attributes, self.plus, self.minus, *self.adds, self.why]
-        self.measured = [*choices, *self.shown]
+        self.measured = choices
         fixed = [self.thumbs, self.number, self.others, self.label, self.space, self.upload, *self.keeps]
-        self.outputs = [*fixed, *self.measured]
+        self.outputs = [*fixed, *choices, *self.shown]
         self._wire()
 
     def _slider_widgets(self) -> None:
@@ -91,15 +90,19 @@ class EditTab:
 
     def _wire(self) -> None:
         desk, controls = self._desk, self.controls
-        for event in (*(slider.input for slider in (*self.adds, *self.keeps)), self.twin.input):
-            event(on_page()(self.edited), [desk, *controls], self.shown, **DRAG)
-        self.back.click(on_page()(self.reset), [desk, self.twin], [*self.adds, *self.keeps, *self.shown], **QUIET)
         again = (on_page()(self.edited), [desk, *controls], self.shown)
-        self.number.change(on_page()(self.take_number), [desk, self.number], None, **QUIET).success(*again, **QUIET)
-        self.thumbs.click(on_page()(self.take_thumb), desk, self.number, **QUIET)
-        self.others.click(on_page()(self.other_thumbs), desk, self.thumbs, **QUIET)
-        took = self.upload.upload(on_page()(self.take_upload), [desk, self.upload], self.upload, **QUIET)
+        # One listener for all, so that the picture of an earlier drag never comes after that of a later one.
+        gr.on([*(slider.input for slider in (*self.adds, *self.keeps)), self.twin.input], *again, **DRAG)
+        self.back.click(on_page()(self.reset), desk, [*self.adds, *self.keeps], **QUIET).success(*again, **QUIET)
+        typed = [self.number.input, self.number.submit]
+        took = gr.on(typed, on_page()(self.take_number), [desk, self.number], self.label, **QUIET)
         took.success(*again, **QUIET)
+        took = self.thumbs.click(on_page()(self.take_thumb), desk, [self.number, self.label], **QUIET)
+        took.success(*again, **QUIET)
+        self.others.click(on_page()(self.other_thumbs), desk, self.thumbs, **QUIET)
+        took = self.upload.upload(on_page()(self.take_upload), [desk, self.upload], [self.upload, self.label], **QUIET)
+        took.success(*again, **QUIET)
+        took.failure(lambda: None, None, self.upload, **QUIET)
         self.label.input(on_page()(self.take_label), [desk, self.label], None, **QUIET).success(*again, **QUIET)
         took = self.space.input(on_page()(self.take_space), [desk, self.space], None, **QUIET)
         self.measure_after(took)
@@ -112,9 +115,9 @@ class EditTab:
 
     def measure_after(self, event: Any) -> None:
         """Adds the measurement of mean latents to what follows an event."""
-        inputs = [self._desk, *self.controls]
         shown = QUIET | {"show_progress": "full", "show_progress_on": self.why}
-        event.success(on_page()(self.measure), inputs, self.measured, **shown)
+        measured = event.success(on_page()(self.measure), self._desk, self.measured, **shown)
+        measured.success(on_page()(self.edited), [self._desk, *self.controls], self.shown, **QUIET)
 
     def show(self, desk: Desk) -> list[Any]:
         """What the tab shows of a run that was chosen, until its mean latents are there."""
@@ -143,22 +146,25 @@ class EditTab:
     def measure(
         self,
         desk: Desk,
-        twin: bool,
-        *values: float,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio looks for it
     ) -> list[Any]:
-        """Measures the mean latents and likelihoods of training images, where they are not kept; then the sliders."""
+        """Measures the mean latents and likelihoods of training images, where they are not kept.
+
+        Sliders that there are already stay as they are.
+        """
         opened = desk.opened(self._shelf)
         if opened.images.missing:
             return [gr.skip() for _ in self.measured]
         names = opened.directions(desk.space_of(opened), progress_on(progress, "mean latents of training images")).names
         opened.scores(progress_on(progress, "bits/dim of training images"))
         if desk.opened(self._shelf) is not opened:  # there is a newer checkpoint, which has its own
-            return self.measure(desk, twin, *values, progress=progress)
+            return self.measure(desk, progress)
+        why = note("" if names else "The images of this run have no classes.")
+        if desk.pairs:
+            return [*(gr.skip() for _ in self.measured[:-1]), why]
         # Of two classes the one is the other's opposite.
         desk.pairs = [(name, REST) for name in (names[:FIRST] if len(names) != 2 else names[:1])]
-        why = "" if names else "The images of this run have no classes."
-        return [*self._attribute_widgets(desk, names), note(why), *self.edited(desk, twin, *values)]
+        return [*self._attribute_widgets(desk, names), why]
 
     def _attribute_widgets(self, desk: Desk, names: tuple[str, ...]) -> list[Any]:
         """The attributes to choose from, and the sliders of those that are chosen, at rest."""
@@ -185,18 +191,16 @@ class EditTab:
         words = [f"held-out image {number}{name}" for number, name in zip(desk.thumbs, names, strict=True)]
         return buttons(list(levels), opened.n_bins, words, strip=True)
 
-    def take_number(self, desk: Desk, number: float | None) -> None:
-        """A held-out image by its number."""
-        opened = desk.opened(self._shelf)
-        current = desk.picked.image if desk.picked else None
-        if number is not None and current != HeldOut(int(number)):
-            desk.put(picked_number(opened, number))
+    def take_number(self, desk: Desk, number: float | None) -> str:
+        """A held-out image by its number, with its own class."""
+        if number is not None:  # a field that is being typed into
+            desk.put(picked_number(desk.opened(self._shelf), number))
+        return NO_CLASS
 
-    def take_thumb(self, desk: Desk, event: gr.EventData) -> int:
-        """A held-out image by a click on it: its number."""
+    def take_thumb(self, desk: Desk, event: gr.EventData) -> tuple[int, str]:
+        """A held-out image by a click on it: its number, and its own class."""
         number = desk.thumbs[int(event.index) % len(desk.thumbs)]
-        desk.put(picked_number(desk.opened(self._shelf), number))
-        return number
+        return number, self.take_number(desk, number)
 
     def other_thumbs(self, desk: Desk) -> str:
         """Other held-out images to choose from."""
@@ -205,10 +209,11 @@ class EditTab:
         desk.thumbs = sorted(random.sample(range(count), min(THUMBS, count)))
         return self._thumbs(desk, opened)
 
-    def take_upload(self, desk: Desk, upload: Upload | None) -> None:
+    def take_upload(self, desk: Desk, upload: Upload | None) -> tuple[None, str]:
         """An image of the visitor's own; the component is empty again, as the image is shown under edit."""
         if upload is not None:
             desk.put(picked_upload(desk.opened(self._shelf), upload))
+        return None, NO_CLASS
 
     def take_label(self, desk: Desk, name: str) -> None:
         """The class of the image under edit."""
@@ -260,10 +265,9 @@ class EditTab:
         keep = tuple(float(share) for share in shares[: len(opened.model.latent_shapes)])
         return self._edited(desk, Edit(adds, keep), twin)
 
-    def reset(self, desk: Desk, twin: bool) -> list[Any]:
+    def reset(self, desk: Desk) -> list[Any]:
         """All sliders at rest, and so the original."""
-        sliders = [*self._add_sliders(desk, {}), *self._keep_sliders(desk.opened(self._shelf))]
-        return [*sliders, *self._edited(desk, Edit(), twin)]
+        return [*self._add_sliders(desk, {}), *self._keep_sliders(desk.opened(self._shelf))]
 
     def _edited(self, desk: Desk, edit: Edit, twin: bool) -> list[str]:
         if desk.picked is None:

@@ -18,13 +18,12 @@ from pyglow_fast.web.score_tab import ScoreTab
 from pyglow_fast.web.shelf import Shelf
 
 AT_ONCE = 4  # events that are computed at once
-EXPIRE = 3600  # seconds after which what a visitor who left had on the desk is forgotten
 
 
 def page(shelf: Shelf) -> gr.Blocks:
     """The Blocks that :func:`~pyglow_fast.web.server.serve` serves."""
     with gr.Blocks(title="pyglow_fast", analytics_enabled=False, fill_width=True) as blocks:
-        desk = gr.State(Desk(), time_to_live=EXPIRE)
+        desk = gr.State(Desk())
         with gr.Row():
             names = shelf.names()
             run = gr.Dropdown(names, value=names[0], label="run", elem_id="run", scale=1)
@@ -42,11 +41,14 @@ def page(shelf: Shelf) -> gr.Blocks:
                 looked = RunTab(shelf, desk)
 
         @on_page()
-        def opened(found: Desk, name: str) -> Any:
+        def opened(found: Desk, name: str) -> tuple[str, Desk]:
             run_ = found.choose(shelf, name)
             shape = "x".join(map(str, run_.model.config.image_shape))
             text = f"step {run_.step:,}, images {shape}, {run_.n_bins} levels"
-            return f"<p>{html.escape(text)}</p>"
+            return f"<p>{html.escape(text)}</p>", found
+
+        def kept(found: Desk) -> str:
+            return f"<p>{html.escape(f'still about {found.run}')}</p>" if found.run else ""
 
         @on_page()
         def listed() -> Any:
@@ -63,11 +65,14 @@ def page(shelf: Shelf) -> gr.Blocks:
             rest = rest.success(on_page()(score.show), desk, score.outputs, **QUIET)
             rest.success(on_page()(looked.show), desk, looked.outputs, **QUIET)
 
-        shown(run.input(opened, [desk, run], about, **QUIET))
+        # Gradio forgets a desk that an event gave back, an hour after its visitor left; others it keeps for ever.
+        chosen = run.change(opened, [desk, run], [about, desk], **QUIET)
+        chosen.failure(kept, desk, about, **QUIET)
+        shown(chosen)
         run_tab.select(on_page()(looked.show), desk, looked.outputs, **QUIET)
         first = blocks.load(listed, None, run, **QUIET)
-        shown(first.success(opened, [desk, run], about, **QUIET))
-        taken = sample.pictures.click(on_page()(sample.take), desk, None, **QUIET)
+        shown(first.success(opened, [desk, run], [about, desk], **QUIET))
+        taken = sample.pictures.click(on_page()(sample.take), desk, edit.label, **QUIET)
         taken = taken.success(lambda: gr.Tabs(selected="edit"), None, tabs, **QUIET)
         taken.success(on_page()(edit.edited), [desk, *edit.controls], edit.shown, **QUIET)
     blocks.queue(default_concurrency_limit=AT_ONCE)

@@ -11,7 +11,7 @@ import gradio as gr
 from pyglow_fast.studio.grids import Grid
 from pyglow_fast.studio.opened import OpenRun
 from pyglow_fast.studio.samples import TEMPERATURE, Draw
-from pyglow_fast.web.desk import Desk
+from pyglow_fast.web.desk import NO_CLASS, Desk
 from pyglow_fast.web.errors import on_page
 from pyglow_fast.web.events import DRAG, QUIET
 from pyglow_fast.web.html import PICK_JS, buttons, note, save_link
@@ -46,8 +46,8 @@ class SampleTab:
         self.outputs = [self.label, self.pictures, self.command]
         inputs = [desk, self.temperature, self.label, self.n, self.seed]
         shown = [self.pictures, self.command]
-        for event in (self.temperature.input, self.n.input, self.seed.change, self.label.input):
-            event(on_page()(self.draw), inputs, shown, **DRAG)
+        events = [self.temperature.input, self.n.input, self.seed.change, self.label.input]
+        gr.on(events, on_page()(self.draw), inputs, shown, **DRAG)  # one listener: no earlier picture after a later one
         self.again.click(lambda: random.randrange(10**6), None, self.seed, **QUIET)
 
     def show(self, desk: Desk, temperature: float, n: float, seed: float | None) -> list[Any]:
@@ -73,10 +73,11 @@ class SampleTab:
             made.shown("samples.png"),
         ]
 
-    def take(self, desk: Desk, event: gr.EventData) -> None:
-        """Puts the sample that was clicked under edit."""
+    def take(self, desk: Desk, event: gr.EventData) -> str:
+        """Puts the sample that was clicked under edit, with its own class."""
         if desk.grid is not None:
             desk.put(desk.grid.picked(int(event.index) % desk.grid.draw.n))
+        return NO_CLASS
 
 
 def _class(opened: OpenRun, labels: Any, i: int) -> str:

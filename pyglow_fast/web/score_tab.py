@@ -11,6 +11,7 @@ import gradio as gr
 from pyglow_fast.studio.scored import made_csv, made_picture, score_files
 from pyglow_fast.web.desk import Desk, picked_upload, progress_on
 from pyglow_fast.web.errors import on_page
+from pyglow_fast.web.events import QUIET
 from pyglow_fast.web.html import THUMB, image, note, plot, save_link, table
 from pyglow_fast.web.shelf import Shelf
 from pyglow_fast.web.uploads import Upload, UploadedFiles
@@ -31,9 +32,10 @@ class ScoreTab:
             label="the same from the command line", buttons=["copy"], interactive=False, elem_id="score-command"
         )
         self.outputs = [self.files, self.results, self.command]
-        self.files.upload(
+        scored = self.files.upload(
             on_page()(self.score), [desk, self.files], self.outputs, trigger_mode="once", api_visibility="private"
         )
+        scored.failure(lambda: None, None, self.files, **QUIET)
 
     def show(self, desk: Desk) -> list[Any]:
         """What the tab shows of a run that was chosen."""
