@@ -30,7 +30,7 @@ class BetweenTab:
             for i, name in enumerate(NAMES):
                 with gr.Column(scale=1, min_width=200):
                     self.numbers.append(
-                        gr.Number(i, precision=0, minimum=0, label=f"{name}: held-out image", elem_id=f"{name}-number")
+                        gr.Number(i, precision=0, label=f"{name}: held-out image", elem_id=f"{name}-number")
                     )
                     self.uploads.append(
                         UploadedImage(

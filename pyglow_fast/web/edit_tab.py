@@ -46,7 +46,7 @@ class EditTab:
                 )
                 with gr.Row():
                     self.number = gr.Number(
-                        0, precision=0, minimum=0, label="held-out image", elem_id="edit-number", min_width=120
+                        0, precision=0, label="held-out image", elem_id="edit-number", min_width=120
                     )
                     self.others = gr.Button("Other images to choose from", elem_id="edit-others", min_width=120)
                 with gr.Accordion("An image of yours", open=False, elem_id="edit-yours"):

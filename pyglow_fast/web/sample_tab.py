@@ -33,7 +33,7 @@ class SampleTab:
                 )
                 self.label = gr.Dropdown([ALL], value=ALL, label="class", visible=False, elem_id="sample-class")
                 self.n = gr.Slider(1, MOST, value=SHOWN, step=1, label="images", elem_id="sample-n")
-                self.seed = gr.Number(0, precision=0, minimum=0, label="seed", elem_id="sample-seed")
+                self.seed = gr.Number(0, precision=0, label="seed", elem_id="sample-seed")
                 self.again = gr.Button("Another seed", elem_id="sample-again")
             with gr.Column(scale=3, min_width=300):
                 self.pictures = gr.HTML(js_on_load=PICK_JS, elem_id="samples")

@@ -21,7 +21,7 @@ from pyglow_fast.cli import main
 from support import web
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Locator, Page
+    from playwright.sync_api import Locator, Page, Request
 
 Value = TypeVar("Value")
 PLACES = {"Sample": "samples", "Edit": "edited", "Interpolate": "path-strip", "Score": "scores", "Run": "run-page"}
@@ -61,6 +61,27 @@ class Visitor:
 
     def __init__(self, site: Site, page: Page) -> None:
         self.site, self.page, self.watched = site, page, web.Watched(page)
+        self._unanswered: set[Request] = set()
+        page.on("request", self._asked)
+        page.on("requestfinished", self._answered)
+        page.on("requestfailed", self._answered)
+
+    def _asked(self, request: Request) -> None:
+        if request.method == "POST" or "/queue/data" in request.url:
+            self._unanswered.add(request)
+
+    def _answered(self, request: Request) -> None:
+        self._unanswered.discard(request)
+
+    def idle(self) -> None:
+        """Waits until all that was asked of handlers is answered."""
+        self.page.evaluate("() => new Promise(requestAnimationFrame)")
+        wait_for(lambda: (self.page.evaluate("1"), len(self._unanswered))[1], 0)
+
+    def give(self, elem_id: str, *files: tuple[str, bytes], kind: str = "image/png") -> None:
+        """Uploads files, as (name, contents)."""
+        payloads: Any = [{"name": name, "mimeType": kind, "buffer": data} for name, data in files]
+        self.page.locator(f"#{elem_id} input[type=file]").set_input_files(payloads)
 
     def open(self) -> None:
         """Goes to the page and waits for its first tab."""
@@ -111,14 +132,13 @@ class Visitor:
         return Path(found.value.path()).read_bytes()
 
     def toast(self) -> str:
-        """The one sentence that an error shows; it is closed, and has no elements in it."""
-        message = self.page.get_by_test_id("toast-text")
-        message.wait_for()
-        assert message.count() == 1
+        """The one sentence that errors show; they are closed, and have no elements in them."""
+        message, close = self.page.get_by_test_id("toast-text"), self.page.get_by_test_id("toast-close")
+        message.first.wait_for()
         assert message.locator("*").count() == 0
-        text = message.inner_text()
-        self.page.get_by_test_id("toast-close").click()
-        wait_for(message.count, 0)
+        (text,) = set(message.all_inner_texts())
+        wait_for(lambda: close.evaluate_all("found => (found.forEach(each => each.click()), found.length)"), 0)
+        self.watched.errors[:] = [error for error in self.watched.errors if "status of 500" not in error]
         return text
 
 
@@ -164,7 +184,7 @@ def all_pixels(images: Locator) -> Tensor:
 def choose(page: Page, elem_id: str, option: str) -> None:
     """Chooses from a list, by the mouse."""
     page.locator(f"#{elem_id} input").click()
-    page.get_by_role("option", name=option, exact=True).click()
+    page.locator(f"#{elem_id}").get_by_role("option", name=option, exact=True).click()
 
 
 def slider(page: Page, elem_id: str) -> Locator:
@@ -189,7 +209,7 @@ def drag(page: Page, elem_id: str, *shares: float) -> None:
     page.mouse.move(place(at), middle)
     page.mouse.down()
     for share in shares:
-        page.mouse.move(place(share), middle, steps=3)
+        page.mouse.move(place(share), middle)
     page.mouse.up()
 
 
