@@ -11,7 +11,7 @@ from pyglow_fast.studio.opened import OpenRun
 from pyglow_fast.studio.words import HeldOut
 from pyglow_fast.web.desk import Desk, picked_number, picked_upload
 from pyglow_fast.web.errors import on_page
-from pyglow_fast.web.events import DRAG, QUIET
+from pyglow_fast.web.events import DRAG, QUIET, anew
 from pyglow_fast.web.html import PICK_JS, buttons, figure, note, row, save_link
 from pyglow_fast.web.shelf import Shelf
 from pyglow_fast.web.uploads import Upload, UploadedImage
@@ -51,14 +51,13 @@ class BetweenTab:
         self.command = gr.Textbox(
             label="the same from the command line", buttons=["copy"], interactive=False, elem_id="path-command"
         )
-        self.outputs = [*self.numbers, *self.uploads, self.frame, self.strip, self.command]
-        inputs = [desk, self.kind, self.steps, self.at]
-        shown = [self.frame, self.strip, self.command]
-        drawn = (on_page()(self.drawn), inputs, shown)
-        self.at.input(on_page()(self.moved), inputs, [self.frame, self.command], **DRAG)
-        clicked = self.strip.click(on_page()(self.point), self.steps, self.at, **QUIET)
-        clicked.success(on_page()(self.moved), inputs, [self.frame, self.command], **QUIET)
+        redraw = gr.State(0)  # the frame and the commands
+        self.outputs = [*self.numbers, *self.uploads, self.strip, redraw]
+        place = [desk, self.kind, self.at]
+        gr.on([self.at.input, redraw.change], on_page()(self.moved), place, [self.frame, self.command], **DRAG)
+        drawn = (on_page()(self.drawn), [desk, self.kind, self.steps], [self.strip, redraw])
         gr.on([self.kind.input, self.steps.input], *drawn, **QUIET)
+        self.strip.click(on_page()(self.point), self.steps, [self.at, redraw], **QUIET)
         for i in range(2):
             number, upload = self.numbers[i], self.uploads[i]
             taken = gr.on([number.input, number.submit], on_page()(self._take_number(i)), [desk, number], None, **QUIET)
@@ -68,7 +67,7 @@ class BetweenTab:
             taken.failure(lambda: None, None, upload, **QUIET)
             self.takes[i].click(on_page()(self._take_edit(i)), desk, None, **QUIET).success(*drawn, **QUIET)
 
-    def show(self, desk: Desk, kind: str, steps: float, at: float) -> list[Any]:
+    def show(self, desk: Desk, kind: str, steps: float) -> list[Any]:
         """What the tab shows of a run that was chosen."""
         opened = desk.opened(self._shelf)
         missing = opened.images.missing
@@ -76,7 +75,7 @@ class BetweenTab:
             count = len(opened.images.find()[2])
             desk.ends = [opened.pick(HeldOut(min(i, count - 1))) for i in range(2)]
         numbers = [gr.Number(i, visible=not missing) for i in range(2)]
-        return [*numbers, None, None, *self.drawn(desk, kind, steps, at)]
+        return [*numbers, None, None, *self.drawn(desk, kind, steps)]
 
     def _take_number(self, i: int) -> Any:
         def take(desk: Desk, number: float | None) -> None:
@@ -107,12 +106,12 @@ class BetweenTab:
             return opened, None
         return opened, Between(opened, first, last, desk.space_of(opened), kind == "spherical")
 
-    def point(self, steps: float, event: gr.EventData) -> float:
+    def point(self, steps: float, event: gr.EventData) -> tuple[float, int]:
         """Where on the path the image of the strip is that was clicked."""
-        return min(1.0, int(event.index) / (int(steps) - 1))
+        return min(1.0, int(event.index) / (int(steps) - 1)), anew()
 
-    def _frame(self, desk: Desk, kind: str, at: float) -> list[str]:
-        """The image at one point of the path, and its command."""
+    def moved(self, desk: Desk, kind: str, at: float) -> list[str]:
+        """The image at one point of the path; and the commands that give it and the strip."""
         opened, between = self._between(desk, kind)
         if between is None:
             return [note("Choose two images."), ""]
@@ -120,26 +119,19 @@ class BetweenTab:
         made = between.made_frame(levels[0], float(at))
         shown = row([figure(levels[0], opened.n_bins, f"at {at:g}", part="frame")])
         grey = note("Parts are not finite, shown grey." if bad else "")
-        return [f"{shown}<p>{save_link(made, 'between.png', 'Save PNG')}</p>{grey}", made.shown("between.png")]
+        link = save_link(made, "between.png", "Save PNG")
+        return [f"{shown}<p>{link}</p>{grey}", f"{made.shown('between.png')}\n{desk.strip}"]
 
-    def moved(self, desk: Desk, kind: str, steps: float, at: float) -> list[str]:
-        """The image at another point of the same path; the strip's command stays below its own."""
-        frame, command = self._frame(desk, kind, at)
-        return [frame, f"{command}\n{desk.strip}".strip()]
-
-    def drawn(self, desk: Desk, kind: str, steps: float, at: float) -> list[str]:
-        """The image at one point, and the strip of the whole path."""
+    def drawn(self, desk: Desk, kind: str, steps: float) -> list[Any]:
+        """The strip of the whole path."""
         opened, between = self._between(desk, kind)
-        desk.strip = ""
         if between is None:
-            frame, command = self._frame(desk, kind, at)
-            return [frame, "", command]
+            return ["", anew()]
         levels, _ = between.frames(int(steps))
         words = [f"at {i / (len(levels) - 1):.2f}" for i in range(len(levels))]
         files = {".png": "Save the strip", ".gif": "Save as GIF", ".webp": "Save as WebP"}
         made = {suffix: between.made(levels, suffix) for suffix in files}
         links = [save_link(made[suffix], f"path{suffix}", text) for suffix, text in files.items()]
-        strip = buttons(list(levels), opened.n_bins, words, strip=True)
         desk.strip = made[".png"].shown("path.png")
-        frame, command = self.moved(desk, kind, steps, at)
-        return [frame, f"{strip}<p>{''.join(links)}</p>", command]
+        strip = buttons(list(levels), opened.n_bins, words, strip=True)
+        return [f"{strip}<p>{''.join(links)}</p>", anew()]

@@ -14,7 +14,7 @@ from pyglow_fast.studio.opened import OpenRun
 from pyglow_fast.studio.words import HeldOut
 from pyglow_fast.web.desk import NO_CLASS, Desk, picked_number, picked_upload, progress_on
 from pyglow_fast.web.errors import on_page
-from pyglow_fast.web.events import DRAG, QUIET
+from pyglow_fast.web.events import DRAG, QUIET, anew
 from pyglow_fast.web.html import PICK_JS, buttons, figure, note, row, save_link
 from pyglow_fast.web.shelf import Shelf
 from pyglow_fast.web.uploads import Upload, UploadedImage
@@ -36,6 +36,7 @@ class EditTab:
 
     def __init__(self, shelf: Shelf, desk: gr.State) -> None:
         self._shelf, self._desk = shelf, desk
+        self.redraw = gr.State(0)
         self.thumbs = gr.HTML(js_on_load=PICK_JS, elem_id="edit-thumbs")
         with gr.Row():
             with gr.Column(scale=3, min_width=300):
@@ -65,7 +66,7 @@ class EditTab:
         self.shown = [self.pictures, self.command]
         self.controls = [self.twin, *self.adds, *self.keeps]
         choices = [self.attributes, self.plus, self.minus, *self.adds, self.why]
-        self.measured = choices
+        self.measured = [*choices, self.redraw]
         fixed = [self.thumbs, self.number, self.others, self.label, self.space, self.upload, *self.keeps]
         self.outputs = [*fixed, *choices, *self.shown]
         self._wire()
@@ -89,35 +90,28 @@ class EditTab:
         self.space = gr.Radio(list(SPACES), label="space of the edit", elem_id="edit-space")
 
     def _wire(self) -> None:
-        desk, controls = self._desk, self.controls
-        again = (on_page()(self.edited), [desk, *controls], self.shown)
-        # One listener for all, so that the picture of an earlier drag never comes after that of a later one.
-        gr.on([*(slider.input for slider in (*self.adds, *self.keeps)), self.twin.input], *again, **DRAG)
-        self.back.click(on_page()(self.reset), desk, [*self.adds, *self.keeps], **QUIET).success(*again, **QUIET)
+        desk, redraw = self._desk, self.redraw
+        moves = [slider.input for slider in (*self.adds, *self.keeps)]
+        gr.on([*moves, self.twin.input, redraw.change], on_page()(self.edited), [desk, *self.controls], self.shown, **DRAG)
+        self.back.click(on_page()(self.reset), desk, [*self.adds, *self.keeps, redraw], **QUIET)
         typed = [self.number.input, self.number.submit]
-        took = gr.on(typed, on_page()(self.take_number), [desk, self.number], self.label, **QUIET)
-        took.success(*again, **QUIET)
-        took = self.thumbs.click(on_page()(self.take_thumb), desk, [self.number, self.label], **QUIET)
-        took.success(*again, **QUIET)
+        gr.on(typed, on_page()(self.take_number), [desk, self.number], [self.label, redraw], **QUIET)
+        self.thumbs.click(on_page()(self.take_thumb), desk, [self.number, self.label, redraw], **QUIET)
         self.others.click(on_page()(self.other_thumbs), desk, self.thumbs, **QUIET)
-        took = self.upload.upload(on_page()(self.take_upload), [desk, self.upload], [self.upload, self.label], **QUIET)
-        took.success(*again, **QUIET)
+        took = [self.upload, self.label, redraw]
+        took = self.upload.upload(on_page()(self.take_upload), [desk, self.upload], took, **QUIET)
         took.failure(lambda: None, None, self.upload, **QUIET)
-        self.label.input(on_page()(self.take_label), [desk, self.label], None, **QUIET).success(*again, **QUIET)
-        took = self.space.input(on_page()(self.take_space), [desk, self.space], None, **QUIET)
-        self.measure_after(took)
-        chosen = self.attributes.input(
-            on_page()(self.take_pairs), [desk, self.attributes, *self.adds], self.adds, **QUIET
-        )
-        chosen.success(*again, **QUIET)
+        self.label.input(on_page()(self.take_label), [desk, self.label], redraw, **QUIET)
+        self.measure_after(self.space.input(on_page()(self.take_space), [desk, self.space], None, **QUIET))
+        chosen = [desk, self.attributes, *self.adds]
+        self.attributes.input(on_page()(self.take_pairs), chosen, [*self.adds, redraw], **QUIET)
         added = [desk, self.plus, self.minus, self.attributes, *self.adds]
         self.more.click(on_page()(self.add_pair), added, [self.attributes, *self.adds], **QUIET)
 
     def measure_after(self, event: Any) -> None:
         """Adds the measurement of mean latents to what follows an event."""
         shown = QUIET | {"show_progress": "full", "show_progress_on": self.why}
-        measured = event.success(on_page()(self.measure), self._desk, self.measured, **shown)
-        measured.success(on_page()(self.edited), [self._desk, *self.controls], self.shown, **QUIET)
+        event.success(on_page()(self.measure), self._desk, self.measured, **shown)
 
     def show(self, desk: Desk) -> list[Any]:
         """What the tab shows of a run that was chosen, until its mean latents are there."""
@@ -161,10 +155,10 @@ class EditTab:
             return self.measure(desk, progress)
         why = note("" if names else "The images of this run have no classes.")
         if desk.pairs:
-            return [*(gr.skip() for _ in self.measured[:-1]), why]
+            return [*(gr.skip() for _ in self.measured[:-2]), why, anew()]
         # Of two classes the one is the other's opposite.
         desk.pairs = [(name, REST) for name in (names[:FIRST] if len(names) != 2 else names[:1])]
-        return [*self._attribute_widgets(desk, names), why]
+        return [*self._attribute_widgets(desk, names), why, anew()]
 
     def _attribute_widgets(self, desk: Desk, names: tuple[str, ...]) -> list[Any]:
         """The attributes to choose from, and the sliders of those that are chosen, at rest."""
@@ -191,16 +185,16 @@ class EditTab:
         words = [f"held-out image {number}{name}" for number, name in zip(desk.thumbs, names, strict=True)]
         return buttons(list(levels), opened.n_bins, words, strip=True)
 
-    def take_number(self, desk: Desk, number: float | None) -> str:
+    def take_number(self, desk: Desk, number: float | None) -> tuple[str, int]:
         """A held-out image by its number, with its own class."""
         if number is not None:  # a field that is being typed into
             desk.put(picked_number(desk.opened(self._shelf), number))
-        return NO_CLASS
+        return NO_CLASS, anew()
 
-    def take_thumb(self, desk: Desk, event: gr.EventData) -> tuple[int, str]:
+    def take_thumb(self, desk: Desk, event: gr.EventData) -> tuple[int, str, int]:
         """A held-out image by a click on it: its number, and its own class."""
         number = desk.thumbs[int(event.index) % len(desk.thumbs)]
-        return number, self.take_number(desk, number)
+        return number, *self.take_number(desk, number)
 
     def other_thumbs(self, desk: Desk) -> str:
         """Other held-out images to choose from."""
@@ -209,18 +203,19 @@ class EditTab:
         desk.thumbs = sorted(random.sample(range(count), min(THUMBS, count)))
         return self._thumbs(desk, opened)
 
-    def take_upload(self, desk: Desk, upload: Upload | None) -> tuple[None, str]:
+    def take_upload(self, desk: Desk, upload: Upload | None) -> tuple[None, str, int]:
         """An image of the visitor's own; the component is empty again, as the image is shown under edit."""
         if upload is not None:
             desk.put(picked_upload(desk.opened(self._shelf), upload))
-        return None, NO_CLASS
+        return None, NO_CLASS, anew()
 
-    def take_label(self, desk: Desk, name: str) -> None:
+    def take_label(self, desk: Desk, name: str) -> int:
         """The class of the image under edit."""
         opened = desk.opened(self._shelf)
         if desk.picked is not None:
             label = None if name == NO_CLASS else opened.label(name)
             desk.put(opened.relabelled(desk.picked, label))
+        return anew()
 
     def take_space(self, desk: Desk, space: str) -> None:
         """The space that is edited."""
@@ -228,7 +223,7 @@ class EditTab:
             raise ValueError(f"space: expected one of {SPACES}, found {space!r}")
         desk.space = space
 
-    def take_pairs(self, desk: Desk, texts: list[str], *values: float) -> list[gr.Slider]:
+    def take_pairs(self, desk: Desk, texts: list[str], *values: float) -> list[Any]:
         """The attributes that have sliders; one that stays keeps its value."""
         opened = desk.opened(self._shelf)
         names = opened.directions(desk.space_of(opened)).names
@@ -237,7 +232,7 @@ class EditTab:
             raise ValueError(f"attributes: expected at most {ATTRIBUTES} at once, found {len(texts)}")
         former = dict(zip(desk.pairs, values, strict=False))
         desk.pairs = [known[text] for text in texts if text in known]
-        return self._add_sliders(desk, former)
+        return [*self._add_sliders(desk, former), anew()]
 
     def add_pair(self, desk: Desk, plus: str, minus: str, texts: list[str], *values: float) -> list[Any]:
         """One more slider, from the images of ``minus`` to those of ``plus``."""
@@ -267,7 +262,7 @@ class EditTab:
 
     def reset(self, desk: Desk) -> list[Any]:
         """All sliders at rest, and so the original."""
-        return [*self._add_sliders(desk, {}), *self._keep_sliders(desk.opened(self._shelf))]
+        return [*self._add_sliders(desk, {}), *self._keep_sliders(desk.opened(self._shelf)), anew()]
 
     def _edited(self, desk: Desk, edit: Edit, twin: bool) -> list[str]:
         if desk.picked is None:

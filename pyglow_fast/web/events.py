@@ -1,8 +1,18 @@
 """How the page listens: without a spinner, and so that the last of many events is the one that counts."""
 
+import itertools
 from typing import Any
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
 # What follows a slider is not queued, which would cost as long as the edit itself; of the drags that come while one is
 # computed the last one counts.
 DRAG: dict[str, Any] = QUIET | {"queue": False}
+_NUMBERS = itertools.count(1)
+
+
+def anew() -> int:
+    """Gives a number that no call gave before: a gr.State that it is written to has changed, and what listens is done.
+
+    One picture has one listener, so that what an earlier event asked for never comes after what a later one did.
+    """
+    return next(_NUMBERS)

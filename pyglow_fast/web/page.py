@@ -60,7 +60,7 @@ def page(shelf: Shelf) -> gr.Blocks:
             inputs = [desk, sample.temperature, sample.n, sample.seed]
             drawn = event.success(on_page()(sample.show), inputs, sample.outputs, **QUIET)
             edit.measure_after(drawn.success(on_page()(edit.show), desk, edit.outputs, **QUIET))
-            inputs = [desk, between.kind, between.steps, between.at]
+            inputs = [desk, between.kind, between.steps]
             rest = drawn.success(on_page()(between.show), inputs, between.outputs, **QUIET)
             rest = rest.success(on_page()(score.show), desk, score.outputs, **QUIET)
             rest.success(on_page()(looked.show), desk, looked.outputs, **QUIET)
@@ -72,8 +72,7 @@ def page(shelf: Shelf) -> gr.Blocks:
         run_tab.select(on_page()(looked.show), desk, looked.outputs, **QUIET)
         first = blocks.load(listed, None, run, **QUIET)
         shown(first.success(opened, [desk, run], [about, desk], **QUIET))
-        taken = sample.pictures.click(on_page()(sample.take), desk, edit.label, **QUIET)
-        taken = taken.success(lambda: gr.Tabs(selected="edit"), None, tabs, **QUIET)
-        taken.success(on_page()(edit.edited), [desk, *edit.controls], edit.shown, **QUIET)
+        taken = sample.pictures.click(on_page()(sample.take), desk, [edit.label, edit.redraw], **QUIET)
+        taken.success(lambda: gr.Tabs(selected="edit"), None, tabs, **QUIET)
     blocks.queue(default_concurrency_limit=AT_ONCE)
     return blocks

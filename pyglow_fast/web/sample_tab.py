@@ -13,7 +13,7 @@ from pyglow_fast.studio.opened import OpenRun
 from pyglow_fast.studio.samples import TEMPERATURE, Draw
 from pyglow_fast.web.desk import NO_CLASS, Desk
 from pyglow_fast.web.errors import on_page
-from pyglow_fast.web.events import DRAG, QUIET
+from pyglow_fast.web.events import DRAG, QUIET, anew
 from pyglow_fast.web.html import PICK_JS, buttons, note, save_link
 from pyglow_fast.web.shelf import Shelf
 
@@ -73,11 +73,11 @@ class SampleTab:
             made.shown("samples.png"),
         ]
 
-    def take(self, desk: Desk, event: gr.EventData) -> str:
+    def take(self, desk: Desk, event: gr.EventData) -> tuple[str, int]:
         """Puts the sample that was clicked under edit, with its own class."""
         if desk.grid is not None:
             desk.put(desk.grid.picked(int(event.index) % desk.grid.draw.n))
-        return NO_CLASS
+        return NO_CLASS, anew()
 
 
 def _class(opened: OpenRun, labels: Any, i: int) -> str:

@@ -160,6 +160,7 @@ def test_a_run_that_appears_is_offered(visitor: Visitor, site: Site) -> None:
     page.keyboard.press("Escape")
     shutil.copytree(site.path(COLOUR), new)
     try:
+        visitor.idle()  # what a reload breaks off is an error in the console
         page.reload()
         visitor.filled("Sample")
         visitor.choose_run("zz new")
@@ -168,6 +169,7 @@ def test_a_run_that_appears_is_offered(visitor: Visitor, site: Site) -> None:
         shutil.rmtree(new)
     set_slider(page, "sample-n", 3)
     assert visitor.toast().startswith("run: expected one of runs/digits, ")
+    visitor.idle()
     page.reload()
     visitor.filled("Sample")
     assert page.locator("#about").inner_text() == "step 20, images 1x8x8, 17 levels"
