@@ -67,14 +67,14 @@ class Visitor:
         page.on("requestfailed", self._answered)
 
     def _asked(self, request: Request) -> None:
-        if request.method == "POST" or "/queue/data" in request.url:
+        if request.method == "POST":
             self._unanswered.add(request)
 
     def _answered(self, request: Request) -> None:
         self._unanswered.discard(request)
 
     def idle(self) -> None:
-        """Waits until all that was asked of handlers is answered."""
+        """Waits until all that was asked of the server is answered; what is queued may not be done then."""
         self.page.evaluate("() => new Promise(requestAnimationFrame)")
         wait_for(lambda: (self.page.evaluate("1"), len(self._unanswered))[1], 0)
 

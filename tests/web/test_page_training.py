@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from support import ROOT, web
+from support import web
 
 web.require("gradio", "playwright", "chromium")
 
-from support.web_page import Site, Visitor, all_pixels, set_slider, wait_for  # noqa: E402
+from support.web_page import PLACES, Site, Visitor, all_pixels, set_slider, wait_for  # noqa: E402
 from support.web_runs import COLOUR, DIGITS  # noqa: E402
 
 from pyglow_fast.train import Checkpoint, RunFolder, load_model, resolve_device, to_levels  # noqa: E402
@@ -88,6 +87,8 @@ def test_a_fault_is_one_sentence(site: Site, visitors: Callable[..., Visitor], t
         visitor = visitors(opened=False)
         visitor.site = Site(server, tmp_path)
         visitor.open()
+        for name in (*PLACES, "Sample"):  # a message goes when another event begins
+            visitor.tab(name)
         set_slider(visitor.page, "sample-n", 13)
         said = visitor.toast()
         assert said == "RuntimeError: this should not have happened; the traceback is in the log of the server."
@@ -96,9 +97,4 @@ def test_a_fault_is_one_sentence(site: Site, visitors: Callable[..., Visitor], t
         assert "Traceback" in server.log()
         set_slider(visitor.page, "sample-n", 3)
         wait_for(visitor.page.locator("#samples button").count, 3)
-        visitor.idle()
-        visitor.watched.check(server.address)
         visitor.page.goto("about:blank")
-        visitor.watched.requests.clear()
-    assert sys.executable
-    assert ROOT.is_dir()
