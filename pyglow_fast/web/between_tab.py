@@ -11,7 +11,7 @@ from pyglow_fast.studio.opened import OpenRun
 from pyglow_fast.studio.words import HeldOut
 from pyglow_fast.web.desk import Desk, picked_number, picked_upload
 from pyglow_fast.web.errors import on_page
-from pyglow_fast.web.events import DRAG, QUIET, anew
+from pyglow_fast.web.events import QUIET, anew, follow
 from pyglow_fast.web.html import PICK_JS, buttons, figure, note, row, save_link
 from pyglow_fast.web.shelf import Shelf
 from pyglow_fast.web.uploads import Upload, UploadedImage
@@ -54,7 +54,7 @@ class BetweenTab:
         redraw = gr.State(0)  # the frame and the commands
         self.outputs = [*self.numbers, *self.uploads, self.strip, redraw]
         place = [desk, self.kind, self.at]
-        gr.on([self.at.input, redraw.change], on_page()(self.moved), place, [self.frame, self.command], **DRAG)
+        follow([self.at.input, redraw.change], on_page()(self.moved), place, [self.frame, self.command])
         drawn = (on_page()(self.drawn), [desk, self.kind, self.steps], [self.strip, redraw])
         gr.on([self.kind.input, self.steps.input], *drawn, **QUIET)
         self.strip.click(on_page()(self.point), self.steps, [self.at, redraw], **QUIET)

@@ -14,7 +14,7 @@ from pyglow_fast.studio.opened import OpenRun
 from pyglow_fast.studio.words import HeldOut
 from pyglow_fast.web.desk import NO_CLASS, Desk, picked_number, picked_upload, progress_on
 from pyglow_fast.web.errors import on_page
-from pyglow_fast.web.events import DRAG, QUIET, anew
+from pyglow_fast.web.events import QUIET, anew, follow
 from pyglow_fast.web.html import PICK_JS, buttons, figure, note, row, save_link
 from pyglow_fast.web.shelf import Shelf
 from pyglow_fast.web.uploads import Upload, UploadedImage
@@ -92,7 +92,7 @@ class EditTab:
     def _wire(self) -> None:
         desk, redraw = self._desk, self.redraw
         moves = [slider.input for slider in (*self.adds, *self.keeps)]
-        gr.on([*moves, self.twin.input, redraw.change], on_page()(self.edited), [desk, *self.controls], self.shown, **DRAG)
+        follow([*moves, self.twin.input, redraw.change], on_page()(self.edited), [desk, *self.controls], self.shown)
         self.back.click(on_page()(self.reset), desk, [*self.adds, *self.keeps, redraw], **QUIET)
         typed = [self.number.input, self.number.submit]
         gr.on(typed, on_page()(self.take_number), [desk, self.number], [self.label, redraw], **QUIET)

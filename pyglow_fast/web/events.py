@@ -3,11 +3,19 @@
 import itertools
 from typing import Any
 
+import gradio as gr
+
 QUIET: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
 # What follows a slider is not queued, which would cost as long as the edit itself; of the drags that come while one is
 # computed the last one counts.
 DRAG: dict[str, Any] = QUIET | {"queue": False}
 _NUMBERS = itertools.count(1)
+
+
+def follow(triggers: Any, handler: Any, inputs: Any, outputs: Any) -> None:
+    """Listens as for drags; what fails is done once more in the queue, as Gradio shows no error of what is not queued."""
+    dragged = gr.on(triggers, handler, inputs, outputs, **DRAG)
+    dragged.failure(handler, inputs, outputs, **QUIET)
 
 
 def anew() -> int:

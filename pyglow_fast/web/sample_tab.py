@@ -13,7 +13,7 @@ from pyglow_fast.studio.opened import OpenRun
 from pyglow_fast.studio.samples import TEMPERATURE, Draw
 from pyglow_fast.web.desk import NO_CLASS, Desk
 from pyglow_fast.web.errors import on_page
-from pyglow_fast.web.events import DRAG, QUIET, anew
+from pyglow_fast.web.events import QUIET, anew, follow
 from pyglow_fast.web.html import PICK_JS, buttons, note, save_link
 from pyglow_fast.web.shelf import Shelf
 
@@ -47,7 +47,7 @@ class SampleTab:
         inputs = [desk, self.temperature, self.label, self.n, self.seed]
         shown = [self.pictures, self.command]
         events = [self.temperature.input, self.n.input, self.seed.change, self.label.input]
-        gr.on(events, on_page()(self.draw), inputs, shown, **DRAG)  # one listener: no earlier picture after a later one
+        follow(events, on_page()(self.draw), inputs, shown)  # one listener: no earlier picture after a later one
         self.again.click(lambda: random.randrange(10**6), None, self.seed, **QUIET)
 
     def show(self, desk: Desk, temperature: float, n: float, seed: float | None) -> list[Any]:

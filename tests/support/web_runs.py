@@ -21,7 +21,7 @@ UNBORN = "stopped before its first checkpoint"
 NAMES = (
     "<img src=x onerror=alert(1)>",
     "{{7*7}} ${1+1}",
-    "it's \"quoted\" & so on",
+    'it\'s "quoted" & so on',
     "long " + "x" * 200,
     "größe \u202egnp",
 )

@@ -104,12 +104,16 @@ def value(visitor: Visitor, elem_id: str) -> float:
     return float(slider(visitor.page, elem_id).input_value())
 
 
-def same_from_the_command_line(visitor: Visitor, patch: pytest.MonkeyPatch, link: str = "Save PNG", line: int = 0) -> None:
+def same_from_the_command_line(
+    visitor: Visitor, patch: pytest.MonkeyPatch, link: str = "Save PNG", line: int = 0
+) -> None:
     command = visitor.command("edit-command").splitlines()[line]
     assert visitor.download(link, "edited") == written(visitor.site.folder, patch, command)
 
 
-def test_a_slider_follows_the_mouse(editor: Visitor, own: Callable[[str], Own], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slider_follows_the_mouse(
+    editor: Visitor, own: Callable[[str], Own], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Several together, a level among them; then the original again, to the bit, with all sliders at rest."""
     run = own(DIGITS)
     levels, label = run.image(0)
@@ -253,9 +257,7 @@ def test_names_of_attributes_are_text(
     same_from_the_command_line(editor, monkeypatch)
 
 
-def test_two_visitors_have_nothing_in_common(
-    visitors: Callable[..., Visitor], own: Callable[[str], Own]
-) -> None:
+def test_two_visitors_have_nothing_in_common(visitors: Callable[..., Visitor], own: Callable[[str], Own]) -> None:
     """What one uploads, edits and samples the other never sees, and both go on at once."""
     run = own(DIGITS)
     one, other = visitors(), visitors()

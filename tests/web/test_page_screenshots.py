@@ -56,7 +56,6 @@ def test_screenshots(visitors: Callable[..., Visitor], site: Site, tmp_path: Pat
     shutil.copytree(run, served / "runs" / run.name)
     words = ["-m", "pyglow_fast", "serve", "runs", "--no-browser", "--device", "cpu"]
     with web.Server(words, served) as server:
-
         looked: list[Visitor] = []
 
         def look(name: str, **options: object) -> Visitor:
