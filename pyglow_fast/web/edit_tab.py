@@ -98,8 +98,8 @@ class EditTab:
         gr.on(typed, on_page()(self.take_number), [desk, self.number], [self.label, redraw], **QUIET)
         self.thumbs.click(on_page()(self.take_thumb), desk, [self.number, self.label, redraw], **QUIET)
         self.others.click(on_page()(self.other_thumbs), desk, self.thumbs, **QUIET)
-        took = [self.upload, self.label, redraw]
-        took = self.upload.upload(on_page()(self.take_upload), [desk, self.upload], took, **QUIET)
+        given = [self.upload, self.label, redraw]
+        took = self.upload.upload(on_page()(self.take_upload), [desk, self.upload], given, **QUIET)
         took.failure(lambda: None, None, self.upload, **QUIET)
         self.label.input(on_page()(self.take_label), [desk, self.label], redraw, **QUIET)
         self.measure_after(self.space.input(on_page()(self.take_space), [desk, self.space], None, **QUIET))

@@ -13,7 +13,7 @@ _NUMBERS = itertools.count(1)
 
 
 def follow(triggers: Any, handler: Any, inputs: Any, outputs: Any) -> None:
-    """Listens as for drags; what fails is done once more in the queue, as Gradio shows no error of what is not queued."""
+    """Listens as for drags; what fails is done again in the queue, without which Gradio shows no error."""
     dragged = gr.on(triggers, handler, inputs, outputs, **DRAG)
     dragged.failure(handler, inputs, outputs, **QUIET)
 

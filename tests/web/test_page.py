@@ -110,7 +110,8 @@ def test_another_run_leaves_nothing_of_the_last(visitor: Visitor, site: Site) ->
     visitor.choose_run(COLOUR)
     assert page.locator("#about").inner_text() == "step 10, images 3x16x16, 256 levels"
     wait_for(lambda: former & set(page.locator("img").evaluate_all("found => found.map(image => image.src)")), set())
-    wait_for(lambda: visitor.command("edit-command").startswith("pyglow-fast edit 'runs/it'\"'\"'s <b>$HOME & co' 0 "), True)  # fmt: skip
+    start = "pyglow-fast edit 'runs/it'\"'\"'s <b>$HOME & co' 0 "
+    wait_for(lambda: visitor.command("edit-command").startswith(start), True)
     assert "--add" not in visitor.command("edit-command")
     assert page.locator("#sample-class").count() == 0
     labels = [page.locator(f"#add-{i} label").inner_text() for i in range(len(NAMES))]

@@ -51,7 +51,7 @@ def path(site: Site, ends: tuple[int | bytes, int | bytes], times: list[float], 
         )
         half = torch.full((1, 3, 16, 16), 0.5)
         both.append(dequantize(levels[None].long(), 256, noise=half))
-    levels = to_levels(interpolate(model, *both, spherical=spherical, space="noise", times=times)[0], 256)
+    levels = to_levels(interpolate(model, both[0], both[1], spherical=spherical, space="noise", times=times)[0], 256)
     return torch.stack([image_picture(image, 256) for image in levels])
 
 

@@ -55,7 +55,8 @@ CONTRASTS = """() => {
         if (["SCRIPT", "STYLE"].includes(element.tagName) || element.closest(".sr-only, .visually-hidden")) continue;
         const chain = [];
         for (let each = element; each; each = each.parentElement) chain.unshift(each);
-        let behind = matchMedia("(prefers-color-scheme: dark)").matches ? [0, 0, 0, 1] : [255, 255, 255, 1], opacity = 1;
+        const dark = matchMedia("(prefers-color-scheme: dark)").matches;
+        let behind = dark ? [0, 0, 0, 1] : [255, 255, 255, 1], opacity = 1;
         for (const each of chain) {
             const style = getComputedStyle(each);
             opacity *= Number(style.opacity);
@@ -179,7 +180,8 @@ def test_a_narrow_screen(visitors: Callable[..., Visitor]) -> None:
         wide = page.evaluate("document.documentElement.scrollWidth")
         assert wide <= 400, name
         beside = page.locator("button, input, img, textarea, iframe").evaluate_all(
-            """found => found.filter(element => element.checkVisibility() && !element.closest(".pgf-strip, .visually-hidden, .hidden"))
+            """found => found.filter(element => element.checkVisibility())
+                .filter(element => !element.closest(".pgf-strip, .visually-hidden, .hidden"))
                 .filter(element => element.tabIndex >= 0)
                 .map(element => [element.getBoundingClientRect().right, element.outerHTML.slice(0, 120)])
                 .filter(([right]) => right > 401)"""

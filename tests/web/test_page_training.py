@@ -47,7 +47,9 @@ def test_the_newest_whole_checkpoint_is_used(training: RunFolder, visitor: Visit
     wait_for(shown, sampled(first, 20))
     visitor.tab("Edit")
     before = visitor.caption("original")
-    first.model = {name: value + 0.02 * torch.randn_like(value) if value.is_floating_point() and value.dim() == 4 and value.shape[-1] == 3 else value for name, value in first.model.items()}  # fmt: skip
+    for name, value in first.model.items():
+        if value.dim() == 4 and value.shape[-1] == 3:  # kernels of the nets
+            first.model[name] = value + 0.02 * torch.randn_like(value)
     first.ema = {}
     first.progress["step"] = 1000
     training.save(first, keep=9)
