@@ -29,7 +29,7 @@ class Made(NamedTuple):
     suffix: str = ".png"
     option: str = "--out"
 
-    def shown(self, out: str) -> str:
+    def whole_command(self, out: str) -> str:
         """The whole command, to be copied: it writes the file ``out``."""
         return f"{self.command} {self.option} {shlex.quote(out)}"
 

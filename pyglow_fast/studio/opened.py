@@ -86,6 +86,12 @@ class OwnImages:
             raise LostImagesError(found)
         return found
 
+    def look_again(self) -> None:
+        """Forgets that they could not be had: they may be back."""
+        with self._lock:
+            if isinstance(self.__dict__.get("_found"), str):
+                del self._found
+
     @property
     def missing(self) -> str:
         """Why they cannot be had; empty if they can."""
