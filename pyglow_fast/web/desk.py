@@ -133,10 +133,9 @@ def picked_number(opened: OpenRun, number: float | None) -> Picked:
     Raises:
         ValueError: there is none of that number.
     """
-    check_number("image", number)
-    whole = int(number or 0)
-    expect(whole == number, "image", "the number of a held-out image", number)
-    return opened.pick(HeldOut(whole))
+    whole = isinstance(number, int | float) and math.isfinite(number) and number >= 0 and number == int(number)
+    expect(whole, "image", "the number of a held-out image, from 0", number)
+    return opened.pick(HeldOut(int(number or 0)))
 
 
 def check_number(argument: str, value: float | None, most: float = math.inf) -> None:

@@ -6,7 +6,8 @@ import base64
 import io
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -77,6 +78,27 @@ class Visitor:
         """Waits until all that was asked of the server is answered; what is queued may not be done then."""
         self.page.evaluate("() => new Promise(requestAnimationFrame)")
         wait_for(lambda: (self.page.evaluate("1"), len(self._unanswered))[1], 0)
+
+    @contextmanager
+    def leaving(self) -> Iterator[None]:
+        """Around a reload, or the way to another page: what it breaks off of the page's clock is no error."""
+        self.idle()
+        before = len(self.watched.errors)
+        yield
+        broken = ("aborted", "errored out", "network error", "Failed to fetch", "ERR_")
+        since = [text for text in self.watched.errors[before:] if not any(word in text for word in broken)]
+        self.watched.errors[before:] = since
+
+    def leave(self) -> None:
+        """Goes to an empty page."""
+        with self.leaving():
+            self.page.goto("about:blank")
+
+    def reload(self) -> None:
+        """Loads the page anew, and waits for its first tab."""
+        with self.leaving():
+            self.page.reload()
+            self.filled("Sample")
 
     def give(self, elem_id: str, *files: tuple[str, bytes], kind: str = "image/png") -> None:
         """Uploads files, as (name, contents)."""

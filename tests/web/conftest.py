@@ -109,8 +109,8 @@ def visitors(chromium: Browser, site: Site) -> Iterator[Callable[..., Visitor]]:
 
     yield open_page
     for context, visitor in found:
-        context.close()
         visitor.watched.check(visitor.site.server.address)
+        context.close()
     if found:
         assert "Traceback" not in site.server.log()[before:]
 

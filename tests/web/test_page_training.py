@@ -44,7 +44,7 @@ def test_the_newest_whole_checkpoint_is_used(training: RunFolder, visitor: Visit
 
     visitor.choose_run("zz training")
     first = training.load()
-    wait_for(shown, sampled(first, 20))
+    wait_for(shown, sampled(first, 24))
     visitor.tab("Edit")
     before = visitor.caption("original")
     for name, value in first.model.items():
@@ -99,4 +99,4 @@ def test_a_fault_is_one_sentence(site: Site, visitors: Callable[..., Visitor], t
         assert "Traceback" in server.log()
         set_slider(visitor.page, "sample-n", 3)
         wait_for(visitor.page.locator("#samples button").count, 3)
-        visitor.page.goto("about:blank")
+        visitor.leave()
