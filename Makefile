@@ -1,4 +1,5 @@
 # make demo    trains a small Glow on handwritten digits and writes runs/demo
+# make serve   a web page on this machine to look into runs/demo, which is trained first if it is not there
 # make test    the style checks, then the tests, side by side on all cores
 # make test-full   the same with every case: whole products of options where `make test` has every pair, and the slowest
 # make test-live   tests/live against anomalib, coqui-tts, jet-pytorch and ONNX's runtimes, put into build/live (360 MB)
@@ -24,7 +25,7 @@ FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu
 # Packages that tests/live imports single modules of, without their dependencies.
 LIVE := build/live
 
-.PHONY: venv demo test test-full test-live mutants lint format docs wheel clean
+.PHONY: venv demo serve test test-full test-live mutants lint format docs wheel clean
 .DELETE_ON_ERROR:
 
 venv: $(VENV)/.built
@@ -46,6 +47,12 @@ $(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py CMakeLists.txt $(NATIVE)
 
 demo: venv
 	$(BIN)/python -m pyglow_fast demo --overwrite --out runs/demo
+
+runs/demo/best.safetensors: | venv
+	$(MAKE) demo
+
+serve: venv | runs/demo/best.safetensors
+	$(BIN)/python -m pyglow_fast serve runs/demo
 
 # The checks come first, so that the suite's own summary is the last line.
 test: lint

@@ -28,6 +28,8 @@ STACK = (  # each may import those before it
     "latents",
     "train",
     "experiments",
+    "studio",
+    "web",
     "cli",
 )
 BESIDE = {"reference", "likelihood", "presets"}  # torch at most, usable by every layer above _backend
@@ -46,23 +48,33 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": FOUNDATION | BESIDE | {"interop", "memory"} | set(STACK[: STACK.index("models") + 1]),
     "__main__": {"cli"},
 }
-for above_data in ("train", "experiments", "cli"):
+for above_data in ("train", "experiments", "studio", "web", "cli"):
     ALLOWED[above_data] |= {"data", "interop", "info"}
 
 DEPENDENCIES = {"torch", "numpy", "safetensors"}  # always installed; anything else is imported inside functions
-MAY_USE_EXTRAS = {"data", "train", "experiments", "cli", "interop"}
+MAY_USE_EXTRAS = {"data", "train", "experiments", "studio", "web", "cli", "interop"}
 # Modules that nothing of the package imports, and the library that each is made for: its class is theirs' base.
 MADE_FOR = {
     "pyglow_fast.train.lightning": "lightning",
     "pyglow_fast.interop.normflows": "normflows",
     "pyglow_fast.interop.nflows": "nflows",
     "pyglow_fast.interop.freia": "FrEIA",
+    "pyglow_fast.web": "gradio",
 }
+# The one exception, inside a function: the command that starts the page, after it has looked whether Gradio is there.
+MAY_START = {"pyglow_fast.cli.serve": "pyglow_fast.web"}
+# What comes with a library that a module is made for, and may be imported where that may.
+COMES_WITH = {"gradio": {"fastapi", "uvicorn"}}
+
+
+def is_within(module: str, name: str) -> bool:
+    """Tells whether ``module`` is ``name`` or something in it."""
+    return f"{module}.".startswith(f"{name}.")
 
 
 def made_for(module: str) -> str | None:
     """The library that a module, or the package it is in, is made for."""
-    return next((top for name, top in MADE_FOR.items() if f"{module}.".startswith(f"{name}.")), None)
+    return next((top for name, top in MADE_FOR.items() if is_within(module, name)), None)
 
 
 @dataclass(frozen=True)
@@ -107,7 +119,9 @@ def python_faults(source: str, module: str) -> list[str]:
     for found in imports(source, module):
         top, *rest = found.module.split(".")
         where = f"{module}:{found.line} imports {found.module}"
-        if made_for(found.module) and made_for(found.module) != made_for(module):
+        library = made_for(module)
+        starts = found.deferred and is_within(found.module, MAY_START.get(module, "nothing"))
+        if made_for(found.module) and made_for(found.module) != library and not starts:
             faults.append(f"{where}: made for a library that may be missing, it is imported by users alone")
         elif top == PACKAGE:
             target = rest[0] if rest else "__init__"
@@ -116,7 +130,7 @@ def python_faults(source: str, module: str) -> list[str]:
         elif top not in sys.stdlib_module_names and top not in DEPENDENCIES:
             if part not in MAY_USE_EXTRAS:
                 faults.append(f"{where}: only {', '.join(sorted(MAY_USE_EXTRAS))} may use other libraries")
-            elif not found.deferred and made_for(module) != top:
+            elif not found.deferred and library != top and top not in COMES_WITH.get(library or "", set()):
                 faults.append(f"{where}: a library that may be missing is imported inside a function")
     return faults
 
@@ -155,6 +169,21 @@ def test_python_layers(path: Path) -> None:
         ("pyglow_fast.train.loop", "from lightning import Trainer", "inside a function"),
         ("pyglow_fast.train.__init__", "from pyglow_fast.train.lightning import GlowModule", "by users alone"),
         ("pyglow_fast.cli.train", "def f():\n    from pyglow_fast.train.lightning import GlowModule", "by users alone"),
+        ("pyglow_fast.studio.run", "from pyglow_fast.web import server", "by users alone"),
+        ("pyglow_fast.studio.run", "def f():\n    from pyglow_fast.web.page import page", "by users alone"),
+        ("pyglow_fast.studio.run", "from pyglow_fast.cli import main", "studio may import"),
+        ("pyglow_fast.studio.run", "import gradio", "inside a function"),
+        ("pyglow_fast.experiments.ood", "from pyglow_fast import studio", "experiments may import"),
+        ("pyglow_fast.cli.app", "def f():\n    from pyglow_fast.web.server import serve", "by users alone"),
+        ("pyglow_fast.cli.serve", "from pyglow_fast.web.server import serve", "by users alone"),
+        ("pyglow_fast.cli.serve", "from pyglow_fast import web", "by users alone"),
+        ("pyglow_fast.cli.serve", "def f():\n    from pyglow_fast.interop.nflows import x", "by users alone"),
+        ("pyglow_fast.cli.serve", "import gradio", "inside a function"),
+        ("pyglow_fast.web.page", "from PIL import Image", "inside a function"),
+        ("pyglow_fast.web.page", "from pyglow_fast.train.lightning import GlowModule", "by users alone"),
+        ("pyglow_fast.web.page", "from pyglow_fast.cli import main", "web may import"),
+        ("pyglow_fast.train.loop", "import uvicorn", "inside a function"),
+        ("pyglow_fast.train.lightning", "import uvicorn", "inside a function"),
     ],
 )
 def test_a_forbidden_import_is_found(module: str, source: str, word: str) -> None:
@@ -175,6 +204,10 @@ def test_a_forbidden_import_is_found(module: str, source: str, word: str) -> Non
         ("pyglow_fast.data.folder", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from PIL import Image"),
         ("pyglow_fast.__main__", "from pyglow_fast.cli import main"),
         ("pyglow_fast.train.lightning", "from lightning import LightningModule"),
+        ("pyglow_fast.web.page", "import gradio as gr\nfrom pyglow_fast import studio\nfrom .errors import on_page"),
+        ("pyglow_fast.web.server", "import fastapi\nimport uvicorn\nfrom gradio.routes import App"),
+        ("pyglow_fast.cli.serve", "def f():\n    from pyglow_fast.web.server import serve"),
+        ("pyglow_fast.studio.run", "from pyglow_fast import data, experiments, info, interop, train"),
     ],
 )
 def test_an_allowed_import_passes(module: str, source: str) -> None:

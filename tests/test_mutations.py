@@ -57,6 +57,7 @@ def test_every_part_has_some(faults: ModuleType) -> None:
         "halos",
         "adapters",
         "converters",
+        "web",
     ):
         assert areas[area] >= 3, area
     for area in ("checkpoints", "ranks", "threads", "bindings", "caches", "training", "data", "cli"):

@@ -19,7 +19,7 @@ from pyglow_fast.data import DataConfig
 from pyglow_fast.train import TrainConfig
 
 README = page("README.md")
-PAGES = {name: page(f"docs/{name}") for name in ("index.md", "training.md", "data.md")}
+PAGES = {name: page(f"docs/{name}") for name in ("index.md", "training.md", "data.md", "page.md")}
 COMMANDS = [
     re.sub(r"\[[^]]*\]", "", line.split("#")[0]).split()[1:]  # [what may follow] is for readers
     for text in (README, *PAGES.values())

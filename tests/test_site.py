@@ -19,7 +19,7 @@ from support import ROOT
 
 PACKAGE = "pyglow_fast"
 # What nobody but the package itself imports; everything else has a page in docs/reference.
-INTERNAL = {"autograd", "cli", "convolutions", "coupling_nets", "info", "ops", "reversible"}
+INTERNAL = {"autograd", "cli", "convolutions", "coupling_nets", "info", "ops", "reversible", "web"}
 # The module that each page of the reference begins with, but for that of the package itself, whose names are elsewhere.
 MODULES = [
     re.findall(r"^::: ([\w.]+)$", path.read_text(encoding="utf-8"), re.MULTILINE)[0]

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import ROOT, covering, machine
+from support import ROOT, covering, machine, web
 from support.covering import covering_array, pairs
 from support.machine import made_once
 
@@ -149,3 +149,16 @@ def test_nothing_runs_beside_what_is_alone(tmp_path: Path, monkeypatch: pytest.M
         assert sum(first < end and last > start for first, last, _ in times) == 1
     together = sum(a[0] < b[1] and b[0] < a[1] for a, b in itertools.combinations(times, 2))
     assert together > 0, "nothing ran side by side"
+
+
+def test_a_missing_browser_is_skipped_by_name_or_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With PYGLOW_BROWSER=must it fails, whatever is there otherwise."""
+    monkeypatch.setattr(web, "chromium", lambda: None)
+    monkeypatch.delenv(web.MUST, raising=False)
+    web.require("pytest")
+    with pytest.raises(pytest.skip.Exception, match="no_such_library and chromium"):
+        web.require("no_such_library", "pytest", "chromium")
+    monkeypatch.setenv(web.MUST, "must")
+    web.require("pytest")
+    with pytest.raises(pytest.fail.Exception, match=r"no_such_library and chromium.*must"):
+        web.require("no_such_library", "pytest", "chromium")

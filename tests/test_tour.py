@@ -1,11 +1,16 @@
-"""Every command and every piece of Python in the guided tour runs, in order, and the pictures are what they write."""
+"""Every command and every piece of Python in the guided tour runs, in order, and the pictures are what they write.
+
+What docs/page.md shows of the command line follows it, with the same runs.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import re
+import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,11 +25,16 @@ from pyglow_fast.cli import main
 
 leave_undrawn()
 
-TOUR = "docs/tour.md"
-TEXT = page(TOUR)
-BLOCKS = [block for block in blocks(TEXT) if block.language in ("sh", "python")]
-COMMANDS = [words for block in BLOCKS if block.language == "sh" for words in shell_commands(block.code)]
-PICTURES = re.findall(r"!\[[^]]+\]\((.*?)\)", TEXT)
+TOUR, PAGE = "docs/tour.md", "docs/page.md"
+TEXT, PAGE_TEXT = page(TOUR), page(PAGE)
+BLOCKS = [
+    (name, block)
+    for name, text in (("tour", TEXT), ("page", PAGE_TEXT))
+    for block in blocks(text)
+    if block.language in ("sh", "python")
+]
+COMMANDS = [words for _, block in BLOCKS if block.language == "sh" for words in shell_commands(block.code)]
+PICTURES = re.findall(r"!\[[^]]+\]\((pictures/.*?)\)", TEXT)
 
 # What follows each command here, so that the tour takes half a minute and not some hours; all else is as shown.
 SMALL_MODEL = "--steps 1 --hidden 4 --batch-size 8 --init-images 8 --eval-images 8 --sample-count 4 --device cpu"
@@ -33,6 +43,7 @@ BRIEF = {
     "convert": "",
     "data": "",
     "depths": "--device cpu",
+    "edit": "--device cpu",
     "evaluate": "--device cpu",
     "info": "",
     "interpolate": "--device cpu",
@@ -42,6 +53,7 @@ BRIEF = {
     "reconstruct": "--device cpu",
     "sample": "--device cpu",
     "score": "--device cpu",
+    "serve": "--device cpu --no-browser",
     "temperatures": "--device cpu",
     "train": f"--max-minutes none --max-steps 2 {SMALL_MODEL}",
     "train --resume": f"--max-minutes none --max-steps 3 {SMALL_MODEL}",
@@ -78,7 +90,9 @@ def names() -> dict[str, object]:
 
 def run(words: list[str]) -> None:
     """Run one command, and see that it ends well and has written what it says."""
-    if words[0] == "torchrun":
+    if words[:2] == ["pyglow-fast", "serve"]:
+        look_at(words[1:])
+    elif words[0] == "torchrun":
         done = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", *words[1:]], capture_output=True, text=True, check=False
         )
@@ -90,8 +104,24 @@ def run(words: list[str]) -> None:
     assert out is None or out.exists()
 
 
+def look_at(words: list[str]) -> None:
+    """Serve a page, read it, and end it by Ctrl-C."""
+    pytest.importorskip("gradio")
+    command = [sys.executable, "-m", "pyglow_fast", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            (address,) = re.findall(r"http://\S+", process.stdout.readline())
+            with urllib.request.urlopen(address) as answer:
+                assert b"pyglow_fast" in answer.read()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=20) == 0
+        finally:
+            process.kill()
+
+
 # One case a block, which all run in the order of the page: a block may need what those before it have made.
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"line{block.line}")
+@pytest.mark.parametrize("block", [pytest.param(block, id=f"{name}-line{block.line}") for name, block in BLOCKS])
 def test_block(block: Block, place: Path, names: dict[str, object]) -> None:
     if block.language == "python":
         exec(block.code, names)
@@ -106,7 +136,7 @@ def test_only_this_packages_commands_are_shown() -> None:
 
 
 def test_commands_outside_of_shell_blocks_are_none() -> None:
-    for block in blocks(TEXT):
+    for block in (*blocks(TEXT), *blocks(PAGE_TEXT)):
         if block.language not in ("sh", "python"):
             assert "pyglow-fast " not in block.code.replace("usage: pyglow-fast ", "")
     assert not re.findall(r"^(?: {4}|\t)\S", re.sub(r"^```.*?^```$", "", TEXT, flags=re.DOTALL | re.MULTILINE), re.M)

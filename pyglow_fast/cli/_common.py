@@ -48,6 +48,17 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **({"allow_abbrev": False} | options))
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As of any; but the last positional, if it may be left out (``optional_last``), may stand behind options.
+
+        There argparse before Python 3.13 would not look for it any more.
+        """
+        found, rest = super().parse_known_args(args, namespace)
+        name = self.get_default("optional_last")
+        if name and getattr(found, name) is None and len(rest) == 1 and not rest[0].startswith("-"):
+            setattr(found, name, rest.pop())
+        return found, rest
+
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with 2."""
         print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
@@ -143,7 +154,7 @@ def output_path(text: str, suffix: str, argument: str = "out", *images: str) -> 
         text: the path.
         suffix: that it must end in.
         argument: whose value it is.
-        images: names of the images that are read; nothing is written among loose files.
+        images: names of the images that are read; nothing is written over them, or among loose files.
 
     Raises:
         ValueError: the folder is not there or cannot be written, the name does not end in ``suffix``, or the file is
@@ -159,6 +170,7 @@ def output_path(text: str, suffix: str, argument: str = "out", *images: str) -> 
     kept = folder.exists and place in (folder.metrics, folder.samples, folder.curve, folder.page)
     expect(not kept, argument, "another file than those that a run keeps", repr(text))
     for name in images:
+        expect(Path(name).resolve() != place, argument, "another file than one that is read", repr(text))
         scheme, _, root = name.partition(":")
         among = scheme in LOOSE and bool(root) and Path(root).resolve() in place.parents
         expect(not among, argument, f"a file outside of the folder of {name}", repr(text))

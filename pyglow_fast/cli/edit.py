@@ -21,7 +21,7 @@ from pyglow_fast.latents import SPACES
 from pyglow_fast.studio.directions import REST, Add
 from pyglow_fast.studio.edits import Edit, Subject, check_adds, likelihood_text
 from pyglow_fast.studio.opened import TRAIN_IMAGES
-from pyglow_fast.studio.words import IMAGE_HELP, parse_image
+from pyglow_fast.studio.words import IMAGE_HELP, NAME_HELP, parse_image, word_name
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -31,7 +31,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.set_defaults(run_command=run)
     add_run(parser)
     parser.add_argument("image", metavar="IMAGE", help=f"{IMAGE_HELP}; a file is cropped and scaled as in training")
-    text = f"the way from the mean latent of MINUS, a class or {REST}, to that of PLUS, S times; may be repeated"
+    text = (
+        "S times the way from the mean latent of MINUS to that of PLUS, each a class or attribute of the run's images; "
+        f"MINUS may be {REST}, those without PLUS; may be repeated. {NAME_HELP}"
+    )
     parser.add_argument("--add", nargs=3, action="append", metavar=("PLUS", "MINUS", "S"), help=text)
     parser.add_argument(
         "--keep",
@@ -41,7 +44,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="the share of the image's own latents that each level keeps, 0 to 1, the shallowest first (1)",
     )
     parser.add_argument(
-        "--space", choices=SPACES, help="that is edited (noise; of a model with classes latent, as noise holds none)"
+        "--space",
+        choices=SPACES,
+        help="what is edited (default: noise; for a model with classes latent, since noise holds little of it)",
     )
     parser.add_argument("--label", metavar="CLASS", help="the image's class (its own; of a file the likeliest)")
     parser.add_argument(
@@ -73,7 +78,7 @@ def adds_of(given: list[list[str]] | None) -> tuple[Add, ...]:
         except ValueError:
             raise ValueError(f"add: expected a number as the third word, found {text!r}") from None
         expect(abs(strength) < float("inf"), "add", "a finite number as the third word", text)
-        found.append(Add(plus, minus, strength))
+        found.append(Add(word_name(plus), word_name(minus), strength))
     return tuple(found)
 
 
@@ -85,11 +90,12 @@ def run(args: argparse.Namespace) -> int:
         edit = Edit(adds_of(args.add), tuple(args.keep or ()))
         for share in edit.keep:
             expect(0.0 <= share <= 1.0, "keep", "shares in 0..1", share)
+        expect(not (args.keep and args.pixel_shift), "keep", "no such option beside --pixel-shift", args.keep)
         image = parse_image(args.image)
-        out = picture_path(args.out)
         opened = open_to_look(args)
+        out = picture_path(args.out, opened.checkpoint.config.data.name, image.text)
         space = args.space or opened.space
-        picked = opened.pick(image, None if args.label is None else opened.label(args.label))
+        picked = opened.pick(image, None if args.label is None else opened.label(word_name(args.label)))
         expect(
             len(edit.keep) in (0, len(opened.model.latent_shapes)),
             "keep",
@@ -97,14 +103,14 @@ def run(args: argparse.Namespace) -> int:
             len(edit.keep),
         )
         with progress_bar("mean latents") as progress:
-            check_adds(opened, edit.active, space, progress)
-    subject = Subject(opened, picked, space)
+            check_adds(opened, edit.adds, space, progress)
+        subject = Subject(opened, picked, space)
     found = subject.edited(edit, args.pixel_shift)
     shown = found.levels if found.shifted is None else found.shifted
     write_made(subject.made(shown, edit, args.pixel_shift, args.scale), out)
     if not found.finite and not args.pixel_shift:
         print("note: parts of the edit are not finite, shown grey: it leads out of the model's range")
-    with progress_bar("bits/dim of training images") as progress:
+    with progress_bar("bits/dim of the run's images") as progress:
         for name, levels in (("before", subject.levels), ("after", shown)):
             print(f"{name}: {likelihood_text(opened, opened.bits(levels, picked.label), progress)}")
     print(f"picture: {out}")

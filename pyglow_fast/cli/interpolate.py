@@ -27,7 +27,7 @@ from pyglow_fast.latents import DEFAULT_SPACE, SPACES, interpolate
 from pyglow_fast.likelihood import count_not_finite
 from pyglow_fast.studio.between import ANIMATED, Between
 from pyglow_fast.studio.reading import inputs, name_of
-from pyglow_fast.studio.words import IMAGE_HELP, parse_image
+from pyglow_fast.studio.words import IMAGE_HELP, parse_image, word_name
 from pyglow_fast.train import derive, to_levels
 
 PAIRS = 4
@@ -38,7 +38,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the command."""
     about = "paths from one image to another through the latents"
     parser = commands.add_parser("interpolate", help=about, description=about)
-    parser.set_defaults(run_command=run)
+    parser.set_defaults(run_command=run, optional_last="data")
     add_run(parser)
     add_images(parser, nargs="?")
     parser.add_argument(
@@ -114,15 +114,18 @@ def _between(args: argparse.Namespace) -> int:
             expect(value is not None, name, "an image, since the other end is given", "none")
         expect(args.steps >= 2, "steps", "a whole number, 2 or more (both ends are steps)", args.steps)
         expect(args.at is None or 0.0 <= args.at <= 1.0, "at", "a number in 0..1", args.at)
+        expect(args.seed == 0, "seed", "DATA beside it, not --from and --to", args.seed)
         images = (parse_image(args.first, "from"), parse_image(args.last, "to"))
         suffix = Path(args.out).suffix.lower()
-        animated = args.at is None and suffix in ANIMATED
-        out = output_path(args.out, suffix if animated else ".png")
+        kinds = (".png", *ANIMATED) if args.at is None else (".png",)
+        expect(suffix in kinds, "out", f"a name ending in {' or '.join(kinds)}", repr(args.out))
         opened = open_to_look(args)
-        labels = [opened.label(name) for name in args.labels] if args.labels else [None, None]
+        read_from = (opened.checkpoint.config.data.name, *(image.text for image in images))
+        out = output_path(args.out, suffix, "out", *read_from)
+        labels = [opened.label(word_name(word)) for word in args.labels] if args.labels else [None, None]
         first, last = (opened.pick(image, label) for image, label in zip(images, labels, strict=True))
-    path = Between(opened, first, last, args.space or opened.space, args.spherical)
-    frames, bad = path.frames(args.steps, None if args.at is None else (args.at,))
+        path = Between(opened, first, last, args.space or opened.space, args.spherical)
+        frames, bad = path.frames(args.steps, None if args.at is None else (args.at,))
     if args.at is None:
         write_made(path.made(frames, out.suffix.lower(), args.scale), out)
     else:

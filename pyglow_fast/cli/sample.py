@@ -8,6 +8,7 @@ from pyglow_fast._errors import expect
 from pyglow_fast.cli._common import add_run, number, open_to_look, picture_path, user_input, whole, write_made
 from pyglow_fast.studio.grids import Grid
 from pyglow_fast.studio.samples import TEMPERATURE, Draw, N
+from pyglow_fast.studio.words import word_name
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -42,9 +43,10 @@ def run(args: argparse.Namespace) -> int:
             value = getattr(args, name)
             expect(value is None or value >= 1, name, "a positive whole number", value)
         plain = Draw(args.n, args.temperature, args.seed)
-        out = picture_path(args.out)
         opened = open_to_look(args)
-        draw = Draw(plain.n, plain.temperature, plain.seed, tuple(opened.label(name) for name in args.label or ()))
+        out = picture_path(args.out, opened.checkpoint.config.data.name)
+        labels = tuple(opened.label(word_name(word)) for word in args.label or ())
+        draw = Draw(plain.n, plain.temperature, plain.seed, labels)
     grid = Grid(opened, draw)
     write_made(grid.made(args.columns, args.scale), out)
     bad = grid.drawn.not_finite

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import math
-from pathlib import Path
+import os
 
 from pyglow_fast._errors import expect
 from pyglow_fast.cli._common import (
@@ -22,9 +21,10 @@ from pyglow_fast.data import DATA_HELP, UnreadableImageError
 from pyglow_fast.data.sources import SOURCES
 from pyglow_fast.experiments import ScoredImages, write_scores
 from pyglow_fast.models import Glow
+from pyglow_fast.studio.edits import likelihood_text
 from pyglow_fast.studio.scored import made_csv, made_picture, score_files
 from pyglow_fast.studio.selection import PARTS, Selection, selection
-from pyglow_fast.studio.words import parse_image
+from pyglow_fast.studio.words import File, parse_image
 from pyglow_fast.train import Checkpoint, Score, score_images
 
 
@@ -88,29 +88,32 @@ def run(args: argparse.Namespace) -> int:
         check_scoring(args)
         expect(args.out is not None or args.picture is not None, "out", "a file to write", "none")
         first = args.data[0].partition(":")[0]
-        of_data = len(args.data) == 1 and first in SOURCES and not Path(args.data[0]).is_file()
+        of_data = len(args.data) == 1 and first in SOURCES and not os.path.isfile(args.data[0])
     return _data(args) if of_data else _files(args)
 
 
 def _files(args: argparse.Namespace) -> int:
     """Single image files; returns the exit code."""
     with user_input():
-        for name, default in (("part", None), ("samples", 1), ("seed", 0)):
+        for name, default in (("part", None), ("samples", 1), ("batch_size", 64), ("seed", 0)):
             value = getattr(args, name)
             expect(value == default, name, "no such option for image files", value)
         images = [parse_image(text, "data") for text in args.data]
-        out = None if args.out is None else output_path(args.out, ".csv")
-        picture = None if args.picture is None else output_path(args.picture, ".png", "picture")
+        for image in images:
+            there = not isinstance(image, File) or os.path.exists(image.path)
+            expect(there, "data", f"{DATA_HELP}; or image files", repr(image.text))
         opened = open_to_look(args)
+        texts = [opened.checkpoint.config.data.name, *(image.text for image in images)]
+        out = None if args.out is None else output_path(args.out, ".csv", "out", *texts)
+        picture = None if args.picture is None else output_path(args.picture, ".png", "picture", *texts)
         files = [opened.pick(image) for image in images]
-        if picture is not None:
-            opened.images.find()
-    with progress_bar("bits/dim of own images") as progress:
-        scores = score_files(opened, files, progress)
+        with progress_bar("bits/dim of the run's images") as progress:
+            if picture is not None:
+                opened.scores(progress)  # which the histogram needs
+            scores = score_files(opened, files, progress)
     print(f"{args.run} at step {opened.step}:")
     for score in scores:
-        below = "" if math.isnan(score.share_below) else f", more than {score.share_below:.1%} of the training images"
-        print(f"  {score.picked.image.text}: {score.bits:.3f} bits/dim{below}")
+        print(f"  {score.picked.image.text}: {likelihood_text(opened, score.bits, wait=False)}")
     for path, make in ((out, made_csv), (picture, made_picture)):
         if path is not None:
             write_made(make(opened, scores), path)

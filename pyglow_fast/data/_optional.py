@@ -7,7 +7,7 @@ from types import ModuleType
 
 # Where the name to install is not the name to import.
 _PACKAGES = {"PIL": "Pillow", "sklearn": "scikit-learn", "tomli_w": "tomli-w", "yaml": "PyYAML"}
-_EXTRAS = {"lmdb": "lmdb"}  # where it is not in the demo extra
+_EXTRAS = {"lmdb": "lmdb", "gradio": "web"}  # where it is not in the demo extra
 
 
 class MissingExtraError(ImportError):

@@ -26,11 +26,12 @@ def _lines(path: Path) -> list[list[str]]:
     return [line.split() for line in text.splitlines() if line.strip()]
 
 
-def _table(path: Path, names: list[str]) -> tuple[tuple[str, ...], Tensor]:
-    """(attribute names, bool (len(names), attributes): whether each of these images has each attribute)."""
+def _table(path: Path, names: list[str], wanted: str | None = None) -> tuple[tuple[str, ...], Tensor]:
+    """(attribute names, ``wanted`` among them, bool (len(names), attributes): which each of these images has)."""
     rows = _lines(path)
     expect(len(rows) >= 2, str(path), "a count, a line of attribute names and a line an image", f"{len(rows)} lines")
     known = rows[1]
+    expect(wanted is None or wanted in known, "attribute", f"one of {', '.join(known)}", repr(wanted))
     value = {}
     for row in rows[2:]:
         fits = len(row) == len(known) + 1 and set(row[1:]) <= {"1", "-1"}
@@ -43,8 +44,7 @@ def _table(path: Path, names: list[str]) -> tuple[tuple[str, ...], Tensor]:
 
 def _labels(path: Path, attribute: str, names: list[str]) -> Tensor:
     """1 where an image has the attribute, else 0."""
-    known, table = _table(path, names)
-    expect(attribute in known, "attribute", f"one of {', '.join(known)}", repr(attribute))
+    known, table = _table(path, names, attribute)
     return table[:, known.index(attribute)].long()
 
 

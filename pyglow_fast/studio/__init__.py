@@ -1,1 +1,43 @@
-"""A trained run to look at: its model, its images, edits, and the command line that repeats each picture."""
+"""A trained run to look at: its model, its images, edits, and the command line that repeats each picture.
+
+    opened = OpenRun.open("runs/fashion")
+    subject = Subject(opened, opened.pick(parse_image("0")), opened.space)  # held-out image 0, or a file
+    edit = Edit((Add("T-shirt/top", "rest", 1.5),), keep=(0.5, 1.0, 1.0))
+    made = subject.made(subject.edited(edit).levels, edit)  # made.data is a PNG, made.command gives the same one
+
+The commands ``edit``, ``sample``, ``interpolate`` and ``score``, and the page of ``serve``, are made of this.
+"""
+
+from pyglow_fast.studio.between import Between
+from pyglow_fast.studio.commands import Made
+from pyglow_fast.studio.directions import Add, Directions
+from pyglow_fast.studio.edits import Edit, Edited, Subject, likelihood_text
+from pyglow_fast.studio.grids import Grid
+from pyglow_fast.studio.opened import OpenRun, OwnImages, Picked, Scores
+from pyglow_fast.studio.samples import Draw, Drawn
+from pyglow_fast.studio.scored import FileScore, score_files
+from pyglow_fast.studio.words import File, HeldOut, Sample, parse_image
+
+__all__ = [
+    "Add",
+    "Between",
+    "Directions",
+    "Draw",
+    "Drawn",
+    "Edit",
+    "Edited",
+    "File",
+    "FileScore",
+    "Grid",
+    "HeldOut",
+    "Made",
+    "OpenRun",
+    "OwnImages",
+    "Picked",
+    "Sample",
+    "Scores",
+    "Subject",
+    "likelihood_text",
+    "parse_image",
+    "score_files",
+]

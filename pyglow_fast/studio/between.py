@@ -12,7 +12,7 @@ from pyglow_fast.latents import interpolate
 from pyglow_fast.likelihood import count_not_finite
 from pyglow_fast.studio.commands import COMMAND, Made, command_line, made_png
 from pyglow_fast.studio.opened import OpenRun, Picked
-from pyglow_fast.studio.words import number_text, rounded
+from pyglow_fast.studio.words import name_word, number_text
 from pyglow_fast.train import to_levels
 from pyglow_fast.train.figures import animation_bytes, grid, image_picture
 
@@ -57,12 +57,12 @@ class Between:
         words = ["--from", self.first.image.text, "--to", self.last.image.text, "--space", self.space]
         if self.first.label is not None and self.last.label is not None:
             classes = self.opened.classes
-            words += ["--labels", classes[self.first.label], classes[self.last.label]]
+            words += ["--labels", *(name_word(classes[label]) for label in (self.first.label, self.last.label))]
         return words + (["--spherical"] if self.spherical else [])
 
     def made_frame(self, levels: Tensor, time: float, scale: int = 1) -> Made:
         """One frame (C, H, W) as a PNG."""
-        words = [*self._words(), "--at", number_text(rounded(time)), "--scale", str(scale)]
+        words = [*self._words(), "--at", number_text(time), "--scale", str(scale)]
         picture = image_picture(levels, self.opened.n_bins, scale)
         return made_png(picture, command_line(self.opened, "interpolate", words))
 
@@ -76,6 +76,6 @@ class Between:
         command = command_line(self.opened, "interpolate", words + (["--scale", str(scale)] if scale else []))
         if suffix == ".png":
             return made_png(grid(levels, self.opened.n_bins, len(levels), scale), command)
-        expect(suffix in ANIMATED, "out", f"a name ending in .png, {' or '.join(ANIMATED)}", repr(suffix))
+        expect(suffix in ANIMATED, "out", f"a name ending in {' or '.join(('.png', *ANIMATED))}", repr(suffix))
         data = animation_bytes(levels, self.opened.n_bins, suffix[1:], scale=scale, text={COMMAND: command})
         return Made(data, command, suffix)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from pyglow_fast.studio.groups import Group, drawn_images
 from pyglow_fast.studio.kept import progress_of
 from pyglow_fast.studio.reading import inputs, read
 
-REST = "rest"  # as minus: the images without the attribute
+REST = "rest"  # as minus: the images without the attribute, also where a class has this name
 
 
 class Add(NamedTuple):
@@ -51,23 +52,31 @@ class Directions(NamedTuple):
             One tensor (C, *spatial) a level, and one of the image's shape; float32.
 
         Raises:
-            ValueError: an attribute that there is not, or a strength that is not finite.
+            ValueError: an attribute that there is not, a strength that is not finite, or one that makes the sum so.
         """
-        sides = [(*self._sides(add), add.strength) for add in adds if add.strength != 0.0]
+        every = [(*self._sides(add), add.strength) for add in adds]
+        sides = [side for side in every if side[2] != 0.0]
         if not sides:
             return None, None
-        sums = [sum(s * (mean[plus] - mean[minus]) for plus, minus, s in sides) for mean in (*self.means, self.pixels)]
-        return sums[:-1], sums[-1]  # type: ignore[return-value]
+        sums = [
+            torch.stack([s * (mean[plus] - mean[minus]) for plus, minus, s in sides]).sum(0)
+            for mean in (*self.means, self.pixels)
+        ]
+        finite = all(bool(part.isfinite().all()) for part in sums)
+        expect(finite, "strength", "numbers whose edit float32 can hold", [add.strength for add in adds])
+        return sums[:-1], sums[-1]
 
     def _sides(self, add: Add) -> tuple[tuple[int, int], tuple[int, int]]:
         """Where the means of both ends are."""
-        known = ", ".join(self.names) or "none, as the run's images have no classes"
-        expect(add.plus in self.names, "plus", f"one of {known}", repr(add.plus))
+        known = ", ".join(self.names)
+        one = f"one of {known}" if known else "no attribute, since the run's images have no classes"
+        expect(add.plus in self.names, "plus", one, repr(add.plus))
         expect(add.minus in (*self.names, REST), "minus", f"{REST} or one of {known}", repr(add.minus))
-        expect(add.plus != add.minus, "minus", "another attribute than plus", repr(add.minus))
+        other = add.minus == REST or add.plus != add.minus
+        expect(other, "minus", "another attribute than plus", repr(add.minus))
         expect(abs(add.strength) < float("inf"), "strength", "a finite number", add.strength)
         plus = self.names.index(add.plus)
-        return (plus, 0), ((self.names.index(add.minus), 0) if add.minus in self.names else (plus, 1))
+        return (plus, 0), ((plus, 1) if add.minus == REST else (self.names.index(add.minus), 0))
 
 
 @torch.no_grad()
@@ -79,11 +88,14 @@ def measure(
     on_unreadable: str = "raise",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Tensor]:
-    """The tensors of :class:`Directions` by name: one pass over the images of all groups.
+    """The tensors of :class:`Directions` by name, and its names as the bytes of a JSON list: one pass over the images.
 
     Raises:
         ValueError: an image that cannot be read, or a group of which none can.
     """
+    names = {"names": torch.tensor(list(json.dumps([group.name for group in groups]).encode()), dtype=torch.uint8)}
+    if not groups:
+        return names | {"pixels": torch.zeros(0), "counts": torch.zeros(0, 2, dtype=torch.int64)}
     drawn = drawn_images(groups)
     shared = drawn_images([group for group in groups if group.others is None])
     advance = progress_of(len(drawn), progress)
@@ -105,15 +117,16 @@ def measure(
         means.append([torch.stack([a, b]).float().cpu() for a, b in zip(with_it.mean(), other.mean(), strict=True)])
     *levels, pixels = (torch.stack(parts) for parts in zip(*means, strict=True))
     found = {f"level{i}": level for i, level in enumerate(levels)}
-    return found | {"pixels": pixels, "counts": torch.tensor(counts)}
+    return names | found | {"pixels": pixels, "counts": torch.tensor(counts)}
 
 
 def _chosen(values: list[Tensor], mask: Tensor) -> list[Tensor]:
     return [value[mask.to(value.device)] for value in values]
 
 
-def from_tensors(tensors: dict[str, Tensor], names: Sequence[str], space: str) -> Directions:
-    """What :func:`measure` gave."""
+def from_tensors(tensors: dict[str, Tensor], space: str) -> Directions:
+    """The directions whose tensors :func:`measure` gave, now or when they were kept."""
+    names = json.loads(bytes(tensors["names"].tolist()))
     levels = sorted((name for name in tensors if name.startswith("level")), key=lambda name: int(name[5:]))
     return Directions(
         space, tuple(names), tensors["counts"], tuple(tensors[name] for name in levels), tensors["pixels"]

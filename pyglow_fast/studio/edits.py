@@ -16,9 +16,11 @@ from pyglow_fast.latents import edited, to_space
 from pyglow_fast.studio.commands import Made, command_line, made_png
 from pyglow_fast.studio.directions import Add
 from pyglow_fast.studio.opened import TRAIN_IMAGES, OpenRun, Picked, Progress
-from pyglow_fast.studio.words import File, number_text, rounded
+from pyglow_fast.studio.words import File, name_word, number_text
 from pyglow_fast.train import to_levels
 from pyglow_fast.train.figures import image_picture
+
+DIGITS = 6  # behind the point of a strength or a share: finer than any slider
 
 
 class Edited(NamedTuple):
@@ -43,16 +45,16 @@ class Edit:
         adds: attributes, each with its strength.
         keep: the share of the image's own latents that each level keeps, shallowest first; empty: all of all.
 
-    Strengths and shares are rounded to what the command line can say.
+    Strengths and shares are rounded to DIGITS behind the point: a slider's 0.30000000000000004 is 0.3.
     """
 
     adds: tuple[Add, ...] = ()
     keep: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        adds = tuple(add._replace(strength=rounded(add.strength)) for add in self.adds)
+        adds = tuple(add._replace(strength=round(add.strength, DIGITS)) for add in self.adds)
         object.__setattr__(self, "adds", adds)
-        object.__setattr__(self, "keep", tuple(map(rounded, self.keep)))
+        object.__setattr__(self, "keep", tuple(round(share, DIGITS) for share in self.keep))
 
     @property
     def active(self) -> tuple[Add, ...]:
@@ -64,10 +66,14 @@ class Edit:
         """Whether nothing is changed."""
         return not self.active and all(share == 1.0 for share in self.keep)
 
-    def options(self) -> list[str]:
-        """As the command ``edit`` takes them."""
-        words = [word for add in self.active for word in ("--add", add.plus, add.minus, number_text(add.strength))]
-        if any(share != 1.0 for share in self.keep):
+    def options(self, pixel_shift: bool = False) -> list[str]:
+        """As the command ``edit`` takes them; a shift of the pixels keeps nothing of latents."""
+        words = [
+            word
+            for add in self.active
+            for word in ("--add", name_word(add.plus), name_word(add.minus), number_text(add.strength))
+        ]
+        if any(share != 1.0 for share in self.keep) and not pixel_shift:
             words += ["--keep", *map(number_text, self.keep)]
         return words
 
@@ -90,10 +96,12 @@ class Subject:
         self.levels = picked.levels.long()
         self._x, self._y = opened.x(self.levels[None]), opened.y(picked.label)
         self._latents = to_space(opened.model, self._x, space, self._y)
+        finite = all(bool(latent.isfinite().all()) for latent in self._latents)
+        expect(finite, "image", "one whose latents are finite", f"NaN or inf in those of {picked.image.text}")
 
     @property
     def from_file(self) -> bool:
-        """Whether the image is one of a file."""
+        """Whether the image came out of a file."""
         return isinstance(self.picked.image, File)
 
     @functools.cached_property
@@ -135,9 +143,9 @@ class Subject:
     def command(self, edit: Edit, pixel_shift: bool, scale: int = 1) -> str:
         """The command that gives the same picture, without ``--out``."""
         opened = self.opened
-        words = [self.picked.image.text, *edit.options(), "--space", self.space]
+        words = [self.picked.image.text, *edit.options(pixel_shift), "--space", self.space]
         if self.picked.label is not None:
-            words += ["--label", opened.classes[self.picked.label]]
+            words += ["--label", name_word(opened.classes[self.picked.label])]
         if opened.train_images != TRAIN_IMAGES and edit.active:
             words += ["--train-images", str(opened.train_images)]
         words += ["--pixel-shift"] if pixel_shift else []
@@ -160,11 +168,9 @@ def likelihood_text(opened: OpenRun, bits: float, progress: Progress | None = No
     """
     if not math.isfinite(bits):
         return "no finite likelihood"
-    text = f"{bits:.3f} bits/dim"
-    if not opened.has_scores and (not wait or opened.images.missing):
-        return text
-    scores = opened.scores(progress)
-    return f"{text}, more than {scores.share_below(bits):.1%} of {len(scores.train)} training images"
+    scores = opened.scores_at_hand(progress) if wait or opened.has_scores else None
+    beside = f", more than {scores.share_below(bits):.1%} of {len(scores.train)} training images" if scores else ""
+    return f"{bits:.3f} bits/dim{beside}"
 
 
 def check_adds(opened: OpenRun, adds: Sequence[Add], space: str, progress: Progress | None = None) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pyglow_fast.studio.commands import Made, command_line, made_png
 from pyglow_fast.studio.opened import OpenRun, Picked
 from pyglow_fast.studio.samples import Draw, Drawn
-from pyglow_fast.studio.words import Sample, number_text
+from pyglow_fast.studio.words import Sample, name_word, number_text
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Grid:
         """All of them as a PNG: what the command ``sample`` writes."""
         draw, opened = self.draw, self.opened
         words = ["--n", str(draw.n), "--temperature", number_text(draw.temperature), "--seed", str(draw.seed)]
-        words += [word for label in draw.labels for word in ("--label", opened.classes[label])]
+        words += [word for label in draw.labels for word in ("--label", name_word(opened.classes[label]))]
         words += [
             word
             for name, value in (("columns", columns), ("scale", scale))

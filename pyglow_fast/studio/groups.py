@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pyglow_fast._errors import expect
 from pyglow_fast.data import DataConfig, Images
 from pyglow_fast.data.celeba import attribute_table
 from pyglow_fast.data.emoji import TONES
@@ -39,13 +40,20 @@ def groups_of(config: DataConfig, data: Images, train: Tensor, held_out: Tensor,
         train, held_out: indices of those that are trained on, and of those that are not.
         most: training images in all, shared evenly by the classes; emoji in pairs of skin tones come besides.
         seed: of which are drawn.
+
+    Raises:
+        ValueError: images of CelebA were left out as unreadable, so that indices are not those of its list.
     """
     scheme, _, path = config.name.partition(":")
     if scheme == "celeba":
         names, has = attribute_table(Path(path))
+        # One that was left out would shift all behind it.
+        found_images = f"{len(data)} that can be read"
+        expect(len(data) == len(has), "attributes", f"all {len(has)} images of the list", found_images)
         drawn = train[random_subset(seed, len(train), most)]
-        found = [Group(name, drawn[has[drawn, i]]) for i, name in enumerate(names)]
-        return [group for group in found if 0 < len(group.images) < len(drawn)]
+        sides = [(name, drawn[has[drawn, i]], drawn[~has[drawn, i]]) for i, name in enumerate(names)]
+        # The others by themselves: some images have no attribute, and are in no group.
+        return [Group(*side) for side in sides if min(map(len, side[1:])) > 0]
     found = []
     if data.labels is not None and len(data.class_names) > 1:
         share = max(1, most // len(data.class_names))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
-from pyglow_fast.data import Images, ImageSet, MissingExtraError
+from pyglow_fast.data import Images, ImageSet, MissingExtraError, UnreadableImageError
 from pyglow_fast.data.single import read_single
 from pyglow_fast.latents import likeliest_class
 from pyglow_fast.models import Glow
@@ -21,8 +21,9 @@ from pyglow_fast.studio.directions import Directions, from_tensors, measure
 from pyglow_fast.studio.groups import groups_of
 from pyglow_fast.studio.kept import kept, progress_of
 from pyglow_fast.studio.reading import middles
+from pyglow_fast.studio.samples import check_label
 from pyglow_fast.studio.selection import own_images
-from pyglow_fast.studio.words import File, HeldOut, Image, Sample
+from pyglow_fast.studio.words import File, HeldOut, Image, Sample, one_line
 from pyglow_fast.train import Checkpoint, RunFolder, check_fits, load_model, resolve_device, score_images
 
 TRAIN_IMAGES = 5000  # that directions are measured on
@@ -49,6 +50,10 @@ class Scores(NamedTuple):
         return float((self.train < bits).double().mean()) if len(self.train) else float("nan")
 
 
+class LostImagesError(ValueError):
+    """The images that a run was trained on are no longer there, or have changed."""
+
+
 class OwnImages:
     """The images of a run, loaded when they are first asked for; one for all checkpoints of the run."""
 
@@ -63,17 +68,29 @@ class OwnImages:
         except (ValueError, OSError, MissingExtraError) as error:
             return str(error)
 
+    def belong_to(self, checkpoint: Checkpoint) -> bool:
+        """Whether a checkpoint is of these images and this split: another run may have taken the place of the first."""
+        first = self._checkpoint
+        same_split = (first.config.data, first.config.seed) == (checkpoint.config.data, checkpoint.config.seed)
+        return same_split and first.data == checkpoint.data
+
     def find(self) -> tuple[Images, Tensor, Tensor]:
         """(all images, indices of the training images, of the held-out ones).
 
         Raises:
-            ValueError: they are no longer there, or have changed.
+            LostImagesError: they are no longer there, or have changed.
         """
         with self._lock:
             found = self._found
         if isinstance(found, str):
-            raise ValueError(found)
+            raise LostImagesError(found)
         return found
+
+    def look_again(self) -> None:
+        """Forgets that they could not be had: they may be back."""
+        with self._lock:
+            if isinstance(self.__dict__.get("_found"), str):
+                del self._found
 
     @property
     def missing(self) -> str:
@@ -94,6 +111,7 @@ class OpenRun:
         model: frozen.
         images: of the run.
         train_images: that directions are measured on, at most.
+        device: as it was asked for; another one draws other samples.
     """
 
     name: str
@@ -103,6 +121,7 @@ class OpenRun:
     model: Glow
     images: OwnImages
     train_images: int = TRAIN_IMAGES
+    device: str = "auto"
     _directions: dict[str, Directions] = field(default_factory=dict)
     _scores: list[Scores] = field(default_factory=list)
     _lock: threading.RLock = field(default_factory=threading.RLock)
@@ -123,7 +142,7 @@ class OpenRun:
             best: the checkpoint with the best held-out bits/dim rather than the newest.
             device: cpu, cuda, cuda:N or auto.
             train_images: that directions are measured on, at most.
-            images: of the run, if another checkpoint of it was opened before.
+            images: of the run, if another checkpoint was opened before; not used if it was another run in that place.
 
         Raises:
             ValueError: it is no run, or what it holds does not fit together; a value outside its range.
@@ -131,12 +150,17 @@ class OpenRun:
         expect(train_images >= 1, "train_images", "a positive whole number", train_images)
         folder, place = RunFolder(name), resolve_device(device)
         checkpoint = folder.load(best)
+        # Else the command that repeats a picture could not be kept in it.
+        for text in (name, *checkpoint.data.class_names):
+            expect(one_line(text), "run", "names of folder and classes without control characters", ascii(text))
         shape = checkpoint.config.model.image_shape
         expect(len(shape) == 3, "run", "a model of images (C, H, W)", f"one of shape {shape}")
         with torch.no_grad():
             model = load_model(checkpoint, str(folder.path), place).freeze()
         checkpoint.model, checkpoint.ema, checkpoint.optimizer = {}, {}, {}  # the model has what is needed of them
-        return cls(name, best, folder, checkpoint, model, images or OwnImages(checkpoint), train_images)
+        if images is None or not images.belong_to(checkpoint):
+            images = OwnImages(checkpoint)
+        return cls(name, best, folder, checkpoint, model, images, train_images, device)
 
     @property
     def n_bins(self) -> int:
@@ -204,13 +228,16 @@ class OpenRun:
         return self.pick_file(Path(image.path), image, label)
 
     def relabelled(self, picked: Picked, label: int | None) -> Picked:
-        """The same image with another class; None: its own, of a file the likeliest.
+        """The same image with another class; None: its own, of a file the likeliest. A sample is drawn anew.
+
+        So what another checkpoint of the run gave becomes what its name means to this one.
 
         Raises:
             ValueError: the model has no such class.
         """
-        if label is None and not isinstance(picked.image, File):
-            return self.pick(picked.image)
+        own = label is None and bool(self.classes) and isinstance(picked.image, HeldOut)
+        if own or isinstance(picked.image, Sample):
+            return self.pick(picked.image, label)
         return self._with_label(picked.levels, label, picked.image)
 
     def pick_file(
@@ -230,12 +257,10 @@ class OpenRun:
         return self._with_label(levels, label, image)
 
     def _with_label(self, levels: Tensor, label: int | None, image: Image) -> Picked:
-        if not self.classes:
-            expect(label is None, "label", "no label, since the model has no classes", label)
-        elif label is None:
+        if label is not None:
+            check_label(label, self.model)
+        elif self.classes:
             label = int(likeliest_class(self.model, self.x(levels[None]))[0])
-        else:
-            expect(0 <= label < len(self.classes), "label", f"a class in 0..{len(self.classes) - 1}", label)
         return Picked(levels, label, image)
 
     def bits(self, levels: Tensor, label: int | None = None) -> float:
@@ -248,42 +273,38 @@ class OpenRun:
     def directions(self, space: str, progress: Progress | None = None) -> Directions:
         """Mean latents of the run's training images with and without each attribute.
 
-        They are kept in the folder of the run: measured once for a checkpoint.
+        They are kept in the folder of the run: measured once for a checkpoint, and from then on without the images.
 
         Raises:
-            ValueError: the images of the run are no longer there.
+            LostImagesError: they were not measured, and the images of the run are no longer there.
+            ValueError: an image that cannot be read.
         """
-        with self._lock:
-            if space not in self._directions:
-                self._directions[space] = self._measured(space, progress)
-            return self._directions[space]
+        if space not in self._directions:  # those that are there wait for no measurement of others
+            with self._lock:
+                if space not in self._directions:
+                    self._directions[space] = self._measured(space, progress)
+        return self._directions[space]
 
     def _measured(self, space: str, progress: Progress | None) -> Directions:
-        data, train, held_out = self.images.find()
-        config = self.checkpoint.config
-        groups = groups_of(config.data, data, train, held_out, self.train_images, config.seed)
-        names = [group.name for group in groups]
-        if not groups:
-            none = torch.zeros(0)
-            return Directions(space, (), none, (), none)
-        key = self._key() | {"space": space, "names": names, "train_images": self.train_images}
-        tensors = kept(
-            self.folder.cache,
-            f"directions-{space}",
-            key,
-            lambda: measure(self.model, data, groups, space, config.data.on_unreadable, progress),
-        )
-        return from_tensors(tensors, names, space)
+        def compute() -> dict[str, Tensor]:
+            data, train, held_out = self.images.find()
+            config = self.checkpoint.config
+            groups = groups_of(config.data, data, train, held_out, self.train_images, config.seed)
+            return measure(self.model, data, groups, space, config.data.on_unreadable, progress)
+
+        key = self._key() | {"space": space, "train_images": self.train_images}
+        return from_tensors(kept(self.folder.cache, f"directions-{space}", key, compute), space)
 
     def scores(self, progress: Progress | None = None) -> Scores:
         """Bits/dim of SCORED held-out and SCORED training images, kept in the folder of the run.
 
         Raises:
-            ValueError: the images of the run are no longer there.
+            LostImagesError: they were not scored, and the images of the run are no longer there.
+            ValueError: an image that cannot be read.
         """
         with self._lock:
             if not self._scores:
-                key = self._key() | {"images": SCORED}
+                key = self._key() | {"scored": SCORED}
                 tensors = kept(self.folder.cache, "scores", key, lambda: self._scored(progress))
                 self._scores.append(Scores(tensors["held_out"], tensors["train"]))
             return self._scores[0]
@@ -292,6 +313,14 @@ class OpenRun:
     def has_scores(self) -> bool:
         """Whether :meth:`scores` were measured or read."""
         return bool(self._scores)
+
+    def scores_at_hand(self, progress: Progress | None = None) -> Scores | None:
+        """:meth:`scores`, or None: the run's images are gone and were not scored, or none has a finite likelihood."""
+        try:
+            found = self.scores(progress)
+        except (LostImagesError, UnreadableImageError):
+            return None
+        return found if len(found.train) else None
 
     def _scored(self, progress: Progress | None) -> dict[str, Tensor]:
         data, train, held_out = self.images.find()

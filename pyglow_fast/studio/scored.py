@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,11 +29,11 @@ class FileScore(NamedTuple):
 
 def score_files(opened: OpenRun, files: Sequence[Picked], progress: Progress | None = None) -> list[FileScore]:
     """Bits/dim of single images, each as if it were scored alone, so that the order does not matter."""
-    missing = opened.images.missing
-    found = []
+    beside, found = opened.scores_at_hand(progress), []
     for picked in files:
         bits = opened.bits(picked.levels, picked.label)
-        found.append(FileScore(picked, bits, float("nan") if missing else opened.scores(progress).share_below(bits)))
+        share = beside.share_below(bits) if beside and math.isfinite(bits) else math.nan
+        found.append(FileScore(picked, bits, share))
     return found
 
 
@@ -55,7 +56,7 @@ def made_picture(opened: OpenRun, scores: Sequence[FileScore]) -> Made:
         marks[f"{i + 1} {short}" if len(scores) > 1 else short] = score.bits
     name = f"held-out {opened.checkpoint.config.data.name}"
     title = f"{opened.folder.path.resolve().name} at step {opened.step}"
-    return Made(marked_histogram(held_out, name, marks, title, {COMMAND: command}), command)
+    return Made(marked_histogram(held_out, name, marks, title, {COMMAND: command}), command, option="--picture")
 
 
 def made_csv(opened: OpenRun, scores: Sequence[FileScore]) -> Made:

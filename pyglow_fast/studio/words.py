@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
+from decimal import Decimal
 
 from pyglow_fast._errors import expect
 from pyglow_fast.studio.samples import Draw
+from pyglow_fast.train.figures import holds_text
 
-IMAGE_HELP = "the number of a held-out image, from 0; a file; or sample:I[:n=N][:seed=S][:temperature=X][:label=C]"
-DIGITS = 6  # behind the point: finer than any slider, and exact to read back
-
-
-def rounded(value: float) -> float:
-    """The number that :func:`number_text` of ``value`` reads back as."""
-    return float(number_text(value)) if abs(value) < float("inf") else value
+IMAGE_HELP = (
+    "the number of a held-out image, from 0; a file; "
+    "or sample:I[:n=N][:seed=S][:temperature=X][:label=C], C the number of a class"
+)
+NAME_HELP = r"A name that begins with - is written \-..."
 
 
 def number_text(value: float) -> str:
-    """A number without an exponent, which argparse would take for an option: 1.5, -0.25, 0."""
-    text = f"{value:.{DIGITS}f}".rstrip("0").rstrip(".")
+    """A finite number, exact to read back, without an exponent, which argparse would take for an option: 1.5, -0.25."""
+    text = f"{Decimal(repr(value)):f}"
+    text = text.rstrip("0").rstrip(".") if "." in text else text
     return "0" if text == "-0" else text
+
+
+def name_word(name: str) -> str:
+    """A class as a word of a command line: with a backslash where it begins with -, as options do."""
+    return f"\\{name}" if name.startswith(("-", "\\")) else name
+
+
+def word_name(word: str) -> str:
+    """The class that :func:`name_word` made a word of."""
+    return word.removeprefix("\\")
+
+
+def one_line(text: str) -> bool:
+    """Whether a text can be shown in a line and kept in a picture: without control characters, valid Unicode."""
+    return holds_text(text) and not any(unicodedata.category(character) == "Cc" for character in text)
 
 
 @dataclass(frozen=True)
@@ -52,9 +69,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class File:
-    """The image in a file."""
+    """The image in a file.
+
+    Raises:
+        ValueError: its name has control characters, which no command line that is shown can hold.
+    """
 
     path: str
+
+    def __post_init__(self) -> None:
+        expect(one_line(self.path), "file", "a name without control characters", ascii(self.path))
 
     @property
     def text(self) -> str:
@@ -73,6 +97,7 @@ def parse_image(text: str, argument: str = "image") -> Image:
         ValueError: it names nothing.
     """
     if text.isascii() and text.isdecimal():
+        expect(len(text) <= 99, argument, IMAGE_HELP, f"a number of {len(text)} digits")
         return HeldOut(int(text))
     if not text.startswith("sample:"):
         expect(text != "", argument, IMAGE_HELP, "an empty text")

@@ -221,6 +221,11 @@ def _checked(text: Mapping[str, str]) -> Mapping[str, str]:
     return text
 
 
+def holds_text(value: str) -> bool:
+    """Whether a picture can hold a text: no control characters other than tabs and line ends, valid Unicode."""
+    return _NO_TEXT.search(value) is None
+
+
 def bits_png(rows: list[Row], yardsticks: dict[str, float]) -> bytes:
     """A PNG of bits/dim against steps: trained on, held out, and the yardsticks as level lines.
 

@@ -66,10 +66,12 @@ def read_metrics(path: Path) -> list[Row]:
 
     Damaged rows (a disk that was full, a crash, an editor) are left out, and a warning says how many.
     """
-    if not path.is_file():
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, NotADirectoryError):
         return []
     # By hand, as there are only numbers: for csv a stray quote would swallow all rows after it.
-    header, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    header, *lines = text.split("\n")
     torn = lines.pop() if lines else ""  # what follows the last line end: nothing, unless the last row was cut off
     names = header.split(",")
     rows = [_row(names, line) for line in lines]

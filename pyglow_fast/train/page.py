@@ -121,7 +121,7 @@ def _end_of(folder: RunFolder, notes: list[str]) -> _End | None:
             str(report["data"]) if "data" in report else None,
             TrainConfig.from_dict(report["config"]) if "config" in report else None,
         )
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError, AttributeError):  # an editor, or another version
         notes.append(f"{folder.report.name} cannot be read and is left out")
@@ -185,7 +185,7 @@ def _facts(
 
 def _pictures(folder: RunFolder, caption: str, notes: list[str]) -> list[tuple[str, bytes]]:
     """The newest samples and some of the earlier ones; what is there and no PNG is noted."""
-    history = sorted(folder.sample_history.glob("step-*.png"))[:-1]
+    history = folder.drawn()[:-1]
     earlier = history[:: max(1, -(-len(history) // HISTORY))]
     found = []
     for text, path in ((caption, folder.samples), *((f"samples at {p.stem.replace('-', ' ')}", p) for p in earlier)):
@@ -201,5 +201,5 @@ def _read(path: Path) -> bytes | None:
     """None: it is not there, or not yet."""
     try:
         return path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None

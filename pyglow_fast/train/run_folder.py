@@ -48,10 +48,12 @@ class RunFolder:
 
     def saved(self) -> list[Path]:
         """The checkpoints, the newest first."""
-        found: dict[int, Path] = {}
-        with contextlib.suppress(FileNotFoundError):  # a new run in the place of this one removes the folder
-            found = {step_of(path): path for path in self.checkpoints.glob("step-*.safetensors")}
+        found = {step_of(path): path for path in _matching(self.checkpoints, "step-*.safetensors")}
         return [found[step] for step in sorted(found, reverse=True) if step >= 0]
+
+    def drawn(self) -> list[Path]:
+        """The samples of single steps, the earliest first."""
+        return sorted(_matching(self.sample_history, "step-*.png"), key=lambda path: (step_of(path), path.name))
 
     @property
     def checkpoint(self) -> Path:
@@ -288,8 +290,16 @@ def _state_of(path: Path) -> _State | None:
     return _State(found.st_mtime_ns, found.st_size, found.st_ino)
 
 
+def _matching(folder: Path, pattern: str) -> list[Path]:
+    """None in a folder that is not there: a new run in the place of this one removes it."""
+    try:
+        return list(folder.glob(pattern))
+    except FileNotFoundError:
+        return []
+
+
 def step_of(path: Path) -> int:
-    """The step in a checkpoint's name, or -1."""
+    """The step in the name of a checkpoint or of samples, or -1."""
     digits = path.stem.removeprefix("step-")
     return int(digits) if digits.isdecimal() else -1
 

@@ -9,7 +9,7 @@ import gradio as gr
 from pyglow_fast.studio.between import Between
 from pyglow_fast.studio.opened import OpenRun
 from pyglow_fast.studio.words import HeldOut
-from pyglow_fast.web.desk import Desk, picked_number, picked_upload
+from pyglow_fast.web.desk import Desk, Kept, clicked, picked_number, picked_upload
 from pyglow_fast.web.errors import on_page
 from pyglow_fast.web.events import QUIET, anew, follow
 from pyglow_fast.web.html import PICK_JS, buttons, figure, note, row, save_link
@@ -73,29 +73,33 @@ class BetweenTab:
         missing = opened.images.missing
         if not missing:
             count = len(opened.images.find()[2])
-            desk.ends = [opened.pick(HeldOut(min(i, count - 1))) for i in range(2)]
+            desk.ends = [Kept(opened.pick(HeldOut(min(i, count - 1))), opened) for i in range(2)]
         numbers = [gr.Number(i, visible=not missing) for i in range(2)]
         return [*numbers, None, None, *self.drawn(desk, kind, steps)]
 
     def _take_number(self, i: int) -> Any:
         def take(desk: Desk, number: float | None) -> None:
             if number is not None:  # a field that is being typed into
-                desk.ends[i] = picked_number(desk.opened(self._shelf), number)
+                opened = desk.opened(self._shelf)
+                desk.ends[i] = Kept(picked_number(opened, number), opened)
 
         return take
 
     def _take_upload(self, i: int) -> Any:
         def take(desk: Desk, upload: Upload | None) -> None:
             if upload is not None:
-                desk.ends[i] = picked_upload(desk.opened(self._shelf), upload)
+                opened = desk.opened(self._shelf)
+                desk.ends[i] = Kept(picked_upload(opened, upload), opened)
 
         return take
 
     def _take_edit(self, i: int) -> Any:
         def take(desk: Desk) -> None:
-            if desk.picked is None:
+            opened = desk.opened(self._shelf)
+            picked = desk.picked(opened)
+            if picked is None:
                 raise ValueError("image: expected an image under Edit, found none")
-            desk.ends[i] = desk.picked
+            desk.ends[i] = Kept(picked, opened)
 
         return take
 
@@ -104,23 +108,27 @@ class BetweenTab:
         first, last = desk.ends
         if first is None or last is None:
             return opened, None
-        return opened, Between(opened, first, last, desk.space_of(opened), kind == "spherical")
+        ends = (first.by(opened), last.by(opened))
+        return opened, Between(opened, *ends, desk.space_of(opened), kind == "spherical")
 
     def point(self, steps: float, event: gr.EventData) -> tuple[float, int]:
         """Where on the path the image of the strip is that was clicked."""
-        return min(1.0, int(event.index) / (int(steps) - 1)), anew()
+        return clicked(event, int(steps)) / (int(steps) - 1), anew()
 
-    def moved(self, desk: Desk, kind: str, at: float) -> list[str]:
+    def moved(self, desk: Desk, kind: str, at: float) -> list[Any]:
         """The image at one point of the path; and the commands that give it and the strip."""
         opened, between = self._between(desk, kind)
         if between is None:
             return [note("Choose two images."), ""]
         levels, bad = between.frames(times=(float(at),))
         made = between.made_frame(levels[0], float(at))
-        shown = row([figure(levels[0], opened.n_bins, f"at {at:g}", part="frame")])
+        if not desk.has(opened):  # another run was chosen meanwhile
+            return [gr.skip(), gr.skip()]
+        way = f"{at:.0%} of the way from {between.first.image.text} to {between.last.image.text}"
+        shown = row([figure(levels[0], opened.n_bins, way, part="frame")])
         grey = note("Parts are not finite, shown grey." if bad else "")
         link = save_link(made, "between.png", "Save PNG")
-        return [f"{shown}<p>{link}</p>{grey}", f"{made.shown('between.png')}\n{desk.strip}"]
+        return [f"{shown}<p>{link}</p>{grey}", f"{made.whole_command('between.png')}\n{desk.strip}"]
 
     def drawn(self, desk: Desk, kind: str, steps: float) -> list[Any]:
         """The strip of the whole path."""
@@ -132,6 +140,8 @@ class BetweenTab:
         files = {".png": "Save the strip", ".gif": "Save as GIF", ".webp": "Save as WebP"}
         made = {suffix: between.made(levels, suffix) for suffix in files}
         links = [save_link(made[suffix], f"path{suffix}", text) for suffix, text in files.items()]
-        desk.strip = made[".png"].shown("path.png")
+        if not desk.has(opened):
+            return [gr.skip(), gr.skip()]
+        desk.strip = made[".png"].whole_command("path.png")
         strip = buttons(list(levels), opened.n_bins, words, strip=True)
         return [f"{strip}<p>{''.join(links)}</p>", anew()]

@@ -10,10 +10,11 @@ import gradio as gr
 from pyglow_fast.latents import SPACES
 from pyglow_fast.studio.directions import REST, Add
 from pyglow_fast.studio.edits import Edit, Subject, likelihood_text
-from pyglow_fast.studio.opened import OpenRun
+from pyglow_fast.studio.opened import LostImagesError, OpenRun
+from pyglow_fast.studio.reading import name_of
 from pyglow_fast.studio.words import HeldOut
-from pyglow_fast.web.desk import NO_CLASS, Desk, picked_number, picked_upload, progress_on
-from pyglow_fast.web.errors import on_page
+from pyglow_fast.web.desk import NO_CLASS, Desk, clicked, picked_number, picked_upload, progress_on
+from pyglow_fast.web.errors import on_page, plain_sentence
 from pyglow_fast.web.events import QUIET, anew, follow
 from pyglow_fast.web.html import PICK_JS, buttons, figure, note, row, save_link
 from pyglow_fast.web.shelf import Shelf
@@ -120,10 +121,9 @@ class EditTab:
         desk.thumbs, desk.pairs = [], []
         if not missing:
             desk.thumbs = list(range(min(THUMBS, len(opened.images.find()[2]))))
-            desk.put(opened.pick(HeldOut(0)))
+            desk.put(opened.pick(HeldOut(0)), opened)
         elif desk.grid is not None:
-            desk.put(desk.grid.picked(0))
-        why = note(f"No attributes: {missing}.") if missing else WAITING
+            desk.put(desk.grid.picked(0), desk.grid.opened)
         return [
             self._thumbs(desk, opened),
             gr.Number(0, visible=not missing),
@@ -133,7 +133,7 @@ class EditTab:
             None,
             *self._keep_sliders(opened),
             *self._attribute_widgets(desk, ()),
-            why,
+            WAITING,
             *self._edited(desk, Edit(), twin=False),
         ]
 
@@ -147,18 +147,21 @@ class EditTab:
         Sliders that there are already stay as they are.
         """
         opened = desk.opened(self._shelf)
-        if opened.images.missing:
-            return [gr.skip() for _ in self.measured]
-        names = opened.directions(desk.space_of(opened), progress_on(progress, "mean latents of training images")).names
-        opened.scores(progress_on(progress, "bits/dim of training images"))
-        if desk.opened(self._shelf) is not opened:  # there is a newer checkpoint, which has its own
+        as_they_are = [gr.skip() for _ in self.measured[:-2]]
+        try:
+            directions = opened.directions(desk.space_of(opened), progress_on(progress, "mean latents"))
+            opened.scores(progress_on(progress, "bits/dim of the run's images"))
+        except LostImagesError as error:
+            return [*as_they_are, note(f"No attributes: {plain_sentence(str(error))}"), anew()]
+        if desk.opened(self._shelf) is not opened:  # there is a newer checkpoint or another run, which has its own
             return self.measure(desk, progress)
-        why = note("" if names else "The images of this run have no classes.")
+        why = note("" if directions.names else "The images of this run have no classes.")
         if desk.pairs:
-            return [*(gr.skip() for _ in self.measured[:-2]), why, anew()]
+            return [*as_they_are, why, anew()]
         # Of two classes the one is the other's opposite.
-        desk.pairs = [(name, REST) for name in (names[:FIRST] if len(names) != 2 else names[:1])]
-        return [*self._attribute_widgets(desk, names), why, anew()]
+        names = directions.names[:1] if len(directions.names) == 2 else directions.names[:FIRST]
+        desk.pairs = [(name, REST) for name in names]
+        return [*self._attribute_widgets(desk, directions.names), why, anew()]
 
     def _attribute_widgets(self, desk: Desk, names: tuple[str, ...]) -> list[Any]:
         """The attributes to choose from, and the sliders of those that are chosen, at rest."""
@@ -179,21 +182,20 @@ class EditTab:
         if not desk.thumbs:
             return ""
         data, _, held_out = opened.images.find()
-        levels, labels = data.batch(held_out[desk.thumbs])
-        names = ["" if labels is None else f", {data.class_names[int(label)]}" for label in
-                 (labels if labels is not None else desk.thumbs)]  # fmt: skip
-        words = [f"held-out image {number}{name}" for number, name in zip(desk.thumbs, names, strict=True)]
+        levels, _ = data.batch(held_out[desk.thumbs])
+        words = [f"held-out image {name_of(data, int(held_out[i]), i)}" for i in desk.thumbs]
         return buttons(list(levels), opened.n_bins, words, strip=True)
 
     def take_number(self, desk: Desk, number: float | None) -> tuple[str, int]:
         """A held-out image by its number, with its own class."""
         if number is not None:  # a field that is being typed into
-            desk.put(picked_number(desk.opened(self._shelf), number))
+            opened = desk.opened(self._shelf)
+            desk.put(picked_number(opened, number), opened)
         return NO_CLASS, anew()
 
     def take_thumb(self, desk: Desk, event: gr.EventData) -> tuple[int, str, int]:
         """A held-out image by a click on it: its number, and its own class."""
-        number = desk.thumbs[int(event.index) % len(desk.thumbs)]
+        number = desk.thumbs[clicked(event, len(desk.thumbs))]
         return number, *self.take_number(desk, number)
 
     def other_thumbs(self, desk: Desk) -> str:
@@ -206,15 +208,17 @@ class EditTab:
     def take_upload(self, desk: Desk, upload: Upload | None) -> tuple[None, str, int]:
         """An image of the visitor's own; the component is empty again, as the image is shown under edit."""
         if upload is not None:
-            desk.put(picked_upload(desk.opened(self._shelf), upload))
+            opened = desk.opened(self._shelf)
+            desk.put(picked_upload(opened, upload), opened)
         return None, NO_CLASS, anew()
 
     def take_label(self, desk: Desk, name: str) -> int:
         """The class of the image under edit."""
         opened = desk.opened(self._shelf)
-        if desk.picked is not None:
+        picked = desk.picked(opened)
+        if picked is not None:
             label = None if name == NO_CLASS else opened.label(name)
-            desk.put(opened.relabelled(desk.picked, label))
+            desk.put(opened.relabelled(picked, label), opened)
         return anew()
 
     def take_space(self, desk: Desk, space: str) -> None:
@@ -252,20 +256,21 @@ class EditTab:
         shown = [gr.Slider(value=values.get(pair, 0), visible=True, label=pair_text(pair)) for pair in desk.pairs]
         return [*shown, *(gr.Slider(value=0, visible=False) for _ in range(ATTRIBUTES - len(shown)))]
 
-    def edited(self, desk: Desk, twin: bool, *values: float) -> list[str]:
+    def edited(self, desk: Desk, twin: bool, *values: float) -> list[Any]:
         """The image as the sliders say, and the command that gives it."""
         opened = desk.opened(self._shelf)
         strengths, shares = values[:ATTRIBUTES], values[ATTRIBUTES:]
         adds = tuple(Add(*pair, float(s or 0)) for pair, s in zip(desk.pairs, strengths, strict=False))
-        keep = tuple(float(share) for share in shares[: len(opened.model.latent_shapes)])
+        levels = shares[: len(opened.model.latent_shapes)]
+        keep = tuple(1.0 if share is None else float(share) for share in levels)  # None: a field that was emptied
         return self._edited(desk, Edit(adds, keep), twin)
 
     def reset(self, desk: Desk) -> list[Any]:
         """All sliders at rest, and so the original."""
         return [*self._add_sliders(desk, {}), *self._keep_sliders(desk.opened(self._shelf)), anew()]
 
-    def _edited(self, desk: Desk, edit: Edit, twin: bool) -> list[str]:
-        if desk.picked is None:
+    def _edited(self, desk: Desk, edit: Edit, twin: bool) -> list[Any]:
+        if desk.picked(desk.opened(self._shelf)) is None:
             return [note("Choose an image: an upload, or a sample by a click on it."), ""]
         subject = desk.subject(self._shelf)
         opened, found = subject.opened, subject.edited(edit, twin)
@@ -277,18 +282,19 @@ class EditTab:
             ),
         ]
         links = [save_link(made, "edit.png", "Save PNG")]
-        commands = [made.shown("edit.png")]
+        commands = [made.whole_command("edit.png")]
         if found.shifted is not None:
             shifted = subject.made(found.shifted, edit, pixel_shift=True)
             words = self._words(subject, subject.bits_of(found.shifted))
             figures.append(figure(found.shifted, opened.n_bins, "pixels shifted", words, "shifted"))
             links.append(save_link(shifted, "shifted.png", "Save the shifted one"))
-            commands.append(shifted.shown("shifted.png"))
+            commands.append(shifted.whole_command("shifted.png"))
         if subject.from_file:
-            name = subject.picked.image.text
-            links.append(
-                save_link(subject.made(subject.levels, Edit()), "seen.png", f"Save {name} as the model sees it")
-            )
+            name = subject.picked.image.text.rpartition("/")[2]
+            seen = f"{name.rpartition('.')[0] or name}.png"
+            links.append(save_link(subject.made(subject.levels, Edit()), seen, f"Save {name} as the model sees it"))
+        if not desk.has(opened):  # another run was chosen meanwhile
+            return [gr.skip(), gr.skip()]
         bad = "" if found.finite else "Parts are not finite, shown grey: the edit leads out of the model's range."
         return [row(figures) + f"<p>{''.join(links)}</p>" + note(bad), "\n".join(commands)]
 

@@ -39,7 +39,7 @@ FILES_AT_ONCE = 16  # uploads are limited to so many times the largest file
 POLICY = "; ".join(
     (
         "default-src 'self'",
-        "script-src 'self' 'unsafe-inline' 'unsafe-eval'",
+        "script-src 'self' 'unsafe-inline' 'unsafe-eval'",  # Gradio compiles the templates of its HTML in the browser
         "style-src 'self' 'unsafe-inline'",
         "img-src 'self' data: blob:",
         "media-src 'self' data: blob:",
@@ -125,7 +125,7 @@ class Gate:
             await _answer(303, "", send, location=b"/")  # Gradio's pages of settings and of its API
             return
         if path == "/manifest.json":  # asked for without cookies, and Gradio's has the title of the page
-            await _answer(200, "{}", send, kind=b"application/manifest+json")
+            await _answer(200, '{"name": "pyglow-fast"}', send, kind=b"application/manifest+json")
             return
         try:
             if path in HANDLERS:

@@ -55,11 +55,18 @@ def uri(data: bytes, suffix: str = ".png") -> str:
     return f"data:{TYPES[suffix]};base64,{base64.b64encode(data).decode('ascii')}"
 
 
-def image(levels: Tensor, n_bins: int, words: str, height: int = SHOWN) -> str:
-    """One image (C, H, W) of levels; pixels are enlarged in the browser, the file has them one by one."""
+def image(levels: Tensor, n_bins: int, words: str, height: int | None = None) -> str:
+    """One image (C, H, W) of levels; pixels are enlarged in the browser, the file has them one by one.
+
+    Args:
+        levels: of the image.
+        n_bins: the level n_bins-1 is white.
+        words: for those who do not see it.
+        height: on the page, in pixels; None: SHOWN, or as many as it has.
+    """
     source = uri(png_bytes(image_picture(levels, n_bins)))
     tall, wide = levels.shape[-2:]
-    shown = max(height, tall) if height > THUMB else height
+    shown = max(SHOWN, tall) if height is None else height
     smooth = " pgf-smooth" if tall > shown else ""
     return (
         f'<img class="pgf-image{smooth}" alt="{html.escape(words)}" src="{source}" '
@@ -79,11 +86,13 @@ def row(figures: Sequence[str]) -> str:
     return f'<div class="pgf-row">{"".join(figures)}</div>'
 
 
-def buttons(images: Sequence[Tensor], n_bins: int, words: Sequence[str], strip: bool = False) -> str:
+def buttons(
+    images: Sequence[Tensor], n_bins: int, words: Sequence[str], strip: bool = False, height: int = THUMB
+) -> str:
     """Images as buttons, whose number a click gives; see PICK_JS."""
     found = [
         f'<button type="button" class="pgf-pick" data-index="{i}" title="{html.escape(text)}" '
-        f'aria-label="{html.escape(text)}">{image(levels, n_bins, text, THUMB)}</button>'
+        f'aria-label="{html.escape(text)}">{image(levels, n_bins, text, height)}</button>'
         for i, (levels, text) in enumerate(zip(images, words, strict=True))
     ]
     return f'<div class="{"pgf-strip" if strip else "pgf-grid"}">{"".join(found)}</div>'

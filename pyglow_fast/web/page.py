@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from pyglow_fast.studio.opened import OpenRun
 from pyglow_fast.web.between_tab import BetweenTab
 from pyglow_fast.web.desk import Desk
 from pyglow_fast.web.edit_tab import EditTab
@@ -18,6 +19,7 @@ from pyglow_fast.web.score_tab import ScoreTab
 from pyglow_fast.web.shelf import Shelf
 
 AT_ONCE = 4  # events that are computed at once
+EVERY = 3.0  # seconds from one look for a newer checkpoint to the next
 
 
 def page(shelf: Shelf) -> gr.Blocks:
@@ -28,6 +30,7 @@ def page(shelf: Shelf) -> gr.Blocks:
             names = shelf.names()
             run = gr.Dropdown(names, value=names[0], label="run", elem_id="run", scale=1)
             about = gr.HTML(elem_id="about")
+        version, clock = gr.State(), gr.Timer(EVERY)
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Sample", id="sample"):
                 sample = SampleTab(shelf, desk)
@@ -41,11 +44,19 @@ def page(shelf: Shelf) -> gr.Blocks:
                 looked = RunTab(shelf, desk)
 
         @on_page()
-        def opened(found: Desk, name: str) -> tuple[str, Desk]:
-            run_ = found.choose(shelf, name)
-            shape = "x".join(map(str, run_.model.config.image_shape))
-            text = f"step {run_.step:,}, images {shape}, {run_.n_bins} levels"
-            return f"<p>{html.escape(text)}</p>", found
+        def opened(found: Desk, name: str) -> tuple[str, str, Desk]:
+            chosen = found.choose(shelf, name)
+            return _about(chosen), chosen.checkpoint.digest, found
+
+        @on_page()
+        def ticked(found: Desk, seen: str | None) -> list[Any]:
+            """Notices a newer checkpoint; what is wrong with it is said by the next thing that is done."""
+            try:
+                newest = found.opened(shelf)
+            except ValueError:
+                return [gr.skip(), gr.skip()]
+            digest = newest.checkpoint.digest
+            return [gr.skip(), gr.skip()] if digest == seen else [_about(newest), digest]
 
         def kept(found: Desk) -> str:
             return f"<p>{html.escape(f'still about {found.run}')}</p>" if found.run else ""
@@ -55,7 +66,11 @@ def page(shelf: Shelf) -> gr.Blocks:
             names = shelf.names()
             return gr.Dropdown(names, value=names[0] if names else None)
 
-        def shown(event: Any) -> None:
+        clock.tick(ticked, [desk, version], [about, version], **QUIET)
+        settings = [desk, sample.temperature, sample.label, sample.n, sample.seed]
+        edit.measure_after(version.change(on_page()(sample.renew), settings, sample.drawn, **QUIET))
+
+        def fill(event: Any) -> None:
             """Fills the tabs: what must be measured first, on the side."""
             inputs = [desk, sample.temperature, sample.n, sample.seed]
             drawn = event.success(on_page()(sample.show), inputs, sample.outputs, **QUIET)
@@ -66,13 +81,19 @@ def page(shelf: Shelf) -> gr.Blocks:
             rest.success(on_page()(looked.show), desk, looked.outputs, **QUIET)
 
         # Gradio forgets a desk that an event gave back, an hour after its visitor left; others it keeps for ever.
-        chosen = run.change(opened, [desk, run], [about, desk], **QUIET)
+        chosen = run.change(opened, [desk, run], [about, version, desk], **QUIET)
         chosen.failure(kept, desk, about, **QUIET)
-        shown(chosen)
+        fill(chosen)
         run_tab.select(on_page()(looked.show), desk, looked.outputs, **QUIET)
         first = blocks.load(listed, None, run, **QUIET)
-        shown(first.success(opened, [desk, run], [about, desk], **QUIET))
+        fill(first.success(opened, [desk, run], [about, version, desk], **QUIET))
         taken = sample.pictures.click(on_page()(sample.take), desk, [edit.label, edit.redraw], **QUIET)
         taken.success(lambda: gr.Tabs(selected="edit"), None, tabs, **QUIET)
     blocks.queue(default_concurrency_limit=AT_ONCE)
     return blocks
+
+
+def _about(opened: OpenRun) -> str:
+    """What is open, in a line."""
+    shape = "x".join(map(str, opened.model.config.image_shape))
+    return f"<p>{html.escape(f'step {opened.step:,}, images {shape}, {opened.n_bins} levels')}</p>"

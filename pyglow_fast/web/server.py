@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import shutil
@@ -10,7 +11,6 @@ import socket
 import sys
 import tempfile
 import threading
-import time
 import webbrowser
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,8 +29,9 @@ SETTINGS = ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED")  # environment variab
 FIRST_PORT = 7860
 PORTS = 100  # that are tried
 MAX_FILE_SIZE = 20 * 2**20  # bytes
+SESSIONS = 100  # visits that are remembered; each loading of the page is one, and may hold samples and latents
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
-GRACE = 0.7  # seconds that the server has to end in, which a handler that computes does not keep to
+UPLOADS_LAST = 600  # seconds, for those that no handler reads
 # Of Gradio's defaults one looks for fonts of its own; these are on every system.
 FONT = ("ui-sans-serif", "system-ui", "sans-serif")
 FONT_MONO = ("ui-monospace", "Consolas", "monospace")
@@ -128,7 +129,7 @@ def bind(host: str, port: int | None) -> socket.socket:
         family, _, _, _, _ = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0]
         with socket.create_server((address, 0), family=family):
             pass  # the address is one of this machine
-    except OSError:
+    except (OSError, UnicodeError):  # the latter of a name that no host can have
         raise ValueError(f"host: expected an address of this machine, found {host}") from None
     ports = range(FIRST_PORT, FIRST_PORT + PORTS) if port is None else [port]
     for number in ports:
@@ -167,6 +168,8 @@ def application(
     """The page as an ASGI application behind its gate; the arguments are those of :func:`serve`, and its folder."""
     for handler in blocks.fns.values():
         handler.api_visibility = "private"  # else the login page holds the names of all handlers and their inputs
+    blocks.state_session_capacity = SESSIONS  # beyond it the one that was silent for longest is forgotten
+    blocks.delete_cache = (UPLOADS_LAST, UPLOADS_LAST)
     outer = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     gr.mount_gradio_app(
         outer,
@@ -210,7 +213,7 @@ def serve(
 ) -> None:
     """Serves a page until Ctrl-C, SIGTERM or SIGHUP, from the main thread; prints its address once it answers.
 
-    A handler that still computes then is not waited for: the process ends without it.
+    Then the process ends here, with code 0: no handler is waited for, and what stands after the call is not reached.
 
     Args:
         page: builds it. It is called when the folder for its files, private to this process and removed at the end, is
@@ -224,11 +227,13 @@ def serve(
 
     Raises:
         ValueError: the address or the port cannot be had, or the address needs a login.
+        RuntimeError: the server ended without having been told to.
     """
     host = check_host(host, auth)
     listener = bind(host, port)
     former = {each: signal.signal(each, _stop) for each in _signals()}
-    folder, thread = None, None
+    folder, stopped = None, False
+    ended = threading.Event()  # a join that a signal interrupts would take the thread for ended (CPython 3.11)
     temporary, environment = tempfile.tempdir, dict(os.environ)
     try:
         folder = Path(tempfile.mkdtemp(prefix="pyglow-serve-")).resolve()
@@ -239,37 +244,46 @@ def serve(
             gate, log_config=None, access_log=False, proxy_headers=False, server_header=False, ws="none"
         )
         server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        while not server.started and thread.is_alive():
-            time.sleep(0.01)
+        threading.Thread(target=_run, args=(server, listener, ended), daemon=True).start()
+        while not server.started and not ended.wait(0.01):
+            pass
+        if not server.started:
+            raise RuntimeError("the server did not start; the log has the reason")
         address = _address(host, listener.getsockname()[1])
         print(f"Serving on {address} (Ctrl-C ends it)", flush=True)
         if open_browser and can_open_browser(os.environ):
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
-        while thread.is_alive():
-            thread.join(0.5)
+        while not ended.wait(0.5):  # at intervals, since on Windows no signal interrupts a wait
+            pass
         raise RuntimeError("the server ended by itself")
     except _Stop:
-        pass
+        stopped = True
     finally:
-        if thread is not None:
-            server.should_exit = server.force_exit = True
-            thread.join(GRACE)
         listener.close()
         tempfile.tempdir = temporary
         for name in SETTINGS:
             os.environ.pop(name, None)
             if name in environment:
                 os.environ[name] = environment[name]
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-        if thread is not None and thread.is_alive():  # a handler computes: Python would wait for it
-            sys.stdout.flush()
-            sys.stderr.flush()
+        for _ in range(5):  # a handler may be writing its result there
+            if folder is not None and folder.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+        if stopped:
+            # Nothing is left to save. Connections stay open and handlers compute for as long as they like, and the
+            # interpreter taken down under machine code may crash.
+            with contextlib.suppress(OSError):  # nobody may read it any more
+                sys.stdout.flush()
+                sys.stderr.flush()
             os._exit(0)
         for each, handler in former.items():
             signal.signal(each, handler)
+
+
+def _run(server: uvicorn.Server, listener: socket.socket, ended: threading.Event) -> None:
+    try:
+        server.run(sockets=[listener])
+    finally:
+        ended.set()
 
 
 def _address(host: str, port: int) -> str:

@@ -281,7 +281,7 @@ def test_evaluate_a_folder_run_on_digits(place: Path, capsys: pytest.CaptureFixt
     part = "part: expected all, since these are not the images of the run, found train"
     Image.new("RGB", (16, 16)).save("flat/1.png")
     refused(["evaluate", "out", "folder:flat", "--part", "train"], part, capsys)
-    no_classes = "label: expected no label, since the model has no classes, found 1"
+    no_classes = "label: expected no label, since the model has no classes, found '1'"
     refused(["sample", "out", "--out", "x.png", "--label", "1"], no_classes, capsys)
 
 

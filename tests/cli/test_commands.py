@@ -278,6 +278,6 @@ def test_a_bug_keeps_its_traceback(trained: Path, tmp_path: Path, monkeypatch: p
     def bug(*args: object, **options: object) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr("pyglow_fast.cli.sample.save_grid", bug)
+    monkeypatch.setattr("pyglow_fast.cli.sample.Grid.made", bug)
     with pytest.raises(ValueError, match="a bug"):
         main(["sample", str(trained), "--out", str(tmp_path / "x.png")])

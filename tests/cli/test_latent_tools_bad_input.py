@@ -92,7 +92,7 @@ OTHERS = [
     (["temperatures", "two", "--temperatures", "0", "nan"], "temperatures: expected numbers, 0 or more, found nan"),
     (["temperatures", "two", "--temperatures"], "argument --temperatures: expected at least one argument .*"),
     (["temperatures", "two", "--n", "0"], "n: expected a positive whole number, found 0"),
-    (["temperatures", "two", "--label", "1"], "label: expected no label, since the model has no classes, found 1"),
+    (["temperatures", "two", "--label", "1"], "label: expected no label, since the model has no classes, found '1'"),
     (["temperatures", "digits", "--label", "ten"], "label: expected one of 0, 1, .*, found 'ten'"),
     (["temperatures", "plain"], "run: expected the folder of a run (with config.toml), found 'plain' without one"),
     (["temperatures", "nowhere"], "run: expected the folder of a run, found 'nowhere', which does not exist"),
@@ -172,6 +172,14 @@ OVER_INPUT = [
     ),
     (["interpolate", "unlabelled", "folder:.", "--out", "plain/0.png"], f"out: {AMONG}folder:., found .*"),
     (["manipulate", "two", "folder:plain", *CLASSES, "--out", "plain/0.png"], f"out: {AMONG}folder:plain, found .*"),
+    (["sample", "unlabelled", "--out", "plain/new.png"], f"out: {AMONG}folder:plain, found .*"),
+    (["edit", "unlabelled", "0", "--out", "plain/new.png"], f"out: {AMONG}folder:plain, found .*"),
+    (["score", "unlabelled", "plain/0.png", "--out", "plain/x.csv"], f"out: {AMONG}folder:plain, found .*"),
+    (["score", "unlabelled", "old.png", "--picture", "plain/x.png"], f"picture: {AMONG}folder:plain, found .*"),
+    (
+        ["interpolate", "unlabelled", "--from", "0", "--to", "0", "--out", "plain/x.gif"],
+        f"out: {AMONG}folder:plain, found .*",
+    ),
 ]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pyglow_fast.data import DATA_HELP, DataConfig, MissingExtraError, load_data, load_digits
+from pyglow_fast.data import DATA_HELP, DataConfig, MissingExtraError, load_data, load_digits, optional
 
 
 def test_digits() -> None:
@@ -94,3 +94,9 @@ def test_a_missing_library_is_named_with_the_extra(monkeypatch: pytest.MonkeyPat
         MissingExtraError, match=r'scikit-learn is needed for the digits.*pip install "pyglow-fast\[demo\]"'
     ):
         load_digits()
+
+
+def test_a_library_of_the_web_page_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(MissingExtraError, match=r'gradio is needed for the page.*pip install "pyglow-fast\[web\]"'):
+        optional("gradio", "the page")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from pyglow_fast.experiments import Auroc, auroc, save_histogram, typicality
+from pyglow_fast.experiments.ood import marked_histogram
 
 
 def by_pairs(own: Tensor, foreign: Tensor) -> tuple[float, float]:
@@ -122,3 +124,27 @@ def test_histogram(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_histogram_of_equal_scores(tmp_path: Path) -> None:
     save_histogram(tmp_path / "x.png", torch.ones(3), torch.ones(4), ("a", "b"), "t")
     assert (tmp_path / "x.png").is_file()
+
+
+@pytest.mark.drawn
+def test_marks_on_a_histogram() -> None:
+    """A line for each finite value, wherever it is; names are no formulas; the text is kept."""
+    own = torch.randn(300, generator=torch.Generator().manual_seed(6))
+    marks = {"a $x$ _b": -2.0, "$\\frac{": 30.0, "none": math.nan, "too far": math.inf}
+    command = "pyglow-fast score 'it is $odd' grün"
+    pictures = {}
+    for count in (0, 1, 4):
+        some = dict(list(marks.items())[:count])
+        data = marked_histogram(own, "own $", some, "title $", {"Command": command})
+        assert data == marked_histogram(own, "own $", some, "title $", {"Command": command})
+        with Image.open(io.BytesIO(data)) as picture:
+            assert picture.size == (960, 540)
+            assert picture.text["Command"] == command  # type: ignore[attr-defined]
+            pictures[count] = np.asarray(picture.convert("RGB"))
+    lines = {}
+    for count, picture in pictures.items():
+        red = (picture == (214, 39, 40)).all(-1)  # C3
+        lines[count] = np.flatnonzero(red.sum(0) > 300)  # columns that are red nearly from top to bottom
+    assert len(lines[0]) == 0
+    groups = {count: 1 + int((np.diff(columns) > 2).sum()) for count, columns in lines.items() if len(columns)}
+    assert groups == {1: 1, 4: 2}

@@ -47,6 +47,17 @@ def test_the_first_draw_is_that_of_evaluate(model: Glow, images: ImageSet) -> No
     assert one.spread.isnan().all()
 
 
+def test_progress(model: Glow, images: ImageSet) -> None:
+    """Told after each batch how many images it had; nothing else changes."""
+    told: list[int] = []
+    found = score_images(model, images, 4, 7, progress=told.append)
+    assert told == [4, 4, 2]
+    assert torch.equal(found.draws, score_images(model, images, 4, 7).draws)
+    told.clear()
+    score_images(model, images, 4, 7, 6, progress=told.append)
+    assert told == [4, 2]
+
+
 def test_a_random_part(model: Glow, images: ImageSet) -> None:
     whole, some = score_images(model, images, 4, 7), score_images(model, images, 4, 7, limit=5)
     assert len(some.indices) == 5

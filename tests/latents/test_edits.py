@@ -42,6 +42,31 @@ def test_a_refused_batch_leaves_the_mean_as_it_was() -> None:
     assert [level.tolist() for level in streamed.mean()] == [[1.0] * 3, [1.0]]
 
 
+def test_the_mean_of_the_others() -> None:
+    """What is left when some are taken out; nothing changes in either."""
+    latents = [torch.randn(10, 3, 4), torch.randn(10, 5, 2, 2)]
+    whole, part, none = tools.MeanLatent(), tools.MeanLatent(), tools.MeanLatent()
+    whole.add(latents)
+    part.add([level[[1, 4, 5]] for level in latents])
+    others = whole.without(part)
+    assert (whole.count, part.count, others.count) == (10, 3, 7)
+    for found, level in zip(others.mean(), latents, strict=True):
+        wanted = level[[0, 2, 3, 6, 7, 8, 9]].double().mean(0)
+        assert torch.allclose(found, wanted, rtol=0, atol=1e-14)  # sums in float64 of values of size 1
+    same = whole.without(none)
+    same.add([level[:1] for level in latents])
+    assert (whole.count, same.count) == (10, 11)
+    assert torch.allclose(whole.mean()[0], latents[0].double().mean(0), rtol=0, atol=1e-14)
+    with pytest.raises(ValueError, match="latents: expected at least one image, found none"):
+        whole.without(whole).mean()
+    with pytest.raises(ValueError, match="part: expected at most 3 images, those of the whole, found 10"):
+        part.without(whole)
+    other = tools.MeanLatent()
+    other.add([torch.ones(2, 3)])
+    with pytest.raises(ValueError, match=r"part: expected shapes \[\(3, 4\), \(5, 2, 2\)\], found \[\(3,\)\]"):
+        whole.without(other)
+
+
 def test_direction() -> None:
     plus, minus = tools.MeanLatent(), tools.MeanLatent()
     plus.add([torch.tensor([[1.0, 2.0], [3.0, 4.0]])])

@@ -35,6 +35,21 @@ def test_there_and_back(name: str, space: str) -> None:
     assert same == (space == "noise" or name == "fixed priors")
 
 
+@pytest.mark.parametrize("name", ["default", "classes"])
+@pytest.mark.parametrize("spherical", [False, True])
+@pytest.mark.parametrize("space", tools.SPACES)
+def test_any_points_of_the_path(name: str, space: str, spherical: bool) -> None:
+    """Those at the times of the steps are the steps, in any order; nothing outside of the path."""
+    setting = Setting(name)
+    a, b, y, _ = halves(setting)
+    steps = tools.interpolate(setting.model, a, b, 5, spherical, space, y)
+    times = tools.interpolate(setting.model, a, b, 99, spherical, space, y, times=(0.75, 0.0, 1.0))
+    assert torch.equal(times, steps[:, [3, 0, 4]])
+    for wrong in ([1.5], [-0.25, 0.5], [math.nan], []):
+        with pytest.raises(ValueError, match=r"^times: expected"):
+            tools.interpolate(setting.model, a, b, space=space, y=y, times=wrong)
+
+
 @pairs(
     pytest.mark.parametrize("spherical", [False, True]),
     pytest.mark.parametrize("space", tools.SPACES),

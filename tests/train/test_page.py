@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -265,3 +266,33 @@ def test_text_of_files_is_escaped(folder: RunFolder) -> None:
 def test_what_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"run: expected the folder of a run \(with config.toml\), found"):
         page_of(RunFolder(tmp_path))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"run: expected the folder of a run, found '.*file', a file"):
+        page_of(RunFolder(tmp_path / "file"))
+
+
+def test_beside_a_new_run_in_its_place(folder: RunFolder) -> None:
+    """By ``--overwrite``: files go one by one, and the configuration is the last one."""
+    config, checkpoint, ended = folder.read_config(), folder.load(), threading.Event()
+    pages, refusals = [], []
+
+    def write() -> None:
+        while not ended.is_set():
+            folder.create(config)
+            folder.sample_history.mkdir()
+            (folder.sample_history / "step-0000001.png").touch()
+            folder.save(checkpoint, 1)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        for _ in range(200):
+            try:
+                pages.append(page_of(folder))
+            except ValueError as error:
+                refusals.append(str(error))
+    finally:
+        ended.set()
+        thread.join()
+    assert pages
+    assert all("config" in text for text in refusals)

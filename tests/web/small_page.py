@@ -5,6 +5,7 @@ Its arguments are those of ``serve``, as JSON.
 
 from __future__ import annotations
 
+import atexit
 import json
 import sys
 import time
@@ -41,6 +42,7 @@ def count() -> Iterator[str]:
 
 @on_page()
 def slow() -> str:
+    atexit.register(print, "the interpreter was torn down under a handler", file=sys.stderr)
     Path("computing").touch()
     end = time.monotonic() + SLOW
     while time.monotonic() < end:

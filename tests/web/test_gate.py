@@ -133,6 +133,17 @@ def test_a_login_opens_the_page(guarded: web.Server) -> None:
     assert client.join(1)[0] == 200
 
 
+def test_a_made_up_cookie_is_no_login(guarded: web.Server) -> None:
+    """Also where Gradio itself does not look: it lets everyone hold a session and cancel a handler."""
+    client = Client(guarded)
+    body = b'{"session_hash": "abc", "fn_index": 0, "event_id": "x"}'
+    for cookie in ("", "access-token-unsecure-x=guess", "access-token-x=", "other=1", "\x7f;;="):
+        client.cookie = cookie
+        assert client("/gradio_api/heartbeat/abc")[0] == 401
+        assert client("/gradio_api/cancel", "POST", body, **{"Content-Type": "application/json"})[0] == 401
+        assert client("/gradio_api/reset", "POST", body)[0] == 401
+
+
 def test_only_what_the_page_asks_for_is_there(client: Client, tmp_path: Path) -> None:
     """Without a login too: no API pages, proxy, histories, monitoring, recordings or editing."""
     known = {*OPEN["GET"], *CLOSED["GET"], *CLOSED["POST"], *LOGIN["POST"]}
@@ -321,3 +332,31 @@ def test_a_bound_address_of_its_own_is_a_name_too(tmp_path: Path) -> None:
     scope = {"method": "GET", "path": "/"}
     assert gate._refused(scope, {"host": "127.0.0.5:7860"}) is None
     assert gate._refused(scope, {"host": "127.0.0.6:7860"}) is not None
+
+
+def test_the_gate_follows_links_and_parents(tmp_path: Path) -> None:
+    """By itself: Gradio looks again at what passes."""
+
+    async def nothing(*_: Any) -> None: ...
+
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    (tmp_path / "secret").write_text(SECRET)
+    (folder / "link").symlink_to(tmp_path / "secret")
+    gate = Gate(nothing, folder, None, 1, lambda cookies: True)
+
+    def status(path: str) -> int | None:
+        refused = gate._refused({"method": "GET", "path": f"/gradio_api/file={path}"}, {})
+        return None if refused is None else refused[0]
+
+    assert status(f"{folder}/picture.png") is None
+    for path in (
+        f"{folder}/link",
+        f"{folder}/../secret",
+        f"{folder}-other/x",
+        "picture.png",
+        "",
+        f"{folder}/\0",
+        "x" * 5000,
+    ):
+        assert status(path) == 403, path

@@ -1,0 +1,143 @@
+"""What was computed is computed once, and never taken for what it is not."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pyglow_fast.studio.kept import MOST, kept
+
+KEY = {"digest": "d" * 64, "most": 5}
+
+
+class Counted:
+    """A computation that counts how often it was asked for."""
+
+    def __init__(self, value: float = 1.5) -> None:
+        self.value, self.times = value, 0
+
+    def __call__(self) -> dict[str, Tensor]:
+        self.times += 1
+        return {"a": torch.full((3, 2), self.value), "n": torch.arange(4)}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_computed_once(tmp_path: Path) -> None:
+    compute = Counted()
+    first = kept(tmp_path / "cache", "kind", KEY, compute)
+    second = kept(tmp_path / "cache", "kind", dict(reversed(KEY.items())), compute)
+    assert compute.times == 1
+    assert same(first, second)
+    assert same(first, Counted()())
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [f"kind-{'d' * 16}.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "key", [{"digest": "d" * 63 + "e", "most": 5}, {"digest": "e" * 64, "most": 5}, {"digest": "d" * 64, "most": 6}]
+)
+def test_another_key(tmp_path: Path, key: dict[str, object]) -> None:
+    """Even one whose file has the same name."""
+    kept(tmp_path, "kind", KEY, Counted(1.0))
+    other = Counted(2.0)
+    assert float(kept(tmp_path, "kind", key, other)["a"][0, 0]) == 2.0
+    assert other.times == 1
+    kept(tmp_path, "kind", key, other)
+    assert other.times == 1
+    kind = Counted(3.0)
+    assert float(kept(tmp_path, "sort", key, kind)["a"][0, 0]) == 3.0
+
+
+def nan(path: Path) -> None:
+    tensors = load_file(path)
+    tensors["a"][1, 1] = torch.nan
+    save_file(tensors, path, {"pyglow_fast": json.dumps(KEY, sort_keys=True)})
+
+
+def headed(header: object) -> Callable[[Path], None]:
+    """A file with this header."""
+
+    def write(path: Path) -> None:
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text)
+
+    return write
+
+
+SPOILT: dict[str, Callable[[Path], object]] = {
+    "empty": lambda path: path.write_bytes(b""),
+    "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "one byte short": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "header alone": lambda path: path.write_bytes(path.read_bytes()[:8]),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"more"),
+    "noise": lambda path: path.write_bytes(bytes(range(256)) * 8),
+    "huge header": lambda path: path.write_bytes(b"\xff" * 8 + b"{}"),
+    "text": lambda path: path.write_text("words"),
+    "no metadata": lambda path: save_file(load_file(path), path),
+    "another key": lambda path: save_file(load_file(path), path, {"pyglow_fast": "{}"}),
+    "not finite": nan,
+    "a list": headed([1]),
+    "metadata that is none": headed({"__metadata__": None}),
+    "metadata that is a word": headed({"__metadata__": "word"}),
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_a_file_that_is_no_good_is_replaced(tmp_path: Path, how: str) -> None:
+    kept(tmp_path, "kind", KEY, Counted())
+    (path,) = tmp_path.iterdir()
+    SPOILT[how](path)
+    again = Counted()
+    assert same(kept(tmp_path, "kind", KEY, again), Counted()())
+    assert again.times == 1
+    assert same(kept(tmp_path, "kind", KEY, again), Counted()())
+    assert again.times == 1
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    """A warning, no error: a file is where the folder should be."""
+    (tmp_path / "cache").write_text("a file")
+    compute = Counted()
+    for times in (1, 2):
+        with pytest.warns(UserWarning, match="not kept, and computed anew the next time"):
+            assert same(kept(tmp_path / "cache", "kind", KEY, compute), compute())
+        assert compute.times == 2 * times
+    assert (tmp_path / "cache").read_text() == "a file"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission(tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir(mode=0o500)
+    with pytest.warns(UserWarning, match="not kept"):
+        kept(tmp_path / "cache", "kind", KEY, Counted())
+
+
+def test_few_files_of_a_kind_stay(tmp_path: Path) -> None:
+    """The newest; other kinds, and files of others, are left alone."""
+    kept(tmp_path, "sort", KEY, Counted())
+    (tmp_path / "kind.txt").write_text("not ours")
+    for i in range(MOST + 3):
+        kept(tmp_path, "kind", {"digest": f"{i:016}"}, Counted())
+        for path in tmp_path.glob("kind-*"):  # clocks of file systems are coarse
+            os.utime(path, ns=(path.stat().st_atime_ns, int(path.stem[5:]) * 10**9))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    wanted = [f"kind-{i:016}.safetensors" for i in range(3, MOST + 3)]
+    assert names == sorted([*wanted, "kind.txt", f"sort-{'d' * 16}.safetensors"])
+
+
+def test_an_error_leaves_nothing(tmp_path: Path) -> None:
+    def fail() -> dict[str, Tensor]:
+        raise ValueError("no images")
+
+    with pytest.raises(ValueError, match="no images"):
+        kept(tmp_path / "cache", "kind", KEY, fail)
+    assert not (tmp_path / "cache").exists()

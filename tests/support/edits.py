@@ -1,0 +1,114 @@
+"""Edits as the latents API gives them, computed beside the product's own way; and commands run again from pictures."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pyglow_fast.cli import main
+from pyglow_fast.data import Images, emoji_tone_pairs, load_data, split
+from pyglow_fast.latents import MeanLatent, edited, to_space
+from pyglow_fast.likelihood import dequantize
+from pyglow_fast.models import Glow
+from pyglow_fast.train import RunFolder, load_model, to_levels
+
+
+def pixels(path: Path) -> np.ndarray[Any, Any]:
+    """Of a picture, (H, W, 3)."""
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def kept_command(path: Path) -> list[str]:
+    """The words of the command that a PNG holds, without the program's name."""
+    with Image.open(path) as picture:
+        picture.load()
+        program, *words = shlex.split(picture.text["Command"])  # type: ignore[attr-defined]
+    assert program == "pyglow-fast"
+    return words
+
+
+def assert_repeatable(path: Path, option: str = "--out") -> list[str]:
+    """The command that a PNG holds gives the same bytes; returns its words."""
+    words = kept_command(path)
+    again = path.with_name("again.png")
+    assert main([*words, option, str(again)]) == 0
+    assert again.read_bytes() == path.read_bytes()
+    again.unlink()
+    return words
+
+
+class ByHand:
+    """A run, and what edits of its images give by the definitions alone."""
+
+    def __init__(self, run: Path) -> None:
+        checkpoint = RunFolder(run).load()
+        self.config = checkpoint.config
+        self.model: Glow = load_model(checkpoint, run.name)
+        self.data: Images = load_data(self.config.data)
+        self.train, self.held_out = split(self.data, self.config.data.held_out, self.config.seed)
+        self.n_bins = self.data.n_bins
+
+    def x(self, levels: Tensor) -> Tensor:
+        """Of levels (N, C, H, W)."""
+        return dequantize(levels, self.n_bins, noise=torch.full(levels.shape, 0.5))
+
+    def y(self, labels: Tensor | None) -> Tensor | None:
+        """Labels for a model that takes some."""
+        return None if self.model.config.n_classes is None else labels
+
+    def chosen(self, name: str) -> tuple[Tensor, Tensor]:
+        """Indices of the training images with an attribute, and of those without."""
+        if name.startswith("skin tone "):
+            root = Path(self.config.data.name.partition(":")[2])
+            pairs = [pair for pair in emoji_tone_pairs(root) if pair.tone == name.removeprefix("skin tone ")]
+            pairs = [pair for pair in pairs if pair.base in self.train.tolist()]
+            return torch.tensor([pair.variant for pair in pairs]), torch.tensor([pair.base for pair in pairs])
+        assert self.data.labels is not None
+        has = self.data.labels[self.train] == self.data.class_names.index(name)
+        return self.train[has], self.train[~has]
+
+    def direction(self, plus: str, minus: str, space: str) -> list[Tensor]:
+        """The difference of both means a level, and last that of the mean pixels."""
+        with_it = self.chosen(plus)[0]
+        without = self.chosen(plus)[1] if minus == "rest" else self.chosen(minus)[0]
+        sides = (MeanLatent(), MeanLatent())
+        for part in self.train.sort().values.split(64):  # one image's latents may depend on its batch by roundings
+            levels, labels = self.data.batch(part)
+            x = self.x(levels)
+            values = [*to_space(self.model, x, space, self.y(labels)), x]
+            for side, indices in zip(sides, (with_it, without), strict=True):
+                side.add([value[torch.isin(part, indices)] for value in values])
+        return [a.float() - b.float() for a, b in zip(sides[0].mean(), sides[1].mean(), strict=True)]
+
+    @torch.no_grad()
+    def edited(
+        self,
+        levels: Tensor,
+        label: int | None,
+        space: str,
+        adds: Sequence[tuple[str, str, float]] = (),
+        keep: Sequence[float] | None = None,
+        pixel_shift: bool = False,
+    ) -> Tensor:
+        """Levels (C, H, W) of the image (C, H, W) after an edit."""
+        x, y = self.x(levels[None]), self.y(None if label is None else torch.tensor([label]))
+        shifts = [[s * part for part in self.direction(plus, minus, space)] for plus, minus, s in adds]
+        total = [torch.stack(parts).sum(0) for parts in zip(*shifts, strict=True)] if shifts else None
+        if pixel_shift:
+            return to_levels(x if total is None else x + total[-1], self.n_bins)[0]
+        shift = None if total is None else total[:-1]
+        found = edited(self.model, to_space(self.model, x, space, y), shift, keep, space, y)
+        return to_levels(found, self.n_bins)[0]
+
+    def held(self, number: int) -> tuple[Tensor, int | None]:
+        """Levels and label of a held-out image."""
+        levels, labels = self.data.batch(self.held_out[number : number + 1])
+        return levels[0], None if labels is None or self.model.config.n_classes is None else int(labels[0])

@@ -1,0 +1,37 @@
+"""A labelled run whose every name needs care on a command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from support.latent_runs import train
+
+CLASSES = ("-odd", "12", "\\back", "a 'quoted' \"$HOME\" `x`", "grün ✓")
+FILES = ("./12", "./sample:1", "./-n", "a b.png", 'it\'s "$HOME"*.png', "grün ✓.png", "\\back.png", "digits", "~x")
+
+
+def write_odd_images(root: Path) -> None:
+    """Eight grey 8x8 images of each class below ``root``."""
+    rng = np.random.default_rng(5)
+    for i, name in enumerate(CLASSES):
+        (root / name).mkdir(parents=True)
+        for k in range(8):
+            levels = rng.integers(0, 60, (8, 8), dtype=np.uint8)
+            levels[i : i + 3] += 150
+            Image.fromarray(levels).save(root / name / f"{k}.png")
+
+
+def write_odd_files(folder: Path) -> None:
+    """One grey 8x8 image by each name, all different."""
+    for i, name in enumerate(FILES):
+        levels = np.random.default_rng(i).integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(levels).save(folder / name, "PNG")
+
+
+def train_odd(images: Path, run: Path, *options: str) -> None:
+    """A class-conditional run of two levels on them."""
+    small = ["--size", "8", "--gray", "--levels", "2", "--class-conditional", "--held-out", "0.2"]
+    train(f"folder:{images}", run, *small, *options)
