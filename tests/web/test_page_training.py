@@ -18,6 +18,7 @@ from support.web_runs import COLOUR, DIGITS  # noqa: E402
 
 from pyglow_fast.train import Checkpoint, RunFolder, load_model, resolve_device, to_levels  # noqa: E402
 from pyglow_fast.train.figures import image_picture  # noqa: E402
+from pyglow_fast.web.sample_tab import SHOWN  # noqa: E402
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def test_the_newest_whole_checkpoint_is_used(training: RunFolder, visitor: Visit
 
     visitor.choose_run("zz training")
     first = training.load()
-    wait_for(shown, sampled(first, 20))
+    wait_for(shown, sampled(first, SHOWN))
     visitor.tab("Edit")
     before = visitor.caption("original")
     for name, value in first.model.items():
