@@ -27,7 +27,7 @@ CSS = """
 :is(a, button, input, textarea, [role=button]):focus-visible { outline: 2px solid var(--color-accent) !important;
   outline-offset: 1px; }
 [role=tab][aria-selected=true] { color: var(--body-text-color) !important; font-weight: 600; }
-.min_value, .max_value { color: var(--body-text-color) !important; opacity: 0.8; }
+.min_value, .max_value, .or { color: var(--body-text-color) !important; opacity: 0.8; }
 .pgf-grid { display: flex; flex-wrap: wrap; gap: 4px; }
 .pgf-strip { display: flex; gap: 2px; overflow-x: auto; }
 .pgf-save { display: inline-block; margin: 0 0.8rem 0.3rem 0; color: var(--link-text-color);

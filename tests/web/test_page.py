@@ -18,6 +18,7 @@ from support.web_runs import CLASSES, COLOUR, DIGITS, NAMES, UNBORN  # noqa: E40
 
 from pyglow_fast.train import RunFolder, load_model, resolve_device, to_levels  # noqa: E402
 from pyglow_fast.train.figures import image_picture  # noqa: E402
+from pyglow_fast.web.sample_tab import SHOWN  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +43,7 @@ def test_it_loads_and_asks_nobody_else(visitor: Visitor) -> None:
     page = visitor.page
     assert page.title() == "pyglow_fast"
     assert page.locator("#about").inner_text() == "step 20, images 1x8x8, 17 levels"
-    for (name, place), count in zip(PLACES.items(), (24, 2, 9, 0, 0), strict=True):
+    for (name, place), count in zip(PLACES.items(), (SHOWN, 2, 9, 0, 0), strict=True):
         visitor.tab(name)
         assert page.locator(f"#{place}").is_visible()
         images = page.locator(f"#{place} img")
@@ -55,11 +56,11 @@ def test_it_loads_and_asks_nobody_else(visitor: Visitor) -> None:
 def test_samples_are_those_of_the_library(visitor: Visitor, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the bit, after each of the controls; and the file that is saved is what the command writes."""
     page, start, every = visitor.page, "pyglow-fast sample runs/digits", list(range(10))
-    visitor.says("sample-command", f"{start} --n 24 --temperature 0.7 --seed 0 --device cpu --out samples.png")
-    wait_for(lambda: shown(visitor), sampled(site, DIGITS, 24, 0.7, 0, every))
+    visitor.says("sample-command", f"{start} --n {SHOWN} --temperature 0.7 --seed 0 --device cpu --out samples.png")
+    wait_for(lambda: shown(visitor), sampled(site, DIGITS, SHOWN, 0.7, 0, every))
     drag(page, "temperature", 1.0)
-    visitor.says("sample-command", f"{start} --n 24 --temperature 1.2 --seed 0 --device cpu --out samples.png")
-    wait_for(lambda: shown(visitor), sampled(site, DIGITS, 24, 1.2, 0, every))
+    visitor.says("sample-command", f"{start} --n {SHOWN} --temperature 1.2 --seed 0 --device cpu --out samples.png")
+    wait_for(lambda: shown(visitor), sampled(site, DIGITS, SHOWN, 1.2, 0, every))
     set_slider(page, "sample-n", 7)
     page.locator("#sample-seed input").fill("5")
     choose(page, "sample-class", "3")
@@ -76,9 +77,11 @@ def test_samples_are_those_of_the_library(visitor: Visitor, site: Site, monkeypa
 
 def test_of_many_drags_the_last_counts(visitor: Visitor, site: Site) -> None:
     drag(visitor.page, "temperature", *(i / 30 for i in range(30)), 0.5)
-    command = "pyglow-fast sample runs/digits --n 24 --temperature 0.6 --seed 0 --device cpu --out samples.png"
-    visitor.says("sample-command", command)
-    wait_for(lambda: shown(visitor), sampled(site, DIGITS, 24, 0.6, 0, list(range(10))))
+    visitor.says(
+        "sample-command",
+        f"pyglow-fast sample runs/digits --n {SHOWN} --temperature 0.6 --seed 0 --device cpu --out samples.png",
+    )
+    wait_for(lambda: shown(visitor), sampled(site, DIGITS, SHOWN, 0.6, 0, list(range(10))))
 
 
 def test_a_click_on_a_sample_takes_it_to_edit(visitor: Visitor, site: Site) -> None:
@@ -90,11 +93,11 @@ def test_a_click_on_a_sample_takes_it_to_edit(visitor: Visitor, site: Site) -> N
     visitor.tab("Sample")
     page.get_by_role("button", name="sample 13, 3: edit it").click()
     page.locator("#edited").wait_for()
-    wait_for(lambda: visitor.edited("original"), sampled(site, DIGITS, 24, 0.7, 0, list(range(10)))[13])
+    wait_for(lambda: visitor.edited("original"), sampled(site, DIGITS, SHOWN, 0.7, 0, list(range(10)))[13])
     assert torch.equal(visitor.edited(), visitor.edited("original"))
     assert "class 3" in visitor.caption()
     assert page.locator("#edit-class input").input_value() == "its own"
-    start = "pyglow-fast edit runs/digits sample:13:n=24:seed=0:temperature=0.7"
+    start = f"pyglow-fast edit runs/digits sample:13:n={SHOWN}:seed=0:temperature=0.7"
     visitor.says("edit-command", f"{start} --space latent --label 3 --device cpu --out edit.png")
 
 
@@ -119,7 +122,7 @@ def test_another_run_leaves_nothing_of_the_last(visitor: Visitor, site: Site) ->
     assert labels == [f"{name} minus rest" for name in sorted(NAMES)]
     assert [page.locator(f"#add-{i} input[type=number]").input_value() for i in range(5)] == ["0"] * 5
     visitor.tab("Sample")
-    wait_for(lambda: shown(visitor), sampled(site, COLOUR, 24, 0.7, 0, None))
+    wait_for(lambda: shown(visitor), sampled(site, COLOUR, SHOWN, 0.7, 0, None))
     visitor.choose_run(CLASSES)
     names = page.locator("#samples button").evaluate_all("found => found.map(button => button.ariaLabel)")
     assert names[:5] == [f"sample {i}, {name}: edit it" for i, name in enumerate(sorted(NAMES))]
@@ -134,7 +137,7 @@ def test_hostile_names_are_quoted_in_commands(visitor: Visitor, site: Site, monk
     for name in NAMES:
         choose(visitor.page, "sample-class", name)
         classes = [sorted(NAMES).index(name)]
-        wait_for(lambda classes=classes: shown(visitor), sampled(site, CLASSES, 24, 0.7, 0, classes))  # type: ignore[misc]
+        wait_for(lambda classes=classes: shown(visitor), sampled(site, CLASSES, SHOWN, 0.7, 0, classes))  # type: ignore[misc]
         assert visitor.download("Save PNG", "samples") == written(
             site.folder, monkeypatch, visitor.command("sample-command")
         )
@@ -162,14 +165,18 @@ def test_a_run_that_appears_is_offered(visitor: Visitor, site: Site) -> None:
     page.keyboard.press("Escape")
     shutil.copytree(site.path(COLOUR), new)
     try:
-        visitor.reload()
+        visitor.idle()  # what a reload breaks off is an error in the console
+        page.reload()
+        visitor.filled("Sample")
         visitor.choose_run("zz new")
         assert page.locator("#about").inner_text() == "step 10, images 3x16x16, 256 levels"
     finally:
         shutil.rmtree(new)
     set_slider(page, "sample-n", 3)
     assert visitor.toast().startswith("run: expected one of runs/digits, ")
-    visitor.reload()
+    visitor.idle()
+    page.reload()
+    visitor.filled("Sample")
     assert page.locator("#about").inner_text() == "step 20, images 1x8x8, 17 levels"
 
 

@@ -176,7 +176,7 @@ def test_both_spaces(editor: Visitor, own: Callable[[str], Own], monkeypatch: py
 def test_images_to_edit(editor: Visitor, own: Callable[[str], Own]) -> None:
     """By a thumb, by its number, among others; each with its own class, whatever was chosen for the last one."""
     run, page = own(DIGITS), editor.page
-    page.get_by_role("button", name="held-out image 4: ").click()
+    page.get_by_role("button", name="held-out image 4:").click()
     wait_for(lambda: editor.edited("original"), run.picture(4))
     number = page.locator("#edit-number input")
     assert number.input_value() == "4"
@@ -207,14 +207,14 @@ def test_a_thumb_whose_number_stands_there_already(editor: Visitor, own: Callabl
     editor.give("edit-upload", ("a.png", encoded(photo(20, 20), "PNG")))
     wait_for(lambda: torch.equal(editor.edited("original"), run.picture(0)), False)
     assert editor.page.locator("#edit-number input").input_value() == "0"
-    editor.page.get_by_role("button", name="held-out image 0: ").click()
+    editor.page.get_by_role("button", name="held-out image 0:").click()
     wait_for(lambda: editor.edited("original"), run.picture(0))
 
 
 @pytest.mark.parametrize("number", ["100000", "-1"])
 def test_a_number_that_there_is_not(number: str, editor: Visitor, own: Callable[[str], Own]) -> None:
     editor.page.locator("#edit-number input").fill(number)
-    assert ("held-out image in 0..179" if number != "-1" else "a held-out image, from 0") in editor.toast()
+    assert ("held-out image in 0..179" if number != "-1" else "a number from 0") in editor.toast()
     editor.page.locator("#edit-number input").fill("3")
     wait_for(lambda: editor.edited("original"), own(DIGITS).picture(3))
 
@@ -265,8 +265,8 @@ def test_two_visitors_have_nothing_in_common(visitors: Callable[..., Visitor], o
         each.tab("Edit")
     set_slider(one.page, "add-0", 2)
     set_slider(other.page, "add-1", -2)
-    one.page.get_by_role("button", name="held-out image 5: ").click()
-    other.page.get_by_role("button", name="held-out image 6: ").click()
+    one.page.get_by_role("button", name="held-out image 5:").click()
+    other.page.get_by_role("button", name="held-out image 6:").click()
     wait_for(one.edited, run.edit(*run.image(5), "latent", {("0", "rest"): 2.0}))
     wait_for(other.edited, run.edit(*run.image(6), "latent", {("1", "rest"): -2.0}))
     one.page.get_by_text("An image of yours").click()
@@ -285,5 +285,5 @@ def test_two_visitors_have_nothing_in_common(visitors: Callable[..., Visitor], o
     assert mine is not None
     assert mine not in everything
     assert "mine.png" not in everything
-    assert "held-out image 7: " not in other.command("edit-command")
+    assert "held-out image 7:" not in other.command("edit-command")
     wait_for(lambda: other.edited("original"), run.picture(6))

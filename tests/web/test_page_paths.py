@@ -114,7 +114,7 @@ def test_ends_that_are_no_held_out_images(walker: Visitor, site: Site, monkeypat
         site.folder, monkeypatch, walker.command("path-command").splitlines()[1]
     )
     walker.tab("Edit")
-    page.get_by_role("button", name="held-out image 3: ").click()
+    page.get_by_role("button", name="held-out image 3:").click()
     wait_for(lambda: " 3 --space" in walker.command("edit-command"), True)
     walker.tab("Interpolate")
     page.get_by_role("button", name="from: the image under Edit").click()

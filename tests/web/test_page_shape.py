@@ -116,7 +116,7 @@ def test_the_keyboard_is_enough(visitor: Visitor) -> None:
         page.keyboard.press("Enter")
     visitor.filled("Edit")
     first = visitor.edited("original")
-    assert tab_to(page, "held-out image 3") == "BUTTON"
+    assert tab_to(page, "held-out image 3:") == "BUTTON"
     page.keyboard.press("Enter")
     wait_for(lambda: torch.equal(visitor.edited("original"), first), False)
     visitor.idle()

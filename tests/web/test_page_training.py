@@ -18,6 +18,7 @@ from support.web_runs import COLOUR, DIGITS  # noqa: E402
 
 from pyglow_fast.train import Checkpoint, RunFolder, load_model, resolve_device, to_levels  # noqa: E402
 from pyglow_fast.train.figures import image_picture  # noqa: E402
+from pyglow_fast.web.sample_tab import SHOWN  # noqa: E402
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def test_the_newest_whole_checkpoint_is_used(training: RunFolder, visitor: Visit
 
     visitor.choose_run("zz training")
     first = training.load()
-    wait_for(shown, sampled(first, 24))
+    wait_for(shown, sampled(first, SHOWN))
     visitor.tab("Edit")
     before = visitor.caption("original")
     for name, value in first.model.items():
@@ -99,4 +100,4 @@ def test_a_fault_is_one_sentence(site: Site, visitors: Callable[..., Visitor], t
         assert "Traceback" in server.log()
         set_slider(visitor.page, "sample-n", 3)
         wait_for(visitor.page.locator("#samples button").count, 3)
-        visitor.leave()
+        visitor.page.goto("about:blank")
