@@ -214,7 +214,7 @@ def test_a_thumb_whose_number_stands_there_already(editor: Visitor, own: Callabl
 @pytest.mark.parametrize("number", ["100000", "-1"])
 def test_a_number_that_there_is_not(number: str, editor: Visitor, own: Callable[[str], Own]) -> None:
     editor.page.locator("#edit-number input").fill(number)
-    assert ("held-out image in 0..179" if number != "-1" else "a number from 0") in editor.toast()
+    assert ("held-out image in 0..179" if number != "-1" else "a held-out image, from 0") in editor.toast()
     editor.page.locator("#edit-number input").fill("3")
     wait_for(lambda: editor.edited("original"), own(DIGITS).picture(3))
 
