@@ -12,7 +12,7 @@ from pyglow_fast.web.between_tab import BetweenTab
 from pyglow_fast.web.desk import Desk
 from pyglow_fast.web.edit_tab import EditTab
 from pyglow_fast.web.errors import on_page
-from pyglow_fast.web.events import QUIET
+from pyglow_fast.web.events import QUIET, anew
 from pyglow_fast.web.run_tab import RunTab
 from pyglow_fast.web.sample_tab import SampleTab
 from pyglow_fast.web.score_tab import ScoreTab
@@ -30,7 +30,7 @@ def page(shelf: Shelf) -> gr.Blocks:
             names = shelf.names()
             run = gr.Dropdown(names, value=names[0], label="run", elem_id="run", scale=1)
             about = gr.HTML(elem_id="about")
-        version, clock = gr.State(), gr.Timer(EVERY)
+        version, newer, clock = gr.State(), gr.State(0), gr.Timer(EVERY)
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Sample", id="sample"):
                 sample = SampleTab(shelf, desk)
@@ -54,9 +54,9 @@ def page(shelf: Shelf) -> gr.Blocks:
             try:
                 newest = found.opened(shelf)
             except ValueError:
-                return [gr.skip(), gr.skip()]
+                return [gr.skip()] * 3
             digest = newest.checkpoint.digest
-            return [gr.skip(), gr.skip()] if digest == seen else [_about(newest), digest]
+            return [gr.skip()] * 3 if digest == seen else [_about(newest), digest, anew()]
 
         def kept(found: Desk) -> str:
             return f"<p>{html.escape(f'still about {found.run}')}</p>" if found.run else ""
@@ -66,9 +66,10 @@ def page(shelf: Shelf) -> gr.Blocks:
             names = shelf.names()
             return gr.Dropdown(names, value=names[0] if names else None)
 
-        clock.tick(ticked, [desk, version], [about, version], **QUIET)
+        clock.tick(ticked, [desk, version], [about, version, newer], **QUIET)
         settings = [desk, sample.temperature, sample.label, sample.n, sample.seed]
-        edit.measure_after(version.change(on_page()(sample.renew), settings, sample.drawn, **QUIET))
+        # Not of version, which also changes when a run is chosen: the tabs are filled then, and in their order.
+        edit.measure_after(newer.change(on_page()(sample.renew), settings, sample.drawn, **QUIET))
 
         def fill(event: Any) -> None:
             """Fills the tabs: what must be measured first, on the side."""
