@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from pyglow_fast._errors import expect
+from pyglow_fast._errors import expect, visible
 from pyglow_fast.data import Yardstick, optional
 from pyglow_fast.models import Glow
 from pyglow_fast.studio.commands import Made
@@ -39,6 +39,16 @@ def user_input() -> Iterator[None]:
         raise InputError(str(error)) from error
 
 
+def say(text: object, lines: bool = False) -> None:
+    """Print a line, or a text that has lines of its own, in which nothing acts on the terminal."""
+    print(visible(str(text), lines))
+
+
+def say_error(error: object, lines: bool = False) -> None:
+    """Print an error, in one line unless it has lines of its own."""
+    print(f"error: {visible(str(error), lines)}", file=sys.stderr)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, like all others of this command.
 
@@ -61,7 +71,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with 2."""
-        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        say_error(f"{message} (see {self.prog} --help)")
         raise SystemExit(2)
 
 

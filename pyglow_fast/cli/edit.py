@@ -13,6 +13,7 @@ from pyglow_fast.cli._common import (
     open_to_look,
     picture_path,
     progress_bar,
+    say,
     user_input,
     whole,
     write_made,
@@ -104,9 +105,9 @@ def run(args: argparse.Namespace) -> int:
     shown = found.levels if found.shifted is None else found.shifted
     write_made(subject.made(shown, edit, args.pixel_shift, args.scale), out)
     if not found.finite and not args.pixel_shift:
-        print("note: parts of the edit are not finite, shown grey: it leads out of the model's range")
+        say("note: parts of the edit are not finite, shown grey: it leads out of the model's range")
     with progress_bar("bits/dim of training images") as progress:
         for name, levels in (("before", subject.levels), ("after", shown)):
-            print(f"{name}: {likelihood_text(opened, opened.bits(levels, picked.label), progress)}")
-    print(f"picture: {out}")
+            say(f"{name}: {likelihood_text(opened, opened.bits(levels, picked.label), progress)}")
+    say(f"picture: {out}")
     return 0

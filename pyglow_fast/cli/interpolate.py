@@ -16,6 +16,7 @@ from pyglow_fast.cli._common import (
     open_to_look,
     output_path,
     picture_path,
+    say,
     user_input,
     whole,
     write_made,
@@ -131,7 +132,7 @@ def _between(args: argparse.Namespace) -> int:
         write_made(path.made_frame(frames[0], args.at, args.scale or 1), out)
     how = "spherical" if args.spherical else "linear"
     what = f"{len(frames)} images" if args.at is None else f"the image at {args.at:g}"
-    print(f"{what} of a {how} path in {path.space} space{not_finite_note(bad)}: {out}")
+    say(f"{what} of a {how} path in {path.space} space{not_finite_note(bad)}: {out}")
     return 0
 
 
@@ -165,7 +166,7 @@ def _pairs(args: argparse.Namespace) -> int:
     columns = ["A", *(f"{i / (args.steps - 1):.2g}" for i in range(args.steps)), "B"]
     what = f"{images.name}, {part}: {how} paths in {args.space} space"
     save(out, rows, n_bins, columns, what, args.scale)
-    print(
+    say(
         f"{len(pairs)} pairs of {what}, {args.steps} steps{not_finite_note(bad, 'images')}; "
         f"ends off by at most {error:.3g} ({error * n_bins:.2g} levels), {changed} levels changed: {out}"
     )

@@ -7,7 +7,7 @@ import argparse
 import torch
 
 from pyglow_fast._errors import expect
-from pyglow_fast.cli._common import add_run, open_run, picture_path, user_input, whole
+from pyglow_fast.cli._common import add_run, open_run, picture_path, say, user_input, whole
 from pyglow_fast.cli._images import add_images, images_of
 from pyglow_fast.studio.reading import middles
 from pyglow_fast.train import save_grid, to_levels
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     # Every row but the last pair is full; blank images keep originals and reconstructions in line.
     padded = [torch.cat([row, row.new_zeros(columns - len(row), *row.shape[1:])]) for row in rows]
     save_grid(torch.cat(padded), images.n_bins, out, columns)
-    print(
+    say(
         f"{len(levels)} images of {images.name}, {part}: max |decode(encode(x)) - x| = {error:.3g} "
         f"({error * images.n_bins:.2g} levels), {changed} of {levels.numel()} levels changed: {out}"
     )

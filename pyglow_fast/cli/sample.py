@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from pyglow_fast._errors import expect
-from pyglow_fast.cli._common import add_run, number, open_to_look, picture_path, user_input, whole, write_made
+from pyglow_fast.cli._common import add_run, number, open_to_look, picture_path, say, user_input, whole, write_made
 from pyglow_fast.studio.grids import Grid
 from pyglow_fast.studio.samples import TEMPERATURE, Draw, N
 from pyglow_fast.studio.words import word_name
@@ -51,5 +51,5 @@ def run(args: argparse.Namespace) -> int:
     write_made(grid.made(args.columns, args.scale), out)
     bad = grid.drawn.not_finite
     note = f" ({bad} of them not finite, shown grey)" if bad else ""
-    print(f"{args.n} samples at temperature {args.temperature:g}{note}: {out}")
+    say(f"{args.n} samples at temperature {args.temperature:g}{note}: {out}")
     return 0

@@ -14,6 +14,7 @@ from pyglow_fast.cli._common import (
     open_to_look,
     output_path,
     progress_bar,
+    say,
     user_input,
     whole,
     write_made,
@@ -111,15 +112,15 @@ def _files(args: argparse.Namespace) -> int:
             if picture is not None:
                 opened.scores(progress)  # which the histogram needs
             scores = score_files(opened, files, progress)
-    print(f"{args.run} at step {opened.step}:")
+    say(f"{args.run} at step {opened.step}:")
     for score in scores:
         below = "" if math.isnan(score.share_below) else f", more than {score.share_below:.1%} of the training images"
         bits = f"{score.bits:.3f} bits/dim" if math.isfinite(score.bits) else "no finite likelihood"
-        print(f"  {score.picked.image.text}: {bits}{below}")
+        say(f"  {score.picked.image.text}: {bits}{below}")
     for path, make in ((out, made_csv), (picture, made_picture)):
         if path is not None:
             write_made(make(opened, scores), path)
-            print(path)
+            say(path)
     return 0
 
 
@@ -133,15 +134,15 @@ def _data(args: argparse.Namespace) -> int:
         found = selection(data, args.part, checkpoint, model)
     result = scored(args, checkpoint, model, found)
     write_scores(out, {found.part: result})
-    print(f"{args.run} at step {checkpoint.progress['step']} on {found.images.name}, {found.part}:")
+    say(f"{args.run} at step {checkpoint.progress['step']} on {found.images.name}, {found.part}:")
     score = Score.of(result.scores.bits_per_dim[result.finite])
     what = f"± {score.error_text} bits/dim, {score.images} images" if score.images else "no image has a likelihood"
     noise = ""
     if args.samples > 1 and score.images:
         spread = float(result.scores.spread[result.finite].mean())
         noise = f", {args.samples} draws each with a mean standard deviation of {spread:.4f}"
-    print(f"  model  {score.mean:.3f}  {what}{noise}" if score.images else f"  {what}")
+    say(f"  model  {score.mean:.3f}  {what}{noise}" if score.images else f"  {what}")
     for line in result.complaints():
-        print(f"  {line}")
-    print(out)
+        say(f"  {line}")
+    say(out)
     return 0

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from pyglow_fast._errors import expect
+from pyglow_fast._errors import expect, visible
 from pyglow_fast.data.cache import cached
 from pyglow_fast.data.celeba import load_celeba
 from pyglow_fast.data.cifar import SIDE as CIFAR_SIDE
@@ -66,7 +66,7 @@ class DataConfig:
         scheme, colon, path = self.name.partition(":")
         source = SOURCES.get(scheme)
         if source is None or (path == "" if colon else source.path == "needed") or (colon and source.path == "none"):
-            raise ValueError(f"data: expected {DATA_HELP}, found {self.name!r}")
+            raise ValueError(visible(f"data: expected {DATA_HELP}, found {self.name!r}"))
         self.preparation()
         expect(self.split_by in SPLIT_BY, "split_by", f"one of {SPLIT_BY}", repr(self.split_by))
         expect(self.scale is None or is_whole(self.scale, 1), "scale", "a whole factor, 1 or more", self.scale)
