@@ -18,9 +18,21 @@ from pyglow_fast.models import Glow
 from pyglow_fast.studio.commands import Made
 from pyglow_fast.studio.opened import TRAIN_IMAGES, OpenRun, Progress
 from pyglow_fast.train import Checkpoint, RunFolder, Score, load_model, resolve_device
+from pyglow_fast.train.figures import MOST_IMAGES
 from pyglow_fast.train.files import replacing
 
 LOOSE = ("folder", "photos")  # images that are whatever lies below a folder: a file more there would be one of them
+
+
+# Above these a number is a slip of the pen, and what came of it would say less: a traceback, or no end.
+_MOST = {
+    "n": MOST_IMAGES,
+    "columns": MOST_IMAGES,
+    "scale": 256,
+    "steps": 1000,  # of a path
+    "samples": 10_000,  # each goes through all images once more
+    "batch_size": 1 << 16,
+}
 
 
 class InputError(Exception):
@@ -89,6 +101,19 @@ def number(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a number, found {text!r}") from None
+
+
+def check_counts(args: argparse.Namespace, *names: str) -> None:
+    """Refuse those of the options that are given and are below 1, or above what they may be.
+
+    Raises:
+        ValueError: one is.
+    """
+    for name in names:
+        value = getattr(args, name)
+        expect(value is None or value >= 1, name, "a positive whole number", value)
+        most = _MOST.get(name, sys.maxsize)
+        expect(value is None or value <= most, name, f"at most {most}", value)
 
 
 def folder_name(text: str) -> str:

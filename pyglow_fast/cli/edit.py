@@ -9,6 +9,7 @@ import torch
 from pyglow_fast._errors import expect
 from pyglow_fast.cli._common import (
     add_run,
+    check_counts,
     number,
     open_to_look,
     picture_path,
@@ -82,7 +83,7 @@ def adds_of(given: list[list[str]] | None) -> tuple[Add, ...]:
 def run(args: argparse.Namespace) -> int:
     """Edit; returns the exit code."""
     with user_input():
-        expect(args.scale >= 1, "scale", "a positive whole number", args.scale)
+        check_counts(args, "scale")
         edit = Edit(adds_of(args.add), tuple(args.keep or ()))
         for share in edit.keep:
             expect(0.0 <= share <= 1.0, "keep", "shares in 0..1", share)

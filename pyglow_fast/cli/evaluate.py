@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from pyglow_fast._errors import expect
-from pyglow_fast.cli._common import add_run, open_run, say, table, user_input, whole
+from pyglow_fast.cli._common import add_run, check_counts, open_run, say, table, user_input, whole
 from pyglow_fast.cli._images import add_images, images_of
 from pyglow_fast.data import measure_yardsticks
 from pyglow_fast.studio.selection import trained_on
@@ -26,7 +26,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate; returns the exit code."""
     with user_input():
-        expect(args.batch_size >= 1, "batch_size", "a positive whole number", args.batch_size)
+        check_counts(args, "batch_size")
         expect(0 <= args.seed < 2**63, "seed", "a whole number, 0 or more", args.seed)
         _, checkpoint, model = open_run(args)
         images, train, part = images_of(args, checkpoint, model)

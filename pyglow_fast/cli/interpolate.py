@@ -11,6 +11,7 @@ from torch import Tensor
 from pyglow_fast._errors import expect
 from pyglow_fast.cli._common import (
     add_run,
+    check_counts,
     number,
     open_run,
     open_to_look,
@@ -114,6 +115,7 @@ def _between(args: argparse.Namespace) -> int:
         for name, value in (("from", args.first), ("to", args.last)):
             expect(value is not None, name, "an image, since the other end is given", "none")
         expect(args.steps >= 2, "steps", "a whole number, 2 or more (both ends are steps)", args.steps)
+        check_counts(args, "steps")
         expect(args.at is None or 0.0 <= args.at <= 1.0, "at", "a number in 0..1", args.at)
         expect(args.seed == 0, "seed", "DATA beside it, not --from and --to", args.seed)
         images = (parse_image(args.first, "from"), parse_image(args.last, "to"))
@@ -143,6 +145,7 @@ def _pairs(args: argparse.Namespace) -> int:
     with user_input():
         check_options(args, "pairs")
         expect(args.steps >= 2, "steps", "a whole number, 2 or more (both ends are steps)", args.steps)
+        check_counts(args, "steps")
         out = picture_path(args.out, args.data)
         _, checkpoint, model = open_run(args)
         images, _, part = images_of(args, checkpoint, model)

@@ -160,7 +160,8 @@ def run(args: argparse.Namespace) -> int:
     for batch in read(data, task.edited):
         x, y = inputs(batch.levels, batch.labels, data.n_bins, model)
         originals.append(x)
-        edits.append(manipulate(model, x, direction, strengths, levels, args.space, y))
+        with user_input():  # strengths that float32 cannot hold in an edit
+            edits.append(manipulate(model, x, direction, strengths, levels, args.space, y))
     x, edited = torch.cat(originals), torch.cat(edits)
     how = f"{args.space} space, level{'s' if len(levels) > 1 else ''} {' '.join(map(str, levels))}"
     say(

@@ -10,6 +10,7 @@ from pyglow_fast._errors import expect
 from pyglow_fast.cli._common import (
     InputError,
     add_run,
+    check_counts,
     open_run,
     open_to_look,
     output_path,
@@ -60,8 +61,7 @@ def check_scoring(args: argparse.Namespace) -> None:
     Raises:
         ValueError: one is out of its range.
     """
-    for name in ("samples", "batch_size"):
-        expect(getattr(args, name) >= 1, name, "a positive whole number", getattr(args, name))
+    check_counts(args, "samples", "batch_size")
     expect(0 <= args.seed < 2**63, "seed", "a whole number, 0 or more", args.seed)
 
 

@@ -7,8 +7,7 @@ import getpass
 import os
 import sys
 
-from pyglow_fast._errors import expect
-from pyglow_fast.cli._common import folder_name, user_input, whole
+from pyglow_fast.cli._common import check_counts, folder_name, user_input, whole
 from pyglow_fast.cli.edit import add_train_images
 from pyglow_fast.data import optional
 
@@ -47,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
             optional(module, "the page")
         from pyglow_fast.web import CSS, Shelf, check_host, credentials, page, serve
 
-        expect(args.train_images >= 1, "train_images", "a positive whole number", args.train_images)
+        check_counts(args, "train_images")
         ask = getpass.getpass if sys.stdin is not None and sys.stdin.isatty() else None
         auth = credentials(args.auth, os.environ, ask)
         check_host(args.host, auth)

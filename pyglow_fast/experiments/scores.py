@@ -18,7 +18,7 @@ from pyglow_fast.train import ImageScores
 from pyglow_fast.train.files import write_text
 
 NAMED = 5  # images that are named in a line about many
-# With these a spreadsheet begins a formula, in wide forms too; tabs and line ends it drops first. The last marks a text.
+# With these a spreadsheet begins a formula, in wide forms too; tabs and line ends are dropped. The last marks a text.
 _MARKED = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20", "\t", "\r", "\n", "'")
 
 

@@ -12,8 +12,10 @@ from pyglow_fast import presets
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.precision import PRECISIONS
 from pyglow_fast.data import DATA_HELP, DataConfig
+from pyglow_fast.data.loader import MOST_WORKERS
 from pyglow_fast.models import GlowConfig
 from pyglow_fast.reversible.setting import memory_text, parse_memory
+from pyglow_fast.train.figures import MOST_IMAGES
 from pyglow_fast.train.optim import OPTIMIZERS
 
 LIMITS = presets.LIMITS
@@ -30,6 +32,19 @@ OPTIONAL = frozenset(
     {"ema_decay", "decay_steps", "clip_norm", "patience", "threads", "workers", *LIMITS}
     | {"size", "n_bits", "held_out", "scale", "attribute", "in_memory", "n_classes", "n_splits"}
 )
+
+
+# Above these a value is a slip of the pen, and what came of it would say less: a traceback, or no end.
+_BOUNDS: dict[str, tuple[float, str]] = {
+    "workers": (MOST_WORKERS, "each is a process with torch in it"),
+    "threads": (1024, "torch ends the process where the system has no more"),
+    "sample_count": (MOST_IMAGES, "all of them are in one picture"),
+    "lr": (1e6, "float32 has to hold its products"),
+    "weight_decay": (1e6, "float32 has to hold its products"),
+    "class_weight": (1e6, "float32 has to hold its products"),
+    "clip_norm": (1e30, "float32 has to hold it; none is no clipping"),
+    "sample_temperature": (1e30, "float32 has to hold it"),
+}
 
 
 @dataclass(frozen=True)
@@ -148,6 +163,9 @@ class TrainConfig:
         for name in ("clip_norm", "max_minutes", "ema_decay"):
             if getattr(self, name) is not None:
                 self._check_number(name, positive=True)
+        for name, (most, why) in _BOUNDS.items():
+            value = getattr(self, name)
+            expect(value is None or value <= most, name, f"at most {most:g} ({why})", value)
         averages = self.ema_decay is None or self.ema_decay < 1
         expect(averages, "ema_decay", "a number between 0 and 1, or none", self.ema_decay)
         even = self.batch_size % self.accumulate == 0
@@ -278,8 +296,8 @@ def images_for(preset: str, data: str | None) -> str:
 
 def check_device(name: str) -> None:
     """Refuse what is not a name of a device; whether there is such a device is not asked."""
-    known = isinstance(name, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is not None
-    expect(known, "device", "'auto', 'cpu', 'cuda' or 'cuda:N'", repr(name))
+    known = isinstance(name, str) and re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", name) is not None
+    expect(known, "device", "'auto', 'cpu', 'cuda' or 'cuda:N', N of at most three digits", repr(name))
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
