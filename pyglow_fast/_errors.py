@@ -54,6 +54,12 @@ def check_count(name: str, value: int, least: int = 1) -> None:
     expect(isinstance(value, int) and value >= least, name, f"an int, at least {least}", repr(value))
 
 
+def check_seed(seed: int) -> None:
+    """Refuse a seed that is not in 0..2^63-1, which is what torch's generators take."""
+    expect(seed >= 0, "seed", "a whole number, 0 or more", seed)
+    expect(seed < 2**63, "seed", f"at most {2**63 - 1}", seed)
+
+
 def check_input(name: str, x: torch.Tensor, channels: int, like: torch.Tensor | None = None) -> None:
     """Refuse x unless it is (N, channels, *spatial), float32 or float64, on the device and of the dtype of ``like``."""
     fits = isinstance(x, torch.Tensor) and x.dim() >= 2 and x.shape[1] == channels and x.dtype in _STATES

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pyglow_fast._errors import expect
+from pyglow_fast._errors import check_seed, expect
 from pyglow_fast.cli._common import check_counts, number, user_input, whole
 from pyglow_fast.data import Batch, Images, optional
 from pyglow_fast.latents import DEFAULT_SPACE, SPACES
@@ -51,7 +51,7 @@ def check_options(args: argparse.Namespace, *positive: str) -> None:
     for module in ("PIL.ImageDraw", "PIL.ImageFont", "matplotlib"):
         optional(module, "labelled pictures")
     check_counts(args, *positive, "scale")
-    expect(0 <= args.seed < 2**63, "seed", "a whole number, 0 or more", args.seed)
+    check_seed(args.seed)
     temperature = getattr(args, "temperature", 0.0)
     expect(0.0 <= temperature < float("inf"), "temperature", "a number, 0 or more", temperature)
 

@@ -34,7 +34,7 @@ from pyglow_fast.cli import (
     train,
 )
 from pyglow_fast.cli._common import InputError, Parser, say_error
-from pyglow_fast.data import MissingExtraError
+from pyglow_fast.data import MissingExtraError, UnreadableImageError
 from pyglow_fast.train import FolderError, InputLostError, RankError, SaveError, TrainingDivergedError
 
 NO_MEMORY = "can't allocate memory"  # in what torch raises on the CPU
@@ -107,7 +107,7 @@ def _run(argv: Sequence[str] | None) -> int:
         return stop.code if isinstance(stop.code, int) else 2
     try:
         code: int = args.run_command(args)
-    except (InputError, FolderError, MissingExtraError) as error:
+    except (InputError, FolderError, MissingExtraError, UnreadableImageError) as error:
         say_error(error)
         return 2
     except (TrainingDivergedError, InputLostError, RankError, SaveError) as error:

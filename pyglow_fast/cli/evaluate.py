@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from pyglow_fast._errors import expect
+from pyglow_fast._errors import check_seed
 from pyglow_fast.cli._common import add_run, check_counts, open_run, say, table, user_input, whole
 from pyglow_fast.cli._images import add_images, images_of
 from pyglow_fast.data import measure_yardsticks
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate; returns the exit code."""
     with user_input():
         check_counts(args, "batch_size")
-        expect(0 <= args.seed < 2**63, "seed", "a whole number, 0 or more", args.seed)
+        check_seed(args.seed)
         _, checkpoint, model = open_run(args)
         images, train, part = images_of(args, checkpoint, model)
     score = evaluate(model, images, args.batch_size, args.seed)

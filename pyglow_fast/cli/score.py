@@ -6,7 +6,7 @@ import argparse
 import math
 import os
 
-from pyglow_fast._errors import expect
+from pyglow_fast._errors import check_seed, expect
 from pyglow_fast.cli._common import (
     InputError,
     add_run,
@@ -62,7 +62,7 @@ def check_scoring(args: argparse.Namespace) -> None:
         ValueError: one is out of its range.
     """
     check_counts(args, "samples", "batch_size")
-    expect(0 <= args.seed < 2**63, "seed", "a whole number, 0 or more", args.seed)
+    check_seed(args.seed)
 
 
 def scored(

@@ -10,6 +10,7 @@ import sys
 from pyglow_fast.cli._common import check_counts, folder_name, user_input, whole
 from pyglow_fast.cli.edit import add_train_images
 from pyglow_fast.data import optional
+from pyglow_fast.train import resolve_device
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
         ask = getpass.getpass if sys.stdin is not None and sys.stdin.isatty() else None
         auth = credentials(args.auth, os.environ, ask)
         check_host(args.host, auth)
+        resolve_device(args.device)
         shelf = Shelf(args.runs, args.best, args.device, args.train_images)
         serve(
             lambda: page(shelf),

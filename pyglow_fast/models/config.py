@@ -120,8 +120,9 @@ class GlowConfig:
             expect(type(getattr(self, name)) is bool, name, "True or False", repr(getattr(self, name)))
         for name in ("scale_bias", "scale_eps", "scale_clamp", "scale_factor", "split_ratio"):
             value = getattr(self, name)
-            is_number = isinstance(value, int | float) and math.isfinite(value)
+            is_number = isinstance(value, int | float) and abs(value) < math.inf
             expect(is_number, name, "a finite number", repr(value))
+            expect(abs(value) <= 1e30, name, "at most 1e30, which float32 can hold", value)
         check_scale_numbers(self.coupling, self.scale_map, self.scale_eps, self.scale_clamp, self.scale_factor)
         whole = self.n_splits is None or (type(self.n_splits) is int and 0 <= self.n_splits < self.n_levels)
         expect(whole, "n_splits", f"None or an int in 0..n_levels - 1 = {self.n_levels - 1}", repr(self.n_splits))

@@ -39,9 +39,9 @@ _BOUNDS: dict[str, tuple[float, str]] = {
     "workers": (MOST_WORKERS, "each is a process with torch in it"),
     "threads": (1024, "torch ends the process where the system has no more"),
     "sample_count": (MOST_IMAGES, "all of them are in one picture"),
-    "lr": (1e6, "float32 has to hold its products"),
-    "weight_decay": (1e6, "float32 has to hold its products"),
-    "class_weight": (1e6, "float32 has to hold its products"),
+    "lr": (10**6, "float32 has to hold its products"),
+    "weight_decay": (10**6, "float32 has to hold its products"),
+    "class_weight": (10**6, "float32 has to hold its products"),
     "clip_norm": (1e30, "float32 has to hold it; none is no clipping"),
     "sample_temperature": (1e30, "float32 has to hold it"),
 }
@@ -163,9 +163,6 @@ class TrainConfig:
         for name in ("clip_norm", "max_minutes", "ema_decay"):
             if getattr(self, name) is not None:
                 self._check_number(name, positive=True)
-        for name, (most, why) in _BOUNDS.items():
-            value = getattr(self, name)
-            expect(value is None or value <= most, name, f"at most {most:g} ({why})", value)
         averages = self.ema_decay is None or self.ema_decay < 1
         expect(averages, "ema_decay", "a number between 0 and 1, or none", self.ema_decay)
         even = self.batch_size % self.accumulate == 0
@@ -190,16 +187,23 @@ class TrainConfig:
 
     def _check_int(self, name: str, low: int) -> None:
         value = getattr(self, name)
-        ok = isinstance(value, int) and not isinstance(value, bool) and low <= value < 2**63
+        ok = isinstance(value, int) and not isinstance(value, bool) and value >= low
         found = repr(value) if isinstance(value, str) else value
         expect(ok, name, "a positive whole number" if low else "a whole number, 0 or more", found)
+        self._check_bound(name, 2**63 - 1)
 
     def _check_number(self, name: str, positive: bool = False) -> None:
         value = getattr(self, name)
-        ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        ok = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
         ok = ok and (value > 0 if positive else value >= 0)
         found = repr(value) if isinstance(value, str) else value
         expect(ok, name, "a positive number" if positive else "a number, 0 or more", found)
+        self._check_bound(name, math.inf)
+
+    def _check_bound(self, name: str, most: float) -> None:
+        value = getattr(self, name)
+        most, why = _BOUNDS.get(name, (most, "64 bits hold no more"))
+        expect(value <= most, name, f"at most {most} ({why})", value)
 
     @classmethod
     def preset(cls, name: str, data: str | None = None, **given: Any) -> TrainConfig:
