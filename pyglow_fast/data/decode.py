@@ -65,7 +65,7 @@ def find_images(root: Path, on_unreadable: str = "raise") -> list[Path]:
         present = (Path(folder, name) for name in files if not name.startswith("."))
         found += [path for path in present if path.suffix.lower() in endings]
     if lost:
-        text = f"{len(lost)} folders in {root} could not be listed and were left out; the first: {lost[0]}"
+        text = f"folders in {root} that could not be listed and were left out: {len(lost)}; the first: {lost[0]}"
         warnings.warn(visible(text), stacklevel=2)
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 

@@ -18,8 +18,8 @@ from pyglow_fast.train import ImageScores
 from pyglow_fast.train.files import write_text
 
 NAMED = 5  # images that are named in a line about many
-# With these a spreadsheet begins a formula, in wide forms too; tabs and line ends are dropped. The last marks a text.
-_MARKED = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20", "\t", "\r", "\n", "'")
+# With these a spreadsheet begins a formula, in wide forms too. The last one marks a text.
+_MARKED = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20", "'")
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,9 @@ def score_csv(sets: Mapping[str, ScoredImages]) -> str:
     sets, an image has a name, a class, and more than one draw. Scores that are not finite are ``nan`` and ``inf``.
 
     What is in ``set``, ``name`` and ``label`` comes from elsewhere, and a spreadsheet would take some of it for a
-    formula. A text that begins with =, +, -, @ (or their wide forms), a tab, a line end or an apostrophe has an
-    apostrophe before it, as spreadsheets mark a text: to have the text itself, take one leading apostrophe away.
-    Numbers are numbers.
+    formula. A text that begins with =, +, -, @ (or their wide forms) or an apostrophe has an apostrophe before it, as
+    spreadsheets mark a text: to have the text itself, take one leading apostrophe away. Control characters in it, and
+    bytes that are no UTF-8, are written out, as \\n or \\udcff. Numbers are numbers.
 
     Args:
         sets: what is written, by a name that each set has in the column ``set``.
@@ -121,13 +121,12 @@ def score_csv(sets: Mapping[str, ScoredImages]) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(zip(*columns.values(), strict=True))
-    # A file's name may be bytes that are no text.
-    return buffer.getvalue().encode("utf-8", "backslashreplace").decode("utf-8")
+    return buffer.getvalue()
 
 
 def _text_cell(text: str) -> str:
-    """The text as no spreadsheet takes it for a formula."""
-    return f"'{text}" if text.startswith(_MARKED) else text
+    """The text in one line, as no spreadsheet takes it for a formula."""
+    return visible(f"'{text}" if text.startswith(_MARKED) else text)
 
 
 def write_scores(path: Path, sets: Mapping[str, ScoredImages]) -> None:
