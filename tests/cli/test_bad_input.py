@@ -310,6 +310,25 @@ def test_evaluate_a_folder_run_on_digits(place: Path, capsys: pytest.CaptureFixt
     refused(["sample", "out", "--out", "x.png", "--label", "1"], no_classes, capsys)
 
 
+@pytest.mark.parametrize("command", [["evaluate"], ["reconstruct", "--out", "x.png"], ["score", "--out", "x.csv"]])
+def test_an_image_that_is_spoilt_later(place: Path, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Of images that are read when they are needed, whichever command needs them; its name may hold anything."""
+    options = [*FOLDER, "--from-files", "--batch-size", "2", "--max-steps", "1", "--quiet"]
+    assert main(["train", "folder:good", "--out", "out", *options]) == 0
+    Path("good/1.png").rename("good/1\x1b[31m\n.png")
+    Path("good/1\x1b[31m\n.png").write_bytes(b"no image")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pyglow_fast.data.lazy.MEMORY_LIMIT", 0)
+        found = r"good/1\x1b[31m\n.png: expected an image that Pillow can decode, found .*"
+        refused([command[0], "out", "folder:good", *command[1:]], found, capsys)
+
+
+def test_serve_with_no_such_device(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gradio")
+    message = "device: expected a number of at most three digits behind 'cuda:', found 'cuda:9999999999999'"
+    refused(["serve", str(trained), "--no-browser", "--device", "cuda:9999999999999"], message, capsys)
+
+
 def test_reconstruct(trained: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["reconstruct", str(trained), "digits", "--out"]
     refused([*command, "x.png", "--n", "0"], "n: expected a positive whole number, found 0", capsys)
