@@ -242,7 +242,7 @@ def test_ranks_that_see_other_images_end_at_once(tmp_path: Path) -> None:
     for rank in (0, 1):
         for i in range(20):
             picture(tmp_path / f"images{rank}" / f"{i}.png", i + 100 * (rank and i == 7), (8, 8))
-    options = ["--size", "8", "--levels", "2", *TINY[2:], "--out", "run"]
+    options = ["--size", "8", "--levels", "2", *TINY[2:], "--max-steps", "2", "--out", "run"]
     program = """
 import os, sys
 from pyglow_fast.cli import main
