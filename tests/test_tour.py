@@ -156,6 +156,18 @@ def test_pictures_are_made_by_the_commands(place: Path) -> None:
             picture.verify()
 
 
+def test_screenshots_are_there() -> None:
+    """Those of tests/web/test_page_screenshots.py that the pages show."""
+    shown = {
+        name for text in (TEXT, PAGE_TEXT, page("README.md")) for name in re.findall(r"[(/](page/\w+\.png)\)", text)
+    }
+    assert shown == {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs" / "page").iterdir()}
+    for name in shown:
+        with Image.open(ROOT / "docs" / name) as picture:
+            assert picture.width == 1280
+            picture.verify()
+
+
 def test_commands_are_installed_under_their_name() -> None:
     (entry,) = importlib.metadata.entry_points(group="console_scripts", name="pyglow-fast")
     assert entry.load() is main

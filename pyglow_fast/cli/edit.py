@@ -33,8 +33,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.set_defaults(run_command=run)
     add_run(parser)
     parser.add_argument("image", metavar="IMAGE", help=f"{IMAGE_HELP}; a file is cropped and scaled as in training")
-    text = f"the way from the mean latent of MINUS, a class or {REST}, to that of PLUS, S times; may be repeated"
-    parser.add_argument("--add", nargs=3, action="append", metavar=("PLUS", "MINUS", "S"), help=f"{text}. {NAME_HELP}")
+    text = (
+        "S times the way from the mean latent of MINUS to that of PLUS, each a class or attribute of the run's images; "
+        f"MINUS may be {REST}, those without PLUS; may be repeated. {NAME_HELP}"
+    )
+    parser.add_argument("--add", nargs=3, action="append", metavar=("PLUS", "MINUS", "S"), help=text)
     parser.add_argument(
         "--keep",
         type=number,
@@ -43,7 +46,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="the share of the image's own latents that each level keeps, 0 to 1, the shallowest first (1)",
     )
     parser.add_argument(
-        "--space", choices=SPACES, help="that is edited (noise; of a model with classes latent, as noise holds none)"
+        "--space",
+        choices=SPACES,
+        help="what is edited (default: noise; for a model with classes latent, since noise holds little of it)",
     )
     parser.add_argument("--label", metavar="CLASS", help="the image's class (its own; of a file the likeliest)")
     parser.add_argument(
@@ -107,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     write_made(subject.made(shown, edit, args.pixel_shift, args.scale), out)
     if not found.finite and not args.pixel_shift:
         say("note: parts of the edit are not finite, shown grey: it leads out of the model's range")
-    with progress_bar("bits/dim of training images") as progress:
+    with progress_bar("bits/dim of the run's images") as progress:
         for name, levels in (("before", subject.levels), ("after", shown)):
             say(f"{name}: {likelihood_text(opened, opened.bits(levels, picked.label), progress)}")
     say(f"picture: {out}")

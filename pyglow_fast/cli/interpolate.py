@@ -120,10 +120,11 @@ def _between(args: argparse.Namespace) -> int:
         expect(args.seed == 0, "seed", "DATA beside it, not --from and --to", args.seed)
         images = (parse_image(args.first, "from"), parse_image(args.last, "to"))
         suffix = Path(args.out).suffix.lower()
-        animated = args.at is None and suffix in ANIMATED
+        kinds = (".png", *ANIMATED) if args.at is None else (".png",)
+        expect(suffix in kinds, "out", f"a name ending in {' or '.join(kinds)}", repr(args.out))
         opened = open_to_look(args)
         read_from = (opened.checkpoint.config.data.name, *(image.text for image in images))
-        out = output_path(args.out, suffix if animated else ".png", "out", *read_from)
+        out = output_path(args.out, suffix, "out", *read_from)
         labels = [opened.label(word_name(word)) for word in args.labels] if args.labels else [None, None]
         first, last = (opened.pick(image, label) for image, label in zip(images, labels, strict=True))
         path = Between(opened, first, last, args.space or opened.space, args.spherical)

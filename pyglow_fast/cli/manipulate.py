@@ -99,9 +99,9 @@ def _class_task(args: argparse.Namespace, data: Images, train: Tensor, held_out:
     expect(args.plus in classes, "plus", f"one of {', '.join(classes)}", repr(args.plus))
     known = args.minus in classes or args.minus == REST
     expect(known, "minus", f"{REST} or one of {', '.join(classes)}", repr(args.minus))
-    expect(args.plus != args.minus, "minus", "another class than plus", repr(args.minus))
+    expect(args.minus == REST or args.plus != args.minus, "minus", "another class than plus", repr(args.minus))
     with_it = labels == classes.index(args.plus)
-    without = labels == classes.index(args.minus) if args.minus in classes else ~with_it
+    without = ~with_it if args.minus == REST else labels == classes.index(args.minus)
     sides = {"plus": (with_it, args.plus), "minus": (without, args.minus)}
     trained = {}
     for i, (name, (mask, text)) in enumerate(sides.items()):

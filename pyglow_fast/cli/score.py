@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 
 from pyglow_fast._errors import check_seed, expect
@@ -24,6 +23,7 @@ from pyglow_fast.data import DATA_HELP, UnreadableImageError
 from pyglow_fast.data.sources import SOURCES
 from pyglow_fast.experiments import ScoredImages, write_scores
 from pyglow_fast.models import Glow
+from pyglow_fast.studio.edits import likelihood_text
 from pyglow_fast.studio.scored import made_csv, made_picture, score_files
 from pyglow_fast.studio.selection import PARTS, Selection, selection
 from pyglow_fast.studio.words import File, parse_image
@@ -108,15 +108,13 @@ def _files(args: argparse.Namespace) -> int:
         out = None if args.out is None else output_path(args.out, ".csv", "out", *texts)
         picture = None if args.picture is None else output_path(args.picture, ".png", "picture", *texts)
         files = [opened.pick(image) for image in images]
-        with progress_bar("bits/dim of own images") as progress:
+        with progress_bar("bits/dim of the run's images") as progress:
             if picture is not None:
                 opened.scores(progress)  # which the histogram needs
             scores = score_files(opened, files, progress)
     say(f"{args.run} at step {opened.step}:")
     for score in scores:
-        below = "" if math.isnan(score.share_below) else f", more than {score.share_below:.1%} of the training images"
-        bits = f"{score.bits:.3f} bits/dim" if math.isfinite(score.bits) else "no finite likelihood"
-        say(f"  {score.picked.image.text}: {bits}{below}")
+        say(f"  {score.picked.image.text}: {likelihood_text(opened, score.bits, wait=False)}")
     for path, make in ((out, made_csv), (picture, made_picture)):
         if path is not None:
             write_made(make(opened, scores), path)

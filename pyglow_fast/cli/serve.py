@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import argparse
 import getpass
+import importlib
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+from pyglow_fast._errors import expect
 from pyglow_fast.cli._common import check_counts, folder_name, user_input, whole
 from pyglow_fast.cli.edit import add_train_images
 from pyglow_fast.data import optional
 from pyglow_fast.train import resolve_device
+
+OLDEST = 6  # version of Gradio whose handlers and components the page is made of
+PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -40,18 +47,45 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     add_train_images(parser)
 
 
+@contextmanager
+def _without(wanted: Callable[[str], bool]) -> Iterator[None]:
+    """Leaves out the environment variables whose names are ``wanted``, for as long as it lasts."""
+    former = {name: os.environ.pop(name) for name in list(os.environ) if wanted(name)}
+    try:
+        yield
+    finally:
+        os.environ.update(former)
+
+
+def _import_gradio() -> None:
+    """Import it and what else the page needs. Gradio asks nobody, but cannot be imported with some proxies set.
+
+    Raises:
+        MissingExtraError: one is not installed.
+        ValueError: Gradio is too old.
+    """
+    with _without(lambda name: name.lower() in PROXIES):
+        version = str(getattr(optional("gradio", "the page"), "__version__", "?"))
+        major = version.partition(".")[0]
+        new = major.isdecimal() and int(major) >= OLDEST
+        expect(new, "gradio", f'version {OLDEST} or newer (pip install --upgrade "pyglow-fast[web]")', version)
+        for module in ("PIL.Image", "matplotlib.figure", "torchvision.utils"):
+            optional(module, "the page")
+        importlib.import_module("pyglow_fast.web")
+
+
 def run(args: argparse.Namespace) -> int:
     """Serve until Ctrl-C; returns the exit code."""
-    with user_input():
-        for module in ("gradio", "PIL.Image", "matplotlib.figure", "torchvision.utils"):
-            optional(module, "the page")
+    # The user's own settings of Gradio are for other pages; some would open this one to others.
+    with user_input(), _without(lambda name: name.startswith("GRADIO_")):
+        _import_gradio()
         from pyglow_fast.web import CSS, Shelf, check_host, credentials, page, serve
 
         check_counts(args, "train_images")
+        resolve_device(args.device)  # else only what is done on the page would refuse it
         ask = getpass.getpass if sys.stdin is not None and sys.stdin.isatty() else None
         auth = credentials(args.auth, os.environ, ask)
         check_host(args.host, auth)
-        resolve_device(args.device)
         shelf = Shelf(args.runs, args.best, args.device, args.train_images)
         serve(
             lambda: page(shelf),

@@ -76,6 +76,6 @@ class Between:
         command = command_line(self.opened, "interpolate", words + (["--scale", str(scale)] if scale else []))
         if suffix == ".png":
             return made_png(grid(levels, self.opened.n_bins, len(levels), scale), command)
-        expect(suffix in ANIMATED, "out", f"a name ending in .png, {' or '.join(ANIMATED)}", repr(suffix))
+        expect(suffix in ANIMATED, "out", f"a name ending in {' or '.join(('.png', *ANIMATED))}", repr(suffix))
         data = animation_bytes(levels, self.opened.n_bins, suffix[1:], scale=scale, text={COMMAND: command})
         return Made(data, command, suffix)

@@ -29,16 +29,21 @@ class Made(NamedTuple):
     suffix: str = ".png"
     option: str = "--out"
 
-    def shown(self, out: str) -> str:
+    def whole_command(self, out: str) -> str:
         """The whole command, to be copied: it writes the file ``out``."""
         return f"{self.command} {self.option} {shlex.quote(out)}"
 
 
 def command_line(opened: OpenRun, name: str, words: Sequence[str]) -> str:
     """``pyglow-fast NAME RUN ...``, quoted for a shell."""
-    best = ["--best"] if opened.best else []
-    run = f"./{opened.name}" if opened.name.startswith("-") else opened.name
-    return shlex.join(["pyglow-fast", name, run, *words, *best])
+    of_run = ["--best"] if opened.best else []
+    of_run += ["--device", opened.device] if opened.device != "auto" else []
+    return shlex.join(["pyglow-fast", name, run_word(opened.name), *words, *of_run])
+
+
+def run_word(name: str) -> str:
+    """The folder of a run as a word of a command line: never taken for an option."""
+    return f"./{name}" if name.startswith("-") else name
 
 
 def made_png(picture: Tensor, command: str) -> Made:

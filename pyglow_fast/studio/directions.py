@@ -17,7 +17,7 @@ from pyglow_fast.studio.groups import Group, drawn_images
 from pyglow_fast.studio.kept import progress_of
 from pyglow_fast.studio.reading import inputs, read
 
-REST = "rest"  # as minus: the images without the attribute
+REST = "rest"  # as minus: the images without the attribute, also where a class has this name
 
 
 class Add(NamedTuple):
@@ -72,10 +72,11 @@ class Directions(NamedTuple):
         one = f"one of {known}" if known else "no attribute, since the run's images have no classes"
         expect(add.plus in self.names, "plus", one, repr(add.plus))
         expect(add.minus in (*self.names, REST), "minus", f"{REST} or one of {known}", repr(add.minus))
-        expect(add.plus != add.minus, "minus", "another attribute than plus", repr(add.minus))
+        other = add.minus == REST or add.plus != add.minus
+        expect(other, "minus", "another attribute than plus", repr(add.minus))
         expect(abs(add.strength) < float("inf"), "strength", "a finite number", add.strength)
         plus = self.names.index(add.plus)
-        return (plus, 0), ((self.names.index(add.minus), 0) if add.minus in self.names else (plus, 1))
+        return (plus, 0), ((plus, 1) if add.minus == REST else (self.names.index(add.minus), 0))
 
 
 @torch.no_grad()
@@ -124,7 +125,7 @@ def _chosen(values: list[Tensor], mask: Tensor) -> list[Tensor]:
 
 
 def from_tensors(tensors: dict[str, Tensor], space: str) -> Directions:
-    """What :func:`measure` gave."""
+    """The directions whose tensors :func:`measure` gave, now or when they were kept."""
     names = json.loads(bytes(tensors["names"].tolist()))
     levels = sorted((name for name in tensors if name.startswith("level")), key=lambda name: int(name[5:]))
     return Directions(

@@ -101,7 +101,7 @@ class Subject:
 
     @property
     def from_file(self) -> bool:
-        """Whether the image is one of a file."""
+        """Whether the image came out of a file."""
         return isinstance(self.picked.image, File)
 
     @functools.cached_property

@@ -51,8 +51,9 @@ def groups_of(config: DataConfig, data: Images, train: Tensor, held_out: Tensor,
         found_images = f"{len(data)} that can be read"
         expect(len(data) == len(has), "attributes", f"all {len(has)} images of the list", found_images)
         drawn = train[random_subset(seed, len(train), most)]
-        found = [Group(name, drawn[has[drawn, i]]) for i, name in enumerate(names)]
-        return [group for group in found if 0 < len(group.images) < len(drawn)]
+        sides = [(name, drawn[has[drawn, i]], drawn[~has[drawn, i]]) for i, name in enumerate(names)]
+        # The others by themselves: some images have no attribute, and are in no group.
+        return [Group(*side) for side in sides if min(map(len, side[1:])) > 0]
     found = []
     if data.labels is not None and len(data.class_names) > 1:
         share = max(1, most // len(data.class_names))

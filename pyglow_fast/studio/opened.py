@@ -21,6 +21,7 @@ from pyglow_fast.studio.directions import Directions, from_tensors, measure
 from pyglow_fast.studio.groups import groups_of
 from pyglow_fast.studio.kept import kept, progress_of
 from pyglow_fast.studio.reading import middles
+from pyglow_fast.studio.samples import check_label
 from pyglow_fast.studio.selection import own_images
 from pyglow_fast.studio.words import File, HeldOut, Image, Sample, one_line
 from pyglow_fast.train import Checkpoint, RunFolder, check_fits, load_model, resolve_device, score_images
@@ -67,6 +68,12 @@ class OwnImages:
         except (ValueError, OSError, MissingExtraError) as error:
             return str(error)
 
+    def belong_to(self, checkpoint: Checkpoint) -> bool:
+        """Whether a checkpoint is of these images and this split: another run may have taken the place of the first."""
+        first = self._checkpoint
+        same_split = (first.config.data, first.config.seed) == (checkpoint.config.data, checkpoint.config.seed)
+        return same_split and first.data == checkpoint.data
+
     def find(self) -> tuple[Images, Tensor, Tensor]:
         """(all images, indices of the training images, of the held-out ones).
 
@@ -78,6 +85,12 @@ class OwnImages:
         if isinstance(found, str):
             raise LostImagesError(found)
         return found
+
+    def look_again(self) -> None:
+        """Forgets that they could not be had: they may be back."""
+        with self._lock:
+            if isinstance(self.__dict__.get("_found"), str):
+                del self._found
 
     @property
     def missing(self) -> str:
@@ -98,6 +111,7 @@ class OpenRun:
         model: frozen.
         images: of the run.
         train_images: that directions are measured on, at most.
+        device: as it was asked for; another one draws other samples.
     """
 
     name: str
@@ -107,6 +121,7 @@ class OpenRun:
     model: Glow
     images: OwnImages
     train_images: int = TRAIN_IMAGES
+    device: str = "auto"
     _directions: dict[str, Directions] = field(default_factory=dict)
     _scores: list[Scores] = field(default_factory=list)
     _lock: threading.RLock = field(default_factory=threading.RLock)
@@ -127,7 +142,7 @@ class OpenRun:
             best: the checkpoint with the best held-out bits/dim rather than the newest.
             device: cpu, cuda, cuda:N or auto.
             train_images: that directions are measured on, at most.
-            images: of the run, if another checkpoint of it was opened before.
+            images: of the run, if another checkpoint was opened before; not used if it was another run in that place.
 
         Raises:
             ValueError: it is no run, or what it holds does not fit together; a value outside its range.
@@ -143,7 +158,9 @@ class OpenRun:
         with torch.no_grad():
             model = load_model(checkpoint, str(folder.path), place).freeze()
         checkpoint.model, checkpoint.ema, checkpoint.optimizer = {}, {}, {}  # the model has what is needed of them
-        return cls(name, best, folder, checkpoint, model, images or OwnImages(checkpoint), train_images)
+        if images is None or not images.belong_to(checkpoint):
+            images = OwnImages(checkpoint)
+        return cls(name, best, folder, checkpoint, model, images, train_images, device)
 
     @property
     def n_bins(self) -> int:
@@ -211,13 +228,16 @@ class OpenRun:
         return self.pick_file(Path(image.path), image, label)
 
     def relabelled(self, picked: Picked, label: int | None) -> Picked:
-        """The same image with another class; None: its own, of a file the likeliest.
+        """The same image with another class; None: its own, of a file the likeliest. A sample is drawn anew.
+
+        So what another checkpoint of the run gave becomes what its name means to this one.
 
         Raises:
             ValueError: the model has no such class.
         """
-        if label is None and not isinstance(picked.image, File):
-            return self.pick(picked.image)
+        own = label is None and bool(self.classes) and isinstance(picked.image, HeldOut)
+        if own or isinstance(picked.image, Sample):
+            return self.pick(picked.image, label)
         return self._with_label(picked.levels, label, picked.image)
 
     def pick_file(
@@ -237,12 +257,10 @@ class OpenRun:
         return self._with_label(levels, label, image)
 
     def _with_label(self, levels: Tensor, label: int | None, image: Image) -> Picked:
-        if not self.classes:
-            expect(label is None, "label", "no label, since the model has no classes", label)
-        elif label is None:
+        if label is not None:
+            check_label(label, self.model)
+        elif self.classes:
             label = int(likeliest_class(self.model, self.x(levels[None]))[0])
-        else:
-            expect(0 <= label < len(self.classes), "label", f"a class in 0..{len(self.classes) - 1}", label)
         return Picked(levels, label, image)
 
     def bits(self, levels: Tensor, label: int | None = None) -> float:
@@ -261,10 +279,11 @@ class OpenRun:
             LostImagesError: they were not measured, and the images of the run are no longer there.
             ValueError: an image that cannot be read.
         """
-        with self._lock:
-            if space not in self._directions:
-                self._directions[space] = self._measured(space, progress)
-            return self._directions[space]
+        if space not in self._directions:  # those that are there wait for no measurement of others
+            with self._lock:
+                if space not in self._directions:
+                    self._directions[space] = self._measured(space, progress)
+        return self._directions[space]
 
     def _measured(self, space: str, progress: Progress | None) -> Directions:
         def compute() -> dict[str, Tensor]:
@@ -285,7 +304,7 @@ class OpenRun:
         """
         with self._lock:
             if not self._scores:
-                key = self._key() | {"images": SCORED}
+                key = self._key() | {"scored": SCORED}
                 tensors = kept(self.folder.cache, "scores", key, lambda: self._scored(progress))
                 self._scores.append(Scores(tensors["held_out"], tensors["train"]))
             return self._scores[0]

@@ -58,10 +58,8 @@ class Draw:
         Raises:
             ValueError: there are such.
         """
-        count = model.config.n_classes
-        expect(not self.labels or count is not None, "label", "no label, since the model has no classes", self.labels)
         for label in self.labels:
-            expect(0 <= label < (count or 0), "label", f"a class in 0..{(count or 0) - 1}", label)
+            check_label(label, model)
 
     def labels_of(self, model: Glow) -> Tensor | None:
         """The label of each sample, (n,), or None for a model without classes."""
@@ -90,3 +88,15 @@ class Draw:
         """The samples side by side, uint8 (3, height, width): with all classes, each in a column of its own."""
         columns = columns or (None if self.labels else class_columns(self.n, model.config.n_classes))
         return grid(drawn.levels, n_bins, columns, scale)
+
+
+def check_label(label: int, model: Glow) -> None:
+    """Refuse the number of a class that the model does not have.
+
+    Raises:
+        ValueError: it is such.
+    """
+    count = model.config.n_classes
+    expect(count is not None, "label", "no label, since the model has no classes", label)
+    assert count is not None  # for the type checker: refused above
+    expect(0 <= label < count, "label", f"a class in 0..{count - 1}", label)

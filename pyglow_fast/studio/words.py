@@ -9,8 +9,11 @@ from pyglow_fast._errors import expect, visible
 from pyglow_fast.studio.samples import Draw
 from pyglow_fast.train.figures import holds_text
 
-IMAGE_HELP = "the number of a held-out image, from 0; a file; or sample:I[:n=N][:seed=S][:temperature=X][:label=C]"
-NAME_HELP = r"A class whose name begins with - is written \-..."
+IMAGE_HELP = (
+    "the number of a held-out image, from 0; a file; "
+    "or sample:I[:n=N][:seed=S][:temperature=X][:label=C], C the number of a class"
+)
+NAME_HELP = r"A name that begins with - is written \-..."
 
 
 def number_text(value: float) -> str:

@@ -9,9 +9,9 @@ import gradio as gr
 from pyglow_fast.studio.between import Between
 from pyglow_fast.studio.opened import OpenRun
 from pyglow_fast.studio.words import HeldOut
-from pyglow_fast.web.desk import Desk, picked_number, picked_upload
+from pyglow_fast.web.desk import Desk, Kept, clicked, picked_number, picked_upload
 from pyglow_fast.web.errors import on_page
-from pyglow_fast.web.events import DRAG, QUIET
+from pyglow_fast.web.events import QUIET, anew, follow
 from pyglow_fast.web.html import PICK_JS, buttons, figure, note, row, save_link
 from pyglow_fast.web.shelf import Shelf
 from pyglow_fast.web.uploads import Upload, UploadedImage
@@ -30,7 +30,7 @@ class BetweenTab:
             for i, name in enumerate(NAMES):
                 with gr.Column(scale=1, min_width=200):
                     self.numbers.append(
-                        gr.Number(i, precision=0, minimum=0, label=f"{name}: held-out image", elem_id=f"{name}-number")
+                        gr.Number(i, precision=0, label=f"{name}: held-out image", elem_id=f"{name}-number")
                     )
                     self.uploads.append(
                         UploadedImage(
@@ -51,50 +51,55 @@ class BetweenTab:
         self.command = gr.Textbox(
             label="the same from the command line", buttons=["copy"], interactive=False, elem_id="path-command"
         )
-        self.outputs = [*self.numbers, *self.uploads, self.frame, self.strip, self.command]
-        inputs = [desk, self.kind, self.steps, self.at]
-        shown = [self.frame, self.strip, self.command]
-        drawn = (on_page()(self.drawn), inputs, shown)
-        self.at.input(on_page()(self.moved), inputs, [self.frame, self.command], **DRAG)
-        clicked = self.strip.click(on_page()(self.point), self.steps, self.at, **QUIET)
-        clicked.success(on_page()(self.moved), inputs, [self.frame, self.command], **QUIET)
-        for widget in (self.kind, self.steps):
-            widget.input(*drawn, **QUIET)
+        redraw = gr.State(0)  # the frame and the commands
+        self.outputs = [*self.numbers, *self.uploads, self.strip, redraw]
+        place = [desk, self.kind, self.at]
+        follow([self.at.input, redraw.change], on_page()(self.moved), place, [self.frame, self.command])
+        drawn = (on_page()(self.drawn), [desk, self.kind, self.steps], [self.strip, redraw])
+        gr.on([self.kind.input, self.steps.input], *drawn, **QUIET)
+        self.strip.click(on_page()(self.point), self.steps, [self.at, redraw], **QUIET)
         for i in range(2):
             number, upload = self.numbers[i], self.uploads[i]
-            number.change(on_page()(self._take_number(i)), [desk, number], None, **QUIET).success(*drawn, **QUIET)
+            taken = gr.on([number.input, number.submit], on_page()(self._take_number(i)), [desk, number], None, **QUIET)
+            taken.success(*drawn, **QUIET)
             taken = upload.upload(on_page()(self._take_upload(i)), [desk, upload], upload, **QUIET)
             taken.success(*drawn, **QUIET)
+            taken.failure(lambda: None, None, upload, **QUIET)
             self.takes[i].click(on_page()(self._take_edit(i)), desk, None, **QUIET).success(*drawn, **QUIET)
 
-    def show(self, desk: Desk, kind: str, steps: float, at: float) -> list[Any]:
+    def show(self, desk: Desk, kind: str, steps: float) -> list[Any]:
         """What the tab shows of a run that was chosen."""
         opened = desk.opened(self._shelf)
         missing = opened.images.missing
         if not missing:
             count = len(opened.images.find()[2])
-            desk.ends = [opened.pick(HeldOut(min(i, count - 1))) for i in range(2)]
+            desk.ends = [Kept(opened.pick(HeldOut(min(i, count - 1))), opened) for i in range(2)]
         numbers = [gr.Number(i, visible=not missing) for i in range(2)]
-        return [*numbers, None, None, *self.drawn(desk, kind, steps, at)]
+        return [*numbers, None, None, *self.drawn(desk, kind, steps)]
 
     def _take_number(self, i: int) -> Any:
         def take(desk: Desk, number: float | None) -> None:
-            desk.ends[i] = picked_number(desk.opened(self._shelf), number)
+            if number is not None:  # a field that is being typed into
+                opened = desk.opened(self._shelf)
+                desk.ends[i] = Kept(picked_number(opened, number), opened)
 
         return take
 
     def _take_upload(self, i: int) -> Any:
         def take(desk: Desk, upload: Upload | None) -> None:
             if upload is not None:
-                desk.ends[i] = picked_upload(desk.opened(self._shelf), upload)
+                opened = desk.opened(self._shelf)
+                desk.ends[i] = Kept(picked_upload(opened, upload), opened)
 
         return take
 
     def _take_edit(self, i: int) -> Any:
         def take(desk: Desk) -> None:
-            if desk.picked is None:
+            opened = desk.opened(self._shelf)
+            picked = desk.picked(opened)
+            if picked is None:
                 raise ValueError("image: expected an image under Edit, found none")
-            desk.ends[i] = desk.picked
+            desk.ends[i] = Kept(picked, opened)
 
         return take
 
@@ -103,34 +108,40 @@ class BetweenTab:
         first, last = desk.ends
         if first is None or last is None:
             return opened, None
-        return opened, Between(opened, first, last, desk.space_of(opened), kind == "spherical")
+        ends = (first.by(opened), last.by(opened))
+        return opened, Between(opened, *ends, desk.space_of(opened), kind == "spherical")
 
-    def point(self, steps: float, event: gr.EventData) -> float:
+    def point(self, steps: float, event: gr.EventData) -> tuple[float, int]:
         """Where on the path the image of the strip is that was clicked."""
-        return min(1.0, int(event.index) / (int(steps) - 1))
+        return clicked(event, int(steps)) / (int(steps) - 1), anew()
 
-    def moved(self, desk: Desk, kind: str, steps: float, at: float) -> list[str]:
-        """The image at one point of the path."""
+    def moved(self, desk: Desk, kind: str, at: float) -> list[Any]:
+        """The image at one point of the path; and the commands that give it and the strip."""
         opened, between = self._between(desk, kind)
         if between is None:
             return [note("Choose two images."), ""]
         levels, bad = between.frames(times=(float(at),))
         made = between.made_frame(levels[0], float(at))
-        shown = row([figure(levels[0], opened.n_bins, f"at {at:g}", part="frame")])
+        if not desk.has(opened):  # another run was chosen meanwhile
+            return [gr.skip(), gr.skip()]
+        way = f"{at:.0%} of the way from {between.first.image.text} to {between.last.image.text}"
+        shown = row([figure(levels[0], opened.n_bins, way, part="frame")])
         grey = note("Parts are not finite, shown grey." if bad else "")
-        return [f"{shown}<p>{save_link(made, 'between.png', 'Save PNG')}</p>{grey}", made.shown("between.png")]
+        link = save_link(made, "between.png", "Save PNG")
+        return [f"{shown}<p>{link}</p>{grey}", f"{made.whole_command('between.png')}\n{desk.strip}"]
 
-    def drawn(self, desk: Desk, kind: str, steps: float, at: float) -> list[str]:
-        """The image at one point, and the strip of the whole path."""
+    def drawn(self, desk: Desk, kind: str, steps: float) -> list[Any]:
+        """The strip of the whole path."""
         opened, between = self._between(desk, kind)
-        frame, command = self.moved(desk, kind, steps, at)
         if between is None:
-            return [frame, "", ""]
+            return ["", anew()]
         levels, _ = between.frames(int(steps))
         words = [f"at {i / (len(levels) - 1):.2f}" for i in range(len(levels))]
         files = {".png": "Save the strip", ".gif": "Save as GIF", ".webp": "Save as WebP"}
         made = {suffix: between.made(levels, suffix) for suffix in files}
         links = [save_link(made[suffix], f"path{suffix}", text) for suffix, text in files.items()]
+        if not desk.has(opened):
+            return [gr.skip(), gr.skip()]
+        desk.strip = made[".png"].whole_command("path.png")
         strip = buttons(list(levels), opened.n_bins, words, strip=True)
-        whole = made[".png"].shown("path.png")
-        return [frame, f"{strip}<p>{''.join(links)}</p>", f"{command}\n{whole}"]
+        return [f"{strip}<p>{''.join(links)}</p>", anew()]

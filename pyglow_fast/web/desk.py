@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 
+from pyglow_fast._errors import expect
 from pyglow_fast.data import UnreadableImageError
 from pyglow_fast.studio.edits import Subject
 from pyglow_fast.studio.grids import Grid
@@ -15,24 +17,38 @@ from pyglow_fast.studio.words import File, HeldOut
 from pyglow_fast.web.shelf import Shelf
 from pyglow_fast.web.uploads import Upload
 
+NO_CLASS = "its own"  # of the image under edit: none was chosen
 MOST_PIXELS = 40_000_000  # of an upload: a photograph of a large camera
+
+
+class Kept(NamedTuple):
+    """An image, and the checkpoint by which it was chosen: a sample of it, or the class that it finds likeliest."""
+
+    picked: Picked
+    opened: OpenRun
+
+    def by(self, opened: OpenRun) -> Picked:
+        """The same image by another checkpoint of the run, which draws other samples."""
+        return self.picked if opened is self.opened else opened.relabelled(self.picked, self.picked.label)
 
 
 class Desk:
     """The state of one visitor. All that depends on the checkpoint is made anew when there is another."""
 
     def __init__(self) -> None:
-        self.run: str | None = None
+        self._lock = threading.RLock()
+        self._clear(None)
+
+    def _clear(self, run: str | None) -> None:
+        self.run = run
         self.space: str | None = None
-        self.picked: Picked | None = None  # the image under edit
-        self.ends: list[Picked | None] = [None, None]  # of the path
+        self.ends: list[Kept | None] = [None, None]  # of the path
+        self.strip = ""  # the command of the path's strip
         self.pairs: list[tuple[str, str]] = []  # attributes that have sliders, as (plus, minus)
         self.thumbs: list[int] = []  # numbers of the held-out images that are offered
-        self.scored: list[tuple[str, bytes]] = []
         self.grid: Grid | None = None
-        self.measured: tuple[OpenRun, str] | None = None  # whose mean latents, and in which space, the sliders show
+        self._edited: Kept | None = None  # the image under edit
         self._subject: Subject | None = None
-        self._lock = threading.RLock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Desk:
         return Desk()  # of a new visitor
@@ -44,9 +60,9 @@ class Desk:
             ValueError: it is not served, or cannot be opened; the desk is then as it was.
         """
         opened = shelf.open(name)
+        opened.images.look_again()
         with self._lock:
-            self.__init__()  # type: ignore[misc]
-            self.run = name
+            self._clear(name)
         return opened
 
     def opened(self, shelf: Shelf) -> OpenRun:
@@ -59,9 +75,20 @@ class Desk:
             raise ValueError("run: expected a run to be chosen, found none")
         return shelf.open(self.run)
 
+    def has(self, opened: OpenRun) -> bool:
+        """Whether this run is the chosen one: what was computed for another must not come to the page."""
+        return self.run == opened.name
+
     def space_of(self, opened: OpenRun) -> str:
         """The space that is edited."""
         return self.space or opened.space
+
+    def picked(self, opened: OpenRun) -> Picked | None:
+        """The image under edit."""
+        with self._lock:
+            if self._edited is not None and self._edited.opened is not opened and self.has(opened):
+                self._edited = Kept(self._edited.by(opened), opened)
+            return None if self._edited is None else self._edited.picked
 
     def subject(self, shelf: Shelf) -> Subject:
         """The image under edit, with its latents by the newest checkpoint.
@@ -71,17 +98,19 @@ class Desk:
         """
         with self._lock:
             opened = self.opened(shelf)
-            if self.picked is None:
+            picked = self.picked(opened)
+            if picked is None:
                 raise ValueError("image: expected an image to edit, found none; choose one above")
             found = self._subject
             if found is None or found.opened is not opened or found.space != self.space_of(opened):
-                self._subject = found = Subject(opened, self.picked, self.space_of(opened))
+                self._subject = found = Subject(opened, picked, self.space_of(opened))
             return found
 
-    def put(self, picked: Picked) -> None:
-        """Another image is under edit."""
+    def put(self, picked: Picked, opened: OpenRun) -> None:
+        """Another image of the chosen run is under edit."""
         with self._lock:
-            self.picked, self._subject = picked, None
+            if self.has(opened):
+                self._edited, self._subject = Kept(picked, opened), None
 
 
 def picked_upload(opened: OpenRun, upload: Upload, label: int | None = None) -> Picked:
@@ -104,9 +133,32 @@ def picked_number(opened: OpenRun, number: float | None) -> Picked:
     Raises:
         ValueError: there is none of that number.
     """
-    if number is None or number != int(number) or number < 0:
-        raise ValueError(f"image: expected the number of a held-out image, from 0, found {number}")
-    return opened.pick(HeldOut(int(number)))
+    whole = isinstance(number, int | float) and math.isfinite(number) and number >= 0 and number == int(number)
+    expect(whole, "image", "the number of a held-out image, from 0", number)
+    return opened.pick(HeldOut(int(number or 0)))
+
+
+def check_number(argument: str, value: float | None, most: float = math.inf) -> None:
+    """Refuse what a field or a forged event may hold: no number, NaN, inf, one below 0 or above ``most``.
+
+    Raises:
+        ValueError: it is one.
+    """
+    fits = isinstance(value, int | float) and math.isfinite(value) and 0 <= value <= most
+    expect(fits, argument, f"a number from 0{f' to {most:g}' if most < math.inf else ''}", value)
+
+
+def clicked(event: gr.EventData, count: int) -> int:
+    """Which of ``count`` images a click was on.
+
+    Raises:
+        ValueError: none, in an event that no click made.
+    """
+    index = getattr(event, "_data", None)
+    index = index.get("index") if isinstance(index, dict) else None
+    fits = isinstance(index, int) and not isinstance(index, bool) and 0 <= index < count
+    expect(fits, "image", f"a click on one of {count} images", index)
+    return int(index)  # type: ignore[arg-type]
 
 
 def progress_on(progress: gr.Progress, words: str) -> Progress:

@@ -10,11 +10,12 @@ import gradio as gr
 from pyglow_fast.latents import SPACES
 from pyglow_fast.studio.directions import REST, Add
 from pyglow_fast.studio.edits import Edit, Subject, likelihood_text
-from pyglow_fast.studio.opened import OpenRun
+from pyglow_fast.studio.opened import LostImagesError, OpenRun
+from pyglow_fast.studio.reading import name_of
 from pyglow_fast.studio.words import HeldOut
-from pyglow_fast.web.desk import Desk, picked_number, picked_upload, progress_on
-from pyglow_fast.web.errors import on_page
-from pyglow_fast.web.events import DRAG, QUIET
+from pyglow_fast.web.desk import NO_CLASS, Desk, clicked, picked_number, picked_upload, progress_on
+from pyglow_fast.web.errors import on_page, plain_sentence
+from pyglow_fast.web.events import QUIET, anew, follow
 from pyglow_fast.web.html import PICK_JS, buttons, figure, note, row, save_link
 from pyglow_fast.web.shelf import Shelf
 from pyglow_fast.web.uploads import Upload, UploadedImage
@@ -24,7 +25,6 @@ FIRST = 6  # attributes that have sliders at the beginning
 THUMBS = 12
 STRONGEST = 3.0
 WAITING = '<div class="pgf-wait"></div>'  # room for the bar of what is measured
-NO_CLASS = "its own"
 
 
 def pair_text(pair: tuple[str, str]) -> str:
@@ -37,6 +37,7 @@ class EditTab:
 
     def __init__(self, shelf: Shelf, desk: gr.State) -> None:
         self._shelf, self._desk = shelf, desk
+        self.redraw = gr.State(0)
         self.thumbs = gr.HTML(js_on_load=PICK_JS, elem_id="edit-thumbs")
         with gr.Row():
             with gr.Column(scale=3, min_width=300):
@@ -47,7 +48,7 @@ class EditTab:
                 )
                 with gr.Row():
                     self.number = gr.Number(
-                        0, precision=0, minimum=0, label="held-out image", elem_id="edit-number", min_width=120
+                        0, precision=0, label="held-out image", elem_id="edit-number", min_width=120
                     )
                     self.others = gr.Button("Other images to choose from", elem_id="edit-others", min_width=120)
                 with gr.Accordion("An image of yours", open=False, elem_id="edit-yours"):
@@ -66,9 +67,9 @@ class EditTab:
         self.shown = [self.pictures, self.command]
         self.controls = [self.twin, *self.adds, *self.keeps]
         choices = [self.attributes, self.plus, self.minus, *self.adds, self.why]
-        self.measured = [*choices, *self.shown]
+        self.measured = [*choices, self.redraw]
         fixed = [self.thumbs, self.number, self.others, self.label, self.space, self.upload, *self.keeps]
-        self.outputs = [*fixed, *self.measured]
+        self.outputs = [*fixed, *choices, *self.shown]
         self._wire()
 
     def _slider_widgets(self) -> None:
@@ -90,43 +91,39 @@ class EditTab:
         self.space = gr.Radio(list(SPACES), label="space of the edit", elem_id="edit-space")
 
     def _wire(self) -> None:
-        desk, controls = self._desk, self.controls
-        for event in (*(slider.input for slider in (*self.adds, *self.keeps)), self.twin.input):
-            event(on_page()(self.edited), [desk, *controls], self.shown, **DRAG)
-        self.back.click(on_page()(self.reset), [desk, self.twin], [*self.adds, *self.keeps, *self.shown], **QUIET)
-        again = (on_page()(self.edited), [desk, *controls], self.shown)
-        self.number.change(on_page()(self.take_number), [desk, self.number], None, **QUIET).success(*again, **QUIET)
-        self.thumbs.click(on_page()(self.take_thumb), desk, self.number, **QUIET)
+        desk, redraw = self._desk, self.redraw
+        moves = [slider.input for slider in (*self.adds, *self.keeps)]
+        follow([*moves, self.twin.input, redraw.change], on_page()(self.edited), [desk, *self.controls], self.shown)
+        self.back.click(on_page()(self.reset), desk, [*self.adds, *self.keeps, redraw], **QUIET)
+        typed = [self.number.input, self.number.submit]
+        gr.on(typed, on_page()(self.take_number), [desk, self.number], [self.label, redraw], **QUIET)
+        self.thumbs.click(on_page()(self.take_thumb), desk, [self.number, self.label, redraw], **QUIET)
         self.others.click(on_page()(self.other_thumbs), desk, self.thumbs, **QUIET)
-        took = self.upload.upload(on_page()(self.take_upload), [desk, self.upload], self.upload, **QUIET)
-        took.success(*again, **QUIET)
-        self.label.input(on_page()(self.take_label), [desk, self.label], None, **QUIET).success(*again, **QUIET)
-        took = self.space.input(on_page()(self.take_space), [desk, self.space], None, **QUIET)
-        self.measure_after(took)
-        chosen = self.attributes.input(
-            on_page()(self.take_pairs), [desk, self.attributes, *self.adds], self.adds, **QUIET
-        )
-        chosen.success(*again, **QUIET)
+        given = [self.upload, self.label, redraw]
+        took = self.upload.upload(on_page()(self.take_upload), [desk, self.upload], given, **QUIET)
+        took.failure(lambda: None, None, self.upload, **QUIET)
+        self.label.input(on_page()(self.take_label), [desk, self.label], redraw, **QUIET)
+        self.measure_after(self.space.input(on_page()(self.take_space), [desk, self.space], None, **QUIET))
+        chosen = [desk, self.attributes, *self.adds]
+        self.attributes.input(on_page()(self.take_pairs), chosen, [*self.adds, redraw], **QUIET)
         added = [desk, self.plus, self.minus, self.attributes, *self.adds]
         self.more.click(on_page()(self.add_pair), added, [self.attributes, *self.adds], **QUIET)
 
     def measure_after(self, event: Any) -> None:
         """Adds the measurement of mean latents to what follows an event."""
-        inputs = [self._desk, *self.controls]
         shown = QUIET | {"show_progress": "full", "show_progress_on": self.why}
-        event.success(on_page()(self.measure), inputs, self.measured, **shown)
+        event.success(on_page()(self.measure), self._desk, self.measured, **shown)
 
     def show(self, desk: Desk) -> list[Any]:
         """What the tab shows of a run that was chosen, until its mean latents are there."""
         opened = desk.opened(self._shelf)
         missing = opened.images.missing
-        desk.thumbs, desk.pairs, desk.measured = [], [], None
+        desk.thumbs, desk.pairs = [], []
         if not missing:
             desk.thumbs = list(range(min(THUMBS, len(opened.images.find()[2]))))
-            desk.put(opened.pick(HeldOut(0)))
+            desk.put(opened.pick(HeldOut(0)), opened)
         elif desk.grid is not None:
-            desk.put(desk.grid.picked(0))
-        why = note(f"No attributes: {missing}.") if missing else WAITING
+            desk.put(desk.grid.picked(0), desk.grid.opened)
         return [
             self._thumbs(desk, opened),
             gr.Number(0, visible=not missing),
@@ -136,46 +133,44 @@ class EditTab:
             None,
             *self._keep_sliders(opened),
             *self._attribute_widgets(desk, ()),
-            why,
+            WAITING,
             *self._edited(desk, Edit(), twin=False),
         ]
 
     def measure(
         self,
         desk: Desk,
-        twin: bool,
-        *values: float,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio looks for it
     ) -> list[Any]:
-        """Measures the mean latents and likelihoods of training images, where they are not kept; then the sliders."""
-        opened = desk.opened(self._shelf)
-        space = desk.space_of(opened)
-        if opened.images.missing or desk.measured == (opened, space):
-            quiet = [gr.skip() for _ in range(len(self.measured) - len(self.shown))]
-            return [*quiet, *self.edited(desk, twin, *values)]
-        names = opened.directions(space, progress_on(progress, "mean latents of training images")).names
-        opened.scores(progress_on(progress, "bits/dim of training images"))
-        if desk.opened(self._shelf) is not opened:  # there is a newer checkpoint, which has its own
-            return self.measure(desk, twin, *values, progress=progress)
-        former = dict(zip(desk.pairs, values, strict=False))
-        if not former:  # of two classes the one is the other's opposite
-            desk.pairs = [(name, REST) for name in (names[:FIRST] if len(names) != 2 else names[:1])]
-        desk.measured = (opened, space)
-        why = "" if names else "The images of this run have no classes."
-        return [*self._attribute_widgets(desk, names, former), note(why), *self.edited(desk, twin, *values)]
+        """Measures the mean latents and likelihoods of training images, where they are not kept.
 
-    def _attribute_widgets(
-        self, desk: Desk, names: tuple[str, ...], values: dict[tuple[str, str], float] | None = None
-    ) -> list[Any]:
-        """The attributes to choose from, and the sliders of those that are chosen, at rest or at ``values``."""
-        pairs = dict.fromkeys([*((name, REST) for name in names), *desk.pairs])
+        Sliders that there are already stay as they are.
+        """
+        opened = desk.opened(self._shelf)
+        as_they_are = [gr.skip() for _ in self.measured[:-2]]
+        try:
+            directions = opened.directions(desk.space_of(opened), progress_on(progress, "mean latents"))
+            opened.scores(progress_on(progress, "bits/dim of the run's images"))
+        except LostImagesError as error:
+            return [*as_they_are, note(f"No attributes: {plain_sentence(str(error))}"), anew()]
+        if desk.opened(self._shelf) is not opened:  # there is a newer checkpoint or another run, which has its own
+            return self.measure(desk, progress)
+        why = note("" if directions.names else "The images of this run have no classes.")
+        if desk.pairs:
+            return [*as_they_are, why, anew()]
+        # Of two classes the one is the other's opposite.
+        names = directions.names[:1] if len(directions.names) == 2 else directions.names[:FIRST]
+        desk.pairs = [(name, REST) for name in names]
+        return [*self._attribute_widgets(desk, directions.names), why, anew()]
+
+    def _attribute_widgets(self, desk: Desk, names: tuple[str, ...]) -> list[Any]:
+        """The attributes to choose from, and the sliders of those that are chosen, at rest."""
+        texts = [pair_text((name, REST)) for name in names]
         return [
-            gr.Dropdown(
-                [pair_text(pair) for pair in pairs], value=[pair_text(pair) for pair in desk.pairs], visible=bool(names)
-            ),
+            gr.Dropdown(texts, value=[pair_text(pair) for pair in desk.pairs], visible=bool(names)),
             gr.Dropdown(list(names), value=names[0] if names else None),
             gr.Dropdown([REST, *names], value=REST if names else None),
-            *self._add_sliders(desk, values or {}),
+            *self._add_sliders(desk, {}),
         ]
 
     def _keep_sliders(self, opened: OpenRun) -> list[gr.Slider]:
@@ -187,24 +182,21 @@ class EditTab:
         if not desk.thumbs:
             return ""
         data, _, held_out = opened.images.find()
-        levels, labels = data.batch(held_out[desk.thumbs])
-        names = ["" if labels is None else f", {data.class_names[int(label)]}" for label in
-                 (labels if labels is not None else desk.thumbs)]  # fmt: skip
-        words = [f"held-out image {number}{name}" for number, name in zip(desk.thumbs, names, strict=True)]
+        levels, _ = data.batch(held_out[desk.thumbs])
+        words = [f"held-out image {name_of(data, int(held_out[i]), i)}" for i in desk.thumbs]
         return buttons(list(levels), opened.n_bins, words, strip=True)
 
-    def take_number(self, desk: Desk, number: float | None) -> None:
-        """A held-out image by its number."""
-        opened = desk.opened(self._shelf)
-        current = desk.picked.image if desk.picked else None
-        if number is not None and current != HeldOut(int(number)):
-            desk.put(picked_number(opened, number))
+    def take_number(self, desk: Desk, number: float | None) -> tuple[str, int]:
+        """A held-out image by its number, with its own class."""
+        if number is not None:  # a field that is being typed into
+            opened = desk.opened(self._shelf)
+            desk.put(picked_number(opened, number), opened)
+        return NO_CLASS, anew()
 
-    def take_thumb(self, desk: Desk, event: gr.EventData) -> int:
-        """A held-out image by a click on it: its number."""
-        number = desk.thumbs[int(event.index) % len(desk.thumbs)]
-        desk.put(picked_number(desk.opened(self._shelf), number))
-        return number
+    def take_thumb(self, desk: Desk, event: gr.EventData) -> tuple[int, str, int]:
+        """A held-out image by a click on it: its number, and its own class."""
+        number = desk.thumbs[clicked(event, len(desk.thumbs))]
+        return number, *self.take_number(desk, number)
 
     def other_thumbs(self, desk: Desk) -> str:
         """Other held-out images to choose from."""
@@ -213,17 +205,21 @@ class EditTab:
         desk.thumbs = sorted(random.sample(range(count), min(THUMBS, count)))
         return self._thumbs(desk, opened)
 
-    def take_upload(self, desk: Desk, upload: Upload | None) -> None:
+    def take_upload(self, desk: Desk, upload: Upload | None) -> tuple[None, str, int]:
         """An image of the visitor's own; the component is empty again, as the image is shown under edit."""
         if upload is not None:
-            desk.put(picked_upload(desk.opened(self._shelf), upload))
+            opened = desk.opened(self._shelf)
+            desk.put(picked_upload(opened, upload), opened)
+        return None, NO_CLASS, anew()
 
-    def take_label(self, desk: Desk, name: str) -> None:
+    def take_label(self, desk: Desk, name: str) -> int:
         """The class of the image under edit."""
         opened = desk.opened(self._shelf)
-        if desk.picked is not None:
+        picked = desk.picked(opened)
+        if picked is not None:
             label = None if name == NO_CLASS else opened.label(name)
-            desk.put(opened.relabelled(desk.picked, label))
+            desk.put(opened.relabelled(picked, label), opened)
+        return anew()
 
     def take_space(self, desk: Desk, space: str) -> None:
         """The space that is edited."""
@@ -231,7 +227,7 @@ class EditTab:
             raise ValueError(f"space: expected one of {SPACES}, found {space!r}")
         desk.space = space
 
-    def take_pairs(self, desk: Desk, texts: list[str], *values: float) -> list[gr.Slider]:
+    def take_pairs(self, desk: Desk, texts: list[str], *values: float) -> list[Any]:
         """The attributes that have sliders; one that stays keeps its value."""
         opened = desk.opened(self._shelf)
         names = opened.directions(desk.space_of(opened)).names
@@ -240,7 +236,7 @@ class EditTab:
             raise ValueError(f"attributes: expected at most {ATTRIBUTES} at once, found {len(texts)}")
         former = dict(zip(desk.pairs, values, strict=False))
         desk.pairs = [known[text] for text in texts if text in known]
-        return self._add_sliders(desk, former)
+        return [*self._add_sliders(desk, former), anew()]
 
     def add_pair(self, desk: Desk, plus: str, minus: str, texts: list[str], *values: float) -> list[Any]:
         """One more slider, from the images of ``minus`` to those of ``plus``."""
@@ -260,21 +256,21 @@ class EditTab:
         shown = [gr.Slider(value=values.get(pair, 0), visible=True, label=pair_text(pair)) for pair in desk.pairs]
         return [*shown, *(gr.Slider(value=0, visible=False) for _ in range(ATTRIBUTES - len(shown)))]
 
-    def edited(self, desk: Desk, twin: bool, *values: float) -> list[str]:
+    def edited(self, desk: Desk, twin: bool, *values: float) -> list[Any]:
         """The image as the sliders say, and the command that gives it."""
         opened = desk.opened(self._shelf)
         strengths, shares = values[:ATTRIBUTES], values[ATTRIBUTES:]
         adds = tuple(Add(*pair, float(s or 0)) for pair, s in zip(desk.pairs, strengths, strict=False))
-        keep = tuple(float(share) for share in shares[: len(opened.model.latent_shapes)])
+        levels = shares[: len(opened.model.latent_shapes)]
+        keep = tuple(1.0 if share is None else float(share) for share in levels)  # None: a field that was emptied
         return self._edited(desk, Edit(adds, keep), twin)
 
-    def reset(self, desk: Desk, twin: bool) -> list[Any]:
+    def reset(self, desk: Desk) -> list[Any]:
         """All sliders at rest, and so the original."""
-        sliders = [*self._add_sliders(desk, {}), *self._keep_sliders(desk.opened(self._shelf))]
-        return [*sliders, *self._edited(desk, Edit(), twin)]
+        return [*self._add_sliders(desk, {}), *self._keep_sliders(desk.opened(self._shelf)), anew()]
 
-    def _edited(self, desk: Desk, edit: Edit, twin: bool) -> list[str]:
-        if desk.picked is None:
+    def _edited(self, desk: Desk, edit: Edit, twin: bool) -> list[Any]:
+        if desk.picked(desk.opened(self._shelf)) is None:
             return [note("Choose an image: an upload, or a sample by a click on it."), ""]
         subject = desk.subject(self._shelf)
         opened, found = subject.opened, subject.edited(edit, twin)
@@ -286,18 +282,19 @@ class EditTab:
             ),
         ]
         links = [save_link(made, "edit.png", "Save PNG")]
-        commands = [made.shown("edit.png")]
+        commands = [made.whole_command("edit.png")]
         if found.shifted is not None:
             shifted = subject.made(found.shifted, edit, pixel_shift=True)
             words = self._words(subject, subject.bits_of(found.shifted))
             figures.append(figure(found.shifted, opened.n_bins, "pixels shifted", words, "shifted"))
             links.append(save_link(shifted, "shifted.png", "Save the shifted one"))
-            commands.append(shifted.shown("shifted.png"))
+            commands.append(shifted.whole_command("shifted.png"))
         if subject.from_file:
-            name = subject.picked.image.text
-            links.append(
-                save_link(subject.made(subject.levels, Edit()), "seen.png", f"Save {name} as the model sees it")
-            )
+            name = subject.picked.image.text.rpartition("/")[2]
+            seen = f"{name.rpartition('.')[0] or name}.png"
+            links.append(save_link(subject.made(subject.levels, Edit()), seen, f"Save {name} as the model sees it"))
+        if not desk.has(opened):  # another run was chosen meanwhile
+            return [gr.skip(), gr.skip()]
         bad = "" if found.finite else "Parts are not finite, shown grey: the edit leads out of the model's range."
         return [row(figures) + f"<p>{''.join(links)}</p>" + note(bad), "\n".join(commands)]
 

@@ -9,7 +9,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import gradio as gr
 
@@ -23,11 +23,16 @@ LONGEST = 400  # characters of a message: a toast is no place for more
 _PATH = re.compile(r"(?<![\w./:\\])(?:[A-Za-z]:)?(?:[\\/][^\\/\s'\",:;()<>]+)+[\\/]([^\\/\s'\",:;()<>]+)")
 
 
-def sentence(message: str) -> str:
-    """The first line of a message as HTML that shows just these characters, without the folders of files in it."""
+def plain_sentence(message: str) -> str:
+    """The first line of a message, without the folders of files in it: a visitor need not know them."""
     line = next((line for line in message.splitlines() if line.strip()), "").strip()
     line = _PATH.sub(r"\1", line)
-    return html.escape(line if len(line) <= LONGEST else line[: LONGEST - 3] + "...")
+    return line if len(line) <= LONGEST else line[: LONGEST - 3] + "..."
+
+
+def sentence(message: str) -> str:
+    """:func:`plain_sentence` as HTML that shows just these characters."""
+    return html.escape(plain_sentence(message))
 
 
 def refusal(message: str) -> gr.Error:
@@ -66,13 +71,13 @@ def on_page(log: logging.Logger = LOG) -> Callable[[Handler], Handler]:
                 with _shown(log, name):
                     return (yield from handler(*args, **options))
 
-            return generate  # type: ignore[return-value]
+            return cast(Handler, generate)
 
         @functools.wraps(handler)
         def call(*args: Any, **options: Any) -> Any:
             with _shown(log, name):
                 return handler(*args, **options)
 
-        return call  # type: ignore[return-value]
+        return cast(Handler, call)
 
     return decorate

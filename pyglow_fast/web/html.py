@@ -11,26 +11,30 @@ from torch import Tensor
 from pyglow_fast.studio.commands import Made
 from pyglow_fast.train.figures import image_picture, png_bytes
 
-SHOWN = 256  # pixels on the page that an image under edit is high, or as many as it has
+SHOWN = 224  # pixels on the page that an image under edit is high, or as many as it has
 THUMB = 64
 TYPES = {".png": "image/png", ".gif": "image/gif", ".webp": "image/webp", ".csv": "text/csv;charset=utf-8"}
 
 CSS = """
-.pgf-row { display: flex; flex-wrap: wrap; gap: 0.8rem; align-items: flex-start; }
+.pgf-row { display: flex; flex-wrap: wrap; gap: 0.5rem; align-items: flex-start; }
 .pgf-row figure { margin: 0; }
-.pgf-row figcaption { font-size: 0.85rem; max-width: 16rem; }
+.pgf-row figcaption { font-size: 0.85rem; max-width: 14rem; }
 .pgf-image { image-rendering: pixelated; background: #888; border-radius: 4px; max-width: 100%; display: block; }
 .pgf-smooth { image-rendering: auto; }
 .pgf-pick { margin: 0 !important; flex: none; padding: 2px; border: 2px solid transparent; border-radius: 6px;
   background: none; cursor: pointer; }
-.pgf-pick:hover, .pgf-pick:focus-visible { border-color: var(--color-accent); outline: none; }
+.pgf-pick:hover { border-color: var(--color-accent); }
+:is(a, button, input, textarea, [role=button]):focus-visible { outline: 2px solid var(--color-accent) !important;
+  outline-offset: 1px; }
+[role=tab][aria-selected=true] { color: var(--body-text-color) !important; font-weight: 600; }
+.min_value, .max_value, .or { color: var(--body-text-color) !important; opacity: 0.8; }
 .pgf-grid { display: flex; flex-wrap: wrap; gap: 4px; }
 .pgf-strip { display: flex; gap: 2px; overflow-x: auto; }
 .pgf-save { display: inline-block; margin: 0 0.8rem 0.3rem 0; color: var(--link-text-color);
   text-decoration: underline; }
 .pgf-note { opacity: 0.8; }
 .pgf-wait { min-height: 4rem; }
-.pgf-table { border-collapse: collapse; }
+.pgf-table, .pgf-table tr { border: 0 !important; border-collapse: collapse; }
 .pgf-table th, .pgf-table td { text-align: left; padding: 0.2rem 1rem 0.2rem 0; border: 0 !important;
   border-bottom: 1px solid var(--border-color-primary) !important; vertical-align: middle; overflow-wrap: anywhere; }
 .pgf-plot { max-width: 100%; background: #fff; border-radius: 4px; }
@@ -51,11 +55,18 @@ def uri(data: bytes, suffix: str = ".png") -> str:
     return f"data:{TYPES[suffix]};base64,{base64.b64encode(data).decode('ascii')}"
 
 
-def image(levels: Tensor, n_bins: int, words: str, height: int = SHOWN) -> str:
-    """One image (C, H, W) of levels; pixels are enlarged in the browser, the file has them one by one."""
+def image(levels: Tensor, n_bins: int, words: str, height: int | None = None) -> str:
+    """One image (C, H, W) of levels; pixels are enlarged in the browser, the file has them one by one.
+
+    Args:
+        levels: of the image.
+        n_bins: the level n_bins-1 is white.
+        words: for those who do not see it.
+        height: on the page, in pixels; None: SHOWN, or as many as it has.
+    """
     source = uri(png_bytes(image_picture(levels, n_bins)))
     tall, wide = levels.shape[-2:]
-    shown = max(height, tall) if height == SHOWN else height
+    shown = max(SHOWN, tall) if height is None else height
     smooth = " pgf-smooth" if tall > shown else ""
     return (
         f'<img class="pgf-image{smooth}" alt="{html.escape(words)}" src="{source}" '

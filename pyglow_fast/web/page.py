@@ -12,7 +12,7 @@ from pyglow_fast.web.between_tab import BetweenTab
 from pyglow_fast.web.desk import Desk
 from pyglow_fast.web.edit_tab import EditTab
 from pyglow_fast.web.errors import on_page
-from pyglow_fast.web.events import QUIET
+from pyglow_fast.web.events import QUIET, anew
 from pyglow_fast.web.run_tab import RunTab
 from pyglow_fast.web.sample_tab import SampleTab
 from pyglow_fast.web.score_tab import ScoreTab
@@ -20,18 +20,17 @@ from pyglow_fast.web.shelf import Shelf
 
 AT_ONCE = 4  # events that are computed at once
 EVERY = 3.0  # seconds from one look for a newer checkpoint to the next
-EXPIRE = 3600  # seconds after which what a visitor who left had on the desk is forgotten
 
 
 def page(shelf: Shelf) -> gr.Blocks:
     """The Blocks that :func:`~pyglow_fast.web.server.serve` serves."""
     with gr.Blocks(title="pyglow_fast", analytics_enabled=False, fill_width=True) as blocks:
-        desk = gr.State(Desk(), time_to_live=EXPIRE)
+        desk = gr.State(Desk())
         with gr.Row():
             names = shelf.names()
             run = gr.Dropdown(names, value=names[0], label="run", elem_id="run", scale=1)
             about = gr.HTML(elem_id="about")
-        version, clock = gr.State(), gr.Timer(EVERY)
+        version, newer, clock = gr.State(), gr.State(0), gr.Timer(EVERY)
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Sample", id="sample"):
                 sample = SampleTab(shelf, desk)
@@ -45,46 +44,52 @@ def page(shelf: Shelf) -> gr.Blocks:
                 looked = RunTab(shelf, desk)
 
         @on_page()
-        def opened(found: Desk, name: str) -> list[Any]:
+        def opened(found: Desk, name: str) -> tuple[str, str, Desk]:
             chosen = found.choose(shelf, name)
-            return [_about(chosen), chosen.checkpoint.digest]
+            return _about(chosen), chosen.checkpoint.digest, found
 
+        @on_page()
         def ticked(found: Desk, seen: str | None) -> list[Any]:
             """Notices a newer checkpoint; what is wrong with it is said by the next thing that is done."""
             try:
                 newest = found.opened(shelf)
             except ValueError:
-                return [gr.skip(), gr.skip()]
+                return [gr.skip()] * 3
             digest = newest.checkpoint.digest
-            return [gr.skip(), gr.skip()] if digest == seen else [_about(newest), digest]
+            return [gr.skip()] * 3 if digest == seen else [_about(newest), digest, anew()]
+
+        def kept(found: Desk) -> str:
+            return f"<p>{html.escape(f'still about {found.run}')}</p>" if found.run else ""
 
         @on_page()
         def listed() -> Any:
             names = shelf.names()
             return gr.Dropdown(names, value=names[0] if names else None)
 
-        clock.tick(on_page()(ticked), [desk, version], [about, version], **QUIET)
-        inputs = [desk, sample.temperature, sample.label, sample.n, sample.seed]
-        renewed = version.change(on_page()(sample.renew), inputs, sample.shown, **QUIET)
-        edit.measure_after(renewed)
+        clock.tick(ticked, [desk, version], [about, version, newer], **QUIET)
+        settings = [desk, sample.temperature, sample.label, sample.n, sample.seed]
+        # Not of version, which also changes when a run is chosen: the tabs are filled then, and in their order.
+        edit.measure_after(newer.change(on_page()(sample.renew), settings, sample.drawn, **QUIET))
 
-        def shown(event: Any) -> None:
+        def fill(event: Any) -> None:
             """Fills the tabs: what must be measured first, on the side."""
             inputs = [desk, sample.temperature, sample.n, sample.seed]
             drawn = event.success(on_page()(sample.show), inputs, sample.outputs, **QUIET)
             edit.measure_after(drawn.success(on_page()(edit.show), desk, edit.outputs, **QUIET))
-            inputs = [desk, between.kind, between.steps, between.at]
+            inputs = [desk, between.kind, between.steps]
             rest = drawn.success(on_page()(between.show), inputs, between.outputs, **QUIET)
             rest = rest.success(on_page()(score.show), desk, score.outputs, **QUIET)
             rest.success(on_page()(looked.show), desk, looked.outputs, **QUIET)
 
-        shown(run.input(opened, [desk, run], [about, version], **QUIET))
+        # Gradio forgets a desk that an event gave back, an hour after its visitor left; others it keeps for ever.
+        chosen = run.change(opened, [desk, run], [about, version, desk], **QUIET)
+        chosen.failure(kept, desk, about, **QUIET)
+        fill(chosen)
         run_tab.select(on_page()(looked.show), desk, looked.outputs, **QUIET)
         first = blocks.load(listed, None, run, **QUIET)
-        shown(first.success(opened, [desk, run], [about, version], **QUIET))
-        taken = sample.pictures.click(on_page()(sample.take), desk, None, **QUIET)
-        taken = taken.success(lambda: gr.Tabs(selected="edit"), None, tabs, **QUIET)
-        taken.success(on_page()(edit.edited), [desk, *edit.controls], edit.shown, **QUIET)
+        fill(first.success(opened, [desk, run], [about, version, desk], **QUIET))
+        taken = sample.pictures.click(on_page()(sample.take), desk, [edit.label, edit.redraw], **QUIET)
+        taken.success(lambda: gr.Tabs(selected="edit"), None, tabs, **QUIET)
     blocks.queue(default_concurrency_limit=AT_ONCE)
     return blocks
 

@@ -11,15 +11,15 @@ import gradio as gr
 from pyglow_fast.studio.grids import Grid
 from pyglow_fast.studio.opened import OpenRun
 from pyglow_fast.studio.samples import TEMPERATURE, Draw
-from pyglow_fast.web.desk import Desk
+from pyglow_fast.web.desk import NO_CLASS, Desk, check_number, clicked
 from pyglow_fast.web.errors import on_page
-from pyglow_fast.web.events import DRAG, QUIET
+from pyglow_fast.web.events import QUIET, anew, follow
 from pyglow_fast.web.html import PICK_JS, buttons, note, save_link
 from pyglow_fast.web.shelf import Shelf
 
 ALL = "all classes in turn"
 SHOWN, MOST = 24, 100
-HEIGHT = 96  # pixels on the page
+HEIGHT = 96  # pixels of an image on the page
 
 
 class SampleTab:
@@ -34,7 +34,7 @@ class SampleTab:
                 )
                 self.label = gr.Dropdown([ALL], value=ALL, label="class", visible=False, elem_id="sample-class")
                 self.n = gr.Slider(1, MOST, value=SHOWN, step=1, label="images", elem_id="sample-n")
-                self.seed = gr.Number(0, precision=0, minimum=0, label="seed", elem_id="sample-seed")
+                self.seed = gr.Number(0, precision=0, label="seed", elem_id="sample-seed")
                 self.again = gr.Button("Another seed", elem_id="sample-again")
             with gr.Column(scale=3, min_width=300):
                 self.pictures = gr.HTML(js_on_load=PICK_JS, elem_id="samples")
@@ -46,9 +46,9 @@ class SampleTab:
                 )
         self.outputs = [self.label, self.pictures, self.command]
         inputs = [desk, self.temperature, self.label, self.n, self.seed]
-        self.shown = [self.pictures, self.command]
-        for event in (self.temperature.input, self.n.input, self.seed.change, self.label.input):
-            event(on_page()(self.draw), inputs, self.shown, **DRAG)
+        self.drawn = [self.pictures, self.command]
+        events = [self.temperature.input, self.n.input, self.seed.change, self.label.input]
+        follow(events, on_page()(self.draw), inputs, self.drawn)  # one listener: no earlier picture after a later one
         self.again.click(lambda: random.randrange(10**6), None, self.seed, **QUIET)
 
     def show(self, desk: Desk, temperature: float, n: float, seed: float | None) -> list[Any]:
@@ -60,18 +60,22 @@ class SampleTab:
     def draw(self, desk: Desk, temperature: float, label: str | None, n: float, seed: float | None) -> list[Any]:
         """Samples, and the command that draws them."""
         opened = desk.opened(self._shelf)
-        if n > MOST:
-            raise ValueError(f"n: expected at most {MOST} images on the page, found {n:g}")
+        check_number("n", n, MOST)
+        check_number("temperature", temperature)
+        check_number("seed", seed or 0)
         labels = () if label in (None, ALL) else (opened.label(str(label)),)
-        desk.grid = grid = Grid(opened, Draw(int(n), float(temperature), int(seed or 0), labels))
+        grid = Grid(opened, Draw(int(n), float(temperature), int(seed or 0), labels))
         drawn, made = grid.drawn, grid.made()
+        if not desk.has(opened):  # another run was chosen meanwhile
+            return [gr.skip(), gr.skip()]
+        desk.grid = grid
         bad = f"{drawn.not_finite} of them are not finite, shown grey" if drawn.not_finite else ""
         words = [f"sample {i}{_class(opened, drawn.labels, i)}: edit it" for i in range(len(drawn.levels))]
         shown = buttons(list(drawn.levels), opened.n_bins, words, height=HEIGHT)
         save = save_link(made, "samples.png", "Save PNG")
         return [
             f"{shown}<p>{save} {html.escape('A click on an image takes it to Edit.')}</p>{note(bad)}",
-            made.shown("samples.png"),
+            made.whole_command("samples.png"),
         ]
 
     def renew(self, desk: Desk, temperature: float, label: str | None, n: float, seed: float | None) -> list[Any]:
@@ -80,10 +84,12 @@ class SampleTab:
             return [gr.skip(), gr.skip()]
         return self.draw(desk, temperature, label, n, seed)
 
-    def take(self, desk: Desk, event: gr.EventData) -> None:
-        """Puts the sample that was clicked under edit."""
+    def take(self, desk: Desk, event: gr.EventData) -> tuple[str, int]:
+        """Puts the sample that was clicked under edit, with its own class."""
         if desk.grid is not None:
-            desk.put(desk.grid.picked(int(event.index) % desk.grid.draw.n))
+            number = clicked(event, desk.grid.draw.n)
+            desk.put(desk.grid.picked(number), desk.grid.opened)
+        return NO_CLASS, anew()
 
 
 def _class(opened: OpenRun, labels: Any, i: int) -> str:

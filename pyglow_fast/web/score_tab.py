@@ -8,14 +8,14 @@ from typing import Any
 
 import gradio as gr
 
+from pyglow_fast.studio.opened import LostImagesError
 from pyglow_fast.studio.scored import made_csv, made_picture, score_files
 from pyglow_fast.web.desk import Desk, picked_upload, progress_on
-from pyglow_fast.web.errors import on_page
+from pyglow_fast.web.errors import on_page, plain_sentence
+from pyglow_fast.web.events import QUIET
 from pyglow_fast.web.html import THUMB, image, note, plot, save_link, table
 from pyglow_fast.web.shelf import Shelf
 from pyglow_fast.web.uploads import Upload, UploadedFiles
-
-MOST = 64  # files at once
 
 
 class ScoreTab:
@@ -31,9 +31,10 @@ class ScoreTab:
             label="the same from the command line", buttons=["copy"], interactive=False, elem_id="score-command"
         )
         self.outputs = [self.files, self.results, self.command]
-        self.files.upload(
+        scored = self.files.upload(
             on_page()(self.score), [desk, self.files], self.outputs, trigger_mode="once", api_visibility="private"
         )
+        scored.failure(lambda: None, None, self.files, **QUIET)
 
     def show(self, desk: Desk) -> list[Any]:
         """What the tab shows of a run that was chosen."""
@@ -49,10 +50,8 @@ class ScoreTab:
         opened = desk.opened(self._shelf)
         if not uploads:
             return self.show(desk)
-        if len(uploads) > MOST:
-            raise ValueError(f"files: expected at most {MOST} at once, found {len(uploads)}")
         files = [picked_upload(opened, upload) for upload in uploads]
-        scores = score_files(opened, files, progress_on(progress, "bits/dim of own images"))
+        scores = score_files(opened, files, progress_on(progress, "bits/dim of the run's images"))
         rows = []
         for score in scores:
             name = score.picked.image.text
@@ -64,11 +63,12 @@ class ScoreTab:
         head = ["", "image", "bits/dim", "training images with fewer", *(["likeliest class"] if opened.classes else [])]
         csv = made_csv(opened, scores)
         links, parts = [save_link(csv, "scores.csv", "Save CSV")], [table(head, rows)]
-        command = csv.shown("scores.csv")
-        if opened.images.missing:
-            parts.append(note(f"No histogram: {opened.images.missing}."))
-        else:
+        command = csv.whole_command("scores.csv")
+        try:
             picture = made_picture(opened, scores)
+        except LostImagesError as error:
+            parts.append(note(f"No histogram: {plain_sentence(str(error))}"))
+        else:
             parts.insert(0, plot(picture.data, "the images on the histogram of held-out ones"))
             links.append(save_link(picture, "scores.png", "Save PNG"))
             command += " --picture scores.png"

@@ -29,7 +29,9 @@ SETTINGS = ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED")  # environment variab
 FIRST_PORT = 7860
 PORTS = 100  # that are tried
 MAX_FILE_SIZE = 20 * 2**20  # bytes
+SESSIONS = 100  # visits that are remembered; each loading of the page is one, and may hold samples and latents
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+UPLOADS_LAST = 600  # seconds, for those that no handler reads
 # Of Gradio's defaults one looks for fonts of its own; these are on every system.
 FONT = ("ui-sans-serif", "system-ui", "sans-serif")
 FONT_MONO = ("ui-monospace", "Consolas", "monospace")
@@ -127,7 +129,7 @@ def bind(host: str, port: int | None) -> socket.socket:
         family, _, _, _, _ = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0]
         with socket.create_server((address, 0), family=family):
             pass  # the address is one of this machine
-    except OSError:
+    except (OSError, UnicodeError):  # the latter of a name that no host can have
         raise ValueError(f"host: expected an address of this machine, found {host}") from None
     ports = range(FIRST_PORT, FIRST_PORT + PORTS) if port is None else [port]
     for number in ports:
@@ -166,6 +168,8 @@ def application(
     """The page as an ASGI application behind its gate; the arguments are those of :func:`serve`, and its folder."""
     for handler in blocks.fns.values():
         handler.api_visibility = "private"  # else the login page holds the names of all handlers and their inputs
+    blocks.state_session_capacity = SESSIONS  # beyond it the one that was silent for longest is forgotten
+    blocks.delete_cache = (UPLOADS_LAST, UPLOADS_LAST)
     outer = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     gr.mount_gradio_app(
         outer,

@@ -58,7 +58,8 @@ class Shelf:
         Raises:
             ValueError: no run of that name is served; it has no checkpoint yet, or none that is whole.
         """
-        expect(name in self.names(), "run", f"one of {', '.join(self.names())}", repr(name))
+        known = self.names()
+        expect(name in known, "run", f"one of {', '.join(known)}", repr(name))
         with self._lock:
             slot = self._slots.setdefault(name, _Slot())
         with slot.lock:
@@ -74,11 +75,18 @@ class Shelf:
 
 
 def _runs_in(name: str) -> list[str]:
-    """``name`` if it is a run, else the runs that are directly in it, sorted."""
-    if RunFolder(name).exists:
+    """``name`` if it is a run, else the runs that are directly in it, sorted; what cannot be looked into is none."""
+    if _is_run(Path(name)):
         return [name]
     try:
         inside = sorted(path for path in Path(name).iterdir() if path.is_dir())
     except OSError:
         return []
-    return [str(path) for path in inside if RunFolder(path).exists]
+    return [str(path) for path in inside if _is_run(path)]
+
+
+def _is_run(path: Path) -> bool:
+    try:
+        return RunFolder(path).exists
+    except OSError:
+        return False

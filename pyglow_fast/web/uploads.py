@@ -16,6 +16,7 @@ from gradio.data_classes import FileData, ImageData, ListFiles
 from pyglow_fast.web.errors import refusal
 
 LONGEST_NAME = 100  # characters
+MOST_FILES = 64  # that one handler gets; all of them are in memory at once
 LINGER = 3.0  # seconds that a file stays after it was read: the browser may still be fetching it to show it
 
 
@@ -107,7 +108,7 @@ class UploadedImage(gr.Image, metaclass=_WithoutStub):
 class UploadedFiles(gr.File, metaclass=_WithoutStub):
     """A ``gr.File`` for input, also with ``file_count="multiple"``, whose handler gets a list of :class:`Upload`.
 
-    As with :class:`UploadedImage` the files can be read once.
+    As with :class:`UploadedImage` the files can be read once. More than MOST_FILES are refused unread.
     """
 
     is_template = True
@@ -116,4 +117,6 @@ class UploadedFiles(gr.File, metaclass=_WithoutStub):
         if payload is None:
             return []
         files = [payload] if isinstance(payload, FileData) else list(payload)
+        if len(files) > MOST_FILES:  # a request may name one file thousands of times
+            raise refusal(f"files: expected at most {MOST_FILES} at once, found {len(files)}")
         return [take(file, self.GRADIO_CACHE) for file in files]

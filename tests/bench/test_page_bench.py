@@ -20,7 +20,8 @@ def test_edits_are_measured_and_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(page.BARS, page.FROZEN, 1e6)
-    assert page.main(["--rounds", "2", "--out", str(tmp_path)]) == 0
+    # Of fewer than four rounds the 20 % quantile is extrapolated, and may be below 0 where one round was slow.
+    assert page.main(["--rounds", "4", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "page-cpu.json").read_text())
     assert [row["way"] for row in found["rows"]] == [page.FROZEN, page.LOADED, page.PLAIN]
     assert all(0 < row["low"] <= row["milliseconds"] <= row["high"] for row in found["rows"])

@@ -138,7 +138,7 @@ WRONG = [
     ("digits", [*BOTH, "--pairs", "2"], "pairs: expected DATA beside it, not --from and --to, found 2"),
     ("digits", [*BOTH, "--part", "all"], "part: expected DATA beside it, not --from and --to, found all"),
     ("digits", [*BOTH, "--seed", "1"], "seed: expected DATA beside it, not --from and --to, found 1"),
-    ("digits", [*BOTH, "--out", "x.avi"], "out: expected a name ending in .png, found 'x.avi'"),
+    ("digits", [*BOTH, "--out", "x.avi"], "out: expected a name ending in .png or .gif or .webp, found 'x.avi'"),
     ("digits", [*BOTH, "--at", "0.5", "--out", "x.gif"], "out: expected a name ending in .png, found 'x.gif'"),
     ("digits", ["digits", "--out", "x.gif"], "out: expected a name ending in .png, found 'x.gif'"),
     ("digits", ["--from", "0", "--to", "old.png"], "out: expected another file than one that is read, found 'old.png'"),

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.data_layouts import picture
 from support.latent_runs import EMOJI, train, write_emoji
 
 from pyglow_fast import latents as tools
@@ -293,3 +294,21 @@ def test_an_attribute_of_celeba(tmp_path: Path, capsys: pytest.CaptureFixture[st
     message = "error: attribute: expected 'Smiling', which the model is conditioned on, found 'Young'\n"
     assert capsys.readouterr().err == message
     assert not (tmp_path / "y.png").exists()
+
+
+def test_rest_is_the_rest_also_of_a_class_of_this_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All 18 training images of three classes are on one side or the other."""
+    for name in ("a", "b", "rest"):
+        for i in range(8):
+            picture(tmp_path / "data" / name / f"{i}.png", i)
+    data = f"folder:{tmp_path / 'data'}"
+    train(data, tmp_path / "run", "--size", "16", "--levels", "1", "--held-out", "0.25")
+    found = []
+    for plus in ("a", "b", "rest"):
+        command = ["manipulate", str(tmp_path / "run"), data, "--plus", plus, "--minus", "rest"]
+        text = said(capsys, *command, "--out", str(tmp_path / "x.png"))
+        assert f"{plus} minus rest" in text
+        words = text.split("mean of ")
+        found.append((int(words[1].split()[0]), int(words[2].split()[0].strip(",;"))))
+    assert {with_it + without for with_it, without in found} == {18}
+    assert sum(with_it for with_it, _ in found) == 18

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from support.commands import Command
+from support.data_layouts import write_celeba
 from support.edits import ByHand
 from support.latent_runs import train, write_emoji
 
@@ -88,6 +89,32 @@ def test_the_sum_of_shifts(emoji_run: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             found.shift([*adds, wrong])
+
+
+def test_images_without_any_attribute_count(tmp_path: Path) -> None:
+    """Of the 12 training images 6 smile, and those that do not have no attribute at all."""
+    write_celeba(tmp_path, "0" * 12 + "22")
+    train(f"celeba:{tmp_path}", tmp_path / "run", "--size", "16", "--levels", "1")
+    found = OpenRun.open(str(tmp_path / "run")).directions("noise")
+    assert found.names == ("Smiling",)
+    assert found.counts.tolist() == [[6, 6]]
+    data = load_data(RunFolder(tmp_path / "run").read_config().data)
+    x = (data.batch(torch.arange(12))[0].double() + 0.5) / data.n_bins - 0.5
+    for side, mean in enumerate((x[1::2].mean(0), x[::2].mean(0))):
+        assert torch.allclose(found.pixels[0, side].double(), mean, rtol=0, atol=2**-24)  # |x| <= 1/2, and 12 of them
+
+
+def test_a_class_named_rest() -> None:
+    """As minus the word is the images without, whatever the classes are called."""
+    means = torch.arange(6.0).reshape(3, 2, 1)
+    found = Directions("noise", ("a", "b", "rest"), torch.ones(3, 2), (means,), 10 * means)
+    for plus, difference in (("a", -1.0), ("rest", -1.0)):
+        shift, _ = found.shift([Add(plus, "rest", 1.0)])
+        assert shift is not None
+        assert shift[0].item() == difference
+    shift, _ = found.shift([Add("rest", "a", 1.0)])
+    assert shift is not None
+    assert shift[0].item() == 4.0
 
 
 def test_measured_once(emoji_run: Path, passes: list[str]) -> None:

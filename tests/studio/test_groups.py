@@ -86,7 +86,9 @@ def test_celeba(tmp_path: Path) -> None:
         (group,) = of(config)
         assert group.name == "Smiling"
         assert sorted(group.images.tolist()) == [1, 3, 5, 7]
-        # Of all that are drawn the others do not smile.
+        # Of all that are drawn the others do not smile; they are in no other group either.
+        assert group.others is not None
+        assert sorted(group.others.tolist()) == [0, 2, 4, 6, 8]
         names, has = attribute_table(tmp_path)
         assert names == ("Smiling", "Young")
         assert torch.equal(has, torch.tensor([[i % 2 == 1, False] for i in range(11)]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from support.edits import ByHand
+from support.latent_runs import train
 
 from pyglow_fast.data import ImageSet, UnreadableImageError
 from pyglow_fast.latents import from_space, likeliest_class, to_space
@@ -93,6 +96,18 @@ def test_samples(digits_run: Path, text: str) -> None:
     assert opened.relabelled(opened.relabelled(picked, 1), None).label == picked.label
 
 
+def test_a_sample_is_that_of_the_checkpoint_that_it_is_looked_at_with(emoji_run: Path) -> None:
+    """So that its name in a command means the image that is shown; held-out images stay what they are."""
+    newest, image = OpenRun.open(str(emoji_run)), parse_image("sample:1:n=2")
+    RunFolder(emoji_run).checkpoint.unlink()
+    older = OpenRun.open(str(emoji_run))
+    found = newest.relabelled(older.pick(image), None)
+    assert torch.equal(found.levels, newest.pick(image).levels)
+    assert not torch.equal(found.levels, older.pick(image).levels)
+    held_out = older.pick(HeldOut(1))
+    assert newest.relabelled(held_out, held_out.label).levels is held_out.levels
+
+
 def test_spaces_and_classes(digits_run: Path, emoji_trained: Path) -> None:
     digits, emoji = OpenRun.open(str(digits_run)), OpenRun.open(str(emoji_trained))
     assert (digits.space, emoji.space) == ("latent", "noise")
@@ -103,6 +118,40 @@ def test_spaces_and_classes(digits_run: Path, emoji_trained: Path) -> None:
         emoji.label("Discs")
     with pytest.raises(ValueError, match=r"^train_images: expected a positive whole number, found 0$"):
         OpenRun.open(str(digits_run), train_images=0)
+
+
+def test_images_are_shared_by_the_checkpoints_of_a_run_alone(emoji_run: Path, digits_run: Path) -> None:
+    """Another run in the same folder has its own, even if its images would fit."""
+    newest = OpenRun.open(str(emoji_run))
+    RunFolder(emoji_run).checkpoint.unlink()
+    assert OpenRun.open(str(emoji_run), images=newest.images).images is newest.images
+    assert OpenRun.open(str(digits_run), images=newest.images).images is not newest.images
+    newest.checkpoint.config = replace(newest.checkpoint.config, seed=newest.checkpoint.config.seed + 1)
+    assert OpenRun.open(str(emoji_run), images=newest.images).images is not newest.images  # split otherwise
+
+
+def test_what_was_measured_waits_for_no_measurement(emoji_run: Path) -> None:
+    """Directions are there for a drag while another thread scores images."""
+    opened = OpenRun.open(str(emoji_run))
+    first = opened.directions("noise")
+    found: list[object] = []
+
+    def told(done: int, total: int) -> None:
+        dragging = threading.Thread(target=lambda: found.append(opened.directions("noise")), daemon=True)
+        dragging.start()
+        dragging.join(30)
+        assert found[-1:] == [first]
+
+    opened.scores(told)
+    assert found
+
+
+def test_the_device_that_was_asked_for_is_in_the_command(emoji_run: Path) -> None:
+    """Another one draws other samples."""
+    draw = Draw(1)
+    asked, any_device = (OpenRun.open(str(emoji_run), device=device) for device in ("cpu", "auto"))
+    assert Grid(asked, draw).made().command.endswith("--seed 0 --device cpu")
+    assert Grid(any_device, draw).made().command.endswith("--seed 0")
 
 
 @pytest.mark.parametrize("name", ["two\nlines", "esc\x1b[2J"])
@@ -195,3 +244,16 @@ def test_a_subject_is_edited_many_times(emoji_run: Path) -> None:
     assert torch.equal(subject.edited(Edit()).levels, subject.levels)
     with pytest.raises(ValueError, match=r"^keep: expected 2 shares, one a level, found 1$"):
         subject.edited(Edit((), (0.5,)))
+
+
+def test_images_go_on_to_the_next_checkpoint_of_the_same_run_alone(
+    emoji_run: Path, digits_run: Path, tmp_path: Path
+) -> None:
+    """Another run may take the place of the former: with other images, or the same ones in another split."""
+    first = OpenRun.open(str(emoji_run))
+    assert OpenRun.open(str(emoji_run), images=first.images).images is first.images
+    other = OpenRun.open(str(digits_run), images=first.images)
+    assert other.images.find()[0].name == "digits"
+    train("digits", tmp_path / "run", "--levels", "2", "--class-conditional", "--seed", "1")
+    again = OpenRun.open(str(tmp_path / "run"), images=other.images)
+    assert not torch.equal(again.images.find()[2], other.images.find()[2])

@@ -18,6 +18,7 @@ from support import web
 web.require("gradio")
 
 import gradio as gr  # noqa: E402
+from fastapi.testclient import TestClient  # noqa: E402
 
 from pyglow_fast.web import server  # noqa: E402
 from pyglow_fast.web.server import VARIABLE, bind, can_open_browser, check_host, credentials  # noqa: E402
@@ -131,10 +132,40 @@ def test_a_port_is_a_port(port: int) -> None:
         bind("127.0.0.1", port)
 
 
-@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
+@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid", "a" * 64, "a..b"])
 def test_an_address_of_another_machine_is_refused(host: str) -> None:
     with pytest.raises(ValueError, match=f"^host: expected an address of this machine, found {host}$"):
         bind(host, None)
+
+
+def test_those_who_left_are_forgotten(tmp_path: Path) -> None:
+    """Each reload of the page is another visit; who is there keeps what is on the desk."""
+    with gr.Blocks(analytics_enabled=False) as blocks:
+        state = gr.State("none")
+    server.application(blocks, tmp_path, "127.0.0.1", None, 1000, None, None, None)
+    holder = blocks.state_holder
+    holder["here"][state._id] = "mine"
+    for i in range(3 * server.SESSIONS):
+        holder[f"reload {i}"][state._id] = "another"
+        assert holder["here"][state._id] == "mine"
+    assert len(holder.session_data) <= server.SESSIONS + 1
+
+
+def test_uploads_that_nobody_reads_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else they would fill the disk."""
+    monkeypatch.setattr(server, "UPLOADS_LAST", 1)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    with gr.Blocks(analytics_enabled=False) as blocks:
+        gr.File()
+    gate = server.application(blocks, tmp_path, "127.0.0.1", None, 1000, None, None, None)
+    with TestClient(gate, base_url="http://127.0.0.1") as client:
+        answer = client.post("/gradio_api/upload", files={"files": ("a.png", b"some bytes")})
+        (path,) = answer.json()
+        assert Path(path).read_bytes() == b"some bytes"
+        end = time.monotonic() + 20
+        while Path(path).exists() and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not Path(path).exists()
 
 
 def open_stream(running: web.Server, path: str) -> HTTPConnection:

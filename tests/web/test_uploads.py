@@ -14,7 +14,15 @@ web.require("gradio")
 import gradio as gr  # noqa: E402
 from gradio.data_classes import FileData, ImageData, ListFiles  # noqa: E402
 
-from pyglow_fast.web.uploads import LONGEST_NAME, Upload, UploadedFiles, UploadedImage, clean_name, take  # noqa: E402
+from pyglow_fast.web.uploads import (  # noqa: E402
+    LONGEST_NAME,
+    MOST_FILES,
+    Upload,
+    UploadedFiles,
+    UploadedImage,
+    clean_name,
+    take,
+)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +112,17 @@ def test_the_components_hand_bytes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     assert files.preprocess(FileData(path=path, orig_name="cat.png")) == [expected]
     assert files.preprocess(None) == []
     assert (image.get_block_name(), files.get_block_name()) == ("image", "file")
+
+
+def test_too_many_files_are_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One file that is named often enough would fill the memory."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    one = FileData(path=str(stored(tmp_path)), orig_name="cat.png")
+    files = UploadedFiles(file_count="multiple")
+    assert len(files.preprocess(ListFiles(root=[one] * MOST_FILES))) == MOST_FILES
+    monkeypatch.setattr("pyglow_fast.web.uploads.take", lambda *args: pytest.fail("read"))
+    with pytest.raises(gr.Error, match="files: expected at most 64 at once, found 65"):
+        files.preprocess(ListFiles(root=[one] * 65))
 
 
 def test_no_stub_is_written_beside_the_components() -> None:

@@ -1,0 +1,178 @@
+"""The tabs of paths and of scores in a browser: pictures and numbers are those of the library."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from support import web
+
+web.require("gradio", "playwright", "chromium")
+
+from support.web_page import (  # noqa: E402
+    Site,
+    Visitor,
+    all_pixels,
+    data_of,
+    drag,
+    pixels,
+    set_slider,
+    slider,
+    wait_for,
+    written,
+)
+from support.web_runs import CLASSES, COLOUR, DIGITS, NAMES, encoded, photo  # noqa: E402
+
+from pyglow_fast.data import ImageSet, load_data, split  # noqa: E402
+from pyglow_fast.data.single import read_single  # noqa: E402
+from pyglow_fast.latents import interpolate  # noqa: E402
+from pyglow_fast.likelihood import dequantize  # noqa: E402
+from pyglow_fast.train import RunFolder, load_model, resolve_device, score_images, to_levels  # noqa: E402
+from pyglow_fast.train.figures import image_picture  # noqa: E402
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def path(site: Site, ends: tuple[int | bytes, int | bytes], times: list[float], spherical: bool = False) -> Tensor:
+    """Pictures of the path between two held-out images of the run in colours, or files."""
+    checkpoint = RunFolder(site.path(COLOUR)).load()
+    model = load_model(checkpoint, COLOUR, resolve_device("cpu")).freeze()
+    config = checkpoint.config
+    data = load_data(config.data)
+    _, held_out = split(data, config.data.held_out, config.seed)
+    both = []
+    for end in ends:
+        levels = (
+            data.batch(held_out[end : end + 1])[0][0]
+            if isinstance(end, int)
+            else read_single(end, "test", config.data, (3, 16, 16), 256)
+        )
+        half = torch.full((1, 3, 16, 16), 0.5)
+        both.append(dequantize(levels[None].long(), 256, noise=half))
+    levels = to_levels(interpolate(model, both[0], both[1], spherical=spherical, space="noise", times=times)[0], 256)
+    return torch.stack([image_picture(image, 256) for image in levels])
+
+
+def strip(visitor: Visitor) -> Tensor:
+    return all_pixels(visitor.page.locator("#path-strip button img"))
+
+
+def frame(visitor: Visitor) -> Tensor:
+    return pixels(visitor.page.locator("#path-frame img"))
+
+
+@pytest.fixture
+def walker(visitor: Visitor) -> Visitor:
+    visitor.choose_run(COLOUR)
+    visitor.tab("Interpolate")
+    return visitor
+
+
+def test_a_path(walker: Visitor, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By numbers, linear and on circles, at a point, by clicks on the strip; and what is saved."""
+    page = walker.page
+    ninths = [i / 8 for i in range(9)]
+    wait_for(lambda: strip(walker), path(site, (0, 1), ninths))
+    wait_for(lambda: frame(walker), path(site, (0, 1), [0.5])[0])
+    page.locator("#from-number input").fill("4")
+    wait_for(lambda: strip(walker), path(site, (4, 1), ninths))
+    page.locator("#to-number input").fill("7")
+    wait_for(lambda: strip(walker), path(site, (4, 7), ninths))
+    page.get_by_role("radio", name="spherical").check()
+    wait_for(lambda: strip(walker), path(site, (4, 7), ninths, True))
+    assert not torch.equal(path(site, (4, 7), ninths, True), path(site, (4, 7), ninths))
+    drag(page, "path-at", 0.3)
+    at = float(slider(page, "path-at").input_value())
+    assert 0.2 < at < 0.4
+    wait_for(lambda: frame(walker), path(site, (4, 7), [at], True)[0])
+    lines = walker.command("path-command").splitlines()
+    assert len(lines) == 2  # of the frame, and still of the strip
+    page.locator("#path-strip button").nth(6).click()
+    wait_for(lambda: frame(walker), path(site, (4, 7), [0.75], True)[0])
+    assert slider(page, "path-at").input_value() == "0.75"
+    set_slider(page, "path-steps", 4)
+    wait_for(lambda: strip(walker), path(site, (4, 7), [0, 1 / 3, 2 / 3, 1], True))
+    wait_for(lambda: "--steps 4 " in walker.command("path-command"), True)
+    one, whole = walker.command("path-command").splitlines()
+    assert walker.download("Save PNG", "path-frame") == written(site.folder, monkeypatch, one)
+    for link, suffix in (("Save the strip", "png"), ("Save as GIF", "gif"), ("Save as WebP", "webp")):
+        command = whole.replace("path.png", f"path.{suffix}")
+        assert walker.download(link, "path-strip") == written(site.folder, monkeypatch, command)
+
+
+def test_ends_that_are_no_held_out_images(walker: Visitor, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An upload, the image under Edit; then a number that stands there already."""
+    page, ninths = walker.page, [i / 8 for i in range(9)]
+    data = encoded(photo(40, 30), "PNG")
+    walker.give("to-upload", ("my picture.png", data))
+    wait_for(lambda: strip(walker), path(site, (0, data), ninths))
+    (site.folder / "my picture.png").write_bytes(data)
+    wait_for(lambda: "my picture.png' --space noise --steps" in walker.command("path-command"), True)
+    assert walker.download("Save the strip", "path-strip") == written(
+        site.folder, monkeypatch, walker.command("path-command").splitlines()[1]
+    )
+    walker.tab("Edit")
+    page.get_by_role("button", name="held-out image 3:").click()
+    wait_for(lambda: " 3 --space" in walker.command("edit-command"), True)
+    walker.tab("Interpolate")
+    page.get_by_role("button", name="from: the image under Edit").click()
+    wait_for(lambda: strip(walker), path(site, (3, data), ninths))
+    page.locator("#from-number input").press("Enter")
+    wait_for(lambda: strip(walker), path(site, (0, data), ninths))
+
+
+def bits(site: Site, name: str, data: bytes, label: int | None) -> float:
+    """Bits/dim of a file by itself."""
+    checkpoint = RunFolder(site.path(name)).load()
+    model = load_model(checkpoint, name, resolve_device("cpu")).freeze()
+    levels = read_single(data, "test", checkpoint.config.data, (3, 16, 16), 256)
+    labels = None if label is None else torch.tensor([label])
+    names = () if label is None else checkpoint.data.class_names
+    return float(score_images(model, ImageSet("one", levels[None], 256, labels, names), 1, seed=0).bits_per_dim[0])
+
+
+@pytest.mark.drawn
+def test_scores(visitor: Visitor, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several files, with hostile names; the table, the CSV and the histogram."""
+    visitor.choose_run(COLOUR)
+    visitor.tab("Score")
+    names = ["<img src=x onerror=alert(1)>.png", "{{7*7}} ${1+1}.png", "=1+1.png"]
+    files = [(name, encoded(photo(20 + i, 30, i), "PNG")) for i, name in enumerate(names)]
+    for name, data in files:
+        (site.folder / name).write_bytes(data)
+    visitor.give("score-files", *files)
+    cells = visitor.page.locator("#scores tbody tr")
+    wait_for(cells.count, 3)
+    shown = cells.evaluate_all("rows => rows.map(row => [...row.cells].map(cell => cell.innerText))")
+    assert [row[1] for row in shown] == names
+    assert [row[2] for row in shown] == [f"{bits(site, COLOUR, data, None):.3f}" for _, data in files]
+    assert all(row[3].endswith("%") for row in shown)
+    command = visitor.command("score-command")
+    csv_command, _, picture = command.partition(" --picture ")
+    assert picture == "scores.png"
+    assert visitor.download("Save CSV", "scores") == written(site.folder, monkeypatch, csv_command)
+    saved = visitor.download("Save PNG", "scores")
+    written(site.folder, monkeypatch, command)
+    drawn = site.folder / "scores.png"
+    assert saved == drawn.read_bytes()
+    assert saved == data_of(visitor.page.locator("#scores .pgf-plot").get_attribute("src") or "")
+    drawn.unlink()
+    assert visitor.page.locator("[onerror]").count() == 0
+    visitor.give("score-files", files[1])
+    wait_for(cells.count, 1)
+
+
+def test_scores_of_a_run_with_classes(visitor: Visitor, site: Site) -> None:
+    """Each under its likeliest class, which the table names."""
+    visitor.choose_run(CLASSES)
+    visitor.tab("Score")
+    data = encoded(photo(20, 20), "PNG")
+    visitor.give("score-files", ("a.png", data))
+    row = visitor.page.locator("#scores tbody tr")
+    row.wait_for()
+    cells = row.evaluate("row => [...row.cells].map(cell => cell.innerText)")
+    label = sorted(NAMES).index(cells[4])
+    assert cells[2] == f"{bits(site, CLASSES, data, label):.3f}"
+    assert DIGITS not in visitor.command("score-command")

@@ -1,0 +1,103 @@
+"""Runs that change while they are looked at, and faults of the page itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from support import web
+
+web.require("gradio", "playwright", "chromium")
+
+from support.web_page import PLACES, Site, Visitor, all_pixels, set_slider, wait_for  # noqa: E402
+from support.web_runs import COLOUR, DIGITS  # noqa: E402
+
+from pyglow_fast.train import Checkpoint, RunFolder, load_model, resolve_device, to_levels  # noqa: E402
+from pyglow_fast.train.figures import image_picture  # noqa: E402
+from pyglow_fast.web.sample_tab import SHOWN  # noqa: E402
+
+
+@pytest.fixture
+def training(site: Site) -> Iterator[RunFolder]:
+    """A run that may be changed."""
+    folder = site.path("zz training")
+    shutil.copytree(site.path(COLOUR), folder)
+    yield RunFolder(folder)
+    shutil.rmtree(folder)
+
+
+def sampled(checkpoint: Checkpoint, n: int) -> torch.Tensor:
+    model = load_model(checkpoint, "run", resolve_device("cpu")).freeze()
+    levels = to_levels(model.sample(n, 0.7, generator=torch.Generator().manual_seed(0)), 256)
+    return torch.stack([image_picture(image, 256) for image in levels])
+
+
+def test_the_newest_whole_checkpoint_is_used(training: RunFolder, visitor: Visitor) -> None:
+    """By the next action: in Sample, in Edit, and not one of which a half was written."""
+    page = visitor.page
+
+    def shown() -> torch.Tensor:
+        return all_pixels(page.locator("#samples button img"))
+
+    visitor.choose_run("zz training")
+    first = training.load()
+    wait_for(shown, sampled(first, SHOWN))
+    visitor.tab("Edit")
+    before = visitor.caption("original")
+    for name, value in first.model.items():
+        if value.dim() == 4 and value.shape[-1] == 3:  # kernels of the nets
+            first.model[name] = value + 0.02 * torch.randn_like(value)
+    first.ema = {}
+    first.progress["step"] = 1000
+    training.save(first, keep=9)
+    second = training.load()
+    assert not torch.equal(sampled(second, 5), shown()[:5])
+    set_slider(page, "keep-1", 0.9)
+    wait_for(lambda: visitor.caption("original") not in ("", before), True)
+    visitor.tab("Sample")
+    set_slider(page, "sample-n", 5)
+    wait_for(shown, sampled(second, 5))
+    torn = training.checkpoint.read_bytes()
+    (training.checkpoints / "step-0002000.safetensors").write_bytes(torn[: len(torn) // 2])
+    set_slider(page, "sample-n", 6)
+    wait_for(shown, sampled(second, 6))
+    assert page.get_by_test_id("toast-text").count() == 0
+
+
+FAULTY = """
+import json, sys
+import pyglow_fast.web.sample_tab as tab
+from pyglow_fast.cli import main
+drawn = tab.SampleTab.draw
+def draw(self, desk, temperature, label, n, seed):
+    if n == 13:
+        raise RuntimeError("/srv/secret/folder is broken")
+    return drawn(self, desk, temperature, label, n, seed)
+tab.SampleTab.draw = draw
+sys.exit(main(json.loads(sys.argv[1])))
+"""
+
+
+def test_a_fault_is_one_sentence(site: Site, visitors: Callable[..., Visitor], tmp_path: Path) -> None:
+    """The log has its traceback, the page no path; and the next action works."""
+    shutil.copytree(site.path(DIGITS), tmp_path / "runs" / DIGITS)
+    words = ["serve", "runs", "--no-browser", "--device", "cpu"]
+    with web.Server(["-c", FAULTY, json.dumps(words)], tmp_path) as server:
+        visitor = visitors(opened=False)
+        visitor.site = Site(server, tmp_path)
+        visitor.open()
+        for name in (*PLACES, "Sample"):  # a message goes when another event begins
+            visitor.tab(name)
+        set_slider(visitor.page, "sample-n", 13)
+        said = visitor.toast()
+        assert said == "RuntimeError: this should not have happened; the traceback is in the log of the server."
+        assert "secret" not in visitor.page.content()
+        wait_for(lambda: "RuntimeError: /srv/secret/folder is broken" in server.log(), True)
+        assert "Traceback" in server.log()
+        set_slider(visitor.page, "sample-n", 3)
+        wait_for(visitor.page.locator("#samples button").count, 3)
+        visitor.page.goto("about:blank")

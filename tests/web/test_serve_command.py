@@ -1,0 +1,68 @@
+"""What the command ``serve`` refuses before it serves, and what of the environment it does not heed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from support import web
+
+web.require("gradio")
+
+from pyglow_fast import web as package  # noqa: E402
+from pyglow_fast.cli import main  # noqa: E402
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> str:
+    """What counts as a run until it is opened."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text("")
+    return str(tmp_path / "run")
+
+
+@pytest.mark.parametrize("version", ["5.49.1", "4.0", "?"])
+def test_a_gradio_that_is_too_old(
+    version: str, run: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = ModuleType("gradio")
+    old.__version__ = version  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "gradio", old)
+    assert main(["serve", run]) == 2
+    wanted = 'gradio: expected version 6 or newer (pip install --upgrade "pyglow-fast[web]")'
+    assert capsys.readouterr().err == f"error: {wanted}, found {version}\n"
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_there_is_not(device: str, run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """At once, not when the page is used."""
+    assert main(["serve", run, "--device", device]) == 2
+    assert capsys.readouterr().err.startswith("error: device: expected")
+
+
+def test_settings_of_gradio_are_left_out(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come back; a browser that is opened keeps its proxy."""
+    seen: dict[str, str] = {}
+
+    def serve(page: Any, **options: Any) -> None:
+        seen.update(os.environ)
+
+    monkeypatch.setattr(package, "serve", serve)
+    for name in ("GRADIO_VIBE_MODE", "GRADIO_SHARE", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "1")
+    assert main(["serve", run]) == 0
+    assert "HTTP_PROXY" in seen
+    assert not [name for name in seen if name.startswith("GRADIO_")]
+    assert os.environ["GRADIO_VIBE_MODE"] == os.environ["GRADIO_SHARE"] == "1"
+
+
+def test_odd_settings_and_proxies_do_not_hinder_the_start(run: str, tmp_path: Path) -> None:
+    """Those that Gradio, when imported, takes for a number or cannot speak with."""
+    odd = {"GRADIO_SERVER_PORT": "x", "ALL_PROXY": "socks5://127.0.0.1:9", "all_proxy": "nonsense"}
+    code = "import sys\nfrom pyglow_fast.cli import main\nsys.exit(main(sys.argv[1:]))"
+    with web.Server(["-c", code, "serve", run, "--no-browser"], tmp_path, **odd) as running:
+        assert running.log() == ""
