@@ -36,15 +36,16 @@ class FolderLock:
         try:
             yield
         finally:
-            self._give_back()
+            self._close()
+            self._is_held = False
 
     @property
     def is_lost(self) -> bool:
         """Whether it was held, and the file is not there any more or is another one."""
-        if not self._is_held or self._handle is None:
+        if not self._is_held:
             return False
         try:
-            return not os.path.samestat(os.fstat(self._handle), os.stat(self.path))
+            return self._handle is None or not os.path.samestat(os.fstat(self._handle), os.stat(self.path))
         except OSError:
             return True
 
@@ -52,10 +53,10 @@ class FolderLock:
         """Hold the lock of the file that is there now, or of a new one.
 
         Raises:
-            FolderError: somebody else holds it.
+            FolderError: somebody else holds it, and this one stays lost.
             OSError: the file cannot be made.
         """
-        self._give_back()
+        self._close()
         self._take()
 
     def _take(self) -> None:
@@ -69,17 +70,17 @@ class FolderLock:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._is_held = True
         except BlockingIOError:
-            self._give_back()
+            self._close()
             where = repr(str(self.path.parent))
             raise FolderError(f"out: expected a run that no other process trains, found one in {where}") from None
         except OSError:
             pass  # no locks there
 
-    def _give_back(self) -> None:
+    def _close(self) -> None:
         if self._handle is not None:
             _handles.discard(self._handle)
             os.close(self._handle)
-        self._handle, self._is_held = None, False
+        self._handle = None
 
 
 _handles: set[int] = set()  # of the folders that this process trains in

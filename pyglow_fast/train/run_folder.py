@@ -19,7 +19,7 @@ from pyglow_fast.models import Glow
 from pyglow_fast.train.checkpoint import Checkpoint
 from pyglow_fast.train.config import ADJUSTABLE, TrainConfig
 from pyglow_fast.train.config_file import read_config, to_toml
-from pyglow_fast.train.files import TEMPORARY, refusing, write_text
+from pyglow_fast.train.files import TEMPORARY, FolderError, refusing, write_text
 from pyglow_fast.train.folder_lock import FolderLock
 
 _STEP = "step-{:07d}.safetensors"
@@ -56,7 +56,11 @@ class RunFolder:
     @property
     def checkpoint(self) -> Path:
         """The newest checkpoint; where there is none yet, the first that there will be."""
-        return next(iter(self.saved()), self.checkpoints / _STEP.format(0))
+        return next(iter(self.saved()), self.of_step(0))
+
+    def of_step(self, step: int) -> Path:
+        """The checkpoint of that step, be it there or not."""
+        return self.checkpoints / _STEP.format(step)
 
     def save(self, checkpoint: Checkpoint, keep: int) -> None:
         """Write a checkpoint, then remove the oldest ones beyond ``keep``, and none that claims to be newer.
@@ -66,7 +70,7 @@ class RunFolder:
         """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         step = checkpoint.progress["step"]
-        path = self.checkpoints / _STEP.format(step)
+        path = self.of_step(step)
         try:
             checkpoint.save(path)
         except OSError:
@@ -172,11 +176,10 @@ class RunFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         if self.is_lost:
-            is_new = not self.lock.exists()
-            self._lock.take_again()
-            where = repr(str(self.path))
-            if not is_new and self.exists:
+            if self.exists and self.lock.exists():
+                where = repr(str(self.path))
                 raise FolderError(f"out: expected the folder of this run, found that of another one in {where}")
+            self._lock.take_again()
 
     def mark(self) -> tuple[Any, ...]:
         """What tells whether a run was trained, or its settings changed, since this was asked before."""

@@ -72,7 +72,7 @@ def resume(
         expect(same_kind, "data", f"{config.data.name!r}, as the run was started with", repr(data_name))
         config = replace(config, data=replace(config.data, name=data_name))
     state = TrainState(config, load_data(config.data) if data is None else data, ranks)
-    state.restore(checkpoint, str(folder.checkpoint))
+    state.restore(checkpoint, str(folder.of_step(checkpoint.progress["step"])))
     if config.eval_images != checkpoint.config.eval_images:  # scores of other images are not compared
         state.progress.best, state.progress.stale = None, 0
     done = _done(state)
