@@ -15,8 +15,8 @@ from pyglow_fast.train.evaluation import (
     score_images,
 )
 from pyglow_fast.train.feed import InputLostError
-from pyglow_fast.train.files import FolderError
 from pyglow_fast.train.figures import class_columns, class_cycle, save_curve, save_grid, to_levels
+from pyglow_fast.train.files import FolderError
 from pyglow_fast.train.labelled import GridRow, labelled_grid, save_labelled_grid
 from pyglow_fast.train.loop import Result, Run
 from pyglow_fast.train.optim import OPTIMIZERS, learning_rate, make_optimizer

@@ -5,8 +5,8 @@ entry is a JSON object with the format version, the configuration, the progress,
 and a digest of the file, so that a damaged one never passes for a good one. One file, because one file can be replaced
 atomically.
 
-The digest is that of every byte, with zeros where it stands itself. Files of format 2, whose digest is that of the tensors
-alone, are read too, as runs of former versions go on from them; what is written is format 3.
+The digest is that of every byte, with zeros where it stands itself. Files of format 2, whose digest is that of the
+tensors alone, are read too, as runs of former versions go on from them; what is written is format 3.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def _read(file: BinaryIO, name: str) -> tuple[dict[str, Any], dict[str, Tensor],
         outer = read_header(file)
     except ValueError as error:
         raise ValueError(f"{name}: expected a complete safetensors file, found {error}") from error
-    text = outer.metadata.get(_HEADER)
+    text: Any = outer.metadata.get(_HEADER)
     expect(isinstance(text, str), name, "a checkpoint of pyglow_fast", "another safetensors file")
     header = _parse(name, text)
     of_tensors = header["format"] == _TENSORS_ALONE

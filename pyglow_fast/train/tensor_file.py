@@ -1,7 +1,7 @@
 """Reading a safetensors file in one pass: nothing stays mapped to it, and its bytes can be hashed as they come.
 
-The library maps a file, whose pages fault when it is truncated later, or copies a content that is in memory already. Here
-each tensor is read to its place. Processors are little-endian, as the format is.
+The library maps a file, whose pages fault when it is truncated later, or copies a content that is in memory already.
+Here each tensor is read to its place. Processors are little-endian, as the format is.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def read_tensors(
         tensors[name] = torch.empty(shape, dtype=dtype)
         if tensors[name].numel() == 0:
             continue
-        space = memoryview(tensors[name].view(-1).view(torch.uint8).numpy())
+        space: Any = memoryview(tensors[name].view(-1).view(torch.uint8).numpy().data)
         for begin in range(0, len(space), _CHUNK):
             part = space[begin : begin + _CHUNK]
             if file.readinto(part) != len(part):  # type: ignore[attr-defined]

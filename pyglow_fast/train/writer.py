@@ -12,8 +12,8 @@ from pyglow_fast.train.board import Board
 from pyglow_fast.train.checkpoint import Checkpoint
 from pyglow_fast.train.config import TrainConfig
 from pyglow_fast.train.figures import class_columns, grid, save_picture
-from pyglow_fast.train.metrics import MetricsLog, Row, read_metrics
 from pyglow_fast.train.files import refusing
+from pyglow_fast.train.metrics import MetricsLog, Row, read_metrics
 from pyglow_fast.train.run_folder import RunFolder
 
 

@@ -79,9 +79,7 @@ def test_a_file_that_goes_away_before_it_is_opened(
     path = tmp_path / "x.safetensors"
     state.checkpoint().save(path)
     monkeypatch.setattr(Path, "is_file", lambda self: self.unlink() is None)
-    with pytest.raises(
-        ValueError, match=r"x.safetensors: expected a checkpoint file that can be read, found .*No such"
-    ):
+    with pytest.raises(ValueError, match=r"x.safetensors: expected a checkpoint file that can be read, found"):
         Checkpoint.load(path)
 
 

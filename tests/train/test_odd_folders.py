@@ -1,4 +1,4 @@
-"""What may stand in a run's folder instead of the files that belong there: folders, links, and files that nobody reads."""
+"""What may stand in a run's folder instead of its files: folders, links, and files that nobody can read."""
 
 from __future__ import annotations
 
