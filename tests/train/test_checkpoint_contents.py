@@ -103,7 +103,9 @@ def test_a_run_whose_checkpoints_are_of_the_former_format(
     train(tiny_config(max_steps=6), tmp_path / "run", tiny_images)
     folder = RunFolder(tmp_path / "run")
     as_format_2(folder.checkpoint)
-    resume(str(tmp_path / "run"), max_steps=12).execute(quiet=True)
+    run = resume(str(tmp_path / "run"), max_steps=12)
+    assert run.state.progress.step == 6
+    run.execute(quiet=True)
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
     with safe_open(folder.checkpoint, "pt") as file:
         assert json.loads(file.metadata()["pyglow_fast"])["format"] == 3
