@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -9,10 +10,30 @@ import torch
 from pyglow_fast._tracing import is_batched, is_traced
 
 _STATES = (torch.float32, torch.float64)
+# What a terminal acts on rather than shows: control characters (ESC begins a command, line ends make a second line of
+# one), Unicode's line ends, what turns the direction of writing, and lone surrogates, which no output can encode.
+_ACTING = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class SingularMatrixError(ValueError):
     """A matrix of the flow has no inverse."""
+
+
+def visible(text: str, lines: bool = False) -> str:
+    r"""A text as a terminal may show it: what would act there is written out, as \n, \x1b, \u202e or \udcff.
+
+    Names of files and classes and the values in a configuration may hold anything; a file's name that is no UTF-8 has
+    lone surrogates. Every other text stays as it is, so that a second time changes nothing.
+
+    Args:
+        text: any.
+        lines: it may have several lines of its own: their ends stay.
+    """
+    return _ACTING.sub(lambda found: _written_out(found.group(), lines), text)
+
+
+def _written_out(character: str, lines: bool) -> str:
+    return character if lines and character == "\n" else character.encode("unicode_escape").decode()
 
 
 def expect(condition: bool, argument: str, expected: str, found: Any) -> None:
@@ -22,15 +43,21 @@ def expect(condition: bool, argument: str, expected: str, found: Any) -> None:
         condition: what must be true.
         argument: the name the caller knows the value by.
         expected: what it must be, in words.
-        found: the offending value, shown with ``str``.
+        found: the offending value, shown with ``str``; the whole message is made :func:`visible`.
     """
     if not condition:
-        raise ValueError(f"{argument}: expected {expected}, found {found}")
+        raise ValueError(visible(f"{argument}: expected {expected}, found {found}"))
 
 
 def check_count(name: str, value: int, least: int = 1) -> None:
     """Refuse a size that is not an int of at least ``least``."""
     expect(isinstance(value, int) and value >= least, name, f"an int, at least {least}", repr(value))
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that is not in 0..2^63-1, which is what torch's generators take."""
+    expect(seed >= 0, "seed", "a whole number, 0 or more", seed)
+    expect(seed < 2**63, "seed", f"at most {2**63 - 1}", seed)
 
 
 def check_input(name: str, x: torch.Tensor, channels: int, like: torch.Tensor | None = None) -> None:

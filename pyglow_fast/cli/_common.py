@@ -12,15 +12,27 @@ from typing import Any, NoReturn
 
 import torch
 
-from pyglow_fast._errors import expect
+from pyglow_fast._errors import expect, visible
 from pyglow_fast.data import Yardstick, optional
 from pyglow_fast.models import Glow
 from pyglow_fast.studio.commands import Made
 from pyglow_fast.studio.opened import TRAIN_IMAGES, OpenRun, Progress
 from pyglow_fast.train import Checkpoint, RunFolder, Score, load_model, resolve_device
+from pyglow_fast.train.figures import MOST_IMAGES
 from pyglow_fast.train.files import replacing
 
 LOOSE = ("folder", "photos")  # images that are whatever lies below a folder: a file more there would be one of them
+
+
+# Above these a number is a slip of the pen, and what came of it would say less: a traceback, or no end.
+_MOST = {
+    "n": MOST_IMAGES,
+    "columns": MOST_IMAGES,
+    "scale": 256,
+    "steps": 1000,  # of a path
+    "samples": 10_000,  # each goes through all images once more
+    "batch_size": 1 << 16,
+}
 
 
 class InputError(Exception):
@@ -37,6 +49,16 @@ def user_input() -> Iterator[None]:
         yield
     except ValueError as error:
         raise InputError(str(error)) from error
+
+
+def say(text: object, lines: bool = False) -> None:
+    """Print a line, or a text that has lines of its own, in which nothing acts on the terminal."""
+    print(visible(str(text), lines))
+
+
+def say_error(error: object, lines: bool = False) -> None:
+    """Print an error, in one line unless it has lines of its own."""
+    print(f"error: {visible(str(error), lines)}", file=sys.stderr)
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,7 +83,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with 2."""
-        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        say_error(f"{message} (see {self.prog} --help)")
         raise SystemExit(2)
 
 
@@ -79,6 +101,19 @@ def number(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a number, found {text!r}") from None
+
+
+def check_counts(args: argparse.Namespace, *names: str) -> None:
+    """Refuse those of the options that are given and are below 1, or above what they may be.
+
+    Raises:
+        ValueError: one is.
+    """
+    for name in names:
+        value = getattr(args, name)
+        expect(value is None or value >= 1, name, "a positive whole number", value)
+        most = _MOST.get(name, sys.maxsize)
+        expect(value is None or value <= most, name, f"at most {most}", value)
 
 
 def folder_name(text: str) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pyglow_fast._errors import expect
-from pyglow_fast.cli._common import number, user_input, whole
+from pyglow_fast._errors import check_seed, expect
+from pyglow_fast.cli._common import check_counts, number, user_input, whole
 from pyglow_fast.data import Batch, Images, optional
 from pyglow_fast.latents import DEFAULT_SPACE, SPACES
 from pyglow_fast.studio.reading import read as reading_of
@@ -50,10 +50,8 @@ def check_options(args: argparse.Namespace, *positive: str) -> None:
     """
     for module in ("PIL.ImageDraw", "PIL.ImageFont", "matplotlib"):
         optional(module, "labelled pictures")
-    for name in (*positive, "scale"):
-        value = getattr(args, name)
-        expect(value is None or value >= 1, name, "a positive whole number", value)
-    expect(0 <= args.seed < 2**63, "seed", "a whole number, 0 or more", args.seed)
+    check_counts(args, *positive, "scale")
+    check_seed(args.seed)
     temperature = getattr(args, "temperature", 0.0)
     expect(0.0 <= temperature < float("inf"), "temperature", "a number, 0 or more", temperature)
 

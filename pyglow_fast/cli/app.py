@@ -33,8 +33,8 @@ from pyglow_fast.cli import (
     temperatures,
     train,
 )
-from pyglow_fast.cli._common import InputError, Parser
-from pyglow_fast.data import MissingExtraError
+from pyglow_fast.cli._common import InputError, Parser, say_error
+from pyglow_fast.data import MissingExtraError, UnreadableImageError
 from pyglow_fast.train import FolderError, InputLostError, RankError, SaveError, TrainingDivergedError
 
 NO_MEMORY = "can't allocate memory"  # in what torch raises on the CPU
@@ -107,24 +107,24 @@ def _run(argv: Sequence[str] | None) -> int:
         return stop.code if isinstance(stop.code, int) else 2
     try:
         code: int = args.run_command(args)
-    except (InputError, FolderError, MissingExtraError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (InputError, FolderError, MissingExtraError, UnreadableImageError) as error:
+        say_error(error)
         return 2
     except (TrainingDivergedError, InputLostError, RankError, SaveError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error, lines=True)
         return 1
     except BrokenPipeError:
         raise  # see main
     except OSError as error:  # a disk that is full, a folder that went away
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error)
         return 1
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or NO_MEMORY in str(error)):
             raise
         what = str(error).split("\n")[0]
-        print(f"error: not enough memory{f': {what}' if what else ''}", file=sys.stderr)
+        say_error(f"not enough memory{f': {what}' if what else ''}")
         return 1
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+        say_error("interrupted")
         return 130
     return code

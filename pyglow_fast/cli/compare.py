@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 
 from pyglow_fast._errors import expect
-from pyglow_fast.cli._common import folder_name, user_input, whole
+from pyglow_fast.cli._common import folder_name, say, user_input, whole
 from pyglow_fast.cli._train_options import add_options
 from pyglow_fast.cli.train import gathered, make_config
 from pyglow_fast.data import DATA_HELP
@@ -91,9 +91,10 @@ def run(args: argparse.Namespace) -> int:
         configs = variants(base, args.permutations, args.couplings, args.seeds, args.checkerboards)
         comparison = Comparison(configs, args.out, data)
     signum = comparison.execute(args.quiet)
-    print(f"\n{comparison.write()}")
+    say(f"\n{comparison.write()}", lines=True)
     if signum is not None:
-        print(f"stopped; the same command goes on in {args.out}")
+        say(f"stopped; the same command goes on in {args.out}")
         return 128 + signum
-    print("\n".join(str(path) for path in comparison.files))
+    for path in comparison.files:
+        say(path)
     return 1 if comparison.failures else 0

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pyglow_fast._errors import expect
-from pyglow_fast.cli._common import user_input, whole
+from pyglow_fast.cli._common import say, user_input, whole
 from pyglow_fast.interop import convert
 from pyglow_fast.interop.convert.files import check_target
 from pyglow_fast.models import Glow
@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
             convert.write_tensors(out, content)
     config = model.config
     about = f"L {config.n_levels}, K {config.n_steps}, hidden {config.hidden}, {config.coupling}, {config.permutation}"
-    print(f"{args.format} -> {args.to}: {'x'.join(map(str, config.image_shape))}, {about}: {out}")
+    say(f"{args.format} -> {args.to}: {'x'.join(map(str, config.image_shape))}, {about}: {out}")
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from pyglow_fast._errors import expect
-from pyglow_fast.cli._common import InputError, folder_name, user_input
+from pyglow_fast.cli._common import InputError, folder_name, say, user_input
 from pyglow_fast.data import FETCHABLE, FetchError, data_folder, fetch
 
 
@@ -35,12 +35,12 @@ def run(args: argparse.Namespace) -> int:
     with user_input():
         expect(args.to is None or args.name is not None, "to", "the name of a data set with it", "none")
         if args.name is None:
-            print(listing())
+            say(listing(), lines=True)
             return 0
         try:
             folder, was_there = fetch(args.name, args.to)
         except FetchError as error:
             raise InputError(str(error)) from error
-    print(f"{args.name} {'was there and is whole' if was_there else 'fetched'}: {folder}")
-    print(FETCHABLE[args.name].licence, "-", FETCHABLE[args.name].about)
+    say(f"{args.name} {'was there and is whole' if was_there else 'fetched'}: {folder}")
+    say(f"{FETCHABLE[args.name].licence} - {FETCHABLE[args.name].about}")
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from pyglow_fast.cli._common import folder_name, number, user_input, whole
+from pyglow_fast.cli._common import folder_name, number, say, user_input, whole
 from pyglow_fast.cli.train import finish, make_config
 from pyglow_fast.train import start
 
@@ -30,5 +30,5 @@ def run(args: argparse.Namespace) -> int:
     with user_input():
         config, data = make_config(given, "digits")
         ready = start(config, args.out, args.overwrite, data)
-    print(f"training on {len(ready.state.train)} handwritten digits; {len(ready.state.held_out)} are held out")
+    say(f"training on {len(ready.state.train)} handwritten digits; {len(ready.state.held_out)} are held out")
     return finish(ready.execute(), ready.folder)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
-from pyglow_fast.cli._common import folder_name, open_run, picture_path, stream, user_input, whole
+from pyglow_fast.cli._common import folder_name, open_run, picture_path, say, stream, user_input, whole
 from pyglow_fast.cli._latents import add_picture, add_temperature, check_options, not_finite_note, save
 from pyglow_fast.data import Images
 from pyglow_fast.likelihood import count_not_finite
@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
         shape = f"L = {config.n_levels}, K = {config.n_steps}"
         x = _samples(item, args)
         parameters = sum(parameter.numel() for parameter in item.model.parameters())
-        print(
+        say(
             f"{item.name} at step {step}: {shape}, {parameters:,} parameters, {score.mean:.3f} ± "
             f"{score.error:.3f} bits/dim held out ({score.source}){not_finite_note(count_not_finite(x), 'samples')}"
         )
@@ -141,8 +141,8 @@ def run(args: argparse.Namespace) -> int:
         rows += [(label if i == 0 else "", part) for i, part in enumerate(x.split(args.columns))]
     splits = {(item.checkpoint.config.seed, item.checkpoint.config.data.held_out) for item in opened}
     if len(splits) > 1:
-        print("note: the runs differ in --seed or --held-out; where the split is random, so do their held-out images")
+        say("note: the runs differ in --seed or --held-out; where the split is random, so do their held-out images")
     title = f"samples at temperature {args.temperature:g}, seed {args.seed}"
     save(out, rows, n_bins, [], title, args.scale)
-    print(f"{args.n} samples of each: {out}")
+    say(f"{args.n} samples of each: {out}")
     return 0

@@ -9,10 +9,12 @@ import torch
 from pyglow_fast._errors import expect
 from pyglow_fast.cli._common import (
     add_run,
+    check_counts,
     number,
     open_to_look,
     picture_path,
     progress_bar,
+    say,
     user_input,
     whole,
     write_made,
@@ -86,7 +88,7 @@ def adds_of(given: list[list[str]] | None) -> tuple[Add, ...]:
 def run(args: argparse.Namespace) -> int:
     """Edit; returns the exit code."""
     with user_input():
-        expect(args.scale >= 1, "scale", "a positive whole number", args.scale)
+        check_counts(args, "scale")
         edit = Edit(adds_of(args.add), tuple(args.keep or ()))
         for share in edit.keep:
             expect(0.0 <= share <= 1.0, "keep", "shares in 0..1", share)
@@ -109,9 +111,9 @@ def run(args: argparse.Namespace) -> int:
     shown = found.levels if found.shifted is None else found.shifted
     write_made(subject.made(shown, edit, args.pixel_shift, args.scale), out)
     if not found.finite and not args.pixel_shift:
-        print("note: parts of the edit are not finite, shown grey: it leads out of the model's range")
+        say("note: parts of the edit are not finite, shown grey: it leads out of the model's range")
     with progress_bar("bits/dim of the run's images") as progress:
         for name, levels in (("before", subject.levels), ("after", shown)):
-            print(f"{name}: {likelihood_text(opened, opened.bits(levels, picked.label), progress)}")
-    print(f"picture: {out}")
+            say(f"{name}: {likelihood_text(opened, opened.bits(levels, picked.label), progress)}")
+    say(f"picture: {out}")
     return 0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from pyglow_fast._errors import expect
-from pyglow_fast.cli._common import add_run, open_run, table, user_input, whole
+from pyglow_fast._errors import check_seed
+from pyglow_fast.cli._common import add_run, check_counts, open_run, say, table, user_input, whole
 from pyglow_fast.cli._images import add_images, images_of
 from pyglow_fast.data import measure_yardsticks
 from pyglow_fast.studio.selection import trained_on
@@ -26,22 +26,22 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate; returns the exit code."""
     with user_input():
-        expect(args.batch_size >= 1, "batch_size", "a positive whole number", args.batch_size)
-        expect(0 <= args.seed < 2**63, "seed", "a whole number, 0 or more", args.seed)
+        check_counts(args, "batch_size")
+        check_seed(args.seed)
         _, checkpoint, model = open_run(args)
         images, train, part = images_of(args, checkpoint, model)
     score = evaluate(model, images, args.batch_size, args.seed)
-    print(f"{args.run} at step {checkpoint.progress['step']} on {images.name}, {part}:")
+    say(f"{args.run} at step {checkpoint.progress['step']} on {images.name}, {part}:")
     other = train is None
     if train is None:
         # The histogram model may know what the model knows: the run's training images, not those that are scored.
         train = trained_on(checkpoint)
-    print(table({"model": score}, measure_yardsticks(train, images)))
+    say(table({"model": score}, measure_yardsticks(train, images)), lines=True)
     if train is None:
-        print(
+        say(
             "  (no histogram model: it would be fitted on the images that the run was trained on, but "
             f"{checkpoint.config.data.name} is no longer there or has changed)"
         )
     elif other:
-        print(f"  (the histogram model was fitted on the run's own training images, {train.name})")
+        say(f"  (the histogram model was fitted on the run's own training images, {train.name})")
     return 0

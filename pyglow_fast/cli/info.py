@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from pyglow_fast import info
+from pyglow_fast.cli._common import say
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -16,5 +17,5 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the facts; returns the exit code."""
-    print(info.report())
+    say(info.report(), lines=True)
     return 0

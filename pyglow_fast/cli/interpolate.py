@@ -11,11 +11,13 @@ from torch import Tensor
 from pyglow_fast._errors import expect
 from pyglow_fast.cli._common import (
     add_run,
+    check_counts,
     number,
     open_run,
     open_to_look,
     output_path,
     picture_path,
+    say,
     user_input,
     whole,
     write_made,
@@ -113,6 +115,7 @@ def _between(args: argparse.Namespace) -> int:
         for name, value in (("from", args.first), ("to", args.last)):
             expect(value is not None, name, "an image, since the other end is given", "none")
         expect(args.steps >= 2, "steps", "a whole number, 2 or more (both ends are steps)", args.steps)
+        check_counts(args, "steps")
         expect(args.at is None or 0.0 <= args.at <= 1.0, "at", "a number in 0..1", args.at)
         expect(args.seed == 0, "seed", "DATA beside it, not --from and --to", args.seed)
         images = (parse_image(args.first, "from"), parse_image(args.last, "to"))
@@ -132,7 +135,7 @@ def _between(args: argparse.Namespace) -> int:
         write_made(path.made_frame(frames[0], args.at, args.scale or 1), out)
     how = "spherical" if args.spherical else "linear"
     what = f"{len(frames)} images" if args.at is None else f"the image at {args.at:g}"
-    print(f"{what} of a {how} path in {path.space} space{not_finite_note(bad)}: {out}")
+    say(f"{what} of a {how} path in {path.space} space{not_finite_note(bad)}: {out}")
     return 0
 
 
@@ -143,6 +146,7 @@ def _pairs(args: argparse.Namespace) -> int:
     with user_input():
         check_options(args, "pairs")
         expect(args.steps >= 2, "steps", "a whole number, 2 or more (both ends are steps)", args.steps)
+        check_counts(args, "steps")
         out = picture_path(args.out, args.data)
         _, checkpoint, model = open_run(args)
         images, _, part = images_of(args, checkpoint, model)
@@ -166,7 +170,7 @@ def _pairs(args: argparse.Namespace) -> int:
     columns = ["A", *(f"{i / (args.steps - 1):.2g}" for i in range(args.steps)), "B"]
     what = f"{images.name}, {part}: {how} paths in {args.space} space"
     save(out, rows, n_bins, columns, what, args.scale)
-    print(
+    say(
         f"{len(pairs)} pairs of {what}, {args.steps} steps{not_finite_note(bad, 'images')}; "
         f"ends off by at most {error:.3g} ({error * n_bins:.2g} levels), {changed} levels changed: {out}"
     )

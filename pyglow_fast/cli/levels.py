@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
-from pyglow_fast.cli._common import add_run, open_run, picture_path, stream, user_input, whole
+from pyglow_fast.cli._common import add_run, open_run, picture_path, say, stream, user_input, whole
 from pyglow_fast.cli._images import add_images, images_of
 from pyglow_fast.cli._latents import add_picture, add_temperature, check_options, chosen, not_finite_note, read, save
 from pyglow_fast.latents import keep_levels, mean_and_error, rmse
@@ -83,13 +83,13 @@ def run(args: argparse.Namespace) -> int:
     truth = torch.cat(originals)
     rows, columns = [("original", truth)], [name_of(images, int(index)) for index in indices]
     drawn = "the mean of their priors" if args.temperature == 0 else f"drawn at temperature {args.temperature:g}"
-    print(f"{len(truth)} images of {images.name}, {part}; levels that are not kept are {drawn}. RMSE (pixels 0 to 1):")
+    say(f"{len(truth)} images of {images.name}, {part}; levels that are not kept are {drawn}. RMSE (pixels 0 to 1):")
     for levels, parts in zip(subsets, kept, strict=True):
         x, label = torch.cat(parts), words(levels, n_levels)
         mean, error = mean_and_error(rmse(x, truth))
         spread = f" ± {error:.4f}" if len(x) > 1 else ""
-        print(f"  {label}: {mean:.4f}{spread}{not_finite_note(count_not_finite(x))}")
+        say(f"  {label}: {mean:.4f}{spread}{not_finite_note(count_not_finite(x))}")
         rows.append((label, x))
     save(out, rows, images.n_bins, columns, f"kept levels of {images.name}, {part}; the others: {drawn}", args.scale)
-    print(f"picture: {out}")
+    say(f"picture: {out}")
     return 0

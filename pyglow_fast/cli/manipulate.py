@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
-from pyglow_fast.cli._common import add_run, number, open_run, output_path, picture_path, user_input, whole
+from pyglow_fast.cli._common import add_run, number, open_run, output_path, picture_path, say, user_input, whole
 from pyglow_fast.cli._latents import add_picture, add_space, check_options, not_finite_note, read, save
 from pyglow_fast.cli._tones import copy_and_table, write_scores
 from pyglow_fast.data import DATA_HELP, Images, load_data, split
@@ -160,26 +160,27 @@ def run(args: argparse.Namespace) -> int:
     for batch in read(data, task.edited):
         x, y = inputs(batch.levels, batch.labels, data.n_bins, model)
         originals.append(x)
-        edits.append(manipulate(model, x, direction, strengths, levels, args.space, y))
+        with user_input():  # strengths that float32 cannot hold in an edit
+            edits.append(manipulate(model, x, direction, strengths, levels, args.space, y))
     x, edited = torch.cat(originals), torch.cat(edits)
     how = f"{args.space} space, level{'s' if len(levels) > 1 else ''} {' '.join(map(str, levels))}"
-    print(
+    say(
         f"{task.words}: mean of {plus.count} training images minus mean of {minus.count}, {how}; "
         f"{len(x)} held-out images of {data.name}, {len(strengths)} strengths"
         f"{not_finite_note(count_not_finite(edited.flatten(0, 1)), 'edits')}"
     )
     if args.space == "noise" and model.config.n_classes is not None:
-        print("note: the model has classes: noise under an image's own class holds little of it; see --space latent")
+        say("note: the model has classes: noise under an image's own class holds little of it; see --space latent")
     columns = ["original", *(f"{value:+g}" for value in strengths)]
     target = None
     if task.tones is not None:
         target = torch.cat([middles(b.levels, data.n_bins, model) for b in read(data, task.tones.targets)])
         (pixels,) = attribute_direction(plus_x, minus_x)
         scores, text = copy_and_table(x, edited, target, pixels, strengths)
-        print(text)
+        say(text, lines=True)
         if csv is not None:
             write_scores(scores, csv)
-            print(f"scores: {csv}")
+            say(f"scores: {csv}")
         columns.append("true target")
     rows = []
     for i in random_subset(args.seed, len(x), min(args.n, len(x))).tolist():
@@ -188,5 +189,5 @@ def run(args: argparse.Namespace) -> int:
         name = name_of(data, index, int((held_out == index).nonzero()))
         rows.append((name, torch.cat([x[i : i + 1], edited[i], *ends])))
     save(out, rows, data.n_bins, columns, f"{task.words}: {how}", args.scale)
-    print(f"{len(rows)} of the images: {out}" if len(rows) < len(x) else f"picture: {out}")
+    say(f"{len(rows)} of the images: {out}" if len(rows) < len(x) else f"picture: {out}")
     return 0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
-from pyglow_fast.cli._common import add_run, open_run, output_path, picture_path, user_input, whole
+from pyglow_fast.cli._common import add_run, open_run, output_path, picture_path, say, user_input, whole
 from pyglow_fast.cli._images import add_images
 from pyglow_fast.cli.score import add_scoring, check_scoring, scored
 from pyglow_fast.data import DATA_HELP, optional
@@ -115,5 +115,6 @@ def run(args: argparse.Namespace) -> int:
     save_histogram(out, first, second, titles, f"{Path(args.run).resolve().name}: AUROC {found.text}")
     if csv is not None:
         write_scores(csv, dict(zip(titles, results, strict=True)))
-    print("\n".join([*lines, str(out), *([] if csv is None else [str(csv)])]))
+    for line in [*lines, out, *([] if csv is None else [csv])]:
+        say(line)
     return 0

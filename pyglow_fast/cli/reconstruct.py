@@ -6,8 +6,7 @@ import argparse
 
 import torch
 
-from pyglow_fast._errors import expect
-from pyglow_fast.cli._common import add_run, open_run, picture_path, user_input, whole
+from pyglow_fast.cli._common import add_run, check_counts, open_run, picture_path, say, user_input, whole
 from pyglow_fast.cli._images import add_images, images_of
 from pyglow_fast.studio.reading import middles
 from pyglow_fast.train import save_grid, to_levels
@@ -30,11 +29,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Reconstruct; returns the exit code."""
     with user_input():
-        expect(args.n >= 1, "n", "a positive whole number", args.n)
+        check_counts(args, "n")
         out = picture_path(args.out, args.data)
         _, checkpoint, model = open_run(args)
         images, _, part = images_of(args, checkpoint, model)
-    levels, _ = images.batch(torch.arange(min(args.n, len(images))))
+        levels, _ = images.batch(torch.arange(min(args.n, len(images))))
     x = middles(levels, images.n_bins, model)
     back = model.decode(model.encode(x))
     error = float((back - x).abs().max())
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     # Every row but the last pair is full; blank images keep originals and reconstructions in line.
     padded = [torch.cat([row, row.new_zeros(columns - len(row), *row.shape[1:])]) for row in rows]
     save_grid(torch.cat(padded), images.n_bins, out, columns)
-    print(
+    say(
         f"{len(levels)} images of {images.name}, {part}: max |decode(encode(x)) - x| = {error:.3g} "
         f"({error * images.n_bins:.2g} levels), {changed} of {levels.numel()} levels changed: {out}"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from pyglow_fast.cli._common import folder_name, output_path, user_input
+from pyglow_fast.cli._common import folder_name, output_path, say, user_input
 from pyglow_fast.train import RunFolder, page_of
 from pyglow_fast.train.files import write_text
 
@@ -25,5 +25,5 @@ def run(args: argparse.Namespace) -> int:
         out = output_path(args.out, ".html")
         folder.read_config()  # whatever else a page could lack is no error
     write_text(out, page_of(folder))
-    print(out)
+    say(out)
     return 0

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import argparse
 
-from pyglow_fast._errors import expect
-from pyglow_fast.cli._common import add_run, number, open_to_look, picture_path, user_input, whole, write_made
+from pyglow_fast.cli._common import (
+    add_run,
+    check_counts,
+    number,
+    open_to_look,
+    picture_path,
+    say,
+    user_input,
+    whole,
+    write_made,
+)
 from pyglow_fast.studio.grids import Grid
 from pyglow_fast.studio.samples import TEMPERATURE, Draw, N
 from pyglow_fast.studio.words import word_name
@@ -39,9 +48,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Sample; returns the exit code."""
     with user_input():
-        for name in ("columns", "scale"):
-            value = getattr(args, name)
-            expect(value is None or value >= 1, name, "a positive whole number", value)
+        check_counts(args, "columns", "scale")
         plain = Draw(args.n, args.temperature, args.seed)
         opened = open_to_look(args)
         out = picture_path(args.out, opened.checkpoint.config.data.name)
@@ -51,5 +58,5 @@ def run(args: argparse.Namespace) -> int:
     write_made(grid.made(args.columns, args.scale), out)
     bad = grid.drawn.not_finite
     note = f" ({bad} of them not finite, shown grey)" if bad else ""
-    print(f"{args.n} samples at temperature {args.temperature:g}{note}: {out}")
+    say(f"{args.n} samples at temperature {args.temperature:g}{note}: {out}")
     return 0

@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 
-from pyglow_fast._errors import expect
+from pyglow_fast._errors import check_seed, expect
 from pyglow_fast.cli._common import (
     InputError,
     add_run,
+    check_counts,
     open_run,
     open_to_look,
     output_path,
     progress_bar,
+    say,
     user_input,
     whole,
     write_made,
@@ -59,9 +61,8 @@ def check_scoring(args: argparse.Namespace) -> None:
     Raises:
         ValueError: one is out of its range.
     """
-    for name in ("samples", "batch_size"):
-        expect(getattr(args, name) >= 1, name, "a positive whole number", getattr(args, name))
-    expect(0 <= args.seed < 2**63, "seed", "a whole number, 0 or more", args.seed)
+    check_counts(args, "samples", "batch_size")
+    check_seed(args.seed)
 
 
 def scored(
@@ -111,13 +112,13 @@ def _files(args: argparse.Namespace) -> int:
             if picture is not None:
                 opened.scores(progress)  # which the histogram needs
             scores = score_files(opened, files, progress)
-    print(f"{args.run} at step {opened.step}:")
+    say(f"{args.run} at step {opened.step}:")
     for score in scores:
-        print(f"  {score.picked.image.text}: {likelihood_text(opened, score.bits, wait=False)}")
+        say(f"  {score.picked.image.text}: {likelihood_text(opened, score.bits, wait=False)}")
     for path, make in ((out, made_csv), (picture, made_picture)):
         if path is not None:
             write_made(make(opened, scores), path)
-            print(path)
+            say(path)
     return 0
 
 
@@ -131,15 +132,15 @@ def _data(args: argparse.Namespace) -> int:
         found = selection(data, args.part, checkpoint, model)
     result = scored(args, checkpoint, model, found)
     write_scores(out, {found.part: result})
-    print(f"{args.run} at step {checkpoint.progress['step']} on {found.images.name}, {found.part}:")
+    say(f"{args.run} at step {checkpoint.progress['step']} on {found.images.name}, {found.part}:")
     score = Score.of(result.scores.bits_per_dim[result.finite])
     what = f"± {score.error_text} bits/dim, {score.images} images" if score.images else "no image has a likelihood"
     noise = ""
     if args.samples > 1 and score.images:
         spread = float(result.scores.spread[result.finite].mean())
         noise = f", {args.samples} draws each with a mean standard deviation of {spread:.4f}"
-    print(f"  model  {score.mean:.3f}  {what}{noise}" if score.images else f"  {what}")
+    say(f"  model  {score.mean:.3f}  {what}{noise}" if score.images else f"  {what}")
     for line in result.complaints():
-        print(f"  {line}")
-    print(out)
+        say(f"  {line}")
+    say(out)
     return 0

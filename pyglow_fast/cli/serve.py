@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from pyglow_fast._errors import expect
-from pyglow_fast.cli._common import folder_name, user_input, whole
+from pyglow_fast.cli._common import check_counts, folder_name, user_input, whole
 from pyglow_fast.cli.edit import add_train_images
 from pyglow_fast.data import optional
 from pyglow_fast.train import resolve_device
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         _import_gradio()
         from pyglow_fast.web import CSS, Shelf, check_host, credentials, page, serve
 
-        expect(args.train_images >= 1, "train_images", "a positive whole number", args.train_images)
+        check_counts(args, "train_images")
         resolve_device(args.device)  # else only what is done on the page would refuse it
         ask = getpass.getpass if sys.stdin is not None and sys.stdin.isatty() else None
         auth = credentials(args.auth, os.environ, ask)

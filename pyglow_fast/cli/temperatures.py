@@ -7,7 +7,7 @@ import argparse
 import torch
 
 from pyglow_fast._errors import expect
-from pyglow_fast.cli._common import add_run, number, open_to_look, picture_path, stream, user_input, whole
+from pyglow_fast.cli._common import add_run, number, open_to_look, picture_path, say, stream, user_input, whole
 from pyglow_fast.cli._latents import add_picture, check_options, save
 from pyglow_fast.latents import temperature_sweep
 from pyglow_fast.likelihood import count_not_finite
@@ -58,5 +58,5 @@ def run(args: argparse.Namespace) -> int:
     bad = {f"{value:g}": count_not_finite(x) for value, x in zip(args.temperatures, sweep, strict=True)}
     counts = ", ".join(f"{count} at {value}" for value, count in bad.items() if count)
     note = f"not finite, shown grey: {counts}" if counts else "all finite"
-    print(f"{args.n} samples at each of {len(args.temperatures)} temperatures, {note}: {out}")
+    say(f"{args.n} samples at each of {len(args.temperatures)} temperatures, {note}: {out}")
     return 0

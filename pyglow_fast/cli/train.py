@@ -11,7 +11,7 @@ from typing import Any
 
 from pyglow_fast import presets
 from pyglow_fast._errors import expect
-from pyglow_fast.cli._common import folder_name, table, user_input
+from pyglow_fast.cli._common import folder_name, say, table, user_input
 from pyglow_fast.cli._train_options import add_options
 from pyglow_fast.data import DATA_HELP, DataConfig, Images, load_data
 from pyglow_fast.models import GlowConfig
@@ -40,7 +40,7 @@ class _ListPresets(argparse.Action):
     """Prints the table of presets and ends, as --help does."""
 
     def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> None:
-        print(presets.table())
+        say(presets.table(), lines=True)
         parser.exit()
 
 
@@ -199,17 +199,19 @@ def summary(result: Result) -> str:
 def finish(result: Result, folder: RunFolder) -> int:
     """Report how a run ended; returns the exit code, by shell convention 128 + N after signal N."""
     if result.stopped_by is not None:
-        print(f"the run in {folder.path} stopped at step {result.step}; go on with --resume")
+        say(f"the run in {folder.path} stopped at step {result.step}; go on with --resume")
         return 128 + result.stopped_by
     early = ", early: the held-out score stopped improving" if result.stopped_early else ""
-    print(f"{result.step} steps in {result.seconds:.0f} s{early}")
+    say(f"{result.step} steps in {result.seconds:.0f} s{early}")
     for count, what in (
         (result.skipped, "steps without an update, since loss or gradient were not finite"),
         (result.unreadable, "images that could not be read, with others in their places"),
     ):
         if count:
-            print(f"{count} {what}")
-    print(f"{summary(result)}\n{folder.samples}\n{folder.page}")
+            say(f"{count} {what}")
+    say(summary(result), lines=True)
+    say(folder.samples)
+    say(folder.page)
     return 0
 
 

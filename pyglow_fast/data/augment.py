@@ -9,6 +9,8 @@ from torch import Tensor
 
 from pyglow_fast._errors import expect
 
+MOST = 1 << 20  # pixels to a side and the like: more is a slip of the pen
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -26,8 +28,10 @@ class Augmentation:
     flip: bool = False
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.crop_margin, int) and self.crop_margin >= 0
-        expect(whole, "crop_margin", "a whole number, 0 or more", self.crop_margin)
+        margin = self.crop_margin
+        whole = isinstance(margin, int) and not isinstance(margin, bool) and margin >= 0
+        expect(whole, "crop_margin", "a whole number, 0 or more", margin)
+        expect(margin <= MOST, "crop_margin", f"at most {MOST} pixels", margin)
 
     @property
     def is_plain(self) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyglow_fast._errors import expect
+from pyglow_fast._errors import expect, visible
 from pyglow_fast.data.folder import check_folder
 from pyglow_fast.data.image_set import Images
 from pyglow_fast.data.lazy import Listing, from_files
@@ -19,10 +19,11 @@ _PARTS = {"0": "train", "1": "valid", "2": "test"}
 
 def _lines(path: Path) -> list[list[str]]:
     """The words of each line that has some."""
+    expect(path.is_file(), str(path), "a text file of CelebA", "none")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected a text file of CelebA, found {error}") from error
+        raise ValueError(visible(f"{path}: expected a text file of CelebA, found {error}")) from error
     return [line.split() for line in text.splitlines() if line.strip()]
 
 

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from pyglow_fast._errors import expect
+from pyglow_fast._errors import expect, visible
 from pyglow_fast.data.folder import check_folder
 from pyglow_fast.data.idx import train_first
 from pyglow_fast.data.image_set import ImageSet
@@ -83,7 +83,7 @@ def _pickled(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             found = _Unpickler(file).load()
     except Exception as error:  # a damaged pickle can raise anything
-        raise ValueError(f"{path}: expected a pickle of arrays and text alone, found {error}") from error
+        raise ValueError(visible(f"{path}: expected a pickle of arrays and text alone, found {error}")) from error
     expect(isinstance(found, dict), str(path), "a pickled dict", type(found).__name__)
     return {key.decode("latin-1") if isinstance(key, bytes) else str(key): value for key, value in found.items()}
 
@@ -93,11 +93,12 @@ def _python_batch(path: Path) -> tuple[Tensor, Tensor]:
     found = _pickled(path)
     data, labels = found.get("data"), found.get("labels")
     if not isinstance(data, _NdArray):
-        raise ValueError(f"{path}: expected an array 'data', found {type(data).__name__}")
+        raise ValueError(visible(f"{path}: expected an array 'data', found {type(data).__name__}"))
     whole = len(data.shape) == 2 and data.shape[1] == _VALUES and data.shape[0] > 0
     expect(whole, str(path), f"'data' of shape (N, {_VALUES})", data.shape)
     if not (isinstance(labels, list) and all(isinstance(label, int) for label in labels)):
-        raise ValueError(f"{path}: expected a list 'labels' of whole numbers, found {type(labels).__name__}")
+        found_kind = type(labels).__name__
+        raise ValueError(visible(f"{path}: expected a list 'labels' of whole numbers, found {found_kind}"))
     values = torch.frombuffer(bytearray(data.values), dtype=torch.uint8).reshape(data.shape)
     return values, torch.tensor(labels, dtype=torch.int64)
 

@@ -6,6 +6,7 @@ import io
 import os
 import re
 import stat
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pyglow_fast._errors import expect
+from pyglow_fast._errors import expect, visible
 from pyglow_fast.data._optional import optional
 
 if TYPE_CHECKING:
@@ -24,7 +25,10 @@ _NOT_READ = frozenset({"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"})
 
 
 class UnreadableImageError(ValueError):
-    """One image cannot be decoded, or is too small; the message names its file."""
+    """One image cannot be decoded, or is too small; the message, made visible, names its file."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(visible(message))
 
 
 def _formats() -> list[str]:
@@ -34,16 +38,35 @@ def _formats() -> list[str]:
     return [kind for kind in pil.ID if kind in pil.OPEN and kind not in _NOT_READ]
 
 
-def find_images(root: Path) -> list[Path]:
-    """Every file below ``root`` whose ending is one that Pillow reads, sorted; hidden files and folders are skipped."""
+def find_images(root: Path, on_unreadable: str = "raise") -> list[Path]:
+    """Every file below ``root`` whose ending is one that Pillow reads, sorted; hidden files and folders are skipped.
+
+    Args:
+        root: the folder; links to other folders are not followed.
+        on_unreadable: "raise" on a folder that cannot be listed, or "skip" it with a warning.
+
+    Raises:
+        ValueError: a folder cannot be listed and on_unreadable is "raise"; the message names it.
+    """
     pil = optional("PIL.Image", "image files")
     formats = _formats()
     endings = {ending for ending, kind in pil.registered_extensions().items() if kind in formats}
     found = []
-    for folder, subfolders, files in os.walk(root):
+    lost: list[str] = []
+
+    def refuse(error: OSError) -> None:
+        why = f"{error.filename}: expected a folder that can be listed, found {error.strerror}"
+        if on_unreadable == "raise":
+            raise ValueError(visible(why)) from error
+        lost.append(why)
+
+    for folder, subfolders, files in os.walk(root, onerror=refuse):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        visible = (Path(folder, name) for name in files if not name.startswith("."))
-        found += [path for path in visible if path.suffix.lower() in endings]
+        present = (Path(folder, name) for name in files if not name.startswith("."))
+        found += [path for path in present if path.suffix.lower() in endings]
+    if lost:
+        text = f"folders in {root} that could not be listed and were left out: {len(lost)}; the first: {lost[0]}"
+        warnings.warn(visible(text), stacklevel=2)
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
@@ -100,7 +123,7 @@ def decode(
     tried = [kind for kind in _formats() if formats is None or kind in formats]
     try:
         if isinstance(source, Path):
-            _check_regular(source, where)
+            check_regular(source, where)
         with (
             io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as stream,
             pil.open(stream, formats=tried) as opened,
@@ -124,7 +147,7 @@ def decode(
         raise UnreadableImageError(f"{where}: expected an image that Pillow can decode{kinds}, found {said}") from error
 
 
-def _check_regular(path: Path, where: str) -> None:
+def check_regular(path: Path, where: str) -> None:
     """Refuse what cannot be read from its beginning to its end; reading a pipe would wait for a writer.
 
     Raises:

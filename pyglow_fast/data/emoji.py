@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pyglow_fast._errors import expect
+from pyglow_fast._errors import expect, visible
+from pyglow_fast.data.decode import UnreadableImageError, check_regular
 from pyglow_fast.data.folder import check_folder, numbered
 from pyglow_fast.data.image_set import Images
 from pyglow_fast.data.lazy import Listing, from_files
@@ -42,6 +44,7 @@ def _pictures(root: Path) -> list[_Picture]:
     """
     check_folder(root, "emoji")
     path = root / LIST
+    expect(path.is_file(), "emoji", f"the file {path}", "none")
     folders = sorted(folder for folder in root.glob("img/*/64") if folder.is_dir())
     expect(len(folders) == 1, "emoji", f"one folder {root / 'img' / '*' / '64'}", len(folders))
     present = {file.name for file in folders[0].iterdir()}
@@ -54,14 +57,31 @@ def _pictures(root: Path) -> list[_Picture]:
                 if item["image"] in present:  # only then, so that a name cannot lead out of the folder
                     file = f"{inside}/{item['image']}"
                     found.append(_Picture(file, str(entry["short_name"]), str(entry["category"]), tones))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         text = f"{path}: expected the list of an emoji-datasource package, found {type(error).__name__}: {error}"
-        raise ValueError(text) from error
+        raise ValueError(visible(text)) from error
     expect(len(found) > 0, "emoji", f"the pictures that {path} names in {folders[0]}", "none of them")
     return found
 
 
-def _groups(root: Path, pictures: list[_Picture]) -> tuple[str, ...]:
+def _contents(path: Path, on_unreadable: str) -> bytes:
+    """What is in a file; of one that cannot be read, where these are skipped, its name instead.
+
+    Raises:
+        UnreadableImageError: it cannot be read and on_unreadable is "raise".
+    """
+    try:
+        check_regular(path, str(path))
+        return path.read_bytes()
+    except (OSError, UnreadableImageError) as error:
+        if on_unreadable == "skip":
+            return os.fsencode(path)
+        if isinstance(error, UnreadableImageError):
+            raise
+        raise UnreadableImageError(f"{path}: expected an image file, found {error.strerror}") from error
+
+
+def _groups(root: Path, pictures: list[_Picture], on_unreadable: str) -> tuple[str, ...]:
     """One key an image: the emoji, and the same key for emoji that share a picture (some flags, the families)."""
     leader: dict[str, str] = {}
 
@@ -72,7 +92,7 @@ def _groups(root: Path, pictures: list[_Picture]) -> tuple[str, ...]:
 
     seen: dict[bytes, str] = {}
     for picture in pictures:
-        digest = hashlib.sha256((root / picture.file).read_bytes()).digest()
+        digest = hashlib.sha256(_contents(root / picture.file, on_unreadable)).digest()
         first, other = sorted((lead(seen.setdefault(digest, picture.emoji)), lead(picture.emoji)))
         leader[other] = first
     return tuple(lead(picture.emoji) for picture in pictures)
@@ -86,11 +106,11 @@ def load_emoji(root: Path, preparation: Preparation) -> Images:
         preparation: how the files are prepared; its size and margin make at most 64.
 
     Raises:
-        ValueError: a file is missing or is not what it should be.
+        ValueError: a file is missing or is not what it should be; or a picture cannot be read and is not to be skipped.
     """
     pictures = _pictures(root)
     labels, classes = numbered([picture.category for picture in pictures])
-    listing = Listing(labels, classes, _groups(root, pictures))
+    listing = Listing(labels, classes, _groups(root, pictures, preparation.on_unreadable))
     return from_files("emoji", root, [picture.file for picture in pictures], preparation, listing)
 
 

@@ -60,18 +60,20 @@ def load_folder(
         split_by: what a held-out split keeps together: each "file" alone, or all files of one "folder".
         crop_margin: scale to so many pixels more; training sees a random window of ``size``.
         flip: training sees half of the images mirrored.
-        on_unreadable: "raise" on a file that cannot be decoded or is too small, or "skip" it.
+        on_unreadable: "raise" on a file that cannot be decoded or is too small, or a folder that cannot be listed; or
+            "skip" it with a warning.
         in_memory: read all of them now (True) or each when it is used (False); None: now if they take up to 1 GiB.
 
     Raises:
-        ValueError: no such folder, no image in it, a file that cannot be decoded or is too small, a wrong option.
+        ValueError: no such folder, no image in it, a folder that cannot be listed, a file that cannot be decoded or is
+            too small, a wrong option.
         MissingExtraError: Pillow is not installed.
     """
     root = Path(root)
     preparation = Preparation(size, gray, n_bits, crop_margin, flip, on_unreadable, in_memory)
     expect(split_by in SPLIT_BY, "split_by", f"one of {SPLIT_BY}", repr(split_by))
     check_folder(root)
-    parts = [path.relative_to(root).parts for path in find_images(root)]
+    parts = [path.relative_to(root).parts for path in find_images(root, on_unreadable)]
     expect(len(parts) > 0, "folder", "a folder with images that Pillow reads", f"none in {str(root)!r}")
     groups = tuple("/".join(part if split_by == "file" else part[:-1]) for part in parts)
     labels, class_names = _classes(parts)

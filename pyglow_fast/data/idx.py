@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyglow_fast._errors import expect
+from pyglow_fast._errors import expect, visible
 from pyglow_fast.data.folder import check_folder
 from pyglow_fast.data.image_set import ImageSet
 from pyglow_fast.data.prepare import Preparation
@@ -54,7 +54,7 @@ def read_idx(path: Path, n_sizes: int) -> Tensor:
             expect(len(values) == count, str(path), f"{count} bytes for sizes {tuple(sizes)}", len(values))
             expect(not file.read(1), str(path), f"{count} bytes for sizes {tuple(sizes)}", "more")
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: expected a whole IDX file, found {error}") from error
+        raise ValueError(visible(f"{path}: expected a whole IDX file, found {error}")) from error
     return torch.frombuffer(bytearray(values), dtype=torch.uint8).reshape(sizes)
 
 

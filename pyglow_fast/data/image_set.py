@@ -96,7 +96,7 @@ def hash_parts(digest: hashlib._Hash, data: Images) -> None:
     """Add to a digest what is said of the images besides their pixels; fields at their defaults add nothing."""
     if data.labels is not None:
         digest.update(data.labels.contiguous().numpy().data)
-    digest.update("\0".join(data.groups).encode())
+    digest.update("\0".join(data.groups).encode("utf-8", "surrogateescape"))
     if not data.augmentation.is_plain:
         digest.update(repr(data.augmentation).encode())
     for side in data.official or ():

@@ -21,14 +21,15 @@ def load_imagenet(root: Path, preparation: Preparation) -> Images:
         preparation: how the files are prepared.
 
     Raises:
-        ValueError: a folder is missing or empty, an image lies in no class folder, or val has a class train has not.
+        ValueError: a folder is missing, empty or cannot be listed, an image lies in no class folder, or val has a class
+            train has not.
     """
     names: list[str] = []
     classes: list[str] = []
     counts = []
     for part in ("train", "val"):
         check_folder(root / part, "imagenet")
-        found = [path.relative_to(root).parts for path in find_images(root / part)]
+        found = [path.relative_to(root).parts for path in find_images(root / part, preparation.on_unreadable)]
         expect(len(found) > 0, "imagenet", f"images in {str(root / part)!r}", "none")
         for parts in found:
             expect(len(parts) > 2, "imagenet", f"images in class folders of {str(root / part)!r}", "/".join(parts))

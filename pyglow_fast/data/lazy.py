@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pyglow_fast._errors import expect
+from pyglow_fast._errors import expect, visible
 from pyglow_fast.data.augment import Augmentation
 from pyglow_fast.data.decode import UnreadableImageError, read_image
 from pyglow_fast.data.image_set import Images, ImageSet, check_labels, hash_parts
@@ -73,10 +73,11 @@ class FileReader:
         """
         digest = hashlib.sha256()
         for name in self.names:
+            path = self.root / name
             try:
-                size = os.stat(self.root / name).st_size
+                size = os.stat(path).st_size
             except OSError as error:
-                raise ValueError(f"{self.root / name}: expected an image file, found {error.strerror}") from error
+                raise ValueError(visible(f"{path}: expected an image file, found {error.strerror}")) from error
             digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
@@ -189,7 +190,8 @@ def readable(data: Images, index: int, key: int | None, on_unreadable: str) -> t
             return data.item(other, key), other
         except UnreadableImageError:
             continue
-    raise ValueError(f"data: expected at least one image that can be read in {data.name}, found none: {first}")
+    expect(False, "data", f"at least one image that can be read in {data.name}", f"none: {first}")
+    raise AssertionError  # for the type checker: refused above
 
 
 def kept(data: LazyImages, in_memory: bool | None) -> Images:
@@ -245,7 +247,7 @@ def _without_errors(data: LazyImages, levels: Tensor, errors: list[str | None]) 
             empty = min(len(side) for side in official) == 0
             expect(not empty, "data", f"images that can be read in both splits of {data.name}", f"none: {bad[0]}")
         text = f"{len(bad)} of {len(data)} images of {data.name} could not be read and were left out; the first: "
-        warnings.warn(text + bad[0], stacklevel=2)
+        warnings.warn(visible(text + bad[0]), stacklevel=2)
     return ImageSet(data.name, levels, data.n_bins, labels, data.class_names, groups, official, data.augmentation)
 
 

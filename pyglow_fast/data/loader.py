@@ -23,6 +23,8 @@ from pyglow_fast.data.image_set import Images, ImageSet
 from pyglow_fast.data.lazy import readable
 from pyglow_fast.data.prepare import check_on_unreadable
 
+MOST_WORKERS = 1024  # no machine has more processors; a hundred thousand would be started until it has no room left
+
 Entry = tuple[int, int | None]  # (index, key of the training view, or None for the central one)
 
 
@@ -152,6 +154,7 @@ def batches(
         RuntimeError: a worker died; from the iterator, or by torch's signal handler wherever the main thread is.
     """
     expect(workers >= 0, "workers", "a whole number, 0 or more", workers)
+    expect(workers <= MOST_WORKERS, "workers", f"at most {MOST_WORKERS} (each is a process with torch in it)", workers)
     check_on_unreadable(on_unreadable)
     reading = _Reading(data, on_unreadable)
     pin = pin_memory and torch.accelerator.is_available()

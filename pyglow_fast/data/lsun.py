@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyglow_fast._errors import expect
+from pyglow_fast._errors import expect, visible
 from pyglow_fast.data._optional import optional
 from pyglow_fast.data.decode import UnreadableImageError, read_image
 from pyglow_fast.data.folder import check_folder, numbered
@@ -41,11 +41,13 @@ def _environment(path: Path) -> Any:
         if process != os.getpid():
             if environment is not None:
                 environment.close()  # opened before a fork, after which it must not be used; the parent keeps its own
+            file = path / "data.mdb"  # opening a pipe would wait for a writer
+            expect(file.is_file(), str(path), "an LMDB", "no file data.mdb")
             try:
                 # lock=False: nobody writes, and the folder may be read-only. readahead=False: access is random.
                 environment = lmdb.open(name, readonly=True, lock=False, readahead=False, create=False)
             except lmdb.Error as error:
-                raise ValueError(f"{path}: expected an LMDB, found {error}") from error
+                raise ValueError(visible(f"{path}: expected an LMDB, found {error}")) from error
             _ENVIRONMENTS[name] = os.getpid(), environment
         return environment
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyglow_fast._errors import expect
+from pyglow_fast._errors import expect, visible
 from pyglow_fast.data.decode import UnreadableImageError, decode, find_images, pixels
 from pyglow_fast.data.folder import check_folder
 from pyglow_fast.data.image_set import ImageSet
@@ -51,11 +51,11 @@ def load_photos(root: Path, preparation: Preparation, scale: int | None = None) 
         scale: whole factor by which the photos are shrunk first; None: 4 for a size up to 64, 2 up to 256, else 1.
 
     Raises:
-        ValueError: no photos, or one that cannot be read or is smaller than a tile.
+        ValueError: no photos, one that cannot be read or is smaller than a tile, or a folder that cannot be listed.
     """
     expect(scale is None or scale >= 1, "scale", "a whole factor, 1 or more", scale)
     check_folder(root, "photos")
-    paths = [path for path in find_images(root) if path.name not in NOT_PHOTOS]
+    paths = [path for path in find_images(root, preparation.on_unreadable) if path.name not in NOT_PHOTOS]
     expect(len(paths) > 0, "photos", "a folder with photos", f"none in {str(root)!r}")
     factor = scale or default_scale(preparation.size or FILE_SIZE)
     parts, groups, errors = [], [], []
@@ -72,6 +72,6 @@ def load_photos(root: Path, preparation: Preparation, scale: int | None = None) 
     expect(len(parts) > 0, "photos", "at least one photo that can be read", f"none: {errors[:1]}")
     if errors:
         text = f"{len(errors)} of {len(paths)} photos could not be read and were left out; the first: {errors[0]}"
-        warnings.warn(text, stacklevel=2)
+        warnings.warn(visible(text), stacklevel=2)
     levels = preparation.to_levels(torch.cat(parts))
     return ImageSet("photos", levels, preparation.n_bins, groups=tuple(groups), augmentation=preparation.augmentation)

@@ -8,19 +8,27 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
-from pyglow_fast.data.augment import Augmentation
+from pyglow_fast.data.augment import MOST, Augmentation
 
 FILE_SIZE = 32  # the side that files are scaled to where none is asked for
 ON_UNREADABLE = ("raise", "skip")
 _LUMA = (19595, 38470, 7471)  # 65536 times 0.299, 0.587, 0.114 (ITU-R 601), as Pillow rounds them
 
 
-MOST = 1 << 20  # pixels to a side and the like: more is a slip of the pen
+def check_whole(name: str, value: object, expected: str) -> None:
+    """Refuse what is not an int from 1 to MOST.
 
+    Args:
+        name: of the value.
+        value: any.
+        expected: what is said of other things than ints of 1 or more.
 
-def is_whole(value: object, least: int) -> bool:
-    """Whether it is an int of ``least`` or more, and not beyond all reason."""
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= MOST
+    Raises:
+        ValueError: it is not.
+    """
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    expect(whole, name, expected, value)
+    expect(whole and value <= MOST, name, f"at most {MOST}", value)  # type: ignore[operator]
 
 
 def check_on_unreadable(on_unreadable: str) -> None:
@@ -58,7 +66,8 @@ class Preparation:
     in_memory: bool | None = None
 
     def __post_init__(self) -> None:
-        expect(self.size is None or is_whole(self.size, 1), "size", "a positive number", self.size)
+        if self.size is not None:
+            check_whole("size", self.size, "a positive number")
         expect(self.n_bits in range(1, 9), "n_bits", "a value in 1..8", self.n_bits)
         for name in ("gray", "flip"):
             expect(isinstance(getattr(self, name), bool), name, "True or False", repr(getattr(self, name)))

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from pyglow_fast._errors import expect
+from pyglow_fast._errors import expect, visible
 from pyglow_fast.data.cache import cached
 from pyglow_fast.data.celeba import load_celeba
 from pyglow_fast.data.cifar import SIDE as CIFAR_SIDE
@@ -21,7 +21,7 @@ from pyglow_fast.data.image_set import Images, check_held_out
 from pyglow_fast.data.imagenet import load_imagenet
 from pyglow_fast.data.lsun import load_lsun
 from pyglow_fast.data.photos import load_photos
-from pyglow_fast.data.prepare import FILE_SIZE, Preparation, check_side, is_whole
+from pyglow_fast.data.prepare import FILE_SIZE, Preparation, check_side, check_whole
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,11 @@ class DataConfig:
         scheme, colon, path = self.name.partition(":")
         source = SOURCES.get(scheme)
         if source is None or (path == "" if colon else source.path == "needed") or (colon and source.path == "none"):
-            raise ValueError(f"data: expected {DATA_HELP}, found {self.name!r}")
+            raise ValueError(visible(f"data: expected {DATA_HELP}, found {self.name!r}"))
         self.preparation()
         expect(self.split_by in SPLIT_BY, "split_by", f"one of {SPLIT_BY}", repr(self.split_by))
-        expect(self.scale is None or is_whole(self.scale, 1), "scale", "a whole factor, 1 or more", self.scale)
+        if self.scale is not None:
+            check_whole("scale", self.scale, "a whole factor, 1 or more")
         named = self.attribute is None or (isinstance(self.attribute, str) and self.attribute != "")
         expect(named, "attribute", "a name", repr(self.attribute))
         check_held_out(self.held_out)

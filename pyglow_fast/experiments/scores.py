@@ -11,13 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyglow_fast._errors import expect
+from pyglow_fast._errors import expect, visible
 from pyglow_fast.data import Images, LazyImages
 from pyglow_fast.data.lazy import FileReader
 from pyglow_fast.train import ImageScores
 from pyglow_fast.train.files import write_text
 
 NAMED = 5  # images that are named in a line about many
+# With these a spreadsheet begins a formula, in wide forms too. The last one marks a text.
+_MARKED = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20", "'")
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class ScoredImages:
 
     def listing(self, indices: list[int]) -> str:
         """Images in words: the first few by position and name, and how many more."""
-        shown = [f"{self.position(i)}{f' ({self.name(i)})' if self.name(i) else ''}" for i in indices[:NAMED]]
+        names = {i: visible(self.name(i)) for i in indices[:NAMED]}
+        shown = [f"{self.position(i)}{f' ({name})' if name else ''}" for i, name in names.items()]
         more = len(indices) - len(shown)
         return ", ".join(shown) + (f" and {more} more" if more else "")
 
@@ -92,14 +95,22 @@ def score_csv(sets: Mapping[str, ScoredImages]) -> str:
     The columns ``set``, ``name``, ``label`` and ``bits_per_dim_sd`` (over the draws) are there where there are several
     sets, an image has a name, a class, and more than one draw. Scores that are not finite are ``nan`` and ``inf``.
 
+    What is in ``set``, ``name`` and ``label`` comes from elsewhere, and a spreadsheet would take some of it for a
+    formula. A text that begins with =, +, -, @ (or their wide forms) or an apostrophe has an apostrophe before it, as
+    spreadsheets mark a text: to have the text itself, take one leading apostrophe away. Control characters in it, and
+    bytes that are no UTF-8, are written out, as \\n or \\udcff. Numbers are numbers.
+
     Args:
         sets: what is written, by a name that each set has in the column ``set``.
     """
     rows = [(name, found, at, i) for name, found in sets.items() for at, i in enumerate(found.scores.indices.tolist())]
     draws = max((found.scores.draws.shape[1] for found in sets.values()), default=1)
-    columns: dict[str, list[str]] = {"set": [name for name, *_ in rows]} if len(sets) > 1 else {}
+    columns: dict[str, list[str]] = {"set": [_text_cell(name) for name, *_ in rows]} if len(sets) > 1 else {}
     columns["index"] = [str(found.position(i)) for _, found, _, i in rows]
-    named = {"name": [found.name(i) for _, found, _, i in rows], "label": [found.label(i) for _, found, _, i in rows]}
+    named = {
+        "name": [_text_cell(found.name(i)) for _, found, _, i in rows],
+        "label": [_text_cell(found.label(i)) for _, found, _, i in rows],
+    }
     columns |= {title: values for title, values in named.items() if any(values)}
     values = torch.cat([found.scores.bits_per_dim for found in sets.values()]).tolist()
     columns["bits_per_dim"] = [f"{value:.9g}" for value in values]
@@ -110,8 +121,12 @@ def score_csv(sets: Mapping[str, ScoredImages]) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(zip(*columns.values(), strict=True))
-    # A file's name may be bytes that are no text.
-    return buffer.getvalue().encode("utf-8", "backslashreplace").decode("utf-8")
+    return buffer.getvalue()
+
+
+def _text_cell(text: str) -> str:
+    """The text in one line, as no spreadsheet takes it for a formula."""
+    return visible(f"'{text}" if text.startswith(_MARKED) else text)
 
 
 def write_scores(path: Path, sets: Mapping[str, ScoredImages]) -> None:

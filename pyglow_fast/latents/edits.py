@@ -143,6 +143,8 @@ def manipulate(
     chosen = check_levels(levels, len(model.latent_shapes))
     check_parts("direction", direction, model.latent_shapes)
     pairs = list(zip(to_space(model, x, space, y, cond), direction, strict=True))
+    top = max(float(direction[i].abs().max()) for i in chosen) * max(map(abs, values))
+    expect(top <= torch.finfo(pairs[0][0].dtype).max, "strengths", "numbers whose edit can be held", values)
     variants = [
         [_plus(z, s * part.to(z) if i in chosen and s != 0.0 else None) for i, (z, part) in enumerate(pairs)]
         for s in values

@@ -13,6 +13,10 @@ from pyglow_fast.layers.coupling import check_scale_numbers
 from pyglow_fast.layers.flow_step import PERMUTATIONS
 from pyglow_fast.reference import KINDS, SCALE_MAPS
 
+MOST_STEPS = 10_000  # of a level: each is some modules and kernels, and so many take minutes to build
+MOST_HIDDEN = 1 << 16  # the 1x1 convolution of one net then has 17 GB of weights
+MOST_CLASSES = 1 << 20  # the largest sets of labelled images have some ten thousand
+
 
 @dataclasses.dataclass(frozen=True)
 class GlowConfig:
@@ -79,12 +83,13 @@ class GlowConfig:
         expect(isinstance(self.image_shape, Sequence), "image_shape", "a tuple of ints", repr(self.image_shape))
         shape = tuple(self.image_shape)
         object.__setattr__(self, "image_shape", shape)
-        is_shape = 2 <= len(shape) <= 4 and all(type(size) is int and size >= 1 for size in shape)
+        is_shape = 2 <= len(shape) <= 4 and all(type(size) is int and 1 <= size < 2**31 for size in shape)
         expect(is_shape, "image_shape", "(C, L), (C, H, W) or (C, D, H, W) of positive ints", shape)
         for name in ("n_levels", "n_steps", "hidden"):
             value = getattr(self, name)
             found = repr(value) if isinstance(value, str) else value
-            expect(type(value) is int and 1 <= value < 2**31, name, "a positive int", found)
+            expect(type(value) is int and value >= 1, name, "a positive int", found)
+        expect(self.hidden <= MOST_HIDDEN, "hidden", f"at most {MOST_HIDDEN}", self.hidden)
         expect(self.n_levels <= 30, "n_levels", "at most 30", self.n_levels)
         factor = 2**self.n_levels
         divides = all(size % factor == 0 for size in shape[1:])
@@ -95,7 +100,12 @@ class GlowConfig:
         expect(classes_ok, "n_classes", "None or a positive int", self.n_classes)
         for name in ("classify", "n_transitions", "n_checkerboard", "n_last_checkerboard"):
             value = getattr(self, name)
-            expect(type(value) is int and 0 <= value < 2**31, name, "0 or a positive int", value)
+            expect(type(value) is int and value >= 0, name, "0 or a positive int", value)
+        for name in ("n_steps", "n_transitions", "n_checkerboard", "n_last_checkerboard"):
+            expect(getattr(self, name) <= MOST_STEPS, name, f"at most {MOST_STEPS} a level", getattr(self, name))
+        for name in ("n_classes", "classify"):
+            count = getattr(self, name) or 0
+            expect(count <= MOST_CLASSES, name, f"at most {MOST_CLASSES}", count)
         below = self.n_checkerboard < self.n_steps
         expect(below, "n_checkerboard", f"fewer than n_steps = {self.n_steps}", self.n_checkerboard)
         boards = self.n_checkerboard + self.n_last_checkerboard
@@ -110,8 +120,9 @@ class GlowConfig:
             expect(type(getattr(self, name)) is bool, name, "True or False", repr(getattr(self, name)))
         for name in ("scale_bias", "scale_eps", "scale_clamp", "scale_factor", "split_ratio"):
             value = getattr(self, name)
-            is_number = isinstance(value, int | float) and math.isfinite(value)
+            is_number = isinstance(value, int | float) and abs(value) < math.inf
             expect(is_number, name, "a finite number", repr(value))
+            expect(abs(value) <= 1e30, name, "at most 1e30, which float32 can hold", value)
         check_scale_numbers(self.coupling, self.scale_map, self.scale_eps, self.scale_clamp, self.scale_factor)
         whole = self.n_splits is None or (type(self.n_splits) is int and 0 <= self.n_splits < self.n_levels)
         expect(whole, "n_splits", f"None or an int in 0..n_levels - 1 = {self.n_levels - 1}", repr(self.n_splits))

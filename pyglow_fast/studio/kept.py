@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from pyglow_fast._errors import visible
 from pyglow_fast.train.files import replacing
 
 _HEADER = "pyglow_fast"
@@ -44,7 +45,7 @@ def kept(folder: Path, kind: str, key: dict[str, Any], compute: Callable[[], dic
         for old in newest[MOST:]:
             old.unlink(missing_ok=True)
     except OSError as error:
-        warnings.warn(f"{path}: not kept, and computed anew the next time ({error})", stacklevel=2)
+        warnings.warn(visible(f"{path}: not kept, and computed anew the next time ({error})"), stacklevel=2)
     return tensors
 
 
@@ -57,7 +58,7 @@ def _read(path: Path, text: str) -> dict[str, Tensor] | None:
         if header.get("__metadata__", {}).get(_HEADER) != text:
             return None
         tensors = load(data)
-    except (OSError, SafetensorError, ValueError, AttributeError):
+    except (OSError, SafetensorError, ValueError, AttributeError, RecursionError):
         return None
     whole = all(bool(tensor.isfinite().all()) for tensor in tensors.values() if tensor.is_floating_point())
     return tensors if whole else None

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyglow_fast._errors import expect
+from pyglow_fast._errors import check_seed, expect
 from pyglow_fast.likelihood import count_not_finite
 from pyglow_fast.models import Glow
 from pyglow_fast.train import class_columns, class_cycle, device_of, to_levels
-from pyglow_fast.train.figures import grid
+from pyglow_fast.train.figures import MOST_IMAGES, grid
 
 BATCH = 64
 N, TEMPERATURE = 64, 0.7
@@ -47,9 +47,10 @@ class Draw:
 
     def __post_init__(self) -> None:
         expect(self.n >= 1, "n", "a positive whole number", self.n)
+        expect(self.n <= MOST_IMAGES, "n", f"at most {MOST_IMAGES} (all of them are in one picture)", self.n)
         finite = 0.0 <= self.temperature < float("inf")
         expect(finite, "temperature", "a number, 0 or more", self.temperature)
-        expect(0 <= self.seed < 2**63, "seed", "a whole number, 0 or more", self.seed)
+        check_seed(self.seed)
 
     def check(self, model: Glow) -> None:
         """Refuse classes that the model does not have.

@@ -12,8 +12,10 @@ from pyglow_fast import presets
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.precision import PRECISIONS
 from pyglow_fast.data import DATA_HELP, DataConfig
+from pyglow_fast.data.loader import MOST_WORKERS
 from pyglow_fast.models import GlowConfig
 from pyglow_fast.reversible.setting import memory_text, parse_memory
+from pyglow_fast.train.figures import MOST_IMAGES
 from pyglow_fast.train.optim import OPTIMIZERS
 
 LIMITS = presets.LIMITS
@@ -30,6 +32,19 @@ OPTIONAL = frozenset(
     {"ema_decay", "decay_steps", "clip_norm", "patience", "threads", "workers", *LIMITS}
     | {"size", "n_bits", "held_out", "scale", "attribute", "in_memory", "n_classes", "n_splits"}
 )
+
+
+# Above these a value is a slip of the pen, and what came of it would say less: a traceback, or no end.
+_BOUNDS: dict[str, tuple[float, str]] = {
+    "workers": (MOST_WORKERS, "each is a process with torch in it"),
+    "threads": (1024, "torch ends the process where the system has no more"),
+    "sample_count": (MOST_IMAGES, "all of them are in one picture"),
+    "lr": (10**6, "float32 has to hold its products"),
+    "weight_decay": (10**6, "float32 has to hold its products"),
+    "class_weight": (10**6, "float32 has to hold its products"),
+    "clip_norm": (1e30, "float32 has to hold it; none is no clipping"),
+    "sample_temperature": (1e30, "float32 has to hold it"),
+}
 
 
 @dataclass(frozen=True)
@@ -172,16 +187,23 @@ class TrainConfig:
 
     def _check_int(self, name: str, low: int) -> None:
         value = getattr(self, name)
-        ok = isinstance(value, int) and not isinstance(value, bool) and low <= value < 2**63
+        ok = isinstance(value, int) and not isinstance(value, bool) and value >= low
         found = repr(value) if isinstance(value, str) else value
         expect(ok, name, "a positive whole number" if low else "a whole number, 0 or more", found)
+        self._check_bound(name, 2**63 - 1)
 
     def _check_number(self, name: str, positive: bool = False) -> None:
         value = getattr(self, name)
-        ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        ok = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
         ok = ok and (value > 0 if positive else value >= 0)
         found = repr(value) if isinstance(value, str) else value
         expect(ok, name, "a positive number" if positive else "a number, 0 or more", found)
+        self._check_bound(name, math.inf)
+
+    def _check_bound(self, name: str, most: float) -> None:
+        value = getattr(self, name)
+        most, why = _BOUNDS.get(name, (most, "64 bits hold no more"))
+        expect(value <= most, name, f"at most {most} ({why})", value)
 
     @classmethod
     def preset(cls, name: str, data: str | None = None, **given: Any) -> TrainConfig:
@@ -278,8 +300,9 @@ def images_for(preset: str, data: str | None) -> str:
 
 def check_device(name: str) -> None:
     """Refuse what is not a name of a device; whether there is such a device is not asked."""
-    known = isinstance(name, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is not None
+    known = isinstance(name, str) and re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", name) is not None
     expect(known, "device", "'auto', 'cpu', 'cuda' or 'cuda:N'", repr(name))
+    expect(len(name) <= len("cuda:255"), "device", "a number of at most three digits behind 'cuda:'", repr(name))
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

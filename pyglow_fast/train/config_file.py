@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pyglow_fast._errors import expect
+from pyglow_fast._errors import expect, visible
 from pyglow_fast.data import optional
 from pyglow_fast.train.config import OPTIONAL, TrainConfig
 
@@ -36,6 +36,8 @@ def to_toml(config: TrainConfig) -> str:
 def read_config(path: Path) -> dict[str, Any]:
     """The tables of a file, as they are written there; which fields they may have is TrainConfig's business.
 
+    A table has values, or lists of them: no table lies in another one but the outermost.
+
     Raises:
         ValueError: no such file, another kind of file, or one that cannot be parsed; the message names it.
         MissingExtraError: a YAML file, and PyYAML is not installed.
@@ -56,11 +58,25 @@ def read_config(path: Path) -> dict[str, Any]:
             except yaml.YAMLError as error:
                 raise ValueError(" ".join(str(error).split())) from error
     except OSError as error:
-        raise ValueError(f"{name}: expected a file that can be read, found {error}") from error
+        raise ValueError(visible(f"{name}: expected a file that can be read, found {error}")) from error
+    except RecursionError as error:
+        raise ValueError(visible(f"{name}: expected tables of settings, found deeper ones than can be read")) from error
     except ValueError as error:  # of each parser, and of text that is not UTF-8
-        raise ValueError(f"{name}: expected a configuration as {path.suffix[1:].upper()}, found {error}") from error
+        kind = path.suffix[1:].upper()
+        raise ValueError(visible(f"{name}: expected a configuration as {kind}, found {error}")) from error
     expect(isinstance(values, Mapping), name, "tables of settings", type(values).__name__)
+    for key, value in values.items():
+        for place, inner in value.items() if isinstance(value, Mapping) else ((key, value),):
+            _check_value(f"{name}: {place}", inner)
     return _nulls(values)
+
+
+def _check_value(place: str, value: Any) -> None:
+    """Refuse a table, and a list of something else than plain values: YAML's may even hold themselves."""
+    parts = value if isinstance(value, list) else [value]
+    wrong = [type(part).__name__ for part in parts if isinstance(part, Mapping | list)]
+    found = f"a {'table' if wrong[:1] == ['dict'] else 'list'}{' in a list' if isinstance(value, list) else ''}"
+    expect(not wrong, place, "a value, or a list of them", found)
 
 
 def _loader(yaml: Any) -> Any:

@@ -7,6 +7,7 @@ import io
 import warnings
 from pathlib import Path
 
+from pyglow_fast._errors import visible
 from pyglow_fast.train.files import write_text
 
 COLUMNS = (
@@ -78,7 +79,7 @@ def read_metrics(path: Path) -> list[Row]:
     bad = rows.count(None) + (torn != "")
     if bad:
         what = "1 row that cannot be read is" if bad == 1 else f"{bad} rows that cannot be read are"
-        warnings.warn(f"{path}: {what} left out", stacklevel=2)
+        warnings.warn(visible(f"{path}: {what} left out"), stacklevel=2)
     return [row for row in rows if row is not None]
 
 

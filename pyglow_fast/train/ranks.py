@@ -116,6 +116,25 @@ class Ranks:
         text = "; ".join(found) or "another rank ended without a word (killed, or out of memory?)"
         return f"{text} ({' '.join(str(error).split())[:200]})"
 
+    def check_images(self, digest: str, count: int) -> None:
+        """Compare what the ranks have of the images.
+
+        Args:
+            digest: of this rank's, see :meth:`pyglow_fast.data.Images.fingerprint`.
+            count: how many they are.
+
+        Raises:
+            ValueError: on every rank, naming those that have others than the first one.
+            RankError: another rank is gone.
+        """
+        found: list[Any] = [(digest, count)] * self.world
+        if self.world > 1:
+            with self.talking():
+                dist.all_gather_object(found, (digest, count))
+        others = [f"rank {rank} has {own[1]}" for rank, own in enumerate(found) if own != found[0]]
+        same = f"the same images on all {self.world} ranks"
+        expect(not others, "data", same, f"others than the {found[0][1]} of rank 0: {', '.join(others)}")
+
     def check_same(self, model: nn.Module) -> None:
         """Compare a digest of every parameter over all ranks, to the bit.
 

@@ -105,6 +105,7 @@ class TrainState:
         self.config, self.ranks = config, ranks or Ranks()
         self.device = resolve_device(config.device, self.ranks.local)
         self.stamp = DataStamp(data.fingerprint(), data.n_bins, data.class_names)
+        self.ranks.check_images(self.stamp.fingerprint, len(data))
         train, held_out = split(data, config.data.held_out, config.seed)
         self.train, self.held_out = data.subset(train), data.subset(held_out)
         n = len(self.train)

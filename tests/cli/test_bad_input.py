@@ -118,9 +118,30 @@ TRAIN = [
     (["digits", "--batch-size", "0"], "batch_size: expected a positive whole number, found 0"),
     (["digits", "--batch-size", "2000"], "batch_size: expected at most the 1617 training images, found 2000"),
     (["digits", "--held-out", "half"], "argument --held-out: .*'half'.*"),
-    (["digits", "--levels", "1000000000000"], "n_levels: expected a positive int, found 1000000000000"),
+    (["digits", "--levels", "1000000000000"], "n_levels: expected at most 30, found 1000000000000"),
     (["digits", "--levels", "31"], "n_levels: expected at most 30, found 31"),
-    (["digits", "--size", "2000000"], "size: expected .*, found 2000000.*"),
+    (["digits", "--size", "2000000"], "size: expected at most 1048576, found 2000000"),
+    (["folder:good", "--size", "100000000"], "size: expected at most 1048576, found 100000000"),
+    (["digits", "--crop-margin", "99999999999"], "crop_margin: expected at most 1048576 pixels, found 99999999999"),
+    (["digits", "--crop-margin", "1" + "0" * 60], "crop_margin: expected at most 1048576 pixels, found 1000.*"),
+    (["photos:good", "--scale", "100000000"], "scale: expected at most 1048576, found 100000000"),
+    (["digits", "--steps", "100000000"], "n_steps: expected at most 10000 a level, found 100000000"),
+    (["digits", "--hidden", "100000000"], "hidden: expected at most 65536, found 100000000"),
+    (
+        ["digits", "--last-checkerboard", "1000000"],
+        "n_last_checkerboard: expected at most 10000 a level, found 1000000",
+    ),
+    (["digits", "--scale-bias", "1e308"], "scale_bias: expected at most 1e30, which float32 can hold, found 1e+308"),
+    (["digits", "--lr", "1e308"], "lr: expected at most 1000000 (float32 has to hold its products), found 1e+308"),
+    (["digits", "--workers", "100000"], "workers: expected at most 1024 (each is a process .*), found 100000"),
+    (["digits", "--threads", "1000000"], "threads: expected at most 1024 (.*), found 1000000"),
+    (["digits", "--seed", "1" + "0" * 60], "seed: expected at most 9223372036854775807 (.*), found 1000.*"),
+    (
+        ["digits", "--device", "cuda:9999999999999"],
+        "device: expected a number of at most three digits behind 'cuda:', .*",
+    ),
+    (["folder:a\nb\x1b[31m"], r"folder: expected an existing folder, found 'a\nb\x1b[31m'"),
+    (["digits", "--a\nb\x1b[31m"], r"unrecognized arguments: --a\nb\x1b[31m (see pyglow-fast --help)"),
     (["digits", "--max-steps", "0"], "max_steps: expected a positive whole number, found 0"),
     (["digits", "--max-epochs", "0"], "max_epochs: expected a positive whole number, found 0"),
     (["digits", "--max-minutes", "-2"], "max_minutes: expected a positive number, found -2.0"),
@@ -238,6 +259,9 @@ def test_commands(place: Path, arguments: list[str], message: str, capsys: pytes
     ("arguments", "message"),
     [
         (["--n", "0"], "n: expected a positive whole number, found 0"),
+        (["--n", "1000000"], "n: expected at most 65536 (all of them are in one picture), found 1000000"),
+        (["--columns", "1000000"], "columns: expected at most 65536, found 1000000"),
+        (["--scale", "1" + "0" * 60], "scale: expected at most 256, found 1000.*"),
         (["--columns", "-1"], "columns: expected a positive whole number, found -1"),
         (["--scale", "0"], "scale: expected a positive whole number, found 0"),
         (["--temperature", "-1"], "temperature: expected a number, 0 or more, found -1.0"),
@@ -264,6 +288,7 @@ def test_sample(
         (["folder:empty"], "folder: expected a folder with images that Pillow reads, found none in 'empty'"),
         (["folder:good"], "data: expected n_bins 17, as the model was trained on, found 256"),
         (["digits", "--batch-size", "0"], "batch_size: expected a positive whole number, found 0"),
+        (["digits", "--batch-size", "1" + "0" * 60], "batch_size: expected at most 65536, found 1000.*"),
         (["digits", "--part", "half"], "argument --part: invalid choice: 'half' .*"),
     ],
 )
@@ -283,6 +308,25 @@ def test_evaluate_a_folder_run_on_digits(place: Path, capsys: pytest.CaptureFixt
     refused(["evaluate", "out", "folder:flat", "--part", "train"], part, capsys)
     no_classes = "label: expected no label, since the model has no classes, found '1'"
     refused(["sample", "out", "--out", "x.png", "--label", "1"], no_classes, capsys)
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["reconstruct", "--out", "x.png"], ["score", "--out", "x.csv"]])
+def test_an_image_that_is_spoilt_later(place: Path, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Of images that are read when they are needed, whichever command needs them; its name may hold anything."""
+    options = [*FOLDER, "--from-files", "--batch-size", "2", "--max-steps", "1", "--quiet"]
+    assert main(["train", "folder:good", "--out", "out", *options]) == 0
+    Path("good/1.png").rename("good/1\x1b[31m\n.png")
+    Path("good/1\x1b[31m\n.png").write_bytes(b"no image")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pyglow_fast.data.lazy.MEMORY_LIMIT", 0)
+        found = r"good/1\x1b[31m\n.png: expected an image that Pillow can decode, found .*"
+        refused([command[0], "out", "folder:good", *command[1:]], found, capsys)
+
+
+def test_serve_with_no_such_device(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gradio")
+    message = "device: expected a number of at most three digits behind 'cuda:', found 'cuda:9999999999999'"
+    refused(["serve", str(trained), "--no-browser", "--device", "cuda:9999999999999"], message, capsys)
 
 
 def test_reconstruct(trained: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,7 +66,7 @@ def test_bits_of_each_image_alone(place: Path, files: list[str], capsys: Capture
             one = ImageSet("one", levels, 256, label, by_hand.data.class_names)
             bits = float(score_images(by_hand.model, one, 1, seed=0).bits_per_dim[0])
             assert float(row["bits_per_dim"]) == pytest.approx(bits, abs=1e-6)  # of its printed digits
-            assert row["label"] == by_hand.data.class_names[int(label)]
+            assert row["label"].removeprefix("'") == by_hand.data.class_names[int(label)]
     first, second = ([line for line in text.splitlines() if line.startswith("  ")] for text in texts.values())
     assert first == second[::-1]
     for line, file in zip(first, files, strict=True):

@@ -154,6 +154,8 @@ def test_wrong_plans(plan: Plan, message: str, workers: int) -> None:
 def test_wrong_options_are_refused_at_once() -> None:
     with pytest.raises(ValueError, match="workers: expected a whole number, 0 or more, found -1"):
         batches(in_memory(), PLAN, -1)
+    with pytest.raises(ValueError, match=r"workers: expected at most 1024 \(each is a process .*\), found 100000"):
+        batches(in_memory(), PLAN, 100_000)
     with pytest.raises(ValueError, match="on_unreadable: expected one of"):
         batches(in_memory(), PLAN, 0, "warn")
 

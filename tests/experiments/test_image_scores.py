@@ -107,6 +107,35 @@ def test_a_name_that_is_no_text(tmp_path: Path) -> None:
     assert rows((tmp_path / "x.csv").read_text("utf-8"))[0]["name"] == r"a\udcff.png"
 
 
+@pytest.mark.parametrize("first", ["=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20", "'"])
+def test_no_name_is_a_formula(first: str) -> None:
+    """One apostrophe before it, which is taken away to have the name itself; scores stay numbers."""
+    names = (f'{first}HYPERLINK("http://x","y")', f"a{first}b", "")
+    levels = torch.zeros(3, 1, 4, 4, dtype=torch.uint8)
+    images = ImageSet("odd", levels, 5, torch.tensor([0, 1, 1]), (f"{first}1+1", "b"), names)
+    scored = ScoredImages(images, scores_of(-1.5, 2.0, -math.inf))
+    found = rows(score_csv({f"{first}set": scored, "b": scored}))
+    assert [row["name"] for row in found] == [f"'{names[0]}", *names[1:]] * 2
+    assert [row["label"] for row in found] == [f"'{first}1+1", "b", "b"] * 2
+    assert [row["set"] for row in found] == [f"'{first}set"] * 3 + ["b"] * 3
+    assert [row["name"].removeprefix("'") for row in found][:3] == list(names)
+    assert [float(row["bits_per_dim"]) for row in found][:3] == [-1.5, 2.0, -math.inf]
+
+
+@pytest.mark.parametrize("acting", ["\t", "\r", "\n", "\x1b"])
+def test_a_cell_is_one_line(acting: str) -> None:
+    """Of which no spreadsheet drops the beginning, and which no terminal acts on."""
+    images = ImageSet("odd", torch.zeros(1, 1, 4, 4, dtype=torch.uint8), 5, groups=(f"{acting}=1",))
+    text = score_csv({"all": ScoredImages(images, scores_of(1.0))})
+    assert text.splitlines()[1:] == [f"0,{ascii(acting)[1:-1]}=1,1"]
+
+
+def test_complaints_show_names_in_one_line() -> None:
+    images = ImageSet("odd", torch.zeros(1, 1, 4, 4, dtype=torch.uint8), 5, groups=("a\n\x1b[31m\udcff.png",))
+    (line,) = ScoredImages(images, scores_of(math.nan)).complaints()
+    assert line.endswith(r": 0 (a\n\x1b[31m\udcff.png)")
+
+
 def test_many_complaints() -> None:
     images = ImageSet("tiny", torch.zeros(9, 1, 4, 4, dtype=torch.uint8), 5)
     found = ScoredImages(images, scores_of(*[math.nan] * 7, 1.0))

@@ -201,6 +201,11 @@ class TestOwnFile:
         [
             ("{", r"expected a header written by pyglow_fast"),
             ("[]", r"expected a header written by pyglow_fast"),
+            (
+                "[" * 20_000 + "]" * 20_000,
+                r"safetensors: expected a header written by pyglow_fast, found .*RecursionError",
+            ),
+            ("9" * 5000, r"safetensors: expected a header written by pyglow_fast, found .*4300 digits"),
             ('{"config": {}}', r"expected a header written by pyglow_fast"),
             ('{"format": 7, "config": {}}', r"expected format 1 \(another version of pyglow_fast wrote it\), found 7"),
             ('{"format": 1, "config": {"n_wheels": 4}}', r"config: expected keys among"),

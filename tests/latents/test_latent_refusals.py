@@ -108,6 +108,10 @@ CASES: dict[str, tuple[Call, str]] = {
         lambda p, c: tools.manipulate(p.model, p.x, good(p), [math.nan]),
         "strengths: expected finite numbers, found nan",
     ),
+    "huge strengths": (
+        lambda p, c: tools.manipulate(p.model, p.x, [part + 10 for part in good(p)], [1.0, -1e308]),
+        r"strengths: expected numbers whose edit can be held, found \[1\.0, -1e\+308\]",
+    ),
     "no strengths": (
         lambda p, c: tools.manipulate(p.model, p.x, good(p), []),
         "strengths: expected at least one",

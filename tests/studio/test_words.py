@@ -29,7 +29,7 @@ FINITE = st.floats(allow_nan=False, allow_infinity=False)
 LINES = st.text(st.characters(exclude_categories=("Cc", "Cs")), min_size=1).filter(one_line)
 DRAWS = st.builds(
     Draw,
-    st.integers(1, 10**9),
+    st.integers(1, 1 << 16),
     st.floats(0, allow_infinity=False, allow_nan=False),
     st.integers(0, 2**63 - 1),
     st.lists(st.integers(0, 999), max_size=4).map(tuple),

@@ -96,6 +96,24 @@ def test_json_round_trip() -> None:
         ({"beta2": -0.5}, "beta2: expected a number, 0 or more, found -0.5"),
         ({"model": GlowConfig(cond_channels=2)}, "model: expected cond_channels=0"),
         ({"model": {"n_levels": 2}}, "model: expected a GlowConfig, found dict"),
+        ({"workers": 1025}, r"workers: expected at most 1024 \(each is a process with torch in it\), found 1025"),
+        ({"threads": 1_000_000}, r"threads: expected at most 1024 \(torch ends .*\), found 1000000"),
+        ({"sample_count": 65537}, r"sample_count: expected at most 65536 \(.*\), found 65537"),
+        ({"lr": 1e308}, r"lr: expected at most 1000000 \(float32 has to hold its products\), found 1e\+308"),
+        ({"lr": 10**400}, r"lr: expected at most 1000000 \(.*\), found 1000"),
+        ({"optimizer": "adamw", "weight_decay": 1e7}, "weight_decay: expected at most 1000000 "),
+        ({"class_weight": 1e7}, "class_weight: expected at most 1000000 "),
+        ({"clip_norm": 1e39}, r"clip_norm: expected at most 1e\+30 "),
+        ({"sample_temperature": 1e39}, r"sample_temperature: expected at most 1e\+30 "),
+        (
+            {"seed": 2**63},
+            r"seed: expected at most 9223372036854775807 \(64 bits hold no more\), found 92233720368547758",
+        ),
+        (
+            {"device": "cuda:9999999999999"},
+            "device: expected a number of at most three digits behind 'cuda:', found 'cuda",
+        ),
+        ({"device": "cuda:\u0663"}, "device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', found "),
     ],
 )
 def test_refusals(fields: dict[str, Any], message: str) -> None:

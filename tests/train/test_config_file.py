@@ -57,6 +57,37 @@ def test_yaml_and_json_say_the_same(tmp_path: Path) -> None:
         assert TrainConfig.from_dict(read_config(tmp_path / name)) == CONFIG
 
 
+@pytest.mark.parametrize("suffix", [".toml", ".json", ".yaml"])
+def test_what_is_nested_too_deeply_is_one_line(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"x{suffix}"
+    lists = "[" * 20_000 + "]" * 20_000
+    path.write_text({".toml": f"x = {lists}", ".json": f'{{"x": {lists}}}', ".yaml": f"x: {lists}"}[suffix])
+    with pytest.raises(
+        ValueError, match=r"^.*/x\.\w+: expected tables of settings, found deeper ones than can be read$"
+    ):
+        read_config(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("x.yaml", "data: &a\n  x: *a\n", "x.yaml: x: expected a value, or a list of them, found a table"),
+        ("x.yaml", "data: &a [*a]\n", "x.yaml: data: expected a value, or a list of them, found a list in a list"),
+        ("x.toml", "[data.size]\nx = 1", "x.toml: size: expected a value, or a list of them, found a table"),
+        ("x.json", '{"lr": [{"a": 1}]}', "x.json: lr: expected a value, or a list of them, found a table in a list"),
+        ("x.toml", "a\x1b[31m = 1", "x.toml: expected a configuration as TOML, found "),
+        ("x\n.toml", "a =", r"x\n.toml: expected a configuration as TOML, found "),
+    ],
+)
+def test_what_is_no_table_of_values(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match="expected") as caught:
+        read_config(tmp_path / name)
+    assert str(caught.value).startswith(f"{tmp_path}/{message}")
+    assert "\n" not in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+
+
 def test_none_is_null_only_where_null_may_be(tmp_path: Path) -> None:
     path = tmp_path / "x.toml"
     path.write_text('clip_norm = "none"\noptimizer = "none"\n')

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.commands import Command
+from support.data_layouts import picture
 
 from pyglow_fast.train import Checkpoint, RunFolder
 from pyglow_fast.train.metrics import read_metrics
@@ -234,6 +235,30 @@ def test_half_an_environment(tmp_path: Path, environment: dict[str, str], messag
     _, errors = command.communicate()
     assert (command.returncode, errors) == (2, message)
     assert not (tmp_path / "run").exists()
+
+
+def test_ranks_that_see_other_images_end_at_once(tmp_path: Path) -> None:
+    """A machine with an old copy of the images, say: the same number, one of them another one."""
+    for rank in (0, 1):
+        for i in range(20):
+            picture(tmp_path / f"images{rank}" / f"{i}.png", i + 100 * (rank and i == 7), (8, 8))
+    options = ["--size", "8", "--levels", "2", *TINY[2:], "--max-steps", "2", "--out", "run"]
+    program = """
+import os, sys
+from pyglow_fast.cli import main
+sys.exit(main(["train", f"folder:images{os.environ['RANK']}", *sys.argv[1:]]))
+"""
+    with ranks(["-c", program, *options], tmp_path) as processes:
+        results = ended(processes)
+    message = (
+        "error: data: expected the same images on all 2 ranks, found others than the 20 of rank 0: rank 1 has 20\n"
+    )
+    assert [(code, errors) for code, _, errors in results] == [(2, message)] * 2
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "images1" / "7.png").unlink()
+    with ranks(["-c", program, *options, "--from-files"], tmp_path) as processes:
+        for code, _, errors in ended(processes):
+            assert (code, errors) == (2, message.replace("has 20", "has 19"))
 
 
 def test_a_batch_that_cannot_be_shared(tmp_path: Path) -> None:

@@ -136,7 +136,10 @@ def load_glow(path: str | Path, device: str | torch.device = "cpu", **options: A
         raise ValueError(f"{name}: expected a complete safetensors file, found {error}") from error
     expect(text is not None, name, "a model of pyglow_fast", "another safetensors file")
     try:
-        header = json.loads(str(text))
+        try:
+            header = json.loads(str(text))
+        except (ValueError, RecursionError) as error:  # no JSON, a number of too many digits, or nested too deeply
+            raise TypeError(f"{type(error).__name__}: {error}") from error
         found = header["format"]
         expect(found == FORMAT, name, f"format {FORMAT} (another version of pyglow_fast wrote it)", found)
         config = GlowConfig.from_dict(header["config"])
