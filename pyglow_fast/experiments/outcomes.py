@@ -14,9 +14,8 @@ from pyglow_fast.data import optional
 from pyglow_fast.layers.flow_step import PERMUTATIONS
 from pyglow_fast.models import Glow
 from pyglow_fast.train import RunFolder, TrainConfig
-from pyglow_fast.train.files import replacing, write_text
+from pyglow_fast.train.files import refusing, replacing, write_text
 from pyglow_fast.train.metrics import Row, read_metrics
-from pyglow_fast.train.run_folder import refusing
 
 CURVES, TABLE, PICTURE = "curves.csv", "table.md", "curves.png"
 EARLY = 0.1  # the first share of the steps, which the axis of the picture need not show

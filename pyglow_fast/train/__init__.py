@@ -16,12 +16,13 @@ from pyglow_fast.train.evaluation import (
 )
 from pyglow_fast.train.feed import InputLostError
 from pyglow_fast.train.figures import class_columns, class_cycle, save_curve, save_grid, to_levels
+from pyglow_fast.train.files import FolderError
 from pyglow_fast.train.labelled import GridRow, labelled_grid, save_labelled_grid
 from pyglow_fast.train.loop import Result, Run
 from pyglow_fast.train.optim import OPTIMIZERS, learning_rate, make_optimizer
 from pyglow_fast.train.page import page_of
 from pyglow_fast.train.ranks import RankError, Ranks, open_ranks
-from pyglow_fast.train.run_folder import FolderError, RunFolder, load_model
+from pyglow_fast.train.run_folder import RunFolder, load_model
 from pyglow_fast.train.runs import resume, start
 from pyglow_fast.train.seeds import derive
 from pyglow_fast.train.state import TrainingDivergedError, TrainState

@@ -2,28 +2,39 @@
 
 Tensors are ``model.NAME``, ``ema.NAME``, ``optimizer.KIND.NAME`` and ``rank.R.NAME``; the header's ``pyglow_fast``
 entry is a JSON object with the format version, the configuration, the progress, the optimizer's groups, what wrote it,
-and a digest of all tensors, so that a damaged file never passes for a good one. One file, because one file can be
-replaced atomically.
+and a digest of the file, so that a damaged one never passes for a good one. One file, because one file can be replaced
+atomically.
+
+The digest is that of every byte, with zeros where it stands itself. Files of format 2, whose digest is that of the
+tensors alone, are read too, as runs of former versions go on from them; what is written is format 3.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pyglow_fast._errors import expect
+from pyglow_fast.reversible.drift import DriftRecord
 from pyglow_fast.train.config import TrainConfig
 from pyglow_fast.train.files import replacing
+from pyglow_fast.train.progress import Progress
+from pyglow_fast.train.tensor_file import read_header, read_outer, read_tensors
 
-FORMAT = 2
+FORMAT = 3
+DRIFT = "_extra_state"  # how the names of the states of drift controls end
+_TENSORS_ALONE = 2  # the format whose digest is that of the tensors
 _HEADER = "pyglow_fast"
 _PARTS = ("model", "ema", "optimizer", "rank")
 
@@ -51,7 +62,7 @@ class Checkpoint:
         optimizer_groups: the optimizer's param_groups without parameters, JSON-able.
         rank: what each rank has for itself, named ``R.NAME``: states of random generators and of the drift control.
         written_by: versions of what wrote it.
-        digest: of all tensors as the file has it, a key for what is computed from them; empty unless it was loaded.
+        digest: as the file has it, a key for what is computed from its contents; empty unless it was loaded.
     """
 
     config: TrainConfig
@@ -84,53 +95,51 @@ class Checkpoint:
             "data": asdict(self.data),
             "optimizer_groups": self.optimizer_groups,
             "written_by": self.written_by,
-            "digest": _digest(tensors),
+            "digest": _UNSEALED,
         }
         with replacing(path) as temporary:
             try:
                 save_file(tensors, str(temporary), {_HEADER: json.dumps(header)})
             except SafetensorError as error:  # how it says that the disk is full
                 raise OSError(str(error)) from error
+            _seal(temporary)
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
-        """Read the file; all tensors come to the CPU.
+        """Read the file; all tensors come to the CPU, and none of them needs the file any more.
 
         Raises:
-            ValueError: no such file, a truncated, damaged or foreign one, one of another format, or one that was
-                removed or replaced meanwhile.
+            ValueError: no such file, one that cannot be read, a truncated, damaged or foreign one, one of another
+                format, or one whose header holds what cannot be.
         """
         name = str(path)
-        expect(path.is_file(), name, "a checkpoint file", "a folder" if path.is_dir() else "nothing there")
         try:
-            with _open(name) as file:
-                text = (file.metadata() or {}).get(_HEADER)
-                if text is None:
-                    raise ValueError(f"{name}: expected a checkpoint of pyglow_fast, found another safetensors file")
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-        except SafetensorError as error:
-            raise ValueError(f"{name}: expected a complete safetensors file, found {error}") from error
-        header = _parse(name, text)
-        expect(
-            _digest(tensors) == header["digest"], name, "tensors with the digest that they were saved with", "others"
-        )
+            what = "a folder" if path.is_dir() else "something else" if path.exists() else "nothing there"
+            expect(path.is_file(), name, "a checkpoint file", what)
+            with open(path, "rb") as file:  # once: another one may take its place meanwhile
+                header, tensors, digest = _read(file, name)
+        except OSError as error:
+            raise ValueError(f"{name}: expected a checkpoint file that can be read, found {error}") from error
+        expect(digest == header["digest"], name, "the digest that it was saved with", "that of other contents")
         parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
         for key, tensor in tensors.items():
             part, _, rest = key.partition(".")
             expect(part in parts, name, f"tensors of {sorted(parts)}", repr(key))
             parts[part][rest] = tensor
         try:
-            stamp = header["data"]
+            Progress.of(header["progress"], "progress")
             return cls(
                 config=TrainConfig.from_dict(header["config"]),
                 progress=dict(header["progress"]),
-                data=DataStamp(stamp["fingerprint"], stamp["n_bins"], tuple(stamp["class_names"])),
-                optimizer_groups=[_tuples(group) for group in header["optimizer_groups"]],
-                written_by=dict(header["written_by"]),
+                data=_stamp(header["data"]),
+                optimizer_groups=_groups(header["optimizer_groups"]),
+                written_by=_texts(header["written_by"]),
                 digest=header["digest"],
                 **parts,
             )
-        except (TypeError, KeyError, AttributeError) as error:
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"{name}: expected a header written by pyglow_fast, found {error!r} in it") from error
 
     def load_model(self, model: nn.Module, name: str, averaged: bool = False) -> None:
@@ -149,21 +158,53 @@ class Checkpoint:
         model.load_state_dict(weights)
 
 
-def _open(name: str) -> Any:
-    """``safe_open``, which opens the file twice: for the header, and again for torch."""
+_UNSEALED = "0" * 64
+_DIGEST = re.compile(rb'\\"digest\\": \\"([0-9a-f]{64})\\"')  # in JSON in JSON
+
+
+def _place_of_digest(outer: bytes, name: str) -> int:
+    """Where the digest stands in a file with such a header; refused unless it stands there once."""
+    found = list(_DIGEST.finditer(outer))
+    expect(len(found) == 1, name, "one digest in the header", len(found))
+    return found[0].start(1)
+
+
+def _unsealed(outer: bytes, place: int) -> bytes:
+    """The beginning of a file as it is digested."""
+    return outer[:place] + _UNSEALED.encode() + outer[place + len(_UNSEALED) :]
+
+
+def _seal(path: Path) -> None:
+    """Write its digest into a file that was saved without one."""
+    with open(path, "r+b") as file:
+        outer = read_outer(file)
+        digest = hashlib.sha256(outer)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+        file.seek(_place_of_digest(outer, str(path)))
+        file.write(digest.hexdigest().encode())
+
+
+def _read(file: BinaryIO, name: str) -> tuple[dict[str, Any], dict[str, Tensor], str]:
+    """Header, tensors and digest of what an open file has in it."""
     try:
-        return safe_open(name, framework="pt", device="cpu")
-    except (FileNotFoundError, RuntimeError) as error:  # the second: from torch
-        raise ValueError(f"{name}: expected a file that stays as it is while it is read, found {error}") from error
+        outer = read_header(file)
+    except ValueError as error:
+        raise ValueError(f"{name}: expected a complete safetensors file, found {error}") from error
+    text: Any = outer.metadata.get(_HEADER)
+    expect(isinstance(text, str), name, "a checkpoint of pyglow_fast", "another safetensors file")
+    header = _parse(name, text)
+    of_tensors = header["format"] == _TENSORS_ALONE
+    digest = hashlib.sha256(b"" if of_tensors else _unsealed(outer.raw, _place_of_digest(outer.raw, name)))
+    try:
+        tensors = read_tensors(file, outer, None if of_tensors else digest.update)
+    except ValueError as error:
+        raise ValueError(f"{name}: expected a complete safetensors file, found {error}") from error
+    return header, tensors, _digest_of(tensors) if of_tensors else digest.hexdigest()
 
 
-def _tuples(group: dict[str, Any]) -> dict[str, Any]:
-    """JSON made lists of an optimizer's tuples (Adam's betas)."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in group.items()}
-
-
-def _digest(tensors: dict[str, Tensor]) -> str:
-    """Of names, dtypes, shapes and values."""
+def _digest_of(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and values, as format 2 has it."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -171,16 +212,59 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _stamp(values: Mapping[str, Any]) -> DataStamp:
+    """What is remembered of the images.
+
+    Raises:
+        ValueError: of another type, or no such images can be.
+    """
+    fingerprint, n_bins, names = values["fingerprint"], values["n_bins"], values["class_names"]
+    expect(isinstance(fingerprint, str), "data.fingerprint", "a text", repr(fingerprint))
+    expect(type(n_bins) is int and 2 <= n_bins <= 256, "data.n_bins", "a value in 2..256", repr(n_bins))
+    named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    expect(named, "data.class_names", "a list of texts", repr(names))
+    return DataStamp(fingerprint, n_bins, tuple(names))
+
+
+def _texts(values: Mapping[str, Any]) -> dict[str, str]:
+    texts = isinstance(values, dict) and all(isinstance(value, str) for value in values.values())
+    expect(texts, "written_by", "texts by name", repr(values))
+    return dict(values)
+
+
+def _groups(found: Any) -> list[dict[str, Any]]:
+    """The optimizer's groups, with the tuples of which JSON made lists (Adam's betas).
+
+    Raises:
+        ValueError: other than truth values, finite numbers and tuples of them, by name.
+    """
+    expect(isinstance(found, list), "optimizer_groups", "a list", repr(found))
+    groups = []
+    for group in found:
+        expect(isinstance(group, dict), "optimizer_groups", "settings by name", repr(group))
+        groups.append({key: tuple(value) if isinstance(value, list) else value for key, value in group.items()})
+        for key, value in groups[-1].items():
+            plain = all(map(_is_plain, value if isinstance(value, tuple) else (value,)))
+            expect(plain, f"optimizer_groups.{key}", "finite numbers or truth values", repr(value))
+    return groups
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) is int:
+        return abs(value) < 2**63
+    return value is None or type(value) is bool or (type(value) is float and math.isfinite(value))
+
+
 def _parse(name: str, text: str) -> dict[str, Any]:
     keys = {"format", "config", "progress", "data", "optimizer_groups", "written_by", "digest"}
     try:
         header = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{name}: expected a JSON header, found {error}") from error
     complete = isinstance(header, dict) and keys <= set(header)
     if isinstance(header, dict) and "format" in header:
-        found = header["format"]
-        expect(found == FORMAT, name, f"format {FORMAT} (another version of pyglow_fast wrote it)", found)
+        found, known = header["format"], (_TENSORS_ALONE, FORMAT)
+        expect(found in known, name, f"format {FORMAT} (another version of pyglow_fast wrote it)", found)
     expect(complete, name, f"a header with {sorted(keys)}", sorted(header) if isinstance(header, dict) else header)
     return header
 
@@ -214,26 +298,64 @@ def optimizer_tensors(
     return tensors, groups
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, checkpoint: Checkpoint, name: str) -> None:
-    """The inverse of :func:`optimizer_tensors`.
+def check_drift(tensors: Mapping[str, Tensor], name: str) -> None:
+    """Refuse a state among ``tensors`` that no drift control would take."""
+    for key, value in tensors.items():
+        if key.endswith(DRIFT):
+            try:
+                DriftRecord.of_vector(value)
+            except (ValueError, OverflowError) as error:
+                raise ValueError(f"{name}: {key}: {error}") from error
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, model: nn.Module, checkpoint: Checkpoint, name: str
+) -> dict[str, Any]:
+    """The state dict of ``optimizer`` with what :func:`optimizer_tensors` gave; nothing changes before it is loaded.
 
     Raises:
-        ValueError: a tensor of an unknown parameter or of the wrong shape; the optimizer is then unchanged.
+        ValueError: tensors of an unknown parameter or kind, of a wrong shape or dtype, or not all kinds of a
+            parameter; groups with other settings than the optimizer has.
     """
-    position = {parameter_name: i for i, (parameter_name, _) in enumerate(model.named_parameters())}
-    shapes = {parameter_name: parameter.shape for parameter_name, parameter in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    position = {parameter_name: i for i, parameter_name in enumerate(parameters)}
+    kinds = _state_kinds(optimizer)
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in checkpoint.optimizer.items():
         kind, _, parameter_name = key.partition(".")
         expect(parameter_name in position, name, "optimizer state of the model's parameters", repr(key))
-        fits = kind == "step" or tensor.shape == shapes[parameter_name]
-        expect(fits, name, f"optimizer.{key} of shape {tuple(shapes[parameter_name])}", tuple(tensor.shape))
+        expect(kind in kinds, name, f"optimizer state of the kinds {sorted(kinds)}", repr(key))
+        like = kinds[kind] if kinds[kind].dim() == 0 else parameters[parameter_name]
+        same = tensor.shape == like.shape and tensor.dtype == like.dtype
+        wanted, found = (f"{tuple(item.shape)}, {item.dtype}" for item in (like, tensor))
+        expect(same, name, f"optimizer.{key} of shape {wanted}", found)
         state.setdefault(position[parameter_name], {})[kind] = tensor
+    whole = all(len(values) == len(kinds) for values in state.values())
+    expect(whole, name, f"{sorted(kinds)} of each parameter that the optimizer has changed", "less")
     current = optimizer.state_dict()
-    found, wanted = len(checkpoint.optimizer_groups), len(current["param_groups"])
-    expect(found == wanted, name, f"{wanted} optimizer groups", found)
-    groups = [
-        {**saved, "params": group["params"]}
-        for saved, group in zip(checkpoint.optimizer_groups, current["param_groups"], strict=True)
-    ]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    count, wanted_count = len(checkpoint.optimizer_groups), len(current["param_groups"])
+    expect(count == wanted_count, name, f"{wanted_count} optimizer groups", count)
+    groups = []
+    for saved, group in zip(checkpoint.optimizer_groups, current["param_groups"], strict=True):
+        for key, value in saved.items():
+            own = group.get(key)  # None: of another version of torch, or one that torch chooses
+            alike = key != "params" and (own is None or _kind_of(value) == _kind_of(own))
+            expect(alike, name, f"optimizer_groups.{key} like {own!r}", repr(value))
+        groups.append({**saved, "params": group["params"]})
+    return {"state": state, "param_groups": groups}
+
+
+def _kind_of(value: Any) -> Any:
+    """What settings that may stand for each other have in common."""
+    if isinstance(value, tuple):
+        return tuple(map(_kind_of, value))
+    return "number" if type(value) in (int, float) else type(value)
+
+
+def _state_kinds(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What such an optimizer keeps of a parameter of shape (1,), by its name; of any other all but scalars differ."""
+    parameter = nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.zeros(1)
+    other = type(optimizer)([parameter])  # type: ignore[call-arg]
+    other.step()
+    return dict(other.state[parameter])

@@ -10,6 +10,23 @@ from pathlib import Path
 TEMPORARY = ".partial"
 
 
+class FolderError(ValueError):
+    """The folder of a run cannot be made or written, or is that of another run by now."""
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Around writes at the beginning of a run: what the disk refuses is the user's to mend.
+
+    Raises:
+        FolderError: a write failed.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise FolderError(f"out: expected a folder that can be written, found {error}") from error
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path in the same folder; on success it is flushed to the disk and takes the place of ``path``.

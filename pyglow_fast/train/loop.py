@@ -6,7 +6,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from pyglow_fast.train.board import writer_class
 from pyglow_fast.train.evaluation import Score
 from pyglow_fast.train.feed import READER_DIED, InputLostError
 from pyglow_fast.train.figures import class_cycle, save_curve, to_levels
-from pyglow_fast.train.files import write_text
+from pyglow_fast.train.files import FolderError, refusing, write_text
 from pyglow_fast.train.interrupt import StopRequest
 from pyglow_fast.train.memory import memory_mb
 from pyglow_fast.train.metrics import Row, read_metrics
@@ -71,15 +71,23 @@ class Run:
         state: where it is.
         folder: where it is kept.
         resumed: whether it goes on.
+        check: refuses a folder that is not as it was when the run was made ready; asked again under its lock.
         notes: what to tell the user at the beginning.
     """
 
-    def __init__(self, state: TrainState, folder: RunFolder, resumed: bool, notes: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        state: TrainState,
+        folder: RunFolder,
+        resumed: bool,
+        check: Callable[[], object],
+        notes: tuple[str, ...] = (),
+    ) -> None:
         for module in ("PIL.Image", "torchvision.utils", "matplotlib.figure", "tqdm", "tomli_w"):
             optional(module, "training")  # better missed now than at the first picture
         if state.config.tensorboard:
             writer_class()
-        self.state, self.folder, self.resumed, self.notes = state, folder, resumed, notes
+        self.state, self.folder, self.resumed, self.check, self.notes = state, folder, resumed, check, notes
         self.writer = RunWriter(folder, state.config, state.ranks.first, quiet=True)
         self._first_step = state.progress.step
         self._scores: tuple[int, Score, Score] | None = None  # step, held out, train
@@ -97,8 +105,9 @@ class Run:
         Raises:
             TrainingDivergedError: loss or gradient are NaN or inf again and again, or an update ruined the weights. The
                 folder keeps the last good checkpoint.
-            FolderError: the folder cannot be made or written, or another process trains in it.
-            SaveError: the last checkpoint cannot be written.
+            FolderError: the folder cannot be made or written, another process trains in it, or has since the run was
+                made ready.
+            SaveError: the last checkpoint cannot be written, or what follows it: scores, pictures and report.
             RankError: another rank is gone.
             InputLostError: an image cannot be read, or a process that reads them died; what was reached is saved where
                 that happened between two steps.
@@ -128,6 +137,12 @@ class Run:
     def _open(self) -> None:
         """The folder as it must be before the first step."""
         state, writer = self.state, self.writer
+        if state.ranks.first:
+            with refusing():
+                try:
+                    self.check()
+                except ValueError as error:
+                    raise FolderError(str(error)) from error
         writer.open(state.progress.step if self.resumed else None)
         for note in self.notes:
             writer.say(note)
@@ -320,6 +335,7 @@ class Run:
         state, progress, folder = self.state, self.state.progress, self.folder
         self._save(final=True)  # before anything else can go wrong
         stop.release()
+        refused = len(self.writer.refused)
         self._evaluate(everything=True)
         assert self._scores is not None
         _, held_out, train = self._scores
@@ -347,6 +363,8 @@ class Run:
         write("the curve", lambda: save_curve(read_metrics(folder.metrics), folder.curve, levels))
         if write("the report", lambda: write_text(folder.report, text)) is None:
             write("the page of the report", lambda: write_page(folder))
+        reached = f"held-out {held_out.mean:.3f} ± {held_out.error_text} bits/dim, train {train.mean:.3f}"
+        self.writer.check_end(refused, reached)
         return result
 
 

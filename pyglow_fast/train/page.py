@@ -198,8 +198,10 @@ def _pictures(folder: RunFolder, caption: str, notes: list[str]) -> list[tuple[s
 
 
 def _read(path: Path) -> bytes | None:
-    """None: it is not there, or not yet."""
+    """None: it is not there, or not yet; nothing of what cannot be read, such as a folder."""
     try:
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError:
+        return b""

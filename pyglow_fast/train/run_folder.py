@@ -19,13 +19,10 @@ from pyglow_fast.models import Glow
 from pyglow_fast.train.checkpoint import Checkpoint
 from pyglow_fast.train.config import ADJUSTABLE, TrainConfig
 from pyglow_fast.train.config_file import read_config, to_toml
-from pyglow_fast.train.files import TEMPORARY, write_text
+from pyglow_fast.train.files import TEMPORARY, FolderError, refusing, write_text
+from pyglow_fast.train.folder_lock import FolderLock
 
 _STEP = "step-{:07d}.safetensors"
-
-
-class FolderError(ValueError):
-    """The folder of a new run cannot be made or written."""
 
 
 class RunFolder:
@@ -45,6 +42,7 @@ class RunFolder:
         self.page = self.path / "report.html"
         self.cache = self.path / "cache"  # what commands computed of a checkpoint; may be removed at any time
         self.lock = self.path / ".lock"
+        self._lock = FolderLock(self.lock)
 
     def saved(self) -> list[Path]:
         """The checkpoints, the newest first."""
@@ -58,16 +56,21 @@ class RunFolder:
     @property
     def checkpoint(self) -> Path:
         """The newest checkpoint; where there is none yet, the first that there will be."""
-        return next(iter(self.saved()), self.checkpoints / _STEP.format(0))
+        return next(iter(self.saved()), self.of_step(0))
+
+    def of_step(self, step: int) -> Path:
+        """The checkpoint of that step, be it there or not."""
+        return self.checkpoints / _STEP.format(step)
 
     def save(self, checkpoint: Checkpoint, keep: int) -> None:
-        """Write a checkpoint, then remove the oldest ones beyond ``keep``.
+        """Write a checkpoint, then remove the oldest ones beyond ``keep``, and none that claims to be newer.
 
         Raises:
             OSError: it cannot be written, not even in the place of all but the newest one; that one is unharmed.
         """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        path = self.checkpoints / _STEP.format(checkpoint.progress["step"])
+        step = checkpoint.progress["step"]
+        path = self.of_step(step)
         try:
             checkpoint.save(path)
         except OSError:
@@ -76,18 +79,19 @@ class RunFolder:
                 raise
             self._remove(older)  # a full disk: older ones give way
             checkpoint.save(path)
-        self._remove(self.saved()[keep:])
+        self._remove([path for path in self.saved() if step_of(path) <= step][keep:])
 
     def set_aside(self, step: int) -> None:
         """Rename the checkpoints after ``step``, which could not be read, so that they do not count as the newest."""
         for path in self.saved():
             if step_of(path) > step:
-                path.replace(path.with_name(path.name + ".damaged"))
+                path.rename(_free(path.with_name(path.name + ".damaged")))
 
     @staticmethod
     def _remove(paths: list[Path]) -> None:
         for path in paths:
-            path.unlink(missing_ok=True)
+            if path.is_symlink() or not path.is_dir():  # no run makes folders there
+                path.unlink(missing_ok=True)
 
     @property
     def exists(self) -> bool:
@@ -155,28 +159,40 @@ class RunFolder:
         Raises:
             FolderError: somebody else does.
         """
-        try:
-            import fcntl  # posix only
-        except ImportError:
-            wanted = False
-        if not wanted:
+        with self._lock.held() if wanted else contextlib.nullcontext():
             yield
-            return
-        with refusing():
-            handle = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o644)
-        _locks.add(handle)
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the folder was removed since it was locked, or its lock was."""
+        return self._lock.is_lost
+
+    def make_again(self) -> None:
+        """Make the folder of a run that goes on, and hold its lock again, when it was removed.
+
+        Raises:
+            FolderError: another run was made in its place, whether it goes on or not.
+            OSError: it cannot be made.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self.is_lost:
+            if self.exists and self.lock.exists():
                 where = repr(str(self.path))
-                raise FolderError(f"out: expected a run that no other process trains, found one in {where}") from None
-            except OSError:
-                pass  # no locks there
-            yield
-        finally:
-            _locks.discard(handle)
-            os.close(handle)
+                raise FolderError(f"out: expected the folder of this run, found that of another one in {where}")
+            self._lock.take_again()
+
+    def mark(self) -> tuple[Any, ...]:
+        """What tells whether a run was trained, or its settings changed, since this was asked before."""
+        return tuple((path.name, _state_of(path)) for path in (self.config, *self.saved()))
+
+    def check_unchanged(self, mark: tuple[Any, ...]) -> None:
+        """Refuse to go on from what is not the newest state of the run any more.
+
+        Raises:
+            ValueError: since ``mark`` was asked for there are other checkpoints or settings.
+        """
+        same = self.mark() == mark
+        expect(same, "out", "the run as it was when it was read", f"another state in {str(self.path)!r} (resume again)")
 
     def _remove_run(self) -> None:
         # The configuration last: without it the rest would no longer count as a run.
@@ -282,12 +298,21 @@ class _State:
 
 
 def _state_of(path: Path) -> _State | None:
-    """None: it is not there."""
-    try:
-        found = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return _State(found.st_mtime_ns, found.st_size, found.st_ino)
+    """None: it is not there. Of a symlink that leads nowhere: that of the link."""
+    for look in (path.stat, path.lstat):
+        with contextlib.suppress(OSError):
+            found = look()
+            return _State(found.st_mtime_ns, found.st_size, found.st_ino)
+    return None
+
+
+def _free(path: Path) -> Path:
+    """``path``, or with a number behind it one where nothing is yet."""
+    number, found = 1, path
+    while os.path.lexists(found):
+        number += 1
+        found = path.with_name(f"{path.name}-{number}")
+    return found
 
 
 def _matching(folder: Path, pattern: str) -> list[Path]:
@@ -302,33 +327,6 @@ def step_of(path: Path) -> int:
     """The step in the name of a checkpoint or of samples, or -1."""
     digits = path.stem.removeprefix("step-")
     return int(digits) if digits.isdecimal() else -1
-
-
-@contextlib.contextmanager
-def refusing() -> Iterator[None]:
-    """Around writes at the beginning of a run: what the disk refuses is the user's to mend.
-
-    Raises:
-        FolderError: a write failed.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise FolderError(f"out: expected a folder that can be written, found {error}") from error
-
-
-_locks: set[int] = set()  # handles of the folders that this process trains in
-
-
-def _close_locks() -> None:
-    """Processes that read images are forked from this one: they must not hold its lock when it is killed."""
-    for handle in _locks:
-        os.close(handle)
-    _locks.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_locks)
 
 
 def _what(path: Path) -> str:

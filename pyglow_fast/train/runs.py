@@ -36,7 +36,8 @@ def start(
     folder = RunFolder(out)
     folder.check_new(overwrite)
     _check_text(config)
-    return Run(TrainState(config, load_data(config.data) if data is None else data, ranks), folder, resumed=False)
+    state = TrainState(config, load_data(config.data) if data is None else data, ranks)
+    return Run(state, folder, resumed=False, check=lambda: folder.check_new(overwrite))
 
 
 def resume(
@@ -61,6 +62,7 @@ def resume(
             other images; nothing has been written then.
     """
     folder = RunFolder(out)
+    mark = folder.mark()
     checkpoint = folder.load()
     # The file may say more than the checkpoint: what was changed by hand, or by a resume that saved nothing yet.
     written = folder.read_config()
@@ -70,7 +72,7 @@ def resume(
         expect(same_kind, "data", f"{config.data.name!r}, as the run was started with", repr(data_name))
         config = replace(config, data=replace(config.data, name=data_name))
     state = TrainState(config, load_data(config.data) if data is None else data, ranks)
-    state.restore(checkpoint, str(folder.checkpoint))
+    state.restore(checkpoint, str(folder.of_step(checkpoint.progress["step"])))
     if config.eval_images != checkpoint.config.eval_images:  # scores of other images are not compared
         state.progress.best, state.progress.stale = None, 0
     done = _done(state)
@@ -79,7 +81,8 @@ def resume(
         # The limit that the run had may be named again: whoever repeats a command gets the report once more.
         ahead = value is None or value > reached or value == getattr(written, name)
         expect(ahead, name, f"more than the {text} done", value)
-    return Run(state, folder, resumed=True, notes=_differences(checkpoint, config))
+    notes = _differences(checkpoint, config)
+    return Run(state, folder, resumed=True, check=lambda: folder.check_unchanged(mark), notes=notes)
 
 
 def _check_text(config: TrainConfig) -> None:

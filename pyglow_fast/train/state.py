@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -20,50 +20,33 @@ from pyglow_fast.likelihood import bits_per_dim
 from pyglow_fast.models import Glow
 from pyglow_fast.models.class_head import class_bits
 from pyglow_fast.models.graphed import GraphedGlow
-from pyglow_fast.train.checkpoint import Checkpoint, DataStamp, optimizer_tensors, restore_optimizer
+from pyglow_fast.train.checkpoint import (
+    DRIFT,
+    Checkpoint,
+    DataStamp,
+    check_drift,
+    check_weights,
+    optimizer_state,
+    optimizer_tensors,
+)
 from pyglow_fast.train.config import TrainConfig
 from pyglow_fast.train.devices import resolve_device
 from pyglow_fast.train.ema import Ema
 from pyglow_fast.train.evaluation import Score, check_fits, evaluate, labels_for
 from pyglow_fast.train.feed import Feed, Part, n_workers, noisy
 from pyglow_fast.train.optim import learning_rate, make_optimizer
+from pyglow_fast.train.progress import Progress
 from pyglow_fast.train.ranks import Ranks
 from pyglow_fast.train.seeds import batch_indices, derive
 from pyglow_fast.train.versions import versions
 
 EVAL_BATCH = 64  # images that are scored at a time
+_CUDA = "torch.cuda"  # the generator of a rank's GPU, which a rank on a CPU has not
 CHECK_VALUES = 1 << 21  # of the images, at most 64 of them, that are looked at before a checkpoint is saved
 
 
 class TrainingDivergedError(ArithmeticError):
     """The loss or the gradient is no number any more; the message is a report for the user."""
-
-
-@dataclass
-class Progress:
-    """Counters of a run; JSON-able.
-
-    Args:
-        step: steps done.
-        seconds: spent so far, over all parts.
-        loss_sum, steps_summed: of the running mean since the last row of metrics.csv, in bits/dim.
-        class_sum: the same of the bits that the labels cost.
-        best: lowest held-out bits/dim so far.
-        stale: evaluations since then.
-        skipped, skipped_in_row: steps left out since loss or gradient were not finite; the last ones of them.
-        unreadable: images that could not be read and had another one in their place.
-    """
-
-    step: int = 0
-    seconds: float = 0.0
-    loss_sum: float = 0.0
-    steps_summed: int = 0
-    best: float | None = None
-    stale: int = 0
-    skipped: int = 0
-    skipped_in_row: int = 0
-    unreadable: int = 0
-    class_sum: float = 0.0
 
 
 class Losses(nn.Module):
@@ -300,8 +283,8 @@ class TrainState:
         """What this rank has for itself: generators, and what each level has learnt of drift."""
         found = {"torch": torch.get_rng_state()}
         if self.device.type == "cuda":
-            found["torch.cuda"] = torch.cuda.get_rng_state(self.device)
-        found |= {name: value for name, value in self.model.state_dict().items() if name.endswith("_extra_state")}
+            found[_CUDA] = torch.cuda.get_rng_state(self.device)
+        found |= {name: value for name, value in self.model.state_dict().items() if name.endswith(DRIFT)}
         return {name: value.cpu() for name, value in found.items()}  # what is sent to another rank is on no GPU
 
     def checkpoint(self) -> Checkpoint:
@@ -332,24 +315,27 @@ class TrainState:
         """
         same = checkpoint.data == self.stamp
         expect(same, "data", "the images that the run was started with", "others (changed, added or removed)")
-        progress = _progress(checkpoint.progress, name)
-        own = _part_of(checkpoint.rank, self.ranks.rank, name)
+        progress = Progress.of(checkpoint.progress, name)
+        parts = _parts_of(checkpoint.rank, self._own(), self.device, name)
         if self.ema is not None:
             same = self.ema.average.keys() == checkpoint.ema.keys()
             expect(same, name, "an average of every weight", f"{len(checkpoint.ema)} averages")
-        checkpoint.load_model(self.model, name, averaged=True)  # checks the averages' shapes too
-        checkpoint.load_model(self.model, name)
-        restore_optimizer(self.optimizer, self.model, checkpoint, name)
+        check_weights(checkpoint.model | checkpoint.ema, self.model, name)
+        check_drift(checkpoint.model, name)
+        optimizer = optimizer_state(self.optimizer, self.model, checkpoint, name)
+        checkpoint.load_model(self.model, name)  # which refuses before it writes; nothing after it refuses any more
+        self.optimizer.load_state_dict(optimizer)
         if self.ema is not None:
             self.ema.load(checkpoint.ema)
         self.close()
         self.progress = progress
-        drift = {key: value for key, value in own.items() if key.endswith("_extra_state")}
+        own = _part_for(self.ranks.rank, parts)
+        drift = {key: value for key, value in own.items() if key.endswith(DRIFT)}
         self.model.load_state_dict(drift, strict=False)
-        if self.ranks.world == 1 or f"{self.ranks.rank}.torch" in checkpoint.rank:
+        if self.ranks.rank in parts:
             torch.set_rng_state(own["torch"])
-        if self.device.type == "cuda" and "torch.cuda" in own:
-            torch.cuda.set_rng_state(own["torch.cuda"], self.device)
+        if self.device.type == "cuda" and _CUDA in own:
+            torch.cuda.set_rng_state(own[_CUDA], self.device)
 
 
 def _distributed(loss: nn.Module, device: torch.device, ranks: Ranks) -> nn.Module:
@@ -361,18 +347,37 @@ def _distributed(loss: nn.Module, device: torch.device, ranks: Ranks) -> nn.Modu
         return DistributedDataParallel(loss, **options)
 
 
-def _part_of(values: dict[str, Tensor], rank: int, name: str) -> dict[str, Tensor]:
-    """What ``rank`` had for itself, or one of fewer ranks that were there."""
+def _parts_of(
+    values: dict[str, Tensor], own: dict[str, Tensor], device: torch.device, name: str
+) -> dict[int, dict[str, Tensor]]:
+    """What each rank had for itself, by its number; ``own`` is what one has now, on ``device``.
+
+    Raises:
+        ValueError: no ranks, tensors that no rank has, or states that generator or drift control would not take.
+    """
     parts: dict[int, dict[str, Tensor]] = {}
     for key, value in values.items():
         number, _, rest = key.partition(".")
-        expect(number.isdecimal(), name, "values of numbered ranks", repr(key))
+        expect(number.isdecimal() and len(number) < 10, name, "values of numbered ranks", repr(key))
+        expect(rest in own or rest == _CUDA, name, f"values of ranks among {sorted({*own, _CUDA})}", repr(key))
+        if rest in own:
+            same = value.shape == own[rest].shape and value.dtype == own[rest].dtype
+            wanted, found = (f"{tuple(item.shape)}, {item.dtype}" for item in (own[rest], value))
+            expect(same, name, f"rank.{key} of shape {wanted}", found)
+        if rest in own and not rest.endswith(DRIFT):
+            try:
+                torch.Generator(device if rest == _CUDA else "cpu").set_state(value)
+            except RuntimeError as error:
+                raise ValueError(f"{name}: expected the state of a generator in rank.{key}, found {error}") from error
         parts.setdefault(int(number), {})[rest] = value
-    expect(0 in parts and "torch" in parts[0], name, "the state of torch's generator", sorted(values))
+    expect(0 in parts, name, "the state of torch's generator", sorted(values))
+    for part in parts.values():
+        missing = sorted(set(own) - set(part) - {_CUDA})
+        expect(not missing, name, "the states of torch's generator and of the drift controls", f"no {missing}")
+        check_drift(part, name)
+    return parts
+
+
+def _part_for(rank: int, parts: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What ``rank`` had for itself, or one of fewer ranks that were there."""
     return parts.get(rank, parts[rank % len(parts)] if rank % len(parts) in parts else parts[0])
-
-
-def _progress(values: dict[str, Any], name: str) -> Progress:
-    known, later = set(asdict(Progress())), {"class_sum"}  # which former versions did not write
-    expect(set(values) | later == known, name, f"progress with {sorted(known)}", sorted(values))
-    return Progress(**values)

@@ -12,8 +12,9 @@ from pyglow_fast.train.board import Board
 from pyglow_fast.train.checkpoint import Checkpoint
 from pyglow_fast.train.config import TrainConfig
 from pyglow_fast.train.figures import class_columns, grid, save_picture
+from pyglow_fast.train.files import refusing
 from pyglow_fast.train.metrics import MetricsLog, Row, read_metrics
-from pyglow_fast.train.run_folder import RunFolder, refusing
+from pyglow_fast.train.run_folder import RunFolder
 
 
 class SaveError(OSError):
@@ -33,7 +34,7 @@ class RunWriter:
     def __init__(self, folder: RunFolder, config: TrainConfig, first: bool, quiet: bool) -> None:
         self.folder, self.config, self.first, self.quiet = folder, config, first, quiet
         self.metrics = MetricsLog(folder.metrics)
-        self.failures = 0
+        self.refused: list[str] = []  # what could not be written so far, and why
         self._board = Board(None)
 
     def open(self, step: int | None) -> None:
@@ -61,26 +62,31 @@ class RunWriter:
             optional("tqdm", "the progress bar").tqdm.write(text)
 
     def attempt(self, what: str, action: Callable[[], Any]) -> OSError | None:
-        """Do it; a disk that is full or a folder that is gone is said and counted, and the run goes on.
+        """Do it; a disk that is full or a folder that is gone is said and kept in ``refused``, and the run goes on.
 
-        A folder that was removed is made again first.
+        A folder that was removed is made again first, and locked.
+
+        Raises:
+            FolderError: another run was made in its place.
         """
         if not self.first:
             return None
         try:
             try:
+                if self.folder.is_lost:
+                    self._make_again()
                 action()
             except FileNotFoundError:
                 self._make_again()
                 action()
         except OSError as error:
-            self.failures += 1
+            self.refused.append(f"{what} ({error})")
             self.say(f"warning: {what} cannot be written ({error}); the run goes on")
             return error
         return None
 
     def _make_again(self) -> None:
-        self.folder.path.mkdir(parents=True, exist_ok=True)
+        self.folder.make_again()
         if not self.folder.exists:
             self.say(f"warning: the folder of the run was removed; it is made again: {self.folder.path}")
             self.folder.write_config(self.config)
@@ -93,12 +99,16 @@ class RunWriter:
             return
         step = int(row["step"] or 0)
         known: Row = {}
-        for found in read_metrics(self.folder.metrics):
-            if found["step"] == step:
-                known = {name: value for name, value in found.items() if value is not None}
         scores = {name: value for name, value in row.items() if name.startswith(("held_out", "train_subset"))}
-        self.attempt("a row of metrics.csv", lambda: self.metrics.start(step - 1))
-        self.attempt("a row of metrics.csv", lambda: self.metrics.add(row | known | scores))
+
+        def replace() -> None:
+            for found in read_metrics(self.folder.metrics):
+                if found["step"] == step:
+                    known.update({name: value for name, value in found.items() if value is not None})
+            self.metrics.start(step - 1)
+            self.metrics.add(row | known | scores)
+
+        self.attempt("the last row of metrics.csv", replace)
         self._event(step, {name: value for name, value in row.items() if name in scores or name not in known})
 
     def add(self, row: Row) -> None:
@@ -147,6 +157,23 @@ class RunWriter:
 
         self.attempt("samples", write)
         self.attempt("an event", lambda: self._board.image(step, "samples", picture))
+
+    def check_end(self, since: int, reached: str) -> None:
+        """Tell whether all that belongs to the end is written.
+
+        Args:
+            since: how many writes had been refused before the end.
+            reached: what the run came to, in words, for whom it is not written.
+
+        Raises:
+            SaveError: something is not.
+        """
+        lost = self.refused[since:]
+        if lost:
+            raise SaveError(
+                f"the end of the run cannot be written: {'; '.join(lost)}\n  reached: {reached}\n"
+                f"  kept: {self.folder.checkpoint}, with all weights; --resume writes the rest again"
+            )
 
     def close(self) -> None:
         """Flush what is buffered."""

@@ -170,3 +170,17 @@ def test_a_resumed_run_may_change_how_it_computes(run: Path, memory: str, capsys
     assert main(command) == 0
     assert f"resumed with memory = '{memory}' (it was 'reversible')" in capsys.readouterr().out
     assert RunFolder(run).load().config.memory == memory
+
+
+def test_an_end_that_cannot_be_written(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, before = run / "report.html", weights(run)
+    page.unlink(missing_ok=True)
+    page.mkdir()
+    assert main(["train", "--resume", "--out", str(run), "--quiet"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: the end of the run cannot be written: the page of the report ([Errno ")
+    assert f"kept: {RunFolder(run).checkpoint}, with all weights; --resume writes the rest again" in said
+    assert all(torch.equal(value, before[name]) for name, value in weights(run).items())
+    page.rmdir()
+    assert main(["train", "--resume", "--out", str(run), "--quiet"]) == 0
+    assert page.is_file()

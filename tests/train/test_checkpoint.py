@@ -73,24 +73,13 @@ def test_the_digest_is_that_of_the_file(state: TrainState, tmp_path: Path) -> No
     assert Checkpoint.load(tmp_path / "again.safetensors").digest == digests[1]
 
 
-@pytest.mark.parametrize("when", ["before it is opened", "between the header and the tensors"])
-def test_a_file_that_goes_away_while_it_is_read(
-    state: TrainState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+def test_a_file_that_goes_away_before_it_is_opened(
+    state: TrainState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "x.safetensors"
     state.checkpoint().save(path)
-
-    def gone(*args: Any, **options: Any) -> Any:
-        path.unlink()
-        return opened(*args, **options)
-
-    if when == "before it is opened":
-        opened: Callable[..., Any] = safe_open
-        monkeypatch.setattr("pyglow_fast.train.checkpoint.safe_open", gone)
-    else:  # torch opens the file by its name once more
-        opened = torch.UntypedStorage.from_file
-        monkeypatch.setattr(torch.UntypedStorage, "from_file", gone)
-    with pytest.raises(ValueError, match=r"x.safetensors: expected a file that stays as it is while it is read, found"):
+    monkeypatch.setattr(Path, "is_file", lambda self: self.unlink() is None)
+    with pytest.raises(ValueError, match=r"x.safetensors: expected a checkpoint file that can be read, found"):
         Checkpoint.load(path)
 
 
@@ -203,41 +192,6 @@ def test_a_pickle_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert not Path("sprung").exists()
 
 
-def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change the JSON header of a checkpoint."""
-    with safe_open(path, "pt") as file:
-        header = json.loads(file.metadata()["pyglow_fast"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    change(header)
-    save_file(tensors, path, {"pyglow_fast": json.dumps(header)})
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            lambda header: header.update(format=3),
-            r"expected format 2 \(another version of pyglow_fast wrote it\), found 3",
-        ),
-        (lambda header: header.update(digest="0"), "expected tensors with the digest that they were saved with"),
-        (lambda header: header.update(config={"speed": 1}), "config: expected known keys, found speed"),
-        (lambda header: header["config"]["model"].update(hidden="x"), "hidden: expected a positive int, found 'x'"),
-        (lambda header: header["config"]["model"].update(image_shape=5), "image_shape: expected .*, found 5"),
-        (lambda header: header.update(data={}), "expected a header written by pyglow_fast, found KeyError"),
-        (lambda header: header.update(progress=3), "expected a header written by pyglow_fast, found TypeError"),
-        (lambda header: header.update(optimizer_groups=[3]), "expected a header written by pyglow_fast"),
-    ],
-)
-def test_a_header_that_was_tampered_with(
-    state: TrainState, tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
-) -> None:
-    path = tmp_path / "x.safetensors"
-    state.checkpoint().save(path)
-    rewrite(path, change)
-    with pytest.raises(ValueError, match=message):
-        Checkpoint.load(path)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -264,30 +218,6 @@ def test_weights_that_do_not_fit_change_nothing(
     with pytest.raises(ValueError, match=message):
         checkpoint.load_model(model, "x")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda c: c.optimizer.update({"exp_avg.nobody": torch.zeros(1)}), "optimizer state of the model's parameters"),
-        (
-            lambda c: c.optimizer.update({"exp_avg.prior.mean_log_sd": torch.zeros(1)}),
-            "mean_log_sd of shape",
-        ),
-        (lambda c: c.optimizer_groups.append({}), "expected 1 optimizer groups, found 2"),
-        (lambda c: c.rank.pop("0.torch"), "expected the state of torch's generator"),
-        (lambda c: c.rank.update({"x.torch": torch.zeros(1)}), "expected values of numbered ranks, found 'x.torch'"),
-        (lambda c: c.ema.pop("prior.mean_log_sd"), "expected an average of every weight"),
-        (lambda c: c.progress.pop("step"), "expected progress with"),
-    ],
-)
-def test_a_state_that_does_not_fit(
-    state: TrainState, tiny_images: ImageSet, change: Callable[[Checkpoint], Any], message: str
-) -> None:
-    checkpoint = state.checkpoint()
-    change(checkpoint)
-    with pytest.raises(ValueError, match=message):
-        TrainState(state.config, tiny_images).restore(checkpoint, "x")
 
 
 def test_other_images_are_refused(state: TrainState, tiny_images: ImageSet) -> None:

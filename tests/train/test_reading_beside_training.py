@@ -14,7 +14,7 @@ import torch
 from support.commands import Command
 
 from pyglow_fast.data import ImageSet
-from pyglow_fast.train import Checkpoint, RunFolder, TrainConfig, start
+from pyglow_fast.train import Checkpoint, RunFolder, TrainConfig, checkpoint, start
 
 WRITER = """
 import sys
@@ -100,24 +100,42 @@ def test_an_older_one_is_gone_while_the_newest_is_damaged(folder: RunFolder, mon
 
 
 @pytest.mark.parametrize("seconds", [1.0, 0.123456789])
-def test_one_that_is_read_from_two_files(folder: RunFolder, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """The header of the one that was there and the tensors of the one that takes its place, be it shorter or longer."""
+def test_one_that_is_replaced_while_it_is_read(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """Header and tensors are of one file, be that which takes its place shorter or longer."""
     former, other = folder.load(best=True), folder.load(best=True)
     former.progress["seconds"], other.progress["seconds"] = 0.5, seconds
     other.model = {name: value + 1 if value.is_floating_point() else value for name, value in other.model.items()}
     former.save(folder.best)
-    opened, waiting = torch.UntypedStorage.from_file, [other]
+    read_tensors, waiting = checkpoint.read_tensors, [other]
 
-    def replaced(*args: Any, **options: Any) -> Any:  # torch opens the file by its name once more
-        if waiting:
-            waiting.pop().save(folder.best)
-        return opened(*args, **options)
+    def replaced(*args: Any) -> Any:
+        waiting.pop().save(folder.best)
+        return read_tensors(*args)
 
-    monkeypatch.setattr(torch.UntypedStorage, "from_file", replaced)
+    monkeypatch.setattr(checkpoint, "read_tensors", replaced)
     found = folder.load(best=True)
     assert waiting == []
-    assert found.progress["seconds"] == seconds
-    assert all(torch.equal(found.model[name], value) for name, value in other.model.items())
+    assert found.progress["seconds"] == 0.5
+    assert all(torch.equal(found.model[name], value) for name, value in former.model.items())
+    monkeypatch.undo()
+    assert folder.load(best=True).progress["seconds"] == seconds
+
+
+def test_a_torn_one_whose_place_is_taken(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, whole = Checkpoint.load, folder.load(best=True)
+    folder.best.write_bytes(b"torn")
+
+    def read(path: Path) -> Checkpoint:
+        try:
+            return load(path)
+        except ValueError:
+            whole.save(folder.best)
+            raise
+
+    monkeypatch.setattr(Checkpoint, "load", read)
+    assert folder.load(best=True).progress == whole.progress
 
 
 def test_what_is_damaged_or_missing_for_good(folder: RunFolder) -> None:
