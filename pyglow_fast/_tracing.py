@@ -8,7 +8,8 @@ torch.compile takes the kernels into its graphs.
 from __future__ import annotations
 
 import torch
-from torch._C._functorch import TransformType
+from torch import Tensor
+from torch._C._functorch import TransformType, is_batchedtensor
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 
@@ -38,6 +39,11 @@ def is_batched() -> bool:
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return False
     return any(interpreter.key() == TransformType.Vmap for interpreter in retrieve_all_functorch_interpreters())
+
+
+def is_of_several(x: Tensor) -> bool:
+    """Tells whether x is what torch.func.vmap makes of several tensors: then it has no values of its own."""
+    return torch._C._are_functorch_transforms_active() and is_batchedtensor(x)
 
 
 def kernels_step_aside() -> bool:

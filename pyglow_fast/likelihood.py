@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
+from pyglow_fast._tracing import is_batched
 
 _WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # torch has hardly any operation on these
 
@@ -54,9 +55,9 @@ def dequantize(
     expect(isinstance(images, Tensor), "images", "a Tensor", type(images).__name__)
     is_integer = not (images.is_floating_point() or images.is_complex()) and images.dtype != torch.bool
     expect(is_integer, "images", "an integer dtype (levels, not scaled values)", images.dtype)
-    if images.numel():
-        if images.dtype in _WIDE_UNSIGNED:
-            images = images.long()
+    if images.dtype in _WIDE_UNSIGNED:
+        images = images.long()
+    if images.numel() and not is_batched():  # there values cannot be read
         low, high = (int(value) for value in torch.aminmax(images))
         expect(low >= 0 and high < n_bins, "images", f"levels in 0..{n_bins - 1} (n_bins={n_bins})", f"{low}..{high}")
     if noise is None:
@@ -87,6 +88,7 @@ def quantize(x: Tensor, n_bins: int = 256) -> Tensor:
     _check_bins(n_bins)
     expect(isinstance(x, Tensor), "x", "a Tensor", type(x).__name__)
     expect(x.is_floating_point(), "x", "a floating dtype", x.dtype)
+    expect(not is_batched(), "x", "no torch.func.vmap around quantize, which takes any shape as it is", "one")
     expect(not bool(x.isnan().any()), "x", "values that are numbers", "NaN")
     return ((x.double() + 0.5) * n_bins).floor().clamp(0, n_bins - 1).long()
 

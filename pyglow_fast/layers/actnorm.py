@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pyglow_fast import functional, reference
 from pyglow_fast._captures import refuse_first_use
 from pyglow_fast._errors import check_count, check_input, expect
+from pyglow_fast._tracing import has_transforms, is_of_several
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.ranks import gather, refused_alike
 
@@ -25,9 +26,11 @@ def joint_moments(
     caller knows x by.
 
     Raises:
-        ValueError: a batch is refused, empty or not finite, here or on another rank.
+        ValueError: a batch is refused, empty or not finite, here or on another rank; torch.func transforms it.
     """
     with refused_alike(device):
+        expected = "one that has seen data before torch.func or forward-mode AD (a training forward, or initialize(x))"
+        expect(not has_transforms(), "actnorm", expected, "a fresh one")
         check()
         expect(x.numel() > 0, name, "a batch that is not empty to initialise from", tuple(x.shape))
         mean, squared_deviations = functional.channel_moments(x)
@@ -97,6 +100,8 @@ class ActNorm(FlowLayer):
 
     def _ask_buffer(self) -> None:
         refuse_first_use(self.initialized.device, "actnorms that have seen data")
+        expected = "one that has seen data itself, or evaluation mode, where torch.func.vmap lends it several's buffers"
+        expect(not is_of_several(self.initialized), "actnorm", expected, "a fresh one in training")
         self._known_initialized = not self.initialized.is_meta and bool(self.initialized)
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:

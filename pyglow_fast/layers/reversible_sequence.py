@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyglow_fast import functional
 from pyglow_fast._captures import is_capturing
 from pyglow_fast._errors import check_input, expect
-from pyglow_fast._tracing import is_exporting, is_watched
+from pyglow_fast._tracing import is_watched, kernels_step_aside
 from pyglow_fast.coupling_nets.masks import mask_of
 from pyglow_fast.coupling_nets.net_runner import NetRunner
 from pyglow_fast.coupling_nets.plan import budget_bytes
@@ -120,6 +120,8 @@ class ReversibleSequence(FlowLayer):
     In the last two, and always without gradients, the coupling nets of FlowSteps run in chunks of samples and rows, so
     that their activations stay within ``memory_budget``. FlowSteps are joined where they are as they come: with methods
     overridden in a subclass, with hooks on them, or among other modules, they run one by one, and their nets whole.
+
+    Within torch.func and forward-mode AD every mode is "store", of torch's own ops: any derivative, and vmap.
 
     Args:
         steps: FlowSteps of one width and kind of mask, or any modules with ``forward(x, cond=None) -> (z, log_det)``
@@ -266,7 +268,7 @@ class ReversibleSequence(FlowLayer):
             or (cond is not None and cond.requires_grad)
             or any(parameter.requires_grad for parameter in self.parameters())
         )
-        if not records or is_exporting():
+        if not records or kernels_step_aside():  # a backward that recomputes is no op of torch's
             plan = RunPlan.of_mode("store", len(self), self.memory_budget)
         elif plan is None:
             plan = self._plan(x, cond, squeeze_first)

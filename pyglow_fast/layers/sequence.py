@@ -14,7 +14,7 @@ from torch import Tensor
 from pyglow_fast import functional, reference
 from pyglow_fast._captures import is_capturing
 from pyglow_fast._errors import check_count, check_input, expect
-from pyglow_fast._tracing import is_exporting, is_watched
+from pyglow_fast._tracing import is_watched, kernels_step_aside
 from pyglow_fast.coupling_nets.masks import MaskedNet, check_mask, run_sorted, without_padding
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.flow_step import (
@@ -144,7 +144,7 @@ class MaskedSequence(ReversibleSequence):
 
         def run(x: Tensor, cond: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
             extra, records = masked_condition(mask, cond), self._records(x, cond)
-            if not records or is_exporting():
+            if not records or kernels_step_aside():
                 folded, budget = self._folded(steps), self._budget()
                 return run_couplings(couplings, folded, x, extra, budget=budget, masked=True)
             self._cache.clear()

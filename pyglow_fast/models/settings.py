@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyglow_fast._errors import check_count, expect
 from pyglow_fast._float32 import CONVOLUTIONS, has_tf32, rounds
-from pyglow_fast._tracing import is_exporting
+from pyglow_fast._tracing import kernels_step_aside
 from pyglow_fast.coupling_nets.precision import HALF, check_precision, overridden
 from pyglow_fast.layers import Coupling, ReversibleSequence
 from pyglow_fast.layers.planned import Plans, planned_spacing, run_key
@@ -76,7 +76,7 @@ class GlowSettings(nn.Module):
 
     def _run_plans(self, x: Tensor, conds: Sequence[Tensor | None]) -> list[list[RunPlan]] | None:
         """With a budget, what each level's runs of steps do in a forward that is recorded; else None."""
-        if isinstance(self.memory, str) or not torch.is_grad_enabled() or is_exporting():
+        if isinstance(self.memory, str) or not torch.is_grad_enabled() or kernels_step_aside():
             return None
         return call_untraced(GlowSettings._made_plans, self, self.memory, x, conds)
 

@@ -20,7 +20,6 @@ from pyglow_fast.coupling_nets.precision import in_precision
 from pyglow_fast.reference import CouplingSpec, n_positions
 from pyglow_fast.reversible.backward import ChainBackward
 from pyglow_fast.reversible.drift import lowest_precision, project, sketch
-from pyglow_fast.reversible.limits import refuse_transforms
 from pyglow_fast.reversible.maps import FoldedMaps, MapGroup, MapsOfPart, OpenGroup
 from pyglow_fast.reversible.parts import Part, Pass
 from pyglow_fast.reversible.trail import KnownStates, Trail, Trails
@@ -306,7 +305,6 @@ def run_chain(
     Returns:
         z (N, C, *spatial) and log_det (N,), nats.
     """
-    refuse_transforms()
     run, log_dets = Run(), []
     for group in groups:
         maps, known = FoldedMaps.of(group, group.raw), dataclasses.replace(group, raw=())

@@ -1,4 +1,4 @@
-"""What a run of steps that are recomputed cannot do raises an error that says so."""
+"""Keeps a run of steps that are recomputed out of what torch.compile traces."""
 
 from __future__ import annotations
 
@@ -7,19 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-
-from pyglow_fast._errors import expect
-from pyglow_fast._tracing import has_transforms
-
-
-def refuse_transforms() -> None:
-    """Refuse to run inside torch.func.grad, vmap and the like, or forward-mode AD.
-
-    Raises:
-        ValueError: it does.
-    """
-    expect(not has_transforms(), "memory", 'no torch.func transform around it; memory="store" allows them', "one")
-
 
 _untraced: dict[Callable[..., Any], Callable[..., Any]] = {}
 

@@ -94,30 +94,6 @@ class TestDoubleBackward:
             assert torch.equal(one, other)
 
 
-@EITHER
-@pytest.mark.parametrize("mode", MODES, ids=str)
-class TestFunctionTransforms:
-    """torch.func needs functions without state of their own."""
-
-    def test_grad(self, mode: Mode, fused: bool) -> None:
-        sequence, (x, _) = build(fused), PLAIN.batch()
-        mode.apply(sequence)
-        with pytest.raises(ValueError, match=r'torch.func transform around it; memory="store"'):
-            torch.func.grad(lambda x: objective(sequence(x)))(x)
-
-    def test_vmap(self, mode: Mode, fused: bool) -> None:
-        sequence, (x, _) = build(fused), PLAIN.batch()
-        mode.apply(sequence)
-        with pytest.raises(ValueError, match=r'torch.func transform around it; memory="store"'):
-            torch.func.vmap(lambda x: sequence(x)[0])(torch.stack([x, x]))
-
-    def test_forward_mode(self, mode: Mode, fused: bool) -> None:
-        sequence, (x, _) = build(fused), PLAIN.batch()
-        mode.apply(sequence)
-        with pytest.raises(ValueError, match=r'torch.func transform around it; memory="store"'):
-            torch.func.jvp(lambda x: sequence(x)[0], (x,), (x,))
-
-
 class Closure(nn.Module):
     """A net that uses a tensor which is not its own."""
 

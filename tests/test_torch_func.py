@@ -1,0 +1,327 @@
+"""Flows within torch.func: what a loop of ordinary autograd finds, in every memory mode, or one sentence."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support.chain_cases import CONDITION
+from support.covering import pairs
+from support.helpers import assert_close
+from support.user_steps import mixed
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+import pyglow_fast as pgf
+from pyglow_fast import likelihood, ops
+from pyglow_fast.layers.injector import AffineInjector
+from pyglow_fast.layers.sequence import MaskedSequence
+from pyglow_fast.layers.wavenet import WaveNet
+
+Found = list[Tensor]
+N = 2  # samples
+MODES = ["store", "checkpoint", "reversible", "1kB", "eval", "frozen"]  # 1 kB is less than any plan needs
+
+
+_generator = torch.Generator().manual_seed(3)
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=_generator, dtype=torch.float64)
+
+
+class Scores(nn.Module):
+    """One number a sample, (N,), of whatever a flow gives: a function of all of its outputs."""
+
+    def __init__(self, flow: nn.Module, method: str = "forward", **given: Tensor) -> None:
+        super().__init__()
+        self.flow, self.method, self.given = flow, method, given
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = {name: value[: len(x)] for name, value in self.given.items()}
+        out: Any = getattr(self.flow, self.method)(x, **given)
+        if isinstance(out, Tensor) and out.dim() == 1:
+            return out
+        state, log_det = out if isinstance(out, tuple) else (out, 0.0)
+        parts = state if isinstance(state, list) else [state]
+        return sum(part.sin().flatten(1).sum(1) for part in parts) + log_det
+
+
+@torch.no_grad()
+def ready(flow: nn.Module, *inputs: Tensor, **given: Tensor) -> nn.Module:
+    """Initialised, its parameters away from where they start."""
+    flow = flow.double()
+    getattr(flow, "initialize", flow)(*inputs, **given)
+    for parameter in flow.parameters():
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    return flow
+
+
+X, COND, LABELS = (randn(N, 4, 4, 2), randn(N, 3, 4, 2), torch.tensor([2, 0]))
+IMAGES, VECTORS, SPEECH = randn(N, 2, 4, 4), randn(N, 3), randn(N, 4, 6)
+MASK = torch.tensor([[1.0] * 6, [1.0] * 4 + [0.0] * 2], dtype=torch.float64).unsqueeze(1)
+Build = Callable[[], tuple[nn.Module, Tensor, dict[str, Tensor]]]  # a flow, its input and what else it gets
+
+
+def layer(make: Callable[[], nn.Module], x: Tensor = X, **given: Tensor) -> Build:
+    return lambda: (ready(make(), x, **given), x, given)
+
+
+LAYERS: dict[str, Build] = {
+    "ActNorm": layer(lambda: pgf.ActNorm(4)),
+    "InvConv": layer(lambda: pgf.InvConv(4)),
+    "InvConv plain": layer(lambda: pgf.InvConv(4, lu=False)),
+    "Permute": layer(lambda: pgf.Permute(4)),
+    "Squeeze": layer(lambda: pgf.Squeeze()),
+    "Coupling": layer(lambda: pgf.Coupling(pgf.CouplingNet(2, 4, 5))),
+    "checkerboard": layer(lambda: pgf.Coupling(pgf.CouplingNet(4, 8, 5), mask="checkerboard", parity=1)),
+    "AffineInjector": layer(lambda: AffineInjector(4, 3, 5), cond=COND),
+    "FlowStep": layer(lambda: pgf.FlowStep(4, 5)),
+    "FlowStep of gathers": layer(lambda: pgf.FlowStep(4, 5, "additive", "shuffle", net_actnorm=True, border=True)),
+    "FlowStep of exp": layer(lambda: pgf.FlowStep(4, 5, scale_map="exp", permutation="invconv_plain")),
+    "FlowStep on a board": layer(lambda: pgf.FlowStep(4, 5, permutation="reverse", mask="checkerboard")),
+    "FlowStep with a condition": layer(lambda: pgf.FlowStep(4, 5, cond_channels=3, injector=True), cond=COND),
+}
+
+
+def glow(channels: int = 2, **options: Any) -> pgf.Glow:
+    return pgf.Glow(image_shape=(channels, 4, 4), n_levels=2, n_steps=2, hidden=5, **options)
+
+
+def speech_steps() -> MaskedSequence:
+    return MaskedSequence([pgf.FlowStep(4, net=WaveNet(2, 4, 6, layers=2), dims=1) for _ in range(2)])
+
+
+FLOWS: dict[str, Build] = {
+    "steps": layer(lambda: pgf.ReversibleSequence([pgf.FlowStep(4, 5) for _ in range(3)])),
+    "modules": lambda: (mixed(), X, {}),
+    "masked steps": layer(speech_steps, SPEECH, mask=MASK),
+    "Glow": layer(lambda: glow(), IMAGES),
+    "Glow with boards": layer(lambda: glow(n_checkerboard=1, permutation="shuffle"), IMAGES),
+    "Glow with a condition": layer(lambda: glow(cond_channels=3), IMAGES, cond=VECTORS),
+}
+
+
+def parameters_of(scores: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in scores.named_parameters()}
+
+
+def flat(found: Any) -> Found:
+    return [value for value in torch.utils._pytree.tree_leaves(found) if isinstance(value, Tensor)]
+
+
+def wanted(scores: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Found:
+    """The gradients of the parameters and of x, those that there are, of all scores together."""
+    own = {name: value.clone().requires_grad_() for name, value in parameters.items()}
+    x = x.clone().requires_grad_()
+    value = torch.func.functional_call(scores, own, (x,)).sum()
+    return list(torch.autograd.grad(value, [*own.values(), x], allow_unused=True, materialize_grads=True))
+
+
+def jacobian(scores: nn.Module, x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    return torch.stack([torch.autograd.grad(score, x, retain_graph=True)[0] for score in scores(x)])
+
+
+def summed_of(scores: nn.Module) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
+    return lambda parameters, x: torch.func.functional_call(scores, parameters, (x,)).sum()
+
+
+def one(scores: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: scores(x.unsqueeze(0))[0]
+
+
+def two_models(scores: nn.Module, x: Tensor) -> list[tuple[dict[str, Tensor], Tensor]]:
+    return [({name: by * value for name, value in parameters_of(scores).items()}, by * x) for by in (1.0, 0.9)]
+
+
+def ensemble(scores: nn.Module, x: Tensor) -> Tensor:
+    stacked = torch.utils._pytree.tree_map(lambda *parts: torch.stack(parts), *two_models(scores, x))
+    return torch.func.vmap(lambda own, x: torch.func.functional_call(scores, own, (x,)))(*stacked)
+
+
+def second_derivatives(scores: nn.Module, x: Tensor) -> Tensor:
+    """By differentiating twice, where kernels, which have one derivative, are not there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "_kernel_devices", lambda: ())
+        x = x[:1].clone().requires_grad_()
+        (first,) = torch.autograd.grad(scores(x).sum(), x, create_graph=True)
+        if not first.requires_grad:
+            return torch.zeros(*x.shape, *x.shape, dtype=x.dtype)
+        rows = [torch.autograd.grad(value, x, retain_graph=True)[0] for value in first.flatten()]
+        return torch.stack(rows).reshape(*x.shape, *x.shape)
+
+
+def dual(scores: nn.Module, x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        tangent: Tensor | None = forward_ad.unpack_dual(scores(forward_ad.make_dual(x, x.cos()))).tangent
+        assert tangent is not None
+        return tangent.clone()
+
+
+def along(scores: nn.Module, x: Tensor) -> Tensor:
+    return (jacobian(scores, x) * x.cos()).flatten(1).sum(1)
+
+
+Way = Callable[[nn.Module, Tensor], Any]
+SEED = torch.tensor([0.5, -2.0], dtype=torch.float64)
+# By its name a transform, and what a loop of ordinary autograd makes of it.
+WAYS: dict[str, tuple[Way, Way]] = {
+    "grad": (lambda f, x: torch.func.grad(lambda x: f(x).sum())(x), lambda f, x: jacobian(f, x).sum(0)),
+    "vjp": (
+        lambda f, x: torch.func.vjp(f, x)[1](SEED)[0],
+        lambda f, x: torch.tensordot(SEED, jacobian(f, x), 1),
+    ),
+    "jvp": (lambda f, x: torch.func.jvp(f, (x,), (x.cos(),)), lambda f, x: (f(x), along(f, x))),
+    "dual": (dual, along),
+    "vmap": (lambda f, x: torch.func.vmap(one(f))(x), lambda f, x: torch.stack([one(f)(part) for part in x])),
+    "jacrev": (lambda f, x: torch.func.jacrev(f)(x), jacobian),
+    "jacfwd": (lambda f, x: torch.func.jacfwd(f)(x), jacobian),
+    "hessian": (lambda f, x: torch.func.hessian(lambda x: f(x).sum())(x[:1]), second_derivatives),
+    "grad of functional_call": (
+        lambda f, x: torch.func.grad(summed_of(f), argnums=(0, 1))(parameters_of(f), x),
+        lambda f, x: wanted(f, parameters_of(f), x),
+    ),
+    "vmap of grad": (
+        lambda f, x: torch.func.vmap(
+            torch.func.grad(lambda own, x: summed_of(f)(own, x.unsqueeze(0)), argnums=(0, 1)), in_dims=(None, 0)
+        )(parameters_of(f), x),
+        lambda f, x: [
+            torch.stack(parts)
+            for parts in zip(*(wanted(f, parameters_of(f), part.unsqueeze(0)) for part in x), strict=True)
+        ],
+    ),
+    "vmap of models": (
+        ensemble,
+        lambda f, x: torch.stack([torch.func.functional_call(f, *pair[:1], pair[1:]) for pair in two_models(f, x)]),
+    ),
+}
+WITHOUT_SAMPLES = ("vmap", "vmap of grad")  # what one sample gets beside x must then be that of all
+
+
+def assert_way(way: str, scores: Scores, expected_of: Scores, x: Tensor) -> None:
+    if way in WITHOUT_SAMPLES:
+        for score in (scores, expected_of):
+            score.given = {name: value[:1] for name, value in score.given.items()}
+    transform, loop = WAYS[way]
+    found, expected = flat(transform(scores, x)), flat(loop(expected_of, x))
+    assert len(found) == len(expected) > 0
+    for value, target in zip(found, expected, strict=True):
+        assert_close(value.reshape(target.shape), target, CONDITION)
+
+
+@pairs(
+    pytest.mark.parametrize("name", LAYERS),
+    pytest.mark.parametrize("way", WAYS),
+    pytest.mark.parametrize("method", ["forward", "inverse"]),
+    pytest.mark.parametrize("training", [True, False], ids=["train", "eval"]),
+)
+def test_layers(name: str, way: str, method: str, training: bool) -> None:
+    flow, x, given = LAYERS[name]()
+    scores = Scores(flow.train(training), method, **given)
+    assert_way(way, scores, scores, x)
+
+
+@pairs(
+    pytest.mark.parametrize("name", FLOWS),
+    pytest.mark.parametrize("way", WAYS),
+    pytest.mark.parametrize("mode", MODES),
+)
+def test_memory_modes(name: str, way: str, mode: str) -> None:
+    flow, x, given = FLOWS[name]()
+    method = "log_prob" if isinstance(flow, pgf.Glow) else "forward"
+    if mode == "frozen" and isinstance(flow, pgf.Glow):
+        flow = plain = flow.freeze()
+    else:
+        plain = copy.deepcopy(flow)
+        plain.memory, flow.memory = "store", mode if mode in MODES[:4] else "reversible"
+        flow.train(mode != "eval")
+    assert_way(way, Scores(flow, method, **given), Scores(plain, method, **given), x)
+
+
+@pytest.mark.parametrize("memory", MODES[1:3])
+def test_what_is_ordinary_stays_so(memory: str) -> None:
+    """A transform leaves no trace: the next gradient, and the drift control, are as if it had not been."""
+    flow, x, _ = FLOWS["Glow"]()
+    flow.memory = memory
+    touched = copy.deepcopy(flow)
+    torch.func.grad(lambda x: touched.log_prob(x).sum())(x)
+    assert touched.memory_report() == flow.memory_report()
+    gradients = []
+    for model in (flow, touched):
+        gradients.append(torch.autograd.grad(model.log_prob(x).sum(), list(model.parameters())))
+    for value, target in zip(*gradients, strict=True):
+        assert torch.equal(value, target)
+    assert touched.memory_report() == flow.memory_report()
+
+
+def test_samples_with_their_labels() -> None:
+    model = ready(glow(n_classes=3), IMAGES)
+    found = torch.func.vmap(lambda x, y: model.log_prob(x[None], y[None])[0])(IMAGES, LABELS)
+    assert_close(found, model.log_prob(IMAGES, LABELS), CONDITION)
+
+
+def test_the_kept_folds_of_inference_are_not_used() -> None:
+    model = ready(glow(), IMAGES).eval()
+    with torch.no_grad():
+        expected = model.log_prob(IMAGES)
+        found = torch.func.vmap(lambda x: model.log_prob(x[None])[0])(IMAGES)
+        _, tangent = torch.func.jvp(model.log_prob, (IMAGES,), (IMAGES.cos(),))
+    assert_close(found, expected, CONDITION)
+    assert_close(tangent, along(Scores(model, "log_prob"), IMAGES), CONDITION)
+
+
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
+    "vmap": lambda f, x: torch.func.vmap(lambda x: f(x[None])[0])(x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+}
+
+
+@pytest.mark.parametrize("way", TRANSFORMS)
+@pytest.mark.parametrize("kind", ["Glow", "steps", "ActNorm", "net"])
+def test_a_fresh_actnorm_is_refused(kind: str, way: str) -> None:
+    """And stays fresh: a batch within a transform is none that it could keep values of."""
+    flows: dict[str, Callable[[], nn.Module]] = {
+        "Glow": lambda: glow(4),
+        "steps": lambda: pgf.ReversibleSequence([pgf.FlowStep(4, 5)]),
+        "ActNorm": lambda: pgf.ActNorm(4),
+        "net": lambda: pgf.Coupling(pgf.CouplingNet(2, 4, 5, True)),
+    }
+    flow = flows[kind]().double()
+    before = copy.deepcopy(flow.state_dict())
+    scores = Scores(flow, "log_prob" if kind == "Glow" else "forward")
+    x = randn(N, 4, 4, 4)
+    with pytest.raises(
+        ValueError, match=r"actnorm: expected one that has seen data before torch.func .* found a fresh"
+    ):
+        TRANSFORMS[way](scores, x)
+    after = flow.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items() if isinstance(value, Tensor))
+    assert flat(TRANSFORMS[way](scores.eval(), x))  # in evaluation nothing waits for data
+
+
+def test_several_models_lent_to_a_fresh_one() -> None:
+    models = [Scores(ready(glow(), IMAGES), "log_prob") for _ in range(2)]
+    fresh = Scores(glow().double(), "log_prob")
+    lent = torch.func.stack_module_state(models)
+    run = torch.func.vmap(functools.partial(torch.func.functional_call, fresh), in_dims=((0, 0), None))
+    with pytest.raises(
+        ValueError, match=r"actnorm: expected one .* or evaluation mode, .* found a fresh one in training"
+    ):
+        run(lent, (IMAGES,))
+    fresh.eval()
+    assert_close(run(lent, (IMAGES,)), torch.stack([model(IMAGES) for model in models]), CONDITION)
+
+
+def test_levels_of_images() -> None:
+    images = torch.randint(256, (N, 2, 4, 4))
+    noise = torch.rand(images.shape)
+    found = torch.func.vmap(lambda image, noise: likelihood.dequantize(image, noise=noise))(images, noise)
+    assert torch.equal(found, likelihood.dequantize(images, noise=noise))
+    with pytest.raises(ValueError, match=r"x: expected no torch.func.vmap around quantize, .* found one"):
+        torch.func.vmap(likelihood.quantize)(found)
