@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import fuzzed_ops
+from support import fuzzed_ops, sanitized_module
 from support.commands import Command
 from support.fuzzed_expectations import EXPECTED, Arguments
 from torch import Tensor
@@ -44,6 +44,22 @@ def test_drawn_calls(first: int, count: int) -> None:
     assert 0.3 * count < int(found[1]) < 0.9 * count, "nearly all are refused, or nearly none"
     for name in ops.names():
         assert f": {name}(" in out, f"no call of {name}"
+
+
+@pytest.mark.full
+def test_drawn_calls_are_clean(tmp_path: Path) -> None:
+    """AddressSanitizer and UndefinedBehaviorSanitizer find nothing in the bindings and the CPU kernels."""
+    folder = sanitized_module.package(tmp_path)
+    ran = []
+    for name in ("portable", "avx512"):
+        probe = "from pyglow_fast import _backend; print(_backend.require().instruction_set())"
+        if sanitized_module.run(folder, name, "-c", probe).stdout.strip() != name:
+            continue  # not of this processor
+        result = sanitized_module.run(folder, name, "-m", "support.fuzzed_ops", "0", str(FAST))
+        last = result.stdout.strip().rpartition("seed ")[2]
+        assert result.returncode == 0, f"{name}: {last}\n{result.stderr[:4000]}"
+        ran.append(name)
+    assert "portable" in ran
 
 
 def test_the_end_of_a_process_is_a_failure() -> None:
