@@ -13,6 +13,7 @@ from pyglow_fast.reference import Activation, ChainSpec, CouplingSpec
 
 Arguments = dict[str, Any]
 DESCRIPTION = ("activations", "parameters", "dilations", "half")  # of a chain
+FAR = 10_000  # pixels that no tap of these images reaches; torch takes no padding of any size
 MAPS = {code: name for name, code in ops.SCALE_MAP_CODES.items()}
 
 
@@ -152,7 +153,9 @@ def _chain(given: Arguments) -> ChainSpec:
     dims, kinds = given["x"].dim() - 2, [*ops.ACTIVATION_CODES]
     layers = len(given["weights"])
     activations = zip(given["activations"], given["parameters"], strict=True)
-    dilations = tuple(tuple(given["dilations"][i * dims : (i + 1) * dims]) for i in range(layers))
+    dilations = tuple(
+        tuple(min(step, FAR) for step in given["dilations"][i * dims : (i + 1) * dims]) for i in range(layers)
+    )
     return ChainSpec(tuple(Activation(kinds[code], number) for code, number in activations), dilations)
 
 
