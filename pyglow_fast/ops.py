@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast import _backend
+from pyglow_fast._errors import expect
 from pyglow_fast._tracing import kernels_step_aside
 from pyglow_fast.reference import (
     ACTIVATIONS,
@@ -46,7 +47,7 @@ def _define(schema: str, fake: Callable[..., Any]) -> torch._ops.OpOverload:
     name = schema.split("(")[0]
     _library.define(schema)
     _library.impl(name, functools.partial(_without_kernel, name), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"pyglow_fast::{name}", fake, lib=_library)
+    torch.library.register_fake(f"pyglow_fast::{name}", functools.partial(_shapes_alone, fake), lib=_library)
     op: torch._ops.OpOverload = getattr(torch.ops.pyglow_fast, name).default
     return op
 
@@ -68,6 +69,19 @@ def _without_kernel(name: str, *args: Any) -> Any:
     found = [f"{value.device} ({value.layout})" for value in args if isinstance(value, Tensor)]
     hint = "" if _backend.build_info()["cuda"] else "; pyglow_fast was built without its CUDA kernels"
     raise NotImplementedError(f"{name}: expected strided tensors on {expected}, found {', '.join(found)}{hint}")
+
+
+def _shapes_alone(fake: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """``fake(*args, **options)``, whose results hold nothing: not what an op may give for any tensor that has values.
+
+    Raises:
+        ValueError: some tensors have values, others are on the device "meta".
+    """
+    devices = {
+        str(value.device) for value in torch.utils._pytree.tree_leaves((args, options)) if isinstance(value, Tensor)
+    }
+    expect("meta" not in devices or len(devices) == 1, "device", "meta for all tensors or for none", sorted(devices))
+    return fake(*args, **options)
 
 
 def names() -> list[str]:

@@ -39,18 +39,33 @@ inline void check_like(const char* name, const at::Tensor& x, const char* other_
                     ", found ", x.device());
 }
 
+// Beside a size of 0 the others may be anything: no count that is made of them overflows.
+inline void check_extent(const char* name, const at::Tensor& x) {
+  constexpr int64_t most = int64_t{1} << 48;  // elements, more than any memory has
+  int64_t extent = 1;
+  for (const int64_t size : x.sizes()) {
+    const int64_t counted = size == 0 ? 1 : size;
+    TORCH_CHECK_VALUE(counted <= most / extent, name, ": expected sizes above 0 of a product of at most ", most,
+                      ", found ", x.sizes());
+    extent *= counted;
+  }
+}
+
 // (N, C, *spatial) on a device that has kernels.
 inline void check_state(const char* name, const at::Tensor& x) {
   TORCH_CHECK_VALUE(x.dim() >= 2, name, ": expected shape (N, C, *spatial), found ", x.sizes());
   check_dtype(name, x);
   TORCH_CHECK_VALUE(x.is_cpu() || x.is_cuda(), name, ": expected a CPU or CUDA tensor, found device ", x.device());
+  check_extent(name, x);
 }
 
 inline void check_shape(const char* name, const at::Tensor& x, at::IntArrayRef shape) {
   TORCH_CHECK_VALUE(x.sizes() == shape, name, ": expected shape ", shape, ", found ", x.sizes());
 }
 
+// None where x is empty: then there is nothing at them to walk over.
 inline int64_t positions_of(const at::Tensor& x) {
+  if (x.numel() == 0) return 0;
   int64_t positions = 1;
   for (int64_t i = 2; i < x.dim(); ++i) positions *= x.size(i);
   return positions;

@@ -31,12 +31,8 @@ class MapTensors {
  public:
   MapTensors(const char* name, const at::Tensor& matrix, const std::optional<at::Tensor>& index, const char* x_name,
              const at::Tensor& x, int64_t channels)
-      : matrix(matrix.contiguous()) {
-    if (!index) {
-      check_matrix(name, matrix, x_name, x, channels);
-      return;
-    }
-    check_vector(name, matrix, x_name, x, channels);
+      : matrix(checked(name, matrix, index.has_value(), x_name, x, channels).contiguous()) {
+    if (!index) return;
     check_shape("index", *index, {channels});
     TORCH_CHECK_VALUE(index->scalar_type() == at::kLong, "index: expected dtype int64, found ",
                       name_of(index->scalar_type()));
@@ -59,6 +55,13 @@ class MapTensors {
   const at::Tensor matrix;  // or the scales, contiguous
 
  private:
+  // Before the copy that contiguous() may be.
+  static const at::Tensor& checked(const char* name, const at::Tensor& matrix, bool gathers, const char* x_name,
+                                   const at::Tensor& x, int64_t channels) {
+    gathers ? check_vector(name, matrix, x_name, x, channels) : check_matrix(name, matrix, x_name, x, channels);
+    return matrix;
+  }
+
   void check_permutation() const {
     const int64_t channels = index_.numel();
     const int64_t* const index = index_.const_data_ptr<int64_t>();

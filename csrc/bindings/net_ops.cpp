@@ -222,7 +222,7 @@ std::tuple<at::Tensor, at::Tensor> net_chain(const at::Tensor& x, const Optional
 // net_chain of that description kept; without want_weights of x and cond alone. last_bias is needed beside log_gain
 // only.
 std::vector<at::Tensor> net_chain_backward(const at::Tensor& grad_out, const at::Tensor& x, const Optional& cond,
-                                           const at::Tensor& kept, at::TensorList weights, const Optional& last_bias,
+                                           const at::Tensor& kept_in, at::TensorList weights, const Optional& last_bias,
                                            const Optional& log_gain, at::IntArrayRef activations,
                                            at::ArrayRef<double> parameters, at::IntArrayRef dilations, bool half,
                                            bool want_weights) {
@@ -232,9 +232,10 @@ std::vector<at::Tensor> net_chain_backward(const at::Tensor& grad_out, const at:
   shape[1] = net.out();
   check_shape("grad_out", grad_out, shape);
   check_like("grad_out", grad_out, "x", x);
-  check_shape("kept", kept, {kept_elements(net, x)});
-  TORCH_CHECK_VALUE(kept.scalar_type() == (half ? at::kBFloat16 : x.scalar_type()) && kept.is_contiguous(),
-                    "kept: expected what net_chain kept, found ", name_of(kept.scalar_type()));
+  check_shape("kept", kept_in, {kept_elements(net, x)});
+  TORCH_CHECK_VALUE(kept_in.scalar_type() == (half ? at::kBFloat16 : x.scalar_type()),
+                    "kept: expected what net_chain kept, found ", name_of(kept_in.scalar_type()));
+  const at::Tensor kept = kept_in.contiguous();
   TORCH_CHECK_VALUE(!log_gain || last_bias, "last_bias: expected a bias beside log_gain, found none");
   if (last_bias) {
     check_shape("last_bias", *last_bias, {net.out()});
