@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from decimal import Decimal
 
-from pyglow_fast._errors import expect, visible
+from pyglow_fast._errors import expect
 from pyglow_fast.studio.samples import Draw
 from pyglow_fast.train.figures import holds_text
 
@@ -34,8 +34,8 @@ def word_name(word: str) -> str:
 
 
 def one_line(text: str) -> bool:
-    """Whether a text can be shown in a line as it is, and be kept in a picture."""
-    return visible(text) == text and holds_text(text)
+    """Whether a text can be shown in a line and kept in a picture: without control characters, valid Unicode."""
+    return holds_text(text) and not any(unicodedata.category(character) == "Cc" for character in text)
 
 
 @dataclass(frozen=True)
