@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from pyglow_fast._errors import visible
-from pyglow_fast.train.files import replacing
+from pyglow_fast.train.files import write_bytes
+from pyglow_fast.train.tensor_file import read_header, read_tensors
 
 _HEADER = "pyglow_fast"
 MOST = 4  # files of one kind: those of the newest checkpoints, or of other settings
@@ -39,8 +39,7 @@ def kept(folder: Path, kind: str, key: dict[str, Any], compute: Callable[[], dic
     tensors = compute()
     try:
         folder.mkdir(exist_ok=True)
-        with replacing(path) as temporary:
-            temporary.write_bytes(save(tensors, {_HEADER: text}))
+        write_bytes(path, save(tensors, {_HEADER: text}))
         newest = sorted(folder.glob(f"{kind}-*.safetensors"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
         for old in newest[MOST:]:
             old.unlink(missing_ok=True)
@@ -52,13 +51,12 @@ def kept(folder: Path, kind: str, key: dict[str, Any], compute: Callable[[], dic
 def _read(path: Path, text: str) -> dict[str, Tensor] | None:
     """The tensors of a file that was written for the key ``text``; None if there is none that is whole."""
     try:
-        data = path.read_bytes()  # not mapped: another process may replace the file
-        size = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + size])
-        if header.get("__metadata__", {}).get(_HEADER) != text:
-            return None
-        tensors = load(data)
-    except (OSError, SafetensorError, ValueError, AttributeError, RecursionError):
+        with path.open("rb") as file:
+            header = read_header(file)
+            if header.metadata.get(_HEADER) != text:
+                return None
+            tensors = read_tensors(file, header)
+    except (OSError, ValueError):
         return None
     whole = all(bool(tensor.isfinite().all()) for tensor in tensors.values() if tensor.is_floating_point())
     return tensors if whole else None
