@@ -14,7 +14,8 @@ from pyglow_fast.web.errors import on_page
 from pyglow_fast.web.events import QUIET, anew, follow
 from pyglow_fast.web.html import PICK_JS, buttons, figure, note, row, save_link
 from pyglow_fast.web.shelf import Shelf
-from pyglow_fast.web.uploads import Upload, UploadedImage
+from pyglow_fast.web.uploads import Upload
+from pyglow_fast.web.widgets import command_box, image_box
 
 STEPS, MOST = 9, 25
 NAMES = ("from", "to")
@@ -32,15 +33,7 @@ class BetweenTab:
                     self.numbers.append(
                         gr.Number(i, precision=0, label=f"{name}: held-out image", elem_id=f"{name}-number")
                     )
-                    self.uploads.append(
-                        UploadedImage(
-                            label=f"{name}: an image of yours",
-                            sources=["upload", "webcam", "clipboard"],
-                            type="filepath",
-                            height=150,
-                            elem_id=f"{name}-upload",
-                        )
-                    )
+                    self.uploads.append(image_box(f"{name}: an image of yours", 150, f"{name}-upload"))
                     self.takes.append(gr.Button(f"{name}: the image under Edit", elem_id=f"{name}-take"))
             with gr.Column(scale=2, min_width=300):
                 self.kind = gr.Radio(["linear", "spherical"], value="linear", label="path", elem_id="path-kind")
@@ -48,9 +41,7 @@ class BetweenTab:
                 self.at = gr.Slider(0.0, 1.0, value=0.5, step=0.01, label="the way along the path", elem_id="path-at")
                 self.frame = gr.HTML(elem_id="path-frame")
         self.strip = gr.HTML(js_on_load=PICK_JS, elem_id="path-strip")
-        self.command = gr.Textbox(
-            label="the same from the command line", buttons=["copy"], interactive=False, elem_id="path-command"
-        )
+        self.command = command_box("path-command")
         redraw = gr.State(0)  # the frame and the commands
         self.outputs = [*self.numbers, *self.uploads, self.strip, redraw]
         place = [desk, self.kind, self.at]

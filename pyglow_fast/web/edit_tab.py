@@ -18,7 +18,8 @@ from pyglow_fast.web.errors import on_page, plain_sentence
 from pyglow_fast.web.events import QUIET, anew, follow
 from pyglow_fast.web.html import PICK_JS, buttons, figure, note, row, save_link
 from pyglow_fast.web.shelf import Shelf
-from pyglow_fast.web.uploads import Upload, UploadedImage
+from pyglow_fast.web.uploads import Upload
+from pyglow_fast.web.widgets import command_box, image_box
 
 ATTRIBUTES, LEVELS = 12, 10  # sliders that there are at most
 FIRST = 6  # attributes that have sliders at the beginning
@@ -43,22 +44,14 @@ class EditTab:
             with gr.Column(scale=3, min_width=300):
                 self.pictures = gr.HTML(elem_id="edited")
                 self.back = gr.Button("Back to the original", elem_id="edit-back")
-                self.command = gr.Textbox(
-                    label="the same from the command line", buttons=["copy"], interactive=False, elem_id="edit-command"
-                )
+                self.command = command_box("edit-command")
                 with gr.Row():
                     self.number = gr.Number(
                         0, precision=0, label="held-out image", elem_id="edit-number", min_width=120
                     )
                     self.others = gr.Button("Other images to choose from", elem_id="edit-others", min_width=120)
                 with gr.Accordion("An image of yours", open=False, elem_id="edit-yours"):
-                    self.upload = UploadedImage(
-                        label="upload, webcam or clipboard",
-                        sources=["upload", "webcam", "clipboard"],
-                        type="filepath",
-                        height=200,
-                        elem_id="edit-upload",
-                    )
+                    self.upload = image_box("upload, webcam or clipboard", 200, "edit-upload")
                 self.label = gr.Dropdown(
                     [NO_CLASS], value=NO_CLASS, label="class of the image", visible=False, elem_id="edit-class"
                 )

@@ -12,6 +12,7 @@ from pyglow_fast.web.desk import Desk
 from pyglow_fast.web.errors import on_page
 from pyglow_fast.web.html import framed
 from pyglow_fast.web.shelf import Shelf
+from pyglow_fast.web.widgets import command_box
 
 
 class RunTab:
@@ -21,9 +22,7 @@ class RunTab:
         self._shelf = shelf
         self.again = gr.Button("Read again", elem_id="run-again")
         self.page = gr.HTML(elem_id="run-page")
-        self.command = gr.Textbox(
-            label="the same from the command line", buttons=["copy"], interactive=False, elem_id="run-command"
-        )
+        self.command = command_box("run-command")
         self.outputs = [self.page, self.command]
         self.again.click(on_page()(self.show), desk, self.outputs, api_visibility="private")
 

@@ -16,6 +16,7 @@ from pyglow_fast.web.errors import on_page
 from pyglow_fast.web.events import QUIET, anew, follow
 from pyglow_fast.web.html import PICK_JS, buttons, note, save_link
 from pyglow_fast.web.shelf import Shelf
+from pyglow_fast.web.widgets import command_box
 
 ALL = "all classes in turn"
 SHOWN, MOST = 24, 100
@@ -38,12 +39,7 @@ class SampleTab:
                 self.again = gr.Button("Another seed", elem_id="sample-again")
             with gr.Column(scale=3, min_width=300):
                 self.pictures = gr.HTML(js_on_load=PICK_JS, elem_id="samples")
-                self.command = gr.Textbox(
-                    label="the same from the command line",
-                    buttons=["copy"],
-                    interactive=False,
-                    elem_id="sample-command",
-                )
+                self.command = command_box("sample-command")
         self.outputs = [self.label, self.pictures, self.command]
         inputs = [desk, self.temperature, self.label, self.n, self.seed]
         self.drawn = [self.pictures, self.command]

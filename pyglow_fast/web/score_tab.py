@@ -16,6 +16,7 @@ from pyglow_fast.web.events import QUIET
 from pyglow_fast.web.html import THUMB, image, note, plot, save_link, table
 from pyglow_fast.web.shelf import Shelf
 from pyglow_fast.web.uploads import Upload, UploadedFiles
+from pyglow_fast.web.widgets import command_box
 
 
 class ScoreTab:
@@ -27,9 +28,7 @@ class ScoreTab:
             label="images to score", file_count="multiple", file_types=["image"], height=160, elem_id="score-files"
         )
         self.results = gr.HTML(elem_id="scores")
-        self.command = gr.Textbox(
-            label="the same from the command line", buttons=["copy"], interactive=False, elem_id="score-command"
-        )
+        self.command = command_box("score-command")
         self.outputs = [self.files, self.results, self.command]
         scored = self.files.upload(
             on_page()(self.score), [desk, self.files], self.outputs, trigger_mode="once", api_visibility="private"
