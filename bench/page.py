@@ -1,4 +1,4 @@
-"""What a visitor of ``pyglow-fast serve`` waits for: an edit of one image, and the dragged image on the screen.
+"""Times what a visitor of ``pyglow-fast serve`` waits for: an edit of one image, a dragged image on the screen.
 
     pyglow-fast bench page [--rounds N] [--run RUN] [--drags N] [--out DIR]
 

@@ -19,7 +19,7 @@ from pyglow_fast.studio.commands import Made
 from pyglow_fast.studio.opened import TRAIN_IMAGES, OpenRun, Progress
 from pyglow_fast.train import Checkpoint, RunFolder, Score, load_model, resolve_device
 from pyglow_fast.train.figures import MOST_IMAGES
-from pyglow_fast.train.files import replacing
+from pyglow_fast.train.files import write_bytes
 
 LOOSE = ("folder", "photos")  # images that are whatever lies below a folder: a file more there would be one of them
 
@@ -173,8 +173,7 @@ def progress_bar(words: str) -> Iterator[Progress]:
 
 def write_made(made: Made, path: Path) -> None:
     """Replace ``path`` by a file that was made."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(made.data)
+    write_bytes(path, made.data)
 
 
 def picture_path(text: str, *images: str) -> Path:

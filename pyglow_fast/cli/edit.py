@@ -68,7 +68,7 @@ def add_train_images(parser: argparse.ArgumentParser) -> None:
 
 
 def adds_of(given: list[list[str]] | None) -> tuple[Add, ...]:
-    """What --add says.
+    """Reads the attributes and strengths that --add names.
 
     Raises:
         ValueError: a strength that is no finite number.

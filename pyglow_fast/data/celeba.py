@@ -50,7 +50,7 @@ def _labels(path: Path, attribute: str, names: list[str]) -> Tensor:
 
 
 def _folder(root: Path) -> Path:
-    """Where the files are: ``root``, or the folder celeba in it."""
+    """Finds the folder of the files: ``root``, or the folder celeba in it."""
     check_folder(root, "celeba")
     folder = root if (root / PARTITION).is_file() else root / "celeba"
     expect((folder / PARTITION).is_file(), "celeba", f"the file {folder / PARTITION}", "none")

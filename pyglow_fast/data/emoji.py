@@ -65,7 +65,7 @@ def _pictures(root: Path) -> list[_Picture]:
 
 
 def _contents(path: Path, on_unreadable: str) -> bytes:
-    """What is in a file; of one that cannot be read, where these are skipped, its name instead.
+    """Reads what is in a file; of one that cannot be read, where these are skipped, gives its name instead.
 
     Raises:
         UnreadableImageError: it cannot be read and on_unreadable is "raise".

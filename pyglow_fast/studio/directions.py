@@ -67,7 +67,7 @@ class Directions(NamedTuple):
         return sums[:-1], sums[-1]
 
     def _sides(self, add: Add) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Where the means of both ends are."""
+        """Finds the means of both ends: each as (attribute, 0 with it or 1 without)."""
         known = ", ".join(self.names)
         one = f"one of {known}" if known else "no attribute, since the run's images have no classes"
         expect(add.plus in self.names, "plus", one, repr(add.plus))

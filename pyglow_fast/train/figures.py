@@ -16,7 +16,7 @@ from torch import Tensor
 from pyglow_fast._errors import check_count, expect
 from pyglow_fast.data import optional
 from pyglow_fast.likelihood import quantize
-from pyglow_fast.train.files import replacing
+from pyglow_fast.train.files import write_bytes
 from pyglow_fast.train.metrics import Row
 
 if TYPE_CHECKING:
@@ -110,9 +110,7 @@ def save_picture(picture: Tensor, path: Path, text: Mapping[str, str] | None = N
         ValueError: what png_bytes refuses.
         MissingExtraError: Pillow is not installed.
     """
-    contents = png_bytes(picture, text)
-    with replacing(path) as temporary:
-        temporary.write_bytes(contents)
+    write_bytes(path, png_bytes(picture, text))
 
 
 def save_grid(
@@ -257,9 +255,7 @@ def bits_png(rows: list[Row], yardsticks: dict[str, float]) -> bytes:
 
 def save_curve(rows: list[Row], path: Path, yardsticks: dict[str, float]) -> None:
     """:func:`bits_png` as a file, replaced atomically."""
-    png = bits_png(rows, yardsticks)
-    with replacing(path) as temporary:
-        temporary.write_bytes(png)
+    write_bytes(path, bits_png(rows, yardsticks))
 
 
 def class_columns(count: int, n_classes: int | None) -> int | None:

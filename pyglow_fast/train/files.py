@@ -57,6 +57,12 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace ``path`` by a file with these bytes."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace ``path`` by ``text``."""
     with replacing(path) as temporary:
