@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 from support.edits import ByHand, assert_repeatable, kept_command, pixels
-from support.latent_runs import train, write_emoji
-from support.odd_names import CLASSES, FILES, train_odd, write_odd_files, write_odd_images
+from support.latent_runs import train
+from support.odd_names import CLASSES, FILES, train_odd, train_several, write_odd_files
 from torch import Tensor
 
 from pyglow_fast import Glow
@@ -21,21 +21,15 @@ from pyglow_fast.cli import main
 from pyglow_fast.train.figures import image_picture
 
 Capture = pytest.CaptureFixture[str]
+ODD = 'odd "run" of $HOME\'s'
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of two levels: on emoji, on labelled digits, and on images whose classes have odd names."""
     root = tmp_path_factory.mktemp("edits")
-    write_emoji(root / "emoji")
-    train(f"emoji:{root / 'emoji'}", root / "emoji run", "--size", "16", "--levels", "2")
-    train("digits", root / "digits", "--levels", "2", "--class-conditional")
-    write_odd_images(root / "odd images")
-    train_odd(root / "odd images", root / 'odd "run" of $HOME\'s')
+    train_several(root, ODD)
     return root
-
-
-ODD = 'odd "run" of $HOME\'s'
 
 
 def edit(run: Path, image: str, out: Path, *options: str) -> None:

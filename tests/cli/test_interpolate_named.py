@@ -11,8 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 from support.edits import ByHand, assert_repeatable, pixels
-from support.latent_runs import train, write_emoji
-from support.odd_names import CLASSES, FILES, train_odd, write_odd_files, write_odd_images
+from support.odd_names import CLASSES, FILES, train_several, write_odd_files
 
 from pyglow_fast.cli import main
 from pyglow_fast.latents import interpolate
@@ -26,11 +25,7 @@ Capture = pytest.CaptureFixture[str]
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs on emoji, on labelled digits, and on images whose classes have odd names."""
     root = tmp_path_factory.mktemp("paths")
-    write_emoji(root / "emoji")
-    train(f"emoji:{root / 'emoji'}", root / "emoji run", "--size", "16", "--levels", "2")
-    train("digits", root / "digits", "--levels", "2", "--class-conditional")
-    write_odd_images(root / "images")
-    train_odd(root / "images", root / "it's $odd")
+    train_several(root, "it's $odd")
     return root
 
 
