@@ -32,7 +32,7 @@ STACK = (  # each may import those before it
     "web",
     "cli",
 )
-BESIDE = {"reference", "likelihood", "presets"}  # torch at most, usable by every layer above _backend
+BESIDE = {"reference", "likelihood", "presets", "_moments"}  # torch at most, usable by every layer above _backend
 ALLOWED: dict[str, set[str]] = {
     "_tracing": set(),
     "_float32": set(),

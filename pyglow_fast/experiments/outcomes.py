@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from pyglow_fast._moments import Moments
 from pyglow_fast.data import optional
 from pyglow_fast.layers.flow_step import PERMUTATIONS
 from pyglow_fast.models import Glow
@@ -68,12 +71,8 @@ def seconds_per_step(rows: Sequence[Row], batch_size: int) -> float:
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     """m = sum v / n and sqrt(sum (v - m)^2 / (n - 1)); the latter is NaN for one value, both are for none."""
-    if not values:
-        return math.nan, math.nan
-    mean = math.fsum(values) / len(values) if all(map(math.isfinite, values)) else sum(values) / len(values)
-    if len(values) < 2 or not math.isfinite(mean):
-        return mean, math.nan
-    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    found = Moments.of(torch.tensor(values, dtype=torch.float64))
+    return found.mean, found.deviation
 
 
 @dataclass(frozen=True)
