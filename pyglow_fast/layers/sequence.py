@@ -206,10 +206,6 @@ class MaskedSequence(ReversibleSequence):
             expect(fits, "cond", f"shape ({len(x)}, C_c, {x.shape[2]} or 1)", f"shape {tuple(cond.shape)}")
         return steps, check_mask(mask, x)
 
-    def _records(self, x: Tensor, cond: Tensor | None) -> bool:
-        tensors = (x, *([] if cond is None else [cond]), *self.parameters())
-        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
     def _folded(self, steps: list[FlowStep]) -> Folded:
         direct = torch.is_grad_enabled() or is_watched()
         return Recorded(steps) if direct else self._cache.get(steps)
