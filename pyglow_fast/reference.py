@@ -22,8 +22,9 @@ from torch import Tensor
 from pyglow_fast import _float32
 from pyglow_fast._errors import SingularMatrixError, can_read, expect
 from pyglow_fast._float32 import CONVOLUTIONS, PRODUCTS
+from pyglow_fast._renamed import with_former_field
 
-KINDS = ("affine", "additive")
+COUPLINGS = ("affine", "additive")
 SCALE_MAPS = ("sigmoid", "exp", "tanh", "atan")
 ORDERS = ("shift_scale", "scale_shift")
 ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "elu", "tanh", "sigmoid")
@@ -57,16 +58,17 @@ def autocast_is_on(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
+@with_former_field("kind", "coupling")
 class CouplingSpec(NamedTuple):
     """How the coupling net's output becomes shift and scale.
 
-    ``kind`` "affine" or "additive"; ``scale_map`` one of SCALE_MAPS, or a callable raw -> (scale, log_scale);
+    ``coupling`` "affine" or "additive"; ``scale_map`` one of SCALE_MAPS, or a callable raw -> (scale, log_scale);
     ``factor``, ``bias`` and ``eps`` of factor sigmoid(raw + bias) + eps (a factor of 2 and no bias in Jet); ``clamp``
     of exp(clamp tanh(raw / clamp)) and exp(clamp 0.636 atan(raw)); ``order`` "shift_scale": y = (u + shift) s, or
     "scale_shift": y = u s + shift.
     """
 
-    kind: str = "affine"
+    coupling: str = "affine"
     scale_map: str | Callable[[Tensor], tuple[Tensor, Tensor]] = "sigmoid"
     bias: float = 2.0
     eps: float = 0.0
@@ -275,7 +277,7 @@ def refuse_singular(found: bool) -> None:
 
 def factor_fits(spec: CouplingSpec) -> bool:
     """Whether the factor is 1, or a positive finite number on the map that alone has one, the sigmoid."""
-    has_factor = spec.kind == "affine" and spec.scale_map == "sigmoid"
+    has_factor = spec.coupling == "affine" and spec.scale_map == "sigmoid"
     return spec.factor == 1.0 or (has_factor and 0.0 < spec.factor < math.inf)
 
 
@@ -305,13 +307,13 @@ def scale_and_log(raw: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor]:
 
 
 def _halves(x: Tensor, net_out: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    expect(spec.kind in KINDS, "kind", f"one of {KINDS}", repr(spec.kind))
+    expect(spec.coupling in COUPLINGS, "coupling", f"one of {COUPLINGS}", repr(spec.coupling))
     expect(spec.order in ORDERS, "order", f"one of {ORDERS}", repr(spec.order))
     expect(factor_fits(spec), "factor", "1, or a positive number with the sigmoid map", spec.factor)
     net_out = net_out.to(x.dtype)  # of a net that runs in lower precision
-    transformed = net_out.shape[1] // (2 if spec.kind == "affine" else 1)
+    transformed = net_out.shape[1] // (2 if spec.coupling == "affine" else 1)
     kept, half = x.split([x.shape[1] - transformed, transformed], dim=1)
-    if spec.kind == "additive":
+    if spec.coupling == "additive":
         return kept, half, net_out, None
     shift, raw = net_out.chunk(2, dim=1)
     return kept, half, shift, raw

@@ -97,7 +97,7 @@ def log_scale_of_padding(specs: Sequence[CouplingSpec], mask: Tensor, channels: 
         channels: that a coupling transforms.
     """
     zero = mask.new_zeros(1)
-    scaled = [reference.scale_and_log(zero, spec)[1] for spec in specs if spec.kind == "affine"]
+    scaled = [reference.scale_and_log(zero, spec)[1] for spec in specs if spec.coupling == "affine"]
     total = torch.cat(scaled).sum() if scaled else zero
     return (mask.shape[2] - mask.sum(dim=(1, 2))) * (channels * total)
 
