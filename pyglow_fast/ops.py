@@ -368,7 +368,7 @@ def chain_arguments(spec: ChainSpec) -> ChainArguments:
 
 def _chain_arguments(spec: ChainSpec) -> ChainArguments:
     check_spec(spec)
-    codes = tuple(ACTIVATION_CODES[activation.kind] for activation in spec.activations)
+    codes = tuple(ACTIVATION_CODES[activation.function] for activation in spec.activations)
     parameters = tuple(float(activation.parameter) for activation in spec.activations)
     return codes, parameters, tuple(step for dilation in spec.dilations for step in dilation)
 

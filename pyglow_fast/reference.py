@@ -36,10 +36,10 @@ _ATAN_GAIN = 0.636  # about 2/pi: the soft clamp of FrEIA tends to +-clamp
 
 def full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Autocast is for the coupling nets: the flow itself keeps its dtype."""
-    kind = x.device.type
-    if not autocast_is_on(kind):
+    device_type = x.device.type
+    if not autocast_is_on(device_type):
         return contextlib.nullcontext()  # which costs a tenth
-    return torch.autocast(kind, enabled=False)
+    return torch.autocast(device_type, enabled=False)
 
 
 def full_product(a: Tensor, b: Tensor) -> Tensor:
@@ -77,14 +77,15 @@ class CouplingSpec(NamedTuple):
     factor: float = 1.0
 
 
+@with_former_field("kind", "function")
 class Activation(NamedTuple):
-    """What a hidden layer of a coupling net is followed by: ``kind``, one of ACTIVATIONS, and its ``parameter``.
+    """What a hidden layer of a coupling net is followed by: ``function``, one of ACTIVATIONS, and its ``parameter``.
 
     That is the slope of "leaky_relu" below zero, 0 to 1, or the alpha of "elu", above 0; the others have none. "gelu"
     is exact, "gelu_tanh" torch's approximation of it.
     """
 
-    kind: str = "relu"
+    function: str = "relu"
     parameter: float = 0.0
 
 
@@ -361,14 +362,14 @@ def coupling_mix_inverse(
 
 def activated(h: Tensor, activation: Activation, in_place: bool = False) -> Tensor:
     """The activation of h, by torch; in_place: a relu may be written over h, which nobody else has."""
-    kind, parameter = activation
-    if kind == "relu" or (kind == "leaky_relu" and not parameter):  # of -inf 0, and not NaN as 0 times it
+    function, parameter = activation
+    if function == "relu" or (function == "leaky_relu" and not parameter):  # of -inf 0, and not NaN as 0 times it
         return h.relu_() if in_place else h.relu()
-    if kind in ("leaky_relu", "elu"):
-        return getattr(F, kind)(h, parameter)
-    if kind in ("gelu", "gelu_tanh"):
-        return F.gelu(h, approximate="tanh" if kind == "gelu_tanh" else "none")
-    return {"none": lambda h: h, "silu": F.silu, "tanh": torch.tanh, "sigmoid": torch.sigmoid}[kind](h)
+    if function in ("leaky_relu", "elu"):
+        return getattr(F, function)(h, parameter)
+    if function in ("gelu", "gelu_tanh"):
+        return F.gelu(h, approximate="tanh" if function == "gelu_tanh" else "none")
+    return {"none": lambda h: h, "silu": F.silu, "tanh": torch.tanh, "sigmoid": torch.sigmoid}[function](h)
 
 
 def check_spec(spec: ChainSpec) -> None:
@@ -380,11 +381,11 @@ def check_spec(spec: ChainSpec) -> None:
     layers = len(spec.dilations)
     expect(1 <= layers <= MAX_LAYERS, "dilations", f"those of 1 to {MAX_LAYERS} layers", spec.dilations)
     expect(len(spec.activations) == layers - 1, "activations", f"{layers - 1}, of the hidden layers", spec.activations)
-    for kind, parameter in spec.activations:
-        expect(kind in ACTIVATIONS, "activation", f"one of {ACTIVATIONS}", repr(kind))
-        if kind == "leaky_relu":
+    for function, parameter in spec.activations:
+        expect(function in ACTIVATIONS, "activation", f"one of {ACTIVATIONS}", repr(function))
+        if function == "leaky_relu":
             expect(0.0 <= parameter <= 1.0, "leak", "a slope from 0 to 1", parameter)
-        if kind == "elu":
+        if function == "elu":
             expect(0.0 < parameter < math.inf, "alpha", "a number above 0", parameter)
     dims = len(spec.dilations[0])
     for dilation in spec.dilations:

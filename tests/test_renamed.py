@@ -8,10 +8,11 @@ import warnings
 from collections.abc import Callable
 
 import pytest
+import torch
 from torch import nn
 
 import pyglow_fast as pgf
-from pyglow_fast.reference import CouplingSpec
+from pyglow_fast.reference import Activation, CouplingSpec
 
 FORMER: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
     "CouplingSpec": (
@@ -19,6 +20,9 @@ FORMER: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
         lambda: CouplingSpec("additive", order="scale_shift"),
     ),
     "CouplingSpec.kind": (lambda: CouplingSpec("additive").kind, lambda: "additive"),
+    "Activation": (lambda: Activation(kind="elu", parameter=2.0), lambda: Activation("elu", 2.0)),
+    "Permute": (lambda: pgf.Permute(4, kind="reverse").permutation, lambda: "reverse"),
+    "Permute.kind": (lambda: pgf.Permute(4, "reverse").kind, lambda: "reverse"),
     "Coupling": (
         lambda: pgf.Coupling(nn.Identity(), kind="additive").spec,
         lambda: CouplingSpec("additive"),
@@ -58,3 +62,13 @@ def test_a_spec_is_a_tuple_as_before() -> None:
         assert copy.deepcopy(spec) == pickle.loads(pickle.dumps(spec)) == CouplingSpec(*spec) == spec
         assert spec._replace(coupling="affine") == CouplingSpec("affine", "exp")
         assert spec._fields[0] == "coupling"
+
+
+def test_a_pickled_permutation_of_a_former_version() -> None:
+    layer = pgf.Permute(4, "reverse")
+    former = {name: value for name, value in vars(layer).items() if name != "permutation"} | {"kind": "reverse"}
+    found = pgf.Permute.__new__(pgf.Permute)
+    found.__setstate__(former)
+    assert repr(found) == repr(layer) == "Permute(4, 'reverse')"
+    x = torch.randn(2, 4, 3)
+    assert torch.equal(found(x)[0], layer(x)[0])
