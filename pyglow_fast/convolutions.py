@@ -26,8 +26,10 @@ _without_engine: set[tuple[object, ...]] = set()  # convolutions that cuDNN has 
 
 def dtype_on(x: Tensor) -> torch.dtype:
     """The dtype that a net computes in, given its input: under autocast that of the moment, where x is float32."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if x.dtype == torch.float32 and autocast_is_on(kind) else x.dtype
+    device_type = x.device.type
+    return (
+        torch.get_autocast_dtype(device_type) if x.dtype == torch.float32 and autocast_is_on(device_type) else x.dtype
+    )
 
 
 def format_for(x: Tensor) -> torch.memory_format:
@@ -116,12 +118,12 @@ def _arguments(weight: Tensor, dilation: Sequence[int]) -> _Arguments:
 
 
 def _is_relu(activation: Activation) -> bool:
-    return activation.kind == "relu" or (activation.kind == "leaky_relu" and not activation.parameter)
+    return activation.function == "relu" or (activation.function == "leaky_relu" and not activation.parameter)
 
 
 def _keeps_argument(activation: Activation) -> bool:
     """Whether its derivative takes the argument, and not the value."""
-    return ops.ACTIVATION_CODES[activation.kind] in ops.KEEPS_INPUT
+    return ops.ACTIVATION_CODES[activation.function] in ops.KEEPS_INPUT
 
 
 def cudnn_fuses(h: Tensor, weight: Tensor) -> bool:
@@ -182,7 +184,7 @@ def run(chain: Chain, h: Tensor, kept: list[Tensor] | None = None) -> Tensor:
     return h.contiguous(memory_format=format_for(h))
 
 
-# By the kind of activation, (gradient, value, parameter) -> gradient; the value is the argument where that is kept.
+# By the function, (gradient, value, parameter) -> gradient; the value is the argument where that is kept.
 _DERIVATIVES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "none": lambda grad, out, _: grad,
     "leaky_relu": lambda grad, out, leak: _aten.leaky_relu_backward(grad, out, leak, True),
@@ -200,7 +202,7 @@ def _through(activation: Activation, grad: Tensor, value: Tensor) -> Tensor:
     if _is_relu(activation):
         before: Tensor = _aten.threshold_backward.grad_input(grad, value, 0, grad_input=grad)
         return before
-    return _DERIVATIVES[activation.kind](grad, value, activation.parameter)
+    return _DERIVATIVES[activation.function](grad, value, activation.parameter)
 
 
 def backward(

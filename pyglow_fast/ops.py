@@ -21,7 +21,7 @@ from pyglow_fast._errors import expect
 from pyglow_fast._tracing import kernels_step_aside
 from pyglow_fast.reference import (
     ACTIVATIONS,
-    KINDS,
+    COUPLINGS,
     ORDERS,
     SCALE_MAPS,
     ChainSpec,
@@ -340,14 +340,14 @@ def has_kernel(spec: CouplingSpec) -> bool:
 
     Nor are options that do not exist, which the reference then refuses.
     """
-    known = spec.scale_map in SCALE_MAPS and spec.kind in KINDS and spec.order in ORDERS
+    known = spec.scale_map in SCALE_MAPS and spec.coupling in COUPLINGS and spec.order in ORDERS
     return known and spec.eps >= 0.0 and factor_fits(spec)
 
 
 def kind_arguments(spec: CouplingSpec, inverse: bool) -> tuple[int, int, bool, float, float, float, float]:
     """The trailing arguments of the coupling ops."""
     name = str(spec.scale_map)
-    if spec.kind == "additive":
+    if spec.coupling == "additive":
         name = "none"
     elif name == "sigmoid" and (spec.eps > 0 or spec.factor != 1.0):
         name = "scaled_sigmoid"
@@ -368,7 +368,7 @@ def chain_arguments(spec: ChainSpec) -> ChainArguments:
 
 def _chain_arguments(spec: ChainSpec) -> ChainArguments:
     check_spec(spec)
-    codes = tuple(ACTIVATION_CODES[activation.kind] for activation in spec.activations)
+    codes = tuple(ACTIVATION_CODES[activation.function] for activation in spec.activations)
     parameters = tuple(float(activation.parameter) for activation in spec.activations)
     return codes, parameters, tuple(step for dilation in spec.dilations for step in dilation)
 

@@ -22,8 +22,9 @@ from torch import Tensor
 from pyglow_fast import _float32
 from pyglow_fast._errors import SingularMatrixError, can_read, expect
 from pyglow_fast._float32 import CONVOLUTIONS, PRODUCTS
+from pyglow_fast._renamed import with_former_field
 
-KINDS = ("affine", "additive")
+COUPLINGS = ("affine", "additive")
 SCALE_MAPS = ("sigmoid", "exp", "tanh", "atan")
 ORDERS = ("shift_scale", "scale_shift")
 ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "elu", "tanh", "sigmoid")
@@ -35,10 +36,10 @@ _ATAN_GAIN = 0.636  # about 2/pi: the soft clamp of FrEIA tends to +-clamp
 
 def full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Autocast is for the coupling nets: the flow itself keeps its dtype."""
-    kind = x.device.type
-    if not autocast_is_on(kind):
+    device_type = x.device.type
+    if not autocast_is_on(device_type):
         return contextlib.nullcontext()  # which costs a tenth
-    return torch.autocast(kind, enabled=False)
+    return torch.autocast(device_type, enabled=False)
 
 
 def full_product(a: Tensor, b: Tensor) -> Tensor:
@@ -57,16 +58,17 @@ def autocast_is_on(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
+@with_former_field("kind", "coupling")
 class CouplingSpec(NamedTuple):
     """How the coupling net's output becomes shift and scale.
 
-    ``kind`` "affine" or "additive"; ``scale_map`` one of SCALE_MAPS, or a callable raw -> (scale, log_scale);
+    ``coupling`` "affine" or "additive"; ``scale_map`` one of SCALE_MAPS, or a callable raw -> (scale, log_scale);
     ``factor``, ``bias`` and ``eps`` of factor sigmoid(raw + bias) + eps (a factor of 2 and no bias in Jet); ``clamp``
     of exp(clamp tanh(raw / clamp)) and exp(clamp 0.636 atan(raw)); ``order`` "shift_scale": y = (u + shift) s, or
     "scale_shift": y = u s + shift.
     """
 
-    kind: str = "affine"
+    coupling: str = "affine"
     scale_map: str | Callable[[Tensor], tuple[Tensor, Tensor]] = "sigmoid"
     bias: float = 2.0
     eps: float = 0.0
@@ -75,14 +77,15 @@ class CouplingSpec(NamedTuple):
     factor: float = 1.0
 
 
+@with_former_field("kind", "function")
 class Activation(NamedTuple):
-    """What a hidden layer of a coupling net is followed by: ``kind``, one of ACTIVATIONS, and its ``parameter``.
+    """What a hidden layer of a coupling net is followed by: ``function``, one of ACTIVATIONS, and its ``parameter``.
 
     That is the slope of "leaky_relu" below zero, 0 to 1, or the alpha of "elu", above 0; the others have none. "gelu"
     is exact, "gelu_tanh" torch's approximation of it.
     """
 
-    kind: str = "relu"
+    function: str = "relu"
     parameter: float = 0.0
 
 
@@ -275,7 +278,7 @@ def refuse_singular(found: bool) -> None:
 
 def factor_fits(spec: CouplingSpec) -> bool:
     """Whether the factor is 1, or a positive finite number on the map that alone has one, the sigmoid."""
-    has_factor = spec.kind == "affine" and spec.scale_map == "sigmoid"
+    has_factor = spec.coupling == "affine" and spec.scale_map == "sigmoid"
     return spec.factor == 1.0 or (has_factor and 0.0 < spec.factor < math.inf)
 
 
@@ -305,13 +308,13 @@ def scale_and_log(raw: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor]:
 
 
 def _halves(x: Tensor, net_out: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    expect(spec.kind in KINDS, "kind", f"one of {KINDS}", repr(spec.kind))
+    expect(spec.coupling in COUPLINGS, "coupling", f"one of {COUPLINGS}", repr(spec.coupling))
     expect(spec.order in ORDERS, "order", f"one of {ORDERS}", repr(spec.order))
     expect(factor_fits(spec), "factor", "1, or a positive number with the sigmoid map", spec.factor)
     net_out = net_out.to(x.dtype)  # of a net that runs in lower precision
-    transformed = net_out.shape[1] // (2 if spec.kind == "affine" else 1)
+    transformed = net_out.shape[1] // (2 if spec.coupling == "affine" else 1)
     kept, half = x.split([x.shape[1] - transformed, transformed], dim=1)
-    if spec.kind == "additive":
+    if spec.coupling == "additive":
         return kept, half, net_out, None
     shift, raw = net_out.chunk(2, dim=1)
     return kept, half, shift, raw
@@ -359,14 +362,14 @@ def coupling_mix_inverse(
 
 def activated(h: Tensor, activation: Activation, in_place: bool = False) -> Tensor:
     """The activation of h, by torch; in_place: a relu may be written over h, which nobody else has."""
-    kind, parameter = activation
-    if kind == "relu" or (kind == "leaky_relu" and not parameter):  # of -inf 0, and not NaN as 0 times it
+    function, parameter = activation
+    if function == "relu" or (function == "leaky_relu" and not parameter):  # of -inf 0, and not NaN as 0 times it
         return h.relu_() if in_place else h.relu()
-    if kind in ("leaky_relu", "elu"):
-        return getattr(F, kind)(h, parameter)
-    if kind in ("gelu", "gelu_tanh"):
-        return F.gelu(h, approximate="tanh" if kind == "gelu_tanh" else "none")
-    return {"none": lambda h: h, "silu": F.silu, "tanh": torch.tanh, "sigmoid": torch.sigmoid}[kind](h)
+    if function in ("leaky_relu", "elu"):
+        return getattr(F, function)(h, parameter)
+    if function in ("gelu", "gelu_tanh"):
+        return F.gelu(h, approximate="tanh" if function == "gelu_tanh" else "none")
+    return {"none": lambda h: h, "silu": F.silu, "tanh": torch.tanh, "sigmoid": torch.sigmoid}[function](h)
 
 
 def check_spec(spec: ChainSpec) -> None:
@@ -378,11 +381,11 @@ def check_spec(spec: ChainSpec) -> None:
     layers = len(spec.dilations)
     expect(1 <= layers <= MAX_LAYERS, "dilations", f"those of 1 to {MAX_LAYERS} layers", spec.dilations)
     expect(len(spec.activations) == layers - 1, "activations", f"{layers - 1}, of the hidden layers", spec.activations)
-    for kind, parameter in spec.activations:
-        expect(kind in ACTIVATIONS, "activation", f"one of {ACTIVATIONS}", repr(kind))
-        if kind == "leaky_relu":
+    for function, parameter in spec.activations:
+        expect(function in ACTIVATIONS, "activation", f"one of {ACTIVATIONS}", repr(function))
+        if function == "leaky_relu":
             expect(0.0 <= parameter <= 1.0, "leak", "a slope from 0 to 1", parameter)
-        if kind == "elu":
+        if function == "elu":
             expect(0.0 < parameter < math.inf, "alpha", "a number above 0", parameter)
     dims = len(spec.dilations[0])
     for dilation in spec.dilations:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from pyglow_fast.latents import EditScore, edit_score
+from pyglow_fast.train.csv_text import Cell, csv_text
 from pyglow_fast.train.files import write_text
 
 
@@ -62,13 +60,10 @@ def _error(value: float) -> str:
 
 def write_scores(rows: list[Row], path: Path) -> None:
     """One line a row; a standard error of a single image is empty."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["edit", "strength", "rmse", "rmse_se", "gain", "gain_se", "images", "not_finite"])
+    lines: list[list[Cell]] = [["edit", "strength", "rmse", "rmse_se", "gain", "gain_se", "images", "not_finite"]]
     for row in rows:
         score = row.score
-        numbers: list[Any] = [score.distance, score.standard_error, score.gain, score.gain_error]
-        texts = ["" if math.isnan(value) else f"{value:.6g}" for value in numbers]
-        strength = "" if row.strength is None else f"{row.strength:g}"
-        writer.writerow([row.edit, strength, *texts, score.images, score.not_finite])
-    write_text(path, buffer.getvalue())
+        numbers = [score.distance, score.standard_error, score.gain, score.gain_error]
+        known = [None if math.isnan(value) else value for value in numbers]
+        lines.append([row.edit, row.strength, *known, score.images, score.not_finite])
+    write_text(path, csv_text(lines))

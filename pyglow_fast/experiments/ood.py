@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
+from pyglow_fast._moments import Moments
 from pyglow_fast.data import optional
 from pyglow_fast.train.files import replacing
 
@@ -65,8 +66,9 @@ def auroc(own: Tensor, foreign: Tensor) -> Auroc:
     a, b = own.double().numpy(), foreign.double().numpy()
     truth = np.repeat([0, 1], [len(a), len(b)])
     value = float(optional("sklearn.metrics", "the AUROC").roc_auc_score(truth, np.concatenate([a, b])))
-    variance = _placements(b, a).var(ddof=1) / len(b) + (1.0 - _placements(a, b)).var(ddof=1) / len(a)
-    return Auroc(value, math.sqrt(variance) if variance > 0.0 else math.nan)
+    shares = _placements(b, a), 1.0 - _placements(a, b)
+    error = math.hypot(*(Moments.of(torch.from_numpy(share)).standard_error for share in shares))
+    return Auroc(value, error if error > 0.0 else math.nan)
 
 
 def _placements(scores: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from pyglow_fast._moments import Moments
 from pyglow_fast.data import optional
 from pyglow_fast.layers.flow_step import PERMUTATIONS
 from pyglow_fast.models import Glow
 from pyglow_fast.train import RunFolder, TrainConfig
+from pyglow_fast.train.csv_text import Cell, csv_text
 from pyglow_fast.train.files import refusing, replacing, write_text
 from pyglow_fast.train.metrics import Row, read_metrics
 
@@ -68,12 +70,8 @@ def seconds_per_step(rows: Sequence[Row], batch_size: int) -> float:
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     """m = sum v / n and sqrt(sum (v - m)^2 / (n - 1)); the latter is NaN for one value, both are for none."""
-    if not values:
-        return math.nan, math.nan
-    mean = math.fsum(values) / len(values) if all(map(math.isfinite, values)) else sum(values) / len(values)
-    if len(values) < 2 or not math.isfinite(mean):
-        return mean, math.nan
-    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    found = Moments.of(torch.tensor(values, dtype=torch.float64))
+    return found.mean, found.deviation
 
 
 @dataclass(frozen=True)
@@ -111,14 +109,12 @@ def curves_of(outcomes: Sequence[Outcome]) -> Curves:
 
 def curves_csv(curves: Curves) -> str:
     """permutation, coupling, step, held_out_bpd, its standard deviation over the seeds (empty for one), seeds."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["permutation", "coupling", "step", "held_out_bpd", "held_out_bpd_sd", "seeds"])
+    rows: list[list[Cell]] = [["permutation", "coupling", "step", "held_out_bpd", "held_out_bpd_sd", "seeds"]]
     for variant, points in curves.items():
         for point in points:
-            spread = "" if point.seeds < 2 else f"{point.spread:.6g}"
-            writer.writerow([*variant, point.step, f"{point.mean:.6g}", spread, point.seeds])
-    return buffer.getvalue()
+            spread = None if point.seeds < 2 else point.spread
+            rows.append([*variant, point.step, point.mean, spread, point.seeds])
+    return csv_text(rows)
 
 
 def table_md(outcomes: Sequence[Outcome], images: str) -> str:

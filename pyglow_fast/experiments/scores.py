@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +13,10 @@ from pyglow_fast._errors import expect, visible
 from pyglow_fast.data import Images, LazyImages
 from pyglow_fast.data.lazy import FileReader
 from pyglow_fast.train import ImageScores
+from pyglow_fast.train.csv_text import Cell, csv_text
 from pyglow_fast.train.files import write_text
 
 NAMED = 5  # images that are named in a line about many
-# With these a spreadsheet begins a formula, in wide forms too. The last one marks a text.
-_MARKED = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20", "'")
 
 
 @dataclass(frozen=True)
@@ -95,38 +92,26 @@ def score_csv(sets: Mapping[str, ScoredImages]) -> str:
     The columns ``set``, ``name``, ``label`` and ``bits_per_dim_sd`` (over the draws) are there where there are several
     sets, an image has a name, a class, and more than one draw. Scores that are not finite are ``nan`` and ``inf``.
 
-    What is in ``set``, ``name`` and ``label`` comes from elsewhere, and a spreadsheet would take some of it for a
-    formula. A text that begins with =, +, -, @ (or their wide forms) or an apostrophe has an apostrophe before it, as
-    spreadsheets mark a text: to have the text itself, take one leading apostrophe away. Control characters in it, and
-    bytes that are no UTF-8, are written out, as \\n or \\udcff. Numbers are numbers.
+    What is in ``set``, ``name`` and ``label`` comes from elsewhere: a text that a spreadsheet would take for a formula,
+    or that begins with an apostrophe, has an apostrophe before it, and what would act in a terminal is written out.
+    Numbers are numbers. See :func:`pyglow_fast.train.csv_text.csv_text`.
 
     Args:
         sets: what is written, by a name that each set has in the column ``set``.
     """
     rows = [(name, found, at, i) for name, found in sets.items() for at, i in enumerate(found.scores.indices.tolist())]
     draws = max((found.scores.draws.shape[1] for found in sets.values()), default=1)
-    columns: dict[str, list[str]] = {"set": [_text_cell(name) for name, *_ in rows]} if len(sets) > 1 else {}
-    columns["index"] = [str(found.position(i)) for _, found, _, i in rows]
+    columns: dict[str, Sequence[Cell]] = {"set": [name for name, *_ in rows]} if len(sets) > 1 else {}
+    columns["index"] = [found.position(i) for _, found, _, i in rows]
     named = {
-        "name": [_text_cell(found.name(i)) for _, found, _, i in rows],
-        "label": [_text_cell(found.label(i)) for _, found, _, i in rows],
+        "name": [found.name(i) for _, found, _, i in rows],
+        "label": [found.label(i) for _, found, _, i in rows],
     }
     columns |= {title: values for title, values in named.items() if any(values)}
-    values = torch.cat([found.scores.bits_per_dim for found in sets.values()]).tolist()
-    columns["bits_per_dim"] = [f"{value:.9g}" for value in values]
+    columns["bits_per_dim"] = torch.cat([found.scores.bits_per_dim for found in sets.values()]).tolist()
     if draws > 1:
-        spread = torch.cat([found.scores.spread for found in sets.values()]).tolist()
-        columns["bits_per_dim_sd"] = [f"{value:.9g}" for value in spread]
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(zip(*columns.values(), strict=True))
-    return buffer.getvalue()
-
-
-def _text_cell(text: str) -> str:
-    """The text in one line, as no spreadsheet takes it for a formula."""
-    return visible(f"'{text}" if text.startswith(_MARKED) else text)
+        columns["bits_per_dim_sd"] = torch.cat([found.scores.spread for found in sets.values()]).tolist()
+    return csv_text([tuple(columns), *zip(*columns.values(), strict=True)], digits=9)
 
 
 def write_scores(path: Path, sets: Mapping[str, ScoredImages]) -> None:

@@ -109,20 +109,20 @@ class _Reader:
 
     def read(self, name: str, module: nn.Module) -> None:
         """Takes the next module."""
-        kind = plain_type(module)
-        if kind in LAYERS:
-            self._layer(name, module, LAYERS[kind])
-        elif kind in _PADS:
+        layer_class = plain_type(module)
+        if layer_class in LAYERS:
+            self._layer(name, module, LAYERS[layer_class])
+        elif layer_class in _PADS:
             self._pad(name, module)
-        elif kind in _DROPOUTS:
+        elif layer_class in _DROPOUTS:
             if module.training and module.p:
                 _refuse(name, module, " in training mode", "evaluation mode, or p = 0")
         elif self.pads:
             _refuse(*self.pads[-1], f" before a {type(module).__name__}", "a convolution next")
-        elif qualified(kind) in AFFINE_MAPS:
+        elif qualified(layer_class) in AFFINE_MAPS:
             self._map(name, module)
-        elif kind in ACTIVATIONS:
-            self._activation(name, module, ACTIVATIONS[kind](module))
+        elif layer_class in ACTIVATIONS:
+            self._activation(name, module, ACTIVATIONS[layer_class](module))
         else:
             children = {type(child).__name__ for key, child in module.named_children() if key != "parametrizations"}
             inside = ", ".join(sorted(children))
@@ -130,15 +130,15 @@ class _Reader:
             _refuse(name, module, found, "a layer, map per channel or activation that our executor computes")
 
     def _activation(self, name: str, module: nn.Module, activation: Activation) -> None:
-        kind, parameter = activation
+        function, parameter = activation
         if not self.layers or self.activation is not None or self.before:
             _refuse(name, module, "", "a layer before each activation")
-        if kind == "leaky_relu" and not 0.0 <= parameter <= 1.0:
+        if function == "leaky_relu" and not 0.0 <= parameter <= 1.0:
             _refuse(name, module, f", slope {parameter:g}", "0 to 1")
-        if kind == "elu" and not 0.0 < parameter < float("inf"):
+        if function == "elu" and not 0.0 < parameter < float("inf"):
             _refuse(name, module, f", alpha {parameter:g}", "a number above 0")
-        if type(module) is nn.GELU and kind not in _GELUS.values():
-            _refuse(name, module, f", approximate {kind!r}", "'none' or 'tanh'")
+        if type(module) is nn.GELU and function not in _GELUS.values():
+            _refuse(name, module, f", approximate {function!r}", "'none' or 'tanh'")
         self.activation = (name, module, activation)
 
     def _pad(self, name: str, module: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
+from pyglow_fast._moments import Moments
 from pyglow_fast.latents.spaces import (
     DEFAULT_SPACE,
     check_finite,
@@ -263,8 +263,8 @@ def rmse(x: Tensor, target: Tensor) -> Tensor:
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
     """Mean of (N,) and its standard error, sqrt(sum (v - mean)^2 / (N - 1) / N); NaN for one value."""
-    values, n = values.detach(), len(values)
-    return float(values.mean()), float(values.std()) / math.sqrt(n) if n > 1 else math.nan
+    found = Moments.of(values)
+    return found.mean, found.standard_error
 
 
 def edit_score(edited: Tensor, target: Tensor, unedited: Tensor) -> EditScore:

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
+from pyglow_fast._renamed import renamed
 from pyglow_fast.coupling_nets import check_precision, in_precision
 from pyglow_fast.coupling_nets.checkerboard import Checkerboard
 from pyglow_fast.coupling_nets.net_runner import NetRunner, Plans
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.coupling_net import CouplingNet
-from pyglow_fast.reference import KINDS, ORDERS, SCALE_MAPS, CouplingSpec
+from pyglow_fast.reference import COUPLINGS, ORDERS, SCALE_MAPS, CouplingSpec
 
 MASKS = ("channels", "checkerboard")
 MAX_CLAMP = 80.0  # log s of the tanh and atan maps stays below it, and exp(80) is finite in float32
@@ -21,19 +22,19 @@ MAX_FACTOR = 1e30  # nor is 1 / MAX_FACTOR far from the ends of float32
 
 
 def check_scale_numbers(
-    kind: str, scale_map: object, scale_eps: float, scale_clamp: float, scale_factor: float
+    coupling: str, scale_map: object, scale_eps: float, scale_clamp: float, scale_factor: float
 ) -> None:
     """Refuse values with which a scale could be negative or overflow, and a factor on a map that has none."""
     expect(scale_eps >= 0, "scale_eps", "0 or more", scale_eps)
     expect(0 < scale_clamp <= MAX_CLAMP, "scale_clamp", f"a positive number, at most {MAX_CLAMP:g}", scale_clamp)
     expected = f"a number from {1 / MAX_FACTOR:g} to {MAX_FACTOR:g}"
     expect(1 / MAX_FACTOR <= scale_factor <= MAX_FACTOR, "scale_factor", expected, scale_factor)
-    has_factor = kind == "affine" and scale_map == "sigmoid"
+    has_factor = coupling == "affine" and scale_map == "sigmoid"
     expect(has_factor or scale_factor == 1, "scale_factor", "1 where the scale is no sigmoid", scale_factor)
 
 
 def coupling_spec(
-    kind: str,
+    coupling: str,
     scale_map: str | Callable[[Tensor], tuple[Tensor, Tensor]] = "sigmoid",
     scale_bias: float = 2.0,
     scale_eps: float = 0.0,
@@ -42,7 +43,7 @@ def coupling_spec(
     scale_factor: float = 1.0,
 ) -> CouplingSpec:
     """A CouplingSpec of checked values; the error names the argument."""
-    expect(kind in KINDS, "kind", f"one of {KINDS}", repr(kind))
+    expect(coupling in COUPLINGS, "coupling", f"one of {COUPLINGS}", repr(coupling))
     expect(
         callable(scale_map) or scale_map in SCALE_MAPS,
         "scale_map",
@@ -50,9 +51,9 @@ def coupling_spec(
         repr(scale_map),
     )
     expect(order in ORDERS, "order", f"one of {ORDERS}", repr(order))
-    check_scale_numbers(kind, scale_map, scale_eps, scale_clamp, scale_factor)
+    check_scale_numbers(coupling, scale_map, scale_eps, scale_clamp, scale_factor)
     bias, eps, clamp, factor = float(scale_bias), float(scale_eps), float(scale_clamp), float(scale_factor)
-    return CouplingSpec(kind, scale_map, bias, eps, clamp, order, factor)
+    return CouplingSpec(coupling, scale_map, bias, eps, clamp, order, factor)
 
 
 class Coupling(FlowLayer):
@@ -68,7 +69,7 @@ class Coupling(FlowLayer):
         net: module mapping x1 (N, C/2, *spatial) and, if given, cond to (N, C, *spatial): shift, then raw (affine), or
             to (N, C/2, *spatial): shift (additive). With a checkerboard b x (N, C, *spatial) and cond, of the same
             positions, to (N, 2 C, *spatial) or (N, C, *spatial); what it gives where b = 1 is not used.
-        kind: "affine" or "additive".
+        coupling: "affine" or "additive".
         scale_map: "sigmoid": s = scale_factor sigmoid(raw + scale_bias) + scale_eps; "exp"; "tanh":
             exp(clamp tanh(raw / clamp)); "atan": exp(clamp 0.636 atan(raw)); or a callable raw -> (s, log s), which
             runs on the reference path (a module with parameters trains in memory mode "store" only; the other modes
@@ -80,6 +81,7 @@ class Coupling(FlowLayer):
         precision: of the net: "auto" (as torch.autocast says), "fp32", "tf32", "bf16" or "fp16"; may be changed later.
         mask: "channels" or "checkerboard".
         parity: 0 or 1, of the positions that a checkerboard keeps.
+        kind: the former name of ``coupling``.
 
     Where the net makes a scale so small that it underflows, the inverse divides by zero and its result is inf: sampling
     at high temperature from a badly trained flow can show that; scale_eps bounds the scale from below.
@@ -97,7 +99,7 @@ class Coupling(FlowLayer):
     def __init__(
         self,
         net: nn.Module,
-        kind: str = "affine",
+        coupling: str = "affine",
         scale_map: str | Callable[[Tensor], tuple[Tensor, Tensor]] = "sigmoid",
         scale_bias: float = 2.0,
         scale_eps: float = 0.0,
@@ -107,14 +109,17 @@ class Coupling(FlowLayer):
         precision: str = "auto",
         mask: str = "channels",
         parity: int = 0,
+        *,
+        kind: str | None = None,
     ) -> None:
         super().__init__()
+        coupling = renamed("kind", "coupling", coupling, "affine", kind)
         expect(mask in MASKS, "mask", f"one of {MASKS}", repr(mask))
         expect(parity in (0, 1), "parity", "0 or 1", repr(parity))
         expect(mask == "checkerboard" or parity == 0, "parity", "0 (no other with mask='channels')", repr(parity))
         self.board = Checkerboard(int(parity)) if mask == "checkerboard" else None
         self.precision = precision
-        self.spec = coupling_spec(kind, scale_map, scale_bias, scale_eps, scale_clamp, order, scale_factor)
+        self.spec = coupling_spec(coupling, scale_map, scale_bias, scale_eps, scale_clamp, order, scale_factor)
         self.net = net
         if isinstance(scale_map, nn.Module):
             self.scale_module = scale_map  # its parameters are the model's
@@ -131,7 +136,7 @@ class Coupling(FlowLayer):
 
     @property
     def mask(self) -> str:
-        """The kind of mask: "channels" or "checkerboard"."""
+        """The mask's name: "channels" or "checkerboard"."""
         return MASKS[self.board is not None]
 
     def enter(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -173,11 +178,11 @@ class Coupling(FlowLayer):
 
     def _net_width(self, kept: Tensor) -> int:
         """The channels that the net must give."""
-        return 2 * kept.shape[1] if self.spec.kind == "affine" else kept.shape[1]
+        return 2 * kept.shape[1] if self.spec.coupling == "affine" else kept.shape[1]
 
     def runner(self, budget: str | int) -> NetRunner:
         """The net to be run in chunks within a budget."""
-        width = 2 if self.spec.kind == "affine" else 1
+        width = 2 if self.spec.coupling == "affine" else 1
         return NetRunner(self.net, width, budget, self._plans, self.precision, self.board)
 
     def run_net(self, kept: Tensor, cond: Tensor | None) -> Tensor:
@@ -226,6 +231,6 @@ class Coupling(FlowLayer):
         return super().initialize(x, cond)
 
     def extra_repr(self) -> str:
-        """Kind, scale map and mask, for repr."""
+        """Coupling, scale map and mask, for repr."""
         mask = "" if self.board is None else f", mask={self.mask!r}, parity={self.board.parity}"
-        return f"kind={self.spec.kind!r}, scale_map={self.spec.scale_map!r}, order={self.spec.order!r}{mask}"
+        return f"coupling={self.spec.coupling!r}, scale_map={self.spec.scale_map!r}, order={self.spec.order!r}{mask}"

@@ -20,12 +20,12 @@ from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.injector import AffineInjector
 from pyglow_fast.layers.permutation import ChannelLinear, InvConv, Permute, WeightsOf
 from pyglow_fast.layers.ranks import refused_alike
-from pyglow_fast.reference import KINDS, CouplingSpec, fold_actnorm, full_precision, full_product
+from pyglow_fast.reference import COUPLINGS, CouplingSpec, fold_actnorm, full_precision, full_product
 from pyglow_fast.reversible.maps import MapGroup, MapInverse, inverse_of
 from pyglow_fast.reversible.parts import cut
 
 PERMUTATIONS = ("invconv", "invconv_plain", "shuffle", "reverse")
-NO_COUPLING = "none"  # the kind of a step without one
+NO_COUPLING = "none"  # what is said as the coupling of a step without one
 
 
 class ChannelMap(NamedTuple):
@@ -404,7 +404,7 @@ class FlowStep(FlowLayer):
     Args:
         channels: C, even (with a checkerboard any).
         hidden: width of the coupling net.
-        coupling: how the net's output shifts and scales: a CouplingSpec, or its kind alone, "affine" or "additive"; or
+        coupling: how the net's output shifts and scales: a CouplingSpec, or its name alone, "affine" or "additive"; or
             "none", for a step without a coupling (then hidden, net, net_actnorm, cond_channels, precision and border
             are the injector's alone, if there is one).
         permutation: "invconv" (LU), "invconv_plain", "shuffle" or "reverse"; or a ChannelLinear of your own. Behind a
@@ -419,7 +419,7 @@ class FlowStep(FlowLayer):
         mask, parity: of the coupling, see Coupling.
         injector: True for an AffineInjector before the coupling, of the same width, scale map, condition and options as
             the coupling's; or one of your own.
-        older: the other fields of the CouplingSpec as they were given before it, beside a kind only: scale_map,
+        older: the other fields of the CouplingSpec as they were given before it, beside a name only: scale_map,
             scale_bias, scale_eps, scale_clamp, scale_factor and order, see Coupling.
 
     Shapes: x (N, C, *spatial), float32 or float64, with a checkerboard the first spatial side even; log_det (N,), nats.
@@ -454,12 +454,12 @@ class FlowStep(FlowLayer):
         shared = 2 if mask == "channels" else 1  # among as many parts
         check_count("channels", channels, least=shared)
         expect(channels % shared == 0, "channels", "an even number to halve", channels)
-        kind = coupling.kind if isinstance(coupling, CouplingSpec) else coupling
-        expect(kind in (*KINDS, NO_COUPLING), "coupling", f"one of {(*KINDS, NO_COUPLING)}", repr(kind))
-        couples = kind != NO_COUPLING
+        chosen = coupling.coupling if isinstance(coupling, CouplingSpec) else coupling
+        expect(chosen in (*COUPLINGS, NO_COUPLING), "coupling", f"one of {(*COUPLINGS, NO_COUPLING)}", repr(chosen))
+        couples = chosen != NO_COUPLING
         expect(couples or parity == 0, "parity", f'0 beside coupling="{NO_COUPLING}"', repr(parity))
         expect(couples or net is None, "net", f'None beside coupling="{NO_COUPLING}"', type(net).__name__)
-        spec = coupling_spec(kind if couples else "affine", **older)
+        spec = coupling_spec(chosen if couples else "affine", **older)
         if isinstance(coupling, CouplingSpec):
             for name, value in older.items():
                 expect(False, name, "a field of the CouplingSpec, and no keyword beside it", repr(value))
@@ -469,11 +469,11 @@ class FlowStep(FlowLayer):
         expect(fits or permutation in PERMUTATIONS, "permutation", expected, repr(permutation))
         if couples and net is None:
             width = channels // shared
-            outputs = 2 * width if kind == "affine" else width
+            outputs = 2 * width if chosen == "affine" else width
             net = CouplingNet(width, outputs, hidden, net_actnorm, cond_channels, border, dims)
         if mask != "channels":
             expect(injector is False, "injector", f"False beside mask={mask!r}", repr(injector))
-            expect(couples, "coupling", f"one of {KINDS} beside mask={mask!r}", repr(kind))
+            expect(couples, "coupling", f"one of {COUPLINGS} beside mask={mask!r}", repr(chosen))
         if injector is True:
             expect(cond_channels > 0, "cond_channels", "at least 1, for the injector to read", cond_channels)
             sizes = (channels, cond_channels, hidden, None, net_actnorm, dims)

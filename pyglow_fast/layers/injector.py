@@ -27,7 +27,7 @@ class AffineInjector(Coupling):
         net_actnorm: ActNorm inside the net, initialised from the condition of the first training forward.
         dims: number of spatial dimensions, 1 to 3.
         border: of the net, see CouplingNet.
-        spec: the scale map and the order; its kind is "affine" in any case.
+        spec: the scale map and the order; its coupling is "affine" in any case.
         precision: of the net, see Coupling.
 
     Shapes: x (N, C, *spatial), float32 or float64; cond (N, C_cond, *spatial), of the same positions; log_det (N,),
@@ -57,7 +57,7 @@ class AffineInjector(Coupling):
         if net is None:
             check_count("cond_channels", cond_channels)
             net = CouplingNet(cond_channels, 2 * channels, hidden, net_actnorm, border=border, dims=dims)
-        super().__init__(net, *spec._replace(kind="affine"), precision)
+        super().__init__(net, *spec._replace(coupling="affine"), precision)
         self.channels = channels
 
     def reads(self, channels: int) -> int:

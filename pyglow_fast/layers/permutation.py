@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import check_count, check_input, expect
+from pyglow_fast._renamed import renamed, warn_renamed
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.reference import full_precision, lu_weight
 
@@ -189,12 +191,13 @@ class Permute(ChannelLinear):
 
     Args:
         channels: C.
-        kind: "shuffle", a random order fixed at construction and saved with the weights, or "reverse".
+        permutation: "shuffle", a random order fixed at construction and saved with the weights, or "reverse".
+        kind: the former name of ``permutation``.
 
     Shapes: x (N, C, *spatial), float32 or float64; log_det (N,), zero.
 
     Raises:
-        ValueError: wrong kind, shape, dtype or device.
+        ValueError: wrong permutation, shape, dtype or device.
 
     References: Dinh et al. 2014 and 2017 (reverse), Kingma & Dhariwal 2018, section 6 (shuffle).
     """
@@ -202,15 +205,26 @@ class Permute(ChannelLinear):
     index: Tensor
     unit: Tensor
 
-    def __init__(self, channels: int, kind: str = "shuffle") -> None:
+    def __init__(self, channels: int, permutation: str = "shuffle", *, kind: str | None = None) -> None:
         super().__init__()
+        permutation = renamed("kind", "permutation", permutation, "shuffle", kind)
         check_count("channels", channels)
-        expect(kind in ("shuffle", "reverse"), "kind", "'shuffle' or 'reverse'", repr(kind))
-        self.channels, self.kind = channels, kind
-        index = torch.randperm(channels) if kind == "shuffle" else torch.arange(channels).flip(0)
+        expect(permutation in ("shuffle", "reverse"), "permutation", "'shuffle' or 'reverse'", repr(permutation))
+        self.channels, self.permutation = channels, permutation
+        index = torch.randperm(channels) if permutation == "shuffle" else torch.arange(channels).flip(0)
         self.register_buffer("index", index)
         # Not saved: it only tells the dtype that W must have, and follows .to() like a parameter.
         self.register_buffer("unit", torch.ones(()), persistent=False)
+
+    @property
+    def kind(self) -> str:
+        """``permutation`` by its former name."""
+        warn_renamed("kind", "permutation")
+        return self.permutation
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What was pickled by a former version has its permutation as ``kind``."""
+        super().__setstate__({"permutation" if name == "kind" else name: value for name, value in state.items()})
 
     def weight_and_log_det(self) -> tuple[Tensor, Tensor]:
         """The permutation matrix (C, C) and 0."""
@@ -239,5 +253,5 @@ class Permute(ChannelLinear):
         return z.index_select(1, self.index.argsort()), z.new_zeros(z.shape[0])
 
     def extra_repr(self) -> str:
-        """Channels and kind, for repr."""
-        return f"{self.channels}, {self.kind!r}"
+        """Channels and permutation, for repr."""
+        return f"{self.channels}, {self.permutation!r}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,11 @@ def _is_initialized(step: nn.Module) -> bool:
     return all(getattr(module, "is_initialized", True) for module in step.modules())
 
 
+def _may_be_recorded(steps: Sequence[FlowStep]) -> bool:
+    """Whether a net of the user's may use other tensors that want a gradient than its parameters."""
+    return torch.is_grad_enabled() and not all(has_known_modules(step) for step in steps)
+
+
 def run_recomputing(
     runners: Sequence[NetRunner],
     specs: Sequence[CouplingSpec],
@@ -104,6 +109,31 @@ def _run_recomputing(
         z = z if masked_by is None else z * mask_of(masked_by)
         log_det = log_det + maps_log_det([behind], z, masked_by)
     return z, log_det
+
+
+class _Piece(NamedTuple):
+    """Neighbouring steps that are computed in one way.
+
+    Args:
+        steps: at least one.
+        fused: all are FlowSteps as they come.
+        mode: "store", "checkpoint" or "reversible".
+        records: a backward may follow; always so in other modes than "store".
+        squeeze_first: x is squeezed as it is read.
+        budget: bytes of one net's activations, or "auto".
+    """
+
+    steps: list[nn.Module]
+    fused: bool
+    mode: str
+    records: bool
+    squeeze_first: bool
+    budget: str | int
+
+    @property
+    def flow_steps(self) -> list[FlowStep]:
+        """The steps of a fused piece."""
+        return cast("list[FlowStep]", self.steps)
 
 
 class ReversibleSequence(FlowLayer):
@@ -249,11 +279,7 @@ class ReversibleSequence(FlowLayer):
         Returns:
             len(at) + 1 states z (N, C, *spatial), and log_det (N,).
         """
-        last = len(self) - 1
-        whole = isinstance(at, Sequence) and all(type(step) is int for step in at)
-        expect(whole, "at", "a sequence of ints", repr(at))
-        ascending = all(a < b for a, b in zip([-1, *at], [*at, last], strict=True))
-        expect(ascending, "at", f"ascending numbers of steps in 0..{last - 1}", list(at))
+        self._check_at(at)
         fused = self.is_fused
         if squeeze_first and (not fused or any(part.board is not None for part in self.flow_steps()[0].couplings)):
             x, squeeze_first = functional.squeeze(x), False
@@ -263,11 +289,9 @@ class ReversibleSequence(FlowLayer):
                 check_input("x", x, first.channels, first.actnorm.bias)
         if self.training and not self._is_initialized():
             self._initialize_steps(x, cond, squeeze_first)
-        records = torch.is_grad_enabled() and (
-            x.requires_grad
-            or (cond is not None and cond.requires_grad)
-            or any(parameter.requires_grad for parameter in self.parameters())
-        )
+        records = self._records(x, cond)
+        if fused and records and is_capturing(x.device):
+            self._cache.distrust(self.flow_steps())
         if not records or kernels_step_aside():  # a backward that recomputes is no op of torch's
             plan = RunPlan.of_mode("store", len(self), self.memory_budget)
         elif plan is None:
@@ -277,15 +301,88 @@ class ReversibleSequence(FlowLayer):
         steps, ends = list(self), [*(k + 1 for k in at), len(self)]
         for begin, end in pairwise([0, *ends]):
             for start, stop, mode in plan.pieces(begin, end):
-                own, squeezes = steps[start:stop], squeeze_first and start == 0
-                if fused:
-                    own_steps = cast("list[FlowStep]", own)
-                    x, log_det = self._run_fused(own_steps, x, cond, records, mode, squeezes, plan.budget)
-                else:
-                    x, log_det = self._run_modules(own, x, cond, mode)
+                squeezes = squeeze_first and start == 0
+                x, log_det = self._run(_Piece(steps[start:stop], fused, mode, records, squeezes, plan.budget), x, cond)
                 log_dets.append(log_det)
             states.append(x)
         return states, functional.summed(log_dets)
+
+    def _check_at(self, at: Sequence[int]) -> None:
+        last = len(self) - 1
+        whole = isinstance(at, Sequence) and all(type(step) is int for step in at)
+        expect(whole, "at", "a sequence of ints", repr(at))
+        ascending = all(a < b for a, b in zip([-1, *at], [*at, last], strict=True))
+        expect(ascending, "at", f"ascending numbers of steps in 0..{last - 1}", list(at))
+
+    def _records(self, x: Tensor, cond: Tensor | None) -> bool:
+        """Whether autograd asks for a backward."""
+        return torch.is_grad_enabled() and (
+            x.requires_grad
+            or (cond is not None and cond.requires_grad)
+            or any(parameter.requires_grad for parameter in self.parameters())
+        )
+
+    def _run(self, piece: _Piece, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+        """z and log_det of a piece.
+
+        ======================================  ==================================  ================================
+        steps                                   mode                                computed by
+        ======================================  ==================================  ================================
+        any modules                             "store"                             :meth:`_run_modules`
+        any modules                             "checkpoint", "reversible"          :meth:`_run_modules_recomputing`
+        FlowSteps as they come                  "checkpoint", "reversible"          :meth:`_run_steps_recomputing`
+        FlowSteps, recorded or traced           "store", or any without a coupling  :meth:`_run_steps_recorded`
+        FlowSteps, neither recorded nor traced  "store"                             :meth:`_run_steps_folded`
+        ======================================  ==================================  ================================
+        """
+        recomputes = piece.mode != "store"
+        if not piece.fused:
+            path = self._run_modules_recomputing if recomputes else self._run_modules
+        elif recomputes and couplings_of(piece.flow_steps):
+            path = self._run_steps_recomputing
+        elif piece.records or is_watched() or _may_be_recorded(piece.flow_steps):
+            path = self._run_steps_recorded
+        else:
+            path = self._run_steps_folded
+        return path(piece, x, cond)
+
+    def _run_modules(self, piece: _Piece, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Each module is called; autograd keeps what it will."""
+        total = x.new_zeros(x.shape[0])
+        for step in piece.steps:
+            x, step_log_det = step(x) if cond is None else step(x, cond)
+            total = total + step_log_det
+        return x, total
+
+    def _run_modules_recomputing(self, piece: _Piece, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Modules are called without autograd, and again in the backward, part by part."""
+        total = x.new_zeros(x.shape[0])
+        step_bytes = [sum(parameter.nbytes for parameter in step.parameters()) for step in piece.steps]
+        for part in Pass(self._control(piece.mode), step_bytes, part_limit(x, step_bytes)).parts:
+            x, log_det = ModuleChain(piece.steps[part.first : part.end], part).run(x, cond)
+            total = total + log_det
+        return x, total
+
+    def _run_steps_recomputing(self, piece: _Piece, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Joined steps, whose nets run in chunks, and again in the backward."""
+        self._cache.clear()
+        couplings = couplings_of(piece.flow_steps)
+        runners = [coupling.runner(piece.budget) for coupling in couplings]
+        specs, maps = [coupling.spec for coupling in couplings], map_groups(piece.flow_steps, x)
+        x, cond = couplings[0].enter(x, cond)
+        control = self._control(piece.mode)
+        z, log_det = run_recomputing(runners, specs, maps, control, x, cond, piece.squeeze_first)
+        return couplings[-1].leave(z), log_det
+
+    def _run_steps_recorded(self, piece: _Piece, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Joined steps, whose nets run whole and are recorded by autograd or a tracer."""
+        steps = piece.flow_steps
+        return run_couplings(couplings_of(steps), Recorded(steps), x, cond, piece.squeeze_first)
+
+    def _run_steps_folded(self, piece: _Piece, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Joined steps that are folded once for many calls, whose nets run in chunks."""
+        steps = piece.flow_steps
+        return run_couplings(couplings_of(steps), self._cache.get(steps), x, cond, piece.squeeze_first, piece.budget)
 
     def _plan(self, x: Tensor, cond: Tensor | None, squeeze_first: bool) -> RunPlan:
         """What a forward that is recorded does, of a run that is not told by its model."""
@@ -307,34 +404,6 @@ class ReversibleSequence(FlowLayer):
         key = (x.shape, squeeze_first, shapes[2], wants, run_key(x, couplings_of(steps)))
         plan = self._plans.of([self.control], key, costs, budget, self.memory_budget, x.device.type)
         return plan.runs[0]
-
-    def _run_fused(
-        self,
-        steps: Sequence[FlowStep],
-        x: Tensor,
-        cond: Tensor | None,
-        records: bool,
-        mode: str,
-        squeeze_first: bool,
-        budget: str | int,
-    ) -> tuple[Tensor, Tensor]:
-        couplings = couplings_of(steps)
-        if records and is_capturing(x.device):
-            self._cache.distrust(steps)
-        if mode == "store" or not couplings:
-            # Without a record the nets run in chunks. A net of the user's may use other tensors that want one.
-            whole_nets = records or is_watched()
-            if not whole_nets and torch.is_grad_enabled():
-                whole_nets = not all(has_known_modules(step) for step in steps)
-            if whole_nets:
-                return run_couplings(couplings, Recorded(steps), x, cond, squeeze_first)
-            return run_couplings(couplings, self._cache.get(steps), x, cond, squeeze_first, budget)
-        self._cache.clear()
-        runners = [coupling.runner(budget) for coupling in couplings]
-        specs, maps = [coupling.spec for coupling in couplings], map_groups(steps, x)
-        x, cond = couplings[0].enter(x, cond)
-        z, log_det = run_recomputing(runners, specs, maps, self._control(mode), x, cond, squeeze_first)
-        return couplings[-1].leave(z), log_det
 
     def _control(self, mode: str) -> DriftControl | None:
         """The drift control of what is inverted; None where states are kept."""
@@ -372,21 +441,6 @@ class ReversibleSequence(FlowLayer):
 
     def _is_initialized(self) -> bool:
         return all(map(_is_initialized, self))
-
-    def _run_modules(
-        self, steps: Sequence[nn.Module], x: Tensor, cond: Tensor | None, mode: str
-    ) -> tuple[Tensor, Tensor]:
-        total = x.new_zeros(x.shape[0])
-        if mode == "store":
-            for step in steps:
-                x, step_log_det = step(x) if cond is None else step(x, cond)
-                total = total + step_log_det
-            return x, total
-        step_bytes = [sum(parameter.nbytes for parameter in step.parameters()) for step in steps]
-        for part in Pass(self._control(mode), step_bytes, part_limit(x, step_bytes)).parts:
-            x, log_det = ModuleChain(steps[part.first : part.end], part).run(x, cond)
-            total = total + log_det
-        return x, total
 
     def memory_report(self) -> dict[str, Any]:
         """Mode or budget, spacing of the anchors, drift, and what was redone so far.

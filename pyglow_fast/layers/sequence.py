@@ -97,7 +97,7 @@ def log_scale_of_padding(specs: Sequence[CouplingSpec], mask: Tensor, channels: 
         channels: that a coupling transforms.
     """
     zero = mask.new_zeros(1)
-    scaled = [reference.scale_and_log(zero, spec)[1] for spec in specs if spec.kind == "affine"]
+    scaled = [reference.scale_and_log(zero, spec)[1] for spec in specs if spec.coupling == "affine"]
     total = torch.cat(scaled).sum() if scaled else zero
     return (mask.shape[2] - mask.sum(dim=(1, 2))) * (channels * total)
 
@@ -205,10 +205,6 @@ class MaskedSequence(ReversibleSequence):
             fits = cond.dim() == 3 and len(cond) == len(x) and cond.shape[2] in (1, x.shape[2])
             expect(fits, "cond", f"shape ({len(x)}, C_c, {x.shape[2]} or 1)", f"shape {tuple(cond.shape)}")
         return steps, check_mask(mask, x)
-
-    def _records(self, x: Tensor, cond: Tensor | None) -> bool:
-        tensors = (x, *([] if cond is None else [cond]), *self.parameters())
-        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
     def _folded(self, steps: list[FlowStep]) -> Folded:
         direct = torch.is_grad_enabled() or is_watched()

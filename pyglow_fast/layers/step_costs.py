@@ -81,7 +81,7 @@ def net_cost(
     reads, each = coupling.reads(channels), like.element_size()
     positions, seen = samples * math.prod(spatial), 1 if board is None else 2  # positions that the net sees for each
     injects = isinstance(coupling, AffineInjector)
-    out = 2 * channels if injects else reads * (2 if coupling.spec.kind == "affine" else 1)
+    out = 2 * channels if injects else reads * (2 if coupling.spec.coupling == "affine" else 1)
     net_out = out  # channels
     inputs, beside = (cond_channels, 0) if injects else (reads, cond_channels)
     params = _wanted(net)
@@ -258,7 +258,7 @@ def run_cost(
         if type(net) is CouplingNet:
             wanted = tuple((parameter.shape, parameter.requires_grad) for parameter in net.parameters())
             alike = (wanted, net.is_plain, net.border)
-        key = (type(coupling), coupling.spec.kind, coupling.precision, coupling.board is None, *alike)
+        key = (type(coupling), coupling.spec.coupling, coupling.precision, coupling.board is None, *alike)
         if key not in known:
             known[key] = net_cost(coupling, channels, samples, sizes, cond_channels, like)
         return known[key]

@@ -11,7 +11,7 @@ from pyglow_fast import presets
 from pyglow_fast._errors import expect
 from pyglow_fast.layers.coupling import check_scale_numbers
 from pyglow_fast.layers.flow_step import PERMUTATIONS
-from pyglow_fast.reference import KINDS, SCALE_MAPS
+from pyglow_fast.reference import COUPLINGS, SCALE_MAPS
 
 MOST_STEPS = 10_000  # of a level: each is some modules and kernels, and so many take minutes to build
 MOST_HIDDEN = 1 << 16  # the 1x1 convolution of one net then has 17 GB of weights
@@ -94,7 +94,7 @@ class GlowConfig:
         factor = 2**self.n_levels
         divides = all(size % factor == 0 for size in shape[1:])
         expect(divides, "image_shape", f"sides divisible by 2^n_levels = {factor}", shape)
-        expect(self.coupling in KINDS, "coupling", f"one of {KINDS}", repr(self.coupling))
+        expect(self.coupling in COUPLINGS, "coupling", f"one of {COUPLINGS}", repr(self.coupling))
         expect(self.permutation in PERMUTATIONS, "permutation", f"one of {PERMUTATIONS}", repr(self.permutation))
         classes_ok = self.n_classes is None or (type(self.n_classes) is int and self.n_classes >= 1)
         expect(classes_ok, "n_classes", "None or a positive int", self.n_classes)

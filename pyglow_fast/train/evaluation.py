@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
+from pyglow_fast._moments import Moments
 from pyglow_fast.data import Images, batches
 from pyglow_fast.likelihood import bits_per_dim
 from pyglow_fast.models import Glow
@@ -43,11 +44,8 @@ class Score:
             unreadable: images of all ranks that are not among them.
             ranks: who else has images.
         """
-        ranks = ranks or Ranks()
-        total, count = ranks.total(float(values.sum()), len(values))
-        n, mean = int(count), total / max(1.0, count)
-        squares = ranks.total(float((values - mean).square().sum()))[0]
-        return cls(mean, math.sqrt(squares / (n - 1) / n) if n > 1 else math.nan, n, unreadable)
+        found = Moments.of(values, (ranks or Ranks()).total)
+        return cls(found.mean if found.n else 0.0, found.standard_error, found.n, unreadable)
 
     @property
     def error_text(self) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
+from pyglow_fast._moments import Moments
 from pyglow_fast.data import MissingExtraError
 from pyglow_fast.likelihood import bits_per_dim, dequantize
 from pyglow_fast.models import Glow, GlowConfig
@@ -257,13 +258,10 @@ class GlowModule(LightningModule):
         for index, (count, total, squares, right) in enumerate(sums.tolist()):
             if count == 0:
                 continue
-            mean = total / count
-            # Unlike Score.standard_error this one must not need all values: they are spread over the ranks.
-            variance = max(0.0, squares / count - mean * mean) if math.isfinite(squares) else math.nan
-            error = math.sqrt(variance / (count - 1)) if count > 1 else math.nan
+            found = Moments.of_sums(count, total, squares)  # the values themselves are spread over the ranks
             suffix = "" if len(sums) == 1 else f"/dataloader_idx_{index}"
-            self.log(f"{name}_bpd{suffix}", mean, prog_bar=True, sync_dist=True, add_dataloader_idx=False)
-            self.log(f"{name}_bpd_se{suffix}", error, sync_dist=True, add_dataloader_idx=False)
+            self.log(f"{name}_bpd{suffix}", found.mean, prog_bar=True, sync_dist=True, add_dataloader_idx=False)
+            self.log(f"{name}_bpd_se{suffix}", found.standard_error, sync_dist=True, add_dataloader_idx=False)
             if self.model.head is not None:
                 self.log(f"{name}_accuracy{suffix}", right / count, sync_dist=True, add_dataloader_idx=False)
         self._sums = None

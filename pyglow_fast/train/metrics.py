@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import warnings
 from pathlib import Path
 
 from pyglow_fast._errors import visible
+from pyglow_fast.train.csv_text import csv_text
 from pyglow_fast.train.files import write_text
 
 COLUMNS = (
@@ -33,10 +32,6 @@ LATER = frozenset(COLUMNS[COLUMNS.index("train_class_bits") :])  # files of form
 Row = dict[str, float | int | None]
 
 
-def _text(value: float | int | None) -> str:
-    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
 class MetricsLog:
     """Appends rows to a CSV file; a resumed run first drops the rows after its checkpoint, to write them again."""
 
@@ -47,19 +42,14 @@ class MetricsLog:
         """Write the header (``last_step`` None), or keep the rows up to ``last_step``."""
         former = [] if last_step is None else read_metrics(self.path)
         rows = [row for row in former if last_step is not None and int(row["step"] or 0) <= last_step]
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows([_text(row[name]) for name in COLUMNS] for row in rows)
-        write_text(self.path, buffer.getvalue())
+        write_text(self.path, csv_text([COLUMNS, *([row[name] for name in COLUMNS] for row in rows)]))
 
     def add(self, row: Row) -> None:
         """Append one row; names that are missing stay empty."""
-        buffer = io.StringIO()
-        csv.writer(buffer, lineterminator="\n").writerow([_text(row.get(name)) for name in COLUMNS])
+        line = csv_text([[row.get(name) for name in COLUMNS]])
         # One write of one whole line: a reader sees a row or none.
         with open(self.path, "ab", buffering=0) as file:
-            file.write(buffer.getvalue().encode())
+            file.write(line.encode())
 
 
 def read_metrics(path: Path) -> list[Row]:

@@ -66,7 +66,7 @@ class _Calls(TorchDispatchMode):
 def _spec(map_: int, order: int, bias: float, eps: float, clamp: float, factor: float) -> CouplingSpec:
     spec = CouplingSpec(bias=bias, eps=eps, clamp=clamp, factor=factor)
     if map_ == 0:
-        return spec._replace(kind="additive")
+        return spec._replace(coupling="additive")
     return spec._replace(order=ORDER_NAMES[order], scale_map=SCALE_MAPS[map_])
 
 

@@ -150,13 +150,13 @@ def invert_matrices(matrices: Tensor) -> list[Tensor]:
 
 
 def _chain(given: Arguments) -> ChainSpec:
-    dims, kinds = given["x"].dim() - 2, [*ops.ACTIVATION_CODES]
+    dims, functions = given["x"].dim() - 2, [*ops.ACTIVATION_CODES]
     layers = len(given["weights"])
     activations = zip(given["activations"], given["parameters"], strict=True)
     dilations = tuple(
         tuple(min(step, FAR) for step in given["dilations"][i * dims : (i + 1) * dims]) for i in range(layers)
     )
-    return ChainSpec(tuple(Activation(kinds[code], number) for code, number in activations), dilations)
+    return ChainSpec(tuple(Activation(functions[code], number) for code, number in activations), dilations)
 
 
 def _net(exact: Arguments, spec: ChainSpec) -> Tensor:

@@ -47,7 +47,7 @@ SPECS += [CouplingSpec(eps=0.05, factor=0.6)]
 def case_name(value: object) -> str:
     """A short id for pytest."""
     if isinstance(value, CouplingSpec):
-        return f"{value.kind}-{value.scale_map}-{value.eps}-{value.factor}-{value.order}"
+        return f"{value.coupling}-{value.scale_map}-{value.eps}-{value.factor}-{value.order}"
     return str(value).replace("torch.", "").replace(" ", "")
 
 
@@ -65,7 +65,7 @@ def _with_gradients(function: Callable[..., object], inputs: list[Tensor], dtype
 
 def log_det_magnitude(net_out: Tensor, spec: CouplingSpec) -> float:
     """Of the sum of log s, whose terms cancel: the roundings of n terms add up like a random walk, sqrt(n) of one."""
-    if spec.kind == "additive" or not net_out.numel():
+    if spec.coupling == "additive" or not net_out.numel():
         return 0.0
     _, log_scale = reference.scale_and_log(net_out.double().chunk(2, dim=1)[1], spec)
     return math.sqrt(log_scale[0].numel()) * float(log_scale.abs().max())
@@ -115,5 +115,5 @@ def coupling_inputs(
     """x and a net's output for all but half of its channels."""
     n, channels, *spatial = shape
     transformed = channels - channels // 2
-    width = transformed * (2 if spec.kind == "affine" else 1)
+    width = transformed * (2 if spec.coupling == "affine" else 1)
     return [torch.randn(shape).to(device, dtype), torch.randn(n, width, *spatial).to(device, dtype)]

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pyglow_fast.train import class_columns, class_cycle, to_levels
 from pyglow_fast.train.figures import (
     LONGEST_TEXT,
     animation_bytes,
@@ -243,3 +244,35 @@ def test_animations_that_are_refused(options: dict[str, Any], message: str) -> N
     values = {"levels": torch.zeros(2, 1, 2, 2), "n_bins": 2, "kind": "gif"} | options
     with pytest.raises(ValueError, match="^" + message):
         animation_bytes(**values)
+
+
+def test_grid(tmp_path: Path) -> None:
+    levels = torch.tensor([[[[0, 4]]], [[[2, 0]]], [[[4, 4]]]])
+    save_grid(levels, 5, tmp_path / "x.png", columns=2, scale=3)
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.size == (2 * (2 * 3 + 2) + 2, 2 * (3 + 2) + 2)
+        assert picture.getpixel((2, 2)) == (0, 0, 0)
+        assert picture.getpixel((5, 4)) == (255, 255, 255)
+        assert picture.getpixel((10, 2)) == (128, 128, 128)
+        assert picture.getpixel((0, 0)) == (128, 128, 128)  # between the images
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_grid_of_any_number_of_channels(tmp_path: Path, channels: int) -> None:
+    save_grid(torch.zeros(2, channels, 4, 4, dtype=torch.int64), 2, tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.mode == "RGB"
+
+
+def test_each_class_has_its_column() -> None:
+    columns = class_columns(80, 10)
+    labels = class_cycle(80, 10, torch.device("cpu"))
+    assert columns == 10
+    assert labels is not None
+    assert labels.reshape(-1, columns).unique(dim=0).tolist() == [list(range(10))]
+    assert [class_columns(*case) for case in ((64, None), (5, 10), (64, 1), (64, 40))] == [None] * 4
+    assert class_cycle(4, None, torch.device("cpu")) is None
+
+
+def test_what_is_no_number_becomes_grey() -> None:
+    assert to_levels(torch.tensor([-0.5, math.nan, 0.0, 9.0]), 4).tolist() == [0, 2, 2, 3]

@@ -18,7 +18,7 @@ from pyglow_fast.reference import CouplingSpec
 SCALE_AND_SHIFT = ("_scale_and_shift", "_transform_dim_multiplier")
 FORMULA = (*SCALE_AND_SHIFT, "_coupling_transform_forward", "_coupling_transform_inverse")
 DEFAULT_SPEC = CouplingSpec(bias=2.0, eps=1e-3, order="scale_shift")
-ADDITIVE_SPEC = CouplingSpec(kind="additive")
+ADDITIVE_SPEC = CouplingSpec(coupling="additive")
 
 Activation = Callable[[Tensor], Tensor]
 Order = tuple[Tensor, Tensor] | None

@@ -52,14 +52,14 @@ TO_X = {
     "exp": Form(CouplingSpec(scale_map="exp", order="scale_shift"), False, ShiftThenRaw(1, 1)),
     "sigmoid": Form(CouplingSpec(), True, ShiftThenRaw(-1, 1)),
     "sigmoid_inv": Form(CouplingSpec(order="scale_shift"), False, ShiftThenRaw(1, 1)),
-    "additive": Form(CouplingSpec(kind="additive"), False, ShiftThenRaw(1, 0)),
+    "additive": Form(CouplingSpec(coupling="additive"), False, ShiftThenRaw(1, 0)),
 }
 # normflows' inverse, x -> z.
 TO_Z = {
     "exp": Form(CouplingSpec(scale_map="exp"), False, ShiftThenRaw(-1, -1)),
     "sigmoid": Form(CouplingSpec(), False, ShiftThenRaw(-1, 1)),
     "sigmoid_inv": Form(CouplingSpec(order="scale_shift"), True, ShiftThenRaw(1, 1)),
-    "additive": Form(CouplingSpec(kind="additive"), False, ShiftThenRaw(-1, 0)),
+    "additive": Form(CouplingSpec(coupling="additive"), False, ShiftThenRaw(-1, 0)),
 }
 
 
