@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyglow_fast import functional, ops, reference
-from pyglow_fast.coupling_nets import chain
+from pyglow_fast.coupling_nets import chain, plain_call
 from pyglow_fast.coupling_nets.traits import KeptBytes, has_hooks
 from pyglow_fast.interop.known_net import (
     AFFINE_MAPS,
@@ -330,7 +330,7 @@ def run(
     known = _known(net, x, cond)
     found = None if known is None else known.weights_and_biases()
     if known is None or found is None:
-        out: Tensor = net(x if cond is None else torch.cat([x, cond], dim=1))
+        out = plain_call(net)(x if cond is None else torch.cat([x, cond], dim=1), None)
         return out if output_map is None else output_map(out, 1)
     weights, biases = found
     if known.last is None and output_map is not None:
