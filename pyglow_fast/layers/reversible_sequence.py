@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, cast
@@ -387,6 +388,14 @@ class ReversibleSequence(FlowLayer):
             x, log_det = ModuleChain(steps[part.first : part.end], part).run(x, cond)
             total = total + log_det
         return x, total
+
+    def folded(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which folded steps are kept for inference without a look at the parameters' values.
+
+        Else they are compared before each call on a CPU, and folded anew for each one on a GPU. Inside, a write that
+        torch counts (an optimizer's step, loading) is noticed; none may be made through ``.data`` or numpy.
+        """
+        return self._cache.trusting()
 
     def memory_report(self) -> dict[str, Any]:
         """Mode or budget, spacing of the anchors, drift, and what was redone so far.

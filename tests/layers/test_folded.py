@@ -21,8 +21,8 @@ from pyglow_fast.layers.wavenet import WaveNet
 X = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
 
 
-def steps(**options: object) -> pgf.ReversibleSequence:
-    sequence = pgf.ReversibleSequence([pgf.FlowStep(4, 5, **options) for _ in range(3)])
+def steps(hidden: int = 5, **options: object) -> pgf.ReversibleSequence:
+    sequence = pgf.ReversibleSequence([pgf.FlowStep(4, hidden, **options) for _ in range(3)])
     for step in sequence:
         nn.init.normal_(step.coupling.net.conv3.weight, std=0.2)
         nn.init.normal_(step.coupling.net.log_gain, std=0.2)
@@ -216,6 +216,119 @@ def test_freed_by_training(folds: list[int]) -> None:
     assert sequence._cache._folded is None
     check(sequence)
     assert len(folds) == 2
+
+
+def _one_ulp(values: Tensor) -> None:
+    values.view(torch.int32)[(-1,) * values.dim()] += 1
+
+
+def _one_sign(values: Tensor) -> None:
+    values[(0,) * values.dim()] *= -1.0
+
+
+def _two_swapped(values: Tensor) -> None:
+    ends = values[(slice(2), *[0] * (values.dim() - 1))]
+    ends.copy_(ends.flip(0))
+
+
+def _by_numpy(values: Tensor) -> None:
+    values.numpy()[...] *= 1.5
+
+
+@pytest.mark.parametrize("write", [_one_ulp, _one_sign, _two_swapped, _by_numpy])
+@pytest.mark.parametrize("hidden", [5, 64])  # in 64 channels a net's weights are compared one by one
+@pytest.mark.parametrize("options", [{}, {"net_actnorm": True}, {"permutation": "invconv_plain"}], ids=str)
+def test_writes_that_have_no_version(write: Callable[[Tensor], None], hidden: int, options: dict[str, object]) -> None:
+    """Each parameter in turn: what is given then is what a cache that was emptied gives, to the bit."""
+    sequence = steps(hidden, **options)
+    for step in sequence:
+        step.coupling.net.conv3.weight.data.mul_(0.1)
+    for name, parameter in sequence.named_parameters():
+        before = parameter.detach().clone()
+        with torch.no_grad():
+            sequence(X)
+            write(parameter.data)
+            found = sequence(X)
+            sequence._cache.clear()
+            expected = sequence(X)
+        assert all(map(torch.equal, found, expected)), name
+        assert all(one.isfinite().all() for one in found), name
+        parameter.data.copy_(before)
+
+
+def test_writes_to_a_weight_of_two_nets() -> None:
+    """The first is folded to a view of its weight, which the second scales."""
+    sequence = pgf.ReversibleSequence([pgf.FlowStep(4, hidden=64) for _ in range(2)])
+    shared = nn.Parameter(0.1 * torch.randn(64, 64, 1, 1))
+    sequence[0].coupling.net.conv2.weight = shared
+    sequence[1].coupling.net.conv2 = nn.Conv2d(64, 64, 1)
+    sequence[1].coupling.net.conv2.weight = shared
+    sequence.initialize(X)
+    for step in sequence:
+        nn.init.normal_(step.coupling.net.conv3.weight, std=0.02)
+    sequence.eval()
+    check(sequence)
+    shared.data.mul_(2.0)
+    check(sequence)
+
+
+def test_a_model_after_a_write_through_data() -> None:
+    """Clipping weights, as some train."""
+    torch.manual_seed(0)
+    model = pgf.Glow(pgf.GlowConfig((1, 8, 8), n_levels=2, n_steps=2, hidden=8))
+    x = torch.rand(4, 1, 8, 8)
+    model.train()
+    model.log_prob(x)
+    model.eval()
+    for steps_of_level in (level.steps for level in model.levels):
+        for step in steps_of_level:
+            nn.init.normal_(step.coupling.net.conv3.weight, std=0.2)
+    with torch.no_grad():
+        before = model.log_prob(x)
+        for name, parameter in model.named_parameters():
+            if name.endswith("conv3.weight"):
+                parameter.data.clamp_(-0.1, 0.1)
+        found = model.log_prob(x)
+    assert not torch.allclose(found, before, rtol=1e-4), "a change that changes nothing"
+    torch.testing.assert_close(found, model.log_prob(x).detach())
+
+
+def test_nothing_is_kept_where_reading_would_stop_a_stream(folds: list[int]) -> None:
+    sequence = steps()
+    with like_a_gpu(), torch.no_grad():
+        before = sequence(X)[0]
+        sequence[0].coupling.net.conv3.weight.data.mul_(2.0)
+        after = sequence(X)[0]
+        assert len(folds) == 2
+        with sequence.folded():
+            for _ in range(3):
+                assert torch.equal(sequence(X)[0], after)
+        assert len(folds) == 3
+        sequence(X)
+        assert len(folds) == 4
+    assert not torch.allclose(before, after, atol=1e-4)
+
+
+def test_kept_inside_folded_until_a_version_changes(folds: list[int]) -> None:
+    model = pgf.Glow(pgf.GlowConfig((1, 4, 4), n_levels=1, n_steps=2, hidden=8))
+    x = torch.rand(2, 1, 4, 4)
+    model.train()
+    model.log_prob(x)
+    model.eval()
+    weight = model.levels[0].steps[0].coupling.net.conv3.weight
+    cache = model.levels[0].steps._cache
+    folds.clear()
+    with torch.no_grad(), model.folded():
+        with model.folded():
+            first = model.log_prob(x)
+        model.log_prob(x)
+        assert folds == [2]
+        weight.add_(0.1)
+        second = model.log_prob(x)
+        assert folds == [2, 2]
+    assert cache._folded is None, "kept beyond the context"
+    assert not torch.allclose(first, second)
+    torch.testing.assert_close(second, model.log_prob(x).detach())
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])

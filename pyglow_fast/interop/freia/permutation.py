@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import can_read
+from pyglow_fast.layers.kept_values import KeptValues
 
 
 class Seen(NamedTuple):
@@ -16,20 +17,17 @@ class Seen(NamedTuple):
 
     tensors: list[tuple[weakref.ref[Tensor], int, int]]  # each with the place of its data and its version
     indices: tuple[Tensor, Tensor] | None
+    values: KeptValues | None  # of a hard permutation on the CPU
 
     def holds(self, pair: tuple[Tensor, Tensor]) -> bool:
         """Whether these are the tensors that were looked at, as they were.
 
-        What is written through .data has no version. On the CPU the ones of a hard permutation are looked at, C numbers
-        of each matrix: while they are where they were, an orthogonal matrix is the same.
+        What is written through .data has no version: on the CPU the values of a hard permutation are compared.
         """
         for tensor, (known, place, version) in zip(pair, self.tensors, strict=True):
             if known() is not tensor or tensor.data_ptr() != place or tensor._version != version:
                 return False
-        if self.indices is None or not can_read(pair[0]):
-            return True
-        ones = (w.detach().flatten(1).gather(1, i[:, None]) for w, i in zip(pair, self.indices, strict=True))
-        return all(bool((one == 1).all()) for one in ones)
+        return self.values is None or self.values.same()
 
 
 def look_at(pair: tuple[Tensor, Tensor]) -> Seen:
@@ -38,4 +36,5 @@ def look_at(pair: tuple[Tensor, Tensor]) -> Seen:
     indices = first.argmax(1), second.argmax(1)
     eye = torch.eye(len(first), dtype=first.dtype, device=first.device)
     hard = torch.equal(first, eye[indices[0]]) and torch.equal(second, eye[indices[1]]) and torch.equal(first, second.T)
-    return Seen([(weakref.ref(w), w.data_ptr(), w._version) for w in pair], indices if hard else None)
+    values = KeptValues(pair) if hard and all(map(can_read, pair)) else None
+    return Seen([(weakref.ref(w), w.data_ptr(), w._version) for w in pair], indices if hard else None, values)

@@ -36,8 +36,8 @@ class OneByOneConvolution(transforms.OneByOneConvolution):
     and results. ``using_cache``: in evaluation L U, its inverse and log-det are computed once and kept in ``cache``
     until ``train()``. What differs from nflows:
 
-    - The cache notices that parameters were loaded, moved, converted or changed in place (not through ``.data``).
-      nflows goes on with the old matrix, or fails on another device.
+    - The cache notices that parameters were loaded, moved, converted or changed in place (on a GPU not through
+      ``.data``). nflows goes on with the old matrix, or fails on another device.
     - Where a gradient is to flow to the parameters, cached values are not used. In nflows the second backward fails or,
       if the cache was filled without gradients, the parameters get none, silently; and a layer whose cache was filled
       with gradients cannot be copied.
