@@ -65,7 +65,8 @@ def _tensors(steps: Sequence[FlowStep]) -> list[Tensor] | None:
         own = (*step.actnorm._parameters.values(), *step.actnorm._buffers.values())
         found += [*sources, *(tensor for tensor in own if tensor is not None)]
         for net in (coupling.net for coupling in step.couplings if is_foldable(coupling.net)):
-            found += [tensor for part in net.modules() for tensor in part._parameters.values() if tensor is not None]
+            parts = (net, *net._modules.values())  # below which nothing is folded
+            found += [one for part in parts if part is not None for one in part._parameters.values() if one is not None]
     return found
 
 

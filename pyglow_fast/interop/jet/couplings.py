@@ -67,7 +67,8 @@ class WithProjections(Adopted):
         return TokenCoupling(net, _spec(self.scale_factor), bool(is_channel), permutation)
 
     def _by_channel(self, kept: Tensor) -> Tensor:
-        return torch.cat(plain_call(self.dnn)(kept.transpose(1, 2).contiguous(), None), 2).transpose(1, 2)
+        halves: Any = plain_call(self.dnn)(kept.transpose(1, 2).contiguous(), None)
+        return torch.cat(halves, 2).transpose(1, 2)
 
     def _by_token(self, kept: Tensor) -> Tensor:
         n, tokens, channels = kept.shape
