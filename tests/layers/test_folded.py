@@ -192,9 +192,10 @@ def test_parameters_that_a_graph_steps(memory: str, masked: bool) -> None:
             step()
             with Recording() as graph, capturing():
                 step()
-        before = sequence(x, **extra)[0]
-        graph.replay()
-        after = sequence(x, **extra)[0]
+        with sequence.folded():
+            before = sequence(x, **extra)[0]
+            graph.replay()
+            after = sequence(x, **extra)[0]
     assert not torch.allclose(after, before, atol=1e-4), "a step that changes nothing"
     torch.testing.assert_close(after, sequence(x, **extra)[0].detach(), rtol=1e-5, atol=1e-5)
 
@@ -258,11 +259,10 @@ def test_writes_that_have_no_version(write: Callable[[Tensor], None], hidden: in
 
 def test_writes_to_a_weight_of_two_nets() -> None:
     """The first is folded to a view of its weight, which the second scales."""
-    sequence = pgf.ReversibleSequence([pgf.FlowStep(4, hidden=64) for _ in range(2)])
+    sequence = pgf.ReversibleSequence([pgf.FlowStep(4, hidden=64, net_actnorm=norms) for norms in (False, True)])
     shared = nn.Parameter(0.1 * torch.randn(64, 64, 1, 1))
-    sequence[0].coupling.net.conv2.weight = shared
-    sequence[1].coupling.net.conv2 = nn.Conv2d(64, 64, 1)
-    sequence[1].coupling.net.conv2.weight = shared
+    for step in sequence:
+        step.coupling.net.conv2.weight = shared
     sequence.initialize(X)
     for step in sequence:
         nn.init.normal_(step.coupling.net.conv3.weight, std=0.02)
@@ -297,15 +297,17 @@ def test_nothing_is_kept_where_reading_would_stop_a_stream(folds: list[int]) -> 
     sequence = steps()
     with like_a_gpu(), torch.no_grad():
         before = sequence(X)[0]
+        assert torch.equal(sequence(X)[0], before)
+        assert len(folds) == 2
         sequence[0].coupling.net.conv3.weight.data.mul_(2.0)
         after = sequence(X)[0]
-        assert len(folds) == 2
+        assert len(folds) == 3
         with sequence.folded():
             for _ in range(3):
                 assert torch.equal(sequence(X)[0], after)
-        assert len(folds) == 3
-        sequence(X)
         assert len(folds) == 4
+        sequence(X)
+        assert len(folds) == 5
     assert not torch.allclose(before, after, atol=1e-4)
 
 
