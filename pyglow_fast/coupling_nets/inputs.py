@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.net_shape import NetShape
 from pyglow_fast.coupling_nets.traits import has_known_modules, is_altered
 
@@ -23,9 +24,19 @@ def _first(net: nn.Module) -> nn.Module:
 
 
 def may_write(net: nn.Module) -> bool:
-    """Whether a net may write to its input: it has code that we cannot know, or works in place from the first layer."""
+    """Whether a net may write to its input: it has code that we cannot know, or works in place from the first layer.
+
+    Or what it states, see traits.py.
+
+    Raises:
+        ValueError: it states something else than a bool.
+    """
     if isinstance(net, NetShape) and net.is_plain:
         return False
+    stated = getattr(net, "writes_to_input", None)
+    if stated is not None:
+        expect(isinstance(stated, bool), "net.writes_to_input", "a bool or None", repr(stated))
+        return bool(stated)
     if torch.nn.modules.module._has_any_global_hook() or not has_known_modules(net):
         return True
     modules = list(net.modules())

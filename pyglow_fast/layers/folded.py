@@ -7,19 +7,17 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyglow_fast._captures import is_capturing
-from pyglow_fast._errors import can_read
 from pyglow_fast.coupling_nets.checkerboard import Checkerboard
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.flow_step import ChannelMap, FlowStep, couplings_of, fold_steps, invert_maps
-from pyglow_fast.layers.kept_values import KeptValues
+from pyglow_fast.layers.kept_values import KeptTensors, is_plain
 from pyglow_fast.reversible.maps import MapInverse
-
-Identity = tuple["weakref.ref[Tensor]", int, int]  # the tensor, where its data is, its version
 
 
 @dataclass
@@ -62,39 +60,34 @@ def _tensors(steps: Sequence[FlowStep]) -> list[Tensor] | None:
         sources = step.permutation.weight_sources()
         if sources is None or hasattr(step.actnorm, "parametrizations"):
             return None
-        own = (*step.actnorm._parameters.values(), *step.actnorm._buffers.values())
-        found += [*sources, *(tensor for tensor in own if tensor is not None)]
-        for net in (coupling.net for coupling in step.couplings if is_foldable(coupling.net)):
-            parts = (net, *net._modules.values())  # below which nothing is folded
-            found += [one for part in parts if part is not None for one in part._parameters.values() if one is not None]
+        found += [*sources, step.actnorm.log_scale, step.actnorm.bias]
+        for net in (coupling.net for coupling in step.couplings):
+            if isinstance(net, CouplingNet) and is_foldable(net):
+                found += net.weight_sources()
     return found
 
 
-def _identities(tensors: Sequence[Tensor]) -> list[Identity]:
-    return [(weakref.ref(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors]
+class _Kept(NamedTuple):
+    folded: FoldedSteps
+    boards: list[Checkerboard | None]
+    made_of: KeptTensors
 
 
 class FoldCache:
     """The folded steps of one run of steps.
 
-    On the CPU they count as long as the parameters are the same objects, at the same place, of the same version and, as
-    writes through ``.data`` or numpy have no version, of the same bits: all are compared, but for those that the folded
-    form is a view of. Where that would stop a stream nothing is kept. Inside :meth:`trusting` versions are believed, on
-    any device. What a captured training step is made of, which its replays may change without a trace, is folded anew
+    On the CPU they count as long as the parameters are at the same place, of the same version and, as writes through
+    ``.data`` or numpy have no version, of the same bits: all are compared, but for those that the folded form is a view
+    of. Where that would stop a stream nothing is kept. Inside :meth:`trusting` versions are believed, on any device.
+    What a captured training step is made of, which its replays may change without a trace, is folded anew
     each time.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._trusted = 0
-        self._forget()
+        self._kept: _Kept | None = None
         self._captured: dict[int, weakref.ref[Tensor]] = {}
-
-    def _forget(self) -> None:
-        self._folded: FoldedSteps | None = None
-        self._identities: list[Identity] = []
-        self._boards: list[Checkerboard | None] = []
-        self._values: KeptValues | None = None
 
     def __deepcopy__(self, memo: object) -> FoldCache:
         """A copy of a model has its own parameters."""
@@ -107,7 +100,7 @@ class FoldCache:
     def clear(self) -> None:
         """Free the memory."""
         with self._lock:
-            self._forget()
+            self._kept = None
 
     @contextlib.contextmanager
     def trusting(self) -> Iterator[None]:
@@ -122,14 +115,14 @@ class FoldCache:
         with self._lock:
             self._trusted += by
             if self._trusted == max(by, 0):  # the first one in, the last one out
-                self._forget()
+                self._kept = None
 
     def distrust(self, steps: Sequence[FlowStep]) -> None:
         """Stops trusting versions of parameters: a captured training step may change them at each replay, unseen."""
         with self._lock:
             self._captured = {key: kept for key, kept in self._captured.items() if kept() is not None}
             self._captured |= {id(tensor): weakref.ref(tensor) for tensor in _tensors(steps) or ()}
-            self._forget()
+            self._kept = None
 
     def _was_captured(self, tensor: Tensor) -> bool:
         found = self._captured.get(id(tensor))
@@ -143,29 +136,18 @@ class FoldCache:
         with torch.no_grad(), self._lock:
             tensors = _tensors(steps)
             boards = [coupling.board for coupling in couplings_of(steps)]  # which are folded into the maps too
-            known = self._folded if boards == self._boards else None
-            if tensors is not None and known is not None and self._matches(tensors):
-                return known
-            folded = FoldedSteps.of(steps)
-            if tensors is None or not self._may_keep(tensors):
-                self._forget()
+            kept = self._kept
+            if kept is not None and tensors is not None and kept.boards == boards and kept.made_of.same(tensors):
+                return kept.folded
+            folded, self._kept = FoldedSteps.of(steps), None
+            if tensors is None or not all(map(self._has_version, tensors)):
                 return folded
             weights = [weight for weights in folded.nets for weight in weights or ()]
-            self._values = None if self._trusted else KeptValues(tensors, weights)
-            self._folded, self._identities, self._boards = folded, _identities(tensors), boards
+            made_of = KeptTensors(tensors, weights, by_version=self._trusted > 0)
+            if self._trusted or made_of.has_values:
+                self._kept = _Kept(folded, boards, made_of)
             return folded
 
-    def _may_keep(self, tensors: Sequence[Tensor]) -> bool:
-        if any(tensor.is_inference() for tensor in tensors):  # they have no version
-            return False
-        if self._captured and any(map(self._was_captured, tensors)):
-            return False
-        return self._trusted > 0 or all(type(one) in (Tensor, nn.Parameter) and can_read(one) for one in tensors)
-
-    def _matches(self, tensors: Sequence[Tensor]) -> bool:
-        if len(tensors) != len(self._identities):
-            return False
-        for tensor, (reference, place, version) in zip(tensors, self._identities, strict=True):
-            if reference() is not tensor or tensor.data_ptr() != place or tensor._version != version:
-                return False
-        return self._values is None or self._values.same()
+    def _has_version(self, tensor: Tensor) -> bool:
+        """Whether a tensor has a version that tells of all writes which torch counts."""
+        return is_plain(tensor) and not tensor.is_inference() and not self._was_captured(tensor)

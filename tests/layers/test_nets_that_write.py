@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from pyglow_fast.coupling_nets.inputs import may_write
+from pyglow_fast.coupling_nets.masks import MaskedNet
 
 
 def _conv(inputs: int, outputs: int) -> nn.Conv2d:
@@ -41,6 +42,28 @@ def _nested(inputs: int, outputs: int, in_place: bool) -> nn.Module:
     return nn.Sequential(first, _conv(inputs, outputs))
 
 
+def _of_a_view(inputs: int, outputs: int, in_place: bool) -> nn.Module:
+    views = nn.Unflatten(0, (1, -1)), nn.Flatten(0, 1)
+    return nn.Sequential(*views, nn.Hardswish(inplace=in_place), _conv(inputs, outputs))
+
+
+class Adds(nn.Module):
+    """To a view of what it is given."""
+
+    def __init__(self, inputs: int, outputs: int, in_place: bool) -> None:
+        super().__init__()
+        self.conv, self.in_place = _conv(inputs, outputs), in_place
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """conv(x + 1)."""
+        if self.in_place:
+            x.flatten(2).add_(1.0)
+        else:
+            x = x + 1.0
+        out: Tensor = self.conv(x)
+        return out
+
+
 def _hooked(inputs: int, outputs: int, in_place: bool) -> nn.Module:
     net = nn.Sequential(_conv(inputs, outputs))
 
@@ -52,7 +75,7 @@ def _hooked(inputs: int, outputs: int, in_place: bool) -> nn.Module:
 
 
 Maker = Callable[[int, int, bool], nn.Module]
-NETS: list[Maker] = [_relu, _nested, _hooked, Own]
+NETS: list[Maker] = [_relu, _nested, _of_a_view, _hooked, Own, Adds]
 
 
 def _x(channels: int = 4) -> Tensor:
@@ -81,11 +104,13 @@ def _both_ways(layer: nn.Module, x: Tensor, *cond: Tensor) -> list[Tensor]:
     return [y, log_det]
 
 
+@pytest.mark.parametrize("kind", ["affine", "additive"])
 @pytest.mark.parametrize("mask", ["channels", "checkerboard"])
 @pytest.mark.parametrize("net", NETS)
-def test_coupling(net: Maker, mask: str) -> None:
+def test_coupling(net: Maker, mask: str, kind: str) -> None:
     width = 4 if mask == "checkerboard" else 2
-    one, other = _pair(lambda in_place: pgf.Coupling(net(width, 2 * width, in_place), mask=mask))
+    outputs = width * (2 if kind == "affine" else 1)
+    one, other = _pair(lambda in_place: pgf.Coupling(net(width, outputs, in_place), kind, mask=mask))
     torch.testing.assert_close(_both_ways(one, _x()), _both_ways(other, _x()), rtol=0, atol=0)
 
 
@@ -151,6 +176,51 @@ def test_inference_mode() -> None:
     assert torch.equal(x, _x())
 
 
+def test_functional_transforms() -> None:
+    """vmap and grad over a coupling."""
+    found = []
+    for coupling in _pair(lambda in_place: pgf.Coupling(_relu(2, 4, in_place))):
+        x = _x()[:, None]
+        of_each = torch.func.vmap(lambda one, own=coupling: own(one)[0])(x)
+        slope = torch.func.grad(lambda one, own=coupling: own(one)[0].square().sum())(x[:, 0])
+        assert torch.equal(x, _x()[:, None])
+        found.append([of_each, slope])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("net", [_relu, Own])
+def test_compiled_in_one_graph(net: Maker) -> None:
+    coupling = pgf.Coupling(net(2, 4, True))
+    with torch.no_grad():
+        expected = coupling(_x())
+        x = _x()
+        found = torch.compile(coupling, fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(x, _x())
+    torch.testing.assert_close(found, expected)
+
+
+class Leaves(Own):
+    """It says that it does not write."""
+
+    writes_to_input = False
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Keeps what it is called with."""
+        self.seen = x
+        return super().forward(x)
+
+
+def test_a_net_that_states_to_leave_its_input_gets_it() -> None:
+    net = Leaves(2, 4, False)
+    x = _x()
+    with torch.no_grad():
+        pgf.Coupling(net)(x)
+    assert net.seen.data_ptr() == x.data_ptr()
+    net.writes_to_input = "no"
+    with pytest.raises(ValueError, match=r"net\.writes_to_input: expected a bool or None, found 'no'"):
+        pgf.Coupling(net)(x)
+
+
 def test_only_what_may_write_costs_a_copy() -> None:
     plain = nn.Sequential(_conv(2, 5), nn.ReLU(inplace=True), _conv(5, 4))
     assert not may_write(plain)
@@ -160,3 +230,9 @@ def test_only_what_may_write_costs_a_copy() -> None:
     replaced[0].forward = lambda x: x.relu_()
     assert may_write(replaced)
     assert all(may_write(net(2, 4, True)) for net in NETS)
+    assert not may_write(Leaves(2, 4, False))
+    masked = Leaves(2, 4, False)
+    masked.takes_mask = True
+    assert not may_write(MaskedNet(masked))
+    masked.writes_to_input = None
+    assert may_write(MaskedNet(masked))

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast._errors import can_read
 from pyglow_fast.interop.gather import Gather
-from pyglow_fast.layers.kept_values import KeptValues
+from pyglow_fast.layers.kept_values import KeptTensors
 from pyglow_fast.reference import CouplingSpec
 from pyglow_fast.reversible.passes import coupling_backward_from_output
 
@@ -31,9 +30,8 @@ def _gathered(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
     return out
 
 
-# By layer and kind of projection, with the tensor that it was read from: as long as that lives, no other is in its
-# place.
-_known: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Tensor, int, KeptValues | None, Permutation | None]]] = (
+# By layer and kind of projection, with the tensor that it was read from.
+_known: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[KeptTensors, Permutation | None]]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -41,20 +39,15 @@ _known: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Tensor, int, KeptVa
 def permutation_of(layer: nn.Module, kind: str, projection: Tensor) -> Permutation | None:
     """The permutation that u = x P is, P one-hot (M, M); None if P is none.
 
-    Read once for each state of the tensor, as reading it stops a GPU's stream. On the CPU that is told by its values,
-    as writes through ``.data`` have no version.
+    Read once for each state of the tensor, as reading it stops a GPU's stream.
     """
     if projection.is_inference():
         return _read(projection)
     kept = _known.setdefault(layer, {}).get(kind)
-    if kept is not None:
-        same = kept[0].data_ptr() == projection.data_ptr() and kept[0].shape == projection.shape
-        same = same and kept[0].device == projection.device and kept[1] == projection._version
-        if same and (kept[2] is None or kept[2].same()):
-            return kept[3]
+    if kept is not None and kept[0].same([projection]):
+        return kept[1]
     found = _read(projection)
-    values = KeptValues([projection]) if can_read(projection) else None
-    _known[layer][kind] = (projection.detach(), projection._version, values, found)
+    _known[layer][kind] = (KeptTensors([projection]), found)
     return found
 
 

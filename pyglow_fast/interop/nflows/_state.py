@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyglow_fast._captures import held
 from pyglow_fast._errors import can_read
 from pyglow_fast._tracing import is_watched
-from pyglow_fast.layers.kept_values import KeptValues
+from pyglow_fast.layers.kept_values import KeptTensors
 
 T = TypeVar("T")
 OWNERS = ("nflows", "pyglow_fast")
@@ -39,41 +39,25 @@ def as_it_comes(layer: object, *methods: str) -> bool:
     return own and not any(name in vars(layer) for name in methods)
 
 
-class _Kept(NamedTuple, Generic[T]):
-    tensors: list[weakref.ref[Tensor]]
-    state: list[tuple[int, int]]  # where each is, and its version
-    values: KeptValues | None
-    value: T
-
-
-def _is(known: weakref.ref[Tensor], tensor: Tensor) -> bool:
-    return known() is tensor
-
-
 class Derived(Generic[T]):
-    """One value per layer, derived from tensors of it, while these are the same objects, in one place, of one version.
-
-    On the CPU their values are compared too, as writes through ``.data`` have no version.
+    """One value per layer, derived from tensors of it, while these are what they were: see KeptTensors.
 
     It is kept beside the layers, so that they have no attribute that those of the library lack and copies start anew.
     Tensors made in inference mode, and traced ones, have no version: then it is derived each time.
     """
 
     def __init__(self) -> None:
-        self._kept: weakref.WeakKeyDictionary[nn.Module, _Kept[T]] = weakref.WeakKeyDictionary()
+        self._kept: weakref.WeakKeyDictionary[nn.Module, tuple[KeptTensors, T]] = weakref.WeakKeyDictionary()
 
     def get(self, layer: nn.Module, tensors: Sequence[Tensor], derive: Callable[[], T]) -> T:
         """The value for a layer, from ``derive()`` if any of the tensors is new or was written to."""
         if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors):
             return derive()
-        state = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
         kept = self._kept.get(layer)
-        same = kept is not None and kept.state == state and all(map(_is, kept.tensors, tensors))
-        if kept is not None and same and (kept.values is None or kept.values.same()):
-            return held(kept.value, tensors[0].device)
+        if kept is not None and kept[0].same(tensors):
+            return held(kept[1], tensors[0].device)
         value = derive()
-        values = KeptValues(tensors) if all(map(can_read, tensors)) else None
-        self._kept[layer] = _Kept([weakref.ref(tensor) for tensor in tensors], state, values, value)
+        self._kept[layer] = (KeptTensors(tensors), value)
         return value
 
 
