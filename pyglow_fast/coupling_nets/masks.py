@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyglow_fast._errors import can_read, expect
+from pyglow_fast.coupling_nets.inputs import may_write
 from pyglow_fast.coupling_nets.traits import bytes_per_position, halo_of, is_deterministic
 
 # Samples run together while the shortest has this part of the positions of the longest at least: the rest is computed
@@ -141,6 +142,11 @@ class MaskedNet(nn.Module):
     def deterministic(self) -> bool:
         """Whether the net repeats itself whatever the random generators."""
         return is_deterministic(self.net)
+
+    @property
+    def writes_to_input(self) -> bool:
+        """Whether the net may write to what it is called with."""
+        return may_write(self.net)
 
     def bytes_per_position(self, element_size: int) -> int:
         """What the net states, or the estimate for it."""

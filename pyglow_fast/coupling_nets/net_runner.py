@@ -12,6 +12,7 @@ from pyglow_fast import convolutions, functional
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.checkerboard import Checkerboard, OnCheckerboard
 from pyglow_fast.coupling_nets.explicit_net import Explicit
+from pyglow_fast.coupling_nets.inputs import inputs_for
 from pyglow_fast.coupling_nets.net_shape import NetShape
 from pyglow_fast.coupling_nets.plan import Chunk, ChunkPlan, plan_chunks
 from pyglow_fast.coupling_nets.precision import in_precision
@@ -160,7 +161,7 @@ class NetRunner:
         by_name = dict(zip(self.names, params, strict=True))
 
         def call(x1: Tensor, cond: Tensor | None) -> Tensor:
-            inputs = (x1,) if cond is None else (x1, cond)
+            inputs = inputs_for(self.net, *((x1,) if cond is None else (x1, cond)))
             net_out = self.net(*inputs) if own else torch.func.functional_call(self.net, by_name, inputs)
             shape = (x1.shape[0], self._out_channels(x1), *x1.shape[2:])
             found = tuple(net_out.shape) if isinstance(net_out, Tensor) else type(net_out).__name__

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pyglow_fast._derivatives import check_leaves
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.explicit_net import Explicit
+from pyglow_fast.coupling_nets.inputs import inputs_for
 from pyglow_fast.coupling_nets.plan import Chunk, ChunkPlan
 from pyglow_fast.coupling_nets.state import without_autocast_cache
 from pyglow_fast.ops import memory_format_of
@@ -24,8 +25,8 @@ Consume = Callable[[Tensor, Chunk], Tensor]  # (net output of the chunk, chunk) 
 
 
 def plain_call(net: nn.Module) -> NetCall:
-    """The net called as it is: with x1 alone where there is no condition."""
-    return lambda x1, cond: net(x1) if cond is None else net(x1, cond)
+    """The net called as it is: with x1 alone where there is no condition, with copies of what it may write to."""
+    return lambda x1, cond: net(*inputs_for(net, *((x1,) if cond is None else (x1, cond))))
 
 
 def _checked(net_out: Tensor, x1: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ A net is any ``nn.Module`` called as ``net(x1)`` or ``net(x1, cond)``: (N, C1, *
   dilation (kernel_size - 1) / 2 over its convolutions. A net that states none is never cut inside a sample.
 - ``deterministic``: True if it gives the same output when run again, whatever the state of random generators. Nets of
   torch's and of our own modules alone are known to be, but for dropout and the like.
+- ``writes_to_input``: False if it leaves what it is called with as it is. A net with code that we cannot know is called
+  with copies of its inputs else, see inputs.py.
 - ``bytes_per_position(element_size) -> int``: the most bytes of activations, per sample and position, that are alive at
   one time during its forward and backward. For a net without it, see :func:`bytes_per_position`.
 - ``kept_bytes(shape, like) -> KeptBytes``: what its forward on an input of that shape, of the dtype and device of

@@ -67,9 +67,14 @@ class OrderedNet(nn.Module):
         """What computes the bytes that it keeps for its backward, None where they are not known: see traits.py."""
         return nets.kept_bytes(self.net, self.output_map is not None)
 
+    @property
+    def writes_to_input(self) -> bool:
+        """Whether its net may write to what it is called with."""
+        return nets.may_write(self.net)
+
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C/2, *spatial) -> shift and raw scale (or shift alone)."""
-        return nets.run(self.net, x, self.output_map)
+        return nets.run(self.net, x, self.output_map, copies=False)
 
 
 Result = TypeVar("Result")

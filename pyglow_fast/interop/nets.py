@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyglow_fast import functional, ops, reference
-from pyglow_fast.coupling_nets import chain
+from pyglow_fast.coupling_nets import chain, inputs, plain_call
 from pyglow_fast.coupling_nets.traits import KeptBytes, has_hooks
 from pyglow_fast.interop.known_net import (
     AFFINE_MAPS,
@@ -314,23 +314,31 @@ def _kept(known: KnownNet, maps_output: bool, shape: Sequence[int], like: Tensor
     return KeptBytes(whole // max(positions, 1), whole % max(positions, 1), made, 0)
 
 
+def may_write(net: nn.Module) -> bool:
+    """Tells whether a net may write to its input: one that is recognised begins with what makes a tensor of its own."""
+    return not isinstance(recognised(net), KnownNet) and inputs.may_write(net)
+
+
 def run(
     net: nn.Module,
     x: Tensor,
     output_map: Callable[[Tensor, int], Tensor] | None = None,
     cond: Tensor | None = None,
+    copies: bool = True,
 ) -> Tensor:
     """net(x), or net([x, cond]) of the channels of both, by our executor where it is recognised and takes x.
 
     Or, where it is recognised and ours would be slower, by the library's convolutions, which pad by themselves.
     ``output_map(values, dim)`` is a linear map of the output channels, which are dimension ``dim`` of ``values``: then
     output_map(net(x), 1), and of a recognised net the map of the last weights instead, so that it costs no pass over
-    the output (but for nets that end in an activation).
+    the output (but for nets that end in an activation). A net that may write to its input gets a copy; without
+    ``copies`` the caller has seen to that.
     """
     known = _known(net, x, cond)
     found = None if known is None else known.weights_and_biases()
     if known is None or found is None:
-        out: Tensor = net(x if cond is None else torch.cat([x, cond], dim=1))
+        given = x if cond is None else torch.cat([x, cond], dim=1)
+        out: Tensor = plain_call(net)(given, None) if copies and cond is None else net(given)
         return out if output_map is None else output_map(out, 1)
     weights, biases = found
     if known.last is None and output_map is not None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
 from pyglow_fast._renamed import renamed
-from pyglow_fast.coupling_nets import check_precision, in_precision
+from pyglow_fast.coupling_nets import check_precision, in_precision, plain_call
 from pyglow_fast.coupling_nets.checkerboard import Checkerboard
 from pyglow_fast.coupling_nets.net_runner import NetRunner, Plans
 from pyglow_fast.layers._base import FlowLayer
@@ -68,7 +68,8 @@ class Coupling(FlowLayer):
     Args:
         net: module mapping x1 (N, C/2, *spatial) and, if given, cond to (N, C, *spatial): shift, then raw (affine), or
             to (N, C/2, *spatial): shift (additive). With a checkerboard b x (N, C, *spatial) and cond, of the same
-            positions, to (N, 2 C, *spatial) or (N, C, *spatial); what it gives where b = 1 is not used.
+            positions, to (N, 2 C, *spatial) or (N, C, *spatial); what it gives where b = 1 is not used. One that may
+            write to its input (``ReLU(inplace=True)`` first, hooks, code of its own) gets copies.
         coupling: "affine" or "additive".
         scale_map: "sigmoid": s = scale_factor sigmoid(raw + scale_bias) + scale_eps; "exp"; "tanh":
             exp(clamp tanh(raw / clamp)); "atan": exp(clamp 0.636 atan(raw)); or a callable raw -> (s, log s), which
@@ -189,7 +190,7 @@ class Coupling(FlowLayer):
         """The coupling net on the kept half (the same before and after the coupling), checked for its shape."""
         seen, beside = self._net_inputs(kept, cond)
         with in_precision(self.precision, kept):
-            net_out = self.net(seen) if beside is None else self.net(seen, beside)
+            net_out = plain_call(self.net)(seen, beside)
         expected = (seen.shape[0], self._net_width(seen), *seen.shape[2:])
         if net_out.shape != expected:
             expect(False, "net", f"an output of shape {expected}", f"shape {tuple(net_out.shape)}")

@@ -162,14 +162,19 @@ class CouplingNet(NetShape):
             return weights
         return [weight.contiguous(memory_format=convolutions.format_for(weight)) for weight in weights]
 
-    def _weights(self) -> list[Tensor]:
-        """With log_gain at the end, not folded in."""
+    def weight_sources(self) -> list[Tensor]:
+        """All tensors that :meth:`folded_weights` are made of."""
+        border = [kernel for kernel in (self.border1, self.border3) if kernel is not None]
+        return [*self._slot_values().values(), *border]
+
+    def _slot_values(self) -> dict[str, Tensor]:
         # By attribute, so that parametrizations, pruning and torch.func.functional_call have their say.
         parts = self._modules
-        net = FoldedLayers(
-            {name: getattr(parts[part] if part else self, attribute) for name, part, attribute in self._slots()},
-            self._layers(),
-        )
+        return {name: getattr(parts[part] if part else self, attribute) for name, part, attribute in self._slots()}
+
+    def _weights(self) -> list[Tensor]:
+        """With log_gain at the end, not folded in."""
+        net = FoldedLayers(self._slot_values(), self._layers())
         pairs = zip(net.weights, net.biases, strict=True)
         weights = [*(tensor for pair in pairs for tensor in pair), self.log_gain]
         if self.border1 is None or self.border3 is None:

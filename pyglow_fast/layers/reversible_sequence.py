@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
@@ -441,6 +442,14 @@ class ReversibleSequence(FlowLayer):
 
     def _is_initialized(self) -> bool:
         return all(map(_is_initialized, self))
+
+    def folded(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which folded steps are kept for inference without a look at the parameters' values.
+
+        Else they are compared before each call on a CPU, and folded anew for each one on a GPU. Inside, a write that
+        torch counts (an optimizer's step, loading) is noticed; none may be made through ``.data`` or numpy.
+        """
+        return self._cache.trusting()
 
     def memory_report(self) -> dict[str, Any]:
         """Mode or budget, spacing of the anchors, drift, and what was redone so far.

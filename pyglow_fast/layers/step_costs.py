@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional, ops
+from pyglow_fast.coupling_nets.inputs import may_write
 from pyglow_fast.coupling_nets.net_shape import NetShape
 from pyglow_fast.coupling_nets.plan import plan_chunks
 from pyglow_fast.coupling_nets.precision import in_precision
@@ -144,6 +145,7 @@ def net_cost(
         chunk_for=chunk_for,
         margin=margin,
         copied=copied * each,
+        cloned=seen * (inputs + beside) * each if may_write(net) else 0,
         raw_out=0 if board is None else seen * out * each,
         grad_inside=seen * inside,
         grad_cond=seen * beside * each,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import numbers
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import can_read, check_input, expect
-from pyglow_fast.layers import ActNorm, Split
+from pyglow_fast.layers import ActNorm, ReversibleSequence, Split
 from pyglow_fast.layers.planned import Plans
 from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.likelihood import bits_per_dim, dequantize
@@ -140,6 +140,20 @@ class Glow(GlowSettings):
         frozen.requires_grad_(False)
         return frozen.eval()
 
+    @contextlib.contextmanager
+    def folded(self) -> Iterator[None]:
+        """A context for many calls of log_prob, encode or sample without gradients, whose folded steps are kept.
+
+        Else, so that no write to a parameter goes unnoticed, their values are compared before each call on a CPU, and
+        folded anew for each one on a GPU. Inside, a write that torch counts (an optimizer's step, loading) is noticed;
+        none may be made through ``.data`` or numpy. For deployment see :meth:`freeze`.
+        """
+        with contextlib.ExitStack() as stack:
+            for steps in self.modules():
+                if isinstance(steps, ReversibleSequence):
+                    stack.enter_context(steps.folded())
+            yield
+
     def resized(self, *spatial: int) -> Glow:
         """The same model for images of other sizes: it shares all modules, and so parameters, modes and settings.
 
@@ -187,7 +201,7 @@ class Glow(GlowSettings):
         """Whether every actnorm has seen data (or was loaded so)."""
         return all(module.is_initialized for module in self.modules() if isinstance(module, ActNorm))
 
-    def _refused_alike(self) -> AbstractContextManager[None]:
+    def _refused_alike(self) -> contextlib.AbstractContextManager[None]:
         """Around the checks of a forward: where it would initialise, all ranks refuse what one does."""
         return refused_alike(self._parameter().device, lambda: self.training and not self.is_initialized)
 

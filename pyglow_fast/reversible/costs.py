@@ -55,6 +55,7 @@ class NetCost:
         hidden: bytes, each, that a run with a record keeps of the net's inside.
         margin: the same, in all, besides.
         copied: each, of what the net reads, where that is no view.
+        cloned: each, of copies of that for a net that may write to it; their gradients are those of what it reads.
         out: each, of the output.
         raw_out: each, of the output as the net itself gives it where the coupling takes a part of that; else 0.
         grad_inside: each, of gradients inside the net that are tensors.
@@ -77,6 +78,7 @@ class NetCost:
     chunk_for: Callable[[str | int], ChunkCost]
     margin: int = 0
     copied: int = 0
+    cloned: int = 0
     raw_out: int = 0
     grad_inside: int = 0
     grad_cond: int = 0
@@ -92,7 +94,7 @@ class NetCost:
     @property
     def stored(self) -> int:
         """Bytes that a run with a record keeps, besides views of the state and the output."""
-        return self.positions * (self.hidden + self.copied) + self.margin + self.made
+        return self.positions * (self.hidden + self.copied + self.cloned) + self.margin + self.made
 
     @property
     def grad_state(self) -> int:
@@ -111,13 +113,13 @@ class NetCost:
 
     def running(self, chunk: ChunkCost) -> int:
         """The most bytes while a chunk runs and gives its output, the output included."""
-        inside = self.hidden + self.copied + self.out + self.raw_out
+        inside = self.hidden + self.copied + self.cloned + self.out + self.raw_out
         return chunk.taken * inside + self.margin + self.made
 
     def going_back(self, chunk: ChunkCost) -> int:
         """The most bytes while a chunk, which has run, is differentiated; its output and the gradient included."""
         cropped = 0 if chunk.given == chunk.taken else self.out
-        inside = self.hidden - self.freed + self.copied + self.out + cropped + self.grads_inside
+        inside = self.hidden - self.freed + self.copied + self.cloned + self.out + cropped + self.grads_inside
         summing = 0 if chunk.whole else self.largest
         return chunk.taken * inside + chunk.given * self.out + self.margin + self.made + self.grads + summing
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -165,6 +166,8 @@ def score_images(
     model.eval()
     bits, found = [torch.zeros(0, draws, dtype=torch.float64)], [torch.zeros(0, dtype=torch.int64)]
     classify, classes = classifies(model, data), [torch.zeros(0, 2, dtype=torch.float64)]
+    kept = contextlib.ExitStack()
+    kept.enter_context(model.folded())  # nobody writes to it meanwhile
     try:
         for batch, wanted in zip(batches(data, plan, workers, on_unreadable), plan, strict=True):
             labels = labels_for(model, batch.labels)
@@ -184,6 +187,7 @@ def score_images(
             if progress is not None:
                 progress(len(wanted))
     finally:
+        kept.close()
         model.train(was_training)
     indices = torch.cat(found)
     unreadable = tuple(sorted(set(chosen.tolist()) - set(indices.tolist())))

@@ -60,7 +60,7 @@ def test_the_net_sees_the_kept_half_and_the_condition() -> None:
     assert [len(inputs) for inputs in net.seen] == [1, 2, 2]
     for inputs in net.seen:
         assert torch.equal(inputs[0], x[:, :2])
-    assert all(inputs[1] is cond for inputs in net.seen[1:])
+    assert all(torch.equal(inputs[1], cond) for inputs in net.seen[1:])
 
 
 @pairs(

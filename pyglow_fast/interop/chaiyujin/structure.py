@@ -36,6 +36,8 @@ class SharedNet(nn.Module):
         is_interleaved: its output channels are shift, raw, shift, raw, ...; ours are all shifts, then all raw.
     """
 
+    writes_to_input = False
+
     def __init__(self, net: nn.Sequential, is_interleaved: bool) -> None:
         super().__init__()
         self.net, self.is_interleaved = net, is_interleaved

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pyglow_fast import _float32, functional, reference
 from pyglow_fast._captures import held, is_capturing
 from pyglow_fast._tracing import is_exporting, kernels_step_aside
+from pyglow_fast.coupling_nets import plain_call
 from pyglow_fast.interop import nets
 from pyglow_fast.interop.freia.layout import (
     OrderedSubnet,
@@ -300,7 +301,7 @@ class ServedBlock(nn.Module):
 
         def couple(u: Tensor) -> tuple[Tensor, Tensor]:
             kept, changed = u.split(list(self.splits), dim=1)
-            net_out = self.subnet(torch.cat([kept, *c], dim=1) if self.conditional else kept)
+            net_out = plain_call(self.subnet)(torch.cat([kept, *c], dim=1) if self.conditional else kept, None)
             raw, shift = (SUBNET_GAIN * net_out).split(self.splits[1], dim=1)
             s, log_s = ScaleFunction(self.clamp, torch.tanh, self.GIN, self._divides)(raw)
             changed, log_det = ((changed - shift) / s, -log_s) if rev else (changed * s + shift, log_s)

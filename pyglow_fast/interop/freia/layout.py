@@ -131,16 +131,21 @@ def side_by_side(c: Sequence[Tensor]) -> Tensor | None:
 
 
 def net_output(
-    subnet: nn.Module, passive: Tensor, state: Tensor, order: ShiftThenRaw, cond: Tensor | None = None
+    subnet: nn.Module,
+    passive: Tensor,
+    state: Tensor,
+    order: ShiftThenRaw,
+    cond: Tensor | None = None,
+    copies: bool = True,
 ) -> Tensor:
     """[shift | raw] of subnet(passive), (N, 2 transformed, *spatial), for a state (N, C, *spatial).
 
-    With a condition, of subnet([passive, cond]).
+    With a condition, of subnet([passive, cond]). ``copies`` as in :func:`pyglow_fast.interop.nets.run`.
 
     Raises:
         ValueError: the subnet's output has another shape. (FrEIA broadcasts some, with a wrong log-det.)
     """
-    out = nets.run(subnet, passive, order, cond)
+    out = nets.run(subnet, passive, order, cond, copies)
     expected = (state.shape[0], 2 * order.transformed, *state.shape[2:])
     expect(tuple(out.shape) == expected, "subnet", f"an output of shape {expected}", tuple(out.shape))
     return out
@@ -176,9 +181,15 @@ class OrderedSubnet(nn.Module):
         """What computes the bytes that it keeps for its backward, None where they are not known: see traits.py."""
         return nets.kept_bytes(self.subnet, True)
 
+    @property
+    def writes_to_input(self) -> bool:
+        """Whether its net may write to what it is called with."""
+        return nets.may_write(self.subnet)
+
     def forward(self, x1: Tensor, cond: Tensor | None = None) -> Tensor:
         """x1, cond -> [shift | raw]."""
-        return net_output(self.subnet, x1, x1, self.order, None if cond is None else cond.to(x1.dtype))
+        cond = None if cond is None else cond.to(x1.dtype)
+        return net_output(self.subnet, x1, x1, self.order, cond, copies=False)
 
 
 def for_kernels(state: Any) -> bool:

@@ -106,6 +106,7 @@ class BlockNet(nn.Module):
     """
 
     takes_mask = True
+    writes_to_input = False
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast._tracing import is_watched
+from pyglow_fast.coupling_nets import plain_call
 from pyglow_fast.coupling_nets.traits import is_altered
 from pyglow_fast.interop.jet.tokens import TokenCoupling, permutation_of
 from pyglow_fast.interop.stand_in import StandIn, give_back, stand_in
@@ -66,11 +67,12 @@ class WithProjections(Adopted):
         return TokenCoupling(net, _spec(self.scale_factor), bool(is_channel), permutation)
 
     def _by_channel(self, kept: Tensor) -> Tensor:
-        return torch.cat(self.dnn(kept.transpose(1, 2).contiguous()), 2).transpose(1, 2)
+        halves: Any = plain_call(self.dnn)(kept.transpose(1, 2).contiguous(), None)
+        return torch.cat(halves, 2).transpose(1, 2)
 
     def _by_token(self, kept: Tensor) -> Tensor:
         n, tokens, channels = kept.shape
-        halves = self.dnn(kept.reshape(n, 2 * tokens, channels // 2))
+        halves = plain_call(self.dnn)(kept.reshape(n, 2 * tokens, channels // 2), None)
         return torch.cat([half.reshape(n, tokens, channels) for half in halves], 1)
 
     def forward(self, x: Tensor, is_channel: bool, channel_proj: Any, spatial_proj: Any) -> tuple[Tensor, Tensor]:
@@ -121,7 +123,7 @@ class OfImages(Adopted):
     def _raw(self, tokens: Tensor) -> Tensor:
         """Shift and raw scale side by side, which the dnn itself would make a scale of."""
         dnn: Any = self.dnn
-        return dnn.final_proj(dnn.vit_encoder(dnn.init_proj(tokens) + dnn.posemb))
+        return dnn.final_proj(dnn.vit_encoder(plain_call(dnn.init_proj)(tokens, None) + dnn.posemb))
 
     def _by_channel(self, kept: Tensor) -> Tensor:
         return self._raw(kept.transpose(1, 2).contiguous()).transpose(1, 2)

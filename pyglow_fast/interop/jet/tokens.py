@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast.interop.gather import Gather
+from pyglow_fast.layers.kept_values import KeptTensors
 from pyglow_fast.reference import CouplingSpec
 from pyglow_fast.reversible.passes import coupling_backward_from_output
 
@@ -29,9 +30,8 @@ def _gathered(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
     return out
 
 
-# By layer and kind of projection, with the tensor that it was read from: as long as that lives, no other is in its
-# place.
-_known: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Tensor, int, Permutation | None]]] = (
+# By layer and kind of projection, with the tensor that it was read from.
+_known: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[KeptTensors, Permutation | None]]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -44,12 +44,10 @@ def permutation_of(layer: nn.Module, kind: str, projection: Tensor) -> Permutati
     if projection.is_inference():
         return _read(projection)
     kept = _known.setdefault(layer, {}).get(kind)
-    if kept is not None:
-        same = kept[0].data_ptr() == projection.data_ptr() and kept[0].shape == projection.shape
-        if same and kept[0].device == projection.device and kept[1] == projection._version:
-            return kept[2]
+    if kept is not None and kept[0].same([projection]):
+        return kept[1]
     found = _read(projection)
-    _known[layer][kind] = (projection.detach(), projection._version, found)
+    _known[layer][kind] = (KeptTensors([projection]), found)
     return found
 
 

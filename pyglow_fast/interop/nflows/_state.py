@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pyglow_fast._captures import held
 from pyglow_fast._errors import can_read
 from pyglow_fast._tracing import is_watched
+from pyglow_fast.layers.kept_values import KeptTensors
 
 T = TypeVar("T")
 OWNERS = ("nflows", "pyglow_fast")
@@ -39,27 +40,24 @@ def as_it_comes(layer: object, *methods: str) -> bool:
 
 
 class Derived(Generic[T]):
-    """One value per layer, derived from tensors of it, while these are the same objects, in one place, of one version.
+    """One value per layer, derived from tensors of it, while these are what they were: see KeptTensors.
 
     It is kept beside the layers, so that they have no attribute that those of the library lack and copies start anew.
     Tensors made in inference mode, and traced ones, have no version: then it is derived each time.
     """
 
     def __init__(self) -> None:
-        self._kept: weakref.WeakKeyDictionary[nn.Module, tuple[list[weakref.ref[Tensor]], list[tuple[int, int]], T]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._kept: weakref.WeakKeyDictionary[nn.Module, tuple[KeptTensors, T]] = weakref.WeakKeyDictionary()
 
     def get(self, layer: nn.Module, tensors: Sequence[Tensor], derive: Callable[[], T]) -> T:
         """The value for a layer, from ``derive()`` if any of the tensors is new or was written to."""
         if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors):
             return derive()
-        state = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
         kept = self._kept.get(layer)
-        if kept is not None and kept[1] == state and all(a() is b for a, b in zip(kept[0], tensors, strict=True)):
-            return held(kept[2], tensors[0].device)
+        if kept is not None and kept[0].same(tensors):
+            return held(kept[1], tensors[0].device)
         value = derive()
-        self._kept[layer] = ([weakref.ref(tensor) for tensor in tensors], state, value)
+        self._kept[layer] = (KeptTensors(tensors), value)
         return value
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from nflows import transforms
 from nflows.transforms.permutations import Permutation
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyglow_fast import functional
+from pyglow_fast._captures import is_capturing
 from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.interop.nflows._state import Derived, as_it_comes, ordinary
 from pyglow_fast.reference import full_product
 
 _MATRICES = ("_lu_forward_inverse", "forward_no_cache", "inverse_no_cache", "_create_lower_upper")
 _unchanged: Derived[None] = Derived()
+_captured: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # convolutions that a CUDA graph has
 
 
 def channel_order(convolution: transforms.OneByOneConvolution) -> Tensor | None:
@@ -36,8 +40,10 @@ class OneByOneConvolution(transforms.OneByOneConvolution):
     and results. ``using_cache``: in evaluation L U, its inverse and log-det are computed once and kept in ``cache``
     until ``train()``. What differs from nflows:
 
-    - The cache notices that parameters were loaded, moved, converted or changed in place (not through ``.data``).
-      nflows goes on with the old matrix, or fails on another device.
+    - The cache notices that parameters were loaded, moved, converted or changed in place (on a GPU not through
+      ``.data``). nflows goes on with the old matrix, or fails on another device.
+    - A CUDA graph computes the matrices of the parameters as each replay finds them. From then on nothing is cached, as
+      a graph that trains changes parameters without a trace.
     - Where a gradient is to flow to the parameters, cached values are not used. In nflows the second backward fails or,
       if the cache was filled without gradients, the parameters get none, silently; and a layer whose cache was filled
       with gradients cannot be copied.
@@ -97,11 +103,14 @@ class OneByOneConvolution(transforms.OneByOneConvolution):
         return [self.lower_entries, self.upper_entries, self.unconstrained_upper_diag]
 
     def _caches(self) -> bool:
-        return self.using_cache and not self.training
+        keeps = self.using_cache and not self.training and self not in _captured
+        return keeps and not is_capturing(self.lower_entries.device)
 
     def _create_lower_upper(self) -> tuple[Tensor, Tensor]:
         """L and U, (C, C), by indices that are made where the parameters are; nflows copies its own there each time."""
         size, like = (self.features, self.features), self.lower_entries
+        if is_capturing(like.device):
+            _captured.add(self)
         below = torch.tril_indices(*size, -1, device=like.device).unbind()
         above = torch.triu_indices(*size, 1, device=like.device).unbind()
         ones = torch.eye(self.features, dtype=like.dtype, device=like.device)

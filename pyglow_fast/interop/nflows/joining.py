@@ -29,6 +29,8 @@ class UserNet(nn.Module):
         net: of a coupling, shared with it.
     """
 
+    writes_to_input = False  # it gives its net a copy itself
+
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net

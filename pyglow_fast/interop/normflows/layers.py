@@ -10,7 +10,7 @@ from normflows.flows import AffineConstFlow
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast._errors import expect
+from pyglow_fast._errors import can_read, expect
 from pyglow_fast._tracing import is_traced
 from pyglow_fast.interop import nets
 from pyglow_fast.interop.normflows.adoption import is_untouched, stands_in
@@ -62,7 +62,8 @@ class ActNorm(normflows.flows.ActNorm):
         seen = self._flag_seen
         if seen is not None and is_traced():  # what is traced has another tensor in the place of the flag
             return True
-        if seen is not None and seen[0] is flag and not flag.is_inference() and seen[1] == flag._version:
+        same = seen is not None and seen[0] is flag and not flag.is_inference() and seen[1] == flag._version
+        if same and not can_read(flag):  # on the CPU it is read each time: a write through .data has no version
             return True
         done = bool(flag > 0)
         self._flag_seen = (flag, flag._version) if done and not flag.is_inference() else None
