@@ -1,4 +1,4 @@
-"""What runs of FlowSteps cost in a training step: the description that a plan of memory is made from."""
+"""Costs of runs of FlowSteps in a training step, in bytes and work, from which a plan of memory is made."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _laid_out(net: NetShape, half: bool) -> int:
 def net_cost(
     coupling: Coupling, channels: int, samples: int, spatial: Sequence[int], cond_channels: int, like: Tensor
 ) -> NetCost:
-    """The cost of a coupling's net.
+    """The cost of a coupling's net in a training step.
 
     Args:
         coupling: with its net.
@@ -157,7 +157,7 @@ BLOCK = 16  # channels that the library's convolutions of float32 lie in; to the
 
 
 def blocked(*channels: int) -> int:
-    """Numbers by position that the backward of a convolution of the library takes, of its inputs and outputs."""
+    """Count the numbers by position that the library's backward of a convolution takes, of its inputs and outputs."""
     return sum(-(-count // BLOCK) * BLOCK for count in channels)
 
 
@@ -230,7 +230,7 @@ def run_cost(
     anchor_every: str | int | None = "auto",
     squeezes: bool = False,
 ) -> RunCost:
-    """The cost of steps of one width that run joined.
+    """The cost of steps of one width that run joined, from their shapes.
 
     Args:
         steps: as they come, initialised or not.
