@@ -1,4 +1,4 @@
-"""From one image to another through the latents."""
+"""Paths from one image to another through the latents."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def interpolate_latents(
     spherical: bool = False,
     times: Sequence[float] | None = None,
 ) -> list[list[Tensor]]:
-    """The latents at t = 0, 1 / (steps - 1), ..., 1 between a and b, each level on its own.
+    """List latents at t = 0, 1 / (steps - 1), ..., 1 between a and b, each level on its own.
 
     Args:
         a, b: one tensor (N, C, *spatial) a level.
