@@ -1,4 +1,4 @@
-"""How exactly torch's libraries multiply float32 numbers, which its settings decide, for the whole process.
+"""How exactly torch's libraries multiply float32 numbers, which its settings decide for the whole process.
 
 On CUDA convolutions and products may round what they multiply to TF32, of 10 bits: torch's default lets convolutions do
 so. On a CPU that has instructions for it, products and convolutions may round to bfloat16 or TF32 where the settings

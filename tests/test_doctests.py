@@ -29,7 +29,19 @@ from support.public_names import MODULES, PACKAGE, public
 # The parts of the package whose docstrings follow the rules below; see PARTS.
 RULED = {
     *("__init__", "__main__", "_backend", "_captures", "_errors", "_float32", "_tracing"),
-    *("convolutions", "info", "latents", "layers", "likelihood", "memory", "models", "ops", "presets"),
+    *(
+        "_derivatives",
+        "autograd",
+        "convolutions",
+        "functional",
+        "info",
+        "latents",
+        "layers",
+        "likelihood",
+        "memory",
+        "models",
+    ),
+    *("ops", "presets", "reference"),
 }
 PARTS = {path.stem for path in (ROOT / PACKAGE).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
 
