@@ -26,24 +26,9 @@ from support import ROOT
 from support.machine import no_network
 from support.public_names import MODULES, PACKAGE, public
 
-# The parts of the package whose docstrings follow the rules below; see PARTS.
-RULED = {
-    *("__init__", "__main__", "_backend", "_captures", "_errors", "_float32", "_tracing"),
-    *(
-        "_derivatives",
-        "autograd",
-        "convolutions",
-        "functional",
-        "info",
-        "latents",
-        "layers",
-        "likelihood",
-        "memory",
-        "models",
-    ),
-    *("ops", "presets", "reference"),
-}
 PARTS = {path.stem for path in (ROOT / PACKAGE).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+# The parts whose docstrings follow the rules below: all but those that are not through yet.
+RULED = PARTS - {"cli", "data", "experiments", "interop", "studio", "train", "web"}
 
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 MOST_LINES = 12  # of an example: more is a page of docs/
@@ -113,10 +98,6 @@ def imported(name: str) -> ModuleType:
 def is_ours(error: BaseException) -> bool:
     """Whether an ImportError is of something that is always installed."""
     return (getattr(error, "name", None) or "").split(".")[0] in (PACKAGE, "torch", "numpy", "safetensors")
-
-
-def test_the_rules_are_for_parts_of_the_package() -> None:
-    assert sorted(RULED - PARTS) == []
 
 
 @pytest.mark.parametrize("path", RULED_FILES, ids=module_of)

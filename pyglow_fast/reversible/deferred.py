@@ -45,7 +45,7 @@ def _forget(task: int) -> None:
 
 
 class Verdict(NamedTuple):
-    """What one backward pass has found.
+    """Finding of one backward pass on the drift of recomputed states.
 
     Attributes:
         drift: the worst one.
@@ -86,7 +86,7 @@ class _Counters:
 
 
 class Verdicts:
-    """Of backward passes of one run of steps: counted on the device, copied to the host without a wait."""
+    """Counts of what backward passes of one run of steps found, made on the device and copied without a wait."""
 
     def __init__(self) -> None:
         self._counters: dict[torch.device, _Counters] = {}  # for good: a graph writes to what it was captured with
@@ -105,7 +105,7 @@ class Verdicts:
             return self._counters[device].values
 
     def add(self, worst: Tensor, zeroed: Tensor, limit: float, spacing: int) -> None:
-        """After a pass: its worst drift, and whether its gradients were zeroed (by any run's drift)."""
+        """Count a pass: its worst drift, and whether its gradients were zeroed (by any run's drift)."""
         values = held(self.prepare(worst.device), worst.device)
         with self._lock:
             values[0].add_(1)
@@ -118,12 +118,12 @@ class Verdicts:
                 self._counters[worst.device].copy = Later(values)
 
     def zeroed(self, device: torch.device) -> Tensor | None:
-        """How many passes' gradients have become zero on a device, as the device has it; None without counters."""
+        """How many passes' gradients have become zero on a device, counted there; None without counters."""
         found = self._counters.get(device)
         return None if found is None else found.values[2]
 
     def take(self, wait: bool) -> list[Verdict]:
-        """Those of passes that are known and were not taken yet.
+        """Take the verdicts that are known and were not taken yet.
 
         Of several passes since the last call (replays of a graph) all have the last one's drift, limit and spacing.
         """
