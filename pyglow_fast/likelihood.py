@@ -1,4 +1,4 @@
-"""From integer images to bits per dimension: each convention in one place.
+"""Conventions from integer images to bits per dimension, each in one place.
 
 Levels ``0 .. n_bins-1`` are spread over [-0.5, 0.5): ``x = (level + u) / n_bins - 0.5`` with ``u`` uniform in [0, 1).
 The density of ``x`` then bounds the probability of the level (Theis et al. 2016, "A note on the evaluation of
@@ -30,7 +30,7 @@ def dequantize(
     dtype: torch.dtype = torch.float32,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """x = (level + u) / n_bins - 0.5, u ~ U[0, 1).
+    """Spread integer levels with noise: x = (level + u) / n_bins - 0.5, u ~ U[0, 1).
 
     Args:
         images: integer levels in 0..n_bins-1, any shape, any integer dtype. Not changed.
@@ -73,7 +73,7 @@ def dequantize(
 
 
 def quantize(x: Tensor, n_bins: int = 256) -> Tensor:
-    """level = floor((x + 0.5) n_bins), clamped to 0..n_bins-1: the left inverse of :func:`dequantize`.
+    """Find level = floor((x + 0.5) n_bins), clamped to 0..n_bins-1, of x: the left inverse of :func:`dequantize`.
 
     Args:
         x: floating values, any shape; values outside [-0.5, 0.5) go to the nearest level.
@@ -94,12 +94,12 @@ def quantize(x: Tensor, n_bins: int = 256) -> Tensor:
 
 
 def count_not_finite(x: Tensor) -> int:
-    """How many of the images x (N, ...) hold NaN or inf, which have no level."""
+    """Count the images among x (N, ...) that hold NaN or inf, which have no level."""
     return int((~x.isfinite().flatten(1).all(1)).sum())
 
 
 def bits_per_dim(log_prob: Tensor, n_dims: int, n_bins: int = 256) -> Tensor:
-    """bits/dim = -log_prob / (D ln 2) + log2(n_bins).
+    """Convert a log density: bits/dim = -log_prob / (D ln 2) + log2(n_bins).
 
     Args:
         log_prob: log density of the dequantised x in nats, (N,).

@@ -20,7 +20,7 @@ AUTO_BUDGET_ACCELERATOR = 512 * 2**20
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some samples, and of those some rows (positions along the first spatial dimension).
+    """One piece of a net's work: some samples, and of those some rows (positions along the first spatial dimension).
 
     Attributes:
         samples: along dimension 0.
@@ -35,23 +35,23 @@ class Chunk:
     whole: bool = False
 
     def inputs(self, x: Tensor) -> Tensor:
-        """The part of x (N, C, *spatial) that the net gets: a view, or x itself where that is all of it."""
+        """Cut out the part of x (N, C, *spatial) that the net gets: a view, or x itself where that is all of it."""
         if self.whole:
             return x
         return x[self.samples] if x.dim() < 3 else x[self.samples, :, self.taken]
 
     def outputs(self, y: Tensor) -> Tensor:
-        """The part of y (N, C, *spatial) that the chunk gives, likewise. The chunks' parts tile y."""
+        """Cut out the part of y (N, C, *spatial) that the chunk gives, likewise. The chunks' parts tile y."""
         if self.whole:
             return y
         return y[self.samples] if y.dim() < 3 else y[self.samples, :, self.rows]
 
     def per_sample(self, values: Tensor) -> Tensor:
-        """The part of values (N,) that belongs to its samples, likewise."""
+        """Cut out the part of values (N,) that belongs to the chunk's samples, likewise."""
         return values if self.whole else values[self.samples]
 
     def crop(self, net_out: Tensor) -> Tensor:
-        """What the net made of :meth:`inputs`, without the halo: of the shape of :meth:`outputs`."""
+        """Cut the halo off what the net made of :meth:`inputs`: the result has the shape of :meth:`outputs`."""
         if self.rows == self.taken:
             return net_out
         start = self.rows.start - self.taken.start
@@ -79,7 +79,7 @@ class ChunkPlan:
 
     @property
     def work(self) -> float:
-        """Rows that the net runs on over rows that it gives: 1 without strips, (height + 2 halo) / height with many."""
+        """The rows that the net runs on over those it gives: 1 without strips, (height + 2 halo) / height with many."""
         taken, given = 0, 0
         for chunk in self.chunks:
             n_samples = chunk.samples.stop - chunk.samples.start
@@ -94,7 +94,7 @@ class ChunkPlan:
 
 
 def budget_bytes(budget: str | int, device_type: str) -> int:
-    """The bytes that a memory budget stands for.
+    """Convert a memory budget, "auto" or an int, to bytes.
 
     Raises:
         ValueError: neither "auto" nor a positive int.
@@ -107,7 +107,7 @@ def budget_bytes(budget: str | int, device_type: str) -> int:
 
 
 def n_strips(n_rows: int, halo: int, rows_that_fit: int) -> int:
-    """The fewest strips of near-equal height that take at most ``rows_that_fit`` rows each, halo included.
+    """Count the fewest strips of near-equal height that take at most ``rows_that_fit`` rows each, halo included.
 
     Where not even one row fits with its halo, the strips are as low as can be; there is one where a cut saves nothing.
     """
@@ -136,9 +136,10 @@ def plan_chunks(
     random: bool = False,
     rows_each: int = 1,
 ) -> ChunkPlan:
-    """peak = samples rows width bytes_per_position <= budget: as many samples at once as fit, else strips of one.
+    """Cut a net's work so that peak = samples rows width bytes_per_position <= budget, into as few chunks as fit.
 
-    A function of its arguments and the net's structure alone. Only a net that states its ``halo`` is cut into strips,
+    A chunk has as many whole samples as fit, else a strip of one sample's rows. The plan depends on the arguments and
+    the net's structure alone. Only a net that states its ``halo`` is cut into strips,
     and not while it draws random numbers (a strip's halo would get other numbers than the neighbour's rows) or if it
     normalises over positions. Where the smallest possible chunk exceeds the budget, it is taken: see ChunkPlan.fits.
 

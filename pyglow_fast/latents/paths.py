@@ -1,4 +1,4 @@
-"""From one image to another through the latents."""
+"""Paths from one image to another through the latents."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pyglow_fast.latents.spaces import (
 from pyglow_fast.models import Glow
 from pyglow_fast.models.prior import standardised
 
-# Directions nearer to opposite than this have no great circle that rounding leaves alone: sin(angle) divides.
+# Between directions nearer to opposite than this rounding decides which great circle is taken: sin(angle) divides.
 _OPPOSITE = 1e-3
 
 
@@ -79,7 +79,7 @@ def interpolate_latents(
     spherical: bool = False,
     times: Sequence[float] | None = None,
 ) -> list[list[Tensor]]:
-    """The latents at t = 0, 1 / (steps - 1), ..., 1 between a and b, each level on its own.
+    """List latents at t = 0, 1 / (steps - 1), ..., 1 between a and b, each level on its own.
 
     Args:
         a, b: one tensor (N, C, *spatial) a level.

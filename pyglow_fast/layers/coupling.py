@@ -18,7 +18,7 @@ from pyglow_fast.reference import COUPLINGS, ORDERS, SCALE_MAPS, CouplingSpec
 
 MASKS = ("channels", "checkerboard")
 MAX_CLAMP = 80.0  # log s of the tanh and atan maps stays below it, and exp(80) is finite in float32
-MAX_FACTOR = 1e30  # nor is 1 / MAX_FACTOR far from the ends of float32
+MAX_FACTOR = 1e30  # float32 holds it and its reciprocal, with room for products
 
 
 def check_scale_numbers(
@@ -42,7 +42,7 @@ def coupling_spec(
     order: str = "shift_scale",
     scale_factor: float = 1.0,
 ) -> CouplingSpec:
-    """A CouplingSpec of checked values; the error names the argument."""
+    """Make a CouplingSpec of checked values; an error names the argument."""
     expect(coupling in COUPLINGS, "coupling", f"one of {COUPLINGS}", repr(coupling))
     expect(
         callable(scale_map) or scale_map in SCALE_MAPS,
@@ -95,6 +95,17 @@ class Coupling(FlowLayer):
 
     References: Dinh et al. 2014 (additive), Dinh et al. 2017 (affine; checkerboards: section 3.4), Kingma & Dhariwal
     2018, section 3.3; Kolesnikov et al. 2024, Jet (the factor).
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast import Coupling
+        >>> net = torch.nn.Conv2d(2, 4, 3, padding=1)  # of two channels: the shift and raw scale of the other two
+        >>> layer, x = Coupling(net, scale_map="exp"), torch.randn(5, 4, 8, 8)
+        >>> y, log_det = layer(x)
+        >>> torch.equal(y[:, :2], x[:, :2]), log_det.shape  # the first half is left as it is
+        (True, torch.Size([5]))
+        >>> torch.allclose(layer.inverse(y)[0], x, atol=1e-5)
+        True
     """
 
     def __init__(
@@ -128,7 +139,7 @@ class Coupling(FlowLayer):
 
     @property
     def precision(self) -> str:
-        """Of the net."""
+        """The precision that the net computes in."""
         return self._precision
 
     @precision.setter
@@ -141,11 +152,11 @@ class Coupling(FlowLayer):
         return MASKS[self.board is not None]
 
     def enter(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """x with its kept and its transformed part as halves of the channels, and cond as the net's runs take it."""
+        """x with its kept and its transformed part as halves of the channels, and cond as runs of the net take it."""
         return (x, cond) if self.board is None else self.board.enter(x, cond)
 
     def leave(self, y: Tensor) -> Tensor:
-        """The inverse of :meth:`enter`, of x."""
+        """Undo :meth:`enter`: put the halves of the channels back where x has them."""
         return y if self.board is None else self.board.leave(y)
 
     def reads(self, channels: int) -> int:
@@ -182,12 +193,12 @@ class Coupling(FlowLayer):
         return 2 * kept.shape[1] if self.spec.coupling == "affine" else kept.shape[1]
 
     def runner(self, budget: str | int) -> NetRunner:
-        """The net to be run in chunks within a budget."""
+        """What runs the net in chunks whose activations fit a budget of bytes."""
         width = 2 if self.spec.coupling == "affine" else 1
         return NetRunner(self.net, width, budget, self._plans, self.precision, self.board)
 
     def run_net(self, kept: Tensor, cond: Tensor | None) -> Tensor:
-        """The coupling net on the kept half (the same before and after the coupling), checked for its shape."""
+        """Run the net on the kept half, the same before and after the coupling, and check the shape of its output."""
         seen, beside = self._net_inputs(kept, cond)
         with in_precision(self.precision, kept):
             net_out = plain_call(self.net)(seen, beside)
@@ -207,19 +218,19 @@ class Coupling(FlowLayer):
         return not isinstance(self.net, CouplingNet) or self.net.is_initialized
 
     def run_net_forward(self, kept: Tensor, cond: Tensor | None) -> Tensor:
-        """The net in the forward direction; in training, its ActNorms are initialised first if they are fresh."""
+        """Run the net in the forward direction; in training its fresh ActNorms are initialised first."""
         if self.training and isinstance(self.net, CouplingNet) and not self.net.is_initialized:
             self.net.initialize(*self._net_inputs(kept, cond))
         return self.run_net(kept, cond)
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x -> y."""
+        """Map x to y, with the sum of log s over each sample."""
         x, cond = self.enter(x, cond)
         y, log_det = functional.coupling(x, self.run_net_forward(self.kept_half(x), cond), self.spec)
         return self.leave(y), log_det
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """y -> x."""
+        """Map y back to x, with minus the log-det of the forward direction."""
         z, cond = self.enter(z, cond)
         x, log_det = functional.coupling_inverse(z, self.run_net(self.kept_half(z), cond), self.spec)
         return self.leave(x), log_det
@@ -232,6 +243,6 @@ class Coupling(FlowLayer):
         return super().initialize(x, cond)
 
     def extra_repr(self) -> str:
-        """Coupling, scale map and mask, for repr."""
+        """Show the form of the coupling, its scale map and mask in the repr."""
         mask = "" if self.board is None else f", mask={self.mask!r}, parity={self.board.parity}"
         return f"coupling={self.spec.coupling!r}, scale_map={self.spec.scale_map!r}, order={self.spec.order!r}{mask}"

@@ -1,4 +1,4 @@
-"""What K flow steps are folded into for inference: computed once, kept until a parameter changes."""
+"""The form that K flow steps are folded into for inference: computed once, kept until a parameter changes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ from pyglow_fast.reversible.maps import MapInverse
 
 @dataclass
 class FoldedSteps:
-    """The channel maps of the steps, their inverses, and the weights of nets that are CouplingNets (None for others).
+    """The channel maps of the steps, their inverses, and the weights of nets that are CouplingNets.
 
-    Maps as fold_in_one has them, nets by coupling.
-
-    The inverses come when they are first asked for.
+    Maps are as fold_in_one gives them. ``nets`` has an entry for each coupling, None for any other net. The inverses
+    are computed when they are first asked for.
     """
 
     maps: list[ChannelMap]
@@ -35,21 +34,21 @@ class FoldedSteps:
 
     @property
     def inverses(self) -> list[MapInverse]:
-        """M^-1 of each map."""
+        """The inverse matrix of each map, with an index where the map is a gather."""
         if not self._inverses:
             self._inverses = invert_maps(self.maps)
         return self._inverses
 
     @classmethod
     def of(cls, steps: Sequence[FlowStep]) -> FoldedSteps:
-        """From the parameters of now."""
+        """Fold the steps with the parameters that they have now."""
         nets = [coupling.net for coupling in couplings_of(steps)]
         weights = [net.folded_weights() if is_foldable(net) else None for net in nets]  # type: ignore[operator]
         return cls(fold_steps(steps), weights)
 
 
 def is_foldable(net: object) -> bool:
-    """Whether it is a CouplingNet as it comes, which is no more than its folded weights."""
+    """Whether a net is a CouplingNet without hooks or changes, which its folded weights stand for."""
     return type(net) is CouplingNet and net.is_plain
 
 
@@ -98,7 +97,7 @@ class FoldCache:
         return FoldCache, ()
 
     def clear(self) -> None:
-        """Free the memory."""
+        """Forget the folded steps, which frees their memory."""
         with self._lock:
             self._kept = None
 

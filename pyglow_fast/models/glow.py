@@ -66,6 +66,18 @@ class Glow(GlowSettings):
             x (checked on the CPU; on CUDA, where the check would stop the stream, log_prob is NaN then).
 
     Reference: Kingma & Dhariwal 2018.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast import Glow
+        >>> model = Glow(image_shape=(3, 8, 8), n_levels=2, n_steps=2, hidden=8)
+        >>> images = torch.randint(256, (4, 3, 8, 8))
+        >>> model.bits_per_dim(images).mean().backward()  # a training step but for the optimizer
+        >>> latents, log_det = model(images / 256 - 0.5)
+        >>> [tuple(z.shape) for z in latents], torch.allclose(model.inverse(latents)[0], images / 256 - 0.5, atol=1e-4)
+        ([(4, 6, 4, 4), (4, 24, 2, 2)], True)
+        >>> model.sample(2, temperature=0.7).shape
+        torch.Size([2, 3, 8, 8])
     """
 
     def __init__(
@@ -124,7 +136,7 @@ class Glow(GlowSettings):
         return glow_costs(self, samples, spacings, conds)
 
     def freeze(self) -> Glow:
-        """A copy for deployment: the same densities, latents and samples from folded weights in buffers.
+        """Make a copy for deployment: the same densities, latents and samples from folded weights in buffers.
 
         Actnorm, 1x1 convolution and their inverses are one matrix a step, the nets' gains and actnorms part of their
         weights: nothing is computed from parameters any more, none asks for a gradient, and the copy stays in
@@ -155,7 +167,7 @@ class Glow(GlowSettings):
             yield
 
     def resized(self, *spatial: int) -> Glow:
-        """The same model for images of other sizes: it shares all modules, and so parameters, modes and settings.
+        """Make a model for images of other sizes that shares all modules, and so parameters, modes and settings.
 
         Convolutions know no size. With class labels, ``border`` or a condition too the weights are the same.
 
@@ -176,7 +188,7 @@ class Glow(GlowSettings):
     def make_graphed(
         self, x: Tensor, y: Tensor | None = None, cond: Tensor | None = None, n_samples: int | None = None
     ) -> GraphedGlow:
-        """Training steps and sampling as CUDA graphs, for batches like these; see GraphedGlow.
+        """Capture training steps and sampling as CUDA graphs, for batches like these; see GraphedGlow.
 
         Args:
             x, y, cond: a batch as log_prob takes it.
@@ -188,12 +200,12 @@ class Glow(GlowSettings):
         return GraphedGlow(self, x, y, cond, n_samples)
 
     def train(self, mode: bool = True) -> Glow:
-        """Training mode, in which fresh actnorms initialise from data; a frozen model stays in evaluation mode."""
+        """Set training mode, in which fresh actnorms initialise from data; a frozen model stays in evaluation mode."""
         return super().train(mode and bool(self._sequences()))
 
     @property
     def latent_shapes(self) -> list[tuple[int, ...]]:
-        """(C, *spatial) of each latent, shallowest first."""
+        """List (C, *spatial) of each latent, shallowest first."""
         return self.config.latent_shapes()
 
     @property
@@ -239,7 +251,7 @@ class Glow(GlowSettings):
 
     @torch.no_grad()
     def initialize(self, x: Tensor, cond: Condition | None = None) -> None:
-        """Set every actnorm from x, level by level; happens by itself on the first training forward.
+        """Set every actnorm from x, level by level, as the first training forward does by itself.
 
         x is checked first. Should a step still make NaN or inf of it, the error leaves the actnorms before it set.
         Under torch.distributed all ranks must call it, each with its part of the batch: see ActNorm.
@@ -253,14 +265,14 @@ class Glow(GlowSettings):
                 x, _ = self._split(i).parts(x)
 
     def forward(self, x: Tensor, cond: Condition | None = None) -> tuple[list[Tensor], Tensor]:
-        """x -> (latents, log_det)."""
+        """Map x to its latents, shallowest first, and log_det = log|det dz/dx|."""
         found = self._encode(x, cond)
         return found.latents, found.log_det
 
     def intermediates(
         self, x: Tensor, cond: Condition | None = None, at: Sequence[int] = ()
     ) -> tuple[list[Tensor], list[list[Tensor]], Tensor]:
-        """x -> (latents, states, log_det): those of :meth:`forward`, and states between the steps.
+        """Map x to (latents, states, log_det): what :meth:`forward` gives, and states between the steps.
 
         ``states[l]`` are those of level l behind its steps ``at`` and behind its last one, before its split. Gradients
         flow from each, in every memory mode; they are kept for it.
@@ -309,7 +321,7 @@ class Glow(GlowSettings):
         return _Encoded(latents, priors, log_det, states)
 
     def inverse(self, latents: list[Tensor], cond: Condition | None = None) -> tuple[Tensor, Tensor]:
-        """latents -> (x, log_det), log_det the negative of the forward one."""
+        """Map latents back to x; log_det is the negative of the forward one."""
         self._check_latents(latents)
         conds = self._check_cond(cond, latents[0].shape[0])
         x = latents[-1]
@@ -348,7 +360,7 @@ class Glow(GlowSettings):
     def log_prob_and_logits(
         self, x: Tensor, y: Tensor | None = None, cond: Condition | None = None
     ) -> tuple[Tensor, Tensor]:
-        """:meth:`log_prob` (N,), nats, and :meth:`class_logits` (N, config.classify), from one pass."""
+        """Compute :meth:`log_prob` (N,), nats, and :meth:`class_logits` (N, config.classify) in one pass."""
         head = self._required_head()
         log_prob, top = self._log_prob(x, y, cond)
         return log_prob, head(top)
@@ -386,7 +398,7 @@ class Glow(GlowSettings):
         return bits_per_dim(self.log_prob(x, y, cond), self.config.n_values, n_bins)
 
     def encode(self, x: Tensor, cond: Condition | None = None, precision: str = "fp32") -> list[Tensor]:
-        """The latents of x, all levels: decode(encode(x)) is x up to rounding.
+        """Compute the latents of x, all levels: decode(encode(x)) is x up to rounding.
 
         precision: of the nets; "auto" for the model's own. Rounding to 16 bits, or to TF32, is amplified from step to
         step: a warning says by how much.
@@ -395,7 +407,7 @@ class Glow(GlowSettings):
             return self(x, cond)[0]
 
     def decode(self, latents: list[Tensor], cond: Condition | None = None, precision: str = "fp32") -> Tensor:
-        """The x whose latents these are; precision: that of encode."""
+        """Compute the x whose latents these are; precision as in :meth:`encode`."""
         with self._exact(precision, "decode"):
             return self.inverse(latents, cond)[0]
 
@@ -408,7 +420,7 @@ class Glow(GlowSettings):
         cond: Condition | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """x = inverse of z_l = mean + temperature sd eps at every level; no gradient is recorded.
+        """Draw x = inverse of z_l = mean + temperature sd eps at every level; no gradient is recorded.
 
         Args:
             n: number of samples.
@@ -454,7 +466,7 @@ class Glow(GlowSettings):
     def from_noise(
         self, noise: list[Tensor], y: Tensor | None = None, cond: Condition | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x, log|det dx/deps|: z_l = mean_l + exp(log_sd_l) eps_l by the priors, then the inverse flow.
+        """Compute x and log|det dx/deps|: z_l = mean_l + exp(log_sd_l) eps_l by the priors, then the inverse flow.
 
         Args:
             noise: eps of every level, of ``latent_shapes``.
@@ -468,7 +480,7 @@ class Glow(GlowSettings):
     def to_noise(
         self, x: Tensor, y: Tensor | None = None, cond: Condition | None = None
     ) -> tuple[list[Tensor], Tensor]:
-        """eps of every level and log|det deps/dx|, the inverse of :meth:`from_noise`: eps_l = (z_l - mean_l) / sd_l."""
+        """Compute eps_l = (z_l - mean_l) / sd_l of every level and log|det deps/dx|, undoing :meth:`from_noise`."""
         check_labels(y, x.shape[0], self.config.n_classes)
         found = self._encode(x, cond)
         latents, log_det = found.latents, found.log_det
@@ -488,5 +500,5 @@ class Glow(GlowSettings):
         return [split for split in self.splits if isinstance(split, Split)]
 
     def as_distribution(self, y: Tensor | int | None = None, cond: Tensor | None = None) -> GlowDistribution:
-        """This model with the interface of torch.distributions; see GlowDistribution."""
+        """Wrap the model in the interface of torch.distributions; see GlowDistribution."""
         return GlowDistribution(self, y, cond)
