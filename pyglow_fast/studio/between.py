@@ -1,4 +1,4 @@
-"""The path from one image to another: frames, a strip of them, an animation."""
+"""Makes the path from one image to another: frames, a strip of them, an animation."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Between:
 
     @torch.no_grad()
     def frames(self, steps: int = 8, times: tuple[float, ...] | None = None) -> tuple[Tensor, int]:
-        """Levels int64 (steps, C, H, W), both ends included, and how many frames were not finite.
+        """Compute the frames, int64 levels (steps, C, H, W), both ends included, and how many were not finite.
 
         Args:
             steps: how many, evenly spaced.
@@ -61,13 +61,13 @@ class Between:
         return words + (["--spherical"] if self.spherical else [])
 
     def made_frame(self, levels: Tensor, time: float, scale: int = 1) -> Made:
-        """One frame (C, H, W) as a PNG."""
+        """Encode one frame (C, H, W) as a PNG."""
         words = [*self._words(), "--at", number_text(time), "--scale", str(scale)]
         picture = image_picture(levels, self.opened.n_bins, scale)
         return made_png(picture, command_line(self.opened, "interpolate", words))
 
     def made(self, levels: Tensor, suffix: str, scale: int | None = None) -> Made:
-        """All frames (steps, C, H, W): side by side as a PNG, or there and back again as a GIF or WebP.
+        """Encode all frames (steps, C, H, W): side by side as a PNG, or there and back again as a GIF or WebP.
 
         Raises:
             ValueError: another suffix.

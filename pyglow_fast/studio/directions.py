@@ -1,4 +1,4 @@
-"""Mean latents of training images with and without each attribute, and the directions between them."""
+"""Finds directions of attributes: differences of mean latents of training images with and without each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REST = "rest"  # as minus: the images without the attribute, also where a class 
 
 
 class Add(NamedTuple):
-    """strength times the way from the images of ``minus`` to those of ``plus``."""
+    """A change of an image: ``strength`` times the way from the images of ``minus`` to those of ``plus``."""
 
     plus: str
     minus: str
@@ -29,7 +29,7 @@ class Add(NamedTuple):
 
 
 class Directions(NamedTuple):
-    """Mean latents and mean pixels of the images with each attribute, and of those without.
+    """The mean latents and mean pixels of the training images with each attribute, and of those without.
 
     Args:
         space: of the latents, "noise" or "latent".
@@ -46,7 +46,7 @@ class Directions(NamedTuple):
     pixels: Tensor
 
     def shift(self, adds: Sequence[Add]) -> tuple[list[Tensor] | None, Tensor | None]:
-        """sum_j s_j (mean_plus_j - mean_minus_j), of the latents and of the pixels; None for no sum.
+        """Compute sum_j s_j (mean_plus_j - mean_minus_j), of the latents and of the pixels; None for no sum.
 
         Returns:
             One tensor (C, *spatial) a level, and one of the image's shape; float32.
@@ -88,7 +88,7 @@ def measure(
     on_unreadable: str = "raise",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Tensor]:
-    """The tensors of :class:`Directions` by name, and its names as the bytes of a JSON list: one pass over the images.
+    """Compute the tensors of :class:`Directions` by name, and its names as bytes of JSON, in one pass over the images.
 
     Raises:
         ValueError: an image that cannot be read, or a group of which none can.
@@ -125,7 +125,7 @@ def _chosen(values: list[Tensor], mask: Tensor) -> list[Tensor]:
 
 
 def from_tensors(tensors: dict[str, Tensor], space: str) -> Directions:
-    """The directions whose tensors :func:`measure` gave, now or when they were kept."""
+    """Make the directions from tensors that :func:`measure` gave, now or when they were kept."""
     names = json.loads(bytes(tensors["names"].tolist()))
     levels = sorted((name for name in tensors if name.startswith("level")), key=lambda name: int(name[5:]))
     return Directions(

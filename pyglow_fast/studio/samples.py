@@ -1,4 +1,4 @@
-"""Samples of a model, drawn so that the same words give the same images."""
+"""Draws samples of a model so that the same settings give the same images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ N, TEMPERATURE = 64, 0.7
 
 
 class Drawn(NamedTuple):
-    """Samples as levels (n, C, H, W), their labels (n,) or None, and how many of them were not finite (now grey)."""
+    """The samples as levels (n, C, H, W), their labels (n,) or None, and how many were not finite (now grey)."""
 
     levels: Tensor
     labels: Tensor | None
@@ -28,7 +28,7 @@ class Drawn(NamedTuple):
 
 @dataclass(frozen=True)
 class Draw:
-    """Samples to draw.
+    """A description of samples to draw: how many, of which class, at which temperature, from which seed.
 
     Args:
         n: how many.
@@ -62,14 +62,14 @@ class Draw:
             check_label(label, model)
 
     def labels_of(self, model: Glow) -> Tensor | None:
-        """The label of each sample, (n,), or None for a model without classes."""
+        """Compute the label of each sample, (n,), or None for a model without classes."""
         device = device_of(model)
         if not self.labels:
             return class_cycle(self.n, model.config.n_classes, device)
         return torch.tensor(self.labels, device=device)[torch.arange(self.n, device=device) % len(self.labels)]
 
     def drawn(self, model: Glow, n_bins: int) -> Drawn:
-        """The samples.
+        """Draw the samples from a model.
 
         Raises:
             ValueError: a class that the model does not have.
@@ -85,7 +85,7 @@ class Draw:
         return Drawn(to_levels(x, n_bins).cpu(), None if y is None else y.cpu(), count_not_finite(x))
 
     def picture(self, drawn: Drawn, model: Glow, n_bins: int, columns: int | None, scale: int | None) -> Tensor:
-        """The samples side by side, uint8 (3, height, width): with all classes, each in a column of its own."""
+        """Place the samples side by side, uint8 (3, height, width): with all classes, each in a column of its own."""
         columns = columns or (None if self.labels else class_columns(self.n, model.config.n_classes))
         return grid(drawn.levels, n_bins, columns, scale)
 

@@ -1,4 +1,4 @@
-"""Bits/dim of image files beside those of held-out images: a table and a picture."""
+"""Scores image files beside held-out images: a table and a picture of their bits/dim."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LONGEST = 24  # characters of a name in the picture
 
 
 class FileScore(NamedTuple):
-    """Bits/dim of one image, and the share of training images with fewer; NaN where there are none to compare with."""
+    """The bits/dim of one image, and the share of training images with fewer; NaN without any to compare with."""
 
     picked: Picked
     bits: float
@@ -28,7 +28,7 @@ class FileScore(NamedTuple):
 
 
 def score_files(opened: OpenRun, files: Sequence[Picked], progress: Progress | None = None) -> list[FileScore]:
-    """Bits/dim of single images, each as if it were scored alone, so that the order does not matter."""
+    """Measure the bits/dim of single images, each as if it were alone, so that the order does not matter."""
     beside, found = opened.scores_at_hand(progress), []
     for picked in files:
         bits = opened.bits(picked.levels, picked.label)
@@ -42,7 +42,7 @@ def _command(opened: OpenRun, scores: Sequence[FileScore]) -> str:
 
 
 def made_picture(opened: OpenRun, scores: Sequence[FileScore]) -> Made:
-    """The images as lines on the histogram of held-out ones, as a PNG: what ``score ... --picture`` writes.
+    """Draw the images as lines on the histogram of held-out ones, a PNG: what ``score ... --picture`` writes.
 
     Raises:
         ValueError: the run's images are no longer there.
@@ -60,7 +60,7 @@ def made_picture(opened: OpenRun, scores: Sequence[FileScore]) -> Made:
 
 
 def made_csv(opened: OpenRun, scores: Sequence[FileScore]) -> Made:
-    """The scores as a CSV file: what ``score ... --out`` writes."""
+    """Write the scores as a CSV file: what ``score ... --out`` writes."""
     images = ImageSet(
         "files",
         torch.stack([score.picked.levels for score in scores]).to(torch.uint8),

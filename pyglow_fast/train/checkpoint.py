@@ -50,7 +50,7 @@ class DataStamp:
 
 @dataclass
 class Checkpoint:
-    """What a run needs to go on exactly where it was.
+    """The state of a run at one step: all that it needs to go on exactly where it was.
 
     Args:
         config: of the run.
@@ -287,7 +287,7 @@ def check_weights(weights: dict[str, Tensor], model: nn.Module, name: str) -> No
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, model: nn.Module
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """The optimizer's state by parameter name, which outlives a change of their order, and its groups as plain data."""
+    """Read the optimizer's state by parameter name, which outlives a change of order, and its groups as plain data."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     tensors = {
         f"{kind}.{names[id(parameter)]}": value
@@ -311,7 +311,7 @@ def check_drift(tensors: Mapping[str, Tensor], name: str) -> None:
 def optimizer_state(
     optimizer: torch.optim.Optimizer, model: nn.Module, checkpoint: Checkpoint, name: str
 ) -> dict[str, Any]:
-    """The state dict of ``optimizer`` with what :func:`optimizer_tensors` gave; nothing changes before it is loaded.
+    """Build the state dict for ``optimizer`` from what :func:`optimizer_tensors` gave; the optimizer is not changed.
 
     Raises:
         ValueError: tensors of an unknown parameter or kind, of a wrong shape or dtype, or not all kinds of a

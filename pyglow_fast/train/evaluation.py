@@ -21,7 +21,7 @@ from pyglow_fast.train.seeds import derive, random_subset
 
 @dataclass(frozen=True)
 class Score:
-    """Mean bits/dim over ``images`` images and the standard error of that mean over the images.
+    """The mean bits/dim of ``images`` images, and the standard error of that mean over the images.
 
     ``unreadable`` more images could not be read and are left out. Of a model with a classifier, on images with labels:
     ``class_bits``, the mean of -log2 p(label | top latent), and ``accuracy``, the share whose likeliest class is right.
@@ -51,17 +51,17 @@ class Score:
 
     @property
     def error_text(self) -> str:
-        """The standard error for people; one image has none."""
+        """The standard error as text for people; "n/a" for one image, which has none."""
         return f"{self.standard_error:.3f}" if self.images > 1 else "n/a"
 
 
 def device_of(model: Glow) -> torch.device:
-    """Where the model's parameters are, or the buffers of a frozen one."""
+    """The device of the model's parameters, or of the buffers of a frozen one."""
     return model._parameter().device
 
 
 def labels_for(model: Glow, labels: torch.Tensor | None) -> torch.Tensor | None:
-    """Labels on the model's device, or None for a model without classes.
+    """Put labels on the model's device; None for a model without classes.
 
     Raises:
         ValueError: a model with classes and images without labels.
@@ -95,7 +95,7 @@ def classifies(model: Glow, data: Images) -> bool:
 
 @dataclass(frozen=True)
 class ImageScores:
-    """-log2 p(x) / D + log2(n_bins) of single images.
+    """The bits/dim of single images, -log2 p(x) / D + log2(n_bins), for each draw of the dequantisation noise.
 
     Args:
         indices: int64 (n,), which images these are.
@@ -113,12 +113,12 @@ class ImageScores:
 
     @property
     def bits_per_dim(self) -> Tensor:
-        """(n,), the mean over the draws."""
+        """The bits/dim of each image, (n,): the mean over the draws of noise."""
         return self.draws.mean(1)
 
     @property
     def spread(self) -> Tensor:
-        """(n,), the standard deviation over the draws; NaN for a single one."""
+        """The standard deviation over the draws of noise, (n,); NaN for a single draw."""
         if self.draws.shape[1] < 2:
             return torch.full_like(self.bits_per_dim, math.nan)
         return self.draws.std(1)
@@ -137,7 +137,7 @@ def score_images(
     draws: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> ImageScores:
-    """Bits/dim of each image, each with dequantisation noise of its own that is the same at every call.
+    """Measure the bits/dim of each image, with dequantisation noise of its own that is the same at every call.
 
     The first draw does not depend on how many there are. Each draw bounds -log2 P(level) / D from above in expectation
     (Theis et al. 2016, "A note on the evaluation of generative models"), so their mean does too, with less noise.
@@ -209,7 +209,7 @@ def evaluate(
     on_unreadable: str = "raise",
     ranks: Ranks | None = None,
 ) -> Score:
-    """The mean of :func:`score_images`, which says what the arguments are; over all ranks, on every one of them.
+    """Average what :func:`score_images` gives, which explains the arguments; over all ranks, on every one of them.
 
     Raises:
         ValueError: images that do not fit the model; one that cannot be read, or with "skip" none that can.

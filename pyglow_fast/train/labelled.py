@@ -1,4 +1,4 @@
-"""Grids of images with a label for each row and column."""
+"""Draws grids of images with a label for each row and column."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PAPER, _INK, _FRAME = 255, 0, 190
 
 
 class GridRow(NamedTuple):
-    """A label (may hold line ends; empty for none) and images (n, C, H, W) as levels."""
+    """One row of a grid: a label (may hold line ends; empty for none) and images (n, C, H, W) of levels."""
 
     label: str
     levels: Tensor
@@ -34,7 +34,7 @@ def labelled_grid(
     title: str = "",
     scale: int | None = None,
 ) -> Tensor:
-    """Rows of images beside their labels, below the labels of the columns; uint8 (3, height, width), black on white.
+    """Draw rows of images beside their labels, below labels of the columns; uint8 (3, height, width), black on white.
 
     Args:
         rows: label and images of each; rows may differ in length, all images have one shape.
@@ -67,7 +67,7 @@ def save_labelled_grid(
     title: str = "",
     scale: int | None = None,
 ) -> None:
-    """:func:`labelled_grid` as a PNG, replaced atomically."""
+    """Write :func:`labelled_grid` as a PNG file, which is replaced whole or not at all."""
     save_picture(labelled_grid(rows, n_bins, columns, title, scale), path)
 
 

@@ -1,4 +1,4 @@
-"""A run from start to end: steps, evaluations, samples, checkpoints and the final report."""
+"""Executes a run from start to end: steps, evaluations, samples, checkpoints and the final report."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FINAL_TRAIN = 10_000  # training images that are scored at the end: more would t
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended.
+    """What a run came to: its last step, its scores, and why it ended.
 
     Args:
         step: steps done.
@@ -63,7 +63,7 @@ class Result:
 
 
 class Run:
-    """A run that is ready to go: everything that can be refused has been checked, and nothing has been written.
+    """A run that is ready to train: all that can be refused has been checked, and nothing has been written.
 
     Made by :func:`~pyglow_fast.train.start` or :func:`~pyglow_fast.train.resume`.
 
@@ -97,7 +97,7 @@ class Run:
         self._signum = 0  # that ends the run, of whichever rank it was sent to
 
     def execute(self, quiet: bool = False) -> Result:
-        """Train until a limit or a signal.
+        """Train until a limit is reached or a signal comes.
 
         Args:
             quiet: no progress bar and no lines.
