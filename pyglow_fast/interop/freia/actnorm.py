@@ -1,4 +1,4 @@
-"""FrEIA's ActNorm with an initialisation that knows about directions, constant channels and several processes."""
+"""Corrects FrEIA's ActNorm: its initialisation knows of directions, constant channels and several processes."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class ActNorm(Fm.ActNorm):
     def forward(
         self, x: Sequence[Tensor], rev: bool = False, jac: bool = True, c: Any = None
     ) -> tuple[list[Tensor], Tensor]:
-        """x -> z, or z -> x with ``rev``; the first forward batch initialises."""
+        """Map x to z, or z to x with ``rev``; the first forward batch initialises."""
         state = x[0]
         if self.init_on_next_batch:
             self._await_data(state, rev)

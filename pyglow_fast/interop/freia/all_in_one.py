@@ -1,4 +1,4 @@
-"""FrEIA's AllInOneBlock: coupling, global affine map and permutation in one pass over memory besides the net."""
+"""Computes FrEIA's AllInOneBlock: coupling, global affine map and permutation in one pass besides the net."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ GATHERED_FROM = 512  # channels of a vector from which a hard permutation is gat
 
 
 class StepParts(NamedTuple):
-    """A block as one step of ours: z = after(coupling(before(x))), all parts differentiable in the block's parameters.
+    """A block as one flow step: z = after(coupling(before(x))), all parts differentiable in the block's parameters.
 
     ``before`` and ``after`` are maps u = matrix x + offset with log|det matrix| (None: the identity), as
     functional.channel_mix takes them, gathers where the permutation is hard; ``after_inverse`` is the inverse of
@@ -200,7 +200,7 @@ class ServedBlock(nn.Module):
     def forward(
         self, x: Sequence[Tensor], c: Sequence[Tensor] = (), rev: bool = False, jac: bool = True
     ) -> tuple[tuple[Tensor], Tensor]:
-        """x -> z, or z -> x with ``rev``."""
+        """Map x to z, or z to x with ``rev``."""
         state = x[0]
         narrow = self._is_narrow  # with nothing to gain: at no cost
         if (narrow and len(state)) or not self._takes(state):
@@ -393,7 +393,7 @@ AllInOneBlock._home, AllInOneBlock._serves = AllInOneBlock, Fm.AllInOneBlock
 
 
 def step_parts(block: nn.Module) -> StepParts:
-    """z = after(coupling(before(x))): net, coupling and channel maps of an AllInOneBlock of this package.
+    """Split an AllInOneBlock of this package into net, coupling and channel maps: z = after(coupling(before(x))).
 
     Called again whenever the parameters have changed: the maps are computed from them, with their gradients.
 

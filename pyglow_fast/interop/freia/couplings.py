@@ -1,4 +1,4 @@
-"""FrEIA's coupling blocks, their arithmetic in one kernel each and their known nets in our executor."""
+"""Computes FrEIA's coupling blocks: one kernel each besides the nets, which this package's executor runs if it can."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class AffineCouplingOneSided(Fm.AffineCouplingOneSided):
     def forward(
         self, x: Sequence[Tensor], c: Sequence[Tensor] = (), rev: bool = False, jac: bool = True
     ) -> tuple[tuple[Tensor], Tensor]:
-        """x -> y, or y -> x with ``rev``."""
+        """Map x to y, or y to x with ``rev``."""
         state = x[0]
         if not (for_kernels(state) and state.shape[1] == self.channels and self.split_len2 > 0):
             return super().forward(x, c, rev, jac)

@@ -1,4 +1,4 @@
-"""FrEIA's layers without parameters to learn: downsampling, Haar wavelets, a given 1x1 convolution."""
+"""Computes FrEIA's layers without parameters to learn: downsampling, Haar wavelets, a given 1x1 convolution."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pyglow_fast._tracing import kernels_step_aside
 
 
 class IRevNetDownsampling(Fm.IRevNetDownsampling):
-    """Space to channels: (N, C, H, W) -> (N, 4 C, H/2, W/2), a copy instead of a convolution; log_det = 0.0.
+    """A layer that moves space to channels: (N, C, H, W) -> (N, 4 C, H/2, W/2), by a copy; log_det = 0.0.
 
     Output channel c*4 + 2*dh + dw, or with ``legacy_backend`` (2*dh + dw)*C + c. Arguments, the constant
     ``downsample_kernel`` in the state dict and the float log-det are those of ``FrEIA.modules.IRevNetDownsampling``.
@@ -29,7 +29,7 @@ class IRevNetDownsampling(Fm.IRevNetDownsampling):
     def forward(
         self, x: Sequence[Tensor], c: Any = None, jac: bool = True, rev: bool = False
     ) -> tuple[tuple[Tensor], float]:
-        """x -> z, or z -> x with ``rev``."""
+        """Map x to z, which has half the sides, or z to x with ``rev``."""
         state = x[0]
         images = state.dim() == 4 and state.shape[1] == self.channels * (4 if rev else 1)
         expected = f"images with {self.channels * (4 if rev else 1)} channels"
@@ -49,7 +49,7 @@ class IRevNetUpsampling(Fm.IRevNetUpsampling, IRevNetDownsampling):
 
 
 class HaarDownsampling(Fm.HaarDownsampling):
-    """Each 2x2 block of a channel becomes its four Haar coefficients; (N, C, H, W) -> (N, 4 C, H/2, W/2).
+    """A layer that turns 2x2 blocks of a channel into four Haar coefficients: (N, C, H, W) -> (N, 4 C, H/2, W/2).
 
     Arguments, the constant ``haar_weights`` and the float log-det are those of ``FrEIA.modules.HaarDownsampling``.
     Unlike there, ``rev=True`` leaves its input as it is: FrEIA multiplies it in place.
@@ -58,7 +58,7 @@ class HaarDownsampling(Fm.HaarDownsampling):
     def forward(
         self, x: Sequence[Tensor], c: Any = None, jac: bool = True, rev: bool = False
     ) -> tuple[tuple[Tensor], float]:
-        """x -> z, or z -> x with ``rev``."""
+        """Map x to its coefficients z, or z to x with ``rev``."""
         if not rev or self.permute:  # with a permutation FrEIA changes its own copy
             return super().forward(x, c, jac, rev)
         state = x[0]
@@ -87,7 +87,7 @@ class Fixed1x1Conv(Fm.Fixed1x1Conv):
     def forward(
         self, x: Sequence[Tensor], rev: bool = False, jac: bool = True, c: Any = None
     ) -> tuple[tuple[Tensor], Tensor]:
-        """x -> z, or z -> x with ``rev``."""
+        """Map x to z by the matrix, or z to x with ``rev``."""
         state = x[0]
         if kernels_step_aside() or state.dtype != self.M.dtype:
             return super().forward(x, rev, jac)

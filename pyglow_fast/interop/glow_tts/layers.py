@@ -1,4 +1,4 @@
-"""Layers in the place of those of Glow-TTS, whatever class they are of: made subclasses of that class, in place."""
+"""Serves the layers of Glow-TTS, whatever class they are of: they are made subclasses of that class, in place."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SIGMOID_EPS = 1e-6  # that Glow-TTS adds to a scale
 
 
 class AdoptedLayer(StandIn):
-    """Base of what stands in for the layers of Glow-TTS.
+    """A base of the classes that replace layers of Glow-TTS.
 
     Wherever ours does not apply (hooks, other dtypes, torch.func) or does not pay (a few hundred positions, as when one
     sentence is spoken) the layer's own forward runs.
@@ -44,7 +44,7 @@ class AdoptedLayer(StandIn):
 
 
 def runs_on(module: nn.Module, x: Any, mask: Any, g: Any = None) -> bool:
-    """Whether our arithmetic applies to the inputs of a module.
+    """Whether this package's arithmetic applies to the inputs of a module.
 
     Which it does to sequences of the parameters' dtype, a mask of zeros and ones or none, and a condition that is the
     same at all positions or none; with nothing that watches every module's call.
@@ -60,10 +60,10 @@ def runs_on(module: nn.Module, x: Any, mask: Any, g: Any = None) -> bool:
 
 
 class WN(AdoptedLayer):
-    """m sum_l skip_l of a WaveNet: see :func:`pyglow_fast.layers.wavenet.run_wavenet`."""
+    """A WaveNet of gated convolutions, m sum_l skip_l: see :func:`pyglow_fast.layers.wavenet.run_wavenet`."""
 
     def forward(self, x: Tensor, x_mask: Tensor | None = None, g: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """x (N, H, T), x_mask (N, 1, T), g (N, C_c, 1) -> (N, H, T)."""
+        """Compute the net: x (N, H, T), x_mask (N, 1, T), g (N, C_c, 1) -> (N, H, T)."""
         fits = not self.is_small(x) and runs_on(self, x, x_mask, g) and not wavenet_fault(self)
         mask = x_mask.to(x.dtype) if fits and x_mask is not None else None
         # What x has behind the end of a sample, which its first layer would see in theirs, is cut off in ours.
@@ -74,7 +74,7 @@ class WN(AdoptedLayer):
 
 
 class InvConvNear(AdoptedLayer):
-    """z_g = W x_g m for each group of channels: one product with all groups' matrix.
+    """A 1x1 convolution in groups of channels, z_g = W x_g m: one product with all groups' matrix.
 
     log_det = log|det W| (C / n_split) times the sample's length. Where det W is negative theirs is NaN.
     """
@@ -82,7 +82,7 @@ class InvConvNear(AdoptedLayer):
     def forward(
         self, x: Tensor, x_mask: Tensor | None = None, reverse: bool = False, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """x (N, C, T) -> z, log_det (N,), or None if reverse."""
+        """Map x (N, C, T) to z and log_det (N,), which is None if reverse."""
         own: Any = self
         if self.is_small(x) or not runs_on(self, x, x_mask) or getattr(own, "no_jacobian", False):
             return self._alone(x, x_mask, reverse=reverse, **kwargs)
@@ -99,7 +99,7 @@ class InvConvNear(AdoptedLayer):
 
 
 class BlockNet(nn.Module):
-    """end(wn(m start(x1))) of a coupling as a net for masked sequences.
+    """A coupling's net end(wn(m start(x1))) as a net for masked sequences.
 
     Args:
         block: the coupling.
@@ -114,7 +114,7 @@ class BlockNet(nn.Module):
 
     @property
     def halo(self) -> int:
-        """Positions to each side that an output depends on."""
+        """How many positions to each side an output depends on."""
         layers: Any = self.wn.in_layers
         return wavenet_halo(layers[0].kernel_size[0], [conv.dilation[0] for conv in layers])
 
@@ -130,13 +130,13 @@ class BlockNet(nn.Module):
         return wavenet_bytes(layers[0].in_channels, len(layers), edges, not self.deterministic, element_size)
 
     def forward(self, x1: Tensor, cond: Tensor | None, mask: Tensor) -> Tensor:
-        """x1 (N, C / 2, T), cond (N, C_c, 1) or None, mask (N, 1, T) -> (N, C, T)."""
+        """Map x1 (N, C / 2, T), cond (N, C_c, 1) or None, mask (N, 1, T) to (N, C, T)."""
         parts = wavenet_parts(self.wn, self.start, self.end)
         return run_wavenet(parts, x1, cond, mask, dropout_probability(self.wn))
 
 
 def spec_of(block: nn.Module) -> CouplingSpec:
-    """z_1 = t + s x_1 with s = exp(raw), or sigmoid(raw + 2) + 1e-6."""
+    """Describe the coupling z_1 = t + s x_1 with s = exp(raw), or sigmoid(raw + 2) + 1e-6."""
     if getattr(block, "sigmoid_scale", False):
         return CouplingSpec("affine", "sigmoid", bias=2.0, eps=_SIGMOID_EPS, order="scale_shift")
     return CouplingSpec("affine", "exp", order="scale_shift")
@@ -153,7 +153,7 @@ class CouplingBlock(AdoptedLayer):
         g: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """x (N, C, T), x_mask (N, 1, T), g (N, C_c, 1) -> z, log_det (N,), or None if reverse."""
+        """Map x (N, C, T), x_mask (N, 1, T), g (N, C_c, 1) to z and log_det (N,), which is None if reverse."""
         if self.is_small(x) or not runs_on(self, x, x_mask, g) or coupling_fault(self):
             return self._alone(x, x_mask, reverse=reverse, g=g, **kwargs)
         mask = x.new_ones(x.shape[0], 1, x.shape[2]) if x_mask is None else x_mask.to(x.dtype)

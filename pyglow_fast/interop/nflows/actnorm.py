@@ -1,4 +1,4 @@
-"""nflows' ActNorm with an initialisation that is finite, the same on all ranks, and refused before anything changes."""
+"""Corrects nflows' ActNorm: an initialisation that is finite, equal on all ranks, and refused before any change."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ActNorm(transforms.ActNorm):
     """
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """inputs -> outputs, logabsdet; initialises first if this is a training forward of a fresh layer."""
+        """Map inputs to outputs and logabsdet; the first training forward of a fresh layer initialises it."""
         self._check(inputs)
         if not ordinary(inputs, self.log_scale, self.shift):
             found: tuple[Tensor, Tensor] = super().forward(inputs, context)
@@ -51,7 +51,7 @@ class ActNorm(transforms.ActNorm):
         return torch.addcmul(shift, inputs, scale), self._logabsdet(inputs)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """outputs -> inputs, -logabsdet."""
+        """Map outputs to inputs and -logabsdet."""
         self._check(inputs)
         found: tuple[Tensor, Tensor] = super().inverse(inputs, context)
         return found

@@ -1,4 +1,4 @@
-"""nflows' squeeze, invertible for any factor."""
+"""Computes nflows' squeeze, invertible for any factor."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class SqueezeTransform(transforms.SqueezeTransform):
     """
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """inputs -> outputs, 0."""
+        """Map inputs to outputs, and 0 for logabsdet."""
         self._check(inputs)
         return functional.squeeze(inputs, self.factor), inputs.new_zeros(inputs.shape[0])
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """outputs -> inputs, 0."""
+        """Map outputs to inputs, and 0 for logabsdet."""
         self._check(inputs)
         return functional.unsqueeze(inputs, self.factor), inputs.new_zeros(inputs.shape[0])
 

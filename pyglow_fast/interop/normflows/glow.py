@@ -1,4 +1,4 @@
-"""normflows' GlowBlock, and what it is in the terms of this package."""
+"""Computes normflows' GlowBlock, and says what it is in the terms of this package."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class GlowBlock(normflows.flows.GlowBlock):
         return all(module.is_initialized for module in self.modules() if isinstance(module, ActNorm))
 
     def channel_layers(self) -> tuple[Invertible1x1Conv, ActNorm] | None:
-        """The layers that fold into one product; None if these are not what the constructor made."""
+        """Find the layers that fold into one product; None if these are not what the constructor made."""
         if len(self.flows) != 3:
             return None
         _, conv, actnorm = self.flows
@@ -94,7 +94,7 @@ class GlowBlock(normflows.flows.GlowBlock):
             expect(bool(z.isfinite().all()), "z", "finite values to initialise actnorm from", "NaN or inf")
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """z -> x."""
+        """Map latents z to data x."""
         folded = self._folded(z)
         if folded is None:
             self._check_first(z)
@@ -107,7 +107,7 @@ class GlowBlock(normflows.flows.GlowBlock):
         return x, log_det - channel_map.log_det * functional.n_positions(z)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """x -> z."""
+        """Map data x to latents z."""
         folded = self._folded(z)
         if folded is None:
             self._check_first(z)
@@ -120,7 +120,7 @@ class GlowBlock(normflows.flows.GlowBlock):
 
 
 def fold(conv: Invertible1x1Conv, actnorm: ActNorm) -> ChannelMap:
-    """M = W diag(exp(-s)) (C, C), c = -M t (C,), log|det M| (): u = M x + c is what both do from x to z."""
+    """Fold actnorm and convolution, x to z: u = M x + c, M = W diag(exp(-s)), c = -M t; gives M, c, log|det M|."""
     weight, weight_log_det = conv.weight_and_log_det()
     log_scale = -actnorm.s.flatten()
     matrix, offset = functional.fold_actnorm(weight, log_scale, -actnorm.t.flatten())
@@ -146,7 +146,7 @@ class FlowParts(NamedTuple):
 
 
 def flow_parts(block: Any) -> FlowParts | str:
-    """What a GlowBlock (of ours; see adopt) computes from x to z by this package's functions, or why it cannot be told.
+    """Describe what an adopted GlowBlock computes from x to z by this package's functions, or say why it cannot be.
 
     The parts are those of an initialised block: one that is not (``block.is_initialized``) must see data first.
     """

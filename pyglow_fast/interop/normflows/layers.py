@@ -1,4 +1,4 @@
-"""normflows' single layers: ActNorm, Invertible1x1Conv, Permute, Squeeze."""
+"""Computes normflows' single layers: ActNorm, Invertible1x1Conv, Permute, Squeeze."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_images(z: Tensor, channels: int | None = None) -> None:
 
 
 def in_full(z: Tensor, like: Tensor) -> Tensor:
-    """A z that normflows' arithmetic promotes to the dtype of the parameters (16 bits under autocast, bytes) in it."""
+    """Convert a z that normflows' arithmetic would promote (16 bits under autocast, bytes) to the parameters' dtype."""
     return z.to(like.dtype) if torch.promote_types(z.dtype, like.dtype) == like.dtype else z
 
 
@@ -99,14 +99,14 @@ class ActNorm(normflows.flows.ActNorm):
         self.look_at_flag()
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """z -> x."""
+        """Map latents z to data x."""
         if not self.is_initialized:
             self.initialize_from(z, inverse=False)
         out: tuple[Tensor, Tensor] = AffineConstFlow.forward(self, z)
         return out
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """x -> z."""
+        """Map data x to latents z."""
         if not self.is_initialized:
             self.initialize_from(z, inverse=True)
         out: tuple[Tensor, Tensor] = AffineConstFlow.inverse(self, z)
@@ -118,7 +118,7 @@ class ActNorm(normflows.flows.ActNorm):
 
 
 def net_actnorm(module: nn.Module, dims: int) -> tuple[Tensor, Tensor] | None:
-    """Scale and offset, (C,), of the actnorm within normflows' ConvNet2d; None if it must be called itself.
+    """Compute scale and offset, (C,), of the actnorm within normflows' ConvNet2d; None if it must be called itself.
 
     ``dims`` are the spatial dimensions of what it is called with.
     """
@@ -154,13 +154,13 @@ class Invertible1x1Conv(normflows.flows.Invertible1x1Conv):
     """
 
     def weight_and_log_det(self) -> tuple[Tensor, Tensor]:
-        """W (C, C), differentiable, and log|det W| ()."""
+        """Compute the matrix W (C, C), differentiable, and log|det W| ()."""
         if not self.use_lu:
             return self.W, functional.log_abs_det(self.W)
         return plu_weight(self.P, self.L, self.U, self.log_S, self.sign_S), self.log_S.sum()
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """z -> x."""
+        """Map latents z to data x."""
         check_images(z, self.num_channels)
         weight, log_det = self.weight_and_log_det()
         z = in_full(z, weight)
@@ -168,7 +168,7 @@ class Invertible1x1Conv(normflows.flows.Invertible1x1Conv):
         return x, -log_det * functional.n_positions(z)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """x -> z."""
+        """Map data x to latents z."""
         check_images(z, self.num_channels)
         weight, log_det = self.weight_and_log_det()
         z = functional.channel_mix(in_full(z, weight), weight, weight.new_zeros(self.num_channels))
@@ -177,7 +177,7 @@ class Invertible1x1Conv(normflows.flows.Invertible1x1Conv):
 
 @stands_in
 class Permute(normflows.flows.Permute):
-    """x = z[:, perm] ("shuffle"), or the second half of the channels before the first ("swap"); log_det = 0.
+    """A permutation of channels: x = z[:, perm] ("shuffle"), or the second half before the first ("swap"); log_det = 0.
 
     Args:
         num_channels: C.
@@ -190,12 +190,12 @@ class Permute(normflows.flows.Permute):
     """
 
     def forward(self, z: Tensor, context: object = None) -> tuple[Tensor, Tensor]:
-        """z -> x."""
+        """Map latents z to data x."""
         out = z.index_select(1, self.perm) if self.mode == "shuffle" else super().forward(z)[0]
         return out, z.new_zeros(len(z))
 
     def inverse(self, z: Tensor, context: object = None) -> tuple[Tensor, Tensor]:
-        """x -> z."""
+        """Map data x to latents z."""
         out = z.index_select(1, self.inv_perm) if self.mode == "shuffle" else super().inverse(z)[0]
         return out, z.new_zeros(len(z))
 
@@ -209,11 +209,11 @@ class Squeeze(normflows.flows.Squeeze):
     """
 
     def forward(self, z: Tensor) -> tuple[Tensor, int]:
-        """z -> x, channels to space."""
+        """Map z to x, channels to space."""
         check_images(z)
         return functional.unsqueeze(z), 0
 
     def inverse(self, z: Tensor) -> tuple[Tensor, int]:
-        """x -> z, space to channels."""
+        """Map x to z, space to channels."""
         check_images(z)
         return functional.squeeze(z), 0
