@@ -141,7 +141,7 @@ class FlowParts(NamedTuple):
     spec: CouplingSpec
 
     def run_net(self, u1: Tensor) -> Tensor:
-        """(N, kept, H, W) -> (N, 2 (C - kept), H, W), shift and raw scale, or (N, C - kept, H, W), shift."""
+        """Run the net on (N, kept, H, W): shift and raw scale (N, 2 (C - kept), H, W), or shift (N, C - kept, H, W)."""
         return nets.run(self.net, u1, self.order)
 
 
