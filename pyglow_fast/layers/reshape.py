@@ -24,6 +24,16 @@ class Squeeze(FlowLayer):
         ValueError: a spatial size does not divide by the factor (forward), or the channels by factor^d (inverse).
 
     Reference: Dinh et al. 2017, section 3.6.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast import Squeeze
+        >>> image = torch.arange(16.0).reshape(1, 1, 4, 4)
+        >>> z, log_det = Squeeze()(image)
+        >>> z.shape, log_det
+        (torch.Size([1, 4, 2, 2]), tensor([0.]))
+        >>> z[0, :, 0, 0]  # the upper left square of 2 x 2 pixels, now four channels
+        tensor([0., 1., 4., 5.])
     """
 
     def __init__(self, factor: int = 2) -> None:
