@@ -72,7 +72,21 @@ def variants(
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a comparison: its settings and its folder."""
+    """One run of a comparison: its settings and its folder.
+
+    Examples:
+        >>> from pyglow_fast import GlowConfig
+        >>> from pyglow_fast.data import load_digits
+        >>> from pyglow_fast.experiments import Trial
+        >>> from pyglow_fast.train import RunFolder, TrainConfig
+        >>> model = GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4)
+        >>> trial = Trial(TrainConfig(model=model, max_steps=1), RunFolder("trials/first"))
+        >>> trial.finished() is None
+        True
+        >>> _ = trial.ready(load_digits()).execute(quiet=True)
+        >>> trial.name, trial.finished().progress["step"]
+        ('first', 1)
+    """
 
     config: TrainConfig
     folder: RunFolder
@@ -117,6 +131,17 @@ class Comparison:
     Raises:
         ValueError: another kind of folder; settings or images that are not those of the runs in it, other than what a
             resumed run may change; or what start and resume refuse.
+
+    Examples:
+        >>> from pyglow_fast import GlowConfig
+        >>> from pyglow_fast.data import load_digits
+        >>> from pyglow_fast.experiments import Comparison, variants
+        >>> from pyglow_fast.train import TrainConfig
+        >>> base = TrainConfig(model=GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4), max_steps=1)
+        >>> configs = variants(base, ["invconv", "reverse"], ["affine"], seeds=[0, 1])
+        >>> comparison = Comparison(configs, "ablation", load_digits())
+        >>> [trial.name for trial in comparison.trials]  # comparison.execute() trains and compares them
+        ['invconv-affine-seed0', 'reverse-affine-seed0', 'invconv-affine-seed1', 'reverse-affine-seed1']
     """
 
     def __init__(self, configs: Sequence[TrainConfig], out: str | Path, data: Images) -> None:

@@ -26,6 +26,15 @@ class Auroc:
     """P(s' > s) + P(s' = s) / 2 for a foreign image's score s' and an own image's s, with its standard error.
 
     ``standard_error`` is NaN where the sets are wholly apart: there DeLong's estimate has nothing to go by.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.experiments import Auroc, auroc
+        >>> found = auroc(own=torch.tensor([3.0, 3.1, 3.3]), foreign=torch.tensor([3.2, 3.4, 3.5]))
+        >>> isinstance(found, Auroc), f"{found.value:.3f}", found.below_chance  # eight of nine pairs are in order
+        (True, '0.889', False)
+        >>> Auroc(0.31, 0.02).below_chance  # foreign images are likelier than the model's own kind
+        True
     """
 
     value: float

@@ -33,6 +33,16 @@ class Outcome:
         seconds_per_step: median over metrics.csv; NaN without any.
         parameters: of the model.
         note: what is wrong, if anything.
+
+    Examples:
+        >>> from pyglow_fast import GlowConfig
+        >>> from pyglow_fast.experiments import Outcome
+        >>> from pyglow_fast.train import TrainConfig
+        >>> config = TrainConfig(model=GlowConfig((1, 8, 8), n_levels=1, permutation="reverse", n_checkerboard=2))
+        >>> curve = ((500, 3.41), (1000, 3.28))
+        >>> outcome = Outcome(config, step=1000, held_out=3.27, curve=curve, seconds_per_step=0.1, parameters=70_000)
+        >>> outcome.variant, outcome.curve[-1]
+        (('reverse + 2 checkerboards', 'affine'), (1000, 3.28))
     """
 
     config: TrainConfig

@@ -33,6 +33,22 @@ class ScoredImages:
 
     Raises:
         ValueError: positions of another number of images.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.data import load_digits
+        >>> from pyglow_fast.experiments import ScoredImages, score_csv
+        >>> from pyglow_fast.train import ImageScores
+        >>> few = load_digits().subset([5, 7, 9])
+        >>> scores = ImageScores(torch.arange(3), torch.tensor([[2.5], [2.75], [float("inf")]]))
+        >>> scored = ScoredImages(few, scores, positions=torch.tensor([5, 7, 9]))
+        >>> print(score_csv({"digits": scored}), end="")
+        index,label,bits_per_dim
+        5,5,2.5
+        7,7,2.75
+        9,9,inf
+        >>> scored.complaints()
+        ['1 image without a finite likelihood, left out of the figures: 9']
     """
 
     images: Images

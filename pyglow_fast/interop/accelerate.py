@@ -54,6 +54,19 @@ class Acceleration:
         replaced: names of the layers that are ours now, and their class.
         left: names of layers and nets that are as they were, and why.
         joined: names of the lists whose steps run in one chain, and how many steps.
+
+    Examples:
+        >>> import normflows
+        >>> from pyglow_fast.interop import Acceleration, accelerate
+        >>> model = normflows.flows.GlowBlock(channels=4, hidden_channels=8, use_lu=False)
+        >>> acceleration = accelerate(model)
+        >>> isinstance(acceleration, Acceleration), acceleration.replaced[""]  # the name of the model itself
+        (True, 'GlowBlock')
+        >>> type(model).__module__
+        'pyglow_fast.interop.normflows.glow'
+        >>> acceleration.undo()
+        >>> type(model).__module__
+        'normflows.flows.affine.glow'
     """
 
     model: nn.Module

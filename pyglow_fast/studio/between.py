@@ -28,6 +28,18 @@ class Between:
         first, last: the images.
         space: "noise" or "latent".
         spherical: on great circles, level by level.
+
+    Examples:
+        >>> from pyglow_fast import GlowConfig
+        >>> from pyglow_fast.studio import Between, OpenRun, parse_image
+        >>> from pyglow_fast.train import TrainConfig, start
+        >>> model = GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4)
+        >>> result = start(TrainConfig(model=model, max_steps=1), "runs/tiny").execute(quiet=True)
+        >>> opened = OpenRun.open("runs/tiny")
+        >>> between = Between(opened, opened.pick(parse_image("0")), opened.pick(parse_image("1")), "noise")
+        >>> frames, not_finite = between.frames(steps=5)
+        >>> frames.shape, between.made(frames, ".gif").data[:3]
+        (torch.Size([5, 1, 8, 8]), b'GIF')
     """
 
     opened: OpenRun

@@ -22,6 +22,12 @@ class Made(NamedTuple):
         command: without the name of the file.
         suffix: of its name.
         option: of the command, that takes the name.
+
+    Examples:
+        >>> from pyglow_fast.studio import Made
+        >>> made = Made(b"a picture", "pyglow-fast sample runs/tiny --n 4")
+        >>> made.whole_command("my samples.png")
+        "pyglow-fast sample runs/tiny --n 4 --out 'my samples.png'"
     """
 
     data: bytes

@@ -21,7 +21,14 @@ REST = "rest"  # as minus: the images without the attribute, also where a class 
 
 
 class Add(NamedTuple):
-    """A change of an image: ``strength`` times the way from the images of ``minus`` to those of ``plus``."""
+    """A change of an image: ``strength`` times the way from the images of ``minus`` to those of ``plus``.
+
+    Examples:
+        >>> from pyglow_fast.studio import Add, Edit
+        >>> smile = Add("Smiling", "rest", 1.5)  # beyond the faces with a smile, from those without
+        >>> Edit((smile, Add("Young", "rest", 0.0))).active
+        (Add(plus='Smiling', minus='rest', strength=1.5),)
+    """
 
     plus: str
     minus: str
@@ -37,6 +44,15 @@ class Directions(NamedTuple):
         counts: int64 (A, 2), images with and without.
         means: float32, one tensor (A, 2, C, *spatial) a level.
         pixels: float32 (A, 2, C, *spatial), of x.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.studio import Add, Directions
+        >>> means = torch.tensor([[[1.0, 2.0], [0.0, 0.0]]]).reshape(1, 2, 2, 1, 1)  # with it, without
+        >>> directions = Directions("latent", ("Smiling",), torch.tensor([[30, 70]]), (means,), means / 10)
+        >>> latents, pixels = directions.shift([Add("Smiling", "rest", 1.5)])
+        >>> latents[0].flatten(), pixels.flatten()
+        (tensor([1.5000, 3.0000]), tensor([0.1500, 0.3000]))
     """
 
     space: str

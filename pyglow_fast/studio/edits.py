@@ -30,6 +30,18 @@ class Edited(NamedTuple):
         levels: int64 (C, H, W).
         finite: whether all values of the decoded image are numbers; those that are not are shown grey.
         shifted: of the pixel-shift twin, x + sum_j s_j (mean pixels with - without); None if it was not asked for.
+
+    Examples:
+        >>> from pyglow_fast import GlowConfig
+        >>> from pyglow_fast.studio import Edit, Edited, OpenRun, Subject, parse_image
+        >>> from pyglow_fast.train import TrainConfig, start
+        >>> model = GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4)
+        >>> result = start(TrainConfig(model=model, max_steps=1), "runs/first").execute(quiet=True)
+        >>> opened = OpenRun.open("runs/first")
+        >>> subject = Subject(opened, opened.pick(parse_image("0")), opened.space)
+        >>> found = subject.edited(Edit(keep=(0.0,)))  # nothing of the image's own latents
+        >>> isinstance(found, Edited), found.finite, found.levels.shape
+        (True, True, torch.Size([1, 8, 8]))
     """
 
     levels: Tensor
@@ -46,6 +58,12 @@ class Edit:
         keep: the share of the image's own latents that each level keeps, shallowest first; empty: all of all.
 
     Strengths and shares are rounded to DIGITS behind the point: a slider's 0.30000000000000004 is 0.3.
+
+    Examples:
+        >>> from pyglow_fast.studio import Add, Edit
+        >>> edit = Edit((Add("3", "8", 0.5), Add("7", "1", 0.0)), keep=(0.5, 1.0))
+        >>> edit.is_none, edit.options()  # of the command line: what has no strength is left out
+        (False, ['--add', '3', '8', '0.5', '--keep', '0.5', '1'])
     """
 
     adds: tuple[Add, ...] = ()
@@ -88,6 +106,19 @@ class Subject:
 
     Raises:
         ValueError: the image does not fit the model; its latents are not finite.
+
+    Examples:
+        >>> from pyglow_fast import GlowConfig
+        >>> from pyglow_fast.studio import Edit, OpenRun, Subject, parse_image
+        >>> from pyglow_fast.train import TrainConfig, start
+        >>> model = GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4)
+        >>> result = start(TrainConfig(model=model, max_steps=1), "runs/tiny").execute(quiet=True)
+        >>> opened = OpenRun.open("runs/tiny")
+        >>> subject = Subject(opened, opened.pick(parse_image("0")), "noise")  # held-out image 0
+        >>> half = Edit(keep=(0.5,))
+        >>> made = subject.made(subject.edited(half).levels, half)
+        >>> made.command, made.data[:4]
+        ('pyglow-fast edit runs/tiny 0 --keep 0.5 --space noise', b'\x89PNG')
     """
 
     @torch.no_grad()

@@ -21,6 +21,18 @@ class Grid:
 
     Raises:
         ValueError: classes that the model does not have.
+
+    Examples:
+        >>> from pyglow_fast import GlowConfig
+        >>> from pyglow_fast.studio import Draw, Grid, OpenRun
+        >>> from pyglow_fast.train import TrainConfig, start
+        >>> model = GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4)
+        >>> result = start(TrainConfig(model=model, max_steps=1), "runs/tiny").execute(quiet=True)
+        >>> grid = Grid(OpenRun.open("runs/tiny"), Draw(n=4, seed=7))
+        >>> grid.picked(2).image.text  # a sample's name, by which it can be edited
+        'sample:2:n=4:seed=7:temperature=0.7'
+        >>> grid.made(columns=2).command
+        'pyglow-fast sample runs/tiny --n 4 --temperature 0.7 --seed 7 --columns 2'
     """
 
     opened: OpenRun

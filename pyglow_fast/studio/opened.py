@@ -32,7 +32,15 @@ Progress = Callable[[int, int], None]  # (done, of how many)
 
 
 class Picked(NamedTuple):
-    """An image that was chosen: levels uint8 (C, H, W), its label (for a model with classes), and its name."""
+    """An image that was chosen: levels uint8 (C, H, W), its label (for a model with classes), and its name.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.studio import File, Picked
+        >>> picked = Picked(torch.zeros(1, 8, 8, dtype=torch.uint8), label=None, image=File("black.png"))
+        >>> picked.image.text, picked.levels.shape
+        ('black.png', torch.Size([1, 8, 8]))
+    """
 
     levels: Tensor
     label: int | None
@@ -40,7 +48,15 @@ class Picked(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """The finite bits/dim of some held-out and some training images of a run, float64."""
+    """The finite bits/dim of some held-out and some training images of a run, float64.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.studio import Scores
+        >>> scores = Scores(held_out=torch.tensor([3.1, 3.4]), train=torch.tensor([3.0, 3.2, 3.3, 3.6]))
+        >>> scores.share_below(3.25)  # half of the training images are likelier than an image of 3.25 bits/dim
+        0.5
+    """
 
     held_out: Tensor
     train: Tensor
@@ -55,7 +71,19 @@ class LostImagesError(ValueError):
 
 
 class OwnImages:
-    """The images of a run, loaded when they are first asked for; all checkpoints of the run share them."""
+    """The images of a run, loaded when they are first asked for; all checkpoints of the run share them.
+
+    Examples:
+        >>> from pyglow_fast import GlowConfig
+        >>> from pyglow_fast.data import load_digits
+        >>> from pyglow_fast.studio import OwnImages
+        >>> from pyglow_fast.train import TrainConfig, TrainState
+        >>> config = TrainConfig(model=GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4))
+        >>> own = OwnImages(TrainState(config, load_digits()).checkpoint())
+        >>> data, train, held_out = own.find()
+        >>> data.name, len(train), len(held_out), own.missing
+        ('digits', 1617, 180, '')
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
@@ -112,6 +140,17 @@ class OpenRun:
         images: of the run.
         train_images: that directions are measured on, at most.
         device: as it was asked for; another one draws other samples.
+
+    Examples:
+        >>> from pyglow_fast import GlowConfig
+        >>> from pyglow_fast.studio import OpenRun, parse_image
+        >>> from pyglow_fast.train import TrainConfig, start
+        >>> model = GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4)
+        >>> result = start(TrainConfig(model=model, max_steps=1), "runs/tiny").execute(quiet=True)
+        >>> opened = OpenRun.open("runs/tiny")
+        >>> picked = opened.pick(parse_image("0"))  # held-out image 0
+        >>> opened.step, picked.levels.shape, opened.bits(picked.levels) > 0
+        (1, torch.Size([1, 8, 8]), True)
     """
 
     name: str

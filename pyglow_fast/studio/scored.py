@@ -20,7 +20,21 @@ LONGEST = 24  # characters of a name in the picture
 
 
 class FileScore(NamedTuple):
-    """The bits/dim of one image, and the share of training images with fewer; NaN without any to compare with."""
+    """The bits/dim of one image, and the share of training images with fewer; NaN without any to compare with.
+
+    Examples:
+        >>> from PIL import Image
+        >>> from pyglow_fast import GlowConfig
+        >>> from pyglow_fast.studio import FileScore, OpenRun, parse_image, score_files
+        >>> from pyglow_fast.train import TrainConfig, start
+        >>> model = GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4)
+        >>> result = start(TrainConfig(model=model, max_steps=1), "runs/tiny").execute(quiet=True)
+        >>> opened = OpenRun.open("runs/tiny")
+        >>> Image.new("L", (8, 8), 255).save("white.png")
+        >>> (score,) = score_files(opened, [opened.pick(parse_image("white.png"))])
+        >>> isinstance(score, FileScore), score.share_below  # all training images are likelier than a white one
+        (True, 1.0)
+    """
 
     picked: Picked
     bits: float

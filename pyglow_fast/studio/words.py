@@ -41,7 +41,13 @@ def one_line(text: str) -> bool:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The name of a held-out image of a run: its number, from 0."""
+    """The name of a held-out image of a run: its number, from 0.
+
+    Examples:
+        >>> from pyglow_fast.studio import HeldOut, parse_image
+        >>> parse_image("12") == HeldOut(12), HeldOut(12).text
+        (True, '12')
+    """
 
     number: int
 
@@ -53,7 +59,16 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Sample:
-    """The name of one image of the samples of ``draw``: its number, from 0."""
+    """The name of one image of the samples of ``draw``: its number, from 0.
+
+    Examples:
+        >>> from pyglow_fast.studio import Draw, Sample, parse_image
+        >>> sample = Sample(2, Draw(n=4, temperature=0.7, seed=7))
+        >>> sample.text
+        'sample:2:n=4:seed=7:temperature=0.7'
+        >>> parse_image(sample.text) == sample
+        True
+    """
 
     number: int
     draw: Draw
@@ -73,6 +88,13 @@ class File:
 
     Raises:
         ValueError: its name has control characters, which no command line that is shown can hold.
+
+    Examples:
+        >>> from pyglow_fast.studio import File, parse_image
+        >>> parse_image("photos/me.png")
+        File(path='photos/me.png')
+        >>> File("12").text  # a file of this name is told from held-out image 12
+        './12'
     """
 
     path: str

@@ -41,7 +41,17 @@ _PARTS = ("model", "ema", "optimizer", "rank")
 
 @dataclass(frozen=True)
 class DataStamp:
-    """What a run remembers of its images: their ImageSet.fingerprint, number of levels and class names."""
+    """What a run remembers of its images: their ImageSet.fingerprint, number of levels and class names.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.data import ImageSet
+        >>> from pyglow_fast.train import DataStamp
+        >>> images = ImageSet("mine", torch.zeros(6, 1, 4, 4, dtype=torch.uint8), n_bins=32)
+        >>> stamp = DataStamp(images.fingerprint(), images.n_bins)
+        >>> stamp == DataStamp(images.subset([0, 1]).fingerprint(), images.n_bins)  # a resumed run must see all of them
+        False
+    """
 
     fingerprint: str
     n_bins: int
@@ -63,6 +73,18 @@ class Checkpoint:
         rank: what each rank has for itself, named ``R.NAME``: states of random generators and of the drift control.
         written_by: versions of what wrote it.
         digest: as the file has it, a key for what is computed from its contents; empty unless it was loaded.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from pyglow_fast import Glow, GlowConfig
+        >>> from pyglow_fast.data import load_digits
+        >>> from pyglow_fast.train import Checkpoint, TrainConfig, TrainState
+        >>> config = TrainConfig(model=GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4))
+        >>> TrainState(config, load_digits()).checkpoint().save(Path("step.safetensors"))
+        >>> loaded = Checkpoint.load(Path("step.safetensors"))
+        >>> loaded.config == config, loaded.progress["step"]
+        (True, 0)
+        >>> loaded.load_model(Glow(loaded.config.model), "step.safetensors")  # a new model gets the weights of the file
     """
 
     config: TrainConfig

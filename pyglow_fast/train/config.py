@@ -92,6 +92,16 @@ class TrainConfig:
 
     Raises:
         ValueError: a value of the wrong type or out of its range, or parts that do not fit each other.
+
+    Examples:
+        >>> from pyglow_fast import GlowConfig
+        >>> from pyglow_fast.train import TrainConfig
+        >>> config = TrainConfig(model=GlowConfig((1, 8, 8), n_levels=2, n_steps=4, hidden=32), max_steps=1000)
+        >>> longer = config.adjusted(max_steps=2000)
+        >>> config.changes(longer)
+        {'max_steps': (1000, 2000)}
+        >>> TrainConfig.from_dict(longer.to_dict()) == longer
+        True
     """
 
     data: DataConfig = field(default_factory=DataConfig)

@@ -18,6 +18,20 @@ class Ema:
     Args:
         model: whose parameters are averaged; buffers are not.
         decay: in (0, 1).
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.train import Ema
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = model.weight.data.fill_(0.0)
+        >>> ema = Ema(model, decay=0.9)
+        >>> _ = model.weight.data.fill_(1.0)
+        >>> ema.update(updates=1)  # d = 2 / 11: nine elevenths of the way
+        >>> with ema.applied():
+        ...     print(f"{model.weight.item():.3f}")
+        0.818
+        >>> model.weight.item()
+        1.0
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

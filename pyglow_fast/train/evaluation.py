@@ -25,6 +25,13 @@ class Score:
 
     ``unreadable`` more images could not be read and are left out. Of a model with a classifier, on images with labels:
     ``class_bits``, the mean of -log2 p(label | top latent), and ``accuracy``, the share whose likeliest class is right.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.train import Score
+        >>> score = Score.of(torch.tensor([3.0, 3.2, 3.4, 3.2], dtype=torch.float64))
+        >>> f"{score.mean:.2f} ± {score.error_text} bits/dim of {score.images} images"
+        '3.20 ± 0.082 bits/dim of 4 images'
     """
 
     mean: float
@@ -104,6 +111,19 @@ class ImageScores:
         unreadable: indices of images that could not be read.
         classes: float64 (n, 2) where the model has a classifier for the images' labels: -log2 p(label | top latent)
             under the first draw, and 1 or 0 as the likeliest class is the label or not. None elsewhere.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast import Glow, GlowConfig
+        >>> from pyglow_fast.data import ImageSet
+        >>> from pyglow_fast.train import ImageScores, score_images
+        >>> images = ImageSet("mine", torch.randint(32, (3, 1, 4, 4), dtype=torch.uint8), n_bins=32)
+        >>> model = Glow(GlowConfig((1, 4, 4), n_levels=1, n_steps=1, hidden=4))
+        >>> scores = score_images(model, images, batch_size=3, seed=0, draws=2)
+        >>> scores.draws.shape, scores.bits_per_dim.equal(scores.draws.mean(1))
+        (torch.Size([3, 2]), True)
+        >>> ImageScores(torch.tensor([5]), torch.tensor([[3.0, 4.0]])).spread  # made by hand: image 5, two draws
+        tensor([0.7071])
     """
 
     indices: Tensor

@@ -30,7 +30,24 @@ READER_DIED = re.compile(r"DataLoader worker|process that reads images")
 
 
 class InputLostError(RuntimeError):
-    """Raised when images cannot be read any more; the message says which, and what was saved."""
+    """Raised when images cannot be read any more; the message says which, and what was saved.
+
+    Examples:
+        >>> from PIL import Image
+        >>> from pyglow_fast import GlowConfig
+        >>> from pyglow_fast.data import DataConfig
+        >>> from pyglow_fast.train import InputLostError, TrainConfig, start
+        >>> for i in range(20):
+        ...     Image.new("L", (8, 8), i).save(f"{i}.png")
+        >>> open("3.png", "w").close()  # damaged: an empty file
+        >>> data = DataConfig("folder:.", size=8, gray=True, in_memory=False)  # files are read when they are needed
+        >>> config = TrainConfig(data, GlowConfig((1, 8, 8), 1, 1, hidden=4), batch_size=4, max_steps=2, workers=0)
+        >>> try:
+        ...     start(config, "runs/first").execute(quiet=True)
+        ... except InputLostError as error:
+        ...     print(error)
+        3.png: expected an image that Pillow can decode, found ...
+    """
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,18 @@ TEMPORARY = ".partial"
 
 
 class FolderError(ValueError):
-    """Raised when the folder of a run cannot be made or written, or is that of another run by now."""
+    """Raised when the folder of a run cannot be made or written, or is that of another run by now.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from pyglow_fast.train import FolderError, RunFolder
+        >>> _ = Path("runs").write_text("a file where the folder of runs should be")
+        >>> try:
+        ...     RunFolder("runs/first").make()
+        ... except FolderError as error:
+        ...     print("no run was started:", error)
+        no run was started: out: ...
+    """
 
 
 @contextmanager

@@ -21,7 +21,16 @@ _PAPER, _INK, _FRAME = 255, 0, 190
 
 
 class GridRow(NamedTuple):
-    """One row of a grid: a label (may hold line ends; empty for none) and images (n, C, H, W) of levels."""
+    """One row of a grid: a label (may hold line ends; empty for none) and images (n, C, H, W) of levels.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.train import GridRow, labelled_grid
+        >>> rows = [GridRow(f"seed {seed}", torch.randint(32, (3, 1, 8, 8))) for seed in (0, 1)]
+        >>> picture = labelled_grid(rows, n_bins=32, columns=["cold", "warm", "hot"])
+        >>> picture.dtype, picture.dim(), picture.shape[0]  # colours, height, width
+        (torch.uint8, 3, 3)
+    """
 
     label: str
     levels: Tensor

@@ -90,6 +90,15 @@ class GlowModule(LightningModule):
         ValueError: an argument out of its range, or a batch that the model refuses, each named; a checkpoint without
             the averaged weights that it is to go on with.
         TrainingDivergedError: the loss of a training batch is NaN or inf; nothing is updated with it.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast import Glow, GlowConfig
+        >>> from pyglow_fast.train.lightning import GlowModule
+        >>> module = GlowModule(Glow(GlowConfig((1, 4, 4), n_levels=1, n_steps=1, hidden=4)), n_bins=32)
+        >>> batch = torch.randint(32, (8, 1, 4, 4))
+        >>> module(batch).shape  # bits/dim; lightning.Trainer(max_steps=100).fit(module, [batch]) trains
+        torch.Size([8])
     """
 
     def __init__(

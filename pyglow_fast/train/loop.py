@@ -48,6 +48,14 @@ class Result:
         yardsticks: measured on the held-out images; empty after a signal.
         skipped: steps without an update, since loss or gradient were not finite.
         unreadable: images that could not be read and had another one in their place.
+
+    Examples:
+        >>> from pyglow_fast.train import Result, Score
+        >>> result = Result(step=1000, seconds=60.0, held_out=Score(3.21, 0.02, images=180))
+        >>> f"{result.held_out.mean} bits/dim after {result.step} steps"
+        '3.21 bits/dim after 1000 steps'
+        >>> result.stopped_by is None  # no signal ended it
+        True
     """
 
     step: int
@@ -73,6 +81,16 @@ class Run:
         resumed: whether it goes on.
         check: refuses a folder that is not as it was when the run was made ready; asked again under its lock.
         notes: what to tell the user at the beginning.
+
+    Examples:
+        >>> from pyglow_fast import GlowConfig
+        >>> from pyglow_fast.train import Run, TrainConfig, start
+        >>> config = TrainConfig(model=GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4), max_steps=2)
+        >>> run = start(config, "runs/tiny")  # of scikit-learn's digits, which a TrainConfig names by default
+        >>> isinstance(run, Run), run.folder.exists  # nothing is written yet
+        (True, False)
+        >>> run.execute(quiet=True).step, run.folder.exists
+        (2, True)
     """
 
     def __init__(

@@ -28,7 +28,17 @@ _LOST = re.compile(r"gloo|nccl|connection|peer|socket|timed? ?out|store", re.IGN
 
 
 class RankError(RuntimeError):
-    """Raised when another process of the run is gone, or its weights differ from those of this one."""
+    """Raised when another process of the run is gone, or its weights differ from those of this one.
+
+    Examples:
+        >>> from pyglow_fast.train import RankError, open_ranks
+        >>> try:
+        ...     with open_ranks() as ranks:  # the processes of torchrun, if it started this one
+        ...         print("rank", ranks.rank, "of", ranks.world)  # start(..., ranks=ranks) trains in all
+        ... except RankError as error:
+        ...     print("another process is gone:", error)
+        rank 0 of 1
+    """
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,15 @@ class Ranks:
         rank, world: which of how many this one is.
         local: which one on this machine, and so the number of its GPU.
         device: where small tensors go that all ranks add up.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.train import Ranks
+        >>> second = Ranks(rank=1, world=3)
+        >>> second.share(torch.arange(10))  # the others have 0..3 and 7..9
+        tensor([4, 5, 6])
+        >>> second.first, Ranks().first
+        (False, True)
     """
 
     rank: int = 0

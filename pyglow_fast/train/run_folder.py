@@ -26,7 +26,18 @@ _STEP = "step-{:07d}.safetensors"
 
 
 class RunFolder:
-    """The paths of a run's files below its folder. Making the object touches nothing."""
+    """The paths of a run's files below its folder. Making the object touches nothing.
+
+    Examples:
+        >>> from pyglow_fast import GlowConfig
+        >>> from pyglow_fast.train import RunFolder, TrainConfig
+        >>> folder = RunFolder("runs/tiny")
+        >>> folder.exists
+        False
+        >>> folder.create(TrainConfig(model=GlowConfig((1, 8, 8), n_levels=1), lr=0.002))
+        >>> folder.exists, folder.read_config().lr, folder.saved()  # no checkpoint yet
+        (True, 0.002, [])
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

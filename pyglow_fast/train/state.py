@@ -46,7 +46,19 @@ CHECK_VALUES = 1 << 21  # of the images, at most 64 of them, that are looked at 
 
 
 class TrainingDivergedError(ArithmeticError):
-    """Raised when the loss or the gradient is no number any more; the message is a report for the user."""
+    """Raised when the loss or the gradient is no number any more; the message is a report for the user.
+
+    Examples:
+        >>> from pyglow_fast import GlowConfig
+        >>> from pyglow_fast.train import TrainConfig, TrainingDivergedError, start
+        >>> model = GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4)
+        >>> run = start(TrainConfig(model=model, lr=1e6, clip_norm=None, max_skipped=1, max_steps=20), "runs/wild")
+        >>> try:
+        ...     run.execute(quiet=True)
+        ... except TrainingDivergedError as error:
+        ...     print(error)
+        training diverged at step ...
+    """
 
 
 class Losses(nn.Module):
@@ -82,6 +94,19 @@ class TrainState:
 
     Raises:
         ValueError: images, model and configuration do not fit each other.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast import GlowConfig
+        >>> from pyglow_fast.data import ImageSet
+        >>> from pyglow_fast.train import TrainConfig, TrainState
+        >>> images = ImageSet("mine", torch.randint(32, (20, 1, 4, 4), dtype=torch.uint8), n_bins=32)
+        >>> model = GlowConfig((1, 4, 4), n_levels=1, n_steps=1, hidden=4)
+        >>> state = TrainState(TrainConfig(model=model, batch_size=6, device="cpu"), images)
+        >>> state.initialize()
+        >>> bits = [state.step() for _ in range(4)]
+        >>> len(state.train), state.steps_per_epoch, state.progress.step, state.epoch
+        (18, 3, 4, 1)
     """
 
     def __init__(self, config: TrainConfig, data: Images, ranks: Ranks | None = None) -> None:

@@ -18,7 +18,21 @@ from pyglow_fast.train.run_folder import RunFolder
 
 
 class SaveError(OSError):
-    """Raised when the end of a run cannot be written; the message says what is on the disk."""
+    """Raised when the end of a run cannot be written; the message says what is on the disk.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from pyglow_fast import GlowConfig
+        >>> from pyglow_fast.train import SaveError, TrainConfig, start
+        >>> model = GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4)
+        >>> run = start(TrainConfig(model=model, max_steps=1), "runs/tiny")
+        >>> run.folder.page = Path("gone/report.html")  # a place that cannot be written
+        >>> try:
+        ...     run.execute(quiet=True)
+        ... except SaveError as error:
+        ...     print(error)
+        the end of the run cannot be written: the page of the report ...
+    """
 
 
 class RunWriter:

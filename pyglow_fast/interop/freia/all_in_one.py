@@ -76,6 +76,15 @@ class StepParts(NamedTuple):
 
     Blocks in a row are a chain of steps that each mix and then couple: the map of step k is before_k(after_(k-1)(x)),
     and the last ``after`` follows the chain. Such a chain halves the channels, so C must be even.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.interop.freia import AllInOneBlock, StepParts, step_parts
+        >>> def subnet(channels_in, channels_out):
+        ...     return torch.nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        >>> parts = step_parts(AllInOneBlock([(4, 8, 8)], subnet_constructor=subnet))
+        >>> isinstance(parts, StepParts), parts.before is None, parts.net(torch.randn(1, 2, 8, 8)).shape
+        (True, True, torch.Size([1, 4, 8, 8]))
     """
 
     before: ChannelMap | None
@@ -359,6 +368,19 @@ class AllInOneBlock(ServedBlock, Fm.AllInOneBlock):
     differentiated again: an error says so, and that PYGLOW_FORCE_REFERENCE=1 helps.
 
     Shapes: x ((N, C, *spatial),), none to three spatial dimensions, c of conditions (N, C_c, *spatial).
+
+    Examples:
+        >>> import torch
+        >>> from FrEIA.framework import SequenceINN
+        >>> from pyglow_fast.interop.freia import AllInOneBlock
+        >>> def subnet(channels_in, channels_out):
+        ...     return torch.nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        >>> flow = SequenceINN(4, 8, 8)
+        >>> for _ in range(3):
+        ...     flow.append(AllInOneBlock, subnet_constructor=subnet)
+        >>> x = torch.randn(2, 4, 8, 8)
+        >>> torch.allclose(flow(flow(x)[0], rev=True)[0], x, atol=1e-4)
+        True
     """
 
     def __init__(

@@ -60,7 +60,20 @@ def runs_on(module: nn.Module, x: Any, mask: Any, g: Any = None) -> bool:
 
 
 class WN(AdoptedLayer):
-    """A WaveNet of gated convolutions, m sum_l skip_l: see :func:`pyglow_fast.layers.wavenet.run_wavenet`."""
+    """A WaveNet of gated convolutions, m sum_l skip_l: see :func:`pyglow_fast.layers.wavenet.run_wavenet`.
+
+    Examples:
+        >>> from torch.nn import Conv1d, Dropout, ModuleDict, ModuleList
+        >>> from pyglow_fast.interop.glow_tts import WN, adopt
+        >>> class Gated(ModuleDict):  # a net of one layer, as a code base of text to speech has it
+        ...     def forward(self, x, mask, g=None):
+        ...         a, b = self.drop(self.in_layers[0](x)).chunk(2, dim=1)
+        ...         return self.res_skip_layers[0](a.tanh() * b.sigmoid()) * mask
+        >>> dilated, mixing = ModuleList([Conv1d(4, 8, 3, padding=1)]), ModuleList([Conv1d(4, 4, 1)])
+        >>> net = Gated({"in_layers": dilated, "res_skip_layers": mixing, "drop": Dropout(0.1)})
+        >>> adopt(net), isinstance(net, WN), isinstance(net, Gated)  # the name of the model itself is ""
+        ([''], True, True)
+    """
 
     def forward(self, x: Tensor, x_mask: Tensor | None = None, g: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Compute the net: x (N, H, T), x_mask (N, 1, T), g (N, C_c, 1) -> (N, H, T)."""
@@ -77,6 +90,22 @@ class InvConvNear(AdoptedLayer):
     """A 1x1 convolution in groups of channels, z_g = W x_g m: one product with all groups' matrix.
 
     log_det = log|det W| (C / n_split) times the sample's length. Where det W is negative theirs is NaN.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.interop.glow_tts import InvConvNear, adopt
+        >>> class Mixing(torch.nn.Module):  # two channels a group, as a code base of text to speech has it
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.weight, self.weight_inv = torch.nn.Parameter(torch.eye(2)), None
+        ...     def forward(self, x, mask=None, reverse=False):
+        ...         mask = torch.ones_like(x[:, :1]) if mask is None else mask
+        ...         weight = self.weight.inverse() if reverse else self.weight
+        ...         z = torch.einsum("ij,njct->nict", weight, x.unflatten(1, (2, -1))).flatten(1, 2) * mask
+        ...         return z, None if reverse else weight.logdet() * x.shape[1] / 2 * mask.sum((1, 2))
+        >>> mixing = Mixing()
+        >>> adopt(mixing), isinstance(mixing, InvConvNear)
+        ([''], True)
     """
 
     def forward(
@@ -143,7 +172,28 @@ def spec_of(block: nn.Module) -> CouplingSpec:
 
 
 class CouplingBlock(AdoptedLayer):
-    """z = (x_0, (t + s x_1) m), (t, log s) = end(wn(m start(x_0))); log_det = sum over the sample of m log s."""
+    """z = (x_0, (t + s x_1) m), (t, log s) = end(wn(m start(x_0))); log_det = sum over the sample of m log s.
+
+    Examples:
+        >>> import torch
+        >>> from torch.nn import Conv1d, Dropout, ModuleDict, ModuleList
+        >>> from pyglow_fast.interop.glow_tts import CouplingBlock, adopt
+        >>> class Gated(ModuleDict):
+        ...     def forward(self, x, mask, g=None):
+        ...         a, b = self.drop(self.in_layers[0](x)).chunk(2, dim=1)
+        ...         return self.res_skip_layers[0](a.tanh() * b.sigmoid()) * mask
+        >>> class Affine(ModuleDict):
+        ...     def forward(self, x, mask, reverse=False, g=None):
+        ...         x0, x1 = x.chunk(2, dim=1)
+        ...         t, log_s = self.end(self.wn(self.start(x0) * mask, mask)).chunk(2, dim=1)
+        ...         x1 = ((x1 - t) * (-log_s).exp() if reverse else t + log_s.exp() * x1) * mask
+        ...         return torch.cat([x0, x1], dim=1), None if reverse else (log_s * mask).sum((1, 2))
+        >>> dilated, mixing = ModuleList([Conv1d(4, 8, 3, padding=1)]), ModuleList([Conv1d(4, 4, 1)])
+        >>> net = Gated({"in_layers": dilated, "res_skip_layers": mixing, "drop": Dropout(0.1)})
+        >>> block = Affine({"start": Conv1d(2, 4, 1), "wn": net, "end": Conv1d(4, 4, 1)})
+        >>> adopt(block), isinstance(block, CouplingBlock)  # the coupling itself, and the net in it
+        (['', 'wn'], True)
+    """
 
     def forward(
         self,

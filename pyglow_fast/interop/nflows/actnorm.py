@@ -37,6 +37,16 @@ class ActNorm(transforms.ActNorm):
         ValueError: inputs of another shape; a first batch that is empty or not finite, here or on another rank.
 
     Reference: Kingma & Dhariwal 2018, section 3.1.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.interop.nflows import ActNorm
+        >>> norm = ActNorm(features=3)
+        >>> batch = torch.randn(8, 3, 4, 4)
+        >>> batch[:, 2] = 7.0  # a channel without spread
+        >>> outputs, logabsdet = norm(batch)
+        >>> outputs.isfinite().all(), norm.log_scale[2] == 0
+        (tensor(True), tensor(True))
     """
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

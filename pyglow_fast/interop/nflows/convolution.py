@@ -56,6 +56,16 @@ class OneByOneConvolution(transforms.OneByOneConvolution):
         ValueError: inputs not 4D or of other channels.
 
     Reference: Kingma & Dhariwal 2018, section 3.2.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.interop.nflows import OneByOneConvolution
+        >>> convolution = OneByOneConvolution(4, identity_init=False)
+        >>> inputs = torch.randn(2, 4, 3, 3)
+        >>> outputs, logabsdet = convolution(inputs)
+        >>> restored, minus = convolution.inverse(outputs)
+        >>> torch.allclose(restored, inputs, atol=1e-5), torch.allclose(logabsdet + minus, torch.zeros(2), atol=1e-5)
+        (True, True)
     """
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

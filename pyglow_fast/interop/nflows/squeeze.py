@@ -24,6 +24,14 @@ class SqueezeTransform(transforms.SqueezeTransform):
         ValueError: ``factor`` is not an int above 1; inputs not 4D, or whose size does not divide.
 
     Reference: Dinh et al. 2017, section 3.6.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.interop.nflows import SqueezeTransform
+        >>> squeeze = SqueezeTransform(factor=3)
+        >>> outputs, logabsdet = squeeze(torch.randn(2, 1, 6, 6))
+        >>> outputs.shape, squeeze.inverse(outputs)[0].shape
+        (torch.Size([2, 9, 2, 2]), torch.Size([2, 1, 6, 6]))
     """
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

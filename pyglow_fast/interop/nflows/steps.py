@@ -24,7 +24,21 @@ from pyglow_fast.reference import CouplingSpec
 
 
 class CouplingParts(NamedTuple):
-    """A coupling as ``functional.coupling`` takes it: y, log_det = coupling(u, net(u[:, :kept], None), spec)."""
+    """A coupling as ``functional.coupling`` takes it: y, log_det = coupling(u, net(u[:, :kept], None), spec).
+
+    Examples:
+        >>> import torch
+        >>> from nflows.nn.nets import ConvResidualNet
+        >>> from pyglow_fast import functional
+        >>> from pyglow_fast.interop.nflows import AffineCouplingTransform, CouplingParts, coupling_parts
+        >>> mask = torch.tensor([0, 0, 1, 1])
+        >>> coupling = AffineCouplingTransform(mask, lambda kept, out: ConvResidualNet(kept, out, hidden_channels=4))
+        >>> parts = coupling_parts(coupling)
+        >>> u = torch.randn(2, 4, 6, 6)
+        >>> y, log_det = functional.coupling(u, parts.net(u[:, :2], None), parts.spec)
+        >>> isinstance(parts, CouplingParts), torch.allclose(y, coupling(u)[0], atol=1e-6)
+        (True, True)
+    """
 
     net: nn.Module  # called with (kept channels, context)
     spec: CouplingSpec
@@ -38,6 +52,16 @@ class StepParts(NamedTuple):
     The rows are in the order that the coupling takes, so the outputs are y[:, order.argsort()]. In a run of steps this
     can go into the columns of the next matrix: ``matrix[:, order]`` with the order of the step before, or of a gather
     ``order.argsort()[source]``.
+
+    Examples:
+        >>> import torch
+        >>> from nflows.nn.nets import ConvResidualNet
+        >>> from pyglow_fast.interop.nflows import AffineCouplingTransform, OneByOneConvolution, StepParts, step_parts
+        >>> mask = torch.tensor([0, 0, 1, 1])
+        >>> coupling = AffineCouplingTransform(mask, lambda kept, out: ConvResidualNet(kept, out, hidden_channels=4))
+        >>> parts = step_parts([OneByOneConvolution(4), coupling])
+        >>> isinstance(parts, StepParts), parts.matrix.shape, parts.net is coupling.transform_net
+        (True, torch.Size([4, 4]), True)
     """
 
     matrix: Tensor  # (C, C); with a source (C,), the scales of a gather
