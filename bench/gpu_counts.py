@@ -40,7 +40,7 @@ Tensors = dict[str, tuple[int, int]]  # address of the first byte, and behind th
 
 
 class NotModelled(RuntimeError):
-    """A kernel that is launched and has no code for the architecture."""
+    """Raised when a kernel is launched that has no code for the architecture."""
 
 
 CANNOT_COUNT = (NotModelled, NotImplementedError, UnknownInstruction, MissingTool)
@@ -48,7 +48,7 @@ CANNOT_COUNT = (NotModelled, NotImplementedError, UnknownInstruction, MissingToo
 
 @dataclasses.dataclass(frozen=True)
 class Code:
-    """One kernel for sm_90."""
+    """One kernel of the extension, compiled for sm_90."""
 
     kernel: Kernel
     constants: bytes
@@ -65,7 +65,7 @@ class Codes:
         self._codes: dict[tuple[str, str], Code] = {}
 
     def of(self, kernel: str, arguments: str) -> Code:
-        """One kernel.
+        """Find one kernel by its name and template arguments.
 
         Raises:
             NotModelled: there is none of this name.
@@ -259,7 +259,7 @@ def nvcc_version() -> str:
 
 
 def content(shapes: Sequence[tuple[int, ...]] = tuple(SHAPES), more: Sequence[Case] = ()) -> dict[str, Any]:
-    """All that the JSON holds.
+    """Collect all that the JSON holds.
 
     Raises:
         NotModelled: a case launches a kernel that has no code.

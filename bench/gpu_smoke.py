@@ -48,7 +48,7 @@ Check = tuple[str, Callable[[], str]]
 
 
 class Failed(Exception):
-    """A check ran and did not hold."""
+    """Raised when a check ran and did not hold."""
 
 
 def hold(found: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor]) -> str:

@@ -52,7 +52,7 @@ class LiveRow:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> LiveRow:
-        """From JSON."""
+        """Read a row from JSON."""
         pairs = {name: tuple(values[name]) for name in ("train_quartiles", "infer_quartiles") if values[name]}
         return cls(**values | pairs)
 

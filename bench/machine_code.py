@@ -29,7 +29,7 @@ REGISTERS = 64 * 1024  # of a multiprocessor, all architectures
 
 
 class MissingTool(RuntimeError):
-    """A tool of the CUDA toolkit that is not there; the text says how to get it."""
+    """Raised when a tool of the CUDA toolkit is not there; the text says how to get it."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Kernel:
 
     @property
     def name(self) -> str:
-        """Its name without namespaces, such as "fused_kernel"."""
+        """The kernel's name without namespaces, such as "fused_kernel"."""
         return self.parts[1]
 
     @property

@@ -65,7 +65,7 @@ class ModelRow:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> ModelRow:
-        """From JSON."""
+        """Read a row from JSON."""
         return cls(**values | {"shape": Shape.of(values["shape"])})
 
     @property
@@ -90,7 +90,7 @@ def title(row: ModelRow) -> str:
 
 
 def table(rows: Sequence[ModelRow]) -> str:
-    """Of one configuration, workload and process: a line a candidate, in order of speed."""
+    """Write a table of one configuration, workload and process: a line for each candidate, in order of speed."""
     first = rows[0]
     rates = {row.dtype: row.product_gigaflops for row in rows}
     products = ", ".join(f"{rate:.0f} GFLOP/s ({dtype})" for dtype, rate in rates.items())
@@ -123,7 +123,7 @@ def held(value: float, bar: float | None, at_most: bool = False) -> str:
 
 
 def verdicts(rows: Sequence[ModelRow]) -> list[str]:
-    """By configuration and workload, each of ours against the others, each side at its own best.
+    """Compare ours with the others, by configuration and workload, each side at its own best.
 
     Others are those of the same dtype; ours in bfloat16 are held against float32, too. Bars are those of float32.
     """

@@ -38,7 +38,7 @@ def states(shape: Shape) -> list[tuple[int, int]]:
 
 
 def state_bytes(shape: Shape) -> list[int]:
-    """S = 4 N C P, level by level."""
+    """Compute the bytes of the state, S = 4 N C P, level by level."""
     return [FLOAT * shape.batch * channels * positions for channels, positions in states(shape)]
 
 
@@ -69,7 +69,7 @@ def chunk_plan(shape: Shape, level: int, device_type: str = "cpu") -> ChunkPlan:
 
 
 def multiply_adds(shape: Shape, mode: str, device_type: str = "cpu") -> list[int]:
-    """Of a training step, level by level: nets (3 + r) w, flow and prior.
+    """Count the multiply-adds of a training step, level by level: nets (3 + r) w, flow and prior.
 
     A net's forward is N P (9 (C/2) h + h^2 + 9 h C); backward takes two more, and a mode that recomputes (r = 1) one
     more. w >= 1 is what strips with their halo compute twice. The 1x1 convolution is N P C^2, three times, and once
@@ -110,7 +110,7 @@ def flops(shape: Shape, mode: str, device_type: str = "cpu") -> int:
 
 
 def net_share(shape: Shape) -> float:
-    """Of a stored step's arithmetic, what the nets have."""
+    """Compute the share that the nets have of a stored step's arithmetic."""
     return net_flops(shape, TRAIN) / flops(shape, "store")
 
 
@@ -134,7 +134,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts, in bytes."""
         return self.kept + self.chunk + self.working + self.folded
 
 
@@ -188,7 +188,7 @@ def parameter_copies(ranks: int, average: bool = True) -> int:
 
 
 def training_bytes(shape: Shape, mode: str, ranks: int, device_type: str = "cuda") -> int:
-    """Of one rank, with its N images: everything that lives in its memory during a step."""
+    """Sum up all that lives in the memory of one rank, with its N images, during a step."""
     parameters = FLOAT * sum(level_parameters(shape)) * parameter_copies(ranks)
     images = FLOAT * shape.batch * math.prod(shape.image)
     return parameters + images + step_memory(shape, mode, device_type).total

@@ -306,7 +306,7 @@ class FlowUpsamplerNet(nn.Module):
 
 
 def randomised(model: nn.Module, spread: float = 0.1) -> nn.Module:
-    """As after some training: every parameter moved, and no actnorm that waits for data."""
+    """Move every parameter, as after some training, and let no actnorm wait for data."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(spread * torch.randn_like(parameter))

@@ -1,4 +1,4 @@
-"""``pyglow-fast demo``: a Glow on handwritten digits in about two minutes, beside honest yardsticks."""
+"""Runs ``pyglow-fast demo``: a Glow on handwritten digits in about two minutes, beside honest yardsticks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DEMO = {"class_conditional": True, "max_steps": 1500, "eval_every": 250, "sample
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Declare the command."""
+    """Declare the command ``demo`` and its options."""
     about = "train on handwritten digits for two minutes at most and show the result"
     parser = commands.add_parser("demo", help=about, description=about)
     parser.set_defaults(run_command=run)

@@ -1,4 +1,4 @@
-"""``pyglow-fast interpolate``: from one image to another through the latents of every level."""
+"""Runs ``pyglow-fast interpolate``: from one image to another through the latents of every level."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SPACE_HELP = f"{SPACE_WORDS}; default {DEFAULT_SPACE}, with --from that of the c
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Declare the command."""
+    """Declare the command ``interpolate`` and its options."""
     about = "paths from one image to another through the latents"
     parser = commands.add_parser("interpolate", help=about, description=about)
     parser.set_defaults(run_command=run, optional_last="data")
@@ -66,7 +66,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def pairs_of(args: argparse.Namespace, images: Images) -> Tensor:
-    """Indices (n, 2) of the images that paths go between.
+    """Choose the images that paths go between, by their indices (n, 2).
 
     Raises:
         ValueError: not two different images that there are.
@@ -93,7 +93,7 @@ def pairs_of(args: argparse.Namespace, images: Images) -> Tensor:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Interpolate; returns the exit code."""
+    """Interpolate between images; returns the exit code."""
     with user_input():
         named = args.first is not None or args.last is not None
         expect(args.data is not None or named, "data", f"{DATA_HELP}; or --from and --to", "none")

@@ -1,4 +1,4 @@
-"""``pyglow-fast manipulate``: add an attribute to held-out images along a direction found on training images."""
+"""Runs ``pyglow-fast manipulate``: adds an attribute to held-out images along a direction of training images."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STRENGTHS, TONE_STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0), (0.0, 0.25, 0.5, 0.75, 
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Declare the command."""
+    """Declare the command ``manipulate`` and its options."""
     about = "add an attribute to held-out images, along the difference of mean latents of training images"
     parser = commands.add_parser("manipulate", help=about, description=about)
     parser.set_defaults(run_command=run)
@@ -59,7 +59,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be done, as indices into the images.
+    """The work that was asked for, as indices into the images.
 
     Args:
         plus, minus: training images with and without the attribute.
@@ -128,7 +128,7 @@ def _tone_task(args: argparse.Namespace, checkpoint: Checkpoint, data: Images, m
 
 
 def mean_over(model: Glow, data: Images, indices: Tensor, space: str) -> tuple[MeanLatent, MeanLatent]:
-    """Means over the images at ``indices``: of their latents, and of x itself."""
+    """Average over the images at ``indices``: their latents, and x itself."""
     latents, pixels = MeanLatent(), MeanLatent()
     for batch in read(data, indices):
         x, y = inputs(batch.levels, batch.labels, data.n_bins, model)
@@ -139,7 +139,7 @@ def mean_over(model: Glow, data: Images, indices: Tensor, space: str) -> tuple[M
 
 @torch.no_grad()
 def run(args: argparse.Namespace) -> int:
-    """Manipulate; returns the exit code."""
+    """Manipulate the images; returns the exit code."""
     with user_input():
         check_options(args, "n", "train_images")
         strengths = check_numbers("strengths", args.strengths or (TONE_STRENGTHS if args.tone else STRENGTHS))

@@ -1,4 +1,4 @@
-"""``pyglow-fast train``: a new run, or the rest of one."""
+"""Runs ``pyglow-fast train``: trains a new run, or the rest of one."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class _ListPresets(argparse.Action):
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Declare the command."""
+    """Declare the command ``train`` and its options."""
     about = "train a Glow on images; under torchrun, on several processes"
     parser = commands.add_parser("train", help=about, description=about, argument_default=argparse.SUPPRESS)
     parser.set_defaults(run_command=run)
@@ -80,7 +80,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def next_out(config: str | None) -> str:
-    """Where a run goes that is to repeat the one with that config.toml: beside it, under a number.
+    """Name the folder of a run that repeats the one with that config.toml: beside it, under a number.
 
     Raises:
         ValueError: it is not that of a run, or none is given.
@@ -96,7 +96,7 @@ def next_out(config: str | None) -> str:
 
 
 def from_file(path: str) -> tuple[dict[str, Any], str | None, str | None]:
-    """(settings as if they were given as options, name of the images, preset) of a configuration file.
+    """Read (settings as if they were given as options, name of the images, preset) from a configuration file.
 
     Raises:
         ValueError: see read_config; or a key that is no setting.
@@ -119,7 +119,7 @@ def from_file(path: str) -> tuple[dict[str, Any], str | None, str | None]:
 
 
 def gathered(args: argparse.Namespace, special: Collection[str]) -> tuple[dict[str, Any], str | None, str | None]:
-    """(settings, name of the images, preset) from the options, and behind them from --config.
+    """Collect (settings, name of the images, preset) from the options, and behind them from --config.
 
     Args:
         args: with data, preset and config.
@@ -139,7 +139,7 @@ def gathered(args: argparse.Namespace, special: Collection[str]) -> tuple[dict[s
 
 
 def make_config(given: dict[str, Any], name: str, preset: str | None = None) -> tuple[TrainConfig, Images]:
-    """The configuration for what was given, and the images that decide its shape.
+    """Make the configuration for what was given, and load the images that decide its shape.
 
     Args:
         given: fields of DataConfig, GlowConfig and TrainConfig, by name.
@@ -169,7 +169,7 @@ def make_config(given: dict[str, Any], name: str, preset: str | None = None) -> 
 
 
 def resumed(given: dict[str, Any], name: str | None, out: str, ranks: Ranks) -> Run:
-    """The run to go on with, after checking that whatever was given is as it was or may change.
+    """Make the run to go on with, after checking that whatever was given is as it was or may change.
 
     Raises:
         ValueError: see :func:`pyglow_fast.train.resume`.
@@ -187,7 +187,7 @@ def resumed(given: dict[str, Any], name: str | None, out: str, ranks: Ranks) -> 
 
 
 def summary(result: Result) -> str:
-    """The final figures, for people."""
+    """Write the final figures for people."""
     if result.held_out is None or result.train is None:
         return ""
     scores = {"held-out": result.held_out, "train": result.train}
@@ -231,7 +231,7 @@ def _run(
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; returns the exit code."""
+    """Train the model; returns the exit code."""
     with user_input():
         given, name, preset = gathered(args, _SPECIAL)
         if preset is not None:

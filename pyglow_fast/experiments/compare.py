@@ -1,4 +1,4 @@
-"""The ablation of the paper: permutations x couplings (x masks), each with several seeds, as runs in one folder."""
+"""Trains the paper's ablation: permutations x couplings (x masks), each with several seeds, as runs in one folder."""
 
 from __future__ import annotations
 
@@ -72,18 +72,32 @@ def variants(
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a comparison: its settings and its folder."""
+    """One run of a comparison: its settings and its folder.
+
+    Examples:
+        >>> from pyglow_fast import GlowConfig
+        >>> from pyglow_fast.data import load_digits
+        >>> from pyglow_fast.experiments import Trial
+        >>> from pyglow_fast.train import RunFolder, TrainConfig
+        >>> model = GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4)
+        >>> trial = Trial(TrainConfig(model=model, max_steps=1), RunFolder("trials/first"))
+        >>> trial.finished() is None
+        True
+        >>> _ = trial.ready(load_digits()).execute(quiet=True)
+        >>> trial.name, trial.finished().progress["step"]
+        ('first', 1)
+    """
 
     config: TrainConfig
     folder: RunFolder
 
     @property
     def name(self) -> str:
-        """Of the folder."""
+        """The name of the run's folder within the comparison's."""
         return self.folder.path.name
 
     def finished(self) -> Checkpoint | None:
-        """The last checkpoint of a run that has come to its end under the limits of ``config``; None of any other."""
+        """Load the last checkpoint of a run that ended under the limits of ``config``; None of any other."""
         if not (self.folder.report.is_file() and self.folder.saved()):
             return None
         checkpoint = self.folder.load()
@@ -93,7 +107,7 @@ class Trial:
         return checkpoint if same and limits else None
 
     def ready(self, data: Images) -> Run:
-        """The run, new or from its last checkpoint on.
+        """Make the run ready to train, new or from its last checkpoint on.
 
         Raises:
             ValueError: see start and resume.
@@ -106,7 +120,7 @@ class Trial:
 
 
 class Comparison:
-    """Runs that differ in what is varied alone, see :func:`variants`. Making the object checks all and writes nothing.
+    """Runs that differ only in what :func:`variants` varies. Making the object checks all and writes nothing.
 
     Args:
         configs: the runs that are wanted; see :func:`variants`.
@@ -117,6 +131,17 @@ class Comparison:
     Raises:
         ValueError: another kind of folder; settings or images that are not those of the runs in it, other than what a
             resumed run may change; or what start and resume refuse.
+
+    Examples:
+        >>> from pyglow_fast import GlowConfig
+        >>> from pyglow_fast.data import load_digits
+        >>> from pyglow_fast.experiments import Comparison, variants
+        >>> from pyglow_fast.train import TrainConfig
+        >>> base = TrainConfig(model=GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4), max_steps=1)
+        >>> configs = variants(base, ["invconv", "reverse"], ["affine"], seeds=[0, 1])
+        >>> comparison = Comparison(configs, "ablation", load_digits())
+        >>> [trial.name for trial in comparison.trials]  # comparison.execute() trains and compares them
+        ['invconv-affine-seed0', 'reverse-affine-seed0', 'invconv-affine-seed1', 'reverse-affine-seed1']
     """
 
     def __init__(self, configs: Sequence[TrainConfig], out: str | Path, data: Images) -> None:
@@ -200,7 +225,7 @@ class Comparison:
         return result.stopped_by
 
     def outcomes(self) -> list[Outcome]:
-        """What is known of each run by now."""
+        """Read what is known of each run by now."""
         for trial in self.trials:
             if trial.name not in self._outcomes or self._outcomes[trial.name].held_out is None:
                 self._outcomes[trial.name] = self._outcome(trial)
@@ -219,7 +244,7 @@ class Comparison:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """What :meth:`write` writes."""
+        """The paths of what :meth:`write` writes."""
         return tuple(self.out / name for name in (TABLE, CURVES, PICTURE))
 
     def write(self) -> str:
@@ -236,7 +261,7 @@ def _say_nothing(text: str) -> None:
 
 
 def name_of(config: TrainConfig) -> str:
-    """The folder of a run within its comparison."""
+    """Name the folder of a run within its comparison."""
     model = config.model
     boards = f"-checkerboard{model.n_checkerboard}" if model.n_checkerboard else ""
     return f"{model.permutation}{boards}-{model.coupling}-seed{config.seed}"

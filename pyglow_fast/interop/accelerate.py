@@ -1,4 +1,4 @@
-"""A live model of another library, faster in place: its layers become ours, its parameters stay where they are."""
+"""Makes a live model of another library faster: its layers become this package's, its parameters stay in place."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _library(module: nn.Module) -> str:
 
 @dataclass
 class Acceleration:
-    """What :func:`accelerate` did to a model, and how it is undone.
+    """A record of what :func:`accelerate` did to a model, which can undo it.
 
     A copy (copy.deepcopy) has a copy of the model, which it undoes.
 
@@ -54,6 +54,19 @@ class Acceleration:
         replaced: names of the layers that are ours now, and their class.
         left: names of layers and nets that are as they were, and why.
         joined: names of the lists whose steps run in one chain, and how many steps.
+
+    Examples:
+        >>> import normflows
+        >>> from pyglow_fast.interop import Acceleration, accelerate
+        >>> model = normflows.flows.GlowBlock(channels=4, hidden_channels=8, use_lu=False)
+        >>> acceleration = accelerate(model)
+        >>> isinstance(acceleration, Acceleration), acceleration.replaced[""]  # the name of the model itself
+        (True, 'GlowBlock')
+        >>> type(model).__module__
+        'pyglow_fast.interop.normflows.glow'
+        >>> acceleration.undo()
+        >>> type(model).__module__
+        'normflows.flows.affine.glow'
     """
 
     model: nn.Module
@@ -85,7 +98,7 @@ class Acceleration:
         self.replaced, self.left, self.joined = {}, {}, {}
 
     def memory_report(self) -> list[dict[str, Any]]:
-        """Of each joined run: memory mode, steps, spacing of the anchors, drift, and what was redone.
+        """Report each joined run: memory mode, steps, spacing of the anchors, drift, and what was redone.
 
         With bytes also what its last training step did: how many of its steps were "stored", "checkpointed" and
         "inverted"; and, once all runs of such a step are known, of all of them together "predicted_bytes" and
@@ -104,7 +117,7 @@ class Acceleration:
 def accelerate(
     model: nn.Module, memory: str | int | float | None = None, memory_budget: str | int = "auto"
 ) -> Acceleration:
-    """Make the layers of other projects' flows in a model ours, in place.
+    """Turn the layers of other projects' flows in a model into this package's, in place.
 
     By their library those of normflows, nflows and FrEIA. By their structure, whatever package has them: AllInOneBlocks
     as FrEIA's (anomalib), flow steps as chaiyujin's (SRFlow, LLFlow), Glow-TTS's decoder and WaveNet nets (coqui-tts),

@@ -1,4 +1,4 @@
-"""Layers of a live model made another class, in place: the same objects, parameters, buffers and hooks."""
+"""Changes the class of layers of a live model, in place: the objects, parameters, buffers and hooks stay."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ def exchange(model: nn.Module, classes: Classes, only: Collection[nn.Module] | N
 
 
 def reversed_classes(classes: Classes) -> Classes:
-    """What undoes an exchange."""
+    """Swap keys and values of the classes, which undoes an exchange."""
     return {ours: theirs for theirs, ours in classes.items()}

@@ -1,4 +1,4 @@
-"""A coupling net that our executor runs, as it is known: it tells its layers, their weights, and how far it looks."""
+"""Describes a coupling net that this package's executor runs: its layers, their weights, and how far it looks."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ NORMS: dict[type[nn.Module], tuple[int, ...]] = {nn.BatchNorm1d: (0, 1), nn.Batc
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution or linear layer: it has maps per channel of its input, ``before``, and of its output, ``after``."""
+    """A convolution or linear layer, with maps per channel ``before`` it and ``after`` it."""
 
     module: Any
     before: Sequence[nn.Module]
     after: Sequence[nn.Module]
 
     def folded(self, before: Sequence[Affine], after: Sequence[Affine]) -> tuple[Tensor, Tensor]:
-        """Folds the maps, as scales and offsets, into its weight and bias, which are returned, differentiable."""
+        """Fold the maps, as scales and offsets, into weight and bias, which are returned, differentiable."""
         weight, bias = self.module.weight, self.module.bias  # once: what parametrizes them may change when it is asked
         if bias is None:
             bias = weight.new_zeros(weight.shape[0])
@@ -65,7 +65,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class KnownNet:
-    """A net that is recognised: it has layers, and ``spec`` is what functional.net_chain takes besides weights.
+    """A net that is recognised: its layers, and ``spec``, which functional.net_chain takes besides weights.
 
     ``last`` is an activation of what that gives.
     """
@@ -76,7 +76,7 @@ class KnownNet:
 
     @property
     def dims(self) -> int:
-        """How many spatial dimensions it has, 0 for vectors."""
+        """How many spatial dimensions the net has, 0 for vectors."""
         return len(self.spec.dilations[0])
 
     @property
@@ -86,21 +86,21 @@ class KnownNet:
 
     @property
     def kernel_sizes(self) -> list[tuple[int, ...]]:
-        """Those of each layer, along each spatial dimension."""
+        """The kernel size of each layer, along each spatial dimension."""
         return [layer.module.kernel_size if self.dims else () for layer in self.layers]
 
     @property
     def channels(self) -> list[int]:
-        """Those of the input, behind each layer, of the output."""
+        """The channels of the input and behind each layer."""
         return [widths(self.layers[0].module)[0], *(widths(layer.module)[1] for layer in self.layers)]
 
     @property
     def is_parametrized(self) -> bool:
-        """Tells whether weights are computed when they are asked for, and may be others when asked for again."""
+        """Whether weights are computed when they are asked for, and may be others when asked for again."""
         return any(parametrizations(layer.module) for layer in self.layers)
 
     def weights_and_biases(self) -> tuple[list[Tensor], list[Tensor]] | None:
-        """Computes those of every layer for functional.net_chain, differentiable; None while a map waits for data.
+        """Compute every layer's tensors for functional.net_chain, differentiable; None while a map waits for data.
 
         The weight of each layer is asked for once, as in a call of the net, and not where None is returned.
         """
@@ -119,7 +119,7 @@ class KnownNet:
         return ready if len(ready) == len(found) else None
 
     def pays(self, x: Tensor) -> bool:
-        """Tells whether products of ours are as fast as the library's layers on x; see docs/speed.md.
+        """Whether products of this package are as fast as the library's layers on x; see docs/speed.md.
 
         They are slower where most of the work is convolutions of images with more than one tap between about as many
         channels, and much work: the library's direct ones gather nothing. And for few vectors, whose cost is that of
@@ -140,7 +140,7 @@ class KnownNet:
         return 2 * square < every or square * n_positions(x) * x.shape[0] < LEAST_WORK
 
     def takes(self, x: Tensor, cond: Tensor | None = None) -> bool:
-        """Tells whether x, with cond beside it, has the net's dimensions and channels, and the dtype of its weights."""
+        """Whether x, with cond beside it, has the net's dimensions and channels, and the dtype of its weights."""
         channels = x.shape[1] if x.dim() > 1 else 0
         if cond is not None:
             beside = cond.dim() == x.dim() and cond.shape[0] == x.shape[0] and cond.shape[2:] == x.shape[2:]
@@ -162,18 +162,18 @@ class KnownNet:
 
 
 def qualified(kind: type) -> str:
-    """Gives the full name of a class."""
+    """Write the full name of a class."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def parametrizations(module: nn.Module) -> dict[str, Any]:
-    """Gives what computes tensors of a module when they are asked for, by their names."""
+    """Find what computes tensors of a module when they are asked for, by their names."""
     found: Any = module._modules.get("parametrizations")  # not by getattr, which is slow where there are none
     return found._modules if isinstance(found, nn.ModuleDict) else {}
 
 
 def plain_type(module: nn.Module) -> type:
-    """Gives the class of a module, without the one that torch's parametrizations put in its place."""
+    """Find the class of a module, without the one that torch's parametrizations put in its place."""
     kind, computed = type(module), parametrizations(module)
     if not computed:
         return kind
@@ -184,7 +184,7 @@ def plain_type(module: nn.Module) -> type:
 
 
 def widths(layer: Any) -> tuple[int, int]:
-    """Tells how many channels a layer gets and gives."""
+    """Read how many channels a layer gets and gives."""
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
     return layer.in_channels, layer.out_channels

@@ -1,4 +1,4 @@
-"""Coupling nets of other libraries are run by our executor where they are chains of layers that it computes.
+"""Runs coupling nets of other libraries in this package's executor, if they are chains of layers that it computes.
 
 A net is recognised by its modules, exactly: one to six convolutions (1-d, 2-d or 3-d) that keep the size by padding
 with zeros, or linear layers on vectors; an activation or none after each; and maps per channel (a
@@ -65,7 +65,7 @@ def _refuse(name: str, module: nn.Module, found: str, expected: str = "") -> NoR
 
 
 def recognised(net: nn.Module) -> KnownNet | str:
-    """Reads a net as our executor takes it, or says why it does not: which module, by name, is unusual in what."""
+    """Read a net as the executor takes it, or say why it does not: which module, by name, is unusual in what."""
     if torch.nn.modules.module._has_any_global_hook():
         return "hooks on all modules: expected none"
     reader = _Reader()
@@ -255,7 +255,7 @@ def _check_convolution(name: str, conv: Any, dims: int, pads: Sequence[tuple[str
 
 
 def halo(net: nn.Module) -> int | None:
-    """Tells how many positions to each side an output depends on, the most of any dimension; None if it is not known.
+    """Compute how many positions to each side an output depends on, the most of any dimension; None if not known.
 
     Of a net that is not recognised what it states. With parametrized weights none, so that the net is not called more
     often than it would be: a spectral norm changes when it is called.
@@ -268,7 +268,7 @@ def halo(net: nn.Module) -> int | None:
 
 
 def bytes_per_position(net: nn.Module) -> Callable[[int], int] | None:
-    """Gives what computes the bytes of activations of a position from those of a number; None if it is not known.
+    """Make a function of a number's bytes that gives the bytes of activations of a position; None if not known.
 
     Of a net that our executor does not run what the net states.
     """
@@ -282,7 +282,7 @@ def bytes_per_position(net: nn.Module) -> Callable[[int], int] | None:
 
 
 def kept_bytes(net: nn.Module, maps_output: bool = False) -> Callable[[Sequence[int], Tensor], KeptBytes] | None:
-    """Gives what computes the bytes that a net keeps for its backward, see traits.py; None if they are not known.
+    """Make a function that computes the bytes a net keeps for its backward, see traits.py; None if not known.
 
     Of a net that is not recognised what it states. With ``maps_output`` there is a map of its output.
     """
@@ -326,7 +326,7 @@ def run(
     cond: Tensor | None = None,
     copies: bool = True,
 ) -> Tensor:
-    """net(x), or net([x, cond]) of the channels of both, by our executor where it is recognised and takes x.
+    """Compute net(x), or net([x, cond]) of the channels of both, by the executor where it knows the net and takes x.
 
     Or, where it is recognised and ours would be slower, by the library's convolutions, which pad by themselves.
     ``output_map(values, dim)`` is a linear map of the output channels, which are dimension ``dim`` of ``values``: then
@@ -352,7 +352,7 @@ def run(
 
 
 def serves(net: nn.Module, x: Tensor, cond: Tensor | None = None) -> bool:
-    """Tells whether :func:`run` would use our executor."""
+    """Whether :func:`run` would use this package's executor."""
     known = _known(net, x, cond)
     return known is not None and known.pays(x)
 

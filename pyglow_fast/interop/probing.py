@@ -1,4 +1,4 @@
-"""Coupling nets of a user's own class are recognised by what their forward does to its input.
+"""Recognises coupling nets of a user's own class by what their forward does to its input.
 
 nflows, for one, calls a net with the kept channels and a context, which nn.Sequential does not take: every net for
 images is of a class that somebody wrote. Its forward is called with a stand-in for the tensor that notes which
@@ -148,7 +148,7 @@ def _key(part: nn.Module) -> Any:
 
 
 def chain_of(net: nn.Module, *extra: Any, dim: int | None = None) -> nn.Sequential | None:
-    """Finds a chain of the net's own layers and norms and of activations, if net(x, *extra) is just that; else None.
+    """Find a chain of the net's own layers, norms and activations, if net(x, *extra) is just that; else None.
 
     The activations, and pads by zeros, are new modules. ``extra`` must be hashable, such as None for a context that is
     not given; ``dim`` are the dimensions of x, None for what the layers take.

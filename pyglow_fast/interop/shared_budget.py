@@ -1,4 +1,4 @@
-"""Bytes that the joined runs of one model share, whose shapes and order are known only when they have been called."""
+"""Plans bytes that the joined runs of one model share, whose shapes and order are known only after calls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pyglow_fast.reversible.planner import MemoryPlan, RunPlan, least_net_budget
 
 
 class Call(NamedTuple):
-    """What a run says of itself when its forward is recorded.
+    """A description of a run's call, given when its forward is recorded.
 
     Attributes:
         key: tells all that decides the cost.
@@ -29,7 +29,7 @@ class Call(NamedTuple):
 
 
 class SharedBudget:
-    """The plans of runs that are called one after another in a training step and share its bytes.
+    """A plan of bytes for runs that are called one after another in a training step and share them.
 
     A step begins with the first call, and again when a run is called that was called in it. Of the call that a step
     begins with it is remembered which runs followed, in which order and with which shapes: when it comes again all of
@@ -58,12 +58,12 @@ class SharedBudget:
         return type(self), (self._count,)
 
     def add(self) -> int:
-        """One more run shares the bytes; its number."""
+        """Let one more run share the bytes; returns its number."""
         self._count += 1
         return self._count - 1
 
     def plan(self, run: int, call: Call, budget: int, net_budget: str | int, device: torch.device) -> RunPlan:
-        """What a run does in a forward that begins now.
+        """Plan what a run does in a forward that begins now.
 
         Args:
             run: its number.
@@ -119,7 +119,7 @@ class SharedBudget:
         return self._whole.runs[self._runs.index(run)]
 
     def report(self, run: int, n_steps: int) -> dict[str, Any]:
-        """What a run did in its last recorded forward, and what the plan of all predicted, if there was one."""
+        """Report what a run did in its last recorded forward, and what the plan of all predicted, if there was one."""
         if run not in self._last:
             return {}
         own, whole = self._last[run]

@@ -1,4 +1,4 @@
-"""Which training images have an attribute: classes, the attributes of CelebA, the skin tones of emoji."""
+"""Finds which training images have an attribute: classes, the attributes of CelebA, the skin tones of emoji."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pyglow_fast.train.seeds import derive, random_subset
 
 @dataclass(frozen=True)
 class Group:
-    """Training images with an attribute, and those that they are compared with.
+    """The training images with an attribute, and those that they are compared with.
 
     Args:
         name: of the attribute.
@@ -32,7 +32,7 @@ class Group:
 
 
 def groups_of(config: DataConfig, data: Images, train: Tensor, held_out: Tensor, most: int, seed: int) -> list[Group]:
-    """The attributes that the images of a source have, each with at least one training image on both sides.
+    """Find the attributes that images of a source have, each with at least one training image on both sides.
 
     Args:
         config: as they were loaded.
@@ -78,6 +78,6 @@ def _tones(config: DataConfig, data: Images, held_out: Tensor) -> list[Group]:
 
 
 def drawn_images(groups: list[Group]) -> Tensor:
-    """Indices of all images of the groups, each once, sorted."""
+    """Collect the indices of all images of the groups, each once, sorted."""
     parts = [part for group in groups for part in (group.images, group.others) if part is not None]
     return torch.cat(parts).unique() if parts else torch.zeros(0, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""What was computed of a checkpoint, kept in the folder of its run so that it is computed once."""
+"""Keeps what was computed of a checkpoint in the folder of its run, so that it is computed once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOST = 4  # files of one kind: those of the newest checkpoints, or of other sett
 
 
 def kept(folder: Path, kind: str, key: dict[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors that were computed for ``key``: from ``folder`` if they are there, else computed and written.
+    """Return the tensors computed for ``key``: read from ``folder`` if they are there, else computed and written.
 
     A file that is damaged, or was written for another key, is passed over and replaced. A folder that cannot be written
     is no error: a warning says that the next time will take as long.
@@ -63,7 +63,7 @@ def _read(path: Path, text: str) -> dict[str, Tensor] | None:
 
 
 def progress_of(total: int, progress: Callable[[int, int], None] | None) -> Callable[[int], None]:
-    """A function that is told how many more are done, and tells ``progress`` (done, total)."""
+    """Make a function that is told how many more are done, and tells ``progress`` (done, total)."""
     done = 0
 
     def advance(count: int) -> None:

@@ -41,7 +41,17 @@ _PARTS = ("model", "ema", "optimizer", "rank")
 
 @dataclass(frozen=True)
 class DataStamp:
-    """What a run remembers of its images: their ImageSet.fingerprint, number of levels and class names."""
+    """What a run remembers of its images: their ImageSet.fingerprint, number of levels and class names.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.data import ImageSet
+        >>> from pyglow_fast.train import DataStamp
+        >>> images = ImageSet("mine", torch.zeros(6, 1, 4, 4, dtype=torch.uint8), n_bins=32)
+        >>> stamp = DataStamp(images.fingerprint(), images.n_bins)
+        >>> stamp == DataStamp(images.subset([0, 1]).fingerprint(), images.n_bins)  # a resumed run must see all of them
+        False
+    """
 
     fingerprint: str
     n_bins: int
@@ -50,7 +60,7 @@ class DataStamp:
 
 @dataclass
 class Checkpoint:
-    """What a run needs to go on exactly where it was.
+    """The state of a run at one step: all that it needs to go on exactly where it was.
 
     Args:
         config: of the run.
@@ -63,6 +73,18 @@ class Checkpoint:
         rank: what each rank has for itself, named ``R.NAME``: states of random generators and of the drift control.
         written_by: versions of what wrote it.
         digest: as the file has it, a key for what is computed from its contents; empty unless it was loaded.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from pyglow_fast import Glow, GlowConfig
+        >>> from pyglow_fast.data import load_digits
+        >>> from pyglow_fast.train import Checkpoint, TrainConfig, TrainState
+        >>> config = TrainConfig(model=GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4))
+        >>> TrainState(config, load_digits()).checkpoint().save(Path("step.safetensors"))
+        >>> loaded = Checkpoint.load(Path("step.safetensors"))
+        >>> loaded.config == config, loaded.progress["step"]
+        (True, 0)
+        >>> loaded.load_model(Glow(loaded.config.model), "step.safetensors")  # a new model gets the weights of the file
     """
 
     config: TrainConfig
@@ -287,7 +309,7 @@ def check_weights(weights: dict[str, Tensor], model: nn.Module, name: str) -> No
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, model: nn.Module
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """The optimizer's state by parameter name, which outlives a change of their order, and its groups as plain data."""
+    """Read the optimizer's state by parameter name, which outlives a change of order, and its groups as plain data."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     tensors = {
         f"{kind}.{names[id(parameter)]}": value
@@ -311,7 +333,7 @@ def check_drift(tensors: Mapping[str, Tensor], name: str) -> None:
 def optimizer_state(
     optimizer: torch.optim.Optimizer, model: nn.Module, checkpoint: Checkpoint, name: str
 ) -> dict[str, Any]:
-    """The state dict of ``optimizer`` with what :func:`optimizer_tensors` gave; nothing changes before it is loaded.
+    """Build the state dict for ``optimizer`` from what :func:`optimizer_tensors` gave; the optimizer is not changed.
 
     Raises:
         ValueError: tensors of an unknown parameter or kind, of a wrong shape or dtype, or not all kinds of a

@@ -21,7 +21,7 @@ SUFFIXES = (".toml", ".yaml", ".yml", ".json")
 
 
 def to_toml(config: TrainConfig) -> str:
-    """Every field of ``config``; :func:`read_config` and TrainConfig.from_dict read it back.
+    """Write every field of ``config`` as TOML text; :func:`read_config` and TrainConfig.from_dict read it back.
 
     Raises:
         MissingExtraError: tomli-w is not installed.
@@ -34,7 +34,7 @@ def to_toml(config: TrainConfig) -> str:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The tables of a file, as they are written there; which fields they may have is TrainConfig's business.
+    """Read the tables of a file as they are written there; TrainConfig decides which fields they may have.
 
     A table has values, or lists of them: no table lies in another one but the outermost.
 

@@ -1,4 +1,4 @@
-"""Training a Glow with Lightning's Trainer: ``from pyglow_fast.train.lightning import GlowModule``.
+"""Trains a Glow with Lightning's Trainer: ``from pyglow_fast.train.lightning import GlowModule``.
 
 Nothing else of the package imports this module: the library comes with the extra ``lightning``.
 """
@@ -91,6 +91,15 @@ class GlowModule(LightningModule):
         ValueError: an argument out of its range, or a batch that the model refuses, each named; a checkpoint without
             the averaged weights that it is to go on with.
         TrainingDivergedError: the loss of a training batch is NaN or inf; nothing is updated with it.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast import Glow, GlowConfig
+        >>> from pyglow_fast.train.lightning import GlowModule
+        >>> module = GlowModule(Glow(GlowConfig((1, 4, 4), n_levels=1, n_steps=1, hidden=4)), n_bins=32)
+        >>> batch = torch.randint(32, (8, 1, 4, 4))
+        >>> module(batch).shape  # bits/dim; lightning.Trainer(max_steps=100).fit(module, [batch]) trains
+        torch.Size([8])
     """
 
     def __init__(
@@ -152,11 +161,11 @@ class GlowModule(LightningModule):
         return self
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, the model has the averaged weights, where there are some: ``module.model.sample(...)``."""
+        """A context in which the model has the averaged weights, if there are any: ``module.model.sample(...)``."""
         return contextlib.nullcontext() if self.ema is None else self.ema.applied()
 
     def forward(self, levels: Tensor, labels: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """Bits/dim of levels (N, C, *spatial), with fresh noise; (N,)."""
+        """Compute the bits/dim, (N,), of levels (N, C, *spatial), with fresh noise at every call."""
         y = labels if self.model.config.n_classes is not None else None
         return self.model.bits_per_dim(levels, self.n_bins, y=y, generator=generator)
 
@@ -179,7 +188,7 @@ class GlowModule(LightningModule):
         return generator.manual_seed(derive(self.seed, *names, self.global_rank))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The loss, bits/dim."""
+        """Compute the loss of a batch, and log its bits/dim."""
         levels, labels = _labelled(batch)
         fresh = not self.model.is_initialized
         bits, logits = self._scored(levels, labels, self._noise(levels, "training", self.global_step, batch_idx))
@@ -201,7 +210,7 @@ class GlowModule(LightningModule):
         return loss
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
-        """The optimizer and its learning rate, set at every update."""
+        """Make the optimizer, and the schedule that sets its learning rate at every update."""
         options = self.hparams
         optimizer = make_optimizer(
             options["optimizer"], self.model.parameters(), options["lr"], options["weight_decay"]
@@ -214,18 +223,18 @@ class GlowModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def optimizer_step(self, *args: Any, **options: Any) -> None:
-        """The update, and the average's."""
+        """Update the weights, then their average."""
         super().optimizer_step(*args, **options)
         if self.ema is not None:
             self.ema.update(self.global_step + 1)  # the Trainer counts this one afterwards
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the averaged weights."""
+        """Add the averaged weights to Lightning's checkpoint."""
         if self.ema is not None:
             checkpoint[EMA_KEY] = dict(self.ema.average)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Goes on with the averaged weights."""
+        """Take the averaged weights from Lightning's checkpoint."""
         if self.ema is None:
             return
         found = {name: tuple(value.shape) for name, value in checkpoint.get(EMA_KEY, {}).items()}
@@ -267,27 +276,27 @@ class GlowModule(LightningModule):
         self._sums = None
 
     def on_validation_epoch_start(self) -> None:
-        """Begins to sum."""
+        """Set the sums of the validation scores to zero."""
         self._begin(
             self.trainer.num_sanity_val_batches if self.trainer.sanity_checking else self.trainer.num_val_batches
         )
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Bits/dim of a batch, with the averaged weights where there are some."""
+        """Add the bits/dim of a batch to the sums, with the averaged weights where there are some."""
         self._evaluate(batch, batch_idx, dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs val_bpd, val_bpd_se and, of a model with a head, val_accuracy."""
+        """Log val_bpd, val_bpd_se and, for a model with a classifier, val_accuracy."""
         self._end("val")
 
     def on_test_epoch_start(self) -> None:
-        """Begins to sum."""
+        """Set the sums of the test scores to zero."""
         self._begin(self.trainer.num_test_batches)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Bits/dim of a batch, with the averaged weights where there are some."""
+        """Add the bits/dim of a batch to the sums, with the averaged weights where there are some."""
         self._evaluate(batch, batch_idx, dataloader_idx)
 
     def on_test_epoch_end(self) -> None:
-        """Logs test_bpd, test_bpd_se and, of a model with a head, test_accuracy."""
+        """Log test_bpd, test_bpd_se and, for a model with a classifier, test_accuracy."""
         self._end("test")

@@ -1,4 +1,4 @@
-"""A run from start to end: steps, evaluations, samples, checkpoints and the final report."""
+"""Executes a run from start to end: steps, evaluations, samples, checkpoints and the final report."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FINAL_TRAIN = 10_000  # training images that are scored at the end: more would t
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended.
+    """What a run came to: its last step, its scores, and why it ended.
 
     Args:
         step: steps done.
@@ -48,6 +48,14 @@ class Result:
         yardsticks: measured on the held-out images; empty after a signal.
         skipped: steps without an update, since loss or gradient were not finite.
         unreadable: images that could not be read and had another one in their place.
+
+    Examples:
+        >>> from pyglow_fast.train import Result, Score
+        >>> result = Result(step=1000, seconds=60.0, held_out=Score(3.21, 0.02, images=180))
+        >>> f"{result.held_out.mean} bits/dim after {result.step} steps"
+        '3.21 bits/dim after 1000 steps'
+        >>> result.stopped_by is None  # no signal ended it
+        True
     """
 
     step: int
@@ -63,7 +71,7 @@ class Result:
 
 
 class Run:
-    """A run that is ready to go: everything that can be refused has been checked, and nothing has been written.
+    """A run that is ready to train: all that can be refused has been checked, and nothing has been written.
 
     Made by :func:`~pyglow_fast.train.start` or :func:`~pyglow_fast.train.resume`.
 
@@ -73,6 +81,16 @@ class Run:
         resumed: whether it goes on.
         check: refuses a folder that is not as it was when the run was made ready; asked again under its lock.
         notes: what to tell the user at the beginning.
+
+    Examples:
+        >>> from pyglow_fast import GlowConfig
+        >>> from pyglow_fast.train import Run, TrainConfig, start
+        >>> config = TrainConfig(model=GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4), max_steps=2)
+        >>> run = start(config, "runs/tiny")  # of scikit-learn's digits, which a TrainConfig names by default
+        >>> isinstance(run, Run), run.folder.exists  # nothing is written yet
+        (True, False)
+        >>> run.execute(quiet=True).step, run.folder.exists
+        (2, True)
     """
 
     def __init__(
@@ -97,7 +115,7 @@ class Run:
         self._signum = 0  # that ends the run, of whichever rank it was sent to
 
     def execute(self, quiet: bool = False) -> Result:
-        """Train until a limit or a signal.
+        """Train until a limit is reached or a signal comes.
 
         Args:
             quiet: no progress bar and no lines.

@@ -1,4 +1,4 @@
-"""metrics.csv: one row at every log or evaluation step, appended as the run goes."""
+"""Writes metrics.csv, one row for every step that is logged or evaluated, appended as the run goes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Row = dict[str, float | int | None]
 
 
 class MetricsLog:
-    """Appends rows to a CSV file; a resumed run first drops the rows after its checkpoint, to write them again."""
+    """A CSV file that rows are appended to; a resumed run drops the rows after its checkpoint and writes them again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -53,7 +53,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """The rows of metrics.csv; an empty cell is None.
+    """Read the rows of metrics.csv; an empty cell is None.
 
     Damaged rows (a disk that was full, a crash, an editor) are left out, and a warning says how many.
     """

@@ -1,4 +1,4 @@
-"""The counters of a run, as a checkpoint has them."""
+"""Counts what a run has done, as checkpoints keep it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SUMS = ("seconds", "loss_sum", "class_sum")
 
 @dataclass
 class Progress:
-    """Counters of a run; JSON-able.
+    """The counters of a run, all plain numbers that JSON can hold.
 
     Args:
         step: steps done.
@@ -41,7 +41,7 @@ class Progress:
 
     @classmethod
     def of(cls, values: Mapping[str, Any], name: str) -> Progress:
-        """The counters that a checkpoint has saved as ``values``, under ``name`` in messages.
+        """Read the counters that a checkpoint saved as ``values``, which messages call ``name``.
 
         Raises:
             ValueError: one is missing or unknown, of another type, or no such number can have been reached.

@@ -1,4 +1,4 @@
-"""New runs, and the rest of old ones: all that is refused is refused here, before anything is written."""
+"""Starts runs and resumes them: all that is refused is refused here, before anything is written."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pyglow_fast.train.versions import versions
 def start(
     config: TrainConfig, out: str, overwrite: bool = False, data: Images | None = None, ranks: Ranks | None = None
 ) -> Run:
-    """A new run, ready to execute.
+    """Make a new run, ready to execute.
 
     Args:
         config: of the run.
@@ -47,7 +47,7 @@ def resume(
     ranks: Ranks | None = None,
     **changes: Any,
 ) -> Run:
-    """The run in ``out``, ready to go on from its last checkpoint, on any number of ranks.
+    """Make the run in ``out`` ready to go on from its last checkpoint, on any number of ranks.
 
     Args:
         out: its folder.

@@ -1,4 +1,4 @@
-"""Reading a safetensors file in one pass: nothing stays mapped to it, and its bytes can be hashed as they come.
+"""Reads a safetensors file in one pass: nothing stays mapped to it, and its bytes can be hashed as they come.
 
 The library maps a file, whose pages fault when it is truncated later, or copies a content that is in memory already.
 Here each tensor is read to its place. Processors are little-endian, as the format is.
@@ -33,7 +33,7 @@ _CHUNK = 1 << 20  # bytes that are hashed while the processor's cache has them
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a safetensors file says before its tensors.
+    """The part of a safetensors file that stands before its tensors: their names, places and the metadata.
 
     Args:
         raw: all of it, eight bytes of length and JSON.
@@ -47,7 +47,7 @@ class TensorHeader:
 
 
 def read_outer(file: BinaryIO) -> bytes:
-    """The bytes of a safetensors file before its tensors, as far as they are there."""
+    """Read the bytes of a safetensors file before its tensors, as far as they are there."""
     file.seek(0)
     length = file.read(8)
     size = os.fstat(file.fileno()).st_size
@@ -55,7 +55,7 @@ def read_outer(file: BinaryIO) -> bytes:
 
 
 def read_header(file: BinaryIO) -> TensorHeader:
-    """What an open safetensors file holds, by its header and its size.
+    """Read what an open safetensors file holds, by its header and its size.
 
     Raises:
         ValueError: the file is cut off, or another one.
@@ -86,7 +86,7 @@ def read_header(file: BinaryIO) -> TensorHeader:
 def read_tensors(
     file: BinaryIO, header: TensorHeader, seen: Callable[[memoryview], object] | None = None
 ) -> dict[str, Tensor]:
-    """The tensors of an open safetensors file, each in memory of its own, by name.
+    """Read the tensors of an open safetensors file by name, each into memory of its own.
 
     Args:
         file: open for reading.

@@ -1,4 +1,4 @@
-"""How the page listens: without a spinner, and so that the last of many events is the one that counts."""
+"""Listens to the page without a spinner, and so that the last of many events is the one that counts."""
 
 import itertools
 from typing import Any
@@ -13,13 +13,13 @@ _NUMBERS = itertools.count(1)
 
 
 def follow(triggers: Any, handler: Any, inputs: Any, outputs: Any) -> None:
-    """Listens as for drags; what fails is done again in the queue, without which Gradio shows no error."""
+    """Listen as for drags; what fails is done again in the queue, without which Gradio shows no error."""
     dragged = gr.on(triggers, handler, inputs, outputs, **DRAG)
     dragged.failure(handler, inputs, outputs, **QUIET)
 
 
 def anew() -> int:
-    """Gives a number that no call gave before: a gr.State that it is written to has changed, and what listens is done.
+    """Give a number that no call gave before: a gr.State that takes it has changed, so its listeners are called.
 
     One picture has one listener, so that what an earlier event asked for never comes after what a later one did.
     """

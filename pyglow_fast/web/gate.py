@@ -1,4 +1,4 @@
-"""What stands before Gradio: who may ask, for which addresses, and what the browser may load."""
+"""Guards Gradio: who may ask, for which addresses, and what the browser may load."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ HEADERS = (
 
 
 def host_name(header: str) -> str:
-    """The name in a Host header, without its port: ``localhost`` of ``localhost:7860``, ``::1`` of ``[::1]:7860``."""
+    """Read the name in a Host header, without port: ``localhost`` of ``localhost:7860``, ``::1`` of ``[::1]:7860``."""
     name = header.rpartition("]")[0].lstrip("[") if header.startswith("[") else header.partition(":")[0]
     return name.lower().rstrip(".")
 
 
 def files_in(value: Any) -> list[Any]:
-    """Every "path" of a value that came as JSON, at any depth: what Gradio takes for a file has one."""
+    """Find every "path" in a value that came as JSON, at any depth: what Gradio takes for a file has one."""
     found: list[Any] = []
     waiting = [value]
     while waiting:

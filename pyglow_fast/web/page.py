@@ -1,4 +1,4 @@
-"""The page: a run to choose, and a tab for each thing to do with it."""
+"""Makes the page: a run to choose, and a tab for each thing to do with it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EVERY = 3.0  # seconds from one look for a newer checkpoint to the next
 
 
 def page(shelf: Shelf) -> gr.Blocks:
-    """The Blocks that :func:`~pyglow_fast.web.server.serve` serves."""
+    """Make the Blocks that :func:`~pyglow_fast.web.server.serve` serves."""
     with gr.Blocks(title="pyglow_fast", analytics_enabled=False, fill_width=True) as blocks:
         desk = gr.State(Desk())
         with gr.Row():

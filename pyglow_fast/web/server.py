@@ -50,7 +50,7 @@ def is_loopback(host: str) -> bool:
 
 
 def check_host(host: str, auth: tuple[str, str] | None) -> str:
-    """The address to bind, without the brackets of an IPv6 address.
+    """Check the address to bind, and return it without the brackets of an IPv6 address.
 
     Raises:
         ValueError: it is empty, or others can reach it and there is no login.
@@ -69,7 +69,7 @@ def check_host(host: str, auth: tuple[str, str] | None) -> str:
 def credentials(
     flag: str | None, environment: Mapping[str, str], ask: Callable[[str], str] | None
 ) -> tuple[str, str] | None:
-    """The user and the password of the login, or None if none was asked for.
+    """Read the user and the password of the login; None if none was asked for.
 
     Args:
         flag: the user, from the command line. A password there could be read by every user of the machine.
@@ -118,7 +118,7 @@ def can_open_browser(environment: Mapping[str, str], platform: str = sys.platfor
 
 
 def bind(host: str, port: int | None) -> socket.socket:
-    """A socket that listens on ``port``, or on the first free one from 7860.
+    """Open a socket that listens on ``port``, or on the first free one from 7860.
 
     Raises:
         ValueError: the port is no port or is taken, or the address is not one of this machine.
@@ -165,7 +165,7 @@ def application(
     js: str | None,
     head: str | None,
 ) -> Gate:
-    """The page as an ASGI application behind its gate; the arguments are those of :func:`serve`, and its folder."""
+    """Make the page an ASGI application behind its gate; the arguments are those of :func:`serve`, and its folder."""
     for handler in blocks.fns.values():
         handler.api_visibility = "private"  # else the login page holds the names of all handlers and their inputs
     blocks.state_session_capacity = SESSIONS  # beyond it the one that was silent for longest is forgotten

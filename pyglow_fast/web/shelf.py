@@ -1,4 +1,4 @@
-"""The runs that are served, each at its newest checkpoint."""
+"""Holds the runs that are served, each at its newest checkpoint."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ class Shelf:
             expect(bool(_runs_in(name)), "runs", "the folder of a run (with config.toml), or of several", repr(name))
 
     def names(self) -> list[str]:
-        """The folders of the runs that there are now, as they were named."""
+        """List the folders of the runs that there are now, as they were named."""
         return list(dict.fromkeys(run for name in self.folders for run in _runs_in(name)))
 
     def open(self, name: str) -> OpenRun:
-        """The run in the folder ``name`` at its newest checkpoint; the same object until there is another.
+        """Open the run in the folder ``name`` at its newest checkpoint; the same object until there is another.
 
         A checkpoint is read as a whole and checked by its digest: one that is being written is not seen.
 

@@ -131,7 +131,7 @@ class Recording(TorchDispatchMode):
             _ruin(storage)
 
     def replay(self) -> None:
-        """Repeat all operations."""
+        """Repeat all operations of the recording."""
         with torch.no_grad(), torch._C._DisableAutocast():  # below both: their part is recorded
             for operation in self._operations:
                 operation.repeat()
@@ -147,7 +147,7 @@ def _ruin(storage: torch.UntypedStorage) -> None:
 
 
 class NotCapturableError(RuntimeError):
-    """A CUDA graph cannot be captured with this."""
+    """Raised by what a CUDA graph cannot be captured with."""
 
 
 # Operations whose result, or the size of it, the host needs.

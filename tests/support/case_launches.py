@@ -36,7 +36,7 @@ class Recorded(NamedTuple):
 
 
 class CaseLaunches(NamedTuple):
-    """Of a case: launches of our kernels in order, and torch's own ops with the bytes that each moves."""
+    """The launches of a case: of our kernels in order, and torch's own ops with the bytes that each moves."""
 
     ours: list[Recorded]
     others: list[tuple[str, int]]

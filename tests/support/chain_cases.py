@@ -33,7 +33,7 @@ class Mode:
     budget: str | int = "auto"
 
     def apply(self, sequence: pgf.ReversibleSequence) -> None:
-        """To the sequence, whose control starts anew."""
+        """Set the mode of the sequence, whose control starts anew."""
         sequence.memory, sequence.memory_budget = self.memory, self.budget
         sequence.control = type(sequence.control)(len(sequence), self.anchor_every, sequence.control.tolerance)
 
@@ -96,7 +96,7 @@ class Case:
         return pgf.FlowStep(self.shape[0], **options, **parity)
 
     def build(self, **sequence_options: Any) -> pgf.ReversibleSequence:
-        """In float64, initialised, away from the start."""
+        """Build the run in float64, initialised, away from the start."""
         cond_channels = self.cond_shape[0] if self.cond_shape else 0
         options = {"hidden": 5, "dims": len(self.shape) - 1, "cond_channels": cond_channels, **self.options}
         steps = [self._step(k, options) for k in range(self.depth)]
@@ -105,7 +105,7 @@ class Case:
         return perturbed(sequence)
 
     def batch(self, n: int = 3) -> tuple[Tensor, Tensor | None]:
-        """(x, cond)."""
+        """Draw a batch (x, cond) of the case's shape."""
         x = torch.randn(n, *self.shape, dtype=torch.float64)
         return x, torch.randn(n, *self.cond_shape, dtype=torch.float64) if self.cond_shape else None
 
@@ -138,7 +138,7 @@ CASES = [
 
 
 def perturbed(module: Any, spread: float = 0.1) -> Any:
-    """Every parameter moved away from the special value that it starts at."""
+    """Move every parameter away from the special value that it starts at."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(spread * torch.randn_like(parameter))
@@ -160,7 +160,7 @@ def gradients(
     cond: Tensor | None = None,
     run: Callable[..., Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Of the objective (or of ``run(x, cond)``): of x, cond and all parameters that require one, by name."""
+    """Compute the gradients of the objective (or of ``run(x, cond)``) in x, cond and all parameters, by name."""
     leaf = x.detach().requires_grad_()
     cond_leaf = None if cond is None else cond.detach().requires_grad_()
     named = {"x": leaf} | ({} if cond_leaf is None else {"cond": cond_leaf})
@@ -171,13 +171,13 @@ def gradients(
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """In the Euclidean norm, against the expected one (or 1 if that is smaller)."""
+    """Compute the error in the Euclidean norm, against the expected one (or 1 if that is smaller)."""
     error = (actual.double() - expected.double()).norm()
     return float(error / expected.double().norm().clamp(min=1.0))
 
 
 def worst_error(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Of all tensors; the same ones must be there."""
+    """Compute the largest error of all tensors; both must have the same names."""
     assert actual.keys() == expected.keys(), actual.keys() ^ expected.keys()
     errors = [relative_error(actual[name], grad) for name, grad in expected.items()]
     return float("nan") if any(error != error for error in errors) else max(errors)

@@ -24,7 +24,7 @@ IMPORTED += ["matplotlib.backends.backend_agg", "pyglow_fast.cli", "pyglow_fast.
 
 
 def context() -> multiprocessing.context.ForkServerContext:
-    """Of processes forked from a server, which the first of them starts."""
+    """Make the context of processes forked from a server, which the first of them starts."""
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(IMPORTED)
     return found

@@ -143,7 +143,7 @@ def gaussian_log_prob_backward(z: Tensor, mean: Tensor, log_sd: Tensor, grad_log
 
 
 def invert_matrices(matrices: Tensor) -> list[Tensor]:
-    """Of a singular matrix NaN."""
+    """Invert the matrices; a singular one gives NaN."""
     log_dets = torch.linalg.slogdet(matrices).logabsdet
     inverses = torch.linalg.inv_ex(matrices).inverse
     return [torch.where(log_dets.isinf()[:, None, None], torch.nan, inverses), log_dets]

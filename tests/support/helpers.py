@@ -181,7 +181,7 @@ def assert_repeatable(layer: nn.Module, x: Tensor, cond: Tensor | None = None) -
 
 
 def memory_layouts(x: Tensor) -> dict[str, Tensor]:
-    """The same values laid out in other ways: strided slices, batch innermost, an offset, channels_last."""
+    """Lay out the values in other ways: strided slices, batch innermost, an offset, channels_last."""
     sliced = x.new_zeros([2 * size for size in x.shape])
     window = tuple([slice(1, None, 2)] * x.dim())
     sliced[window] = x

@@ -1,4 +1,4 @@
-"""Flow steps of chaiyujin's glow-pytorch and of what derives from it (SRFlow, LLFlow), wherever they are, made ours.
+"""Serves flow steps of chaiyujin's glow-pytorch and of what derives from it (SRFlow, LLFlow), wherever they are.
 
 These classes are in no package that an index has: every project has a copy. They are known by their attributes (an
 actnorm with ``bias``, ``logs`` and ``inited``; ``invconv``, ``shuffle`` or ``reverse``; ``f`` or ``affine``), and taken

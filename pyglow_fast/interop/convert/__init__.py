@@ -1,4 +1,4 @@
-"""Checkpoints of other Glow implementations, to and from a :class:`~pyglow_fast.Glow`, without running their code.
+"""Converts checkpoints of other Glow implementations to and from :class:`~pyglow_fast.Glow`; runs none of their code.
 
 ``load_FORMAT`` gives a Glow of the same density as theirs and latents equal to theirs up to rounding; the architecture
 is read off names and shapes. ``save_FORMAT`` gives their names and shapes; what they cannot express is refused. See

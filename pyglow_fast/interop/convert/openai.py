@@ -1,4 +1,4 @@
-"""Variables of the released Glow (openai/glow, TensorFlow 1), as arrays by their names."""
+"""Converts variables of the released Glow (openai/glow, TensorFlow 1), as arrays by their names."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _NOT_THE_FLOW = r"Variable(_\d+)?$|global_step$|beta[12]_power$|.*/Adam(_1)?$|.*
 
 
 def load_openai(arrays: Mapping[str, Any] | str, image_size: int | tuple[int, int], averaged: bool = False) -> Glow:
-    """log p(x) of the released model: x in [-0.5, 0.5), (N, C, H, W); W z here is their z W.
+    """Load a Glow with log p(x) of the released model: x in [-0.5, 0.5), (N, C, H, W); W z here is their z W.
 
     Architecture: levels ``model/L/``, steps ``model/L/K/``; affine if ``f1/l_last`` has C outputs; ``invconv/W`` plain,
     ``invconv/{P,L,sign_S,log_S,U}`` LU, ``shuffle/indices`` shuffle, none of them reverse; ``model/prior/p`` the
@@ -153,7 +153,7 @@ def _read_top(reader: Reader, channels: int) -> Top:
 
 
 def save_openai(model: Glow, lu: bool = False, learn_top: bool = True) -> dict[str, np.ndarray[Any, Any]]:
-    """The variables of the released model that is this one.
+    """Write a model's weights as the variables of the released one.
 
     Args:
         model: a Glow, initialised.

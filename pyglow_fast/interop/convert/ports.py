@@ -1,4 +1,4 @@
-"""State dicts of two PyTorch ports with one layout: chaiyujin/glow-pytorch and y0ast/Glow-PyTorch.
+"""Converts state dicts of two PyTorch ports with one layout: chaiyujin/glow-pytorch and y0ast/Glow-PyTorch.
 
 Layer ``flow.layers.i``: i = l (K + 2) + 1 + k is step k of level l, i = l (K + 2) + K + 1 the split after it.
 """
@@ -51,7 +51,7 @@ _LAYER = "flow.layers.{}."
 
 
 def load_y0ast(state: Mapping[str, Any] | str, permutation: str | None = None) -> Glow:
-    """log p(x) of their model, x in [-0.5, 0.5).
+    """Load a Glow with log p(x) of their model, x in [-0.5, 0.5).
 
     Architecture: K, L and the kind of each layer by ``flow.layers.i``; affine if ``block.4`` has C outputs; LU by
     ``invconv.lower`` and the like, plain by ``invconv.weight``; H and W by ``prior_h``; ``learn_top_fn`` the learned
@@ -72,7 +72,7 @@ def load_y0ast(state: Mapping[str, Any] | str, permutation: str | None = None) -
 
 
 def load_chaiyujin(state: Mapping[str, Any] | str, permutation: str | None = None, rescale: bool = True) -> Glow:
-    """log p(x) of their model, which takes level / 255 plus noise, in [0, 1].
+    """Load a Glow with log p(x) of their model, which takes level / 255 plus noise, in [0, 1].
 
     As :func:`load_y0ast`, but for names (``f``, ``invconv.{l,u}``, ``learn_top``). Their first versions keep ``p`` and
     ``sign_s`` of LU convolutions out of the state dict: add them, as ``flow.layers.i.invconv.p`` and ``.sign_s``.
@@ -213,7 +213,7 @@ def _read_top(reader: Reader, names: _Names, channels: int, height: int, width: 
 
 
 def save_y0ast(model: Glow, learn_top: bool = True) -> dict[str, Tensor]:
-    """The state dict of their model that is this one.
+    """Write a model's weights as the state dict of y0ast's.
 
     After loading it, call their ``set_actnorm_init``, which their state dict does not carry. With classes a fresh
     classifier (zeros) is written. A shuffle is written as ``flow.layers.i.shuffle.indices``, which their
@@ -231,7 +231,7 @@ def save_y0ast(model: Glow, learn_top: bool = True) -> dict[str, Tensor]:
 
 
 def save_chaiyujin(model: Glow, batch_size: int = 1, learn_top: bool = True, rescale: bool = True) -> dict[str, Tensor]:
-    """The state dict of their model that is this one, ``graph`` in their files.
+    """Write a model's weights as the state dict of chaiyujin's, ``graph`` in their files.
 
     As :func:`save_y0ast`. Their first versions do not know ``p`` and ``sign_s`` of LU factors (assign them), and their
     log-det of a plain 1x1 convolution is NaN where the determinant is negative.

@@ -1,4 +1,4 @@
-"""The flow part of checkpoints of SRFlow and of what derives from it (LLFlow).
+"""Converts the flow part of checkpoints of SRFlow and of what derives from it (LLFlow).
 
 Layer ``flowUpsamplerNet.layers.i``: each level is a squeeze (which has no tensors), steps without a coupling, steps
 with ``affine`` (``fFeatures``, the injector's net; ``fAffine``, the coupling's), and in the first levels a split.
@@ -26,7 +26,7 @@ _NO_PART_OF_THE_FLOW = r"(?!flowUpsamplerNet\.layers\.)"
 
 
 def level_features(features: Mapping[str, Tensor], scale: int, n_levels: int) -> list[Tensor]:
-    """The condition of each level, shallowest first, out of their encoder's dict.
+    """Take the condition of each level, shallowest first, out of their encoder's dict.
 
     Level l (from 1) reads ``fea_up{2^n}``, n = log2(scale) - l; for n = -1 that is ``fea_up0``, for n = -2
     ``fea_up-1``. LLFlow's scale is 1, and its names are those of 4.
@@ -51,7 +51,7 @@ def level_features(features: Mapping[str, Tensor], scale: int, n_levels: int) ->
 def load_srflow(
     state: Mapping[str, Any] | str, image_size: int | tuple[int, int] = 160, scale_eps: float = 1e-4
 ) -> Glow:
-    """The flow of their model: encode, decode and log_det of x in [0, 1] given the features of each level.
+    """Load the flow of their model: encode, decode and log_det of x in [0, 1] given the features of each level.
 
     Architecture: the levels by the layers without tensors, K and the number of steps without a coupling by ``affine``,
     widths by shapes. The encoder (``RRDB`` and whatever else is beside ``flowUpsamplerNet.layers``) is left out; give
@@ -87,7 +87,7 @@ def load_srflow(
 
 
 def save_srflow(model: Glow) -> dict[str, Tensor]:
-    """The tensors ``flowUpsamplerNet.layers.*`` of their model whose flow is this one; the encoder's are theirs.
+    """Write a flow as the tensors ``flowUpsamplerNet.layers.*`` of their model; the encoder's stay theirs.
 
     Args:
         model: a Glow of the interface that the presets "srflow4x", "srflow8x" and "llflow" have, initialised.

@@ -1,4 +1,4 @@
-"""FrEIA's modules by name, those that gain from it in our implementation: swap ``import FrEIA.modules as Fm`` for it.
+"""Offers FrEIA's modules by name, those that gain from it in a faster form: to replace ``import FrEIA.modules``.
 
     import pyglow_fast.interop.freia as Fm
 
@@ -68,7 +68,7 @@ def __getattr__(name: str) -> Any:
 
 
 def adopt(model: nn.Module) -> list[str]:
-    """Make the FrEIA layers of a live model ours, in place, and return their names.
+    """Turn the FrEIA layers of a live model into this package's, in place, and return their names.
 
     The same objects, parameters, buffers and hooks, with our forward. Layers whose class is FrEIA's change, and blocks
     that were verified to compute what AllInOneBlock does, ``model`` itself included (its name is ""); others stay, see
@@ -91,7 +91,7 @@ def adopt(model: nn.Module) -> list[str]:
 
 
 def release(model: nn.Module, only: Collection[nn.Module] | None = None) -> list[str]:
-    """The opposite of :func:`adopt`: our layers (with ``only``, these alone) become what they were again, in place."""
+    """Undo :func:`adopt`: adopted layers (with ``only``, these alone) become what they were again, in place."""
     blocks = {type(module) for module in model.modules() if vars(type(module)).get("_home") is type(module)}
     back = reversed_classes(ADAPTERS) | {kind: cast(type[ServedBlock], kind)._serves for kind in blocks}
     names = exchange(model, back, only)
@@ -109,7 +109,7 @@ def finds(model: nn.Module) -> bool:
 
 
 def left(model: nn.Module) -> dict[str, str]:
-    """The layers that are not ours, and why: those that are no counterpart, or that FrEIA's containers have besides."""
+    """Name the layers that are not adopted, and why: those without a counterpart, or that FrEIA's containers add."""
     found = {}
     for name, module in model.named_modules():
         reason = counterpart(module, ADAPTERS)

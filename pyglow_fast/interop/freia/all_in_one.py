@@ -1,4 +1,4 @@
-"""FrEIA's AllInOneBlock: coupling, global affine map and permutation in one pass over memory besides the net."""
+"""Computes FrEIA's AllInOneBlock: coupling, global affine map and permutation in one pass besides the net."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ GATHERED_FROM = 512  # channels of a vector from which a hard permutation is gat
 
 
 class StepParts(NamedTuple):
-    """A block as one step of ours: z = after(coupling(before(x))), all parts differentiable in the block's parameters.
+    """A block as one flow step: z = after(coupling(before(x))), all parts differentiable in the block's parameters.
 
     ``before`` and ``after`` are maps u = matrix x + offset with log|det matrix| (None: the identity), as
     functional.channel_mix takes them, gathers where the permutation is hard; ``after_inverse`` is the inverse of
@@ -77,6 +77,15 @@ class StepParts(NamedTuple):
 
     Blocks in a row are a chain of steps that each mix and then couple: the map of step k is before_k(after_(k-1)(x)),
     and the last ``after`` follows the chain. Such a chain halves the channels, so C must be even.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.interop.freia import AllInOneBlock, StepParts, step_parts
+        >>> def subnet(channels_in, channels_out):
+        ...     return torch.nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        >>> parts = step_parts(AllInOneBlock([(4, 8, 8)], subnet_constructor=subnet))
+        >>> isinstance(parts, StepParts), parts.before is None, parts.net(torch.randn(1, 2, 8, 8)).shape
+        (True, True, torch.Size([1, 4, 8, 8]))
     """
 
     before: ChannelMap | None
@@ -201,7 +210,7 @@ class ServedBlock(nn.Module):
     def forward(
         self, x: Sequence[Tensor], c: Sequence[Tensor] = (), rev: bool = False, jac: bool = True
     ) -> tuple[tuple[Tensor], Tensor]:
-        """x -> z, or z -> x with ``rev``."""
+        """Map x to z, or z to x with ``rev``."""
         state = x[0]
         narrow = self._is_narrow  # with nothing to gain: at no cost
         if (narrow and len(state)) or not self._takes(state):
@@ -360,6 +369,19 @@ class AllInOneBlock(ServedBlock, Fm.AllInOneBlock):
     differentiated again: an error says so, and that PYGLOW_FORCE_REFERENCE=1 helps.
 
     Shapes: x ((N, C, *spatial),), none to three spatial dimensions, c of conditions (N, C_c, *spatial).
+
+    Examples:
+        >>> import torch
+        >>> from FrEIA.framework import SequenceINN
+        >>> from pyglow_fast.interop.freia import AllInOneBlock
+        >>> def subnet(channels_in, channels_out):
+        ...     return torch.nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        >>> flow = SequenceINN(4, 8, 8)
+        >>> for _ in range(3):
+        ...     flow.append(AllInOneBlock, subnet_constructor=subnet)
+        >>> x = torch.randn(2, 4, 8, 8)
+        >>> torch.allclose(flow(flow(x)[0], rev=True)[0], x, atol=1e-4)
+        True
     """
 
     def __init__(
@@ -394,7 +416,7 @@ AllInOneBlock._home, AllInOneBlock._serves = AllInOneBlock, Fm.AllInOneBlock
 
 
 def step_parts(block: nn.Module) -> StepParts:
-    """z = after(coupling(before(x))): net, coupling and channel maps of an AllInOneBlock of this package.
+    """Split an AllInOneBlock of this package into net, coupling and channel maps: z = after(coupling(before(x))).
 
     Called again whenever the parameters have changed: the maps are computed from them, with their gradients.
 

@@ -1,4 +1,4 @@
-"""A permutation of channels as it is kept, and whether it is a hard one: then its indices."""
+"""Reads a permutation of channels as it is kept, and its indices if it is a hard one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which layers compute what ours do, whatever code base their class is from: told by their attributes and by a probe.
+"""Finds which layers compute what this package's do, whatever code base they are from: by attributes and a probe.
 
 A probe runs two copies of a layer, one of its class and one of ours, with the same random float64 weights and a stub in
 the place of each net: forward, inverse and their gradients, for two sizes, in training and in evaluation. The layer
@@ -42,7 +42,7 @@ _found: weakref.WeakKeyDictionary[type, dict[Any, Variant | str]] = weakref.Weak
 
 
 def counterpart(layer: nn.Module, classes: Classes) -> type[nn.Module] | str | None:
-    """Find the class of ours that computes what a layer's own does; why there is none; None for other layers.
+    """Find the class here that computes what a layer's own does; a text why there is none; None for other layers.
 
     Args:
         layer: any module.
@@ -75,7 +75,7 @@ def counterpart(layer: nn.Module, classes: Classes) -> type[nn.Module] | str | N
 
 
 def variant_of_installed() -> Variant | str:
-    """Tell which form FrEIA's own AllInOneBlock has, or why it is none that we know."""
+    """Tell which form FrEIA's own AllInOneBlock has, or why it is none that is known."""
     import numpy as np
 
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()
@@ -89,7 +89,7 @@ def variant_of_installed() -> Variant | str:
 
 
 def served(kind: type[nn.Module], divides: bool, fixed_size: bool) -> type[nn.Module]:
-    """Put our arithmetic before a class that has the interface of AllInOneBlock; one class for each."""
+    """Put this package's arithmetic before a class with the interface of AllInOneBlock; one class for each."""
     for known in kind.__subclasses__():
         if vars(known).get("_variant") == (divides, fixed_size):
             return known

@@ -1,4 +1,4 @@
-"""Layers in the place of those of Glow-TTS, known by their structure: coqui's, and copies of them.
+"""Serves layers of Glow-TTS, known by their structure: coqui's, and copies of them.
 
 :func:`adopt` makes WaveNet nets (``WN``), convolutions in groups (``InvConvNear``) and couplings (``CouplingBlock``)
 ours, in place: the objects, their parameters, weight norms and names stay, and so do all methods but ``forward``. A
@@ -32,12 +32,12 @@ __all__ = ["WN", "CouplingBlock", "InvConvNear", "adopt", "finds", "left", "rele
 
 
 def finds(model: nn.Module) -> bool:
-    """Whether a model has layers that look like these, or that are ours."""
+    """Whether a model has layers that look like these, adopted already or not."""
     return any(isinstance(module, AdoptedLayer) or kind_of(module) is not None for module in model.modules())
 
 
 def adopt(model: nn.Module) -> list[str]:
-    """Make the layers of Glow-TTS in a model ours, in place, and return their names (the model's own is "")."""
+    """Turn the layers of Glow-TTS in a model into this package's, in place, and return their names ("": the model)."""
     found = [(name, module) for name, module in model.named_modules() if kind_of(module) is not None]
     fitting = [(name, module, kind_of(module)) for name, module in found if not fault(module)]
     for _, module, kind in fitting:
@@ -47,10 +47,10 @@ def adopt(model: nn.Module) -> list[str]:
 
 
 def left(model: nn.Module) -> dict[str, str]:
-    """The layers that look like Glow-TTS's and are left as they are, and why."""
+    """Name the layers that look like Glow-TTS's and are left as they are, and why."""
     return {name: fault(module) for name, module in model.named_modules() if kind_of(module) is not None}
 
 
 def release(model: nn.Module, only: Collection[nn.Module] | None = None) -> list[str]:
-    """The opposite of :func:`adopt`: our layers (with ``only``, these alone) get their own class back."""
+    """Undo :func:`adopt`: adopted layers (with ``only``, these alone) get their own class back."""
     return give_back(model, AdoptedLayer, only)

@@ -1,4 +1,4 @@
-"""Runs of Glow-TTS's steps (actnorm, convolution in groups, coupling) in one chain."""
+"""Joins runs of Glow-TTS's steps (actnorm, convolution in groups, coupling) into one chain."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def _place(layers: Sequence[Any]) -> Place:
 
 
 def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str | int) -> list[Place]:
-    """The layers of a list, up to and with each coupling as a step whose kind is its width."""
+    """Divide the layers of a list into steps, each up to a coupling, that can be joined if their widths agree."""
     groups: list[list[nn.Module]] = [[]]
     for module in modules:
         groups[-1].append(module)
@@ -136,7 +136,7 @@ def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str | int) ->
 
 
 def stand_ins(run: Sequence[Place], memory: str | int, budget: str | int) -> list[DecoderRun]:
-    """What stands in the place of a run: one DecoderRun."""
+    """Make what replaces a run: one DecoderRun."""
     layers = [layer for place in run for layer in place.layers]
     steps = [place.parts for place in run]
     return [DecoderRun(layers, JoinedRun(run[0].kind, steps, None, memory, budget, masked=True))]

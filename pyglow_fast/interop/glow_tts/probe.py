@@ -1,4 +1,4 @@
-"""Whether a layer computes what ours would: both are run on the same numbers, in float64."""
+"""Tells whether a layer computes what this package's would: both are run on the same numbers, in float64."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LENGTHS = (7, 4)  # of the samples of the probe
 
 
 def kind_of(module: nn.Module) -> type[AdoptedLayer] | None:
-    """The class of ours for a module that looks like one of theirs; None for any other, and for one that is ours."""
+    """Find the class here for a module that looks like one of Glow-TTS; None for others, and adopted ones."""
     if isinstance(module, AdoptedLayer):
         return None
     kinds: dict[type[AdoptedLayer], Callable[[nn.Module], bool]] = {
@@ -38,7 +38,7 @@ def kind_of(module: nn.Module) -> type[AdoptedLayer] | None:
 
 
 def fault(module: nn.Module) -> str:
-    """Say why a module that looks like one of theirs is not to be replaced; nothing if it is."""
+    """Say why a module that looks like one of Glow-TTS is not to be replaced; empty if it is."""
     ours = kind_of(module)
     assert ours is not None  # it looks like one
     if is_altered(module):
@@ -57,7 +57,7 @@ def fault(module: nn.Module) -> str:
 
 
 def actnorm_fault(module: nn.Module) -> str:
-    """Say why a module is no actnorm that can be folded; nothing if it is one."""
+    """Say why a module is no actnorm that can be folded; empty if it is one."""
     if not looks_like_actnorm(module) or is_altered(module):
         return "no actnorm without hooks before the convolution"
     try:

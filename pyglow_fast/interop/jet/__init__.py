@@ -1,4 +1,4 @@
-"""Jet's couplings of tokens around a ViT, ours in place: y2 = (u2 + shift) m sigmoid(raw), with u a permutation of x.
+"""Serves Jet's couplings of tokens around a ViT: y2 = (u2 + shift) m sigmoid(raw), with u a permutation of x.
 
 Known by structure, in whatever package they are: those of jet-pytorch (called with the projections) and of JetFormer's
 flow (called with images, projections of their own). A class's forward, inverse and log-det are compared with ours in

@@ -1,4 +1,4 @@
-"""Layers in place of those of ``nflows.transforms``: the same numbers, faster.
+"""Offers layers in place of those of ``nflows.transforms``: the same numbers, faster.
 
 Change the import and nothing else::
 

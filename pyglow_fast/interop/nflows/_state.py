@@ -1,4 +1,4 @@
-"""What the adapters ask about tensors and classes, and what they remember of a layer without giving it new state."""
+"""Answers what the adapters ask about tensors and classes, and remembers values of a layer beside its state."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def as_it_comes(layer: object, *methods: str) -> bool:
 
 
 class Derived(Generic[T]):
-    """One value per layer, derived from tensors of it, while these are what they were: see KeptTensors.
+    """A value for each layer, derived from tensors of it, while these are what they were: see KeptTensors.
 
     It is kept beside the layers, so that they have no attribute that those of the library lack and copies start anew.
     Tensors made in inference mode, and traced ones, have no version: then it is derived each time.
@@ -50,7 +50,7 @@ class Derived(Generic[T]):
         self._kept: weakref.WeakKeyDictionary[nn.Module, tuple[KeptTensors, T]] = weakref.WeakKeyDictionary()
 
     def get(self, layer: nn.Module, tensors: Sequence[Tensor], derive: Callable[[], T]) -> T:
-        """The value for a layer, from ``derive()`` if any of the tensors is new or was written to."""
+        """Return the value for a layer, from ``derive()`` if any of the tensors is new or was written to."""
         if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors):
             return derive()
         kept = self._kept.get(layer)
@@ -65,6 +65,6 @@ _initialized: Derived[bool] = Derived()
 
 
 def is_initialized(layer: nn.Module) -> bool:
-    """The value of an actnorm's buffer ``initialized``, read from a GPU only when it may have changed."""
+    """Read an actnorm's buffer ``initialized``, from a GPU only when it may have changed."""
     flag: Tensor = layer.initialized  # type: ignore[assignment]
     return bool(flag) if can_read(flag) else _initialized.get(layer, [flag], lambda: bool(flag))

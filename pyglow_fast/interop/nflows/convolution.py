@@ -1,4 +1,4 @@
-"""nflows' invertible 1x1 convolution as one product: permutation, L and U are one matrix."""
+"""Computes nflows' invertible 1x1 convolution as one product: permutation, L and U are one matrix."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _captured: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # convolutions that a
 
 
 def channel_order(convolution: transforms.OneByOneConvolution) -> Tensor | None:
-    """i -> where channel i of the inputs goes, (C,) int64; None if the permutation is not one of channels as it comes.
+    """Find where channel i of the inputs goes, (C,) int64; None if the permutation is not one of channels.
 
     L U applied to the permuted channels is (L U)[:, order] applied to the channels.
     """
@@ -62,10 +62,20 @@ class OneByOneConvolution(transforms.OneByOneConvolution):
         ValueError: inputs not 4D or of other channels.
 
     Reference: Kingma & Dhariwal 2018, section 3.2.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.interop.nflows import OneByOneConvolution
+        >>> convolution = OneByOneConvolution(4, identity_init=False)
+        >>> inputs = torch.randn(2, 4, 3, 3)
+        >>> outputs, logabsdet = convolution(inputs)
+        >>> restored, minus = convolution.inverse(outputs)
+        >>> torch.allclose(restored, inputs, atol=1e-5), torch.allclose(logabsdet + minus, torch.zeros(2), atol=1e-5)
+        (True, True)
     """
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """inputs -> outputs, logabsdet."""
+        """Map inputs to outputs and logabsdet."""
         order = self._order_for(inputs)
         if order is None:
             found: tuple[Tensor, Tensor] = super().forward(inputs, context)
@@ -80,7 +90,7 @@ class OneByOneConvolution(transforms.OneByOneConvolution):
         return outputs, functional.per_sample(inputs, logabsdet).contiguous()
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """outputs -> inputs, -logabsdet."""
+        """Map outputs to inputs and -logabsdet."""
         order = self._order_for(inputs)
         if order is None:
             found: tuple[Tensor, Tensor] = super().inverse(inputs, context)
@@ -117,11 +127,11 @@ class OneByOneConvolution(transforms.OneByOneConvolution):
         return ones.index_put(below, like), torch.diag(self.upper_diag).index_put(above, self.upper_entries)
 
     def weight(self) -> Tensor:
-        """L U, (C, C)."""
+        """Compute the matrix L U, (C, C)."""
         return full_product(*self._create_lower_upper())
 
     def weight_inverse(self) -> Tensor:
-        """(L U)^-1, (C, C)."""
+        """Compute the inverse matrix (L U)^-1, (C, C)."""
         return functional.invert_matrix(self.weight())
 
     def _check_forward_cache(self) -> None:
