@@ -20,6 +20,7 @@ SIDE = 32
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 LAYOUTS = {"cifar-10-batches-py": "", "cifar-10-batches-bin": ".bin"}  # folder and ending of its files
 _TRAIN = tuple(f"data_batch_{i}" for i in range(1, 6))
+BATCHES = (*_TRAIN, "test_batch")
 _VALUES = 3 * SIDE * SIDE
 
 
@@ -134,7 +135,7 @@ def load_cifar10(root: Path, preparation: Preparation) -> ImageSet:
     check_folder(root, "cifar10")
     folder, ending = _layout(root)
     parts = []
-    for name in (*_TRAIN, "test_batch"):
+    for name in BATCHES:
         path = folder / f"{name}{ending}"
         expect(path.is_file(), "cifar10", f"the file {path}", "none")
         values, labels = _binary_batch(path) if ending else _python_batch(path)

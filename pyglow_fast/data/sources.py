@@ -155,14 +155,14 @@ SOURCES: dict[str, _Source] = {
     "cifar10": _Source(
         lambda config, path: load_cifar10(path, config.preparation()),
         _ARRAYS,
-        "needed",
+        "optional",
         "its images are 32x32 and held in memory",
         side=CIFAR_SIDE,
     ),
     "celeba": _Source(
         lambda config, path: load_celeba(path, config.preparation(), config.attribute),
         (*_FILES, "attribute"),
-        "needed",
+        "optional",
         "its images are single files, each of one person",
     ),
     "imagenet": _Source(
