@@ -77,8 +77,9 @@ def _asking(address: str = "") -> Iterator[None]:
     except HTTPError as error:
         raise UnavailableError(f"{error.url} answered {error.code} {error.reason}") from error
     except (*_NETWORK, RuntimeError) as error:  # torchvision and gdown give RuntimeErrors of several lines
-        said = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
-        raise UnavailableError(f"{address}: {said}" if address else said) from error
+        cause = getattr(error, "reason", error)
+        said = " ".join(str(getattr(cause, "strerror", None) or cause).split()) or type(error).__name__
+        raise UnavailableError(f"{address}: {said.rstrip('.')}".removeprefix(": ")) from error
     finally:
         socket.setdefaulttimeout(before)
 
