@@ -1,4 +1,8 @@
-"""CIFAR-10 as its authors publish it: Python pickles, read by an unpickler that runs nothing, or the binary files."""
+"""Reads CIFAR-10 as its authors publish it: Python pickles, by an unpickler that runs nothing, or the binary files.
+
+torchvision's own class reads them with ``pickle.load``, which runs whatever code a file names, after a look at their
+MD5; and it does not read the binary files.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,7 @@ class _Dtype:
         self.kind = kind
 
     def __setstate__(self, state: Any) -> None:
-        """Byte order and the like, which bytes have not."""
+        """Takes byte order and the like, which bytes have not."""
 
 
 class _NdArray:
@@ -75,7 +79,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _pickled(path: Path) -> dict[str, Any]:
-    """The dict in a pickle file, its text keys as str.
+    """Reads the dict in a pickle file, its text keys as str.
 
     Raises:
         ValueError: it is no pickle of a dict, or names anything but arrays; the message names the file.
@@ -123,7 +127,7 @@ def _layout(root: Path) -> tuple[Path, str]:
 
 
 def load_cifar10(root: Path, preparation: Preparation) -> ImageSet:
-    """CIFAR-10 from ``cifar-10-batches-py`` or ``cifar-10-batches-bin``, with the official split.
+    """Loads CIFAR-10 from ``cifar-10-batches-py`` or ``cifar-10-batches-bin``, with the official split.
 
     Args:
         root: that folder, or the one it lies in.

