@@ -13,13 +13,13 @@ import os
 import re
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -27,14 +27,14 @@ from urllib.parse import urlsplit
 
 import torch.hub
 
-from pyglow_fast.data._optional import MissingExtraError, optional
+from pyglow_fast.data._optional import optional
 from pyglow_fast.data.unpack import DamagedArchiveError, unpack
 
 NPM, DEBIAN = "https://registry.npmjs.org", "https://deb.debian.org/debian"
 # Keeps every package that Debian ever had, for when a newer one has taken its place on the mirrors.
 DEBIAN_OF_THAT_DAY = "https://snapshot.debian.org/archive/debian/20251101T000000Z"
 PATIENCE = 30.0  # seconds without a byte after which a host counts as out of reach
-_NETWORK = (URLError, HTTPException, ConnectionError, TimeoutError)
+_NETWORK = (URLError, ConnectionError, TimeoutError, ssl.SSLError)
 
 
 class UnavailableError(RuntimeError):
@@ -72,11 +72,11 @@ def _asking(address: str = "") -> Iterator[None]:
     socket.setdefaulttimeout(PATIENCE if before is None else before)
     try:
         yield
-    except MissingExtraError as error:
-        raise UnavailableError(str(error)) from error
     except HTTPError as error:
         raise UnavailableError(f"{error.url} answered {error.code} {error.reason}") from error
-    except (*_NETWORK, RuntimeError) as error:  # torchvision and gdown give RuntimeErrors of several lines
+    except Exception as error:  # gdown has kinds of its own, and those of requests, which are OSErrors without a number
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, _NETWORK):
+            raise  # of this machine: a full disk
         cause = getattr(error, "reason", error)
         said = " ".join(str(getattr(cause, "strerror", None) or cause).split()) or type(error).__name__
         raise UnavailableError(f"{address}: {said.rstrip('.')}".removeprefix(": ")) from error

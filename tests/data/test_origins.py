@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import os
@@ -233,7 +234,11 @@ def test_celeba_by_torchvision(settings: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(UnavailableError, match=r"'gdown' is required\. You can install it with 'pip install gdown'"):
         collected(origin, settings)
     gdown = types.ModuleType("gdown")
-    setattr(gdown, "download", lambda id, output, **_: Path(output).write_bytes(files[id.removeprefix("id of ")]))  # noqa: B010
+
+    def download(id: str, output: str, **_: object) -> None:
+        Path(output).write_bytes(files[id.removeprefix("id of ")])
+
+    gdown.download = download  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "gdown", gdown)
     (settings / "again").mkdir()
     got = collected(origin, settings / "again", lambda name: not name.endswith(".zip"))
@@ -345,3 +350,28 @@ def test_a_mirror_that_is_no_address(settings: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(UnavailableError, match="the mirror is no address of the form https://HOST/PATH") as error:
         collected(NpmPackage("pictures", "1.2", ""), settings)
     assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", [Exception, OSError, ValueError])
+def test_gdown_gives_up(settings: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]) -> None:
+    pytest.importorskip("torchvision.datasets")
+
+    def refuse(**_: object) -> None:
+        raise kind("Too many users\nhave viewed this file.")
+
+    gdown = types.ModuleType("gdown")
+    gdown.download = refuse  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "gdown", gdown)
+    with pytest.raises(UnavailableError, match=r"^Too many users have viewed this file$"):
+        collected(TorchvisionArchives("CelebA", (("list_eval_partition.txt", ""),)), settings)
+
+
+def test_a_full_disk_is_no_matter_of_the_host(
+    settings: Path, server: FileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
+    with pytest.raises(OSError, match="No space left on device"):
+        collected(NpmPackage("pictures", "1.2", ""), settings)
