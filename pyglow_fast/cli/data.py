@@ -1,4 +1,4 @@
-"""Runs ``pyglow-fast data``: fetches a data set, or lists those that can be fetched."""
+"""``pyglow-fast data``: fetch a data set, or list those that can be fetched."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def listing() -> str:
-    """Describes the data sets, one a paragraph."""
+    """The data sets, one a paragraph."""
     lines = []
     for name, item in FETCHABLE.items():
         there = data_folder() / name
