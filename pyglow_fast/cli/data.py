@@ -24,8 +24,8 @@ def listing() -> str:
     for name, item in FETCHABLE.items():
         there = data_folder() / name
         state = f"in {there}" if there.is_dir() else "not fetched"
-        source = f"{item.manager} package {item.package}"
-        lines.append(f"{name}: {item.about}\n  {item.size}, {item.licence}, from the {source}; {state}")
+        sources = " or ".join(str(origin) for origin in item.origins)
+        lines.append(f"{name}: {item.about}\n  {item.size}, {item.licence}, from {sources}; {state}")
     lines.append(f"the cache is {data_folder()}; set PYGLOW_DATA to move it")
     return "\n".join(lines)
 
