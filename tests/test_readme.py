@@ -84,3 +84,13 @@ def test_files_it_shows_exist() -> None:
     assert pages
     for name in (*pictures, *pages):
         assert (ROOT / name).is_file(), name
+
+
+def test_contributing_lists_the_files_that_there_are() -> None:
+    rows = dict(re.findall(r"^\| `([\w.]+)/?` \| (.*) \|$", page("CONTRIBUTING.md"), re.MULTILINE))
+    for part in ("latents", "experiments"):
+        files = {path.name for path in (ROOT / "pyglow_fast" / part).glob("*.py")} - {"__init__.py"}
+        assert set(re.findall(r"`(\w+\.py)`", rows[part])) == files
+    for part, text in rows.items():
+        for name in re.findall(r"`(\w+\.py)`", text):
+            assert (ROOT / "pyglow_fast" / part / name).is_file(), (part, name)
