@@ -15,7 +15,7 @@ PACKAGE = "pyglow_fast"
 
 # What each part of the package may import of the others; a new module or subpackage is entered here. A part is a direct
 # child of the package: layers stands for all modules in layers/.
-FOUNDATION = {"_tracing", "_errors", "_captures", "_derivatives", "_float32", "_renamed"}
+FOUNDATION = {"_tracing", "_errors", "_captures", "_derivatives", "_float32", "_moments", "_renamed"}
 STACK = (  # each may import those before it
     "_backend",
     "ops",
@@ -33,10 +33,11 @@ STACK = (  # each may import those before it
     "web",
     "cli",
 )
-BESIDE = {"reference", "likelihood", "presets", "_moments"}  # torch at most, usable by every layer above _backend
+BESIDE = {"reference", "likelihood", "presets"}  # torch at most, usable by every layer above _backend
 ALLOWED: dict[str, set[str]] = {
     "_tracing": set(),
     "_float32": set(),
+    "_moments": set(),
     "_errors": {"_tracing"},
     "_captures": {"_errors", "_tracing"},
     "_derivatives": {"_errors"},

@@ -29,10 +29,6 @@ from support.public_names import MODULES, PACKAGE, public
 
 leave_undrawn()
 
-PARTS = {path.stem for path in (ROOT / PACKAGE).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
-# The parts whose docstrings follow the rules below: all but those that are not through yet.
-RULED = PARTS - {"data"}
-
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctest.IGNORE_EXCEPTION_DETAIL
 MOST_LINES = 20  # of an example: more is a page of docs/
 # A first line that begins so has no subject: it goes on from a name that the reader may not know.
@@ -73,18 +69,12 @@ def docstrings(tree: ast.Module) -> Iterator[tuple[str, str]]:
     yield from ((name, text) for name, text in named if text)  # overloads and setters have none
 
 
-def part_of(path: Path) -> str:
-    """The direct child of the package that a file is or is in."""
-    return Path(path.relative_to(ROOT / PACKAGE).parts[0]).stem
-
-
 def module_of(path: Path) -> str:
     """The dotted name of a file of the package."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
-RULED_FILES = [path for path in FILES if part_of(path) in RULED]
 FILES_WITH_EXAMPLES = [path for path in FILES if ">>> " in path.read_text(encoding="utf-8")]
 
 
@@ -103,7 +93,7 @@ def is_ours(error: BaseException) -> bool:
     return (getattr(error, "name", None) or "").split(".")[0] in (PACKAGE, "torch", "numpy", "safetensors")
 
 
-@pytest.mark.parametrize("path", RULED_FILES, ids=module_of)
+@pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_first_lines(path: Path) -> None:
     found = docstrings(ast.parse(path.read_text(encoding="utf-8")))
     assert [fault for name, text in found for fault in first_line_faults(text.split("\n")[0], name)] == []
@@ -161,9 +151,8 @@ def example_faults(value: type) -> list[str]:
 @pytest.mark.parametrize("name", MODULES)
 def test_every_public_class_has_an_example(name: str) -> None:
     classes = dict.fromkeys(value for value in public(imported(name)) if inspect.isclass(value))
-    ruled = [value for value in classes if value.__module__.split(".")[1] in RULED]
-    assert [fault for value in ruled for fault in example_faults(value)] == []
-    sources = ["".join(example.source for example in examples_of(value)) for value in ruled]
+    assert [fault for value in classes for fault in example_faults(value)] == []
+    sources = ["".join(example.source for example in examples_of(value)) for value in classes]
     assert len(sources) == len(set(sources)), "two classes have the same example"
 
 

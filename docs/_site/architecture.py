@@ -51,7 +51,7 @@ PARTS: dict[str, Place] = {
     "_backend": Place("spine", 13, "loads the compiled module, or says why not"),
     "memory": Place("far", 13, "frees what waits"),
 }
-FOUNDATION = ("_errors", "_tracing", "_captures", "_derivatives", "_float32")
+FOUNDATION = ("_errors", "_tracing", "_captures", "_derivatives", "_float32", "_moments", "_renamed")
 # Folders of csrc, and core.h.
 NATIVE: dict[str, Place] = {
     "bindings": Place("spine", 14, "checks arguments; alone sees torch"),

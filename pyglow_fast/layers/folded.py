@@ -103,7 +103,7 @@ class FoldCache:
 
     @contextlib.contextmanager
     def trusting(self) -> Iterator[None]:
-        """Inside, parameters of the same version are taken to be the same: nobody writes to them behind its back."""
+        """A context in which parameters of the same version are taken to be the same: no write goes unseen by torch."""
         self._enter(1)
         try:
             yield
