@@ -33,7 +33,7 @@ def backend_of(device: torch.device) -> str | None:
     return "mkldnn" if device.type == "cpu" else None
 
 
-# What torch.compile takes the answer of, as in pyglow_fast.ops, and does not trace.
+# torch.compile is to take the answer and not to trace how it is found, as in pyglow_fast.ops.
 backend_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -66,10 +66,10 @@ class NetRunner:
     ) -> None:
         self.net, self.width, self.budget, self._plans, self.precision = net, width, budget, plans, precision
         self.board = board
-        # Of these we know all there is to know without a look into their modules, a thousand of them in a deep model.
+        # What such a net does is known without looking into its modules, of which a deep model has thousands.
         self._known = isinstance(net, NetShape) and net.is_plain
         self._found: tuple[list[str], list[nn.Parameter]] | None = (
-            None  # no cached_property, whose lock is not compiled
+            None  # no cached_property: torch.compile cannot trace its lock
         )
 
     def _then(self) -> tuple[list[str], list[nn.Parameter]]:
@@ -215,7 +215,8 @@ class NetRunner:
             and state.generators is not None
             and any(chunk.rows != chunk.taken for chunk in plan.chunks)
         ):
-            # A net that draws random numbers without saying so, cut into strips: their halos drew others. Once more.
+            # The net draws random numbers without saying so, and was cut into strips, whose halos drew other numbers
+            # than the rows that they repeat: it is run again, not in strips.
             plan = self._plan(x1, cond, random=True)
             with before.replayed():
                 net_out = run_net(self.net, x1, cond, plan, self._call(x1, params))

@@ -21,7 +21,7 @@ from pyglow_fast.latents.spaces import (
 from pyglow_fast.models import Glow
 from pyglow_fast.models.prior import standardised
 
-# Directions nearer to opposite than this have no great circle that rounding leaves alone: sin(angle) divides.
+# Between directions nearer to opposite than this rounding decides which great circle is taken: sin(angle) divides.
 _OPPOSITE = 1e-3
 
 

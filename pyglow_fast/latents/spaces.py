@@ -18,9 +18,9 @@ from pyglow_fast.models.prior import check_labels
 SPACES = ("noise", "latent")
 # Measured by edits whose true target is known: 25 held-out emoji, skin tones, 5 strengths from 0.25 to 1.5 (L = 3,
 # K = 8). Both spaces come as near (RMSE within their standard errors; after 6558 steps that of the latents is 1 to 2 %
-# lower), but in younger models an edit of the latents made the inverse run away to NaN or inf in 8 of 625 cases (2250
-# steps) and 12 of 375 (1500), one of the noise in 1 and 0. Where a prior is narrow, a step along z is many deviations,
-# which the noise is counted in.
+# lower), but in models trained less an edit of the latents drove the inverse to NaN or inf in 8 of 625 cases (2250
+# steps) and 12 of 375 (1500), an edit of the noise in 1 and 0. Where a prior is narrow, a step along z is one of many
+# deviations; a step in the noise is measured in deviations.
 DEFAULT_SPACE = "noise"
 
 

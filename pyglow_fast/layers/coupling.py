@@ -17,7 +17,7 @@ from pyglow_fast.reference import KINDS, ORDERS, SCALE_MAPS, CouplingSpec
 
 MASKS = ("channels", "checkerboard")
 MAX_CLAMP = 80.0  # log s of the tanh and atan maps stays below it, and exp(80) is finite in float32
-MAX_FACTOR = 1e30  # nor is 1 / MAX_FACTOR far from the ends of float32
+MAX_FACTOR = 1e30  # float32 holds it and its reciprocal, with room for products
 
 
 def check_scale_numbers(

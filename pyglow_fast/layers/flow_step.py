@@ -224,7 +224,7 @@ def fold_steps(steps: Sequence[FlowStep]) -> list[ChannelMap]:
     return unstack_maps(fold_in_one(steps))
 
 
-FOLDED_AT_ONCE = 128 * 1024  # bytes of matrices; the fewer, the oftener a backward folds
+FOLDED_AT_ONCE = 128 * 1024  # bytes of matrices; with fewer a backward would fold more often
 
 
 def map_bytes(step: FlowStep) -> int:
@@ -462,7 +462,7 @@ class FlowStep(FlowLayer):
     ) -> None:
         super().__init__()
         expect(mask in MASKS, "mask", f"one of {MASKS}", repr(mask))
-        shared = 2 if mask == "channels" else 1  # among as many parts
+        shared = 2 if mask == "channels" else 1  # how many equal parts the channels have to make
         check_count("channels", channels, least=shared)
         expect(channels % shared == 0, "channels", "an even number to halve", channels)
         kind = coupling.kind if isinstance(coupling, CouplingSpec) else coupling

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from pyglow_fast.models.glow import Glow
 
 
-LEAST_BLOCKED = 20480  # numbers of an input: of fewer, of one image, it gathers what the taps read
+# The library's convolution of one image with fewer input numbers gathers what each tap of the kernel reads; of others
+# it lays the channels out in blocks.
+LEAST_BLOCKED = 20480
 
 
 def _convolution_scratch(split: Split, samples: int, positions: int, size: int) -> tuple[int, int]:

@@ -106,7 +106,7 @@ class ChainBackward(Walk):
         return witness_drift(x, before_map(self.kept.sketch, x, inverse, self.offsets[k], index, mask))
 
     def drift(self, first: int, x: Tensor, measures: Sequence[Measure]) -> Tensor:
-        errors = [error for error in measures if isinstance(error, Tensor)]  # of the first step, if of any
+        errors = [error for error in measures if isinstance(error, Tensor)]  # at most one, of the first step
         pairs = [pair for pair in measures if isinstance(pair, tuple)]
         if pairs and self.kept.seen is not None:
             steps = slice(first + len(errors), first + len(measures))

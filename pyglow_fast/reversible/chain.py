@@ -131,7 +131,7 @@ def forward_pass(
             seen.append(project(u))
         net_out, memo = net.forward(u[:, : net.reads(u.shape[1])], cond, params[k])
         memos.append(memo)
-        with in_precision(net.precision, u):  # which does not show in an output in float32
+        with in_precision(net.precision, u):  # its precision does not show in an output in float32
             lowest = lowest_precision(lowest, net_out, params[k])
         if following is None:
             u, step_log_det = functional.coupling(u, net_out, spec)
@@ -200,7 +200,7 @@ def _restored(chain: Chain, trail: Trail) -> tuple[Tensor, int]:
         saved = _Saved.of(ctx)
         if ctx.chain.group is not group:
             group = ctx.chain.group
-            # Of this part's own group nothing is asked for again: what has opened it may have been freed since.
+            # The maps of this part's own group are those that are open; the part that opened them may be freed by now.
             if group is chain.group:
                 folded = trail.maps.maps
             else:

@@ -17,20 +17,20 @@ from itertools import pairwise
 # for "checkpoint" and "reversible" over "store" 1.30 and 1.31 (a; measured 1.26 and 1.31), 1.26 and 1.32 (b; 1.08 and
 # 1.13), 1.29 and 1.33 (c; 1.24 and 1.27), 1.30 and 1.30 (e; 1.32 and 1.33).
 STEP_WORK = 32 * 10**6  # of a step besides its net: autograd, Python
-INVERTED_STEP_WORK = 16 * 10**6  # what it takes more to be inverted and witnessed
-INVERTED_VALUE_WORK = 5  # the same for each byte of the state
+INVERTED_STEP_WORK = 16 * 10**6  # what an inverted step takes more, with its check against drift
+INVERTED_VALUE_WORK = 5  # and more for each byte of its state
 RECOMPUTED_STEP_WORK = 8 * 10**6  # what a step takes more to be recomputed, besides its net
-RECOMPUTED_RUN_WORK = 60 * 10**6  # and a run of which some are, however few: the first step costs 2 to 3 ms (b, c)
+RECOMPUTED_RUN_WORK = 60 * 10**6  # and a run with any such steps, however few: the first step costs 2 to 3 ms (b, c)
 STORED_BYTE_WORK = 8  # to write a net's activations to memory, and read them again
 GRADIENTS_WORK = 3  # forward and backward of a net over its forward
 
-# Of the maps that are folded together, in matrices and in vectors of as many numbers as there are channels, each: what
-# autograd keeps of their making, and what that and its derivative take for a moment. In a backward that inverts steps
-# also gradients and inverses, which plain torch makes in float64.
+# Memory of the maps that are folded together, as so many matrices, and vectors of a number for each channel, for each
+# map: what autograd keeps of the folding; what folding and its derivative take for a moment; and, in a backward that
+# inverts steps, the gradients and the inverses, which plain torch makes in float64.
 FOLD_KEPT, FOLD_MAKING, FOLD_BACKWARD, FOLD_VECTORS = 5, 3, 4, 12
 OPEN_MAPS, INVERTING = 2, 7
 SQUEEZING = 5  # states, where a run's input is not squeezed as it is read
-SMALL = 512  # bytes of numbers by step, sample or channel that are too few to be told apart; the allocator's rounding
+SMALL = 512  # bytes allowed for a few numbers by step, sample or channel, and for the allocator's rounding
 
 
 @dataclass(frozen=True)

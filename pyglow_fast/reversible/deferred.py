@@ -16,7 +16,8 @@ from torch import Tensor
 
 from pyglow_fast._captures import Later, held, is_capturing, refuse_first_use
 
-REMEMBERED = 16  # backward passes that did not end, of all threads: an error leaves nobody who would forget them
+# Flags of so many backward passes are kept: one that fails does not come to the end, where its flag would be dropped.
+REMEMBERED = 16
 
 _flags: OrderedDict[int, Tensor] = OrderedDict()
 _flags_lock = threading.Lock()
@@ -34,7 +35,7 @@ def drifted_in_this_backward(drifted: Tensor) -> Tensor:
         _flags[task] = flag
         while len(_flags) > REMEMBERED:
             _flags.popitem(last=False)
-    if earlier is None:  # at the end, so that a flag in a graph's own memory does not hold it
+    if earlier is None:  # the flag is dropped at the end: one in a graph's memory would keep that alive
         torch.autograd.Variable._execution_engine.queue_callback(partial(_forget, task))
     return flag
 
@@ -74,7 +75,7 @@ class _Counters:
     def take(self, wait: bool) -> list[Verdict]:
         """Gives the verdicts that are known; see :meth:`Verdicts.take`."""
         if is_capturing(self.values.device):
-            return []  # a capture allows no reading, nor the question whether a copy has come
+            return []  # while a graph is captured, values cannot be read, nor copies be asked whether they are done
         found = self.values.tolist() if wait else None if self.copy is None else self.copy.read()
         if found is None:
             return []

@@ -26,13 +26,14 @@ from pyglow_fast._float32 import CONVOLUTIONS, PRODUCTS
 from pyglow_fast.reference import autocast_is_on, flat_positions, full_precision, full_product, n_positions
 from pyglow_fast.reversible.deferred import Verdicts
 
-START_SPACING, MOST_ANCHORS = 4, 12  # to begin with at least 4 steps apart, and farther where that would be too many
+START_SPACING, MOST_ANCHORS = 4, 12  # anchors are 4 steps apart at first, or farther so that they are at most 12
 # The projection of an error on random signs is its norm times about a standard normal number, of which many are drawn.
 PROJECTION_SLACK = 4.0
 BLOCK, LEAST_BLOCK = 1024, 32  # positions that are summed in one go; all, if their number has no divisor between
 LEAST_EPS, EPS_PER_ROOT, MOST_EPS, NET_EPS = 16.0, 6.0, 32.0, 4.0  # the tolerance: see docs/memory.md
-# Of the tolerance: roundings of independent steps add up as squares, so that drift over twice as many is 1.4 times as
-# large (measured: 1.35 to 1.5 for each doubling from 8 to 256 steps), and 2 where each step amplifies those before it.
+# The spacing doubles where drift is below this part of the tolerance: roundings of independent steps add up as squares,
+# so that drift over twice as many steps is 1.4 times as large (measured: 1.35 to 1.5 for each doubling from 8 to 256
+# steps), and twice as large where each step amplifies those before it.
 GROW_BELOW = 0.5
 GROW_AFTER = 4  # passes in a row
 FIRST_HOLD, LAST_HOLD = 32, 1024  # passes until a spacing that drifted is tried again, doubled each time
@@ -420,12 +421,12 @@ class DriftControl:
         if tripped:
             learnt.calm = 0
             if spacing <= learnt.spacing:  # else a pass that began before the last adaptation
-                # That of the pass: a graph goes on with its own while calm replays have widened what is learnt.
+                # The spacing of this pass is halved: a graph keeps its own while calm replays widen the learnt one.
                 learnt.too_wide, learnt.spacing = spacing, max(1, spacing // 2)
                 learnt.hold, learnt.next_hold = learnt.next_hold, min(2 * learnt.next_hold, LAST_HOLD)
             return
         if spacing < learnt.spacing:
-            return  # its calm says nothing of wider ones
+            return  # that a pass with closer anchors is calm says nothing about wider ones
         learnt.calm = learnt.calm + 1 if drift <= GROW_BELOW * limit else 0
         wider = min(2 * learnt.spacing, max(self.n_steps, 1))
         held = learnt.hold > 0 and wider >= learnt.too_wide > 0
@@ -446,6 +447,6 @@ class DriftControl:
     def load_state(self, state: Tensor) -> None:
         """Continue from a saved state, of a run of any depth."""
         loaded = DriftRecord.of_vector(state)
-        self.settle(wait=True)  # passes before are none of the loaded record's
+        self.settle(wait=True)  # verdicts of passes before belong to the old record
         self.learnt = loaded
         self.learnt.spacing = max(1, min(self.learnt.spacing, max(self.n_steps, 1)))

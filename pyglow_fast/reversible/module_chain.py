@@ -200,7 +200,7 @@ class _RunModules(torch.autograd.Function):
             state = RunState.after(chain.steps[k], before, x.device)
             memos.append((state, None if known else output_sums(z)))
             lowest = lowest_precision(lowest, z)
-            for precision in precisions_of(chain.steps[k]):  # of nets between float32 states, which show in no output
+            for precision in precisions_of(chain.steps[k]):  # which does not show in a float32 output
                 with in_precision(precision, z):
                     lowest = lowest_precision(lowest, z, by_step[k])
             log_det = log_det + step_log_det

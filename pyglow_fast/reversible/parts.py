@@ -18,7 +18,9 @@ from torch import Tensor
 from pyglow_fast._captures import is_capturing
 from pyglow_fast.reversible.drift import SKETCHED, DriftControl
 
-_judging = threading.Lock()  # backwards through one graph may run at a time; torch.compile cannot trace its making
+# Several backwards may go through one graph at the same time. One lock for all, since torch.compile cannot trace the
+# making of one.
+_judging = threading.Lock()
 
 LEAST_PART = 2 * 2**20  # bytes of gradients that may exist a second time while they are added to others
 
@@ -189,7 +191,7 @@ class Part:
     @property
     def knows_start(self) -> bool:
         """Whether the input of its first step is kept: else the backward has it from the part behind it, recomputed."""
-        # No part behind the final one can ask those before it, which have no backward and keep nothing.
+        # The final part keeps its input: the parts before it have no backward and keep nothing to recompute it from.
         return self.first == 0 or self.whole.keeps_states or self.is_final or self.first in self.whole.anchors
 
     @property
