@@ -23,8 +23,11 @@ from typing import Any
 import pytest
 import torch
 from support import ROOT
+from support.figures import leave_undrawn
 from support.machine import no_network
 from support.public_names import MODULES, PACKAGE, public
+
+leave_undrawn()
 
 PARTS = {path.stem for path in (ROOT / PACKAGE).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
 # The parts whose docstrings follow the rules below: all but those that are not through yet.
@@ -157,7 +160,7 @@ def example_faults(value: type) -> list[str]:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_public_class_has_an_example(name: str) -> None:
-    classes = [value for value in public(imported(name)) if inspect.isclass(value)]
+    classes = dict.fromkeys(value for value in public(imported(name)) if inspect.isclass(value))
     ruled = [value for value in classes if value.__module__.split(".")[1] in RULED]
     assert [fault for value in ruled for fault in example_faults(value)] == []
     sources = ["".join(example.source for example in examples_of(value)) for value in ruled]

@@ -20,7 +20,7 @@ one_of_several = False  # whether this process is a worker of a run; set when py
 
 
 def no_network(*args: object) -> None:
-    """In the place of ``socket.socket.connect``, so that what asks for a network fails."""
+    """Stand in for ``socket.socket.connect``, so that what asks for a network fails."""
     raise OSError("this must do without a network")
 
 
