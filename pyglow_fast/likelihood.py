@@ -44,6 +44,13 @@ def dequantize(
 
     Raises:
         ValueError: images are not integers, or hold a level outside 0..n_bins-1; noise of another shape or dtype.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.likelihood import dequantize, quantize
+        >>> x = dequantize(torch.tensor([0, 128, 255]))
+        >>> x.min() >= -0.5, x.max() < 0.5, quantize(x)  # the noise stays within a level
+        (tensor(True), tensor(True), tensor([  0, 128, 255]))
     """
     _check_bins(n_bins)
     expect(
@@ -108,6 +115,12 @@ def bits_per_dim(log_prob: Tensor, n_dims: int, n_bins: int = 256) -> Tensor:
 
     Returns:
         Bits per dimension, (N,).
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.likelihood import bits_per_dim
+        >>> bits_per_dim(torch.tensor([0.0]), n_dims=3 * 8 * 8)  # a density of 1 everywhere: 8 bits a number
+        tensor([8.])
     """
     _check_bins(n_bins)
     expect(n_dims > 0, "n_dims", "a positive number", n_dims)

@@ -29,7 +29,7 @@ from support.public_names import MODULES, PACKAGE, public
 
 leave_undrawn()
 
-OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctest.IGNORE_EXCEPTION_DETAIL
+OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 MOST_LINES = 20  # of an example: more is a page of docs/
 # A first line that begins so has no subject: it goes on from a name that the reader may not know.
 LEAVES_OUT_ITS_SUBJECT = re.compile(

@@ -27,6 +27,14 @@ class Chunk:
         rows: of the output that this chunk gives.
         taken: the rows of the input that it needs for them: ``rows`` and the halo, as far as the image reaches.
         whole: it is all of the batch.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.coupling_nets import Chunk
+        >>> chunk = Chunk(samples=slice(0, 1), rows=slice(0, 4), taken=slice(0, 5), whole=False)  # of a net with halo 1
+        >>> x = torch.randn(2, 3, 8, 8)
+        >>> chunk.inputs(x).shape, chunk.outputs(x).shape
+        (torch.Size([1, 3, 5, 8]), torch.Size([1, 3, 4, 8]))
     """
 
     samples: slice
@@ -66,6 +74,14 @@ class ChunkPlan:
         chunks: one at least.
         peak: bytes of activations of the largest chunk.
         budget: what ``peak`` should not exceed.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.coupling_nets import ChunkPlan, plan_chunks
+        >>> net = torch.nn.Conv2d(2, 4, 1)
+        >>> plan: ChunkPlan = plan_chunks(net, (8, 2, 16, 16), element_size=4, budget=50_000)
+        >>> [(chunk.samples.start, chunk.samples.stop) for chunk in plan.chunks], plan.fits
+        ([(0, 2), (2, 5), (5, 8)], True)
     """
 
     chunks: tuple[Chunk, ...]

@@ -147,6 +147,18 @@ def manipulate(
             levels that the model does not have, or images that do not fit it.
 
     Reference: Kingma & Dhariwal 2018, section 5.2.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast import Glow
+        >>> from pyglow_fast.latents import MeanLatent, attribute_direction, manipulate, to_space
+        >>> model, x = Glow(image_shape=(1, 8, 8), n_levels=2, n_steps=1, hidden=4), torch.rand(6, 1, 8, 8) - 0.5
+        >>> model.initialize(x)
+        >>> smiling, serious = MeanLatent(), MeanLatent()
+        >>> smiling.add(to_space(model, x[:3]))
+        >>> serious.add(to_space(model, x[3:]))
+        >>> manipulate(model, x[:2], attribute_direction(smiling, serious), strengths=(-1.0, 0.0, 1.0)).shape
+        torch.Size([2, 3, 1, 8, 8])
     """
     expect(isinstance(model, Glow), "model", "a Glow", type(model).__name__)
     values = check_numbers("strengths", strengths)

@@ -49,6 +49,14 @@ def squeeze_time(x: Tensor, mask: Tensor, factor: int = 2) -> tuple[Tensor, Tens
         ValueError: a wrong factor, x or mask.
 
     Reference: Kim et al. 2020, appendix A.1.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.layers import squeeze_time
+        >>> x, mask = torch.arange(6.0).reshape(1, 1, 6), torch.tensor([[[1.0, 1.0, 1.0, 1.0, 1.0, 0.0]]])
+        >>> squeeze_time(x, mask)  # a sample of 5 positions: two pairs are left
+        (tensor([[[0., 2., 0.],
+                 [1., 3., 0.]]]), tensor([[[1., 1., 0.]]]))
     """
     check_count("factor", factor)
     expect(isinstance(x, Tensor), "x", "a Tensor", type(x).__name__)

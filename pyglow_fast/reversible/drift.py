@@ -275,6 +275,19 @@ class DriftControl:
 
     Raises:
         ValueError: a wrong option.
+
+    Examples:
+        >>> from pyglow_fast.reversible import DriftControl
+        >>> control = DriftControl(n_steps=32)
+        >>> control.spacing, sorted(control.anchors())
+        (4, [4, 8, 12, 16, 20, 24, 28])
+        >>> for _ in range(8):  # passes far below the tolerance: fewer states are stored
+        ...     control.record(drift=1e-9, limit=1e-5, redone=0, spacing=control.spacing)
+        >>> control.spacing
+        16
+        >>> control.record(drift=1e-3, limit=1e-5, redone=4, spacing=control.spacing, drifted=True)
+        >>> control.spacing
+        8
     """
 
     def __init__(
