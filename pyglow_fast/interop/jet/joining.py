@@ -165,8 +165,8 @@ class Passed:
     """A placeholder of a coupling that the run does, so that others keep their numbers; the last begins the inverse.
 
     Args:
-        called: what it would be called with.
-        run: of the last one alone.
+        called: what the coupling would be called with.
+        run: the run, in the place of its last coupling; None in the others.
     """
 
     def __init__(self, called: _Called, run: TokenRun | None) -> None:

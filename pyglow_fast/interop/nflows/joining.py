@@ -26,7 +26,7 @@ class UserNet(nn.Module):
     """A net called as net(x, None), run by this package's executor as long as it knows the net's forward.
 
     Args:
-        net: of a coupling, shared with it.
+        net: the net of a coupling, shared with it.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -68,7 +68,7 @@ class StepRun(Face):
 
     Args:
         modules, run: see Face.
-        order: in which the run has the channels at its end, None for as they are.
+        order: the order in which the run has the channels at its end; None if they are as in the library's.
     """
 
     def __init__(self, modules: Sequence[nn.Module], run: JoinedRun, order: Sequence[int] | None) -> None:
