@@ -26,12 +26,12 @@ class Outcome:
     """What one run of a comparison came to: its settings, its curve and its final score.
 
     Args:
-        config: its settings.
+        config: the settings of the run.
         step: steps done.
         held_out: bits/dim of all held-out images at its end; None for a run that did not come to it.
         curve: (step, held-out bits/dim) of its evaluations; NaN and inf are kept.
         seconds_per_step: median over metrics.csv; NaN without any.
-        parameters: of the model.
+        parameters: how many the model has.
         note: what is wrong, if anything.
 
     Examples:

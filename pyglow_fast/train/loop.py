@@ -40,7 +40,7 @@ class Result:
 
     Args:
         step: steps done.
-        seconds: spent, over all parts.
+        seconds: time spent, over all parts of the run.
         stopped_by: number of the signal that ended it early, or None.
         stopped_early: whether it ended since the held-out score did not improve any more.
         held_out, train: final scores; None after a signal.
@@ -73,12 +73,12 @@ class Result:
 class Run:
     """A run that is ready to train: all that can be refused has been checked, and nothing has been written.
 
-    Made by :func:`~pyglow_fast.train.start` or :func:`~pyglow_fast.train.resume`.
+    :func:`~pyglow_fast.train.start` and :func:`~pyglow_fast.train.resume` make it.
 
     Args:
-        state: where it is.
-        folder: where it is kept.
-        resumed: whether it goes on.
+        state: the model, the optimizer and how far the run is.
+        folder: where the run is kept.
+        resumed: whether it goes on from a checkpoint.
         check: refuses a folder that is not as it was when the run was made ready; asked again under its lock.
         notes: what to tell the user at the beginning.
 
@@ -269,7 +269,7 @@ class Run:
     def _evaluate(self, everything: bool = False) -> Score:
         """Score both sides of the split, by default on at most config.eval_images each; returns the held-out score.
 
-        ``everything``: all held-out images, and at most FINAL_TRAIN of the others.
+        With ``everything`` all held-out images are scored, and at most FINAL_TRAIN of the others.
         """
         state, progress, config = self.state, self.state.progress, self.state.config
         with state.averaged():
@@ -374,7 +374,7 @@ class Run:
             progress.unreadable,
         )
         levels = {item.name: item.bits_per_dim for item in found}
-        # Of the page all that the other files do not hold, or may not hold any more.
+        # For the page: all that the other files do not hold, or may not hold any more.
         about = {"data": state.train.name, "config": state.config.to_dict(), "environment": environment()}
         text = json.dumps(_json_able(asdict(result) | about), indent=2) + "\n"
         write = self.writer.attempt
