@@ -152,7 +152,7 @@ class Levels(nn.Module):
         return self._encode(x)[0]
 
     def _decode(self, top: Tensor, latent: Callable[[int, Tensor], Tensor]) -> Tensor:
-        """From the top state down; ``latent(level, kept)`` is what left at a level."""
+        """Decode from the top state down; ``latent(level, kept)`` is what left at a level."""
         x = top
         for index in reversed(range(len(self._inverses))):
             if index + 1 < len(self._inverses):

@@ -225,7 +225,7 @@ class JoinedRun:
         return report | (self._shared.report(self._place, len(self)) if isinstance(self.memory, int) else {})
 
     def _budget(self) -> str | int | None:
-        """Of the nets' runs without a record; None for whole ones."""
+        """The bytes for nets that run without a record; None for nets that run whole."""
         whole = torch.is_grad_enabled() or is_watched() or self.memory == "store"
         return None if whole else self.memory_budget
 
@@ -375,7 +375,7 @@ class JoinedList(Joined, nn.ModuleList):
         return nn.ModuleList(self.steps())
 
     def _replicate_for_data_parallel(self) -> nn.ModuleList:
-        """Of a DataParallel: its replicas have modules and parameters of their own, which run one by one."""
+        """Make a DataParallel's replica: it has modules and parameters of its own, which run one by one."""
         replica = cast(Any, super())._replicate_for_data_parallel()
         replica.__class__ = nn.ModuleList
         del replica.faces

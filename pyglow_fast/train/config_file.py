@@ -91,7 +91,7 @@ def _loader(yaml: Any) -> Any:
 
 
 def _nulls(values: Mapping[str, Any]) -> dict[str, Any]:
-    """With None for the "none" of the fields that may be None."""
+    """Replace "none" by None in the fields that may be None."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):

@@ -153,7 +153,7 @@ class Run:
                 self.writer.close()
 
     def _open(self) -> None:
-        """The folder as it must be before the first step."""
+        """Bring the folder into the state that it must have before the first step."""
         state, writer = self.state, self.writer
         if state.ranks.first:
             with refusing():
@@ -208,7 +208,7 @@ class Run:
             raise self._saved(error) from error
 
     def _saved(self, error: Exception) -> InputLostError:
-        """The error, after what was reached is saved."""
+        """Save what was reached, and return the error that tells so."""
         if self.state.progress.step == self._first_step:
             return InputLostError(str(error))
         self.writer.save(self.state.checkpoint())
@@ -228,7 +228,7 @@ class Run:
             raise InputLostError(f"{error}\n  the last checkpoint: {self.folder.checkpoint}") from error
 
     def _finished(self) -> bool:
-        """By a limit that all ranks see alike."""
+        """Whether a limit that all ranks see alike is reached."""
         config, progress = self.state.config, self.state.progress
         return (
             (config.max_steps is not None and progress.step >= config.max_steps)
@@ -249,7 +249,7 @@ class Run:
         return bool(signum or late_somewhere) or self._finished()
 
     def _after_step(self, bar: Any) -> None:
-        """Whatever is due at this step, the last one too: a run that goes on later is as if it had not ended."""
+        """Do whatever is due at this step, the last one too: a run that goes on later is as if it had not ended."""
         config, step = self.state.config, self.state.progress.step
         due = {name: step % getattr(config, f"{name}_every") == 0 for name in ("log", "eval", "sample", "save")}
         if step % config.check_ranks_every == 0:

@@ -293,7 +293,7 @@ class ServedBlock(nn.Module):
         return nets.serves(self.subnet, x[:, : self.splits[0]], side_by_side(c) if self.conditional else None)
 
     def _by_products(self, x: Tensor, c: Sequence[Tensor], rev: bool) -> tuple[Tensor, Tensor]:
-        """With the coupling in a kernel, and a dense R by the library: a has no part in a product with R.
+        """Compute the coupling by a kernel and the product with a dense R by the library, with a apart from R.
 
         In one pass the product is with a R, whose backward costs one product of (C, C) more than that of R, which is
         fixed.
@@ -307,7 +307,7 @@ class ServedBlock(nn.Module):
         return self._around(couple, x, rev)
 
     def _by_torch(self, x: Tensor, c: Sequence[Tensor], rev: bool) -> tuple[Tensor, Tensor]:
-        """As the class behind does it, but for a hard permutation, which is gathered, and for empty batches."""
+        """Compute as the block's own class does; but a hard permutation is gathered, and empty batches work."""
 
         def couple(u: Tensor) -> tuple[Tensor, Tensor]:
             kept, changed = u.split(list(self.splits), dim=1)

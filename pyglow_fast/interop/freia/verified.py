@@ -110,7 +110,7 @@ def served(kind: type[nn.Module], divides: bool, fixed_size: bool) -> type[nn.Mo
 
 
 def _reduce_ex(self: Any, protocol: Any) -> Any:
-    """Of a class that was put together: pickled as the one behind it and the variant, and copied so."""
+    """Pickle and copy a class that was put together by the class behind it and the variant."""
     found = super(type(self)._home, self).__reduce_ex__(max(int(protocol), 2))
     if type(self) is not type(self)._home:
         return found

@@ -123,7 +123,7 @@ def _calls(module: Any, ours: type[AdoptedLayer]) -> list[Call]:
     x, mask, cond = _inputs(channels, 0 if cond_layer is None else cond_layer.in_channels)
 
     def silenced(layer: nn.Module) -> Any:
-        """With all of what dropout sees dropped, in training: it shows where the dropout is."""
+        """Run in training with all of what dropout sees dropped, which shows where the dropout is."""
         dropouts = [part for part in layer.modules() if isinstance(part, nn.Dropout)]
         kept = [part.p for part in dropouts]
         layer.train()

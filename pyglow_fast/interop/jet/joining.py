@@ -94,7 +94,7 @@ class _Step(nn.Module):
     def step_backward(
         self, y: Tensor, net_out: Tensor, grad_y: Tensor, grad_log_det: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """From y: x, and the gradients of x (without the net's part) and of net_out."""
+        """Compute x from y, and the gradients of x (without the net's part) and of net_out."""
         return self._known(y).backward(y, net_out, grad_y, grad_log_det)
 
 

@@ -103,7 +103,7 @@ def _cascade(calls: Sequence[Any], inputs: Tensor, context: Tensor | None) -> tu
 
 
 def _channel_map(layers: Sequence[nn.Module], net: nn.Module, order: Sequence[int] | None) -> ChannelMap:
-    """Of one step, its columns in the order in which the step before left the channels."""
+    """Compute the map of one step, its columns in the order in which the step before left the channels."""
     parts = step_parts(layers)
     if isinstance(parts, str) or parts.net is not net:
         raise ChangedError(parts if isinstance(parts, str) else "another net")
