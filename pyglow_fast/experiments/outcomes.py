@@ -202,7 +202,7 @@ def save_curves(curves: Curves, path: Path, images: str) -> None:
 
 
 def _limits(curves: Mapping[tuple[str, str], Sequence[Point]]) -> tuple[float, float] | None:
-    """From just below the lowest to just above the highest point, but for the first steps, far above the rest."""
+    """Find the axis from just below the lowest to just above the highest point, but for the first, higher steps."""
     last = max((point.step for points in curves.values() for point in points), default=0)
     shown = [
         (point.mean, 0.0 if math.isnan(point.spread) else point.spread)

@@ -216,7 +216,7 @@ class Run:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Around all else that reads, and what torch raises wherever the main thread is when a reader dies."""
+        """A context for all else that reads; torch raises in the main thread when a reading process dies."""
         try:
             yield
         except UnreadableImageError as error:  # in an evaluation, on this rank only

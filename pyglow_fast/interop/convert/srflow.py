@@ -137,7 +137,7 @@ def _their_shape(name: str, ours: Tensor) -> tuple[int, ...]:
 
 
 def _names(config: GlowConfig) -> Iterator[tuple[str, str, bool]]:
-    """Their name, ours, and whether their output channels are interleaved, of every tensor of the flow."""
+    """Yield SRFlow's name of each tensor of the flow, ours, and whether its output channels are interleaved there."""
     at = 0
     for level in range(config.n_levels):
         for k in range(config.n_transitions + config.n_steps):

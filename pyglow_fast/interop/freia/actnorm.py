@@ -88,7 +88,7 @@ class ActNorm(Fm.ActNorm):
         self.init_on_next_batch = False
 
     def _await_data(self, x: Tensor, rev: bool) -> None:
-        """Of a layer that has not seen data: initialise it from a forward batch, unless it was trained backwards."""
+        """Let a layer that has seen no data initialise itself from a forward batch, unless it was trained backwards."""
         if rev:
             self._went_back = True
         elif self._went_back and bool((self.scale != 0).any() | (self.bias != 0).any()):

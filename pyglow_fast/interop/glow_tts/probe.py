@@ -107,7 +107,7 @@ def _calls(module: Any, ours: type[AdoptedLayer]) -> list[Call]:
         x, mask, _ = _inputs(3 * len(module.weight), 0)
 
         def exact_inverse(layer: Any) -> Any:
-            """By a kept inverse: that which theirs computes is rounded to float32."""
+            """Invert by a kept inverse, since the one that their code computes is rounded to float32."""
             layer.weight_inv = nn.Parameter(torch.linalg.inv(layer.weight), requires_grad=False)
             return layer(x, mask, reverse=True)
 

@@ -95,7 +95,7 @@ class GlowBlock(normflows.flows.GlowBlock):
         return fold(*layers), layers[1].t.flatten()
 
     def _check_first(self, z: Tensor) -> None:
-        """Before an initialisation: refuse on all ranks what one of its actnorms, maybe not the first, would refuse."""
+        """Refuse on all ranks, before an initialisation, what one of the actnorms, maybe not the first, would."""
         if self.is_initialized:
             return
         layers = self.channel_layers()
