@@ -29,15 +29,14 @@ from support.public_names import MODULES, PACKAGE, public
 
 leave_undrawn()
 
-# The parts of the package whose docstrings follow the rules below; see PARTS.
-RULED = {
-    *("__init__", "__main__", "_backend", "_captures", "_errors", "_float32", "_tracing"),
-    *("convolutions", "info", "memory", "ops"),
-    *("cli", "experiments", "interop", "studio", "train", "web"),
-}
 PARTS = {path.stem for path in (ROOT / PACKAGE).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+# The parts whose docstrings follow the rules below: all but those that are not through yet.
+RULED = PARTS - {
+    *("autograd", "coupling_nets", "data", "functional", "latents", "layers", "likelihood", "models", "presets"),
+    *("reference", "reversible", "_derivatives"),
+}
 
-OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctest.IGNORE_EXCEPTION_DETAIL
+OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 MOST_LINES = 20  # of an example: more is a page of docs/
 # A first line that begins so has no subject: it goes on from a name that the reader may not know.
 LEAVES_OUT_ITS_SUBJECT = re.compile(
@@ -105,10 +104,6 @@ def imported(name: str) -> ModuleType:
 def is_ours(error: BaseException) -> bool:
     """Whether an ImportError is of something that is always installed."""
     return (getattr(error, "name", None) or "").split(".")[0] in (PACKAGE, "torch", "numpy", "safetensors")
-
-
-def test_the_rules_are_for_parts_of_the_package() -> None:
-    assert sorted(RULED - PARTS) == []
 
 
 @pytest.mark.parametrize("path", RULED_FILES, ids=module_of)
@@ -243,7 +238,8 @@ def test_examples(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
     )
     assert sum(len(test.examples) for test in tests) == written, "some examples are where doctest does not look"
-    assert [said for test in tests if (said := failures(test))] == []
+    said = "".join(failures(test) for test in tests)
+    assert not said, said
     assert settings() == before, "the examples leave settings of torch changed"
 
 

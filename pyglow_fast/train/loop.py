@@ -349,7 +349,7 @@ class Run:
         return Result(progress.step, progress.seconds, signum, skipped=progress.skipped, unreadable=progress.unreadable)
 
     def _finish(self, stop: StopRequest) -> Result:
-        """The last checkpoint; then scores on all images, pictures and report, which leave the run as it is."""
+        """Save the last checkpoint; write scores on all images, pictures and report, which leave the run as it is."""
         state, progress, folder = self.state, self.state.progress, self.folder
         self._save(final=True)  # before anything else can go wrong
         stop.release()
