@@ -374,7 +374,7 @@ class Run:
             progress.unreadable,
         )
         levels = {item.name: item.bits_per_dim for item in found}
-        # For the page: all that the other files do not hold, or may not hold any more.
+        # The page needs what the other files do not hold, or may not hold any more.
         about = {"data": state.train.name, "config": state.config.to_dict(), "environment": environment()}
         text = json.dumps(_json_able(asdict(result) | about), indent=2) + "\n"
         write = self.writer.attempt

@@ -135,7 +135,7 @@ class ServedBlock(nn.Module):
         """R and its inverse, (C, C)."""
         if self.householder:
             matrix = self._construct_householder_permutation()
-            # Without their history, which would keep memory alive and forbid copies.
+            # The matrices are kept without their history, which would keep memory alive and forbid copies.
             self.w_perm = matrix.detach()
             self.w_perm_inv = self.w_perm.transpose(0, 1).contiguous()
             return matrix.flatten(1), matrix.flatten(1).T
