@@ -119,7 +119,7 @@ class _Recorder(TorchDispatchMode):
 def step_cases(memory: str) -> tuple[Case, Case]:
     """A forward and backward of ``STEPS`` steps, and the kernels that run in it."""
     torch.manual_seed(0)
-    # Of one value a channel the relative error may be anything: nothing is to be redone for it.
+    # With one value in a channel the relative error may be anything: nothing is to be redone for it.
     steps = ReversibleSequence([FlowStep(CHANNELS, HIDDEN) for _ in range(STEPS)], memory=memory, tolerance=1.0)
     x = torch.randn(1, CHANNELS, 1, 1)
     steps.initialize(torch.randn(16, CHANNELS, 1, 1))

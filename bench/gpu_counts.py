@@ -204,8 +204,8 @@ def glow_cases(shape: tuple[int, ...]) -> list[Case]:
 def compiled_facts(cubins: Iterable[Cubin]) -> dict[str, dict[str, Any]]:
     """Sums up each kernel by name: what its instantiations have at most or at least.
 
-    Of these it takes those of float32 (float64 where there are no others) that move 16 bytes at a time (all where none
-    does).
+    Of a kernel's instantiations those of float32 count (of float64 where there are no others) that move 16 bytes at a
+    time (all of them where none does).
     """
     groups: dict[str, list[tuple[Kernel, str]]] = {}
     for cubin in cubins:

@@ -22,7 +22,8 @@ from bench.harness import ROOT
 from pyglow_fast import _backend
 
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-# As CMake compiles them: optimised, C++17, no fast math. All warnings of the assembler about memory are shown.
+# The options by which CMake compiles the sources: optimised, C++17, no fast math. All warnings of the assembler about
+# memory are shown.
 FLAGS = ["-O3", "-std=c++17", f"-I{ROOT / 'csrc'}", "-Xptxas", "-warn-spills,-warn-lmem-usage", "-cubin"]
 JOBS = 2
 REGISTERS = 64 * 1024  # of a multiprocessor, all architectures

@@ -93,7 +93,7 @@ def training_step(model: nn.Module, x: Tensor) -> Callable[[], object]:
 
 
 def _gradients(case: Case, double: bool) -> list[Tensor]:
-    """Of float32 weights, computed in either precision; in float64 our model's by its formulas in plain torch."""
+    """Compute the gradients of float32 weights in either precision; in float64 ours by its formulas in plain torch."""
     device = torch.device(case.device)
     implementation = case.implementation
     if double and implementation in (*OURS, *SAME_FUNCTION):

@@ -29,7 +29,7 @@ PARTLY = {"torch checkpoint 1/4": (1, 4), "torch checkpoint 1/2": (1, 2), "torch
 OTHERS = ("normflows", "FrEIA")
 IMPLEMENTATIONS = (*OURS, *SAME_FUNCTION, *OTHERS)
 PACKAGES = {"memcnn": "memcnn", "normflows": "normflows", "FrEIA": "FrEIA"}
-# Of what the nets put out; at their start it would be zero, and so the gradient of all but the last layer.
+# The size of what the nets put out; at their start it would be zero, and so the gradient of all but the last layer.
 RAW_SIZE = 0.1
 INITIAL, PARTS = 32, 16  # pixels: of larger images actnorms see some parts
 
@@ -143,7 +143,8 @@ class Levels(nn.Module):
         """Compute log p(x), (N,), in nats."""
         latents, kept, total = self._encode(x)
         for index, (latent, by) in enumerate(zip(latents, kept, strict=True)):
-            # In the dtype of x: a density of a state that autocast has rounded would be rounded again, as a sum.
+            # The densities are in the dtype of x: that of a state that autocast has rounded would be rounded again, as
+            # a sum.
             total = total + reference.gaussian_log_prob(latent.to(total.dtype), *self._prior(index, by))
         return total
 
@@ -152,7 +153,7 @@ class Levels(nn.Module):
         return self._encode(x)[0]
 
     def _decode(self, top: Tensor, latent: Callable[[int, Tensor], Tensor]) -> Tensor:
-        """From the top state down; ``latent(level, kept)`` is what left at a level."""
+        """Decode from the top state down; ``latent(level, kept)`` is what left at a level."""
         x = top
         for index in reversed(range(len(self._inverses))):
             if index + 1 < len(self._inverses):

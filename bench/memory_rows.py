@@ -189,7 +189,7 @@ def _of_large_images(rows: Sequence[Row]) -> list[str]:
 
 
 def _against_wrappers(rows: Sequence[Row]) -> list[str]:
-    """At each point of either curve: ours, nets as small as suits, against what wraps steps."""
+    """Compare ours, nets as small as suits, with what wraps steps, at each point of either curve."""
     lines = []
     for name in BYTES[:2]:
         for other in rows:

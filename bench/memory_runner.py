@@ -74,7 +74,7 @@ class Runner:
         return result
 
     def _here(self, case: Case) -> dict[str, Any]:
-        """On CUDA, where the allocator tells what a process of its own would tell on the CPU."""
+        """Run a case on CUDA, where the allocator tells what a process of its own would tell on the CPU."""
         result = run_case(case)
         gc.collect()
         torch.cuda.empty_cache()

@@ -232,7 +232,7 @@ class Candidates:
         return plain_levels(models[torch.float32], name)
 
     def _add(self, name: str, variant: str, models: dict[torch.dtype, Ours]) -> None:
-        """In all its dtypes."""
+        """Add an implementation's variant in all its dtypes."""
         memory = name if name in OURS else None
         for dtype in self._dtypes(name):
             try:

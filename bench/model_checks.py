@@ -23,7 +23,7 @@ from bench.memory_models import OURS, RAW_SIZE, Shape
 from bench.model_cases import CHECKPOINTED, COMPILED, EAGER, LOG_PROB, MEMCNN, PLAIN, TRAIN, Candidate, Candidates
 
 SAME_FUNCTION = (*OURS, PLAIN, CHECKPOINTED, MEMCNN)
-# By how much the mean log_prob of other samples may differ, nats per dimension.
+# The bound on how much the mean log_prob of other samples may differ, in nats per dimension.
 SPREAD = 0.2
 SEED = 5
 OF_A_NORMAL = 0.5 * math.log(2.0 * math.pi * math.e)  # minus its mean log-density

@@ -274,7 +274,7 @@ def _write(
     rows: Sequence[ModelRow],
     notes: Sequence[str],
 ) -> None:
-    """After each configuration, so that a run that is stopped leaves what it has."""
+    """Write the file, after each configuration, so that a run that is stopped leaves what it has."""
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         write_json(arguments.out / _file(arguments, malloc), facts, rows, notes=notes)

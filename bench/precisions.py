@@ -29,8 +29,8 @@ TF32_UNIT = 2.0**-10
 SPREAD_EVENLY = (0.541 / 3) ** 0.5
 ROUNDING = SPREAD_EVENLY * UNIT
 MARGIN = 2.0
-# Of a step under autocast: the 1x1 convolution's input, matrix and output; the coupling's scale, shift, product and
-# sum; what actnorm gives.
+# How many numbers a step under autocast rounds one after the other: the 1x1 convolution's input, matrix and output; the
+# coupling's scale, shift, product and sum; what actnorm gives.
 STATE_ROUNDINGS = 8
 
 
@@ -91,7 +91,7 @@ def net_gradient_error(layers: int, unit: float = UNIT) -> float:
 def flow_error(steps: int, raw: float, unit: float = UNIT, layers: int = 3) -> float:
     """Bound the error of a state of about 1 after steps whose nets alone are rounded and put out about ``raw``.
 
-    Also of log_prob, in nats per dimension, where errors of different values cancel further.
+    The bound also holds for log_prob, in nats per dimension, where errors of different values cancel further.
     """
     return steps**0.5 * raw * net_error(layers, unit)
 

@@ -61,7 +61,7 @@ def level_parameters(shape: Shape) -> list[int]:
 def chunk_plan(shape: Shape, level: int, device_type: str = "cpu") -> ChunkPlan:
     """How a net of that level is cut, within the default budget of the type of device."""
     channels, _ = states(shape)[level]
-    # On the meta device the net takes itself for one of library convolutions, as it is on a GPU.
+    # On the meta device the net is taken for one that runs library convolutions, as it does on a GPU.
     with torch.device("cpu" if device_type == "cpu" else "meta"):
         net = CouplingNet(channels // 2, channels, shape.hidden, dims=len(shape.image) - 1)
     side = [size // (2 ** (level + 1) if shape.squeezes else 1) for size in shape.image[1:]]
@@ -152,8 +152,8 @@ def step_memory(
     - "reversible": K / m states instead, anchors at every m-th step and the output, and 2 N C floats a step to judge
       drift by.
 
-    That is an upper bound for the last two by now, held against rows that were measured when the folded matrices of all
-    steps were kept, and twice as many floats a step: see docs/memory.md for what is.
+    For the last two modes this is an upper bound by now: it is compared with rows that were measured when the folded
+    matrices of all steps were kept, and twice as many floats for each step; see docs/memory.md for what is kept now.
 
     Args:
         shape, mode: model, batch and memory mode.

@@ -24,7 +24,8 @@ from pyglow_fast.train.files import write_bytes
 LOOSE = ("folder", "photos")  # images that are whatever lies below a folder: a file more there would be one of them
 
 
-# Above these a number is a slip of the pen, and what came of it would say less: a traceback, or no end.
+# A number above its bound is a slip of the pen, and the consequences (a traceback, or no end) would say less than a
+# refusal.
 _MOST = {
     "n": MOST_IMAGES,
     "columns": MOST_IMAGES,
@@ -73,7 +74,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse as argparse does; a last positional that may be left out (``optional_last``) may stand behind options.
 
-        There argparse before Python 3.13 would not look for it any more.
+        Before Python 3.13 argparse does not look for it behind options.
         """
         found, rest = super().parse_known_args(args, namespace)
         name = self.get_default("optional_last")
@@ -186,8 +187,8 @@ def output_path(text: str, suffix: str, argument: str = "out", *images: str) -> 
 
     Args:
         text: the path.
-        suffix: that it must end in.
-        argument: whose value it is.
+        suffix: what the path must end in.
+        argument: the name of the argument, for messages.
         images: names of the images that are read; nothing is written over them, or among loose files.
 
     Raises:

@@ -29,10 +29,10 @@ def copy_and_table(
 
     Args:
         x: unedited images (N, C, H, W).
-        edited: (N, S, C, H, W).
-        target: (N, C, H, W).
+        edited: (N, S, C, H, W), each image edited by each strength.
+        target: (N, C, H, W), what the images should become.
         pixels: (C, H, W), the mean pixel difference of the training pairs.
-        strengths: S numbers.
+        strengths: the S strengths of the edits.
     """
     copy = edit_score(x, target, x)
     edits = [edit_score(edited[:, i], target, x) for i in range(len(strengths))]

@@ -8,7 +8,7 @@ from pyglow_fast.cli._common import folder_name, number, say, user_input, whole
 from pyglow_fast.cli.train import finish, make_config
 from pyglow_fast.train import start
 
-# The preset of the digits, with classes. All of its steps fit into two minutes on two cores.
+# The settings are those of the digits' preset, with classes. All steps fit into two minutes on two cores.
 DEMO = {"class_conditional": True, "max_steps": 1500, "eval_every": 250, "sample_every": 250, "sample_count": 80}
 
 

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     say(f"{args.run} at step {checkpoint.progress['step']} on {images.name}, {part}:")
     other = train is None
     if train is None:
-        # The histogram model may know what the model knows: the run's training images, not those that are scored.
+        # The histogram model may know as much as the model: the run's training images, not those that are scored.
         train = trained_on(checkpoint)
     say(table({"model": score}, measure_yardsticks(train, images)), lines=True)
     if train is None:

@@ -64,8 +64,8 @@ class Task:
     Args:
         plus, minus: training images with and without the attribute.
         edited: held-out images.
-        words: the edit for people.
-        tones: true targets, or None.
+        words: a description of the edit for people.
+        tones: the pairs of emoji with the true targets, or None.
     """
 
     plus: Tensor
@@ -76,7 +76,7 @@ class Task:
 
 
 def _images(args: argparse.Namespace, checkpoint: Checkpoint, model: Glow) -> tuple[Images, Tensor, Tensor]:
-    """(all images of DATA, indices of the training images, of the held-out ones)."""
+    """Load (all images of DATA, indices of the training images, indices of the held-out ones)."""
     stored = checkpoint.config.data
     config = config_for(args.data, stored, model)
     if args.attribute is not None:
@@ -89,7 +89,7 @@ def _images(args: argparse.Namespace, checkpoint: Checkpoint, model: Glow) -> tu
 
 
 def _class_task(args: argparse.Namespace, data: Images, train: Tensor, held_out: Tensor) -> Task:
-    """Of two classes, or one and all others."""
+    """Make the task of two classes, or of one and all others."""
     for name in ("plus", "minus"):
         expect(getattr(args, name) is not None, name, "a class (or --tone, for emoji)", "none")
     expect(args.csv is None, "csv", "--tone beside it: only there true targets are known", repr(args.csv))
@@ -119,7 +119,7 @@ def _class_task(args: argparse.Namespace, data: Images, train: Tensor, held_out:
 
 
 def _tone_task(args: argparse.Namespace, checkpoint: Checkpoint, data: Images, model: Glow, held_out: Tensor) -> Task:
-    """Of emoji and the same ones in a skin tone."""
+    """Make the task of emoji and the same ones in a skin tone."""
     for name in ("plus", "minus", "train_images"):
         given = getattr(args, name)
         expect(given is None, name, "no such option beside --tone, which takes all pairs", repr(given))

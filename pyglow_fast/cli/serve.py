@@ -76,7 +76,7 @@ def _import_gradio() -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until Ctrl-C; returns the exit code."""
-    # The user's own settings of Gradio are for other pages; some would open this one to others.
+    # Settings that the user has for Gradio are for other pages; some would open this one to others.
     with user_input(), _without(lambda name: name.startswith("GRADIO_")):
         _import_gradio()
         from pyglow_fast.web import CSS, Shelf, check_host, credentials, page, serve

@@ -122,8 +122,8 @@ def gathered(args: argparse.Namespace, special: Collection[str]) -> tuple[dict[s
     """Collect (settings, name of the images, preset) from the options, and behind them from --config.
 
     Args:
-        args: with data, preset and config.
-        special: what else in it is no setting.
+        args: the parsed options, with data, preset and config.
+        special: the names of other options that are no settings.
 
     Raises:
         ValueError: see from_file.
@@ -143,8 +143,9 @@ def make_config(given: dict[str, Any], name: str, preset: str | None = None) -> 
 
     Args:
         given: fields of DataConfig, GlowConfig and TrainConfig, by name.
-        name: of the images.
-        preset: its settings are behind what is given; None: that of the digits for the digits, else none.
+        name: the name of the images.
+        preset: the preset whose settings count where nothing is given; None: that of the digits for the digits, else
+            none.
 
     Raises:
         ValueError: see DataConfig, GlowConfig and TrainConfig.

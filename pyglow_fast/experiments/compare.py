@@ -33,7 +33,7 @@ from pyglow_fast.train.files import TEMPORARY
 
 RUNS = "runs"
 VARIED = frozenset({"model.permutation", "model.coupling", "model.n_checkerboard", "seed"})
-# What ends one run and leaves the others their chance.
+# Errors that end one run, after which the others are still trained.
 FAILURES = (TrainingDivergedError, InputLostError, SaveError, FolderError, torch.OutOfMemoryError)
 
 
@@ -46,8 +46,9 @@ def variants(
 ) -> list[TrainConfig]:
     """``base`` with each permutation, number of checkerboards, coupling and seed, all of the first seed first.
 
-    Of the K steps of a level so many have checkerboard masks, in place of channels; None: as many as in ``base``. Runs
-    of one seed split the images alike and see the same batches with the same noise, whatever their variant.
+    ``checkerboards`` says how many of the K steps of a level have checkerboard masks, in place of channels; None: as
+    many as in ``base``. Runs of one seed split the images alike and see the same batches with the same noise, whatever
+    their variant.
 
     Raises:
         ValueError: nothing to vary, something named twice, or a value that is refused.
@@ -124,8 +125,8 @@ class Comparison:
 
     Args:
         configs: the runs that are wanted; see :func:`variants`.
-        out: the folder; new, empty, or that of a comparison with the same settings, whose runs are kept: those that
-            have come to their end are not trained again, others go on, and all are in the table.
+        out: the folder, which may be new, empty, or that of a comparison with the same settings. Its runs are kept:
+            those that have come to their end are not trained again, others go on, and all are in the table.
         data: the images that every configuration names.
 
     Raises:
@@ -192,8 +193,8 @@ class Comparison:
             quiet: no lines and no progress bar.
 
         Returns:
-            The number of a signal that stopped the run it came to, which is saved; else None. What went wrong with
-            single runs is in ``failures`` then.
+            The number of the signal that stopped the comparison, if one did (the run that it stopped is saved); else
+            None. What went wrong with single runs is in ``failures`` then.
         """
         say = _say_nothing if quiet else functools.partial(print, flush=True)  # seen at once, in a log file too
         waiting = [trial for trial in self.planned if trial.finished() is None]

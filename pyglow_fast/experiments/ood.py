@@ -107,7 +107,7 @@ def save_histogram(path: Path, own: Tensor, foreign: Tensor, names: tuple[str, s
         path: the picture, replaced atomically.
         own, foreign: (n,) and (m,), finite, bits/dim. At most TAIL of each set lies beyond either end of the axis;
             the label of the axis says how many images do.
-        names: of the two sets, for the legend.
+        names: the names of the two sets, for the legend.
         title: of the picture.
 
     Raises:
@@ -125,11 +125,11 @@ def marked_histogram(own: Tensor, name: str, marks: Mapping[str, float], title: 
 
     Args:
         own: (n,), finite, bits/dim of images to compare with.
-        name: of them, for the legend.
+        name: what the legend calls them.
         marks: bits/dim of single images by their short names, which stand beside the lines; all are on the axis, those
             that are not finite are left out.
         title: of the picture.
-        text: kept in the PNG.
+        text: texts that are kept in the PNG.
 
     Raises:
         MissingExtraError: matplotlib is not installed.

@@ -28,12 +28,12 @@ class Outcome:
     """What one run of a comparison came to: its settings, its curve and its final score.
 
     Args:
-        config: its settings.
+        config: the settings of the run.
         step: steps done.
         held_out: bits/dim of all held-out images at its end; None for a run that did not come to it.
         curve: (step, held-out bits/dim) of its evaluations; NaN and inf are kept.
         seconds_per_step: median over metrics.csv; NaN without any.
-        parameters: of the model.
+        parameters: how many the model has.
         note: what is wrong, if anything.
 
     Examples:
@@ -198,7 +198,7 @@ def save_curves(curves: Curves, path: Path, images: str) -> None:
 
 
 def _limits(curves: Mapping[tuple[str, str], Sequence[Point]]) -> tuple[float, float] | None:
-    """From just below the lowest to just above the highest point, but for the first steps, far above the rest."""
+    """Find the axis from just below the lowest to just above the highest point, but for the first, higher steps."""
     last = max((point.step for points in curves.values() for point in points), default=0)
     shown = [
         (point.mean, 0.0 if math.isnan(point.spread) else point.spread)

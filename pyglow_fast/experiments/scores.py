@@ -24,9 +24,10 @@ class ScoredImages:
     """Images of a set, and the bits/dim that a model gives each of them.
 
     Args:
-        images: that were scored, or of which some were.
-        scores: of them; its indices are those in ``images``.
-        positions: int64 (len(images),), the index of each image in the set that they come from; None: the same.
+        images: the images, of which all or some were scored.
+        scores: their scores, whose indices are those in ``images``.
+        positions: int64 (len(images),), the index of each image in the set that the images come from; None: the same as
+            here.
 
     Raises:
         ValueError: positions of another number of images.
@@ -69,8 +70,8 @@ class ScoredImages:
     def name(self, index: int) -> str:
         """The file of image ``index`` if images are read when needed, else the key of its group; "" if it has neither.
 
-        Of images in memory the groups are what is left of their names: of a folder's images the file, of photos' tiles
-        the photo, of emoji the emoji without its skin tone.
+        Images in memory have kept their groups of their names: the file of an image of a folder, the photo of a tile,
+        the emoji without its skin tone.
         """
         images = self.images
         if isinstance(images, LazyImages) and isinstance(images.reader, FileReader):
@@ -105,15 +106,16 @@ def _images(count: int) -> str:
 def score_csv(sets: Mapping[str, ScoredImages]) -> str:
     """Write a line for each image as CSV text: set, index, name, label, bits_per_dim, bits_per_dim_sd.
 
-    The columns ``set``, ``name``, ``label`` and ``bits_per_dim_sd`` (over the draws) are there where there are several
-    sets, an image has a name, a class, and more than one draw. Scores that are not finite are ``nan`` and ``inf``.
+    The columns ``set``, ``name``, ``label`` and ``bits_per_dim_sd`` (over the draws) are left out unless there are
+    several sets, images with names, images with classes, and more than one draw. Scores that are not finite are ``nan``
+    and ``inf``.
 
-    What is in ``set``, ``name`` and ``label`` comes from elsewhere: a text that a spreadsheet would take for a formula,
-    or that begins with an apostrophe, has an apostrophe before it, and what would act in a terminal is written out.
-    Numbers are numbers. See :func:`pyglow_fast.train.csv_text.csv_text`.
+    The texts in ``set``, ``name`` and ``label`` come from elsewhere: what a spreadsheet would take for a formula has an
+    apostrophe before it, and what would act in a terminal is written out. Numbers are numbers. See
+    :func:`pyglow_fast.train.csv_text.csv_text`.
 
     Args:
-        sets: what is written, by a name that each set has in the column ``set``.
+        sets: the scored images, by the name that each set has in the column ``set``.
     """
     rows = [(name, found, at, i) for name, found in sets.items() for at, i in enumerate(found.scores.indices.tolist())]
     draws = max((found.scores.draws.shape[1] for found in sets.values()), default=1)

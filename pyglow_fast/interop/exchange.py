@@ -12,7 +12,7 @@ Classes = dict[type[nn.Module], type[nn.Module]]
 def exchange(model: nn.Module, classes: Classes, only: Collection[nn.Module] | None = None) -> list[str]:
     """Change every layer whose class is exactly a key, ``model`` itself included; returns their names ("" for it).
 
-    With ``only`` these alone.
+    With ``only``, these layers alone are changed.
     """
     modules = ((name, module) for name, module in model.named_modules() if only is None or module in only)
     found = [(name, module) for name, module in modules if type(module) in classes]

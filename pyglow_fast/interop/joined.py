@@ -85,7 +85,7 @@ ALONE = "no step of its width next to it"
 def unrepeatable(net: nn.Module, memory: str | int) -> str:
     """Say why a net cannot run again in the backward, as all memory modes but "store" need; empty if it can.
 
-    Whatever the mode is that the net is in now: in training these change when they run.
+    Modules that change when they run in training count whatever mode the net is in now.
     """
     if memory == "store":
         return ""
@@ -108,9 +108,10 @@ class JoinedStep:
     """The parts of one step of a run: a coupling, and the channel map before it.
 
     Args:
-        net: of the coupling; its parameters are shared with the library's modules.
+        net: the coupling's net; its parameters are shared with the library's modules.
         spec: of the coupling.
-        channel_map: what comes before it, computed from the parameters of now; None: nothing. May raise ChangedError.
+        channel_map: computes the map before the coupling from the parameters of now, and may raise ChangedError; None
+            where nothing comes before.
     """
 
     net: nn.Module
@@ -121,15 +122,17 @@ class JoinedStep:
 class JoinedRun:
     """A chain of steps, z = g(f_K(... f_1(x))), log_det their sum; see ReversibleSequence for the memory modes.
 
-    It has no parameters: they belong to the library's modules, and gradients go to them.
+    The run has no parameters of its own: they belong to the library's modules, and gradients go to them.
 
     Args:
         channels: C, even.
         steps: f_1 to f_K.
-        last: g, a channel map; None: nothing.
-        memory: "reversible", "checkpoint" or "store"; or bytes, of the run's own tensors, unless it shares them.
+        last: g, which computes a channel map; None where nothing follows the steps.
+        memory: "reversible", "checkpoint" or "store"; or a number of bytes for the run's tensors, or for those of all
+            runs that share it.
         memory_budget: bytes of one net's activations, or "auto".
-        masked: cond's first channel is a mask outside of which x is zero, as is what the nets give: see masks.py.
+        masked: whether cond's first channel is a mask outside of which x, and what the nets give, is zero: see
+            masks.py.
     """
 
     def __init__(
@@ -227,7 +230,7 @@ class JoinedRun:
         return report | (self._shared.report(self._place, len(self)) if isinstance(self.memory, int) else {})
 
     def _budget(self) -> str | int | None:
-        """Of the nets' runs without a record; None for whole ones."""
+        """The bytes for nets that run without a record; None for nets that run whole."""
         whole = torch.is_grad_enabled() or is_watched() or self.memory == "store"
         return None if whole else self.memory_budget
 
@@ -260,10 +263,10 @@ class Place:
     """A group of layers in a list: one step, which can be joined with its neighbours, or no step at all.
 
     Args:
-        layers: of the list, in its order.
+        layers: the layers, in the order of the list.
         kind: neighbouring steps of one kind, such as one width, make a run; None: these layers are no step.
         parts: what the library's adapter keeps of the step for ``stand_ins``.
-        reason: why these layers are no step, for the report on the last of them.
+        reason: why these layers are no step; it is reported for the last of them.
     """
 
     layers: Sequence[nn.Module]
@@ -293,12 +296,12 @@ def join(places: Iterable[Place], stand_ins: Callable[[list[Place]], list[Any]])
 class Face:
     """A run in the place of the modules that it joins, with the calls of their library.
 
-    Where these have changed since (a hook was put on one, a net replaced), and for inputs that the run does not take,
-    they are called one by one, as they come.
+    Where the modules have changed since they were joined (a hook was put on one, a net replaced), and for inputs that
+    the run does not take, they are called one by one, as they are.
 
     Args:
         modules: those modules, in the order of their list.
-        run: what they do together.
+        run: computes what the modules do together.
     """
 
     def __init__(self, modules: Sequence[nn.Module], run: JoinedRun) -> None:
@@ -346,7 +349,7 @@ class Joined(nn.Module):
 class JoinedList(Joined, nn.ModuleList):
     """A ModuleList in which each run of steps shows as one: iterating or indexing gives what stands for the runs.
 
-    Its children, and so parameters, buffers and state_dict, are what they were. It cannot be changed.
+    The children, and so parameters, buffers and state_dict, are what they were. The list cannot be changed.
     """
 
     def steps(self) -> list[nn.Module]:
@@ -377,7 +380,7 @@ class JoinedList(Joined, nn.ModuleList):
         return nn.ModuleList(self.steps())
 
     def _replicate_for_data_parallel(self) -> nn.ModuleList:
-        """Of a DataParallel: its replicas have modules and parameters of their own, which run one by one."""
+        """Make a DataParallel's replica: it has modules and parameters of its own, which run one by one."""
         replica = cast(Any, super())._replicate_for_data_parallel()
         replica.__class__ = nn.ModuleList
         del replica.faces

@@ -27,14 +27,14 @@ def _batch_norm(norm: Any, dims: int) -> Affine:
     return scale, offset if norm.bias is None else offset + norm.bias
 
 
-# Modules whose forward is that of one child, by qualified name; and maps per channel: (module, spatial dimensions) ->
-# scale and offset, or None while they wait for data. Adapters enter those of their library.
+# WRAPPERS: modules whose forward is that of one child, by qualified name. AFFINE_MAPS: maps per channel, (module,
+# spatial dimensions) -> scale and offset, or None while they wait for data. Adapters enter those of their library.
 WRAPPERS: dict[str, str] = {"normflows.nets.cnn.ConvNet2d": "net", "normflows.nets.mlp.MLP": "net"}
 AFFINE_MAPS: dict[str, Callable[[nn.Module, int], Affine | None]] = {
     f"torch.nn.modules.batchnorm.BatchNorm{size}d": _batch_norm for size in (1, 2, 3)
 }
-# Of convolutions that are better left to the library: channels (in float32 and in 16 bits), one side to the other,
-# multiply-adds of a batch.
+# Which convolutions are better left to the library: those with at least so many channels (in float32, in 16 bits) on
+# both sides, at most this ratio between the sides, and at least so many multiply-adds for a batch.
 LEAST_SQUARE, LEAST_SQUARE_IN_HALF, MOST_RATIO, LEAST_WORK = 48, 16, 4, 2e8
 LEAST_ROWS, MOST_FEATURES = 1024, 512  # of vectors and of the layers between which ours are as fast, see pays
 LAYERS: dict[type[nn.Module], int] = {nn.Linear: 0, nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}  # spatial dimensions
@@ -67,7 +67,7 @@ class Layer:
 class KnownNet:
     """A net that is recognised: its layers, and ``spec``, which functional.net_chain takes besides weights.
 
-    ``last`` is an activation of what that gives.
+    ``last`` is an activation that follows the chain, or None.
     """
 
     layers: tuple[Layer, ...]
@@ -102,7 +102,7 @@ class KnownNet:
     def weights_and_biases(self) -> tuple[list[Tensor], list[Tensor]] | None:
         """Compute every layer's tensors for functional.net_chain, differentiable; None while a map waits for data.
 
-        The weight of each layer is asked for once, as in a call of the net, and not where None is returned.
+        The weight of each layer is asked for once, as in a call of the net, and never where None is returned.
         """
         found = []
         for layer in self.layers:
@@ -121,9 +121,9 @@ class KnownNet:
     def pays(self, x: Tensor) -> bool:
         """Whether products of this package are as fast as the library's layers on x; see docs/speed.md.
 
-        They are slower where most of the work is convolutions of images with more than one tap between about as many
-        channels, and much work: the library's direct ones gather nothing. And for few vectors, whose cost is that of
-        packing the weights, and for wide layers on vectors.
+        Products are slower in three cases. Most of the work, and much work, is in convolutions of images with more than
+        one tap between about as many channels: the library convolves directly and gathers nothing. There are few
+        vectors, whose cost is that of packing the weights. Or vectors meet wide layers.
         """
         if self.dims == 0:
             return x.shape[0] >= LEAST_ROWS and max(self.channels) <= MOST_FEATURES
@@ -154,7 +154,8 @@ class KnownNet:
     def _tensors(self) -> Iterator[Tensor]:
         for layer in self.layers:
             for module in (layer.module, *layer.before, *layer.after):
-                # Of modules in it where there are any: what parametrizes it, a library's actnorm.
+                # Where the module has modules of its own (a parametrization, a library's actnorm), their parameters
+                # count too.
                 own = module.parameters() if module._modules else module._parameters.values()
                 yield from (value for value in own if value is not None)
                 if isinstance(module, _BatchNorm):

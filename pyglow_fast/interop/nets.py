@@ -1,9 +1,10 @@
 """Runs coupling nets of other libraries in this package's executor, if they are chains of layers that it computes.
 
-A net is recognised by its modules, exactly: one to six convolutions (1-d, 2-d or 3-d) that keep the size by padding
-with zeros, or linear layers on vectors; an activation or none after each; and maps per channel (a
+A net is recognised if it consists of exactly these modules: one to six convolutions (1-d, 2-d or 3-d) that keep the
+size by padding with zeros, or linear layers on vectors; an activation or none after each; and maps per channel (a
 BatchNorm in evaluation mode, an actnorm of a library), which are folded into the layer next to them. Weights may be
-parametrized. Anything else (hooks, subclasses, strides, other paddings) runs as it is, and the reason names the module.
+parametrized. A net with anything else (hooks, subclasses, strides, other paddings) runs as it is, and the reason names
+the module.
 """
 
 from __future__ import annotations
@@ -102,7 +103,8 @@ class _Reader:
         self.layers: list[Layer] = []
         self.activations: list[Activation] = []
         self.dilations: list[tuple[int, ...]] = []
-        # What waits for the layer that follows: an activation, maps, pads; by name, for what is said where none does.
+        # An activation, maps and pads that wait for the layer that follows; their names are for the message if none
+        # follows.
         self.activation: tuple[str, nn.Module, Activation] | None = None
         self.before: list[tuple[str, nn.Module]] = []
         self.pads: list[tuple[str, Any]] = []
@@ -257,8 +259,8 @@ def _check_convolution(name: str, conv: Any, dims: int, pads: Sequence[tuple[str
 def halo(net: nn.Module) -> int | None:
     """Compute how many positions to each side an output depends on, the most of any dimension; None if not known.
 
-    Of a net that is not recognised what it states. With parametrized weights none, so that the net is not called more
-    often than it would be: a spectral norm changes when it is called.
+    A net that is not recognised may state its halo. Of a net with parametrized weights it is not known, so that the net
+    is not called more often than it would be: a spectral norm changes when it is called.
     """
     known = recognised(net)
     if isinstance(known, KnownNet):
@@ -270,7 +272,7 @@ def halo(net: nn.Module) -> int | None:
 def bytes_per_position(net: nn.Module) -> Callable[[int], int] | None:
     """Make a function of a number's bytes that gives the bytes of activations of a position; None if not known.
 
-    Of a net that our executor does not run what the net states.
+    A net that the executor does not run may state its own function.
     """
     known = recognised(net)
     if isinstance(known, KnownNet) and not known.is_parametrized:
@@ -284,7 +286,8 @@ def bytes_per_position(net: nn.Module) -> Callable[[int], int] | None:
 def kept_bytes(net: nn.Module, maps_output: bool = False) -> Callable[[Sequence[int], Tensor], KeptBytes] | None:
     """Make a function that computes the bytes a net keeps for its backward, see traits.py; None if not known.
 
-    Of a net that is not recognised what it states. With ``maps_output`` there is a map of its output.
+    A net that is not recognised may state its own function. ``maps_output`` says that its output is mapped, see
+    :func:`run`.
     """
     known = recognised(net)
     if isinstance(known, KnownNet) and known.last is None and not known.is_parametrized and _as_products(known):
@@ -328,11 +331,11 @@ def run(
 ) -> Tensor:
     """Compute net(x), or net([x, cond]) of the channels of both, by the executor where it knows the net and takes x.
 
-    Or, where it is recognised and ours would be slower, by the library's convolutions, which pad by themselves.
-    ``output_map(values, dim)`` is a linear map of the output channels, which are dimension ``dim`` of ``values``: then
-    output_map(net(x), 1), and of a recognised net the map of the last weights instead, so that it costs no pass over
-    the output (but for nets that end in an activation). A net that may write to its input gets a copy; without
-    ``copies`` the caller has seen to that.
+    Where the executor knows the net but would be slower, it is computed by the library's convolutions, which pad by
+    themselves. ``output_map(values, dim)`` is a linear map of the output channels, which are dimension ``dim`` of
+    ``values``: the result is then output_map(net(x), 1). For a recognised net the last weights are mapped instead, so
+    that no pass over the output is needed (unless the net ends in an activation). A net that may write to its input
+    gets a copy; without ``copies`` the caller has seen to that.
     """
     known = _known(net, x, cond)
     found = None if known is None else known.weights_and_biases()

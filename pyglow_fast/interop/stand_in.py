@@ -11,8 +11,8 @@ from torch import nn
 class StandIn(nn.Module):
     """A base of this package's classes for such layers, which :func:`stand_in` puts before a class of the layers.
 
-    The object, its parameters, hooks and other methods stay, and it is still one of their class; ``super().forward`` is
-    theirs.
+    The object, its parameters, hooks and other methods stay, and it is still an instance of its own class, whose
+    forward is ``super().forward``.
     """
 
     _ours: type[StandIn]

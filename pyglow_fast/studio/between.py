@@ -27,7 +27,7 @@ class Between:
         opened: the run.
         first, last: the images.
         space: "noise" or "latent".
-        spherical: on great circles, level by level.
+        spherical: whether the path follows great circles, level by level.
 
     Examples:
         >>> from pyglow_fast import GlowConfig
@@ -54,7 +54,7 @@ class Between:
 
         Args:
             steps: how many, evenly spaced.
-            times: points between 0 and 1 instead.
+            times: the points of the path between 0 and 1 that are computed instead.
 
         Raises:
             ValueError: fewer than two steps, or points outside of 0..1.

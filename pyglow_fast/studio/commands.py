@@ -18,10 +18,10 @@ class Made(NamedTuple):
     """A file that was made, as bytes, and the command that makes the same bytes again.
 
     Args:
-        data: of the file.
-        command: without the name of the file.
-        suffix: of its name.
-        option: of the command, that takes the name.
+        data: the bytes of the file.
+        command: the command without the name of the file.
+        suffix: what the file's name ends in.
+        option: the option of the command that takes the file's name.
 
     Examples:
         >>> from pyglow_fast.studio import Made

@@ -39,11 +39,11 @@ class Directions(NamedTuple):
     """The mean latents and mean pixels of the training images with each attribute, and of those without.
 
     Args:
-        space: of the latents, "noise" or "latent".
-        names: of the A attributes.
-        counts: int64 (A, 2), images with and without.
-        means: float32, one tensor (A, 2, C, *spatial) a level.
-        pixels: float32 (A, 2, C, *spatial), of x.
+        space: which latents these are, "noise" or "latent".
+        names: the names of the A attributes.
+        counts: int64 (A, 2), how many images have each attribute and how many do not.
+        means: float32, a tensor (A, 2, C, *spatial) for each level: the mean latents with and without.
+        pixels: float32 (A, 2, C, *spatial), the mean x with and without.
 
     Examples:
         >>> import torch
@@ -65,7 +65,7 @@ class Directions(NamedTuple):
         """Compute sum_j s_j (mean_plus_j - mean_minus_j), of the latents and of the pixels; None for no sum.
 
         Returns:
-            One tensor (C, *spatial) a level, and one of the image's shape; float32.
+            A tensor (C, *spatial) for each level, and one of the image's shape; float32.
 
         Raises:
             ValueError: an attribute that there is not, a strength that is not finite, or one that makes the sum so.

@@ -29,7 +29,8 @@ class Edited(NamedTuple):
     Args:
         levels: int64 (C, H, W).
         finite: whether all values of the decoded image are numbers; those that are not are shown grey.
-        shifted: of the pixel-shift twin, x + sum_j s_j (mean pixels with - without); None if it was not asked for.
+        shifted: the levels of the twin whose pixels are shifted, x + sum_j s_j (mean pixels with - without); None if it
+            was not asked for.
 
     Examples:
         >>> from pyglow_fast import GlowConfig
@@ -55,7 +56,8 @@ class Edit:
 
     Args:
         adds: attributes, each with its strength.
-        keep: the share of the image's own latents that each level keeps, shallowest first; empty: all of all.
+        keep: the share of the image's own latents that each level keeps, shallowest first; empty if every level keeps
+            all.
 
     Strengths and shares are rounded to DIGITS behind the point: a slider's 0.30000000000000004 is 0.3.
 
@@ -102,7 +104,7 @@ class Subject:
     Args:
         opened: the run.
         picked: the image.
-        space: "noise" or "latent", of the edits.
+        space: the space of the edits, "noise" or "latent".
 
     Raises:
         ValueError: the image does not fit the model; its latents are not finite.
@@ -150,8 +152,8 @@ class Subject:
 
         Args:
             edit: what is done.
-            pixel_shift: give the twin whose pixels are shifted, too.
-            progress: of the means over training images, where they are not measured yet.
+            pixel_shift: whether the twin whose pixels are shifted is computed too.
+            progress: is told of the means over training images, where they are not measured yet.
 
         Raises:
             ValueError: an attribute that there is not, shares that do not fit the model's levels.
@@ -193,9 +195,9 @@ def likelihood_text(opened: OpenRun, bits: float, progress: Progress | None = No
 
     Args:
         opened: the run.
-        bits: of the image.
-        progress: of the scores of training images, where they are not measured yet.
-        wait: measure them then, rather than leave them out.
+        bits: the bits/dim of the image.
+        progress: is told of the scores of training images, where they are not measured yet.
+        wait: whether they are measured then, rather than left out.
     """
     if not math.isfinite(bits):
         return "no finite likelihood"

@@ -26,10 +26,10 @@ def kept(folder: Path, kind: str, key: dict[str, Any], compute: Callable[[], dic
     is no error: a warning says that the next time will take as long.
 
     Args:
-        folder: made if it is not there.
+        folder: where the file is kept; made if it is not there.
         kind: the beginning of the file's name.
-        key: all that the result depends on, JSON-able; with the digest of a checkpoint under ``digest``.
-        compute: what gives them.
+        key: all that the result depends on, as JSON can hold it; with the digest of a checkpoint under ``digest``.
+        compute: computes the tensors.
     """
     text = json.dumps(key, sort_keys=True)
     path = folder / f"{kind}-{key['digest'][:16]}.safetensors"

@@ -26,7 +26,7 @@ from pyglow_fast.studio.selection import own_images
 from pyglow_fast.studio.words import File, HeldOut, Image, Sample, one_line
 from pyglow_fast.train import Checkpoint, RunFolder, check_fits, load_model, resolve_device, score_images
 
-TRAIN_IMAGES = 5000  # that directions are measured on
+TRAIN_IMAGES = 5000  # most training images that directions are measured on
 SCORED = 1000  # images of each side that bits/dim are compared with
 Progress = Callable[[int, int], None]  # (done, of how many)
 
@@ -132,14 +132,14 @@ class OpenRun:
     """One checkpoint of a run, opened to look at and to make pictures with.
 
     Args:
-        name: of the run's folder, as it was given.
-        best: the checkpoint is that with the best held-out bits/dim.
-        folder: of the run.
-        checkpoint: of it.
-        model: frozen.
-        images: of the run.
-        train_images: that directions are measured on, at most.
-        device: as it was asked for; another one draws other samples.
+        name: the run's folder, as it was given.
+        best: whether the checkpoint is that with the best held-out bits/dim.
+        folder: the folder of the run.
+        checkpoint: what the checkpoint holds besides the weights.
+        model: the model, frozen.
+        images: the images of the run.
+        train_images: how many training images directions are measured on, at most.
+        device: the device as it was asked for; another one draws other samples.
 
     Examples:
         >>> from pyglow_fast import GlowConfig
@@ -177,11 +177,12 @@ class OpenRun:
         """Open the run in the folder ``name``.
 
         Args:
-            name: of the folder.
-            best: the checkpoint with the best held-out bits/dim rather than the newest.
+            name: the folder of the run.
+            best: open the checkpoint with the best held-out bits/dim rather than the newest.
             device: cpu, cuda, cuda:N or auto.
-            train_images: that directions are measured on, at most.
-            images: of the run, if another checkpoint was opened before; not used if it was another run in that place.
+            train_images: how many training images directions are measured on, at most.
+            images: the images of the run, if another checkpoint of it was opened before; they are not used if another
+                run was in that place.
 
         Raises:
             ValueError: it is no run, or what it holds does not fit together; a value outside its range.
@@ -189,7 +190,7 @@ class OpenRun:
         expect(train_images >= 1, "train_images", "a positive whole number", train_images)
         folder, place = RunFolder(name), resolve_device(device)
         checkpoint = folder.load(best)
-        # Else the command that repeats a picture could not be kept in it.
+        # With other names the command that repeats a picture could not be kept in the picture.
         for text in (name, *checkpoint.data.class_names):
             expect(one_line(text), "run", "names of folder and classes without control characters", ascii(text))
         shape = checkpoint.config.model.image_shape
@@ -247,7 +248,7 @@ class OpenRun:
 
         Args:
             image: see :func:`~pyglow_fast.studio.words.parse_image`.
-            label: its class, for a model with classes; None: its own, of a file the likeliest.
+            label: the class to take it for, with a model with classes; None: its own, and for a file the likeliest.
 
         Raises:
             ValueError: there is no such image, or it cannot be read.
@@ -269,7 +270,7 @@ class OpenRun:
     def relabelled(self, picked: Picked, label: int | None) -> Picked:
         """Give an image another class; None: its own, or of a file the likeliest. A sample is drawn anew.
 
-        So what another checkpoint of the run gave becomes what its name means to this one.
+        An image that another checkpoint of the run gave becomes what its name means to this one.
 
         Raises:
             ValueError: the model has no such class.
@@ -312,7 +313,8 @@ class OpenRun:
     def directions(self, space: str, progress: Progress | None = None) -> Directions:
         """Measure the mean latents of the run's training images with and without each attribute, or read them.
 
-        They are kept in the folder of the run: measured once for a checkpoint, and from then on without the images.
+        The means are kept in the folder of the run: they are measured once for a checkpoint, and read from then on
+        without the images.
 
         Raises:
             LostImagesError: they were not measured, and the images of the run are no longer there.

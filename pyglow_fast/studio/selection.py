@@ -32,8 +32,8 @@ class Selection:
     """The images of a set that are looked at.
 
     Args:
-        images: those that are.
-        positions: int64, where in the whole set each of them is.
+        images: the images that are looked at.
+        positions: int64, the place of each of them in the whole set.
         train: the training images of the run; None if the set is not the run's own.
         part: one of PARTS.
     """
@@ -50,7 +50,7 @@ def selection(name: str, part: str | None, checkpoint: Checkpoint, model: Glow) 
     Args:
         name: a source, see DATA_HELP.
         part: one of PARTS; None: held-out of the run's own images, all of any others.
-        checkpoint, model: of the run.
+        checkpoint, model: the run's.
 
     Raises:
         ValueError: images that do not fit the model, or a part that they do not have.

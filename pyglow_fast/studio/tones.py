@@ -18,8 +18,8 @@ class TonePairs:
     """The indices of emoji without a tone and of the same ones in one tone: training ones, and held-out ones.
 
     Args:
-        train_bases, train_variants: the direction is the mean of the latter minus that of the former.
-        bases, targets: what is edited, and what it should become.
+        train_bases, train_variants: training emoji without the tone and with it, whose means differ by the direction.
+        bases, targets: held-out emoji that are edited, and what they should become.
     """
 
     train_bases: Tensor
@@ -34,7 +34,7 @@ def tone_pairs(tone: str, data: Images, config: DataConfig, held_out: Tensor) ->
     Args:
         tone: one of the names in TONES.
         data: all emoji.
-        config: as they were loaded.
+        config: how the images were loaded.
         held_out: indices of the held-out ones.
 
     Raises:

@@ -34,9 +34,9 @@ class Board:
     """A writer of numbers and pictures by step, as event files that ``tensorboard --logdir FOLDER`` shows.
 
     Args:
-        folder: of the event files, made if it is not there; None: nothing is written, and no library needed.
-        purge_step: of a resumed run, the first step that it writes again: TensorBoard hides what was
-            written from there on. None for a new run.
+        folder: where the event files go, made if it is not there; None: nothing is written, and no library needed.
+        purge_step: the first step that a resumed run writes again: TensorBoard hides what was written from there on.
+            None for a new run.
 
     Raises:
         MissingExtraError: tensorboard is not installed; nothing has been written then.

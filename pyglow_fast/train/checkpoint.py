@@ -5,8 +5,8 @@ entry is a JSON object with the format version, the configuration, the progress,
 and a digest of the file, so that a damaged one never passes for a good one. One file, because one file can be replaced
 atomically.
 
-The digest is that of every byte, with zeros where it stands itself. Files of format 2, whose digest is that of the
-tensors alone, are read too, as runs of former versions go on from them; what is written is format 3.
+The digest covers every byte of the file, with zeros in the place of the digest itself. Files of format 2, whose digest
+covers the tensors alone, are read too, as runs of former versions go on from them; files are written in format 3.
 """
 
 from __future__ import annotations
@@ -63,16 +63,17 @@ class Checkpoint:
     """The state of a run at one step: all that it needs to go on exactly where it was.
 
     Args:
-        config: of the run.
-        progress: counters and running sums, JSON-able.
+        config: the settings of the run.
+        progress: counters and running sums, which JSON can hold.
         data: what is remembered of the images.
         model: the model's state dict.
         ema: the average of its weights by parameter name; empty without one.
         optimizer: tensors of the optimizer's state, named ``KIND.PARAMETER``.
-        optimizer_groups: the optimizer's param_groups without parameters, JSON-able.
+        optimizer_groups: the optimizer's param_groups without parameters, which JSON can hold.
         rank: what each rank has for itself, named ``R.NAME``: states of random generators and of the drift control.
-        written_by: versions of what wrote it.
-        digest: as the file has it, a key for what is computed from its contents; empty unless it was loaded.
+        written_by: the versions of the code that wrote it.
+        digest: the digest in the file, a key for what is computed from its contents; empty unless the checkpoint was
+            loaded.
 
     Examples:
         >>> from pathlib import Path
@@ -168,9 +169,9 @@ class Checkpoint:
         """Copy the weights into ``model``.
 
         Args:
-            model: of the architecture that ``config`` describes.
-            name: of the checkpoint, for messages.
-            averaged: those of the moving average, where there is one.
+            model: a model of the architecture that ``config`` describes.
+            name: the checkpoint's name, for messages.
+            averaged: copy the moving average of the weights, where there is one.
 
         Raises:
             ValueError: names or shapes differ; the model is then unchanged.

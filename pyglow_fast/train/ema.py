@@ -16,8 +16,8 @@ class Ema:
     ExponentialMovingAverage with num_updates, which the released Glow uses).
 
     Args:
-        model: whose parameters are averaged; buffers are not.
-        decay: in (0, 1).
+        model: the model whose parameters are averaged; buffers are not.
+        decay: the largest share that the average keeps at an update, in (0, 1).
 
     Examples:
         >>> import torch

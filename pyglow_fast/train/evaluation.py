@@ -25,8 +25,9 @@ from pyglow_fast.train.seeds import derive, random_subset
 class Score:
     """The mean bits/dim of ``images`` images, and the standard error of that mean over the images.
 
-    ``unreadable`` more images could not be read and are left out. Of a model with a classifier, on images with labels:
-    ``class_bits``, the mean of -log2 p(label | top latent), and ``accuracy``, the share whose likeliest class is right.
+    ``unreadable`` more images could not be read and are left out. A model with a classifier, on images with labels,
+    also has ``class_bits``, the mean of -log2 p(label | top latent), and ``accuracy``, the share of images whose
+    likeliest class is right.
 
     Examples:
         >>> import torch
@@ -49,8 +50,8 @@ class Score:
 
         Args:
             values: b (n,), float64, bits/dim of this rank's images. Without any image on any rank the mean is 0.
-            unreadable: images of all ranks that are not among them.
-            ranks: who else has images.
+            unreadable: how many images of all ranks are not among the values, as they could not be read.
+            ranks: the processes that have the other images.
         """
         found = Moments.of(values, (ranks or Ranks()).total)
         return cls(found.mean if found.n else 0.0, found.standard_error, found.n, unreadable)
@@ -162,14 +163,14 @@ def score_images(
     (Theis et al. 2016, "A note on the evaluation of generative models"), so their mean does too, with less noise.
 
     Args:
-        model: put in evaluation mode for the call.
+        model: the model, which is put in evaluation mode for the call.
         data: the images.
         batch_size: images at a time.
-        seed: of the noise, and of which images are looked at.
+        seed: decides the noise, and which images are looked at.
         limit: most images to look at, drawn at random since the first ones may all be of one class; None: all.
         workers, on_unreadable: see :func:`pyglow_fast.data.batches`.
         ranks: share the images among these; every rank gets its own part.
-        draws: S, of the noise of each image.
+        draws: S, how often the noise of each image is drawn.
         progress: told after each batch how many images it had.
 
     Raises:

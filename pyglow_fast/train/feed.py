@@ -25,7 +25,7 @@ def n_workers(config: TrainConfig, data: Images) -> int:
     return 0 if isinstance(data, ImageSet) else WORKERS
 
 
-# Torch raises this one anywhere in the main thread, when it learns of the death.
+# The text of an error that torch raises anywhere in the main thread when it learns that a reading process died.
 READER_DIED = re.compile(r"DataLoader worker|process that reads images")
 
 
@@ -62,14 +62,14 @@ class Part:
 class Feed:
     """The batches of a run from step ``first`` on; everything in them is a function of seed, step and index.
 
-    A batch is cut into ``accumulate`` parts, one after the other, and each of these among the ranks: another number of
-    ranks or of workers sees the same images with the same noise.
+    A batch is cut into ``accumulate`` parts, one after the other, and each part is shared among the ranks: with another
+    number of ranks or of workers the run sees the same images with the same noise.
 
     Args:
-        config: of the run.
+        config: the settings of the run.
         data: the training images.
-        first: step of the first batch.
-        ranks: who takes part.
+        first: the step of the first batch.
+        ranks: the processes that take part.
         device: where x goes.
     """
 

@@ -16,7 +16,7 @@ class FolderLock:
     Where the system or the file system has no locks, nothing is promised.
 
     Args:
-        path: of the file, which stays when the lock is given back.
+        path: the file, which stays when the lock is given back.
     """
 
     def __init__(self, path: Path) -> None:

@@ -60,12 +60,12 @@ class GlowModule(LightningModule):
     ``train_class_bits`` and, of evaluations, ``val_accuracy`` and ``test_accuracy`` are logged too, and batches must
     have labels in 0..classify-1.
 
-    The first training batch initialises the actnorms, that of all ranks together (an evaluation before it, such as
-    the Trainer's sanity check, takes the model as it is and initialises nothing). The noise u of a training batch is a
-    function of seed, update, batch and rank, so that a resumed run goes on as the uninterrupted one would; that of an
-    evaluation is the same every time. Logged, in bits/dim: ``train_bpd`` of each batch; ``val_bpd`` and ``test_bpd``
-    over all evaluated images of all ranks, with the standard errors of these means over the images, ``val_bpd_se`` and
-    ``test_bpd_se``. Of several loaders each name ends in /dataloader_idx_0, and so on.
+    The first training batch, that of all ranks together, initialises the actnorms (an evaluation before it, such as the
+    Trainer's sanity check, takes the model as it is and initialises nothing). The noise u of a training batch is a
+    function of seed, update, batch and rank, so that a resumed run goes on as the uninterrupted one would; the noise of
+    an evaluation is the same every time. Logged, in bits/dim, are ``train_bpd`` of each batch, and ``val_bpd`` and
+    ``test_bpd`` over all evaluated images of all ranks, with the standard errors of these means over the images,
+    ``val_bpd_se`` and ``test_bpd_se``. With several loaders each name ends in /dataloader_idx_0, and so on.
 
     Batches are integer levels (N, C, *spatial) in 0..n_bins-1, or (levels, labels (N,)); a model without classes takes
     no notice of labels. Under DDP every rank has a model of its own; sharded ones (FSDP) are to be initialised before.
@@ -78,9 +78,9 @@ class GlowModule(LightningModule):
         lr: learning rate after warm-up.
         warmup_steps: updates over which the learning rate rises.
         decay_steps: the update at which the rate has fallen to a hundredth, along half a cosine; None: it stays.
-        weight_decay: of "adamw".
-        ema_decay: of the exponential moving average of the weights that evaluations use; None for none.
-        seed: of the dequantisation noise.
+        weight_decay: the decoupled weight decay of "adamw".
+        ema_decay: the decay of the exponential moving average of the weights that evaluations use; None for no average.
+        seed: decides the dequantisation noise.
         class_weight: w above; 0 exactly if the model has no head (classify=0).
 
     Checkpoints hold tensors and plain data alone (``weights_only=True`` loads them), the averaged weights under "ema".
@@ -144,7 +144,7 @@ class GlowModule(LightningModule):
             "seed": seed,
             "class_weight": class_weight,
         }
-        # As plain data, which a checkpoint may hold, and from which it makes the module again.
+        # Kept as plain data, which a checkpoint may hold and which makes the module again.
         plain = {"config": config.to_dict(), "memory": self.model.memory, "precision": self.model.precision}
         self.save_hyperparameters({"model": plain, **options})
         self.n_bins, self.seed = n_bins, seed
@@ -244,14 +244,15 @@ class GlowModule(LightningModule):
         self.ema.load(checkpoint[EMA_KEY])
 
     def _begin(self, loaders: list[Any]) -> None:
-        # Of each loader: images, sum of bits/dim, sum of squares, labels that are right. float64, as the variance is a
-        # difference of two of them.
+        # For each loader: the number of images, the sum of bits/dim, the sum of their squares, the number of labels
+        # that are right. They are float64, as the variance is a difference of two of them.
         self._sums = torch.zeros(len(loaders), 4, dtype=torch.float64)
 
     def _evaluate(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         levels, labels = _labelled(batch)
         noise = self._noise(levels, "evaluation", dataloader_idx, batch_idx)
-        # For each batch anew, so that whatever ends an evaluation early leaves the model its own weights.
+        # The average is applied for each batch anew, so that whatever ends an evaluation early leaves the model its own
+        # weights.
         with self.averaged():
             scores, logits = self._scored(levels, labels, noise)
         bits = scores.double().cpu()

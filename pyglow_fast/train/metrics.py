@@ -61,7 +61,7 @@ def read_metrics(path: Path) -> list[Row]:
         text = path.read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, NotADirectoryError):
         return []
-    # By hand, as there are only numbers: for csv a stray quote would swallow all rows after it.
+    # The rows are read by hand, as there are only numbers: for csv a stray quote would swallow all rows after it.
     header, *lines = text.split("\n")
     torn = lines.pop() if lines else ""  # what follows the last line end: nothing, unless the last row was cut off
     names = header.split(",")

@@ -20,11 +20,12 @@ class Progress:
     Args:
         step: steps done.
         seconds: spent so far, over all parts.
-        loss_sum, steps_summed: of the running mean since the last row of metrics.csv, in bits/dim.
-        class_sum: the same of the bits that the labels cost.
+        loss_sum, steps_summed: sum and count of the running mean since the last row of metrics.csv, in bits/dim.
+        class_sum: the sum, over the same steps, of the bits that the labels cost.
         best: lowest held-out bits/dim so far.
         stale: evaluations since then.
-        skipped, skipped_in_row: steps left out since loss or gradient were not finite; the last ones of them.
+        skipped, skipped_in_row: how many steps were left out since loss or gradient were not finite, in all and just
+            before now.
         unreadable: images that could not be read and had another one in their place.
     """
 

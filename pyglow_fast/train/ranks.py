@@ -46,9 +46,9 @@ class Ranks:
     """The processes that train one model together, as one of them sees them.
 
     Args:
-        rank, world: which of how many this one is.
-        local: which one on this machine, and so the number of its GPU.
-        device: where small tensors go that all ranks add up.
+        rank, world: the number of this process, from 0, and how many there are.
+        local: its number on this machine, which is that of its GPU.
+        device: where small tensors are put that all ranks add up.
 
     Examples:
         >>> import torch
@@ -139,8 +139,8 @@ class Ranks:
         """Compare the images of all ranks by their fingerprints, and refuse to train on different ones.
 
         Args:
-            digest: of this rank's, see :meth:`pyglow_fast.data.Images.fingerprint`.
-            count: how many they are.
+            digest: the fingerprint of this rank's images, see :meth:`pyglow_fast.data.Images.fingerprint`.
+            count: how many images there are.
 
         Raises:
             ValueError: on every rank, naming those that have others than the first one.
@@ -189,7 +189,7 @@ def open_ranks(device: str = "cpu") -> contextlib.AbstractContextManager[Ranks]:
     """A context with the process group that torchrun's environment describes; one rank alone without it.
 
     Args:
-        device: of a TrainConfig: on the CPU ranks talk by gloo, on GPUs, one a rank, by nccl.
+        device: the ``device`` of a TrainConfig: on the CPU ranks talk by gloo, on GPUs, one for each rank, by nccl.
 
     Raises:
         ValueError: an environment that is not torchrun's; a device that the ranks cannot have.
@@ -211,8 +211,8 @@ def open_ranks(device: str = "cpu") -> contextlib.AbstractContextManager[Ranks]:
 def leave_group() -> None:
     """End this process's part in the default process group, and the threads that belong to it.
 
-    A thread of gloo that still lets go of tensors while the interpreter ends aborts the process. The group's threads
-    end when nothing refers to it any more, so what reduced over it (a DistributedDataParallel) must be out of reach.
+    If a thread of gloo still frees tensors while the interpreter ends, the process is aborted. The group's threads end
+    when nothing refers to the group any more, so what reduced over it (a DistributedDataParallel) must be out of reach.
     """
     gc.collect()  # a DistributedDataParallel is part of a cycle
     dist.destroy_process_group()

@@ -52,10 +52,10 @@ def curve_png(rows: Sequence[Row], columns: Mapping[str, str], title: str, ylabe
     """Draw columns of metrics.csv against steps as a PNG.
 
     Args:
-        rows: of the log; a cell that is None or missing is no point, NaN and inf break the line.
+        rows: the rows of the log; a cell that is None or missing is no point, NaN and inf break the line.
         columns: name of each column that is drawn, and its label.
-        title, ylabel: of the plot.
-        log: a logarithmic axis, on which numbers of 0 and below have no place.
+        title, ylabel: the words of the plot.
+        log: whether the axis is logarithmic; numbers of 0 and below then have no place.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -139,7 +139,7 @@ def report_html(
     Parts that are empty are left out; all text is escaped.
 
     Args:
-        title: of the page.
+        title: the title of the page.
         facts: what the run is, in a table at the top.
         curves: (caption, PNG) each.
         pictures: (caption, PNG) each, shown with their pixels as they are.

@@ -165,7 +165,7 @@ class RunFolder:
         """A context in which nobody else trains in this folder, where the file system has locks; elsewhere no promise.
 
         Args:
-            wanted: False does nothing (for ranks that do not write).
+            wanted: False locks nothing (for ranks that do not write).
 
         Raises:
             FolderError: somebody else does.
@@ -211,7 +211,7 @@ class RunFolder:
         for folder in (self.checkpoints, self.sample_history, self.events):
             if folder.is_dir():
                 shutil.rmtree(folder)
-        # Another process may write there just now; what it leaves is of a checkpoint that its name tells.
+        # Another process may write to the cache just now; the names of the files tell of which checkpoint they are.
         shutil.rmtree(self.cache, ignore_errors=True)
         for path in files:
             path.with_name(path.name + TEMPORARY).unlink(missing_ok=True)
@@ -220,8 +220,8 @@ class RunFolder:
     def load(self, best: bool = False) -> Checkpoint:
         """Read the newest whole checkpoint, or the one with the best held-out bits/dim, checked against config.toml.
 
-        A newest one that is torn or damaged is passed over with a warning. A training may go on meanwhile, and remove
-        and replace checkpoints.
+        A newest checkpoint that is torn or damaged is passed over with a warning. A training may go on meanwhile, and
+        remove and replace checkpoints.
 
         Raises:
             ValueError: not a run, no checkpoint yet, none that is whole, or a configuration that is not the
@@ -237,7 +237,7 @@ class RunFolder:
     def stamp(self, best: bool = False) -> tuple[str, int, int] | None:
         """Look up name, time of change (ns) and size (bytes) of the file that :meth:`load` would read first.
 
-        Two that differ tell that there is a newer checkpoint. Nothing is read. None: there is no checkpoint yet.
+        Two stamps that differ tell that there is a newer checkpoint. Nothing is read. None: there is no checkpoint yet.
         """
         for listed in self._listings(best):
             for path, state in listed:
@@ -349,7 +349,7 @@ def load_model(checkpoint: Checkpoint, name: str, device: torch.device | str = "
 
     Args:
         checkpoint: from :meth:`RunFolder.load`.
-        name: of the run, for messages.
+        name: the run's name, for messages.
         device: where the model goes.
 
     Raises:

@@ -23,10 +23,11 @@ def start(
     """Make a new run, ready to execute.
 
     Args:
-        config: of the run.
+        config: the settings of the run.
         out: its folder; must be new or empty, or hold a run if ``overwrite``.
         overwrite: replace a run that is there (when the new one executes).
-        data: what ``config.data`` names, if it is loaded already; or images of your own, see ImageSet and from_dataset.
+        data: the images that ``config.data`` names, if they are loaded already; or images of your own, see ImageSet and
+            from_dataset.
         ranks: the processes that train together, see open_ranks; each of them makes the same run.
 
     Raises:

@@ -19,7 +19,7 @@ def derive(seed: int, *names: str | int) -> int:
 def batch_indices(seed: int, step: int, n_images: int, batch_size: int) -> Tensor:
     """Choose the images of a step (from 0): each epoch is a fresh shuffle, its incomplete last batch dropped.
 
-    A function of the step alone, so a resumed run needs no stored order.
+    The choice depends on the step alone, so a resumed run needs no stored order.
     """
     epoch, position = divmod(step, n_images // batch_size)
     # A copy, so that nobody can write into the order that is kept.
@@ -46,7 +46,7 @@ def random_subset(seed: int, n_images: int, count: int) -> Tensor:
 def keyed_noise(keys: Sequence[int], shape: Sequence[int], device: torch.device) -> Tensor:
     """Draw u ~ U[0, 1), (len(keys), *shape), float32: for each key from a stream of its own.
 
-    So an image has the same noise wherever in a batch and on whichever rank it is; a CPU and a GPU draw differently.
+    An image thus has the same noise wherever in a batch and on whichever rank it is; a CPU and a GPU draw differently.
     """
     noise = torch.empty(len(keys), *shape, device=device)
     generator = torch.Generator(device)

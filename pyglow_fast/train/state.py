@@ -64,8 +64,9 @@ class TrainingDivergedError(ArithmeticError):
 class Losses(nn.Module):
     """The losses that a step minimises, each a mean over the batch, as a module that others can wrap.
 
-    Bits/dim, -log p(x) / (D ln 2) + log2(n_bins); and of a model with a classifier, from the same pass, the bits that
-    the labels cost, -log2 p(label | top latent). The loss is the first plus config.class_weight times the second.
+    The first is bits/dim, -log p(x) / (D ln 2) + log2(n_bins). A model with a classifier has a second, from the same
+    pass: the bits that the labels cost, -log2 p(label | top latent). The step minimises the first plus
+    config.class_weight times the second.
     """
 
     def __init__(self, model: Glow, n_bins: int) -> None:
@@ -88,7 +89,7 @@ class TrainState:
     """The state of a run between two steps: model, optimizer, average, random streams and counters.
 
     Args:
-        config: of the run.
+        config: the settings of the run.
         data: all images; they are split here.
         ranks: the processes that take part; each has a state of its own.
 
@@ -332,8 +333,9 @@ class TrainState:
         """Go on from ``checkpoint``: on the CPU to the bit, and on a GPU as far as its kernels repeat themselves.
 
         Args:
-            checkpoint: of a run with this configuration, but for what may be adjusted, and any number of ranks.
-            name: of the checkpoint, for messages.
+            checkpoint: a checkpoint of a run with this configuration, apart from what may be adjusted, and any number
+                of ranks.
+            name: the checkpoint's name, for messages.
 
         Raises:
             ValueError: other images than the run was started with, or contents that do not fit.

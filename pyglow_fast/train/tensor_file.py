@@ -1,7 +1,8 @@
 """Reads a safetensors file in one pass: nothing stays mapped to it, and its bytes can be hashed as they come.
 
-The library maps a file, whose pages fault when it is truncated later, or copies a content that is in memory already.
-Here each tensor is read to its place. Processors are little-endian, as the format is.
+The safetensors library either maps a file, whose pages fault when the file is truncated later, or copies contents that
+are in memory already. Here each tensor is read to its place. The format is little-endian, and so are the processors
+that torch runs on.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class TensorHeader:
     """The part of a safetensors file that stands before its tensors: their names, places and the metadata.
 
     Args:
-        raw: all of it, eight bytes of length and JSON.
+        raw: all of its bytes: eight bytes of length, and JSON.
         metadata: texts by name.
         places: name, dtype and shape of each tensor, in the order of their bytes.
     """
@@ -89,8 +90,8 @@ def read_tensors(
     """Read the tensors of an open safetensors file by name, each into memory of its own.
 
     Args:
-        file: open for reading.
-        header: of this file.
+        file: the file, open for reading.
+        header: the header of this file.
         seen: is given all bytes behind the header, in their order.
 
     Raises:

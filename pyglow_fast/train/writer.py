@@ -39,8 +39,8 @@ class RunWriter:
     """A writer of all files of one run; it writes on the first rank only, and does nothing on the others.
 
     Args:
-        folder: of the run.
-        config: of the run.
+        folder: the folder of the run.
+        config: the settings of the run.
         first: whether this is the rank that writes.
         quiet: print nothing.
     """
@@ -177,7 +177,7 @@ class RunWriter:
 
         Args:
             since: how many writes had been refused before the end.
-            reached: what the run came to, in words, for whom it is not written.
+            reached: what the run came to, in words, which the error shows as it is written nowhere.
 
         Raises:
             SaveError: something is not.

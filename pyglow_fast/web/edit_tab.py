@@ -137,7 +137,7 @@ class EditTab:
     ) -> list[Any]:
         """Measure the mean latents and likelihoods of training images, where they are not kept.
 
-        Sliders that there are already stay as they are.
+        Sliders that are on the page already stay as they are.
         """
         opened = desk.opened(self._shelf)
         as_they_are = [gr.skip() for _ in self.measured[:-2]]
@@ -151,7 +151,7 @@ class EditTab:
         why = note("" if directions.names else "The images of this run have no classes.")
         if desk.pairs:
             return [*as_they_are, why, anew()]
-        # Of two classes the one is the other's opposite.
+        # Two classes are each other's opposites, so one slider is enough.
         names = directions.names[:1] if len(directions.names) == 2 else directions.names[:FIRST]
         desk.pairs = [(name, REST) for name in names]
         return [*self._attribute_widgets(desk, directions.names), why, anew()]

@@ -19,7 +19,7 @@ Handler = TypeVar("Handler", bound=Callable[..., Any])
 
 LOG = logging.getLogger("pyglow_fast.web")
 LONGEST = 400  # characters of a message: a toast is no place for more
-# An absolute path of two parts or more, as POSIX or Windows writes it; what is kept is its last part.
+# An absolute path of two parts or more, as POSIX or Windows writes it; only its last part is kept.
 _PATH = re.compile(r"(?<![\w./:\\])(?:[A-Za-z]:)?(?:[\\/][^\\/\s'\",:;()<>]+)+[\\/]([^\\/\s'\",:;()<>]+)")
 
 
@@ -58,8 +58,8 @@ def on_page(log: logging.Logger = LOG) -> Callable[[Handler], Handler]:
     """Decorate a handler of the page, function or generator: what it raises becomes a ``gr.Error``.
 
     A ValueError or a missing library is the user's to mend: the first line of its message is shown as text, with the
-    folders of files left out. Anything else is a fault: it is written to ``log`` with its traceback, and the page gets
-    the name of its class. A ``gr.Error`` passes as it is.
+    folders of files left out. Any other exception is a fault: it is written to ``log`` with its traceback, and the page
+    shows the name of its class. A ``gr.Error`` is raised as it is.
     """
 
     def decorate(handler: Handler) -> Handler:

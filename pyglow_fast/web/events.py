@@ -6,8 +6,8 @@ from typing import Any
 import gradio as gr
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
-# What follows a slider is not queued, which would cost as long as the edit itself; of the drags that come while one is
-# computed the last one counts.
+# Listeners to a slider are not queued, which would take as long as the edit itself; of the drags that come while one is
+# computed, only the last is computed.
 DRAG: dict[str, Any] = QUIET | {"queue": False}
 _NUMBERS = itertools.count(1)
 
@@ -21,6 +21,6 @@ def follow(triggers: Any, handler: Any, inputs: Any, outputs: Any) -> None:
 def anew() -> int:
     """Give a number that no call gave before: a gr.State that takes it has changed, so its listeners are called.
 
-    One picture has one listener, so that what an earlier event asked for never comes after what a later one did.
+    Each picture has one listener, so that the picture of an earlier event never comes after that of a later one.
     """
     return next(_NUMBERS)

@@ -16,8 +16,8 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 API = "/gradio_api"
-# The addresses that the page asks for, by method; all others of Gradio do not exist here: its API and documentation,
-# other people's servers (proxy), reloading, monitoring, recordings, histories and editing by a model.
+# The addresses that the page asks for, by method. All other addresses of Gradio do not exist here: its API and
+# documentation, other people's servers (proxy), reloading, monitoring, recordings, histories and editing by a model.
 OPEN = {"GET": ("/", "/theme.css", f"{API}/theme.css", "/favicon.ico", "/manifest.json")}
 OPEN_FOLDERS = ("/assets/", "/static/")
 LOGIN = {"POST": ("/login", "/login/")}
@@ -84,7 +84,7 @@ class Gate:
     """An ASGI application around Gradio's that lets through what the page needs and nothing else.
 
     Args:
-        app: what answers.
+        app: the application that answers.
         folder: the only folder whose files are served and may be named by a request, beside Gradio's own assets.
         hosts: the names under which the page may be asked for; None for any. Another name means that a foreign page
             had its own name resolved to this machine.
@@ -149,7 +149,7 @@ class Gate:
             return 403, "Another page may not ask."
         method = "GET" if method == "HEAD" else method
         if method == "POST":
-            # What it says is what arrives: the server reads no more than that.
+            # The length that a request states is what arrives: the server reads no more than that.
             length = headers.get("content-length", "")
             largest = self.largest * FILES_AT_ONCE if path == f"{API}/upload" else LARGEST_JSON
             if not (length.isascii() and length.isdigit()):

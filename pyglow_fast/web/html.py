@@ -59,10 +59,10 @@ def image(levels: Tensor, n_bins: int, words: str, height: int | None = None) ->
     """Show one image (C, H, W) of levels; the browser enlarges its pixels, the file has them one by one.
 
     Args:
-        levels: of the image.
+        levels: the levels of the image.
         n_bins: the level n_bins-1 is white.
-        words: for those who do not see it.
-        height: on the page, in pixels; None: SHOWN, or as many as it has.
+        words: a description for those who do not see it.
+        height: its height on the page, in pixels; None: SHOWN, or as many as the image has.
     """
     source = uri(png_bytes(image_picture(levels, n_bins)))
     tall, wide = levels.shape[-2:]

@@ -68,7 +68,8 @@ def page(shelf: Shelf) -> gr.Blocks:
 
         clock.tick(ticked, [desk, version], [about, version, newer], **QUIET)
         settings = [desk, sample.temperature, sample.label, sample.n, sample.seed]
-        # Not of version, which also changes when a run is chosen: the tabs are filled then, and in their order.
+        # The listener is not one of version, which also changes when a run is chosen: the tabs are filled then, and in
+        # their order.
         edit.measure_after(newer.change(on_page()(sample.renew), settings, sample.drawn, **QUIET))
 
         def fill(event: Any) -> None:
@@ -81,7 +82,8 @@ def page(shelf: Shelf) -> gr.Blocks:
             rest = rest.success(on_page()(score.show), desk, score.outputs, **QUIET)
             rest.success(on_page()(looked.show), desk, looked.outputs, **QUIET)
 
-        # Gradio forgets a desk that an event gave back, an hour after its visitor left; others it keeps for ever.
+        # Gradio forgets a desk that an event returned, an hour after its visitor left; a desk that none returned it
+        # keeps for ever.
         chosen = run.change(opened, [desk, run], [about, version, desk], **QUIET)
         chosen.failure(kept, desk, about, **QUIET)
         fill(chosen)

@@ -27,10 +27,10 @@ class Shelf:
     """The runs below the folders that were named, and no others.
 
     Args:
-        folders: each that of a run, or one that holds the folders of runs.
+        folders: folders of runs, and folders that hold the folders of runs.
         best: serve the checkpoints with the best held-out bits/dim rather than the newest.
         device: cpu, cuda, cuda:N or auto.
-        train_images: that directions are measured on, at most.
+        train_images: how many training images directions are measured on, at most.
 
     Raises:
         ValueError: a folder that is neither.

@@ -35,8 +35,8 @@ def clean_name(name: str | None, otherwise: str = "upload") -> str:
     """Take the last part of a path, without characters that do not print, of at most 100 characters.
 
     Args:
-        name: as the browser gave it; a path of any system.
-        otherwise: what stands for a name that has nothing left.
+        name: the name as the browser gave it, which may be a path of any system.
+        otherwise: the name where nothing is left of it.
     """
     last = (name or "").replace("\\", "/").rstrip("/").rpartition("/")[2]
     last = "".join(character for character in last if character.isprintable()).strip()

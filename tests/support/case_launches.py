@@ -25,8 +25,8 @@ ORDER_NAMES = {index: name for name, index in ORDERS.items()}
 class Recorded(NamedTuple):
     """One launch, the bytes of its arguments, and the tensors that it may touch.
 
-    Of a tensor: identity, first byte, byte behind the last. What the emulator made in place of an op's result has the
-    identity of that.
+    Each of ``tensors`` is (identity, first byte, byte behind the last). A tensor that the emulator made in place of an
+    op's result has the identity of the result.
     """
 
     launch: Launch

@@ -50,14 +50,14 @@ ONE_PART, EVERY_STEP = 2**60, 0  # limits of a part's gradients
 
 
 def cut_parts(patch: pytest.MonkeyPatch, limit: int, steps: int = 0) -> None:
-    """Runs that begin from now on have parts of ``limit`` bytes, or of as many ``steps``, if their parameters allow."""
+    """Let runs that begin from now on have parts of ``limit`` bytes, or of ``steps``, if their parameters allow."""
     found = (lambda _, step_bytes, *rest: steps * max(step_bytes)) if steps else (lambda *_: limit)
     for module in (reversible_sequence, parts):  # of modules that are any, and of couplings
         patch.setattr(module, "part_limit", found)
 
 
 def noted_passes(patch: pytest.MonkeyPatch) -> list[parts.Pass]:
-    """The passes that runs of steps make from now on."""
+    """Note the passes that runs of steps make from now on."""
     found: list[parts.Pass] = []
 
     class Noted(parts.Pass):
@@ -70,7 +70,7 @@ def noted_passes(patch: pytest.MonkeyPatch) -> list[parts.Pass]:
 
 
 def fold_by(patch: pytest.MonkeyPatch, steps: int) -> None:
-    """Runs that begin from now on fold the channel maps of so many steps at once; 0: of all."""
+    """Let runs that begin from now on fold the channel maps of so many steps at once; 0: of all."""
 
     def bounds(sizes: Sequence[int], ends: Sequence[int], like: Tensor) -> list[tuple[int, int]]:
         patch.setattr(flow_step, "FOLDED_AT_ONCE", steps * max(sizes) if steps else 2**60)
@@ -146,7 +146,7 @@ def perturbed(module: Any, spread: float = 0.1) -> Any:
 
 
 def objective(outputs: tuple[Tensor, Tensor]) -> Tensor:
-    """A scalar that every value of z and log_det enters with its own weight."""
+    """Compute a scalar that every value of z and log_det enters with its own weight."""
     z, log_det = outputs
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z.dtype)
@@ -184,7 +184,7 @@ def worst_error(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float
 
 
 def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Equal up to the rounding of a sum over the batch, a state's rounding grown by CONDITION. Float64."""
+    """Check that gradients agree up to the rounding of a sum over the batch, grown by CONDITION. Float64."""
     n_values = expected["x"].numel() if "x" in expected else 1000
     assert all(grad.dtype == torch.float64 for grad in expected.values())
     error = worst_error(actual, expected)
@@ -193,7 +193,7 @@ def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]
 
 @contextmanager
 def counted_runs(sequence: nn.Module) -> Iterator[list[str]]:
-    """The names of the coupling nets in the order in which they run."""
+    """Note the names of the coupling nets in the order in which they run."""
     runs: list[str] = []
     handles = [
         module.net.register_forward_hook(lambda *_, name=name: runs.append(name))

@@ -86,7 +86,7 @@ def unequal_batches() -> list[Tensor]:
 
 
 def refused(call: Callable[[], object]) -> str:
-    """The message of the refusal."""
+    """Return the message of the refusal."""
     try:
         call()
     except ValueError as error:

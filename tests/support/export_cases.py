@@ -160,7 +160,7 @@ OURS: dict[str, Callable[[], Case]] = {
     "unsqueeze": lambda: layer(pgf.Squeeze(), inverse=True),
     "split": lambda: layer(pgf.Split(4)),
 }
-# With an inverse or log-determinant of a matrix, for which ONNX has no operator.
+# Cases with an inverse or log-determinant of a matrix, for which ONNX has no operator.
 LINEAR_ALGEBRA: dict[str, Callable[[], Case]] = {
     "plain glow": lambda: glow(permutation="invconv_plain"),
     "plain invconv": lambda: layer(pgf.InvConv(4, lu=False)),

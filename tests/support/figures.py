@@ -18,7 +18,7 @@ _draw = Figure.savefig
 
 
 def _save(figure: Figure, to: Any, **options: Any) -> None:
-    """In place of ``Figure.savefig``."""
+    """Stand in for ``Figure.savefig``."""
     if drawing:
         _draw(figure, to, **options)
         return

@@ -409,7 +409,7 @@ def main(first: int, count: int) -> None:
     faulthandler.enable()
     torch.set_num_threads(1)
     _backend.require()
-    # So torch fills what it hands out unwritten with NaN: a result that nothing wrote shows.
+    # With this torch fills what it hands out unwritten with NaN: a result that nothing wrote shows.
     torch.use_deterministic_algorithms(True)
     taken = sum(run_call(seed) for seed in range(first, first + count))
     print(f"{count} calls, {taken} taken", flush=True)

@@ -218,7 +218,7 @@ def single_errors(
 ) -> list[Tensor]:
     """The squared relative errors in float32 of every tensor that a decoder gives, of four draws: theirs, then ours.
 
-    Of one draw alone the errors are so few roundings that they are a matter of luck.
+    The errors of one draw alone are so few roundings that they are a matter of luck.
     """
     errors: list[list[Tensor]] = [[], []]
     for _ in range(4):

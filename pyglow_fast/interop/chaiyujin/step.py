@@ -28,7 +28,7 @@ from pyglow_fast.layers.flow_step import ChannelMap, given_maps, run_couplings, 
 from pyglow_fast.layers.reversible_sequence import run_recomputing
 from pyglow_fast.reversible import DriftControl
 
-# Positions of a batch: below, what is done with the parameters takes longer than is gained on the data.
+# For batches of fewer positions, the work on the parameters takes longer than is gained on the data.
 LEAST_POSITIONS, LEAST_WITHOUT_NET = 1600, 6400
 PROBE_ERROR = 1e-9  # of the largest value, in float64: a million roundings
 _AS_FAST = "its net runs as it is: at these widths the library is as fast, unless memory is asked for"
@@ -41,7 +41,7 @@ class Memory:
     Args:
         mode: "reversible", "checkpoint" or "store".
         budget: bytes of one net's activations, or "auto".
-        n_couplings: of the step.
+        n_couplings: how many couplings the step has.
     """
 
     def __init__(self, mode: str, budget: str | int, n_couplings: int) -> None:
@@ -161,7 +161,7 @@ def finds(model: nn.Module) -> bool:
 def adopt(model: nn.Module) -> list[str]:
     """Turn the flow steps of a live model into this package's, in place, and return their names; others stay.
 
-    The same objects, parameters and hooks. Random generators are left alone.
+    Objects, parameters and hooks stay the same. Random generators are left alone.
     """
     names = []
     for name, module in _candidates(model):

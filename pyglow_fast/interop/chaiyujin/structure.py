@@ -33,7 +33,8 @@ class SharedNet(nn.Module):
 
     Args:
         net: a Sequential of convolution, ReLU, convolution, ReLU, convolution.
-        is_interleaved: its output channels are shift, raw, shift, raw, ...; ours are all shifts, then all raw.
+        is_interleaved: whether its output channels are shift, raw, shift, raw, ... rather than all shifts, then all raw
+            scales.
     """
 
     writes_to_input = False
@@ -68,7 +69,7 @@ class SharedNet(nn.Module):
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Map x (N, C1, H, W) and cond (N, C_c, H, W), or None, to shift and raw scale (or shift alone)."""
         if (cond is None and not x.requires_grad and torch.is_grad_enabled()) or not self.pays:
-            # The library leaves out a gradient of x that nobody wants, which ours computes.
+            # The library leaves out a gradient of x that nobody wants; the ops here would compute it.
             out: Tensor = self.net(x if cond is None else torch.cat([x, cond], dim=1))
             return torch.cat([out[:, 0::2], out[:, 1::2]], dim=1) if self.is_interleaved else out
         weights: list[Tensor] = []
@@ -94,9 +95,9 @@ class Parts:
     """The couplings of a step, which have its nets, and the modules that they were read from.
 
     Attributes:
-        couplings: in the direction of data to latent: the injector, the coupling, of those that there are.
-        modules: that must be the step's still: actnorm, permutation, nets.
-        actnorms: all, those in the nets too.
+        couplings: those that there are, in the direction of data to latent: the injector, then the coupling.
+        modules: actnorm, permutation and nets, which must still be the step's.
+        actnorms: all actnorms, those in the nets too.
         needs_features: whether the nets read features.
     """
 

@@ -32,7 +32,11 @@ from pyglow_fast.models import Glow
 def load_rosinality(state: Mapping[str, Any] | str, image_size: int | tuple[int, int]) -> Glow:
     """Load a Glow with log p(x) = log_p + logdet of their model, x in [-0.5, 0.5).
 
-    Architecture: ``blocks.L.flows.K``; affine if ``coupling.net.4.conv`` has C outputs; LU by ``invconv.w_l`` and the
+    The architecture is read off the names: levels and steps by ``blocks.L.flows.K``; affine if ``coupling.net.4.conv``
+        has C outputs; LU by ``invconv.w_l`` and the like, plain by ``invconv.weight``. The padding with ones of their
+        ZeroConv2d becomes the border term. Their actnorm multiplies by ``scale`` itself, whose sign moves into the 1x1
+        convolution. The last block of their ``--no_lu`` is LU all the same; where both occur, all are multiplied out
+        ("invconv_plain").
     like, plain by ``invconv.weight``. The padding with ones of their ZeroConv2d becomes the border term. Their actnorm
     multiplies by ``scale`` itself, whose sign moves into the 1x1 convolution. The last block of their ``--no_lu`` is LU
     all the same; where both occur, all are multiplied out ("invconv_plain").

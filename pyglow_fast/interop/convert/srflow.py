@@ -1,7 +1,7 @@
 """Converts the flow part of checkpoints of SRFlow and of what derives from it (LLFlow).
 
-Layer ``flowUpsamplerNet.layers.i``: each level is a squeeze (which has no tensors), steps without a coupling, steps
-with ``affine`` (``fFeatures``, the injector's net; ``fAffine``, the coupling's), and in the first levels a split.
+The layers are ``flowUpsamplerNet.layers.i``: each level is a squeeze (which has no tensors), steps without a coupling,
+steps with ``affine`` (``fFeatures``, the injector's net; ``fAffine``, the coupling's), and in the first levels a split.
 """
 
 from __future__ import annotations
@@ -53,7 +53,11 @@ def load_srflow(
 ) -> Glow:
     """Load the flow of their model: encode, decode and log_det of x in [0, 1] given the features of each level.
 
-    Architecture: the levels by the layers without tensors, K and the number of steps without a coupling by ``affine``,
+    The architecture is read off the names: levels by the layers without tensors, K and the number of steps without a
+        coupling by ``affine``, widths by shapes. The encoder (``RRDB`` and whatever else is beside
+        ``flowUpsamplerNet.layers``) is left out; give its features as :func:`level_features` picks them. Their log-det
+        includes the density of what splits factor out, as log_prob does here. log_prob includes the density of the top
+        latent too, N(0, 1), where LLFlow puts a mean of its own.
     widths by shapes. The encoder (``RRDB`` and whatever else is beside ``flowUpsamplerNet.layers``) is left out; give
     its features as :func:`level_features` picks them. Their log-det includes the density of what splits factor out,
     as log_prob here, which has that of the top latent besides: N(0, 1), where LLFlow puts a mean of its own.
@@ -133,7 +137,7 @@ def _their_shape(name: str, ours: Tensor) -> tuple[int, ...]:
 
 
 def _names(config: GlowConfig) -> Iterator[tuple[str, str, bool]]:
-    """Their name, ours, and whether their output channels are interleaved, of every tensor of the flow."""
+    """Yield SRFlow's name of each tensor of the flow, ours, and whether its output channels are interleaved there."""
     at = 0
     for level in range(config.n_levels):
         for k in range(config.n_transitions + config.n_steps):

@@ -2,16 +2,19 @@
 
     import pyglow_fast.interop.freia as Fm
 
-Ours: AllInOneBlock, GLOWCouplingBlock, AffineCouplingOneSided, NICECouplingBlock, ActNorm, IRevNetDownsampling and
+These are this package's: AllInOneBlock, GLOWCouplingBlock, AffineCouplingOneSided, NICECouplingBlock, ActNorm,
+    IRevNetDownsampling and -Upsampling, HaarDownsampling and -Upsampling, Fixed1x1Conv. Each is a subclass of FrEIA's
+    class with the same arguments, parameters, calls and results; its docstring says what FrEIA's does wrong and this
+    one does right. Every other name is FrEIA's own.
 -Upsampling, HaarDownsampling and -Upsampling, Fixed1x1Conv. Each is a subclass of FrEIA's class with the same
 arguments, parameters, calls and results; its docstring says where FrEIA's goes wrong and it does not. Every other name
 is FrEIA's own.
 
-FrEIA's release 0.2 and its git since August 2023 call themselves by the same number. Their AllInOneBlocks differ, and
-ours computes what that of the installed one does; the ActNorm of git, another layer, is left FrEIA's.
+FrEIA's release 0.2 and its git since August 2023 have the same version number. Their AllInOneBlocks differ, and the one
+here computes what that of the installed FrEIA does; the ActNorm of git is another layer, and stays FrEIA's own.
 
 :func:`adopt` takes, besides these classes, copies of AllInOneBlock in other code bases (anomalib's, for one): a layer
-becomes ours if it has the attributes of a block and a probe in float64 finds that it computes what ours does.
+is adopted if it has the attributes of a block and a probe in float64 finds that it computes the same.
 """
 
 from __future__ import annotations
@@ -52,7 +55,7 @@ OURS: tuple[type[nn.Module], ...] = (
 _variant = variant_of_installed()
 if isinstance(_variant, Variant):
     AllInOneBlock._divides, AllInOneBlock._fixed_size = _variant
-# FrEIA's class -> ours, of those that are what ours were made for.
+# FrEIA's class -> the class here. Left out are classes of an installed FrEIA that compute something else.
 _SAME = {"AllInOneBlock": isinstance(_variant, Variant), "ActNorm": hasattr(_theirs.ActNorm, "_initialize_with_data")}
 ADAPTERS: Classes = {getattr(_theirs, own.__name__): own for own in OURS if _SAME.get(own.__name__, True)}
 for _name, _is_same in _SAME.items():
@@ -70,9 +73,9 @@ def __getattr__(name: str) -> Any:
 def adopt(model: nn.Module) -> list[str]:
     """Turn the FrEIA layers of a live model into this package's, in place, and return their names.
 
-    The same objects, parameters, buffers and hooks, with our forward. Layers whose class is FrEIA's change, and blocks
-    that were verified to compute what AllInOneBlock does, ``model`` itself included (its name is ""); others stay, see
-    :func:`left`.
+    Objects, parameters, buffers and hooks stay the same; the forward is this package's. Layers whose class is FrEIA's
+    change, and blocks that were verified to compute what AllInOneBlock does, ``model`` itself included (its name is
+    ""); others stay, see :func:`left`.
     """
     names = []
     for name, module in model.named_modules():

@@ -38,7 +38,7 @@ class ActNorm(Fm.ActNorm):
     bias = -mean exp(scale), so that z has mean 0 and variance 1. Arguments, parameters and calls are those of
     ``FrEIA.modules.ActNorm``; a condition ``c`` is accepted and not used.
 
-    Where FrEIA's goes wrong, this one does not:
+    FrEIA's layer has faults that this one has not:
 
     - A pass with ``rev=True`` does not initialise: FrEIA sets the parameters from latent values as if they were data.
       Parameters that were trained before the first forward batch, going backwards only, are kept.
@@ -46,8 +46,8 @@ class ActNorm(Fm.ActNorm):
     - A batch that is empty or not finite is refused with a ValueError before anything is set.
     - Where torch.distributed is initialised, the moments are those of the batches of all ranks, so that all ranks set
       the same values; each of FrEIA's keeps its own.
-    - ``init_data`` may be a tensor: FrEIA asks for its truth value.
-    - Loading a state dict ends the wait for data only if it has this layer's values; copies and pickles work.
+    - ``init_data`` may be a tensor; FrEIA asks for its truth value, which a tensor does not have.
+    - A state dict that is loaded ends the wait for data only if it has this layer's values; copies and pickles work.
     - The log-det counts the positions of x itself, not those of ``dims_in``.
 
     Shapes: x ((N, C, *spatial),), any floating dtype.
@@ -88,7 +88,7 @@ class ActNorm(Fm.ActNorm):
         self.init_on_next_batch = False
 
     def _await_data(self, x: Tensor, rev: bool) -> None:
-        """Of a layer that has not seen data: initialise it from a forward batch, unless it was trained backwards."""
+        """Let a layer that has seen no data initialise itself from a forward batch, unless it was trained backwards."""
         if rev:
             self._went_back = True
         elif self._went_back and bool((self.scale != 0).any() | (self.bias != 0).any()):

@@ -98,7 +98,7 @@ class StepParts(NamedTuple):
 class ServedBlock(nn.Module):
     """The arithmetic of AllInOneBlock, put before a class that has its interface: that class is the next base.
 
-    Such a class is FrEIA's own or, where it was verified that it computes the same, a copy of it.
+    The class is FrEIA's own or a copy of it that was verified to compute the same.
     """
 
     _home: type[ServedBlock]  # the class that was put together, of which a user's class may be a subclass
@@ -136,7 +136,7 @@ class ServedBlock(nn.Module):
         """R and its inverse, (C, C)."""
         if self.householder:
             matrix = self._construct_householder_permutation()
-            # Without their history, which would keep memory alive and forbid copies.
+            # The matrices are kept without their history, which would keep memory alive and forbid copies.
             self.w_perm = matrix.detach()
             self.w_perm_inv = self.w_perm.transpose(0, 1).contiguous()
             return matrix.flatten(1), matrix.flatten(1).T
@@ -284,7 +284,8 @@ class ServedBlock(nn.Module):
     def is_dense(self) -> bool:
         """Whether R is a fixed matrix, not a hard permutation, of so many channels that its products decide the time.
 
-        Then ours are no faster on the CPU than the library's, and what is gained is the net, if our executor runs it.
+        Then the products here are no faster on the CPU than the library's, and only the net can gain, if the executor
+        runs it.
         """
         wide = self.in_channels >= DENSE_FROM and not self.householder
         return wide and self.w_perm.device.type == "cpu" and self._hard_order() is None
@@ -293,9 +294,10 @@ class ServedBlock(nn.Module):
         return nets.serves(self.subnet, x[:, : self.splits[0]], side_by_side(c) if self.conditional else None)
 
     def _by_products(self, x: Tensor, c: Sequence[Tensor], rev: bool) -> tuple[Tensor, Tensor]:
-        """With the coupling in a kernel, and a dense R by the library: a has no part in a product with R.
+        """Compute the coupling by a kernel and the product with a dense R by the library, with a apart from R.
 
-        In one pass it has, and the backward of a R then is one product of (C, C) more than that of R, which is fixed.
+        In one pass the product is with a R, whose backward costs one product of (C, C) more than that of R, which is
+        fixed.
         """
         spec, order = self._spec()
 
@@ -306,7 +308,7 @@ class ServedBlock(nn.Module):
         return self._around(couple, x, rev)
 
     def _by_torch(self, x: Tensor, c: Sequence[Tensor], rev: bool) -> tuple[Tensor, Tensor]:
-        """As the class behind does it, but for a hard permutation, which is gathered, and for empty batches."""
+        """Compute as the block's own class does; but a hard permutation is gathered, and empty batches work."""
 
         def couple(u: Tensor) -> tuple[Tensor, Tensor]:
             kept, changed = u.split(list(self.splits), dim=1)
@@ -362,10 +364,10 @@ class AllInOneBlock(ServedBlock, Fm.AllInOneBlock):
     half precision, inputs of an unexpected kind, whatever runs inside torch.func, and a subclass that overrides
     ``_affine``, ``_permute`` or ``_pre_permute``.
 
-    Where FrEIA's goes wrong, this one does not: the subnet's output is not changed in place (which breaks the backward
-    of a subnet that ends in a Tanh or the like); an empty batch works; a block with reflections can be copied after a
-    forward, and any block pickled. A subnet's output of another shape than (N, 2 (C // 2), *spatial) is a ValueError
-    for images. Under autocast only the subnet runs in 16 bits. Gradients that come from kernels cannot be
+    FrEIA's block has faults that this one has not: the subnet's output is not changed in place (which breaks the
+    backward of a subnet that ends in a Tanh or the like); an empty batch works; a block with reflections can be copied
+    after a forward, and any block pickled. A subnet's output of another shape than (N, 2 (C // 2), *spatial) is a
+    ValueError for images. Under autocast only the subnet runs in 16 bits. Gradients that come from kernels cannot be
     differentiated again: an error says so, and that PYGLOW_FORCE_REFERENCE=1 helps.
 
     Shapes: x ((N, C, *spatial),), none to three spatial dimensions, c of conditions (N, C_c, *spatial).
@@ -418,7 +420,7 @@ AllInOneBlock._home, AllInOneBlock._serves = AllInOneBlock, Fm.AllInOneBlock
 def step_parts(block: nn.Module) -> StepParts:
     """Split an AllInOneBlock of this package into net, coupling and channel maps: z = after(coupling(before(x))).
 
-    Called again whenever the parameters have changed: the maps are computed from them, with their gradients.
+    Call it again whenever the parameters have changed: the maps are computed from them, with their gradients.
 
     Raises:
         TypeError: not a block of this package (see :func:`pyglow_fast.interop.freia.adopt`).

@@ -16,8 +16,8 @@ from pyglow_fast.interop.joined import ALONE, Face, Joined, Place, Reasons
 class JoinedGraph(Joined, Ff.GraphINN):
     """A GraphINN that runs its joined nodes in chains, and one by one where the outputs of all nodes are asked for.
 
-    Its nodes, modules and calls are what they were. The chains are in a second graph over the same modules, which is
-    not used once a node has got another module.
+    The graph's nodes, modules and calls are what they were. The chains are in a second graph over the same modules,
+    which is no longer used once a node has got another module.
     """
 
     joined_graph: Ff.GraphINN  # no child of it

@@ -1,13 +1,15 @@
 """Turns a FrEIA subnet's output [s | t] into what couplings here take, [shift | raw scale], where they take it.
 
-FrEIA: y = x exp(clamp f(s)) + t. Ours: y = x s + shift with log s = c tanh(raw / c) or c 0.636 atan(raw), so that
+FrEIA computes y = x exp(clamp f(s)) + t, and the kernels y = x s + shift with log s = c tanh(raw / c) or c 0.636
+    atan(raw), so that
 
     TANH     clamp tanh(s)              = c tanh(raw / c)      raw = clamp s
              clamp tanh(s / clamp)      = c tanh(raw / c)      raw = s
     SIGMOID  clamp 2 (sigmoid(s) - 1/2) = c tanh(raw / c)      raw = clamp s / 2
     ATAN     clamp 0.636 atan(s)        = c 0.636 atan(raw)    raw = sign(clamp) s
 
-with c = |clamp|. Any other f, and a clamp that is no number or is out of the kernels' range, is a scale map of its own.
+with c = |clamp|. Any other f, and a clamp that is no number or is out of the kernels' range, becomes a scale map of its
+own (:class:`ScaleFunction`).
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from pyglow_fast.interop import nets
 from pyglow_fast.layers.coupling import MAX_CLAMP
 from pyglow_fast.reference import CouplingSpec, n_positions
 
-# Positions of a sample below which the kernels, made for images, lose to plain torch: they walk along positions.
+# For samples of fewer positions the kernels, made for images, are slower than plain torch: they walk along positions.
 FEW_POSITIONS = 8
 
 
@@ -62,7 +64,7 @@ def importable(f_clamp: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor
 class ScaleFunction:
     """A scale map log s = clamp f(raw), minus its mean over the sample if ``centred`` (GIN), for a CouplingSpec.
 
-    If it ``divides``, log s = clamp f(raw / clamp).
+    With ``divides``, log s = clamp f(raw / clamp).
     """
 
     clamp: Any
@@ -140,7 +142,7 @@ def net_output(
 ) -> Tensor:
     """Compute [shift | raw] by subnet(passive), (N, 2 transformed, *spatial), for a state (N, C, *spatial).
 
-    With a condition, of subnet([passive, cond]). ``copies`` as in :func:`pyglow_fast.interop.nets.run`.
+    With a condition, the subnet is called with [passive, cond]. ``copies`` as in :func:`pyglow_fast.interop.nets.run`.
 
     Raises:
         ValueError: the subnet's output has another shape. (FrEIA broadcasts some, with a wrong log-det.)
@@ -155,8 +157,8 @@ class OrderedSubnet(nn.Module):
     """A FrEIA subnet as the net of a Coupling of this package: x1 (N, C1, *spatial) -> [shift | raw].
 
     Args:
-        subnet: gives [s | t], of x1 and, if there is one, the condition, concatenated. Shared, not copied.
-        order: what becomes of its output.
+        subnet: computes [s | t] of x1, concatenated with the condition if there is one. It is shared, not copied.
+        order: maps the channels of its output.
         whole_samples: a sample must not be cut into strips (GIN takes means over it).
     """
 

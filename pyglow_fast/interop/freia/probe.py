@@ -130,7 +130,7 @@ def _dims(layer: Any) -> tuple[int, ...]:
 
 
 def _sizes(layer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of the states of a probe, in training and in evaluation: a block may be called with another than dims_in."""
+    """Choose the sizes of a probe's states: in evaluation a block may be called with another than dims_in."""
     first, second = _SIZES[len(_dims(layer)) - 1]
     return first, second if hasattr(layer, "splits") else first
 

@@ -1,21 +1,22 @@
 """Serves layers of Glow-TTS, known by their structure: coqui's, and copies of them.
 
-:func:`adopt` makes WaveNet nets (``WN``), convolutions in groups (``InvConvNear``) and couplings (``CouplingBlock``)
-ours, in place: the objects, their parameters, weight norms and names stay, and so do all methods but ``forward``. A
-layer is replaced if its structure is that of Glow-TTS's and, on random numbers in float64, forward, inverse and log-det
-are ours to 1e-9. So WN is served wherever it is used: in the couplings of VITS (``ResidualCouplingBlock``), which are a
-sum apart from their net and stay as they are, and in its posterior encoder.
+:func:`adopt` turns WaveNet nets (``WN``), convolutions in groups (``InvConvNear``) and couplings (``CouplingBlock``)
+into this package's, in place: the objects, their parameters, weight norms and names stay, and so do all methods but
+``forward``. A layer is replaced if its structure is that of Glow-TTS's and, on random numbers in float64, forward,
+inverse and log-det agree with this package's to 1e-9. So WN is replaced wherever it is used: in the couplings of VITS
+(``ResidualCouplingBlock``), which stay as they are themselves, being a sum apart from their net, and in its posterior
+encoder.
 
 Batches of less than 1000 positions (samples times time steps, as the layer sees them), such as one sentence that is
-spoken, run by their own code, which is faster there. What differs on purpose:
+spoken, run by the layers' own code, which is faster there. What differs on purpose:
 
 - Dropout draws other random numbers, of the same distribution.
-- The log-det of a matrix whose determinant is negative is log|det| (theirs: NaN).
-- Masks must be 0 and 1, which is checked on the CPU (theirs takes any number), and take no gradient.
-- Gradients cannot be differentiated again; within torch.func, and with hooks on a layer, theirs runs.
+- The log-det of a matrix whose determinant is negative is log|det| (NaN in their code).
+- Masks must be 0 and 1, which is checked on the CPU (their code takes any number), and take no gradient.
+- Gradients cannot be differentiated again; within torch.func, and with hooks on a layer, their code runs.
 
-ActNorm is left as it is: alone there is nothing to gain. With a memory mode its steps (ActNorm, InvConvNear,
-CouplingBlock) are joined, and there it is folded into the convolution.
+ActNorm alone is left as it is, since there is nothing to gain. With a memory mode its steps (ActNorm, InvConvNear,
+CouplingBlock) are joined, and the actnorm is folded into the convolution.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ OTHER = 1e-4  # by how much W^-1 W may differ from 1 when the inverse was rounde
 class DecoderRun(Face):
     """A run of joined steps, called as one of their layers: x, mask -> z, log_det, or back.
 
-    The layers run one by one while an actnorm waits for data, and on a small batch where no memory is spared.
+    The layers run one by one while an actnorm waits for data, and on a small batch if no memory is to be saved.
     """
 
     def __call__(

@@ -29,8 +29,8 @@ _SIGMOID_EPS = 1e-6  # that Glow-TTS adds to a scale
 class AdoptedLayer(StandIn):
     """A base of the classes that replace layers of Glow-TTS.
 
-    Wherever ours does not apply (hooks, other dtypes, torch.func) or does not pay (a few hundred positions, as when one
-    sentence is spoken) the layer's own forward runs.
+    The layer's own forward runs wherever this package's arithmetic does not apply (hooks, other dtypes, torch.func) or
+    does not pay (a few hundred positions, as when one sentence is spoken).
     """
 
     least_positions = CHANNELS_LAST  # samples times time steps from which on ours runs
@@ -46,8 +46,8 @@ class AdoptedLayer(StandIn):
 def runs_on(module: nn.Module, x: Any, mask: Any, g: Any = None) -> bool:
     """Whether this package's arithmetic applies to the inputs of a module.
 
-    Which it does to sequences of the parameters' dtype, a mask of zeros and ones or none, and a condition that is the
-    same at all positions or none; with nothing that watches every module's call.
+    It applies to sequences of the parameters' dtype, with a mask of zeros and ones or none, and with a condition that
+    is the same at all positions or none, as long as nothing watches every module's call.
     """
     like = next(module.parameters())
     if not isinstance(x, Tensor) or x.dim() != 3 or x.dtype != like.dtype or x.device != like.device:
@@ -79,7 +79,7 @@ class WN(AdoptedLayer):
         """Compute the net: x (N, H, T), x_mask (N, 1, T), g (N, C_c, 1) -> (N, H, T)."""
         fits = not self.is_small(x) and runs_on(self, x, x_mask, g) and not wavenet_fault(self)
         mask = x_mask.to(x.dtype) if fits and x_mask is not None else None
-        # What x has behind the end of a sample, which its first layer would see in theirs, is cut off in ours.
+        # Values of x behind the end of a sample are cut off here, while their first layer would see them.
         if not fits or (mask is not None and can_read(x) and bool(((x != 0) & (mask == 0)).any())):
             out: Tensor = self._alone(x, x_mask, g, **kwargs)
             return out
@@ -89,7 +89,7 @@ class WN(AdoptedLayer):
 class InvConvNear(AdoptedLayer):
     """A 1x1 convolution in groups of channels, z_g = W x_g m: one product with all groups' matrix.
 
-    log_det = log|det W| (C / n_split) times the sample's length. Where det W is negative theirs is NaN.
+    log_det = log|det W| (C / n_split) times the sample's length. Where det W is negative, Glow-TTS's own is NaN.
 
     Examples:
         >>> import torch

@@ -107,7 +107,7 @@ def _calls(module: Any, ours: type[AdoptedLayer]) -> list[Call]:
         x, mask, _ = _inputs(3 * len(module.weight), 0)
 
         def exact_inverse(layer: Any) -> Any:
-            """By a kept inverse: that which theirs computes is rounded to float32."""
+            """Invert by a kept inverse, since the one that their code computes is rounded to float32."""
             layer.weight_inv = nn.Parameter(torch.linalg.inv(layer.weight), requires_grad=False)
             return layer(x, mask, reverse=True)
 
@@ -123,7 +123,7 @@ def _calls(module: Any, ours: type[AdoptedLayer]) -> list[Call]:
     x, mask, cond = _inputs(channels, 0 if cond_layer is None else cond_layer.in_channels)
 
     def silenced(layer: nn.Module) -> Any:
-        """With all of what dropout sees dropped, in training: it shows where the dropout is."""
+        """Run in training with all of what dropout sees dropped, which shows where the dropout is."""
         dropouts = [part for part in layer.modules() if isinstance(part, nn.Dropout)]
         kept = [part.p for part in dropouts]
         layer.train()

@@ -24,7 +24,7 @@ S = TypeVar("S", bound=nn.Module)
 def takes(x: Tensor) -> bool:
     """Whether this package's operations take x: plain, float32 or float64, and nothing that traces or transforms.
 
-    Nor autocast on the CPU: jet-pytorch takes its projections out of a GPU's alone.
+    Autocast on the CPU is not taken either: jet-pytorch exempts its projections from a GPU's autocast alone.
     """
     if is_watched() or type(x) not in (Tensor, nn.Parameter):
         return False
@@ -45,8 +45,8 @@ class Adopted(StandIn):
 class WithProjections(Adopted):
     """A coupling called as in jet-pytorch: (x, is_channel, channel_proj, spatial_proj) -> (y, log_det (N, 1)).
 
-    ``dnn``: (N, T, C / 2) -> shift and raw, both like it. By tokens, it is given each half of the tokens as twice as
-    many of half the channels.
+    The net ``dnn`` maps (N, T, C / 2) to shift and raw scale, both of that shape. A coupling by tokens gives it each
+    half of the tokens as twice as many tokens of half the channels.
     """
 
     scale_factor: float

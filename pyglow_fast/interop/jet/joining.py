@@ -94,7 +94,7 @@ class _Step(nn.Module):
     def step_backward(
         self, y: Tensor, net_out: Tensor, grad_y: Tensor, grad_log_det: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """From y: x, and the gradients of x (without the net's part) and of net_out."""
+        """Compute x from y, and the gradients of x (without the net's part) and of net_out."""
         return self._known(y).backward(y, net_out, grad_y, grad_log_det)
 
 
@@ -165,8 +165,8 @@ class Passed:
     """A placeholder of a coupling that the run does, so that others keep their numbers; the last begins the inverse.
 
     Args:
-        called: what it would be called with.
-        run: of the last one alone.
+        called: what the coupling would be called with.
+        run: the run, in the place of its last coupling; None in the others.
     """
 
     def __init__(self, called: _Called, run: TokenRun | None) -> None:

@@ -30,7 +30,7 @@ def _gathered(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
     return out
 
 
-# By layer and kind of projection, with the tensor that it was read from.
+# The permutations by layer and projection, each with the tensor that it was read from.
 _known: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[KeptTensors, Permutation | None]]] = (
     weakref.WeakKeyDictionary()
 )
@@ -39,7 +39,7 @@ _known: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[KeptTensors, Permut
 def permutation_of(layer: nn.Module, kind: str, projection: Tensor) -> Permutation | None:
     """Read the permutation that u = x P is, P one-hot (M, M); None if P is none.
 
-    Read once for each state of the tensor, as reading it stops a GPU's stream.
+    The tensor is read once for each of its states, as reading it stops a GPU's stream.
     """
     if projection.is_inference():
         return _read(projection)
@@ -69,11 +69,11 @@ class TokenCoupling(NamedTuple):
     Attributes:
         net: u1 (N, A / 2, B) -> shift, then raw (N, A, B), where x is (N, A, B): A tokens of B channels, or the other
             way round.
-        spec: of the coupling.
-        by_channel: A are the channels.
-        permutation: of A; None: as they come.
+        spec: how the coupling scales and shifts.
+        by_channel: whether A are the channels, not the tokens.
+        permutation: the order of A; None if it is left as it is.
 
-    Shapes: x (N, T, C); log_det (N,), nats. What comes out may be a transposed view.
+    Shapes: x (N, T, C); log_det (N,), nats. The result may be a transposed view.
     """
 
     net: Callable[[Tensor], Tensor]

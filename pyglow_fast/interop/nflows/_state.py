@@ -21,7 +21,7 @@ OWNERS = ("nflows", "pyglow_fast")
 def ordinary(inputs: Tensor, *others: Tensor) -> bool:
     """Whether our operations take these tensors: plain ones of one dtype, float32 or float64, on one real device.
 
-    Not while torch.compile or torch.export traces, and not inside torch.func transforms or forward-mode
+    They do not take them while torch.compile or torch.export traces, nor inside torch.func transforms or forward-mode
     differentiation, which know the library's operations only.
     """
     if is_watched():
@@ -42,8 +42,9 @@ def as_it_comes(layer: object, *methods: str) -> bool:
 class Derived(Generic[T]):
     """A value for each layer, derived from tensors of it, while these are what they were: see KeptTensors.
 
-    It is kept beside the layers, so that they have no attribute that those of the library lack and copies start anew.
-    Tensors made in inference mode, and traced ones, have no version: then it is derived each time.
+    Values are kept beside the layers, so that the layers have no attribute that those of the library lack, and copies
+    of them start anew. Tensors made in inference mode, and traced ones, have no version: then the value is derived each
+    time.
     """
 
     def __init__(self) -> None:

@@ -19,7 +19,7 @@ from pyglow_fast.interop.nflows.coupling import (
 )
 from pyglow_fast.interop.nflows.squeeze import SqueezeTransform
 
-# What stands in for what. No layer of ours has state that theirs lacks, so the class is all that changes.
+# nflows' class -> the class here. No layer here has state that nflows' lacks, so the class is all that changes.
 REPLACEMENTS: Classes = {
     transforms.ActNorm: ActNorm,
     transforms.OneByOneConvolution: OneByOneConvolution,

@@ -84,7 +84,8 @@ def channel_order(coupling: transforms.AffineCouplingTransform) -> Order:
 def run_net(net: nn.Module, kept: Tensor, context: Tensor | None) -> Tensor:
     """Compute net(kept, context): by this package's executor if there is no context and it knows the net.
 
-    Any other net gets a copy of the kept channels, as from nflows: it may view it in another shape or write to it.
+    A net that runs itself gets a copy of the kept channels, as nflows gives it one: it may view it in another shape or
+    write to it.
     """
     if context is None and functional.net_as_products(kept) and not torch.compiler.is_compiling():
         chain = probing.chain_of(net, None, dim=kept.dim())
@@ -105,7 +106,7 @@ class AffineCouplingTransform(transforms.AffineCouplingTransform):
     ``scale_activation`` is an argument of nflows' current source, not of its release 0.14, whose scale is the default.
     The default never exceeds 1.001: a flow of such couplings alone can only contract.
 
-    What differs: parameters of size 1 in a dimension are spread over it before the log-det is formed, which in nflows
+    What differs: parameters of size 1 in a dimension are spread over it before the log-det is formed, whereas nflows
     counts them once; what a net writes into its input does not reach the outputs; and a net whose output does not fit
     is refused by name. Second derivatives of the default map need PYGLOW_FORCE_REFERENCE=1. Under torch.compile and
     torch.func, in other dtypes than float32 and float64, and where a subclass overrides a part of the formula, nflows'

@@ -26,7 +26,7 @@ class UserNet(nn.Module):
     """A net called as net(x, None), run by this package's executor as long as it knows the net's forward.
 
     Args:
-        net: of a coupling, shared with it.
+        net: the net of a coupling, shared with it.
     """
 
     writes_to_input = False  # it gives its net a copy itself
@@ -70,7 +70,7 @@ class StepRun(Face):
 
     Args:
         modules, run: see Face.
-        order: in which the run has the channels at its end, None for as they are.
+        order: the order in which the run has the channels at its end; None if they are as in the library's.
     """
 
     def __init__(self, modules: Sequence[nn.Module], run: JoinedRun, order: Sequence[int] | None) -> None:
@@ -105,7 +105,7 @@ def _cascade(calls: Sequence[Any], inputs: Tensor, context: Tensor | None) -> tu
 
 
 def _channel_map(layers: Sequence[nn.Module], net: nn.Module, order: Sequence[int] | None) -> ChannelMap:
-    """Of one step, its columns in the order in which the step before left the channels."""
+    """Compute the map of one step, its columns in the order in which the step before left the channels."""
     parts = step_parts(layers)
     if isinstance(parts, str) or parts.net is not net:
         raise ChangedError(parts if isinstance(parts, str) else "another net")

@@ -1,8 +1,8 @@
 """Describes runs of nflows' layers as flow steps of this package, which a joined chain is built from.
 
-Our direction is theirs: x -> z is ``forward``. All functions take the layers of nflows and those of this package alike,
-as they come; of anything else they say why not, in words for a report. What they return is differentiable in the
-layers' parameters, of which no copy is made.
+``forward`` is x -> z here as in nflows. All functions take the layers of nflows and those of this package alike,
+without hooks or overridden methods; of anything else they say why not, in words for a report. What they return is
+differentiable in the layers' parameters, of which no copy is made.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class CouplingParts(NamedTuple):
 class StepParts(NamedTuple):
     """u = matrix x + offset, then the coupling of u: P log_det + log_det of the coupling, P the number of positions.
 
-    The rows are in the order that the coupling takes, so the outputs are y[:, order.argsort()]. In a run of steps this
-    can go into the columns of the next matrix: ``matrix[:, order]`` with the order of the step before, or of a gather
-    ``order.argsort()[source]``.
+    The rows of ``matrix`` are in the order that the coupling takes, so the outputs are y[:, order.argsort()]. In a run
+    of steps this can go into the columns of the next matrix: ``matrix[:, order]`` with the order of the step before, or
+    of a gather ``order.argsort()[source]``.
 
     Examples:
         >>> import torch
@@ -104,8 +104,9 @@ def _one_map(layer: nn.Module, dtype: torch.dtype | None) -> ChannelMap | str:
 def channel_map(layers: Sequence[nn.Module], dtype: torch.dtype | None = None) -> ChannelMap | str:
     """Compute M, c and log|det M| of M x + c = what mixing layers do in turn, or say why there are none.
 
-    M (C, C), c (C,), log|det M| (), in the dtype of the parameters, of Permutations alone in the one given (None:
-    torch's default); without a convolution among them a gather. The layers must not wait for data.
+    M is (C, C), c (C,) and log|det M| (), in the dtype of the parameters; Permutations alone have none, and take the
+    one given (None: torch's default). Without a convolution among the layers the map is a gather. The layers must not
+    wait for data.
     """
     whole: ChannelMap | None = None
     for layer in layers:

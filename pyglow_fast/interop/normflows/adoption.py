@@ -1,7 +1,7 @@
 """Turns layers of normflows into this package's, and back, in place: the same objects, parameters, hooks and flags.
 
-Our classes have no state that theirs have not (but for what an ActNorm remembers of its flag), so the class is all that
-changes.
+The classes here have no state that normflows' have not (except that an ActNorm remembers whether it has read its flag),
+so the class is all that changes.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from pyglow_fast.reference import CouplingSpec
 class ShiftThenRaw:
     """A map of channels: normflows' (shift, raw, shift, raw, ...) -> all shifts, then all raw scales, signed.
 
-    With ``raw_sign`` 0 there are shifts alone (additive).
+    ``raw_sign`` 0 says that there are shifts alone (additive).
     """
 
     shift_sign: int
@@ -46,8 +46,8 @@ class Form(NamedTuple):
 
 AFFINE_MAPS = ("exp", "sigmoid", "sigmoid_inv")
 
-# normflows' forward, z -> x, s = exp(raw) or sigmoid(raw + 2). exp and sigmoid_inv: x2 = z2 s + shift; sigmoid: x2 =
-# z2 / s + shift. An exp only ever appears such that it overflows where normflows' result does.
+# normflows' forward, z -> x, s = exp(raw) or sigmoid(raw + 2). "exp" and "sigmoid_inv": x2 = z2 s + shift; "sigmoid":
+# x2 = z2 / s + shift. An exp is only used where it overflows exactly where normflows' result does.
 TO_X = {
     "exp": Form(CouplingSpec(scale_map="exp", order="scale_shift"), False, ShiftThenRaw(1, 1)),
     "sigmoid": Form(CouplingSpec(), True, ShiftThenRaw(-1, 1)),

@@ -22,8 +22,9 @@ from pyglow_fast.reference import CouplingSpec
 class GlowBlock(normflows.flows.GlowBlock):
     """u = W ((x - t) exp(-s)), z = the affine coupling of u; log_det = sum log scale + P (log|det W| - sum s).
 
-    That is ``inverse``, x -> z; ``forward`` is z -> x. Where the layers are as the constructor made them, actnorm and
-    1x1 convolution are one product. The first pass in either direction initialises the actnorms; see :class:`ActNorm`.
+    These are the equations of ``inverse``, x -> z; ``forward`` is z -> x. Where the layers are as the constructor made
+    them, actnorm and 1x1 convolution are one product. The first pass in either direction initialises the actnorms; see
+    :class:`ActNorm`.
 
     Args:
         channels: C.
@@ -94,7 +95,7 @@ class GlowBlock(normflows.flows.GlowBlock):
         return fold(*layers), layers[1].t.flatten()
 
     def _check_first(self, z: Tensor) -> None:
-        """Before an initialisation: refuse on all ranks what one of its actnorms, maybe not the first, would refuse."""
+        """Refuse on all ranks, before an initialisation, what one of the actnorms, maybe not the first, would."""
         if self.is_initialized:
             return
         layers = self.channel_layers()
@@ -140,8 +141,9 @@ def fold(conv: Invertible1x1Conv, actnorm: ActNorm) -> ChannelMap:
 class FlowParts(NamedTuple):
     """A GlowBlock from x to z: u = M x + c, then functional.coupling(u, net_out, spec), net_out = run_net(u[:, :kept]).
 
-    ``channel_map`` is of the parameters of now, and differentiable; ``net`` is the block's own module, whose output
-    ``order`` brings into the order and signs of ``spec``; log-det is P channel_map.log_det and the coupling's.
+    ``channel_map`` is computed from the parameters of now, and differentiable; ``net`` is the block's own module, whose
+    output ``order`` brings into the order and signs of ``spec``; the log-det is P channel_map.log_det plus the
+    coupling's.
 
     Examples:
         >>> import torch
@@ -170,7 +172,7 @@ class FlowParts(NamedTuple):
 def flow_parts(block: Any) -> FlowParts | str:
     """Describe what an adopted GlowBlock computes from x to z by this package's functions, or say why it cannot be.
 
-    The parts are those of an initialised block: one that is not (``block.is_initialized``) must see data first.
+    The block must be initialised: one that is not (``block.is_initialized``) must see data first.
     """
     if not is_untouched(block, GlowBlock):
         return f"a {type(block).__name__} with hooks or overridden methods, or no GlowBlock of ours"

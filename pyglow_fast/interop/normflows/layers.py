@@ -41,7 +41,7 @@ class ActNorm(normflows.flows.ActNorm):
     without spread is centred only.
 
     Args:
-        shape: of s and t, (C, 1, 1) for images; dimensions of size 1 are shared by the positions along them.
+        shape: the shape of s and t, (C, 1, 1) for images; dimensions of size 1 are shared by the positions along them.
         scale, shift: whether s and t are parameters (they are buffers else, and initialised all the same).
 
     Shapes: z (N, *sizes that fit shape); log_det (), nats.
@@ -58,7 +58,7 @@ class ActNorm(normflows.flows.ActNorm):
         (tensor(True), '1.00')
     """
 
-    # The flag and its version when it was last read and set: to read it stops a GPU's stream, and tracing.
+    # The flag and its version when it was last read and found set: reading it stops a GPU's stream, and tracing.
     _flag_seen: tuple[Tensor, int] | None = None
 
     @property
@@ -94,7 +94,8 @@ class ActNorm(normflows.flows.ActNorm):
             sharded = hasattr(self.s, "device_mesh")
             expect(not sharded, "parameters", "an actnorm that is initialised before it is sharded", "a sharded one")
 
-        # Values that share parameters, along all dimensions but the second: so it is with images as they come.
+        # Values that share parameters are brought along all dimensions but the second, where those of images are
+        # already.
         rows = z.permute(self.batch_dims + kept).reshape(-1, self.s.numel()) if fits and kept != [1] else z
         count, mean, squared_deviations = joint_moments(rows, self.s.device, check)
         std = (squared_deviations / (count - 1.0).clamp_min(1.0)).sqrt()
