@@ -241,7 +241,7 @@ def _op_case(
 
 def _step_backward_case(data: Data) -> Case:
     """Input and gradients from the output: one op of ours; of the reference the inverse, then forward and backward."""
-    scale_map, order, _, *parameters = ops.kind_arguments(SPEC, inverse=False)
+    scale_map, order, _, *parameters = ops.coupling_arguments(SPEC, inverse=False)
 
     def plain() -> tuple[Tensor, ...]:
         with torch.no_grad():

@@ -15,7 +15,7 @@ from pyglow_fast import convolutions, ops
 from pyglow_fast._derivatives import differentiable_once
 from pyglow_fast.reference import ChainSpec, full_product, squeeze, transpose_map
 
-_Kind = tuple[int, int, bool, float, float, float, float]
+_CouplingArguments = tuple[int, int, bool, float, float, float, float]
 
 
 class ChannelMix(torch.autograd.Function):
@@ -125,11 +125,11 @@ class Coupling(torch.autograd.Function):
     """The coupling or its inverse, with its log-det; the backward needs only its output and the net's."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, net_out: Tensor, kind: _Kind) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, net_out: Tensor, arguments: _CouplingArguments) -> tuple[Tensor, Tensor]:
         """Compute the output, like x, and log_det (N,)."""
-        out, log_det = ops.coupling(x, net_out, *kind)
+        out, log_det = ops.coupling(x, net_out, *arguments)
         ctx.save_for_backward(out, net_out)
-        ctx.kind = kind
+        ctx.arguments = arguments
         return out, log_det
 
     @staticmethod
@@ -137,7 +137,7 @@ class Coupling(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
         """Compute gradients of x (without what flows through the net, which autograd adds) and of the net's output."""
         out, net_out = ctx.saved_tensors
-        grad_in, grad_net_out, _ = ops.coupling_backward(out, net_out, grad_out, grad_log_det, *ctx.kind, False)
+        grad_in, grad_net_out, _ = ops.coupling_backward(out, net_out, grad_out, grad_log_det, *ctx.arguments, False)
         return grad_in, grad_net_out, None
 
 
@@ -155,14 +155,14 @@ class CouplingMix(torch.autograd.Function):
         matrix: Tensor,
         offset: Tensor,
         kept: int,
-        kind: _Kind,
+        arguments: _CouplingArguments,
         index: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the mixed output, like u, its kept channels, and log_det (N,)."""
         ctx.save_for_backward(u, net_out, matrix, index)
-        ctx.kind = kind
+        ctx.arguments = arguments
         ctx.set_materialize_grads(False)
-        out, log_det = ops.coupling_mix(u, net_out, matrix, offset, *kind, index)
+        out, log_det = ops.coupling_mix(u, net_out, matrix, offset, *arguments, index)
         return out, out[:, :kept], log_det
 
     @staticmethod
@@ -179,7 +179,7 @@ class CouplingMix(torch.autograd.Function):
         grad_out, grad_kept = _whole_gradient(grad_out, grad_kept, u.shape[1])
         if grad_log_det is None:
             grad_log_det = u.new_zeros(u.shape[0])
-        scale_map, order, _, *parameters = ctx.kind
+        scale_map, order, _, *parameters = ctx.arguments
         arguments = (u, net_out, grad_out, grad_log_det, matrix, scale_map, order, *parameters, grad_kept, index)
         return (*ops.coupling_mix_backward(*arguments), None, None, None)
 

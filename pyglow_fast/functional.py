@@ -120,8 +120,10 @@ def coupling_inverse(y: Tensor, net_out: Tensor, spec: CouplingSpec) -> tuple[Te
 
 
 def _coupled(x: Tensor, net_out: Tensor, spec: CouplingSpec, inverse: bool) -> tuple[Tensor, Tensor]:
-    net_out, kind = readable_net_output(net_out, x), ops.kind_arguments(spec, inverse)
-    return apply(autograd.Coupling, x, net_out, kind) if _is_seen(x, net_out) else ops.coupling(x, net_out, *kind)
+    net_out, arguments = readable_net_output(net_out, x), ops.coupling_arguments(spec, inverse)
+    if _is_seen(x, net_out):
+        return apply(autograd.Coupling, x, net_out, arguments)
+    return ops.coupling(x, net_out, *arguments)
 
 
 def readable_net_output(net_out: Tensor, state: Tensor) -> Tensor:
@@ -136,8 +138,8 @@ def coupling_mix(
 ) -> tuple[Tensor, Tensor]:
     """M y + c with y, log_det = coupling(u, net_out), in one pass; see :func:`pyglow_fast.reference.coupling_mix`."""
     if ops.run_on(u) and ops.has_kernel(spec) and not _is_seen(u, net_out, matrix, offset):
-        kind = ops.kind_arguments(spec, inverse=False)
-        return ops.coupling_mix(u, readable_net_output(net_out, u), matrix, offset, *kind, index)
+        arguments = ops.coupling_arguments(spec, inverse=False)
+        return ops.coupling_mix(u, readable_net_output(net_out, u), matrix, offset, *arguments, index)
     out, _, log_det = coupling_mix_for_net(u, net_out, matrix, offset, spec, 0, index)
     return out, log_det
 
@@ -153,8 +155,8 @@ def coupling_mix_for_net(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """M y + c, its first `kept` channels for the next net (see :func:`channel_mix_for_net`), and log_det."""
     if ops.run_on(u) and ops.has_kernel(spec):
-        kind = ops.kind_arguments(spec, inverse=False)
-        return apply(autograd.CouplingMix, u, readable_net_output(net_out, u), matrix, offset, kept, kind, index)
+        arguments = ops.coupling_arguments(spec, inverse=False)
+        return apply(autograd.CouplingMix, u, readable_net_output(net_out, u), matrix, offset, kept, arguments, index)
     y, log_det = coupling(u, net_out, spec)
     return *channel_mix_for_net(y, matrix, offset, kept, index=index), log_det
 
@@ -168,8 +170,8 @@ def coupling_mix_inverse(
     """
     records = _records_gradient(y, net_out, inverse_matrix, offset)
     if ops.run_on(y) and ops.has_kernel(spec) and not records:
-        kind = ops.kind_arguments(spec, inverse=True)
-        return ops.coupling_mix(y, readable_net_output(net_out, y), inverse_matrix, offset, *kind, index)
+        arguments = ops.coupling_arguments(spec, inverse=True)
+        return ops.coupling_mix(y, readable_net_output(net_out, y), inverse_matrix, offset, *arguments, index)
     u, log_det = coupling_inverse(y, net_out, spec)
     return channel_unmix(u, inverse_matrix, offset, index=index), log_det
 

@@ -37,8 +37,8 @@ ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 KEEPS_INPUT = tuple(ACTIVATION_CODES[name] for name in ("silu", "gelu", "gelu_tanh"))
 ORDER_CODES = {"shift_scale": 0, "scale_shift": 1}
 
-_KIND = "int map, int order, bool inverse, float bias, float eps, float clamp, float factor"
-_FORWARD_KIND = "int map, int order, float bias, float eps, float clamp, float factor"
+_COUPLING_ARGUMENTS = "int map, int order, bool inverse, float bias, float eps, float clamp, float factor"
+_FORWARD_ARGUMENTS = "int map, int order, float bias, float eps, float clamp, float factor"
 _library = torch.library.Library("pyglow_fast", "DEF")
 
 
@@ -126,19 +126,19 @@ def _fake_channel_mix_backward(
     return _like(x), x.new_empty(matrix.shape), x.new_empty(grad_u.shape[1])
 
 
-def _fake_coupling(x: Tensor, net_out: Tensor, *kind: Any) -> tuple[Tensor, Tensor]:
+def _fake_coupling(x: Tensor, net_out: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return _like(x), x.new_empty(x.shape[0])
 
 
 def _fake_coupling_backward(
-    out: Tensor, net_out: Tensor, grad_out: Tensor, grad_log_det: Tensor, *kind_and_want: Any
+    out: Tensor, net_out: Tensor, grad_out: Tensor, grad_log_det: Tensor, *arguments_and_want: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    recovered = _like(out) if kind_and_want[-1] else out.new_empty(0)
+    recovered = _like(out) if arguments_and_want[-1] else out.new_empty(0)
     return _like(out), _like(net_out), recovered
 
 
 def _fake_coupling_mix_backward(
-    x: Tensor, net_out: Tensor, grad_out: Tensor, grad_log_det: Tensor, matrix: Tensor, *kind: Any
+    x: Tensor, net_out: Tensor, grad_out: Tensor, grad_log_det: Tensor, matrix: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _like(x), _like(net_out), x.new_empty(matrix.shape), x.new_empty(x.shape[1])
 
@@ -232,25 +232,25 @@ channel_mix_backward = _define(
     "Tensor? index=None) -> (Tensor, Tensor, Tensor)",
     _fake_channel_mix_backward,
 )
-coupling = _define(f"coupling(Tensor x, Tensor net_out, {_KIND}) -> (Tensor, Tensor)", _fake_coupling)
+coupling = _define(f"coupling(Tensor x, Tensor net_out, {_COUPLING_ARGUMENTS}) -> (Tensor, Tensor)", _fake_coupling)
 coupling_backward = _define(
     "coupling_backward(Tensor out, Tensor net_out, Tensor grad_out, Tensor grad_log_det, "
-    f"{_KIND}, bool want_input) -> (Tensor, Tensor, Tensor)",
+    f"{_COUPLING_ARGUMENTS}, bool want_input) -> (Tensor, Tensor, Tensor)",
     _fake_coupling_backward,
 )
 coupling_mix = _define(
-    f"coupling_mix(Tensor x, Tensor net_out, Tensor matrix, Tensor offset, {_KIND}, Tensor? index=None)"
+    f"coupling_mix(Tensor x, Tensor net_out, Tensor matrix, Tensor offset, {_COUPLING_ARGUMENTS}, Tensor? index=None)"
     " -> (Tensor, Tensor)",
     _fake_coupling,
 )
 coupling_mix_backward = _define(
     "coupling_mix_backward(Tensor x, Tensor net_out, Tensor grad_out, Tensor grad_log_det, Tensor matrix, "
-    f"{_FORWARD_KIND}, Tensor? added, Tensor? index=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"{_FORWARD_ARGUMENTS}, Tensor? added, Tensor? index=None) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_coupling_mix_backward,
 )
 step_backward = _define(
     "step_backward(Tensor y, Tensor net_out, Tensor grad_y, Tensor grad_log_det, Tensor inverse_matrix, Tensor offset, "
-    f"{_FORWARD_KIND}, Tensor? index=None) -> (Tensor, Tensor, Tensor)",
+    f"{_FORWARD_ARGUMENTS}, Tensor? index=None) -> (Tensor, Tensor, Tensor)",
     _fake_step_backward,
 )
 channel_moments = _define("channel_moments(Tensor x) -> (Tensor, Tensor)", _fake_channel_moments)
@@ -344,7 +344,7 @@ def has_kernel(spec: CouplingSpec) -> bool:
     return known and spec.eps >= 0.0 and factor_fits(spec)
 
 
-def kind_arguments(spec: CouplingSpec, inverse: bool) -> tuple[int, int, bool, float, float, float, float]:
+def coupling_arguments(spec: CouplingSpec, inverse: bool) -> tuple[int, int, bool, float, float, float, float]:
     """List the trailing arguments of the coupling ops: codes of map and order, direction, bias, eps, clamp, factor."""
     name = str(spec.scale_map)
     if spec.coupling == "additive":

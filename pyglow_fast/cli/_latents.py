@@ -19,9 +19,9 @@ from pyglow_fast.train.seeds import random_subset
 SPACE_WORDS = "z of every level (latent), or what the priors standardise it to (noise)"
 
 
-def add_picture(parser: argparse.ArgumentParser, seed_of: str, kinds: str = "") -> None:
+def add_picture(parser: argparse.ArgumentParser, seed_of: str, formats: str = "") -> None:
     """Declare the options of a picture: --out, --scale and --seed."""
-    text = f"the picture to write{': ' if kinds else ''}{kinds}"
+    text = f"the picture to write{': ' if formats else ''}{formats}"
     parser.add_argument("--out", required=True, metavar="PNG", help=text)
     parser.add_argument(
         "--scale", type=whole, metavar="N", help="enlarge each pixel by this factor (default: to 64 pixels high)"

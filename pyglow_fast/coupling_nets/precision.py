@@ -51,8 +51,8 @@ def overridden(precision: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _float32_nets(precision: str, x: Tensor) -> Iterator[None]:
     """A context without autocast; on a GPU, which may round what it multiplies to TF32, with or without that."""
-    kind = x.device.type
-    without = torch.autocast(kind, enabled=False) if autocast_is_on(kind) else contextlib.nullcontext()
+    device_type = x.device.type
+    without = torch.autocast(device_type, enabled=False) if autocast_is_on(device_type) else contextlib.nullcontext()
     wanted = _float32.TF32 if precision == "tf32" else _float32.FULL
     with without, _float32.computing_in(wanted) if _float32.has_tf32(x) else contextlib.nullcontext():
         yield

@@ -47,8 +47,8 @@ def captured_autocast(device_type: str) -> Callable[[], contextlib.AbstractConte
     Returns:
         A function that makes a context manager.
     """
-    kinds = [kind for kind in dict.fromkeys((device_type, "cpu")) if torch.amp.is_autocast_available(kind)]
-    states = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds]
+    known = [name for name in dict.fromkeys((device_type, "cpu")) if torch.amp.is_autocast_available(name)]
+    states = [(name, torch.get_autocast_dtype(name), torch.is_autocast_enabled(name)) for name in known]
 
     def enter() -> contextlib.AbstractContextManager[None]:
         changed = [state for state in states if state[2] or torch.is_autocast_enabled(state[0])]
@@ -60,8 +60,8 @@ def captured_autocast(device_type: str) -> Callable[[], contextlib.AbstractConte
 @contextlib.contextmanager
 def _autocast(states: Sequence[tuple[str, torch.dtype, bool]]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        for kind, dtype, enabled in states:
-            stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
+        for device_type, dtype, enabled in states:
+            stack.enter_context(torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False))
         yield
 
 

@@ -175,8 +175,8 @@ def save_curves(curves: Curves, path: Path, images: str) -> None:
     figure = figure_class(figsize=(1.5 + 4.5 * len(couplings), 4.5), layout="constrained")
     panels = figure.subplots(1, len(couplings), sharey=True, squeeze=False)[0]
     for axes, coupling in zip(panels, couplings, strict=True):
-        for (permutation, kind), points in curves.items():
-            if kind != coupling:
+        for (permutation, other), points in curves.items():
+            if other != coupling:
                 continue
             steps, means = [point.step for point in points], [point.mean for point in points]
             seeds = max((point.seeds for point in points), default=0)

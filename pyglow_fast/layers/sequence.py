@@ -181,8 +181,8 @@ class MaskedSequence(ReversibleSequence):
                     x, log_det = run_couplings(parts, Recorded(some), x, extra, masked=True)
                 else:
                     runners, control = [part.runner(own.budget) for part in parts], self._control(mode)
-                    maps, kinds = map_groups(some, x), specs[first:end]
-                    x, log_det = run_recomputing(runners, kinds, maps, control, x, extra, masked=True)
+                    maps, some_specs = map_groups(some, x), specs[first:end]
+                    x, log_det = run_recomputing(runners, some_specs, maps, control, x, extra, masked=True)
                 log_dets.append(log_det)
             return x, functional.summed(log_dets)
 

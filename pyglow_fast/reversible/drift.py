@@ -65,9 +65,9 @@ def lowest_precision(dtype: torch.dtype, net_out: Tensor, weights: Sequence[Tens
     have weights (C_out, C_in, ...), linear layers (C_out, C_in). TF32 counts as float16, which has as many bits.
     """
     found = {dtype, net_out.dtype}
-    kind = net_out.device.type
-    if autocast_is_on(kind):
-        found.add(torch.get_autocast_dtype(kind))
+    device_type = net_out.device.type
+    if autocast_is_on(device_type):
+        found.add(torch.get_autocast_dtype(device_type))
     if weights and _float32.has_tf32(net_out):
         operations = {PRODUCTS if weight.dim() == 2 else CONVOLUTIONS for weight in weights if weight.dim() >= 2}
         found |= {torch.float16 for operation in operations if _float32.rounds(operation, net_out)}

@@ -134,8 +134,8 @@ def parse_image(text: str, argument: str = "image") -> Image:
     expect(once, argument, "each option of a sample once", repr(text))
     try:
         labels = tuple(map(int, named.pop("label")))
-        kinds = {"n": int, "seed": int, "temperature": float}
-        given = {name: kinds[name](values[0]) for name, values in named.items() if values}
+        types = {"n": int, "seed": int, "temperature": float}
+        given = {name: types[name](values[0]) for name, values in named.items() if values}
         draw = Draw(**given, labels=labels)
         index = int(number)
     except ValueError as error:

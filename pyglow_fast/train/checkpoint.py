@@ -1,6 +1,6 @@
 """Checkpoints: one safetensors file with every tensor, and everything else as JSON in its header. Never pickle.
 
-Tensors are ``model.NAME``, ``ema.NAME``, ``optimizer.KIND.NAME`` and ``rank.R.NAME``; the header's ``pyglow_fast``
+Tensors are ``model.NAME``, ``ema.NAME``, ``optimizer.ENTRY.NAME`` and ``rank.R.NAME``; the header's ``pyglow_fast``
 entry is a JSON object with the format version, the configuration, the progress, the optimizer's groups, what wrote it,
 and a digest of the file, so that a damaged one never passes for a good one. One file, because one file can be replaced
 atomically.
@@ -68,7 +68,7 @@ class Checkpoint:
         data: what is remembered of the images.
         model: the model's state dict.
         ema: the average of its weights by parameter name; empty without one.
-        optimizer: tensors of the optimizer's state, named ``KIND.PARAMETER``.
+        optimizer: tensors of the optimizer's state, named ``ENTRY.PARAMETER``.
         optimizer_groups: the optimizer's param_groups without parameters, which JSON can hold.
         rank: what each rank has for itself, named ``R.NAME``: states of random generators and of the drift control.
         written_by: the versions of the code that wrote it.
@@ -313,9 +313,9 @@ def optimizer_tensors(
     """Read the optimizer's state by parameter name, which outlives a change of order, and its groups as plain data."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     tensors = {
-        f"{kind}.{names[id(parameter)]}": value
+        f"{entry}.{names[id(parameter)]}": value
         for parameter, state in optimizer.state.items()
-        for kind, value in state.items()
+        for entry, value in state.items()
     }
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     return tensors, groups
@@ -337,24 +337,24 @@ def optimizer_state(
     """Build the state dict for ``optimizer`` from what :func:`optimizer_tensors` gave; the optimizer is not changed.
 
     Raises:
-        ValueError: tensors of an unknown parameter or kind, of a wrong shape or dtype, or not all kinds of a
+        ValueError: tensors of an unknown parameter or entry, of a wrong shape or dtype, or not all entries of a
             parameter; groups with other settings than the optimizer has.
     """
     parameters = dict(model.named_parameters())
     position = {parameter_name: i for i, parameter_name in enumerate(parameters)}
-    kinds = _state_kinds(optimizer)
+    entries = _state_entries(optimizer)
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in checkpoint.optimizer.items():
-        kind, _, parameter_name = key.partition(".")
+        entry, _, parameter_name = key.partition(".")
         expect(parameter_name in position, name, "optimizer state of the model's parameters", repr(key))
-        expect(kind in kinds, name, f"optimizer state of the kinds {sorted(kinds)}", repr(key))
-        like = kinds[kind] if kinds[kind].dim() == 0 else parameters[parameter_name]
+        expect(entry in entries, name, f"optimizer state with the entries {sorted(entries)}", repr(key))
+        like = entries[entry] if entries[entry].dim() == 0 else parameters[parameter_name]
         same = tensor.shape == like.shape and tensor.dtype == like.dtype
         wanted, found = (f"{tuple(item.shape)}, {item.dtype}" for item in (like, tensor))
         expect(same, name, f"optimizer.{key} of shape {wanted}", found)
-        state.setdefault(position[parameter_name], {})[kind] = tensor
-    whole = all(len(values) == len(kinds) for values in state.values())
-    expect(whole, name, f"{sorted(kinds)} of each parameter that the optimizer has changed", "less")
+        state.setdefault(position[parameter_name], {})[entry] = tensor
+    whole = all(len(values) == len(entries) for values in state.values())
+    expect(whole, name, f"{sorted(entries)} of each parameter that the optimizer has changed", "less")
     current = optimizer.state_dict()
     count, wanted_count = len(checkpoint.optimizer_groups), len(current["param_groups"])
     expect(count == wanted_count, name, f"{wanted_count} optimizer groups", count)
@@ -362,20 +362,20 @@ def optimizer_state(
     for saved, group in zip(checkpoint.optimizer_groups, current["param_groups"], strict=True):
         for key, value in saved.items():
             own = group.get(key)  # None: of another version of torch, or one that torch chooses
-            alike = key != "params" and (own is None or _kind_of(value) == _kind_of(own))
+            alike = key != "params" and (own is None or _common_type(value) == _common_type(own))
             expect(alike, name, f"optimizer_groups.{key} like {own!r}", repr(value))
         groups.append({**saved, "params": group["params"]})
     return {"state": state, "param_groups": groups}
 
 
-def _kind_of(value: Any) -> Any:
+def _common_type(value: Any) -> Any:
     """What settings that may stand for each other have in common."""
     if isinstance(value, tuple):
-        return tuple(map(_kind_of, value))
+        return tuple(map(_common_type, value))
     return "number" if type(value) in (int, float) else type(value)
 
 
-def _state_kinds(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _state_entries(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """What such an optimizer keeps of a parameter of shape (1,), by its name; of any other all but scalars differ."""
     parameter = nn.Parameter(torch.zeros(1))
     parameter.grad = torch.zeros(1)

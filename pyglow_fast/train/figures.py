@@ -128,7 +128,7 @@ def save_grid(
 def animation_bytes(
     levels: Tensor,
     n_bins: int,
-    kind: str,
+    file_format: str,
     milliseconds: int = 100,
     scale: int | None = None,
     text: Mapping[str, str] | None = None,
@@ -142,17 +142,17 @@ def animation_bytes(
     Args:
         levels: (n, C, H, W) of levels 0..n_bins-1; channels beyond the third are left out, two channels show the first.
         n_bins: the level n_bins-1 is shown white.
-        kind: "gif" or "webp".
+        file_format: "gif" or "webp".
         milliseconds: how long an image is shown, 20..60000; a GIF counts in tens, rounded down.
         scale: whole factor each pixel is enlarged by; by default what makes an image about 64 pixels high.
         text: as of :func:`png_bytes`. A GIF keeps it as its comment, a WebP as the description of its XMP, one line
             "keyword: text" each.
 
     Raises:
-        ValueError: no images, another kind, a time or factor out of range, or a text that png_bytes refuses.
+        ValueError: no images, another format, a time or factor out of range, or a text that png_bytes refuses.
         MissingExtraError: Pillow is not installed.
     """
-    expect(kind in ANIMATIONS, "kind", f"one of {ANIMATIONS}", repr(kind))
+    expect(file_format in ANIMATIONS, "file_format", f"one of {ANIMATIONS}", repr(file_format))
     images = isinstance(levels, Tensor) and levels.dim() == 4 and len(levels) > 0
     expect(images, "levels", "at least one image (n, C, H, W)", _shape(levels))
     timed = isinstance(milliseconds, int) and 20 <= milliseconds <= 60000
@@ -161,15 +161,15 @@ def animation_bytes(
         check_count("scale", scale)
     told = "\n".join(f"{keyword}: {value}" for keyword, value in _checked(text or {}).items())
     shown = pictures(levels, n_bins, scale)
-    frames = _paletted(shown) if kind == "gif" else [_image(picture) for picture in shown]
+    frames = _paletted(shown) if file_format == "gif" else [_image(picture) for picture in shown]
     options: dict[str, object] = {"duration": milliseconds, "loop": 0, "save_all": True}
-    if kind == "webp":
+    if file_format == "webp":
         options |= {"lossless": True, "xmp": _XMP.format(escape(told)).encode()} if told else {"lossless": True}
     elif told:
         options["comment"] = told.encode()
     stream = io.BytesIO()
     first, *rest = [*frames, *frames[-2:0:-1]]
-    first.save(stream, kind.upper(), append_images=rest, **options)
+    first.save(stream, file_format.upper(), append_images=rest, **options)
     return stream.getvalue()
 
 
@@ -202,7 +202,7 @@ def _paletted(shown: Tensor) -> list[Image]:
 
 
 def _checked(text: Mapping[str, str]) -> Mapping[str, str]:
-    """Texts that every kind of picture can hold.
+    """Texts that a picture of every format can hold.
 
     Raises:
         ValueError: one cannot be held.

@@ -37,6 +37,6 @@ class StopRequest:
             signal.signal(signum, handler)  # type: ignore[arg-type]
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._restore()

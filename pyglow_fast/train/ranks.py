@@ -179,8 +179,8 @@ class Ranks:
 
 def _digest(values: Tensor) -> Tensor:
     """Two sums over the bits of ``values``, the second one weighted by place: int64 that wraps around."""
-    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = values.contiguous().flatten().view(kinds[values.element_size()]).long()
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = values.contiguous().flatten().view(integers[values.element_size()]).long()
     places = torch.arange(1, bits.numel() + 1, device=bits.device)
     return torch.stack([bits.sum(), (bits * places).sum()])
 

@@ -115,11 +115,11 @@ def is_png(data: bytes) -> bool:
     return data.startswith(PNG)
 
 
-def _figure(kind: str, caption: str, png: bytes) -> str:
+def _figure(css_class: str, caption: str, png: bytes) -> str:
     expect(is_png(png), "png", f"the bytes of a PNG for {caption!r}", f"{len(png)} others")
     source, words = base64.b64encode(png).decode("ascii"), html.escape(caption)
     return (
-        f'<figure class="{kind}"><img src="data:image/png;base64,{source}" alt="{words}">'
+        f'<figure class="{css_class}"><img src="data:image/png;base64,{source}" alt="{words}">'
         f"<figcaption>{words}</figcaption></figure>"
     )
 

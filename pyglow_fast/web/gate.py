@@ -125,7 +125,7 @@ class Gate:
             await _answer(303, "", send, location=b"/")  # Gradio's pages of settings and of its API
             return
         if path == "/manifest.json":  # asked for without cookies, and Gradio's has the title of the page
-            await _answer(200, '{"name": "pyglow-fast"}', send, kind=b"application/manifest+json")
+            await _answer(200, '{"name": "pyglow-fast"}', send, content_type=b"application/manifest+json")
             return
         try:
             if path in HANDLERS:
@@ -224,10 +224,14 @@ def _with_headers(send: Send) -> Send:
 
 
 async def _answer(
-    status: int, text: str, send: Send, kind: bytes = b"text/plain; charset=utf-8", location: bytes | None = None
+    status: int,
+    text: str,
+    send: Send,
+    content_type: bytes = b"text/plain; charset=utf-8",
+    location: bytes | None = None,
 ) -> None:
     send, body = _with_headers(send), text.encode()
-    headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
+    headers = [(b"content-type", content_type), (b"content-length", str(len(body)).encode())]
     if location is not None:
         headers.append((b"location", location))
     await send({"type": "http.response.start", "status": status, "headers": headers})

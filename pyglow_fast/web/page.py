@@ -77,7 +77,7 @@ def page(shelf: Shelf) -> gr.Blocks:
             inputs = [desk, sample.temperature, sample.n, sample.seed]
             drawn = event.success(on_page()(sample.show), inputs, sample.outputs, **QUIET)
             edit.measure_after(drawn.success(on_page()(edit.show), desk, edit.outputs, **QUIET))
-            inputs = [desk, between.kind, between.steps]
+            inputs = [desk, between.path, between.steps]
             rest = drawn.success(on_page()(between.show), inputs, between.outputs, **QUIET)
             rest = rest.success(on_page()(score.show), desk, score.outputs, **QUIET)
             rest.success(on_page()(looked.show), desk, looked.outputs, **QUIET)

@@ -79,8 +79,8 @@ def channel_mix_backward(
     return [*_gradients([u], leaves, [grad]), _per_channel(grad)]
 
 
-def coupling(x: Tensor, net_out: Tensor, inverse: bool, **kind: Any) -> list[Tensor]:
-    return [*(reference.coupling_inverse if inverse else reference.coupling)(x, net_out, _spec(kind))]
+def coupling(x: Tensor, net_out: Tensor, inverse: bool, **codes: Any) -> list[Tensor]:
+    return [*(reference.coupling_inverse if inverse else reference.coupling)(x, net_out, _spec(codes))]
 
 
 def coupling_backward(
@@ -90,19 +90,19 @@ def coupling_backward(
     grad_log_det: Tensor,
     inverse: bool,
     want_input: bool,
-    **kind: Any,
+    **codes: Any,
 ) -> list[Tensor]:
-    x = coupling(out, net_out, not inverse, **kind)[0].detach().requires_grad_()
-    outputs = coupling(x, net_out.requires_grad_(), inverse, **kind)
+    x = coupling(out, net_out, not inverse, **codes)[0].detach().requires_grad_()
+    outputs = coupling(x, net_out.requires_grad_(), inverse, **codes)
     gradients = _gradients(outputs, [x, net_out], [grad_out, grad_log_det])
     return [*gradients, x if want_input else x.new_zeros(0)]
 
 
 def coupling_mix(
-    x: Tensor, net_out: Tensor, matrix: Tensor, offset: Tensor, inverse: bool, index: Tensor | None, **kind: Any
+    x: Tensor, net_out: Tensor, matrix: Tensor, offset: Tensor, inverse: bool, index: Tensor | None, **codes: Any
 ) -> list[Tensor]:
     mix = reference.coupling_mix_inverse if inverse else reference.coupling_mix
-    return [*mix(x, net_out, matrix, offset, _spec(kind), index)]
+    return [*mix(x, net_out, matrix, offset, _spec(codes), index)]
 
 
 def coupling_mix_backward(
@@ -113,11 +113,11 @@ def coupling_mix_backward(
     matrix: Tensor,
     added: Tensor | None,
     index: Tensor | None,
-    **kind: Any,
+    **codes: Any,
 ) -> list[Tensor]:
     grad = _with_added(grad_out, added)
     leaves = [x.requires_grad_(), net_out.requires_grad_(), matrix.requires_grad_()]
-    outputs = reference.coupling_mix(x, net_out, matrix, x.new_zeros(x.shape[1]), _spec(kind), index)
+    outputs = reference.coupling_mix(x, net_out, matrix, x.new_zeros(x.shape[1]), _spec(codes), index)
     return [*_gradients(outputs, leaves, [grad, grad_log_det]), _per_channel(grad)]
 
 
@@ -129,11 +129,11 @@ def step_backward(
     inverse_matrix: Tensor,
     offset: Tensor,
     index: Tensor | None,
-    **kind: Any,
+    **codes: Any,
 ) -> list[Tensor]:
-    u = reference.coupling_inverse(y, net_out, _spec(kind))[0].detach().requires_grad_()
+    u = reference.coupling_inverse(y, net_out, _spec(codes))[0].detach().requires_grad_()
     x = reference.channel_unmix(u, inverse_matrix, offset, index=index)
-    outputs = reference.coupling(u, net_out.requires_grad_(), _spec(kind))
+    outputs = reference.coupling(u, net_out.requires_grad_(), _spec(codes))
     return [x, *_gradients(outputs, [u, net_out], [grad_y, grad_log_det])]
 
 

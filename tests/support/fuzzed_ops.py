@@ -65,7 +65,7 @@ def _map(draw: Draw, channels: int) -> tuple[Tensor, Tensor | None]:
     return draw.normal(channels), torch.randperm(channels, generator=draw.generator)
 
 
-def _kind(draw: Draw, with_direction: bool = True) -> Arguments:
+def _codes(draw: Draw, with_direction: bool = True) -> Arguments:
     code = draw.rng.randrange(6)
     scaled = code == ops.SCALE_MAP_CODES["scaled_sigmoid"]
     found: Arguments = {"map": code, "order": draw.rng.randrange(2)}
@@ -75,14 +75,14 @@ def _kind(draw: Draw, with_direction: bool = True) -> Arguments:
 
 
 def _coupled(draw: Draw, name: str, with_direction: bool) -> tuple[Tensor, Arguments, Arguments]:
-    """A state, with the net's output for it, and the kind of coupling."""
+    """A state, with the net's output for it, and the numbers that say how it is coupled."""
     n, channels, spatial = draw.count(), draw.count(), draw.sizes()
-    x, kind = draw.normal(n, channels, *spatial), _kind(draw, with_direction)
-    width = draw.rng.randint(0, channels) * (1 if kind["map"] == 0 else 2)
+    x, codes = draw.normal(n, channels, *spatial), _codes(draw, with_direction)
+    width = draw.rng.randint(0, channels) * (1 if codes["map"] == 0 else 2)
     net_out = draw.normal(n, width, *spatial)
     if draw.dtype == torch.float32 and draw.rng.random() < 0.3:
         net_out = net_out.to(draw.rng.choice((torch.bfloat16, torch.float16)))
-    return x, {name: x, "net_out": net_out}, kind
+    return x, {name: x, "net_out": net_out}, codes
 
 
 def _added(draw: Draw, x: Tensor) -> Tensor | None:
@@ -124,34 +124,34 @@ def channel_mix_backward(draw: Draw) -> Arguments:
 
 
 def coupling(draw: Draw) -> Arguments:
-    _, tensors, kind = _coupled(draw, "x", True)
-    return tensors | kind
+    _, tensors, codes = _coupled(draw, "x", True)
+    return tensors | codes
 
 
 def coupling_backward(draw: Draw) -> Arguments:
-    x, tensors, kind = _coupled(draw, "out", True)
+    x, tensors, codes = _coupled(draw, "out", True)
     grads = {"grad_out": draw.normal(*x.shape), "grad_log_det": draw.normal(x.shape[0])}
-    return tensors | grads | kind | {"want_input": draw.flag()}
+    return tensors | grads | codes | {"want_input": draw.flag()}
 
 
 def coupling_mix(draw: Draw) -> Arguments:
-    x, tensors, kind = _coupled(draw, "x", True)
+    x, tensors, codes = _coupled(draw, "x", True)
     matrix, index = _map(draw, x.shape[1])
-    return tensors | {"matrix": matrix, "offset": draw.normal(x.shape[1])} | kind | {"index": index}
+    return tensors | {"matrix": matrix, "offset": draw.normal(x.shape[1])} | codes | {"index": index}
 
 
 def coupling_mix_backward(draw: Draw) -> Arguments:
-    x, tensors, kind = _coupled(draw, "x", False)
+    x, tensors, codes = _coupled(draw, "x", False)
     matrix, index = _map(draw, x.shape[1])
     grads = {"grad_out": draw.normal(*x.shape), "grad_log_det": draw.normal(x.shape[0]), "matrix": matrix}
-    return tensors | grads | kind | {"added": _added(draw, x), "index": index}
+    return tensors | grads | codes | {"added": _added(draw, x), "index": index}
 
 
 def step_backward(draw: Draw) -> Arguments:
-    y, tensors, kind = _coupled(draw, "y", False)
+    y, tensors, codes = _coupled(draw, "y", False)
     matrix, index = _map(draw, y.shape[1])
     grads = {"grad_y": draw.normal(*y.shape), "grad_log_det": draw.normal(y.shape[0])}
-    return tensors | grads | {"inverse_matrix": matrix, "offset": draw.normal(y.shape[1])} | kind | {"index": index}
+    return tensors | grads | {"inverse_matrix": matrix, "offset": draw.normal(y.shape[1])} | codes | {"index": index}
 
 
 def channel_moments(draw: Draw) -> Arguments:
@@ -366,7 +366,7 @@ def run_call(seed: int) -> bool:
         with torch.no_grad():
             found = getattr(torch.ops.pyglow_fast, name)(**given)
     except tuple(REFUSALS) as error:
-        words = next(pattern for kind, pattern in REFUSALS.items() if isinstance(error, kind))
+        words = next(pattern for error_type, pattern in REFUSALS.items() if isinstance(error, error_type))
         if not words.match(str(error)):
             raise AssertionError("an error that says too little") from error
         return False

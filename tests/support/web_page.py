@@ -78,9 +78,9 @@ class Visitor:
         self.page.evaluate("() => new Promise(requestAnimationFrame)")
         wait_for(lambda: (self.page.evaluate("1"), len(self._unanswered))[1], 0)
 
-    def give(self, elem_id: str, *files: tuple[str, bytes], kind: str = "image/png") -> None:
+    def give(self, elem_id: str, *files: tuple[str, bytes], mime_type: str = "image/png") -> None:
         """Uploads files, as (name, contents)."""
-        payloads: Any = [{"name": name, "mimeType": kind, "buffer": data} for name, data in files]
+        payloads: Any = [{"name": name, "mimeType": mime_type, "buffer": data} for name, data in files]
         self.page.locator(f"#{elem_id} input[type=file]").set_input_files(payloads)
 
     def open(self) -> None:

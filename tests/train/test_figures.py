@@ -107,9 +107,9 @@ def test_texts_that_are_refused(tmp_path: Path, text: Any, message: str) -> None
     with pytest.raises(ValueError, match="^" + message):
         save_picture(picture, tmp_path / "x.png", text)
     assert (tmp_path / "x.png").read_bytes() == b"before"
-    for kind in ("gif", "webp"):
+    for file_format in ("gif", "webp"):
         with pytest.raises(ValueError, match="^" + message):
-            animation_bytes(picture[None], 256, kind, text=text)
+            animation_bytes(picture[None], 256, file_format, text=text)
 
 
 @pytest.mark.parametrize(
@@ -158,18 +158,18 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("kind", ["gif", "webp"])
+@pytest.mark.parametrize("file_format", ["gif", "webp"])
 @pytest.mark.parametrize("name", CASES)
-def test_an_animation_goes_there_and_back_and_loses_nothing(name: str, kind: str) -> None:
+def test_an_animation_goes_there_and_back_and_loses_nothing(name: str, file_format: str) -> None:
     levels, n_bins = CASES[name]
-    data = animation_bytes(levels, n_bins, kind, 120, scale=2)
+    data = animation_bytes(levels, n_bins, file_format, 120, scale=2)
     there = list(pictures(levels, n_bins, 2))
     expected = [*there, *there[-2:0:-1]]
     found = decoded(data)
     assert len(found) == max(1, 2 * len(levels) - 2)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     with Image.open(io.BytesIO(data)) as image:
-        assert image.format == kind.upper()
+        assert image.format == file_format.upper()
         if len(levels) > 1:
             assert image.info["loop"] == 0
             durations = []
@@ -198,10 +198,10 @@ def test_a_gif_of_many_colours_is_near_them_without_a_pattern() -> None:
         assert bool((frame[0].int().diff(dim=1) >= 0).float().mean() > 0.95)
 
 
-@pytest.mark.parametrize("kind", ["gif", "webp"])
-def test_images_that_do_not_change_are_shown_for_as_long(kind: str) -> None:
+@pytest.mark.parametrize("file_format", ["gif", "webp"])
+def test_images_that_do_not_change_are_shown_for_as_long(file_format: str) -> None:
     levels = torch.tensor([0, 0, 1, 1]).reshape(4, 1, 1, 1).expand(4, 1, 2, 2)
-    with Image.open(io.BytesIO(animation_bytes(levels, 2, kind, 50))) as image:
+    with Image.open(io.BytesIO(animation_bytes(levels, 2, file_format, 50))) as image:
         total = 0
         for i in range(image.n_frames):
             image.seek(i)
@@ -218,8 +218,8 @@ def test_texts_of_animations() -> None:
     with Image.open(io.BytesIO(animation_bytes(levels, 2, "webp", text=TEXTS))) as image:
         found = [element.text for element in ElementTree.fromstring(image.info["xmp"]).iter() if element.text]
         assert found == [lines]
-    for kind in ("gif", "webp"):
-        with Image.open(io.BytesIO(animation_bytes(levels, 2, kind))) as image:
+    for file_format in ("gif", "webp"):
+        with Image.open(io.BytesIO(animation_bytes(levels, 2, file_format))) as image:
             assert not {"comment", "xmp"} & set(image.info)
 
 
@@ -231,7 +231,7 @@ def test_an_animation_is_about_64_pixels_high_unless_told_otherwise() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "png"}, r"kind: expected one of \('gif', 'webp'\), found 'png'"),
+        ({"file_format": "png"}, r"file_format: expected one of \('gif', 'webp'\), found 'png'"),
         ({"levels": torch.zeros(0, 1, 2, 2)}, r"levels: expected at least one image \(n, C, H, W\), found \(0, 1, 2"),
         ({"levels": torch.zeros(1, 2, 2)}, r"levels: expected at least one image .* found \(1, 2, 2\)"),
         ({"milliseconds": 19}, r"milliseconds: expected a whole number in 20\.\.60000, found 19"),
@@ -241,7 +241,7 @@ def test_an_animation_is_about_64_pixels_high_unless_told_otherwise() -> None:
     ],
 )
 def test_animations_that_are_refused(options: dict[str, Any], message: str) -> None:
-    values = {"levels": torch.zeros(2, 1, 2, 2), "n_bins": 2, "kind": "gif"} | options
+    values = {"levels": torch.zeros(2, 1, 2, 2), "n_bins": 2, "file_format": "gif"} | options
     with pytest.raises(ValueError, match="^" + message):
         animation_bytes(**values)
 
