@@ -14,7 +14,7 @@ PACKAGE = "pyglow_fast"
 
 # What each part of the package may import of the others; a new module or subpackage is entered here. A part is a direct
 # child of the package: layers stands for all modules in layers/.
-FOUNDATION = {"_tracing", "_errors", "_captures", "_derivatives", "_float32"}
+FOUNDATION = {"_tracing", "_errors", "_settings", "_captures", "_derivatives", "_float32"}
 STACK = (  # each may import those before it
     "_backend",
     "ops",
@@ -37,6 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "_tracing": set(),
     "_float32": set(),
     "_errors": {"_tracing"},
+    "_settings": {"_errors"},
     "_captures": {"_errors", "_tracing"},
     "_derivatives": {"_errors"},
     **dict.fromkeys((*BESIDE, "data"), FOUNDATION),
