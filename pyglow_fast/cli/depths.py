@@ -69,7 +69,7 @@ def open_runs(args: argparse.Namespace) -> list[_Opened]:
         same = data.fingerprint == first.data.fingerprint and data.n_bins == first.data.n_bins
         found = f"{config.data.name} {config.model.image_shape}, {data.n_bins} grey levels, in {item.name!r}"
         wanted = f"runs on the images of {opened[0].name!r} ({first.config.data.name} {first.config.model.image_shape}"
-        expect(same, "run", f"{wanted}, {first.data.n_bins} levels)", found)
+        expect(same, "run", f"{wanted}, {first.data.n_bins} grey levels)", found)
     return opened
 
 

@@ -82,7 +82,7 @@ def test_ends_that_are_not_finite_are_told(
     monkeypatch.setattr("pyglow_fast.cli.interpolate.interpolate", ruined)
     command = ["interpolate", str(place / "digits"), "digits", "--pairs", "3", "--frames", "2"]
     text = said(capsys, *command, "--out", str(tmp_path / "x.png"))
-    assert "(2 images not finite, shown grey); ends off by at most nan (nan levels)" in text
+    assert "(2 images not finite, shown grey); ends off by at most nan (nan grey levels)" in text
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no: can't allocate memory, 8 bytes\nmore"), MemoryError()])
