@@ -61,12 +61,12 @@ def dequantize(
     )
     expect(isinstance(images, Tensor), "images", "a Tensor", type(images).__name__)
     is_integer = not (images.is_floating_point() or images.is_complex()) and images.dtype != torch.bool
-    expect(is_integer, "images", "an integer dtype (levels, not scaled values)", images.dtype)
+    expect(is_integer, "images", "an integer dtype (grey levels, not scaled values)", images.dtype)
     if images.dtype in _WIDE_UNSIGNED:
         images = images.long()
     if images.numel() and not is_batched():  # there values cannot be read
         low, high = (int(value) for value in torch.aminmax(images))
-        expect(low >= 0 and high < n_bins, "images", f"levels in 0..{n_bins - 1} (n_bins={n_bins})", f"{low}..{high}")
+        expect(low >= 0 and high < n_bins, "images", f"grey levels in 0..{n_bins - 1} ({n_bins=})", f"{low}..{high}")
     if noise is None:
         device = images.device if generator is None else generator.device
         noise = torch.rand(images.shape, generator=generator, device=device, dtype=dtype).to(images.device)

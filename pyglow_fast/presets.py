@@ -253,7 +253,7 @@ def resolve(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
 def _cells(name: str, preset: Preset) -> tuple[str, ...]:
     values = preset.settings
     side = "any" if preset.image_shape is None else str(preset.image_shape[1])
-    bits = str(values.get("n_bits", "17 levels" if preset.data == "digits" else "any"))
+    bits = str(values.get("n_bits", "17 grey levels" if preset.data == "digits" else "any"))
     architecture = (str(values[field]) for field in ("n_levels", "n_steps", "hidden", "coupling", "permutation"))
     return (name, *architecture, bits, str(values["batch_size"]), side, preset.data, preset.source)
 

@@ -15,7 +15,7 @@ PACKAGE = "pyglow_fast"
 
 # What each part of the package may import of the others; a new module or subpackage is entered here. A part is a direct
 # child of the package: layers stands for all modules in layers/.
-FOUNDATION = {"_tracing", "_errors", "_captures", "_derivatives", "_float32", "_moments", "_renamed"}
+FOUNDATION = {"_tracing", "_errors", "_settings", "_captures", "_derivatives", "_float32", "_moments", "_renamed"}
 STACK = (  # each may import those before it
     "_backend",
     "ops",
@@ -39,6 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "_float32": set(),
     "_moments": set(),
     "_errors": {"_tracing"},
+    "_settings": {"_errors"},
     "_captures": {"_errors", "_tracing"},
     "_derivatives": {"_errors"},
     "_renamed": {"_errors"},

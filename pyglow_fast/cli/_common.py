@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,26 +14,25 @@ from typing import Any, NoReturn
 import torch
 
 from pyglow_fast._errors import expect, visible
+from pyglow_fast._settings import Range, value_text
 from pyglow_fast.data import Yardstick, optional
 from pyglow_fast.models import Glow
 from pyglow_fast.studio.commands import Made
 from pyglow_fast.studio.opened import TRAIN_IMAGES, OpenRun, Progress
 from pyglow_fast.train import Checkpoint, RunFolder, Score, load_model, resolve_device
-from pyglow_fast.train.figures import MOST_IMAGES
+from pyglow_fast.train.figures import PICTURE_IMAGES
 from pyglow_fast.train.files import write_bytes
 
 LOOSE = ("folder", "photos")  # images that are whatever lies below a folder: a file more there would be one of them
 
 
-# A number above its bound is a slip of the pen, and the consequences (a traceback, or no end) would say less than a
-# refusal.
-_MOST = {
-    "n": MOST_IMAGES,
-    "columns": MOST_IMAGES,
-    "scale": 256,
-    "steps": 1000,  # of a path
-    "samples": 10_000,  # each goes through all images once more
-    "batch_size": 1 << 16,
+_COUNTS = {
+    "n": PICTURE_IMAGES,
+    "columns": PICTURE_IMAGES,
+    "scale": Range(least=1, most=256, why="a pixel of the image is then a picture of its own"),
+    "frames": Range(least=2, most=1000, why="each is a pass through the model"),
+    "samples": Range(least=1, most=10_000, why="each goes through all images once more"),
+    "batch_size": Range(least=1, most=1 << 16, why="all of them are in memory at once"),
 }
 
 
@@ -62,6 +62,23 @@ def say_error(error: object, lines: bool = False) -> None:
     print(f"error: {visible(str(error), lines)}", file=sys.stderr)
 
 
+# What begins with a minus and is a number, in any notation that float reads.
+_NEGATIVE = re.compile(
+    r"-(?:(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(?:e[-+]?[0-9]+)?|inf|infinity|nan)", re.IGNORECASE
+)
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Writes behind the help of each option the default that it has, which nobody then types by hand."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        value = action.default
+        if not action.option_strings or value is None or value is argparse.SUPPRESS or isinstance(value, bool):
+            return text
+        return f"{text} (default: {value_text(value).replace('%', '%%')})".strip()
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, like all others of this command.
 
@@ -69,7 +86,12 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **({"allow_abbrev": False} | options))
+        ours: dict[str, Any] = {"allow_abbrev": False, "formatter_class": HelpFormatter}
+        super().__init__(*args, **ours | options)
+
+    def _parse_optional(self, arg_string: str) -> Any:
+        """As of any, but that -1e-1 is a number as -0.1 is: None means that it is no option."""
+        return None if _NEGATIVE.fullmatch(arg_string) else super()._parse_optional(arg_string)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse as argparse does; a last positional that may be left out (``optional_last``) may stand behind options.
@@ -104,17 +126,40 @@ def number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"expected a number, found {text!r}") from None
 
 
+class _Former(argparse.Action):
+    """The option that is given under its former name: stored as it, with a word on the new one."""
+
+    def __init__(self, *args: Any, now: str, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.now = now
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        print(
+            f"note: {option} is called {self.now} now; this version is the last that knows the old name",
+            file=sys.stderr,
+        )
+        setattr(namespace, self.dest, values)
+
+
+def add_former(place: argparse._ActionsContainer, former: str, option: argparse.Action) -> None:
+    """Let an option be given under its former name too, which the help does not show."""
+    given: dict[str, Any] = {"dest": option.dest, "type": option.type, "nargs": option.nargs}
+    hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    place.add_argument(former, action=_Former, now=option.option_strings[0], **given, **hidden)
+
+
 def check_counts(args: argparse.Namespace, *names: str) -> None:
-    """Refuse those of the options that are given and are below 1, or above what they may be.
+    """Refuse those of the options that are given and are below 1 (2 frames), or above what they may be.
 
     Raises:
         ValueError: one is.
     """
     for name in names:
         value = getattr(args, name)
-        expect(value is None or value >= 1, name, "a positive whole number", value)
-        most = _MOST.get(name, sys.maxsize)
-        expect(value is None or value <= most, name, f"at most {most}", value)
+        if value is not None:
+            _COUNTS.get(name, Range(least=1)).check(name, value, whole=True)
 
 
 def folder_name(text: str) -> str:
@@ -130,7 +175,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--best", action="store_true", help="the checkpoint with the best held-out bits/dim, not the last"
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (default)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto")
 
 
 def open_run(args: argparse.Namespace) -> tuple[RunFolder, Checkpoint, Glow]:

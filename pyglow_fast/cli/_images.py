@@ -13,7 +13,11 @@ from pyglow_fast.train import Checkpoint
 def add_images(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
     """Declare DATA, which argparse's ``nargs`` may let be left out, and which part of it is looked at."""
     parser.add_argument("data", nargs=nargs, metavar="DATA", help=f"{DATA_HELP}; prepared as the run's own images were")
-    parser.add_argument("--part", choices=PARTS, help="default: held-out of the run's own images, all of any others")
+    parser.add_argument(
+        "--part",
+        choices=PARTS,
+        help="which part of them (default: held-out of the run's own images, all of any others)",
+    )
 
 
 def images_of(args: argparse.Namespace, checkpoint: Checkpoint, model: Glow) -> tuple[Images, Images | None, str]:

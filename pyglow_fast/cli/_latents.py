@@ -26,19 +26,17 @@ def add_picture(parser: argparse.ArgumentParser, seed_of: str, formats: str = ""
     parser.add_argument(
         "--scale", type=whole, metavar="N", help="enlarge each pixel by this factor (default: to 64 pixels high)"
     )
-    parser.add_argument("--seed", type=whole, metavar="N", default=0, help=f"of {seed_of} (0)")
+    parser.add_argument("--seed", type=whole, metavar="N", default=0, help=f"of {seed_of}")
 
 
 def add_space(parser: argparse.ArgumentParser) -> None:
     """Declare --space, the coordinates of latents that are worked in."""
-    parser.add_argument(
-        "--space", choices=SPACES, default=DEFAULT_SPACE, help=f"{SPACE_WORDS}; default {DEFAULT_SPACE}"
-    )
+    parser.add_argument("--space", choices=SPACES, default=DEFAULT_SPACE, help=SPACE_WORDS)
 
 
 def add_temperature(parser: argparse.ArgumentParser, default: float, text: str) -> None:
     """Declare --temperature, which scales the spread of what is drawn."""
-    parser.add_argument("--temperature", type=number, metavar="X", default=default, help=f"{text} ({default:g})")
+    parser.add_argument("--temperature", type=number, metavar="X", default=default, help=text)
 
 
 def check_options(args: argparse.Namespace, *positive: str) -> None:

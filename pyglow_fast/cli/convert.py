@@ -51,7 +51,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "out", metavar="OUT", help="file to write: .safetensors, .npz, or torch.save's .pt and the like"
     )
-    parser.add_argument("--to", choices=names, default=OWN, metavar="FORMAT", help=f"of OUT ({OWN})")
+    parser.add_argument("--to", choices=names, default=OWN, metavar="FORMAT", help="of OUT")
     reading = parser.add_argument_group("reading")
     reading.add_argument(
         "--image-size", type=sides, metavar="N or HxW", help="of the images: openai and rosinality need it"
@@ -67,7 +67,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     writing = parser.add_argument_group("writing")
     writing.add_argument("--lu", action="store_true", help="openai: 1x1 convolutions as LU factors")
     writing.add_argument("--no-learn-top", dest="learn_top", action="store_false", help="without a learned top prior")
-    writing.add_argument("--batch-size", type=whole, metavar="N", help="chaiyujin: of prior_h (1)")
+    writing.add_argument("--batch-size", type=whole, metavar="N", help="chaiyujin: of prior_h (default: 1)")
     both = parser.add_argument_group("both")
     both.add_argument(
         "--no-rescale", dest="rescale", action="store_false", help="chaiyujin: x stays in [0, 1], not in [-0.5, 0.5)"

@@ -15,7 +15,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("data", help=about, description=about)
     parser.set_defaults(run_command=run)
     parser.add_argument("name", metavar="NAME", nargs="?", help=f"{', '.join(FETCHABLE)}; none: list them")
-    parser.add_argument("--to", type=folder_name, metavar="DIR", help="the folder for its files (one in the cache)")
+    parser.add_argument(
+        "--to", type=folder_name, metavar="DIR", help="the folder for its files (default: one in the cache)"
+    )
 
 
 def listing() -> str:

@@ -19,9 +19,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.set_defaults(run_command=run)
     parser.add_argument("--out", type=folder_name, required=True, metavar="DIR", help="the folder of the run")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is in --out")
-    parser.add_argument("--minutes", type=number, metavar="X", default=2.0, help="at most so long (2)")
-    parser.add_argument("--seed", type=whole, metavar="N", default=0, help="of everything random (0)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (default)")
+    parser.add_argument("--minutes", type=number, metavar="X", default=2.0, help="at most so long")
+    parser.add_argument("--seed", type=whole, metavar="N", default=0, help="of everything random")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -30,16 +30,16 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--best", action="store_true", help="the checkpoint with the best held-out bits/dim, not the last"
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (default)")
-    parser.add_argument("--n", type=whole, metavar="N", default=16, help="samples of each (16)")
-    parser.add_argument("--columns", type=whole, metavar="N", default=8, help="samples in a row (8)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto")
+    parser.add_argument("--n", type=whole, metavar="N", default=16, help="samples of each")
+    parser.add_argument("--columns", type=whole, metavar="N", default=8, help="samples in a row")
     add_temperature(parser, 0.7, "multiplies the priors' deviation")
     parser.add_argument(
         "--eval-images",
         type=whole,
         metavar="N",
         default=1000,
-        help="at most so many held-out images, where a run holds no score of its checkpoint (1000)",
+        help="at most so many held-out images, where a run holds no score of its checkpoint",
     )
     add_picture(parser, "the samples")
 
@@ -67,9 +67,9 @@ def open_runs(args: argparse.Namespace) -> list[_Opened]:
     for item in opened[1:]:
         data, config = item.checkpoint.data, item.checkpoint.config
         same = data.fingerprint == first.data.fingerprint and data.n_bins == first.data.n_bins
-        found = f"{config.data.name} {config.model.image_shape}, {data.n_bins} levels, in {item.name!r}"
+        found = f"{config.data.name} {config.model.image_shape}, {data.n_bins} grey levels, in {item.name!r}"
         wanted = f"runs on the images of {opened[0].name!r} ({first.config.data.name} {first.config.model.image_shape}"
-        expect(same, "run", f"{wanted}, {first.data.n_bins} levels)", found)
+        expect(same, "run", f"{wanted}, {first.data.n_bins} grey levels)", found)
     return opened
 
 

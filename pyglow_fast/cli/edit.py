@@ -43,28 +43,28 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         type=number,
         nargs="+",
         metavar="SHARE",
-        help="the share of the image's own latents that each level keeps, 0 to 1, the shallowest first (1)",
+        help="the share of the image's own latents that each level keeps, 0 to 1, the shallowest first (default: all)",
     )
     parser.add_argument(
         "--space",
         choices=SPACES,
         help="what is edited (default: noise; for a model with classes latent, since noise holds little of it)",
     )
-    parser.add_argument("--label", metavar="CLASS", help="the image's class (its own; of a file the likeliest)")
+    parser.add_argument(
+        "--label", metavar="CLASS", help="the image's class (default: its own; of a file the likeliest)"
+    )
     parser.add_argument(
         "--pixel-shift", action="store_true", help="instead add the differences of the mean pixels to the pixels"
     )
     add_train_images(parser)
     parser.add_argument("--out", required=True, metavar="PNG", help="the picture to write")
-    parser.add_argument("--scale", type=whole, metavar="N", default=1, help="enlarge each pixel by this factor (1)")
+    parser.add_argument("--scale", type=whole, metavar="N", default=1, help="enlarge each pixel by this factor")
 
 
 def add_train_images(parser: argparse.ArgumentParser) -> None:
     """Declare --train-images, how many training images attributes are measured on."""
     text = "training images that the mean latents are measured on, at most"
-    parser.add_argument(
-        "--train-images", type=whole, metavar="N", default=TRAIN_IMAGES, help=f"{text} ({TRAIN_IMAGES})"
-    )
+    parser.add_argument("--train-images", type=whole, metavar="N", default=TRAIN_IMAGES, help=text)
 
 
 def adds_of(given: list[list[str]] | None) -> tuple[Add, ...]:

@@ -19,8 +19,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.set_defaults(run_command=run)
     add_run(parser)
     add_images(parser)
-    parser.add_argument("--batch-size", type=whole, metavar="N", default=64, help="images at a time (64)")
-    parser.add_argument("--seed", type=whole, metavar="N", default=0, help="of the dequantisation noise (0)")
+    parser.add_argument("--batch-size", type=whole, metavar="N", default=64, help="images at a time")
+    parser.add_argument("--seed", type=whole, metavar="N", default=0, help="of the dequantisation noise")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -24,7 +24,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.set_defaults(run_command=run)
     add_run(parser)
     add_images(parser)
-    parser.add_argument("--n", type=whole, metavar="N", default=8, help="images (8)")
+    parser.add_argument("--n", type=whole, metavar="N", default=8, help="images")
     parser.add_argument(
         "--keep",
         type=whole,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
+from pyglow_fast._settings import value_text
 from pyglow_fast.cli._common import add_run, number, open_run, output_path, picture_path, say, user_input, whole
 from pyglow_fast.cli._latents import add_picture, add_space, check_options, not_finite_note, read, save
 from pyglow_fast.cli._tones import copy_and_table, write_scores
@@ -44,13 +45,19 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("--attribute", metavar="NAME", help="celeba: the attribute that gives NAME and 'not NAME'")
     text = "multiples of the difference of the means"
-    parser.add_argument("--strengths", type=number, nargs="+", metavar="S", help=f"{text} (-2 -1 0 1 2)")
     parser.add_argument(
-        "--levels", type=whole, nargs="+", metavar="L", help="levels that are edited, 0 the shallowest (all)"
+        "--strengths",
+        type=number,
+        nargs="+",
+        metavar="S",
+        help=f"{text} (default: {value_text(STRENGTHS)}; with --tone: {value_text(TONE_STRENGTHS)})",
     )
-    parser.add_argument("--n", type=whole, metavar="N", default=8, help="images that are shown (8)")
     parser.add_argument(
-        "--train-images", type=whole, metavar="N", help="at most so many training images of each side (all)"
+        "--levels", type=whole, nargs="+", metavar="L", help="levels that are edited, 0 the shallowest (default: all)"
+    )
+    parser.add_argument("--n", type=whole, metavar="N", default=8, help="images that are shown")
+    parser.add_argument(
+        "--train-images", type=whole, metavar="N", help="at most so many training images of each side (default: all)"
     )
     parser.add_argument("--csv", metavar="CSV", help="with --tone: write the scores to this file, too")
     add_space(parser)

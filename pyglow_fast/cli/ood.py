@@ -36,7 +36,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--out", required=True, metavar="PNG", help="the histogram")
     parser.add_argument("--csv", metavar="CSV", help="bits/dim of each image too")
     parser.add_argument(
-        "--n", type=whole, metavar="N", default=2000, help="at most so many images of each set, drawn at random (2000)"
+        "--n", type=whole, metavar="N", default=2000, help="at most so many images of each set, drawn at random"
     )
     parser.add_argument(
         "--typicality",

@@ -22,7 +22,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--out", required=True, metavar="PNG", help="the picture: originals above their reconstructions"
     )
-    parser.add_argument("--n", type=whole, metavar="N", default=16, help="at most so many images (16)")
+    parser.add_argument("--n", type=whole, metavar="N", default=16, help="at most so many images")
 
 
 @torch.no_grad()
@@ -50,6 +50,6 @@ def run(args: argparse.Namespace) -> int:
     save_grid(torch.cat(padded), images.n_bins, out, columns)
     say(
         f"{len(levels)} images of {images.name}, {part}: max |decode(encode(x)) - x| = {error:.3g} "
-        f"({error * images.n_bins:.2g} levels), {changed} of {levels.numel()} levels changed: {out}"
+        f"({error * images.n_bins:.2g} grey levels), {changed} of {levels.numel()} grey levels changed: {out}"
     )
     return 0

@@ -38,7 +38,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     add_run(parser)
     text = f"{DATA_HELP}; prepared as the run's own images were. Or image files, each cropped and scaled as in training"
     parser.add_argument("data", nargs="+", metavar="DATA", help=text)
-    parser.add_argument("--part", choices=PARTS, help="default: held-out of the run's own images, all of any others")
+    parser.add_argument(
+        "--part",
+        choices=PARTS,
+        help="which part of them (default: held-out of the run's own images, all of any others)",
+    )
     parser.add_argument("--out", metavar="CSV", help="the file to write")
     parser.add_argument(
         "--picture", metavar="PNG", help="of image files: write where they are on the histogram of held-out images"
@@ -49,10 +53,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def add_scoring(parser: argparse.ArgumentParser) -> None:
     """Declare the options that say how images are scored."""
     parser.add_argument(
-        "--samples", type=whole, metavar="N", default=1, help="draws of the dequantisation noise an image (1)"
+        "--samples", type=whole, metavar="N", default=1, help="draws of the dequantisation noise an image"
     )
-    parser.add_argument("--batch-size", type=whole, metavar="N", default=64, help="images at a time (64)")
-    parser.add_argument("--seed", type=whole, metavar="N", default=0, help="of the dequantisation noise (0)")
+    parser.add_argument("--batch-size", type=whole, metavar="N", default=64, help="images at a time")
+    parser.add_argument("--seed", type=whole, metavar="N", default=0, help="of the dequantisation noise")
 
 
 def check_scoring(args: argparse.Namespace) -> None:

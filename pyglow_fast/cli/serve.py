@@ -35,9 +35,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--best", action="store_true", help="the checkpoint with the best held-out bits/dim, not the last"
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (default)")
-    parser.add_argument("--host", default="127.0.0.1", metavar="HOST", help="the address to listen at (127.0.0.1)")
-    parser.add_argument("--port", type=whole, metavar="N", help="the port (the first free one from 7860)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto")
+    parser.add_argument("--host", default="127.0.0.1", metavar="HOST", help="the address to listen at")
+    parser.add_argument("--port", type=whole, metavar="N", help="the port (default: the first free one from 7860)")
     parser.add_argument(
         "--auth",
         metavar="USER",

@@ -29,9 +29,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         nargs="+",
         metavar="T",
         default=list(TEMPERATURES),
-        help=f"({' '.join(f'{value:g}' for value in TEMPERATURES)})",
+        help="what multiplies the deviation of the priors",
     )
-    parser.add_argument("--n", type=whole, metavar="N", default=8, help="samples of each (8)")
+    parser.add_argument("--n", type=whole, metavar="N", default=8, help="samples of each")
     parser.add_argument(
         "--label", metavar="CLASS", action="append", help="a class; may be repeated (default: all classes in turn)"
     )

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyglow_fast._errors import expect
+from pyglow_fast._settings import IMAGES, Range, check_settings, setting, settings
 
 MOST = 1 << 20  # pixels to a side and the like: more is a slip of the pen
 
 
+@settings
 @dataclass(frozen=True)
 class Augmentation:
     """Says how a training view is cut from a stored image; without a key the view is the central window as it is.
@@ -23,22 +24,20 @@ class Augmentation:
     tensor([[[ 5,  6],
              [ 9, 10]]])
 
-    Args:
-        crop_margin: the stored sides are so many pixels longer than what the model sees; a random window is drawn.
-        flip: mirror left and right with probability 1/2.
-
     Raises:
-        ValueError: a negative margin.
+        ValueError: a margin that is no whole number of pixels, or a flip that is neither true nor false.
     """
 
-    crop_margin: int = 0
-    flip: bool = False
+    crop_margin: int = setting(
+        0,
+        "images are kept with sides so many pixels longer, and training sees a random window",
+        range=Range(least=0, most=MOST, why="more pixels are a slip of the pen"),
+        group=IMAGES,
+    )
+    flip: bool = setting(False, "training sees half of the images mirrored, left to right", group=IMAGES)
 
     def __post_init__(self) -> None:
-        margin = self.crop_margin
-        whole = isinstance(margin, int) and not isinstance(margin, bool) and margin >= 0
-        expect(whole, "crop_margin", "a whole number, 0 or more", margin)
-        expect(margin <= MOST, "crop_margin", f"at most {MOST} pixels", margin)
+        check_settings(self)
 
     @property
     def is_plain(self) -> bool:

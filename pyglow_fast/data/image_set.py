@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
+from pyglow_fast._settings import Range
 from pyglow_fast.data.augment import Augmentation
 
 DEFAULT_HELD_OUT = 0.1  # where nothing is asked for and the source has no split of its own
+HELD_OUT = Range(above=0, below=1)
 
 
 class Images(ABC):
@@ -200,16 +202,6 @@ class ImageSet(Images):
         return digest.hexdigest()[:32]
 
 
-def check_held_out(held_out: float | None) -> None:
-    """Refuse what is neither a fraction nor None.
-
-    Raises:
-        ValueError: it is not in (0, 1).
-    """
-    fits = held_out is None or (type(held_out) is float and 0.0 < held_out < 1.0)
-    expect(fits, "held_out", "a fraction between 0 and 1", repr(held_out) if isinstance(held_out, str) else held_out)
-
-
 def split(data: Images, held_out: float | None, seed: int) -> tuple[Tensor, Tensor]:
     """Draws what is held out: sorted indices (train, held-out), whole groups at a time until they reach the fraction.
 
@@ -222,12 +214,12 @@ def split(data: Images, held_out: float | None, seed: int) -> tuple[Tensor, Tens
     Raises:
         ValueError: a fraction outside (0, 1), or fewer than two groups, so that one side would be empty.
     """
-    check_held_out(held_out)
     if held_out is None:
         if data.official is not None:
             train, test = data.official
             return train.sort().values, test.sort().values
         held_out = DEFAULT_HELD_OUT
+    HELD_OUT.check("held_out", held_out, or_none=", or none")
     keys = data.groups or tuple(str(i) for i in range(len(data)))
     names = sorted(set(keys))
     expect(len(names) >= 2, "data", "at least 2 images (or groups of images) to hold some out", len(names))

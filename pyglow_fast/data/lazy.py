@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect, visible
+from pyglow_fast._settings import check_setting
 from pyglow_fast.data.augment import Augmentation
 from pyglow_fast.data.decode import UnreadableImageError, read_image
 from pyglow_fast.data.image_set import Images, ImageSet, check_labels, hash_parts
-from pyglow_fast.data.prepare import Preparation, check_on_unreadable
+from pyglow_fast.data.prepare import Preparation
 
 MEMORY_LIMIT = 1 << 30  # bytes of levels up to which a set is kept in memory unless told otherwise
 
@@ -128,7 +129,7 @@ class LazyImages(Images):
     positions: Tensor | None = None
 
     def __post_init__(self) -> None:
-        check_on_unreadable(self.on_unreadable)
+        check_setting(Preparation, "on_unreadable", self.on_unreadable)
         count = len(self)
         expect(count > 0, "data", "at least one image", f"none in {self.name}")
         expect(not self.groups or len(self.groups) == count, "groups", f"{count} keys", len(self.groups))

@@ -18,12 +18,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pyglow_fast._errors import expect
+from pyglow_fast._settings import Range, check_setting
 from pyglow_fast.data.decode import UnreadableImageError
 from pyglow_fast.data.image_set import Images, ImageSet
 from pyglow_fast.data.lazy import readable
-from pyglow_fast.data.prepare import check_on_unreadable
+from pyglow_fast.data.prepare import Preparation
 
-MOST_WORKERS = 1024  # no machine has more processors; a hundred thousand would be started until it has no room left
+# No machine has more processors; a hundred thousand would be started until it has no room left.
+WORKERS = Range(least=0, most=1024, why="each is a process with torch in it")
 
 Entry = tuple[int, int | None]  # (index, key of the training view, or None for the central one)
 
@@ -159,9 +161,8 @@ def batches(
             index outside the set.
         RuntimeError: a worker died; from the iterator, or by torch's signal handler wherever the main thread is.
     """
-    expect(workers >= 0, "workers", "a whole number, 0 or more", workers)
-    expect(workers <= MOST_WORKERS, "workers", f"at most {MOST_WORKERS} (each is a process with torch in it)", workers)
-    check_on_unreadable(on_unreadable)
+    WORKERS.check("workers", workers, whole=True)
+    check_setting(Preparation, "on_unreadable", on_unreadable)
     reading = _Reading(data, on_unreadable)
     pin = pin_memory and torch.accelerator.is_available()
     return _by_workers(reading, plan, workers, pin) if workers else _here(reading, plan, pin)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect, visible
+from pyglow_fast._settings import Range
+from pyglow_fast.data.augment import MOST
 from pyglow_fast.data.decode import UnreadableImageError, decode, find_images, pixels
 from pyglow_fast.data.folder import check_folder
 from pyglow_fast.data.image_set import ImageSet
@@ -17,6 +19,9 @@ from pyglow_fast.data.prepare import FILE_SIZE, Preparation
 # Pictures of the package budgie-backgrounds that are no photographs: a woodblock print, a planet on plain black, and
 # two drawings of plain areas.
 NOT_PHOTOS = frozenset({"ocean-waves.jpg", "saturnian-profile.jpg", "valley-midnight.jpg", "waves-midnight.jpg"})
+
+# By which photos are shrunk.
+SCALE = Range(least=1, most=MOST, why="more pixels are a slip of the pen")
 
 
 def default_scale(size: int) -> int:
@@ -53,7 +58,8 @@ def load_photos(root: Path, preparation: Preparation, scale: int | None = None) 
     Raises:
         ValueError: no photos, one that cannot be read or is smaller than a tile, or a folder that cannot be listed.
     """
-    expect(scale is None or scale >= 1, "scale", "a whole factor, 1 or more", scale)
+    if scale is not None:
+        SCALE.check("scale", scale, whole=True)
     check_folder(root, "photos")
     paths = [path for path in find_images(root, preparation.on_unreadable) if path.name not in NOT_PHOTOS]
     expect(len(paths) > 0, "photos", "a folder with photos", f"none in {str(root)!r}")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
 from pyglow_fast._renamed import renamed
+from pyglow_fast._settings import Range
 from pyglow_fast.coupling_nets import check_precision, in_precision, plain_call
 from pyglow_fast.coupling_nets.checkerboard import Checkerboard
 from pyglow_fast.coupling_nets.net_runner import NetRunner, Plans
@@ -18,17 +20,16 @@ from pyglow_fast.reference import COUPLINGS, ORDERS, SCALE_MAPS, CouplingSpec
 
 MASKS = ("channels", "checkerboard")
 MAX_CLAMP = 80.0  # log s of the tanh and atan maps stays below it, and exp(80) is finite in float32
-MAX_FACTOR = 1e30  # float32 holds it and its reciprocal, with room for products
+MAX_FACTOR = 1e30  # nor is 1 / MAX_FACTOR far from the ends of float32
+_HELD: dict[str, Any] = {"most": 1e30, "why": "float32 has to hold it"}
+SCALE_BIAS = Range(**_HELD)
+SCALE_EPS = Range(least=0, **_HELD)
+SCALE_CLAMP = Range(above=0, most=MAX_CLAMP)
+SCALE_FACTOR = Range(least=1 / MAX_FACTOR, most=MAX_FACTOR)
 
 
-def check_scale_numbers(
-    coupling: str, scale_map: object, scale_eps: float, scale_clamp: float, scale_factor: float
-) -> None:
-    """Refuse values with which a scale could be negative or overflow, and a factor on a map that has none."""
-    expect(scale_eps >= 0, "scale_eps", "0 or more", scale_eps)
-    expect(0 < scale_clamp <= MAX_CLAMP, "scale_clamp", f"a positive number, at most {MAX_CLAMP:g}", scale_clamp)
-    expected = f"a number from {1 / MAX_FACTOR:g} to {MAX_FACTOR:g}"
-    expect(1 / MAX_FACTOR <= scale_factor <= MAX_FACTOR, "scale_factor", expected, scale_factor)
+def check_scale_factor(coupling: str, scale_map: object, scale_factor: float) -> None:
+    """Refuse a factor on a map that has none."""
     has_factor = coupling == "affine" and scale_map == "sigmoid"
     expect(has_factor or scale_factor == 1, "scale_factor", "1 where the scale is no sigmoid", scale_factor)
 
@@ -51,8 +52,15 @@ def coupling_spec(
         repr(scale_map),
     )
     expect(order in ORDERS, "order", f"one of {ORDERS}", repr(order))
-    check_scale_numbers(coupling, scale_map, scale_eps, scale_clamp, scale_factor)
     bias, eps, clamp, factor = float(scale_bias), float(scale_eps), float(scale_clamp), float(scale_factor)
+    for name, value, allowed in (
+        ("scale_bias", bias, SCALE_BIAS),
+        ("scale_eps", eps, SCALE_EPS),
+        ("scale_clamp", clamp, SCALE_CLAMP),
+        ("scale_factor", factor, SCALE_FACTOR),
+    ):
+        allowed.check(name, value)
+    check_scale_factor(coupling, scale_map, factor)
     return CouplingSpec(coupling, scale_map, bias, eps, clamp, order, factor)
 
 

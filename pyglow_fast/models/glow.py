@@ -13,21 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast._errors import can_read, check_input, expect
-from pyglow_fast.layers import ActNorm, ReversibleSequence, Split
-from pyglow_fast.layers.planned import Plans
+from pyglow_fast._errors import can_read, check_count, check_input, expect
+from pyglow_fast._tracing import kernels_step_aside
+from pyglow_fast.layers import ActNorm, Coupling, ReversibleSequence, Split
+from pyglow_fast.layers.planned import Plans, planned_spacing, run_key
 from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.likelihood import bits_per_dim, dequantize
 from pyglow_fast.models.class_head import ClassHead
 from pyglow_fast.models.condition import Condition, fitted, level_conditions
 from pyglow_fast.models.config import GlowConfig
 from pyglow_fast.models.distribution import GlowDistribution
+from pyglow_fast.models.exact_nets import exact_nets
 from pyglow_fast.models.graphed import GraphedGlow
 from pyglow_fast.models.level import FlowLevel
 from pyglow_fast.models.prior import TopPrior, check_labels, check_temperature, scaled_noise, standardised
-from pyglow_fast.models.settings import GlowSettings
 from pyglow_fast.models.step_costs import glow_costs
-from pyglow_fast.reversible.costs import RestCost, RunCost
+from pyglow_fast.reversible.limits import call_untraced
+from pyglow_fast.reversible.planner import MemoryPlan, RunPlan, plan_memory
 from pyglow_fast.reversible.setting import parse_memory
 
 
@@ -38,7 +40,7 @@ class _Encoded(NamedTuple):
     states: list[list[Tensor]]
 
 
-class Glow(GlowSettings):
+class Glow(nn.Module):
     """log p(x) = sum over levels of log N(z_l; prior(z_{>l})) + log|det dz/dx|.
 
     Each of the L levels squeezes, applies K flow steps, and (but for the last) factors half of the channels out as a
@@ -130,10 +132,86 @@ class Glow(GlowSettings):
         )
         self.head = ClassHead(self.state_shapes[-1][0], self.config.classify) if self.config.classify else None
 
-    def _costs(
-        self, samples: int, spacings: Sequence[int], conds: Sequence[Sequence[int] | None] | None
-    ) -> tuple[list[RunCost], RestCost]:
-        return glow_costs(self, samples, spacings, conds)
+    def _sequences(self) -> list[ReversibleSequence]:
+        """All runs of steps, in their order; none of a frozen model."""
+        return [run for level in self.levels for run in level.children() if isinstance(run, ReversibleSequence)]
+
+    @property
+    def memory(self) -> str | int:
+        """The memory mode of all levels, or the bytes of the whole model; "frozen" for a frozen model."""
+        return self._sequences()[0].memory if self._sequences() else "frozen"
+
+    @memory.setter
+    def memory(self, memory: str | int | float) -> None:
+        expect(bool(self._sequences()), "memory", "a model that is not frozen", memory)
+        found = parse_memory(memory)
+        for sequence in self._sequences():
+            sequence.memory = found
+
+    def memory_plan(self, n: int) -> MemoryPlan | None:
+        """Plan a training step on n images of the model's size, from shapes alone; None without a budget.
+
+        What the nets run in is reckoned as it would be now: within torch.autocast call it there.
+
+        Args:
+            n: images of a batch.
+
+        Raises:
+            ValueError: the budget is too small for them; the message says how many bytes are enough.
+        """
+        check_count("n", n)
+        budget, sequences = self.memory, self._sequences()
+        if isinstance(budget, str):
+            return None
+        costs = glow_costs(self, n, [planned_spacing(sequence.control) for sequence in sequences], None)
+        return plan_memory(*costs, budget, sequences[0].memory_budget, self._parameter().device.type)
+
+    def _run_plans(self, x: Tensor, conds: Sequence[Tensor | None]) -> list[list[RunPlan]] | None:
+        """With a budget, what each level's runs of steps do in a forward that is recorded; else None."""
+        if isinstance(self.memory, str) or not torch.is_grad_enabled() or kernels_step_aside():
+            return None
+        return call_untraced(Glow._made_plans, self, self.memory, x, conds)
+
+    def _made_plans(self, budget: int, x: Tensor, conds: Sequence[Tensor | None]) -> list[list[RunPlan]] | None:
+        sequences = self._sequences()
+        wants = [parameter.requires_grad for parameter in self.parameters()]
+        if not (any(wants) or x.requires_grad or any(cond is not None and cond.requires_grad for cond in conds)):
+            return None
+        conditions = tuple(None if cond is None else cond.shape for cond in conds)
+        key = (x.shape, conditions, tuple(wants), run_key(x, self._couplings()))
+        plan = self._plans.of(
+            [sequence.control for sequence in sequences],
+            key,
+            lambda spacings: glow_costs(self, x.shape[0], spacings, conditions),
+            budget,
+            sequences[0].memory_budget,
+            x.device.type,
+        )
+        parts = iter(plan.runs)
+        return [[next(parts) for run in level.children() if run in sequences] for level in self.levels]
+
+    def _couplings(self) -> list[Coupling]:
+        return [module for module in self.modules() if isinstance(module, Coupling)]
+
+    @property
+    def precision(self) -> str:
+        """The precision that all coupling nets compute in."""
+        return self._couplings()[0].precision
+
+    @precision.setter
+    def precision(self, precision: str) -> None:
+        for coupling in self._couplings():
+            coupling.precision = precision
+
+    def memory_report(self) -> list[dict[str, Any]]:
+        """Report on each run of steps, two a level with checkerboards: see ReversibleSequence.memory_report.
+
+        With a budget each also says what the last training step's plan was: how many of its steps are "stored",
+        "checkpointed" and "inverted", and of all runs together "predicted_bytes" and "predicted_time" over that of
+        mode "store".
+        """
+        reports = [sequence.memory_report() for sequence in self._sequences()]
+        return reports if isinstance(self.memory, str) else self._plans.report(reports)
 
     def freeze(self) -> Glow:
         """Make a copy for deployment: the same densities, latents and samples from folded weights in buffers.
@@ -403,12 +481,12 @@ class Glow(GlowSettings):
         precision: of the nets; "auto" for the model's own. Rounding to 16 bits, or to TF32, is amplified from step to
         step: a warning says by how much.
         """
-        with self._exact(precision, "encode"):
+        with exact_nets(self, precision, "encode"):
             return self(x, cond)[0]
 
     def decode(self, latents: list[Tensor], cond: Condition | None = None, precision: str = "fp32") -> Tensor:
         """Compute the x whose latents these are; precision as in :meth:`encode`."""
-        with self._exact(precision, "decode"):
+        with exact_nets(self, precision, "decode"):
             return self.inverse(latents, cond)[0]
 
     @torch.no_grad()

@@ -49,20 +49,20 @@ class Between:
     spherical: bool = False
 
     @torch.no_grad()
-    def frames(self, steps: int = 8, times: tuple[float, ...] | None = None) -> tuple[Tensor, int]:
-        """Compute the frames, int64 levels (steps, C, H, W), both ends included, and how many were not finite.
+    def frames(self, count: int = 8, times: tuple[float, ...] | None = None) -> tuple[Tensor, int]:
+        """Compute the frames, int64 grey levels (count, C, H, W), both ends included, and how many were not finite.
 
         Args:
-            steps: how many, evenly spaced.
+            count: how many, evenly spaced.
             times: the points of the path between 0 and 1 that are computed instead.
 
         Raises:
-            ValueError: fewer than two steps, or points outside of 0..1.
+            ValueError: fewer than two, or points outside of 0..1.
         """
         model, n_bins = self.opened.model, self.opened.n_bins
         a, b = (self.opened.x(picked.levels[None].long()) for picked in (self.first, self.last))
         ends = (self.opened.y(self.first.label), self.opened.y(self.last.label))
-        x = interpolate(model, a, b, steps, self.spherical, self.space, ends, times=times)[0]
+        x = interpolate(model, a, b, count, self.spherical, self.space, ends, times=times)[0]
         return to_levels(x, n_bins).cpu(), count_not_finite(x)
 
     def _words(self) -> list[str]:
@@ -79,12 +79,12 @@ class Between:
         return made_png(picture, command_line(self.opened, "interpolate", words))
 
     def made(self, levels: Tensor, suffix: str, scale: int | None = None) -> Made:
-        """Encode all frames (steps, C, H, W): side by side as a PNG, or there and back again as a GIF or WebP.
+        """Encode all frames (n, C, H, W): side by side as a PNG, or there and back again as a GIF or WebP.
 
         Raises:
             ValueError: another suffix.
         """
-        words = [*self._words(), "--steps", str(len(levels))]
+        words = [*self._words(), "--frames", str(len(levels))]
         command = command_line(self.opened, "interpolate", words + (["--scale", str(scale)] if scale else []))
         if suffix == ".png":
             return made_png(grid(levels, self.opened.n_bins, len(levels), scale), command)

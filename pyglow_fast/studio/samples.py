@@ -12,7 +12,7 @@ from pyglow_fast._errors import check_seed, expect
 from pyglow_fast.likelihood import count_not_finite
 from pyglow_fast.models import Glow
 from pyglow_fast.train import class_columns, class_cycle, device_of, to_levels
-from pyglow_fast.train.figures import MOST_IMAGES, grid
+from pyglow_fast.train.figures import PICTURE_IMAGES, grid
 
 BATCH = 64
 N, TEMPERATURE = 64, 0.7
@@ -65,8 +65,7 @@ class Draw:
     labels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        expect(self.n >= 1, "n", "a positive whole number", self.n)
-        expect(self.n <= MOST_IMAGES, "n", f"at most {MOST_IMAGES} (all of them are in one picture)", self.n)
+        PICTURE_IMAGES.check("n", self.n, whole=True)
         finite = 0.0 <= self.temperature < float("inf")
         expect(finite, "temperature", "a number, 0 or more", self.temperature)
         check_seed(self.seed)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import check_count, expect
+from pyglow_fast._settings import Range
 from pyglow_fast.data import optional
 from pyglow_fast.likelihood import quantize
 from pyglow_fast.train.files import write_bytes
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 LONGEST_TEXT = 1 << 16  # characters of a text in a picture; readers refuse what is much longer
-MOST_IMAGES = 1 << 16  # in one picture: of 8x8 pixels, each as large as it is shown, they have 16,384x16,384
+# Of 8x8 pixels, each as large as it is shown, so many have 16,384x16,384.
+PICTURE_IMAGES = Range(least=1, most=1 << 16, why="all of them are in one picture")
 ANIMATIONS = ("gif", "webp")
 # Characters that XML, where a WebP keeps its text, does not have; a carriage return would be read as a line end.
 _NO_TEXT = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")

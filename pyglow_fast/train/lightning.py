@@ -15,13 +15,15 @@ from torch import Tensor
 
 from pyglow_fast._errors import expect
 from pyglow_fast._moments import Moments
+from pyglow_fast._settings import check_setting
 from pyglow_fast.data import MissingExtraError
 from pyglow_fast.likelihood import bits_per_dim, dequantize
 from pyglow_fast.models import Glow, GlowConfig
 from pyglow_fast.models.class_head import class_bits
 from pyglow_fast.models.prior import check_labels
+from pyglow_fast.train.config import TrainConfig
 from pyglow_fast.train.ema import Ema
-from pyglow_fast.train.optim import OPTIMIZERS, learning_rate, make_optimizer
+from pyglow_fast.train.optim import learning_rate, make_optimizer
 from pyglow_fast.train.seeds import derive
 from pyglow_fast.train.state import TrainingDivergedError
 
@@ -121,17 +123,15 @@ class GlowModule(LightningModule):
         expect(self.model.memory != "frozen", "model", "a model that can be trained", "a frozen one")
         expect(config.cond_channels == 0, "model", "a model with cond_channels=0", config.cond_channels)
         expect(type(n_bins) is int and 2 <= n_bins <= 65536, "n_bins", "an int in 2..65536", n_bins)
-        expect(optimizer in OPTIMIZERS, "optimizer", f"one of {OPTIMIZERS}", repr(optimizer))
-        for name, value in (("lr", lr), ("weight_decay", weight_decay), ("class_weight", class_weight)):
-            is_number = isinstance(value, int | float) and math.isfinite(value)
-            expect(is_number and value >= 0 and (name != "lr" or value > 0), name, "a positive number", value)
+        shared: dict[str, Any] = {"optimizer": optimizer, "lr": lr, "weight_decay": weight_decay}
+        shared |= {"class_weight": class_weight, "warmup_steps": warmup_steps, "decay_steps": decay_steps}
+        for name, value in (shared | {"ema_decay": ema_decay}).items():
+            check_setting(TrainConfig, name, value)
         judged = (class_weight > 0) == (config.classify > 0)
         expect(judged, "class_weight", f"a number above 0 exactly if classify={config.classify} is", class_weight)
         expect(weight_decay == 0 or optimizer == "adamw", "weight_decay", f"0 for {optimizer}", weight_decay)
-        expect(type(warmup_steps) is int and warmup_steps >= 0, "warmup_steps", "an int, 0 or more", warmup_steps)
-        ends = decay_steps is None or (type(decay_steps) is int and decay_steps > warmup_steps)
-        expect(ends, "decay_steps", f"None or an int above warmup_steps={warmup_steps}", decay_steps)
-        expect(ema_decay is None or 0 < ema_decay < 1, "ema_decay", "None or a number between 0 and 1", ema_decay)
+        ends = decay_steps is None or decay_steps > warmup_steps
+        expect(ends, "decay_steps", f"a number above warmup_steps={warmup_steps}, or none", decay_steps)
         expect(type(seed) is int, "seed", "an int", repr(seed))
         options = {
             "n_bins": n_bins,

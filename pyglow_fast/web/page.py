@@ -99,4 +99,4 @@ def page(shelf: Shelf) -> gr.Blocks:
 def _about(opened: OpenRun) -> str:
     """What is open, in a line."""
     shape = "x".join(map(str, opened.model.config.image_shape))
-    return f"<p>{html.escape(f'step {opened.step:,}, images {shape}, {opened.n_bins} levels')}</p>"
+    return f"<p>{html.escape(f'step {opened.step:,}, images {shape}, {opened.n_bins} grey levels')}</p>"
