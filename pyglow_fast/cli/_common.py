@@ -30,7 +30,7 @@ _MOST = {
     "n": MOST_IMAGES,
     "columns": MOST_IMAGES,
     "scale": 256,
-    "steps": 1000,  # of a path
+    "steps": 1000,  # frames of a path
     "samples": 10_000,  # each goes through all images once more
     "batch_size": 1 << 16,
 }

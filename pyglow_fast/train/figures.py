@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 LONGEST_TEXT = 1 << 16  # characters of a text in a picture; readers refuse what is much longer
-MOST_IMAGES = 1 << 16  # in one picture: of 8x8 pixels, each as large as it is shown, they have 16,384x16,384
+MOST_IMAGES = 1 << 16  # images in one picture: with 8x8 pixels each, as large as they are shown, it has 16,384x16,384
 ANIMATIONS = ("gif", "webp")
 # Characters that XML, where a WebP keeps its text, does not have; a carriage return would be read as a line end.
 _NO_TEXT = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
