@@ -24,13 +24,12 @@ from pyglow_fast.train.files import write_bytes
 LOOSE = ("folder", "photos")  # images that are whatever lies below a folder: a file more there would be one of them
 
 
-# A number above its bound is a slip of the pen, and the consequences (a traceback, or no end) would say less than a
-# refusal.
+# Above these a number is a slip of the pen, and what came of it would say less: a traceback, or no end.
 _MOST = {
     "n": MOST_IMAGES,
     "columns": MOST_IMAGES,
     "scale": 256,
-    "steps": 1000,  # frames of a path
+    "steps": 1000,  # of a path
     "samples": 10_000,  # each goes through all images once more
     "batch_size": 1 << 16,
 }

@@ -20,7 +20,7 @@ SPACE_WORDS = "z of every level (latent), or what the priors standardise it to (
 
 
 def add_picture(parser: argparse.ArgumentParser, seed_of: str, kinds: str = "") -> None:
-    """Declare the options of a picture: --out, --scale and --seed."""
+    """--out, --scale and --seed."""
     text = f"the picture to write{': ' if kinds else ''}{kinds}"
     parser.add_argument("--out", required=True, metavar="PNG", help=text)
     parser.add_argument(

@@ -61,7 +61,7 @@ def _error(value: float) -> str:
 
 
 def write_scores(rows: list[Row], path: Path) -> None:
-    """Write one line for each row; the standard error of a single image is empty."""
+    """One line a row; a standard error of a single image is empty."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["edit", "strength", "rmse", "rmse_se", "gain", "gain_se", "images", "not_finite"])

@@ -1,4 +1,4 @@
-"""Declares the options of ``pyglow-fast train``: one for each field of TrainConfig, DataConfig and GlowConfig."""
+"""The options of ``pyglow-fast train``: one for each field of TrainConfig, DataConfig and GlowConfig."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Declare the options; one that is not given does not appear in the namespace."""
+    """Declare them; what is not given does not appear in the namespace."""
     groups = {}
     for title, options in _GROUPS:
         groups[title] = parser.add_argument_group(title)

@@ -158,7 +158,7 @@ def _pairs(args: argparse.Namespace) -> int:
         x, y = inputs(batch.levels, batch.labels, n_bins, model)
         labels = None if y is None else (y[::2], y[1::2])
         paths = interpolate(model, x[::2], x[1::2], args.steps, args.spherical, args.space, labels)
-        ends = paths[:, [0, -1]].flatten(0, 1)  # the ends of the paths, in the order of x
+        ends = paths[:, [0, -1]].flatten(0, 1)  # in the order of x
         error = float(torch.cat([ends - x, torch.full_like(x[:1], error)]).abs().max())  # unlike max(), keeps a NaN
         changed += int((to_levels(ends, n_bins).cpu() != batch.levels).sum())
         bad += count_not_finite(paths.flatten(0, 1))

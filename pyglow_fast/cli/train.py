@@ -119,7 +119,7 @@ def from_file(path: str) -> tuple[dict[str, Any], str | None, str | None]:
 
 
 def gathered(args: argparse.Namespace, special: Collection[str]) -> tuple[dict[str, Any], str | None, str | None]:
-    """Collect (settings, name of the images, preset) from the options, and behind them from --config.
+    """(settings, name of the images, preset) from the options, and behind them from --config.
 
     Args:
         args: the parsed options, with data, preset and config.

@@ -77,7 +77,7 @@ def seconds_per_step(rows: Sequence[Row], batch_size: int) -> float:
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Compute m = sum v / n and sqrt(sum (v - m)^2 / (n - 1)); the latter is NaN for one value, both are for none."""
+    """m = sum v / n and sqrt(sum (v - m)^2 / (n - 1)); the latter is NaN for one value, both are for none."""
     if not values:
         return math.nan, math.nan
     mean = math.fsum(values) / len(values) if all(map(math.isfinite, values)) else sum(values) / len(values)
@@ -120,7 +120,7 @@ def curves_of(outcomes: Sequence[Outcome]) -> Curves:
 
 
 def curves_csv(curves: Curves) -> str:
-    """Write CSV text: permutation, coupling, step, held_out_bpd, its deviation over seeds (empty for one), seeds."""
+    """permutation, coupling, step, held_out_bpd, its standard deviation over the seeds (empty for one), seeds."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["permutation", "coupling", "step", "held_out_bpd", "held_out_bpd_sd", "seeds"])

@@ -18,7 +18,7 @@ from pyglow_fast.train import ImageScores
 from pyglow_fast.train.files import write_text
 
 NAMED = 5  # images that are named in a line about many
-# A spreadsheet takes a cell that begins with one of these, in wide forms too, for a formula; the last one marks a text.
+# With these a spreadsheet begins a formula, in wide forms too. The last one marks a text.
 _MARKED = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20", "'")
 
 
@@ -113,10 +113,10 @@ def score_csv(sets: Mapping[str, ScoredImages]) -> str:
     several sets, images with names, images with classes, and more than one draw. Scores that are not finite are ``nan``
     and ``inf``.
 
-    The texts in ``set``, ``name`` and ``label`` come from elsewhere, and a spreadsheet would take some of them for
-    formulas. So a text that begins with =, +, -, @ (or their wide forms) or an apostrophe is written with an apostrophe
-    before it, as spreadsheets mark a text: to have the text itself, take one leading apostrophe away. Control
-    characters, and bytes that are no UTF-8, are written out, as \\n or \\udcff. Numbers are numbers.
+    What is in ``set``, ``name`` and ``label`` comes from elsewhere, and a spreadsheet would take some of it for a
+    formula. A text that begins with =, +, -, @ (or their wide forms) or an apostrophe has an apostrophe before it, as
+    spreadsheets mark a text: to have the text itself, take one leading apostrophe away. Control characters in it, and
+    bytes that are no UTF-8, are written out, as \\n or \\udcff. Numbers are numbers.
 
     Args:
         sets: the scored images, by the name that each set has in the column ``set``.

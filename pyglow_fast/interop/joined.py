@@ -68,7 +68,7 @@ class OrderedNet(nn.Module):
         return nets.kept_bytes(self.net, self.output_map is not None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x (N, C/2, *spatial) to shift and raw scale (or shift alone)."""
+        """x (N, C/2, *spatial) -> shift and raw scale (or shift alone)."""
         return nets.run(self.net, x, self.output_map)
 
 

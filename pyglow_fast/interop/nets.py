@@ -325,10 +325,10 @@ def run(
 ) -> Tensor:
     """Compute net(x), or net([x, cond]) of the channels of both, by the executor where it knows the net and takes x.
 
-    Where the executor knows the net but would be slower, it is computed by the library's convolutions, which pad by
-    themselves. ``output_map(values, dim)`` is a linear map of the output channels, which are dimension ``dim`` of
-    ``values``: the result is then output_map(net(x), 1). For a recognised net the last weights are mapped instead, so
-    that no pass over the output is needed (unless the net ends in an activation).
+    Or, where it is recognised and ours would be slower, by the library's convolutions, which pad by themselves.
+    ``output_map(values, dim)`` is a linear map of the output channels, which are dimension ``dim`` of ``values``: then
+    output_map(net(x), 1), and of a recognised net the map of the last weights instead, so that it costs no pass over
+    the output (but for nets that end in an activation).
     """
     known = _known(net, x, cond)
     found = None if known is None else known.weights_and_biases()

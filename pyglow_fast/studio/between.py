@@ -50,11 +50,11 @@ class Between:
 
     @torch.no_grad()
     def frames(self, steps: int = 8, times: tuple[float, ...] | None = None) -> tuple[Tensor, int]:
-        """Compute the frames, int64 levels (steps, C, H, W), both ends included, and how many were not finite.
+        """Levels int64 (steps, C, H, W), both ends included, and how many frames were not finite.
 
         Args:
             steps: how many, evenly spaced.
-            times: the points of the path between 0 and 1 that are computed instead.
+            times: points between 0 and 1 instead.
 
         Raises:
             ValueError: fewer than two steps, or points outside of 0..1.
@@ -79,7 +79,7 @@ class Between:
         return made_png(picture, command_line(self.opened, "interpolate", words))
 
     def made(self, levels: Tensor, suffix: str, scale: int | None = None) -> Made:
-        """Encode all frames (steps, C, H, W): side by side as a PNG, or there and back again as a GIF or WebP.
+        """All frames (steps, C, H, W): side by side as a PNG, or there and back again as a GIF or WebP.
 
         Raises:
             ValueError: another suffix.

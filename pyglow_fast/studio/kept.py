@@ -20,16 +20,16 @@ MOST = 4  # files of one kind: those of the newest checkpoints, or of other sett
 
 
 def kept(folder: Path, kind: str, key: dict[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the tensors computed for ``key``: read from ``folder`` if they are there, else computed and written.
+    """The tensors that were computed for ``key``: from ``folder`` if they are there, else computed and written.
 
     A file that is damaged, or was written for another key, is passed over and replaced. A folder that cannot be written
     is no error: a warning says that the next time will take as long.
 
     Args:
-        folder: where the file is kept; made if it is not there.
+        folder: made if it is not there.
         kind: the beginning of the file's name.
-        key: all that the result depends on, as JSON can hold it; with the digest of a checkpoint under ``digest``.
-        compute: computes the tensors.
+        key: all that the result depends on, JSON-able; with the digest of a checkpoint under ``digest``.
+        compute: what gives them.
     """
     text = json.dumps(key, sort_keys=True)
     path = folder / f"{kind}-{key['digest'][:16]}.safetensors"

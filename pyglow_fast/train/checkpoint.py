@@ -69,7 +69,7 @@ class Checkpoint:
         model: the model's state dict.
         ema: the average of its weights by parameter name; empty without one.
         optimizer: tensors of the optimizer's state, named ``KIND.PARAMETER``.
-        optimizer_groups: the optimizer's param_groups without parameters, which JSON can hold.
+        optimizer_groups: the optimizer's param_groups without parameters, JSON-able.
         rank: what each rank has for itself, named ``R.NAME``: states of random generators and of the drift control.
         written_by: the versions of the code that wrote it.
         digest: the digest in the file, a key for what is computed from its contents; empty unless the checkpoint was

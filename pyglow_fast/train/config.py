@@ -27,15 +27,14 @@ ADJUSTABLE = frozenset(
     | {"eval_images", "sample_count", "sample_temperature", "keep", "tensorboard", "check_ranks_every", "max_skipped"}
     | {"data.on_unreadable"}
 )
-# Fields that may be None, which a file (it knows no null) writes as "none".
+# In a file, which knows no null: "none" in these fields.
 OPTIONAL = frozenset(
     {"ema_decay", "decay_steps", "clip_norm", "patience", "threads", "workers", *LIMITS}
     | {"size", "n_bits", "held_out", "scale", "attribute", "in_memory", "n_classes", "n_splits"}
 )
 
 
-# A value above its bound is a slip of the pen, and the consequences (a traceback, or no end) would say less than a
-# refusal.
+# Above these a value is a slip of the pen, and what came of it would say less: a traceback, or no end.
 _BOUNDS: dict[str, tuple[float, str]] = {
     "workers": (MOST_WORKERS, "each is a process with torch in it"),
     "threads": (1024, "torch ends the process where the system has no more"),

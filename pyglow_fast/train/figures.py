@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 LONGEST_TEXT = 1 << 16  # characters of a text in a picture; readers refuse what is much longer
-MOST_IMAGES = 1 << 16  # images in one picture: with 8x8 pixels each, as large as they are shown, it has 16,384x16,384
+MOST_IMAGES = 1 << 16  # in one picture: of 8x8 pixels, each as large as it is shown, they have 16,384x16,384
 ANIMATIONS = ("gif", "webp")
 # Characters that XML, where a WebP keeps its text, does not have; a carriage return would be read as a line end.
 _NO_TEXT = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -143,7 +143,7 @@ def animation_bytes(
         levels: (n, C, H, W) of levels 0..n_bins-1; channels beyond the third are left out, two channels show the first.
         n_bins: the level n_bins-1 is shown white.
         kind: "gif" or "webp".
-        milliseconds: how long an image is shown, 20..60000; a GIF counts in tens, rounded down.
+        milliseconds: that an image is shown for, 20..60000; a GIF counts in tens, rounded down.
         scale: whole factor each pixel is enlarged by; by default what makes an image about 64 pixels high.
         text: as of :func:`png_bytes`. A GIF keeps it as its comment, a WebP as the description of its XMP, one line
             "keyword: text" each.

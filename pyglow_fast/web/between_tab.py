@@ -59,7 +59,7 @@ class BetweenTab:
             self.takes[i].click(on_page()(self._take_edit(i)), desk, None, **QUIET).success(*drawn, **QUIET)
 
     def show(self, desk: Desk, kind: str, steps: float) -> list[Any]:
-        """Fill the tab for a run that was chosen."""
+        """What the tab shows of a run that was chosen."""
         opened = desk.opened(self._shelf)
         missing = opened.images.missing
         if not missing:
@@ -107,7 +107,7 @@ class BetweenTab:
         return clicked(event, int(steps)) / (int(steps) - 1), anew()
 
     def moved(self, desk: Desk, kind: str, at: float) -> list[Any]:
-        """Make the image at one point of the path, and the commands that give it and the strip."""
+        """The image at one point of the path; and the commands that give it and the strip."""
         opened, between = self._between(desk, kind)
         if between is None:
             return [note("Choose two images."), ""]
@@ -122,7 +122,7 @@ class BetweenTab:
         return [f"{shown}<p>{link}</p>{grey}", f"{made.whole_command('between.png')}\n{desk.strip}"]
 
     def drawn(self, desk: Desk, kind: str, steps: float) -> list[Any]:
-        """Draw the strip of the whole path."""
+        """The strip of the whole path."""
         opened, between = self._between(desk, kind)
         if between is None:
             return ["", anew()]

@@ -64,7 +64,7 @@ def _with_gradients(function: Callable[..., object], inputs: list[Tensor], dtype
 
 
 def log_det_magnitude(net_out: Tensor, spec: CouplingSpec) -> float:
-    """Compute the size of a sum of log s that cancel: roundings of n terms grow like a random walk, sqrt(n) of one."""
+    """Of the sum of log s, whose terms cancel: the roundings of n terms add up like a random walk, sqrt(n) of one."""
     if spec.kind == "additive" or not net_out.numel():
         return 0.0
     _, log_scale = reference.scale_and_log(net_out.double().chunk(2, dim=1)[1], spec)

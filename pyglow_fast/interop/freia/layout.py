@@ -137,7 +137,7 @@ def net_output(
 ) -> Tensor:
     """Compute [shift | raw] by subnet(passive), (N, 2 transformed, *spatial), for a state (N, C, *spatial).
 
-    With a condition, the subnet is called with [passive, cond].
+    With a condition, of subnet([passive, cond]).
 
     Raises:
         ValueError: the subnet's output has another shape. (FrEIA broadcasts some, with a wrong log-det.)
@@ -179,7 +179,7 @@ class OrderedSubnet(nn.Module):
         return nets.kept_bytes(self.subnet, True)
 
     def forward(self, x1: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Map x1 and the condition to [shift | raw]."""
+        """x1, cond -> [shift | raw]."""
         return net_output(self.subnet, x1, x1, self.order, None if cond is None else cond.to(x1.dtype))
 
 

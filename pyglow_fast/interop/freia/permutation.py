@@ -20,8 +20,8 @@ class Seen(NamedTuple):
     def holds(self, pair: tuple[Tensor, Tensor]) -> bool:
         """Whether these are the tensors that were looked at, as they were.
 
-        A write through .data changes no version. On the CPU the ones of a hard permutation are therefore looked at, C
-        numbers of each matrix: an orthogonal matrix whose ones are where they were is the same.
+        What is written through .data has no version. On the CPU the ones of a hard permutation are looked at, C numbers
+        of each matrix: while they are where they were, an orthogonal matrix is the same.
         """
         for tensor, (known, place, version) in zip(pair, self.tensors, strict=True):
             if known() is not tensor or tensor.data_ptr() != place or tensor._version != version:

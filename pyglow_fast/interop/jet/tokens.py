@@ -29,8 +29,8 @@ def _gathered(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
     return out
 
 
-# The permutations by layer and projection, each with the tensor that it was read from: as long as that lives, no other
-# tensor is in its place.
+# By layer and kind of projection, with the tensor that it was read from: as long as that lives, no other is in its
+# place.
 _known: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Tensor, int, Permutation | None]]] = (
     weakref.WeakKeyDictionary()
 )

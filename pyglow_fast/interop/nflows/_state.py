@@ -39,7 +39,7 @@ def as_it_comes(layer: object, *methods: str) -> bool:
 
 
 class Derived(Generic[T]):
-    """A value for each layer, derived from tensors of it, while these are the same objects of one version.
+    """One value per layer, derived from tensors of it, while these are the same objects, in one place, of one version.
 
     Values are kept beside the layers, so that the layers have no attribute that those of the library lack, and copies
     of them start anew. Tensors made in inference mode, and traced ones, have no version: then the value is derived each
