@@ -37,7 +37,7 @@ from pyglow_fast.cli._common import InputError, Parser, say_error
 from pyglow_fast.data import MissingExtraError, UnreadableImageError
 from pyglow_fast.train import FolderError, InputLostError, RankError, SaveError, TrainingDivergedError
 
-NO_MEMORY = "can't allocate memory"  # in what torch raises on the CPU
+NO_MEMORY = "can't allocate memory"  # part of what torch raises on the CPU
 COMMANDS: tuple[ModuleType, ...] = (
     train,
     sample,
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _run(argv)
         print(end="", flush=True)  # here, since what fails at exit cannot be caught
     except BrokenPipeError:  # | head has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at exit goes there
         return 141
     return code
 

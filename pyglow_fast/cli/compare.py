@@ -72,7 +72,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--preset", default=None, metavar="NAME", help="settings under a name, as for train")
     parser.add_argument("--quiet", action="store_true", default=False, help="print the table only")
     add_options(parser)
-    for name, plural in _PLURAL.items():  # in the place of train's option of that name
+    for name, plural in _PLURAL.items():  # replaces train's option of that name
         parser.add_argument(f"--{name}", type=_refused(plural), help=argparse.SUPPRESS)
 
 

@@ -114,7 +114,7 @@ def _files(args: argparse.Namespace) -> int:
         files = [opened.pick(image) for image in images]
         with progress_bar("bits/dim of the run's images") as progress:
             if picture is not None:
-                opened.scores(progress)  # which the histogram needs
+                opened.scores(progress)  # the histogram needs them
             scores = score_files(opened, files, progress)
     say(f"{args.run} at step {opened.step}:")
     for score in scores:

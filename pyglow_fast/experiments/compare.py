@@ -213,7 +213,7 @@ class Comparison:
         return None
 
     def _train(self, trial: Trial, quiet: bool, say: Callable[[str], None]) -> int | None:
-        if trial.finished() is not None:  # by another process since
+        if trial.finished() is not None:  # another process has trained it since
             return None
         try:
             result = trial.ready(self.data).execute(quiet)

@@ -76,7 +76,7 @@ class Acceleration:
     joined: dict[str, str] = field(default_factory=dict)
     _faces: list[Face] = field(default_factory=list)
     _lists: list[Joined] = field(default_factory=list)
-    _adopted: dict[str, set[nn.Module]] = field(default_factory=dict)  # by library
+    _adopted: dict[str, set[nn.Module]] = field(default_factory=dict)  # the adopted modules, by library
 
     def undo(self) -> None:
         """Make the model what it was: the library's own layers, with the weights of now.

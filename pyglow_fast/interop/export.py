@@ -53,7 +53,7 @@ def _fold(module: fx.GraphModule) -> None:
         module.register_buffer(f"constant_{count}", value.detach().contiguous())
         with module.graph.inserting_before(node):
             node.replace_all_uses_with(module.graph.get_attr(f"constant_{count}"))
-    for node in reversed(values):  # those of checks too, which no other node reads
+    for node in reversed(values):  # also nodes of checks, which no other node reads
         if not node.users:
             module.graph.erase_node(node)
     read = {node.target for node in module.graph.find_nodes(op="get_attr")}

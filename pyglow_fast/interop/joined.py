@@ -179,7 +179,7 @@ class JoinedRun:
         )
         plan = self._plan(maps, x, cond) if records else RunPlan.of_mode("store", len(self), self.memory_budget)
         z, log_dets = x, []
-        while maps:  # as each piece takes its own, so that nobody keeps them besides
+        while maps:  # each piece takes its own maps off the list, so that nobody keeps them besides
             start = len(self) - len(maps)
             start, stop, mode = next(plan.pieces(start, len(self)))
             own, maps = stack_maps(maps[: stop - start]), maps[stop - start :]
@@ -335,7 +335,7 @@ class Face:
 class Joined(nn.Module):
     """A container of a library in which runs of steps are joined, in place."""
 
-    faces: list[Any]  # of the runs, and perhaps what is between them
+    faces: list[Any]  # the runs' faces, and perhaps what is between them
 
     def steps(self) -> list[nn.Module]:
         """List the modules that the container has."""

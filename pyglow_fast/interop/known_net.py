@@ -36,7 +36,7 @@ AFFINE_MAPS: dict[str, Callable[[nn.Module, int], Affine | None]] = {
 # Which convolutions are better left to the library: those with at least so many channels (in float32, in 16 bits) on
 # both sides, at most this ratio between the sides, and at least so many multiply-adds for a batch.
 LEAST_SQUARE, LEAST_SQUARE_IN_HALF, MOST_RATIO, LEAST_WORK = 48, 16, 4, 2e8
-LEAST_ROWS, MOST_FEATURES = 1024, 512  # of vectors and of the layers between which ours are as fast, see pays
+LEAST_ROWS, MOST_FEATURES = 1024, 512  # at least so many vectors, layers at most so wide: see pays
 LAYERS: dict[type[nn.Module], int] = {nn.Linear: 0, nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}  # spatial dimensions
 NORMS: dict[type[nn.Module], tuple[int, ...]] = {nn.BatchNorm1d: (0, 1), nn.BatchNorm2d: (2,), nn.BatchNorm3d: (3,)}
 

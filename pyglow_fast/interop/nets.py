@@ -219,7 +219,7 @@ def _check_weights(name: str, module: Any) -> None:
     kernel: tuple[int, ...] = () if isinstance(module, nn.Linear) else module.kernel_size
     shapes = {"weight": (after, before, *kernel), "bias": (after,)}
     for key, shape in shapes.items():
-        value = None if key in computed else getattr(module, key)  # to look at it would compute it, and may change it
+        value = None if key in computed else getattr(module, key)  # looking at it would compute it, and may change it
         if value is not None and value.shape != shape:
             _refuse(name, module, f", {key} {tuple(value.shape)}", f"{shape}")
 

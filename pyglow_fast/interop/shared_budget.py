@@ -48,9 +48,9 @@ class SharedBudget:
         self._plans = Plans()
         self._steps: OrderedDict[Hashable, dict[int, Call]] = OrderedDict()  # by the call that they begin with
         self._opening: Hashable = None  # the call that the present step began with
-        self._step: dict[int, Call] = {}  # the present one, as it is known: runs in their order
-        self._called: set[int] = set()  # in it
-        self._whole: MemoryPlan | None = None  # of these runs, as it began
+        self._step: dict[int, Call] = {}  # what is known of the present step: its runs in order
+        self._called: set[int] = set()  # runs that were called in the present step
+        self._whole: MemoryPlan | None = None  # the plan of the runs below, made when the step began
         self._runs: list[int] = []
         self._last: dict[int, tuple[RunPlan, MemoryPlan | None]] = {}  # what each run did, by which plan
 

@@ -37,7 +37,7 @@ class Between:
         >>> result = start(TrainConfig(model=model, max_steps=1), "runs/tiny").execute(quiet=True)
         >>> opened = OpenRun.open("runs/tiny")
         >>> between = Between(opened, opened.pick(parse_image("0")), opened.pick(parse_image("1")), "noise")
-        >>> frames, not_finite = between.frames(steps=5)
+        >>> frames, not_finite = between.frames(5)
         >>> frames.shape, between.made(frames, ".gif").data[:3]
         (torch.Size([5, 1, 8, 8]), b'GIF')
     """

@@ -182,7 +182,7 @@ class Checkpoint:
 
 
 _UNSEALED = "0" * 64
-_DIGEST = re.compile(rb'\\"digest\\": \\"([0-9a-f]{64})\\"')  # in JSON in JSON
+_DIGEST = re.compile(rb'\\"digest\\": \\"([0-9a-f]{64})\\"')  # a JSON text inside a JSON text
 
 
 def _place_of_digest(outer: bytes, name: str) -> int:

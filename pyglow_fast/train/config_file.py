@@ -61,7 +61,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(visible(f"{name}: expected a file that can be read, found {error}")) from error
     except RecursionError as error:
         raise ValueError(visible(f"{name}: expected tables of settings, found deeper ones than can be read")) from error
-    except ValueError as error:  # of each parser, and of text that is not UTF-8
+    except ValueError as error:  # raised by each parser, and for text that is not UTF-8
         kind = path.suffix[1:].upper()
         raise ValueError(visible(f"{name}: expected a configuration as {kind}, found {error}")) from error
     expect(isinstance(values, Mapping), name, "tables of settings", type(values).__name__)

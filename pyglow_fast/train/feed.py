@@ -15,7 +15,7 @@ from pyglow_fast.train.config import TrainConfig
 from pyglow_fast.train.ranks import Ranks
 from pyglow_fast.train.seeds import batch_indices, derive, keyed_noise
 
-WORKERS = 2  # that read images from files, where a run does not say how many
+WORKERS = 2  # processes that read images from files, where a run does not say how many
 
 
 def n_workers(config: TrainConfig, data: Images) -> int:

@@ -83,11 +83,11 @@ class FolderLock:
         self._handle = None
 
 
-_handles: set[int] = set()  # of the folders that this process trains in
+_handles: set[int] = set()  # file descriptors of the locks that this process holds
 
 
 def _close_all() -> None:
-    """Processes that read images are forked from this one: they must not hold its lock when it is killed."""
+    """Close the locks in a forked process that reads images: it must not hold them when this one is killed."""
     for handle in _handles:
         os.close(handle)
     _handles.clear()

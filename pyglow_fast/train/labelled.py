@@ -15,7 +15,7 @@ from pyglow_fast.train.figures import pictures, save_picture
 
 FONT_SIZE = 14
 _GAP = 6  # pixels between images, and around text
-_WIDEST_LABEL = 260  # of a row; longer ones are broken into lines
+_WIDEST_LABEL = 260  # pixels of a row's label; longer ones are broken into lines
 _NARROWEST = 400  # a page under a title that is longer
 _PAPER, _INK, _FRAME = 255, 0, 190
 

@@ -34,7 +34,7 @@ except ImportError as error:
         f'lightning is needed for GlowModule and cannot be imported ({error}): pip install "pyglow-fast[lightning]"'
     ) from error
 
-EMA_KEY = "ema"  # of the averaged weights in a checkpoint
+EMA_KEY = "ema"  # where a checkpoint has the averaged weights
 
 
 def _glow(model: Glow | GlowConfig | Mapping[str, Any]) -> Glow:
@@ -149,7 +149,7 @@ class GlowModule(LightningModule):
         self.save_hyperparameters({"model": plain, **options})
         self.n_bins, self.seed = n_bins, seed
         self.ema = None if ema_decay is None else Ema(self.model, ema_decay)
-        self._sums: Tensor | None = None  # of the evaluation that goes on, see _begin
+        self._sums: Tensor | None = None  # the sums of the evaluation that goes on, see _begin
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GlowModule:
         """The averaged weights go where the model goes."""

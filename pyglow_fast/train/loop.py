@@ -112,7 +112,7 @@ class Run:
         self._before: Score | None = None
         self._mark = (0.0, 0)  # time and step of the last row, for the speed
         self._quiet = False
-        self._signum = 0  # that ends the run, of whichever rank it was sent to
+        self._signum = 0  # the signal that ends the run, whichever rank it was sent to
 
     def execute(self, quiet: bool = False) -> Result:
         """Train until a limit is reached or a signal comes.
@@ -169,7 +169,7 @@ class Run:
         state.initialize()
         self._before = self._evaluate()
         writer.add(self._row())
-        writer.save(state.checkpoint())  # so there is a good one from the first step on
+        writer.save(state.checkpoint())  # a good checkpoint is there from the first step on
 
     def _bar(self) -> Any:
         config, state = self.state.config, self.state
@@ -219,7 +219,7 @@ class Run:
         """A context for all else that reads; torch raises in the main thread when a reading process dies."""
         try:
             yield
-        except UnreadableImageError as error:  # in an evaluation, on this rank only
+        except UnreadableImageError as error:  # raised in an evaluation, on this rank only
             raise self._saved(error) if self.state.ranks.world == 1 else InputLostError(str(error)) from error
         except RuntimeError as error:
             if isinstance(error, InputLostError) or not READER_DIED.search(str(error)):
@@ -283,7 +283,7 @@ class Run:
             f"step {progress.step}: held-out {held_out.mean:.3f} ± {held_out.error_text} bits/dim, "
             f"train {train.mean:.3f}" + ("" if held_out.accuracy is None else f", accuracy {held_out.accuracy:.3f}")
         )
-        if everything:  # of other images than the scores that it would be compared to
+        if everything:  # these are scores of other images than those that they would be compared to
             return held_out
         # A folder that was removed has no best checkpoint any more.
         (gone,) = state.ranks.largest(state.ranks.first and not self.folder.best.is_file())

@@ -22,9 +22,9 @@ COLUMNS = (
     "held_out_se",
     "train_subset_bpd",
     "train_subset_se",
-    "skipped_steps",  # so far, as loss or gradient were not finite
-    "unreadable_images",  # so far
-    "train_class_bits",  # of a classifier on the top latent: bits that a label costs, as train_bpd; then held out
+    "skipped_steps",  # steps left out so far, as loss or gradient were not finite
+    "unreadable_images",  # how many so far
+    "train_class_bits",  # bits that a label costs by the classifier on the top latent, as train_bpd; then held out
     "held_out_class_bits",
     "held_out_accuracy",  # share of the images whose likeliest class is right
 )

@@ -25,7 +25,7 @@ _CURVES = (
 )
 HISTORY = 6  # earlier samples that are shown
 _UNTRAINED, _HELD_OUT, _TRAIN = "held-out, untrained", "held-out", "train"
-_KEYS = {_UNTRAINED: "before", _HELD_OUT: "held_out", _TRAIN: "train"}  # in report.json
+_KEYS = {_UNTRAINED: "before", _HELD_OUT: "held_out", _TRAIN: "train"}  # the names of these scores in report.json
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from pyglow_fast.train.versions import versions
 
 EVAL_BATCH = 64  # images that are scored at a time
 _CUDA = "torch.cuda"  # the generator of a rank's GPU, which a rank on a CPU has not
-CHECK_VALUES = 1 << 21  # of the images, at most 64 of them, that are looked at before a checkpoint is saved
+CHECK_VALUES = 1 << 21  # values of images (at most 64) that are checked before a checkpoint is saved
 
 
 class TrainingDivergedError(ArithmeticError):
@@ -134,7 +134,7 @@ class TrainState:
         torch.manual_seed(derive(config.seed, "weights"))
         self.model = Glow(config.model, memory=config.memory, precision=config.precision).to(self.device)
         check_fits(self.model, data, data.n_bins)
-        self.model.memory_plan(config.batch_size // shares)  # which refuses too few bytes
+        self.model.memory_plan(config.batch_size // shares)  # refuses too few bytes
         loss: nn.Module = Losses(self.model, data.n_bins)
         if config.compile:
             loss.compile()
@@ -291,7 +291,7 @@ class TrainState:
         Raises:
             TrainingDivergedError: some training images have no finite likelihood.
         """
-        few = max(self.ranks.world, min(64, CHECK_VALUES // self.train.n_dims))  # it costs as much as a step or two
+        few = max(self.ranks.world, min(64, CHECK_VALUES // self.train.n_dims))  # costs a step or two
         score = self.score(self.train, few, "check", "skip")  # an image that cannot be read keeps nobody from saving
         if not math.isfinite(score.mean):
             raise TrainingDivergedError(
@@ -350,7 +350,7 @@ class TrainState:
         check_weights(checkpoint.model | checkpoint.ema, self.model, name)
         check_drift(checkpoint.model, name)
         optimizer = optimizer_state(self.optimizer, self.model, checkpoint, name)
-        checkpoint.load_model(self.model, name)  # which refuses before it writes; nothing after it refuses any more
+        checkpoint.load_model(self.model, name)  # refuses before it writes; nothing after it refuses any more
         self.optimizer.load_state_dict(optimizer)
         if self.ema is not None:
             self.ema.load(checkpoint.ema)

@@ -17,8 +17,8 @@ from pyglow_fast.studio.words import File, HeldOut
 from pyglow_fast.web.shelf import Shelf
 from pyglow_fast.web.uploads import Upload
 
-NO_CLASS = "its own"  # of the image under edit: none was chosen
-MOST_PIXELS = 40_000_000  # of an upload: a photograph of a large camera
+NO_CLASS = "its own"  # the class of the image under edit while none was chosen
+MOST_PIXELS = 40_000_000  # pixels of an upload: as many as a large camera's photograph has
 
 
 class Kept(NamedTuple):
@@ -42,7 +42,7 @@ class Desk:
     def _clear(self, run: str | None) -> None:
         self.run = run
         self.space: str | None = None
-        self.ends: list[Kept | None] = [None, None]  # of the path
+        self.ends: list[Kept | None] = [None, None]  # the ends of the path
         self.strip = ""  # the command of the path's strip
         self.pairs: list[tuple[str, str]] = []  # attributes that have sliders, as (plus, minus)
         self.thumbs: list[int] = []  # numbers of the held-out images that are offered
@@ -51,7 +51,7 @@ class Desk:
         self._subject: Subject | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Desk:
-        return Desk()  # of a new visitor
+        return Desk()  # a copy is for a new visitor
 
     def choose(self, shelf: Shelf, name: str) -> OpenRun:
         """Choose another run; nothing of the last one stays.

@@ -21,8 +21,8 @@ API = "/gradio_api"
 OPEN = {"GET": ("/", "/theme.css", f"{API}/theme.css", "/favicon.ico", "/manifest.json")}
 OPEN_FOLDERS = ("/assets/", "/static/")
 LOGIN = {"POST": ("/login", "/login/")}
-HANDLERS = (f"{API}/queue/join", f"{API}/run/predict")  # of events, in a queue and at once
-CLOSED = {  # to all who have not logged in
+HANDLERS = (f"{API}/queue/join", f"{API}/run/predict")  # the addresses of events, in a queue and at once
+CLOSED = {  # addresses that are closed to all who have not logged in
     "GET": (
         "/config",
         "/config/",

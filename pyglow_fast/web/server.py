@@ -240,7 +240,7 @@ def serve(
     try:
         folder = Path(tempfile.mkdtemp(prefix="pyglow-serve-")).resolve()
         os.environ |= dict(zip(SETTINGS, (str(folder), "False"), strict=True))
-        tempfile.tempdir = str(folder)  # for uploads that were broken off
+        tempfile.tempdir = str(folder)  # uploads that were broken off stay in it
         gate = application(page(), folder, host, auth, max_file_size, css, js, head)
         config = uvicorn.Config(
             gate, log_config=None, access_log=False, proxy_headers=False, server_header=False, ws="none"

@@ -16,7 +16,7 @@ from gradio.data_classes import FileData, ImageData, ListFiles
 from pyglow_fast.web.errors import refusal
 
 LONGEST_NAME = 100  # characters
-MOST_FILES = 64  # that one handler gets; all of them are in memory at once
+MOST_FILES = 64  # files that one handler gets; all of them are in memory at once
 LINGER = 3.0  # seconds that a file stays after it was read: the browser may still be fetching it to show it
 
 

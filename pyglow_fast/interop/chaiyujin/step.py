@@ -30,9 +30,9 @@ from pyglow_fast.reversible import DriftControl
 
 # For batches of fewer positions, the work on the parameters takes longer than is gained on the data.
 LEAST_POSITIONS, LEAST_WITHOUT_NET = 1600, 6400
-PROBE_ERROR = 1e-9  # of the largest value, in float64: a million roundings
+PROBE_ERROR = 1e-9  # relative to the largest value, in float64: a million roundings
 _AS_FAST = "its net runs as it is: at these widths the library is as fast, unless memory is asked for"
-PROBE_ERROR_BACK = 1e-3  # of the inverse in float32, which theirs always inverts its matrices to
+PROBE_ERROR_BACK = 1e-3  # the same of the inverse, since the step's own code always inverts matrices in float32
 
 
 class Memory:

@@ -20,7 +20,7 @@ from pyglow_fast.reference import CouplingSpec, coupling_net_spec, fold_actnorm,
 
 _CALL = ["self", "input", "logdet", "reverse"]
 _PERMUTATIONS = ("invconv", "shuffle", "reverse")
-_FACTOR = 3.0  # of log_gain in our nets
+_FACTOR = 3.0  # what log_gain is multiplied by in the nets here
 LEAST_RATIO = 8  # of the sides of a 3x3 convolution: at 512 to 96 and at 320 to 64 channels the library is as fast
 
 

@@ -105,7 +105,7 @@ def save_glow(model: Glow, path: str | Path) -> None:
     state = {
         name: tensor.detach().to("cpu", copy=True).contiguous()
         for name, tensor in model.state_dict().items()
-        if not name.endswith("_extra_state")  # of training's drift control, which begins anew
+        if not name.endswith("_extra_state")  # the state of training's drift control, which begins anew
     }
     temporary = path.with_name(path.name + ".partial")
     try:

@@ -288,7 +288,7 @@ def _write_zero_conv(found: dict[str, Tensor], names: _Names, name: str, conv: Z
 
 
 def _write_actnorm(found: dict[str, Tensor], prefix: str, bias: Tensor, log_scale: Tensor | None) -> None:
-    assert log_scale is not None  # of a normed layer
+    assert log_scale is not None  # a normed layer has one
     found[prefix + "actnorm.bias"], found[prefix + "actnorm.logs"] = (
         value.reshape(1, -1, 1, 1) for value in (bias, log_scale)
     )

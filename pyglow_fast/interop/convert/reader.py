@@ -13,7 +13,7 @@ from torch import Tensor
 from pyglow_fast._errors import expect
 
 _WRAPPERS = ("graph", "model", "state_dict", "model_state_dict", "net")
-_AROUND_MODULES = re.compile(r"(?:module\.|_orig_mod\.)+")  # of DataParallel, of torch.compile
+_AROUND_MODULES = re.compile(r"(?:module\.|_orig_mod\.)+")  # prefixes of DataParallel and torch.compile
 
 
 def named_tensors(source: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -148,7 +148,7 @@ def save_rosinality(model: Glow) -> dict[str, Tensor]:
         _write_zero_conv(found, f"blocks.{i}.prior.", split)
     channels = len(weights.top.values)
     top = ZeroConv.zeros(channels // 2, channels)
-    top.weight[:, :1] = weights.top.border  # of zeros, padded with ones: which input channel sees the ring is the same
+    top.weight[:, :1] = weights.top.border  # its input is zeros, padded with ones: any channel may see the ring
     _write_zero_conv(
         found,
         f"blocks.{len(weights.steps) - 1}.prior.",

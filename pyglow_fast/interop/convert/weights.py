@@ -223,7 +223,7 @@ def _mixing_state(mixing: Mixing, permutation: str) -> dict[str, Tensor]:
     if isinstance(mixing, Lu):
         found = {name: getattr(mixing, name) for name in ("permutation", "log_diag", "sign_diag")}
         return found | {"lower": mixing.lower.tril(-1), "upper": mixing.upper.triu(1)}  # the rest counts for nothing
-    assert isinstance(mixing, Order)  # by _config
+    assert isinstance(mixing, Order)  # _config chose the model by it
     return {"index": mixing.index}
 
 

@@ -59,7 +59,7 @@ if isinstance(_variant, Variant):
 _SAME = {"AllInOneBlock": isinstance(_variant, Variant), "ActNorm": hasattr(_theirs.ActNorm, "_initialize_with_data")}
 ADAPTERS: Classes = {getattr(_theirs, own.__name__): own for own in OURS if _SAME.get(own.__name__, True)}
 for _name, _is_same in _SAME.items():
-    if not _is_same:  # so that the name is FrEIA's
+    if not _is_same:  # the name is then FrEIA's
         del globals()[_name]
 
 __all__ = [*_theirs.__all__, "ADAPTERS", "StepParts", "adopt", "release", "step_parts"]

@@ -104,7 +104,7 @@ class ServedBlock(nn.Module):
     _home: type[ServedBlock]  # the class that was put together, of which a user's class may be a subclass
     _serves: type[nn.Module]  # the one behind it
     _divides = False  # s = clamp tanh(s_net / (10 clamp)), as in FrEIA's git since August 2023
-    _fixed_size = False  # its forward refuses other sizes than those of dims_in
+    _fixed_size = False  # whether its forward refuses other sizes than those of dims_in
     _seen: Seen | None = None
 
     in_channels: int
@@ -212,7 +212,7 @@ class ServedBlock(nn.Module):
     ) -> tuple[tuple[Tensor], Tensor]:
         """Map x to z, or z to x with ``rev``."""
         state = x[0]
-        narrow = self._is_narrow  # with nothing to gain: at no cost
+        narrow = self._is_narrow  # a narrow block has nothing to gain, and this costs nothing
         if (narrow and len(state)) or not self._takes(state):
             return self._by_freia(x, c, rev, jac)
         if for_kernels(state):
@@ -228,7 +228,7 @@ class ServedBlock(nn.Module):
     def _by_freia(self, x: Sequence[Tensor], c: Sequence[Tensor], rev: bool, jac: bool) -> tuple[tuple[Tensor], Tensor]:
         """FrEIA's own forward, but for what it leaves behind."""
         found: tuple[tuple[Tensor], Tensor] = super().forward(x, c, rev, jac)
-        if self.householder and not is_exporting():  # which puts back what it was
+        if self.householder and not is_exporting():  # an export puts back what was there
             self.w_perm, self.w_perm_inv = (w if w is None else w.detach() for w in (self.w_perm, self.w_perm_inv))
         return found
 
@@ -262,7 +262,7 @@ class ServedBlock(nn.Module):
         if self.householder:
             return None
         pair = (self.w_perm, self.w_perm_inv)
-        if pair[0].dim() == 1:  # which are indices
+        if pair[0].dim() == 1:  # a hard permutation kept as indices
             return pair
         if torch.compiler.is_compiling() or any(w.is_inference() for w in pair):
             return None

@@ -83,8 +83,8 @@ def _runs(every: list[Any], places: dict[Any, Place]) -> list[list[Any]]:
     for node in every:
         readers.update((other, index) for other, index in node.inputs)
         readers.update(cond if isinstance(cond, tuple) else (cond, 0) for cond in node.conditions)
-    runs: dict[Any, list[Any]] = {}  # by the node that ends it
-    for node in places:  # in the order of their data
+    runs: dict[Any, list[Any]] = {}  # each run by the node that ends it
+    for node in places:  # the nodes come in the order of their data
         kind = places[node].kind
         if kind is None or uses[node.module] > 1:
             continue

@@ -102,7 +102,7 @@ def reason_against(module: nn.Module, memory: str | int) -> str:
 
 def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str | int) -> list[Place]:
     """Divide the modules of a list into steps that can be joined, if width and condition agree, and others."""
-    conditions: list[Any] = getattr(owner, "conditions", None) or [None] * len(modules)  # of a SequenceINN
+    conditions: list[Any] = getattr(owner, "conditions", None) or [None] * len(modules)  # a SequenceINN has them
     found = []
     for module, cond in zip(modules, conditions, strict=True):
         reason = reason_against(module, memory)

@@ -59,7 +59,7 @@ def compare(layer: nn.Module, own: type[nn.Module], theirs: Sequence[Results], f
     for expected, sizes, training in zip(theirs, (first, first if fixed_size else second), (True, False), strict=True):
         twin: Any = _twin(layer, own, training)
         runs = [twin.forward]
-        if isinstance(twin, ServedBlock):  # by what its forward may not use for so small a state
+        if isinstance(twin, ServedBlock):  # its arithmetic, which its forward may not use for so small a state
             without_closures(twin)
             runs = [_calling(each) for each in (twin._by_kernels, twin._by_products, twin._by_torch)]
         found = [item for run in runs for item in _results(twin, run, sizes).items()]
@@ -171,7 +171,7 @@ def _twin(layer: nn.Module, kind: type[nn.Module], training: bool) -> nn.Module:
 
 def _own_value(name: str, value: Any, layer: nn.Module, twin: nn.Module) -> Any:
     """An attribute for a copy of a layer."""
-    if name in _PERMUTATIONS:  # of reflections, computed from them
+    if name in _PERMUTATIONS:  # permutations made of reflections, computed from them
         return None
     if isinstance(value, Tensor):
         own = value.detach().cpu()
@@ -218,7 +218,7 @@ def _results(layer: nn.Module, run: Callable[..., Any], sizes: Sequence[int]) ->
     for rev in (False, True):
         x = state.clone().requires_grad_()
         c = [value.clone().requires_grad_() for value in given]
-        (out,), log_det = run([x.clone()], rev=rev, **({"c": c} if c else {}))  # which FrEIA may write into
+        (out,), log_det = run([x.clone()], rev=rev, **({"c": c} if c else {}))  # a copy, as FrEIA may write into it
         log_det = torch.as_tensor(log_det, dtype=torch.float64)
         objective = (out * drawn(*out.shape)).sum() + (log_det * drawn(*log_det.shape)).sum()
         named = {"x": x, **{f"c{i}": value for i, value in enumerate(c)}}

@@ -23,7 +23,7 @@ from pyglow_fast.layers.sequence import log_scale_of_padding, masked_condition
 from pyglow_fast.reference import CouplingSpec, full_precision, full_product
 
 STEPS = (CouplingBlock,)  # what may be joined
-OTHER = 1e-4  # by how much W^-1 W may differ from 1 when the inverse was rounded to float32
+OTHER = 1e-4  # how much W^-1 W may differ from 1 when the inverse was rounded to float32
 
 
 class DecoderRun(Face):

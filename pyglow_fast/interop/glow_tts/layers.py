@@ -23,7 +23,7 @@ from pyglow_fast.layers.sequence import log_scale_of_padding, masked_condition
 from pyglow_fast.layers.wavenet import CHANNELS_LAST, run_wavenet, wavenet_bytes, wavenet_halo
 from pyglow_fast.reference import CouplingSpec
 
-_SIGMOID_EPS = 1e-6  # that Glow-TTS adds to a scale
+_SIGMOID_EPS = 1e-6  # what Glow-TTS adds to a scale
 
 
 class AdoptedLayer(StandIn):

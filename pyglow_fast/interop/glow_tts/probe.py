@@ -22,7 +22,7 @@ from pyglow_fast.interop.glow_tts.structure import (
 from pyglow_fast.interop.stand_in import stand_in
 
 TOLERANCE = 1e-9  # relative to the largest number
-LENGTHS = (7, 4)  # of the samples of the probe
+LENGTHS = (7, 4)  # lengths of the probe's samples
 
 
 def kind_of(module: nn.Module) -> type[AdoptedLayer] | None:

@@ -17,7 +17,7 @@ from pyglow_fast.interop.normflows.adoption import is_untouched, stands_in
 from pyglow_fast.layers.actnorm import has_no_spread, joint_moments
 from pyglow_fast.reference import plu_weight
 
-EPS = 1e-6  # that normflows adds to the standard deviation
+EPS = 1e-6  # what normflows adds to the standard deviation
 
 
 def check_images(z: Tensor, channels: int | None = None) -> None:
