@@ -1,4 +1,4 @@
-"""Declares the options of ``pyglow-fast train``, one for each field with a group of its three configurations."""
+"""Declares the options of ``pyglow-fast train``: one for each field of its settings that has a group."""
 
 from __future__ import annotations
 

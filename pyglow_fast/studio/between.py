@@ -50,7 +50,7 @@ class Between:
 
     @torch.no_grad()
     def frames(self, count: int = 8, times: tuple[float, ...] | None = None) -> tuple[Tensor, int]:
-        """Compute the frames, int64 grey levels (count, C, H, W), both ends included, and how many were not finite.
+        """Compute the frames, grey levels int64 (count, C, H, W), both ends included, and how many were not finite.
 
         Args:
             count: how many, evenly spaced.
