@@ -15,7 +15,8 @@ from pyglow_fast.coupling_nets.precision import HALF, check_precision, overridde
 if TYPE_CHECKING:
     from pyglow_fast.models.glow import Glow
 
-# Of the range of x, largest over 8 images of 3x32x32, nets of 64 channels, L = 3, K = 8, trained 150 steps.
+# The largest error of decode(encode(x)), as a part of the range of x, by the precision of the nets. Measured with 8
+# images of 3x32x32, nets of 64 channels, L = 3, K = 8, trained 150 steps.
 ROUND_TRIP_ERROR: dict[object, str] = {torch.bfloat16: "1e-3", torch.float16: "2e-4", "TF32": "1e-4"}
 
 

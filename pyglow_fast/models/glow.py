@@ -137,7 +137,7 @@ class Glow(nn.Module):
             sequence.memory = found
 
     def memory_plan(self, n: int) -> MemoryPlan | None:
-        """The plan of a training step on n images of the model's size, from shapes alone; None without a budget.
+        """Plan a training step on n images of the model's size, from shapes alone; None without a budget.
 
         What the nets run in is reckoned as it would be now: within torch.autocast call it there.
 
@@ -183,7 +183,7 @@ class Glow(nn.Module):
 
     @property
     def precision(self) -> str:
-        """That of all coupling nets."""
+        """The precision that all coupling nets compute in."""
         return self._couplings()[0].precision
 
     @precision.setter
@@ -192,7 +192,7 @@ class Glow(nn.Module):
             coupling.precision = precision
 
     def memory_report(self) -> list[dict[str, Any]]:
-        """A report of each run of steps, two a level with checkerboards: see ReversibleSequence.memory_report.
+        """Report on each run of steps, two a level with checkerboards: see ReversibleSequence.memory_report.
 
         With a budget each also says what the last training step's plan was: how many of its steps are "stored",
         "checkpointed" and "inverted", and of all runs together "predicted_bytes" and "predicted_time" over that of
