@@ -1,4 +1,4 @@
-"""Training on Fashion-MNIST, stored against reversible: do recomputed states change where training ends?
+"""Trains on Fashion-MNIST, stored and reversible: whether recomputed states change where training ends.
 
     pyglow-fast bench memory_training FOLDER [--max-steps N] [--variants reversible,store,store+1,...] [--out FILE]
 
@@ -85,7 +85,7 @@ def score(model: Glow, images: Tensor) -> float:
 
 
 def train(variant: str, images: Tensor, test: Tensor, steps: int) -> Row:
-    """One run."""
+    """Train one run, and return its row."""
     kind, _, precision = variant.partition("/")
     memory, _, perturbation = kind.partition("+")
     torch.manual_seed(0)
@@ -129,7 +129,7 @@ def train(variant: str, images: Tensor, test: Tensor, steps: int) -> Row:
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """Each of the other runs against the spread of the stored ones."""
+    """Compare each of the other runs with the spread of the stored ones."""
     stored = [row for row in rows if row.variant.startswith("store") and "/" not in row.variant]
     others = [row for row in rows if row not in stored]
     base = next((row for row in rows if row.variant == "store"), None)

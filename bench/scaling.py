@@ -66,13 +66,13 @@ ROWS_PART = 8 * 2**20  # bytes of gradients of a part, of the build that the row
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Markdown."""
+    """Write rows as a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def number(value: float, digits: int = 3) -> str:
-    """So many significant digits, without an exponent."""
+    """Write a number with so many significant digits, without an exponent."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
@@ -137,7 +137,7 @@ def time_table(contents: Sequence[dict[str, Any]]) -> str:
 
 
 def size_table() -> str:
-    """Of each plan: parameters, state, arithmetic and traffic of one image."""
+    """Write a table of each plan's parameters, state, arithmetic and traffic of one image."""
     rows = []
     for name, plan in PLANS.items():
         per_image = [flops(plan.shape, mode, "cuda") for mode in ("store", "reversible")]
@@ -178,7 +178,7 @@ def fit_table(memory: float) -> str:
 
 
 def run_table(rate: float, bandwidth: float, mode: str = "reversible") -> str:
-    """Of 1, 8 and 64 GPUs with the plan's batch each: memory, all-reduce, and times by the assumed rates."""
+    """Write a table for 1, 8 and 64 GPUs with the plan's batch each: memory, all-reduce, times by assumed rates."""
     rows = []
     for name, plan in PLANS.items():
         shape = dataclasses.replace(plan.shape, batch=plan.batch)

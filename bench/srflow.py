@@ -58,7 +58,7 @@ def _of_peer(model: FlowUpsamplerNet) -> Loss:
 
 
 def _checkpointed(model: FlowUpsamplerNet) -> FlowUpsamplerNet:
-    """With torch.utils.checkpoint around each step, which keeps its input alone."""
+    """Put torch.utils.checkpoint around each step, which then keeps its input alone."""
     for step in model.modules():
         if isinstance(step, FlowStep):
             own = step.forward

@@ -1,4 +1,4 @@
-"""What the commands share: a parser that reports in one line, argument types, and what tells bad input from bugs."""
+"""Shares what commands need: a parser that reports in one line, argument types, and telling bad input from bugs."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ _COUNTS = {
 
 
 class InputError(Exception):
-    """Something the user gave is wrong; the message says what, what was expected and what was found."""
+    """Raised when something the user gave is wrong; the message says what, what was expected and what was found."""
 
 
 @contextmanager
 def user_input() -> Iterator[None]:
-    """Around the part of a command that looks at what the user gave: a ValueError there is the user's to mend.
+    """A context for code that looks at what the user gave: a ValueError there is the user's to mend.
 
     Errors raised outside of it are bugs and keep their traceback.
     """
@@ -94,9 +94,9 @@ class Parser(argparse.ArgumentParser):
         return None if _NEGATIVE.fullmatch(arg_string) else super()._parse_optional(arg_string)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As of any; but the last positional, if it may be left out (``optional_last``), may stand behind options.
+        """Parse as argparse does; a last positional that may be left out (``optional_last``) may stand behind options.
 
-        There argparse before Python 3.13 would not look for it any more.
+        Before Python 3.13 argparse does not look for it behind options.
         """
         found, rest = super().parse_known_args(args, namespace)
         name = self.get_default("optional_last")
@@ -105,13 +105,13 @@ class Parser(argparse.ArgumentParser):
         return found, rest
 
     def error(self, message: str) -> NoReturn:
-        """Print the message and exit with 2."""
+        """Print the message and exit with code 2."""
         say_error(f"{message} (see {self.prog} --help)")
         raise SystemExit(2)
 
 
 def whole(text: str) -> int:
-    """An int, for argparse."""
+    """Read an int, as an argument type of argparse."""
     try:
         return int(text)
     except ValueError:
@@ -119,7 +119,7 @@ def whole(text: str) -> int:
 
 
 def number(text: str) -> float:
-    """A float, for argparse."""
+    """Read a float, as an argument type of argparse."""
     try:
         return float(text)
     except ValueError:
@@ -163,14 +163,14 @@ def check_counts(args: argparse.Namespace, *names: str) -> None:
 
 
 def folder_name(text: str) -> str:
-    """The name of a folder, for argparse: an empty one would mean the current folder."""
+    """Read the name of a folder, as an argument type: an empty one, which would mean the current folder, is refused."""
     if not text:
         raise argparse.ArgumentTypeError(f"expected the name of a folder, found {text!r}")
     return text
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    """RUN, and which of its checkpoints."""
+    """Declare RUN, which of its checkpoints, and the device."""
     parser.add_argument("run", type=folder_name, metavar="RUN", help="the folder of a run")
     parser.add_argument(
         "--best", action="store_true", help="the checkpoint with the best held-out bits/dim, not the last"
@@ -179,7 +179,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def open_run(args: argparse.Namespace) -> tuple[RunFolder, Checkpoint, Glow]:
-    """The run that ``add_run`` parsed, its checkpoint, and the model on the device asked for.
+    """Load the run that ``add_run`` parsed, its checkpoint, and the model on the device asked for.
 
     Raises:
         ValueError: it is no run, or what it holds does not fit together.
@@ -191,7 +191,7 @@ def open_run(args: argparse.Namespace) -> tuple[RunFolder, Checkpoint, Glow]:
 
 
 def open_to_look(args: argparse.Namespace) -> OpenRun:
-    """The run that ``add_run`` parsed, opened to look at.
+    """Open the run that ``add_run`` parsed with pyglow_fast.studio, to look at it.
 
     Raises:
         ValueError: it is no run, or what it holds does not fit together.
@@ -201,7 +201,7 @@ def open_to_look(args: argparse.Namespace) -> OpenRun:
 
 @contextmanager
 def progress_bar(words: str) -> Iterator[Progress]:
-    """A function to be told (done, total), which shows a bar on a terminal, from the first call on."""
+    """A context with a function that is told (done, total) and shows a bar on a terminal from the first call on."""
     bar: Any = None
 
     def told(done: int, total: int) -> None:
@@ -218,22 +218,22 @@ def progress_bar(words: str) -> Iterator[Progress]:
 
 
 def write_made(made: Made, path: Path) -> None:
-    """Replace ``path`` by a file that was made."""
+    """Write a file that was made to ``path``, which is replaced whole or not at all."""
     write_bytes(path, made.data)
 
 
 def picture_path(text: str, *images: str) -> Path:
-    """Where a picture will go: see :func:`output_path`."""
+    """Find where a picture will go: see :func:`output_path`."""
     return output_path(text, ".png", "out", *images)
 
 
 def output_path(text: str, suffix: str, argument: str = "out", *images: str) -> Path:
-    """Where a file will go, checked before anything is computed.
+    """Find where a file will go, and check it before anything is computed.
 
     Args:
         text: the path.
-        suffix: that it must end in.
-        argument: whose value it is.
+        suffix: what the path must end in.
+        argument: the name of the argument, for messages.
         images: names of the images that are read; nothing is written over them, or among loose files.
 
     Raises:
@@ -258,12 +258,12 @@ def output_path(text: str, suffix: str, argument: str = "out", *images: str) -> 
 
 
 def stream(device: torch.device, seed: int) -> torch.Generator:
-    """A generator on ``device``."""
+    """Make a random generator on ``device`` from a seed."""
     return torch.Generator(device).manual_seed(seed)
 
 
 def table(scores: dict[str, Score], yardsticks: tuple[Yardstick, ...] | list[Yardstick] = ()) -> str:
-    """Scores and yardsticks as aligned lines."""
+    """Write scores and yardsticks as aligned lines."""
     rows = [
         (name, f"{score.mean:.3f}", f"± {score.error_text} bits/dim, {score.images} images{_labels(score)}")
         for name, score in scores.items()

@@ -1,4 +1,4 @@
-"""The options of ``pyglow-fast train``: each field of DataConfig, GlowConfig and TrainConfig with a group has one."""
+"""Declares the options of ``pyglow-fast train``, one for each field with a group of its three configurations."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Declare them; what is not given does not appear in the namespace."""
+    """Declare the options; one that is not given does not appear in the namespace."""
     groups = {title: parser.add_argument_group(title) for title in GROUPS}
     for item in options():
         _add(groups[item.rule.group], item)

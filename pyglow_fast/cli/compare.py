@@ -1,4 +1,4 @@
-"""``pyglow-fast compare``: the paper's ablation, permutations x couplings, maybe x masks, over several seeds."""
+"""Runs ``pyglow-fast compare``: the paper's ablation, permutations x couplings, maybe x masks, over several seeds."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _refused(plural: str) -> Callable[[str], str]:
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Declare the command."""
+    """Declare the command ``compare`` and its options."""
     about = "train permutations x couplings over several seeds, and compare their held-out bits/dim"
     parser = commands.add_parser(
         "compare", help=about, description=about, argument_default=argparse.SUPPRESS, conflict_handler="resolve"
@@ -77,7 +77,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train all and compare; returns the exit code."""
+    """Train all variants and compare them; returns the exit code."""
     with user_input():
         world = os.environ.get("WORLD_SIZE", "1")
         expect(world == "1", "WORLD_SIZE", "1, since the runs follow one another in one process", repr(world))

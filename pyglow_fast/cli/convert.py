@@ -1,4 +1,4 @@
-"""``pyglow-fast convert``: checkpoints of other Glow implementations to this package's models, and back."""
+"""Runs ``pyglow-fast convert``: checkpoints of other Glow implementations to this package's models, and back."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FORMATS = {
 
 
 def sides(text: str) -> int | tuple[int, int]:
-    """N or HxW, for argparse."""
+    """Read N or HxW, the sides of images, as an argument type of argparse."""
     parts = text.lower().split("x")
     if len(parts) > 2:
         raise argparse.ArgumentTypeError(f"expected N or HxW, found {text!r}")
@@ -41,7 +41,7 @@ def sides(text: str) -> int | tuple[int, int]:
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Declare the command."""
+    """Declare the command ``convert`` and its options."""
     about = "checkpoints of other Glow implementations to this package's models, and back"
     parser = commands.add_parser("convert", help=about, description=about + "; see docs/convert.md")
     parser.set_defaults(run_command=run)
@@ -89,7 +89,7 @@ def _options(args: argparse.Namespace, function: Callable[..., object]) -> dict[
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert; returns the exit code."""
+    """Convert the file; returns the exit code."""
     with user_input():
         out = check_target(args.out)
         read = Path(args.source).resolve()

@@ -1,4 +1,4 @@
-"""``pyglow-fast depths``: samples and bits/dim of several runs on the same images, shallow beside deep."""
+"""Runs ``pyglow-fast depths``: samples and bits/dim of several runs on the same images, shallow beside deep."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pyglow_fast.train.metrics import read_metrics
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Declare the command."""
+    """Declare the command ``depths`` and its options."""
     about = "compare runs of other depths on the same images: samples and bits/dim"
     parser = commands.add_parser("depths", help=about, description=about)
     parser.set_defaults(run_command=run)
@@ -53,7 +53,7 @@ class _Opened:
 
 
 def open_runs(args: argparse.Namespace) -> list[_Opened]:
-    """The runs, all on the same images.
+    """Open the runs, which must all be of the same images.
 
     Raises:
         ValueError: fewer than two, one that is no run, or runs on other images.
@@ -81,7 +81,7 @@ class _HeldOut:
 
 
 def stored_score(item: _Opened) -> _HeldOut | None:
-    """The held-out score that the run itself wrote down for the weights of this checkpoint, if it did."""
+    """Read the held-out score that the run itself wrote down for the weights of this checkpoint, if it did."""
     step = item.checkpoint.progress["step"]
     try:
         report = item.folder.read_report()
@@ -120,7 +120,7 @@ def _samples(item: _Opened, args: argparse.Namespace) -> Tensor:
 
 @torch.no_grad()
 def run(args: argparse.Namespace) -> int:
-    """Compare; returns the exit code."""
+    """Compare the runs; returns the exit code."""
     with user_input():
         check_options(args, "n", "columns", "eval_images")
         out = picture_path(args.out)

@@ -1,4 +1,4 @@
-"""``pyglow-fast edit``: one image, moved along directions of attributes and towards the means of the priors."""
+"""Runs ``pyglow-fast edit``: one image, moved along directions of attributes and towards the means of the priors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pyglow_fast.studio.words import IMAGE_HELP, NAME_HELP, parse_image, word_na
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Declare the command."""
+    """Declare the command ``edit`` and its options."""
     about = "edit one image: add attributes, keep a share of each level's latents"
     parser = commands.add_parser("edit", help=about, description=about)
     parser.set_defaults(run_command=run)
@@ -62,13 +62,13 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def add_train_images(parser: argparse.ArgumentParser) -> None:
-    """--train-images."""
+    """Declare --train-images, how many training images attributes are measured on."""
     text = "training images that the mean latents are measured on, at most"
     parser.add_argument("--train-images", type=whole, metavar="N", default=TRAIN_IMAGES, help=text)
 
 
 def adds_of(given: list[list[str]] | None) -> tuple[Add, ...]:
-    """Reads the attributes and strengths that --add names.
+    """Read the attributes and strengths that --add names.
 
     Raises:
         ValueError: a strength that is no finite number.
@@ -86,7 +86,7 @@ def adds_of(given: list[list[str]] | None) -> tuple[Add, ...]:
 
 @torch.no_grad()
 def run(args: argparse.Namespace) -> int:
-    """Edit; returns the exit code."""
+    """Edit the image; returns the exit code."""
     with user_input():
         check_counts(args, "scale")
         edit = Edit(adds_of(args.add), tuple(args.keep or ()))

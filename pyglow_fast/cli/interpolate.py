@@ -1,4 +1,4 @@
-"""``pyglow-fast interpolate``: from one image to another through the latents of every level."""
+"""Runs ``pyglow-fast interpolate``: from one image to another through the latents of every level."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SPACE_HELP = f"{SPACE_WORDS} (default: {DEFAULT_SPACE}, with --from that of the 
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Declare the command."""
+    """Declare the command ``interpolate`` and its options."""
     about = "paths from one image to another through the latents"
     parser = commands.add_parser("interpolate", help=about, description=about)
     parser.set_defaults(run_command=run, optional_last="data")
@@ -72,7 +72,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def pairs_of(args: argparse.Namespace, images: Images) -> Tensor:
-    """Indices (n, 2) of the images that paths go between.
+    """Choose the images that paths go between, by their indices (n, 2).
 
     Raises:
         ValueError: not two different images that there are.
@@ -99,7 +99,7 @@ def pairs_of(args: argparse.Namespace, images: Images) -> Tensor:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Interpolate; returns the exit code."""
+    """Interpolate between images; returns the exit code."""
     with user_input():
         named = args.first is not None or args.last is not None
         expect(args.data is not None or named, "data", f"{DATA_HELP}; or --from and --to", "none")
@@ -125,8 +125,8 @@ def _between(args: argparse.Namespace) -> int:
         expect(args.seed == 0, "seed", "DATA beside it, not --from and --to", args.seed)
         images = (parse_image(args.first, "from"), parse_image(args.last, "to"))
         suffix = Path(args.out).suffix.lower()
-        kinds = (".png", *ANIMATED) if args.at is None else (".png",)
-        expect(suffix in kinds, "out", f"a name ending in {' or '.join(kinds)}", repr(args.out))
+        endings = (".png", *ANIMATED) if args.at is None else (".png",)
+        expect(suffix in endings, "out", f"a name ending in {' or '.join(endings)}", repr(args.out))
         opened = open_to_look(args)
         read_from = (opened.checkpoint.config.data.name, *(image.text for image in images))
         out = output_path(args.out, suffix, "out", *read_from)

@@ -1,4 +1,4 @@
-"""``pyglow-fast manipulate``: add an attribute to held-out images along a direction found on training images."""
+"""Runs ``pyglow-fast manipulate``: adds an attribute to held-out images along a direction of training images."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STRENGTHS, TONE_STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0), (0.0, 0.25, 0.5, 0.75, 
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Declare the command."""
+    """Declare the command ``manipulate`` and its options."""
     about = "add an attribute to held-out images, along the difference of mean latents of training images"
     parser = commands.add_parser("manipulate", help=about, description=about)
     parser.set_defaults(run_command=run)
@@ -66,13 +66,13 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be done, as indices into the images.
+    """The work that was asked for, as indices into the images.
 
     Args:
         plus, minus: training images with and without the attribute.
         edited: held-out images.
-        words: the edit for people.
-        tones: true targets, or None.
+        words: a description of the edit for people.
+        tones: the pairs of emoji with the true targets, or None.
     """
 
     plus: Tensor
@@ -83,7 +83,7 @@ class Task:
 
 
 def _images(args: argparse.Namespace, checkpoint: Checkpoint, model: Glow) -> tuple[Images, Tensor, Tensor]:
-    """(all images of DATA, indices of the training images, of the held-out ones)."""
+    """Load (all images of DATA, indices of the training images, indices of the held-out ones)."""
     stored = checkpoint.config.data
     config = config_for(args.data, stored, model)
     if args.attribute is not None:
@@ -96,7 +96,7 @@ def _images(args: argparse.Namespace, checkpoint: Checkpoint, model: Glow) -> tu
 
 
 def _class_task(args: argparse.Namespace, data: Images, train: Tensor, held_out: Tensor) -> Task:
-    """Of two classes, or one and all others."""
+    """Make the task of two classes, or of one and all others."""
     for name in ("plus", "minus"):
         expect(getattr(args, name) is not None, name, "a class (or --tone, for emoji)", "none")
     expect(args.csv is None, "csv", "--tone beside it: only there true targets are known", repr(args.csv))
@@ -126,7 +126,7 @@ def _class_task(args: argparse.Namespace, data: Images, train: Tensor, held_out:
 
 
 def _tone_task(args: argparse.Namespace, checkpoint: Checkpoint, data: Images, model: Glow, held_out: Tensor) -> Task:
-    """Of emoji and the same ones in a skin tone."""
+    """Make the task of emoji and the same ones in a skin tone."""
     for name in ("plus", "minus", "train_images"):
         given = getattr(args, name)
         expect(given is None, name, "no such option beside --tone, which takes all pairs", repr(given))
@@ -135,7 +135,7 @@ def _tone_task(args: argparse.Namespace, checkpoint: Checkpoint, data: Images, m
 
 
 def mean_over(model: Glow, data: Images, indices: Tensor, space: str) -> tuple[MeanLatent, MeanLatent]:
-    """Means over the images at ``indices``: of their latents, and of x itself."""
+    """Average over the images at ``indices``: their latents, and x itself."""
     latents, pixels = MeanLatent(), MeanLatent()
     for batch in read(data, indices):
         x, y = inputs(batch.levels, batch.labels, data.n_bins, model)
@@ -146,7 +146,7 @@ def mean_over(model: Glow, data: Images, indices: Tensor, space: str) -> tuple[M
 
 @torch.no_grad()
 def run(args: argparse.Namespace) -> int:
-    """Manipulate; returns the exit code."""
+    """Manipulate the images; returns the exit code."""
     with user_input():
         check_options(args, "n", "train_images")
         strengths = check_numbers("strengths", args.strengths or (TONE_STRENGTHS if args.tone else STRENGTHS))

@@ -1,4 +1,4 @@
-"""``pyglow-fast reconstruct``: images, and what comes back when they are encoded and decoded."""
+"""Runs ``pyglow-fast reconstruct``: images, and what comes back when they are encoded and decoded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pyglow_fast.train import save_grid, to_levels
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Declare the command."""
+    """Declare the command ``reconstruct`` and its options."""
     about = "encode and decode images; print the error"
     parser = commands.add_parser("reconstruct", help=about, description=about)
     parser.set_defaults(run_command=run)
@@ -27,7 +27,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 @torch.no_grad()
 def run(args: argparse.Namespace) -> int:
-    """Reconstruct; returns the exit code."""
+    """Reconstruct the images; returns the exit code."""
     with user_input():
         check_counts(args, "n")
         out = picture_path(args.out, args.data)

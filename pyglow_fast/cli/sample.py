@@ -1,4 +1,4 @@
-"""``pyglow-fast sample``: a grid of images that the model draws."""
+"""Runs ``pyglow-fast sample``: writes a grid of images that the model draws."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pyglow_fast.studio.words import word_name
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Declare the command."""
+    """Declare the command ``sample`` and its options."""
     about = "draw images from a trained model"
     parser = commands.add_parser("sample", help=about, description=about)
     parser.set_defaults(run_command=run)
@@ -51,7 +51,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Sample; returns the exit code."""
+    """Draw the samples; returns the exit code."""
     with user_input():
         check_counts(args, "columns", "scale")
         plain = Draw(args.n, args.temperature, args.seed)

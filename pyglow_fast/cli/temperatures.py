@@ -1,4 +1,4 @@
-"""``pyglow-fast temperatures``: the same noise at several temperatures."""
+"""Runs ``pyglow-fast temperatures``: draws images from the same noise at several temperatures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEMPERATURES = (0.0, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0)
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Declare the command."""
+    """Declare the command ``temperatures`` and its options."""
     about = "samples at several temperatures, a row each, from the same noise"
     parser = commands.add_parser("temperatures", help=about, description=about)
     parser.set_defaults(run_command=run)
@@ -40,7 +40,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 @torch.no_grad()
 def run(args: argparse.Namespace) -> int:
-    """Sample; returns the exit code."""
+    """Draw the samples; returns the exit code."""
     with user_input():
         check_options(args, "n")
         for value in args.temperatures:

@@ -1,4 +1,4 @@
-"""``pyglow-fast train``: a new run, or the rest of one."""
+"""Runs ``pyglow-fast train``: trains a new run, or the rest of one."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class _ListPresets(argparse.Action):
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Declare the command."""
+    """Declare the command ``train`` and its options."""
     about = "train a Glow on images; under torchrun, on several processes"
     parser = commands.add_parser("train", help=about, description=about, argument_default=argparse.SUPPRESS)
     parser.set_defaults(run_command=run)
@@ -81,7 +81,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def next_out(config: str | None) -> str:
-    """Where a run goes that is to repeat the one with that config.toml: beside it, under a number.
+    """Name the folder of a run that repeats the one with that config.toml: beside it, under a number.
 
     Raises:
         ValueError: it is not that of a run, or none is given.
@@ -97,7 +97,7 @@ def next_out(config: str | None) -> str:
 
 
 def from_file(path: str) -> tuple[dict[str, Any], str | None, str | None]:
-    """(settings as if they were given as options, name of the images, preset) of a configuration file.
+    """Read (settings as if they were given as options, name of the images, preset) from a configuration file.
 
     Raises:
         ValueError: see read_config; or a key that is no setting.
@@ -120,7 +120,7 @@ def from_file(path: str) -> tuple[dict[str, Any], str | None, str | None]:
 
 
 class Given(NamedTuple):
-    """What was given by options and by a file.
+    """The settings that were given by options and by a file.
 
     Args:
         settings: by name; an option comes before the file.
@@ -136,11 +136,11 @@ class Given(NamedTuple):
 
 
 def gathered(args: argparse.Namespace, special: Collection[str]) -> Given:
-    """What the options say, and behind them the file of --config.
+    """Collect what the options say, and behind them the file of --config.
 
     Args:
-        args: with data, preset and config.
-        special: what else in it is no setting.
+        args: the parsed options, with data, preset and config.
+        special: the names of other options that are no settings.
 
     Raises:
         ValueError: see from_file; or a preset beside a file that leaves nothing of it.
@@ -159,7 +159,7 @@ def gathered(args: argparse.Namespace, special: Collection[str]) -> Given:
 
 
 def _what_wins(path: str, settings: Mapping[str, Any], named: str | None, preset: str) -> tuple[str, ...]:
-    """Which settings of --preset do not count, for people.
+    """List which settings of --preset do not count, for people.
 
     Args:
         path: the file of --config.
@@ -183,12 +183,13 @@ def _what_wins(path: str, settings: Mapping[str, Any], named: str | None, preset
 
 
 def make_config(given: dict[str, Any], name: str, preset: str | None = None) -> tuple[TrainConfig, Images]:
-    """The configuration for what was given, and the images that decide its shape.
+    """Make the configuration for what was given, and load the images that decide its shape.
 
     Args:
         given: fields of DataConfig, GlowConfig and TrainConfig, by name.
-        name: of the images.
-        preset: its settings are behind what is given; None: that of the digits for the digits, else none.
+        name: the name of the images.
+        preset: the preset whose settings count where nothing is given; None: that of the digits for the digits, else
+            none.
 
     Raises:
         ValueError: see DataConfig, GlowConfig and TrainConfig.
@@ -213,7 +214,7 @@ def make_config(given: dict[str, Any], name: str, preset: str | None = None) -> 
 
 
 def resumed(given: dict[str, Any], name: str | None, out: str, ranks: Ranks) -> Run:
-    """The run to go on with, after checking that whatever was given is as it was or may change.
+    """Make the run to go on with, after checking that whatever was given is as it was or may change.
 
     Raises:
         ValueError: see :func:`pyglow_fast.train.resume`.
@@ -231,7 +232,7 @@ def resumed(given: dict[str, Any], name: str | None, out: str, ranks: Ranks) -> 
 
 
 def summary(result: Result) -> str:
-    """The final figures, for people."""
+    """Write the final figures for people."""
     if result.held_out is None or result.train is None:
         return ""
     scores = {"held-out": result.held_out, "train": result.train}
@@ -276,7 +277,7 @@ def _run(args: argparse.Namespace, given: Given, out: str, ranks: Ranks) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; returns the exit code."""
+    """Train the model; returns the exit code."""
     with user_input():
         given = gathered(args, _SPECIAL)
         if given.preset is not None:

@@ -1,4 +1,4 @@
-"""Batches for training and evaluation, read ahead by worker processes; the same for any number of them."""
+"""Reads batches for training and evaluation ahead by worker processes; they are the same for any number of them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,13 @@ Entry = tuple[int, int | None]  # (index, key of the training view, or None for 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images as they were asked for.
+    """A batch of images, in the order they were asked for.
+
+    >>> import torch
+    >>> from pyglow_fast.data import Batch, batches, load_digits
+    >>> batch = next(batches(load_digits(), [[(5, None), (0, None)]]))
+    >>> isinstance(batch, Batch), batch.levels.shape, batch.labels.tolist(), batch.unreadable
+    (True, torch.Size([2, 1, 8, 8]), [5, 0], 0)
 
     Args:
         levels: uint8 (n, C, H, W).
@@ -47,7 +53,7 @@ class Batch:
     unreadable: int
 
     def pin_memory(self, device: Any = None) -> Batch:
-        """The same in page-locked memory; ``device`` is what the DataLoader may pass and does not matter."""
+        """Copies the batch to page-locked memory; ``device`` is what the DataLoader may pass and does not matter."""
         labels = None if self.labels is None else self.labels.pin_memory()
         return Batch(self.levels.pin_memory(), labels, self.indices.pin_memory(), self.unreadable)
 

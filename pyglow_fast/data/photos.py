@@ -1,4 +1,4 @@
-"""Large photographs cut into tiles."""
+"""Cuts large photographs into tiles."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCALE = Range(least=1, most=MOST, why="more pixels are a slip of the pen")
 
 
 def default_scale(size: int) -> int:
-    """How much photos are shrunk first: small tiles of a large photo would show little but smooth areas."""
+    """Says how much photos are shrunk first: small tiles of a large photo would show little but smooth areas."""
     return 4 if size <= 64 else 2 if size <= 256 else 1
 
 
@@ -48,7 +48,7 @@ def _tiles(path: Path, side: int, scale: int, gray: bool) -> Tensor:
 
 
 def load_photos(root: Path, preparation: Preparation, scale: int | None = None) -> ImageSet:
-    """Tiles of all photos in a folder, in memory; the tiles of one photo are a group.
+    """Loads tiles of all photos in a folder, into memory; the tiles of one photo are a group.
 
     Args:
         root: holds the photos. Those in NOT_PHOTOS are left out.

@@ -1,4 +1,4 @@
-"""How the images of a source are brought to what the model sees; one place for the options that sources share."""
+"""Brings the images of a source to what the model sees: the one place of the options that sources share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,17 @@ SIDE = Range(least=1, most=MOST, why="more pixels are a slip of the pen")
 @settings
 @dataclass(frozen=True)
 class Preparation:
-    """Size, colours and views of the images of a source.
+    """Says which size, colours, levels and views the images of a source get.
+
+    >>> import torch
+    >>> from pyglow_fast.data import Preparation
+    >>> preparation = Preparation(size=4, gray=True, n_bits=3)
+    >>> white = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
+    >>> preparation.to_levels(preparation.fixed_size(white, "squares"))
+    tensor([[[[0, 0, 0, 0],
+              [0, 7, 7, 0],
+              [0, 7, 7, 0],
+              [0, 0, 0, 0]]]], dtype=torch.uint8)
 
     Raises:
         ValueError: a value outside its range.
@@ -70,7 +80,7 @@ class Preparation:
 
     @property
     def augmentation(self) -> Augmentation:
-        """What training sees."""
+        """How the views that training sees are cut."""
         return Augmentation(self.crop_margin, self.flip)
 
     @property
@@ -80,20 +90,20 @@ class Preparation:
 
     @property
     def stored_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of a file as it is kept."""
+        """The shape (C, H, W) of a file's image as it is kept."""
         return (1 if self.gray else 3), self.stored_side, self.stored_side
 
     @property
     def n_bins(self) -> int:
-        """Levels of 8-bit images."""
+        """The number of levels that 8-bit images get, 2^n_bits."""
         return 1 << self.n_bits
 
     def to_levels(self, values: Tensor) -> Tensor:
-        """8-bit values to levels, in place."""
+        """Turns 8-bit values into levels, in place."""
         return values.bitwise_right_shift_(8 - self.n_bits) if self.n_bits < 8 else values
 
     def fixed_size(self, values: Tensor, source: str) -> Tensor:
-        """Images of one size, uint8 (N, C, H, W), with the side and the channels asked for; padded with zeros evenly.
+        """Gives images of one size, uint8 (N, C, H, W), the side and the channels asked for; pads with zeros evenly.
 
         Raises:
             ValueError: the size asked for is smaller than theirs.
@@ -108,7 +118,7 @@ class Preparation:
 
 
 def levels_of(values: Tensor, n_bins: int) -> Tensor:
-    """v n_bins // 256 for 8-bit values v, uint8: :meth:`Preparation.to_levels` where n_bins = 2^n_bits.
+    """Computes v n_bins // 256 for 8-bit values v, uint8: :meth:`Preparation.to_levels` where n_bins = 2^n_bits.
 
     A level l that is shown as the value nearest to 255 l / (n_bins - 1) comes back as l, with the 17 levels of the
     digits too.
@@ -127,7 +137,7 @@ def check_side(size: int | None, own: int, source: str) -> None:
 
 
 def luma(values: Tensor) -> Tensor:
-    """RGB uint8 (N, 3, H, W) to grey (N, 1, H, W), rounded as Pillow's "L"."""
+    """Turns RGB uint8 (N, 3, H, W) into grey (N, 1, H, W), rounded as Pillow's "L"."""
     grey = torch.empty_like(values[:, :1])
     for part, out in zip(values.split(4096), grey.split(4096), strict=True):  # so that the wide sums stay small
         red, green, blue = part.int().unbind(1)

@@ -1,4 +1,4 @@
-"""From the words on a command line to images: the one table of data sources."""
+"""Turns the words on a command line into images: the one table of data sources."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ from pyglow_fast.data.prepare import FILE_SIZE, Preparation, check_side
 @settings
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images, and how they are prepared; a source takes only those options that mean something to it.
+    """Says which images to load, and how they are prepared; a source takes only options that mean something to it.
+
+    >>> from pyglow_fast.data import DataConfig, load_data
+    >>> load_data(DataConfig("digits", size=16)).image_shape
+    (1, 16, 16)
 
     Raises:
         ValueError: an unknown name, a value outside its range, or an option that the source does not take.
@@ -88,7 +92,7 @@ class DataConfig:
         return Preparation(self.size, self.gray, n_bits, *views, self.on_unreadable, self.in_memory)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict."""
+        """Gives the fields as a dict that JSON can hold."""
         return asdict(self)
 
 
@@ -151,14 +155,14 @@ SOURCES: dict[str, _Source] = {
     "cifar10": _Source(
         lambda config, path: load_cifar10(path, config.preparation()),
         _ARRAYS,
-        "needed",
+        "optional",
         "its images are 32x32 and held in memory",
         side=CIFAR_SIDE,
     ),
     "celeba": _Source(
         lambda config, path: load_celeba(path, config.preparation(), config.attribute),
         (*_FILES, "attribute"),
-        "needed",
+        "optional",
         "its images are single files, each of one person",
     ),
     "imagenet": _Source(
@@ -187,17 +191,17 @@ DATA_HELP = _help()
 
 
 def options_of(name: str) -> tuple[str, ...]:
-    """The fields of DataConfig that the source of ``name`` takes."""
+    """Lists the fields of DataConfig that the source of ``name`` takes."""
     return SOURCES[name.partition(":")[0]].options
 
 
 def side_of(name: str) -> int | None:
-    """The side of the images of the source of ``name``, if they have one size: what a larger size pads with zeros."""
+    """Says the side of the images of a source, if they have one size: what a larger size pads with zeros."""
     return SOURCES[name.partition(":")[0]].side
 
 
 def load_data(config: DataConfig) -> Images:
-    """Load what ``config`` names.
+    """Load the images that ``config`` names.
 
     Raises:
         ValueError: the source's own errors, each naming what is wrong.

@@ -1,4 +1,4 @@
-"""From one image to another through the latents."""
+"""Paths from one image to another through the latents."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pyglow_fast.latents.spaces import (
 from pyglow_fast.models import Glow
 from pyglow_fast.models.prior import standardised
 
-# Directions nearer to opposite than this have no great circle that rounding leaves alone: sin(angle) divides.
+# Between directions nearer to opposite than this rounding decides which great circle is taken: sin(angle) divides.
 _OPPOSITE = 1e-3
 _FRAMES = Range(least=2)  # both ends are frames
 
@@ -50,6 +50,13 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
         ValueError: shapes or dtypes differ, or t outside 0..1.
 
     Reference: Shoemake 1985; White 2016, "Sampling generative networks".
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.latents import linear, slerp
+        >>> a, b = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 3.0]])
+        >>> round(slerp(a, b, 0.5).norm().item(), 3), round(linear(a, b, 0.5).norm().item(), 3)  # of norms 1 and 3
+        (2.0, 1.581)
     """
     expect(
         isinstance(a, Tensor) and isinstance(b, Tensor), "a, b", "tensors", f"{type(a).__name__}, {type(b).__name__}"
@@ -82,7 +89,7 @@ def interpolate_latents(
     spherical: bool = False,
     times: Sequence[float] | None = None,
 ) -> list[list[Tensor]]:
-    """The latents at t = 0, 1 / (frames - 1), ..., 1 between a and b, each level on its own.
+    """List latents at t = 0, 1 / (frames - 1), ..., 1 between a and b, each level on its own.
 
     Args:
         a, b: one tensor (N, C, *spatial) a level.
@@ -156,6 +163,17 @@ def interpolate(
         ValueError: images that are not as many in b as in a or do not fit the model, or an option out of its range.
 
     Reference: Kingma & Dhariwal 2018, figure 5 (linear).
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast import Glow
+        >>> from pyglow_fast.latents import interpolate
+        >>> model = Glow(image_shape=(1, 8, 8), n_levels=2, n_steps=1, hidden=4)
+        >>> a, b = torch.rand(2, 3, 1, 8, 8) - 0.5
+        >>> model.initialize(a)
+        >>> path = interpolate(model, a, b, steps=5)
+        >>> path.shape, torch.allclose(path[:, 0], a, atol=1e-4), torch.allclose(path[:, -1], b, atol=1e-4)
+        (torch.Size([3, 5, 1, 8, 8]), True, True)
     """
     check_space(space)
     pair = y if y is not None else (None, None)

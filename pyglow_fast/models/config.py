@@ -11,7 +11,7 @@ from pyglow_fast._errors import expect
 from pyglow_fast._settings import MODEL, Range, check_settings, setting, settings
 from pyglow_fast.layers.coupling import SCALE_BIAS, SCALE_CLAMP, SCALE_EPS, SCALE_FACTOR, check_scale_factor
 from pyglow_fast.layers.flow_step import PERMUTATIONS
-from pyglow_fast.reference import KINDS, SCALE_MAPS
+from pyglow_fast.reference import COUPLINGS, SCALE_MAPS
 
 _SHAPES = "(C, L), (C, H, W) or (C, D, H, W) of positive ints"
 _STEPS: dict[str, Any] = {"most": 10_000, "why": "each is some modules and kernels: so many take minutes to build"}
@@ -25,6 +25,16 @@ class GlowConfig:
 
     Raises:
         ValueError: a value out of its range, or values that do not fit each other; the message names it.
+
+    Examples:
+        >>> from pyglow_fast import GlowConfig
+        >>> config = GlowConfig(image_shape=(3, 32, 32), n_levels=3, n_steps=8)
+        >>> config.latent_shapes()  # the shallowest first; together they have as many numbers as the image
+        [(6, 16, 16), (12, 8, 8), (48, 4, 4)]
+        >>> GlowConfig(image_shape=(3, 30, 30), n_levels=3)
+        Traceback (most recent call last):
+            ...
+        ValueError: image_shape: expected sides divisible by ..., found (3, 30, 30)
     """
 
     image_shape: tuple[int, ...] = setting(
@@ -50,7 +60,7 @@ class GlowConfig:
         group=MODEL,
     )
     coupling: str = setting(
-        "affine", "affine: y2 = (x2 + shift) s; additive: y2 = x2 + shift", choices=KINDS, group=MODEL
+        "affine", "affine: y2 = (x2 + shift) s; additive: y2 = x2 + shift", choices=COUPLINGS, group=MODEL
     )
     permutation: str = setting(
         "invconv",
@@ -168,7 +178,7 @@ class GlowConfig:
 
     @property
     def dims(self) -> int:
-        """Number of spatial dimensions."""
+        """The number of spatial dimensions of x: 1, 2 or 3."""
         return len(self.image_shape) - 1
 
     @property
@@ -184,7 +194,7 @@ class GlowConfig:
         return not self.n_last_checkerboard or level + 1 < self.n_levels
 
     def level_shapes(self) -> list[tuple[int, ...]]:
-        """(C, *spatial) of the flow state inside each level, after its squeeze."""
+        """List (C, *spatial) of the flow state inside each level, after its squeeze."""
         channels, spatial, shapes = self.image_shape[0], self.image_shape[1:], []
         for level in range(self.n_levels):
             if self.squeezes(level):
@@ -205,14 +215,14 @@ class GlowConfig:
         return [self._factored_of(shape[0]) for shape in self.level_shapes()[: self.splits]]
 
     def latent_shapes(self) -> list[tuple[int, ...]]:
-        """(C, *spatial) of each latent: what each split factors out, shallowest first, then the top state."""
+        """List (C, *spatial) of each latent: what each split factors out, shallowest first, then the top state."""
         states = self.level_shapes()
         parts = zip(self._factored(), states, strict=False)
         return [*((factored, *state[1:]) for factored, state in parts), states[-1]]
 
     @classmethod
     def preset(cls, name: str, **fields: Any) -> GlowConfig:
-        """The architecture of a preset, see :mod:`pyglow_fast.presets`.
+        """Take the architecture of a preset, see :mod:`pyglow_fast.presets`.
 
         Args:
             name: of the preset; ``presets.table()`` lists them.
@@ -233,13 +243,13 @@ class GlowConfig:
         return cls.from_dict(values | fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-able data."""
+        """Give the fields as data that JSON can hold."""
         values = dataclasses.asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GlowConfig:
-        """The inverse of :meth:`to_dict`; a missing key takes its default.
+        """Undo :meth:`to_dict`; a missing key takes its default.
 
         Raises:
             ValueError: an unknown key.

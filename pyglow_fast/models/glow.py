@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import numbers
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -68,6 +68,18 @@ class Glow(nn.Module):
             x (checked on the CPU; on CUDA, where the check would stop the stream, log_prob is NaN then).
 
     Reference: Kingma & Dhariwal 2018.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast import Glow
+        >>> model = Glow(image_shape=(3, 8, 8), n_levels=2, n_steps=2, hidden=8)
+        >>> images = torch.randint(256, (4, 3, 8, 8))
+        >>> model.bits_per_dim(images).mean().backward()  # a training step but for the optimizer
+        >>> latents, log_det = model(images / 256 - 0.5)
+        >>> [tuple(z.shape) for z in latents], torch.allclose(model.inverse(latents)[0], images / 256 - 0.5, atol=1e-4)
+        ([(4, 6, 4, 4), (4, 24, 2, 2)], True)
+        >>> model.sample(2, temperature=0.7).shape
+        torch.Size([2, 3, 8, 8])
     """
 
     def __init__(
@@ -202,7 +214,7 @@ class Glow(nn.Module):
         return reports if isinstance(self.memory, str) else self._plans.report(reports)
 
     def freeze(self) -> Glow:
-        """A copy for deployment: the same densities, latents and samples from folded weights in buffers.
+        """Make a copy for deployment: the same densities, latents and samples from folded weights in buffers.
 
         Actnorm, 1x1 convolution and their inverses are one matrix a step, the nets' gains and actnorms part of their
         weights: nothing is computed from parameters any more, none asks for a gradient, and the copy stays in
@@ -218,8 +230,22 @@ class Glow(nn.Module):
         frozen.requires_grad_(False)
         return frozen.eval()
 
+    @contextlib.contextmanager
+    def folded(self) -> Iterator[None]:
+        """A context for many calls of log_prob, encode or sample without gradients, whose folded steps are kept.
+
+        Else, so that no write to a parameter goes unnoticed, their values are compared before each call on a CPU, and
+        folded anew for each one on a GPU. Inside, a write that torch counts (an optimizer's step, loading) is noticed;
+        none may be made through ``.data`` or numpy. For deployment see :meth:`freeze`.
+        """
+        with contextlib.ExitStack() as stack:
+            for steps in self.modules():
+                if isinstance(steps, ReversibleSequence):
+                    stack.enter_context(steps.folded())
+            yield
+
     def resized(self, *spatial: int) -> Glow:
-        """The same model for images of other sizes: it shares all modules, and so parameters, modes and settings.
+        """Make a model for images of other sizes that shares all modules, and so parameters, modes and settings.
 
         Convolutions know no size. With class labels, ``border`` or a condition too the weights are the same.
 
@@ -240,7 +266,7 @@ class Glow(nn.Module):
     def make_graphed(
         self, x: Tensor, y: Tensor | None = None, cond: Tensor | None = None, n_samples: int | None = None
     ) -> GraphedGlow:
-        """Training steps and sampling as CUDA graphs, for batches like these; see GraphedGlow.
+        """Capture training steps and sampling as CUDA graphs, for batches like these; see GraphedGlow.
 
         Args:
             x, y, cond: a batch as log_prob takes it.
@@ -252,12 +278,12 @@ class Glow(nn.Module):
         return GraphedGlow(self, x, y, cond, n_samples)
 
     def train(self, mode: bool = True) -> Glow:
-        """Training mode, in which fresh actnorms initialise from data; a frozen model stays in evaluation mode."""
+        """Set training mode, in which fresh actnorms initialise from data; a frozen model stays in evaluation mode."""
         return super().train(mode and bool(self._sequences()))
 
     @property
     def latent_shapes(self) -> list[tuple[int, ...]]:
-        """(C, *spatial) of each latent, shallowest first."""
+        """List (C, *spatial) of each latent, shallowest first."""
         return self.config.latent_shapes()
 
     @property
@@ -265,7 +291,7 @@ class Glow(nn.Module):
         """Whether every actnorm has seen data (or was loaded so)."""
         return all(module.is_initialized for module in self.modules() if isinstance(module, ActNorm))
 
-    def _refused_alike(self) -> AbstractContextManager[None]:
+    def _refused_alike(self) -> contextlib.AbstractContextManager[None]:
         """Around the checks of a forward: where it would initialise, all ranks refuse what one does."""
         return refused_alike(self._parameter().device, lambda: self.training and not self.is_initialized)
 
@@ -303,7 +329,7 @@ class Glow(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Tensor, cond: Condition | None = None) -> None:
-        """Set every actnorm from x, level by level; happens by itself on the first training forward.
+        """Set every actnorm from x, level by level, as the first training forward does by itself.
 
         x is checked first. Should a step still make NaN or inf of it, the error leaves the actnorms before it set.
         Under torch.distributed all ranks must call it, each with its part of the batch: see ActNorm.
@@ -317,14 +343,14 @@ class Glow(nn.Module):
                 x, _ = self._split(i).parts(x)
 
     def forward(self, x: Tensor, cond: Condition | None = None) -> tuple[list[Tensor], Tensor]:
-        """x -> (latents, log_det)."""
+        """Map x to its latents, shallowest first, and log_det = log|det dz/dx|."""
         found = self._encode(x, cond)
         return found.latents, found.log_det
 
     def intermediates(
         self, x: Tensor, cond: Condition | None = None, at: Sequence[int] = ()
     ) -> tuple[list[Tensor], list[list[Tensor]], Tensor]:
-        """x -> (latents, states, log_det): those of :meth:`forward`, and states between the steps.
+        """Map x to (latents, states, log_det): what :meth:`forward` gives, and states between the steps.
 
         ``states[l]`` are those of level l behind its steps ``at`` and behind its last one, before its split. Gradients
         flow from each, in every memory mode; they are kept for it.
@@ -373,7 +399,7 @@ class Glow(nn.Module):
         return _Encoded(latents, priors, log_det, states)
 
     def inverse(self, latents: list[Tensor], cond: Condition | None = None) -> tuple[Tensor, Tensor]:
-        """latents -> (x, log_det), log_det the negative of the forward one."""
+        """Map latents back to x; log_det is the negative of the forward one."""
         self._check_latents(latents)
         conds = self._check_cond(cond, latents[0].shape[0])
         x = latents[-1]
@@ -412,7 +438,7 @@ class Glow(nn.Module):
     def log_prob_and_logits(
         self, x: Tensor, y: Tensor | None = None, cond: Condition | None = None
     ) -> tuple[Tensor, Tensor]:
-        """:meth:`log_prob` (N,), nats, and :meth:`class_logits` (N, config.classify), from one pass."""
+        """Compute :meth:`log_prob` (N,), nats, and :meth:`class_logits` (N, config.classify) in one pass."""
         head = self._required_head()
         log_prob, top = self._log_prob(x, y, cond)
         return log_prob, head(top)
@@ -450,7 +476,7 @@ class Glow(nn.Module):
         return bits_per_dim(self.log_prob(x, y, cond), self.config.n_values, n_bins)
 
     def encode(self, x: Tensor, cond: Condition | None = None, precision: str = "fp32") -> list[Tensor]:
-        """The latents of x, all levels: decode(encode(x)) is x up to rounding.
+        """Compute the latents of x, all levels: decode(encode(x)) is x up to rounding.
 
         precision: of the nets; "auto" for the model's own. Rounding to 16 bits, or to TF32, is amplified from step to
         step: a warning says by how much.
@@ -459,7 +485,7 @@ class Glow(nn.Module):
             return self(x, cond)[0]
 
     def decode(self, latents: list[Tensor], cond: Condition | None = None, precision: str = "fp32") -> Tensor:
-        """The x whose latents these are; precision: that of encode."""
+        """Compute the x whose latents these are; precision as in :meth:`encode`."""
         with exact_nets(self, precision, "decode"):
             return self.inverse(latents, cond)[0]
 
@@ -472,7 +498,7 @@ class Glow(nn.Module):
         cond: Condition | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """x = inverse of z_l = mean + temperature sd eps at every level; no gradient is recorded.
+        """Draw x = inverse of z_l = mean + temperature sd eps at every level; no gradient is recorded.
 
         Args:
             n: number of samples.
@@ -518,7 +544,7 @@ class Glow(nn.Module):
     def from_noise(
         self, noise: list[Tensor], y: Tensor | None = None, cond: Condition | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x, log|det dx/deps|: z_l = mean_l + exp(log_sd_l) eps_l by the priors, then the inverse flow.
+        """Compute x and log|det dx/deps|: z_l = mean_l + exp(log_sd_l) eps_l by the priors, then the inverse flow.
 
         Args:
             noise: eps of every level, of ``latent_shapes``.
@@ -532,7 +558,7 @@ class Glow(nn.Module):
     def to_noise(
         self, x: Tensor, y: Tensor | None = None, cond: Condition | None = None
     ) -> tuple[list[Tensor], Tensor]:
-        """eps of every level and log|det deps/dx|, the inverse of :meth:`from_noise`: eps_l = (z_l - mean_l) / sd_l."""
+        """Compute eps_l = (z_l - mean_l) / sd_l of every level and log|det deps/dx|, undoing :meth:`from_noise`."""
         check_labels(y, x.shape[0], self.config.n_classes)
         found = self._encode(x, cond)
         latents, log_det = found.latents, found.log_det
@@ -552,5 +578,5 @@ class Glow(nn.Module):
         return [split for split in self.splits if isinstance(split, Split)]
 
     def as_distribution(self, y: Tensor | int | None = None, cond: Tensor | None = None) -> GlowDistribution:
-        """This model with the interface of torch.distributions; see GlowDistribution."""
+        """Wrap the model in the interface of torch.distributions; see GlowDistribution."""
         return GlowDistribution(self, y, cond)

@@ -47,6 +47,16 @@ class TrainConfig:
 
     Raises:
         ValueError: a value of the wrong type or out of its range, or parts that do not fit each other.
+
+    Examples:
+        >>> from pyglow_fast import GlowConfig
+        >>> from pyglow_fast.train import TrainConfig
+        >>> config = TrainConfig(model=GlowConfig((1, 8, 8), n_levels=2, n_steps=4, hidden=32), max_steps=1000)
+        >>> longer = config.adjusted(max_steps=2000)
+        >>> config.changes(longer)
+        {'max_steps': (1000, 2000)}
+        >>> TrainConfig.from_dict(longer.to_dict()) == longer
+        True
     """
 
     data: DataConfig = field(
@@ -257,7 +267,7 @@ class TrainConfig:
 
     @classmethod
     def preset(cls, name: str, data: str | None = None, **given: Any) -> TrainConfig:
-        """The settings of a preset, see :mod:`pyglow_fast.presets`; its images are not looked for.
+        """Make the settings of a preset, see :mod:`pyglow_fast.presets`; its images are not looked for.
 
         Args:
             name: of the preset.
@@ -285,14 +295,14 @@ class TrainConfig:
         return cls(**{**among(known[cls], values), "data": source, "model": model})
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict; :meth:`from_dict` reads it back."""
+        """Return the settings as a dict that JSON can hold; :meth:`from_dict` reads it back."""
         flat = {item.name: getattr(self, item.name) for item in fields(self)}
         shown = {"memory": memory_text(self.memory), "data": asdict(self.data), "model": self.model.to_dict()}
         return flat | shown
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """The inverse of :meth:`to_dict`; missing keys keep their defaults.
+        """Make the settings from what :meth:`to_dict` gave; fields that are missing keep their defaults.
 
         Raises:
             ValueError: an unknown key, or a value that is refused.
@@ -310,12 +320,12 @@ class TrainConfig:
         return cls(**parsed)
 
     def changes(self, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
-        """{dotted name: (value here, value there)} of everything that differs."""
+        """Compare with other settings: {dotted name: (value here, value there)} of everything that differs."""
         here, there = flatten(self.to_dict()), flatten(other.to_dict())
         return {name: (here[name], there[name]) for name in here if here[name] != there[name]}
 
     def adjusted(self, **values: Any) -> TrainConfig:
-        """With other values for fields that a resumed run may change; those of the data are named ``data.NAME``.
+        """Change fields that a resumed run may change, in a copy; those of the data are named ``data.NAME``.
 
         A limit among them replaces all former limits.
 
@@ -352,7 +362,7 @@ OPTIONAL = frozenset(
 
 
 def images_for(preset: str, data: str | None) -> str:
-    """``data``, or the name of the images that a preset is made for.
+    """Return ``data``, or where it is None the name of the images that a preset is made for.
 
     Raises:
         ValueError: no such preset; or no ``data`` for one that is made for any images, or for those in some folder.
@@ -373,7 +383,7 @@ def check_device(name: str) -> None:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"model": {"hidden": 1}} -> {"model.hidden": 1}."""
+    """Flatten nested dicts: {"model": {"hidden": 1}} -> {"model.hidden": 1}."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):

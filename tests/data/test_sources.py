@@ -32,7 +32,7 @@ def test_digits() -> None:
         ({"name": "folder:"}, "data: expected digits, .* or folder:PATH, found 'folder:'"),
         ({"name": "folder"}, "data: expected digits, .* or folder:PATH, found 'folder'"),
         ({"name": "mnist:"}, "data: expected digits, .* or folder:PATH, found 'mnist:'"),
-        ({"name": "cifar10"}, "data: expected digits, .*cifar10:PATH, .* or folder:PATH, found 'cifar10'"),
+        ({"name": "imagenet"}, "data: expected digits, .*imagenet:PATH, .* or folder:PATH, found 'imagenet'"),
         ({"name": "digits:x"}, "data: expected digits, .* or folder:PATH, found 'digits:x'"),
         (
             {"n_bits": 4},
@@ -80,8 +80,10 @@ def test_the_config_goes_through_json() -> None:
 
 
 def test_the_help_names_every_source() -> None:
-    assert DATA_HELP.startswith("digits, mnist[:PATH], fashion-mnist[:PATH], emoji[:PATH], photos[:PATH], cifar10:PATH")
-    assert DATA_HELP.endswith("celeba:PATH, imagenet:PATH, lsun:PATH or folder:PATH")
+    assert DATA_HELP.startswith(
+        "digits, mnist[:PATH], fashion-mnist[:PATH], emoji[:PATH], photos[:PATH], cifar10[:PATH]"
+    )
+    assert DATA_HELP.endswith("celeba[:PATH], imagenet:PATH, lsun:PATH or folder:PATH")
 
 
 def test_digits_are_padded_and_mirrored() -> None:

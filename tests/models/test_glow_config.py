@@ -13,7 +13,7 @@ from support.covering import pairs
 
 import pyglow_fast as pgf
 from pyglow_fast.layers.flow_step import PERMUTATIONS
-from pyglow_fast.reference import KINDS, SCALE_MAPS
+from pyglow_fast.reference import COUPLINGS, SCALE_MAPS
 
 OTHER_VALUES: dict[str, Any] = {
     "image_shape": (1, 16, 8),
@@ -94,13 +94,13 @@ def test_a_last_level_of_checkerboards_has_no_squeeze() -> None:
 @pairs(
     pytest.mark.parametrize("permutation", PERMUTATIONS),
     pytest.mark.parametrize("scale_map", SCALE_MAPS),
-    pytest.mark.parametrize("coupling", KINDS),
+    pytest.mark.parametrize("coupling", COUPLINGS),
 )
 def test_every_choice_builds_a_model(coupling: str, scale_map: str, permutation: str) -> None:
     fields = {"coupling": coupling, "scale_map": scale_map, "permutation": permutation}
     model = pgf.Glow(image_shape=(1, 2), n_levels=1, n_steps=1, hidden=2, **fields)
     step = model.levels[0].steps[0]
-    assert step.coupling.spec.kind == coupling
+    assert step.coupling.spec.coupling == coupling
     assert step.coupling.spec.scale_map == scale_map
 
 

@@ -62,10 +62,10 @@ def photo(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(values).resize((width, height))
 
 
-def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
-    """The bytes of a file of that kind."""
+def encoded(image: Image.Image, file_format: str, **options: Any) -> bytes:
+    """The bytes of a file of that format."""
     stream = io.BytesIO()
-    image.save(stream, kind, **options)
+    image.save(stream, file_format, **options)
     return stream.getvalue()
 
 
@@ -81,8 +81,8 @@ def turned_jpeg() -> bytes:
 def bomb() -> bytes:
     """A PNG of a few bytes that says it has 50000 x 50000 pixels."""
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", 50_000, 50_000, 8, 0, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")

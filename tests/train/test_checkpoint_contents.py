@@ -207,7 +207,10 @@ def everything(state: TrainState) -> list[Any]:
         (lambda c: c.optimizer.update({"exp_avg.prior.mean_log_sd": torch.zeros(1)}), "mean_log_sd of shape"),
         (lambda c: c.optimizer.update({"exp_avg.prior.mean_log_sd": torch.zeros(8).double()}), "found .*float64"),
         (lambda c: c.optimizer.update({"step.prior.mean_log_sd": torch.zeros(8)}), r"of shape \(\), .*, found \(8,\)"),
-        (lambda c: c.optimizer.update({"momentum.prior.mean_log_sd": torch.zeros(8)}), "optimizer state of the kinds"),
+        (
+            lambda c: c.optimizer.update({"momentum.prior.mean_log_sd": torch.zeros(8)}),
+            "optimizer state with the entries",
+        ),
         (lambda c: c.optimizer.pop("exp_avg_sq.prior.mean_log_sd"), "of each parameter that the optimizer has changed"),
         (lambda c: c.optimizer_groups.append({}), "expected 1 optimizer groups, found 2"),
         (lambda c: c.optimizer_groups[0].update(betas=(0.9,)), r"optimizer_groups.betas like \(0.9, 0.999\)"),
