@@ -70,6 +70,19 @@ class Numbers(NamedTuple):
 
         return Numbers(*map(cast, self))
 
+    def nudged(self, seed: int, unit: float) -> Numbers:
+        """Each number moved by up to ``unit`` of itself, at random."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, list):
+                return [moved(v) for v in value]
+            if value is None:
+                return None
+            return value * (1.0 + unit * (2.0 * torch.rand(value.shape, generator=generator, dtype=value.dtype) - 1.0))
+
+        return Numbers(*map(moved, self))
+
     @property
     def contiguous(self) -> Numbers:
         """The same laid out one way, as torch's convolutions can always take them."""
