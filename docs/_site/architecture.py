@@ -34,7 +34,7 @@ PARTS: dict[str, Place] = {
     "latents": Place("right", 3, "paths, edits, levels"),
     "train": Place("spine", 4, "runs: loop, checkpoints, evaluation, report"),
     "data": Place("left", 4, "images: sources, preparation"),
-    "interop": Place("right", 4, "models of elsewhere"),
+    "interop": Place("right", 4, "others' models"),
     "__init__": Place("far", 4, "import pyglow_fast"),
     "models": Place("spine", 5, "Glow: levels, splits, priors"),
     "presets": Place("left", 5, "settings under a name"),
