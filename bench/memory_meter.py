@@ -61,10 +61,10 @@ class MemoryMeter(TorchDispatchMode):
         self.now -= self._sizes.pop(key)
 
     def _made(self, key: int, size: int, func: Any) -> None:
-        """For subclasses: a storage is charged."""
+        """Tell subclasses that a storage is charged."""
 
     def _freed(self, key: int) -> None:
-        """For subclasses: a storage is about to be taken off."""
+        """Tell subclasses that a storage is about to be taken off."""
 
 
 class Alive(NamedTuple):

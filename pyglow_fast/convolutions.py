@@ -1,4 +1,4 @@
-"""Chains of convolutions by the library's own ops, forward and backward without autograd; see reference.net_chain.
+"""Convolution chains by the library's own ops, forward and backward without autograd; see reference.net_chain.
 
 What lies between layers is kept once, behind its activation, and freed by the backward as it passes. Images are run
 channels-last from end to end: the input, the weights, every hidden layer, the output and all gradients. That this is
@@ -26,8 +26,10 @@ _without_engine: set[tuple[object, ...]] = set()  # convolutions that cuDNN has 
 
 def dtype_on(x: Tensor) -> torch.dtype:
     """The dtype that a net computes in, given its input: under autocast that of the moment, where x is float32."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if x.dtype == torch.float32 and autocast_is_on(kind) else x.dtype
+    device_type = x.device.type
+    return (
+        torch.get_autocast_dtype(device_type) if x.dtype == torch.float32 and autocast_is_on(device_type) else x.dtype
+    )
 
 
 def format_for(x: Tensor) -> torch.memory_format:
@@ -54,7 +56,7 @@ class Wanted(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What the input of a chain was made of: so many channels of x, and a condition behind them if it has a dtype."""
+    """The tensors that a chain's input was made of: so many channels of x, and a condition if it has a dtype."""
 
     channels: int
     dtype: torch.dtype
@@ -62,11 +64,11 @@ class Source(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, cond: Tensor | None) -> Source:
-        """The source that x and cond side by side are."""
+        """Describe the source that x and cond side by side are."""
         return cls(x.shape[1], x.dtype, None if cond is None else cond.dtype)
 
     def split(self, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients of x and cond, each in the dtype of its own, from that of the input."""
+        """Cut the gradient of the input into those of x and cond, each in its own dtype."""
         if grad is None:
             return None, None
         if self.cond_dtype is None:
@@ -75,7 +77,7 @@ class Source(NamedTuple):
 
 
 def prepared(weights: Sequence[Tensor], biases: Sequence[Tensor], spec: ChainSpec, x: Tensor) -> Chain:
-    """The layers as a run on x takes them.
+    """Bring the layers into the form in which a run on x takes them.
 
     Under autocast parameters of any dtype are cast; else one that is not of x's dtype is refused when it is used.
     """
@@ -86,7 +88,7 @@ def prepared(weights: Sequence[Tensor], biases: Sequence[Tensor], spec: ChainSpe
 
 
 def joined(x: Tensor, cond: Tensor | None) -> Tensor:
-    """x, or x and cond side by side, in the dtype and memory format that a chain is run in.
+    """Join x and cond side by side, in the dtype and memory format that a chain is run in.
 
     Raises:
         ValueError: a condition of another batch, other spatial sizes or on another device than x.
@@ -116,12 +118,12 @@ def _arguments(weight: Tensor, dilation: Sequence[int]) -> _Arguments:
 
 
 def _is_relu(activation: Activation) -> bool:
-    return activation.kind == "relu" or (activation.kind == "leaky_relu" and not activation.parameter)
+    return activation.function == "relu" or (activation.function == "leaky_relu" and not activation.parameter)
 
 
 def _keeps_argument(activation: Activation) -> bool:
     """Whether its derivative takes the argument, and not the value."""
-    return ops.ACTIVATION_CODES[activation.kind] in ops.KEEPS_INPUT
+    return ops.ACTIVATION_CODES[activation.function] in ops.KEEPS_INPUT
 
 
 def cudnn_fuses(h: Tensor, weight: Tensor) -> bool:
@@ -182,7 +184,7 @@ def run(chain: Chain, h: Tensor, kept: list[Tensor] | None = None) -> Tensor:
     return h.contiguous(memory_format=format_for(h))
 
 
-# By the kind of activation, (gradient, value, parameter) -> gradient; the value is the argument where that is kept.
+# By the function, (gradient, value, parameter) -> gradient; the value is the argument where that is kept.
 _DERIVATIVES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "none": lambda grad, out, _: grad,
     "leaky_relu": lambda grad, out, leak: _aten.leaky_relu_backward(grad, out, leak, True),
@@ -200,13 +202,13 @@ def _through(activation: Activation, grad: Tensor, value: Tensor) -> Tensor:
     if _is_relu(activation):
         before: Tensor = _aten.threshold_backward.grad_input(grad, value, 0, grad_input=grad)
         return before
-    return _DERIVATIVES[activation.kind](grad, value, activation.parameter)
+    return _DERIVATIVES[activation.function](grad, value, activation.parameter)
 
 
 def backward(
     grad_out: Tensor, kept: list[Tensor], weights: Sequence[Tensor], spec: ChainSpec, wanted: Wanted
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """The gradients of :func:`run`: of the input, the weights and the biases, None for what is not wanted.
+    """Compute the gradients of :func:`run`: of the input, the weights and the biases, None for what is not wanted.
 
     Args:
         grad_out: that of the output, in any dtype and memory format.
@@ -238,7 +240,7 @@ def backward(
 
 
 def like_parameters(grads: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]) -> list[Tensor | None]:
-    """Gradients of weights or biases as those of parameters of these dtypes come: contiguous."""
+    """Bring gradients of weights or biases into the form of these parameters' gradients: their dtypes, contiguous."""
     found = zip(grads, dtypes, strict=True)
     contiguous = torch.contiguous_format
     return [None if grad is None else grad.to(dtype, memory_format=contiguous) for grad, dtype in found]

@@ -21,7 +21,7 @@ from pyglow_fast._errors import expect
 from pyglow_fast._tracing import kernels_step_aside
 from pyglow_fast.reference import (
     ACTIVATIONS,
-    KINDS,
+    COUPLINGS,
     ORDERS,
     SCALE_MAPS,
     ChainSpec,
@@ -37,8 +37,8 @@ ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 KEEPS_INPUT = tuple(ACTIVATION_CODES[name] for name in ("silu", "gelu", "gelu_tanh"))
 ORDER_CODES = {"shift_scale": 0, "scale_shift": 1}
 
-_KIND = "int map, int order, bool inverse, float bias, float eps, float clamp, float factor"
-_FORWARD_KIND = "int map, int order, float bias, float eps, float clamp, float factor"
+_COUPLING_ARGUMENTS = "int map, int order, bool inverse, float bias, float eps, float clamp, float factor"
+_FORWARD_ARGUMENTS = "int map, int order, float bias, float eps, float clamp, float factor"
 _library = torch.library.Library("pyglow_fast", "DEF")
 
 
@@ -85,7 +85,7 @@ def _shapes_alone(fake: Callable[..., Any], *args: Any, **options: Any) -> Any:
 
 
 def names() -> list[str]:
-    """All ops, as ``torch.ops.pyglow_fast`` has them."""
+    """List all ops, as ``torch.ops.pyglow_fast`` has them."""
     found = (name.split("::") for name in torch._C._dispatch_get_all_op_names())
     return sorted(name for namespace, name in found if namespace == "pyglow_fast")
 
@@ -99,7 +99,7 @@ def is_compiled(name: str, device_type: str) -> bool:
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
-    """What an output that goes with x has: channels-last if x is that, else contiguous; see csrc/bindings/checks.h."""
+    """The memory format of an output that goes with x: channels-last if x is, else contiguous."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)
     return torch.contiguous_format if x.is_contiguous() or not x.is_contiguous(memory_format=last) else last
 
@@ -126,19 +126,19 @@ def _fake_channel_mix_backward(
     return _like(x), x.new_empty(matrix.shape), x.new_empty(grad_u.shape[1])
 
 
-def _fake_coupling(x: Tensor, net_out: Tensor, *kind: Any) -> tuple[Tensor, Tensor]:
+def _fake_coupling(x: Tensor, net_out: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return _like(x), x.new_empty(x.shape[0])
 
 
 def _fake_coupling_backward(
-    out: Tensor, net_out: Tensor, grad_out: Tensor, grad_log_det: Tensor, *kind_and_want: Any
+    out: Tensor, net_out: Tensor, grad_out: Tensor, grad_log_det: Tensor, *arguments_and_want: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    recovered = _like(out) if kind_and_want[-1] else out.new_empty(0)
+    recovered = _like(out) if arguments_and_want[-1] else out.new_empty(0)
     return _like(out), _like(net_out), recovered
 
 
 def _fake_coupling_mix_backward(
-    x: Tensor, net_out: Tensor, grad_out: Tensor, grad_log_det: Tensor, matrix: Tensor, *kind: Any
+    x: Tensor, net_out: Tensor, grad_out: Tensor, grad_log_det: Tensor, matrix: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _like(x), _like(net_out), x.new_empty(matrix.shape), x.new_empty(x.shape[1])
 
@@ -193,12 +193,12 @@ def _fake_net_chain(x: Tensor, cond: Tensor | None, weights: Sequence[Tensor], *
 
 
 def kept_per_position(hidden: Sequence[int], activations: Sequence[int]) -> int:
-    """Numbers that one position keeps, of hidden layers of these widths: NetChain::kept_per_position."""
+    """Count the numbers that hidden layers of these widths keep for one position: NetChain::kept_per_position."""
     return sum(width * (2 if code in KEEPS_INPUT else 1) for width, code in zip(hidden, activations, strict=True))
 
 
 def kept_elements(x: Tensor, weights: Sequence[Tensor], activations: Sequence[int], dilations: Sequence[int]) -> int:
-    """What net_chain keeps for its backward, as csrc/core.h has it (NetChain::kept)."""
+    """Count what net_chain keeps for its backward, as csrc/core.h does (NetChain::kept)."""
     rows = kept_per_position([weight.shape[0] for weight in weights[:-1]], activations)
     dims = x.dim() - 2
     reach = 0
@@ -232,25 +232,25 @@ channel_mix_backward = _define(
     "Tensor? index=None) -> (Tensor, Tensor, Tensor)",
     _fake_channel_mix_backward,
 )
-coupling = _define(f"coupling(Tensor x, Tensor net_out, {_KIND}) -> (Tensor, Tensor)", _fake_coupling)
+coupling = _define(f"coupling(Tensor x, Tensor net_out, {_COUPLING_ARGUMENTS}) -> (Tensor, Tensor)", _fake_coupling)
 coupling_backward = _define(
     "coupling_backward(Tensor out, Tensor net_out, Tensor grad_out, Tensor grad_log_det, "
-    f"{_KIND}, bool want_input) -> (Tensor, Tensor, Tensor)",
+    f"{_COUPLING_ARGUMENTS}, bool want_input) -> (Tensor, Tensor, Tensor)",
     _fake_coupling_backward,
 )
 coupling_mix = _define(
-    f"coupling_mix(Tensor x, Tensor net_out, Tensor matrix, Tensor offset, {_KIND}, Tensor? index=None)"
+    f"coupling_mix(Tensor x, Tensor net_out, Tensor matrix, Tensor offset, {_COUPLING_ARGUMENTS}, Tensor? index=None)"
     " -> (Tensor, Tensor)",
     _fake_coupling,
 )
 coupling_mix_backward = _define(
     "coupling_mix_backward(Tensor x, Tensor net_out, Tensor grad_out, Tensor grad_log_det, Tensor matrix, "
-    f"{_FORWARD_KIND}, Tensor? added, Tensor? index=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"{_FORWARD_ARGUMENTS}, Tensor? added, Tensor? index=None) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_coupling_mix_backward,
 )
 step_backward = _define(
     "step_backward(Tensor y, Tensor net_out, Tensor grad_y, Tensor grad_log_det, Tensor inverse_matrix, Tensor offset, "
-    f"{_FORWARD_KIND}, Tensor? index=None) -> (Tensor, Tensor, Tensor)",
+    f"{_FORWARD_ARGUMENTS}, Tensor? index=None) -> (Tensor, Tensor, Tensor)",
     _fake_step_backward,
 )
 channel_moments = _define("channel_moments(Tensor x) -> (Tensor, Tensor)", _fake_channel_moments)
@@ -340,14 +340,14 @@ def has_kernel(spec: CouplingSpec) -> bool:
 
     Nor are options that do not exist, which the reference then refuses.
     """
-    known = spec.scale_map in SCALE_MAPS and spec.kind in KINDS and spec.order in ORDERS
+    known = spec.scale_map in SCALE_MAPS and spec.coupling in COUPLINGS and spec.order in ORDERS
     return known and spec.eps >= 0.0 and factor_fits(spec)
 
 
-def kind_arguments(spec: CouplingSpec, inverse: bool) -> tuple[int, int, bool, float, float, float, float]:
-    """The trailing arguments of the coupling ops."""
+def coupling_arguments(spec: CouplingSpec, inverse: bool) -> tuple[int, int, bool, float, float, float, float]:
+    """List the trailing arguments of the coupling ops: codes of map and order, direction, bias, eps, clamp, factor."""
     name = str(spec.scale_map)
-    if spec.kind == "additive":
+    if spec.coupling == "additive":
         name = "none"
     elif name == "sigmoid" and (spec.eps > 0 or spec.factor != 1.0):
         name = "scaled_sigmoid"
@@ -358,7 +358,7 @@ ChainArguments = tuple[tuple[int, ...], tuple[float, ...], tuple[int, ...]]
 
 
 def chain_arguments(spec: ChainSpec) -> ChainArguments:
-    """What the ops of nets take of a description: codes and parameters of the activations, dilations.
+    """List what the ops of nets take of a description: codes and parameters of the activations, dilations.
 
     Raises:
         ValueError: see :func:`pyglow_fast.reference.check_spec`.
@@ -368,7 +368,7 @@ def chain_arguments(spec: ChainSpec) -> ChainArguments:
 
 def _chain_arguments(spec: ChainSpec) -> ChainArguments:
     check_spec(spec)
-    codes = tuple(ACTIVATION_CODES[activation.kind] for activation in spec.activations)
+    codes = tuple(ACTIVATION_CODES[activation.function] for activation in spec.activations)
     parameters = tuple(float(activation.parameter) for activation in spec.activations)
     return codes, parameters, tuple(step for dilation in spec.dilations for step in dilation)
 

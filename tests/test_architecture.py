@@ -15,7 +15,7 @@ PACKAGE = "pyglow_fast"
 
 # What each part of the package may import of the others; a new module or subpackage is entered here. A part is a direct
 # child of the package: layers stands for all modules in layers/.
-FOUNDATION = {"_tracing", "_errors", "_captures", "_derivatives", "_float32"}
+FOUNDATION = {"_tracing", "_errors", "_settings", "_captures", "_derivatives", "_float32", "_moments", "_renamed"}
 STACK = (  # each may import those before it
     "_backend",
     "ops",
@@ -37,9 +37,12 @@ BESIDE = {"reference", "likelihood", "presets"}  # torch at most, usable by ever
 ALLOWED: dict[str, set[str]] = {
     "_tracing": set(),
     "_float32": set(),
+    "_moments": set(),
     "_errors": {"_tracing"},
+    "_settings": {"_errors"},
     "_captures": {"_errors", "_tracing"},
     "_derivatives": {"_errors"},
+    "_renamed": {"_errors"},
     **dict.fromkeys((*BESIDE, "data"), FOUNDATION),
     **{name: FOUNDATION | BESIDE | set(STACK[:rank]) for rank, name in enumerate(STACK)},
     "_backend": FOUNDATION,

@@ -58,13 +58,13 @@ def test_channel_mix(name: str, shape: tuple[int, ...], device: torch.device) ->
     pytest.mark.parametrize("name", ["coupling", "coupling_inverse"]),
 )
 def test_coupling(name: str, spec: CouplingSpec, shape: tuple[int, ...], device: torch.device) -> None:
-    width = shape[1] if spec.kind == "affine" else shape[1] // 2
+    width = shape[1] if spec.coupling == "affine" else shape[1] // 2
     inputs = (randn(*shape).to(device), randn(shape[0], width, *shape[2:]).to(device))
     assert_same(name, inputs, spec, condition=50.0)  # of the inverse: exp(-raw), |raw| up to 4
 
 
 @pytest.mark.parametrize("raw", [-30.0, -100.0, 30.0, 100.0])
-@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.kind == "affine"], ids=spec_name)
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.coupling == "affine"], ids=spec_name)
 def test_extreme_raw_scales(spec: CouplingSpec, raw: float, device: torch.device) -> None:
     u, net_out = randn(2, 4, 3).to(device), randn(2, 4, 3).to(device)
     net_out[:, 2:] = raw
@@ -85,7 +85,7 @@ def test_extreme_raw_scales(spec: CouplingSpec, raw: float, device: torch.device
     pytest.mark.parametrize("name", ["coupling_mix", "coupling_mix_inverse"]),
 )
 def test_coupling_mix(name: str, spec: CouplingSpec, shape: tuple[int, ...], device: torch.device) -> None:
-    width = shape[1] if spec.kind == "affine" else shape[1] // 2
+    width = shape[1] if spec.coupling == "affine" else shape[1] // 2
     inputs = (randn(*shape), randn(shape[0], width, *shape[2:]), invertible(shape[1]), randn(shape[1]))
     inputs = tuple(value.to(device) for value in inputs)
     assert_same(name, inputs, spec, condition=200.0)  # the coupling's, and that of the matrix
@@ -96,7 +96,7 @@ def test_coupling_mix(name: str, spec: CouplingSpec, shape: tuple[int, ...], dev
             assert_close(got, expected, condition=200.0 * max(1, inputs[0].numel()))
 
 
-@pytest.mark.parametrize("field", ["kind", "order", "scale_map"])
+@pytest.mark.parametrize("field", ["coupling", "order", "scale_map"])
 @pytest.mark.parametrize("name", ["coupling", "coupling_inverse"])
 def test_an_unknown_option_is_refused(name: str, field: str) -> None:
     with pytest.raises(ValueError, match=rf"{field}: expected one of .* found 'other'"):

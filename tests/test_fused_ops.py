@@ -83,7 +83,7 @@ def test_step_backward(spec: CouplingSpec, shape: tuple[int, ...]) -> None:
     grad_y, grad_log_det = torch.randn_like(y), torch.randn_like(log_det)
     outputs = [(y, grad_y)] + ([(log_det, grad_log_det)] if log_det.requires_grad else [])
     expected = torch.autograd.grad([o for o, _ in outputs], [u, net_out], [g for _, g in outputs])
-    scale_map, order, _, *parameters = ops.kind_arguments(spec, inverse=False)
+    scale_map, order, _, *parameters = ops.coupling_arguments(spec, inverse=False)
     got_x, *got = ops.step_backward(
         y.detach(),
         net_out.detach(),
@@ -144,15 +144,16 @@ def test_gaussian_broadcasts() -> None:
 def test_layouts(spec: CouplingSpec) -> None:
     shape = (2, 6, 5, 9)
     x, net_out, matrix, offset = _step_inputs(shape, spec, torch.float64)
-    kind, grad, grad_log_det = ops.kind_arguments(spec, inverse=False), torch.randn_like(x), torch.randn(2).double()
-    scale_map, order, _, *parameters = kind
-    backward_kind = (scale_map, order, *parameters)
+    codes = ops.coupling_arguments(spec, inverse=False)
+    grad, grad_log_det = torch.randn_like(x), torch.randn(2).double()
+    scale_map, order, _, *parameters = codes
+    backward_codes = (scale_map, order, *parameters)
 
     def run(x: Tensor, net_out: Tensor, grad: Tensor, matrix: Tensor) -> list[Tensor]:
         return [
-            *ops.coupling_mix(x, net_out, matrix, offset, *kind),
-            *ops.coupling_mix_backward(x, net_out, grad, grad_log_det, matrix, *backward_kind, None),
-            *ops.step_backward(x, net_out, grad, grad_log_det, matrix, offset, *backward_kind),
+            *ops.coupling_mix(x, net_out, matrix, offset, *codes),
+            *ops.coupling_mix_backward(x, net_out, grad, grad_log_det, matrix, *backward_codes, None),
+            *ops.step_backward(x, net_out, grad, grad_log_det, matrix, offset, *backward_codes),
             *ops.channel_moments(x),
             ops.gaussian_log_prob(x, grad, grad),
             *ops.gaussian_log_prob_backward(x, grad, grad, grad_log_det),
@@ -171,14 +172,14 @@ def test_layouts(spec: CouplingSpec) -> None:
 @pytest.mark.parametrize("threads", [2, 3])
 def test_bits_do_not_depend_on_threads(threads: int) -> None:
     x, net_out, matrix, offset = _step_inputs((40, 12, 32, 32), SPECS[0], torch.float32)
-    kind, grad, grad_log_det = ops.kind_arguments(SPECS[0], inverse=False), torch.randn_like(x), torch.randn(40)
-    backward_kind = (*kind[:2], *kind[3:])
+    codes, grad, grad_log_det = ops.coupling_arguments(SPECS[0], inverse=False), torch.randn_like(x), torch.randn(40)
+    backward_codes = (*codes[:2], *codes[3:])
 
     def run(x: Tensor) -> list[Tensor]:
         return [
-            *ops.coupling_mix(x, net_out, matrix, offset, *kind),
-            *ops.coupling_mix_backward(x, net_out, grad, grad_log_det, matrix, *backward_kind, None),
-            *ops.step_backward(x, net_out, grad, grad_log_det, matrix, offset, *backward_kind),
+            *ops.coupling_mix(x, net_out, matrix, offset, *codes),
+            *ops.coupling_mix_backward(x, net_out, grad, grad_log_det, matrix, *backward_codes, None),
+            *ops.step_backward(x, net_out, grad, grad_log_det, matrix, offset, *backward_codes),
             *ops.channel_moments(x),
             ops.gaussian_log_prob(x, grad, grad),
             *ops.gaussian_log_prob_backward(x, grad, grad, grad_log_det),
@@ -202,20 +203,21 @@ def test_channels_last_net(indexed: bool) -> None:
     """A channels-last net's output beside a contiguous state gives the same; its gradient keeps the layout."""
     x, net_out, matrix, offset = _step_inputs((2, 12, 4, 8), SPECS[0], torch.float64)
     index = torch.randperm(12) if indexed else None
-    kind, grad, grad_log_det = ops.kind_arguments(SPECS[0], inverse=False), torch.randn_like(x), torch.randn(2).to(x)
-    backward_kind = kind[:2] + kind[3:]
+    codes = ops.coupling_arguments(SPECS[0], inverse=False)
+    grad, grad_log_det = torch.randn_like(x), torch.randn(2).to(x)
+    backward_codes = codes[:2] + codes[3:]
     matrix = matrix.diagonal().contiguous() if indexed else matrix
     last = net_out.to(memory_format=torch.channels_last)
     calls = [
-        (ops.coupling, lambda net: (x, net, *kind), None),
-        (ops.coupling_backward, lambda net: (x, net, grad, grad_log_det, *kind, True), 1),
-        (ops.coupling_mix, lambda net: (x, net, matrix, offset, *kind, index), None),
+        (ops.coupling, lambda net: (x, net, *codes), None),
+        (ops.coupling_backward, lambda net: (x, net, grad, grad_log_det, *codes, True), 1),
+        (ops.coupling_mix, lambda net: (x, net, matrix, offset, *codes, index), None),
         (
             ops.coupling_mix_backward,
-            lambda net: (x, net, grad, grad_log_det, matrix, *backward_kind, None, index),
+            lambda net: (x, net, grad, grad_log_det, matrix, *backward_codes, None, index),
             1,
         ),
-        (ops.step_backward, lambda net: (x, net, grad, grad_log_det, matrix, offset, *backward_kind, index), 2),
+        (ops.step_backward, lambda net: (x, net, grad, grad_log_det, matrix, offset, *backward_codes, index), 2),
     ]
     for op, arguments, grad_net_out in calls:
         results = op(*arguments(last))
@@ -229,14 +231,14 @@ def test_channels_last_net(indexed: bool) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=case_name)
 def test_opcheck(dtype: torch.dtype) -> None:
     x, net_out, matrix, offset = _step_inputs((2, 6, 5, 3), SPECS[0], dtype)
-    kind = ops.kind_arguments(SPECS[0], inverse=False)
-    backward_kind, log_det = (*kind[:2], *kind[3:]), torch.randn(2).to(x)
+    codes = ops.coupling_arguments(SPECS[0], inverse=False)
+    backward_codes, log_det = (*codes[:2], *codes[3:]), torch.randn(2).to(x)
     layouts = (x, *memory_layouts(x).values(), x[:, :1].expand_as(x))
     # The other dtype is asked about itself, not about layouts once more.
     for layout in layouts if covering.full or dtype == torch.float32 else layouts[:1]:
-        torch.library.opcheck(ops.coupling_mix, (layout, net_out, matrix, offset, *kind))
-        torch.library.opcheck(ops.coupling_mix_backward, (layout, net_out, x, log_det, matrix, *backward_kind, None))
-        torch.library.opcheck(ops.step_backward, (layout, net_out, x, log_det, matrix, offset, *backward_kind))
+        torch.library.opcheck(ops.coupling_mix, (layout, net_out, matrix, offset, *codes))
+        torch.library.opcheck(ops.coupling_mix_backward, (layout, net_out, x, log_det, matrix, *backward_codes, None))
+        torch.library.opcheck(ops.step_backward, (layout, net_out, x, log_det, matrix, offset, *backward_codes))
         torch.library.opcheck(ops.channel_moments, (layout,))
         torch.library.opcheck(ops.gaussian_log_prob, (layout, x, x))
         torch.library.opcheck(ops.gaussian_log_prob_backward, (layout, x, x, log_det))
@@ -244,18 +246,18 @@ def test_opcheck(dtype: torch.dtype) -> None:
 
 
 X, M, C, L = torch.zeros(2, 4, 3, 3), torch.eye(4), torch.zeros(4), torch.zeros(2)
-KIND = ops.kind_arguments(CouplingSpec(), inverse=False)
-BACKWARD_KIND = (*KIND[:2], *KIND[3:])
+CODES = ops.coupling_arguments(CouplingSpec(), inverse=False)
+BACKWARDS = (*CODES[:2], *CODES[3:])
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ops.coupling_mix(X, X[:, :3], M, C, *KIND), "net_out: expected 2 times at most 4 channels"),
-        (lambda: ops.coupling_mix(X, X, M[:3], C, *KIND), r"matrix: expected shape \[4, 4\], found \[3, 4\]"),
-        (lambda: ops.coupling_mix_backward(X, X, X[:1], L, M, *BACKWARD_KIND, None), "grad_out: expected shape"),
-        (lambda: ops.coupling_mix_backward(X, X, X, C, M, *BACKWARD_KIND, None), r"grad_log_det: expected shape \[2\]"),
-        (lambda: ops.step_backward(X, X, X, L, M, C.double(), *BACKWARD_KIND), "offset: expected dtype float32 like y"),
+        (lambda: ops.coupling_mix(X, X[:, :3], M, C, *CODES), "net_out: expected 2 times at most 4 channels"),
+        (lambda: ops.coupling_mix(X, X, M[:3], C, *CODES), r"matrix: expected shape \[4, 4\], found \[3, 4\]"),
+        (lambda: ops.coupling_mix_backward(X, X, X[:1], L, M, *BACKWARDS, None), "grad_out: expected shape"),
+        (lambda: ops.coupling_mix_backward(X, X, X, C, M, *BACKWARDS, None), r"grad_log_det: expected shape \[2\]"),
+        (lambda: ops.step_backward(X, X, X, L, M, C.double(), *BACKWARDS), "offset: expected dtype float32 like y"),
         (lambda: ops.channel_moments(X.half()), "x: expected dtype float32 or float64, found float16"),
         (lambda: ops.gaussian_log_prob(X, X[:1], X), r"mean: expected shape \[2, 4, 3, 3\], found \[1, 4, 3, 3\]"),
         (lambda: ops.gaussian_log_prob(X, X, X[:1]), r"log_sd: expected shape \[2, 4, 3, 3\], found \[1, 4, 3, 3\]"),

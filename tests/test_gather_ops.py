@@ -27,8 +27,8 @@ from pyglow_fast.reference import CouplingSpec
 
 compiled = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
 SPEC = SPECS[0]
-KIND = ops.kind_arguments(SPEC, inverse=False)
-BACKWARD_KIND = (*KIND[:2], *KIND[3:])
+CODES = ops.coupling_arguments(SPEC, inverse=False)
+BACKWARDS = (*CODES[:2], *CODES[3:])
 
 
 @pytest.fixture(autouse=True)
@@ -117,10 +117,10 @@ def test_step_backward(spec: CouplingSpec, shape: tuple[int, ...]) -> None:
     y, net_out = coupling_inputs(shape, spec, torch.float64, torch.get_default_device())
     scale, offset, index = gather_inputs(shape[1], torch.float64)
     grad, grad_log_det = torch.randn_like(y), torch.randn(shape[0], dtype=torch.float64)
-    scale_map, order, _, *parameters = ops.kind_arguments(spec, inverse=False)
-    kind = (scale_map, order, *parameters)
-    found = ops.step_backward(y, net_out, grad, grad_log_det, scale, offset, *kind, index)
-    expected = ops.step_backward(y, net_out, grad, grad_log_det, product_of(scale, index), offset, *kind)
+    scale_map, order, _, *parameters = ops.coupling_arguments(spec, inverse=False)
+    codes = (scale_map, order, *parameters)
+    found = ops.step_backward(y, net_out, grad, grad_log_det, scale, offset, *codes, index)
+    expected = ops.step_backward(y, net_out, grad, grad_log_det, product_of(scale, index), offset, *codes)
     for actual, exact in zip(found, expected, strict=True):
         assert_close(actual, exact, condition=100.0)
 
@@ -132,10 +132,10 @@ def test_what_the_net_adds_to_the_gradient() -> None:
     scale, offset, index = gather_inputs(7, torch.float64)
     grad, added, log_det = torch.randn_like(x), torch.randn_like(x[:, :3]), torch.randn(2, dtype=torch.float64)
     whole = torch.cat([grad[:, :3] + added, grad[:, 3:]], dim=1)
-    inputs = (x, net_out, whole, log_det, scale, *BACKWARD_KIND)
+    inputs = (x, net_out, whole, log_det, scale, *BACKWARDS)
     expected = ops.coupling_mix_backward(*inputs, None, index)
     for actual, exact in zip(
-        ops.coupling_mix_backward(x, net_out, grad, log_det, scale, *BACKWARD_KIND, added, index), expected, strict=True
+        ops.coupling_mix_backward(x, net_out, grad, log_det, scale, *BACKWARDS, added, index), expected, strict=True
     ):
         assert_close(actual, exact)
     for actual, exact in zip(
@@ -166,9 +166,9 @@ def test_16_bit_nets(net: torch.dtype) -> None:
     scale, offset, index = gather_inputs(6, torch.float32)
     grad, log_det = torch.randn_like(x), torch.randn(2)
     for call in (
-        lambda net_out: ops.coupling_mix(x, net_out, scale, offset, *KIND, index),
-        lambda net_out: ops.coupling_mix_backward(x, net_out, grad, log_det, scale, *BACKWARD_KIND, None, index),
-        lambda net_out: ops.step_backward(x, net_out, grad, log_det, scale, offset, *BACKWARD_KIND, index),
+        lambda net_out: ops.coupling_mix(x, net_out, scale, offset, *CODES, index),
+        lambda net_out: ops.coupling_mix_backward(x, net_out, grad, log_det, scale, *BACKWARDS, None, index),
+        lambda net_out: ops.step_backward(x, net_out, grad, log_det, scale, offset, *BACKWARDS, index),
     ):
         for narrow, wide in zip(call(net_out), call(net_out.float()), strict=True):
             assert torch.equal(narrow, wide.to(narrow.dtype))
@@ -186,9 +186,9 @@ def test_layouts(shape: tuple[int, ...]) -> None:
         return [
             ops.channel_mix(x, scale, offset, False, 0, index),
             *ops.channel_mix_backward(x, grad, scale, offset, None, False, index),
-            *ops.coupling_mix(x, net_out, scale, offset, *KIND, index),
-            *ops.coupling_mix_backward(x, net_out, grad, log_det, scale, *BACKWARD_KIND, None, index),
-            *ops.step_backward(x, net_out, grad, log_det, scale, offset, *BACKWARD_KIND, index),
+            *ops.coupling_mix(x, net_out, scale, offset, *CODES, index),
+            *ops.coupling_mix_backward(x, net_out, grad, log_det, scale, *BACKWARDS, None, index),
+            *ops.step_backward(x, net_out, grad, log_det, scale, offset, *BACKWARDS, index),
         ]
 
     expected = run(x, net_out, grad)
@@ -210,9 +210,9 @@ def test_bits_do_not_depend_on_threads(threads: int) -> None:
         return [
             ops.channel_mix(x, scale, offset, True, 0, index),
             *ops.channel_mix_backward(x, grad, scale, offset, None, False, index),
-            *ops.coupling_mix(x, net_out, scale, offset, *KIND, index),
-            *ops.coupling_mix_backward(x, net_out, grad, log_det, scale, *BACKWARD_KIND, None, index),
-            *ops.step_backward(x, net_out, grad, log_det, scale, offset, *BACKWARD_KIND, index),
+            *ops.coupling_mix(x, net_out, scale, offset, *CODES, index),
+            *ops.coupling_mix_backward(x, net_out, grad, log_det, scale, *BACKWARDS, None, index),
+            *ops.step_backward(x, net_out, grad, log_det, scale, offset, *BACKWARDS, index),
         ]
 
     assert_bits_do_not_depend_on_threads(run, x, threads)
@@ -268,9 +268,9 @@ def test_bad_index(index: Tensor, message: str) -> None:
     calls: list[Callable[[], object]] = [
         lambda: ops.channel_mix(X, S, C, False, 0, index),
         lambda: ops.channel_mix_backward(X, X, S, None, None, False, index),
-        lambda: ops.coupling_mix(X, X, S, C, *KIND, index),
-        lambda: ops.coupling_mix_backward(X, X, X, L, S, *BACKWARD_KIND, None, index),
-        lambda: ops.step_backward(X, X, X, L, S, C, *BACKWARD_KIND, index),
+        lambda: ops.coupling_mix(X, X, S, C, *CODES, index),
+        lambda: ops.coupling_mix_backward(X, X, X, L, S, *BACKWARDS, None, index),
+        lambda: ops.step_backward(X, X, X, L, S, C, *BACKWARDS, index),
     ]
     for call in calls:
         with pytest.raises(ValueError, match=message):
@@ -309,7 +309,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
     for layout in layouts if covering.full or dtype == torch.float32 else layouts[:1]:
         torch.library.opcheck(ops.channel_mix, (layout, scale, offset, False, 0, index))
         torch.library.opcheck(ops.channel_mix_backward, (layout, x, scale, offset, None, False, index))
-        torch.library.opcheck(ops.coupling_mix, (layout, net_out, scale, offset, *KIND, index))
-        arguments = (layout, net_out, x, log_det, scale, *BACKWARD_KIND, None, index)
+        torch.library.opcheck(ops.coupling_mix, (layout, net_out, scale, offset, *CODES, index))
+        arguments = (layout, net_out, x, log_det, scale, *BACKWARDS, None, index)
         torch.library.opcheck(ops.coupling_mix_backward, arguments)
-        torch.library.opcheck(ops.step_backward, (layout, net_out, x, log_det, scale, offset, *BACKWARD_KIND, index))
+        torch.library.opcheck(ops.step_backward, (layout, net_out, x, log_det, scale, offset, *BACKWARDS, index))

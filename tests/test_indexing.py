@@ -23,8 +23,8 @@ from pyglow_fast.reference import Activation, ChainSpec, CouplingSpec
 pytestmark = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
 
 SHAPE = (3, 4, 2, 5)
-KIND = ops.kind_arguments(CouplingSpec(), inverse=False)
-BACKWARD_KIND = (*KIND[:2], *KIND[3:])
+CODES = ops.coupling_arguments(CouplingSpec(), inverse=False)
+BACKWARD_CODES = (*CODES[:2], *CODES[3:])
 MATRIX = torch.linspace(-1.0, 1.0, 16).square().view(4, 4) + torch.eye(4)
 OFFSET, LOG_DET = torch.linspace(0.5, 2.0, 4), torch.linspace(-1.0, 1.0, 3)
 NONE, INPUT, OUTPUT = (ops.SQUEEZE_CODES[name] for name in ("none", "input", "output"))
@@ -51,14 +51,14 @@ OPS: dict[str, tuple[int, Callable[..., object]]] = {
     "channel_mix_unsqueezed": (1, lambda x: ops.channel_mix(x, MATRIX, OFFSET, False, OUTPUT)),
     "channel_mix_backward": (2, lambda x, g: ops.channel_mix_backward(x, g, MATRIX, OFFSET, None, False)),
     "channel_mix_backward_added": (3, lambda x, g, a: ops.channel_mix_backward(x, g, MATRIX, None, a, False)),
-    "coupling": (2, lambda x, net: ops.coupling(x, net, *KIND)),
-    "coupling_backward": (3, lambda y, net, g: ops.coupling_backward(y, net, g, LOG_DET, *KIND, True)),
-    "coupling_mix": (2, lambda x, net: ops.coupling_mix(x, net, MATRIX, OFFSET, *KIND)),
+    "coupling": (2, lambda x, net: ops.coupling(x, net, *CODES)),
+    "coupling_backward": (3, lambda y, net, g: ops.coupling_backward(y, net, g, LOG_DET, *CODES, True)),
+    "coupling_mix": (2, lambda x, net: ops.coupling_mix(x, net, MATRIX, OFFSET, *CODES)),
     "coupling_mix_backward": (
         4,
-        lambda x, net, g, a: ops.coupling_mix_backward(x, net, g, LOG_DET, MATRIX, *BACKWARD_KIND, a),
+        lambda x, net, g, a: ops.coupling_mix_backward(x, net, g, LOG_DET, MATRIX, *BACKWARD_CODES, a),
     ),
-    "step_backward": (3, lambda y, net, g: ops.step_backward(y, net, g, LOG_DET, MATRIX, OFFSET, *BACKWARD_KIND)),
+    "step_backward": (3, lambda y, net, g: ops.step_backward(y, net, g, LOG_DET, MATRIX, OFFSET, *BACKWARD_CODES)),
     "channel_moments": (1, ops.channel_moments),
     "gaussian_log_prob": (3, ops.gaussian_log_prob),
     "gaussian_log_prob_backward": (3, lambda z, m, s: ops.gaussian_log_prob_backward(z, m, s, LOG_DET)),

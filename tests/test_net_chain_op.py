@@ -40,7 +40,7 @@ from pyglow_fast.reference import ACTIVATIONS, Activation, ChainSpec
 pytestmark = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
 
 # The numbers that a net computes in: what they are called, the dtype it is given, how it is run.
-KINDS = ("float64", "float32", "half")
+PRECISIONS = ("float64", "float32", "half")
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "half": torch.float32}
 ROUNDING = {"float64": 2.0**-53, "float32": 2.0**-24, "half": 2.0**-8}  # the largest, relative
 
@@ -54,8 +54,8 @@ def seeds(fast: int, full: int) -> pytest.MarkDecorator:
     )
 
 
-def ours(kind: str) -> Net:
-    return in_half(functional.net_chain) if kind == "half" else functional.net_chain
+def ours(precision: str) -> Net:
+    return in_half(functional.net_chain) if precision == "half" else functional.net_chain
 
 
 @functools.lru_cache(maxsize=2)
@@ -66,22 +66,22 @@ def whole(seed: int, given: Shape | None = None) -> tuple[ChainSpec, Numbers, li
     return spec, numbers, exact, rounded
 
 
-def assert_to_the_bit(kind: str, seed: int, given: Shape | None = None) -> None:
+def assert_to_the_bit(precision: str, seed: int, given: Shape | None = None) -> None:
     spec, numbers, exact, rounded = whole(seed, given)
-    got = after_nan(ours(kind), spec, numbers.to(DTYPES[kind]))
-    for index, (actual, expected) in enumerate(zip(got, rounded if kind == "half" else exact, strict=True)):
-        assert actual.dtype == DTYPES[kind]
+    got = after_nan(ours(precision), spec, numbers.to(DTYPES[precision]))
+    for index, (actual, expected) in enumerate(zip(got, rounded if precision == "half" else exact, strict=True)):
+        assert actual.dtype == DTYPES[precision]
         assert torch.equal(actual.double(), expected), f"result {index}: {float((actual - expected).abs().max())}"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", PRECISIONS)
 @seeds(40, 600)
-def test_whole_numbers_to_the_bit(kind: str, seed: int) -> None:
+def test_whole_numbers_to_the_bit(precision: str, seed: int) -> None:
     """All sums are exact: any pixel, tap or channel that is taken for another, left out or counted twice shows.
 
     Of every instruction set: so they agree with each other, too. NaN is wherever memory was not written.
     """
-    assert_to_the_bit(kind, seed)
+    assert_to_the_bit(precision, seed)
 
 
 def shape_of(
@@ -107,10 +107,10 @@ CUT = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", CUT)
-def test_cuts_to_the_bit(kind: str, name: str) -> None:
-    assert_to_the_bit(kind, 0, CUT[name])
+def test_cuts_to_the_bit(precision: str, name: str) -> None:
+    assert_to_the_bit(precision, 0, CUT[name])
 
 
 # ---- Errors of real numbers ----
@@ -140,37 +140,37 @@ def real(seed: int) -> tuple[ChainSpec, Numbers, list[Tensor], list[float]]:
     return spec, numbers, exact, found
 
 
-def assert_errors(got: Sequence[Tensor], exact: Sequence[Tensor], roundings: Sequence[float], kind: str) -> None:
+def assert_errors(got: Sequence[Tensor], exact: Sequence[Tensor], roundings: Sequence[float], precision: str) -> None:
     for index, (error, most) in enumerate(zip(relative_errors(got, exact), roundings, strict=True)):
-        bound = SLACK[kind] * ROUNDING[kind] * (1.0 + most)
+        bound = SLACK[precision] * ROUNDING[precision] * (1.0 + most)
         assert error <= bound, f"result {index}: relative error {error:.2e}, bound {bound:.2e}"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", PRECISIONS)
 @seeds(32, 300)
-def test_errors(kind: str, seed: int) -> None:
+def test_errors(precision: str, seed: int) -> None:
     """All activations, a gain; values and all gradients."""
     spec, numbers, exact, roundings = real(seed)
-    given = numbers.to(DTYPES[kind])
-    got = results(ours(kind), spec, given)
-    assert all(value.dtype == DTYPES[kind] for value in got)
-    assert_errors(got, exact, roundings, kind)
+    given = numbers.to(DTYPES[precision])
+    got = results(ours(precision), spec, given)
+    assert all(value.dtype == DTYPES[precision] for value in got)
+    assert_errors(got, exact, roundings, precision)
     with torch.no_grad():
-        out = ours(kind)(given.x, given.weights, given.biases, spec, given.log_gain, given.cond)
+        out = ours(precision)(given.x, given.weights, given.biases, spec, given.log_gain, given.cond)
     assert torch.equal(out, got[0]), "a forward that keeps nothing gives other bits"
     assert out.stride() == ops._in_format_of(given.x, out.shape).stride()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_checks_reject_what_is_wrong(kind: str) -> None:
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_checks_reject_what_is_wrong(precision: str) -> None:
     """One number of a result off by more than roundings, a tap at the wrong side, bfloat16 where it is not meant."""
     spec, numbers, exact, roundings = real(9)
-    got = results(ours(kind), spec, numbers.to(DTYPES[kind]))
+    got = results(ours(precision), spec, numbers.to(DTYPES[precision]))
     for index, value in enumerate(got):
         wrong = [*got]
-        wrong[index] = value * (1.0 + 2.0 * SLACK[kind] * ROUNDING[kind] * (1.0 + roundings[index]))
+        wrong[index] = value * (1.0 + 2.0 * SLACK[precision] * ROUNDING[precision] * (1.0 + roundings[index]))
         with pytest.raises(AssertionError, match=f"result {index}: relative error"):
-            assert_errors(wrong, exact, roundings, kind)
+            assert_errors(wrong, exact, roundings, precision)
     spec, numbers, exact, rounded = whole(0, CHUNKED[0])
     turned = numbers._replace(weights=[value.flip(2) for value in numbers.weights])
     assert not torch.equal(results(reference.net_chain, spec, turned)[0], exact[0])
@@ -325,13 +325,13 @@ def explicit_net(spec: ChainSpec, numbers: Numbers, scales: Sequence[Tensor | No
     return ExplicitNet(params, layers, spec, "gain" if numbers.log_gain is not None else None)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("gained", [True, False])
 @pytest.mark.parametrize("conditioned", [True, False])
-def test_explicit_net(kind: str, gained: bool, conditioned: bool) -> None:
+def test_explicit_net(precision: str, gained: bool, conditioned: bool) -> None:
     """A net without autograd has the gradients that autograd has through what is folded; none of what is frozen."""
     spec, numbers = drawn_whole(3, CHUNKED[0])
-    numbers = numbers.to(DTYPES[kind])
+    numbers = numbers.to(DTYPES[precision])
     extra = {} if gained else {"log_gain": None}
     if not conditioned:
         extra |= {"x": torch.randn(3, 3, 9, 6).to(numbers.x), "cond": None}
@@ -339,7 +339,7 @@ def test_explicit_net(kind: str, gained: bool, conditioned: bool) -> None:
     scales = [0.3 * torch.randn(10).to(numbers.x), None]
     net = explicit_net(spec, numbers, scales)
     cond = numbers.cond
-    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "half"), torch.no_grad():
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "half"), torch.no_grad():
         # A condition in another dtype is as good.
         out, kept = net.forward(numbers.x, None if cond is None else cond.double())
         assert torch.equal(net.output(numbers.x, cond), out)
@@ -350,7 +350,7 @@ def test_explicit_net(kind: str, gained: bool, conditioned: bool) -> None:
     x, c = (None if value is None else value.detach().requires_grad_() for value in (numbers.x, cond))
     scale = leaves["0.log_scale"].exp()
     weights = [leaves["0.weight"] * scale.reshape(-1, 1, 1, 1), leaves["1.weight"]]
-    expected = ours(kind)(x, weights, [leaves["0.bias"] * scale, leaves["1.bias"]], spec, leaves.get("gain"), c)
+    expected = ours(precision)(x, weights, [leaves["0.bias"] * scale, leaves["1.bias"]], spec, leaves.get("gain"), c)
     assert torch.equal(out, expected)
     assert x is not None
     wanted = [x, *([] if c is None else [c]), *(leaves[name] for name in grads)]
@@ -377,31 +377,31 @@ def example(dtype: torch.dtype = torch.float32, samples: int = 2) -> Numbers:
     return Numbers(x, cond, weights, biases, 0.3 * draw(2).reshape(2, 1, 1), torch.randn(samples, 2, 6, 5).to(dtype))
 
 
-@pytest.mark.parametrize("kind", ["float64", "half"])
-def test_layouts_to_the_bit(kind: str) -> None:
+@pytest.mark.parametrize("precision", ["float64", "half"])
+def test_layouts_to_the_bit(precision: str) -> None:
     """Of every input and of the gradient that comes in; none is written to."""
-    numbers = example(DTYPES[kind])
-    expected = results(ours(kind), SPEC, numbers)
+    numbers = example(DTYPES[precision])
+    expected = results(ours(precision), SPEC, numbers)
     for name in ("x", "cond", "grad"):
         for layout, value in memory_layouts(getattr(numbers, name)).items():
             before = value.clone()
-            got = results(ours(kind), SPEC, numbers._replace(**{name: value}))
+            got = results(ours(precision), SPEC, numbers._replace(**{name: value}))
             assert all(map(torch.equal, got, expected)), f"{name}: {layout}"
             assert torch.equal(value, before)
     turned = [value.to(memory_format=torch.channels_last) for value in numbers.weights]
-    assert all(map(torch.equal, results(ours(kind), SPEC, numbers._replace(weights=turned)), expected))
-    out = ours(kind)(
+    assert all(map(torch.equal, results(ours(precision), SPEC, numbers._replace(weights=turned)), expected))
+    out = ours(precision)(
         numbers.x.to(memory_format=torch.channels_last), numbers.weights, numbers.biases, SPEC, None, numbers.cond
     )
     assert out.is_contiguous(memory_format=torch.channels_last)
     ones = torch.ones(()).to(numbers.x).expand_as(numbers.grad)  # as a sum's gradient comes
-    got, plain = (results(ours(kind), SPEC, numbers._replace(grad=grad)) for grad in (ones, ones.clone()))
+    got, plain = (results(ours(precision), SPEC, numbers._replace(grad=grad)) for grad in (ones, ones.clone()))
     assert all(map(torch.equal, got, plain))
 
 
 def test_gradcheck() -> None:
-    for kinds in (ACTIVATIONS[:5], ACTIVATIONS[4:]):
-        spec = ChainSpec(tuple(Activation(kind, 0.3) for kind in kinds), ((2,),) * 6)
+    for functions in (ACTIVATIONS[:5], ACTIVATIONS[4:]):
+        spec = ChainSpec(tuple(Activation(function, 0.3) for function in functions), ((2,),) * 6)
         x, *weights = [torch.randn(2, 3, 7), *(torch.randn(3, 3, 1 + i % 2 * 2) for i in range(6))]
         inputs = [value.double().requires_grad_() for value in (x, *weights, *torch.randn(6, 3), torch.randn(3))]
 
@@ -413,11 +413,11 @@ def test_gradcheck() -> None:
 
 def test_second_derivatives_are_refused() -> None:
     numbers = example(torch.float64)
-    for kind in ("float64", "half"):
-        x, *rest = numbers.to(DTYPES[kind])
+    for precision in ("float64", "half"):
+        x, *rest = numbers.to(DTYPES[precision])
         x = x.requires_grad_()
         weights = [value.detach().requires_grad_() for value in rest[1]]
-        out = ours(kind)(x, weights, rest[2], SPEC, rest[3], rest[0])
+        out = ours(precision)(x, weights, rest[2], SPEC, rest[3], rest[0])
         (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
         for wanted in (x, weights[0]):
             with pytest.raises(RuntimeError, match="double backward"):
@@ -439,30 +439,30 @@ def test_frozen_weights_and_input() -> None:
         assert all(map(torch.equal, grads, chosen)), wanted
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("activation", [kind for kind in ACTIVATIONS if kind not in ("tanh", "sigmoid")])
-def test_nan_and_inf_come_through(kind: str, activation: str) -> None:
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("activation", [function for function in ACTIVATIONS if function not in ("tanh", "sigmoid")])
+def test_nan_and_inf_come_through(precision: str, activation: str) -> None:
     """In their own sample, and at the pixels that see them; what is finite in torch is finite here."""
-    numbers = example(DTYPES[kind])
+    numbers = example(DTYPES[precision])
     spec = SPEC._replace(activations=(Activation(activation, 0.3), Activation("relu")))
-    clean = results(ours(kind), spec, numbers)
+    clean = results(ours(precision), spec, numbers)
     for value in (math.nan, math.inf):
         spoiled = numbers.x.clone()
         spoiled[1, 0, 2, 3] = value
-        got, plain = (results(net, spec, numbers._replace(x=spoiled)) for net in (ours(kind), reference.net_chain))
+        got, plain = (results(net, spec, numbers._replace(x=spoiled)) for net in (ours(precision), reference.net_chain))
         for actual, expected in zip(got[:3], clean[:3], strict=True):
             assert torch.equal(actual[0], expected[0])
         assert not got[0][1].isfinite().all()
         assert torch.equal(got[0].isfinite(), plain[0].isfinite())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(
     ("samples", "spatial"),
     [(0, ()), (0, (4,)), (0, (4, 5)), (2, (4, 0)), (1, (0, 2, 3)), (0, (1, 0, 1))],
     ids=case_name,
 )
-def test_nothing_in_nothing_out(kind: str, samples: int, spatial: tuple[int, ...]) -> None:
+def test_nothing_in_nothing_out(precision: str, samples: int, spatial: tuple[int, ...]) -> None:
     dims = len(spatial)
     weights = [torch.randn(4, 3, *[3] * dims), torch.randn(2, 4, *[1] * dims)]
     numbers = Numbers(
@@ -472,9 +472,9 @@ def test_nothing_in_nothing_out(kind: str, samples: int, spatial: tuple[int, ...
         [torch.randn(4), torch.randn(2)],
         torch.randn(2),
         torch.randn(samples, 2, *spatial),
-    ).to(DTYPES[kind])
+    ).to(DTYPES[precision])
     spec = ChainSpec((Activation("gelu"),), ((1,) * dims,) * 2)
-    out, grad_x, grad_cond, *grads = results(ours(kind), spec, numbers)
+    out, grad_x, grad_cond, *grads = results(ours(precision), spec, numbers)
     assert out.shape == (samples, 2, *spatial)
     assert grad_x.shape == numbers.x.shape
     assert grad_cond.shape[1] == 1
@@ -490,7 +490,7 @@ THREADED = [
 ]
 
 
-def threaded(index: int, kind: str) -> tuple[ChainSpec, Numbers]:
+def threaded(index: int, precision: str) -> tuple[ChainSpec, Numbers]:
     """Many tasks, real numbers: other sums would give other bits."""
     given = THREADED[index]
     spec = ChainSpec(tuple(Activation(which) for which in ("silu", "relu")[: len(given.kernels) - 1]), given.dilations)
@@ -509,28 +509,28 @@ def threaded(index: int, kind: str) -> tuple[ChainSpec, Numbers]:
         0.1 * draw(widths[-1]),
         draw(given.samples, widths[-1], *given.spatial),
     )
-    return spec, numbers.to(DTYPES[kind])
+    return spec, numbers.to(DTYPES[precision])
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("kind", ["float32", "half"])
+@pytest.mark.parametrize("precision", ["float32", "half"])
 @pytest.mark.parametrize("index", range(len(THREADED)))
-def test_bits_do_not_depend_on_threads(index: int, kind: str) -> None:
+def test_bits_do_not_depend_on_threads(index: int, precision: str) -> None:
     """Cuts whose gradients of the weights are added up, and products of which each thread has a part."""
-    spec, numbers = threaded(index, kind)
+    spec, numbers = threaded(index, precision)
     assert_bits_do_not_depend_on_threads(
-        lambda x: results(ours(kind), spec, numbers._replace(x=x)), numbers.x, threads=2
+        lambda x: results(ours(precision), spec, numbers._replace(x=x)), numbers.x, threads=2
     )
 
 
 def test_two_threads_do_not_share_a_workspace() -> None:
-    cases = [(*threaded(index, kind), kind) for index, kind in ((0, "half"), (1, "float32"))]
-    expected = [results(ours(kind), spec, numbers) for spec, numbers, kind in cases]
+    cases = [(*threaded(index, precision), precision) for index, precision in ((0, "half"), (1, "float32"))]
+    expected = [results(ours(precision), spec, numbers) for spec, numbers, precision in cases]
     found: list[list[list[Tensor]]] = [[], []]
 
     def work(index: int) -> None:
-        spec, numbers, kind = cases[index]
-        found[index] = [results(ours(kind), spec, numbers) for _ in range(3)]
+        spec, numbers, precision = cases[index]
+        found[index] = [results(ours(precision), spec, numbers) for _ in range(3)]
 
     threads = [threading.Thread(target=work, args=(index,)) for index in (0, 1)]
     for thread in threads:
@@ -576,13 +576,13 @@ def test_opcheck(dims: int, last: bool, keep: bool, gained: bool, conditioned: b
         torch.library.opcheck(ops.net_chain_backward, backward_arguments(spec, numbers, kept, half, keep))
 
 
-@pytest.mark.parametrize("kind", ["float64", "half"])
-def test_compiled(kind: str) -> None:
+@pytest.mark.parametrize("precision", ["float64", "half"])
+def test_compiled(precision: str) -> None:
     """In one graph, without a warning, with and without gradients."""
     torch.compiler.reset()
-    numbers = example(DTYPES[kind])
+    numbers = example(DTYPES[precision])
     compiled = torch.compile(functional.net_chain, fullgraph=True, backend="aot_eager")
-    net = in_half(compiled) if kind == "half" else compiled
+    net = in_half(compiled) if precision == "half" else compiled
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", category=DeprecationWarning)  # of torch's own parts
@@ -595,7 +595,7 @@ def test_compiled(kind: str) -> None:
             [torch.randn(*s) for s in ((4, 3, 3), (4,), (5, 4, 1), (5,), (2, 5, 3), (2,))],
         )
         assert torch.equal(glow(x, *weights, leak=0.1), functional.coupling_net(x, *weights, leak=0.1))
-    expected = results(ours(kind), SPEC, numbers)
+    expected = results(ours(precision), SPEC, numbers)
     assert all(map(torch.equal, got, expected))
     assert torch.equal(out, expected[0])
 

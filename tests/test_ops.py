@@ -115,13 +115,13 @@ def test_layouts(
     x, matrix, offset = mix_inputs(shape, torch.float64, device)
     grad = torch.randn_like(x)
     _, net_out = coupling_inputs(shape, spec, torch.float64, device)
-    kind, grad_log_det = ops.kind_arguments(spec, inverse=False), torch.randn(2).to(x)
+    codes, grad_log_det = ops.coupling_arguments(spec, inverse=False), torch.randn(2).to(x)
     mixed, mixed_grads = (
         ops.channel_mix(x, matrix, offset, True, 0),
         ops.channel_mix_backward(x, grad, matrix, offset, None, False),
     )
-    coupled = ops.coupling(x, net_out, *kind)
-    coupled_grads = ops.coupling_backward(x, net_out, grad, grad_log_det, *kind, True)
+    coupled = ops.coupling(x, net_out, *codes)
+    coupled_grads = ops.coupling_backward(x, net_out, grad, grad_log_det, *codes, True)
     for name, layout in memory_layouts(x).items():
         got = ops.channel_mix(layout, matrix.T.contiguous().T, offset, True, 0)
         assert_close(got, mixed)
@@ -132,9 +132,9 @@ def test_layouts(
             ):
                 assert_close(actual, expected)
         for other in (memory_layouts(net_out)[name], net_out):
-            for actual, expected in zip(ops.coupling(layout, other, *kind), coupled, strict=True):
+            for actual, expected in zip(ops.coupling(layout, other, *codes), coupled, strict=True):
                 assert_close(actual, expected)
-            arguments = (layout, other, memory_layouts(grad)[name], grad_log_det, *kind, True)
+            arguments = (layout, other, memory_layouts(grad)[name], grad_log_det, *codes, True)
             for actual, expected in zip(ops.coupling_backward(*arguments), coupled_grads, strict=True):
                 assert_close(actual, expected)
 
@@ -143,11 +143,11 @@ def test_layouts(
 @pytest.mark.parametrize("spec", SPECS, ids=case_name)
 def test_backward_recovers_the_input(spec: CouplingSpec, inverse: bool, device: torch.device) -> None:
     x, net_out = coupling_inputs((2, 7, 5, 9), spec, torch.float64, device)
-    kind = ops.kind_arguments(spec, inverse)
-    out, log_det = ops.coupling(x, net_out, *kind)
-    recovered = ops.coupling_backward(out, net_out, out, log_det, *kind, True)[2]
+    codes = ops.coupling_arguments(spec, inverse)
+    out, log_det = ops.coupling(x, net_out, *codes)
+    recovered = ops.coupling_backward(out, net_out, out, log_det, *codes, True)[2]
     assert_close(recovered, x, condition=100.0)  # s between about 1/20 and 20 here, passed through twice
-    assert ops.coupling_backward(out, net_out, out, log_det, *kind, False)[2].numel() == 0
+    assert ops.coupling_backward(out, net_out, out, log_det, *codes, False)[2].numel() == 0
 
 
 @pytest.mark.alone
@@ -155,15 +155,15 @@ def test_backward_recovers_the_input(spec: CouplingSpec, inverse: bool, device: 
 def test_bits_do_not_depend_on_threads(threads: int) -> None:
     """With work for all of them at the same time; in channels-last every tile goes through scratch memory."""
     x, matrix, _ = mix_inputs((24, 48, 32, 32), torch.float32, torch.device("cpu"))
-    grad, kind = torch.randn_like(x), ops.kind_arguments(CouplingSpec(), inverse=False)
+    grad, codes = torch.randn_like(x), ops.coupling_arguments(CouplingSpec(), inverse=False)
 
     def run(x: Tensor) -> list[Tensor]:
         last = x.to(memory_format=torch.channels_last)
         return [
             *ops.channel_mix_backward(x, grad, matrix, None, None, False),
             *ops.channel_mix_backward(last, grad, matrix, None, None, False),
-            *ops.coupling(x, grad, *kind),
-            *ops.coupling_backward(last, grad, grad, grad[:, 0, 0, 0], *kind, True),
+            *ops.coupling(x, grad, *codes),
+            *ops.coupling_backward(last, grad, grad, grad[:, 0, 0, 0], *codes, True),
         ]
 
     assert_bits_do_not_depend_on_threads(run, x, threads)
@@ -234,14 +234,14 @@ def test_expanded_inputs(device: torch.device) -> None:
     x = torch.randn(8, 7, 5, dtype=torch.float64, device=device).permute(2, 0, 1)[:, None].expand(5, 4, 8, 7)
     net_out = torch.randn(8, 7, 5, dtype=torch.float64, device=device).permute(2, 0, 1)[:, None].expand(5, 4, 8, 7)
     matrix, offset = torch.randn(4, 4).to(x), torch.randn(4).to(x)
-    kind, log_det = ops.kind_arguments(CouplingSpec(), inverse=False), torch.randn(5).to(x)
+    codes, log_det = ops.coupling_arguments(CouplingSpec(), inverse=False), torch.randn(5).to(x)
 
     def run(x: Tensor, net_out: Tensor) -> list[Tensor]:
         return [
             ops.channel_mix(x, matrix, offset, False, 0),
             *ops.channel_mix_backward(x, net_out, matrix, None, None, False),
-            *ops.coupling(x, net_out, *kind),
-            *ops.coupling_backward(x, net_out, net_out, log_det, *kind, True),
+            *ops.coupling(x, net_out, *codes),
+            *ops.coupling_backward(x, net_out, net_out, log_det, *codes, True),
         ]
 
     for got, expected in zip(run(x, net_out), run(x.contiguous(), net_out.contiguous()), strict=True):
@@ -252,20 +252,20 @@ def test_expanded_inputs(device: torch.device) -> None:
 def test_opcheck(dtype: torch.dtype, device: torch.device) -> None:
     """Schema, fake kernel and dispatch of every op, by torch's own checker (the ops themselves have no gradient)."""
     x, matrix, offset = mix_inputs((2, 6, 5, 3), dtype, device)
-    kind = ops.kind_arguments(SPECS[0], inverse=False)
+    codes = ops.coupling_arguments(SPECS[0], inverse=False)
     log_det = torch.randn(2).to(x)
     layouts = (x, *memory_layouts(x).values(), x[:, :1].expand_as(x))
     # The other dtype is asked about itself, not about layouts once more.
     for layout in layouts if covering.full or dtype == torch.float32 else layouts[:1]:
         torch.library.opcheck(ops.channel_mix, (layout, matrix, offset, False, 0))
         torch.library.opcheck(ops.channel_mix_backward, (layout, layout, matrix, None, None, False))
-        torch.library.opcheck(ops.coupling, (layout, x, *kind))
-        torch.library.opcheck(ops.coupling_backward, (layout, x, x, log_det, *kind, False))
-        torch.library.opcheck(ops.coupling_backward, (layout, x, x, log_det, *kind, True))
+        torch.library.opcheck(ops.coupling, (layout, x, *codes))
+        torch.library.opcheck(ops.coupling_backward, (layout, x, x, log_det, *codes, False))
+        torch.library.opcheck(ops.coupling_backward, (layout, x, x, log_det, *codes, True))
 
 
 X, M, C = torch.zeros(2, 4, 3, 3), torch.eye(4), torch.zeros(4)
-KIND = ops.kind_arguments(CouplingSpec(), inverse=False)
+CODES = ops.coupling_arguments(CouplingSpec(), inverse=False)
 
 
 @pytest.mark.parametrize(
@@ -284,19 +284,19 @@ KIND = ops.kind_arguments(CouplingSpec(), inverse=False)
             lambda: ops.channel_mix_backward(X, X, M, C.double(), None, False),
             "center: expected dtype float32 like x, found float64",
         ),
-        (lambda: ops.coupling(X, X[:, :3], *KIND), "net_out: expected 2 times at most 4 channels"),
-        (lambda: ops.coupling(X[:, :1], X, *KIND), "net_out: expected 2 times at most 1 channels"),
-        (lambda: ops.coupling(X, X[..., :2], *KIND), r"net_out: expected shape \[2, 4, 3, 3\], found \[2, 4, 3, 2\]"),
-        (lambda: ops.coupling(X, X.flatten(2), *KIND), "net_out: expected 4 dimensions like x"),
-        (lambda: ops.coupling(X, X.double(), *KIND), "net_out: expected dtype float32 like x, found float64"),
+        (lambda: ops.coupling(X, X[:, :3], *CODES), "net_out: expected 2 times at most 4 channels"),
+        (lambda: ops.coupling(X[:, :1], X, *CODES), "net_out: expected 2 times at most 1 channels"),
+        (lambda: ops.coupling(X, X[..., :2], *CODES), r"net_out: expected shape \[2, 4, 3, 3\], found \[2, 4, 3, 2\]"),
+        (lambda: ops.coupling(X, X.flatten(2), *CODES), "net_out: expected 4 dimensions like x"),
+        (lambda: ops.coupling(X, X.double(), *CODES), "net_out: expected dtype float32 like x, found float64"),
         (lambda: ops.channel_mix_backward(X, X, C, None, None, False), r"matrix: expected shape \[4, 4\], found \[4\]"),
         (lambda: ops.channel_mix_backward(X, X, M, C[:2], None, False), r"center: expected shape \[4\], found \[2\]"),
         (
-            lambda: ops.coupling_mix_backward(X, X, X, C[:2], C, *KIND[:2], *KIND[3:], None),
+            lambda: ops.coupling_mix_backward(X, X, X, C[:2], C, *CODES[:2], *CODES[3:], None),
             r"matrix: expected shape \[4, 4\], found \[4\]",
         ),
         (
-            lambda: ops.step_backward(X, X, X, C[:2], M[:3], C, *KIND[:2], *KIND[3:]),
+            lambda: ops.step_backward(X, X, X, C[:2], M[:3], C, *CODES[:2], *CODES[3:]),
             r"inverse_matrix: expected shape \[4, 4\], found \[3, 4\]",
         ),
         (
@@ -310,10 +310,10 @@ KIND = ops.kind_arguments(CouplingSpec(), inverse=False)
         (lambda: ops.coupling(X, X, 2, 0, False, 0.0, 0.0, 1.0, 1e-40), "factor: .* of float32, found 1e-40"),
         (lambda: ops.coupling(X, X, 2, 0, False, 0.0, 0.0, 1.0, math.inf), "factor: .* of float32, found inf"),
         (lambda: ops.coupling(X, X, 2, 0, False, 0.0, 0.0, 1.0, math.nan), "factor: .* of float32, found nan"),
-        (lambda: ops.coupling(X, X, 9, *KIND[1:]), "map: expected a ScaleMap, found 9"),
-        (lambda: ops.coupling(X, X, 1, 2, *KIND[2:]), "order: expected 0 or 1, found 2"),
-        (lambda: ops.coupling_backward(X, X, X, C, *KIND, False), r"grad_log_det: expected shape \[2\], found \[4\]"),
-        (lambda: ops.coupling_backward(X, X, X[:1], C[:2], *KIND, False), "grad_out: expected shape"),
+        (lambda: ops.coupling(X, X, 9, *CODES[1:]), "map: expected a ScaleMap, found 9"),
+        (lambda: ops.coupling(X, X, 1, 2, *CODES[2:]), "order: expected 0 or 1, found 2"),
+        (lambda: ops.coupling_backward(X, X, X, C, *CODES, False), r"grad_log_det: expected shape \[2\], found \[4\]"),
+        (lambda: ops.coupling_backward(X, X, X[:1], C[:2], *CODES, False), "grad_out: expected shape"),
     ],
 )
 def test_bad_input(call: Callable[[], object], message: str) -> None:

@@ -19,7 +19,7 @@ from pyglow_fast import _backend, functional, reference
 from pyglow_fast.reference import CouplingSpec
 
 pytestmark = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
-AFFINE = [spec for spec in SPECS if spec.kind == "affine"]
+AFFINE = [spec for spec in SPECS if spec.coupling == "affine"]
 RANGES = [(float(low), low + 5.0) for low in range(-30, 30, 5)]
 # With more samples where there are few values: of a handful torch may by luck lose nothing, and then it is no measure.
 FILLED = [(shape[0] * max(1, 4000 // math.prod(shape)), *shape[1:]) for shape in SHAPES if math.prod(shape)]

@@ -105,7 +105,7 @@ def test_realnvp_is_realnvp() -> None:
     for level in model.levels[:2]:
         assert [step.coupling.board.parity for step in level.checkerboard] == [1, 0, 1]
         assert [step.coupling.mask for step in level.steps] == ["channels"] * 3
-        assert all(step.permutation.kind == "reverse" for step in level.steps)
+        assert all(step.permutation.permutation == "reverse" for step in level.steps)
     assert model.levels[2].steps is None
     assert [step.coupling.board.parity for step in model.levels[2].checkerboard] == [1, 0, 1, 0]
     assert [level.checkerboard[0].channels for level in model.levels] == [3, 6, 12]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from pyglow_fast import functional, reference
-from pyglow_fast.reference import KINDS, SCALE_MAPS, CouplingSpec
+from pyglow_fast.reference import COUPLINGS, SCALE_MAPS, CouplingSpec
 
 SHAPES = [(2, 4), (2, 3, 5), (3, 4, 3, 2), (1, 5, 1, 7), (2, 2, 2, 1, 3), (0, 4, 3, 2), (2, 4, 0, 3), (0, 3)]
 
@@ -217,7 +217,7 @@ class TestScaleMaps:
         ids=spec_name,
     )
     def test_a_factor_of_other_maps_or_out_of_range_is_refused(self, spec: CouplingSpec) -> None:
-        x, net_out = randn(1, 2), randn(1, 1 if spec.kind == "additive" else 2)
+        x, net_out = randn(1, 2), randn(1, 1 if spec.coupling == "additive" else 2)
         for call in (functional.coupling, functional.coupling_inverse):
             with pytest.raises(ValueError, match="factor: expected 1, or a positive number with the sigmoid map"):
                 call(x, net_out, spec)
@@ -232,11 +232,11 @@ class TestCoupling:
     @pytest.mark.parametrize("n_transformed", [1, 2, 3])
     def test_by_the_formula(self, spec: CouplingSpec, n_transformed: int) -> None:
         u = randn(2, 5, 3, 2)
-        net_out = randn(2, (2 if spec.kind == "affine" else 1) * n_transformed, 3, 2)
+        net_out = randn(2, (2 if spec.coupling == "affine" else 1) * n_transformed, 3, 2)
         y, log_det = reference.coupling(u, net_out, spec)
         n_kept = 5 - n_transformed
         scale, log_scale = torch.ones(2, n_transformed, 3, 2).double(), torch.zeros(2, n_transformed, 3, 2).double()
-        if spec.kind == "affine":
+        if spec.coupling == "affine":
             scale, log_scale = reference.scale_and_log(net_out[:, n_transformed:], spec)
         shift, half = net_out[:, :n_transformed], u[:, n_kept:]
         expected = (half + shift) * scale if spec.order == "shift_scale" else half * scale + shift
@@ -248,7 +248,7 @@ class TestCoupling:
     @pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4), (2, 4, 2, 3), (1, 2, 2, 1, 3)], ids=str)
     def test_against_the_jacobian(self, spec: CouplingSpec, shape: tuple[int, ...]) -> None:
         u, half = randn(*shape), shape[1] // 2
-        net = kept_half_net(2 * half if spec.kind == "affine" else half, shape[1] - half)
+        net = kept_half_net(2 * half if spec.coupling == "affine" else half, shape[1] - half)
 
         def forward(values: Tensor) -> tuple[Tensor, Tensor]:
             return reference.coupling(values, net(values[:, : shape[1] - half]), spec)
@@ -263,7 +263,7 @@ class TestCoupling:
 
     @pytest.mark.parametrize("spec", SPECS, ids=spec_name)
     def test_gradients(self, spec: CouplingSpec) -> None:
-        n_out = 4 if spec.kind == "affine" else 2
+        n_out = 4 if spec.coupling == "affine" else 2
         leaves = [randn(2, 4, 2).requires_grad_(), randn(2, n_out, 2).requires_grad_()]
         assert torch.autograd.gradcheck(lambda *values: reference.coupling(*values, spec), leaves)
         assert torch.autograd.gradcheck(lambda *values: reference.coupling_inverse(*values, spec), leaves)
@@ -281,15 +281,15 @@ class TestCoupling:
         assert_close(again, u)  # the scale cancels: only the shift is added and taken away again
 
     @pytest.mark.parametrize("shape", [(0, 4, 3), (2, 4, 0), (0, 4)], ids=str)
-    @pytest.mark.parametrize("kind", KINDS)
-    def test_nothing_in_nothing_out(self, shape: tuple[int, ...], kind: str) -> None:
+    @pytest.mark.parametrize("coupling", COUPLINGS)
+    def test_nothing_in_nothing_out(self, shape: tuple[int, ...], coupling: str) -> None:
         u = randn(*shape)
         for function in (reference.coupling, reference.coupling_inverse):
-            y, log_det = function(u, u if kind == "affine" else u[:, :2], CouplingSpec(kind))
+            y, log_det = function(u, u if coupling == "affine" else u[:, :2], CouplingSpec(coupling))
             assert y.shape == shape
             assert torch.equal(log_det, u.new_zeros(shape[0]))
 
-    @pytest.mark.parametrize("field", ["kind", "order"])
+    @pytest.mark.parametrize("field", ["coupling", "order"])
     def test_unknown_option_is_refused(self, field: str) -> None:
         spec = CouplingSpec(**{field: "other"})
         with pytest.raises(ValueError, match=f"{field}: expected one of .* found 'other'"):
@@ -367,7 +367,7 @@ class TestFlowStep:
         weight, log_scale, bias = invertible(channels), 0.3 * randn(channels), randn(channels)
         matrix, offset = reference.fold_actnorm(weight, log_scale, bias)
         matrix_log_det = torch.linalg.slogdet(weight).logabsdet + log_scale.sum()
-        net = kept_half_net(channels if spec.kind == "affine" else channels // 2, channels // 2)
+        net = kept_half_net(channels if spec.coupling == "affine" else channels // 2, channels // 2)
 
         z, log_det = reference.flow_step(x, matrix, offset, matrix_log_det, net, spec)
         u = torch.einsum("ij,nj...->ni...", weight, (x + _column(bias, x)) * _column(log_scale, x).exp())
@@ -386,7 +386,7 @@ class TestFlowStep:
     @pytest.mark.parametrize("spec", SPECS, ids=spec_name)
     def test_what_lies_between_two_nets(self, spec: CouplingSpec) -> None:
         u, matrix, offset = randn(2, 4, 3), invertible(4), randn(4)
-        net_out = randn(2, 4 if spec.kind == "affine" else 2, 3)
+        net_out = randn(2, 4 if spec.coupling == "affine" else 2, 3)
         y, log_det = reference.coupling(u, net_out, spec)
         mixed, mixed_log_det = reference.coupling_mix(u, net_out, matrix, offset, spec)
         assert_close(mixed, torch.einsum("ij,njp->nip", matrix, y) + offset[:, None])

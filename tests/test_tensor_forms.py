@@ -98,13 +98,13 @@ def test_gradient_in_two_parts(shape: tuple[int, ...], spec: CouplingSpec, dtype
     grad_log_det = torch.randn(shape[0]).to(dtype)
     total = grad.clone()
     total[:, : shape[1] // 2] += added
-    kind = ops.kind_arguments(spec, inverse=False)
-    forward_kind = (*kind[:2], *kind[3:])
+    codes = ops.coupling_arguments(spec, inverse=False)
+    forward_codes = (*codes[:2], *codes[3:])
 
     def run(grad: Tensor, added: Tensor | None) -> list[Tensor]:
         return [
             *ops.channel_mix_backward(x, grad, matrix, offset, added, False),
-            *ops.coupling_mix_backward(x, net_out, grad, grad_log_det, matrix, *forward_kind, added),
+            *ops.coupling_mix_backward(x, net_out, grad, grad_log_det, matrix, *forward_codes, added),
         ]
 
     expected = run(total, None)
@@ -163,13 +163,13 @@ def test_net_output_in_16_bits(shape: tuple[int, ...], spec: CouplingSpec, half:
     def run(net_out: Tensor) -> list[Tensor]:
         results = []
         for inverse in (False, True):
-            kind = ops.kind_arguments(spec, inverse)
-            results += ops.coupling(x, net_out, *kind)
-            results += ops.coupling_backward(x, net_out, grad, grad_log_det, *kind, True)
-            results += ops.coupling_mix(x, net_out, matrix, offset, *kind)
-        kind = (*kind[:2], *kind[3:])
-        results += ops.coupling_mix_backward(x, net_out, grad, grad_log_det, matrix, *kind, None)
-        results += ops.step_backward(x, net_out, grad, grad_log_det, matrix, offset, *kind)
+            codes = ops.coupling_arguments(spec, inverse)
+            results += ops.coupling(x, net_out, *codes)
+            results += ops.coupling_backward(x, net_out, grad, grad_log_det, *codes, True)
+            results += ops.coupling_mix(x, net_out, matrix, offset, *codes)
+        codes = (*codes[:2], *codes[3:])
+        results += ops.coupling_mix_backward(x, net_out, grad, grad_log_det, matrix, *codes, None)
+        results += ops.step_backward(x, net_out, grad, grad_log_det, matrix, offset, *codes)
         return results
 
     wide = {"contiguous": low.float(), **memory_layouts(low.float())}
@@ -183,9 +183,9 @@ def test_net_output_in_16_bits(shape: tuple[int, ...], spec: CouplingSpec, half:
 def test_all_16_bit_numbers(half: torch.dtype) -> None:
     """Widening all 65536 of them, and narrowing floats of every exponent, ties among them, as torch does."""
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(half)
-    kind = ops.kind_arguments(CouplingSpec("additive"), inverse=False)
+    codes = ops.coupling_arguments(CouplingSpec("additive"), inverse=False)
     x = torch.zeros(1, 2, numbers.numel())
-    out, _ = ops.coupling(x, numbers.reshape(1, 1, -1), *kind)
+    out, _ = ops.coupling(x, numbers.reshape(1, 1, -1), *codes)
     assert torch.equal(out[0, 1].nan_to_num(12345.0), numbers.float().nan_to_num(12345.0))
 
     torch.manual_seed(0)
@@ -196,7 +196,7 @@ def test_all_16_bit_numbers(half: torch.dtype) -> None:
     grad = torch.zeros(1, 2, floats.numel())
     grad[0, 1] = floats
     net_out = torch.zeros(1, 1, floats.numel(), dtype=half)
-    narrowed = ops.coupling_backward(grad, net_out, grad, torch.zeros(1), *kind, False)[1][0, 0]
+    narrowed = ops.coupling_backward(grad, net_out, grad, torch.zeros(1), *codes, False)[1][0, 0]
     expected = floats.to(half)
     assert torch.equal(narrowed.isnan(), expected.isnan())
     valid = ~expected.isnan()
@@ -221,7 +221,7 @@ def test_net_in_lower_precision_feeds_the_kernels() -> None:
 
 
 X, M, C, L = torch.zeros(2, 4, 4, 4), torch.eye(4), torch.zeros(4), torch.zeros(2)
-KIND = ops.kind_arguments(CouplingSpec(), inverse=False)
+SPEC = ops.coupling_arguments(CouplingSpec(), inverse=False)
 
 
 @pytest.mark.parametrize(
@@ -242,8 +242,8 @@ KIND = ops.kind_arguments(CouplingSpec(), inverse=False)
             lambda: ops.channel_mix_backward(X[:, :2], X[:, :2], M[:2, :2], None, X, False),
             "added: expected .N, at most 2",
         ),
-        (lambda: ops.coupling(X.double(), X.half(), *KIND), "net_out: expected dtype float64 like x .16 bits go with"),
-        (lambda: ops.coupling(X, X.double(), *KIND), "net_out: expected dtype float32 like x, found float64"),
+        (lambda: ops.coupling(X.double(), X.half(), *SPEC), "net_out: expected dtype float64 like x .16 bits go with"),
+        (lambda: ops.coupling(X, X.double(), *SPEC), "net_out: expected dtype float32 like x, found float64"),
     ],
 )
 def test_bad_input(call: Callable[[], object], message: str) -> None:

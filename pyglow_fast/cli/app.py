@@ -1,4 +1,4 @@
-"""The ``pyglow-fast`` command: one module a subcommand, errors in one line."""
+"""Runs the ``pyglow-fast`` command: one module for each subcommand, errors in one line."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ COMMANDS: tuple[ModuleType, ...] = (
 
 
 def parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+    """Make the parser of the whole command line."""
     top = Parser(prog="pyglow-fast", description="Glow normalizing flows: train, sample, evaluate.")
     top.add_argument("--version", action="version", version=f"pyglow-fast {_version()}")
     commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command", parser_class=Parser)
@@ -80,7 +80,7 @@ def _version() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command.
+    """Run the command that the command line names.
 
     Args:
         argv: the arguments; those of the process if None.

@@ -1,10 +1,8 @@
-"""Bits/dim of single images as a CSV file."""
+"""Scores single images by bits/dim, and writes them as a CSV file."""
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,24 +13,40 @@ from pyglow_fast._errors import expect, visible
 from pyglow_fast.data import Images, LazyImages
 from pyglow_fast.data.lazy import FileReader
 from pyglow_fast.train import ImageScores
+from pyglow_fast.train.csv_text import Cell, csv_text
 from pyglow_fast.train.files import write_text
 
 NAMED = 5  # images that are named in a line about many
-# With these a spreadsheet begins a formula, in wide forms too. The last one marks a text.
-_MARKED = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20", "'")
 
 
 @dataclass(frozen=True)
 class ScoredImages:
-    """Images, and what a model makes of them.
+    """Images of a set, and the bits/dim that a model gives each of them.
 
     Args:
-        images: that were scored, or of which some were.
-        scores: of them; its indices are those in ``images``.
-        positions: int64 (len(images),), the index of each image in the set that they come from; None: the same.
+        images: the images, of which all or some were scored.
+        scores: their scores, whose indices are those in ``images``.
+        positions: int64 (len(images),), the index of each image in the set that the images come from; None: the same as
+            here.
 
     Raises:
         ValueError: positions of another number of images.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.data import load_digits
+        >>> from pyglow_fast.experiments import ScoredImages, score_csv
+        >>> from pyglow_fast.train import ImageScores
+        >>> few = load_digits().subset([5, 7, 9])
+        >>> scores = ImageScores(torch.arange(3), torch.tensor([[2.5], [2.75], [float("inf")]]))
+        >>> scored = ScoredImages(few, scores, positions=torch.tensor([5, 7, 9]))
+        >>> print(score_csv({"digits": scored}), end="")
+        index,label,bits_per_dim
+        5,5,2.5
+        7,7,2.75
+        9,9,inf
+        >>> scored.complaints()
+        ['1 image without a finite likelihood, left out of the figures: 9']
     """
 
     images: Images
@@ -46,18 +60,18 @@ class ScoredImages:
 
     @property
     def finite(self) -> Tensor:
-        """bool (n,), which of the scores are numbers."""
+        """Which of the scores are finite numbers, bool (n,)."""
         return self.scores.bits_per_dim.isfinite()
 
     def position(self, index: int) -> int:
-        """Where image ``index`` is in the set that it comes from."""
+        """The place of image ``index`` in the set that it comes from."""
         return index if self.positions is None else int(self.positions[index])
 
     def name(self, index: int) -> str:
-        """The file of image ``index`` if it is read when needed, else the key of its group; "" if it has neither.
+        """The file of image ``index`` if images are read when needed, else the key of its group; "" if it has neither.
 
-        Of images in memory the groups are what is left of their names: of a folder's images the file, of photos' tiles
-        the photo, of emoji the emoji without its skin tone.
+        Images in memory have kept their groups of their names: the file of an image of a folder, the photo of a tile,
+        the emoji without its skin tone.
         """
         images = self.images
         if isinstance(images, LazyImages) and isinstance(images.reader, FileReader):
@@ -70,14 +84,14 @@ class ScoredImages:
         return "" if labels is None else self.images.class_names[int(labels[index])]
 
     def listing(self, indices: list[int]) -> str:
-        """Images in words: the first few by position and name, and how many more."""
+        """Name images in words: the first few by position and name, and how many more."""
         names = {i: visible(self.name(i)) for i in indices[:NAMED]}
         shown = [f"{self.position(i)}{f' ({name})' if name else ''}" for i, name in names.items()]
         more = len(indices) - len(shown)
         return ", ".join(shown) + (f" and {more} more" if more else "")
 
     def complaints(self) -> list[str]:
-        """Lines about images without a finite score, and about those that could not be read."""
+        """Write lines about images without a finite score, and about those that could not be read."""
         bad = self.scores.indices[~self.finite].tolist()
         lost = list(self.scores.unreadable)
         what = "without a finite likelihood, left out of the figures"
@@ -90,45 +104,34 @@ def _images(count: int) -> str:
 
 
 def score_csv(sets: Mapping[str, ScoredImages]) -> str:
-    """One line an image: set, index, name, label, bits_per_dim, bits_per_dim_sd, as text.
+    """Write a line for each image as CSV text: set, index, name, label, bits_per_dim, bits_per_dim_sd.
 
-    The columns ``set``, ``name``, ``label`` and ``bits_per_dim_sd`` (over the draws) are there where there are several
-    sets, an image has a name, a class, and more than one draw. Scores that are not finite are ``nan`` and ``inf``.
+    The columns ``set``, ``name``, ``label`` and ``bits_per_dim_sd`` (over the draws) are left out unless there are
+    several sets, images with names, images with classes, and more than one draw. Scores that are not finite are ``nan``
+    and ``inf``.
 
-    What is in ``set``, ``name`` and ``label`` comes from elsewhere, and a spreadsheet would take some of it for a
-    formula. A text that begins with =, +, -, @ (or their wide forms) or an apostrophe has an apostrophe before it, as
-    spreadsheets mark a text: to have the text itself, take one leading apostrophe away. Control characters in it, and
-    bytes that are no UTF-8, are written out, as \\n or \\udcff. Numbers are numbers.
+    The texts in ``set``, ``name`` and ``label`` come from elsewhere: what a spreadsheet would take for a formula has an
+    apostrophe before it, and what would act in a terminal is written out. Numbers are numbers. See
+    :func:`pyglow_fast.train.csv_text.csv_text`.
 
     Args:
-        sets: what is written, by a name that each set has in the column ``set``.
+        sets: the scored images, by the name that each set has in the column ``set``.
     """
     rows = [(name, found, at, i) for name, found in sets.items() for at, i in enumerate(found.scores.indices.tolist())]
     draws = max((found.scores.draws.shape[1] for found in sets.values()), default=1)
-    columns: dict[str, list[str]] = {"set": [_text_cell(name) for name, *_ in rows]} if len(sets) > 1 else {}
-    columns["index"] = [str(found.position(i)) for _, found, _, i in rows]
+    columns: dict[str, Sequence[Cell]] = {"set": [name for name, *_ in rows]} if len(sets) > 1 else {}
+    columns["index"] = [found.position(i) for _, found, _, i in rows]
     named = {
-        "name": [_text_cell(found.name(i)) for _, found, _, i in rows],
-        "label": [_text_cell(found.label(i)) for _, found, _, i in rows],
+        "name": [found.name(i) for _, found, _, i in rows],
+        "label": [found.label(i) for _, found, _, i in rows],
     }
     columns |= {title: values for title, values in named.items() if any(values)}
-    values = torch.cat([found.scores.bits_per_dim for found in sets.values()]).tolist()
-    columns["bits_per_dim"] = [f"{value:.9g}" for value in values]
+    columns["bits_per_dim"] = torch.cat([found.scores.bits_per_dim for found in sets.values()]).tolist()
     if draws > 1:
-        spread = torch.cat([found.scores.spread for found in sets.values()]).tolist()
-        columns["bits_per_dim_sd"] = [f"{value:.9g}" for value in spread]
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(zip(*columns.values(), strict=True))
-    return buffer.getvalue()
-
-
-def _text_cell(text: str) -> str:
-    """The text in one line, as no spreadsheet takes it for a formula."""
-    return visible(f"'{text}" if text.startswith(_MARKED) else text)
+        columns["bits_per_dim_sd"] = torch.cat([found.scores.spread for found in sets.values()]).tolist()
+    return csv_text([tuple(columns), *zip(*columns.values(), strict=True)], digits=9)
 
 
 def write_scores(path: Path, sets: Mapping[str, ScoredImages]) -> None:
-    """Replace ``path`` by :func:`score_csv`."""
+    """Write :func:`score_csv` to ``path``, which is replaced whole or not at all."""
     write_text(path, score_csv(sets))

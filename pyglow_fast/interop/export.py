@@ -1,4 +1,4 @@
-"""Programs for other runtimes: torch.export with all that depends on parameters alone computed beforehand."""
+"""Exports programs for other runtimes: torch.export with all that depends on parameters alone computed before."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from pyglow_fast._errors import expect
 def folded(
     model: nn.Module, args: tuple[Any, ...], dynamic_shapes: Any = None, kwargs: dict[str, Any] | None = None
 ) -> torch.export.ExportedProgram:
-    """The program f of torch.export.export(model, args), every value in it that no input changes being a constant.
+    """Export a model by torch.export, every value in the program that no input changes being a constant.
 
-    Such are the inverse and log|det W| of a plain 1x1 convolution, for which ONNX has no operators, actnorms folded
-    into products, Householder reflections, global scales. The program consists of torch's own ops, is differentiable in
-    its inputs alone, and goes to torch.onnx.export, torch.export.save, torch._inductor.aoti_compile_and_package.
+    Such values are the inverse and log|det W| of a plain 1x1 convolution, for which ONNX has no operators, actnorms
+    folded into products, Householder reflections, global scales. The program consists of torch's own ops, is
+    differentiable in its inputs alone, and can be passed to torch.onnx.export, torch.export.save and
+    torch._inductor.aoti_compile_and_package.
 
     Args:
         model: in the mode to be exported, initialised; it is left as it is.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,11 @@ def _is_initialized(step: nn.Module) -> bool:
     return all(getattr(module, "is_initialized", True) for module in step.modules())
 
 
+def _may_be_recorded(steps: Sequence[FlowStep]) -> bool:
+    """Whether a net of the user's may use other tensors that want a gradient than its parameters."""
+    return torch.is_grad_enabled() and not all(has_known_modules(step) for step in steps)
+
+
 def run_recomputing(
     runners: Sequence[NetRunner],
     specs: Sequence[CouplingSpec],
@@ -70,7 +76,7 @@ def run_recomputing(
     squeeze_first: bool = False,
     masked: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """x through K steps, a channel map and a coupling each, to be recomputed in the backward.
+    """Map x to z through K steps, a channel map and a coupling each, that the backward will recompute.
 
     Args:
         runners, specs: of the couplings' nets, and of the couplings.
@@ -104,6 +110,31 @@ def _run_recomputing(
         z = z if masked_by is None else z * mask_of(masked_by)
         log_det = log_det + maps_log_det([behind], z, masked_by)
     return z, log_det
+
+
+class _Piece(NamedTuple):
+    """Neighbouring steps that are computed in one way.
+
+    Args:
+        steps: at least one.
+        fused: all are FlowSteps as they come.
+        mode: "store", "checkpoint" or "reversible".
+        records: a backward may follow; always so in other modes than "store".
+        squeeze_first: x is squeezed as it is read.
+        budget: bytes of one net's activations, or "auto".
+    """
+
+    steps: list[nn.Module]
+    fused: bool
+    mode: str
+    records: bool
+    squeeze_first: bool
+    budget: str | int
+
+    @property
+    def flow_steps(self) -> list[FlowStep]:
+        """The steps of a fused piece."""
+        return cast("list[FlowStep]", self.steps)
 
 
 class ReversibleSequence(FlowLayer):
@@ -145,6 +176,17 @@ class ReversibleSequence(FlowLayer):
             gradient than its parameters and inputs (in the backward).
 
     References: Gomez et al. 2017 (reversible backward), Kingma & Dhariwal 2018 (the steps).
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast import FlowStep, ReversibleSequence
+        >>> flow = ReversibleSequence([FlowStep(4, hidden=8) for _ in range(3)], memory="reversible")
+        >>> x = torch.randn(2, 4, 8, 8, requires_grad=True)
+        >>> recomputed = torch.autograd.grad(flow(x)[0].square().mean(), x)
+        >>> flow.memory = "store"
+        >>> stored = torch.autograd.grad(flow(x)[0].square().mean(), x)
+        >>> torch.allclose(*recomputed, *stored, atol=1e-6)  # the same gradient for less memory
+        True
     """
 
     def __init__(
@@ -203,7 +245,7 @@ class ReversibleSequence(FlowLayer):
 
     @property
     def is_fused(self) -> bool:
-        """Whether all are FlowSteps as they come, which run joined."""
+        """Whether all steps are FlowSteps without hooks or overridden methods, which run joined."""
         return all(runs_fused(step) for step in self)
 
     def _chain_length(self) -> int:
@@ -212,13 +254,13 @@ class ReversibleSequence(FlowLayer):
         return len(couplings_of(steps)) if len(steps) == len(self) else len(self)
 
     def flow_steps(self) -> list[FlowStep]:
-        """The steps, if all are FlowSteps."""
+        """The steps that are FlowSteps: all, or those among other modules."""
         return [step for step in self if isinstance(step, FlowStep)]
 
     def forward(
         self, x: Tensor, cond: Tensor | None = None, squeeze_first: bool = False, *, plan: RunPlan | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x -> z.
+        """Map x to z through all steps, with the sum of their log-dets.
 
         Args:
             x: (N, C, *spatial).
@@ -238,7 +280,7 @@ class ReversibleSequence(FlowLayer):
         *,
         plan: RunPlan | None = None,
     ) -> tuple[list[Tensor], Tensor]:
-        """The states behind the steps ``at``, and behind the last one; log_det of all.
+        """Map x to the states behind the steps ``at`` and behind the last one, with the log_det of all.
 
         Gradients flow from each of them, in every memory mode; what is kept for that is these states.
 
@@ -249,11 +291,7 @@ class ReversibleSequence(FlowLayer):
         Returns:
             len(at) + 1 states z (N, C, *spatial), and log_det (N,).
         """
-        last = len(self) - 1
-        whole = isinstance(at, Sequence) and all(type(step) is int for step in at)
-        expect(whole, "at", "a sequence of ints", repr(at))
-        ascending = all(a < b for a, b in zip([-1, *at], [*at, last], strict=True))
-        expect(ascending, "at", f"ascending numbers of steps in 0..{last - 1}", list(at))
+        self._check_at(at)
         fused = self.is_fused
         if squeeze_first and (not fused or any(part.board is not None for part in self.flow_steps()[0].couplings)):
             x, squeeze_first = functional.squeeze(x), False
@@ -263,11 +301,9 @@ class ReversibleSequence(FlowLayer):
                 check_input("x", x, first.channels, first.actnorm.bias)
         if self.training and not self._is_initialized():
             self._initialize_steps(x, cond, squeeze_first)
-        records = torch.is_grad_enabled() and (
-            x.requires_grad
-            or (cond is not None and cond.requires_grad)
-            or any(parameter.requires_grad for parameter in self.parameters())
-        )
+        records = self._records(x, cond)
+        if fused and records and is_capturing(x.device):
+            self._cache.distrust(self.flow_steps())
         if not records or kernels_step_aside():  # a backward that recomputes is no op of torch's
             plan = RunPlan.of_mode("store", len(self), self.memory_budget)
         elif plan is None:
@@ -277,15 +313,88 @@ class ReversibleSequence(FlowLayer):
         steps, ends = list(self), [*(k + 1 for k in at), len(self)]
         for begin, end in pairwise([0, *ends]):
             for start, stop, mode in plan.pieces(begin, end):
-                own, squeezes = steps[start:stop], squeeze_first and start == 0
-                if fused:
-                    own_steps = cast("list[FlowStep]", own)
-                    x, log_det = self._run_fused(own_steps, x, cond, records, mode, squeezes, plan.budget)
-                else:
-                    x, log_det = self._run_modules(own, x, cond, mode)
+                squeezes = squeeze_first and start == 0
+                x, log_det = self._run(_Piece(steps[start:stop], fused, mode, records, squeezes, plan.budget), x, cond)
                 log_dets.append(log_det)
             states.append(x)
         return states, functional.summed(log_dets)
+
+    def _check_at(self, at: Sequence[int]) -> None:
+        last = len(self) - 1
+        whole = isinstance(at, Sequence) and all(type(step) is int for step in at)
+        expect(whole, "at", "a sequence of ints", repr(at))
+        ascending = all(a < b for a, b in zip([-1, *at], [*at, last], strict=True))
+        expect(ascending, "at", f"ascending numbers of steps in 0..{last - 1}", list(at))
+
+    def _records(self, x: Tensor, cond: Tensor | None) -> bool:
+        """Whether autograd asks for a backward."""
+        return torch.is_grad_enabled() and (
+            x.requires_grad
+            or (cond is not None and cond.requires_grad)
+            or any(parameter.requires_grad for parameter in self.parameters())
+        )
+
+    def _run(self, piece: _Piece, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+        """z and log_det of a piece.
+
+        ======================================  ==================================  ================================
+        steps                                   mode                                computed by
+        ======================================  ==================================  ================================
+        any modules                             "store"                             :meth:`_run_modules`
+        any modules                             "checkpoint", "reversible"          :meth:`_run_modules_recomputing`
+        FlowSteps as they come                  "checkpoint", "reversible"          :meth:`_run_steps_recomputing`
+        FlowSteps, recorded or traced           "store", or any without a coupling  :meth:`_run_steps_recorded`
+        FlowSteps, neither recorded nor traced  "store"                             :meth:`_run_steps_folded`
+        ======================================  ==================================  ================================
+        """
+        recomputes = piece.mode != "store"
+        if not piece.fused:
+            path = self._run_modules_recomputing if recomputes else self._run_modules
+        elif recomputes and couplings_of(piece.flow_steps):
+            path = self._run_steps_recomputing
+        elif piece.records or is_watched() or _may_be_recorded(piece.flow_steps):
+            path = self._run_steps_recorded
+        else:
+            path = self._run_steps_folded
+        return path(piece, x, cond)
+
+    def _run_modules(self, piece: _Piece, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Each module is called; autograd keeps what it will."""
+        total = x.new_zeros(x.shape[0])
+        for step in piece.steps:
+            x, step_log_det = step(x) if cond is None else step(x, cond)
+            total = total + step_log_det
+        return x, total
+
+    def _run_modules_recomputing(self, piece: _Piece, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Modules are called without autograd, and again in the backward, part by part."""
+        total = x.new_zeros(x.shape[0])
+        step_bytes = [sum(parameter.nbytes for parameter in step.parameters()) for step in piece.steps]
+        for part in Pass(self._control(piece.mode), step_bytes, part_limit(x, step_bytes)).parts:
+            x, log_det = ModuleChain(piece.steps[part.first : part.end], part).run(x, cond)
+            total = total + log_det
+        return x, total
+
+    def _run_steps_recomputing(self, piece: _Piece, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Joined steps, whose nets run in chunks, and again in the backward."""
+        self._cache.clear()
+        couplings = couplings_of(piece.flow_steps)
+        runners = [coupling.runner(piece.budget) for coupling in couplings]
+        specs, maps = [coupling.spec for coupling in couplings], map_groups(piece.flow_steps, x)
+        x, cond = couplings[0].enter(x, cond)
+        control = self._control(piece.mode)
+        z, log_det = run_recomputing(runners, specs, maps, control, x, cond, piece.squeeze_first)
+        return couplings[-1].leave(z), log_det
+
+    def _run_steps_recorded(self, piece: _Piece, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Joined steps, whose nets run whole and are recorded by autograd or a tracer."""
+        steps = piece.flow_steps
+        return run_couplings(couplings_of(steps), Recorded(steps), x, cond, piece.squeeze_first)
+
+    def _run_steps_folded(self, piece: _Piece, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Joined steps that are folded once for many calls, whose nets run in chunks."""
+        steps = piece.flow_steps
+        return run_couplings(couplings_of(steps), self._cache.get(steps), x, cond, piece.squeeze_first, piece.budget)
 
     def _plan(self, x: Tensor, cond: Tensor | None, squeeze_first: bool) -> RunPlan:
         """What a forward that is recorded does, of a run that is not told by its model."""
@@ -308,40 +417,12 @@ class ReversibleSequence(FlowLayer):
         plan = self._plans.of([self.control], key, costs, budget, self.memory_budget, x.device.type)
         return plan.runs[0]
 
-    def _run_fused(
-        self,
-        steps: Sequence[FlowStep],
-        x: Tensor,
-        cond: Tensor | None,
-        records: bool,
-        mode: str,
-        squeeze_first: bool,
-        budget: str | int,
-    ) -> tuple[Tensor, Tensor]:
-        couplings = couplings_of(steps)
-        if records and is_capturing(x.device):
-            self._cache.distrust(steps)
-        if mode == "store" or not couplings:
-            # Without a record the nets run in chunks. A net of the user's may use other tensors that want one.
-            whole_nets = records or is_watched()
-            if not whole_nets and torch.is_grad_enabled():
-                whole_nets = not all(has_known_modules(step) for step in steps)
-            if whole_nets:
-                return run_couplings(couplings, Recorded(steps), x, cond, squeeze_first)
-            return run_couplings(couplings, self._cache.get(steps), x, cond, squeeze_first, budget)
-        self._cache.clear()
-        runners = [coupling.runner(budget) for coupling in couplings]
-        specs, maps = [coupling.spec for coupling in couplings], map_groups(steps, x)
-        x, cond = couplings[0].enter(x, cond)
-        z, log_det = run_recomputing(runners, specs, maps, self._control(mode), x, cond, squeeze_first)
-        return couplings[-1].leave(z), log_det
-
     def _control(self, mode: str) -> DriftControl | None:
         """The drift control of what is inverted; None where states are kept."""
         return self.control if mode == "reversible" else None
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """z -> x."""
+        """Map z back to x, from the last step to the first."""
         if self.is_fused:
             steps = self.flow_steps()
             check_input("z", z, steps[0].channels, steps[0].actnorm.bias)
@@ -356,7 +437,7 @@ class ReversibleSequence(FlowLayer):
         return z, log_det
 
     def initialize(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Data-dependent initialisation, step after step, each from the output of those before it; returns z."""
+        """Initialise step after step from data, each from the output of those before it; returns z."""
         return self._initialize_steps(x, cond, False)
 
     @torch.no_grad()
@@ -373,23 +454,16 @@ class ReversibleSequence(FlowLayer):
     def _is_initialized(self) -> bool:
         return all(map(_is_initialized, self))
 
-    def _run_modules(
-        self, steps: Sequence[nn.Module], x: Tensor, cond: Tensor | None, mode: str
-    ) -> tuple[Tensor, Tensor]:
-        total = x.new_zeros(x.shape[0])
-        if mode == "store":
-            for step in steps:
-                x, step_log_det = step(x) if cond is None else step(x, cond)
-                total = total + step_log_det
-            return x, total
-        step_bytes = [sum(parameter.nbytes for parameter in step.parameters()) for step in steps]
-        for part in Pass(self._control(mode), step_bytes, part_limit(x, step_bytes)).parts:
-            x, log_det = ModuleChain(steps[part.first : part.end], part).run(x, cond)
-            total = total + log_det
-        return x, total
+    def folded(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which folded steps are kept for inference without a look at the parameters' values.
+
+        Else they are compared before each call on a CPU, and folded anew for each one on a GPU. Inside, a write that
+        torch counts (an optimizer's step, loading) is noticed; none may be made through ``.data`` or numpy.
+        """
+        return self._cache.trusting()
 
     def memory_report(self) -> dict[str, Any]:
-        """Mode or budget, spacing of the anchors, drift, and what was redone so far.
+        """Report mode or budget, spacing of the anchors, drift, and what was redone so far.
 
         With a budget also how many steps the last training step has "inverted", "checkpointed" and "stored", and
         "predicted_bytes" and "predicted_time", over that of mode "store", of its plan.
@@ -423,5 +497,5 @@ class ReversibleSequence(FlowLayer):
             missing_keys.remove(key)
 
     def extra_repr(self) -> str:
-        """Mode, for repr."""
+        """Show the memory mode in the repr."""
         return f"memory={self.memory!r}"

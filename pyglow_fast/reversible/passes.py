@@ -1,4 +1,4 @@
-"""The backward passes of a flow step outside its net: one kernel each, or autograd through the reference.
+"""Backward passes of a flow step outside its net: one kernel each, or autograd through the reference.
 
 Shapes and equations are in csrc/core.h; ``added`` is what the net's backward adds to the gradient of the kept channels;
 with an ``index`` the matrix is the scales of a gather.
@@ -36,8 +36,8 @@ def _compiled(x: Tensor, spec: CouplingSpec) -> bool:
     return ops.run_on(x) and ops.has_kernel(spec)
 
 
-def _forward_kind(spec: CouplingSpec) -> tuple[int, int, float, float, float, float]:
-    scale_map, order, _, *numbers = ops.kind_arguments(spec, inverse=False)
+def _forward_arguments(spec: CouplingSpec) -> tuple[int, int, float, float, float, float]:
+    scale_map, order, _, *numbers = ops.coupling_arguments(spec, inverse=False)
     bias, eps, clamp, factor = numbers
     return scale_map, order, bias, eps, clamp, factor
 
@@ -60,11 +60,11 @@ def step_backward(
     spec: CouplingSpec,
     index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From a step's output y: its input x, and the gradients of u = M x + c (without the net's part) and of net_out."""
+    """Compute a step's input x from its output y, and gradients of u = M x + c (without the net's part) and net_out."""
     if _compiled(y, spec):
-        kind = _forward_kind(spec)
+        arguments = _forward_arguments(spec)
         net_out = functional.readable_net_output(net_out, y)
-        return ops.step_backward(y, net_out, grad_y, grad_log_det, inverse_matrix, offset, *kind, index)
+        return ops.step_backward(y, net_out, grad_y, grad_log_det, inverse_matrix, offset, *arguments, index)
     u, _ = functional.coupling_inverse(y, net_out, spec)
     grad_u, grad_net_out = _gradients(
         lambda u, net_out: reference.coupling(u, net_out, spec), [u, net_out], [grad_y, grad_log_det]
@@ -75,10 +75,10 @@ def step_backward(
 def coupling_backward_from_output(
     y: Tensor, net_out: Tensor, grad_y: Tensor, grad_log_det: Tensor, spec: CouplingSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From a coupling's output y: its input u, and the gradients of u (without the net's part) and of net_out."""
+    """Compute a coupling's input u from its output y, and gradients of u (without the net's part) and net_out."""
     if _compiled(y, spec):
-        kind, net_out = ops.kind_arguments(spec, inverse=False), functional.readable_net_output(net_out, y)
-        grad_u, grad_net_out, u = ops.coupling_backward(y, net_out, grad_y, grad_log_det, *kind, True)
+        arguments, net_out = ops.coupling_arguments(spec, inverse=False), functional.readable_net_output(net_out, y)
+        grad_u, grad_net_out, u = ops.coupling_backward(y, net_out, grad_y, grad_log_det, *arguments, True)
         return u, grad_u, grad_net_out
     u, _ = functional.coupling_inverse(y, net_out, spec)
     return u, *coupling_backward(u, net_out, grad_y, grad_log_det, spec)
@@ -87,12 +87,12 @@ def coupling_backward_from_output(
 def coupling_backward(
     u: Tensor, net_out: Tensor, grad_y: Tensor, grad_log_det: Tensor, spec: CouplingSpec
 ) -> tuple[Tensor, Tensor]:
-    """From a coupling's true input: the gradients of u (without the net's part) and of net_out."""
+    """Compute gradients of u (without the net's part) and of net_out from a coupling's true input u."""
     if _compiled(u, spec):
-        kind = ops.kind_arguments(spec, inverse=False)
+        arguments = ops.coupling_arguments(spec, inverse=False)
         net_out = functional.readable_net_output(net_out, u)
-        y, _ = ops.coupling(u, net_out, *kind)
-        grad_u, grad_net_out, _ = ops.coupling_backward(y, net_out, grad_y, grad_log_det, *kind, False)
+        y, _ = ops.coupling(u, net_out, *arguments)
+        grad_u, grad_net_out, _ = ops.coupling_backward(y, net_out, grad_y, grad_log_det, *arguments, False)
         return grad_u, grad_net_out
     grad_u, grad_net_out = _gradients(
         lambda u, net_out: reference.coupling(u, net_out, spec), [u, net_out], [grad_y, grad_log_det]
@@ -111,11 +111,11 @@ def coupling_mix_backward(
     added: Tensor | None,
     index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of out = M couple(u) + c: the gradients of u (without the net's part), net_out, M and c."""
+    """Compute gradients of out = M couple(u) + c: of u (without the net's part), net_out, M and c."""
     if _compiled(u, spec):
         net_out = functional.readable_net_output(net_out, u)
-        kind = _forward_kind(spec)
-        return ops.coupling_mix_backward(u, net_out, grad_out, grad_log_det, matrix, *kind, added, index)
+        arguments = _forward_arguments(spec)
+        return ops.coupling_mix_backward(u, net_out, grad_out, grad_log_det, matrix, *arguments, added, index)
     grad_u, grad_net_out, grad_matrix, grad_offset = _gradients(
         lambda u, net_out, matrix, offset: reference.coupling_mix(u, net_out, matrix, offset, spec, index),
         [u, net_out, matrix, offset],
@@ -133,7 +133,7 @@ def channel_mix_backward(
     squeeze_first: bool,
     index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of u = M x + c: the gradients of x, M and c."""
+    """Compute gradients of u = M x + c: of x, M and c."""
     if ops.run_on(x) and (x.dim() == 4 or not squeeze_first):
         return ops.channel_mix_backward(x, grad_u, matrix, None, added, squeeze_first, index)
     grad_x, grad_matrix, grad_offset = _gradients(

@@ -1,4 +1,4 @@
-"""Which steps keep what, so that training takes least time within a number of bytes: a plan from shapes alone."""
+"""Plans of which steps keep what, so that training takes least time within a number of bytes, from shapes alone."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class RunPlan(NamedTuple):
 
     @classmethod
     def of_mode(cls, mode: str, n_steps: int, budget: str | int) -> RunPlan:
-        """All steps in one mode."""
+        """Plan all steps in one mode."""
         return cls(n_steps * (mode == "reversible"), n_steps * (mode != "store"), budget)
 
     def pieces(self, first: int, end: int) -> Iterator[tuple[int, int, str]]:
-        """(first, one past the last, mode) of consecutive steps among first .. end - 1."""
+        """List (first, one past the last, mode) of consecutive steps among first .. end - 1."""
         bounds = [0, self.states_from, self.stored_from, max(end, self.stored_from)]
         for mode, (start, stop) in zip(("reversible", "checkpoint", "store"), pairwise(bounds), strict=True):
             if max(start, first) < min(stop, end):
@@ -46,7 +46,7 @@ class RunPlan(NamedTuple):
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What each run of steps does, and what that is predicted to take.
+    """The mode of each step of each run, and the bytes and time that this is predicted to take.
 
     Attributes:
         splits: of each run.
@@ -62,13 +62,13 @@ class MemoryPlan:
 
     @property
     def runs(self) -> list[RunPlan]:
-        """The plan of each run."""
+        """List the plan of each run."""
         return [RunPlan(*split, self.net_budget) for split in self.splits]
 
 
 @dataclass(frozen=True)
-class _Kind:
-    """Moves of one kind: the last steps of a run that are inverted, to be checkpointed or stored.
+class _Moves:
+    """Moves of one run to one mode: its last steps that are inverted, to be checkpointed or stored.
 
     Attributes:
         run: which.
@@ -93,7 +93,7 @@ def _least_so_far(plans: Sequence[tuple[Any, ...]]) -> list[float]:
 class _Search:
     """Plans for runs with one budget of the nets' activations; places are counted as in RunCost.places.
 
-    Of few steps the fastest of all plans. Of many a number of moves of each kind, made in the order of the kinds: from
+    Of few steps the fastest of all plans. Of many a number of moves of each run to each mode, made in an order: from
     those of the most time for a byte on.
     """
 
@@ -102,9 +102,9 @@ class _Search:
         self._bytes: dict[tuple[int, int, int], RunBytes] = {}
         self._known: dict[int, list[tuple[int, int, int, Split]]] = {}
         self.start = self._inverted()
-        kinds = [kind for index in range(len(runs)) for kind in self._kinds_of(index)]
-        kinds.sort(key=lambda kind: (-(kind.saved * 2**20 // kind.size), -kind.run, kind.stores))
-        self.kinds = kinds
+        moves = [one for index in range(len(runs)) for one in self._moves_of(index)]
+        moves.sort(key=lambda one: (-(one.saved * 2**20 // one.size), -one.run, one.stores))
+        self.moves = moves
 
     def peak(self, splits: Sequence[Split]) -> int:
         return self._course.peak([self._bytes_of(i, *split) for i, split in enumerate(splits)])
@@ -132,32 +132,32 @@ class _Search:
             found = min([found, *others], key=self.peak)
         return found
 
-    def _kinds_of(self, index: int) -> Iterator[_Kind]:
-        """Of a run, by what all moves of a kind save and keep together: its steps are alike, nearly."""
+    def _moves_of(self, index: int) -> Iterator[_Moves]:
+        """Of a run, by what all moves to a mode save and keep together: its steps are alike, nearly."""
         count, before = len(self.runs[index].places) - 1, self.start[index]
         for split, stores in (((0, count), False), ((0, 0), True)):
             if before[stores] == 0:
                 continue
             saved = self._work_of(index, before) - self._work_of(index, split)
             size = self._bytes_of(index, *split).kept - self._bytes_of(index, *before).kept
-            yield _Kind(index, stores, count, max(saved // count, 1), max(size // count, 1))
+            yield _Moves(index, stores, count, max(saved // count, 1), max(size // count, 1))
             before = split
 
     def splits(self, counts: Sequence[int]) -> list[Split]:
-        """The plan of so many moves of each kind."""
+        """The plan of so many of each of the moves."""
         found = list(self.start)
-        for kind, count in zip(self.kinds, counts, strict=True):
-            a, b = found[kind.run]
-            last = len(self.runs[kind.run].places) - 1
-            found[kind.run] = (min(a, last - count), last - count) if kind.stores else (max(a - count, 0), b)
+        for one, count in zip(self.moves, counts, strict=True):
+            a, b = found[one.run]
+            last = len(self.runs[one.run].places) - 1
+            found[one.run] = (min(a, last - count), last - count) if one.stores else (max(a - count, 0), b)
         return found
 
     def _fits(self, counts: Sequence[int], budget: int) -> bool:
         return self.peak(self.splits(counts)) <= budget
 
     def _with_most(self, counts: list[int], i: int, budget: int) -> list[int]:
-        """A plan that fits, with as many more moves of one kind as do."""
-        low, high = counts[i], self.kinds[i].count
+        """A plan that fits, with as many more of one of the moves as do."""
+        low, high = counts[i], self.moves[i].count
         while low < high:
             middle = (low + high + 1) // 2
             if self._fits([*counts[:i], middle, *counts[i + 1 :]], budget):
@@ -167,17 +167,17 @@ class _Search:
         return [*counts[:i], low, *counts[i + 1 :]]
 
     def _filled(self, counts: list[int], budget: int) -> list[int]:
-        """A plan that fits, with as many more moves of each kind as do, the worthiest first."""
-        for i in range(len(self.kinds)):
+        """A plan that fits, with as many more of each of the moves as do, the worthiest first."""
+        for i in range(len(self.moves)):
             counts = self._with_most(counts, i, budget)
         return counts
 
     def _exchanged(self, counts: list[int], budget: int) -> Iterator[list[int]]:
-        """Plans with more moves of a kind, and the fewest less of another so that they fit."""
+        """Plans with more of one of the moves, and the fewest less of another so that they fit."""
         spare = budget - self.peak(self.splits(counts))
-        waiting = [i for i, kind in enumerate(self.kinds) if counts[i] < kind.count]
-        for i, (j, less) in itertools.product(waiting, enumerate(self.kinds)):
-            more = self.kinds[i]
+        waiting = [i for i, one in enumerate(self.moves) if counts[i] < one.count]
+        for i, (j, less) in itertools.product(waiting, enumerate(self.moves)):
+            more = self.moves[i]
             fewest = max(1, -(-(more.size - spare) // less.size))
             for given in range(fewest, min(counts[j], fewest + 1) + 1 if i != j else 0):
                 won = min((spare + given * less.size) // more.size, more.count - counts[i]) * more.saved
@@ -247,7 +247,7 @@ class _Search:
         return splits[::-1]
 
     def _nearly_fastest(self, budget: int) -> list[Split] | None:
-        counts = [0] * len(self.kinds)
+        counts = [0] * len(self.moves)
         if not self._fits(counts, budget):
             return None
         counts = self._filled(counts, budget)
@@ -280,16 +280,16 @@ def _distinct(runs: Sequence[RunCost], budgets: Sequence[str | int]) -> Iterator
 
 
 def least_net_budget(given: str | int, device_type: str) -> str | int:
-    """The least that a plan lets the nets' activations take, for a run whose plan cannot be made yet."""
+    """Choose the least that a plan lets the nets' activations take, for a run whose plan cannot be made yet."""
     return _net_budgets(given, device_type)[-1]
 
 
 def plan_memory(
     runs: Sequence[RunCost], rest: RestCost, budget: int, net_budget: str | int = "auto", device_type: str = "cpu"
 ) -> MemoryPlan:
-    """The plan of least time whose tensors, beyond parameters and their gradients, take at most ``budget`` bytes.
+    """Find the plan of least time whose tensors, beyond parameters and their gradients, take at most ``budget`` bytes.
 
-    A function of its arguments alone: shapes decide, no clock and no free memory, so that it is the same everywhere.
+    The plan depends on the arguments alone, on shapes and no clock or free memory, so that it is the same everywhere.
 
     Args:
         runs: of steps, in the order of the forward.

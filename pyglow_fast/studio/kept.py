@@ -1,4 +1,4 @@
-"""What was computed of a checkpoint, kept in the folder of its run so that it is computed once."""
+"""Keeps what was computed of a checkpoint in the folder of its run, so that it is computed once."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from pyglow_fast.train.files import write_bytes
 from pyglow_fast.train.tensor_file import read_header, read_tensors
 
 _HEADER = "pyglow_fast"
-MOST = 4  # files of one kind: those of the newest checkpoints, or of other settings
+MOST = 4  # files of one name: those of the newest checkpoints, or of other settings
 
 
-def kept(folder: Path, kind: str, key: dict[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors that were computed for ``key``: from ``folder`` if they are there, else computed and written.
+def kept(folder: Path, name: str, key: dict[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the tensors computed for ``key``: read from ``folder`` if they are there, else computed and written.
 
     A file that is damaged, or was written for another key, is passed over and replaced. A folder that cannot be written
     is no error: a warning says that the next time will take as long.
 
     Args:
-        folder: made if it is not there.
-        kind: the beginning of the file's name.
-        key: all that the result depends on, JSON-able; with the digest of a checkpoint under ``digest``.
-        compute: what gives them.
+        folder: where the file is kept; made if it is not there.
+        name: the beginning of the file's name.
+        key: all that the result depends on, as JSON can hold it; with the digest of a checkpoint under ``digest``.
+        compute: computes the tensors.
     """
     text = json.dumps(key, sort_keys=True)
-    path = folder / f"{kind}-{key['digest'][:16]}.safetensors"
+    path = folder / f"{name}-{key['digest'][:16]}.safetensors"
     found = _read(path, text)
     if found is not None:
         return found
@@ -40,7 +40,7 @@ def kept(folder: Path, kind: str, key: dict[str, Any], compute: Callable[[], dic
     try:
         folder.mkdir(exist_ok=True)
         write_bytes(path, save(tensors, {_HEADER: text}))
-        newest = sorted(folder.glob(f"{kind}-*.safetensors"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
+        newest = sorted(folder.glob(f"{name}-*.safetensors"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
         for old in newest[MOST:]:
             old.unlink(missing_ok=True)
     except OSError as error:
@@ -63,7 +63,7 @@ def _read(path: Path, text: str) -> dict[str, Tensor] | None:
 
 
 def progress_of(total: int, progress: Callable[[int, int], None] | None) -> Callable[[int], None]:
-    """A function that is told how many more are done, and tells ``progress`` (done, total)."""
+    """Make a function that is told how many more are done, and tells ``progress`` (done, total)."""
     done = 0
 
     def advance(count: int) -> None:

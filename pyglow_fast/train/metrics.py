@@ -1,13 +1,12 @@
-"""metrics.csv: one row at every log or evaluation step, appended as the run goes."""
+"""Writes metrics.csv, one row for every step that is logged or evaluated, appended as the run goes."""
 
 from __future__ import annotations
 
-import csv
-import io
 import warnings
 from pathlib import Path
 
 from pyglow_fast._errors import visible
+from pyglow_fast.train.csv_text import csv_text
 from pyglow_fast.train.files import write_text
 
 COLUMNS = (
@@ -33,12 +32,8 @@ LATER = frozenset(COLUMNS[COLUMNS.index("train_class_bits") :])  # files of form
 Row = dict[str, float | int | None]
 
 
-def _text(value: float | int | None) -> str:
-    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
 class MetricsLog:
-    """Appends rows to a CSV file; a resumed run first drops the rows after its checkpoint, to write them again."""
+    """A CSV file that rows are appended to; a resumed run drops the rows after its checkpoint and writes them again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -47,23 +42,18 @@ class MetricsLog:
         """Write the header (``last_step`` None), or keep the rows up to ``last_step``."""
         former = [] if last_step is None else read_metrics(self.path)
         rows = [row for row in former if last_step is not None and int(row["step"] or 0) <= last_step]
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows([_text(row[name]) for name in COLUMNS] for row in rows)
-        write_text(self.path, buffer.getvalue())
+        write_text(self.path, csv_text([COLUMNS, *([row[name] for name in COLUMNS] for row in rows)]))
 
     def add(self, row: Row) -> None:
         """Append one row; names that are missing stay empty."""
-        buffer = io.StringIO()
-        csv.writer(buffer, lineterminator="\n").writerow([_text(row.get(name)) for name in COLUMNS])
+        line = csv_text([[row.get(name) for name in COLUMNS]])
         # One write of one whole line: a reader sees a row or none.
         with open(self.path, "ab", buffering=0) as file:
-            file.write(buffer.getvalue().encode())
+            file.write(line.encode())
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """The rows of metrics.csv; an empty cell is None.
+    """Read the rows of metrics.csv; an empty cell is None.
 
     Damaged rows (a disk that was full, a crash, an editor) are left out, and a warning says how many.
     """
@@ -71,7 +61,7 @@ def read_metrics(path: Path) -> list[Row]:
         text = path.read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, NotADirectoryError):
         return []
-    # By hand, as there are only numbers: for csv a stray quote would swallow all rows after it.
+    # The rows are read by hand, as there are only numbers: for csv a stray quote would swallow all rows after it.
     header, *lines = text.split("\n")
     torn = lines.pop() if lines else ""  # what follows the last line end: nothing, unless the last row was cut off
     names = header.split(",")

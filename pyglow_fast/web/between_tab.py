@@ -1,4 +1,4 @@
-"""The tab of paths: the way from one image to another through the latents, as a frame, a strip, an animation."""
+"""Makes the tab of paths: the way from one image to another through the latents, as frame, strip and animation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAMES = ("from", "to")
 
 
 class BetweenTab:
-    """Widgets and handlers of the tab; made inside of gr.Blocks."""
+    """The widgets and handlers of the tab of paths; to be made inside of gr.Blocks."""
 
     def __init__(self, shelf: Shelf, desk: gr.State) -> None:
         self._shelf = shelf
@@ -36,7 +36,7 @@ class BetweenTab:
                     self.uploads.append(image_box(f"{name}: an image of yours", 150, f"{name}-upload"))
                     self.takes.append(gr.Button(f"{name}: the image under Edit", elem_id=f"{name}-take"))
             with gr.Column(scale=2, min_width=300):
-                self.kind = gr.Radio(["linear", "spherical"], value="linear", label="path", elem_id="path-kind")
+                self.path = gr.Radio(["linear", "spherical"], value="linear", label="path", elem_id="path-line")
                 self.steps = gr.Slider(2, MOST, value=STEPS, step=1, label="images of the strip", elem_id="path-steps")
                 self.at = gr.Slider(0.0, 1.0, value=0.5, step=0.01, label="the way along the path", elem_id="path-at")
                 self.frame = gr.HTML(elem_id="path-frame")
@@ -44,10 +44,10 @@ class BetweenTab:
         self.command = command_box("path-command")
         redraw = gr.State(0)  # the frame and the commands
         self.outputs = [*self.numbers, *self.uploads, self.strip, redraw]
-        place = [desk, self.kind, self.at]
+        place = [desk, self.path, self.at]
         follow([self.at.input, redraw.change], on_page()(self.moved), place, [self.frame, self.command])
-        drawn = (on_page()(self.drawn), [desk, self.kind, self.steps], [self.strip, redraw])
-        gr.on([self.kind.input, self.steps.input], *drawn, **QUIET)
+        drawn = (on_page()(self.drawn), [desk, self.path, self.steps], [self.strip, redraw])
+        gr.on([self.path.input, self.steps.input], *drawn, **QUIET)
         self.strip.click(on_page()(self.point), self.steps, [self.at, redraw], **QUIET)
         for i in range(2):
             number, upload = self.numbers[i], self.uploads[i]
@@ -58,15 +58,15 @@ class BetweenTab:
             taken.failure(lambda: None, None, upload, **QUIET)
             self.takes[i].click(on_page()(self._take_edit(i)), desk, None, **QUIET).success(*drawn, **QUIET)
 
-    def show(self, desk: Desk, kind: str, steps: float) -> list[Any]:
-        """What the tab shows of a run that was chosen."""
+    def show(self, desk: Desk, path: str, steps: float) -> list[Any]:
+        """Fill the tab for a run that was chosen."""
         opened = desk.opened(self._shelf)
         missing = opened.images.missing
         if not missing:
             count = len(opened.images.find()[2])
             desk.ends = [Kept(opened.pick(HeldOut(min(i, count - 1))), opened) for i in range(2)]
         numbers = [gr.Number(i, visible=not missing) for i in range(2)]
-        return [*numbers, None, None, *self.drawn(desk, kind, steps)]
+        return [*numbers, None, None, *self.drawn(desk, path, steps)]
 
     def _take_number(self, i: int) -> Any:
         def take(desk: Desk, number: float | None) -> None:
@@ -94,21 +94,21 @@ class BetweenTab:
 
         return take
 
-    def _between(self, desk: Desk, kind: str) -> tuple[OpenRun, Between | None]:
+    def _between(self, desk: Desk, path: str) -> tuple[OpenRun, Between | None]:
         opened = desk.opened(self._shelf)
         first, last = desk.ends
         if first is None or last is None:
             return opened, None
         ends = (first.by(opened), last.by(opened))
-        return opened, Between(opened, *ends, desk.space_of(opened), kind == "spherical")
+        return opened, Between(opened, *ends, desk.space_of(opened), path == "spherical")
 
     def point(self, steps: float, event: gr.EventData) -> tuple[float, int]:
-        """Where on the path the image of the strip is that was clicked."""
+        """Find where on the path the image of the strip is that was clicked."""
         return clicked(event, int(steps)) / (int(steps) - 1), anew()
 
-    def moved(self, desk: Desk, kind: str, at: float) -> list[Any]:
-        """The image at one point of the path; and the commands that give it and the strip."""
-        opened, between = self._between(desk, kind)
+    def moved(self, desk: Desk, path: str, at: float) -> list[Any]:
+        """Make the image at one point of the path, and the commands that give it and the strip."""
+        opened, between = self._between(desk, path)
         if between is None:
             return [note("Choose two images."), ""]
         levels, bad = between.frames(times=(float(at),))
@@ -121,9 +121,9 @@ class BetweenTab:
         link = save_link(made, "between.png", "Save PNG")
         return [f"{shown}<p>{link}</p>{grey}", f"{made.whole_command('between.png')}\n{desk.strip}"]
 
-    def drawn(self, desk: Desk, kind: str, steps: float) -> list[Any]:
-        """The strip of the whole path."""
-        opened, between = self._between(desk, kind)
+    def drawn(self, desk: Desk, path: str, steps: float) -> list[Any]:
+        """Draw the strip of the whole path."""
+        opened, between = self._between(desk, path)
         if between is None:
             return ["", anew()]
         levels, _ = between.frames(int(steps))

@@ -38,9 +38,9 @@ PARAMETERS = {"leaky_relu": 0.3, "elu": 0.7}
 SPATIAL = {1: (9,), 2: (6, 5), 3: (4, 3, 5)}
 
 
-def spec_of(kind: str, dims: int) -> ChainSpec:
+def spec_of(function: str, dims: int) -> ChainSpec:
     """Two hidden layers with that activation, the first of them dilated."""
-    activation = Activation(kind, PARAMETERS.get(kind, 0.0))
+    activation = Activation(function, PARAMETERS.get(function, 0.0))
     return ChainSpec((activation, activation), ((2, *[1] * (dims - 1)), (1,) * dims, (1,) * dims))
 
 
@@ -68,9 +68,9 @@ def results(net: Any, spec: ChainSpec, leaves: list[Tensor], grad: Tensor) -> li
 
 @pytest.mark.parametrize("conditioned", [False, True])
 @pytest.mark.parametrize("dims", [1, 2, 3])
-@pytest.mark.parametrize("kind", ACTIVATIONS)
-def test_equal_to_autograd(kind: str, dims: int, conditioned: bool, device: torch.device) -> None:
-    spec, leaves = spec_of(kind, dims), leaves_of(dims, conditioned, device)
+@pytest.mark.parametrize("function", ACTIVATIONS)
+def test_equal_to_autograd(function: str, dims: int, conditioned: bool, device: torch.device) -> None:
+    spec, leaves = spec_of(function, dims), leaves_of(dims, conditioned, device)
     grad = torch.randn(3, 4, *SPATIAL[dims], dtype=torch.float64).to(device)
     assert functional.net_as_convolutions(leaves[0])
     found, exact = results(functional.net_chain, spec, leaves, grad), results(reference.net_chain, spec, leaves, grad)
@@ -324,8 +324,8 @@ def test_other_activations_are_not_fused(monkeypatch: pytest.MonkeyPatch) -> Non
     leaves = [leaf.float() for leaf in leaves_of(2, False, torch.device("cpu"))]
     x, log_gain, *rest = leaves
     with cudnn_stand_in(monkeypatch) as calls:
-        for kind, number in (("silu", 0), ("leaky_relu", 0), ("relu", 2)):
-            functional.net_chain(x, rest[:3], rest[3:], spec_of(kind, 2), log_gain)
+        for function, number in (("silu", 0), ("leaky_relu", 0), ("relu", 2)):
+            functional.net_chain(x, rest[:3], rest[3:], spec_of(function, 2), log_gain)
             assert len(calls) == number
 
 

@@ -208,7 +208,7 @@ def test_extreme_scales(emulator: Emulator, spec: CouplingSpec, inverse: bool) -
     """Raw values in [-30, 30]: every element keeps its relative accuracy, however small or large its scale is."""
     x, net_out = (t.abs() + 0.1 for t in coupling_case((2, 6, 61), spec, torch.float32))
     half = 3
-    if spec.kind == "affine":
+    if spec.coupling == "affine":
         net_out[:, half:] = torch.linspace(-30.0, 30.0, net_out[:, half:].numel()).view_as(net_out[:, half:])
     if inverse:
         net_out[:, :half] *= -1.0  # no cancellation between x and the shift

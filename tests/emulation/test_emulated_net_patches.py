@@ -55,7 +55,7 @@ class Case:
         self.spec = spec
         self.x, net_out = coupling_case(shape, spec, dtype)
         if transformed is not None:
-            net_out = net_out[:, : transformed * (1 if spec.kind == "additive" else 2)]
+            net_out = net_out[:, : transformed * (1 if spec.coupling == "additive" else 2)]
         self.net_out = net_out.to(net_dtype)
         self.grad, self.matrix, self.offset = mix_case(shape, dtype)
         self.added = torch.randn_like(self.x[:, : shape[1] // 2])

@@ -116,7 +116,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         monkeypatch.setattr(functional, name, refuse)
     monkeypatch.setattr(pgf.FlowStep, "forward", refuse)
     monkeypatch.setattr(pgf.FlowStep, "inverse", refuse)
-    monkeypatch.setattr(pgf.ReversibleSequence, "_run_modules", refuse)
+    for path in ("_run_modules", "_run_modules_recomputing"):
+        monkeypatch.setattr(pgf.ReversibleSequence, path, refuse)
     return counts
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from pyglow_fast.layers import FrozenSteps
-from pyglow_fast.reference import KINDS, ORDERS, SCALE_MAPS, CouplingSpec
+from pyglow_fast.reference import COUPLINGS, ORDERS, SCALE_MAPS, CouplingSpec
 
 SHAPES = [(3, 4, 6), (1, 6, 5), (2, 8), (2, 4, 3, 2)]
 
@@ -34,19 +34,19 @@ class Given(nn.Module):
     pytest.mark.parametrize("parity", [0, 1]),
     pytest.mark.parametrize("shape", SHAPES, ids=str),
     pytest.mark.parametrize("order", ORDERS),
-    pytest.mark.parametrize("kind", KINDS),
+    pytest.mark.parametrize("coupling", COUPLINGS),
     pytest.mark.parametrize("scale_map", [*SCALE_MAPS, softplus_scale], ids=lambda f: getattr(f, "__name__", f)),
 )
 def test_is_the_masked_formula(
-    scale_map: str, kind: str, order: str, shape: tuple[int, ...], parity: int, device: torch.device
+    scale_map: str, coupling: str, order: str, shape: tuple[int, ...], parity: int, device: torch.device
 ) -> None:
     """Values, log-det, the inverse, and gradients; the kept positions to the bit."""
-    outputs = shape[0] * (2 if kind == "affine" else 1)
+    outputs = shape[0] * (2 if coupling == "affine" else 1)
     x = torch.randn(2, *shape, dtype=torch.float64, device=device, requires_grad=True)
     out = torch.randn(2, outputs, *shape[1:], dtype=torch.float64, device=device, requires_grad=True)
-    layer = pgf.Coupling(Given(out), kind, scale_map, 1.5, 0.25, 0.75, order, mask="checkerboard", parity=parity)
+    layer = pgf.Coupling(Given(out), coupling, scale_map, 1.5, 0.25, 0.75, order, mask="checkerboard", parity=parity)
     z, log_det = layer(x)
-    spec = CouplingSpec(kind, scale_map, 1.5, 0.25, 0.75, order)
+    spec = CouplingSpec(coupling, scale_map, 1.5, 0.25, 0.75, order)
     plain, plain_log_det = masked_coupling(x, out, spec, parity)
     assert_close(z, plain)
     assert_close(log_det, plain_log_det, condition=6.0)

@@ -147,13 +147,13 @@ def test_a_refused_batch_initialises_nothing(x: tuple[int, ...], cond: tuple[int
 KEYWORDS = {"scale_map": "tanh", "scale_bias": 1.5, "scale_eps": 0.1, "scale_clamp": 1.25, "order": "scale_shift"}
 
 
-@pytest.mark.parametrize("kind", ["affine", "additive"])
-def test_the_older_keywords_are_the_fields_of_a_spec(kind: str) -> None:
-    spec = CouplingSpec(kind, "tanh", bias=1.5, eps=0.1, clamp=1.25, order="scale_shift")
+@pytest.mark.parametrize("coupling", ["affine", "additive"])
+def test_the_older_keywords_are_the_fields_of_a_spec(coupling: str) -> None:
+    spec = CouplingSpec(coupling, "tanh", bias=1.5, eps=0.1, clamp=1.25, order="scale_shift")
     torch.manual_seed(0)
     step = pgf.FlowStep(4, 5, coupling=spec, precision="fp32", border=True)
     torch.manual_seed(0)
-    older = pgf.FlowStep(4, 5, kind, precision="fp32", border=True, **KEYWORDS)
+    older = pgf.FlowStep(4, 5, coupling, precision="fp32", border=True, **KEYWORDS)
     assert step.coupling.spec == older.coupling.spec == spec
     assert step.coupling.precision == older.coupling.precision == "fp32"
     assert list(step.state_dict()) == list(older.state_dict())
@@ -174,7 +174,7 @@ def test_a_spec_and_a_keyword_beside_it(name: str) -> None:
         pgf.FlowStep(4, 5, coupling=CouplingSpec(), **{name: KEYWORDS[name]})
 
 
-@pytest.mark.parametrize("coupling", ["affine", CouplingSpec()], ids=["kind", "spec"])
+@pytest.mark.parametrize("coupling", ["affine", CouplingSpec()], ids=["name", "spec"])
 def test_an_unknown_keyword(coupling: CouplingSpec | str) -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'scale'"):
         pgf.FlowStep(4, 5, coupling, scale=1.0)

@@ -25,11 +25,11 @@ class Multiplied(Permute):
         return None
 
 
-def steps_of(kinds: Sequence[str], channels: int = 6) -> list[pgf.FlowStep]:
+def steps_of(permutations: Sequence[str], channels: int = 6) -> list[pgf.FlowStep]:
     """Initialised steps with random actnorms, float64."""
     found = []
-    for kind in kinds:
-        step = pgf.FlowStep(channels, 5, permutation=kind).double()
+    for permutation in permutations:
+        step = pgf.FlowStep(channels, 5, permutation=permutation).double()
         step.initialize(torch.randn(4, channels, 5, 3, dtype=torch.float64))
         with torch.no_grad():
             for name, parameter in step.named_parameters():  # small ones of the nets: well conditioned steps
@@ -47,7 +47,7 @@ def multiplied(steps: Sequence[pgf.FlowStep]) -> list[pgf.FlowStep]:
     return found
 
 
-KINDS = {"one": ["shuffle"], "several": ["shuffle", "reverse", "shuffle", "shuffle", "reverse"]}
+PERMUTATIONS = {"one": ["shuffle"], "several": ["shuffle", "reverse", "shuffle", "shuffle", "reverse"]}
 MIXED = ["shuffle", "invconv", "reverse"]
 
 
@@ -62,9 +62,9 @@ def results(module: pgf.ReversibleSequence, x: Tensor, squeeze_first: bool = Fal
 
 @pytest.mark.parametrize("squeeze_first", [False, True])
 @pytest.mark.parametrize("memory", ["store", "reversible", "checkpoint"])
-@pytest.mark.parametrize("kinds", [*KINDS.values(), MIXED], ids=[*KINDS, "mixed"])
-def test_equals_products(kinds: list[str], memory: str, squeeze_first: bool) -> None:
-    steps = steps_of(kinds, 8)
+@pytest.mark.parametrize("permutations", [*PERMUTATIONS.values(), MIXED], ids=[*PERMUTATIONS, "mixed"])
+def test_equals_products(permutations: list[str], memory: str, squeeze_first: bool) -> None:
+    steps = steps_of(permutations, 8)
     x = torch.randn((3, 2, 10, 6) if squeeze_first else (3, 8, 5, 3), dtype=torch.float64)
     gathered = pgf.ReversibleSequence(steps, memory, anchor_every=None, tolerance=1e-10)
     expected = results(pgf.ReversibleSequence(multiplied(steps), "store"), x, squeeze_first)
@@ -75,7 +75,7 @@ def test_equals_products(kinds: list[str], memory: str, squeeze_first: bool) -> 
 
 @pytest.mark.parametrize("anchor_every", [1, 2])
 def test_anchors(anchor_every: int) -> None:
-    steps, x = steps_of(KINDS["several"]), torch.randn(3, 6, 5, 3, dtype=torch.float64)
+    steps, x = steps_of(PERMUTATIONS["several"]), torch.randn(3, 6, 5, 3, dtype=torch.float64)
     expected = results(pgf.ReversibleSequence(copy.deepcopy(steps), "store"), x)
     found = results(pgf.ReversibleSequence(steps, "reversible", anchor_every), x)
     for got, exact in zip(found, expected, strict=True):
@@ -84,7 +84,7 @@ def test_anchors(anchor_every: int) -> None:
 
 def test_what_drifts_is_redone() -> None:
     """The witness of a gathered state is a gathered witness: with a tolerance of zero all is redone, and exact."""
-    steps, x = steps_of(KINDS["several"]), torch.randn(3, 6, 5, 3, dtype=torch.float64)
+    steps, x = steps_of(PERMUTATIONS["several"]), torch.randn(3, 6, 5, 3, dtype=torch.float64)
     expected = results(pgf.ReversibleSequence(copy.deepcopy(steps), "store"), x)
     sequence = pgf.ReversibleSequence(steps, "reversible", None, tolerance=1e-300)
     for got, exact in zip(results(sequence, x), expected, strict=True):
@@ -93,12 +93,14 @@ def test_what_drifts_is_redone() -> None:
     assert sequence.memory_report()["last_drift"] < 1e-12
 
 
-@pytest.mark.parametrize("kinds", [*KINDS.values(), MIXED], ids=[*KINDS, "mixed"])
-def test_inverse_and_frozen(kinds: list[str]) -> None:
-    steps, x = steps_of(kinds), torch.randn(3, 6, 5, 3, dtype=torch.float64)
+@pytest.mark.parametrize("permutations", [*PERMUTATIONS.values(), MIXED], ids=[*PERMUTATIONS, "mixed"])
+def test_inverse_and_frozen(permutations: list[str]) -> None:
+    steps, x = steps_of(permutations), torch.randn(3, 6, 5, 3, dtype=torch.float64)
     sequence = pgf.ReversibleSequence(steps)
     frozen = FrozenSteps(sequence)
-    assert ("indices" in frozen.state_dict()) == ("inverse_indices" in frozen.state_dict()) == (kinds is not MIXED)
+    assert (
+        ("indices" in frozen.state_dict()) == ("inverse_indices" in frozen.state_dict()) == (permutations is not MIXED)
+    )
     with torch.no_grad():
         z, log_det = sequence(x)
         for module in (sequence, frozen, pgf.ReversibleSequence(multiplied(steps))):
@@ -111,9 +113,9 @@ def test_inverse_and_frozen(kinds: list[str]) -> None:
     assert_close(again, x, condition=1000.0)
 
 
-@pytest.mark.parametrize("kind", ["shuffle", "reverse"])
-def test_log_det_is_that_of_the_jacobian(kind: str) -> None:
-    (step,) = steps_of([kind], 4)
+@pytest.mark.parametrize("permutation", ["shuffle", "reverse"])
+def test_log_det_is_that_of_the_jacobian(permutation: str) -> None:
+    (step,) = steps_of([permutation], 4)
     x = torch.randn(1, 4, 2, 3, dtype=torch.float64)
     jacobian = torch.autograd.functional.jacobian(lambda x: step(x.view(1, 4, 2, 3))[0].flatten(), x.flatten())
     assert_close(step(x)[1], torch.linalg.slogdet(jacobian).logabsdet.view(1), condition=100.0)
@@ -125,7 +127,7 @@ def test_no_matrix_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **options: object) -> None:
         raise AssertionError("a matrix")
 
-    steps, x = steps_of(KINDS["several"]), torch.randn(3, 6, 5, 3, dtype=torch.float64)
+    steps, x = steps_of(PERMUTATIONS["several"]), torch.randn(3, 6, 5, 3, dtype=torch.float64)
     for name in ("eye", "diag_embed", "linalg.inv_ex", "linalg.slogdet"):
         monkeypatch.setattr(f"torch.{name}", refuse)
     monkeypatch.setattr(reference, "fold_actnorm", refuse)
@@ -142,7 +144,7 @@ def test_no_matrix_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_cache_follows_its_parameters() -> None:
-    steps, x = steps_of(KINDS["several"]), torch.randn(3, 6, 5, 3, dtype=torch.float64)
+    steps, x = steps_of(PERMUTATIONS["several"]), torch.randn(3, 6, 5, 3, dtype=torch.float64)
     sequence = pgf.ReversibleSequence(steps)
     with torch.no_grad():
         sequence(x)
@@ -179,7 +181,7 @@ def test_stacking() -> None:
 
 def test_compiled() -> None:
     """One graph, the same numbers and gradients."""
-    steps = [step.float() for step in steps_of(KINDS["several"])]
+    steps = [step.float() for step in steps_of(PERMUTATIONS["several"])]
     sequence = pgf.ReversibleSequence(steps, "store")
     x = torch.randn(3, 6, 5, 4)
     parameters = list(sequence.parameters())

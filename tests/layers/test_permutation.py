@@ -19,23 +19,23 @@ def layers(channels: int) -> dict[str, ChannelLinear]:
     }
 
 
-KINDS = list(layers(1))
+NAMES = list(layers(1))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("channels", [1, 2, 5, 12])
-def test_starts_as_a_rotation(kind: str, channels: int) -> None:
-    weight, log_det = layers(channels)[kind].double().weight_and_log_det()
+def test_starts_as_a_rotation(name: str, channels: int) -> None:
+    weight, log_det = layers(channels)[name].double().weight_and_log_det()
     # The factors were rounded to float32 when the layer was made.
     single = torch.float32
     assert_close(weight @ weight.T, torch.eye(channels).double(), dtype=single)
     assert_close(log_det, torch.zeros(()).double(), condition=channels, dtype=single)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("shape", [(2, 5), (2, 5, 3), (2, 5, 3, 2)], ids=str)
-def test_is_its_weight_at_every_position(kind: str, shape: tuple[int, ...]) -> None:
-    layer = layers(5)[kind].double()
+def test_is_its_weight_at_every_position(name: str, shape: tuple[int, ...]) -> None:
+    layer = layers(5)[name].double()
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -93,9 +93,9 @@ def test_shuffle_is_saved() -> None:
     assert sorted(source.index.tolist()) == list(range(20))
 
 
-@pytest.mark.parametrize("kind", ["shuffle", "reverse"])
-def test_permutations_move_bits(kind: str) -> None:
-    layer = pgf.Permute(6, kind)
+@pytest.mark.parametrize("name", ["shuffle", "reverse"])
+def test_permutations_move_bits(name: str) -> None:
+    layer = pgf.Permute(6, name)
     x = torch.randn(2, 6, 3, 4)
     for layout in memory_layouts(x).values():
         assert torch.equal(layer.inverse(layer(layout)[0])[0], x)
@@ -112,9 +112,9 @@ def test_singular_weight_has_no_inverse() -> None:
         layer.inverse(torch.randn(2, 3))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_wrong_input(kind: str) -> None:
-    layer = layers(3)[kind]
+@pytest.mark.parametrize("name", NAMES)
+def test_wrong_input(name: str) -> None:
+    layer = layers(3)[name]
     for call, name in ((layer, "x"), (layer.inverse, "z")):
         with pytest.raises(ValueError, match=rf"{name}: expected 3 channels \(dimension 1\), found shape \(2, 4, 5\)"):
             call(torch.randn(2, 4, 5))
@@ -123,7 +123,7 @@ def test_wrong_input(kind: str) -> None:
 
 
 def test_wrong_arguments() -> None:
-    with pytest.raises(ValueError, match="kind: expected 'shuffle' or 'reverse', found 'random'"):
+    with pytest.raises(ValueError, match="permutation: expected 'shuffle' or 'reverse', found 'random'"):
         pgf.Permute(3, "random")
     for build in (pgf.Permute, pgf.InvConv):
         with pytest.raises(ValueError, match="channels: expected an int, at least 1, found 0"):

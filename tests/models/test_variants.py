@@ -11,10 +11,10 @@ from support.plain_glow import plain_log_prob
 
 import pyglow_fast as pgf
 from pyglow_fast.layers.flow_step import PERMUTATIONS
-from pyglow_fast.reference import KINDS
+from pyglow_fast.reference import COUPLINGS
 
 CONDITION = 1000.0  # as for the models of glow_settings, which these are like
-VARIANTS = list(product(PERMUTATIONS, KINDS, [True, False], [None, 3]))
+VARIANTS = list(product(PERMUTATIONS, COUPLINGS, [True, False], [None, 3]))
 
 
 @pytest.mark.parametrize(("permutation", "coupling", "learn_prior", "n_classes"), VARIANTS)

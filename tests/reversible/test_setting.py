@@ -1,4 +1,4 @@
-"""Memory said as a mode or in bytes: what is read, what is refused, and that what is shown is read back."""
+"""Memory said as a mode or in bytes: what is read, what is refused, and what a refusal shows of it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import pyglow_fast as pgf
 from pyglow_fast.reversible.setting import MEMORY_MODES, memory_text, parse_memory
@@ -156,3 +157,28 @@ class TestModels:
             found.append(torch.autograd.grad(loss, list(model.parameters())))
         for one, other in zip(*found, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+def _least(sequence: pgf.ReversibleSequence, x: Tensor) -> int:
+    sequence.memory = 1
+    with pytest.raises(ValueError, match=r"^memory: expected at least \d+ bytes") as caught:
+        sequence(x)
+    found = re.search(r"\d+", str(caught.value))
+    assert found is not None
+    return int(found[0])
+
+
+@pytest.mark.parametrize("samples", [1, 64])
+def test_named_bytes_are_the_least(samples: int) -> None:
+    """Also of states so small that to invert the steps takes more than to store all."""
+    torch.manual_seed(0)
+    sequence = pgf.ReversibleSequence([pgf.FlowStep(8, 8, dims=3) for _ in range(8)])
+    x = torch.randn(samples, 8, 4, 2, 2)
+    sequence(x)  # initialises
+    least = _least(sequence, x)
+    sequence.memory = least
+    sequence(x)[0].sum().backward()
+    assert sequence.memory_report()["predicted_bytes"] <= least
+    sequence.memory = least - 1
+    with pytest.raises(ValueError, match=f"at least {least} bytes"):
+        sequence(x)

@@ -34,12 +34,12 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def test_computed_once(tmp_path: Path) -> None:
     compute = Counted()
-    first = kept(tmp_path / "cache", "kind", KEY, compute)
-    second = kept(tmp_path / "cache", "kind", dict(reversed(KEY.items())), compute)
+    first = kept(tmp_path / "cache", "means", KEY, compute)
+    second = kept(tmp_path / "cache", "means", dict(reversed(KEY.items())), compute)
     assert compute.times == 1
     assert same(first, second)
     assert same(first, Counted()())
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [f"kind-{'d' * 16}.safetensors"]
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [f"means-{'d' * 16}.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -47,14 +47,14 @@ def test_computed_once(tmp_path: Path) -> None:
 )
 def test_another_key(tmp_path: Path, key: dict[str, object]) -> None:
     """Even one whose file has the same name."""
-    kept(tmp_path, "kind", KEY, Counted(1.0))
+    kept(tmp_path, "means", KEY, Counted(1.0))
     other = Counted(2.0)
-    assert float(kept(tmp_path, "kind", key, other)["a"][0, 0]) == 2.0
+    assert float(kept(tmp_path, "means", key, other)["a"][0, 0]) == 2.0
     assert other.times == 1
-    kept(tmp_path, "kind", key, other)
+    kept(tmp_path, "means", key, other)
     assert other.times == 1
-    kind = Counted(3.0)
-    assert float(kept(tmp_path, "sort", key, kind)["a"][0, 0]) == 3.0
+    third = Counted(3.0)
+    assert float(kept(tmp_path, "sort", key, third)["a"][0, 0]) == 3.0
 
 
 def nan(path: Path) -> None:
@@ -93,13 +93,13 @@ SPOILT: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("how", SPOILT)
 def test_a_file_that_is_no_good_is_replaced(tmp_path: Path, how: str) -> None:
-    kept(tmp_path, "kind", KEY, Counted())
+    kept(tmp_path, "means", KEY, Counted())
     (path,) = tmp_path.iterdir()
     SPOILT[how](path)
     again = Counted()
-    assert same(kept(tmp_path, "kind", KEY, again), Counted()())
+    assert same(kept(tmp_path, "means", KEY, again), Counted()())
     assert again.times == 1
-    assert same(kept(tmp_path, "kind", KEY, again), Counted()())
+    assert same(kept(tmp_path, "means", KEY, again), Counted()())
     assert again.times == 1
 
 
@@ -109,7 +109,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     compute = Counted()
     for times in (1, 2):
         with pytest.warns(UserWarning, match="not kept, and computed anew the next time"):
-            assert same(kept(tmp_path / "cache", "kind", KEY, compute), compute())
+            assert same(kept(tmp_path / "cache", "means", KEY, compute), compute())
         assert compute.times == 2 * times
     assert (tmp_path / "cache").read_text() == "a file"
 
@@ -118,20 +118,20 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 def test_a_folder_without_permission(tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir(mode=0o500)
     with pytest.warns(UserWarning, match="not kept"):
-        kept(tmp_path / "cache", "kind", KEY, Counted())
+        kept(tmp_path / "cache", "means", KEY, Counted())
 
 
-def test_few_files_of_a_kind_stay(tmp_path: Path) -> None:
-    """The newest; other kinds, and files of others, are left alone."""
+def test_few_files_of_a_name_stay(tmp_path: Path) -> None:
+    """The newest; other names, and files of others, are left alone."""
     kept(tmp_path, "sort", KEY, Counted())
-    (tmp_path / "kind.txt").write_text("not ours")
+    (tmp_path / "means.txt").write_text("not ours")
     for i in range(MOST + 3):
-        kept(tmp_path, "kind", {"digest": f"{i:016}"}, Counted())
-        for path in tmp_path.glob("kind-*"):  # clocks of file systems are coarse
-            os.utime(path, ns=(path.stat().st_atime_ns, int(path.stem[5:]) * 10**9))
+        kept(tmp_path, "means", {"digest": f"{i:016}"}, Counted())
+        for path in tmp_path.glob("means-*"):  # clocks of file systems are coarse
+            os.utime(path, ns=(path.stat().st_atime_ns, int(path.stem.removeprefix("means-")) * 10**9))
     names = sorted(path.name for path in tmp_path.iterdir())
-    wanted = [f"kind-{i:016}.safetensors" for i in range(3, MOST + 3)]
-    assert names == sorted([*wanted, "kind.txt", f"sort-{'d' * 16}.safetensors"])
+    wanted = [f"means-{i:016}.safetensors" for i in range(3, MOST + 3)]
+    assert names == sorted([*wanted, "means.txt", f"sort-{'d' * 16}.safetensors"])
 
 
 def test_an_error_leaves_nothing(tmp_path: Path) -> None:
@@ -139,5 +139,5 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
         raise ValueError("no images")
 
     with pytest.raises(ValueError, match="no images"):
-        kept(tmp_path / "cache", "kind", KEY, fail)
+        kept(tmp_path / "cache", "means", KEY, fail)
     assert not (tmp_path / "cache").exists()

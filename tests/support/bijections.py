@@ -62,18 +62,18 @@ class Bijection:
     cond_shape: tuple[int, ...] | None = None
 
     def fresh(self, device: torch.device) -> nn.Module:
-        """As constructed, in float64."""
+        """Build the layer as it is constructed, in float64."""
         return self.build().to(device, torch.float64)
 
     def batch(self, device: torch.device, n: int = 3) -> tuple[Tensor, Tensor | None]:
-        """(x, cond), the moments of x far from those of the standard normal."""
+        """Draw (x, cond), the moments of x far from those of the standard normal."""
         x = 2.0 * torch.randn(n, *self.shape, dtype=torch.float64, device=device) + 0.5
         if self.cond_shape is None:
             return x, None
         return x, torch.randn(n, *self.cond_shape, dtype=torch.float64, device=device)
 
     def trained(self, device: torch.device) -> nn.Module:
-        """Initialised from data, then moved away from every special value that it starts at."""
+        """Build the layer initialised from data, then moved away from every special value that it starts at."""
         layer = self.fresh(device)
         assert isinstance(layer, FlowLayer)
         # Many samples: the scales that three of them would set can be extreme for the next three.
@@ -85,19 +85,19 @@ class Bijection:
 
 
 def _coupling(
-    channels: int, kind: str = "affine", dims: int = 2, cond_channels: int = 0, **options: object
+    channels: int, coupling: str = "affine", dims: int = 2, cond_channels: int = 0, **options: object
 ) -> nn.Module:
-    width = channels if kind == "affine" else channels // 2
+    width = channels if coupling == "affine" else channels // 2
     net = pgf.CouplingNet(channels // 2, width, 5, cond_channels=cond_channels, dims=dims)
-    return pgf.Coupling(net, kind, **options)
+    return pgf.Coupling(net, coupling, **options)
 
 
 def _checkerboard(
-    channels: int, kind: str = "affine", dims: int = 2, cond_channels: int = 0, **options: object
+    channels: int, coupling: str = "affine", dims: int = 2, cond_channels: int = 0, **options: object
 ) -> nn.Module:
-    width = 2 * channels if kind == "affine" else channels
+    width = 2 * channels if coupling == "affine" else channels
     net = pgf.CouplingNet(channels, width, 5, cond_channels=cond_channels, dims=dims)
-    return pgf.Coupling(net, kind, mask="checkerboard", **options)
+    return pgf.Coupling(net, coupling, mask="checkerboard", **options)
 
 
 def _boards(memory: str, **options: object) -> nn.Module:
@@ -112,7 +112,7 @@ def _sequence(memory: str, memory_budget: str | int = "auto", **options: object)
 
 def _injected(memory: str, memory_budget: str | int = "auto") -> nn.Module:
     """Every order of injectors, couplings and steps without."""
-    kinds: list[dict[str, Any]] = [
+    options: list[dict[str, Any]] = [
         {"coupling": "none"},
         {**_INJECTED, "injector": True},
         {"coupling": "none"},
@@ -121,7 +121,7 @@ def _injected(memory: str, memory_budget: str | int = "auto") -> nn.Module:
         {**_INJECTED, "coupling": "additive", "injector": True},
         {"coupling": "none"},
     ]
-    steps = [pgf.FlowStep(4, 5, **kind) for kind in kinds]
+    steps = [pgf.FlowStep(4, 5, **own) for own in options]
     return pgf.ReversibleSequence(steps, memory, anchor_every=2, memory_budget=memory_budget)
 
 
@@ -168,12 +168,12 @@ BIJECTIONS = [
     Bijection("coupling-cond", lambda: _coupling(4, cond_channels=2), (4, 3, 2), (2, 3, 2)),
     *(
         Bijection(
-            f"coupling-checkerboard-{parity}-{kind}",
-            lambda parity=parity, kind=kind: _checkerboard(3, kind, parity=parity),
+            f"coupling-checkerboard-{parity}-{coupling}",
+            lambda parity=parity, coupling=coupling: _checkerboard(3, coupling, parity=parity),
             (3, 4, 3),
         )
         for parity in (0, 1)
-        for kind in ("affine", "additive")
+        for coupling in ("affine", "additive")
     ),
     Bijection("coupling-checkerboard-1d", lambda: _checkerboard(2, dims=1, scale_map="exp"), (2, 6)),
     Bijection("coupling-checkerboard-3d", lambda: _checkerboard(1, dims=3, parity=1), (1, 4, 3, 2)),

@@ -29,7 +29,7 @@ SHAPES = [
     (2, 6, 0, 5),
 ]
 MAPS = {
-    "additive": CouplingSpec(kind="additive"),
+    "additive": CouplingSpec(coupling="additive"),
     "sigmoid": CouplingSpec(),
     "sigmoid_eps": CouplingSpec(bias=0.5, eps=0.1),
     "sigmoid_factor": CouplingSpec(bias=0.0, factor=2.0),
@@ -41,7 +41,7 @@ MAPS = {
 SPECS = {
     f"{name}-{order}": spec._replace(order=order)
     for name, spec in MAPS.items()
-    for order in (ORDERS if spec.kind == "affine" else ORDERS[:1])
+    for order in (ORDERS if spec.coupling == "affine" else ORDERS[:1])
 }
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
@@ -57,17 +57,17 @@ def flat(shape: tuple[int, int, int, int]) -> tuple[int, int, int]:
 
 
 def mix_case(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """x, M, c."""
+    """Draw a state x, a matrix M and an offset c."""
     c = shape[1]
     return torch.randn(shape, dtype=dtype), torch.randn(c, c, dtype=dtype) / c**0.5, torch.randn(c, dtype=dtype)
 
 
 def net_channels(channels: int, spec: CouplingSpec) -> int:
-    return (channels - channels // 2) * (1 if spec.kind == "additive" else 2)
+    return (channels - channels // 2) * (1 if spec.coupling == "additive" else 2)
 
 
 def coupling_case(shape: tuple[int, int, int], spec: CouplingSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x and the net's output."""
+    """Draw x and the net's output."""
     n, c, p = shape
     return torch.randn(n, c, p, dtype=dtype), torch.randn(n, net_channels(c, spec), p, dtype=dtype)
 

@@ -115,12 +115,12 @@ def _net(x: Tensor) -> _Net:
 def _variant(spec: CouplingSpec, inverse: bool) -> _Variant:
     scaled = spec.scale_map == "sigmoid" and (spec.eps or spec.factor != 1.0)
     name = "scaled_sigmoid" if scaled else str(spec.scale_map)
-    index = 0 if spec.kind == "additive" else MAPS[name]
+    index = 0 if spec.coupling == "additive" else MAPS[name]
     return _Variant(index, ORDERS[spec.order], inverse, spec.bias, spec.eps, spec.clamp, spec.factor)
 
 
 def _transformed(net_out: Tensor, spec: CouplingSpec) -> int:
-    return net_out.shape[1] // (1 if spec.kind == "additive" else 2)
+    return net_out.shape[1] // (1 if spec.coupling == "additive" else 2)
 
 
 def allocate(layout: str, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:

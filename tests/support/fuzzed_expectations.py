@@ -18,7 +18,7 @@ MAPS = {code: name for name, code in ops.SCALE_MAP_CODES.items()}
 
 
 def _exact(value: Any) -> Any:
-    """In memory of its own, float64 what is a floating-point number."""
+    """Copy a value into memory of its own, floating-point numbers in float64."""
     if isinstance(value, list):
         return [_exact(element) for element in value]
     if not isinstance(value, Tensor):
@@ -79,8 +79,8 @@ def channel_mix_backward(
     return [*_gradients([u], leaves, [grad]), _per_channel(grad)]
 
 
-def coupling(x: Tensor, net_out: Tensor, inverse: bool, **kind: Any) -> list[Tensor]:
-    return [*(reference.coupling_inverse if inverse else reference.coupling)(x, net_out, _spec(kind))]
+def coupling(x: Tensor, net_out: Tensor, inverse: bool, **codes: Any) -> list[Tensor]:
+    return [*(reference.coupling_inverse if inverse else reference.coupling)(x, net_out, _spec(codes))]
 
 
 def coupling_backward(
@@ -90,19 +90,19 @@ def coupling_backward(
     grad_log_det: Tensor,
     inverse: bool,
     want_input: bool,
-    **kind: Any,
+    **codes: Any,
 ) -> list[Tensor]:
-    x = coupling(out, net_out, not inverse, **kind)[0].detach().requires_grad_()
-    outputs = coupling(x, net_out.requires_grad_(), inverse, **kind)
+    x = coupling(out, net_out, not inverse, **codes)[0].detach().requires_grad_()
+    outputs = coupling(x, net_out.requires_grad_(), inverse, **codes)
     gradients = _gradients(outputs, [x, net_out], [grad_out, grad_log_det])
     return [*gradients, x if want_input else x.new_zeros(0)]
 
 
 def coupling_mix(
-    x: Tensor, net_out: Tensor, matrix: Tensor, offset: Tensor, inverse: bool, index: Tensor | None, **kind: Any
+    x: Tensor, net_out: Tensor, matrix: Tensor, offset: Tensor, inverse: bool, index: Tensor | None, **codes: Any
 ) -> list[Tensor]:
     mix = reference.coupling_mix_inverse if inverse else reference.coupling_mix
-    return [*mix(x, net_out, matrix, offset, _spec(kind), index)]
+    return [*mix(x, net_out, matrix, offset, _spec(codes), index)]
 
 
 def coupling_mix_backward(
@@ -113,11 +113,11 @@ def coupling_mix_backward(
     matrix: Tensor,
     added: Tensor | None,
     index: Tensor | None,
-    **kind: Any,
+    **codes: Any,
 ) -> list[Tensor]:
     grad = _with_added(grad_out, added)
     leaves = [x.requires_grad_(), net_out.requires_grad_(), matrix.requires_grad_()]
-    outputs = reference.coupling_mix(x, net_out, matrix, x.new_zeros(x.shape[1]), _spec(kind), index)
+    outputs = reference.coupling_mix(x, net_out, matrix, x.new_zeros(x.shape[1]), _spec(codes), index)
     return [*_gradients(outputs, leaves, [grad, grad_log_det]), _per_channel(grad)]
 
 
@@ -129,11 +129,11 @@ def step_backward(
     inverse_matrix: Tensor,
     offset: Tensor,
     index: Tensor | None,
-    **kind: Any,
+    **codes: Any,
 ) -> list[Tensor]:
-    u = reference.coupling_inverse(y, net_out, _spec(kind))[0].detach().requires_grad_()
+    u = reference.coupling_inverse(y, net_out, _spec(codes))[0].detach().requires_grad_()
     x = reference.channel_unmix(u, inverse_matrix, offset, index=index)
-    outputs = reference.coupling(u, net_out.requires_grad_(), _spec(kind))
+    outputs = reference.coupling(u, net_out.requires_grad_(), _spec(codes))
     return [x, *_gradients(outputs, [u, net_out], [grad_y, grad_log_det])]
 
 
@@ -143,24 +143,24 @@ def gaussian_log_prob_backward(z: Tensor, mean: Tensor, log_sd: Tensor, grad_log
 
 
 def invert_matrices(matrices: Tensor) -> list[Tensor]:
-    """Of a singular matrix NaN."""
+    """Invert the matrices; a singular one gives NaN."""
     log_dets = torch.linalg.slogdet(matrices).logabsdet
     inverses = torch.linalg.inv_ex(matrices).inverse
     return [torch.where(log_dets.isinf()[:, None, None], torch.nan, inverses), log_dets]
 
 
 def _chain(given: Arguments) -> ChainSpec:
-    dims, kinds = given["x"].dim() - 2, [*ops.ACTIVATION_CODES]
+    dims, functions = given["x"].dim() - 2, [*ops.ACTIVATION_CODES]
     layers = len(given["weights"])
     activations = zip(given["activations"], given["parameters"], strict=True)
     dilations = tuple(
         tuple(min(step, FAR) for step in given["dilations"][i * dims : (i + 1) * dims]) for i in range(layers)
     )
-    return ChainSpec(tuple(Activation(kinds[code], number) for code, number in activations), dilations)
+    return ChainSpec(tuple(Activation(functions[code], number) for code, number in activations), dilations)
 
 
 def _net(exact: Arguments, spec: ChainSpec) -> Tensor:
-    """Of no positions, of which torch's convolutions make an error, nothing."""
+    """Run the chain; for no positions, where torch's convolutions raise an error, return nothing."""
     x, weights = exact["x"], exact["weights"]
     if 0 in x.shape[2:]:
         return x.sum() * weights[-1].sum() * x.new_zeros(x.shape[0], weights[-1].shape[0], *x.shape[2:])

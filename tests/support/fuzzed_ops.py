@@ -35,7 +35,7 @@ FLOATS = (float("nan"), float("inf"), -float("inf"), -1.0, 0.0, 0.5, 1e-320, 100
 
 
 class Draw:
-    """What one seed gives."""
+    """A source of what one seed gives: sizes, counts, tensors."""
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
@@ -46,12 +46,12 @@ class Draw:
         return torch.randn(sizes, generator=self.generator, dtype=torch.float64).to(self.dtype)
 
     def sizes(self, least: int = 0, most: int = 3) -> list[int]:
-        """Spatial ones, of which seldom one is 0."""
+        """Draw spatial sizes, of which seldom one is 0."""
         dims = self.rng.randint(least, most)
         return [self.rng.choice((0, 1, 2, 3, 5) if self.rng.random() < 0.1 else (1, 2, 3, 4, 7)) for _ in range(dims)]
 
     def count(self) -> int:
-        """Of samples or channels."""
+        """Draw a number of samples or channels."""
         return self.rng.choice((0, 1, 1, 2, 3, 3, 4, 8))
 
     def flag(self) -> bool:
@@ -65,7 +65,7 @@ def _map(draw: Draw, channels: int) -> tuple[Tensor, Tensor | None]:
     return draw.normal(channels), torch.randperm(channels, generator=draw.generator)
 
 
-def _kind(draw: Draw, with_direction: bool = True) -> Arguments:
+def _codes(draw: Draw, with_direction: bool = True) -> Arguments:
     code = draw.rng.randrange(6)
     scaled = code == ops.SCALE_MAP_CODES["scaled_sigmoid"]
     found: Arguments = {"map": code, "order": draw.rng.randrange(2)}
@@ -75,14 +75,14 @@ def _kind(draw: Draw, with_direction: bool = True) -> Arguments:
 
 
 def _coupled(draw: Draw, name: str, with_direction: bool) -> tuple[Tensor, Arguments, Arguments]:
-    """A state, with the net's output for it, and the kind of coupling."""
+    """A state, with the net's output for it, and the numbers that say how it is coupled."""
     n, channels, spatial = draw.count(), draw.count(), draw.sizes()
-    x, kind = draw.normal(n, channels, *spatial), _kind(draw, with_direction)
-    width = draw.rng.randint(0, channels) * (1 if kind["map"] == 0 else 2)
+    x, codes = draw.normal(n, channels, *spatial), _codes(draw, with_direction)
+    width = draw.rng.randint(0, channels) * (1 if codes["map"] == 0 else 2)
     net_out = draw.normal(n, width, *spatial)
     if draw.dtype == torch.float32 and draw.rng.random() < 0.3:
         net_out = net_out.to(draw.rng.choice((torch.bfloat16, torch.float16)))
-    return x, {name: x, "net_out": net_out}, kind
+    return x, {name: x, "net_out": net_out}, codes
 
 
 def _added(draw: Draw, x: Tensor) -> Tensor | None:
@@ -124,34 +124,34 @@ def channel_mix_backward(draw: Draw) -> Arguments:
 
 
 def coupling(draw: Draw) -> Arguments:
-    _, tensors, kind = _coupled(draw, "x", True)
-    return tensors | kind
+    _, tensors, codes = _coupled(draw, "x", True)
+    return tensors | codes
 
 
 def coupling_backward(draw: Draw) -> Arguments:
-    x, tensors, kind = _coupled(draw, "out", True)
+    x, tensors, codes = _coupled(draw, "out", True)
     grads = {"grad_out": draw.normal(*x.shape), "grad_log_det": draw.normal(x.shape[0])}
-    return tensors | grads | kind | {"want_input": draw.flag()}
+    return tensors | grads | codes | {"want_input": draw.flag()}
 
 
 def coupling_mix(draw: Draw) -> Arguments:
-    x, tensors, kind = _coupled(draw, "x", True)
+    x, tensors, codes = _coupled(draw, "x", True)
     matrix, index = _map(draw, x.shape[1])
-    return tensors | {"matrix": matrix, "offset": draw.normal(x.shape[1])} | kind | {"index": index}
+    return tensors | {"matrix": matrix, "offset": draw.normal(x.shape[1])} | codes | {"index": index}
 
 
 def coupling_mix_backward(draw: Draw) -> Arguments:
-    x, tensors, kind = _coupled(draw, "x", False)
+    x, tensors, codes = _coupled(draw, "x", False)
     matrix, index = _map(draw, x.shape[1])
     grads = {"grad_out": draw.normal(*x.shape), "grad_log_det": draw.normal(x.shape[0]), "matrix": matrix}
-    return tensors | grads | kind | {"added": _added(draw, x), "index": index}
+    return tensors | grads | codes | {"added": _added(draw, x), "index": index}
 
 
 def step_backward(draw: Draw) -> Arguments:
-    y, tensors, kind = _coupled(draw, "y", False)
+    y, tensors, codes = _coupled(draw, "y", False)
     matrix, index = _map(draw, y.shape[1])
     grads = {"grad_y": draw.normal(*y.shape), "grad_log_det": draw.normal(y.shape[0])}
-    return tensors | grads | {"inverse_matrix": matrix, "offset": draw.normal(y.shape[1])} | kind | {"index": index}
+    return tensors | grads | {"inverse_matrix": matrix, "offset": draw.normal(y.shape[1])} | codes | {"index": index}
 
 
 def channel_moments(draw: Draw) -> Arguments:
@@ -219,7 +219,7 @@ def net_chain(draw: Draw) -> Arguments:
 
 
 def net_chain_backward(draw: Draw) -> Arguments:
-    """With what the op does not take (UNTOLD): the biases, and the description, of which the kept numbers are."""
+    """Draw arguments, with some that the op does not take (UNTOLD): the biases and description of what was kept."""
     forward = net_chain(draw) | {"keep": True}
     out, kept = ops.net_chain(**forward)
     x, weights = forward["x"], forward["weights"]
@@ -366,7 +366,7 @@ def run_call(seed: int) -> bool:
         with torch.no_grad():
             found = getattr(torch.ops.pyglow_fast, name)(**given)
     except tuple(REFUSALS) as error:
-        words = next(pattern for kind, pattern in REFUSALS.items() if isinstance(error, kind))
+        words = next(pattern for error_type, pattern in REFUSALS.items() if isinstance(error, error_type))
         if not words.match(str(error)):
             raise AssertionError("an error that says too little") from error
         return False
@@ -375,7 +375,7 @@ def run_call(seed: int) -> bool:
 
 
 def expect_results(name: str, found: list[Tensor], arguments: Arguments) -> None:
-    """Those of the reference, in float64, up to the roundings of a chain of sums of as many terms as there are."""
+    """Check results against the reference in float64, up to the roundings of a chain of sums of so many terms."""
     tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
     if all(value.is_meta for value in tensors):
         assert all(value.is_meta for value in found)
@@ -409,7 +409,7 @@ def main(first: int, count: int) -> None:
     faulthandler.enable()
     torch.set_num_threads(1)
     _backend.require()
-    # So torch fills what it hands out unwritten with NaN: a result that nothing wrote shows.
+    # With this torch fills what it hands out unwritten with NaN: a result that nothing wrote shows.
     torch.use_deterministic_algorithms(True)
     taken = sum(run_call(seed) for seed in range(first, first + count))
     print(f"{count} calls, {taken} taken", flush=True)

@@ -47,7 +47,7 @@ SPECS += [CouplingSpec(eps=0.05, factor=0.6)]
 def case_name(value: object) -> str:
     """A short id for pytest."""
     if isinstance(value, CouplingSpec):
-        return f"{value.kind}-{value.scale_map}-{value.eps}-{value.factor}-{value.order}"
+        return f"{value.coupling}-{value.scale_map}-{value.eps}-{value.factor}-{value.order}"
     return str(value).replace("torch.", "").replace(" ", "")
 
 
@@ -64,8 +64,8 @@ def _with_gradients(function: Callable[..., object], inputs: list[Tensor], dtype
 
 
 def log_det_magnitude(net_out: Tensor, spec: CouplingSpec) -> float:
-    """Of the sum of log s, whose terms cancel: the roundings of n terms add up like a random walk, sqrt(n) of one."""
-    if spec.kind == "additive" or not net_out.numel():
+    """Compute the size of a sum of log s that cancel: roundings of n terms grow like a random walk, sqrt(n) of one."""
+    if spec.coupling == "additive" or not net_out.numel():
         return 0.0
     _, log_scale = reference.scale_and_log(net_out.double().chunk(2, dim=1)[1], spec)
     return math.sqrt(log_scale[0].numel()) * float(log_scale.abs().max())
@@ -102,7 +102,7 @@ def assert_bits_do_not_depend_on_threads(run: Callable[[Tensor], Sequence[Tensor
 
 
 def mix_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """x, a matrix and an offset."""
+    """Draw x, a matrix and an offset."""
     channels = shape[1]
     # An offset far from zero: taking it off before the product must not cost precision.
     values = [torch.randn(shape), torch.randn(channels, channels) / math.sqrt(channels), 3.0 + torch.randn(channels)]
@@ -115,5 +115,5 @@ def coupling_inputs(
     """x and a net's output for all but half of its channels."""
     n, channels, *spatial = shape
     transformed = channels - channels // 2
-    width = transformed * (2 if spec.kind == "affine" else 1)
+    width = transformed * (2 if spec.coupling == "affine" else 1)
     return [torch.randn(shape).to(device, dtype), torch.randn(n, width, *spatial).to(device, dtype)]

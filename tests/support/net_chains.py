@@ -20,14 +20,14 @@ from pyglow_fast.reference import ACTIVATIONS, MAX_LAYERS, Activation, ChainSpec
 from support.helpers import memory_layouts
 
 PARAMETERS = {"leaky_relu": 0.2, "elu": 1.0}
-SMOOTH = tuple(kind for kind in ACTIVATIONS if kind not in ("relu", "leaky_relu"))
+SMOOTH = tuple(function for function in ACTIVATIONS if function not in ("relu", "leaky_relu"))
 MOST_PRODUCTS = 1e7  # of a net's forward
 MOST_NUMBERS = 1e6  # of a layer
 EXACT = 2.0**23  # half of the whole numbers that float32 has: what bfloat16 rounds up stays below them, too
 
 
 class Shape(NamedTuple):
-    """A chain without its numbers."""
+    """The shape of a chain, without its numbers."""
 
     samples: int
     spatial: tuple[int, ...]
@@ -43,7 +43,7 @@ class Shape(NamedTuple):
 
     @property
     def sizes(self) -> list[tuple[int, ...]]:
-        """Of the weights."""
+        """The sizes of the weights."""
         pairs = zip(self.widths[1:], self.widths, self.kernels, strict=False)
         return [(after, before, *kernel) for after, before, kernel in pairs]
 
@@ -85,7 +85,7 @@ class Numbers(NamedTuple):
 
     @property
     def contiguous(self) -> Numbers:
-        """The same laid out one way, as torch's convolutions can always take them."""
+        """Lay the tensors out contiguously, as torch's convolutions can always take them."""
 
         def plain(value: Any) -> Any:
             if isinstance(value, list):
@@ -96,7 +96,7 @@ class Numbers(NamedTuple):
 
     @property
     def leaves(self) -> list[Tensor]:
-        """All but the gradient."""
+        """List all tensors but the gradient."""
         given = (self.x, self.cond, self.log_gain, *self.weights, *self.biases)
         return [value for value in given if value is not None]
 
@@ -140,8 +140,8 @@ def drawn_shape(rng: random.Random) -> Shape:
             return found
 
 
-def drawn_spec(rng: random.Random, shape: Shape, kinds: Sequence[Activation]) -> ChainSpec:
-    return ChainSpec(tuple(rng.choice(kinds) for _ in shape.kernels[1:]), shape.dilations)
+def drawn_spec(rng: random.Random, shape: Shape, activations: Sequence[Activation]) -> ChainSpec:
+    return ChainSpec(tuple(rng.choice(activations) for _ in shape.kernels[1:]), shape.dilations)
 
 
 def laid_out(rng: random.Random, x: Tensor) -> Tensor:
@@ -168,36 +168,42 @@ def drawn_real(seed: int) -> tuple[ChainSpec, Numbers]:
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     shape = drawn_shape(rng)
     units = shape.pixels * sum(shape.widths[1:-1])
-    kinds = [Activation(kind, PARAMETERS.get(kind, 0.0)) for kind in (SMOOTH if units > 10_000 else ACTIVATIONS)]
+    activations = [
+        Activation(function, PARAMETERS.get(function, 0.0)) for function in (SMOOTH if units > 10_000 else ACTIVATIONS)
+    ]
 
-    def draw(size: tuple[int, ...], kind: str) -> Tensor:
-        scale = {"weight": 1.0 / math.sqrt(math.prod(size[1:])), "bias": 0.3, "gain": 0.2}.get(kind, 1.0)
+    def draw(size: tuple[int, ...], part: str) -> Tensor:
+        scale = {"weight": 1.0 / math.sqrt(math.prod(size[1:])), "bias": 0.3, "gain": 0.2}.get(part, 1.0)
         return scale * torch.randn(size, generator=generator, dtype=torch.float64)
 
-    return drawn_spec(rng, shape, kinds), _numbers(rng, shape, draw)
+    return drawn_spec(rng, shape, activations), _numbers(rng, shape, draw)
 
 
 def drawn_whole(seed: int, given: Shape | None = None) -> tuple[ChainSpec, Numbers]:
     """Whole numbers, linear by pieces, whose sums are all exact in float32; a gain of one. Of a given shape, or any."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    kinds = [Activation("none"), Activation("relu"), *(Activation("leaky_relu", leak) for leak in (0.0, 0.5, 1.0))]
+    activations = [
+        Activation("none"),
+        Activation("relu"),
+        *(Activation("leaky_relu", leak) for leak in (0.0, 0.5, 1.0)),
+    ]
     while True:
         shape = given or drawn_shape(rng)
-        spec = drawn_spec(rng, shape, kinds)
+        spec = drawn_spec(rng, shape, activations)
         rounds = rng.choice(("bias", "grad", ""))  # what has numbers that bfloat16 rounds
 
-        def draw(size: tuple[int, ...], kind: str, rounds: str = rounds) -> Tensor:
-            if kind == "gain":
+        def draw(size: tuple[int, ...], part: str, rounds: str = rounds) -> Tensor:
+            if part == "gain":
                 return torch.zeros(size, dtype=torch.float64)
             most = 2 if math.prod(size) < 1000 else 1
             values = torch.randint(-most, most + 1, size, generator=generator).double()
-            if kind == rounds:
+            if part == rounds:
                 values *= 1.0 + 258.0 * (torch.rand(size, generator=generator) < 0.05)
             # Every output of a weight of some inputs, and an input in some output, or of very many every third.
             wanted: float = math.prod(size)
-            if kind == "weight":
+            if part == "weight":
                 wanted = max(2.0 * size[0], size[1] if size[1] < 100 else 0.25 * size[1])
-            if kind == "grad":
+            if part == "grad":
                 wanted = 20.0
             return values * (torch.rand(size, generator=generator) < 1.5 * wanted / math.prod(size))
 
@@ -240,13 +246,13 @@ def results(net: Net, spec: ChainSpec, numbers: Numbers) -> list[Tensor]:
 
 
 def after_nan(net: Net, spec: ChainSpec, numbers: Numbers) -> list[Tensor]:
-    """The same after a run on NaN alone, which then is wherever memory is read that was not written."""
+    """Compute the results after a run on NaN alone, which then shows wherever memory is read that was not written."""
     results(net, spec, numbers._replace(x=torch.full_like(numbers.x, torch.nan)))
     return results(net, spec, numbers)
 
 
 def in_half(net: Net) -> Net:
-    """As autocast to bfloat16 has it."""
+    """Wrap a net so that it runs as under autocast to bfloat16."""
 
     def call(*args: Any) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -310,18 +316,18 @@ def rounded_chain(
 
 
 def op_arguments(spec: ChainSpec, numbers: Numbers, half: bool, keep: bool) -> tuple[Any, ...]:
-    """Those of ops.net_chain."""
+    """List the arguments of ops.net_chain."""
     x, cond, weights, biases, log_gain, _ = numbers
     return (x, cond, weights, biases, log_gain, *ops.chain_arguments(spec), half, keep)
 
 
 def backward_arguments(spec: ChainSpec, numbers: Numbers, kept: Tensor, half: bool, want: bool) -> tuple[Any, ...]:
-    """Those of ops.net_chain_backward."""
+    """List the arguments of ops.net_chain_backward."""
     x, cond, weights, biases, log_gain, grad = numbers
     return (grad, x, cond, kept, weights, biases[-1], log_gain, *ops.chain_arguments(spec), half, want)
 
 
 def relative_errors(found: Iterable[Tensor], exact: Iterable[Tensor]) -> list[float]:
-    """Of each in the Euclidean norm; of what is zero, the norm itself."""
+    """Compute each error in the Euclidean norm, relative; where zero is expected, the norm itself."""
     pairs = [(value.double(), truth) for value, truth in zip(found, exact, strict=True) if truth.numel()]
     return [float((value - truth).norm() / (truth.norm() or 1.0)) for value, truth in pairs]

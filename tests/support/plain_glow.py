@@ -55,7 +55,7 @@ def checkerboard(x: Tensor, parity: int) -> Tensor:
 def masked_coupling(x: Tensor, net_out: Tensor, spec: CouplingSpec, parity: int) -> tuple[Tensor, Tensor]:
     """y = b x + (1 - b) couple(x), log_det the sum of (1 - b) log s: what torch code without kernels writes."""
     b = checkerboard(x, parity)
-    shift, raw = (net_out, None) if spec.kind == "additive" else net_out.chunk(2, dim=1)
+    shift, raw = (net_out, None) if spec.coupling == "additive" else net_out.chunk(2, dim=1)
     if raw is None:
         return b * x + (1 - b) * (x + shift), x.new_zeros(x.shape[0])
     scale, log_scale = reference.scale_and_log(raw, spec)
@@ -129,6 +129,6 @@ def plain_encode(
 def plain_log_prob(
     state: State, config: GlowConfig, x: Tensor, y: Tensor | None = None, cond: Tensor | None = None
 ) -> Tensor:
-    """log p(x), (N,)."""
+    """Compute log p(x), (N,), in nats."""
     latents, log_det = plain_encode(state, config, x, y, cond)
     return log_det + sum(reference.gaussian_log_prob(*latent) for latent in latents)

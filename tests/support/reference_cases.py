@@ -23,7 +23,7 @@ SPECS = [
 
 def spec_name(spec: CouplingSpec) -> str:
     scale_map = spec.scale_map if isinstance(spec.scale_map, str) else "callable"
-    return "-".join([spec.kind, scale_map, spec.order, *map(str, (spec.bias, spec.eps, spec.clamp, spec.factor))])
+    return "-".join([spec.coupling, scale_map, spec.order, *map(str, (spec.bias, spec.eps, spec.clamp, spec.factor))])
 
 
 def randn(*shape: int) -> Tensor:

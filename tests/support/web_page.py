@@ -47,7 +47,7 @@ class Site:
         return f"runs/{name}"
 
     def path(self, name: str) -> Path:
-        """Its folder."""
+        """The path of the run's folder."""
         return self.folder / "runs" / name
 
     def uploaded(self) -> list[Path]:
@@ -78,9 +78,9 @@ class Visitor:
         self.page.evaluate("() => new Promise(requestAnimationFrame)")
         wait_for(lambda: (self.page.evaluate("1"), len(self._unanswered))[1], 0)
 
-    def give(self, elem_id: str, *files: tuple[str, bytes], kind: str = "image/png") -> None:
+    def give(self, elem_id: str, *files: tuple[str, bytes], mime_type: str = "image/png") -> None:
         """Uploads files, as (name, contents)."""
-        payloads: Any = [{"name": name, "mimeType": kind, "buffer": data} for name, data in files]
+        payloads: Any = [{"name": name, "mimeType": mime_type, "buffer": data} for name, data in files]
         self.page.locator(f"#{elem_id} input[type=file]").set_input_files(payloads)
 
     def open(self) -> None:
@@ -181,7 +181,7 @@ def pixels(image: Locator) -> Tensor:
 
 
 def all_pixels(images: Locator) -> Tensor:
-    """Those of several, read at one moment; empty where there are none."""
+    """Read the pixels of several pictures at one moment; empty where there are none."""
     found = images.evaluate_all("found => found.map(image => image.src)")
     return torch.stack([decoded(data_of(address)) for address in found]) if found else torch.zeros(0)
 

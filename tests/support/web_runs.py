@@ -26,7 +26,7 @@ NAMES = (
     "größe \u202egnp",
 )
 SIDE = 16
-TINY = ["--steps", "2", "--hidden", "4", "--device", "cpu", "--sample-count", "4", "--quiet"]
+TINY = ["--n-steps", "2", "--hidden", "4", "--device", "cpu", "--sample-count", "4", "--quiet"]
 
 
 def write_images(root: Path) -> None:
@@ -45,9 +45,9 @@ def make(root: Path) -> None:
     images, runs = root / "images", root / "runs"
     write_images(images)
     runs.mkdir()
-    few = ["--max-steps", "20", "--eval-images", "32", "--levels", "1"]
+    few = ["--max-steps", "20", "--eval-images", "32", "--n-levels", "1"]
     assert main(["train", "digits", "--out", str(runs / DIGITS), "--class-conditional", *few, *TINY]) == 0
-    few = ["--max-steps", "10", "--batch-size", "8", "--eval-images", "10", "--levels", "2"]
+    few = ["--max-steps", "10", "--batch-size", "8", "--eval-images", "10", "--n-levels", "2"]
     few += ["--size", str(SIDE), "--held-out", "0.3"]
     assert main(["train", f"folder:{images}", "--out", str(runs / COLOUR), *few, *TINY]) == 0
     assert main(["train", f"folder:{images}", "--out", str(runs / CLASSES), "--class-conditional", *few, *TINY]) == 0
@@ -62,10 +62,10 @@ def photo(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(values).resize((width, height))
 
 
-def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
-    """The bytes of a file of that kind."""
+def encoded(image: Image.Image, file_format: str, **options: Any) -> bytes:
+    """The bytes of a file of that format."""
     stream = io.BytesIO()
-    image.save(stream, kind, **options)
+    image.save(stream, file_format, **options)
     return stream.getvalue()
 
 
@@ -81,8 +81,8 @@ def turned_jpeg() -> bytes:
 def bomb() -> bytes:
     """A PNG of a few bytes that says it has 50000 x 50000 pixels."""
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", 50_000, 50_000, 8, 0, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")

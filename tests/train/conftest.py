@@ -52,3 +52,11 @@ def tiny_images(monkeypatch: pytest.MonkeyPatch) -> ImageSet:
     data = ImageSet("tiny", levels, 5, torch.arange(40) % 2, ("even", "odd"))
     monkeypatch.setattr("pyglow_fast.train.runs.load_data", lambda config: data)
     return data
+
+
+@pytest.fixture
+def sorted_images() -> ImageSet:
+    """100 images sorted by class, as a folder is: 80 that are black and then 20 that are white."""
+    levels = torch.zeros(100, 1, 4, 4, dtype=torch.uint8)
+    levels[80:] = 4
+    return ImageSet("sorted", levels, 5, (torch.arange(100) >= 80).long(), ("black", "white"))

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pyglow_fast.train import class_columns, class_cycle, to_levels
 from pyglow_fast.train.figures import (
     LONGEST_TEXT,
     animation_bytes,
@@ -106,9 +107,9 @@ def test_texts_that_are_refused(tmp_path: Path, text: Any, message: str) -> None
     with pytest.raises(ValueError, match="^" + message):
         save_picture(picture, tmp_path / "x.png", text)
     assert (tmp_path / "x.png").read_bytes() == b"before"
-    for kind in ("gif", "webp"):
+    for file_format in ("gif", "webp"):
         with pytest.raises(ValueError, match="^" + message):
-            animation_bytes(picture[None], 256, kind, text=text)
+            animation_bytes(picture[None], 256, file_format, text=text)
 
 
 @pytest.mark.parametrize(
@@ -157,18 +158,18 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("kind", ["gif", "webp"])
+@pytest.mark.parametrize("file_format", ["gif", "webp"])
 @pytest.mark.parametrize("name", CASES)
-def test_an_animation_goes_there_and_back_and_loses_nothing(name: str, kind: str) -> None:
+def test_an_animation_goes_there_and_back_and_loses_nothing(name: str, file_format: str) -> None:
     levels, n_bins = CASES[name]
-    data = animation_bytes(levels, n_bins, kind, 120, scale=2)
+    data = animation_bytes(levels, n_bins, file_format, 120, scale=2)
     there = list(pictures(levels, n_bins, 2))
     expected = [*there, *there[-2:0:-1]]
     found = decoded(data)
     assert len(found) == max(1, 2 * len(levels) - 2)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     with Image.open(io.BytesIO(data)) as image:
-        assert image.format == kind.upper()
+        assert image.format == file_format.upper()
         if len(levels) > 1:
             assert image.info["loop"] == 0
             durations = []
@@ -197,10 +198,10 @@ def test_a_gif_of_many_colours_is_near_them_without_a_pattern() -> None:
         assert bool((frame[0].int().diff(dim=1) >= 0).float().mean() > 0.95)
 
 
-@pytest.mark.parametrize("kind", ["gif", "webp"])
-def test_images_that_do_not_change_are_shown_for_as_long(kind: str) -> None:
+@pytest.mark.parametrize("file_format", ["gif", "webp"])
+def test_images_that_do_not_change_are_shown_for_as_long(file_format: str) -> None:
     levels = torch.tensor([0, 0, 1, 1]).reshape(4, 1, 1, 1).expand(4, 1, 2, 2)
-    with Image.open(io.BytesIO(animation_bytes(levels, 2, kind, 50))) as image:
+    with Image.open(io.BytesIO(animation_bytes(levels, 2, file_format, 50))) as image:
         total = 0
         for i in range(image.n_frames):
             image.seek(i)
@@ -217,8 +218,8 @@ def test_texts_of_animations() -> None:
     with Image.open(io.BytesIO(animation_bytes(levels, 2, "webp", text=TEXTS))) as image:
         found = [element.text for element in ElementTree.fromstring(image.info["xmp"]).iter() if element.text]
         assert found == [lines]
-    for kind in ("gif", "webp"):
-        with Image.open(io.BytesIO(animation_bytes(levels, 2, kind))) as image:
+    for file_format in ("gif", "webp"):
+        with Image.open(io.BytesIO(animation_bytes(levels, 2, file_format))) as image:
             assert not {"comment", "xmp"} & set(image.info)
 
 
@@ -230,7 +231,7 @@ def test_an_animation_is_about_64_pixels_high_unless_told_otherwise() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "png"}, r"kind: expected one of \('gif', 'webp'\), found 'png'"),
+        ({"file_format": "png"}, r"file_format: expected one of \('gif', 'webp'\), found 'png'"),
         ({"levels": torch.zeros(0, 1, 2, 2)}, r"levels: expected at least one image \(n, C, H, W\), found \(0, 1, 2"),
         ({"levels": torch.zeros(1, 2, 2)}, r"levels: expected at least one image .* found \(1, 2, 2\)"),
         ({"milliseconds": 19}, r"milliseconds: expected a whole number in 20\.\.60000, found 19"),
@@ -240,6 +241,38 @@ def test_an_animation_is_about_64_pixels_high_unless_told_otherwise() -> None:
     ],
 )
 def test_animations_that_are_refused(options: dict[str, Any], message: str) -> None:
-    values = {"levels": torch.zeros(2, 1, 2, 2), "n_bins": 2, "kind": "gif"} | options
+    values = {"levels": torch.zeros(2, 1, 2, 2), "n_bins": 2, "file_format": "gif"} | options
     with pytest.raises(ValueError, match="^" + message):
         animation_bytes(**values)
+
+
+def test_grid(tmp_path: Path) -> None:
+    levels = torch.tensor([[[[0, 4]]], [[[2, 0]]], [[[4, 4]]]])
+    save_grid(levels, 5, tmp_path / "x.png", columns=2, scale=3)
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.size == (2 * (2 * 3 + 2) + 2, 2 * (3 + 2) + 2)
+        assert picture.getpixel((2, 2)) == (0, 0, 0)
+        assert picture.getpixel((5, 4)) == (255, 255, 255)
+        assert picture.getpixel((10, 2)) == (128, 128, 128)
+        assert picture.getpixel((0, 0)) == (128, 128, 128)  # between the images
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_grid_of_any_number_of_channels(tmp_path: Path, channels: int) -> None:
+    save_grid(torch.zeros(2, channels, 4, 4, dtype=torch.int64), 2, tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.mode == "RGB"
+
+
+def test_each_class_has_its_column() -> None:
+    columns = class_columns(80, 10)
+    labels = class_cycle(80, 10, torch.device("cpu"))
+    assert columns == 10
+    assert labels is not None
+    assert labels.reshape(-1, columns).unique(dim=0).tolist() == [list(range(10))]
+    assert [class_columns(*case) for case in ((64, None), (5, 10), (64, 1), (64, 40))] == [None] * 4
+    assert class_cycle(4, None, torch.device("cpu")) is None
+
+
+def test_what_is_no_number_becomes_grey() -> None:
+    assert to_levels(torch.tensor([-0.5, math.nan, 0.0, 9.0]), 4).tolist() == [0, 2, 2, 3]

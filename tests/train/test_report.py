@@ -62,8 +62,8 @@ def test_pictures_are_inside_and_nothing_comes_from_elsewhere() -> None:
     found = Page(source)
     assert [image["alt"] for image in found.images] == ["loss", "samples", "data"]
     for image, color in zip(found.images, [(255, 0, 0), (0, 255, 0), (0, 0, 255)], strict=True):
-        kind, data = str(image["src"]).split(",", 1)
-        assert kind == "data:image/png;base64"
+        head, data = str(image["src"]).split(",", 1)
+        assert head == "data:image/png;base64"
         assert Image.open(io.BytesIO(base64.b64decode(data, validate=True))).getpixel((1, 1)) == color
     assert {"script", "link"}.isdisjoint(found.tags)
     for remote in ("http:", "https:", "url(", "@import"):

@@ -28,8 +28,8 @@ def double(number: float) -> str:
 
 
 @on_page()
-def fail(kind: str) -> str:
-    if kind == "input":
+def fail(cause: str) -> str:
+    if cause == "input":
         raise ValueError("<img src=x onerror=alert(1)> **bold** [link](javascript:alert(1))\nsecond line")
     raise KeyError("/srv/secret/file.txt")
 
@@ -72,9 +72,9 @@ def page() -> gr.Blocks:
         out = gr.Textbox(label="Out")
         number.release(double, number, out)
         gr.Button("Double").click(double, number, out)
-        kind = gr.State("input")
+        cause = gr.State("input")
         other = gr.State("other")
-        gr.Button("Bad input").click(fail, kind, out)
+        gr.Button("Bad input").click(fail, cause, out)
         gr.Button("Fault").click(fail, other, out)
         gr.Button("Count").click(count, None, out)
         gr.Button("Slow").click(slow, None, out)

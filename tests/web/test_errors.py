@@ -53,24 +53,24 @@ def generator(error: Exception) -> Callable[[], Any]:
     return lambda: list(handler())
 
 
-@pytest.mark.parametrize("kind", [plain, generator])
+@pytest.mark.parametrize("handler", [plain, generator])
 @pytest.mark.parametrize("error", [ValueError("a<b"), UnreadableImageError("a<b"), MissingExtraError("a<b")])
 def test_bad_input_is_said_and_not_logged(
-    kind: Callable[[Exception], Callable[[], Any]], error: Exception, caplog: pytest.LogCaptureFixture
+    handler: Callable[[Exception], Callable[[], Any]], error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(gr.Error) as raised:
-        kind(error)()
+        handler(error)()
     assert raised.value.message == "a&lt;b"
     assert not raised.value.print_exception
     assert caplog.records == []
 
 
-@pytest.mark.parametrize("kind", [plain, generator])
+@pytest.mark.parametrize("handler", [plain, generator])
 def test_a_fault_is_logged_and_only_its_class_is_said(
-    kind: Callable[[Exception], Callable[[], Any]], caplog: pytest.LogCaptureFixture
+    handler: Callable[[Exception], Callable[[], Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.ERROR), pytest.raises(gr.Error) as raised:
-        kind(KeyError("/srv/secret"))()
+        handler(KeyError("/srv/secret"))()
     assert raised.value.message.startswith("KeyError: ")
     assert "secret" not in raised.value.message
     assert "log" in raised.value.message

@@ -242,10 +242,10 @@ def test_requests_have_a_size(client: Client) -> None:
     assert client("/gradio_api/upload", "POST", b"", **{"Content-Length": str(2**40)})[0] == 413
     assert client(join, "POST", b"0\r\n\r\n", **{"Transfer-Encoding": "chunked"})[0] == 411
     boundary = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n%s\r\n--b--\r\n'
-    kind = {"Content-Type": "multipart/form-data; boundary=b"}
-    status, body, _ = client("/gradio_api/upload", "POST", boundary % bytes(100 * 1024), **kind)
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    status, body, _ = client("/gradio_api/upload", "POST", boundary % bytes(100 * 1024), **headers)
     assert (status, "pyglow-serve-" in body) == (200, True)
-    status, body, _ = client("/gradio_api/upload", "POST", boundary % bytes(100 * 1024 + 1), **kind)
+    status, body, _ = client("/gradio_api/upload", "POST", boundary % bytes(100 * 1024 + 1), **headers)
     assert (status, "size" in body) == (413, True)
 
 

@@ -101,8 +101,8 @@ def test_files_that_are_no_pictures_are_refused(editor: Visitor, site: Site) -> 
     """Each in one sentence that names the file, and the page goes on."""
     before = editor.edited("original")
     for name, data in HOSTILE.items():
-        kind = "image/svg+xml" if name.endswith("svg") else "image/png"
-        editor.give("edit-upload", (name, data), kind=kind)
+        mime_type = "image/svg+xml" if name.endswith("svg") else "image/png"
+        editor.give("edit-upload", (name, data), mime_type=mime_type)
         said = editor.toast()
         assert name in said or "maximum" in said, (name, said)
         assert "/" not in said.replace("bits/dim", "")

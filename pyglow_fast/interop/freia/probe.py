@@ -1,4 +1,4 @@
-"""A layer's class and one of ours side by side, on copies of the layer with random weights."""
+"""Runs a layer's class and one of this package's side by side, on copies of the layer with random weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WRITTEN = ("w_perm", "w_perm_inv", "last_jac")  # attributes that FrEIA's forwar
 
 
 class DiffersError(Exception):
-    """Says in what a layer is not what ours is, and how many things are the same."""
+    """Raised when a layer computes something else than this package's; says in what, and how many things agree."""
 
     def __init__(self, text: str = "", same: int = 0) -> None:
         super().__init__(text)
@@ -32,7 +32,7 @@ Results = dict[str, Tensor | None]
 
 
 def run_theirs(layer: nn.Module) -> tuple[list[Results], bool]:
-    """What the layer's own class computes in training and in evaluation, and whether it refuses the latter's size."""
+    """Run the layer's own class in training and in evaluation, and see whether the latter refuses the size."""
     first, second = _sizes(layer)
     found = [_by_their_own(layer, first, training=True)]
     try:
@@ -54,7 +54,7 @@ def _by_their_own(layer: nn.Module, sizes: Sequence[int], training: bool) -> Res
 
 
 def compare(layer: nn.Module, own: type[nn.Module], theirs: Sequence[Results], fixed_size: bool) -> None:
-    """Refuse a class of ours that computes something else than the layer's own."""
+    """Refuse a class of this package that computes something else than the layer's own."""
     first, second = _sizes(layer)
     for expected, sizes, training in zip(theirs, (first, first if fixed_size else second), (True, False), strict=True):
         twin: Any = _twin(layer, own, training)
@@ -130,7 +130,7 @@ def _dims(layer: Any) -> tuple[int, ...]:
 
 
 def _sizes(layer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of the states of a probe, in training and in evaluation: a block may be called with another than dims_in."""
+    """Choose the sizes of a probe's states: in evaluation a block may be called with another than dims_in."""
     first, second = _SIZES[len(_dims(layer)) - 1]
     return first, second if hasattr(layer, "splits") else first
 
