@@ -94,12 +94,12 @@ def variants(peer: FlowUpsamplerNet, side: int) -> dict[str, tuple[torch.nn.Modu
 def measure(options: argparse.Namespace) -> list[Row]:
     """The rows, in the order of :func:`variants`."""
     torch.manual_seed(0)
-    splits = max(0, options.levels - 2)
+    splits = max(0, options.n_levels - 2)
     sizes = (3, options.hidden, options.n_steps, options.n_levels, options.features)
     peer = randomised(FlowUpsamplerNet(*sizes, n_splits=splits), 0.02)
     assert isinstance(peer, FlowUpsamplerNet)
     x = torch.rand(options.batch, 3, options.side, options.side)
-    sides = [options.side >> (level + 1) for level in range(options.levels)]
+    sides = [options.side >> (level + 1) for level in range(options.n_levels)]
     features = [torch.randn(options.batch, options.features, side, side) for side in sides]
     for feature in features:
         feature.requires_grad_(options.encoder)

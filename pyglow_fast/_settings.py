@@ -20,10 +20,9 @@ import math
 import textwrap
 import types
 import typing
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pyglow_fast._errors import expect
 
@@ -38,8 +37,6 @@ GROUPS = (IMAGES, MODEL, OPTIMISATION, COMPUTING, OUTPUT)
 _MOST_INT = 2**63 - 1  # what torch's generators, shapes and files of tensors hold
 _KEY = "setting"
 Class = TypeVar("Class", bound=type[Any])
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -273,27 +270,6 @@ def settings(cls: Class) -> Class:
 
 def _absent(declared: Declared) -> str:
     return f" (None: {declared.rule.absent or 'none'})" if declared.optional else ""
-
-
-def renamed_argument(former: str, now: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """A decorator of a function one of whose arguments has another name now: as a keyword the former one still counts.
-
-    It is for one version, and warns with a DeprecationWarning that names the new one.
-    """
-
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        @functools.wraps(function)
-        def called(*args: P.args, **options: P.kwargs) -> R:
-            if former in options:
-                expect(now not in options, former, f"{now} alone, which it is called now", "both")
-                text = f"{former} is called {now} now; this version is the last that knows the old name"
-                warnings.warn(text, DeprecationWarning, stacklevel=2)
-                options[now] = options.pop(former)
-            return function(*args, **options)
-
-        return called
-
-    return decorate
 
 
 def value_text(value: Any) -> str:

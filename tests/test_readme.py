@@ -77,6 +77,12 @@ def test_every_command_has_an_example() -> None:
     assert table <= set(commands.choices)
 
 
+def test_readme_is_short() -> None:
+    """What is not for everybody is in docs."""
+    assert len(README) < 9_000
+    assert len(re.findall(r"^\|[-|]+\|$", README, re.MULTILINE)) == 5  # tables
+
+
 def test_files_it_shows_exist() -> None:
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", README)
     pages = re.findall(r"\((docs/.*?\.md|CONTRIBUTING\.md)\)", README)

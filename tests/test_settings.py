@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ from pyglow_fast._settings import (
     check_setting,
     check_settings,
     declared_of,
-    renamed_argument,
     same_setting,
     setting,
     settings,
@@ -198,17 +196,3 @@ def test_a_change_of_a_field_changes_the_page(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(settings_page, "PARTS", (("Oven", Oven),))
     expected = "| `heat` |  | a positive number; at most 300 (it melts) | 180 | degrees |"
     assert expected in settings_page.page().splitlines()
-
-
-def test_a_former_argument_is_understood_with_a_warning() -> None:
-    @renamed_argument("steps", "frames")
-    def path(start: int, frames: int = 8) -> tuple[int, int]:
-        return start, frames
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert (path(1), path(1, 2), path(1, frames=3)) == ((1, 8), (1, 2), (1, 3))
-    with pytest.warns(DeprecationWarning, match="^steps is called frames now; .* the last that knows the old name$"):
-        assert path(1, steps=4) == (1, 4)  # type: ignore[call-arg]
-    with pytest.raises(ValueError, match=r"^steps: expected frames alone, which it is called now, found both$"):
-        path(1, steps=4, frames=4)  # type: ignore[call-arg]

@@ -25,7 +25,7 @@ class Place(NamedTuple):
     words: str
 
 
-# Every part of the package but what every part may use (FOUNDATION), and __main__, which is cli.
+# Every part of the package but __main__, which is cli, and the small modules with an underscore that all may use.
 PARTS: dict[str, Place] = {
     "cli": Place("spine", 0, "the command pyglow-fast"),
     "web": Place("spine", 1, "the page in the browser, with Gradio"),
@@ -34,7 +34,7 @@ PARTS: dict[str, Place] = {
     "latents": Place("right", 3, "paths, edits, levels"),
     "train": Place("spine", 4, "runs: loop, checkpoints, evaluation, report"),
     "data": Place("left", 4, "images: sources, preparation"),
-    "interop": Place("right", 4, "models of others"),
+    "interop": Place("right", 4, "others' models"),
     "__init__": Place("far", 4, "import pyglow_fast"),
     "models": Place("spine", 5, "Glow: levels, splits, priors"),
     "presets": Place("left", 5, "settings under a name"),
@@ -49,9 +49,9 @@ PARTS: dict[str, Place] = {
     "ops": Place("spine", 12, "operations as torch sees them: names, shapes"),
     "reference": Place("left", 12, "the equations in plain torch"),
     "_backend": Place("spine", 13, "loads the compiled module, or says why not"),
-    "memory": Place("far", 13, "frees what waits"),
+    "memory": Place("far", 13, "returns idle memory"),
 }
-FOUNDATION = ("_errors", "_tracing", "_captures", "_derivatives", "_float32", "_moments", "_renamed")
+
 # Folders of csrc, and core.h.
 NATIVE: dict[str, Place] = {
     "bindings": Place("spine", 14, "checks arguments; alone sees torch"),
@@ -176,10 +176,10 @@ def layers() -> Figure:
     figure.text(74, foot + 4, "imports or includes; what follows from other arrows is not drawn", 12, "soft")
     figure.arrow((530, foot), (570, foot), dashed=True)
     figure.text(580, foot + 4, "calls at run time, as the device and the processor ask for", 12, "soft")
-    figure.text(24, foot + 28, f"Below all of them, for every part: {', '.join(FOUNDATION)}.", 12, "soft")
-    figure.text(
-        24, foot + 48, "likelihood and presets import no other part, reference only _errors and _float32.", 12, "soft"
-    )
+    small = "Every part may also import the small modules whose names begin with an underscore."
+    figure.text(24, foot + 28, small, 12, "soft")
+    beside = "Parts above _backend may import reference, likelihood and presets, which import no other part."
+    figure.text(24, foot + 48, beside, 12, "soft")
     return figure
 
 

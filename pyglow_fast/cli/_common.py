@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from pyglow_fast._errors import expect, visible
+from pyglow_fast._renamed import renamed_words
 from pyglow_fast._settings import Range, value_text
 from pyglow_fast.data import Yardstick, optional
 from pyglow_fast.models import Glow
@@ -136,10 +137,7 @@ class _Former(argparse.Action):
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
     ) -> None:
-        print(
-            f"note: {option} is called {self.now} now; this version is the last that knows the old name",
-            file=sys.stderr,
-        )
+        print(f"note: {renamed_words(str(option), self.now)}", file=sys.stderr)
         setattr(namespace, self.dest, values)
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
-from pyglow_fast._settings import Range, renamed_argument
+from pyglow_fast._renamed import with_former_argument
+from pyglow_fast._settings import Range
 from pyglow_fast.latents.spaces import (
     DEFAULT_SPACE,
     check_finite,
@@ -81,7 +82,7 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
     return (weights[0] * first + weights[1] * second).reshape(a.shape).to(a.dtype)
 
 
-@renamed_argument("steps", "frames")
+@with_former_argument("steps", "frames")
 def interpolate_latents(
     a: Sequence[Tensor],
     b: Sequence[Tensor],
@@ -128,7 +129,7 @@ def _times(frames: int, times: Sequence[float] | None) -> list[float]:
     return points
 
 
-@renamed_argument("steps", "frames")
+@with_former_argument("steps", "frames")
 @torch.no_grad()
 def interpolate(
     model: Glow,

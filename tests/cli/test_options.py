@@ -184,7 +184,7 @@ def test_a_former_option_is_understood_with_a_note(
     args = parser().parse_args(shlex.split(command))
     assert getattr(args, field) == value
     captured = capsys.readouterr()
-    assert captured.err == f"note: {former} is called {now} now; this version is the last that knows the old name\n"
+    assert captured.err == f"note: {former} is called {now} now; the old name goes with the next version\n"
     assert captured.out == ""
     again = parser().parse_args(shlex.split(command.replace(former, now)))
     assert getattr(again, field) == value
