@@ -26,7 +26,7 @@ FILES = (
 )
 # These differ in the nets in bfloat16 alone.
 FAMILY = ("avx512", "avx512_bf16", "amx")
-# Nets so wide that an emulator takes minutes, and the width of what is left is enough for blocks of every kind.
+# Hidden channels of nets that an emulator takes minutes for. 300 stay: a sum of several blocks, an image in parts.
 WIDE = ("511", "600", "700")
 # What is the same for all, being no kernel.
 ELSEWHERE = ("opcheck", "compiled", "exported", "bad_input", "bad_backward_input", "bad_descriptions")

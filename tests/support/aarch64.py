@@ -76,6 +76,7 @@ def run(package: Path, command: str, *arguments: str) -> subprocess.CompletedPro
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(first), str(package), str(ROOT / "tests")]),
+        "PYGLOW_CPU": "portable",  # by which tests know that others run the rest of their draws
         "PYGLOW_KERNELS_COMMAND": command,
         "OMP_NUM_THREADS": "1",
     }
