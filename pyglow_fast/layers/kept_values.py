@@ -52,7 +52,8 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def _may_look(tensors: Sequence[Tensor]) -> bool:
-    return all(is_plain(tensor) and can_read(tensor) for tensor in tensors)
+    plain = all(tensor.is_cpu and is_plain(tensor) for tensor in tensors)
+    return plain and (not tensors or can_read(tensors[0]))  # which is as costly as all the rest
 
 
 def _state(tensor: Tensor, traced: bool) -> tuple[object, ...]:
