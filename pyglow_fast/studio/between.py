@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
+from pyglow_fast._renamed import with_former_argument
 from pyglow_fast.latents import interpolate
 from pyglow_fast.likelihood import count_not_finite
 from pyglow_fast.studio.commands import COMMAND, Made, command_line, made_png
@@ -37,7 +38,7 @@ class Between:
         >>> result = start(TrainConfig(model=model, max_steps=1), "runs/tiny").execute(quiet=True)
         >>> opened = OpenRun.open("runs/tiny")
         >>> between = Between(opened, opened.pick(parse_image("0")), opened.pick(parse_image("1")), "noise")
-        >>> frames, not_finite = between.frames(steps=5)
+        >>> frames, not_finite = between.frames(5)
         >>> frames.shape, between.made(frames, ".gif").data[:3]
         (torch.Size([5, 1, 8, 8]), b'GIF')
     """
@@ -48,6 +49,7 @@ class Between:
     space: str
     spherical: bool = False
 
+    @with_former_argument("steps", "count")
     @torch.no_grad()
     def frames(self, count: int = 8, times: tuple[float, ...] | None = None) -> tuple[Tensor, int]:
         """Compute the frames, int64 grey levels (count, C, H, W), both ends included, and how many were not finite.
