@@ -7,7 +7,7 @@ step that looks like one but does not is left, with the reason. ``f`` and ``affi
 
 The call stays ``step(input, logdet=None, reverse=False)``, with ``rrdbResults`` where there was one. Their own forward
 runs while an actnorm waits for its first batch, with hooks inside the step, under autocast, torch.compile or
-torch.func, for inputs of an unexpected kind, and where it is as fast: with nets of about as many channels on both sides
+torch.func, for inputs of an unexpected type, and where it is as fast: with nets of about as many channels on both sides
 of a 3x3 convolution (SRFlow's 320 to 64), and for few positions.
 
 Their loops ask for the class of each layer (``isinstance(layer, FlowStep)``), so steps are not joined in chains. With

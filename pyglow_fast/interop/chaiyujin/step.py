@@ -1,4 +1,4 @@
-"""A flow step of chaiyujin's kind made ours, in place: the same object, parameters and call."""
+"""A flow step like chaiyujin's made ours, in place: the same object, parameters and call."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def recompute(model: nn.Module, mode: str, budget: str | int) -> dict[str, str]:
 
 
 def left(model: nn.Module) -> dict[str, str]:
-    """The steps of this kind that are left as they are, and the nets that run as they are, and why."""
+    """The steps like chaiyujin's that are left as they are, and the nets that run as they are, and why."""
     found = {}
     for name, module in _candidates(model):
         if isinstance(module, AdoptedStep):

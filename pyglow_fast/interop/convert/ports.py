@@ -53,7 +53,7 @@ _LAYER = "flow.layers.{}."
 def load_y0ast(state: Mapping[str, Any] | str, permutation: str | None = None) -> Glow:
     """log p(x) of their model, x in [-0.5, 0.5).
 
-    Architecture: K, L and the kind of each layer by ``flow.layers.i``; affine if ``block.4`` has C outputs; LU by
+    Architecture: K, L and what each layer is by ``flow.layers.i``; affine if ``block.4`` has C outputs; LU by
     ``invconv.lower`` and the like, plain by ``invconv.weight``; H and W by ``prior_h``; ``learn_top_fn`` the learned
     top, ``project_ycond`` classes (one label an image). Left out: ``project_class``, the classifier.
 

@@ -101,7 +101,7 @@ def reason_against(module: nn.Module, memory: str | int) -> str:
 
 
 def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str | int) -> list[Place]:
-    """The modules of a list, its blocks as steps whose kind is their width and their condition, None for none."""
+    """The modules of a list, its blocks as steps that take their width and their condition, None for none."""
     conditions: list[Any] = getattr(owner, "conditions", None) or [None] * len(modules)  # of a SequenceINN
     found = []
     for module, cond in zip(modules, conditions, strict=True):

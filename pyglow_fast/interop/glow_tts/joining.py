@@ -126,7 +126,7 @@ def _place(layers: Sequence[Any]) -> Place:
 
 
 def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str | int) -> list[Place]:
-    """The layers of a list, up to and with each coupling as a step whose kind is its width."""
+    """The layers of a list, up to and with each coupling as a step that takes its width."""
     groups: list[list[nn.Module]] = [[]]
     for module in modules:
         groups[-1].append(module)
@@ -139,4 +139,4 @@ def stand_ins(run: Sequence[Place], memory: str | int, budget: str | int) -> lis
     """What stands in the place of a run: one DecoderRun."""
     layers = [layer for place in run for layer in place.layers]
     steps = [place.parts for place in run]
-    return [DecoderRun(layers, JoinedRun(run[0].kind, steps, None, memory, budget, masked=True))]
+    return [DecoderRun(layers, JoinedRun(run[0].takes, steps, None, memory, budget, masked=True))]

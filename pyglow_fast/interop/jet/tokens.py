@@ -29,27 +29,27 @@ def _gathered(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
     return out
 
 
-# By layer and kind of projection, with the tensor that it was read from: as long as that lives, no other is in its
+# By layer and axis of projection, with the tensor that it was read from: as long as that lives, no other is in its
 # place.
 _known: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Tensor, int, Permutation | None]]] = (
     weakref.WeakKeyDictionary()
 )
 
 
-def permutation_of(layer: nn.Module, kind: str, projection: Tensor) -> Permutation | None:
+def permutation_of(layer: nn.Module, axis: str, projection: Tensor) -> Permutation | None:
     """The permutation that u = x P is, P one-hot (M, M); None if P is none.
 
     Read once for each state of the tensor, as reading it stops a GPU's stream.
     """
     if projection.is_inference():
         return _read(projection)
-    kept = _known.setdefault(layer, {}).get(kind)
+    kept = _known.setdefault(layer, {}).get(axis)
     if kept is not None:
         same = kept[0].data_ptr() == projection.data_ptr() and kept[0].shape == projection.shape
         if same and kept[0].device == projection.device and kept[1] == projection._version:
             return kept[2]
     found = _read(projection)
-    _known[layer][kind] = (projection.detach(), projection._version, found)
+    _known[layer][axis] = (projection.detach(), projection._version, found)
     return found
 
 

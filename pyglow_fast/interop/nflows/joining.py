@@ -137,7 +137,7 @@ def _halving(layers: Sequence[nn.Module], memory: str | int) -> StepParts | str:
 
 
 def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str | int) -> list[Place]:
-    """The layers of a list, mixing layers up to a coupling as a step whose kind is its width."""
+    """The layers of a list, mixing layers up to a coupling as a step that takes its width."""
     if isinstance(owner, transforms.MultiscaleCompositeTransform):
         return [Place([module], reason="its flow splits after each of its transforms") for module in modules]
     found: list[Place] = []
@@ -162,4 +162,4 @@ def stand_ins(run: Sequence[Place], memory: str | int, budget: str | int) -> lis
         steps.append(JoinedStep(UserNet(place.parts.net), place.parts.spec, channel_map))
         order = None if place.parts.order is None else place.parts.order.tolist()
     layers = [layer for place in run for layer in place.layers]
-    return [StepRun(layers, JoinedRun(run[0].kind, steps, None, memory, budget), order)]
+    return [StepRun(layers, JoinedRun(run[0].takes, steps, None, memory, budget), order)]

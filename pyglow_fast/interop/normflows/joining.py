@@ -67,7 +67,7 @@ def _place(block: nn.Module, memory: str | int) -> Place:
 
 
 def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str | int) -> list[Place]:
-    """The modules of a list, its GlowBlocks as steps whose kind is their width."""
+    """The modules of a list, its GlowBlocks as steps that take their width."""
     return [_place(module, memory) for module in modules]
 
 
@@ -75,4 +75,4 @@ def stand_ins(run: Sequence[Place], memory: str | int, budget: str | int) -> lis
     """What stands in the place of a run: one GlowRun."""
     steps = [place.parts for place in reversed(run)]  # from x to z the last block of the list is the first
     blocks = [block for place in run for block in place.layers]
-    return [GlowRun(blocks, JoinedRun(run[0].kind, steps, None, memory, budget))]
+    return [GlowRun(blocks, JoinedRun(run[0].takes, steps, None, memory, budget))]
