@@ -5,7 +5,7 @@
 # make test-live   tests/live against anomalib, coqui-tts, jet-pytorch and ONNX's runtimes, put into build/live (360 MB)
 # make mutants     seeds faults one by one into a scratch copy and shows which tests catch them (hours)
 # make docs    the pages of docs/ and the API reference as a site in build/site
-# make wheel   a wheel and a source distribution in dist/
+# make wheel   a wheel and a source distribution in dist/; the wheel's name says which torch its kernels are compiled for
 # make lint | format | venv | clean
 # All of it happens in a virtual environment, $(VENV), which is made when it is missing and needs no root rights.
 
@@ -89,7 +89,7 @@ docs: venv
 	@echo build/site/index.html
 
 wheel: venv
-	$(BIN)/python -m build --no-isolation --outdir dist .
+	PYGLOW_WHEEL_LABEL=1 $(BIN)/python -m build --no-isolation --outdir dist .
 
 clean:
 	rm -rf build dist *.egg-info pyglow_fast/_C*.so $(VENV)/.built

@@ -1,5 +1,6 @@
 """Build policy: decides what to build and explains what is missing. CMakeLists.txt knows how to build it."""
 
+import importlib.metadata
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ FIRST_NVCC = {"9.0": (11, 8), "10.0": (12, 8), "12.0": (12, 8), "10.3": (12, 9),
 NO_TORCH = """pyglow_fast compiles against the torch it will run beside, and torch cannot be imported here ({}).
 Install it first, without isolation:  pip install torch && pip install --no-build-isolation .
 or set PYGLOW_NO_EXTENSION=1 to install without the compiled kernels."""
+LEAST_TORCH = "2.11"
 
 
 def switch(name: str) -> str:
@@ -50,13 +52,13 @@ def extensions() -> list[setuptools.Extension]:
     return [setuptools.Extension("pyglow_fast._C", [])]
 
 
-def cuda_options() -> list[str]:
-    """Chooses nvcc and the architectures, and refuses an nvcc that cannot compile them before the compiler does."""
+def cuda_compiler() -> tuple[str, tuple[int, int]] | None:
+    """The nvcc that compiles the CUDA kernels and its release, such as (12, 8); None where they are not built."""
     wanted = switch("PYGLOW_CUDA")
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc", path=f"{home}/bin") or shutil.which("nvcc")
     if wanted == "0" or (nvcc is None and wanted == "auto"):
-        return ["-DPYGLOW_NVCC="]
+        return None
     if nvcc is None:
         sys.exit(
             f"PYGLOW_CUDA=1 asks for the CUDA kernels, but no nvcc was found on PATH or in {home}/bin (CUDA_HOME).\n"
@@ -64,9 +66,18 @@ def cuda_options() -> list[str]:
         )
     try:
         text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-        version = tuple(map(int, re.search(r"release (\d+)\.(\d+)", text).groups()))
+        major, minor = re.search(r"release (\d+)\.(\d+)", text).groups()
     except (OSError, subprocess.CalledProcessError, AttributeError) as error:
         sys.exit(f"{nvcc} --version does not work ({error}): set CUDA_HOME to the toolkit's folder, or PYGLOW_CUDA=0")
+    return nvcc, (int(major), int(minor))
+
+
+def cuda_options() -> list[str]:
+    """CMake's options for CUDA; refuses an nvcc that cannot compile the architectures before the compiler does."""
+    found = cuda_compiler()
+    if found is None:
+        return ["-DPYGLOW_NVCC="]
+    nvcc, version = found
     archs = []
     for name in filter(None, re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS)):
         parts = re.fullmatch(r"((\d+)\.(\d))([af]?)(\+PTX)?", name)
@@ -80,6 +91,32 @@ def cuda_options() -> list[str]:
             )
         archs.append(parts[2] + parts[3] + parts[4] + ("" if parts[5] else "-real"))  # without PTX: machine code only
     return [f"-DPYGLOW_NVCC={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(archs)}"]
+
+
+def source_version() -> str:
+    """The version of the sources, which pyglow_fast/__init__.py alone has."""
+    text = (ROOT / "pyglow_fast" / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE).group(1)
+
+
+def built_for(compiled: bool) -> tuple[str, str]:
+    """The requirement of torch, and what the version's local label says of the build if PYGLOW_WHEEL_LABEL=1.
+
+    Compiled kernels work beside the minor version of torch that they were compiled for, so the wheel asks for that:
+    torch==2.13.*, and +cputorch2.13 or +cu128torch2.13. Sources and a wheel without kernels take any torch that is new
+    enough, and have no label.
+    """
+    try:
+        torch = re.match(r"\d+\.\d+", importlib.metadata.version("torch")).group() if compiled else ""
+    except importlib.metadata.PackageNotFoundError:  # an isolated build asks for metadata; it will not compile
+        torch = ""
+    if not torch:
+        return f"torch>={LEAST_TORCH}", ""
+    if switch("PYGLOW_WHEEL_LABEL") != "1":
+        return f"torch=={torch}.*", ""
+    cuda = cuda_compiler()
+    kernels = "cpu" if cuda is None else "cu{}{}".format(*cuda[1])
+    return f"torch=={torch}.*", f"+{kernels}torch{torch}"
 
 
 class CMakeBuild(build_ext):
@@ -116,4 +153,11 @@ class CMakeBuild(build_ext):
 if __name__ == "__main__":
     if int(setuptools.__version__.split(".")[0]) < 77:
         sys.exit(f"setuptools {setuptools.__version__} is too old: pip install --upgrade setuptools wheel cmake ninja")
-    setuptools.setup(ext_modules=extensions(), cmdclass={"build_ext": CMakeBuild})
+    modules = extensions()
+    torch_requirement, label = built_for(compiled=bool(modules) and "sdist" not in sys.argv)
+    setuptools.setup(
+        version=source_version() + label,
+        install_requires=[torch_requirement, "numpy", "safetensors"],
+        ext_modules=modules,
+        cmdclass={"build_ext": CMakeBuild},
+    )

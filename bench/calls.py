@@ -72,7 +72,7 @@ class _HandsOn(torch.autograd.Function):
 
 
 def call_cases(record: bool) -> dict[str, Case]:
-    """By name: the floor first, then ours, on tensors (1, 4, 1, 1)."""
+    """Make the cases by name: the floor first, then ours, on tensors (1, 4, 1, 1)."""
 
     def tensor(*shape: int) -> Tensor:
         return torch.zeros(shape).requires_grad_(record)
@@ -89,7 +89,7 @@ def call_cases(record: bool) -> dict[str, Case]:
 
 
 def time_calls(cases: Mapping[str, Case], calls: int) -> dict[str, list[float]]:
-    """Seconds of so many calls of each case, timed one by one."""
+    """Time so many calls of each case one by one, in seconds."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for case in cases.values():
         for _ in range(WARM_UP_ROUNDS):
@@ -119,7 +119,7 @@ class _Recorder(TorchDispatchMode):
 def step_cases(memory: str) -> tuple[Case, Case]:
     """A forward and backward of ``STEPS`` steps, and the kernels that run in it."""
     torch.manual_seed(0)
-    # Of one value a channel the relative error may be anything: nothing is to be redone for it.
+    # With one value in a channel the relative error may be anything: nothing is to be redone for it.
     steps = ReversibleSequence([FlowStep(CHANNELS, HIDDEN) for _ in range(STEPS)], memory=memory, tolerance=1.0)
     x = torch.randn(1, CHANNELS, 1, 1)
     steps.initialize(torch.randn(16, CHANNELS, 1, 1))
@@ -141,7 +141,7 @@ def step_cases(memory: str) -> tuple[Case, Case]:
 
 
 def measure(calls: int) -> tuple[list[CallRow], list[StepRow]]:
-    """All of it, on one thread."""
+    """Measure all of it on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -163,7 +163,7 @@ def measure(calls: int) -> tuple[list[CallRow], list[StepRow]]:
 
 
 def table(rows: Sequence[CallRow], steps: Sequence[StepRow]) -> str:
-    """A line a case, microseconds."""
+    """Write a line for each case, in microseconds."""
     lines = [f"{'call':>20} {'no record, us':>14} {'with one, us':>13}"]
     for name in dict.fromkeys(row.case for row in rows):
         plain, recorded = (

@@ -132,7 +132,7 @@ class Data:
         self.matrices = torch.stack([self.matrix, self.scale * self.matrix])
 
     def copy(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Data:
-        """The same numbers in memory of their own, on another device or in another dtype if one is given."""
+        """Copy the numbers into memory of their own, on another device or in another dtype if one is given."""
         made = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
@@ -181,7 +181,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """For tables and test ids."""
+        """The name of the case in tables and test ids."""
         return f"{self.op} {self.mode}"
 
     @staticmethod
@@ -352,7 +352,7 @@ def matrix_cases(data: Data) -> list[Case]:
 
 
 def check_equal(results: dict[str, tuple[Tensor, ...]], what: str) -> None:
-    """All implementations compute the same, to float32 rounding of long sums.
+    """Check that all implementations compute the same, to float32 rounding of long sums.
 
     Raises:
         RuntimeError: one does not, so that its time means nothing.

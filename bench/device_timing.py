@@ -45,7 +45,7 @@ class Device(Protocol):
         """Records the launches that ``function()`` gives; returns a callable that runs all of them again."""
 
     def seconds(self, replay: Callable[[], object]) -> float:
-        """From the first launch of ``replay()`` to the end of its last."""
+        """Measure from the first launch of ``replay()`` to the end of its last."""
 
 
 class CudaDevice:
@@ -87,7 +87,7 @@ class CpuDevice:
     replay_seconds = 0.0  # a rehearsal launches each copy once
 
     def stream(self) -> contextlib.AbstractContextManager[object]:
-        """There is none to enter."""
+        """Give a context that does nothing: a CPU has no streams."""
         return contextlib.nullcontext()
 
     def record(self, function: Callable[[], object]) -> Callable[[], object]:

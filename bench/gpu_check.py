@@ -230,7 +230,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """Make the parser of the options."""
     options = argparse.ArgumentParser(prog="bench gpu_check", description=__doc__, allow_abbrev=False)
     options.formatter_class = argparse.RawDescriptionHelpFormatter
     folders = f"({MEASURED}; of a rehearsal {REHEARSED})"
@@ -248,7 +248,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the stages.
+    """Run the stages that are asked for, and write the report.
 
     Args:
         argv: the options; those of the process if None.

@@ -40,7 +40,7 @@ Tensors = dict[str, tuple[int, int]]  # address of the first byte, and behind th
 
 
 class NotModelled(RuntimeError):
-    """A kernel that is launched and has no code for the architecture."""
+    """Raised when a kernel is launched that has no code for the architecture."""
 
 
 CANNOT_COUNT = (NotModelled, NotImplementedError, UnknownInstruction, MissingTool)
@@ -48,7 +48,7 @@ CANNOT_COUNT = (NotModelled, NotImplementedError, UnknownInstruction, MissingToo
 
 @dataclasses.dataclass(frozen=True)
 class Code:
-    """One kernel for sm_90."""
+    """One kernel of the extension, compiled for sm_90."""
 
     kernel: Kernel
     constants: bytes
@@ -65,7 +65,7 @@ class Codes:
         self._codes: dict[tuple[str, str], Code] = {}
 
     def of(self, kernel: str, arguments: str) -> Code:
-        """One kernel.
+        """Find one kernel by its name and template arguments.
 
         Raises:
             NotModelled: there is none of this name.
@@ -204,8 +204,8 @@ def glow_cases(shape: tuple[int, ...]) -> list[Case]:
 def compiled_facts(cubins: Iterable[Cubin]) -> dict[str, dict[str, Any]]:
     """Sums up each kernel by name: what its instantiations have at most or at least.
 
-    Of these it takes those of float32 (float64 where there are no others) that move 16 bytes at a time (all where none
-    does).
+    Of a kernel's instantiations those of float32 count (of float64 where there are no others) that move 16 bytes at a
+    time (all of them where none does).
     """
     groups: dict[str, list[tuple[Kernel, str]]] = {}
     for cubin in cubins:
@@ -259,7 +259,7 @@ def nvcc_version() -> str:
 
 
 def content(shapes: Sequence[tuple[int, ...]] = tuple(SHAPES), more: Sequence[Case] = ()) -> dict[str, Any]:
-    """All that the JSON holds.
+    """Collect all that the JSON holds.
 
     Raises:
         NotModelled: a case launches a kernel that has no code.

@@ -130,7 +130,7 @@ def launch_limits(
 def memory_bytes(launch: Mapping[str, Any], tensors: Mapping[str, int], cached: Iterable[str] = ()) -> float:
     """What a launch reads from and writes to memory, in bytes.
 
-    That is of each tensor not more than it has, nothing of scratch, and no reads of what is in L2.
+    A launch moves of each tensor not more than it has; scratch, and reads of what is in L2, are not counted.
     """
     total, cached = 0.0, set(cached)
     for key, count in launch["sectors"].items():

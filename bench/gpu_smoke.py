@@ -29,9 +29,10 @@ from bench.memory_models import RAW_SIZE, wake
 from bench.model_checks import FLOAT_TOLERANCES
 from pyglow_fast import Glow, _backend, functional, reference
 
-# Of each: channels that 4 divides and others, H != W, ends of tiles and vectors that are not full, a single position.
+# Shapes with channels that 4 divides and others, H != W, ends of tiles and vectors that are not full, a single
+# position.
 SHAPES = [(2, 4, 5, 9), (3, 5, 7, 3), (1, 131, 3, 5), (1, 12, 40, 33), (2, 48, 16, 12), (3, 8, 1, 1)]
-# Of what the coupling reads: as a net gives it out that runs in float32 or bfloat16, in either layout.
+# The forms of what the coupling reads, as a net puts it out that runs in float32 or bfloat16, in either layout.
 FORMS = {
     "float32": (torch.float32, torch.contiguous_format),
     "bfloat16": (torch.bfloat16, torch.contiguous_format),
@@ -48,7 +49,7 @@ Check = tuple[str, Callable[[], str]]
 
 
 class Failed(Exception):
-    """A check ran and did not hold."""
+    """Raised when a check ran and did not hold."""
 
 
 def hold(found: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor]) -> str:

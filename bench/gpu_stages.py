@@ -144,8 +144,8 @@ STAGES = (
     _sanitizer("racecheck", 25, "races in shared memory", *OUR_KERNELS),
     Stage("op_memory", "scratch of every op", 10, ("-m", "bench.op_memory"), small=("--shapes", "1x4x3x5")),
     _sanitizer("synccheck", 10, "barriers", *OUR_KERNELS),
-    # Of every kernel, since what torch's kernels write is initialised, too; of ops alone, since the libraries' kernels
-    # read what they do not use.
+    # Every kernel is watched, since what torch's kernels write is initialised, too; but in ops alone, since the
+    # libraries' kernels read what they do not use.
     _sanitizer("initcheck", 10, "reads of what was never written", what="ops"),
 )
 MACHINE_SECONDS = 30  # the first stage: what is there

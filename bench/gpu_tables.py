@@ -233,7 +233,7 @@ def with_tables(page: str, tables: Mapping[str, str]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """Make the parser of the options."""
     options = argparse.ArgumentParser(
         prog="bench gpu_tables", description="predicted times on a GPU", allow_abbrev=False
     )

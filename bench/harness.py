@@ -125,7 +125,7 @@ def product_peak(device: torch.device, rounds: int = 7) -> float:
 
 
 def device_name(device: torch.device) -> str:
-    """What the device calls itself."""
+    """Look up what the device calls itself."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else info.processor()
 
 
@@ -147,7 +147,7 @@ def malloc_setting() -> str:
 
 
 def malloc_environments() -> dict[str, dict[str, str]]:
-    """By setting, the environment of a process that has it; only the present one where malloc is not glibc's."""
+    """Give, by setting, the environment of a process that has it; only the present one where malloc is not glibc's."""
     here = dict(os.environ)
     if platform.libc_ver()[0] != "glibc":
         return {malloc_setting(): here}

@@ -145,7 +145,7 @@ def limit(row: Row) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """By shape, one line an op and mode: ours, its fractions of the ceilings, and how much slower the others are."""
+    """Write, by shape, a line for each op and mode: ours, its fractions of the ceilings, how much slower others are."""
     lines = []
     for shape in dict.fromkeys(row.shape for row in rows):
         here = [row for row in rows if row.shape == shape]
@@ -196,7 +196,7 @@ def read_rows(path: Path) -> tuple[dict[str, Any], list[Row], list[str]]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """Make the parser of the options."""
     options = argparse.ArgumentParser(
         prog="bench kernels", description="the ops and the flow step outside its net", allow_abbrev=False
     )

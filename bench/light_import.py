@@ -14,7 +14,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-# By package: modules that a model's file imports for annotations, results and feature extractors, which no flow needs.
+# Modules that a model's file imports for annotations, results and feature extractors, which no flow needs, by package.
 BESIDE_THE_FLOW = {
     "anomalib": ("omegaconf", "anomalib.data", "anomalib.models.components.feature_extractors"),
 }

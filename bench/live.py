@@ -78,7 +78,7 @@ def loss_of(latents: Sequence[Tensor], log_det: Tensor) -> Tensor:
 
 
 def training_step(case: LiveCase, model: nn.Module, dtype: torch.dtype) -> Callable[[], None]:
-    """Forward and backward; gradients begin as None."""
+    """Run forward and backward; gradients begin as None."""
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
@@ -90,7 +90,7 @@ def training_step(case: LiveCase, model: nn.Module, dtype: torch.dtype) -> Calla
 
 
 def inference(case: LiveCase, model: nn.Module, dtype: torch.dtype) -> Callable[[], None]:
-    """Forward without gradients."""
+    """Run a forward without gradients."""
 
     def run() -> None:
         with torch.no_grad(), autocast(CPU, dtype):
@@ -206,7 +206,7 @@ class Measurement:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """Make the parser of the options."""
     options = argparse.ArgumentParser(prog="live", description=__doc__.split("\n")[0], allow_abbrev=False)
     options.add_argument("--models", type=chosen(list(MODELS)), help=f"some of {','.join(MODELS)} (all)")
     options.add_argument("--precision", type=chosen(list(PRECISIONS)), help="fp32,bf16 (both) or one of them")

@@ -245,7 +245,7 @@ def cflow(batch: int) -> LiveCase:
     return LiveCase(head(128, 8, 1.9, 256), _features(batch, (256,), (128,)), call, version("anomalib"))
 
 
-# By name: how it is built, and its batch.
+# How each case is built, and its batch, by name.
 MODELS: dict[str, tuple[Callable[[int], LiveCase], int]] = {
     "fastflow-resnet18": (fastflow_resnet18, 16),
     "fastflow-wide": (fastflow_wide, 1),

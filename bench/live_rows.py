@@ -13,7 +13,8 @@ THEIRS, ACCELERATED = "theirs", "accelerated"
 VARIANTS = (THEIRS, ACCELERATED, "store", "reversible")
 EXACT = 1e-9  # relative, of outputs and gradients in float64
 FACTOR = 2.0  # of the error of theirs, in the precision that is measured
-# Of float32 gradients, whatever theirs are off by: a relu's argument that is off by rounding may have another sign.
+# Float32 gradients may be off by so much, however little theirs are off: a relu's argument that is off by rounding may
+# have another sign.
 OTHER_SIGNS = masks_error(2.0**-23)
 
 
@@ -52,7 +53,7 @@ class LiveRow:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> LiveRow:
-        """From JSON."""
+        """Read a row from JSON."""
         pairs = {name: tuple(values[name]) for name in ("train_quartiles", "infer_quartiles") if values[name]}
         return cls(**values | pairs)
 

@@ -22,14 +22,15 @@ from bench.harness import ROOT
 from pyglow_fast import _backend
 
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-# As CMake compiles them: optimised, C++17, no fast math. All warnings of the assembler about memory are shown.
+# The options by which CMake compiles the sources: optimised, C++17, no fast math. All warnings of the assembler about
+# memory are shown.
 FLAGS = ["-O3", "-std=c++17", f"-I{ROOT / 'csrc'}", "-Xptxas", "-warn-spills,-warn-lmem-usage", "-cubin"]
 JOBS = 2
 REGISTERS = 64 * 1024  # of a multiprocessor, all architectures
 
 
 class MissingTool(RuntimeError):
-    """A tool of the CUDA toolkit that is not there; the text says how to get it."""
+    """Raised when a tool of the CUDA toolkit is not there; the text says how to get it."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Kernel:
 
     @property
     def name(self) -> str:
-        """Its name without namespaces, such as "fused_kernel"."""
+        """The kernel's name without namespaces, such as "fused_kernel"."""
         return self.parts[1]
 
     @property

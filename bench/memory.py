@@ -85,7 +85,7 @@ def _sizes(options: argparse.Namespace) -> list[Shape]:
 
 
 def _large(options: argparse.Namespace) -> list[list[Shape]]:
-    """By side, the depths: the models of the resolution's curve."""
+    """Give the depths of the models of the resolution's curve, by side."""
     sides = [int(side) for side in (options.sizes or LARGE_SIDES).split(",")]
     steps = sorted(int(k) for k in (options.depths or LARGE_DEPTHS).split(","))
     found = []

@@ -67,7 +67,7 @@ class BudgetRow:
         return max(self.tensor_bytes or 0, self.tensor_bytes_fresh or 0)
 
     def text(self) -> str:
-        """A line of the table."""
+        """Write the row as a line of the table."""
         size = "-" if self.budget is None else f"{self.budget / 1e6:.1f}"
         line = f"({self.case}) {self.variant:22} {size:>9}"
         for name in BYTES:
@@ -93,12 +93,12 @@ class Turns:
     threads: int
 
     def text(self) -> str:
-        """As JSON."""
+        """Write the turns as JSON."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def of(cls, text: str) -> Turns:
-        """From JSON."""
+        """Read the turns from JSON."""
         values = json.loads(text)
         return cls(**values | {"shape": Shape.of(values["shape"])})
 

@@ -39,7 +39,7 @@ OVERHEAD = 2**30  # bytes that a process may have besides what is measured
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What to measure.
+    """A case to measure: a model, an implementation, and what of it.
 
     ``budget``: memory_budget, of one net. ``passes``: training steps before tensors are counted (the anchors' spacing
     adapts in them); the median of their times is reported, the first one left out if there are more. 0 (on the CPU):
@@ -60,12 +60,12 @@ class Case:
     parts: bool = False
 
     def text(self) -> str:
-        """As JSON."""
+        """Write the case as JSON."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def of(cls, text: str) -> Case:
-        """From JSON."""
+        """Read a case from JSON."""
         values = json.loads(text)
         shape = values.pop("shape")
         return cls(shape=Shape(**shape | {"image": tuple(shape["image"])}), **values)
@@ -87,13 +87,13 @@ def gradient_error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> tuple[fl
 
 
 def training_step(model: nn.Module, x: Tensor) -> Callable[[], object]:
-    """Forward and backward of the mean of -log_prob."""
+    """Run forward and backward of the mean of -log_prob."""
     log_prob: Any = model.log_prob
     return lambda: (-log_prob(x)).mean().backward()
 
 
 def _gradients(case: Case, double: bool) -> list[Tensor]:
-    """Of float32 weights, computed in either precision; in float64 our model's by its formulas in plain torch."""
+    """Compute the gradients of float32 weights in either precision; in float64 ours by its formulas in plain torch."""
     device = torch.device(case.device)
     implementation = case.implementation
     if double and implementation in (*OURS, *SAME_FUNCTION):

@@ -61,10 +61,10 @@ class MemoryMeter(TorchDispatchMode):
         self.now -= self._sizes.pop(key)
 
     def _made(self, key: int, size: int, func: Any) -> None:
-        """For subclasses: a storage is charged."""
+        """Tell subclasses that a storage is charged."""
 
     def _freed(self, key: int) -> None:
-        """For subclasses: a storage is about to be taken off."""
+        """Tell subclasses that a storage is about to be taken off."""
 
 
 class Alive(NamedTuple):
@@ -137,7 +137,7 @@ class AllocatorTrace:
                 fields = event.extra_fields
                 self._events.append((event.start_time_ns, fields.ptr, fields.alloc_size))
             waiting.extend(event.children)
-        self._events.sort(key=lambda event: event[0])
+        self._events = _of_what_was_given(sorted(self._events, key=lambda event: event[0]))
 
     def peak_without(self, tensors: Iterable[torch.Tensor] = ()) -> int:
         """The most bytes given out inside and alive at one time, had these (live) tensors cost nothing."""
@@ -148,6 +148,22 @@ class AllocatorTrace:
             now += 0 if index in left_out else size
             peak = max(peak, now)
         return peak
+
+
+def _of_what_was_given(events: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """The events without blocks taken back that were given out before: the profiler knows those of its earlier runs."""
+    given: set[int] = set()
+    kept = []
+    for event in events:
+        _, address, size = event
+        if size > 0:
+            given.add(address)
+        elif address not in given:
+            continue
+        else:
+            given.remove(address)
+        kept.append(event)
+    return kept
 
 
 def _storages(values: Any) -> list[torch.UntypedStorage]:

@@ -1,4 +1,4 @@
-"""The same multi-scale Glow by several implementations, as the benchmarks of memory and of models run it.
+"""Builds one multi-scale Glow by several implementations, for the benchmarks of memory and of models.
 
 All but ours are run level by level here: squeeze, K steps, half of the channels leave. "plain", "torch checkpoint" (of
 all steps, or a share of them) and "memcnn" have our model's own tensors and compute the same function with
@@ -29,7 +29,7 @@ PARTLY = {"torch checkpoint 1/4": (1, 4), "torch checkpoint 1/2": (1, 2), "torch
 OTHERS = ("normflows", "FrEIA")
 IMPLEMENTATIONS = (*OURS, *SAME_FUNCTION, *OTHERS)
 PACKAGES = {"memcnn": "memcnn", "normflows": "normflows", "FrEIA": "FrEIA"}
-# Of what the nets put out; at their start it would be zero, and so the gradient of all but the last layer.
+# The size of what the nets put out; at their start it would be zero, and so the gradient of all but the last layer.
 RAW_SIZE = 0.1
 INITIAL, PARTS = 32, 16  # pixels: of larger images actnorms see some parts
 
@@ -50,17 +50,17 @@ class Shape:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Shape:
-        """From JSON."""
+        """Read a shape from JSON."""
         return cls(**values | {"image": tuple(values["image"])})
 
     def top(self) -> tuple[int, ...]:
-        """(C, *spatial) of the top state."""
+        """The shape (C, *spatial) of the top state."""
         if not self.squeezes:
             return self.image
         return (_widths(self)[-1], *[size // 2**self.n_levels for size in self.image[1:]])
 
     def initial(self) -> Shape:
-        """Of the parts of images that actnorms are initialised on."""
+        """The shape of the parts of images that actnorms are initialised on."""
         return self if self.image[1] <= INITIAL else self.small()
 
     def small(self) -> Shape:
@@ -91,14 +91,14 @@ class PlainStep(nn.Module):
         return reference.coupling_net(state[:, : self.step.channels // 2], *first, *second, *third)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x -> z, log_det (N,)."""
+        """Map x to z and log_det (N,)."""
         matrix, offset, map_log_det = self._map()
         u = reference.channel_mix(x, matrix, offset)
         z, log_det = reference.coupling(u, self._net(u), self.step.coupling.spec)
         return z, log_det + reference.n_positions(x) * map_log_det
 
     def inverse(self, z: Tensor, _: Tensor | None = None) -> Tensor:
-        """z -> x; memcnn asks for it from all outputs."""
+        """Map z to x; memcnn asks for x from all outputs."""
         matrix, offset, _map_log_det = self._map()
         u, _log_det = reference.coupling_inverse(z, self._net(z), self.step.coupling.spec)
         return reference.channel_unmix(u, reference.invert_matrix(matrix), offset)
@@ -140,19 +140,20 @@ class Levels(nn.Module):
         return [*latents, x], [*kept, x], total
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """(N,), nats."""
+        """Compute log p(x), (N,), in nats."""
         latents, kept, total = self._encode(x)
         for index, (latent, by) in enumerate(zip(latents, kept, strict=True)):
-            # In the dtype of x: a density of a state that autocast has rounded would be rounded again, as a sum.
+            # The densities are in the dtype of x: that of a state that autocast has rounded would be rounded again, as
+            # a sum.
             total = total + reference.gaussian_log_prob(latent.to(total.dtype), *self._prior(index, by))
         return total
 
     def encode(self, x: Tensor) -> list[Tensor]:
-        """The latents of x, shallowest first."""
+        """Compute the latents of x, shallowest first."""
         return self._encode(x)[0]
 
     def _decode(self, top: Tensor, latent: Callable[[int, Tensor], Tensor]) -> Tensor:
-        """From the top state down; ``latent(level, kept)`` is what left at a level."""
+        """Decode from the top state down; ``latent(level, kept)`` is what left at a level."""
         x = top
         for index in reversed(range(len(self._inverses))):
             if index + 1 < len(self._inverses):
@@ -164,11 +165,11 @@ class Levels(nn.Module):
         return x
 
     def decode(self, latents: Sequence[Tensor]) -> Tensor:
-        """The x whose latents these are."""
+        """Compute the x whose latents these are."""
         return self._decode(latents[-1], lambda index, _: latents[index])
 
     def sample(self, n: int) -> Tensor:
-        """(n, C, H, W); noise is drawn from the top down."""
+        """Draw samples (n, C, H, W); noise is drawn from the top down."""
 
         def draw(index: int, like: Tensor) -> Tensor:
             noise = torch.randn_like(like, dtype=top.dtype)  # also where autocast has rounded the state
@@ -189,7 +190,7 @@ class OurSteps(nn.Module):
 
     @property
     def memory(self) -> str:
-        """The memory mode."""
+        """The memory mode of the steps."""
         return self.steps.memory
 
     @memory.setter
@@ -210,7 +211,7 @@ class OurSteps(nn.Module):
         return [module for module in self.modules() if isinstance(module, Coupling)]
 
     def memory_report(self) -> list[dict[str, Any]]:
-        """As of a Glow."""
+        """Report as the method of a Glow does."""
         return [self.steps.memory_report()]
 
     def initialize(self, x: Tensor) -> None:
@@ -218,21 +219,21 @@ class OurSteps(nn.Module):
         self.steps.initialize(x)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """(N,), nats."""
+        """Compute log p(x), (N,), in nats."""
         z, log_det = self.steps(x)
         return log_det + functional.gaussian_log_prob(z, *_standard(0, z))
 
     def encode(self, x: Tensor) -> list[Tensor]:
-        """The latent of x, alone in its list."""
+        """Compute the latent of x, alone in its list."""
         return [self.steps(x)[0]]
 
     def decode(self, latents: Sequence[Tensor]) -> Tensor:
-        """The x whose latent this is."""
+        """Compute the x whose latent this is."""
         x: Tensor = self.steps.inverse(latents[0])[0]
         return x
 
     def sample(self, n: int) -> Tensor:
-        """(n, C, H, W)."""
+        """Draw samples (n, C, H, W)."""
         return self.decode([torch.randn_like(next(self.parameters()).new_empty(n, *self.top))])
 
 
@@ -259,7 +260,7 @@ def is_checkpointed(implementation: str, index: int) -> bool:
 
 
 def plain_levels(ours: Ours, implementation: str) -> Levels:
-    """The same function with the same tensors: "plain", "torch checkpoint", one of PARTLY, or "memcnn"."""
+    """Build the function from the same tensors: "plain", "torch checkpoint", one of PARTLY, or "memcnn"."""
 
     def wrapped(plain: PlainStep, index: int) -> Step:
         if is_checkpointed(implementation, index):

@@ -47,7 +47,7 @@ class Row:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Row:
-        """From JSON."""
+        """Read a row from JSON."""
         return cls(**values | {"shape": Shape.of(values["shape"])})
 
 
@@ -68,8 +68,9 @@ def earlier(content: dict[str, Any], rows: Sequence[Row]) -> list[Row]:
 
 
 def straight_line(known: Sequence[Row], n_steps: int) -> dict[str, float]:
-    """At a depth, on the line through the two deepest known ones: the bytes of tensors (resident sizes are too noisy),
-    and the seconds of a step.
+    """Continue bytes of tensors (resident sizes are too noisy) and seconds of a step on a straight line.
+
+    The line goes through the two deepest known depths; the values are those at ``n_steps``.
     """
     first, second = sorted(known, key=lambda row: row.shape.n_steps)[-2:]
     found = {}
@@ -94,7 +95,7 @@ HEADER = (
 
 
 def text(row: Row) -> str:
-    """A line of the table."""
+    """Write a row as a line of the table."""
     shape = row.shape
     line = (
         f"{row.implementation:22} {'x'.join(map(str, shape.image)):>11} {shape.n_levels:>2} {shape.n_steps:>4}"
@@ -188,7 +189,7 @@ def _of_large_images(rows: Sequence[Row]) -> list[str]:
 
 
 def _against_wrappers(rows: Sequence[Row]) -> list[str]:
-    """At each point of either curve: ours, nets as small as suits, against what wraps steps."""
+    """Compare ours, nets as small as suits, with what wraps steps, at each point of either curve."""
     lines = []
     for name in BYTES[:2]:
         for other in rows:

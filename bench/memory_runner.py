@@ -74,7 +74,7 @@ class Runner:
         return result
 
     def _here(self, case: Case) -> dict[str, Any]:
-        """On CUDA, where the allocator tells what a process of its own would tell on the CPU."""
+        """Run a case on CUDA, where the allocator tells what a process of its own would tell on the CPU."""
         result = run_case(case)
         gc.collect()
         torch.cuda.empty_cache()
@@ -101,7 +101,7 @@ class Runner:
         return result
 
     def rows(self, curve: str, implementation: str, shapes: Sequence[Shape], probe: bool) -> Iterator[Row]:
-        """Of shapes that differ in depth only, ascending; with ``probe``, two shallow ones come before."""
+        """Measure shapes that differ in depth only, ascending; with ``probe``, two shallow ones come before."""
         shallow = [dataclasses.replace(shapes[0], n_steps=k) for k in (1, 2) if probe and k < shapes[0].n_steps]
         known: list[Row] = []
         for shape in [*shallow, *shapes]:

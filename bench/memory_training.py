@@ -1,6 +1,6 @@
-"""Training on Fashion-MNIST, stored against reversible: do recomputed states change where training ends?
+"""Trains on Fashion-MNIST, stored and reversible: whether recomputed states change where training ends.
 
-    pyglow-fast bench memory_training FOLDER [--steps N] [--variants reversible,store,store+1,...] [--out FILE]
+    pyglow-fast bench memory_training FOLDER [--max-steps N] [--variants reversible,store,store+1,...] [--out FILE]
 
 FOLDER holds train-images-idx3-ubyte.gz and t10k-images-idx3-ubyte.gz (Debian: dataset-fashion-mnist). All runs have one
 seed, batches and dequantisation noise. "store+i" begins with weights that are off by one unit in the last place, up or
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from bench.harness import machine, write_json
 from pyglow_fast import Glow
+from pyglow_fast.cli._common import add_former
 from pyglow_fast.coupling_nets.precision import overridden
 
 VARIANTS = ("reversible", "store", "store+1", "store+2", "store+3")
@@ -84,7 +85,7 @@ def score(model: Glow, images: Tensor) -> float:
 
 
 def train(variant: str, images: Tensor, test: Tensor, steps: int) -> Row:
-    """One run."""
+    """Train one run, and return its row."""
     way, _, precision = variant.partition("/")
     memory, _, perturbation = way.partition("+")
     torch.manual_seed(0)
@@ -128,7 +129,7 @@ def train(variant: str, images: Tensor, test: Tensor, steps: int) -> Row:
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """Each of the other runs against the spread of the stored ones."""
+    """Compare each of the other runs with the spread of the stored ones."""
     stored = [row for row in rows if row.variant.startswith("store") and "/" not in row.variant]
     others = [row for row in rows if row not in stored]
     base = next((row for row in rows if row.variant == "store"), None)
@@ -148,14 +149,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = argparse.ArgumentParser(prog="bench memory_training", description=__doc__, allow_abbrev=False)
     options.formatter_class = argparse.RawDescriptionHelpFormatter
     options.add_argument("folder", type=Path, help="of the images")
-    options.add_argument("--steps", type=int, default=1000)
+    add_former(options, "--steps", options.add_argument("--max-steps", type=int, default=1000))
     options.add_argument("--variants", default=",".join(VARIANTS), help="separated by commas")
     options.add_argument("--threads", type=int, default=torch.get_num_threads())
     options.add_argument("--out", type=Path, metavar="FILE", help="JSON")
     chosen = options.parse_args(argv)
     torch.set_num_threads(chosen.threads)
     images, test = (read_images(chosen.folder / f"{part}-images-idx3-ubyte.gz") for part in ("train", "t10k"))
-    rows = [train(variant, images, test, chosen.steps) for variant in chosen.variants.split(",")]
+    rows = [train(variant, images, test, chosen.max_steps) for variant in chosen.variants.split(",")]
     for row in rows:
         print(f"{row.variant:12} train {row.train:.5f}  test {row.test:.5f}  {row.seconds:.0f} s  {row.trips} trips")
     print(verdict(rows))

@@ -74,7 +74,7 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """For tables and messages."""
+        """The name of the candidate in tables and messages."""
         precision = "" if self.dtype_name == "float32" else f", {self.dtype_name}"
         return f"{self.implementation}, {self.variant}{precision}"
 
@@ -88,7 +88,7 @@ class Candidate:
         return autocast(self.x.device, torch.float32 if self.memory is not None else self.dtype)
 
     def run(self, workload: str) -> Callable[[], Any]:
-        """What is timed. A training step is zero_grad, forward and backward; an optimizer is no part of it."""
+        """Make the function that is timed. A training step is zero_grad, forward and backward, without an optimizer."""
 
         def train() -> None:
             self.select()
@@ -111,7 +111,7 @@ class Candidate:
         return x
 
     def eager(self) -> Candidate:
-        """The same, not compiled."""
+        """The candidate that is not compiled."""
         return dataclasses.replace(self)
 
     def select(self) -> None:
@@ -120,12 +120,12 @@ class Candidate:
             self.model.memory = self.memory
 
     def gradients(self) -> list[Tensor]:
-        """Of the last training step."""
+        """The gradients of the last training step."""
         return [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
 
 
 def net_flops(shape: Shape, workload: str) -> int:
-    """Of all coupling nets, over the batch."""
+    """Count the operations of all coupling nets, over the batch."""
     products = [2 * rows * inner * columns for rows, inner, columns in net_products(shape)]
     return sum(products) * shape.n_steps * (3 if workload == TRAIN else 1)
 
@@ -196,7 +196,7 @@ class Candidates:
                 self._add_compiled(name)
 
     def exact(self, implementation: str = PLAIN) -> Levels:
-        """The function of an implementation in float64; ours by the reference."""
+        """Build the function of an implementation in float64; ours by the reference."""
         if implementation in PEER_STEPS:
             peer = build(implementation, self.shape, "auto", self.device)
             assert isinstance(peer, Levels)
@@ -204,7 +204,7 @@ class Candidates:
         return plain_levels(copy.deepcopy(self.ours).double(), CHECKPOINTED)
 
     def of(self, workload: str) -> list[Candidate]:
-        """Those that the workload is measured on; our memory modes differ in training alone."""
+        """Choose what the workload is measured on; our memory modes differ in training alone."""
         if workload == TRAIN:
             return list(self.found)
         return [c for c in self.found if c.implementation not in RECOMPUTING]
@@ -232,7 +232,7 @@ class Candidates:
         return plain_levels(models[torch.float32], name)
 
     def _add(self, name: str, variant: str, models: dict[torch.dtype, Ours]) -> None:
-        """In all its dtypes."""
+        """Add an implementation's variant in all its dtypes."""
         memory = name if name in OURS else None
         for dtype in self._dtypes(name):
             try:

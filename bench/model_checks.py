@@ -1,4 +1,4 @@
-"""Before a candidate is timed: it computes what it should.
+"""Checks that a candidate computes what it should, before it is timed.
 
 Ours, plain and memcnn are one function, a peer has one of its own; every candidate is held against its function in
 float64. Samples, whose noise float64 draws otherwise, are held against it by decoding its latents, and against the
@@ -23,19 +23,19 @@ from bench.memory_models import OURS, RAW_SIZE, Shape
 from bench.model_cases import CHECKPOINTED, COMPILED, EAGER, LOG_PROB, MEMCNN, PLAIN, TRAIN, Candidate, Candidates
 
 SAME_FUNCTION = (*OURS, PLAIN, CHECKPOINTED, MEMCNN)
-# By how much the mean log_prob of other samples may differ, nats per dimension.
+# The bound on how much the mean log_prob of other samples may differ, in nats per dimension.
 SPREAD = 0.2
 SEED = 5
 OF_A_NORMAL = 0.5 * math.log(2.0 * math.pi * math.e)  # minus its mean log-density
 
 
 class Unequal(RuntimeError):
-    """A candidate does not compute what it should, so that its time means nothing."""
+    """Raised when a candidate does not compute what it should, so that its time means nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tolerances:
-    """Says what a candidate may be off by: log_prob in nats per dimension, gradients together and samples relative."""
+    """The errors that a candidate may have: log_prob in nats per dimension, gradients together and samples relative."""
 
     log_prob: float
     gradients: float
@@ -70,7 +70,7 @@ def tolerances(shape: Shape, candidate: Candidate, log_prob: float = 0.0) -> Tol
 
 @dataclasses.dataclass(frozen=True)
 class Errors:
-    """By what a candidate is off: all gradients together and the worst of one tensor, or the values, as in ModelRow."""
+    """The errors of a candidate: all gradients together and the worst of one tensor, or the values, as in ModelRow."""
 
     gradients: float | None = None
     worst_gradient: float | None = None
@@ -193,7 +193,7 @@ class Checks:
 
 
 def passing(checks: Checks, candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[str]]:
-    """Those that run and pass, and a line for each that does not.
+    """Choose candidates that run and pass; returns also a line for each that does not.
 
     Raises:
         Unequal: ours or plain computes something else, not under torch.compile.

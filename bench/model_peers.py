@@ -32,7 +32,7 @@ class Both(nn.Module):
         self.layers, self._run = nn.ModuleList(layers), run
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x -> z, log_det (N,)."""
+        """Map x to z and log_det (N,)."""
         total: Any = 0.0
         for layer in self.layers:
             x, log_det = self._run(layer, x, False)
@@ -40,7 +40,7 @@ class Both(nn.Module):
         return x, total
 
     def inverse(self, z: Tensor) -> Tensor:
-        """z -> x."""
+        """Map z to x through the layers in reverse."""
         for layer in reversed(self.layers):
             z, _ = self._run(layer, z, True)
         return z

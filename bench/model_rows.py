@@ -9,18 +9,18 @@ from typing import Any
 from bench.memory_models import OURS, Shape
 from bench.model_cases import CHECKPOINTED, EXTERNAL, LOG_PROB, MEMCNN, PLAIN, SAMPLE, TRAIN
 
-# How many times as fast as the fastest external peer: (workload, implementation) -> by configuration.
+# Least speed, as a multiple of that of the fastest external peer: (workload, implementation) -> by configuration.
 EXTERNAL_BARS = {
     (TRAIN, "store"): {"a": 1.3, "b": 2.0, "c": 1.6, "d": 1.5, "e": 1.3},
     (TRAIN, "reversible"): {"a": 1.05, "b": 1.5, "c": 1.25, "d": 1.2, "e": 1.05},
     (LOG_PROB, "store"): {"a": 1.5, "b": 2.0, "c": 1.6},
     (SAMPLE, "store"): {"a": 1.5, "b": 2.2, "c": 1.8},
 }
-# Store against plain, a training step.
+# Least speed of a training step that stores, as a multiple of plain torch's.
 PLAIN_BARS = {"a": 1.1, "b": 1.4, "c": 1.25, "d": 1.2}
-# Of the product rate, a training step of store.
+# Least share of the library's product rate that a training step that stores reaches.
 PRODUCT_BARS = {"a": 0.75, "b": 0.5, "c": 0.6, "e": 0.75}
-# At most, the time of a training step that recomputes over one that stores.
+# Most time of a training step that recomputes, as a multiple of one that stores.
 RECOMPUTING_BARS = {"a": 1.38, "b": 1.3, "c": 1.3, "e": 1.38}
 STORED = {"checkpoint": "store", "reversible": "store", CHECKPOINTED: PLAIN, MEMCNN: PLAIN}
 LESS_WORK = "FrEIA"
@@ -65,7 +65,7 @@ class ModelRow:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> ModelRow:
-        """From JSON."""
+        """Read a row from JSON."""
         return cls(**values | {"shape": Shape.of(values["shape"])})
 
     @property
@@ -90,7 +90,7 @@ def title(row: ModelRow) -> str:
 
 
 def table(rows: Sequence[ModelRow]) -> str:
-    """Of one configuration, workload and process: a line a candidate, in order of speed."""
+    """Write a table of one configuration, workload and process: a line for each candidate, in order of speed."""
     first = rows[0]
     rates = {row.dtype: row.product_gigaflops for row in rows}
     products = ", ".join(f"{rate:.0f} GFLOP/s ({dtype})" for dtype, rate in rates.items())
@@ -123,7 +123,7 @@ def held(value: float, bar: float | None, at_most: bool = False) -> str:
 
 
 def verdicts(rows: Sequence[ModelRow]) -> list[str]:
-    """By configuration and workload, each of ours against the others, each side at its own best.
+    """Compare ours with the others, by configuration and workload, each side at its own best.
 
     Others are those of the same dtype; ours in bfloat16 are held against float32, too. Bars are those of float32.
     """

@@ -202,7 +202,7 @@ def chosen(known: Sequence[str]) -> Callable[[str], list[str]]:
 
 
 def quick(shape: Shape) -> Shape:
-    """The same model with few steps, narrow nets and one or two small images: to see that all of it runs."""
+    """Shrink a configuration to few steps, narrow nets and one or two small images: to see that all of it runs."""
     side = min(shape.image[1], 2 ** (shape.n_levels + 1))
     image = (shape.image[0], *[side] * (len(shape.image) - 1))
     return dataclasses.replace(shape, image=image, n_steps=min(shape.n_steps, 2), hidden=8, batch=min(shape.batch, 2))
@@ -213,7 +213,7 @@ def _shapes(text: str) -> dict[str, Shape]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """Make the parser of the options."""
     options = argparse.ArgumentParser(prog="models", description="whole models against peers", allow_abbrev=False)
     options.add_argument("--configs", type=chosen(list(CONFIGS)), default=list(CONFIGS), help="some of a,b,c,d,e")
     options.add_argument("--workloads", type=chosen(WORKLOADS), default=list(WORKLOADS), help=", ".join(WORKLOADS))
@@ -274,7 +274,7 @@ def _write(
     rows: Sequence[ModelRow],
     notes: Sequence[str],
 ) -> None:
-    """After each configuration, so that a run that is stopped leaves what it has."""
+    """Write the file, after each configuration, so that a run that is stopped leaves what it has."""
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         write_json(arguments.out / _file(arguments, malloc), facts, rows, notes=notes)

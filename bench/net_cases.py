@@ -48,25 +48,25 @@ class Net:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Net:
-        """From JSON."""
+        """Read a net from JSON."""
         lists: dict[str, Any] = {name: tuple(values[name]) for name in ("sizes", "widths", "kernels")}
         return cls(**values | lists)
 
     @property
     def spec(self) -> ChainSpec:
-        """Of net_chain."""
+        """The ChainSpec of the net, for net_chain."""
         return ChainSpec((Activation(),) * (len(self.widths) - 1), ((1,) * len(self.sizes),) * len(self.widths))
 
     @property
     def title(self) -> str:
-        """For tables: the shape of x, the layers' widths and kernels."""
+        """The net in tables: the shape of x, the layers' widths and kernels."""
         inputs = f"{self.inputs}+{self.conditional}" if self.conditional else str(self.inputs)
         shape = ", ".join([str(self.batch), inputs, *map(str, self.sizes)])
         kernels = f" k{'-'.join(map(str, self.kernels))}" if self.sizes else ""
         return f"{self.family} ({shape}) {'-'.join(map(str, self.widths))}{kernels}"
 
     def weight_shapes(self) -> list[tuple[int, ...]]:
-        """Of the layers."""
+        """The shapes of the layers' weights."""
         channels = [self.inputs + self.conditional, *self.widths]
         taps = [(kernel,) * len(self.sizes) for kernel in self.kernels]
         return [(out, inside, *tap) for out, inside, tap in zip(channels[1:], channels, taps, strict=False)]
@@ -86,7 +86,7 @@ class Net:
 
 
 def glow_nets(family: str, shape: Shape) -> list[Net]:
-    """Of a Glow, level by level: three convolutions, 3-1-3."""
+    """List the nets of a Glow, level by level: three convolutions, 3-1-3."""
     channels, *sizes = shape.image
     found = []
     for _ in range(shape.n_levels):
@@ -153,7 +153,7 @@ class Tensors:
         return function(by_name["x"], weights, biases, self.net.spec, by_name.get("log_gain"), by_name.get("cond"))
 
     def names(self, mode: str) -> list[str]:
-        """Of the results."""
+        """The names of the results."""
         return [VALUES] if mode == FORWARD else list(self.given)
 
     @functools.cached_property
@@ -164,11 +164,11 @@ class Tensors:
         return {FORWARD: (values.detach(),), BOTH: gradients}
 
     def exact(self, mode: str) -> tuple[Tensor, ...]:
-        """By the reference in float64: the values, or the gradients of all that is given."""
+        """Compute by the reference in float64: the values, or the gradients of all that is given."""
         return self._exact[mode]
 
     def cases(self, mode: str, dtype: torch.dtype) -> dict[str, Run]:
-        """By implementation, what is timed.
+        """Make what is timed, by implementation.
 
         In bfloat16 torch.autocast is on around the forward, as it is asked to be; the gradient of the output has the
         dtype and layout that the output has.
@@ -220,7 +220,7 @@ def products_case(net: Net, mode: str, dtype: torch.dtype) -> Callable[[], None]
 
 
 def relative_errors(names: Sequence[str], found: Sequence[Tensor], exact: Sequence[Tensor]) -> dict[str, float]:
-    """|f - e| / |e| of each."""
+    """Compute |f - e| / |e| of each tensor."""
     return {
         name: float((value.double() - truth).norm() / truth.norm())
         for name, value, truth in zip(names, found, exact, strict=True)

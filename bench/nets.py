@@ -69,12 +69,12 @@ class NetRow:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> NetRow:
-        """From JSON."""
+        """Read a row from JSON."""
         return cls(**values | {"net": Net.of(values["net"])})
 
 
 def tolerance(net: Net, mode: str, dtype: torch.dtype) -> float:
-    """Of the relative error of the values or of one gradient: what rounding does, see bench.precisions.
+    """Derive how far the values or one gradient may be off, relative: what rounding does, see bench.precisions.
 
     In float32, too, a relu's argument near zero may have another sign, so that one gradient is off by all of itself.
     """
@@ -103,7 +103,7 @@ def check(tensors: Tensors, mode: str, dtype: torch.dtype, name: str, found: Seq
 
 
 def measure(nets: Sequence[Net], dtypes: Sequence[torch.dtype], rounds: int, seconds: float = SECONDS) -> list[NetRow]:
-    """In this process, with its malloc; the dtypes of a net and direction in the same rounds."""
+    """Measure in this process, with its malloc; the dtypes of a net and direction in the same rounds."""
     rows = []
     for net in nets:
         tensors = Tensors(net)
@@ -180,7 +180,7 @@ def table(rows: Sequence[NetRow]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """Make the parser of the options."""
     options = argparse.ArgumentParser(prog="nets", description="coupling nets alone", allow_abbrev=False)
     options.add_argument("--nets", type=chosen(list(NETS)), default=list(NETS), help=f"some of {','.join(NETS)}")
     options.add_argument(

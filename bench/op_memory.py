@@ -90,7 +90,7 @@ def _find(shape: tuple[int, ...], device: torch.device, index: int) -> Case:
 
 
 def _cpu_case(shape: tuple[int, ...], index: int, threads: int) -> MemoryRow:
-    """To be called in a fresh process: preparation and warm-up leave no scratch behind."""
+    """Measure a case in a fresh process: preparation and warm-up leave no scratch behind."""
     device = torch.device("cpu")
 
     def prepare() -> Prepared:

@@ -32,7 +32,7 @@ class Given(nn.Module):
     value: Tensor
 
     def forward(self, *_: object) -> Tensor:
-        """The given tensor."""
+        """Return the tensor that was given."""
         return self.value
 
 
@@ -228,7 +228,7 @@ def run_of(peer: Peer, data: Data, op: str, mode: str) -> Run:
 
 
 def check(peer: Peer, data: Data) -> None:
-    """The peer's layers compute what the reference does with the same matrix, in both directions and modes.
+    """Check that the peer's layers compute what the reference does with one matrix, in both directions and modes.
 
     Raises:
         RuntimeError: they do not.

@@ -29,24 +29,24 @@ TF32_UNIT = 2.0**-10
 SPREAD_EVENLY = (0.541 / 3) ** 0.5
 ROUNDING = SPREAD_EVENLY * UNIT
 MARGIN = 2.0
-# Of a step under autocast: the 1x1 convolution's input, matrix and output; the coupling's scale, shift, product and
-# sum; what actnorm gives.
+# How many numbers a step under autocast rounds one after the other: the 1x1 convolution's input, matrix and output; the
+# coupling's scale, shift, product and sum; what actnorm gives.
 STATE_ROUNDINGS = 8
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As rows have it."""
+    """Name a precision as the rows do."""
     return str(dtype).removeprefix("torch.")
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
-    """torch.autocast to bfloat16; nothing for float32."""
+    """A context of torch.autocast to bfloat16; nothing for float32."""
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 @contextlib.contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Inside, the library's convolutions on CUDA may round to TF32, or may not; the process's settings are changed."""
+    """A context in which the library's convolutions on CUDA may round to TF32, or may not, in the whole process."""
     cudnn = torch.backends.cudnn
     before = cudnn.conv.fp32_precision == TF32  # type: ignore[attr-defined]  # allow_tf32 itself cannot always be read
     cudnn.allow_tf32 = allowed
@@ -58,7 +58,7 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def tf32_products() -> Iterator[None]:
-    """Inside, the library's matrix products on CUDA may round to TF32."""
+    """A context in which the library's matrix products on CUDA may round to TF32."""
     products = torch.backends.cuda.matmul
     before = products.fp32_precision == TF32
     products.allow_tf32 = True
@@ -69,12 +69,12 @@ def tf32_products() -> Iterator[None]:
 
 
 def net_error(layers: int, unit: float = UNIT) -> float:
-    """Of what a net puts out, relative: its input, the weights and the output of each layer are rounded."""
+    """Bound the relative error of what a net puts out: its input, the weights and each layer's output are rounded."""
     return SPREAD_EVENLY * unit * (2 * layers + 1) ** 0.5
 
 
 def masks_error(*errors: float) -> float:
-    """Of a gradient behind relus whose arguments have these relative errors.
+    """Bound the error of a gradient behind relus whose arguments have these relative errors.
 
     An argument of zero mean that is off by e of its size has another sign with the probability e / pi. There the
     gradient is wrong by all of itself, elsewhere half of it is there: the square of its error is 2 e / pi.
@@ -83,34 +83,34 @@ def masks_error(*errors: float) -> float:
 
 
 def net_gradient_error(layers: int, unit: float = UNIT) -> float:
-    """Of the gradients of a net, each tensor's: the masks, and twice as many roundings as forward."""
+    """Bound the error of a net's gradients, each tensor's: the masks, and twice as many roundings as forward."""
     masks = masks_error(*[net_error(layer, unit) for layer in range(1, layers)])
     return math.hypot(masks, 2**0.5 * net_error(layers, unit))
 
 
 def flow_error(steps: int, raw: float, unit: float = UNIT, layers: int = 3) -> float:
-    """Of the state after steps whose nets alone are rounded and put out about ``raw``; the state is about 1.
+    """Bound the error of a state of about 1 after steps whose nets alone are rounded and put out about ``raw``.
 
-    Also of log_prob, in nats per dimension, where errors of different values cancel further.
+    The bound also holds for log_prob, in nats per dimension, where errors of different values cancel further.
     """
     return steps**0.5 * raw * net_error(layers, unit)
 
 
 def flow_gradient_error(steps: int, raw: float, unit: float = UNIT) -> float:
-    """Of all gradients of such a flow together: those of a net, and of what came to it through the others."""
+    """Bound the error of all gradients of such a flow: those of a net, and what came to it through the others."""
     return net_gradient_error(3, unit) * math.hypot(1.0, steps**0.5 * raw)
 
 
 def state_error(steps: int, unit: float = UNIT) -> float:
-    """Of the state, relative, where it is rounded too."""
+    """Bound the relative error of the state where it is rounded too."""
     return SPREAD_EVENLY * unit * (STATE_ROUNDINGS * steps) ** 0.5
 
 
 def state_log_prob_error(steps: int, size: float, unit: float = UNIT) -> float:
-    """Of log_prob in nats per dimension, where the state is rounded and log-determinants of that size are, once."""
+    """Bound log_prob's error in nats per dimension: the state is rounded, and log-determinants of that size, once."""
     return state_error(steps, unit) + unit * size
 
 
 def state_gradient_error(steps: int, unit: float = UNIT) -> float:
-    """Of all gradients where the state is rounded: the masks of two hidden layers that read it."""
+    """Bound the error of all gradients where the state is rounded: the masks of two hidden layers that read it."""
     return masks_error(*2 * [math.hypot(state_error(steps, unit), net_error(2, unit))])

@@ -38,6 +38,7 @@ from bench.scaling_model import (
     traffic,
     training_bytes,
 )
+from pyglow_fast.cli._common import add_former
 
 RESULTS = ROOT / "bench" / "results"
 RANKS = (1, 8, 64)
@@ -65,13 +66,13 @@ ROWS_PART = 8 * 2**20  # bytes of gradients of a part, of the build that the row
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Markdown."""
+    """Write rows as a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def number(value: float, digits: int = 3) -> str:
-    """So many significant digits, without an exponent."""
+    """Write a number with so many significant digits, without an exponent."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
@@ -136,7 +137,7 @@ def time_table(contents: Sequence[dict[str, Any]]) -> str:
 
 
 def size_table() -> str:
-    """Of each plan: parameters, state, arithmetic and traffic of one image."""
+    """Write a table of each plan's parameters, state, arithmetic and traffic of one image."""
     rows = []
     for name, plan in PLANS.items():
         per_image = [flops(plan.shape, mode, "cuda") for mode in ("store", "reversible")]
@@ -177,7 +178,7 @@ def fit_table(memory: float) -> str:
 
 
 def run_table(rate: float, bandwidth: float, mode: str = "reversible") -> str:
-    """Of 1, 8 and 64 GPUs with the plan's batch each: memory, all-reduce, and times by the assumed rates."""
+    """Write a table for 1, 8 and 64 GPUs with the plan's batch each: memory, all-reduce, times by assumed rates."""
     rows = []
     for name, plan in PLANS.items():
         shape = dataclasses.replace(plan.shape, batch=plan.batch)
@@ -244,15 +245,18 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument("--batch", type=int, help="of --ranks, of all processes together, in place of the standard")
     options.add_argument("--memory-mode", choices=OURS, default="reversible", help="of --ranks")
     options.add_argument("--rounds", type=int, default=5, help="of --ranks: times that each case is started, in turn")
-    options.add_argument("--steps", type=int, default=4, help="of --ranks: timed steps of each start")
+    timed = options.add_argument(
+        "--timed-steps", type=int, default=4, help="of --ranks: training steps of each start that are timed"
+    )
+    add_former(options, "--steps", timed)
     options.add_argument("--out", type=Path, metavar="DIR", help="folder for scaling.md or scaling-ranks-cpu.json")
     found = options.parse_args(argv)
     unknown = set(found.configs.split(",")) - set(CONFIGS)
     if unknown:
         options.error(f"--configs: expected some of {','.join(CONFIGS)}, found {found.configs}")
-    for name in ("rate", "bandwidth", "threads", "rounds", "steps"):
+    for name in ("rate", "bandwidth", "threads", "rounds", "timed_steps"):
         if getattr(found, name) <= 0:
-            options.error(f"--{name}: expected a positive number, found {getattr(found, name):g}")
+            options.error(f"--{name.replace('_', '-')}: expected a positive number, found {getattr(found, name):g}")
     if found.memory <= RESERVE:
         options.error(f"--memory: expected more than {RESERVE:g} GB, found {found.memory:g}")
     return found
@@ -262,7 +266,9 @@ def _measure_ranks(options: argparse.Namespace) -> None:
     rows: list[scaling_ranks.RanksRow] = []
     for name in options.configs.split(","):
         shape = CONFIGS[name] if options.batch is None else dataclasses.replace(CONFIGS[name], batch=options.batch)
-        rows += scaling_ranks.measure(name, shape, options.memory_mode, options.threads, options.rounds, options.steps)
+        rows += scaling_ranks.measure(
+            name, shape, options.memory_mode, options.threads, options.rounds, options.timed_steps
+        )
     print(scaling_ranks.table(rows))
     if options.out is not None:
         facts = machine(torch.device("cpu")) | {"threads": str(options.threads), "rounds": str(options.rounds)}

@@ -38,7 +38,7 @@ def states(shape: Shape) -> list[tuple[int, int]]:
 
 
 def state_bytes(shape: Shape) -> list[int]:
-    """S = 4 N C P, level by level."""
+    """Compute the bytes of the state, S = 4 N C P, level by level."""
     return [FLOAT * shape.batch * channels * positions for channels, positions in states(shape)]
 
 
@@ -61,7 +61,7 @@ def level_parameters(shape: Shape) -> list[int]:
 def chunk_plan(shape: Shape, level: int, device_type: str = "cpu") -> ChunkPlan:
     """How a net of that level is cut, within the default budget of the type of device."""
     channels, _ = states(shape)[level]
-    # On the meta device the net takes itself for one of library convolutions, as it is on a GPU.
+    # On the meta device the net is taken for one that runs library convolutions, as it does on a GPU.
     with torch.device("cpu" if device_type == "cpu" else "meta"):
         net = CouplingNet(channels // 2, channels, shape.hidden, dims=len(shape.image) - 1)
     side = [size // (2 ** (level + 1) if shape.squeezes else 1) for size in shape.image[1:]]
@@ -69,7 +69,7 @@ def chunk_plan(shape: Shape, level: int, device_type: str = "cpu") -> ChunkPlan:
 
 
 def multiply_adds(shape: Shape, mode: str, device_type: str = "cpu") -> list[int]:
-    """Of a training step, level by level: nets (3 + r) w, flow and prior.
+    """Count the multiply-adds of a training step, level by level: nets (3 + r) w, flow and prior.
 
     A net's forward is N P (9 (C/2) h + h^2 + 9 h C); backward takes two more, and a mode that recomputes (r = 1) one
     more. w >= 1 is what strips with their halo compute twice. The 1x1 convolution is N P C^2, three times, and once
@@ -110,7 +110,7 @@ def flops(shape: Shape, mode: str, device_type: str = "cpu") -> int:
 
 
 def net_share(shape: Shape) -> float:
-    """Of a stored step's arithmetic, what the nets have."""
+    """Compute the share that the nets have of a stored step's arithmetic."""
     return net_flops(shape, TRAIN) / flops(shape, "store")
 
 
@@ -134,7 +134,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts, in bytes."""
         return self.kept + self.chunk + self.working + self.folded
 
 
@@ -152,8 +152,8 @@ def step_memory(
     - "reversible": K / m states instead, anchors at every m-th step and the output, and 2 N C floats a step to judge
       drift by.
 
-    That is an upper bound for the last two by now, held against rows that were measured when the folded matrices of all
-    steps were kept, and twice as many floats a step: see docs/memory.md for what is.
+    For the last two modes this is an upper bound by now: it is compared with rows that were measured when the folded
+    matrices of all steps were kept, and twice as many floats for each step; see docs/memory.md for what is kept now.
 
     Args:
         shape, mode: model, batch and memory mode.
@@ -188,7 +188,7 @@ def parameter_copies(ranks: int, average: bool = True) -> int:
 
 
 def training_bytes(shape: Shape, mode: str, ranks: int, device_type: str = "cuda") -> int:
-    """Of one rank, with its N images: everything that lives in its memory during a step."""
+    """Sum up all that lives in the memory of one rank, with its N images, during a step."""
     parameters = FLOAT * sum(level_parameters(shape)) * parameter_copies(ranks)
     images = FLOAT * shape.batch * math.prod(shape.image)
     return parameters + images + step_memory(shape, mode, device_type).total

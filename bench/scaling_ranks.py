@@ -58,7 +58,7 @@ class Loss(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        """x -> ()."""
+        """Compute the loss of a batch x, a tensor ()."""
         loss: Tensor = -self.model.log_prob(x).mean()  # type: ignore[operator]
         return loss
 

@@ -1,6 +1,6 @@
 """Training steps of SRFlow's flow: plain, with torch.utils.checkpoint around each step, accelerated, and as a Glow.
 
-    python -m bench.srflow [--side 160] [--steps 16] [--levels 3] [--batch 1] [--hidden 64] [--features 320]
+    python -m bench.srflow [--side 160] [--n-steps 16] [--n-levels 3] [--batch 1] [--hidden 64] [--features 320]
                            [--rounds 3] [--threads 1] [--encoder] [--out FILE]
 
 All have the same weights and the same loss, -log p of one batch, given features of each level. `memory` is the largest
@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from bench.harness import machine, write_json
 from bench.memory_meter import MemoryMeter
 from bench.srflow_peer import FlowStep, FlowUpsamplerNet, randomised
+from pyglow_fast.cli._common import add_former
 from pyglow_fast.interop.accelerate import accelerate
 from pyglow_fast.interop.convert import load_srflow
 
@@ -57,7 +58,7 @@ def _of_peer(model: FlowUpsamplerNet) -> Loss:
 
 
 def _checkpointed(model: FlowUpsamplerNet) -> FlowUpsamplerNet:
-    """With torch.utils.checkpoint around each step, which keeps its input alone."""
+    """Put torch.utils.checkpoint around each step, which then keeps its input alone."""
     for step in model.modules():
         if isinstance(step, FlowStep):
             own = step.forward
@@ -93,12 +94,12 @@ def variants(peer: FlowUpsamplerNet, side: int) -> dict[str, tuple[torch.nn.Modu
 def measure(options: argparse.Namespace) -> list[Row]:
     """The rows, in the order of :func:`variants`."""
     torch.manual_seed(0)
-    splits = max(0, options.levels - 2)
-    sizes = (3, options.hidden, options.steps, options.levels, options.features)
+    splits = max(0, options.n_levels - 2)
+    sizes = (3, options.hidden, options.n_steps, options.n_levels, options.features)
     peer = randomised(FlowUpsamplerNet(*sizes, n_splits=splits), 0.02)
     assert isinstance(peer, FlowUpsamplerNet)
     x = torch.rand(options.batch, 3, options.side, options.side)
-    sides = [options.side >> (level + 1) for level in range(options.levels)]
+    sides = [options.side >> (level + 1) for level in range(options.n_levels)]
     features = [torch.randn(options.batch, options.features, side, side) for side in sides]
     for feature in features:
         feature.requires_grad_(options.encoder)
@@ -134,8 +135,10 @@ def _arguments(options: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "srflow", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, default in (("side", 160), ("steps", 16), ("levels", 3), ("batch", 1), ("hidden", 64), ("features", 320)):
+    for name, default in (("side", 160), ("batch", 1), ("hidden", 64), ("features", 320)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    for name, default in (("steps", 16), ("levels", 3)):
+        add_former(parser, f"--{name}", parser.add_argument(f"--n-{name}", type=int, default=default))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--encoder", action="store_true")

@@ -1,7 +1,7 @@
 """A flow with the interface of chaiyujin's and SRFlow's modules, written from their equations: names, calls, shapes.
 
-Their own code is not needed and not used: attributes, the names in the state dict, the calls ``(input, logdet,
-reverse)`` and the equations are what the converter and the adapter go by.
+The projects' own code is not needed and not used: the converter and the adapter go by attributes, the names in the
+state dict, the calls ``(input, logdet, reverse)`` and the equations.
 """
 
 from __future__ import annotations
@@ -306,7 +306,7 @@ class FlowUpsamplerNet(nn.Module):
 
 
 def randomised(model: nn.Module, spread: float = 0.1) -> nn.Module:
-    """As after some training: every parameter moved, and no actnorm that waits for data."""
+    """Move every parameter, as after some training, and let no actnorm wait for data."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(spread * torch.randn_like(parameter))

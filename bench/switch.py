@@ -121,7 +121,7 @@ MAKERS = {"normflows": _normflows, "nflows": _nflows, "FrEIA": _freia}
 
 
 def images(shape: Shape) -> Tensor:
-    """A batch in [-0.5, 0.5)."""
+    """Draw a batch of images in [-0.5, 0.5)."""
     return torch.rand(shape.batch, *shape.image, generator=torch.Generator().manual_seed(0)) - 0.5
 
 
@@ -148,7 +148,7 @@ def variants(library: str, shape: Shape) -> dict[str, Case]:
 
 
 def training_step(case: Case) -> Callable[[], object]:
-    """Forward, backward and Adam."""
+    """Run forward, backward and a step of Adam."""
     optimizer = torch.optim.Adam(case.model.parameters(), 1e-5)
 
     def step() -> None:
@@ -160,7 +160,7 @@ def training_step(case: Case) -> Callable[[], object]:
 
 
 def log_prob(case: Case) -> Callable[[], object]:
-    """The loss without gradients."""
+    """Compute the loss without gradients."""
 
     def run() -> None:
         with torch.no_grad():

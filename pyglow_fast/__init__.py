@@ -3,8 +3,6 @@
 Kingma & Dhariwal 2018, "Glow: Generative Flow with Invertible 1x1 Convolutions".
 """
 
-import importlib.metadata
-
 from pyglow_fast import functional, likelihood, presets, reference
 from pyglow_fast.layers import (
     ActNorm,
@@ -24,10 +22,7 @@ from pyglow_fast.layers import (
 from pyglow_fast.memory import release_memory
 from pyglow_fast.models import Glow, GlowConfig
 
-try:
-    __version__ = importlib.metadata.version("pyglow-fast")
-except importlib.metadata.PackageNotFoundError:  # a source tree on the path, not installed
-    __version__ = "0+source"
+__version__ = "0.1.0"
 
 __all__ = [
     "ActNorm",

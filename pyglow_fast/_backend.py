@@ -39,7 +39,7 @@ def build_info() -> dict[str, str]:
 
 
 def require() -> ModuleType:
-    """The compiled module; an ImportError that says why there is none and how to build it."""
+    """The compiled module; where there is none, an ImportError that says why and how to build it."""
     module, why = _load()
     if module is None:
         raise ImportError(f"{EXTENSION}: {why}", name=EXTENSION)
@@ -52,7 +52,7 @@ def release(version: str) -> tuple[str, ...]:
 
 
 def nets() -> str:
-    """Who computes coupling nets on the CPU: "auto" (as measured; see docs/speed.md) or the "library".
+    """Say who computes coupling nets on the CPU: "auto" (as measured; see docs/speed.md) or the "library".
 
     Raises:
         ValueError: the environment variable PYGLOW_NETS says something else.

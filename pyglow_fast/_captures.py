@@ -92,7 +92,7 @@ def made_once(size: int) -> Callable[[Callable[..., T]], Callable[..., T]]:
 
 
 class Later:
-    """The values of a small tensor as they are now, for the host to read once they have come: the stream goes on.
+    """Values of a small tensor for the host to read once they have arrived, without stopping the stream.
 
     Args:
         values: on any device; not while a graph is captured.

@@ -1,4 +1,4 @@
-"""What keeps a derivative from being wrong in silence: no second ones, and none with respect to unknown tensors."""
+"""Guards against derivatives that are wrong in silence: second ones, and ones with respect to unknown tensors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class _Final(torch.autograd.Function):
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """function.apply(*args), in eager mode without its search for transforms, which takes as long as all the rest.
+    """Call function.apply(*args), in eager mode without its search for transforms, which takes as long as all the rest.
 
     Not within torch.func or forward-mode AD: a kernel has no derivative there, see :mod:`pyglow_fast._tracing`.
     """
@@ -70,7 +70,7 @@ _rows = _Rows()
 
 
 def backward_key() -> tuple[int, int]:
-    """What tells a backward apart from others through the same graph: the engine's task, and the row of a Jacobian."""
+    """A key that tells a backward from others through the same graph: the engine's task, the row of a Jacobian."""
     return torch._C._current_graph_task_id(), _rows.now
 
 
@@ -110,7 +110,7 @@ def _of_each_row(backward: Backward, ctx: Any, grads: Sequence[Tensor | None]) -
 
 
 def differentiable_once(backward: Backward) -> Backward:
-    """For the backward of an autograd function: a second derivative raises.
+    """Decorate the backward of an autograd function so that a second derivative raises.
 
     torch's once_differentiable raises only where the incoming gradients require one: those of a sum do not, and a
     penalty on such a gradient would then have a derivative of zero, silently.

@@ -1,4 +1,4 @@
-"""The one way bad input is refused: a ValueError that names the argument, what it must be and what it is."""
+"""Refusal of bad input, always as a ValueError that names the argument, what it must be and what it is."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ACTING = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\
 
 
 class SingularMatrixError(ValueError):
-    """A matrix of the flow has no inverse."""
+    """The error that a matrix of the flow has no inverse."""
 
 
 def visible(text: str, lines: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""How exactly torch's libraries multiply float32 numbers, which its settings decide, for the whole process.
+"""How exactly torch's libraries multiply float32 numbers, which its settings decide for the whole process.
 
 On CUDA convolutions and products may round what they multiply to TF32, of 10 bits: torch's default lets convolutions do
 so. On a CPU that has instructions for it, products and convolutions may round to bfloat16 or TF32 where the settings
@@ -33,7 +33,7 @@ def backend_of(device: torch.device) -> str | None:
     return "mkldnn" if device.type == "cpu" else None
 
 
-# What torch.compile takes the answer of, as in pyglow_fast.ops, and does not trace.
+# torch.compile is to take the answer and not to trace how it is found, as in pyglow_fast.ops.
 backend_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -15,7 +15,7 @@ def _own(*sums: float) -> list[float]:
 
 @dataclass(frozen=True)
 class Moments:
-    """Of n numbers v: their mean m = sum v / n, and S = sum (v - m)^2.
+    """The mean m = sum v / n of n numbers v, and S = sum (v - m)^2.
 
     Args:
         n: how many.

@@ -5,11 +5,17 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from pyglow_fast._errors import expect
 
 T = TypeVar("T")
+P = ParamSpec("P")
+
+
+def renamed_words(old: str, new: str) -> str:
+    """What is said of a name that is another one now."""
+    return f"{old} is called {new} now; the old name goes with the next version"
 
 
 def warn_renamed(old: str, new: str, stacklevel: int = 2) -> None:
@@ -19,8 +25,7 @@ def warn_renamed(old: str, new: str, stacklevel: int = 2) -> None:
         old, new: the names.
         stacklevel: 1 is who calls this function, 2 who called that one.
     """
-    message = f"{old} is called {new} now; the old name goes with the next version"
-    warnings.warn(message, DeprecationWarning, stacklevel + 1)
+    warnings.warn(renamed_words(old, new), DeprecationWarning, stacklevel + 1)
 
 
 def renamed(old: str, new: str, value: T, default: T, formerly: T | None) -> T:
@@ -40,6 +45,23 @@ def renamed(old: str, new: str, value: T, default: T, formerly: T | None) -> T:
     expect(value == default, old, f"nothing beside {new}, its name now", repr(formerly))
     warn_renamed(old, new, 3)
     return formerly
+
+
+def with_former_argument(old: str, new: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorates a function whose argument ``new`` was called ``old``: it may be given as a keyword of that name."""
+
+    def decorated(function: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(function)
+        def called(*values: P.args, **options: P.kwargs) -> T:
+            if old in options:
+                expect(new not in options, old, f"nothing beside {new}, its name now", repr(options[old]))
+                warn_renamed(old, new)
+                options[new] = options.pop(old)
+            return function(*values, **options)
+
+        return called
+
+    return decorated
 
 
 def with_former_field(old: str, new: str) -> Callable[[type[T]], type[T]]:

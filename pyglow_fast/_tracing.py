@@ -1,4 +1,4 @@
-"""Tells what torch does with the calls of this package besides running them, and whether kernels then step aside.
+"""Checks for what torch does with a call besides running it, and whether kernels then step aside.
 
 A kernel is an op of this package. An exported program is to run where the package is not, and torch.func can
 differentiate and batch torch's own ops only: there all functions are made of those, as pyglow_fast.reference has them.

@@ -1,7 +1,7 @@
 """Differentiable functions over the kernels of :mod:`pyglow_fast.ops`, gradients formed from the saved output or input.
 
-First derivatives only: differentiating a gradient raises, as the backward kernels have no derivative; that of a move of
-values is a move again, and that of an inverse is made of products of it.
+There are first derivatives only: differentiating a gradient raises, since the backward kernels have no derivative. Two
+can be differentiated again: the gradient of a move of values is a move, that of an inverse is made of its products.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ChannelMix(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, matrix: Tensor, offset: Tensor, kept: int, squeeze_first: bool, index: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """u, like x, and u[:, :kept]."""
+        """Compute u, like x, and u[:, :kept]."""
         ctx.save_for_backward(x, matrix, index)
         ctx.squeeze_first = squeeze_first
         ctx.set_materialize_grads(False)
@@ -41,7 +41,7 @@ class ChannelMix(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_u: Tensor | None, grad_kept: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of x, M and c."""
+        """Compute the gradients of x, M and c."""
         if grad_u is None and grad_kept is None:
             return (None,) * 6
         x, matrix, index = ctx.saved_tensors
@@ -75,7 +75,7 @@ class ChannelUnmix(torch.autograd.Function):
     def forward(
         ctx: Any, u: Tensor, inverse_matrix: Tensor, offset: Tensor, unsqueeze_after: bool, index: Tensor | None
     ) -> Tensor:
-        """x, like u."""
+        """Compute x, which has the shape of u."""
         ctx.save_for_backward(u, inverse_matrix, offset, index)
         ctx.unsqueeze_after = unsqueeze_after
         code = ops.SQUEEZE_CODES["output" if unsqueeze_after else "none"]
@@ -84,7 +84,7 @@ class ChannelUnmix(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of u, A and c."""
+        """Compute the gradients of u, A and c."""
         u, inverse_matrix, offset, index = ctx.saved_tensors
         if ctx.unsqueeze_after:
             grad_x = squeeze(grad_x)
@@ -103,7 +103,7 @@ class InvertMatrices(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, matrices: Tensor) -> tuple[Tensor, Tensor]:
-        """The inverses, like the matrices, and log|det| (K,)."""
+        """Compute the inverses, like the matrices, and log|det| (K,)."""
         inverses, log_dets = ops.invert_matrices(matrices)
         ctx.save_for_backward(inverses)
         ctx.set_materialize_grads(False)
@@ -111,7 +111,7 @@ class InvertMatrices(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_inverses: Tensor | None, grad_log_dets: Tensor | None) -> Tensor | None:
-        """The gradient of the matrices."""
+        """Compute the gradient of the matrices."""
         (inverses,) = ctx.saved_tensors
         transposed = inverses.mT.double()
         grad = None if grad_log_dets is None else grad_log_dets[:, None, None] * transposed
@@ -122,11 +122,11 @@ class InvertMatrices(torch.autograd.Function):
 
 
 class Coupling(torch.autograd.Function):
-    """The coupling or its inverse, with its log-det; the backward needs the output and the net's output only."""
+    """The coupling or its inverse, with its log-det; the backward needs only its output and the net's."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, net_out: Tensor, arguments: _CouplingArguments) -> tuple[Tensor, Tensor]:
-        """The output, like x, and log_det (N,)."""
+        """Compute the output, like x, and log_det (N,)."""
         out, log_det = ops.coupling(x, net_out, *arguments)
         ctx.save_for_backward(out, net_out)
         ctx.arguments = arguments
@@ -135,7 +135,7 @@ class Coupling(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_out: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x (without what flows through the net, which autograd adds) and of the net's output."""
+        """Compute gradients of x (without what flows through the net, which autograd adds) and of the net's output."""
         out, net_out = ctx.saved_tensors
         grad_in, grad_net_out, _ = ops.coupling_backward(out, net_out, grad_out, grad_log_det, *ctx.arguments, False)
         return grad_in, grad_net_out, None
@@ -158,7 +158,7 @@ class CouplingMix(torch.autograd.Function):
         arguments: _CouplingArguments,
         index: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The mixed output, like u, its kept channels, and log_det (N,)."""
+        """Compute the mixed output, like u, its kept channels, and log_det (N,)."""
         ctx.save_for_backward(u, net_out, matrix, index)
         ctx.arguments = arguments
         ctx.set_materialize_grads(False)
@@ -170,7 +170,7 @@ class CouplingMix(torch.autograd.Function):
     def backward(
         ctx: Any, grad_out: Tensor | None, grad_kept: Tensor | None, grad_log_det: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of u (without what flows through the net), of the net's output, M and c."""
+        """Compute gradients of u (without what flows through the net), of the net's output, M and c."""
         if grad_out is None and grad_kept is None and grad_log_det is None:
             return (None,) * 7
         u, net_out, matrix, index = ctx.saved_tensors
@@ -194,7 +194,7 @@ class NetChain(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, cond: Tensor | None, log_gain: Tensor | None, arguments: tuple[Any, ...], *layers: Tensor
     ) -> Tensor:
-        """The net's output (N, C_out, *spatial), of the weights and then the biases."""
+        """Compute the net's output (N, C_out, *spatial); layers: all weights, then all biases."""
         count = len(layers) // 2
         weights, biases = layers[:count], layers[count:]
         out, kept = ops.net_chain(x, cond, weights, biases, log_gain, *arguments, True)
@@ -205,7 +205,7 @@ class NetChain(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, cond, the gain, the weights and the biases."""
+        """Compute gradients of x, cond, the gain, the weights and the biases."""
         x, cond, kept, log_gain, bias, *weights = ctx.saved_tensors
         want_weights = any((ctx.needs_input_grad[2], *ctx.needs_input_grad[4:]))
         found = ops.net_chain_backward(grad_out, x, cond, kept, weights, bias, log_gain, *ctx.arguments, want_weights)
@@ -224,7 +224,7 @@ class Convolutions(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cond: Tensor | None, spec: ChainSpec, *layers: Tensor) -> Tensor:
-        """The net's output (N, C_out, *spatial), of the weights and then the biases."""
+        """Compute the net's output (N, C_out, *spatial); layers: all weights, then all biases."""
         count = len(layers) // 2
         chain = convolutions.prepared(layers[:count], layers[count:], spec, x)
         kept: list[Tensor] = []
@@ -237,7 +237,7 @@ class Convolutions(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, cond, the weights and the biases."""
+        """Compute gradients of x, cond, the weights and the biases."""
         count = len(ctx.dtypes) // 2
         weights, kept = ctx.saved_tensors[:count], list(ctx.saved_tensors[count:])
         needs = ctx.needs_input_grad
@@ -248,18 +248,18 @@ class Convolutions(torch.autograd.Function):
 
 
 class GaussianLogProb(torch.autograd.Function):
-    """log N(z; mean, exp(log_sd)) summed per sample; mean and log_sd expanded to the shape of z."""
+    """log N(z; mean, exp(log_sd)) summed per sample; mean and log_sd are of the shape of z."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
-        """(N,), nats."""
+        """Sum the log density of each sample, (N,), nats."""
         ctx.save_for_backward(z, mean, log_sd)
         return ops.gaussian_log_prob(z, mean, log_sd)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_log_prob: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of z, mean and log_sd."""
+        """Compute gradients of z, mean and log_sd."""
         return ops.gaussian_log_prob_backward(*ctx.saved_tensors, grad_log_prob)
 
 
@@ -268,26 +268,26 @@ class CheckerboardSplit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, parity: int, both: bool) -> Tensor:
-        """(N, C or 2 C, rows / 2, *rest)."""
+        """Gather the halves, (N, C or 2 C, rows / 2, *rest)."""
         ctx.arguments = parity, both
         return ops.checkerboard_split(x, parity, both)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradient of x."""
+        """Put the gradient back where the values of x were."""
         return CheckerboardMerge.apply(grad, *ctx.arguments), None, None
 
 
 class CheckerboardMerge(torch.autograd.Function):
-    """The inverse of :class:`CheckerboardSplit`, and of its first half alone the transpose."""
+    """The inverse of :class:`CheckerboardSplit`; of its first half alone the transpose."""
 
     @staticmethod
     def forward(ctx: Any, halves: Tensor, parity: int, both: bool) -> Tensor:
-        """(N, C, rows, *rest)."""
+        """Put the halves together, (N, C, rows, *rest)."""
         ctx.arguments = parity, both
         return ops.checkerboard_merge(halves, parity, both)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradient of the halves."""
+        """Gather the gradient of the halves."""
         return CheckerboardSplit.apply(grad, *ctx.arguments), None, None

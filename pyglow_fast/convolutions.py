@@ -1,4 +1,4 @@
-"""Chains of convolutions by the library's own ops, forward and backward without autograd; see reference.net_chain.
+"""Convolution chains by the library's own ops, forward and backward without autograd; see reference.net_chain.
 
 What lies between layers is kept once, behind its activation, and freed by the backward as it passes. Images are run
 channels-last from end to end: the input, the weights, every hidden layer, the output and all gradients. That this is
@@ -56,7 +56,7 @@ class Wanted(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What the input of a chain was made of: so many channels of x, and a condition behind them if it has a dtype."""
+    """The tensors that a chain's input was made of: so many channels of x, and a condition if it has a dtype."""
 
     channels: int
     dtype: torch.dtype
@@ -64,11 +64,11 @@ class Source(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, cond: Tensor | None) -> Source:
-        """The source that x and cond side by side are."""
+        """Describe the source that x and cond side by side are."""
         return cls(x.shape[1], x.dtype, None if cond is None else cond.dtype)
 
     def split(self, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients of x and cond, each in the dtype of its own, from that of the input."""
+        """Cut the gradient of the input into those of x and cond, each in its own dtype."""
         if grad is None:
             return None, None
         if self.cond_dtype is None:
@@ -77,7 +77,7 @@ class Source(NamedTuple):
 
 
 def prepared(weights: Sequence[Tensor], biases: Sequence[Tensor], spec: ChainSpec, x: Tensor) -> Chain:
-    """The layers as a run on x takes them.
+    """Bring the layers into the form in which a run on x takes them.
 
     Under autocast parameters of any dtype are cast; else one that is not of x's dtype is refused when it is used.
     """
@@ -88,7 +88,7 @@ def prepared(weights: Sequence[Tensor], biases: Sequence[Tensor], spec: ChainSpe
 
 
 def joined(x: Tensor, cond: Tensor | None) -> Tensor:
-    """x, or x and cond side by side, in the dtype and memory format that a chain is run in.
+    """Join x and cond side by side, in the dtype and memory format that a chain is run in.
 
     Raises:
         ValueError: a condition of another batch, other spatial sizes or on another device than x.
@@ -208,7 +208,7 @@ def _through(activation: Activation, grad: Tensor, value: Tensor) -> Tensor:
 def backward(
     grad_out: Tensor, kept: list[Tensor], weights: Sequence[Tensor], spec: ChainSpec, wanted: Wanted
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """The gradients of :func:`run`: of the input, the weights and the biases, None for what is not wanted.
+    """Compute the gradients of :func:`run`: of the input, the weights and the biases, None for what is not wanted.
 
     Args:
         grad_out: that of the output, in any dtype and memory format.
@@ -240,7 +240,7 @@ def backward(
 
 
 def like_parameters(grads: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]) -> list[Tensor | None]:
-    """Gradients of weights or biases as those of parameters of these dtypes come: contiguous."""
+    """Bring gradients of weights or biases into the form of these parameters' gradients: their dtypes, contiguous."""
     found = zip(grads, dtypes, strict=True)
     contiguous = torch.contiguous_format
     return [None if grad is None else grad.to(dtype, memory_format=contiguous) for grad, dtype in found]

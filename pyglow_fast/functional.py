@@ -76,7 +76,7 @@ def _is_seen(*tensors: Tensor) -> bool:
 def channel_mix(
     x: Tensor, matrix: Tensor, offset: Tensor, squeeze_first: bool = False, index: Tensor | None = None
 ) -> Tensor:
-    """u = M x + c at every position, or a gather with an index; see :func:`pyglow_fast.reference.channel_mix`."""
+    """u = M x + c at every position, or with an index a gather; see :func:`pyglow_fast.reference.channel_mix`."""
     if ops.run_on(x) and (x.dim() == 4 or not squeeze_first) and not _is_seen(x, matrix, offset):
         code = ops.SQUEEZE_CODES["input" if squeeze_first else "none"]
         return ops.channel_mix(x, matrix, offset, False, code, index)
@@ -86,9 +86,9 @@ def channel_mix(
 def channel_mix_for_net(
     x: Tensor, matrix: Tensor, offset: Tensor, kept: int, squeeze_first: bool = False, index: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """u = M x + c, and its first `kept` channels for a coupling net to read.
+    """u = M x + c at every position, and its first `kept` channels for a coupling net to read.
 
-    The same values as u[:, :kept]; their gradient is added to that of u within the backward kernel.
+    The second has the values of u[:, :kept]; its gradient is added to that of u within the backward kernel.
     """
     if ops.run_on(x) and (x.dim() == 4 or not squeeze_first):
         return apply(autograd.ChannelMix, x, matrix, offset, kept, squeeze_first, index)
@@ -127,7 +127,7 @@ def _coupled(x: Tensor, net_out: Tensor, spec: CouplingSpec, inverse: bool) -> t
 
 
 def readable_net_output(net_out: Tensor, state: Tensor) -> Tensor:
-    """The net's output in a dtype that the kernels read beside the state's: its own, or 16 bits beside float32."""
+    """Cast a net's output if kernels cannot read it: they take the state's dtype, or 16 bits beside float32."""
     if state.dtype == torch.float32 and net_out.dtype in (torch.bfloat16, torch.float16):
         return net_out
     return net_out.to(state.dtype)
@@ -205,7 +205,7 @@ def _moves_checkerboards(x: Tensor) -> bool:
 
 
 def checkerboard_split(x: Tensor, parity: int, both: bool = True) -> Tensor:
-    """The halves of a checkerboard; see :func:`pyglow_fast.reference.checkerboard_split`."""
+    """Divide a checkerboard into its halves; see :func:`pyglow_fast.reference.checkerboard_split`."""
     if not _moves_checkerboards(x):
         return reference.checkerboard_split(x, parity, both)
     arguments = (x, parity, both)
@@ -213,7 +213,7 @@ def checkerboard_split(x: Tensor, parity: int, both: bool = True) -> Tensor:
 
 
 def checkerboard_merge(halves: Tensor, parity: int, both: bool = True) -> Tensor:
-    """The checkerboard of two halves; see :func:`pyglow_fast.reference.checkerboard_merge`."""
+    """Join two halves to a checkerboard; see :func:`pyglow_fast.reference.checkerboard_merge`."""
     if not _moves_checkerboards(halves):
         return reference.checkerboard_merge(halves, parity, both)
     arguments = (halves, parity, both)
@@ -258,11 +258,11 @@ def net_chain(
     log_gain: Tensor | None = None,
     cond: Tensor | None = None,
 ) -> Tensor:
-    """A coupling net that is a chain of convolutions or linear layers; see :func:`pyglow_fast.reference.net_chain`.
+    """Run a coupling net that is a chain of convolutions or linear layers.
 
-    As products of ours it is float32 also under autocast to bfloat16, where the activations between its layers, and
-    what is multiplied, are rounded to that. As the library's convolutions it has autocast's dtype, and images are
-    channels-last.
+    See :func:`pyglow_fast.reference.net_chain`. Computed by this package's matrix products the output is float32, also
+    under autocast to bfloat16, where the activations between the layers, and what is multiplied, are rounded to that.
+    Computed by torch's convolutions it has autocast's dtype, and images are channels-last.
     """
     if not net_as_products(x):
         compute = _convolved if net_as_convolutions(x) else reference.net_chain
@@ -316,7 +316,7 @@ def coupling_net(
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and sum of squared deviations per channel, float64, no gradient.
+    """Compute mean and sum of squared deviations per channel, in float64 and without a gradient.
 
     See :func:`pyglow_fast.reference.channel_moments`.
     """
@@ -340,22 +340,22 @@ def gaussian_sample(noise: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
 
 
 def summed(log_dets: Sequence[Tensor]) -> Tensor:
-    """The sum of log-dets (N,) of functions that follow one another; the only one as it is."""
+    """Sum the log-dets (N,) of functions that follow one another; a single one is returned as it is."""
     return log_dets[0] if len(log_dets) == 1 else torch.stack(list(log_dets)).sum(0)
 
 
 def per_sample(x: Tensor, log_det: Tensor) -> Tensor:
-    """P log_det, the same for each of the N samples: (N,)."""
+    """Spread P log_det, the same for each of the N samples, to (N,)."""
     return (log_det * n_positions(x)).expand(x.shape[0])
 
 
 def channel_linear(x: Tensor, weight: Tensor, weight_log_det: Tensor) -> tuple[Tensor, Tensor]:
-    """z = W x, log_det = P log|det W|. weight (C, C), weight_log_det () -> z like x, log_det (N,)."""
+    """z = W x at every position, log_det = P log|det W|, for weight W (C, C) and its weight_log_det ()."""
     return channel_mix(x, weight, weight.new_zeros(weight.shape[0])), per_sample(x, weight_log_det)
 
 
 def channel_linear_inverse(z: Tensor, weight: Tensor, weight_log_det: Tensor) -> tuple[Tensor, Tensor]:
-    """x = W^-1 z, log_det = -P log|det W|."""
+    """x = W^-1 z at every position, the inverse of :func:`channel_linear`; log_det = -P log|det W|."""
     x = channel_unmix(z, invert_matrix(weight), weight.new_zeros(weight.shape[0]))
     return x, per_sample(z, -weight_log_det)
 
@@ -365,13 +365,13 @@ def _per_channel(x: Tensor, value: Tensor) -> Tensor:
 
 
 def actnorm(x: Tensor, log_scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """z = (x + bias) exp(log_scale), log_det = P sum log_scale. log_scale, bias (C,) -> z like x, log_det (N,)."""
+    """z = (x + bias) exp(log_scale) per channel, log_det = P sum log_scale; log_scale and bias are (C,)."""
     scale = log_scale.exp()
     z = torch.addcmul(_per_channel(x, bias * scale), x, _per_channel(x, scale))
     return z, per_sample(x, log_scale.sum())
 
 
 def actnorm_inverse(z: Tensor, log_scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """x = z exp(-log_scale) - bias, log_det = -P sum log_scale."""
+    """x = z exp(-log_scale) - bias, the inverse of :func:`actnorm`; log_det = -P sum log_scale."""
     x = torch.addcmul(_per_channel(z, -bias), z, _per_channel(z, (-log_scale).exp()))
     return x, per_sample(z, -log_scale.sum())

@@ -1,4 +1,4 @@
-"""What is installed, what was built, and which backend each op will use and why: the text of ``pyglow-fast info``."""
+"""Facts on what is installed, what was built, and which backend each op uses: the text of ``pyglow-fast info``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PACKAGES = ("numpy", "safetensors", "torchvision", "pillow")
 
 
 def collect() -> dict[str, dict[str, str]]:
-    """All facts by section, as text. This is the one place that asks for devices, and only when it is called."""
+    """Collect all facts by section, as text. Only this function asks for devices, and only when it is called."""
     return {
         "versions": _versions(),
         "build": _build(),
@@ -27,7 +27,7 @@ def collect() -> dict[str, dict[str, str]]:
 
 
 def report() -> str:
-    """The facts of :func:`collect` as lines to print."""
+    """Format the facts of :func:`collect` as lines to print."""
     lines = []
     for section, facts in collect().items():
         lines.append(section)

@@ -1,4 +1,4 @@
-"""From integer images to bits per dimension: each convention in one place.
+"""Conventions from integer images to bits per dimension, each in one place.
 
 Levels ``0 .. n_bins-1`` are spread over [-0.5, 0.5): ``x = (level + u) / n_bins - 0.5`` with ``u`` uniform in [0, 1).
 The density of ``x`` then bounds the probability of the level (Theis et al. 2016, "A note on the evaluation of
@@ -30,7 +30,7 @@ def dequantize(
     dtype: torch.dtype = torch.float32,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """x = (level + u) / n_bins - 0.5, u ~ U[0, 1).
+    """Spread integer levels with noise: x = (level + u) / n_bins - 0.5, u ~ U[0, 1).
 
     Args:
         images: integer levels in 0..n_bins-1, any shape, any integer dtype. Not changed.
@@ -44,6 +44,13 @@ def dequantize(
 
     Raises:
         ValueError: images are not integers, or hold a level outside 0..n_bins-1; noise of another shape or dtype.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.likelihood import dequantize, quantize
+        >>> x = dequantize(torch.tensor([0, 128, 255]))
+        >>> x.min() >= -0.5, x.max() < 0.5, quantize(x)  # the noise stays within a level
+        (tensor(True), tensor(True), tensor([  0, 128, 255]))
     """
     _check_bins(n_bins)
     expect(
@@ -54,12 +61,12 @@ def dequantize(
     )
     expect(isinstance(images, Tensor), "images", "a Tensor", type(images).__name__)
     is_integer = not (images.is_floating_point() or images.is_complex()) and images.dtype != torch.bool
-    expect(is_integer, "images", "an integer dtype (levels, not scaled values)", images.dtype)
+    expect(is_integer, "images", "an integer dtype (grey levels, not scaled values)", images.dtype)
     if images.dtype in _WIDE_UNSIGNED:
         images = images.long()
     if images.numel() and not is_batched():  # there values cannot be read
         low, high = (int(value) for value in torch.aminmax(images))
-        expect(low >= 0 and high < n_bins, "images", f"levels in 0..{n_bins - 1} (n_bins={n_bins})", f"{low}..{high}")
+        expect(low >= 0 and high < n_bins, "images", f"grey levels in 0..{n_bins - 1} ({n_bins=})", f"{low}..{high}")
     if noise is None:
         device = images.device if generator is None else generator.device
         noise = torch.rand(images.shape, generator=generator, device=device, dtype=dtype).to(images.device)
@@ -73,7 +80,7 @@ def dequantize(
 
 
 def quantize(x: Tensor, n_bins: int = 256) -> Tensor:
-    """level = floor((x + 0.5) n_bins), clamped to 0..n_bins-1: the left inverse of :func:`dequantize`.
+    """Find level = floor((x + 0.5) n_bins), clamped to 0..n_bins-1, of x: the left inverse of :func:`dequantize`.
 
     Args:
         x: floating values, any shape; values outside [-0.5, 0.5) go to the nearest level.
@@ -94,12 +101,12 @@ def quantize(x: Tensor, n_bins: int = 256) -> Tensor:
 
 
 def count_not_finite(x: Tensor) -> int:
-    """How many of the images x (N, ...) hold NaN or inf, which have no level."""
+    """Count the images among x (N, ...) that hold NaN or inf, which have no level."""
     return int((~x.isfinite().flatten(1).all(1)).sum())
 
 
 def bits_per_dim(log_prob: Tensor, n_dims: int, n_bins: int = 256) -> Tensor:
-    """bits/dim = -log_prob / (D ln 2) + log2(n_bins).
+    """Convert a log density: bits/dim = -log_prob / (D ln 2) + log2(n_bins).
 
     Args:
         log_prob: log density of the dequantised x in nats, (N,).
@@ -108,6 +115,12 @@ def bits_per_dim(log_prob: Tensor, n_dims: int, n_bins: int = 256) -> Tensor:
 
     Returns:
         Bits per dimension, (N,).
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.likelihood import bits_per_dim
+        >>> bits_per_dim(torch.tensor([0.0]), n_dims=3 * 8 * 8)  # a density of 1 everywhere: 8 bits a number
+        tensor([8.])
     """
     _check_bins(n_bins)
     expect(n_dims > 0, "n_dims", "a positive number", n_dims)

@@ -1,4 +1,4 @@
-"""CPU memory that the kernels have used and that waits for another use; see docs/memory.md."""
+"""Memory of the CPU that the kernels have used and that waits for another use; see docs/memory.md."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pyglow_fast import _backend
 
 
 def idle_memory() -> int:
-    """The bytes of CPU memory that wait for another use, by outputs or coupling nets; 0 without the compiled kernels.
+    """Count the bytes of CPU memory that wait for another use, by outputs or coupling nets; 0 without the kernels.
 
     At most 64 MiB in the middle of a training step or an evaluation, and after it 32 MiB, but no more than the largest
     of the last 16 steps had in use.

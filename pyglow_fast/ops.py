@@ -85,7 +85,7 @@ def _shapes_alone(fake: Callable[..., Any], *args: Any, **options: Any) -> Any:
 
 
 def names() -> list[str]:
-    """All ops, as ``torch.ops.pyglow_fast`` has them."""
+    """List all ops, as ``torch.ops.pyglow_fast`` has them."""
     found = (name.split("::") for name in torch._C._dispatch_get_all_op_names())
     return sorted(name for namespace, name in found if namespace == "pyglow_fast")
 
@@ -99,7 +99,7 @@ def is_compiled(name: str, device_type: str) -> bool:
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
-    """What an output that goes with x has: channels-last if x is that, else contiguous; see csrc/bindings/checks.h."""
+    """The memory format of an output that goes with x: channels-last if x is, else contiguous."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)
     return torch.contiguous_format if x.is_contiguous() or not x.is_contiguous(memory_format=last) else last
 
@@ -193,12 +193,12 @@ def _fake_net_chain(x: Tensor, cond: Tensor | None, weights: Sequence[Tensor], *
 
 
 def kept_per_position(hidden: Sequence[int], activations: Sequence[int]) -> int:
-    """Numbers that one position keeps, of hidden layers of these widths: NetChain::kept_per_position."""
+    """Count the numbers that hidden layers of these widths keep for one position: NetChain::kept_per_position."""
     return sum(width * (2 if code in KEEPS_INPUT else 1) for width, code in zip(hidden, activations, strict=True))
 
 
 def kept_elements(x: Tensor, weights: Sequence[Tensor], activations: Sequence[int], dilations: Sequence[int]) -> int:
-    """What net_chain keeps for its backward, as csrc/core.h has it (NetChain::kept)."""
+    """Count what net_chain keeps for its backward, as csrc/core.h does (NetChain::kept)."""
     rows = kept_per_position([weight.shape[0] for weight in weights[:-1]], activations)
     dims = x.dim() - 2
     reach = 0
@@ -345,7 +345,7 @@ def has_kernel(spec: CouplingSpec) -> bool:
 
 
 def coupling_arguments(spec: CouplingSpec, inverse: bool) -> tuple[int, int, bool, float, float, float, float]:
-    """The trailing arguments of the coupling ops."""
+    """List the trailing arguments of the coupling ops: codes of map and order, direction, bias, eps, clamp, factor."""
     name = str(spec.scale_map)
     if spec.coupling == "additive":
         name = "none"
@@ -358,7 +358,7 @@ ChainArguments = tuple[tuple[int, ...], tuple[float, ...], tuple[int, ...]]
 
 
 def chain_arguments(spec: ChainSpec) -> ChainArguments:
-    """What the ops of nets take of a description: codes and parameters of the activations, dilations.
+    """List what the ops of nets take of a description: codes and parameters of the activations, dilations.
 
     Raises:
         ValueError: see :func:`pyglow_fast.reference.check_spec`.

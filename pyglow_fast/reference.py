@@ -35,7 +35,7 @@ _ATAN_GAIN = 0.636  # about 2/pi: the soft clamp of FrEIA tends to +-clamp
 
 
 def full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Autocast is for the coupling nets: the flow itself keeps its dtype."""
+    """A context without autocast, which is for the coupling nets: the flow itself keeps its dtype."""
     device_type = x.device.type
     if not autocast_is_on(device_type):
         return contextlib.nullcontext()  # which costs a tenth
@@ -43,9 +43,9 @@ def full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def full_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, as exact as their dtype: where the settings let products round float32 numbers, in float64.
+    """Multiply a @ b as exactly as their dtype: in float64 where torch's settings let float32 products round.
 
-    For what the flow itself multiplies, as no setting of the process is changed for it.
+    What the flow itself multiplies must not be rounded, and the settings, which are the process's, are not changed.
     """
     with full_precision(a):
         if _float32.rounds(PRODUCTS, a):
@@ -60,12 +60,20 @@ def autocast_is_on(device_type: str) -> bool:
 
 @with_former_field("kind", "coupling")
 class CouplingSpec(NamedTuple):
-    """How the coupling net's output becomes shift and scale.
+    """How shift and scale of a coupling come from its net's output: affine or additive, by which scale map.
 
     ``coupling`` "affine" or "additive"; ``scale_map`` one of SCALE_MAPS, or a callable raw -> (scale, log_scale);
     ``factor``, ``bias`` and ``eps`` of factor sigmoid(raw + bias) + eps (a factor of 2 and no bias in Jet); ``clamp``
     of exp(clamp tanh(raw / clamp)) and exp(clamp 0.636 atan(raw)); ``order`` "shift_scale": y = (u + shift) s, or
     "scale_shift": y = u s + shift.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast import functional
+        >>> from pyglow_fast.reference import CouplingSpec
+        >>> u, net_out = torch.ones(1, 2), torch.tensor([[3.0, 0.0]])  # a shift of 3, a raw scale of 0
+        >>> functional.coupling(u, net_out, CouplingSpec(scale_map="exp"))  # u1, (u2 + 3) exp(0); log s
+        (tensor([[1., 4.]]), tensor([0.]))
     """
 
     coupling: str = "affine"
@@ -79,10 +87,16 @@ class CouplingSpec(NamedTuple):
 
 @with_former_field("kind", "function")
 class Activation(NamedTuple):
-    """What a hidden layer of a coupling net is followed by: ``function``, one of ACTIVATIONS, and its ``parameter``.
+    """The function behind a hidden layer of a coupling net: ``function``, one of ACTIVATIONS, and its ``parameter``.
 
-    That is the slope of "leaky_relu" below zero, 0 to 1, or the alpha of "elu", above 0; the others have none. "gelu"
-    is exact, "gelu_tanh" torch's approximation of it.
+    The parameter is the slope of "leaky_relu" below zero, 0 to 1, or the alpha of "elu", above 0; others have none.
+    "gelu" is exact, "gelu_tanh" torch's approximation of it.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.reference import Activation, activated
+        >>> activated(torch.tensor([-5.0, 3.0]), Activation("leaky_relu", 0.1))
+        tensor([-0.5000,  3.0000])
     """
 
     function: str = "relu"
@@ -90,9 +104,18 @@ class Activation(NamedTuple):
 
 
 class ChainSpec(NamedTuple):
-    """A coupling net that is a chain of layers, but for its weights; see :func:`net_chain`.
+    """All of a coupling net that is a chain of layers, but for its weights; see :func:`net_chain`.
 
     ``activations`` of the hidden layers, all but the last; ``dilations`` of every layer, along each spatial dimension.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast import functional
+        >>> from pyglow_fast.reference import Activation, ChainSpec
+        >>> spec = ChainSpec((Activation("relu"),), dilations=((), ()))  # of vectors: no spatial dimensions
+        >>> weights, biases = [torch.eye(2), torch.ones(1, 2)], [torch.zeros(2), torch.zeros(1)]
+        >>> functional.net_chain(torch.tensor([[3.0, -5.0]]), weights, biases, spec)  # relu(3) + relu(-5)
+        tensor([[3.]])
     """
 
     activations: tuple[Activation, ...]
@@ -110,7 +133,7 @@ def lu_weight(permutation: Tensor, lower: Tensor, upper: Tensor, log_diag: Tenso
 
 
 def plu_weight(permutation: Tensor, lower: Tensor, upper: Tensor, log_diag: Tensor, sign_diag: Tensor) -> Tensor:
-    """The W of :func:`lu_weight` as (P L) U with P a matrix (C, C), in the order in which other libraries multiply."""
+    """Compute the W of :func:`lu_weight` as (P L) U, P a matrix (C, C), the order in which other libraries multiply."""
     lower, upper = _lu_factors(lower, upper, log_diag, sign_diag)
     return full_product(full_product(permutation, lower), upper)
 
@@ -133,7 +156,7 @@ def fold_actnorm(weight: Tensor, log_scale: Tensor, bias: Tensor) -> tuple[Tenso
 
 
 def gather_actnorm(index: Tensor, log_scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """s and c of the gather s_i x_j + c_i = exp(log_scale_j) (x_j + bias_j), j = index_i.
+    """Fold an actnorm into a gather: s and c of s_i x_j + c_i = exp(log_scale_j) (x_j + bias_j), j = index_i.
 
     It is :func:`fold_actnorm` of a permutation, without a matrix. All arguments and results (..., C).
     """
@@ -142,7 +165,7 @@ def gather_actnorm(index: Tensor, log_scale: Tensor, bias: Tensor) -> tuple[Tens
 
 
 def check_index(index: Tensor, channels: int) -> None:
-    """Refuse what is no permutation of the channels; its values where reading them stops no stream.
+    """Refuse an index that is no permutation of the channels; its values are read where that stops no stream.
 
     Raises:
         ValueError: another shape or dtype, a place that there is not, or one that comes twice.
@@ -167,7 +190,7 @@ def invert_gather(scale: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def transpose_map(matrix: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """M^T of a matrix (C, C), or of the scales (C,) of a gather with its index, of which M^T is one too."""
+    """Transpose M, a matrix (C, C), or the scales (C,) of a gather with its index, whose M^T is a gather too."""
     if index is None:
         return matrix.T, None
     back = index.argsort()
@@ -180,7 +203,7 @@ def flat_positions(x: Tensor) -> Tensor:
 
 
 def n_positions(x: Tensor) -> int:
-    """P, the product of the spatial sizes of x (N, C, *spatial)."""
+    """The number of positions P, the product of the spatial sizes of x (N, C, *spatial)."""
     return math.prod(x.shape[2:])
 
 
@@ -200,11 +223,11 @@ def _per_channel(value: Tensor, x: Tensor) -> Tensor:
 def channel_mix(
     x: Tensor, matrix: Tensor, offset: Tensor, squeeze_first: bool = False, index: Tensor | None = None
 ) -> Tensor:
-    """u = M x + c at every position. x (N, C, *spatial), matrix (C, C), offset (C,).
+    """u = M x + c at every position of x (N, C, *spatial), with matrix M (C, C) and offset c (C,).
 
-    With an index (C,), a permutation in int64, a gather: u_i = matrix_i x_j + c_i, j = index_i, and matrix (C,). So
-    here and wherever an index is given beside a matrix. What is not finite stays in its channel, while a product, which
-    adds zeros times it to all others, spreads it.
+    With an index (C,), a permutation in int64, it is a gather: u_i = matrix_i x_j + c_i, j = index_i, and matrix (C,).
+    The same holds wherever an index is given beside a matrix. In a gather NaN and inf stay in their channel, while a
+    product, which adds zeros times them to all others, spreads them.
 
     With squeeze_first, u = M squeeze(x) + c, x (N, C / 2^d, *(2 spatial)).
     """
@@ -218,7 +241,7 @@ def channel_mix(
 def channel_unmix(
     u: Tensor, inverse_matrix: Tensor, offset: Tensor, unsqueeze_after: bool = False, index: Tensor | None = None
 ) -> Tensor:
-    """x = M^-1 (u - c) at every position. u (N, C, *spatial), inverse_matrix (C, C) = M^-1, offset (C,) = c.
+    """x = M^-1 (u - c) at every position of u (N, C, *spatial), with inverse_matrix M^-1 (C, C) and offset c (C,).
 
     With an index x_i = inverse_matrix_i (u_j - c_j), j = index_i: both are :func:`invert_gather`'s.
 
@@ -234,7 +257,7 @@ def channel_unmix(
 
 
 def stacked(matrices: Tensor) -> Tensor:
-    """(..., C, C) as (K, C, C)."""
+    """View matrices (..., C, C) as one stack (K, C, C)."""
     return matrices.reshape(math.prod(matrices.shape[:-2]), *matrices.shape[-2:])
 
 
@@ -258,7 +281,7 @@ def log_abs_det(matrices: Tensor) -> Tensor:
 
 
 def invert_matrix(matrix: Tensor) -> Tensor:
-    """M^-1 of the matrix actually applied, formed in float64 and rounded once. matrix (..., C, C).
+    """Invert the matrix that is applied, (..., C, C): M^-1 is formed in float64 and rounded once.
 
     Raises:
         SingularMatrixError: a ValueError; a matrix is singular (checked on the CPU only: on CUDA the check would stop
@@ -271,7 +294,7 @@ def invert_matrix(matrix: Tensor) -> Tensor:
 
 
 def refuse_singular(found: bool) -> None:
-    """Raise SingularMatrixError if a singular one was ``found`` among matrices to be inverted."""
+    """Raise SingularMatrixError if a singular matrix was ``found`` among those to be inverted."""
     if found:
         raise SingularMatrixError("matrix: expected an invertible matrix, found a singular one")
 
@@ -283,7 +306,7 @@ def factor_fits(spec: CouplingSpec) -> bool:
 
 
 def scale_and_log(raw: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor]:
-    """(s, log s) of the net's raw scale; log s directly, never as the log of an underflowed s."""
+    """Compute (s, log s) of the net's raw scale; log s directly, never as the log of an underflowed s."""
     if callable(spec.scale_map):
         return spec.scale_map(raw)
     if spec.scale_map == "sigmoid":
@@ -347,7 +370,7 @@ def coupling_inverse(y: Tensor, net_out: Tensor, spec: CouplingSpec) -> tuple[Te
 def coupling_mix(
     u: Tensor, net_out: Tensor, matrix: Tensor, offset: Tensor, spec: CouplingSpec, index: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """M y + c of the next step, where y, log_det = coupling(u, net_out): what lies between two coupling nets."""
+    """M y + c of the next step, where y, log_det = coupling(u, net_out): all that lies between two coupling nets."""
     y, log_det = coupling(u, net_out, spec)
     return channel_mix(y, matrix, offset, index=index), log_det
 
@@ -355,13 +378,13 @@ def coupling_mix(
 def coupling_mix_inverse(
     y: Tensor, net_out: Tensor, inverse_matrix: Tensor, offset: Tensor, spec: CouplingSpec, index: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """x = M^-1 (u - c) where u, log_det = coupling_inverse(y, net_out): a whole step back but for its net."""
+    """x = M^-1 (u - c) where u, log_det = coupling_inverse(y, net_out): a whole step back except for its net."""
     u, log_det = coupling_inverse(y, net_out, spec)
     return channel_unmix(u, inverse_matrix, offset, index=index), log_det
 
 
 def activated(h: Tensor, activation: Activation, in_place: bool = False) -> Tensor:
-    """The activation of h, by torch; in_place: a relu may be written over h, which nobody else has."""
+    """Apply the activation to h, by torch; in_place: a relu may overwrite h, which nobody else has."""
     function, parameter = activation
     if function == "relu" or (function == "leaky_relu" and not parameter):  # of -inf 0, and not NaN as 0 times it
         return h.relu_() if in_place else h.relu()
@@ -394,7 +417,7 @@ def check_spec(spec: ChainSpec) -> None:
 
 
 def check_chain(weights: Sequence[Tensor], spec: ChainSpec) -> None:
-    """Refuse a description that is not of these weights; see :func:`check_spec`.
+    """Refuse a description that does not fit these weights; see :func:`check_spec`.
 
     Raises:
         ValueError: as that, and for other layers or dimensions, or kernels of other sizes than KERNEL_SIZES.
@@ -416,7 +439,7 @@ def sides(kernel_size: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...
 def with_gain(
     weights: Sequence[Tensor], biases: Sequence[Tensor], log_gain: Tensor | None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The weights and biases of a chain, the last ones times exp(3 log_gain): they are smaller than the output."""
+    """Multiply the last weights and biases of a chain by exp(3 log_gain), which is less work than the output."""
     weights, biases = list(weights), list(biases)
     if log_gain is not None:
         gain = (3.0 * log_gain).exp().flatten()
@@ -435,7 +458,7 @@ def net_chain(
 ) -> Tensor:
     """exp(3 log_gain) (w_L * h_(L-1) + b_L), h_l = a_l(w_l * h_(l-1) + b_l), h_0 = x, or x and cond side by side.
 
-    Convolutions that keep the size, padded by zeros; of vectors (N, C) products.
+    The layers are convolutions that keep the size, padded by zeros; of vectors (N, C) they are matrix products.
 
     x (N, C_in, *spatial), up to three spatial dimensions; cond (N, C_cond, *spatial) or None; w_l (C_l, C_(l-1),
     *sizes); b_l (C_l,); log_gain: C_L elements, or None for zeros -> (N, C_L, *spatial).
@@ -459,7 +482,7 @@ def net_chain(
 
 
 def coupling_net_spec(dims: int, leak: float = 0.0) -> ChainSpec:
-    """Glow's own coupling net as a chain: three convolutions, (leaky) relus in between."""
+    """Describe Glow's own coupling net as a chain: three convolutions, (leaky) relus in between."""
     if torch.compiler.is_compiling():  # which warns of caches
         return _coupling_net_spec(dims, leak)
     return _known_coupling_net_spec(dims, leak)
@@ -500,7 +523,7 @@ def coupling_net(
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and sum of squared deviations m2 = sum (x - mean)^2 per channel, over samples and positions.
+    """Compute mean and sum of squared deviations m2 = sum (x - mean)^2 per channel, over samples and positions.
 
     x (N, C, *spatial) -> float64 (C,) each, zero where x is empty. Variance is m2 / (N P); sets merge by
     :func:`merge_moments`.
@@ -512,9 +535,9 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def merge_moments(counts: Tensor, means: Tensor, m2s: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and m2 of R sets together, from those of each: with d = mean_b - mean_a and n = n_a + n_b,
+    """Merge the mean and m2 of R sets into those of all, pair by pair (Chan, Golub & LeVeque 1983).
 
-    mean = mean_a + d n_b / n,  m2 = m2_a + m2_b + d^2 n_a n_b / n  (Chan, Golub & LeVeque 1983).
+    mean = mean_a + d n_b / n, m2 = m2_a + m2_b + d^2 n_a n_b / n, with d = mean_b - mean_a and n = n_a + n_b.
 
     counts (R,), means and m2s (R, C), float64 -> (C,) each. A set may be empty.
     """
@@ -529,7 +552,7 @@ def merge_moments(counts: Tensor, means: Tensor, m2s: Tensor) -> tuple[Tensor, T
 
 
 def squeeze(x: Tensor, factor: int = 2) -> Tensor:
-    """Space to channels: (N, C, *spatial) -> (N, C factor^d, *spatial / factor), channel c factor^d + block offset.
+    """Move space into channels: (N, C, *spatial) -> (N, C factor^d, *spatial / factor), at c factor^d + block offset.
 
     For images this is pixel_unshuffle: out channel c*4 + 2*dh + dw. Volume-preserving, log_det = 0.
 
@@ -546,7 +569,7 @@ def squeeze(x: Tensor, factor: int = 2) -> Tensor:
 
 
 def unsqueeze(x: Tensor, factor: int = 2) -> Tensor:
-    """Channels to space: the inverse of :func:`squeeze`.
+    """Move channels back to space, which undoes :func:`squeeze`.
 
     Raises:
         ValueError: the channels do not divide by factor^d.
@@ -568,7 +591,7 @@ def _checkerboard(x: Tensor, parity: int) -> Tensor:
 
 
 def checkerboard_split(x: Tensor, parity: int, both: bool = True) -> Tensor:
-    """A checkerboard in two: the values at positions whose indices have a sum of ``parity``, and behind them the rest.
+    """Divide a checkerboard: first the values at positions whose indices have a sum of ``parity``, then the rest.
 
     x (N, C, R, *rest), one to three spatial dimensions, R even -> (N, 2 C, R / 2, *rest), without ``both`` the first C
     channels of it. Two rows have one position of each parity in every column: [..., r, j] is that of rows 2 r, 2 r + 1.
@@ -585,7 +608,7 @@ def checkerboard_split(x: Tensor, parity: int, both: bool = True) -> Tensor:
 
 
 def checkerboard_merge(halves: Tensor, parity: int, both: bool = True) -> Tensor:
-    """The inverse of :func:`checkerboard_split`; without ``both`` its transpose, with zeros at the other positions."""
+    """Undo :func:`checkerboard_split`; without ``both`` apply its transpose, with zeros at the other positions."""
     kept, other = halves.chunk(2, dim=1) if both else (halves, halves.new_zeros(()))
     board = _checkerboard(kept, parity)
     return torch.where(board, kept.unsqueeze(3), other.unsqueeze(3) if both else other).flatten(2, 3)
@@ -630,6 +653,6 @@ def flow_step_inverse(
     net: Callable[[Tensor], Tensor],
     spec: CouplingSpec,
 ) -> tuple[Tensor, Tensor]:
-    """The inverse of :func:`flow_step`, given M^-1; log_det is the negative of the forward one."""
+    """Undo :func:`flow_step`, given M^-1; log_det is the negative of the forward one."""
     u, log_det = coupling_inverse(y, net(y[:, : y.shape[1] // 2]), spec)
     return channel_unmix(u, inverse_matrix, offset), log_det - matrix_log_det * n_positions(y)

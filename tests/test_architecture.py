@@ -2,8 +2,9 @@
 
 import ast
 import re
+import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ PACKAGE = "pyglow_fast"
 
 # What each part of the package may import of the others; a new module or subpackage is entered here. A part is a direct
 # child of the package: layers stands for all modules in layers/.
-FOUNDATION = {"_tracing", "_errors", "_captures", "_derivatives", "_float32", "_renamed"}
+FOUNDATION = {"_tracing", "_errors", "_settings", "_captures", "_derivatives", "_float32", "_moments", "_renamed"}
 STACK = (  # each may import those before it
     "_backend",
     "ops",
@@ -32,11 +33,13 @@ STACK = (  # each may import those before it
     "web",
     "cli",
 )
-BESIDE = {"reference", "likelihood", "presets", "_moments"}  # torch at most, usable by every layer above _backend
+BESIDE = {"reference", "likelihood", "presets"}  # torch at most, usable by every layer above _backend
 ALLOWED: dict[str, set[str]] = {
     "_tracing": set(),
     "_float32": set(),
+    "_moments": set(),
     "_errors": {"_tracing"},
+    "_settings": {"_errors"},
     "_captures": {"_errors", "_tracing"},
     "_derivatives": {"_errors"},
     "_renamed": {"_errors"},
@@ -324,3 +327,91 @@ def test_every_native_source_is_built() -> None:
     lists = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
     built = {path for pattern in re.findall(r"csrc/[\w/]+/\*\.\w+", lists) for path in ROOT.glob(pattern)}
     assert built == {path for path in native_files() if path.suffix in {".cpp", ".cu"}}
+
+
+# The figure of docs/architecture.md: the same parts, above what they import, and the imports that there are.
+with pytest.MonkeyPatch.context() as _patch:
+    _patch.syspath_prepend(ROOT / "docs" / "_site")
+    DRAWING = runpy.run_path(str(ROOT / "docs" / "_site" / "architecture.py"))
+Edge = tuple[str, str]
+
+
+def reduced(edges: Iterable[Edge]) -> set[Edge]:
+    """The edges of a graph without cycles that do not follow from others."""
+    below: dict[str, set[str]] = {}
+    for upper, lower in edges:
+        below.setdefault(upper, set()).add(lower)
+
+    def reached(part: str) -> set[str]:
+        return {part}.union(*(reached(lower) for lower in below.get(part, ())))
+
+    def follows(upper: str, lower: str) -> bool:
+        return any(lower in reached(other) for other in below[upper] - {lower})
+
+    return {(upper, lower) for upper, others in below.items() for lower in others if not follows(upper, lower)}
+
+
+def python_edges() -> Iterator[Edge]:
+    """(part, another that it imports), of those that are drawn."""
+    for path in python_modules():
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for found in imports(path.read_text(encoding="utf-8"), module):
+            names = module.split(".")[1], (*found.module.split("."), "__init__")[1]
+            if is_within(found.module, PACKAGE) and names[0] != names[1] and set(names) <= set(DRAWING["PARTS"]):
+                yield names
+
+
+def native_edges() -> Iterator[Edge]:
+    """(folder of csrc or core.h, another that it includes)."""
+    for path in native_files():
+        for included in re.findall(r'^\s*#\s*include\s*"([^"]+)"', path.read_text(encoding="utf-8"), re.MULTILINE):
+            names = path.relative_to(ROOT / "csrc").as_posix(), included
+            upper, lower = (name.rpartition("/")[0] or name for name in names)
+            if upper != lower:
+                yield upper, lower
+
+
+def test_the_drawn_parts_are_the_real_ones() -> None:
+    small = {name for name in FOUNDATION | BESIDE if name.startswith("_")}  # which all may import
+    assert set(DRAWING["PARTS"]) == set(ALLOWED) - small - {"__main__"}
+    assert set(DRAWING["NATIVE"]) == set(OWN_HEADERS)
+
+
+def test_the_drawn_arrows_are_the_real_imports() -> None:
+    assert set(DRAWING["ARROWS"]) == reduced(python_edges())
+    assert set(DRAWING["NATIVE_ARROWS"]) == reduced(native_edges())
+
+
+def test_parts_are_drawn_above_what_they_may_import() -> None:
+    rows = {name: place.row for name, place in {**DRAWING["PARTS"], **DRAWING["NATIVE"]}.items()}
+    spine = [name for name in STACK if name != "latents"]  # which is beside
+    assert sorted(spine, key=rows.__getitem__, reverse=True) == spine
+    for upper, lower in (*DRAWING["ARROWS"], *DRAWING["NATIVE_ARROWS"]):
+        beside = DRAWING["PARTS"].get(lower)
+        sideways = beside is not None and (beside.column != "spine" or upper == "memory")
+        assert rows[upper] < rows[lower] or (rows[upper] == rows[lower] and sideways), (upper, lower)
+
+
+@pytest.mark.parametrize(
+    ("edges", "left"),
+    [
+        ([("a", "b"), ("b", "c"), ("a", "c")], {("a", "b"), ("b", "c")}),
+        ([("a", "b"), ("b", "c"), ("c", "d"), ("a", "d")], {("a", "b"), ("b", "c"), ("c", "d")}),
+        ([("a", "c"), ("b", "c")], {("a", "c"), ("b", "c")}),
+    ],
+)
+def test_arrows_that_follow_from_others_are_left_out(edges: list[Edge], left: set[Edge]) -> None:
+    assert reduced(edges) == left
+
+
+@pytest.mark.parametrize("name", DRAWING["FIGURES"])
+def test_the_figures_are_what_their_script_draws(name: str) -> None:
+    drawn = DRAWING["FIGURES"][name]().source()
+    assert (ROOT / "docs" / "architecture" / name).read_text(encoding="utf-8") == drawn
+
+
+def test_words_that_are_too_wide_for_their_box_are_refused() -> None:
+    figure = DRAWING["Figure"](200, 100, "a figure")
+    figure.titled(0, 0, 120, 40, "a name", ["words that fit"])
+    with pytest.raises(ValueError, match="expected at most"):
+        figure.titled(0, 0, 120, 40, "a name", ["words that are too long for it"])

@@ -125,15 +125,18 @@ SLACK = {"float64": 32.0, "float32": 16.0, "half": 4.0}
 def real(seed: int) -> tuple[ChainSpec, Numbers, list[Tensor], list[float]]:
     """A chain, its results in float64, and how many roundings each is off by, at most, as the library has it.
 
-    What a rounding does to a result is the chain's matter and no dtype's: a gradient may cancel. It is measured in
-    two dtypes, as in one of them the library may be right by chance.
+    What a rounding does to a result is the chain's matter and no dtype's: a gradient may cancel. A result of few
+    numbers may be right by chance: it is measured in two dtypes of the library, and with inputs off by a rounding each.
     """
     spec, numbers = drawn_real(seed)
     plain = numbers.contiguous
     exact = results(reference.net_chain, spec, plain)
     in_float = relative_errors(results(reference.net_chain, spec, plain.to(torch.float32)), exact)
     in_16_bits = relative_errors(results(in_half(reference.net_chain), spec, plain.to(torch.float32)), exact)
-    found = [max(a / ROUNDING["float32"], b / ROUNDING["half"]) for a, b in zip(in_float, in_16_bits, strict=True)]
+    unit = ROUNDING["float32"]
+    nudged = [relative_errors(results(reference.net_chain, spec, plain.nudged(draw, unit)), exact) for draw in range(2)]
+    measured = zip(in_float, in_16_bits, *nudged, strict=True)
+    found = [max(a / unit, b / ROUNDING["half"], *(c / unit for c in moved)) for a, b, *moved in measured]
     return spec, numbers, exact, found
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import pyglow_fast as pgf
+from pyglow_fast._renamed import with_former_argument
 from pyglow_fast.reference import Activation, CouplingSpec
 
 FORMER: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
@@ -72,3 +73,18 @@ def test_a_pickled_permutation_of_a_former_version() -> None:
     assert repr(found) == repr(layer) == "Permute(4, 'reverse')"
     x = torch.randn(2, 4, 3)
     assert torch.equal(found(x)[0], layer(x)[0])
+
+
+def test_a_former_argument_works_as_a_keyword() -> None:
+    @with_former_argument("steps", "frames")
+    def path(start: int, frames: int = 8) -> tuple[int, int]:
+        return start, frames
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (path(1), path(1, 2), path(1, frames=3)) == ((1, 8), (1, 2), (1, 3))
+    with pytest.warns(DeprecationWarning, match="^steps is called frames now; the old name goes with") as said:
+        assert path(1, steps=4) == (1, 4)  # type: ignore[call-arg]
+    assert [warning.filename for warning in said] == [__file__]
+    with pytest.raises(ValueError, match=r"^steps: expected nothing beside frames, its name now, found 4$"):
+        path(1, steps=4, frames=4)  # type: ignore[call-arg]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import importlib
-import inspect
 import re
 import socket
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from mkdocs.commands.build import build
@@ -16,20 +14,11 @@ from mkdocs.config import load_config
 from mkdocs.exceptions import Abort
 from mkdocstrings import Inventory
 from support import ROOT
+from support.machine import no_network
+from support.public_names import MODULES, PACKAGE, public
 
-PACKAGE = "pyglow_fast"
 # What nobody but the package itself imports; everything else has a page in docs/reference.
 INTERNAL = {"autograd", "cli", "convolutions", "coupling_nets", "info", "ops", "reversible", "web"}
-# The module that each page of the reference begins with, but for that of the package itself, whose names are elsewhere.
-MODULES = [
-    re.findall(r"^::: ([\w.]+)$", path.read_text(encoding="utf-8"), re.MULTILINE)[0]
-    for path in sorted((ROOT / "docs" / "reference").glob("*.md"))
-    if path.name != "index.md"
-]
-
-
-def no_network(*args: object) -> None:
-    raise OSError("the site must build without a network")
 
 
 def build_site(folder: Path, **changes: object) -> Path:
@@ -50,16 +39,6 @@ def build_site(folder: Path, **changes: object) -> Path:
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The whole site; a warning would have ended its making."""
     return build_site(tmp_path_factory.mktemp("site"))
-
-
-def public(module: ModuleType) -> Iterator[type]:
-    """The classes and functions that a module offers and that are this package's."""
-    names = [*getattr(module, "__all__", ()), *(item.__name__ for item in getattr(module, "OURS", ()))]
-    for name in names or [name for name in vars(module) if not name.startswith("_")]:
-        value = getattr(module, name)
-        is_ours = (inspect.isclass(value) or inspect.isfunction(value)) and value.__module__.startswith(f"{PACKAGE}.")
-        if is_ours and (names or value.__module__ == module.__name__):
-            yield value
 
 
 def test_every_public_name_is_in_the_reference(site: Path) -> None:
@@ -84,6 +63,10 @@ def test_docstrings_come_out_as_they_were_meant(site: Path) -> None:
         text = path.read_text(encoding="utf-8")
         assert not re.findall(r":(?:func|class|meth|mod):", text), path
         assert not re.findall(r"<em>[^<]*[ ,)]", text), path  # two asterisks of a formula taken for emphasis
+        for line in re.findall(r'^.*class="gp">.*$', text, re.MULTILINE):  # an example is code, not Markdown
+            shown = html.unescape(re.sub(r"<[^>]+>", "", line))
+            assert "\\*" not in shown, (path, shown)
+            assert "&lt;" not in shown, (path, shown)
     layers = (site / "reference" / "layers.html").read_text(encoding="utf-8")
     assert "y1 = x1, y2 = (x2 + shift) s with (shift, raw) = net(x1), s = scale_map(raw)" in layers
     assert "(N, C, *spatial)" in layers

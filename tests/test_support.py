@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import ROOT, covering, machine, web
+from support import ROOT, aarch64, covering, machine, web
 from support.covering import covering_array, pairs
 from support.machine import made_once
 
@@ -162,3 +162,14 @@ def test_a_missing_browser_is_skipped_by_name_or_fails(monkeypatch: pytest.Monke
     web.require("pytest")
     with pytest.raises(pytest.fail.Exception, match=r"no_such_library and chromium.*must"):
         web.require("no_such_library", "pytest", "chromium")
+
+
+def test_a_missing_cross_compiler_is_skipped_by_name_or_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aarch64, "COMPILER", "no-such-compiler")
+    monkeypatch.setattr(aarch64, "EMULATOR", "no-such-emulator")
+    monkeypatch.delenv(aarch64.MUST, raising=False)
+    with pytest.raises(pytest.skip.Exception, match=r"no-such-compiler and no-such-emulator .*apt-get install"):
+        aarch64.require()
+    monkeypatch.setenv(aarch64.MUST, "must")
+    with pytest.raises(pytest.fail.Exception, match=r"no-such-compiler and no-such-emulator.*must"):
+        aarch64.require()

@@ -37,7 +37,7 @@ COMMANDS = [words for _, block in BLOCKS if block.language == "sh" for words in 
 PICTURES = re.findall(r"!\[[^]]+\]\((pictures/.*?)\)", TEXT)
 
 # What follows each command here, so that the tour takes half a minute and not some hours; all else is as shown.
-SMALL_MODEL = "--steps 1 --hidden 4 --batch-size 8 --init-images 8 --eval-images 8 --sample-count 4 --device cpu"
+SMALL_MODEL = "--n-steps 1 --hidden 4 --batch-size 8 --init-images 8 --eval-images 8 --sample-count 4 --device cpu"
 BRIEF = {
     "compare": f"--max-steps 2 --permutations invconv --couplings affine {SMALL_MODEL}",
     "convert": "",

@@ -15,7 +15,7 @@ class Arithmetic(State):
     """A method for each instruction, named after it; modifiers that change nothing for a count are ignored."""
 
     def nothing(self, i: Instruction) -> None:
-        """Changes no register."""
+        """Execute an instruction that changes no register."""
 
     def _MOV(self, i: Instruction) -> None:
         self._set(i.operands[0], self._word(i.operands[1]))

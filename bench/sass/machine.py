@@ -143,7 +143,7 @@ class Machine(Arithmetic):
         self._time(instruction, warps)
 
     def _time(self, instruction: Instruction, warps: Mask) -> None:
-        """In order: an instruction waits for what it reads; its results are there after the latency of its unit."""
+        """Count cycles in order: an instruction waits for what it reads; results come after its unit's latency."""
         start = self.clock + 1
         for key in sources(instruction):
             if key in self.ready:

@@ -18,7 +18,7 @@ Mask = NDArray[np.bool_]
 
 
 class UnknownInstruction(RuntimeError):
-    """An instruction, or a form of it, that this machine does not execute."""
+    """Raised by an instruction, or a form of it, that this machine does not execute."""
 
 
 @dataclasses.dataclass(frozen=True)

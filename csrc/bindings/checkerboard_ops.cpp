@@ -50,7 +50,7 @@ at::Tensor checkerboard_split(const at::Tensor& x_in, int64_t parity, bool both)
   sizes[1] = both ? 2 * channels : channels;
   sizes[2] /= 2;
   at::Tensor halves = empty_reused(sizes, x.options());
-  if (halves.numel() == 0) return halves;  // however many rows of nothing
+  if (halves.numel() == 0) return halves;  // there is no value to move, however many rows there are
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const CheckerboardSplitArgs<T> args{.whole = planes<T>(x, 0),
@@ -73,7 +73,7 @@ at::Tensor checkerboard_merge(const at::Tensor& halves_in, int64_t parity, bool 
   sizes[1] = channels;
   sizes[2] *= 2;
   at::Tensor x = empty_reused(sizes, halves.options());
-  if (x.numel() == 0) return x;  // however many rows of nothing
+  if (x.numel() == 0) return x;  // there is no value to move, however many rows there are
   with_dtype(halves, [&](auto zero) {
     using T = decltype(zero);
     const CheckerboardMergeArgs<T> args{.kept = planes<T>(halves, 0),

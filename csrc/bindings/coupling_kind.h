@@ -25,8 +25,8 @@ inline void check_vector(const char* name, const at::Tensor& vector, const char*
 }
 
 // The channel map of an op: a matrix (C, C), or with an index (C,) of int64 the scales (C,) of a gather. Where reading
-// it does not stop a stream, the index is seen to be a permutation; elsewhere the kernels read no channel that there is
-// not.
+// it does not stop a stream, the index is checked to be a permutation; elsewhere the kernels read nothing for an index
+// that names no channel.
 class MapTensors {
  public:
   MapTensors(const char* name, const at::Tensor& matrix, const std::optional<at::Tensor>& index, const char* x_name,
@@ -55,7 +55,7 @@ class MapTensors {
   const at::Tensor matrix;  // or the scales, contiguous
 
  private:
-  // Before the copy that contiguous() may be.
+  // Checked before contiguous(), which may copy.
   static const at::Tensor& checked(const char* name, const at::Tensor& matrix, bool gathers, const char* x_name,
                                    const at::Tensor& x, int64_t channels) {
     gathers ? check_vector(name, matrix, x_name, x, channels) : check_matrix(name, matrix, x_name, x, channels);

@@ -39,7 +39,7 @@ Extent extent_of(const at::Tensor& x) {
   return {sizes[0], sizes[1], sizes[2]};
 }
 
-// Strides of dimensions that there are not are those of their only element: any will do.
+// A missing dimension has one element, for which any stride will do.
 template <class T>
 Image<T> image_of(T* data, const at::Tensor& x) {
   const auto stride = [&](int64_t dim) { return dim < 2 ? 0 : x.stride(dim); };

@@ -1,4 +1,4 @@
-// Blocks that wait between their uses. Compiled for the baseline processor.
+// A pool of memory blocks, kept between their uses. Compiled for the baseline processor.
 #include <algorithm>
 #include <array>
 #include <cstdlib>
@@ -19,15 +19,15 @@ namespace {
 
 constexpr int64_t page = int64_t{1} << 12;
 constexpr int64_t huge_page = int64_t{1} << 21;
-// Bytes that wait, at most. A step that takes more than the second pays little for fresh pages.
+// The most bytes that are kept unused. A step that takes more than the second takes long beside its fresh pages.
 constexpr int64_t most_within_step = int64_t{1} << 26, most_after_step = int64_t{1} << 25;
-constexpr int remembered_steps = 16;  // what computes in several parts is as many steps to this pool
+constexpr int remembered_steps = 16;  // a training step may look like several steps to the pool
 
 Block fresh_block(int64_t bytes) {
   const int64_t size = std::max(page, (bytes + page - 1) / page * page);
   void* const data = std::aligned_alloc(page, size);
 #ifdef __linux__
-  // One fault for 512 pages. What does not fill a huge page stays out: it would be resident as a whole.
+  // A huge page is one page fault for 512 pages. Only whole ones are asked for: one used in part would take all of it.
   const auto begin = reinterpret_cast<int64_t>(data);
   const int64_t first = (begin + huge_page - 1) / huge_page * huge_page, last = (begin + size) / huge_page * huge_page;
   if (data != nullptr && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
@@ -35,8 +35,9 @@ Block fresh_block(int64_t bytes) {
   return {data, size};
 }
 
-// A step, to the pool, ends when three quarters of the most that it had in use have been given back, and the next
-// begins when twice of what is left is in use. It needs that most, but for what is left.
+// The pool takes for a step what lies between two lows of its use: a step ends when three quarters of the most that it
+// had in use have been given back, and the next begins when twice what is left is in use. What a step needs is its most
+// less what is left.
 class Steps {
  public:
   void take(int64_t bytes) {
@@ -105,7 +106,7 @@ class Pool {
     return idle_size_;
   }
 
-  // The oldest, until no more than `most` bytes are left; freed outside the lock.
+  // Drops the oldest blocks until no more than `most` bytes are left; they are freed outside the lock.
   void drop_idle(int64_t most) {
     std::deque<Block> dropped;
     {
@@ -120,7 +121,7 @@ class Pool {
   }
 
  private:
-  // The smallest of those up to twice as large.
+  // The smallest block that is large enough, and at most twice as large.
   Block idle_for(int64_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
     auto best = idle_.end();
@@ -155,7 +156,7 @@ int64_t idle_bytes() { return pool().idle_size(); }
 void release_idle() {
   pool().drop_idle(0);
 #ifdef __GLIBC__
-  malloc_trim(0);  // which would keep what was freed below something in use
+  malloc_trim(0);  // malloc by itself keeps what was freed below something in use
 #endif
 }
 

@@ -48,8 +48,8 @@ void gather_row(const Gather<T>& map, int64_t i, const T* from, T* to, int64_t l
     store<T>(to + p, math::gathered(math::centred(load<T>(from + p), center), scale, offset));
 }
 
-// f.template operator()<Map, Order>(); where no channel is transformed with the map of the additive coupling, which
-// then meets no row.
+// Calls f.template operator()<Map, Order>(). Where no channel is transformed any map will do, as it meets no row: that
+// of the additive coupling is taken.
 template <class T, class F>
 void with_coupling(const CouplingKind<T>& kind, int64_t transformed, const F& f) {
   with_kind(transformed == 0 ? ScaleMap::none : kind.map, kind.order, f);

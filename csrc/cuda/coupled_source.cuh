@@ -8,7 +8,7 @@ namespace pyglow::cuda {
 
 // couple(in), or uncouple(in) less a center. Patches: the vector path takes the net's output in patches
 // (net_patches.cuh).
-// Spare: of these one half stands in shared memory, where a product leaves no registers for it.
+// Spare: a product leaves registers for one half of a patch only, so the other half is in shared memory.
 template <class T, bool Patches, bool Spare>
 struct CoupledSource {
   static constexpr int tensors = 2;

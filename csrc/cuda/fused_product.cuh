@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(block_threads,
             sharers = column_sharers<Vector>(p.source.channels_adjacent);
   int64_t* const source_table = reinterpret_cast<int64_t*>(logs + (Source::sums ? sharers * log_stride : 0));
   int64_t* const sink_table = source_table + Source::tensors * columns;
-  T* const spare = reinterpret_cast<T*>(source_table);  // which the vector path has none of
+  T* const spare = reinterpret_cast<T*>(source_table);  // in the place of the tables, which the vector path has none of
   // A matrix that fits is read once for all tiles of a block.
   const bool resident = groups == 1 && chunk >= channels;
   const int64_t range = blockIdx.x / groups, first_out = (blockIdx.x - range * groups) * group;
@@ -306,8 +306,8 @@ FusedCut narrow_cut(const FusedCut& wide, int64_t samples, int64_t channels, int
   return best;
 }
 
-// With more blocks than half of the multiprocessors the wide cut stays: were each block two, some multiprocessor would
-// have two of them, and end no earlier.
+// With more blocks than half of the multiprocessors the wide cut stays: if each block were cut in two, some
+// multiprocessor would get two of the halves, and would finish no earlier.
 template <class T, class Source, class Sink>
 FusedCut fused_cut(int64_t samples, int64_t channels, int64_t positions, bool vector) {
   FusedCut cut = wide_cut<T, Source, Sink>(samples, channels, positions, vector);

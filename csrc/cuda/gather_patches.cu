@@ -298,8 +298,7 @@ int64_t target_bytes(int64_t transformed) { return transformed * static_cast<int
 // - Grid: samples by parts of 1024 to 8192 elements, at most max_blocks blocks, which then loop. Each of them first
 //   turns the index round, C numbers from the L2.
 // - Occupancy: up to 128 registers, so 2 blocks of 256 threads on a multiprocessor; a thread has twelve 16-byte loads
-// in
-//   flight, 98 KB in all, more than bandwidth times latency (about 30 KB).
+//   in flight, 98 KB in all, more than bandwidth times latency (about 30 KB).
 // - Bound: memory, 4 values moved for each element.
 template <class T>
 int gather_patches(const GatherArgs<T>& args, bool wide, const Queue& queue) {

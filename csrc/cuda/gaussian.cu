@@ -136,8 +136,7 @@ __global__ void __launch_bounds__(block_threads, sizeof(T) == 4 ? 4 : 3)
 // The three ops have one schedule:
 // - Grid: samples by parts of 1024 to 8192 elements, at most max_blocks blocks, which then loop.
 // - Occupancy: up to 64 registers (float), so 4 blocks of 256 threads on a multiprocessor; each thread has three
-// 16-byte
-//   loads in flight, 48 KB in all, more than bandwidth times latency (about 30 KB).
+//   16-byte loads in flight, 48 KB in all, more than bandwidth times latency (about 30 KB).
 // - Bound: memory; one exponential and a few products for each 12 (or 4, if mean and log_sd repeat) bytes read. The
 //   second stage of the sum reads one double per part.
 template <class T>

@@ -197,8 +197,8 @@ __device__ __forceinline__ void store_patch(const NetGrad& x, int64_t at, const 
   }
 }
 
-// The patch's first channel. The others move up, and what has become of it goes behind them: after as many of these as
-// it has channels all stand where they were, and code that treats one channel is there once.
+// Moves the channels of a patch up by one and puts `last`, what the first has become, behind them. After as many calls
+// as there are channels each is in its place again, so that the code that treats one channel is there once.
 template <class T, int Count>
 __device__ __forceinline__ void rotate(NetPatch<T, Count>& patch, const Vec<T>& last) {
 #pragma unroll

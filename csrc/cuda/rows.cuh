@@ -41,7 +41,7 @@ NetView<Data> net_rows(const NetTensor<Data>& x, Rows rows, int64_t first_channe
   return {data, x.type, x.sample, x.channel, x.position};
 }
 
-// The best rows for tensors of the same positions; those without data do not count.
+// The longest rows that are possible in all of these tensors, of the same positions; those without data do not count.
 template <class First, class... Rest>
 Rows rows_of(int64_t positions, const First& first, const Rest&... rest) {
   if (positions <= 1 || first.channel < first.position) return Rows::positions;

@@ -46,8 +46,8 @@ struct StepSource {
   }
 
   // As CoupledSource's couple_patches, where the thread's column begins at position p of sample n. The sums of the
-  // product leave registers for one half of the net's output: raw, and what becomes of it, stands in shared memory; and
-  // for no offsets of five tensors.
+  // product leave registers for one half of the net's output only, so raw and its gradient are in shared memory. They
+  // leave none for the offsets of five tensors either, which are computed where they are used.
   __device__ __forceinline__ void uncouple_patches(T* tile, int stride, int64_t n, int64_t p, int64_t first, int same,
                                                    int inside, const Aside<T>& aside) const {
     const auto at = [&](const auto& x) { return n * x.sample + p * x.position; };

@@ -4,8 +4,8 @@
 
 namespace pyglow {
 
-// none: additive coupling. scaled_sigmoid is sigmoid with another factor than 1, or with eps > 0: what it costs more,
-// the plain one does not pay.
+// none: additive coupling. scaled_sigmoid is sigmoid with a factor other than 1, or with eps > 0: a map of its own, so
+// that the plain sigmoid is as fast as it can be.
 enum class ScaleMap : int { none = 0, sigmoid = 1, scaled_sigmoid = 2, exp = 3, tanh = 4, atan = 5 };
 
 template <class T>

@@ -9,7 +9,8 @@ import griffe
 
 _log = griffe.get_logger(__name__)
 _ROLE = re.compile(r":(?:func|class|meth|mod|attr):`(~?)([\w.]+)`")
-_CODE = re.compile(r"(``.+?``|`[^`\n]+`)")
+# What is kept as it is: code, and examples from their prompt to the empty line that ends what they print.
+_CODE = re.compile(r"(^ *>>> .*(?:\n *\S.*)*|``.+?``|`[^`\n]+`)", re.MULTILINE)
 _BLOCK = re.compile(r"::\n\n(?= )")
 _SECTION = re.compile(r"( *)(Args|Attributes):\n")
 _NAMES = re.compile(r"( +)(\w+(?:, \w+)+): ")

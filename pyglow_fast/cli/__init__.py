@@ -1,4 +1,4 @@
-"""The ``pyglow-fast`` command line. Nothing imports it."""
+"""Holds the ``pyglow-fast`` command line, which no other part of the package imports."""
 
 from pyglow_fast.cli.app import main
 

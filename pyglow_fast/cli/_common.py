@@ -1,9 +1,10 @@
-"""What the commands share: a parser that reports in one line, argument types, and what tells bad input from bugs."""
+"""Shares what commands need: a parser that reports in one line, argument types, and telling bad input from bugs."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,35 +14,36 @@ from typing import Any, NoReturn
 import torch
 
 from pyglow_fast._errors import expect, visible
+from pyglow_fast._renamed import renamed_words
+from pyglow_fast._settings import Range, value_text
 from pyglow_fast.data import Yardstick, optional
 from pyglow_fast.models import Glow
 from pyglow_fast.studio.commands import Made
 from pyglow_fast.studio.opened import TRAIN_IMAGES, OpenRun, Progress
 from pyglow_fast.train import Checkpoint, RunFolder, Score, load_model, resolve_device
-from pyglow_fast.train.figures import MOST_IMAGES
+from pyglow_fast.train.figures import PICTURE_IMAGES
 from pyglow_fast.train.files import write_bytes
 
 LOOSE = ("folder", "photos")  # images that are whatever lies below a folder: a file more there would be one of them
 
 
-# Above these a number is a slip of the pen, and what came of it would say less: a traceback, or no end.
-_MOST = {
-    "n": MOST_IMAGES,
-    "columns": MOST_IMAGES,
-    "scale": 256,
-    "steps": 1000,  # of a path
-    "samples": 10_000,  # each goes through all images once more
-    "batch_size": 1 << 16,
+_COUNTS = {
+    "n": PICTURE_IMAGES,
+    "columns": PICTURE_IMAGES,
+    "scale": Range(least=1, most=256, why="a pixel of the image is then a picture of its own"),
+    "frames": Range(least=2, most=1000, why="each is a pass through the model"),
+    "samples": Range(least=1, most=10_000, why="each goes through all images once more"),
+    "batch_size": Range(least=1, most=1 << 16, why="all of them are in memory at once"),
 }
 
 
 class InputError(Exception):
-    """Something the user gave is wrong; the message says what, what was expected and what was found."""
+    """Raised when something the user gave is wrong; the message says what, what was expected and what was found."""
 
 
 @contextmanager
 def user_input() -> Iterator[None]:
-    """Around the part of a command that looks at what the user gave: a ValueError there is the user's to mend.
+    """A context for code that looks at what the user gave: a ValueError there is the user's to mend.
 
     Errors raised outside of it are bugs and keep their traceback.
     """
@@ -61,6 +63,23 @@ def say_error(error: object, lines: bool = False) -> None:
     print(f"error: {visible(str(error), lines)}", file=sys.stderr)
 
 
+# What begins with a minus and is a number, in any notation that float reads.
+_NEGATIVE = re.compile(
+    r"-(?:(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(?:e[-+]?[0-9]+)?|inf|infinity|nan)", re.IGNORECASE
+)
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Writes behind the help of each option the default that it has, which nobody then types by hand."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        value = action.default
+        if not action.option_strings or value is None or value is argparse.SUPPRESS or isinstance(value, bool):
+            return text
+        return f"{text} (default: {value_text(value).replace('%', '%%')})".strip()
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, like all others of this command.
 
@@ -68,12 +87,17 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **({"allow_abbrev": False} | options))
+        ours: dict[str, Any] = {"allow_abbrev": False, "formatter_class": HelpFormatter}
+        super().__init__(*args, **ours | options)
+
+    def _parse_optional(self, arg_string: str) -> Any:
+        """As of any, but that -1e-1 is a number as -0.1 is: None means that it is no option."""
+        return None if _NEGATIVE.fullmatch(arg_string) else super()._parse_optional(arg_string)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As of any; but the last positional, if it may be left out (``optional_last``), may stand behind options.
+        """Parse as argparse does; a last positional that may be left out (``optional_last``) may stand behind options.
 
-        There argparse before Python 3.13 would not look for it any more.
+        Before Python 3.13 argparse does not look for it behind options.
         """
         found, rest = super().parse_known_args(args, namespace)
         name = self.get_default("optional_last")
@@ -82,13 +106,13 @@ class Parser(argparse.ArgumentParser):
         return found, rest
 
     def error(self, message: str) -> NoReturn:
-        """Print the message and exit with 2."""
+        """Print the message and exit with code 2."""
         say_error(f"{message} (see {self.prog} --help)")
         raise SystemExit(2)
 
 
 def whole(text: str) -> int:
-    """An int, for argparse."""
+    """Read an int, as an argument type of argparse."""
     try:
         return int(text)
     except ValueError:
@@ -96,44 +120,64 @@ def whole(text: str) -> int:
 
 
 def number(text: str) -> float:
-    """A float, for argparse."""
+    """Read a float, as an argument type of argparse."""
     try:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a number, found {text!r}") from None
 
 
+class _Former(argparse.Action):
+    """The option that is given under its former name: stored as it, with a word on the new one."""
+
+    def __init__(self, *args: Any, now: str, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.now = now
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        print(f"note: {renamed_words(str(option), self.now)}", file=sys.stderr)
+        setattr(namespace, self.dest, values)
+
+
+def add_former(place: argparse._ActionsContainer, former: str, option: argparse.Action) -> None:
+    """Let an option be given under its former name too, which the help does not show."""
+    given: dict[str, Any] = {"dest": option.dest, "type": option.type, "nargs": option.nargs}
+    hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    place.add_argument(former, action=_Former, now=option.option_strings[0], **given, **hidden)
+
+
 def check_counts(args: argparse.Namespace, *names: str) -> None:
-    """Refuse those of the options that are given and are below 1, or above what they may be.
+    """Refuse those of the options that are given and are below 1 (2 frames), or above what they may be.
 
     Raises:
         ValueError: one is.
     """
     for name in names:
         value = getattr(args, name)
-        expect(value is None or value >= 1, name, "a positive whole number", value)
-        most = _MOST.get(name, sys.maxsize)
-        expect(value is None or value <= most, name, f"at most {most}", value)
+        if value is not None:
+            _COUNTS.get(name, Range(least=1)).check(name, value, whole=True)
 
 
 def folder_name(text: str) -> str:
-    """The name of a folder, for argparse: an empty one would mean the current folder."""
+    """Read the name of a folder, as an argument type: an empty one, which would mean the current folder, is refused."""
     if not text:
         raise argparse.ArgumentTypeError(f"expected the name of a folder, found {text!r}")
     return text
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    """RUN, and which of its checkpoints."""
+    """Declare RUN, which of its checkpoints, and the device."""
     parser.add_argument("run", type=folder_name, metavar="RUN", help="the folder of a run")
     parser.add_argument(
         "--best", action="store_true", help="the checkpoint with the best held-out bits/dim, not the last"
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (default)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto")
 
 
 def open_run(args: argparse.Namespace) -> tuple[RunFolder, Checkpoint, Glow]:
-    """The run that ``add_run`` parsed, its checkpoint, and the model on the device asked for.
+    """Load the run that ``add_run`` parsed, its checkpoint, and the model on the device asked for.
 
     Raises:
         ValueError: it is no run, or what it holds does not fit together.
@@ -145,7 +189,7 @@ def open_run(args: argparse.Namespace) -> tuple[RunFolder, Checkpoint, Glow]:
 
 
 def open_to_look(args: argparse.Namespace) -> OpenRun:
-    """The run that ``add_run`` parsed, opened to look at.
+    """Open the run that ``add_run`` parsed with pyglow_fast.studio, to look at it.
 
     Raises:
         ValueError: it is no run, or what it holds does not fit together.
@@ -155,7 +199,7 @@ def open_to_look(args: argparse.Namespace) -> OpenRun:
 
 @contextmanager
 def progress_bar(words: str) -> Iterator[Progress]:
-    """A function to be told (done, total), which shows a bar on a terminal, from the first call on."""
+    """A context with a function that is told (done, total) and shows a bar on a terminal from the first call on."""
     bar: Any = None
 
     def told(done: int, total: int) -> None:
@@ -172,22 +216,22 @@ def progress_bar(words: str) -> Iterator[Progress]:
 
 
 def write_made(made: Made, path: Path) -> None:
-    """Replace ``path`` by a file that was made."""
+    """Write a file that was made to ``path``, which is replaced whole or not at all."""
     write_bytes(path, made.data)
 
 
 def picture_path(text: str, *images: str) -> Path:
-    """Where a picture will go: see :func:`output_path`."""
+    """Find where a picture will go: see :func:`output_path`."""
     return output_path(text, ".png", "out", *images)
 
 
 def output_path(text: str, suffix: str, argument: str = "out", *images: str) -> Path:
-    """Where a file will go, checked before anything is computed.
+    """Find where a file will go, and check it before anything is computed.
 
     Args:
         text: the path.
-        suffix: that it must end in.
-        argument: whose value it is.
+        suffix: what the path must end in.
+        argument: the name of the argument, for messages.
         images: names of the images that are read; nothing is written over them, or among loose files.
 
     Raises:
@@ -212,12 +256,12 @@ def output_path(text: str, suffix: str, argument: str = "out", *images: str) -> 
 
 
 def stream(device: torch.device, seed: int) -> torch.Generator:
-    """A generator on ``device``."""
+    """Make a random generator on ``device`` from a seed."""
     return torch.Generator(device).manual_seed(seed)
 
 
 def table(scores: dict[str, Score], yardsticks: tuple[Yardstick, ...] | list[Yardstick] = ()) -> str:
-    """Scores and yardsticks as aligned lines."""
+    """Write scores and yardsticks as aligned lines."""
     rows = [
         (name, f"{score.mean:.3f}", f"± {score.error_text} bits/dim, {score.images} images{_labels(score)}")
         for name, score in scores.items()

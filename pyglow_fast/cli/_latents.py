@@ -1,4 +1,4 @@
-"""What the commands that work on latents share: their options, images as the model takes them, and the picture."""
+"""Shares what commands that work on latents need: options, images as the model takes them, and the picture."""
 
 from __future__ import annotations
 
@@ -20,25 +20,23 @@ SPACE_WORDS = "z of every level (latent), or what the priors standardise it to (
 
 
 def add_picture(parser: argparse.ArgumentParser, seed_of: str, formats: str = "") -> None:
-    """--out, --scale and --seed."""
+    """Declare the options of a picture: --out, --scale and --seed."""
     text = f"the picture to write{': ' if formats else ''}{formats}"
     parser.add_argument("--out", required=True, metavar="PNG", help=text)
     parser.add_argument(
         "--scale", type=whole, metavar="N", help="enlarge each pixel by this factor (default: to 64 pixels high)"
     )
-    parser.add_argument("--seed", type=whole, metavar="N", default=0, help=f"of {seed_of} (0)")
+    parser.add_argument("--seed", type=whole, metavar="N", default=0, help=f"of {seed_of}")
 
 
 def add_space(parser: argparse.ArgumentParser) -> None:
-    """--space."""
-    parser.add_argument(
-        "--space", choices=SPACES, default=DEFAULT_SPACE, help=f"{SPACE_WORDS}; default {DEFAULT_SPACE}"
-    )
+    """Declare --space, the coordinates of latents that are worked in."""
+    parser.add_argument("--space", choices=SPACES, default=DEFAULT_SPACE, help=SPACE_WORDS)
 
 
 def add_temperature(parser: argparse.ArgumentParser, default: float, text: str) -> None:
-    """--temperature."""
-    parser.add_argument("--temperature", type=number, metavar="X", default=default, help=f"{text} ({default:g})")
+    """Declare --temperature, which scales the spread of what is drawn."""
+    parser.add_argument("--temperature", type=number, metavar="X", default=default, help=text)
 
 
 def check_options(args: argparse.Namespace, *positive: str) -> None:
@@ -57,12 +55,12 @@ def check_options(args: argparse.Namespace, *positive: str) -> None:
 
 
 def chosen(images: Images, count: int, seed: int) -> Tensor:
-    """``count`` of the images' indices drawn by the seed, or all if there are not more."""
+    """Draw ``count`` of the images' indices by the seed, or take all if there are not more."""
     return random_subset(seed, len(images), min(count, len(images)))
 
 
 def read(images: Images, indices: Tensor) -> Iterator[Batch]:
-    """The images at ``indices`` in batches.
+    """Read the images at ``indices`` in batches.
 
     Raises:
         InputError: one that cannot be read.
@@ -77,13 +75,13 @@ def read(images: Images, indices: Tensor) -> Iterator[Batch]:
 
 
 def not_finite_note(count: int, of: str = "of them") -> str:
-    """In words for the end of a clause; empty for none."""
+    """Say how many images were not finite, as the end of a sentence; empty for none."""
     return f" ({count} {of} not finite, shown grey)" if count else ""
 
 
 def save(
     path: Path, rows: list[tuple[str, Tensor]], n_bins: int, columns: list[str], title: str, scale: int | None
 ) -> None:
-    """Rows of model outputs x (n, C, H, W) as a labelled grid."""
+    """Write rows of model outputs x (n, C, H, W) as a labelled grid."""
     shown = [GridRow(label, to_levels(x, n_bins).cpu()) for label, x in rows]
     save_labelled_grid(shown, n_bins, path, columns, title, scale)

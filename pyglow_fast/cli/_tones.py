@@ -1,4 +1,4 @@
-"""How near edits of emoji come to the true result: the same emoji in a skin tone."""
+"""Measures how near edits of emoji come to the true result: the same emoji in a skin tone."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Row:
 def copy_and_table(
     x: Tensor, edited: Tensor, target: Tensor, pixels: Tensor, strengths: list[float]
 ) -> tuple[list[Row], str]:
-    """Scores of the edits, and beside them of two that need no model: copying, and a shift of the pixels.
+    """Score the edits, and beside them two ways that need no model: copying, and a shift of the pixels.
 
     Args:
         x: unedited images (N, C, H, W).
-        edited: (N, S, C, H, W).
-        target: (N, C, H, W).
+        edited: (N, S, C, H, W), each image edited by each strength.
+        target: (N, C, H, W), what the images should become.
         pixels: (C, H, W), the mean pixel difference of the training pairs.
-        strengths: S numbers.
+        strengths: the S strengths of the edits.
     """
     copy = edit_score(x, target, x)
     edits = [edit_score(edited[:, i], target, x) for i in range(len(strengths))]
@@ -59,7 +59,7 @@ def _error(value: float) -> str:
 
 
 def write_scores(rows: list[Row], path: Path) -> None:
-    """One line a row; a standard error of a single image is empty."""
+    """Write one line for each row; the standard error of a single image is empty."""
     lines: list[list[Cell]] = [["edit", "strength", "rmse", "rmse_se", "gain", "gain_se", "images", "not_finite"]]
     for row in rows:
         score = row.score

@@ -1,4 +1,4 @@
-"""The ``pyglow-fast`` command: one module a subcommand, errors in one line."""
+"""Runs the ``pyglow-fast`` command: one module for each subcommand, errors in one line."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from pyglow_fast.cli._common import InputError, Parser, say_error
 from pyglow_fast.data import MissingExtraError, UnreadableImageError
 from pyglow_fast.train import FolderError, InputLostError, RankError, SaveError, TrainingDivergedError
 
-NO_MEMORY = "can't allocate memory"  # in what torch raises on the CPU
+NO_MEMORY = "can't allocate memory"  # part of what torch raises on the CPU
 COMMANDS: tuple[ModuleType, ...] = (
     train,
     sample,
@@ -63,7 +63,7 @@ COMMANDS: tuple[ModuleType, ...] = (
 
 
 def parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+    """Make the parser of the whole command line."""
     top = Parser(prog="pyglow-fast", description="Glow normalizing flows: train, sample, evaluate.")
     top.add_argument("--version", action="version", version=f"pyglow-fast {_version()}")
     commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command", parser_class=Parser)
@@ -80,7 +80,7 @@ def _version() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command.
+    """Run the command that the command line names.
 
     Args:
         argv: the arguments; those of the process if None.
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _run(argv)
         print(end="", flush=True)  # here, since what fails at exit cannot be caught
     except BrokenPipeError:  # | head has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at exit goes there
         return 141
     return code
 

@@ -1,4 +1,4 @@
-"""``pyglow-fast bench``: the benchmarks of the source tree, which are not part of the installed package."""
+"""Runs ``pyglow-fast bench``: the benchmarks of the source tree, which are not part of the installed package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pyglow_fast.cli._common import InputError
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Declare the command."""
+    """Declare the command ``bench`` and its options."""
     about = "the benchmarks of the source tree: kernels, op_memory, ..."
     parser = commands.add_parser("bench", help=about, description=about)
     parser.set_defaults(run_command=run)
@@ -22,7 +22,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def source_tree() -> Path:
-    """The folder that has bench/: above the package in a checkout (also one installed with -e), or the current one.
+    """Find the folder that has bench/: above the package in a checkout (also installed with -e), or the current one.
 
     Raises:
         InputError: neither is a source tree of this project.
@@ -37,7 +37,7 @@ def source_tree() -> Path:
 
 
 def names(root: Path) -> list[str]:
-    """The benchmarks there: modules of bench/ with a ``main``."""
+    """List the benchmarks there: modules of bench/ with a ``main``."""
     return sorted(path.stem for path in (root / "bench").glob("*.py") if "\ndef main(" in path.read_text("utf-8"))
 
 

@@ -1,4 +1,4 @@
-"""``pyglow-fast compare``: the paper's ablation, permutations x couplings, maybe x masks, over several seeds."""
+"""Runs ``pyglow-fast compare``: the paper's ablation, permutations x couplings, maybe x masks, over several seeds."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _refused(plural: str) -> Callable[[str], str]:
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Declare the command."""
+    """Declare the command ``compare`` and its options."""
     about = "train permutations x couplings over several seeds, and compare their held-out bits/dim"
     parser = commands.add_parser(
         "compare", help=about, description=about, argument_default=argparse.SUPPRESS, conflict_handler="resolve"
@@ -50,10 +50,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         nargs="+",
         default=list(PERMUTATIONS),
         metavar="NAME",
-        help=f"({' '.join(PERMUTATIONS)}); invconv_plain too",
+        help="what the models mix channels by; invconv_plain too",
     )
     parser.add_argument(
-        "--couplings", nargs="+", default=list(COUPLINGS), metavar="NAME", help=f"({' '.join(COUPLINGS)})"
+        "--couplings", nargs="+", default=list(COUPLINGS), metavar="NAME", help="affine, additive or both"
     )
     parser.add_argument(
         "--checkerboards",
@@ -61,35 +61,38 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         type=whole,
         default=None,
         metavar="N",
-        help="how many of the K steps have checkerboard masks (as in the settings: 0)",
+        help="how many of the K steps have checkerboard masks (default: as in the settings)",
     )
-    parser.add_argument("--seeds", nargs="+", type=whole, default=[0, 1, 2], metavar="N", help="(0 1 2)")
+    parser.add_argument(
+        "--seeds", nargs="+", type=whole, default=[0, 1, 2], metavar="N", help="each model is trained once with each"
+    )
     parser.add_argument(
         "--config", default=None, metavar="FILE", help="settings from a file, as for train; options come before them"
     )
     parser.add_argument("--preset", default=None, metavar="NAME", help="settings under a name, as for train")
     parser.add_argument("--quiet", action="store_true", default=False, help="print the table only")
     add_options(parser)
-    for name, plural in _PLURAL.items():  # in the place of train's option of that name
+    for name, plural in _PLURAL.items():  # replaces train's option of that name
         parser.add_argument(f"--{name}", type=_refused(plural), help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train all and compare; returns the exit code."""
+    """Train all variants and compare them; returns the exit code."""
     with user_input():
         world = os.environ.get("WORLD_SIZE", "1")
         expect(world == "1", "WORLD_SIZE", "1, since the runs follow one another in one process", repr(world))
-        given, name, preset = gathered(args, (*_SPECIAL, *_VARIED))
-        if preset is not None:
-            name = images_for(preset, name)
+        given = gathered(args, (*_SPECIAL, *_VARIED))
+        name = given.data if given.preset is None else images_for(given.preset, given.data)
         expect(name is not None, "data", DATA_HELP, "none")
         assert name is not None  # for the type checker: refused above
         first = {"permutation": args.permutations[0], "coupling": args.couplings[0], "seed": args.seeds[0]}
         if args.checkerboards:
             first["n_checkerboard"] = args.checkerboards[0]
-        base, data = make_config(given | first, name, preset)
+        base, data = make_config(given.settings | first, name, given.preset)
         configs = variants(base, args.permutations, args.couplings, args.seeds, args.checkerboards)
         comparison = Comparison(configs, args.out, data)
+    for note in () if args.quiet else given.notes:
+        say(note)
     signum = comparison.execute(args.quiet)
     say(f"\n{comparison.write()}", lines=True)
     if signum is not None:

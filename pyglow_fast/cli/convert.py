@@ -1,4 +1,4 @@
-"""``pyglow-fast convert``: checkpoints of other Glow implementations to this package's models, and back."""
+"""Runs ``pyglow-fast convert``: checkpoints of other Glow implementations to this package's models, and back."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FORMATS = {
 
 
 def sides(text: str) -> int | tuple[int, int]:
-    """N or HxW, for argparse."""
+    """Read N or HxW, the sides of images, as an argument type of argparse."""
     parts = text.lower().split("x")
     if len(parts) > 2:
         raise argparse.ArgumentTypeError(f"expected N or HxW, found {text!r}")
@@ -41,7 +41,7 @@ def sides(text: str) -> int | tuple[int, int]:
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Declare the command."""
+    """Declare the command ``convert`` and its options."""
     about = "checkpoints of other Glow implementations to this package's models, and back"
     parser = commands.add_parser("convert", help=about, description=about + "; see docs/convert.md")
     parser.set_defaults(run_command=run)
@@ -51,7 +51,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "out", metavar="OUT", help="file to write: .safetensors, .npz, or torch.save's .pt and the like"
     )
-    parser.add_argument("--to", choices=names, default=OWN, metavar="FORMAT", help=f"of OUT ({OWN})")
+    parser.add_argument("--to", choices=names, default=OWN, metavar="FORMAT", help="of OUT")
     reading = parser.add_argument_group("reading")
     reading.add_argument(
         "--image-size", type=sides, metavar="N or HxW", help="of the images: openai and rosinality need it"
@@ -67,7 +67,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     writing = parser.add_argument_group("writing")
     writing.add_argument("--lu", action="store_true", help="openai: 1x1 convolutions as LU factors")
     writing.add_argument("--no-learn-top", dest="learn_top", action="store_false", help="without a learned top prior")
-    writing.add_argument("--batch-size", type=whole, metavar="N", help="chaiyujin: of prior_h (1)")
+    writing.add_argument("--batch-size", type=whole, metavar="N", help="chaiyujin: of prior_h (default: 1)")
     both = parser.add_argument_group("both")
     both.add_argument(
         "--no-rescale", dest="rescale", action="store_false", help="chaiyujin: x stays in [0, 1], not in [-0.5, 0.5)"
@@ -89,7 +89,7 @@ def _options(args: argparse.Namespace, function: Callable[..., object]) -> dict[
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert; returns the exit code."""
+    """Convert the file; returns the exit code."""
     with user_input():
         out = check_target(args.out)
         read = Path(args.source).resolve()

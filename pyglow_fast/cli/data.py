@@ -1,4 +1,4 @@
-"""``pyglow-fast data``: fetch a data set, or list those that can be fetched."""
+"""Runs ``pyglow-fast data``: fetches a data set, or lists those that can be fetched."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from pyglow_fast.data import FETCHABLE, FetchError, data_folder, fetch
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Declare the command."""
+    """Declare the command ``data`` and its options."""
     about = "fetch a data set into the cache, or list those that can be fetched"
     parser = commands.add_parser("data", help=about, description=about)
     parser.set_defaults(run_command=run)
     parser.add_argument("name", metavar="NAME", nargs="?", help=f"{', '.join(FETCHABLE)}; none: list them")
-    parser.add_argument("--to", type=folder_name, metavar="DIR", help="the folder for its files (one in the cache)")
+    parser.add_argument(
+        "--to", type=folder_name, metavar="DIR", help="the folder for its files (default: one in the cache)"
+    )
 
 
 def listing() -> str:
-    """The data sets, one a paragraph."""
+    """Describe the data sets, each in a paragraph."""
     lines = []
     for name, item in FETCHABLE.items():
         there = data_folder() / name
         state = f"in {there}" if there.is_dir() else "not fetched"
-        source = f"{item.manager} package {item.package}"
-        lines.append(f"{name}: {item.about}\n  {item.size}, {item.licence}, from the {source}; {state}")
+        sources = " or ".join(str(origin) for origin in item.origins)
+        lines.append(f"{name}: {item.about}\n  {item.size}, {item.licence}, from {sources}; {state}")
     lines.append(f"the cache is {data_folder()}; set PYGLOW_DATA to move it")
     return "\n".join(lines)
 

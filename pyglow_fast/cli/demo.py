@@ -1,4 +1,4 @@
-"""``pyglow-fast demo``: a Glow on handwritten digits in about two minutes, beside honest yardsticks."""
+"""Runs ``pyglow-fast demo``: a Glow on handwritten digits in about two minutes, beside honest yardsticks."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pyglow_fast.cli._common import folder_name, number, say, user_input, whole
 from pyglow_fast.cli.train import finish, make_config
 from pyglow_fast.train import start
 
-# The preset of the digits, with classes. All of its steps fit into two minutes on two cores.
+# The settings are those of the digits' preset, with classes. All steps fit into two minutes on two cores.
 DEMO = {"class_conditional": True, "max_steps": 1500, "eval_every": 250, "sample_every": 250, "sample_count": 80}
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Declare the command."""
+    """Declare the command ``demo`` and its options."""
     about = "train on handwritten digits for two minutes at most and show the result"
     parser = commands.add_parser("demo", help=about, description=about)
     parser.set_defaults(run_command=run)
     parser.add_argument("--out", type=folder_name, required=True, metavar="DIR", help="the folder of the run")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is in --out")
-    parser.add_argument("--minutes", type=number, metavar="X", default=2.0, help="at most so long (2)")
-    parser.add_argument("--seed", type=whole, metavar="N", default=0, help="of everything random (0)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (default)")
+    parser.add_argument("--minutes", type=number, metavar="X", default=2.0, help="at most so long")
+    parser.add_argument("--seed", type=whole, metavar="N", default=0, help="of everything random")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""``pyglow-fast depths``: samples and bits/dim of several runs on the same images, shallow beside deep."""
+"""Runs ``pyglow-fast depths``: samples and bits/dim of several runs on the same images, shallow beside deep."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pyglow_fast.train.metrics import read_metrics
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Declare the command."""
+    """Declare the command ``depths`` and its options."""
     about = "compare runs of other depths on the same images: samples and bits/dim"
     parser = commands.add_parser("depths", help=about, description=about)
     parser.set_defaults(run_command=run)
@@ -30,16 +30,16 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--best", action="store_true", help="the checkpoint with the best held-out bits/dim, not the last"
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (default)")
-    parser.add_argument("--n", type=whole, metavar="N", default=16, help="samples of each (16)")
-    parser.add_argument("--columns", type=whole, metavar="N", default=8, help="samples in a row (8)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto")
+    parser.add_argument("--n", type=whole, metavar="N", default=16, help="samples of each")
+    parser.add_argument("--columns", type=whole, metavar="N", default=8, help="samples in a row")
     add_temperature(parser, 0.7, "multiplies the priors' deviation")
     parser.add_argument(
         "--eval-images",
         type=whole,
         metavar="N",
         default=1000,
-        help="at most so many held-out images, where a run holds no score of its checkpoint (1000)",
+        help="at most so many held-out images, where a run holds no score of its checkpoint",
     )
     add_picture(parser, "the samples")
 
@@ -53,7 +53,7 @@ class _Opened:
 
 
 def open_runs(args: argparse.Namespace) -> list[_Opened]:
-    """The runs, all on the same images.
+    """Open the runs, which must all be of the same images.
 
     Raises:
         ValueError: fewer than two, one that is no run, or runs on other images.
@@ -67,9 +67,9 @@ def open_runs(args: argparse.Namespace) -> list[_Opened]:
     for item in opened[1:]:
         data, config = item.checkpoint.data, item.checkpoint.config
         same = data.fingerprint == first.data.fingerprint and data.n_bins == first.data.n_bins
-        found = f"{config.data.name} {config.model.image_shape}, {data.n_bins} levels, in {item.name!r}"
+        found = f"{config.data.name} {config.model.image_shape}, {data.n_bins} grey levels, in {item.name!r}"
         wanted = f"runs on the images of {opened[0].name!r} ({first.config.data.name} {first.config.model.image_shape}"
-        expect(same, "run", f"{wanted}, {first.data.n_bins} levels)", found)
+        expect(same, "run", f"{wanted}, {first.data.n_bins} grey levels)", found)
     return opened
 
 
@@ -81,7 +81,7 @@ class _HeldOut:
 
 
 def stored_score(item: _Opened) -> _HeldOut | None:
-    """The held-out score that the run itself wrote down for the weights of this checkpoint, if it did."""
+    """Read the held-out score that the run itself wrote down for the weights of this checkpoint, if it did."""
     step = item.checkpoint.progress["step"]
     try:
         report = item.folder.read_report()
@@ -120,7 +120,7 @@ def _samples(item: _Opened, args: argparse.Namespace) -> Tensor:
 
 @torch.no_grad()
 def run(args: argparse.Namespace) -> int:
-    """Compare; returns the exit code."""
+    """Compare the runs; returns the exit code."""
     with user_input():
         check_options(args, "n", "columns", "eval_images")
         out = picture_path(args.out)

@@ -1,4 +1,4 @@
-"""``pyglow-fast edit``: one image, moved along directions of attributes and towards the means of the priors."""
+"""Runs ``pyglow-fast edit``: one image, moved along directions of attributes and towards the means of the priors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pyglow_fast.studio.words import IMAGE_HELP, NAME_HELP, parse_image, word_na
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Declare the command."""
+    """Declare the command ``edit`` and its options."""
     about = "edit one image: add attributes, keep a share of each level's latents"
     parser = commands.add_parser("edit", help=about, description=about)
     parser.set_defaults(run_command=run)
@@ -43,32 +43,32 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         type=number,
         nargs="+",
         metavar="SHARE",
-        help="the share of the image's own latents that each level keeps, 0 to 1, the shallowest first (1)",
+        help="the share of the image's own latents that each level keeps, 0 to 1, the shallowest first (default: all)",
     )
     parser.add_argument(
         "--space",
         choices=SPACES,
         help="what is edited (default: noise; for a model with classes latent, since noise holds little of it)",
     )
-    parser.add_argument("--label", metavar="CLASS", help="the image's class (its own; of a file the likeliest)")
+    parser.add_argument(
+        "--label", metavar="CLASS", help="the image's class (default: its own; of a file the likeliest)"
+    )
     parser.add_argument(
         "--pixel-shift", action="store_true", help="instead add the differences of the mean pixels to the pixels"
     )
     add_train_images(parser)
     parser.add_argument("--out", required=True, metavar="PNG", help="the picture to write")
-    parser.add_argument("--scale", type=whole, metavar="N", default=1, help="enlarge each pixel by this factor (1)")
+    parser.add_argument("--scale", type=whole, metavar="N", default=1, help="enlarge each pixel by this factor")
 
 
 def add_train_images(parser: argparse.ArgumentParser) -> None:
-    """--train-images."""
+    """Declare --train-images, how many training images attributes are measured on."""
     text = "training images that the mean latents are measured on, at most"
-    parser.add_argument(
-        "--train-images", type=whole, metavar="N", default=TRAIN_IMAGES, help=f"{text} ({TRAIN_IMAGES})"
-    )
+    parser.add_argument("--train-images", type=whole, metavar="N", default=TRAIN_IMAGES, help=text)
 
 
 def adds_of(given: list[list[str]] | None) -> tuple[Add, ...]:
-    """Reads the attributes and strengths that --add names.
+    """Read the attributes and strengths that --add names.
 
     Raises:
         ValueError: a strength that is no finite number.
@@ -86,7 +86,7 @@ def adds_of(given: list[list[str]] | None) -> tuple[Add, ...]:
 
 @torch.no_grad()
 def run(args: argparse.Namespace) -> int:
-    """Edit; returns the exit code."""
+    """Edit the image; returns the exit code."""
     with user_input():
         check_counts(args, "scale")
         edit = Edit(adds_of(args.add), tuple(args.keep or ()))

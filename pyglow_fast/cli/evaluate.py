@@ -1,4 +1,4 @@
-"""``pyglow-fast evaluate``: bits per dimension of a trained model beside the yardsticks."""
+"""Runs ``pyglow-fast evaluate``: bits per dimension of a trained model beside the yardsticks."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from pyglow_fast.train import evaluate
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Declare the command."""
+    """Declare the command ``evaluate`` and its options."""
     about = "bits per dimension of a trained model"
     parser = commands.add_parser("evaluate", help=about, description=about)
     parser.set_defaults(run_command=run)
     add_run(parser)
     add_images(parser)
-    parser.add_argument("--batch-size", type=whole, metavar="N", default=64, help="images at a time (64)")
-    parser.add_argument("--seed", type=whole, metavar="N", default=0, help="of the dequantisation noise (0)")
+    parser.add_argument("--batch-size", type=whole, metavar="N", default=64, help="images at a time")
+    parser.add_argument("--seed", type=whole, metavar="N", default=0, help="of the dequantisation noise")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate; returns the exit code."""
+    """Evaluate the model; returns the exit code."""
     with user_input():
         check_counts(args, "batch_size")
         check_seed(args.seed)
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     say(f"{args.run} at step {checkpoint.progress['step']} on {images.name}, {part}:")
     other = train is None
     if train is None:
-        # The histogram model may know what the model knows: the run's training images, not those that are scored.
+        # The histogram model may know as much as the model: the run's training images, not those that are scored.
         train = trained_on(checkpoint)
     say(table({"model": score}, measure_yardsticks(train, images)), lines=True)
     if train is None:

@@ -1,4 +1,4 @@
-"""``pyglow-fast info``: versions, what was built, and which backend runs what."""
+"""Runs ``pyglow-fast info``: prints versions, what was built, and which backend runs what."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pyglow_fast.cli._common import say
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Declare the command."""
+    """Declare the command ``info`` and its options."""
     about = "versions, what was built, and which backend each op uses"
     parser = commands.add_parser("info", help=about, description=about)
     parser.set_defaults(run_command=run)

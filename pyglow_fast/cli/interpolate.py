@@ -1,4 +1,4 @@
-"""``pyglow-fast interpolate``: from one image to another through the latents of every level."""
+"""Runs ``pyglow-fast interpolate``: from one image to another through the latents of every level."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyglow_fast._errors import expect
 from pyglow_fast.cli._common import (
+    add_former,
     add_run,
     check_counts,
     number,
@@ -33,11 +34,11 @@ from pyglow_fast.studio.words import IMAGE_HELP, parse_image, word_name
 from pyglow_fast.train import derive, to_levels
 
 PAIRS = 4
-SPACE_HELP = f"{SPACE_WORDS}; default {DEFAULT_SPACE}, with --from that of the command edit"
+SPACE_HELP = f"{SPACE_WORDS} (default: {DEFAULT_SPACE}, with --from that of the command edit)"
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Declare the command."""
+    """Declare the command ``interpolate`` and its options."""
     about = "paths from one image to another through the latents"
     parser = commands.add_parser("interpolate", help=about, description=about)
     parser.set_defaults(run_command=run, optional_last="data")
@@ -47,7 +48,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--from", dest="first", metavar="IMAGE", help=f"instead of DATA, one path from here: {IMAGE_HELP}"
     )
     parser.add_argument("--to", dest="last", metavar="IMAGE", help="and to here")
-    parser.add_argument("--labels", nargs=2, metavar="CLASS", help="with --from: the classes of both (their own)")
+    parser.add_argument(
+        "--labels", nargs=2, metavar="CLASS", help="with --from: the classes of both (default: their own)"
+    )
     parser.add_argument("--at", type=number, metavar="T", help="with --from: the one frame at T, from 0 to 1")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
@@ -58,15 +61,18 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         metavar="I",
         help="the numbers of two images of the part, from 0; may be repeated",
     )
-    which.add_argument("--pairs", type=whole, metavar="N", help=f"so many random pairs ({PAIRS})")
-    parser.add_argument("--steps", type=whole, metavar="N", default=8, help="images on each path, both ends too (8)")
+    which.add_argument("--pairs", type=whole, metavar="N", help=f"so many random pairs (default: {PAIRS})")
+    frames = parser.add_argument(
+        "--frames", type=whole, metavar="N", default=8, help="images on each path, both ends too"
+    )
+    add_former(parser, "--steps", frames)
     parser.add_argument("--spherical", action="store_true", help="on great circles, level by level, not straight")
     parser.add_argument("--space", choices=SPACES, help=SPACE_HELP)
     add_picture(parser, "the random pairs", "PNG, with --from also GIF or WEBP: there and back again")
 
 
 def pairs_of(args: argparse.Namespace, images: Images) -> Tensor:
-    """Indices (n, 2) of the images that paths go between.
+    """Choose the images that paths go between, by their indices (n, 2).
 
     Raises:
         ValueError: not two different images that there are.
@@ -93,7 +99,7 @@ def pairs_of(args: argparse.Namespace, images: Images) -> Tensor:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Interpolate; returns the exit code."""
+    """Interpolate between images; returns the exit code."""
     with user_input():
         named = args.first is not None or args.last is not None
         expect(args.data is not None or named, "data", f"{DATA_HELP}; or --from and --to", "none")
@@ -114,8 +120,7 @@ def _between(args: argparse.Namespace) -> int:
             expect(value is None, name, "DATA beside it, not --from and --to", value)
         for name, value in (("from", args.first), ("to", args.last)):
             expect(value is not None, name, "an image, since the other end is given", "none")
-        expect(args.steps >= 2, "steps", "a whole number, 2 or more (both ends are steps)", args.steps)
-        check_counts(args, "steps")
+        check_counts(args, "frames")
         expect(args.at is None or 0.0 <= args.at <= 1.0, "at", "a number in 0..1", args.at)
         expect(args.seed == 0, "seed", "DATA beside it, not --from and --to", args.seed)
         images = (parse_image(args.first, "from"), parse_image(args.last, "to"))
@@ -128,7 +133,7 @@ def _between(args: argparse.Namespace) -> int:
         labels = [opened.label(word_name(word)) for word in args.labels] if args.labels else [None, None]
         first, last = (opened.pick(image, label) for image, label in zip(images, labels, strict=True))
         path = Between(opened, first, last, args.space or opened.space, args.spherical)
-        frames, bad = path.frames(args.steps, None if args.at is None else (args.at,))
+        frames, bad = path.frames(args.frames, None if args.at is None else (args.at,))
     if args.at is None:
         write_made(path.made(frames, out.suffix.lower(), args.scale), out)
     else:
@@ -145,8 +150,7 @@ def _pairs(args: argparse.Namespace) -> int:
     args.space = args.space or DEFAULT_SPACE
     with user_input():
         check_options(args, "pairs")
-        expect(args.steps >= 2, "steps", "a whole number, 2 or more (both ends are steps)", args.steps)
-        check_counts(args, "steps")
+        check_counts(args, "frames")
         out = picture_path(args.out, args.data)
         _, checkpoint, model = open_run(args)
         images, _, part = images_of(args, checkpoint, model)
@@ -157,7 +161,7 @@ def _pairs(args: argparse.Namespace) -> int:
     for batch in read(images, pairs.flatten()):
         x, y = inputs(batch.levels, batch.labels, n_bins, model)
         labels = None if y is None else (y[::2], y[1::2])
-        paths = interpolate(model, x[::2], x[1::2], args.steps, args.spherical, args.space, labels)
+        paths = interpolate(model, x[::2], x[1::2], args.frames, args.spherical, args.space, labels)
         ends = paths[:, [0, -1]].flatten(0, 1)  # in the order of x
         error = float(torch.cat([ends - x, torch.full_like(x[:1], error)]).abs().max())  # unlike max(), keeps a NaN
         changed += int((to_levels(ends, n_bins).cpu() != batch.levels).sum())
@@ -167,11 +171,11 @@ def _pairs(args: argparse.Namespace) -> int:
             rows.append(("\n→ ".join(names), torch.cat([x[2 * i : 2 * i + 1], path, x[2 * i + 1 : 2 * i + 2]])))
         first += len(paths)
     how = "spherical" if args.spherical else "linear"
-    columns = ["A", *(f"{i / (args.steps - 1):.2g}" for i in range(args.steps)), "B"]
+    columns = ["A", *(f"{i / (args.frames - 1):.2g}" for i in range(args.frames)), "B"]
     what = f"{images.name}, {part}: {how} paths in {args.space} space"
     save(out, rows, n_bins, columns, what, args.scale)
     say(
-        f"{len(pairs)} pairs of {what}, {args.steps} steps{not_finite_note(bad, 'images')}; "
-        f"ends off by at most {error:.3g} ({error * n_bins:.2g} levels), {changed} levels changed: {out}"
+        f"{len(pairs)} pairs of {what}, {args.frames} frames{not_finite_note(bad, 'images')}; "
+        f"ends off by at most {error:.3g} ({error * n_bins:.2g} grey levels), {changed} grey levels changed: {out}"
     )
     return 0

@@ -1,4 +1,4 @@
-"""``pyglow-fast levels``: what is left of images when only some levels of their latents are kept."""
+"""Runs ``pyglow-fast levels``: shows what is left of images when only some levels of their latents are kept."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from pyglow_fast.train import derive
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Declare the command."""
+    """Declare the command ``levels`` and its options."""
     about = "reconstruct images from some levels of their latents, the others drawn from their priors"
     parser = commands.add_parser("levels", help=about, description=about)
     parser.set_defaults(run_command=run)
     add_run(parser)
     add_images(parser)
-    parser.add_argument("--n", type=whole, metavar="N", default=8, help="images (8)")
+    parser.add_argument("--n", type=whole, metavar="N", default=8, help="images")
     parser.add_argument(
         "--keep",
         type=whole,
@@ -38,7 +38,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def subsets_of(keep: list[list[int]] | None, n_levels: int) -> list[list[int]]:
-    """The levels that each row keeps.
+    """Read the levels that each row keeps.
 
     Raises:
         ValueError: a level that the model does not have.
@@ -53,7 +53,7 @@ def subsets_of(keep: list[list[int]] | None, n_levels: int) -> list[list[int]]:
 
 
 def words(levels: list[int], n_levels: int) -> str:
-    """A subset of levels for people."""
+    """Write a subset of levels for people."""
     if len(levels) == n_levels:
         return "all levels"
     if levels == [n_levels - 1]:
@@ -63,7 +63,7 @@ def words(levels: list[int], n_levels: int) -> str:
 
 @torch.no_grad()
 def run(args: argparse.Namespace) -> int:
-    """Reconstruct; returns the exit code."""
+    """Reconstruct the images; returns the exit code."""
     with user_input():
         check_options(args, "n")
         out = picture_path(args.out, args.data)

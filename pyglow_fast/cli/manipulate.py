@@ -1,4 +1,4 @@
-"""``pyglow-fast manipulate``: add an attribute to held-out images along a direction found on training images."""
+"""Runs ``pyglow-fast manipulate``: adds an attribute to held-out images along a direction of training images."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
+from pyglow_fast._settings import value_text
 from pyglow_fast.cli._common import add_run, number, open_run, output_path, picture_path, say, user_input, whole
 from pyglow_fast.cli._latents import add_picture, add_space, check_options, not_finite_note, read, save
 from pyglow_fast.cli._tones import copy_and_table, write_scores
@@ -29,7 +30,7 @@ STRENGTHS, TONE_STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0), (0.0, 0.25, 0.5, 0.75, 
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Declare the command."""
+    """Declare the command ``manipulate`` and its options."""
     about = "add an attribute to held-out images, along the difference of mean latents of training images"
     parser = commands.add_parser("manipulate", help=about, description=about)
     parser.set_defaults(run_command=run)
@@ -44,13 +45,19 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("--attribute", metavar="NAME", help="celeba: the attribute that gives NAME and 'not NAME'")
     text = "multiples of the difference of the means"
-    parser.add_argument("--strengths", type=number, nargs="+", metavar="S", help=f"{text} (-2 -1 0 1 2)")
     parser.add_argument(
-        "--levels", type=whole, nargs="+", metavar="L", help="levels that are edited, 0 the shallowest (all)"
+        "--strengths",
+        type=number,
+        nargs="+",
+        metavar="S",
+        help=f"{text} (default: {value_text(STRENGTHS)}; with --tone: {value_text(TONE_STRENGTHS)})",
     )
-    parser.add_argument("--n", type=whole, metavar="N", default=8, help="images that are shown (8)")
     parser.add_argument(
-        "--train-images", type=whole, metavar="N", help="at most so many training images of each side (all)"
+        "--levels", type=whole, nargs="+", metavar="L", help="levels that are edited, 0 the shallowest (default: all)"
+    )
+    parser.add_argument("--n", type=whole, metavar="N", default=8, help="images that are shown")
+    parser.add_argument(
+        "--train-images", type=whole, metavar="N", help="at most so many training images of each side (default: all)"
     )
     parser.add_argument("--csv", metavar="CSV", help="with --tone: write the scores to this file, too")
     add_space(parser)
@@ -59,13 +66,13 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be done, as indices into the images.
+    """The work that was asked for, as indices into the images.
 
     Args:
         plus, minus: training images with and without the attribute.
         edited: held-out images.
-        words: the edit for people.
-        tones: true targets, or None.
+        words: a description of the edit for people.
+        tones: the pairs of emoji with the true targets, or None.
     """
 
     plus: Tensor
@@ -76,7 +83,7 @@ class Task:
 
 
 def _images(args: argparse.Namespace, checkpoint: Checkpoint, model: Glow) -> tuple[Images, Tensor, Tensor]:
-    """(all images of DATA, indices of the training images, of the held-out ones)."""
+    """Load (all images of DATA, indices of the training images, indices of the held-out ones)."""
     stored = checkpoint.config.data
     config = config_for(args.data, stored, model)
     if args.attribute is not None:
@@ -89,7 +96,7 @@ def _images(args: argparse.Namespace, checkpoint: Checkpoint, model: Glow) -> tu
 
 
 def _class_task(args: argparse.Namespace, data: Images, train: Tensor, held_out: Tensor) -> Task:
-    """Of two classes, or one and all others."""
+    """Make the task of two classes, or of one and all others."""
     for name in ("plus", "minus"):
         expect(getattr(args, name) is not None, name, "a class (or --tone, for emoji)", "none")
     expect(args.csv is None, "csv", "--tone beside it: only there true targets are known", repr(args.csv))
@@ -119,7 +126,7 @@ def _class_task(args: argparse.Namespace, data: Images, train: Tensor, held_out:
 
 
 def _tone_task(args: argparse.Namespace, checkpoint: Checkpoint, data: Images, model: Glow, held_out: Tensor) -> Task:
-    """Of emoji and the same ones in a skin tone."""
+    """Make the task of emoji and the same ones in a skin tone."""
     for name in ("plus", "minus", "train_images"):
         given = getattr(args, name)
         expect(given is None, name, "no such option beside --tone, which takes all pairs", repr(given))
@@ -128,7 +135,7 @@ def _tone_task(args: argparse.Namespace, checkpoint: Checkpoint, data: Images, m
 
 
 def mean_over(model: Glow, data: Images, indices: Tensor, space: str) -> tuple[MeanLatent, MeanLatent]:
-    """Means over the images at ``indices``: of their latents, and of x itself."""
+    """Average over the images at ``indices``: their latents, and x itself."""
     latents, pixels = MeanLatent(), MeanLatent()
     for batch in read(data, indices):
         x, y = inputs(batch.levels, batch.labels, data.n_bins, model)
@@ -139,7 +146,7 @@ def mean_over(model: Glow, data: Images, indices: Tensor, space: str) -> tuple[M
 
 @torch.no_grad()
 def run(args: argparse.Namespace) -> int:
-    """Manipulate; returns the exit code."""
+    """Manipulate the images; returns the exit code."""
     with user_input():
         check_options(args, "n", "train_images")
         strengths = check_numbers("strengths", args.strengths or (TONE_STRENGTHS if args.tone else STRENGTHS))

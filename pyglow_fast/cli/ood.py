@@ -1,4 +1,4 @@
-"""``pyglow-fast ood``: how well bits/dim tells foreign images from those that a model knows."""
+"""Runs ``pyglow-fast ood``: measures how well bits/dim tells foreign images from those that a model knows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CAVEAT = (
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Declare the command."""
+    """Declare the command ``ood`` and its options."""
     about = "tell foreign images by their bits/dim: histogram and AUROC"
     parser = commands.add_parser("ood", help=about, description=about)
     parser.set_defaults(run_command=run)
@@ -36,7 +36,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--out", required=True, metavar="PNG", help="the histogram")
     parser.add_argument("--csv", metavar="CSV", help="bits/dim of each image too")
     parser.add_argument(
-        "--n", type=whole, metavar="N", default=2000, help="at most so many images of each set, drawn at random (2000)"
+        "--n", type=whole, metavar="N", default=2000, help="at most so many images of each set, drawn at random"
     )
     parser.add_argument(
         "--typicality",
@@ -73,7 +73,7 @@ def _titles(args: argparse.Namespace, own: Selection, foreign: Selection) -> tup
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare; returns the exit code."""
+    """Compare the scores of both sets; returns the exit code."""
     with user_input():
         for module in ("sklearn.metrics", "matplotlib.figure"):
             optional(module, "AUROC and histogram")  # better missed now than when all is computed

@@ -1,4 +1,4 @@
-"""``pyglow-fast reconstruct``: images, and what comes back when they are encoded and decoded."""
+"""Runs ``pyglow-fast reconstruct``: images, and what comes back when they are encoded and decoded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pyglow_fast.train import save_grid, to_levels
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Declare the command."""
+    """Declare the command ``reconstruct`` and its options."""
     about = "encode and decode images; print the error"
     parser = commands.add_parser("reconstruct", help=about, description=about)
     parser.set_defaults(run_command=run)
@@ -22,12 +22,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--out", required=True, metavar="PNG", help="the picture: originals above their reconstructions"
     )
-    parser.add_argument("--n", type=whole, metavar="N", default=16, help="at most so many images (16)")
+    parser.add_argument("--n", type=whole, metavar="N", default=16, help="at most so many images")
 
 
 @torch.no_grad()
 def run(args: argparse.Namespace) -> int:
-    """Reconstruct; returns the exit code."""
+    """Reconstruct the images; returns the exit code."""
     with user_input():
         check_counts(args, "n")
         out = picture_path(args.out, args.data)
@@ -50,6 +50,6 @@ def run(args: argparse.Namespace) -> int:
     save_grid(torch.cat(padded), images.n_bins, out, columns)
     say(
         f"{len(levels)} images of {images.name}, {part}: max |decode(encode(x)) - x| = {error:.3g} "
-        f"({error * images.n_bins:.2g} levels), {changed} of {levels.numel()} levels changed: {out}"
+        f"({error * images.n_bins:.2g} grey levels), {changed} of {levels.numel()} grey levels changed: {out}"
     )
     return 0

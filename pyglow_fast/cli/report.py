@@ -1,4 +1,4 @@
-"""``pyglow-fast report``: the page of a run, as training writes it at its end, at any time."""
+"""Runs ``pyglow-fast report``: writes the page of a run, as training does at its end, at any time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pyglow_fast.train.files import write_text
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Declare the command."""
+    """Declare the command ``report`` and its options."""
     about = "one HTML page of a run, at its end or not: scores, curves, samples, settings"
     parser = commands.add_parser("report", help=about, description=about)
     parser.set_defaults(run_command=run)

@@ -1,4 +1,4 @@
-"""``pyglow-fast score``: bits per dimension of each image, as a CSV file."""
+"""Runs ``pyglow-fast score``: writes the bits per dimension of each image as a CSV file."""
 
 from __future__ import annotations
 
@@ -31,14 +31,18 @@ from pyglow_fast.train import Checkpoint, Score, score_images
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Declare the command."""
+    """Declare the command ``score`` and its options."""
     about = "bits per dimension of each image, to a CSV file"
     parser = commands.add_parser("score", help=about, description=about)
     parser.set_defaults(run_command=run)
     add_run(parser)
     text = f"{DATA_HELP}; prepared as the run's own images were. Or image files, each cropped and scaled as in training"
     parser.add_argument("data", nargs="+", metavar="DATA", help=text)
-    parser.add_argument("--part", choices=PARTS, help="default: held-out of the run's own images, all of any others")
+    parser.add_argument(
+        "--part",
+        choices=PARTS,
+        help="which part of them (default: held-out of the run's own images, all of any others)",
+    )
     parser.add_argument("--out", metavar="CSV", help="the file to write")
     parser.add_argument(
         "--picture", metavar="PNG", help="of image files: write where they are on the histogram of held-out images"
@@ -47,16 +51,16 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def add_scoring(parser: argparse.ArgumentParser) -> None:
-    """How images are scored."""
+    """Declare the options that say how images are scored."""
     parser.add_argument(
-        "--samples", type=whole, metavar="N", default=1, help="draws of the dequantisation noise an image (1)"
+        "--samples", type=whole, metavar="N", default=1, help="draws of the dequantisation noise an image"
     )
-    parser.add_argument("--batch-size", type=whole, metavar="N", default=64, help="images at a time (64)")
-    parser.add_argument("--seed", type=whole, metavar="N", default=0, help="of the dequantisation noise (0)")
+    parser.add_argument("--batch-size", type=whole, metavar="N", default=64, help="images at a time")
+    parser.add_argument("--seed", type=whole, metavar="N", default=0, help="of the dequantisation noise")
 
 
 def check_scoring(args: argparse.Namespace) -> None:
-    """Refuse wrong values of ``add_scoring``.
+    """Refuse wrong values of the options that ``add_scoring`` declares.
 
     Raises:
         ValueError: one is out of its range.
@@ -68,7 +72,7 @@ def check_scoring(args: argparse.Namespace) -> None:
 def scored(
     args: argparse.Namespace, checkpoint: Checkpoint, model: Glow, found: Selection, limit: int | None = None
 ) -> ScoredImages:
-    """The images of a selection, or at random ``limit`` of them, and their scores.
+    """Score the images of a selection, or at random ``limit`` of them.
 
     Raises:
         InputError: an image cannot be read, and the run does not skip such images; or none can.
@@ -84,7 +88,7 @@ def scored(
 
 
 def run(args: argparse.Namespace) -> int:
-    """Score; returns the exit code."""
+    """Score the images; returns the exit code."""
     with user_input():
         check_scoring(args)
         expect(args.out is not None or args.picture is not None, "out", "a file to write", "none")
@@ -110,7 +114,7 @@ def _files(args: argparse.Namespace) -> int:
         files = [opened.pick(image) for image in images]
         with progress_bar("bits/dim of the run's images") as progress:
             if picture is not None:
-                opened.scores(progress)  # which the histogram needs
+                opened.scores(progress)  # the histogram needs them
             scores = score_files(opened, files, progress)
     say(f"{args.run} at step {opened.step}:")
     for score in scores:

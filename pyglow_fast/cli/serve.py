@@ -1,4 +1,4 @@
-"""``pyglow-fast serve``: trained runs in the browser, to look at and to touch."""
+"""Runs ``pyglow-fast serve``: shows trained runs in the browser, to look at and to change images with."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Declare the command."""
+    """Declare the command ``serve`` and its options."""
     about = "open trained runs in the browser: sample, edit, interpolate, score"
     parser = commands.add_parser("serve", help=about, description=about)
     parser.set_defaults(run_command=run)
@@ -35,9 +35,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--best", action="store_true", help="the checkpoint with the best held-out bits/dim, not the last"
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (default)")
-    parser.add_argument("--host", default="127.0.0.1", metavar="HOST", help="the address to listen at (127.0.0.1)")
-    parser.add_argument("--port", type=whole, metavar="N", help="the port (the first free one from 7860)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto")
+    parser.add_argument("--host", default="127.0.0.1", metavar="HOST", help="the address to listen at")
+    parser.add_argument("--port", type=whole, metavar="N", help="the port (default: the first free one from 7860)")
     parser.add_argument(
         "--auth",
         metavar="USER",
@@ -76,7 +76,7 @@ def _import_gradio() -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until Ctrl-C; returns the exit code."""
-    # The user's own settings of Gradio are for other pages; some would open this one to others.
+    # Settings that the user has for Gradio are for other pages; some would open this one to others.
     with user_input(), _without(lambda name: name.startswith("GRADIO_")):
         _import_gradio()
         from pyglow_fast.web import CSS, Shelf, check_host, credentials, page, serve

@@ -1,4 +1,4 @@
-"""``pyglow-fast temperatures``: the same noise at several temperatures."""
+"""Runs ``pyglow-fast temperatures``: draws images from the same noise at several temperatures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEMPERATURES = (0.0, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0)
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Declare the command."""
+    """Declare the command ``temperatures`` and its options."""
     about = "samples at several temperatures, a row each, from the same noise"
     parser = commands.add_parser("temperatures", help=about, description=about)
     parser.set_defaults(run_command=run)
@@ -29,9 +29,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         nargs="+",
         metavar="T",
         default=list(TEMPERATURES),
-        help=f"({' '.join(f'{value:g}' for value in TEMPERATURES)})",
+        help="what multiplies the deviation of the priors",
     )
-    parser.add_argument("--n", type=whole, metavar="N", default=8, help="samples of each (8)")
+    parser.add_argument("--n", type=whole, metavar="N", default=8, help="samples of each")
     parser.add_argument(
         "--label", metavar="CLASS", action="append", help="a class; may be repeated (default: all classes in turn)"
     )
@@ -40,7 +40,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 @torch.no_grad()
 def run(args: argparse.Namespace) -> int:
-    """Sample; returns the exit code."""
+    """Draw the samples; returns the exit code."""
     with user_input():
         check_options(args, "n")
         for value in args.temperatures:

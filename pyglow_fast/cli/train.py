@@ -1,4 +1,4 @@
-"""``pyglow-fast train``: a new run, or the rest of one."""
+"""Runs ``pyglow-fast train``: trains a new run, or the rest of one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyglow_fast import presets
 from pyglow_fast._errors import expect
@@ -45,7 +45,7 @@ class _ListPresets(argparse.Action):
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Declare the command."""
+    """Declare the command ``train`` and its options."""
     about = "train a Glow on images; under torchrun, on several processes"
     parser = commands.add_parser("train", help=about, description=about, argument_default=argparse.SUPPRESS)
     parser.set_defaults(run_command=run)
@@ -55,19 +55,20 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         type=folder_name,
         default=None,
         metavar="DIR",
-        help="the folder of the run (with --config RUN/config.toml: RUN-2, or the next that is free)",
+        help="the folder of the run (default: with --config RUN/config.toml RUN-2, or the next that is free)",
     )
     parser.add_argument(
         "--config",
         default=None,
         metavar="FILE",
-        help="settings from a TOML, YAML or JSON file, such as another run's config.toml; options come before them",
+        help="settings from a TOML, YAML or JSON file, such as another run's config.toml; options come before "
+        "them, and they before those of --preset",
     )
     parser.add_argument(
         "--preset",
         default=None,
         metavar="NAME",
-        help="settings of the paper's models and of small ones; options and the file come before them",
+        help="settings of the paper's models and of small ones; options and --config come before them",
     )
     parser.add_argument("--list-presets", action=_ListPresets, nargs=0, help="show the presets and exit")
     existing = parser.add_mutually_exclusive_group()
@@ -80,7 +81,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def next_out(config: str | None) -> str:
-    """Where a run goes that is to repeat the one with that config.toml: beside it, under a number.
+    """Name the folder of a run that repeats the one with that config.toml: beside it, under a number.
 
     Raises:
         ValueError: it is not that of a run, or none is given.
@@ -96,7 +97,7 @@ def next_out(config: str | None) -> str:
 
 
 def from_file(path: str) -> tuple[dict[str, Any], str | None, str | None]:
-    """(settings as if they were given as options, name of the images, preset) of a configuration file.
+    """Read (settings as if they were given as options, name of the images, preset) from a configuration file.
 
     Raises:
         ValueError: see read_config; or a key that is no setting.
@@ -118,33 +119,77 @@ def from_file(path: str) -> tuple[dict[str, Any], str | None, str | None]:
     return flat, images, preset
 
 
-def gathered(args: argparse.Namespace, special: Collection[str]) -> tuple[dict[str, Any], str | None, str | None]:
-    """(settings, name of the images, preset) from the options, and behind them from --config.
+class Given(NamedTuple):
+    """The settings that were given by options and by a file.
 
     Args:
-        args: with data, preset and config.
-        special: what else in it is no setting.
+        settings: by name; an option comes before the file.
+        data: name of the images, or None.
+        preset: whose settings are behind these, or None.
+        notes: for people: what of the preset does not count.
+    """
+
+    settings: dict[str, Any]
+    data: str | None
+    preset: str | None
+    notes: tuple[str, ...] = ()
+
+
+def gathered(args: argparse.Namespace, special: Collection[str]) -> Given:
+    """Collect what the options say, and behind them the file of --config.
+
+    Args:
+        args: the parsed options, with data, preset and config.
+        special: the names of other options that are no settings.
 
     Raises:
-        ValueError: see from_file.
+        ValueError: see from_file; or a preset beside a file that leaves nothing of it.
     """
-    given = {key: value for key, value in vars(args).items() if key not in special}
-    name, preset = args.data, args.preset
-    if args.config is not None:
-        settings, stored_name, stored_preset = from_file(args.config)
-        if any(limit in given for limit in LIMITS):
-            settings = {key: value for key, value in settings.items() if key not in LIMITS}
-        given, name, preset = settings | given, name or stored_name, preset or stored_preset
-    return given, name, preset
+    options = {key: value for key, value in vars(args).items() if key not in special}
+    if args.config is None:
+        return Given(options, args.data, args.preset)
+    settings, data, preset = from_file(args.config)
+    notes: tuple[str, ...] = ()
+    if args.preset is not None:
+        notes = _what_wins(args.config, settings, preset, args.preset)
+        preset = args.preset
+    if any(limit in options for limit in LIMITS):
+        settings = {key: value for key, value in settings.items() if key not in LIMITS}
+    return Given(settings | options, args.data or data, preset, notes)
+
+
+def _what_wins(path: str, settings: Mapping[str, Any], named: str | None, preset: str) -> tuple[str, ...]:
+    """List which settings of --preset do not count, for people.
+
+    Args:
+        path: the file of --config.
+        settings: its own.
+        named: the preset that it names, or None.
+        preset: the one of the option, which takes that one's place.
+
+    Raises:
+        ValueError: the file has every setting that the preset has.
+    """
+    theirs = presets.find(preset).settings
+    both = sorted(set(theirs) & set(settings))
+    left = [key for key in theirs if key not in settings]
+    expect(
+        bool(left), "preset", f"one with settings that {path} does not have, since those of a file win", repr(preset)
+    )
+    notes = [f"{path} names preset {named}; --preset {preset} takes its place"] if named not in (None, preset) else []
+    if both:
+        notes.append(f"{path} wins over preset {preset} in {', '.join(both)}")
+    return tuple(notes)
 
 
 def make_config(given: dict[str, Any], name: str, preset: str | None = None) -> tuple[TrainConfig, Images]:
-    """The configuration for what was given, and the images that decide its shape.
+    """Make the configuration for what was given, and load the images that decide its shape.
 
     Args:
         given: fields of DataConfig, GlowConfig and TrainConfig, by name.
-        name: of the images.
-        preset: its settings are behind what is given; None: that of the digits for the digits, else none.
+        name: the name of the images.
+        preset: the preset whose settings count where nothing is given; None: that of the digits for the digits, else
+            none.
 
     Raises:
         ValueError: see DataConfig, GlowConfig and TrainConfig.
@@ -169,7 +214,7 @@ def make_config(given: dict[str, Any], name: str, preset: str | None = None) -> 
 
 
 def resumed(given: dict[str, Any], name: str | None, out: str, ranks: Ranks) -> Run:
-    """The run to go on with, after checking that whatever was given is as it was or may change.
+    """Make the run to go on with, after checking that whatever was given is as it was or may change.
 
     Raises:
         ValueError: see :func:`pyglow_fast.train.resume`.
@@ -187,7 +232,7 @@ def resumed(given: dict[str, Any], name: str | None, out: str, ranks: Ranks) -> 
 
 
 def summary(result: Result) -> str:
-    """The final figures, for people."""
+    """Write the final figures for people."""
     if result.held_out is None or result.train is None:
         return ""
     scores = {"held-out": result.held_out, "train": result.train}
@@ -215,34 +260,37 @@ def finish(result: Result, folder: RunFolder) -> int:
     return 0
 
 
-def _run(
-    args: argparse.Namespace, given: dict[str, Any], name: str | None, preset: str | None, out: str, ranks: Ranks
-) -> int:
+def _run(args: argparse.Namespace, given: Given, out: str, ranks: Ranks) -> int:
     """Apart from ``run``, so that nothing of the training is left when the ranks part."""
+    if ranks.first and not args.quiet:
+        for note in given.notes:
+            say(note)
     with user_input():
         if args.resume:
-            ready = resumed(given, name, out, ranks)
+            ready = resumed(given.settings, given.data, out, ranks)
         else:
-            assert name is not None  # see run
-            config, data = make_config(given, name, preset)
+            assert given.data is not None  # see run
+            config, data = make_config(given.settings, given.data, given.preset)
             ready = start(config, out, args.overwrite, data, ranks)
     result = ready.execute(args.quiet)
     return finish(result, ready.folder) if ranks.first else 128 + result.stopped_by if result.stopped_by else 0
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; returns the exit code."""
+    """Train the model; returns the exit code."""
     with user_input():
-        given, name, preset = gathered(args, _SPECIAL)
-        if preset is not None:
-            expect(not args.resume, "preset", "none with --resume: the run has its settings", repr(preset))
-            name = images_for(preset, name)
-        expect(args.resume or name is not None, "data", DATA_HELP, "none")
+        given = gathered(args, _SPECIAL)
+        if given.preset is not None:
+            expect(not args.resume, "preset", "none with --resume: the run has its settings", repr(given.preset))
+            given = given._replace(data=images_for(given.preset, given.data))
+        expect(args.resume or given.data is not None, "data", DATA_HELP, "none")
         out = args.out or next_out(args.config)
-        device = given.get("device")
+        if args.out is None:
+            given = given._replace(notes=(*given.notes, f"the run goes to {out}, since no --out is given"))
+        device = given.settings.get("device")
         if device is None:
             device = RunFolder(out).read_config().device if args.resume else "auto"
         resolve_device(device)
         group = open_ranks(device)
     with group as ranks:
-        return _run(args, given, name, preset, out, ranks)
+        return _run(args, given, out, ranks)

@@ -1,4 +1,4 @@
-"""How far a chain of layers sees and what it costs, from its description alone; see reference.net_chain."""
+"""How far a chain of layers sees and what it costs, told from its description alone; see reference.net_chain."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pyglow_fast.reference import ChainSpec, sides
 
 
 def reach(kernel_sizes: Sequence[Sequence[int]], dilations: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """Computes how far an output position of the chain sees, along each dimension: the sum over its layers."""
+    """Compute how far an output position of the chain sees, along each dimension: the sum over its layers."""
     every = [sides(sizes, dilation) for sizes, dilation in zip(kernel_sizes, dilations, strict=True)]
     return tuple(map(sum, zip(*every, strict=True)))
 
@@ -20,11 +20,11 @@ def reach(kernel_sizes: Sequence[Sequence[int]], dilations: Sequence[Sequence[in
 def bytes_per_position(
     channels: Sequence[int], kernel_sizes: Sequence[Sequence[int]], spec: ChainSpec, like: Tensor, element_size: int
 ) -> int:
-    """Computes the most bytes alive in forward and backward per sample and position, of a chain as products of ours.
+    """Compute the most bytes alive in forward and backward of a chain run as matrix products, per sample and position.
 
-    What is kept of its hidden layers, and the gradients behind those convolutions whose backward looks around, which
-    lie in planes of whole samples (both in bfloat16 where the net runs in that); and the output, its gradient and the
-    input.
+    Counted are what is kept of its hidden layers; the gradients behind those convolutions whose backward reads the
+    positions around, which are held for whole samples (both in bfloat16 where the net runs in that); and the output,
+    its gradient and the input.
 
     Args:
         channels: of the input, behind each layer, of the output.

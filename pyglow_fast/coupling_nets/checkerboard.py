@@ -14,7 +14,7 @@ from pyglow_fast.coupling_nets.explicit_net import Explicit, NetGradients
 
 @dataclass(frozen=True)
 class Checkerboard:
-    """The positions whose indices have a sum of ``parity`` (modulo 2) are kept; the net predicts the others from them.
+    """A checkerboard mask: positions whose indices have a sum of ``parity`` (modulo 2) predict the others.
 
     With x (N, C, R, *rest) halved to (N, 2 C, R / 2, *rest), kept positions first, a coupling is one of channels: a
     step's kernels, and all that recomputes, run on the halves. The net alone runs on whole images: it gets them with
@@ -39,31 +39,31 @@ class Checkerboard:
             expect(fits, "cond", f"shape ({shape}), the positions of x", f"shape {tuple(cond.shape)}")
 
     def enter(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The halves of x, and the condition by pairs of rows."""
+        """Divide x into its halves, and view the condition by pairs of rows."""
         self.check(x, cond)
         return functional.checkerboard_split(x, self.parity), None if cond is None else cond.unflatten(2, (-1, 2))
 
     def leave(self, halves: Tensor) -> Tensor:
-        """The images of these halves."""
+        """Put halves together to images, which undoes :meth:`enter`."""
         return functional.checkerboard_merge(halves, self.parity)
 
     def net_inputs(self, kept: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The masked images and the condition, as the net sees them."""
+        """Make what the net sees: the masked images, zero at the other positions, and the condition."""
         masked = functional.checkerboard_merge(kept, self.parity, both=False)
         return masked, None if cond is None else cond.flatten(2, 3)
 
     def net_output(self, net_out: Tensor) -> Tensor:
-        """What the net says of the other positions."""
+        """Take from the net's output what it predicts for the other positions."""
         return functional.checkerboard_split(net_out, 1 - self.parity, both=False)
 
     def shaped(self, kept: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Stand-ins for :meth:`net_inputs`, of their shapes, dtypes and devices, to be checked."""
+        """Make stand-ins for :meth:`net_inputs`, of their shapes, dtypes and devices, to be checked."""
         n, channels, rows, *rest = kept.shape
         return kept.new_empty(()).expand(n, channels, 2 * rows, *rest), None if cond is None else cond.flatten(2, 3)
 
 
 class OnCheckerboard:
-    """A net without autograd on whole images, as a net on their kept halves."""
+    """Runs a net on whole images, without autograd, given and giving the halves of a checkerboard."""
 
     def __init__(self, net: Explicit, board: Checkerboard) -> None:
         self.net, self.board = net, board
@@ -74,16 +74,16 @@ class OnCheckerboard:
         return self.net.out_channels
 
     def output(self, x1: Tensor, cond: Tensor | None) -> Tensor:
-        """The net's output alone, without what a backward needs."""
+        """Compute the net's output alone, without what a backward needs."""
         return self.board.net_output(self.net.output(*self.board.net_inputs(x1, cond)))
 
     def forward(self, x1: Tensor, cond: Tensor | None) -> tuple[Tensor, Any]:
-        """The output, and what :meth:`backward` takes."""
+        """Compute the output, and what :meth:`backward` takes."""
         net_out, kept = self.net.forward(*self.board.net_inputs(x1, cond))
         return self.board.net_output(net_out), kept
 
     def backward(self, kept: Any, grad_out: Tensor, needs_inputs: bool = True) -> NetGradients:
-        """Gradients of x1, of the condition and, by name, of the parameters that want one: the transposed moves."""
+        """Compute gradients of x1, the condition and, by name, the parameters that want one: the transposed moves."""
         grad_whole = functional.checkerboard_merge(grad_out, 1 - self.board.parity, both=False)
         grad_x, grad_cond, grads = self.net.backward(kept, grad_whole, needs_inputs)
         grad_x1 = None if grad_x is None else functional.checkerboard_split(grad_x, self.board.parity, both=False)

@@ -1,4 +1,4 @@
-"""A chain's forward and backward without autograd: what a backward that recomputes runs for every step."""
+"""Forward and backward of a chain of layers without autograd, for a backward that recomputes every step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pyglow_fast.reference import ChainSpec
 
 
 def scaled(weight: Tensor, scale: Tensor) -> Tensor:
-    """A weight whose output channels (dimension 0) are multiplied."""
+    """Multiply the output channels (dimension 0) of a weight."""
     return weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
 
 
@@ -20,27 +20,27 @@ NetGradients = tuple[Tensor | None, Tensor | None, dict[str, Tensor]]
 
 
 class Explicit(Protocol):
-    """What a run of a net without autograd is asked for; see :class:`ExplicitNet` and library_net.LibraryNet."""
+    """The interface of a net that runs forward and backward without autograd: ExplicitNet, LibraryNet."""
 
     @property
     def out_channels(self) -> int:
         """The number of channels of the output."""
 
     def output(self, x1: Tensor, cond: Tensor | None) -> Tensor:
-        """The net's output alone, without what a backward needs."""
+        """Compute the net's output alone, without what a backward needs."""
 
     def forward(self, x1: Tensor, cond: Tensor | None) -> tuple[Tensor, Any]:
-        """The output, and what :meth:`backward` takes, once."""
+        """Compute the output, and what :meth:`backward` takes, once."""
 
     def backward(self, kept: Any, grad_out: Tensor, needs_inputs: bool = True) -> NetGradients:
-        """Gradients of x1, of the condition and, by name, of the parameters that want one.
+        """Compute gradients of x1, of the condition and, by name, of the parameters that want one.
 
         Where neither of the first two is needed they may be None.
         """
 
 
 class LayerNames(NamedTuple):
-    """What a layer's parameters are called; weight and bias are multiplied by exp(power log_scale), if it has one."""
+    """Names of a layer's parameters; weight and bias are multiplied by exp(power log_scale), if it has one."""
 
     weight: str
     bias: str
@@ -48,12 +48,12 @@ class LayerNames(NamedTuple):
     power: float = 1.0
 
     def scale_of(self, log_scale: Tensor) -> Tensor:
-        """exp(power log_scale), (C,)."""
+        """Compute the scale exp(power log_scale), (C,)."""
         return (log_scale if self.power == 1.0 else self.power * log_scale).exp().flatten()
 
 
 class FoldedLayers:
-    """A chain's weights and biases with the scales of its layers in them, and gradients of these as of the parameters.
+    """Weights and biases of a chain with its layers' scales multiplied in, and back to gradients of the parameters.
 
     Args:
         params: of the net, by name.
@@ -84,9 +84,9 @@ class FoldedLayers:
     def unfolded(
         self, grad_weights: Sequence[Tensor | None], grad_biases: Sequence[Tensor | None]
     ) -> dict[str, Tensor]:
-        """Turns gradients of the folded weights and biases into those that the parameters want, by name.
+        """Turn gradients of the folded weights and biases into those that the parameters want, by name.
 
-        None stands for one that was not computed: of no layer whose scale wants one.
+        None stands for a gradient that was not computed; a layer whose scale wants one has it.
         """
         found: dict[str, Tensor | None] = {}
         grads = zip(grad_weights, grad_biases, strict=True)
@@ -131,16 +131,16 @@ class ExplicitNet(FoldedLayers):
         return out, kept, (x1, cond, how)
 
     def output(self, x1: Tensor, cond: Tensor | None) -> Tensor:
-        """The net's output alone, without what a backward needs."""
+        """Compute the net's output alone, without what a backward needs."""
         return self._run(x1, cond, False)[0]
 
     def forward(self, x1: Tensor, cond: Tensor | None) -> tuple[Tensor, Any]:
-        """The output, and what :meth:`backward` takes."""
+        """Compute the output, and what :meth:`backward` takes."""
         out, kept, (x1, cond, how) = self._run(x1, cond, True)
         return out, (x1, cond, kept, how)
 
     def backward(self, kept: Any, grad_out: Tensor, needs_inputs: bool = True) -> NetGradients:
-        """Gradients of x1 and of the condition, always, and, by name, of the parameters that want one."""
+        """Compute gradients of x1 and of the condition, always, and, by name, of the parameters that want one."""
         x1, cond, hidden, how = kept
         want = self.trains(*self.params)
         bias = self.biases[-1]

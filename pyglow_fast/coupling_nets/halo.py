@@ -1,4 +1,4 @@
-"""Whether the halo that a net states is true."""
+"""A test of the halo that a net states: how far its output positions see."""
 
 from __future__ import annotations
 

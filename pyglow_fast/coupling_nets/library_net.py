@@ -1,4 +1,4 @@
-"""A coupling net of convolutions without autograd, by the library's own ops: the form that nets have on a GPU."""
+"""A coupling net of convolutions without autograd, by torch's own ops: the form that nets have on a GPU."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ class LibraryNet(FoldedLayers):
         self.chain = convolutions.prepared(self.weights, self.biases, spec, like)
 
     def output(self, x1: Tensor, cond: Tensor | None) -> Tensor:
-        """The net's output alone, without what a backward needs."""
+        """Compute the net's output alone, without what a backward needs."""
         return convolutions.run(self.chain, convolutions.joined(x1, cond))
 
     def forward(self, x1: Tensor, cond: Tensor | None) -> tuple[Tensor, Any]:
-        """The output, and what :meth:`backward` takes, once."""
+        """Compute the output, and what :meth:`backward` takes, once."""
         kept: list[Tensor] = []
         out = convolutions.run(self.chain, convolutions.joined(x1, cond), kept)
         return out, (convolutions.Source.of(x1, cond), kept)
 
     def backward(self, kept: Any, grad_out: Tensor, needs_inputs: bool = True) -> NetGradients:
-        """Gradients of x1, of the condition and, by name, of the parameters that want one; no others are computed."""
+        """Compute gradients of x1, of the condition and, by name, of the parameters that want one; no others."""
         source, hidden = kept
         weights = [self.trains(layer.weight, layer.log_scale) for layer in self.layers]
         biases = [self.trains(layer.bias, layer.log_scale) for layer in self.layers]

@@ -1,4 +1,4 @@
-"""Masks of sequences of unequal lengths: which positions of a batch are there, and how a net sees no others.
+"""Masks of sequences of unequal lengths: which positions of a batch exist, and how a net sees no others.
 
 A mask m (N, 1, T) is 1 at the positions that a sample has and 0 behind them, where its values are padding. Nets of
 couplings get one tensor besides the channels that they read: of a masked run its first channel is the mask, and what
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyglow_fast._errors import can_read, expect
+from pyglow_fast.coupling_nets.inputs import may_write
 from pyglow_fast.coupling_nets.traits import bytes_per_position, halo_of, is_deterministic
 
 # Samples run together while the shortest has this part of the positions of the longest at least: the rest is computed
@@ -34,35 +35,35 @@ def check_mask(mask: Tensor, x: Tensor) -> Tensor:
 
 
 def is_mask(mask: Tensor, x: Tensor) -> bool:
-    """Whether it is a mask for x; its values are looked at where that takes no pause."""
+    """Whether a tensor is a mask for x; its values are looked at where that takes no pause."""
     if tuple(mask.shape) != (x.shape[0], 1, *x.shape[2:]) or mask.device != x.device:
         return False
     return mask.dtype == torch.bool or not can_read(mask) or bool(((mask == 0) | (mask == 1)).all())
 
 
 def without_padding(x: Tensor, mask: Tensor) -> Tensor:
-    """Zero where the mask is, whatever x is there: NaN and inf too, of which no gradient comes back."""
+    """Set x to zero where the mask is, whatever x holds there: NaN and inf too, which get no gradient."""
     return x.masked_fill(mask == 0, 0.0)
 
 
 def mask_of(cond: Tensor) -> Tensor:
-    """The mask (N, 1, T) in what the nets of a masked run get besides x1."""
+    """Take the mask (N, 1, T) from what the nets of a masked run get besides x1."""
     return cond[:, :1]
 
 
 def positions_of(cond: Tensor) -> Tensor:
-    """How many positions each sample has, (N,), in the dtype of the flow."""
+    """Count the positions of each sample, (N,), in the dtype of the flow."""
     return mask_of(cond).sum(dim=(1, 2))
 
 
 def lengths(mask: Tensor) -> list[int]:
-    """Where the last position of each sample ends, at least 1: it may be cut behind it."""
+    """List where the last position of each sample ends, at least 1: a sample may be cut behind it."""
     ends = torch.arange(1, mask.shape[2] + 1, device=mask.device)
     return ((mask[:, 0] != 0) * ends).amax(dim=1).clamp_min(1).tolist() if mask.shape[2] else [0] * mask.shape[0]
 
 
 def groups_alike(ends: Sequence[int]) -> list[list[int]]:
-    """Group the samples by like lengths, longest first: their numbers."""
+    """Group samples of similar lengths, longest first, by their numbers."""
     found: list[list[int]] = []
     for sample in sorted(range(len(ends)), key=lambda i: -ends[i]):
         if not found or ends[sample] < ALIKE * ends[found[-1][0]]:
@@ -134,20 +135,25 @@ class MaskedNet(nn.Module):
 
     @property
     def halo(self) -> int | None:
-        """Positions to each side that an output depends on, None where the net does not state it."""
+        """How many positions to each side an output position depends on, None where the net does not state it."""
         return halo_of(self.net)
 
     @property
     def deterministic(self) -> bool:
-        """Whether the net repeats itself whatever the random generators."""
+        """Whether the net gives the same output again, whatever the random generators."""
         return is_deterministic(self.net)
 
+    @property
+    def writes_to_input(self) -> bool:
+        """Whether the net may write to what it is called with."""
+        return may_write(self.net)
+
     def bytes_per_position(self, element_size: int) -> int:
-        """What the net states, or the estimate for it."""
+        """Give what the net states, or else an estimate for it."""
         return bytes_per_position(self.net, 1, element_size)
 
     def forward(self, x1: Tensor, extra: Tensor) -> Tensor:
-        """x1 (N, C1, T), extra (N, 1 + C_c, T) -> (N, C_out, T)."""
+        """Predict (N, C_out, T) from x1 (N, C1, T) and extra (N, 1 + C_c, T): the mask, then the condition."""
         mask = mask_of(extra).detach()
         cond = None if extra.shape[1] == 1 else extra[:, 1:, :1] if self.per_sample else extra[:, 1:]
         out: Tensor = self.net(x1 * mask, cond, mask)

@@ -1,4 +1,4 @@
-"""A coupling's net as runs of flow steps take it: in chunks within a budget, repeatable, parameters from outside."""
+"""Runs a coupling's net for runs of flow steps: in chunks within a budget, repeatable, parameters from outside."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pyglow_fast import convolutions, functional
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.checkerboard import Checkerboard, OnCheckerboard
 from pyglow_fast.coupling_nets.explicit_net import Explicit
+from pyglow_fast.coupling_nets.inputs import inputs_for
 from pyglow_fast.coupling_nets.net_shape import NetShape
 from pyglow_fast.coupling_nets.plan import Chunk, ChunkPlan, plan_chunks
 from pyglow_fast.coupling_nets.precision import in_precision
@@ -32,7 +33,7 @@ REMEMBERED = 64  # plans of a net: lengths of speech are many
 
 @dataclass(frozen=True)
 class Memo:
-    """What a repetition of a net's run needs: how it was cut, and the state around it."""
+    """Notes that a repetition of a net's run needs: how it was cut, and the state around it."""
 
     plan: ChunkPlan
     state: RunState
@@ -40,7 +41,7 @@ class Memo:
 
 
 class NetRunner:
-    """Runs one net of a coupling.
+    """Runs the net of a coupling in chunks, forward and, repeated, for its backward.
 
     Args:
         net: the module.
@@ -66,14 +67,14 @@ class NetRunner:
     ) -> None:
         self.net, self.width, self.budget, self._plans, self.precision = net, width, budget, plans, precision
         self.board = board
-        # Of these we know all there is to know without a look into their modules, a thousand of them in a deep model.
+        # What such a net does is known without looking into its modules, of which a deep model has thousands.
         self._known = isinstance(net, NetShape) and net.is_plain
         self._found: tuple[list[str], list[nn.Parameter]] | None = (
-            None  # no cached_property, whose lock is not compiled
+            None  # no cached_property: torch.compile cannot trace its lock
         )
 
     def _then(self) -> tuple[list[str], list[nn.Parameter]]:
-        """What the module had when the run began; torch.func.functional_call lends it others, and takes them back."""
+        """The parameters when the run began: torch.func.functional_call may put others in their place for a call."""
         if self._found is None:
             now = self._now()
             self._found = [name for name, _ in now], [parameter for _, parameter in now]
@@ -88,12 +89,12 @@ class NetRunner:
 
     @property
     def names(self) -> list[str]:
-        """Of the parameters."""
+        """Names of the net's parameters, in the order of :attr:`params`."""
         return self._then()[0]
 
     @property
     def params(self) -> list[nn.Parameter]:
-        """The net's own."""
+        """Parameters of the net that the run began with."""
         return self._then()[1]
 
     def _plan(self, x1: Tensor, cond: Tensor | None, random: bool = False) -> ChunkPlan:
@@ -138,7 +139,7 @@ class NetRunner:
         return found if found is None or self.board is None else OnCheckerboard(found, self.board)
 
     def reads(self, channels: int) -> int:
-        """How many of a state's C channels, the first ones, are x1: half of them."""
+        """Say how many of a state's C channels, the first ones, are x1: half of them."""
         return channels // 2
 
     def _out_channels(self, x1: Tensor) -> int:
@@ -160,7 +161,7 @@ class NetRunner:
         by_name = dict(zip(self.names, params, strict=True))
 
         def call(x1: Tensor, cond: Tensor | None) -> Tensor:
-            inputs = (x1,) if cond is None else (x1, cond)
+            inputs = inputs_for(self.net, *((x1,) if cond is None else (x1, cond)))
             net_out = self.net(*inputs) if own else torch.func.functional_call(self.net, by_name, inputs)
             shape = (x1.shape[0], self._out_channels(x1), *x1.shape[2:])
             found = tuple(net_out.shape) if isinstance(net_out, Tensor) else type(net_out).__name__
@@ -177,7 +178,7 @@ class NetRunner:
         return lambda x1, cond: board.net_output(call(*board.net_inputs(x1, cond)))
 
     def run(self, x1: Tensor, cond: Tensor | None, weights: Sequence[Tensor] | None = None) -> Tensor:
-        """net(x1, cond) without a record, with the net's own parameters or, of a NetShape, given folded weights."""
+        """Run net(x1, cond) without a record, with its own parameters or, of a NetShape, given folded weights."""
         if weights is None or not isinstance(self.net, NetShape):
             with in_precision(self.precision, x1):
                 return self._forward(x1, cond, self.params)[0]
@@ -191,7 +192,7 @@ class NetRunner:
             return run_net(net, x1, cond, self._plan(x1, cond), self._on_board(call))
 
     def forward(self, x1: Tensor, cond: Tensor | None, params: Sequence[Tensor]) -> tuple[Tensor, Memo]:
-        """net(x1, cond) without a record, and what repeats it."""
+        """Run net(x1, cond) without a record, and note what repeats it."""
         with in_precision(self.precision, x1):
             return self._forward(x1, cond, params)
 
@@ -215,14 +216,15 @@ class NetRunner:
             and state.generators is not None
             and any(chunk.rows != chunk.taken for chunk in plan.chunks)
         ):
-            # A net that draws random numbers without saying so, cut into strips: their halos drew others. Once more.
+            # The net draws random numbers without saying so, and was cut into strips, whose halos drew other numbers
+            # than the rows that they repeat: it is run again, not in strips.
             plan = self._plan(x1, cond, random=True)
             with before.replayed():
                 net_out = run_net(self.net, x1, cond, plan, self._call(x1, params))
         return net_out, Memo(plan, state, None if known else output_sums(net_out))
 
     def repeat(self, x1: Tensor, cond: Tensor | None, params: Sequence[Tensor], memo: Memo) -> Tensor:
-        """The output of :meth:`forward` again."""
+        """Compute the output of :meth:`forward` again."""
         with in_precision(self.precision, x1), memo.state.restored(self.net):
             return run_net(self.net, x1, cond, memo.plan, self._call(x1, params, later=True))
 
@@ -237,7 +239,7 @@ class NetRunner:
         same_x1: bool,
         needs_x1: bool = True,
     ) -> tuple[Tensor | None, Tensor | None, tuple[Tensor | None, ...]]:
-        """Gradients of x1, cond and params, the net run once more; see :func:`run_net_backward` for ``consume``.
+        """Compute gradients of x1, cond and params by one more run of the net; see :func:`run_net_backward`.
 
         same_x1: x1 is that of the forward to the bit, and not recomputed by inversion. The gradient of x1 is None where
         the net reads nothing of the state, or it is not wanted.
@@ -277,7 +279,7 @@ class NetRunner:
 
 
 def condition_for(x: Tensor, cond: Tensor | None) -> Tensor:
-    """The condition as what reads it alone takes it, in the dtype of the state x (N, C, *spatial).
+    """Check the condition for what reads it alone, and cast it to the dtype of the state x (N, C, *spatial).
 
     Raises:
         ValueError: none, or one of another batch or other spatial sizes than x.
@@ -292,7 +294,7 @@ def condition_for(x: Tensor, cond: Tensor | None) -> Tensor:
 
 
 class ConditionRunner(NetRunner):
-    """Runs a net that reads the condition and nothing of the state: its x1 is that.
+    """Runs a net that reads the condition and nothing of the state, in the place of x1.
 
     Args:
         net: the module.
@@ -301,22 +303,22 @@ class ConditionRunner(NetRunner):
     """
 
     def reads(self, channels: int) -> int:
-        """None of the state's channels."""
+        """Give 0: none of the state's channels are read."""
         return 0
 
     def _out_channels(self, x1: Tensor) -> int:
         return self.width
 
     def run(self, x1: Tensor, cond: Tensor | None, weights: Sequence[Tensor] | None = None) -> Tensor:
-        """net(cond) without a record; x1 (N, 0, *spatial)."""
+        """Run net(cond) without a record; x1 (N, 0, *spatial)."""
         return super().run(condition_for(x1, cond), None, weights)
 
     def forward(self, x1: Tensor, cond: Tensor | None, params: Sequence[Tensor]) -> tuple[Tensor, Memo]:
-        """net(cond) without a record, and what repeats it."""
+        """Run net(cond) without a record, and note what repeats it."""
         return super().forward(condition_for(x1, cond), None, params)
 
     def repeat(self, x1: Tensor, cond: Tensor | None, params: Sequence[Tensor], memo: Memo) -> Tensor:
-        """The output of :meth:`forward` again."""
+        """Compute the output of :meth:`forward` again."""
         return super().repeat(condition_for(x1, cond), None, params, memo)
 
     def backward(
@@ -330,7 +332,7 @@ class ConditionRunner(NetRunner):
         same_x1: bool,
         needs_x1: bool = True,
     ) -> tuple[Tensor | None, Tensor | None, tuple[Tensor | None, ...]]:
-        """Gradients of the condition and of params; the condition is that of the forward to the bit."""
+        """Compute gradients of the condition, which is that of the forward to the bit, and of params."""
         condition = condition_for(x1, cond)
         grad_cond, _, grads = super().backward(condition, None, params, memo, consume, False, True, needs_cond)
         return None, grad_cond, grads

@@ -1,4 +1,4 @@
-"""The base of the package's own coupling nets: checked inputs, the memory they take, which shortcuts they allow."""
+"""The base class of the package's own coupling nets: checked inputs, memory that they take, shortcuts they allow."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class NetShape(nn.Module):
 
     @property
     def like(self) -> Tensor:
-        """A tensor of the net's dtype and device."""
+        """A tensor that has the dtype and device of the net."""
         raise NotImplementedError
 
     @property
@@ -45,15 +45,15 @@ class NetShape(nn.Module):
         return False
 
     def explicit(self, x1: Tensor, params: Mapping[str, Tensor]) -> Explicit | None:
-        """The net on those parameters without autograd, if it has such a form; else None. For nets that are plain."""
+        """What runs the net on these parameters without autograd, or None without such a form. For plain nets."""
         return None
 
     def bytes_per_position(self, element_size: int) -> int:
         """The most bytes of activations alive in forward and backward, per sample and position.
 
-        As matrix products the two hidden layers after their relu, in bfloat16 where the net runs in that, besides the
-        output, its gradient and the input; as library convolutions the gradients of both too, where autograd keeps the
-        layers. A hidden ActNorm costs nothing: it is folded into the weights.
+        Run as matrix products these are the two hidden layers after their relu, in bfloat16 where the net runs in that,
+        the output, its gradient and the input; run as torch's convolutions, of which autograd keeps the layers, the
+        gradients of the hidden layers too. A hidden ActNorm costs nothing: it is folded into the weights.
         """
         # With a border term there is one input channel and one hidden unit more.
         hidden, inputs = self.hidden + self.border, self.in_channels + self.cond_channels + self.border
@@ -81,12 +81,12 @@ class NetShape(nn.Module):
         expect(tuple(cond.shape) == expected, "cond", f"shape {expected}", f"shape {tuple(cond.shape)}")
 
     def with_condition(self, x: Tensor, cond: Tensor | None) -> Tensor:
-        """The checked inputs as one."""
+        """Check the inputs and join them along the channels."""
         self.check_inputs(x, cond)
         return x if cond is None else torch.cat([x, cond.to(x.dtype)], dim=1)
 
     def run_on(self, x: Tensor, cond: Tensor | None, weights: Sequence[Tensor]) -> Tensor:
-        """The net on x and cond, checked, by w1, b1, w2, b2, w3, b3 and maybe log_gain, a border term folded in."""
+        """Run the net on checked x and cond by w1, b1, w2, b2, w3, b3 and maybe log_gain, a border term folded in."""
         if self.border:  # which then is a channel of ones
             x = self.with_condition(x, cond)
             return functional.coupling_net(torch.cat([x, x.new_ones(x.shape[0], 1, *x.shape[2:])], dim=1), *weights)

@@ -20,13 +20,21 @@ AUTO_BUDGET_ACCELERATOR = 512 * 2**20
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some samples, and of those some rows (positions along the first spatial dimension).
+    """One piece of a net's work: some samples, and of those some rows (positions along the first spatial dimension).
 
     Attributes:
         samples: along dimension 0.
         rows: of the output that this chunk gives.
         taken: the rows of the input that it needs for them: ``rows`` and the halo, as far as the image reaches.
         whole: it is all of the batch.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.coupling_nets import Chunk
+        >>> chunk = Chunk(samples=slice(0, 1), rows=slice(0, 4), taken=slice(0, 5), whole=False)  # of a net with halo 1
+        >>> x = torch.randn(2, 3, 8, 8)
+        >>> chunk.inputs(x).shape, chunk.outputs(x).shape
+        (torch.Size([1, 3, 5, 8]), torch.Size([1, 3, 4, 8]))
     """
 
     samples: slice
@@ -35,23 +43,23 @@ class Chunk:
     whole: bool = False
 
     def inputs(self, x: Tensor) -> Tensor:
-        """The part of x (N, C, *spatial) that the net gets: a view, or x itself where that is all of it."""
+        """Cut out the part of x (N, C, *spatial) that the net gets: a view, or x itself where that is all of it."""
         if self.whole:
             return x
         return x[self.samples] if x.dim() < 3 else x[self.samples, :, self.taken]
 
     def outputs(self, y: Tensor) -> Tensor:
-        """The part of y (N, C, *spatial) that the chunk gives, likewise. The chunks' parts tile y."""
+        """Cut out the part of y (N, C, *spatial) that the chunk gives, likewise. The chunks' parts tile y."""
         if self.whole:
             return y
         return y[self.samples] if y.dim() < 3 else y[self.samples, :, self.rows]
 
     def per_sample(self, values: Tensor) -> Tensor:
-        """The part of values (N,) that belongs to its samples, likewise."""
+        """Cut out the part of values (N,) that belongs to the chunk's samples, likewise."""
         return values if self.whole else values[self.samples]
 
     def crop(self, net_out: Tensor) -> Tensor:
-        """What the net made of :meth:`inputs`, without the halo: of the shape of :meth:`outputs`."""
+        """Cut the halo off what the net made of :meth:`inputs`: the result has the shape of :meth:`outputs`."""
         if self.rows == self.taken:
             return net_out
         start = self.rows.start - self.taken.start
@@ -66,6 +74,14 @@ class ChunkPlan:
         chunks: one at least.
         peak: bytes of activations of the largest chunk.
         budget: what ``peak`` should not exceed.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.coupling_nets import ChunkPlan, plan_chunks
+        >>> net = torch.nn.Conv2d(2, 4, 1)
+        >>> plan: ChunkPlan = plan_chunks(net, (8, 2, 16, 16), element_size=4, budget=50_000)
+        >>> [(chunk.samples.start, chunk.samples.stop) for chunk in plan.chunks], plan.fits
+        ([(0, 2), (2, 5), (5, 8)], True)
     """
 
     chunks: tuple[Chunk, ...]
@@ -79,7 +95,7 @@ class ChunkPlan:
 
     @property
     def work(self) -> float:
-        """Rows that the net runs on over rows that it gives: 1 without strips, (height + 2 halo) / height with many."""
+        """The rows that the net runs on over those it gives: 1 without strips, (height + 2 halo) / height with many."""
         taken, given = 0, 0
         for chunk in self.chunks:
             n_samples = chunk.samples.stop - chunk.samples.start
@@ -94,7 +110,7 @@ class ChunkPlan:
 
 
 def budget_bytes(budget: str | int, device_type: str) -> int:
-    """The bytes that a memory budget stands for.
+    """Convert a memory budget, "auto" or an int, to bytes.
 
     Raises:
         ValueError: neither "auto" nor a positive int.
@@ -107,7 +123,7 @@ def budget_bytes(budget: str | int, device_type: str) -> int:
 
 
 def n_strips(n_rows: int, halo: int, rows_that_fit: int) -> int:
-    """The fewest strips of near-equal height that take at most ``rows_that_fit`` rows each, halo included.
+    """Count the fewest strips of near-equal height that take at most ``rows_that_fit`` rows each, halo included.
 
     Where not even one row fits with its halo, the strips are as low as can be; there is one where a cut saves nothing.
     """
@@ -136,9 +152,10 @@ def plan_chunks(
     random: bool = False,
     rows_each: int = 1,
 ) -> ChunkPlan:
-    """peak = samples rows width bytes_per_position <= budget: as many samples at once as fit, else strips of one.
+    """Cut a net's work so that peak = samples rows width bytes_per_position <= budget, into as few chunks as fit.
 
-    A function of its arguments and the net's structure alone. Only a net that states its ``halo`` is cut into strips,
+    A chunk has as many whole samples as fit, else a strip of one sample's rows. The plan depends on the arguments and
+    the net's structure alone. Only a net that states its ``halo`` is cut into strips,
     and not while it draws random numbers (a strip's halo would get other numbers than the neighbour's rows) or if it
     normalises over positions. Where the smallest possible chunk exceeds the budget, it is taken: see ChunkPlan.fits.
 

@@ -1,4 +1,4 @@
-"""The precision that coupling nets compute in; the flow state stays float32."""
+"""Precisions that coupling nets compute in; the flow state stays float32."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _override: contextvars.ContextVar[str | None] = contextvars.ContextVar("net_prec
 
 
 def of_prior(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """The context of what gives a prior's mean and deviation from x: float32 where all nets are told to be that.
+    """A context for computing a prior's mean and deviation from x: float32 where all nets are told to be that.
 
-    So that a latent is encoded and decoded with the same prior.
+    A latent is so encoded and decoded with the same prior.
     """
     if torch.compiler.is_compiling() or _override.get() != "fp32":
         return contextlib.nullcontext()
@@ -29,7 +29,7 @@ def of_prior(x: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def check_precision(precision: str) -> str:
-    """The precision, if it is one.
+    """Refuse what is no known precision, and return it as it is.
 
     Raises:
         ValueError: it is none.
@@ -40,7 +40,7 @@ def check_precision(precision: str) -> str:
 
 @contextlib.contextmanager
 def overridden(precision: str) -> Iterator[None]:
-    """Inside, and in this thread, all nets compute in that precision, whatever they are set to."""
+    """A context in which all nets of this thread compute in that precision, whatever they are set to."""
     token = _override.set(precision)
     try:
         yield
@@ -59,16 +59,16 @@ def _float32_nets(precision: str, x: Tensor) -> Iterator[None]:
 
 
 def precisions_of(module: nn.Module) -> set[str]:
-    """The precisions that couplings in a module are set to run their nets in; "auto" alone if there is none."""
+    """List the precisions that couplings in a module are set to run their nets in; "auto" alone if there is none."""
     found = (getattr(part, "precision", None) for part in module.modules())
     return {name for name in found if isinstance(name, str) and name in PRECISIONS} or {"auto"}
 
 
 def in_precision(precision: str, x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """The context that a net is to be run in on x.
+    """A context in which a net is to be run on x, to have that precision.
 
     "auto": as torch.autocast and torch's settings of the moment say; "bf16", "fp16": under autocast of that dtype;
-    "fp32", "tf32": without autocast, TF32 off or on (on CUDA; elsewhere the two are the same). What is compiled runs
+    "fp32", "tf32": without autocast, TF32 off or on (on CUDA; elsewhere the two are the same). Compiled code runs
     under the settings of its run, which it cannot change: "tf32" leaves them as they are, "fp32" refuses others.
 
     Raises:

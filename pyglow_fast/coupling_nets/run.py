@@ -1,4 +1,4 @@
-"""A coupling net run chunk by chunk: forward without a record, and backward that recomputes one chunk at a time.
+"""Runs of a coupling net chunk by chunk: forward without a record, and backward that recomputes a chunk at a time.
 
 Cutting is exact. Output rows [a, b) are computed from input rows [a - halo, b + halo), as far as the image reaches. At
 a cut inside the image the net pads where it should not, which spoils at most ``halo`` rows, the ones that are dropped.
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pyglow_fast._derivatives import check_leaves
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.explicit_net import Explicit
+from pyglow_fast.coupling_nets.inputs import inputs_for
 from pyglow_fast.coupling_nets.plan import Chunk, ChunkPlan
 from pyglow_fast.coupling_nets.state import without_autocast_cache
 from pyglow_fast.ops import memory_format_of
@@ -24,8 +25,8 @@ Consume = Callable[[Tensor, Chunk], Tensor]  # (net output of the chunk, chunk) 
 
 
 def plain_call(net: nn.Module) -> NetCall:
-    """The net called as it is: with x1 alone where there is no condition."""
-    return lambda x1, cond: net(x1) if cond is None else net(x1, cond)
+    """Call the net as it is: with x1 alone where there is no condition, with copies of what it may write to."""
+    return lambda x1, cond: net(*inputs_for(net, *((x1,) if cond is None else (x1, cond))))
 
 
 def _checked(net_out: Tensor, x1: Tensor) -> Tensor:
@@ -46,7 +47,7 @@ def _empty_output(part: Tensor, x1: Tensor) -> Tensor:
 
 @torch.no_grad()
 def run_net(net: nn.Module, x1: Tensor, cond: Tensor | None, plan: ChunkPlan, call: NetCall | None = None) -> Tensor:
-    """net(x1, cond) without recording a gradient, equal to the plain call up to rounding; the same if nothing is cut.
+    """Compute net(x1, cond) chunk by chunk without recording a gradient, equal to the plain call up to rounding.
 
     Args:
         net: the coupling net.
@@ -137,7 +138,7 @@ def _or_zeros(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
 
 
 class GradientSum:
-    """A sum of gradients in their order, written to where it is its own: what is added may share memory with others.
+    """A sum of gradients in their order, written only to memory of its own: what is added may share memory.
 
     Args:
         dtype: of the result; sums of 16 bits are in float32. None: as what is added.
@@ -149,7 +150,7 @@ class GradientSum:
         self._owned = False
 
     def add(self, gradient: Tensor | None) -> None:
-        """One more, None for none."""
+        """Add one gradient more; None adds nothing."""
         if gradient is None:
             return
         if self._total is None:
@@ -161,7 +162,7 @@ class GradientSum:
             self._total, self._owned = (self._total if wide is None else self._total.to(wide)) + gradient, True
 
     def result(self) -> Tensor | None:
-        """The sum, None if nothing was added."""
+        """Give the sum, None if nothing was added."""
         return self._total if self._total is None or self._dtype is None else self._total.to(self._dtype)
 
 

@@ -1,4 +1,4 @@
-"""What a run of a net depends on besides its arguments, so that it can be repeated: generators, autocast, modes."""
+"""State that a run of a net depends on besides its arguments, to repeat the run: generators, autocast, modes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def without_autocast_cache(device_type: str) -> contextlib.AbstractContextManage
 
 
 def captured_autocast(device_type: str) -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """The autocast state of now, to be entered later, any number of times: on or off, dtype; without weight cache.
+    """Capture the autocast state, on or off and dtype, to be entered later, any number of times.
 
     Args:
         device_type: of the net's tensors; the CPU's state is captured as well.
@@ -75,6 +75,16 @@ class GeneratorState:
         cpu: as ``torch.get_rng_state`` gives it, 5 kB.
         device: the CUDA device, or None.
         on_device: its generator's state, a few bytes in host memory, or None.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.coupling_nets import GeneratorState
+        >>> before = GeneratorState.capture(torch.device("cpu"))
+        >>> drawn = torch.rand(2)
+        >>> with before.replayed():
+        ...     again = torch.rand(2)
+        >>> torch.equal(drawn, again), before.moved()
+        (True, True)
     """
 
     cpu: Tensor
@@ -83,7 +93,7 @@ class GeneratorState:
 
     @classmethod
     def capture(cls, device: torch.device) -> GeneratorState:
-        """The states of now, for nets that run on ``device``. No synchronisation with the device.
+        """Capture the present states, for nets that run on ``device``, without waiting for the device.
 
         Raises:
             ValueError: a CUDA graph is being captured, where the device's generator has no state to be read.
@@ -100,7 +110,7 @@ class GeneratorState:
         return cls(torch.get_rng_state(), device, torch.cuda.get_rng_state(device))
 
     def moved(self) -> bool:
-        """Whether random numbers were drawn (or a seed set) since the capture."""
+        """Whether random numbers have been drawn (or a seed set) since the capture."""
         now = self._now()
         if not torch.equal(self.cpu, now.cpu):
             return True
@@ -110,7 +120,7 @@ class GeneratorState:
 
     @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:
-        """Inside, the generators continue from the captured state; afterwards from where they were before."""
+        """A context in which the generators continue from the captured state; behind it from where they were."""
         outside = self._now()
         self._set()
         try:
@@ -128,7 +138,7 @@ class GeneratorState:
 
 
 def training_modes(net: nn.Module) -> tuple[bool, ...]:
-    """Of each submodule whether it is in training mode."""
+    """List of each submodule whether it is in training mode."""
     return tuple(module.training for module in net.modules())
 
 
@@ -184,7 +194,7 @@ class RunState:
 
     @classmethod
     def after(cls, net: nn.Module, before: GeneratorState | None, device: torch.device) -> RunState:
-        """Of a run that has just ended on ``device``, given the generators before it, unless it cannot have drawn."""
+        """Note the state of a run that has just ended on ``device``, given the generators before it."""
         drew, modes = before is not None and before.moved(), training_modes(net)
         if before is not None and not drew:
             _drew_nothing[net] = modes
@@ -194,11 +204,11 @@ class RunState:
 
     @classmethod
     def of_autocast(cls, device: torch.device) -> RunState:
-        """Of a net that depends on nothing else."""
+        """Note the state of a net that depends on autocast alone."""
         return cls(None, None, {}, captured_autocast(device.type))
 
     def restored(self, net: nn.Module) -> contextlib.AbstractContextManager[None]:
-        """Inside, a run of the net repeats the one of this state.
+        """A context in which a run of the net repeats the one of this state.
 
         Raises:
             ValueError: a buffer of the net is not what it was in that run (at the entry), or this run has changed one
@@ -232,13 +242,13 @@ def _set_modes(modules: list[nn.Module], modes: tuple[bool, ...]) -> None:
 
 
 def output_sums(net_out: Tensor) -> Tensor:
-    """What tells an output from another one: the sums of the output and of its square, per sample, (N, 2), float64."""
+    """Sum the output and its square per sample, (N, 2), float64, to tell an output from another one."""
     flat = net_out.detach().flatten(1).double()
     return torch.stack([flat.sum(1), flat.square().sum(1)], dim=1)
 
 
 def check_repeated(before: Tensor, again: Tensor, what: str = "net") -> None:
-    """Refuse a net whose output has another sum than in the forward.
+    """Refuse a net whose output has another sum than it had in the forward.
 
     Rounding changes the sum of n values by about eps sqrt(n) of their size, other random numbers by about sqrt(n): a
     hundredth tells them apart. Where reading a value would stop a stream, nothing is read.

@@ -1,4 +1,4 @@
-"""What a coupling net states about itself, and what its submodules show: how it may be cut and what it costs.
+"""Traits that a coupling net states, or that its submodules show: how it may be cut and what it costs.
 
 A net is any ``nn.Module`` called as ``net(x1)`` or ``net(x1, cond)``: (N, C1, *spatial) and (N, Cc, *spatial) to
 (N, C_out, *spatial), each sample by itself. It may state
@@ -7,6 +7,8 @@ A net is any ``nn.Module`` called as ``net(x1)`` or ``net(x1, cond)``: (N, C1, *
   dilation (kernel_size - 1) / 2 over its convolutions. A net that states none is never cut inside a sample.
 - ``deterministic``: True if it gives the same output when run again, whatever the state of random generators. Nets of
   torch's and of our own modules alone are known to be, but for dropout and the like.
+- ``writes_to_input``: False if it leaves what it is called with as it is. A net with code that we cannot know is called
+  with copies of its inputs else, see inputs.py.
 - ``bytes_per_position(element_size) -> int``: the most bytes of activations, per sample and position, that are alive at
   one time during its forward and backward. For a net without it, see :func:`bytes_per_position`.
 - ``kept_bytes(shape, like) -> KeptBytes``: what its forward on an input of that shape, of the dtype and device of
@@ -43,7 +45,7 @@ class KeptBytes(NamedTuple):
 
 
 def halo_of(net: nn.Module) -> int | None:
-    """The halo that a net states, None where it states none.
+    """Read the halo that a net states, None where it states none.
 
     Raises:
         ValueError: it is neither None nor an int of at least 0.
@@ -57,11 +59,12 @@ def halo_of(net: nn.Module) -> int | None:
 
 
 def bytes_per_position(net: nn.Module, in_channels: int, element_size: int) -> int:
-    """Bytes of activations per sample and position at the peak of forward and backward, as the net states or estimated.
+    """Count the bytes of activations per sample and position at the peak of forward and backward.
 
-    The estimate: (TENSORS_PER_LAYER sum of out_channels + 2 in_channels) element_size, the sum over the distinct
-    Conv and Linear submodules. It is right within a factor of two for chains of convolutions that keep the resolution,
-    and too low for attention or for layers called many times: such a net states its own.
+    The net states them, or they are estimated: (TENSORS_PER_LAYER sum of out_channels + 2 in_channels) element_size,
+    the sum over the distinct Conv and Linear submodules. The estimate is right within a factor of two for chains of
+    convolutions that keep the resolution, and too low for attention or for layers called many times: such a net states
+    its own.
 
     Args:
         net: the coupling net.
@@ -117,7 +120,7 @@ def is_altered(module: nn.Module) -> bool:
 
 
 def has_known_modules(net: nn.Module) -> bool:
-    """Whether it is made of torch's and our own modules alone, without hooks: no code that we cannot know."""
+    """Whether a net is made of torch's and our own modules alone, without hooks: no unknown code."""
 
     def known(module: nn.Module) -> bool:
         home = type(module).__module__
@@ -128,7 +131,7 @@ def has_known_modules(net: nn.Module) -> bool:
 
 
 def is_deterministic(net: nn.Module) -> bool:
-    """Whether the net states it, or is made of known modules alone of which none draws random numbers."""
+    """Whether the net states that it is, or is made of known modules alone of which none draws random numbers."""
     stated = getattr(net, "deterministic", None)
     if stated is not None:
         expect(isinstance(stated, bool), "net.deterministic", "a bool or None", repr(stated))
@@ -137,7 +140,7 @@ def is_deterministic(net: nn.Module) -> bool:
 
 
 def mixes_positions(net: nn.Module) -> bool:
-    """Whether a strip alone gives something else: normalised over all positions, or padded with the far side."""
+    """Whether a strip run alone gives other values: normalised over all positions, or padded with the far side."""
     norms = (nn.GroupNorm, nn.modules.instancenorm._InstanceNorm, nn.modules.padding._CircularPadNd)
     return any(
         isinstance(module, norms) or getattr(module, "padding_mode", "zeros") == "circular" for module in net.modules()

@@ -1,4 +1,7 @@
-"""Images to train on: sources, the held-out split, batches and yardsticks. Imports torch and data libraries only."""
+"""Loads the images to train on, splits off what is held out, makes batches and measures yardsticks.
+
+It imports torch and data libraries only.
+"""
 
 from pyglow_fast.data._optional import MissingExtraError, optional
 from pyglow_fast.data.augment import Augmentation

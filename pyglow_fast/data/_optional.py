@@ -1,4 +1,4 @@
-"""Third parties that only data, training and the command line need are imported where they are used."""
+"""Imports libraries that only data, training and the command line need, where they are used and not before."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ _EXTRAS = {"lmdb": "lmdb", "gradio": "web"}  # where it is not in the demo extra
 
 
 class MissingExtraError(ImportError):
-    """A library of an extra is not installed; the message says which and how to get it."""
+    """A library that one of the package's extras names is not installed; the message says which and how to get it.
+
+    >>> from pyglow_fast.data import MissingExtraError, optional
+    >>> try:
+    ...     optional("no_such_library", "an example")
+    ... except MissingExtraError as error:
+    ...     print(str(error).split(" (")[0])
+    no_such_library is needed for an example and cannot be imported
+    """
 
 
 def optional(module: str, purpose: str) -> ModuleType:

@@ -1,4 +1,4 @@
-"""What training sees of an image: a window of it, perhaps mirrored, drawn from one key."""
+"""Draws what training sees of an image: a window of it, perhaps mirrored, both decided by one number."""
 
 from __future__ import annotations
 
@@ -7,45 +7,51 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyglow_fast._errors import expect
+from pyglow_fast._settings import IMAGES, Range, check_settings, setting, settings
 
 MOST = 1 << 20  # pixels to a side and the like: more is a slip of the pen
 
 
+@settings
 @dataclass(frozen=True)
 class Augmentation:
-    """How a training view is cut from a stored image; without a key the view is the central window as it is.
+    """Says how a training view is cut from a stored image; without a key the view is the central window as it is.
 
-    Args:
-        crop_margin: the stored sides are so many pixels longer than what the model sees; a random window is drawn.
-        flip: mirror left and right with probability 1/2.
+    >>> import torch
+    >>> from pyglow_fast.data import Augmentation
+    >>> image = torch.arange(16).reshape(1, 4, 4)
+    >>> Augmentation(crop_margin=2).view(image, key=None)  # the central window; a number draws another
+    tensor([[[ 5,  6],
+             [ 9, 10]]])
 
     Raises:
-        ValueError: a negative margin.
+        ValueError: a margin that is no whole number of pixels, or a flip that is neither true nor false.
     """
 
-    crop_margin: int = 0
-    flip: bool = False
+    crop_margin: int = setting(
+        0,
+        "images are kept with sides so many pixels longer, and training sees a random window",
+        range=Range(least=0, most=MOST, why="more pixels are a slip of the pen"),
+        group=IMAGES,
+    )
+    flip: bool = setting(False, "training sees half of the images mirrored, left to right", group=IMAGES)
 
     def __post_init__(self) -> None:
-        margin = self.crop_margin
-        whole = isinstance(margin, int) and not isinstance(margin, bool) and margin >= 0
-        expect(whole, "crop_margin", "a whole number, 0 or more", margin)
-        expect(margin <= MOST, "crop_margin", f"at most {MOST} pixels", margin)
+        check_settings(self)
 
     @property
     def is_plain(self) -> bool:
-        """Whether every view is the stored image itself."""
+        """Tells whether every view is the stored image itself."""
         return self.crop_margin == 0 and not self.flip
 
     def central(self, images: Tensor) -> Tensor:
-        """The central windows of images (..., H + margin, W + margin), as a view (..., H, W)."""
+        """Cuts the central windows out of images (..., H + margin, W + margin): a view (..., H, W)."""
         before, margin = self.crop_margin // 2, self.crop_margin
         height, width = images.shape[-2] - margin, images.shape[-1] - margin
         return images.narrow(-2, before, height).narrow(-1, before, width)
 
     def view(self, image: Tensor, key: int | None) -> Tensor:
-        """One view of an image (C, H + margin, W + margin) as (C, H, W).
+        """Cuts one view, (C, H, W), out of an image (C, H + margin, W + margin).
 
         Args:
             image: as it is stored.

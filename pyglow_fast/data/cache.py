@@ -1,4 +1,4 @@
-"""Where fetched data sets are kept."""
+"""Says where fetched data sets are kept."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pyglow_fast._errors import expect
 
 
 def data_folder() -> Path:
-    """$PYGLOW_DATA, or ~/.cache/pyglow_fast; one subfolder a data set."""
+    """The folder that fetched data sets are kept in, one subfolder each: $PYGLOW_DATA, or ~/.cache/pyglow_fast."""
     chosen = os.environ.get("PYGLOW_DATA")
     return Path(chosen) if chosen else Path.home() / ".cache" / "pyglow_fast"
 
 
 def cached(name: str) -> Path:
-    """The folder of a data set that was fetched.
+    """Finds the folder of a data set that was fetched.
 
     Raises:
         ValueError: it was not; the message says how to get it.

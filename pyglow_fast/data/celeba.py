@@ -1,4 +1,8 @@
-"""CelebA in the layout of torchvision: aligned JPEGs, the official partition, and any attribute as two classes."""
+"""Reads CelebA in the layout of torchvision: aligned JPEGs, the official partition, any attribute as two classes.
+
+torchvision's own class wants three more lists, which nothing here needs, and each of the lists unchanged, so that it
+reads no part of the set; it opens whatever path the partition names, and finds a missing image when it is asked for.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +62,7 @@ def _folder(root: Path) -> Path:
 
 
 def attribute_table(root: Path) -> tuple[tuple[str, ...], Tensor]:
-    """(names of the attributes, bool (N, attributes): which of them each image has), in the order of the images.
+    """Reads (names of the attributes, bool (N, attributes): which of them each image has), in the order of the images.
 
     Args:
         root: as for :func:`load_celeba`.
@@ -71,7 +75,7 @@ def attribute_table(root: Path) -> tuple[tuple[str, ...], Tensor]:
 
 
 def load_celeba(root: Path, preparation: Preparation, attribute: str | None = None) -> Images:
-    """CelebA: the centred square of each aligned image, with the official split.
+    """Loads CelebA: the centred square of each aligned image, with the official split.
 
     The images of its validation part are there, but on neither side of the official split.
 

@@ -1,4 +1,8 @@
-"""CIFAR-10 as its authors publish it: Python pickles, read by an unpickler that runs nothing, or the binary files."""
+"""Reads CIFAR-10 as its authors publish it: Python pickles, by an unpickler that runs nothing, or the binary files.
+
+torchvision's own class reads them with ``pickle.load``, which runs whatever code a file names, after a look at their
+MD5; and it does not read the binary files.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,7 @@ SIDE = 32
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 LAYOUTS = {"cifar-10-batches-py": "", "cifar-10-batches-bin": ".bin"}  # folder and ending of its files
 _TRAIN = tuple(f"data_batch_{i}" for i in range(1, 6))
+BATCHES = (*_TRAIN, "test_batch")
 _VALUES = 3 * SIDE * SIDE
 
 
@@ -29,7 +34,7 @@ class _Dtype:
         self.kind = kind
 
     def __setstate__(self, state: Any) -> None:
-        """Byte order and the like, which bytes have not."""
+        """Takes byte order and the like, which bytes have not."""
 
 
 class _NdArray:
@@ -74,7 +79,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _pickled(path: Path) -> dict[str, Any]:
-    """The dict in a pickle file, its text keys as str.
+    """Reads the dict in a pickle file, its text keys as str.
 
     Raises:
         ValueError: it is no pickle of a dict, or names anything but arrays; the message names the file.
@@ -122,7 +127,7 @@ def _layout(root: Path) -> tuple[Path, str]:
 
 
 def load_cifar10(root: Path, preparation: Preparation) -> ImageSet:
-    """CIFAR-10 from ``cifar-10-batches-py`` or ``cifar-10-batches-bin``, with the official split.
+    """Loads CIFAR-10 from ``cifar-10-batches-py`` or ``cifar-10-batches-bin``, with the official split.
 
     Args:
         root: that folder, or the one it lies in.
@@ -134,7 +139,7 @@ def load_cifar10(root: Path, preparation: Preparation) -> ImageSet:
     check_folder(root, "cifar10")
     folder, ending = _layout(root)
     parts = []
-    for name in (*_TRAIN, "test_batch"):
+    for name in BATCHES:
         path = folder / f"{name}{ending}"
         expect(path.is_file(), "cifar10", f"the file {path}", "none")
         values, labels = _binary_batch(path) if ending else _python_batch(path)

@@ -1,4 +1,4 @@
-"""Any map-style torch Dataset as a source."""
+"""Makes any map-style torch Dataset a source of images."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class _DatasetReader:
         return len(self.dataset)
 
     def read(self, index: int) -> Tensor:
-        """One image, uint8 (C, H, W)."""
+        """Reads one image, uint8 (C, H, W)."""
         where = f"{self.name}[{index}]"
         try:
             item = self.dataset[index]
@@ -84,7 +84,7 @@ class _DatasetReader:
         return {**self.__dict__, "seen": {}}
 
     def identity(self) -> str:
-        """A digest of the name, the length and a few images spread over the set."""
+        """Makes a digest of the name, the length and a few images spread over the set."""
         count = len(self)
         digest = hashlib.sha256(f"{self.name} {count} {self.side} {self.gray}".encode())
         for i in range(min(count, _LOOKED_AT)):
@@ -122,7 +122,7 @@ def from_dataset(
     on_unreadable: str = "raise",
     in_memory: bool | None = None,
 ) -> Images:
-    """A map-style Dataset whose items are an image or (image, label, ...).
+    """Takes the images of a map-style Dataset whose items are an image or (image, label, ...).
 
     An image is a PIL image, or a uint8 tensor or array (C, H, W) or (H, W). What the Dataset draws at random it would
     draw anew each time: give it no random transforms, use ``crop_margin`` and ``flip``.

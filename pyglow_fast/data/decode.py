@@ -1,4 +1,4 @@
-"""One image file or string of bytes to pixels, with Pillow; whatever is wrong with it is an UnreadableImageError."""
+"""Decodes an image file or its bytes with Pillow; whatever is wrong with it is an UnreadableImageError."""
 
 from __future__ import annotations
 
@@ -25,7 +25,15 @@ _NOT_READ = frozenset({"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"})
 
 
 class UnreadableImageError(ValueError):
-    """One image cannot be decoded, or is too small; the message, made visible, names its file."""
+    """One image cannot be decoded, or is too small; the message, made visible, names its file.
+
+    >>> from pyglow_fast.data import DataConfig, UnreadableImageError, read_single
+    >>> try:
+    ...     read_single(b"no image", "upload.png", DataConfig("digits"), (1, 8, 8), n_bins=17)
+    ... except UnreadableImageError as error:
+    ...     print(error)
+    upload.png: expected an image that Pillow can decode, found cannot identify image file
+    """
 
     def __init__(self, message: str) -> None:
         super().__init__(visible(message))
@@ -39,7 +47,7 @@ def _formats() -> list[str]:
 
 
 def find_images(root: Path, on_unreadable: str = "raise") -> list[Path]:
-    """Every file below ``root`` whose ending is one that Pillow reads, sorted; hidden files and folders are skipped.
+    """Finds every file below ``root`` whose ending Pillow reads, sorted; hidden files and folders are skipped.
 
     Args:
         root: the folder; links to other folders are not followed.
@@ -87,7 +95,7 @@ def _eight_bit(image: Image) -> Image:
 
 
 def plain(image: Image, gray: bool) -> Image:
-    """A Pillow image as "L" or "RGB": turned upright by its EXIF tag, 8 bits, transparency laid on white."""
+    """Turns a Pillow image upright by its EXIF tag and makes it "L" or "RGB": 8 bits, transparency laid on white."""
     ops = optional("PIL.ImageOps", "image files")
     return _eight_bit(ops.exif_transpose(image)).convert("L" if gray else "RGB")
 
@@ -99,7 +107,7 @@ def decode(
     most_pixels: int | None = None,
     formats: Sequence[str] | None = None,
 ) -> Image:
-    """An encoded image as a :func:`plain` Pillow image; of several frames or pages the first.
+    """Decodes an image to a :func:`plain` Pillow image; of several frames or pages the first.
 
     Args:
         source: a file, or its contents.
@@ -166,7 +174,7 @@ def _too_large(where: str, most: int, found: str) -> UnreadableImageError:
 
 
 def to_square(image: Image, size: int, where: str) -> Image:
-    """The centred square of an image, scaled down to ``size``.
+    """Cuts out the centred square of an image and scales it down to ``size``.
 
     Raises:
         UnreadableImageError: a side is shorter than ``size``.
@@ -184,13 +192,13 @@ def to_square(image: Image, size: int, where: str) -> Image:
 
 
 def pixels(image: Image) -> Tensor:
-    """An "L" or "RGB" image as uint8 (C, H, W)."""
+    """Copies an "L" or "RGB" image to a tensor, uint8 (C, H, W)."""
     flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return flat.reshape(image.height, image.width, -1).permute(2, 0, 1).contiguous()
 
 
 def read_image(source: Path | bytes, size: int, gray: bool, where: str | None = None) -> Tensor:
-    """A file, or its contents, as uint8 (C, size, size): upright, its centred square, scaled down.
+    """Decodes a file, or its contents, to uint8 (C, size, size): upright, its centred square, scaled down.
 
     Raises:
         UnreadableImageError: it cannot be decoded, or is smaller than ``size``; the message names it.

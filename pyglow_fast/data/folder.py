@@ -1,4 +1,4 @@
-"""A folder of ordinary image files, brought to one size and number of levels."""
+"""Loads a folder of ordinary image files, brought to one size and number of levels."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_folder(root: Path, argument: str = "folder") -> None:
 
 
 def numbered(names: list[str]) -> tuple[Tensor, tuple[str, ...]]:
-    """(labels (N,), class names sorted) for the name of each image's class."""
+    """Numbers the class of each image: (labels (N,), class names sorted)."""
     class_names = tuple(sorted(set(names)))
     number = {name: i for i, name in enumerate(class_names)}
     return torch.tensor([number[name] for name in names], dtype=torch.int64), class_names
@@ -50,7 +50,7 @@ def load_folder(
     on_unreadable: str = "raise",
     in_memory: bool | None = None,
 ) -> Images:
-    """All images below a folder; in memory if they fit.
+    """Loads all images below a folder, into memory if they fit.
 
     Args:
         root: the folder; searched recursively.

@@ -1,4 +1,8 @@
-"""MNIST and Fashion-MNIST: IDX files, plain or gzipped."""
+"""Reads MNIST and Fashion-MNIST: IDX files, plain or gzipped.
+
+torchvision's own reader takes no .gz, checks by ``assert``, which ``python -O`` leaves out, and names no file in its
+errors.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +40,7 @@ CLASS_NAMES = {
 
 
 def read_idx(path: Path, n_sizes: int) -> Tensor:
-    """An IDX file of bytes with ``n_sizes`` dimensions as a uint8 tensor.
+    """Reads an IDX file of bytes with ``n_sizes`` dimensions into a uint8 tensor.
 
     Raises:
         ValueError: another kind of file, or one that is shorter or longer than its header says; the message names it.
@@ -73,7 +77,7 @@ def _part(folder: Path, images_name: str, labels_name: str) -> tuple[Tensor, Ten
 
 
 def load_idx(name: str, folder: Path, preparation: Preparation) -> ImageSet:
-    """``mnist`` or ``fashion-mnist`` from a folder with its four files, with the official split.
+    """Loads ``mnist`` or ``fashion-mnist`` from a folder with its four files, with the official split.
 
     Args:
         name: which of the two: it decides the names of the classes.
@@ -93,5 +97,5 @@ def load_idx(name: str, folder: Path, preparation: Preparation) -> ImageSet:
 
 
 def train_first(n_train: int, count: int) -> tuple[Tensor, Tensor]:
-    """The split of ``count`` images whose first ``n_train`` are for training."""
+    """Makes the split of ``count`` images whose first ``n_train`` are for training."""
     return torch.arange(n_train), torch.arange(n_train, count)

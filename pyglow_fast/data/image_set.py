@@ -1,4 +1,4 @@
-"""What every data source gives: integer images, in memory or not, and the ways to cut them up."""
+"""Defines what every data source gives: integer images, in memory or not, and how they are split."""
 
 from __future__ import annotations
 
@@ -12,13 +12,24 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
+from pyglow_fast._settings import Range
 from pyglow_fast.data.augment import Augmentation
 
 DEFAULT_HELD_OUT = 0.1  # where nothing is asked for and the source has no split of its own
+HELD_OUT = Range(above=0, below=1)
 
 
 class Images(ABC):
-    """Images as integer levels, wherever they are kept.
+    """A set of images as integer levels, wherever they are kept; the base of what all sources give.
+
+    >>> import torch
+    >>> from pyglow_fast.data import Images, ImageSet, split
+    >>> data = ImageSet("squares", torch.zeros(10, 3, 4, 4, dtype=torch.uint8), n_bins=256)
+    >>> isinstance(data, Images), len(data), data.image_shape, data.n_dims
+    (True, 10, (3, 4, 4), 48)
+    >>> train, held_out = split(data, 0.2, seed=0)
+    >>> len(data.subset(train)), len(data.subset(held_out))
+    (8, 2)
 
     Attributes:
         name: what the user calls it, such as ``digits``.
@@ -41,29 +52,29 @@ class Images(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """N, the number of images."""
+        """Counts the images, N."""
 
     @property
     @abstractmethod
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) as the model sees it."""
+        """The shape (C, H, W) of an image as the model sees it."""
 
     @property
     def n_dims(self) -> int:
-        """D = C*H*W, the dimensions that bits/dim divides by."""
+        """The dimensions that bits/dim divides by: D = C*H*W."""
         return math.prod(self.image_shape)
 
     @abstractmethod
     def subset(self, indices: Tensor | Sequence[int]) -> Images:
-        """The images at ``indices``, in that order; they have no split of their own."""
+        """Takes the images at ``indices``, in that order; they have no split of their own."""
 
     @abstractmethod
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(levels uint8 (n, C, H, W), labels (n,) or None) at ``indices``: central windows, nothing random."""
+        """Gives (levels uint8 (n, C, H, W), labels (n,) or None) at ``indices``: central windows, nothing random."""
 
     @abstractmethod
     def item(self, index: int, key: int | None = None) -> Tensor:
-        """One image as uint8 (C, H, W).
+        """Gives one image as uint8 (C, H, W).
 
         Args:
             index: 0..N-1.
@@ -76,7 +87,7 @@ class Images(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A digest of everything a run depends on: a resumed run must see the same images in the same order."""
+        """Makes a digest of everything a run depends on: a resumed run must see the same images in the same order."""
 
 
 def check_labels(labels: Tensor | None, class_names: Sequence[str], count: int) -> None:
@@ -106,7 +117,15 @@ def hash_parts(digest: hashlib._Hash, data: Images) -> None:
 
 @dataclass(frozen=True)
 class ImageSet(Images):
-    """Images in memory.
+    """A set of images that are all in memory.
+
+    >>> import torch
+    >>> from pyglow_fast.data import ImageSet
+    >>> levels = torch.tensor([0, 5, 16], dtype=torch.uint8).reshape(3, 1, 1, 1)
+    >>> data = ImageSet("dots", levels, n_bins=17, labels=torch.tensor([0, 1, 1]), class_names=("dark", "light"))
+    >>> images, labels = data.batch(torch.tensor([2, 0]))
+    >>> images.flatten().tolist(), labels.tolist()
+    ([16, 0], [1, 0])
 
     Args:
         name: what the user calls it, such as ``digits``.
@@ -151,50 +170,40 @@ class ImageSet(Images):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) as the model sees it."""
+        """The shape (C, H, W) of an image as the model sees it."""
         channels, height, width = self.central.shape[1:]
         return channels, height, width
 
     @property
     def central(self) -> Tensor:
-        """uint8 (N, C, H, W), what :meth:`batch` gives of all images: a view of ``levels``, not a copy."""
+        """What :meth:`batch` gives of all images, uint8 (N, C, H, W): a view of ``levels``, not a copy."""
         return self.augmentation.central(self.levels)
 
     def subset(self, indices: Tensor | Sequence[int]) -> ImageSet:
-        """The images at ``indices``, in that order; they have no split of their own."""
+        """Takes the images at ``indices``, in that order; they have no split of their own."""
         index = torch.as_tensor(indices, dtype=torch.int64)
         labels = None if self.labels is None else self.labels[index]
         groups = tuple(self.groups[i] for i in index.tolist()) if self.groups else ()
         return replace(self, levels=self.levels[index], labels=labels, groups=groups, official=None)
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(levels uint8 (n, C, H, W), labels (n,) or None) at ``indices``: central windows, nothing random."""
+        """Gives (levels uint8 (n, C, H, W), labels (n,) or None) at ``indices``: central windows, nothing random."""
         return self.central[indices], None if self.labels is None else self.labels[indices]
 
     def item(self, index: int, key: int | None = None) -> Tensor:
-        """One image as uint8 (C, H, W); see :meth:`Images.item`."""
+        """Gives one image as uint8 (C, H, W); see :meth:`Images.item`."""
         return self.augmentation.view(self.levels[index], key)
 
     def fingerprint(self) -> str:
-        """A digest of every level, label and setting."""
+        """Makes a digest of every level, label and setting."""
         digest = hashlib.sha256(f"{tuple(self.levels.shape)} {self.n_bins} {self.class_names}".encode())
         digest.update(self.levels.contiguous().numpy().data)
         hash_parts(digest, self)
         return digest.hexdigest()[:32]
 
 
-def check_held_out(held_out: float | None) -> None:
-    """Refuse what is neither a fraction nor None.
-
-    Raises:
-        ValueError: it is not in (0, 1).
-    """
-    fits = held_out is None or (type(held_out) is float and 0.0 < held_out < 1.0)
-    expect(fits, "held_out", "a fraction between 0 and 1", repr(held_out) if isinstance(held_out, str) else held_out)
-
-
 def split(data: Images, held_out: float | None, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices (train, held-out), each sorted: whole groups are drawn at random until their images reach the fraction.
+    """Draws what is held out: sorted indices (train, held-out), whole groups at a time until they reach the fraction.
 
     Args:
         data: the images.
@@ -205,12 +214,12 @@ def split(data: Images, held_out: float | None, seed: int) -> tuple[Tensor, Tens
     Raises:
         ValueError: a fraction outside (0, 1), or fewer than two groups, so that one side would be empty.
     """
-    check_held_out(held_out)
     if held_out is None:
         if data.official is not None:
             train, test = data.official
             return train.sort().values, test.sort().values
         held_out = DEFAULT_HELD_OUT
+    HELD_OUT.check("held_out", held_out, or_none=", or none")
     keys = data.groups or tuple(str(i) for i in range(len(data)))
     names = sorted(set(keys))
     expect(len(names) >= 2, "data", "at least 2 images (or groups of images) to hold some out", len(names))

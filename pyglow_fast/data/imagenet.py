@@ -1,4 +1,8 @@
-"""ImageNet, or anything laid out like it: train/CLASS/FILE and val/CLASS/FILE."""
+"""Reads ImageNet, or anything laid out like it: train/CLASS/FILE and val/CLASS/FILE.
+
+torchvision's own class wants an archive of the authors' beside the images, and SciPy to read it; it unpacks archives
+without a look at the names in them, and passes over subfolders that cannot be listed.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from pyglow_fast.data.prepare import Preparation
 
 
 def load_imagenet(root: Path, preparation: Preparation) -> Images:
-    """The images of ``train`` and ``val``, which are the official split, labelled by the folders in them.
+    """Loads the images of ``train`` and ``val``, which are the official split, labelled by the folders in them.
 
     Args:
         root: the folder that has both.

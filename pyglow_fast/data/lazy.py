@@ -1,4 +1,4 @@
-"""Images that are read when they are asked for, and how such a set is brought into memory where it fits."""
+"""Reads images when they are asked for, and brings such a set into memory where it fits."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect, visible
+from pyglow_fast._settings import check_setting
 from pyglow_fast.data.augment import Augmentation
 from pyglow_fast.data.decode import UnreadableImageError, read_image
 from pyglow_fast.data.image_set import Images, ImageSet, check_labels, hash_parts
-from pyglow_fast.data.prepare import Preparation, check_on_unreadable
+from pyglow_fast.data.prepare import Preparation
 
 MEMORY_LIMIT = 1 << 30  # bytes of levels up to which a set is kept in memory unless told otherwise
 
 
 class Reader(Protocol):
-    """Where the images of a LazyImages come from; it goes to worker processes, so it can be pickled."""
+    """Gives the images of a LazyImages, one at a time; it goes to worker processes, so it can be pickled."""
 
     @property
     def parallel(self) -> bool:
-        """Whether several threads may read at once."""
+        """Tells whether several threads may read at once."""
 
     def __len__(self) -> int:
-        """The number of images."""
+        """Counts the images."""
 
     def read(self, index: int) -> Tensor:
-        """One image, uint8 (C, H, W) with 8-bit values.
+        """Reads one image, uint8 (C, H, W) with 8-bit values.
 
         Raises:
             UnreadableImageError: it cannot be read.
@@ -43,7 +44,7 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class FileReader:
-    """Image files below a folder, brought to one size.
+    """Reads image files below a folder and brings them to one size.
 
     Args:
         root: the folder.
@@ -62,11 +63,11 @@ class FileReader:
         return len(self.names)
 
     def read(self, index: int) -> Tensor:
-        """One file as uint8 (C, side, side)."""
+        """Reads one file as uint8 (C, side, side)."""
         return read_image(self.root / self.names[index], self.side, self.gray)
 
     def identity(self) -> str:
-        """A digest of the names and sizes of all files.
+        """Makes a digest of the names and sizes of all files.
 
         Raises:
             ValueError: a file is not there.
@@ -84,7 +85,17 @@ class FileReader:
 
 @dataclass(frozen=True)
 class LazyImages(Images):
-    """Images that are read each time they are asked for.
+    """A set of images each of which is read whenever it is asked for.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from PIL import Image
+    >>> from pyglow_fast.data import LazyImages, load_folder
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     Image.new("RGB", (8, 8), "red").save(Path(folder, "red.png"))
+    ...     data = load_folder(folder, size=8, in_memory=False)
+    ...     print(isinstance(data, LazyImages), data.item(0)[:, 0, 0].tolist())
+    True [255, 0, 0]
 
     Args:
         name: what the user calls it.
@@ -118,7 +129,7 @@ class LazyImages(Images):
     positions: Tensor | None = None
 
     def __post_init__(self) -> None:
-        check_on_unreadable(self.on_unreadable)
+        check_setting(Preparation, "on_unreadable", self.on_unreadable)
         count = len(self)
         expect(count > 0, "data", "at least one image", f"none in {self.name}")
         expect(not self.groups or len(self.groups) == count, "groups", f"{count} keys", len(self.groups))
@@ -129,12 +140,12 @@ class LazyImages(Images):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) as the model sees it."""
+        """The shape (C, H, W) of an image as the model sees it."""
         channels, height, width = self.stored_shape
         return channels, height - self.augmentation.crop_margin, width - self.augmentation.crop_margin
 
     def subset(self, indices: Tensor | Sequence[int]) -> LazyImages:
-        """The images at ``indices``, in that order; they have no split of their own."""
+        """Takes the images at ``indices``, in that order; they have no split of their own."""
         index = torch.as_tensor(indices, dtype=torch.int64)
         labels = None if self.labels is None else self.labels[index]
         groups = tuple(self.groups[i] for i in index.tolist()) if self.groups else ()
@@ -142,16 +153,16 @@ class LazyImages(Images):
         return replace(self, labels=labels, groups=groups, official=None, positions=positions)
 
     def stored(self, index: int) -> Tensor:
-        """The levels of one image with its margin, uint8 (C, H + margin, W + margin)."""
+        """Reads the levels of one image with its margin, uint8 (C, H + margin, W + margin)."""
         position = index if self.positions is None else int(self.positions[index])
         return self.reader.read(position) >> (9 - self.n_bins.bit_length())
 
     def item(self, index: int, key: int | None = None) -> Tensor:
-        """One image as uint8 (C, H, W); see :meth:`Images.item`."""
+        """Reads one image as uint8 (C, H, W); see :meth:`Images.item`."""
         return self.augmentation.view(self.stored(index), key)
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(levels uint8 (n, C, H, W), labels (n,) or None) at ``indices``, read one after the other.
+        """Reads (levels uint8 (n, C, H, W), labels (n,) or None) at ``indices``, one after the other.
 
         Raises:
             UnreadableImageError: an image cannot be read and on_unreadable is "raise"; with "skip" the next one that
@@ -162,7 +173,7 @@ class LazyImages(Images):
         return torch.stack([image for image, _ in found]), None if self.labels is None else self.labels[used]
 
     def fingerprint(self) -> str:
-        """A digest of ``identity`` (for files their relative names and sizes, not their contents) and all settings."""
+        """Makes a digest of all settings and ``identity`` (for files: relative names and sizes, not contents)."""
         facts = f"{self.stored_shape} {self.n_bins} {self.class_names} {self.identity}"
         digest = hashlib.sha256(facts.encode("utf-8", "surrogateescape"))
         if self.positions is not None:
@@ -172,7 +183,7 @@ class LazyImages(Images):
 
 
 def readable(data: Images, index: int, key: int | None, on_unreadable: str) -> tuple[Tensor, int]:
-    """The view of image ``index``, or with "skip" of the next one that can be read, and the index it has.
+    """Reads a view of image ``index``, or with "skip" of the next that can be read; gives it and the index it has.
 
     Raises:
         UnreadableImageError: it cannot be read and on_unreadable is "raise".
@@ -195,7 +206,7 @@ def readable(data: Images, index: int, key: int | None, on_unreadable: str) -> t
 
 
 def kept(data: LazyImages, in_memory: bool | None) -> Images:
-    """The set itself, or with all its images in memory.
+    """Gives the set itself, or the same with all its images in memory.
 
     Args:
         data: the images.
@@ -262,7 +273,7 @@ class Listing:
 
 
 def from_files(name: str, root: Path, names: Sequence[str], preparation: Preparation, listing: Listing) -> Images:
-    """The image files ``names`` below ``root`` as ``preparation`` says, read now or later.
+    """Makes a set of the image files ``names`` below ``root``, prepared as ``preparation`` says, read now or later.
 
     Raises:
         ValueError: a file is not there; or, where they are read now, cannot be read.
@@ -272,7 +283,7 @@ def from_files(name: str, root: Path, names: Sequence[str], preparation: Prepara
 
 
 def from_reader(name: str, reader: Reader, identity: str, preparation: Preparation, listing: Listing) -> Images:
-    """The images of a reader that gives preparation.stored_shape; see :func:`from_files`."""
+    """Makes a set of the images of a reader that gives preparation.stored_shape; see :func:`from_files`."""
     lazy = LazyImages(
         name,
         reader,

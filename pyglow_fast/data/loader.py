@@ -1,4 +1,4 @@
-"""Batches for training and evaluation, read ahead by worker processes; the same for any number of them."""
+"""Reads batches for training and evaluation ahead by worker processes; they are the same for any number of them."""
 
 from __future__ import annotations
 
@@ -18,19 +18,27 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pyglow_fast._errors import expect
+from pyglow_fast._settings import Range, check_setting
 from pyglow_fast.data.decode import UnreadableImageError
 from pyglow_fast.data.image_set import Images, ImageSet
 from pyglow_fast.data.lazy import readable
-from pyglow_fast.data.prepare import check_on_unreadable
+from pyglow_fast.data.prepare import Preparation
 
-MOST_WORKERS = 1024  # no machine has more processors; a hundred thousand would be started until it has no room left
+# No machine has more processors; a hundred thousand would be started until it has no room left.
+WORKERS = Range(least=0, most=1024, why="each is a process with torch in it")
 
 Entry = tuple[int, int | None]  # (index, key of the training view, or None for the central one)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images as they were asked for.
+    """A batch of images, in the order they were asked for.
+
+    >>> import torch
+    >>> from pyglow_fast.data import Batch, batches, load_digits
+    >>> batch = next(batches(load_digits(), [[(5, None), (0, None)]]))
+    >>> isinstance(batch, Batch), batch.levels.shape, batch.labels.tolist(), batch.unreadable
+    (True, torch.Size([2, 1, 8, 8]), [5, 0], 0)
 
     Args:
         levels: uint8 (n, C, H, W).
@@ -45,7 +53,7 @@ class Batch:
     unreadable: int
 
     def pin_memory(self, device: Any = None) -> Batch:
-        """The same in page-locked memory; ``device`` is what the DataLoader may pass and does not matter."""
+        """Copies the batch to page-locked memory; ``device`` is what the DataLoader may pass and does not matter."""
         labels = None if self.labels is None else self.labels.pin_memory()
         return Batch(self.levels.pin_memory(), labels, self.indices.pin_memory(), self.unreadable)
 
@@ -153,9 +161,8 @@ def batches(
             index outside the set.
         RuntimeError: a worker died; from the iterator, or by torch's signal handler wherever the main thread is.
     """
-    expect(workers >= 0, "workers", "a whole number, 0 or more", workers)
-    expect(workers <= MOST_WORKERS, "workers", f"at most {MOST_WORKERS} (each is a process with torch in it)", workers)
-    check_on_unreadable(on_unreadable)
+    WORKERS.check("workers", workers, whole=True)
+    check_setting(Preparation, "on_unreadable", on_unreadable)
     reading = _Reading(data, on_unreadable)
     pin = pin_memory and torch.accelerator.is_available()
     return _by_workers(reading, plan, workers, pin) if workers else _here(reading, plan, pin)

@@ -1,4 +1,8 @@
-"""LSUN in the layout of torchvision: one LMDB a category and part, each value an encoded image."""
+"""Reads LSUN in the layout of torchvision: one LMDB a category and part, each value an encoded image.
+
+torchvision's own class keeps the keys of a database as a pickle in the working folder, and unpickles what it finds
+there, which runs whatever code that names.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +77,7 @@ class _LmdbReader:
         return self.starts[-1]
 
     def read(self, index: int) -> Tensor:
-        """One image as uint8 (C, side, side)."""
+        """Reads one image as uint8 (C, side, side)."""
         which = int(np.searchsorted(self.starts, index, side="right")) - 1
         key = bytes(self.keys[which][index - self.starts[which]])
         where = f"{self.paths[which]}: {key.decode('ascii', 'replace')}"
@@ -84,7 +88,7 @@ class _LmdbReader:
         return read_image(value, self.side, self.gray, where)
 
     def identity(self) -> str:
-        """A digest of the names and sizes of the databases and all their keys."""
+        """Makes a digest of the names and sizes of the databases and all their keys."""
         digest = hashlib.sha256()
         for path, keys in zip(self.paths, self.keys, strict=True):
             size = (path / "data.mdb").stat().st_size
@@ -94,7 +98,7 @@ class _LmdbReader:
 
 
 def load_lsun(root: Path, preparation: Preparation) -> Images:
-    """LSUN: all categories whose databases lie in a folder, or one of them.
+    """Loads LSUN: all categories whose databases lie in a folder, or one of them.
 
     Where every category has a CATEGORY_val_lmdb beside its CATEGORY_train_lmdb, these are the official split. With two
     categories or more they are the classes.

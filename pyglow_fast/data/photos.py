@@ -1,4 +1,4 @@
-"""Large photographs cut into tiles."""
+"""Cuts large photographs into tiles."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect, visible
+from pyglow_fast._settings import Range
+from pyglow_fast.data.augment import MOST
 from pyglow_fast.data.decode import UnreadableImageError, decode, find_images, pixels
 from pyglow_fast.data.folder import check_folder
 from pyglow_fast.data.image_set import ImageSet
@@ -18,9 +20,12 @@ from pyglow_fast.data.prepare import FILE_SIZE, Preparation
 # two drawings of plain areas.
 NOT_PHOTOS = frozenset({"ocean-waves.jpg", "saturnian-profile.jpg", "valley-midnight.jpg", "waves-midnight.jpg"})
 
+# By which photos are shrunk.
+SCALE = Range(least=1, most=MOST, why="more pixels are a slip of the pen")
+
 
 def default_scale(size: int) -> int:
-    """How much photos are shrunk first: small tiles of a large photo would show little but smooth areas."""
+    """Says how much photos are shrunk first: small tiles of a large photo would show little but smooth areas."""
     return 4 if size <= 64 else 2 if size <= 256 else 1
 
 
@@ -43,7 +48,7 @@ def _tiles(path: Path, side: int, scale: int, gray: bool) -> Tensor:
 
 
 def load_photos(root: Path, preparation: Preparation, scale: int | None = None) -> ImageSet:
-    """Tiles of all photos in a folder, in memory; the tiles of one photo are a group.
+    """Loads tiles of all photos in a folder, into memory; the tiles of one photo are a group.
 
     Args:
         root: holds the photos. Those in NOT_PHOTOS are left out.
@@ -53,7 +58,8 @@ def load_photos(root: Path, preparation: Preparation, scale: int | None = None) 
     Raises:
         ValueError: no photos, one that cannot be read or is smaller than a tile, or a folder that cannot be listed.
     """
-    expect(scale is None or scale >= 1, "scale", "a whole factor, 1 or more", scale)
+    if scale is not None:
+        SCALE.check("scale", scale, whole=True)
     check_folder(root, "photos")
     paths = [path for path in find_images(root, preparation.on_unreadable) if path.name not in NOT_PHOTOS]
     expect(len(paths) > 0, "photos", "a folder with photos", f"none in {str(root)!r}")

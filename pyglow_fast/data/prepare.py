@@ -1,4 +1,4 @@
-"""How the images of a source are brought to what the model sees; one place for the options that sources share."""
+"""Brings the images of a source to what the model sees: the one place of the options that sources share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
+from pyglow_fast._settings import IMAGES, Range, check_settings, same_setting, setting, settings
 from pyglow_fast.data.augment import MOST, Augmentation
 
 FILE_SIZE = 32  # the side that files are scaled to where none is asked for
@@ -15,70 +16,71 @@ ON_UNREADABLE = ("raise", "skip")
 _LUMA = (19595, 38470, 7471)  # 65536 times 0.299, 0.587, 0.114 (ITU-R 601), as Pillow rounds them
 
 
-def check_whole(name: str, value: object, expected: str) -> None:
-    """Refuse what is not an int from 1 to MOST.
-
-    Args:
-        name: of the value.
-        value: any.
-        expected: what is said of other things than ints of 1 or more.
-
-    Raises:
-        ValueError: it is not.
-    """
-    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    expect(whole, name, expected, value)
-    expect(whole and value <= MOST, name, f"at most {MOST}", value)  # type: ignore[operator]
+SIDE = Range(least=1, most=MOST, why="more pixels are a slip of the pen")
 
 
-def check_on_unreadable(on_unreadable: str) -> None:
-    """Refuse anything but "raise" and "skip".
-
-    Raises:
-        ValueError: it is neither.
-    """
-    expect(on_unreadable in ON_UNREADABLE, "on_unreadable", f"one of {ON_UNREADABLE}", repr(on_unreadable))
-
-
+@settings
 @dataclass(frozen=True)
 class Preparation:
-    """Size, colours and views of the images of a source.
+    """Says which size, colours, levels and views the images of a source get.
 
-    Args:
-        size: side of the square that the model sees. None: that of the source, and FILE_SIZE for files.
-        gray: one channel, the luma of ITU-R 601, rather than three.
-        n_bits: 1..8; the lower bits are dropped, so n_bins = 2^n_bits.
-        crop_margin: images are kept with sides so much longer; training sees a random window of ``size``.
-        flip: training sees half of the images mirrored.
-        on_unreadable: "raise" on a file that cannot be read, or "skip" it.
-        in_memory: keep all images in memory; None: if they take at most 1 GiB.
+    >>> import torch
+    >>> from pyglow_fast.data import Preparation
+    >>> preparation = Preparation(size=4, gray=True, n_bits=3)
+    >>> white = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
+    >>> preparation.to_levels(preparation.fixed_size(white, "squares"))
+    tensor([[[[0, 0, 0, 0],
+              [0, 7, 7, 0],
+              [0, 7, 7, 0],
+              [0, 0, 0, 0]]]], dtype=torch.uint8)
 
     Raises:
         ValueError: a value outside its range.
     """
 
-    size: int | None = None
-    gray: bool = False
-    n_bits: int = 8
-    crop_margin: int = 0
-    flip: bool = False
-    on_unreadable: str = "raise"
-    in_memory: bool | None = None
+    size: int | None = setting(
+        None,
+        "side of the square that the model sees: files are cropped and scaled to it, smaller images of a fixed size "
+        "padded with zeros",
+        range=SIDE,
+        absent=f"{FILE_SIZE} for files, their own for images of a fixed size",
+        group=IMAGES,
+    )
+    gray: bool = setting(
+        False,
+        "one channel, the luma of ITU-R 601",
+        group=IMAGES,
+        other=("--color", "three channels"),
+    )
+    n_bits: int = setting(
+        8,
+        "bits kept of each sample, n_bins = 2^n_bits grey levels; the lower bits are dropped",
+        range=Range(least=1, most=8),
+        group=IMAGES,
+    )
+    crop_margin: int = same_setting(Augmentation, "crop_margin")
+    flip: bool = same_setting(Augmentation, "flip")
+    on_unreadable: str = setting(
+        "raise",
+        "raise on an image file that cannot be read, or skip it: another image is taken and it is counted",
+        choices=ON_UNREADABLE,
+        group=IMAGES,
+        adjustable=True,
+    )
+    in_memory: bool | None = setting(
+        None,
+        "read all images at the start and keep them in memory",
+        absent="if they take at most 1 GiB",
+        group=IMAGES,
+        other=("--from-files", "read them when they are needed"),
+    )
 
     def __post_init__(self) -> None:
-        if self.size is not None:
-            check_whole("size", self.size, "a positive number")
-        expect(self.n_bits in range(1, 9), "n_bits", "a value in 1..8", self.n_bits)
-        for name in ("gray", "flip"):
-            expect(isinstance(getattr(self, name), bool), name, "True or False", repr(getattr(self, name)))
-        chosen = self.in_memory is None or isinstance(self.in_memory, bool)
-        expect(chosen, "in_memory", "True, False or None", repr(self.in_memory))
-        check_on_unreadable(self.on_unreadable)
-        self.augmentation  # noqa: B018 - checks the margin
+        check_settings(self)
 
     @property
     def augmentation(self) -> Augmentation:
-        """What training sees."""
+        """How the views that training sees are cut."""
         return Augmentation(self.crop_margin, self.flip)
 
     @property
@@ -88,20 +90,20 @@ class Preparation:
 
     @property
     def stored_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of a file as it is kept."""
+        """The shape (C, H, W) of a file's image as it is kept."""
         return (1 if self.gray else 3), self.stored_side, self.stored_side
 
     @property
     def n_bins(self) -> int:
-        """Levels of 8-bit images."""
+        """The number of levels that 8-bit images get, 2^n_bits."""
         return 1 << self.n_bits
 
     def to_levels(self, values: Tensor) -> Tensor:
-        """8-bit values to levels, in place."""
+        """Turns 8-bit values into levels, in place."""
         return values.bitwise_right_shift_(8 - self.n_bits) if self.n_bits < 8 else values
 
     def fixed_size(self, values: Tensor, source: str) -> Tensor:
-        """Images of one size, uint8 (N, C, H, W), with the side and the channels asked for; padded with zeros evenly.
+        """Gives images of one size, uint8 (N, C, H, W), the side and the channels asked for; pads with zeros evenly.
 
         Raises:
             ValueError: the size asked for is smaller than theirs.
@@ -116,7 +118,7 @@ class Preparation:
 
 
 def levels_of(values: Tensor, n_bins: int) -> Tensor:
-    """v n_bins // 256 for 8-bit values v, uint8: :meth:`Preparation.to_levels` where n_bins = 2^n_bits.
+    """Computes v n_bins // 256 for 8-bit values v, uint8: :meth:`Preparation.to_levels` where n_bins = 2^n_bits.
 
     A level l that is shown as the value nearest to 255 l / (n_bins - 1) comes back as l, with the 17 levels of the
     digits too.
@@ -135,7 +137,7 @@ def check_side(size: int | None, own: int, source: str) -> None:
 
 
 def luma(values: Tensor) -> Tensor:
-    """RGB uint8 (N, 3, H, W) to grey (N, 1, H, W), rounded as Pillow's "L"."""
+    """Turns RGB uint8 (N, 3, H, W) into grey (N, 1, H, W), rounded as Pillow's "L"."""
     grey = torch.empty_like(values[:, :1])
     for part, out in zip(values.split(4096), grey.split(4096), strict=True):  # so that the wide sums stay small
         red, green, blue = part.int().unbind(1)

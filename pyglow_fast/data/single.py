@@ -1,4 +1,4 @@
-"""One image file as what a trained model sees of the images of its source."""
+"""Reads one image file as a trained model sees the images of its source."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def read_single(
     most_pixels: int | None = None,
     formats: Sequence[str] | None = None,
 ) -> Tensor:
-    """An image file as levels, uint8 (C, H, W) in 0..n_bins-1, prepared as the held-out images of ``config`` are.
+    """Reads an image file as levels, uint8 (C, H, W) in 0..n_bins-1, prepared as the held-out images of ``config`` are.
 
     Upright by its EXIF tag, transparency on white, grey or in colours as the model is. An image of exactly H x W pixels
     is taken as it is, since a model may have drawn it. Of any other the centred square is scaled: to the side of the

@@ -1,4 +1,4 @@
-"""From the words on a command line to images: the one table of data sources."""
+"""Turns the words on a command line into images: the one table of data sources."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pyglow_fast._errors import expect, visible
+from pyglow_fast._settings import IMAGES, check_settings, same_setting, setting, settings
 from pyglow_fast.data.cache import cached
 from pyglow_fast.data.celeba import load_celeba
 from pyglow_fast.data.cifar import SIDE as CIFAR_SIDE
@@ -17,63 +18,66 @@ from pyglow_fast.data.emoji import load_emoji
 from pyglow_fast.data.folder import SPLIT_BY, load_folder
 from pyglow_fast.data.idx import SIDE as IDX_SIDE
 from pyglow_fast.data.idx import load_idx
-from pyglow_fast.data.image_set import Images, check_held_out
+from pyglow_fast.data.image_set import DEFAULT_HELD_OUT, HELD_OUT, Images
 from pyglow_fast.data.imagenet import load_imagenet
 from pyglow_fast.data.lsun import load_lsun
-from pyglow_fast.data.photos import load_photos
-from pyglow_fast.data.prepare import FILE_SIZE, Preparation, check_side, check_whole
+from pyglow_fast.data.photos import SCALE, load_photos
+from pyglow_fast.data.prepare import FILE_SIZE, Preparation, check_side
 
 
+@settings
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images, and how they are prepared.
+    """Says which images to load, and how they are prepared; a source takes only options that mean something to it.
 
-    Args:
-        name: one of SOURCES, with ``:PATH`` where it takes one; DATA_HELP lists them.
-        size: side of the square images (None: 32 for files, their own for images of a fixed size, which a larger size
-            pads with zeros).
-        gray: one channel; not for digits.
-        n_bits: bits kept of each sample (None: 8); not for digits.
-        split_by: "file" or "folder": what a held-out split keeps together; folders only.
-        held_out: fraction of the images held out, drawn at random. None: the source's own split where it has one,
-            otherwise 0.1.
-        crop_margin: images are kept with sides so much longer; training sees a random window of ``size``.
-        flip: training sees half of the images mirrored.
-        scale: whole factor by which photos are shrunk before they are cut into tiles; photos only (None: by size).
-        attribute: the CelebA attribute that gives two classes; celeba only.
-        on_unreadable: "raise" on an image that cannot be read, or "skip" it; sources of files only.
-        in_memory: whether all images are kept in memory (None: if they take at most 1 GiB); sources of files only, and
-            not photos.
+    >>> from pyglow_fast.data import DataConfig, load_data
+    >>> load_data(DataConfig("digits", size=16)).image_shape
+    (1, 16, 16)
 
     Raises:
         ValueError: an unknown name, a value outside its range, or an option that the source does not take.
     """
 
-    name: str = "digits"
-    size: int | None = None
-    gray: bool = False
-    n_bits: int | None = None
-    split_by: str = "file"
-    held_out: float | None = None
-    crop_margin: int = 0
-    flip: bool = False
-    scale: int | None = None
-    attribute: str | None = None
-    on_unreadable: str = "raise"
-    in_memory: bool | None = None
+    name: str = setting(
+        "digits",
+        "one of SOURCES, with :PATH where it takes one; docs/data.md lists them",
+        expected="a name of docs/data.md",
+    )
+    size: int | None = same_setting(Preparation, "size")
+    gray: bool = same_setting(Preparation, "gray")
+    n_bits: int | None = same_setting(Preparation, "n_bits", default=None, absent="8; the digits have 17 grey levels")
+    split_by: str = setting(
+        "file",
+        "what a random split keeps together: each file alone, or all files of one folder",
+        choices=SPLIT_BY,
+        group=IMAGES,
+    )
+    held_out: float | None = setting(
+        None,
+        "fraction of the images held out, drawn at random",
+        range=HELD_OUT,
+        absent=f"the source's own split where it has one, else {DEFAULT_HELD_OUT:g}",
+        group=IMAGES,
+    )
+    crop_margin: int = same_setting(Preparation, "crop_margin")
+    flip: bool = same_setting(Preparation, "flip")
+    scale: int | None = setting(
+        None,
+        "photos alone: whole factor by which they are shrunk before they are cut into tiles",
+        range=SCALE,
+        absent="by the size: 4 up to 64, 2 up to 256, else 1",
+        group=IMAGES,
+    )
+    attribute: str | None = setting(None, "celeba alone: the attribute that makes two classes", group=IMAGES)
+    on_unreadable: str = same_setting(Preparation, "on_unreadable")
+    in_memory: bool | None = same_setting(Preparation, "in_memory")
 
     def __post_init__(self) -> None:
         scheme, colon, path = self.name.partition(":")
         source = SOURCES.get(scheme)
         if source is None or (path == "" if colon else source.path == "needed") or (colon and source.path == "none"):
             raise ValueError(visible(f"data: expected {DATA_HELP}, found {self.name!r}"))
-        self.preparation()
-        expect(self.split_by in SPLIT_BY, "split_by", f"one of {SPLIT_BY}", repr(self.split_by))
-        if self.scale is not None:
-            check_whole("scale", self.scale, "a whole factor, 1 or more")
-        named = self.attribute is None or (isinstance(self.attribute, str) and self.attribute != "")
-        expect(named, "attribute", "a name", repr(self.attribute))
-        check_held_out(self.held_out)
+        check_settings(self)
         for option in fields(self):
             value = getattr(self, option.name)
             fits = option.name in ("name", "held_out", *source.options) or value == option.default
@@ -82,17 +86,13 @@ class DataConfig:
             check_side(self.size, source.side, scheme)
 
     def preparation(self) -> Preparation:
-        """The options that all sources share.
-
-        Raises:
-            ValueError: a value outside its range.
-        """
+        """The options that all sources share."""
         n_bits = 8 if self.n_bits is None else self.n_bits
         views = (self.crop_margin, self.flip)
         return Preparation(self.size, self.gray, n_bits, *views, self.on_unreadable, self.in_memory)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict."""
+        """Gives the fields as a dict that JSON can hold."""
         return asdict(self)
 
 
@@ -123,7 +123,7 @@ SOURCES: dict[str, _Source] = {
         lambda config, path: load_digits(config.preparation()),
         _VIEWS,
         "none",
-        "its images are 8x8, grey, with 17 levels",
+        "its images are 8x8, grey, with 17 grey levels",
         side=8,
     ),
     "mnist": _Source(
@@ -155,14 +155,14 @@ SOURCES: dict[str, _Source] = {
     "cifar10": _Source(
         lambda config, path: load_cifar10(path, config.preparation()),
         _ARRAYS,
-        "needed",
+        "optional",
         "its images are 32x32 and held in memory",
         side=CIFAR_SIDE,
     ),
     "celeba": _Source(
         lambda config, path: load_celeba(path, config.preparation(), config.attribute),
         (*_FILES, "attribute"),
-        "needed",
+        "optional",
         "its images are single files, each of one person",
     ),
     "imagenet": _Source(
@@ -191,17 +191,17 @@ DATA_HELP = _help()
 
 
 def options_of(name: str) -> tuple[str, ...]:
-    """The fields of DataConfig that the source of ``name`` takes."""
+    """Lists the fields of DataConfig that the source of ``name`` takes."""
     return SOURCES[name.partition(":")[0]].options
 
 
 def side_of(name: str) -> int | None:
-    """The side of the images of the source of ``name``, if they have one size: what a larger size pads with zeros."""
+    """Says the side of the images of a source, if they have one size: what a larger size pads with zeros."""
     return SOURCES[name.partition(":")[0]].side
 
 
 def load_data(config: DataConfig) -> Images:
-    """Load what ``config`` names.
+    """Load the images that ``config`` names.
 
     Raises:
         ValueError: the source's own errors, each naming what is wrong.

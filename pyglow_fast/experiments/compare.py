@@ -1,4 +1,4 @@
-"""The ablation of the paper: permutations x couplings (x masks), each with several seeds, as runs in one folder."""
+"""Trains the paper's ablation: permutations x couplings (x masks), each with several seeds, as runs in one folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from pyglow_fast.train.files import TEMPORARY
 
 RUNS = "runs"
 VARIED = frozenset({"model.permutation", "model.coupling", "model.n_checkerboard", "seed"})
-# What ends one run and leaves the others their chance.
+# Errors that end one run, after which the others are still trained.
 FAILURES = (TrainingDivergedError, InputLostError, SaveError, FolderError, torch.OutOfMemoryError)
 
 
@@ -46,8 +46,9 @@ def variants(
 ) -> list[TrainConfig]:
     """``base`` with each permutation, number of checkerboards, coupling and seed, all of the first seed first.
 
-    Of the K steps of a level so many have checkerboard masks, in place of channels; None: as many as in ``base``. Runs
-    of one seed split the images alike and see the same batches with the same noise, whatever their variant.
+    ``checkerboards`` says how many of the K steps of a level have checkerboard masks, in place of channels; None: as
+    many as in ``base``. Runs of one seed split the images alike and see the same batches with the same noise, whatever
+    their variant.
 
     Raises:
         ValueError: nothing to vary, something named twice, or a value that is refused.
@@ -72,18 +73,32 @@ def variants(
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a comparison: its settings and its folder."""
+    """One run of a comparison: its settings and its folder.
+
+    Examples:
+        >>> from pyglow_fast import GlowConfig
+        >>> from pyglow_fast.data import load_digits
+        >>> from pyglow_fast.experiments import Trial
+        >>> from pyglow_fast.train import RunFolder, TrainConfig
+        >>> model = GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4)
+        >>> trial = Trial(TrainConfig(model=model, max_steps=1), RunFolder("trials/first"))
+        >>> trial.finished() is None
+        True
+        >>> _ = trial.ready(load_digits()).execute(quiet=True)
+        >>> trial.name, trial.finished().progress["step"]
+        ('first', 1)
+    """
 
     config: TrainConfig
     folder: RunFolder
 
     @property
     def name(self) -> str:
-        """Of the folder."""
+        """The name of the run's folder within the comparison's."""
         return self.folder.path.name
 
     def finished(self) -> Checkpoint | None:
-        """The last checkpoint of a run that has come to its end under the limits of ``config``; None of any other."""
+        """Load the last checkpoint of a run that ended under the limits of ``config``; None of any other."""
         if not (self.folder.report.is_file() and self.folder.saved()):
             return None
         checkpoint = self.folder.load()
@@ -93,7 +108,7 @@ class Trial:
         return checkpoint if same and limits else None
 
     def ready(self, data: Images) -> Run:
-        """The run, new or from its last checkpoint on.
+        """Make the run ready to train, new or from its last checkpoint on.
 
         Raises:
             ValueError: see start and resume.
@@ -106,17 +121,28 @@ class Trial:
 
 
 class Comparison:
-    """Runs that differ in what is varied alone, see :func:`variants`. Making the object checks all and writes nothing.
+    """Runs that differ only in what :func:`variants` varies. Making the object checks all and writes nothing.
 
     Args:
         configs: the runs that are wanted; see :func:`variants`.
-        out: the folder; new, empty, or that of a comparison with the same settings, whose runs are kept: those that
-            have come to their end are not trained again, others go on, and all are in the table.
+        out: the folder, which may be new, empty, or that of a comparison with the same settings. Its runs are kept:
+            those that have come to their end are not trained again, others go on, and all are in the table.
         data: the images that every configuration names.
 
     Raises:
         ValueError: another kind of folder; settings or images that are not those of the runs in it, other than what a
             resumed run may change; or what start and resume refuse.
+
+    Examples:
+        >>> from pyglow_fast import GlowConfig
+        >>> from pyglow_fast.data import load_digits
+        >>> from pyglow_fast.experiments import Comparison, variants
+        >>> from pyglow_fast.train import TrainConfig
+        >>> base = TrainConfig(model=GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4), max_steps=1)
+        >>> configs = variants(base, ["invconv", "reverse"], ["affine"], seeds=[0, 1])
+        >>> comparison = Comparison(configs, "ablation", load_digits())
+        >>> [trial.name for trial in comparison.trials]  # comparison.execute() trains and compares them
+        ['invconv-affine-seed0', 'reverse-affine-seed0', 'invconv-affine-seed1', 'reverse-affine-seed1']
     """
 
     def __init__(self, configs: Sequence[TrainConfig], out: str | Path, data: Images) -> None:
@@ -167,8 +193,8 @@ class Comparison:
             quiet: no lines and no progress bar.
 
         Returns:
-            The number of a signal that stopped the run it came to, which is saved; else None. What went wrong with
-            single runs is in ``failures`` then.
+            The number of the signal that stopped the comparison, if one did (the run that it stopped is saved); else
+            None. What went wrong with single runs is in ``failures`` then.
         """
         say = _say_nothing if quiet else functools.partial(print, flush=True)  # seen at once, in a log file too
         waiting = [trial for trial in self.planned if trial.finished() is None]
@@ -187,7 +213,7 @@ class Comparison:
         return None
 
     def _train(self, trial: Trial, quiet: bool, say: Callable[[str], None]) -> int | None:
-        if trial.finished() is not None:  # by another process since
+        if trial.finished() is not None:  # another process has trained it since
             return None
         try:
             result = trial.ready(self.data).execute(quiet)
@@ -200,7 +226,7 @@ class Comparison:
         return result.stopped_by
 
     def outcomes(self) -> list[Outcome]:
-        """What is known of each run by now."""
+        """Read what is known of each run by now."""
         for trial in self.trials:
             if trial.name not in self._outcomes or self._outcomes[trial.name].held_out is None:
                 self._outcomes[trial.name] = self._outcome(trial)
@@ -219,7 +245,7 @@ class Comparison:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """What :meth:`write` writes."""
+        """The paths of what :meth:`write` writes."""
         return tuple(self.out / name for name in (TABLE, CURVES, PICTURE))
 
     def write(self) -> str:
@@ -236,7 +262,7 @@ def _say_nothing(text: str) -> None:
 
 
 def name_of(config: TrainConfig) -> str:
-    """The folder of a run within its comparison."""
+    """Name the folder of a run within its comparison."""
     model = config.model
     boards = f"-checkerboard{model.n_checkerboard}" if model.n_checkerboard else ""
     return f"{model.permutation}{boards}-{model.coupling}-seed{config.seed}"

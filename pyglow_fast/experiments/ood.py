@@ -1,4 +1,4 @@
-"""Can a likelihood tell foreign images from those a model was trained on? AUROC, and a histogram of both."""
+"""Measures how well a likelihood tells foreign images from those a model knows: AUROC, and a histogram of both."""
 
 from __future__ import annotations
 
@@ -27,6 +27,15 @@ class Auroc:
     """P(s' > s) + P(s' = s) / 2 for a foreign image's score s' and an own image's s, with its standard error.
 
     ``standard_error`` is NaN where the sets are wholly apart: there DeLong's estimate has nothing to go by.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.experiments import Auroc, auroc
+        >>> found = auroc(own=torch.tensor([3.0, 3.1, 3.3]), foreign=torch.tensor([3.2, 3.4, 3.5]))
+        >>> isinstance(found, Auroc), f"{found.value:.3f}", found.below_chance  # eight of nine pairs are in order
+        (True, '0.889', False)
+        >>> Auroc(0.31, 0.02).below_chance  # foreign images are likelier than the model's own kind
+        True
     """
 
     value: float
@@ -39,13 +48,13 @@ class Auroc:
 
     @property
     def text(self) -> str:
-        """For people."""
+        """The value and its standard error as text for people."""
         error = "n/a" if math.isnan(self.standard_error) else f"{self.standard_error:.4f}"
         return f"{self.value:.4f} ± {error}"
 
 
 def auroc(own: Tensor, foreign: Tensor) -> Auroc:
-    """AUROC = mean over pairs of 1[s' > s] + 1[s' = s] / 2, with DeLong's standard error.
+    """Compute AUROC = mean over pairs of 1[s' > s] + 1[s' = s] / 2, with DeLong's standard error.
 
     With V_j the share of own scores below foreign score j (ties count half) and W_i the share of foreign scores above
     own score i, the variance is var(V) / m + var(W) / n. 0.5 is chance; below it foreign images score *lower*.
@@ -79,7 +88,7 @@ def _placements(scores: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def typicality(bits_per_dim: Tensor, typical: float) -> Tensor:
-    """|b - b_typical|: how far from the typical bits/dim of the training images, in either direction.
+    """Compute |b - b_typical|: how far bits/dim are from those typical of training images, in either direction.
 
     Args:
         bits_per_dim: b, any shape.
@@ -92,13 +101,13 @@ def typicality(bits_per_dim: Tensor, typical: float) -> Tensor:
 
 
 def save_histogram(path: Path, own: Tensor, foreign: Tensor, names: tuple[str, str], title: str) -> None:
-    """Both sets of bits/dim as one histogram on common bins, each as the share of its images in a bin, as a PNG.
+    """Draw both sets of bits/dim as one histogram on common bins, each as the share of its images in a bin; a PNG.
 
     Args:
         path: the picture, replaced atomically.
         own, foreign: (n,) and (m,), finite, bits/dim. At most TAIL of each set lies beyond either end of the axis;
             the label of the axis says how many images do.
-        names: of the two sets, for the legend.
+        names: the names of the two sets, for the legend.
         title: of the picture.
 
     Raises:
@@ -112,15 +121,15 @@ def save_histogram(path: Path, own: Tensor, foreign: Tensor, names: tuple[str, s
 
 
 def marked_histogram(own: Tensor, name: str, marks: Mapping[str, float], title: str, text: Mapping[str, str]) -> bytes:
-    """A histogram of bits/dim with a line for each single image, as a PNG.
+    """Draw a histogram of bits/dim with a line for each single image, as a PNG.
 
     Args:
         own: (n,), finite, bits/dim of images to compare with.
-        name: of them, for the legend.
+        name: what the legend calls them.
         marks: bits/dim of single images by their short names, which stand beside the lines; all are on the axis, those
             that are not finite are left out.
         title: of the picture.
-        text: kept in the PNG.
+        text: texts that are kept in the PNG.
 
     Raises:
         MissingExtraError: matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""What the runs of a comparison came to: curves with their spread over the seeds, a table, a picture."""
+"""Summarises the runs of a comparison: curves with their spread over the seeds, a table, a picture."""
 
 from __future__ import annotations
 
@@ -25,16 +25,26 @@ EARLY = 0.1  # the first share of the steps, which the axis of the picture need 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run.
+    """What one run of a comparison came to: its settings, its curve and its final score.
 
     Args:
-        config: its settings.
+        config: the settings of the run.
         step: steps done.
         held_out: bits/dim of all held-out images at its end; None for a run that did not come to it.
         curve: (step, held-out bits/dim) of its evaluations; NaN and inf are kept.
         seconds_per_step: median over metrics.csv; NaN without any.
-        parameters: of the model.
+        parameters: how many the model has.
         note: what is wrong, if anything.
+
+    Examples:
+        >>> from pyglow_fast import GlowConfig
+        >>> from pyglow_fast.experiments import Outcome
+        >>> from pyglow_fast.train import TrainConfig
+        >>> config = TrainConfig(model=GlowConfig((1, 8, 8), n_levels=1, permutation="reverse", n_checkerboard=2))
+        >>> curve = ((500, 3.41), (1000, 3.28))
+        >>> outcome = Outcome(config, step=1000, held_out=3.27, curve=curve, seconds_per_step=0.1, parameters=70_000)
+        >>> outcome.variant, outcome.curve[-1]
+        (('reverse + 2 checkerboards', 'affine'), (1000, 3.28))
     """
 
     config: TrainConfig
@@ -47,7 +57,7 @@ class Outcome:
 
     @classmethod
     def of(cls, config: TrainConfig, folder: RunFolder, held_out: float | None, step: int, note: str) -> Outcome:
-        """Completed from the files of the run."""
+        """Complete a run's outcome from the files in its folder."""
         rows = [row for row in read_metrics(folder.metrics) if int(row["step"] or 0) <= step]
         curve = [(int(row["step"] or 0), float(value)) for row in rows if (value := row["held_out_bpd"]) is not None]
         count = sum(parameter.numel() for parameter in Glow(config.model).parameters())
@@ -55,21 +65,21 @@ class Outcome:
 
     @property
     def variant(self) -> tuple[str, str]:
-        """(permutation, coupling), with the number of checkerboards in the permutation's name, if there are any."""
+        """The pair (permutation, coupling); a number of checkerboards, if any, stands in the permutation's name."""
         model = self.config.model
         boards = f" + {model.n_checkerboard} checkerboard{'s' if model.n_checkerboard > 1 else ''}"
         return model.permutation + (boards if model.n_checkerboard else ""), model.coupling
 
 
 def seconds_per_step(rows: Sequence[Row], batch_size: int) -> float:
-    """The median of batch_size / images_per_s; of rows without an evaluation, whose time is in their speed, if any."""
+    """Compute the median of batch_size / images_per_s, without rows whose time contains an evaluation if it can."""
     known = [row for row in rows if row["images_per_s"]]
     plain = [row for row in known if row["held_out_bpd"] is None]
     return statistics.median([batch_size / (row["images_per_s"] or math.nan) for row in plain or known] or [math.nan])
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """m = sum v / n and sqrt(sum (v - m)^2 / (n - 1)); the latter is NaN for one value, both are for none."""
+    """Compute m = sum v / n and sqrt(sum (v - m)^2 / (n - 1)); the latter is NaN for one value, both are for none."""
     found = Moments.of(torch.tensor(values, dtype=torch.float64))
     return found.mean, found.deviation
 
@@ -88,7 +98,7 @@ Curves = dict[tuple[str, str], list[Point]]
 
 
 def by_variant(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], list[Outcome]]:
-    """The runs of each (permutation, coupling), in the order in which they come."""
+    """Group runs by (permutation, coupling), in the order in which these first come."""
     found: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in outcomes:
         found.setdefault(outcome.variant, []).append(outcome)
@@ -96,7 +106,7 @@ def by_variant(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], list[Outcom
 
 
 def curves_of(outcomes: Sequence[Outcome]) -> Curves:
-    """The curve of each variant, over those seeds that were evaluated at a step."""
+    """Average the curve of each variant, at each step over those seeds that were evaluated there."""
     curves: Curves = {}
     for variant, runs in by_variant(outcomes).items():
         values: dict[int, list[float]] = {}
@@ -108,7 +118,7 @@ def curves_of(outcomes: Sequence[Outcome]) -> Curves:
 
 
 def curves_csv(curves: Curves) -> str:
-    """permutation, coupling, step, held_out_bpd, its standard deviation over the seeds (empty for one), seeds."""
+    """Write CSV text: permutation, coupling, step, held_out_bpd, its deviation over seeds (empty for one), seeds."""
     rows: list[list[Cell]] = [["permutation", "coupling", "step", "held_out_bpd", "held_out_bpd_sd", "seeds"]]
     for variant, points in curves.items():
         for point in points:
@@ -118,7 +128,7 @@ def curves_csv(curves: Curves) -> str:
 
 
 def table_md(outcomes: Sequence[Outcome], images: str) -> str:
-    """A Markdown table with a row a variant, the best first, which can be read as it stands."""
+    """Make a Markdown table with one row for each variant, the best first, which can be read as it stands."""
     titles = ("permutation", "coupling", "held-out bits/dim", "seeds", "steps", "parameters", "ms/step")
     keyed = []
     for variant, runs in by_variant(outcomes).items():
@@ -154,7 +164,7 @@ def table_md(outcomes: Sequence[Outcome], images: str) -> str:
 
 
 def save_curves(curves: Curves, path: Path, images: str) -> None:
-    """A panel for each coupling, a line for each permutation: mean over the seeds, and one standard deviation.
+    """Draw a panel for each coupling, a line for each permutation: mean over the seeds, and one standard deviation.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -188,7 +198,7 @@ def save_curves(curves: Curves, path: Path, images: str) -> None:
 
 
 def _limits(curves: Mapping[tuple[str, str], Sequence[Point]]) -> tuple[float, float] | None:
-    """From just below the lowest to just above the highest point, but for the first steps, far above the rest."""
+    """Find the axis from just below the lowest to just above the highest point, but for the first, higher steps."""
     last = max((point.step for points in curves.values() for point in points), default=0)
     shown = [
         (point.mean, 0.0 if math.isnan(point.spread) else point.spread)

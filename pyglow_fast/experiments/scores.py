@@ -1,4 +1,4 @@
-"""Bits/dim of single images as a CSV file."""
+"""Scores single images by bits/dim, and writes them as a CSV file."""
 
 from __future__ import annotations
 
@@ -21,15 +21,32 @@ NAMED = 5  # images that are named in a line about many
 
 @dataclass(frozen=True)
 class ScoredImages:
-    """Images, and what a model makes of them.
+    """Images of a set, and the bits/dim that a model gives each of them.
 
     Args:
-        images: that were scored, or of which some were.
-        scores: of them; its indices are those in ``images``.
-        positions: int64 (len(images),), the index of each image in the set that they come from; None: the same.
+        images: the images, of which all or some were scored.
+        scores: their scores, whose indices are those in ``images``.
+        positions: int64 (len(images),), the index of each image in the set that the images come from; None: the same as
+            here.
 
     Raises:
         ValueError: positions of another number of images.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.data import load_digits
+        >>> from pyglow_fast.experiments import ScoredImages, score_csv
+        >>> from pyglow_fast.train import ImageScores
+        >>> few = load_digits().subset([5, 7, 9])
+        >>> scores = ImageScores(torch.arange(3), torch.tensor([[2.5], [2.75], [float("inf")]]))
+        >>> scored = ScoredImages(few, scores, positions=torch.tensor([5, 7, 9]))
+        >>> print(score_csv({"digits": scored}), end="")
+        index,label,bits_per_dim
+        5,5,2.5
+        7,7,2.75
+        9,9,inf
+        >>> scored.complaints()
+        ['1 image without a finite likelihood, left out of the figures: 9']
     """
 
     images: Images
@@ -43,18 +60,18 @@ class ScoredImages:
 
     @property
     def finite(self) -> Tensor:
-        """bool (n,), which of the scores are numbers."""
+        """Which of the scores are finite numbers, bool (n,)."""
         return self.scores.bits_per_dim.isfinite()
 
     def position(self, index: int) -> int:
-        """Where image ``index`` is in the set that it comes from."""
+        """The place of image ``index`` in the set that it comes from."""
         return index if self.positions is None else int(self.positions[index])
 
     def name(self, index: int) -> str:
-        """The file of image ``index`` if it is read when needed, else the key of its group; "" if it has neither.
+        """The file of image ``index`` if images are read when needed, else the key of its group; "" if it has neither.
 
-        Of images in memory the groups are what is left of their names: of a folder's images the file, of photos' tiles
-        the photo, of emoji the emoji without its skin tone.
+        Images in memory have kept their groups of their names: the file of an image of a folder, the photo of a tile,
+        the emoji without its skin tone.
         """
         images = self.images
         if isinstance(images, LazyImages) and isinstance(images.reader, FileReader):
@@ -67,14 +84,14 @@ class ScoredImages:
         return "" if labels is None else self.images.class_names[int(labels[index])]
 
     def listing(self, indices: list[int]) -> str:
-        """Images in words: the first few by position and name, and how many more."""
+        """Name images in words: the first few by position and name, and how many more."""
         names = {i: visible(self.name(i)) for i in indices[:NAMED]}
         shown = [f"{self.position(i)}{f' ({name})' if name else ''}" for i, name in names.items()]
         more = len(indices) - len(shown)
         return ", ".join(shown) + (f" and {more} more" if more else "")
 
     def complaints(self) -> list[str]:
-        """Lines about images without a finite score, and about those that could not be read."""
+        """Write lines about images without a finite score, and about those that could not be read."""
         bad = self.scores.indices[~self.finite].tolist()
         lost = list(self.scores.unreadable)
         what = "without a finite likelihood, left out of the figures"
@@ -87,17 +104,18 @@ def _images(count: int) -> str:
 
 
 def score_csv(sets: Mapping[str, ScoredImages]) -> str:
-    """One line an image: set, index, name, label, bits_per_dim, bits_per_dim_sd, as text.
+    """Write a line for each image as CSV text: set, index, name, label, bits_per_dim, bits_per_dim_sd.
 
-    The columns ``set``, ``name``, ``label`` and ``bits_per_dim_sd`` (over the draws) are there where there are several
-    sets, an image has a name, a class, and more than one draw. Scores that are not finite are ``nan`` and ``inf``.
+    The columns ``set``, ``name``, ``label`` and ``bits_per_dim_sd`` (over the draws) are left out unless there are
+    several sets, images with names, images with classes, and more than one draw. Scores that are not finite are ``nan``
+    and ``inf``.
 
-    What is in ``set``, ``name`` and ``label`` comes from elsewhere: a text that a spreadsheet would take for a formula,
-    or that begins with an apostrophe, has an apostrophe before it, and what would act in a terminal is written out.
-    Numbers are numbers. See :func:`pyglow_fast.train.csv_text.csv_text`.
+    The texts in ``set``, ``name`` and ``label`` come from elsewhere: what a spreadsheet would take for a formula has an
+    apostrophe before it, and what would act in a terminal is written out. Numbers are numbers. See
+    :func:`pyglow_fast.train.csv_text.csv_text`.
 
     Args:
-        sets: what is written, by a name that each set has in the column ``set``.
+        sets: the scored images, by the name that each set has in the column ``set``.
     """
     rows = [(name, found, at, i) for name, found in sets.items() for at, i in enumerate(found.scores.indices.tolist())]
     draws = max((found.scores.draws.shape[1] for found in sets.values()), default=1)
@@ -115,5 +133,5 @@ def score_csv(sets: Mapping[str, ScoredImages]) -> str:
 
 
 def write_scores(path: Path, sets: Mapping[str, ScoredImages]) -> None:
-    """Replace ``path`` by :func:`score_csv`."""
+    """Write :func:`score_csv` to ``path``, which is replaced whole or not at all."""
     write_text(path, score_csv(sets))

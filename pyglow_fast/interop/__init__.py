@@ -1,4 +1,4 @@
-"""Models of other libraries, faster and in less memory: layers to swap in, live models to speed up, checkpoints.
+"""Runs models of other libraries faster and in less memory: layers to swap in, live models, checkpoints.
 
 - :func:`accelerate` makes the layers of a live model ours, in place.
 - Adapters are imported by the name of the library that they stand in for, which must be installed:

@@ -1,4 +1,4 @@
-"""A live model of another library, faster in place: its layers become ours, its parameters stay where they are."""
+"""Makes a live model of another library faster: its layers become this package's, its parameters stay in place."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from pyglow_fast.interop.shared_budget import SharedBudget
 from pyglow_fast.reversible.setting import memory_text, parse_memory
 
 _ADAPTERS = {"normflows": "normflows", "nflows": "nflows", "FrEIA": "freia"}  # top package of a class -> ours for it
-# Adapters of classes that are known by their structure, whatever package they are in. Such an adapter has, besides
-# adopt and release, finds(model) -> bool, and left(model), which names what it leaves and why.
+# Adapters of classes that are recognised by their structure, whatever package they are in. Such an adapter has the
+# functions finds(model) -> bool and left(model), which names what it leaves and why, besides adopt and release.
 _BY_STRUCTURE: tuple[str, ...] = ("FrEIA", "chaiyujin", "glow_tts", "jet")
 _SIGNS = {"FrEIA": ("subnet", "global_scale", "w_perm")}  # attributes without which a library need not be imported
 _NETS = ("param_map", "transform_net", "subnet", "subnet1", "subnet2", "F", "G")  # where the layers have their nets
@@ -29,10 +29,11 @@ _FLOWS = {  # packages of layers; what else the libraries have (distributions, u
     "nflows": ("nflows.transforms",),
     "FrEIA": ("FrEIA.modules",),
 }
-# Flows that only call others, in turn: there is nothing to replace but what they hold.
+# Flows that only call other flows in turn: nothing of them is replaced but what they hold.
 _CONTAINERS = ("CompositeTransform", "MultiscaleCompositeTransform", "InverseTransform", "Composite", "Reverse")
 
-# What is trained in a memory mode, but not within bytes: its activations are not described. By library.
+# By library, the layers that can be trained in a memory mode but not within a number of bytes: their activations are
+# not described, so that nothing can be planned.
 _MODES_ALONE = {
     "chaiyujin": "steps that their model calls one by one (chaiyujin's)",
     "jet": "couplings around nets that are whole modules (Jet, JetFormer)",
@@ -45,15 +46,28 @@ def _library(module: nn.Module) -> str:
 
 @dataclass
 class Acceleration:
-    """What :func:`accelerate` did to a model, and how it is undone.
+    """A record of what :func:`accelerate` did to a model, which can undo it.
 
     A copy (copy.deepcopy) has a copy of the model, which it undoes.
 
     Attributes:
         model: the model.
-        replaced: names of the layers that are ours now, and their class.
-        left: names of layers and nets that are as they were, and why.
-        joined: names of the lists whose steps run in one chain, and how many steps.
+        replaced: the layers that are this package's now, and their class, by name.
+        left: the layers and nets that are as they were, and why, by name.
+        joined: the lists whose steps run in one chain, and how many steps, by name.
+
+    Examples:
+        >>> import normflows
+        >>> from pyglow_fast.interop import Acceleration, accelerate
+        >>> model = normflows.flows.GlowBlock(channels=4, hidden_channels=8, use_lu=False)
+        >>> acceleration = accelerate(model)
+        >>> isinstance(acceleration, Acceleration), acceleration.replaced[""]  # the name of the model itself
+        (True, 'GlowBlock')
+        >>> type(model).__module__
+        'pyglow_fast.interop.normflows.glow'
+        >>> acceleration.undo()
+        >>> type(model).__module__
+        'normflows.flows.affine.glow'
     """
 
     model: nn.Module
@@ -62,12 +76,12 @@ class Acceleration:
     joined: dict[str, str] = field(default_factory=dict)
     _faces: list[Face] = field(default_factory=list)
     _lists: list[Joined] = field(default_factory=list)
-    _adopted: dict[str, set[nn.Module]] = field(default_factory=dict)  # by library
+    _adopted: dict[str, set[nn.Module]] = field(default_factory=dict)  # the adopted modules, by library
 
     def undo(self) -> None:
         """Make the model what it was: the library's own layers, with the weights of now.
 
-        Layers that were ours before, and lists that were joined before, stay so.
+        Layers that were this package's before the call, and lists that were joined before, stay so.
 
         Raises:
             RuntimeError: lists of these layers were joined later on, by another call, which is to be undone first.
@@ -85,11 +99,11 @@ class Acceleration:
         self.replaced, self.left, self.joined = {}, {}, {}
 
     def memory_report(self) -> list[dict[str, Any]]:
-        """Of each joined run: memory mode, steps, spacing of the anchors, drift, and what was redone.
+        """Report each joined run: memory mode, steps, spacing of the anchors, drift, and what was redone.
 
-        With bytes also what its last training step did: how many of its steps were "stored", "checkpointed" and
-        "inverted"; and, once all runs of such a step are known, of all of them together "predicted_bytes" and
-        "predicted_time" over that of mode "store".
+        If memory was given in bytes, the report also says what the last training step did: how many steps of each run
+        were "stored", "checkpointed" and "inverted"; and, once all runs of such a step are known, for all of them
+        together "predicted_bytes", and "predicted_time" as a multiple of that of mode "store".
         """
         return [face.run.memory_report() for face in self._faces]
 
@@ -104,34 +118,35 @@ class Acceleration:
 def accelerate(
     model: nn.Module, memory: str | int | float | None = None, memory_budget: str | int = "auto"
 ) -> Acceleration:
-    """Make the layers of other projects' flows in a model ours, in place.
+    """Turn the layers of other projects' flows in a model into this package's, in place.
 
-    By their library those of normflows, nflows and FrEIA. By their structure, whatever package has them: AllInOneBlocks
-    as FrEIA's (anomalib), flow steps as chaiyujin's (SRFlow, LLFlow), Glow-TTS's decoder and WaveNet nets (coqui-tts),
-    Jet's couplings (jet-pytorch, JetFormer). What is known by structure is compared with ours in float64 first, on
-    random numbers, and left as it is where it differs.
+    Layers of normflows, nflows and FrEIA are recognised by their class. Others are recognised by their structure,
+    whatever package has them: AllInOneBlocks like FrEIA's (anomalib), flow steps like chaiyujin's (SRFlow, LLFlow),
+    Glow-TTS's decoder and WaveNet nets (coqui-tts), Jet's couplings (jet-pytorch, JetFormer). Such a layer is first
+    compared with this package's in float64, on random numbers, and left as it is where the two differ.
 
     Objects, parameters, buffers, hooks and names stay: an optimizer that holds the parameters goes on, a state_dict
     fits as before. Outputs are the same up to rounding, in training and evaluation; what differs on purpose is in the
     adapters' docstrings (pyglow_fast.interop.normflows and so on). On the CPU, nets that are chains of up to six
-    convolutions which keep the size, or linear layers, with the usual activations run in our executor, but where the
-    library's layers would be faster: see pyglow_fast.interop.nets and docs/speed.md.
+    convolutions which keep the size, or linear layers, with the usual activations run in this package's executor,
+    except where the library's layers would be faster: see pyglow_fast.interop.nets and docs/speed.md.
 
     Args:
-        model: with such layers anywhere in it.
-        memory: None: layer by layer. "reversible", "checkpoint" or "store": runs of GlowBlocks (normflows), of mixing
-            layers and couplings (nflows), and of AllInOneBlocks (FrEIA's SequenceINN and GraphINN; all of a run with
-            the same conditions or none), and the couplings of Glow-TTS and Jet are joined, fused, and trained in that
-            memory mode, see ReversibleSequence; chaiyujin's steps, which their model calls, recompute one by one.
-            Whoever iterates over or indexes the lists that hold them finds one object in the place of a run, and the
-            lists cannot be changed. The layers run one by one, as ever, while they wait for data to be initialised
-            from, while there are hooks on them, in other dtypes than float32 and float64, with a context (nflows),
-            within torch.func, in exports (docs/export.md), and in the replicas of a DataParallel. Bytes, such as "4GB"
-            or 4_000_000_000: the fastest training whose joined runs have at most so many in tensors of their own, all
-            of this call together, at any time of forward and backward; what the rest of the model keeps comes on top.
-            A run that comes for the first time, or with new shapes, inverts its steps: the others' shapes are not known
-            yet (see SharedBudget). Too few bytes are refused in a forward. Jet's and chaiyujin's layers take modes
-            alone; beside others, they are left out.
+        model: a model with such layers anywhere in it.
+        memory: None runs layer by layer. "reversible", "checkpoint" or "store" joins, fuses and trains in that memory
+            mode (see ReversibleSequence): runs of GlowBlocks (normflows), of mixing layers and couplings (nflows), of
+            AllInOneBlocks (FrEIA's SequenceINN and GraphINN; all of a run with the same conditions or none), and of the
+            couplings of Glow-TTS and Jet. Steps of chaiyujin's, which their model calls one by one, recompute one by
+            one. Whoever iterates over or indexes the lists that hold the layers finds one object in the place of a run,
+            and the lists cannot be changed. The layers run one by one, as before, while they wait for data to be
+            initialised from, while there are hooks on them, in other dtypes than float32 and float64, with a context
+            (nflows), within torch.func, in exports (docs/export.md), and in the replicas of a DataParallel. A number of
+            bytes, such as "4GB" or 4_000_000_000, gives the fastest training in which the tensors of all joined runs of
+            this call together take at most so much at any time of forward and backward; what the rest of the model
+            keeps comes on top. A run that is called for the first time, or with new shapes, inverts its steps, since
+            the shapes of the other runs are not known yet (see SharedBudget). Too few bytes are refused in a forward.
+            Jet's and chaiyujin's layers take modes alone; beside layers of other libraries, they run layer by layer
+            where bytes are given.
         memory_budget: bytes of one net's activations in a joined run, or "auto".
 
     Returns:

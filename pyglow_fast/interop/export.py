@@ -1,4 +1,4 @@
-"""Programs for other runtimes: torch.export with all that depends on parameters alone computed beforehand."""
+"""Exports programs for other runtimes: torch.export with all that depends on parameters alone computed before."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from pyglow_fast._errors import expect
 def folded(
     model: nn.Module, args: tuple[Any, ...], dynamic_shapes: Any = None, kwargs: dict[str, Any] | None = None
 ) -> torch.export.ExportedProgram:
-    """The program f of torch.export.export(model, args), every value in it that no input changes being a constant.
+    """Export a model by torch.export, every value in the program that no input changes being a constant.
 
-    Such are the inverse and log|det W| of a plain 1x1 convolution, for which ONNX has no operators, actnorms folded
-    into products, Householder reflections, global scales. The program consists of torch's own ops, is differentiable in
-    its inputs alone, and goes to torch.onnx.export, torch.export.save, torch._inductor.aoti_compile_and_package.
+    Such values are the inverse and log|det W| of a plain 1x1 convolution, for which ONNX has no operators, actnorms
+    folded into products, Householder reflections, global scales. The program consists of torch's own ops, is
+    differentiable in its inputs alone, and can be passed to torch.onnx.export, torch.export.save and
+    torch._inductor.aoti_compile_and_package.
 
     Args:
         model: in the mode to be exported, initialised; it is left as it is.
@@ -52,7 +53,7 @@ def _fold(module: fx.GraphModule) -> None:
         module.register_buffer(f"constant_{count}", value.detach().contiguous())
         with module.graph.inserting_before(node):
             node.replace_all_uses_with(module.graph.get_attr(f"constant_{count}"))
-    for node in reversed(values):  # those of checks too, which no other node reads
+    for node in reversed(values):  # also nodes of checks, which no other node reads
         if not node.users:
             module.graph.erase_node(node)
     read = {node.target for node in module.graph.find_nodes(op="get_attr")}

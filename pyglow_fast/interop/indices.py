@@ -1,4 +1,4 @@
-"""Indices that the host knows, on the device where they are asked for: copied there once, as a capture allows none."""
+"""Keeps indices that the host knows on the devices that ask for them: copied once, as a capture allows none."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def _undoing(indices: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def indices_on(indices: Sequence[int], device: torch.device) -> Tensor:
-    """Puts indices on a device: (C,) int64, which are not to be written to."""
+    """Put indices on a device: (C,) int64, which are not to be written to."""
     return _copied(tuple(map(int, indices)), device)
 
 
 def undoing_indices_on(indices: Sequence[int], device: torch.device) -> Tensor:
-    """Puts the indices that undo a permutation on a device: (C,) int64, which are not to be written to."""
+    """Put the indices that undo a permutation on a device: (C,) int64, which are not to be written to."""
     return _undoing(tuple(map(int, indices)), device)

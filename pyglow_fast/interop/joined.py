@@ -1,4 +1,4 @@
-"""Runs of other libraries' flow steps as our chains: fused, in chunks, and reversible.
+"""Joins runs of other libraries' flow steps into chains of this package: fused, in chunks, and reversible.
 
 A step, in the direction of data to latent, is a channel map and then a coupling whose net reads the first half of the
 channels.
@@ -41,7 +41,7 @@ from pyglow_fast.reversible.setting import parse_memory
 
 
 class OrderedNet(nn.Module):
-    """output_map(net(x), 1): a library's net as the net of a coupling of ours.
+    """A library's net as the net of a Coupling of this package: output_map(net(x), 1).
 
     Args:
         net: the library's own module, shared with its model.
@@ -54,22 +54,27 @@ class OrderedNet(nn.Module):
 
     @property
     def halo(self) -> int | None:
-        """Positions to each side that an output depends on, None where it is not known."""
+        """How many positions to each side an output depends on; None where it is not known."""
         return nets.halo(self.net)
 
     @property
     def bytes_per_position(self) -> Callable[[int], int] | None:
-        """What computes the bytes of activations of a position, None where it is not known."""
+        """A function that computes the bytes of activations of a position; None where they are not known."""
         return nets.bytes_per_position(self.net)
 
     @property
     def kept_bytes(self) -> Callable[[Sequence[int], Tensor], KeptBytes] | None:
-        """What computes the bytes that it keeps for its backward, None where they are not known: see traits.py."""
+        """A function that computes the bytes the net keeps for its backward; None where not known: see traits.py."""
         return nets.kept_bytes(self.net, self.output_map is not None)
 
+    @property
+    def writes_to_input(self) -> bool:
+        """Whether its net may write to what it is called with."""
+        return nets.may_write(self.net)
+
     def forward(self, x: Tensor) -> Tensor:
-        """x (N, C/2, *spatial) -> shift and raw scale (or shift alone)."""
-        return nets.run(self.net, x, self.output_map)
+        """Map x (N, C/2, *spatial) to shift and raw scale (or shift alone)."""
+        return nets.run(self.net, x, self.output_map, copies=False)
 
 
 Result = TypeVar("Result")
@@ -78,9 +83,9 @@ ALONE = "no step of its width next to it"
 
 
 def unrepeatable(net: nn.Module, memory: str | int) -> str:
-    """Why a net cannot be run again in the backward, as all memory modes but "store" do; nothing if nothing is known.
+    """Say why a net cannot run again in the backward, as all memory modes but "store" need; empty if it can.
 
-    Whatever the mode is that the net is in now: in training these change when they run.
+    Modules that change when they run in training count whatever mode the net is in now.
     """
     if memory == "store":
         return ""
@@ -95,17 +100,18 @@ def unrepeatable(net: nn.Module, memory: str | int) -> str:
 
 
 class ChangedError(RuntimeError):
-    """A layer of a run is no longer what it was when it was joined: the run's layers are to be called one by one."""
+    """Raised when a layer of a run has changed since it was joined: the layers are to be called one by one."""
 
 
 @dataclass(frozen=True)
 class JoinedStep:
-    """One step of a run.
+    """The parts of one step of a run: a coupling, and the channel map before it.
 
     Args:
-        net: of the coupling; its parameters are shared with the library's modules.
+        net: the coupling's net; its parameters are shared with the library's modules.
         spec: of the coupling.
-        channel_map: what comes before it, computed from the parameters of now; None: nothing. May raise ChangedError.
+        channel_map: computes the map before the coupling from the parameters of now, and may raise ChangedError; None
+            where nothing comes before.
     """
 
     net: nn.Module
@@ -114,17 +120,19 @@ class JoinedStep:
 
 
 class JoinedRun:
-    """z = g(f_K(... f_1(x))), log_det their sum; see ReversibleSequence for the memory modes and their drift control.
+    """A chain of steps, z = g(f_K(... f_1(x))), log_det their sum; see ReversibleSequence for the memory modes.
 
-    It has no parameters: they belong to the library's modules, and gradients go to them.
+    The run has no parameters of its own: they belong to the library's modules, and gradients go to them.
 
     Args:
         channels: C, even.
         steps: f_1 to f_K.
-        last: g, a channel map; None: nothing.
-        memory: "reversible", "checkpoint" or "store"; or bytes, of the run's own tensors, unless it shares them.
+        last: g, which computes a channel map; None where nothing follows the steps.
+        memory: "reversible", "checkpoint" or "store"; or a number of bytes for the run's tensors, or for those of all
+            runs that share it.
         memory_budget: bytes of one net's activations, or "auto".
-        masked: cond's first channel is a mask outside of which x is zero, as is what the nets give: see masks.py.
+        masked: whether cond's first channel is a mask outside of which x, and what the nets give, is zero: see
+            masks.py.
     """
 
     def __init__(
@@ -143,7 +151,7 @@ class JoinedRun:
         self.share(SharedBudget())
 
     def share(self, shared: SharedBudget) -> None:
-        """Its bytes, where memory is given in bytes, are those of all runs of ``shared`` from now on."""
+        """Share the bytes, where memory is given in bytes, with all runs of ``shared`` from now on."""
         self._shared, self._place = shared, shared.add()
 
     def __len__(self) -> int:
@@ -155,7 +163,7 @@ class JoinedRun:
         return [nothing if step.channel_map is None else step.channel_map() for step in self.steps]
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x (N, C, *spatial) -> z, log_det (N,); cond (N, C_c, *spatial) is what the nets get besides, or None.
+        """Map x (N, C, *spatial) to z, log_det (N,); the nets get cond (N, C_c, *spatial), or None, besides.
 
         Raises:
             ChangedError: a net cannot be run again any more.
@@ -171,7 +179,7 @@ class JoinedRun:
         )
         plan = self._plan(maps, x, cond) if records else RunPlan.of_mode("store", len(self), self.memory_budget)
         z, log_dets = x, []
-        while maps:  # as each piece takes its own, so that nobody keeps them besides
+        while maps:  # each piece takes its own maps off the list, so that nobody keeps them besides
             start = len(self) - len(maps)
             start, stop, mode = next(plan.pieces(start, len(self)))
             own, maps = stack_maps(maps[: stop - start]), maps[stop - start :]
@@ -217,17 +225,17 @@ class JoinedRun:
         return self._shared.plan(self._place, Call(key, self.control, cost), self.memory, self.memory_budget, x.device)
 
     def memory_report(self) -> dict[str, Any]:
-        """Mode or bytes, steps, spacing, drift and what was redone; with bytes also what its last plan was."""
+        """Report mode or bytes, steps, spacing, drift and what was redone; with bytes also what its last plan was."""
         report = {"memory": self.memory, "steps": len(self), **self.control.report()}
         return report | (self._shared.report(self._place, len(self)) if isinstance(self.memory, int) else {})
 
     def _budget(self) -> str | int | None:
-        """Of the nets' runs without a record; None for whole ones."""
+        """The bytes for nets that run without a record; None for nets that run whole."""
         whole = torch.is_grad_enabled() or is_watched() or self.memory == "store"
         return None if whole else self.memory_budget
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """z -> x, log_det (N,)."""
+        """Map z to x and log_det (N,), through the steps in reverse."""
         end = None if self.last is None else self.last()
         if end is not None:
             inverse, index = end.inverse()
@@ -246,19 +254,19 @@ class Now:
 
     @property
     def inverses(self) -> list[MapInverse]:
-        """M^-1 of each step."""
+        """The inverse matrix M^-1 of each step."""
         return invert_maps(self.maps)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Layers of a list that are one step, which can be joined with its neighbours, or that are none.
+    """A group of layers in a list: one step, which can be joined with its neighbours, or no step at all.
 
     Args:
-        layers: of the list, in its order.
+        layers: the layers, in the order of the list.
         takes: what the step takes, such as its width; neighbours that take the same make a run. None: it is no step.
         parts: what the library's adapter keeps of the step for ``stand_ins``.
-        reason: why these layers are no step, for the report on the last of them.
+        reason: why these layers are no step; it is reported for the last of them.
     """
 
     layers: Sequence[nn.Module]
@@ -268,9 +276,9 @@ class Place:
 
 
 def join(places: Iterable[Place], stand_ins: Callable[[list[Place]], list[Any]]) -> tuple[list[Any], Reasons]:
-    """The layers of a list, with ``stand_ins(run)`` for every run of two or more steps that take the same.
+    """Replace every run of two or more steps that take the same in a list of layers by ``stand_ins(run)``.
 
-    And why the others are in no run, by the last layer of each place.
+    Returns the new list, and why each other layer is in no run: a text by the last layer of its place.
     """
     found: list[Any] = []
     reasons: Reasons = {}
@@ -288,12 +296,12 @@ def join(places: Iterable[Place], stand_ins: Callable[[list[Place]], list[Any]])
 class Face:
     """A run in the place of the modules that it joins, with the calls of their library.
 
-    Where these have changed since (a hook was put on one, a net replaced), and for inputs that the run does not take,
-    they are called one by one, as they come.
+    Where the modules have changed since they were joined (a hook was put on one, a net replaced), and for inputs that
+    the run does not take, they are called one by one, as they are.
 
     Args:
         modules: those modules, in the order of their list.
-        run: what they do together.
+        run: computes what the modules do together.
     """
 
     def __init__(self, modules: Sequence[nn.Module], run: JoinedRun) -> None:
@@ -301,12 +309,12 @@ class Face:
 
     @property
     def spares(self) -> bool:
-        """Whether the run spares memory now, with which layers are joined even where they are faster one by one."""
+        """Whether the run saves memory now, so that its layers are joined even where they are faster one by one."""
         return torch.is_grad_enabled() and self.run.memory != "store"
 
     @staticmethod
     def either(joins: bool, joined: Callable[[], Result], alone: Callable[[], Result]) -> Result:
-        """``joined()`` if it is to be tried and no layer has changed, else ``alone()``."""
+        """Call ``joined()`` if it is to be tried and no layer has changed, else ``alone()``."""
         if joins:
             try:
                 return joined()
@@ -315,7 +323,7 @@ class Face:
         return alone()
 
     def takes(self, x: Tensor) -> bool:
-        """Whether the run takes x: as the parameters, float32 or float64; nothing that watches every module's call."""
+        """Whether the run takes x: the parameters' dtype, float32 or float64, and nothing that watches module calls."""
         own = next(parameter for module in self.modules for parameter in module.parameters())
         if x.dtype != own.dtype or x.dtype not in (torch.float32, torch.float64):
             return False
@@ -325,31 +333,31 @@ class Face:
 
 
 class Joined(nn.Module):
-    """A container of a library with runs of its steps joined, in place."""
+    """A container of a library in which runs of steps are joined, in place."""
 
-    faces: list[Any]  # of the runs, and perhaps what is between them
+    faces: list[Any]  # the runs' faces, and perhaps what is between them
 
     def steps(self) -> list[nn.Module]:
-        """Give the modules that it contains."""
+        """List the modules that the container has."""
         raise NotImplementedError
 
     def part(self) -> None:
-        """Make it what it was."""
+        """Turn the container into what it was."""
         raise NotImplementedError
 
 
 class JoinedList(Joined, nn.ModuleList):
-    """A ModuleList that lends its runs of steps as one: whoever iterates over it or indexes it sees faces instead.
+    """A ModuleList in which each run of steps shows as one: iterating or indexing gives what stands for the runs.
 
-    Its children, and so parameters, buffers and state_dict, are what they were. It cannot be changed.
+    The children, and so parameters, buffers and state_dict, are what they were. The list cannot be changed.
     """
 
     def steps(self) -> list[nn.Module]:
-        """Give its children."""
+        """List the children, one by one."""
         return cast("list[nn.Module]", list(self._modules.values()))
 
     def part(self) -> None:
-        """Make it a ModuleList."""
+        """Turn the list into an ordinary ModuleList again."""
         self.__class__ = nn.ModuleList  # type: ignore[assignment]
         del self.faces
 
@@ -372,7 +380,7 @@ class JoinedList(Joined, nn.ModuleList):
         return nn.ModuleList(self.steps())
 
     def _replicate_for_data_parallel(self) -> nn.ModuleList:
-        """Of a DataParallel: its replicas have modules and parameters of their own, which run one by one."""
+        """Make a DataParallel's replica: it has modules and parameters of its own, which run one by one."""
         replica = cast(Any, super())._replicate_for_data_parallel()
         replica.__class__ = nn.ModuleList
         del replica.faces

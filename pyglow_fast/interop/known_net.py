@@ -1,4 +1,4 @@
-"""A coupling net that our executor runs, as it is known: it tells its layers, their weights, and how far it looks."""
+"""Describes a coupling net that this package's executor runs: its layers, their weights, and how far it looks."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ def _batch_norm(norm: Any, dims: int) -> Affine:
     return scale, offset if norm.bias is None else offset + norm.bias
 
 
-# Modules whose forward is that of one child, by qualified name; and maps per channel: (module, spatial dimensions) ->
-# scale and offset, or None while they wait for data. Adapters enter those of their library.
+# WRAPPERS: modules whose forward is that of one child, by qualified name. AFFINE_MAPS: maps per channel, (module,
+# spatial dimensions) -> scale and offset, or None while they wait for data. Adapters enter those of their library.
 WRAPPERS: dict[str, str] = {"normflows.nets.cnn.ConvNet2d": "net", "normflows.nets.mlp.MLP": "net"}
 AFFINE_MAPS: dict[str, Callable[[nn.Module, int], Affine | None]] = {
     f"torch.nn.modules.batchnorm.BatchNorm{size}d": _batch_norm for size in (1, 2, 3)
 }
-# Of convolutions that are better left to the library: channels (in float32 and in 16 bits), one side to the other,
-# multiply-adds of a batch.
+# Which convolutions are better left to the library: those with at least so many channels (in float32, in 16 bits) on
+# both sides, at most this ratio between the sides, and at least so many multiply-adds for a batch.
 LEAST_SQUARE, LEAST_SQUARE_IN_HALF, MOST_RATIO, LEAST_WORK = 48, 16, 4, 2e8
-LEAST_ROWS, MOST_FEATURES = 1024, 512  # of vectors and of the layers between which ours are as fast, see pays
+LEAST_ROWS, MOST_FEATURES = 1024, 512  # at least so many vectors, layers at most so wide: see pays
 LAYERS: dict[type[nn.Module], int] = {nn.Linear: 0, nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}  # spatial dimensions
 NORMS: dict[type[nn.Module], tuple[int, ...]] = {nn.BatchNorm1d: (0, 1), nn.BatchNorm2d: (2,), nn.BatchNorm3d: (3,)}
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution or linear layer: it has maps per channel of its input, ``before``, and of its output, ``after``."""
+    """A convolution or linear layer, with maps per channel ``before`` it and ``after`` it."""
 
     module: Any
     before: Sequence[nn.Module]
     after: Sequence[nn.Module]
 
     def folded(self, before: Sequence[Affine], after: Sequence[Affine]) -> tuple[Tensor, Tensor]:
-        """Folds the maps, as scales and offsets, into its weight and bias, which are returned, differentiable."""
+        """Fold the maps, as scales and offsets, into weight and bias, which are returned, differentiable."""
         weight, bias = self.module.weight, self.module.bias  # once: what parametrizes them may change when it is asked
         if bias is None:
             bias = weight.new_zeros(weight.shape[0])
@@ -65,9 +65,9 @@ class Layer:
 
 @dataclass(frozen=True)
 class KnownNet:
-    """A net that is recognised: it has layers, and ``spec`` is what functional.net_chain takes besides weights.
+    """A net that is recognised: its layers, and ``spec``, which functional.net_chain takes besides weights.
 
-    ``last`` is an activation of what that gives.
+    ``last`` is an activation that follows the chain, or None.
     """
 
     layers: tuple[Layer, ...]
@@ -76,7 +76,7 @@ class KnownNet:
 
     @property
     def dims(self) -> int:
-        """How many spatial dimensions it has, 0 for vectors."""
+        """How many spatial dimensions the net has, 0 for vectors."""
         return len(self.spec.dilations[0])
 
     @property
@@ -86,23 +86,23 @@ class KnownNet:
 
     @property
     def kernel_sizes(self) -> list[tuple[int, ...]]:
-        """Those of each layer, along each spatial dimension."""
+        """The kernel size of each layer, along each spatial dimension."""
         return [layer.module.kernel_size if self.dims else () for layer in self.layers]
 
     @property
     def channels(self) -> list[int]:
-        """Those of the input, behind each layer, of the output."""
+        """The channels of the input and behind each layer."""
         return [widths(self.layers[0].module)[0], *(widths(layer.module)[1] for layer in self.layers)]
 
     @property
     def is_parametrized(self) -> bool:
-        """Tells whether weights are computed when they are asked for, and may be others when asked for again."""
+        """Whether weights are computed when they are asked for, and may be others when asked for again."""
         return any(parametrizations(layer.module) for layer in self.layers)
 
     def weights_and_biases(self) -> tuple[list[Tensor], list[Tensor]] | None:
-        """Computes those of every layer for functional.net_chain, differentiable; None while a map waits for data.
+        """Compute every layer's tensors for functional.net_chain, differentiable; None while a map waits for data.
 
-        The weight of each layer is asked for once, as in a call of the net, and not where None is returned.
+        The weight of each layer is asked for once, as in a call of the net, and never where None is returned.
         """
         found = []
         for layer in self.layers:
@@ -119,11 +119,11 @@ class KnownNet:
         return ready if len(ready) == len(found) else None
 
     def pays(self, x: Tensor) -> bool:
-        """Tells whether products of ours are as fast as the library's layers on x; see docs/speed.md.
+        """Whether products of this package are as fast as the library's layers on x; see docs/speed.md.
 
-        They are slower where most of the work is convolutions of images with more than one tap between about as many
-        channels, and much work: the library's direct ones gather nothing. And for few vectors, whose cost is that of
-        packing the weights, and for wide layers on vectors.
+        Products are slower in three cases. Most of the work, and much work, is in convolutions of images with more than
+        one tap between about as many channels: the library convolves directly and gathers nothing. There are few
+        vectors, whose cost is that of packing the weights. Or vectors meet wide layers.
         """
         if self.dims == 0:
             return x.shape[0] >= LEAST_ROWS and max(self.channels) <= MOST_FEATURES
@@ -140,7 +140,7 @@ class KnownNet:
         return 2 * square < every or square * n_positions(x) * x.shape[0] < LEAST_WORK
 
     def takes(self, x: Tensor, cond: Tensor | None = None) -> bool:
-        """Tells whether x, with cond beside it, has the net's dimensions and channels, and the dtype of its weights."""
+        """Whether x, with cond beside it, has the net's dimensions and channels, and the dtype of its weights."""
         channels = x.shape[1] if x.dim() > 1 else 0
         if cond is not None:
             beside = cond.dim() == x.dim() and cond.shape[0] == x.shape[0] and cond.shape[2:] == x.shape[2:]
@@ -154,7 +154,8 @@ class KnownNet:
     def _tensors(self) -> Iterator[Tensor]:
         for layer in self.layers:
             for module in (layer.module, *layer.before, *layer.after):
-                # Of modules in it where there are any: what parametrizes it, a library's actnorm.
+                # Where the module has modules of its own (a parametrization, a library's actnorm), their parameters
+                # count too.
                 own = module.parameters() if module._modules else module._parameters.values()
                 yield from (value for value in own if value is not None)
                 if isinstance(module, _BatchNorm):
@@ -162,18 +163,18 @@ class KnownNet:
 
 
 def qualified(module_class: type) -> str:
-    """Gives the full name of a class."""
+    """Write the full name of a class."""
     return f"{module_class.__module__}.{module_class.__qualname__}"
 
 
 def parametrizations(module: nn.Module) -> dict[str, Any]:
-    """Gives what computes tensors of a module when they are asked for, by their names."""
+    """Find what computes tensors of a module when they are asked for, by their names."""
     found: Any = module._modules.get("parametrizations")  # not by getattr, which is slow where there are none
     return found._modules if isinstance(found, nn.ModuleDict) else {}
 
 
 def plain_type(module: nn.Module) -> type:
-    """Gives the class of a module, without the one that torch's parametrizations put in its place."""
+    """Find the class of a module, without the one that torch's parametrizations put in its place."""
     module_class, computed = type(module), parametrizations(module)
     if not computed:
         return module_class
@@ -184,7 +185,7 @@ def plain_type(module: nn.Module) -> type:
 
 
 def widths(layer: Any) -> tuple[int, int]:
-    """Tells how many channels a layer gets and gives."""
+    """Read how many channels a layer gets and gives."""
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
     return layer.in_channels, layer.out_channels

@@ -1,9 +1,10 @@
-"""Coupling nets of other libraries are run by our executor where they are chains of layers that it computes.
+"""Runs coupling nets of other libraries in this package's executor, if they are chains of layers that it computes.
 
-A net is recognised by its modules, exactly: one to six convolutions (1-d, 2-d or 3-d) that keep the size by padding
-with zeros, or linear layers on vectors; an activation or none after each; and maps per channel (a
+A net is recognised if it consists of exactly these modules: one to six convolutions (1-d, 2-d or 3-d) that keep the
+size by padding with zeros, or linear layers on vectors; an activation or none after each; and maps per channel (a
 BatchNorm in evaluation mode, an actnorm of a library), which are folded into the layer next to them. Weights may be
-parametrized. Anything else (hooks, subclasses, strides, other paddings) runs as it is, and the reason names the module.
+parametrized. A net with anything else (hooks, subclasses, strides, other paddings) runs as it is, and the reason names
+the module.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyglow_fast import functional, ops, reference
-from pyglow_fast.coupling_nets import chain
+from pyglow_fast.coupling_nets import chain, inputs, plain_call
 from pyglow_fast.coupling_nets.traits import KeptBytes, has_hooks
 from pyglow_fast.interop.known_net import (
     AFFINE_MAPS,
@@ -65,7 +66,7 @@ def _refuse(name: str, module: nn.Module, found: str, expected: str = "") -> NoR
 
 
 def recognised(net: nn.Module) -> KnownNet | str:
-    """Reads a net as our executor takes it, or says why it does not: which module, by name, is unusual in what."""
+    """Read a net as the executor takes it, or say why it does not: which module, by name, is unusual in what."""
     if torch.nn.modules.module._has_any_global_hook():
         return "hooks on all modules: expected none"
     reader = _Reader()
@@ -102,7 +103,8 @@ class _Reader:
         self.layers: list[Layer] = []
         self.activations: list[Activation] = []
         self.dilations: list[tuple[int, ...]] = []
-        # What waits for the layer that follows: an activation, maps, pads; by name, for what is said where none does.
+        # An activation, maps and pads that wait for the layer that follows; their names are for the message if none
+        # follows.
         self.activation: tuple[str, nn.Module, Activation] | None = None
         self.before: list[tuple[str, nn.Module]] = []
         self.pads: list[tuple[str, Any]] = []
@@ -217,7 +219,7 @@ def _check_weights(name: str, module: Any) -> None:
     kernel: tuple[int, ...] = () if isinstance(module, nn.Linear) else module.kernel_size
     shapes = {"weight": (after, before, *kernel), "bias": (after,)}
     for key, shape in shapes.items():
-        value = None if key in computed else getattr(module, key)  # to look at it would compute it, and may change it
+        value = None if key in computed else getattr(module, key)  # looking at it would compute it, and may change it
         if value is not None and value.shape != shape:
             _refuse(name, module, f", {key} {tuple(value.shape)}", f"{shape}")
 
@@ -255,10 +257,10 @@ def _check_convolution(name: str, conv: Any, dims: int, pads: Sequence[tuple[str
 
 
 def halo(net: nn.Module) -> int | None:
-    """Tells how many positions to each side an output depends on, the most of any dimension; None if it is not known.
+    """Compute how many positions to each side an output depends on, the most of any dimension; None if not known.
 
-    Of a net that is not recognised what it states. With parametrized weights none, so that the net is not called more
-    often than it would be: a spectral norm changes when it is called.
+    A net that is not recognised may state its halo. Of a net with parametrized weights it is not known, so that the net
+    is not called more often than it would be: a spectral norm changes when it is called.
     """
     known = recognised(net)
     if isinstance(known, KnownNet):
@@ -268,9 +270,9 @@ def halo(net: nn.Module) -> int | None:
 
 
 def bytes_per_position(net: nn.Module) -> Callable[[int], int] | None:
-    """Gives what computes the bytes of activations of a position from those of a number; None if it is not known.
+    """Make a function of a number's bytes that gives the bytes of activations of a position; None if not known.
 
-    Of a net that our executor does not run what the net states.
+    A net that the executor does not run may state its own function.
     """
     known = recognised(net)
     if isinstance(known, KnownNet) and not known.is_parametrized:
@@ -282,9 +284,10 @@ def bytes_per_position(net: nn.Module) -> Callable[[int], int] | None:
 
 
 def kept_bytes(net: nn.Module, maps_output: bool = False) -> Callable[[Sequence[int], Tensor], KeptBytes] | None:
-    """Gives what computes the bytes that a net keeps for its backward, see traits.py; None if they are not known.
+    """Make a function that computes the bytes a net keeps for its backward, see traits.py; None if not known.
 
-    Of a net that is not recognised what it states. With ``maps_output`` there is a map of its output.
+    A net that is not recognised may state its own function. ``maps_output`` says that its output is mapped, see
+    :func:`run`.
     """
     known = recognised(net)
     if isinstance(known, KnownNet) and known.last is None and not known.is_parametrized and _as_products(known):
@@ -314,23 +317,31 @@ def _kept(known: KnownNet, maps_output: bool, shape: Sequence[int], like: Tensor
     return KeptBytes(whole // max(positions, 1), whole % max(positions, 1), made, 0)
 
 
+def may_write(net: nn.Module) -> bool:
+    """Tells whether a net may write to its input: one that is recognised begins with what makes a tensor of its own."""
+    return not isinstance(recognised(net), KnownNet) and inputs.may_write(net)
+
+
 def run(
     net: nn.Module,
     x: Tensor,
     output_map: Callable[[Tensor, int], Tensor] | None = None,
     cond: Tensor | None = None,
+    copies: bool = True,
 ) -> Tensor:
-    """net(x), or net([x, cond]) of the channels of both, by our executor where it is recognised and takes x.
+    """Compute net(x), or net([x, cond]) of the channels of both, by the executor where it knows the net and takes x.
 
-    Or, where it is recognised and ours would be slower, by the library's convolutions, which pad by themselves.
-    ``output_map(values, dim)`` is a linear map of the output channels, which are dimension ``dim`` of ``values``: then
-    output_map(net(x), 1), and of a recognised net the map of the last weights instead, so that it costs no pass over
-    the output (but for nets that end in an activation).
+    Where the executor knows the net but would be slower, it is computed by the library's convolutions, which pad by
+    themselves. ``output_map(values, dim)`` is a linear map of the output channels, which are dimension ``dim`` of
+    ``values``: the result is then output_map(net(x), 1). For a recognised net the last weights are mapped instead, so
+    that no pass over the output is needed (unless the net ends in an activation). A net that may write to its input
+    gets a copy; without ``copies`` the caller has seen to that.
     """
     known = _known(net, x, cond)
     found = None if known is None else known.weights_and_biases()
     if known is None or found is None:
-        out: Tensor = net(x if cond is None else torch.cat([x, cond], dim=1))
+        given = x if cond is None else torch.cat([x, cond], dim=1)
+        out: Tensor = plain_call(net)(given, None) if copies and cond is None else net(given)
         return out if output_map is None else output_map(out, 1)
     weights, biases = found
     if known.last is None and output_map is not None:
@@ -344,7 +355,7 @@ def run(
 
 
 def serves(net: nn.Module, x: Tensor, cond: Tensor | None = None) -> bool:
-    """Tells whether :func:`run` would use our executor."""
+    """Whether :func:`run` would use this package's executor."""
     known = _known(net, x, cond)
     return known is not None and known.pays(x)
 

@@ -1,10 +1,10 @@
-"""Coupling nets of a user's own class are recognised by what their forward does to its input.
+"""Recognises coupling nets of a user's own class by what their forward does to its input.
 
-nflows, for one, calls a net with the kept channels and a context, which nn.Sequential does not take: every net for
-images is of a class that somebody wrote. Its forward is called with a stand-in for the tensor that notes which
-operations reach it. If each is a layer of the net, an activation or the like of what the one before it gave, then
-our executor may run these modules instead. What else the forward does (count, print) happens once for each call, as
-ever.
+nflows, for one, calls a net with the kept channels and a context, which nn.Sequential does not take: so every net for
+images is of a class that somebody wrote. Its forward is called with a stand-in for the tensor, which notes the
+operations that reach it. If each operation is a layer of the net, an activation or the like, applied to the result of
+the one before it, then the executor may run these modules instead. Whatever else the forward does (count, print)
+happens once for each call, as before.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _dropout(p: float = 0.5, training: bool = True, inplace: bool = False) -> nn
     return nn.Identity()
 
 
-# Functions of a tensor, and what makes a module of what else they are called with.
+# Functions of a tensor, each with what makes a module from the other arguments of a call.
 _FUNCTIONS: dict[Any, Callable[..., nn.Module]] = {
     **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_), nn.ReLU),
     **dict.fromkeys((F.leaky_relu, F.leaky_relu_), nn.LeakyReLU),
@@ -52,8 +52,7 @@ _FUNCTIONS: dict[Any, Callable[..., nn.Module]] = {
     **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout), _dropout),
 }
 _CONVOLUTIONS = {torch.conv1d: nn.Conv1d, torch.conv2d: nn.Conv2d, torch.conv3d: nn.Conv3d}
-# Of each net, by its mode and by what else it is called with: its chain, or None if it was none, which is not asked
-# again.
+# The chain of each net, by its mode and by what else it is called with; None if it was none, which is not tried again.
 _chains: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], nn.Sequential | None]] = weakref.WeakKeyDictionary()
 
 
@@ -148,10 +147,10 @@ def _key(part: nn.Module) -> Any:
 
 
 def chain_of(net: nn.Module, *extra: Any, dim: int | None = None) -> nn.Sequential | None:
-    """Finds a chain of the net's own layers and norms and of activations, if net(x, *extra) is just that; else None.
+    """Find a chain of the net's own layers, norms and activations, if net(x, *extra) is just that; else None.
 
     The activations, and pads by zeros, are new modules. ``extra`` must be hashable, such as None for a context that is
-    not given; ``dim`` are the dimensions of x, None for what the layers take.
+    not given; ``dim`` is the number of dimensions of x, None for what the layers take.
     """
     known = _modules(net)
     if known is None or dim not in (None, known[1] + 2):

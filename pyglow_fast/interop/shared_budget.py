@@ -1,4 +1,4 @@
-"""Bytes that the joined runs of one model share, whose shapes and order are known only when they have been called."""
+"""Plans bytes that the joined runs of one model share, whose shapes and order are known only after calls."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pyglow_fast.reversible.planner import MemoryPlan, RunPlan, least_net_budget
 
 
 class Call(NamedTuple):
-    """What a run says of itself when its forward is recorded.
+    """A description of a run's call, given when its forward is recorded.
 
     Attributes:
-        key: tells all that decides the cost.
-        control: of the drift, with the run's number of steps.
-        cost: of the run, from the anchors' spacing.
+        key: equal for calls of equal cost.
+        control: the run's drift control, which has its number of steps.
+        cost: computes the cost of the run from the spacing of its anchors.
     """
 
     key: Hashable
@@ -29,18 +29,18 @@ class Call(NamedTuple):
 
 
 class SharedBudget:
-    """The plans of runs that are called one after another in a training step and share its bytes.
+    """A plan of bytes for runs that are called one after another in a training step and share them.
 
-    A step begins with the first call, and again when a run is called that was called in it. Of the call that a step
-    begins with it is remembered which runs followed, in which order and with which shapes: when it comes again all of
-    these are planned together, and each does what this plan says, which is a function of their shapes alone. A run that
-    has not followed before, or not with these shapes, inverts all its steps in the smallest chunks, once; where there
-    is one run alone nothing is to be waited for.
+    A training step begins with the first call, and a new one when a run is called that was called in this one already.
+    For each call that a step began with, the budget remembers which runs followed, in which order and with which
+    shapes. When such a call comes again, all these runs are planned together, and each does what the plan says, which
+    depends on their shapes alone. A run that has not followed before, or not with these shapes, once inverts all its
+    steps in the smallest chunks. If one run alone shares the bytes, it is planned at once.
 
-    A copy has none of the plans, and serves copies of the runs.
+    A copy is for copies of the runs, and has none of the plans.
 
     Args:
-        count: runs that share it so far.
+        count: how many runs share the bytes so far.
     """
 
     def __init__(self, count: int = 0) -> None:
@@ -48,9 +48,9 @@ class SharedBudget:
         self._plans = Plans()
         self._steps: OrderedDict[Hashable, dict[int, Call]] = OrderedDict()  # by the call that they begin with
         self._opening: Hashable = None  # the call that the present step began with
-        self._step: dict[int, Call] = {}  # the present one, as it is known: runs in their order
-        self._called: set[int] = set()  # in it
-        self._whole: MemoryPlan | None = None  # of these runs, as it began
+        self._step: dict[int, Call] = {}  # what is known of the present step: its runs in order
+        self._called: set[int] = set()  # runs that were called in the present step
+        self._whole: MemoryPlan | None = None  # the plan of the runs below, made when the step began
         self._runs: list[int] = []
         self._last: dict[int, tuple[RunPlan, MemoryPlan | None]] = {}  # what each run did, by which plan
 
@@ -58,22 +58,22 @@ class SharedBudget:
         return type(self), (self._count,)
 
     def add(self) -> int:
-        """One more run shares the bytes; its number."""
+        """Let one more run share the bytes; returns its number."""
         self._count += 1
         return self._count - 1
 
     def plan(self, run: int, call: Call, budget: int, net_budget: str | int, device: torch.device) -> RunPlan:
-        """What a run does in a forward that begins now.
+        """Plan what a run does in a forward that begins now.
 
         Args:
-            run: its number.
-            call: what it says of itself.
-            budget: bytes, of all runs.
-            net_budget: of one net's activations, or "auto".
-            device: of the run.
+            run: the number of the run.
+            call: what the run says of its call.
+            budget: bytes that all runs may take together.
+            net_budget: bytes of one net's activations, or "auto".
+            device: where the run computes.
 
         Raises:
-            ValueError: not even inverting every step of the runs that are known takes so few bytes.
+            ValueError: the bytes are too few even if every step of the known runs is inverted.
         """
         begins = not self._called or run in self._called
         opening = (run, call.key, budget, net_budget, device)
@@ -119,7 +119,7 @@ class SharedBudget:
         return self._whole.runs[self._runs.index(run)]
 
     def report(self, run: int, n_steps: int) -> dict[str, Any]:
-        """What a run did in its last recorded forward, and what the plan of all predicted, if there was one."""
+        """Report what a run did in its last recorded forward, and what the plan of all predicted, if there was one."""
         if run not in self._last:
             return {}
         own, whole = self._last[run]

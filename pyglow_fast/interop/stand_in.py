@@ -1,4 +1,4 @@
-"""Layers whose class is known by its structure, run by ours in place: of a class that is made of ours and of theirs."""
+"""Serves layers known by their structure: their class becomes one made of this package's and of their own."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import nn
 
 
 class StandIn(nn.Module):
-    """Base of our classes for such layers, which :func:`stand_in` puts before a class of theirs.
+    """A base of this package's classes for such layers, which :func:`stand_in` puts before a class of the layers.
 
-    The object, its parameters, hooks and other methods stay, and it is still one of their class; ``super().forward`` is
-    theirs.
+    The object, its parameters, hooks and other methods stay, and it is still an instance of its own class, whose
+    forward is ``super().forward``.
     """
 
     _ours: type[StandIn]
@@ -27,7 +27,7 @@ _made: dict[tuple[type[StandIn], type[nn.Module]], type[StandIn]] = {}
 
 
 def stand_in(ours: type[StandIn], theirs: type[nn.Module]) -> type[StandIn]:
-    """The class, by the name of theirs, of layers of theirs that ours run."""
+    """Make the class, by the name of the layers' own, in which this package's comes first."""
     key = (ours, theirs)
     if key not in _made:
         names = {"__module__": theirs.__module__, "__qualname__": theirs.__qualname__, "__doc__": theirs.__doc__}
@@ -41,7 +41,7 @@ def _blank(ours: type[StandIn], theirs: type[nn.Module]) -> StandIn:
 
 
 def give_back(model: nn.Module, ours: type[StandIn], only: Collection[nn.Module] | None) -> list[str]:
-    """Give the layers that ours run (with ``only``, these alone) their own class again; their names."""
+    """Give adopted layers (with ``only``, these alone) their own class again; returns their names."""
     names = []
     for name, module in model.named_modules():
         if isinstance(module, ours) and (only is None or module in only):

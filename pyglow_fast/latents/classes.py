@@ -12,7 +12,7 @@ from pyglow_fast.models import Glow
 
 @torch.no_grad()
 def likeliest_class(model: Glow, x: Tensor, cond: Tensor | None = None) -> Tensor:
-    """argmax_y log p(x | y), int64 (N,): the class under which an image is likeliest, all of them equally common.
+    """argmax_y log p(x | y), int64 (N,): the class under which each image is likeliest, all equally common.
 
     One pass encodes x: of log p(x | y) the prior of the top latent alone depends on y. A classifier that was trained
     beside the flow (:meth:`Glow.class_logits`) is not asked.

@@ -28,14 +28,24 @@ from pyglow_fast.models.prior import check_labels
 
 
 class MeanLatent:
-    """mean_l = sum_n z_l(x_n) / N, level by level, of latents that come in batches; summed in float64."""
+    """Running mean of latents that come in batches: mean_l = sum_n z_l(x_n) / N by level, summed in float64.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.latents import MeanLatent
+        >>> mean = MeanLatent()
+        >>> mean.add([torch.zeros(3, 6, 4, 4)])  # of a model with one level
+        >>> mean.add([torch.full((1, 6, 4, 4), 8.0)])
+        >>> mean.mean()[0].unique()  # of 0, 0, 0 and 8
+        tensor([2.], dtype=torch.float64)
+    """
 
     def __init__(self) -> None:
         self.count = 0
         self._sums: list[Tensor] = []
 
     def add(self, latents: Sequence[Tensor]) -> None:
-        """Take one batch in: one tensor (n, C, *spatial) a level.
+        """Take one batch into the mean: one tensor (n, C, *spatial) a level.
 
         Raises:
             ValueError: another number or shape than before, or NaN or inf; the mean is then as it was.
@@ -52,7 +62,7 @@ class MeanLatent:
         self.count += n
 
     def without(self, part: MeanLatent) -> MeanLatent:
-        """The mean of the images that ``part`` has not, of those that this one has: part's must be among them.
+        """Subtract ``part``, whose images must be among this one's: the mean of the images that remain.
 
         Raises:
             ValueError: part has more images than this, or latents of other shapes.
@@ -69,7 +79,7 @@ class MeanLatent:
         return found
 
     def mean(self) -> list[Tensor]:
-        """One tensor (C, *spatial) a level, float64.
+        """Give the mean so far: one tensor (C, *spatial) a level, float64.
 
         Raises:
             ValueError: there was no image.
@@ -81,7 +91,7 @@ class MeanLatent:
 def attribute_direction(plus: MeanLatent, minus: MeanLatent) -> list[Tensor]:
     """direction_l = mean_l of images with an attribute minus mean_l of images without.
 
-    Of pairs that differ in the attribute alone, one side in each, it is the mean difference.
+    Where the images are pairs that differ in the attribute alone, that is the mean difference of the pairs.
 
     Args:
         plus, minus: means over training images in one space.
@@ -137,6 +147,18 @@ def manipulate(
             levels that the model does not have, or images that do not fit it.
 
     Reference: Kingma & Dhariwal 2018, section 5.2.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast import Glow
+        >>> from pyglow_fast.latents import MeanLatent, attribute_direction, manipulate, to_space
+        >>> model, x = Glow(image_shape=(1, 8, 8), n_levels=2, n_steps=1, hidden=4), torch.rand(6, 1, 8, 8) - 0.5
+        >>> model.initialize(x)
+        >>> smiling, serious = MeanLatent(), MeanLatent()
+        >>> smiling.add(to_space(model, x[:3]))
+        >>> serious.add(to_space(model, x[3:]))
+        >>> manipulate(model, x[:2], attribute_direction(smiling, serious), strengths=(-1.0, 0.0, 1.0)).shape
+        torch.Size([2, 3, 1, 8, 8])
     """
     expect(isinstance(model, Glow), "model", "a Glow", type(model).__name__)
     values = check_numbers("strengths", strengths)
@@ -231,7 +253,7 @@ def _shares(keep: Sequence[float] | None, n_levels: int) -> list[float]:
 
 @dataclass(frozen=True)
 class EditScore:
-    """How far edited images are from what they should be.
+    """Distances that say how far edited images are from what they should be.
 
     Args:
         distance: RMSE of the edit to its target, mean over the images.
@@ -241,6 +263,14 @@ class EditScore:
         gain_error: standard error of the gain.
         images: how many.
         not_finite: of how many the edit holds NaN or inf.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.latents import EditScore, edit_score
+        >>> target = torch.zeros(2, 3, 4, 4)
+        >>> score: EditScore = edit_score(target + 0.1, target, unedited=target + 0.3)
+        >>> print(f"{score.distance:.2f} from the target, {score.gain:.2f} nearer than the image before")
+        0.10 from the target, 0.20 nearer than the image before
     """
 
     distance: float
@@ -262,13 +292,13 @@ def rmse(x: Tensor, target: Tensor) -> Tensor:
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Mean of (N,) and its standard error, sqrt(sum (v - mean)^2 / (N - 1) / N); NaN for one value."""
+    """Compute the mean of (N,) values and its standard error, sqrt(sum (v - mean)^2 / (N - 1) / N); NaN for N = 1."""
     found = Moments.of(values)
     return found.mean, found.standard_error
 
 
 def edit_score(edited: Tensor, target: Tensor, unedited: Tensor) -> EditScore:
-    """RMSE(edited, target), beside RMSE(unedited, target): the copy baseline, what doing nothing costs.
+    """Score RMSE(edited, target) beside RMSE(unedited, target), the baseline: what doing nothing costs.
 
     An edit that is not finite is scored as the mid-grey that it is shown as, and counted.
 

@@ -1,4 +1,4 @@
-"""What each level of the latents holds, and what the temperature does."""
+"""Experiments on what each level of the latents holds, and on what the temperature does."""
 
 from __future__ import annotations
 

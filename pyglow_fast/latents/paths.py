@@ -1,4 +1,4 @@
-"""From one image to another through the latents."""
+"""Paths from one image to another through the latents."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
+from pyglow_fast._renamed import with_former_argument
+from pyglow_fast._settings import Range
 from pyglow_fast.latents.spaces import (
     DEFAULT_SPACE,
     check_finite,
@@ -21,8 +23,9 @@ from pyglow_fast.latents.spaces import (
 from pyglow_fast.models import Glow
 from pyglow_fast.models.prior import standardised
 
-# Directions nearer to opposite than this have no great circle that rounding leaves alone: sin(angle) divides.
+# Between directions nearer to opposite than this rounding decides which great circle is taken: sin(angle) divides.
 _OPPOSITE = 1e-3
+_FRAMES = Range(least=2)  # both ends are frames
 
 
 def linear(a: Tensor, b: Tensor, t: float) -> Tensor:
@@ -48,6 +51,13 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
         ValueError: shapes or dtypes differ, or t outside 0..1.
 
     Reference: Shoemake 1985; White 2016, "Sampling generative networks".
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.latents import linear, slerp
+        >>> a, b = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 3.0]])
+        >>> round(slerp(a, b, 0.5).norm().item(), 3), round(linear(a, b, 0.5).norm().item(), 3)  # of norms 1 and 3
+        (2.0, 1.581)
     """
     expect(
         isinstance(a, Tensor) and isinstance(b, Tensor), "a, b", "tensors", f"{type(a).__name__}, {type(b).__name__}"
@@ -72,26 +82,28 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
     return (weights[0] * first + weights[1] * second).reshape(a.shape).to(a.dtype)
 
 
+@with_former_argument("steps", "frames")
 def interpolate_latents(
     a: Sequence[Tensor],
     b: Sequence[Tensor],
-    steps: int = 8,
+    frames: int = 8,
     spherical: bool = False,
     times: Sequence[float] | None = None,
 ) -> list[list[Tensor]]:
-    """The latents at t = 0, 1 / (steps - 1), ..., 1 between a and b, each level on its own.
+    """List latents at t = 0, 1 / (frames - 1), ..., 1 between a and b, each level on its own.
 
     Args:
         a, b: one tensor (N, C, *spatial) a level.
-        steps: points, both ends included.
+        frames: points, both ends included.
         spherical: :func:`slerp` rather than :func:`linear`. Every level keeps its own norm: over all levels together
             the directions of the many shallow values would decide how the few deep ones turn.
-        times: the points t, each in 0..1, instead of ``steps`` of them.
+        times: the points t, each in 0..1, instead of ``frames`` of them.
 
     Raises:
-        ValueError: fewer than two steps, a point outside of 0..1, latents that do not fit each other or are not finite.
+        ValueError: fewer than two frames, a point outside of 0..1, latents that do not fit each other or are not
+            finite.
     """
-    points = _times(steps, times)
+    points = _times(frames, times)
     expect(isinstance(spherical, bool), "spherical", "True or False", repr(spherical))
     check_finite("a", a)
     check_finite("b", b)
@@ -102,35 +114,35 @@ def interpolate_latents(
     return [[between(first, second, t) for first, second in zip(a, b, strict=True)] for t in points]
 
 
-def _times(steps: int, times: Sequence[float] | None) -> list[float]:
+def _times(frames: int, times: Sequence[float] | None) -> list[float]:
     """The points of a path.
 
     Raises:
-        ValueError: fewer than two steps, or points that are not in 0..1.
+        ValueError: fewer than two frames, or points that are not in 0..1.
     """
     if times is None:
-        whole = isinstance(steps, int) and not isinstance(steps, bool)
-        expect(whole and steps >= 2, "steps", "a whole number, 2 or more (both ends are steps)", repr(steps))
-        return [i / (steps - 1) for i in range(steps)]
+        _FRAMES.check("frames", frames, whole=True)
+        return [i / (frames - 1) for i in range(frames)]
     points = check_numbers("times", times)
     for point in points:
         expect(0.0 <= point <= 1.0, "times", "numbers in 0..1", point)
     return points
 
 
+@with_former_argument("steps", "frames")
 @torch.no_grad()
 def interpolate(
     model: Glow,
     a: Tensor,
     b: Tensor,
-    steps: int = 8,
+    frames: int = 8,
     spherical: bool = False,
     space: str = DEFAULT_SPACE,
     y: tuple[Tensor | None, Tensor | None] | None = None,
     cond: Tensor | None = None,
     times: Sequence[float] | None = None,
 ) -> Tensor:
-    """x(t) = decode(path(encode(a), encode(b), t)) for t = 0, 1 / (steps - 1), ..., 1: each a[i] on its way to b[i].
+    """x(t) = decode(path(encode(a), encode(b), t)) for t = 0, 1 / (frames - 1), ..., 1: each a[i] on its way to b[i].
 
     In the noise of a model with classes, the mean and log sd of the top prior go linearly from those of the class of
     a to those of the class of b, so that the path is continuous and both ends are the images.
@@ -138,20 +150,31 @@ def interpolate(
     Args:
         model: a Glow.
         a, b: images (N, C, *spatial), in about [-0.5, 0.5].
-        steps: images of the path, both ends included.
+        frames: images of the path, both ends included.
         spherical: on great circles, level by level; see :func:`slerp`.
         space: "latent" or "noise", see :func:`to_space`.
         y: labels (N,) of a and of b, for a model with classes.
         cond: the condition of both, if the model has one.
-        times: the points t, each in 0..1, instead of ``steps`` of them.
+        times: the points t, each in 0..1, instead of ``frames`` of them.
 
     Returns:
-        (N, steps, C, *spatial), or (N, len(times), C, *spatial); at t = 0 it is a and at t = 1 b, up to rounding.
+        (N, frames, C, *spatial), or (N, len(times), C, *spatial); at t = 0 it is a and at t = 1 b, up to rounding.
 
     Raises:
         ValueError: images that are not as many in b as in a or do not fit the model, or an option out of its range.
 
     Reference: Kingma & Dhariwal 2018, figure 5 (linear).
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast import Glow
+        >>> from pyglow_fast.latents import interpolate
+        >>> model = Glow(image_shape=(1, 8, 8), n_levels=2, n_steps=1, hidden=4)
+        >>> a, b = torch.rand(2, 3, 1, 8, 8) - 0.5
+        >>> model.initialize(a)
+        >>> path = interpolate(model, a, b, steps=5)
+        >>> path.shape, torch.allclose(path[:, 0], a, atol=1e-4), torch.allclose(path[:, -1], b, atol=1e-4)
+        (torch.Size([3, 5, 1, 8, 8]), True, True)
     """
     check_space(space)
     pair = y if y is not None else (None, None)
@@ -160,7 +183,7 @@ def interpolate(
         check_images(name, model, x, labels)
     expect(len(a) == len(b), "b", f"{len(a)} images, one for each of a", len(b))
     start, end = (to_space(model, x, space, labels, cond) for x, labels in zip((a, b), pair, strict=True))
-    at = _times(steps, times)
+    at = _times(frames, times)
     points = interpolate_latents(start, end, spherical=spherical, times=at)
     if space == "noise" and pair[0] is not None:
         points = [_between_classes(model, point, pair, t) for point, t in zip(points, at, strict=True)]

@@ -18,9 +18,9 @@ from pyglow_fast.models.prior import check_labels
 SPACES = ("noise", "latent")
 # Measured by edits whose true target is known: 25 held-out emoji, skin tones, 5 strengths from 0.25 to 1.5 (L = 3,
 # K = 8). Both spaces come as near (RMSE within their standard errors; after 6558 steps that of the latents is 1 to 2 %
-# lower), but in younger models an edit of the latents made the inverse run away to NaN or inf in 8 of 625 cases (2250
-# steps) and 12 of 375 (1500), one of the noise in 1 and 0. Where a prior is narrow, a step along z is many deviations,
-# which the noise is counted in.
+# lower), but in models trained less an edit of the latents drove the inverse to NaN or inf in 8 of 625 cases (2250
+# steps) and 12 of 375 (1500), an edit of the noise in 1 and 0. Where a prior is narrow, a step along z is one of many
+# deviations; a step in the noise is measured in deviations.
 DEFAULT_SPACE = "noise"
 
 
@@ -59,7 +59,7 @@ def from_space(
     y: Tensor | None = None,
     cond: Tensor | None = None,
 ) -> Tensor:
-    """x (N, C, *spatial), the inverse of :func:`to_space`.
+    """Decode latents of a space to x (N, C, *spatial), which undoes :func:`to_space`.
 
     Raises:
         ValueError: an unknown space, or latents (number, shape, dtype, device, NaN or inf), y or cond that do not fit.
@@ -100,7 +100,7 @@ def check_finite(name: str, latents: Sequence[Tensor]) -> None:
 
 
 def check_numbers(name: str, values: Iterable[float]) -> list[float]:
-    """The values as finite floats, at least one of them.
+    """Check that the values are finite numbers, at least one of them; returns them as floats.
 
     Raises:
         ValueError: they are not.
@@ -115,7 +115,7 @@ def check_numbers(name: str, values: Iterable[float]) -> list[float]:
 
 
 def check_levels(levels: Iterable[int] | None, n_levels: int) -> list[int]:
-    """The levels sorted, each once; all of them for None. 0 is the shallowest, as in the list of latents.
+    """Check levels and sort them, each once; all of them for None. 0 is the shallowest, as in the list of latents.
 
     Raises:
         ValueError: none, or one outside 0..n_levels-1.
@@ -142,7 +142,7 @@ def check_parts(name: str, parts: Sequence[Tensor], shapes: Sequence[tuple[int, 
 def decode_each(
     model: Glow, variants: Sequence[Sequence[Tensor]], space: str, y: Tensor | None, cond: Tensor | None
 ) -> Tensor:
-    """Images (N, len(variants), C, *spatial) of several variants of the latents of N images, one batch after another.
+    """Decode several variants of the latents of N images: (N, len(variants), C, *spatial), batch after batch.
 
     A decoded image may hold NaN or inf where the inverse overflows: an edit that leads out of the model's range.
     """

@@ -1,4 +1,4 @@
-"""The layers of a flow; each maps ``forward(x) -> (z, log_det)`` and ``inverse(z) -> (x, log_det)``."""
+"""The layers of a flow: modules with ``forward(x) -> (z, log_det)`` and ``inverse(z) -> (x, log_det)``."""
 
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.actnorm import ActNorm

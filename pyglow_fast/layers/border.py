@@ -19,12 +19,12 @@ from pyglow_fast.reference import full_precision
 
 
 def border_kernel(out_channels: int, dims: int) -> nn.Parameter:
-    """The ring's kernel (out_channels, 1, 3, ...), zero: no border term."""
+    """Make the ring's kernel (out_channels, 1, 3, ...), all zeros: no border term yet."""
     return nn.Parameter(torch.zeros(out_channels, 1, *[3] * dims))
 
 
 def border_map(kernel: Tensor, spatial: Sequence[int]) -> Tensor:
-    """ring * kernel, (1, C_out, *spatial). kernel (C_out, 1, 3, ...)."""
+    """Compute the border term ring * kernel, (1, C_out, *spatial), of a kernel (C_out, 1, 3, ...)."""
     wide = kernel.double() if _float32.rounds(_float32.CONVOLUTIONS, kernel) else kernel
     ring = F.pad(wide.new_zeros(1, 1, *spatial), [1, 1] * len(spatial), value=1.0)
     conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(spatial)]
@@ -33,7 +33,7 @@ def border_map(kernel: Tensor, spatial: Sequence[int]) -> Tensor:
 
 
 def without_border(weights: Sequence[Tensor], scale: Tensor | None, border1: Tensor, border3: Tensor) -> list[Tensor]:
-    """The weights of a net without a border term that equals one with it, given a last input channel of ones.
+    """Fold a net's border term into its weights; the net then needs one more input channel, of ones.
 
     ring * k = sum k - ones * k, where the ones inside of the image are padded with zeros: an input channel for the
     first convolution, and for the last one a hidden unit that is relu(0 h + 1). So nets with a border term run and are

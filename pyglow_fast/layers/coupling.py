@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
 from pyglow_fast._renamed import renamed
-from pyglow_fast.coupling_nets import check_precision, in_precision
+from pyglow_fast._settings import Range
+from pyglow_fast.coupling_nets import check_precision, in_precision, plain_call
 from pyglow_fast.coupling_nets.checkerboard import Checkerboard
 from pyglow_fast.coupling_nets.net_runner import NetRunner, Plans
 from pyglow_fast.layers._base import FlowLayer
@@ -19,16 +21,15 @@ from pyglow_fast.reference import COUPLINGS, ORDERS, SCALE_MAPS, CouplingSpec
 MASKS = ("channels", "checkerboard")
 MAX_CLAMP = 80.0  # log s of the tanh and atan maps stays below it, and exp(80) is finite in float32
 MAX_FACTOR = 1e30  # nor is 1 / MAX_FACTOR far from the ends of float32
+_HELD: dict[str, Any] = {"most": 1e30, "why": "float32 has to hold it"}
+SCALE_BIAS = Range(**_HELD)
+SCALE_EPS = Range(least=0, **_HELD)
+SCALE_CLAMP = Range(above=0, most=MAX_CLAMP)
+SCALE_FACTOR = Range(least=1 / MAX_FACTOR, most=MAX_FACTOR)
 
 
-def check_scale_numbers(
-    coupling: str, scale_map: object, scale_eps: float, scale_clamp: float, scale_factor: float
-) -> None:
-    """Refuse values with which a scale could be negative or overflow, and a factor on a map that has none."""
-    expect(scale_eps >= 0, "scale_eps", "0 or more", scale_eps)
-    expect(0 < scale_clamp <= MAX_CLAMP, "scale_clamp", f"a positive number, at most {MAX_CLAMP:g}", scale_clamp)
-    expected = f"a number from {1 / MAX_FACTOR:g} to {MAX_FACTOR:g}"
-    expect(1 / MAX_FACTOR <= scale_factor <= MAX_FACTOR, "scale_factor", expected, scale_factor)
+def check_scale_factor(coupling: str, scale_map: object, scale_factor: float) -> None:
+    """Refuse a factor on a map that has none."""
     has_factor = coupling == "affine" and scale_map == "sigmoid"
     expect(has_factor or scale_factor == 1, "scale_factor", "1 where the scale is no sigmoid", scale_factor)
 
@@ -42,7 +43,7 @@ def coupling_spec(
     order: str = "shift_scale",
     scale_factor: float = 1.0,
 ) -> CouplingSpec:
-    """A CouplingSpec of checked values; the error names the argument."""
+    """Make a CouplingSpec of checked values; an error names the argument."""
     expect(coupling in COUPLINGS, "coupling", f"one of {COUPLINGS}", repr(coupling))
     expect(
         callable(scale_map) or scale_map in SCALE_MAPS,
@@ -51,8 +52,15 @@ def coupling_spec(
         repr(scale_map),
     )
     expect(order in ORDERS, "order", f"one of {ORDERS}", repr(order))
-    check_scale_numbers(coupling, scale_map, scale_eps, scale_clamp, scale_factor)
     bias, eps, clamp, factor = float(scale_bias), float(scale_eps), float(scale_clamp), float(scale_factor)
+    for name, value, allowed in (
+        ("scale_bias", bias, SCALE_BIAS),
+        ("scale_eps", eps, SCALE_EPS),
+        ("scale_clamp", clamp, SCALE_CLAMP),
+        ("scale_factor", factor, SCALE_FACTOR),
+    ):
+        allowed.check(name, value)
+    check_scale_factor(coupling, scale_map, factor)
     return CouplingSpec(coupling, scale_map, bias, eps, clamp, order, factor)
 
 
@@ -68,7 +76,8 @@ class Coupling(FlowLayer):
     Args:
         net: module mapping x1 (N, C/2, *spatial) and, if given, cond to (N, C, *spatial): shift, then raw (affine), or
             to (N, C/2, *spatial): shift (additive). With a checkerboard b x (N, C, *spatial) and cond, of the same
-            positions, to (N, 2 C, *spatial) or (N, C, *spatial); what it gives where b = 1 is not used.
+            positions, to (N, 2 C, *spatial) or (N, C, *spatial); what it gives where b = 1 is not used. One that may
+            write to its input (``ReLU(inplace=True)`` first, hooks, code of its own) gets copies.
         coupling: "affine" or "additive".
         scale_map: "sigmoid": s = scale_factor sigmoid(raw + scale_bias) + scale_eps; "exp"; "tanh":
             exp(clamp tanh(raw / clamp)); "atan": exp(clamp 0.636 atan(raw)); or a callable raw -> (s, log s), which
@@ -94,6 +103,17 @@ class Coupling(FlowLayer):
 
     References: Dinh et al. 2014 (additive), Dinh et al. 2017 (affine; checkerboards: section 3.4), Kingma & Dhariwal
     2018, section 3.3; Kolesnikov et al. 2024, Jet (the factor).
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast import Coupling
+        >>> net = torch.nn.Conv2d(2, 4, 3, padding=1)  # of two channels: the shift and raw scale of the other two
+        >>> layer, x = Coupling(net, scale_map="exp"), torch.randn(5, 4, 8, 8)
+        >>> y, log_det = layer(x)
+        >>> torch.equal(y[:, :2], x[:, :2]), log_det.shape  # the first half is left as it is
+        (True, torch.Size([5]))
+        >>> torch.allclose(layer.inverse(y)[0], x, atol=1e-5)
+        True
     """
 
     def __init__(
@@ -127,7 +147,7 @@ class Coupling(FlowLayer):
 
     @property
     def precision(self) -> str:
-        """Of the net."""
+        """The precision that the net computes in."""
         return self._precision
 
     @precision.setter
@@ -140,11 +160,11 @@ class Coupling(FlowLayer):
         return MASKS[self.board is not None]
 
     def enter(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """x with its kept and its transformed part as halves of the channels, and cond as the net's runs take it."""
+        """x with its kept and its transformed part as halves of the channels, and cond as runs of the net take it."""
         return (x, cond) if self.board is None else self.board.enter(x, cond)
 
     def leave(self, y: Tensor) -> Tensor:
-        """The inverse of :meth:`enter`, of x."""
+        """Undo :meth:`enter`: put the halves of the channels back where x has them."""
         return y if self.board is None else self.board.leave(y)
 
     def reads(self, channels: int) -> int:
@@ -181,15 +201,15 @@ class Coupling(FlowLayer):
         return 2 * kept.shape[1] if self.spec.coupling == "affine" else kept.shape[1]
 
     def runner(self, budget: str | int) -> NetRunner:
-        """The net to be run in chunks within a budget."""
+        """What runs the net in chunks whose activations fit a budget of bytes."""
         width = 2 if self.spec.coupling == "affine" else 1
         return NetRunner(self.net, width, budget, self._plans, self.precision, self.board)
 
     def run_net(self, kept: Tensor, cond: Tensor | None) -> Tensor:
-        """The coupling net on the kept half (the same before and after the coupling), checked for its shape."""
+        """Run the net on the kept half, the same before and after the coupling, and check the shape of its output."""
         seen, beside = self._net_inputs(kept, cond)
         with in_precision(self.precision, kept):
-            net_out = self.net(seen) if beside is None else self.net(seen, beside)
+            net_out = plain_call(self.net)(seen, beside)
         expected = (seen.shape[0], self._net_width(seen), *seen.shape[2:])
         if net_out.shape != expected:
             expect(False, "net", f"an output of shape {expected}", f"shape {tuple(net_out.shape)}")
@@ -206,19 +226,19 @@ class Coupling(FlowLayer):
         return not isinstance(self.net, CouplingNet) or self.net.is_initialized
 
     def run_net_forward(self, kept: Tensor, cond: Tensor | None) -> Tensor:
-        """The net in the forward direction; in training, its ActNorms are initialised first if they are fresh."""
+        """Run the net in the forward direction; in training its fresh ActNorms are initialised first."""
         if self.training and isinstance(self.net, CouplingNet) and not self.net.is_initialized:
             self.net.initialize(*self._net_inputs(kept, cond))
         return self.run_net(kept, cond)
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x -> y."""
+        """Map x to y, with the sum of log s over each sample."""
         x, cond = self.enter(x, cond)
         y, log_det = functional.coupling(x, self.run_net_forward(self.kept_half(x), cond), self.spec)
         return self.leave(y), log_det
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """y -> x."""
+        """Map y back to x, with minus the log-det of the forward direction."""
         z, cond = self.enter(z, cond)
         x, log_det = functional.coupling_inverse(z, self.run_net(self.kept_half(z), cond), self.spec)
         return self.leave(x), log_det
@@ -231,6 +251,6 @@ class Coupling(FlowLayer):
         return super().initialize(x, cond)
 
     def extra_repr(self) -> str:
-        """Coupling, scale map and mask, for repr."""
+        """Show the form of the coupling, its scale map and mask in the repr."""
         mask = "" if self.board is None else f", mask={self.mask!r}, parity={self.board.parity}"
         return f"coupling={self.spec.coupling!r}, scale_map={self.spec.scale_map!r}, order={self.spec.order!r}{mask}"

@@ -1,4 +1,4 @@
-"""The network inside a coupling: 3x3 convolution, 1x1, 3x3 starting at zero."""
+"""The network inside a coupling: a 3x3, a 1x1 and a 3x3 convolution, of which the last starts at zero."""
 
 from __future__ import annotations
 
@@ -84,6 +84,14 @@ class CouplingNet(NetShape):
         ValueError: wrong shapes, a condition missing or given where none is expected.
 
     Reference: Kingma & Dhariwal 2018, section 3.3 and appendix B.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast import CouplingNet
+        >>> net = CouplingNet(in_channels=2, out_channels=4, hidden=16)
+        >>> out = net(torch.randn(3, 2, 8, 8))
+        >>> out.shape, out.count_nonzero().item()  # a fresh net predicts zeros, whatever it sees
+        (torch.Size([3, 4, 8, 8]), 0)
     """
 
     def __init__(
@@ -114,7 +122,7 @@ class CouplingNet(NetShape):
 
     @property
     def like(self) -> Tensor:
-        """A tensor of the net's dtype and device."""
+        """A tensor that has the dtype and device of the net."""
         return self.conv1.weight
 
     @property
@@ -131,7 +139,7 @@ class CouplingNet(NetShape):
 
     @property
     def has_own_norms(self) -> bool:
-        """Whether its norms are those that it was made with."""
+        """Whether the net still has the norms that it was made with."""
         return {type(self.norm1), type(self.norm2)} <= {nn.Identity, ActNorm}
 
     @property
@@ -154,7 +162,7 @@ class CouplingNet(NetShape):
             hidden = hidden.relu()
 
     def folded_weights(self) -> list[Tensor]:
-        """w1, b1, w2, b2, w3, b3 of the plain net that this one is, ActNorms and gain folded in."""
+        """w1, b1, w2, b2, w3, b3 of a net without ActNorms and gain that computes the same."""
         *hidden, w3, b3, log_gain = self._weights()
         gain = (3.0 * log_gain).exp().flatten()
         weights = [*hidden, scaled(w3, gain), b3 * gain]
@@ -162,14 +170,19 @@ class CouplingNet(NetShape):
             return weights
         return [weight.contiguous(memory_format=convolutions.format_for(weight)) for weight in weights]
 
-    def _weights(self) -> list[Tensor]:
-        """With log_gain at the end, not folded in."""
+    def weight_sources(self) -> list[Tensor]:
+        """All tensors that :meth:`folded_weights` are made of."""
+        border = [kernel for kernel in (self.border1, self.border3) if kernel is not None]
+        return [*self._slot_values().values(), *border]
+
+    def _slot_values(self) -> dict[str, Tensor]:
         # By attribute, so that parametrizations, pruning and torch.func.functional_call have their say.
         parts = self._modules
-        net = FoldedLayers(
-            {name: getattr(parts[part] if part else self, attribute) for name, part, attribute in self._slots()},
-            self._layers(),
-        )
+        return {name: getattr(parts[part] if part else self, attribute) for name, part, attribute in self._slots()}
+
+    def _weights(self) -> list[Tensor]:
+        """With log_gain at the end, not folded in."""
+        net = FoldedLayers(self._slot_values(), self._layers())
         pairs = zip(net.weights, net.biases, strict=True)
         weights = [*(tensor for pair in pairs for tensor in pair), self.log_gain]
         if self.border1 is None or self.border3 is None:
@@ -180,7 +193,7 @@ class CouplingNet(NetShape):
         return _LAYERS[isinstance(self.norm1, ActNorm), isinstance(self.norm2, ActNorm)]
 
     def explicit(self, x1: Tensor, params: Mapping[str, Tensor]) -> Explicit | None:
-        """The net on those parameters without autograd, as products of ours or the library's convolutions; else None.
+        """What runs the net on these parameters without autograd, or None where it has no such form.
 
         None with a border term, where autocast is to take parameters of several dtypes, and where neither runs on x1.
         """
@@ -200,7 +213,7 @@ class CouplingNet(NetShape):
         return _SLOTS[isinstance(self.norm1, ActNorm), isinstance(self.norm2, ActNorm)]
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
-        """x, cond -> shift and raw scale (or shift alone)."""
+        """Predict shift and raw scale (of an additive coupling the shift alone) from x and cond."""
         parts = [part for part in self._modules.values() if part is not None]
         if any(part._forward_hooks or part._forward_pre_hooks for part in parts):
             return self._layer_by_layer(self.with_condition(x, cond))

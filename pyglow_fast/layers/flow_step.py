@@ -29,10 +29,11 @@ NO_COUPLING = "none"  # what is said as the coupling of a step without one
 
 
 class ChannelMap(NamedTuple):
-    """The folded actnorm and permutation of one step: u = matrix x + offset.
+    """One step's actnorm and channel permutation folded into a single product: u = matrix x + offset.
 
-    With a source a gather: u_i = matrix_i x_j + offset_i, j = source_i; see :func:`pyglow_fast.reference.channel_mix`.
-    Those of K steps, stacked, are one too, with K in front of every shape.
+    With a source it is a gather: u_i = matrix_i x_j + offset_i, j = source_i; see
+    :func:`pyglow_fast.reference.channel_mix`. The maps of K steps are stacked in one such tuple, with K in front of
+    every shape.
     """
 
     matrix: Tensor  # (C, C); with a source (C,), the scales of a gather
@@ -42,19 +43,19 @@ class ChannelMap(NamedTuple):
 
     @staticmethod
     def nothing(like: Tensor) -> ChannelMap:
-        """The map, a gather, that leaves as many channels as ``like`` (C,) has what they are."""
+        """The map, a gather, that leaves all channels as they are; there are as many as ``like`` (C,) has."""
         zeros = torch.zeros_like(like)
         return ChannelMap(zeros + 1, zeros, zeros.sum(), torch.arange(len(zeros), device=like.device))
 
     def as_product(self) -> ChannelMap:
-        """The map with a matrix, also where it is a gather."""
+        """A map with a matrix that does what this one does, also where it is a gather."""
         if self.source is None:
             return self
         eye = torch.eye(self.matrix.shape[-1], dtype=self.matrix.dtype, device=self.matrix.device)
         return ChannelMap(eye[self.source] * self.matrix.unsqueeze(-1), self.offset, self.log_det)
 
     def inverse(self) -> MapInverse:
-        """M^-1, of stacked maps all in one batch; with the index where M is a gather."""
+        """Invert the matrix; of stacked maps all in one batch, of a gather its scales and its index."""
         return inverse_of(self.matrix, self.source)
 
 
@@ -67,7 +68,7 @@ def stack_maps(maps: Sequence[ChannelMap]) -> ChannelMap:
 
 
 def unstack_maps(stacked: ChannelMap) -> list[ChannelMap]:
-    """A list of the maps that :func:`stack_maps` made one."""
+    """Take apart what :func:`stack_maps` made one: a list of the maps."""
     return [ChannelMap(*parts) for parts in zip(*(p.unbind() for p in stacked if p is not None), strict=True)]
 
 
@@ -78,7 +79,7 @@ _RUN = ("forward", "inverse", "enter", "leave", "reads", "kept_half", "run_net",
 def runs_fused(step: nn.Module) -> bool:
     """Whether a step is a FlowStep whose parts do what theirs do, so that it may be joined with its neighbours.
 
-    Not where a subclass overrides a method (a parametrized class does not), nor with hooks that would not be called.
+    It may not where a subclass overrides a method (a parametrized class does not), or where hooks would not be called.
     """
     if not isinstance(step, FlowStep) or not isinstance(step.permutation, ChannelLinear):
         return False
@@ -126,7 +127,7 @@ def _between_couplings(maps: ChannelMap, counts: Sequence[int]) -> ChannelMap:
 
 
 def couplings_of(steps: Sequence[FlowStep]) -> list[Coupling]:
-    """The couplings and injectors of all steps, in their order."""
+    """List the couplings and injectors of all steps, in their order."""
     return [coupling for step in steps for coupling in step.couplings]
 
 
@@ -134,19 +135,19 @@ Fold = Callable[[Sequence[Tensor]], ChannelMap]
 
 
 def fold_in_one(steps: Sequence[FlowStep]) -> ChannelMap:
-    """The channel maps between the couplings of steps of one width, stacked: parameter-sized work in one batch.
+    """Fold what lies between the couplings of steps of one width into stacked channel maps, in one batch.
 
-    One before each of the couplings, and one behind the last where the last step has none. With checkerboard masks
-    those of the 2 C channels of halves, see :func:`_for_masks`.
+    There is one map before each of the couplings, and one behind the last where the last step has none. With
+    checkerboard masks they are maps of the 2 C channels of halves, see :func:`_for_masks`.
     """
     raw, fold = raw_maps(steps)
     return fold(raw)
 
 
 def raw_maps(steps: Sequence[FlowStep], before: FlowStep | None = None) -> tuple[list[Tensor], Fold]:
-    """The tensors that the maps of :func:`fold_in_one` are folded from, and the function of them that does it.
+    """List the tensors that the maps of :func:`fold_in_one` are folded from, with the function that folds them.
 
-    So a backward can fold them again, from what they were, and nobody has to keep them.
+    A backward can so fold the maps again, instead of keeping them since the forward.
 
     Args:
         steps: of one width.
@@ -190,7 +191,7 @@ def raw_maps(steps: Sequence[FlowStep], before: FlowStep | None = None) -> tuple
 
 
 def _parities(steps: Sequence[FlowStep]) -> list[int]:
-    """Of the couplings' checkerboards; none with channel masks."""
+    """The parity of each coupling's checkerboard; an empty list with channel masks."""
     boards = [coupling.board for coupling in couplings_of(steps)]
     return [board.parity for board in boards if board is not None]
 
@@ -219,24 +220,24 @@ def _for_masks(maps: ChannelMap, parities: Sequence[int]) -> ChannelMap:
 
 
 def fold_steps(steps: Sequence[FlowStep]) -> list[ChannelMap]:
-    """The maps of :func:`fold_in_one`, as a list."""
+    """List the maps of :func:`fold_in_one`, one for each coupling and perhaps one behind the last."""
     return unstack_maps(fold_in_one(steps))
 
 
-FOLDED_AT_ONCE = 128 * 1024  # bytes of matrices; the fewer, the oftener a backward folds
+FOLDED_AT_ONCE = 128 * 1024  # bytes of matrices; with fewer a backward would fold more often
 
 
 def map_bytes(step: FlowStep) -> int:
-    """Bytes of the channel map of a step, with a checkerboard of both halves."""
+    """Count the bytes of the channel map of a step; with a checkerboard that of both halves."""
     width = step.channels if step.coupling is None or step.coupling.board is None else 2 * step.channels
     gathers = step.permutation.gather_index() is not None
     return step.actnorm.bias.element_size() * width * (1 if gathers else width)
 
 
 def map_bounds(sizes: Sequence[int], ends: Sequence[int], like: Tensor) -> list[tuple[int, int]]:
-    """(first, one past the last) of the steps whose maps are folded together.
+    """Say which steps' maps are folded together: pairs (first, one past the last).
 
-    On a GPU, where a run of steps is judged and redone as one, all are.
+    On a GPU all are: there one check of drift covers a whole run of steps, which is redone as one.
 
     Args:
         sizes: bytes of the map of each step.
@@ -247,7 +248,7 @@ def map_bounds(sizes: Sequence[int], ends: Sequence[int], like: Tensor) -> list[
 
 
 def map_groups(steps: Sequence[FlowStep], x: Tensor) -> tuple[list[MapGroup], ChannelMap | None]:
-    """The maps of :func:`fold_in_one` in groups (see map_bounds), and the one behind the last coupling."""
+    """Group the maps of :func:`fold_in_one` (see map_bounds), and give the one behind the last coupling."""
     groups, first = [], 0
     ends = [k + 1 for k, step in enumerate(steps) if step.couplings]
     for start, end in map_bounds([map_bytes(step) for step in steps], ends, x):
@@ -261,14 +262,14 @@ def map_groups(steps: Sequence[FlowStep], x: Tensor) -> tuple[list[MapGroup], Ch
 
 
 def given_maps(maps: ChannelMap, count: int) -> tuple[list[MapGroup], ChannelMap | None]:
-    """Stacked maps, one for each of so many couplings and perhaps one behind them, as map_groups gives them."""
+    """Bring stacked maps, one for each of ``count`` couplings and perhaps one behind, into the form of map_groups."""
     raw = [part[:count] for part in maps if part is not None]
     behind = unstack_maps(maps)[count:]
     return [MapGroup(0, count, raw, lambda raw: ChannelMap(*raw))], behind[0] if behind else None
 
 
 def invert_maps(maps: Sequence[ChannelMap]) -> list[MapInverse]:
-    """M^-1 of each map of :func:`unstack_maps`, in one batch."""
+    """Invert the matrix of each map of :func:`unstack_maps`, all in one batch."""
     matrices, indices = stack_maps(maps).inverse()
     return list(zip(matrices, [None] * len(maps) if indices is None else indices.unbind(), strict=True))
 
@@ -280,18 +281,18 @@ def maps_log_det(maps: Sequence[ChannelMap], x: Tensor, masked_by: Tensor | None
 
 
 class Folded(Protocol):
-    """The folded steps of a run: see pyglow_fast/layers/folded.py."""
+    """What K steps are folded into, as :func:`run_couplings` takes it: see pyglow_fast/layers/folded.py."""
 
     maps: list[ChannelMap]
     nets: list[list[Tensor] | None]
 
     @property
     def inverses(self) -> list[MapInverse]:
-        """M^-1 of each map."""
+        """The inverse matrix of each map, with an index where the map is a gather."""
 
 
 def _masked(u: Tensor, kept_half: Tensor, masked_by: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A state and the half of it that a net reads, without what a channel map makes of positions that are masked."""
+    """Set masked positions of a state, and of the half of it that a net reads, back to zero behind a channel map."""
     if masked_by is None:
         return u, kept_half
     u = u * mask_of(masked_by)
@@ -316,7 +317,7 @@ def run_couplings(
     budget: str | int | None = None,
     masked: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """x through couplings and the maps between them: between two nets there is one pass, coupling and next mixing.
+    """Map x to z through couplings and channel maps: one pass over the state between two nets.
 
     With squeeze_first, x is (N, C / 2^d, *(2 spatial)) and is squeezed, with channel masks as it is read. With a budget
     (bytes or "auto") the nets run in chunks, without a record. With masked, x is zero where the first channel of cond
@@ -357,7 +358,7 @@ def run_couplings_inverse(
     budget: str | int | None = None,
     masked: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The inverse of :func:`run_couplings`: one pass a step besides its net."""
+    """Invert :func:`run_couplings`: one pass over the state for each step, besides its net."""
     if couplings:
         z, cond = couplings[-1].enter(z, cond)
     masked_by, count = cond if masked else None, len(couplings)
@@ -381,7 +382,7 @@ def run_couplings_inverse(
 
 
 class Recorded:
-    """Folded steps from which gradients flow to the parameters: folded anew each time, the nets by themselves."""
+    """Folded steps through which gradients reach the parameters: folded anew each time, nets run by themselves."""
 
     def __init__(self, steps: Sequence[FlowStep]) -> None:
         self.maps = fold_steps(steps)
@@ -389,7 +390,7 @@ class Recorded:
 
     @property
     def inverses(self) -> list[MapInverse]:
-        """M^-1 of each map."""
+        """The inverse matrix of each map, with an index where the map is a gather."""
         return invert_maps(self.maps)
 
 
@@ -429,6 +430,16 @@ class FlowStep(FlowLayer):
             injector without a condition.
 
     References: Kingma & Dhariwal 2018, table 1; Lugmayr et al. 2020 (injector, steps without a coupling).
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast import FlowStep
+        >>> step = FlowStep(channels=4, hidden=8).double()
+        >>> z = step.initialize(torch.randn(16, 4, 2, 2).double())
+        >>> x = torch.randn(1, 4, 2, 2).double()
+        >>> jacobian = torch.autograd.functional.jacobian(lambda x: step(x)[0].flatten(), x).reshape(16, 16)
+        >>> torch.allclose(step(x)[1], jacobian.slogdet().logabsdet)  # the exact log-determinant, without the matrix
+        True
     """
 
     def __init__(
@@ -451,7 +462,7 @@ class FlowStep(FlowLayer):
     ) -> None:
         super().__init__()
         expect(mask in MASKS, "mask", f"one of {MASKS}", repr(mask))
-        shared = 2 if mask == "channels" else 1  # among as many parts
+        shared = 2 if mask == "channels" else 1  # how many equal parts the channels have to make
         check_count("channels", channels, least=shared)
         expect(channels % shared == 0, "channels", "an even number to halve", channels)
         chosen = coupling.coupling if isinstance(coupling, CouplingSpec) else coupling
@@ -492,11 +503,11 @@ class FlowStep(FlowLayer):
 
     @property
     def couplings(self) -> list[Coupling]:
-        """What follows the channel map, in order: the injector and the coupling, of those that there are."""
+        """What follows the channel map, in order: the injector and the coupling, as far as the step has them."""
         return [part for part in (self.injector, self.coupling) if part is not None]
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x -> z; a fresh step in training initialises its actnorm from x first."""
+        """Map x to z; a fresh step in training first initialises its actnorm from x."""
         if self.training and not self.actnorm.is_initialized:
             self._check_together(x, cond)
             self.actnorm.initialize_from(x)
@@ -505,7 +516,7 @@ class FlowStep(FlowLayer):
         return run_couplings(self.couplings, Recorded([self]), x, cond)
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """z -> x."""
+        """Map z back to x, with minus the log-det of the forward direction."""
         check_input("z", z, self.channels, self.actnorm.bias)
         return run_couplings_inverse(self.couplings, Recorded([self]), z, cond)
 

@@ -1,32 +1,31 @@
-"""What K flow steps are folded into for inference: computed once, kept until a parameter changes."""
+"""The form that K flow steps are folded into for inference: computed once, kept until a parameter changes."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyglow_fast._captures import is_capturing
-from pyglow_fast._errors import can_read
 from pyglow_fast.coupling_nets.checkerboard import Checkerboard
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.flow_step import ChannelMap, FlowStep, couplings_of, fold_steps, invert_maps
+from pyglow_fast.layers.kept_values import KeptTensors, is_plain
 from pyglow_fast.reversible.maps import MapInverse
-
-Identity = tuple["weakref.ref[Tensor]", int, int]  # the tensor, where its data is, its version
 
 
 @dataclass
 class FoldedSteps:
-    """The channel maps of the steps, their inverses, and the weights of nets that are CouplingNets (None for others).
+    """The channel maps of the steps, their inverses, and the weights of nets that are CouplingNets.
 
-    Maps as fold_in_one has them, nets by coupling.
-
-    The inverses come when they are first asked for.
+    Maps are as fold_in_one gives them. ``nets`` has an entry for each coupling, None for any other net. The inverses
+    are computed when they are first asked for.
     """
 
     maps: list[ChannelMap]
@@ -35,21 +34,21 @@ class FoldedSteps:
 
     @property
     def inverses(self) -> list[MapInverse]:
-        """M^-1 of each map."""
+        """The inverse matrix of each map, with an index where the map is a gather."""
         if not self._inverses:
             self._inverses = invert_maps(self.maps)
         return self._inverses
 
     @classmethod
     def of(cls, steps: Sequence[FlowStep]) -> FoldedSteps:
-        """From the parameters of now."""
+        """Fold the steps with the parameters that they have now."""
         nets = [coupling.net for coupling in couplings_of(steps)]
         weights = [net.folded_weights() if is_foldable(net) else None for net in nets]  # type: ignore[operator]
         return cls(fold_steps(steps), weights)
 
 
 def is_foldable(net: object) -> bool:
-    """Whether it is a CouplingNet as it comes, which is no more than its folded weights."""
+    """Whether a net is a CouplingNet without hooks or changes, which its folded weights stand for."""
     return type(net) is CouplingNet and net.is_plain
 
 
@@ -60,34 +59,33 @@ def _tensors(steps: Sequence[FlowStep]) -> list[Tensor] | None:
         sources = step.permutation.weight_sources()
         if sources is None or hasattr(step.actnorm, "parametrizations"):
             return None
-        own = (*step.actnorm._parameters.values(), *step.actnorm._buffers.values())
-        found += [*sources, *(tensor for tensor in own if tensor is not None)]
-        for net in (coupling.net for coupling in step.couplings if is_foldable(coupling.net)):
-            found += [tensor for part in net.modules() for tensor in part._parameters.values() if tensor is not None]
+        found += [*sources, step.actnorm.log_scale, step.actnorm.bias]
+        for net in (coupling.net for coupling in step.couplings):
+            if isinstance(net, CouplingNet) and is_foldable(net):
+                found += net.weight_sources()
     return found
 
 
-def _identities(tensors: Sequence[Tensor]) -> list[Identity] | None:
-    if any(tensor.is_inference() for tensor in tensors):
-        return None  # they have no version
-    return [(weakref.ref(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors]
+class _Kept(NamedTuple):
+    folded: FoldedSteps
+    boards: list[Checkerboard | None]
+    made_of: KeptTensors
 
 
 class FoldCache:
     """The folded steps of one run of steps.
 
-    They count as long as the parameters are the same objects, at the same place and of the same version. Writes through
-    ``.data`` have no version: so that an optimizer or average which writes all parameters like that is noticed too, the
-    small parameters are compared by value (where reading them does not stop a stream). What a captured training step is
-    made of, which its replays may change without a trace, is folded anew each time.
+    On the CPU they count as long as the parameters are at the same place, of the same version and, as writes through
+    ``.data`` or numpy have no version, of the same bits: all are compared, but for those that the folded form is a view
+    of. Where that would stop a stream nothing is kept. Inside :meth:`trusting` versions are believed, on any device.
+    What a captured training step is made of, which its replays may change without a trace, is folded anew
+    each time.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._folded: FoldedSteps | None = None
-        self._identities: list[Identity] = []
-        self._boards: list[Checkerboard | None] = []
-        self._small = torch.empty(0)
+        self._trusted = 0
+        self._kept: _Kept | None = None
         self._captured: dict[int, weakref.ref[Tensor]] = {}
 
     def __deepcopy__(self, memo: object) -> FoldCache:
@@ -99,15 +97,31 @@ class FoldCache:
         return FoldCache, ()
 
     def clear(self) -> None:
-        """Free the memory."""
+        """Forget the folded steps, which frees their memory."""
         with self._lock:
-            self._folded, self._identities = None, []
+            self._kept = None
+
+    @contextlib.contextmanager
+    def trusting(self) -> Iterator[None]:
+        """A context in which parameters of the same version are taken to be the same: no write goes unseen by torch."""
+        self._enter(1)
+        try:
+            yield
+        finally:
+            self._enter(-1)
+
+    def _enter(self, by: int) -> None:
+        with self._lock:
+            self._trusted += by
+            if self._trusted == max(by, 0):  # the first one in, the last one out
+                self._kept = None
 
     def distrust(self, steps: Sequence[FlowStep]) -> None:
         """Stops trusting versions of parameters: a captured training step may change them at each replay, unseen."""
         with self._lock:
             self._captured = {key: kept for key, kept in self._captured.items() if kept() is not None}
             self._captured |= {id(tensor): weakref.ref(tensor) for tensor in _tensors(steps) or ()}
+            self._kept = None
 
     def _was_captured(self, tensor: Tensor) -> bool:
         found = self._captured.get(id(tensor))
@@ -120,34 +134,19 @@ class FoldCache:
                 return FoldedSteps.of(steps)
         with torch.no_grad(), self._lock:
             tensors = _tensors(steps)
-            if self._captured and any(map(self._was_captured, tensors or ())):
-                return FoldedSteps.of(steps)
-            small = self._small_values(steps)
             boards = [coupling.board for coupling in couplings_of(steps)]  # which are folded into the maps too
-            known = self._folded if boards == self._boards else None
-            if tensors is not None and known is not None and self._matches(tensors, small):
-                return known
-            folded = FoldedSteps.of(steps)
-            identities = None if tensors is None else _identities(tensors)
-            self._folded, self._identities = (None, []) if identities is None else (folded, identities)
-            self._small, self._boards = small, boards
+            kept = self._kept
+            if kept is not None and tensors is not None and kept.boards == boards and kept.made_of.same(tensors):
+                return kept.folded
+            folded, self._kept = FoldedSteps.of(steps), None
+            if tensors is None or not all(map(self._has_version, tensors)):
+                return folded
+            weights = [weight for weights in folded.nets for weight in weights or ()]
+            made_of = KeptTensors(tensors, weights, by_version=self._trusted > 0)
+            if self._trusted or made_of.has_values:
+                self._kept = _Kept(folded, boards, made_of)
             return folded
 
-    @staticmethod
-    def _small_values(steps: Sequence[FlowStep]) -> Tensor:
-        first = steps[0].actnorm.bias
-        if not can_read(first):
-            return first.new_empty(0)
-        nets = [coupling.net for coupling in couplings_of(steps)]
-        gains = [net.log_gain.flatten() for net in nets if isinstance(net, CouplingNet)]
-        small = [*(step.actnorm.log_scale for step in steps), *(step.actnorm.bias for step in steps), *gains]
-        return torch.cat(small)
-
-    def _matches(self, tensors: Sequence[Tensor], small: Tensor) -> bool:
-        if len(tensors) != len(self._identities):
-            return False
-        for tensor, (reference, place, version) in zip(tensors, self._identities, strict=True):
-            same = reference() is tensor and not tensor.is_inference()
-            if not same or tensor.data_ptr() != place or tensor._version != version:
-                return False
-        return small.dtype == self._small.dtype and torch.equal(small, self._small)
+    def _has_version(self, tensor: Tensor) -> bool:
+        """Whether a tensor has a version that tells of all writes which torch counts."""
+        return is_plain(tensor) and not tensor.is_inference() and not self._was_captured(tensor)

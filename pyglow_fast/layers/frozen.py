@@ -41,12 +41,12 @@ class FrozenNet(NetShape):
 
     @property
     def like(self) -> Tensor:
-        """A tensor of the net's dtype and device."""
+        """A tensor that has the dtype and device of the net."""
         weight: Tensor = self.get_buffer("w1")
         return weight
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
-        """x, cond -> shift and raw scale (or shift alone)."""
+        """Predict shift and raw scale (of an additive coupling the shift alone) from x and cond."""
         weights = [self.get_buffer(name) for name in WEIGHTS]
         return self.run_on(x, cond, weights)
 
@@ -72,6 +72,16 @@ class FrozenSteps(FlowLayer):
 
     Raises:
         ValueError: other steps, or not initialised ones.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast import FlowStep, ReversibleSequence
+        >>> from pyglow_fast.layers import FrozenSteps
+        >>> steps, x = ReversibleSequence([FlowStep(4, hidden=8) for _ in range(3)]), torch.randn(2, 4, 8, 8)
+        >>> z = steps.initialize(x)
+        >>> frozen = FrozenSteps(steps)
+        >>> len(list(frozen.parameters())), torch.allclose(frozen(x)[0], z, atol=1e-5)
+        (0, True)
     """
 
     def __init__(self, steps: ReversibleSequence) -> None:
@@ -109,16 +119,16 @@ class FrozenSteps(FlowLayer):
         return None if whole else self.memory_budget
 
     def forward(self, x: Tensor, cond: Tensor | None = None, squeeze_first: bool = False) -> tuple[Tensor, Tensor]:
-        """x -> z; with squeeze_first, x is squeezed as it is read."""
+        """Map x to z; with squeeze_first, x is squeezed as it is read."""
         if not squeeze_first:
             check_input("x", x, self.channels, self.get_buffer("offsets"))
         return run_couplings(list(self.couplings), self._folded(), x, cond, squeeze_first, self._budget())  # type: ignore[arg-type]
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """z -> x."""
+        """Map z back to x, with minus the log-det of the forward direction."""
         check_input("z", z, self.channels, self.get_buffer("offsets"))
         return run_couplings_inverse(list(self.couplings), self._folded(), z, cond, self._budget())  # type: ignore[arg-type]
 
     def train(self, mode: bool = True) -> FrozenSteps:
-        """Stays in evaluation mode."""
+        """Do nothing: frozen steps stay in evaluation mode."""
         return super().train(False)

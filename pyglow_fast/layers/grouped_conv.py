@@ -11,16 +11,16 @@ from pyglow_fast.layers.permutation import ChannelLinear
 
 
 def group_channels(channels: int, size: int, device: torch.device | None = None) -> Tensor:
-    """The channels of each group, (C / size, size): group j has size / 2 neighbours of each half of the channels.
+    """List the channels of each group, (C / size, size): size / 2 neighbours of each half of the channels.
 
-    Those are j size / 2 and what follows it, and the same behind C / 2.
+    Group j has the channels j size / 2 .. (j + 1) size / 2 - 1, and the same ones counted from C / 2.
     """
     order = torch.arange(channels, device=device)
     return order.reshape(2, channels // size, size // 2).transpose(0, 1).reshape(-1, size)
 
 
 def spread_over_groups(weight: Tensor, channels: int) -> Tensor:
-    """W (C, C) that multiplies every group of channels by weight (size, size): see :func:`group_channels`."""
+    """Make W (C, C) that multiplies every group of channels by weight (size, size): see :func:`group_channels`."""
     groups = group_channels(channels, weight.shape[0], weight.device)
     whole = weight.new_zeros(channels, channels)
     return whole.index_put((groups.unsqueeze(2), groups.unsqueeze(1)), weight.expand(len(groups), *weight.shape))
@@ -30,7 +30,7 @@ class GroupedInvConv(ChannelLinear):
     """Invertible 1x1 convolution in groups: z_g = w x_g for every group g; log_det = P (C / size) log|det w|.
 
     All groups share w (size, size), which starts as a random rotation. A group has size / 2 channels of each half, so
-    that the coupling that follows, which keeps the first half, sees of both.
+    that the coupling that follows, which keeps the first half, sees channels of both.
 
     Args:
         channels: C.
@@ -42,6 +42,12 @@ class GroupedInvConv(ChannelLinear):
         ValueError: a size that is odd or no divisor; wrong shape, dtype or device; inverse of a singular w.
 
     Reference: Kim et al. 2020, appendix A.1.
+
+    Examples:
+        >>> from pyglow_fast import GroupedInvConv
+        >>> weight, _ = GroupedInvConv(channels=8, size=4).weight_and_log_det()
+        >>> weight.shape, weight.count_nonzero().item()  # two groups of four channels: 4 x 4 numbers for each
+        (torch.Size([8, 8]), 32)
     """
 
     def __init__(self, channels: int, size: int = 4) -> None:
@@ -54,15 +60,15 @@ class GroupedInvConv(ChannelLinear):
         self.weight = nn.Parameter(rotation.to(torch.get_default_dtype()))
 
     def weight_and_log_det(self) -> tuple[Tensor, Tensor]:
-        """W (C, C), w for each group, and log|det W| ()."""
+        """The matrix W (C, C), with w for each group, and log|det W| ()."""
         log_det = functional.log_abs_det(self.weight) * (self.channels // self.size)
         return spread_over_groups(self.weight, self.channels), log_det
 
     def weight_sources(self) -> list[Tensor] | None:
-        """Its own tensors, unless a subclass has another W, of which it must say so itself."""
+        """The layer's own tensors; None for a subclass with another W, which has to state its own."""
         own = type(self).weight_and_log_det is GroupedInvConv.weight_and_log_det
         return self.own_tensors() if own else None
 
     def extra_repr(self) -> str:
-        """Channels and group size, for repr."""
+        """Show channels and group size in the repr."""
         return f"{self.channels}, size={self.size}"

@@ -1,4 +1,4 @@
-"""What mixes the channels between couplings: the invertible 1x1 convolution and fixed permutations."""
+"""Layers that mix the channels between couplings: the invertible 1x1 convolution and fixed permutations."""
 
 from __future__ import annotations
 
@@ -24,40 +24,52 @@ class ChannelLinear(FlowLayer):
     A FlowStep runs any subclass as it does InvConv: it asks for W (outside of autocast), folds it with the actnorm
     before, joins the product with the couplings around it, and without gradients keeps the folded matrix and its
     inverse until a tensor of ``weight_sources`` changes, if the class states these. Where all steps of a run state a
-    ``gather_index`` it gathers channels instead. It calls neither forward nor inverse, so that one who overrides them
-    computes the same product. GlowConfig names InvConv
-    and Permute only: any other is put into a Glow by assigning it to ``permutation`` of a step of
-    ``model.levels[i].steps``, also before saved weights are loaded.
+    ``gather_index`` it gathers channels instead. It calls neither forward nor inverse, so whoever overrides them has to
+    compute the same product. GlowConfig names InvConv and Permute only: any other is put into a Glow by assigning it to
+    ``permutation`` of a step of ``model.levels[i].steps``, also before saved weights are loaded.
 
     Shapes: x (N, C, *spatial), float32 or float64; W (C, C) of the same dtype; log_det (N,), nats.
 
     Raises:
         TypeError: a subclass that does not define weight_and_log_det.
         ValueError: wrong shape, dtype or device; inverse of a singular W.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast import FlowStep
+        >>> from pyglow_fast.layers import ChannelLinear
+        >>> class Double(ChannelLinear):
+        ...     channels = 4
+        ...     def weight_and_log_det(self):
+        ...         return 2 * torch.eye(4), 4 * torch.tensor(2.0).log()
+        >>> z, log_det = Double()(torch.ones(1, 4, 2, 2))
+        >>> print(f"{z.mean():.0f}, {log_det.item():.3f}")  # 4 positions, 4 channels, log 2 for each
+        2, 11.090
+        >>> step = FlowStep(4, hidden=8, permutation=Double())  # in the place of an InvConv
     """
 
     channels: int
 
     def weight_and_log_det(self) -> tuple[Tensor, Tensor]:
-        """W (C, C) and log|det W| ()."""
+        """The matrix W (C, C) and log|det W| (); a subclass has to define it."""
         raise TypeError(f"{type(self).__name__} must define weight_and_log_det")
 
     def weight_sources(self) -> list[Tensor] | None:
-        """All tensors that W is a function of, such as :meth:`own_tensors`, where it is one of nothing else.
+        """All tensors that W depends on, such as :meth:`own_tensors`, if it depends on nothing else.
 
-        None, as here: it is not stated, since W may depend on attributes or modes too, and W is not kept.
+        None, as in this base class, where W may depend on attributes or modes too: it is then computed each time.
         """
         return None
 
     def gather_index(self) -> Tensor | None:
-        """The index (C,), int64, where W x is x[:, index] and nothing else: a step then multiplies with no matrix.
+        """The index (C,), int64, if W x is x[:, index] and nothing else: no matrix is needed then.
 
-        None, as here: W is to be multiplied with.
+        None, as in this base class, if W is to be multiplied with.
         """
         return None
 
     def own_tensors(self) -> list[Tensor] | None:
-        """Every parameter and buffer, also of submodules; None with parametrizations, which are code of the user's."""
+        """Every parameter and buffer, also of submodules; None with parametrizations, which are user code."""
         found: list[Tensor | None] = []
         for part in self.modules():
             if "parametrizations" in part._modules:
@@ -67,34 +79,35 @@ class ChannelLinear(FlowLayer):
 
     @classmethod
     def stack_weights(cls, layers: Sequence[ChannelLinear]) -> tuple[Tensor, Tensor]:
-        """W (K, C, C) and log|det W| (K,) of any K layers of one width; a subclass may be faster with its own."""
+        """Stack W (K, C, C) and log|det W| (K,) of K layers of one width; subclasses may be faster."""
         pairs = [layer.weight_and_log_det() for layer in layers]
         return torch.stack([weight for weight, _ in pairs]), torch.stack([log_det for _, log_det in pairs])
 
     @classmethod
     def raw_weights(cls, layers: Sequence[ChannelLinear]) -> tuple[list[Tensor], WeightsOf]:
-        """Tensors, and the function of them that gives what :meth:`stack_weights` does, so that nobody has to keep it.
+        """List tensors, and give the function of them that computes what :meth:`stack_weights` does.
 
-        As here, W and log|det W| themselves, where what they are made of is not known.
+        A backward can so make W again instead of keeping it. In this base class, where it is not known what W is made
+        of, the tensors are W and log|det W| themselves.
         """
         return list(cls.stack_weights(layers)), lambda made: (made[0], made[1])
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x -> z = W x."""
+        """Multiply by W at every position: z = W x."""
         with full_precision(x):
             weight, log_det = self.weight_and_log_det()
         check_input("x", x, self.channels, weight)
         return functional.channel_linear(x, weight, log_det)
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """z -> x = W^-1 z."""
+        """Divide by W at every position: x = W^-1 z."""
         with full_precision(z):
             weight, log_det = self.weight_and_log_det()
         check_input("z", z, self.channels, weight)
         return functional.channel_linear_inverse(z, weight, log_det)
 
     def extra_repr(self) -> str:
-        """Channels, for repr."""
+        """Show the number of channels in the repr."""
         return f"{self.channels}"
 
 
@@ -115,6 +128,17 @@ class InvConv(ChannelLinear):
         ValueError: wrong shape, dtype or device; inverse of a singular W.
 
     Reference: Kingma & Dhariwal 2018, section 3.2.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast import InvConv
+        >>> layer, x = InvConv(channels=3), torch.randn(2, 3, 4, 4)
+        >>> z, log_det = layer(x)
+        >>> torch.allclose(z.norm(), x.norm()), log_det.abs().max() < 1e-4  # it starts as a rotation
+        (True, tensor(True))
+        >>> weight, _ = layer.weight_and_log_det()
+        >>> torch.allclose(z, torch.einsum("ij,njhw->nihw", weight, x), atol=1e-5)
+        True
     """
 
     permutation: Tensor
@@ -137,14 +161,14 @@ class InvConv(ChannelLinear):
         self.log_diag = nn.Parameter(diagonal.abs().log().to(torch.get_default_dtype()))
 
     def weight_and_log_det(self) -> tuple[Tensor, Tensor]:
-        """W (C, C) and log|det W| ()."""
+        """The matrix W (C, C) and log|det W| (), from the parameters."""
         if self.lu:
             weight = lu_weight(self.permutation, self.lower, self.upper, self.log_diag, self.sign_diag)
             return weight, self.log_diag.sum()
         return self.weight, functional.log_abs_det(self.weight)
 
     def weight_sources(self) -> list[Tensor] | None:
-        """Its own tensors, unless a subclass has another W, of which it must say so itself."""
+        """The layer's own tensors; None for a subclass with another W, which has to state its own."""
         return self.own_tensors() if type(self).weight_and_log_det is InvConv.weight_and_log_det else None
 
     @classmethod
@@ -155,13 +179,13 @@ class InvConv(ChannelLinear):
 
     @classmethod
     def raw_weights(cls, layers: Sequence[ChannelLinear]) -> tuple[list[Tensor], WeightsOf]:
-        """Their parameters and buffers, where all layers are of one parameterisation."""
+        """List the parameters and buffers of all layers, if they are of one parameterisation."""
         same = cls.stack_weights.__func__ is InvConv.stack_weights.__func__  # type: ignore[attr-defined]
         raw = _raw_of_convs(layers) if same else None
         return super().raw_weights(layers) if raw is None else raw
 
     def extra_repr(self) -> str:
-        """Channels and parameterisation, for repr."""
+        """Show channels and parameterisation in the repr."""
         return f"{self.channels}, lu={self.lu}"
 
 
@@ -187,7 +211,7 @@ def _raw_of_convs(layers: Sequence[ChannelLinear]) -> tuple[list[Tensor], Weight
 
 
 class Permute(ChannelLinear):
-    """z[:, i] = x[:, index[i]]; log_det = 0.
+    """z[:, i] = x[:, index[i]], channels in another order; log_det = 0.
 
     Args:
         channels: C.
@@ -200,6 +224,12 @@ class Permute(ChannelLinear):
         ValueError: wrong permutation, shape, dtype or device.
 
     References: Dinh et al. 2014 and 2017 (reverse), Kingma & Dhariwal 2018, section 6 (shuffle).
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast import Permute
+        >>> Permute(4, "reverse")(torch.tensor([[0.0, 1.0, 2.0, 3.0]]))
+        (tensor([[3., 2., 1., 0.]]), tensor([0.]))
     """
 
     index: Tensor
@@ -235,23 +265,23 @@ class Permute(ChannelLinear):
         return type(self).weight_and_log_det is Permute.weight_and_log_det
 
     def weight_sources(self) -> list[Tensor] | None:
-        """Its own tensors, unless a subclass has another W."""
+        """The layer's own tensors; None for a subclass with another W."""
         return self.own_tensors() if self._is_own() else None
 
     def gather_index(self) -> Tensor | None:
-        """The index, unless a subclass has another W."""
+        """The index (C,); None for a subclass with another W."""
         return self.index if self._is_own() else None
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x -> z, by gathering channels."""
+        """Map x to z by gathering channels."""
         check_input("x", x, self.channels, self.unit)
         return x.index_select(1, self.index), x.new_zeros(x.shape[0])
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """z -> x, by gathering with the inverse order."""
+        """Map z back to x by gathering with the inverse order."""
         check_input("z", z, self.channels, self.unit)
         return z.index_select(1, self.index.argsort()), z.new_zeros(z.shape[0])
 
     def extra_repr(self) -> str:
-        """Channels and permutation, for repr."""
+        """Show channels and permutation in the repr."""
         return f"{self.channels}, {self.permutation!r}"

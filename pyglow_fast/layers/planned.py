@@ -1,4 +1,4 @@
-"""Plans of memory for runs of steps, made when a forward first has shapes that there is no plan for."""
+"""Plans of memory for runs of steps, made when a forward first sees shapes that there is no plan for."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Costs = Callable[[Sequence[int]], tuple[list[RunCost], RestCost]]  # from the an
 
 
 def planned_spacing(control: DriftControl) -> int:
-    """The spacing of anchors that a plan reckons with.
+    """The distance between stored states (anchors) that a plan reckons with.
 
-    It is the one that a control begins with, which bounds what anchors take while they move apart; the present one,
-    where a drift has made them closer.
+    That is the distance which a drift control begins with, since anchors that move apart take less; or the present one,
+    where a drift has moved them closer together.
     """
     return min(control.spacing, control.first_spacing)
 
@@ -58,7 +58,7 @@ class Plans:
         net_budget: str | int,
         device_type: str,
     ) -> MemoryPlan:
-        """The plan of a forward that begins now.
+        """Give the plan of a forward that begins now, made anew for shapes that have none.
 
         Args:
             controls: of the runs.
@@ -105,7 +105,7 @@ class Plans:
 
 
 def counts(n_steps: int, split: Split) -> dict[str, int]:
-    """How many steps of a run do what, for its report."""
+    """Count the steps of a run that are inverted, checkpointed and stored, for its report."""
     inverted, stored_from = split
     return {"inverted": inverted, "checkpointed": stored_from - inverted, "stored": n_steps - stored_from}
 

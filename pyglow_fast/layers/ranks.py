@@ -17,7 +17,7 @@ def _n_ranks() -> int:
 
 
 def gather(row: Tensor) -> Tensor:
-    """The rows of all ranks of the default group, (R, n), in the order of the ranks; (1, n) without a group."""
+    """Gather the rows of all ranks of the default group, (R, n), in the order of the ranks; (1, n) without a group."""
     if _n_ranks() == 1:
         return row.unsqueeze(0)
     rows = [torch.empty_like(row) for _ in range(_n_ranks())]
@@ -27,7 +27,7 @@ def gather(row: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def refused_alike(device: torch.device, waits: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Around checks of a batch to initialise from: what one rank refuses, all refuse, and none waits for it for ever.
+    """A context for checks of a batch to initialise from: what one rank refuses, all refuse, and none waits.
 
     Args:
         device: where the parameters are.

@@ -16,7 +16,7 @@ from pyglow_fast.layers.coupling_net import conv_for, zero_bias
 
 
 class Squeeze(FlowLayer):
-    """Space to channels: (N, C, *spatial) -> (N, C factor^d, *spatial / factor); log_det = 0.
+    """Move space into channels: (N, C, *spatial) -> (N, C factor^d, *spatial / factor); log_det = 0.
 
     The order is that of pixel_unshuffle, out channel c*4 + 2*dh + dw for images, as in every Glow.
 
@@ -24,6 +24,16 @@ class Squeeze(FlowLayer):
         ValueError: a spatial size does not divide by the factor (forward), or the channels by factor^d (inverse).
 
     Reference: Dinh et al. 2017, section 3.6.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast import Squeeze
+        >>> image = torch.arange(16.0).reshape(1, 1, 4, 4)
+        >>> z, log_det = Squeeze()(image)
+        >>> z.shape, log_det
+        (torch.Size([1, 4, 2, 2]), tensor([0.]))
+        >>> z[0, :, 0, 0]  # the upper left square of 2 x 2 pixels, now four channels
+        tensor([0., 1., 4., 5.])
     """
 
     def __init__(self, factor: int = 2) -> None:
@@ -32,15 +42,15 @@ class Squeeze(FlowLayer):
         self.factor = factor
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x -> z."""
+        """Map x to z, each block of factor^d positions to channels of one position."""
         return functional.squeeze(x, self.factor), x.new_zeros(x.shape[0])
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """z -> x."""
+        """Map z back to x, channels to blocks of positions."""
         return functional.unsqueeze(z, self.factor), z.new_zeros(z.shape[0])
 
     def extra_repr(self) -> str:
-        """Factor, for repr."""
+        """Show the factor in the repr."""
         return f"{self.factor}"
 
 
@@ -63,6 +73,17 @@ class Split(nn.Module):
 
     References: Kingma & Dhariwal 2018, section 3 and the released code's learned split prior; Lugmayr et al. 2020
     (condition).
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast import Split
+        >>> split = Split(channels=4)
+        >>> (kept, factored), _ = split(torch.randn(3, 4, 2, 2))
+        >>> mean, log_sd = split.prior(kept)  # of a fresh layer those of N(0, 1), whatever is kept
+        >>> mean.shape, mean.count_nonzero().item(), log_sd.count_nonzero().item()
+        (torch.Size([3, 2, 2, 2]), 0, 0)
+        >>> split.sample(kept, torch.zeros(3, 2, 2, 2)).equal(mean)  # noise of zeros: the likeliest z2
+        True
     """
 
     def __init__(
@@ -92,11 +113,11 @@ class Split(nn.Module):
         self.border = border_kernel(2 * factored, dims) if border and learn_prior else None
 
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The kept and the factored channels of x."""
+        """Divide x into the channels that are kept and those that are factored out."""
         return x[:, : self.kept], x[:, self.kept :]
 
     def prior(self, kept: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and log_sd of z2 given z1 (and the condition), each like z2."""
+        """Predict mean and log_sd of z2 from z1 (and the condition), each like z2."""
         if not self.learn_prior:
             zeros = kept.new_zeros(kept.shape[0], self.factored, *kept.shape[2:])
             return zeros, zeros
@@ -113,12 +134,12 @@ class Split(nn.Module):
         return mean, log_sd
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """x -> ((z1, z2), log_det = 0)."""
+        """Map x to the pair (z1, z2); log_det = 0."""
         check_input("x", x, self.channels)
         return self.parts(x), x.new_zeros(x.shape[0])
 
     def inverse(self, z: tuple[Tensor, Tensor], cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(z1, z2) -> (x, log_det = 0)."""
+        """Map the pair (z1, z2) back to x; log_det = 0."""
         kept, factored = z
         check_input("z[0]", kept, self.kept)
         expected = (kept.shape[0], self.factored, *kept.shape[2:])
@@ -126,15 +147,15 @@ class Split(nn.Module):
         return torch.cat([kept, factored], dim=1), kept.new_zeros(kept.shape[0])
 
     def log_prob(self, kept: Tensor, factored: Tensor, cond: Tensor | None = None) -> Tensor:
-        """log N(z2; prior(z1)) summed per sample, (N,) nats."""
+        """log N(z2; prior(z1)), the log density of what leaves the flow, summed per sample, (N,) nats."""
         return functional.gaussian_log_prob(factored, *self.prior(kept, cond))
 
     def sample(self, kept: Tensor, noise: Tensor, cond: Tensor | None = None) -> Tensor:
-        """z2 = mean + exp(log_sd) noise; noise like z2 carries the temperature."""
+        """Draw z2 = mean + exp(log_sd) noise; noise is like z2 and carries the temperature."""
         return functional.gaussian_sample(noise, *self.prior(kept, cond))
 
     def extra_repr(self) -> str:
-        """Channels, for repr."""
+        """Show the channels and whether the prior is learned in the repr."""
         return f"{self.channels}, learn_prior={self.learn_prior}"
 
 

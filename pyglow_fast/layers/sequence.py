@@ -33,7 +33,7 @@ from pyglow_fast.reversible.planner import RunPlan
 
 
 def squeeze_time(x: Tensor, mask: Tensor, factor: int = 2) -> tuple[Tensor, Tensor]:
-    """z[:, i C + c, t] = x[:, c, t factor + i], mask[..., factor - 1::factor]: time into channels.
+    """Fold time into channels: z[:, i C + c, t] = x[:, c, t factor + i], mask[..., factor - 1::factor].
 
     What is left of a sample's positions beyond a multiple of the factor is cut off, as in Glow-TTS.
 
@@ -49,6 +49,14 @@ def squeeze_time(x: Tensor, mask: Tensor, factor: int = 2) -> tuple[Tensor, Tens
         ValueError: a wrong factor, x or mask.
 
     Reference: Kim et al. 2020, appendix A.1.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.layers import squeeze_time
+        >>> x, mask = torch.arange(6.0).reshape(1, 1, 6), torch.tensor([[[1.0, 1.0, 1.0, 1.0, 1.0, 0.0]]])
+        >>> squeeze_time(x, mask)  # a sample of 5 positions: two pairs are left
+        (tensor([[[0., 2., 0.],
+                 [1., 3., 0.]]]), tensor([[[1., 1., 0.]]]))
     """
     check_count("factor", factor)
     expect(isinstance(x, Tensor), "x", "a Tensor", type(x).__name__)
@@ -60,7 +68,7 @@ def squeeze_time(x: Tensor, mask: Tensor, factor: int = 2) -> tuple[Tensor, Tens
 
 
 def unsqueeze_time(z: Tensor, mask: Tensor, factor: int = 2) -> tuple[Tensor, Tensor]:
-    """x[:, c, t factor + i] = z[:, i C + c, t], each position of the mask factor times: undoes squeeze_time.
+    """Undo squeeze_time: x[:, c, t factor + i] = z[:, i C + c, t], each position of the mask factor times.
 
     Args:
         z: (N, C factor, T).
@@ -84,12 +92,12 @@ def unsqueeze_time(z: Tensor, mask: Tensor, factor: int = 2) -> tuple[Tensor, Te
 
 
 def masked_condition(mask: Tensor, cond: Tensor | None) -> Tensor:
-    """What the nets of a masked run get besides x1, (N, 1 + C_c, T): see coupling_nets/masks.py."""
+    """Join mask and condition, (N, 1 + C_c, T), as nets of a masked run get them: see coupling_nets/masks.py."""
     return mask if cond is None else torch.cat([mask, cond.to(mask.dtype).expand(-1, -1, mask.shape[2])], dim=1)
 
 
 def log_scale_of_padding(specs: Sequence[CouplingSpec], mask: Tensor, channels: int) -> Tensor:
-    """What the couplings' log-dets count for masked positions, where a net's output is zero: (N,).
+    """Sum the log s that couplings count at masked positions, where a net's output is zero: (N,).
 
     Args:
         specs: of the couplings.
@@ -121,6 +129,16 @@ class MaskedSequence(ReversibleSequence):
             scale maps that are callables; inputs of other shapes; a mask of other values.
 
     References: Kim et al. 2020 (Glow-TTS), Gomez et al. 2017 (reversible backward).
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast import FlowStep, MaskedSequence, WaveNet
+        >>> flow = MaskedSequence([FlowStep(4, net=WaveNet(2, 4, hidden=8, layers=2)) for _ in range(2)])
+        >>> x, mask = torch.randn(2, 4, 10), torch.ones(2, 1, 10)
+        >>> mask[1, :, 6:] = 0  # the second sample ends behind its sixth position
+        >>> z, log_det = flow(x, mask=mask)
+        >>> z[1, :, 6:].count_nonzero().item(), torch.allclose(flow.inverse(z, mask=mask)[0], mask * x, atol=1e-5)
+        (0, True)
     """
 
     def forward(
@@ -132,7 +150,12 @@ class MaskedSequence(ReversibleSequence):
         *,
         plan: RunPlan | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x -> z; plan: of a model with a budget, what this run does, None: as ``memory`` says."""
+        """Map x to z at the positions that the mask says are there.
+
+        Args:
+            x, cond, squeeze_first, plan: see ReversibleSequence; with a mask, x is not squeezed.
+            mask: (N, 1, T), or None for all positions.
+        """
         if mask is None:
             return super().forward(x, cond, squeeze_first, plan=plan)
         expect(not squeeze_first, "squeeze_first", "False with a mask; see squeeze_time", squeeze_first)
@@ -167,7 +190,7 @@ class MaskedSequence(ReversibleSequence):
         return without_padding(z, mask), log_det - log_scale_of_padding(specs, mask, x.shape[1] // 2)
 
     def inverse(self, z: Tensor, cond: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """z -> x."""
+        """Map z back to x at the positions that the mask says are there."""
         if mask is None:
             return super().inverse(z, cond)
         steps, mask = self._checked("z", z, cond, mask)
@@ -182,7 +205,7 @@ class MaskedSequence(ReversibleSequence):
         return without_padding(x, mask), log_det + log_scale_of_padding(specs, mask, z.shape[1] // 2)
 
     def initialize(self, x: Tensor, cond: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Data-dependent initialisation, step after step, from the positions that are there; returns z."""
+        """Initialise step after step from the positions that are there; returns z."""
         if mask is None:
             return super().initialize(x, cond)
         steps, mask = self._checked("x", x, cond, mask)

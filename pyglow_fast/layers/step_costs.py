@@ -1,4 +1,4 @@
-"""What runs of FlowSteps cost in a training step: the description that a plan of memory is made from."""
+"""Costs of runs of FlowSteps in a training step, in bytes and work, from which a plan of memory is made."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional, ops
+from pyglow_fast.coupling_nets.inputs import may_write
 from pyglow_fast.coupling_nets.net_shape import NetShape
 from pyglow_fast.coupling_nets.plan import plan_chunks
 from pyglow_fast.coupling_nets.precision import in_precision
@@ -58,8 +59,8 @@ def _made(net: nn.Module, half: bool) -> int:
 
 
 def _laid_out(net: NetShape, half: bool) -> int:
-    """Bytes of weights that a run makes besides, to multiply the gain in, and of images to lie channels-last."""
-    if half or not isinstance(net, CouplingNet):  # which all lie as they are to at once
+    """Bytes of weights that a run makes besides: with the gain multiplied in, and of nets on images channels-last."""
+    if half or not isinstance(net, CouplingNet):  # what these make has the right form at once
         return 0
     own = net.dims == 2 and not net.border and isinstance(net.norm1, nn.Identity)
     return net.conv3.weight.nbytes + (net.conv1.weight.nbytes if own else 0)
@@ -68,7 +69,7 @@ def _laid_out(net: NetShape, half: bool) -> int:
 def net_cost(
     coupling: Coupling, channels: int, samples: int, spatial: Sequence[int], cond_channels: int, like: Tensor
 ) -> NetCost:
-    """The cost of a coupling's net.
+    """The cost of a coupling's net in a training step.
 
     Args:
         coupling: with its net.
@@ -101,13 +102,13 @@ def net_cost(
             weights = [shape.new_empty(width, 1, *[kernel] * net.dims) for width, kernel in _layers(net)]
             margin = ops.kept_elements(shape, weights, codes, dilations) * size - seen * positions * hidden
             made = _made(net, False)
-        elif isinstance(net, NetShape) and functional.net_as_convolutions(like):  # the input too, as the net takes it
+        elif isinstance(net, NetShape) and functional.net_as_convolutions(like):  # which keep their own input too
             given = 0 if net.border else inputs + beside
             hidden = (2 * net.hidden + net.border + given) * size
             inside = (2 * net.hidden + (given if half else 0)) * size
             freed = net.hidden * size if net.is_plain and not net.border else 0
             made = _made(net, half) + _laid_out(net, half)
-        elif isinstance(net, NetShape):  # as the library's convolutions, relus in place, the output before its gain too
+        elif isinstance(net, NetShape):  # library convolutions, relus in place, and the output before its gain
             hidden = (2 * net.hidden + net.border) * size
             hidden += 0 if beside == 0 or net.border else (inputs + beside) * each
             inside, made = 3 * net.hidden * size, _made(net, half) + net.out_channels * net.hidden * 3**net.dims * size
@@ -144,6 +145,7 @@ def net_cost(
         chunk_for=chunk_for,
         margin=margin,
         copied=copied * each,
+        cloned=seen * (inputs + beside) * each if may_write(net) else 0,
         raw_out=0 if board is None else seen * out * each,
         grad_inside=seen * inside,
         grad_cond=seen * beside * each,
@@ -153,11 +155,11 @@ def net_cost(
     )
 
 
-BLOCK = 16  # channels that the library's convolutions of float32 lie in; to the next multiple of it
+BLOCK = 16  # the library's float32 convolutions lay channels out in blocks of so many, the last one filled up
 
 
 def blocked(*channels: int) -> int:
-    """Numbers by position that the backward of a convolution of the library takes, of its inputs and outputs."""
+    """Count the numbers by position that the library's backward of a convolution takes, of its inputs and outputs."""
     return sum(-(-count // BLOCK) * BLOCK for count in channels)
 
 
@@ -230,7 +232,7 @@ def run_cost(
     anchor_every: str | int | None = "auto",
     squeezes: bool = False,
 ) -> RunCost:
-    """The cost of steps of one width that run joined.
+    """The cost of steps of one width that run joined, from their shapes.
 
     Args:
         steps: as they come, initialised or not.
@@ -333,7 +335,7 @@ def given_run_cost(
     def parts(begin: int, end: int, keeps_states: bool) -> list[ChainPart]:
         return _parts(step_bytes[begin:end], [(0, end - begin)], state, positions, keeps_states, like, control)
 
-    # What autograd keeps of their making is as much as of maps that a step of ours folds; and the maps in one tensor.
+    # Autograd keeps as much of the making of these maps as of those that a FlowStep folds, and the maps stacked in one.
     kept = (FOLD_KEPT + 1) * sum(matrices) + (FOLD_VECTORS + 1) * vector * count
     places = tuple((k, k) for k in range(count + 1))
     last = state + (FOLD_KEPT * matrices[-1] + FOLD_VECTORS * vector) if behind else 0

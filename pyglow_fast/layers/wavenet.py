@@ -44,7 +44,7 @@ class _Gate(torch.autograd.Function):
 
 
 def gated(h: Tensor, dim: int) -> Tensor:
-    """tanh(a) sigmoid(b), a and b the first and second half of the channels of h, which are dimension ``dim``."""
+    """tanh(a) sigmoid(b), the gate of WaveNet; a and b are the halves of h along dimension ``dim``."""
     if is_watched() or not ops.run_on(h):
         a, b = h.chunk(2, dim)
         return a.tanh() * b.sigmoid()
@@ -53,22 +53,22 @@ def gated(h: Tensor, dim: int) -> Tensor:
 
 
 class Conv(NamedTuple):
-    """One convolution along time, as tensors: it keeps the length, padded by zeros."""
+    """One convolution along time, as its tensors: padded by zeros, so that it keeps the length."""
 
     weight: Tensor  # (C_out, C_in, odd size)
     bias: Tensor | None
     dilation: int = 1
 
     def laid_out(self) -> Conv:
-        """The same with a weight (C_out, C_in[, 1, size]) in memory as :meth:`of` reads it, once for all its calls."""
+        """Lay the weight out in memory as :meth:`of` reads it fastest, (C_out, C_in[, 1, size]), once for all calls."""
         if self.weight.shape[2] == 1:
             return self._replace(weight=self.weight.squeeze(2))
         return self._replace(weight=self.weight.unsqueeze(2).contiguous(memory_format=torch.channels_last))
 
     def of(self, x: Tensor) -> Tensor:
-        """The convolution of x (N, C_in, T): (N, C_out, T). With a weight laid out, of (N, T, C_in): (N, T, C_out).
+        """Convolve x (N, C_in, T) to (N, C_out, T); with a weight laid out, x (N, T, C_in) to (N, T, C_out).
 
-        That is for torch an image with its channels last, of one row.
+        To torch the second is an image of one row, with its channels last.
         """
         if self.weight.dim() == 3:
             padding = self.dilation * (self.weight.shape[2] // 2)
@@ -81,7 +81,7 @@ class Conv(NamedTuple):
 
 
 class WaveNetParts(NamedTuple):
-    """The convolutions of a WaveNet of L layers."""
+    """The convolutions of a WaveNet of L layers, as tensors."""
 
     dilated: Sequence[Conv]  # L, from H to 2 H channels
     mixing: Sequence[Conv]  # L, of size 1 from H to 2 H (residual, then skip), the last to H (skip)
@@ -90,7 +90,7 @@ class WaveNetParts(NamedTuple):
     end: Conv | None = None  # of size 1
 
     def laid_out(self) -> WaveNetParts:
-        """These convolutions, laid out as :meth:`Conv.laid_out` does."""
+        """Lay out the weights of all convolutions as :meth:`Conv.laid_out` does."""
         around = (None if conv is None else conv.laid_out() for conv in (self.cond, self.start, self.end))
         return WaveNetParts(
             [conv.laid_out() for conv in self.dilated], [conv.laid_out() for conv in self.mixing], *around
@@ -100,11 +100,10 @@ class WaveNetParts(NamedTuple):
 def run_wavenet(
     parts: WaveNetParts, x: Tensor, cond: Tensor | None, mask: Tensor | None, dropout: float = 0.0
 ) -> Tensor:
-    """m end(sum_l skip_l), h_0 = m start(x), (residual_l, skip_l) = mix_l(gate(dropout(conv_l(h_l)) + cond_l)).
+    """Run the formula of :class:`WaveNet` on given convolutions.
 
-    h_(l+1) = m (h_l + residual_l); gate(a, b) = tanh(a) sigmoid(b). Samples of like lengths run together, and with the
-    channels last, where torch's convolutions are faster and those of size 1 are one product; but where there are too
-    few positions to pay for weights that are laid out so.
+    Samples of similar lengths run together. The channels are last in memory, where torch's convolutions are faster and
+    those of size 1 are one product, unless there are too few positions to pay for laying the weights out so.
 
     Args:
         parts: the convolutions.
@@ -195,15 +194,15 @@ class NormedConv(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """w (C_out, C_in, size)."""
+        """The normalised weight w = gain v / |v|, (C_out, C_in, size)."""
         return self.direction * (self.gain / self._norm())
 
     def parts(self) -> Conv:
-        """The tensors of the convolution, its weight normalised, with the parameters of now."""
+        """The tensors of the convolution, with the weight of the present parameters."""
         return Conv(self.weight, self.bias, self.dilation)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (N, C_in, T) -> (N, C_out, T)."""
+        """Convolve x (N, C_in, T) to (N, C_out, T)."""
         return self.parts().of(x)
 
 
@@ -233,6 +232,13 @@ class WaveNet(nn.Module):
         ValueError: an even kernel size, wrong numbers; an input of another shape, dtype or device.
 
     References: van den Oord et al. 2016 (the gate), Prenger et al. 2018 (in a coupling), Kim et al. 2020 (the mask).
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast import WaveNet
+        >>> net = WaveNet(in_channels=2, out_channels=4, hidden=8, kernel_size=3, dilation_rate=2, layers=3)
+        >>> net(torch.randn(5, 2, 20)).shape, net.halo  # an output position sees 1 + 2 + 4 to each side
+        (torch.Size([5, 4, 20]), 7)
     """
 
     takes_mask = True
@@ -270,13 +276,13 @@ class WaveNet(nn.Module):
 
     @property
     def halo(self) -> int:
-        """Positions to each side that an output depends on."""
+        """How many positions to each side an output position depends on."""
         dilated, _ = self._layers()
         return wavenet_halo(dilated[0].kernel_size, [conv.dilation for conv in dilated])
 
     @property
     def deterministic(self) -> bool:
-        """Whether it repeats itself whatever the random generators: no dropout is active."""
+        """Whether the net gives the same output again whatever the random generators: no dropout is active."""
         return not (self.dropout.training and self.dropout.p)
 
     def bytes_per_position(self, element_size: int) -> int:
@@ -285,13 +291,13 @@ class WaveNet(nn.Module):
         return wavenet_bytes(self.hidden, len(self.dilated), edges, not self.deterministic, element_size)
 
     def forward(self, x: Tensor, cond: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """x (N, in_channels, T) -> (N, out_channels, T)."""
+        """Predict (N, out_channels, T) from x (N, in_channels, T), the condition and the mask."""
         self.check_inputs(x, cond)
         dropout = self.dropout.p if self.dropout.training else 0.0
         return run_wavenet(self._parts(), x, cond, mask, dropout)
 
     def check_inputs(self, x: Tensor, cond: Tensor | None) -> None:
-        """Refuse what the net cannot take."""
+        """Refuse x or cond of a shape, dtype or device that the net cannot take."""
         check_input("x", x, self.in_channels, self.end.weight)
         expect(x.dim() == 3, "x", "shape (N, C, T)", f"shape {tuple(x.shape)}")
         if self.cond is None:

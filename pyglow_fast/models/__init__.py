@@ -1,4 +1,4 @@
-"""Whole models."""
+"""Whole flows: the multi-scale Glow, its configuration, and its training as CUDA graphs."""
 
 from pyglow_fast.models.config import GlowConfig
 from pyglow_fast.models.glow import Glow

@@ -1,4 +1,4 @@
-"""A linear classifier of the top latent, and its loss."""
+"""The class head: a linear classifier of the top latent, and its loss."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ClassHead(nn.Module):
         self.log_gain = nn.Parameter(torch.zeros(n_classes))
 
     def forward(self, z: Tensor) -> Tensor:
-        """z (N, C, *spatial) -> logits (N, n_classes)."""
+        """Predict logits (N, n_classes) from the top latent z (N, C, *spatial)."""
         with torch.autocast(z.device.type, enabled=False):  # the flow state, and what is read off it, stay float32
             pooled = z.flatten(2).mean(2)
             return (full_product(pooled, self.weight.mT) + self.bias) * (3.0 * self.log_gain).exp()

@@ -20,7 +20,7 @@ def level_conditions(
     shapes: Sequence[tuple[int, ...]],
     device: torch.device,
 ) -> list[Tensor | None]:
-    """The checked condition, by level, as it was given: :func:`fitted` brings it to a size.
+    """Check a condition and list it by level, as it was given: :func:`fitted` brings it to a size.
 
     Args:
         cond: None; one tensor (n, channels) or (n, channels, *spatial), which every level brings to its size; or one of
@@ -58,7 +58,7 @@ def level_conditions(
 
 
 def fitted(cond: Tensor | None, spatial: Sequence[int]) -> Tensor | None:
-    """The condition of a level at a state's spatial sizes; see :func:`pyglow_fast.layers.reshape.fit_condition`."""
+    """Bring the condition of a level to a state's sizes; see :func:`pyglow_fast.layers.reshape.fit_condition`."""
     return None if cond is None else fit_condition(cond, tuple(spatial))
 
 

@@ -3,109 +3,144 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pyglow_fast import presets
 from pyglow_fast._errors import expect
-from pyglow_fast.layers.coupling import check_scale_numbers
+from pyglow_fast._settings import MODEL, Range, check_settings, setting, settings
+from pyglow_fast.layers.coupling import SCALE_BIAS, SCALE_CLAMP, SCALE_EPS, SCALE_FACTOR, check_scale_factor
 from pyglow_fast.layers.flow_step import PERMUTATIONS
 from pyglow_fast.reference import COUPLINGS, SCALE_MAPS
 
-MOST_STEPS = 10_000  # of a level: each is some modules and kernels, and so many take minutes to build
-MOST_HIDDEN = 1 << 16  # the 1x1 convolution of one net then has 17 GB of weights
-MOST_CLASSES = 1 << 20  # the largest sets of labelled images have some ten thousand
+_SHAPES = "(C, L), (C, H, W) or (C, D, H, W) of positive ints"
+_STEPS: dict[str, Any] = {"most": 10_000, "why": "each is some modules and kernels: so many take minutes to build"}
+_CLASSES = Range(least=1, most=1 << 20, why="the largest sets of labelled images have some ten thousand")
 
 
+@settings
 @dataclasses.dataclass(frozen=True)
 class GlowConfig:
     """Everything that decides the shape of a Glow's weights; checked on construction.
 
-    Attributes:
-        image_shape: (C, *spatial) of x with 1 to 3 spatial dimensions, each divisible by 2^n_levels.
-        n_levels: L, each with a squeeze, n_steps flow steps and (but for the last) a split.
-        n_steps: K, flow steps per level.
-        n_checkerboard: how many of these come before the squeeze of their level, with checkerboard masks, see Coupling.
-        n_last_checkerboard: 0, or how many steps the last level has instead, all with checkerboards and no squeeze.
-        hidden: width of the coupling nets.
-        coupling: "affine" or "additive".
-        permutation: "invconv" (LU), "invconv_plain", "shuffle" or "reverse".
-        n_classes: number of classes that the top prior is conditioned on; None for none.
-        cond_channels: channels of a conditioning input to every coupling net; 0 for none. A tuple of one number a
-            level: the model then takes one condition a level, of so many channels, at the level's resolution.
-        net_actnorm: ActNorm inside the coupling nets, as in the released code.
-        learn_prior: learned split priors and top prior.
-        scale_map, scale_bias, scale_eps, scale_clamp, scale_factor: of the affine coupling, see Coupling.
-        border: convolutions of the nets and priors also see a ring of ones around the image, see CouplingNet.
-        classify: number of classes that a linear head on the top latent tells apart, see ClassHead; 0 for no head. It
-            goes with n_classes (then the same number) or without.
-        injector: an AffineInjector before the coupling of every flow step, which reads the condition.
-        n_transitions: steps without injector and coupling (actnorm and 1x1 convolution) at the beginning of each level,
-            before its n_steps flow steps.
-        n_splits: levels, from the first on, behind which a part of the channels is factored out; None: all but the
-            last.
-        split_ratio: the share of the channels that a split factors out, C2 = round(split_ratio C).
-        cond_splits: the priors of the splits, which must be learned, read the condition too.
-        learn_top: a learned top prior, if learn_prior; False: N(0, 1).
-
     Raises:
-        ValueError: a value out of its range; the message names it.
+        ValueError: a value out of its range, or values that do not fit each other; the message names it.
+
+    Examples:
+        >>> from pyglow_fast import GlowConfig
+        >>> config = GlowConfig(image_shape=(3, 32, 32), n_levels=3, n_steps=8)
+        >>> config.latent_shapes()  # the shallowest first; together they have as many numbers as the image
+        [(6, 16, 16), (12, 8, 8), (48, 4, 4)]
+        >>> GlowConfig(image_shape=(3, 30, 30), n_levels=3)
+        Traceback (most recent call last):
+            ...
+        ValueError: image_shape: expected sides divisible by ..., found (3, 30, 30)
     """
 
-    image_shape: tuple[int, ...] = (3, 32, 32)
-    n_levels: int = 3
-    n_steps: int = 32
-    hidden: int = 512
-    coupling: str = "affine"
-    permutation: str = "invconv"
-    n_classes: int | None = None
-    cond_channels: int | tuple[int, ...] = 0
-    net_actnorm: bool = False
-    learn_prior: bool = True
-    scale_map: str = "sigmoid"
-    scale_bias: float = 2.0
-    scale_eps: float = 0.0
-    scale_clamp: float = 2.0
-    border: bool = False
-    classify: int = 0
-    scale_factor: float = 1.0
-    n_checkerboard: int = 0
-    n_last_checkerboard: int = 0
-    injector: bool = False
-    n_transitions: int = 0
-    n_splits: int | None = None
-    split_ratio: float = 0.5
-    cond_splits: bool = False
-    learn_top: bool = True
+    image_shape: tuple[int, ...] = setting(
+        (3, 32, 32),
+        "(C, *spatial) of x with 1 to 3 spatial dimensions, each divisible by 2^n_levels; training takes it from the "
+        "images",
+        expected=_SHAPES,
+    )
+    n_levels: int = setting(
+        3,
+        "L, levels of the flow, each with a squeeze, n_steps steps and (but for the last) a split",
+        range=Range(least=1, most=30, why="each halves the sides of the image"),
+        group=MODEL,
+        former="--levels",
+    )
+    n_steps: int = setting(
+        32, "K, steps of the flow in each level", range=Range(least=1, **_STEPS), group=MODEL, former="--steps"
+    )
+    hidden: int = setting(
+        512,
+        "width of the coupling nets",
+        range=Range(least=1, most=1 << 16, why="the 1x1 convolution of one net then has 17 GB of weights"),
+        group=MODEL,
+    )
+    coupling: str = setting(
+        "affine", "affine: y2 = (x2 + shift) s; additive: y2 = x2 + shift", choices=COUPLINGS, group=MODEL
+    )
+    permutation: str = setting(
+        "invconv",
+        "what mixes the channels between couplings: invconv (a 1x1 convolution by its LU factors), invconv_plain (by "
+        "its matrix), shuffle or reverse",
+        choices=PERMUTATIONS,
+        group=MODEL,
+    )
+    n_classes: int | None = setting(
+        None,
+        "classes that the top prior is conditioned on; training takes them from the images",
+        range=_CLASSES,
+    )
+    cond_channels: int | tuple[int, ...] = setting(
+        0,
+        "channels of a conditioning input to every coupling net, 0 for none; a tuple of one number a level: the model "
+        "then takes one condition a level, of so many channels, at the level's resolution",
+        expected="0 or a positive int, or one for each level",
+    )
+    net_actnorm: bool = setting(False, "actnorm inside the coupling nets, as in the released code", group=MODEL)
+    learn_prior: bool = setting(True, "learned priors of the splits and of the top latent, not N(0, 1)", group=MODEL)
+    scale_map: str = setting(
+        "sigmoid", "how a net's output becomes a scale: sigmoid, exp, tanh or atan", choices=SCALE_MAPS, group=MODEL
+    )
+    scale_bias: float = setting(2.0, "added in the sigmoid map, see Coupling", range=SCALE_BIAS, group=MODEL)
+    scale_eps: float = setting(0.0, "added to the scale of the sigmoid map", range=SCALE_EPS, group=MODEL)
+    scale_clamp: float = setting(2.0, "bounds log s of the tanh and atan maps", range=SCALE_CLAMP, group=MODEL)
+    border: bool = setting(False, "the nets and priors see where the image ends: a ring of ones around it", group=MODEL)
+    classify: int = setting(
+        0,
+        "classes that a linear head on the top latent tells apart, 0 for no head; n_classes is then this number or "
+        "None; training takes it from the images",
+        range=dataclasses.replace(_CLASSES, least=0),
+    )
+    scale_factor: float = setting(1.0, "times the scale of the sigmoid map", range=SCALE_FACTOR, group=MODEL)
+    n_checkerboard: int = setting(
+        0,
+        "how many of the K steps come before the squeeze of their level, with checkerboard masks",
+        range=Range(least=0, **_STEPS),
+        group=MODEL,
+        flag="--checkerboard",
+    )
+    n_last_checkerboard: int = setting(
+        0,
+        "steps that the last level has instead, all with checkerboard masks and no squeeze; 0: as all levels",
+        range=Range(least=0, **_STEPS),
+        group=MODEL,
+        flag="--last-checkerboard",
+    )
+    injector: bool = setting(False, "an AffineInjector before the coupling of every step, which reads the condition")
+    n_transitions: int = setting(
+        0,
+        "steps without injector and coupling (actnorm and 1x1 convolution) at the beginning of each level, before its "
+        "n_steps steps",
+        range=Range(least=0, **_STEPS),
+    )
+    n_splits: int | None = setting(
+        None,
+        "levels, from the first on, behind which a part of the channels is factored out",
+        range=Range(least=0),
+        absent="all but the last",
+    )
+    split_ratio: float = setting(
+        0.5,
+        "the share of the channels that a split factors out, C2 = round(split_ratio C)",
+        range=Range(above=0, below=1),
+    )
+    cond_splits: bool = setting(False, "the priors of the splits, which must be learned, read the condition too")
+    learn_top: bool = setting(True, "a learned top prior, if learn_prior; off: N(0, 1)")
 
     def __post_init__(self) -> None:
         expect(isinstance(self.image_shape, Sequence), "image_shape", "a tuple of ints", repr(self.image_shape))
         shape = tuple(self.image_shape)
         object.__setattr__(self, "image_shape", shape)
         is_shape = 2 <= len(shape) <= 4 and all(type(size) is int and 1 <= size < 2**31 for size in shape)
-        expect(is_shape, "image_shape", "(C, L), (C, H, W) or (C, D, H, W) of positive ints", shape)
-        for name in ("n_levels", "n_steps", "hidden"):
-            value = getattr(self, name)
-            found = repr(value) if isinstance(value, str) else value
-            expect(type(value) is int and value >= 1, name, "a positive int", found)
-        expect(self.hidden <= MOST_HIDDEN, "hidden", f"at most {MOST_HIDDEN}", self.hidden)
-        expect(self.n_levels <= 30, "n_levels", "at most 30", self.n_levels)
+        expect(is_shape, "image_shape", _SHAPES, shape)
+        check_settings(self)
         factor = 2**self.n_levels
         divides = all(size % factor == 0 for size in shape[1:])
         expect(divides, "image_shape", f"sides divisible by 2^n_levels = {factor}", shape)
-        expect(self.coupling in COUPLINGS, "coupling", f"one of {COUPLINGS}", repr(self.coupling))
-        expect(self.permutation in PERMUTATIONS, "permutation", f"one of {PERMUTATIONS}", repr(self.permutation))
-        classes_ok = self.n_classes is None or (type(self.n_classes) is int and self.n_classes >= 1)
-        expect(classes_ok, "n_classes", "None or a positive int", self.n_classes)
-        for name in ("classify", "n_transitions", "n_checkerboard", "n_last_checkerboard"):
-            value = getattr(self, name)
-            expect(type(value) is int and value >= 0, name, "0 or a positive int", value)
-        for name in ("n_steps", "n_transitions", "n_checkerboard", "n_last_checkerboard"):
-            expect(getattr(self, name) <= MOST_STEPS, name, f"at most {MOST_STEPS} a level", getattr(self, name))
-        for name in ("n_classes", "classify"):
-            count = getattr(self, name) or 0
-            expect(count <= MOST_CLASSES, name, f"at most {MOST_CLASSES}", count)
         below = self.n_checkerboard < self.n_steps
         expect(below, "n_checkerboard", f"fewer than n_steps = {self.n_steps}", self.n_checkerboard)
         boards = self.n_checkerboard + self.n_last_checkerboard
@@ -115,17 +150,9 @@ class GlowConfig:
         self._check_condition()
         agree = not self.classify or self.n_classes in (None, self.classify)
         expect(agree, "classify", f"0 or n_classes={self.n_classes}", self.classify)
-        expect(self.scale_map in SCALE_MAPS, "scale_map", f"one of {SCALE_MAPS}", repr(self.scale_map))
-        for name in ("net_actnorm", "learn_prior", "border", "injector", "cond_splits", "learn_top"):
-            expect(type(getattr(self, name)) is bool, name, "True or False", repr(getattr(self, name)))
-        for name in ("scale_bias", "scale_eps", "scale_clamp", "scale_factor", "split_ratio"):
-            value = getattr(self, name)
-            is_number = isinstance(value, int | float) and abs(value) < math.inf
-            expect(is_number, name, "a finite number", repr(value))
-            expect(abs(value) <= 1e30, name, "at most 1e30, which float32 can hold", value)
-        check_scale_numbers(self.coupling, self.scale_map, self.scale_eps, self.scale_clamp, self.scale_factor)
-        whole = self.n_splits is None or (type(self.n_splits) is int and 0 <= self.n_splits < self.n_levels)
-        expect(whole, "n_splits", f"None or an int in 0..n_levels - 1 = {self.n_levels - 1}", repr(self.n_splits))
+        check_scale_factor(self.coupling, self.scale_map, self.scale_factor)
+        fewer = self.n_splits is None or self.n_splits < self.n_levels
+        expect(fewer, "n_splits", f"fewer than n_levels = {self.n_levels}, or none", self.n_splits)
         for state, factored in zip(self.level_shapes(), self._factored(), strict=False):
             keeps = 0 < factored < state[0]
             expect(keeps, "split_ratio", f"a share that leaves a part of {state[0]} channels on each side", factored)
@@ -151,7 +178,7 @@ class GlowConfig:
 
     @property
     def dims(self) -> int:
-        """Number of spatial dimensions."""
+        """The number of spatial dimensions of x: 1, 2 or 3."""
         return len(self.image_shape) - 1
 
     @property
@@ -167,7 +194,7 @@ class GlowConfig:
         return not self.n_last_checkerboard or level + 1 < self.n_levels
 
     def level_shapes(self) -> list[tuple[int, ...]]:
-        """(C, *spatial) of the flow state inside each level, after its squeeze."""
+        """List (C, *spatial) of the flow state inside each level, after its squeeze."""
         channels, spatial, shapes = self.image_shape[0], self.image_shape[1:], []
         for level in range(self.n_levels):
             if self.squeezes(level):
@@ -188,14 +215,14 @@ class GlowConfig:
         return [self._factored_of(shape[0]) for shape in self.level_shapes()[: self.splits]]
 
     def latent_shapes(self) -> list[tuple[int, ...]]:
-        """(C, *spatial) of each latent: what each split factors out, shallowest first, then the top state."""
+        """List (C, *spatial) of each latent: what each split factors out, shallowest first, then the top state."""
         states = self.level_shapes()
         parts = zip(self._factored(), states, strict=False)
         return [*((factored, *state[1:]) for factored, state in parts), states[-1]]
 
     @classmethod
     def preset(cls, name: str, **fields: Any) -> GlowConfig:
-        """The architecture of a preset, see :mod:`pyglow_fast.presets`.
+        """Take the architecture of a preset, see :mod:`pyglow_fast.presets`.
 
         Args:
             name: of the preset; ``presets.table()`` lists them.
@@ -216,13 +243,13 @@ class GlowConfig:
         return cls.from_dict(values | fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-able data."""
+        """Give the fields as data that JSON can hold."""
         values = dataclasses.asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GlowConfig:
-        """The inverse of :meth:`to_dict`; a missing key takes its default.
+        """Undo :meth:`to_dict`; a missing key takes its default.
 
         Raises:
             ValueError: an unknown key.

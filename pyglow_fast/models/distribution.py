@@ -113,7 +113,7 @@ class GlowTransform(Transform):
         self.codomain = constraints.independent(constraints.real, self.event_dims)
 
     def with_cache(self, cache_size: int = 1) -> GlowTransform:
-        """The same with another cache."""
+        """Make the same transform with another cache; see torch's Transform."""
         if self._cache_size == cache_size:
             return self
         return GlowTransform(self.model, self._given.y, self._given.cond, cache_size)
@@ -127,7 +127,7 @@ class GlowTransform(Transform):
     __hash__ = Transform.__hash__
 
     def call_and_ladj(self, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """T(eps) and log|det dx/deps|, in one pass (what zuko asks of a transform)."""
+        """Compute T(eps) and log|det dx/deps| in one pass, which zuko asks of a transform."""
         flat, lead = _flat(eps, 1)
         parts = flat.split(self.sizes, dim=1)
         noise = [part.reshape(-1, *shape) for part, shape in zip(parts, self.model.latent_shapes, strict=True)]
@@ -146,16 +146,16 @@ class GlowTransform(Transform):
         return self._back(x)[0]
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """log|det dT/deps| at eps = x, T(eps) = y, in nats, (...)."""
+        """Compute log|det dT/deps| at eps = x, where T(eps) = y, in nats, (...)."""
         return -self._back(y)[1]
 
     def forward_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """(..., D) -> (..., C, *spatial)."""
+        """The shape (..., C, *spatial) of x for noise of shape (..., D)."""
         expect(len(shape) >= 1 and shape[-1] == sum(self.sizes), "eps", f"shape (..., {sum(self.sizes)})", tuple(shape))
         return (*shape[:-1], *self.model.config.image_shape)
 
     def inverse_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """(..., C, *spatial) -> (..., D)."""
+        """The shape (..., D) of noise for x of shape (..., C, *spatial)."""
         event = tuple(self.model.config.image_shape)
         expect(tuple(shape[-len(event) :]) == event, "x", f"shape (..., {', '.join(map(str, event))})", tuple(shape))
         return (*shape[: -len(event)], sum(self.sizes))
@@ -196,12 +196,12 @@ class GlowDistribution(Distribution):
 
     @property
     def support(self) -> constraints.Constraint:
-        """R^(C, *spatial)."""
+        """The values that events may have: any real (C, *spatial)."""
         found: constraints.Constraint = self.transform.codomain
         return found
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> GlowDistribution:
-        """The same distribution for every element of a larger batch."""
+        """Spread the distribution over a larger batch shape, the same for every new element."""
         given = self.transform._given
         found = GlowDistribution(self.model, given.y, given.cond, validate_args=False)
         wide = Size(batch_shape)
@@ -213,13 +213,13 @@ class GlowDistribution(Distribution):
         return found
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """(*sample_shape, *batch_shape, C, *spatial)."""
+        """Draw (*sample_shape, *batch_shape, C, *spatial), differentiable in the parameters."""
         like, lead = self.model._parameter(), (*sample_shape, *self.batch_shape)
         eps = torch.randn(*lead, sum(self.transform.sizes), dtype=like.dtype, device=like.device)
         return self.transform(eps)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """:meth:`rsample` without gradients."""
+        """Draw as :meth:`rsample` does, but without gradients."""
         with torch.no_grad():
             return self.rsample(sample_shape)
 

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import numbers
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast._errors import can_read, check_input, expect
-from pyglow_fast.layers import ActNorm, Split
-from pyglow_fast.layers.planned import Plans
+from pyglow_fast._errors import can_read, check_count, check_input, expect
+from pyglow_fast._tracing import kernels_step_aside
+from pyglow_fast.layers import ActNorm, Coupling, ReversibleSequence, Split
+from pyglow_fast.layers.planned import Plans, planned_spacing, run_key
 from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.likelihood import bits_per_dim, dequantize
 from pyglow_fast.models.class_head import ClassHead
 from pyglow_fast.models.condition import Condition, fitted, level_conditions
 from pyglow_fast.models.config import GlowConfig
 from pyglow_fast.models.distribution import GlowDistribution
+from pyglow_fast.models.exact_nets import exact_nets
 from pyglow_fast.models.graphed import GraphedGlow
 from pyglow_fast.models.level import FlowLevel
 from pyglow_fast.models.prior import TopPrior, check_labels, check_temperature, scaled_noise, standardised
-from pyglow_fast.models.settings import GlowSettings
 from pyglow_fast.models.step_costs import glow_costs
-from pyglow_fast.reversible.costs import RestCost, RunCost
+from pyglow_fast.reversible.limits import call_untraced
+from pyglow_fast.reversible.planner import MemoryPlan, RunPlan, plan_memory
 from pyglow_fast.reversible.setting import parse_memory
 
 
@@ -38,7 +40,7 @@ class _Encoded(NamedTuple):
     states: list[list[Tensor]]
 
 
-class Glow(GlowSettings):
+class Glow(nn.Module):
     """log p(x) = sum over levels of log N(z_l; prior(z_{>l})) + log|det dz/dx|.
 
     Each of the L levels squeezes, applies K flow steps, and (but for the last) factors half of the channels out as a
@@ -66,6 +68,18 @@ class Glow(GlowSettings):
             x (checked on the CPU; on CUDA, where the check would stop the stream, log_prob is NaN then).
 
     Reference: Kingma & Dhariwal 2018.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast import Glow
+        >>> model = Glow(image_shape=(3, 8, 8), n_levels=2, n_steps=2, hidden=8)
+        >>> images = torch.randint(256, (4, 3, 8, 8))
+        >>> model.bits_per_dim(images).mean().backward()  # a training step but for the optimizer
+        >>> latents, log_det = model(images / 256 - 0.5)
+        >>> [tuple(z.shape) for z in latents], torch.allclose(model.inverse(latents)[0], images / 256 - 0.5, atol=1e-4)
+        ([(4, 6, 4, 4), (4, 24, 2, 2)], True)
+        >>> model.sample(2, temperature=0.7).shape
+        torch.Size([2, 3, 8, 8])
     """
 
     def __init__(
@@ -118,13 +132,89 @@ class Glow(GlowSettings):
         )
         self.head = ClassHead(self.state_shapes[-1][0], self.config.classify) if self.config.classify else None
 
-    def _costs(
-        self, samples: int, spacings: Sequence[int], conds: Sequence[Sequence[int] | None] | None
-    ) -> tuple[list[RunCost], RestCost]:
-        return glow_costs(self, samples, spacings, conds)
+    def _sequences(self) -> list[ReversibleSequence]:
+        """All runs of steps, in their order; none of a frozen model."""
+        return [run for level in self.levels for run in level.children() if isinstance(run, ReversibleSequence)]
+
+    @property
+    def memory(self) -> str | int:
+        """The memory mode of all levels, or the bytes of the whole model; "frozen" for a frozen model."""
+        return self._sequences()[0].memory if self._sequences() else "frozen"
+
+    @memory.setter
+    def memory(self, memory: str | int | float) -> None:
+        expect(bool(self._sequences()), "memory", "a model that is not frozen", memory)
+        found = parse_memory(memory)
+        for sequence in self._sequences():
+            sequence.memory = found
+
+    def memory_plan(self, n: int) -> MemoryPlan | None:
+        """Plan a training step on n images of the model's size, from shapes alone; None without a budget.
+
+        What the nets run in is reckoned as it would be now: within torch.autocast call it there.
+
+        Args:
+            n: images of a batch.
+
+        Raises:
+            ValueError: the budget is too small for them; the message says how many bytes are enough.
+        """
+        check_count("n", n)
+        budget, sequences = self.memory, self._sequences()
+        if isinstance(budget, str):
+            return None
+        costs = glow_costs(self, n, [planned_spacing(sequence.control) for sequence in sequences], None)
+        return plan_memory(*costs, budget, sequences[0].memory_budget, self._parameter().device.type)
+
+    def _run_plans(self, x: Tensor, conds: Sequence[Tensor | None]) -> list[list[RunPlan]] | None:
+        """With a budget, what each level's runs of steps do in a forward that is recorded; else None."""
+        if isinstance(self.memory, str) or not torch.is_grad_enabled() or kernels_step_aside():
+            return None
+        return call_untraced(Glow._made_plans, self, self.memory, x, conds)
+
+    def _made_plans(self, budget: int, x: Tensor, conds: Sequence[Tensor | None]) -> list[list[RunPlan]] | None:
+        sequences = self._sequences()
+        wants = [parameter.requires_grad for parameter in self.parameters()]
+        if not (any(wants) or x.requires_grad or any(cond is not None and cond.requires_grad for cond in conds)):
+            return None
+        conditions = tuple(None if cond is None else cond.shape for cond in conds)
+        key = (x.shape, conditions, tuple(wants), run_key(x, self._couplings()))
+        plan = self._plans.of(
+            [sequence.control for sequence in sequences],
+            key,
+            lambda spacings: glow_costs(self, x.shape[0], spacings, conditions),
+            budget,
+            sequences[0].memory_budget,
+            x.device.type,
+        )
+        parts = iter(plan.runs)
+        return [[next(parts) for run in level.children() if run in sequences] for level in self.levels]
+
+    def _couplings(self) -> list[Coupling]:
+        return [module for module in self.modules() if isinstance(module, Coupling)]
+
+    @property
+    def precision(self) -> str:
+        """The precision that all coupling nets compute in."""
+        return self._couplings()[0].precision
+
+    @precision.setter
+    def precision(self, precision: str) -> None:
+        for coupling in self._couplings():
+            coupling.precision = precision
+
+    def memory_report(self) -> list[dict[str, Any]]:
+        """Report on each run of steps, two a level with checkerboards: see ReversibleSequence.memory_report.
+
+        With a budget each also says what the last training step's plan was: how many of its steps are "stored",
+        "checkpointed" and "inverted", and of all runs together "predicted_bytes" and "predicted_time" over that of
+        mode "store".
+        """
+        reports = [sequence.memory_report() for sequence in self._sequences()]
+        return reports if isinstance(self.memory, str) else self._plans.report(reports)
 
     def freeze(self) -> Glow:
-        """A copy for deployment: the same densities, latents and samples from folded weights in buffers.
+        """Make a copy for deployment: the same densities, latents and samples from folded weights in buffers.
 
         Actnorm, 1x1 convolution and their inverses are one matrix a step, the nets' gains and actnorms part of their
         weights: nothing is computed from parameters any more, none asks for a gradient, and the copy stays in
@@ -140,8 +230,22 @@ class Glow(GlowSettings):
         frozen.requires_grad_(False)
         return frozen.eval()
 
+    @contextlib.contextmanager
+    def folded(self) -> Iterator[None]:
+        """A context for many calls of log_prob, encode or sample without gradients, whose folded steps are kept.
+
+        Else, so that no write to a parameter goes unnoticed, their values are compared before each call on a CPU, and
+        folded anew for each one on a GPU. Inside, a write that torch counts (an optimizer's step, loading) is noticed;
+        none may be made through ``.data`` or numpy. For deployment see :meth:`freeze`.
+        """
+        with contextlib.ExitStack() as stack:
+            for steps in self.modules():
+                if isinstance(steps, ReversibleSequence):
+                    stack.enter_context(steps.folded())
+            yield
+
     def resized(self, *spatial: int) -> Glow:
-        """The same model for images of other sizes: it shares all modules, and so parameters, modes and settings.
+        """Make a model for images of other sizes that shares all modules, and so parameters, modes and settings.
 
         Convolutions know no size. With class labels, ``border`` or a condition too the weights are the same.
 
@@ -162,7 +266,7 @@ class Glow(GlowSettings):
     def make_graphed(
         self, x: Tensor, y: Tensor | None = None, cond: Tensor | None = None, n_samples: int | None = None
     ) -> GraphedGlow:
-        """Training steps and sampling as CUDA graphs, for batches like these; see GraphedGlow.
+        """Capture training steps and sampling as CUDA graphs, for batches like these; see GraphedGlow.
 
         Args:
             x, y, cond: a batch as log_prob takes it.
@@ -174,12 +278,12 @@ class Glow(GlowSettings):
         return GraphedGlow(self, x, y, cond, n_samples)
 
     def train(self, mode: bool = True) -> Glow:
-        """Training mode, in which fresh actnorms initialise from data; a frozen model stays in evaluation mode."""
+        """Set training mode, in which fresh actnorms initialise from data; a frozen model stays in evaluation mode."""
         return super().train(mode and bool(self._sequences()))
 
     @property
     def latent_shapes(self) -> list[tuple[int, ...]]:
-        """(C, *spatial) of each latent, shallowest first."""
+        """List (C, *spatial) of each latent, shallowest first."""
         return self.config.latent_shapes()
 
     @property
@@ -187,7 +291,7 @@ class Glow(GlowSettings):
         """Whether every actnorm has seen data (or was loaded so)."""
         return all(module.is_initialized for module in self.modules() if isinstance(module, ActNorm))
 
-    def _refused_alike(self) -> AbstractContextManager[None]:
+    def _refused_alike(self) -> contextlib.AbstractContextManager[None]:
         """Around the checks of a forward: where it would initialise, all ranks refuse what one does."""
         return refused_alike(self._parameter().device, lambda: self.training and not self.is_initialized)
 
@@ -225,7 +329,7 @@ class Glow(GlowSettings):
 
     @torch.no_grad()
     def initialize(self, x: Tensor, cond: Condition | None = None) -> None:
-        """Set every actnorm from x, level by level; happens by itself on the first training forward.
+        """Set every actnorm from x, level by level, as the first training forward does by itself.
 
         x is checked first. Should a step still make NaN or inf of it, the error leaves the actnorms before it set.
         Under torch.distributed all ranks must call it, each with its part of the batch: see ActNorm.
@@ -239,14 +343,14 @@ class Glow(GlowSettings):
                 x, _ = self._split(i).parts(x)
 
     def forward(self, x: Tensor, cond: Condition | None = None) -> tuple[list[Tensor], Tensor]:
-        """x -> (latents, log_det)."""
+        """Map x to its latents, shallowest first, and log_det = log|det dz/dx|."""
         found = self._encode(x, cond)
         return found.latents, found.log_det
 
     def intermediates(
         self, x: Tensor, cond: Condition | None = None, at: Sequence[int] = ()
     ) -> tuple[list[Tensor], list[list[Tensor]], Tensor]:
-        """x -> (latents, states, log_det): those of :meth:`forward`, and states between the steps.
+        """Map x to (latents, states, log_det): what :meth:`forward` gives, and states between the steps.
 
         ``states[l]`` are those of level l behind its steps ``at`` and behind its last one, before its split. Gradients
         flow from each, in every memory mode; they are kept for it.
@@ -295,7 +399,7 @@ class Glow(GlowSettings):
         return _Encoded(latents, priors, log_det, states)
 
     def inverse(self, latents: list[Tensor], cond: Condition | None = None) -> tuple[Tensor, Tensor]:
-        """latents -> (x, log_det), log_det the negative of the forward one."""
+        """Map latents back to x; log_det is the negative of the forward one."""
         self._check_latents(latents)
         conds = self._check_cond(cond, latents[0].shape[0])
         x = latents[-1]
@@ -334,7 +438,7 @@ class Glow(GlowSettings):
     def log_prob_and_logits(
         self, x: Tensor, y: Tensor | None = None, cond: Condition | None = None
     ) -> tuple[Tensor, Tensor]:
-        """:meth:`log_prob` (N,), nats, and :meth:`class_logits` (N, config.classify), from one pass."""
+        """Compute :meth:`log_prob` (N,), nats, and :meth:`class_logits` (N, config.classify) in one pass."""
         head = self._required_head()
         log_prob, top = self._log_prob(x, y, cond)
         return log_prob, head(top)
@@ -372,17 +476,17 @@ class Glow(GlowSettings):
         return bits_per_dim(self.log_prob(x, y, cond), self.config.n_values, n_bins)
 
     def encode(self, x: Tensor, cond: Condition | None = None, precision: str = "fp32") -> list[Tensor]:
-        """The latents of x, all levels: decode(encode(x)) is x up to rounding.
+        """Compute the latents of x, all levels: decode(encode(x)) is x up to rounding.
 
         precision: of the nets; "auto" for the model's own. Rounding to 16 bits, or to TF32, is amplified from step to
         step: a warning says by how much.
         """
-        with self._exact(precision, "encode"):
+        with exact_nets(self, precision, "encode"):
             return self(x, cond)[0]
 
     def decode(self, latents: list[Tensor], cond: Condition | None = None, precision: str = "fp32") -> Tensor:
-        """The x whose latents these are; precision: that of encode."""
-        with self._exact(precision, "decode"):
+        """Compute the x whose latents these are; precision as in :meth:`encode`."""
+        with exact_nets(self, precision, "decode"):
             return self.inverse(latents, cond)[0]
 
     @torch.no_grad()
@@ -394,7 +498,7 @@ class Glow(GlowSettings):
         cond: Condition | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """x = inverse of z_l = mean + temperature sd eps at every level; no gradient is recorded.
+        """Draw x = inverse of z_l = mean + temperature sd eps at every level; no gradient is recorded.
 
         Args:
             n: number of samples.
@@ -440,7 +544,7 @@ class Glow(GlowSettings):
     def from_noise(
         self, noise: list[Tensor], y: Tensor | None = None, cond: Condition | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x, log|det dx/deps|: z_l = mean_l + exp(log_sd_l) eps_l by the priors, then the inverse flow.
+        """Compute x and log|det dx/deps|: z_l = mean_l + exp(log_sd_l) eps_l by the priors, then the inverse flow.
 
         Args:
             noise: eps of every level, of ``latent_shapes``.
@@ -454,7 +558,7 @@ class Glow(GlowSettings):
     def to_noise(
         self, x: Tensor, y: Tensor | None = None, cond: Condition | None = None
     ) -> tuple[list[Tensor], Tensor]:
-        """eps of every level and log|det deps/dx|, the inverse of :meth:`from_noise`: eps_l = (z_l - mean_l) / sd_l."""
+        """Compute eps_l = (z_l - mean_l) / sd_l of every level and log|det deps/dx|, undoing :meth:`from_noise`."""
         check_labels(y, x.shape[0], self.config.n_classes)
         found = self._encode(x, cond)
         latents, log_det = found.latents, found.log_det
@@ -474,5 +578,5 @@ class Glow(GlowSettings):
         return [split for split in self.splits if isinstance(split, Split)]
 
     def as_distribution(self, y: Tensor | int | None = None, cond: Tensor | None = None) -> GlowDistribution:
-        """This model with the interface of torch.distributions; see GlowDistribution."""
+        """Wrap the model in the interface of torch.distributions; see GlowDistribution."""
         return GlowDistribution(self, y, cond)

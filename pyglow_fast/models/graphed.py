@@ -61,6 +61,20 @@ class GraphedGlow:
     ("skipped" in ``model.memory_report()``); the next step then captures anew, with anchors closer together. Leave a
     lost step's update out where your loop reads a value anyway, or repeat the step on the model itself, which redoes
     what has drifted; pyglow-fast's own training does so.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.models import Glow, GraphedGlow
+        >>> model, x = Glow(image_shape=(1, 8, 8), n_levels=1, n_steps=2, hidden=8), torch.rand(4, 1, 8, 8) - 0.5
+        >>> model.initialize(x)
+        >>> if torch.cuda.is_available():
+        ...     graphed: GraphedGlow = model.cuda().make_graphed(x.cuda())
+        ...     loss = graphed.train_step(x.cuda())  # one launch runs all kernels, forward and backward
+        ... else:  # CUDA graphs need a GPU; elsewhere the step is the model's own
+        ...     loss = -model.log_prob(x).mean()
+        ...     loss.backward()
+        >>> loss.shape, all(parameter.grad is not None for parameter in model.parameters())
+        (torch.Size([]), True)
     """
 
     def __init__(self, model: Glow, x: Tensor, y: Tensor | None, cond: Tensor | None, n_samples: int | None) -> None:
@@ -95,7 +109,9 @@ class GraphedGlow:
         self._lost = torch.zeros((), dtype=torch.bool, device=device)
 
     def train_step(self, x: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
-        """The loss, in nats; afterwards every parameter's ``.grad`` is its gradient (nothing is accumulated).
+        """Run one training step: returns the loss, in nats, and leaves every gradient in its parameter's ``.grad``.
+
+        Gradients are replaced and not added to those of the step before.
 
         Args:
             x, y, cond: of the shapes and dtypes that the graph was made with.
@@ -116,11 +132,11 @@ class GraphedGlow:
 
     @property
     def lost(self) -> Tensor:
-        """Whether gradients of the last train_step are zero since states drifted: a bool tensor () on the device."""
+        """Whether gradients of the last train_step are zero because states drifted: a bool tensor () on the device."""
         return self._lost
 
     def sample(self, temperature: float | Tensor = 1.0, y: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
-        """(n_samples, C, *spatial); y is drawn uniformly if the model has classes and None is given."""
+        """Draw (n_samples, C, *spatial); y is drawn uniformly if the model has classes and None is given."""
         check_temperature(temperature, self.n_samples)
         n_classes = self.model.config.n_classes
         if y is None and n_classes is not None:

@@ -1,4 +1,4 @@
-"""One level of a Glow."""
+"""One level of a Glow: its squeeze and its steps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Steps = ReversibleSequence | FrozenSteps
 class FlowLevel(nn.Module):
     """One level: steps with checkerboard masks, if any, then a squeeze and steps with channel masks, if any.
 
-    Of the latter those without a coupling come first.
+    Among the steps with channel masks those without a coupling come first.
 
     Args:
         config: of the whole model.
@@ -50,7 +50,7 @@ class FlowLevel(nn.Module):
                 setattr(self, name, FrozenSteps(steps))
 
     def forward(self, x: Tensor, cond: Tensor | None, plans: Sequence[RunPlan] | None = None) -> tuple[Tensor, Tensor]:
-        """x (N, C, *spatial) -> z (N, C 2^d, *spatial / 2), unless the level has no squeeze; log_det (N,).
+        """Map x (N, C, *spatial) to z (N, C 2^d, *spatial / 2), unless the level has no squeeze; log_det (N,).
 
         plans: of its runs of steps, None: as the memory mode of each says.
         """
@@ -68,9 +68,9 @@ class FlowLevel(nn.Module):
     def intermediates(
         self, x: Tensor, cond: Tensor | None, at: Sequence[int], plans: Sequence[RunPlan] | None = None
     ) -> tuple[list[Tensor], Tensor]:
-        """x -> the states behind the steps ``at`` after the squeeze, and behind the last one; log_det (N,).
+        """Map x to the states behind the steps ``at`` after the squeeze, and behind the last one; log_det (N,).
 
-        Not of a frozen level, nor of one with checkerboards.
+        A frozen level, or one with checkerboards, has no such states.
         """
         assert isinstance(self.steps, ReversibleSequence)
         assert self.checkerboard is None
@@ -78,7 +78,7 @@ class FlowLevel(nn.Module):
         return self.steps.intermediates(x, halved, at, squeeze_first=True, plan=plan)
 
     def inverse(self, z: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
-        """z -> x, log_det (N,)."""
+        """Map z back to x; log_det (N,) is the negative of the forward one."""
         log_det: Tensor | None = None
         if self.steps is not None:
             z, log_det = self.steps.inverse(z, fitted(cond, z.shape[2:]))
@@ -90,7 +90,7 @@ class FlowLevel(nn.Module):
         return z, log_det
 
     def initialize(self, x: Tensor, cond: Tensor | None) -> Tensor:
-        """Data-dependent initialisation, step after step, each from the output of those before it."""
+        """Initialise step after step from data, each from the output of those before it."""
         if self.checkerboard is not None:
             x = self.checkerboard.initialize(x, fitted(cond, x.shape[2:]))
         if self.steps is not None:

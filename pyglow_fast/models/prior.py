@@ -37,7 +37,7 @@ class TopPrior(nn.Module):
         self.border = border_kernel(2 * channels, dims) if border and learn else None
 
     def forward(self, like: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Mean and log_sd, each broadcastable to ``like`` (N, C, *spatial)."""
+        """Give mean and log_sd of the prior, each broadcastable to ``like`` (N, C, *spatial)."""
         values = like.new_zeros(1, 2 * self.channels) if self.mean_log_sd is None else self.mean_log_sd.unsqueeze(0)
         if self.class_offset is not None:
             assert y is not None  # checked by check_labels before
@@ -80,7 +80,7 @@ def check_temperature(temperature: float | Tensor, n: int) -> None:
 
 
 def standardised(z: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
-    """eps = (z - mean) / exp(log_sd), the inverse of gaussian_sample."""
+    """eps = (z - mean) / exp(log_sd), which undoes gaussian_sample."""
     return (z - mean) * (-log_sd).exp()
 
 

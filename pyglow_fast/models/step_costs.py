@@ -1,4 +1,4 @@
-"""What a training step of a Glow costs: its runs of steps, and all that is beside them."""
+"""Costs of a training step of a Glow: of its runs of steps, and of all that is beside them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from pyglow_fast.models.glow import Glow
 
 
-LEAST_BLOCKED = 20480  # numbers of an input: of fewer, of one image, it gathers what the taps read
+# The library's convolution of one image with fewer input numbers gathers what each tap of the kernel reads; of others
+# it lays the channels out in blocks.
+LEAST_BLOCKED = 20480
 
 
 def _convolution_scratch(split: Split, samples: int, positions: int, size: int) -> tuple[int, int]:
@@ -49,7 +51,7 @@ def _split_cost(split: Split, samples: int, positions: int, size: int) -> PriorC
 def glow_costs(
     model: Glow, samples: int, spacings: Sequence[int], conds: Sequence[Sequence[int] | None] | None = None
 ) -> tuple[list[RunCost], RestCost]:
-    """The runs of steps of a training step of log_prob on so many samples, in their order, and the rest.
+    """The cost of each run of steps in a training step of log_prob on so many samples, in order, and of the rest.
 
     Args:
         model: for its shapes, settings and dtype.

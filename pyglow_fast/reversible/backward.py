@@ -1,4 +1,4 @@
-"""The backward of a chain of flow steps, from its output and what the forward kept."""
+"""Backward of a chain of flow steps, from its output and what the forward kept."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class _Parts:
 
 
 class ChainBackward(Walk):
-    """Walks a part of a chain back, or differentiates it from kept states; each net runs once a step, chunk by chunk.
+    """Walks a part of a chain back, or differentiates it from kept states; each net runs once a step, in chunks.
 
     Args:
         chain: the part.
@@ -77,12 +77,12 @@ class ChainBackward(Walk):
 
     @property
     def grad_log_det(self) -> Tensor:
-        """That of the part's log_det, (N,)."""
+        """The gradient of the part's log_det, (N,)."""
         assert self._grad_log_det is not None  # else nothing is differentiated
         return self._grad_log_det
 
     def run(self, z: Tensor, grad_z: Tensor) -> Tensor:
-        """grad_x; the other gradients are attributes."""
+        """Compute the gradient of x from that of z; all other gradients become attributes."""
         if not self.kept.states:
             return super().run(z, grad_z)
         self.part.whole.checkpointed(self.part.first, z.device)
@@ -90,7 +90,7 @@ class ChainBackward(Walk):
         return self._differentiate(0, self.kept.states, self.x, grad_z)
 
     def continued(self, known: KnownStates, grad_z: Tensor) -> Tensor:
-        """As :meth:`run`, where a drift behind this part has made its last states known."""
+        """Do what :meth:`run` does, where a drift behind this part has made its last states known."""
         self.n_steps = known.first
         grad = self._differentiate(known.first, known.states, known.x, grad_z)
         self.cond_sum.close()
@@ -106,7 +106,7 @@ class ChainBackward(Walk):
         return witness_drift(x, before_map(self.kept.sketch, x, inverse, self.offsets[k], index, mask))
 
     def drift(self, first: int, x: Tensor, measures: Sequence[Measure]) -> Tensor:
-        errors = [error for error in measures if isinstance(error, Tensor)]  # of the first step, if of any
+        errors = [error for error in measures if isinstance(error, Tensor)]  # at most one, of the first step
         pairs = [pair for pair in measures if isinstance(pair, tuple)]
         if pairs and self.kept.seen is not None:
             steps = slice(first + len(errors), first + len(measures))
@@ -120,7 +120,7 @@ class ChainBackward(Walk):
         return mask_of(self.cond) if self.chain.masked and self.cond is not None else None
 
     def invert(self, k: int, y: Tensor, grad_y: Tensor, anchor: Tensor | None) -> tuple[Tensor, Tensor]:
-        """From step k's output: its input, recomputed, and the gradient of it; that uses the true input where known.
+        """Recompute step k's input from its output, and the gradient of it; that uses the true input where known.
 
         The one run of the net serves the inversion and the differentiation.
         """
@@ -166,7 +166,7 @@ class ChainBackward(Walk):
         return grad_x
 
     def redo(self, first: int, last: int, x: Tensor | None, grad: Tensor) -> Tensor:
-        """The exact gradient of steps first .. last; where x is not known, the parts before learn their states too."""
+        """Compute the exact gradient of steps first .. last; if x is unknown, earlier parts learn their states too."""
         if x is None:
             assert self._restored is not None  # of a backward that differentiates
             x, redone = self._restored()
@@ -174,7 +174,7 @@ class ChainBackward(Walk):
         return self._differentiate(first, self.states(first, last, x), x, grad)
 
     def states(self, first: int, last: int, x: Tensor) -> list[Tensor]:
-        """u of steps first .. last, forward from the true input of the first."""
+        """List u of steps first .. last, computed forward from the true input of the first."""
         squeezes = first == 0 and self.chain.squeeze_first
         u = functional.channel_mix(x, self.matrices[first], self.offsets[first], squeezes, self.indices[first])
         u = self.chain.masked_state(u, self.cond)
@@ -188,7 +188,7 @@ class ChainBackward(Walk):
         return states
 
     def output(self, u: Tensor) -> Tensor:
-        """The part's output from the state u of its last step."""
+        """Compute the part's output from the state u of its last step."""
         k = len(self.chain) - 1
         return functional.coupling(u, self._repeated(k, u), self.chain.specs[k])[0]
 

@@ -27,7 +27,7 @@ from pyglow_fast.reversible.trail import KnownStates, Trail, Trails
 
 @dataclass(frozen=True)
 class Chain:
-    """K flow steps of one width that are a part of a run, apart from its tensors.
+    """K flow steps of one width that are a part of a run: all but its tensors.
 
     Attributes:
         nets: of each step.
@@ -62,24 +62,24 @@ class Chain:
         return self.part.first == self.group.first
 
     def maps(self, of: FoldedMaps | OpenGroup) -> MapsOfPart:
-        """Those of its steps, of the group's."""
+        """The channel maps of the part's steps, out of those of its group."""
         return of.of_part(slice(self.part.first - self.group.first, self.part.end - self.group.first))
 
     def masked_state(self, u: Tensor, cond: Tensor | None) -> Tensor:
-        """u, without what a channel map makes of positions that are masked."""
+        """Set u to zero at masked positions, where a channel map has put its offset."""
         return u.mul_(mask_of(cond)) if self.masked and cond is not None else u
 
     def positions(self, z: Tensor, cond: Tensor | None) -> Tensor | int:
-        """How many positions count: of each sample its own, (N,), with a mask."""
+        """Count the positions: with a mask of each sample its own, (N,)."""
         return positions_of(cond) if self.masked and cond is not None else n_positions(z)
 
     @property
     def params(self) -> list[nn.Parameter]:
-        """The parameters of all nets, one after another."""
+        """List the parameters of all nets, one net after another."""
         return [parameter for net in self.nets for parameter in net.params]
 
     def params_of(self, params: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-        """The flat list of parameters, by step."""
+        """Cut the flat list of parameters by step."""
         parts, at = [], 0
         for net in self.nets:
             parts.append(params[at : at + len(net.names)])
@@ -88,20 +88,20 @@ class Chain:
 
 
 class Run:
-    """What the parts of one forward share: where each is, and where a backward has come to."""
+    """State that the parts of one forward share: where each is, and where a backward has come to."""
 
     def __init__(self) -> None:
         self.trails = Trails()
         self.nodes: dict[int, weakref.ref[Any]] = {}  # the functions of the parts, by index, as long as the graph lives
 
     def node(self, index: int) -> Any:
-        """The function of a part."""
+        """The autograd function of a part, as long as the graph lives."""
         return self.nodes[index]()
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What a forward pass keeps besides its input and output: states by step, and what repeats the nets' runs."""
+    """Tensors that a forward pass keeps besides its input and output: states by step, and what repeats the nets."""
 
     anchors: dict[int, Tensor]  # inputs of steps but the first; none if checkpointing
     states: list[Tensor]  # u of every step; none unless checkpointing
@@ -114,7 +114,7 @@ class Kept:
 def forward_pass(
     chain: Chain, x: Tensor, cond: Tensor | None, maps: MapsOfPart, params: Sequence[Sequence[Tensor]]
 ) -> tuple[Tensor, Tensor, Kept]:
-    """z, the couplings' log_det (N,), and what is kept. Between nets there is one pass; two where an anchor lies."""
+    """Compute z, the couplings' log_det (N,), and what is kept, in one pass between two nets; two at an anchor."""
     keeps_states, anchor_steps = chain.part.whole.keeps_states, set(chain.part.anchors)
     anchors, states, memos = {}, [], []
     seen: list[Tensor] = []
@@ -131,7 +131,7 @@ def forward_pass(
             seen.append(project(u))
         net_out, memo = net.forward(u[:, : net.reads(u.shape[1])], cond, params[k])
         memos.append(memo)
-        with in_precision(net.precision, u):  # which does not show in an output in float32
+        with in_precision(net.precision, u):  # its precision does not show in an output in float32
             lowest = lowest_precision(lowest, net_out, params[k])
         if following is None:
             u, step_log_det = functional.coupling(u, net_out, spec)
@@ -200,7 +200,7 @@ def _restored(chain: Chain, trail: Trail) -> tuple[Tensor, int]:
         saved = _Saved.of(ctx)
         if ctx.chain.group is not group:
             group = ctx.chain.group
-            # Of this part's own group nothing is asked for again: what has opened it may have been freed since.
+            # The maps of this part's own group are those that are open; the part that opened them may be freed by now.
             if group is chain.group:
                 folded = trail.maps.maps
             else:
@@ -286,11 +286,11 @@ def run_chain(
     squeeze_first: bool = False,
     masked: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """z and log|det dz/dx| of K steps: u = M x + c, then the coupling of u, K times. torch.compile must not trace it.
+    """Compute z and log|det dz/dx| of K steps: u = M x + c, then the coupling of u, K times.
 
-    Memory that lives until the backward: x, z, and per step an (N, C) projection, plus the anchors that the pass asks
-    for, and a sketch of each part's first state; or the state of every step if it wants all. Nothing of the nets,
-    nothing of the maps.
+    torch.compile must not trace it. Memory that lives until the backward: x, z, and per step an (N, C) projection, plus
+    the anchors that the pass asks for, and a sketch of each part's first state; or the state of every step if it wants
+    all. Nothing of the nets is kept, and nothing of the maps.
 
     Args:
         nets, specs: of the steps.

@@ -17,25 +17,25 @@ from itertools import pairwise
 # for "checkpoint" and "reversible" over "store" 1.30 and 1.31 (a; measured 1.26 and 1.31), 1.26 and 1.32 (b; 1.08 and
 # 1.13), 1.29 and 1.33 (c; 1.24 and 1.27), 1.30 and 1.30 (e; 1.32 and 1.33).
 STEP_WORK = 32 * 10**6  # of a step besides its net: autograd, Python
-INVERTED_STEP_WORK = 16 * 10**6  # what it takes more to be inverted and witnessed
-INVERTED_VALUE_WORK = 5  # the same for each byte of the state
+INVERTED_STEP_WORK = 16 * 10**6  # what an inverted step takes more, with its check against drift
+INVERTED_VALUE_WORK = 5  # and more for each byte of its state
 RECOMPUTED_STEP_WORK = 8 * 10**6  # what a step takes more to be recomputed, besides its net
-RECOMPUTED_RUN_WORK = 60 * 10**6  # and a run of which some are, however few: the first step costs 2 to 3 ms (b, c)
+RECOMPUTED_RUN_WORK = 60 * 10**6  # and a run with any such steps, however few: the first step costs 2 to 3 ms (b, c)
 STORED_BYTE_WORK = 8  # to write a net's activations to memory, and read them again
 GRADIENTS_WORK = 3  # forward and backward of a net over its forward
 
-# Of the maps that are folded together, in matrices and in vectors of as many numbers as there are channels, each: what
-# autograd keeps of their making, and what that and its derivative take for a moment. In a backward that inverts steps
-# also gradients and inverses, which plain torch makes in float64.
+# Memory of the maps that are folded together, as so many matrices, and vectors of a number for each channel, for each
+# map: what autograd keeps of the folding; what folding and its derivative take for a moment; and, in a backward that
+# inverts steps, the gradients and the inverses, which plain torch makes in float64.
 FOLD_KEPT, FOLD_MAKING, FOLD_BACKWARD, FOLD_VECTORS = 5, 3, 4, 12
 OPEN_MAPS, INVERTING = 2, 7
 SQUEEZING = 5  # states, where a run's input is not squeezed as it is read
-SMALL = 512  # bytes of numbers by step, sample or channel that are too few to be told apart; the allocator's rounding
+SMALL = 512  # bytes allowed for a few numbers by step, sample or channel, and for the allocator's rounding
 
 
 @dataclass(frozen=True)
 class ChunkCost:
-    """The largest chunk of a net, in positions (times samples) that it reads and that it gives.
+    """Size of a net's largest chunk, in positions (times samples) that it reads and that it gives.
 
     ``work``: positions that all chunks read over those that they give, in thousandths.
     """
@@ -48,24 +48,25 @@ class ChunkCost:
 
 @dataclass(frozen=True)
 class NetCost:
-    """Bytes and work of one net on a batch; what is "each" is by position and sample of the state.
+    """Bytes and work of one net on a batch; "each" says that bytes are for one position of one sample of the state.
 
     Attributes:
         positions: samples times positions.
         hidden: bytes, each, that a run with a record keeps of the net's inside.
-        margin: the same, in all, besides.
-        copied: each, of what the net reads, where that is no view.
-        out: each, of the output.
-        raw_out: each, of the output as the net itself gives it where the coupling takes a part of that; else 0.
-        grad_inside: each, of gradients inside the net that are tensors.
-        freed: each, of ``hidden`` that a recomputed net frees before its last gradients inside are there.
-        grad_read: each, of the gradient of what it reads of the state.
-        grad_cond: each, of that of the condition.
-        params: of the parameters that want gradients.
-        made: of weights that are made of the parameters.
-        largest: of one parameter, the most.
+        margin: bytes that such a run keeps besides, in all.
+        copied: bytes, each, of the net's input, where that is no view of the state.
+        cloned: bytes, each, of copies of that for a net that may write to it; their gradients are those of its input.
+        out: bytes, each, of the output.
+        raw_out: bytes, each, of the net's own output, where the coupling takes a part of that; else 0.
+        grad_inside: bytes, each, of gradients inside the net that are tensors.
+        freed: bytes, each, of ``hidden`` that a recomputed net frees before its last gradients inside are there.
+        grad_read: bytes, each, of the gradient of what the net reads of the state.
+        grad_cond: bytes, each, of the gradient of the condition.
+        params: bytes of the parameters that want gradients.
+        made: bytes of weights that are made of the parameters.
+        largest: bytes of the largest parameter.
         work: multiply-adds of the forward on the batch.
-        chunk_for: how the batch is cut for a budget of the net's activations.
+        chunk_for: gives how the batch is cut for a budget of the net's activations.
     """
 
     positions: int
@@ -77,6 +78,7 @@ class NetCost:
     chunk_for: Callable[[str | int], ChunkCost]
     margin: int = 0
     copied: int = 0
+    cloned: int = 0
     raw_out: int = 0
     grad_inside: int = 0
     grad_cond: int = 0
@@ -86,45 +88,45 @@ class NetCost:
 
     @property
     def output(self) -> int:
-        """Bytes of the output."""
+        """The bytes of the output."""
         return self.positions * self.out
 
     @property
     def stored(self) -> int:
-        """Bytes that a run with a record keeps, besides views of the state and the output."""
-        return self.positions * (self.hidden + self.copied) + self.margin + self.made
+        """Count the bytes that a run with a record keeps, besides views of the state and the output."""
+        return self.positions * (self.hidden + self.copied + self.cloned) + self.margin + self.made
 
     @property
     def grad_state(self) -> int:
-        """Bytes of the gradient of what is read of the state."""
+        """Count the bytes of the gradient of what the net reads of the state."""
         return self.positions * self.grad_read
 
     @property
     def grads(self) -> int:
-        """Bytes that all gradients of parameters take as they come."""
+        """Count the bytes that all gradients of parameters take as they come."""
         return self.params + self.made
 
     @property
     def grads_inside(self) -> int:
-        """Bytes of gradients of tensors between the output and the state, each."""
+        """Count the bytes, each, of gradients of tensors between the output and the state."""
         return self.raw_out + self.grad_inside + self.copied + self.grad_read + self.grad_cond
 
     def running(self, chunk: ChunkCost) -> int:
-        """The most bytes while a chunk runs and gives its output, the output included."""
-        inside = self.hidden + self.copied + self.out + self.raw_out
+        """Count the most bytes while a chunk runs and gives its output, the output included."""
+        inside = self.hidden + self.copied + self.cloned + self.out + self.raw_out
         return chunk.taken * inside + self.margin + self.made
 
     def going_back(self, chunk: ChunkCost) -> int:
-        """The most bytes while a chunk, which has run, is differentiated; its output and the gradient included."""
+        """Count the most bytes while a chunk that has run is differentiated; its output and the gradient included."""
         cropped = 0 if chunk.given == chunk.taken else self.out
-        inside = self.hidden - self.freed + self.copied + self.out + cropped + self.grads_inside
+        inside = self.hidden - self.freed + self.copied + self.cloned + self.out + cropped + self.grads_inside
         summing = 0 if chunk.whole else self.largest
         return chunk.taken * inside + chunk.given * self.out + self.margin + self.made + self.grads + summing
 
 
 @dataclass(frozen=True)
 class CouplingCost:
-    """A coupling or injector with the channel map before it.
+    """Cost of a coupling or injector with the channel map before it.
 
     Attributes:
         net: its net.
@@ -142,12 +144,12 @@ class MapsCost:
     """Bytes of channel maps that are folded together.
 
     Attributes:
-        kept: by autograd, of their making.
-        making: beside that, while they are made.
-        back: the same, while their gradients become those of what they are made of.
-        opened: kept in a backward that recomputes states.
-        inverting: beside that, while they are inverted.
-        matrices: their own bytes, and those of their gradients.
+        kept: what autograd keeps since they were folded.
+        making: what is needed beside ``kept`` while they are folded.
+        back: what is needed beside ``kept`` while their gradients become those of the parameters.
+        opened: what a backward that recomputes states keeps of them.
+        inverting: what is needed beside ``opened`` while they are inverted.
+        matrices: the maps themselves; their gradients take as many bytes again.
     """
 
     kept: int
@@ -159,7 +161,7 @@ class MapsCost:
 
     @classmethod
     def of(cls, couplings: Sequence[CouplingCost], given: bool = False) -> MapsCost:
-        """Of the maps before these; of given ones, which were made before the run, only what their use takes."""
+        """Add up the maps before these couplings; of ``given`` ones, made before the run, only what their use takes."""
         matrices = sum(coupling.matrix for coupling in couplings)
         if given:
             return cls(0, 0, matrices, OPEN_MAPS * matrices, INVERTING * matrices, matrices)
@@ -173,7 +175,7 @@ class MapsCost:
 
 @dataclass(frozen=True)
 class ChainPart:
-    """Couplings first .. end - 1, counted within what is recomputed together, as one autograd function.
+    """Consecutive couplings first .. end - 1 that are one autograd function, counted among those recomputed together.
 
     Attributes:
         anchors: couplings but the first whose input is kept.
@@ -193,7 +195,7 @@ class ChainPart:
 
 @dataclass(frozen=True)
 class RunCost:
-    """What a run of couplings of one width costs.
+    """Cost of a run of couplings of one width in a training step.
 
     Attributes:
         couplings: in their order.
@@ -223,17 +225,17 @@ class RunCost:
 
     @cached_property
     def maps(self) -> Callable[[int, int], MapsCost]:
-        """Gives the cost of the channel maps before couplings first .. end - 1."""
+        """Add up the cost of the channel maps before couplings first .. end - 1."""
         return cache(lambda first, end: MapsCost.of(self.couplings[first:end], self.given))
 
     @cached_property
     def alike(self) -> list[tuple[int, int]]:
-        """(first, one past the last) of the couplings around each one that cost what it does."""
+        """Find (first, one past the last) of the couplings around each one that cost the same."""
         ends = [k for k, (a, b) in enumerate(pairwise(self.couplings), 1) if a.net is not b.net or a.matrix != b.matrix]
         return [own for own in pairwise([0, *ends, len(self.couplings)]) for _ in range(*own)]
 
     def work(self, first: int, second: int, budget: str | int) -> int:
-        """The time of forward and backward of the plan, in multiply-adds."""
+        """Estimate the time of forward and backward of a plan, in multiply-adds."""
         total = RECOMPUTED_RUN_WORK if second else 0
         for k, coupling in enumerate(self.couplings):
             net = coupling.net
@@ -250,7 +252,7 @@ class RunCost:
 
 @dataclass(frozen=True)
 class PriorCost:
-    """A term of the log-likelihood besides the log-dets, counted behind all runs.
+    """Cost of a term of the log-likelihood besides the log-dets, counted behind all runs.
 
     Attributes:
         kept: bytes from its forward until its backward.
@@ -266,7 +268,7 @@ class PriorCost:
 
 @dataclass(frozen=True)
 class JoinCost:
-    """What lies behind a run.
+    """Cost of what lies behind a run, where gradients of parts of its output become one.
 
     Attributes:
         gradients: bytes held of gradients of parts of the run's output, which become one.
@@ -279,7 +281,7 @@ class JoinCost:
 
 @dataclass(frozen=True)
 class RestCost:
-    """The model but for its runs.
+    """Cost of all of the model that is not in its runs.
 
     Attributes:
         base: bytes that are there all the time.

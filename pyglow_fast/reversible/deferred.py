@@ -16,7 +16,8 @@ from torch import Tensor
 
 from pyglow_fast._captures import Later, held, is_capturing, refuse_first_use
 
-REMEMBERED = 16  # backward passes that did not end, of all threads: an error leaves nobody who would forget them
+# Flags of so many backward passes are kept: one that fails does not come to the end, where its flag would be dropped.
+REMEMBERED = 16
 
 _flags: OrderedDict[int, Tensor] = OrderedDict()
 _flags_lock = threading.Lock()
@@ -34,7 +35,7 @@ def drifted_in_this_backward(drifted: Tensor) -> Tensor:
         _flags[task] = flag
         while len(_flags) > REMEMBERED:
             _flags.popitem(last=False)
-    if earlier is None:  # at the end, so that a flag in a graph's own memory does not hold it
+    if earlier is None:  # the flag is dropped at the end: one in a graph's memory would keep that alive
         torch.autograd.Variable._execution_engine.queue_callback(partial(_forget, task))
     return flag
 
@@ -45,7 +46,7 @@ def _forget(task: int) -> None:
 
 
 class Verdict(NamedTuple):
-    """What one backward pass has found.
+    """Finding of one backward pass on the drift of recomputed states.
 
     Attributes:
         drift: the worst one.
@@ -74,7 +75,7 @@ class _Counters:
     def take(self, wait: bool) -> list[Verdict]:
         """Gives the verdicts that are known; see :meth:`Verdicts.take`."""
         if is_capturing(self.values.device):
-            return []  # a capture allows no reading, nor the question whether a copy has come
+            return []  # while a graph is captured, values cannot be read, nor copies be asked whether they are done
         found = self.values.tolist() if wait else None if self.copy is None else self.copy.read()
         if found is None:
             return []
@@ -86,7 +87,7 @@ class _Counters:
 
 
 class Verdicts:
-    """Of backward passes of one run of steps: counted on the device, copied to the host without a wait."""
+    """Counts of what backward passes of one run of steps found, made on the device and copied without a wait."""
 
     def __init__(self) -> None:
         self._counters: dict[torch.device, _Counters] = {}  # for good: a graph writes to what it was captured with
@@ -105,7 +106,7 @@ class Verdicts:
             return self._counters[device].values
 
     def add(self, worst: Tensor, zeroed: Tensor, limit: float, spacing: int) -> None:
-        """After a pass: its worst drift, and whether its gradients were zeroed (by any run's drift)."""
+        """Count a pass: its worst drift, and whether its gradients were zeroed (by any run's drift)."""
         values = held(self.prepare(worst.device), worst.device)
         with self._lock:
             values[0].add_(1)
@@ -118,12 +119,12 @@ class Verdicts:
                 self._counters[worst.device].copy = Later(values)
 
     def zeroed(self, device: torch.device) -> Tensor | None:
-        """How many passes' gradients have become zero on a device, as the device has it; None without counters."""
+        """How many passes' gradients have become zero on a device, counted there; None without counters."""
         found = self._counters.get(device)
         return None if found is None else found.values[2]
 
     def take(self, wait: bool) -> list[Verdict]:
-        """Those of passes that are known and were not taken yet.
+        """Take the verdicts that are known and were not taken yet.
 
         Of several passes since the last call (replays of a graph) all have the last one's drift, limit and spacing.
         """

@@ -1,4 +1,4 @@
-"""How far recomputed states are from the true ones, and what is done about it.
+"""Drift of recomputed states: how far they are from the true ones, and what is done about it.
 
 Inverting a step amplifies rounding, so a state recomputed over many steps drifts. Stored states (anchors) restart the
 recomputation, and each tells the exact drift of its segment. In between, every step has kept an N x C projection of its
@@ -26,13 +26,14 @@ from pyglow_fast._float32 import CONVOLUTIONS, PRODUCTS
 from pyglow_fast.reference import autocast_is_on, flat_positions, full_precision, full_product, n_positions
 from pyglow_fast.reversible.deferred import Verdicts
 
-START_SPACING, MOST_ANCHORS = 4, 12  # to begin with at least 4 steps apart, and farther where that would be too many
+START_SPACING, MOST_ANCHORS = 4, 12  # anchors are 4 steps apart at first, or farther so that they are at most 12
 # The projection of an error on random signs is its norm times about a standard normal number, of which many are drawn.
 PROJECTION_SLACK = 4.0
 BLOCK, LEAST_BLOCK = 1024, 32  # positions that are summed in one go; all, if their number has no divisor between
 LEAST_EPS, EPS_PER_ROOT, MOST_EPS, NET_EPS = 16.0, 6.0, 32.0, 4.0  # the tolerance: see docs/memory.md
-# Of the tolerance: roundings of independent steps add up as squares, so that drift over twice as many is 1.4 times as
-# large (measured: 1.35 to 1.5 for each doubling from 8 to 256 steps), and 2 where each step amplifies those before it.
+# The spacing doubles where drift is below this part of the tolerance: roundings of independent steps add up as squares,
+# so that drift over twice as many steps is 1.4 times as large (measured: 1.35 to 1.5 for each doubling from 8 to 256
+# steps), and twice as large where each step amplifies those before it.
 GROW_BELOW = 0.5
 GROW_AFTER = 4  # passes in a row
 FIRST_HOLD, LAST_HOLD = 32, 1024  # passes until a spacing that drifted is tried again, doubled each time
@@ -44,13 +45,13 @@ FLOOR = 1e-6
 
 
 def default_tolerance(state: torch.dtype, n_steps: int = 1, lowest: torch.dtype | None = None) -> float:
-    """The largest relative drift of a state whose gradients are still as good as stored ones; see docs/memory.md.
+    """Choose the largest drift of a state whose gradients are as good as stored ones; see docs/memory.md.
 
     Args:
         state: the flow state's dtype.
         n_steps: K: behind so many steps a stored state is off by about sqrt(K) roundings itself.
-        lowest: the dtype that the nets compute in, if lower: their outputs do not repeat better than to its eps. Of
-            TF32 it is float16, which has as many bits.
+        lowest: the dtype that the nets compute in, if lower: their outputs do not repeat better than to its eps. TF32
+            counts as float16, which has as many bits.
     """
     if lowest is not None and torch.finfo(lowest).eps > torch.finfo(state).eps:
         return NET_EPS * torch.finfo(lowest).eps
@@ -58,7 +59,7 @@ def default_tolerance(state: torch.dtype, n_steps: int = 1, lowest: torch.dtype 
 
 
 def lowest_precision(dtype: torch.dtype, net_out: Tensor, weights: Sequence[Tensor] = ()) -> torch.dtype:
-    """The lowest of a dtype, that of a net's output, and that of autocast if it is on.
+    """Find the lowest of a dtype, that of a net's output, and that of autocast if it is on.
 
     Of a net on a GPU also that which the settings of the moment let products with its weights round to: convolutions
     have weights (C_out, C_in, ...), linear layers (C_out, C_in). TF32 counts as float16, which has as many bits.
@@ -94,7 +95,7 @@ def _signs(positions: int, dtype: torch.dtype, device: torch.device) -> Signs:
 
 
 def project(x: Tensor, signs: Signs | None = None) -> Tensor:
-    """sum over the positions of sign x, per sample and channel: (N, C).
+    """Project x on random signs: the sum over its positions of sign x, per sample and channel, (N, C).
 
     Block by block: the rounding of one long sum, relative to the norm, grows with the root of its length, and would be
     taken for drift at high resolution.
@@ -114,7 +115,7 @@ def project(x: Tensor, signs: Signs | None = None) -> Tensor:
 
 
 def norms(x: Tensor) -> Tensor:
-    """The Euclidean norm over the positions, per sample and channel: (N, C)."""
+    """Compute the Euclidean norm over the positions, per sample and channel: (N, C)."""
     return torch.linalg.vector_norm(flat_positions(x), dim=2)
 
 
@@ -152,7 +153,7 @@ def _sketch_signs(positions: int, dtype: torch.dtype, device: torch.device) -> t
 
 
 def sketch(x: Tensor) -> Tensor:
-    """As project, with SKETCHED signs at once: (N, C, SKETCHED). Their mean square is about the squared norm."""
+    """Project x on SKETCHED random signs at once, (N, C, SKETCHED): the mean square is about the squared norm."""
     flat = flat_positions(x)
     inner, outer, _ = _sketch_signs(flat.shape[2], x.dtype, x.device)
     by_block = flat.unflatten(2, (outer.shape[0], inner.shape[0]))
@@ -171,10 +172,10 @@ def _sums_of_signs(mask: Tensor | None, like: Tensor, sketched: bool) -> Tensor 
 
 
 def witness_drift(x: Tensor, seen: Tensor) -> Tensor:
-    """About the largest relative error of x, whose projections (N, C), or sketch (N, C, SKETCHED), should be ``seen``.
+    """Estimate the largest relative error of x, whose projections, (N, C) or a sketch, should be ``seen``.
 
-    A scalar tensor, NaN if x is. Errors are measured against the norms of x itself: where it is so far off that these
-    are, the error is of their size, beyond any tolerance.
+    Returns a scalar tensor, NaN if x is. Errors are measured against the norms of x itself: where x is so far off that
+    its norms are wrong too, the error is as large as they are, beyond any tolerance.
     """
     if seen.dim() == 2:
         return projected_drift(project(x), norms(x), seen)
@@ -183,7 +184,7 @@ def witness_drift(x: Tensor, seen: Tensor) -> Tensor:
 
 
 def projected_drift(found: Tensor, norm: Tensor, seen: Tensor) -> Tensor:
-    """The same from the projections and norms (..., N, C) of states, of all that there are."""
+    """Estimate the largest relative error from projections and norms (..., N, C) of all states."""
     return _largest(found - seen, _scale(norm).mul_(PROJECTION_SLACK))
 
 
@@ -195,7 +196,7 @@ def before_map(
     index: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """The projections of x from those of m (M x + c): linear, so no pass over a state is needed.
+    """Turn projections of m (M x + c) into those of x: they are linear, so no pass over a state is needed.
 
     Args:
         seen: (..., N, C) of as many maps; a sketch (N, C, SKETCHED) of one.
@@ -224,7 +225,7 @@ def anchor_drift(recomputed: Tensor, true: Tensor) -> Tensor:
 
 @dataclass
 class DriftRecord:
-    """What earlier passes have taught, which is all that decides the next ones.
+    """Findings of earlier passes, which are all that decides the next ones.
 
     Checkpoints have it as a vector, in which the order of the fields is that of the numbers.
     """
@@ -244,12 +245,12 @@ class DriftRecord:
     warned_at: int = -1  # the pass of the last warning
 
     def vector(self) -> Tensor:
-        """The fields in their order, (13,) float64."""
+        """List the fields in their order, (13,) float64."""
         return torch.tensor(astuple(self), dtype=torch.float64)
 
     @classmethod
     def of_vector(cls, vector: Tensor) -> DriftRecord:
-        """The inverse of :meth:`vector`; any dtype and device.
+        """Undo :meth:`vector`; the vector may have any dtype and device.
 
         Raises:
             ValueError: other than a tensor of so many numbers.
@@ -263,7 +264,7 @@ class DriftRecord:
 
 
 class DriftControl:
-    """The anchors' spacing of one run of steps, adapted from pass to pass.
+    """Adapts the spacing of one run's anchors (stored states) from pass to pass, by the drift that was seen.
 
     Args:
         n_steps: K.
@@ -274,6 +275,19 @@ class DriftControl:
 
     Raises:
         ValueError: a wrong option.
+
+    Examples:
+        >>> from pyglow_fast.reversible import DriftControl
+        >>> control = DriftControl(n_steps=32)
+        >>> control.spacing, sorted(control.anchors())
+        (4, [4, 8, 12, 16, 20, 24, 28])
+        >>> for _ in range(8):  # passes far below the tolerance: fewer states are stored
+        ...     control.record(drift=1e-9, limit=1e-5, redone=0, spacing=control.spacing)
+        >>> control.spacing
+        16
+        >>> control.record(drift=1e-3, limit=1e-5, redone=4, spacing=control.spacing, drifted=True)
+        >>> control.spacing
+        8
     """
 
     def __init__(
@@ -308,7 +322,7 @@ class DriftControl:
 
     @property
     def spacing(self) -> int:
-        """Steps from one anchor to the next, now."""
+        """How many steps there are now from one anchor to the next."""
         return self._fixed or self.learnt.spacing
 
     @property
@@ -328,7 +342,7 @@ class DriftControl:
         return min(max(START_SPACING, -(-self.n_steps // MOST_ANCHORS)), max(self.n_steps, 1))
 
     def limit(self, state: torch.dtype, lowest: torch.dtype | None = None) -> float:
-        """The tolerance for states of that dtype between nets that compute in ``lowest``."""
+        """Give the tolerance for states of that dtype between nets that compute in ``lowest``."""
         if self.tolerance is not None:
             return float(self.tolerance)
         return default_tolerance(state, self.n_steps, lowest)
@@ -339,12 +353,12 @@ class DriftControl:
         return self.n_steps > 1 and self.spacing == 1
 
     def anchors(self) -> list[int]:
-        """The steps (but for the first) whose input is stored in a forward pass that begins now."""
+        """List the steps (but for the first) whose input is stored in a forward pass that begins now."""
         self.settle()
         return list(range(self.spacing, self.n_steps, self.spacing))
 
     def prepare(self, device: torch.device) -> None:
-        """Before a pass on a device that may be deferred: what its verdict is counted in.
+        """Make the counters for the verdict of a pass on a device that may be deferred, before the pass.
 
         Raises:
             ValueError: a CUDA graph is being captured there, and no pass has come before.
@@ -360,7 +374,7 @@ class DriftControl:
         return self._verdicts.zeroed(device)
 
     def defer(self, worst: Tensor, zeroed: Tensor, limit: float, spacing: int) -> None:
-        """After a backward pass that the host does not wait for: its worst drift, whether gradients were zeroed."""
+        """Count a backward pass that the host does not wait for: its worst drift, whether gradients were zeroed."""
         self._verdicts.add(worst, zeroed, limit, spacing)
 
     def settle(self, wait: bool = False) -> None:
@@ -369,7 +383,7 @@ class DriftControl:
             self.record(found.drift, found.limit, 0, found.spacing, found.drifted, found.zeroed)
 
     def record_checkpointed(self) -> None:
-        """After a backward pass in which every state was kept: in time, a wider spacing is tried again."""
+        """Note a backward pass that kept every state: after some of them a wider spacing is tried again."""
         with self._lock:
             learnt = self.learnt
             learnt.passes += 1
@@ -387,7 +401,7 @@ class DriftControl:
         drifted: bool = False,
         skipped: bool = False,
     ) -> None:
-        """After a backward pass: the worst drift seen, the steps that were redone, the spacing it ran with.
+        """Note a backward pass: the worst drift seen, the steps that were redone, the spacing it ran with.
 
         With deferred verdicts: whether a state drifted, and whether the gradients became zero (by any run's drift).
         """
@@ -420,12 +434,12 @@ class DriftControl:
         if tripped:
             learnt.calm = 0
             if spacing <= learnt.spacing:  # else a pass that began before the last adaptation
-                # That of the pass: a graph goes on with its own while calm replays have widened what is learnt.
+                # The spacing of this pass is halved: a graph keeps its own while calm replays widen the learnt one.
                 learnt.too_wide, learnt.spacing = spacing, max(1, spacing // 2)
                 learnt.hold, learnt.next_hold = learnt.next_hold, min(2 * learnt.next_hold, LAST_HOLD)
             return
         if spacing < learnt.spacing:
-            return  # its calm says nothing of wider ones
+            return  # that a pass with closer anchors is calm says nothing about wider ones
         learnt.calm = learnt.calm + 1 if drift <= GROW_BELOW * limit else 0
         wider = min(2 * learnt.spacing, max(self.n_steps, 1))
         held = learnt.hold > 0 and wider >= learnt.too_wide > 0
@@ -433,19 +447,19 @@ class DriftControl:
             learnt.spacing, learnt.calm = wider, 0
 
     def report(self) -> dict[str, Any]:
-        """Spacing of the anchors, drift, and what was redone or skipped so far."""
+        """Report spacing of the anchors, drift, and what was redone or skipped so far."""
         self.settle(wait=True)
         shown = ("passes", "last_drift", "largest_drift", "trips", "redone_steps", "skipped")
         return {"anchor_every": self.spacing} | {name: getattr(self.learnt, name) for name in shown}
 
     def state(self) -> Tensor:
-        """All that decides the next passes, as a float64 vector to be saved in checkpoints."""
+        """Pack all that decides the next passes into a float64 vector, to be saved in checkpoints."""
         self.settle(wait=True)
         return self.learnt.vector()
 
     def load_state(self, state: Tensor) -> None:
         """Continue from a saved state, of a run of any depth."""
         loaded = DriftRecord.of_vector(state)
-        self.settle(wait=True)  # passes before are none of the loaded record's
+        self.settle(wait=True)  # verdicts of passes before belong to the old record
         self.learnt = loaded
         self.learnt.spacing = max(1, min(self.learnt.spacing, max(self.n_steps, 1)))

@@ -1,4 +1,4 @@
-"""Keeps a run of steps that are recomputed out of what torch.compile traces."""
+"""A border that torch.compile does not cross: behind it steps are recomputed, which it must not trace."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _untraced: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
 def call_untraced(function: Callable[..., Any], *inputs: Any) -> Any:
-    """function(*inputs), which torch.compile must call and not trace: its backward decides by values."""
+    """Call function(*inputs) where torch.compile must not trace it: its backward decides by values."""
     # torch.compiler.disable imports all of torch._dynamo; where that has not happened nothing compiles.
     if "torch._dynamo" not in sys.modules:
         return function(*inputs)

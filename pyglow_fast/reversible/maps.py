@@ -19,13 +19,13 @@ MapInverse = tuple[Tensor, Tensor | None]  # M^-1, with an index the scales of a
 
 
 def inverse_of(matrix: Tensor, index: Tensor | None) -> MapInverse:
-    """M^-1, of stacked maps all in one batch: of a gather, which has an index, the scales and the index of another."""
+    """Invert M, of stacked maps all in one batch; of a gather, which has an index, its scales and its index."""
     return (functional.invert_matrix(matrix), None) if index is None else functional.invert_gather(matrix, index)
 
 
 @dataclass(frozen=True)
 class MapGroup:
-    """Maps before consecutive couplings that are folded together.
+    """Maps before consecutive couplings that are folded together, and what they are folded from.
 
     Attributes:
         first, end: those couplings, end one past the last.
@@ -41,7 +41,7 @@ class MapGroup:
 
 
 class FoldedMaps:
-    """Matrix, offset and index of each step of a group, and the inverses when they are first asked for.
+    """Matrix, offset and index of each step of a group, and the inverses once they are asked for.
 
     Args:
         matrices, offsets, log_dets, indices: stacked, see MapGroup.
@@ -56,24 +56,24 @@ class FoldedMaps:
 
     @classmethod
     def of(cls, group: MapGroup, raw: Sequence[Tensor]) -> FoldedMaps:
-        """The maps of a group, from what they are made of, without a record."""
+        """Fold the maps of a group from the tensors that they are made of, without a record."""
         with torch.no_grad():
             return cls(*group.fold(raw))
 
     def of_part(self, own: slice) -> MapsOfPart:
-        """Some of the maps."""
+        """Take the maps of a part's steps out of the group's."""
         return MapsOfPart(self, own)
 
     @property
     def inverse(self) -> MapInverse:
-        """M^-1 of every step, stacked, all in one batch."""
+        """Invert the matrix of every step, stacked, all in one batch."""
         if self._inverse is None:
             self._inverse = inverse_of(*self._stacked)
         return self._inverse
 
 
 class MapsOfPart:
-    """The maps of a part's steps, some of a group's, counted from the part's own first one.
+    """The maps of a part's steps, taken from a group's and counted from the part's own first one.
 
     Args:
         maps: of the group.
@@ -86,23 +86,23 @@ class MapsOfPart:
         self.matrices, self.offsets, self.indices = maps.matrices[own], maps.offsets[own], maps.indices[own]
 
     def inverse(self, steps: int | slice) -> MapInverse:
-        """M^-1 of a step, or of some, stacked."""
+        """The inverse matrix of a step, or those of some, stacked."""
         scales, back = (None if part is None else part[self._own][steps] for part in self._maps.inverse)
         assert scales is not None  # an index alone may be missing
         return scales, back
 
     def offset(self, steps: slice) -> Tensor:
-        """Offsets of some steps, stacked."""
+        """The offsets of some steps, stacked in their order."""
         return self._maps.stacked_offsets[self._own][steps]
 
     def put(self, k: int, *grads: Tensor) -> None:
-        """The gradients of matrix and offset of map k are these."""
+        """Note the gradients of matrix and offset of map k."""
         assert self._grads is not None  # else nothing is differentiated
         self._grads[self._own.start + k] = grads
 
 
 class OpenGroup:
-    """A group in a backward: its maps folded again with a record, and the gradients of them as they come."""
+    """A group within a backward: its maps folded again with a record, and the gradients of them as they come."""
 
     def __init__(self, group: MapGroup, raw: Sequence[Tensor]) -> None:
         self.leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in raw]
@@ -114,11 +114,11 @@ class OpenGroup:
         self.grads: list[tuple[Tensor, ...]] = list(zip(self.maps.matrices, self.maps.offsets, strict=True))
 
     def of_part(self, own: slice) -> MapsOfPart:
-        """Some of the maps, and where their gradients go."""
+        """Take the maps of a part's steps, and the places where their gradients go."""
         return MapsOfPart(self.maps, own, self.grads)
 
     def gradients(self, grad_log_det: Tensor) -> list[Tensor | None]:
-        """The gradients of the raw tensors; grad_log_det is that of each map's log|det M|, a scalar tensor."""
+        """Compute the gradients of the raw tensors; grad_log_det is that of each map's log|det M|, a scalar tensor."""
         matrices, offsets, log_dets = self._recorded[:3]
         found = [*(torch.stack(part) for part in zip(*self.grads, strict=True)), grad_log_det.expand_as(log_dets)]
         pairs = [(out, grad) for out, grad in zip((matrices, offsets, log_dets), found, strict=True)]

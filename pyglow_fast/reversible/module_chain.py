@@ -1,4 +1,4 @@
-"""Steps that are any invertible modules, run with constant memory: each is inverted and differentiated in backward."""
+"""Runs of any invertible modules with constant memory: each step is inverted and differentiated in the backward."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ class _Method(nn.Module):
 
 
 class ModuleChain:
-    """A run of K modules with ``forward(x, cond=None) -> (z, log_det)`` and ``inverse``.
+    """Runs K modules with ``forward(x, cond=None) -> (z, log_det)`` and ``inverse`` so that states are recomputed.
 
-    Of a coupling, one run of its net serves the way back and the gradient, some samples at a time, if it has three
-    methods more: ``net_output(x)``, the same for the step's input and its output; ``step_backward(y, net_out, grad_y,
-    grad_log_det) -> (x, grad_x, grad_net_out)`` from the step's output, grad_x without the net's part; and
-    ``samples_at_once(x)``, of which net_output makes its parts too, so that random numbers are drawn alike.
+    A step that is a coupling may have three methods more; one run of its net then serves both the inversion and the
+    gradient, some samples at a time: ``net_output(x)``, the same for the step's input and its output;
+    ``step_backward(y, net_out, grad_y, grad_log_det) -> (x, grad_x, grad_net_out)`` from the step's output, grad_x
+    without the net's part; and ``samples_at_once(x)``, the number of samples that net_output runs on at a time too, so
+    that random numbers are drawn in the same order.
     """
 
     def __init__(self, steps: Sequence[nn.Module], part: Part) -> None:
@@ -49,7 +50,7 @@ class ModuleChain:
         self.params = [parameter for parameters in named for _, parameter in parameters]
 
     def params_of(self, params: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-        """The flat list of parameters, by step."""
+        """Cut the flat list of parameters by step."""
         parts, at = [], 0
         for names in self.names:
             parts.append(params[at : at + len(names)])
@@ -57,12 +58,12 @@ class ModuleChain:
         return parts
 
     def call(self, k: int, x: Tensor, cond: Tensor | None, params: Sequence[Tensor], method: str = "forward") -> Any:
-        """Step k with the given parameters in the place of its own."""
+        """Call step k with the given parameters in the place of its own."""
         module = _Method(self.steps[k], method)
         return torch.func.functional_call(module, dict(zip(self.names[k], params, strict=True)), (x, cond))
 
     def run(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
-        """z and log_det; memory as the pass's anchors want it, or every step's input."""
+        """Compute z and log_det; memory is as the pass's anchors want it, or every step's input."""
         self.part.whole.joins(self.part.first, x, (cond, *self.params))
         return call_untraced(_RunModules.apply, self, x, cond, *self.params)
 
@@ -199,7 +200,7 @@ class _RunModules(torch.autograd.Function):
             state = RunState.after(chain.steps[k], before, x.device)
             memos.append((state, None if known else output_sums(z)))
             lowest = lowest_precision(lowest, z)
-            for precision in precisions_of(chain.steps[k]):  # of nets between float32 states, which show in no output
+            for precision in precisions_of(chain.steps[k]):  # which does not show in a float32 output
                 with in_precision(precision, z):
                     lowest = lowest_precision(lowest, z, by_step[k])
             log_det = log_det + step_log_det

@@ -1,4 +1,4 @@
-"""A run of steps cut into parts, each an autograd function of its own, that are judged as one.
+"""Parts of a run of steps, each an autograd function of its own, whose drift is judged together.
 
 A function hands out the gradients of all its parameters when it ends. Where they are added to those of an earlier batch
 or lie in a process group's buckets, they exist twice until then: those of one part, and not of the whole run.
@@ -18,25 +18,28 @@ from torch import Tensor
 from pyglow_fast._captures import is_capturing
 from pyglow_fast.reversible.drift import SKETCHED, DriftControl
 
-_judging = threading.Lock()  # backwards through one graph may run at a time; torch.compile cannot trace its making
+# Several backwards may go through one graph at the same time. One lock for all, since torch.compile cannot trace the
+# making of one.
+_judging = threading.Lock()
 
 LEAST_PART = 2 * 2**20  # bytes of gradients that may exist a second time while they are added to others
 
 
 def part_limit(x: Tensor, step_bytes: Sequence[int], boundary: int = 0) -> int | None:
-    """Bytes of gradients of a part, for so many bytes that are kept between two parts.
+    """Choose how many bytes of gradients a part may have, for so many bytes that are kept between two parts.
 
-    Where both cost alike in all, their sum is least: parts of sqrt(boundary sum(step_bytes)). None for one part as
-    large as can be: on a GPU, whose one verdict on drift is of all of it. The device alone decides: a plan is made
-    outside of torch.compile for a forward that is traced.
+    Small parts keep much between them, large ones have many gradients at a time: the sum is least where both cost the
+    same, with parts of sqrt(boundary sum(step_bytes)). None stands for one part of all steps, as on a GPU, where one
+    check of drift covers the whole run. The device alone decides, since a plan is made outside of torch.compile for a
+    forward that is traced.
     """
     return max(LEAST_PART, math.isqrt(boundary * sum(step_bytes))) if x.device.type == "cpu" else None
 
 
 def kept_between(state: int, positions: int, keeps_states: bool) -> tuple[int, bool]:
-    """Bytes that are kept where one part ends and another begins, and whether they are the state itself.
+    """Count the bytes that are kept where one part ends and another begins, and whether they are the state itself.
 
-    Else a sketch of it, which of few positions would be no smaller.
+    Otherwise they are a sketch of it. Of a state with few positions a sketch would be no smaller.
 
     Args:
         state: bytes of one.
@@ -48,7 +51,7 @@ def kept_between(state: int, positions: int, keeps_states: bool) -> tuple[int, b
 
 
 def cut(step_bytes: Sequence[int], places: Sequence[int], limit: int) -> list[tuple[int, int]]:
-    """(first, one past the last) of parts whose gradients take at most ``limit`` bytes, if the places allow it.
+    """Cut steps into parts (first, one past the last) of at most ``limit`` bytes of gradients, if the places allow it.
 
     Args:
         step_bytes: of the parameters, by step.
@@ -65,7 +68,7 @@ def cut(step_bytes: Sequence[int], places: Sequence[int], limit: int) -> list[tu
 
 
 class Pass:
-    """One forward of K steps: what it keeps, and what its backward finds, told to the control when all of it is known.
+    """One forward of K steps: what it keeps, and what its backward finds, told to the control when all is known.
 
     Args:
         control: of the drift; None: all states are kept.
@@ -119,7 +122,7 @@ class Pass:
         positions: int,
         like: Tensor,
     ) -> Pass:
-        """One forward of couplings, cut anywhere and where a group of channel maps ends.
+        """Make the pass of one forward of couplings, cut anywhere and where a group of channel maps ends.
 
         Args:
             control, step_bytes: as of the constructor.
@@ -132,7 +135,7 @@ class Pass:
         return cls(control, step_bytes, part_limit(like, step_bytes, boundary), ends[:-1], few)
 
     def joins(self, first: int, x: Tensor, others: Iterable[Tensor | None]) -> None:
-        """A part is run on these, in order: a backward ends with the first one that has a gradient to give.
+        """Note that a part is run on these, in order: a backward ends with the first that has a gradient to give.
 
         Raises:
             ValueError: a CUDA graph is being captured where the state x is, and no step was run there before.
@@ -143,7 +146,7 @@ class Pass:
             self.final = first
 
     def judged(self, first: int, worst: float, limit: float, redone: int) -> None:
-        """Of the part that begins there: its worst drift, and how many steps it has redone."""
+        """Note the worst drift of the part that begins at ``first``, and how many steps it has redone."""
         with _judging:
             self._begin()
             self._worst.append(worst)
@@ -155,7 +158,7 @@ class Pass:
         self.control.record(float("nan") if nan else max(drifts), limit, redone, self.spacing)
 
     def deferred(self, first: int, worst: Tensor, limit: float, zeroed: Tensor) -> None:
-        """The same where the host is not to wait for a value; ``zeroed``: whether its gradients were."""
+        """Note a part's worst drift where the host is not to wait for it; ``zeroed``: whether its gradients were."""
         with _judging:
             self._begin()
             self._deferred.append(worst)
@@ -171,7 +174,7 @@ class Pass:
             self._task, self._worst, self._deferred, self._redone = task, [], [], 0
 
     def checkpointed(self, first: int, device: torch.device) -> None:
-        """Of a part whose states were all kept; a capture has run nothing."""
+        """Note that a part's states were all kept; within a capture nothing has run, and nothing is noted."""
         if first == self.final and self.control is not None and not is_capturing(device):
             self.control.record_checkpointed()
 
@@ -188,20 +191,20 @@ class Part:
     @property
     def knows_start(self) -> bool:
         """Whether the input of its first step is kept: else the backward has it from the part behind it, recomputed."""
-        # No part behind the final one can ask those before it, which have no backward and keep nothing.
+        # The final part keeps its input: the parts before it have no backward and keep nothing to recompute it from.
         return self.first == 0 or self.whole.keeps_states or self.is_final or self.first in self.whole.anchors
 
     @property
     def is_last(self) -> bool:
-        """Whether it is the run's last, where a backward begins."""
+        """Whether the part is the run's last, where a backward begins."""
         return self.index + 1 == len(self.whole.parts)
 
     @property
     def is_final(self) -> bool:
-        """Whether a backward ends with it."""
+        """Whether a backward ends with the part."""
         return self.first == self.whole.final
 
     @property
     def anchors(self) -> list[int]:
-        """The steps whose input is stored, but for the first: see :attr:`knows_start`."""
+        """List the steps whose input is stored, but for the first: see :attr:`knows_start`."""
         return [k - self.first for k in self.whole.anchors if self.first < k < self.end]

@@ -1,4 +1,4 @@
-"""The backward passes of a flow step outside its net: one kernel each, or autograd through the reference.
+"""Backward passes of a flow step outside its net: one kernel each, or autograd through the reference.
 
 Shapes and equations are in csrc/core.h; ``added`` is what the net's backward adds to the gradient of the kept channels;
 with an ``index`` the matrix is the scales of a gather.
@@ -60,7 +60,7 @@ def step_backward(
     spec: CouplingSpec,
     index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From a step's output y: its input x, and the gradients of u = M x + c (without the net's part) and of net_out."""
+    """Compute a step's input x from its output y, and gradients of u = M x + c (without the net's part) and net_out."""
     if _compiled(y, spec):
         arguments = _forward_arguments(spec)
         net_out = functional.readable_net_output(net_out, y)
@@ -75,7 +75,7 @@ def step_backward(
 def coupling_backward_from_output(
     y: Tensor, net_out: Tensor, grad_y: Tensor, grad_log_det: Tensor, spec: CouplingSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From a coupling's output y: its input u, and the gradients of u (without the net's part) and of net_out."""
+    """Compute a coupling's input u from its output y, and gradients of u (without the net's part) and net_out."""
     if _compiled(y, spec):
         arguments, net_out = ops.coupling_arguments(spec, inverse=False), functional.readable_net_output(net_out, y)
         grad_u, grad_net_out, u = ops.coupling_backward(y, net_out, grad_y, grad_log_det, *arguments, True)
@@ -87,7 +87,7 @@ def coupling_backward_from_output(
 def coupling_backward(
     u: Tensor, net_out: Tensor, grad_y: Tensor, grad_log_det: Tensor, spec: CouplingSpec
 ) -> tuple[Tensor, Tensor]:
-    """From a coupling's true input: the gradients of u (without the net's part) and of net_out."""
+    """Compute gradients of u (without the net's part) and of net_out from a coupling's true input u."""
     if _compiled(u, spec):
         arguments = ops.coupling_arguments(spec, inverse=False)
         net_out = functional.readable_net_output(net_out, u)
@@ -111,7 +111,7 @@ def coupling_mix_backward(
     added: Tensor | None,
     index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of out = M couple(u) + c: the gradients of u (without the net's part), net_out, M and c."""
+    """Compute gradients of out = M couple(u) + c: of u (without the net's part), net_out, M and c."""
     if _compiled(u, spec):
         net_out = functional.readable_net_output(net_out, u)
         arguments = _forward_arguments(spec)
@@ -133,7 +133,7 @@ def channel_mix_backward(
     squeeze_first: bool,
     index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of u = M x + c: the gradients of x, M and c."""
+    """Compute gradients of u = M x + c: of x, M and c."""
     if ops.run_on(x) and (x.dim() == 4 or not squeeze_first):
         return ops.channel_mix_backward(x, grad_u, matrix, None, added, squeeze_first, index)
     grad_x, grad_matrix, grad_offset = _gradients(

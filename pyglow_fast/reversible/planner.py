@@ -1,4 +1,4 @@
-"""Which steps keep what, so that training takes least time within a number of bytes: a plan from shapes alone."""
+"""Plans of which steps keep what, so that training takes least time within a number of bytes, from shapes alone."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class RunPlan(NamedTuple):
 
     @classmethod
     def of_mode(cls, mode: str, n_steps: int, budget: str | int) -> RunPlan:
-        """All steps in one mode."""
+        """Plan all steps in one mode."""
         return cls(n_steps * (mode == "reversible"), n_steps * (mode != "store"), budget)
 
     def pieces(self, first: int, end: int) -> Iterator[tuple[int, int, str]]:
-        """(first, one past the last, mode) of consecutive steps among first .. end - 1."""
+        """List (first, one past the last, mode) of consecutive steps among first .. end - 1."""
         bounds = [0, self.states_from, self.stored_from, max(end, self.stored_from)]
         for mode, (start, stop) in zip(("reversible", "checkpoint", "store"), pairwise(bounds), strict=True):
             if max(start, first) < min(stop, end):
@@ -46,7 +46,7 @@ class RunPlan(NamedTuple):
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What each run of steps does, and what that is predicted to take.
+    """The mode of each step of each run, and the bytes and time that this is predicted to take.
 
     Attributes:
         splits: of each run.
@@ -62,7 +62,7 @@ class MemoryPlan:
 
     @property
     def runs(self) -> list[RunPlan]:
-        """The plan of each run."""
+        """List the plan of each run."""
         return [RunPlan(*split, self.net_budget) for split in self.splits]
 
 
@@ -280,16 +280,16 @@ def _distinct(runs: Sequence[RunCost], budgets: Sequence[str | int]) -> Iterator
 
 
 def least_net_budget(given: str | int, device_type: str) -> str | int:
-    """The least that a plan lets the nets' activations take, for a run whose plan cannot be made yet."""
+    """Choose the least that a plan lets the nets' activations take, for a run whose plan cannot be made yet."""
     return _net_budgets(given, device_type)[-1]
 
 
 def plan_memory(
     runs: Sequence[RunCost], rest: RestCost, budget: int, net_budget: str | int = "auto", device_type: str = "cpu"
 ) -> MemoryPlan:
-    """The plan of least time whose tensors, beyond parameters and their gradients, take at most ``budget`` bytes.
+    """Find the plan of least time whose tensors, beyond parameters and their gradients, take at most ``budget`` bytes.
 
-    A function of its arguments alone: shapes decide, no clock and no free memory, so that it is the same everywhere.
+    The plan depends on the arguments alone, on shapes and no clock or free memory, so that it is the same everywhere.
 
     Args:
         runs: of steps, in the order of the forward.

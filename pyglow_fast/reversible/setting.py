@@ -24,7 +24,7 @@ _LIMIT = 2**63  # more than any machine addresses
 
 
 def parse_memory(memory: str | int | float, name: str = "memory") -> str | int:
-    """A memory mode as it is, or a budget: bytes = number 1000^n (kB, MB, GB, ...) or number 1024^n (KiB, MiB, ...).
+    """Read a memory mode, or a budget: bytes = number 1000^n (kB, MB, GB, ...) or number 1024^n (KiB, MiB, ...).
 
     Args:
         memory: one of MEMORY_MODES; or a whole number of bytes from 1 to 2^63 - 1, as an int, a float or a text, with
@@ -63,9 +63,10 @@ def _shown(memory: str | int | float) -> str:
 
 
 def memory_text(memory: str | int) -> str:
-    """What parse_memory gives as a text, which it reads back: the mode, or the bytes in the unit of the least number.
+    """Write what parse_memory gives as a text, which it reads back: the mode, or bytes in the best unit.
 
-    Never rounded: 4_000_000_000 is "4 GB", 2**20 "1 MiB", 1_500_000_000 "1500 MB", 1_234_567 "1234567 B".
+    The unit is the one that makes the number least without rounding it: 4_000_000_000 is "4 GB", 2**20 "1 MiB",
+    1_500_000_000 "1500 MB", 1_234_567 "1234567 B".
     """
     if isinstance(memory, str):
         return memory

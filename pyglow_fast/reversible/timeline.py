@@ -1,4 +1,4 @@
-"""What is alive when in a training step: its runs of steps forward and back, as holds and releases of bytes."""
+"""Timeline of what is alive in a training step, its runs forward and back: holds and releases of bytes."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ MEASURES = 2  # of a recomputed state, each as large as a witness: they wait unt
 
 
 class Meter:
-    """Bytes that are held now, and the most so far."""
+    """Counts bytes that are held now, and the most so far."""
 
     def __init__(self, now: int = 0) -> None:
         self.now = self.most = now
 
     def hold(self, size: int) -> None:
-        """So many more, or less, from now on."""
+        """Hold so many bytes more, or less, from now on."""
         self.now += size
         self.most = max(self.most, self.now)
 
     def touch(self, size: int) -> None:
-        """So many more for a moment."""
+        """Count so many bytes more for a moment."""
         self.most = max(self.most, self.now + size)
 
     def walk(self, run: RunCost, order: range, step: Callable[[int], None]) -> None:
-        """step(k) for consecutive couplings of a run, ascending or descending.
+        """Call step(k) for consecutive couplings of a run, ascending or descending.
 
-        Of those that cost alike the ones between are left out: what each of them holds is what the one before has held,
-        so that the most is with the first, the second or the last.
+        Of couplings that cost the same only the first, the second and the last are called: each of the others holds
+        what the one before it has held.
         """
         k = 0
         while k < len(order):
@@ -49,7 +49,7 @@ class Meter:
 
 @dataclass(frozen=True)
 class RunBytes:
-    """The bytes of a run by a plan, beyond those of all others.
+    """Bytes of a run by a plan, beyond those of all others.
 
     Attributes:
         kept: from its forward until its backward, its output included.
@@ -63,7 +63,7 @@ class RunBytes:
 
 
 def bytes_of(run: RunCost, first: int, second: int, budget: str | int) -> RunBytes:
-    """The bytes of a plan: couplings [0, first) reversible, [first, second) checkpointed, the others stored."""
+    """Count the bytes of a plan: couplings [0, first) reversible, [first, second) checkpointed, the others stored."""
     count = len(run.couplings)
     ahead, back = Meter(), Meter()
     spans = [(0, first, "reversible"), (first, second, "checkpoint"), (second, count, "store")]
@@ -238,7 +238,7 @@ def _differentiated(run: RunCost, begin: int, part: ChainPart, budget: str | int
 
 
 class Course:
-    """A whole step: all runs forward, the priors, then back in the opposite order.
+    """The course of a whole step: all runs forward, the priors, then back in the opposite order.
 
     Args:
         rest: the model but for its runs.
@@ -261,12 +261,12 @@ class Course:
         self._waiting = [0, *accumulate(join.gradients for join in rest.joins)]
 
     def need(self, index: int, run: RunBytes) -> int:
-        """The most bytes while a run goes forward or back, beyond what the runs before it keep."""
+        """Count the most bytes while a run goes forward or back, beyond what the runs before it keep."""
         joining = run.kept + self._waiting[index + 1] + self._joins[index].joining
         return self._base + max(run.forward, joining, self._waiting[index] + run.backward)
 
     def peak(self, runs: Sequence[RunBytes]) -> int:
-        """The most bytes of a step."""
+        """Count the most bytes of a step."""
         most = kept = 0
         for index, run in enumerate(runs):
             most = max(most, kept + self.need(index, run))

@@ -1,4 +1,4 @@
-"""What one backward hands on from a part of a run to the part before it."""
+"""The trail of a backward: what it hands on from a part of a run to the part before it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class KnownStates:
 
 @dataclass
 class Trail:
-    """Where a backward has come to.
+    """Where a backward has come to, and what it has found that the parts to come need.
 
     Attributes:
         y: the output of the part that is next, recomputed or true.
@@ -39,13 +39,13 @@ class Trail:
 
 
 class Trails:
-    """The trails of all backwards through one graph, which may be several with retain_graph, also at a time."""
+    """The trails of all backwards through one graph: with retain_graph there may be several, also at the same time."""
 
     def __init__(self) -> None:
         self._trails: dict[tuple[int, int], Trail] = {}
 
     def of(self, part: Part) -> Trail:
-        """That of the backward that is under way, which begins with the last part and ends with the final one."""
+        """Find the trail of the backward that is under way, from its beginning at the last part to its end."""
         key, own = backward_key(), threading.get_ident()
         if part.is_last:
             # What an earlier backward has left that failed, or wanted late gradients alone.

@@ -25,30 +25,30 @@ class SegmentedSum:
         self.clear()
 
     def put(self, value: Tensor | None) -> None:
-        """The next step's."""
+        """Add the value of the next step; None adds nothing."""
         self._segment.add(value)
 
     def drop_segment(self) -> None:
-        """Take back all since :meth:`close`."""
+        """Take back all that was put since :meth:`close`."""
         self._segment = GradientSum()
 
     def close(self) -> None:
-        """Accept all."""
+        """Accept all that was put so far."""
         self._total.add(self._segment.result())
         self._segment = GradientSum()
 
     def result(self) -> Tensor | None:
-        """The sum, None if nothing was put."""
+        """Give the sum, None if nothing was put."""
         self.close()
         return self._total.result()
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Forget the sum and begin a new one."""
         self._segment, self._total = GradientSum(), GradientSum()
 
 
 def added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    """The sum of two gradients, of which None is none."""
+    """Add two gradients, of which None is none."""
     return other if one is None else (one if other is None else one + other)
 
 
@@ -78,17 +78,17 @@ class Walk(abc.ABC):
 
     @abc.abstractmethod
     def invert(self, k: int, y: Tensor, grad_y: Tensor, anchor: Tensor | None) -> tuple[Tensor, Tensor]:
-        """From step k's output: its input, recomputed, and the gradient of it, which uses the true input if given."""
+        """Recompute step k's input from its output, and the gradient of it, which uses the true input if given."""
 
     @abc.abstractmethod
     def measure(self, k: int, x: Tensor, anchor: Tensor | None) -> Measure:
-        """What tells the relative error of step k's recomputed input, exactly where the true one is given.
+        """Measure the relative error of step k's recomputed input, exactly where the true one is given.
 
-        Small tensors: the error itself, or what :meth:`drift` makes it of, for several steps at once.
+        Returned are small tensors: the error itself, or what :meth:`drift` computes it from, for several steps at once.
         """
 
     def drift(self, first: int, x: Tensor, measures: Sequence[Measure]) -> Tensor:
-        """The largest of the errors of consecutive steps from ``first`` on; a scalar tensor, NaN if one is.
+        """Find the largest of the errors of consecutive steps from ``first`` on; a scalar tensor, NaN if one is.
 
         x is a state of their shape.
         """
@@ -96,14 +96,14 @@ class Walk(abc.ABC):
 
     @abc.abstractmethod
     def redo(self, first: int, last: int, x: Tensor | None, grad: Tensor) -> Tensor:
-        """Steps first .. last by checkpointing: the gradient of the first's input, which is x.
+        """Redo steps first .. last by checkpointing: gives the gradient of the first's input, which is x.
 
         x is None where the first begins a part without an anchor: it comes from the anchor before, through the parts
         between.
         """
 
     def run(self, z: Tensor, grad_z: Tensor) -> Tensor:
-        """The gradient of the run's input; whatever drifts is redone, so that it is right in any case.
+        """Compute the gradient of the run's input; whatever drifts is redone, so that it is right in any case.
 
         With deferred verdicts all gradients are then to be passed through :meth:`accepted`.
         """
@@ -121,7 +121,7 @@ class Walk(abc.ABC):
         return grad_x
 
     def accepted(self, grad: Tensor | None) -> Tensor | None:
-        """A gradient, or zero where a deferred verdict has found a drifted state."""
+        """Pass a gradient on, or zero where a deferred verdict has found a drifted state."""
         if grad is None or self.drifted is None:
             return grad
         return torch.where(self.drifted.to(grad.device), torch.zeros((), dtype=grad.dtype, device=grad.device), grad)

@@ -5,7 +5,7 @@
     edit = Edit((Add("T-shirt/top", "rest", 1.5),), keep=(0.5, 1.0, 1.0))
     made = subject.made(subject.edited(edit).levels, edit)  # made.data is a PNG, made.command gives the same one
 
-The commands ``edit``, ``sample``, ``interpolate`` and ``score``, and the page of ``serve``, are made of this.
+The commands ``edit``, ``sample``, ``interpolate`` and ``score``, and the page of ``serve``, use these classes.
 """
 
 from pyglow_fast.studio.between import Between

@@ -1,4 +1,4 @@
-"""The path from one image to another: frames, a strip of them, an animation."""
+"""Makes the path from one image to another: frames, a strip of them, an animation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,19 @@ class Between:
         opened: the run.
         first, last: the images.
         space: "noise" or "latent".
-        spherical: on great circles, level by level.
+        spherical: whether the path follows great circles, level by level.
+
+    Examples:
+        >>> from pyglow_fast import GlowConfig
+        >>> from pyglow_fast.studio import Between, OpenRun, parse_image
+        >>> from pyglow_fast.train import TrainConfig, start
+        >>> model = GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4)
+        >>> result = start(TrainConfig(model=model, max_steps=1), "runs/tiny").execute(quiet=True)
+        >>> opened = OpenRun.open("runs/tiny")
+        >>> between = Between(opened, opened.pick(parse_image("0")), opened.pick(parse_image("1")), "noise")
+        >>> frames, not_finite = between.frames(5)
+        >>> frames.shape, between.made(frames, ".gif").data[:3]
+        (torch.Size([5, 1, 8, 8]), b'GIF')
     """
 
     opened: OpenRun
@@ -37,20 +49,20 @@ class Between:
     spherical: bool = False
 
     @torch.no_grad()
-    def frames(self, steps: int = 8, times: tuple[float, ...] | None = None) -> tuple[Tensor, int]:
-        """Levels int64 (steps, C, H, W), both ends included, and how many frames were not finite.
+    def frames(self, count: int = 8, times: tuple[float, ...] | None = None) -> tuple[Tensor, int]:
+        """Compute the frames, grey levels int64 (count, C, H, W), both ends included, and how many were not finite.
 
         Args:
-            steps: how many, evenly spaced.
-            times: points between 0 and 1 instead.
+            count: how many, evenly spaced.
+            times: the points of the path between 0 and 1 that are computed instead.
 
         Raises:
-            ValueError: fewer than two steps, or points outside of 0..1.
+            ValueError: fewer than two, or points outside of 0..1.
         """
         model, n_bins = self.opened.model, self.opened.n_bins
         a, b = (self.opened.x(picked.levels[None].long()) for picked in (self.first, self.last))
         ends = (self.opened.y(self.first.label), self.opened.y(self.last.label))
-        x = interpolate(model, a, b, steps, self.spherical, self.space, ends, times=times)[0]
+        x = interpolate(model, a, b, count, self.spherical, self.space, ends, times=times)[0]
         return to_levels(x, n_bins).cpu(), count_not_finite(x)
 
     def _words(self) -> list[str]:
@@ -61,18 +73,18 @@ class Between:
         return words + (["--spherical"] if self.spherical else [])
 
     def made_frame(self, levels: Tensor, time: float, scale: int = 1) -> Made:
-        """One frame (C, H, W) as a PNG."""
+        """Encode one frame (C, H, W) as a PNG."""
         words = [*self._words(), "--at", number_text(time), "--scale", str(scale)]
         picture = image_picture(levels, self.opened.n_bins, scale)
         return made_png(picture, command_line(self.opened, "interpolate", words))
 
     def made(self, levels: Tensor, suffix: str, scale: int | None = None) -> Made:
-        """All frames (steps, C, H, W): side by side as a PNG, or there and back again as a GIF or WebP.
+        """Encode all frames (n, C, H, W): side by side as a PNG, or there and back again as a GIF or WebP.
 
         Raises:
             ValueError: another suffix.
         """
-        words = [*self._words(), "--steps", str(len(levels))]
+        words = [*self._words(), "--frames", str(len(levels))]
         command = command_line(self.opened, "interpolate", words + (["--scale", str(scale)] if scale else []))
         if suffix == ".png":
             return made_png(grid(levels, self.opened.n_bins, len(levels), scale), command)

@@ -1,4 +1,4 @@
-"""Pictures with the command that repeats them, which is written into the file."""
+"""Makes picture files that hold the command that repeats them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,19 @@ COMMAND = "Command"  # the name of the text in a PNG
 
 
 class Made(NamedTuple):
-    """A file that was made, and the command that makes the same bytes.
+    """A file that was made, as bytes, and the command that makes the same bytes again.
 
     Args:
-        data: of the file.
-        command: without the name of the file.
-        suffix: of its name.
-        option: of the command, that takes the name.
+        data: the bytes of the file.
+        command: the command without the name of the file.
+        suffix: what the file's name ends in.
+        option: the option of the command that takes the file's name.
+
+    Examples:
+        >>> from pyglow_fast.studio import Made
+        >>> made = Made(b"a picture", "pyglow-fast sample runs/tiny --n 4")
+        >>> made.whole_command("my samples.png")
+        "pyglow-fast sample runs/tiny --n 4 --out 'my samples.png'"
     """
 
     data: bytes
@@ -30,22 +36,22 @@ class Made(NamedTuple):
     option: str = "--out"
 
     def whole_command(self, out: str) -> str:
-        """The whole command, to be copied: it writes the file ``out``."""
+        """The command with ``--out``, to be copied: it writes the file ``out``."""
         return f"{self.command} {self.option} {shlex.quote(out)}"
 
 
 def command_line(opened: OpenRun, name: str, words: Sequence[str]) -> str:
-    """``pyglow-fast NAME RUN ...``, quoted for a shell."""
+    """Join ``pyglow-fast NAME RUN ...``, quoted for a shell."""
     of_run = ["--best"] if opened.best else []
     of_run += ["--device", opened.device] if opened.device != "auto" else []
     return shlex.join(["pyglow-fast", name, run_word(opened.name), *words, *of_run])
 
 
 def run_word(name: str) -> str:
-    """The folder of a run as a word of a command line: never taken for an option."""
+    """Write the folder of a run as a word of a command line that is never taken for an option."""
     return f"./{name}" if name.startswith("-") else name
 
 
 def made_png(picture: Tensor, command: str) -> Made:
-    """A picture, uint8 (3, H, W), as a PNG that holds its command."""
+    """Encode a picture, uint8 (3, H, W), as a PNG that holds its command."""
     return Made(png_bytes(picture, {COMMAND: command}), command)

@@ -1,4 +1,4 @@
-"""Mean latents of training images with and without each attribute, and the directions between them."""
+"""Finds directions of attributes: differences of mean latents of training images with and without each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ REST = "rest"  # as minus: the images without the attribute, also where a class 
 
 
 class Add(NamedTuple):
-    """strength times the way from the images of ``minus`` to those of ``plus``."""
+    """A change of an image: ``strength`` times the way from the images of ``minus`` to those of ``plus``.
+
+    Examples:
+        >>> from pyglow_fast.studio import Add, Edit
+        >>> smile = Add("Smiling", "rest", 1.5)  # beyond the faces with a smile, from those without
+        >>> Edit((smile, Add("Young", "rest", 0.0))).active
+        (Add(plus='Smiling', minus='rest', strength=1.5),)
+    """
 
     plus: str
     minus: str
@@ -29,14 +36,23 @@ class Add(NamedTuple):
 
 
 class Directions(NamedTuple):
-    """Mean latents and mean pixels of the images with each attribute, and of those without.
+    """The mean latents and mean pixels of the training images with each attribute, and of those without.
 
     Args:
-        space: of the latents, "noise" or "latent".
-        names: of the A attributes.
-        counts: int64 (A, 2), images with and without.
-        means: float32, one tensor (A, 2, C, *spatial) a level.
-        pixels: float32 (A, 2, C, *spatial), of x.
+        space: which latents these are, "noise" or "latent".
+        names: the names of the A attributes.
+        counts: int64 (A, 2), how many images have each attribute and how many do not.
+        means: float32, a tensor (A, 2, C, *spatial) for each level: the mean latents with and without.
+        pixels: float32 (A, 2, C, *spatial), the mean x with and without.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.studio import Add, Directions
+        >>> means = torch.tensor([[[1.0, 2.0], [0.0, 0.0]]]).reshape(1, 2, 2, 1, 1)  # with it, without
+        >>> directions = Directions("latent", ("Smiling",), torch.tensor([[30, 70]]), (means,), means / 10)
+        >>> latents, pixels = directions.shift([Add("Smiling", "rest", 1.5)])
+        >>> latents[0].flatten(), pixels.flatten()
+        (tensor([1.5000, 3.0000]), tensor([0.1500, 0.3000]))
     """
 
     space: str
@@ -46,10 +62,10 @@ class Directions(NamedTuple):
     pixels: Tensor
 
     def shift(self, adds: Sequence[Add]) -> tuple[list[Tensor] | None, Tensor | None]:
-        """sum_j s_j (mean_plus_j - mean_minus_j), of the latents and of the pixels; None for no sum.
+        """Compute sum_j s_j (mean_plus_j - mean_minus_j), of the latents and of the pixels; None for no sum.
 
         Returns:
-            One tensor (C, *spatial) a level, and one of the image's shape; float32.
+            A tensor (C, *spatial) for each level, and one of the image's shape; float32.
 
         Raises:
             ValueError: an attribute that there is not, a strength that is not finite, or one that makes the sum so.
@@ -88,7 +104,7 @@ def measure(
     on_unreadable: str = "raise",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Tensor]:
-    """The tensors of :class:`Directions` by name, and its names as the bytes of a JSON list: one pass over the images.
+    """Compute the tensors of :class:`Directions` by name, and its names as bytes of JSON, in one pass over the images.
 
     Raises:
         ValueError: an image that cannot be read, or a group of which none can.
@@ -125,7 +141,7 @@ def _chosen(values: list[Tensor], mask: Tensor) -> list[Tensor]:
 
 
 def from_tensors(tensors: dict[str, Tensor], space: str) -> Directions:
-    """The directions whose tensors :func:`measure` gave, now or when they were kept."""
+    """Make the directions from tensors that :func:`measure` gave, now or when they were kept."""
     names = json.loads(bytes(tensors["names"].tolist()))
     levels = sorted((name for name in tensors if name.startswith("level")), key=lambda name: int(name[5:]))
     return Directions(

@@ -1,4 +1,4 @@
-"""One image under edit: its latents, moved along directions of attributes and towards the means of the priors."""
+"""Edits one image: moves its latents along directions of attributes and towards the means of the priors."""
 
 from __future__ import annotations
 
@@ -24,12 +24,25 @@ DIGITS = 6  # behind the point of a strength or a share: finer than any slider
 
 
 class Edited(NamedTuple):
-    """What an edit gives.
+    """An image after an edit: its levels, and whether all that the model decoded were numbers.
 
     Args:
         levels: int64 (C, H, W).
         finite: whether all values of the decoded image are numbers; those that are not are shown grey.
-        shifted: of the pixel-shift twin, x + sum_j s_j (mean pixels with - without); None if it was not asked for.
+        shifted: the levels of the twin whose pixels are shifted, x + sum_j s_j (mean pixels with - without); None if it
+            was not asked for.
+
+    Examples:
+        >>> from pyglow_fast import GlowConfig
+        >>> from pyglow_fast.studio import Edit, Edited, OpenRun, Subject, parse_image
+        >>> from pyglow_fast.train import TrainConfig, start
+        >>> model = GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4)
+        >>> result = start(TrainConfig(model=model, max_steps=1), "runs/first").execute(quiet=True)
+        >>> opened = OpenRun.open("runs/first")
+        >>> subject = Subject(opened, opened.pick(parse_image("0")), opened.space)
+        >>> found = subject.edited(Edit(keep=(0.0,)))  # nothing of the image's own latents
+        >>> isinstance(found, Edited), found.finite, found.levels.shape
+        (True, True, torch.Size([1, 8, 8]))
     """
 
     levels: Tensor
@@ -39,13 +52,20 @@ class Edited(NamedTuple):
 
 @dataclass(frozen=True)
 class Edit:
-    """What is done to an image.
+    """A description of what is done to an image: attributes that are added, and what each level of latents keeps.
 
     Args:
         adds: attributes, each with its strength.
-        keep: the share of the image's own latents that each level keeps, shallowest first; empty: all of all.
+        keep: the share of the image's own latents that each level keeps, shallowest first; empty if every level keeps
+            all.
 
     Strengths and shares are rounded to DIGITS behind the point: a slider's 0.30000000000000004 is 0.3.
+
+    Examples:
+        >>> from pyglow_fast.studio import Add, Edit
+        >>> edit = Edit((Add("3", "8", 0.5), Add("7", "1", 0.0)), keep=(0.5, 1.0))
+        >>> edit.is_none, edit.options()  # of the command line: what has no strength is left out
+        (False, ['--add', '3', '8', '0.5', '--keep', '0.5', '1'])
     """
 
     adds: tuple[Add, ...] = ()
@@ -67,7 +87,7 @@ class Edit:
         return not self.active and all(share == 1.0 for share in self.keep)
 
     def options(self, pixel_shift: bool = False) -> list[str]:
-        """As the command ``edit`` takes them; a shift of the pixels keeps nothing of latents."""
+        """The options of the command ``edit`` that describe this; a shift of the pixels keeps nothing of latents."""
         words = [
             word
             for add in self.active
@@ -84,10 +104,23 @@ class Subject:
     Args:
         opened: the run.
         picked: the image.
-        space: "noise" or "latent", of the edits.
+        space: the space of the edits, "noise" or "latent".
 
     Raises:
         ValueError: the image does not fit the model; its latents are not finite.
+
+    Examples:
+        >>> from pyglow_fast import GlowConfig
+        >>> from pyglow_fast.studio import Edit, OpenRun, Subject, parse_image
+        >>> from pyglow_fast.train import TrainConfig, start
+        >>> model = GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4)
+        >>> result = start(TrainConfig(model=model, max_steps=1), "runs/tiny").execute(quiet=True)
+        >>> opened = OpenRun.open("runs/tiny")
+        >>> subject = Subject(opened, opened.pick(parse_image("0")), "noise")  # held-out image 0
+        >>> half = Edit(keep=(0.5,))
+        >>> made = subject.made(subject.edited(half).levels, half)
+        >>> made.command, made.data[:4]
+        ('pyglow-fast edit runs/tiny 0 --keep 0.5 --space noise', b'\x89PNG')
     """
 
     @torch.no_grad()
@@ -106,21 +139,21 @@ class Subject:
 
     @functools.cached_property
     def bits(self) -> float:
-        """Bits/dim of the image."""
+        """The bits/dim of the image."""
         return self.bits_of(self.levels)
 
     def bits_of(self, levels: Tensor) -> float:
-        """Bits/dim of an edit of the image, under the image's class."""
+        """The bits/dim of an edit of the image, under the image's class."""
         return self.opened.bits(levels, self.picked.label)
 
     @torch.no_grad()
     def edited(self, edit: Edit, pixel_shift: bool = False, progress: Progress | None = None) -> Edited:
-        """The image after an edit; without one the image itself, to the bit.
+        """Compute the image after an edit; without one it is the image itself, bit for bit.
 
         Args:
             edit: what is done.
-            pixel_shift: give the twin whose pixels are shifted, too.
-            progress: of the means over training images, where they are not measured yet.
+            pixel_shift: whether the twin whose pixels are shifted is computed too.
+            progress: is told of the means over training images, where they are not measured yet.
 
         Raises:
             ValueError: an attribute that there is not, shares that do not fit the model's levels.
@@ -141,7 +174,7 @@ class Subject:
         return Edited(self.levels if edit.is_none else to_levels(x, self.opened.n_bins)[0].cpu(), finite, twin)
 
     def command(self, edit: Edit, pixel_shift: bool, scale: int = 1) -> str:
-        """The command that gives the same picture, without ``--out``."""
+        """Write the command that gives the same picture, without ``--out``."""
         opened = self.opened
         words = [self.picked.image.text, *edit.options(pixel_shift), "--space", self.space]
         if self.picked.label is not None:
@@ -152,19 +185,19 @@ class Subject:
         return command_line(opened, "edit", words + (["--scale", str(scale)] if scale != 1 else []))
 
     def made(self, levels: Tensor, edit: Edit, pixel_shift: bool = False, scale: int = 1) -> Made:
-        """What :meth:`edited` gave, as a PNG: the image itself, one pixel a pixel unless ``scale`` says otherwise."""
+        """Encode what :meth:`edited` gave as a PNG, one pixel for each of the image unless ``scale`` says otherwise."""
         picture = image_picture(levels, self.opened.n_bins, scale)
         return made_png(picture, self.command(edit, pixel_shift, scale))
 
 
 def likelihood_text(opened: OpenRun, bits: float, progress: Progress | None = None, wait: bool = True) -> str:
-    """Bits/dim of an image in words, and how far along the training images it is, where they are at hand.
+    """Say in words how likely an image is: its bits/dim, and its rank among training images where these are at hand.
 
     Args:
         opened: the run.
-        bits: of the image.
-        progress: of the scores of training images, where they are not measured yet.
-        wait: measure them then, rather than leave them out.
+        bits: the bits/dim of the image.
+        progress: is told of the scores of training images, where they are not measured yet.
+        wait: whether they are measured then, rather than left out.
     """
     if not math.isfinite(bits):
         return "no finite likelihood"

@@ -1,4 +1,4 @@
-"""Which training images have an attribute: classes, the attributes of CelebA, the skin tones of emoji."""
+"""Finds which training images have an attribute: classes, the attributes of CelebA, the skin tones of emoji."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from pyglow_fast.train.seeds import derive, random_subset
 
 @dataclass(frozen=True)
 class Group:
-    """Training images with an attribute, and those that they are compared with.
+    """The training images with an attribute, and those that they are compared with.
 
     Args:
-        name: of the attribute.
-        images: their indices.
+        name: the name of the attribute.
+        images: the indices of the images with it.
         others: indices of images without it; None: all the images of other groups that are not among ``images``.
     """
 
@@ -32,14 +32,15 @@ class Group:
 
 
 def groups_of(config: DataConfig, data: Images, train: Tensor, held_out: Tensor, most: int, seed: int) -> list[Group]:
-    """The attributes that the images of a source have, each with at least one training image on both sides.
+    """Find the attributes that images of a source have, each with at least one training image on both sides.
 
     Args:
-        config: as they were loaded.
+        config: how the images were loaded.
         data: all images.
-        train, held_out: indices of those that are trained on, and of those that are not.
-        most: training images in all, shared evenly by the classes; emoji in pairs of skin tones come besides.
-        seed: of which are drawn.
+        train, held_out: the indices of the images that are trained on, and of those that are not.
+        most: how many training images are used in all, shared evenly by the classes; emoji in pairs of skin tones come
+            on top.
+        seed: decides which images are drawn.
 
     Raises:
         ValueError: images of CelebA were left out as unreadable, so that indices are not those of its list.
@@ -47,12 +48,12 @@ def groups_of(config: DataConfig, data: Images, train: Tensor, held_out: Tensor,
     scheme, _, path = config.name.partition(":")
     if scheme == "celeba":
         names, has = attribute_table(Path(path))
-        # One that was left out would shift all behind it.
+        # An image that was left out would shift the indices of all images behind it.
         found_images = f"{len(data)} that can be read"
         expect(len(data) == len(has), "attributes", f"all {len(has)} images of the list", found_images)
         drawn = train[random_subset(seed, len(train), most)]
         sides = [(name, drawn[has[drawn, i]], drawn[~has[drawn, i]]) for i, name in enumerate(names)]
-        # The others by themselves: some images have no attribute, and are in no group.
+        # The others are counted by themselves: some images have no attribute, and are in no group.
         return [Group(*side) for side in sides if min(map(len, side[1:])) > 0]
     found = []
     if data.labels is not None and len(data.class_names) > 1:
@@ -78,6 +79,6 @@ def _tones(config: DataConfig, data: Images, held_out: Tensor) -> list[Group]:
 
 
 def drawn_images(groups: list[Group]) -> Tensor:
-    """Indices of all images of the groups, each once, sorted."""
+    """Collect the indices of all images of the groups, each once, sorted."""
     parts = [part for group in groups for part in (group.images, group.others) if part is not None]
     return torch.cat(parts).unique() if parts else torch.zeros(0, dtype=torch.int64)

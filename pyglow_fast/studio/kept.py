@@ -1,4 +1,4 @@
-"""What was computed of a checkpoint, kept in the folder of its run so that it is computed once."""
+"""Keeps what was computed of a checkpoint in the folder of its run, so that it is computed once."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ MOST = 4  # files of one name: those of the newest checkpoints, or of other sett
 
 
 def kept(folder: Path, name: str, key: dict[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors that were computed for ``key``: from ``folder`` if they are there, else computed and written.
+    """Return the tensors computed for ``key``: read from ``folder`` if they are there, else computed and written.
 
     A file that is damaged, or was written for another key, is passed over and replaced. A folder that cannot be written
     is no error: a warning says that the next time will take as long.
 
     Args:
-        folder: made if it is not there.
+        folder: where the file is kept; made if it is not there.
         name: the beginning of the file's name.
-        key: all that the result depends on, JSON-able; with the digest of a checkpoint under ``digest``.
-        compute: what gives them.
+        key: all that the result depends on, as JSON can hold it; with the digest of a checkpoint under ``digest``.
+        compute: computes the tensors.
     """
     text = json.dumps(key, sort_keys=True)
     path = folder / f"{name}-{key['digest'][:16]}.safetensors"
@@ -63,7 +63,7 @@ def _read(path: Path, text: str) -> dict[str, Tensor] | None:
 
 
 def progress_of(total: int, progress: Callable[[int, int], None] | None) -> Callable[[int], None]:
-    """A function that is told how many more are done, and tells ``progress`` (done, total)."""
+    """Make a function that is told how many more are done, and tells ``progress`` (done, total)."""
     done = 0
 
     def advance(count: int) -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint of a run, opened to look at: its frozen model, its images, and what was measured of both."""
+"""Opens a checkpoint of a run to look at: its frozen model, its images, and what was measured of both."""
 
 from __future__ import annotations
 
@@ -26,13 +26,21 @@ from pyglow_fast.studio.selection import own_images
 from pyglow_fast.studio.words import File, HeldOut, Image, Sample, one_line
 from pyglow_fast.train import Checkpoint, RunFolder, check_fits, load_model, resolve_device, score_images
 
-TRAIN_IMAGES = 5000  # that directions are measured on
+TRAIN_IMAGES = 5000  # most training images that directions are measured on
 SCORED = 1000  # images of each side that bits/dim are compared with
 Progress = Callable[[int, int], None]  # (done, of how many)
 
 
 class Picked(NamedTuple):
-    """An image that was chosen: levels uint8 (C, H, W), its label (of a model with classes), and its name."""
+    """An image that was chosen: levels uint8 (C, H, W), its label (for a model with classes), and its name.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.studio import File, Picked
+        >>> picked = Picked(torch.zeros(1, 8, 8, dtype=torch.uint8), label=None, image=File("black.png"))
+        >>> picked.image.text, picked.levels.shape
+        ('black.png', torch.Size([1, 8, 8]))
+    """
 
     levels: Tensor
     label: int | None
@@ -40,7 +48,15 @@ class Picked(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Bits/dim of some held-out and some training images of a run, finite ones, float64."""
+    """The finite bits/dim of some held-out and some training images of a run, float64.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.studio import Scores
+        >>> scores = Scores(held_out=torch.tensor([3.1, 3.4]), train=torch.tensor([3.0, 3.2, 3.3, 3.6]))
+        >>> scores.share_below(3.25)  # half of the training images are likelier than an image of 3.25 bits/dim
+        0.5
+    """
 
     held_out: Tensor
     train: Tensor
@@ -51,11 +67,23 @@ class Scores(NamedTuple):
 
 
 class LostImagesError(ValueError):
-    """The images that a run was trained on are no longer there, or have changed."""
+    """Raised when the images that a run was trained on are no longer there, or have changed."""
 
 
 class OwnImages:
-    """The images of a run, loaded when they are first asked for; one for all checkpoints of the run."""
+    """The images of a run, loaded when they are first asked for; all checkpoints of the run share them.
+
+    Examples:
+        >>> from pyglow_fast import GlowConfig
+        >>> from pyglow_fast.data import load_digits
+        >>> from pyglow_fast.studio import OwnImages
+        >>> from pyglow_fast.train import TrainConfig, TrainState
+        >>> config = TrainConfig(model=GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4))
+        >>> own = OwnImages(TrainState(config, load_digits()).checkpoint())
+        >>> data, train, held_out = own.find()
+        >>> data.name, len(train), len(held_out), own.missing
+        ('digits', 1617, 180, '')
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
@@ -69,13 +97,13 @@ class OwnImages:
             return str(error)
 
     def belong_to(self, checkpoint: Checkpoint) -> bool:
-        """Whether a checkpoint is of these images and this split: another run may have taken the place of the first."""
+        """Whether a checkpoint was trained on these images and this split: a run may have been replaced by another."""
         first = self._checkpoint
         same_split = (first.config.data, first.config.seed) == (checkpoint.config.data, checkpoint.config.seed)
         return same_split and first.data == checkpoint.data
 
     def find(self) -> tuple[Images, Tensor, Tensor]:
-        """(all images, indices of the training images, of the held-out ones).
+        """Load (all images, indices of the training images, indices of the held-out ones).
 
         Raises:
             LostImagesError: they are no longer there, or have changed.
@@ -87,31 +115,42 @@ class OwnImages:
         return found
 
     def look_again(self) -> None:
-        """Forgets that they could not be had: they may be back."""
+        """Forget that the images could not be had: they may be back."""
         with self._lock:
             if isinstance(self.__dict__.get("_found"), str):
                 del self._found
 
     @property
     def missing(self) -> str:
-        """Why they cannot be had; empty if they can."""
+        """Say why the images cannot be had; empty if they can."""
         with self._lock:
             return self._found if isinstance(self._found, str) else ""
 
 
 @dataclass(eq=False)
 class OpenRun:
-    """One checkpoint of a run to look at.
+    """One checkpoint of a run, opened to look at and to make pictures with.
 
     Args:
-        name: of the run's folder, as it was given.
-        best: the checkpoint is that with the best held-out bits/dim.
-        folder: of the run.
-        checkpoint: of it.
-        model: frozen.
-        images: of the run.
-        train_images: that directions are measured on, at most.
-        device: as it was asked for; another one draws other samples.
+        name: the run's folder, as it was given.
+        best: whether the checkpoint is that with the best held-out bits/dim.
+        folder: the folder of the run.
+        checkpoint: what the checkpoint holds besides the weights.
+        model: the model, frozen.
+        images: the images of the run.
+        train_images: how many training images directions are measured on, at most.
+        device: the device as it was asked for; another one draws other samples.
+
+    Examples:
+        >>> from pyglow_fast import GlowConfig
+        >>> from pyglow_fast.studio import OpenRun, parse_image
+        >>> from pyglow_fast.train import TrainConfig, start
+        >>> model = GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4)
+        >>> result = start(TrainConfig(model=model, max_steps=1), "runs/tiny").execute(quiet=True)
+        >>> opened = OpenRun.open("runs/tiny")
+        >>> picked = opened.pick(parse_image("0"))  # held-out image 0
+        >>> opened.step, picked.levels.shape, opened.bits(picked.levels) > 0
+        (1, torch.Size([1, 8, 8]), True)
     """
 
     name: str
@@ -135,14 +174,15 @@ class OpenRun:
         train_images: int = TRAIN_IMAGES,
         images: OwnImages | None = None,
     ) -> OpenRun:
-        """The run in the folder ``name``.
+        """Open the run in the folder ``name``.
 
         Args:
-            name: of the folder.
-            best: the checkpoint with the best held-out bits/dim rather than the newest.
+            name: the folder of the run.
+            best: open the checkpoint with the best held-out bits/dim rather than the newest.
             device: cpu, cuda, cuda:N or auto.
-            train_images: that directions are measured on, at most.
-            images: of the run, if another checkpoint was opened before; not used if it was another run in that place.
+            train_images: how many training images directions are measured on, at most.
+            images: the images of the run, if another checkpoint of it was opened before; they are not used if another
+                run was in that place.
 
         Raises:
             ValueError: it is no run, or what it holds does not fit together; a value outside its range.
@@ -150,7 +190,7 @@ class OpenRun:
         expect(train_images >= 1, "train_images", "a positive whole number", train_images)
         folder, place = RunFolder(name), resolve_device(device)
         checkpoint = folder.load(best)
-        # Else the command that repeats a picture could not be kept in it.
+        # With other names the command that repeats a picture could not be kept in the picture.
         for text in (name, *checkpoint.data.class_names):
             expect(one_line(text), "run", "names of folder and classes without control characters", ascii(text))
         shape = checkpoint.config.model.image_shape
@@ -164,7 +204,7 @@ class OpenRun:
 
     @property
     def n_bins(self) -> int:
-        """Levels of an image."""
+        """The number of levels that a value of an image can have."""
         return self.checkpoint.data.n_bins
 
     @property
@@ -174,19 +214,19 @@ class OpenRun:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes that the model is conditioned on; empty without."""
+        """The names of the classes that the model is conditioned on; empty without."""
         return self.checkpoint.data.class_names if self.model.config.n_classes is not None else ()
 
     @property
     def space(self) -> str:
-        """Where edits are made if nothing is asked for.
+        """The space that edits are made in if none is asked for.
 
         The noise under an image's own class holds little of the class, so models with classes are edited in latents.
         """
         return "noise" if self.model.config.n_classes is None else "latent"
 
     def label(self, name: str) -> int:
-        """The number of a class.
+        """Find the number of a class by its name.
 
         Raises:
             ValueError: the model does not have it.
@@ -196,19 +236,19 @@ class OpenRun:
         return self.classes.index(name)
 
     def x(self, levels: Tensor) -> Tensor:
-        """Levels (n, C, H, W) as the model takes them: the middle of each level's interval."""
+        """Turn levels (n, C, H, W) into the model's input: the middle of each level's interval."""
         return middles(levels, self.n_bins, self.model)
 
     def y(self, label: int | None) -> Tensor | None:
-        """A label as the model takes it, (1,); None for a model without classes."""
+        """Turn a label into the model's input, (1,); None for a model without classes."""
         return None if label is None else torch.tensor([label], device=self.model._parameter().device)
 
     def pick(self, image: Image, label: int | None = None) -> Picked:
-        """The image that a text names.
+        """Find the image that a text names.
 
         Args:
             image: see :func:`~pyglow_fast.studio.words.parse_image`.
-            label: its class, for a model with classes; None: its own, of a file the likeliest.
+            label: the class to take it for, with a model with classes; None: its own, and for a file the likeliest.
 
         Raises:
             ValueError: there is no such image, or it cannot be read.
@@ -228,9 +268,9 @@ class OpenRun:
         return self.pick_file(Path(image.path), image, label)
 
     def relabelled(self, picked: Picked, label: int | None) -> Picked:
-        """The same image with another class; None: its own, of a file the likeliest. A sample is drawn anew.
+        """Give an image another class; None: its own, or of a file the likeliest. A sample is drawn anew.
 
-        So what another checkpoint of the run gave becomes what its name means to this one.
+        An image that another checkpoint of the run gave becomes what its name means to this one.
 
         Raises:
             ValueError: the model has no such class.
@@ -243,7 +283,7 @@ class OpenRun:
     def pick_file(
         self, source: Path | bytes, image: File, label: int | None = None, most_pixels: int | None = None
     ) -> Picked:
-        """The image in a file, or in its contents, brought to what the model sees.
+        """Read the image in a file, or in its contents, and bring it to what the model sees.
 
         Raises:
             UnreadableImageError: it cannot be read, or is too small or too large.
@@ -264,16 +304,17 @@ class OpenRun:
         return Picked(levels, label, image)
 
     def bits(self, levels: Tensor, label: int | None = None) -> float:
-        """Bits/dim of one image of levels (C, H, W), with the dequantisation noise that is the same at every call."""
+        """Measure the bits/dim of levels (C, H, W), with the dequantisation noise that is the same at every call."""
         labels = None if label is None else torch.tensor([label])
         names = self.classes if label is not None else ()
         one = ImageSet("image", levels[None].to(torch.uint8), self.n_bins, labels, names)
         return float(score_images(self.model, one, 1, seed=0).bits_per_dim[0])
 
     def directions(self, space: str, progress: Progress | None = None) -> Directions:
-        """Mean latents of the run's training images with and without each attribute.
+        """Measure the mean latents of the run's training images with and without each attribute, or read them.
 
-        They are kept in the folder of the run: measured once for a checkpoint, and from then on without the images.
+        The means are kept in the folder of the run: they are measured once for a checkpoint, and read from then on
+        without the images.
 
         Raises:
             LostImagesError: they were not measured, and the images of the run are no longer there.
@@ -296,7 +337,7 @@ class OpenRun:
         return from_tensors(kept(self.folder.cache, f"directions-{space}", key, compute), space)
 
     def scores(self, progress: Progress | None = None) -> Scores:
-        """Bits/dim of SCORED held-out and SCORED training images, kept in the folder of the run.
+        """Measure SCORED held-out and SCORED training images in bits/dim, or read what the run's folder keeps of that.
 
         Raises:
             LostImagesError: they were not scored, and the images of the run are no longer there.
@@ -311,11 +352,11 @@ class OpenRun:
 
     @property
     def has_scores(self) -> bool:
-        """Whether :meth:`scores` were measured or read."""
+        """Whether :meth:`scores` were measured or read already."""
         return bool(self._scores)
 
     def scores_at_hand(self, progress: Progress | None = None) -> Scores | None:
-        """:meth:`scores`, or None: the run's images are gone and were not scored, or none has a finite likelihood."""
+        """Return :meth:`scores`; None if the run's images are gone and not scored, or no likelihood is finite."""
         try:
             found = self.scores(progress)
         except (LostImagesError, UnreadableImageError):

@@ -1,4 +1,4 @@
-"""Images as a model takes them: batches of levels, the middle of each level's interval, labels where it has classes."""
+"""Reads images as a model takes them: batches of levels, the middle of each level's interval, labels of classes."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ BATCH = 64  # images that go through the model at a time
 
 
 def middles(levels: Tensor, n_bins: int, model: Glow) -> Tensor:
-    """x on the model's device: the middle of each level's interval, (level + 1/2) / n_bins - 1/2."""
+    """Compute x on the model's device: the middle of each level's interval, (level + 1/2) / n_bins - 1/2."""
     like = model._parameter()
     half = torch.full(levels.shape, 0.5, dtype=like.dtype)
     return dequantize(levels, n_bins, dtype=like.dtype, noise=half).to(like.device)
 
 
 def inputs(levels: Tensor, labels: Tensor | None, n_bins: int, model: Glow) -> tuple[Tensor, Tensor | None]:
-    """(x, y): the images as the model takes them, and labels for a model with classes."""
+    """Turn images into what the model takes: (x, y), y the labels for a model with classes."""
     return middles(levels, n_bins, model), labels_for(model, labels)
 
 
 def read(images: Images, indices: Tensor, on_unreadable: str = "raise") -> Iterator[Batch]:
-    """The images at ``indices`` in batches of BATCH; with "skip" fewer than asked for, where some cannot be read.
+    """Read the images at ``indices`` in batches of BATCH; with "skip" fewer, where some cannot be read.
 
     Raises:
         UnreadableImageError: one that cannot be read.
@@ -46,7 +46,7 @@ def read(images: Images, indices: Tensor, on_unreadable: str = "raise") -> Itera
 
 
 def name_of(images: Images, index: int, number: int | None = None) -> str:
-    """An image in a few words: the emoji's own name, otherwise its number (``index`` if None) and class."""
+    """Name an image in a few words: an emoji by its own name, others by number (``index`` if None) and class."""
     if images.name == "emoji" and images.groups:
         return images.groups[index]
     number = index if number is None else number

@@ -1,4 +1,4 @@
-"""Samples of a model, drawn so that the same words give the same images."""
+"""Draws samples of a model so that the same settings give the same images."""
 
 from __future__ import annotations
 
@@ -12,14 +12,23 @@ from pyglow_fast._errors import check_seed, expect
 from pyglow_fast.likelihood import count_not_finite
 from pyglow_fast.models import Glow
 from pyglow_fast.train import class_columns, class_cycle, device_of, to_levels
-from pyglow_fast.train.figures import MOST_IMAGES, grid
+from pyglow_fast.train.figures import PICTURE_IMAGES, grid
 
 BATCH = 64
 N, TEMPERATURE = 64, 0.7
 
 
 class Drawn(NamedTuple):
-    """Samples as levels (n, C, H, W), their labels (n,) or None, and how many of them were not finite (now grey)."""
+    """The samples as levels (n, C, H, W), their labels (n,) or None, and how many were not finite (now grey).
+
+    Examples:
+        >>> from pyglow_fast import Glow, GlowConfig
+        >>> from pyglow_fast.studio import Draw, Drawn
+        >>> model = Glow(GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4)).eval()
+        >>> drawn = Draw(n=6).drawn(model, n_bins=17)
+        >>> isinstance(drawn, Drawn), drawn.levels.shape, drawn.labels, drawn.not_finite
+        (True, torch.Size([6, 1, 8, 8]), None, 0)
+    """
 
     levels: Tensor
     labels: Tensor | None
@@ -28,7 +37,7 @@ class Drawn(NamedTuple):
 
 @dataclass(frozen=True)
 class Draw:
-    """Samples to draw.
+    """A description of samples to draw: how many, of which class, at which temperature, from which seed.
 
     Args:
         n: how many.
@@ -38,6 +47,16 @@ class Draw:
 
     Raises:
         ValueError: a value outside its range.
+
+    Examples:
+        >>> from pyglow_fast import Glow, GlowConfig
+        >>> from pyglow_fast.studio import Draw
+        >>> model = Glow(GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4, n_classes=3)).eval()
+        >>> draw = Draw(n=6, temperature=0.7, seed=1)
+        >>> draw.labels_of(model)
+        tensor([0, 1, 2, 0, 1, 2])
+        >>> draw.drawn(model, n_bins=17).levels.equal(draw.drawn(model, n_bins=17).levels)  # one seed, the same images
+        True
     """
 
     n: int = N
@@ -46,8 +65,7 @@ class Draw:
     labels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        expect(self.n >= 1, "n", "a positive whole number", self.n)
-        expect(self.n <= MOST_IMAGES, "n", f"at most {MOST_IMAGES} (all of them are in one picture)", self.n)
+        PICTURE_IMAGES.check("n", self.n, whole=True)
         finite = 0.0 <= self.temperature < float("inf")
         expect(finite, "temperature", "a number, 0 or more", self.temperature)
         check_seed(self.seed)
@@ -62,14 +80,14 @@ class Draw:
             check_label(label, model)
 
     def labels_of(self, model: Glow) -> Tensor | None:
-        """The label of each sample, (n,), or None for a model without classes."""
+        """Compute the label of each sample, (n,), or None for a model without classes."""
         device = device_of(model)
         if not self.labels:
             return class_cycle(self.n, model.config.n_classes, device)
         return torch.tensor(self.labels, device=device)[torch.arange(self.n, device=device) % len(self.labels)]
 
     def drawn(self, model: Glow, n_bins: int) -> Drawn:
-        """The samples.
+        """Draw the samples from a model.
 
         Raises:
             ValueError: a class that the model does not have.
@@ -85,7 +103,7 @@ class Draw:
         return Drawn(to_levels(x, n_bins).cpu(), None if y is None else y.cpu(), count_not_finite(x))
 
     def picture(self, drawn: Drawn, model: Glow, n_bins: int, columns: int | None, scale: int | None) -> Tensor:
-        """The samples side by side, uint8 (3, height, width): with all classes, each in a column of its own."""
+        """Place the samples side by side, uint8 (3, height, width): with all classes, each in a column of its own."""
         columns = columns or (None if self.labels else class_columns(self.n, model.config.n_classes))
         return grid(drawn.levels, n_bins, columns, scale)
 

@@ -1,4 +1,4 @@
-"""Bits/dim of image files beside those of held-out images: a table and a picture."""
+"""Scores image files beside held-out images: a table and a picture of their bits/dim."""
 
 from __future__ import annotations
 
@@ -20,7 +20,21 @@ LONGEST = 24  # characters of a name in the picture
 
 
 class FileScore(NamedTuple):
-    """Bits/dim of one image, and the share of training images with fewer; NaN where there are none to compare with."""
+    """The bits/dim of one image, and the share of training images with fewer; NaN without any to compare with.
+
+    Examples:
+        >>> from PIL import Image
+        >>> from pyglow_fast import GlowConfig
+        >>> from pyglow_fast.studio import FileScore, OpenRun, parse_image, score_files
+        >>> from pyglow_fast.train import TrainConfig, start
+        >>> model = GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4)
+        >>> result = start(TrainConfig(model=model, max_steps=1), "runs/tiny").execute(quiet=True)
+        >>> opened = OpenRun.open("runs/tiny")
+        >>> Image.new("L", (8, 8), 255).save("white.png")
+        >>> (score,) = score_files(opened, [opened.pick(parse_image("white.png"))])
+        >>> isinstance(score, FileScore), score.share_below  # all training images are likelier than a white one
+        (True, 1.0)
+    """
 
     picked: Picked
     bits: float
@@ -28,7 +42,7 @@ class FileScore(NamedTuple):
 
 
 def score_files(opened: OpenRun, files: Sequence[Picked], progress: Progress | None = None) -> list[FileScore]:
-    """Bits/dim of single images, each as if it were scored alone, so that the order does not matter."""
+    """Measure the bits/dim of single images, each as if it were alone, so that the order does not matter."""
     beside, found = opened.scores_at_hand(progress), []
     for picked in files:
         bits = opened.bits(picked.levels, picked.label)
@@ -42,7 +56,7 @@ def _command(opened: OpenRun, scores: Sequence[FileScore]) -> str:
 
 
 def made_picture(opened: OpenRun, scores: Sequence[FileScore]) -> Made:
-    """The images as lines on the histogram of held-out ones, as a PNG: what ``score ... --picture`` writes.
+    """Draw the images as lines on the histogram of held-out ones, a PNG: what ``score ... --picture`` writes.
 
     Raises:
         ValueError: the run's images are no longer there.
@@ -60,7 +74,7 @@ def made_picture(opened: OpenRun, scores: Sequence[FileScore]) -> Made:
 
 
 def made_csv(opened: OpenRun, scores: Sequence[FileScore]) -> Made:
-    """The scores as a CSV file: what ``score ... --out`` writes."""
+    """Write the scores as a CSV file: what ``score ... --out`` writes."""
     images = ImageSet(
         "files",
         torch.stack([score.picked.levels for score in scores]).to(torch.uint8),

@@ -1,4 +1,4 @@
-"""Which images of a source are looked at: the run's own held-out ones, or others altogether."""
+"""Selects the images of a source that are looked at: the run's own held-out ones, or others altogether."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PARTS = ("held-out", "train", "all")
 
 
 def config_for(name: str, stored: DataConfig, model: Glow) -> DataConfig:
-    """How ``name`` is prepared to fit a model trained on ``stored``."""
+    """Make the settings by which ``name`` is prepared to fit a model trained on ``stored``."""
     if name.partition(":")[0] == stored.name.partition(":")[0]:
         return replace(stored, name=name)
     plain = DataConfig(name, held_out=stored.held_out)
@@ -29,11 +29,11 @@ def config_for(name: str, stored: DataConfig, model: Glow) -> DataConfig:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which of a set of images are looked at.
+    """The images of a set that are looked at.
 
     Args:
-        images: those that are.
-        positions: int64, where in the whole set each of them is.
+        images: the images that are looked at.
+        positions: int64, the place of each of them in the whole set.
         train: the training images of the run; None if the set is not the run's own.
         part: one of PARTS.
     """
@@ -45,12 +45,12 @@ class Selection:
 
 
 def selection(name: str, part: str | None, checkpoint: Checkpoint, model: Glow) -> Selection:
-    """The images ``name``, prepared for the model, of which ``part`` is looked at.
+    """Load the images ``name``, prepared for the model, of which ``part`` is looked at.
 
     Args:
         name: a source, see DATA_HELP.
         part: one of PARTS; None: held-out of the run's own images, all of any others.
-        checkpoint, model: of the run.
+        checkpoint, model: the run's.
 
     Raises:
         ValueError: images that do not fit the model, or a part that they do not have.
@@ -70,7 +70,7 @@ def selection(name: str, part: str | None, checkpoint: Checkpoint, model: Glow) 
 
 
 def own_images(checkpoint: Checkpoint) -> tuple[Images, Tensor, Tensor]:
-    """(all images of a run, indices of its training images, of its held-out ones).
+    """Load (all images of a run, indices of its training images, indices of its held-out ones).
 
     Raises:
         ValueError: they are no longer where they were, or have changed since.
@@ -83,7 +83,7 @@ def own_images(checkpoint: Checkpoint) -> tuple[Images, Tensor, Tensor]:
 
 
 def trained_on(checkpoint: Checkpoint) -> Images | None:
-    """The run's training images, if they are still where they were and as they were."""
+    """Load the run's training images, if they are still where they were and as they were."""
     try:
         data, train, _ = own_images(checkpoint)
     except ValueError:

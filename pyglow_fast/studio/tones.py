@@ -1,4 +1,4 @@
-"""Pairs of emoji that differ in skin tone alone."""
+"""Pairs emoji that differ in skin tone alone."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pyglow_fast.data.cache import cached
 
 @dataclass(frozen=True)
 class TonePairs:
-    """Indices of emoji without a tone and of the same ones in one tone: training ones, and held-out ones.
+    """The indices of emoji without a tone and of the same ones in one tone: training ones, and held-out ones.
 
     Args:
-        train_bases, train_variants: the direction is the mean of the latter minus that of the former.
-        bases, targets: what is edited, and what it should become.
+        train_bases, train_variants: training emoji without the tone and with it, whose means differ by the direction.
+        bases, targets: held-out emoji that are edited, and what they should become.
     """
 
     train_bases: Tensor
@@ -29,12 +29,12 @@ class TonePairs:
 
 
 def tone_pairs(tone: str, data: Images, config: DataConfig, held_out: Tensor) -> TonePairs:
-    """The pairs of one tone; an emoji and its tones are on one side of the split, which keeps groups together.
+    """Find the pairs of one tone; an emoji and its tones are on one side of the split, which keeps groups together.
 
     Args:
         tone: one of the names in TONES.
         data: all emoji.
-        config: as they were loaded.
+        config: how the images were loaded.
         held_out: indices of the held-out ones.
 
     Raises:

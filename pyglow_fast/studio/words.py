@@ -1,4 +1,4 @@
-"""Short texts: numbers as the command line takes them, and names of images."""
+"""Writes and reads short texts: numbers as the command line takes them, and names of images."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ NAME_HELP = r"A name that begins with - is written \-..."
 
 
 def number_text(value: float) -> str:
-    """A finite number, exact to read back, without an exponent, which argparse would take for an option: 1.5, -0.25."""
+    """Write a finite number exactly, without an exponent, which argparse would take for an option: 1.5, -0.25."""
     text = f"{Decimal(repr(value)):f}"
     text = text.rstrip("0").rstrip(".") if "." in text else text
     return "0" if text == "-0" else text
 
 
 def name_word(name: str) -> str:
-    """A class as a word of a command line: with a backslash where it begins with -, as options do."""
+    """Write a class as a word of a command line: with a backslash where it begins with -, as options do."""
     return f"\\{name}" if name.startswith(("-", "\\")) else name
 
 
 def word_name(word: str) -> str:
-    """The class that :func:`name_word` made a word of."""
+    """Read the class that :func:`name_word` made a word of."""
     return word.removeprefix("\\")
 
 
@@ -41,26 +41,41 @@ def one_line(text: str) -> bool:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out image number ``number`` of a run, from 0."""
+    """The name of a held-out image of a run: its number, from 0.
+
+    Examples:
+        >>> from pyglow_fast.studio import HeldOut, parse_image
+        >>> parse_image("12") == HeldOut(12), HeldOut(12).text
+        (True, '12')
+    """
 
     number: int
 
     @property
     def text(self) -> str:
-        """As :func:`parse_image` takes it."""
+        """The name as :func:`parse_image` reads it."""
         return str(self.number)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Image ``number`` of the samples of ``draw``, from 0."""
+    """The name of one image of the samples of ``draw``: its number, from 0.
+
+    Examples:
+        >>> from pyglow_fast.studio import Draw, Sample, parse_image
+        >>> sample = Sample(2, Draw(n=4, temperature=0.7, seed=7))
+        >>> sample.text
+        'sample:2:n=4:seed=7:temperature=0.7'
+        >>> parse_image(sample.text) == sample
+        True
+    """
 
     number: int
     draw: Draw
 
     @property
     def text(self) -> str:
-        """As :func:`parse_image` takes it."""
+        """The name as :func:`parse_image` reads it."""
         draw = self.draw
         options = {"n": str(draw.n), "seed": str(draw.seed), "temperature": number_text(draw.temperature)}
         parts = [f"sample:{self.number}", *(f"{name}={value}" for name, value in options.items())]
@@ -69,10 +84,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class File:
-    """The image in a file.
+    """The name of the image in a file: its path.
 
     Raises:
         ValueError: its name has control characters, which no command line that is shown can hold.
+
+    Examples:
+        >>> from pyglow_fast.studio import File, parse_image
+        >>> parse_image("photos/me.png")
+        File(path='photos/me.png')
+        >>> File("12").text  # a file of this name is told from held-out image 12
+        './12'
     """
 
     path: str
@@ -82,7 +104,7 @@ class File:
 
     @property
     def text(self) -> str:
-        """As :func:`parse_image` takes it: never taken for a number, a sample or an option."""
+        """The name as :func:`parse_image` reads it, which never takes it for a number, a sample or an option."""
         plain = not (self.path.isdecimal() or self.path.startswith(("sample:", "-")))
         return self.path if plain else f"./{self.path}"
 
@@ -91,7 +113,7 @@ Image = HeldOut | Sample | File
 
 
 def parse_image(text: str, argument: str = "image") -> Image:
-    """What a text names: see IMAGE_HELP.
+    """Read which image a text names; IMAGE_HELP lists the forms.
 
     Raises:
         ValueError: it names nothing.

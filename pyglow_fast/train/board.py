@@ -1,4 +1,4 @@
-"""TensorBoard's event files of a run."""
+"""Writes TensorBoard's event files beside a run: its numbers as curves, its samples as pictures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pyglow_fast.data import MissingExtraError
 
 
 def writer_class() -> Any:
-    """SummaryWriter.
+    """Import TensorBoard's SummaryWriter, which is an optional library.
 
     Raises:
         MissingExtraError: tensorboard is not installed.
@@ -31,12 +31,12 @@ def writer_class() -> Any:
 
 
 class Board:
-    """Numbers and pictures by step, as event files that ``tensorboard --logdir FOLDER`` shows.
+    """A writer of numbers and pictures by step, as event files that ``tensorboard --logdir FOLDER`` shows.
 
     Args:
-        folder: of the event files, made if it is not there; None: nothing is written, and no library needed.
-        purge_step: of a resumed run, the first step that it writes again: TensorBoard hides what was
-            written from there on. None for a new run.
+        folder: where the event files go, made if it is not there; None: nothing is written, and no library needed.
+        purge_step: the first step that a resumed run writes again: TensorBoard hides what was written from there on.
+            None for a new run.
 
     Raises:
         MissingExtraError: tensorboard is not installed; nothing has been written then.
@@ -48,14 +48,14 @@ class Board:
         self._writer = None if folder is None else writer_class()(str(folder), purge_step=purge_step)
 
     def scalars(self, step: int, values: Mapping[str, float | int | None]) -> None:
-        """One point on the curve of each name; None is left out."""
+        """Add one point to the curve of each name; a value of None is left out."""
         if self._writer is not None:
             for name, value in values.items():
                 if value is not None:
                     self._writer.add_scalar(name, value, step)
 
     def image(self, step: int, name: str, pixels: Tensor) -> None:
-        """A picture: uint8, (3, H, W) or (1, H, W)."""
+        """Add a picture: uint8, (3, H, W) or (1, H, W)."""
         shape = tuple(pixels.shape)
         fits = pixels.dtype == torch.uint8 and len(shape) == 3 and shape[0] in (1, 3)
         expect(fits, "pixels", "uint8, shape (3, H, W) or (1, H, W)", f"{pixels.dtype}, shape {shape}")
@@ -63,7 +63,7 @@ class Board:
             self._writer.add_image(name, pixels.cpu(), step)
 
     def flush(self) -> None:
-        """Write out what is buffered, so that a run that is killed has it."""
+        """Write out what is buffered, so that the files of a run that is killed have it."""
         if self._writer is not None:
             self._writer.flush()
 

@@ -5,8 +5,8 @@ entry is a JSON object with the format version, the configuration, the progress,
 and a digest of the file, so that a damaged one never passes for a good one. One file, because one file can be replaced
 atomically.
 
-The digest is that of every byte, with zeros where it stands itself. Files of format 2, whose digest is that of the
-tensors alone, are read too, as runs of former versions go on from them; what is written is format 3.
+The digest covers every byte of the file, with zeros in the place of the digest itself. Files of format 2, whose digest
+covers the tensors alone, are read too, as runs of former versions go on from them; files are written in format 3.
 """
 
 from __future__ import annotations
@@ -41,7 +41,17 @@ _PARTS = ("model", "ema", "optimizer", "rank")
 
 @dataclass(frozen=True)
 class DataStamp:
-    """What a run remembers of its images: their ImageSet.fingerprint, number of levels and class names."""
+    """What a run remembers of its images: their ImageSet.fingerprint, number of levels and class names.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.data import ImageSet
+        >>> from pyglow_fast.train import DataStamp
+        >>> images = ImageSet("mine", torch.zeros(6, 1, 4, 4, dtype=torch.uint8), n_bins=32)
+        >>> stamp = DataStamp(images.fingerprint(), images.n_bins)
+        >>> stamp == DataStamp(images.subset([0, 1]).fingerprint(), images.n_bins)  # a resumed run must see all of them
+        False
+    """
 
     fingerprint: str
     n_bins: int
@@ -50,19 +60,32 @@ class DataStamp:
 
 @dataclass
 class Checkpoint:
-    """What a run needs to go on exactly where it was.
+    """The state of a run at one step: all that it needs to go on exactly where it was.
 
     Args:
-        config: of the run.
-        progress: counters and running sums, JSON-able.
+        config: the settings of the run.
+        progress: counters and running sums, which JSON can hold.
         data: what is remembered of the images.
         model: the model's state dict.
         ema: the average of its weights by parameter name; empty without one.
         optimizer: tensors of the optimizer's state, named ``ENTRY.PARAMETER``.
-        optimizer_groups: the optimizer's param_groups without parameters, JSON-able.
+        optimizer_groups: the optimizer's param_groups without parameters, which JSON can hold.
         rank: what each rank has for itself, named ``R.NAME``: states of random generators and of the drift control.
-        written_by: versions of what wrote it.
-        digest: as the file has it, a key for what is computed from its contents; empty unless it was loaded.
+        written_by: the versions of the code that wrote it.
+        digest: the digest in the file, a key for what is computed from its contents; empty unless the checkpoint was
+            loaded.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from pyglow_fast import Glow, GlowConfig
+        >>> from pyglow_fast.data import load_digits
+        >>> from pyglow_fast.train import Checkpoint, TrainConfig, TrainState
+        >>> config = TrainConfig(model=GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4))
+        >>> TrainState(config, load_digits()).checkpoint().save(Path("step.safetensors"))
+        >>> loaded = Checkpoint.load(Path("step.safetensors"))
+        >>> loaded.config == config, loaded.progress["step"]
+        (True, 0)
+        >>> loaded.load_model(Glow(loaded.config.model), "step.safetensors")  # a new model gets the weights of the file
     """
 
     config: TrainConfig
@@ -146,9 +169,9 @@ class Checkpoint:
         """Copy the weights into ``model``.
 
         Args:
-            model: of the architecture that ``config`` describes.
-            name: of the checkpoint, for messages.
-            averaged: those of the moving average, where there is one.
+            model: a model of the architecture that ``config`` describes.
+            name: the checkpoint's name, for messages.
+            averaged: copy the moving average of the weights, where there is one.
 
         Raises:
             ValueError: names or shapes differ; the model is then unchanged.
@@ -159,7 +182,7 @@ class Checkpoint:
 
 
 _UNSEALED = "0" * 64
-_DIGEST = re.compile(rb'\\"digest\\": \\"([0-9a-f]{64})\\"')  # in JSON in JSON
+_DIGEST = re.compile(rb'\\"digest\\": \\"([0-9a-f]{64})\\"')  # a JSON text inside a JSON text
 
 
 def _place_of_digest(outer: bytes, name: str) -> int:
@@ -287,7 +310,7 @@ def check_weights(weights: dict[str, Tensor], model: nn.Module, name: str) -> No
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, model: nn.Module
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """The optimizer's state by parameter name, which outlives a change of their order, and its groups as plain data."""
+    """Read the optimizer's state by parameter name, which outlives a change of order, and its groups as plain data."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     tensors = {
         f"{entry}.{names[id(parameter)]}": value
@@ -311,7 +334,7 @@ def check_drift(tensors: Mapping[str, Tensor], name: str) -> None:
 def optimizer_state(
     optimizer: torch.optim.Optimizer, model: nn.Module, checkpoint: Checkpoint, name: str
 ) -> dict[str, Any]:
-    """The state dict of ``optimizer`` with what :func:`optimizer_tensors` gave; nothing changes before it is loaded.
+    """Build the state dict for ``optimizer`` from what :func:`optimizer_tensors` gave; the optimizer is not changed.
 
     Raises:
         ValueError: tensors of an unknown parameter or entry, of a wrong shape or dtype, or not all entries of a

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -10,161 +9,242 @@ from typing import Any
 
 from pyglow_fast import presets
 from pyglow_fast._errors import expect
+from pyglow_fast._settings import (
+    COMPUTING,
+    IMAGES,
+    MODEL,
+    OPTIMISATION,
+    OUTPUT,
+    Range,
+    check_settings,
+    declaration,
+    declared_of,
+    setting,
+    settings,
+)
 from pyglow_fast.coupling_nets.precision import PRECISIONS
 from pyglow_fast.data import DATA_HELP, DataConfig
-from pyglow_fast.data.loader import MOST_WORKERS
+from pyglow_fast.data.loader import WORKERS
 from pyglow_fast.models import GlowConfig
-from pyglow_fast.reversible.setting import memory_text, parse_memory
-from pyglow_fast.train.figures import MOST_IMAGES
+from pyglow_fast.reversible.setting import MEMORY_EXPECTED, MEMORY_MODES, memory_text, parse_memory
+from pyglow_fast.train.figures import PICTURE_IMAGES
 from pyglow_fast.train.optim import OPTIMIZERS
 
 LIMITS = presets.LIMITS
-EVERY = ("log", "eval", "save", "sample")
-# What a resumed run may change: how long it goes on, what it shows, and by which means it computes the same steps.
-ADJUSTABLE = frozenset(
-    {*LIMITS, "patience", "device", "workers", "memory", "precision", "compile", "cuda_graphs", "accumulate"}
-    | {f"{what}_every" for what in EVERY}
-    | {"eval_images", "sample_count", "sample_temperature", "keep", "tensorboard", "check_ranks_every", "max_skipped"}
-    | {"data.on_unreadable"}
-)
-# In a file, which knows no null: "none" in these fields.
-OPTIONAL = frozenset(
-    {"ema_decay", "decay_steps", "clip_norm", "patience", "threads", "workers", *LIMITS}
-    | {"size", "n_bits", "held_out", "scale", "attribute", "in_memory", "n_classes", "n_splits"}
-)
+_PRODUCTS: dict[str, Any] = {"most": 10**6, "why": "float32 has to hold its products"}
+_DEVICES = "'auto', 'cpu', 'cuda' or 'cuda:N'"
+_COUNT, _COUNT_OR_0 = Range(least=1), Range(least=0)
+_OUTPUT: dict[str, Any] = {"range": _COUNT, "group": OUTPUT, "adjustable": True}
 
 
-# Above these a value is a slip of the pen, and what came of it would say less: a traceback, or no end.
-_BOUNDS: dict[str, tuple[float, str]] = {
-    "workers": (MOST_WORKERS, "each is a process with torch in it"),
-    "threads": (1024, "torch ends the process where the system has no more"),
-    "sample_count": (MOST_IMAGES, "all of them are in one picture"),
-    "lr": (10**6, "float32 has to hold its products"),
-    "weight_decay": (10**6, "float32 has to hold its products"),
-    "class_weight": (10**6, "float32 has to hold its products"),
-    "clip_norm": (1e30, "float32 has to hold it; none is no clipping"),
-    "sample_temperature": (1e30, "float32 has to hold it"),
-}
-
-
+@settings
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides a training run.
 
-    Args:
-        data: which images; see DataConfig.
-        model: the architecture; its image_shape must be that of the images.
-        class_conditional: condition the top prior on the labels; the model's n_classes must then be that of the data.
-        class_weight: w in the loss, bits/dim of the image + w times the bits that its label costs by the head on the
-            top latent (released code, weight_y: 0.01 in its commands); 0: no such term. The model's classify must then
-            be the number of classes. With or without class_conditional.
-        optimizer: "adam", "adamw" or "adamax".
-        lr: learning rate after warm-up.
-        warmup_steps: the learning rate rises linearly over the first so many steps.
-        decay_steps: the learning rate then falls along half a cosine, to a hundredth at this step; None: it stays.
-        weight_decay: decoupled, of adamw only.
-        beta2: decay of the optimizer's second moment (Adamax: of its largest gradient).
-        ema_decay: evaluation and samples use a moving average of the weights with this decay, see Ema; None: not so.
-        clip_norm: gradients are scaled down to this norm (of the loss, which is in bits/dim); None for no clipping.
-        max_skipped: steps in a row whose loss or gradient is not finite and that are left out before the run ends.
-        batch_size: images a step, over all ranks and accumulated parts together.
-        accumulate: parts that a batch is cut into, one after the other, for memory.
-        init_images: images that the data-dependent initialisation sees.
-        memory: memory mode of training: "reversible", "checkpoint" or "store"; or the bytes that the tensors of a step
-            may take on each rank beyond parameters and gradients, as a number or a text such as "4GB" (then kept as an
-            int): the fastest training within them. Of a part where accumulated.
-        precision: of the nets in training: "auto", "fp32", "tf32", "bf16" or "fp16".
-        compile: train through torch.compile.
-        cuda_graphs: train through a CUDA graph; on one GPU, without accumulation and without class_weight.
-        workers: processes that read images; None: none for images in memory, else 2.
-        max_steps, max_epochs, max_minutes: the run ends at whichever comes first; at least one must be given.
-        patience: the run also ends after so many evaluations without a better held-out score.
-        seed: of the split, the initial weights, the order of the images and the dequantisation noise.
-        threads: of torch on the CPU; None: as many as torch chooses. Another number sums in another order.
-        device: "cpu", "cuda", "cuda:N" or "auto" (cuda where there is one).
-        log_every, eval_every, save_every, sample_every: in steps.
-        eval_images: during training at most so many images of each side of the split are evaluated, always the same,
-            drawn by the seed (at the end all that are held out, and at most 10,000 of the others).
-        sample_count, sample_temperature: of samples.png.
-        keep: newest checkpoints that are kept.
-        tensorboard: write events for TensorBoard too.
-        check_ranks_every: steps after which all ranks compare their weights.
+    A training step is one update of the weights; a step of the flow is one of the K in each level. max_steps,
+    max_epochs and max_minutes are limits: the run ends at whichever comes first, and at least one must be given.
 
     Raises:
         ValueError: a value of the wrong type or out of its range, or parts that do not fit each other.
+
+    Examples:
+        >>> from pyglow_fast import GlowConfig
+        >>> from pyglow_fast.train import TrainConfig
+        >>> config = TrainConfig(model=GlowConfig((1, 8, 8), n_levels=2, n_steps=4, hidden=32), max_steps=1000)
+        >>> longer = config.adjusted(max_steps=2000)
+        >>> config.changes(longer)
+        {'max_steps': (1000, 2000)}
+        >>> TrainConfig.from_dict(longer.to_dict()) == longer
+        True
     """
 
-    data: DataConfig = field(default_factory=DataConfig)
-    model: GlowConfig = field(default_factory=GlowConfig)
-    class_conditional: bool = False
-    class_weight: float = 0.0
-    optimizer: str = "adam"
-    lr: float = 1e-3
-    warmup_steps: int = 100
-    decay_steps: int | None = None
-    weight_decay: float = 0.0
-    beta2: float = 0.999
-    ema_decay: float | None = 0.999
-    clip_norm: float | None = 1.0
-    max_skipped: int = 10
-    batch_size: int = 64
-    accumulate: int = 1
-    init_images: int = 256
-    memory: str | int = "reversible"
-    precision: str = "auto"
-    compile: bool = False
-    cuda_graphs: bool = False
-    workers: int | None = None
-    max_steps: int | None = 10_000
-    max_epochs: int | None = None
-    max_minutes: float | None = None
-    patience: int | None = None
-    seed: int = 0
-    threads: int | None = None
-    device: str = "auto"
-    log_every: int = 20
-    eval_every: int = 500
-    save_every: int = 500
-    sample_every: int = 500
-    eval_images: int = 1000
-    sample_count: int = 64
-    sample_temperature: float = 0.7
-    keep: int = 3
-    tensorboard: bool = False
-    check_ranks_every: int = 500
+    data: DataConfig = field(
+        default_factory=DataConfig, metadata=declaration("which images, see DataConfig", expected="a DataConfig")
+    )
+    model: GlowConfig = field(
+        default_factory=GlowConfig,
+        metadata=declaration(
+            "the architecture, see GlowConfig; its image_shape must be that of the images", expected="a GlowConfig"
+        ),
+    )
+    class_conditional: bool = setting(
+        False, "condition the top prior on the labels; the model's n_classes is then that of the data", group=MODEL
+    )
+    class_weight: float = setting(
+        0.0,
+        "w in the loss, bits/dim of the image + w times the bits that its label costs by a linear classifier on the "
+        "top latent (released code: 0.01), with class_conditional or without; 0: no such term. The model's classify is "
+        "then the number of classes",
+        range=Range(least=0, **_PRODUCTS),
+        group=OPTIMISATION,
+    )
+    optimizer: str = setting("adam", "adam, adamw or adamax", choices=OPTIMIZERS, group=OPTIMISATION)
+    lr: float = setting(1e-3, "learning rate after warm-up", range=Range(above=0, **_PRODUCTS), group=OPTIMISATION)
+    warmup_steps: int = setting(
+        100,
+        "the learning rate rises linearly over the first so many training steps",
+        range=_COUNT_OR_0,
+        group=OPTIMISATION,
+        flag="--warmup",
+    )
+    max_steps: int | None = setting(
+        10_000,
+        "the run ends after so many training steps; given another limit alone, this one does not count",
+        range=_COUNT,
+        group=OPTIMISATION,
+        adjustable=True,
+    )
+    max_epochs: int | None = setting(
+        None, "or after so many passes over the training images", range=_COUNT, group=OPTIMISATION, adjustable=True
+    )
+    max_minutes: float | None = setting(
+        None, "or after so many minutes", range=Range(above=0), group=OPTIMISATION, adjustable=True
+    )
+    decay_steps: int | None = setting(
+        None,
+        "the learning rate then falls along half a cosine, to a hundredth at this training step",
+        range=_COUNT,
+        absent="it stays",
+        group=OPTIMISATION,
+    )
+    weight_decay: float = setting(
+        0.0, "decoupled weight decay, of adamw only", range=Range(least=0, **_PRODUCTS), group=OPTIMISATION
+    )
+    beta2: float = setting(
+        0.999,
+        "decay of the optimizer's second moment (Adamax: of its largest gradient)",
+        range=Range(least=0, below=1),
+        group=OPTIMISATION,
+    )
+    ema_decay: float | None = setting(
+        0.999,
+        "decay of a moving average of the weights, which evaluation and samples then use, see Ema",
+        range=Range(above=0, below=1),
+        absent="no average",
+        group=OPTIMISATION,
+        flag="--ema",
+        other=("--no-ema", "no averaged weights"),
+    )
+    clip_norm: float | None = setting(
+        1.0,
+        "gradients are scaled down to this norm (of the loss, which is in bits/dim)",
+        range=Range(above=0, most=1e30, why="float32 has to hold it; none is no clipping"),
+        absent="no clipping",
+        group=OPTIMISATION,
+        flag="--clip",
+        other=("--no-clip", "no clipping"),
+    )
+    max_skipped: int = setting(
+        10,
+        "training steps in a row whose loss or gradient is not finite and that are left out before the run ends",
+        range=_COUNT_OR_0,
+        group=OPTIMISATION,
+        adjustable=True,
+    )
+    batch_size: int = setting(
+        64, "images a training step, over all ranks and accumulated parts together", range=_COUNT, group=OPTIMISATION
+    )
+    accumulate: int = setting(
+        1,
+        "parts that a batch is cut into, one after the other, for memory",
+        range=_COUNT,
+        group=OPTIMISATION,
+        adjustable=True,
+    )
+    init_images: int = setting(
+        256, "images that the data-dependent initialisation of actnorm sees", range=_COUNT, group=OPTIMISATION
+    )
+    memory: str | int = setting(
+        "reversible",
+        f"memory mode of training: {', '.join(MEMORY_MODES)}; or the bytes that the tensors of a training step (of a "
+        "part where accumulated) may take on each rank beyond parameters and gradients, as a number or a text such as "
+        "4GB: the fastest training within them",
+        group=COMPUTING,
+        adjustable=True,
+        expected=MEMORY_EXPECTED,
+    )
+    precision: str = setting(
+        "auto",
+        "what the nets compute in while they are trained: auto (as torch is set), fp32, tf32, bf16 or fp16",
+        choices=PRECISIONS,
+        group=COMPUTING,
+        adjustable=True,
+    )
+    compile: bool = setting(False, "train through torch.compile", group=COMPUTING, adjustable=True)
+    cuda_graphs: bool = setting(
+        False,
+        "train through a CUDA graph; on one GPU, without accumulation and without class_weight",
+        group=COMPUTING,
+        adjustable=True,
+    )
+    workers: int | None = setting(
+        None,
+        "processes that read images",
+        range=WORKERS,
+        absent="none for images in memory, else 2",
+        group=IMAGES,
+        adjustable=True,
+    )
+    patience: int | None = setting(
+        None,
+        "the run also ends after so many evaluations without a better held-out score",
+        range=_COUNT,
+        absent="it does not",
+        group=OPTIMISATION,
+        adjustable=True,
+    )
+    seed: int = setting(
+        0,
+        "decides the split, the initial weights, the order of the images and the dequantisation noise",
+        range=_COUNT_OR_0,
+        group=OPTIMISATION,
+    )
+    threads: int | None = setting(
+        None,
+        "threads of torch on the CPU; another number sums in another order",
+        range=Range(least=1, most=1024, why="torch ends the process where the system has no more"),
+        absent="as many as torch chooses",
+        group=COMPUTING,
+    )
+    device: str = setting(
+        "auto",
+        "cpu, cuda, cuda:N or auto (cuda where there is one)",
+        group=COMPUTING,
+        adjustable=True,
+        expected=_DEVICES,
+    )
+    log_every: int = setting(20, "training steps between rows of metrics.csv", **_OUTPUT)
+    eval_every: int = setting(500, "training steps between evaluations on held-out images", **_OUTPUT)
+    save_every: int = setting(500, "training steps between checkpoints", **_OUTPUT)
+    sample_every: int = setting(500, "training steps between pictures of samples", **_OUTPUT)
+    eval_images: int = setting(
+        1000,
+        "during training at most so many images of each side of the split are evaluated, always the same, drawn by the "
+        "seed (at the end all that are held out, and at most 10,000 of the others)",
+        **_OUTPUT,
+    )
+    sample_count: int = setting(64, "images in samples.png", **_OUTPUT | {"range": PICTURE_IMAGES})
+    sample_temperature: float = setting(
+        0.7,
+        "temperature of samples.png",
+        range=Range(least=0, most=1e30, why="float32 has to hold it"),
+        group=OUTPUT,
+        flag="--temperature",
+        adjustable=True,
+    )
+    keep: int = setting(3, "newest checkpoints that are kept", **_OUTPUT)
+    tensorboard: bool = setting(False, "write events for TensorBoard too", group=OUTPUT, adjustable=True)
+    check_ranks_every: int = setting(500, "training steps after which all ranks compare their weights", **_OUTPUT)
 
     def __post_init__(self) -> None:
         expect(isinstance(self.data, DataConfig), "data", "a DataConfig", type(self.data).__name__)
         expect(isinstance(self.model, GlowConfig), "model", "a GlowConfig", type(self.model).__name__)
-        for name in ("class_conditional", "compile", "cuda_graphs", "tensorboard"):
-            expect(type(getattr(self, name)) is bool, name, "true or false", getattr(self, name))
-        for name, known in (("optimizer", OPTIMIZERS), ("precision", PRECISIONS)):
-            expect(getattr(self, name) in known, name, f"one of {known}", repr(getattr(self, name)))
         object.__setattr__(self, "memory", parse_memory(self.memory))
         check_device(self.device)
-        every = (f"{what}_every" for what in (*EVERY, "check_ranks"))
-        for name in ("batch_size", "accumulate", "init_images", "eval_images", "sample_count", "keep", *every):
-            self._check_int(name, 1)
-        for name in ("warmup_steps", "seed", "max_skipped"):
-            self._check_int(name, 0)
-        self._check_number("lr", positive=True)
-        self._check_number("weight_decay")
-        self._check_number("class_weight")
-        self._check_number("beta2")
-        expect(self.beta2 < 1, "beta2", "a number from 0 to below 1", self.beta2)
-        self._check_number("sample_temperature")
+        check_settings(self)
         decays = self.weight_decay == 0.0 or self.optimizer == "adamw"
         expect(decays, "weight_decay", f"0 with optimizer {self.optimizer!r} (adamw has it)", self.weight_decay)
-        for name in ("max_steps", "max_epochs", "decay_steps", "threads", "patience"):
-            if getattr(self, name) is not None:
-                self._check_int(name, 1)
-        if self.workers is not None:
-            self._check_int("workers", 0)
-        for name in ("clip_norm", "max_minutes", "ema_decay"):
-            if getattr(self, name) is not None:
-                self._check_number(name, positive=True)
-        averages = self.ema_decay is None or self.ema_decay < 1
-        expect(averages, "ema_decay", "a number between 0 and 1, or none", self.ema_decay)
         even = self.batch_size % self.accumulate == 0
         expect(even, "accumulate", f"a divisor of batch_size, {self.batch_size}", self.accumulate)
         graphed = not self.cuda_graphs or (self.accumulate == 1 and not self.compile)
@@ -185,29 +265,9 @@ class TrainConfig:
         no_cond = self.model.cond_channels == 0
         expect(no_cond, "model", "cond_channels=0 (image sources give no condition)", self.model.cond_channels)
 
-    def _check_int(self, name: str, low: int) -> None:
-        value = getattr(self, name)
-        ok = isinstance(value, int) and not isinstance(value, bool) and value >= low
-        found = repr(value) if isinstance(value, str) else value
-        expect(ok, name, "a positive whole number" if low else "a whole number, 0 or more", found)
-        self._check_bound(name, 2**63 - 1)
-
-    def _check_number(self, name: str, positive: bool = False) -> None:
-        value = getattr(self, name)
-        ok = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
-        ok = ok and (value > 0 if positive else value >= 0)
-        found = repr(value) if isinstance(value, str) else value
-        expect(ok, name, "a positive number" if positive else "a number, 0 or more", found)
-        self._check_bound(name, math.inf)
-
-    def _check_bound(self, name: str, most: float) -> None:
-        value = getattr(self, name)
-        most, why = _BOUNDS.get(name, (most, "64 bits hold no more"))
-        expect(value <= most, name, f"at most {most} ({why})", value)
-
     @classmethod
     def preset(cls, name: str, data: str | None = None, **given: Any) -> TrainConfig:
-        """The settings of a preset, see :mod:`pyglow_fast.presets`; its images are not looked for.
+        """Make the settings of a preset, see :mod:`pyglow_fast.presets`; its images are not looked for.
 
         Args:
             name: of the preset.
@@ -235,14 +295,14 @@ class TrainConfig:
         return cls(**{**among(known[cls], values), "data": source, "model": model})
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict; :meth:`from_dict` reads it back."""
+        """Return the settings as a dict that JSON can hold; :meth:`from_dict` reads it back."""
         flat = {item.name: getattr(self, item.name) for item in fields(self)}
         shown = {"memory": memory_text(self.memory), "data": asdict(self.data), "model": self.model.to_dict()}
         return flat | shown
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """The inverse of :meth:`to_dict`; missing keys keep their defaults.
+        """Make the settings from what :meth:`to_dict` gave; fields that are missing keep their defaults.
 
         Raises:
             ValueError: an unknown key, or a value that is refused.
@@ -260,12 +320,12 @@ class TrainConfig:
         return cls(**parsed)
 
     def changes(self, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
-        """{dotted name: (value here, value there)} of everything that differs."""
+        """Compare with other settings: {dotted name: (value here, value there)} of everything that differs."""
         here, there = flatten(self.to_dict()), flatten(other.to_dict())
         return {name: (here[name], there[name]) for name in here if here[name] != there[name]}
 
     def adjusted(self, **values: Any) -> TrainConfig:
-        """With other values for fields that a resumed run may change; those of the data are named ``data.NAME``.
+        """Change fields that a resumed run may change, in a copy; those of the data are named ``data.NAME``.
 
         A limit among them replaces all former limits.
 
@@ -284,8 +344,25 @@ class TrainConfig:
         return replace(self, **changed, data=replace(self.data, **data))
 
 
+# By dotted name, those of the data with "data.": what a resumed run may change, which is how long it goes on, what it
+# shows, and by which means it computes the same steps.
+ADJUSTABLE = frozenset(
+    prefix + name
+    for prefix, kind in (("", TrainConfig), ("data.", DataConfig))
+    for name, declared in declared_of(kind).items()
+    if declared.rule.adjustable
+)
+# In a file, which knows no null: "none" in these fields.
+OPTIONAL = frozenset(
+    name
+    for kind in (TrainConfig, DataConfig, GlowConfig)
+    for name, declared in declared_of(kind).items()
+    if declared.optional
+)
+
+
 def images_for(preset: str, data: str | None) -> str:
-    """``data``, or the name of the images that a preset is made for.
+    """Return ``data``, or where it is None the name of the images that a preset is made for.
 
     Raises:
         ValueError: no such preset; or no ``data`` for one that is made for any images, or for those in some folder.
@@ -301,12 +378,12 @@ def images_for(preset: str, data: str | None) -> str:
 def check_device(name: str) -> None:
     """Refuse what is not a name of a device; whether there is such a device is not asked."""
     known = isinstance(name, str) and re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", name) is not None
-    expect(known, "device", "'auto', 'cpu', 'cuda' or 'cuda:N'", repr(name))
+    expect(known, "device", _DEVICES, repr(name))
     expect(len(name) <= len("cuda:255"), "device", "a number of at most three digits behind 'cuda:'", repr(name))
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"model": {"hidden": 1}} -> {"model.hidden": 1}."""
+    """Flatten nested dicts: {"model": {"hidden": 1}} -> {"model.hidden": 1}."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):

@@ -21,7 +21,7 @@ SUFFIXES = (".toml", ".yaml", ".yml", ".json")
 
 
 def to_toml(config: TrainConfig) -> str:
-    """Every field of ``config``; :func:`read_config` and TrainConfig.from_dict read it back.
+    """Write every field of ``config`` as TOML text; :func:`read_config` and TrainConfig.from_dict read it back.
 
     Raises:
         MissingExtraError: tomli-w is not installed.
@@ -34,9 +34,9 @@ def to_toml(config: TrainConfig) -> str:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The tables of a file, as they are written there; which fields they may have is TrainConfig's business.
+    """Read the tables of a file as they are written there; TrainConfig decides which fields they may have.
 
-    A table has values, or lists of them: no table lies in another one but the outermost.
+    A table may hold values and lists of values; only the outermost may hold tables.
 
     Raises:
         ValueError: no such file, another kind of file, or one that cannot be parsed; the message names it.
@@ -61,7 +61,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(visible(f"{name}: expected a file that can be read, found {error}")) from error
     except RecursionError as error:
         raise ValueError(visible(f"{name}: expected tables of settings, found deeper ones than can be read")) from error
-    except ValueError as error:  # of each parser, and of text that is not UTF-8
+    except ValueError as error:  # raised by each parser, and for text that is not UTF-8
         kind = path.suffix[1:].upper()
         raise ValueError(visible(f"{name}: expected a configuration as {kind}, found {error}")) from error
     expect(isinstance(values, Mapping), name, "tables of settings", type(values).__name__)
@@ -91,7 +91,7 @@ def _loader(yaml: Any) -> Any:
 
 
 def _nulls(values: Mapping[str, Any]) -> dict[str, Any]:
-    """With None for the "none" of the fields that may be None."""
+    """Replace "none" by None in the fields that may be None."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""From the name of a device to the device that this process trains on."""
+"""Finds the device that this process trains on by the name that the settings have."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pyglow_fast.train.config import check_device
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device that a config's ``device`` means here; "auto" and "cuda" are the GPU of this rank.
+    """Choose the device that a config's ``device`` means here; "auto" and "cuda" are the GPU of this rank.
 
     Raises:
         ValueError: no such name, CUDA is asked for and torch finds none, or the environment variable PYGLOW_CPU names

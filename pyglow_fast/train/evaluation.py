@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,10 +23,18 @@ from pyglow_fast.train.seeds import derive, random_subset
 
 @dataclass(frozen=True)
 class Score:
-    """Mean bits/dim over ``images`` images and the standard error of that mean over the images.
+    """The mean bits/dim of ``images`` images, and the standard error of that mean over the images.
 
-    ``unreadable`` more images could not be read and are left out. Of a model with a classifier, on images with labels:
-    ``class_bits``, the mean of -log2 p(label | top latent), and ``accuracy``, the share whose likeliest class is right.
+    ``unreadable`` more images could not be read and are left out. A model with a classifier, on images with labels,
+    also has ``class_bits``, the mean of -log2 p(label | top latent), and ``accuracy``, the share of images whose
+    likeliest class is right.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.train import Score
+        >>> score = Score.of(torch.tensor([3.0, 3.2, 3.4, 3.2], dtype=torch.float64))
+        >>> f"{score.mean:.2f} ± {score.error_text} bits/dim of {score.images} images"
+        '3.20 ± 0.082 bits/dim of 4 images'
     """
 
     mean: float
@@ -41,25 +50,25 @@ class Score:
 
         Args:
             values: b (n,), float64, bits/dim of this rank's images. Without any image on any rank the mean is 0.
-            unreadable: images of all ranks that are not among them.
-            ranks: who else has images.
+            unreadable: how many images of all ranks are not among the values, as they could not be read.
+            ranks: the processes that have the other images.
         """
         found = Moments.of(values, (ranks or Ranks()).total)
         return cls(found.mean if found.n else 0.0, found.standard_error, found.n, unreadable)
 
     @property
     def error_text(self) -> str:
-        """The standard error for people; one image has none."""
+        """The standard error as text for people; "n/a" for one image, which has none."""
         return f"{self.standard_error:.3f}" if self.images > 1 else "n/a"
 
 
 def device_of(model: Glow) -> torch.device:
-    """Where the model's parameters are, or the buffers of a frozen one."""
+    """The device of the model's parameters, or of the buffers of a frozen one."""
     return model._parameter().device
 
 
 def labels_for(model: Glow, labels: torch.Tensor | None) -> torch.Tensor | None:
-    """Labels on the model's device, or None for a model without classes.
+    """Put labels on the model's device; None for a model without classes.
 
     Raises:
         ValueError: a model with classes and images without labels.
@@ -93,7 +102,7 @@ def classifies(model: Glow, data: Images) -> bool:
 
 @dataclass(frozen=True)
 class ImageScores:
-    """-log2 p(x) / D + log2(n_bins) of single images.
+    """The bits/dim of single images, -log2 p(x) / D + log2(n_bins), for each draw of the dequantisation noise.
 
     Args:
         indices: int64 (n,), which images these are.
@@ -102,6 +111,19 @@ class ImageScores:
         unreadable: indices of images that could not be read.
         classes: float64 (n, 2) where the model has a classifier for the images' labels: -log2 p(label | top latent)
             under the first draw, and 1 or 0 as the likeliest class is the label or not. None elsewhere.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast import Glow, GlowConfig
+        >>> from pyglow_fast.data import ImageSet
+        >>> from pyglow_fast.train import ImageScores, score_images
+        >>> images = ImageSet("mine", torch.randint(32, (3, 1, 4, 4), dtype=torch.uint8), n_bins=32)
+        >>> model = Glow(GlowConfig((1, 4, 4), n_levels=1, n_steps=1, hidden=4))
+        >>> scores = score_images(model, images, batch_size=3, seed=0, draws=2)
+        >>> scores.draws.shape, scores.bits_per_dim.equal(scores.draws.mean(1))
+        (torch.Size([3, 2]), True)
+        >>> ImageScores(torch.tensor([5]), torch.tensor([[3.0, 4.0]])).spread  # made by hand: image 5, two draws
+        tensor([0.7071])
     """
 
     indices: Tensor
@@ -111,12 +133,12 @@ class ImageScores:
 
     @property
     def bits_per_dim(self) -> Tensor:
-        """(n,), the mean over the draws."""
+        """The bits/dim of each image, (n,): the mean over the draws of noise."""
         return self.draws.mean(1)
 
     @property
     def spread(self) -> Tensor:
-        """(n,), the standard deviation over the draws; NaN for a single one."""
+        """The standard deviation over the draws of noise, (n,); NaN for a single draw."""
         if self.draws.shape[1] < 2:
             return torch.full_like(self.bits_per_dim, math.nan)
         return self.draws.std(1)
@@ -135,20 +157,20 @@ def score_images(
     draws: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> ImageScores:
-    """Bits/dim of each image, each with dequantisation noise of its own that is the same at every call.
+    """Measure the bits/dim of each image, with dequantisation noise of its own that is the same at every call.
 
     The first draw does not depend on how many there are. Each draw bounds -log2 P(level) / D from above in expectation
     (Theis et al. 2016, "A note on the evaluation of generative models"), so their mean does too, with less noise.
 
     Args:
-        model: put in evaluation mode for the call.
+        model: the model, which is put in evaluation mode for the call.
         data: the images.
         batch_size: images at a time.
-        seed: of the noise, and of which images are looked at.
+        seed: decides the noise, and which images are looked at.
         limit: most images to look at, drawn at random since the first ones may all be of one class; None: all.
         workers, on_unreadable: see :func:`pyglow_fast.data.batches`.
         ranks: share the images among these; every rank gets its own part.
-        draws: S, of the noise of each image.
+        draws: S, how often the noise of each image is drawn.
         progress: told after each batch how many images it had.
 
     Raises:
@@ -165,6 +187,8 @@ def score_images(
     model.eval()
     bits, found = [torch.zeros(0, draws, dtype=torch.float64)], [torch.zeros(0, dtype=torch.int64)]
     classify, classes = classifies(model, data), [torch.zeros(0, 2, dtype=torch.float64)]
+    kept = contextlib.ExitStack()
+    kept.enter_context(model.folded())  # nobody writes to it meanwhile
     try:
         for batch, wanted in zip(batches(data, plan, workers, on_unreadable), plan, strict=True):
             labels = labels_for(model, batch.labels)
@@ -184,6 +208,7 @@ def score_images(
             if progress is not None:
                 progress(len(wanted))
     finally:
+        kept.close()
         model.train(was_training)
     indices = torch.cat(found)
     unreadable = tuple(sorted(set(chosen.tolist()) - set(indices.tolist())))
@@ -207,7 +232,7 @@ def evaluate(
     on_unreadable: str = "raise",
     ranks: Ranks | None = None,
 ) -> Score:
-    """The mean of :func:`score_images`, which says what the arguments are; over all ranks, on every one of them.
+    """Average what :func:`score_images` gives, which explains the arguments; over all ranks, on every one of them.
 
     Raises:
         ValueError: images that do not fit the model; one that cannot be read, or with "skip" none that can.

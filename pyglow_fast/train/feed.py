@@ -1,4 +1,4 @@
-"""The images of the steps: which, in which order, on which rank, read ahead by worker processes."""
+"""Feeds images to the training steps: which ones, in which order, on which rank, read ahead by worker processes."""
 
 from __future__ import annotations
 
@@ -15,27 +15,44 @@ from pyglow_fast.train.config import TrainConfig
 from pyglow_fast.train.ranks import Ranks
 from pyglow_fast.train.seeds import batch_indices, derive, keyed_noise
 
-WORKERS = 2  # that read images from files, where a run does not say how many
+WORKERS = 2  # processes that read images from files, where a run does not say how many
 
 
 def n_workers(config: TrainConfig, data: Images) -> int:
-    """Processes that read ``data``: none for what is in memory, unless the configuration says otherwise."""
+    """How many processes read ``data``: none for what is in memory, unless the configuration says otherwise."""
     if config.workers is not None:
         return config.workers
     return 0 if isinstance(data, ImageSet) else WORKERS
 
 
-# Torch raises this one anywhere in the main thread, when it learns of the death.
+# The text of an error that torch raises anywhere in the main thread when it learns that a reading process died.
 READER_DIED = re.compile(r"DataLoader worker|process that reads images")
 
 
 class InputLostError(RuntimeError):
-    """Images cannot be read any more; the message says which, and what was saved."""
+    """Raised when images cannot be read any more; the message says which, and what was saved.
+
+    Examples:
+        >>> from PIL import Image
+        >>> from pyglow_fast import GlowConfig
+        >>> from pyglow_fast.data import DataConfig
+        >>> from pyglow_fast.train import InputLostError, TrainConfig, start
+        >>> for i in range(20):
+        ...     Image.new("L", (8, 8), i).save(f"{i}.png")
+        >>> open("3.png", "w").close()  # damaged: an empty file
+        >>> data = DataConfig("folder:.", size=8, gray=True, in_memory=False)  # files are read when they are needed
+        >>> config = TrainConfig(data, GlowConfig((1, 8, 8), 1, 1, hidden=4), batch_size=4, max_steps=2, workers=0)
+        >>> try:
+        ...     start(config, "runs/first").execute(quiet=True)
+        ... except InputLostError as error:
+        ...     print(error)
+        3.png: expected an image that Pillow can decode, found ...
+    """
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one backward sees: x (n, C, H, W) dequantised on the device, labels, and images that could not be read."""
+    """The images of one backward: x (n, C, H, W) dequantised on the device, labels, and how many could not be read."""
 
     x: Tensor
     labels: Tensor | None
@@ -43,16 +60,16 @@ class Part:
 
 
 class Feed:
-    """Batches of a run from step ``first`` on; everything about them is a function of seed, step and index.
+    """The batches of a run from step ``first`` on; everything in them is a function of seed, step and index.
 
-    A batch is cut into ``accumulate`` parts, one after the other, and each of these among the ranks: another number of
-    ranks or of workers sees the same images with the same noise.
+    A batch is cut into ``accumulate`` parts, one after the other, and each part is shared among the ranks: with another
+    number of ranks or of workers the run sees the same images with the same noise.
 
     Args:
-        config: of the run.
+        config: the settings of the run.
         data: the training images.
-        first: step of the first batch.
-        ranks: who takes part.
+        first: the step of the first batch.
+        ranks: the processes that take part.
         device: where x goes.
     """
 
@@ -106,6 +123,6 @@ class Feed:
 
 
 def noisy(levels: Tensor, keys: list[int], n_bins: int, device: torch.device) -> Tensor:
-    """x of ``levels``, each image with the noise of its key."""
+    """Dequantise ``levels``: x in [-0.5, 0.5), each image with the noise that its key determines."""
     levels = levels.to(device, non_blocking=True)
     return dequantize(levels, n_bins, noise=keyed_noise(keys, levels.shape[1:], device))

@@ -1,4 +1,4 @@
-"""What a run shows: images, grids of them, animations and the loss curve."""
+"""Draws what a run shows: images, grids of them, animations and the loss curve."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import check_count, expect
+from pyglow_fast._settings import Range
 from pyglow_fast.data import optional
 from pyglow_fast.likelihood import quantize
 from pyglow_fast.train.files import write_bytes
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 LONGEST_TEXT = 1 << 16  # characters of a text in a picture; readers refuse what is much longer
-MOST_IMAGES = 1 << 16  # in one picture: of 8x8 pixels, each as large as it is shown, they have 16,384x16,384
+# Of 8x8 pixels, each as large as it is shown, so many have 16,384x16,384.
+PICTURE_IMAGES = Range(least=1, most=1 << 16, why="all of them are in one picture")
 ANIMATIONS = ("gif", "webp")
-# What is no character of XML, which is where a WebP keeps its text; a carriage return would be read as a line end.
+# Characters that XML, where a WebP keeps its text, does not have; a carriage return would be read as a line end.
 _NO_TEXT = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _XMP = (
     '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
@@ -35,19 +37,19 @@ _XMP = (
 
 
 def to_levels(x: Tensor, n_bins: int) -> Tensor:
-    """Model output x as levels; values that are no numbers, as a young model may draw, become mid-grey."""
+    """Round model output x to levels; values that are no numbers, as a young model may draw, become mid-grey."""
     return quantize(x.float().nan_to_num(0.0), n_bins)
 
 
 def enlarged(levels: Tensor, n_bins: int, scale: int | None = None) -> Tensor:
-    """Images (N, C, H, W) of levels 0..n_bins-1 as float (N, 1 or 3, scale H, scale W) in 0..1; see :func:`grid`."""
+    """Turn images (N, C, H, W) of levels into float (N, 1 or 3, scale H, scale W) in 0..1; see :func:`grid`."""
     images = levels[:, : 3 if levels.shape[1] >= 3 else 1].cpu().float() / (n_bins - 1)
     factor = scale or max(1, 64 // images.shape[-2])
     return images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
 
 
 def grid(levels: Tensor, n_bins: int, columns: int | None = None, scale: int | None = None) -> Tensor:
-    """Images (N, C, H, W) of levels 0..n_bins-1 side by side, uint8 (3, height, width).
+    """Place images (N, C, H, W) of levels 0..n_bins-1 side by side in one picture, uint8 (3, height, width).
 
     Args:
         levels: the images; channels beyond the third are left out, two channels show the first.
@@ -65,12 +67,12 @@ def grid(levels: Tensor, n_bins: int, columns: int | None = None, scale: int | N
 
 
 def pictures(levels: Tensor, n_bins: int, scale: int | None = None) -> Tensor:
-    """Images (N, C, H, W) of levels 0..n_bins-1 as uint8 (N, 3, scale H, scale W); see :func:`grid`."""
+    """Turn images (N, C, H, W) of levels 0..n_bins-1 into uint8 (N, 3, scale H, scale W); see :func:`grid`."""
     return (enlarged(levels, n_bins, scale).expand(-1, 3, -1, -1) * 255).round().to(torch.uint8)
 
 
 def image_picture(levels: Tensor, n_bins: int, scale: int = 1) -> Tensor:
-    """One image (C, H, W) of levels 0..n_bins-1 as uint8 (3, scale H, scale W), without a border.
+    """Turn one image (C, H, W) of levels 0..n_bins-1 into uint8 (3, scale H, scale W), without a border.
 
     Raises:
         ValueError: it is no single image, or a factor below 1.
@@ -81,7 +83,7 @@ def image_picture(levels: Tensor, n_bins: int, scale: int = 1) -> Tensor:
 
 
 def png_bytes(picture: Tensor, text: Mapping[str, str] | None = None) -> bytes:
-    """A PNG file of a picture, with texts that tell how it was made.
+    """Encode a picture as a PNG file, with texts in it that tell how it was made.
 
     Args:
         picture: uint8 (3, H, W).
@@ -104,7 +106,7 @@ def png_bytes(picture: Tensor, text: Mapping[str, str] | None = None) -> bytes:
 
 
 def save_picture(picture: Tensor, path: Path, text: Mapping[str, str] | None = None) -> None:
-    """:func:`png_bytes` as a file, replaced atomically.
+    """Write :func:`png_bytes` to a file, which is replaced whole or not at all.
 
     Raises:
         ValueError: what png_bytes refuses.
@@ -121,7 +123,7 @@ def save_grid(
     scale: int | None = None,
     text: Mapping[str, str] | None = None,
 ) -> None:
-    """:func:`grid` as a PNG."""
+    """Write :func:`grid` as a PNG file."""
     save_picture(grid(levels, n_bins, columns, scale), path, text)
 
 
@@ -133,7 +135,7 @@ def animation_bytes(
     scale: int | None = None,
     text: Mapping[str, str] | None = None,
 ) -> bytes:
-    """An endless animation of images, there and back: 0, 1, .., n-1, n-2, .., 1 and again.
+    """Encode images as an endless animation, there and back: 0, 1, .., n-1, n-2, .., 1 and again.
 
     A WebP is lossless. A GIF is so too where the images have at most 256 colours together, as grey ones have; otherwise
     each image is shown in the 256 colours nearest to its own, without dithering. Images that equal the one before may
@@ -143,7 +145,7 @@ def animation_bytes(
         levels: (n, C, H, W) of levels 0..n_bins-1; channels beyond the third are left out, two channels show the first.
         n_bins: the level n_bins-1 is shown white.
         file_format: "gif" or "webp".
-        milliseconds: that an image is shown for, 20..60000; a GIF counts in tens, rounded down.
+        milliseconds: how long an image is shown, 20..60000; a GIF counts in tens, rounded down.
         scale: whole factor each pixel is enlarged by; by default what makes an image about 64 pixels high.
         text: as of :func:`png_bytes`. A GIF keeps it as its comment, a WebP as the description of its XMP, one line
             "keyword: text" each.
@@ -226,7 +228,7 @@ def holds_text(value: str) -> bool:
 
 
 def bits_png(rows: list[Row], yardsticks: dict[str, float]) -> bytes:
-    """A PNG of bits/dim against steps: trained on, held out, and the yardsticks as level lines.
+    """Draw bits/dim against steps as a PNG: trained on, held out, and the yardsticks as level lines.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -254,15 +256,15 @@ def bits_png(rows: list[Row], yardsticks: dict[str, float]) -> bytes:
 
 
 def save_curve(rows: list[Row], path: Path, yardsticks: dict[str, float]) -> None:
-    """:func:`bits_png` as a file, replaced atomically."""
+    """Write :func:`bits_png` to a file, which is replaced whole or not at all."""
     write_bytes(path, bits_png(rows, yardsticks))
 
 
 def class_columns(count: int, n_classes: int | None) -> int | None:
-    """Images in a row so that :func:`class_cycle` puts each class in a column of its own, where the grid allows it."""
+    """How many images a row has for :func:`class_cycle` to put each class in a column of its own, where that fits."""
     return n_classes if n_classes is not None and 2 <= n_classes <= min(count, 16) else None
 
 
 def class_cycle(count: int, n_classes: int | None, device: torch.device) -> Tensor | None:
-    """Labels 0, 1, 2, ... in turn for a grid of samples, or None for a model without classes."""
+    """Give labels 0, 1, 2, ... in turn to a grid of samples; None for a model without classes."""
     return None if n_classes is None else torch.arange(count, device=device) % n_classes

@@ -1,4 +1,4 @@
-"""Writing so that a reader, or the next run after a crash, never sees half a file."""
+"""Writes files so that a reader, or the next run after a crash, never sees half of one."""
 
 from __future__ import annotations
 
@@ -11,12 +11,23 @@ TEMPORARY = ".partial"
 
 
 class FolderError(ValueError):
-    """The folder of a run cannot be made or written, or is that of another run by now."""
+    """Raised when the folder of a run cannot be made or written, or is that of another run by now.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from pyglow_fast.train import FolderError, RunFolder
+        >>> _ = Path("runs").write_text("a file where the folder of runs should be")
+        >>> try:
+        ...     RunFolder("runs/first").make()
+        ... except FolderError as error:
+        ...     print("no run was started:", error)
+        no run was started: out: ...
+    """
 
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """Around writes at the beginning of a run: what the disk refuses is the user's to mend.
+    """A context for the first writes of a run: what the disk refuses is reported as the user's to mend.
 
     Raises:
         FolderError: a write failed.
@@ -29,10 +40,10 @@ def refusing() -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path in the same folder; on success it is flushed to the disk and takes the place of ``path``.
+    """A context that gives a temporary path; on success the file there is flushed and takes the place of ``path``.
 
-    On an exception it is removed and ``path`` is as it was. A crash leaves at most a ``*.partial`` file, which nothing
-    reads and the next write replaces.
+    On an exception the temporary file is removed and ``path`` is as it was. A crash leaves at most a ``*.partial``
+    file, which nothing reads and the next write replaces.
     """
     temporary = path.with_name(path.name + TEMPORARY)
     try:

@@ -1,4 +1,4 @@
-"""The lock of a run's folder: nobody else trains there meanwhile."""
+"""Locks the folder of a run, so that no other process trains in it meanwhile."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pyglow_fast.train.files import FolderError, refusing
 
 
 class FolderLock:
-    """The lock of one folder, a file in it. Making the object touches nothing.
+    """A lock on a folder, held through a file in it. Making the object touches nothing.
 
     Where the system or the file system has no locks, nothing is promised.
 
     Args:
-        path: of the file, which stays when the lock is given back.
+        path: the file, which stays when the lock is given back.
     """
 
     def __init__(self, path: Path) -> None:
@@ -26,7 +26,7 @@ class FolderLock:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Hold it for a while.
+        """A context in which this process holds the lock.
 
         Raises:
             FolderError: somebody else holds it, or the file cannot be made.
@@ -41,7 +41,7 @@ class FolderLock:
 
     @property
     def is_lost(self) -> bool:
-        """Whether it was held, and the file is not there any more or is another one."""
+        """Whether the lock was held, and its file is not there any more or is another one."""
         if not self._is_held:
             return False
         try:
@@ -50,7 +50,7 @@ class FolderLock:
             return True
 
     def take_again(self) -> None:
-        """Hold the lock of the file that is there now, or of a new one.
+        """Take the lock of the file that is there now, or of a new one.
 
         Raises:
             FolderError: somebody else holds it, and this one stays lost.
@@ -83,11 +83,11 @@ class FolderLock:
         self._handle = None
 
 
-_handles: set[int] = set()  # of the folders that this process trains in
+_handles: set[int] = set()  # file descriptors of the locks that this process holds
 
 
 def _close_all() -> None:
-    """Processes that read images are forked from this one: they must not hold its lock when it is killed."""
+    """Close the locks in a forked process that reads images: it must not hold them when this one is killed."""
     for handle in _handles:
         os.close(handle)
     _handles.clear()

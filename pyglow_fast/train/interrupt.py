@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request that the loop answers between two steps."""
+"""Turns Ctrl-C and SIGTERM into a request that the training loop answers between two steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import FrameType, TracebackType
 
 
 class StopRequest:
-    """While open, the first SIGINT or SIGTERM only sets :attr:`signum`; a second one has its ordinary effect.
+    """A context in which the first SIGINT or SIGTERM only sets :attr:`signum`; a second has its ordinary effect.
 
     Python lets only the main thread handle signals; in another thread this does nothing.
     """
@@ -28,7 +28,7 @@ class StopRequest:
         self._restore()
 
     def release(self) -> None:
-        """From now on signals have their ordinary effect: all that matters is saved."""
+        """Give signals their ordinary effect from now on: all that matters is saved."""
         self._restore()
 
     def _restore(self) -> None:

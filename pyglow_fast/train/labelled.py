@@ -1,4 +1,4 @@
-"""Grids of images with a label for each row and column."""
+"""Draws grids of images with a label for each row and column."""
 
 from __future__ import annotations
 
@@ -15,13 +15,22 @@ from pyglow_fast.train.figures import pictures, save_picture
 
 FONT_SIZE = 14
 _GAP = 6  # pixels between images, and around text
-_WIDEST_LABEL = 260  # of a row; longer ones are broken into lines
+_WIDEST_LABEL = 260  # pixels of a row's label; longer ones are broken into lines
 _NARROWEST = 400  # a page under a title that is longer
 _PAPER, _INK, _FRAME = 255, 0, 190
 
 
 class GridRow(NamedTuple):
-    """A label (may hold line ends; empty for none) and images (n, C, H, W) as levels."""
+    """One row of a grid: a label (may hold line ends; empty for none) and images (n, C, H, W) of levels.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.train import GridRow, labelled_grid
+        >>> rows = [GridRow(f"seed {seed}", torch.randint(32, (3, 1, 8, 8))) for seed in (0, 1)]
+        >>> picture = labelled_grid(rows, n_bins=32, columns=["cold", "warm", "hot"])
+        >>> picture.dtype, picture.dim(), picture.shape[0]  # colours, height, width
+        (torch.uint8, 3, 3)
+    """
 
     label: str
     levels: Tensor
@@ -34,7 +43,7 @@ def labelled_grid(
     title: str = "",
     scale: int | None = None,
 ) -> Tensor:
-    """Rows of images beside their labels, below the labels of the columns; uint8 (3, height, width), black on white.
+    """Draw rows of images beside their labels, below labels of the columns; uint8 (3, height, width), black on white.
 
     Args:
         rows: label and images of each; rows may differ in length, all images have one shape.
@@ -67,7 +76,7 @@ def save_labelled_grid(
     title: str = "",
     scale: int | None = None,
 ) -> None:
-    """:func:`labelled_grid` as a PNG, replaced atomically."""
+    """Write :func:`labelled_grid` as a PNG file, which is replaced whole or not at all."""
     save_picture(labelled_grid(rows, n_bins, columns, title, scale), path)
 
 

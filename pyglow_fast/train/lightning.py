@@ -1,4 +1,4 @@
-"""Training a Glow with Lightning's Trainer: ``from pyglow_fast.train.lightning import GlowModule``.
+"""Trains a Glow with Lightning's Trainer: ``from pyglow_fast.train.lightning import GlowModule``.
 
 Nothing else of the package imports this module: the library comes with the extra ``lightning``.
 """
@@ -15,13 +15,15 @@ from torch import Tensor
 
 from pyglow_fast._errors import expect
 from pyglow_fast._moments import Moments
+from pyglow_fast._settings import check_setting
 from pyglow_fast.data import MissingExtraError
 from pyglow_fast.likelihood import bits_per_dim, dequantize
 from pyglow_fast.models import Glow, GlowConfig
 from pyglow_fast.models.class_head import class_bits
 from pyglow_fast.models.prior import check_labels
+from pyglow_fast.train.config import TrainConfig
 from pyglow_fast.train.ema import Ema
-from pyglow_fast.train.optim import OPTIMIZERS, learning_rate, make_optimizer
+from pyglow_fast.train.optim import learning_rate, make_optimizer
 from pyglow_fast.train.seeds import derive
 from pyglow_fast.train.state import TrainingDivergedError
 
@@ -32,7 +34,7 @@ except ImportError as error:
         f'lightning is needed for GlowModule and cannot be imported ({error}): pip install "pyglow-fast[lightning]"'
     ) from error
 
-EMA_KEY = "ema"  # of the averaged weights in a checkpoint
+EMA_KEY = "ema"  # where a checkpoint has the averaged weights
 
 
 def _glow(model: Glow | GlowConfig | Mapping[str, Any]) -> Glow:
@@ -60,12 +62,12 @@ class GlowModule(LightningModule):
     ``train_class_bits`` and, of evaluations, ``val_accuracy`` and ``test_accuracy`` are logged too, and batches must
     have labels in 0..classify-1.
 
-    The first training batch initialises the actnorms, that of all ranks together (an evaluation before it, such as
-    the Trainer's sanity check, takes the model as it is and initialises nothing). The noise u of a training batch is a
-    function of seed, update, batch and rank, so that a resumed run goes on as the uninterrupted one would; that of an
-    evaluation is the same every time. Logged, in bits/dim: ``train_bpd`` of each batch; ``val_bpd`` and ``test_bpd``
-    over all evaluated images of all ranks, with the standard errors of these means over the images, ``val_bpd_se`` and
-    ``test_bpd_se``. Of several loaders each name ends in /dataloader_idx_0, and so on.
+    The first training batch, that of all ranks together, initialises the actnorms (an evaluation before it, such as the
+    Trainer's sanity check, takes the model as it is and initialises nothing). The noise u of a training batch is a
+    function of seed, update, batch and rank, so that a resumed run goes on as the uninterrupted one would; the noise of
+    an evaluation is the same every time. Logged, in bits/dim, are ``train_bpd`` of each batch, and ``val_bpd`` and
+    ``test_bpd`` over all evaluated images of all ranks, with the standard errors of these means over the images,
+    ``val_bpd_se`` and ``test_bpd_se``. With several loaders each name ends in /dataloader_idx_0, and so on.
 
     Batches are integer levels (N, C, *spatial) in 0..n_bins-1, or (levels, labels (N,)); a model without classes takes
     no notice of labels. Under DDP every rank has a model of its own; sharded ones (FSDP) are to be initialised before.
@@ -78,9 +80,9 @@ class GlowModule(LightningModule):
         lr: learning rate after warm-up.
         warmup_steps: updates over which the learning rate rises.
         decay_steps: the update at which the rate has fallen to a hundredth, along half a cosine; None: it stays.
-        weight_decay: of "adamw".
-        ema_decay: of the exponential moving average of the weights that evaluations use; None for none.
-        seed: of the dequantisation noise.
+        weight_decay: the decoupled weight decay of "adamw".
+        ema_decay: the decay of the exponential moving average of the weights that evaluations use; None for no average.
+        seed: decides the dequantisation noise.
         class_weight: w above; 0 exactly if the model has no head (classify=0).
 
     Checkpoints hold tensors and plain data alone (``weights_only=True`` loads them), the averaged weights under "ema".
@@ -91,6 +93,15 @@ class GlowModule(LightningModule):
         ValueError: an argument out of its range, or a batch that the model refuses, each named; a checkpoint without
             the averaged weights that it is to go on with.
         TrainingDivergedError: the loss of a training batch is NaN or inf; nothing is updated with it.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast import Glow, GlowConfig
+        >>> from pyglow_fast.train.lightning import GlowModule
+        >>> module = GlowModule(Glow(GlowConfig((1, 4, 4), n_levels=1, n_steps=1, hidden=4)), n_bins=32)
+        >>> batch = torch.randint(32, (8, 1, 4, 4))
+        >>> module(batch).shape  # bits/dim; lightning.Trainer(max_steps=100).fit(module, [batch]) trains
+        torch.Size([8])
     """
 
     def __init__(
@@ -112,17 +123,15 @@ class GlowModule(LightningModule):
         expect(self.model.memory != "frozen", "model", "a model that can be trained", "a frozen one")
         expect(config.cond_channels == 0, "model", "a model with cond_channels=0", config.cond_channels)
         expect(type(n_bins) is int and 2 <= n_bins <= 65536, "n_bins", "an int in 2..65536", n_bins)
-        expect(optimizer in OPTIMIZERS, "optimizer", f"one of {OPTIMIZERS}", repr(optimizer))
-        for name, value in (("lr", lr), ("weight_decay", weight_decay), ("class_weight", class_weight)):
-            is_number = isinstance(value, int | float) and math.isfinite(value)
-            expect(is_number and value >= 0 and (name != "lr" or value > 0), name, "a positive number", value)
+        shared: dict[str, Any] = {"optimizer": optimizer, "lr": lr, "weight_decay": weight_decay}
+        shared |= {"class_weight": class_weight, "warmup_steps": warmup_steps, "decay_steps": decay_steps}
+        for name, value in (shared | {"ema_decay": ema_decay}).items():
+            check_setting(TrainConfig, name, value)
         judged = (class_weight > 0) == (config.classify > 0)
         expect(judged, "class_weight", f"a number above 0 exactly if classify={config.classify} is", class_weight)
         expect(weight_decay == 0 or optimizer == "adamw", "weight_decay", f"0 for {optimizer}", weight_decay)
-        expect(type(warmup_steps) is int and warmup_steps >= 0, "warmup_steps", "an int, 0 or more", warmup_steps)
-        ends = decay_steps is None or (type(decay_steps) is int and decay_steps > warmup_steps)
-        expect(ends, "decay_steps", f"None or an int above warmup_steps={warmup_steps}", decay_steps)
-        expect(ema_decay is None or 0 < ema_decay < 1, "ema_decay", "None or a number between 0 and 1", ema_decay)
+        ends = decay_steps is None or decay_steps > warmup_steps
+        expect(ends, "decay_steps", f"a number above warmup_steps={warmup_steps}, or none", decay_steps)
         expect(type(seed) is int, "seed", "an int", repr(seed))
         options = {
             "n_bins": n_bins,
@@ -135,12 +144,12 @@ class GlowModule(LightningModule):
             "seed": seed,
             "class_weight": class_weight,
         }
-        # As plain data, which a checkpoint may hold, and from which it makes the module again.
+        # Kept as plain data, which a checkpoint may hold and which makes the module again.
         plain = {"config": config.to_dict(), "memory": self.model.memory, "precision": self.model.precision}
         self.save_hyperparameters({"model": plain, **options})
         self.n_bins, self.seed = n_bins, seed
         self.ema = None if ema_decay is None else Ema(self.model, ema_decay)
-        self._sums: Tensor | None = None  # of the evaluation that goes on, see _begin
+        self._sums: Tensor | None = None  # the sums of the evaluation that goes on, see _begin
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GlowModule:
         """The averaged weights go where the model goes."""
@@ -152,11 +161,11 @@ class GlowModule(LightningModule):
         return self
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, the model has the averaged weights, where there are some: ``module.model.sample(...)``."""
+        """A context in which the model has the averaged weights, if there are any: ``module.model.sample(...)``."""
         return contextlib.nullcontext() if self.ema is None else self.ema.applied()
 
     def forward(self, levels: Tensor, labels: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """Bits/dim of levels (N, C, *spatial), with fresh noise; (N,)."""
+        """Compute the bits/dim, (N,), of levels (N, C, *spatial), with fresh noise at every call."""
         y = labels if self.model.config.n_classes is not None else None
         return self.model.bits_per_dim(levels, self.n_bins, y=y, generator=generator)
 
@@ -179,7 +188,7 @@ class GlowModule(LightningModule):
         return generator.manual_seed(derive(self.seed, *names, self.global_rank))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The loss, bits/dim."""
+        """Compute the loss of a batch, and log its bits/dim."""
         levels, labels = _labelled(batch)
         fresh = not self.model.is_initialized
         bits, logits = self._scored(levels, labels, self._noise(levels, "training", self.global_step, batch_idx))
@@ -201,7 +210,7 @@ class GlowModule(LightningModule):
         return loss
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
-        """The optimizer and its learning rate, set at every update."""
+        """Make the optimizer, and the schedule that sets its learning rate at every update."""
         options = self.hparams
         optimizer = make_optimizer(
             options["optimizer"], self.model.parameters(), options["lr"], options["weight_decay"]
@@ -214,18 +223,18 @@ class GlowModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def optimizer_step(self, *args: Any, **options: Any) -> None:
-        """The update, and the average's."""
+        """Update the weights, then their average."""
         super().optimizer_step(*args, **options)
         if self.ema is not None:
             self.ema.update(self.global_step + 1)  # the Trainer counts this one afterwards
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the averaged weights."""
+        """Add the averaged weights to Lightning's checkpoint."""
         if self.ema is not None:
             checkpoint[EMA_KEY] = dict(self.ema.average)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Goes on with the averaged weights."""
+        """Take the averaged weights from Lightning's checkpoint."""
         if self.ema is None:
             return
         found = {name: tuple(value.shape) for name, value in checkpoint.get(EMA_KEY, {}).items()}
@@ -235,14 +244,15 @@ class GlowModule(LightningModule):
         self.ema.load(checkpoint[EMA_KEY])
 
     def _begin(self, loaders: list[Any]) -> None:
-        # Of each loader: images, sum of bits/dim, sum of squares, labels that are right. float64, as the variance is a
-        # difference of two of them.
+        # For each loader: the number of images, the sum of bits/dim, the sum of their squares, the number of labels
+        # that are right. They are float64, as the variance is a difference of two of them.
         self._sums = torch.zeros(len(loaders), 4, dtype=torch.float64)
 
     def _evaluate(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         levels, labels = _labelled(batch)
         noise = self._noise(levels, "evaluation", dataloader_idx, batch_idx)
-        # For each batch anew, so that whatever ends an evaluation early leaves the model its own weights.
+        # The average is applied for each batch anew, so that whatever ends an evaluation early leaves the model its own
+        # weights.
         with self.averaged():
             scores, logits = self._scored(levels, labels, noise)
         bits = scores.double().cpu()
@@ -267,27 +277,27 @@ class GlowModule(LightningModule):
         self._sums = None
 
     def on_validation_epoch_start(self) -> None:
-        """Begins to sum."""
+        """Set the sums of the validation scores to zero."""
         self._begin(
             self.trainer.num_sanity_val_batches if self.trainer.sanity_checking else self.trainer.num_val_batches
         )
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Bits/dim of a batch, with the averaged weights where there are some."""
+        """Add the bits/dim of a batch to the sums, with the averaged weights where there are some."""
         self._evaluate(batch, batch_idx, dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs val_bpd, val_bpd_se and, of a model with a head, val_accuracy."""
+        """Log val_bpd, val_bpd_se and, for a model with a classifier, val_accuracy."""
         self._end("val")
 
     def on_test_epoch_start(self) -> None:
-        """Begins to sum."""
+        """Set the sums of the test scores to zero."""
         self._begin(self.trainer.num_test_batches)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Bits/dim of a batch, with the averaged weights where there are some."""
+        """Add the bits/dim of a batch to the sums, with the averaged weights where there are some."""
         self._evaluate(batch, batch_idx, dataloader_idx)
 
     def on_test_epoch_end(self) -> None:
-        """Logs test_bpd, test_bpd_se and, of a model with a head, test_accuracy."""
+        """Log test_bpd, test_bpd_se and, for a model with a classifier, test_accuracy."""
         self._end("test")

@@ -1,4 +1,4 @@
-"""A run from start to end: steps, evaluations, samples, checkpoints and the final report."""
+"""Executes a run from start to end: steps, evaluations, samples, checkpoints and the final report."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ FINAL_TRAIN = 10_000  # training images that are scored at the end: more would t
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended.
+    """What a run came to: its last step, its scores, and why it ended.
 
     Args:
         step: steps done.
-        seconds: spent, over all parts.
+        seconds: time spent, over all parts of the run.
         stopped_by: number of the signal that ended it early, or None.
         stopped_early: whether it ended since the held-out score did not improve any more.
         held_out, train: final scores; None after a signal.
@@ -48,6 +48,14 @@ class Result:
         yardsticks: measured on the held-out images; empty after a signal.
         skipped: steps without an update, since loss or gradient were not finite.
         unreadable: images that could not be read and had another one in their place.
+
+    Examples:
+        >>> from pyglow_fast.train import Result, Score
+        >>> result = Result(step=1000, seconds=60.0, held_out=Score(3.21, 0.02, images=180))
+        >>> f"{result.held_out.mean} bits/dim after {result.step} steps"
+        '3.21 bits/dim after 1000 steps'
+        >>> result.stopped_by is None  # no signal ended it
+        True
     """
 
     step: int
@@ -63,16 +71,26 @@ class Result:
 
 
 class Run:
-    """A run that is ready to go: everything that can be refused has been checked, and nothing has been written.
+    """A run that is ready to train: all that can be refused has been checked, and nothing has been written.
 
-    Made by :func:`~pyglow_fast.train.start` or :func:`~pyglow_fast.train.resume`.
+    :func:`~pyglow_fast.train.start` and :func:`~pyglow_fast.train.resume` make it.
 
     Args:
-        state: where it is.
-        folder: where it is kept.
-        resumed: whether it goes on.
+        state: the model, the optimizer and how far the run is.
+        folder: where the run is kept.
+        resumed: whether it goes on from a checkpoint.
         check: refuses a folder that is not as it was when the run was made ready; asked again under its lock.
         notes: what to tell the user at the beginning.
+
+    Examples:
+        >>> from pyglow_fast import GlowConfig
+        >>> from pyglow_fast.train import Run, TrainConfig, start
+        >>> config = TrainConfig(model=GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4), max_steps=2)
+        >>> run = start(config, "runs/tiny")  # of scikit-learn's digits, which a TrainConfig names by default
+        >>> isinstance(run, Run), run.folder.exists  # nothing is written yet
+        (True, False)
+        >>> run.execute(quiet=True).step, run.folder.exists
+        (2, True)
     """
 
     def __init__(
@@ -94,10 +112,10 @@ class Run:
         self._before: Score | None = None
         self._mark = (0.0, 0)  # time and step of the last row, for the speed
         self._quiet = False
-        self._signum = 0  # that ends the run, of whichever rank it was sent to
+        self._signum = 0  # the signal that ends the run, whichever rank it was sent to
 
     def execute(self, quiet: bool = False) -> Result:
-        """Train until a limit or a signal.
+        """Train until a limit is reached or a signal comes.
 
         Args:
             quiet: no progress bar and no lines.
@@ -135,7 +153,7 @@ class Run:
                 self.writer.close()
 
     def _open(self) -> None:
-        """The folder as it must be before the first step."""
+        """Bring the folder into the state that it must have before the first step."""
         state, writer = self.state, self.writer
         if state.ranks.first:
             with refusing():
@@ -151,7 +169,7 @@ class Run:
         state.initialize()
         self._before = self._evaluate()
         writer.add(self._row())
-        writer.save(state.checkpoint())  # so there is a good one from the first step on
+        writer.save(state.checkpoint())  # a good checkpoint is there from the first step on
 
     def _bar(self) -> Any:
         config, state = self.state.config, self.state
@@ -190,7 +208,7 @@ class Run:
             raise self._saved(error) from error
 
     def _saved(self, error: Exception) -> InputLostError:
-        """The error, after what was reached is saved."""
+        """Save what was reached, and return the error that tells so."""
         if self.state.progress.step == self._first_step:
             return InputLostError(str(error))
         self.writer.save(self.state.checkpoint())
@@ -198,10 +216,10 @@ class Run:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Around all else that reads, and what torch raises wherever the main thread is when a reader dies."""
+        """A context for all else that reads; torch raises in the main thread when a reading process dies."""
         try:
             yield
-        except UnreadableImageError as error:  # in an evaluation, on this rank only
+        except UnreadableImageError as error:  # raised in an evaluation, on this rank only
             raise self._saved(error) if self.state.ranks.world == 1 else InputLostError(str(error)) from error
         except RuntimeError as error:
             if isinstance(error, InputLostError) or not READER_DIED.search(str(error)):
@@ -210,7 +228,7 @@ class Run:
             raise InputLostError(f"{error}\n  the last checkpoint: {self.folder.checkpoint}") from error
 
     def _finished(self) -> bool:
-        """By a limit that all ranks see alike."""
+        """Whether a limit that all ranks see alike is reached."""
         config, progress = self.state.config, self.state.progress
         return (
             (config.max_steps is not None and progress.step >= config.max_steps)
@@ -231,7 +249,7 @@ class Run:
         return bool(signum or late_somewhere) or self._finished()
 
     def _after_step(self, bar: Any) -> None:
-        """Whatever is due at this step, the last one too: a run that goes on later is as if it had not ended."""
+        """Do whatever is due at this step, the last one too: a run that goes on later is as if it had not ended."""
         config, step = self.state.config, self.state.progress.step
         due = {name: step % getattr(config, f"{name}_every") == 0 for name in ("log", "eval", "sample", "save")}
         if step % config.check_ranks_every == 0:
@@ -251,7 +269,7 @@ class Run:
     def _evaluate(self, everything: bool = False) -> Score:
         """Score both sides of the split, by default on at most config.eval_images each; returns the held-out score.
 
-        ``everything``: all held-out images, and at most FINAL_TRAIN of the others.
+        With ``everything`` all held-out images are scored, and at most FINAL_TRAIN of the others.
         """
         state, progress, config = self.state, self.state.progress, self.state.config
         with state.averaged():
@@ -265,7 +283,7 @@ class Run:
             f"step {progress.step}: held-out {held_out.mean:.3f} ± {held_out.error_text} bits/dim, "
             f"train {train.mean:.3f}" + ("" if held_out.accuracy is None else f", accuracy {held_out.accuracy:.3f}")
         )
-        if everything:  # of other images than the scores that it would be compared to
+        if everything:  # these are scores of other images than those that they would be compared to
             return held_out
         # A folder that was removed has no best checkpoint any more.
         (gone,) = state.ranks.largest(state.ranks.first and not self.folder.best.is_file())
@@ -331,7 +349,7 @@ class Run:
         return Result(progress.step, progress.seconds, signum, skipped=progress.skipped, unreadable=progress.unreadable)
 
     def _finish(self, stop: StopRequest) -> Result:
-        """The last checkpoint; then scores on all images, pictures and report, which leave the run as it is."""
+        """Save the last checkpoint; write scores on all images, pictures and report, which leave the run as it is."""
         state, progress, folder = self.state, self.state.progress, self.folder
         self._save(final=True)  # before anything else can go wrong
         stop.release()
@@ -356,7 +374,7 @@ class Run:
             progress.unreadable,
         )
         levels = {item.name: item.bits_per_dim for item in found}
-        # Of the page all that the other files do not hold, or may not hold any more.
+        # The page needs what the other files do not hold, or may not hold any more.
         about = {"data": state.train.name, "config": state.config.to_dict(), "environment": environment()}
         text = json.dumps(_json_able(asdict(result) | about), indent=2) + "\n"
         write = self.writer.attempt

@@ -1,4 +1,4 @@
-"""How much memory the process holds now."""
+"""Tells how much memory the process holds now."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def memory_mb(device: torch.device) -> float:
-    """CUDA memory in use by tensors on ``device``, or this process's resident memory, in MB (10^6 bytes)."""
+    """Measure the CUDA memory that tensors use on ``device``, or this process's resident memory, in MB (10^6 bytes)."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / 1e6
     statm = Path("/proc/self/statm")

@@ -1,4 +1,4 @@
-"""metrics.csv: one row at every log or evaluation step, appended as the run goes."""
+"""Writes metrics.csv, one row for every step that is logged or evaluated, appended as the run goes."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ COLUMNS = (
     "held_out_se",
     "train_subset_bpd",
     "train_subset_se",
-    "skipped_steps",  # so far, as loss or gradient were not finite
-    "unreadable_images",  # so far
-    "train_class_bits",  # of a classifier on the top latent: bits that a label costs, as train_bpd; then held out
+    "skipped_steps",  # steps left out so far, as loss or gradient were not finite
+    "unreadable_images",  # how many so far
+    "train_class_bits",  # bits that a label costs by the classifier on the top latent, as train_bpd; then held out
     "held_out_class_bits",
     "held_out_accuracy",  # share of the images whose likeliest class is right
 )
@@ -33,7 +33,7 @@ Row = dict[str, float | int | None]
 
 
 class MetricsLog:
-    """Appends rows to a CSV file; a resumed run first drops the rows after its checkpoint, to write them again."""
+    """A CSV file that rows are appended to; a resumed run drops the rows after its checkpoint and writes them again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -53,7 +53,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """The rows of metrics.csv; an empty cell is None.
+    """Read the rows of metrics.csv; an empty cell is None.
 
     Damaged rows (a disk that was full, a crash, an editor) are left out, and a warning says how many.
     """
@@ -61,7 +61,7 @@ def read_metrics(path: Path) -> list[Row]:
         text = path.read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, NotADirectoryError):
         return []
-    # By hand, as there are only numbers: for csv a stray quote would swallow all rows after it.
+    # The rows are read by hand, as there are only numbers: for csv a stray quote would swallow all rows after it.
     header, *lines = text.split("\n")
     torn = lines.pop() if lines else ""  # what follows the last line end: nothing, unless the last row was cut off
     names = header.split(",")

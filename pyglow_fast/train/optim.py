@@ -1,4 +1,4 @@
-"""Optimizers and the schedule of the learning rate."""
+"""Makes the optimizers, and the schedule of the learning rate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OPTIMIZERS = ("adam", "adamw", "adamax")
 def make_optimizer(
     name: str, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, beta2: float = 0.999
 ) -> torch.optim.Optimizer:
-    """Adam, AdamW (decoupled weight decay) or Adamax (Glow's own), by its name in OPTIMIZERS; beta1 is 0.9."""
+    """Make Adam, AdamW (decoupled weight decay) or Adamax (Glow's own) by its name in OPTIMIZERS; beta1 is 0.9."""
     options: dict[str, Any] = {"lr": lr, "betas": (0.9, beta2)}
     if name == "adamax":
         return torch.optim.Adamax(parameters, **options)
@@ -25,7 +25,7 @@ def make_optimizer(
 
 
 def learning_rate(step: int, lr: float, warmup_steps: int = 0, decay_steps: int | None = None) -> float:
-    """The learning rate of step ``step`` (from 0): linear warm-up, then constant or down half a cosine to a hundredth.
+    """Compute the learning rate of a step (from 0): linear warm-up, then constant or half a cosine to a hundredth.
 
     Args:
         step: updates done.

@@ -1,4 +1,4 @@
-"""report.html of a run: scores, curves, samples, settings and environment on one page."""
+"""Writes report.html of a run: scores, curves, samples, settings and environment on one page."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CURVES = (
 )
 HISTORY = 6  # earlier samples that are shown
 _UNTRAINED, _HELD_OUT, _TRAIN = "held-out, untrained", "held-out", "train"
-_KEYS = {_UNTRAINED: "before", _HELD_OUT: "held_out", _TRAIN: "train"}  # in report.json
+_KEYS = {_UNTRAINED: "before", _HELD_OUT: "held_out", _TRAIN: "train"}  # the names of these scores in report.json
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class _End:
 
 
 def write_page(folder: RunFolder) -> None:
-    """Write report.html.
+    """Write report.html into the folder of a run.
 
     Raises:
         ValueError, MissingExtraError: see :func:`page_of`.
@@ -52,10 +52,10 @@ def write_page(folder: RunFolder) -> None:
 
 
 def page_of(folder: RunFolder) -> str:
-    """The HTML page of a run from the files in its folder, whether the run is at its end, goes on, or was stopped.
+    """Make the HTML page of a run from the files in its folder, whether it is at its end, goes on, or was stopped.
 
-    At its end the page has scores, settings and environment as report.json has them; before, the step that was reached,
-    the scores of the last evaluation in metrics.csv and the settings of config.toml. See report_html.
+    The page of a run at its end has scores, settings and environment as report.json has them. Before, it has the step
+    that was reached, the scores of the last evaluation in metrics.csv and the settings of config.toml. See report_html.
 
     Raises:
         ValueError: not a run, or a configuration that cannot be read.

@@ -1,4 +1,4 @@
-"""The counters of a run, as a checkpoint has them."""
+"""Counts what a run has done, as checkpoints keep it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ _SUMS = ("seconds", "loss_sum", "class_sum")
 
 @dataclass
 class Progress:
-    """Counters of a run; JSON-able.
+    """The counters of a run, all plain numbers that JSON can hold.
 
     Args:
         step: steps done.
         seconds: spent so far, over all parts.
-        loss_sum, steps_summed: of the running mean since the last row of metrics.csv, in bits/dim.
-        class_sum: the same of the bits that the labels cost.
+        loss_sum, steps_summed: sum and count of the running mean since the last row of metrics.csv, in bits/dim.
+        class_sum: the sum, over the same steps, of the bits that the labels cost.
         best: lowest held-out bits/dim so far.
         stale: evaluations since then.
-        skipped, skipped_in_row: steps left out since loss or gradient were not finite; the last ones of them.
+        skipped, skipped_in_row: how many steps were left out since loss or gradient were not finite, in all and just
+            before now.
         unreadable: images that could not be read and had another one in their place.
     """
 
@@ -41,7 +42,7 @@ class Progress:
 
     @classmethod
     def of(cls, values: Mapping[str, Any], name: str) -> Progress:
-        """The counters that a checkpoint has saved as ``values``, under ``name`` in messages.
+        """Read the counters that a checkpoint saved as ``values``, which messages call ``name``.
 
         Raises:
             ValueError: one is missing or unknown, of another type, or no such number can have been reached.

@@ -1,4 +1,4 @@
-"""One run in several processes: who is who, small sums over all of them, and what to say when one is gone."""
+"""Runs one training in several processes: who is who, sums over all, and what to say when one is gone."""
 
 from __future__ import annotations
 
@@ -28,17 +28,36 @@ _LOST = re.compile(r"gloo|nccl|connection|peer|socket|timed? ?out|store", re.IGN
 
 
 class RankError(RuntimeError):
-    """Another process of the run is gone, or its weights are not those of this one; the message says what is known."""
+    """Raised when another process of the run is gone, or its weights differ from those of this one.
+
+    Examples:
+        >>> from pyglow_fast.train import RankError, open_ranks
+        >>> try:
+        ...     with open_ranks() as ranks:  # the processes of torchrun, if it started this one
+        ...         print("rank", ranks.rank, "of", ranks.world)  # start(..., ranks=ranks) trains in all
+        ... except RankError as error:
+        ...     print("another process is gone:", error)
+        rank 0 of 1
+    """
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a run.
+    """The processes that train one model together, as one of them sees them.
 
     Args:
-        rank, world: which of how many this one is.
-        local: which one on this machine, and so the number of its GPU.
-        device: where small tensors go that all ranks add up.
+        rank, world: the number of this process, from 0, and how many there are.
+        local: its number on this machine, which is that of its GPU.
+        device: where small tensors are put that all ranks add up.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.train import Ranks
+        >>> second = Ranks(rank=1, world=3)
+        >>> second.share(torch.arange(10))  # the others have 0..3 and 7..9
+        tensor([4, 5, 6])
+        >>> second.first, Ranks().first
+        (False, True)
     """
 
     rank: int = 0
@@ -49,7 +68,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes and prints."""
+        """Whether this process is the one that writes and prints."""
         return self.rank == 0
 
     def _reduced(self, values: Sequence[float], op: dist.ReduceOp.RedOpType) -> list[float]:
@@ -62,15 +81,15 @@ class Ranks:
         return found
 
     def total(self, *values: float) -> list[float]:
-        """The sums of ``values`` over all ranks."""
+        """Sum each of ``values`` over all ranks."""
         return self._reduced(values, dist.ReduceOp.SUM)
 
     def largest(self, *values: float) -> list[float]:
-        """The largest of each of ``values`` over all ranks."""
+        """Find the largest of each of ``values`` over all ranks."""
         return self._reduced(values, dist.ReduceOp.MAX)
 
     def gathered(self, value: Any) -> list[Any]:
-        """``value`` of every rank, in their order, on the first rank; on the others a list of None."""
+        """Collect ``value`` of every rank, in their order, on the first rank; the others get a list of None."""
         if self.world == 1:
             return [value]
         found: list[Any] = [None] * self.world
@@ -79,16 +98,16 @@ class Ranks:
         return found
 
     def wait(self) -> None:
-        """Until all ranks are here."""
+        """Wait until all ranks have called this."""
         self.total(0.0)
 
     def share(self, values: Tensor) -> Tensor:
-        """This rank's part of the rows of ``values``: consecutive ones, as many as the other ranks' but for one."""
+        """Take this rank's part of the rows of ``values``: consecutive, as many as other ranks have but for one."""
         return values.tensor_split(self.world)[self.rank]
 
     @contextlib.contextmanager
     def talking(self) -> Iterator[None]:
-        """Around whatever waits for other ranks.
+        """A context for whatever waits for other ranks: what fails there becomes a RankError.
 
         Raises:
             RankError: one of them is gone.
@@ -101,7 +120,7 @@ class Ranks:
             raise RankError(f"rank {self.rank} of {self.world} stops: {self._reason(error)}") from error
 
     def tell(self, reason: str) -> None:
-        """Leave the reason why this rank ends for the others."""
+        """Leave the other ranks the reason why this one ends."""
         if self.world > 1:
             with contextlib.suppress(Exception):  # the store may be gone too, and the reason is printed here anyway
                 self.store.set(f"ended.{self.rank}", reason)
@@ -117,11 +136,11 @@ class Ranks:
         return f"{text} ({' '.join(str(error).split())[:200]})"
 
     def check_images(self, digest: str, count: int) -> None:
-        """Compare what the ranks have of the images.
+        """Compare the images of all ranks by their fingerprints, and refuse to train on different ones.
 
         Args:
-            digest: of this rank's, see :meth:`pyglow_fast.data.Images.fingerprint`.
-            count: how many they are.
+            digest: the fingerprint of this rank's images, see :meth:`pyglow_fast.data.Images.fingerprint`.
+            count: how many images there are.
 
         Raises:
             ValueError: on every rank, naming those that have others than the first one.
@@ -136,7 +155,7 @@ class Ranks:
         expect(not others, "data", same, f"others than the {found[0][1]} of rank 0: {', '.join(others)}")
 
     def check_same(self, model: nn.Module) -> None:
-        """Compare a digest of every parameter over all ranks, to the bit.
+        """Compare a digest of every parameter over all ranks, and refuse weights that are not the same bit for bit.
 
         Raises:
             RankError: on every rank, naming the first parameter that differs.
@@ -167,10 +186,10 @@ def _digest(values: Tensor) -> Tensor:
 
 
 def open_ranks(device: str = "cpu") -> contextlib.AbstractContextManager[Ranks]:
-    """The process group that torchrun's environment describes, for a while; one rank alone without it.
+    """A context with the process group that torchrun's environment describes; one rank alone without it.
 
     Args:
-        device: of a TrainConfig: on the CPU ranks talk by gloo, on GPUs, one a rank, by nccl.
+        device: the ``device`` of a TrainConfig: on the CPU ranks talk by gloo, on GPUs, one for each rank, by nccl.
 
     Raises:
         ValueError: an environment that is not torchrun's; a device that the ranks cannot have.
@@ -190,10 +209,10 @@ def open_ranks(device: str = "cpu") -> contextlib.AbstractContextManager[Ranks]:
 
 
 def leave_group() -> None:
-    """End this process's part of the default process group, and its threads with it.
+    """End this process's part in the default process group, and the threads that belong to it.
 
-    A thread of gloo that still lets go of tensors while the interpreter ends aborts the process. The group's threads
-    end when nothing refers to it any more, so what reduced over it (a DistributedDataParallel) must be out of reach.
+    If a thread of gloo still frees tensors while the interpreter ends, the process is aborted. The group's threads end
+    when nothing refers to the group any more, so what reduced over it (a DistributedDataParallel) must be out of reach.
     """
     gc.collect()  # a DistributedDataParallel is part of a cycle
     dist.destroy_process_group()

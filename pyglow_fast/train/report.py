@@ -1,4 +1,4 @@
-"""A run on one page: an HTML file that needs no other, and what goes into it."""
+"""Makes an HTML file about a run that needs no other file, and what goes into it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ img { max-width: 100%; height: auto; background: #ffffff; border-radius: 4px; }
 
 
 def environment() -> dict[str, str]:
-    """Versions, processor, GPUs, and what runs the ops: what a number of this run depends on besides its settings."""
+    """Look up versions, processor, GPUs and kernels: what the numbers of this run depend on besides its settings."""
     facts = info.collect()
     found = {name: facts["versions"][name] for name in ("pyglow_fast", "torch", "python")}
     found |= {"processor": f"{info.processor()}, {os.cpu_count()} cores"} | facts["devices"]
@@ -49,13 +49,13 @@ def environment() -> dict[str, str]:
 
 
 def curve_png(rows: Sequence[Row], columns: Mapping[str, str], title: str, ylabel: str, log: bool = False) -> bytes:
-    """Columns of metrics.csv against steps, as a PNG.
+    """Draw columns of metrics.csv against steps as a PNG.
 
     Args:
-        rows: of the log; a cell that is None or missing is no point, NaN and inf break the line.
+        rows: the rows of the log; a cell that is None or missing is no point, NaN and inf break the line.
         columns: name of each column that is drawn, and its label.
-        title, ylabel: of the plot.
-        log: a logarithmic axis, on which numbers of 0 and below have no place.
+        title, ylabel: the words of the plot.
+        log: whether the axis is logarithmic; numbers of 0 and below then have no place.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -134,12 +134,12 @@ def report_html(
     scores: list[tuple[str, str, str]],
     notes: Sequence[str] = (),
 ) -> str:
-    """One HTML page with everything inside it: no script, no font and no picture comes from anywhere else.
+    """Make one HTML page with everything inside it: no script, font or picture comes from anywhere else.
 
     Parts that are empty are left out; all text is escaped.
 
     Args:
-        title: of the page.
+        title: the title of the page.
         facts: what the run is, in a table at the top.
         curves: (caption, PNG) each.
         pictures: (caption, PNG) each, shown with their pixels as they are.

@@ -1,4 +1,4 @@
-"""The folder of one run: which files it holds, and when it may be made, resumed or replaced."""
+"""Manages the folder of one run: which files it holds, and when it may be made, resumed or replaced."""
 
 from __future__ import annotations
 
@@ -26,7 +26,18 @@ _STEP = "step-{:07d}.safetensors"
 
 
 class RunFolder:
-    """Paths of a run. Making the object touches nothing."""
+    """The paths of a run's files below its folder. Making the object touches nothing.
+
+    Examples:
+        >>> from pyglow_fast import GlowConfig
+        >>> from pyglow_fast.train import RunFolder, TrainConfig
+        >>> folder = RunFolder("runs/tiny")
+        >>> folder.exists
+        False
+        >>> folder.create(TrainConfig(model=GlowConfig((1, 8, 8), n_levels=1), lr=0.002))
+        >>> folder.exists, folder.read_config().lr, folder.saved()  # no checkpoint yet
+        (True, 0.002, [])
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -45,21 +56,21 @@ class RunFolder:
         self._lock = FolderLock(self.lock)
 
     def saved(self) -> list[Path]:
-        """The checkpoints, the newest first."""
+        """List the checkpoints, the newest first."""
         found = {step_of(path): path for path in _matching(self.checkpoints, "step-*.safetensors")}
         return [found[step] for step in sorted(found, reverse=True) if step >= 0]
 
     def drawn(self) -> list[Path]:
-        """The samples of single steps, the earliest first."""
+        """List the pictures of samples that single steps left, the earliest first."""
         return sorted(_matching(self.sample_history, "step-*.png"), key=lambda path: (step_of(path), path.name))
 
     @property
     def checkpoint(self) -> Path:
-        """The newest checkpoint; where there is none yet, the first that there will be."""
+        """The path of the newest checkpoint; where there is none yet, of the first that there will be."""
         return next(iter(self.saved()), self.of_step(0))
 
     def of_step(self, step: int) -> Path:
-        """The checkpoint of that step, be it there or not."""
+        """The path of that step's checkpoint, be it there or not."""
         return self.checkpoints / _STEP.format(step)
 
     def save(self, checkpoint: Checkpoint, keep: int) -> None:
@@ -135,11 +146,11 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
 
     def write_config(self, config: TrainConfig) -> None:
-        """Replace config.toml."""
+        """Write config.toml in the place of the one that is there."""
         write_text(self.config, to_toml(config))
 
     def read_config(self) -> TrainConfig:
-        """What config.toml says.
+        """Read the settings of the run from config.toml.
 
         Raises:
             ValueError: not a run; a file that cannot be read, or holds what is no configuration.
@@ -151,10 +162,10 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self, wanted: bool = True) -> Iterator[None]:
-        """Nobody else trains in this folder meanwhile. Where the file system has no locks, nothing is promised.
+        """A context in which nobody else trains in this folder, where the file system has locks; elsewhere no promise.
 
         Args:
-            wanted: False does nothing (for ranks that do not write).
+            wanted: False locks nothing (for ranks that do not write).
 
         Raises:
             FolderError: somebody else does.
@@ -164,11 +175,11 @@ class RunFolder:
 
     @property
     def is_lost(self) -> bool:
-        """Whether the folder was removed since it was locked, or its lock was."""
+        """Whether the folder, or its lock, was removed since it was locked."""
         return self._lock.is_lost
 
     def make_again(self) -> None:
-        """Make the folder of a run that goes on, and hold its lock again, when it was removed.
+        """Make the folder of a running run again after it was removed, and hold its lock.
 
         Raises:
             FolderError: another run was made in its place, whether it goes on or not.
@@ -182,11 +193,11 @@ class RunFolder:
             self._lock.take_again()
 
     def mark(self) -> tuple[Any, ...]:
-        """What tells whether a run was trained, or its settings changed, since this was asked before."""
+        """Read what changes whenever the run is trained or its settings are written: two marks tell of a change."""
         return tuple((path.name, _state_of(path)) for path in (self.config, *self.saved()))
 
     def check_unchanged(self, mark: tuple[Any, ...]) -> None:
-        """Refuse to go on from what is not the newest state of the run any more.
+        """Refuse to go on from a state that is not the newest of the run any more.
 
         Raises:
             ValueError: since ``mark`` was asked for there are other checkpoints or settings.
@@ -200,17 +211,17 @@ class RunFolder:
         for folder in (self.checkpoints, self.sample_history, self.events):
             if folder.is_dir():
                 shutil.rmtree(folder)
-        # Another process may write there just now; what it leaves is of a checkpoint that its name tells.
+        # Another process may write to the cache just now; the names of the files tell of which checkpoint they are.
         shutil.rmtree(self.cache, ignore_errors=True)
         for path in files:
             path.with_name(path.name + TEMPORARY).unlink(missing_ok=True)
             path.unlink(missing_ok=True)
 
     def load(self, best: bool = False) -> Checkpoint:
-        """The newest checkpoint that is whole, or the one with the best held-out bits/dim, checked against config.toml.
+        """Read the newest whole checkpoint, or the one with the best held-out bits/dim, checked against config.toml.
 
-        A newest one that is torn or damaged is passed over with a warning. A training may go on meanwhile, and remove
-        and replace checkpoints.
+        A newest checkpoint that is torn or damaged is passed over with a warning. A training may go on meanwhile, and
+        remove and replace checkpoints.
 
         Raises:
             ValueError: not a run, no checkpoint yet, none that is whole, or a configuration that is not the
@@ -224,9 +235,9 @@ class RunFolder:
         return checkpoint
 
     def stamp(self, best: bool = False) -> tuple[str, int, int] | None:
-        """Name, time of the last change (ns) and size (bytes) of the file that :meth:`load` would read first.
+        """Look up name, time of change (ns) and size (bytes) of the file that :meth:`load` would read first.
 
-        Two that differ tell that there is a newer checkpoint. Nothing is read. None: there is no checkpoint yet.
+        Two stamps that differ tell that there is a newer checkpoint. Nothing is read. None: there is no checkpoint yet.
         """
         for listed in self._listings(best):
             for path, state in listed:
@@ -272,7 +283,7 @@ class RunFolder:
         return found
 
     def read_report(self) -> dict[str, Any]:
-        """What report.json says of the end of the run: its step and its scores at least.
+        """Read report.json, which a run writes at its end: its step and its scores at least.
 
         Raises:
             FileNotFoundError: there is none yet.
@@ -324,7 +335,7 @@ def _matching(folder: Path, pattern: str) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """The step in the name of a checkpoint or of samples, or -1."""
+    """Read the step from the name of a checkpoint or of samples; -1 where there is none."""
     digits = path.stem.removeprefix("step-")
     return int(digits) if digits.isdecimal() else -1
 
@@ -334,11 +345,11 @@ def _what(path: Path) -> str:
 
 
 def load_model(checkpoint: Checkpoint, name: str, device: torch.device | str = "cpu") -> Glow:
-    """The trained model in evaluation mode, with averaged weights where the run has them.
+    """Load the trained model in evaluation mode, with averaged weights where the run has them.
 
     Args:
         checkpoint: from :meth:`RunFolder.load`.
-        name: of the run, for messages.
+        name: the run's name, for messages.
         device: where the model goes.
 
     Raises:

@@ -1,4 +1,4 @@
-"""New runs, and the rest of old ones: all that is refused is refused here, before anything is written."""
+"""Starts runs and resumes them: all that is refused is refused here, before anything is written."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from pyglow_fast.train.versions import versions
 def start(
     config: TrainConfig, out: str, overwrite: bool = False, data: Images | None = None, ranks: Ranks | None = None
 ) -> Run:
-    """A new run, ready to execute.
+    """Make a new run, ready to execute.
 
     Args:
-        config: of the run.
+        config: the settings of the run.
         out: its folder; must be new or empty, or hold a run if ``overwrite``.
         overwrite: replace a run that is there (when the new one executes).
-        data: what ``config.data`` names, if it is loaded already; or images of your own, see ImageSet and from_dataset.
+        data: the images that ``config.data`` names, if they are loaded already; or images of your own, see ImageSet and
+            from_dataset.
         ranks: the processes that train together, see open_ranks; each of them makes the same run.
 
     Raises:
@@ -47,7 +48,7 @@ def resume(
     ranks: Ranks | None = None,
     **changes: Any,
 ) -> Run:
-    """The run in ``out``, ready to go on from its last checkpoint, on any number of ranks.
+    """Make the run in ``out`` ready to go on from its last checkpoint, on any number of ranks.
 
     Args:
         out: its folder.

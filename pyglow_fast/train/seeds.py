@@ -1,4 +1,4 @@
-"""Independent random streams from one seed, so that drawing more from one never shifts another."""
+"""Derives independent random streams from one seed: drawing more from one never shifts another."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 
 
 def derive(seed: int, *names: str | int) -> int:
-    """A 63-bit seed for the stream that ``names`` describe; the same on every machine."""
+    """Derive a 63-bit seed for the stream that ``names`` describe; it is the same on every machine."""
     digest = hashlib.sha256(repr((seed, *names)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 def batch_indices(seed: int, step: int, n_images: int, batch_size: int) -> Tensor:
-    """Which images step ``step`` (from 0) trains on: every epoch is a fresh shuffle, its incomplete last batch dropped.
+    """Choose the images of a step (from 0): each epoch is a fresh shuffle, its incomplete last batch dropped.
 
-    A function of the step alone, so a resumed run needs no stored order.
+    The choice depends on the step alone, so a resumed run needs no stored order.
     """
     epoch, position = divmod(step, n_images // batch_size)
     # A copy, so that nobody can write into the order that is kept.
@@ -33,7 +33,7 @@ def _order(seed: int, epoch: int, n_images: int) -> Tensor:
 
 
 def random_subset(seed: int, n_images: int, count: int) -> Tensor:
-    """``count`` of ``n_images`` indices, sorted: always the same for one seed, on every device; all if that is as many.
+    """Choose ``count`` of ``n_images`` indices, sorted, the same for one seed on every device; all if that is as many.
 
     A larger subset contains a smaller one of the same seed.
     """
@@ -44,9 +44,9 @@ def random_subset(seed: int, n_images: int, count: int) -> Tensor:
 
 
 def keyed_noise(keys: Sequence[int], shape: Sequence[int], device: torch.device) -> Tensor:
-    """u ~ U[0, 1), (len(keys), *shape), float32: of each image from a stream of its own.
+    """Draw u ~ U[0, 1), (len(keys), *shape), float32: for each key from a stream of its own.
 
-    So an image has the same noise wherever in a batch and on whichever rank it is; a CPU and a GPU draw differently.
+    An image thus has the same noise wherever in a batch and on whichever rank it is; a CPU and a GPU draw differently.
     """
     noise = torch.empty(len(keys), *shape, device=device)
     generator = torch.Generator(device)

@@ -1,4 +1,4 @@
-"""The moving parts of a run: model, optimizer, random streams and counters, one training step, and their checkpoint."""
+"""Holds the moving parts of a run: model, optimizer, random streams and counters; one step, and their checkpoint."""
 
 from __future__ import annotations
 
@@ -42,18 +42,31 @@ from pyglow_fast.train.versions import versions
 
 EVAL_BATCH = 64  # images that are scored at a time
 _CUDA = "torch.cuda"  # the generator of a rank's GPU, which a rank on a CPU has not
-CHECK_VALUES = 1 << 21  # of the images, at most 64 of them, that are looked at before a checkpoint is saved
+CHECK_VALUES = 1 << 21  # values of images (at most 64) that are checked before a checkpoint is saved
 
 
 class TrainingDivergedError(ArithmeticError):
-    """The loss or the gradient is no number any more; the message is a report for the user."""
+    """Raised when the loss or the gradient is no number any more; the message is a report for the user.
+
+    Examples:
+        >>> from pyglow_fast import GlowConfig
+        >>> from pyglow_fast.train import TrainConfig, TrainingDivergedError, start
+        >>> model = GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4)
+        >>> run = start(TrainConfig(model=model, lr=1e6, clip_norm=None, max_skipped=1, max_steps=20), "runs/wild")
+        >>> try:
+        ...     run.execute(quiet=True)
+        ... except TrainingDivergedError as error:
+        ...     print(error)
+        training diverged at step ...
+    """
 
 
 class Losses(nn.Module):
-    """What a step is trained on, each a mean over the batch, as a module that others can wrap.
+    """The losses that a step minimises, each a mean over the batch, as a module that others can wrap.
 
-    Bits/dim, -log p(x) / (D ln 2) + log2(n_bins); and of a model with a classifier, from the same pass, the bits that
-    the labels cost, -log2 p(label | top latent). The loss is the first plus config.class_weight times the second.
+    The first is bits/dim, -log p(x) / (D ln 2) + log2(n_bins). A model with a classifier has a second, from the same
+    pass: the bits that the labels cost, -log2 p(label | top latent). The step minimises the first plus
+    config.class_weight times the second.
     """
 
     def __init__(self, model: Glow, n_bins: int) -> None:
@@ -73,15 +86,28 @@ class Losses(nn.Module):
 
 
 class TrainState:
-    """A run between two steps.
+    """The state of a run between two steps: model, optimizer, average, random streams and counters.
 
     Args:
-        config: of the run.
+        config: the settings of the run.
         data: all images; they are split here.
         ranks: the processes that take part; each has a state of its own.
 
     Raises:
         ValueError: images, model and configuration do not fit each other.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast import GlowConfig
+        >>> from pyglow_fast.data import ImageSet
+        >>> from pyglow_fast.train import TrainConfig, TrainState
+        >>> images = ImageSet("mine", torch.randint(32, (20, 1, 4, 4), dtype=torch.uint8), n_bins=32)
+        >>> model = GlowConfig((1, 4, 4), n_levels=1, n_steps=1, hidden=4)
+        >>> state = TrainState(TrainConfig(model=model, batch_size=6, device="cpu"), images)
+        >>> state.initialize()
+        >>> bits = [state.step() for _ in range(4)]
+        >>> len(state.train), state.steps_per_epoch, state.progress.step, state.epoch
+        (18, 3, 4, 1)
     """
 
     def __init__(self, config: TrainConfig, data: Images, ranks: Ranks | None = None) -> None:
@@ -108,7 +134,7 @@ class TrainState:
         torch.manual_seed(derive(config.seed, "weights"))
         self.model = Glow(config.model, memory=config.memory, precision=config.precision).to(self.device)
         check_fits(self.model, data, data.n_bins)
-        self.model.memory_plan(config.batch_size // shares)  # which refuses too few bytes
+        self.model.memory_plan(config.batch_size // shares)  # refuses too few bytes
         loss: nn.Module = Losses(self.model, data.n_bins)
         if config.compile:
             loss.compile()
@@ -127,22 +153,22 @@ class TrainState:
 
     @property
     def n_bins(self) -> int:
-        """Levels of the images."""
+        """The number of levels that a value of the images can have."""
         return self.train.n_bins
 
     @property
     def steps_per_epoch(self) -> int:
-        """Full batches in one pass over the training images."""
+        """How many full batches one pass over the training images has."""
         return len(self.train) // self.config.batch_size
 
     @property
     def epoch(self) -> int:
-        """Whole passes over the training images."""
+        """How many whole passes over the training images were done."""
         return self.progress.step // self.steps_per_epoch
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Data-dependent initialisation from random training images, of which each rank has a part."""
+        """Initialise the model from random training images, of which each rank has a part."""
         config, n = self.config, len(self.train)
         count = max(min(config.init_images, n), min(self.ranks.world, n))
         chosen = batch_indices(derive(config.seed, "init"), 0, n, count)
@@ -157,7 +183,7 @@ class TrainState:
             self.ema.restart()
 
     def step(self) -> float:
-        """One update; returns the mean bits/dim of the batch, over all ranks.
+        """Train for one step; returns the mean bits/dim of the batch, over all ranks.
 
         A step whose loss or gradient norm is NaN or inf leaves weights and optimizer as they are and is counted.
 
@@ -244,14 +270,14 @@ class TrainState:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[Glow]:
-        """The model with the weights that evaluations and samples use."""
+        """A context in which the model has the weights that evaluations and samples use."""
         with contextlib.nullcontext() if self.ema is None else self.ema.applied():
             yield self.model
 
     def score(
         self, data: Images, limit: int | None = None, purpose: str = "evaluation", on_unreadable: str | None = None
     ) -> Score:
-        """evaluate() over all ranks with the model's weights as they are."""
+        """Evaluate the model's weights as they are, over all ranks; see :func:`evaluate`."""
         config = self.config
         seed, workers = derive(config.seed, purpose), n_workers(config, data)
         # A few images are read faster than processes that read them are started.
@@ -265,7 +291,7 @@ class TrainState:
         Raises:
             TrainingDivergedError: some training images have no finite likelihood.
         """
-        few = max(self.ranks.world, min(64, CHECK_VALUES // self.train.n_dims))  # it costs as much as a step or two
+        few = max(self.ranks.world, min(64, CHECK_VALUES // self.train.n_dims))  # costs a step or two
         score = self.score(self.train, few, "check", "skip")  # an image that cannot be read keeps nobody from saving
         if not math.isfinite(score.mean):
             raise TrainingDivergedError(
@@ -288,7 +314,7 @@ class TrainState:
         return {name: value.cpu() for name, value in found.items()}  # what is sent to another rank is on no GPU
 
     def checkpoint(self) -> Checkpoint:
-        """Everything that :meth:`restore` needs. All ranks must ask for it; the first one's is complete."""
+        """Collect all that :meth:`restore` needs. All ranks must ask for it; the first one's is complete."""
         tensors, groups = optimizer_tensors(self.optimizer, self.model)
         own = self.ranks.gathered(self._own())
         return Checkpoint(
@@ -307,8 +333,9 @@ class TrainState:
         """Go on from ``checkpoint``: on the CPU to the bit, and on a GPU as far as its kernels repeat themselves.
 
         Args:
-            checkpoint: of a run with this configuration, but for what may be adjusted, and any number of ranks.
-            name: of the checkpoint, for messages.
+            checkpoint: a checkpoint of a run with this configuration, apart from what may be adjusted, and any number
+                of ranks.
+            name: the checkpoint's name, for messages.
 
         Raises:
             ValueError: other images than the run was started with, or contents that do not fit.
@@ -323,7 +350,7 @@ class TrainState:
         check_weights(checkpoint.model | checkpoint.ema, self.model, name)
         check_drift(checkpoint.model, name)
         optimizer = optimizer_state(self.optimizer, self.model, checkpoint, name)
-        checkpoint.load_model(self.model, name)  # which refuses before it writes; nothing after it refuses any more
+        checkpoint.load_model(self.model, name)  # refuses before it writes; nothing after it refuses any more
         self.optimizer.load_state_dict(optimizer)
         if self.ema is not None:
             self.ema.load(checkpoint.ema)

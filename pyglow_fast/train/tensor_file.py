@@ -1,7 +1,8 @@
-"""Reading a safetensors file in one pass: nothing stays mapped to it, and its bytes can be hashed as they come.
+"""Reads a safetensors file in one pass: nothing stays mapped to it, and its bytes can be hashed as they come.
 
-The library maps a file, whose pages fault when it is truncated later, or copies a content that is in memory already.
-Here each tensor is read to its place. Processors are little-endian, as the format is.
+The safetensors library either maps a file, whose pages fault when the file is truncated later, or copies contents that
+are in memory already. Here each tensor is read to its place. The format is little-endian, and so are the processors
+that torch runs on.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ _CHUNK = 1 << 20  # bytes that are hashed while the processor's cache has them
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a safetensors file says before its tensors.
+    """The part of a safetensors file that stands before its tensors: their names, places and the metadata.
 
     Args:
-        raw: all of it, eight bytes of length and JSON.
+        raw: all of its bytes: eight bytes of length, and JSON.
         metadata: texts by name.
         places: name, dtype and shape of each tensor, in the order of their bytes.
     """
@@ -47,7 +48,7 @@ class TensorHeader:
 
 
 def read_outer(file: BinaryIO) -> bytes:
-    """The bytes of a safetensors file before its tensors, as far as they are there."""
+    """Read the bytes of a safetensors file before its tensors, as far as they are there."""
     file.seek(0)
     length = file.read(8)
     size = os.fstat(file.fileno()).st_size
@@ -55,7 +56,7 @@ def read_outer(file: BinaryIO) -> bytes:
 
 
 def read_header(file: BinaryIO) -> TensorHeader:
-    """What an open safetensors file holds, by its header and its size.
+    """Read what an open safetensors file holds, by its header and its size.
 
     Raises:
         ValueError: the file is cut off, or another one.
@@ -86,11 +87,11 @@ def read_header(file: BinaryIO) -> TensorHeader:
 def read_tensors(
     file: BinaryIO, header: TensorHeader, seen: Callable[[memoryview], object] | None = None
 ) -> dict[str, Tensor]:
-    """The tensors of an open safetensors file, each in memory of its own, by name.
+    """Read the tensors of an open safetensors file by name, each into memory of its own.
 
     Args:
-        file: open for reading.
-        header: of this file.
+        file: the file, open for reading.
+        header: the header of this file.
         seen: is given all bytes behind the header, in their order.
 
     Raises:

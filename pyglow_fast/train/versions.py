@@ -1,4 +1,4 @@
-"""Which code wrote a checkpoint, so that a resumed run can say what has changed since."""
+"""Tells which code wrote a checkpoint, so that a resumed run can say what has changed since."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pyglow_fast import info
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Of the package, of torch, and a digest of the package's own files, compiled ones too."""
+    """Look up the versions of the package and of torch, and a digest of the package's own files."""
     digest = hashlib.sha256()
     root = Path(info.__file__).parent
     for path in sorted([*root.rglob("*.py"), *root.glob("_C*")]):

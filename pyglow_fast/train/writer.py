@@ -1,4 +1,4 @@
-"""What a run leaves behind as it goes: rows, checkpoints, pictures. A disk that refuses does not end the run."""
+"""Writes what a run leaves: rows, checkpoints, pictures. A disk that refuses does not end the run."""
 
 from __future__ import annotations
 
@@ -18,15 +18,29 @@ from pyglow_fast.train.run_folder import RunFolder
 
 
 class SaveError(OSError):
-    """The end of a run cannot be written; the message says what is on the disk."""
+    """Raised when the end of a run cannot be written; the message says what is on the disk.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from pyglow_fast import GlowConfig
+        >>> from pyglow_fast.train import SaveError, TrainConfig, start
+        >>> model = GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4)
+        >>> run = start(TrainConfig(model=model, max_steps=1), "runs/tiny")
+        >>> run.folder.page = Path("gone/report.html")  # a place that cannot be written
+        >>> try:
+        ...     run.execute(quiet=True)
+        ... except SaveError as error:
+        ...     print(error)
+        the end of the run cannot be written: the page of the report ...
+    """
 
 
 class RunWriter:
-    """Files of one run, written by the first rank only; on the others every method does nothing.
+    """A writer of all files of one run; it writes on the first rank only, and does nothing on the others.
 
     Args:
-        folder: of the run.
-        config: of the run.
+        folder: the folder of the run.
+        config: the settings of the run.
         first: whether this is the rank that writes.
         quiet: print nothing.
     """
@@ -57,12 +71,12 @@ class RunWriter:
                 self._board = Board(self.folder.events, None if step is None else step + 1)
 
     def say(self, text: str) -> None:
-        """A line for people, above the progress bar."""
+        """Print a line for people, above the progress bar."""
         if self.first and not self.quiet:
             optional("tqdm", "the progress bar").tqdm.write(text)
 
     def attempt(self, what: str, action: Callable[[], Any]) -> OSError | None:
-        """Do it; a disk that is full or a folder that is gone is said and kept in ``refused``, and the run goes on.
+        """Try to write; what the disk refuses is said and kept in ``refused``, and the run goes on.
 
         A folder that was removed is made again first, and locked.
 
@@ -94,7 +108,7 @@ class RunWriter:
             self.metrics.start()
 
     def add_last(self, row: Row) -> None:
-        """The row of the end, in the place of one of the same step, whose other values it keeps."""
+        """Add the row of the end, in the place of one of the same step, whose other values it keeps."""
         if not self.first:
             return
         step = int(row["step"] or 0)
@@ -112,7 +126,7 @@ class RunWriter:
         self._event(step, {name: value for name, value in row.items() if name in scores or name not in known})
 
     def add(self, row: Row) -> None:
-        """A row of metrics.csv, and its scalars for TensorBoard."""
+        """Add a row to metrics.csv, and its numbers to TensorBoard's files."""
         self.attempt("a row of metrics.csv", lambda: self.metrics.add(row))
         self._event(int(row["step"] or 0), row)
 
@@ -121,7 +135,7 @@ class RunWriter:
         self.attempt("an event", lambda: self._board.scalars(step, scalars))
 
     def save(self, checkpoint: Checkpoint, final: bool = False) -> None:
-        """A checkpoint.
+        """Save a checkpoint of this step.
 
         Raises:
             SaveError: ``final``, and it cannot be written.
@@ -140,11 +154,11 @@ class RunWriter:
         self.folder.save(checkpoint, self.config.keep)
 
     def save_best(self, checkpoint: Checkpoint) -> None:
-        """The checkpoint with the best held-out score so far."""
+        """Save the checkpoint with the best held-out score so far."""
         self.attempt("the best checkpoint", lambda: checkpoint.save(self.folder.best))
 
     def samples(self, step: int, levels: Tensor, n_bins: int) -> None:
-        """samples.png, and a copy that stays."""
+        """Write samples.png, and a copy that stays."""
         if not self.first:
             return
         picture = grid(levels, n_bins, class_columns(len(levels), self.config.model.n_classes))
@@ -163,7 +177,7 @@ class RunWriter:
 
         Args:
             since: how many writes had been refused before the end.
-            reached: what the run came to, in words, for whom it is not written.
+            reached: what the run came to, in words, which the error shows as it is written nowhere.
 
         Raises:
             SaveError: something is not.
@@ -176,5 +190,5 @@ class RunWriter:
             )
 
     def close(self) -> None:
-        """Flush what is buffered."""
+        """Write out what is buffered."""
         self.attempt("events", self._board.close)

@@ -1,4 +1,4 @@
-"""A page in the browser to look at trained runs and to touch them, made with Gradio."""
+"""Serves a page in the browser to look at trained runs and to change their images, made with Gradio."""
 
 from pyglow_fast.web.html import CSS
 from pyglow_fast.web.page import page

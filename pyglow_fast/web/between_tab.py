@@ -1,4 +1,4 @@
-"""The tab of paths: the way from one image to another through the latents, as a frame, a strip, an animation."""
+"""Makes the tab of paths: the way from one image to another through the latents, as frame, strip and animation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAMES = ("from", "to")
 
 
 class BetweenTab:
-    """Widgets and handlers of the tab; made inside of gr.Blocks."""
+    """The widgets and handlers of the tab of paths; to be made inside of gr.Blocks."""
 
     def __init__(self, shelf: Shelf, desk: gr.State) -> None:
         self._shelf = shelf
@@ -59,7 +59,7 @@ class BetweenTab:
             self.takes[i].click(on_page()(self._take_edit(i)), desk, None, **QUIET).success(*drawn, **QUIET)
 
     def show(self, desk: Desk, path: str, steps: float) -> list[Any]:
-        """What the tab shows of a run that was chosen."""
+        """Fill the tab for a run that was chosen."""
         opened = desk.opened(self._shelf)
         missing = opened.images.missing
         if not missing:
@@ -103,11 +103,11 @@ class BetweenTab:
         return opened, Between(opened, *ends, desk.space_of(opened), path == "spherical")
 
     def point(self, steps: float, event: gr.EventData) -> tuple[float, int]:
-        """Where on the path the image of the strip is that was clicked."""
+        """Find where on the path the image of the strip is that was clicked."""
         return clicked(event, int(steps)) / (int(steps) - 1), anew()
 
     def moved(self, desk: Desk, path: str, at: float) -> list[Any]:
-        """The image at one point of the path; and the commands that give it and the strip."""
+        """Make the image at one point of the path, and the commands that give it and the strip."""
         opened, between = self._between(desk, path)
         if between is None:
             return [note("Choose two images."), ""]
@@ -122,7 +122,7 @@ class BetweenTab:
         return [f"{shown}<p>{link}</p>{grey}", f"{made.whole_command('between.png')}\n{desk.strip}"]
 
     def drawn(self, desk: Desk, path: str, steps: float) -> list[Any]:
-        """The strip of the whole path."""
+        """Draw the strip of the whole path."""
         opened, between = self._between(desk, path)
         if between is None:
             return ["", anew()]

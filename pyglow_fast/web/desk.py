@@ -1,4 +1,4 @@
-"""What one visitor has on the desk: a run, the image under edit, samples, the ends of a path; no two share one."""
+"""Holds what one visitor works on: a run, the image under edit, samples, the ends of a path; no two share one."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from pyglow_fast.studio.words import File, HeldOut
 from pyglow_fast.web.shelf import Shelf
 from pyglow_fast.web.uploads import Upload
 
-NO_CLASS = "its own"  # of the image under edit: none was chosen
-MOST_PIXELS = 40_000_000  # of an upload: a photograph of a large camera
+NO_CLASS = "its own"  # the class of the image under edit while none was chosen
+MOST_PIXELS = 40_000_000  # pixels of an upload: as many as a large camera's photograph has
 
 
 class Kept(NamedTuple):
@@ -28,7 +28,7 @@ class Kept(NamedTuple):
     opened: OpenRun
 
     def by(self, opened: OpenRun) -> Picked:
-        """The same image by another checkpoint of the run, which draws other samples."""
+        """Find the same image by another checkpoint of the run, which draws other samples."""
         return self.picked if opened is self.opened else opened.relabelled(self.picked, self.picked.label)
 
 
@@ -42,7 +42,7 @@ class Desk:
     def _clear(self, run: str | None) -> None:
         self.run = run
         self.space: str | None = None
-        self.ends: list[Kept | None] = [None, None]  # of the path
+        self.ends: list[Kept | None] = [None, None]  # the ends of the path
         self.strip = ""  # the command of the path's strip
         self.pairs: list[tuple[str, str]] = []  # attributes that have sliders, as (plus, minus)
         self.thumbs: list[int] = []  # numbers of the held-out images that are offered
@@ -51,10 +51,10 @@ class Desk:
         self._subject: Subject | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Desk:
-        return Desk()  # of a new visitor
+        return Desk()  # a copy is for a new visitor
 
     def choose(self, shelf: Shelf, name: str) -> OpenRun:
-        """Another run: nothing of the last one stays.
+        """Choose another run; nothing of the last one stays.
 
         Raises:
             ValueError: it is not served, or cannot be opened; the desk is then as it was.
@@ -66,7 +66,7 @@ class Desk:
         return opened
 
     def opened(self, shelf: Shelf) -> OpenRun:
-        """The run at its newest checkpoint.
+        """Open the run at its newest checkpoint.
 
         Raises:
             ValueError: none was chosen, or it is no longer there.
@@ -80,7 +80,7 @@ class Desk:
         return self.run == opened.name
 
     def space_of(self, opened: OpenRun) -> str:
-        """The space that is edited."""
+        """Choose the space that is edited."""
         return self.space or opened.space
 
     def picked(self, opened: OpenRun) -> Picked | None:
@@ -107,14 +107,14 @@ class Desk:
             return found
 
     def put(self, picked: Picked, opened: OpenRun) -> None:
-        """Another image of the chosen run is under edit."""
+        """Put another image of the chosen run under edit."""
         with self._lock:
             if self.has(opened):
                 self._edited, self._subject = Kept(picked, opened), None
 
 
 def picked_upload(opened: OpenRun, upload: Upload, label: int | None = None) -> Picked:
-    """An uploaded image, brought to what the model sees.
+    """Read an uploaded image and bring it to what the model sees.
 
     Raises:
         UnreadableImageError: it is no image, or too small or too large; the message has its name.
@@ -128,7 +128,7 @@ def picked_upload(opened: OpenRun, upload: Upload, label: int | None = None) -> 
 
 
 def picked_number(opened: OpenRun, number: float | None) -> Picked:
-    """A held-out image by its number.
+    """Find a held-out image by its number.
 
     Raises:
         ValueError: there is none of that number.
@@ -149,7 +149,7 @@ def check_number(argument: str, value: float | None, most: float = math.inf) -> 
 
 
 def clicked(event: gr.EventData, count: int) -> int:
-    """Which of ``count`` images a click was on.
+    """Find which of ``count`` images a click was on.
 
     Raises:
         ValueError: none, in an event that no click made.
@@ -162,5 +162,5 @@ def clicked(event: gr.EventData, count: int) -> int:
 
 
 def progress_on(progress: gr.Progress, words: str) -> Progress:
-    """Shows (done, total) on the page."""
+    """Make a function that shows (done, total) on the page."""
     return lambda done, total: progress((done, total), desc=words, unit="images")

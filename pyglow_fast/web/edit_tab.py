@@ -1,4 +1,4 @@
-"""The tab of edits: an image, a slider for each attribute and each level, and the image that follows them."""
+"""Makes the tab of edits: an image, a slider for each attribute and level, and the image that follows them."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ WAITING = '<div class="pgf-wait"></div>'  # room for the bar of what is measured
 
 
 def pair_text(pair: tuple[str, str]) -> str:
-    """A difference of two attributes in words."""
+    """Write a difference of two attributes in words."""
     return f"{pair[0]} minus {pair[1]}"
 
 
 class EditTab:
-    """Widgets and handlers of the tab; made inside of gr.Blocks."""
+    """The widgets and handlers of the tab of edits; to be made inside of gr.Blocks."""
 
     def __init__(self, shelf: Shelf, desk: gr.State) -> None:
         self._shelf, self._desk = shelf, desk
@@ -103,12 +103,12 @@ class EditTab:
         self.more.click(on_page()(self.add_pair), added, [self.attributes, *self.adds], **QUIET)
 
     def measure_after(self, event: Any) -> None:
-        """Adds the measurement of mean latents to what follows an event."""
+        """Add the measurement of mean latents to what follows an event."""
         shown = QUIET | {"show_progress": "full", "show_progress_on": self.why}
         event.success(on_page()(self.measure), self._desk, self.measured, **shown)
 
     def show(self, desk: Desk) -> list[Any]:
-        """What the tab shows of a run that was chosen, until its mean latents are there."""
+        """Fill the tab for a run that was chosen, until its mean latents are there."""
         opened = desk.opened(self._shelf)
         missing = opened.images.missing
         desk.thumbs, desk.pairs = [], []
@@ -135,9 +135,9 @@ class EditTab:
         desk: Desk,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio looks for it
     ) -> list[Any]:
-        """Measures the mean latents and likelihoods of training images, where they are not kept.
+        """Measure the mean latents and likelihoods of training images, where they are not kept.
 
-        Sliders that there are already stay as they are.
+        Sliders that are on the page already stay as they are.
         """
         opened = desk.opened(self._shelf)
         as_they_are = [gr.skip() for _ in self.measured[:-2]]
@@ -151,7 +151,7 @@ class EditTab:
         why = note("" if directions.names else "The images of this run have no classes.")
         if desk.pairs:
             return [*as_they_are, why, anew()]
-        # Of two classes the one is the other's opposite.
+        # Two classes are each other's opposites, so one slider is enough.
         names = directions.names[:1] if len(directions.names) == 2 else directions.names[:FIRST]
         desk.pairs = [(name, REST) for name in names]
         return [*self._attribute_widgets(desk, directions.names), why, anew()]
@@ -180,33 +180,33 @@ class EditTab:
         return buttons(list(levels), opened.n_bins, words, strip=True)
 
     def take_number(self, desk: Desk, number: float | None) -> tuple[str, int]:
-        """A held-out image by its number, with its own class."""
+        """Put a held-out image under edit by its number, with its own class."""
         if number is not None:  # a field that is being typed into
             opened = desk.opened(self._shelf)
             desk.put(picked_number(opened, number), opened)
         return NO_CLASS, anew()
 
     def take_thumb(self, desk: Desk, event: gr.EventData) -> tuple[int, str, int]:
-        """A held-out image by a click on it: its number, and its own class."""
+        """Put a held-out image under edit by a click on it: its number, and its own class."""
         number = desk.thumbs[clicked(event, len(desk.thumbs))]
         return number, *self.take_number(desk, number)
 
     def other_thumbs(self, desk: Desk) -> str:
-        """Other held-out images to choose from."""
+        """Show other held-out images to choose from."""
         opened = desk.opened(self._shelf)
         count = len(opened.images.find()[2])
         desk.thumbs = sorted(random.sample(range(count), min(THUMBS, count)))
         return self._thumbs(desk, opened)
 
     def take_upload(self, desk: Desk, upload: Upload | None) -> tuple[None, str, int]:
-        """An image of the visitor's own; the component is empty again, as the image is shown under edit."""
+        """Put the visitor's image under edit; the upload box is empty again, as the image is shown elsewhere."""
         if upload is not None:
             opened = desk.opened(self._shelf)
             desk.put(picked_upload(opened, upload), opened)
         return None, NO_CLASS, anew()
 
     def take_label(self, desk: Desk, name: str) -> int:
-        """The class of the image under edit."""
+        """Set the class of the image under edit."""
         opened = desk.opened(self._shelf)
         picked = desk.picked(opened)
         if picked is not None:
@@ -215,13 +215,13 @@ class EditTab:
         return anew()
 
     def take_space(self, desk: Desk, space: str) -> None:
-        """The space that is edited."""
+        """Set the space that is edited."""
         if space not in SPACES:
             raise ValueError(f"space: expected one of {SPACES}, found {space!r}")
         desk.space = space
 
     def take_pairs(self, desk: Desk, texts: list[str], *values: float) -> list[Any]:
-        """The attributes that have sliders; one that stays keeps its value."""
+        """Set the attributes that have sliders; one that stays keeps its value."""
         opened = desk.opened(self._shelf)
         names = opened.directions(desk.space_of(opened)).names
         known = {pair_text(pair): pair for pair in [*((name, REST) for name in names), *desk.pairs]}
@@ -232,7 +232,7 @@ class EditTab:
         return [*self._add_sliders(desk, former), anew()]
 
     def add_pair(self, desk: Desk, plus: str, minus: str, texts: list[str], *values: float) -> list[Any]:
-        """One more slider, from the images of ``minus`` to those of ``plus``."""
+        """Add a slider, from the images of ``minus`` to those of ``plus``."""
         opened = desk.opened(self._shelf)
         directions = opened.directions(desk.space_of(opened))
         directions.shift([Add(plus, minus, 1.0)])  # refuses what is none
@@ -250,7 +250,7 @@ class EditTab:
         return [*shown, *(gr.Slider(value=0, visible=False) for _ in range(ATTRIBUTES - len(shown)))]
 
     def edited(self, desk: Desk, twin: bool, *values: float) -> list[Any]:
-        """The image as the sliders say, and the command that gives it."""
+        """Compute the image as the sliders say, and the command that gives it."""
         opened = desk.opened(self._shelf)
         strengths, shares = values[:ATTRIBUTES], values[ATTRIBUTES:]
         adds = tuple(Add(*pair, float(s or 0)) for pair, s in zip(desk.pairs, strengths, strict=False))
@@ -259,7 +259,7 @@ class EditTab:
         return self._edited(desk, Edit(adds, keep), twin)
 
     def reset(self, desk: Desk) -> list[Any]:
-        """All sliders at rest, and so the original."""
+        """Set all sliders to rest, which gives the original."""
         return [*self._add_sliders(desk, {}), *self._keep_sliders(desk.opened(self._shelf)), anew()]
 
     def _edited(self, desk: Desk, edit: Edit, twin: bool) -> list[Any]:

@@ -1,4 +1,4 @@
-"""What a handler of the page says when it fails: one plain sentence for the user, the traceback for the log."""
+"""Turns a handler's failure into one plain sentence for the user, and a traceback for the log."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ Handler = TypeVar("Handler", bound=Callable[..., Any])
 
 LOG = logging.getLogger("pyglow_fast.web")
 LONGEST = 400  # characters of a message: a toast is no place for more
-# An absolute path of two parts or more, as POSIX or Windows writes it; what is kept is its last part.
+# An absolute path of two parts or more, as POSIX or Windows writes it; only its last part is kept.
 _PATH = re.compile(r"(?<![\w./:\\])(?:[A-Za-z]:)?(?:[\\/][^\\/\s'\",:;()<>]+)+[\\/]([^\\/\s'\",:;()<>]+)")
 
 
 def plain_sentence(message: str) -> str:
-    """The first line of a message, without the folders of files in it: a visitor need not know them."""
+    """Take the first line of a message, without the folders of files in it: a visitor need not know them."""
     line = next((line for line in message.splitlines() if line.strip()), "").strip()
     line = _PATH.sub(r"\1", line)
     return line if len(line) <= LONGEST else line[: LONGEST - 3] + "..."
 
 
 def sentence(message: str) -> str:
-    """:func:`plain_sentence` as HTML that shows just these characters."""
+    """Write :func:`plain_sentence` as HTML that shows just these characters."""
     return html.escape(plain_sentence(message))
 
 
 def refusal(message: str) -> gr.Error:
-    """The error that shows ``message`` on the page and nothing in the log."""
+    """Make the error that shows ``message`` on the page and nothing in the log."""
     return gr.Error(sentence(message), print_exception=False)
 
 
@@ -55,11 +55,11 @@ def _shown(log: logging.Logger, handler: str) -> Iterator[None]:
 
 
 def on_page(log: logging.Logger = LOG) -> Callable[[Handler], Handler]:
-    """A decorator for handlers of the page, functions and generators, that turns what they raise into a ``gr.Error``.
+    """Decorate a handler of the page, function or generator: what it raises becomes a ``gr.Error``.
 
     A ValueError or a missing library is the user's to mend: the first line of its message is shown as text, with the
-    folders of files left out. Anything else is a fault: it is written to ``log`` with its traceback, and the page gets
-    the name of its class. A ``gr.Error`` passes as it is.
+    folders of files left out. Any other exception is a fault: it is written to ``log`` with its traceback, and the page
+    shows the name of its class. A ``gr.Error`` is raised as it is.
     """
 
     def decorate(handler: Handler) -> Handler:

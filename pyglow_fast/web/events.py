@@ -1,4 +1,4 @@
-"""How the page listens: without a spinner, and so that the last of many events is the one that counts."""
+"""Listens to the page without a spinner, and so that the last of many events is the one that counts."""
 
 import itertools
 from typing import Any
@@ -6,21 +6,21 @@ from typing import Any
 import gradio as gr
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
-# What follows a slider is not queued, which would cost as long as the edit itself; of the drags that come while one is
-# computed the last one counts.
+# Listeners to a slider are not queued, which would take as long as the edit itself; of the drags that come while one is
+# computed, only the last is computed.
 DRAG: dict[str, Any] = QUIET | {"queue": False}
 _NUMBERS = itertools.count(1)
 
 
 def follow(triggers: Any, handler: Any, inputs: Any, outputs: Any) -> None:
-    """Listens as for drags; what fails is done again in the queue, without which Gradio shows no error."""
+    """Listen as for drags; what fails is done again in the queue, without which Gradio shows no error."""
     dragged = gr.on(triggers, handler, inputs, outputs, **DRAG)
     dragged.failure(handler, inputs, outputs, **QUIET)
 
 
 def anew() -> int:
-    """Gives a number that no call gave before: a gr.State that it is written to has changed, and what listens is done.
+    """Give a number that no call gave before: a gr.State that takes it has changed, so its listeners are called.
 
-    One picture has one listener, so that what an earlier event asked for never comes after what a later one did.
+    Each picture has one listener, so that the picture of an earlier event never comes after that of a later one.
     """
     return next(_NUMBERS)

@@ -1,4 +1,4 @@
-"""What stands before Gradio: who may ask, for which addresses, and what the browser may load."""
+"""Guards Gradio: who may ask, for which addresses, and what the browser may load."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 API = "/gradio_api"
-# The addresses that the page asks for, by method; all others of Gradio do not exist here: its API and documentation,
-# other people's servers (proxy), reloading, monitoring, recordings, histories and editing by a model.
+# The addresses that the page asks for, by method. All other addresses of Gradio do not exist here: its API and
+# documentation, other people's servers (proxy), reloading, monitoring, recordings, histories and editing by a model.
 OPEN = {"GET": ("/", "/theme.css", f"{API}/theme.css", "/favicon.ico", "/manifest.json")}
 OPEN_FOLDERS = ("/assets/", "/static/")
 LOGIN = {"POST": ("/login", "/login/")}
-HANDLERS = (f"{API}/queue/join", f"{API}/run/predict")  # of events, in a queue and at once
-CLOSED = {  # to all who have not logged in
+HANDLERS = (f"{API}/queue/join", f"{API}/run/predict")  # the addresses of events, in a queue and at once
+CLOSED = {  # addresses that are closed to all who have not logged in
     "GET": (
         "/config",
         "/config/",
@@ -60,13 +60,13 @@ HEADERS = (
 
 
 def host_name(header: str) -> str:
-    """The name in a Host header, without its port: ``localhost`` of ``localhost:7860``, ``::1`` of ``[::1]:7860``."""
+    """Read the name in a Host header, without port: ``localhost`` of ``localhost:7860``, ``::1`` of ``[::1]:7860``."""
     name = header.rpartition("]")[0].lstrip("[") if header.startswith("[") else header.partition(":")[0]
     return name.lower().rstrip(".")
 
 
 def files_in(value: Any) -> list[Any]:
-    """Every "path" of a value that came as JSON, at any depth: what Gradio takes for a file has one."""
+    """Find every "path" in a value that came as JSON, at any depth: what Gradio takes for a file has one."""
     found: list[Any] = []
     waiting = [value]
     while waiting:
@@ -84,7 +84,7 @@ class Gate:
     """An ASGI application around Gradio's that lets through what the page needs and nothing else.
 
     Args:
-        app: what answers.
+        app: the application that answers.
         folder: the only folder whose files are served and may be named by a request, beside Gradio's own assets.
         hosts: the names under which the page may be asked for; None for any. Another name means that a foreign page
             had its own name resolved to this machine.
@@ -149,7 +149,7 @@ class Gate:
             return 403, "Another page may not ask."
         method = "GET" if method == "HEAD" else method
         if method == "POST":
-            # What it says is what arrives: the server reads no more than that.
+            # The length that a request states is what arrives: the server reads no more than that.
             length = headers.get("content-length", "")
             largest = self.largest * FILES_AT_ONCE if path == f"{API}/upload" else LARGEST_JSON
             if not (length.isascii() and length.isdigit()):

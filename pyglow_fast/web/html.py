@@ -1,4 +1,4 @@
-"""Pieces of HTML: pictures inside the page, links that save them, tables. All text is escaped here."""
+"""Makes pieces of HTML: pictures inside the page, links that save them, tables. All text is escaped here."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ element.addEventListener('click', event => {
 
 
 def uri(data: bytes, suffix: str = ".png") -> str:
-    """A file as an address that holds it."""
+    """Write a file as an address that holds it."""
     return f"data:{TYPES[suffix]};base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def image(levels: Tensor, n_bins: int, words: str, height: int | None = None) -> str:
-    """One image (C, H, W) of levels; pixels are enlarged in the browser, the file has them one by one.
+    """Show one image (C, H, W) of levels; the browser enlarges its pixels, the file has them one by one.
 
     Args:
-        levels: of the image.
+        levels: the levels of the image.
         n_bins: the level n_bins-1 is white.
-        words: for those who do not see it.
-        height: on the page, in pixels; None: SHOWN, or as many as it has.
+        words: a description for those who do not see it.
+        height: its height on the page, in pixels; None: SHOWN, or as many as the image has.
     """
     source = uri(png_bytes(image_picture(levels, n_bins)))
     tall, wide = levels.shape[-2:]
@@ -75,21 +75,21 @@ def image(levels: Tensor, n_bins: int, words: str, height: int | None = None) ->
 
 
 def figure(levels: Tensor, n_bins: int, title: str, caption: str = "", part: str = "") -> str:
-    """An image with words below it; ``part`` names it for the tests and for style."""
+    """Show an image with words below it; ``part`` names it for the tests and for style."""
     below = f"<b>{html.escape(title)}</b>" + (f"<br>{html.escape(caption)}" if caption else "")
     shown = image(levels, n_bins, title)
     return f'<figure data-part="{html.escape(part)}">{shown}<figcaption>{below}</figcaption></figure>'
 
 
 def row(figures: Sequence[str]) -> str:
-    """Figures side by side, below each other where there is no room."""
+    """Place figures side by side, and below each other where there is no room."""
     return f'<div class="pgf-row">{"".join(figures)}</div>'
 
 
 def buttons(
     images: Sequence[Tensor], n_bins: int, words: Sequence[str], strip: bool = False, height: int = THUMB
 ) -> str:
-    """Images as buttons, whose number a click gives; see PICK_JS."""
+    """Show images as buttons, whose number a click gives; see PICK_JS."""
     found = [
         f'<button type="button" class="pgf-pick" data-index="{i}" title="{html.escape(text)}" '
         f'aria-label="{html.escape(text)}">{image(levels, n_bins, text, height)}</button>'
@@ -99,28 +99,28 @@ def buttons(
 
 
 def save_link(made: Made, name: str, words: str) -> str:
-    """A link that saves a file under ``name``."""
+    """Make a link that saves a file under ``name``."""
     href = uri(made.data, made.suffix)
     return f'<a class="pgf-save" download="{html.escape(name)}" href="{href}">{html.escape(words)}</a>'
 
 
 def note(text: str) -> str:
-    """A quiet line."""
+    """Write a line in quiet type."""
     return f'<p class="pgf-note">{html.escape(text)}</p>' if text else ""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells of HTML, which the caller has escaped, below a head of plain text."""
+    """Make a table: cells of HTML, which the caller has escaped, below a head of plain text."""
     top = "".join(f"<th>{html.escape(text)}</th>" for text in head)
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for cells in rows)
     return f'<table class="pgf-table"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
 
 
 def plot(data: bytes, words: str) -> str:
-    """A PNG that was drawn."""
+    """Show a PNG that was drawn."""
     return f'<img class="pgf-plot" alt="{html.escape(words)}" src="{uri(data)}">'
 
 
 def framed(page: str, words: str) -> str:
-    """A whole HTML page inside of this one; none of its scripts run."""
+    """Show a whole HTML page inside of this one; none of its scripts run."""
     return f'<iframe class="pgf-frame" sandbox="" title="{html.escape(words)}" srcdoc="{html.escape(page)}"></iframe>'

@@ -1,4 +1,4 @@
-"""The page: a run to choose, and a tab for each thing to do with it."""
+"""Makes the page: a run to choose, and a tab for each thing to do with it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EVERY = 3.0  # seconds from one look for a newer checkpoint to the next
 
 
 def page(shelf: Shelf) -> gr.Blocks:
-    """The Blocks that :func:`~pyglow_fast.web.server.serve` serves."""
+    """Make the Blocks that :func:`~pyglow_fast.web.server.serve` serves."""
     with gr.Blocks(title="pyglow_fast", analytics_enabled=False, fill_width=True) as blocks:
         desk = gr.State(Desk())
         with gr.Row():
@@ -68,7 +68,8 @@ def page(shelf: Shelf) -> gr.Blocks:
 
         clock.tick(ticked, [desk, version], [about, version, newer], **QUIET)
         settings = [desk, sample.temperature, sample.label, sample.n, sample.seed]
-        # Not of version, which also changes when a run is chosen: the tabs are filled then, and in their order.
+        # The listener is not one of version, which also changes when a run is chosen: the tabs are filled then, and in
+        # their order.
         edit.measure_after(newer.change(on_page()(sample.renew), settings, sample.drawn, **QUIET))
 
         def fill(event: Any) -> None:
@@ -81,7 +82,8 @@ def page(shelf: Shelf) -> gr.Blocks:
             rest = rest.success(on_page()(score.show), desk, score.outputs, **QUIET)
             rest.success(on_page()(looked.show), desk, looked.outputs, **QUIET)
 
-        # Gradio forgets a desk that an event gave back, an hour after its visitor left; others it keeps for ever.
+        # Gradio forgets a desk that an event returned, an hour after its visitor left; a desk that none returned it
+        # keeps for ever.
         chosen = run.change(opened, [desk, run], [about, version, desk], **QUIET)
         chosen.failure(kept, desk, about, **QUIET)
         fill(chosen)
@@ -97,4 +99,4 @@ def page(shelf: Shelf) -> gr.Blocks:
 def _about(opened: OpenRun) -> str:
     """What is open, in a line."""
     shape = "x".join(map(str, opened.model.config.image_shape))
-    return f"<p>{html.escape(f'step {opened.step:,}, images {shape}, {opened.n_bins} levels')}</p>"
+    return f"<p>{html.escape(f'step {opened.step:,}, images {shape}, {opened.n_bins} grey levels')}</p>"

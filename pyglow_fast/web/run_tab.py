@@ -1,4 +1,4 @@
-"""The tab of a run: its settings, curves and figures."""
+"""Makes the tab of a run: its settings, curves and figures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pyglow_fast.web.widgets import command_box
 
 
 class RunTab:
-    """Widgets and handlers of the tab; made inside of gr.Blocks."""
+    """The widgets and handlers of the tab of a run; to be made inside of gr.Blocks."""
 
     def __init__(self, shelf: Shelf, desk: gr.State) -> None:
         self._shelf = shelf
@@ -27,7 +27,7 @@ class RunTab:
         self.again.click(on_page()(self.show), desk, self.outputs, api_visibility="private")
 
     def show(self, desk: Desk) -> list[str]:
-        """The page of the run as its files are now, and the command that writes it."""
+        """Show the page of the run as its files are now, and the command that writes it."""
         opened = desk.opened(self._shelf)
         words = shlex.join(["pyglow-fast", "report", run_word(opened.name), "--out", "report.html"])
         return [framed(page_of(opened.folder), f"report of {opened.name}"), words]

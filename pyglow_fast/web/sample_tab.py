@@ -1,4 +1,4 @@
-"""The tab of samples: temperature, class, seed, number, and the images, each a way to the tab of edits."""
+"""Makes the tab of samples: temperature, class, seed and number; a click on an image leads to the tab of edits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HEIGHT = 96  # pixels of an image on the page
 
 
 class SampleTab:
-    """Widgets and handlers of the tab; made inside of gr.Blocks."""
+    """The widgets and handlers of the tab of samples; to be made inside of gr.Blocks."""
 
     def __init__(self, shelf: Shelf, desk: gr.State) -> None:
         self._shelf = shelf
@@ -48,13 +48,13 @@ class SampleTab:
         self.again.click(lambda: random.randrange(10**6), None, self.seed, **QUIET)
 
     def show(self, desk: Desk, temperature: float, n: float, seed: float | None) -> list[Any]:
-        """What the tab shows of a run that was chosen."""
+        """Fill the tab for a run that was chosen."""
         opened = desk.opened(self._shelf)
         label = gr.Dropdown([ALL, *opened.classes], value=ALL, visible=bool(opened.classes))
         return [label, *self.draw(desk, temperature, ALL, n, seed)]
 
     def draw(self, desk: Desk, temperature: float, label: str | None, n: float, seed: float | None) -> list[Any]:
-        """Samples, and the command that draws them."""
+        """Draw samples, and write the command that draws them."""
         opened = desk.opened(self._shelf)
         check_number("n", n, MOST)
         check_number("temperature", temperature)
@@ -75,13 +75,13 @@ class SampleTab:
         ]
 
     def renew(self, desk: Desk, temperature: float, label: str | None, n: float, seed: float | None) -> list[Any]:
-        """The same samples by a newer checkpoint, where there is one."""
+        """Draw the same samples by a newer checkpoint, where there is one."""
         if desk.grid is None or desk.grid.opened is desk.opened(self._shelf):
             return [gr.skip(), gr.skip()]
         return self.draw(desk, temperature, label, n, seed)
 
     def take(self, desk: Desk, event: gr.EventData) -> tuple[str, int]:
-        """Puts the sample that was clicked under edit, with its own class."""
+        """Put the sample that was clicked under edit, with its own class."""
         if desk.grid is not None:
             number = clicked(event, desk.grid.draw.n)
             desk.put(desk.grid.picked(number), desk.grid.opened)

@@ -1,4 +1,4 @@
-"""The tab of scores: bits/dim of images that a visitor drops, on the histogram of held-out ones."""
+"""Makes the tab of scores: bits/dim of images that a visitor drops, on the histogram of held-out ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pyglow_fast.web.widgets import command_box
 
 
 class ScoreTab:
-    """Widgets and handlers of the tab; made inside of gr.Blocks."""
+    """The widgets and handlers of the tab of scores; to be made inside of gr.Blocks."""
 
     def __init__(self, shelf: Shelf, desk: gr.State) -> None:
         self._shelf = shelf
@@ -36,7 +36,7 @@ class ScoreTab:
         scored.failure(lambda: None, None, self.files, **QUIET)
 
     def show(self, desk: Desk) -> list[Any]:
-        """What the tab shows of a run that was chosen."""
+        """Fill the tab for a run that was chosen."""
         return [None, note("Each image is cropped and scaled as in training; less is more likely."), ""]
 
     def score(
@@ -45,7 +45,7 @@ class ScoreTab:
         uploads: list[Upload],
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> list[Any]:
-        """The table and the histogram of what was dropped."""
+        """Make the table and the histogram of what was dropped."""
         opened = desk.opened(self._shelf)
         if not uploads:
             return self.show(desk)

@@ -27,12 +27,12 @@ from pyglow_fast.web.gate import Gate
 VARIABLE = "PYGLOW_SERVE_AUTH"
 SETTINGS = ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED")  # environment variables that Gradio reads again and again
 FIRST_PORT = 7860
-PORTS = 100  # that are tried
-MAX_FILE_SIZE = 20 * 2**20  # bytes
+PORTS = 100  # how many ports are tried
+MAX_FILE_SIZE = 20 * 2**20  # bytes of an upload
 SESSIONS = 100  # visits that are remembered; each loading of the page is one, and may hold samples and latents
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
-UPLOADS_LAST = 600  # seconds, for those that no handler reads
-# Of Gradio's defaults one looks for fonts of its own; these are on every system.
+UPLOADS_LAST = 600  # seconds that an upload is kept which no handler reads
+# Gradio's default fonts would be fetched; these are on every system.
 FONT = ("ui-sans-serif", "system-ui", "sans-serif")
 FONT_MONO = ("ui-monospace", "Consolas", "monospace")
 
@@ -50,7 +50,7 @@ def is_loopback(host: str) -> bool:
 
 
 def check_host(host: str, auth: tuple[str, str] | None) -> str:
-    """The address to bind, without the brackets of an IPv6 address.
+    """Check the address to bind, and return it without the brackets of an IPv6 address.
 
     Raises:
         ValueError: it is empty, or others can reach it and there is no login.
@@ -69,12 +69,13 @@ def check_host(host: str, auth: tuple[str, str] | None) -> str:
 def credentials(
     flag: str | None, environment: Mapping[str, str], ask: Callable[[str], str] | None
 ) -> tuple[str, str] | None:
-    """The user and the password of the login, or None if none was asked for.
+    """Read the user and the password of the login; None if none was asked for.
 
     Args:
         flag: the user, from the command line. A password there could be read by every user of the machine.
         environment: PYGLOW_SERVE_AUTH=USER:PASSWORD is looked up here.
-        ask: asks for the password with a prompt, such as ``getpass.getpass``; None where there is no terminal.
+        ask: a function that asks for the password with a prompt, such as ``getpass.getpass``; None where there is no
+            terminal.
 
     Raises:
         ValueError: a part is empty or missing, or a password was given on the command line. No message has it.
@@ -118,7 +119,7 @@ def can_open_browser(environment: Mapping[str, str], platform: str = sys.platfor
 
 
 def bind(host: str, port: int | None) -> socket.socket:
-    """A socket that listens on ``port``, or on the first free one from 7860.
+    """Open a socket that listens on ``port``, or on the first free one from 7860.
 
     Raises:
         ValueError: the port is no port or is taken, or the address is not one of this machine.
@@ -165,7 +166,7 @@ def application(
     js: str | None,
     head: str | None,
 ) -> Gate:
-    """The page as an ASGI application behind its gate; the arguments are those of :func:`serve`, and its folder."""
+    """Make the page an ASGI application behind its gate; the arguments are those of :func:`serve`, and its folder."""
     for handler in blocks.fns.values():
         handler.api_visibility = "private"  # else the login page holds the names of all handlers and their inputs
     blocks.state_session_capacity = SESSIONS  # beyond it the one that was silent for longest is forgotten
@@ -213,14 +214,15 @@ def serve(
 ) -> None:
     """Serves a page until Ctrl-C, SIGTERM or SIGHUP, from the main thread; prints its address once it answers.
 
-    Then the process ends here, with code 0: no handler is waited for, and what stands after the call is not reached.
+    The process ends inside this call, with code 0: no handler is waited for, and what stands after the call is not
+    reached.
 
     Args:
-        page: builds it. It is called when the folder for its files, private to this process and removed at the end, is
-            there.
+        page: a function that builds the page. It is called once the folder for the page's files is there, which is
+            private to this process and removed at the end.
         host: the address to bind.
         port: the port; None for the first free one from 7860.
-        auth: user and password.
+        auth: the user and the password.
         open_browser: whether to open the user's browser, where there is a desktop to see it on.
         max_file_size: bytes that an uploaded file may have.
         css, js, head: handed to Gradio.
@@ -238,7 +240,7 @@ def serve(
     try:
         folder = Path(tempfile.mkdtemp(prefix="pyglow-serve-")).resolve()
         os.environ |= dict(zip(SETTINGS, (str(folder), "False"), strict=True))
-        tempfile.tempdir = str(folder)  # for uploads that were broken off
+        tempfile.tempdir = str(folder)  # uploads that were broken off stay in it
         gate = application(page(), folder, host, auth, max_file_size, css, js, head)
         config = uvicorn.Config(
             gate, log_config=None, access_log=False, proxy_headers=False, server_header=False, ws="none"

@@ -1,4 +1,4 @@
-"""The runs that are served, each at its newest checkpoint."""
+"""Holds the runs that are served, each at its newest checkpoint."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Shelf:
     """The runs below the folders that were named, and no others.
 
     Args:
-        folders: each that of a run, or one that holds the folders of runs.
+        folders: folders of runs, and folders that hold the folders of runs.
         best: serve the checkpoints with the best held-out bits/dim rather than the newest.
         device: cpu, cuda, cuda:N or auto.
-        train_images: that directions are measured on, at most.
+        train_images: how many training images directions are measured on, at most.
 
     Raises:
         ValueError: a folder that is neither.
@@ -47,11 +47,11 @@ class Shelf:
             expect(bool(_runs_in(name)), "runs", "the folder of a run (with config.toml), or of several", repr(name))
 
     def names(self) -> list[str]:
-        """The folders of the runs that there are now, as they were named."""
+        """List the folders of the runs that there are now, as they were named."""
         return list(dict.fromkeys(run for name in self.folders for run in _runs_in(name)))
 
     def open(self, name: str) -> OpenRun:
-        """The run in the folder ``name`` at its newest checkpoint; the same object until there is another.
+        """Open the run in the folder ``name`` at its newest checkpoint; the same object until there is another.
 
         A checkpoint is read as a whole and checked by its digest: one that is being written is not seen.
 

@@ -1,4 +1,4 @@
-"""Components for files that a user gives: their bytes reach the handler unread, and soon nothing of them is on disk."""
+"""Takes files that a user gives: their bytes reach the handler unread, and soon nothing of them is on disk."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from gradio.data_classes import FileData, ImageData, ListFiles
 from pyglow_fast.web.errors import refusal
 
 LONGEST_NAME = 100  # characters
-MOST_FILES = 64  # that one handler gets; all of them are in memory at once
+MOST_FILES = 64  # files that one handler gets; all of them are in memory at once
 LINGER = 3.0  # seconds that a file stays after it was read: the browser may still be fetching it to show it
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A file as it came: its name on the user's machine (the last part), and its bytes.
+    """A file as it was uploaded: its name on the user's machine (the last part), and its bytes.
 
     A picture of the webcam is named image.png, one from the clipboard clipboard.png.
     """
@@ -32,11 +32,11 @@ class Upload:
 
 
 def clean_name(name: str | None, otherwise: str = "upload") -> str:
-    """The last part of a path, without characters that do not print, of at most 100 characters.
+    """Take the last part of a path, without characters that do not print, of at most 100 characters.
 
     Args:
-        name: as the browser gave it; a path of any system.
-        otherwise: what stands for a name that has nothing left.
+        name: the name as the browser gave it, which may be a path of any system.
+        otherwise: the name where nothing is left of it.
     """
     last = (name or "").replace("\\", "/").rstrip("/").rpartition("/")[2]
     last = "".join(character for character in last if character.isprintable()).strip()
@@ -58,7 +58,7 @@ def _forget(path: Path, inode: int) -> None:
 
 
 def take(payload: FileData | ImageData, cache: str, linger: float = LINGER) -> Upload:
-    """Reads an uploaded file and has it unlinked ``linger`` seconds later.
+    """Read an uploaded file, which is unlinked ``linger`` seconds later.
 
     Args:
         payload: what the page sent; its path must lie in the cache. Its url is not looked at.

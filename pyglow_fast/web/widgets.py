@@ -1,4 +1,4 @@
-"""Widgets that several tabs have."""
+"""Makes widgets that several tabs have."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pyglow_fast.web.uploads import UploadedImage
 
 
 def command_box(elem_id: str) -> gr.Textbox:
-    """A box for the command line that gives what a tab shows, to be copied."""
+    """Make a box for the command line that gives what a tab shows, to be copied."""
     return gr.Textbox(label="the same from the command line", buttons=["copy"], interactive=False, elem_id=elem_id)
 
 
 def image_box(label: str, height: int, elem_id: str) -> UploadedImage:
-    """A box for an image of the visitor's own: a file, the webcam's picture or the clipboard's."""
+    """Make a box for an image of the visitor's own: a file, the webcam's picture or the clipboard's."""
     return UploadedImage(
         label=label, sources=["upload", "webcam", "clipboard"], type="filepath", height=height, elem_id=elem_id
     )

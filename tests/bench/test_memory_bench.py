@@ -55,6 +55,15 @@ class TestMeter:
         assert trace.peak_without([kept]) == 3 * KB
         assert kept.numel()
 
+    def test_allocator_without_what_an_earlier_trace_saw(self) -> None:
+        with AllocatorTrace():
+            old = kb(7)
+        with AllocatorTrace() as trace:
+            del old
+            kept = kb(10)
+        assert trace.peak_without() == 10 * KB
+        assert kept.numel()
+
     def test_peak_without_some(self) -> None:
         with MemoryTrace() as trace:
             kept = kb(10)

@@ -9,7 +9,7 @@ import pytest
 
 from bench import srflow
 
-SIZES = {"side": 16, "steps": 2, "levels": 2, "batch": 2, "hidden": 6, "features": 3, "rounds": 1}
+SIZES = {"side": 16, "n-steps": 2, "n-levels": 2, "batch": 2, "hidden": 6, "features": 3, "rounds": 1}
 SMALL = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
 
 

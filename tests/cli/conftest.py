@@ -16,7 +16,7 @@ leave_undrawn()
 @pytest.fixture(scope="session")
 def tiny() -> list[str]:
     """Options of the smallest model there is, and of a run that does not look at much."""
-    model = ["--levels", "1", "--steps", "2", "--hidden", "4"]
+    model = ["--n-levels", "1", "--n-steps", "2", "--hidden", "4"]
     return [*model, "--device", "cpu", "--eval-images", "32", "--sample-count", "4"]
 
 

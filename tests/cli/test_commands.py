@@ -158,7 +158,7 @@ def test_reconstruct(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     text = capsys.readouterr().out
     error = float(re.search(r"= ([\d.e+-]+)", text).group(1))  # type: ignore[union-attr]
     assert error < 1e-4
-    assert "0 of 1280 levels changed" in text
+    assert "0 of 1280 grey levels changed" in text
     with Image.open(tmp_path / "x.png") as picture:
         pixels = np.asarray(picture)
     row = 66  # 8 pixels, 8 times enlarged, and 2 between the images

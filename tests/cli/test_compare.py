@@ -375,7 +375,7 @@ def test_other_images(copy: Path, data: str, options: list[str], tmp_path: Path,
         (["digits", "--out", "file"], "out: expected a folder, found a file, 'file'"),
         (["digits", "--out", "file/c"], "out: expected a folder that can be made, found .*file' is a file"),
         (["digits", "--batch-size", "2000"], "batch_size: expected at most the 1617 training images, found 2000"),
-        (["digits", "--levels", "4"], "image_shape: expected sides divisible by 2^n_levels = 16, found (1, 8, 8)"),
+        (["digits", "--n-levels", "4"], "image_shape: expected sides divisible by 2^n_levels = 16, found (1, 8, 8)"),
     ],
     ids=lambda value: " ".join(value) if type(value) is list else "",
 )

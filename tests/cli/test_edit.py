@@ -360,7 +360,7 @@ def test_a_run_without_classes_has_no_attributes(tmp_path: Path, capsys: Capture
     (images := tmp_path / "images").mkdir()
     for i in range(8):
         Image.new("RGB", (8, 8), (30 * i, 0, 0)).save(images / f"{i}.png")
-    train(f"folder:{images}", tmp_path / "run", "--size", "8", "--levels", "1", "--batch-size", "2")
+    train(f"folder:{images}", tmp_path / "run", "--size", "8", "--n-levels", "1", "--batch-size", "2")
     capsys.readouterr()
     assert main(["edit", str(tmp_path / "run"), "0", "--add", "a", "rest", "1", "--out", str(tmp_path / "x.png")]) == 2
     message = "error: plus: expected no attribute, since the run's images have no classes, found 'a'\n"

@@ -57,7 +57,7 @@ def test_the_frames(place: Path, tmp_path: Path, run: str, space: str, spherical
     first, last = (by_hand.y(None if label is None else torch.tensor([label])) for _, label in ends)
     default = space == ("latent" if run == "digits" else "noise")
     options = [*(["--spherical"] if spherical else []), *([] if default else ["--space", space])]
-    path(place / run, "1", "4", out, "--steps", "5", "--scale", "2", *options)
+    path(place / run, "1", "4", out, "--frames", "5", "--scale", "2", *options)
     with torch.no_grad():
         x = interpolate(by_hand.model, a, b, 5, spherical, space, (first, last))[0]
     levels = to_levels(x, by_hand.n_bins)
@@ -77,13 +77,13 @@ def test_the_frames(place: Path, tmp_path: Path, run: str, space: str, spherical
 def test_animations(place: Path, tmp_path: Path, run: str, suffix: str) -> None:
     """There and back again; the command in the file gives the same bytes."""
     out = tmp_path / f"x{suffix}"
-    path(place / run, "0", "sample:3:n=4:seed=1:temperature=0.9", out, "--steps", "4", "--scale", "3")
+    path(place / run, "0", "sample:3:n=4:seed=1:temperature=0.9", out, "--frames", "4", "--scale", "3")
     words = told(out)
     again = tmp_path / f"again{suffix}"
     assert main([*words, "--out", str(again)]) == 0
     assert again.read_bytes() == out.read_bytes()
     strip = tmp_path / "x.png"
-    path(place / run, "0", "sample:3:n=4:seed=1:temperature=0.9", strip, "--steps", "4", "--scale", "1")
+    path(place / run, "0", "sample:3:n=4:seed=1:temperature=0.9", strip, "--frames", "4", "--scale", "1")
     side = 16 if run == "emoji run" else 8
     with Image.open(out) as picture:
         frames = [np.asarray(frame.convert("RGB"))[1::3, 1::3] for frame in ImageSequence.Iterator(picture)]
@@ -128,7 +128,7 @@ WRONG = [
     ("digits", ["digits", "--labels", "1", "2"], "labels: expected --from and --to beside it, found .*"),
     ("digits", [*BOTH, "--labels", "1", "x"], "label: expected one of 0, .*, found 'x'"),
     ("emoji run", [*BOTH, "--labels", "1", "2"], "label: expected no label, since the model has no classes, found '1'"),
-    ("digits", [*BOTH, "--steps", "1"], "steps: expected a whole number, 2 or more (both ends are steps), found 1"),
+    ("digits", [*BOTH, "--frames", "1"], "frames: expected a whole number, 2 or more, found 1"),
     ("digits", [*BOTH, "--images", "0", "1"], "images: expected DATA beside it, not --from and --to, found .*"),
     ("digits", [*BOTH, "--pairs", "2"], "pairs: expected DATA beside it, not --from and --to, found 2"),
     ("digits", [*BOTH, "--part", "all"], "part: expected DATA beside it, not --from and --to, found all"),

@@ -30,8 +30,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("latents")
     write_emoji(root / "emoji")
     for name, levels in (("two", "2"), ("one", "1")):
-        train(f"emoji:{root / 'emoji'}", root / name, "--size", "16", "--levels", levels)
-    train("digits", root / "digits", "--levels", "2", "--class-conditional")
+        train(f"emoji:{root / 'emoji'}", root / name, "--size", "16", "--n-levels", levels)
+    train("digits", root / "digits", "--n-levels", "2", "--class-conditional")
     return root
 
 
@@ -54,7 +54,7 @@ def opened(place: Path) -> tuple[Glow, Any, torch.Tensor, torch.Tensor]:
     return load_model(checkpoint, "two"), data, *split(data, None, checkpoint.config.seed)
 
 
-@pytest.mark.parametrize("options", [[], ["--spherical", "--space", "latent"], ["--images", "0", "1", "--steps", "3"]])
+@pytest.mark.parametrize("options", [[], ["--spherical", "--space", "latent"], ["--images", "0", "1", "--frames", "3"]])
 @pytest.mark.parametrize("run", ["two", "digits"])
 def test_interpolate(
     place: Path, run: str, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -62,13 +62,15 @@ def test_interpolate(
     data = "digits" if run == "digits" else f"emoji:{place / 'emoji'}"
     out = tmp_path / "x.png"
     text = said(capsys, "interpolate", str(place / run), data, "--out", str(out), *options)
-    found = re.search(r"^(\d+) pairs of .*ends off by at most (\S+) .*, (\d+) levels changed: .*x.png$", text, re.M)
+    found = re.search(
+        r"^(\d+) pairs of .*ends off by at most (\S+) .*, (\d+) grey levels changed: .*x.png$", text, re.M
+    )
     assert found is not None, text
     n_images = 180 if run == "digits" else len(opened(place)[3])
     assert int(found[1]) == (1 if "--images" in options else min(4, n_images // 2))
     assert float(found[2]) < 1e-4
     assert int(found[3]) == 0
-    assert size(out)[0] > 64 * (5 if "--steps" in options else 10)
+    assert size(out)[0] > 64 * (5 if "--frames" in options else 10)
 
 
 def test_ends_that_are_not_finite_are_told(
@@ -78,9 +80,9 @@ def test_ends_that_are_not_finite_are_told(
         return tools.interpolate(*args).index_fill_(0, torch.tensor([1]), torch.nan)
 
     monkeypatch.setattr("pyglow_fast.cli.interpolate.interpolate", ruined)
-    command = ["interpolate", str(place / "digits"), "digits", "--pairs", "3", "--steps", "2"]
+    command = ["interpolate", str(place / "digits"), "digits", "--pairs", "3", "--frames", "2"]
     text = said(capsys, *command, "--out", str(tmp_path / "x.png"))
-    assert "(2 images not finite, shown grey); ends off by at most nan (nan levels)" in text
+    assert "(2 images not finite, shown grey); ends off by at most nan (nan grey levels)" in text
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no: can't allocate memory, 8 bytes\nmore"), MemoryError()])
@@ -109,7 +111,7 @@ def test_interpolate_draws_pairs_by_the_seed(place: Path, tmp_path: Path) -> Non
     pictures = []
     for seed in ("0", "0", "1"):
         out = tmp_path / "x.png"
-        command = ["interpolate", str(place / "digits"), "digits", "--pairs", "40", "--steps", "2", "--scale", "1"]
+        command = ["interpolate", str(place / "digits"), "digits", "--pairs", "40", "--frames", "2", "--scale", "1"]
         assert main([*command, "--seed", seed, "--out", str(out)]) == 0
         pictures.append(out.read_bytes())
     assert pictures[0] == pictures[1] != pictures[2]
@@ -118,7 +120,7 @@ def test_interpolate_draws_pairs_by_the_seed(place: Path, tmp_path: Path) -> Non
 def test_a_tone_of_a_run_with_classes(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The true targets are looked at without their labels."""
     data, run, out = f"emoji:{place / 'emoji'}", tmp_path / "run", tmp_path / "x.png"
-    train(data, run, "--size", "16", "--levels", "1", "--class-conditional")
+    train(data, run, "--size", "16", "--n-levels", "1", "--class-conditional")
     text = said(capsys, "manipulate", str(run), data, "--tone", "dark", "--out", str(out))
     assert "copy (no edit): " in text
     assert size(out)[0] > 0
@@ -277,7 +279,7 @@ def test_an_attribute_of_celeba(tmp_path: Path, capsys: pytest.CaptureFixture[st
     rows = [f"{name} {1 if i % 3 == 0 else -1} 1\n" for i, name in enumerate(names)]
     (folder / "list_attr_celeba.txt").write_text(f"{len(names)}\nSmiling Young\n" + "".join(rows))
     data = f"celeba:{tmp_path}"
-    train(data, tmp_path / "run", "--size", "16", "--levels", "1")
+    train(data, tmp_path / "run", "--size", "16", "--n-levels", "1")
     command = ["manipulate", str(tmp_path / "run"), data, "--plus", "Smiling", "--minus", "rest"]
     text = said(capsys, *command, "--attribute", "Smiling", "--out", str(tmp_path / "x.png"))
     assert "mean of 4 training images minus mean of 8" in text
@@ -286,7 +288,15 @@ def test_an_attribute_of_celeba(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main([*command, "--out", str(tmp_path / "y.png")]) == 2
     assert "data: expected images with labels" in capsys.readouterr().err
     train(
-        data, tmp_path / "conditional", "--size", "16", "--levels", "1", "--attribute", "Smiling", "--class-conditional"
+        data,
+        tmp_path / "conditional",
+        "--size",
+        "16",
+        "--n-levels",
+        "1",
+        "--attribute",
+        "Smiling",
+        "--class-conditional",
     )
     command[1] = str(tmp_path / "conditional")
     said(capsys, *command, "--attribute", "Smiling", "--out", str(tmp_path / "x.png"))
@@ -302,7 +312,7 @@ def test_rest_is_the_rest_also_of_a_class_of_this_name(tmp_path: Path, capsys: p
         for i in range(8):
             picture(tmp_path / "data" / name / f"{i}.png", i)
     data = f"folder:{tmp_path / 'data'}"
-    train(data, tmp_path / "run", "--size", "16", "--levels", "1", "--held-out", "0.25")
+    train(data, tmp_path / "run", "--size", "16", "--n-levels", "1", "--held-out", "0.25")
     found = []
     for plus in ("a", "b", "rest"):
         command = ["manipulate", str(tmp_path / "run"), data, "--plus", plus, "--minus", "rest"]

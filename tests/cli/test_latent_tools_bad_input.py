@@ -26,13 +26,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     before = Path.cwd()
     os.chdir(root)
     write_emoji(Path("emoji"))
-    train("emoji:emoji", Path("two"), "--size", "16", "--levels", "2")
-    train("digits", Path("digits"), "--levels", "1", "--class-conditional")
+    train("emoji:emoji", Path("two"), "--size", "16", "--n-levels", "2")
+    train("digits", Path("digits"), "--n-levels", "1", "--class-conditional")
     Path("plain").mkdir()
     for i in range(8):
         values = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
         Image.fromarray(values).save(f"plain/{i}.png")
-    train("folder:plain", Path("unlabelled"), "--size", "16", "--levels", "1", "--batch-size", "2")
+    train("folder:plain", Path("unlabelled"), "--size", "16", "--n-levels", "1", "--batch-size", "2")
     Path("old.png").write_text("old")
     Path("old.csv").write_text("old")
     yield root
@@ -49,8 +49,8 @@ INTERPOLATE = [
     (["--images", "0", "1", "--pairs", "2"], "argument --pairs: not allowed with argument --images .*"),
     (["--pairs", "0"], "pairs: expected a positive whole number, found 0"),
     (["--pairs", "999"], "pairs: expected at most .*, as there are .* images, found 999"),
-    (["--steps", "1000000"], "steps: expected at most 1000, found 1000000"),
-    (["--steps", "1"], "steps: expected a whole number, 2 or more (both ends are steps), found 1"),
+    (["--frames", "1000000"], "frames: expected at most 1000 (each is a pass through the model), found 1000000"),
+    (["--frames", "1"], "frames: expected a whole number, 2 or more, found 1"),
     (["--space", "z"], "argument --space: invalid choice: 'z' .*"),
     (["--scale", "0"], "scale: expected a positive whole number, found 0"),
     (["--seed", "-1"], "seed: expected a whole number, 0 or more, found -1"),
@@ -109,8 +109,8 @@ OTHERS = [
     (["depths", "two"], "run: expected two runs or more, found 1"),
     (
         ["depths", "two", "digits"],
-        "run: expected runs on the images of 'two' (emoji:emoji (3, 16, 16), 256 levels), found digits (1, 8, 8), "
-        "17 levels, in 'digits'",
+        "run: expected runs on the images of 'two' (emoji:emoji (3, 16, 16), 256 grey levels), found digits (1, 8, 8), "
+        "17 grey levels, in 'digits'",
     ),
     (["depths", "two", "unlabelled"], "run: expected runs on the images of 'two' .*, found folder:plain .*"),
     (["depths", "two", "plain"], "run: expected the folder of a run (with config.toml), found 'plain' without one"),
@@ -265,7 +265,7 @@ def test_a_class_without_images(place: Path, capsys: pytest.CaptureFixture[str])
     data = load_data(DataConfig("emoji:few", size=16))
     square = data.groups.index("square0")
     seed = next(seed for seed in range(100) if square in split(data, None, seed)[1].tolist())
-    options = ["--size", "16", "--levels", "1", "--seed", str(seed), "--batch-size", "2"]
+    options = ["--size", "16", "--n-levels", "1", "--seed", str(seed), "--batch-size", "2"]
     train("emoji:few", place / "rare", *options)
     command = ["manipulate", "rare", "emoji:few", "--out", "old.png"]
     none = "expected a class with training images, found none of 'Squares'"

@@ -31,7 +31,18 @@ def from_file_alone(path: Path) -> TrainConfig:
 
 def test_command_line_and_file_say_the_same(tmp_path: Path) -> None:
     """The same variant both ways, with a classifier; what the folder holds is resolved and repeats the run."""
-    options = ["--coupling", "additive", "--permutation", "shuffle", "--levels", "1", "--steps", "2", "--hidden", "4"]
+    options = [
+        "--coupling",
+        "additive",
+        "--permutation",
+        "shuffle",
+        "--n-levels",
+        "1",
+        "--n-steps",
+        "2",
+        "--hidden",
+        "4",
+    ]
     options += ["--no-learn-prior", "--class-weight", "0.1", "--beta2", "0.99", "--max-steps", "1"]
     model = "".join(f"{key} = {value!r}\n" for key, value in VARIANT.items())
     path = tmp_path / "variant.toml"
@@ -53,9 +64,9 @@ def test_labels_that_are_told_apart_are_reported(tmp_path: Path, capsys: pytest.
         "--class-weight",
         "1",
         "--class-conditional",
-        "--levels",
+        "--n-levels",
         "1",
-        "--steps",
+        "--n-steps",
         "1",
         "--hidden",
         "4",
@@ -97,7 +108,7 @@ def test_a_preset_in_a_file_must_be_a_name(tmp_path: Path, capsys: pytest.Captur
     assert not (tmp_path / "r").exists()
 
 
-SMALL = ["--levels", "1", "--steps", "1", "--hidden", "4"]
+SMALL = ["--n-levels", "1", "--n-steps", "1", "--hidden", "4"]
 
 
 @pytest.mark.parametrize(

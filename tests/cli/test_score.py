@@ -185,7 +185,7 @@ def test_two_sets_of_one_name_are_told_apart(tmp_path: Path, capsys: Capture) ->
     for name, emoji in (("a", 12), ("b", 4)):
         write_emoji(tmp_path / name, emoji)
     own, foreign = (f"emoji:{tmp_path / name}" for name in "ab")
-    train(own, tmp_path / "run", "--size", "16", "--levels", "1")
+    train(own, tmp_path / "run", "--size", "16", "--n-levels", "1")
     files = ["--out", str(tmp_path / "x.png"), "--csv", str(tmp_path / "x.csv")]
     assert main(["ood", str(tmp_path / "run"), own, foreign, "--part", "all", *files]) == 0
     assert f"  {own}, all " in capsys.readouterr().out

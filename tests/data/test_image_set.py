@@ -101,7 +101,7 @@ def test_refusals(fields: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
 def test_split_refuses_fractions(fraction: float) -> None:
-    with pytest.raises(ValueError, match="held_out: expected a fraction between 0 and 1"):
+    with pytest.raises(ValueError, match="held_out: expected a number between 0 and 1, or none"):
         split(images(), fraction, seed=0)
 
 

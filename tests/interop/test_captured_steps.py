@@ -16,6 +16,7 @@ from support.glow_tts_cases import NORMS, TextDecoder, mask_of_lengths, moved
 from support.jet_models import MODELS as JET
 from torch import Tensor, nn
 
+import pyglow_fast.interop.nflows as nflows
 from bench.srflow_peer import FlowStep, randomised
 from pyglow_fast.interop.accelerate import accelerate
 from pyglow_fast.interop.chaiyujin import step as adapter
@@ -145,3 +146,33 @@ def test_indices_that_a_graph_reads_outlive_a_load() -> None:
     assert all(value() is not None for value in alive)
     assert block._seen.indices[0] is not alive[0]()
     assert ask() is not alive[2]()
+
+
+@torch.no_grad()
+def test_the_cache_of_nflows_convolution() -> None:
+    """A graph computes the matrices of its replay's parameters; which it may step unseen, so that none is kept then."""
+    x, sides = torch.randn(2, 3, 4, 4, dtype=torch.float64), ("forward", "inverse")
+    layer = nflows.OneByOneConvolution(3, using_cache=True).double().eval()
+
+    def outputs() -> list[Tensor]:
+        return [value for side in sides for value in getattr(layer, side)(x)]
+
+    def uncached() -> list[Tensor]:
+        plain = nflows.OneByOneConvolution(3).double()
+        plain.load_state_dict(layer.state_dict())
+        return [value for side in sides for value in getattr(plain, side)(x)]
+
+    with like_a_gpu():
+        outputs()
+        with Recording() as graph, capture_guard():
+            found = outputs()
+            layer.upper_entries.add_(0.1)
+        for _ in range(2):
+            layer.lower_entries.mul_(1.5)
+            expected = uncached()
+            graph.replay()
+            torch.testing.assert_close(found, expected)
+            before = outputs()
+            graph.replay()
+            torch.testing.assert_close(outputs(), uncached())
+            assert not torch.allclose(before[0], outputs()[0]), "a step that changes nothing"

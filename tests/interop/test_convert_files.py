@@ -209,7 +209,7 @@ class TestOwnFile:
             ('{"config": {}}', r"expected a header written by pyglow_fast"),
             ('{"format": 7, "config": {}}', r"expected format 1 \(another version of pyglow_fast wrote it\), found 7"),
             ('{"format": 1, "config": {"n_wheels": 4}}', r"config: expected keys among"),
-            ('{"format": 1, "config": {"n_levels": 0}}', r"n_levels: expected a positive int, found 0"),
+            ('{"format": 1, "config": {"n_levels": 0}}', r"n_levels: expected a positive whole number, found 0"),
         ],
     )
     def test_wrong_headers(self, tmp_path: Path, header: str, message: str) -> None:

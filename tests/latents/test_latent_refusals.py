@@ -78,7 +78,7 @@ CASES: dict[str, tuple[Call, str]] = {
     ),
     "steps": (
         lambda p, c: tools.interpolate(p.model, p.x, p.x, 1),
-        r"steps: expected a whole number, 2 or more \(both ends are steps\), found 1",
+        r"frames: expected a whole number, 2 or more, found 1",
     ),
     "more of a": (
         lambda p, c: tools.interpolate(p.model, p.x, p.x[:1]),

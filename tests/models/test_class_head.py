@@ -139,10 +139,10 @@ def test_compiled_it_is_one_graph() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"classify": -1}, "classify: expected 0 or a positive int, found -1"),
-        ({"classify": True}, "classify: expected 0 or a positive int, found True"),
-        ({"classify": 2.0}, r"classify: expected 0 or a positive int, found 2\.0"),
-        ({"classify": None}, "classify: expected 0 or a positive int, found None"),
+        ({"classify": -1}, "classify: expected a whole number, 0 or more, found -1"),
+        ({"classify": True}, "classify: expected a whole number, 0 or more, found True"),
+        ({"classify": 2.0}, r"classify: expected a whole number, 0 or more, found 2\.0"),
+        ({"classify": None}, "classify: expected a whole number, 0 or more, found None"),
         ({"n_classes": 4}, "classify: expected 0 or n_classes=4, found 3"),
     ],
     ids=str,

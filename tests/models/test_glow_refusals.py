@@ -76,9 +76,9 @@ PLAIN: dict[str, tuple[Call, str]] = {
     "numpy images": (lambda m: m.bits_per_dim(IMAGES.numpy()), "images: expected a Tensor, found ndarray"),
     "more levels": (
         lambda m: m.bits_per_dim(IMAGES.long() + 17, 17),
-        r"images: expected levels in 0\.\.16 \(n_bins=17\)",
+        r"images: expected grey levels in 0\.\.16 \(n_bins=17\)",
     ),
-    "negative levels": (lambda m: m.bits_per_dim(IMAGES.long() - 300), r"images: expected levels in 0\.\.255"),
+    "negative levels": (lambda m: m.bits_per_dim(IMAGES.long() - 300), r"images: expected grey levels in 0\.\.255"),
     "one bin": (lambda m: m.bits_per_dim(IMAGES, 1), r"n_bins: expected a value in 2\.\.65536, found 1"),
     "float bins": (lambda m: m.bits_per_dim(IMAGES, 256.0), "n_bins: expected an int, found float"),
     "image shape": (lambda m: m.bits_per_dim(IMAGES[..., :4]), r"images: expected shape \(N, 1, 4, 8\)"),

@@ -183,7 +183,7 @@ class Copy:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", maxsplit=1)[0])
     parser.add_argument("--jobs", type=int, default=2, help="copies of the tree that are tested side by side")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="names of faults")

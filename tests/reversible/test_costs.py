@@ -101,6 +101,12 @@ class StatingNet(nn.Module):
         return out
 
 
+class LeavingNet(StatingNet):
+    """The same, which also says that it needs no copies of its inputs."""
+
+    writes_to_input = False
+
+
 def in_bfloat16(model: pgf.Glow) -> None:
     model.precision = "bf16"
 
@@ -137,6 +143,7 @@ CASES = {
     "frozen nets": Case(change=frozen_nets),
     "estimated": Case(change=with_nets(users_net), most=2.0),
     "stated": Case(change=with_nets(StatingNet), most=2.0),
+    "stated, without copies": Case(change=with_nets(LeavingNet), most=2.0),
 }
 
 
@@ -292,6 +299,19 @@ class TestWork:
         assert (found.taken, found.whole) == (max(taken), plan.whole)
         assert found.work == math.ceil(1000 * plan.work)
         assert cost.chunk_for("auto").whole
+
+    @pytest.mark.parametrize("cond_channels", [0, 3])
+    def test_copies_for_a_net_that_may_write(self, cond_channels: int) -> None:
+        """Of its inputs, from its forward to its backward."""
+        of_nets = []
+        for make in (StatingNet, LeavingNet):
+            step = pgf.FlowStep(8, net=make(4 + cond_channels, 8))
+            of_nets.append(run_cost([step], 2, (6, 10), cond_channels).couplings[0].net)
+        copied, left, size = *of_nets, 4 * self.places * (4 + cond_channels)
+        whole = copied.chunk_for("auto")
+        assert copied.stored - left.stored == size
+        assert copied.running(whole) - left.running(whole) == size
+        assert copied.going_back(whole) - left.going_back(whole) == size
 
     def test_steps_without_a_coupling_belong_to_the_next(self) -> None:
         steps = [

@@ -24,7 +24,7 @@ def emoji_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def emoji_trained(emoji_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two levels on them. Not to be changed."""
     out = tmp_path_factory.mktemp("runs") / "emoji"
-    train(f"emoji:{emoji_images}", out, "--size", "16", "--levels", "2", "--max-steps", "8", "--save-every", "4")
+    train(f"emoji:{emoji_images}", out, "--size", "16", "--n-levels", "2", "--max-steps", "8", "--save-every", "4")
     return out
 
 
@@ -38,5 +38,5 @@ def emoji_run(emoji_trained: Path, tmp_path: Path) -> Path:
 def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A class-conditional run of two levels on the digits."""
     out = tmp_path_factory.mktemp("runs") / "digits"
-    train("digits", out, "--levels", "2", "--class-conditional")
+    train("digits", out, "--n-levels", "2", "--class-conditional")
     return out

@@ -94,7 +94,7 @@ def test_the_sum_of_shifts(emoji_run: Path) -> None:
 def test_images_without_any_attribute_count(tmp_path: Path) -> None:
     """Of the 12 training images 6 smile, and those that do not have no attribute at all."""
     write_celeba(tmp_path, "0" * 12 + "22")
-    train(f"celeba:{tmp_path}", tmp_path / "run", "--size", "16", "--levels", "1")
+    train(f"celeba:{tmp_path}", tmp_path / "run", "--size", "16", "--n-levels", "1")
     found = OpenRun.open(str(tmp_path / "run")).directions("noise")
     assert found.names == ("Smiling",)
     assert found.counts.tolist() == [[6, 6]]
@@ -146,7 +146,7 @@ def test_read_by_another_process_without_the_images(tmp_path: Path) -> None:
     """What was not measured before they went away cannot be had."""
     write_emoji(tmp_path / "emoji")
     run = tmp_path / "run"
-    train(f"emoji:{tmp_path / 'emoji'}", run, "--size", "16", "--levels", "2")
+    train(f"emoji:{tmp_path / 'emoji'}", run, "--size", "16", "--n-levels", "2")
     code = (
         "import json, sys\nfrom pyglow_fast.studio.opened import OpenRun\n"
         "found = OpenRun.open(sys.argv[1]).directions('latent')\n"
@@ -185,7 +185,7 @@ def test_a_folder_that_cannot_be_written(emoji_run: Path, passes: list[str]) -> 
 
 def test_a_new_run_in_the_folder_begins_without(emoji_images: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    options = ["--size", "16", "--levels", "1", "--max-steps", "2"]
+    options = ["--size", "16", "--n-levels", "1", "--max-steps", "2"]
     train(f"emoji:{emoji_images}", out, *options)
     OpenRun.open(str(out)).directions("noise")
     assert len(list(RunFolder(out).cache.iterdir())) == 1
@@ -206,7 +206,7 @@ def folder(root: Path) -> Path:
 def test_images_that_cannot_be_read(tmp_path: Path) -> None:
     """Are left out of both means, with "skip", and never counted for another one that stands in for them."""
     images = folder(tmp_path / "images")
-    options = ["--size", "8", "--levels", "1", "--from-files", "--workers", "0", "--held-out", "0.25"]
+    options = ["--size", "8", "--n-levels", "1", "--from-files", "--workers", "0", "--held-out", "0.25"]
     train(f"folder:{images}", tmp_path / "run", *options, "--on-unreadable", "skip")
     train(f"folder:{images}", tmp_path / "strict", *options)
     by_hand = ByHand(tmp_path / "run")
@@ -234,7 +234,7 @@ def test_images_that_cannot_be_read(tmp_path: Path) -> None:
 def test_one_attribute_without_an_image_left(tmp_path: Path) -> None:
     """Is refused, in words."""
     images = folder(tmp_path / "images")
-    options = ["--size", "8", "--levels", "1", "--from-files", "--workers", "0", "--on-unreadable", "skip"]
+    options = ["--size", "8", "--n-levels", "1", "--from-files", "--workers", "0", "--on-unreadable", "skip"]
     train(f"folder:{images}", tmp_path / "run", *options)
     for path in (images / "dark").iterdir():
         path.write_bytes(b"no image".ljust(path.stat().st_size))

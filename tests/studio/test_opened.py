@@ -254,6 +254,6 @@ def test_images_go_on_to_the_next_checkpoint_of_the_same_run_alone(
     assert OpenRun.open(str(emoji_run), images=first.images).images is first.images
     other = OpenRun.open(str(digits_run), images=first.images)
     assert other.images.find()[0].name == "digits"
-    train("digits", tmp_path / "run", "--levels", "2", "--class-conditional", "--seed", "1")
+    train("digits", tmp_path / "run", "--n-levels", "2", "--class-conditional", "--seed", "1")
     again = OpenRun.open(str(tmp_path / "run"), images=other.images)
     assert not torch.equal(again.images.find()[2], other.images.find()[2])

@@ -19,7 +19,7 @@ HIDDEN = 8
 
 
 def subnet(c_in: int, c_out: int, first: nn.Module | None = None, second: nn.Module | None = None) -> nn.Module:
-    """With ReLUs, or those activations."""
+    """Make a subnet with ReLUs, or with the activations given."""
     return nn.Sequential(
         nn.Conv2d(c_in, HIDDEN, 3, padding=1),
         first or nn.ReLU(),
@@ -34,7 +34,7 @@ def leaky_subnet(c_in: int, c_out: int) -> nn.Module:
 
 
 class ContextNet(nn.Module):
-    """As nflows calls it."""
+    """A net that takes a context, as nflows calls it."""
 
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class ContextNet(nn.Module):
 
 
 class LeakyContextNet(nn.Module):
-    """The same with modules of two slopes, which the test may make one."""
+    """A net with activations of two slopes, as modules, which the test may make one."""
 
     def __init__(self, c_in: int, c_out: int, slopes: tuple[float, float] = (0.01, 0.01)) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ def mask(channels: int, cut: str) -> Tensor:
 def from_nflows(
     cut: str = "halves", steps: int = 3, net: Callable[..., nn.Module] = ContextNet, runs: int = 1
 ) -> nn.Module:
-    """So many runs of so many steps, with a Sigmoid, which is in no run, between two of them."""
+    """Make runs of steps, with a Sigmoid, which is in no run, between two of them."""
     t = nflows.transforms
     parts: list[nn.Module] = [t.SqueezeTransform()]
     for i in range(runs * steps):
@@ -158,7 +158,7 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 
 def noisy(model: nn.Module) -> nn.Module:
-    """In float64 and with weights at work; actnorms are initialised before by whoever wants that."""
+    """Turn a model to float64 with weights at work; whoever wants actnorms initialised does it before."""
     model = model.double()
     with torch.no_grad():
         for parameter in model.parameters():

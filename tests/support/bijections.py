@@ -62,18 +62,18 @@ class Bijection:
     cond_shape: tuple[int, ...] | None = None
 
     def fresh(self, device: torch.device) -> nn.Module:
-        """As constructed, in float64."""
+        """Build the layer as it is constructed, in float64."""
         return self.build().to(device, torch.float64)
 
     def batch(self, device: torch.device, n: int = 3) -> tuple[Tensor, Tensor | None]:
-        """(x, cond), the moments of x far from those of the standard normal."""
+        """Draw (x, cond), the moments of x far from those of the standard normal."""
         x = 2.0 * torch.randn(n, *self.shape, dtype=torch.float64, device=device) + 0.5
         if self.cond_shape is None:
             return x, None
         return x, torch.randn(n, *self.cond_shape, dtype=torch.float64, device=device)
 
     def trained(self, device: torch.device) -> nn.Module:
-        """Initialised from data, then moved away from every special value that it starts at."""
+        """Build the layer initialised from data, then moved away from every special value that it starts at."""
         layer = self.fresh(device)
         assert isinstance(layer, FlowLayer)
         # Many samples: the scales that three of them would set can be extreme for the next three.

@@ -131,7 +131,7 @@ class Recording(TorchDispatchMode):
             _ruin(storage)
 
     def replay(self) -> None:
-        """Repeat all operations."""
+        """Repeat all operations of the recording."""
         with torch.no_grad(), torch._C._DisableAutocast():  # below both: their part is recorded
             for operation in self._operations:
                 operation.repeat()
@@ -147,7 +147,7 @@ def _ruin(storage: torch.UntypedStorage) -> None:
 
 
 class NotCapturableError(RuntimeError):
-    """A CUDA graph cannot be captured with this."""
+    """Raised by what a CUDA graph cannot be captured with."""
 
 
 # Operations whose result, or the size of it, the host needs.
@@ -160,7 +160,7 @@ READS = frozenset(
         """,
     )
 )
-# Of a matrix: these call libraries that allocate for themselves, or wait.
+# Factorisations of a matrix: these call libraries that allocate for themselves, or wait.
 _FACTORISATIONS = re.compile(
     r"_?linalg_(inv|slogdet|det|lu|solve_ex|qr|svd|eig|cholesky|ldl|lstsq|pinv|matrix_exp)|_?linalg_solve$"
     r"|linalg_solve_ex|_lu_with_info|lu_unpack|lu_solve|inverse|cholesky|geqrf|ormqr|logdet|slogdet"
@@ -173,7 +173,7 @@ def is_factorisation(func: torch._ops.OpOverload) -> bool:
 
 
 _MASKS = (torch.bool, torch.uint8)
-# From the values of Python's own numbers to a tensor, or to the host.
+# Functions that bring the values of Python's own numbers to a tensor, and values of a tensor to the host.
 _FROM_HOST = (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.scalar_tensor)
 _FACTORY_NAMES = "arange empty empty_strided eye full linspace ones rand randint randn randperm zeros"
 _FACTORIES = [getattr(torch, name) for name in re.findall(r"\w+", _FACTORY_NAMES)]
@@ -233,8 +233,9 @@ def _refused(what: str) -> Callable[..., Any]:
 def capture_guard() -> Iterator[None]:
     """Refuses what a CUDA graph cannot be captured with, while the code is told that one is.
 
-    That is: reads of values by the host, in whatever form; copies between host and device, of which tensors of Python's
-    numbers are one; factorisations of matrices; memory that is not torch's; questions to events, waits, other streams.
+    Refused are reads of values by the host, in whatever form; copies between host and device, of which tensors of
+    Python's numbers are one; factorisations of matrices; memory that is not torch's; questions to events, waits, other
+    streams.
 
     Raises:
         NotCapturableError: inside, with the operation's name.

@@ -25,8 +25,8 @@ ORDER_NAMES = {index: name for name, index in ORDERS.items()}
 class Recorded(NamedTuple):
     """One launch, the bytes of its arguments, and the tensors that it may touch.
 
-    Of a tensor: identity, first byte, byte behind the last. What the emulator made in place of an op's result has the
-    identity of that.
+    Each of ``tensors`` is (identity, first byte, byte behind the last). A tensor that the emulator made in place of an
+    op's result has the identity of the result.
     """
 
     launch: Launch
@@ -36,7 +36,7 @@ class Recorded(NamedTuple):
 
 
 class CaseLaunches(NamedTuple):
-    """Of a case: launches of our kernels in order, and torch's own ops with the bytes that each moves."""
+    """The launches of a case: of our kernels in order, and torch's own ops with the bytes that each moves."""
 
     ours: list[Recorded]
     others: list[tuple[str, int]]

@@ -33,7 +33,7 @@ class Mode:
     budget: str | int = "auto"
 
     def apply(self, sequence: pgf.ReversibleSequence) -> None:
-        """To the sequence, whose control starts anew."""
+        """Set the mode of the sequence, whose control starts anew."""
         sequence.memory, sequence.memory_budget = self.memory, self.budget
         sequence.control = type(sequence.control)(len(sequence), self.anchor_every, sequence.control.tolerance)
 
@@ -50,14 +50,14 @@ ONE_PART, EVERY_STEP = 2**60, 0  # limits of a part's gradients
 
 
 def cut_parts(patch: pytest.MonkeyPatch, limit: int, steps: int = 0) -> None:
-    """Runs that begin from now on have parts of ``limit`` bytes, or of as many ``steps``, if their parameters allow."""
+    """Let runs that begin from now on have parts of ``limit`` bytes, or of ``steps``, if their parameters allow."""
     found = (lambda _, step_bytes, *rest: steps * max(step_bytes)) if steps else (lambda *_: limit)
     for module in (reversible_sequence, parts):  # of modules that are any, and of couplings
         patch.setattr(module, "part_limit", found)
 
 
 def noted_passes(patch: pytest.MonkeyPatch) -> list[parts.Pass]:
-    """The passes that runs of steps make from now on."""
+    """Note the passes that runs of steps make from now on."""
     found: list[parts.Pass] = []
 
     class Noted(parts.Pass):
@@ -70,7 +70,7 @@ def noted_passes(patch: pytest.MonkeyPatch) -> list[parts.Pass]:
 
 
 def fold_by(patch: pytest.MonkeyPatch, steps: int) -> None:
-    """Runs that begin from now on fold the channel maps of so many steps at once; 0: of all."""
+    """Let runs that begin from now on fold the channel maps of so many steps at once; 0: of all."""
 
     def bounds(sizes: Sequence[int], ends: Sequence[int], like: Tensor) -> list[tuple[int, int]]:
         patch.setattr(flow_step, "FOLDED_AT_ONCE", steps * max(sizes) if steps else 2**60)
@@ -96,7 +96,7 @@ class Case:
         return pgf.FlowStep(self.shape[0], **options, **parity)
 
     def build(self, **sequence_options: Any) -> pgf.ReversibleSequence:
-        """In float64, initialised, away from the start."""
+        """Build the run in float64, initialised, away from the start."""
         cond_channels = self.cond_shape[0] if self.cond_shape else 0
         options = {"hidden": 5, "dims": len(self.shape) - 1, "cond_channels": cond_channels, **self.options}
         steps = [self._step(k, options) for k in range(self.depth)]
@@ -105,7 +105,7 @@ class Case:
         return perturbed(sequence)
 
     def batch(self, n: int = 3) -> tuple[Tensor, Tensor | None]:
-        """(x, cond)."""
+        """Draw a batch (x, cond) of the case's shape."""
         x = torch.randn(n, *self.shape, dtype=torch.float64)
         return x, torch.randn(n, *self.cond_shape, dtype=torch.float64) if self.cond_shape else None
 
@@ -138,7 +138,7 @@ CASES = [
 
 
 def perturbed(module: Any, spread: float = 0.1) -> Any:
-    """Every parameter moved away from the special value that it starts at."""
+    """Move every parameter away from the special value that it starts at."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(spread * torch.randn_like(parameter))
@@ -146,7 +146,7 @@ def perturbed(module: Any, spread: float = 0.1) -> Any:
 
 
 def objective(outputs: tuple[Tensor, Tensor]) -> Tensor:
-    """A scalar that every value of z and log_det enters with its own weight."""
+    """Compute a scalar that every value of z and log_det enters with its own weight."""
     z, log_det = outputs
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z.dtype)
@@ -160,7 +160,7 @@ def gradients(
     cond: Tensor | None = None,
     run: Callable[..., Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Of the objective (or of ``run(x, cond)``): of x, cond and all parameters that require one, by name."""
+    """Compute the gradients of the objective (or of ``run(x, cond)``) in x, cond and all parameters, by name."""
     leaf = x.detach().requires_grad_()
     cond_leaf = None if cond is None else cond.detach().requires_grad_()
     named = {"x": leaf} | ({} if cond_leaf is None else {"cond": cond_leaf})
@@ -171,20 +171,20 @@ def gradients(
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """In the Euclidean norm, against the expected one (or 1 if that is smaller)."""
+    """Compute the error in the Euclidean norm, against the expected one (or 1 if that is smaller)."""
     error = (actual.double() - expected.double()).norm()
     return float(error / expected.double().norm().clamp(min=1.0))
 
 
 def worst_error(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Of all tensors; the same ones must be there."""
+    """Compute the largest error of all tensors; both must have the same names."""
     assert actual.keys() == expected.keys(), actual.keys() ^ expected.keys()
     errors = [relative_error(actual[name], grad) for name, grad in expected.items()]
     return float("nan") if any(error != error for error in errors) else max(errors)
 
 
 def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Equal up to the rounding of a sum over the batch, a state's rounding grown by CONDITION. Float64."""
+    """Check that gradients agree up to the rounding of a sum over the batch, grown by CONDITION. Float64."""
     n_values = expected["x"].numel() if "x" in expected else 1000
     assert all(grad.dtype == torch.float64 for grad in expected.values())
     error = worst_error(actual, expected)
@@ -193,7 +193,7 @@ def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]
 
 @contextmanager
 def counted_runs(sequence: nn.Module) -> Iterator[list[str]]:
-    """The names of the coupling nets in the order in which they run."""
+    """Note the names of the coupling nets in the order in which they run."""
     runs: list[str] = []
     handles = [
         module.net.register_forward_hook(lambda *_, name=name: runs.append(name))

@@ -31,12 +31,12 @@ class Loss(nn.Module):
         self.model = pgf.Glow(**FIELDS, memory=memory, anchor_every=2).double()
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """x, y -> ()."""
+        """Compute the loss of x and y, a tensor ()."""
         return -self.model.log_prob(x, y).mean()
 
 
 def batches() -> list[tuple[Tensor, Tensor]]:
-    """One for each training step, all ranks' together."""
+    """Draw a batch for each training step, all ranks' together."""
     generator = torch.Generator().manual_seed(2)
     options = {"generator": generator, "dtype": torch.float64}
     return [(torch.rand(8, 1, 8, 8, **options) - 0.5, torch.arange(8) % 2) for _ in range(STEPS)]
@@ -80,13 +80,13 @@ def sharded(memory: str, share: slice) -> dict[str, Any]:
 
 
 def unequal_batches() -> list[Tensor]:
-    """Of two ranks, of other sizes, means and spreads."""
+    """Draw batches of two ranks, of other sizes, means and spreads."""
     generator = torch.Generator().manual_seed(3)
     return [torch.randn(n, 3, 4, generator=generator) * (n + 1.0) + 100.0 * n for n in (2, 5)]
 
 
 def refused(call: Callable[[], object]) -> str:
-    """The message of the refusal."""
+    """Return the message of the refusal."""
     try:
         call()
     except ValueError as error:
@@ -95,7 +95,7 @@ def refused(call: Callable[[], object]) -> str:
 
 
 def good_and_bad(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """A batch, and one with NaN in it."""
+    """Draw a batch, and one with NaN in it."""
     good = torch.rand(4, *shape)
     bad = good.clone()
     bad[1, 0, 1] = float("nan")
@@ -155,7 +155,7 @@ def fresh_and_sharded() -> str:
 
 
 def work(rank: int, folder: str) -> None:
-    """Everything, in the order in which all ranks do it."""
+    """Do everything, in the order in which all ranks do it."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",

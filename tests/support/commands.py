@@ -1,6 +1,6 @@
 """Programs in processes that start at once: forked from one that has imported what takes seconds to import.
 
-For tests of many short runs. That the command starts by itself is the matter of tests/cli/test_commands.py.
+Tests of many short runs use them. That the command starts by itself is tested in tests/cli/test_commands.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ IMPORTED += ["matplotlib.backends.backend_agg", "pyglow_fast.cli", "pyglow_fast.
 
 
 def context() -> multiprocessing.context.ForkServerContext:
-    """Of processes forked from a server, which the first of them starts."""
+    """Make the context of processes forked from a server, which the first of them starts."""
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(IMPORTED)
     return found

@@ -52,7 +52,7 @@ def norm_of(dims: int, width: int, affine: bool = True) -> Any:
 
 
 def _convolution(rng: random.Random, dims: int, before: int, after: int, small: bool) -> list[nn.Module]:
-    """With the padding that keeps the size, written in one of the ways there are."""
+    """Draw a convolution with padding that keeps the size, written in one of the ways there are."""
     sizes = (1, 1, 1) if small else [rng.choice(KERNEL_SIZES if dims < 3 else (1, 3, 5)) for _ in range(dims)]
     kernel, dilation = tuple(sizes[:dims]), tuple(rng.choice((1, 1, 2)) for _ in range(dims))
     padding = tuple(step * (size // 2) for size, step in zip(kernel, dilation, strict=True))

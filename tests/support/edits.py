@@ -21,7 +21,7 @@ from pyglow_fast.train import RunFolder, load_model, to_levels
 
 
 def pixels(path: Path) -> np.ndarray[Any, Any]:
-    """Of a picture, (H, W, 3)."""
+    """Read the pixels of a picture, (H, W, 3)."""
     with Image.open(path) as picture:
         return np.asarray(picture.convert("RGB"))
 
@@ -57,7 +57,7 @@ class ByHand:
         self.n_bins = self.data.n_bins
 
     def x(self, levels: Tensor) -> Tensor:
-        """Of levels (N, C, H, W)."""
+        """Turn levels (N, C, H, W) into the model's input."""
         return dequantize(levels, self.n_bins, noise=torch.full(levels.shape, 0.5))
 
     def y(self, labels: Tensor | None) -> Tensor | None:

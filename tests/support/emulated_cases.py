@@ -57,7 +57,7 @@ def flat(shape: tuple[int, int, int, int]) -> tuple[int, int, int]:
 
 
 def mix_case(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """x, M, c."""
+    """Draw a state x, a matrix M and an offset c."""
     c = shape[1]
     return torch.randn(shape, dtype=dtype), torch.randn(c, c, dtype=dtype) / c**0.5, torch.randn(c, dtype=dtype)
 
@@ -67,7 +67,7 @@ def net_channels(channels: int, spec: CouplingSpec) -> int:
 
 
 def coupling_case(shape: tuple[int, int, int], spec: CouplingSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x and the net's output."""
+    """Draw x and the net's output."""
     n, c, p = shape
     return torch.randn(n, c, p, dtype=dtype), torch.randn(n, net_channels(c, spec), p, dtype=dtype)
 

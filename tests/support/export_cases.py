@@ -160,7 +160,7 @@ OURS: dict[str, Callable[[], Case]] = {
     "unsqueeze": lambda: layer(pgf.Squeeze(), inverse=True),
     "split": lambda: layer(pgf.Split(4)),
 }
-# With an inverse or log-determinant of a matrix, for which ONNX has no operator.
+# Cases with an inverse or log-determinant of a matrix, for which ONNX has no operator.
 LINEAR_ALGEBRA: dict[str, Callable[[], Case]] = {
     "plain glow": lambda: glow(permutation="invconv_plain"),
     "plain invconv": lambda: layer(pgf.InvConv(4, lu=False)),
@@ -172,7 +172,7 @@ ALL = ACCELERATED | OURS | LINEAR_ALGEBRA
 
 
 def other_input(x: Tensor, name: str) -> Tensor:
-    """Of another batch size, and of other sides where the model takes these."""
+    """Draw an input of another batch size, and of other sides where the model takes these."""
     if "glow" in name or "frozen" in name:  # images of one size
         return torch.rand(5, *x.shape[1:]) - 0.5
     return torch.randn(5, x.shape[1], 8, 10)
@@ -188,7 +188,7 @@ def tensors(out: Any) -> list[Tensor]:
 
 
 def assert_same(found: Any, expected: Any) -> None:
-    """To 1e-4 of the largest value of each tensor, and of 1 where all are small: what the issue of exports asks for."""
+    """Check values to 1e-4 of the largest of each tensor, or of 1 where all are small: as exports promise."""
     for got, exact in zip(tensors(found), tensors(expected), strict=True):
         assert got.shape == exact.shape
         assert got.isfinite().all()

@@ -1,4 +1,4 @@
-"""Pictures that are not drawn: laying out and drawing its curves is nine tenths of the smallest run there is.
+"""Leaves figures undrawn: laying out and drawing its curves is nine tenths of the smallest run there is.
 
 What is plotted is computed as ever; in place of the drawing a picture of one pixel is written. Tests of pictures are
 marked ``drawn``.
@@ -18,7 +18,7 @@ _draw = Figure.savefig
 
 
 def _save(figure: Figure, to: Any, **options: Any) -> None:
-    """In place of ``Figure.savefig``."""
+    """Stand in for ``Figure.savefig``."""
     if drawing:
         _draw(figure, to, **options)
         return
@@ -32,5 +32,5 @@ def _save(figure: Figure, to: Any, **options: Any) -> None:
 
 
 def leave_undrawn() -> None:
-    """From now on figures of this process are not drawn unless ``drawing`` is set."""
+    """Leave the figures of this process undrawn from now on, unless ``drawing`` is set."""
     Figure.savefig = _save

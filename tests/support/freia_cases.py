@@ -24,13 +24,13 @@ def fully_connected(inputs: int, outputs: int) -> nn.Module:
 
 
 def known_net(inputs: int, outputs: int) -> nn.Module:
-    """One that our executor takes."""
+    """Make a net that our executor takes."""
     first, second = nn.Conv2d(inputs, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
     return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Conv2d(8, outputs, 3, padding=1))
 
 
 def convolutions(dims: int) -> Callable[[int, int], nn.Module]:
-    """A net that runs as it is."""
+    """Make a net that runs as it is."""
     conv = CONVS[dims]
     return lambda inputs, outputs: nn.Sequential(conv(inputs, 8, 3, padding=1), nn.Tanh(), conv(8, outputs, 1))
 
@@ -119,7 +119,7 @@ def inputs(case: Case, dtype: torch.dtype = torch.float64, n: int = 3) -> tuple[
 
 
 def run(layer: nn.Module, x: Tensor, c: list[Tensor], rev: bool) -> tuple[Tensor, Any]:
-    """Output and log-det."""
+    """Compute output and log-det of a layer."""
     (out,), log_det = layer([x], c, rev=rev) if c else layer([x], rev=rev)
     return out, log_det
 
@@ -214,7 +214,7 @@ RANKS = 2
 
 
 def unequal_batches() -> list[Tensor]:
-    """One a rank, of unequal sizes and spreads."""
+    """Draw a batch for each rank, of unequal sizes and spreads."""
     generator = torch.Generator().manual_seed(5)
     return [(rank + 1.0) * torch.randn(6 - 2 * rank, 3, 4, generator=generator) + rank for rank in range(RANKS)]
 

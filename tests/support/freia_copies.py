@@ -20,7 +20,7 @@ def tenth_softplus(a: Tensor) -> Tensor:
 
 
 class Block(Fm.InvertibleModule):  # type: ignore[misc]
-    """z = R (a coupling(R0 x) + b)."""
+    """A copy of AllInOneBlock: z = R (a coupling(R0 x) + b)."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class Block(Fm.InvertibleModule):  # type: ignore[misc]
 
 
 class LaterBlock(Block):
-    """With indices for a hard permutation, and another clamp."""
+    """A block with indices for a hard permutation, and another clamp."""
 
     def keep_permutation(self, rotation: Tensor) -> None:
         order = rotation.argmax(1)
@@ -117,7 +117,7 @@ class LaterBlock(Block):
 
 
 class Sized(LaterBlock):
-    """Of images of one size, as FrEIA's git has it."""
+    """A block for images of one size, as FrEIA's git has it."""
 
     def log_scale(self, a: Tensor) -> Tensor:
         if tuple(a.shape[2:]) != tuple(self.dims_in[0][1:]):
@@ -131,7 +131,7 @@ class AtanClamp(Block):
 
 
 class Detached(Block):
-    """The same values, other gradients."""
+    """A block with the right values and wrong gradients."""
 
     def log_scale(self, a: Tensor) -> Tensor:
         s = super().log_scale(a)
@@ -139,14 +139,14 @@ class Detached(Block):
 
 
 class InTraining(Block):
-    """The same in evaluation, and not in training."""
+    """A block that is right in evaluation, and not in training."""
 
     def log_scale(self, a: Tensor) -> Tensor:
         return super().log_scale(1.001 * a if self.training else a)
 
 
 class Counting(Block):
-    """The same numbers, and a count of its calls."""
+    """A block with the right numbers, and a count of its calls."""
 
     calls = 0
 
@@ -156,7 +156,7 @@ class Counting(Block):
 
 
 class InEvaluation(Sized):
-    """The same in training, and not in evaluation."""
+    """A block that is right in training, and not in evaluation."""
 
     def log_scale(self, a: Tensor) -> Tensor:
         return super().log_scale(a if self.training else 1.001 * a)

@@ -13,7 +13,7 @@ from support.emulator import Emulator, _net, _transformed, _variant, _view
 
 
 class CouplingMixGrads(NamedTuple):
-    """What coupling_mix_backward gives."""
+    """The gradients that coupling_mix_backward gives."""
 
     grad_in: Tensor
     grad_net_out: Tensor
@@ -22,7 +22,7 @@ class CouplingMixGrads(NamedTuple):
 
 
 class StepGrads(NamedTuple):
-    """What step_backward gives."""
+    """The gradients that step_backward gives."""
 
     x: Tensor
     grad_u: Tensor

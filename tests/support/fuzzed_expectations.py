@@ -18,7 +18,7 @@ MAPS = {code: name for name, code in ops.SCALE_MAP_CODES.items()}
 
 
 def _exact(value: Any) -> Any:
-    """In memory of its own, float64 what is a floating-point number."""
+    """Copy a value into memory of its own, floating-point numbers in float64."""
     if isinstance(value, list):
         return [_exact(element) for element in value]
     if not isinstance(value, Tensor):
@@ -143,7 +143,7 @@ def gaussian_log_prob_backward(z: Tensor, mean: Tensor, log_sd: Tensor, grad_log
 
 
 def invert_matrices(matrices: Tensor) -> list[Tensor]:
-    """Of a singular matrix NaN."""
+    """Invert the matrices; a singular one gives NaN."""
     log_dets = torch.linalg.slogdet(matrices).logabsdet
     inverses = torch.linalg.inv_ex(matrices).inverse
     return [torch.where(log_dets.isinf()[:, None, None], torch.nan, inverses), log_dets]
@@ -160,7 +160,7 @@ def _chain(given: Arguments) -> ChainSpec:
 
 
 def _net(exact: Arguments, spec: ChainSpec) -> Tensor:
-    """Of no positions, of which torch's convolutions make an error, nothing."""
+    """Run the chain; for no positions, where torch's convolutions raise an error, return nothing."""
     x, weights = exact["x"], exact["weights"]
     if 0 in x.shape[2:]:
         return x.sum() * weights[-1].sum() * x.new_zeros(x.shape[0], weights[-1].shape[0], *x.shape[2:])

@@ -35,7 +35,7 @@ FLOATS = (float("nan"), float("inf"), -float("inf"), -1.0, 0.0, 0.5, 1e-320, 100
 
 
 class Draw:
-    """What one seed gives."""
+    """A source of what one seed gives: sizes, counts, tensors."""
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
@@ -46,12 +46,12 @@ class Draw:
         return torch.randn(sizes, generator=self.generator, dtype=torch.float64).to(self.dtype)
 
     def sizes(self, least: int = 0, most: int = 3) -> list[int]:
-        """Spatial ones, of which seldom one is 0."""
+        """Draw spatial sizes, of which seldom one is 0."""
         dims = self.rng.randint(least, most)
         return [self.rng.choice((0, 1, 2, 3, 5) if self.rng.random() < 0.1 else (1, 2, 3, 4, 7)) for _ in range(dims)]
 
     def count(self) -> int:
-        """Of samples or channels."""
+        """Draw a number of samples or channels."""
         return self.rng.choice((0, 1, 1, 2, 3, 3, 4, 8))
 
     def flag(self) -> bool:
@@ -219,7 +219,7 @@ def net_chain(draw: Draw) -> Arguments:
 
 
 def net_chain_backward(draw: Draw) -> Arguments:
-    """With what the op does not take (UNTOLD): the biases, and the description, of which the kept numbers are."""
+    """Draw arguments, with some that the op does not take (UNTOLD): the biases and description of what was kept."""
     forward = net_chain(draw) | {"keep": True}
     out, kept = ops.net_chain(**forward)
     x, weights = forward["x"], forward["weights"]
@@ -375,7 +375,7 @@ def run_call(seed: int) -> bool:
 
 
 def expect_results(name: str, found: list[Tensor], arguments: Arguments) -> None:
-    """Those of the reference, in float64, up to the roundings of a chain of sums of as many terms as there are."""
+    """Check results against the reference in float64, up to the roundings of a chain of sums of so many terms."""
     tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
     if all(value.is_meta for value in tensors):
         assert all(value.is_meta for value in found)
@@ -409,7 +409,7 @@ def main(first: int, count: int) -> None:
     faulthandler.enable()
     torch.set_num_threads(1)
     _backend.require()
-    # So torch fills what it hands out unwritten with NaN: a result that nothing wrote shows.
+    # With this torch fills what it hands out unwritten with NaN: a result that nothing wrote shows.
     torch.use_deterministic_algorithms(True)
     taken = sum(run_call(seed) for seed in range(first, first + count))
     print(f"{count} calls, {taken} taken", flush=True)

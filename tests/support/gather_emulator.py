@@ -26,7 +26,7 @@ class Gather(NamedTuple):
 
 
 class GatherGrads(NamedTuple):
-    """What gather_backward gives."""
+    """The gradients that gather_backward gives."""
 
     grad_in: Tensor
     grad_net_out: Tensor | None

@@ -38,7 +38,7 @@ class TextWaveNet(nn.Module):
             self.res_skip_layers.append(normed(nn.Conv1d(hidden, hidden * (1 + (i + 1 < layers)), 1), norm))
 
     def forward(self, x: Tensor, x_mask: Tensor | None = None, g: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """x (N, H, T) -> (N, H, T)."""
+        """Compute the net: x (N, H, T) -> (N, H, T)."""
         mask = 1.0 if x_mask is None else x_mask
         total, last = torch.zeros_like(x), len(self.in_layers) - 1
         given = None if g is None else self.cond_layer(g).chunk(last + 1, dim=1)
@@ -54,7 +54,7 @@ class TextWaveNet(nn.Module):
 
 
 class TextActNorm(nn.Module):
-    """z = (bias + exp(logs) x) m."""
+    """An actnorm of sequences, z = (bias + exp(logs) x) m."""
 
     def __init__(self, channels: int, ddi: bool = False) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class TextActNorm(nn.Module):
         self.logs, self.bias = (nn.Parameter(torch.zeros(1, channels, 1)) for _ in range(2))
 
     def forward(self, x: Tensor, x_mask: Tensor, reverse: bool = False, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """x -> z, log_det (N,)."""
+        """Map x to z and log_det (N,)."""
         if not self.initialized:
             with torch.no_grad():
                 count = x_mask.sum()
@@ -76,10 +76,10 @@ class TextActNorm(nn.Module):
         return (self.bias + torch.exp(self.logs) * x) * x_mask, self.logs.sum() * x_mask.sum((1, 2))
 
     def store_inverse(self) -> None:
-        """Nothing to keep."""
+        """Do nothing: there is nothing to keep."""
 
     def set_ddi(self, ddi: bool) -> None:
-        """Wait for data, or not."""
+        """Wait for data from now on, or do not."""
         self.initialized = not ddi
 
 
@@ -96,7 +96,7 @@ class TextInvConv(nn.Module):
     def forward(
         self, x: Tensor, x_mask: Tensor | None = None, reverse: bool = False, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """x -> z, log_det (N,)."""
+        """Map x to z and log_det (N,)."""
         n, c, t = x.shape
         mask = x.new_ones(n, 1, t) if x_mask is None else x_mask
         weight, size = self.weight, self.n_split
@@ -112,7 +112,7 @@ class TextInvConv(nn.Module):
 
 
 class TextCoupling(nn.Module):
-    """z = (x_0, (t + s x_1) m)."""
+    """A coupling of sequences with masks, z = (x_0, (t + s x_1) m)."""
 
     def __init__(self, channels: int, hidden: int, sigmoid_scale: bool = False, norm: str = "hook", **net: Any) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class TextCoupling(nn.Module):
     def forward(
         self, x: Tensor, x_mask: Tensor | None = None, reverse: bool = False, g: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """x -> z, log_det (N,)."""
+        """Map x to z and log_det (N,)."""
         mask = x.new_ones(len(x), 1, x.shape[2]) if x_mask is None else x_mask
         kept, moved = x.chunk(2, dim=1)
         shift, log_scale = self.end(self.wn(self.start(kept) * mask, mask, g)).chunk(2, dim=1)
@@ -134,11 +134,11 @@ class TextCoupling(nn.Module):
         return torch.cat([kept, moved * mask], dim=1), None if reverse else (log_scale * mask).sum((1, 2))
 
     def store_inverse(self) -> None:
-        """Nothing to keep."""
+        """Do nothing: there is nothing to keep."""
 
 
 class TextDecoder(nn.Module):
-    """Steps on squeezed time."""
+    """A decoder of steps on squeezed time."""
 
     def __init__(
         self, channels: int, hidden: int, steps: int, ddi: bool = False, n_split: int = 4, **options: Any
@@ -165,7 +165,7 @@ class TextDecoder(nn.Module):
         return x * mask.repeat_interleave(2, dim=2), total
 
     def store_inverse(self) -> None:
-        """Of every layer."""
+        """Keep the inverse of every layer."""
         for flow in self.flows:
             flow.store_inverse()
 
@@ -218,7 +218,7 @@ def single_errors(
 ) -> list[Tensor]:
     """The squared relative errors in float32 of every tensor that a decoder gives, of four draws: theirs, then ours.
 
-    Of one draw alone the errors are so few roundings that they are a matter of luck.
+    The errors of one draw alone are so few roundings that they are a matter of luck.
     """
     errors: list[list[Tensor]] = [[], []]
     for _ in range(4):

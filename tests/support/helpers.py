@@ -29,7 +29,7 @@ def tolerance(n_values: int = 1, condition: float = 1.0, dtype: torch.dtype = to
 
 
 def assert_close(actual: Tensor, expected: Tensor, condition: float = 1.0, dtype: torch.dtype | None = None) -> None:
-    """Equal up to rounding, relative to the largest expected value (or to 1 if all are smaller).
+    """Check that values are equal up to rounding, relative to the largest expected one (or to 1 if all are smaller).
 
     The terms of the bound are counted per sample, values along dimension 0 being independent. ``dtype`` is the least
     precise one on the way, that of ``actual`` if None.
@@ -46,7 +46,7 @@ def assert_close(actual: Tensor, expected: Tensor, condition: float = 1.0, dtype
 
 
 def assert_kernel_close(actual: Tensor, plain: Tensor, exact: Tensor, magnitude: float = 0.0) -> None:
-    """The error of ``actual`` is at most twice that of plain torch in the same dtype, both against float64 (``exact``).
+    """Check that the error is at most twice that of plain torch in the same dtype, both against float64 (``exact``).
 
     The floor of 4 eps of the largest value is for the cases where plain torch happens to be exact; ``magnitude`` is
     that of the terms where the result is a sum that cancels. In float64, where there is nothing more precise to compare
@@ -87,7 +87,7 @@ def log_abs_det(matrices: Tensor) -> Tensor:
 
 
 def assert_bijection(layer: nn.Module, x: Tensor, cond: Tensor | None = None) -> None:
-    """``layer.forward`` and ``layer.inverse`` are inverses, and both log_dets are those of their Jacobians. Float64.
+    """Check that forward and inverse are inverses, and that both log_dets are those of their Jacobians. Float64.
 
     Checked: the shape (N,) of log_det; log_det = log|det dz/dx| per sample; inverse(forward(x)) = x and
     forward(inverse(x)) = x, so the map is onto as well; inverse log_det = -log_det; d inverse/dz = (dz/dx)^-1, which
@@ -122,7 +122,7 @@ def assert_bijection(layer: nn.Module, x: Tensor, cond: Tensor | None = None) ->
 
 
 def assert_state_round_trip(layer: nn.Module, fresh: nn.Module, x: Tensor, cond: Tensor | None = None) -> None:
-    """A fresh layer that loads the state of ``layer`` is the same map, to the bit, and training does not initialise it.
+    """Check that a fresh layer that loads the state is the same map, to the bit, and not initialised by training.
 
     The state goes through torch.save and a load that runs no code. ``fresh`` is left in training mode on purpose: its
     first forward would initialise it from x, had it not loaded that this was done.
@@ -143,7 +143,7 @@ def assert_state_round_trip(layer: nn.Module, fresh: nn.Module, x: Tensor, cond:
 
 
 def assert_every_parameter_learns(layer: nn.Module, objective: Tensor) -> None:
-    """Every parameter gets a finite gradient that is not zero all over."""
+    """Check that every parameter gets a finite gradient that is not zero all over."""
     parameters = dict(layer.named_parameters())
     if not parameters:
         return
@@ -155,7 +155,7 @@ def assert_every_parameter_learns(layer: nn.Module, objective: Tensor) -> None:
 
 
 def assert_samples_independent(layer: nn.Module, x: Tensor, cond: Tensor | None = None) -> None:
-    """A permutation of the batch permutes the results, and a sample alone gives what it gives in the batch."""
+    """Check that a permuted batch gives permuted results, and a sample alone what it gives in the batch."""
     z, log_det = layer(x, cond)
     order = torch.arange(x.shape[0], device=x.device).roll(1)
     permuted = layer(x[order], None if cond is None else cond[order])
@@ -167,7 +167,7 @@ def assert_samples_independent(layer: nn.Module, x: Tensor, cond: Tensor | None 
 
 
 def assert_repeatable(layer: nn.Module, x: Tensor, cond: Tensor | None = None) -> None:
-    """Two runs give the same bits: outputs, inverse and gradients."""
+    """Check that two runs give the same bits: outputs, inverse and gradients."""
 
     def run() -> list[Tensor]:
         leaf = x.detach().clone().requires_grad_()
@@ -181,7 +181,7 @@ def assert_repeatable(layer: nn.Module, x: Tensor, cond: Tensor | None = None) -
 
 
 def memory_layouts(x: Tensor) -> dict[str, Tensor]:
-    """The same values laid out in other ways: strided slices, batch innermost, an offset, channels_last."""
+    """Lay out the values in other ways: strided slices, batch innermost, an offset, channels_last."""
     sliced = x.new_zeros([2 * size for size in x.shape])
     window = tuple([slice(1, None, 2)] * x.dim())
     sliced[window] = x
@@ -203,7 +203,7 @@ def memory_layouts(x: Tensor) -> dict[str, Tensor]:
 
 
 def assert_layouts_equal(layer: nn.Module, x: Tensor, cond: Tensor | None = None) -> None:
-    """Values count, not strides: every layout of the input gives the same forward, inverse and gradient."""
+    """Check that values count, not strides: every layout of the input gives the same forward, inverse and gradient."""
     leaf = x.detach().clone().requires_grad_()
     z, log_det = layer(leaf, cond)
     (gradient,) = torch.autograd.grad(z.square().sum() + log_det.sum(), leaf)
@@ -220,7 +220,7 @@ def assert_layouts_equal(layer: nn.Module, x: Tensor, cond: Tensor | None = None
 
 
 def assert_copies(layer: nn.Module, x: Tensor, cond: Tensor | None = None) -> None:
-    """deepcopy and pickle give the same map, and a copy shares nothing with its original."""
+    """Check that deepcopy and pickle give the same map, and that a copy shares nothing with its original."""
     z, log_det = layer(x, cond)
     for duplicate in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         got, got_log_det = duplicate(x, cond)
@@ -233,7 +233,7 @@ def assert_copies(layer: nn.Module, x: Tensor, cond: Tensor | None = None) -> No
 
 
 def assert_empty_batch(layer: nn.Module, x: Tensor, cond: Tensor | None = None) -> None:
-    """No samples in, no samples out: every shape is that of a batch with N = 0."""
+    """Check that no samples in give no samples out: every shape is that of a batch with N = 0."""
     z, _ = layer(x, cond)
     none_of = None if cond is None else cond[:0]
     empty, log_det = layer(x[:0], none_of)

@@ -22,7 +22,7 @@ class Page(HTMLParser):
         assert self.open == []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Opens."""
+        """Note that a tag opens."""
         self.tags.append(tag)
         if tag == "img":
             self.images.append(dict(attrs))
@@ -30,10 +30,10 @@ class Page(HTMLParser):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        """Closes what was opened last."""
+        """Close what was opened last."""
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        """Text by its tag."""
+        """Collect text by its tag."""
         if data.strip():
             self.words.setdefault(self.open[-1], []).append(data)

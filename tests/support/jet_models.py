@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 def one_hot(size: int, generator: torch.Generator) -> Tensor:
-    """A random permutation matrix."""
+    """Draw a random permutation matrix."""
     return torch.eye(size)[torch.randperm(size, generator=generator)]
 
 

@@ -64,7 +64,7 @@ def _with_gradients(function: Callable[..., object], inputs: list[Tensor], dtype
 
 
 def log_det_magnitude(net_out: Tensor, spec: CouplingSpec) -> float:
-    """Of the sum of log s, whose terms cancel: the roundings of n terms add up like a random walk, sqrt(n) of one."""
+    """Compute the size of a sum of log s that cancel: roundings of n terms grow like a random walk, sqrt(n) of one."""
     if spec.coupling == "additive" or not net_out.numel():
         return 0.0
     _, log_scale = reference.scale_and_log(net_out.double().chunk(2, dim=1)[1], spec)
@@ -102,7 +102,7 @@ def assert_bits_do_not_depend_on_threads(run: Callable[[Tensor], Sequence[Tensor
 
 
 def mix_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """x, a matrix and an offset."""
+    """Draw x, a matrix and an offset."""
     channels = shape[1]
     # An offset far from zero: taking it off before the product must not cost precision.
     values = [torch.randn(shape), torch.randn(channels, channels) / math.sqrt(channels), 3.0 + torch.randn(channels)]

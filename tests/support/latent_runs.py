@@ -45,6 +45,6 @@ def write_emoji(root: Path, emoji: int = EMOJI) -> None:
 
 def train(data: str, out: Path, *options: str) -> None:
     """The least that gives a run."""
-    few = ["--hidden", "4", "--steps", "2", "--max-steps", "10", "--batch-size", "8", "--eval-images", "16"]
+    few = ["--hidden", "4", "--n-steps", "2", "--max-steps", "10", "--batch-size", "8", "--eval-images", "16"]
     command = ["train", data, "--out", str(out), "--quiet", "--device", "cpu", "--sample-count", "4", *few, *options]
     assert main(command) == 0

@@ -28,13 +28,13 @@ def batches() -> list[Tensor]:
 
 
 def loader(rank: int = 0, ranks: int = 1) -> DataLoader[Tensor]:
-    """Those batches, of a rank every so many-th image."""
+    """Give those batches, a rank every so many-th image."""
     images: Any = torch.cat(batches())[rank::ranks]
     return DataLoader(images, batch_size=8 // ranks)
 
 
 class Noted(Callback):
-    """Weights and inputs on the way."""
+    """A callback that notes weights and inputs on the way."""
 
     def __init__(self) -> None:
         self.found: dict[str, Any] = {}
@@ -52,14 +52,14 @@ class Noted(Callback):
 
 
 class Ranked(GlowModule):
-    """Each rank has loaders of its own."""
+    """A module whose ranks have loaders of their own."""
 
     def train_dataloader(self) -> DataLoader[Tensor]:
-        """For training."""
+        """Give the loader for training."""
         return loader(self.global_rank, self.trainer.world_size)
 
     def val_dataloader(self) -> DataLoader[Tensor]:
-        """For evaluation; one rank has an image fewer."""
+        """Give the loader for evaluation; one rank has an image fewer."""
         images: Any = loader(self.global_rank, self.trainer.world_size).dataset
         return DataLoader(images[self.global_rank :], batch_size=4)
 

@@ -2,7 +2,7 @@
 
 Side by side they run in the workers of pytest-xdist. Each test holds a lock as a reader, those marked ``alone`` as its
 writer; who waits for the lock keeps the gate closed, so that a writer is not overtaken for ever. What several workers
-need and none may change is made by the first that asks for it, see :func:`made_once`.
+need and none may change is made by the first that asks for it, see :func:`made_once`. No test needs a network.
 """
 
 from __future__ import annotations
@@ -17,6 +17,11 @@ import pytest
 
 MACHINE_THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 one_of_several = False  # whether this process is a worker of a run; set when pytest is configured
+
+
+def no_network(*args: object) -> None:
+    """Stand in for ``socket.socket.connect``, so that what asks for a network fails."""
+    raise OSError("this must do without a network")
 
 
 @contextmanager

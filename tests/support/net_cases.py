@@ -48,7 +48,7 @@ class DilatedNet(nn.Module):
 
 
 class CircularNet(nn.Module):
-    """Its padding wraps around, so no strip has what it needs: the stated halo is false."""
+    """A net whose padding wraps around, so no strip has what it needs: the stated halo is false."""
 
     halo = 1
 
@@ -89,7 +89,7 @@ def objective(weight: Tensor) -> tuple[Callable[[Tensor], Tensor], Consume]:
 def plain_gradients(
     net: nn.Module, x: Tensor, cond: Tensor | None, weight: Tensor, params: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """Of the objective, in one piece: of x, of cond (None without one) and of the parameters."""
+    """Compute the objective's gradients in one piece: of x, of cond (None without one) and of the parameters."""
     leaf = x.detach().requires_grad_()
     cond_leaf = None if cond is None else cond.detach().requires_grad_()
     out = net(leaf) if cond is None else net(leaf, cond_leaf)

@@ -27,7 +27,7 @@ EXACT = 2.0**23  # half of the whole numbers that float32 has: what bfloat16 rou
 
 
 class Shape(NamedTuple):
-    """A chain without its numbers."""
+    """The shape of a chain, without its numbers."""
 
     samples: int
     spatial: tuple[int, ...]
@@ -43,7 +43,7 @@ class Shape(NamedTuple):
 
     @property
     def sizes(self) -> list[tuple[int, ...]]:
-        """Of the weights."""
+        """The sizes of the weights."""
         pairs = zip(self.widths[1:], self.widths, self.kernels, strict=False)
         return [(after, before, *kernel) for after, before, kernel in pairs]
 
@@ -70,9 +70,22 @@ class Numbers(NamedTuple):
 
         return Numbers(*map(cast, self))
 
+    def nudged(self, seed: int, unit: float) -> Numbers:
+        """Each number moved by up to ``unit`` of itself, at random."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, list):
+                return [moved(v) for v in value]
+            if value is None:
+                return None
+            return value * (1.0 + unit * (2.0 * torch.rand(value.shape, generator=generator, dtype=value.dtype) - 1.0))
+
+        return Numbers(*map(moved, self))
+
     @property
     def contiguous(self) -> Numbers:
-        """The same laid out one way, as torch's convolutions can always take them."""
+        """Lay the tensors out contiguously, as torch's convolutions can always take them."""
 
         def plain(value: Any) -> Any:
             if isinstance(value, list):
@@ -83,7 +96,7 @@ class Numbers(NamedTuple):
 
     @property
     def leaves(self) -> list[Tensor]:
-        """All but the gradient."""
+        """List all tensors but the gradient."""
         given = (self.x, self.cond, self.log_gain, *self.weights, *self.biases)
         return [value for value in given if value is not None]
 
@@ -233,13 +246,13 @@ def results(net: Net, spec: ChainSpec, numbers: Numbers) -> list[Tensor]:
 
 
 def after_nan(net: Net, spec: ChainSpec, numbers: Numbers) -> list[Tensor]:
-    """The same after a run on NaN alone, which then is wherever memory is read that was not written."""
+    """Compute the results after a run on NaN alone, which then shows wherever memory is read that was not written."""
     results(net, spec, numbers._replace(x=torch.full_like(numbers.x, torch.nan)))
     return results(net, spec, numbers)
 
 
 def in_half(net: Net) -> Net:
-    """As autocast to bfloat16 has it."""
+    """Wrap a net so that it runs as under autocast to bfloat16."""
 
     def call(*args: Any) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -303,18 +316,18 @@ def rounded_chain(
 
 
 def op_arguments(spec: ChainSpec, numbers: Numbers, half: bool, keep: bool) -> tuple[Any, ...]:
-    """Those of ops.net_chain."""
+    """List the arguments of ops.net_chain."""
     x, cond, weights, biases, log_gain, _ = numbers
     return (x, cond, weights, biases, log_gain, *ops.chain_arguments(spec), half, keep)
 
 
 def backward_arguments(spec: ChainSpec, numbers: Numbers, kept: Tensor, half: bool, want: bool) -> tuple[Any, ...]:
-    """Those of ops.net_chain_backward."""
+    """List the arguments of ops.net_chain_backward."""
     x, cond, weights, biases, log_gain, grad = numbers
     return (grad, x, cond, kept, weights, biases[-1], log_gain, *ops.chain_arguments(spec), half, want)
 
 
 def relative_errors(found: Iterable[Tensor], exact: Iterable[Tensor]) -> list[float]:
-    """Of each in the Euclidean norm; of what is zero, the norm itself."""
+    """Compute each error in the Euclidean norm, relative; where zero is expected, the norm itself."""
     pairs = [(value.double(), truth) for value, truth in zip(found, exact, strict=True) if truth.numel()]
     return [float((value - truth).norm() / (truth.norm() or 1.0)) for value, truth in pairs]

@@ -104,7 +104,7 @@ def assert_same(
 
 
 def assert_as_precise(build: Build, shape: tuple[int, ...], context: bool = False) -> None:
-    """In float32 our error is at most twice that of nflows, both against nflows in float64."""
+    """Compare errors in float32: ours is at most twice that of nflows, both against nflows in float64."""
     exact, _ = pair(build)
     their_layer, our_layer = pair(build, torch.float32)
     x = torch.randn(shape, dtype=torch.float64)

@@ -16,7 +16,7 @@ RANKS = 2
 
 
 def batch() -> torch.Tensor:
-    """Of both ranks together, unlike in its halves."""
+    """Draw the batch of both ranks together, unlike in its halves."""
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(8, 3, 4, 4, generator=generator, dtype=torch.float64)
     return x * torch.linspace(0.5, 2.0, 8, dtype=torch.float64).view(-1, 1, 1, 1) + torch.arange(8).view(-1, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""The same layer from normflows and from its adapter, with random weights, and what both make of an input."""
+"""Makes one layer by normflows and by its adapter, with random weights, and what both make of an input."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def randomise(model: nn.Module, size: float = 0.15) -> nn.Module:
 
 
 def mark_initialized(model: nn.Module) -> nn.Module:
-    """No actnorm of it waits for data."""
+    """Let no actnorm of a model wait for data."""
     for module in model.modules():
         if isinstance(module, nf.flows.ActNorm):
             module.data_dep_init_done.fill_(1.0)
@@ -43,7 +43,7 @@ def mark_initialized(model: nn.Module) -> nn.Module:
 
 
 def pair(build: Build, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
-    """normflows' and ours, with the same random weights, initialised."""
+    """Make normflows' layer and ours, with the same random weights, initialised."""
     theirs, ours = (randomise(mark_initialized(built(build, library).to(dtype))) for library in (nf, fast))
     return theirs, ours
 
@@ -71,7 +71,7 @@ def outcome(layer: nn.Module, direction: str, z: Any) -> tuple[Any, list[Tensor 
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Of the largest expected value, or of 1."""
+    """Compute the error relative to the largest expected value, or to 1."""
     if not expected.numel():
         return 0.0
     actual, expected = actual.detach(), expected.detach()

@@ -33,14 +33,14 @@ def write_odd_files(folder: Path) -> None:
 
 def train_odd(images: Path, run: Path, *options: str) -> None:
     """A class-conditional run of two levels on them."""
-    small = ["--size", "8", "--gray", "--levels", "2", "--class-conditional", "--held-out", "0.2"]
+    small = ["--size", "8", "--gray", "--n-levels", "2", "--class-conditional", "--held-out", "0.2"]
     train(f"folder:{images}", run, *small, *options)
 
 
 def train_several(root: Path, odd: str) -> None:
     """Runs of two levels: on emoji ("emoji run"), labelled digits ("digits"), and images of odd classes (``odd``)."""
     write_emoji(root / "emoji")
-    train(f"emoji:{root / 'emoji'}", root / "emoji run", "--size", "16", "--levels", "2")
-    train("digits", root / "digits", "--levels", "2", "--class-conditional")
+    train(f"emoji:{root / 'emoji'}", root / "emoji run", "--size", "16", "--n-levels", "2")
+    train("digits", root / "digits", "--n-levels", "2", "--class-conditional")
     write_odd_images(root / "odd images")
     train_odd(root / "odd images", root / odd)

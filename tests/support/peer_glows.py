@@ -18,7 +18,7 @@ State = dict[str, Tensor]
 
 
 class Shape(NamedTuple):
-    """Of a small model."""
+    """The shape of a small model."""
 
     coupling: str = "affine"
     mixing: str = "plain"  # "plain", "lu", "shuffle", "reverse"
@@ -141,7 +141,7 @@ def openai_variables(shape: Shape) -> State:
 
 
 def openai_encode(state: State, x: Tensor, shape: Shape, y: Tensor | None = None) -> Encoded:
-    """In NHWC inside, as theirs is."""
+    """Encode as the released code does, in NHWC inside."""
 
     def conv(name: str, h: Tensor) -> Tensor:
         weight = state[name + "W"]

@@ -129,6 +129,6 @@ def plain_encode(
 def plain_log_prob(
     state: State, config: GlowConfig, x: Tensor, y: Tensor | None = None, cond: Tensor | None = None
 ) -> Tensor:
-    """log p(x), (N,)."""
+    """Compute log p(x), (N,), in nats."""
     latents, log_det = plain_encode(state, config, x, y, cond)
     return log_det + sum(reference.gaussian_log_prob(*latent) for latent in latents)

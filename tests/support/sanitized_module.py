@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from support import ROOT
-from support.toolchain import JOBS, KEPT, compiler
+from support import ROOT, native_builds
+from support.toolchain import KEPT, compiler
 
 FOLDER = KEPT.parent / "sanitized"
 FLAGS = "-g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
@@ -38,37 +36,12 @@ def _libraries() -> str:
 
 def package(folder: Path) -> Path:
     """A folder to import the package from. What was compiled is kept in build/sanitized: minutes the first time."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    cmake, ninja = shutil.which("cmake", path=path), shutil.which("ninja", path=path)
-    if cmake is None or ninja is None:
-        pytest.skip("needs cmake and ninja")
-    options = {
-        "CMAKE_MAKE_PROGRAM": ninja,
-        "CMAKE_BUILD_TYPE": "None",
-        "CMAKE_CXX_FLAGS": FLAGS,
-        "CMAKE_NM": "",  # the sanitizers' own symbols are not those that the build checks for
-        "Python_EXECUTABLE": sys.executable,
-        "PYGLOW_VERSION": "0",
-        "PYGLOW_TORCH_DIR": Path(torch.__file__).parent,
-        "PYGLOW_TORCH_VERSION": torch.__version__,
-        "PYGLOW_CXX11_ABI": int(torch.compiled_with_cxx11_abi()),
-        "PYGLOW_NVCC": "",
-        **{f"PYGLOW_COMPILER_HAS_{name}": 0 for name in LEFT_OUT},
-    }
-    for command in (
-        [cmake, "-S", str(ROOT), "-B", str(FOLDER), "-GNinja", *(f"-D{key}={value}" for key, value in options.items())],
-        [cmake, "--build", str(FOLDER), "--parallel", str(JOBS)],
-    ):
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    left_out = {f"PYGLOW_COMPILER_HAS_{name}": 0 for name in LEFT_OUT}
+    # The sanitizers' own symbols are not those that the build checks for by nm.
+    native_builds.cmake(ROOT, FOLDER, CMAKE_BUILD_TYPE="None", CMAKE_CXX_FLAGS=FLAGS, CMAKE_NM="", **left_out)
     modules = [*FOLDER.glob("_C*.so")]
     assert all(b"__asan_init" in module.read_bytes() for module in modules)
-    made = folder / "pyglow_fast"
-    made.mkdir()
-    for source in (*(ROOT / "pyglow_fast").iterdir(), *modules):
-        if source.parent == FOLDER or source.suffix != ".so":
-            (made / source.name).symlink_to(source)
-    return folder
+    return native_builds.package(folder, modules)
 
 
 def run(package: Path, instruction_set: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -22,7 +22,7 @@ TF32_EPS = 2.0**-10  # from 1 to the next number
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm.default: (0, 1), _aten.bmm.default: (0, 1)}
 _PRODUCTS |= {_aten.addmm.default: (1, 2), _aten.baddbmm.default: (1, 2)}  # what they add to is not multiplied
-# Of a matrix and a vector nothing is rounded: torch asks cuBLAS not to (NoTF32Guard in its gemv).
+# The product of a matrix and a vector rounds nothing: torch asks cuBLAS not to (NoTF32Guard in its gemv).
 _CONVOLUTIONS = {_aten.convolution.default: (0, 1), _aten.convolution_backward.default: (0, 1, 2)}
 
 
@@ -67,7 +67,7 @@ def _around_all() -> None:
     torch.backends.fp32_precision = "tf32"
 
 
-# By each of torch's ways to say it. As torch comes, convolutions alone compute in TF32.
+# TF32 allowed by each of torch's ways to say it. In torch's defaults, convolutions alone compute in TF32.
 SETTINGS: dict[str, Callable[[], None]] = {
     "as torch comes": lambda: None,
     "high": lambda: torch.set_float32_matmul_precision("high"),

@@ -37,7 +37,7 @@ def write_grey(folder: Path, seed: int, n_train: int = 60, n_test: int = 40) -> 
 
 
 def write_emoji(folder: Path, people: int = 30, flags: int = 30) -> None:
-    """As emoji-datasource-twitter has them: people of six colours, each of another size, and flags."""
+    """Write files as emoji-datasource-twitter has them: people of six colours, each of another size, and flags."""
     rng = np.random.default_rng(3)
     images = folder / "img" / "twitter" / "64"
     images.mkdir(parents=True)

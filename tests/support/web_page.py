@@ -47,7 +47,7 @@ class Site:
         return f"runs/{name}"
 
     def path(self, name: str) -> Path:
-        """Its folder."""
+        """The path of the run's folder."""
         return self.folder / "runs" / name
 
     def uploaded(self) -> list[Path]:
@@ -181,7 +181,7 @@ def pixels(image: Locator) -> Tensor:
 
 
 def all_pixels(images: Locator) -> Tensor:
-    """Those of several, read at one moment; empty where there are none."""
+    """Read the pixels of several pictures at one moment; empty where there are none."""
     found = images.evaluate_all("found => found.map(image => image.src)")
     return torch.stack([decoded(data_of(address)) for address in found]) if found else torch.zeros(0)
 

@@ -26,7 +26,7 @@ NAMES = (
     "größe \u202egnp",
 )
 SIDE = 16
-TINY = ["--steps", "2", "--hidden", "4", "--device", "cpu", "--sample-count", "4", "--quiet"]
+TINY = ["--n-steps", "2", "--hidden", "4", "--device", "cpu", "--sample-count", "4", "--quiet"]
 
 
 def write_images(root: Path) -> None:
@@ -45,9 +45,9 @@ def make(root: Path) -> None:
     images, runs = root / "images", root / "runs"
     write_images(images)
     runs.mkdir()
-    few = ["--max-steps", "20", "--eval-images", "32", "--levels", "1"]
+    few = ["--max-steps", "20", "--eval-images", "32", "--n-levels", "1"]
     assert main(["train", "digits", "--out", str(runs / DIGITS), "--class-conditional", *few, *TINY]) == 0
-    few = ["--max-steps", "10", "--batch-size", "8", "--eval-images", "10", "--levels", "2"]
+    few = ["--max-steps", "10", "--batch-size", "8", "--eval-images", "10", "--n-levels", "2"]
     few += ["--size", str(SIDE), "--held-out", "0.3"]
     assert main(["train", f"folder:{images}", "--out", str(runs / COLOUR), *few, *TINY]) == 0
     assert main(["train", f"folder:{images}", "--out", str(runs / CLASSES), "--class-conditional", *few, *TINY]) == 0

@@ -17,8 +17,8 @@ from pyglow_fast.train.metrics import COLUMNS, read_metrics
 
 KILLS = int(os.environ.get("PYGLOW_TEST_KILLS", "3" if covering.full else "2"))
 STEPS = 60 * max(2, KILLS)
-OPTIONS = ["--size", "8", "--crop-margin", "2", "--flip", "--from-files", "--workers", "2", "--levels", "2"]
-OPTIONS += ["--steps", "2", "--hidden", "8", "--batch-size", "8", "--max-steps", str(STEPS), "--log-every", "5"]
+OPTIONS = ["--size", "8", "--crop-margin", "2", "--flip", "--from-files", "--workers", "2", "--n-levels", "2"]
+OPTIONS += ["--n-steps", "2", "--hidden", "8", "--batch-size", "8", "--max-steps", str(STEPS), "--log-every", "5"]
 OPTIONS += ["--eval-every", "20", "--save-every", "3", "--sample-every", "50", "--sample-count", "4", "--device", "cpu"]
 
 

@@ -285,9 +285,12 @@ REFUSED = {
     "optimizer": ({"optimizer": "sgd"}, "optimizer: expected one of"),
     "lr": ({"lr": 0.0}, "lr: expected a positive number, found 0.0"),
     "weight_decay": ({"weight_decay": 0.1}, "weight_decay: expected 0 for adamax, found 0.1"),
-    "warmup_steps": ({"warmup_steps": -1}, "warmup_steps: expected an int, 0 or more, found -1"),
-    "decay_steps": ({"warmup_steps": 5, "decay_steps": 5}, "decay_steps: expected None or an int above warmup_steps=5"),
-    "ema_decay": ({"ema_decay": 1.0}, "ema_decay: expected None or a number between 0 and 1, found 1.0"),
+    "warmup_steps": ({"warmup_steps": -1}, "warmup_steps: expected a whole number, 0 or more, found -1"),
+    "decay_steps": (
+        {"warmup_steps": 5, "decay_steps": 5},
+        "decay_steps: expected a number above warmup_steps=5, or none",
+    ),
+    "ema_decay": ({"ema_decay": 1.0}, "ema_decay: expected a number between 0 and 1, or none, found 1.0"),
     "seed": ({"seed": 0.5}, "seed: expected an int, found 0.5"),
 }
 
@@ -391,8 +394,8 @@ def test_a_classifier_is_trained_and_scored_too(tmp_path: Path) -> None:
     [
         ({"classify": 2}, 0.0, r"class_weight: expected a number above 0 exactly if classify=2 is, found 0\.0"),
         ({}, 0.1, r"class_weight: expected a number above 0 exactly if classify=0 is, found 0\.1"),
-        ({"classify": 2}, -1.0, r"class_weight: expected a positive number, found -1\.0"),
-        ({"classify": 2}, math.nan, "class_weight: expected a positive number, found nan"),
+        ({"classify": 2}, -1.0, r"class_weight: expected a number, 0 or more, found -1\.0"),
+        ({"classify": 2}, math.nan, "class_weight: expected a number, 0 or more, found nan"),
     ],
 )
 def test_weights_of_a_classifier_that_are_refused(fields: dict[str, Any], weight: float, message: str) -> None:

@@ -20,7 +20,7 @@ from support.data_layouts import picture
 from pyglow_fast.train import Checkpoint, RunFolder
 from pyglow_fast.train.metrics import read_metrics
 
-TINY = ["--levels", "2", "--steps", "2", "--hidden", "4", "--batch-size", "16", "--eval-images", "50"]
+TINY = ["--n-levels", "2", "--n-steps", "2", "--hidden", "4", "--batch-size", "16", "--eval-images", "50"]
 TINY += ["--device", "cpu", "--sample-count", "4", "--warmup", "10", "--decay-steps", "50", "--quiet"]
 TRAIN = ["-m", "pyglow_fast", "train", "digits", *TINY]
 
@@ -242,7 +242,7 @@ def test_ranks_that_see_other_images_end_at_once(tmp_path: Path) -> None:
     for rank in (0, 1):
         for i in range(20):
             picture(tmp_path / f"images{rank}" / f"{i}.png", i + 100 * (rank and i == 7), (8, 8))
-    options = ["--size", "8", "--levels", "2", *TINY[2:], "--max-steps", "2", "--out", "run"]
+    options = ["--size", "8", "--n-levels", "2", *TINY[2:], "--max-steps", "2", "--out", "run"]
     program = """
 import os, sys
 from pyglow_fast.cli import main

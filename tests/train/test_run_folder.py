@@ -81,7 +81,7 @@ def test_what_may_be_edited_by_hand(run: Path) -> None:
         ({"lr": 0.5}, r"lr: expected 0.001, as the run was started with, found 0.5"),
         ({"batch_size": 4}, "batch_size: expected 16, as the run was started with, found 4"),
         ({"seed": 3}, "seed: expected 0, as the run was started with, found 3"),
-        ({"max_steps": 0}, "max_steps: expected a positive whole number, found 0"),
+        ({"max_steps": 0}, "max_steps: expected a positive whole number, or none, found 0"),
         ({"max_steps": 1}, "max_steps: expected more than the 2 steps done, found 1"),
         ({"max_steps": 1, "max_minutes": 5.0}, "max_steps: expected more than the 2 steps done, found 1"),
         ({"max_epochs": 1}, "max_epochs: expected more than the 2 epochs done, found 1"),

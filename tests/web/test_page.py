@@ -42,7 +42,7 @@ def test_it_loads_and_asks_nobody_else(visitor: Visitor) -> None:
     """All tabs have something to show, and their pictures are whole."""
     page = visitor.page
     assert page.title() == "pyglow_fast"
-    assert page.locator("#about").inner_text() == "step 20, images 1x8x8, 17 levels"
+    assert page.locator("#about").inner_text() == "step 20, images 1x8x8, 17 grey levels"
     for (name, place), count in zip(PLACES.items(), (SHOWN, 2, 9, 0, 0), strict=True):
         visitor.tab(name)
         assert page.locator(f"#{place}").is_visible()
@@ -112,7 +112,7 @@ def test_another_run_leaves_nothing_of_the_last(visitor: Visitor, site: Site) ->
     former = set(page.locator("img").evaluate_all("found => found.map(image => image.src)"))
     assert len(former) > 30
     visitor.choose_run(COLOUR)
-    assert page.locator("#about").inner_text() == "step 10, images 3x16x16, 256 levels"
+    assert page.locator("#about").inner_text() == "step 10, images 3x16x16, 256 grey levels"
     wait_for(lambda: former & set(page.locator("img").evaluate_all("found => found.map(image => image.src)")), set())
     start = "pyglow-fast edit 'runs/it'\"'\"'s <b>$HOME & co' 0 "
     wait_for(lambda: visitor.command("edit-command").startswith(start), True)
@@ -169,7 +169,7 @@ def test_a_run_that_appears_is_offered(visitor: Visitor, site: Site) -> None:
         page.reload()
         visitor.filled("Sample")
         visitor.choose_run("zz new")
-        assert page.locator("#about").inner_text() == "step 10, images 3x16x16, 256 levels"
+        assert page.locator("#about").inner_text() == "step 10, images 3x16x16, 256 grey levels"
     finally:
         shutil.rmtree(new)
     set_slider(page, "sample-n", 3)
@@ -177,7 +177,7 @@ def test_a_run_that_appears_is_offered(visitor: Visitor, site: Site) -> None:
     visitor.idle()
     page.reload()
     visitor.filled("Sample")
-    assert page.locator("#about").inner_text() == "step 20, images 1x8x8, 17 levels"
+    assert page.locator("#about").inner_text() == "step 20, images 1x8x8, 17 grey levels"
 
 
 def test_a_run_without_a_checkpoint_says_so(visitor: Visitor, site: Site) -> None:

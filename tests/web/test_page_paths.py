@@ -94,7 +94,7 @@ def test_a_path(walker: Visitor, site: Site, monkeypatch: pytest.MonkeyPatch) ->
     assert slider(page, "path-at").input_value() == "0.75"
     set_slider(page, "path-steps", 4)
     wait_for(lambda: strip(walker), path(site, (4, 7), [0, 1 / 3, 2 / 3, 1], True))
-    wait_for(lambda: "--steps 4 " in walker.command("path-command"), True)
+    wait_for(lambda: "--frames 4 " in walker.command("path-command"), True)
     one, whole = walker.command("path-command").splitlines()
     assert walker.download("Save PNG", "path-frame") == written(site.folder, monkeypatch, one)
     for link, suffix in (("Save the strip", "png"), ("Save as GIF", "gif"), ("Save as WebP", "webp")):
@@ -109,7 +109,7 @@ def test_ends_that_are_no_held_out_images(walker: Visitor, site: Site, monkeypat
     walker.give("to-upload", ("my picture.png", data))
     wait_for(lambda: strip(walker), path(site, (0, data), ninths))
     (site.folder / "my picture.png").write_bytes(data)
-    wait_for(lambda: "my picture.png' --space noise --steps" in walker.command("path-command"), True)
+    wait_for(lambda: "my picture.png' --space noise --frames" in walker.command("path-command"), True)
     assert walker.download("Save the strip", "path-strip") == written(
         site.folder, monkeypatch, walker.command("path-command").splitlines()[1]
     )

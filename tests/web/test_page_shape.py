@@ -139,7 +139,7 @@ def test_a_run_is_chosen_by_keys(visitor: Visitor) -> None:
     page.keyboard.press("ArrowDown")
     wait_for(page.get_by_role("option").count, 4)
     page.keyboard.press("Enter")
-    wait_for(page.locator("#about").inner_text, "step 10, images 3x16x16, 256 levels")
+    wait_for(page.locator("#about").inner_text, "step 10, images 3x16x16, 256 grey levels")
 
 
 def test_all_controls_have_names(visitor: Visitor) -> None:

@@ -10,7 +10,7 @@ struct Piece {
   int64_t offset, step, count;
 };
 
-// The pieces that a block of pixels is, the same for all channels. Pixel 0 is the first of sample `sample`.
+// The pieces that make up a block of pixels, the same for all channels. Pixel 0 is the first of sample `sample`.
 class Pieces {
  public:
   template <class T>
@@ -122,8 +122,8 @@ void sum_blocks(const Image<const T>& image, const Extent& extent, int64_t sampl
   });
 }
 
-// The pixels [begin, end) of an image's channels, counted from sample `sample` on, to the rows from `row` on of a
-// matrix that begins with them; times gain[channel], if there is one.
+// Copies the pixels [begin, end) of an image's channels, counted from sample `sample` on, into the rows from `row` on
+// of a matrix whose first column is pixel `begin`; times gain[channel], if there is one.
 template <class T, class S>
 void read_image(const Image<const T>& image, const Extent& extent, int64_t sample, int64_t channels, int64_t begin,
                 int64_t end, const Matrix<S>& to, int64_t row, const Threads& threads, const T* gain = nullptr) {
@@ -145,7 +145,7 @@ void read_image(const Image<const T>& image, const Extent& extent, int64_t sampl
            });
 }
 
-// The pixels [begin, end) back, which the planes begin with.
+// Copies planes, whose first column is pixel `begin`, back into the pixels [begin, end) of an image.
 template <class T>
 void write_planes(const Matrix<const T>& planes, const Image<T>& image, const Extent& extent, int64_t sample,
                   int64_t channels, int64_t begin, int64_t end, const Threads& threads) {
@@ -160,7 +160,7 @@ void write_planes(const Matrix<const T>& planes, const Image<T>& image, const Ex
            });
 }
 
-// The right matrix of a convolution, columns [0, count), written out in whole blocks of pixels.
+// Writes out columns [0, count) of the right matrix of a convolution, in whole blocks of pixels.
 template <class S>
 void write_columns(const Right<S>& right, int64_t rows, int64_t count, const Matrix<S>& columns,
                    const Threads& threads) {

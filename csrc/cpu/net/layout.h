@@ -1,9 +1,10 @@
 // Where the layers of a net read and write, and what forward and backward have in common.
 //
-// Pixels are handled in cuts whose hidden activations stay in the second-level cache, from layer to layer, as far as no
-// layer looks beyond its own pixel. One that does reads planes of a whole turn of samples, gathered as its product is
-// packed; the layers before it have then run on the whole turn. A last layer with few channels is the other way round:
-// the product by taps comes first, of the cut alone, and its taps are summed. In the backward, the same of the first.
+// Pixels are handled in cuts, which go from layer to layer while their hidden activations are in the second-level
+// cache, as long as no layer looks beyond its own pixel. A layer that does reads planes of a whole turn of samples (see
+// parts.h), gathered while they are packed for its product; the layers before it have then run on the whole turn. A
+// last layer with few channels does its product first, of a cut alone and for each tap, and then sums the taps. In the
+// backward the first layer does so.
 #pragma once
 #include <optional>
 
@@ -36,7 +37,7 @@ class Layout {
   // Whether the last layer's taps are summed after its product; in the backward, the first one's.
   bool sums_last() const { return taps(net.count - 1) > 1 && 2 * net.last().out <= net.last().in; }
   bool sums_first() const { return taps(0) > 1 && 2 * layer(0).in <= layer(0).out; }
-  // Whether a boundary is there as planes of a turn: else in blocks of a cut. Of the gradients there, likewise.
+  // Whether the values at a boundary, and the gradients there, lie in planes of a turn; else in blocks of a cut.
   bool has_planes(int64_t boundary) const {
     if (boundary == net.count) return false;
     return taps(boundary) > 1 && !(boundary == net.count - 1 && sums_last());
@@ -53,7 +54,7 @@ class Layout {
     if (argument) rows += channels(boundary);
     return memory + margin() + rows * samples * extent.positions();
   }
-  // Of that, or of memory for a turn or cut of it (then with the planes' stride), the part of a cut.
+  // The part that a cut has of what is kept; or of memory for a turn or a cut, whose planes have a stride of their own.
   template <class Kept>
   Matrix<Kept> part(Kept* memory, int64_t boundary, bool is_kept, const Turn& turn, const Cut& cut) const {
     const int64_t rows = channels(boundary);
@@ -134,7 +135,7 @@ void gain_of(const NetChain<T>& net, T* gain) {
     gain[k] = net.log_gain == nullptr ? T(1) : math::exp(T(3) * net.log_gain[k]);
 }
 
-// f(number): of the kind that the net multiplies.
+// Calls f with a number of the type that the net multiplies.
 template <class T, class F>
 void with_numbers(bool half, const F& f) {
   if constexpr (sizeof(T) == sizeof(float)) {
@@ -145,7 +146,7 @@ void with_numbers(bool half, const F& f) {
 #endif
 }
 
-// x, and behind it cond, to boundary 0: what there is of it at a time, all of a turn or a cut.
+// Copies x, and behind it cond, to boundary 0: those pixels that are held at a time, of a turn or of a cut.
 template <class Args, class T, class S>
 void read_input(const Args& args, const Layout<T, S>& layout, const Turn& turn, const Cut& cut, S* memory,
                 const Threads& threads) {
@@ -156,7 +157,7 @@ void read_input(const Args& args, const Layout<T, S>& layout, const Turn& turn, 
     read_image(args.cond, layout.extent, turn.sample, args.cond_channels, cut.begin, cut.end, to, own, threads);
 }
 
-// The end of the last of some whole blocks, where numbers are multiplied in pairs.
+// Fills the last block up with zeros, where numbers are multiplied in pairs.
 template <class S>
 void end_with_zeros(const Matrix<S>& blocks, int64_t rows, int64_t pixels) {
   const int64_t rest = pixels % pixel_block;
@@ -176,7 +177,7 @@ void multiply(const ProductArgs<S, Out>& product, const Threads& threads) {
   matrix_products(&product, 1, threads);
 }
 
-// The matrix from a pixel on with which a block begins.
+// The rest of a matrix from a pixel on with which a block begins.
 template <class T>
 Matrix<T> from_pixel(const Matrix<T>& m, int64_t pixel) {
   return {m.data + pixel / pixel_block * m.block, m.row, m.block, m.tail - pixel, m.tail_row};

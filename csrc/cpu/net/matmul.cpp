@@ -143,7 +143,7 @@ inline void open_tiles() {
     uint8_t rows[16] = {};
   } shape;
   for (int i = 0; i < 8; ++i) shape.row_bytes[i] = 64, shape.rows[i] = tile_rows;
-  // As the compiler may have it, _tile_loadconfig reads 8 bytes of that alone.
+  // _tile_loadconfig is declared to read 8 bytes: a compiler might leave the others unwritten.
   asm volatile("ldtilecfg %0" ::"m"(shape));
 }
 inline void close_tiles() { _tile_release(); }
@@ -182,8 +182,8 @@ inline void open_tiles() {}
 inline void close_tiles() {}
 #endif
 
-// Blocks of columns of a task. Tiles are done with A sooner than it comes from the second-level cache, and would wait
-// for a block of B that has just been packed.
+// Blocks of columns of a task. Tiles multiply A faster than the second-level cache delivers it, and would wait if they
+// used it for one block of B alone.
 template <class S>
 constexpr int64_t blocks_of_task = in_tiles<S> ? 4 : 1;
 
@@ -235,7 +235,7 @@ void multiply_columns(const ProductArgs<S, Out>& args, const Blocks& blocks, int
         const Target<S, Out> target{args, row, rows, column, columns, add, is_last};
         if constexpr (in_tiles<S>) {
 #if defined(__AMX_BF16__)
-          if constexpr (sizeof(Out) == sizeof(float)) {  // nothing is left to be done
+          if constexpr (sizeof(Out) == sizeof(float)) {  // nothing follows the product, so the tiles go straight to C
             if (simple && leak == T(1) && args.after.bias == nullptr && !add && columns == width && rows == NumRows) {
               multiply_tiles(left, args.a.block, right, inner, true, at(args.c, row, column), row_at(args.c, column));
               continue;

@@ -22,14 +22,14 @@ using VecH = uint16_t __attribute__((vector_size(PYGLOW_VECTOR_BYTES)));
 constexpr int64_t half_lanes = PYGLOW_VECTOR_BYTES / 2;
 static_assert(half_lanes == block_columns<float>);
 
-// Numbers of one kind as those of another.
+// Conversions between the types of numbers.
 PYGLOW_HD float widen(float x) { return x; }
 PYGLOW_HD double widen(double x) { return x; }
 PYGLOW_HD float widen(BFloat16 x) { return math::widen(x); }
 PYGLOW_HD void narrow(float x, float& y) { y = x; }
 PYGLOW_HD void narrow(double x, double& y) { y = x; }
 PYGLOW_HD void narrow(float x, BFloat16& y) { math::narrow(x, y); }
-// What a packed number is of a number.
+// A number as it is once it is packed: rounded to the packed type.
 PYGLOW_HD float rounded(float x, BFloat16) {
   BFloat16 y;
   math::narrow(x, y);

@@ -25,12 +25,12 @@ struct Cut {
 
 class Cuts {
  public:
-  // `rows` numbers of a pixel should stay in the cache.
+  // Cuts are as large as the cache takes with `rows` numbers for each pixel.
   Cuts(int64_t samples, const Extent& extent, int64_t rows, int64_t element_size)
       : samples_(samples), plane_(extent.positions()) {
     if (plane_ == 0 || samples == 0) return;
     const int64_t most = larger(least_pixels, cut_bytes / element_size / larger(rows, 1));
-    // Of about equal size: the last one would be as small as it comes.
+    // Turns, and cuts, are of about equal size, so that the last one is not much smaller.
     const int64_t fitting = larger(1, most / plane_);
     turns_ = (samples + fitting - 1) / fitting;
     samples_at_once_ = (samples + turns_ - 1) / turns_;
@@ -109,8 +109,8 @@ int64_t plane_stride(int64_t pixels) {
 }
 
 // A convolution with few output channels: the product of its weight by taps (taps C, in) with its input, cut by cut,
-// and for each channel the sum of its taps, each where it was looked from. Of a sample in several cuts the last columns
-// are carried over, as long as a sum still wants them.
+// and for each channel and pixel the sum of its taps, each from the pixel that the tap sees. Where a sample has several
+// cuts, the last columns of one are kept for sums of the next.
 template <class T>
 class TapSum {
  public:

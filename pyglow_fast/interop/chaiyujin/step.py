@@ -1,4 +1,4 @@
-"""A flow step like chaiyujin's made ours, in place: the same object, parameters and call."""
+"""Turns a flow step of chaiyujin's code into this package's, in place: the same object, parameters and call."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from pyglow_fast.layers.flow_step import ChannelMap, given_maps, run_couplings, 
 from pyglow_fast.layers.reversible_sequence import run_recomputing
 from pyglow_fast.reversible import DriftControl
 
-# Positions of a batch: below, what is done with the parameters takes longer than is gained on the data.
+# For batches of fewer positions, the work on the parameters takes longer than is gained on the data.
 LEAST_POSITIONS, LEAST_WITHOUT_NET = 1600, 6400
-PROBE_ERROR = 1e-9  # of the largest value, in float64: a million roundings
+PROBE_ERROR = 1e-9  # relative to the largest value, in float64: a million roundings
 _AS_FAST = "its net runs as it is: at these widths the library is as fast, unless memory is asked for"
-PROBE_ERROR_BACK = 1e-3  # of the inverse in float32, which theirs always inverts its matrices to
+PROBE_ERROR_BACK = 1e-3  # the same of the inverse, since the step's own code always inverts matrices in float32
 
 
 class Memory:
-    """How a step keeps what its backward needs; see ReversibleSequence for the modes.
+    """A setting of how a step keeps what its backward needs; see ReversibleSequence for the modes.
 
     Args:
         mode: "reversible", "checkpoint" or "store".
         budget: bytes of one net's activations, or "auto".
-        n_couplings: of the step.
+        n_couplings: how many couplings the step has.
     """
 
     def __init__(self, mode: str, budget: str | int, n_couplings: int) -> None:
@@ -57,7 +57,7 @@ class Memory:
     def run(
         self, couplings: Sequence[Coupling], maps: ChannelMap, x: Tensor, features: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """x -> z, log_det (N,)."""
+        """Map x to z and log_det (N,) by the couplings of a step, keeping what the mode says."""
         runners = [coupling.runner(self.budget) for coupling in couplings]
         specs = [coupling.spec for coupling in couplings]
         control = self.control if self.mode == "reversible" else None
@@ -65,7 +65,7 @@ class Memory:
 
 
 class AdoptedStep(StandIn):
-    """What a step's class gains: our forward before its own."""
+    """A base that is put before a step's class: its forward runs this package's ops, or the step's own code."""
 
     _parts: Parts
     _memory: Memory | None = None
@@ -73,7 +73,7 @@ class AdoptedStep(StandIn):
     def forward(
         self, input: Tensor, logdet: Any = None, reverse: bool = False, *more: Any, **named: Any
     ) -> tuple[Tensor, Any]:
-        """x, logdet -> z, logdet + log|det|; with ``reverse`` z, logdet -> x, logdet - log|det|."""
+        """Map x, logdet to z, logdet + log|det|; with ``reverse`` z, logdet to x, logdet - log|det|."""
         features = more[0] if len(more) == 1 else named.get("rrdbResults")
         extra = len(more) > 1 or not named.keys() <= {"rrdbResults"}
         if isinstance(features, Mapping):
@@ -127,7 +127,7 @@ def run(
     features: Tensor | None,
     memory: Memory | None = None,
 ) -> tuple[Tensor, Any]:
-    """The step by our functions; logdet may be None where there is no scale."""
+    """Run a step by this package's functions; logdet may be None where there is no scale."""
     own = channel_map(step)
     couplings = parts.couplings
     if not couplings:
@@ -154,14 +154,14 @@ def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def finds(model: nn.Module) -> bool:
-    """Whether a model has steps that look like chaiyujin's, ours or theirs."""
+    """Whether a model has steps that look like chaiyujin's, adopted already or not."""
     return any(looks_like(module) for module in model.modules())
 
 
 def adopt(model: nn.Module) -> list[str]:
-    """Make the flow steps of a live model ours, in place, and return their names; those that differ stay.
+    """Turn the flow steps of a live model into this package's, in place, and return their names; others stay.
 
-    The same objects, parameters and hooks. Random generators are left alone.
+    Objects, parameters and hooks stay the same. Random generators are left alone.
     """
     names = []
     for name, module in _candidates(model):
@@ -176,7 +176,7 @@ def adopt(model: nn.Module) -> list[str]:
 
 
 def release(model: nn.Module, only: Collection[nn.Module] | None = None) -> list[str]:
-    """The opposite of :func:`adopt`: our steps (with ``only``, these alone) become their own class again, in place."""
+    """Undo :func:`adopt`: adopted steps (with ``only``, these alone) become their own class again, in place."""
     names = give_back(model, AdoptedStep, only)
     for name in names:
         for name_of_ours in ("_parts", "_memory"):
@@ -185,7 +185,7 @@ def release(model: nn.Module, only: Collection[nn.Module] | None = None) -> list
 
 
 def recompute(model: nn.Module, mode: str, budget: str | int) -> dict[str, str]:
-    """Have our steps with a coupling keep their input alone for the backward; returns which, and how."""
+    """Let adopted steps with a coupling keep their input alone for the backward; returns which, and how."""
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, AdoptedStep) and module._parts.couplings and module._memory is None:
@@ -195,7 +195,7 @@ def recompute(model: nn.Module, mode: str, budget: str | int) -> dict[str, str]:
 
 
 def left(model: nn.Module) -> dict[str, str]:
-    """The steps like chaiyujin's that are left as they are, and the nets that run as they are, and why."""
+    """Name the steps that are left as they are, and the nets that run as they are, and why."""
     found = {}
     for name, module in _candidates(model):
         if isinstance(module, AdoptedStep):

@@ -1,4 +1,4 @@
-"""What a flow step like chaiyujin's is made of, read off its attributes."""
+"""Reads what a flow step of chaiyujin's code is made of off its attributes."""
 
 from __future__ import annotations
 
@@ -20,21 +20,24 @@ from pyglow_fast.reference import CouplingSpec, coupling_net_spec, fold_actnorm,
 
 _CALL = ["self", "input", "logdet", "reverse"]
 _PERMUTATIONS = ("invconv", "shuffle", "reverse")
-_FACTOR = 3.0  # of log_gain in our nets
+_FACTOR = 3.0  # what log_gain is multiplied by in the nets here
 LEAST_RATIO = 8  # of the sides of a 3x3 convolution: at 512 to 96 and at 320 to 64 channels the library is as fast
 
 
 class UnknownError(Exception):
-    """Says what in a step is not as we know it."""
+    """Raised when a step is not as expected; the message says in what."""
 
 
 class SharedNet(nn.Module):
-    """Their net as the net of a coupling of ours: parameters shared, actnorms folded, output channels in our order.
+    """A step's net as the net of a Coupling: parameters shared, actnorms folded, all shifts before all raw scales.
 
     Args:
         net: a Sequential of convolution, ReLU, convolution, ReLU, convolution.
-        is_interleaved: its output channels are shift, raw, shift, raw, ...; ours are all shifts, then all raw.
+        is_interleaved: whether its output channels are shift, raw, shift, raw, ... rather than all shifts, then all raw
+            scales.
     """
+
+    writes_to_input = False
 
     def __init__(self, net: nn.Sequential, is_interleaved: bool) -> None:
         super().__init__()
@@ -42,18 +45,18 @@ class SharedNet(nn.Module):
 
     @property
     def known(self) -> KnownNet:
-        """The net of its convolutions, without actnorms."""
+        """The chain of the net's three convolutions, without actnorms."""
         return KnownNet(tuple(Layer(self.net[i], [], []) for i in (0, 2, 4)), coupling_net_spec(2))
 
     @property
     def pays(self) -> bool:
-        """Whether products of ours are faster than the library's convolutions: those with taps are wide to narrow."""
+        """Whether matrix products are faster than the library's convolutions: those with taps are wide to narrow."""
         sides = [sorted(widths(self.net[i])) for i in (0, 4)]
         return all(wide >= LEAST_RATIO * narrow for narrow, wide in sides)
 
     @property
     def halo(self) -> int:
-        """Positions to each side that an output depends on."""
+        """How many positions to each side an output depends on."""
         return max(self.known.reach)
 
     def bytes_per_position(self, element_size: int) -> int:
@@ -64,9 +67,9 @@ class SharedNet(nn.Module):
         return (2 * sum(channels[1:3]) + 5 * channels[3] + 2 * channels[0]) * element_size
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
-        """x (N, C1, H, W), cond (N, C_c, H, W) or None -> shift and raw (or shift alone)."""
+        """Map x (N, C1, H, W) and cond (N, C_c, H, W), or None, to shift and raw scale (or shift alone)."""
         if (cond is None and not x.requires_grad and torch.is_grad_enabled()) or not self.pays:
-            # The library leaves out a gradient of x that nobody wants, which ours computes.
+            # The library leaves out a gradient of x that nobody wants; the ops here would compute it.
             out: Tensor = self.net(x if cond is None else torch.cat([x, cond], dim=1))
             return torch.cat([out[:, 0::2], out[:, 1::2]], dim=1) if self.is_interleaved else out
         weights: list[Tensor] = []
@@ -89,12 +92,12 @@ class SharedNet(nn.Module):
 
 @dataclass(frozen=True)
 class Parts:
-    """A step's couplings, which have its nets, and the modules that they were read from.
+    """The couplings of a step, which have its nets, and the modules that they were read from.
 
     Attributes:
-        couplings: in the direction of data to latent: the injector, the coupling, of those that there are.
-        modules: that must be the step's still: actnorm, permutation, nets.
-        actnorms: all, those in the nets too.
+        couplings: those that there are, in the direction of data to latent: the injector, then the coupling.
+        modules: actnorm, permutation and nets, which must still be the step's.
+        actnorms: all actnorms, those in the nets too.
         needs_features: whether the nets read features.
     """
 
@@ -105,7 +108,7 @@ class Parts:
 
     @property
     def pays(self) -> bool:
-        """Whether products of ours are faster than the library's convolutions in every net."""
+        """Whether matrix products are faster than the library's convolutions in every net."""
         return all(cast(SharedNet, coupling.net).pays for coupling in self.couplings)
 
     def are_of(self, step: Any) -> bool:
@@ -123,7 +126,7 @@ def looks_like(module: nn.Module) -> bool:
 
 
 def modules_of(step: Any) -> list[nn.Module]:
-    """A step's actnorm, permutation and nets."""
+    """Find a step's actnorm, permutation and nets."""
     found = [step.actnorm, getattr(step, step.flow_permutation, None)]
     if step.flow_coupling == "CondAffineSeparatedAndCond":
         found += [step.affine.fFeatures, step.affine.fAffine]
@@ -133,7 +136,7 @@ def modules_of(step: Any) -> list[nn.Module]:
 
 
 def read(step: Any) -> Parts:
-    """The parts of a step that looks like one.
+    """Read the parts of a step that looks like one of chaiyujin's.
 
     Raises:
         UnknownError: something in it is not as we know it.
@@ -196,7 +199,7 @@ def _weight(step: Any) -> tuple[Tensor, Tensor]:
 
 
 def channel_map(step: Any) -> ChannelMap:
-    """The actnorm and permutation of a step as one map, with the parameters of now."""
+    """Compute the actnorm and permutation of a step as one map, with the parameters of now."""
     log_scale, bias = step.actnorm.logs.flatten(), step.actnorm.bias.flatten()
     if step.flow_permutation != "invconv":
         indices = getattr(step, step.flow_permutation).indices
@@ -210,5 +213,5 @@ def channel_map(step: Any) -> ChannelMap:
 
 
 def before_couplings(own: ChannelMap, n_couplings: int) -> ChannelMap:
-    """The maps before each coupling of a step, stacked: its own before the first, and none between."""
+    """Stack the maps before each coupling of a step: its own before the first, and the identity between."""
     return stack_maps([own, *[ChannelMap.nothing(own.offset)] * (n_couplings - 1)])

@@ -1,8 +1,9 @@
-"""Checkpoints of other Glow implementations, to and from a :class:`~pyglow_fast.Glow`, without running their code.
+"""Converts checkpoints of other Glow implementations to and from :class:`~pyglow_fast.Glow`; runs none of their code.
 
-``load_FORMAT`` gives a Glow of the same density as theirs and latents equal to theirs up to rounding; the architecture
-is read off names and shapes. ``save_FORMAT`` gives their names and shapes; what they cannot express is refused. See
-docs/convert.md. :func:`save_glow` and :func:`load_glow` are this package's own file of one model.
+``load_FORMAT`` returns a Glow whose density is that of the other implementation's model, and whose latents are equal to
+its latents up to rounding; the architecture is read off names and shapes. ``save_FORMAT`` returns tensors with the
+other's names and shapes; a model that the other cannot express is refused. See docs/convert.md. :func:`save_glow` and
+:func:`load_glow` write and read this package's own file of one model.
 """
 
 from pyglow_fast.interop.convert.files import load_glow, read_tensors, save_glow, write_tensors

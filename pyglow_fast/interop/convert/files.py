@@ -1,4 +1,4 @@
-"""Files of tensors, read without running code, and this package's own file of one model."""
+"""Reads and writes files of tensors, without running code, and this package's own file of one model."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _TORCH = (".pt", ".pth", ".pkl", ".tar", ".ckpt", ".bin")
 
 
 def opened(source: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
-    """A mapping as it is, a path read by :func:`read_tensors`."""
+    """Return a mapping as it is, and read a path by :func:`read_tensors`."""
     return read_tensors(source) if isinstance(source, str | Path) else source
 
 
 def read_tensors(path: str | Path) -> dict[str, Any]:
-    """The content of a file, by its suffix: .safetensors, .npz (no object arrays), else torch.save's, tensors only.
+    """Read a file by its suffix: .safetensors, .npz (no object arrays), else torch.save's, tensors only.
 
     Raises:
         ValueError: no such file, a damaged one, or one that would have to run code to be read.
@@ -53,7 +53,7 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
 
 
 def check_target(path: str | Path) -> Path:
-    """Where :func:`write_tensors` or :func:`save_glow` can write.
+    """Find where :func:`write_tensors` or :func:`save_glow` can write.
 
     Raises:
         ValueError: the folder is not there, or the suffix is not .safetensors, .npz or one of torch.save's.
@@ -92,7 +92,7 @@ def write_tensors(path: str | Path, content: Mapping[str, Any]) -> None:
 
 
 def save_glow(model: Glow, path: str | Path) -> None:
-    """One safetensors file: the state dict, and in the header's ``pyglow_fast_model`` the GlowConfig as JSON.
+    """Write a model to a safetensors file; its header's ``pyglow_fast_model`` is the GlowConfig as JSON.
 
     Raises:
         ValueError: a frozen model; a path that does not end in .safetensors or whose folder is not there.
@@ -105,7 +105,7 @@ def save_glow(model: Glow, path: str | Path) -> None:
     state = {
         name: tensor.detach().to("cpu", copy=True).contiguous()
         for name, tensor in model.state_dict().items()
-        if not name.endswith("_extra_state")  # of training's drift control, which begins anew
+        if not name.endswith("_extra_state")  # the state of training's drift control, which begins anew
     }
     temporary = path.with_name(path.name + ".partial")
     try:
@@ -116,7 +116,7 @@ def save_glow(model: Glow, path: str | Path) -> None:
 
 
 def load_glow(path: str | Path, device: str | torch.device = "cpu", **options: Any) -> Glow:
-    """The model of a file that :func:`save_glow` wrote, in evaluation mode.
+    """Load the model of a file that :func:`save_glow` wrote, in evaluation mode.
 
     Args:
         path: of the file.

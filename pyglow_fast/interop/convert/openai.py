@@ -1,4 +1,4 @@
-"""Variables of the released Glow (openai/glow, TensorFlow 1), as arrays by their names."""
+"""Converts variables of the released Glow (openai/glow, TensorFlow 1), as arrays by their names."""
 
 from __future__ import annotations
 
@@ -32,14 +32,19 @@ from pyglow_fast.interop.convert.weights import (
 from pyglow_fast.models import Glow
 
 _AVERAGE = "/ExponentialMovingAverage"
-# Of the optimizer and its averages, and the classifier, which reads the top latent and is no part of the density.
+# Variables of the optimizer, its averages, and the classifier, which reads the top latent and is no part of the
+# density.
 _NOT_THE_FLOW = r"Variable(_\d+)?$|global_step$|beta[12]_power$|.*/Adam(_1)?$|.*" + _AVERAGE + "|model/classifier/"
 
 
 def load_openai(arrays: Mapping[str, Any] | str, image_size: int | tuple[int, int], averaged: bool = False) -> Glow:
-    """log p(x) of the released model: x in [-0.5, 0.5), (N, C, H, W); W z here is their z W.
+    """Load a Glow with log p(x) of the released model: x in [-0.5, 0.5), (N, C, H, W); W z here is their z W.
 
-    Architecture: levels ``model/L/``, steps ``model/L/K/``; affine if ``f1/l_last`` has C outputs; ``invconv/W`` plain,
+    The architecture is read off the names: levels ``model/L/``, steps ``model/L/K/``; affine if ``f1/l_last`` has C
+        outputs; ``invconv/W`` plain, ``invconv/{P,L,sign_S,log_S,U}`` LU, ``shuffle/indices`` shuffle, none of them
+        reverse; ``model/prior/p`` the learned top, ``model/prior/y_emb`` classes. The channel that marks the edge
+        becomes the border term. The factors of their z P L U are those of W^T; those of W are computed anew. The
+        optimizer's variables and the classifier are left out.
     ``invconv/{P,L,sign_S,log_S,U}`` LU, ``shuffle/indices`` shuffle, none of them reverse; ``model/prior/p`` the
     learned top, ``model/prior/y_emb`` classes. The channel that marks the edge becomes the border term. The factors of
     their z P L U are those of W^T; ours are computed anew. Left out: what the optimizer keeps, the classifier.
@@ -156,7 +161,7 @@ def _read_top(reader: Reader, channels: int) -> Top:
 
 
 def save_openai(model: Glow, lu: bool = False, learn_top: bool = True) -> dict[str, np.ndarray[Any, Any]]:
-    """The variables of the released model that is this one.
+    """Write a model's weights as the variables of the released one.
 
     Args:
         model: a Glow, initialised.

@@ -1,6 +1,7 @@
-"""State dicts of two PyTorch ports with one layout: chaiyujin/glow-pytorch and y0ast/Glow-PyTorch.
+"""Converts state dicts of two PyTorch ports with one layout: chaiyujin/glow-pytorch and y0ast/Glow-PyTorch.
 
-Layer ``flow.layers.i``: i = l (K + 2) + 1 + k is step k of level l, i = l (K + 2) + K + 1 the split after it.
+Layer ``flow.layers.i`` is step k of level l for i = l (K + 2) + 1 + k, and the split after that level for i = l (K + 2)
++ K + 1.
 """
 
 from __future__ import annotations
@@ -51,11 +52,12 @@ _LAYER = "flow.layers.{}."
 
 
 def load_y0ast(state: Mapping[str, Any] | str, permutation: str | None = None) -> Glow:
-    """log p(x) of their model, x in [-0.5, 0.5).
+    """Load a Glow with log p(x) of their model, x in [-0.5, 0.5).
 
-    Architecture: K, L and what each layer is by ``flow.layers.i``; affine if ``block.4`` has C outputs; LU by
-    ``invconv.lower`` and the like, plain by ``invconv.weight``; H and W by ``prior_h``; ``learn_top_fn`` the learned
-    top, ``project_ycond`` classes (one label an image). Left out: ``project_class``, the classifier.
+    The architecture is read off the names: K, L and what each layer is by ``flow.layers.i``; affine if ``block.4`` has
+    C outputs; LU by ``invconv.lower`` and the like, plain by ``invconv.weight``; H and W by ``prior_h``;
+    ``learn_top_fn`` the learned top, ``project_ycond`` classes (one label an image). The classifier ``project_class``
+    is left out.
 
     Args:
         state: the state dict (``module.`` before its names, or a dict around it, do not matter), or its file's path.
@@ -72,11 +74,11 @@ def load_y0ast(state: Mapping[str, Any] | str, permutation: str | None = None) -
 
 
 def load_chaiyujin(state: Mapping[str, Any] | str, permutation: str | None = None, rescale: bool = True) -> Glow:
-    """log p(x) of their model, which takes level / 255 plus noise, in [0, 1].
+    """Load a Glow with log p(x) of their model, which takes level / 255 plus noise, in [0, 1].
 
-    As :func:`load_y0ast`, but for names (``f``, ``invconv.{l,u}``, ``learn_top``). Their first versions keep ``p`` and
-    ``sign_s`` of LU convolutions out of the state dict: add them, as ``flow.layers.i.invconv.p`` and ``.sign_s``.
-    Labels are single ones; their sums over several labels an image have no counterpart here.
+    It works as :func:`load_y0ast`, with other names (``f``, ``invconv.{l,u}``, ``learn_top``). Their first versions
+    keep ``p`` and ``sign_s`` of LU convolutions out of the state dict: add them, as ``flow.layers.i.invconv.p`` and
+    ``.sign_s``. An image may have one label; their sums over several labels have no counterpart here.
 
     Args:
         state, permutation: see load_y0ast.
@@ -213,11 +215,11 @@ def _read_top(reader: Reader, names: _Names, channels: int, height: int, width: 
 
 
 def save_y0ast(model: Glow, learn_top: bool = True) -> dict[str, Tensor]:
-    """The state dict of their model that is this one.
+    """Write a model's weights as the state dict of y0ast's.
 
-    After loading it, call their ``set_actnorm_init``, which their state dict does not carry. With classes a fresh
-    classifier (zeros) is written. A shuffle is written as ``flow.layers.i.shuffle.indices``, which their
-    load_state_dict does not know: assign them.
+    After loading the state dict into their model, call its ``set_actnorm_init``, which no state dict carries. With
+    classes a fresh classifier (zeros) is written. A shuffle is written as ``flow.layers.i.shuffle.indices``, which
+    their load_state_dict does not know: assign it.
 
     Args:
         model: a Glow, initialised.
@@ -231,10 +233,10 @@ def save_y0ast(model: Glow, learn_top: bool = True) -> dict[str, Tensor]:
 
 
 def save_chaiyujin(model: Glow, batch_size: int = 1, learn_top: bool = True, rescale: bool = True) -> dict[str, Tensor]:
-    """The state dict of their model that is this one, ``graph`` in their files.
+    """Write a model's weights as the state dict of chaiyujin's, ``graph`` in their files.
 
-    As :func:`save_y0ast`. Their first versions do not know ``p`` and ``sign_s`` of LU factors (assign them), and their
-    log-det of a plain 1x1 convolution is NaN where the determinant is negative.
+    It works as :func:`save_y0ast`. Their first versions do not know ``p`` and ``sign_s`` of LU factors (assign them),
+    and their log-det of a plain 1x1 convolution is NaN where the determinant is negative.
 
     Args:
         model, learn_top: see save_y0ast.
@@ -284,7 +286,7 @@ def _write_zero_conv(found: dict[str, Tensor], names: _Names, name: str, conv: Z
 
 
 def _write_actnorm(found: dict[str, Tensor], prefix: str, bias: Tensor, log_scale: Tensor | None) -> None:
-    assert log_scale is not None  # of a normed layer
+    assert log_scale is not None  # a normed layer has one
     found[prefix + "actnorm.bias"], found[prefix + "actnorm.logs"] = (
         value.reshape(1, -1, 1, 1) for value in (bias, log_scale)
     )

@@ -1,4 +1,4 @@
-"""The named tensors of a checkpoint, each taken once and of the shape that it must have."""
+"""Reads the named tensors of a checkpoint, each taken once and of the shape that it must have."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 from pyglow_fast._errors import expect
 
 _WRAPPERS = ("graph", "model", "state_dict", "model_state_dict", "net")
-_AROUND_MODULES = re.compile(r"(?:module\.|_orig_mod\.)+")  # of DataParallel, of torch.compile
+_AROUND_MODULES = re.compile(r"(?:module\.|_orig_mod\.)+")  # prefixes of DataParallel and torch.compile
 
 
 def named_tensors(source: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a state dict or of a file's content, by their plain names.
+    """Collect the tensors of a state dict or of a file's content by their plain names.
 
     Dicts around the state dict (with a step, an optimizer, ...) are opened, arrays become tensors, the ``module.`` and
     ``_orig_mod.`` that DataParallel and torch.compile put in front of names go.
@@ -51,7 +51,7 @@ def _dense(tensor: Tensor, name: str) -> Tensor:
 
 
 class Reader:
-    """Takes tensors by name; what is missing, misshapen or left over is named in the error.
+    """A reader that takes tensors by name; what is missing, misshapen or left over is named in the error.
 
     Args:
         tensors: by name.
@@ -63,31 +63,31 @@ class Reader:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the model: float64 if all numbers taken so far are, else float32."""
+        """The dtype of the model: float64 if all numbers taken so far have it, else float32."""
         return torch.float64 if self._dtypes == {torch.float64} else torch.float32
 
     def has(self, prefix: str) -> bool:
-        """Whether a name starts so."""
+        """Whether some name starts with ``prefix``."""
         return any(name.startswith(prefix) for name in self._tensors)
 
     def contains(self, part: str) -> bool:
-        """Whether a name has that part anywhere."""
+        """Whether some name has ``part`` anywhere."""
         return any(part in name for name in self._tensors)
 
     def count(self, prefix: str) -> int:
-        """How many of ``prefix`` with 0, 1, 2, ... in the place of {} start some name."""
+        """Count how many of ``prefix`` with 0, 1, 2, ... in the place of {} start some name."""
         n = 0
         while self.has(prefix.format(n)):
             n += 1
         return n
 
     def indices(self, prefix: str) -> list[int]:
-        """The numbers that follow ``prefix``."""
+        """List the numbers that follow ``prefix`` in the names."""
         pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
         return sorted({int(match[1]) for match in map(pattern.match, self._tensors) if match})
 
     def size(self, name: str, dim: int) -> int:
-        """Of a tensor along a dimension.
+        """The size of a tensor along one dimension.
 
         Raises:
             ValueError: it is missing, or has not so many dimensions.
@@ -99,7 +99,7 @@ class Reader:
         return tensor.shape[dim]
 
     def take(self, name: str, *shape: int) -> Tensor:
-        """A tensor of that shape, floating ones as float64.
+        """Take a tensor, which must have that shape; a floating one is converted to float64.
 
         Raises:
             ValueError: it is missing, has another shape, or is not finite.
@@ -115,7 +115,7 @@ class Reader:
         return tensor.double()
 
     def invertible(self, name: str, *shape: int) -> Tensor:
-        """A square matrix, (C, C, ...) of that shape with ones after it, as (C, C).
+        """Take a square matrix, (C, C, ...) of that shape with ones after it, as (C, C).
 
         Raises:
             ValueError: see :meth:`take`; it is singular.
@@ -126,7 +126,7 @@ class Reader:
         return matrix
 
     def signs(self, name: str, channels: int) -> Tensor:
-        """A tensor of 1 and -1, (channels,).
+        """Take a tensor of 1 and -1, (channels,).
 
         Raises:
             ValueError: see :meth:`take`; it has others.
@@ -136,7 +136,7 @@ class Reader:
         return found
 
     def order(self, name: str, channels: int) -> Tensor:
-        """A tensor that is an order of 0 .. channels - 1, (channels,) int64.
+        """Take a tensor that is an order of 0 .. channels - 1, (channels,) int64.
 
         Raises:
             ValueError: it is missing, or is none.
@@ -147,7 +147,7 @@ class Reader:
         return index
 
     def permutation(self, name: str, channels: int) -> Tensor:
-        """The order i -> j of a permutation matrix, P[i, j] = 1, (channels,) int64.
+        """Take a permutation matrix as its order i -> j, P[i, j] = 1, (channels,) int64.
 
         Raises:
             ValueError: it is missing, or is none.
@@ -159,12 +159,12 @@ class Reader:
         return index
 
     def drop(self, pattern: str) -> None:
-        """Leave out what matches (a regular expression from a name's beginning)."""
+        """Leave out tensors whose name matches (a regular expression from its beginning)."""
         for name in [name for name in self._left if re.match(pattern, name)]:
             del self._left[name]
 
     def finish(self) -> None:
-        """Refuse what nobody took.
+        """Refuse tensors that nobody took.
 
         Raises:
             ValueError: there is some.

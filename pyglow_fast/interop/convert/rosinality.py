@@ -1,4 +1,4 @@
-"""State dicts of rosinality/glow-pytorch."""
+"""Converts state dicts of rosinality/glow-pytorch."""
 
 from __future__ import annotations
 
@@ -30,9 +30,13 @@ from pyglow_fast.models import Glow
 
 
 def load_rosinality(state: Mapping[str, Any] | str, image_size: int | tuple[int, int]) -> Glow:
-    """log p(x) = log_p + logdet of their model, x in [-0.5, 0.5).
+    """Load a Glow with log p(x) = log_p + logdet of their model, x in [-0.5, 0.5).
 
-    Architecture: ``blocks.L.flows.K``; affine if ``coupling.net.4.conv`` has C outputs; LU by ``invconv.w_l`` and the
+    The architecture is read off the names: levels and steps by ``blocks.L.flows.K``; affine if ``coupling.net.4.conv``
+        has C outputs; LU by ``invconv.w_l`` and the like, plain by ``invconv.weight``. The padding with ones of their
+        ZeroConv2d becomes the border term. Their actnorm multiplies by ``scale`` itself, whose sign moves into the 1x1
+        convolution. The last block of their ``--no_lu`` is LU all the same; where both occur, all are multiplied out
+        ("invconv_plain").
     like, plain by ``invconv.weight``. The padding with ones of their ZeroConv2d becomes the border term. Their actnorm
     multiplies by ``scale`` itself, whose sign moves into the 1x1 convolution. The last block of their ``--no_lu`` is LU
     all the same; where both occur, all are multiplied out ("invconv_plain").
@@ -113,7 +117,7 @@ def _read_step(reader: Reader, prefix: str, channels: int, coupling: str) -> Ste
 
 
 def save_rosinality(model: Glow) -> dict[str, Tensor]:
-    """The state dict of their model that is this one.
+    """Write a model's weights as the state dict of rosinality's.
 
     Hidden actnorms are folded into the convolutions, a fixed permutation is written as LU factors; the 1x1 convolutions
     of the last block are always LU, as their constructor makes them. Where a net's last convolution has another border
@@ -144,7 +148,7 @@ def save_rosinality(model: Glow) -> dict[str, Tensor]:
         _write_zero_conv(found, f"blocks.{i}.prior.", split)
     channels = len(weights.top.values)
     top = ZeroConv.zeros(channels // 2, channels)
-    top.weight[:, :1] = weights.top.border  # of zeros, padded with ones: which input channel sees the ring is the same
+    top.weight[:, :1] = weights.top.border  # its input is zeros, padded with ones: any channel may see the ring
     _write_zero_conv(
         found,
         f"blocks.{len(weights.steps) - 1}.prior.",

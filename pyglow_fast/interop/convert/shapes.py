@@ -1,4 +1,4 @@
-"""What shapes of weights tell about an architecture."""
+"""Tells what shapes of weights say about an architecture."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pyglow_fast._errors import expect
 
 
 def coupling_of(out_channels: int, channels: int, name: str) -> str:
-    """ "affine" where a net gives as many channels as a step has, "additive" where it gives half.
+    """Tell the coupling: "affine" where a net gives as many channels as a step has, "additive" where half.
 
     Raises:
         ValueError: neither; ``name`` says of which tensor.
@@ -17,7 +17,7 @@ def coupling_of(out_channels: int, channels: int, name: str) -> str:
 
 
 def image_sides(channels: int, n_levels: int, image_size: int | tuple[int, int], name: str) -> tuple[int, int, int]:
-    """(C, H, W) of images whose first squeezed state has so many channels.
+    """Find (C, H, W) of images whose first squeezed state has so many channels.
 
     Raises:
         ValueError: not a multiple of four (``name`` says of which tensor), or sides that cannot be halved L times.

@@ -1,7 +1,7 @@
-"""The flow part of checkpoints of SRFlow and of what derives from it (LLFlow).
+"""Converts the flow part of checkpoints of SRFlow and of what derives from it (LLFlow).
 
-Layer ``flowUpsamplerNet.layers.i``: each level is a squeeze (which has no tensors), steps without a coupling, steps
-with ``affine`` (``fFeatures``, the injector's net; ``fAffine``, the coupling's), and in the first levels a split.
+The layers are ``flowUpsamplerNet.layers.i``: each level is a squeeze (which has no tensors), steps without a coupling,
+steps with ``affine`` (``fFeatures``, the injector's net; ``fAffine``, the coupling's), and in the first levels a split.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NO_PART_OF_THE_FLOW = r"(?!flowUpsamplerNet\.layers\.)"
 
 
 def level_features(features: Mapping[str, Tensor], scale: int, n_levels: int) -> list[Tensor]:
-    """The condition of each level, shallowest first, out of their encoder's dict.
+    """Take the condition of each level, shallowest first, out of their encoder's dict.
 
     Level l (from 1) reads ``fea_up{2^n}``, n = log2(scale) - l; for n = -1 that is ``fea_up0``, for n = -2
     ``fea_up-1``. LLFlow's scale is 1, and its names are those of 4.
@@ -51,9 +51,13 @@ def level_features(features: Mapping[str, Tensor], scale: int, n_levels: int) ->
 def load_srflow(
     state: Mapping[str, Any] | str, image_size: int | tuple[int, int] = 160, scale_eps: float = 1e-4
 ) -> Glow:
-    """The flow of their model: encode, decode and log_det of x in [0, 1] given the features of each level.
+    """Load the flow of their model: encode, decode and log_det of x in [0, 1] given the features of each level.
 
-    Architecture: the levels by the layers without tensors, K and the number of steps without a coupling by ``affine``,
+    The architecture is read off the names: levels by the layers without tensors, K and the number of steps without a
+        coupling by ``affine``, widths by shapes. The encoder (``RRDB`` and whatever else is beside
+        ``flowUpsamplerNet.layers``) is left out; give its features as :func:`level_features` picks them. Their log-det
+        includes the density of what splits factor out, as log_prob does here. log_prob includes the density of the top
+        latent too, N(0, 1), where LLFlow puts a mean of its own.
     widths by shapes. The encoder (``RRDB`` and whatever else is beside ``flowUpsamplerNet.layers``) is left out; give
     its features as :func:`level_features` picks them. Their log-det includes the density of what splits factor out,
     as log_prob here, which has that of the top latent besides: N(0, 1), where LLFlow puts a mean of its own.
@@ -87,7 +91,7 @@ def load_srflow(
 
 
 def save_srflow(model: Glow) -> dict[str, Tensor]:
-    """The tensors ``flowUpsamplerNet.layers.*`` of their model whose flow is this one; the encoder's are theirs.
+    """Write a flow as the tensors ``flowUpsamplerNet.layers.*`` of their model; the encoder's stay theirs.
 
     Args:
         model: a Glow of the interface that the presets "srflow4x", "srflow8x" and "llflow" have, initialised.
@@ -133,7 +137,7 @@ def _their_shape(name: str, ours: Tensor) -> tuple[int, ...]:
 
 
 def _names(config: GlowConfig) -> Iterator[tuple[str, str, bool]]:
-    """Their name, ours, and whether their output channels are interleaved, of every tensor of the flow."""
+    """Yield SRFlow's name of each tensor of the flow, ours, and whether its output channels are interleaved there."""
     at = 0
     for level in range(config.n_levels):
         for k in range(config.n_transitions + config.n_steps):

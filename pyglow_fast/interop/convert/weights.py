@@ -1,4 +1,4 @@
-"""The weights of a Glow apart from any file format, in float64: what all converters read into and write from."""
+"""Holds the weights of a Glow apart from any file format, in float64: what converters read into and write from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from pyglow_fast.models.level import FlowLevel
 
 @dataclass
 class Lu:
-    """W = P (tril(lower, -1) + I) (triu(upper, 1) + diag(sign exp(log_diag))), (P A)[i] = A[permutation[i]]."""
+    """A 1x1 convolution's W = P (tril(lower, -1) + I) (triu(upper, 1) + diag(sign exp(log_diag))).
+
+    P is a permutation of rows: (P A)[i] = A[permutation[i]].
+    """
 
     permutation: Tensor
     lower: Tensor
@@ -26,42 +29,42 @@ class Lu:
     sign_diag: Tensor
 
     def matrix(self) -> Tensor:
-        """W (C, C)."""
+        """Compute the matrix W (C, C) from its factors."""
         return reference.lu_weight(self.permutation, self.lower, self.upper, self.log_diag, self.sign_diag)
 
     def with_column_signs(self, signs: Tensor) -> Lu:
-        """Of W diag(signs)."""
+        """Multiply by signs from the right: the factors of W diag(signs)."""
         return Lu(self.permutation, self.lower, self.upper * signs, self.log_diag, self.sign_diag * signs)
 
 
 @dataclass
 class Plain:
-    """W itself."""
+    """A 1x1 convolution whose matrix W is kept as it is."""
 
     weight: Tensor
 
     def matrix(self) -> Tensor:
-        """W (C, C)."""
+        """Return the matrix W (C, C)."""
         return self.weight
 
     def with_column_signs(self, signs: Tensor) -> Plain:
-        """Of W diag(signs)."""
+        """Multiply by signs from the right: W diag(signs)."""
         return Plain(self.weight * signs)
 
 
 @dataclass
 class Order:
-    """z[:, i] = x[:, index[i]]."""
+    """A permutation of the channels: z[:, i] = x[:, index[i]]."""
 
     index: Tensor
 
     def matrix(self) -> Tensor:
-        """W (C, C)."""
+        """Write the permutation as a matrix W (C, C)."""
         return torch.eye(len(self.index), dtype=torch.float64)[self.index]
 
     @property
     def is_reverse(self) -> bool:
-        """Whether it is the order C-1, ..., 0."""
+        """Whether the permutation reverses the channels: C-1, ..., 0."""
         return torch.equal(self.index, torch.arange(len(self.index)).flip(0))
 
 
@@ -69,7 +72,7 @@ Mixing = Lu | Plain | Order
 
 
 def factored(mixing: Mixing, name: str) -> Lu:
-    """The same W by its LU factors.
+    """Factor the matrix W as P L U.
 
     Raises:
         ValueError: it is singular; ``name`` says which one.
@@ -91,21 +94,21 @@ class Hidden:
     log_scale: Tensor | None = None
 
     def folded(self) -> Hidden:
-        """Without an ActNorm."""
+        """Fold the ActNorm, if there is one, into weight and bias."""
         if self.log_scale is None:
             return self
         scale = self.log_scale.exp()
         return Hidden(self.weight * scale.reshape(-1, 1, 1, 1), self.bias * scale)
 
     def normed(self) -> Hidden:
-        """With one."""
+        """Add an ActNorm that does nothing where there is none."""
         log_scale = torch.zeros_like(self.bias) if self.log_scale is None else self.log_scale
         return Hidden(self.weight, self.bias, log_scale)
 
 
 @dataclass
 class ZeroConv:
-    """exp(3 log_gain) (weight * x + border * ring + bias); shift or mean first, then raw scale or log_sd.
+    """A last convolution, exp(3 log_gain) (weight * x + border * ring + bias): shift or mean, then raw scale or log_sd.
 
     weight (C_out, C_in, 3, 3), border (C_out, 1, 3, 3), bias and log_gain (C_out,).
     """
@@ -116,19 +119,19 @@ class ZeroConv:
     border: Tensor
 
     def reordered(self, order: Tensor) -> ZeroConv:
-        """Its output channels in another order."""
+        """Put the output channels in another order."""
         return ZeroConv(self.weight[order], self.bias[order], self.log_gain[order], self.border[order])
 
     @classmethod
     def zeros(cls, in_channels: int, out_channels: int) -> ZeroConv:
-        """That gives nothing."""
+        """Make a convolution whose output is zero."""
         zeros = torch.zeros(out_channels, in_channels + 1, 3, 3, dtype=torch.float64)
         return cls(zeros[:, 1:], zeros[:, 0, 0, 0], zeros[:, 0, 0, 0], zeros[:, :1])
 
 
 @dataclass
 class Step:
-    """One flow step; bias and log_scale (C,) of its actnorm, border1 (hidden, 1, 3, 3) of the first convolution."""
+    """The weights of one flow step: bias, log_scale (C,) of its actnorm, border1 (hidden, 1, 3, 3) of net layer 1."""
 
     bias: Tensor
     log_scale: Tensor
@@ -150,13 +153,13 @@ class Top:
 
     @property
     def is_standard(self) -> bool:
-        """Whether it is N(0, 1) but for classes."""
+        """Whether the prior is N(0, 1), apart from the offsets of classes."""
         return not (self.values.any() or self.border.any())
 
 
 @dataclass
 class Weights:
-    """Of a whole model. ``steps[l][k]``, ``splits[l]``; image_shape (C, H, W)."""
+    """The weights of a whole model: ``steps[l][k]``, ``splits[l]`` of level l; image_shape (C, H, W)."""
 
     image_shape: tuple[int, int, int]
     coupling: str
@@ -167,28 +170,28 @@ class Weights:
 
     @property
     def hidden(self) -> int:
-        """Width of the coupling nets."""
+        """The width of the coupling nets."""
         return self.steps[0][0].second.weight.shape[0]
 
     @property
     def top_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the top latent."""
+        """The shape (C, H, W) of the top latent."""
         factor = 2 ** len(self.steps)
         height, width = (size // factor for size in self.image_shape[1:])
         return self.top.values.shape[0] // 2, height, width
 
     def all_steps(self) -> list[Step]:
-        """Of all levels."""
+        """List the steps of every level in turn."""
         return [step for level in self.steps for step in level]
 
     def borders(self) -> list[Tensor]:
-        """Every border term."""
+        """List the border terms of all convolutions and of the top prior."""
         of_steps = [border for step in self.all_steps() for border in (step.border1, step.last.border)]
         return [*of_steps, *(split.border for split in self.splits), self.top.border]
 
 
 def interleaved(half: int) -> Tensor:
-    """The order in which [a, b] of twice so many channels becomes a0, b0, a1, b1, ..."""
+    """Compute the order in which [a, b], of ``half`` channels each, becomes a0, b0, a1, b1, ..."""
     return torch.arange(2 * half).reshape(2, half).T.flatten()
 
 
@@ -220,7 +223,7 @@ def _mixing_state(mixing: Mixing, permutation: str) -> dict[str, Tensor]:
     if isinstance(mixing, Lu):
         found = {name: getattr(mixing, name) for name in ("permutation", "log_diag", "sign_diag")}
         return found | {"lower": mixing.lower.tril(-1), "upper": mixing.upper.triu(1)}  # the rest counts for nothing
-    assert isinstance(mixing, Order)  # by _config
+    assert isinstance(mixing, Order)  # _config chose the model by it
     return {"index": mixing.index}
 
 
@@ -247,7 +250,7 @@ def _step_state(step: Step, config: GlowConfig) -> dict[str, Tensor]:
 
 
 def to_model(weights: Weights) -> Glow:
-    """A Glow of these weights, in their dtype and in evaluation mode. Random generators are left alone.
+    """Make a Glow of these weights, in their dtype and in evaluation mode. Random generators are left alone.
 
     Raises:
         ValueError: weights that are not finite in that dtype, by their names here.
@@ -329,7 +332,7 @@ def _split_of(split: Split) -> ZeroConv:
 
 
 def from_model(model: Glow) -> Weights:
-    """The weights of a Glow that other implementations can express; a classifier is left out, with a warning.
+    """Read the weights of a Glow that others can express; a classifier is left out, with a warning.
 
     Raises:
         ValueError: a model that none of them has: other than 2-d images, a condition to the nets, another scale map
@@ -368,7 +371,7 @@ def from_model(model: Glow) -> Weights:
 
 
 def in_dtype(found: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Copies as they are saved: floating ones in that dtype, each with memory of its own."""
+    """Copy tensors as they are saved: floating ones in that dtype, each with memory of its own."""
     return {
         name: torch.empty(value.shape, dtype=dtype if value.is_floating_point() else value.dtype).copy_(value)
         for name, value in found.items()

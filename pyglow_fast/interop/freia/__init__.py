@@ -1,17 +1,20 @@
-"""FrEIA's modules by name, those that gain from it in our implementation: swap ``import FrEIA.modules as Fm`` for it.
+"""Offers FrEIA's modules by name, those that gain from it in a faster form: to replace ``import FrEIA.modules``.
 
     import pyglow_fast.interop.freia as Fm
 
-Ours: AllInOneBlock, GLOWCouplingBlock, AffineCouplingOneSided, NICECouplingBlock, ActNorm, IRevNetDownsampling and
+These are this package's: AllInOneBlock, GLOWCouplingBlock, AffineCouplingOneSided, NICECouplingBlock, ActNorm,
+    IRevNetDownsampling and -Upsampling, HaarDownsampling and -Upsampling, Fixed1x1Conv. Each is a subclass of FrEIA's
+    class with the same arguments, parameters, calls and results; its docstring says what FrEIA's does wrong and this
+    one does right. Every other name is FrEIA's own.
 -Upsampling, HaarDownsampling and -Upsampling, Fixed1x1Conv. Each is a subclass of FrEIA's class with the same
 arguments, parameters, calls and results; its docstring says where FrEIA's goes wrong and it does not. Every other name
 is FrEIA's own.
 
-FrEIA's release 0.2 and its git since August 2023 call themselves by the same number. Their AllInOneBlocks differ, and
-ours computes what that of the installed one does; the ActNorm of git, another layer, is left FrEIA's.
+FrEIA's release 0.2 and its git since August 2023 have the same version number. Their AllInOneBlocks differ, and the one
+here computes what that of the installed FrEIA does; the ActNorm of git is another layer, and stays FrEIA's own.
 
 :func:`adopt` takes, besides these classes, copies of AllInOneBlock in other code bases (anomalib's, for one): a layer
-becomes ours if it has the attributes of a block and a probe in float64 finds that it computes what ours does.
+is adopted if it has the attributes of a block and a probe in float64 finds that it computes the same.
 """
 
 from __future__ import annotations
@@ -52,11 +55,11 @@ OURS: tuple[type[nn.Module], ...] = (
 _variant = variant_of_installed()
 if isinstance(_variant, Variant):
     AllInOneBlock._divides, AllInOneBlock._fixed_size = _variant
-# FrEIA's class -> ours, of those that are what ours were made for.
+# FrEIA's class -> the class here. Left out are classes of an installed FrEIA that compute something else.
 _SAME = {"AllInOneBlock": isinstance(_variant, Variant), "ActNorm": hasattr(_theirs.ActNorm, "_initialize_with_data")}
 ADAPTERS: Classes = {getattr(_theirs, own.__name__): own for own in OURS if _SAME.get(own.__name__, True)}
 for _name, _is_same in _SAME.items():
-    if not _is_same:  # so that the name is FrEIA's
+    if not _is_same:  # the name is then FrEIA's
         del globals()[_name]
 
 __all__ = [*_theirs.__all__, "ADAPTERS", "StepParts", "adopt", "release", "step_parts"]
@@ -68,11 +71,11 @@ def __getattr__(name: str) -> Any:
 
 
 def adopt(model: nn.Module) -> list[str]:
-    """Make the FrEIA layers of a live model ours, in place, and return their names.
+    """Turn the FrEIA layers of a live model into this package's, in place, and return their names.
 
-    The same objects, parameters, buffers and hooks, with our forward. Layers whose class is FrEIA's change, and blocks
-    that were verified to compute what AllInOneBlock does, ``model`` itself included (its name is ""); others stay, see
-    :func:`left`.
+    Objects, parameters, buffers and hooks stay the same; the forward is this package's. Layers whose class is FrEIA's
+    change, and blocks that were verified to compute what AllInOneBlock does, ``model`` itself included (its name is
+    ""); others stay, see :func:`left`.
     """
     names = []
     for name, module in model.named_modules():
@@ -91,7 +94,7 @@ def adopt(model: nn.Module) -> list[str]:
 
 
 def release(model: nn.Module, only: Collection[nn.Module] | None = None) -> list[str]:
-    """The opposite of :func:`adopt`: our layers (with ``only``, these alone) become what they were again, in place."""
+    """Undo :func:`adopt`: adopted layers (with ``only``, these alone) become what they were again, in place."""
     blocks = {type(module) for module in model.modules() if vars(type(module)).get("_home") is type(module)}
     back = reversed_classes(ADAPTERS) | {block: cast(type[ServedBlock], block)._serves for block in blocks}
     names = exchange(model, back, only)
@@ -109,7 +112,7 @@ def finds(model: nn.Module) -> bool:
 
 
 def left(model: nn.Module) -> dict[str, str]:
-    """The layers that are not ours, and why: those that are no counterpart, or that FrEIA's containers have besides."""
+    """Name the layers that are not adopted, and why: those without a counterpart, or that FrEIA's containers add."""
     found = {}
     for name, module in model.named_modules():
         reason = counterpart(module, ADAPTERS)

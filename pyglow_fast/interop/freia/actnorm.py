@@ -1,4 +1,4 @@
-"""FrEIA's ActNorm with an initialisation that knows about directions, constant channels and several processes."""
+"""Corrects FrEIA's ActNorm: its initialisation knows of directions, constant channels and several processes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ActNorm(Fm.ActNorm):
     bias = -mean exp(scale), so that z has mean 0 and variance 1. Arguments, parameters and calls are those of
     ``FrEIA.modules.ActNorm``; a condition ``c`` is accepted and not used.
 
-    Where FrEIA's goes wrong, this one does not:
+    FrEIA's layer has faults that this one has not:
 
     - A pass with ``rev=True`` does not initialise: FrEIA sets the parameters from latent values as if they were data.
       Parameters that were trained before the first forward batch, going backwards only, are kept.
@@ -46,8 +46,8 @@ class ActNorm(Fm.ActNorm):
     - A batch that is empty or not finite is refused with a ValueError before anything is set.
     - Where torch.distributed is initialised, the moments are those of the batches of all ranks, so that all ranks set
       the same values; each of FrEIA's keeps its own.
-    - ``init_data`` may be a tensor: FrEIA asks for its truth value.
-    - Loading a state dict ends the wait for data only if it has this layer's values; copies and pickles work.
+    - ``init_data`` may be a tensor; FrEIA asks for its truth value, which a tensor does not have.
+    - A state dict that is loaded ends the wait for data only if it has this layer's values; copies and pickles work.
     - The log-det counts the positions of x itself, not those of ``dims_in``.
 
     Shapes: x ((N, C, *spatial),), any floating dtype.
@@ -55,6 +55,14 @@ class ActNorm(Fm.ActNorm):
     Raises:
         AssertionError: the first batch has another shape than dims_in, as in FrEIA.
         ValueError: see above, on this or another rank; another number of channels or dimensions later on.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.interop.freia import ActNorm
+        >>> norm = ActNorm([(3, 4, 4)])
+        >>> (z,), log_det = norm([5 + 2 * torch.randn(8, 3, 4, 4)])  # the first forward batch initialises
+        >>> z.mean().abs() < 1e-5, f"{z.std():.2f}"
+        (tensor(True), '1.00')
     """
 
     _went_back = False  # a pass with rev=True has come before the first forward batch
@@ -80,7 +88,7 @@ class ActNorm(Fm.ActNorm):
         self.init_on_next_batch = False
 
     def _await_data(self, x: Tensor, rev: bool) -> None:
-        """Of a layer that has not seen data: initialise it from a forward batch, unless it was trained backwards."""
+        """Let a layer that has seen no data initialise itself from a forward batch, unless it was trained backwards."""
         if rev:
             self._went_back = True
         elif self._went_back and bool((self.scale != 0).any() | (self.bias != 0).any()):
@@ -91,7 +99,7 @@ class ActNorm(Fm.ActNorm):
     def forward(
         self, x: Sequence[Tensor], rev: bool = False, jac: bool = True, c: Any = None
     ) -> tuple[list[Tensor], Tensor]:
-        """x -> z, or z -> x with ``rev``; the first forward batch initialises."""
+        """Map x to z, or z to x with ``rev``; the first forward batch initialises."""
         state = x[0]
         if self.init_on_next_batch:
             self._await_data(state, rev)

@@ -1,4 +1,4 @@
-"""FrEIA's AllInOneBlock: coupling, global affine map and permutation in one pass over memory besides the net."""
+"""Computes FrEIA's AllInOneBlock: coupling, global affine map and permutation in one pass besides the net."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pyglow_fast import _float32, functional, reference
 from pyglow_fast._captures import held, is_capturing
 from pyglow_fast._tracing import is_exporting, kernels_step_aside
+from pyglow_fast.coupling_nets import plain_call
 from pyglow_fast.interop import nets
 from pyglow_fast.interop.freia.layout import (
     OrderedSubnet,
@@ -67,7 +68,7 @@ GATHERED_FROM = 512  # channels of a vector from which a hard permutation is gat
 
 
 class StepParts(NamedTuple):
-    """A block as one step of ours: z = after(coupling(before(x))), all parts differentiable in the block's parameters.
+    """A block as one flow step: z = after(coupling(before(x))), all parts differentiable in the block's parameters.
 
     ``before`` and ``after`` are maps u = matrix x + offset with log|det matrix| (None: the identity), as
     functional.channel_mix takes them, gathers where the permutation is hard; ``after_inverse`` is the inverse of
@@ -76,6 +77,15 @@ class StepParts(NamedTuple):
 
     Blocks in a row are a chain of steps that each mix and then couple: the map of step k is before_k(after_(k-1)(x)),
     and the last ``after`` follows the chain. Such a chain halves the channels, so C must be even.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.interop.freia import AllInOneBlock, StepParts, step_parts
+        >>> def subnet(channels_in, channels_out):
+        ...     return torch.nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        >>> parts = step_parts(AllInOneBlock([(4, 8, 8)], subnet_constructor=subnet))
+        >>> isinstance(parts, StepParts), parts.before is None, parts.net(torch.randn(1, 2, 8, 8)).shape
+        (True, True, torch.Size([1, 4, 8, 8]))
     """
 
     before: ChannelMap | None
@@ -88,13 +98,13 @@ class StepParts(NamedTuple):
 class ServedBlock(nn.Module):
     """The arithmetic of AllInOneBlock, put before a class that has its interface: that class is the next base.
 
-    Such a class is FrEIA's own or, where it was verified that it computes the same, a copy of it.
+    The class is FrEIA's own or a copy of it that was verified to compute the same.
     """
 
     _home: type[ServedBlock]  # the class that was put together, of which a user's class may be a subclass
     _serves: type[nn.Module]  # the one behind it
     _divides = False  # s = clamp tanh(s_net / (10 clamp)), as in FrEIA's git since August 2023
-    _fixed_size = False  # its forward refuses other sizes than those of dims_in
+    _fixed_size = False  # whether its forward refuses other sizes than those of dims_in
     _seen: Seen | None = None
 
     in_channels: int
@@ -126,7 +136,7 @@ class ServedBlock(nn.Module):
         """R and its inverse, (C, C)."""
         if self.householder:
             matrix = self._construct_householder_permutation()
-            # Without their history, which would keep memory alive and forbid copies.
+            # The matrices are kept without their history, which would keep memory alive and forbid copies.
             self.w_perm = matrix.detach()
             self.w_perm_inv = self.w_perm.transpose(0, 1).contiguous()
             return matrix.flatten(1), matrix.flatten(1).T
@@ -200,9 +210,9 @@ class ServedBlock(nn.Module):
     def forward(
         self, x: Sequence[Tensor], c: Sequence[Tensor] = (), rev: bool = False, jac: bool = True
     ) -> tuple[tuple[Tensor], Tensor]:
-        """x -> z, or z -> x with ``rev``."""
+        """Map x to z, or z to x with ``rev``."""
         state = x[0]
-        narrow = self._is_narrow  # with nothing to gain: at no cost
+        narrow = self._is_narrow  # a narrow block has nothing to gain, and this costs nothing
         if (narrow and len(state)) or not self._takes(state):
             return self._by_freia(x, c, rev, jac)
         if for_kernels(state):
@@ -218,7 +228,7 @@ class ServedBlock(nn.Module):
     def _by_freia(self, x: Sequence[Tensor], c: Sequence[Tensor], rev: bool, jac: bool) -> tuple[tuple[Tensor], Tensor]:
         """FrEIA's own forward, but for what it leaves behind."""
         found: tuple[tuple[Tensor], Tensor] = super().forward(x, c, rev, jac)
-        if self.householder and not is_exporting():  # which puts back what it was
+        if self.householder and not is_exporting():  # an export puts back what was there
             self.w_perm, self.w_perm_inv = (w if w is None else w.detach() for w in (self.w_perm, self.w_perm_inv))
         return found
 
@@ -252,7 +262,7 @@ class ServedBlock(nn.Module):
         if self.householder:
             return None
         pair = (self.w_perm, self.w_perm_inv)
-        if pair[0].dim() == 1:  # which are indices
+        if pair[0].dim() == 1:  # a hard permutation kept as indices
             return pair
         if torch.compiler.is_compiling() or any(w.is_inference() for w in pair):
             return None
@@ -274,7 +284,8 @@ class ServedBlock(nn.Module):
     def is_dense(self) -> bool:
         """Whether R is a fixed matrix, not a hard permutation, of so many channels that its products decide the time.
 
-        Then ours are no faster on the CPU than the library's, and what is gained is the net, if our executor runs it.
+        Then the products here are no faster on the CPU than the library's, and only the net can gain, if the executor
+        runs it.
         """
         wide = self.in_channels >= DENSE_FROM and not self.householder
         return wide and self.w_perm.device.type == "cpu" and self._hard_order() is None
@@ -283,9 +294,10 @@ class ServedBlock(nn.Module):
         return nets.serves(self.subnet, x[:, : self.splits[0]], side_by_side(c) if self.conditional else None)
 
     def _by_products(self, x: Tensor, c: Sequence[Tensor], rev: bool) -> tuple[Tensor, Tensor]:
-        """With the coupling in a kernel, and a dense R by the library: a has no part in a product with R.
+        """Compute the coupling by a kernel and the product with a dense R by the library, with a apart from R.
 
-        In one pass it has, and the backward of a R then is one product of (C, C) more than that of R, which is fixed.
+        In one pass the product is with a R, whose backward costs one product of (C, C) more than that of R, which is
+        fixed.
         """
         spec, order = self._spec()
 
@@ -296,11 +308,11 @@ class ServedBlock(nn.Module):
         return self._around(couple, x, rev)
 
     def _by_torch(self, x: Tensor, c: Sequence[Tensor], rev: bool) -> tuple[Tensor, Tensor]:
-        """As the class behind does it, but for a hard permutation, which is gathered, and for empty batches."""
+        """Compute as the block's own class does; but a hard permutation is gathered, and empty batches work."""
 
         def couple(u: Tensor) -> tuple[Tensor, Tensor]:
             kept, changed = u.split(list(self.splits), dim=1)
-            net_out = self.subnet(torch.cat([kept, *c], dim=1) if self.conditional else kept)
+            net_out = plain_call(self.subnet)(torch.cat([kept, *c], dim=1) if self.conditional else kept, None)
             raw, shift = (SUBNET_GAIN * net_out).split(self.splits[1], dim=1)
             s, log_s = ScaleFunction(self.clamp, torch.tanh, self.GIN, self._divides)(raw)
             changed, log_det = ((changed - shift) / s, -log_s) if rev else (changed * s + shift, log_s)
@@ -352,13 +364,26 @@ class AllInOneBlock(ServedBlock, Fm.AllInOneBlock):
     half precision, inputs of an unexpected type, whatever runs inside torch.func, and a subclass that overrides
     ``_affine``, ``_permute`` or ``_pre_permute``.
 
-    Where FrEIA's goes wrong, this one does not: the subnet's output is not changed in place (which breaks the backward
-    of a subnet that ends in a Tanh or the like); an empty batch works; a block with reflections can be copied after a
-    forward, and any block pickled. A subnet's output of another shape than (N, 2 (C // 2), *spatial) is a ValueError
-    for images. Under autocast only the subnet runs in 16 bits. Gradients that come from kernels cannot be
+    FrEIA's block has faults that this one has not: the subnet's output is not changed in place (which breaks the
+    backward of a subnet that ends in a Tanh or the like); an empty batch works; a block with reflections can be copied
+    after a forward, and any block pickled. A subnet's output of another shape than (N, 2 (C // 2), *spatial) is a
+    ValueError for images. Under autocast only the subnet runs in 16 bits. Gradients that come from kernels cannot be
     differentiated again: an error says so, and that PYGLOW_FORCE_REFERENCE=1 helps.
 
     Shapes: x ((N, C, *spatial),), none to three spatial dimensions, c of conditions (N, C_c, *spatial).
+
+    Examples:
+        >>> import torch
+        >>> from FrEIA.framework import SequenceINN
+        >>> from pyglow_fast.interop.freia import AllInOneBlock
+        >>> def subnet(channels_in, channels_out):
+        ...     return torch.nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        >>> flow = SequenceINN(4, 8, 8)
+        >>> for _ in range(3):
+        ...     flow.append(AllInOneBlock, subnet_constructor=subnet)
+        >>> x = torch.randn(2, 4, 8, 8)
+        >>> torch.allclose(flow(flow(x)[0], rev=True)[0], x, atol=1e-4)
+        True
     """
 
     def __init__(
@@ -393,9 +418,9 @@ AllInOneBlock._home, AllInOneBlock._serves = AllInOneBlock, Fm.AllInOneBlock
 
 
 def step_parts(block: nn.Module) -> StepParts:
-    """z = after(coupling(before(x))): net, coupling and channel maps of an AllInOneBlock of this package.
+    """Split an AllInOneBlock of this package into net, coupling and channel maps: z = after(coupling(before(x))).
 
-    Called again whenever the parameters have changed: the maps are computed from them, with their gradients.
+    Call it again whenever the parameters have changed: the maps are computed from them, with their gradients.
 
     Raises:
         TypeError: not a block of this package (see :func:`pyglow_fast.interop.freia.adopt`).

@@ -1,4 +1,4 @@
-"""FrEIA's layers without parameters to learn: downsampling, Haar wavelets, a given 1x1 convolution."""
+"""Computes FrEIA's layers without parameters to learn: downsampling, Haar wavelets, a given 1x1 convolution."""
 
 from __future__ import annotations
 
@@ -17,19 +17,27 @@ from pyglow_fast._tracing import kernels_step_aside
 
 
 class IRevNetDownsampling(Fm.IRevNetDownsampling):
-    """Space to channels: (N, C, H, W) -> (N, 4 C, H/2, W/2), a copy instead of a convolution; log_det = 0.0.
+    """A layer that moves space to channels: (N, C, H, W) -> (N, 4 C, H/2, W/2), by a copy; log_det = 0.0.
 
     Output channel c*4 + 2*dh + dw, or with ``legacy_backend`` (2*dh + dw)*C + c. Arguments, the constant
     ``downsample_kernel`` in the state dict and the float log-det are those of ``FrEIA.modules.IRevNetDownsampling``.
 
     Raises:
         ValueError: an odd side, of which FrEIA drops a row in silence; channels that do not divide by 4 (``rev``).
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.interop.freia import IRevNetDownsampling
+        >>> down = IRevNetDownsampling([(3, 8, 8)])
+        >>> (z,), log_det = down([torch.randn(2, 3, 8, 8)])
+        >>> z.shape, log_det
+        (torch.Size([2, 12, 4, 4]), 0.0)
     """
 
     def forward(
         self, x: Sequence[Tensor], c: Any = None, jac: bool = True, rev: bool = False
     ) -> tuple[tuple[Tensor], float]:
-        """x -> z, or z -> x with ``rev``."""
+        """Map x to z, which has half the sides, or z to x with ``rev``."""
         state = x[0]
         images = state.dim() == 4 and state.shape[1] == self.channels * (4 if rev else 1)
         expected = f"images with {self.channels * (4 if rev else 1)} channels"
@@ -45,20 +53,37 @@ class IRevNetDownsampling(Fm.IRevNetDownsampling):
 
 
 class IRevNetUpsampling(Fm.IRevNetUpsampling, IRevNetDownsampling):
-    """The inverse of :class:`IRevNetDownsampling`: (N, 4 C, H, W) -> (N, C, 2 H, 2 W); log_det = 0.0."""
+    """The inverse of :class:`IRevNetDownsampling`: (N, 4 C, H, W) -> (N, C, 2 H, 2 W); log_det = 0.0.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.interop.freia import IRevNetDownsampling, IRevNetUpsampling
+        >>> x = torch.randn(2, 3, 8, 8)
+        >>> (z,), _ = IRevNetDownsampling([(3, 8, 8)])([x])
+        >>> (back,), _ = IRevNetUpsampling([(12, 4, 4)])([z])
+        >>> back.equal(x)
+        True
+    """
 
 
 class HaarDownsampling(Fm.HaarDownsampling):
-    """Each 2x2 block of a channel becomes its four Haar coefficients; (N, C, H, W) -> (N, 4 C, H/2, W/2).
+    """A layer that turns 2x2 blocks of a channel into four Haar coefficients: (N, C, H, W) -> (N, 4 C, H/2, W/2).
 
     Arguments, the constant ``haar_weights`` and the float log-det are those of ``FrEIA.modules.HaarDownsampling``.
     Unlike there, ``rev=True`` leaves its input as it is: FrEIA multiplies it in place.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.interop.freia import HaarDownsampling
+        >>> (z,), log_det = HaarDownsampling([(1, 4, 4)])([torch.ones(1, 1, 4, 4)])
+        >>> z[0, :, 0, 0]  # half of the sum of each 2x2 block, and no differences
+        tensor([2., 0., 0., 0.])
     """
 
     def forward(
         self, x: Sequence[Tensor], c: Any = None, jac: bool = True, rev: bool = False
     ) -> tuple[tuple[Tensor], float]:
-        """x -> z, or z -> x with ``rev``."""
+        """Map x to its coefficients z, or z to x with ``rev``."""
         if not rev or self.permute:  # with a permutation FrEIA changes its own copy
             return super().forward(x, c, jac, rev)
         state = x[0]
@@ -68,7 +93,17 @@ class HaarDownsampling(Fm.HaarDownsampling):
 
 
 class HaarUpsampling(Fm.HaarUpsampling, HaarDownsampling):
-    """The inverse of :class:`HaarDownsampling`: (N, 4 C, H, W) -> (N, C, 2 H, 2 W)."""
+    """The inverse of :class:`HaarDownsampling`: (N, 4 C, H, W) -> (N, C, 2 H, 2 W).
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.interop.freia import HaarDownsampling, HaarUpsampling
+        >>> x = torch.randn(2, 1, 4, 4)
+        >>> (z,), _ = HaarDownsampling([(1, 4, 4)])([x])
+        >>> (back,), _ = HaarUpsampling([(4, 2, 2)])([z])
+        >>> torch.allclose(back, x, atol=1e-6)
+        True
+    """
 
 
 class Fixed1x1Conv(Fm.Fixed1x1Conv):
@@ -79,6 +114,14 @@ class Fixed1x1Conv(Fm.Fixed1x1Conv):
 
     Raises:
         ValueError: no M, as in FrEIA; images of another number of channels.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.interop.freia import Fixed1x1Conv
+        >>> conv = Fixed1x1Conv([(2, 4, 4)], M=torch.tensor([[0.0, 2.0], [1.0, 0.0]]))
+        >>> (z,), log_det = conv([torch.stack([torch.full((4, 4), 3.0), torch.full((4, 4), 5.0)])[None]])
+        >>> z[0, :, 0, 0], f"{log_det:.3f}"  # 16 log 2
+        (tensor([10.,  3.]), '11.090')
     """
 
     def __init__(self, dims_in: Sequence[Sequence[int]], dims_c: Any = None, M: Tensor | None = None) -> None:
@@ -87,7 +130,7 @@ class Fixed1x1Conv(Fm.Fixed1x1Conv):
     def forward(
         self, x: Sequence[Tensor], rev: bool = False, jac: bool = True, c: Any = None
     ) -> tuple[tuple[Tensor], Tensor]:
-        """x -> z, or z -> x with ``rev``."""
+        """Map x to z by the matrix, or z to x with ``rev``."""
         state = x[0]
         if kernels_step_aside() or state.dtype != self.M.dtype:
             return super().forward(x, rev, jac)

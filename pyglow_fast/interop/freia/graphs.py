@@ -1,4 +1,4 @@
-"""Runs of blocks in FrEIA's GraphINN: nodes with one input and one output, which nothing else reads, as one chain."""
+"""Joins runs of blocks in FrEIA's GraphINN: nodes with one input and one output, which nothing else reads."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from pyglow_fast.interop.joined import ALONE, Face, Joined, Place, Reasons
 class JoinedGraph(Joined, Ff.GraphINN):
     """A GraphINN that runs its joined nodes in chains, and one by one where the outputs of all nodes are asked for.
 
-    Its nodes, modules and calls are what they were. The chains are in a second graph over the same modules, which is
-    not used once a node has got another module.
+    The graph's nodes, modules and calls are what they were. The chains are in a second graph over the same modules,
+    which is no longer used once a node has got another module.
     """
 
     joined_graph: Ff.GraphINN  # no child of it
     joined_from: list[Any]  # the modules of the nodes when they were joined
 
     def steps(self) -> list[nn.Module]:
-        """Give the modules of its nodes."""
+        """List the modules of the graph's nodes."""
         return list(cast(Any, self).module_list)
 
     def part(self) -> None:
-        """Make it a GraphINN."""
+        """Turn the graph into an ordinary GraphINN again."""
         self.__class__ = Ff.GraphINN
         for name in ("faces", "joined_graph", "joined_from"):
             del self.__dict__[name]
@@ -37,7 +37,7 @@ class JoinedGraph(Joined, Ff.GraphINN):
         self, x_or_z: Any, c: Any = None, rev: bool = False, jac: bool = True, intermediate_outputs: bool = False,
         x: Any = None,
     ) -> Any:  # fmt: skip
-        """As GraphINN's."""
+        """Run the graph, called as GraphINN is."""
         same = all(
             node.module is known for node, known in zip(cast(Any, self).node_list, self.joined_from, strict=True)
         )
@@ -47,7 +47,7 @@ class JoinedGraph(Joined, Ff.GraphINN):
 
 
 def join(graph: nn.Module, memory: str | int, budget: str | int) -> tuple[list[Face], Reasons]:
-    """Join the runs of a graph in place; its faces, and why the other modules are in none."""
+    """Join the runs of a graph in place; returns what stands for them, and why other modules are in none."""
     if type(graph) is not Ff.GraphINN:
         whose = f"the nodes of a {type(graph).__qualname__} run one by one"
         return [], dict.fromkeys(cast(Any, graph).module_list, whose)
@@ -83,8 +83,8 @@ def _runs(every: list[Any], places: dict[Any, Place]) -> list[list[Any]]:
     for node in every:
         readers.update((other, index) for other, index in node.inputs)
         readers.update(cond if isinstance(cond, tuple) else (cond, 0) for cond in node.conditions)
-    runs: dict[Any, list[Any]] = {}  # by the node that ends it
-    for node in places:  # in the order of their data
+    runs: dict[Any, list[Any]] = {}  # each run by the node that ends it
+    for node in places:  # the nodes come in the order of their data
         takes = places[node].takes
         if takes is None or uses[node.module] > 1:
             continue

@@ -1,4 +1,4 @@
-"""Runs of AllInOneBlocks in one chain, of lists and of graphs."""
+"""Joins runs of AllInOneBlocks, of lists and of graphs, into one chain each."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STEPS = (ServedBlock,)  # what may be joined
 
 
 class BlockRun(Face):
-    """AllInOneBlocks joined, called as one of them, with the same conditions for all or none."""
+    """A run of joined AllInOneBlocks, called as one of them, with the same conditions for all or none."""
 
     def takes(self, x: Tensor) -> bool:
         """Whether the run takes x; a size that the blocks refuse they refuse themselves."""
@@ -59,7 +59,7 @@ class BlockRun(Face):
 
 
 class Passed:
-    """In the place of a block that a run before it has done, so that the others keep their numbers."""
+    """A placeholder of a block that a run before it has computed, so that the other blocks keep their numbers."""
 
     def __call__(self, x: Sequence[Tensor], c: Any = None, rev: bool = False, jac: bool = True) -> tuple[Any, int]:
         """x, 0."""
@@ -92,7 +92,7 @@ def _changed(module: nn.Module) -> str:
 
 
 def reason_against(module: nn.Module, memory: str | int) -> str:
-    """Why a module is no step of a run, or nothing."""
+    """Say why a module is no step of a run; empty if it is one."""
     if not isinstance(module, ServedBlock) or type(module) is not module._home:
         return "only AllInOneBlocks are joined"
     if module.splits[0] != module.splits[1]:
@@ -101,8 +101,8 @@ def reason_against(module: nn.Module, memory: str | int) -> str:
 
 
 def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str | int) -> list[Place]:
-    """The modules of a list, its blocks as steps that take their width and their condition, None for none."""
-    conditions: list[Any] = getattr(owner, "conditions", None) or [None] * len(modules)  # of a SequenceINN
+    """Divide the modules of a list into steps that can be joined, if width and condition agree, and others."""
+    conditions: list[Any] = getattr(owner, "conditions", None) or [None] * len(modules)  # a SequenceINN has them
     found = []
     for module, cond in zip(modules, conditions, strict=True):
         reason = reason_against(module, memory)
@@ -111,7 +111,7 @@ def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str | int) ->
 
 
 def stand_ins(run: Sequence[Place], memory: str | int, budget: str | int) -> list[BlockRun | Passed]:
-    """What stands in the place of a run: a BlockRun in that of its first block, a Passed in those of the others."""
+    """Make what replaces a run: a BlockRun in the place of its first block, a Passed in those of the others."""
     blocks: list[Any] = [block for place in run for block in place.layers]
     steps = []
     for previous, block in zip([None, *blocks[:-1]], blocks, strict=True):

@@ -1,13 +1,15 @@
-"""How a FrEIA subnet's output [s | t] becomes what our couplings take, [shift | raw scale], and which inputs they take.
+"""Turns a FrEIA subnet's output [s | t] into what couplings here take, [shift | raw scale], where they take it.
 
-FrEIA: y = x exp(clamp f(s)) + t. Ours: y = x s + shift with log s = c tanh(raw / c) or c 0.636 atan(raw), so that
+FrEIA computes y = x exp(clamp f(s)) + t, and the kernels y = x s + shift with log s = c tanh(raw / c) or c 0.636
+    atan(raw), so that
 
     TANH     clamp tanh(s)              = c tanh(raw / c)      raw = clamp s
              clamp tanh(s / clamp)      = c tanh(raw / c)      raw = s
     SIGMOID  clamp 2 (sigmoid(s) - 1/2) = c tanh(raw / c)      raw = clamp s / 2
     ATAN     clamp 0.636 atan(s)        = c 0.636 atan(raw)    raw = sign(clamp) s
 
-with c = |clamp|. Any other f, and a clamp that is no number or is out of the kernels' range, is a scale map of its own.
+with c = |clamp|. Any other f, and a clamp that is no number or is out of the kernels' range, becomes a scale map of its
+own (:class:`ScaleFunction`).
 """
 
 from __future__ import annotations
@@ -26,27 +28,27 @@ from pyglow_fast.interop import nets
 from pyglow_fast.layers.coupling import MAX_CLAMP
 from pyglow_fast.reference import CouplingSpec, n_positions
 
-# Positions of a sample below which the kernels, made for images, lose to plain torch: they walk along positions.
+# For samples of fewer positions the kernels, made for images, are slower than plain torch: they walk along positions.
 FEW_POSITIONS = 8
 
 
 def atan_clamp(u: Tensor) -> Tensor:
-    """FrEIA's "ATAN": 0.636 atan(u)."""
+    """Compute FrEIA's clamp "ATAN": 0.636 atan(u)."""
     return 0.636 * torch.atan(u)
 
 
 def sigmoid_clamp(u: Tensor) -> Tensor:
-    """FrEIA's "SIGMOID": 2 (sigmoid(u) - 1/2)."""
+    """Compute FrEIA's clamp "SIGMOID": 2 (sigmoid(u) - 1/2)."""
     return 2.0 * (torch.sigmoid(u) - 0.5)
 
 
 def no_clamp(u: Tensor) -> Tensor:
-    """What FrEIA gives blocks without a scale: u."""
+    """Return u: FrEIA gives this clamp to blocks without a scale."""
     return u
 
 
 def importable(f_clamp: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The function that FrEIA's own lambda computes, which pickle can find; any other is returned as it is."""
+    """Find the function that FrEIA's own lambda computes, which pickle can find; any other is returned as it is."""
     home = "FrEIA.modules.coupling_layers"
     if getattr(f_clamp, "__module__", "") != home or not getattr(f_clamp, "__qualname__", "").endswith("<lambda>"):
         return f_clamp
@@ -60,9 +62,9 @@ def importable(f_clamp: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor
 
 @dataclass(frozen=True)
 class ScaleFunction:
-    """log s = clamp f(raw), minus its mean over the sample if ``centred`` (GIN): a CouplingSpec's callable map.
+    """A scale map log s = clamp f(raw), minus its mean over the sample if ``centred`` (GIN), for a CouplingSpec.
 
-    If it ``divides``, log s = clamp f(raw / clamp).
+    With ``divides``, log s = clamp f(raw / clamp).
     """
 
     clamp: Any
@@ -81,7 +83,7 @@ class ScaleFunction:
 def clamped_spec(
     clamp: Any, f_clamp: Callable[[Tensor], Tensor], centred: bool = False, divides: bool = False
 ) -> tuple[CouplingSpec, float]:
-    """y = x exp(clamp f_clamp(s)) + t as a CouplingSpec of raw = gain s, and that gain.
+    """Write y = x exp(clamp f_clamp(s)) + t as a CouplingSpec of raw = gain s, and that gain.
 
     Args:
         clamp: FrEIA's; a float or anything that multiplies a tensor.
@@ -102,7 +104,7 @@ def clamped_spec(
 
 @dataclass(frozen=True)
 class ShiftThenRaw:
-    """[shift_gain t | raw_gain s] of [s | t], a linear map of channels as nets.run takes it."""
+    """A map of channels, as nets.run takes it: [s | t] -> [shift_gain t | raw_gain s]."""
 
     transformed: int  # channels of s
     shift_gain: float
@@ -124,34 +126,39 @@ def _times(part: Tensor, gain: float) -> Tensor:
 
 
 def side_by_side(c: Sequence[Tensor]) -> Tensor | None:
-    """All conditions of a block as one; None for none."""
+    """Concatenate all conditions of a block; None for none."""
     if not c:
         return None
     return c[0] if len(c) == 1 else torch.cat(list(c), dim=1)
 
 
 def net_output(
-    subnet: nn.Module, passive: Tensor, state: Tensor, order: ShiftThenRaw, cond: Tensor | None = None
+    subnet: nn.Module,
+    passive: Tensor,
+    state: Tensor,
+    order: ShiftThenRaw,
+    cond: Tensor | None = None,
+    copies: bool = True,
 ) -> Tensor:
-    """[shift | raw] of subnet(passive), (N, 2 transformed, *spatial), for a state (N, C, *spatial).
+    """Compute [shift | raw] by subnet(passive), (N, 2 transformed, *spatial), for a state (N, C, *spatial).
 
-    With a condition, of subnet([passive, cond]).
+    With a condition, the subnet is called with [passive, cond]. ``copies`` as in :func:`pyglow_fast.interop.nets.run`.
 
     Raises:
         ValueError: the subnet's output has another shape. (FrEIA broadcasts some, with a wrong log-det.)
     """
-    out = nets.run(subnet, passive, order, cond)
+    out = nets.run(subnet, passive, order, cond, copies)
     expected = (state.shape[0], 2 * order.transformed, *state.shape[2:])
     expect(tuple(out.shape) == expected, "subnet", f"an output of shape {expected}", tuple(out.shape))
     return out
 
 
 class OrderedSubnet(nn.Module):
-    """A FrEIA subnet as the net of a Coupling of ours: x1 (N, C1, *spatial) -> [shift | raw].
+    """A FrEIA subnet as the net of a Coupling of this package: x1 (N, C1, *spatial) -> [shift | raw].
 
     Args:
-        subnet: gives [s | t], of x1 and, if there is one, the condition, concatenated. Shared, not copied.
-        order: what becomes of its output.
+        subnet: computes [s | t] of x1, concatenated with the condition if there is one. It is shared, not copied.
+        order: maps the channels of its output.
         whole_samples: a sample must not be cut into strips (GIN takes means over it).
     """
 
@@ -161,24 +168,30 @@ class OrderedSubnet(nn.Module):
 
     @property
     def halo(self) -> int | None:
-        """Positions to each side that an output depends on, None where it is not known: see coupling_nets."""
+        """How many positions to each side an output depends on; None where it is not known: see coupling_nets."""
         if self.whole_samples:
             return None
         return nets.halo(self.subnet)
 
     @property
     def bytes_per_position(self) -> Callable[[int], int] | None:
-        """What computes the bytes of activations of a position, None where it is not known."""
+        """A function that computes the bytes of activations of a position; None where they are not known."""
         return nets.bytes_per_position(self.subnet)
 
     @property
     def kept_bytes(self) -> Callable[[Sequence[int], Tensor], KeptBytes] | None:
-        """What computes the bytes that it keeps for its backward, None where they are not known: see traits.py."""
+        """A function that computes the bytes the net keeps for its backward; None where not known: see traits.py."""
         return nets.kept_bytes(self.subnet, True)
 
+    @property
+    def writes_to_input(self) -> bool:
+        """Whether its net may write to what it is called with."""
+        return nets.may_write(self.subnet)
+
     def forward(self, x1: Tensor, cond: Tensor | None = None) -> Tensor:
-        """x1, cond -> [shift | raw]."""
-        return net_output(self.subnet, x1, x1, self.order, None if cond is None else cond.to(x1.dtype))
+        """Map x1 and the condition to [shift | raw]."""
+        cond = None if cond is None else cond.to(x1.dtype)
+        return net_output(self.subnet, x1, x1, self.order, cond, copies=False)
 
 
 def for_kernels(state: Any) -> bool:

@@ -1,4 +1,4 @@
-"""A layer's class and one of ours side by side, on copies of the layer with random weights."""
+"""Runs a layer's class and one of this package's side by side, on copies of the layer with random weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WRITTEN = ("w_perm", "w_perm_inv", "last_jac")  # attributes that FrEIA's forwar
 
 
 class DiffersError(Exception):
-    """Says in what a layer is not what ours is, and how many things are the same."""
+    """Raised when a layer computes something else than this package's; says in what, and how many things agree."""
 
     def __init__(self, text: str = "", same: int = 0) -> None:
         super().__init__(text)
@@ -32,7 +32,7 @@ Results = dict[str, Tensor | None]
 
 
 def run_theirs(layer: nn.Module) -> tuple[list[Results], bool]:
-    """What the layer's own class computes in training and in evaluation, and whether it refuses the latter's size."""
+    """Run the layer's own class in training and in evaluation, and see whether the latter refuses the size."""
     first, second = _sizes(layer)
     found = [_by_their_own(layer, first, training=True)]
     try:
@@ -54,12 +54,12 @@ def _by_their_own(layer: nn.Module, sizes: Sequence[int], training: bool) -> Res
 
 
 def compare(layer: nn.Module, own: type[nn.Module], theirs: Sequence[Results], fixed_size: bool) -> None:
-    """Refuse a class of ours that computes something else than the layer's own."""
+    """Refuse a class of this package that computes something else than the layer's own."""
     first, second = _sizes(layer)
     for expected, sizes, training in zip(theirs, (first, first if fixed_size else second), (True, False), strict=True):
         twin: Any = _twin(layer, own, training)
         runs = [twin.forward]
-        if isinstance(twin, ServedBlock):  # by what its forward may not use for so small a state
+        if isinstance(twin, ServedBlock):  # its arithmetic, which its forward may not use for so small a state
             without_closures(twin)
             runs = [_calling(each) for each in (twin._by_kernels, twin._by_products, twin._by_torch)]
         found = [item for run in runs for item in _results(twin, run, sizes).items()]
@@ -130,7 +130,7 @@ def _dims(layer: Any) -> tuple[int, ...]:
 
 
 def _sizes(layer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of the states of a probe, in training and in evaluation: a block may be called with another than dims_in."""
+    """Choose the sizes of a probe's states: in evaluation a block may be called with another than dims_in."""
     first, second = _SIZES[len(_dims(layer)) - 1]
     return first, second if hasattr(layer, "splits") else first
 
@@ -171,7 +171,7 @@ def _twin(layer: nn.Module, layer_class: type[nn.Module], training: bool) -> nn.
 
 def _own_value(name: str, value: Any, layer: nn.Module, twin: nn.Module) -> Any:
     """An attribute for a copy of a layer."""
-    if name in _PERMUTATIONS:  # of reflections, computed from them
+    if name in _PERMUTATIONS:  # permutations made of reflections, computed from them
         return None
     if isinstance(value, Tensor):
         own = value.detach().cpu()
@@ -218,7 +218,7 @@ def _results(layer: nn.Module, run: Callable[..., Any], sizes: Sequence[int]) ->
     for rev in (False, True):
         x = state.clone().requires_grad_()
         c = [value.clone().requires_grad_() for value in given]
-        (out,), log_det = run([x.clone()], rev=rev, **({"c": c} if c else {}))  # which FrEIA may write into
+        (out,), log_det = run([x.clone()], rev=rev, **({"c": c} if c else {}))  # a copy, as FrEIA may write into it
         log_det = torch.as_tensor(log_det, dtype=torch.float64)
         objective = (out * drawn(*out.shape)).sum() + (log_det * drawn(*log_det.shape)).sum()
         named = {"x": x, **{f"c{i}": value for i, value in enumerate(c)}}

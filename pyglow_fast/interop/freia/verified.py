@@ -1,8 +1,9 @@
-"""Which layers compute what ours do, whatever code base their class is from: told by their attributes and by a probe.
+"""Finds which layers compute what this package's do, whatever code base they are from: by attributes and a probe.
 
-A probe runs two copies of a layer, one of its class and one of ours, with the same random float64 weights and a stub in
-the place of each net: forward, inverse and their gradients, for two sizes, in training and in evaluation. The layer
-itself, its net, its hooks and the random state are not touched. The result is kept for a class and a configuration.
+A probe runs two copies of a layer, one of its own class and one of the class here, with the same random float64 weights
+and a stub in the place of each net: forward, inverse and their gradients, for two sizes, in training and in evaluation.
+The layer itself, its net, its hooks and the random state are not touched. The result is kept for each class and
+configuration.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pyglow_fast.interop.exchange import Classes
 from pyglow_fast.interop.freia.all_in_one import STEPS, ServedBlock
 from pyglow_fast.interop.freia.probe import INNER, WRITTEN, DiffersError, Stub, compare, run_theirs
 
-# What an AllInOneBlock is known by, and what ours asks of it besides.
+# The attributes that an AllInOneBlock is recognised by, and those that the class here needs besides.
 _KNOWN_BY = ("subnet", "splits", "global_scale", "global_offset", "w_perm", "w_perm_inv")
 _NEEDS = (
     *("clamp", "GIN", "reverse_pre_permute", "householder", "global_scale_activation", "permute_function"),
@@ -37,16 +38,16 @@ class Variant(NamedTuple):
     fixed_size: bool
 
 
-# Of each class, by the configuration of a layer: its variant, or why it is left.
+# For each class, by the configuration of a layer, its variant, or why it is left.
 _found: weakref.WeakKeyDictionary[type, dict[Any, Variant | str]] = weakref.WeakKeyDictionary()
 
 
 def counterpart(layer: nn.Module, classes: Classes) -> type[nn.Module] | str | None:
-    """Find the class of ours that computes what a layer's own does; why there is none; None for other layers.
+    """Find the class here that computes what a layer's own does; a text why there is none; None for other layers.
 
     Args:
         layer: any module.
-        classes: FrEIA's class -> ours.
+        classes: FrEIA's class -> the class here.
     """
     theirs = type(layer)
     if isinstance(layer, ServedBlock) or theirs in classes.values():
@@ -75,7 +76,7 @@ def counterpart(layer: nn.Module, classes: Classes) -> type[nn.Module] | str | N
 
 
 def variant_of_installed() -> Variant | str:
-    """Tell which form FrEIA's own AllInOneBlock has, or why it is none that we know."""
+    """Tell which form FrEIA's own AllInOneBlock has, or why it is none that is known."""
     import numpy as np
 
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()
@@ -89,7 +90,7 @@ def variant_of_installed() -> Variant | str:
 
 
 def served(theirs: type[nn.Module], divides: bool, fixed_size: bool) -> type[nn.Module]:
-    """Put our arithmetic before a class that has the interface of AllInOneBlock; one class for each."""
+    """Put this package's arithmetic before a class with the interface of AllInOneBlock; one class for each."""
     for known in theirs.__subclasses__():
         if vars(known).get("_variant") == (divides, fixed_size):
             return known
@@ -109,7 +110,7 @@ def served(theirs: type[nn.Module], divides: bool, fixed_size: bool) -> type[nn.
 
 
 def _reduce_ex(self: Any, protocol: Any) -> Any:
-    """Of a class that was put together: pickled as the one behind it and the variant, and copied so."""
+    """Pickle and copy a class that was put together by the class behind it and the variant."""
     found = super(type(self)._home, self).__reduce_ex__(max(int(protocol), 2))
     if type(self) is not type(self)._home:
         return found

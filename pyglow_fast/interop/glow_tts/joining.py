@@ -1,4 +1,4 @@
-"""Runs of Glow-TTS's steps (actnorm, convolution in groups, coupling) in one chain."""
+"""Joins runs of Glow-TTS's steps (actnorm, convolution in groups, coupling) into one chain."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from pyglow_fast.layers.sequence import log_scale_of_padding, masked_condition
 from pyglow_fast.reference import CouplingSpec, full_precision, full_product
 
 STEPS = (CouplingBlock,)  # what may be joined
-OTHER = 1e-4  # by how much W^-1 W may differ from 1 when the inverse was rounded to float32
+OTHER = 1e-4  # how much W^-1 W may differ from 1 when the inverse was rounded to float32
 
 
 class DecoderRun(Face):
     """A run of joined steps, called as one of their layers: x, mask -> z, log_det, or back.
 
-    The layers run one by one while an actnorm waits for data, and on a small batch where no memory is spared.
+    The layers run one by one while an actnorm waits for data, and on a small batch if no memory is to be saved.
     """
 
     def __call__(
@@ -126,7 +126,7 @@ def _place(layers: Sequence[Any]) -> Place:
 
 
 def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str | int) -> list[Place]:
-    """The layers of a list, up to and with each coupling as a step that takes its width."""
+    """Divide the layers of a list into steps, each up to a coupling, that can be joined if their widths agree."""
     groups: list[list[nn.Module]] = [[]]
     for module in modules:
         groups[-1].append(module)
@@ -136,7 +136,7 @@ def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str | int) ->
 
 
 def stand_ins(run: Sequence[Place], memory: str | int, budget: str | int) -> list[DecoderRun]:
-    """What stands in the place of a run: one DecoderRun."""
+    """Make what replaces a run: one DecoderRun."""
     layers = [layer for place in run for layer in place.layers]
     steps = [place.parts for place in run]
     return [DecoderRun(layers, JoinedRun(run[0].takes, steps, None, memory, budget, masked=True))]

@@ -1,4 +1,4 @@
-"""Layers in the place of those of Glow-TTS, whatever class they are of: made subclasses of that class, in place."""
+"""Serves the layers of Glow-TTS, whatever class they are of: they are made subclasses of that class, in place."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from pyglow_fast.layers.sequence import log_scale_of_padding, masked_condition
 from pyglow_fast.layers.wavenet import CHANNELS_LAST, run_wavenet, wavenet_bytes, wavenet_halo
 from pyglow_fast.reference import CouplingSpec
 
-_SIGMOID_EPS = 1e-6  # that Glow-TTS adds to a scale
+_SIGMOID_EPS = 1e-6  # what Glow-TTS adds to a scale
 
 
 class AdoptedLayer(StandIn):
-    """Base of what stands in for the layers of Glow-TTS.
+    """A base of the classes that replace layers of Glow-TTS.
 
-    Wherever ours does not apply (hooks, other dtypes, torch.func) or does not pay (a few hundred positions, as when one
-    sentence is spoken) the layer's own forward runs.
+    The layer's own forward runs wherever this package's arithmetic does not apply (hooks, other dtypes, torch.func) or
+    does not pay (a few hundred positions, as when one sentence is spoken).
     """
 
     least_positions = CHANNELS_LAST  # samples times time steps from which on ours runs
@@ -44,10 +44,10 @@ class AdoptedLayer(StandIn):
 
 
 def runs_on(module: nn.Module, x: Any, mask: Any, g: Any = None) -> bool:
-    """Whether our arithmetic applies to the inputs of a module.
+    """Whether this package's arithmetic applies to the inputs of a module.
 
-    Which it does to sequences of the parameters' dtype, a mask of zeros and ones or none, and a condition that is the
-    same at all positions or none; with nothing that watches every module's call.
+    It applies to sequences of the parameters' dtype, with a mask of zeros and ones or none, and with a condition that
+    is the same at all positions or none, as long as nothing watches every module's call.
     """
     like = next(module.parameters())
     if not isinstance(x, Tensor) or x.dim() != 3 or x.dtype != like.dtype or x.device != like.device:
@@ -60,13 +60,26 @@ def runs_on(module: nn.Module, x: Any, mask: Any, g: Any = None) -> bool:
 
 
 class WN(AdoptedLayer):
-    """m sum_l skip_l of a WaveNet: see :func:`pyglow_fast.layers.wavenet.run_wavenet`."""
+    """A WaveNet of gated convolutions, m sum_l skip_l: see :func:`pyglow_fast.layers.wavenet.run_wavenet`.
+
+    Examples:
+        >>> from torch.nn import Conv1d, Dropout, ModuleDict, ModuleList
+        >>> from pyglow_fast.interop.glow_tts import WN, adopt
+        >>> class Gated(ModuleDict):  # a net of one layer, as a code base of text to speech has it
+        ...     def forward(self, x, mask, g=None):
+        ...         a, b = self.drop(self.in_layers[0](x)).chunk(2, dim=1)
+        ...         return self.res_skip_layers[0](a.tanh() * b.sigmoid()) * mask
+        >>> dilated, mixing = ModuleList([Conv1d(4, 8, 3, padding=1)]), ModuleList([Conv1d(4, 4, 1)])
+        >>> net = Gated({"in_layers": dilated, "res_skip_layers": mixing, "drop": Dropout(0.1)})
+        >>> adopt(net), isinstance(net, WN), isinstance(net, Gated)  # the name of the model itself is ""
+        ([''], True, True)
+    """
 
     def forward(self, x: Tensor, x_mask: Tensor | None = None, g: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """x (N, H, T), x_mask (N, 1, T), g (N, C_c, 1) -> (N, H, T)."""
+        """Compute the net: x (N, H, T), x_mask (N, 1, T), g (N, C_c, 1) -> (N, H, T)."""
         fits = not self.is_small(x) and runs_on(self, x, x_mask, g) and not wavenet_fault(self)
         mask = x_mask.to(x.dtype) if fits and x_mask is not None else None
-        # What x has behind the end of a sample, which its first layer would see in theirs, is cut off in ours.
+        # Values of x behind the end of a sample are cut off here, while their first layer would see them.
         if not fits or (mask is not None and can_read(x) and bool(((x != 0) & (mask == 0)).any())):
             out: Tensor = self._alone(x, x_mask, g, **kwargs)
             return out
@@ -74,15 +87,31 @@ class WN(AdoptedLayer):
 
 
 class InvConvNear(AdoptedLayer):
-    """z_g = W x_g m for each group of channels: one product with all groups' matrix.
+    """A 1x1 convolution in groups of channels, z_g = W x_g m: one product with all groups' matrix.
 
-    log_det = log|det W| (C / n_split) times the sample's length. Where det W is negative theirs is NaN.
+    log_det = log|det W| (C / n_split) times the sample's length. Where det W is negative, Glow-TTS's own is NaN.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.interop.glow_tts import InvConvNear, adopt
+        >>> class Mixing(torch.nn.Module):  # two channels a group, as a code base of text to speech has it
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.weight, self.weight_inv = torch.nn.Parameter(torch.eye(2)), None
+        ...     def forward(self, x, mask=None, reverse=False):
+        ...         mask = torch.ones_like(x[:, :1]) if mask is None else mask
+        ...         weight = self.weight.inverse() if reverse else self.weight
+        ...         z = torch.einsum("ij,njct->nict", weight, x.unflatten(1, (2, -1))).flatten(1, 2) * mask
+        ...         return z, None if reverse else weight.logdet() * x.shape[1] / 2 * mask.sum((1, 2))
+        >>> mixing = Mixing()
+        >>> adopt(mixing), isinstance(mixing, InvConvNear)
+        ([''], True)
     """
 
     def forward(
         self, x: Tensor, x_mask: Tensor | None = None, reverse: bool = False, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """x (N, C, T) -> z, log_det (N,), or None if reverse."""
+        """Map x (N, C, T) to z and log_det (N,), which is None if reverse."""
         own: Any = self
         if self.is_small(x) or not runs_on(self, x, x_mask) or getattr(own, "no_jacobian", False):
             return self._alone(x, x_mask, reverse=reverse, **kwargs)
@@ -99,13 +128,14 @@ class InvConvNear(AdoptedLayer):
 
 
 class BlockNet(nn.Module):
-    """end(wn(m start(x1))) of a coupling as a net for masked sequences.
+    """A coupling's net end(wn(m start(x1))) as a net for masked sequences.
 
     Args:
         block: the coupling.
     """
 
     takes_mask = True
+    writes_to_input = False
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -114,7 +144,7 @@ class BlockNet(nn.Module):
 
     @property
     def halo(self) -> int:
-        """Positions to each side that an output depends on."""
+        """How many positions to each side an output depends on."""
         layers: Any = self.wn.in_layers
         return wavenet_halo(layers[0].kernel_size[0], [conv.dilation[0] for conv in layers])
 
@@ -130,20 +160,41 @@ class BlockNet(nn.Module):
         return wavenet_bytes(layers[0].in_channels, len(layers), edges, not self.deterministic, element_size)
 
     def forward(self, x1: Tensor, cond: Tensor | None, mask: Tensor) -> Tensor:
-        """x1 (N, C / 2, T), cond (N, C_c, 1) or None, mask (N, 1, T) -> (N, C, T)."""
+        """Map x1 (N, C / 2, T), cond (N, C_c, 1) or None, mask (N, 1, T) to (N, C, T)."""
         parts = wavenet_parts(self.wn, self.start, self.end)
         return run_wavenet(parts, x1, cond, mask, dropout_probability(self.wn))
 
 
 def spec_of(block: nn.Module) -> CouplingSpec:
-    """z_1 = t + s x_1 with s = exp(raw), or sigmoid(raw + 2) + 1e-6."""
+    """Describe the coupling z_1 = t + s x_1 with s = exp(raw), or sigmoid(raw + 2) + 1e-6."""
     if getattr(block, "sigmoid_scale", False):
         return CouplingSpec("affine", "sigmoid", bias=2.0, eps=_SIGMOID_EPS, order="scale_shift")
     return CouplingSpec("affine", "exp", order="scale_shift")
 
 
 class CouplingBlock(AdoptedLayer):
-    """z = (x_0, (t + s x_1) m), (t, log s) = end(wn(m start(x_0))); log_det = sum over the sample of m log s."""
+    """z = (x_0, (t + s x_1) m), (t, log s) = end(wn(m start(x_0))); log_det = sum over the sample of m log s.
+
+    Examples:
+        >>> import torch
+        >>> from torch.nn import Conv1d, Dropout, ModuleDict, ModuleList
+        >>> from pyglow_fast.interop.glow_tts import CouplingBlock, adopt
+        >>> class Gated(ModuleDict):
+        ...     def forward(self, x, mask, g=None):
+        ...         a, b = self.drop(self.in_layers[0](x)).chunk(2, dim=1)
+        ...         return self.res_skip_layers[0](a.tanh() * b.sigmoid()) * mask
+        >>> class Affine(ModuleDict):
+        ...     def forward(self, x, mask, reverse=False, g=None):
+        ...         x0, x1 = x.chunk(2, dim=1)
+        ...         t, log_s = self.end(self.wn(self.start(x0) * mask, mask)).chunk(2, dim=1)
+        ...         x1 = ((x1 - t) * (-log_s).exp() if reverse else t + log_s.exp() * x1) * mask
+        ...         return torch.cat([x0, x1], dim=1), None if reverse else (log_s * mask).sum((1, 2))
+        >>> dilated, mixing = ModuleList([Conv1d(4, 8, 3, padding=1)]), ModuleList([Conv1d(4, 4, 1)])
+        >>> net = Gated({"in_layers": dilated, "res_skip_layers": mixing, "drop": Dropout(0.1)})
+        >>> block = Affine({"start": Conv1d(2, 4, 1), "wn": net, "end": Conv1d(4, 4, 1)})
+        >>> adopt(block), isinstance(block, CouplingBlock)  # the coupling itself, and the net in it
+        (['', 'wn'], True)
+    """
 
     def forward(
         self,
@@ -153,7 +204,7 @@ class CouplingBlock(AdoptedLayer):
         g: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """x (N, C, T), x_mask (N, 1, T), g (N, C_c, 1) -> z, log_det (N,), or None if reverse."""
+        """Map x (N, C, T), x_mask (N, 1, T), g (N, C_c, 1) to z and log_det (N,), which is None if reverse."""
         if self.is_small(x) or not runs_on(self, x, x_mask, g) or coupling_fault(self):
             return self._alone(x, x_mask, reverse=reverse, g=g, **kwargs)
         mask = x.new_ones(x.shape[0], 1, x.shape[2]) if x_mask is None else x_mask.to(x.dtype)

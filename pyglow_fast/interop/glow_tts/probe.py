@@ -1,4 +1,4 @@
-"""Whether a layer computes what ours would: both are run on the same numbers, in float64."""
+"""Tells whether a layer computes what this package's would: both are run on the same numbers, in float64."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from pyglow_fast.interop.glow_tts.structure import (
 from pyglow_fast.interop.stand_in import stand_in
 
 TOLERANCE = 1e-9  # relative to the largest number
-LENGTHS = (7, 4)  # of the samples of the probe
+LENGTHS = (7, 4)  # lengths of the probe's samples
 
 
 def adopted_class(module: nn.Module) -> type[AdoptedLayer] | None:
-    """The class of ours for a module that looks like one of theirs; None for any other, and for one that is ours."""
+    """Find the class here for a module that looks like one of Glow-TTS; None for others, and adopted ones."""
     if isinstance(module, AdoptedLayer):
         return None
     looks_like: dict[type[AdoptedLayer], Callable[[nn.Module], bool]] = {
@@ -38,7 +38,7 @@ def adopted_class(module: nn.Module) -> type[AdoptedLayer] | None:
 
 
 def fault(module: nn.Module) -> str:
-    """Say why a module that looks like one of theirs is not to be replaced; nothing if it is."""
+    """Say why a module that looks like one of Glow-TTS is not to be replaced; empty if it is."""
     ours = adopted_class(module)
     assert ours is not None  # it looks like one
     if is_altered(module):
@@ -57,7 +57,7 @@ def fault(module: nn.Module) -> str:
 
 
 def actnorm_fault(module: nn.Module) -> str:
-    """Say why a module is no actnorm that can be folded; nothing if it is one."""
+    """Say why a module is no actnorm that can be folded; empty if it is one."""
     if not looks_like_actnorm(module) or is_altered(module):
         return "no actnorm without hooks before the convolution"
     try:
@@ -107,7 +107,7 @@ def _calls(module: Any, ours: type[AdoptedLayer]) -> list[Call]:
         x, mask, _ = _inputs(3 * len(module.weight), 0)
 
         def exact_inverse(layer: Any) -> Any:
-            """By a kept inverse: that which theirs computes is rounded to float32."""
+            """Invert by a kept inverse, since the one that their code computes is rounded to float32."""
             layer.weight_inv = nn.Parameter(torch.linalg.inv(layer.weight), requires_grad=False)
             return layer(x, mask, reverse=True)
 
@@ -123,7 +123,7 @@ def _calls(module: Any, ours: type[AdoptedLayer]) -> list[Call]:
     x, mask, cond = _inputs(channels, 0 if cond_layer is None else cond_layer.in_channels)
 
     def silenced(layer: nn.Module) -> Any:
-        """With all of what dropout sees dropped, in training: it shows where the dropout is."""
+        """Run in training with all of what dropout sees dropped, which shows where the dropout is."""
         dropouts = [part for part in layer.modules() if isinstance(part, nn.Dropout)]
         kept = [part.p for part in dropouts]
         layer.train()

@@ -1,4 +1,4 @@
-"""Layers of Glow-TTS known by their structure, in coqui's package or in a copy of its or the first one's code.
+"""Recognises layers of Glow-TTS by their structure, in coqui's package or in a copy of its or the first code.
 
 A WaveNet net is a module with ``in_layers`` and ``res_skip_layers``, an invertible convolution one with a small square
 ``weight``, a coupling one with ``start``, ``wn`` and ``end``. What such modules compute is not read from their code: it
@@ -44,13 +44,13 @@ def looks_like_coupling(module: nn.Module) -> bool:
 
 
 def dropout_of(wavenet: nn.Module) -> nn.Dropout | None:
-    """Its dropout, if it has just one."""
+    """Find a net's dropout, if it has just one."""
     found = [child for child in wavenet.children() if type(child) is nn.Dropout]
     return found[0] if len(found) == 1 else None
 
 
 def convolutions(wavenet: nn.Module) -> list[Any]:
-    """All its convolutions, also that of the condition."""
+    """List all convolutions of a net, also that of the condition."""
     parts: Any = wavenet
     cond = wavenet._modules.get("cond_layer")
     return [*parts.in_layers, *parts.res_skip_layers, *([] if cond is None else [cond])]
@@ -81,7 +81,7 @@ def _has_only_weight_norm(module: nn.Module) -> bool:
 
 
 def wavenet_fault(module: nn.Module) -> str:
-    """Say what of a WaveNet net is not as ours; nothing if all is."""
+    """Say what of a WaveNet net is not as in this package; empty if all is."""
     convs = convolutions(module)
     own: Any = module
     layers, hidden = len(own.in_layers), getattr(own.res_skip_layers[0], "in_channels", 0)
@@ -99,7 +99,7 @@ def wavenet_fault(module: nn.Module) -> str:
 
 
 def coupling_fault(module: nn.Module) -> str:
-    """Say what of a coupling is not as ours; nothing if all is."""
+    """Say what of a coupling is not as in this package; empty if all is."""
     own: Any = module
     start, end = own.start, own.end
     if found := wavenet_fault(own.wn):
@@ -111,7 +111,7 @@ def coupling_fault(module: nn.Module) -> str:
 
 
 def conv_parts(conv: Any) -> Conv:
-    """A convolution's tensors of now, its weight normalised where a hook does that."""
+    """Read a convolution's tensors of now, its weight normalised where a hook does that."""
     weight = conv.weight
     for hook in conv._forward_pre_hooks.values():
         weight = hook.compute_weight(conv)
@@ -119,7 +119,7 @@ def conv_parts(conv: Any) -> Conv:
 
 
 def wavenet_parts(wavenet: Any, start: nn.Module | None = None, end: nn.Module | None = None) -> WaveNetParts:
-    """The convolutions of now of a WaveNet net, and of a coupling around it."""
+    """Read the convolutions of now of a WaveNet net, and of a coupling around it."""
     cond = wavenet._modules.get("cond_layer")
     dilated, mixing = map(conv_parts, wavenet.in_layers), map(conv_parts, wavenet.res_skip_layers)
     around = [None if conv is None else conv_parts(conv) for conv in (cond, start, end)]
@@ -127,6 +127,6 @@ def wavenet_parts(wavenet: Any, start: nn.Module | None = None, end: nn.Module |
 
 
 def dropout_probability(wavenet: nn.Module) -> float:
-    """The dropout's probability where it is active, else 0."""
+    """Read the dropout's probability where it is active, else 0."""
     dropout = dropout_of(wavenet)
     return dropout.p if dropout is not None and dropout.training else 0.0

@@ -1,4 +1,4 @@
-"""The two interfaces that Jet's couplings have in PyTorch, and which layers of a model have one and match ours."""
+"""Serves the two interfaces that Jet's couplings have in PyTorch, and finds the layers of a model that fit."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast._tracing import is_watched
+from pyglow_fast.coupling_nets import plain_call
 from pyglow_fast.coupling_nets.traits import is_altered
 from pyglow_fast.interop.jet.tokens import TokenCoupling, permutation_of
 from pyglow_fast.interop.stand_in import StandIn, give_back, stand_in
@@ -21,9 +22,9 @@ S = TypeVar("S", bound=nn.Module)
 
 
 def takes(x: Tensor) -> bool:
-    """Whether our operations take x: plain, float32 or float64, and nothing that traces or transforms.
+    """Whether this package's operations take x: plain, float32 or float64, and nothing that traces or transforms.
 
-    Nor autocast on the CPU: jet-pytorch takes its projections out of a GPU's alone.
+    Autocast on the CPU is not taken either: jet-pytorch exempts its projections from a GPU's autocast alone.
     """
     if is_watched() or type(x) not in (Tensor, nn.Parameter):
         return False
@@ -36,22 +37,22 @@ def _spec(factor: Any) -> CouplingSpec:
 
 
 class Adopted(StandIn):
-    """What the classes of adopted layers have in common."""
+    """A base of the classes of adopted couplings."""
 
     dnn: nn.Module
 
 
 class WithProjections(Adopted):
-    """jet-pytorch's interface: (x, is_channel, channel_proj, spatial_proj) -> (y, log_det (N, 1)), x (N, T, C).
+    """A coupling called as in jet-pytorch: (x, is_channel, channel_proj, spatial_proj) -> (y, log_det (N, 1)).
 
-    ``dnn``: (N, T, C / 2) -> shift and raw, both like it. By tokens, it is given each half of the tokens as twice as
-    many of half the channels.
+    The net ``dnn`` maps (N, T, C / 2) to shift and raw scale, both of that shape. A coupling by tokens gives it each
+    half of the tokens as twice as many tokens of half the channels.
     """
 
     scale_factor: float
 
     def coupling(self, x: Tensor, is_channel: bool, channel_proj: Any, spatial_proj: Any) -> TokenCoupling | None:
-        """How tokens x are coupled in our terms; None if it cannot be said."""
+        """Describe how tokens x are coupled as a TokenCoupling; None if it cannot be said."""
         projection = channel_proj if is_channel else spatial_proj
         if x.dim() != 3 or not isinstance(projection, Tensor):
             return None
@@ -66,15 +67,16 @@ class WithProjections(Adopted):
         return TokenCoupling(net, _spec(self.scale_factor), bool(is_channel), permutation)
 
     def _by_channel(self, kept: Tensor) -> Tensor:
-        return torch.cat(self.dnn(kept.transpose(1, 2).contiguous()), 2).transpose(1, 2)
+        halves: Any = plain_call(self.dnn)(kept.transpose(1, 2).contiguous(), None)
+        return torch.cat(halves, 2).transpose(1, 2)
 
     def _by_token(self, kept: Tensor) -> Tensor:
         n, tokens, channels = kept.shape
-        halves = self.dnn(kept.reshape(n, 2 * tokens, channels // 2))
+        halves = plain_call(self.dnn)(kept.reshape(n, 2 * tokens, channels // 2), None)
         return torch.cat([half.reshape(n, tokens, channels) for half in halves], 1)
 
     def forward(self, x: Tensor, is_channel: bool, channel_proj: Any, spatial_proj: Any) -> tuple[Tensor, Tensor]:
-        """x -> y."""
+        """Map tokens x to y and log_det."""
         coupling = self.coupling(x, is_channel, channel_proj, spatial_proj) if takes(x) else None
         if coupling is None:
             return super().forward(x, is_channel, channel_proj, spatial_proj)
@@ -82,7 +84,7 @@ class WithProjections(Adopted):
         return y.contiguous(), log_det.unsqueeze(-1)
 
     def inverse(self, x: Tensor, is_channel: bool, channel_proj: Any, spatial_proj: Any) -> tuple[Tensor, Tensor]:
-        """y -> x."""
+        """Map tokens y to x and log_det."""
         coupling = self.coupling(x, is_channel, channel_proj, spatial_proj) if takes(x) else None
         if coupling is None:
             return super().inverse(x, is_channel, channel_proj, spatial_proj)  # type: ignore[misc]
@@ -91,7 +93,7 @@ class WithProjections(Adopted):
 
 
 class OfImages(Adopted):
-    """JetFormer's interface: (x, context=None) -> (y, log_det (N,)), x (N, H, W, C), patches of ``ps`` by ``ps``.
+    """A coupling called as in JetFormer: (x, context=None) -> (y, log_det (N,)), x (N, H, W, C), patches ``ps`` wide.
 
     ``inverse`` returns the log-det of the forward. ``dnn`` is a ViT of (init_proj, posemb, vit_encoder, final_proj);
     one with hooks on it is called as a whole, by the class's own code.
@@ -104,7 +106,7 @@ class OfImages(Adopted):
     P_spatial: Tensor
 
     def coupling(self, tokens: Tensor) -> TokenCoupling | None:
-        """How tokens are coupled in our terms; None if it cannot be said."""
+        """Describe how tokens are coupled as a TokenCoupling; None if it cannot be said."""
         if is_altered(self.dnn):
             return None
         spec = _spec(self.dnn.scale_factor)
@@ -121,7 +123,7 @@ class OfImages(Adopted):
     def _raw(self, tokens: Tensor) -> Tensor:
         """Shift and raw scale side by side, which the dnn itself would make a scale of."""
         dnn: Any = self.dnn
-        return dnn.final_proj(dnn.vit_encoder(dnn.init_proj(tokens) + dnn.posemb))
+        return dnn.final_proj(dnn.vit_encoder(plain_call(dnn.init_proj)(tokens, None) + dnn.posemb))
 
     def _by_channel(self, kept: Tensor) -> Tensor:
         return self._raw(kept.transpose(1, 2).contiguous()).transpose(1, 2)
@@ -130,11 +132,11 @@ class OfImages(Adopted):
         return torch.cat(self._raw(kept).chunk(2, dim=2), 1)
 
     def cuts(self, x: Tensor, context: Any = None) -> bool:
-        """Whether x is images that we take, to be cut into patches, and there is no context."""
+        """Whether x is images that can be cut into patches here, and there is no context."""
         return context is None and x.dim() == 4 and not x.shape[1] % self.ps and not x.shape[2] % self.ps and takes(x)
 
     def patches(self, x: Tensor) -> Tensor:
-        """Images (N, H, W, C) -> (N, T, C ps^2), channels before the places in a patch."""
+        """Cut images (N, H, W, C) into (N, T, C ps^2), channels before the places in a patch."""
         n, height, width, channels = x.shape
         if self.ps == 1:
             return x.reshape(n, height * width, channels)
@@ -142,7 +144,7 @@ class OfImages(Adopted):
         return cut.permute(0, 1, 3, 5, 2, 4).reshape(n, -1, channels * self.ps**2)
 
     def images(self, tokens: Tensor, shape: torch.Size) -> Tensor:
-        """The inverse of :meth:`patches`."""
+        """Put patches together again: the inverse of :meth:`patches`."""
         n, height, width, channels = shape
         if self.ps == 1:
             return tokens.reshape(shape).contiguous()
@@ -150,7 +152,7 @@ class OfImages(Adopted):
         return cut.permute(0, 1, 4, 2, 5, 3).reshape(shape)
 
     def forward(self, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
-        """x -> y."""
+        """Map images x to y and log_det (N,)."""
         tokens = self.patches(x) if self.cuts(x, context) else None
         coupling = None if tokens is None else self.coupling(tokens)
         if tokens is None or coupling is None:
@@ -159,7 +161,7 @@ class OfImages(Adopted):
         return self.images(y, x.shape), log_det
 
     def inverse(self, y: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
-        """y -> x, and the log-det of the forward."""
+        """Map images y to x, with the log-det of the forward."""
         tokens = self.patches(y) if self.cuts(y, context) else None
         coupling = None if tokens is None else self.coupling(tokens)
         if tokens is None or coupling is None:
@@ -178,7 +180,7 @@ def _arguments(method: Any) -> tuple[str, ...]:
 
 
 def interface_of(module_class: type[nn.Module], module: nn.Module) -> type[Adopted] | None:
-    """Which of the two interfaces a layer of that class has, or None, also of one that is ours already."""
+    """Tell which of the two interfaces a layer of that class has; None for others, and for one adopted already."""
     if issubclass(module_class, Adopted) or not isinstance(getattr(module, "dnn", None), nn.Module):
         return None
     calls = _arguments(module_class.forward), _arguments(getattr(module_class, "inverse", None))
@@ -277,7 +279,7 @@ _reasons: dict[tuple[Any, ...], str] = {}
 
 
 def reason(module: nn.Module, base: type[Adopted]) -> str:
-    """Why a layer with one of the interfaces is not to be replaced, or nothing."""
+    """Say why a layer with one of the interfaces is not to be replaced; empty if it is."""
     part: Any = module
     owner = part if base is WithProjections else part.dnn
     if base is OfImages and not all(hasattr(part.dnn, name) for name in _VIT):
@@ -308,12 +310,12 @@ def _candidates(model: nn.Module) -> list[tuple[str, nn.Module, type[Adopted]]]:
 
 
 def finds(model: nn.Module) -> bool:
-    """Whether a model has couplings of one of the two interfaces, ours or not."""
+    """Whether a model has couplings of one of the two interfaces, adopted already or not."""
     return bool(_candidates(model)) or any(isinstance(module, Adopted) for module in model.modules())
 
 
 def adopt(model: nn.Module) -> list[str]:
-    """Make the couplings ours whose arithmetic is, in place, and return their names ("" for the model itself)."""
+    """Turn the couplings whose arithmetic fits into this package's, in place; returns their names ("": the model)."""
     names = []
     for name, module, base in _candidates(model):
         if not reason(module, base):
@@ -323,11 +325,11 @@ def adopt(model: nn.Module) -> list[str]:
 
 
 def left(model: nn.Module) -> dict[str, str]:
-    """The couplings of one of the interfaces that are left as they were, and why."""
+    """Name the couplings of one of the interfaces that are left as they were, and why."""
     found = {name: reason(module, base) for name, module, base in _candidates(model)}
     return {name: text for name, text in found.items() if text}
 
 
 def release(model: nn.Module, only: Collection[nn.Module] | None = None) -> list[str]:
-    """The opposite of :func:`adopt`: our couplings (with ``only``, these alone) become the model's own, in place."""
+    """Undo :func:`adopt`: adopted couplings (with ``only``, these alone) become the model's own, in place."""
     return give_back(model, Adopted, only)

@@ -1,4 +1,4 @@
-"""Runs of Jet's couplings in one chain, whose backward runs each net once and keeps no state but a few anchors."""
+"""Joins runs of Jet's couplings into one chain, whose backward runs each net once and keeps few states."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class _Step(nn.Module):
     def step_backward(
         self, y: Tensor, net_out: Tensor, grad_y: Tensor, grad_log_det: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """From y: x, and the gradients of x (without the net's part) and of net_out."""
+        """Compute x from y, and the gradients of x (without the net's part) and of net_out."""
         return self._known(y).backward(y, net_out, grad_y, grad_log_det)
 
 
@@ -103,7 +103,7 @@ def _in_parts(net: Callable[[Tensor], Tensor], size: int, kept: Tensor) -> Tenso
 
 
 class TokenRun(Face):
-    """Couplings joined, in the place of the first of them: its forward runs all, its inverse leaves that to the last.
+    """A run of joined couplings, in the place of the first: its forward runs all, its inverse leaves that to the last.
 
     ``memory`` and ``memory_budget``: see ReversibleSequence.
     """
@@ -120,11 +120,11 @@ class TokenRun(Face):
         return self._through(x, False, *given, **named)
 
     def inverse(self, x: Tensor, *given: Any, **named: Any) -> tuple[Tensor, int]:
-        """x, 0."""
+        """Return x and 0: the last coupling's place has inverted the run already."""
         return x, 0
 
     def inverse_of_all(self, y: Tensor, *given: Any, **named: Any) -> tuple[Tensor, Any]:
-        """y -> x through all of them."""
+        """Map y to x through all couplings of the run."""
         return self._through(y, True, *given, **named)
 
     def _through(self, x: Tensor, inverse: bool, *given: Any, **named: Any) -> tuple[Tensor, Any]:
@@ -165,8 +165,8 @@ class Passed:
     """A placeholder of a coupling that the run does, so that others keep their numbers; the last begins the inverse.
 
     Args:
-        called: what it would be called with.
-        run: of the last one alone.
+        called: what the coupling would be called with.
+        run: the run, in the place of its last coupling; None in the others.
     """
 
     def __init__(self, called: _Called, run: TokenRun | None) -> None:
@@ -178,7 +178,7 @@ class Passed:
         return x, 0
 
     def inverse(self, x: Tensor, *given: Any, **named: Any) -> tuple[Tensor, Any]:
-        """x, 0; of the last one the inverse of all."""
+        """Return x and 0; in the place of the last coupling, invert the whole run."""
         self.called.check(x, given)
         return (x, 0) if self.run is None else self.run.inverse_of_all(x, *given, **named)
 
@@ -195,7 +195,7 @@ def _reason(module: nn.Module, owner: nn.Module, memory: str | int) -> str:
 
 
 def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str | int) -> list[Place]:
-    """The modules of a list, its couplings as steps: neighbours are joined that see the same tokens."""
+    """Divide the modules of a list into steps: neighbours are joined that see the same tokens."""
     found = []
     for index, module in enumerate(modules):
         reason = _reason(module, owner, memory)
@@ -206,7 +206,7 @@ def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str | int) ->
 
 
 def stand_ins(run: Sequence[Place], memory: str | int, budget: str | int) -> list[TokenRun | Passed]:
-    """What stands in the places of a run: a TokenRun in that of its first coupling, a Passed in each other."""
+    """Make what replaces a run: a TokenRun in the place of its first coupling, a Passed in each other."""
     called = [place.parts for place in run]
     whole = TokenRun([place.layers[0] for place in run], called, memory, budget)
     return [whole, *(Passed(call, None) for call in called[1:-1]), Passed(called[-1], whole)]

@@ -1,17 +1,17 @@
-"""Layers in place of those of ``nflows.transforms``: the same numbers, faster.
+"""Offers layers in place of those of ``nflows.transforms``: the same numbers, faster.
 
 Change the import and nothing else::
 
     from pyglow_fast.interop.nflows import ActNorm, AffineCouplingTransform, OneByOneConvolution
 
-or, where code says ``transforms.ActNorm``, ``from pyglow_fast.interop.nflows import transforms``, which is all of
-``nflows.transforms`` with these in it. Each is a subclass of the class it stands in for, with its parameters and
+Where code says ``transforms.ActNorm``, use ``from pyglow_fast.interop.nflows import transforms``, which is all of
+``nflows.transforms`` with these layers in it. Each is a subclass of the class that it replaces, with its parameters and
 buffers, so that checkpoints load both ways and CompositeTransform, MultiscaleCompositeTransform and Flow take it. The
 docstrings say what differs: where nflows is wrong (ActNorm's first batch, the cache of OneByOneConvolution), and that
 the kernels have no second derivative.
 
-MultiscaleCompositeTransform is nflows' own: after each level it gives out the first half of the channels and goes on
-with the second, the other way round than Glow's models here.
+MultiscaleCompositeTransform is nflows' own: after each level it returns the first half of the channels and goes on with
+the second, while the models of this package keep the first half.
 """
 
 from pyglow_fast.interop.nflows import transforms

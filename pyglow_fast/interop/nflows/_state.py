@@ -1,4 +1,4 @@
-"""What the adapters ask about tensors and classes, and what they remember of a layer without giving it new state."""
+"""Answers what the adapters ask about tensors and classes, and remembers values of a layer beside its state."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pyglow_fast._captures import held
 from pyglow_fast._errors import can_read
 from pyglow_fast._tracing import is_watched
+from pyglow_fast.layers.kept_values import KeptTensors
 
 T = TypeVar("T")
 OWNERS = ("nflows", "pyglow_fast")
@@ -20,7 +21,7 @@ OWNERS = ("nflows", "pyglow_fast")
 def ordinary(inputs: Tensor, *others: Tensor) -> bool:
     """Whether our operations take these tensors: plain ones of one dtype, float32 or float64, on one real device.
 
-    Not while torch.compile or torch.export traces, and not inside torch.func transforms or forward-mode
+    They do not take them while torch.compile or torch.export traces, nor inside torch.func transforms or forward-mode
     differentiation, which know the library's operations only.
     """
     if is_watched():
@@ -39,27 +40,25 @@ def as_it_comes(layer: object, *methods: str) -> bool:
 
 
 class Derived(Generic[T]):
-    """One value per layer, derived from tensors of it, while these are the same objects, in one place, of one version.
+    """A value for each layer, derived from tensors of it, while these are what they were: see KeptTensors.
 
-    It is kept beside the layers, so that they have no attribute that those of the library lack and copies start anew.
-    Tensors made in inference mode, and traced ones, have no version: then it is derived each time.
+    Values are kept beside the layers, so that the layers have no attribute that those of the library lack, and copies
+    of them start anew. Tensors made in inference mode, and traced ones, have no version: then the value is derived each
+    time.
     """
 
     def __init__(self) -> None:
-        self._kept: weakref.WeakKeyDictionary[nn.Module, tuple[list[weakref.ref[Tensor]], list[tuple[int, int]], T]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._kept: weakref.WeakKeyDictionary[nn.Module, tuple[KeptTensors, T]] = weakref.WeakKeyDictionary()
 
     def get(self, layer: nn.Module, tensors: Sequence[Tensor], derive: Callable[[], T]) -> T:
-        """The value for a layer, from ``derive()`` if any of the tensors is new or was written to."""
+        """Return the value for a layer, from ``derive()`` if any of the tensors is new or was written to."""
         if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors):
             return derive()
-        state = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
         kept = self._kept.get(layer)
-        if kept is not None and kept[1] == state and all(a() is b for a, b in zip(kept[0], tensors, strict=True)):
-            return held(kept[2], tensors[0].device)
+        if kept is not None and kept[0].same(tensors):
+            return held(kept[1], tensors[0].device)
         value = derive()
-        self._kept[layer] = ([weakref.ref(tensor) for tensor in tensors], state, value)
+        self._kept[layer] = (KeptTensors(tensors), value)
         return value
 
 
@@ -67,6 +66,6 @@ _initialized: Derived[bool] = Derived()
 
 
 def is_initialized(layer: nn.Module) -> bool:
-    """The value of an actnorm's buffer ``initialized``, read from a GPU only when it may have changed."""
+    """Read an actnorm's buffer ``initialized``, from a GPU only when it may have changed."""
     flag: Tensor = layer.initialized  # type: ignore[assignment]
     return bool(flag) if can_read(flag) else _initialized.get(layer, [flag], lambda: bool(flag))

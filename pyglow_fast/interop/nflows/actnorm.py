@@ -1,4 +1,4 @@
-"""nflows' ActNorm with an initialisation that is finite, the same on all ranks, and refused before anything changes."""
+"""Corrects nflows' ActNorm: an initialisation that is finite, equal on all ranks, and refused before any change."""
 
 from __future__ import annotations
 
@@ -37,10 +37,20 @@ class ActNorm(transforms.ActNorm):
         ValueError: inputs of another shape; a first batch that is empty or not finite, here or on another rank.
 
     Reference: Kingma & Dhariwal 2018, section 3.1.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.interop.nflows import ActNorm
+        >>> norm = ActNorm(features=3)
+        >>> batch = torch.randn(8, 3, 4, 4)
+        >>> batch[:, 2] = 7.0  # a channel without spread
+        >>> outputs, logabsdet = norm(batch)
+        >>> outputs.isfinite().all(), norm.log_scale[2] == 0
+        (tensor(True), tensor(True))
     """
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """inputs -> outputs, logabsdet; initialises first if this is a training forward of a fresh layer."""
+        """Map inputs to outputs and logabsdet; the first training forward of a fresh layer initialises it."""
         self._check(inputs)
         if not ordinary(inputs, self.log_scale, self.shift):
             found: tuple[Tensor, Tensor] = super().forward(inputs, context)
@@ -51,7 +61,7 @@ class ActNorm(transforms.ActNorm):
         return torch.addcmul(shift, inputs, scale), self._logabsdet(inputs)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """outputs -> inputs, -logabsdet."""
+        """Map outputs to inputs and -logabsdet."""
         self._check(inputs)
         found: tuple[Tensor, Tensor] = super().inverse(inputs, context)
         return found

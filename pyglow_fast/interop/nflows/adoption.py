@@ -1,4 +1,4 @@
-"""Layers of nflows made ours, and back, in place: the same objects with the same parameters, buffers and hooks."""
+"""Turns layers of nflows into this package's, and back, in place: the same objects, parameters, buffers and hooks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pyglow_fast.interop.nflows.coupling import (
 )
 from pyglow_fast.interop.nflows.squeeze import SqueezeTransform
 
-# What stands in for what. No layer of ours has state that theirs lacks, so the class is all that changes.
+# nflows' class -> the class here. No layer here has state that nflows' lacks, so the class is all that changes.
 REPLACEMENTS: Classes = {
     transforms.ActNorm: ActNorm,
     transforms.OneByOneConvolution: OneByOneConvolution,
@@ -31,7 +31,7 @@ _TAKES_ACTIVATION = hasattr(transforms.AffineCouplingTransform, "DEFAULT_SCALE_A
 
 
 def adopt(model: nn.Module) -> list[str]:
-    """Make the layers of nflows in a model ours, in place, and return their names.
+    """Turn the layers of nflows in a model into this package's, in place, and return their names.
 
     Layers whose class is exactly nflows' change, ``model`` itself included (its name is ""); subclasses stay.
     """
@@ -39,7 +39,7 @@ def adopt(model: nn.Module) -> list[str]:
 
 
 def release(model: nn.Module, only: Collection[nn.Module] | None = None) -> list[str]:
-    """The opposite of :func:`adopt`: our layers (with ``only``, these alone) become nflows' own, in place.
+    """Undo :func:`adopt`: adopted layers (with ``only``, these alone) become nflows' own, in place.
 
     Raises:
         ValueError: an affine coupling has a scale that the installed nflows cannot give it. Nothing is changed then.

@@ -1,23 +1,27 @@
-"""nflows' invertible 1x1 convolution as one product: permutation, L and U are one matrix."""
+"""Computes nflows' invertible 1x1 convolution as one product: permutation, L and U are one matrix."""
 
 from __future__ import annotations
+
+import weakref
 
 import torch
 from nflows import transforms
 from nflows.transforms.permutations import Permutation
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyglow_fast import functional
+from pyglow_fast._captures import is_capturing
 from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.interop.nflows._state import Derived, as_it_comes, ordinary
 from pyglow_fast.reference import full_product
 
 _MATRICES = ("_lu_forward_inverse", "forward_no_cache", "inverse_no_cache", "_create_lower_upper")
 _unchanged: Derived[None] = Derived()
+_captured: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # convolutions that a CUDA graph has
 
 
 def channel_order(convolution: transforms.OneByOneConvolution) -> Tensor | None:
-    """i -> where channel i of the inputs goes, (C,) int64; None if the permutation is not one of channels as it comes.
+    """Find where channel i of the inputs goes, (C,) int64; None if the permutation is not one of channels.
 
     L U applied to the permuted channels is (L U)[:, order] applied to the channels.
     """
@@ -36,8 +40,10 @@ class OneByOneConvolution(transforms.OneByOneConvolution):
     and results. ``using_cache``: in evaluation L U, its inverse and log-det are computed once and kept in ``cache``
     until ``train()``. What differs from nflows:
 
-    - The cache notices that parameters were loaded, moved, converted or changed in place (not through ``.data``).
-      nflows goes on with the old matrix, or fails on another device.
+    - The cache notices that parameters were loaded, moved, converted or changed in place (on a GPU not through
+      ``.data``). nflows goes on with the old matrix, or fails on another device.
+    - A CUDA graph computes the matrices of the parameters as each replay finds them. From then on nothing is cached, as
+      a graph that trains changes parameters without a trace.
     - Where a gradient is to flow to the parameters, cached values are not used. In nflows the second backward fails or,
       if the cache was filled without gradients, the parameters get none, silently; and a layer whose cache was filled
       with gradients cannot be copied.
@@ -56,10 +62,20 @@ class OneByOneConvolution(transforms.OneByOneConvolution):
         ValueError: inputs not 4D or of other channels.
 
     Reference: Kingma & Dhariwal 2018, section 3.2.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.interop.nflows import OneByOneConvolution
+        >>> convolution = OneByOneConvolution(4, identity_init=False)
+        >>> inputs = torch.randn(2, 4, 3, 3)
+        >>> outputs, logabsdet = convolution(inputs)
+        >>> restored, minus = convolution.inverse(outputs)
+        >>> torch.allclose(restored, inputs, atol=1e-5), torch.allclose(logabsdet + minus, torch.zeros(2), atol=1e-5)
+        (True, True)
     """
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """inputs -> outputs, logabsdet."""
+        """Map inputs to outputs and logabsdet."""
         order = self._order_for(inputs)
         if order is None:
             found: tuple[Tensor, Tensor] = super().forward(inputs, context)
@@ -74,7 +90,7 @@ class OneByOneConvolution(transforms.OneByOneConvolution):
         return outputs, functional.per_sample(inputs, logabsdet).contiguous()
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """outputs -> inputs, -logabsdet."""
+        """Map outputs to inputs and -logabsdet."""
         order = self._order_for(inputs)
         if order is None:
             found: tuple[Tensor, Tensor] = super().inverse(inputs, context)
@@ -97,22 +113,25 @@ class OneByOneConvolution(transforms.OneByOneConvolution):
         return [self.lower_entries, self.upper_entries, self.unconstrained_upper_diag]
 
     def _caches(self) -> bool:
-        return self.using_cache and not self.training
+        keeps = self.using_cache and not self.training and self not in _captured
+        return keeps and not is_capturing(self.lower_entries.device)
 
     def _create_lower_upper(self) -> tuple[Tensor, Tensor]:
         """L and U, (C, C), by indices that are made where the parameters are; nflows copies its own there each time."""
         size, like = (self.features, self.features), self.lower_entries
+        if is_capturing(like.device):
+            _captured.add(self)
         below = torch.tril_indices(*size, -1, device=like.device).unbind()
         above = torch.triu_indices(*size, 1, device=like.device).unbind()
         ones = torch.eye(self.features, dtype=like.dtype, device=like.device)
         return ones.index_put(below, like), torch.diag(self.upper_diag).index_put(above, self.upper_entries)
 
     def weight(self) -> Tensor:
-        """L U, (C, C)."""
+        """Compute the matrix L U, (C, C)."""
         return full_product(*self._create_lower_upper())
 
     def weight_inverse(self) -> Tensor:
-        """(L U)^-1, (C, C)."""
+        """Compute the inverse matrix (L U)^-1, (C, C)."""
         return functional.invert_matrix(self.weight())
 
     def _check_forward_cache(self) -> None:

@@ -1,4 +1,4 @@
-"""nflows' affine and additive couplings: one pass over memory besides the net, whatever the mask."""
+"""Computes nflows' affine and additive couplings in one pass besides the net, whatever the mask."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _orders: Derived[Order] = Derived()
 
 
 def default_scale_activation(raw: Tensor) -> Tensor:
-    """s = sigmoid(raw + 2) + 1e-3, which is 1.001 at most."""
+    """Compute nflows' default scale, s = sigmoid(raw + 2) + 1e-3, which is 1.001 at most."""
     return reference.scale_and_log(raw, DEFAULT_SPEC)[0]
 
 
 def general_scale_activation(raw: Tensor) -> Tensor:
-    """s = min(softplus(raw) + 1e-3, 3)."""
+    """Compute nflows' general scale, s = min(softplus(raw) + 1e-3, 3)."""
     return (F.softplus(raw) + 1e-3).clamp(0, 3)
 
 
 class WithLog:
-    """raw -> (s, log s) for a scale activation raw -> s, as CouplingSpec takes a scale map."""
+    """A scale map raw -> (s, log s), as CouplingSpec takes one, for a scale activation raw -> s."""
 
     def __init__(self, activation: Activation) -> None:
         self.activation = activation
@@ -47,13 +47,13 @@ class WithLog:
 
 
 def scale_activation(coupling: nn.Module) -> Activation:
-    """raw -> s of an affine coupling; those of nflows 0.14 do not say, and have the default."""
+    """Find the activation raw -> s of an affine coupling; those of nflows 0.14 do not say, and have the default."""
     activation: Activation = getattr(coupling, "scale_activation", default_scale_activation)
     return activation
 
 
 def coupling_spec(coupling: nn.Module) -> CouplingSpec | str:
-    """How an affine or additive coupling of nflows or of this module scales and shifts, or why it cannot be said."""
+    """Describe how an affine or additive coupling scales and shifts, or say why it cannot be described."""
     name = type(coupling).__name__
     if not isinstance(coupling, transforms.AffineCouplingTransform):
         return f"a {name} where an affine or additive coupling was expected"
@@ -69,7 +69,7 @@ def coupling_spec(coupling: nn.Module) -> CouplingSpec | str:
 
 
 def channel_order(coupling: transforms.AffineCouplingTransform) -> Order:
-    """(order, back): inputs[:, order] has the kept channels first, and [:, back] undoes it; None if they are first."""
+    """Find (order, back): inputs[:, order] has the kept channels first, [:, back] undoes it; None if they are first."""
     features = [coupling.identity_features, coupling.transform_features]
 
     def derive() -> Order:
@@ -82,9 +82,10 @@ def channel_order(coupling: transforms.AffineCouplingTransform) -> Order:
 
 
 def run_net(net: nn.Module, kept: Tensor, context: Tensor | None) -> Tensor:
-    """net(kept, context): by our executor where there is no context and the net is one that it knows.
+    """Compute net(kept, context): by this package's executor if there is no context and it knows the net.
 
-    Any other net gets a copy of the kept channels, as from nflows: it may view it in another shape or write to it.
+    A net that runs itself gets a copy of the kept channels, as nflows gives it one: it may view it in another shape or
+    write to it.
     """
     if context is None and functional.net_as_products(kept) and not torch.compiler.is_compiling():
         chain = probing.chain_of(net, None, dim=kept.dim())
@@ -105,7 +106,7 @@ class AffineCouplingTransform(transforms.AffineCouplingTransform):
     ``scale_activation`` is an argument of nflows' current source, not of its release 0.14, whose scale is the default.
     The default never exceeds 1.001: a flow of such couplings alone can only contract.
 
-    What differs: parameters of size 1 in a dimension are spread over it before the log-det is formed, which in nflows
+    What differs: parameters of size 1 in a dimension are spread over it before the log-det is formed, whereas nflows
     counts them once; what a net writes into its input does not reach the outputs; and a net whose output does not fit
     is refused by name. Second derivatives of the default map need PYGLOW_FORCE_REFERENCE=1. Under torch.compile and
     torch.func, in other dtypes than float32 and float64, and where a subclass overrides a part of the formula, nflows'
@@ -125,6 +126,17 @@ class AffineCouplingTransform(transforms.AffineCouplingTransform):
             fit.
 
     Reference: Dinh et al. 2017.
+
+    Examples:
+        >>> import torch
+        >>> from nflows.nn.nets import ConvResidualNet
+        >>> from pyglow_fast.interop.nflows import AffineCouplingTransform
+        >>> mask = torch.tensor([0, 1, 0, 1])  # channels 1 and 3 are transformed
+        >>> coupling = AffineCouplingTransform(mask, lambda kept, out: ConvResidualNet(kept, out, hidden_channels=4))
+        >>> inputs = torch.randn(2, 4, 6, 6)
+        >>> outputs, logabsdet = coupling(inputs)
+        >>> [outputs[:, i].equal(inputs[:, i]) for i in range(4)]
+        [True, False, True, False]
     """
 
     DEFAULT_SCALE_ACTIVATION = staticmethod(default_scale_activation)
@@ -146,7 +158,7 @@ class AffineCouplingTransform(transforms.AffineCouplingTransform):
         return scale_activation(self)(raw), shift
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """inputs -> outputs, logabsdet."""
+        """Map inputs to outputs and logabsdet."""
         spec = self._spec_for(inputs)
         if spec is None:
             found: tuple[Tensor, Tensor] = super().forward(inputs, context)
@@ -160,7 +172,7 @@ class AffineCouplingTransform(transforms.AffineCouplingTransform):
         return (y if order is None else y.index_select(1, order[1])), logabsdet
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """outputs -> inputs, -logabsdet."""
+        """Map outputs to inputs and -logabsdet."""
         spec = self._spec_for(inputs)
         if spec is None:
             found: tuple[Tensor, Tensor] = super().inverse(inputs, context)
@@ -209,6 +221,16 @@ class AdditiveCouplingTransform(AffineCouplingTransform, transforms.AdditiveCoup
     channels as x_t has.
 
     Reference: Dinh et al. 2014.
+
+    Examples:
+        >>> import torch
+        >>> from nflows.nn.nets import ConvResidualNet
+        >>> from pyglow_fast.interop.nflows import AdditiveCouplingTransform
+        >>> mask = torch.tensor([0, 0, 1, 1])  # channels 2 and 3 are transformed
+        >>> coupling = AdditiveCouplingTransform(mask, lambda kept, out: ConvResidualNet(kept, out, hidden_channels=4))
+        >>> outputs, logabsdet = coupling(torch.randn(2, 4, 6, 6))
+        >>> logabsdet.tolist()
+        [0.0, 0.0]
     """
 
     def _scale_and_shift(self, transform_params: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Runs of nflows' steps (mixing layers, then a coupling) in one chain."""
+"""Joins runs of nflows' steps (mixing layers, then a coupling) into one chain."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ STEPS = (transforms.AffineCouplingTransform,)  # what may be joined
 
 
 class UserNet(nn.Module):
-    """net(x, None), by our executor as long as the net's forward is one that it knows, which is asked each time.
+    """A net called as net(x, None), run by this package's executor as long as it knows the net's forward.
 
     Args:
-        net: of a coupling, shared with it.
+        net: the net of a coupling, shared with it.
     """
+
+    writes_to_input = False  # it gives its net a copy itself
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -35,40 +37,40 @@ class UserNet(nn.Module):
 
     @property
     def halo(self) -> int | None:
-        """Positions to each side that an output depends on, None where it is not known."""
+        """How many positions to each side an output depends on; None where it is not known."""
         chain = chain_of(self.net, None)
         return nets.halo(self.net if chain is None else chain)
 
     @property
     def bytes_per_position(self) -> Callable[[int], int] | None:
-        """What computes the bytes of activations of a position, None where it is not known."""
+        """A function that computes the bytes of activations of a position; None where they are not known."""
         chain = chain_of(self.net, None)
         return nets.bytes_per_position(self.net if chain is None else chain)
 
     @property
     def kept_bytes(self) -> Callable[[Sequence[int], Tensor], KeptBytes] | None:
-        """What computes the bytes that it keeps for its backward, None where they are not known: see traits.py."""
+        """A function that computes the bytes the net keeps for its backward; None where not known: see traits.py."""
         chain = chain_of(self.net, None)
         return nets.kept_bytes(self.net if chain is None else chain)
 
     @property
     def deterministic(self) -> bool | None:
-        """True where it is known."""
+        """True where the net's forward is known."""
         stated: bool | None = getattr(self.net, "deterministic", None)
         chain = chain_of(self.net, None)
         return True if chain is not None and isinstance(nets.recognised(chain), nets.KnownNet) else stated
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (N, C/2, *spatial) -> shift and raw scale (or shift alone)."""
+        """Map x (N, C/2, *spatial) to shift and raw scale (or shift alone)."""
         return run_net(self.net, x, None)
 
 
 class StepRun(Face):
-    """Steps joined, called as a Transform: ``forward`` is x -> z. With a context they run one by one.
+    """A run of joined steps, called as a Transform: ``forward`` is x -> z. With a context they run one by one.
 
     Args:
         modules, run: see Face.
-        order: in which the run has the channels at its end, None for as they are.
+        order: the order in which the run has the channels at its end; None if they are as in the library's.
     """
 
     def __init__(self, modules: Sequence[nn.Module], run: JoinedRun, order: Sequence[int] | None) -> None:
@@ -88,7 +90,7 @@ class StepRun(Face):
         return self.either(self._joins(inputs, context), joined, lambda: _cascade(self.modules, inputs, context))
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """z -> x, log_det (N,)."""
+        """Map z to x and log_det (N,), through the steps in reverse."""
 
         def joined() -> tuple[Tensor, Tensor]:
             return self.run.inverse(inputs if self.order is None else inputs[:, indices_on(self.order, inputs.device)])
@@ -103,7 +105,7 @@ def _cascade(calls: Sequence[Any], inputs: Tensor, context: Tensor | None) -> tu
 
 
 def _channel_map(layers: Sequence[nn.Module], net: nn.Module, order: Sequence[int] | None) -> ChannelMap:
-    """Of one step, its columns in the order in which the step before left the channels."""
+    """Compute the map of one step, its columns in the order in which the step before left the channels."""
     parts = step_parts(layers)
     if isinstance(parts, str) or parts.net is not net:
         raise ChangedError(parts if isinstance(parts, str) else "another net")
@@ -137,7 +139,7 @@ def _halving(layers: Sequence[nn.Module], memory: str | int) -> StepParts | str:
 
 
 def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str | int) -> list[Place]:
-    """The layers of a list, mixing layers up to a coupling as a step that takes its width."""
+    """Divide the layers of a list into steps, mixing layers up to a coupling, that are joined if widths agree."""
     if isinstance(owner, transforms.MultiscaleCompositeTransform):
         return [Place([module], reason="its flow splits after each of its transforms") for module in modules]
     found: list[Place] = []
@@ -154,7 +156,7 @@ def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str | int) ->
 
 
 def stand_ins(run: Sequence[Place], memory: str | int, budget: str | int) -> list[StepRun]:
-    """What stands in the place of a run: one StepRun."""
+    """Make what replaces a run: one StepRun."""
     order: list[int] | None = None
     steps = []
     for place in run:

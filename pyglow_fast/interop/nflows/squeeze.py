@@ -1,4 +1,4 @@
-"""nflows' squeeze, invertible for any factor."""
+"""Computes nflows' squeeze, invertible for any factor."""
 
 from __future__ import annotations
 
@@ -24,15 +24,23 @@ class SqueezeTransform(transforms.SqueezeTransform):
         ValueError: ``factor`` is not an int above 1; inputs not 4D, or whose size does not divide.
 
     Reference: Dinh et al. 2017, section 3.6.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.interop.nflows import SqueezeTransform
+        >>> squeeze = SqueezeTransform(factor=3)
+        >>> outputs, logabsdet = squeeze(torch.randn(2, 1, 6, 6))
+        >>> outputs.shape, squeeze.inverse(outputs)[0].shape
+        (torch.Size([2, 9, 2, 2]), torch.Size([2, 1, 6, 6]))
     """
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """inputs -> outputs, 0."""
+        """Map inputs to outputs, and 0 for logabsdet."""
         self._check(inputs)
         return functional.squeeze(inputs, self.factor), inputs.new_zeros(inputs.shape[0])
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """outputs -> inputs, 0."""
+        """Map outputs to inputs, and 0 for logabsdet."""
         self._check(inputs)
         return functional.unsqueeze(inputs, self.factor), inputs.new_zeros(inputs.shape[0])
 

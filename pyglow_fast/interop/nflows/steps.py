@@ -1,8 +1,8 @@
-"""Runs of nflows' layers in the terms of a flow step of ours: what a model is rebuilt from where it is to run joined.
+"""Describes runs of nflows' layers as flow steps of this package, which a joined chain is built from.
 
-Our direction is theirs: x -> z is ``forward``. All functions take the layers of nflows and those of this package alike,
-as they come; of anything else they say why not, in words for a report. What they return is differentiable in the
-layers' parameters, of which no copy is made.
+``forward`` is x -> z here as in nflows. All functions take the layers of nflows and those of this package alike,
+without hooks or overridden methods; of anything else they say why not, in words for a report. What they return is
+differentiable in the layers' parameters, of which no copy is made.
 """
 
 from __future__ import annotations
@@ -24,7 +24,21 @@ from pyglow_fast.reference import CouplingSpec
 
 
 class CouplingParts(NamedTuple):
-    """A coupling as ``functional.coupling`` takes it: y, log_det = coupling(u, net(u[:, :kept], None), spec)."""
+    """A coupling as ``functional.coupling`` takes it: y, log_det = coupling(u, net(u[:, :kept], None), spec).
+
+    Examples:
+        >>> import torch
+        >>> from nflows.nn.nets import ConvResidualNet
+        >>> from pyglow_fast import functional
+        >>> from pyglow_fast.interop.nflows import AffineCouplingTransform, CouplingParts, coupling_parts
+        >>> mask = torch.tensor([0, 0, 1, 1])
+        >>> coupling = AffineCouplingTransform(mask, lambda kept, out: ConvResidualNet(kept, out, hidden_channels=4))
+        >>> parts = coupling_parts(coupling)
+        >>> u = torch.randn(2, 4, 6, 6)
+        >>> y, log_det = functional.coupling(u, parts.net(u[:, :2], None), parts.spec)
+        >>> isinstance(parts, CouplingParts), torch.allclose(y, coupling(u)[0], atol=1e-6)
+        (True, True)
+    """
 
     net: nn.Module  # called with (kept channels, context)
     spec: CouplingSpec
@@ -35,9 +49,19 @@ class CouplingParts(NamedTuple):
 class StepParts(NamedTuple):
     """u = matrix x + offset, then the coupling of u: P log_det + log_det of the coupling, P the number of positions.
 
-    The rows are in the order that the coupling takes, so the outputs are y[:, order.argsort()]. In a run of steps this
-    can go into the columns of the next matrix: ``matrix[:, order]`` with the order of the step before, or of a gather
-    ``order.argsort()[source]``.
+    The rows of ``matrix`` are in the order that the coupling takes, so the outputs are y[:, order.argsort()]. In a run
+    of steps this can go into the columns of the next matrix: ``matrix[:, order]`` with the order of the step before, or
+    of a gather ``order.argsort()[source]``.
+
+    Examples:
+        >>> import torch
+        >>> from nflows.nn.nets import ConvResidualNet
+        >>> from pyglow_fast.interop.nflows import AffineCouplingTransform, OneByOneConvolution, StepParts, step_parts
+        >>> mask = torch.tensor([0, 0, 1, 1])
+        >>> coupling = AffineCouplingTransform(mask, lambda kept, out: ConvResidualNet(kept, out, hidden_channels=4))
+        >>> parts = step_parts([OneByOneConvolution(4), coupling])
+        >>> isinstance(parts, StepParts), parts.matrix.shape, parts.net is coupling.transform_net
+        (True, torch.Size([4, 4]), True)
     """
 
     matrix: Tensor  # (C, C); with a source (C,), the scales of a gather
@@ -51,7 +75,7 @@ class StepParts(NamedTuple):
 
 
 def waits_for_data(layer: nn.Module) -> bool:
-    """Whether a layer's next training forward will set its parameters: such a one must run by itself before."""
+    """Whether a layer's next training forward will set its parameters, so that it must run by itself before."""
     return isinstance(layer, transforms.ActNorm) and layer.training and not is_initialized(layer)
 
 
@@ -78,10 +102,11 @@ def _one_map(layer: nn.Module, dtype: torch.dtype | None) -> ChannelMap | str:
 
 
 def channel_map(layers: Sequence[nn.Module], dtype: torch.dtype | None = None) -> ChannelMap | str:
-    """M, c and log|det M| of M x + c = what ActNorms, OneByOneConvolutions and Permutations do in turn; or why not.
+    """Compute M, c and log|det M| of M x + c = what mixing layers do in turn, or say why there are none.
 
-    M (C, C), c (C,), log|det M| (), in the dtype of the parameters, of Permutations alone in the one given (None:
-    torch's default); without a convolution among them a gather. The layers must not wait for data.
+    M is (C, C), c (C,) and log|det M| (), in the dtype of the parameters; Permutations alone have none, and take the
+    one given (None: torch's default). Without a convolution among the layers the map is a gather. The layers must not
+    wait for data.
     """
     whole: ChannelMap | None = None
     for layer in layers:
@@ -103,7 +128,7 @@ def channel_map(layers: Sequence[nn.Module], dtype: torch.dtype | None = None) -
 
 
 def coupling_parts(layer: nn.Module) -> CouplingParts | str:
-    """The net and the CouplingSpec of an affine or additive coupling, or why it cannot be run so."""
+    """Read the net and the CouplingSpec of an affine or additive coupling, or say why it cannot be run so."""
     spec = couplings.coupling_spec(layer)
     return spec if isinstance(spec, str) else _coupling_parts(layer, spec)
 
@@ -122,7 +147,7 @@ def _coupling_parts(layer: Any, spec: CouplingSpec) -> CouplingParts | str:
 
 
 def step_parts(layers: Sequence[nn.Module]) -> StepParts | str:
-    """A run such as [ActNorm, OneByOneConvolution, AffineCouplingTransform] as one step of ours, or why it is none."""
+    """Read a run such as [ActNorm, OneByOneConvolution, AffineCouplingTransform] as one step, or say why it is none."""
     if len(layers) < 2:
         return "no mixing of channels before a coupling"
     parts = coupling_parts(layers[-1])

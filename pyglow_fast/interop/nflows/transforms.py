@@ -1,4 +1,4 @@
-"""Everything of ``nflows.transforms``, with our layers in place of those that Glow is made of.
+"""Offers all of ``nflows.transforms``, with this package's layers in place of those that Glow is made of.
 
 For code that says ``from nflows import transforms``: ``from pyglow_fast.interop.nflows import transforms``.
 """

@@ -1,4 +1,4 @@
-"""Glow by normflows, faster: its layers with the same interface, to be imported in place of normflows' own.
+"""Offers normflows' layers of Glow, faster and with the same interface, to be imported in place of its own.
 
     from pyglow_fast.interop.normflows import GlowBlock   # was: from normflows.flows import GlowBlock
     import pyglow_fast.interop.normflows as nf            # was: import normflows as nf

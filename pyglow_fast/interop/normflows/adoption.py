@@ -1,7 +1,7 @@
-"""Layers of normflows made ours, and back, in place: the same objects with the same parameters, hooks and flags.
+"""Turns layers of normflows into this package's, and back, in place: the same objects, parameters, hooks and flags.
 
-Our classes have no state that theirs have not (but for what an ActNorm remembers of its flag), so the class is all that
-changes.
+The classes here have no state that normflows' have not (except that an ActNorm remembers whether it has read its flag),
+so the class is all that changes.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ OURS: Classes = {}  # normflows' class -> the one that stands in for it
 
 
 def stands_in(ours: type[nn.Module]) -> Any:
-    """Class decorator: enter a direct subclass of one of normflows' classes."""
+    """Decorate a direct subclass of one of normflows' classes: it is entered as what replaces that class."""
     OURS[ours.__bases__[0]] = ours
     return ours
 
 
 def adopt(model: nn.Module) -> list[str]:
-    """Make the layers of normflows in a model ours, in place, and return their names.
+    """Turn the layers of normflows in a model into this package's, in place, and return their names.
 
     Layers whose class is exactly normflows' change, ``model`` itself included (its name is ""); subclasses stay.
     """
@@ -36,12 +36,12 @@ def adopt(model: nn.Module) -> list[str]:
 
 
 def release(model: nn.Module, only: Collection[nn.Module] | None = None) -> list[str]:
-    """The opposite of :func:`adopt`: our layers (with ``only``, these alone) become normflows' own, in place."""
+    """Undo :func:`adopt`: adopted layers (with ``only``, these alone) become normflows' own, in place."""
     for module in model.modules():
         vars(module).pop("_flag_seen", None)
     return exchange(model, reversed_classes(OURS), only)
 
 
 def is_untouched(module: nn.Module, expected: type[nn.Module]) -> bool:
-    """Whether it is of that class and does what the class says: no hooks, no methods replaced on the object."""
+    """Whether a module is of that class and does what it says: no hooks, no methods replaced on the object."""
     return type(module) is expected and not has_hooks(module) and not {"forward", "inverse"} & vars(module).keys()

@@ -1,4 +1,4 @@
-"""normflows' affine coupling: every second channel of the map's output is a shift, the others are raw scales."""
+"""Computes normflows' affine coupling: every second channel of the map's output is a shift, the others raw scales."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from pyglow_fast.reference import CouplingSpec
 
 @dataclass(frozen=True)
 class ShiftThenRaw:
-    """The output of normflows' map, (shift, raw, shift, raw, ...), as ours: all shifts, then all raw scales, signed.
+    """A map of channels: normflows' (shift, raw, shift, raw, ...) -> all shifts, then all raw scales, signed.
 
-    With ``raw_sign`` 0 there are shifts alone (additive).
+    ``raw_sign`` 0 says that there are shifts alone (additive).
     """
 
     shift_sign: int
@@ -37,7 +37,7 @@ class ShiftThenRaw:
 
 
 class Form(NamedTuple):
-    """One direction of normflows' coupling in our terms: functional.coupling, or its inverse, with this spec."""
+    """One direction of normflows' coupling in this package's terms: functional.coupling, or its inverse, and a spec."""
 
     spec: CouplingSpec
     inverse: bool
@@ -46,8 +46,8 @@ class Form(NamedTuple):
 
 AFFINE_MAPS = ("exp", "sigmoid", "sigmoid_inv")
 
-# normflows' forward, z -> x, s = exp(raw) or sigmoid(raw + 2). exp and sigmoid_inv: x2 = z2 s + shift; sigmoid: x2 =
-# z2 / s + shift. An exp only ever appears such that it overflows where normflows' result does.
+# normflows' forward, z -> x, s = exp(raw) or sigmoid(raw + 2). "exp" and "sigmoid_inv": x2 = z2 s + shift; "sigmoid":
+# x2 = z2 / s + shift. An exp is only used where it overflows exactly where normflows' result does.
 TO_X = {
     "exp": Form(CouplingSpec(scale_map="exp", order="scale_shift"), False, ShiftThenRaw(1, 1)),
     "sigmoid": Form(CouplingSpec(), True, ShiftThenRaw(-1, 1)),
@@ -64,7 +64,7 @@ TO_Z = {
 
 
 def reciprocal_sigmoid(raw: Tensor) -> tuple[Tensor, Tensor]:
-    """s = 1 / sigmoid(raw + 2) and log s: what "sigmoid_inv" scales by from x to z, as a scale map of ours."""
+    """Compute s = 1 / sigmoid(raw + 2) and log s: what "sigmoid_inv" scales by from x to z, as a scale map here."""
     log_scale = -F.logsigmoid(raw + 2.0)
     return log_scale.exp(), log_scale
 
@@ -88,17 +88,26 @@ class AffineCoupling(normflows.flows.AffineCoupling):
         ValueError: the output of param_map has another shape; an exp overflows (on the CPU).
 
     References: Dinh et al. 2017, Kingma & Dhariwal 2018.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.interop.normflows import AffineCoupling
+        >>> coupling = AffineCoupling(torch.nn.Conv2d(2, 4, 3, padding=1), scale_map="sigmoid")
+        >>> halves = [torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)]
+        >>> (z1, z2), log_det = coupling.inverse(coupling(halves)[0])
+        >>> z1.equal(halves[0]), torch.allclose(z2, halves[1], atol=1e-5), log_det.shape
+        (True, True, torch.Size([3]))
     """
 
     def form(self, forms: dict[str, Form]) -> Form:
-        """Its entry in TO_X or TO_Z."""
+        """Look up the form of the coupling in TO_X or TO_Z."""
         name = self.scale_map if self.scale else "additive"
         if name not in forms:
             raise NotImplementedError(f"scale_map: expected one of {AFFINE_MAPS}, found {name!r}")
         return forms[name]
 
     def run_map(self, z1: Tensor, transformed: Sequence[int], order: ShiftThenRaw) -> Tensor:
-        """param_map(z1) in our order, checked to go with transformed values of that shape (N, C2, *spatial)."""
+        """Compute param_map(z1) as shifts, then raw scales, and check that it fits transformed values of that shape."""
         n, channels, *spatial = transformed
         shape = (n, 2 * channels if order.raw_sign else channels, *spatial)
 
@@ -121,13 +130,13 @@ class AffineCoupling(normflows.flows.AffineCoupling):
         return op(state, params, form.spec)
 
     def forward(self, z: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """[z1, z2] -> [x1, x2]."""
+        """Map [z1, z2] to [x1, x2] and log_det (N,)."""
         z1, z2 = z
         out, log_det = self.couple(z2, z1, z2.shape, TO_X)
         return [z1, out], log_det
 
     def inverse(self, z: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """[x1, x2] -> [z1, z2]."""
+        """Map [x1, x2] to [z1, z2] and log_det (N,)."""
         z1, z2 = z
         out, log_det = self.couple(z2, z1, z2.shape, TO_Z)
         return [z1, out], log_det
@@ -135,7 +144,7 @@ class AffineCoupling(normflows.flows.AffineCoupling):
 
 @stands_in
 class AffineCouplingBlock(normflows.flows.AffineCouplingBlock):
-    """Split, :class:`AffineCoupling`, merge: in split mode "channel" one kernel on the whole.
+    """A block of split, :class:`AffineCoupling` and merge: in split mode "channel" one kernel on the whole.
 
     Args:
         param_map, scale, scale_map: see AffineCoupling.
@@ -147,6 +156,15 @@ class AffineCouplingBlock(normflows.flows.AffineCouplingBlock):
     Raises:
         NotImplementedError: an unknown mode, when it is called.
         ValueError: see AffineCoupling.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.interop.normflows import AffineCouplingBlock
+        >>> block = AffineCouplingBlock(torch.nn.Conv2d(2, 4, 3, padding=1))
+        >>> z = torch.randn(3, 4, 8, 8)
+        >>> x, log_det = block(z)
+        >>> x[:, :2].equal(z[:, :2]), x[:, 2:].equal(z[:, 2:])  # the first half of the channels passes
+        (True, False)
     """
 
     def __init__(
@@ -162,7 +180,7 @@ class AffineCouplingBlock(normflows.flows.AffineCouplingBlock):
 
     @property
     def splits_channels(self) -> bool:
-        """Whether it is what its constructor made, and split by "channel"."""
+        """Whether the block is what its constructor made, and split by "channel"."""
         if len(self.flows) != 3 or not is_untouched(self.flows[1], AffineCoupling):
             return False
         ends = ((self.flows[0], normflows.flows.Split), (self.flows[2], normflows.flows.Merge))
@@ -175,14 +193,14 @@ class AffineCouplingBlock(normflows.flows.AffineCouplingBlock):
         return out
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """z -> x."""
+        """Map latents z to data x."""
         if self.splits_channels and z.shape[1] > 1:
             return self._couple(z, TO_X)
         out: tuple[Tensor, Tensor] = super().forward(z)
         return out
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """x -> z."""
+        """Map data x to latents z."""
         if self.splits_channels and z.shape[1] > 1:
             return self._couple(z, TO_Z)
         out: tuple[Tensor, Tensor] = super().inverse(z)

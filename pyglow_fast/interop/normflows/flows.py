@@ -1,4 +1,4 @@
-"""``normflows.flows`` with our layers in the place of normflows' own."""
+"""Offers all of ``normflows.flows``, with this package's layers in the place of normflows' own."""
 
 from __future__ import annotations
 

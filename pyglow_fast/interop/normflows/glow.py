@@ -1,4 +1,4 @@
-"""normflows' GlowBlock, and what it is in the terms of this package."""
+"""Computes normflows' GlowBlock, and says what it is in the terms of this package."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from pyglow_fast.reference import CouplingSpec
 class GlowBlock(normflows.flows.GlowBlock):
     """u = W ((x - t) exp(-s)), z = the affine coupling of u; log_det = sum log scale + P (log|det W| - sum s).
 
-    That is ``inverse``, x -> z; ``forward`` is z -> x. Where the layers are as the constructor made them, actnorm and
-    1x1 convolution are one product. The first pass in either direction initialises the actnorms; see :class:`ActNorm`.
+    These are the equations of ``inverse``, x -> z; ``forward`` is z -> x. Where the layers are as the constructor made
+    them, actnorm and 1x1 convolution are one product. The first pass in either direction initialises the actnorms; see
+    :class:`ActNorm`.
 
     Args:
         channels: C.
@@ -43,6 +44,16 @@ class GlowBlock(normflows.flows.GlowBlock):
         ValueError: see ActNorm, AffineCoupling and Invertible1x1Conv.
 
     Reference: Kingma & Dhariwal 2018, table 1.
+
+    Examples:
+        >>> import normflows, torch
+        >>> from pyglow_fast.interop.normflows import GlowBlock
+        >>> ours, theirs = GlowBlock(4, 8), normflows.flows.GlowBlock(4, 8)
+        >>> x = torch.randn(2, 4, 6, 6)
+        >>> _ = ours.inverse(x)  # the first pass initialises the actnorm
+        >>> _ = theirs.load_state_dict(ours.state_dict())
+        >>> torch.allclose(ours.inverse(x)[0], theirs.inverse(x)[0], atol=1e-5)
+        True
     """
 
     def __init__(
@@ -68,7 +79,7 @@ class GlowBlock(normflows.flows.GlowBlock):
         return all(module.is_initialized for module in self.modules() if isinstance(module, ActNorm))
 
     def channel_layers(self) -> tuple[Invertible1x1Conv, ActNorm] | None:
-        """The layers that fold into one product; None if these are not what the constructor made."""
+        """Find the layers that fold into one product; None if these are not what the constructor made."""
         if len(self.flows) != 3:
             return None
         _, conv, actnorm = self.flows
@@ -84,7 +95,7 @@ class GlowBlock(normflows.flows.GlowBlock):
         return fold(*layers), layers[1].t.flatten()
 
     def _check_first(self, z: Tensor) -> None:
-        """Before an initialisation: refuse on all ranks what one of its actnorms, maybe not the first, would refuse."""
+        """Refuse on all ranks, before an initialisation, what one of the actnorms, maybe not the first, would."""
         if self.is_initialized:
             return
         layers = self.channel_layers()
@@ -94,7 +105,7 @@ class GlowBlock(normflows.flows.GlowBlock):
             expect(bool(z.isfinite().all()), "z", "finite values to initialise actnorm from", "NaN or inf")
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """z -> x."""
+        """Map latents z to data x."""
         folded = self._folded(z)
         if folded is None:
             self._check_first(z)
@@ -107,7 +118,7 @@ class GlowBlock(normflows.flows.GlowBlock):
         return x, log_det - channel_map.log_det * functional.n_positions(z)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """x -> z."""
+        """Map data x to latents z."""
         folded = self._folded(z)
         if folded is None:
             self._check_first(z)
@@ -120,7 +131,7 @@ class GlowBlock(normflows.flows.GlowBlock):
 
 
 def fold(conv: Invertible1x1Conv, actnorm: ActNorm) -> ChannelMap:
-    """M = W diag(exp(-s)) (C, C), c = -M t (C,), log|det M| (): u = M x + c is what both do from x to z."""
+    """Fold actnorm and convolution, x to z: u = M x + c, M = W diag(exp(-s)), c = -M t; gives M, c, log|det M|."""
     weight, weight_log_det = conv.weight_and_log_det()
     log_scale = -actnorm.s.flatten()
     matrix, offset = functional.fold_actnorm(weight, log_scale, -actnorm.t.flatten())
@@ -130,8 +141,21 @@ def fold(conv: Invertible1x1Conv, actnorm: ActNorm) -> ChannelMap:
 class FlowParts(NamedTuple):
     """A GlowBlock from x to z: u = M x + c, then functional.coupling(u, net_out, spec), net_out = run_net(u[:, :kept]).
 
-    ``channel_map`` is of the parameters of now, and differentiable; ``net`` is the block's own module, whose output
-    ``order`` brings into the order and signs of ``spec``; log-det is P channel_map.log_det and the coupling's.
+    ``channel_map`` is computed from the parameters of now, and differentiable; ``net`` is the block's own module, whose
+    output ``order`` brings into the order and signs of ``spec``; the log-det is P channel_map.log_det plus the
+    coupling's.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast import functional
+        >>> from pyglow_fast.interop.normflows import FlowParts, GlowBlock, flow_parts
+        >>> block, x = GlowBlock(4, 8), torch.randn(2, 4, 6, 6)
+        >>> z, _ = block.inverse(x)
+        >>> parts = flow_parts(block)
+        >>> u = functional.channel_mix(x, parts.channel_map.matrix, parts.channel_map.offset)
+        >>> rebuilt, _ = functional.coupling(u, parts.run_net(u[:, : parts.kept]), parts.spec)
+        >>> isinstance(parts, FlowParts), torch.allclose(rebuilt, z, atol=1e-5)
+        (True, True)
     """
 
     channel_map: ChannelMap
@@ -141,14 +165,14 @@ class FlowParts(NamedTuple):
     spec: CouplingSpec
 
     def run_net(self, u1: Tensor) -> Tensor:
-        """(N, kept, H, W) -> (N, 2 (C - kept), H, W), shift and raw scale, or (N, C - kept, H, W), shift."""
+        """Run the net on (N, kept, H, W): shift and raw scale (N, 2 (C - kept), H, W), or shift (N, C - kept, H, W)."""
         return nets.run(self.net, u1, self.order)
 
 
 def flow_parts(block: Any) -> FlowParts | str:
-    """What a GlowBlock (of ours; see adopt) computes from x to z by this package's functions, or why it cannot be told.
+    """Describe what an adopted GlowBlock computes from x to z by this package's functions, or say why it cannot be.
 
-    The parts are those of an initialised block: one that is not (``block.is_initialized``) must see data first.
+    The block must be initialised: one that is not (``block.is_initialized``) must see data first.
     """
     if not is_untouched(block, GlowBlock):
         return f"a {type(block).__name__} with hooks or overridden methods, or no GlowBlock of ours"

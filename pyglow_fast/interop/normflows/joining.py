@@ -1,4 +1,4 @@
-"""Runs of GlowBlocks in one chain."""
+"""Joins runs of GlowBlocks into one chain."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEPS = (GlowBlock,)  # what may be joined
 
 
 class GlowRun(Face):
-    """GlowBlocks joined, called as one of them: ``forward`` is z -> x, ``inverse`` x -> z."""
+    """A run of joined GlowBlocks, called as one of them: ``forward`` is z -> x, ``inverse`` x -> z."""
 
     def _joins(self, z: Tensor) -> bool:
         return self.takes(z) and all(not isinstance(block, GlowBlock) or block.is_initialized for block in self.modules)
@@ -34,7 +34,7 @@ class GlowRun(Face):
         return self.either(self._joins(z), lambda: self.run.inverse(z), lambda: _one_by_one(self.modules, z))
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """x -> z, log_det (N,)."""
+        """Map x to z and log_det (N,), through all blocks."""
         inverses = [block.inverse for block in reversed(self.modules)]
         return self.either(self._joins(z), lambda: self.run.forward(z), lambda: _one_by_one(inverses, z))
 
@@ -67,12 +67,12 @@ def _place(block: nn.Module, memory: str | int) -> Place:
 
 
 def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str | int) -> list[Place]:
-    """The modules of a list, its GlowBlocks as steps that take their width."""
+    """Divide the modules of a list into GlowBlocks, which are joined if their widths agree, and others."""
     return [_place(module, memory) for module in modules]
 
 
 def stand_ins(run: Sequence[Place], memory: str | int, budget: str | int) -> list[GlowRun]:
-    """What stands in the place of a run: one GlowRun."""
+    """Make what replaces a run: one GlowRun."""
     steps = [place.parts for place in reversed(run)]  # from x to z the last block of the list is the first
     blocks = [block for place in run for block in place.layers]
     return [GlowRun(blocks, JoinedRun(run[0].takes, steps, None, memory, budget))]

@@ -1,4 +1,4 @@
-"""normflows' single layers: ActNorm, Invertible1x1Conv, Permute, Squeeze."""
+"""Computes normflows' single layers: ActNorm, Invertible1x1Conv, Permute, Squeeze."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from normflows.flows import AffineConstFlow
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast._errors import expect
+from pyglow_fast._errors import can_read, expect
 from pyglow_fast._tracing import is_traced
 from pyglow_fast.interop import nets
 from pyglow_fast.interop.normflows.adoption import is_untouched, stands_in
 from pyglow_fast.layers.actnorm import has_no_spread, joint_moments
 from pyglow_fast.reference import plu_weight
 
-EPS = 1e-6  # that normflows adds to the standard deviation
+EPS = 1e-6  # what normflows adds to the standard deviation
 
 
 def check_images(z: Tensor, channels: int | None = None) -> None:
@@ -28,7 +28,7 @@ def check_images(z: Tensor, channels: int | None = None) -> None:
 
 
 def in_full(z: Tensor, like: Tensor) -> Tensor:
-    """A z that normflows' arithmetic promotes to the dtype of the parameters (16 bits under autocast, bytes) in it."""
+    """Convert a z that normflows' arithmetic would promote (16 bits under autocast, bytes) to the parameters' dtype."""
     return z.to(like.dtype) if torch.promote_types(z.dtype, like.dtype) == like.dtype else z
 
 
@@ -41,16 +41,24 @@ class ActNorm(normflows.flows.ActNorm):
     without spread is centred only.
 
     Args:
-        shape: of s and t, (C, 1, 1) for images; dimensions of size 1 are shared by the positions along them.
+        shape: the shape of s and t, (C, 1, 1) for images; dimensions of size 1 are shared by the positions along them.
         scale, shift: whether s and t are parameters (they are buffers else, and initialised all the same).
 
     Shapes: z (N, *sizes that fit shape); log_det (), nats.
 
     Raises:
         ValueError: the batch to initialise from is of another shape, empty or not finite, here or on another rank.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.interop.normflows import ActNorm
+        >>> norm = ActNorm((3, 1, 1))
+        >>> z, log_det = norm.inverse(5 + 2 * torch.randn(8, 3, 4, 4))  # the first pass sets s and t
+        >>> z.mean().abs() < 1e-5, f"{z.std():.2f}"
+        (tensor(True), '1.00')
     """
 
-    # The flag and its version when it was last read and set: to read it stops a GPU's stream, and tracing.
+    # The flag and its version when it was last read and found set: reading it stops a GPU's stream, and tracing.
     _flag_seen: tuple[Tensor, int] | None = None
 
     @property
@@ -62,7 +70,8 @@ class ActNorm(normflows.flows.ActNorm):
         seen = self._flag_seen
         if seen is not None and is_traced():  # what is traced has another tensor in the place of the flag
             return True
-        if seen is not None and seen[0] is flag and not flag.is_inference() and seen[1] == flag._version:
+        same = seen is not None and seen[0] is flag and not flag.is_inference() and seen[1] == flag._version
+        if same and not can_read(flag):  # on the CPU it is read each time: a write through .data has no version
             return True
         done = bool(flag > 0)
         self._flag_seen = (flag, flag._version) if done and not flag.is_inference() else None
@@ -85,7 +94,8 @@ class ActNorm(normflows.flows.ActNorm):
             sharded = hasattr(self.s, "device_mesh")
             expect(not sharded, "parameters", "an actnorm that is initialised before it is sharded", "a sharded one")
 
-        # Values that share parameters, along all dimensions but the second: so it is with images as they come.
+        # Values that share parameters are brought along all dimensions but the second, where those of images are
+        # already.
         rows = z.permute(self.batch_dims + kept).reshape(-1, self.s.numel()) if fits and kept != [1] else z
         count, mean, squared_deviations = joint_moments(rows, self.s.device, check)
         std = (squared_deviations / (count - 1.0).clamp_min(1.0)).sqrt()
@@ -99,14 +109,14 @@ class ActNorm(normflows.flows.ActNorm):
         self.look_at_flag()
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """z -> x."""
+        """Map latents z to data x."""
         if not self.is_initialized:
             self.initialize_from(z, inverse=False)
         out: tuple[Tensor, Tensor] = AffineConstFlow.forward(self, z)
         return out
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """x -> z."""
+        """Map data x to latents z."""
         if not self.is_initialized:
             self.initialize_from(z, inverse=True)
         out: tuple[Tensor, Tensor] = AffineConstFlow.inverse(self, z)
@@ -118,7 +128,7 @@ class ActNorm(normflows.flows.ActNorm):
 
 
 def net_actnorm(module: nn.Module, dims: int) -> tuple[Tensor, Tensor] | None:
-    """Scale and offset, (C,), of the actnorm within normflows' ConvNet2d; None if it must be called itself.
+    """Compute scale and offset, (C,), of the actnorm within normflows' ConvNet2d; None if it must be called itself.
 
     ``dims`` are the spatial dimensions of what it is called with.
     """
@@ -151,16 +161,25 @@ class Invertible1x1Conv(normflows.flows.Invertible1x1Conv):
         ValueError: z of another shape, a singular W to be inverted.
 
     Reference: Kingma & Dhariwal 2018, section 3.2.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.interop.normflows import Invertible1x1Conv
+        >>> conv = Invertible1x1Conv(4, use_lu=True)
+        >>> x = torch.randn(2, 4, 3, 3)
+        >>> z, log_det = conv.inverse(x)
+        >>> torch.allclose(conv(z)[0], x, atol=1e-5), log_det.abs() < 1e-4  # a fresh matrix is a rotation
+        (True, tensor(True))
     """
 
     def weight_and_log_det(self) -> tuple[Tensor, Tensor]:
-        """W (C, C), differentiable, and log|det W| ()."""
+        """Compute the matrix W (C, C), differentiable, and log|det W| ()."""
         if not self.use_lu:
             return self.W, functional.log_abs_det(self.W)
         return plu_weight(self.P, self.L, self.U, self.log_S, self.sign_S), self.log_S.sum()
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """z -> x."""
+        """Map latents z to data x."""
         check_images(z, self.num_channels)
         weight, log_det = self.weight_and_log_det()
         z = in_full(z, weight)
@@ -168,7 +187,7 @@ class Invertible1x1Conv(normflows.flows.Invertible1x1Conv):
         return x, -log_det * functional.n_positions(z)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """x -> z."""
+        """Map data x to latents z."""
         check_images(z, self.num_channels)
         weight, log_det = self.weight_and_log_det()
         z = functional.channel_mix(in_full(z, weight), weight, weight.new_zeros(self.num_channels))
@@ -177,7 +196,7 @@ class Invertible1x1Conv(normflows.flows.Invertible1x1Conv):
 
 @stands_in
 class Permute(normflows.flows.Permute):
-    """x = z[:, perm] ("shuffle"), or the second half of the channels before the first ("swap"); log_det = 0.
+    """A permutation of channels: x = z[:, perm] ("shuffle"), or the second half before the first ("swap"); log_det = 0.
 
     Args:
         num_channels: C.
@@ -187,15 +206,22 @@ class Permute(normflows.flows.Permute):
 
     Raises:
         NotImplementedError: another mode, when it is called.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.interop.normflows import Permute
+        >>> swap = Permute(4, mode="swap")
+        >>> swap(torch.arange(4.0).reshape(1, 4))[0]
+        tensor([[2., 3., 0., 1.]])
     """
 
     def forward(self, z: Tensor, context: object = None) -> tuple[Tensor, Tensor]:
-        """z -> x."""
+        """Map latents z to data x."""
         out = z.index_select(1, self.perm) if self.mode == "shuffle" else super().forward(z)[0]
         return out, z.new_zeros(len(z))
 
     def inverse(self, z: Tensor, context: object = None) -> tuple[Tensor, Tensor]:
-        """x -> z."""
+        """Map data x to latents z."""
         out = z.index_select(1, self.inv_perm) if self.mode == "shuffle" else super().inverse(z)[0]
         return out, z.new_zeros(len(z))
 
@@ -206,14 +232,22 @@ class Squeeze(normflows.flows.Squeeze):
 
     Raises:
         ValueError: z is no batch of images, C does not divide by 4, or H or W by 2 (inverse).
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.interop.normflows import Squeeze
+        >>> x, log_det = Squeeze()(torch.arange(4.0).reshape(1, 4, 1, 1))
+        >>> x[0, 0]
+        tensor([[0., 1.],
+                [2., 3.]])
     """
 
     def forward(self, z: Tensor) -> tuple[Tensor, int]:
-        """z -> x, channels to space."""
+        """Map z to x, channels to space."""
         check_images(z)
         return functional.unsqueeze(z), 0
 
     def inverse(self, z: Tensor) -> tuple[Tensor, int]:
-        """x -> z, space to channels."""
+        """Map x to z, space to channels."""
         check_images(z)
         return functional.squeeze(z), 0

@@ -1,0 +1,99 @@
+"""Tells whether tensors are what they were, for what was made of them then and kept."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pyglow_fast._errors import can_read
+from pyglow_fast._tracing import is_traced
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
+_LARGE = 4096  # elements: the others are gathered and compared in one go
+
+
+class KeptValues:
+    """The bits of tensors on the CPU as they were: whatever writes to them, of one element or by one ulp, is seen.
+
+    Args:
+        tensors: what is looked at, where it is now.
+        live: tensors made of them, which are looked at no further where they are in the same memory themselves.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], live: Sequence[Tensor] = ()) -> None:
+        times = Counter(tensor.data_ptr() for tensor in tensors)
+        shared = {(one.data_ptr(), one.shape, one.stride(), one.dtype) for one in live if times[one.data_ptr()] == 1}
+        bits: list[Tensor] = []
+        for tensor in tensors:
+            if (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) not in shared:
+                bits.append(tensor.detach().view(_BITS[tensor.element_size()]))
+        few = [one for one in bits if one.numel() < _LARGE and one.is_contiguous()]
+        kinds = {kind: [one.flatten() for one in few if one.dtype == kind] for kind in _BITS.values()}
+        self._small = [some for some in kinds.values() if some]
+        # numpy compares four times as fast as torch. Not Tensor.numpy(), after which torch refuses to resize a storage.
+        self._large = [np.from_dlpack(one) for one in bits if one.numel() >= _LARGE or not one.is_contiguous()]
+        self._then = [*map(torch.cat, self._small)], [one.copy() for one in self._large]
+
+    def same(self) -> bool:
+        """Whether all are what they were; they must be where they were."""
+        small, large = self._then
+        return all(map(torch.equal, map(torch.cat, self._small), small)) and all(
+            map(np.array_equal, self._large, large)
+        )
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Tells whether a tensor is of no class that decides itself where and what its values are."""
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
+def _may_look(tensors: Sequence[Tensor]) -> bool:
+    plain = all(tensor.is_cpu and is_plain(tensor) for tensor in tensors)
+    return plain and (not tensors or can_read(tensors[0]))  # which is as costly as all the rest
+
+
+def _state(tensor: Tensor, traced: bool) -> tuple[object, ...]:
+    """The version, and what .data may change without one; sizes of a tensor that is traced are none to compare."""
+    where = tensor._version, tensor.data_ptr(), tensor.dtype
+    return where if traced else (*where, tensor.shape, tensor.stride())
+
+
+class KeptTensors:
+    """Tensors as they were: in what memory, of what version, and of what bits, as a write through .data has no version.
+
+    Their bits are compared where the host may look at them: not on a GPU, whose stream that would stop, nor while a
+    CUDA graph is captured, nor where torch traces or batches. There versions alone tell; but what was kept on other
+    terms, as before a move to the GPU, counts as changed.
+
+    Args:
+        tensors: with versions, so not made in inference mode.
+        live: see KeptValues.
+        by_version: versions are believed everywhere.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], live: Sequence[Tensor] = (), by_version: bool = False) -> None:
+        self._by_version = by_version
+        self._traced = is_traced()
+        self._states = [_state(tensor, self._traced) for tensor in tensors]
+        # While these live nothing else is in their memory. With weak references torch would refuse to swap tensors.
+        self._memory = [tensor.detach() for tensor in tensors]
+        self._values = None if by_version or not _may_look(tensors) else KeptValues(tensors, live)
+
+    @property
+    def has_values(self) -> bool:
+        """Whether bits were kept."""
+        return self._values is not None
+
+    def same(self, tensors: Sequence[Tensor]) -> bool:
+        """Tells whether these are the tensors as they were, or others in their place."""
+        if is_traced() != self._traced or any(tensor.is_inference() for tensor in tensors):
+            return False
+        if [_state(tensor, self._traced) for tensor in tensors] != self._states:
+            return False
+        if self._by_version:
+            return True
+        return self._values is not None and self._values.same() if _may_look(tensors) else self._values is None

@@ -1,0 +1,59 @@
+"""What adapters remember of a layer on the CPU is not believed after a write that torch does not count."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+import pyglow_fast.interop.freia as freia
+import pyglow_fast.interop.nflows as nflows
+import pyglow_fast.interop.normflows as normflows
+from pyglow_fast.interop.jet.tokens import permutation_of
+
+
+def test_a_hard_permutation_that_is_hard_no_longer() -> None:
+    np.random.seed(0)
+    torch.manual_seed(0)
+    block = freia.AllInOneBlock([(4, 4, 4)], subnet_constructor=lambda a, b: nn.Conv2d(a, b, 1), permute_soft=False)
+    x = torch.randn(2, 4, 4, 4)
+    with torch.no_grad():
+        (before,), _ = block([x])
+        zero = (block.w_perm == 0).nonzero()[0]
+        block.w_perm.data[tuple(zero)] = 0.5  # the ones stay where they are
+        (found,), _ = block([x])
+        block._seen = None
+        (expected,), _ = block([x])
+    assert not torch.allclose(before, expected)
+    assert torch.equal(found, expected)
+
+
+def test_projections_of_jet() -> None:
+    layer, projection = nn.Identity(), torch.eye(4)
+    first = permutation_of(layer, "channel", projection)
+    projection.data.copy_(projection.flip(0).clone())
+    second = permutation_of(layer, "channel", projection)
+    assert first is not None
+    assert second is not None
+    assert first.order.tolist() == [0, 1, 2, 3]
+    assert second.order.tolist() == [3, 2, 1, 0]
+
+
+def test_the_cache_of_a_convolution_of_nflows() -> None:
+    torch.manual_seed(0)
+    layer = nflows.OneByOneConvolution(3, using_cache=True).eval()
+    x = torch.randn(2, 3, 4, 4)
+    with torch.no_grad():
+        layer(x)
+        layer.lower_entries.data.numpy()[0] += 1.0
+        found, _ = layer(x)
+        expected, _ = layer.train()(x)
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_flag_of_an_actnorm_of_normflows() -> None:
+    layer = normflows.ActNorm((3, 1, 1))
+    layer.data_dep_init_done.fill_(1.0)
+    assert layer.is_initialized
+    layer.data_dep_init_done.data.fill_(0.0)
+    assert not layer.is_initialized

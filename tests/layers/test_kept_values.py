@@ -1,0 +1,141 @@
+"""Tensors are told from what they were: by place, version and layout, and by every bit where the host may look."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from support.captures import capture_guard, like_a_gpu
+from torch import Tensor, nn
+
+from pyglow_fast.layers.kept_values import KeptTensors
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
+
+
+def made(dtype: torch.dtype, size: int = 8) -> Tensor:
+    return torch.arange(size * size).reshape(size, size).remainder(97).to(dtype)
+
+
+def by_version(tensor: Tensor) -> None:
+    tensor.copy_(tensor.clone())
+
+
+def by_data(tensor: Tensor) -> None:
+    tensor.data[-1, -1] = 0
+
+
+def by_numpy(tensor: Tensor) -> None:
+    np.from_dlpack(tensor.detach().view(torch.uint8))[0, 0] ^= 1
+
+
+def in_other_memory(tensor: Tensor) -> None:
+    tensor.data = tensor.data.clone()
+
+
+def transposed(tensor: Tensor) -> None:
+    tensor.data = tensor.data.t()
+
+
+def shorter(tensor: Tensor) -> None:
+    tensor.data = tensor.data[:3]
+
+
+@pytest.mark.parametrize("size", [8, 80])  # gathered, and compared by itself
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("change", [by_version, by_data, by_numpy, in_other_memory, transposed, shorter])
+def test_each_change_is_seen(change: Callable[[Tensor], None], dtype: torch.dtype, size: int) -> None:
+    others = [made(torch.float32), made(torch.bool), torch.empty(0), torch.tensor(True)]
+    for first in (True, False):
+        tensor = made(dtype, size)
+        order = [tensor, *others] if first else [*others, tensor]
+        kept = KeptTensors(order)
+        assert kept.same(order)
+        change(tensor)
+        assert not kept.same(order)
+
+
+@pytest.mark.parametrize("size", [8, 80])
+def test_every_bit_of_what_does_not_lie_in_one_piece(size: int) -> None:
+    whole = made(torch.float32, 2 * size)
+    part = whole[::2, ::2]
+    kept = KeptTensors([part])
+    whole.data[1::2] += 1.0
+    assert kept.same([part])
+    whole.data[2, 2] += 1e-5
+    assert not kept.same([part])
+
+
+def test_not_a_number_is_itself_and_zeros_have_signs() -> None:
+    tensor = torch.tensor([float("nan"), 0.0])
+    kept = KeptTensors([tensor])
+    assert kept.same([tensor])
+    tensor.data[1] = -0.0
+    assert not kept.same([tensor])
+
+
+def test_more_or_fewer_or_in_another_order() -> None:
+    one, other = made(torch.float32), made(torch.float32)
+    kept = KeptTensors([one, other])
+    assert kept.same([one, other])
+    assert not any(map(kept.same, ([one], [one, other, one], [other, one])))
+
+
+def test_another_object_on_the_same_memory() -> None:
+    """As a projection is that is cut from a buffer at each call."""
+    tensor = made(torch.float32)
+    kept = KeptTensors([tensor])
+    assert kept.same([tensor.view(tensor.shape)])
+    assert kept.same([tensor.detach()])
+
+
+def test_made_in_inference_mode() -> None:
+    tensor = nn.Parameter(made(torch.float32))
+    kept = KeptTensors([tensor])
+    with torch.inference_mode():
+        assert kept.same([tensor])
+        assert not kept.same([tensor + 0])
+
+
+@torch.no_grad()
+def test_a_capture_reads_no_values() -> None:
+    tensor = made(torch.float32, 80)
+    with like_a_gpu():
+        kept = KeptTensors([tensor])
+        with capture_guard():
+            assert kept.same([tensor])
+        tensor.add_(1.0)
+        with capture_guard():
+            assert not kept.same([tensor])
+
+
+def test_moved_to_a_gpu_and_back() -> None:
+    """What could be compared no longer, or could not be then, is not believed; nor read, in a capture."""
+    tensor = made(torch.float32)
+    on_cpu = KeptTensors([tensor])
+    with like_a_gpu(), capture_guard():
+        assert not on_cpu.same([tensor])
+    with like_a_gpu():
+        on_gpu = KeptTensors([tensor])
+        assert on_gpu.same([tensor])
+    assert not on_gpu.same([tensor])
+
+
+def test_by_version() -> None:
+    tensor = made(torch.float32)
+    kept = KeptTensors([tensor], by_version=True)
+    with like_a_gpu(), capture_guard():
+        assert kept.same([tensor])
+    tensor.data.add_(1.0)
+    assert kept.same([tensor])
+    tensor.add_(1.0)
+    assert not kept.same([tensor])
+
+
+def test_under_vmap_nothing_is_read() -> None:
+    tensor = made(torch.float32)
+    kept, found = KeptTensors([tensor]), []
+    torch.func.vmap(lambda x: found.append(kept.same([tensor])) or x)(torch.ones(2))
+    assert found == [False]

@@ -1,0 +1,238 @@
+"""A net that writes to its input changes neither the caller's tensor nor the flow."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pyglow_fast as pgf
+from pyglow_fast.coupling_nets.inputs import may_write
+from pyglow_fast.coupling_nets.masks import MaskedNet
+
+
+def _conv(inputs: int, outputs: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=1)
+
+
+class Own(nn.Module):
+    """A module of the user's whose code writes to what it is given."""
+
+    def __init__(self, inputs: int, outputs: int, in_place: bool) -> None:
+        super().__init__()
+        self.conv, self.in_place = _conv(inputs, outputs), in_place
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """conv(relu(x)), or of the sum with cond."""
+        if cond is not None:
+            cond = cond.mul_(0.5) if self.in_place else 0.5 * cond
+        x = x.relu_() if self.in_place else x.relu()
+        return self.conv(x if cond is None else torch.cat([x, cond], dim=1))
+
+
+def _relu(inputs: int, outputs: int, in_place: bool) -> nn.Module:
+    return nn.Sequential(nn.ReLU(inplace=in_place), _conv(inputs, outputs))
+
+
+def _nested(inputs: int, outputs: int, in_place: bool) -> nn.Module:
+    first = nn.Sequential(nn.Identity(), nn.Dropout(0.0), nn.LeakyReLU(0.2, inplace=in_place))
+    return nn.Sequential(first, _conv(inputs, outputs))
+
+
+def _of_a_view(inputs: int, outputs: int, in_place: bool) -> nn.Module:
+    views = nn.Unflatten(0, (1, -1)), nn.Flatten(0, 1)
+    return nn.Sequential(*views, nn.Hardswish(inplace=in_place), _conv(inputs, outputs))
+
+
+class Adds(nn.Module):
+    """To a view of what it is given."""
+
+    def __init__(self, inputs: int, outputs: int, in_place: bool) -> None:
+        super().__init__()
+        self.conv, self.in_place = _conv(inputs, outputs), in_place
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """conv(x + 1)."""
+        if self.in_place:
+            x.flatten(2).add_(1.0)
+        else:
+            x = x + 1.0
+        out: Tensor = self.conv(x)
+        return out
+
+
+def _hooked(inputs: int, outputs: int, in_place: bool) -> nn.Module:
+    net = nn.Sequential(_conv(inputs, outputs))
+
+    def before(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (args[0].relu_() if in_place else args[0].relu(),)
+
+    net[0].register_forward_pre_hook(before)
+    return net
+
+
+Maker = Callable[[int, int, bool], nn.Module]
+NETS: list[Maker] = [_relu, _nested, _of_a_view, _hooked, Own, Adds]
+
+
+def _x(channels: int = 4) -> Tensor:
+    return torch.randn(3, channels, 4, 6, generator=torch.Generator().manual_seed(1))
+
+
+def _pair(make: Callable[[bool], nn.Module]) -> list[nn.Module]:
+    """One module with nets that write, one with nets that do not, of the same parameters."""
+    torch.manual_seed(0)
+    writes = make(True)
+    torch.manual_seed(0)
+    return [writes, make(False)]
+
+
+def _both_ways(layer: nn.Module, x: Tensor, *cond: Tensor) -> list[Tensor]:
+    before, before_cond = x.clone(), [c.clone() for c in cond]
+    with torch.no_grad():
+        y, log_det = layer(x, *cond)
+        assert torch.equal(x, before), "forward has written to the caller's tensor"
+        y_before = y.clone()
+        back, inverse_log_det = layer.inverse(y, *cond)
+        assert torch.equal(y, y_before), "inverse has written to the caller's tensor"
+    assert all(map(torch.equal, cond, before_cond)), "the condition was written to"
+    torch.testing.assert_close(back, x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(inverse_log_det, -log_det, rtol=1e-4, atol=1e-4)
+    return [y, log_det]
+
+
+@pytest.mark.parametrize("kind", ["affine", "additive"])
+@pytest.mark.parametrize("mask", ["channels", "checkerboard"])
+@pytest.mark.parametrize("net", NETS)
+def test_coupling(net: Maker, mask: str, kind: str) -> None:
+    width = 4 if mask == "checkerboard" else 2
+    outputs = width * (2 if kind == "affine" else 1)
+    one, other = _pair(lambda in_place: pgf.Coupling(net(width, outputs, in_place), kind, mask=mask))
+    torch.testing.assert_close(_both_ways(one, _x()), _both_ways(other, _x()), rtol=0, atol=0)
+
+
+def test_condition_of_a_coupling() -> None:
+    one, other = _pair(lambda in_place: pgf.Coupling(Own(5, 4, in_place)))
+    cond = torch.randn(3, 3, 4, 6)
+    torch.testing.assert_close(_both_ways(one, _x(), cond), _both_ways(other, _x(), cond), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_injector(net: Maker) -> None:
+    one, other = _pair(lambda in_place: pgf.AffineInjector(4, net=net(3, 8, in_place)))
+    cond = torch.randn(3, 3, 4, 6)
+    torch.testing.assert_close(_both_ways(one, _x(), cond), _both_ways(other, _x(), cond), rtol=0, atol=0)
+
+
+def _run(net: Maker, memory: str) -> Callable[[bool], pgf.ReversibleSequence]:
+    def make(in_place: bool) -> pgf.ReversibleSequence:
+        steps = [pgf.FlowStep(4, net=net(2, 4, in_place)) for _ in range(3)]
+        sequence = pgf.ReversibleSequence(steps, memory, memory_budget=4096)
+        sequence.initialize(_x())
+        return sequence
+
+    return make
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_evaluation_of_a_run_of_steps(net: Maker) -> None:
+    one, other = (module.eval() for module in _pair(_run(net, "reversible")))
+    torch.testing.assert_close(_both_ways(one, _x()), _both_ways(other, _x()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("data_wants_gradient", [False, True])
+@pytest.mark.parametrize("memory", ["store", "checkpoint", "reversible"])
+@pytest.mark.parametrize("net", NETS)
+def test_training_of_a_run_of_steps(net: Maker, memory: str, data_wants_gradient: bool) -> None:
+    found = []
+    for sequence in _pair(_run(net, memory)):
+        x = _x().requires_grad_(data_wants_gradient)
+        z, log_det = sequence(x)
+        wanted = [*sequence.parameters(), *([x] if data_wants_gradient else [])]
+        gradients = torch.autograd.grad(z.square().sum() - log_det.sum(), wanted)
+        assert torch.equal(x.detach(), _x())
+        found.append([z, log_det, *gradients])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_training_of_a_coupling_alone() -> None:
+    found = []
+    for coupling in _pair(lambda in_place: pgf.Coupling(_relu(2, 4, in_place))):
+        x = _x()
+        y, log_det = coupling(x)
+        found.append([y, *torch.autograd.grad(y.square().sum() - log_det.sum(), list(coupling.parameters()))])
+        assert torch.equal(x, _x())
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_inference_mode() -> None:
+    one, other = _pair(lambda in_place: pgf.Coupling(_relu(2, 4, in_place)))
+    x = _x()
+    with torch.inference_mode():
+        torch.testing.assert_close(one(x)[0], other(x)[0], rtol=0, atol=0)
+    assert torch.equal(x, _x())
+
+
+def test_functional_transforms() -> None:
+    """vmap and grad over a coupling."""
+    found = []
+    for coupling in _pair(lambda in_place: pgf.Coupling(_relu(2, 4, in_place))):
+        x = _x()[:, None]
+        of_each = torch.func.vmap(lambda one, own=coupling: own(one)[0])(x)
+        slope = torch.func.grad(lambda one, own=coupling: own(one)[0].square().sum())(x[:, 0])
+        assert torch.equal(x, _x()[:, None])
+        found.append([of_each, slope])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("net", [_relu, Own])
+def test_compiled_in_one_graph(net: Maker) -> None:
+    coupling = pgf.Coupling(net(2, 4, True))
+    with torch.no_grad():
+        expected = coupling(_x())
+        x = _x()
+        found = torch.compile(coupling, fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(x, _x())
+    torch.testing.assert_close(found, expected)
+
+
+class Leaves(Own):
+    """It says that it does not write."""
+
+    writes_to_input = False
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Keeps what it is called with."""
+        self.seen = x
+        return super().forward(x)
+
+
+def test_a_net_that_states_to_leave_its_input_gets_it() -> None:
+    net = Leaves(2, 4, False)
+    x = _x()
+    with torch.no_grad():
+        pgf.Coupling(net)(x)
+    assert net.seen.data_ptr() == x.data_ptr()
+    net.writes_to_input = "no"
+    with pytest.raises(ValueError, match=r"net\.writes_to_input: expected a bool or None, found 'no'"):
+        pgf.Coupling(net)(x)
+
+
+def test_only_what_may_write_costs_a_copy() -> None:
+    plain = nn.Sequential(_conv(2, 5), nn.ReLU(inplace=True), _conv(5, 4))
+    assert not may_write(plain)
+    assert not may_write(pgf.CouplingNet(2, 4, 5))
+    assert not may_write(nn.Sequential(nn.ReLU(), _conv(2, 4)))
+    replaced = copy.deepcopy(plain)
+    replaced[0].forward = lambda x: x.relu_()
+    assert may_write(replaced)
+    assert all(may_write(net(2, 4, True)) for net in NETS)
+    assert not may_write(Leaves(2, 4, False))
+    masked = Leaves(2, 4, False)
+    masked.takes_mask = True
+    assert not may_write(MaskedNet(masked))
+    masked.writes_to_input = None
+    assert may_write(MaskedNet(masked))
