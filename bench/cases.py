@@ -136,8 +136,8 @@ class Data:
         made = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
-                kind = dtype if value.is_floating_point() else None
-                setattr(made, name, value.detach().to(device, kind, copy=True))
+                own_dtype = dtype if value.is_floating_point() else None
+                setattr(made, name, value.detach().to(device, own_dtype, copy=True))
         return made
 
 

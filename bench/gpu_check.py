@@ -218,8 +218,8 @@ def unfit(out: Path, rehearsal: bool) -> str:
     if not os.access(out, os.W_OK):
         return f"expected a folder that can be written to, found {out}"
     others = [name for name, content in earlier.items() if content["machine"]["rehearsal"] != rehearsal]
-    kind = "measurements" if rehearsal else "a rehearsal"  # one report must not show both
-    return f"expected a folder without {kind}, found {', '.join(others)} in {out}" if others else ""
+    other = "measurements" if rehearsal else "a rehearsal"  # one report must not show both
+    return f"expected a folder without {other}, found {', '.join(others)} in {out}" if others else ""
 
 
 def _write(path: Path, text: str) -> None:

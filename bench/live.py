@@ -183,11 +183,11 @@ class Measurement:
         self.copies[variant] = own
 
     def _time(self) -> None:
-        for kind, make in (("train", training_step), ("infer", inference)):
+        for call, make in (("train", training_step), ("infer", inference)):
             cases = {name: make(self.case, own.model, self.dtype) for name, own in self.copies.items()}
             for name, values in take_turns(cases, CPU, self.rounds, self.seconds).items():
                 low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-                measured = {f"{kind}_seconds": median, f"{kind}_quartiles": (low, high), "rounds": len(values)}
+                measured = {f"{call}_seconds": median, f"{call}_quartiles": (low, high), "rounds": len(values)}
                 self.rows[name] = dataclasses.replace(self.rows[name], **measured)
         for name, own in self.copies.items():
             size = activation_bytes(self.case, own.model, self.dtype)

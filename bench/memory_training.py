@@ -86,8 +86,8 @@ def score(model: Glow, images: Tensor) -> float:
 
 def train(variant: str, images: Tensor, test: Tensor, steps: int) -> Row:
     """Train one run, and return its row."""
-    kind, _, precision = variant.partition("/")
-    memory, _, perturbation = kind.partition("+")
+    way, _, precision = variant.partition("/")
+    memory, _, perturbation = way.partition("+")
     torch.manual_seed(0)
     shape: dict[str, Any] = {"image_shape": (1, 28, 28), "n_levels": 2, "n_steps": 16, "hidden": 64}
     model = Glow(**shape, memory=memory, precision=precision or "auto")

@@ -269,8 +269,8 @@ class FlowUpsamplerNet(nn.Module):
             channels *= 4
             steps = [FlowStep(channels, hidden, flow_coupling="noCoupling") for _ in range(n_transitions)]
             for _ in range(K):
-                kind = "CondAffineSeparatedAndCond"
-                steps.append(FlowStep(channels, hidden, flow_coupling=kind, features=features))
+                coupling = "CondAffineSeparatedAndCond"
+                steps.append(FlowStep(channels, hidden, flow_coupling=coupling, features=features))
             layers = [SqueezeLayer(2), *steps]
             if level < n_splits:
                 split = Split2d(channels, consume_ratio, features if cond_splits else 0)

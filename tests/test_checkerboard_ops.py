@@ -51,9 +51,9 @@ def test_halves(shape: tuple[int, ...], parity: int, dtype: torch.dtype, device:
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
-    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    kind = kinds[one.element_size()]
-    return one.shape == other.shape and torch.equal(one.contiguous().view(kind), other.contiguous().view(kind))
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    integer = integers[one.element_size()]
+    return one.shape == other.shape and torch.equal(one.contiguous().view(integer), other.contiguous().view(integer))
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 4, 6), (2, 4, 8), (2, 4, 4, 3, 5)], ids=str)

@@ -17,7 +17,7 @@ from pyglow_fast import _backend, ops
 
 pytestmark = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
 FAST, SLICE = 1600, 8000  # calls, of all ops in turn
-KIND = (1, 0, False, 2.0, 0.0, 1.0, 1.0)
+CODES = (1, 0, False, 2.0, 0.0, 1.0, 1.0)
 
 
 def finish(*arguments: str) -> str:
@@ -137,7 +137,7 @@ def test_sizes_beside_nothing() -> None:
     assert ops.checkerboard_split(rows, 0, True).shape == (1, 4, 2**45, 0)
     assert ops.checkerboard_merge(rows, 0, True).shape == (1, 1, 2**47, 0)
     for log_det in (
-        ops.coupling(torch.empty(1, 0, 2**47), torch.empty(1, 0, 2**47), *KIND)[1],
+        ops.coupling(torch.empty(1, 0, 2**47), torch.empty(1, 0, 2**47), *CODES)[1],
         ops.gaussian_log_prob(*[torch.empty(1, 0, 2**47)] * 3),
     ):
         assert log_det.tolist() == [0.0]

@@ -12,7 +12,7 @@ import torch
 from support.captures import is_factorisation
 from support.covering import pairs
 from support.helpers import assert_kernel_close
-from support.inverse_cases import IRREGULAR, KINDS, assert_inverses, rotations, with_condition
+from support.inverse_cases import IRREGULAR, MATRICES, assert_inverses, rotations, with_condition
 from support.kernel_cases import DTYPES, assert_bits_do_not_depend_on_threads, case_name
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,10 +30,10 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=case_name)
     dtypes,
     # Less than a panel, whole panels, one column more, no multiple of a vector; on a GPU in scratch memory from 77 on.
     pytest.mark.parametrize("channels", [1, 2, 5, 8, 9, 12, 24, 33, 48, 76, 77, 130, 192]),
-    pytest.mark.parametrize("kind", KINDS),
+    pytest.mark.parametrize("name", MATRICES),
 )
-def test_inverses(kind: str, channels: int, dtype: torch.dtype, device: torch.device) -> None:
-    matrices = KINDS[kind](3, channels).to(device, dtype)
+def test_inverses(name: str, channels: int, dtype: torch.dtype, device: torch.device) -> None:
+    matrices = MATRICES[name](3, channels).to(device, dtype)
     assert_inverses(matrices, *ops.invert_matrices(matrices))
 
 
@@ -53,10 +53,10 @@ def test_a_wrong_inverse_is_found(dtype: torch.dtype) -> None:
 
 @dtypes
 @pytest.mark.parametrize("channels", [2, 12, 80])
-@pytest.mark.parametrize("kind", IRREGULAR)
-def test_what_has_no_inverse_shows(kind: str, channels: int, dtype: torch.dtype, device: torch.device) -> None:
+@pytest.mark.parametrize("name", IRREGULAR)
+def test_what_has_no_inverse_shows(name: str, channels: int, dtype: torch.dtype, device: torch.device) -> None:
     """NaN everywhere in the inverse of that matrix, and nothing in those beside it."""
-    make, expected = IRREGULAR[kind]
+    make, expected = IRREGULAR[name]
     regular = rotations(2, channels).to(device, dtype)
     matrices = torch.stack([regular[0], make(channels).to(regular), regular[1]])
     inverses, log_dets = ops.invert_matrices(matrices)

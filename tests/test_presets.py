@@ -34,7 +34,7 @@ def test_every_preset_is_a_model_that_can_be_built(name: str) -> None:
         assert architecture.image_shape == preset.image_shape
         side = found.data.size or 8  # that of the digits
         assert architecture.image_shape[1:] == (side, side)
-    known = {item.name for kind in (DataConfig, pgf.GlowConfig, TrainConfig) for item in dataclasses.fields(kind)}
+    known = {item.name for section in (DataConfig, pgf.GlowConfig, TrainConfig) for item in dataclasses.fields(section)}
     assert set(preset.settings) <= known
     with torch.device("meta"):
         model = pgf.Glow(dataclasses.replace(architecture, n_steps=1 + architecture.n_checkerboard))

@@ -60,7 +60,7 @@ def test_settings_of_the_pages_are_known(tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_text(text)
     settings, images, _ = from_file(str(tmp_path / "x.toml"))
     assert images == "fashion-mnist"
-    known = {item.name for kind in (TrainConfig, DataConfig, GlowConfig) for item in fields(kind)}
+    known = {item.name for section in (TrainConfig, DataConfig, GlowConfig) for item in fields(section)}
     assert set(settings) <= known
 
 

@@ -283,8 +283,8 @@ TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("way", TRANSFORMS)
-@pytest.mark.parametrize("kind", ["Glow", "steps", "ActNorm", "net"])
-def test_a_fresh_actnorm_is_refused(kind: str, way: str) -> None:
+@pytest.mark.parametrize("flow_name", ["Glow", "steps", "ActNorm", "net"])
+def test_a_fresh_actnorm_is_refused(flow_name: str, way: str) -> None:
     """And stays fresh: a batch within a transform is none that it could keep values of."""
     flows: dict[str, Callable[[], nn.Module]] = {
         "Glow": lambda: glow(4),
@@ -292,9 +292,9 @@ def test_a_fresh_actnorm_is_refused(kind: str, way: str) -> None:
         "ActNorm": lambda: pgf.ActNorm(4),
         "net": lambda: pgf.Coupling(pgf.CouplingNet(2, 4, 5, True)),
     }
-    flow = flows[kind]().double()
+    flow = flows[flow_name]().double()
     before = copy.deepcopy(flow.state_dict())
-    scores = Scores(flow, "log_prob" if kind == "Glow" else "forward")
+    scores = Scores(flow, "log_prob" if flow_name == "Glow" else "forward")
     x = randn(N, 4, 4, 4)
     with pytest.raises(
         ValueError, match=r"actnorm: expected one that has seen data before torch.func .* found a fresh"

@@ -73,7 +73,7 @@ class Arithmetic(State):
         bits = (votes.astype(np.uint32) << np.arange(WARP, dtype=np.uint32)).sum(axis=1, dtype=np.uint32)
         agreed = bits > 0 if i.modifiers == ("ANY",) else (votes == taking).all(axis=1)
         for result in results:
-            self._set(result, np.repeat(agreed if result.kind in self.predicates else bits, WARP))
+            self._set(result, np.repeat(agreed if result.space in self.predicates else bits, WARP))
 
     def _SHFL(self, i: Instruction) -> None:
         p, d, a, lane, _ = i.operands
@@ -91,7 +91,7 @@ class Arithmetic(State):
         """Results (predicates after the first) and sources; ``plain``: sources that are no predicates."""
         results = [i.operands[0]]
         rest = list(i.operands[1:])
-        while rest and rest[0].kind in self.predicates:
+        while rest and rest[0].space in self.predicates:
             results.append(rest.pop(0))
         if len(rest) < plain:
             self._fail(i)
@@ -206,7 +206,7 @@ class Arithmetic(State):
 
     def _LOP3(self, i: Instruction) -> None:
         operands = list(i.operands)
-        p = operands.pop(0) if operands[0].kind in self.predicates else None
+        p = operands.pop(0) if operands[0].space in self.predicates else None
         d, a, b, c, table = operands[:5]
         value = lookup(int(table.text, 0), self._word(a), self._word(b), self._word(c))
         self._set(d, value)
@@ -291,22 +291,22 @@ class Arithmetic(State):
 
     def _MUFU(self, i: Instruction) -> None:
         d, a = i.operands
-        kind = i.modifiers[0]
-        if kind in ("RCP64H", "RSQ64H"):
+        function = i.modifiers[0]
+        if function in ("RCP64H", "RSQ64H"):
             value = (self._word(a).astype(np.uint64) << np.uint64(32)).view(np.float64)
-            value = 1 / value if kind == "RCP64H" else 1 / np.sqrt(value)
+            value = 1 / value if function == "RCP64H" else 1 / np.sqrt(value)
             self._set(d, (value.view(np.uint64) >> np.uint64(32)).astype(np.uint32))
             return
         x = self._float(a)
         one = np.float32(1)
-        if kind == "EX2":
+        if function == "EX2":
             self._set_float(d, np.exp2(x))
-        elif kind == "LG2":
+        elif function == "LG2":
             self._set_float(d, np.log2(x))
-        elif kind == "RCP":
+        elif function == "RCP":
             self._set_float(d, np.divide(one, x))
-        elif kind in ("SQRT", "RSQ"):
-            self._set_float(d, np.sqrt(x) if kind == "SQRT" else np.divide(one, np.sqrt(x)))
+        elif function in ("SQRT", "RSQ"):
+            self._set_float(d, np.sqrt(x) if function == "SQRT" else np.divide(one, np.sqrt(x)))
         else:
             self._fail(i)
 

@@ -27,7 +27,7 @@ LATENCY = {"fma": 4, "imad": 5, "alu": 5, "fp64": 8, "special": 22, "shared": 30
 class Operand:
     """A register, a constant in memory, a predicate or a number, with the signs before it."""
 
-    kind: str  # R, UR, P, UP, c, number, memory
+    space: str  # R, UR, P, UP, c, number, memory
     index: int = 0
     negative: bool = False
     inverted: bool = False
@@ -78,12 +78,12 @@ def _operand(text: str) -> Operand:
         text = text[1:]
     text = text.replace(".reuse", "").replace("|", "").strip()
 
-    def operand(kind: str, index: int = 0, bank: int = 0, more: tuple[Operand, ...] = ()) -> Operand:
-        return Operand(kind, index, negative, inverted, absolute, bank, text, more)
+    def operand(space: str, index: int = 0, bank: int = 0, more: tuple[Operand, ...] = ()) -> Operand:
+        return Operand(space, index, negative, inverted, absolute, bank, text, more)
 
     if text in _SPECIAL:
-        kind, index = _SPECIAL[text]
-        return operand(kind, index)
+        space, index = _SPECIAL[text]
+        return operand(space, index)
     if found := re.fullmatch(r"(UR|R|UP|P)(\d+)(\.64)?", text):
         return operand(found[1], int(found[2]))
     if found := re.fullmatch(r"c\[(0x[0-9a-f]+)\]\[(.*)\]", text):
@@ -138,10 +138,10 @@ def sources(instruction: Instruction) -> list[tuple[str, int]]:
     found = []
     for operand in (*instruction.operands, *([instruction.guard] if instruction.guard else [])):
         for part in (operand, *operand.more):
-            if part.kind not in ("R", "UR", "P", "UP") or part.text in _SPECIAL:
+            if part.space not in ("R", "UR", "P", "UP") or part.text in _SPECIAL:
                 continue
-            count = 2 if part.kind == "R" and (pairs or part.text.endswith(".64")) else 1
+            count = 2 if part.space == "R" and (pairs or part.text.endswith(".64")) else 1
             if part is stored:
                 count = max(1, access_bytes(instruction) // 4)
-            found += [(part.kind, part.index + k) for k in range(count)]
+            found += [(part.space, part.index + k) for k in range(count)]
     return found

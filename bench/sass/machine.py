@@ -186,9 +186,9 @@ class Machine(Arithmetic):
     def _address(self, operand: Operand, long: bool) -> NDArray[np.int64]:
         total = np.zeros(self.lanes, np.int64)
         for part in operand.more:
-            if long and part.kind in self.registers and (part.text.endswith(".64") or part.kind == "UR"):
+            if long and part.space in self.registers and (part.text.endswith(".64") or part.space == "UR"):
                 total = total + self._long(part).view(np.int64)
-            elif part.kind == "number":
+            elif part.space == "number":
                 total = total + int(part.text.replace("+", ""), 0)
             else:
                 total = total + self._word(part).astype(np.int64)

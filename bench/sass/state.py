@@ -85,7 +85,7 @@ class State:
         raise UnknownInstruction(f"{self.launch.symbol}: {instruction.text}")
 
     def _predicate(self, operand: Operand) -> Mask:
-        value = self.predicates[operand.kind][operand.index]
+        value = self.predicates[operand.space][operand.index]
         return ~value if operand.inverted else value
 
     def _constant(self, operand: Operand, size: int = 4) -> NDArray[np.uint64]:
@@ -102,9 +102,9 @@ class State:
         return value
 
     def _plain(self, operand: Operand) -> Words:
-        if operand.kind in self.registers:
-            return self.registers[operand.kind][operand.index]
-        if operand.kind == "c":
+        if operand.space in self.registers:
+            return self.registers[operand.space][operand.index]
+        if operand.space == "c":
             return self._constant(operand).astype(np.uint32)
         if operand.text.startswith("SR"):
             return np.zeros(self.lanes, np.uint32)
@@ -124,17 +124,17 @@ class State:
 
     def _long(self, operand: Operand) -> NDArray[np.uint64]:
         """64 bits, of two registers."""
-        if operand.kind == "c":
+        if operand.space == "c":
             return self._constant(operand, 8)
-        if operand.kind == "number":
+        if operand.space == "number":
             return np.full(self.lanes, int(operand.text, 0) & 0xFFFFFFFFFFFFFFFF, np.uint64)
-        file = self.registers[operand.kind]
+        file = self.registers[operand.space]
         zero = operand.index == len(file) - 1
         high = np.zeros(self.lanes, np.uint32) if zero else file[operand.index + 1]
         return file[operand.index].astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)
 
     def _float(self, operand: Operand) -> NDArray[np.float32]:
-        if operand.kind == "number" and not operand.text.startswith(("0x", "-0x")):
+        if operand.space == "number" and not operand.text.startswith(("0x", "-0x")):
             number = {"INF": np.inf, "+INF": np.inf, "-INF": -np.inf, "QNAN": np.nan, "-QNAN": np.nan}
             value = np.full(self.lanes, number.get(operand.text) or float(operand.text.strip("+")), np.float32)
         else:
@@ -144,7 +144,7 @@ class State:
         return -value if operand.negative else value
 
     def _double(self, operand: Operand) -> NDArray[np.float64]:
-        if operand.kind == "number":
+        if operand.space == "number":
             value = np.full(self.lanes, {"+INF": np.inf, "-INF": -np.inf}.get(operand.text) or float(operand.text))
         else:
             value = self._long(operand).view(np.float64)
@@ -153,12 +153,14 @@ class State:
         return -value if operand.negative else value
 
     def _set(self, operand: Operand, value: NDArray[np.generic]) -> None:
-        if operand.kind in self.predicates:
+        if operand.space in self.predicates:
             if operand.index != 7:
-                np.copyto(self.predicates[operand.kind][operand.index], value, where=self.mask)
-        elif operand.index != len(self.registers[operand.kind]) - 1:
-            np.copyto(self.registers[operand.kind][operand.index], value.astype(np.uint32, copy=False), where=self.mask)
-        self.targets.append((operand.kind, operand.index))
+                np.copyto(self.predicates[operand.space][operand.index], value, where=self.mask)
+        elif operand.index != len(self.registers[operand.space]) - 1:
+            np.copyto(
+                self.registers[operand.space][operand.index], value.astype(np.uint32, copy=False), where=self.mask
+            )
+        self.targets.append((operand.space, operand.index))
 
     def _set_float(self, operand: Operand, value: NDArray[np.float32]) -> None:
         self._set(operand, np.ascontiguousarray(value, np.float32).view(np.uint32))

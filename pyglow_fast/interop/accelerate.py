@@ -233,16 +233,16 @@ def _left(model: nn.Module, library: str) -> dict[str, str]:
     return found
 
 
-def _no_counterpart(kind: type, library: str) -> str:
+def _no_counterpart(module_class: type, library: str) -> str:
     """Why a class is left as it is, or nothing if there is nothing to say."""
-    if kind.__module__.startswith(_FLOWS[library]):
-        return "" if kind.__qualname__ in _CONTAINERS else f"no counterpart of {kind.__qualname__}"
-    if kind.__module__.partition(".")[0] in (*_ADAPTERS, "pyglow_fast"):
+    if module_class.__module__.startswith(_FLOWS[library]):
+        return "" if module_class.__qualname__ in _CONTAINERS else f"no counterpart of {module_class.__qualname__}"
+    if module_class.__module__.partition(".")[0] in (*_ADAPTERS, "pyglow_fast"):
         return ""
-    base = next((base for base in kind.__mro__ if base.__module__.startswith(_FLOWS[library])), None)
-    return (
-        "" if base is None else f"{kind.__qualname__}, a subclass of {base.__qualname__}: what it changes is not known"
-    )
+    base = next((base for base in module_class.__mro__ if base.__module__.startswith(_FLOWS[library])), None)
+    if base is None:
+        return ""
+    return f"{module_class.__qualname__}, a subclass of {base.__qualname__}: what it changes is not known"
 
 
 def _net_reason(net: nn.Module, attribute: str) -> str:

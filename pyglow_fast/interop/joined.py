@@ -264,32 +264,32 @@ class Place:
 
     Args:
         layers: the layers, in the order of the list.
-        kind: neighbouring steps of one kind, such as one width, make a run; None: these layers are no step.
+        takes: what the step takes, such as its width; neighbours that take the same make a run. None: it is no step.
         parts: what the library's adapter keeps of the step for ``stand_ins``.
         reason: why these layers are no step; it is reported for the last of them.
     """
 
     layers: Sequence[nn.Module]
-    kind: Any = None
+    takes: Any = None
     parts: Any = None
     reason: str = ""
 
 
 def join(places: Iterable[Place], stand_ins: Callable[[list[Place]], list[Any]]) -> tuple[list[Any], Reasons]:
-    """Replace every run of two or more steps of one kind in a list of layers by ``stand_ins(run)``.
+    """Replace every run of two or more steps that take the same in a list of layers by ``stand_ins(run)``.
 
     Returns the new list, and why each other layer is in no run: a text by the last layer of its place.
     """
     found: list[Any] = []
     reasons: Reasons = {}
-    for kind, neighbours in groupby(places, lambda place: place.kind):
+    for takes, neighbours in groupby(places, lambda place: place.takes):
         run = list(neighbours)
-        if kind is not None and len(run) > 1:
+        if takes is not None and len(run) > 1:
             found.extend(stand_ins(run))
             continue
         for place in run:
             found.extend(place.layers)
-            reasons[place.layers[-1]] = place.reason if kind is None else ALONE
+            reasons[place.layers[-1]] = place.reason if takes is None else ALONE
     return found, reasons
 
 

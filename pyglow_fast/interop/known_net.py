@@ -162,9 +162,9 @@ class KnownNet:
                     yield from (value for value in module.buffers() if value.is_floating_point())
 
 
-def qualified(kind: type) -> str:
+def qualified(module_class: type) -> str:
     """Write the full name of a class."""
-    return f"{kind.__module__}.{kind.__qualname__}"
+    return f"{module_class.__module__}.{module_class.__qualname__}"
 
 
 def parametrizations(module: nn.Module) -> dict[str, Any]:
@@ -175,13 +175,13 @@ def parametrizations(module: nn.Module) -> dict[str, Any]:
 
 def plain_type(module: nn.Module) -> type:
     """Find the class of a module, without the one that torch's parametrizations put in its place."""
-    kind, computed = type(module), parametrizations(module)
+    module_class, computed = type(module), parametrizations(module)
     if not computed:
-        return kind
+        return module_class
     by_copies = {"__getstate__", "__deepcopy__", "__slotnames__"}  # which do not change what it computes
-    added = vars(kind).keys() - {"__module__", "__doc__", *by_copies}
-    by_torch = kind.__name__ == f"Parametrized{kind.__mro__[1].__name__}"
-    return kind.__mro__[1] if by_torch and added <= computed.keys() else kind
+    added = vars(module_class).keys() - {"__module__", "__doc__", *by_copies}
+    by_torch = module_class.__name__ == f"Parametrized{module_class.__mro__[1].__name__}"
+    return module_class.__mro__[1] if by_torch and added <= computed.keys() else module_class
 
 
 def widths(layer: Any) -> tuple[int, int]:

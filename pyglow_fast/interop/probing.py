@@ -26,8 +26,8 @@ def _pad(pad: Any, mode: str = "constant", value: float | None = None) -> nn.Mod
     """Makes what torch's pad does with the arguments after its first one."""
     if mode != "constant":
         raise _UnknownError
-    kinds: dict[int, Any] = {2: nn.ConstantPad1d, 4: nn.ConstantPad2d, 6: nn.ConstantPad3d}
-    module: nn.Module = kinds[len(pad)](tuple(pad), 0.0 if value is None else value)
+    pads: dict[int, Any] = {2: nn.ConstantPad1d, 4: nn.ConstantPad2d, 6: nn.ConstantPad3d}
+    module: nn.Module = pads[len(pad)](tuple(pad), 0.0 if value is None else value)
     return module
 
 

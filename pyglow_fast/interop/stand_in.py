@@ -36,8 +36,8 @@ def stand_in(ours: type[StandIn], theirs: type[nn.Module]) -> type[StandIn]:
 
 
 def _blank(ours: type[StandIn], theirs: type[nn.Module]) -> StandIn:
-    kind = stand_in(ours, theirs)
-    return kind.__new__(kind)
+    adopted_class = stand_in(ours, theirs)
+    return adopted_class.__new__(adopted_class)
 
 
 def give_back(model: nn.Module, ours: type[StandIn], only: Collection[nn.Module] | None) -> list[str]:

@@ -210,8 +210,8 @@ class TestStages:
     ) -> None:
         """Else numbers of the one would stand in the report of the other, or in place of them."""
         stages = [stub("build", "print('built')"), stub("smoke", "print('not run')")]
-        for first, then, kind in ((["--rehearse"], [], "a rehearsal"), ([], ["--rehearse"], "measurements")):
-            folder = tmp_path / kind
+        for first, then, other in ((["--rehearse"], [], "a rehearsal"), ([], ["--rehearse"], "measurements")):
+            folder = tmp_path / other
             folder.mkdir()
             self.main(folder, monkeypatch, stages, *first)
             report = (folder / "out" / "report.md").read_text()
@@ -219,7 +219,7 @@ class TestStages:
             with pytest.raises(SystemExit) as raised:
                 self.main(folder, monkeypatch, stages, *then)
             assert raised.value.code == 2
-            assert f"--out: expected a folder without {kind}, found machine, build, smoke" in capsys.readouterr().err
+            assert f"--out: expected a folder without {other}, found machine, build, smoke" in capsys.readouterr().err
             assert (folder / "out" / "report.md").read_text() == report
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(gpu_check, "STAGES", ())

@@ -280,11 +280,11 @@ class TestWhatNetsState:
         assert net.bytes_per_position(8) == 8 * expected
 
 
-@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
-def test_hooks_of_every_kind_are_seen(kind: str) -> None:
+@pytest.mark.parametrize("hook", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_every_hook_is_seen(hook: str) -> None:
     net = nn.Identity()
     assert not has_hooks(net)
-    handle = getattr(net, f"register_{kind}_hook")(lambda *_: None)
+    handle = getattr(net, f"register_{hook}_hook")(lambda *_: None)
     assert has_hooks(net)
     handle.remove()
     assert not has_hooks(net)

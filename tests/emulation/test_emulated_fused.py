@@ -177,13 +177,15 @@ LAYOUT_SHAPES = [(2, 12, 24), (1, 8, 160), (3, 7, 15), (2, 48, 36), (4, 16, 1), 
     pytest.mark.parametrize("shape", LAYOUT_SHAPES, ids=lambda s: "x".join(map(str, s))),
     layouts,
     pytest.mark.parametrize("out_layout", ["contiguous", "same"]),
-    pytest.mark.parametrize("kind", ["float32", "float64", "bfloat16"]),
+    pytest.mark.parametrize("precision", ["float32", "float64", "bfloat16"]),
     cuts,
 )
-def test_layouts(emulator: FusedEmulator, shape: tuple[int, int, int], layout: str, out_layout: str, kind: str) -> None:
+def test_layouts(
+    emulator: FusedEmulator, shape: tuple[int, int, int], layout: str, out_layout: str, precision: str
+) -> None:
     """Layouts change addresses, not values; log_det alone is added up in another order."""
-    dtype = torch.float64 if kind == "float64" else torch.float32
-    case = Case(shape, dtype, torch.bfloat16 if kind == "bfloat16" else dtype, SPEC)
+    dtype = torch.float64 if precision == "float64" else torch.float32
+    case = Case(shape, dtype, torch.bfloat16 if precision == "bfloat16" else dtype, SPEC)
     expected = case.run(emulator)
     emulator.out_layout = layout if out_layout == "same" else out_layout
     actual = case.laid_out(layout).run(emulator)

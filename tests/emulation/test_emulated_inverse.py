@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.covering import pairs
-from support.inverse_cases import IRREGULAR, KINDS, assert_inverses, rotations, signs
+from support.inverse_cases import IRREGULAR, MATRICES, assert_inverses, rotations, signs
 from support.inverse_emulator import UNWRITTEN, InverseEmulator
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
@@ -23,25 +23,25 @@ def emulator(_library: Path) -> InverseEmulator:
     dtypes,
     # Less than a panel, whole panels, one column more, whole and ragged warps, in shared memory and in scratch.
     pytest.mark.parametrize("channels", [1, 2, 5, 8, 9, 12, 24, 33, 48, LARGEST_IN_SHARED, LARGEST_IN_SHARED + 1, 130]),
-    pytest.mark.parametrize("kind", KINDS),
+    pytest.mark.parametrize("name", MATRICES),
 )
-def test_inverses(emulator: InverseEmulator, kind: str, channels: int, dtype: torch.dtype) -> None:
-    matrices = KINDS[kind](2, channels).to(dtype)
+def test_inverses(emulator: InverseEmulator, name: str, channels: int, dtype: torch.dtype) -> None:
+    matrices = MATRICES[name](2, channels).to(dtype)
     assert_inverses(matrices, *emulator.invert_matrices(matrices))
 
 
 @dtypes
 def test_many_channels(emulator: InverseEmulator, dtype: torch.dtype) -> None:
-    matrices = KINDS["condition 1e2"](1, 192).to(dtype)
+    matrices = MATRICES["condition 1e2"](1, 192).to(dtype)
     assert_inverses(matrices, *emulator.invert_matrices(matrices))
 
 
 @dtypes
 @pytest.mark.parametrize("channels", [2, 3, 12, 80])
-@pytest.mark.parametrize("kind", IRREGULAR)
-def test_what_has_no_inverse_shows(emulator: InverseEmulator, kind: str, channels: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", IRREGULAR)
+def test_what_has_no_inverse_shows(emulator: InverseEmulator, name: str, channels: int, dtype: torch.dtype) -> None:
     """NaN everywhere in the inverse of that matrix, and nothing in those beside it."""
-    make, expected = IRREGULAR[kind]
+    make, expected = IRREGULAR[name]
     regular = rotations(2, channels).to(dtype)
     inverses, log_dets = emulator.invert_matrices(torch.stack([regular[0], make(channels).to(dtype), regular[1]]))
     assert inverses[1].isnan().all()

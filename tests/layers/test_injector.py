@@ -134,8 +134,8 @@ def test_a_step_is_its_layers_in_order() -> None:
 
 
 def test_maps_of_steps_without_a_coupling_are_part_of_the_next_ones() -> None:
-    kinds: list[dict[str, Any]] = [{"coupling": "none"}, {"coupling": "none"}, {}, {"coupling": "none"}]
-    steps = [moved(pgf.FlowStep(4, 6, **kind), 0.3) if kind else pgf.FlowStep(4, 6).double() for kind in kinds]
+    options: list[dict[str, Any]] = [{"coupling": "none"}, {"coupling": "none"}, {}, {"coupling": "none"}]
+    steps = [moved(pgf.FlowStep(4, 6, **own), 0.3) if own else pgf.FlowStep(4, 6).double() for own in options]
     maps = fold_steps(steps)  # type: ignore[arg-type]
     assert len(maps) == 2
     own = [fold_steps([step])[0] for step in steps]  # type: ignore[list-item]
@@ -149,14 +149,14 @@ def test_maps_of_steps_without_a_coupling_are_part_of_the_next_ones() -> None:
 
 def _sequence(memory: str, hooked: bool) -> pgf.ReversibleSequence:
     torch.manual_seed(3)
-    kinds: list[dict[str, Any]] = [
+    options: list[dict[str, Any]] = [
         {"coupling": "none"},
         {"injector": True},
         {"injector": True},
         {},
         {"coupling": "none"},
     ]
-    steps = [pgf.FlowStep(4, 6, cond_channels=3, **kind) for kind in kinds]
+    steps = [pgf.FlowStep(4, 6, cond_channels=3, **own) for own in options]
     sequence = moved(pgf.ReversibleSequence(steps, memory))
     assert isinstance(sequence, pgf.ReversibleSequence)
     if hooked:  # then the steps run one by one

@@ -127,8 +127,8 @@ def test_uflow(memory: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     features = [torch.randn(2, channels, 64 // scale, 64 // scale).double() for channels, scale in sizes]
     ours = copy.deepcopy(theirs)
     done = accelerate(ours, memory)
-    assert sum(kind == "AllInOneBlock" for kind in done.replaced.values()) == 12
-    assert sum(kind == "IRevNetUpsampling" for kind in done.replaced.values()) == 2
+    assert sum(name == "AllInOneBlock" for name in done.replaced.values()) == 12
+    assert sum(name == "IRevNetUpsampling" for name in done.replaced.values()) == 2
     assert set(done.left.values()) == {"no counterpart of Split", "no counterpart of Concat"}
     if memory is not None:
         assert done.joined == {"flow": f"4, 4, 4 steps in one chain each, memory {memory!r}"}

@@ -138,11 +138,11 @@ def test_precisions(precision: str) -> None:
     assert_replays(setting)
 
 
-@pytest.mark.parametrize("kind", ["checkpoint", "reversible"])
-def test_a_net_that_draws_random_numbers_is_refused_on_a_gpu(kind: str) -> None:
+@pytest.mark.parametrize("memory", ["checkpoint", "reversible"])
+def test_a_net_that_draws_random_numbers_is_refused_on_a_gpu(memory: str) -> None:
     """Its generator's state, which repeats the draw, cannot be read while a graph is captured."""
     layers = [nn.Conv2d(2, 4, 3, padding=1), nn.Dropout(0.5), nn.Conv2d(4, 4, 3, padding=1)]
-    sequence = pgf.ReversibleSequence([pgf.FlowStep(4, net=nn.Sequential(*layers))], memory=kind)
+    sequence = pgf.ReversibleSequence([pgf.FlowStep(4, net=nn.Sequential(*layers))], memory=memory)
     x = torch.randn(2, 4, 4, 4)
     sequence.initialize(x)
     with like_a_gpu():

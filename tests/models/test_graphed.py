@@ -186,11 +186,11 @@ class TestDrift:
     def test_training_goes_on_as_without_a_graph(self, recorded: Side, off: Tensor) -> None:
         """But for the step that was lost, whose update a loop leaves out."""
         losses: dict[str, list[float]] = {"graphed": [], "plain": []}
-        for kind, found in losses.items():
+        for way, found in losses.items():
             off.fill_(1.0)
             model, x = make(n_steps=8)
             optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-            graphs = model.make_graphed(x) if kind == "graphed" else None
+            graphs = model.make_graphed(x) if way == "graphed" else None
             off.fill_(1.01)
             while len(found) < 10:
                 if graphs is None:

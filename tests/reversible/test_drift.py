@@ -121,7 +121,7 @@ def test_states_that_cannot_be_inverted_at_all(at_the_end: bool, monkeypatch: py
 SEEN = {"projection": project, "sketch": sketch}
 
 
-@pytest.mark.parametrize("kind", list(SEEN))
+@pytest.mark.parametrize("witness", list(SEEN))
 class TestWitnesses:
     """The projections of a state on random signs, one (N, C) or several, (N, C, SKETCHED)."""
 
@@ -133,76 +133,78 @@ class TestWitnesses:
         return x, matrix.inverse(), offset, u
 
     @pytest.mark.parametrize("shape", [(2, 4, 8, 8), (3, 4, 1), (2, 6), (1, 2, 3, 4, 5)], ids=str)
-    def test_no_drift_is_none(self, kind: str, shape: tuple[int, ...]) -> None:
+    def test_no_drift_is_none(self, witness: str, shape: tuple[int, ...]) -> None:
         """Of x itself exactly; seen behind a map up to the rounding of the map and of its inverse."""
         x, inverse, offset, u = self.states(*shape)
         bound = tolerance(
             math.prod(shape[2:]), float(torch.linalg.cond(inverse)) * float(u.abs().max() / x.abs().min())
         )
         assert bound < 1e-2
-        assert float(witness_drift(x, before_map(SEEN[kind](u), x, inverse, offset))) <= bound
-        assert float(witness_drift(x, SEEN[kind](x))) == 0.0
+        assert float(witness_drift(x, before_map(SEEN[witness](u), x, inverse, offset))) <= bound
+        assert float(witness_drift(x, SEEN[witness](x))) == 0.0
 
-    def test_the_maps_of_several_steps_at_once(self, kind: str) -> None:
+    def test_the_maps_of_several_steps_at_once(self, witness: str) -> None:
         """Each as if it were alone, gathers too; a sketch is that of one map."""
         sizes = ((3, 2, 4, 7), (3, 4, 4), (3, 4), (3, 4))
         x, inverse, offset, scale = (torch.randn(size, dtype=torch.float64) for size in sizes)
         index = torch.stack([torch.randperm(4) for _ in range(3)])
-        seen = torch.stack([SEEN[kind](state) for state in x])
-        assert seen.shape == ((3, 2, 4) if kind == "projection" else (3, 2, 4, SKETCHED))
+        seen = torch.stack([SEEN[witness](state) for state in x])
+        assert seen.shape == ((3, 2, 4) if witness == "projection" else (3, 2, 4, SKETCHED))
         for maps, back in ((inverse, None), (scale, index)):
             alone = [before_map(seen[k], x[k], maps[k], offset[k], None if back is None else back[k]) for k in range(3)]
             for k in range(3):
                 moved = x[k] - offset[k][:, None]
                 moved = torch.einsum("ij,njt->nit", maps[k], moved) if back is None else moved[:, back[k]]
                 moved = moved if back is None else moved * maps[k][:, None]
-                assert torch.allclose(alone[k], SEEN[kind](moved), rtol=1e-12, atol=1e-12)
-            if kind == "projection":
+                assert torch.allclose(alone[k], SEEN[witness](moved), rtol=1e-12, atol=1e-12)
+            if witness == "projection":
                 assert torch.allclose(before_map(seen, x[0], maps, offset, back), torch.stack(alone), rtol=1e-12)
 
     @pytest.mark.parametrize("relative", [1e-4, 1e-2, 1.0])
-    def test_the_measure_is_that_of_an_anchor(self, kind: str, relative: float) -> None:
+    def test_the_measure_is_that_of_an_anchor(self, witness: str, relative: float) -> None:
         """One of many projections of an error on random signs is near its norm."""
         x, _, _, _ = self.states(16, 12, 16, 16)
         wrong = x * (1.0 + relative * torch.randn_like(x))
         # Against its own norms, of which those of a state that is all wrong are 1.4 times as large.
-        exact, seen = float(anchor_drift(wrong, x)), float(witness_drift(wrong, SEEN[kind](x)))
-        assert exact / (4.0 if kind == "projection" else 1.5) < seen < (1.5 if kind == "projection" else 2.5) * exact
+        exact, seen = float(anchor_drift(wrong, x)), float(witness_drift(wrong, SEEN[witness](x)))
+        assert (
+            exact / (4.0 if witness == "projection" else 1.5) < seen < (1.5 if witness == "projection" else 2.5) * exact
+        )
 
-    def test_a_small_channel_cannot_hide(self, kind: str) -> None:
+    def test_a_small_channel_cannot_hide(self, witness: str) -> None:
         x, _, _, _ = self.states(4, 6, 8, 8)
         x[:, 2] *= 1e-4
         wrong = x.clone()
         wrong[1, 2] *= 1.01
         assert 5e-3 < float(anchor_drift(wrong, x)) < 2e-2
-        assert 5e-4 < float(witness_drift(wrong, SEEN[kind](x))) < 2e-2
+        assert 5e-4 < float(witness_drift(wrong, SEEN[witness](x))) < 2e-2
         of_all = relative_error(wrong, x)
         assert of_all < 1e-5, "a norm over all channels would have seen nothing"
 
-    def test_a_large_sample_does_not_hide_the_others(self, kind: str) -> None:
+    def test_a_large_sample_does_not_hide_the_others(self, witness: str) -> None:
         x, _, _, _ = self.states(6, 4, 8, 8)
         x[2] *= 1e5
         wrong = x.clone()
         wrong[4] *= 1.01
         assert float(anchor_drift(wrong, x)) > 5e-3
-        assert float(witness_drift(wrong, SEEN[kind](x))) > 5e-4
+        assert float(witness_drift(wrong, SEEN[witness](x))) > 5e-4
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-    def test_what_is_not_finite_is_never_within_bounds(self, kind: str, bad: float) -> None:
+    def test_what_is_not_finite_is_never_within_bounds(self, witness: str, bad: float) -> None:
         x, inverse, offset, u = self.states(2, 4, 5, 5)
         wrong = x.clone()
         wrong[1, 3, 2, 2] = bad
         limit = default_tolerance(torch.float32)
         for drift in (
-            witness_drift(wrong, before_map(SEEN[kind](u), x, inverse, offset)),
-            witness_drift(wrong, SEEN[kind](x)),
+            witness_drift(wrong, before_map(SEEN[witness](u), x, inverse, offset)),
+            witness_drift(wrong, SEEN[witness](x)),
             anchor_drift(wrong, x),
         ):
             assert not float(drift) <= limit
 
-    def test_no_samples(self, kind: str) -> None:
+    def test_no_samples(self, witness: str) -> None:
         x, inverse, offset, u = self.states(0, 4, 5, 5)
-        assert float(witness_drift(x, before_map(SEEN[kind](u), x, inverse, offset))) == 0.0
+        assert float(witness_drift(x, before_map(SEEN[witness](u), x, inverse, offset))) == 0.0
         assert float(anchor_drift(x, x)) == 0.0
 
 

@@ -69,13 +69,13 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"the buffers that its forward ran with"):
             value.backward()
 
-    @pytest.mark.parametrize("kind", ["own generator", "no generator of torch's"])
-    def test_random_numbers_that_cannot_be_drawn_again(self, mode: Mode, user: bool, kind: str) -> None:
+    @pytest.mark.parametrize("source", ["own generator", "no generator of torch's"])
+    def test_random_numbers_that_cannot_be_drawn_again(self, mode: Mode, user: bool, source: str) -> None:
         generator = torch.Generator().manual_seed(1)
         counter = iter(range(100))
 
         def draw(x: Tensor) -> Tensor:
-            if kind == "own generator":
+            if source == "own generator":
                 return (torch.rand(x.shape, generator=generator) < 0.8).to(x.dtype)
             return torch.full_like(x, 1.0 + 0.1 * next(counter))
 

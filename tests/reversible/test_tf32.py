@@ -16,7 +16,7 @@ from pyglow_fast.layers import FlowLayer
 from pyglow_fast.reversible.drift import START_SPACING, DriftControl, lowest_precision
 
 C, DEPTH, HIDDEN = 12, 16, 64
-by_kind = pytest.mark.parametrize("kind", ["steps", "modules"])
+of_both = pytest.mark.parametrize("parts", ["steps", "modules"])
 AS_TF32 = torch.float16  # of as many bits
 
 
@@ -36,20 +36,20 @@ class AsModule(FlowLayer):
         return found
 
 
-def run_of_steps(kind: str = "steps", depth: int = DEPTH, **options: Any) -> tuple[pgf.ReversibleSequence, Tensor]:
+def run_of_steps(parts: str = "steps", depth: int = DEPTH, **options: Any) -> tuple[pgf.ReversibleSequence, Tensor]:
     """Steps whose nets' last convolutions are as large as after some training, and a batch; float32."""
     steps: list[nn.Module] = [pgf.FlowStep(C, HIDDEN, **options) for _ in range(depth)]
     for step in steps:
         nn.init.normal_(step.coupling.net.conv3.weight, std=0.03)  # type: ignore[union-attr]
-    sequence = pgf.ReversibleSequence([AsModule(step) for step in steps] if kind == "modules" else steps)
+    sequence = pgf.ReversibleSequence([AsModule(step) for step in steps] if parts == "modules" else steps)
     sequence.initialize(torch.randn(32, C, 8, 8))
     return sequence, torch.randn(2, C, 8, 8)
 
 
-@by_kind
+@of_both
 @pytest.mark.parametrize("setting", ["as torch comes", "high", "fp32_precision of all"])
-def test_it_does_not_become_checkpointing(setting: str, kind: str, device: torch.device) -> None:
-    sequence, x = run_of_steps(kind)
+def test_it_does_not_become_checkpointing(setting: str, parts: str, device: torch.device) -> None:
+    sequence, x = run_of_steps(parts)
     sequence, x = sequence.to(device), x.to(device)
     with in_tf32(setting, device):
         for _ in range(12):
@@ -61,11 +61,11 @@ def test_it_does_not_become_checkpointing(setting: str, kind: str, device: torch
         assert report["last_drift"] > 1e-5, "the nets were not in TF32"
 
 
-@by_kind
+@of_both
 @pytest.mark.parametrize("setting", ["as torch comes", "high"])
-def test_gradients_are_as_good_as_stored_ones(setting: str, kind: str, device: torch.device) -> None:
+def test_gradients_are_as_good_as_stored_ones(setting: str, parts: str, device: torch.device) -> None:
     """The goal of the tolerance: an error of at most twice that of the stored gradient, in TF32 too."""
-    sequence, x = run_of_steps(kind)
+    sequence, x = run_of_steps(parts)
     exact = gradients(copy.deepcopy(sequence).double(), x.double())
     sequence, x = sequence.to(device), x.to(device)
 
@@ -120,7 +120,7 @@ def test_a_net_in_16_bits_of_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [torch.bfloat16]
 
 
-@by_kind
+@of_both
 @pytest.mark.parametrize(
     ("setting", "precision", "net", "expected"),
     [
@@ -138,13 +138,13 @@ def test_a_net_in_16_bits_of_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_what_the_drift_is_judged_by(
-    setting: str, precision: str, net: str, expected: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
+    setting: str, precision: str, net: str, expected: torch.dtype, parts: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = judged_by(monkeypatch)
     linear = net == "linear"
     options: dict[str, Any] = {"net": LinearNet()} if linear else {}
     step = pgf.FlowStep(C, 8, precision=precision, **options)
-    sequence = pgf.ReversibleSequence([AsModule(step) if kind == "modules" else step])
+    sequence = pgf.ReversibleSequence([AsModule(step) if parts == "modules" else step])
     x = torch.randn(4, C) if linear else torch.randn(4, C, 8, 8)
     sequence.initialize(x)
     with in_tf32(setting):

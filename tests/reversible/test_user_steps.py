@@ -67,10 +67,10 @@ def test_dropout_masks_outlive_a_switch_to_evaluation(mode: Mode) -> None:
 @pairs(
     pytest.mark.parametrize("mode", MODES, ids=str),
     pytest.mark.parametrize("where", [(0,), (2,), (0, 1, 2), (0, 2)], ids=str),
-    pytest.mark.parametrize("kind", ["same", "view", "transposed"]),
+    pytest.mark.parametrize("handed", ["same", "view", "transposed"]),
 )
-def test_steps_that_hand_their_input_on(kind: str, where: tuple[int, ...], mode: Mode) -> None:
-    steps = [Identity(kind) if i in where else Scale() for i in range(3)]
+def test_steps_that_hand_their_input_on(handed: str, where: tuple[int, ...], mode: Mode) -> None:
+    steps = [Identity(handed) if i in where else Scale() for i in range(3)]
     sequence, x = pgf.ReversibleSequence(steps).double(), batch()
     if len(where) == 3:
         sequence = pgf.ReversibleSequence([*steps, Scale()]).double()

@@ -36,10 +36,10 @@ class Louder(pgf.Coupling):
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize("kind", ["step", "coupling"])
-def test_overridden_methods(kind: str, mode: Mode) -> None:
-    step: pgf.FlowStep = Doubled(4, 5) if kind == "step" else pgf.FlowStep(4, 5)
-    if kind == "coupling":
+@pytest.mark.parametrize("part", ["step", "coupling"])
+def test_overridden_methods(part: str, mode: Mode) -> None:
+    step: pgf.FlowStep = Doubled(4, 5) if part == "step" else pgf.FlowStep(4, 5)
+    if part == "coupling":
         step.coupling = Louder(step.coupling.net)
     nn.init.normal_(step.coupling.net.conv3.weight, std=0.2)
     sequence = initialised(step, pgf.FlowStep(4, 5))
@@ -59,13 +59,13 @@ def test_overridden_methods(kind: str, mode: Mode) -> None:
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("where", ["step", "coupling", "actnorm"])
-@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook"])
-def test_hooks_are_called(kind: str, where: str, mode: Mode) -> None:
+@pytest.mark.parametrize("hook", ["forward_hook", "forward_pre_hook"])
+def test_hooks_are_called(hook: str, where: str, mode: Mode) -> None:
     sequence = initialised(pgf.FlowStep(4, 5), pgf.FlowStep(4, 5))
     mode.apply(sequence)
     seen: list[str] = []
     part = sequence[1] if where == "step" else getattr(sequence[1], where)
-    handle = getattr(part, f"register_{kind}")(lambda *_: seen.append(where))
+    handle = getattr(part, f"register_{hook}")(lambda *_: seen.append(where))
     sequence(torch.randn(2, 4, 6, 6, dtype=torch.float64))
     # A FlowStep computes its parts' work itself: only hooks on it and on its net are called.
     assert seen == (["step"] if where == "step" else seen)

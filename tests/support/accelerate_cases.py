@@ -73,20 +73,20 @@ def from_normflows(levels: int = 2, steps: int = 3, **options: Any) -> nn.Module
     return normflows.MultiscaleFlow(bases, flows, merges, class_cond=False)
 
 
-def mask(channels: int, kind: str) -> Tensor:
+def mask(channels: int, cut: str) -> Tensor:
     half = torch.arange(channels) >= channels // 2
-    return (half if kind == "halves" else torch.arange(channels) % 2 == 1).float()
+    return (half if cut == "halves" else torch.arange(channels) % 2 == 1).float()
 
 
 def from_nflows(
-    kind: str = "halves", steps: int = 3, net: Callable[..., nn.Module] = ContextNet, runs: int = 1
+    cut: str = "halves", steps: int = 3, net: Callable[..., nn.Module] = ContextNet, runs: int = 1
 ) -> nn.Module:
     """Make runs of steps, with a Sigmoid, which is in no run, between two of them."""
     t = nflows.transforms
     parts: list[nn.Module] = [t.SqueezeTransform()]
     for i in range(runs * steps):
         parts += [t.Sigmoid()] if i and i % steps == 0 else []
-        parts += [t.ActNorm(12), t.OneByOneConvolution(12), t.AffineCouplingTransform(mask(12, kind), net)]
+        parts += [t.ActNorm(12), t.OneByOneConvolution(12), t.AffineCouplingTransform(mask(12, cut), net)]
     base = nflows.distributions.StandardNormal([12, 4, 4])
     return nflows.flows.Flow(t.CompositeTransform(parts), base)
 

@@ -74,12 +74,12 @@ def _layer(rng: random.Random, dims: int, before: int, after: int, small: bool) 
         parts = _convolution(rng, dims, before, after, small)
     else:
         parts = [nn.Linear(before, after, bias=rng.random() < 0.7)]
-    kind = rng.choice((None, None, "weight norm", "spectral norm", "own"))
-    if kind == "weight norm":
+    norm = rng.choice((None, None, "weight norm", "spectral norm", "own"))
+    if norm == "weight norm":
         parametrizations.weight_norm(parts[-1])
-    elif kind == "spectral norm":
+    elif norm == "spectral norm":
         parametrizations.spectral_norm(parts[-1])
-    elif kind == "own":
+    elif norm == "own":
         parametrize.register_parametrization(parts[-1], "weight", Doubled())
         if parts[-1].bias is not None:
             parametrize.register_parametrization(parts[-1], "bias", Doubled())

@@ -71,7 +71,7 @@ def signs(count: int, n: int) -> Tensor:
     return torch.randn(count, n, n, dtype=torch.float64).sign()
 
 
-KINDS: dict[str, Callable[[int, int], Tensor]] = {
+MATRICES: dict[str, Callable[[int, int], Tensor]] = {
     "rotations": rotations,
     "condition 1e2": with_condition(1e2),
     "condition 1e8": with_condition(1e8),

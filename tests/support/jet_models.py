@@ -172,8 +172,8 @@ class ImageFlow(nn.Module):
     def __init__(self, shape: tuple[int, int, int], ps: int, n: int, mode: str = "pairing") -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        kinds = [i % 3 != 2 or mode == "masking" for i in range(n)]
-        self.couplings = nn.ModuleList([ImageCoupling(shape, ps, kind, mode, generator) for kind in kinds])
+        by_channel = [i % 3 != 2 or mode == "masking" for i in range(n)]
+        self.couplings = nn.ModuleList([ImageCoupling(shape, ps, flag, mode, generator) for flag in by_channel])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total = x.new_zeros(len(x))

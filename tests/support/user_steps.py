@@ -34,12 +34,12 @@ class Scale(nn.Module):
 class Identity(nn.Module):
     """Hands its input on: the very tensor, a view of it, or a view in another shape and back."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, handed: str) -> None:
         super().__init__()
-        self.kind = kind
+        self.handed = handed
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        value = {"same": x, "view": x.view_as(x), "transposed": x.transpose(2, 3)}[self.kind]
+        value = {"same": x, "view": x.view_as(x), "transposed": x.transpose(2, 3)}[self.handed]
         return value, x.new_zeros(x.shape[0])
 
     inverse = forward

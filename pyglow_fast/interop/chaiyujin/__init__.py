@@ -8,7 +8,7 @@ may be absent ("noCoupling").
 
 The call stays ``step(input, logdet=None, reverse=False)``, with ``rrdbResults`` where there was one. The step's own
 forward runs while an actnorm waits for its first batch, with hooks inside the step, under autocast, torch.compile or
-torch.func, for inputs of an unexpected kind, and where it is as fast: with nets of about as many channels on both sides
+torch.func, for inputs of an unexpected type, and where it is as fast: with nets of about as many channels on both sides
 of a 3x3 convolution (SRFlow's 320 to 64), and for few positions.
 
 The models loop over their steps and ask for the class of each (``isinstance(layer, FlowStep)``), so steps are not

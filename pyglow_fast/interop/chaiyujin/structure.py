@@ -118,11 +118,11 @@ class Parts:
 
 
 def looks_like(module: nn.Module) -> bool:
-    """Whether a module has the attributes of a flow step of this kind."""
+    """Whether a module has the attributes of a flow step like chaiyujin's."""
     actnorm = getattr(module, "actnorm", None)
     has_actnorm = isinstance(actnorm, nn.Module) and all(hasattr(actnorm, name) for name in ("bias", "logs", "inited"))
-    kinds = (getattr(module, name, None) for name in ("flow_permutation", "flow_coupling"))
-    return has_actnorm and all(isinstance(kind, str) for kind in kinds)
+    names = (getattr(module, name, None) for name in ("flow_permutation", "flow_coupling"))
+    return has_actnorm and all(isinstance(name, str) for name in names)
 
 
 def modules_of(step: Any) -> list[nn.Module]:
@@ -145,23 +145,23 @@ def read(step: Any) -> Parts:
     _expect(names[:4] == _CALL and names[4:] in ([], ["rrdbResults"]), f"its forward takes {', '.join(names[1:])}")
     _expect(step.flow_permutation in _PERMUTATIONS, f"flow_permutation {step.flow_permutation!r}")
     channels = step.actnorm.bias.numel()
-    kind = step.flow_coupling
+    coupling = step.flow_coupling
     couplings: list[Coupling] = []
-    if kind == "CondAffineSeparatedAndCond":
+    if coupling == "CondAffineSeparatedAndCond":
         affine = step.affine
         _expect(channels % 2 == 0 and affine.channels_for_nn == channels // 2, f"{channels} channels not halved")
         spec = CouplingSpec("affine", eps=float(affine.affine_eps))
         couplings.append(AffineInjector(channels, net=_net(affine.fFeatures, "fFeatures", True), spec=spec))
         couplings.append(Coupling(_net(affine.fAffine, "fAffine", True), *spec))
-    elif kind in ("affine", "additive"):
+    elif coupling in ("affine", "additive"):
         _expect(channels % 2 == 0, f"{channels} channels")
-        couplings.append(Coupling(_net(step.f, "f", kind == "affine"), kind))
+        couplings.append(Coupling(_net(step.f, "f", coupling == "affine"), coupling))
     else:
-        _expect(kind == "noCoupling", f"flow_coupling {kind!r}")
+        _expect(coupling == "noCoupling", f"flow_coupling {coupling!r}")
     modules = tuple(modules_of(step))
     _expect(all(isinstance(module, nn.Module) for module in modules), f"no {step.flow_permutation}")
     actnorms = tuple(module for module in step.modules() if hasattr(module, "inited"))
-    return Parts(tuple(couplings), modules, actnorms, kind == "CondAffineSeparatedAndCond")
+    return Parts(tuple(couplings), modules, actnorms, coupling == "CondAffineSeparatedAndCond")
 
 
 def _expect(condition: bool, found: str) -> None:

@@ -107,8 +107,11 @@ def _read_mixing(reader: Reader, prefix: str, channels: int) -> Mixing:
         )
         return Order(index)
     if not reader.has(prefix + "invconv/"):
-        for kind, name in (("/invconv/", "invconv/W"), ("/shuffle/", "shuffle/indices")):  # one kind for all steps
-            expect(not reader.contains(kind), prefix + name, "a tensor of that name", "none")
+        for part, name in (
+            ("/invconv/", "invconv/W"),
+            ("/shuffle/", "shuffle/indices"),
+        ):  # of all steps
+            expect(not reader.contains(part), prefix + name, "a tensor of that name", "none")
         return Order(torch.arange(channels).flip(0))
     name = prefix + "invconv/"
     if reader.has(name + "W"):

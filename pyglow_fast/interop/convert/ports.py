@@ -55,11 +55,9 @@ def load_y0ast(state: Mapping[str, Any] | str, permutation: str | None = None) -
     """Load a Glow with log p(x) of their model, x in [-0.5, 0.5).
 
     The architecture is read off the names: K, L and what each layer is by ``flow.layers.i``; affine if ``block.4`` has
-        C outputs; LU by ``invconv.lower`` and the like, plain by ``invconv.weight``; H and W by ``prior_h``;
-        ``learn_top_fn`` the learned top, ``project_ycond`` classes (one label an image). The classifier
-        ``project_class`` is left out.
-    ``invconv.lower`` and the like, plain by ``invconv.weight``; H and W by ``prior_h``; ``learn_top_fn`` the learned
-    top, ``project_ycond`` classes (one label an image). Left out: ``project_class``, the classifier.
+    C outputs; LU by ``invconv.lower`` and the like, plain by ``invconv.weight``; H and W by ``prior_h``;
+    ``learn_top_fn`` the learned top, ``project_ycond`` classes (one label an image). The classifier ``project_class``
+    is left out.
 
     Args:
         state: the state dict (``module.`` before its names, or a dict around it, do not matter), or its file's path.

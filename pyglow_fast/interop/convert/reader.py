@@ -45,8 +45,8 @@ def named_tensors(source: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _dense(tensor: Tensor, name: str) -> Tensor:
     strided = tensor.layout == torch.strided and tensor.device.type != "meta" and not tensor.is_quantized
-    kind = f"{tensor.dtype}, {tensor.layout}, device {tensor.device}"
-    expect(strided and not tensor.is_complex(), name, "a tensor of plain real numbers", kind)
+    found = f"{tensor.dtype}, {tensor.layout}, device {tensor.device}"
+    expect(strided and not tensor.is_complex(), name, "a tensor of plain real numbers", found)
     return tensor.detach().cpu()
 
 
@@ -59,12 +59,12 @@ class Reader:
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors, self._left = tensors, dict(tensors)
-        self._kinds: set[torch.dtype] = set()
+        self._dtypes: set[torch.dtype] = set()
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the model: float64 if all numbers taken so far have it, else float32."""
-        return torch.float64 if self._kinds == {torch.float64} else torch.float32
+        return torch.float64 if self._dtypes == {torch.float64} else torch.float32
 
     def has(self, prefix: str) -> bool:
         """Whether some name starts with ``prefix``."""
@@ -111,7 +111,7 @@ class Reader:
         if not tensor.is_floating_point():
             return tensor
         expect(bool(tensor.isfinite().all()), name, "finite numbers", "NaN or inf")
-        self._kinds.add(tensor.dtype)
+        self._dtypes.add(tensor.dtype)
         return tensor.double()
 
     def invertible(self, name: str, *shape: int) -> Tensor:

@@ -176,13 +176,13 @@ def _config(reader: Reader, image_size: int | tuple[int, int], scale_eps: float)
     expect(len(found) > 0, "flowUpsamplerNet.layers", "the layers of a flow", "none")
     starts = [i for i in range(found[-1] + 1) if i not in found]
     levels = [range(first + 1, end) for first, end in zip(starts, [*starts[1:], found[-1] + 1], strict=True)]
-    kinds = ["".join(_kind(reader, i) for i in level) for level in levels]
-    n_splits = sum(kind.endswith("s") for kind in kinds)
-    n_transitions, n_steps = kinds[0].count("t"), kinds[0].count("c")
+    letters = ["".join(_letters(reader, i) for i in level) for level in levels]
+    n_splits = sum(steps.endswith("s") for steps in letters)
+    n_transitions, n_steps = letters[0].count("t"), letters[0].count("c")
     steps = "t" * n_transitions + "c" * n_steps
-    regular = n_steps > 0 and kinds == [steps + "s" * (level < n_splits) for level in range(len(kinds))]
+    regular = n_steps > 0 and letters == [steps + "s" * (level < n_splits) for level in range(len(letters))]
     expected = f"levels of {n_transitions} steps without and {n_steps} with a coupling, the first ones with a split"
-    expect(regular, "flowUpsamplerNet.layers", expected, " ".join(kinds))
+    expect(regular, "flowUpsamplerNet.layers", expected, " ".join(letters))
     first = _LAYER.format(levels[0][0]) + "actnorm.bias"
     coupled = [_LAYER.format(level[n_transitions]) + "affine." for level in levels]
     ratio = 0.5
@@ -212,7 +212,7 @@ def _config(reader: Reader, image_size: int | tuple[int, int], scale_eps: float)
     )
 
 
-def _kind(reader: Reader, layer: int) -> str:
+def _letters(reader: Reader, layer: int) -> str:
     """t: a step without a coupling, c: one with, s: a split."""
     name = _LAYER.format(layer)
     if reader.has(name + "conv."):

@@ -197,12 +197,12 @@ def interleaved(half: int) -> Tensor:
 
 def _config(weights: Weights) -> GlowConfig:
     steps = weights.all_steps()
-    kinds = {type(step.mixing) for step in steps}
+    mixing_types = {type(step.mixing) for step in steps}
     orders = [step.mixing for step in steps if isinstance(step.mixing, Order)]
-    if kinds == {Order}:
+    if mixing_types == {Order}:
         permutation = "reverse" if all(order.is_reverse for order in orders) else "shuffle"
     else:
-        permutation = "invconv" if kinds == {Lu} else "invconv_plain"
+        permutation = "invconv" if mixing_types == {Lu} else "invconv_plain"
     offsets = weights.top.class_offset
     return GlowConfig(
         image_shape=weights.image_shape,

@@ -96,7 +96,7 @@ def adopt(model: nn.Module) -> list[str]:
 def release(model: nn.Module, only: Collection[nn.Module] | None = None) -> list[str]:
     """Undo :func:`adopt`: adopted layers (with ``only``, these alone) become what they were again, in place."""
     blocks = {type(module) for module in model.modules() if vars(type(module)).get("_home") is type(module)}
-    back = reversed_classes(ADAPTERS) | {kind: cast(type[ServedBlock], kind)._serves for kind in blocks}
+    back = reversed_classes(ADAPTERS) | {block: cast(type[ServedBlock], block)._serves for block in blocks}
     names = exchange(model, back, only)
     for name in names:
         module = model.get_submodule(name)
@@ -125,7 +125,7 @@ def left(model: nn.Module) -> dict[str, str]:
         if type(module).__module__.startswith("FrEIA.framework"):
             steps = getattr(module, "module_list", nn.ModuleList())
             for key, step in steps._modules.items():
-                kind = type(step)
-                if not kind.__module__.startswith((__name__, "FrEIA.")) and counterpart(step, ADAPTERS) is None:
-                    found[f"{name}.module_list.{key}".lstrip(".")] = f"no counterpart of {kind.__qualname__}"
+                step_class = type(step)
+                if not step_class.__module__.startswith((__name__, "FrEIA.")) and counterpart(step, ADAPTERS) is None:
+                    found[f"{name}.module_list.{key}".lstrip(".")] = f"no counterpart of {step_class.__qualname__}"
     return found

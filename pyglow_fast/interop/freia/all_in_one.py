@@ -361,7 +361,7 @@ class AllInOneBlock(ServedBlock, Fm.AllInOneBlock):
     Arguments, parameters, initial values and errors are those of ``FrEIA.modules.AllInOneBlock``. FrEIA's own forward
     runs for vectors (but a hard permutation of 512 channels or more is gathered), samples of fewer than 8 positions,
     on the CPU for soft permutations of 128 channels or more around a net that our executor does not run,
-    half precision, inputs of an unexpected kind, whatever runs inside torch.func, and a subclass that overrides
+    half precision, inputs of an unexpected type, whatever runs inside torch.func, and a subclass that overrides
     ``_affine``, ``_permute`` or ``_pre_permute``.
 
     FrEIA's block has faults that this one has not: the subnet's output is not changed in place (which breaks the

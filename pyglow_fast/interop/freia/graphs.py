@@ -77,7 +77,7 @@ def _place(node: Any, memory: str | int) -> Place:
 
 
 def _runs(every: list[Any], places: dict[Any, Place]) -> list[list[Any]]:
-    """Nodes that follow each other, of one kind, with no other reader between them, outputs of the graph included."""
+    """Nodes that follow each other and take the same; no other reader, nor an output of the graph, is between them."""
     readers: Counter[tuple[Any, int]] = Counter()
     uses = Counter(node.module for node in places)
     for node in every:
@@ -85,11 +85,11 @@ def _runs(every: list[Any], places: dict[Any, Place]) -> list[list[Any]]:
         readers.update(cond if isinstance(cond, tuple) else (cond, 0) for cond in node.conditions)
     runs: dict[Any, list[Any]] = {}  # each run by the node that ends it
     for node in places:  # the nodes come in the order of their data
-        kind = places[node].kind
-        if kind is None or uses[node.module] > 1:
+        takes = places[node].takes
+        if takes is None or uses[node.module] > 1:
             continue
         before, index = node.inputs[0]
-        follows = before in runs and places[before].kind == kind and readers[before, index] == 1
+        follows = before in runs and places[before].takes == takes and readers[before, index] == 1
         follows = follows and before.outputs[0][0] is node
         runs[node] = [*runs.pop(before), node] if follows else [node]
     return [run for run in runs.values() if len(run) > 1]

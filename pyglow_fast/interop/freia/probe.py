@@ -138,12 +138,12 @@ def _sizes(layer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 INNER = frozenset(vars(nn.Module()))
 
 
-def _twin(layer: nn.Module, kind: type[nn.Module], training: bool) -> nn.Module:
+def _twin(layer: nn.Module, layer_class: type[nn.Module], training: bool) -> nn.Module:
     """A copy of a layer as an instance of a class, in float64, with weights and nets of its own, for small images.
 
     In evaluation with a hard permutation, in training with another.
     """
-    twin = kind.__new__(kind)
+    twin = layer_class.__new__(layer_class)
     nn.Module.__init__(twin)
     for name, value in vars(layer).items():
         if name not in INNER:

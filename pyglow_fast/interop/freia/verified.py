@@ -49,30 +49,30 @@ def counterpart(layer: nn.Module, classes: Classes) -> type[nn.Module] | str | N
         layer: any module.
         classes: FrEIA's class -> the class here.
     """
-    kind = type(layer)
-    if isinstance(layer, ServedBlock) or kind in classes.values():
+    theirs = type(layer)
+    if isinstance(layer, ServedBlock) or theirs in classes.values():
         return None
     is_block = all(hasattr(layer, name) for name in _KNOWN_BY) and isinstance(layer.subnet, nn.Module)
-    if not is_block and kind not in classes:
+    if not is_block and theirs not in classes:
         return None
     if "forward" in vars(layer):
         return "a forward of its own"
     if is_block and (reason := _unfit(layer)):
         return reason
     key = _configuration(layer)
-    kept = _found.setdefault(kind, {})
+    kept = _found.setdefault(theirs, {})
     variant = kept.get(key)
     if variant is None:
-        variant = _variant(layer, None if is_block else classes[kind])
+        variant = _variant(layer, None if is_block else classes[theirs])
         if key is not None:
             kept[key] = variant
     if isinstance(variant, str):
         return variant
-    if kind in classes:
-        own = classes[kind]
+    if theirs in classes:
+        own = classes[theirs]
         same = not issubclass(own, ServedBlock) or (own._divides, own._fixed_size) == variant
         return own if same else "not what FrEIA's class was when it was imported"
-    return served(kind, *variant)
+    return served(theirs, *variant)
 
 
 def variant_of_installed() -> Variant | str:
@@ -89,22 +89,22 @@ def variant_of_installed() -> Variant | str:
     return _unfit(block) or _variant(block, None)
 
 
-def served(kind: type[nn.Module], divides: bool, fixed_size: bool) -> type[nn.Module]:
+def served(theirs: type[nn.Module], divides: bool, fixed_size: bool) -> type[nn.Module]:
     """Put this package's arithmetic before a class with the interface of AllInOneBlock; one class for each."""
-    for known in kind.__subclasses__():
+    for known in theirs.__subclasses__():
         if vars(known).get("_variant") == (divides, fixed_size):
             return known
     parts = {
         "__module__": __name__,
-        "__qualname__": kind.__qualname__,
-        "__doc__": f"{kind.__module__}.{kind.__qualname__} with our arithmetic: see {ServedBlock.__name__}.",
+        "__qualname__": theirs.__qualname__,
+        "__doc__": f"{theirs.__module__}.{theirs.__qualname__} with our arithmetic: see {ServedBlock.__name__}.",
         "__reduce_ex__": _reduce_ex,
         "_variant": (divides, fixed_size),
         "_divides": divides,
         "_fixed_size": fixed_size,
-        "_serves": kind,
+        "_serves": theirs,
     }
-    made = types.new_class(kind.__name__, (ServedBlock, kind), exec_body=lambda namespace: namespace.update(parts))
+    made = types.new_class(theirs.__name__, (ServedBlock, theirs), exec_body=lambda namespace: namespace.update(parts))
     made._home = made  # type: ignore[attr-defined]
     return made
 
@@ -117,17 +117,17 @@ def _reduce_ex(self: Any, protocol: Any) -> Any:
     return (_rebuilt, (self._serves, *self._variant), *found[2:])
 
 
-def _rebuilt(kind: type[nn.Module], divides: bool, fixed_size: bool) -> nn.Module:
-    made = served(kind, divides, fixed_size)
+def _rebuilt(theirs: type[nn.Module], divides: bool, fixed_size: bool) -> nn.Module:
+    made = served(theirs, divides, fixed_size)
     return made.__new__(made)
 
 
 def _unfit(layer: Any) -> str:
     """Why a layer cannot be an AllInOneBlock, by its attributes and its class, or nothing."""
-    kind = type(layer)
+    theirs = type(layer)
     missing = [name for name in _NEEDS if not hasattr(layer, name)]
     if missing:
-        return f"{kind.__qualname__} has no {', '.join(missing)}, which an AllInOneBlock has"
+        return f"{theirs.__qualname__} has no {', '.join(missing)}, which an AllInOneBlock has"
     channels, rank = layer.in_channels, layer.input_rank
     per_channel = (1, channels, *[1] * rank)
     if rank not in range(4) or list(layer.splits) != [channels - channels // 2, channels // 2]:
@@ -139,16 +139,16 @@ def _unfit(layer: Any) -> str:
         return "reflections that are kept otherwise than in vk_householder and w_0"
     if "parametrizations" in layer._modules:
         return "parametrizations of the block itself"
-    if kind.__call__ is not nn.Module.__call__:
-        return f"{kind.__qualname__} has a __call__ of its own"
-    names = list(inspect.signature(kind.forward).parameters)
+    if theirs.__call__ is not nn.Module.__call__:
+        return f"{theirs.__qualname__} has a __call__ of its own"
+    names = list(inspect.signature(theirs.forward).parameters)
     if len(names) != 5 or names[2:] != ["c", "rev", "jac"]:
-        return f"{kind.__qualname__}.forward takes {names[1:]}: expected a state, c, rev and jac"
+        return f"{theirs.__qualname__}.forward takes {names[1:]}: expected a state, c, rev and jac"
     for part in _PARTS:
-        homes = [base for base in kind.__mro__ if part in vars(base) and base not in (nn.Module, Fm.InvertibleModule)]
+        homes = [base for base in theirs.__mro__ if part in vars(base) and base not in (nn.Module, Fm.InvertibleModule)]
         if len(homes) > 1:
             whose = f"a subclass of {homes[1].__qualname__} with a {part} of its own"
-            return f"{kind.__qualname__}, {whose}: what it changes is not known"
+            return f"{theirs.__qualname__}, {whose}: what it changes is not known"
     return ""
 
 

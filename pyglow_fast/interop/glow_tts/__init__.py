@@ -26,7 +26,7 @@ from collections.abc import Collection
 from torch import nn
 
 from pyglow_fast.interop.glow_tts.layers import WN, AdoptedLayer, CouplingBlock, InvConvNear
-from pyglow_fast.interop.glow_tts.probe import fault, kind_of
+from pyglow_fast.interop.glow_tts.probe import adopted_class, fault
 from pyglow_fast.interop.stand_in import give_back, stand_in
 
 __all__ = ["WN", "CouplingBlock", "InvConvNear", "adopt", "finds", "left", "release"]
@@ -34,22 +34,22 @@ __all__ = ["WN", "CouplingBlock", "InvConvNear", "adopt", "finds", "left", "rele
 
 def finds(model: nn.Module) -> bool:
     """Whether a model has layers that look like these, adopted already or not."""
-    return any(isinstance(module, AdoptedLayer) or kind_of(module) is not None for module in model.modules())
+    return any(isinstance(module, AdoptedLayer) or adopted_class(module) is not None for module in model.modules())
 
 
 def adopt(model: nn.Module) -> list[str]:
     """Turn the layers of Glow-TTS in a model into this package's, in place, and return their names ("": the model)."""
-    found = [(name, module) for name, module in model.named_modules() if kind_of(module) is not None]
-    fitting = [(name, module, kind_of(module)) for name, module in found if not fault(module)]
-    for _, module, kind in fitting:
-        assert kind is not None  # asked above
-        module.__class__ = stand_in(kind, type(module))
+    found = [(name, module) for name, module in model.named_modules() if adopted_class(module) is not None]
+    fitting = [(name, module, adopted_class(module)) for name, module in found if not fault(module)]
+    for _, module, adopted in fitting:
+        assert adopted is not None  # asked above
+        module.__class__ = stand_in(adopted, type(module))
     return [name for name, _, _ in fitting]
 
 
 def left(model: nn.Module) -> dict[str, str]:
     """Name the layers that look like Glow-TTS's and are left as they are, and why."""
-    return {name: fault(module) for name, module in model.named_modules() if kind_of(module) is not None}
+    return {name: fault(module) for name, module in model.named_modules() if adopted_class(module) is not None}
 
 
 def release(model: nn.Module, only: Collection[nn.Module] | None = None) -> list[str]:

@@ -139,4 +139,4 @@ def stand_ins(run: Sequence[Place], memory: str | int, budget: str | int) -> lis
     """Make what replaces a run: one DecoderRun."""
     layers = [layer for place in run for layer in place.layers]
     steps = [place.parts for place in run]
-    return [DecoderRun(layers, JoinedRun(run[0].kind, steps, None, memory, budget, masked=True))]
+    return [DecoderRun(layers, JoinedRun(run[0].takes, steps, None, memory, budget, masked=True))]

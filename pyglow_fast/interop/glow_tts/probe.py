@@ -25,21 +25,21 @@ TOLERANCE = 1e-9  # relative to the largest number
 LENGTHS = (7, 4)  # lengths of the probe's samples
 
 
-def kind_of(module: nn.Module) -> type[AdoptedLayer] | None:
+def adopted_class(module: nn.Module) -> type[AdoptedLayer] | None:
     """Find the class here for a module that looks like one of Glow-TTS; None for others, and adopted ones."""
     if isinstance(module, AdoptedLayer):
         return None
-    kinds: dict[type[AdoptedLayer], Callable[[nn.Module], bool]] = {
+    looks_like: dict[type[AdoptedLayer], Callable[[nn.Module], bool]] = {
         WN: looks_like_wavenet,
         InvConvNear: looks_like_inv_conv,
         CouplingBlock: looks_like_coupling,
     }
-    return next((ours for ours, looks in kinds.items() if looks(module)), None)
+    return next((ours for ours, looks in looks_like.items() if looks(module)), None)
 
 
 def fault(module: nn.Module) -> str:
     """Say why a module that looks like one of Glow-TTS is not to be replaced; empty if it is."""
-    ours = kind_of(module)
+    ours = adopted_class(module)
     assert ours is not None  # it looks like one
     if is_altered(module):
         return "hooks on it, or a forward of its own"

@@ -112,11 +112,11 @@ class OfImages(Adopted):
         spec = _spec(self.dnn.scale_factor)
         if self.masking_mode == "masking":
             return TokenCoupling(self._by_channel, spec, True, None)
-        kind, projection = ("channel", self.P_chan) if self.kind_is_channel else ("spatial", self.P_spatial)
+        axis, projection = ("channel", self.P_chan) if self.kind_is_channel else ("spatial", self.P_spatial)
         width = tokens.shape[2 if self.kind_is_channel else 1]
         if projection.device != tokens.device or len(projection) != width or width % 2:
             return None
-        permutation = permutation_of(self, kind, projection)
+        permutation = permutation_of(self, axis, projection)
         net = self._by_channel if self.kind_is_channel else self._by_token
         return None if permutation is None else TokenCoupling(net, spec, self.kind_is_channel, permutation)
 
@@ -179,11 +179,11 @@ def _arguments(method: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(method).parameters)[1:] if inspect.isfunction(method) else ()
 
 
-def interface_of(kind: type[nn.Module], module: nn.Module) -> type[Adopted] | None:
+def interface_of(module_class: type[nn.Module], module: nn.Module) -> type[Adopted] | None:
     """Tell which of the two interfaces a layer of that class has; None for others, and for one adopted already."""
-    if issubclass(kind, Adopted) or not isinstance(getattr(module, "dnn", None), nn.Module):
+    if issubclass(module_class, Adopted) or not isinstance(getattr(module, "dnn", None), nn.Module):
         return None
-    calls = _arguments(kind.forward), _arguments(getattr(kind, "inverse", None))
+    calls = _arguments(module_class.forward), _arguments(getattr(module_class, "inverse", None))
     if calls == (_PROJECTED, _PROJECTED) and hasattr(module, "scale_factor"):
         return WithProjections
     if calls == (("x", "context"), ("y", "context")) and all(hasattr(module, name) for name in _OF_IMAGES):

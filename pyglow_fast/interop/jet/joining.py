@@ -200,8 +200,8 @@ def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str | int) ->
     for index, module in enumerate(modules):
         reason = _reason(module, owner, memory)
         called = _Called(owner, index, isinstance(module, WithProjections))
-        kind = (called.projects, getattr(module, "ps", None))
-        found.append(Place([module], reason=reason) if reason else Place([module], kind, called))
+        takes = (called.projects, getattr(module, "ps", None))
+        found.append(Place([module], reason=reason) if reason else Place([module], takes, called))
     return found
 
 

@@ -36,18 +36,18 @@ _known: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[KeptTensors, Permut
 )
 
 
-def permutation_of(layer: nn.Module, kind: str, projection: Tensor) -> Permutation | None:
+def permutation_of(layer: nn.Module, axis: str, projection: Tensor) -> Permutation | None:
     """Read the permutation that u = x P is, P one-hot (M, M); None if P is none.
 
     The tensor is read once for each of its states, as reading it stops a GPU's stream.
     """
     if projection.is_inference():
         return _read(projection)
-    kept = _known.setdefault(layer, {}).get(kind)
+    kept = _known.setdefault(layer, {}).get(axis)
     if kept is not None and kept[0].same([projection]):
         return kept[1]
     found = _read(projection)
-    _known[layer][kind] = (KeptTensors([projection]), found)
+    _known[layer][axis] = (KeptTensors([projection]), found)
     return found
 
 

@@ -34,8 +34,8 @@ def ordinary(inputs: Tensor, *others: Tensor) -> bool:
 
 def as_it_comes(layer: object, *methods: str) -> bool:
     """Whether these methods of a layer are the library's or ours: none of a subclass, none put on the instance."""
-    kind = type(layer)
-    own = all(getattr(kind, name).__module__.split(".")[0] in OWNERS for name in methods)
+    layer_class = type(layer)
+    own = all(getattr(layer_class, name).__module__.split(".")[0] in OWNERS for name in methods)
     return own and not any(name in vars(layer) for name in methods)
 
 

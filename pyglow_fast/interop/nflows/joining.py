@@ -164,4 +164,4 @@ def stand_ins(run: Sequence[Place], memory: str | int, budget: str | int) -> lis
         steps.append(JoinedStep(UserNet(place.parts.net), place.parts.spec, channel_map))
         order = None if place.parts.order is None else place.parts.order.tolist()
     layers = [layer for place in run for layer in place.layers]
-    return [StepRun(layers, JoinedRun(run[0].kind, steps, None, memory, budget), order)]
+    return [StepRun(layers, JoinedRun(run[0].takes, steps, None, memory, budget), order)]

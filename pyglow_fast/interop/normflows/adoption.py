@@ -42,6 +42,6 @@ def release(model: nn.Module, only: Collection[nn.Module] | None = None) -> list
     return exchange(model, reversed_classes(OURS), only)
 
 
-def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_untouched(module: nn.Module, expected: type[nn.Module]) -> bool:
     """Whether a module is of that class and does what it says: no hooks, no methods replaced on the object."""
-    return type(module) is kind and not has_hooks(module) and not {"forward", "inverse"} & vars(module).keys()
+    return type(module) is expected and not has_hooks(module) and not {"forward", "inverse"} & vars(module).keys()

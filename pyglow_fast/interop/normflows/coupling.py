@@ -184,7 +184,7 @@ class AffineCouplingBlock(normflows.flows.AffineCouplingBlock):
         if len(self.flows) != 3 or not is_untouched(self.flows[1], AffineCoupling):
             return False
         ends = ((self.flows[0], normflows.flows.Split), (self.flows[2], normflows.flows.Merge))
-        return all(is_untouched(end, kind) and end.mode == "channel" for end, kind in ends)
+        return all(is_untouched(end, end_class) and end.mode == "channel" for end, end_class in ends)
 
     def _couple(self, z: Tensor, forms: dict[str, Form]) -> tuple[Tensor, Tensor]:
         kept = (z.shape[1] + 1) // 2

@@ -75,4 +75,4 @@ def stand_ins(run: Sequence[Place], memory: str | int, budget: str | int) -> lis
     """Make what replaces a run: one GlowRun."""
     steps = [place.parts for place in reversed(run)]  # from x to z the last block of the list is the first
     blocks = [block for place in run for block in place.layers]
-    return [GlowRun(blocks, JoinedRun(run[0].kind, steps, None, memory, budget))]
+    return [GlowRun(blocks, JoinedRun(run[0].takes, steps, None, memory, budget))]
