@@ -140,6 +140,7 @@ class Visitor:
         """The one sentence that errors show; they are closed, and have no elements in them."""
         message, close = self.page.get_by_test_id("toast-text"), self.page.get_by_test_id("toast-close")
         message.first.wait_for()
+        self.idle()  # one drag may ask several times, and each refusal is an error in the console
         assert message.locator("*").count() == 0
         (text,) = set(message.all_inner_texts())
         wait_for(lambda: close.evaluate_all("found => (found.forEach(each => each.click()), found.length)"), 0)
