@@ -172,7 +172,7 @@ def interpolate(
         >>> model = Glow(image_shape=(1, 8, 8), n_levels=2, n_steps=1, hidden=4)
         >>> a, b = torch.rand(2, 3, 1, 8, 8) - 0.5
         >>> model.initialize(a)
-        >>> path = interpolate(model, a, b, steps=5)
+        >>> path = interpolate(model, a, b, frames=5)
         >>> path.shape, torch.allclose(path[:, 0], a, atol=1e-4), torch.allclose(path[:, -1], b, atol=1e-4)
         (torch.Size([3, 5, 1, 8, 8]), True, True)
     """

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast._errors import can_read
-from pyglow_fast._tracing import is_traced
+from pyglow_fast._tracing import is_watched
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 _LARGE = 4096  # elements: the others are gathered and compared in one go
@@ -53,20 +53,20 @@ def is_plain(tensor: Tensor) -> bool:
 
 def _may_look(tensors: Sequence[Tensor]) -> bool:
     plain = all(tensor.is_cpu and is_plain(tensor) for tensor in tensors)
-    return plain and (not tensors or can_read(tensors[0]))  # which is as costly as all the rest
+    return plain and not is_watched() and (not tensors or can_read(tensors[0]))  # which costs as much as all the rest
 
 
-def _state(tensor: Tensor, traced: bool) -> tuple[object, ...]:
+def _state(tensor: Tensor, watched: bool) -> tuple[object, ...]:
     """The version, and what .data may change without one; sizes of a tensor that is traced are none to compare."""
     where = tensor._version, tensor.data_ptr(), tensor.dtype
-    return where if traced else (*where, tensor.shape, tensor.stride())
+    return where if watched else (*where, tensor.shape, tensor.stride())
 
 
 class KeptTensors:
     """Tensors as they were: in what memory, of what version, and of what bits, as a write through .data has no version.
 
     Their bits are compared where the host may look at them: not on a GPU, whose stream that would stop, nor while a
-    CUDA graph is captured, nor where torch traces or batches. There versions alone tell; but what was kept on other
+    CUDA graph is captured, nor where torch traces or transforms. There versions alone tell; but what was kept on other
     terms, as before a move to the GPU, counts as changed.
 
     Args:
@@ -77,8 +77,8 @@ class KeptTensors:
 
     def __init__(self, tensors: Sequence[Tensor], live: Sequence[Tensor] = (), by_version: bool = False) -> None:
         self._by_version = by_version
-        self._traced = is_traced()
-        self._states = [_state(tensor, self._traced) for tensor in tensors]
+        self._watched = is_watched()
+        self._states = [_state(tensor, self._watched) for tensor in tensors]
         # While these live nothing else is in their memory. With weak references torch would refuse to swap tensors.
         self._memory = [tensor.detach() for tensor in tensors]
         self._values = None if by_version or not _may_look(tensors) else KeptValues(tensors, live)
@@ -90,9 +90,9 @@ class KeptTensors:
 
     def same(self, tensors: Sequence[Tensor]) -> bool:
         """Tells whether these are the tensors as they were, or others in their place."""
-        if is_traced() != self._traced or any(tensor.is_inference() for tensor in tensors):
+        if is_watched() != self._watched or any(tensor.is_inference() for tensor in tensors):
             return False
-        if [_state(tensor, self._traced) for tensor in tensors] != self._states:
+        if [_state(tensor, self._watched) for tensor in tensors] != self._states:
             return False
         if self._by_version:
             return True

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
+from pyglow_fast._renamed import with_former_argument
 from pyglow_fast.latents import interpolate
 from pyglow_fast.likelihood import count_not_finite
 from pyglow_fast.studio.commands import COMMAND, Made, command_line, made_png
@@ -48,6 +49,7 @@ class Between:
     space: str
     spherical: bool = False
 
+    @with_former_argument("steps", "count")
     @torch.no_grad()
     def frames(self, count: int = 8, times: tuple[float, ...] | None = None) -> tuple[Tensor, int]:
         """Compute the frames, grey levels int64 (count, C, H, W), both ends included, and how many were not finite.
