@@ -89,8 +89,8 @@ class Range:
         Raises:
             ValueError: it is not.
         """
-        kinds = int if whole else int | float
-        is_number = isinstance(value, kinds) and not isinstance(value, bool) and abs(value) < math.inf
+        number_types = int if whole else int | float
+        is_number = isinstance(value, number_types) and not isinstance(value, bool) and abs(value) < math.inf
         fits = is_number and self._fits(value)
         expect(fits, name, f"{self.words(whole)}{or_none}", _shown(value))
         size = abs(value) if self.least is None and self.above is None else value
@@ -228,9 +228,9 @@ def declared_of(cls: type) -> Mapping[str, Declared]:
     found = {}
     for item in dataclasses.fields(cls):
         parts = typing.get_args(hints[item.name]) if _is_union(hints[item.name]) else (hints[item.name],)
-        kinds = [part for part in parts if part is not types.NoneType]
-        kind = kinds[0] if len(kinds) == 1 else typing.Union[tuple(kinds)]  # noqa: UP007 - of a list
-        found[item.name] = Declared(item.name, kind, len(kinds) < len(parts), item.default, item.metadata[_KEY])
+        own_types = [part for part in parts if part is not types.NoneType]
+        own_type = own_types[0] if len(own_types) == 1 else typing.Union[tuple(own_types)]  # noqa: UP007 - of a list
+        found[item.name] = Declared(item.name, own_type, len(own_types) < len(parts), item.default, item.metadata[_KEY])
     return types.MappingProxyType(found)
 
 

@@ -19,7 +19,7 @@ _DIGITS = presets.PRESETS["digits"].settings  # the preset of the images that co
 
 def options() -> Iterator[Declared]:
     """The settings that have an option, in the order of the groups."""
-    found = [item for kind in (DataConfig, GlowConfig, TrainConfig) for item in declared_of(kind).values()]
+    found = [item for section in (DataConfig, GlowConfig, TrainConfig) for item in declared_of(section).values()]
     for group in GROUPS:
         yield from (item for item in found if item.rule.group == group)
 

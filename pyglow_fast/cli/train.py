@@ -106,10 +106,10 @@ def from_file(path: str) -> tuple[dict[str, Any], str | None, str | None]:
     preset = tables.pop("preset", None)
     expect(preset is None or isinstance(preset, str), f"{path}: preset", "a text", preset)
     flat: dict[str, Any] = {}
-    for name, kind in (("data", DataConfig), ("model", GlowConfig), ("config", TrainConfig)):
+    for name, section in (("data", DataConfig), ("model", GlowConfig), ("config", TrainConfig)):
         values = tables if name == "config" else tables.get(name, {})
         expect(isinstance(values, Mapping), f"{path}: {name}", "a table", type(values).__name__)
-        known = {item.name for item in fields(kind)}
+        known = {item.name for item in fields(section)}
         unknown = sorted(set(values) - known)
         place = path if name == "config" else f"{path}: {name}"
         expect(not unknown, place, f"settings among {', '.join(sorted(known))}", ", ".join(unknown))

@@ -30,8 +30,8 @@ _VALUES = 3 * SIDE * SIDE
 
 # What a pickle may name is replaced by these: no code of numpy, let alone of the file's choice, sees what is in it.
 class _Dtype:
-    def __init__(self, kind: str, *rest: Any) -> None:
-        self.kind = kind
+    def __init__(self, code: str, *rest: Any) -> None:
+        self.code = code
 
     def __setstate__(self, state: Any) -> None:
         """Takes byte order and the like, which bytes have not."""
@@ -44,7 +44,7 @@ class _NdArray:
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, values = state
         values = values.encode("latin-1") if isinstance(values, str) else values
-        if not (isinstance(dtype, _Dtype) and dtype.kind in ("u1", "|u1") and isinstance(values, bytes)):
+        if not (isinstance(dtype, _Dtype) and dtype.code in ("u1", "|u1") and isinstance(values, bytes)):
             raise pickle.UnpicklingError("an array of something else than bytes")
         if fortran or math.prod(shape) != len(values):
             raise pickle.UnpicklingError(f"an array of shape {shape} with {len(values)} bytes")
@@ -102,8 +102,8 @@ def _python_batch(path: Path) -> tuple[Tensor, Tensor]:
     whole = len(data.shape) == 2 and data.shape[1] == _VALUES and data.shape[0] > 0
     expect(whole, str(path), f"'data' of shape (N, {_VALUES})", data.shape)
     if not (isinstance(labels, list) and all(isinstance(label, int) for label in labels)):
-        found_kind = type(labels).__name__
-        raise ValueError(visible(f"{path}: expected a list 'labels' of whole numbers, found {found_kind}"))
+        own = type(labels).__name__
+        raise ValueError(visible(f"{path}: expected a list 'labels' of whole numbers, found {own}"))
     values = torch.frombuffer(bytearray(data.values), dtype=torch.uint8).reshape(data.shape)
     return values, torch.tensor(labels, dtype=torch.int64)
 

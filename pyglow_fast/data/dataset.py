@@ -29,13 +29,13 @@ def _values(image: Any, where: str, gray: bool) -> Tensor:
     if hasattr(image, "getbands"):
         # A dataset of grey PIL images stays grey.
         return pixels(plain(image, gray or image.mode in ("L", "1", "I;16")))
-    kind = f"{where}: expected a PIL image, or a uint8 tensor or array (C, H, W) or (H, W), found "
+    expected = f"{where}: expected a PIL image, or a uint8 tensor or array (C, H, W) or (H, W), found "
     if not isinstance(image, Tensor):
         if not hasattr(image, "__array_interface__"):
-            raise ValueError(kind + type(image).__name__)
+            raise ValueError(expected + type(image).__name__)
         image = torch.from_numpy(optional("numpy", "arrays").array(image))
     if image.dtype != torch.uint8 or image.dim() not in (2, 3):
-        raise ValueError(kind + f"{image.dtype} {tuple(image.shape)}")
+        raise ValueError(expected + f"{image.dtype} {tuple(image.shape)}")
     image = image.unsqueeze(0) if image.dim() == 2 else image
     if gray and image.shape[0] != 1:
         expect(image.shape[0] == 3, where, "1 or 3 channels to make gray", tuple(image.shape))

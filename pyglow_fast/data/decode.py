@@ -43,7 +43,7 @@ def _formats() -> list[str]:
     """Pillow's names of the formats that are read."""
     pil = optional("PIL.Image", "image files")
     pil.init()
-    return [kind for kind in pil.ID if kind in pil.OPEN and kind not in _NOT_READ]
+    return [file_format for file_format in pil.ID if file_format in pil.OPEN and file_format not in _NOT_READ]
 
 
 def find_images(root: Path, on_unreadable: str = "raise") -> list[Path]:
@@ -58,7 +58,7 @@ def find_images(root: Path, on_unreadable: str = "raise") -> list[Path]:
     """
     pil = optional("PIL.Image", "image files")
     formats = _formats()
-    endings = {ending for ending, kind in pil.registered_extensions().items() if kind in formats}
+    endings = {ending for ending, file_format in pil.registered_extensions().items() if file_format in formats}
     found = []
     lost: list[str] = []
 
@@ -128,7 +128,7 @@ def decode(
     )
     listed = formats is None or (not isinstance(formats, str) and len(formats) > 0)
     expect(listed, "formats", "names of Pillow's formats", repr(formats))
-    tried = [kind for kind in _formats() if formats is None or kind in formats]
+    tried = [file_format for file_format in _formats() if formats is None or file_format in formats]
     try:
         if isinstance(source, Path):
             check_regular(source, where)
@@ -147,12 +147,12 @@ def decode(
         pixels_found = re.search(r"\d+", str(error))
         found = f"{pixels_found.group()} of them" if pixels_found else str(error)
         raise _too_large(where, min(limit, most_pixels or limit), found) from error
-    except Exception as error:  # decoders raise many kinds: OSError, SyntaxError, struct.error and others
+    except Exception as error:  # decoders raise many errors: OSError, SyntaxError, struct.error and others
         # That a file is of no known format is said with the file's name or the address of its contents.
         unknown = isinstance(error, pil.UnidentifiedImageError)
         said = "cannot identify image file" if unknown else " ".join(str(error).split()) or type(error).__name__
-        kinds = "" if formats is None else f" ({', '.join(formats)})"
-        raise UnreadableImageError(f"{where}: expected an image that Pillow can decode{kinds}, found {said}") from error
+        known = "" if formats is None else f" ({', '.join(formats)})"
+        raise UnreadableImageError(f"{where}: expected an image that Pillow can decode{known}, found {said}") from error
 
 
 def check_regular(path: Path, where: str) -> None:
@@ -164,8 +164,8 @@ def check_regular(path: Path, where: str) -> None:
     """
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
-        kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
-        found = next((word for test, word in kinds if test(mode)), "a device")
+        tests = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
+        found = next((word for test, word in tests if test(mode)), "a device")
         raise UnreadableImageError(f"{where}: expected an image file, found {found}")
 
 

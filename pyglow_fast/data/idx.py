@@ -21,7 +21,7 @@ from pyglow_fast.data.image_set import ImageSet
 from pyglow_fast.data.prepare import Preparation
 
 SIDE = 28
-FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
+FILES = tuple(f"{part}-{content}-ubyte" for part in ("train", "t10k") for content in ("images-idx3", "labels-idx1"))
 CLASS_NAMES = {
     "mnist": tuple("0123456789"),
     "fashion-mnist": (

@@ -62,7 +62,7 @@ class Batch:
 class _Refusal:
     """What a worker gives for a batch that it cannot read: an exception would come with the worker's traceback."""
 
-    kind: type[ValueError]
+    error_type: type[ValueError]
     message: str
 
 
@@ -111,8 +111,8 @@ def _start_worker(worker: int) -> None:
     That the main process was killed escapes torch, which watches for a change of parent, where this comes too late to
     see one and where a server forks the workers: they would wait for ever.
     """
-    for kind in _FOR_THE_MAIN_PROCESS:
-        signal.signal(kind, signal.SIG_IGN)
+    for signum in _FOR_THE_MAIN_PROCESS:
+        signal.signal(signum, signal.SIG_IGN)
     main = multiprocessing.parent_process()
     if main is not None:
         threading.Thread(target=_end_with, args=(main,), daemon=True).start()
@@ -208,7 +208,7 @@ def _by_workers(reading: _Reading, plan: Iterable[Sequence[Entry]], workers: int
                 why = str(error) or "its connection is closed"
                 raise RuntimeError(f"a process that reads images of {reading.data.name} died: {why}") from error
             if isinstance(found, _Refusal):
-                raise found.kind(found.message)
+                raise found.error_type(found.message)
             yield found
     finally:
         # Not left to the garbage collector: the traceback of an exception would keep the iterator, and so the workers.

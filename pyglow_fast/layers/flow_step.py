@@ -90,8 +90,8 @@ def runs_fused(step: nn.Module) -> bool:
     )
     couplings = ((part, AffineInjector if part is step.injector else Coupling, _RUN) for part in step.couplings)
     for part, own, names in (*pairs, *couplings):
-        kind = type(part)
-        if kind is not own and any(getattr(kind, name, None) is not getattr(own, name) for name in names):
+        part_class = type(part)
+        if part_class is not own and any(getattr(part_class, name, None) is not getattr(own, name) for name in names):
             return False
         if has_hooks(part):
             return False

@@ -32,8 +32,8 @@ class KeptValues:
             if (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) not in shared:
                 bits.append(tensor.detach().view(_BITS[tensor.element_size()]))
         few = [one for one in bits if one.numel() < _LARGE and one.is_contiguous()]
-        kinds = {kind: [one.flatten() for one in few if one.dtype == kind] for kind in _BITS.values()}
-        self._small = [some for some in kinds.values() if some]
+        by_dtype = {dtype: [one.flatten() for one in few if one.dtype == dtype] for dtype in _BITS.values()}
+        self._small = [some for some in by_dtype.values() if some]
         # numpy compares four times as fast as torch. Not Tensor.numpy(), after which torch refuses to resize a storage.
         self._large = [np.from_dlpack(one) for one in bits if one.numel() >= _LARGE or not one.is_contiguous()]
         self._then = [*map(torch.cat, self._small)], [one.copy() for one in self._large]

@@ -155,7 +155,7 @@ class ReversibleSequence(FlowLayer):
     Within torch.func and forward-mode AD every mode is "store", of torch's own ops: any derivative, and vmap.
 
     Args:
-        steps: FlowSteps of one width and kind of mask, or any modules with ``forward(x, cond=None) -> (z, log_det)``
+        steps: FlowSteps of one width and one mask, or any modules with ``forward(x, cond=None) -> (z, log_det)``
             and ``inverse``; their parameters must be theirs alone and their output a function of the input.
         memory: a mode; or bytes, as a number or a text such as "4GB": FlowSteps then keep what is fastest within them,
             see docs/memory.md. In a model with a budget its plan comes in their place.
@@ -209,7 +209,7 @@ class ReversibleSequence(FlowLayer):
             expect(len(widths) == 1, "steps", "FlowSteps of one width", sorted(widths))
             couplings = [cast(FlowStep, step).coupling for step in steps]
             masks = {"channels" if coupling is None else coupling.mask for coupling in couplings}
-            expect(len(masks) == 1, "steps", "FlowSteps of one kind of mask", sorted(masks))
+            expect(len(masks) == 1, "steps", "FlowSteps of one mask", sorted(masks))
         self.control = DriftControl(self._chain_length(), anchor_every, tolerance, deferred_check)
         self.memory = memory
         self.memory_budget = memory_budget

@@ -280,7 +280,7 @@ class TrainConfig:
         """
         preset = presets.find(name)
         images = images_for(name, data)
-        known = {kind: {item.name for item in fields(kind)} for kind in (DataConfig, GlowConfig, cls)}
+        known = {section: {item.name for item in fields(section)} for section in (DataConfig, GlowConfig, cls)}
         unknown = sorted(set(given) - set().union(*known.values()))
         expect(not unknown, "preset", "known fields beside it", ", ".join(unknown))
         values = presets.resolve(preset.settings, given)
@@ -308,9 +308,9 @@ class TrainConfig:
             ValueError: an unknown key, or a value that is refused.
         """
         expect(isinstance(values, Mapping), "config", "a mapping", type(values).__name__)
-        for name, kind, given in (("config", cls, values), ("data", DataConfig, values.get("data", {}))):
+        for name, section, given in (("config", cls, values), ("data", DataConfig, values.get("data", {}))):
             expect(isinstance(given, Mapping), name, "a mapping", type(given).__name__)
-            unknown = sorted(set(given) - {item.name for item in fields(kind)})
+            unknown = sorted(set(given) - {item.name for item in fields(section)})
             expect(not unknown, name, "known keys", ", ".join(unknown))
         parsed = dict(values)
         if "data" in values:
@@ -348,15 +348,15 @@ class TrainConfig:
 # shows, and by which means it computes the same steps.
 ADJUSTABLE = frozenset(
     prefix + name
-    for prefix, kind in (("", TrainConfig), ("data.", DataConfig))
-    for name, declared in declared_of(kind).items()
+    for prefix, section in (("", TrainConfig), ("data.", DataConfig))
+    for name, declared in declared_of(section).items()
     if declared.rule.adjustable
 )
 # In a file, which knows no null: "none" in these fields.
 OPTIONAL = frozenset(
     name
-    for kind in (TrainConfig, DataConfig, GlowConfig)
-    for name, declared in declared_of(kind).items()
+    for section in (TrainConfig, DataConfig, GlowConfig)
+    for name, declared in declared_of(section).items()
     if declared.optional
 )
 

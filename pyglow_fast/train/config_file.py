@@ -62,8 +62,8 @@ def read_config(path: Path) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError(visible(f"{name}: expected tables of settings, found deeper ones than can be read")) from error
     except ValueError as error:  # raised by each parser, and for text that is not UTF-8
-        kind = path.suffix[1:].upper()
-        raise ValueError(visible(f"{name}: expected a configuration as {kind}, found {error}")) from error
+        file_format = path.suffix[1:].upper()
+        raise ValueError(visible(f"{name}: expected a configuration as {file_format}, found {error}")) from error
     expect(isinstance(values, Mapping), name, "tables of settings", type(values).__name__)
     for key, value in values.items():
         for place, inner in value.items() if isinstance(value, Mapping) else ((key, value),):

@@ -35,9 +35,9 @@ def as_pil(values: torch.Tensor) -> Image.Image:
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-@pytest.mark.parametrize("kind", [torch.Tensor.clone, torch.Tensor.numpy, as_pil])
-def test_kinds_of_images(kind: Any, in_memory: bool) -> None:
-    data = from_dataset(Items([(kind(value), 0, "more") for value in VALUES]), "mine", n_bits=5, in_memory=in_memory)
+@pytest.mark.parametrize("made", [torch.Tensor.clone, torch.Tensor.numpy, as_pil])
+def test_kinds_of_images(made: Any, in_memory: bool) -> None:
+    data = from_dataset(Items([(made(value), 0, "more") for value in VALUES]), "mine", n_bits=5, in_memory=in_memory)
     assert (data.name, len(data), data.image_shape, data.n_bins) == ("mine", 6, (3, 8, 8), 32)
     assert torch.equal(data.batch(torch.arange(6))[0], VALUES >> 3)
 

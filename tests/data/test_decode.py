@@ -18,19 +18,19 @@ from pyglow_fast.data import UnreadableImageError
 from pyglow_fast.data.decode import decode
 
 NOISE = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
-KINDS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 
 
-def encoded(kind: str, **options: Any) -> bytes:
-    """The noise as a file of a kind, 32x24."""
+def encoded(file_format: str, **options: Any) -> bytes:
+    """The noise as a file of a format, 32x24."""
     stream = io.BytesIO()
-    Image.fromarray(NOISE).save(stream, kind, **options)
+    Image.fromarray(NOISE).save(stream, file_format, **options)
     return stream.getvalue()
 
 
-def chunk(kind: bytes, data: bytes) -> bytes:
+def chunk(name: bytes, data: bytes) -> bytes:
     """A chunk of a PNG."""
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
 def png(width: int, height: int, *chunks: bytes, pixels: bytes = b"") -> bytes:
@@ -50,12 +50,12 @@ def refusal(source: Path | bytes, **options: Any) -> str:
     return text.removeprefix("upload 1: ")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_pixels_are_counted_before_they_are_decoded(kind: str) -> None:
-    data = encoded(kind)
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_the_pixels_are_counted_before_they_are_decoded(file_format: str) -> None:
+    data = encoded(file_format)
     assert decode(data, "x", False, 32 * 24).size == (32, 24)
     assert refusal(data, most_pixels=32 * 24 - 1) == "expected an image of at most 767 pixels, found 32x24"
-    if kind != "WEBP":  # whose decoder wants the whole file before it tells the size
+    if file_format != "WEBP":  # whose decoder wants the whole file before it tells the size
         # Its pixels cannot be decoded, which one who looks at them first would say.
         assert "of at most 9 pixels, found 32x24" in refusal(data[: len(data) * 3 // 4], most_pixels=9)
 
@@ -98,31 +98,31 @@ def test_wrong_options(options: dict[str, Any], message: str) -> None:
         decode(encoded("PNG"), "x", False, **options)
 
 
-@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
-def test_the_first_frame_is_the_image(kind: str) -> None:
+@pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_the_first_frame_is_the_image(file_format: str) -> None:
     frames = [Image.new("RGB", (6, 4), colour) for colour in ("red", "blue", "lime")]
     stream = io.BytesIO()
-    options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
-    frames[0].save(stream, kind, save_all=True, append_images=frames[1:], **options)
+    options: dict[str, Any] = {"lossless": True} if file_format == "WEBP" else {}
+    frames[0].save(stream, file_format, save_all=True, append_images=frames[1:], **options)
     with Image.open(io.BytesIO(stream.getvalue())) as image:
         assert image.n_frames == 3  # type: ignore[attr-defined]
     assert decode(stream.getvalue(), "x", False).tobytes() == frames[0].tobytes()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("file_format", FORMATS)
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.9])
-def test_cut_files(kind: str, share: float) -> None:
-    data = encoded(kind)
+def test_cut_files(file_format: str, share: float) -> None:
+    data = encoded(file_format)
     assert "that Pillow can decode, found " in refusal(data[: int(share * len(data))])
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP"])
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "GIF", "WEBP"])
 @pytest.mark.parametrize("strict", [False, True])
-def test_bytes_that_were_changed_give_an_image_or_the_one_kind_of_error(kind: str, strict: bool) -> None:
+def test_bytes_that_were_changed_give_an_image_or_the_one_kind_of_error(file_format: str, strict: bool) -> None:
     rng = np.random.default_rng(1)
     exif = Image.Exif()
     exif[0x0112] = 6
-    data = np.frombuffer(encoded(kind, **({} if kind == "GIF" else {"exif": exif})), dtype=np.uint8)
+    data = np.frombuffer(encoded(file_format, **({} if file_format == "GIF" else {"exif": exif})), dtype=np.uint8)
     refused = []
     with warnings.catch_warnings():
         warnings.simplefilter("error" if strict else "ignore")
@@ -152,11 +152,11 @@ def test_what_is_no_image(tmp_path: Path, data: bytes) -> None:
         assert refusal(source) == "expected an image that Pillow can decode, found cannot identify image file"
 
 
-@pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP"])
-def test_texts_and_profiles_that_would_unpack_without_end(kind: bytes) -> None:
+@pytest.mark.parametrize("name", [b"zTXt", b"iTXt", b"iCCP"])
+def test_texts_and_profiles_that_would_unpack_without_end(name: bytes) -> None:
     packed = zlib.compress(bytes(1 << 26))
-    between = {b"zTXt": b"\0", b"iTXt": b"\1\0\0\0", b"iCCP": b"\0"}[kind]
-    data = png(8, 8, chunk(kind, b"a\0" + between + packed), pixels=bytes(72))
+    between = {b"zTXt": b"\0", b"iTXt": b"\1\0\0\0", b"iCCP": b"\0"}[name]
+    data = png(8, 8, chunk(name, b"a\0" + between + packed), pixels=bytes(72))
     assert "found Decompressed data too large" in refusal(data)
 
 

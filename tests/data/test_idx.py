@@ -83,11 +83,11 @@ def test_damaged_files(tmp_path: Path, name: str, change: Callable[[bytes], byte
         load_data(DataConfig(f"mnist:{tmp_path}"))
 
 
-@pytest.mark.parametrize("kind", ["cut", "plain"])
-def test_damaged_gzip(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("damage", ["cut", "plain"])
+def test_damaged_gzip(tmp_path: Path, damage: str) -> None:
     write_idx(tmp_path)
     whole = (tmp_path / IMAGES).read_bytes()
-    (tmp_path / IMAGES).write_bytes(whole[: len(whole) // 2] if kind == "cut" else b"not gzip at all")
+    (tmp_path / IMAGES).write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"not gzip at all")
     with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz: expected a whole IDX file, found"):
         load_data(DataConfig(f"mnist:{tmp_path}"))
 

@@ -58,15 +58,15 @@ def no_children() -> bool:
     return False
 
 
-@pytest.mark.parametrize("kind", ["lazy", "in_memory", "lsun"])
-def test_any_number_of_workers_gives_the_same(tmp_path: Path, kind: str) -> None:
-    if kind == "lsun":
+@pytest.mark.parametrize("source", ["lazy", "in_memory", "lsun"])
+def test_any_number_of_workers_gives_the_same(tmp_path: Path, source: str) -> None:
+    if source == "lsun":
         pytest.importorskip("lmdb")
         write_lmdb(tmp_path / "a_train_lmdb", 7)
         data = load_data(DataConfig(f"lsun:{tmp_path}", size=16, crop_margin=2, in_memory=False))
         data.item(0)  # the environment is open here when the workers start
     else:
-        data = lazy(tmp_path) if kind == "lazy" else in_memory()
+        data = lazy(tmp_path) if source == "lazy" else in_memory()
     state = torch.get_rng_state()
     found = [list(batches(data, PLAN, workers)) for workers in (0, 1, 2)]
     assert torch.equal(torch.get_rng_state(), state)

@@ -352,12 +352,12 @@ def test_a_mirror_that_is_no_address(settings: Path, monkeypatch: pytest.MonkeyP
     assert "secret" not in str(error.value)
 
 
-@pytest.mark.parametrize("kind", [Exception, OSError, ValueError])
-def test_gdown_gives_up(settings: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]) -> None:
+@pytest.mark.parametrize("error_type", [Exception, OSError, ValueError])
+def test_gdown_gives_up(settings: Path, monkeypatch: pytest.MonkeyPatch, error_type: type[Exception]) -> None:
     pytest.importorskip("torchvision.datasets")
 
     def refuse(**_: object) -> None:
-        raise kind("Too many users\nhave viewed this file.")
+        raise error_type("Too many users\nhave viewed this file.")
 
     gdown = types.ModuleType("gdown")
     gdown.download = refuse  # type: ignore[attr-defined]

@@ -91,14 +91,14 @@ def test_an_optimizer_goes_on_and_it_is_undone(name: str, memory: str | None) ->
     model, loss_of, _ = prepared(name)
     theirs = copy.deepcopy(model)
     optimizers = [torch.optim.Adam(item.parameters(), 1e-3) for item in (model, theirs)]
-    kinds = {key: type(module) for key, module in model.named_modules()}
+    classes = {key: type(module) for key, module in model.named_modules()}
     keys = list(model.state_dict())
     done = accelerate(model, memory)
     assert list(model.state_dict()) == keys
     for step in range(6):
         if step >= 4:
             done.undo()  # of nothing, the second time
-            assert {key: type(module) for key, module in model.named_modules()} == kinds
+            assert {key: type(module) for key, module in model.named_modules()} == classes
             assert (done.replaced, done.joined, done.left) == ({}, {}, {})
         losses = []
         for item, optimizer in zip((model, theirs), optimizers, strict=True):
@@ -230,10 +230,10 @@ def test_refusals(model: Any, memory: Any, message: str) -> None:
 @pytest.mark.parametrize("name", ["normflows", "nflows", "FrEIA"])
 def test_a_wrong_memory_changes_nothing(name: str, memory: Any) -> None:
     model, _, _ = prepared(name)
-    kinds = [type(module) for module in model.modules()]
+    classes = [type(module) for module in model.modules()]
     with pytest.raises(ValueError, match=r"^memory: expected one of"):
         accelerate(model, memory)
-    assert [type(module) for module in model.modules()] == kinds
+    assert [type(module) for module in model.modules()] == classes
 
 
 @of_each_library

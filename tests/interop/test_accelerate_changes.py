@@ -172,18 +172,18 @@ class TestWhatChangesLater:
 
 
 @pairs(
-    pytest.mark.parametrize("kind", ["BatchNorm", "spectral norm", "old spectral norm", "InstanceNorm"]),
+    pytest.mark.parametrize("layer", ["BatchNorm", "spectral norm", "old spectral norm", "InstanceNorm"]),
     pytest.mark.parametrize("memory", ["checkpoint", "reversible"]),
     pytest.mark.parametrize("name", NAMES),
 )
-def test_nets_that_change_when_they_run_are_left(name: str, memory: str, kind: str) -> None:
+def test_nets_that_change_when_they_run_are_left(name: str, memory: str, layer: str) -> None:
     def net(c_in: int, c_out: int) -> nn.Module:
         first = nn.Conv2d(c_in, HIDDEN, 3, padding=1)
-        if kind.endswith("spectral norm"):
-            old = kind.startswith("old")  # a hook on the module, not a parametrization
+        if layer.endswith("spectral norm"):
+            old = layer.startswith("old")  # a hook on the module, not a parametrization
             norm_of = nn.utils.spectral_norm if old else nn.utils.parametrizations.spectral_norm
             return nn.Sequential(norm_of(first), nn.ReLU(), nn.Conv2d(HIDDEN, c_out, 1))
-        norm = nn.BatchNorm2d(HIDDEN) if kind == "BatchNorm" else nn.InstanceNorm2d(HIDDEN, track_running_stats=True)
+        norm = nn.BatchNorm2d(HIDDEN) if layer == "BatchNorm" else nn.InstanceNorm2d(HIDDEN, track_running_stats=True)
         return nn.Sequential(first, norm, nn.ReLU(), nn.Conv2d(HIDDEN, c_out, 1))
 
     class WithContext(nn.Module):
@@ -282,7 +282,7 @@ class TestCalledAgain:
     @pytest.mark.parametrize("name", NAMES)
     def test_undone_in_order(self, name: str) -> None:
         model, loss_of, _ = prepared(name)
-        kinds = {key: type(module) for key, module in model.named_modules()}
+        classes = {key: type(module) for key, module in model.named_modules()}
         first = accelerate(model)
         second = accelerate(model, "reversible")
         with pytest.raises(RuntimeError, match="joined by a later call of accelerate; undo that first"):
@@ -290,31 +290,31 @@ class TestCalledAgain:
         loss_of(model, images()).backward()
         second.undo()
         first.undo()
-        assert {key: type(module) for key, module in model.named_modules()} == kinds
+        assert {key: type(module) for key, module in model.named_modules()} == classes
 
     def test_layers_that_were_ours_stay_ours(self) -> None:
         model = nn.ModuleList([ours.GlowBlock(4, 4), normflows.flows.GlowBlock(4, 4)])
-        kinds = [type(module) for module in model.modules()]
+        classes = [type(module) for module in model.modules()]
         accelerate(model, "reversible").undo()
-        assert [type(module) for module in model.modules()] == kinds
+        assert [type(module) for module in model.modules()] == classes
 
     def test_a_copy_is_undone_by_a_copy(self) -> None:
         model, loss_of, _ = prepared("normflows")
-        kinds = {key: type(module) for key, module in model.named_modules()}
+        classes = {key: type(module) for key, module in model.named_modules()}
         done = accelerate(model, "reversible")
         twin = copy.deepcopy(done)
         twin.undo()
-        assert {key: type(module) for key, module in twin.model.named_modules()} == kinds
+        assert {key: type(module) for key, module in twin.model.named_modules()} == classes
         torch.testing.assert_close(loss_of(twin.model, images()), loss_of(model, images()), rtol=1e-12, atol=0)
         assert done.joined
 
     @pytest.mark.parametrize("budget", [0, -1, "lots", 1.5])
     def test_a_wrong_budget_changes_nothing(self, budget: Any) -> None:
         model, _, _ = prepared("normflows")
-        kinds = [type(module) for module in model.modules()]
+        classes = [type(module) for module in model.modules()]
         with pytest.raises(ValueError, match="memory_budget: expected"):
             accelerate(model, "reversible", budget)
-        assert [type(module) for module in model.modules()] == kinds
+        assert [type(module) for module in model.modules()] == classes
 
 
 def test_replicas_of_a_data_parallel_have_their_own_layers() -> None:

@@ -253,15 +253,15 @@ class OtherLogDet(FlowStep):
 
 
 @pytest.mark.parametrize(
-    ("kind", "reason"),
+    ("step_class", "reason"),
     [(OtherScale, "another output"), (OtherInverse, "another inverse"), (OtherLogDet, "another log-det")],
 )
-def test_another_arithmetic_is_found_by_the_probe(kind: type[FlowStep], reason: str) -> None:
-    step = randomised(kind(CHANNELS, 40).double())
+def test_another_arithmetic_is_found_by_the_probe(step_class: type[FlowStep], reason: str) -> None:
+    step = randomised(step_class(CHANNELS, 40).double())
     state = torch.get_rng_state()
     done = accelerate(step)
     assert torch.equal(torch.get_rng_state(), state)
-    assert type(step) is kind
+    assert type(step) is step_class
     assert done.left[""].startswith(reason + " than ours")
 
 

@@ -127,8 +127,8 @@ class TestEveryFormat:
         assert sizes == (shape.n_levels, shape.n_steps, shape.hidden, shape.coupling, shape.n_classes)
         mixed = name == "rosinality" and shape.mixing == "plain" and shape.n_levels > 1
         only_last = name == "rosinality" and shape.n_levels == 1
-        kind = "invconv_plain" if mixed else "invconv" if only_last else shape.mixing
-        assert config.permutation == {"plain": "invconv_plain", "lu": "invconv"}.get(kind, kind)
+        mixing = "invconv_plain" if mixed else "invconv" if only_last else shape.mixing
+        assert config.permutation == {"plain": "invconv_plain", "lu": "invconv"}.get(mixing, mixing)
         assert config.net_actnorm == (name != "rosinality")
         assert config.border == (name in ("openai", "rosinality"))
         expected = encode(peer, state, shape, x, y)

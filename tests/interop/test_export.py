@@ -115,11 +115,11 @@ with torch.no_grad():
 """
 
 
-def run_without_the_package(folder: Path, x: Tensor, kind: str) -> list[Tensor]:
+def run_without_the_package(folder: Path, x: Tensor, export: str) -> list[Tensor]:
     torch.save(x, folder / "x.pt")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "-c", _RUN, str(folder), kind], cwd=folder, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", _RUN, str(folder), export], cwd=folder, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     found: list[Tensor] = torch.load(folder / "out.pt")

@@ -19,11 +19,11 @@ from pyglow_fast.interop import accelerate
 from pyglow_fast.interop.freia.graphs import JoinedGraph
 
 
-def blocks(start: Any, count: int, name: str, kind: type[nn.Module] = Block, **options: Any) -> list[Any]:
+def blocks(start: Any, count: int, name: str, block_class: type[nn.Module] = Block, **options: Any) -> list[Any]:
     nodes: list[Any] = []
     for i in range(count):
         before = nodes[-1] if nodes else start
-        nodes.append(Ff.Node(before, kind, {"subnet_constructor": subnet}, name=f"{name}{i}", **options))
+        nodes.append(Ff.Node(before, block_class, {"subnet_constructor": subnet}, name=f"{name}{i}", **options))
     return nodes
 
 
@@ -65,7 +65,7 @@ def assert_same(ours: nn.Module, theirs: nn.Module, xs: list[Tensor], **given: A
 def test_a_graph_that_splits_and_joins(memory: str) -> None:
     theirs = u_shaped()
     ours, xs = copy.deepcopy(theirs), states((8, 4, 4), (4, 8, 8))
-    kinds = [type(module) for module in ours.modules()]
+    classes = [type(module) for module in ours.modules()]
     done = accelerate(ours, memory)
     assert done.joined == {"": f"3 steps in one chain each, memory {memory!r}"}
     reasons = {name: reason for name, reason in done.left.items() if "not joined" in reason}
@@ -75,7 +75,7 @@ def test_a_graph_that_splits_and_joins(memory: str) -> None:
         assert list(item.state_dict()) == list(theirs.state_dict())
         assert_same(item, theirs, xs)
     done.undo()
-    assert [type(module) for module in ours.modules()] == kinds
+    assert [type(module) for module in ours.modules()] == classes
     assert vars(ours).keys() == vars(theirs).keys()
     assert_same(ours, theirs, xs)
 

@@ -32,23 +32,23 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-def made(kind: type[nn.Module], dims: tuple[int, ...] = (6, 4, 5), **options: Any) -> nn.Module:
+def made(block_class: type[nn.Module], dims: tuple[int, ...] = (6, 4, 5), **options: Any) -> nn.Module:
     torch.manual_seed(0)
     net = fully_connected if len(dims) == 1 else known_net if len(dims) == 3 else convolutions(len(dims))
-    return noisy(kind([dims], subnet_constructor=net, **options))
+    return noisy(block_class([dims], subnet_constructor=net, **options))
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dims", [(6,), (5, 9), (6, 4, 5), (4, 2, 3, 2)], ids=str)
-@pytest.mark.parametrize("kind", [Block, LaterBlock, Sized])
-def test_copies_are_served(kind: type[nn.Module], dims: tuple[int, ...], options: dict[str, Any]) -> None:
-    theirs = made(kind, dims, **options)
+@pytest.mark.parametrize("block_class", [Block, LaterBlock, Sized])
+def test_copies_are_served(block_class: type[nn.Module], dims: tuple[int, ...], options: dict[str, Any]) -> None:
+    theirs = made(block_class, dims, **options)
     ours = copy.deepcopy(theirs)
     assert freia.adopt(ours) == [""]
-    assert isinstance(ours, kind)
+    assert isinstance(ours, block_class)
     assert isinstance(ours, ServedBlock)
-    assert ours._divides == issubclass(kind, LaterBlock)
-    assert ours._fixed_size == (kind is Sized and len(dims) > 1)
+    assert ours._divides == issubclass(block_class, LaterBlock)
+    assert ours._fixed_size == (block_class is Sized and len(dims) > 1)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     x = torch.randn(3, *dims, dtype=torch.float64)
     for rev in (False, True):
@@ -68,7 +68,7 @@ def test_with_a_condition() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "reason"),
+    ("block_class", "reason"),
     [
         (AtanClamp, "AtanClamp is not what ours is: its "),
         (Detached, "Detached is not what ours is: its gradient"),
@@ -77,13 +77,13 @@ def test_with_a_condition() -> None:
         (Counting, "it changes calls when it runs"),
     ],
 )
-def test_what_differs_is_left(kind: type[nn.Module], reason: str) -> None:
-    block = made(kind)
+def test_what_differs_is_left(block_class: type[nn.Module], reason: str) -> None:
+    block = made(block_class)
     theirs = copy.deepcopy(block)
     found = accelerate(nn.ModuleList([made(Block), block]))
     assert found.replaced == {"0": "Block"}
     assert reason in found.left["1"]
-    assert type(block) is kind
+    assert type(block) is block_class
     assert vars(block).keys() == vars(theirs).keys()
 
 
@@ -194,11 +194,11 @@ def test_it_stays_what_it_was() -> None:
 
 
 @pytest.mark.parametrize("memory", ["store", "reversible"])
-@pytest.mark.parametrize("kind", [Block, LaterBlock, Sized])
-def test_copies_are_joined(kind: type[nn.Module], memory: str) -> None:
+@pytest.mark.parametrize("block_class", [Block, LaterBlock, Sized])
+def test_copies_are_joined(block_class: type[nn.Module], memory: str) -> None:
     theirs = Ff.SequenceINN(6, 4, 5)
     for soft in (False, True, False):
-        theirs.append(kind, subnet_constructor=known_net, permute_soft=soft)
+        theirs.append(block_class, subnet_constructor=known_net, permute_soft=soft)
     theirs = noisy(theirs)
     ours, x = copy.deepcopy(theirs), torch.randn(3, 6, 4, 5, dtype=torch.float64)
     assert accelerate(ours, memory).joined == {"module_list": f"3 steps in one chain each, memory {memory!r}"}
@@ -212,7 +212,7 @@ def test_copies_are_joined(kind: type[nn.Module], memory: str) -> None:
     for value, expected in zip(*found, strict=True):
         assert_close(value, expected, 1000.0)
     other = torch.randn(3, 6, 4, 7, dtype=torch.float64)
-    if kind is Sized:
+    if block_class is Sized:
         with pytest.raises(RuntimeError, match="Expected input of shape"):
             ours(other)
     else:
@@ -242,8 +242,8 @@ class Doubling(nn.Module):
 
 def test_what_else_is_in_freia_s_containers_is_named() -> None:
     model = Ff.SequenceINN(6, 4, 5)
-    for kind in (Block, Fm.PermuteRandom, Doubling):
-        model.append(kind, **({"subnet_constructor": known_net} if kind is Block else {}))
+    for block_class in (Block, Fm.PermuteRandom, Doubling):
+        model.append(block_class, **({"subnet_constructor": known_net} if block_class is Block else {}))
     left = accelerate(model).left
     assert left == {"module_list.1": "no counterpart of PermuteRandom", "module_list.2": "no counterpart of Doubling"}
 
@@ -300,6 +300,8 @@ class TestSoftPermutations:
 def test_the_copies_are_what_they_say() -> None:
     """Each faulty one is a Block in all but what its name tells."""
     names = {
-        kind.__name__ for kind in vars(freia_copies).values() if isinstance(kind, type) and issubclass(kind, Block)
+        block_class.__name__
+        for block_class in vars(freia_copies).values()
+        if isinstance(block_class, type) and issubclass(block_class, Block)
     }
     assert names == {"Block", "LaterBlock", "Sized", "AtanClamp", "Detached", "InTraining", "InEvaluation", "Counting"}

@@ -49,9 +49,9 @@ def test_freia(setting: str, shape: tuple[int, ...], options: dict[str, object])
     pytest.importorskip("FrEIA")
     from pyglow_fast.interop.freia import AllInOneBlock
 
-    kind = {1: nn.Linear, 2: nn.Conv1d, 3: nn.Conv2d, 4: nn.Conv3d}[len(shape)]
+    layer = {1: nn.Linear, 2: nn.Conv1d, 3: nn.Conv2d, 4: nn.Conv3d}[len(shape)]
     kernel = () if len(shape) == 1 else (1,)
-    block = AllInOneBlock([shape], subnet_constructor=lambda a, b: kind(a, b, *kernel), **options)
+    block = AllInOneBlock([shape], subnet_constructor=lambda a, b: layer(a, b, *kernel), **options)
     x = torch.randn(3, *shape)
 
     def permuted(module: nn.Module) -> Tensor:

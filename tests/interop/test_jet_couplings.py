@@ -62,10 +62,10 @@ def test_equal_in_float64(make: Any, memory: str | None) -> None:
 @models
 def test_bytes_are_refused_before_anything_changes(make: Any) -> None:
     model, _ = make()
-    kinds = [type(module) for module in model.modules()]
+    classes = [type(module) for module in model.modules()]
     with pytest.raises(ValueError, match=r'^memory: expected a mode, for couplings .*JetFormer\), found "4 GB"$'):
         accelerate(model, memory="4GB")
-    assert [type(module) for module in model.modules()] == kinds
+    assert [type(module) for module in model.modules()] == classes
 
 
 @models
@@ -98,17 +98,17 @@ def test_undone_and_copied(memory: str | None) -> None:
         model, shape = make()
         plain = copy.deepcopy(model)
         x = torch.randn(2, *shape)
-        kinds = [type(module) for module in model.modules()]
+        classes = [type(module) for module in model.modules()]
         done = accelerate(model, memory=memory)
         z, _ = model(x)
         for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert torch.equal(again(x)[0], z)
             assert {type(module).__name__ for module in again.modules()} == {
-                kind.__name__ for kind in map(type, model.modules())
+                one.__name__ for one in map(type, model.modules())
             }
         assert list(model.state_dict()) == list(plain.state_dict())
         done.undo()
-        assert [type(module) for module in model.modules()] == kinds
+        assert [type(module) for module in model.modules()] == classes
         assert torch.equal(model(x)[0], plain(x)[0])
 
 
@@ -202,20 +202,20 @@ class Broken(ProjectedCoupling):
 
 
 @pytest.mark.parametrize(
-    ("kind", "reason"),
+    ("other", "reason"),
     [
         (Shifted, "the output of its forward is another than"),
         (WrongLogDet, "the log-det of its forward is another than"),
         (Broken, "its arithmetic could not be compared: NotImplementedError: no inverse yet"),
     ],
 )
-def test_other_arithmetic_is_left(kind: type[nn.Module], reason: str) -> None:
+def test_other_arithmetic_is_left(other: type[nn.Module], reason: str) -> None:
     model = ProjectedFlow(6, 8, 3)
-    model.blocks[1].__class__ = kind
+    model.blocks[1].__class__ = other
     done = accelerate(model, memory="reversible")
     assert sorted(done.replaced) == ["blocks.0", "blocks.2"]
     assert reason in done.left["blocks.1"]
-    assert type(model.blocks[1]) is kind
+    assert type(model.blocks[1]) is other
 
 
 class Twisted(ProjectedCoupling):

@@ -78,8 +78,8 @@ def their_default(raw: Tensor) -> Tensor:
     return torch.sigmoid(raw + 2) + 1e-3
 
 
-KINDS = ("AffineCouplingTransform", "AdditiveCouplingTransform")
-kinds = pytest.mark.parametrize("kind", KINDS)
+COUPLINGS = ("AffineCouplingTransform", "AdditiveCouplingTransform")
+both_couplings = pytest.mark.parametrize("coupling", COUPLINGS)
 masks = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 
 
@@ -101,10 +101,10 @@ class Constant(nn.Module):
         return self.values.view(-1, *[1] * (inputs.dim() - 2)).expand(inputs.shape[0], -1, *inputs.shape[2:])
 
 
-@kinds
+@both_couplings
 @masks
-def test_every_mask(kind: str, mask: Any) -> None:
-    layers = pair(lambda lib: getattr(lib, kind)(mask, conv_or_linear))
+def test_every_mask(coupling: str, mask: Any) -> None:
+    layers = pair(lambda lib: getattr(lib, coupling)(mask, conv_or_linear))
     assert_same(*layers, torch.randn(IMAGES, dtype=torch.float64))
 
 
@@ -148,35 +148,37 @@ NETS = {
 }
 
 
-@kinds
+@both_couplings
 @pairs(
     pytest.mark.parametrize("given", [False, True], ids=["no context", "context"]),
     pytest.mark.parametrize("shape", NETS),
     pytest.mark.parametrize("mask", [MASKS["halves"], MASKS["any numbers"]], ids=["halves", "mixed"]),
 )
-def test_their_nets_and_a_context(kind: str, given: bool, shape: str, mask: Any) -> None:
+def test_their_nets_and_a_context(coupling: str, given: bool, shape: str, mask: Any) -> None:
     size, plain, conditional = NETS[shape]
-    layers = pair(lambda lib: getattr(lib, kind)(mask, conditional if given else plain))
+    layers = pair(lambda lib: getattr(lib, coupling)(mask, conditional if given else plain))
     context = image_or_vector_context(size) if given else None
     assert_same(*layers, torch.randn(size, dtype=torch.float64), context)
 
 
-@kinds
-def test_as_precise_in_float32_with_a_context(kind: str) -> None:
-    build = lambda lib: getattr(lib, kind)(MASKS["any numbers"], residual_conv_net_with_context)  # noqa: E731
+@both_couplings
+def test_as_precise_in_float32_with_a_context(coupling: str) -> None:
+    build = lambda lib: getattr(lib, coupling)(MASKS["any numbers"], residual_conv_net_with_context)  # noqa: E731
     assert_as_precise(build, IMAGES, context=True)
 
 
-@kinds
+@both_couplings
 @pairs(
     pytest.mark.parametrize("mask", [MASKS["halves"], MASKS["any numbers"]], ids=["halves", "mixed"]),
     pytest.mark.parametrize("shape", [IMAGES, VECTORS], ids=["images", "vectors"]),
     pytest.mark.parametrize("given", [False, True], ids=["no context", "context"]),
 )
-def test_an_unconditional_transform(kind: str, mask: Any, shape: tuple[int, ...], given: bool) -> None:
+def test_an_unconditional_transform(coupling: str, mask: Any, shape: tuple[int, ...], given: bool) -> None:
     """ActNorm, which is one of those that take ``features``; its logabsdet is added to in place by nflows' inverse."""
     nets = NETS["images" if len(shape) == 4 else "vectors"]
-    layers = pair(lambda lib: getattr(lib, kind)(mask, nets[2 if given else 1], unconditional_transform=lib.ActNorm))
+    layers = pair(
+        lambda lib: getattr(lib, coupling)(mask, nets[2 if given else 1], unconditional_transform=lib.ActNorm)
+    )
     context = image_or_vector_context(shape) if given else None
     assert_same(*layers, torch.randn(shape, dtype=torch.float64), context)
 
@@ -201,18 +203,18 @@ def test_a_formula_of_a_subclass_is_what_runs() -> None:
             scale, shift = super()._scale_and_shift(transform_params)
             return scale + 1.0, shift
 
-    layers = [randomise(kind(MASKS["any numbers"], ConvNet)).double() for kind in (TheirsShifted, Shifted)]
+    layers = [randomise(coupling(MASKS["any numbers"], ConvNet)).double() for coupling in (TheirsShifted, Shifted)]
     layers[1].load_state_dict(layers[0].state_dict())
     assert_same(*layers, torch.randn(IMAGES, dtype=torch.float64))
 
 
-@kinds
-def test_a_mask_that_is_loaded(kind: str) -> None:
+@both_couplings
+def test_a_mask_that_is_loaded(coupling: str) -> None:
     """The channels are buffers: a state of another mask of as many channels changes what is transformed."""
     x = torch.randn(IMAGES, dtype=torch.float64)
-    their_layer, our_layer = pair(lambda lib: getattr(lib, kind)(MASKS["halves"], ConvNet))
+    their_layer, our_layer = pair(lambda lib: getattr(lib, coupling)(MASKS["halves"], ConvNet))
     our_layer(x)
-    other, _ = pair(lambda lib: getattr(lib, kind)(MASKS["any numbers"], ConvNet))
+    other, _ = pair(lambda lib: getattr(lib, coupling)(MASKS["any numbers"], ConvNet))
     for assign in (False, True):
         for layer in (their_layer, our_layer):
             layer.load_state_dict(copy.deepcopy(other.state_dict()), assign=assign)
@@ -253,8 +255,8 @@ def test_a_net_whose_output_does_not_fit_is_refused() -> None:
         layer(torch.randn(IMAGES))
 
 
-@kinds
-def test_a_net_may_do_with_its_input_what_it_likes(kind: str) -> None:
+@both_couplings
+def test_a_net_may_do_with_its_input_what_it_likes(coupling: str) -> None:
     """It gets a copy, to be viewed in another shape; what it writes there is in nflows' outputs and not in ours."""
 
     class Rude(nn.Module):
@@ -268,7 +270,7 @@ def test_a_net_may_do_with_its_input_what_it_likes(kind: str) -> None:
             return out
 
     for mask in (MASKS["halves"], MASKS["any numbers"]):
-        their_layer, our_layer = pair(lambda lib, mask=mask: getattr(lib, kind)(mask, Rude))
+        their_layer, our_layer = pair(lambda lib, mask=mask: getattr(lib, coupling)(mask, Rude))
         for shape in (IMAGES, (1, *IMAGES[1:])):
             x = torch.randn(shape, dtype=torch.float64)
             with torch.no_grad():

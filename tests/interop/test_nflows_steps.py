@@ -85,7 +85,7 @@ def test_orders_go_into_the_next_matrix() -> None:
 
 @libraries
 @pytest.mark.parametrize(
-    "kinds",
+    "layers_of",
     [
         ["actnorm"],
         ["conv"],
@@ -95,18 +95,18 @@ def test_orders_go_into_the_next_matrix() -> None:
     ],
     ids="-".join,
 )
-def test_mixing_layers_in_any_order(lib: Any, kinds: list[str]) -> None:
+def test_mixing_layers_in_any_order(lib: Any, layers_of: list[str]) -> None:
     build = {
         "actnorm": lambda: lib.ActNorm(5),
         "conv": lambda: lib.OneByOneConvolution(5, identity_init=False),
         "permutation": lambda: lib.RandomPermutation(5),
     }
-    layers = [randomise(build[kind](), seed).double() for seed, kind in enumerate(kinds)]
+    layers = [randomise(build[one](), seed).double() for seed, one in enumerate(layers_of)]
     x = torch.randn(2, 5, 3, 4, dtype=torch.float64)
     found = channel_map(layers)
     assert isinstance(found, ChannelMap)
     expected, expected_log_det = composed(layers, x)
-    assert (found.source is None) == ("conv" in kinds)
+    assert (found.source is None) == ("conv" in layers_of)
     product = found.as_product()
     matrix, offset = product.matrix.double(), product.offset.double()
     assert_close(functional.channel_mix(x, matrix, offset), expected)

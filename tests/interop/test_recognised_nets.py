@@ -246,10 +246,10 @@ def test_flows_of_such_nets(case: str, cond: int, memory: str | None, chains: li
     torch.testing.assert_close(found, values_and_gradients(theirs, lambda: loss(theirs), x, c), rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", [Fm.AllInOneBlock, Fm.AffineCouplingOneSided])
+@pytest.mark.parametrize("block_class", [Fm.AllInOneBlock, Fm.AffineCouplingOneSided])
 @pytest.mark.parametrize("rev", [False, True])
-def test_blocks_with_two_conditions(kind: type[nn.Module], rev: bool, chains: list[dict[str, Any]]) -> None:
-    model = noisy(kind([(4, 5, 6)], dims_c=[(3, 5, 6), (2, 5, 6)], subnet_constructor=like_fast_flow))
+def test_blocks_with_two_conditions(block_class: type[nn.Module], rev: bool, chains: list[dict[str, Any]]) -> None:
+    model = noisy(block_class([(4, 5, 6)], dims_c=[(3, 5, 6), (2, 5, 6)], subnet_constructor=like_fast_flow))
     theirs = copy.deepcopy(model)
     x, *c = (torch.randn(2, width, 5, 6, dtype=torch.float64, requires_grad=True) for width in (4, 3, 2))
     accelerate(model)

@@ -230,9 +230,9 @@ def test_wrong_options(options: dict[str, object], message: str) -> None:
             build()
 
 
-def test_a_run_has_one_kind_of_mask() -> None:
+def test_a_run_has_one_mask() -> None:
     steps = [pgf.FlowStep(4, 5), pgf.FlowStep(4, 5, mask="checkerboard")]
-    with pytest.raises(ValueError, match=r"^steps: expected FlowSteps of one kind of mask, found \['channels', "):
+    with pytest.raises(ValueError, match=r"^steps: expected FlowSteps of one mask, found \['channels', "):
         pgf.ReversibleSequence(steps)
 
 

@@ -104,13 +104,13 @@ def _both_ways(layer: nn.Module, x: Tensor, *cond: Tensor) -> list[Tensor]:
     return [y, log_det]
 
 
-@pytest.mark.parametrize("kind", ["affine", "additive"])
+@pytest.mark.parametrize("coupling", ["affine", "additive"])
 @pytest.mark.parametrize("mask", ["channels", "checkerboard"])
 @pytest.mark.parametrize("net", NETS)
-def test_coupling(net: Maker, mask: str, kind: str) -> None:
+def test_coupling(net: Maker, mask: str, coupling: str) -> None:
     width = 4 if mask == "checkerboard" else 2
-    outputs = width * (2 if kind == "affine" else 1)
-    one, other = _pair(lambda in_place: pgf.Coupling(net(width, outputs, in_place), kind, mask=mask))
+    outputs = width * (2 if coupling == "affine" else 1)
+    one, other = _pair(lambda in_place: pgf.Coupling(net(width, outputs, in_place), coupling, mask=mask))
     torch.testing.assert_close(_both_ways(one, _x()), _both_ways(other, _x()), rtol=0, atol=0)
 
 

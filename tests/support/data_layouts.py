@@ -40,9 +40,9 @@ def write_idx(folder: Path, packed: bool = True) -> tuple[np.ndarray[Any, Any], 
     for prefix, count in PREFIXES:
         values = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
         classes = np.arange(count, dtype=np.uint8) % 10
-        for kind, array in (("images-idx3", values), ("labels-idx1", classes)):
+        for content, array in (("images-idx3", values), ("labels-idx1", classes)):
             raw = idx_bytes(array)
-            name = f"{prefix}-{kind}-ubyte"
+            name = f"{prefix}-{content}-ubyte"
             (folder / (name + ".gz" * packed)).write_bytes(gzip.compress(raw) if packed else raw)
         images.append(values)
         labels += classes.tolist()

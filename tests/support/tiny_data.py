@@ -31,9 +31,9 @@ def write_grey(folder: Path, seed: int, n_train: int = 60, n_test: int = 40) -> 
         images = rng.integers(0, 60, (count, 28, 28), dtype=np.uint8)
         for image, label in zip(images, labels, strict=True):
             image[4 + 2 * label : 8 + 2 * label, 4:24] += 150
-        for kind, values in (("images-idx3", images), ("labels-idx1", labels)):
+        for content, values in (("images-idx3", images), ("labels-idx1", labels)):
             head = struct.pack(f">{1 + values.ndim}I", 0x800 + values.ndim, *values.shape)
-            (folder / f"{prefix}-{kind}-ubyte.gz").write_bytes(gzip.compress(head + values.tobytes()))
+            (folder / f"{prefix}-{content}-ubyte.gz").write_bytes(gzip.compress(head + values.tobytes()))
 
 
 def write_emoji(folder: Path, people: int = 30, flags: int = 30) -> None:
