@@ -41,9 +41,9 @@ def words(adds: Sequence[tuple[str, str, float]]) -> list[str]:
     return [word for plus, minus, s in adds for word in ("--add", plus, minus, str(s))]
 
 
-def assert_shows(out: Path, levels: Tensor, n_bins: int) -> None:
+def assert_shows(out: Path, pixels: Tensor, n_bins: int) -> None:
     """The picture is the image, to the bit."""
-    wanted = image_picture(levels, n_bins).permute(1, 2, 0).numpy()
+    wanted = image_picture(pixels, n_bins).permute(1, 2, 0).numpy()
     assert np.array_equal(pixels(out), wanted)
 
 
@@ -64,10 +64,10 @@ def test_emoji(place: Path, tmp_path: Path, adds: list[tuple[str, str, float]], 
     by_hand = ByHand(run)
     shares = ["--keep", *map(str, keep)] if keep else []
     edit(run, "2", out, *words(adds), *shares, "--space", space)
-    levels, label = by_hand.held(2)
-    wanted = by_hand.edited(levels, label, space, adds, keep or None)
+    pixels, label = by_hand.held(2)
+    wanted = by_hand.edited(pixels, label, space, adds, keep or None)
     assert_shows(out, wanted, by_hand.n_bins)
-    assert not torch.equal(wanted, levels)
+    assert not torch.equal(wanted, pixels)
     assert_repeatable(out)
 
 
@@ -88,14 +88,14 @@ def test_digits(
     by_hand = ByHand(run)
     shares = ["--keep", *map(str, keep)] if keep else []
     edit(run, "7", out, *words(adds), *shares, *options)
-    levels, label = by_hand.held(7)
+    pixels, label = by_hand.held(7)
     assert label is not None
     given = dict(zip(options[::2], options[1::2], strict=True))
     wanted = by_hand.edited(
-        levels, int(given.get("--label", label)), given.get("--space", "latent"), adds, keep or None
+        pixels, int(given.get("--label", label)), given.get("--space", "latent"), adds, keep or None
     )
     assert_shows(out, wanted, by_hand.n_bins)
-    assert not torch.equal(wanted, levels)
+    assert not torch.equal(wanted, pixels)
     again = assert_repeatable(out)
     assert again[again.index("--label") + 1] == given.get("--label", str(label))
 
@@ -164,10 +164,10 @@ def test_odd_names(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     edit(place / ODD, file, out, *options)
     command = assert_repeatable(out)
     with Image.open(file) as picture:
-        levels = torch.from_numpy(np.array(picture))[None]
+        pixels = torch.from_numpy(np.array(picture))[None]
     label = by_hand.data.class_names.index(plus)
     adds = [(plus, minus, 0.5), (minus, "rest", -0.25)]
-    assert_shows(out, by_hand.edited(levels, label, "latent", adds), by_hand.n_bins)
+    assert_shows(out, by_hand.edited(pixels, label, "latent", adds), by_hand.n_bins)
     assert command[:3] == ["edit", str(place / ODD), file]
     assert (
         main(
@@ -230,7 +230,7 @@ def test_an_edit_that_runs_away(place: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("pyglow_fast.studio.edits.edited", lambda model, z, *rest: torch.full((1, 1, 8, 8), torch.nan))
     edit(place / "digits", "0", tmp_path / "x.png", "--keep", "0.5", "1")
     assert capsys.readouterr().out.startswith("note: parts of the edit are not finite, shown grey")
-    grey = image_picture(torch.full((1, 8, 8), 8), 17).permute(1, 2, 0).numpy()  # of 17 levels the middle one
+    grey = image_picture(torch.full((1, 8, 8), 8), 17).permute(1, 2, 0).numpy()  # of 17 grey levels the middle one
     assert np.array_equal(pixels(tmp_path / "x.png"), grey)
     encode = Glow.encode
     monkeypatch.setattr(Glow, "encode", lambda *args: [z * torch.inf for z in encode(*args)])

@@ -60,10 +60,10 @@ def test_bits_of_each_image_alone(place: Path, files: list[str], capsys: Capture
         assert [row["name"] for row in found] == order
         for row in found:
             with Image.open(row["name"]) as picture:
-                levels = torch.from_numpy(np.array(picture))[None, None]
+                pixels = torch.from_numpy(np.array(picture))[None, None]
             with torch.no_grad():
-                label = likeliest_class(by_hand.model, by_hand.x(levels))
-            one = ImageSet("one", levels, 256, label, by_hand.data.class_names)
+                label = likeliest_class(by_hand.model, by_hand.x(pixels))
+            one = ImageSet("one", pixels, 256, label, by_hand.data.class_names)
             bits = float(score_images(by_hand.model, one, 1, seed=0).bits_per_dim[0])
             assert float(row["bits_per_dim"]) == pytest.approx(bits, abs=1e-6)  # of its printed digits
             assert row["label"].removeprefix("'") == by_hand.data.class_names[int(label)]
@@ -81,9 +81,9 @@ def test_numbers_and_samples_too(place: Path, files: list[str], capsys: Capture)
     found = rows(Path("x.csv"))
     names = [row["name"] for row in found]
     assert names == ["3", files[3], "sample:1:n=2:seed=0:temperature=0.7:label=4"]
-    levels, label = by_hand.held(3)
+    pixels, label = by_hand.held(3)
     assert label is not None
-    one = ImageSet("one", levels[None], 256, torch.tensor([label]), by_hand.data.class_names)
+    one = ImageSet("one", pixels[None], 256, torch.tensor([label]), by_hand.data.class_names)
     bits = float(score_images(by_hand.model, one, 1, seed=0).bits_per_dim[0])
     assert float(found[0]["bits_per_dim"]) == pytest.approx(bits, abs=1e-6)
     assert found[2]["label"] == by_hand.data.class_names[4]
