@@ -17,7 +17,7 @@ BATCH = 64  # images that go through the model at a time
 
 
 def middles(pixels: Tensor, n_bins: int, model: Glow) -> Tensor:
-    """Compute x on the model's device: the middle of each grey level's interval, (v + 1/2) / n_bins - 1/2."""
+    """Compute x on the model's device: the middle of each grey level's interval, (pixel + 1/2) / n_bins - 1/2."""
     like = model._parameter()
     half = torch.full(pixels.shape, 0.5, dtype=like.dtype)
     return dequantize(pixels, n_bins, dtype=like.dtype, noise=half).to(like.device)

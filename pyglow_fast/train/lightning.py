@@ -57,7 +57,7 @@ def _labelled(batch: Any) -> tuple[Tensor, Tensor | None]:
 
 
 class GlowModule(LightningModule):
-    """loss = mean bits/dim = mean(-log p(x) / (D ln 2)) + log2(n_bins), x = (v + u) / n_bins - 0.5.
+    """loss = mean bits/dim = mean(-log p(x) / (D ln 2)) + log2(n_bins), x = (pixel + u) / n_bins - 0.5.
 
     With ``class_weight`` w > 0 the loss is this plus w mean(-log2 p(label | top latent)), by the model's head. Then
     ``train_class_bits`` and, of evaluations, ``val_accuracy`` and ``test_accuracy`` are logged too, and batches must

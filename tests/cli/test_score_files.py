@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.edits import ByHand, assert_repeatable, pixels
+from support.edits import ByHand, assert_repeatable, rgb_of
 from support.odd_names import FILES, train_odd, write_odd_files, write_odd_images
 
 from pyglow_fast.cli import main
@@ -98,10 +98,10 @@ def test_the_picture(place: Path, files: list[str], capsys: Capture) -> None:
     with Image.open("p.png") as picture:
         assert picture.size == (960, 540)
     assert assert_repeatable(Path("p.png"), "--picture") == ["score", run, *some]
-    before = pixels(Path("p.png"))
+    before = rgb_of(Path("p.png"))
     said(capsys, "score", run, some[0], "--picture", "q.png")
     assert assert_repeatable(Path("q.png"), "--picture") == ["score", run, some[0]]
-    red = [((image == (214, 39, 40)).all(-1)).any(1).sum() for image in (before, pixels(Path("q.png")))]
+    red = [((image == (214, 39, 40)).all(-1)).any(1).sum() for image in (before, rgb_of(Path("q.png")))]
     assert min(red) > 200  # a line from the bottom of the axes to their top
 
 

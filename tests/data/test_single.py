@@ -37,16 +37,16 @@ BINS = [2, 4, 8, 16, 17, 32, 64, 128, 256]
 
 
 @pytest.mark.parametrize("n_bins", BINS)
-def test_a_level_that_was_shown_comes_back(n_bins: int) -> None:
-    """Every level of every number of grey levels that occurs, by way of the file."""
-    pixels = torch.arange(n_bins, dtype=torch.uint8).repeat(256 // n_bins + 1)[:256].reshape(1, 16, 16)
+def test_a_grey_level_that_was_shown_comes_back(n_bins: int) -> None:
+    """Every grey level of every number of them that occurs, by way of the file."""
+    every = torch.arange(n_bins, dtype=torch.uint8).repeat(256 // n_bins + 1)[:256].reshape(1, 16, 16)
     shown = [round(255 * level / (n_bins - 1)) for level in range(n_bins)]
-    picture = image_picture(pixels, n_bins)
+    picture = image_picture(every, n_bins)
     assert picture[0].flatten()[:n_bins].tolist() == shown
     for channels in (1, 3):
         found = read_single(png_bytes(picture), "x", DataConfig("folder:x"), (channels, 16, 16), n_bins)
         assert found.dtype == torch.uint8
-        assert torch.equal(found, pixels.expand(channels, -1, -1))
+        assert torch.equal(found, every.expand(channels, -1, -1))
 
 
 @pytest.mark.parametrize("n_bits", range(1, 9))
@@ -113,10 +113,10 @@ def test_the_place_in_the_padding_is_that_of_training() -> None:
 
 @pytest.mark.parametrize("name", ["digits", "folder:x"])
 def test_an_image_of_the_size_of_the_model_is_taken_as_it_is(name: str) -> None:
-    pixels = torch.randint(16, (1, 16, 16), dtype=torch.uint8)
+    own = torch.randint(16, (1, 16, 16), dtype=torch.uint8)
     config = DataConfig(name, size=16, crop_margin=5)
-    found = read_single(png_bytes(image_picture(pixels, 16)), "x", config, (1, 16, 16), 16)
-    assert torch.equal(found, pixels)
+    found = read_single(png_bytes(image_picture(own, 16)), "x", config, (1, 16, 16), 16)
+    assert torch.equal(found, own)
 
 
 def test_upright_before_it_is_measured_and_transparency_on_white() -> None:

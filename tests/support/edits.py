@@ -20,7 +20,7 @@ from pyglow_fast.models import Glow
 from pyglow_fast.train import RunFolder, load_model, to_pixels
 
 
-def pixels(path: Path) -> np.ndarray[Any, Any]:
+def rgb_of(path: Path) -> np.ndarray[Any, Any]:
     """Read the pixels of a picture, (H, W, 3)."""
     with Image.open(path) as picture:
         return np.asarray(picture.convert("RGB"))

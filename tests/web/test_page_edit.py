@@ -12,7 +12,7 @@ from support import web
 
 web.require("gradio", "playwright", "chromium")
 
-from support.web_page import Site, Visitor, choose, drag, pixels, set_slider, slider, wait_for, written  # noqa: E402
+from support.web_page import Site, Visitor, choose, drag, rgb_of, set_slider, slider, wait_for, written  # noqa: E402
 from support.web_runs import COLOUR, DIGITS, NAMES, encoded, photo  # noqa: E402
 
 from pyglow_fast.data import load_data, split  # noqa: E402
@@ -194,7 +194,7 @@ def test_images_to_edit(editor: Visitor, own: Callable[[str], Own]) -> None:
     page.get_by_role("button", name="Other images to choose from").click()
     thumbs = page.locator("#edit-thumbs button")
     wait_for(lambda: thumbs.evaluate_all("found => found.map(button => button.ariaLabel)") != before, True)
-    picture = pixels(thumbs.nth(7).locator("img"))
+    picture = rgb_of(thumbs.nth(7).locator("img"))
     thumbs.nth(7).click()
     wait_for(lambda: editor.edited("original"), picture)
     assert torch.equal(picture, run.picture(int(number.input_value())))

@@ -16,7 +16,7 @@ from support.web_page import (  # noqa: E402
     all_pixels,
     data_of,
     drag,
-    pixels,
+    rgb_of,
     set_slider,
     slider,
     wait_for,
@@ -60,7 +60,7 @@ def strip(visitor: Visitor) -> Tensor:
 
 
 def frame(visitor: Visitor) -> Tensor:
-    return pixels(visitor.page.locator("#path-frame img"))
+    return rgb_of(visitor.page.locator("#path-frame img"))
 
 
 @pytest.fixture
