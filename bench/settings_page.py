@@ -49,7 +49,7 @@ def default_words(item: Declared) -> str:
     """The default for the table: with what None comes to."""
     if item.default is None:
         return f"none: {item.rule.absent}" if item.rule.absent else "none"
-    return "on" if item.default is True else "off" if item.default is False else value_text(item.default)
+    return value_text(item.default)
 
 
 def values_words(item: Declared) -> str:

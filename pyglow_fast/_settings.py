@@ -92,7 +92,7 @@ class Range:
         number_types = int if whole else int | float
         is_number = isinstance(value, number_types) and not isinstance(value, bool) and abs(value) < math.inf
         fits = is_number and self._fits(value)
-        expect(fits, name, f"{self.words(whole)}{or_none}", _shown(value))
+        expect(fits, name, f"{self.words(whole)}{or_none}", repr(value))
         size = abs(value) if self.least is None and self.above is None else value
         expect(not self.why or self.most is None or size <= self.most, name, self.bound(), value)
         expect(not whole or abs(value) <= _MOST_INT, name, f"at most {_MOST_INT} (64 bits hold no more)", value)
@@ -119,7 +119,6 @@ class Setting:
         flag: the option; empty: --name, or for n_bits --n-bits.
         other: (option, help) of the opposite: of None for what may be None, else of False.
         former: the option's name in the last version, which is still understood.
-        metavar: what stands for the value in the help text.
         adjustable: a resumed run may change it.
         expected: what it must be, in words, where the class checks it by itself: no range or choices say it.
     """
@@ -132,7 +131,6 @@ class Setting:
     flag: str = ""
     other: tuple[str, str] | None = None
     former: str = ""
-    metavar: str = ""
     adjustable: bool = False
     expected: str = ""
 
@@ -188,14 +186,10 @@ class Declared(NamedTuple):
         if self.type in (int, float):
             self.rule.range.check(self.name, value, self.type is int, self._or_none)
         elif self.type is bool:
-            expect(type(value) is bool, self.name, self.expected(), _shown(value))
+            expect(type(value) is bool, self.name, self.expected(), repr(value))
         else:
             known = isinstance(value, str) and (value in self.rule.choices if self.rule.choices else value != "")
             expect(known, self.name, self.expected(), repr(value))
-
-
-def _shown(value: object) -> object:
-    return repr(value) if isinstance(value, str) else value
 
 
 def setting(default: Any, help: str, **rule: Any) -> Any:

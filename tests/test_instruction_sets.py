@@ -91,6 +91,15 @@ def test_kernels_of_aarch64(cross_built: tuple[Path, Path], name: str) -> None:
 
 
 @pytest.mark.full
+def test_drawn_calls_on_aarch64(cross_built: tuple[Path, Path]) -> None:
+    """Arguments in odd memory, of odd sizes and with faults: none ends the program, and what is taken is right."""
+    package, program = cross_built
+    result = aarch64.run(package, aarch64.emulated(program), "-m", "support.fuzzed_ops", "0", "400")
+    assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-2000:]
+    assert "400 calls, " in result.stdout
+
+
+@pytest.mark.full
 def test_the_program_of_aarch64_has_the_portable_kernels_alone(cross_built: tuple[Path, Path]) -> None:
     command = aarch64.emulated(cross_built[1]).split()
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "portable\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -67,6 +68,7 @@ class Stove:
         ({"shelf": 0}, "shelf: expected a whole number in 1..4, or none, found 0"),
         ({"shelf": 5}, "shelf: expected a whole number in 1..4, or none, found 5"),
         ({"shelf": 1.0}, "shelf: expected a whole number in 1..4, or none, found 1.0"),
+        ({"shelf": Decimal(2)}, "shelf: expected a whole number in 1..4, or none, found Decimal('2')"),
         ({"fan": 1}, "fan: expected true or false, found 1"),
         ({"fan": "yes"}, "fan: expected true or false, found 'yes'"),
         ({"mode": "fry"}, "mode: expected one of ('bake', 'grill'), found 'fry'"),

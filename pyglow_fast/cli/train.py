@@ -284,7 +284,7 @@ def run(args: argparse.Namespace) -> int:
             expect(not args.resume, "preset", "none with --resume: the run has its settings", repr(given.preset))
             given = given._replace(data=images_for(given.preset, given.data))
         expect(args.resume or given.data is not None, "data", DATA_HELP, "none")
-        out = args.out or next_out(args.config)
+        out = args.out or next_out(None if args.resume else args.config)
         if args.out is None:
             given = given._replace(notes=(*given.notes, f"the run goes to {out}, since no --out is given"))
         device = given.settings.get("device")

@@ -18,6 +18,7 @@ from pyglow_fast.data.cifar import BATCHES
 from pyglow_fast.data.idx import FILES
 from pyglow_fast.data.origins import (
     DebianPackage,
+    InstalledFolder,
     NpmPackage,
     Origin,
     PyPIPackage,
@@ -90,6 +91,11 @@ def _celeba(name: str) -> bool:
     return name in (PARTITION, ATTRIBUTES) or (name.startswith(f"{IMAGES}/") and name.endswith(".jpg"))
 
 
+def _debian(path: str, sha256: str, below: str) -> tuple[Origin, ...]:
+    """The files of a package where it is installed in this version, else the package."""
+    return InstalledFolder(below), DebianPackage(path, sha256, below)
+
+
 FETCHABLE: dict[str, Fetchable] = {
     "mnist": Fetchable(
         "MNIST: 70,000 handwritten digits, 28x28 grey, 10 classes",
@@ -113,7 +119,7 @@ FETCHABLE: dict[str, Fetchable] = {
         "MIT",
         (
             TorchvisionFiles("FashionMNIST"),
-            DebianPackage(
+            *_debian(
                 "pool/main/d/dataset-fashion-mnist/dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb",
                 "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
                 "usr/share/datasets/fashion-mnist",
@@ -140,12 +146,10 @@ FETCHABLE: dict[str, Fetchable] = {
         "14 photographs of 3840x2160 and larger, to be cut into tiles",
         "11 MB",
         "CC0",
-        (
-            DebianPackage(
-                "pool/main/b/budgie-backgrounds/budgie-backgrounds_3.0-1_all.deb",
-                "b91c2d5209558bc11d8d3a161f22a608857e3f8c735980cfab0d6650b03014ca",
-                "usr/share/backgrounds/budgie",
-            ),
+        _debian(
+            "pool/main/b/budgie-backgrounds/budgie-backgrounds_3.0-1_all.deb",
+            "b91c2d5209558bc11d8d3a161f22a608857e3f8c735980cfab0d6650b03014ca",
+            "usr/share/backgrounds/budgie",
         ),
         _photo,
         "671d5189d100a84f5925bcc419fa85dfcac3fd80137d3e106195c40dcc0a8bec",
@@ -234,7 +238,10 @@ def fetch(name: str, to: str | Path | None = None) -> tuple[Path, bool]:
         target.parent.mkdir(parents=True, exist_ok=True)
         # Beside the target, so that the last step is a rename: nobody ever sees half a data set.
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target.parent) as work:
-            os.replace(_collect(name, recipe, Path(work)), target)
+            ready = _collect(name, recipe, Path(work))
+            if target.is_dir():
+                target.rmdir()  # it is empty; not every system renames onto a folder
+            os.replace(ready, target)
     except OSError as error:
         raise _failure(name, f"{target}: {error.strerror or error}") from error
     return target, False

@@ -240,8 +240,29 @@ class NpmPackage(Origin):
 
 
 @dataclass(frozen=True)
+class InstalledFolder(Origin):
+    """A folder of this machine that a package of its system fills, where it is installed.
+
+    Args:
+        below: the folder, from the top of the file system.
+    """
+
+    below: str
+
+    def __str__(self) -> str:
+        return f"the folder /{self.below}"
+
+    def collect(self, work: Path, ready: Path, wanted: Callable[[str], bool]) -> None:
+        """Copy what is wanted of it; see :meth:`Origin.collect`."""
+        folder = Path("/", self.below)
+        if not folder.is_dir():
+            raise UnavailableError("it is not there")
+        _copy_wanted(folder, ready, wanted)
+
+
+@dataclass(frozen=True)
 class DebianPackage(Origin):
-    """A package of Debian, or its files where it is installed; apt and dpkg are not needed.
+    """A package of Debian; apt and dpkg are not needed.
 
     Args:
         path: of the package on a mirror.
@@ -258,11 +279,7 @@ class DebianPackage(Origin):
         return f"the Debian package {name} {version}"
 
     def collect(self, work: Path, ready: Path, wanted: Callable[[str], bool]) -> None:
-        """Copy what is installed, or download the package; see :meth:`Origin.collect`."""
-        installed = Path("/", self.below)
-        if installed.is_dir():
-            _copy_wanted(installed, ready, wanted)
-            return
+        """Download the package; see :meth:`Origin.collect`."""
         archive = work / self.path.rpartition("/")[2]
         try:
             _download(f"{debian_mirror().rstrip('/')}/{self.path}", archive)
@@ -288,7 +305,7 @@ def _setting(files: list[Path], pattern: str) -> str | None:
 def npm_registry() -> str:
     """Finds the registry that npm would ask: $npm_config_registry, that of the user's npmrc, or the public one."""
     settings = {name.lower(): value for name, value in os.environ.items() if value}
-    npmrc = Path(settings.get("npm_config_userconfig", Path.home() / ".npmrc"))
+    npmrc = Path(settings.get("npm_config_userconfig") or os.path.expanduser("~/.npmrc"))  # a user may have no home
     own = settings.get("npm_config_registry") or _setting([npmrc], r"""^\s*registry\s*=\s*["']?([^\s"']+)""")
     return own or NPM
 

@@ -73,7 +73,7 @@ class DataConfig:
     in_memory: bool | None = same_setting(Preparation, "in_memory")
 
     def __post_init__(self) -> None:
-        scheme, colon, path = self.name.partition(":")
+        scheme, colon, path = self.name.partition(":") if isinstance(self.name, str) else ("", "", "")
         source = SOURCES.get(scheme)
         if source is None or (path == "" if colon else source.path == "needed") or (colon and source.path == "none"):
             raise ValueError(visible(f"data: expected {DATA_HELP}, found {self.name!r}"))

@@ -8,7 +8,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import BinaryIO
 
 _AR, _AR_HEAD = b"!<arch>\n", 60  # how an ar archive begins, and the bytes before each member of it
@@ -45,11 +45,15 @@ def unpack(archive: Path, below: str, ready: Path, wanted: Callable[[str], bool]
     with _whole():
         for member, read in _members(archive):
             name = member.removeprefix(prefix)
-            # The name decides where the content goes, so it must not lead out of the folder.
-            inside = not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
-            if member.startswith(prefix) and inside and wanted(name):
+            if member.startswith(prefix) and _is_inside(name) and wanted(name):
                 (ready / name).parent.mkdir(parents=True, exist_ok=True)
                 (ready / name).write_bytes(read())
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name, which decides where the content goes, stays in the folder, on Windows too."""
+    paths = PurePosixPath(name), PureWindowsPath(name)
+    return not any(path.anchor or ".." in path.parts for path in paths)
 
 
 def _members(archive: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:

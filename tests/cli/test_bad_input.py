@@ -408,6 +408,12 @@ def test_resume(run: Path, arguments: list[str], message: str, capsys: pytest.Ca
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
 
 
+def test_a_run_to_go_on_with_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where --config alone would name the folder of a new run."""
+    command = ["train", "--resume", "--config", str(run / "config.toml")]
+    refused(command, "out: expected the folder of the run (--out DIR), found none", capsys)
+
+
 @pytest.mark.parametrize(
     "command",
     [

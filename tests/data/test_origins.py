@@ -23,6 +23,7 @@ from pyglow_fast.data.origins import (
     DEBIAN,
     NPM,
     DebianPackage,
+    InstalledFolder,
     NpmPackage,
     Origin,
     PyPIPackage,
@@ -117,6 +118,15 @@ def test_the_mirror_of_apt(
     assert debian_mirror(settings / "apt") == "https://mine.example/debian"
 
 
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of a container, whose number no list of users has."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
+    with pytest.raises(RuntimeError):
+        Path.home()
+    assert npm_registry() == NPM
+
+
 def test_npm(settings: Path, server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = tarball({"package/a.png": b"1", "package/README.md": b"2"})
     server.files["/npm/pictures/-/pictures-1.2.tgz"] = archive
@@ -156,8 +166,12 @@ def test_what_is_installed_is_copied(settings: Path) -> None:
     (settings / "installed" / "below").mkdir(parents=True)
     (settings / "installed" / "below" / "a.jpg").write_bytes(b"1")
     (settings / "installed" / "b.txt").write_bytes(b"2")
-    origin = DebianPackage(DEB, "", str(settings / "installed").lstrip("/"))
+    origin = InstalledFolder(str(settings / "installed").lstrip("/"))
+    assert str(origin) == f"the folder {settings / 'installed'}"
     assert collected(origin, settings, lambda name: name.endswith(".jpg")) == {"below/a.jpg": b"1"}
+    (settings / "again").mkdir()
+    with pytest.raises(UnavailableError, match="it is not there"):
+        collected(InstalledFolder("no/such/folder"), settings / "again")
 
 
 def idx_files(place: Path) -> dict[str, bytes]:

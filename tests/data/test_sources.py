@@ -33,6 +33,7 @@ def test_digits() -> None:
         ({"name": "folder"}, "data: expected digits, .* or folder:PATH, found 'folder'"),
         ({"name": "mnist:"}, "data: expected digits, .* or folder:PATH, found 'mnist:'"),
         ({"name": "imagenet"}, "data: expected digits, .*imagenet:PATH, .* or folder:PATH, found 'imagenet'"),
+        ({"name": 5}, "data: expected digits, .* or folder:PATH, found 5"),
         ({"name": "digits:x"}, "data: expected digits, .* or folder:PATH, found 'digits:x'"),
         (
             {"n_bits": 4},

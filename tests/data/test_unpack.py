@@ -53,6 +53,16 @@ def test_no_name_leads_out(tmp_path: Path, name: str) -> None:
     assert not [path for path in tmp_path.rglob("evil.txt") if not path.is_relative_to(room / "all" / "top")]
 
 
+@pytest.mark.parametrize("name", MAKERS)
+def test_no_name_leads_out_on_windows(tmp_path: Path, name: str) -> None:
+    evil = dict.fromkeys(
+        ["top/..\\..\\evil.txt", "top/C:\\evil.txt", "top/C:evil.txt", "top/\\\\host\\a\\evil.txt"], b"x"
+    )
+    (tmp_path / name).write_bytes(MAKERS[name]({**evil, "top/good.txt": b"y"}))
+    unpack(tmp_path / name, "top", tmp_path / "out", text)
+    assert contents(tmp_path / "out") == {"good.txt": b"y"}
+
+
 @pytest.mark.skipif(which("dpkg-deb") is None, reason="dpkg-deb is not installed")
 def test_a_package_that_dpkg_made(tmp_path: Path) -> None:
     root = tmp_path / "root"
