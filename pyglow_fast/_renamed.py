@@ -1,7 +1,8 @@
-"""Former names of arguments and fields, which go on working for one version and warn."""
+"""Former names of arguments, fields and functions, which go on working for one version and warn."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
@@ -47,16 +48,21 @@ def renamed(old: str, new: str, value: T, default: T, formerly: T | None) -> T:
     return formerly
 
 
+def _take_former(old: str, new: str, options: dict[str, Any]) -> None:
+    """Renames a keyword in ``options``, for the caller of the function that calls this one."""
+    if old in options:
+        expect(new not in options, old, f"nothing beside {new}, its name now", repr(options[old]))
+        warn_renamed(old, new, 3)
+        options[new] = options.pop(old)
+
+
 def with_former_argument(old: str, new: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Decorates a function whose argument ``new`` was called ``old``: it may be given as a keyword of that name."""
 
     def decorated(function: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(function)
         def called(*values: P.args, **options: P.kwargs) -> T:
-            if old in options:
-                expect(new not in options, old, f"nothing beside {new}, its name now", repr(options[old]))
-                warn_renamed(old, new)
-                options[new] = options.pop(old)
+            _take_former(old, new, options)
             return function(*values, **options)
 
         return called
@@ -65,25 +71,41 @@ def with_former_argument(old: str, new: str) -> Callable[[Callable[P, T]], Calla
 
 
 def with_former_field(old: str, new: str) -> Callable[[type[T]], type[T]]:
-    """Decorates a NamedTuple whose field ``new`` was called ``old``: it may be given and read by that name."""
+    """Decorates a NamedTuple or dataclass whose field ``new`` was called ``old``: it may be given and read so."""
 
     def decorated(made: type[T]) -> type[T]:
-        make = made.__new__
+        maker = "__init__" if dataclasses.is_dataclass(made) else "__new__"
+        make = getattr(made, maker)
 
         @functools.wraps(make)
-        def new_or_old(cls: type[T], *values: Any, **fields: Any) -> T:
-            if old in fields:
-                expect(new not in fields, old, f"nothing beside {new}, its name now", repr(fields[old]))
-                warn_renamed(old, new)
-                fields[new] = fields.pop(old)
-            return make(cls, *values, **fields)
+        def new_or_old(made_or_self: Any, *values: Any, **fields: Any) -> Any:
+            _take_former(old, new, fields)
+            return make(made_or_self, *values, **fields)
 
-        def read(self: T) -> Any:
-            warn_renamed(old, new)
-            return getattr(self, new)
-
-        made.__new__ = new_or_old  # type: ignore[method-assign,assignment]
-        setattr(made, old, property(read, doc=f"``{new}`` by its former name."))
+        setattr(made, maker, new_or_old)
+        setattr(made, old, former_attribute(old, new))
         return made
 
     return decorated
+
+
+def former_attribute(old: str, new: str) -> Any:
+    """A property for the body of a class: the attribute ``new`` by its former name ``old``, to be read."""
+
+    def read(self: Any) -> Any:
+        warn_renamed(old, new)
+        return getattr(self, new)
+
+    return property(read, doc=f"``{new}`` by its former name.")
+
+
+def former_function(old: str, function: Callable[P, T]) -> Callable[P, T]:
+    """Gives a function or method by its former name ``old``."""
+    new = function.__name__
+
+    def called(*values: P.args, **options: P.kwargs) -> T:
+        warn_renamed(old, new)
+        return function(*values, **options)
+
+    called.__name__, called.__doc__ = old, f"``{new}`` by its former name."
+    return called

@@ -30,11 +30,11 @@ def dequantize(
     dtype: torch.dtype = torch.float32,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """Spread integer levels with noise: x = (level + u) / n_bins - 0.5, u ~ U[0, 1).
+    """Spread integer grey levels v with noise: x = (v + u) / n_bins - 0.5, u ~ U[0, 1).
 
     Args:
-        images: integer levels in 0..n_bins-1, any shape, any integer dtype. Not changed.
-        n_bins: number of levels.
+        images: integer grey levels in 0..n_bins-1, any shape, any integer dtype. Not changed.
+        n_bins: number of grey levels.
         generator: source of the noise; torch's default one if None.
         dtype: floating dtype of the result.
         noise: u itself, of the shape of ``images`` and of ``dtype``, where it is not to be drawn here. Not changed.
@@ -73,7 +73,7 @@ def dequantize(
     else:
         fits = noise.shape == images.shape and noise.dtype == dtype
         expect(fits, "noise", f"shape {tuple(images.shape)}, {dtype}", f"{tuple(noise.shape)}, {noise.dtype}")
-    # Adding the level, dividing and subtracting each round: up to 1.5 eps n_bins levels in all. Noise nearer than that
+    # Adding the grey level, dividing and subtracting each round: up to 1.5 eps n_bins of them. Noise nearer than that
     # to the edge of its bin could end up in the next one (or at 0.5), so it stays away from the edges.
     margin = 2.0 * torch.finfo(dtype).eps * n_bins
     return noise.clamp(margin, 1.0 - margin).add_(images).div_(n_bins).sub_(0.5)
@@ -84,10 +84,10 @@ def quantize(x: Tensor, n_bins: int = 256) -> Tensor:
 
     Args:
         x: floating values, any shape; values outside [-0.5, 0.5) go to the nearest level.
-        n_bins: number of levels.
+        n_bins: number of grey levels.
 
     Returns:
-        int64 levels.
+        int64 grey levels.
 
     Raises:
         ValueError: x is not floating or holds NaN, which has no level.
@@ -111,7 +111,7 @@ def bits_per_dim(log_prob: Tensor, n_dims: int, n_bins: int = 256) -> Tensor:
     Args:
         log_prob: log density of the dequantised x in nats, (N,).
         n_dims: D, the number of values of one image (C*H*W).
-        n_bins: number of levels.
+        n_bins: number of grey levels.
 
     Returns:
         Bits per dimension, (N,).

@@ -1,4 +1,4 @@
-"""From levels to x and back, and bits per dimension."""
+"""From pixels to x and back, and bits per dimension."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class TestDequantize:
     @pytest.mark.parametrize("n_bins", [2, 3, 17, 256, 1000, 65536])
     def test_stays_in_its_bin(self, n_bins: int, dtype: torch.dtype) -> None:
         # Enough draws to hit the edges of the bins: one in 2^24 of float32's uniform numbers is 0.
-        levels = torch.arange(n_bins).repeat(math.ceil(2_000_000 / n_bins))
-        x = dequantize(levels, n_bins, dtype=dtype)
+        pixels = torch.arange(n_bins).repeat(math.ceil(2_000_000 / n_bins))
+        x = dequantize(pixels, n_bins, dtype=dtype)
         assert x.dtype == dtype
         assert x.min() >= -0.5
         assert x.max() < 0.5
-        assert torch.equal(quantize(x, n_bins), levels)
+        assert torch.equal(quantize(x, n_bins), pixels)
 
     @pytest.mark.parametrize("edge", [0.0, 1.0])
     @pytest.mark.parametrize("n_bins", [2, 17, 255, 256, 1000, 65536])
@@ -33,8 +33,8 @@ class TestDequantize:
     ) -> None:
         draw = torch.nextafter(torch.tensor(edge), torch.tensor(0.0))  # 0, or the largest number below 1
         monkeypatch.setattr(torch, "rand", lambda shape, dtype, **_: torch.full(shape, float(draw), dtype=dtype))
-        levels = torch.arange(n_bins)
-        assert torch.equal(quantize(dequantize(levels, n_bins), n_bins), levels)
+        pixels = torch.arange(n_bins)
+        assert torch.equal(quantize(dequantize(pixels, n_bins), n_bins), pixels)
 
     def test_noise_is_uniform(self) -> None:
         n, n_bins = 100_000, 8
@@ -47,17 +47,17 @@ class TestDequantize:
 
     @pytest.mark.parametrize("dtype", INTEGER_DTYPES, ids=str)
     def test_any_integer_dtype(self, dtype: torch.dtype) -> None:
-        levels = torch.arange(100).reshape(2, 2, 25)
-        images = levels.to(dtype)
+        pixels = torch.arange(100).reshape(2, 2, 25)
+        images = pixels.to(dtype)
         x = dequantize(images, 128)
         assert x.shape == images.shape
-        assert torch.equal(quantize(x, 128), levels)
-        assert torch.equal(images.long(), levels), "the images were changed"
+        assert torch.equal(quantize(x, 128), pixels)
+        assert torch.equal(images.long(), pixels), "the images were changed"
         assert dequantize(images[:0], 128).shape == (0, 2, 25)
 
     def test_a_generator_repeats(self) -> None:
-        levels = torch.randint(256, (2, 3, 4, 4))
-        first, second, third = (dequantize(levels, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+        pixels = torch.randint(256, (2, 3, 4, 4))
+        first, second, third = (dequantize(pixels, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
         assert torch.equal(first, second)
         assert not torch.equal(first, third)
 
@@ -72,9 +72,9 @@ class TestQuantize:
         x = torch.tensor([-9.0, -0.5, -0.26, -0.25, -0.01, 0.0, 0.24, 0.25, 0.49, 0.5, 9.0, math.inf, -math.inf])
         assert quantize(x, 4).tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3, 3, 3, 3, 0]
 
-    def test_levels_of_their_lower_edges(self) -> None:
-        levels = torch.arange(256)
-        assert torch.equal(quantize(levels / 256 - 0.5), levels)
+    def test_grey_levels_of_their_lower_edges(self) -> None:
+        pixels = torch.arange(256)
+        assert torch.equal(quantize(pixels / 256 - 0.5), pixels)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -87,7 +87,7 @@ def test_an_image_with_one_value_that_is_not_finite_counts(bad: float) -> None:
 
 
 class TestBitsPerDim:
-    def test_a_uniform_density_costs_the_bits_of_its_levels(self) -> None:
+    def test_a_uniform_density_costs_the_bits_of_its_grey_levels(self) -> None:
         # p(x) = 1 on [-0.5, 0.5)^D: every level costs log2(n_bins) bits.
         for n_bins in (2, 17, 256):
             assert bits_per_dim(torch.zeros(3), 12, n_bins).tolist() == pytest.approx([math.log2(n_bins)] * 3)

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import warnings
 from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from pyglow_fast._renamed import with_former_argument
+from pyglow_fast.data import Batch, ImageSet, Preparation
 from pyglow_fast.reference import Activation, CouplingSpec
+from pyglow_fast.studio import Between, Drawn, Edit, Edited, File, OpenRun, Picked, Subject, parse_image
+from pyglow_fast.train import GridRow, TrainConfig, save_grid, start, to_levels, to_pixels
+from pyglow_fast.train.lightning import GlowModule
 
 FORMER: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
     "CouplingSpec": (
@@ -88,3 +96,106 @@ def test_a_former_argument_works_as_a_keyword() -> None:
     assert [warning.filename for warning in said] == [__file__]
     with pytest.raises(ValueError, match=r"^steps: expected nothing beside frames, its name now, found 4$"):
         path(1, steps=4, frames=4)  # type: ignore[call-arg]
+
+
+SOME = torch.arange(128, dtype=torch.uint8).reshape(2, 1, 8, 8) % 17
+LEVELS = "^levels is called pixels now; the old name goes with"
+
+# What has a field ``pixels``, made from it as a keyword of either name.
+HOLDERS: dict[str, Callable[..., Any]] = {
+    "ImageSet": functools.partial(ImageSet, "some", n_bins=17),
+    "Batch": functools.partial(Batch, labels=None, indices=torch.arange(2), unreadable=0),
+    "GridRow": functools.partial(GridRow, "some"),
+    "Edited": functools.partial(Edited, finite=True, shifted=None),
+    "Drawn": functools.partial(Drawn, labels=None, not_finite=0),
+    "Picked": functools.partial(Picked, label=None, image=File("some.png")),
+}
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+def test_pixels_were_called_levels(name: str) -> None:
+    make = HOLDERS[name]
+    with pytest.warns(DeprecationWarning, match=LEVELS) as given:
+        former = make(levels=SOME)
+    with pytest.warns(DeprecationWarning, match=LEVELS) as read:
+        assert former.levels is SOME
+    assert [warning.filename for warning in (*given, *read)] == [__file__, __file__]
+    with pytest.raises(ValueError, match=r"^levels: expected nothing beside pixels, its name now, found tensor"):
+        make(levels=SOME, pixels=SOME)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert former.pixels is make(pixels=SOME).pixels is SOME
+        assert torch.equal(pickle.loads(pickle.dumps(former)).pixels, SOME)
+
+
+def test_a_set_of_images_is_a_dataclass_as_before() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data = ImageSet("some", SOME, 17)
+        assert [field.name for field in fields(data)][:3] == ["name", "pixels", "n_bins"]
+        assert torch.equal(replace(data, pixels=SOME[:1]).pixels, SOME[:1])
+        assert torch.equal(data.subset(torch.tensor([1])).pixels, SOME[1:])
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> OpenRun:
+    """A run of one step on the digits. Not to be changed."""
+    run = tmp_path_factory.mktemp("renamed") / "run"
+    model = pgf.GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4)
+    start(TrainConfig(model=model, max_steps=1, threads=1), str(run)).execute(quiet=True)
+    return OpenRun.open(str(run))
+
+
+def test_arguments_of_a_run_were_called_levels(opened: OpenRun) -> None:
+    first, last = (opened.pick(parse_image(name)) for name in ("0", "1"))
+    subject, between = Subject(opened, first, "noise"), Between(opened, first, last, "noise")
+    image, edit = subject.pixels, Edit()
+    calls: list[tuple[Callable[..., Any], Tensor, dict[str, Any]]] = [
+        (opened.x, image[None], {}),
+        (opened.bits, image, {}),
+        (subject.bits_of, image, {}),
+        (subject.made, image, {"edit": edit}),
+        (between.made_frame, image, {"time": 0.0}),
+        (between.made, SOME, {"suffix": ".png"}),
+    ]
+    for call, pixels, options in calls:
+        with pytest.warns(DeprecationWarning, match=LEVELS) as said:
+            former: Any = call(levels=pixels, **options)
+        assert [warning.filename for warning in said] == [__file__]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            now: Any = call(pixels=pixels, **options)
+        assert torch.equal(former, now) if isinstance(former, Tensor) else former == now
+    with pytest.warns(DeprecationWarning, match=LEVELS) as said:
+        assert subject.levels is subject.pixels
+    assert [warning.filename for warning in said] == [__file__]
+
+
+def test_a_grid_and_a_lightning_module_took_levels(tmp_path: Path) -> None:
+    with pytest.warns(DeprecationWarning, match=LEVELS) as said:
+        save_grid(levels=SOME, n_bins=17, path=tmp_path / "former.png")  # type: ignore[call-arg]
+    assert [warning.filename for warning in said] == [__file__]
+    save_grid(SOME, 17, tmp_path / "now.png")
+    assert (tmp_path / "former.png").read_bytes() == (tmp_path / "now.png").read_bytes()
+    module = GlowModule(pgf.GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4), n_bins=17)
+    module.model.initialize(SOME / 17 - 0.4)
+    with pytest.warns(DeprecationWarning, match=LEVELS):
+        former = module(levels=SOME, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(former, module(SOME, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize(
+    ("former", "now", "values"),
+    [
+        (to_levels, to_pixels, (torch.tensor([-0.5, 0.0, 9.0]), 4)),
+        (Preparation(n_bits=4).to_levels, Preparation(n_bits=4).to_pixels, (torch.tensor([0, 127, 255]),)),
+    ],
+)
+def test_to_pixels_was_called_to_levels(
+    former: Callable[..., Tensor], now: Callable[..., Tensor], values: tuple[Any, ...]
+) -> None:
+    with pytest.warns(DeprecationWarning, match="^to_levels is called to_pixels now; the old name goes with") as said:
+        found = former(values[0].clone(), *values[1:])
+    assert [warning.filename for warning in said] == [__file__]
+    assert torch.equal(found, now(*values))
+    assert former.__name__ == "to_levels"

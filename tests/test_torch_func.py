@@ -318,7 +318,7 @@ def test_several_models_lent_to_a_fresh_one() -> None:
     assert_close(run(lent, (IMAGES,)), torch.stack([model(IMAGES) for model in models]), CONDITION)
 
 
-def test_levels_of_images() -> None:
+def test_pixels() -> None:
     images = torch.randint(256, (N, 2, 4, 4))
     noise = torch.rand(images.shape)
     found = torch.func.vmap(lambda image, noise: likelihood.dequantize(image, noise=noise))(images, noise)

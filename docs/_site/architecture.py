@@ -191,7 +191,7 @@ def _whole_step(figure: Figure, top: int) -> None:
     """Data through all levels and back."""
     figure.text(24, top, 'A. All levels, in mode "reversible"', 15, bold=True)
     density, forward, kept, back = top + 22, top + 84, top + 160, top + 242
-    figure.titled(24, forward, 112, 56, "images", ["levels 0..255"], COMPUTED, 11)
+    figure.titled(24, forward, 112, 56, "images", ["pixels 0..255"], COMPUTED, 11)
     figure.titled(166, forward, 124, 56, "dequantise", ["+ noise: floats"], COMPUTED, 11)
     figure.arrow((136, forward + 28), (166, forward + 28))
     lefts, names = (328, 520, 712), ("level 1", "level 2", "level L")

@@ -108,12 +108,12 @@ def run(args: argparse.Namespace) -> int:
             check_adds(opened, edit.adds, space, progress)
         subject = Subject(opened, picked, space)
     found = subject.edited(edit, args.pixel_shift)
-    shown = found.levels if found.shifted is None else found.shifted
+    shown = found.pixels if found.shifted is None else found.shifted
     write_made(subject.made(shown, edit, args.pixel_shift, args.scale), out)
     if not found.finite and not args.pixel_shift:
         say("note: parts of the edit are not finite, shown grey: it leads out of the model's range")
     with progress_bar("bits/dim of the run's images") as progress:
-        for name, levels in (("before", subject.levels), ("after", shown)):
-            say(f"{name}: {likelihood_text(opened, opened.bits(levels, picked.label), progress)}")
+        for name, pixels in (("before", subject.pixels), ("after", shown)):
+            say(f"{name}: {likelihood_text(opened, opened.bits(pixels, picked.label), progress)}")
     say(f"picture: {out}")
     return 0

@@ -31,7 +31,7 @@ from pyglow_fast.likelihood import count_not_finite
 from pyglow_fast.studio.between import ANIMATED, Between
 from pyglow_fast.studio.reading import inputs, name_of
 from pyglow_fast.studio.words import IMAGE_HELP, parse_image, word_name
-from pyglow_fast.train import derive, to_levels
+from pyglow_fast.train import derive, to_pixels
 
 PAIRS = 4
 SPACE_HELP = f"{SPACE_WORDS} (default: {DEFAULT_SPACE}, with --from that of the command edit)"
@@ -159,12 +159,12 @@ def _pairs(args: argparse.Namespace) -> int:
     # Both ends of a pair follow each other, and a batch is even: no pair is cut.
     first = 0
     for batch in read(images, pairs.flatten()):
-        x, y = inputs(batch.levels, batch.labels, n_bins, model)
+        x, y = inputs(batch.pixels, batch.labels, n_bins, model)
         labels = None if y is None else (y[::2], y[1::2])
         paths = interpolate(model, x[::2], x[1::2], args.frames, args.spherical, args.space, labels)
         ends = paths[:, [0, -1]].flatten(0, 1)  # in the order of x
         error = float(torch.cat([ends - x, torch.full_like(x[:1], error)]).abs().max())  # unlike max(), keeps a NaN
-        changed += int((to_levels(ends, n_bins).cpu() != batch.levels).sum())
+        changed += int((to_pixels(ends, n_bins).cpu() != batch.pixels).sum())
         bad += count_not_finite(paths.flatten(0, 1))
         for i, path in enumerate(paths):
             names = [name_of(images, int(index)) for index in pairs[first + i]]

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     originals: list[Tensor] = []
     kept: list[list[Tensor]] = [[] for _ in subsets]
     for part_number, batch in enumerate(read(images, indices)):
-        x, y = inputs(batch.levels, batch.labels, images.n_bins, model)
+        x, y = inputs(batch.pixels, batch.labels, images.n_bins, model)
         originals.append(x)
         for found, levels in zip(kept, subsets, strict=True):
             noise = stream(x.device, derive(args.seed, "levels", part_number))  # the same for every subset

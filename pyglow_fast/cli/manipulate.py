@@ -138,7 +138,7 @@ def mean_over(model: Glow, data: Images, indices: Tensor, space: str) -> tuple[M
     """Average over the images at ``indices``: their latents, and x itself."""
     latents, pixels = MeanLatent(), MeanLatent()
     for batch in read(data, indices):
-        x, y = inputs(batch.levels, batch.labels, data.n_bins, model)
+        x, y = inputs(batch.pixels, batch.labels, data.n_bins, model)
         latents.add(to_space(model, x, space, y))
         pixels.add([x])
     return latents, pixels
@@ -165,7 +165,7 @@ def run(args: argparse.Namespace) -> int:
     direction = attribute_direction(plus, minus)
     originals, edits = [], []
     for batch in read(data, task.edited):
-        x, y = inputs(batch.levels, batch.labels, data.n_bins, model)
+        x, y = inputs(batch.pixels, batch.labels, data.n_bins, model)
         originals.append(x)
         with user_input():  # strengths that float32 cannot hold in an edit
             edits.append(manipulate(model, x, direction, strengths, levels, args.space, y))
@@ -181,7 +181,7 @@ def run(args: argparse.Namespace) -> int:
     columns = ["original", *(f"{value:+g}" for value in strengths)]
     target = None
     if task.tones is not None:
-        target = torch.cat([middles(b.levels, data.n_bins, model) for b in read(data, task.tones.targets)])
+        target = torch.cat([middles(b.pixels, data.n_bins, model) for b in read(data, task.tones.targets)])
         (pixels,) = attribute_direction(plus_x, minus_x)
         scores, text = copy_and_table(x, edited, target, pixels, strengths)
         say(text, lines=True)

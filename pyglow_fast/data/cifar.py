@@ -149,6 +149,6 @@ def load_cifar10(root: Path, preparation: Preparation) -> ImageSet:
         parts.append((values, labels))
     values = torch.cat([part[0] for part in parts]).reshape(-1, 3, SIDE, SIDE)
     labels = torch.cat([part[1] for part in parts])
-    levels = preparation.to_levels(preparation.fixed_size(values, "cifar10"))
+    pixels = preparation.to_pixels(preparation.fixed_size(values, "cifar10"))
     official = train_first(len(values) - len(parts[-1][0]), len(values))
-    return ImageSet("cifar10", levels, preparation.n_bins, labels, CLASS_NAMES, (), official, preparation.augmentation)
+    return ImageSet("cifar10", pixels, preparation.n_bins, labels, CLASS_NAMES, (), official, preparation.augmentation)

@@ -1,4 +1,4 @@
-"""Loads the 1,797 handwritten digits that come with scikit-learn: 8x8, grey, 17 levels. Nothing is fetched."""
+"""Loads the 1,797 handwritten digits that come with scikit-learn: 8x8, grey, 17 grey levels. Nothing is fetched."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def load_digits(preparation: Preparation | None = None) -> ImageSet:
     """
     preparation = preparation or Preparation()
     bunch = optional("sklearn.datasets", "the digits").load_digits()
-    levels = torch.from_numpy(bunch.images).to(torch.uint8).unsqueeze(1)
+    pixels = torch.from_numpy(bunch.images).to(torch.uint8).unsqueeze(1)
     labels = torch.from_numpy(bunch.target).to(torch.int64)
     names = tuple(str(name) for name in bunch.target_names)
-    levels = preparation.fixed_size(levels, "digits")
-    return ImageSet("digits", levels, 17, labels, names, augmentation=preparation.augmentation)
+    pixels = preparation.fixed_size(pixels, "digits")
+    return ImageSet("digits", pixels, 17, labels, names, augmentation=preparation.augmentation)

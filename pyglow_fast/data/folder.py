@@ -1,4 +1,4 @@
-"""Loads a folder of ordinary image files, brought to one size and number of levels."""
+"""Loads a folder of ordinary image files, brought to one size and number of grey levels."""
 
 from __future__ import annotations
 

@@ -89,11 +89,11 @@ def load_idx(name: str, folder: Path, preparation: Preparation) -> ImageSet:
     """
     check_folder(folder, name)
     train, test = _part(folder, *FILES[:2]), _part(folder, *FILES[2:])
-    levels = preparation.to_levels(preparation.fixed_size(torch.cat([train[0], test[0]]), name))
-    official = train_first(len(train[0]), len(levels))
+    pixels = preparation.to_pixels(preparation.fixed_size(torch.cat([train[0], test[0]]), name))
+    official = train_first(len(train[0]), len(pixels))
     labels = torch.cat([train[1], test[1]])
     names = CLASS_NAMES[name]
-    return ImageSet(name, levels, preparation.n_bins, labels, names, (), official, preparation.augmentation)
+    return ImageSet(name, pixels, preparation.n_bins, labels, names, (), official, preparation.augmentation)
 
 
 def train_first(n_train: int, count: int) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
+from pyglow_fast._renamed import with_former_field
 from pyglow_fast._settings import Range
 from pyglow_fast.data.augment import Augmentation
 
@@ -20,7 +21,7 @@ HELD_OUT = Range(above=0, below=1)
 
 
 class Images(ABC):
-    """A set of images as integer levels, wherever they are kept; the base of what all sources give.
+    """A set of images as integer pixels, wherever they are kept; the base of what all sources give.
 
     >>> import torch
     >>> from pyglow_fast.data import Images, ImageSet, split
@@ -33,7 +34,7 @@ class Images(ABC):
 
     Attributes:
         name: what the user calls it, such as ``digits``.
-        n_bins: number of levels, 2..256; every value is in 0..n_bins-1.
+        n_bins: number of grey levels, 2..256; every value is in 0..n_bins-1.
         labels: int64 (N,) in 0..len(class_names)-1, or None.
         class_names: one per class; empty without labels.
         groups: one key an image; images of one group (a photo's tiles, say) never part in :func:`split`. Empty: each
@@ -70,7 +71,7 @@ class Images(ABC):
 
     @abstractmethod
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Gives (levels uint8 (n, C, H, W), labels (n,) or None) at ``indices``: central windows, nothing random."""
+        """Gives (pixels uint8 (n, C, H, W), labels (n,) or None) at ``indices``: central windows, nothing random."""
 
     @abstractmethod
     def item(self, index: int, key: int | None = None) -> Tensor:
@@ -115,23 +116,24 @@ def hash_parts(digest: hashlib._Hash, data: Images) -> None:
         digest.update(side.contiguous().numpy().data)
 
 
+@with_former_field("levels", "pixels")
 @dataclass(frozen=True)
 class ImageSet(Images):
     """A set of images that are all in memory.
 
     >>> import torch
     >>> from pyglow_fast.data import ImageSet
-    >>> levels = torch.tensor([0, 5, 16], dtype=torch.uint8).reshape(3, 1, 1, 1)
-    >>> data = ImageSet("dots", levels, n_bins=17, labels=torch.tensor([0, 1, 1]), class_names=("dark", "light"))
+    >>> pixels = torch.tensor([0, 5, 16], dtype=torch.uint8).reshape(3, 1, 1, 1)
+    >>> data = ImageSet("dots", pixels, n_bins=17, labels=torch.tensor([0, 1, 1]), class_names=("dark", "light"))
     >>> images, labels = data.batch(torch.tensor([2, 0]))
     >>> images.flatten().tolist(), labels.tolist()
     ([16, 0], [1, 0])
 
     Args:
         name: what the user calls it, such as ``digits``.
-        levels: uint8 (N, C, H, W), values in 0..n_bins-1; its sides are augmentation.crop_margin longer than those of
-            image_shape.
-        n_bins: number of levels, 2..256.
+        pixels: uint8 (N, C, H, W), grey levels 0..n_bins-1; its sides are augmentation.crop_margin longer than those
+            of image_shape.
+        n_bins: number of grey levels, 2..256.
         labels: int64 (N,) in 0..len(class_names)-1, or None.
         class_names: one per class; empty without labels.
         groups: one key an image, or empty; see :class:`Images`.
@@ -139,11 +141,11 @@ class ImageSet(Images):
         augmentation: what training sees of them.
 
     Raises:
-        ValueError: wrong shape or dtype, a level outside 0..n_bins-1, or labels, groups or a margin that do not fit.
+        ValueError: wrong shape or dtype, a value outside 0..n_bins-1, or labels, groups or a margin that do not fit.
     """
 
     name: str
-    levels: Tensor
+    pixels: Tensor
     n_bins: int
     labels: Tensor | None = None
     class_names: tuple[str, ...] = ()
@@ -152,21 +154,21 @@ class ImageSet(Images):
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     def __post_init__(self) -> None:
-        levels = self.levels
+        pixels = self.pixels
         expect(2 <= self.n_bins <= 256, "n_bins", "a value in 2..256", self.n_bins)
-        expect(levels.dtype == torch.uint8, "levels", "dtype uint8", levels.dtype)
-        expect(levels.dim() == 4, "levels", "shape (N, C, H, W)", tuple(levels.shape))
-        expect(len(levels) > 0, "levels", "at least one image", tuple(levels.shape))
-        top = int(levels.max())
+        expect(pixels.dtype == torch.uint8, "pixels", "dtype uint8", pixels.dtype)
+        expect(pixels.dim() == 4, "pixels", "shape (N, C, H, W)", tuple(pixels.shape))
+        expect(len(pixels) > 0, "pixels", "at least one image", tuple(pixels.shape))
+        top = int(pixels.max())
         last = self.n_bins - 1
-        expect(top <= last, "levels", f"values in 0..{last} (n_bins={self.n_bins})", f"a value of {top}")
+        expect(top <= last, "pixels", f"values in 0..{last} (n_bins={self.n_bins})", f"a value of {top}")
         margin = self.augmentation.crop_margin
-        expect(margin < min(levels.shape[2:]), "levels", f"sides above the margin of {margin}", tuple(levels.shape))
-        expect(not self.groups or len(self.groups) == len(levels), "groups", f"{len(levels)} keys", len(self.groups))
-        check_labels(self.labels, self.class_names, len(levels))
+        expect(margin < min(pixels.shape[2:]), "pixels", f"sides above the margin of {margin}", tuple(pixels.shape))
+        expect(not self.groups or len(self.groups) == len(pixels), "groups", f"{len(pixels)} keys", len(self.groups))
+        check_labels(self.labels, self.class_names, len(pixels))
 
     def __len__(self) -> int:
-        return len(self.levels)
+        return len(self.pixels)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -176,28 +178,28 @@ class ImageSet(Images):
 
     @property
     def central(self) -> Tensor:
-        """What :meth:`batch` gives of all images, uint8 (N, C, H, W): a view of ``levels``, not a copy."""
-        return self.augmentation.central(self.levels)
+        """What :meth:`batch` gives of all images, uint8 (N, C, H, W): a view of ``pixels``, not a copy."""
+        return self.augmentation.central(self.pixels)
 
     def subset(self, indices: Tensor | Sequence[int]) -> ImageSet:
         """Takes the images at ``indices``, in that order; they have no split of their own."""
         index = torch.as_tensor(indices, dtype=torch.int64)
         labels = None if self.labels is None else self.labels[index]
         groups = tuple(self.groups[i] for i in index.tolist()) if self.groups else ()
-        return replace(self, levels=self.levels[index], labels=labels, groups=groups, official=None)
+        return replace(self, pixels=self.pixels[index], labels=labels, groups=groups, official=None)
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Gives (levels uint8 (n, C, H, W), labels (n,) or None) at ``indices``: central windows, nothing random."""
+        """Gives (pixels uint8 (n, C, H, W), labels (n,) or None) at ``indices``: central windows, nothing random."""
         return self.central[indices], None if self.labels is None else self.labels[indices]
 
     def item(self, index: int, key: int | None = None) -> Tensor:
         """Gives one image as uint8 (C, H, W); see :meth:`Images.item`."""
-        return self.augmentation.view(self.levels[index], key)
+        return self.augmentation.view(self.pixels[index], key)
 
     def fingerprint(self) -> str:
-        """Makes a digest of every level, label and setting."""
-        digest = hashlib.sha256(f"{tuple(self.levels.shape)} {self.n_bins} {self.class_names}".encode())
-        digest.update(self.levels.contiguous().numpy().data)
+        """Makes a digest of every pixel, label and setting."""
+        digest = hashlib.sha256(f"{tuple(self.pixels.shape)} {self.n_bins} {self.class_names}".encode())
+        digest.update(self.pixels.contiguous().numpy().data)
         hash_parts(digest, self)
         return digest.hexdigest()[:32]
 

@@ -21,7 +21,7 @@ from pyglow_fast.data.decode import UnreadableImageError, read_image
 from pyglow_fast.data.image_set import Images, ImageSet, check_labels, hash_parts
 from pyglow_fast.data.prepare import Preparation
 
-MEMORY_LIMIT = 1 << 30  # bytes of levels up to which a set is kept in memory unless told otherwise
+MEMORY_LIMIT = 1 << 30  # bytes of pixels up to which a set is kept in memory unless told otherwise
 
 
 class Reader(Protocol):
@@ -101,7 +101,7 @@ class LazyImages(Images):
         name: what the user calls it.
         reader: gives 8-bit images of ``stored_shape``.
         stored_shape: (C, H, W) of an image as the reader gives it, the margin included.
-        n_bins: number of levels, a power of two up to 256: the lower bits of the samples are dropped.
+        n_bins: number of grey levels, a power of two up to 256: the lower bits of the samples are dropped.
         identity: a digest that changes when the images do; see :meth:`fingerprint`.
         labels: int64 (N,), or None.
         class_names: one per class.
@@ -153,7 +153,7 @@ class LazyImages(Images):
         return replace(self, labels=labels, groups=groups, official=None, positions=positions)
 
     def stored(self, index: int) -> Tensor:
-        """Reads the levels of one image with its margin, uint8 (C, H + margin, W + margin)."""
+        """Reads the pixels of one image with its margin, uint8 (C, H + margin, W + margin)."""
         position = index if self.positions is None else int(self.positions[index])
         return self.reader.read(position) >> (9 - self.n_bins.bit_length())
 
@@ -162,7 +162,7 @@ class LazyImages(Images):
         return self.augmentation.view(self.stored(index), key)
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Reads (levels uint8 (n, C, H, W), labels (n,) or None) at ``indices``, one after the other.
+        """Reads (pixels uint8 (n, C, H, W), labels (n,) or None) at ``indices``, one after the other.
 
         Raises:
             UnreadableImageError: an image cannot be read and on_unreadable is "raise"; with "skip" the next one that
@@ -210,7 +210,7 @@ def kept(data: LazyImages, in_memory: bool | None) -> Images:
 
     Args:
         data: the images.
-        in_memory: whether to read them now; None: if their levels take at most MEMORY_LIMIT bytes.
+        in_memory: whether to read them now; None: if their pixels take at most MEMORY_LIMIT bytes.
 
     Raises:
         UnreadableImageError: an image cannot be read and data.on_unreadable is "raise".
@@ -220,11 +220,11 @@ def kept(data: LazyImages, in_memory: bool | None) -> Images:
     small = len(data) * channels * height * width <= MEMORY_LIMIT
     if not (small if in_memory is None else in_memory):
         return data
-    levels = torch.empty((len(data), *data.stored_shape), dtype=torch.uint8)
+    pixels = torch.empty((len(data), *data.stored_shape), dtype=torch.uint8)
 
     def read(index: int) -> str | None:
         try:
-            levels[index] = data.stored(index)
+            pixels[index] = data.stored(index)
         except UnreadableImageError as error:
             if data.on_unreadable == "raise":
                 raise
@@ -234,7 +234,7 @@ def kept(data: LazyImages, in_memory: bool | None) -> Images:
     threads = min(4, os.cpu_count() or 1) if data.reader.parallel else 1
     with ThreadPoolExecutor(threads) as pool:
         errors = list(_ordered(pool, read, len(data)))
-    return _without_errors(data, levels, errors)
+    return _without_errors(data, pixels, errors)
 
 
 def _ordered(pool: ThreadPoolExecutor, read: Callable[[int], str | None], count: int) -> Iterable[str | None]:
@@ -243,14 +243,14 @@ def _ordered(pool: ThreadPoolExecutor, read: Callable[[int], str | None], count:
         yield from pool.map(read, range(start, min(count, start + 1024)))
 
 
-def _without_errors(data: LazyImages, levels: Tensor, errors: list[str | None]) -> ImageSet:
+def _without_errors(data: LazyImages, pixels: Tensor, errors: list[str | None]) -> ImageSet:
     """The images that could be read, with one warning about the rest."""
     bad = [error for error in errors if error is not None]
     expect(len(bad) < len(data), "data", f"at least one image that can be read in {data.name}", f"none: {bad[:1]}")
     labels, groups, official = data.labels, data.groups, data.official
     if bad:
         good = torch.tensor([error is None for error in errors])
-        levels, labels = levels[good], None if labels is None else labels[good]
+        pixels, labels = pixels[good], None if labels is None else labels[good]
         groups = tuple(group for group, error in zip(groups, errors, strict=False) if error is None)
         if official is not None:
             moved = good.cumsum(0) - 1
@@ -259,7 +259,7 @@ def _without_errors(data: LazyImages, levels: Tensor, errors: list[str | None]) 
             expect(not empty, "data", f"images that can be read in both splits of {data.name}", f"none: {bad[0]}")
         text = f"{len(bad)} of {len(data)} images of {data.name} could not be read and were left out; the first: "
         warnings.warn(visible(text + bad[0]), stacklevel=2)
-    return ImageSet(data.name, levels, data.n_bins, labels, data.class_names, groups, official, data.augmentation)
+    return ImageSet(data.name, pixels, data.n_bins, labels, data.class_names, groups, official, data.augmentation)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pyglow_fast._errors import expect
+from pyglow_fast._renamed import with_former_field
 from pyglow_fast._settings import Range, check_setting
 from pyglow_fast.data.decode import UnreadableImageError
 from pyglow_fast.data.image_set import Images, ImageSet
@@ -30,6 +31,7 @@ WORKERS = Range(least=0, most=1024, why="each is a process with torch in it")
 Entry = tuple[int, int | None]  # (index, key of the training view, or None for the central one)
 
 
+@with_former_field("levels", "pixels")
 @dataclass(frozen=True)
 class Batch:
     """A batch of images, in the order they were asked for.
@@ -37,17 +39,17 @@ class Batch:
     >>> import torch
     >>> from pyglow_fast.data import Batch, batches, load_digits
     >>> batch = next(batches(load_digits(), [[(5, None), (0, None)]]))
-    >>> isinstance(batch, Batch), batch.levels.shape, batch.labels.tolist(), batch.unreadable
+    >>> isinstance(batch, Batch), batch.pixels.shape, batch.labels.tolist(), batch.unreadable
     (True, torch.Size([2, 1, 8, 8]), [5, 0], 0)
 
     Args:
-        levels: uint8 (n, C, H, W).
+        pixels: uint8 (n, C, H, W), grey levels 0..n_bins-1.
         labels: int64 (n,), or None.
         indices: int64 (n,), of the images that are there: a substitute's own.
         unreadable: how many images are substitutes for ones that cannot be read.
     """
 
-    levels: Tensor
+    pixels: Tensor
     labels: Tensor | None
     indices: Tensor
     unreadable: int
@@ -55,7 +57,7 @@ class Batch:
     def pin_memory(self, device: Any = None) -> Batch:
         """Copies the batch to page-locked memory; ``device`` is what the DataLoader may pass and does not matter."""
         labels = None if self.labels is None else self.labels.pin_memory()
-        return Batch(self.levels.pin_memory(), labels, self.indices.pin_memory(), self.unreadable)
+        return Batch(self.pixels.pin_memory(), labels, self.indices.pin_memory(), self.unreadable)
 
 
 @dataclass(frozen=True)

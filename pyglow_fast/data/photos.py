@@ -79,5 +79,5 @@ def load_photos(root: Path, preparation: Preparation, scale: int | None = None) 
     if errors:
         text = f"{len(errors)} of {len(paths)} photos could not be read and were left out; the first: {errors[0]}"
         warnings.warn(visible(text), stacklevel=2)
-    levels = preparation.to_levels(torch.cat(parts))
-    return ImageSet("photos", levels, preparation.n_bins, groups=tuple(groups), augmentation=preparation.augmentation)
+    tiles = preparation.to_pixels(torch.cat(parts))
+    return ImageSet("photos", tiles, preparation.n_bins, groups=tuple(groups), augmentation=preparation.augmentation)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
+from pyglow_fast._renamed import former_function
 from pyglow_fast._settings import IMAGES, Range, check_settings, same_setting, setting, settings
 from pyglow_fast.data.augment import MOST, Augmentation
 
@@ -22,13 +23,13 @@ SIDE = Range(least=1, most=MOST, why="more pixels are a slip of the pen")
 @settings
 @dataclass(frozen=True)
 class Preparation:
-    """Says which size, colours, levels and views the images of a source get.
+    """Says which size, colours, grey levels and views the images of a source get.
 
     >>> import torch
     >>> from pyglow_fast.data import Preparation
     >>> preparation = Preparation(size=4, gray=True, n_bits=3)
     >>> white = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
-    >>> preparation.to_levels(preparation.fixed_size(white, "squares"))
+    >>> preparation.to_pixels(preparation.fixed_size(white, "squares"))
     tensor([[[[0, 0, 0, 0],
               [0, 7, 7, 0],
               [0, 7, 7, 0],
@@ -95,12 +96,14 @@ class Preparation:
 
     @property
     def n_bins(self) -> int:
-        """The number of levels that 8-bit images get, 2^n_bits."""
+        """The number of grey levels that 8-bit images get, 2^n_bits."""
         return 1 << self.n_bits
 
-    def to_levels(self, values: Tensor) -> Tensor:
-        """Turns 8-bit values into levels, in place."""
+    def to_pixels(self, values: Tensor) -> Tensor:
+        """Turns 8-bit values into grey levels 0..n_bins-1, in place."""
         return values.bitwise_right_shift_(8 - self.n_bits) if self.n_bits < 8 else values
+
+    to_levels = former_function("to_levels", to_pixels)
 
     def fixed_size(self, values: Tensor, source: str) -> Tensor:
         """Gives images of one size, uint8 (N, C, H, W), the side and the channels asked for; pads with zeros evenly.
@@ -117,11 +120,11 @@ class Preparation:
         return torch.nn.functional.pad(values, (before, side - own - before) * 2) if side > own else values
 
 
-def levels_of(values: Tensor, n_bins: int) -> Tensor:
-    """Computes v n_bins // 256 for 8-bit values v, uint8: :meth:`Preparation.to_levels` where n_bins = 2^n_bits.
+def rebinned(values: Tensor, n_bins: int) -> Tensor:
+    """Computes v n_bins // 256 for 8-bit values v, uint8: :meth:`Preparation.to_pixels` where n_bins = 2^n_bits.
 
-    A level l that is shown as the value nearest to 255 l / (n_bins - 1) comes back as l, with the 17 levels of the
-    digits too.
+    A grey level l that is shown as the value nearest to 255 l / (n_bins - 1) comes back as l, with the 17 of
+    the digits too.
     """
     return (values.int() * n_bins // 256).to(torch.uint8)
 

@@ -47,8 +47,8 @@ def _read(data: Images) -> ImageSet:
     if isinstance(data, ImageSet):
         return ImageSet(data.name, data.central, data.n_bins)
     count = min(len(data), READ_MAX_IMAGES, max(1, READ_MAX_VALUES // data.n_dims))
-    levels, _ = data.batch(torch.arange(count) * len(data) // count)
-    return ImageSet(data.name, levels, data.n_bins)
+    pixels, _ = data.batch(torch.arange(count) * len(data) // count)
+    return ImageSet(data.name, pixels, data.n_bins)
 
 
 def histogram_bits_per_dim(train: Images, test: Images) -> float:
@@ -67,7 +67,7 @@ def histogram_bits_per_dim(train: Images, test: Images) -> float:
     expect(test.n_bins == train.n_bins, "test", f"n_bins {train.n_bins}", test.n_bins)
     n_bins, chunk = train.n_bins, max(1, _COUNTS_MAX // train.n_bins)
     fitted, measured = _read(train), _read(test)
-    seen, coded = fitted.levels.flatten(1), measured.levels.flatten(1)
+    seen, coded = fitted.pixels.flatten(1), measured.pixels.flatten(1)
     nats = 0.0
     for start in range(0, train.n_dims, chunk):
         fit, held = seen[:, start : start + chunk], coded[:, start : start + chunk]
@@ -80,14 +80,14 @@ def histogram_bits_per_dim(train: Images, test: Images) -> float:
     return nats / (math.log(2.0) * len(measured) * test.n_dims)
 
 
-def _layouts(levels: Tensor) -> Iterator[Tensor]:
+def _layouts(pixels: Tensor) -> Iterator[Tensor]:
     """All images in one picture (H, W, C): as a near-square sheet and as one column."""
-    n, channels, height, width = levels.shape
+    n, channels, height, width = pixels.shape
     columns = max(1, math.isqrt(n))
     while n % columns:  # a divisor, so that no padding is coded
         columns -= 1
     for across in {columns, 1}:
-        grid = levels.reshape(n // across, across, channels, height, width).permute(0, 3, 1, 4, 2)
+        grid = pixels.reshape(n // across, across, channels, height, width).permute(0, 3, 1, 4, 2)
         yield grid.reshape(n // across * height, across * width, channels)
 
 
@@ -95,7 +95,7 @@ def png_bits_per_dim(test: Images) -> tuple[float, int]:
     """Computes (bits/dim, number of images) of one PNG of all images of ``test``, so that headers are paid once.
 
     The smallest of several lossless encodings counts: sheet or column, filtered or not, every zlib strategy, level 9;
-    levels are stored as they are (0..n_bins-1). At most the first PNG_MAX_VALUES values are coded, and of a set that
+    pixels are stored as they are (0..n_bins-1). At most the first PNG_MAX_VALUES values are coded, and of a set that
     is not in memory at most READ_MAX_IMAGES images spread over it.
 
     Raises:
@@ -104,16 +104,16 @@ def png_bits_per_dim(test: Images) -> tuple[float, int]:
     pil = optional("PIL.Image", "the PNG yardstick")
     read = _read(test)
     count = min(len(read), max(1, PNG_MAX_VALUES // test.n_dims))
-    levels = read.levels[:count]
+    pixels = read.pixels[:count]
     if test.image_shape[0] not in (1, 3):  # PNG has no such pixels: one grey picture a channel
-        levels = levels.flatten(0, 1).unsqueeze(1)
+        pixels = pixels.flatten(0, 1).unsqueeze(1)
     sizes = []
-    for layout in _layouts(levels):
+    for layout in _layouts(pixels):
         height, width, channels = layout.shape
         mode = "L" if channels == 1 else "RGB"
         image = pil.frombytes(mode, (width, height), layout.contiguous().numpy().tobytes())
         variants = [image]
-        if channels == 1:  # Pillow filters grey rows and leaves palette rows alone: with few levels that can be smaller
+        if channels == 1:  # Pillow filters grey rows and leaves palette rows alone: smaller, at times, with few values
             plain = pil.frombytes("P", image.size, image.tobytes())
             plain.putpalette(bytes(value for level in range(test.n_bins) for value in (level, level, level)))
             variants.append(plain)

@@ -3,7 +3,7 @@
     opened = OpenRun.open("runs/fashion")
     subject = Subject(opened, opened.pick(parse_image("0")), opened.space)  # held-out image 0, or a file
     edit = Edit((Add("T-shirt/top", "rest", 1.5),), keep=(0.5, 1.0, 1.0))
-    made = subject.made(subject.edited(edit).levels, edit)  # made.data is a PNG, made.command gives the same one
+    made = subject.made(subject.edited(edit).pixels, edit)  # made.data is a PNG, made.command gives the same one
 
 The commands ``edit``, ``sample``, ``interpolate`` and ``score``, and the page of ``serve``, use these classes.
 """

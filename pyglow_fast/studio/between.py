@@ -14,7 +14,7 @@ from pyglow_fast.likelihood import count_not_finite
 from pyglow_fast.studio.commands import COMMAND, Made, command_line, made_png
 from pyglow_fast.studio.opened import OpenRun, Picked
 from pyglow_fast.studio.words import name_word, number_text
-from pyglow_fast.train import to_levels
+from pyglow_fast.train import to_pixels
 from pyglow_fast.train.figures import animation_bytes, grid, image_picture
 
 ANIMATED = (".gif", ".webp")
@@ -62,10 +62,10 @@ class Between:
             ValueError: fewer than two, or points outside of 0..1.
         """
         model, n_bins = self.opened.model, self.opened.n_bins
-        a, b = (self.opened.x(picked.levels[None].long()) for picked in (self.first, self.last))
+        a, b = (self.opened.x(picked.pixels[None].long()) for picked in (self.first, self.last))
         ends = (self.opened.y(self.first.label), self.opened.y(self.last.label))
         x = interpolate(model, a, b, count, self.spherical, self.space, ends, times=times)[0]
-        return to_levels(x, n_bins).cpu(), count_not_finite(x)
+        return to_pixels(x, n_bins).cpu(), count_not_finite(x)
 
     def _words(self) -> list[str]:
         words = ["--from", self.first.image.text, "--to", self.last.image.text, "--space", self.space]
@@ -74,22 +74,24 @@ class Between:
             words += ["--labels", *(name_word(classes[label]) for label in (self.first.label, self.last.label))]
         return words + (["--spherical"] if self.spherical else [])
 
-    def made_frame(self, levels: Tensor, time: float, scale: int = 1) -> Made:
+    @with_former_argument("levels", "pixels")
+    def made_frame(self, pixels: Tensor, time: float, scale: int = 1) -> Made:
         """Encode one frame (C, H, W) as a PNG."""
         words = [*self._words(), "--at", number_text(time), "--scale", str(scale)]
-        picture = image_picture(levels, self.opened.n_bins, scale)
+        picture = image_picture(pixels, self.opened.n_bins, scale)
         return made_png(picture, command_line(self.opened, "interpolate", words))
 
-    def made(self, levels: Tensor, suffix: str, scale: int | None = None) -> Made:
+    @with_former_argument("levels", "pixels")
+    def made(self, pixels: Tensor, suffix: str, scale: int | None = None) -> Made:
         """Encode all frames (n, C, H, W): side by side as a PNG, or there and back again as a GIF or WebP.
 
         Raises:
             ValueError: another suffix.
         """
-        words = [*self._words(), "--frames", str(len(levels))]
+        words = [*self._words(), "--frames", str(len(pixels))]
         command = command_line(self.opened, "interpolate", words + (["--scale", str(scale)] if scale else []))
         if suffix == ".png":
-            return made_png(grid(levels, self.opened.n_bins, len(levels), scale), command)
+            return made_png(grid(pixels, self.opened.n_bins, len(pixels), scale), command)
         expect(suffix in ANIMATED, "out", f"a name ending in {' or '.join(('.png', *ANIMATED))}", repr(suffix))
-        data = animation_bytes(levels, self.opened.n_bins, suffix[1:], scale=scale, text={COMMAND: command})
+        data = animation_bytes(pixels, self.opened.n_bins, suffix[1:], scale=scale, text={COMMAND: command})
         return Made(data, command, suffix)

@@ -117,14 +117,14 @@ def measure(
     advance = progress_of(len(drawn), progress)
     everything, sides = MeanLatent(), [(MeanLatent(), MeanLatent()) for _ in groups]
     for batch in read(data, drawn, on_unreadable):
-        x, y = inputs(batch.levels, batch.labels, data.n_bins, model)
+        x, y = inputs(batch.pixels, batch.labels, data.n_bins, model)
         values = [*to_space(model, x, space, y), x]
         everything.add(_chosen(values, torch.isin(batch.indices, shared)))
         for group, (with_it, without) in zip(groups, sides, strict=True):
             with_it.add(_chosen(values, torch.isin(batch.indices, group.images)))
             if group.others is not None:
                 without.add(_chosen(values, torch.isin(batch.indices, group.others)))
-        advance(len(batch.levels))
+        advance(len(batch.pixels))
     means = []
     counts = []
     for group, (with_it, without) in zip(groups, sides, strict=True):

@@ -12,25 +12,27 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
+from pyglow_fast._renamed import former_attribute, with_former_argument, with_former_field
 from pyglow_fast.latents import edited, to_space
 from pyglow_fast.studio.commands import Made, command_line, made_png
 from pyglow_fast.studio.directions import Add
 from pyglow_fast.studio.opened import TRAIN_IMAGES, OpenRun, Picked, Progress
 from pyglow_fast.studio.words import File, name_word, number_text
-from pyglow_fast.train import to_levels
+from pyglow_fast.train import to_pixels
 from pyglow_fast.train.figures import image_picture
 
 DIGITS = 6  # behind the point of a strength or a share: finer than any slider
 
 
+@with_former_field("levels", "pixels")
 class Edited(NamedTuple):
-    """An image after an edit: its levels, and whether all that the model decoded were numbers.
+    """An image after an edit: its pixels, and whether all that the model decoded were numbers.
 
     Args:
-        levels: int64 (C, H, W).
+        pixels: int64 (C, H, W), grey levels 0..n_bins-1.
         finite: whether all values of the decoded image are numbers; those that are not are shown grey.
-        shifted: the levels of the twin whose pixels are shifted, x + sum_j s_j (mean pixels with - without); None if it
-            was not asked for.
+        shifted: the pixels of the twin, x + sum_j s_j (mean x with - without) as grey levels; None if it was not asked
+            for.
 
     Examples:
         >>> from pyglow_fast import GlowConfig
@@ -41,11 +43,11 @@ class Edited(NamedTuple):
         >>> opened = OpenRun.open("runs/first")
         >>> subject = Subject(opened, opened.pick(parse_image("0")), opened.space)
         >>> found = subject.edited(Edit(keep=(0.0,)))  # nothing of the image's own latents
-        >>> isinstance(found, Edited), found.finite, found.levels.shape
+        >>> isinstance(found, Edited), found.finite, found.pixels.shape
         (True, True, torch.Size([1, 8, 8]))
     """
 
-    levels: Tensor
+    pixels: Tensor
     finite: bool
     shifted: Tensor | None
 
@@ -118,16 +120,18 @@ class Subject:
         >>> opened = OpenRun.open("runs/tiny")
         >>> subject = Subject(opened, opened.pick(parse_image("0")), "noise")  # held-out image 0
         >>> half = Edit(keep=(0.5,))
-        >>> made = subject.made(subject.edited(half).levels, half)
+        >>> made = subject.made(subject.edited(half).pixels, half)
         >>> made.command, made.data[:4]
         ('pyglow-fast edit runs/tiny 0 --keep 0.5 --space noise', b'\x89PNG')
     """
 
+    levels = former_attribute("levels", "pixels")
+
     @torch.no_grad()
     def __init__(self, opened: OpenRun, picked: Picked, space: str) -> None:
         self.opened, self.picked, self.space = opened, picked, space
-        self.levels = picked.levels.long()
-        self._x, self._y = opened.x(self.levels[None]), opened.y(picked.label)
+        self.pixels = picked.pixels.long()
+        self._x, self._y = opened.x(self.pixels[None]), opened.y(picked.label)
         self._latents = to_space(opened.model, self._x, space, self._y)
         finite = all(bool(latent.isfinite().all()) for latent in self._latents)
         expect(finite, "image", "one whose latents are finite", f"NaN or inf in those of {picked.image.text}")
@@ -140,11 +144,12 @@ class Subject:
     @functools.cached_property
     def bits(self) -> float:
         """The bits/dim of the image."""
-        return self.bits_of(self.levels)
+        return self.bits_of(self.pixels)
 
-    def bits_of(self, levels: Tensor) -> float:
+    @with_former_argument("levels", "pixels")
+    def bits_of(self, pixels: Tensor) -> float:
         """The bits/dim of an edit of the image, under the image's class."""
-        return self.opened.bits(levels, self.picked.label)
+        return self.opened.bits(pixels, self.picked.label)
 
     @torch.no_grad()
     def edited(self, edit: Edit, pixel_shift: bool = False, progress: Progress | None = None) -> Edited:
@@ -158,9 +163,9 @@ class Subject:
         Raises:
             ValueError: an attribute that there is not, shares that do not fit the model's levels.
         """
-        shift = pixels = None
+        shift = difference = None
         if edit.active:
-            shift, pixels = self.opened.directions(self.space, progress).shift(edit.active)
+            shift, difference = self.opened.directions(self.space, progress).shift(edit.active)
         n_levels = len(self._latents)
         expect(len(edit.keep) in (0, n_levels), "keep", f"{n_levels} shares, one a level", len(edit.keep))
         x = self._x
@@ -168,10 +173,10 @@ class Subject:
             x = edited(self.opened.model, self._latents, shift, edit.keep or None, self.space, self._y)
         twin = None
         if pixel_shift:
-            moved = self._x if pixels is None else self._x + pixels.to(self._x)
-            twin = to_levels(moved, self.opened.n_bins)[0].cpu()
+            moved = self._x if difference is None else self._x + difference.to(self._x)
+            twin = to_pixels(moved, self.opened.n_bins)[0].cpu()
         finite = bool(x.isfinite().all())
-        return Edited(self.levels if edit.is_none else to_levels(x, self.opened.n_bins)[0].cpu(), finite, twin)
+        return Edited(self.pixels if edit.is_none else to_pixels(x, self.opened.n_bins)[0].cpu(), finite, twin)
 
     def command(self, edit: Edit, pixel_shift: bool, scale: int = 1) -> str:
         """Write the command that gives the same picture, without ``--out``."""
@@ -184,9 +189,10 @@ class Subject:
         words += ["--pixel-shift"] if pixel_shift else []
         return command_line(opened, "edit", words + (["--scale", str(scale)] if scale != 1 else []))
 
-    def made(self, levels: Tensor, edit: Edit, pixel_shift: bool = False, scale: int = 1) -> Made:
+    @with_former_argument("levels", "pixels")
+    def made(self, pixels: Tensor, edit: Edit, pixel_shift: bool = False, scale: int = 1) -> Made:
         """Encode what :meth:`edited` gave as a PNG, one pixel for each of the image unless ``scale`` says otherwise."""
-        picture = image_picture(levels, self.opened.n_bins, scale)
+        picture = image_picture(pixels, self.opened.n_bins, scale)
         return made_png(picture, self.command(edit, pixel_shift, scale))
 
 

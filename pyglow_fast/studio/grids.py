@@ -49,7 +49,7 @@ class Grid:
     def picked(self, number: int) -> Picked:
         """Take sample ``number``, to be edited."""
         label = None if self.drawn.labels is None else int(self.drawn.labels[number])
-        return Picked(self.drawn.levels[number].byte(), label, Sample(number, self.draw))
+        return Picked(self.drawn.pixels[number].byte(), label, Sample(number, self.draw))
 
     def made(self, columns: int | None = None, scale: int | None = None) -> Made:
         """Encode all samples as one PNG: what the command ``sample`` writes."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
+from pyglow_fast._renamed import with_former_argument, with_former_field
 from pyglow_fast.data import Images, ImageSet, MissingExtraError, UnreadableImageError
 from pyglow_fast.data.single import read_single
 from pyglow_fast.latents import likeliest_class
@@ -31,18 +32,19 @@ SCORED = 1000  # images of each side that bits/dim are compared with
 Progress = Callable[[int, int], None]  # (done, of how many)
 
 
+@with_former_field("levels", "pixels")
 class Picked(NamedTuple):
-    """An image that was chosen: levels uint8 (C, H, W), its label (for a model with classes), and its name.
+    """An image that was chosen: its pixels, uint8 (C, H, W), its label (for a model with classes), and its name.
 
     Examples:
         >>> import torch
         >>> from pyglow_fast.studio import File, Picked
         >>> picked = Picked(torch.zeros(1, 8, 8, dtype=torch.uint8), label=None, image=File("black.png"))
-        >>> picked.image.text, picked.levels.shape
+        >>> picked.image.text, picked.pixels.shape
         ('black.png', torch.Size([1, 8, 8]))
     """
 
-    levels: Tensor
+    pixels: Tensor
     label: int | None
     image: Image
 
@@ -149,7 +151,7 @@ class OpenRun:
         >>> result = start(TrainConfig(model=model, max_steps=1), "runs/tiny").execute(quiet=True)
         >>> opened = OpenRun.open("runs/tiny")
         >>> picked = opened.pick(parse_image("0"))  # held-out image 0
-        >>> opened.step, picked.levels.shape, opened.bits(picked.levels) > 0
+        >>> opened.step, picked.pixels.shape, opened.bits(picked.pixels) > 0
         (1, torch.Size([1, 8, 8]), True)
     """
 
@@ -204,7 +206,7 @@ class OpenRun:
 
     @property
     def n_bins(self) -> int:
-        """The number of levels that a value of an image can have."""
+        """The number of grey levels that a value of an image can have."""
         return self.checkpoint.data.n_bins
 
     @property
@@ -235,9 +237,10 @@ class OpenRun:
         expect(name in self.classes, "label", f"one of {', '.join(self.classes)}", repr(name))
         return self.classes.index(name)
 
-    def x(self, levels: Tensor) -> Tensor:
-        """Turn levels (n, C, H, W) into the model's input: the middle of each level's interval."""
-        return middles(levels, self.n_bins, self.model)
+    @with_former_argument("levels", "pixels")
+    def x(self, pixels: Tensor) -> Tensor:
+        """Turn pixels (n, C, H, W) into the model's input: the middle of each grey level's interval."""
+        return middles(pixels, self.n_bins, self.model)
 
     def y(self, label: int | None) -> Tensor | None:
         """Turn a label into the model's input, (1,); None for a model without classes."""
@@ -257,14 +260,14 @@ class OpenRun:
             data, _, held_out = self.images.find()
             check_fits(self.model, data, self.n_bins)
             expect(image.number < len(held_out), "image", f"a held-out image in 0..{len(held_out) - 1}", image.number)
-            levels, labels = data.batch(held_out[image.number : image.number + 1])
+            pixels, labels = data.batch(held_out[image.number : image.number + 1])
             own = int(labels[0]) if labels is not None and self.classes else None
-            return self._with_label(levels[0], label if label is not None else own, image)
+            return self._with_label(pixels[0], label if label is not None else own, image)
         if isinstance(image, Sample):
             drawn = image.draw.drawn(self.model, self.n_bins)
             own = None if drawn.labels is None else int(drawn.labels[image.number])
-            levels = drawn.levels[image.number].to(torch.uint8)
-            return self._with_label(levels, label if label is not None else own, image)
+            pixels = drawn.pixels[image.number].to(torch.uint8)
+            return self._with_label(pixels, label if label is not None else own, image)
         return self.pick_file(Path(image.path), image, label)
 
     def relabelled(self, picked: Picked, label: int | None) -> Picked:
@@ -278,7 +281,7 @@ class OpenRun:
         own = label is None and bool(self.classes) and isinstance(picked.image, HeldOut)
         if own or isinstance(picked.image, Sample):
             return self.pick(picked.image, label)
-        return self._with_label(picked.levels, label, picked.image)
+        return self._with_label(picked.pixels, label, picked.image)
 
     def pick_file(
         self, source: Path | bytes, image: File, label: int | None = None, most_pixels: int | None = None
@@ -291,23 +294,24 @@ class OpenRun:
         shape = self.checkpoint.config.model.image_shape
         config = self.checkpoint.config.data
         channels, height, width = shape
-        levels = read_single(
+        pixels = read_single(
             source, image.path, config, (channels, height, width), self.n_bins, most_pixels=most_pixels
         )
-        return self._with_label(levels, label, image)
+        return self._with_label(pixels, label, image)
 
-    def _with_label(self, levels: Tensor, label: int | None, image: Image) -> Picked:
+    def _with_label(self, pixels: Tensor, label: int | None, image: Image) -> Picked:
         if label is not None:
             check_label(label, self.model)
         elif self.classes:
-            label = int(likeliest_class(self.model, self.x(levels[None]))[0])
-        return Picked(levels, label, image)
+            label = int(likeliest_class(self.model, self.x(pixels[None]))[0])
+        return Picked(pixels, label, image)
 
-    def bits(self, levels: Tensor, label: int | None = None) -> float:
-        """Measure the bits/dim of levels (C, H, W), with the dequantisation noise that is the same at every call."""
+    @with_former_argument("levels", "pixels")
+    def bits(self, pixels: Tensor, label: int | None = None) -> float:
+        """Measure the bits/dim of pixels (C, H, W), with the dequantisation noise that is the same at every call."""
         labels = None if label is None else torch.tensor([label])
         names = self.classes if label is not None else ()
-        one = ImageSet("image", levels[None].to(torch.uint8), self.n_bins, labels, names)
+        one = ImageSet("image", pixels[None].to(torch.uint8), self.n_bins, labels, names)
         return float(score_images(self.model, one, 1, seed=0).bits_per_dim[0])
 
     def directions(self, space: str, progress: Progress | None = None) -> Directions:

@@ -1,4 +1,4 @@
-"""Reads images as a model takes them: batches of levels, the middle of each level's interval, labels of classes."""
+"""Reads images as a model takes them: pixels in batches, the middle of each grey level's interval, labels."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from pyglow_fast.train import labels_for
 BATCH = 64  # images that go through the model at a time
 
 
-def middles(levels: Tensor, n_bins: int, model: Glow) -> Tensor:
-    """Compute x on the model's device: the middle of each level's interval, (level + 1/2) / n_bins - 1/2."""
+def middles(pixels: Tensor, n_bins: int, model: Glow) -> Tensor:
+    """Compute x on the model's device: the middle of each grey level's interval, (pixel + 1/2) / n_bins - 1/2."""
     like = model._parameter()
-    half = torch.full(levels.shape, 0.5, dtype=like.dtype)
-    return dequantize(levels, n_bins, dtype=like.dtype, noise=half).to(like.device)
+    half = torch.full(pixels.shape, 0.5, dtype=like.dtype)
+    return dequantize(pixels, n_bins, dtype=like.dtype, noise=half).to(like.device)
 
 
-def inputs(levels: Tensor, labels: Tensor | None, n_bins: int, model: Glow) -> tuple[Tensor, Tensor | None]:
+def inputs(pixels: Tensor, labels: Tensor | None, n_bins: int, model: Glow) -> tuple[Tensor, Tensor | None]:
     """Turn images into what the model takes: (x, y), y the labels for a model with classes."""
-    return middles(levels, n_bins, model), labels_for(model, labels)
+    return middles(pixels, n_bins, model), labels_for(model, labels)
 
 
 def read(images: Images, indices: Tensor, on_unreadable: str = "raise") -> Iterator[Batch]:
@@ -42,7 +42,7 @@ def read(images: Images, indices: Tensor, on_unreadable: str = "raise") -> Itera
             yield batch
         elif bool(own.any()):
             labels = None if batch.labels is None else batch.labels[own]
-            yield replace(batch, levels=batch.levels[own], labels=labels, indices=batch.indices[own])
+            yield replace(batch, pixels=batch.pixels[own], labels=labels, indices=batch.indices[own])
 
 
 def name_of(images: Images, index: int, number: int | None = None) -> str:

@@ -9,28 +9,30 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import check_seed, expect
+from pyglow_fast._renamed import with_former_field
 from pyglow_fast.likelihood import count_not_finite
 from pyglow_fast.models import Glow
-from pyglow_fast.train import class_columns, class_cycle, device_of, to_levels
+from pyglow_fast.train import class_columns, class_cycle, device_of, to_pixels
 from pyglow_fast.train.figures import PICTURE_IMAGES, grid
 
 BATCH = 64
 N, TEMPERATURE = 64, 0.7
 
 
+@with_former_field("levels", "pixels")
 class Drawn(NamedTuple):
-    """The samples as levels (n, C, H, W), their labels (n,) or None, and how many were not finite (now grey).
+    """The samples as pixels (n, C, H, W), their labels (n,) or None, and how many were not finite (now grey).
 
     Examples:
         >>> from pyglow_fast import Glow, GlowConfig
         >>> from pyglow_fast.studio import Draw, Drawn
         >>> model = Glow(GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4)).eval()
         >>> drawn = Draw(n=6).drawn(model, n_bins=17)
-        >>> isinstance(drawn, Drawn), drawn.levels.shape, drawn.labels, drawn.not_finite
+        >>> isinstance(drawn, Drawn), drawn.pixels.shape, drawn.labels, drawn.not_finite
         (True, torch.Size([6, 1, 8, 8]), None, 0)
     """
 
-    levels: Tensor
+    pixels: Tensor
     labels: Tensor | None
     not_finite: int
 
@@ -55,7 +57,7 @@ class Draw:
         >>> draw = Draw(n=6, temperature=0.7, seed=1)
         >>> draw.labels_of(model)
         tensor([0, 1, 2, 0, 1, 2])
-        >>> draw.drawn(model, n_bins=17).levels.equal(draw.drawn(model, n_bins=17).levels)  # one seed, the same images
+        >>> draw.drawn(model, n_bins=17).pixels.equal(draw.drawn(model, n_bins=17).pixels)  # one seed, the same images
         True
     """
 
@@ -100,12 +102,12 @@ class Draw:
             part = None if y is None else y[first : first + count]
             found.append(model.sample(count, self.temperature, y=part, generator=generator))
         x = torch.cat(found)
-        return Drawn(to_levels(x, n_bins).cpu(), None if y is None else y.cpu(), count_not_finite(x))
+        return Drawn(to_pixels(x, n_bins).cpu(), None if y is None else y.cpu(), count_not_finite(x))
 
     def picture(self, drawn: Drawn, model: Glow, n_bins: int, columns: int | None, scale: int | None) -> Tensor:
         """Place the samples side by side, uint8 (3, height, width): with all classes, each in a column of its own."""
         columns = columns or (None if self.labels else class_columns(self.n, model.config.n_classes))
-        return grid(drawn.levels, n_bins, columns, scale)
+        return grid(drawn.pixels, n_bins, columns, scale)
 
 
 def check_label(label: int, model: Glow) -> None:

@@ -45,7 +45,7 @@ def score_files(opened: OpenRun, files: Sequence[Picked], progress: Progress | N
     """Measure the bits/dim of single images, each as if it were alone, so that the order does not matter."""
     beside, found = opened.scores_at_hand(progress), []
     for picked in files:
-        bits = opened.bits(picked.levels, picked.label)
+        bits = opened.bits(picked.pixels, picked.label)
         share = beside.share_below(bits) if beside and math.isfinite(bits) else math.nan
         found.append(FileScore(picked, bits, share))
     return found
@@ -77,7 +77,7 @@ def made_csv(opened: OpenRun, scores: Sequence[FileScore]) -> Made:
     """Write the scores as a CSV file: what ``score ... --out`` writes."""
     images = ImageSet(
         "files",
-        torch.stack([score.picked.levels for score in scores]).to(torch.uint8),
+        torch.stack([score.picked.pixels for score in scores]).to(torch.uint8),
         opened.n_bins,
         _labels(opened, scores),
         opened.classes,

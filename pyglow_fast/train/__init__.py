@@ -1,5 +1,6 @@
 """Training: configuration, the loop, checkpoints, evaluation and pictures. Uses models, likelihood and data."""
 
+from pyglow_fast._renamed import former_function
 from pyglow_fast.train.checkpoint import Checkpoint, DataStamp
 from pyglow_fast.train.config import ADJUSTABLE, LIMITS, OPTIONAL, TrainConfig
 from pyglow_fast.train.config_file import read_config, to_toml
@@ -15,7 +16,7 @@ from pyglow_fast.train.evaluation import (
     score_images,
 )
 from pyglow_fast.train.feed import InputLostError
-from pyglow_fast.train.figures import class_columns, class_cycle, save_curve, save_grid, to_levels
+from pyglow_fast.train.figures import class_columns, class_cycle, save_curve, save_grid, to_pixels
 from pyglow_fast.train.files import FolderError
 from pyglow_fast.train.labelled import GridRow, labelled_grid, save_labelled_grid
 from pyglow_fast.train.loop import Result, Run
@@ -27,6 +28,8 @@ from pyglow_fast.train.runs import resume, start
 from pyglow_fast.train.seeds import derive
 from pyglow_fast.train.state import TrainingDivergedError, TrainState
 from pyglow_fast.train.writer import SaveError
+
+to_levels = former_function("to_levels", to_pixels)
 
 __all__ = [
     "ADJUSTABLE",
@@ -71,6 +74,6 @@ __all__ = [
     "save_labelled_grid",
     "score_images",
     "start",
-    "to_levels",
+    "to_pixels",
     "to_toml",
 ]

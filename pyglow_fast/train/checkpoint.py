@@ -41,7 +41,7 @@ _PARTS = ("model", "ema", "optimizer", "rank")
 
 @dataclass(frozen=True)
 class DataStamp:
-    """What a run remembers of its images: their ImageSet.fingerprint, number of levels and class names.
+    """What a run remembers of its images: their ImageSet.fingerprint, number of grey levels and class names.
 
     Examples:
         >>> import torch

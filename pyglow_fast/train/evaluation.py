@@ -81,7 +81,7 @@ def labels_for(model: Glow, labels: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def check_fits(model: Glow, data: Images, n_bins: int) -> None:
-    """Refuse images that are not of the model's shape, or not of the number of levels that it was trained on."""
+    """Refuse images that are not of the model's shape, or not of the number of grey levels that it was trained on."""
     expect(
         data.image_shape == model.config.image_shape,
         "data",
@@ -196,7 +196,7 @@ def score_images(
             columns = []
             for draw in range(draws):
                 keys = [derive(seed, "noise", index, *([draw] if draw else [])) for index, _ in wanted]
-                x = noisy(batch.levels, keys, data.n_bins, device)
+                x = noisy(batch.pixels, keys, data.n_bins, device)
                 if classify and draw == 0:
                     log_prob, logits = model.log_prob_and_logits(x, labels)
                     classes.append(_judged(logits, batch.labels)[own])

@@ -113,7 +113,7 @@ class Feed:
         found = []
         for epoch, indices, batch in read:
             keys = [derive(self.config.seed, "noise", epoch, index) for index in indices]
-            found.append(Part(noisy(batch.levels, keys, self.data.n_bins, self.device), batch.labels, batch.unreadable))
+            found.append(Part(noisy(batch.pixels, keys, self.data.n_bins, self.device), batch.labels, batch.unreadable))
         self.step += 1
         return found
 
@@ -122,7 +122,7 @@ class Feed:
         self._batches.close()  # type: ignore[attr-defined]
 
 
-def noisy(levels: Tensor, keys: list[int], n_bins: int, device: torch.device) -> Tensor:
-    """Dequantise ``levels``: x in [-0.5, 0.5), each image with the noise that its key determines."""
-    levels = levels.to(device, non_blocking=True)
-    return dequantize(levels, n_bins, noise=keyed_noise(keys, levels.shape[1:], device))
+def noisy(pixels: Tensor, keys: list[int], n_bins: int, device: torch.device) -> Tensor:
+    """Dequantise ``pixels``: x in [-0.5, 0.5), each image with the noise that its key determines."""
+    pixels = pixels.to(device, non_blocking=True)
+    return dequantize(pixels, n_bins, noise=keyed_noise(keys, pixels.shape[1:], device))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import check_count, expect
+from pyglow_fast._renamed import with_former_argument
 from pyglow_fast._settings import Range
 from pyglow_fast.data import optional
 from pyglow_fast.likelihood import quantize
@@ -36,24 +37,24 @@ _XMP = (
 )
 
 
-def to_levels(x: Tensor, n_bins: int) -> Tensor:
-    """Round model output x to levels; values that are no numbers, as a young model may draw, become mid-grey."""
+def to_pixels(x: Tensor, n_bins: int) -> Tensor:
+    """Round model output x to grey levels; values that are no numbers, as a young model may draw, become mid-grey."""
     return quantize(x.float().nan_to_num(0.0), n_bins)
 
 
-def enlarged(levels: Tensor, n_bins: int, scale: int | None = None) -> Tensor:
-    """Turn images (N, C, H, W) of levels into float (N, 1 or 3, scale H, scale W) in 0..1; see :func:`grid`."""
-    images = levels[:, : 3 if levels.shape[1] >= 3 else 1].cpu().float() / (n_bins - 1)
+def enlarged(pixels: Tensor, n_bins: int, scale: int | None = None) -> Tensor:
+    """Turn pixels (N, C, H, W) into float (N, 1 or 3, scale H, scale W) in 0..1; see :func:`grid`."""
+    images = pixels[:, : 3 if pixels.shape[1] >= 3 else 1].cpu().float() / (n_bins - 1)
     factor = scale or max(1, 64 // images.shape[-2])
     return images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
 
 
-def grid(levels: Tensor, n_bins: int, columns: int | None = None, scale: int | None = None) -> Tensor:
-    """Place images (N, C, H, W) of levels 0..n_bins-1 side by side in one picture, uint8 (3, height, width).
+def grid(pixels: Tensor, n_bins: int, columns: int | None = None, scale: int | None = None) -> Tensor:
+    """Place images (N, C, H, W) of grey levels 0..n_bins-1 side by side in one picture, uint8 (3, height, width).
 
     Args:
-        levels: the images; channels beyond the third are left out, two channels show the first.
-        n_bins: the level n_bins-1 is shown white.
+        pixels: the images; channels beyond the third are left out, two channels show the first.
+        n_bins: the grey level n_bins-1 is shown white.
         columns: images in a row; by default near-square.
         scale: whole factor each pixel is enlarged by; by default what makes an image about 64 pixels high.
 
@@ -61,25 +62,25 @@ def grid(levels: Tensor, n_bins: int, columns: int | None = None, scale: int | N
         MissingExtraError: torchvision is not installed.
     """
     make_grid = optional("torchvision.utils", "pictures").make_grid
-    images = enlarged(levels, n_bins, scale)
+    images = enlarged(pixels, n_bins, scale)
     shown: Tensor = make_grid(images, nrow=columns or math.ceil(math.sqrt(len(images))), padding=2, pad_value=0.5)
     return (shown * 255).round().to(torch.uint8)
 
 
-def pictures(levels: Tensor, n_bins: int, scale: int | None = None) -> Tensor:
-    """Turn images (N, C, H, W) of levels 0..n_bins-1 into uint8 (N, 3, scale H, scale W); see :func:`grid`."""
-    return (enlarged(levels, n_bins, scale).expand(-1, 3, -1, -1) * 255).round().to(torch.uint8)
+def pictures(pixels: Tensor, n_bins: int, scale: int | None = None) -> Tensor:
+    """Turn pixels (N, C, H, W) in 0..n_bins-1 into uint8 (N, 3, scale H, scale W); see :func:`grid`."""
+    return (enlarged(pixels, n_bins, scale).expand(-1, 3, -1, -1) * 255).round().to(torch.uint8)
 
 
-def image_picture(levels: Tensor, n_bins: int, scale: int = 1) -> Tensor:
-    """Turn one image (C, H, W) of levels 0..n_bins-1 into uint8 (3, scale H, scale W), without a border.
+def image_picture(pixels: Tensor, n_bins: int, scale: int = 1) -> Tensor:
+    """Turn the pixels (C, H, W) of one image, in 0..n_bins-1, into uint8 (3, scale H, scale W), without a border.
 
     Raises:
         ValueError: it is no single image, or a factor below 1.
     """
-    expect(isinstance(levels, Tensor) and levels.dim() == 3, "levels", "one image (C, H, W)", _shape(levels))
+    expect(isinstance(pixels, Tensor) and pixels.dim() == 3, "pixels", "one image (C, H, W)", _shape(pixels))
     check_count("scale", scale)
-    return pictures(levels[None], n_bins, scale)[0]
+    return pictures(pixels[None], n_bins, scale)[0]
 
 
 def png_bytes(picture: Tensor, text: Mapping[str, str] | None = None) -> bytes:
@@ -115,8 +116,9 @@ def save_picture(picture: Tensor, path: Path, text: Mapping[str, str] | None = N
     write_bytes(path, png_bytes(picture, text))
 
 
+@with_former_argument("levels", "pixels")
 def save_grid(
-    levels: Tensor,
+    pixels: Tensor,
     n_bins: int,
     path: Path,
     columns: int | None = None,
@@ -124,11 +126,11 @@ def save_grid(
     text: Mapping[str, str] | None = None,
 ) -> None:
     """Write :func:`grid` as a PNG file."""
-    save_picture(grid(levels, n_bins, columns, scale), path, text)
+    save_picture(grid(pixels, n_bins, columns, scale), path, text)
 
 
 def animation_bytes(
-    levels: Tensor,
+    pixels: Tensor,
     n_bins: int,
     file_format: str,
     milliseconds: int = 100,
@@ -142,8 +144,8 @@ def animation_bytes(
     be stored as one that is shown for longer.
 
     Args:
-        levels: (n, C, H, W) of levels 0..n_bins-1; channels beyond the third are left out, two channels show the first.
-        n_bins: the level n_bins-1 is shown white.
+        pixels: (n, C, H, W) in 0..n_bins-1; channels beyond the third are left out, two channels show the first.
+        n_bins: the grey level n_bins-1 is shown white.
         file_format: "gif" or "webp".
         milliseconds: how long an image is shown, 20..60000; a GIF counts in tens, rounded down.
         scale: whole factor each pixel is enlarged by; by default what makes an image about 64 pixels high.
@@ -155,14 +157,14 @@ def animation_bytes(
         MissingExtraError: Pillow is not installed.
     """
     expect(file_format in ANIMATIONS, "file_format", f"one of {ANIMATIONS}", repr(file_format))
-    images = isinstance(levels, Tensor) and levels.dim() == 4 and len(levels) > 0
-    expect(images, "levels", "at least one image (n, C, H, W)", _shape(levels))
+    images = isinstance(pixels, Tensor) and pixels.dim() == 4 and len(pixels) > 0
+    expect(images, "pixels", "at least one image (n, C, H, W)", _shape(pixels))
     timed = isinstance(milliseconds, int) and 20 <= milliseconds <= 60000
     expect(timed, "milliseconds", "a whole number in 20..60000", repr(milliseconds))
     if scale is not None:
         check_count("scale", scale)
     told = "\n".join(f"{keyword}: {value}" for keyword, value in _checked(text or {}).items())
-    shown = pictures(levels, n_bins, scale)
+    shown = pictures(pixels, n_bins, scale)
     frames = _paletted(shown) if file_format == "gif" else [_image(picture) for picture in shown]
     options: dict[str, object] = {"duration": milliseconds, "loop": 0, "save_all": True}
     if file_format == "webp":

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
+from pyglow_fast._renamed import with_former_field
 from pyglow_fast.data import optional
 from pyglow_fast.train.figures import pictures, save_picture
 
@@ -20,8 +21,9 @@ _NARROWEST = 400  # a page under a title that is longer
 _PAPER, _INK, _FRAME = 255, 0, 190
 
 
+@with_former_field("levels", "pixels")
 class GridRow(NamedTuple):
-    """One row of a grid: a label (may hold line ends; empty for none) and images (n, C, H, W) of levels.
+    """One row of a grid: a label (may hold line ends; empty for none) and the pixels (n, C, H, W) of images.
 
     Examples:
         >>> import torch
@@ -33,7 +35,7 @@ class GridRow(NamedTuple):
     """
 
     label: str
-    levels: Tensor
+    pixels: Tensor
 
 
 def labelled_grid(
@@ -58,13 +60,13 @@ def labelled_grid(
     """
     expect(len(rows) > 0, "rows", "at least one", "none")
     grid = [GridRow(*row) for row in rows]
-    shape = tuple(grid[0].levels.shape[1:])
+    shape = tuple(grid[0].pixels.shape[1:])
     for row in grid:
-        fits = row.levels.dim() == 4 and len(row.levels) > 0 and tuple(row.levels.shape[1:]) == shape
-        expect(fits, "rows", f"images (n, {', '.join(map(str, shape))})", tuple(row.levels.shape))
-    count = max(len(row.levels) for row in grid)
+        fits = row.pixels.dim() == 4 and len(row.pixels) > 0 and tuple(row.pixels.shape[1:]) == shape
+        expect(fits, "rows", f"images (n, {', '.join(map(str, shape))})", tuple(row.pixels.shape))
+    count = max(len(row.pixels) for row in grid)
     expect(not columns or len(columns) >= count, "columns", f"{count} labels", len(columns))
-    images = [pictures(row.levels, n_bins, scale).permute(0, 2, 3, 1).contiguous() for row in grid]
+    images = [pictures(row.pixels, n_bins, scale).permute(0, 2, 3, 1).contiguous() for row in grid]
     return _draw(images, [row.label for row in grid], list(columns)[:count], title)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyglow_fast._errors import expect
 from pyglow_fast._moments import Moments
+from pyglow_fast._renamed import with_former_argument
 from pyglow_fast._settings import check_setting
 from pyglow_fast.data import MissingExtraError
 from pyglow_fast.likelihood import bits_per_dim, dequantize
@@ -51,12 +52,12 @@ def _labelled(batch: Any) -> tuple[Tensor, Tensor | None]:
     if isinstance(batch, Tensor):
         return batch, None
     pair = isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)
-    expect(pair, "batch", "levels (N, C, H, W), or levels and labels (N,)", type(batch).__name__)
+    expect(pair, "batch", "pixels (N, C, H, W), or pixels and labels (N,)", type(batch).__name__)
     return batch[0], batch[1]
 
 
 class GlowModule(LightningModule):
-    """loss = mean bits/dim = mean(-log p(x) / (D ln 2)) + log2(n_bins), x = (level + u) / n_bins - 0.5.
+    """loss = mean bits/dim = mean(-log p(x) / (D ln 2)) + log2(n_bins), x = (pixel + u) / n_bins - 0.5.
 
     With ``class_weight`` w > 0 the loss is this plus w mean(-log2 p(label | top latent)), by the model's head. Then
     ``train_class_bits`` and, of evaluations, ``val_accuracy`` and ``test_accuracy`` are logged too, and batches must
@@ -69,13 +70,13 @@ class GlowModule(LightningModule):
     ``test_bpd`` over all evaluated images of all ranks, with the standard errors of these means over the images,
     ``val_bpd_se`` and ``test_bpd_se``. With several loaders each name ends in /dataloader_idx_0, and so on.
 
-    Batches are integer levels (N, C, *spatial) in 0..n_bins-1, or (levels, labels (N,)); a model without classes takes
+    Batches are integer pixels (N, C, *spatial) in 0..n_bins-1, or (pixels, labels (N,)); a model without classes takes
     no notice of labels. Under DDP every rank has a model of its own; sharded ones (FSDP) are to be initialised before.
 
     Args:
         model: a Glow, or the configuration of a new one (memory mode "reversible"); ``Glow(config, memory="4GB")`` for
             the fastest training within so many bytes.
-        n_bins: number of levels.
+        n_bins: number of grey levels.
         optimizer: "adam", "adamw" or "adamax".
         lr: learning rate after warm-up.
         warmup_steps: updates over which the learning rate rises.
@@ -164,41 +165,42 @@ class GlowModule(LightningModule):
         """A context in which the model has the averaged weights, if there are any: ``module.model.sample(...)``."""
         return contextlib.nullcontext() if self.ema is None else self.ema.applied()
 
-    def forward(self, levels: Tensor, labels: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """Compute the bits/dim, (N,), of levels (N, C, *spatial), with fresh noise at every call."""
+    @with_former_argument("levels", "pixels")
+    def forward(self, pixels: Tensor, labels: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """Compute the bits/dim, (N,), of pixels (N, C, *spatial), with fresh noise at every call."""
         y = labels if self.model.config.n_classes is not None else None
-        return self.model.bits_per_dim(levels, self.n_bins, y=y, generator=generator)
+        return self.model.bits_per_dim(pixels, self.n_bins, y=y, generator=generator)
 
     def _scored(
-        self, levels: Tensor, labels: Tensor | None, generator: torch.Generator
+        self, pixels: Tensor, labels: Tensor | None, generator: torch.Generator
     ) -> tuple[Tensor, Tensor | None]:
         """Bits/dim (N,), and the logits of a model with a head, from one pass."""
         model, config = self.model, self.model.config
         if model.head is None:
-            return self(levels, labels, generator), None
+            return self(pixels, labels, generator), None
         with model._refused_alike():
-            check_labels(labels, len(levels), config.classify)
-            x = dequantize(levels, self.n_bins, generator, dtype=model._parameter().dtype)
+            check_labels(labels, len(pixels), config.classify)
+            x = dequantize(pixels, self.n_bins, generator, dtype=model._parameter().dtype)
         log_prob, logits = model.log_prob_and_logits(x, labels if config.n_classes is not None else None)
         return bits_per_dim(log_prob, config.n_values, self.n_bins), logits
 
-    def _noise(self, levels: Tensor, *names: str | int) -> torch.Generator:
+    def _noise(self, pixels: Tensor, *names: str | int) -> torch.Generator:
         """The source of a batch's noise, on the images' device: it need not be copied there."""
-        generator = torch.Generator(levels.device)
+        generator = torch.Generator(pixels.device)
         return generator.manual_seed(derive(self.seed, *names, self.global_rank))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Compute the loss of a batch, and log its bits/dim."""
-        levels, labels = _labelled(batch)
+        pixels, labels = _labelled(batch)
         fresh = not self.model.is_initialized
-        bits, logits = self._scored(levels, labels, self._noise(levels, "training", self.global_step, batch_idx))
+        bits, logits = self._scored(pixels, labels, self._noise(pixels, "training", self.global_step, batch_idx))
         if fresh and self.ema is not None:
             self.ema.restart()  # what the weights were before they saw data is no part of the average
         loss: Tensor = bits.mean()
-        self.log("train_bpd", loss.detach(), prog_bar=True, batch_size=len(levels))
+        self.log("train_bpd", loss.detach(), prog_bar=True, batch_size=len(pixels))
         if logits is not None and labels is not None:
             cost = class_bits(logits, labels).mean()
-            self.log("train_class_bits", cost.detach(), batch_size=len(levels))
+            self.log("train_class_bits", cost.detach(), batch_size=len(pixels))
             loss = loss + self.hparams["class_weight"] * cost
         value = float(loss.detach())
         if not math.isfinite(value):
@@ -249,12 +251,12 @@ class GlowModule(LightningModule):
         self._sums = torch.zeros(len(loaders), 4, dtype=torch.float64)
 
     def _evaluate(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
-        levels, labels = _labelled(batch)
-        noise = self._noise(levels, "evaluation", dataloader_idx, batch_idx)
+        pixels, labels = _labelled(batch)
+        noise = self._noise(pixels, "evaluation", dataloader_idx, batch_idx)
         # The average is applied for each batch anew, so that whatever ends an evaluation early leaves the model its own
         # weights.
         with self.averaged():
-            scores, logits = self._scored(levels, labels, noise)
+            scores, logits = self._scored(pixels, labels, noise)
         bits = scores.double().cpu()
         right = torch.zeros_like(bits)
         if logits is not None and labels is not None:

@@ -19,7 +19,7 @@ from pyglow_fast.likelihood import count_not_finite
 from pyglow_fast.train.board import writer_class
 from pyglow_fast.train.evaluation import Score
 from pyglow_fast.train.feed import READER_DIED, InputLostError
-from pyglow_fast.train.figures import class_cycle, save_curve, to_levels
+from pyglow_fast.train.figures import class_cycle, save_curve, to_pixels
 from pyglow_fast.train.files import FolderError, refusing, write_text
 from pyglow_fast.train.interrupt import StopRequest
 from pyglow_fast.train.memory import memory_mb
@@ -340,7 +340,7 @@ class Run:
         bad = count_not_finite(x)
         if bad:
             self.writer.say(f"step {state.progress.step}: {bad} of {len(x)} samples are not finite (shown grey)")
-        self.writer.samples(state.progress.step, to_levels(x, state.n_bins), state.n_bins)
+        self.writer.samples(state.progress.step, to_pixels(x, state.n_bins), state.n_bins)
 
     def _stopped(self, signum: int) -> Result:
         progress = self.state.progress
@@ -373,12 +373,12 @@ class Run:
             progress.skipped,
             progress.unreadable,
         )
-        levels = {item.name: item.bits_per_dim for item in found}
+        yardsticks = {item.name: item.bits_per_dim for item in found}
         # The page needs what the other files do not hold, or may not hold any more.
         about = {"data": state.train.name, "config": state.config.to_dict(), "environment": environment()}
         text = json.dumps(_json_able(asdict(result) | about), indent=2) + "\n"
         write = self.writer.attempt
-        write("the curve", lambda: save_curve(read_metrics(folder.metrics), folder.curve, levels))
+        write("the curve", lambda: save_curve(read_metrics(folder.metrics), folder.curve, yardsticks))
         if write("the report", lambda: write_text(folder.report, text)) is None:
             write("the page of the report", lambda: write_page(folder))
         reached = f"held-out {held_out.mean:.3f} ± {held_out.error_text} bits/dim, train {train.mean:.3f}"

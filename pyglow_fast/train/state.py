@@ -153,7 +153,7 @@ class TrainState:
 
     @property
     def n_bins(self) -> int:
-        """The number of levels that a value of the images can have."""
+        """The number of grey levels that a value of the images can have."""
         return self.train.n_bins
 
     @property
@@ -178,7 +178,7 @@ class TrainState:
         self.progress.unreadable += int(self.ranks.total(batch.unreadable)[0])
         keys = [derive(config.seed, "noise", "init", index) for index in mine]
         with self.ranks.talking():
-            self.model.initialize(noisy(batch.levels, keys, self.n_bins, self.device))
+            self.model.initialize(noisy(batch.pixels, keys, self.n_bins, self.device))
         if self.ema is not None:
             self.ema.restart()
 

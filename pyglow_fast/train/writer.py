@@ -157,11 +157,11 @@ class RunWriter:
         """Save the checkpoint with the best held-out score so far."""
         self.attempt("the best checkpoint", lambda: checkpoint.save(self.folder.best))
 
-    def samples(self, step: int, levels: Tensor, n_bins: int) -> None:
+    def samples(self, step: int, pixels: Tensor, n_bins: int) -> None:
         """Write samples.png, and a copy that stays."""
         if not self.first:
             return
-        picture = grid(levels, n_bins, class_columns(len(levels), self.config.model.n_classes))
+        picture = grid(pixels, n_bins, class_columns(len(pixels), self.config.model.n_classes))
         paths = (self.folder.sample_history / f"step-{step:07d}.png", self.folder.samples)
 
         def write() -> None:

@@ -111,12 +111,12 @@ class BetweenTab:
         opened, between = self._between(desk, path)
         if between is None:
             return [note("Choose two images."), ""]
-        levels, bad = between.frames(times=(float(at),))
-        made = between.made_frame(levels[0], float(at))
+        pixels, bad = between.frames(times=(float(at),))
+        made = between.made_frame(pixels[0], float(at))
         if not desk.has(opened):  # another run was chosen meanwhile
             return [gr.skip(), gr.skip()]
         way = f"{at:.0%} of the way from {between.first.image.text} to {between.last.image.text}"
-        shown = row([figure(levels[0], opened.n_bins, way, part="frame")])
+        shown = row([figure(pixels[0], opened.n_bins, way, part="frame")])
         grey = note("Parts are not finite, shown grey." if bad else "")
         link = save_link(made, "between.png", "Save PNG")
         return [f"{shown}<p>{link}</p>{grey}", f"{made.whole_command('between.png')}\n{desk.strip}"]
@@ -126,13 +126,13 @@ class BetweenTab:
         opened, between = self._between(desk, path)
         if between is None:
             return ["", anew()]
-        levels, _ = between.frames(int(steps))
-        words = [f"at {i / (len(levels) - 1):.2f}" for i in range(len(levels))]
+        pixels, _ = between.frames(int(steps))
+        words = [f"at {i / (len(pixels) - 1):.2f}" for i in range(len(pixels))]
         files = {".png": "Save the strip", ".gif": "Save as GIF", ".webp": "Save as WebP"}
-        made = {suffix: between.made(levels, suffix) for suffix in files}
+        made = {suffix: between.made(pixels, suffix) for suffix in files}
         links = [save_link(made[suffix], f"path{suffix}", text) for suffix, text in files.items()]
         if not desk.has(opened):
             return [gr.skip(), gr.skip()]
         desk.strip = made[".png"].whole_command("path.png")
-        strip = buttons(list(levels), opened.n_bins, words, strip=True)
+        strip = buttons(list(pixels), opened.n_bins, words, strip=True)
         return [f"{strip}<p>{''.join(links)}</p>", anew()]

@@ -175,9 +175,9 @@ class EditTab:
         if not desk.thumbs:
             return ""
         data, _, held_out = opened.images.find()
-        levels, _ = data.batch(held_out[desk.thumbs])
+        pixels, _ = data.batch(held_out[desk.thumbs])
         words = [f"held-out image {name_of(data, int(held_out[i]), i)}" for i in desk.thumbs]
-        return buttons(list(levels), opened.n_bins, words, strip=True)
+        return buttons(list(pixels), opened.n_bins, words, strip=True)
 
     def take_number(self, desk: Desk, number: float | None) -> tuple[str, int]:
         """Put a held-out image under edit by its number, with its own class."""
@@ -267,11 +267,11 @@ class EditTab:
             return [note("Choose an image: an upload, or a sample by a click on it."), ""]
         subject = desk.subject(self._shelf)
         opened, found = subject.opened, subject.edited(edit, twin)
-        made = subject.made(found.levels, edit)
+        made = subject.made(found.pixels, edit)
         figures = [
-            figure(subject.levels, opened.n_bins, "original", self._words(subject, subject.bits), "original"),
+            figure(subject.pixels, opened.n_bins, "original", self._words(subject, subject.bits), "original"),
             figure(
-                found.levels, opened.n_bins, "edited", self._words(subject, subject.bits_of(found.levels)), "edited"
+                found.pixels, opened.n_bins, "edited", self._words(subject, subject.bits_of(found.pixels)), "edited"
             ),
         ]
         links = [save_link(made, "edit.png", "Save PNG")]
@@ -285,7 +285,7 @@ class EditTab:
         if subject.from_file:
             name = subject.picked.image.text.rpartition("/")[2]
             seen = f"{name.rpartition('.')[0] or name}.png"
-            links.append(save_link(subject.made(subject.levels, Edit()), seen, f"Save {name} as the model sees it"))
+            links.append(save_link(subject.made(subject.pixels, Edit()), seen, f"Save {name} as the model sees it"))
         if not desk.has(opened):  # another run was chosen meanwhile
             return [gr.skip(), gr.skip()]
         bad = "" if found.finite else "Parts are not finite, shown grey: the edit leads out of the model's range."

@@ -55,17 +55,17 @@ def uri(data: bytes, suffix: str = ".png") -> str:
     return f"data:{TYPES[suffix]};base64,{base64.b64encode(data).decode('ascii')}"
 
 
-def image(levels: Tensor, n_bins: int, words: str, height: int | None = None) -> str:
-    """Show one image (C, H, W) of levels; the browser enlarges its pixels, the file has them one by one.
+def image(pixels: Tensor, n_bins: int, words: str, height: int | None = None) -> str:
+    """Show one image; the browser enlarges its pixels, the file has them one by one.
 
     Args:
-        levels: the levels of the image.
+        pixels: (C, H, W), grey levels 0..n_bins-1.
         n_bins: the level n_bins-1 is white.
         words: a description for those who do not see it.
         height: its height on the page, in pixels; None: SHOWN, or as many as the image has.
     """
-    source = uri(png_bytes(image_picture(levels, n_bins)))
-    tall, wide = levels.shape[-2:]
+    source = uri(png_bytes(image_picture(pixels, n_bins)))
+    tall, wide = pixels.shape[-2:]
     shown = max(SHOWN, tall) if height is None else height
     smooth = " pgf-smooth" if tall > shown else ""
     return (
@@ -74,10 +74,10 @@ def image(levels: Tensor, n_bins: int, words: str, height: int | None = None) ->
     )
 
 
-def figure(levels: Tensor, n_bins: int, title: str, caption: str = "", part: str = "") -> str:
+def figure(pixels: Tensor, n_bins: int, title: str, caption: str = "", part: str = "") -> str:
     """Show an image with words below it; ``part`` names it for the tests and for style."""
     below = f"<b>{html.escape(title)}</b>" + (f"<br>{html.escape(caption)}" if caption else "")
-    shown = image(levels, n_bins, title)
+    shown = image(pixels, n_bins, title)
     return f'<figure data-part="{html.escape(part)}">{shown}<figcaption>{below}</figcaption></figure>'
 
 
@@ -92,8 +92,8 @@ def buttons(
     """Show images as buttons, whose number a click gives; see PICK_JS."""
     found = [
         f'<button type="button" class="pgf-pick" data-index="{i}" title="{html.escape(text)}" '
-        f'aria-label="{html.escape(text)}">{image(levels, n_bins, text, height)}</button>'
-        for i, (levels, text) in enumerate(zip(images, words, strict=True))
+        f'aria-label="{html.escape(text)}">{image(pixels, n_bins, text, height)}</button>'
+        for i, (pixels, text) in enumerate(zip(images, words, strict=True))
     ]
     return f'<div class="{"pgf-strip" if strip else "pgf-grid"}">{"".join(found)}</div>'
 

@@ -66,8 +66,8 @@ class SampleTab:
             return [gr.skip(), gr.skip()]
         desk.grid = grid
         bad = f"{drawn.not_finite} of them are not finite, shown grey" if drawn.not_finite else ""
-        words = [f"sample {i}{_class(opened, drawn.labels, i)}: edit it" for i in range(len(drawn.levels))]
-        shown = buttons(list(drawn.levels), opened.n_bins, words, height=HEIGHT)
+        words = [f"sample {i}{_class(opened, drawn.labels, i)}: edit it" for i in range(len(drawn.pixels))]
+        shown = buttons(list(drawn.pixels), opened.n_bins, words, height=HEIGHT)
         save = save_link(made, "samples.png", "Save PNG")
         return [
             f"{shown}<p>{save} {html.escape('A click on an image takes it to Edit.')}</p>{note(bad)}",

@@ -55,7 +55,7 @@ class ScoreTab:
         for score in scores:
             name = score.picked.image.text
             below = "" if math.isnan(score.share_below) else f"{score.share_below:.1%}"
-            seen = image(score.picked.levels, opened.n_bins, f"{name} as the model sees it", THUMB)
+            seen = image(score.picked.pixels, opened.n_bins, f"{name} as the model sees it", THUMB)
             bits = f"{score.bits:.3f}" if math.isfinite(score.bits) else "no finite likelihood"
             label = "" if score.picked.label is None else opened.classes[score.picked.label]
             rows.append([seen, html.escape(name), bits, below, *([html.escape(label)] if opened.classes else [])])

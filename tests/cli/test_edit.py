@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.edits import ByHand, assert_repeatable, kept_command, pixels
+from support.edits import ByHand, assert_repeatable, kept_command, rgb_of
 from support.latent_runs import train
 from support.odd_names import CLASSES, FILES, train_odd, train_several, write_odd_files
 from torch import Tensor
@@ -41,10 +41,10 @@ def words(adds: Sequence[tuple[str, str, float]]) -> list[str]:
     return [word for plus, minus, s in adds for word in ("--add", plus, minus, str(s))]
 
 
-def assert_shows(out: Path, levels: Tensor, n_bins: int) -> None:
+def assert_shows(out: Path, pixels: Tensor, n_bins: int) -> None:
     """The picture is the image, to the bit."""
-    wanted = image_picture(levels, n_bins).permute(1, 2, 0).numpy()
-    assert np.array_equal(pixels(out), wanted)
+    wanted = image_picture(pixels, n_bins).permute(1, 2, 0).numpy()
+    assert np.array_equal(rgb_of(out), wanted)
 
 
 EMOJI_EDITS: list[tuple[list[tuple[str, str, float]], list[float], str]] = [
@@ -64,10 +64,10 @@ def test_emoji(place: Path, tmp_path: Path, adds: list[tuple[str, str, float]], 
     by_hand = ByHand(run)
     shares = ["--keep", *map(str, keep)] if keep else []
     edit(run, "2", out, *words(adds), *shares, "--space", space)
-    levels, label = by_hand.held(2)
-    wanted = by_hand.edited(levels, label, space, adds, keep or None)
+    pixels, label = by_hand.held(2)
+    wanted = by_hand.edited(pixels, label, space, adds, keep or None)
     assert_shows(out, wanted, by_hand.n_bins)
-    assert not torch.equal(wanted, levels)
+    assert not torch.equal(wanted, pixels)
     assert_repeatable(out)
 
 
@@ -88,14 +88,14 @@ def test_digits(
     by_hand = ByHand(run)
     shares = ["--keep", *map(str, keep)] if keep else []
     edit(run, "7", out, *words(adds), *shares, *options)
-    levels, label = by_hand.held(7)
+    pixels, label = by_hand.held(7)
     assert label is not None
     given = dict(zip(options[::2], options[1::2], strict=True))
     wanted = by_hand.edited(
-        levels, int(given.get("--label", label)), given.get("--space", "latent"), adds, keep or None
+        pixels, int(given.get("--label", label)), given.get("--space", "latent"), adds, keep or None
     )
     assert_shows(out, wanted, by_hand.n_bins)
-    assert not torch.equal(wanted, levels)
+    assert not torch.equal(wanted, pixels)
     again = assert_repeatable(out)
     assert again[again.index("--label") + 1] == given.get("--label", str(label))
 
@@ -105,7 +105,7 @@ def test_the_shift_of_pixels(place: Path, tmp_path: Path) -> None:
     by_hand, adds = ByHand(run), [("skin tone dark", "rest", 1.0), ("Squares", "Discs", 0.5)]
     edit(run, "0", out, *words(adds), "--pixel-shift", "--scale", "3")
     wanted = by_hand.edited(by_hand.held(0)[0], None, "noise", adds, pixel_shift=True)
-    assert np.array_equal(pixels(out), image_picture(wanted, by_hand.n_bins, 3).permute(1, 2, 0).numpy())
+    assert np.array_equal(rgb_of(out), image_picture(wanted, by_hand.n_bins, 3).permute(1, 2, 0).numpy())
     assert_repeatable(out)
 
 
@@ -143,9 +143,9 @@ def test_another_checkpoint_and_fewer_training_images(place: Path, tmp_path: Pat
     command = assert_repeatable(out)
     assert command[command.index("--train-images") + 1] == "40"
     assert "--best" in command
-    few = pixels(out)
+    few = rgb_of(out)
     edit(run, "2", out, "--add", "3", "rest", "1")
-    assert not np.array_equal(few, pixels(out))
+    assert not np.array_equal(few, rgb_of(out))
     assert not {"--train-images", "--best"} & set(kept_command(out))
     edit(run, "2", out, "--train-images", "40")
     assert "--train-images" not in assert_repeatable(out)
@@ -164,10 +164,10 @@ def test_odd_names(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     edit(place / ODD, file, out, *options)
     command = assert_repeatable(out)
     with Image.open(file) as picture:
-        levels = torch.from_numpy(np.array(picture))[None]
+        pixels = torch.from_numpy(np.array(picture))[None]
     label = by_hand.data.class_names.index(plus)
     adds = [(plus, minus, 0.5), (minus, "rest", -0.25)]
-    assert_shows(out, by_hand.edited(levels, label, "latent", adds), by_hand.n_bins)
+    assert_shows(out, by_hand.edited(pixels, label, "latent", adds), by_hand.n_bins)
     assert command[:3] == ["edit", str(place / ODD), file]
     assert (
         main(
@@ -200,13 +200,13 @@ def test_a_sample_is_the_one_in_the_grid(place: Path, tmp_path: Path) -> None:
         command = ["sample", str(place / run), "--n", "5", "--seed", "3", "--columns", "5", "--scale", "1"]
         assert main([*command, "--out", str(grid), *options]) == 0
         assert_repeatable(grid)
-        shown = pixels(grid)
+        shown = rgb_of(grid)
         side = shown.shape[0] - 4
         for number in range(5):
             name = f"sample:{number}:n=5:seed=3:temperature=0.123456789{image}"
             edit(place / run, name, out)
             left = 2 + number * (side + 2)
-            assert np.array_equal(pixels(out), shown[2 : 2 + side, left : left + side]), (run, number)
+            assert np.array_equal(rgb_of(out), shown[2 : 2 + side, left : left + side]), (run, number)
             assert kept_command(out)[2] == name
     assert_repeatable(out)
 
@@ -230,8 +230,8 @@ def test_an_edit_that_runs_away(place: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("pyglow_fast.studio.edits.edited", lambda model, z, *rest: torch.full((1, 1, 8, 8), torch.nan))
     edit(place / "digits", "0", tmp_path / "x.png", "--keep", "0.5", "1")
     assert capsys.readouterr().out.startswith("note: parts of the edit are not finite, shown grey")
-    grey = image_picture(torch.full((1, 8, 8), 8), 17).permute(1, 2, 0).numpy()  # of 17 levels the middle one
-    assert np.array_equal(pixels(tmp_path / "x.png"), grey)
+    grey = image_picture(torch.full((1, 8, 8), 8), 17).permute(1, 2, 0).numpy()  # of 17 grey levels the middle one
+    assert np.array_equal(rgb_of(tmp_path / "x.png"), grey)
     encode = Glow.encode
     monkeypatch.setattr(Glow, "encode", lambda *args: [z * torch.inf for z in encode(*args)])
     assert main(["edit", str(place / "digits"), "0", "--out", str(tmp_path / "y.png")]) == 2

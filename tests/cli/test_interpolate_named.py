@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageSequence
-from support.edits import ByHand, assert_repeatable, pixels
+from support.edits import ByHand, assert_repeatable, rgb_of
 from support.odd_names import CLASSES, FILES, train_several, write_odd_files
 
 from pyglow_fast.cli import main
 from pyglow_fast.latents import interpolate
-from pyglow_fast.train import to_levels
+from pyglow_fast.train import to_pixels
 from pyglow_fast.train.figures import grid, image_picture
 
 Capture = pytest.CaptureFixture[str]
@@ -53,22 +53,22 @@ def test_the_frames(place: Path, tmp_path: Path, run: str, space: str, spherical
     """As the latents API gives them; both ends are the images."""
     by_hand, out = ByHand(place / run), tmp_path / "x.png"
     ends = [by_hand.held(number) for number in (1, 4)]
-    a, b = (by_hand.x(levels[None]) for levels, _ in ends)
+    a, b = (by_hand.x(pixels[None]) for pixels, _ in ends)
     first, last = (by_hand.y(None if label is None else torch.tensor([label])) for _, label in ends)
     default = space == ("latent" if run == "digits" else "noise")
     options = [*(["--spherical"] if spherical else []), *([] if default else ["--space", space])]
     path(place / run, "1", "4", out, "--frames", "5", "--scale", "2", *options)
     with torch.no_grad():
         x = interpolate(by_hand.model, a, b, 5, spherical, space, (first, last))[0]
-    levels = to_levels(x, by_hand.n_bins)
-    wanted = grid(levels, by_hand.n_bins, 5, 2).permute(1, 2, 0).numpy()
-    assert np.array_equal(pixels(out), wanted)
-    for end, (own, _) in zip((levels[0], levels[-1]), ends, strict=True):
+    pixels = to_pixels(x, by_hand.n_bins)
+    wanted = grid(pixels, by_hand.n_bins, 5, 2).permute(1, 2, 0).numpy()
+    assert np.array_equal(rgb_of(out), wanted)
+    for end, (own, _) in zip((pixels[0], pixels[-1]), ends, strict=True):
         assert torch.equal(end, own)
     assert_repeatable(out)
     path(place / run, "1", "4", out, "--at", "0.25", *options)
-    frame = image_picture(levels[1], by_hand.n_bins).permute(1, 2, 0).numpy()
-    assert np.array_equal(pixels(out), frame)  # of five the second
+    frame = image_picture(pixels[1], by_hand.n_bins).permute(1, 2, 0).numpy()
+    assert np.array_equal(rgb_of(out), frame)  # of five the second
     assert_repeatable(out)
 
 
@@ -87,7 +87,7 @@ def test_animations(place: Path, tmp_path: Path, run: str, suffix: str) -> None:
     side = 16 if run == "emoji run" else 8
     with Image.open(out) as picture:
         frames = [np.asarray(frame.convert("RGB"))[1::3, 1::3] for frame in ImageSequence.Iterator(picture)]
-    shown = pixels(strip)
+    shown = rgb_of(strip)
     wanted = [shown[2 : 2 + side, 2 + i * (side + 2) : 2 + i * (side + 2) + side] for i in (0, 1, 2, 3, 2, 1)]
     if suffix == ".webp" or run != "emoji run":  # a GIF has 256 colours
         assert len(frames) == len(wanted)

@@ -138,7 +138,7 @@ def test_a_tone_is_scored_against_the_true_targets(
     pairs = [pair for pair in emoji_tone_pairs(place / "emoji") if pair.tone == "dark"]
     assert len(pairs) == EMOJI
     test = set(held_out.tolist())
-    x = (data.levels.float() + 0.5) / data.n_bins - 0.5
+    x = (data.pixels.float() + 0.5) / data.n_bins - 0.5
     sides: dict[bool, list[list[int]]] = {True: [], False: []}
     for pair in pairs:
         assert (pair.base in test) == (pair.variant in test)
@@ -212,7 +212,7 @@ def test_levels(place: Path, temperature: str, tmp_path: Path, capsys: pytest.Ca
     assert float(found["the deepest level (1)"]) > 0.01
     model, data, _, held_out = opened(place)
     if temperature == "0":
-        x = (data.levels[held_out].float() + 0.5) / data.n_bins - 0.5
+        x = (data.pixels[held_out].float() + 0.5) / data.n_bins - 0.5
         every = said(capsys, *command, "--out", str(tmp_path / "x.png"), "--n", "99")
         kept = tools.keep_levels(model, x, [1])
         expected = ((kept.clamp(-0.5, 0.5) - x) ** 2).mean(dim=(1, 2, 3)).sqrt().mean()

@@ -35,8 +35,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(24):
             path = root / name / f"class{i % 2}"
             path.mkdir(parents=True, exist_ok=True)
-            levels = generator.integers(0, roughness, (8, 8), dtype=np.uint8)
-            Image.fromarray(levels).save(path / f"{i:02}.png")
+            pixels = generator.integers(0, roughness, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(path / f"{i:02}.png")
     (root / "smooth" / "class0" / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n no more")
     return root
 
@@ -224,8 +224,8 @@ def test_the_caveat(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return log_prob(self, x, *args, **options) + 1e4 * (x.flatten(1).std(1) < 0.1)
 
     monkeypatch.setattr(Glow, "log_prob", liking_flat_images)
-    levels = torch.randint(3, data.levels.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    sources = iter([data, replace(data, name="flat", levels=levels)])
+    pixels = torch.randint(3, data.pixels.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    sources = iter([data, replace(data, name="flat", pixels=pixels)])
     monkeypatch.setattr("pyglow_fast.studio.selection.load_data", lambda config: next(sources))
     assert main(["ood", str(trained), "digits", "digits", "--out", out, "--n", "150", "--typicality"]) == 0
     text = capsys.readouterr().out

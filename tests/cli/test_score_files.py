@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.edits import ByHand, assert_repeatable, pixels
+from support.edits import ByHand, assert_repeatable, rgb_of
 from support.odd_names import FILES, train_odd, write_odd_files, write_odd_images
 
 from pyglow_fast.cli import main
@@ -60,10 +60,10 @@ def test_bits_of_each_image_alone(place: Path, files: list[str], capsys: Capture
         assert [row["name"] for row in found] == order
         for row in found:
             with Image.open(row["name"]) as picture:
-                levels = torch.from_numpy(np.array(picture))[None, None]
+                pixels = torch.from_numpy(np.array(picture))[None, None]
             with torch.no_grad():
-                label = likeliest_class(by_hand.model, by_hand.x(levels))
-            one = ImageSet("one", levels, 256, label, by_hand.data.class_names)
+                label = likeliest_class(by_hand.model, by_hand.x(pixels))
+            one = ImageSet("one", pixels, 256, label, by_hand.data.class_names)
             bits = float(score_images(by_hand.model, one, 1, seed=0).bits_per_dim[0])
             assert float(row["bits_per_dim"]) == pytest.approx(bits, abs=1e-6)  # of its printed digits
             assert row["label"].removeprefix("'") == by_hand.data.class_names[int(label)]
@@ -81,9 +81,9 @@ def test_numbers_and_samples_too(place: Path, files: list[str], capsys: Capture)
     found = rows(Path("x.csv"))
     names = [row["name"] for row in found]
     assert names == ["3", files[3], "sample:1:n=2:seed=0:temperature=0.7:label=4"]
-    levels, label = by_hand.held(3)
+    pixels, label = by_hand.held(3)
     assert label is not None
-    one = ImageSet("one", levels[None], 256, torch.tensor([label]), by_hand.data.class_names)
+    one = ImageSet("one", pixels[None], 256, torch.tensor([label]), by_hand.data.class_names)
     bits = float(score_images(by_hand.model, one, 1, seed=0).bits_per_dim[0])
     assert float(found[0]["bits_per_dim"]) == pytest.approx(bits, abs=1e-6)
     assert found[2]["label"] == by_hand.data.class_names[4]
@@ -98,10 +98,10 @@ def test_the_picture(place: Path, files: list[str], capsys: Capture) -> None:
     with Image.open("p.png") as picture:
         assert picture.size == (960, 540)
     assert assert_repeatable(Path("p.png"), "--picture") == ["score", run, *some]
-    before = pixels(Path("p.png"))
+    before = rgb_of(Path("p.png"))
     said(capsys, "score", run, some[0], "--picture", "q.png")
     assert assert_repeatable(Path("q.png"), "--picture") == ["score", run, some[0]]
-    red = [((image == (214, 39, 40)).all(-1)).any(1).sum() for image in (before, pixels(Path("q.png")))]
+    red = [((image == (214, 39, 40)).all(-1)).any(1).sum() for image in (before, rgb_of(Path("q.png")))]
     assert min(red) > 200  # a line from the bottom of the axes to their top
 
 

@@ -59,13 +59,13 @@ def test_the_drawing_does_not_change_with_versions() -> None:
 
 
 def test_an_image_set_stores_the_margin_and_shows_the_window() -> None:
-    levels = torch.randint(256, (3, 1, 6, 6), dtype=torch.uint8)
-    data = ImageSet("test", levels, 256, augmentation=Augmentation(2))
+    pixels = torch.randint(256, (3, 1, 6, 6), dtype=torch.uint8)
+    data = ImageSet("test", pixels, 256, augmentation=Augmentation(2))
     assert (data.image_shape, data.n_dims) == ((1, 4, 4), 16)
-    assert torch.equal(data.batch(torch.tensor([2, 0]))[0], levels[[2, 0], :, 1:5, 1:5])
-    assert torch.equal(data.item(1), levels[1, :, 1:5, 1:5])
+    assert torch.equal(data.batch(torch.tensor([2, 0]))[0], pixels[[2, 0], :, 1:5, 1:5])
+    assert torch.equal(data.item(1), pixels[1, :, 1:5, 1:5])
     assert data.subset([1]).image_shape == (1, 4, 4)
-    plain = ImageSet("test", levels, 256)
+    plain = ImageSet("test", pixels, 256)
     assert len({plain.fingerprint(), data.fingerprint()}) == 2
 
 
@@ -76,7 +76,7 @@ def test_a_wrong_margin(margin: int) -> None:
 
 
 def test_a_margin_as_large_as_the_image() -> None:
-    with pytest.raises(ValueError, match="levels: expected sides above the margin of 6"):
+    with pytest.raises(ValueError, match="pixels: expected sides above the margin of 6"):
         ImageSet("test", torch.zeros(1, 1, 6, 6, dtype=torch.uint8), 256, augmentation=Augmentation(6))
 
 

@@ -103,7 +103,7 @@ def test_items_that_cannot_be_had() -> None:
     with pytest.warns(UserWarning, match=r"1 of 6 images of mine .* the first: mine\[0\]: .*gone"):
         now = from_dataset(items, "mine", on_unreadable="skip")
     assert isinstance(now, ImageSet)
-    assert torch.equal(now.levels, VALUES[1:])
+    assert torch.equal(now.pixels, VALUES[1:])
     assert now.labels is not None
     assert now.labels.tolist() == [0, 1, 2, 3, 4]
     later = from_dataset(items, "mine", labels=[5, 4, 3, 2, 1, 0], on_unreadable="skip", in_memory=False)

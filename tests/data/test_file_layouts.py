@@ -96,7 +96,7 @@ def test_lsun(tmp_path: Path) -> None:
         assert [side.tolist() for side in split(data, None, 0)] == [list(range(7)), [7, 8, 9]]
     one, _ = both(f"lsun:{tmp_path / 'tower_train_lmdb'}", size=16)
     assert (len(one), one.labels) == (4, None)
-    assert torch.equal(one.levels[:3], now.levels[4:7])
+    assert torch.equal(one.pixels[:3], now.pixels[4:7])
 
 
 def test_lsun_refusals(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_emoji(tmp_path: Path) -> None:
     assert now.groups == ("wave", "wave", "wave", "pair", "pair", "flag1", "flag1")  # the flags share a picture
     path = tmp_path / "img" / "twitter" / "64" / "a.png"
     white = Image.alpha_composite(Image.new("RGBA", (64, 64), "white"), Image.open(path)).convert("RGB")
-    assert np.array_equal(now.levels[0].permute(1, 2, 0).numpy(), np.asarray(white))
+    assert np.array_equal(now.pixels[0].permute(1, 2, 0).numpy(), np.asarray(white))
     assert emoji_tone_pairs(tmp_path) == (TonePair(0, 1, "light"), TonePair(0, 2, "dark"))
     assert load_data(DataConfig(f"emoji:{tmp_path}")).image_shape == (3, 32, 32)
 
@@ -148,12 +148,12 @@ def test_photos(tmp_path: Path) -> None:
     assert (len(data), data.image_shape, data.labels) == (3, (3, 14, 14), None)
     assert data.groups == ("a.png", "a.png", "b.png")
     shrunk = np.asarray(Image.fromarray(first[:50, :74]).reduce(2))
-    assert np.array_equal(data.levels[1].permute(1, 2, 0).numpy(), shrunk[:16, 16:32])
+    assert np.array_equal(data.pixels[1].permute(1, 2, 0).numpy(), shrunk[:16, 16:32])
     plain = load_data(DataConfig(f"photos:{tmp_path}", size=16, scale=1, gray=True, n_bits=4))
     assert isinstance(plain, ImageSet)
     assert plain.groups == ("a.png",) * 12 + ("b.png",) * 4
     grey = np.asarray(Image.fromarray(first).convert("L")) >> 4
-    assert np.array_equal(plain.levels[5, 0].numpy(), grey[16:32, 16:32])
+    assert np.array_equal(plain.pixels[5, 0].numpy(), grey[16:32, 16:32])
     assert [default_scale(size) for size in (32, 64, 65, 256, 512)] == [4, 4, 2, 2, 1]
 
 

@@ -24,8 +24,8 @@ def test_values_order_and_recursion(tmp_path: Path) -> None:
     write(tmp_path / ".cache" / "x.png", (99, 99, 99))
     (tmp_path / "notes.txt").write_text("not an image")
     data = load_folder(tmp_path, size=4)
-    assert data.levels.shape == (2, 3, 4, 4)
-    assert data.levels[:, :, 0, 0].tolist() == [[1, 2, 3], [10, 20, 30]]
+    assert data.pixels.shape == (2, 3, 4, 4)
+    assert data.pixels[:, :, 0, 0].tolist() == [[1, 2, 3], [10, 20, 30]]
     assert data.groups == ("a/z.bmp", "b.png")
     assert data.n_bins == 256
 
@@ -33,7 +33,7 @@ def test_values_order_and_recursion(tmp_path: Path) -> None:
 def test_an_image_of_the_right_size_is_not_resampled(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (5, 5, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "x.png")
-    assert torch.equal(load_folder(tmp_path, size=5).levels[0], torch.from_numpy(pixels).permute(2, 0, 1))
+    assert torch.equal(load_folder(tmp_path, size=5).pixels[0], torch.from_numpy(pixels).permute(2, 0, 1))
 
 
 @pytest.mark.parametrize("shape", [(12, 6), (6, 12)])
@@ -42,8 +42,8 @@ def test_the_centre_is_kept(tmp_path: Path, shape: tuple[int, int]) -> None:
     left, top = (shape[0] - 6) // 2, (shape[1] - 6) // 2
     image.paste(200, (left, top, left + 6, top + 6))
     image.save(tmp_path / "x.png")
-    levels = load_folder(tmp_path, size=3, gray=True).levels
-    assert levels.unique().tolist() == [200]
+    pixels = load_folder(tmp_path, size=3, gray=True).pixels
+    assert pixels.unique().tolist() == [200]
 
 
 @pytest.mark.parametrize("n_bits", range(1, 9))
@@ -52,25 +52,25 @@ def test_n_bits_drops_the_lower_bits(tmp_path: Path, n_bits: int) -> None:
     Image.fromarray(pixels).save(tmp_path / "x.png")
     data = load_folder(tmp_path, size=16, gray=True, n_bits=n_bits)
     assert data.n_bins == 2**n_bits
-    assert data.levels.flatten().tolist() == [value // 2 ** (8 - n_bits) for value in range(256)]
+    assert data.pixels.flatten().tolist() == [value // 2 ** (8 - n_bits) for value in range(256)]
 
 
 def test_gray_is_luma(tmp_path: Path) -> None:
     write(tmp_path / "x.png", (255, 0, 0))
-    assert load_folder(tmp_path, size=4, gray=True).levels.unique().tolist() == [76]  # 0.299 * 255
+    assert load_folder(tmp_path, size=4, gray=True).pixels.unique().tolist() == [76]  # 0.299 * 255
 
 
 def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
     write(tmp_path / "clear.png", (0, 0, 0, 0), mode="RGBA")
     write(tmp_path / "half.png", (0, 0, 0, 128), mode="RGBA")
-    levels = load_folder(tmp_path, size=4).levels
-    assert levels[0].unique().tolist() == [255]
-    assert levels[1].unique().tolist() == [127]
+    pixels = load_folder(tmp_path, size=4).pixels
+    assert pixels[0].unique().tolist() == [255]
+    assert pixels[1].unique().tolist() == [127]
 
 
 def test_16_bit_samples_are_scaled_not_clipped(tmp_path: Path) -> None:
     Image.fromarray(np.full((4, 4), 0x8040, dtype=np.uint16)).save(tmp_path / "x.png")
-    assert load_folder(tmp_path, size=4, gray=True).levels.unique().tolist() == [0x80]
+    assert load_folder(tmp_path, size=4, gray=True).pixels.unique().tolist() == [0x80]
 
 
 def test_exif_turns_the_image_upright(tmp_path: Path) -> None:
@@ -79,9 +79,9 @@ def test_exif_turns_the_image_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 3  # stored upside down
     image.save(tmp_path / "x.png", exif=exif)
-    levels = load_folder(tmp_path, size=8, gray=True).levels[0, 0]
-    assert levels[:4].unique().tolist() == [0]
-    assert levels[4:].unique().tolist() == [255]
+    pixels = load_folder(tmp_path, size=8, gray=True).pixels[0, 0]
+    assert pixels[:4].unique().tolist() == [0]
+    assert pixels[4:].unique().tolist() == [255]
 
 
 def test_subfolders_are_classes_and_can_be_groups(tmp_path: Path) -> None:

@@ -11,20 +11,20 @@ from pyglow_fast.data import ImageSet, split
 
 
 def images(n: int = 20, **fields: Any) -> ImageSet:
-    levels = torch.arange(n, dtype=torch.uint8).reshape(n, 1, 1, 1).expand(n, 3, 4, 2).contiguous()
-    return ImageSet("test", levels, 256, **fields)
+    pixels = torch.arange(n, dtype=torch.uint8).reshape(n, 1, 1, 1).expand(n, 3, 4, 2).contiguous()
+    return ImageSet("test", pixels, 256, **fields)
 
 
 def test_shape_and_subset() -> None:
     data = images(5, labels=torch.tensor([0, 1, 0, 1, 1]), class_names=("a", "b"), groups=tuple("vwxyz"))
     assert (data.image_shape, data.n_dims, len(data)) == ((3, 4, 2), 24, 5)
     part = data.subset([4, 1])
-    assert part.levels[:, 0, 0, 0].tolist() == [4, 1]
+    assert part.pixels[:, 0, 0, 0].tolist() == [4, 1]
     assert part.labels is not None
     assert part.labels.tolist() == [1, 1]
     assert part.groups == ("z", "w")
-    levels, labels = data.batch(torch.tensor([2]))
-    assert levels[0, 0, 0, 0] == 2
+    pixels, labels = data.batch(torch.tensor([2]))
+    assert pixels[0, 0, 0, 0] == 2
     assert labels is not None
     assert labels.tolist() == [0]
 
@@ -67,14 +67,14 @@ def test_fingerprint_sees_every_part() -> None:
     base = images(6, labels=torch.zeros(6, dtype=torch.int64), class_names=("a", "b"))
     same = images(6, labels=torch.zeros(6, dtype=torch.int64), class_names=("a", "b"))
     assert base.fingerprint() == same.fingerprint()
-    changed_level = base.levels.clone()
+    changed_level = base.pixels.clone()
     changed_level[3, 2, 1, 0] += 1
     others = [
         ImageSet("test", changed_level, 256, base.labels, base.class_names),
-        ImageSet("test", base.levels, 255, base.labels, base.class_names),
-        ImageSet("test", base.levels.reshape(6, 3, 2, 4), 256, base.labels, base.class_names),
-        ImageSet("test", base.levels, 256, torch.tensor([0, 0, 0, 1, 0, 0]), base.class_names),
-        ImageSet("test", base.levels, 256, base.labels, base.class_names, tuple("abcdef")),
+        ImageSet("test", base.pixels, 255, base.labels, base.class_names),
+        ImageSet("test", base.pixels.reshape(6, 3, 2, 4), 256, base.labels, base.class_names),
+        ImageSet("test", base.pixels, 256, torch.tensor([0, 0, 0, 1, 0, 0]), base.class_names),
+        ImageSet("test", base.pixels, 256, base.labels, base.class_names, tuple("abcdef")),
         base.subset([1, 0, 2, 3, 4, 5]),
     ]
     assert len({base.fingerprint(), *(other.fingerprint() for other in others)}) == 1 + len(others)
@@ -83,10 +83,10 @@ def test_fingerprint_sees_every_part() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"levels": torch.zeros(2, 1, 2, 2)}, "levels: expected dtype uint8, found torch.float32"),
-        ({"levels": torch.zeros(2, 2, 2, dtype=torch.uint8)}, r"levels: expected shape \(N, C, H, W\)"),
-        ({"levels": torch.zeros(0, 1, 2, 2, dtype=torch.uint8)}, "levels: expected at least one image"),
-        ({"n_bins": 3}, r"levels: expected values in 0..2 \(n_bins=3\), found a value of 4"),
+        ({"pixels": torch.zeros(2, 1, 2, 2)}, "pixels: expected dtype uint8, found torch.float32"),
+        ({"pixels": torch.zeros(2, 2, 2, dtype=torch.uint8)}, r"pixels: expected shape \(N, C, H, W\)"),
+        ({"pixels": torch.zeros(0, 1, 2, 2, dtype=torch.uint8)}, "pixels: expected at least one image"),
+        ({"n_bins": 3}, r"pixels: expected values in 0..2 \(n_bins=3\), found a value of 4"),
         ({"n_bins": 257}, "n_bins: expected a value in 2..256, found 257"),
         ({"groups": ("a",)}, "groups: expected 2 keys, found 1"),
         ({"labels": torch.tensor([0])}, r"labels: expected shape \(2,\)"),
@@ -94,7 +94,7 @@ def test_fingerprint_sees_every_part() -> None:
     ],
 )
 def test_refusals(fields: dict[str, Any], message: str) -> None:
-    values = {"name": "test", "levels": torch.full((2, 1, 2, 2), 4, dtype=torch.uint8), "n_bins": 16} | fields
+    values = {"name": "test", "pixels": torch.full((2, 1, 2, 2), 4, dtype=torch.uint8), "n_bins": 16} | fields
     with pytest.raises(ValueError, match=message):
         ImageSet(**values)
 

@@ -101,8 +101,8 @@ def test_unreadable_files(tmp_path: Path) -> None:
         data.item(at)
     with pytest.raises(UnreadableImageError, match=r"b/3\.png"):
         data.batch(torch.tensor([0, at]))
-    levels, labels = later(tmp_path, on_unreadable="skip").batch(torch.tensor([0, at]))
-    assert torch.equal(levels[1], data.item(at + 1))
+    pixels, labels = later(tmp_path, on_unreadable="skip").batch(torch.tensor([0, at]))
+    assert torch.equal(pixels[1], data.item(at + 1))
     assert data.labels is not None
     assert labels is not None
     assert labels.tolist() == data.labels[[0, at + 1]].tolist()

@@ -32,8 +32,8 @@ def lazy(root: Path, count: int = 7, bad: tuple[int, ...] = (), **options: Any) 
 
 
 def in_memory() -> ImageSet:
-    levels = torch.randint(256, (7, 3, 20, 20), dtype=torch.uint8)
-    return ImageSet("test", levels, 256, torch.arange(7), tuple("abcdefg"), augmentation=Augmentation(4, True))
+    pixels = torch.randint(256, (7, 3, 20, 20), dtype=torch.uint8)
+    return ImageSet("test", pixels, 256, torch.arange(7), tuple("abcdefg"), augmentation=Augmentation(4, True))
 
 
 def same(left: list[Batch], right: list[Batch]) -> bool:
@@ -41,7 +41,7 @@ def same(left: list[Batch], right: list[Batch]) -> bool:
         return (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
 
     return len(left) == len(right) and all(
-        torch.equal(a.levels, b.levels)
+        torch.equal(a.pixels, b.pixels)
         and torch.equal(a.indices, b.indices)
         and equal(a.labels, b.labels)
         and a.unreadable == b.unreadable
@@ -74,7 +74,7 @@ def test_any_number_of_workers_gives_the_same(tmp_path: Path, source: str) -> No
     assert same(found[0], found[2])
     for batch, entries in zip(found[0], PLAN, strict=True):
         assert batch.indices.tolist() == [index for index, _ in entries]
-        for view, (index, key) in zip(batch.levels, entries, strict=True):
+        for view, (index, key) in zip(batch.pixels, entries, strict=True):
             assert torch.equal(view, data.item(index, key))
         if data.labels is not None:
             assert batch.labels is not None
@@ -85,7 +85,7 @@ def test_any_number_of_workers_gives_the_same(tmp_path: Path, source: str) -> No
 def test_sets_in_memory_without_augmentation() -> None:
     data = ImageSet("test", torch.randint(256, (7, 1, 4, 4), dtype=torch.uint8), 256)
     (found,) = batches(data, [[(3, 17), (0, None)]])
-    assert torch.equal(found.levels, data.levels[[3, 0]])
+    assert torch.equal(found.pixels, data.pixels[[3, 0]])
     assert found.labels is None
     assert (found.indices.tolist(), found.unreadable) == ([3, 0], 0)
 
@@ -100,7 +100,7 @@ def test_an_endless_plan_and_an_early_end(tmp_path: Path, workers: int) -> None:
 
     iterator = batches(data, plan(), workers)
     for i in range(10):
-        assert torch.equal(next(iterator).levels[0], data.item(i % 7, i))
+        assert torch.equal(next(iterator).pixels[0], data.item(i % 7, i))
     assert len(multiprocessing.active_children()) == workers
     started = time.monotonic()
     iterator.close()  # type: ignore[attr-defined]
@@ -127,7 +127,7 @@ def test_an_unreadable_image_gives_way_to_the_next(tmp_path: Path, workers: int)
     found = list(batches(data, [[(3, 1), (5, 2)], [(2, None)], [(6, 3), (4, 4)]], workers, "skip"))
     assert [batch.indices.tolist() for batch in found] == [[3, 0], [2], [0, 0]]
     assert [batch.unreadable for batch in found] == [1, 0, 2]
-    assert torch.equal(found[0].levels[1], data.item(0, 2))
+    assert torch.equal(found[0].pixels[1], data.item(0, 2))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -215,7 +215,7 @@ def test_a_bug_keeps_its_kind_and_message(workers: int) -> None:
 
 def test_pinning_without_an_accelerator_is_ignored() -> None:
     (found,) = batches(in_memory(), [[(0, 1)]], pin_memory=True)
-    assert found.levels.is_pinned() == torch.accelerator.is_available()
+    assert found.pixels.is_pinned() == torch.accelerator.is_available()
 
 
 MAIN = """

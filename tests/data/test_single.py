@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyglow_fast.data import DataConfig, Preparation, UnreadableImageError, load_data, read_single
 from pyglow_fast.data.decode import pixels, to_square
-from pyglow_fast.data.prepare import levels_of
+from pyglow_fast.data.prepare import rebinned
 from pyglow_fast.train.figures import image_picture, png_bytes
 
 
@@ -37,28 +37,28 @@ BINS = [2, 4, 8, 16, 17, 32, 64, 128, 256]
 
 
 @pytest.mark.parametrize("n_bins", BINS)
-def test_a_level_that_was_shown_comes_back(n_bins: int) -> None:
-    """Every level of every number of levels that occurs, by way of the file."""
-    levels = torch.arange(n_bins, dtype=torch.uint8).repeat(256 // n_bins + 1)[:256].reshape(1, 16, 16)
+def test_a_grey_level_that_was_shown_comes_back(n_bins: int) -> None:
+    """Every grey level of every number of them that occurs, by way of the file."""
+    every = torch.arange(n_bins, dtype=torch.uint8).repeat(256 // n_bins + 1)[:256].reshape(1, 16, 16)
     shown = [round(255 * level / (n_bins - 1)) for level in range(n_bins)]
-    picture = image_picture(levels, n_bins)
+    picture = image_picture(every, n_bins)
     assert picture[0].flatten()[:n_bins].tolist() == shown
     for channels in (1, 3):
         found = read_single(png_bytes(picture), "x", DataConfig("folder:x"), (channels, 16, 16), n_bins)
         assert found.dtype == torch.uint8
-        assert torch.equal(found, levels.expand(channels, -1, -1))
+        assert torch.equal(found, every.expand(channels, -1, -1))
 
 
 @pytest.mark.parametrize("n_bits", range(1, 9))
 def test_levels_are_those_of_training(n_bits: int) -> None:
     values = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(levels_of(values, 1 << n_bits), Preparation(n_bits=n_bits).to_levels(values.clone()))
+    assert torch.equal(rebinned(values, 1 << n_bits), Preparation(n_bits=n_bits).to_pixels(values.clone()))
 
 
 def test_all_levels_are_reached_and_none_is_beyond() -> None:
     values = torch.arange(256, dtype=torch.uint8)
     for n_bins in range(2, 257):
-        found = levels_of(values, n_bins)
+        found = rebinned(values, n_bins)
         assert found.unique().tolist() == list(range(n_bins))
         assert bool((found.int().diff() >= 0).all())
 
@@ -113,10 +113,10 @@ def test_the_place_in_the_padding_is_that_of_training() -> None:
 
 @pytest.mark.parametrize("name", ["digits", "folder:x"])
 def test_an_image_of_the_size_of_the_model_is_taken_as_it_is(name: str) -> None:
-    levels = torch.randint(16, (1, 16, 16), dtype=torch.uint8)
+    own = torch.randint(16, (1, 16, 16), dtype=torch.uint8)
     config = DataConfig(name, size=16, crop_margin=5)
-    found = read_single(png_bytes(image_picture(levels, 16)), "x", config, (1, 16, 16), 16)
-    assert torch.equal(found, levels)
+    found = read_single(png_bytes(image_picture(own, 16)), "x", config, (1, 16, 16), 16)
+    assert torch.equal(found, own)
 
 
 def test_upright_before_it_is_measured_and_transparency_on_white() -> None:
@@ -150,7 +150,7 @@ def test_small_files(name: str, size: tuple[int, int], shape: tuple[int, int, in
         ((3, 8, 4), 256, r"image_shape: expected .* found \(3, 8, 4\)"),
         ((3, 8), 256, r"image_shape: expected .* found \(3, 8\)"),
         ((1, 4, 4), 17, r"image_shape: expected sides of at least 8, as digits has, found \(1, 4, 4\)"),
-        ((1, 8, 8), 1, r"n_bins: expected a number of levels in 2\.\.256, found 1"),
+        ((1, 8, 8), 1, r"n_bins: expected a number of grey levels in 2\.\.256, found 1"),
         ((1, 8, 8), 257, "n_bins: expected"),
         ((1, 8, 8), math.nan, "n_bins: expected .* found nan"),
     ],

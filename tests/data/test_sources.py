@@ -18,10 +18,10 @@ def test_digits() -> None:
     assert data.class_names == tuple("0123456789")
     assert data.labels is not None
     assert data.labels[:10].tolist() == list(range(10))
-    assert int(data.levels.max()) == 16
+    assert int(data.pixels.max()) == 16
     # The first image of the set, a zero: its second row.
-    assert data.levels[0, 0, 1].tolist() == [0, 0, 13, 15, 10, 15, 5, 0]
-    assert data.levels.dtype == torch.uint8
+    assert data.pixels[0, 0, 1].tolist() == [0, 0, 13, 15, 10, 15, 5, 0]
+    assert data.pixels.dtype == torch.uint8
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_the_help_names_every_source() -> None:
 def test_digits_are_padded_and_mirrored() -> None:
     plain, padded = load_digits(), load_data(DataConfig("digits", size=16, crop_margin=2, flip=True))
     assert (padded.image_shape, padded.n_bins) == ((1, 16, 16), 17)
-    assert torch.equal(padded.batch(torch.arange(9))[0][:, :, 4:12, 4:12], plain.levels[:9])
+    assert torch.equal(padded.batch(torch.arange(9))[0][:, :, 4:12, 4:12], plain.pixels[:9])
     assert padded.fingerprint() != plain.fingerprint()
 
 

@@ -19,15 +19,15 @@ from pyglow_fast.train import ImageScores, evaluate, score_images
 @pytest.fixture
 def images() -> ImageSet:
     generator = torch.Generator().manual_seed(1)
-    levels = torch.randint(5, (10, 1, 4, 4), generator=generator, dtype=torch.uint8)
+    pixels = torch.randint(5, (10, 1, 4, 4), generator=generator, dtype=torch.uint8)
     groups = tuple(f"{i // 2}.png" for i in range(10))
-    return ImageSet("tiny", levels, 5, torch.arange(10) % 2, ("even", "odd, not even"), groups)
+    return ImageSet("tiny", pixels, 5, torch.arange(10) % 2, ("even", "odd, not even"), groups)
 
 
 @pytest.fixture
 def model(images: ImageSet) -> Glow:
     glow = Glow(GlowConfig(image_shape=(1, 4, 4), n_levels=1, n_steps=2, hidden=4))
-    glow.initialize(images.levels / 5.0 - 0.4)
+    glow.initialize(images.pixels / 5.0 - 0.4)
     return glow.eval()
 
 
@@ -87,7 +87,7 @@ def test_csv(images: ImageSet) -> None:
 
 
 def test_csv_of_two_sets_and_draws(images: ImageSet) -> None:
-    bare = ImageSet("bare", images.levels[:1], 5)
+    bare = ImageSet("bare", images.pixels[:1], 5)
     text = score_csv(
         {"a": ScoredImages(images, scores_of(1.0, 2.0, draws=2)), "b": ScoredImages(bare, scores_of(3.0, draws=2))}
     )
@@ -111,8 +111,8 @@ def test_a_name_that_is_no_text(tmp_path: Path) -> None:
 def test_no_name_is_a_formula(first: str) -> None:
     """One apostrophe before it, which is taken away to have the name itself; scores stay numbers."""
     names = (f'{first}HYPERLINK("http://x","y")', f"a{first}b", "")
-    levels = torch.zeros(3, 1, 4, 4, dtype=torch.uint8)
-    images = ImageSet("odd", levels, 5, torch.tensor([0, 1, 1]), (f"{first}1+1", "b"), names)
+    pixels = torch.zeros(3, 1, 4, 4, dtype=torch.uint8)
+    images = ImageSet("odd", pixels, 5, torch.tensor([0, 1, 1]), (f"{first}1+1", "b"), names)
     scored = ScoredImages(images, scores_of(-1.5, 2.0, -math.inf))
     found = rows(score_csv({f"{first}set": scored, "b": scored}))
     assert [row["name"] for row in found] == [f"'{names[0]}", *names[1:]] * 2

@@ -289,10 +289,10 @@ class TestRangeOfChaiyujin:
         assert_same(found, Encoded(expected.latents, expected.log_det + gained, expected.log_prob + gained))
 
     def test_middle_of_a_bin_is_the_level(self) -> None:
-        levels = torch.arange(256)
-        middle = pgf.likelihood.dequantize(levels, noise=torch.full((256,), 0.5))
+        pixels = torch.arange(256)
+        middle = pgf.likelihood.dequantize(pixels, noise=torch.full((256,), 0.5))
         theirs = 256.0 / 255.0 * (middle.double() + 0.5 - 0.5 / 256.0)
-        assert float((theirs - levels / 255.0).abs().max()) < 1e-6
+        assert float((theirs - pixels / 255.0).abs().max()) < 1e-6
 
     def test_their_loss(self) -> None:
         """(-log p + ln 256 H W) / (ln 2 H W): not per channel."""

@@ -143,9 +143,9 @@ def weights_of(block: Any, net: WaveNet) -> None:
 def test_vits_is_a_case_of_our_layers(memory: str, mean_only: bool) -> None:
     """Mean only, then a flip, four times: FlowSteps that reverse the channels, on reversed ones, and so reversed."""
     blocks = moved(vits().ResidualCouplingBlocks(6, 8, 5, 1, 3, num_flows=4, cond_channels=4)).double()
-    block = vits().ResidualCouplingBlock
+    block_class = vits().ResidualCouplingBlock
     if not mean_only:
-        own = [moved(block(6, 8, 5, 1, 3, cond_channels=4, mean_only=False)).double() for _ in range(4)]
+        own = [moved(block_class(6, 8, 5, 1, 3, cond_channels=4, mean_only=False)).double() for _ in range(4)]
         blocks.flows = nn.ModuleList(own)
     steps = []
     for block in blocks.flows:

@@ -54,8 +54,8 @@ def test_the_means(emoji_run: Path, space: str) -> None:
     assert found.names == ("Discs", "Squares", "skin tone light", "skin tone dark")
     for a, name in enumerate(found.names):
         for side, indices in enumerate(by_hand.chosen(name)):
-            levels, _ = by_hand.data.batch(indices)
-            x = by_hand.x(levels)
+            pixels, _ = by_hand.data.batch(indices)
+            x = by_hand.x(pixels)
             with torch.no_grad():
                 values = [*to_space(by_hand.model, x, space), x]
             assert int(found.counts[a, side]) == len(indices)
@@ -198,8 +198,8 @@ def folder(root: Path) -> Path:
     for name, bright in (("dark", 0), ("light", 150)):
         (root / name).mkdir(parents=True)
         for i in range(12):
-            levels = np.random.default_rng(i).integers(bright, bright + 90, (8, 8, 3), dtype=np.uint8)
-            Image.fromarray(levels).save(root / name / f"{i:02}.png")
+            pixels = np.random.default_rng(i).integers(bright, bright + 90, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i:02}.png")
     return root
 
 
@@ -224,8 +224,8 @@ def test_images_that_cannot_be_read(tmp_path: Path) -> None:
     dark, light = whole.counts[:, 0].tolist()
     assert found.counts.tolist() == [[dark - 2, light], [light, dark - 2]]
     good = [i for i in trained_on if i not in bad and i < 12]
-    levels, _ = load_data(by_hand.config.data).batch(torch.tensor(good))
-    wanted = by_hand.x(levels).double().mean(0)
+    pixels, _ = load_data(by_hand.config.data).batch(torch.tensor(good))
+    wanted = by_hand.x(pixels).double().mean(0)
     assert torch.allclose(found.pixels[0, 0].double(), wanted, rtol=0, atol=1e-7)
     out = str(tmp_path / "x.png")
     assert main(["edit", str(tmp_path / "strict"), "0", "--add", "light", "dark", "1", "--out", out]) == 2

@@ -33,8 +33,8 @@ def test_the_frozen_model_gives_the_same_bits(name: str, emoji_trained: Path, di
     run = emoji_trained if name == "emoji" else digits_run
     opened, plain = OpenRun.open(str(run)), load_model(RunFolder(run).load(), "run")
     data = ByHand(run).data
-    levels, labels = data.batch(torch.arange(5))
-    x, y = opened.x(levels), labels if name == "digits" else None
+    pixels, labels = data.batch(torch.arange(5))
+    x, y = opened.x(pixels), labels if name == "digits" else None
     with torch.no_grad():
         for space in ("noise", "latent"):
             found, wanted = (to_space(model, x, space, y) for model in (opened.model, plain))
@@ -45,7 +45,7 @@ def test_the_frozen_model_gives_the_same_bits(name: str, emoji_trained: Path, di
             for model in (opened.model, plain)
         )
         assert torch.equal(first, second)
-    one = ImageSet("one", levels, data.n_bins, y, data.class_names if y is not None else ())
+    one = ImageSet("one", pixels, data.n_bins, y, data.class_names if y is not None else ())
     assert torch.equal(*(score_images(model, one, 5, 0).bits_per_dim for model in (opened.model, plain)))
     assert opened.checkpoint.model == opened.checkpoint.ema == {}
 
@@ -53,9 +53,9 @@ def test_the_frozen_model_gives_the_same_bits(name: str, emoji_trained: Path, di
 def test_held_out_images(digits_run: Path, emoji_trained: Path) -> None:
     opened, by_hand = OpenRun.open(str(digits_run)), ByHand(digits_run)
     for number in (0, 7, 179):
-        levels, label = by_hand.held(number)
+        pixels, label = by_hand.held(number)
         picked = opened.pick(HeldOut(number))
-        assert torch.equal(picked.levels, levels.to(torch.uint8))
+        assert torch.equal(picked.pixels, pixels.to(torch.uint8))
         assert picked.label == label
         assert opened.pick(HeldOut(number), 3).label == 3
     with pytest.raises(ValueError, match=r"^image: expected a held-out image in 0..179, found 180$"):
@@ -69,8 +69,8 @@ def test_files(digits_run: Path, tmp_path: Path) -> None:
     values = np.random.default_rng(1).integers(0, 256, (8, 8), dtype=np.uint8)
     Image.fromarray(values).save(tmp_path / "x.png")
     picked = opened.pick(parse_image(str(tmp_path / "x.png")))
-    assert torch.equal(picked.levels[0], torch.from_numpy(values.astype(np.int64) * 17 // 256).byte())
-    best = int(likeliest_class(opened.model, opened.x(picked.levels[None]))[0])
+    assert torch.equal(picked.pixels[0], torch.from_numpy(values.astype(np.int64) * 17 // 256).byte())
+    best = int(likeliest_class(opened.model, opened.x(picked.pixels[None]))[0])
     assert picked.label == best
     other = opened.relabelled(picked, (best + 1) % 10)
     assert other.label == (best + 1) % 10
@@ -89,10 +89,10 @@ def test_samples(digits_run: Path, text: str) -> None:
     draw = Draw(5, seed=4) if "seed" in text else Draw(70, labels=(3, 8))
     grid = Grid(opened, draw)
     number = int(text.split(":")[1])
-    assert torch.equal(picked.levels.long(), grid.drawn.levels[number])
+    assert torch.equal(picked.pixels.long(), grid.drawn.pixels[number])
     assert picked.label == (number if "seed" in text else (3, 8)[number % 2])
     assert grid.picked(number)[1:] == picked[1:]
-    assert torch.equal(grid.picked(number).levels, picked.levels)
+    assert torch.equal(grid.picked(number).pixels, picked.pixels)
     assert opened.relabelled(opened.relabelled(picked, 1), None).label == picked.label
 
 
@@ -102,10 +102,10 @@ def test_a_sample_is_that_of_the_checkpoint_that_it_is_looked_at_with(emoji_run:
     RunFolder(emoji_run).checkpoint.unlink()
     older = OpenRun.open(str(emoji_run))
     found = newest.relabelled(older.pick(image), None)
-    assert torch.equal(found.levels, newest.pick(image).levels)
-    assert not torch.equal(found.levels, older.pick(image).levels)
+    assert torch.equal(found.pixels, newest.pick(image).pixels)
+    assert not torch.equal(found.pixels, older.pick(image).pixels)
     held_out = older.pick(HeldOut(1))
-    assert newest.relabelled(held_out, held_out.label).levels is held_out.levels
+    assert newest.relabelled(held_out, held_out.label).pixels is held_out.pixels
 
 
 def test_spaces_and_classes(digits_run: Path, emoji_trained: Path) -> None:
@@ -164,12 +164,12 @@ def test_a_folder_whose_name_no_line_can_hold(digits_run: Path, tmp_path: Path, 
 def test_bits_of_one_image(digits_run: Path) -> None:
     """As score_images gives them of the image alone, at every call."""
     opened, by_hand = OpenRun.open(str(digits_run)), ByHand(digits_run)
-    levels, label = by_hand.held(3)
+    pixels, label = by_hand.held(3)
     assert label is not None
-    one = ImageSet("one", levels[None], 17, torch.tensor([label]), by_hand.data.class_names)
+    one = ImageSet("one", pixels[None], 17, torch.tensor([label]), by_hand.data.class_names)
     wanted = float(score_images(by_hand.model, one, 1, seed=0).bits_per_dim[0])
-    assert opened.bits(levels, label) == opened.bits(levels.long(), label) == wanted
-    assert opened.bits(levels, (label + 1) % 10) != wanted
+    assert opened.bits(pixels, label) == opened.bits(pixels.long(), label) == wanted
+    assert opened.bits(pixels, (label + 1) % 10) != wanted
 
 
 def test_scores_are_kept(emoji_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,11 +237,11 @@ def test_a_subject_is_edited_many_times(emoji_run: Path) -> None:
     first = subject.edited(edit, pixel_shift=True)
     subject.edited(Edit((), (0.0, 0.0)))
     second = subject.edited(edit, pixel_shift=True)
-    assert torch.equal(first.levels, second.levels)
+    assert torch.equal(first.pixels, second.pixels)
     assert first.shifted is not None
     assert second.shifted is not None
     assert torch.equal(first.shifted, second.shifted)
-    assert torch.equal(subject.edited(Edit()).levels, subject.levels)
+    assert torch.equal(subject.edited(Edit()).pixels, subject.pixels)
     with pytest.raises(ValueError, match=r"^keep: expected 2 shares, one a level, found 1$"):
         subject.edited(Edit((), (0.5,)))
 

@@ -17,10 +17,10 @@ from pyglow_fast.data import Images, emoji_tone_pairs, load_data, split
 from pyglow_fast.latents import MeanLatent, edited, to_space
 from pyglow_fast.likelihood import dequantize
 from pyglow_fast.models import Glow
-from pyglow_fast.train import RunFolder, load_model, to_levels
+from pyglow_fast.train import RunFolder, load_model, to_pixels
 
 
-def pixels(path: Path) -> np.ndarray[Any, Any]:
+def rgb_of(path: Path) -> np.ndarray[Any, Any]:
     """Read the pixels of a picture, (H, W, 3)."""
     with Image.open(path) as picture:
         return np.asarray(picture.convert("RGB"))
@@ -56,9 +56,9 @@ class ByHand:
         self.train, self.held_out = split(self.data, self.config.data.held_out, self.config.seed)
         self.n_bins = self.data.n_bins
 
-    def x(self, levels: Tensor) -> Tensor:
-        """Turn levels (N, C, H, W) into the model's input."""
-        return dequantize(levels, self.n_bins, noise=torch.full(levels.shape, 0.5))
+    def x(self, pixels: Tensor) -> Tensor:
+        """Turn pixels (N, C, H, W) into the model's input."""
+        return dequantize(pixels, self.n_bins, noise=torch.full(pixels.shape, 0.5))
 
     def y(self, labels: Tensor | None) -> Tensor | None:
         """Labels for a model that takes some."""
@@ -81,8 +81,8 @@ class ByHand:
         without = self.chosen(plus)[1] if minus == "rest" else self.chosen(minus)[0]
         sides = (MeanLatent(), MeanLatent())
         for part in self.train.sort().values.split(64):  # one image's latents may depend on its batch by roundings
-            levels, labels = self.data.batch(part)
-            x = self.x(levels)
+            pixels, labels = self.data.batch(part)
+            x = self.x(pixels)
             values = [*to_space(self.model, x, space, self.y(labels)), x]
             for side, indices in zip(sides, (with_it, without), strict=True):
                 side.add([value[torch.isin(part, indices)] for value in values])
@@ -91,7 +91,7 @@ class ByHand:
     @torch.no_grad()
     def edited(
         self,
-        levels: Tensor,
+        pixels: Tensor,
         label: int | None,
         space: str,
         adds: Sequence[tuple[str, str, float]] = (),
@@ -99,16 +99,16 @@ class ByHand:
         pixel_shift: bool = False,
     ) -> Tensor:
         """Levels (C, H, W) of the image (C, H, W) after an edit."""
-        x, y = self.x(levels[None]), self.y(None if label is None else torch.tensor([label]))
+        x, y = self.x(pixels[None]), self.y(None if label is None else torch.tensor([label]))
         shifts = [[s * part for part in self.direction(plus, minus, space)] for plus, minus, s in adds]
         total = [torch.stack(parts).sum(0) for parts in zip(*shifts, strict=True)] if shifts else None
         if pixel_shift:
-            return to_levels(x if total is None else x + total[-1], self.n_bins)[0]
+            return to_pixels(x if total is None else x + total[-1], self.n_bins)[0]
         shift = None if total is None else total[:-1]
         found = edited(self.model, to_space(self.model, x, space, y), shift, keep, space, y)
-        return to_levels(found, self.n_bins)[0]
+        return to_pixels(found, self.n_bins)[0]
 
     def held(self, number: int) -> tuple[Tensor, int | None]:
         """Levels and label of a held-out image."""
-        levels, labels = self.data.batch(self.held_out[number : number + 1])
-        return levels[0], None if labels is None or self.model.config.n_classes is None else int(labels[0])
+        pixels, labels = self.data.batch(self.held_out[number : number + 1])
+        return pixels[0], None if labels is None or self.model.config.n_classes is None else int(labels[0])

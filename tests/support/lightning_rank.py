@@ -88,9 +88,9 @@ def main(folder: Path) -> None:
     noise = torch.Generator().manual_seed(derive(0, "training", 0, 0, rank))
     bits = []
     with torch.no_grad(), module.averaged():
-        for index, levels in enumerate(module.val_dataloader()):
+        for index, pixels in enumerate(module.val_dataloader()):
             generator = torch.Generator().manual_seed(derive(0, "evaluation", 0, index, rank))
-            bits.append(module.model.eval().bits_per_dim(levels, N_BINS, generator=generator).double())
+            bits.append(module.model.eval().bits_per_dim(pixels, N_BINS, generator=generator).double())
     results = {
         **noted.found,
         "x": dequantize(next(iter(module.train_dataloader())), N_BINS, noise),

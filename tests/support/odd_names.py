@@ -19,16 +19,16 @@ def write_odd_images(root: Path) -> None:
     for i, name in enumerate(CLASSES):
         (root / name).mkdir(parents=True)
         for k in range(8):
-            levels = rng.integers(0, 60, (8, 8), dtype=np.uint8)
-            levels[i : i + 3] += 150
-            Image.fromarray(levels).save(root / name / f"{k}.png")
+            pixels = rng.integers(0, 60, (8, 8), dtype=np.uint8)
+            pixels[i : i + 3] += 150
+            Image.fromarray(pixels).save(root / name / f"{k}.png")
 
 
 def write_odd_files(folder: Path) -> None:
     """One grey 8x8 image by each name, all different."""
     for i, name in enumerate(FILES):
-        levels = np.random.default_rng(i).integers(0, 256, (8, 8), dtype=np.uint8)
-        Image.fromarray(levels).save(folder / name, "PNG")
+        pixels = np.random.default_rng(i).integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name, "PNG")
 
 
 def train_odd(images: Path, run: Path, *options: str) -> None:

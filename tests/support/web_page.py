@@ -119,7 +119,7 @@ class Visitor:
 
     def edited(self, part: str = "edited") -> Tensor:
         """The picture under edit, or the original, or the shifted one."""
-        return pixels(self.page.locator(f"#edited [data-part={part}] img"))
+        return rgb_of(self.page.locator(f"#edited [data-part={part}] img"))
 
     def caption(self, part: str = "edited") -> str:
         """The words below it."""
@@ -176,7 +176,7 @@ def data_of(address: str) -> bytes:
     return base64.b64decode(body)
 
 
-def pixels(image: Locator) -> Tensor:
+def rgb_of(image: Locator) -> Tensor:
     """The pixels of the file that an <img> of the page holds, uint8 (3, H, W)."""
     return decoded(data_of(image.get_attribute("src") or ""))
 

@@ -45,11 +45,11 @@ def tiny_config() -> Callable[..., TrainConfig]:
 
 @pytest.fixture
 def tiny_images(monkeypatch: pytest.MonkeyPatch) -> ImageSet:
-    """40 images of 4x4 with 5 levels, which also take the place of whatever a configuration names."""
+    """40 images of 4x4 with 5 grey levels, which also take the place of whatever a configuration names."""
     generator = torch.Generator().manual_seed(1)
     ramp = torch.arange(4).expand(40, 1, 4, 4)
-    levels = (ramp + torch.randint(2, (40, 1, 4, 4), generator=generator)).to(torch.uint8)
-    data = ImageSet("tiny", levels, 5, torch.arange(40) % 2, ("even", "odd"))
+    pixels = (ramp + torch.randint(2, (40, 1, 4, 4), generator=generator)).to(torch.uint8)
+    data = ImageSet("tiny", pixels, 5, torch.arange(40) % 2, ("even", "odd"))
     monkeypatch.setattr("pyglow_fast.train.runs.load_data", lambda config: data)
     return data
 
@@ -57,6 +57,6 @@ def tiny_images(monkeypatch: pytest.MonkeyPatch) -> ImageSet:
 @pytest.fixture
 def sorted_images() -> ImageSet:
     """100 images sorted by class, as a folder is: 80 that are black and then 20 that are white."""
-    levels = torch.zeros(100, 1, 4, 4, dtype=torch.uint8)
-    levels[80:] = 4
-    return ImageSet("sorted", levels, 5, (torch.arange(100) >= 80).long(), ("black", "white"))
+    pixels = torch.zeros(100, 1, 4, 4, dtype=torch.uint8)
+    pixels[80:] = 4
+    return ImageSet("sorted", pixels, 5, (torch.arange(100) >= 80).long(), ("black", "white"))

@@ -79,8 +79,8 @@ def test_noise_belongs_to_an_image_and_not_to_its_place() -> None:
 
 
 def test_the_next_epoch_has_other_noise_and_other_views(tiny_config: Callable[..., TrainConfig]) -> None:
-    levels = torch.randint(256, (8, 1, 6, 6), dtype=torch.uint8)
-    data = ImageSet("one batch", levels, 256, torch.arange(8), tuple("abcdefgh"), augmentation=Augmentation(2, True))
+    pixels = torch.randint(256, (8, 1, 6, 6), dtype=torch.uint8)
+    data = ImageSet("one batch", pixels, 256, torch.arange(8), tuple("abcdefgh"), augmentation=Augmentation(2, True))
     feed, epochs = Feed(tiny_config(), data, 0, Ranks(), torch.device("cpu")), []
     for _ in range(2):
         (part,) = next(feed)

@@ -37,7 +37,7 @@ def judged(tiny_config: MakeConfig) -> MakeConfig:
 def bright(tiny_images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> ImageSet:
     """40 images of two classes that differ in how bright they are."""
     assert tiny_images.labels is not None
-    data = replace(tiny_images, levels=tiny_images.levels % 3 + 2 * tiny_images.labels.reshape(-1, 1, 1, 1).byte())
+    data = replace(tiny_images, pixels=tiny_images.pixels % 3 + 2 * tiny_images.labels.reshape(-1, 1, 1, 1).byte())
     monkeypatch.setattr("pyglow_fast.train.runs.load_data", lambda config: data)
     return data
 
@@ -98,7 +98,7 @@ def test_it_learns_to_tell_the_classes_apart_and_says_so(judged: MakeConfig, bri
     state = run.state
     with torch.no_grad():
         score = evaluate(state.model, state.held_out, 4, 3)
-        x = state.held_out.levels.float().add(0.5) / 5 - 0.5  # the middle of the bins is near enough
+        x = state.held_out.pixels.float().add(0.5) / 5 - 0.5  # the middle of the bins is near enough
         right = state.model.eval().class_logits(x).argmax(1) == state.held_out.labels
     assert score.accuracy == pytest.approx(float(right.double().mean()))
     unlabelled = replace(state.held_out, labels=None, class_names=())

@@ -19,7 +19,7 @@ def test_evaluate_is_the_mean_over_images_whatever_the_batches(tiny_images: Imag
     noise = keyed_noise([derive(9, "noise", i) for i in range(40)], (1, 4, 4), torch.device("cpu"))
     with torch.no_grad():
         model.initialize(torch.rand(8, 1, 4, 4) - 0.5)
-        x = dequantize(tiny_images.levels, 5, noise=noise)
+        x = dequantize(tiny_images.pixels, 5, noise=noise)
         bits = bits_per_dim(model.eval().log_prob(x), 16, 5).double()
     model.train()
     score = evaluate(model, tiny_images, 64, seed=9)
@@ -53,7 +53,7 @@ def test_one_image_has_no_standard_error() -> None:
 def test_evaluate_refuses_what_does_not_fit(tiny_images: ImageSet) -> None:
     with pytest.raises(ValueError, match=r"data: expected images of shape \(3, 4, 4\)"):
         evaluate(Glow(GlowConfig(image_shape=(3, 4, 4), n_levels=1, n_steps=1, hidden=4)), tiny_images, 8, 0)
-    unlabelled = ImageSet("x", tiny_images.levels, 5)
+    unlabelled = ImageSet("x", tiny_images.pixels, 5)
     conditional = Glow(GlowConfig(image_shape=(1, 4, 4), n_levels=1, n_steps=1, hidden=4, n_classes=2))
     with pytest.raises(ValueError, match="data: expected 2 classes, as the model was trained on, found 0"):
         evaluate(conditional, unlabelled, 8, 0)

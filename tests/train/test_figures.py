@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pyglow_fast.train import class_columns, class_cycle, to_levels
+from pyglow_fast.train import class_columns, class_cycle, to_pixels
 from pyglow_fast.train.figures import (
     LONGEST_TEXT,
     animation_bytes,
@@ -74,12 +74,12 @@ def test_texts_survive_in_a_png(tmp_path: Path) -> None:
 
 
 def test_a_grid_takes_texts_too(tmp_path: Path) -> None:
-    levels = torch.randint(5, (3, 1, 4, 4))
-    save_grid(levels, 5, tmp_path / "x.png", columns=2, scale=2, text={"Seed": "3"})
+    pixels = torch.randint(5, (3, 1, 4, 4))
+    save_grid(pixels, 5, tmp_path / "x.png", columns=2, scale=2, text={"Seed": "3"})
     with Image.open(tmp_path / "x.png") as image:
         image.load()
         assert image.text == {"Seed": "3"}
-    assert torch.equal(decoded((tmp_path / "x.png").read_bytes())[0], grid(levels, 5, 2, 2))
+    assert torch.equal(decoded((tmp_path / "x.png").read_bytes())[0], grid(pixels, 5, 2, 2))
 
 
 @pytest.mark.parametrize(
@@ -122,11 +122,11 @@ def test_what_is_no_picture_is_refused(picture: Any) -> None:
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_an_image_as_a_picture(channels: int) -> None:
-    levels = torch.randint(17, (channels, 3, 4))
-    shown = levels[:3] if channels >= 3 else levels[:1].expand(3, -1, -1)
+    pixels = torch.randint(17, (channels, 3, 4))
+    shown = pixels[:3] if channels >= 3 else pixels[:1].expand(3, -1, -1)
     expected = torch.tensor([[[round(255 * int(v) / 16) for v in row] for row in part] for part in shown])
-    assert torch.equal(image_picture(levels, 17), expected.to(torch.uint8))
-    twice = image_picture(levels, 17, 2)
+    assert torch.equal(image_picture(pixels, 17), expected.to(torch.uint8))
+    twice = image_picture(pixels, 17, 2)
     assert twice.shape == (3, 6, 8)
     for i in (0, 1):
         for j in (0, 1):
@@ -134,22 +134,22 @@ def test_an_image_as_a_picture(channels: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("levels", "scale", "message"),
+    ("pixels", "scale", "message"),
     [
-        (torch.zeros(1, 1, 4, 4), 1, r"levels: expected one image \(C, H, W\), found \(1, 1, 4, 4\)"),
-        (None, 1, r"levels: expected one image \(C, H, W\), found NoneType"),
+        (torch.zeros(1, 1, 4, 4), 1, r"pixels: expected one image \(C, H, W\), found \(1, 1, 4, 4\)"),
+        (None, 1, r"pixels: expected one image \(C, H, W\), found NoneType"),
         (torch.zeros(1, 4, 4), 0, "scale: expected an int, at least 1, found 0"),
         (torch.zeros(1, 4, 4), 1.5, "scale: expected an int, at least 1, found 1.5"),
     ],
 )
-def test_what_is_no_image_is_refused(levels: Any, scale: Any, message: str) -> None:
+def test_what_is_no_image_is_refused(pixels: Any, scale: Any, message: str) -> None:
     with pytest.raises(ValueError, match="^" + message):
-        image_picture(levels, 17, scale)
+        image_picture(pixels, 17, scale)
 
 
 CASES = {
     "grey": (torch.randint(256, (4, 1, 8, 8), generator=torch.Generator().manual_seed(1)), 256),
-    "17 levels": (torch.randint(17, (3, 1, 8, 8), generator=torch.Generator().manual_seed(2)), 17),
+    "17 grey levels": (torch.randint(17, (3, 1, 8, 8), generator=torch.Generator().manual_seed(2)), 17),
     "few colours": (torch.randint(6, (3, 3, 8, 8), generator=torch.Generator().manual_seed(3)), 6),  # 216 of them
     "all greys": (torch.stack([torch.arange(256), 255 - torch.arange(256)]).reshape(2, 1, 16, 16), 256),
     "two": (torch.tensor([[[[0, 1]]], [[[1, 0]]]]), 2),
@@ -161,16 +161,16 @@ CASES = {
 @pytest.mark.parametrize("file_format", ["gif", "webp"])
 @pytest.mark.parametrize("name", CASES)
 def test_an_animation_goes_there_and_back_and_loses_nothing(name: str, file_format: str) -> None:
-    levels, n_bins = CASES[name]
-    data = animation_bytes(levels, n_bins, file_format, 120, scale=2)
-    there = list(pictures(levels, n_bins, 2))
+    pixels, n_bins = CASES[name]
+    data = animation_bytes(pixels, n_bins, file_format, 120, scale=2)
+    there = list(pictures(pixels, n_bins, 2))
     expected = [*there, *there[-2:0:-1]]
     found = decoded(data)
-    assert len(found) == max(1, 2 * len(levels) - 2)
+    assert len(found) == max(1, 2 * len(pixels) - 2)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     with Image.open(io.BytesIO(data)) as image:
         assert image.format == file_format.upper()
-        if len(levels) > 1:
+        if len(pixels) > 1:
             assert image.info["loop"] == 0
             durations = []
             for i in range(image.n_frames):
@@ -181,27 +181,27 @@ def test_an_animation_goes_there_and_back_and_loses_nothing(name: str, file_form
 
 
 def test_a_webp_loses_nothing_of_many_colours() -> None:
-    levels = torch.randint(256, (3, 3, 16, 16))
-    assert len(pictures(levels, 256, 1)[0].flatten(1).unique(dim=1).mT) > 250
-    found = decoded(animation_bytes(levels, 256, "webp", scale=1))
-    assert all(torch.equal(a, b) for a, b in zip(found, pictures(levels[[0, 1, 2, 1]], 256, 1), strict=True))
+    pixels = torch.randint(256, (3, 3, 16, 16))
+    assert len(pictures(pixels, 256, 1)[0].flatten(1).unique(dim=1).mT) > 250
+    found = decoded(animation_bytes(pixels, 256, "webp", scale=1))
+    assert all(torch.equal(a, b) for a, b in zip(found, pictures(pixels[[0, 1, 2, 1]], 256, 1), strict=True))
 
 
 def test_a_gif_of_many_colours_is_near_them_without_a_pattern() -> None:
     """A smooth ramp: dithering would mix far colours among neighbours, which here would break the order of the ramp."""
     ramp = torch.arange(32).reshape(1, 1, 1, 32).expand(2, 1, 32, 32)
-    levels = torch.cat([ramp, ramp.mT, torch.full((2, 1, 32, 32), 3)], 1) * 8
-    found = decoded(animation_bytes(levels, 256, "gif", scale=1))
-    for frame, expected in zip(found, pictures(levels, 256, 1), strict=False):
-        # 1024 colours in 256 boxes: each is about four colours wide, two along either side, and 8 levels a step.
+    pixels = torch.cat([ramp, ramp.mT, torch.full((2, 1, 32, 32), 3)], 1) * 8
+    found = decoded(animation_bytes(pixels, 256, "gif", scale=1))
+    for frame, expected in zip(found, pictures(pixels, 256, 1), strict=False):
+        # 1024 colours in 256 boxes: each is about four colours wide, two along either side, and 8 grey levels a step.
         assert int((frame.int() - expected.int()).abs().max()) <= 3 * 8
         assert bool((frame[0].int().diff(dim=1) >= 0).float().mean() > 0.95)
 
 
 @pytest.mark.parametrize("file_format", ["gif", "webp"])
 def test_images_that_do_not_change_are_shown_for_as_long(file_format: str) -> None:
-    levels = torch.tensor([0, 0, 1, 1]).reshape(4, 1, 1, 1).expand(4, 1, 2, 2)
-    with Image.open(io.BytesIO(animation_bytes(levels, 2, file_format, 50))) as image:
+    pixels = torch.tensor([0, 0, 1, 1]).reshape(4, 1, 1, 1).expand(4, 1, 2, 2)
+    with Image.open(io.BytesIO(animation_bytes(pixels, 2, file_format, 50))) as image:
         total = 0
         for i in range(image.n_frames):
             image.seek(i)
@@ -212,28 +212,28 @@ def test_images_that_do_not_change_are_shown_for_as_long(file_format: str) -> No
 
 def test_texts_of_animations() -> None:
     lines = "\n".join(f"{keyword}: {value}" for keyword, value in TEXTS.items())
-    levels = torch.arange(2).reshape(2, 1, 1, 1)
-    with Image.open(io.BytesIO(animation_bytes(levels, 2, "gif", text=TEXTS))) as image:
+    pixels = torch.arange(2).reshape(2, 1, 1, 1)
+    with Image.open(io.BytesIO(animation_bytes(pixels, 2, "gif", text=TEXTS))) as image:
         assert image.info["comment"].decode() == lines
-    with Image.open(io.BytesIO(animation_bytes(levels, 2, "webp", text=TEXTS))) as image:
+    with Image.open(io.BytesIO(animation_bytes(pixels, 2, "webp", text=TEXTS))) as image:
         found = [element.text for element in ElementTree.fromstring(image.info["xmp"]).iter() if element.text]
         assert found == [lines]
     for file_format in ("gif", "webp"):
-        with Image.open(io.BytesIO(animation_bytes(levels, 2, file_format))) as image:
+        with Image.open(io.BytesIO(animation_bytes(pixels, 2, file_format))) as image:
             assert not {"comment", "xmp"} & set(image.info)
 
 
 def test_an_animation_is_about_64_pixels_high_unless_told_otherwise() -> None:
-    levels = torch.arange(2).reshape(2, 1, 1, 1).expand(2, 1, 10, 10)
-    assert decoded(animation_bytes(levels, 2, "gif"))[0].shape[1:] == enlarged(levels, 2).shape[2:] == (60, 60)
+    pixels = torch.arange(2).reshape(2, 1, 1, 1).expand(2, 1, 10, 10)
+    assert decoded(animation_bytes(pixels, 2, "gif"))[0].shape[1:] == enlarged(pixels, 2).shape[2:] == (60, 60)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"file_format": "png"}, r"file_format: expected one of \('gif', 'webp'\), found 'png'"),
-        ({"levels": torch.zeros(0, 1, 2, 2)}, r"levels: expected at least one image \(n, C, H, W\), found \(0, 1, 2"),
-        ({"levels": torch.zeros(1, 2, 2)}, r"levels: expected at least one image .* found \(1, 2, 2\)"),
+        ({"pixels": torch.zeros(0, 1, 2, 2)}, r"pixels: expected at least one image \(n, C, H, W\), found \(0, 1, 2"),
+        ({"pixels": torch.zeros(1, 2, 2)}, r"pixels: expected at least one image .* found \(1, 2, 2\)"),
         ({"milliseconds": 19}, r"milliseconds: expected a whole number in 20\.\.60000, found 19"),
         ({"milliseconds": 60001}, "milliseconds: expected"),
         ({"milliseconds": math.nan}, "milliseconds: expected .* found nan"),
@@ -241,14 +241,14 @@ def test_an_animation_is_about_64_pixels_high_unless_told_otherwise() -> None:
     ],
 )
 def test_animations_that_are_refused(options: dict[str, Any], message: str) -> None:
-    values = {"levels": torch.zeros(2, 1, 2, 2), "n_bins": 2, "file_format": "gif"} | options
+    values = {"pixels": torch.zeros(2, 1, 2, 2), "n_bins": 2, "file_format": "gif"} | options
     with pytest.raises(ValueError, match="^" + message):
         animation_bytes(**values)
 
 
 def test_grid(tmp_path: Path) -> None:
-    levels = torch.tensor([[[[0, 4]]], [[[2, 0]]], [[[4, 4]]]])
-    save_grid(levels, 5, tmp_path / "x.png", columns=2, scale=3)
+    pixels = torch.tensor([[[[0, 4]]], [[[2, 0]]], [[[4, 4]]]])
+    save_grid(pixels, 5, tmp_path / "x.png", columns=2, scale=3)
     with Image.open(tmp_path / "x.png") as picture:
         assert picture.size == (2 * (2 * 3 + 2) + 2, 2 * (3 + 2) + 2)
         assert picture.getpixel((2, 2)) == (0, 0, 0)
@@ -275,4 +275,4 @@ def test_each_class_has_its_column() -> None:
 
 
 def test_what_is_no_number_becomes_grey() -> None:
-    assert to_levels(torch.tensor([-0.5, math.nan, 0.0, 9.0]), 4).tolist() == [0, 2, 2, 3]
+    assert to_pixels(torch.tensor([-0.5, math.nan, 0.0, 9.0]), 4).tolist() == [0, 2, 2, 3]

@@ -34,7 +34,7 @@ def enlarged(image: Tensor, scale: int) -> Tensor:
 def test_rows_and_columns_are_in_line(channels: int, columns: list[str]) -> None:
     rows = [GridRow("a label of\ntwo lines", images(3, channels)), GridRow("", images(2, channels))]
     picture = labelled_grid(rows, 17, columns, "title", scale=2)
-    found = [[places(picture, enlarged(image, 2)) for image in row.levels] for row in rows]
+    found = [[places(picture, enlarged(image, 2)) for image in row.pixels] for row in rows]
     assert all(len(place) == 1 for row in found for place in row)
     where = [[place[0] for place in row] for row in found]
     for row in where:
@@ -60,10 +60,10 @@ def test_the_labels_are_drawn() -> None:
     plain = labelled_grid([row], 17)
     for options in ({"columns": ["a"]}, {"title": "a"}):
         assert labelled_grid([row], 17, **options).shape[1] > plain.shape[1]  # type: ignore[arg-type]
-    one, other = (labelled_grid([GridRow(text, row.levels)], 17) for text in ("aaa", "bbb"))
+    one, other = (labelled_grid([GridRow(text, row.pixels)], 17) for text in ("aaa", "bbb"))
     assert one.shape[2] > plain.shape[2]
     assert one.shape != other.shape or not torch.equal(one, other)
-    arrow, box = (labelled_grid([GridRow(text, row.levels)], 17) for text in ("→", "\uffff"))
+    arrow, box = (labelled_grid([GridRow(text, row.pixels)], 17) for text in ("→", "\uffff"))
     assert arrow.shape != box.shape or not torch.equal(arrow, box)  # the font has letters beyond Latin
 
 

@@ -191,9 +191,9 @@ def by_hand(module: GlowModule, images: list[Tensor], what: tuple[str | int, ...
     """Bits/dim of every image with the noise of an evaluation."""
     bits = []
     with torch.no_grad(), module.averaged():
-        for index, levels in enumerate(images):
+        for index, pixels in enumerate(images):
             noise = torch.Generator().manual_seed(derive(module.seed, *what, index, 0))
-            bits.append(module.model.eval().bits_per_dim(levels, N_BINS, generator=noise))
+            bits.append(module.model.eval().bits_per_dim(pixels, N_BINS, generator=noise))
     return torch.cat(bits).double()
 
 
@@ -312,7 +312,7 @@ def test_batches_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="images: expected an integer dtype"):
         trainer(tmp_path).fit(GlowModule(CONFIG, N_BINS), floats)
     mapping = DataLoader([{"image": batches()[0][0]}], batch_size=1)
-    with pytest.raises(ValueError, match=r"batch: expected levels \(N, C, H, W\), or levels and labels"):
+    with pytest.raises(ValueError, match=r"batch: expected pixels \(N, C, H, W\), or pixels and labels"):
         trainer(tmp_path).fit(GlowModule(CONFIG, N_BINS), mapping)
 
 
@@ -371,8 +371,8 @@ def test_without_the_library_it_says_what_to_install() -> None:
 def test_a_classifier_is_trained_and_scored_too(tmp_path: Path) -> None:
     """Bright images against dark ones; the loss is that of the training loop, and checkpoints keep the weight."""
     labels = torch.arange(32) % 2
-    levels = torch.cat(batches()) // 2 + 4 * labels.reshape(-1, 1, 1, 1).byte()
-    pairs = DataLoader(TensorDataset(levels, labels), 8)
+    pixels = torch.cat(batches()) // 2 + 4 * labels.reshape(-1, 1, 1, 1).byte()
+    pairs = DataLoader(TensorDataset(pixels, labels), 8)
     torch.manual_seed(1)
     module = Recording(GlowConfig(**FIELDS, classify=2), N_BINS, lr=2e-2, class_weight=0.5)
     fit = trainer(tmp_path, max_epochs=1)

@@ -404,7 +404,7 @@ def test_nothing_is_written_when_something_is_refused(
     tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path
 ) -> None:
     wrong_shape = GlowConfig(image_shape=(1, 8, 8), n_levels=1, n_steps=1, hidden=4)
-    unlabelled = ImageSet("x", tiny_images.levels, 5)
+    unlabelled = ImageSet("x", tiny_images.pixels, 5)
     classes = GlowConfig(image_shape=(1, 4, 4), n_levels=1, n_steps=1, hidden=4, n_classes=2)
     too_many = GlowConfig(image_shape=(1, 4, 4), n_levels=1, n_steps=1, hidden=4, n_classes=3)
     for fields, data, message in [

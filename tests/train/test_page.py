@@ -99,8 +99,8 @@ def test_the_end_stays_what_it_was(folder: RunFolder) -> None:
 @pytest.mark.drawn
 def test_the_curve_is_that_of_the_metrics(folder: RunFolder) -> None:
     rows = read_metrics(folder.metrics)
-    levels = {item["name"]: item["bits_per_dim"] for item in folder.read_report()["yardsticks"]}
-    drawn = bits_png(rows, levels)
+    yardsticks = {item["name"]: item["bits_per_dim"] for item in folder.read_report()["yardsticks"]}
+    drawn = bits_png(rows, yardsticks)
     folder.curve.unlink()
     shown = Page(page_of(folder)).images[0]
     assert base64.b64decode(str(shown["src"]).split(",")[1]) == drawn

@@ -69,6 +69,6 @@ def test_weights_that_fail_for_the_last_images_only_are_found(
         return log_prob(x, *others).masked_fill(x.flatten(1)[:, 0] >= 0.3, math.nan)
 
     monkeypatch.setattr(state.model, "log_prob", no_number_for_white)
-    assert (state.train.levels[:50] == 0).all()
+    assert (state.train.pixels[:50] == 0).all()
     with pytest.raises(TrainingDivergedError, match="after its update training images have nan bits/dim"):
         state.check()

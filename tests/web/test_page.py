@@ -16,7 +16,7 @@ web.require("gradio", "playwright", "chromium")
 from support.web_page import PLACES, Site, Visitor, all_pixels, choose, drag, set_slider, wait_for, written  # noqa: E402
 from support.web_runs import CLASSES, COLOUR, DIGITS, NAMES, UNBORN  # noqa: E402
 
-from pyglow_fast.train import RunFolder, load_model, resolve_device, to_levels  # noqa: E402
+from pyglow_fast.train import RunFolder, load_model, resolve_device, to_pixels  # noqa: E402
 from pyglow_fast.train.figures import image_picture  # noqa: E402
 from pyglow_fast.web.sample_tab import SHOWN  # noqa: E402
 
@@ -30,8 +30,8 @@ def sampled(site: Site, name: str, n: int, temperature: float, seed: int, classe
     model = load_model(checkpoint, name, resolve_device("cpu")).freeze()
     y = None if classes is None else torch.tensor([classes[i % len(classes)] for i in range(n)])
     x = model.sample(n, temperature, y=y, generator=torch.Generator().manual_seed(seed))
-    levels = to_levels(x, checkpoint.data.n_bins)
-    return torch.stack([image_picture(image, checkpoint.data.n_bins) for image in levels])
+    pixels = to_pixels(x, checkpoint.data.n_bins)
+    return torch.stack([image_picture(image, checkpoint.data.n_bins) for image in pixels])
 
 
 def shown(visitor: Visitor) -> Tensor:
@@ -85,7 +85,7 @@ def test_of_many_drags_the_last_counts(visitor: Visitor, site: Site) -> None:
 
 
 def test_a_click_on_a_sample_takes_it_to_edit(visitor: Visitor, site: Site) -> None:
-    """Its levels, and its name in the command; the class that was chosen for another image is forgotten."""
+    """Its pixels, and its name in the command; the class that was chosen for another image is forgotten."""
     page = visitor.page
     visitor.tab("Edit")
     choose(page, "edit-class", "5")

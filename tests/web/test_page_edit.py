@@ -12,13 +12,13 @@ from support import web
 
 web.require("gradio", "playwright", "chromium")
 
-from support.web_page import Site, Visitor, choose, drag, pixels, set_slider, slider, wait_for, written  # noqa: E402
+from support.web_page import Site, Visitor, choose, drag, rgb_of, set_slider, slider, wait_for, written  # noqa: E402
 from support.web_runs import COLOUR, DIGITS, NAMES, encoded, photo  # noqa: E402
 
 from pyglow_fast.data import load_data, split  # noqa: E402
 from pyglow_fast.latents import edited, to_space  # noqa: E402
 from pyglow_fast.likelihood import dequantize  # noqa: E402
-from pyglow_fast.train import RunFolder, load_model, resolve_device, to_levels  # noqa: E402
+from pyglow_fast.train import RunFolder, load_model, resolve_device, to_pixels  # noqa: E402
 from pyglow_fast.train.figures import image_picture  # noqa: E402
 
 if TYPE_CHECKING:
@@ -39,16 +39,16 @@ class Own:
         self.data = load_data(checkpoint.config.data)
         self.train, self.held_out = split(self.data, checkpoint.config.data.held_out, checkpoint.config.seed)
 
-    def x(self, levels: Tensor) -> Tensor:
-        half = torch.full(levels.shape, 0.5)
-        return dequantize(levels.long(), self.n_bins, noise=half)
+    def x(self, pixels: Tensor) -> Tensor:
+        half = torch.full(pixels.shape, 0.5)
+        return dequantize(pixels.long(), self.n_bins, noise=half)
 
     @functools.cache  # noqa: B019 - as long as the tests
     def values(self, space: str) -> tuple[list[Tensor], Tensor]:
         """Latents and pixels of all training images, float64, and their classes."""
-        levels, labels = self.data.batch(self.train)
+        pixels, labels = self.data.batch(self.train)
         assert labels is not None
-        x = self.x(levels)
+        x = self.x(pixels)
         with torch.no_grad():
             latents = to_space(self.model, x, space, labels if self.conditional else None)
         return [part.double() for part in (*latents, x)], labels
@@ -65,25 +65,25 @@ class Own:
         return total
 
     def edit(
-        self, levels: Tensor, label: int | None, space: str, adds: Sums | None = None, keep: list[float] | None = None
+        self, pixels: Tensor, label: int | None, space: str, adds: Sums | None = None, keep: list[float] | None = None
     ) -> Tensor:
         """The picture of an edit."""
         y = None if label is None else torch.tensor([label])
         shift = self.shift(adds, space)[:-1] if adds else None
         with torch.no_grad():
-            x = edited(self.model, to_space(self.model, self.x(levels[None]), space, y), shift, keep, space, y)
-        return image_picture(to_levels(x, self.n_bins)[0], self.n_bins)
+            x = edited(self.model, to_space(self.model, self.x(pixels[None]), space, y), shift, keep, space, y)
+        return image_picture(to_pixels(x, self.n_bins)[0], self.n_bins)
 
-    def shifted(self, levels: Tensor, adds: Sums) -> Tensor:
+    def shifted(self, pixels: Tensor, adds: Sums) -> Tensor:
         """The picture of its twin."""
-        x = self.x(levels[None]) + self.shift(adds, "latent")[-1]
-        return image_picture(to_levels(x, self.n_bins)[0], self.n_bins)
+        x = self.x(pixels[None]) + self.shift(adds, "latent")[-1]
+        return image_picture(to_pixels(x, self.n_bins)[0], self.n_bins)
 
     def image(self, number: int) -> tuple[Tensor, int]:
         """Held-out image ``number``, and its class."""
-        levels, labels = self.data.batch(self.held_out[number : number + 1])
+        pixels, labels = self.data.batch(self.held_out[number : number + 1])
         assert labels is not None
-        return levels[0], int(labels[0])
+        return pixels[0], int(labels[0])
 
     def picture(self, number: int) -> Tensor:
         return image_picture(self.image(number)[0].long(), self.n_bins)
@@ -116,14 +116,14 @@ def test_a_slider_follows_the_mouse(
 ) -> None:
     """Several together, a level among them; then the original again, to the bit, with all sliders at rest."""
     run = own(DIGITS)
-    levels, label = run.image(0)
+    pixels, label = run.image(0)
     wait_for(lambda: editor.edited("original"), run.picture(0))
     wait_for(editor.edited, run.picture(0))
     drag(editor.page, "add-3", 0.6, 0.9)
     s = value(editor, "add-3")
     assert 2 < s < 2.8
     adds: Sums = {("3", "rest"): s}
-    wait_for(editor.edited, run.edit(levels, label, "latent", adds))
+    wait_for(editor.edited, run.edit(pixels, label, "latent", adds))
     assert not torch.equal(editor.edited(), run.picture(0))
     same_from_the_command_line(editor, monkeypatch)
     drag(editor.page, "add-0", 0.2)
@@ -131,9 +131,9 @@ def test_a_slider_follows_the_mouse(
     adds[("0", "rest")], keep = value(editor, "add-0"), value(editor, "keep-0")
     assert -2.2 < adds[("0", "rest")] < -1.4
     assert 0.3 < keep < 0.5
-    wait_for(editor.edited, run.edit(levels, label, "latent", adds, [keep]))
+    wait_for(editor.edited, run.edit(pixels, label, "latent", adds, [keep]))
     editor.page.get_by_role("checkbox", name="beside it").check()
-    wait_for(lambda: editor.edited("shifted"), run.shifted(levels, adds))
+    wait_for(lambda: editor.edited("shifted"), run.shifted(pixels, adds))
     assert editor.command("edit-command").splitlines()[1].endswith("--pixel-shift --device cpu --out shifted.png")
     same_from_the_command_line(editor, monkeypatch)
     same_from_the_command_line(editor, monkeypatch, "Save the shifted one", 1)
@@ -148,27 +148,27 @@ def test_a_slider_follows_the_mouse(
 def test_many_quick_drags_end_with_the_last(editor: Visitor, own: Callable[[str], Own]) -> None:
     """Of two sliders in turn: no earlier picture comes late."""
     run = own(DIGITS)
-    levels, label = run.image(0)
+    pixels, label = run.image(0)
     for _ in range(2):
         drag(editor.page, "add-1", *(0.5 + i / 60 for i in range(30)))
         drag(editor.page, "add-2", *(0.5 - i / 60 for i in range(30)))
     adds: Sums = {("1", "rest"): value(editor, "add-1"), ("2", "rest"): value(editor, "add-2")}
     assert all(adds.values())
-    wait_for(editor.edited, run.edit(levels, label, "latent", adds))
+    wait_for(editor.edited, run.edit(pixels, label, "latent", adds))
     editor.idle()
-    assert torch.equal(editor.edited(), run.edit(levels, label, "latent", adds))
+    assert torch.equal(editor.edited(), run.edit(pixels, label, "latent", adds))
 
 
 def test_both_spaces(editor: Visitor, own: Callable[[str], Own], monkeypatch: pytest.MonkeyPatch) -> None:
     """A slider keeps its value when the space changes, and the picture is that of the other space."""
     run = own(DIGITS)
-    levels, label = run.image(0)
+    pixels, label = run.image(0)
     set_slider(editor.page, "add-5", 1.25)
     adds: Sums = {("5", "rest"): 1.25}
-    wait_for(editor.edited, run.edit(levels, label, "latent", adds))
+    wait_for(editor.edited, run.edit(pixels, label, "latent", adds))
     editor.page.get_by_role("radio", name="noise").check()
-    wait_for(editor.edited, run.edit(levels, label, "noise", adds))
-    assert not torch.equal(run.edit(levels, label, "noise", adds), run.edit(levels, label, "latent", adds))
+    wait_for(editor.edited, run.edit(pixels, label, "noise", adds))
+    assert not torch.equal(run.edit(pixels, label, "noise", adds), run.edit(pixels, label, "latent", adds))
     assert value(editor, "add-5") == 1.25
     same_from_the_command_line(editor, monkeypatch)
 
@@ -194,7 +194,7 @@ def test_images_to_edit(editor: Visitor, own: Callable[[str], Own]) -> None:
     page.get_by_role("button", name="Other images to choose from").click()
     thumbs = page.locator("#edit-thumbs button")
     wait_for(lambda: thumbs.evaluate_all("found => found.map(button => button.ariaLabel)") != before, True)
-    picture = pixels(thumbs.nth(7).locator("img"))
+    picture = rgb_of(thumbs.nth(7).locator("img"))
     thumbs.nth(7).click()
     wait_for(lambda: editor.edited("original"), picture)
     assert torch.equal(picture, run.picture(int(number.input_value())))
@@ -222,7 +222,7 @@ def test_a_number_that_there_is_not(number: str, editor: Visitor, own: Callable[
 def test_other_sliders(editor: Visitor, own: Callable[[str], Own]) -> None:
     """A difference of two classes, and other classes; sliders that stay keep their values."""
     run, page = own(DIGITS), editor.page
-    levels, label = run.image(0)
+    pixels, label = run.image(0)
     set_slider(page, "add-2", 1.5)
     page.get_by_text("Which attributes").click()
     choose(page, "edit-plus", "9")
@@ -230,11 +230,11 @@ def test_other_sliders(editor: Visitor, own: Callable[[str], Own]) -> None:
     page.get_by_role("button", name="Add a slider").click()
     wait_for(lambda: page.locator("#add-6 label").inner_text(), "9 minus 4")
     set_slider(page, "add-6", -0.75)
-    wait_for(editor.edited, run.edit(levels, label, "latent", {("2", "rest"): 1.5, ("9", "4"): -0.75}))
+    wait_for(editor.edited, run.edit(pixels, label, "latent", {("2", "rest"): 1.5, ("9", "4"): -0.75}))
     page.locator("#edit-attributes .token-remove").first.click()
     wait_for(lambda: page.locator("#add-0 label").inner_text(), "1 minus rest")
     assert (value(editor, "add-1"), value(editor, "add-5")) == (1.5, -0.75)
-    wait_for(editor.edited, run.edit(levels, label, "latent", {("2", "rest"): 1.5, ("9", "4"): -0.75}))
+    wait_for(editor.edited, run.edit(pixels, label, "latent", {("2", "rest"): 1.5, ("9", "4"): -0.75}))
     choose(page, "edit-minus", "9")
     page.get_by_role("button", name="Add a slider").click()
     assert editor.toast() == "minus: expected another attribute than plus, found '9'"
@@ -246,14 +246,14 @@ def test_names_of_attributes_are_text(
     """Of a run without classes, whose folders have hostile names: sliders, captions, the command."""
     run = own(COLOUR)
     editor.choose_run(COLOUR)
-    levels, _ = run.image(0)
+    pixels, _ = run.image(0)
     wait_for(lambda: editor.edited("original"), run.picture(0))
     adds: Sums = {}
     for i, name in enumerate(sorted(NAMES)):
         adds[(name, "rest")] = (0.5, -0.25, 0.25, 0.1, 0.75)[i]
         set_slider(editor.page, f"add-{i}", adds[(name, "rest")])
     set_slider(editor.page, "keep-0", 0.35)
-    wait_for(editor.edited, run.edit(levels, None, "noise", adds, [0.35, 1.0]))
+    wait_for(editor.edited, run.edit(pixels, None, "noise", adds, [0.35, 1.0]))
     same_from_the_command_line(editor, monkeypatch)
 
 

@@ -16,7 +16,7 @@ from support.web_page import (  # noqa: E402
     all_pixels,
     data_of,
     drag,
-    pixels,
+    rgb_of,
     set_slider,
     slider,
     wait_for,
@@ -28,7 +28,7 @@ from pyglow_fast.data import ImageSet, load_data, split  # noqa: E402
 from pyglow_fast.data.single import read_single  # noqa: E402
 from pyglow_fast.latents import interpolate  # noqa: E402
 from pyglow_fast.likelihood import dequantize  # noqa: E402
-from pyglow_fast.train import RunFolder, load_model, resolve_device, score_images, to_levels  # noqa: E402
+from pyglow_fast.train import RunFolder, load_model, resolve_device, score_images, to_pixels  # noqa: E402
 from pyglow_fast.train.figures import image_picture  # noqa: E402
 
 if TYPE_CHECKING:
@@ -44,15 +44,15 @@ def path(site: Site, ends: tuple[int | bytes, int | bytes], times: list[float], 
     _, held_out = split(data, config.data.held_out, config.seed)
     both = []
     for end in ends:
-        levels = (
+        pixels = (
             data.batch(held_out[end : end + 1])[0][0]
             if isinstance(end, int)
             else read_single(end, "test", config.data, (3, 16, 16), 256)
         )
         half = torch.full((1, 3, 16, 16), 0.5)
-        both.append(dequantize(levels[None].long(), 256, noise=half))
-    levels = to_levels(interpolate(model, both[0], both[1], spherical=spherical, space="noise", times=times)[0], 256)
-    return torch.stack([image_picture(image, 256) for image in levels])
+        both.append(dequantize(pixels[None].long(), 256, noise=half))
+    pixels = to_pixels(interpolate(model, both[0], both[1], spherical=spherical, space="noise", times=times)[0], 256)
+    return torch.stack([image_picture(image, 256) for image in pixels])
 
 
 def strip(visitor: Visitor) -> Tensor:
@@ -60,7 +60,7 @@ def strip(visitor: Visitor) -> Tensor:
 
 
 def frame(visitor: Visitor) -> Tensor:
-    return pixels(visitor.page.locator("#path-frame img"))
+    return rgb_of(visitor.page.locator("#path-frame img"))
 
 
 @pytest.fixture
@@ -127,10 +127,10 @@ def bits(site: Site, name: str, data: bytes, label: int | None) -> float:
     """Bits/dim of a file by itself."""
     checkpoint = RunFolder(site.path(name)).load()
     model = load_model(checkpoint, name, resolve_device("cpu")).freeze()
-    levels = read_single(data, "test", checkpoint.config.data, (3, 16, 16), 256)
+    pixels = read_single(data, "test", checkpoint.config.data, (3, 16, 16), 256)
     labels = None if label is None else torch.tensor([label])
     names = () if label is None else checkpoint.data.class_names
-    return float(score_images(model, ImageSet("one", levels[None], 256, labels, names), 1, seed=0).bits_per_dim[0])
+    return float(score_images(model, ImageSet("one", pixels[None], 256, labels, names), 1, seed=0).bits_per_dim[0])
 
 
 @pytest.mark.drawn

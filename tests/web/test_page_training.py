@@ -16,7 +16,7 @@ web.require("gradio", "playwright", "chromium")
 from support.web_page import PLACES, Site, Visitor, all_pixels, set_slider, wait_for  # noqa: E402
 from support.web_runs import COLOUR, DIGITS  # noqa: E402
 
-from pyglow_fast.train import Checkpoint, RunFolder, load_model, resolve_device, to_levels  # noqa: E402
+from pyglow_fast.train import Checkpoint, RunFolder, load_model, resolve_device, to_pixels  # noqa: E402
 from pyglow_fast.train.figures import image_picture  # noqa: E402
 from pyglow_fast.web.sample_tab import SHOWN  # noqa: E402
 
@@ -32,8 +32,8 @@ def training(site: Site) -> Iterator[RunFolder]:
 
 def sampled(checkpoint: Checkpoint, n: int) -> torch.Tensor:
     model = load_model(checkpoint, "run", resolve_device("cpu")).freeze()
-    levels = to_levels(model.sample(n, 0.7, generator=torch.Generator().manual_seed(0)), 256)
-    return torch.stack([image_picture(image, 256) for image in levels])
+    pixels = to_pixels(model.sample(n, 0.7, generator=torch.Generator().manual_seed(0)), 256)
+    return torch.stack([image_picture(image, 256) for image in pixels])
 
 
 def test_the_newest_whole_checkpoint_is_used(training: RunFolder, visitor: Visitor) -> None:

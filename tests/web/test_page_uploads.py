@@ -11,7 +11,7 @@ from support import web
 
 web.require("gradio", "playwright", "chromium")
 
-from support.web_page import Site, Visitor, pixels, set_slider, wait_for, written  # noqa: E402
+from support.web_page import Site, Visitor, rgb_of, set_slider, wait_for, written  # noqa: E402
 from support.web_runs import COLOUR, SIDE, bomb, encoded, photo, turned_jpeg  # noqa: E402
 
 from pyglow_fast.data.single import read_single  # noqa: E402
@@ -170,6 +170,6 @@ def test_a_picture_is_pasted(editor: Visitor, site: Site) -> None:
     )
     page.locator("#edit-upload").get_by_label("Paste from clipboard").click()
     wait_for(lambda: " clipboard.png " in editor.command("edit-command"), True)
-    picture = pixels(page.locator("#edited [data-part=original] img"))
+    picture = rgb_of(page.locator("#edited [data-part=original] img"))
     assert picture[:, 0, 0].tolist() == [0x30, 0x60, 0x90]
     assert picture[:, 15, 0].tolist() == [255, 255, 255]  # transparent
