@@ -21,7 +21,7 @@ from pyglow_fast.data.prepare import FILE_SIZE, Preparation
 NOT_PHOTOS = frozenset({"ocean-waves.jpg", "saturnian-profile.jpg", "valley-midnight.jpg", "waves-midnight.jpg"})
 
 # By which photos are shrunk.
-SCALE = Range(least=1, most=MOST, why="more pixels are a slip of the pen")
+SCALE = Range(least=1, most=MOST, why="a larger factor is a slip of the pen")
 
 
 def default_scale(size: int) -> int:
