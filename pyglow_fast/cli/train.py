@@ -171,14 +171,17 @@ def _what_wins(path: str, settings: Mapping[str, Any], named: str | None, preset
         ValueError: the file has every setting that the preset has.
     """
     theirs = presets.find(preset).settings
-    both = sorted(set(theirs) & set(settings))
-    left = [key for key in theirs if key not in settings]
+    merged = presets.resolve(theirs, settings)
+    changed = sorted(key for key, value in theirs.items() if merged.get(key) != value)
     expect(
-        bool(left), "preset", f"one with settings that {path} does not have, since those of a file win", repr(preset)
+        any(key not in settings and key not in changed for key in theirs),
+        "preset",
+        f"one with settings that {path} does not have, since those of a file win",
+        repr(preset),
     )
     notes = [f"{path} names preset {named}; --preset {preset} takes its place"] if named not in (None, preset) else []
-    if both:
-        notes.append(f"{path} wins over preset {preset} in {', '.join(both)}")
+    if changed:
+        notes.append(f"{path} wins over preset {preset} in {', '.join(changed)}")
     return tuple(notes)
 
 

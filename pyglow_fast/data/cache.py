@@ -9,9 +9,15 @@ from pyglow_fast._errors import expect
 
 
 def data_folder() -> Path:
-    """The folder that fetched data sets are kept in, one subfolder each: $PYGLOW_DATA, or ~/.cache/pyglow_fast."""
+    """The folder that fetched data sets are kept in, one subfolder each: $PYGLOW_DATA, or ~/.cache/pyglow_fast.
+
+    Raises:
+        ValueError: neither is there, for a user without a home.
+    """
     chosen = os.environ.get("PYGLOW_DATA")
-    return Path(chosen) if chosen else Path.home() / ".cache" / "pyglow_fast"
+    home = os.path.expanduser("~")
+    expect(bool(chosen) or home != "~", "PYGLOW_DATA", "a folder for data sets, as this user has no home", "none")
+    return Path(chosen) if chosen else Path(home, ".cache", "pyglow_fast")
 
 
 def cached(name: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from pyglow_fast.data import DataConfig
 from pyglow_fast.interop.convert import save_chaiyujin
 from pyglow_fast.latents import DEFAULT_SPACE
 from pyglow_fast.models import GlowConfig
+from pyglow_fast.presets import PRESETS
 from pyglow_fast.train import RunFolder, TrainConfig, class_columns
 from pyglow_fast.train.figures import pictures
 
@@ -232,6 +234,27 @@ def test_a_preset_of_which_a_file_leaves_nothing_is_refused(
         "found 'digits'\n"
     )
     assert not Path("again").exists()
+
+
+def test_a_limit_in_a_file_takes_away_those_of_a_preset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So a preset may leave nothing though it has settings that the file lacks; what agrees is not told."""
+    monkeypatch.chdir(tmp_path)
+    file = Path("x.toml")
+    file.write_text('max_minutes = 0.5\nbatch_size = 64\n[data]\nname = "digits"\n')
+    command = ["train", "--config", "x.toml", "--preset", "digits", "--out", "run"]
+    assert main([*command, *SMALL]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "x.toml wins over preset digits in decay_steps, max_steps"
+    rest = {key: value for key, value in PRESETS["digits"].settings.items() if key not in ("max_steps", "decay_steps")}
+    own = {key: "none" if value is None else value for key, value in rest.items()}
+    model = {key: own.pop(key) for key in list(own) if key in GlowConfig.__dataclass_fields__}
+    lines = [*(f"{key} = {json.dumps(value)}" for key, value in own.items()), "max_minutes = 0.5", "[model]"]
+    lines += [*(f"{key} = {json.dumps(value)}" for key, value in model.items()), "[data]", 'name = "digits"']
+    file.write_text("\n".join(lines))
+    assert main([*command[:-1], "other"]) == 2
+    assert capsys.readouterr().err.startswith("error: preset: expected one with settings that x.toml does not have")
+    assert not Path("other").exists()
 
 
 def test_where_a_run_goes_is_said_before_it_is_there(

@@ -207,3 +207,6 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYGLOW_DATA")
     monkeypatch.setenv("HOME", "/home/me")
     assert data_folder() == Path("/home/me/.cache/pyglow_fast")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for a user without a home
+    with pytest.raises(ValueError, match=r"PYGLOW_DATA: expected a folder for data sets, as this user has no home"):
+        data_folder()
