@@ -10,6 +10,7 @@ of these projections, which tells an error's size nearly as well as the true sta
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 from collections.abc import Sequence
@@ -252,15 +253,27 @@ class DriftRecord:
     def of_vector(cls, vector: Tensor) -> DriftRecord:
         """Undo :meth:`vector`; the vector may have any dtype and device.
 
+        Drift may be infinite or NaN: states that were not finite have such.
+
         Raises:
-            ValueError: other than a tensor of so many numbers.
+            ValueError: other than a tensor of so many numbers, or numbers that no pass can have found.
         """
         own = fields(cls)
         is_record = isinstance(vector, Tensor) and vector.shape == (len(own),)
         found = getattr(vector, "shape", type(vector).__name__)
         expect(is_record, "drift control state", f"{len(own)} numbers", found)
-        values = zip(own, vector.double().tolist(), strict=True)
-        return cls(*(int(value) if item.type == "int" else value for item, value in values))
+        values = []
+        for item, value in zip(own, vector.double().tolist(), strict=True):
+            if item.type == "int":
+                least = -1 if item.name == "warned_at" else 0
+                whole, words = value.is_integer() and value >= least, f"a whole number, {least} or more"
+                expect(whole, f"drift control state: {item.name}", words, value)
+                value = int(value)
+            else:
+                possible = 0 <= value < math.inf if item.name == "recent_redone" else not value < 0
+                expect(possible, f"drift control state: {item.name}", "a number, 0 or more", value)
+            values.append(value)
+        return cls(*values)
 
 
 class DriftControl:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pyglow_fast import info
-from pyglow_fast._errors import expect
+from pyglow_fast._errors import expect, visible
 from pyglow_fast.data import optional
 from pyglow_fast.train.metrics import Row
 
@@ -136,7 +136,7 @@ def report_html(
 ) -> str:
     """Make one HTML page with everything inside it: no script, font or picture comes from anywhere else.
 
-    Parts that are empty are left out; all text is escaped.
+    Parts that are empty are left out; all text is escaped, and control characters in it are written out.
 
     Args:
         title: the title of the page.
@@ -165,7 +165,7 @@ def report_html(
     if environment:
         parts += ["<h2>Environment</h2>", _table(environment)]
     name = html.escape(title)
-    return "\n".join(
+    page = "\n".join(
         [
             "<!doctype html>",
             '<html lang="en">',
@@ -183,3 +183,4 @@ def report_html(
             "",
         ]
     )
+    return visible(page, lines=True)  # HTML has no control characters, and UTF-8 no half of a name that is no UTF-8

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
+import re
 import warnings
 from itertools import pairwise
 from pathlib import Path
@@ -271,3 +273,30 @@ class TestState:
     def test_what_is_no_state(self, state: object) -> None:
         with pytest.raises(ValueError, match="drift control state: expected 13 numbers, found"):
             DriftControl(8).load_state(state)
+
+    @pytest.mark.parametrize(
+        ("name", "value", "expected"),
+        [
+            ("passes", math.nan, "passes: expected a whole number, 0 or more, found nan"),
+            ("spacing", math.inf, "spacing: expected a whole number, 0 or more, found inf"),
+            ("calm", 0.5, "calm: expected a whole number, 0 or more, found 0.5"),
+            ("trips", -1.0, "trips: expected a whole number, 0 or more, found -1.0"),
+            ("warned_at", -2.0, "warned_at: expected a whole number, -1 or more, found -2.0"),
+            ("recent_redone", math.nan, "recent_redone: expected a number, 0 or more, found nan"),
+            ("largest_drift", -1.0, "largest_drift: expected a number, 0 or more, found -1.0"),
+        ],
+    )
+    def test_numbers_that_no_pass_has_found(self, name: str, value: float, expected: str) -> None:
+        control = DriftControl(8)
+        state = control.state()
+        state[list(vars(control.learnt)).index(name)] = value
+        with pytest.raises(ValueError, match=f"drift control state: {re.escape(expected)}$"):
+            control.load_state(state)
+        assert control.state()[0] == control.spacing == DriftControl(8).spacing, "nothing of it was taken"
+
+    @pytest.mark.parametrize("drift", [math.inf, math.nan])
+    def test_states_that_were_not_finite_are_no_fault_of_the_record(self, drift: float) -> None:
+        control, loaded = DriftControl(8), DriftControl(8)
+        control.record(drift=drift, limit=1e-5, redone=4, spacing=control.spacing, drifted=True)
+        loaded.load_state(control.state())
+        torch.testing.assert_close(loaded.state(), control.state(), rtol=0, atol=0, equal_nan=True)

@@ -96,6 +96,14 @@ def test_all_text_is_escaped(changes: dict[str, Any]) -> None:
         assert found.images[0]["alt"] == NASTY
 
 
+def test_names_that_no_page_can_hold() -> None:
+    """Of files: with a command to a terminal, and one that is no UTF-8."""
+    source = page(title="n\x1b[2J\udcff", notes=["line\nend"])
+    assert "<h1>n\\x1b[2J\\udcff</h1>" in source
+    assert "<p>line\nend</p>" in source
+    assert "\x1b" not in source.encode().decode()
+
+
 def test_values_that_are_no_numbers() -> None:
     found = Page(page(settings={"a": {"none": None, "nan": math.nan, "inf": -math.inf, "flag": False, "empty": []}}))
     assert found.words["td"][4:-1] == ["none", "nan", "-inf", "False"]
