@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -90,13 +91,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         in memory; 2 for bad input or a missing library; 128 + N if signal N ended a run (saved);
         141, as after SIGPIPE, if nobody reads the output any more.
     """
+    formatted = warnings.formatwarning
+    warnings.formatwarning = _one_line
     try:
         code = _run(argv)
         print(end="", flush=True)  # here, since what fails at exit cannot be caught
     except BrokenPipeError:  # | head has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at exit goes there
         return 141
+    finally:
+        warnings.formatwarning = formatted
     return code
+
+
+def _one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Write a warning as errors are written: where in the code it was raised is nothing to a user."""
+    return f"{'warning' if category is UserWarning else category.__name__}: {message}\n"
 
 
 def _run(argv: Sequence[str] | None) -> int:

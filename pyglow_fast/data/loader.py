@@ -76,7 +76,7 @@ class _Reading:
     on_unreadable: str
 
     def batch(self, entries: Sequence[Entry]) -> Batch:
-        """Read one batch.
+        """Read the images of one batch, each prepared as training sees it.
 
         Raises:
             ValueError: an index outside the set, an empty batch, or what cannot be read.

@@ -116,11 +116,11 @@ class _ModuleWalk(Walk):
         return (inputs[0], gradients[0]) if len(inputs) == 1 else (torch.cat(inputs), torch.cat(gradients))
 
     def measure(self, k: int, x: Tensor, anchor: Tensor | None) -> Tensor:
-        """Of the input itself."""
+        """Measure the drift of the recomputed input itself: by its witness, or by the anchor stored there."""
         return witness_drift(x, self.seen[k]) if anchor is None else anchor_drift(x, anchor)
 
     def redo(self, first: int, last: int, x: Tensor | None, grad: Tensor) -> Tensor:
-        """Inputs forward from the anchor, kept, then back."""
+        """Keep the inputs forward from the anchor, then go back through them."""
         assert x is not None  # parts begin at anchors
         inputs = [x]
         for k in range(first, last):

@@ -69,6 +69,16 @@ def test_sample(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "6 samples at temperature 0.7" in capsys.readouterr().out
 
 
+def test_a_warning_is_one_line(trained: Path, tmp_path: Path) -> None:
+    """Without the file and line of the code that warns."""
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "step-0000099.safetensors").mkdir()
+    command = [sys.executable, "-m", "pyglow_fast", "sample", "run", "--n", "1", "--out", "x.png"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr.count("\n")) == (0, 1)
+    assert re.match(r"warning: \S*step-0000099.safetensors: .*is taken instead\n$", result.stderr), result.stderr
+
+
 def test_samples_come_in_batches(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sample, drawn = Glow.sample, []
 
