@@ -68,12 +68,14 @@ class Mutant:
 
 
 def load() -> list[Mutant]:
-    """The faults of every file here."""
-    return [
-        Mutant(**entry)
-        for path in sorted(HERE.glob("*.toml"))
-        for entry in tomllib.loads(path.read_text(encoding="utf-8"))["mutant"]
-    ]
+    """The faults of every file here, each in a table ``[[mutant]]``."""
+    found: list[Mutant] = []
+    for path in sorted(HERE.glob("*.toml")):
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        found += [Mutant(**entry) for entry in tables.pop("mutant")]
+        if tables:
+            raise ValueError(f"{path.name}: expected tables named mutant, found {', '.join(sorted(tables))}")
+    return found
 
 
 @dataclass
