@@ -263,3 +263,13 @@ def test_second_derivatives_are_refused_not_wrong(name: str) -> None:
     (gradient,) = torch.autograd.grad(objective, x, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         gradient.square().sum().backward()
+
+
+def test_the_matrix_of_a_convolution_is_traced_by_operators_that_onnx_has() -> None:
+    """The exporter that traces has none for torch.diag; tests/live writes the files."""
+    layer = randomise(ours.OneByOneConvolution(6)).eval()
+    x = torch.randn(2, 6, 4, 4)
+    traced = torch.jit.trace(layer, (x,))
+    assert traced.inlined_graph.findAllNodes("aten::diag") == []
+    for found, expected in zip(traced(x), layer(x), strict=True):
+        torch.testing.assert_close(found, expected)

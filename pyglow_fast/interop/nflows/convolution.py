@@ -124,7 +124,8 @@ class OneByOneConvolution(transforms.OneByOneConvolution):
         below = torch.tril_indices(*size, -1, device=like.device).unbind()
         above = torch.triu_indices(*size, 1, device=like.device).unbind()
         ones = torch.eye(self.features, dtype=like.dtype, device=like.device)
-        return ones.index_put(below, like), torch.diag(self.upper_diag).index_put(above, self.upper_entries)
+        diagonal = torch.where(ones > 0.0, self.upper_diag, 0.0)  # torch.diag has no ONNX operator
+        return ones.index_put(below, like), diagonal.index_put(above, self.upper_entries)
 
     def weight(self) -> Tensor:
         """Compute the matrix L U, (C, C)."""
