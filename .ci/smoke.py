@@ -1,4 +1,4 @@
-"""What an installed wheel must do away from its sources: its compiled kernels load, and agree with the reference.
+"""Checks an installed wheel away from its sources: its compiled kernels load, and agree with the reference.
 
 Prints what was built and for which torch; ends with an error if that is not usable here.
 """

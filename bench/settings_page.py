@@ -53,7 +53,7 @@ def default_words(item: Declared) -> str:
 
 
 def values_words(item: Declared) -> str:
-    """What the value must be: the words of the error, and the bound that has a reason."""
+    """Say what a value must be: in the words of the error, with the bound that has a reason."""
     words = item.expected()
     if item.rule.choices:
         words = ", ".join(item.rule.choices)

@@ -15,7 +15,7 @@ P = ParamSpec("P")
 
 
 def renamed_words(old: str, new: str) -> str:
-    """What is said of a name that is another one now."""
+    """Write the sentence that tells a user of ``old`` what it is called now."""
     return f"{old} is called {new} now; the old name goes with the next version"
 
 
@@ -43,16 +43,20 @@ def renamed(old: str, new: str, value: T, default: T, formerly: T | None) -> T:
     """
     if formerly is None:
         return value
-    expect(value == default, old, f"nothing beside {new}, its name now", repr(formerly))
-    warn_renamed(old, new, 3)
+    _accept(old, new, formerly, value == default)
     return formerly
+
+
+def _accept(old: str, new: str, formerly: object, alone: bool) -> None:
+    """Warns of a value by its former name, unless the new one is given too, which is refused."""
+    expect(alone, old, f"nothing beside {new}, its name now", repr(formerly))
+    warn_renamed(old, new, 4)
 
 
 def _take_former(old: str, new: str, options: dict[str, Any]) -> None:
     """Renames a keyword in ``options``, for the caller of the function that calls this one."""
     if old in options:
-        expect(new not in options, old, f"nothing beside {new}, its name now", repr(options[old]))
-        warn_renamed(old, new, 3)
+        _accept(old, new, options[old], new not in options)
         options[new] = options.pop(old)
 
 

@@ -18,7 +18,7 @@ TOP, ROW, HEIGHT = 52, 60, 44
 
 
 class Place(NamedTuple):
-    """Where a part is drawn, and what it is."""
+    """A box of the figure: the column and row that a part is drawn at, and words on what the part is."""
 
     column: str
     row: int
@@ -290,7 +290,7 @@ def _one_step(figure: Figure, top: int) -> None:
 
 
 def _budget(figure: Figure, top: int) -> None:
-    """Where bytes that are given act."""
+    """Draw where a budget of bytes acts."""
     figure.text(24, top, "C. Where bytes that are given act", 15, bold=True)
     names = {
         "green": "inverted: keeps (N, C) sums",

@@ -114,17 +114,20 @@ def _torchvision(dataset: str) -> Any:
 
 
 @dataclass(frozen=True)
-class TorchvisionFiles(Origin):
+class _Torchvision(Origin):
+    dataset: str
+
+    def __str__(self) -> str:
+        return f"torchvision.datasets.{self.dataset}"
+
+
+@dataclass(frozen=True)
+class TorchvisionFiles(_Torchvision):
     """The authors' host of a set that torchvision downloads as single files: MNIST and Fashion-MNIST.
 
     Args:
         dataset: the class of torchvision.datasets.
     """
-
-    dataset: str
-
-    def __str__(self) -> str:
-        return f"torchvision.datasets.{self.dataset}"
 
     def collect(self, work: Path, ready: Path, wanted: Callable[[str], bool]) -> None:
         """Let it download; see :meth:`Origin.collect`."""
@@ -135,7 +138,7 @@ class TorchvisionFiles(Origin):
 
 
 @dataclass(frozen=True)
-class TorchvisionArchives(Origin):
+class TorchvisionArchives(_Torchvision):
     """The authors' host of a set that torchvision downloads as archives: CIFAR-10 and CelebA.
 
     Args:
@@ -143,11 +146,7 @@ class TorchvisionArchives(Origin):
         sha256: of each file that is downloaded, by name; archives are unpacked.
     """
 
-    dataset: str
     sha256: tuple[tuple[str, str], ...]
-
-    def __str__(self) -> str:
-        return f"torchvision.datasets.{self.dataset}"
 
     def collect(self, work: Path, ready: Path, wanted: Callable[[str], bool]) -> None:
         """Let it download, and unpack here; see :meth:`Origin.collect`."""
