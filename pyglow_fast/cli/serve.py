@@ -43,6 +43,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         metavar="USER",
         help="a login, its password prompted for or from PYGLOW_SERVE_AUTH=USER:PASSWORD; a must for other hosts",
     )
+    parser.add_argument(
+        "--certificate", metavar="FILE", help="the server's certificate in PEM format, for an encrypted connection"
+    )
+    parser.add_argument("--key", metavar="FILE", help="its private key, if the file of the certificate has none")
     parser.add_argument("--no-browser", action="store_true", help="do not open a browser")
     add_train_images(parser)
 
@@ -79,13 +83,14 @@ def run(args: argparse.Namespace) -> int:
     # Settings that the user has for Gradio are for other pages; some would open this one to others.
     with user_input(), _without(lambda name: name.startswith("GRADIO_")):
         _import_gradio()
-        from pyglow_fast.web import CSS, Shelf, check_host, credentials, page, serve
+        from pyglow_fast.web import CSS, Shelf, check_certificate, check_host, credentials, page, serve
 
         check_counts(args, "train_images")
         resolve_device(args.device)  # else only what is done on the page would refuse it
         ask = getpass.getpass if sys.stdin is not None and sys.stdin.isatty() else None
         auth = credentials(args.auth, os.environ, ask)
         check_host(args.host, auth)
+        check_certificate(args.certificate, args.key)
         shelf = Shelf(args.runs, args.best, args.device, args.train_images)
         serve(
             lambda: page(shelf),
@@ -94,5 +99,7 @@ def run(args: argparse.Namespace) -> int:
             auth=auth,
             open_browser=not args.no_browser,
             css=CSS,
+            certificate=args.certificate,
+            key=args.key,
         )
     return 0

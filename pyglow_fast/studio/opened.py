@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -284,9 +284,16 @@ class OpenRun:
         return self._with_label(picked.pixels, label, picked.image)
 
     def pick_file(
-        self, source: Path | bytes, image: File, label: int | None = None, most_pixels: int | None = None
+        self,
+        source: Path | bytes,
+        image: File,
+        label: int | None = None,
+        most_pixels: int | None = None,
+        formats: Sequence[str] | None = None,
     ) -> Picked:
         """Read the image in a file, or in its contents, and bring it to what the model sees.
+
+        What is decoded at all, ``most_pixels`` and ``formats``, is as in :func:`pyglow_fast.data.read_single`.
 
         Raises:
             UnreadableImageError: it cannot be read, or is too small or too large.
@@ -294,9 +301,7 @@ class OpenRun:
         shape = self.checkpoint.config.model.image_shape
         config = self.checkpoint.config.data
         channels, height, width = shape
-        pixels = read_single(
-            source, image.path, config, (channels, height, width), self.n_bins, most_pixels=most_pixels
-        )
+        pixels = read_single(source, image.path, config, (channels, height, width), self.n_bins, most_pixels, formats)
         return self._with_label(pixels, label, image)
 
     def _with_label(self, pixels: Tensor, label: int | None, image: Image) -> Picked:

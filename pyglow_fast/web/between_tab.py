@@ -9,7 +9,7 @@ import gradio as gr
 from pyglow_fast.studio.between import Between
 from pyglow_fast.studio.opened import OpenRun
 from pyglow_fast.studio.words import HeldOut
-from pyglow_fast.web.desk import Desk, Kept, clicked, picked_number, picked_upload
+from pyglow_fast.web.desk import Desk, Kept, check_number, clicked, picked_number, picked_upload
 from pyglow_fast.web.errors import on_page
 from pyglow_fast.web.events import QUIET, anew, follow
 from pyglow_fast.web.html import PICK_JS, buttons, figure, note, row, save_link
@@ -104,6 +104,7 @@ class BetweenTab:
 
     def point(self, steps: float, event: gr.EventData) -> tuple[float, int]:
         """Find where on the path the image of the strip is that was clicked."""
+        check_number("images", steps, MOST)
         return clicked(event, int(steps)) / (int(steps) - 1), anew()
 
     def moved(self, desk: Desk, path: str, at: float) -> list[Any]:
@@ -123,6 +124,7 @@ class BetweenTab:
 
     def drawn(self, desk: Desk, path: str, steps: float) -> list[Any]:
         """Draw the strip of the whole path."""
+        check_number("images", steps, MOST)
         opened, between = self._between(desk, path)
         if between is None:
             return ["", anew()]

@@ -19,6 +19,8 @@ from pyglow_fast.web.uploads import Upload
 
 NO_CLASS = "its own"  # the class of the image under edit while none was chosen
 MOST_PIXELS = 40_000_000  # pixels of an upload: as many as a large camera's photograph has
+# What cameras and the web have; Pillow's decoders of the other forty are older, and few look for faults in them.
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")
 
 
 class Kept(NamedTuple):
@@ -120,7 +122,7 @@ def picked_upload(opened: OpenRun, upload: Upload, label: int | None = None) -> 
         UnreadableImageError: it is no image, or too small or too large; the message has its name.
     """
     try:
-        return opened.pick_file(upload.data, File(upload.name), label, MOST_PIXELS)
+        return opened.pick_file(upload.data, File(upload.name), label, MOST_PIXELS, FORMATS)
     except MemoryError:
         raise UnreadableImageError(
             f"{upload.name}: expected an image that fits into memory, found a larger one"

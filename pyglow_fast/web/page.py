@@ -19,6 +19,7 @@ from pyglow_fast.web.score_tab import ScoreTab
 from pyglow_fast.web.shelf import Shelf
 
 AT_ONCE = 4  # events that are computed at once
+MOST_WAITING = 1000  # and that wait for it; a hundred visitors have some each
 EVERY = 3.0  # seconds from one look for a newer checkpoint to the next
 
 
@@ -92,7 +93,7 @@ def page(shelf: Shelf) -> gr.Blocks:
         fill(first.success(opened, [desk, run], [about, version, desk], **QUIET))
         taken = sample.pictures.click(on_page()(sample.take), desk, [edit.label, edit.redraw], **QUIET)
         taken.success(lambda: gr.Tabs(selected="edit"), None, tabs, **QUIET)
-    blocks.queue(default_concurrency_limit=AT_ONCE)
+    blocks.queue(default_concurrency_limit=AT_ONCE, max_size=MOST_WAITING)
     return blocks
 
 
