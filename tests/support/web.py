@@ -71,7 +71,7 @@ class Server:
         guard.start()
         self.first = self.process.stdout.readline()
         guard.cancel()
-        words = [word for word in self.first.split() if word.startswith("http://")]
+        words = [word for word in self.first.split() if word.startswith(("http://", "https://"))]
         if len(words) != 1:
             self.end()
             pytest.fail(f"no server: {self.first!r}, {self.log()}")

@@ -91,6 +91,8 @@ HOSTILE = {
     "empty.png": b"",
     "truncated.png": encoded(photo(400, 400), "PNG")[:-2000],
     "bomb.png": bomb(),
+    "icon.ico": encoded(photo(32, 32), "ICO"),  # may hold a larger image than it says
+    "rare.pcx": encoded(photo(32, 32), "PCX"),
     "script.svg": b'<svg xmlns="http://www.w3.org/2000/svg" onload="alert(1)"><script>alert(1)</script></svg>',
     "page.html": b"<html><script>alert(1)</script></html>",
     "large.png": encoded(photo(20, 20), "PNG") + bytes(20 * 2**20),

@@ -168,6 +168,19 @@ def test_uploads_that_nobody_reads_are_removed(tmp_path: Path, monkeypatch: pyte
         assert not Path(path).exists()
 
 
+def test_uploads_that_were_broken_off_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradio forgets that it began to write them."""
+    monkeypatch.setattr(server, "UPLOADS_LAST", 0.1)
+    begun = tmp_path / "tmpbegun"
+    begun.write_bytes(b"some bytes")
+    gate = server.application(gr.Blocks(analytics_enabled=False), tmp_path, "127.0.0.1", None, 1000, None, None, None)
+    with TestClient(gate, base_url="http://127.0.0.1"):
+        end = time.monotonic() + 20
+        while begun.exists() and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not begun.exists()
+
+
 def open_stream(running: web.Server, path: str) -> HTTPConnection:
     """A connection whose answer has begun and does not end."""
     connection = HTTPConnection(*running.host.split(":"), timeout=10)  # type: ignore[arg-type]

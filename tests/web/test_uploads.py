@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import ROOT, web
@@ -21,6 +22,7 @@ from pyglow_fast.web.uploads import (  # noqa: E402
     UploadedFiles,
     UploadedImage,
     clean_name,
+    sweep,
     take,
 )
 
@@ -123,6 +125,43 @@ def test_too_many_files_are_refused_unread(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("pyglow_fast.web.uploads.take", lambda *args: pytest.fail("read"))
     with pytest.raises(gr.Error, match="files: expected at most 64 at once, found 65"):
         files.preprocess(ListFiles(root=[one] * 65))
+
+
+def test_too_many_bytes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is beyond the limit is not read."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setattr("pyglow_fast.web.uploads.MOST_BYTES", 2 * 2**20)
+    one = FileData(path=str(stored(tmp_path, bytes(2**20))), orig_name="cat.png")
+    files = UploadedFiles(file_count="multiple")
+    assert len(files.preprocess(ListFiles(root=[one] * 2))) == 2
+    read: list[str] = []
+
+    def counted(*arguments: Any) -> Upload:
+        read.append("")
+        return take(*arguments)
+
+    monkeypatch.setattr("pyglow_fast.web.uploads.take", counted)
+    with pytest.raises(gr.Error, match="files: expected at most 2 MB at once, found more"):
+        files.preprocess(ListFiles(root=[one] * 9))
+    assert len(read) == 3
+
+
+def test_what_was_broken_off_is_swept_away(tmp_path: Path) -> None:
+    """Not what is still being written, nor what arrived as a whole, nor what a link leads to."""
+    outside = tmp_path / "outside"
+    outside.touch()
+    folder = tmp_path / "cache"
+    (folder / "hash").mkdir(parents=True)
+    for name in ("tmpold", "tmpnew", "hash/whole.png"):
+        (folder / name).write_bytes(b"x")
+    (folder / "link").symlink_to(outside)
+    for path in (folder / "tmpold", folder / "hash" / "whole.png", outside):
+        os.utime(path, (1000, 1000))
+    os.utime(folder / "tmpnew", (2000, 2000))
+    sweep(folder, 1500)
+    left = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    assert left == {"tmpnew", "hash", "hash/whole.png", "link"}
+    assert outside.exists()
 
 
 def test_no_stub_is_written_beside_the_components() -> None:
