@@ -177,8 +177,15 @@ class _Stop(BaseException):
 
 def _stop(signum: int, frame: FrameType | None) -> None:
     for each in _signals():
-        signal.signal(each, signal.SIG_IGN)  # what follows takes a second at most and must not be cut short
+        signal.signal(each, _stopping)
     raise _Stop
+
+
+def _stopping(signum: int, frame: FrameType | None) -> None:
+    """What follows a signal takes a second at most and must not be cut short by another.
+
+    To ignore them (SIG_IGN) would put a traceback into the log where two come at once.
+    """
 
 
 def _signals() -> list[signal.Signals]:

@@ -238,6 +238,24 @@ def test_a_signal_before_it_answers_ends_it_too(tmp_path: Path) -> None:
         assert running.log() == ""
 
 
+@pytest.mark.parametrize("second", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_signals_that_come_together_are_one(second: str, tmp_path: Path) -> None:
+    """Such as that of a terminal which is closed under an impatient user."""
+    code = (
+        "import os, signal\nfrom pyglow_fast.web.server import serve\n"
+        "def page():\n    print('http://building', flush=True)\n"
+        f"    both = [signal.SIGINT, signal.{second}]\n"
+        "    signal.pthread_sigmask(signal.SIG_BLOCK, both)\n"
+        "    for each in both:\n        os.kill(os.getpid(), each)\n"
+        "    signal.pthread_sigmask(signal.SIG_UNBLOCK, both)\nserve(page)\n"
+    )
+    with web.Server(["-c", code], tmp_path) as running:
+        running.process.wait(30)
+        assert running.process.returncode == 0
+        assert not list(tmp_path.glob("pyglow-serve-*"))
+        assert running.log() == ""
+
+
 def test_a_page_that_cannot_be_built_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its error comes through, signals have their effect again and the port is free."""
 
