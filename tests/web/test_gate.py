@@ -17,8 +17,9 @@ from support import web
 web.require("gradio")
 
 import gradio as gr  # noqa: E402
+from fastapi.testclient import TestClient  # noqa: E402
 
-from pyglow_fast.web.brake import FREE  # noqa: E402
+from pyglow_fast.web.brake import FREE, Brake  # noqa: E402
 from pyglow_fast.web.gate import (  # noqa: E402
     BLOCK,
     CLOSED,
@@ -183,13 +184,23 @@ def test_a_login_is_kept_from_scripts_and_other_sites(guarded: web.Server) -> No
         assert PASSWORD not in cookie
 
 
-def test_wrong_passwords_are_braked(tmp_path: Path) -> None:
-    """By the server as it runs: as many as an address has at once are looked at, then not even the right one."""
-    with web.small_server(tmp_path, auth=[USER, PASSWORD]) as server:
-        client = Client(server)
-        assert [client.log_in(USER, "wrong") for _ in range(FREE + 1)] == [400] * FREE + [429]
-        assert client.log_in(USER, PASSWORD) == 429
-        assert f"After {FREE} wrong passwords" in client("/")[1]
+def test_wrong_passwords_are_braked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the application that is served: an address has some tries at once, then not even the right one is looked at."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    with gr.Blocks(analytics_enabled=False) as blocks:
+        gr.Button("x")
+    gate = application(blocks, tmp_path, "127.0.0.1", (USER, PASSWORD), 1000, None, None, None)
+    assert gate.brake is not None
+    gate.brake = Brake(lambda: 0.0)  # no time passes
+    client = TestClient(gate, base_url="http://127.0.0.1")
+
+    def status(password: str) -> int:
+        return client.post("/login", data={"username": USER, "password": password}).status_code
+
+    assert [status(password) for password in (PASSWORD, *("wrong",) * (FREE + 1))] == [200] + [400] * FREE + [429]
+    assert status(PASSWORD) == 429
+    client.cookies.clear()
+    assert f"After {FREE} wrong passwords" in client.get("/").text
 
 
 def test_nothing_that_belongs_into_the_queue_is_computed_outside_of_it(client: Client, small: web.Server) -> None:
