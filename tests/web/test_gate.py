@@ -185,7 +185,7 @@ def test_a_login_is_kept_from_scripts_and_other_sites(guarded: web.Server) -> No
 
 
 def test_wrong_passwords_are_braked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the application that is served: an address has some tries at once, then not even the right one is looked at."""
+    """By the application that is served: an address has some tries, then not even the right one is looked at."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     with gr.Blocks(analytics_enabled=False) as blocks:
         gr.Button("x")
