@@ -11,7 +11,7 @@ from pyglow_fast._errors import expect
 from pyglow_fast._renamed import with_former_argument
 from pyglow_fast.latents import interpolate
 from pyglow_fast.likelihood import count_not_finite
-from pyglow_fast.studio.commands import COMMAND, Made, command_line, made_png
+from pyglow_fast.studio.commands import COMMAND, Made, command_line, made_png, taken_names
 from pyglow_fast.studio.opened import OpenRun, Picked
 from pyglow_fast.studio.words import name_word, number_text
 from pyglow_fast.train import to_pixels
@@ -79,7 +79,7 @@ class Between:
         """Encode one frame (C, H, W) as a PNG."""
         words = [*self._words(), "--at", number_text(time), "--scale", str(scale)]
         picture = image_picture(pixels, self.opened.n_bins, scale)
-        return made_png(picture, command_line(self.opened, "interpolate", words))
+        return made_png(picture, command_line(self.opened, "interpolate", words), self._taken)
 
     @with_former_argument("levels", "pixels")
     def made(self, pixels: Tensor, suffix: str, scale: int | None = None) -> Made:
@@ -91,7 +91,11 @@ class Between:
         words = [*self._words(), "--frames", str(len(pixels))]
         command = command_line(self.opened, "interpolate", words + (["--scale", str(scale)] if scale else []))
         if suffix == ".png":
-            return made_png(grid(pixels, self.opened.n_bins, len(pixels), scale), command)
+            return made_png(grid(pixels, self.opened.n_bins, len(pixels), scale), command, self._taken)
         expect(suffix in ANIMATED, "out", f"a name ending in {' or '.join(('.png', *ANIMATED))}", repr(suffix))
         data = animation_bytes(pixels, self.opened.n_bins, suffix[1:], scale=scale, text={COMMAND: command})
-        return Made(data, command, suffix)
+        return Made(data, command, suffix, taken=self._taken)
+
+    @property
+    def _taken(self) -> frozenset[str]:
+        return taken_names(self.opened, (self.first, self.last))

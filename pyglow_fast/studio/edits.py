@@ -14,7 +14,7 @@ from torch import Tensor
 from pyglow_fast._errors import expect
 from pyglow_fast._renamed import former_attribute, with_former_argument, with_former_field
 from pyglow_fast.latents import edited, to_space
-from pyglow_fast.studio.commands import Made, command_line, made_png
+from pyglow_fast.studio.commands import Made, command_line, made_png, taken_names
 from pyglow_fast.studio.directions import Add
 from pyglow_fast.studio.opened import TRAIN_IMAGES, OpenRun, Picked, Progress
 from pyglow_fast.studio.words import File, name_word, number_text
@@ -193,7 +193,7 @@ class Subject:
     def made(self, pixels: Tensor, edit: Edit, pixel_shift: bool = False, scale: int = 1) -> Made:
         """Encode what :meth:`edited` gave as a PNG, one pixel for each of the image unless ``scale`` says otherwise."""
         picture = image_picture(pixels, self.opened.n_bins, scale)
-        return made_png(picture, self.command(edit, pixel_shift, scale))
+        return made_png(picture, self.command(edit, pixel_shift, scale), taken_names(self.opened, [self.picked]))
 
 
 def likelihood_text(opened: OpenRun, bits: float, progress: Progress | None = None, wait: bool = True) -> str:

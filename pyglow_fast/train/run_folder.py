@@ -55,6 +55,11 @@ class RunFolder:
         self.lock = self.path / ".lock"
         self._lock = FolderLock(self.lock)
 
+    @property
+    def kept(self) -> tuple[Path, ...]:
+        """The files that a run writes in its folder and no other command may replace."""
+        return self.metrics, self.samples, self.curve, self.page
+
     def saved(self) -> list[Path]:
         """List the checkpoints, the newest first."""
         found = {step_of(path): path for path in _matching(self.checkpoints, "step-*.safetensors")}

@@ -11,7 +11,7 @@ from pyglow_fast.studio.opened import OpenRun
 from pyglow_fast.studio.words import HeldOut
 from pyglow_fast.web.desk import Desk, Kept, check_number, clicked, picked_number, picked_upload
 from pyglow_fast.web.errors import on_page
-from pyglow_fast.web.events import QUIET, anew, follow
+from pyglow_fast.web.events import QUIET, anew, follow, moves
 from pyglow_fast.web.html import PICK_JS, buttons, figure, note, row, save_link
 from pyglow_fast.web.shelf import Shelf
 from pyglow_fast.web.uploads import Upload
@@ -45,9 +45,9 @@ class BetweenTab:
         redraw = gr.State(0)  # the frame and the commands
         self.outputs = [*self.numbers, *self.uploads, self.strip, redraw]
         place = [desk, self.path, self.at]
-        follow([self.at.input, redraw.change], on_page()(self.moved), place, [self.frame, self.command])
+        follow([*moves([self.at]), redraw.change], on_page()(self.moved), place, [self.frame, self.command])
         drawn = (on_page()(self.drawn), [desk, self.path, self.steps], [self.strip, redraw])
-        gr.on([self.path.input, self.steps.input], *drawn, **QUIET)
+        gr.on([self.path.input, *moves([self.steps])], *drawn, **QUIET)
         self.strip.click(on_page()(self.point), self.steps, [self.at, redraw], **QUIET)
         for i in range(2):
             number, upload = self.numbers[i], self.uploads[i]
@@ -135,6 +135,6 @@ class BetweenTab:
         links = [save_link(made[suffix], f"path{suffix}", text) for suffix, text in files.items()]
         if not desk.has(opened):
             return [gr.skip(), gr.skip()]
-        desk.strip = made[".png"].whole_command("path.png")
+        desk.strip = "\n".join(each.whole_command(f"path{suffix}") for suffix, each in made.items())
         strip = buttons(list(pixels), opened.n_bins, words, strip=True)
         return [f"{strip}<p>{''.join(links)}</p>", anew()]

@@ -15,7 +15,7 @@ from pyglow_fast.studio.reading import name_of
 from pyglow_fast.studio.words import HeldOut
 from pyglow_fast.web.desk import NO_CLASS, Desk, clicked, picked_number, picked_upload, progress_on
 from pyglow_fast.web.errors import on_page, plain_sentence
-from pyglow_fast.web.events import QUIET, anew, follow
+from pyglow_fast.web.events import QUIET, anew, follow, moves
 from pyglow_fast.web.html import PICK_JS, buttons, figure, note, row, save_link
 from pyglow_fast.web.shelf import Shelf
 from pyglow_fast.web.uploads import Upload
@@ -85,8 +85,8 @@ class EditTab:
 
     def _wire(self) -> None:
         desk, redraw = self._desk, self.redraw
-        moves = [slider.input for slider in (*self.adds, *self.keeps)]
-        follow([*moves, self.twin.input, redraw.change], on_page()(self.edited), [desk, *self.controls], self.shown)
+        moved = moves([*self.adds, *self.keeps])
+        follow([*moved, self.twin.input, redraw.change], on_page()(self.edited), [desk, *self.controls], self.shown)
         self.back.click(on_page()(self.reset), desk, [*self.adds, *self.keeps, redraw], **QUIET)
         typed = [self.number.input, self.number.submit]
         gr.on(typed, on_page()(self.take_number), [desk, self.number], [self.label, redraw], **QUIET)
@@ -285,7 +285,10 @@ class EditTab:
         if subject.from_file:
             name = subject.picked.image.text.rpartition("/")[2]
             seen = f"{name.rpartition('.')[0] or name}.png"
-            links.append(save_link(subject.made(subject.pixels, Edit()), seen, f"Save {name} as the model sees it"))
+            whole = subject.made(subject.pixels, Edit())
+            # A picture of the webcam or the clipboard is in no other file: under its own name the commands find it.
+            links.append(save_link(whole._replace(taken=frozenset()), seen, f"Save {name} as the model sees it"))
+            commands.append(whole.whole_command(seen))
         if not desk.has(opened):  # another run was chosen meanwhile
             return [gr.skip(), gr.skip()]
         bad = "" if found.finite else "Parts are not finite, shown grey: the edit leads out of the model's range."

@@ -6,7 +6,7 @@ import shlex
 
 import gradio as gr
 
-from pyglow_fast.studio.commands import run_word
+from pyglow_fast.studio.commands import free_name, path_word, taken_names
 from pyglow_fast.train.page import page_of
 from pyglow_fast.web.desk import Desk
 from pyglow_fast.web.errors import on_page
@@ -29,5 +29,6 @@ class RunTab:
     def show(self, desk: Desk) -> list[str]:
         """Show the page of the run as its files are now, and the command that writes it."""
         opened = desk.opened(self._shelf)
-        words = shlex.join(["pyglow-fast", "report", run_word(opened.name), "--out", "report.html"])
+        words = shlex.join(["pyglow-fast", "report", path_word(opened.name)])
+        words += f" --out {free_name('report.html', taken_names(opened))}"
         return [framed(page_of(opened.folder), f"report of {opened.name}"), words]

@@ -70,5 +70,5 @@ class ScoreTab:
         else:
             parts.insert(0, plot(picture.data, "the images on the histogram of held-out ones"))
             links.append(save_link(picture, "scores.png", "Save PNG"))
-            command += " --picture scores.png"
+            command += f" {picture.out_words('scores.png')}"
         return [None, f"{''.join(parts)}<p>{''.join(links)}</p>", command]

@@ -16,7 +16,7 @@ from gradio.data_classes import FileData, ImageData, ListFiles
 
 from pyglow_fast.web.errors import refusal
 
-LONGEST_NAME = 100  # characters
+LONGEST_NAME = 255  # characters: file systems have none longer
 MOST_FILES = 64  # files that one handler gets; all of them are in memory at once
 MOST_BYTES = 320 * 2**20  # and the bytes of all
 LINGER = 3.0  # seconds that a file stays after it was read: the browser may still be fetching it to show it
@@ -34,19 +34,19 @@ class Upload:
 
 
 def clean_name(name: str | None, otherwise: str = "upload") -> str:
-    """Take the last part of a path, without characters that do not print, of at most 100 characters.
+    """Take the last part of a path, without characters that do not print, of at most LONGEST_NAME characters.
 
     Args:
         name: the name as the browser gave it, which may be a path of any system.
         otherwise: the name where nothing is left of it.
     """
     last = (name or "").replace("\\", "/").rstrip("/").rpartition("/")[2]
-    last = "".join(character for character in last if character.isprintable()).strip()
+    last = "".join(character for character in last if character.isprintable())
     if len(last) > LONGEST_NAME:
         stem, ending = os.path.splitext(last)
         ending = ending[:10]
         last = stem[: LONGEST_NAME - len(ending)] + ending
-    return otherwise if last in ("", ".", "..") else last
+    return otherwise if last.strip() in ("", ".", "..") else last
 
 
 def _forget(path: Path, inode: int) -> None:

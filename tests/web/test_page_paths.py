@@ -88,17 +88,16 @@ def test_a_path(walker: Visitor, site: Site, monkeypatch: pytest.MonkeyPatch) ->
     assert 0.2 < at < 0.4
     wait_for(lambda: frame(walker), path(site, (4, 7), [at], True)[0])
     lines = walker.command("path-command").splitlines()
-    assert len(lines) == 2  # of the frame, and still of the strip
+    assert len(lines) == 4  # of the frame, and still of the strip and its animations
     page.locator("#path-strip button").nth(6).click()
     wait_for(lambda: frame(walker), path(site, (4, 7), [0.75], True)[0])
     assert slider(page, "path-at").input_value() == "0.75"
     set_slider(page, "path-steps", 4)
     wait_for(lambda: strip(walker), path(site, (4, 7), [0, 1 / 3, 2 / 3, 1], True))
     wait_for(lambda: "--frames 4 " in walker.command("path-command"), True)
-    one, whole = walker.command("path-command").splitlines()
+    one, *whole = walker.command("path-command").splitlines()
     assert walker.download("Save PNG", "path-frame") == written(site.folder, monkeypatch, one)
-    for link, suffix in (("Save the strip", "png"), ("Save as GIF", "gif"), ("Save as WebP", "webp")):
-        command = whole.replace("path.png", f"path.{suffix}")
+    for link, command in zip(("Save the strip", "Save as GIF", "Save as WebP"), whole, strict=True):
         assert walker.download(link, "path-strip") == written(site.folder, monkeypatch, command)
 
 

@@ -40,8 +40,11 @@ from pyglow_fast.web.uploads import (  # noqa: E402
         ("..", "upload"),
         ("", "upload"),
         (None, "upload"),
-        ("x" * 200 + ".jpeg", "x" * (LONGEST_NAME - 5) + ".jpeg"),
-        ("." + "x" * 200, "." + "x" * (LONGEST_NAME - 1)),
+        (" ", "upload"),
+        (" a .png", " a .png"),
+        ("x" * 250 + ".jpeg", "x" * 250 + ".jpeg"),
+        ("x" * 400 + ".jpeg", "x" * (LONGEST_NAME - 5) + ".jpeg"),
+        ("." + "x" * 400, "." + "x" * (LONGEST_NAME - 1)),
     ],
 )
 def test_a_name_is_its_last_part_in_characters_that_print(name: str | None, clean: str) -> None:
