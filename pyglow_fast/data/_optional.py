@@ -7,7 +7,7 @@ from types import ModuleType
 
 # Where the name to install is not the name to import.
 _PACKAGES = {"PIL": "Pillow", "sklearn": "scikit-learn", "tomli_w": "tomli-w", "yaml": "PyYAML"}
-_EXTRAS = {"lmdb": "lmdb", "gradio": "web"}  # where it is not in the demo extra
+_EXTRAS = {"lmdb": "lmdb", "gradio": "web"}  # where it is not in the extra train
 
 
 class MissingExtraError(ImportError):
@@ -39,5 +39,5 @@ def optional(module: str, purpose: str) -> ModuleType:
         package = _PACKAGES.get(top, top)
         raise MissingExtraError(
             f"{package} is needed for {purpose} and cannot be imported ({error}): "
-            f'pip install "pyglow-fast[{_EXTRAS.get(top, "demo")}]"'
+            f'pip install "pyglow-fast[{_EXTRAS.get(top, "train")}]"'
         ) from error

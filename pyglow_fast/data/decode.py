@@ -158,6 +158,8 @@ def decode(
         # That a file is of no known format is said with the file's name or the address of its contents.
         unknown = isinstance(error, pil.UnidentifiedImageError)
         said = "cannot identify image file" if unknown else " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, OSError) and error.strerror:  # of the system, without its number and the name once more
+            said = error.strerror
         known = "" if formats is None else f" ({', '.join(formats)})"
         raise UnreadableImageError(f"{where}: expected an image that Pillow can decode{known}, found {said}") from error
 

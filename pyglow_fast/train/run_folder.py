@@ -280,7 +280,7 @@ class RunFolder:
             if found is not None and not refusals:
                 break
         name = self.best.name if best else "in checkpoints/"
-        expect(there, "run", f"a checkpoint {name}", f"none in {str(self.path)!r} (it stopped before the first)")
+        expect(there, "run", f"a checkpoint {name}", f"none in {str(self.path)!r} (it has not written its first)")
         if found is None:
             raise refusals[0]
         for refusal in refusals:

@@ -106,7 +106,10 @@ def credentials(
         return None
     expect(ask is not None, "auth", f"a terminal to ask for the password on, or {VARIABLE}=USER:PASSWORD", "neither")
     assert ask is not None
-    password = ask(f"Password of {flag}: ")
+    try:
+        password = ask(f"Password of {flag}: ")
+    except EOFError:  # Ctrl-D
+        password = ""
     expect(bool(password), "password", "at least one character", "none")
     return flag, password
 
@@ -166,7 +169,7 @@ def bind(host: str, port: int | None) -> socket.socket:
         try:
             return socket.create_server((address, number), family=family)
         except OSError as error:
-            refused = error.strerror
+            refused = os.strerror(error.errno or 0)  # Python's own text has the address once more
     found = f"{port} ({refused})" if port is not None else f"none from {ports[0]} to {ports[-1]}"
     raise ValueError(f"port: expected a free port, found {found}")
 

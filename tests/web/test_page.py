@@ -185,7 +185,7 @@ def test_a_run_without_a_checkpoint_says_so(visitor: Visitor, site: Site) -> Non
     before = shown(visitor)
     choose(page, "run", site.run(UNBORN))
     assert visitor.toast() == (
-        f"run: expected a checkpoint in checkpoints/, found none in '{site.run(UNBORN)}' (it stopped before the first)"
+        f"run: expected a checkpoint in checkpoints/, found none in '{site.run(UNBORN)}' (it has not written its first)"
     )
     wait_for(page.locator("#about").inner_text, "still about runs/digits")
     set_slider(page, "sample-n", 3)

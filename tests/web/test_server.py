@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import signal
 import socket
 import stat
@@ -74,6 +76,16 @@ def test_where_a_login_comes_from() -> None:
     assert prompts == ["Password of ada: "]
 
 
+def test_a_prompt_that_is_closed() -> None:
+    """Ctrl-D in the place of a password."""
+
+    def closed(prompt: str) -> str:
+        raise EOFError
+
+    with pytest.raises(ValueError, match=r"^password: expected at least one character, found none$"):
+        credentials("ada", {}, closed)
+
+
 @pytest.mark.parametrize(
     ("flag", "environment", "answer", "message"),
     [
@@ -116,7 +128,8 @@ def test_a_browser_opens_on_a_desktop_only() -> None:
 def test_a_port_that_is_taken_is_refused_or_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken = other.getsockname()[1]
-        with pytest.raises(ValueError, match=f"^port: expected a free port, found {taken} "):
+        why = re.escape(os.strerror(errno.EADDRINUSE))
+        with pytest.raises(ValueError, match=rf"^port: expected a free port, found {taken} \({why}\)$"):
             bind("127.0.0.1", taken)
         monkeypatch.setattr(server, "FIRST_PORT", taken)
         with bind("127.0.0.1", None) as found:
