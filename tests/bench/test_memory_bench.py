@@ -296,13 +296,25 @@ class TestTable:
         machine = {"device": "another", "threads": "2", "torch": "2.0", "commit": "abc"}
         old = [row("plain", 8, 1e6), row("plain", 32, 1e6), row("store", 32, 1e6)]
         content = json.loads(json.dumps({"machine": machine, "rows": [dataclasses.asdict(found) for found in old]}))
-        (taken,) = memory_rows.earlier(content, [row("plain", 8, 2e6), row("plain", 32, 2e6, counted=True)])
+        here = [row("plain", 8, 2e6), row("plain", 32, 2e6, counted=True)]
+        (taken,) = memory_rows.earlier(content, here, "abd")
         assert (taken.implementation, taken.shape, taken.tensor_bytes) == ("plain", old[1].shape, 1e6)
         assert memory_rows.text(taken).endswith("  of another, 2 threads, torch 2.0, abc")
         again = json.loads(
             json.dumps({"machine": machine | {"device": "a third"}, "rows": [dataclasses.asdict(taken)]})
         )
-        assert memory_rows.earlier(again, [])[0].origin == taken.origin  # the first one's
+        assert memory_rows.earlier(again, [], "abd")[0].origin == taken.origin  # the first one's
+
+    @pytest.mark.parametrize(
+        ("then", "now", "taken"),
+        [("abc", "abc", True), ("abc", "abd", False), ("abc-dirty", "abc-dirty", False), ("unknown", "unknown", False)],
+    )
+    def test_ours_of_the_same_build(self, then: str, now: str, taken: bool) -> None:
+        machine = {"device": "this", "threads": "2", "torch": "2.0", "commit": then}
+        old = [row(name, 8, 1e6) for name in ("store", memory_rows.SMALL_NETS)]
+        content = {"machine": machine, "rows": [dataclasses.asdict(found) for found in old]}
+        assert bool(memory_rows.earlier(content, [], now)) == taken
+        assert not memory_rows.earlier(content, old, now)
 
     def test_counted_is_said(self) -> None:
         assert memory_rows.text(row("plain", 8, 1e6, counted=True)).endswith("  counted")
@@ -331,6 +343,7 @@ def test_in_processes_of_their_own(
     assert rows["plain", 3]["tensor_bytes"] > 2 * rows["plain", 1]["tensor_bytes"]
     assert rows["reversible", 3]["report"][0]["passes"] > 0
     assert "growth per step" in capsys.readouterr().out
+    monkeypatch.setattr(memory, "commit", lambda: "another")
     again = [*options[:2], "--depths", "1", "--implementations", "reversible", "--passes", "1", "--threads", "2"]
     others = ["--others", str(tmp_path / "memory-cpu.json"), "--out", str(tmp_path / "again")]
     assert memory.main([*again, *others]) == 0
