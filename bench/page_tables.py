@@ -287,6 +287,18 @@ def live_models() -> Table:
     return Table("docs/switching.md", (*head, "inference", "step in bfloat16", 'memory with `"reversible"`'), lines)
 
 
+def glow_tts() -> Table:
+    """docs/sequences.md: memory of the decoder of Glow-TTS."""
+    rows, lines = live(), []
+    labels = {"theirs": "theirs", "accelerated": "`accelerate(decoder)`"}
+    labels |= {mode: f'`accelerate(decoder, memory="{mode}")`' for mode in ("store", "reversible")}
+    for variant, label in labels.items():
+        size = rows["glow-tts", variant, "fp32"].activation_bytes
+        assert size is not None
+        lines.append((label, short(size / 1e6)))
+    return Table("docs/sequences.md", ("", "MB"), lines)
+
+
 def switched() -> Table:
     """docs/speed.md: models of normflows and FrEIA."""
     found = {
@@ -534,6 +546,7 @@ TABLES: Sequence[Callable[[], Table]] = (
     flow_step,
     switched,
     live_models,
+    glow_tts,
     srflow,
     budgets,
     depths,
