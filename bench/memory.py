@@ -11,8 +11,9 @@ continued along the straight line through two smaller depths of the same images.
 ``fresh``: gradients begin as None, and what becomes one is not counted. Ours includes the anchors. "reversible small
 nets" gives one net --small-nets bytes, as few as one net of what wraps steps needs. --others takes rows that are not
 measured now from earlier runs' JSON, and says so: of other implementations, of ours where the commit is the same, so
-that a long run can be made in pieces. ``large`` is the depth on images of 256 and 1024 pixels, which takes a GPU. For
-the gradients see bench/memory_gradients.py, for --budgets, which draws time against bytes, bench/memory_budgets.py.
+that a long run can be made in pieces. ``large`` is the depth on images of 256 and 1024 pixels, which takes a GPU. Of
+small cases the errors of gradients are found too if ``gradients`` is among the parts; for that part itself see
+bench/memory_gradients.py, for --budgets, which draws time against bytes, bench/memory_budgets.py.
 """
 
 from __future__ import annotations
@@ -134,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "depth" in parts:
         for implementation in chosen:
             rows += runner.rows("depth", implementation, _depths(options), probe=False)
+            _write(options, runner, rows, [])  # a run that is stopped leaves what it has
     if "resolution" in parts:
         for implementation in chosen:
             for shape in _sizes(options):
@@ -142,11 +144,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 # Only others are continued from shallow depths; of ours, all is measured.
                 probe = implementation not in (*OURS[1:], SMALL_NETS)
                 rows += runner.rows("resolution", implementation, [shape], probe=probe)
+                _write(options, runner, rows, [])
     if "large" in parts:
         for shapes in _large(options):
             for implementation in chosen:
                 rows += runner.rows(f"depth at {shapes[0].image[1]}", implementation, shapes, probe=False)
-                _write(options, runner, rows, [])  # a run that is stopped leaves what it has
+                _write(options, runner, rows, [])
     for path in options.others:
         taken = earlier(json.loads(path.read_text(encoding="utf-8")), rows, commit())
         print("\n".join(text(row) for row in taken))

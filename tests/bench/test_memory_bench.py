@@ -242,6 +242,13 @@ class TestTable:
         assert len(list(runner.rows("resolution", implementation, [shape], probe=False))) == 1
         assert asked == [passes]
 
+    @pytest.mark.parametrize(("only", "expected"), [("depth", False), ("depth,gradients", True)])
+    def test_errors_are_of_the_part_gradients(self, monkeypatch: pytest.MonkeyPatch, only: str, expected: bool) -> None:
+        runner, asked = memory_runner.Runner(memory._options(["--only", only])), []
+        monkeypatch.setattr(runner, "case", lambda name, shape, passes, errors: asked.append(errors))
+        list(runner.rows("depth", "plain", [memory_rows.DEPTH], probe=False))
+        assert asked == [expected]
+
     def test_small_nets_are_reversible_ones(self, monkeypatch: pytest.MonkeyPatch) -> None:
         runner = memory_runner.Runner(memory._options(["--small-nets", "12345"]))
         asked = []
