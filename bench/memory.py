@@ -10,8 +10,8 @@ bench/memory_case.py says what is counted. Where a case would not fit --limit or
 continued along the straight line through two smaller depths of the same images. ``held``: gradients allocated before.
 ``fresh``: gradients begin as None, and what becomes one is not counted. Ours includes the anchors. "reversible small
 nets" gives one net --small-nets bytes, as few as one net of what wraps steps needs. --others takes rows that are not
-measured now from earlier runs' JSON, and says so: of other implementations, of ours where the commit is the same, so
-that a long run can be made in pieces. ``large`` is the depth on images of 256 and 1024 pixels, which takes a GPU. Of
+measured now from earlier runs' JSON, and says so: of normflows and FrEIA, of the others where the commit is the same,
+so that a long run can be made in pieces. ``large`` is the depth on images of 256 and 1024 pixels, which takes a GPU. Of
 small cases the errors of gradients are found too if ``gradients`` is among the parts; for that part itself see
 bench/memory_gradients.py, for --budgets, which draws time against bytes, bench/memory_budgets.py.
 """
