@@ -211,6 +211,7 @@ def serve(
     css: str | None = None,
     js: str | None = None,
     head: str | None = None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> None:
     """Serves a page until Ctrl-C, SIGTERM or SIGHUP, from the main thread; prints its address once it answers.
 
@@ -226,6 +227,7 @@ def serve(
         open_browser: whether to open the user's browser, where there is a desktop to see it on.
         max_file_size: bytes that an uploaded file may have.
         css, js, head: handed to Gradio.
+        meanwhile: is called in a thread of its own once the page answers; the end of serving does not wait for it.
 
     Raises:
         ValueError: the address or the port cannot be had, or the address needs a login.
@@ -253,6 +255,8 @@ def serve(
             raise RuntimeError("the server did not start; the log has the reason")
         address = _address(host, listener.getsockname()[1])
         print(f"Serving on {address} (Ctrl-C ends it)", flush=True)
+        if meanwhile is not None:
+            threading.Thread(target=meanwhile, daemon=True).start()
         if open_browser and can_open_browser(os.environ):
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         while not ended.wait(0.5):  # at intervals, since on Windows no signal interrupts a wait
