@@ -131,9 +131,9 @@ class Subject:
     def __init__(self, opened: OpenRun, picked: Picked, space: str) -> None:
         self.opened, self.picked, self.space = opened, picked, space
         self.pixels = picked.pixels.long()
-        self._x, self._y = opened.x(self.pixels[None]), opened.y(picked.label)
-        self._latents = to_space(opened.model, self._x, space, self._y)
-        finite = all(bool(latent.isfinite().all()) for latent in self._latents)
+        self._x, self.y = opened.x(self.pixels[None]), opened.y(picked.label)
+        self.latents = to_space(opened.model, self._x, space, self.y)
+        finite = all(bool(latent.isfinite().all()) for latent in self.latents)
         expect(finite, "image", "one whose latents are finite", f"NaN or inf in those of {picked.image.text}")
 
     @property
@@ -166,11 +166,11 @@ class Subject:
         shift = difference = None
         if edit.active:
             shift, difference = self.opened.directions(self.space, progress).shift(edit.active)
-        n_levels = len(self._latents)
+        n_levels = len(self.latents)
         expect(len(edit.keep) in (0, n_levels), "keep", f"{n_levels} shares, one a level", len(edit.keep))
         x = self._x
         if not edit.is_none:
-            x = edited(self.opened.model, self._latents, shift, edit.keep or None, self.space, self._y)
+            x = edited(self.opened.model, self.latents, shift, edit.keep or None, self.space, self.y)
         twin = None
         if pixel_shift:
             moved = self._x if difference is None else self._x + difference.to(self._x)

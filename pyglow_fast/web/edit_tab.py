@@ -10,7 +10,7 @@ import gradio as gr
 from pyglow_fast.latents import SPACES
 from pyglow_fast.studio.directions import REST, Add
 from pyglow_fast.studio.edits import Edit, Subject, likelihood_text
-from pyglow_fast.studio.opened import LostImagesError, OpenRun
+from pyglow_fast.studio.opened import AbandonedError, LostImagesError, OpenRun, Progress
 from pyglow_fast.studio.reading import name_of
 from pyglow_fast.studio.words import HeldOut
 from pyglow_fast.web.desk import NO_CLASS, Desk, clicked, picked_number, picked_upload, progress_on
@@ -137,13 +137,26 @@ class EditTab:
     ) -> list[Any]:
         """Measure the mean latents and likelihoods of training images, where they are not kept.
 
-        Sliders that are on the page already stay as they are.
+        Sliders that are on the page already stay as they are. Those of another run or space wait for no others.
         """
         opened = desk.opened(self._shelf)
-        as_they_are = [gr.skip() for _ in self.measured[:-2]]
+        space, as_they_are = desk.space_of(opened), [gr.skip() for _ in self.measured[:-2]]
+
+        def while_wanted(words: str) -> Progress:
+            show = progress_on(progress, words)
+
+            def tell(done: int, total: int) -> None:
+                if not desk.has(opened) or desk.space_of(opened) != space:
+                    raise AbandonedError
+                show(done, total)
+
+            return tell
+
         try:
-            directions = opened.directions(desk.space_of(opened), progress_on(progress, "mean latents"))
-            opened.scores(progress_on(progress, "bits/dim of the run's images"))
+            directions = opened.directions(space, while_wanted("mean latents"))
+            opened.scores(while_wanted("bits/dim of the run's images"))
+        except AbandonedError:
+            return self.measure(desk, progress)
         except LostImagesError as error:
             return [*as_they_are, note(f"No attributes: {plain_sentence(str(error))}"), anew()]
         if desk.opened(self._shelf) is not opened:  # there is a newer checkpoint or another run, which has its own

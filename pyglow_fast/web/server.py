@@ -273,6 +273,7 @@ def serve(
     head: str | None = None,
     certificate: str | None = None,
     key: str | None = None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> None:
     """Serves a page until Ctrl-C, SIGTERM or SIGHUP, from the main thread; prints its address once it answers.
 
@@ -289,6 +290,7 @@ def serve(
         max_file_size: bytes that an uploaded file may have.
         css, js, head: handed to Gradio.
         certificate, key: files for an encrypted connection, see :func:`check_certificate`.
+        meanwhile: is called in a thread of its own once the page answers; the end of serving does not wait for it.
 
     Raises:
         ValueError: the address or the port cannot be had, the address needs a login, or the certificate is none.
@@ -324,6 +326,8 @@ def serve(
             raise RuntimeError("the server did not start; the log has the reason")
         address = _address(host, listener.getsockname()[1], certificate is not None)
         print(f"Serving on {address} (Ctrl-C ends it)", flush=True)
+        if meanwhile is not None:
+            threading.Thread(target=meanwhile, daemon=True).start()
         if open_browser and can_open_browser(os.environ):
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         while not ended.wait(0.5):  # at intervals, since on Windows no signal interrupts a wait

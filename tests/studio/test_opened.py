@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ from support.latent_runs import train
 from pyglow_fast.data import ImageSet, UnreadableImageError
 from pyglow_fast.latents import from_space, likeliest_class, to_space
 from pyglow_fast.studio import opened as module
-from pyglow_fast.studio.directions import Add
+from pyglow_fast.studio.directions import Add, measure
 from pyglow_fast.studio.edits import Edit, Subject, likelihood_text
 from pyglow_fast.studio.grids import Grid
-from pyglow_fast.studio.opened import OpenRun, Scores
+from pyglow_fast.studio.opened import AbandonedError, OpenRun, Scores
 from pyglow_fast.studio.samples import Draw
 from pyglow_fast.studio.words import File, HeldOut, parse_image
 from pyglow_fast.train import RunFolder, load_model, score_images
@@ -131,19 +132,26 @@ def test_images_are_shared_by_the_checkpoints_of_a_run_alone(emoji_run: Path, di
 
 
 def test_what_was_measured_waits_for_no_measurement(emoji_run: Path) -> None:
-    """Directions are there for a drag while another thread scores images."""
+    """Directions are there for a drag while another thread scores images, and scores while one measures directions."""
     opened = OpenRun.open(str(emoji_run))
-    first = opened.directions("noise")
     found: list[object] = []
 
-    def told(done: int, total: int) -> None:
-        dragging = threading.Thread(target=lambda: found.append(opened.directions("noise")), daemon=True)
-        dragging.start()
-        dragging.join(30)
-        assert found[-1:] == [first]
+    def dragged(look: Callable[[], object]) -> Callable[[int, int], None]:
+        first = look()
 
-    opened.scores(told)
-    assert found
+        def told(done: int, total: int) -> None:
+            dragging = threading.Thread(target=lambda: found.append(look()), daemon=True)
+            dragging.start()
+            dragging.join(30)
+            assert found[-1:] == [first]
+
+        return told
+
+    opened.scores(dragged(lambda: opened.directions("noise")))
+    before = len(found)
+    assert before
+    opened.directions("latent", dragged(lambda: likelihood_text(opened, 2.5, wait=False)))
+    assert len(found) > before
 
 
 def test_the_device_that_was_asked_for_is_in_the_command(emoji_run: Path) -> None:
@@ -257,3 +265,44 @@ def test_images_go_on_to_the_next_checkpoint_of_the_same_run_alone(
     train("digits", tmp_path / "run", "--n-levels", "2", "--class-conditional", "--seed", "1")
     again = OpenRun.open(str(tmp_path / "run"), images=other.images)
     assert not torch.equal(again.images.find()[2], other.images.find()[2])
+
+
+def test_a_measurement_is_abandoned_where_nobody_waits(emoji_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for another thread's is told how far it is, and gets its result; then it is not abandoned."""
+    opened = OpenRun.open(str(emoji_run))
+    passes: list[str] = []
+
+    def counting(model: Any, data: Any, groups: Any, space: str, *rest: Any) -> dict[str, torch.Tensor]:
+        passes.append(space)
+        return measure(model, data, groups, space, *rest)
+
+    monkeypatch.setattr(module, "measure", counting)
+
+    def leave(done: int, total: int) -> None:
+        raise AbandonedError
+
+    with pytest.raises(AbandonedError):
+        opened.directions("noise", leave)
+    assert not opened.folder.cache.exists()
+    other, told, found = threading.Event(), list[tuple[int, int]](), list[object]()
+
+    def wait(done: int, total: int) -> None:
+        told.append((done, total))
+        other.set()
+
+    waiting = threading.Thread(target=lambda: found.append(opened.directions("noise", wait)), daemon=True)
+
+    def leave_to_the_other(done: int, total: int) -> None:
+        if not waiting.is_alive():
+            waiting.start()
+        assert other.wait(30)
+        raise AbandonedError
+
+    first = opened.directions("noise", leave_to_the_other)
+    waiting.join(30)
+    assert found == [first]
+    assert passes == ["noise", "noise"]
+    assert 0 < told[0][0] <= told[0][1]
+    with pytest.raises(AbandonedError):
+        opened.scores(leave)
+    assert not opened.has_scores

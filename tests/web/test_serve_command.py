@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 from support import web
 
 web.require("gradio")
+
+from support.web_page import wait_for  # noqa: E402
 
 from pyglow_fast import web as package  # noqa: E402
 from pyglow_fast.cli import main  # noqa: E402
@@ -66,3 +69,39 @@ def test_odd_settings_and_proxies_do_not_hinder_the_start(run: str, tmp_path: Pa
     code = "import sys\nfrom pyglow_fast.cli import main\nsys.exit(main(sys.argv[1:]))"
     with web.Server(["-c", code, "serve", run, "--no-browser"], tmp_path, **odd) as running:
         assert running.log() == ""
+
+
+def test_what_takes_long_to_import_waits_until_the_page_answers(run: str, tmp_path: Path) -> None:
+    """It is imported then, though nobody has asked for anything, and the first run is opened."""
+    code = """
+import sys, threading
+import pyglow_fast.web as web
+from pyglow_fast.cli import main
+slow = ("matplotlib.figure", "torchvision")
+def told(*names):
+    return " ".join(name for name in names if name in sys.modules)
+def open_run(self, name):
+    print("opened", name, "with", told(*slow), file=sys.stderr, flush=True)
+    raise ValueError("no run")
+web.Shelf.open = open_run
+threading.excepthook = lambda found: print("thrown:", found, file=sys.stderr, flush=True)
+serve = web.serve
+def serve_late(*args, **options):
+    print("imported:", told(*slow), file=sys.stderr, flush=True)
+    serve(*args, **options)
+web.serve = serve_late
+sys.exit(main(sys.argv[1:]))
+"""
+    with web.Server(["-c", code, "serve", run, "--no-browser"], tmp_path) as running:
+        wait_for(lambda: running.log().splitlines(), ["imported: ", f"opened {run} with matplotlib.figure torchvision"])
+
+
+@pytest.mark.parametrize("name", ["matplotlib", "torchvision", "PIL"])
+def test_a_library_that_is_missing_is_refused_at_once(
+    name: str, run: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda each, *rest: None if each == name else find(each, *rest))
+    monkeypatch.setattr(package, "serve", lambda *args, **options: pytest.fail("served"))
+    assert main(["serve", run]) == 2
+    assert f"{name.replace('PIL', 'Pillow')} is needed for the page and cannot be imported" in capsys.readouterr().err
