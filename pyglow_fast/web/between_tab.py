@@ -64,7 +64,9 @@ class BetweenTab:
         missing = opened.images.missing
         if not missing:
             count = len(opened.images.find()[2])
-            desk.ends = [Kept(opened.pick(HeldOut(min(i, count - 1))), opened) for i in range(2)]
+            ends: list[Kept | None] = [Kept(opened.pick(HeldOut(min(i, count - 1))), opened) for i in range(2)]
+            if desk.has(opened):  # else the next run's path would have ends of this one
+                desk.ends = ends
         numbers = [gr.Number(i, visible=not missing) for i in range(2)]
         return [*numbers, None, None, *self.drawn(desk, path, steps)]
 
