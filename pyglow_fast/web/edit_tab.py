@@ -159,7 +159,9 @@ class EditTab:
             return self.measure(desk, progress)
         except LostImagesError as error:
             return [*as_they_are, note(f"No attributes: {plain_sentence(str(error))}"), anew()]
-        if desk.opened(self._shelf) is not opened:  # there is a newer checkpoint or another run, which has its own
+        if not desk.has(opened):  # another run was chosen meanwhile, and is measured once its sliders are at rest
+            return [gr.skip() for _ in self.measured]
+        if desk.opened(self._shelf) is not opened:  # there is a newer checkpoint, which has its own
             return self.measure(desk, progress)
         why = note("" if directions.names else "The images of this run have no classes.")
         if desk.pairs:

@@ -306,3 +306,84 @@ def test_a_measurement_is_abandoned_where_nobody_waits(emoji_run: Path, monkeypa
     with pytest.raises(AbandonedError):
         opened.scores(leave)
     assert not opened.has_scores
+
+
+def test_a_likelihood_without_a_wait(emoji_run: Path) -> None:
+    """As a drag needs it: what was not measured yet is not, but left out."""
+    opened = OpenRun.open(str(emoji_run))
+    assert likelihood_text(opened, 2.5, wait=False) == "2.500 bits/dim"
+    assert not opened.has_scores
+    assert "training images" in likelihood_text(opened, 2.5)
+    assert "training images" in likelihood_text(opened, 2.5, wait=False)
+
+
+def test_images_that_are_back(emoji_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Are found once they are looked for again, and those that were found are not loaded a second time."""
+    whole, tries = module.own_images, list[str]()
+
+    def gone(checkpoint: Any) -> Any:
+        tries.append("gone")
+        raise OSError("gone")
+
+    monkeypatch.setattr(module, "own_images", gone)
+    images = OpenRun.open(str(emoji_run)).images
+    assert images.missing == "gone"
+    for _ in range(2):
+        with pytest.raises(module.LostImagesError, match=r"^gone$"):
+            images.find()
+    assert tries == ["gone"]
+    monkeypatch.setattr(module, "own_images", whole)
+    assert images.missing == "gone"
+    images.look_again()
+    assert images.missing == ""
+    data = images.find()[0]
+    monkeypatch.setattr(module, "own_images", gone)
+    images.look_again()
+    assert images.find()[0] is data
+
+
+def test_scores_of_images_that_cannot_be_read(emoji_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Are none to compare with, rather than the end of what was asked."""
+    opened = OpenRun.open(str(emoji_run))
+
+    def unreadable(*args: Any, **options: Any) -> None:
+        raise UnreadableImageError("image 3")
+
+    monkeypatch.setattr(module, "score_images", unreadable)
+    assert opened.scores_at_hand() is None
+    assert likelihood_text(opened, 2.5) == "2.500 bits/dim"
+
+
+def test_two_who_ask_at_once_measure_once(emoji_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Directions, and scores: the second waits for the first."""
+    opened, begun = OpenRun.open(str(emoji_run)), threading.Event()
+    computed: list[str] = []
+    kept = module.kept
+
+    def slow(folder: Path, name: str, *rest: Any) -> Any:
+        computed.append(name)
+        begun.set()
+        if len(computed) == 1:
+            second.wait(0.5)  # set by one that does not wait
+        else:
+            second.set()
+        return kept(folder, name, *rest)
+
+    monkeypatch.setattr(module, "kept", slow)
+    for ask in (lambda: opened.directions("noise"), opened.scores):
+        computed.clear()
+        begun.clear()
+        second = threading.Event()
+        found: list[object] = []
+        threads = [threading.Thread(target=lambda ask, to: to.append(ask()), args=(ask, found)) for _ in range(2)]
+        threads[0].start()
+        assert begun.wait(60)
+        threads[1].start()
+        for thread in threads:
+            thread.join(60)
+        assert len(computed) == 1
+        assert found[0] is found[1]
+
+
+def test_strengths_keep_six_digits() -> None:
+    assert Edit((Add("a", "b", 0.123456),), (0.654321,)).options()[-3:] == ["0.123456", "--keep", "0.654321"]

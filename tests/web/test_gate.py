@@ -51,7 +51,7 @@ class Client:
     ) -> tuple[int, str, dict[str, str]]:
         """The status, the body (the first 100 KB, for what never ends) and the headers."""
         name, _, port = self.host.rpartition(":")
-        connection = HTTPConnection(name, int(port), timeout=10)
+        connection = HTTPConnection(name, int(port), timeout=web.WAIT)
         sent = {"Host": self.host, **({"Cookie": self.cookie} if self.cookie else {})}
         sent |= {name.replace("_", "-"): value for name, value in headers.items()}
         try:
@@ -70,7 +70,7 @@ class Client:
 
     def log_in(self, user: str, password: str) -> int:
         form = f"username={user}&password={password.replace(' ', '+')}".encode()
-        connection = HTTPConnection(*self.host.split(":"), timeout=10)  # type: ignore[arg-type]
+        connection = HTTPConnection(*self.host.split(":"), timeout=web.WAIT)  # type: ignore[arg-type]
         connection.request("POST", "/login", form, {"Content-Type": "application/x-www-form-urlencoded"})
         answer = connection.getresponse()
         cookies = [value.partition(";")[0] for name, value in answer.getheaders() if name.lower() == "set-cookie"]
@@ -381,6 +381,7 @@ def test_the_page_names_no_font_of_a_network(client: Client) -> None:
         ("[::1]:7860", "::1"),
         ("[::1]", "::1"),
         ("a.:1", "a"),
+        ("localhost.", "localhost"),
         ("", ""),
     ],
 )

@@ -10,6 +10,7 @@ from support import web
 
 web.require("gradio", "playwright", "chromium")
 
+from support.web import wait_for  # noqa: E402
 from support.web_page import (  # noqa: E402
     Site,
     Visitor,
@@ -19,7 +20,6 @@ from support.web_page import (  # noqa: E402
     rgb_of,
     set_slider,
     slider,
-    wait_for,
     written,
 )
 from support.web_runs import CLASSES, COLOUR, DIGITS, NAMES, encoded, photo  # noqa: E402

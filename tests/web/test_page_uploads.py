@@ -11,7 +11,8 @@ from support import web
 
 web.require("gradio", "playwright", "chromium")
 
-from support.web_page import Site, Visitor, rgb_of, set_slider, wait_for, written  # noqa: E402
+from support.web import wait_for  # noqa: E402
+from support.web_page import Site, Visitor, rgb_of, set_slider, written  # noqa: E402
 from support.web_runs import COLOUR, SIDE, bomb, encoded, photo, turned_jpeg  # noqa: E402
 
 from pyglow_fast.data.single import read_single  # noqa: E402

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import sys
 from pathlib import Path
@@ -61,6 +62,45 @@ def test_settings_of_gradio_are_left_out(run: str, monkeypatch: pytest.MonkeyPat
     assert "HTTP_PROXY" in seen
     assert not [name for name in seen if name.startswith("GRADIO_")]
     assert os.environ["GRADIO_VIBE_MODE"] == os.environ["GRADIO_SHARE"] == "1"
+
+
+def test_the_options_reach_the_page(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them, and the style of the page."""
+    shelves: list[tuple[Any, ...]] = []
+    served: list[dict[str, Any]] = []
+    monkeypatch.setattr(package, "Shelf", lambda *args: shelves.append(args))
+    monkeypatch.setattr(package, "serve", lambda page, **options: served.append(options))
+    monkeypatch.setenv("PYGLOW_SERVE_AUTH", "ada:pass word")
+    monkeypatch.setattr("sys.stdin", None)
+    options = ["--best", "--device", "cpu", "--train-images", "7", "--host", "0.0.0.0", "--port", "1234"]
+    assert main(["serve", run, run, *options, "--auth", "ada", "--no-browser"]) == 0
+    monkeypatch.delenv("PYGLOW_SERVE_AUTH")
+    assert main(["serve", run, "--device", "cpu"]) == 0
+    assert shelves[0] == ([run, run], True, "cpu", 7)
+    assert shelves[1][:3] == ([run], False, "cpu")
+    wanted = {"host": "0.0.0.0", "port": 1234, "auth": ("ada", "pass word"), "open_browser": False}
+    assert wanted.items() <= served[0].items()
+    assert {"host": "127.0.0.1", "port": None, "auth": None, "open_browser": True}.items() <= served[1].items()
+    assert ".pgf-" in served[0]["css"]
+
+
+def test_a_host_without_a_login_is_refused_before_runs_are_looked_at(
+    run: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(package, "Shelf", lambda *args: pytest.fail("looked"))
+    monkeypatch.delenv("PYGLOW_SERVE_AUTH", raising=False)
+    assert main(["serve", run, "--device", "cpu", "--host", "0.0.0.0"]) == 2
+    assert capsys.readouterr().err.startswith("error: host: expected 127.0.0.1, or a login")
+
+
+def test_a_password_is_asked_for_on_a_terminal_alone(
+    run: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("PYGLOW_SERVE_AUTH", raising=False)
+    monkeypatch.setattr("getpass.getpass", lambda prompt: pytest.fail("asked"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("secret\n"))
+    assert main(["serve", run, "--device", "cpu", "--auth", "ada"]) == 2
+    assert capsys.readouterr().err.startswith("error: auth: expected a terminal")
 
 
 def test_odd_settings_and_proxies_do_not_hinder_the_start(run: str, tmp_path: Path) -> None:

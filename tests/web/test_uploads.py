@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import gradio as gr  # noqa: E402
 from gradio.data_classes import FileData, ImageData, ListFiles  # noqa: E402
 
 from pyglow_fast.web.uploads import (  # noqa: E402
+    LINGER,
     LONGEST_NAME,
     MOST_FILES,
     Upload,
@@ -58,32 +59,39 @@ def stored(cache: Path, data: bytes = b"not an image") -> Path:
     return path
 
 
-def gone(path: Path) -> bool:
-    end = time.monotonic() + 10
-    while path.exists() and time.monotonic() < end:
-        time.sleep(0.01)
-    return not path.exists()
-
-
 def test_a_file_is_read_once(tmp_path: Path) -> None:
     path = stored(tmp_path)
     assert take(FileData(path=str(path), orig_name="a/cat.png"), str(tmp_path), linger=0) == Upload(
         "cat.png", b"not an image"
     )
-    assert gone(path.parent)
+    web.wait_for(path.parent.exists, False)
     with pytest.raises(gr.Error, match="choose the file again"):
         take(FileData(path=str(path), orig_name="cat.png"), str(tmp_path))
 
 
-def test_a_file_that_came_again_stays(tmp_path: Path) -> None:
+def test_a_file_that_came_again_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same picture has the same name; what forgets the first must leave the second."""
+    later: list[Callable[[], None]] = []
+
+    class Timer:
+        """One that waits until the test calls what it was given."""
+
+        def __init__(self, seconds: float, call: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+            assert seconds == LINGER
+            later.append(lambda: call(*arguments))
+
+        def start(self) -> None: ...
+
+    monkeypatch.setattr("pyglow_fast.web.uploads.threading.Timer", Timer)
     path = stored(tmp_path)
-    take(FileData(path=str(path)), str(tmp_path), linger=0.2)
+    take(FileData(path=str(path)), str(tmp_path))
     other = tmp_path / "new"
     other.write_bytes(b"again")
     os.replace(other, path)
-    time.sleep(0.6)
+    later[0]()
     assert take(FileData(path=str(path)), str(tmp_path)).data == b"again"
+    later[1]()
+    assert not path.parent.exists()
 
 
 @pytest.mark.parametrize("where", ["beside", "link", "folder", "url", "data"])
