@@ -45,7 +45,7 @@ class Desk:
         self.ends: list[Kept | None] = [None, None]  # the ends of the path
         self.strip = ""  # the command of the path's strip
         self.pairs: list[tuple[str, str]] = []  # attributes that have sliders, as (plus, minus)
-        self.thumbs: list[int] = []  # numbers of the held-out images that are offered
+        self.thumbs: dict[str, list[int]] = {}  # numbers of the held-out images that a tab offers
         self.grid: Grid | None = None
         self._edited: Kept | None = None  # the image under edit
         self._subject: Subject | None = None
