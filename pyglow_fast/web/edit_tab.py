@@ -40,10 +40,13 @@ class EditTab:
         self.redraw = gr.State(0)
         self.thumbs = Thumbs(shelf, desk, "edit")
         with gr.Row(elem_id="edit-work"):
-            with gr.Column(scale=3, min_width=300):
+            with gr.Column(min_width=300):
                 self.pictures = gr.HTML(js_on_load=LIVE_JS, elem_id="edited")
-                gr.HTML(note(BITS))
                 self.back = button("Back to the original", "edit-back")
+            with gr.Column(min_width=300):
+                self._slider_widgets()
+            with gr.Column(min_width=300):
+                gr.HTML(note(BITS))
                 self.command = command_box("edit-command")
                 with gr.Row():
                     self.number = gr.Number(
@@ -59,8 +62,6 @@ class EditTab:
                     )
                 with gr.Accordion("An image of yours", open=False, elem_id="edit-yours"):
                     self.upload = image_box("upload, webcam or clipboard", 200, "edit-upload")
-            with gr.Column(scale=2, min_width=300):
-                self._slider_widgets()
         self.shown = [self.pictures, self.command]
         self.controls = [self.twin, *self.adds, *self.keeps]
         choices = [self.attributes, self.plus, self.minus, *self.adds, self.why]

@@ -74,11 +74,12 @@ input[type=range]::-moz-range-thumb { border: 2px solid var(--slider-color); }
 @media (max-width: 480px) {
   .tab-container > button { padding-inline: 0.45rem !important; }
 }
+@media (min-width: 701px) { /* the sliders beside the image and what is below it */
+  #edit-work { display: grid; grid-template: auto 1fr / minmax(0, 3fr) minmax(0, 2fr); }
+  #edit-work > :nth-child(2) { grid-area: 1 / 2 / 3 / 3; }
+}
 @media (max-width: 700px) { /* one column, where the image stays in sight of the sliders */
-  #edit-work > .column { display: contents; }
-  #edit-work > .column > * { flex: 1 1 100%; order: 2; }
-  #edit-work > .column:last-child > * { order: 1; }
-  #edit-work #edited { order: 0; position: sticky; top: 0; z-index: 60; background: var(--body-background-fill); }
+  #edit-work > :first-child { position: sticky; top: 0; z-index: 60; background: var(--body-background-fill); }
 }
 @media (prefers-reduced-motion: reduce) {
   *, ::before, ::after { animation: none !important; transition: none !important; }
@@ -117,26 +118,23 @@ def image(pixels: Tensor, n_bins: int, words: str, height: int | None = None) ->
         height: its height on the page, in pixels; None: SHOWN, or as many as the image has.
     """
     source = uri(png_bytes(image_picture(pixels, n_bins)))
+    shown, wide = _size(pixels, height)
+    smooth = " pgf-smooth" if pixels.shape[-2] > shown else ""
+    return f'<img class="pgf-image{smooth}" alt="{html.escape(words)}" src="{source}" height="{shown}" width="{wide}">'
+
+
+def _size(pixels: Tensor, height: int | None = None) -> tuple[int, int]:
+    """(height, width) of an image on the page, in pixels; see :func:`image`."""
     tall, wide = pixels.shape[-2:]
     shown = max(SHOWN, tall) if height is None else height
-    smooth = " pgf-smooth" if tall > shown else ""
-    return (
-        f'<img class="pgf-image{smooth}" alt="{html.escape(words)}" src="{source}" '
-        f'height="{shown}" width="{max(1, round(wide * shown / tall))}">'
-    )
+    return shown, max(1, round(wide * shown / tall))
 
 
 def figure(pixels: Tensor, n_bins: int, title: str, caption: str = "", part: str = "") -> str:
     """Show an image with words below it; ``part`` names it for the tests and for style."""
     below = f"<b>{html.escape(title)}</b>" + (f"<br>{html.escape(caption)}" if caption else "")
-    shown, wide = (
-        image(pixels, n_bins, title),
-        round(max(SHOWN, pixels.shape[-2]) * pixels.shape[-1] / pixels.shape[-2]),
-    )
-    return (
-        f'<figure data-part="{html.escape(part)}" style="flex: 0 1 {wide}px">{shown}'
-        f"<figcaption>{below}</figcaption></figure>"
-    )
+    shown, style = image(pixels, n_bins, title), f"flex: 0 1 {_size(pixels)[1]}px"
+    return f'<figure data-part="{html.escape(part)}" style="{style}">{shown}<figcaption>{below}</figcaption></figure>'
 
 
 def row(figures: Sequence[str]) -> str:
