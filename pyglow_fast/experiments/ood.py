@@ -140,11 +140,14 @@ def marked_histogram(own: Tensor, name: str, marks: Mapping[str, float], title: 
     bins = _bins([own.double(), *points.unsqueeze(1)], count)  # a set of one lies on the axis as a whole
     figure, axes = _histogram({name: own.double()}, bins, title)
     top = axes.get_ylim()[1]
-    axes.set_ylim(0.0, 1.2 * top)  # room for the legend
+    axes.set_ylim(0.0, 1.2 * top)  # room for the legend, above the lines
     for i, (label, value) in enumerate(sorted(shown.items(), key=lambda item: item[1])):
-        axes.axvline(value, color="C3", lw=1.2)
+        axes.axvline(value, ymax=0.9, color="C3", lw=1.2)
         height = top * (1.04 - 0.06 * (i % 12))  # neighbours at other heights
-        axes.text(value, height, f" {label}", color="C3", va="top", fontsize=8, parse_math=False)
+        right = value < bins.mean()  # on the side where there is more room
+        style = {"ha": "left" if right else "right", "va": "top", "fontsize": 8, "parse_math": False}
+        ground = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5}  # other lines go below it
+        axes.text(value, height, f" {label}" if right else f"{label} ", color="C3", bbox=ground, **style)
     figure.savefig(buffer := io.BytesIO(), format="png", dpi=120, metadata=dict(text))
     return buffer.getvalue()
 
@@ -170,7 +173,8 @@ def _histogram(sets: Mapping[str, Tensor], bins: np.ndarray, title: str) -> tupl
         axes.hist(values.numpy(), bins, weights=share, alpha=0.55, color=f"C{i}", label=label)
         axes.axvline(float(values.mean()), color=f"C{i}", ls="--", lw=1.2)
     axes.set_title(title, parse_math=False)
-    unseen = f"; {beyond} image{'s lie' if beyond > 1 else ' lies'} beyond this axis" if beyond else ""
+    total = sum(map(len, sets.values()))
+    unseen = f"; {beyond} of {total} images {'lie' if beyond > 1 else 'lies'} beyond this axis" if beyond else ""
     axes.set(xlabel=f"bits/dim (less is more likely{unseen})", ylabel="share of the set's images, %")
     axes.grid(alpha=0.3)
     for text in axes.legend().get_texts():

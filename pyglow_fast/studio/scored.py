@@ -17,6 +17,7 @@ from pyglow_fast.studio.opened import OpenRun, Picked, Progress
 from pyglow_fast.train import ImageScores
 
 LONGEST = 24  # characters of a name in the picture
+NAMED = 12  # marks that have names in the picture; of more each has its number alone
 
 
 class FileScore(NamedTuple):
@@ -71,7 +72,8 @@ def made_picture(opened: OpenRun, scores: Sequence[FileScore]) -> Made:
     for i, score in enumerate(scores):
         name = score.picked.image.text.replace("\\", "/").rpartition("/")[2]
         short = name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
-        marks[f"{i + 1} {short}" if len(scores) > 1 else short] = score.bits
+        number = f"{i + 1} {short}" if len(scores) <= NAMED else str(i + 1)
+        marks[number if len(scores) > 1 else short] = score.bits
     name = f"held-out {opened.checkpoint.config.data.name}"
     title = f"{opened.folder.path.resolve().name} at step {opened.step}"
     data, taken = marked_histogram(held_out, name, marks, title, {COMMAND: command}), _taken(opened, scores)

@@ -28,7 +28,8 @@ body { margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: var(--ink); 
 h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
 h3 { font-size: 0.95rem; margin: 1rem 0 0.3rem; }
 table { border-collapse: collapse; } th, td { text-align: left; padding: 0.2rem 1.2rem 0.2rem 0; vertical-align: top;
-  border-bottom: 1px solid var(--line); overflow-wrap: anywhere; } th { font-weight: 500; color: var(--quiet); }
+  border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
+th { min-width: 6rem; font-weight: 500; color: var(--quiet); }
 td.value { font-variant-numeric: tabular-nums; font-weight: 600; white-space: nowrap; }
 figure { margin: 1rem 0; } figcaption { color: var(--quiet); font-size: 0.9rem; }
 img { max-width: 100%; height: auto; background: #ffffff; border-radius: 4px; }

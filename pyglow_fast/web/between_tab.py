@@ -6,14 +6,16 @@ from typing import Any
 
 import gradio as gr
 
-from pyglow_fast.studio.words import HeldOut
+from pyglow_fast._errors import expect
+from pyglow_fast.studio.opened import OpenRun, Picked
+from pyglow_fast.studio.words import File, HeldOut
 from pyglow_fast.web.desk import Desk, check_number, clicked, picked_number, picked_upload
 from pyglow_fast.web.errors import on_page
 from pyglow_fast.web.events import QUIET, anew, follow, moves
 from pyglow_fast.web.html import PICK_JS, buttons, figure, note, row, save_link
 from pyglow_fast.web.shelf import Shelf
 from pyglow_fast.web.uploads import Upload
-from pyglow_fast.web.widgets import command_box, image_box
+from pyglow_fast.web.widgets import Thumbs, button, command_box, image_box
 
 STEPS, MOST = 9, 25
 NAMES = ("from", "to")
@@ -22,35 +24,51 @@ NAMES = ("from", "to")
 class BetweenTab:
     """The widgets and handlers of the tab of paths; to be made inside of gr.Blocks."""
 
-    EMPTY = (None, None, "", "", "")  # until it is looked at
+    EMPTY = (None, None, "", "", "", "")  # until it is looked at
 
     def __init__(self, shelf: Shelf, desk: gr.State) -> None:
         self._shelf = shelf
         self.numbers, self.uploads, self.takes = [], [], []
+        self.thumbs = Thumbs(shelf, desk, "path")
         with gr.Row():
-            for i, name in enumerate(NAMES):
-                with gr.Column(scale=1, min_width=200):
-                    self.numbers.append(
-                        gr.Number(i, precision=0, label=f"{name}: held-out image", elem_id=f"{name}-number")
-                    )
-                    self.uploads.append(image_box(f"{name}: an image of yours", 150, f"{name}-upload"))
-                    self.takes.append(gr.Button(f"{name}: the image under Edit", elem_id=f"{name}-take"))
-            with gr.Column(scale=2, min_width=300):
-                self.path = gr.Radio(["linear", "spherical"], value="linear", label="path", elem_id="path-line")
-                self.steps = gr.Slider(2, MOST, value=STEPS, step=1, label="images of the strip", elem_id="path-steps")
-                self.at = gr.Slider(0.0, 1.0, value=0.5, step=0.01, label="the way along the path", elem_id="path-at")
+            with gr.Column(scale=3, min_width=300):
                 self.frame = gr.HTML(elem_id="path-frame")
-        self.strip = gr.HTML(js_on_load=PICK_JS, elem_id="path-strip")
-        self.command = command_box("path-command")
+                self.at = gr.Slider(0.0, 1.0, value=0.5, step=0.01, label="the way along the path", elem_id="path-at")
+                self.strip = gr.HTML(js_on_load=PICK_JS, elem_id="path-strip")
+                self.command = command_box("path-command")
+            with gr.Column(scale=2, min_width=300):
+                self.end = gr.Radio(
+                    list(NAMES), value=NAMES[0], label="a click on an image at the top sets", elem_id="path-end"
+                )
+                with gr.Row():
+                    for i, name in enumerate(NAMES):
+                        with gr.Column(min_width=140):
+                            self.numbers.append(
+                                gr.Number(i, precision=0, label=f"{name}: held-out image", elem_id=f"{name}-number")
+                            )
+                            self.takes.append(button(f"{name}: the image under Edit", f"{name}-take"))
+                for name in NAMES:
+                    with gr.Accordion(f"{name}: an image of yours", open=False, elem_id=f"{name}-yours"):
+                        self.uploads.append(image_box("upload, webcam or clipboard", 200, f"{name}-upload"))
+                self.path = gr.Radio(
+                    ["linear", "spherical"],
+                    value="linear",
+                    label="path",
+                    info="through the latents, on straight lines or on great circles",
+                    elem_id="path-line",
+                )
+                self.steps = gr.Slider(2, MOST, value=STEPS, step=1, label="images of the strip", elem_id="path-steps")
         redraw = gr.State(0)  # the frame and the commands
-        self.contents = [*self.uploads, self.strip, self.frame, self.command]
-        self.outputs = [*self.numbers, *self.uploads, self.strip, redraw]
+        self.contents = [*self.uploads, self.thumbs.strip, self.strip, self.frame, self.command]
+        self.outputs = [*self.thumbs.outputs, self.end, *self.numbers, *self.uploads, self.strip, redraw]
         self.as_they_are = [gr.skip() for _ in self.outputs]
         place = [desk, self.path, self.at]
         follow([*moves([self.at]), redraw.change], on_page()(self.moved), place, [self.frame, self.command])
         drawn = (on_page()(self.drawn), [desk, self.path, self.steps], [self.strip, redraw])
         gr.on([self.path.input, *moves([self.steps])], *drawn, **QUIET)
         self.strip.click(on_page()(self.point), self.steps, [self.at, redraw], **QUIET)
+        taken = self.thumbs.strip.click(on_page()(self.take_thumb), [desk, self.end], self.numbers, **QUIET)
+        taken.success(*drawn, **QUIET)
         for i in range(2):
             number, upload = self.numbers[i], self.uploads[i]
             taken = gr.on([number.input, number.submit], on_page()(self._take_number(i)), [desk, number], None, **QUIET)
@@ -74,11 +92,19 @@ class BetweenTab:
             for i in range(2):
                 desk.put_end(i, opened.pick(HeldOut(min(i, count - 1))), opened)
         numbers = [gr.Number(i, visible=not missing) for i in range(2)]
+        thumbs = [*self.thumbs.show(desk, opened), gr.Radio(visible=not missing)]
         strip = self.drawn(desk, path, steps)
         if not desk.has(opened):  # another run was chosen meanwhile
             return self.as_they_are
         desk.has_path = True
-        return [*numbers, None, None, *strip]
+        return [*thumbs, *numbers, None, None, *strip]
+
+    def take_thumb(self, desk: Desk, end: str, event: gr.EventData) -> list[Any]:
+        """Make the held-out image that was clicked one end of the path, and show its number."""
+        expect(end in NAMES, "end", f"one of {NAMES}", repr(end))
+        number, i = self.thumbs.number(desk, event), NAMES.index(end)
+        self._take_number(i)(desk, number)
+        return [number if j == i else gr.skip() for j in range(len(NAMES))]
 
     def _take_number(self, i: int) -> Any:
         def take(desk: Desk, number: float | None) -> None:
@@ -116,10 +142,15 @@ class BetweenTab:
         made = between.made_frame(pixels[0], float(at))
         if not desk.has(opened):  # another run was chosen meanwhile
             return [gr.skip(), gr.skip()]
-        way = f"{at:.0%} of the way from {between.first.image.text} to {between.last.image.text}"
-        shown = row([figure(pixels[0], opened.n_bins, way, part="frame")])
+        shown = row(
+            [
+                figure(between.first.pixels, opened.n_bins, "from", _said(between.first, opened), "from"),
+                figure(pixels[0], opened.n_bins, f"{at:.0%} of the way", part="frame"),
+                figure(between.last.pixels, opened.n_bins, "to", _said(between.last, opened), "to"),
+            ]
+        )
         grey = note("Parts are not finite, shown grey." if bad else "")
-        link = save_link(made, "between.png", "Save PNG")
+        link = save_link(made, "between.png", "Save the frame")
         return [f"{shown}<p>{link}</p>{grey}", f"{made.whole_command('between.png')}\n{desk.strip}"]
 
     def drawn(self, desk: Desk, path: str, steps: float) -> list[Any]:
@@ -138,3 +169,13 @@ class BetweenTab:
         desk.strip = "\n".join(each.whole_command(f"path{suffix}") for suffix, each in made.items())
         strip = buttons(list(pixels), opened.n_bins, words, strip=True)
         return [f"{strip}<p>{''.join(links)}</p>", anew()]
+
+
+def _said(picked: Picked, opened: OpenRun) -> str:
+    """Which image it is, in words, with its class."""
+    image = picked.image
+    if isinstance(image, File):
+        name = image.text.rpartition("/")[2]
+    else:
+        name = f"{'held-out image' if isinstance(image, HeldOut) else 'sample'} {image.number}"
+    return name if picked.label is None else f"{name}; class {opened.classes[picked.label]}"

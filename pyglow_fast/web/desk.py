@@ -63,7 +63,7 @@ class Desk:
         self.report: tuple[tuple[str, int, int], ...] | None = None  # the files that the report is of which is shown
         self.has_path = False  # whether the tab of paths is about the run
         self.pairs: list[tuple[str, str]] = []  # attributes that have sliders, as (plus, minus)
-        self.thumbs: list[int] = []  # numbers of the held-out images that are offered
+        self.thumbs: dict[str, list[int]] = {}  # numbers of the held-out images that a tab offers
         self.grid: Grid | None = None
         self._edited: Kept | None = None  # the image under edit
         self._ends: list[Kept | None] = [None, None]  # of the path

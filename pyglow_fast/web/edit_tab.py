@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import gradio as gr
@@ -11,20 +10,20 @@ from pyglow_fast.latents import SPACES
 from pyglow_fast.studio.directions import REST, Add
 from pyglow_fast.studio.edits import Edit, Subject, likelihood_text
 from pyglow_fast.studio.opened import AbandonedError, LostImagesError, OpenRun, Progress
-from pyglow_fast.studio.reading import name_of
 from pyglow_fast.studio.words import HeldOut
-from pyglow_fast.web.desk import NO_CLASS, Desk, clicked, picked_number, picked_upload, progress_on
+from pyglow_fast.web.desk import NO_CLASS, Desk, picked_number, picked_upload, progress_on
 from pyglow_fast.web.errors import on_page, plain_sentence
 from pyglow_fast.web.events import QUIET, anew, follow, moves
-from pyglow_fast.web.html import PICK_JS, buttons, figure, note, row, save_link
+from pyglow_fast.web.html import BITS, LIVE_JS, figure, note, row, save_link
 from pyglow_fast.web.shelf import Shelf
 from pyglow_fast.web.uploads import Upload
-from pyglow_fast.web.widgets import command_box, image_box
+from pyglow_fast.web.widgets import Thumbs, button, command_box, image_box
 
 ATTRIBUTES, LEVELS = 12, 10  # sliders that there are at most
 FIRST = 6  # attributes that have sliders at the beginning
-THUMBS = 12
 STRONGEST = 3.0
+DIFFERENCES = "To the right: more like the training images named first. To the left: more like the others."
+KEPT = "How much of the image's own latents each level keeps. At 0 it is what the model finds likeliest there."
 WAITING = '<div class="pgf-wait"></div>'  # room for the bar of what is measured
 
 
@@ -39,36 +38,44 @@ class EditTab:
     def __init__(self, shelf: Shelf, desk: gr.State) -> None:
         self._shelf, self._desk = shelf, desk
         self.redraw = gr.State(0)
-        self.thumbs = gr.HTML(js_on_load=PICK_JS, elem_id="edit-thumbs")
-        with gr.Row():
-            with gr.Column(scale=3, min_width=300):
-                self.pictures = gr.HTML(elem_id="edited")
-                self.back = gr.Button("Back to the original", elem_id="edit-back")
+        self.thumbs = Thumbs(shelf, desk, "edit")
+        with gr.Row(elem_id="edit-work"):
+            with gr.Column(min_width=300):
+                self.pictures = gr.HTML(js_on_load=LIVE_JS, elem_id="edited")
+                self.back = button("Back to the original", "edit-back")
+            with gr.Column(min_width=300):
+                self._slider_widgets()
+            with gr.Column(min_width=300):
+                gr.HTML(note(BITS))
                 self.command = command_box("edit-command")
                 with gr.Row():
                     self.number = gr.Number(
-                        0, precision=0, label="held-out image", elem_id="edit-number", min_width=120
+                        0, precision=0, label="number of the held-out image", elem_id="edit-number", min_width=150
                     )
-                    self.others = gr.Button("Other images to choose from", elem_id="edit-others", min_width=120)
+                    self.label = gr.Dropdown(
+                        [NO_CLASS],
+                        value=NO_CLASS,
+                        label="class of the image",
+                        visible=False,
+                        elem_id="edit-class",
+                        min_width=150,
+                    )
                 with gr.Accordion("An image of yours", open=False, elem_id="edit-yours"):
                     self.upload = image_box("upload, webcam or clipboard", 200, "edit-upload")
-                self.label = gr.Dropdown(
-                    [NO_CLASS], value=NO_CLASS, label="class of the image", visible=False, elem_id="edit-class"
-                )
-            with gr.Column(scale=2, min_width=300):
-                self._slider_widgets()
         self.shown = [self.pictures, self.command]
         self.controls = [self.twin, *self.adds, *self.keeps]
         choices = [self.attributes, self.plus, self.minus, *self.adds, self.why]
         self.measured = [*choices, self.redraw]
-        fixed = [self.thumbs, self.number, self.others, self.label, self.space, self.upload, *self.keeps]
+        fixed = [*self.thumbs.outputs, self.number, self.label, self.space, self.upload, *self.keeps]
         self.outputs = [*fixed, *choices, *self.shown]
         self._wire()
 
     def _slider_widgets(self) -> None:
         self.why = gr.HTML(elem_id="edit-why")
         self.adds = [
-            gr.Slider(-STRONGEST, STRONGEST, value=0, step=0.05, visible=False, elem_id=f"add-{i}")
+            gr.Slider(
+                -STRONGEST, STRONGEST, value=0, step=0.05, visible=False, elem_id=f"add-{i}", elem_classes="pgf-signed"
+            )
             for i in range(ATTRIBUTES)
         ]
         with gr.Accordion("Which attributes", open=False, elem_id="edit-which"):
@@ -76,12 +83,18 @@ class EditTab:
             with gr.Row():
                 self.plus = gr.Dropdown([], label="another: plus", elem_id="edit-plus", min_width=90)
                 self.minus = gr.Dropdown([], label="minus", elem_id="edit-minus", min_width=90)
-                self.more = gr.Button("Add a slider", elem_id="edit-more", min_width=90)
+                self.more = button("Add a slider", "edit-more")
+        gr.HTML(note(KEPT))
         self.keeps = [
             gr.Slider(0.0, 1.0, value=1, step=0.05, visible=False, elem_id=f"keep-{i}") for i in range(LEVELS)
         ]
         self.twin = gr.Checkbox(False, label="beside it: shift the pixels by the same differences", elem_id="edit-twin")
-        self.space = gr.Radio(list(SPACES), label="space of the edit", elem_id="edit-space")
+        self.space = gr.Radio(
+            list(SPACES),
+            label="space of the edit",
+            info="the latents, or the noise: latents without the means and scales of their priors",
+            elem_id="edit-space",
+        )
 
     def _wire(self) -> None:
         desk, redraw = self._desk, self.redraw
@@ -90,8 +103,7 @@ class EditTab:
         self.back.click(on_page()(self.reset), desk, [*self.adds, *self.keeps, redraw], **QUIET)
         typed = [self.number.input, self.number.submit]
         gr.on(typed, on_page()(self.take_number), [desk, self.number], [self.label, redraw], **QUIET)
-        self.thumbs.click(on_page()(self.take_thumb), desk, [self.number, self.label, redraw], **QUIET)
-        self.others.click(on_page()(self.other_thumbs), desk, self.thumbs, **QUIET)
+        self.thumbs.strip.click(on_page()(self.take_thumb), desk, [self.number, self.label, redraw], **QUIET)
         given = [self.upload, self.label, redraw]
         took = self.upload.upload(on_page()(self.take_upload), [desk, self.upload], given, **QUIET)
         took.failure(lambda: None, None, self.upload, **QUIET)
@@ -111,16 +123,14 @@ class EditTab:
         """Fill the tab for a run that was chosen, until its mean latents are there."""
         opened = desk.opened(self._shelf)
         missing = opened.images.missing
-        desk.thumbs, desk.pairs = [], []
+        desk.pairs = []
         if not missing:
-            desk.thumbs = list(range(min(THUMBS, len(opened.images.find()[2]))))
             desk.put(opened.pick(HeldOut(0)), opened)
         elif desk.grid is not None:
             desk.put(desk.grid.picked(0), desk.grid.opened)
         return [
-            self._thumbs(desk, opened),
+            *self.thumbs.show(desk, opened),
             gr.Number(0, visible=not missing),
-            gr.Button(visible=not missing),
             gr.Dropdown([NO_CLASS, *opened.classes], value=NO_CLASS, visible=bool(opened.classes)),
             gr.Radio(list(SPACES), value=desk.space_of(opened)),
             None,
@@ -153,8 +163,8 @@ class EditTab:
             return tell
 
         try:
-            directions = opened.directions(space, while_wanted("mean latents"))
-            opened.scores(while_wanted("bits/dim of the run's images"))
+            directions = opened.directions(space, while_wanted("measuring the attributes"))
+            opened.scores(while_wanted("measuring bits/dim of the run's images"))
         except AbandonedError:
             return self.measure(desk, progress)
         except LostImagesError as error:
@@ -163,7 +173,7 @@ class EditTab:
             return [gr.skip() for _ in self.measured]
         if desk.opened(self._shelf) is not opened:  # there is a newer checkpoint, which has its own
             return self.measure(desk, progress)
-        why = note("" if directions.names else "The images of this run have no classes.")
+        why = note(DIFFERENCES if directions.names else "The images of this run have no classes.")
         if desk.pairs:
             return [*as_they_are, why, anew()]
         # Two classes are each other's opposites, so one slider is enough.
@@ -186,14 +196,6 @@ class EditTab:
         n = len(opened.model.latent_shapes)
         return [gr.Slider(value=1, visible=i < n, label=f"kept of level {i}{_which(i, n)}") for i in range(LEVELS)]
 
-    def _thumbs(self, desk: Desk, opened: OpenRun) -> str:
-        if not desk.thumbs:
-            return ""
-        data, _, held_out = opened.images.find()
-        pixels, _ = data.batch(held_out[desk.thumbs])
-        words = [f"held-out image {name_of(data, int(held_out[i]), i)}" for i in desk.thumbs]
-        return buttons(list(pixels), opened.n_bins, words, strip=True)
-
     def take_number(self, desk: Desk, number: float | None) -> tuple[str, int]:
         """Put a held-out image under edit by its number, with its own class."""
         if number is not None:  # a field that is being typed into
@@ -203,15 +205,8 @@ class EditTab:
 
     def take_thumb(self, desk: Desk, event: gr.EventData) -> tuple[int, str, int]:
         """Put a held-out image under edit by a click on it: its number, and its own class."""
-        number = desk.thumbs[clicked(event, len(desk.thumbs))]
+        number = self.thumbs.number(desk, event)
         return number, *self.take_number(desk, number)
-
-    def other_thumbs(self, desk: Desk) -> str:
-        """Show other held-out images to choose from."""
-        opened = desk.opened(self._shelf)
-        count = len(opened.images.find()[2])
-        desk.thumbs = sorted(random.sample(range(count), min(THUMBS, count)))
-        return self._thumbs(desk, opened)
 
     def take_upload(self, desk: Desk, upload: Upload | None) -> tuple[None, str, int]:
         """Put the visitor's image under edit; the upload box is empty again, as the image is shown elsewhere."""

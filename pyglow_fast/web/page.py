@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable
+from pathlib import PurePath
 from typing import Any
 
 import gradio as gr
@@ -14,6 +15,7 @@ from pyglow_fast.web.desk import Desk
 from pyglow_fast.web.edit_tab import EditTab
 from pyglow_fast.web.errors import on_page
 from pyglow_fast.web.events import QUIET, anew
+from pyglow_fast.web.html import LIVE_JS
 from pyglow_fast.web.run_tab import RunTab
 from pyglow_fast.web.sample_tab import SampleTab
 from pyglow_fast.web.score_tab import ScoreTab
@@ -28,10 +30,11 @@ def page(shelf: Shelf) -> gr.Blocks:
     """Make the Blocks that :func:`~pyglow_fast.web.server.serve` serves."""
     with gr.Blocks(title="pyglow_fast", analytics_enabled=False, fill_width=True) as blocks:
         desk = gr.State(Desk())
-        with gr.Row():
+        with gr.Row(equal_height=False):
             names = shelf.names()
-            run = gr.Dropdown(names, value=names[0], label="run", elem_id="run", scale=1)
-            about = gr.HTML(elem_id="about")
+            run = gr.Dropdown(names, value=names[0], label="run", elem_id="run", scale=1, min_width=300)
+            with gr.Column(scale=2, min_width=300):
+                about = gr.HTML(js_on_load=LIVE_JS, elem_id="about")
         version, newer, clock = gr.State(), gr.State(0), gr.Timer(EVERY)
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Sample", id="sample") as sample_tab:
@@ -120,6 +123,13 @@ def page(shelf: Shelf) -> gr.Blocks:
 
 
 def _about(opened: OpenRun) -> str:
-    """What is open, in a line."""
-    shape = "x".join(map(str, opened.model.config.image_shape))
-    return f"<p>{html.escape(f'step {opened.step:,}, images {shape}, {opened.n_bins} grey levels')}</p>"
+    """What is open: its name, what it learned, and for how long."""
+    channels, height, width = opened.model.config.image_shape
+    n_bins = opened.n_bins
+    depths = {1: f"{n_bins} grey levels", 3: f"{n_bins} levels of red, green and blue"}
+    depth = depths.get(channels, f"{channels} channels of {n_bins} levels")
+    source, colon, place = opened.checkpoint.config.data.name.partition(":")
+    data = f"{source}{colon}{PurePath(place).name}"  # a visitor need not know the folders of the server
+    title = f"{opened.folder.path.resolve().name}: a Glow on {data}"
+    said = f"step {opened.step:,}; images of {width} x {height} pixels, {depth}"
+    return f"<h1>{html.escape(title)}</h1><p>{html.escape(said)}</p>"

@@ -15,7 +15,7 @@ from pyglow_fast.web.desk import Desk
 from pyglow_fast.web.errors import on_page
 from pyglow_fast.web.html import framed
 from pyglow_fast.web.shelf import Shelf
-from pyglow_fast.web.widgets import command_box
+from pyglow_fast.web.widgets import button, command_box
 
 REPORTS = 4  # reports that are kept, of about a megabyte each
 Stamp = tuple[tuple[str, int, int], ...]
@@ -48,7 +48,7 @@ class RunTab:
 
     def __init__(self, shelf: Shelf, desk: gr.State) -> None:
         self._shelf = shelf
-        self.again = gr.Button("Read again", elem_id="run-again")
+        self.again = button("Read again", "run-again")
         self.page = gr.HTML(elem_id="run-page")
         self.command = command_box("run-command")
         self.outputs = [self.page, self.command]

@@ -16,7 +16,7 @@ from pyglow_fast.web.errors import on_page
 from pyglow_fast.web.events import QUIET, anew, follow, moves
 from pyglow_fast.web.html import PICK_JS, buttons, note, save_link
 from pyglow_fast.web.shelf import Shelf
-from pyglow_fast.web.widgets import command_box
+from pyglow_fast.web.widgets import button, command_box
 
 ALL = "all classes in turn"
 SHOWN, MOST = 24, 100
@@ -31,12 +31,18 @@ class SampleTab:
         with gr.Row():
             with gr.Column(scale=1, min_width=260):
                 self.temperature = gr.Slider(
-                    0.0, 1.2, value=TEMPERATURE, step=0.05, label="temperature", elem_id="temperature"
+                    0.0,
+                    1.2,
+                    value=TEMPERATURE,
+                    step=0.05,
+                    label="temperature",
+                    info="lower: likelier images, and less varied",
+                    elem_id="temperature",
                 )
                 self.label = gr.Dropdown([ALL], value=ALL, label="class", visible=False, elem_id="sample-class")
                 self.n = gr.Slider(1, MOST, value=SHOWN, step=1, label="images", elem_id="sample-n")
                 self.seed = gr.Number(0, precision=0, label="seed", elem_id="sample-seed")
-                self.again = gr.Button("Another seed", elem_id="sample-again")
+                self.again = button("Another seed", "sample-again")
             with gr.Column(scale=3, min_width=300):
                 self.pictures = gr.HTML(js_on_load=PICK_JS, elem_id="samples")
                 self.command = command_box("sample-command")

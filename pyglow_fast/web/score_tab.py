@@ -13,7 +13,7 @@ from pyglow_fast.studio.scored import made_csv, made_picture, score_files
 from pyglow_fast.web.desk import Desk, picked_upload, progress_on
 from pyglow_fast.web.errors import on_page, plain_sentence
 from pyglow_fast.web.events import QUIET
-from pyglow_fast.web.html import THUMB, image, note, plot, save_link, table
+from pyglow_fast.web.html import BITS, LIVE_JS, THUMB, image, note, plot, save_link, table
 from pyglow_fast.web.shelf import Shelf
 from pyglow_fast.web.uploads import Upload, UploadedFiles
 from pyglow_fast.web.widgets import command_box
@@ -22,14 +22,14 @@ from pyglow_fast.web.widgets import command_box
 class ScoreTab:
     """The widgets and handlers of the tab of scores; to be made inside of gr.Blocks."""
 
-    EMPTY = (None, note("Each image is cropped and scaled as in training; less is more likely."), "")
+    EMPTY = (None, note(f"Each image is cropped and scaled as in training. {BITS}"), "")
 
     def __init__(self, shelf: Shelf, desk: gr.State) -> None:
         self._shelf = shelf
         self.files = UploadedFiles(
             label="images to score", file_count="multiple", file_types=["image"], height=160, elem_id="score-files"
         )
-        self.results = gr.HTML(self.EMPTY[1], elem_id="scores")
+        self.results = gr.HTML(self.EMPTY[1], js_on_load=LIVE_JS, elem_id="scores")
         self.command = command_box("score-command")
         self.outputs = [self.files, self.results, self.command]
         scored = self.files.upload(
@@ -48,7 +48,7 @@ class ScoreTab:
         if not uploads:
             return list(self.EMPTY)
         files = [picked_upload(opened, upload) for upload in uploads]
-        scores = score_files(opened, files, progress_on(progress, "bits/dim of the run's images"))
+        scores = score_files(opened, files, progress_on(progress, "measuring bits/dim of the run's images"))
         rows = []
         for score in scores:
             name = score.picked.image.text
@@ -56,10 +56,24 @@ class ScoreTab:
             seen = image(score.picked.pixels, opened.n_bins, f"{name} as the model sees it", THUMB)
             bits = f"{score.bits:.3f}" if math.isfinite(score.bits) else "no finite likelihood"
             label = "" if score.picked.label is None else opened.classes[score.picked.label]
-            rows.append([seen, html.escape(name), bits, below, *([html.escape(label)] if opened.classes else [])])
-        head = ["", "image", "bits/dim", "training images with fewer", *(["likeliest class"] if opened.classes else [])]
+            rows.append(
+                [
+                    seen,
+                    f'<span class="pgf-name">{html.escape(name)}</span>',
+                    bits,
+                    below,
+                    *([html.escape(label)] if opened.classes else []),
+                ]
+            )
+        head = [
+            "seen as",
+            "image",
+            "bits/dim",
+            "training images with fewer",
+            *(["likeliest class"] if opened.classes else []),
+        ]
         csv = made_csv(opened, scores)
-        links, parts = [save_link(csv, "scores.csv", "Save CSV")], [table(head, rows)]
+        links, parts = [save_link(csv, "scores.csv", "Save CSV")], [table(head, rows, numbered=len(rows) > 1)]
         command = csv.whole_command("scores.csv")
         try:
             picture = made_picture(opened, scores)
@@ -69,4 +83,4 @@ class ScoreTab:
             parts.insert(0, plot(picture.data, "the images on the histogram of held-out ones"))
             links.append(save_link(picture, "scores.png", "Save PNG"))
             command += f" {picture.out_words('scores.png')}"
-        return [None, f"{''.join(parts)}<p>{''.join(links)}</p>", command]
+        return [None, f'<div class="pgf-results">{"".join(parts)}</div><p>{"".join(links)}</p>{note(BITS)}', command]

@@ -118,7 +118,7 @@ def test_histogram(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert min(seen) > 99.5
     beyond = sum(int(((values < edges[0]) | (values > edges[-1])).sum()) for values in (own, foreign))
     assert beyond > 0
-    assert labels == [f"bits/dim (less is more likely; {beyond} images lie beyond this axis)"]
+    assert labels == [f"bits/dim (less is more likely; {beyond} of 5000 images lie beyond this axis)"]
 
 
 def test_a_histogram_of_equal_scores(tmp_path: Path) -> None:
@@ -148,3 +148,18 @@ def test_marks_on_a_histogram() -> None:
     assert len(lines[0]) == 0
     groups = {count: 1 + int((np.diff(columns) > 2).sum()) for count, columns in lines.items() if len(columns)}
     assert groups == {1: 1, 4: 2}
+
+
+@pytest.mark.drawn
+def test_names_of_marks_stay_in_the_frame() -> None:
+    """A name is to the right of its line in the left half, and to the left of it in the right one."""
+    own = torch.randn(300, generator=torch.Generator().manual_seed(6))
+    marks = {"a name of many letters": float(own.min()) - 0.1, "another of many letters": float(own.max()) + 1.0}
+    data = marked_histogram(own, "own", marks, "title", {})
+    with Image.open(io.BytesIO(data)) as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    black = np.flatnonzero((pixels.sum(-1) < 60).sum(0) > 300)  # the frame's left and right sides
+    red = np.flatnonzero(((pixels[..., 0] - pixels[..., 1:].max(-1)) > 100).any(0))
+    assert len(red) > 50
+    assert black.min() < red.min()
+    assert red.max() < black.max()

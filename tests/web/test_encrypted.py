@@ -108,6 +108,5 @@ def test_the_page_is_encrypted(files: Path, tmp_path: Path) -> None:
         untrusted = HTTPSConnection(name, int(port), timeout=10, context=ssl.create_default_context())
         with pytest.raises(ssl.SSLCertVerificationError):
             untrusted.request("GET", "/")
-        assert running.end() < 10
-        assert running.process.returncode == 0
+        assert running.end() == 0
         assert running.log() == ""

@@ -24,6 +24,12 @@ from pyglow_fast.web.sample_tab import SHOWN  # noqa: E402
 if TYPE_CHECKING:
     from torch import Tensor
 
+# The run, what it was trained on (of a folder only its name), how long, and on what images.
+TITLE_OF_DIGITS = f"{DIGITS}: a Glow on digits\n\nstep 20; images of 8 x 8 pixels, 17 grey levels"
+TITLE_OF_COLOUR = (
+    f"{COLOUR}: a Glow on folder:images\n\nstep 10; images of 16 x 16 pixels, 256 levels of red, green and blue"
+)
+
 
 def sampled(site: Site, name: str, n: int, temperature: float, seed: int, classes: list[int] | None) -> Tensor:
     """The samples as the library gives them, uint8 (n, 3, H, W)."""
@@ -43,7 +49,7 @@ def test_it_loads_and_asks_nobody_else(visitor: Visitor) -> None:
     """All tabs have something to show, and their pictures are whole."""
     page = visitor.page
     assert page.title() == "pyglow_fast"
-    assert page.locator("#about").inner_text() == "step 20, images 1x8x8, 17 grey levels"
+    assert page.locator("#about .html-container").inner_text() == TITLE_OF_DIGITS
     for (name, place), count in zip(PLACES.items(), (SHOWN, 2, 9, 0, 0), strict=True):
         visitor.tab(name)
         assert page.locator(f"#{place}").is_visible()
@@ -114,7 +120,7 @@ def test_another_run_leaves_nothing_of_the_last(visitor: Visitor, site: Site) ->
     former = set(page.locator("img").evaluate_all("found => found.map(image => image.src)"))
     assert len(former) > 30
     visitor.choose_run(COLOUR)
-    assert page.locator("#about").inner_text() == "step 10, images 3x16x16, 256 grey levels"
+    assert page.locator("#about .html-container").inner_text() == TITLE_OF_COLOUR
     wait_for(lambda: former & set(page.locator("img").evaluate_all("found => found.map(image => image.src)")), set())
     start = "pyglow-fast edit 'runs/it'\"'\"'s <b>$HOME & co' 0 "
     wait_for(lambda: visitor.command("edit-command").startswith(start), True)
@@ -171,7 +177,7 @@ def test_a_run_that_appears_is_offered(visitor: Visitor, site: Site) -> None:
         page.reload()
         visitor.filled("Sample")
         visitor.choose_run("zz new")
-        assert page.locator("#about").inner_text() == "step 10, images 3x16x16, 256 grey levels"
+        assert page.locator("#about .html-container").inner_text() == TITLE_OF_COLOUR.replace(COLOUR, "zz new")
     finally:
         new.rename(site.folder / "zz gone")  # at once: the server may be writing into it what it measures
     set_slider(page, "sample-n", 3)
@@ -179,7 +185,7 @@ def test_a_run_that_appears_is_offered(visitor: Visitor, site: Site) -> None:
     visitor.idle()
     page.reload()
     visitor.filled("Sample")
-    assert page.locator("#about").inner_text() == "step 20, images 1x8x8, 17 grey levels"
+    assert page.locator("#about .html-container").inner_text() == TITLE_OF_DIGITS
 
 
 def test_a_run_without_a_checkpoint_says_so(visitor: Visitor, site: Site) -> None:
@@ -189,7 +195,7 @@ def test_a_run_without_a_checkpoint_says_so(visitor: Visitor, site: Site) -> Non
     assert visitor.toast() == (
         f"run: expected a checkpoint in checkpoints/, found none in '{site.run(UNBORN)}' (it has not written its first)"
     )
-    wait_for(page.locator("#about").inner_text, "still about runs/digits")
+    wait_for(page.locator("#about .html-container").inner_text, "still about runs/digits")
     set_slider(page, "sample-n", 3)
     wait_for(lambda: shown(visitor), before[:3])
 

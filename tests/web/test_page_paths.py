@@ -10,6 +10,7 @@ from support import web
 
 web.require("gradio", "playwright", "chromium")
 
+import gradio as gr  # noqa: E402
 from support.web import wait_for  # noqa: E402
 from support.web_page import (  # noqa: E402
     Site,
@@ -28,8 +29,12 @@ from pyglow_fast.data import ImageSet, load_data, split  # noqa: E402
 from pyglow_fast.data.single import read_single  # noqa: E402
 from pyglow_fast.latents import interpolate  # noqa: E402
 from pyglow_fast.likelihood import dequantize  # noqa: E402
+from pyglow_fast.studio.words import HeldOut  # noqa: E402
 from pyglow_fast.train import RunFolder, load_model, resolve_device, score_images, to_pixels  # noqa: E402
 from pyglow_fast.train.figures import image_picture  # noqa: E402
+from pyglow_fast.web.between_tab import BetweenTab  # noqa: E402
+from pyglow_fast.web.desk import Desk  # noqa: E402
+from pyglow_fast.web.shelf import Shelf  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +65,7 @@ def strip(visitor: Visitor) -> Tensor:
 
 
 def frame(visitor: Visitor) -> Tensor:
-    return rgb_of(visitor.page.locator("#path-frame img"))
+    return rgb_of(visitor.page.locator("#path-frame [data-part=frame] img"))
 
 
 @pytest.fixture
@@ -96,7 +101,7 @@ def test_a_path(walker: Visitor, site: Site, monkeypatch: pytest.MonkeyPatch) ->
     wait_for(lambda: strip(walker), path(site, (4, 7), [0, 1 / 3, 2 / 3, 1], True))
     wait_for(lambda: "--frames 4 " in walker.command("path-command"), True)
     one, *whole = walker.command("path-command").splitlines()
-    assert walker.download("Save PNG", "path-frame") == written(site.folder, monkeypatch, one)
+    assert walker.download("Save the frame", "path-frame") == written(site.folder, monkeypatch, one)
     for link, command in zip(("Save the strip", "Save as GIF", "Save as WebP"), whole, strict=True):
         assert walker.download(link, "path-strip") == written(site.folder, monkeypatch, command)
 
@@ -105,6 +110,7 @@ def test_ends_that_are_no_held_out_images(walker: Visitor, site: Site, monkeypat
     """An upload, the image under Edit; then a number that stands there already."""
     page, ninths = walker.page, [i / 8 for i in range(9)]
     data = encoded(photo(40, 30), "PNG")
+    page.get_by_role("button", name="to: an image of yours").click()
     walker.give("to-upload", ("my picture.png", data))
     wait_for(lambda: strip(walker), path(site, (0, data), ninths))
     (site.folder / "my picture.png").write_bytes(data)
@@ -120,6 +126,53 @@ def test_ends_that_are_no_held_out_images(walker: Visitor, site: Site, monkeypat
     wait_for(lambda: strip(walker), path(site, (3, data), ninths))
     page.locator("#from-number input").press("Enter")
     wait_for(lambda: strip(walker), path(site, (0, data), ninths))
+
+
+def test_ends_are_chosen_by_clicks(walker: Visitor, site: Site) -> None:
+    """The images at both ends are seen with their names; a click on one at the top makes it that end which is set."""
+    page, ninths = walker.page, [i / 8 for i in range(9)]
+
+    def ends() -> Tensor:
+        return all_pixels(page.locator("#path-frame :is([data-part=from], [data-part=to]) img"))
+
+    def said(part: str) -> str:
+        return page.locator(f"#path-frame [data-part={part}] figcaption").inner_text()
+
+    wait_for(ends, path(site, (0, 1), [0, 1]))
+    assert [said(part) for part in ("from", "frame", "to")] == [
+        "from\nheld-out image 0",
+        "50% of the way",
+        "to\nheld-out image 1",
+    ]
+    thumbs = page.locator("#path-thumbs button")
+    thumbs.nth(5).click()
+    wait_for(lambda: strip(walker), path(site, (5, 1), ninths))
+    page.get_by_role("radio", name="to", exact=True).check()
+    thumbs.nth(6).click()
+    wait_for(lambda: strip(walker), path(site, (5, 6), ninths))
+    wait_for(ends, path(site, (5, 6), [0, 1]))
+    assert [page.locator(f"#{name}-number input").input_value() for name in ("from", "to")] == ["5", "6"]
+    walker.tab("Sample")
+    page.get_by_role("button", name="sample 3: edit it").click()
+    walker.filled("Edit")
+    walker.tab("Interpolate")
+    page.get_by_role("button", name="from: the image under Edit").click()
+    wait_for(lambda: said("from"), "from\nsample 3")
+
+
+def test_ends_of_the_last_run_are_no_ends(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a handler of the run that was chosen before ends late, the labels of that run mean nothing."""
+    monkeypatch.chdir(site.folder)
+    shelf, desk = Shelf(["runs"], device="cpu"), Desk()
+    with gr.Blocks():
+        tab = BetweenTab(shelf, gr.State(desk))
+    former = desk.choose(shelf, site.run(CLASSES))
+    tab.show(desk, "linear", 3)
+    assert "<img" in tab.drawn(desk, "linear", 3)[0]
+    desk.choose(shelf, site.run(COLOUR))
+    for i in range(2):
+        desk.put_end(i, former.pick(HeldOut(i)), former)
+    assert tab.drawn(desk, "linear", 3)[0] == ""
 
 
 def bits(site: Site, name: str, data: bytes, label: int | None) -> float:
@@ -159,8 +212,11 @@ def test_scores(visitor: Visitor, site: Site, monkeypatch: pytest.MonkeyPatch) -
     assert saved == data_of(visitor.page.locator("#scores .pgf-plot").get_attribute("src") or "")
     drawn.unlink()
     assert visitor.page.locator("[onerror]").count() == 0
+    numbers = "row => getComputedStyle(row.querySelector('.pgf-name'), '::before').content"
+    assert cells.first.evaluate(numbers) == 'counter(pgf) " "'  # as in the picture
     visitor.give("score-files", files[1])
     wait_for(cells.count, 1)
+    assert cells.first.evaluate(numbers) == "none"
 
 
 def test_scores_of_a_run_with_classes(visitor: Visitor, site: Site) -> None:

@@ -12,8 +12,8 @@ from support import web
 web.require("gradio", "playwright", "chromium")
 
 from support.web import wait_for  # noqa: E402
-from support.web_page import PLACES, Visitor, slider  # noqa: E402
-from support.web_runs import COLOUR, encoded, photo  # noqa: E402
+from support.web_page import PLACES, Visitor, decoded, set_slider, slider  # noqa: E402
+from support.web_runs import CLASSES, COLOUR, DIGITS, encoded, photo  # noqa: E402
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -70,6 +70,13 @@ CONTRASTS = """() => {
     }
     return found;
 }"""
+# What a finger can touch and is below 24 pixels high or wide (WCAG 2.2, 2.5.8); a label is taken for its field.
+SMALL = """() => [...document.querySelectorAll("button, input, textarea, a")]
+    .filter(element => element.checkVisibility({visibilityProperty: true, opacityProperty: true}))
+    .filter(element => element.tabIndex >= 0 && !element.closest(".visually-hidden") && element.type !== "file")
+    .map(element => [element.closest("label, .wrap-inner") ?? element, element.outerHTML.slice(0, 160)])
+    .map(([target, words]) => [target.getBoundingClientRect(), words])
+    .filter(([box]) => box.width < 24 || box.height < 24).map(([box, words]) => [box.width, box.height, words])"""
 UNNAMED = """() => [...document.querySelectorAll("button, input, select, textarea, [role=button], iframe, img")]
     .filter(element => element.checkVisibility({visibilityProperty: true}) && element.type !== "file")
     .filter(element => !(element.getAttribute("aria-label") || element.innerText?.trim() || element.title ||
@@ -140,7 +147,9 @@ def test_a_run_is_chosen_by_keys(visitor: Visitor) -> None:
     page.keyboard.press("ArrowDown")
     wait_for(page.get_by_role("option").count, 4)
     page.keyboard.press("Enter")
-    wait_for(page.locator("#about").inner_text, "step 10, images 3x16x16, 256 grey levels")
+    wait_for(
+        page.locator("#about p").inner_text, "step 10; images of 16 x 16 pixels, 256 levels of red, green and blue"
+    )
 
 
 def test_all_controls_have_names(visitor: Visitor) -> None:
@@ -165,11 +174,14 @@ def test_text_is_told_from_its_ground(scheme: str, visitors: Callable[..., Visit
         assert low == [], (name, low)
 
 
-def test_a_narrow_screen(visitors: Callable[..., Visitor]) -> None:
-    """Nothing is beside a screen of 400 pixels, and all tabs can be reached."""
+@pytest.mark.parametrize("run", [DIGITS, CLASSES])
+def test_a_narrow_screen(run: str, visitors: Callable[..., Visitor]) -> None:
+    """Nothing is beside a screen of 400 pixels, however long a class's name is, and all tabs can be reached."""
     visitor = visitors(viewport={"width": 400, "height": 800}, has_touch=True)
     page = visitor.page
     page.locator("#tabs").wait_for()
+    if run != DIGITS:
+        visitor.choose_run(run)
     for name in PLACES:
         tab = page.get_by_role("tab", name=name, exact=True)
         if not tab.is_visible():
@@ -188,3 +200,84 @@ def test_a_narrow_screen(visitors: Callable[..., Visitor]) -> None:
                 .filter(([right]) => right > 401)"""
         )
         assert beside == [], name
+        small = page.locator("body").evaluate(SMALL)
+        assert small == [], (name, small)
+    frame = page.frame_locator("#run-page iframe")
+    assert (
+        frame.locator("th").first.evaluate("cell => cell.getBoundingClientRect().width") >= 90
+    )  # not letter by letter
+
+
+def test_the_image_stays_in_sight_of_the_sliders(visitors: Callable[..., Visitor]) -> None:
+    """On a narrow screen: at the top while the last slider is used, and the sliders come before the command."""
+    visitor = visitors(viewport={"width": 400, "height": 800})
+    visitor.tab("Edit")
+    last = slider(visitor.page, "keep-0")
+    last.scroll_into_view_if_needed()
+    visitor.page.mouse.wheel(0, 300)
+    place = "element => element.getBoundingClientRect().y"
+    edited = visitor.page.locator("#edited")
+    wait_for(lambda: abs(edited.evaluate(place)) < 1, True)
+    assert visitor.page.evaluate("scrollY") > edited.evaluate("element => element.offsetHeight")
+    assert last.evaluate(place) < visitor.page.locator("#edit-command").evaluate(place)
+    x, y = 200, 40
+    assert visitor.page.evaluate("([x, y]) => document.elementFromPoint(x, y).closest('#edited') !== null", [x, y])
+
+
+def coloured(visitor: Visitor, elem_id: str) -> list[bool]:
+    """Whether the track of a slider has a colour at eight places of its way, but for the handle's."""
+    handle = slider(visitor.page, elem_id)
+    picture = decoded(handle.screenshot(animations="disabled")).float()
+    middle, wide = picture[:, picture.shape[1] // 2], picture.shape[2]
+    shares = [0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9]
+    return [bool(middle[:, int(share * wide)].std() > 20) for share in shares]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_sliders_of_attributes_are_filled_from_zero(scheme: str, visitors: Callable[..., Visitor]) -> None:
+    visitor = visitors(color_scheme=scheme)
+    visitor.tab("Edit")
+    assert coloured(visitor, "add-0") == [False] * 8
+    set_slider(visitor.page, "add-0", 1.5)  # at 3/4 of the way
+    wait_for(lambda: coloured(visitor, "add-0"), [False] * 4 + [True] * 2 + [False] * 2)
+    set_slider(visitor.page, "add-0", -1.5)
+    wait_for(lambda: coloured(visitor, "add-0"), [False] * 2 + [True] * 2 + [False] * 4)
+    assert coloured(visitor, "keep-0") == [True] * 8  # from the left
+
+
+def test_the_command_is_copied_by_keys(visitors: Callable[..., Visitor]) -> None:
+    visitor = visitors()
+    visitor.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    visitor.page.locator("#sample-command").get_by_role("button", name="Copy").focus()
+    visitor.page.keyboard.press("Enter")
+    wait_for(lambda: visitor.page.evaluate("navigator.clipboard.readText()"), visitor.command("sample-command"))
+
+
+def test_a_command_that_came_while_it_was_hidden_is_seen_whole(visitor: Visitor) -> None:
+    visitor.tab("Edit")
+    visitor.tab("Sample")
+    visitor.choose_run(CLASSES)
+    visitor.tab("Edit")
+    box = visitor.page.locator("#edit-command textarea")
+    wait_for(lambda: box.evaluate("box => box.scrollHeight <= box.offsetHeight"), True)
+
+
+def test_what_changes_by_itself_is_read_out(visitor: Visitor) -> None:
+    visitor.tab("Edit")
+    visitor.tab("Score")
+    for name in ("about", "edited", "scores"):
+        assert visitor.page.locator(f"#{name} [aria-live=polite]").count() == 1, name
+
+
+def test_nothing_moves_for_those_who_want_that(visitors: Callable[..., Visitor]) -> None:
+    moving = """() => [...document.querySelectorAll("*")].map(element => getComputedStyle(element))
+        .filter(style => style.animationName !== "none" || parseFloat(style.transitionDuration) > 0).length"""
+    assert visitors().page.evaluate(moving) > 0
+    assert visitors(reduced_motion="reduce").page.evaluate(moving) == 0
+
+
+def test_bits_per_dim_are_explained_where_they_stand(visitor: Visitor) -> None:
+    for name in ("Edit", "Score"):
+        visitor.tab(name)
+        said = visitor.page.get_by_text("bits/dim: how many bits")
+        assert said.filter(visible=True).count() == 1, name
