@@ -14,7 +14,10 @@ web.require("gradio")
 import gradio as gr  # noqa: E402
 
 from pyglow_fast.data import MissingExtraError, UnreadableImageError  # noqa: E402
+from pyglow_fast.web.between_tab import BetweenTab  # noqa: E402
+from pyglow_fast.web.desk import Desk  # noqa: E402
 from pyglow_fast.web.errors import LONGEST, on_page, sentence  # noqa: E402
+from pyglow_fast.web.shelf import Shelf  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -99,3 +102,16 @@ def test_what_succeeds_is_left_alone() -> None:
     assert list(numbers(3)) == [0, 1, 2]
     assert gr.utils.get_function_params(double)[0][0] == "number"
     assert (double(2), double.__name__) == (4, "double")
+
+
+def test_a_forged_number_of_images_is_told_by_its_name() -> None:
+    """A slider of the page gives none such, but an event that nobody's browser made may."""
+    with gr.Blocks(analytics_enabled=False):
+        tab = BetweenTab(Shelf([]), gr.State())
+    click = gr.EventData(None, {"index": 0})
+    assert tab.point(5, click)[0] == 0
+    for steps in (float("nan"), float("inf"), 1e9):
+        with pytest.raises(ValueError, match=r"^images: expected a number from 0 to 25, found"):
+            tab.point(steps, click)
+        with pytest.raises(ValueError, match=r"^images: expected a number from 0 to 25, found"):
+            tab.drawn(Desk(), "linear", steps)
