@@ -523,6 +523,15 @@ def net_input(net: Net) -> str:
     return f"({', '.join(map(str, (net.batch, channels, *net.sizes)))})"
 
 
+def builds() -> Table:
+    """docs/speed.md: of which build each file of results is."""
+    names = sorted(path.name for path in RESULTS.glob("*.json"))
+    facts = {name: read(name).get("machine") for name in names}
+    columns = ("device", "threads", "kernels", "commit")
+    lines = [(name, *(fact[column] for column in columns)) for name, fact in facts.items() if fact is not None]
+    return made("docs/speed.md", ("results", "processor", *columns[1:]), lines)
+
+
 # Several processes, the page in the browser: docs/scaling.md, docs/page.md
 
 
@@ -557,6 +566,7 @@ TABLES: Sequence[Callable[[], Table]] = (
     nets,
     flow_step,
     switched,
+    builds,
     live_models,
     glow_tts,
     srflow,
