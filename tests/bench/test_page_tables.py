@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from support.pages import page
 
 from bench import page_tables
+from bench.memory_rows import DEPTH, Row
 from bench.page_tables import Table, made
 
 
@@ -33,6 +36,22 @@ def test_a_table_takes_the_place_of_the_one_with_its_first_line() -> None:
 def test_a_place_that_is_not_one_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"page: expected one table in x\.md that begins '\| \| ms \|', found [02]"):
         page_tables.replaced(text, made("x.md", ("", "ms"), []))
+
+
+def test_what_is_said_of_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later file's row takes the place of an earlier build's, whose own are marked; peers are the same in both."""
+    monkeypatch.setattr(page_tables, "RESULTS", tmp_path)
+    names = ("reversible", "plain", "FrEIA")
+    rows = [dataclasses.asdict(Row("depth", name, DEPTH, counted=name == "FrEIA", tensor_bytes=5e6)) for name in names]
+    (tmp_path / page_tables.EARLIER).write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    (tmp_path / "memory-cpu.json").write_text(json.dumps({"rows": rows[:1]}), encoding="utf-8")
+    found = page_tables.memory_rows()
+    assert [page_tables.megabytes(found["depth", name, DEPTH]) for name in names] == [
+        "5.0",
+        "5.0 (earlier)",
+        "5.0 (counted)",
+    ]
+    assert page_tables.megabytes(None) == ""
 
 
 @pytest.mark.parametrize(
