@@ -3,8 +3,7 @@
     pyglow-fast bench page_tables [--write]
 
 Without --write the tables are printed. With it each takes the place of the table of its page that has the same first
-line. docs/gpu.md, docs/settings.md and most of docs/scaling.md have tables of their own makers (bench/gpu_tables.py,
-bench/settings_page.py, bench/scaling.py).
+line. docs/gpu.md and docs/settings.md have makers of their own (bench/gpu_tables.py, bench/settings_page.py).
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from bench import scaling_ranks
+from bench import scaling, scaling_ranks
 from bench.cases import SHAPES, STEP
 from bench.harness import ROOT
 from bench.kernels import ours_as
 from bench.live_rows import LiveRow
 from bench.memory_budgets import PEERS, PERCENTS, BudgetRow, straight_line
 from bench.memory_gradients import GradientRow
-from bench.memory_models import Shape
+from bench.memory_models import OTHERS, Shape
 from bench.memory_rows import DEPTH, HUGE, RESOLUTION
 from bench.memory_rows import Row as MemoryRow
 from bench.model_cases import CHECKPOINTED, EXTERNAL, LOG_PROB, MEMCNN, PLAIN, SAMPLE, TRAIN
@@ -108,21 +107,21 @@ MEMORY_NAMES = {
 }
 
 
+EARLIER = "memory-earlier-cpu.json"
+MEMORY_FILES = (*scaling.MEMORY_FILES, EARLIER)
+
+
 class Table(NamedTuple):
-    """A table of a page, whose first line no other table of the page has."""
+    """A page, and a table in Markdown whose first line no other table of the page has."""
 
     page: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[object]]
+    text: str
 
-    @property
-    def text(self) -> str:
-        """Write the table in Markdown."""
-        first, *lines = (
-            "|" + "|".join(f" {cell} " if cell != "" else " " for cell in cells) + "|"
-            for cells in (self.head, *self.rows)
-        )
-        return "\n".join([first, "|" + "---|" * len(self.head), *lines])
+
+def made(page: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+    """Make the table of a page."""
+    lines = ["".join(f"| {cell} " if cell != "" else "| " for cell in cells) + "|" for cells in (head, *rows)]
+    return Table(page, "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]]))
 
 
 def read(name: str) -> dict[str, Any]:
@@ -181,7 +180,7 @@ def readme_speed() -> Table:
         for config, label in MODELS.items()
     ]
     steps = ("training step: stored", "reversible", "fastest other", "plain torch")
-    return Table("README.md", ("L levels of K steps", *steps, "sample: ours", "fastest other"), lines)
+    return made("README.md", ("L levels of K steps", *steps, "sample: ours", "fastest other"), lines)
 
 
 def training_steps() -> Table:
@@ -191,7 +190,7 @@ def training_steps() -> Table:
     lines = [
         (f"({config})", *(short(milliseconds(rows, config, TRAIN, [name])) for name in names)) for config in MODELS
     ]
-    return Table("docs/speed.md", ("training step", *names), lines)
+    return made("docs/speed.md", ("training step", *names), lines)
 
 
 def inference() -> Table:
@@ -206,7 +205,7 @@ def inference() -> Table:
         for config in MODELS
     ]
     head = [f"{work}: ours" if name == "store" else name for work in (LOG_PROB, SAMPLE) for name in names]
-    return Table("docs/speed.md", ("", *head), lines)
+    return made("docs/speed.md", ("", *head), lines)
 
 
 def bfloat16_steps() -> Table:
@@ -229,7 +228,7 @@ def bfloat16_steps() -> Table:
     for config in ("a", "b", "c", "d"):
         first, *others = (short(milliseconds(rows, config, TRAIN, [name], dtype)) for name, dtype in columns.values())
         lines.append((f"({config})", f"**{first}**", *others))
-    return Table("docs/speed.md", ("training step", *(name.strip() for name in columns)), lines)
+    return made("docs/speed.md", ("training step", *(name.strip() for name in columns)), lines)
 
 
 # Flows of other projects and libraries: README.md, docs/switching.md, docs/speed.md, docs/superresolution.md
@@ -268,7 +267,7 @@ def readme_live() -> Table:
         ratios = (ours.train_ratio, ours.infer_ratio, half.train_ratio)
         lines.append((f"{LIVE[model]}, {theirs.batch}", *map(times, ratios), _saved(theirs, least)))
     head = ("flow, batch", "training step in float32", "inference", "in bfloat16", 'memory with `"reversible"`')
-    return Table("README.md", head, lines)
+    return made("README.md", head, lines)
 
 
 def live_models() -> Table:
@@ -284,7 +283,7 @@ def live_models() -> Table:
         steps = ("left", "", "") if not ours.replaced else [times(row.train_ratio) for row in (ours, stored, least)]
         lines.append((*first, *steps, times(ours.infer_ratio), times(half.train_ratio), _saved(theirs, least)))
     head = ("flow, batch", "replaced", "training step, float32: theirs", "accelerated", '`"store"`', '`"reversible"`')
-    return Table("docs/switching.md", (*head, "inference", "step in bfloat16", 'memory with `"reversible"`'), lines)
+    return made("docs/switching.md", (*head, "inference", "step in bfloat16", 'memory with `"reversible"`'), lines)
 
 
 def glow_tts() -> Table:
@@ -296,7 +295,7 @@ def glow_tts() -> Table:
         size = rows["glow-tts", variant, "fp32"].activation_bytes
         assert size is not None
         lines.append((label, short(size / 1e6)))
-    return Table("docs/sequences.md", ("", "MB"), lines)
+    return made("docs/sequences.md", ("", "MB"), lines)
 
 
 def switched() -> Table:
@@ -315,7 +314,7 @@ def switched() -> Table:
         ]
         lines.append((label, *ratios, *(f"{short(size)} MB" for size in sizes)))
     head = ("", "training step", 'with `"store"`', 'with `"reversible"`', "activations: theirs", '`"store"`')
-    return Table("docs/speed.md", (*head, '`"reversible"`'), lines)
+    return made("docs/speed.md", (*head, '`"reversible"`'), lines)
 
 
 def srflow() -> Table:
@@ -326,16 +325,27 @@ def srflow() -> Table:
         row = rows[name]
         sizes = row["memory"], row["memory"] - row["gradients"]
         lines.append((label, *(f"{size / 1e6:.0f}" for size in sizes), f"{row['seconds']:.2f}"))
-    return Table("docs/superresolution.md", ("", "memory, MB", "beside gradients, MB", "seconds"), lines)
+    return made("docs/superresolution.md", ("", "memory, MB", "beside gradients, MB", "seconds"), lines)
 
 
 # Memory: README.md, docs/memory.md
 
 
-def memory_rows() -> dict[tuple[str, str, Shape], MemoryRow]:
-    """The rows by curve, implementation and shape."""
-    rows = map(MemoryRow.of, read("memory-cpu.json")["rows"])
-    return {(row.curve, row.implementation, row.shape): row for row in rows}
+class Measured(NamedTuple):
+    """A row, and whether it is of an earlier build of ours."""
+
+    row: MemoryRow
+    is_earlier: bool
+
+
+def memory_rows() -> dict[tuple[str, str, Shape], Measured]:
+    """The rows by curve, implementation and shape; of those that several files have, the first file's."""
+    found: dict[tuple[str, str, Shape], Measured] = {}
+    for name in MEMORY_FILES:
+        for row in map(MemoryRow.of, read(name)["rows"] if (RESULTS / name).is_file() else []):
+            is_earlier = name == EARLIER and row.implementation not in OTHERS
+            found.setdefault((row.curve, row.implementation, row.shape), Measured(row, is_earlier))
+    return found
 
 
 def _depth(k: int) -> Shape:
@@ -346,12 +356,13 @@ def _side(pixels: int) -> Shape:
     return HUGE if pixels == HUGE.image[1] else dataclasses.replace(RESOLUTION, image=(3, pixels, pixels))
 
 
-def megabytes(row: MemoryRow | None, written: Callable[[float], str] = short) -> str:
-    """Write the MB of tensors with gradients held, or of what was measured without; and whether they were counted."""
-    size = None if row is None else row.tensor_bytes if row.tensor_bytes is not None else row.tensor_bytes_fresh
-    if row is None or size is None:
+def megabytes(found: Measured | None, written: Callable[[float], str] = short) -> str:
+    """Write the MB of tensors with gradients held, or of what was measured without; and what is to be said of them."""
+    if found is None:
         return ""
-    return written(size / 1e6) + " (counted)" * row.counted
+    row = found.row
+    size = row.tensor_bytes if row.tensor_bytes is not None else row.tensor_bytes_fresh
+    return "" if size is None else written(size / 1e6) + " (counted)" * row.counted + " (earlier)" * found.is_earlier
 
 
 def memory_table(curve: str, head: Sequence[str], shapes: Sequence[Shape], resident: Shape) -> Table:
@@ -360,11 +371,10 @@ def memory_table(curve: str, head: Sequence[str], shapes: Sequence[Shape], resid
     lines = []
     for name, label in MEMORY_NAMES.items():
         cells = [megabytes(rows.get((curve, name, shape))) for shape in shapes]
-        if name == "reversible" and (row := rows.get((curve, name, resident))) is not None and row.resident_bytes:
-            at = shapes.index(resident)
-            cells[at] = f"**{cells[at]}** (resident size: {short(row.resident_bytes / 1e6)})"
+        if name == "reversible" and (found := rows.get((curve, name, resident))) and found.row.resident_bytes:
+            cells[shapes.index(resident)] += f", resident size {short(found.row.resident_bytes / 1e6)}"
         lines.append((label, *cells))
-    return Table("docs/memory.md", head, lines)
+    return made("docs/memory.md", head, lines)
 
 
 def depths() -> Table:
@@ -397,7 +407,7 @@ def readme_memory() -> Table:
             text = " / ".join(sizes) if any(sizes) else "-"
             cells.append(f"**{text}**" if label.startswith("ours") else text)
         lines.append((label, *cells))
-    return Table("README.md", ("", "3x64x64, L = 4", "3x256x256, L = 4", "3x1024x1024, L = 6"), lines)
+    return made("README.md", ("", "3x64x64, L = 4", "3x256x256, L = 4", "3x1024x1024, L = 6"), lines)
 
 
 def budgets() -> Table:
@@ -429,7 +439,7 @@ def budgets() -> Table:
     )
     lines.append((label, "", sizes, "", taken, ""))
     head = ("", "bytes given, MB", "peak, MB", "of the budget", "training step, ms")
-    return Table("docs/memory.md", (*head, "over the straight line between the modes"), lines)
+    return made("docs/memory.md", (*head, "over the straight line between the modes"), lines)
 
 
 def _ratio(value: float) -> str:
@@ -442,7 +452,8 @@ def _ratio(value: float) -> str:
 
 def gradients() -> Table:
     """docs/memory.md: errors of gradients over those of stored float32."""
-    rows = [GradientRow(**values) for values in read("memory-cpu.json")["gradients"]]
+    contents = [read(name)["gradients"] for name in MEMORY_FILES if (RESULTS / name).is_file()]
+    rows = [GradientRow(**values) for values in next(filter(None, contents))]
     found = {(row.case, row.implementation): row for row in rows}
     lines = []
     for case, label in HARD.items():
@@ -452,7 +463,7 @@ def gradients() -> Table:
         ratios = ours.ratio, ours.ratio_worst_tensor
         lines.append((label, *map(_ratio, ratios), redone, _ratio(memcnn.ratio), _ratio(unchecked.ratio)))
     head = ("case", "ours, reversible", "worst tensor", "training steps with drift, flow steps redone", "memcnn")
-    return Table("docs/memory.md", (*head, "reversible without checks"), lines)
+    return made("docs/memory.md", (*head, "reversible without checks"), lines)
 
 
 # The flow step and the nets alone: docs/speed.md
@@ -482,7 +493,7 @@ def flow_step() -> Table:
                 )
             )
     head = ("(N, C, H, W), forward + backward", "ours, ms", "reference", "compiled", "fastest peer")
-    return Table("docs/speed.md", (*head, "share of the copy's rate", "share of the product's rate"), lines)
+    return made("docs/speed.md", (*head, "share of the copy's rate", "share of the product's rate"), lines)
 
 
 def nets() -> Table:
@@ -503,13 +514,22 @@ def nets() -> Table:
                 cells.append(f"{took:.{digits}f} / {library.seconds / ours.seconds:.2f} / {share:.2f}")
         lines.append((NET_NAMES[net.family].format(kernels="-".join(map(str, net.kernels)), x=net_input(net)), *cells))
     head = ("net, x", "float32: forward", "with all gradients", "bfloat16: forward", "with all gradients")
-    return Table("docs/speed.md", head, lines)
+    return made("docs/speed.md", head, lines)
 
 
 def net_input(net: Net) -> str:
     """Write the shape of a net's input."""
     channels = f"{net.inputs} + {net.conditional}" if net.conditional else net.inputs
     return f"({', '.join(map(str, (net.batch, channels, *net.sizes)))})"
+
+
+def builds() -> Table:
+    """docs/speed.md: of which build each file of results is."""
+    names = sorted(path.name for path in RESULTS.glob("*.json"))
+    facts = {name: read(name).get("machine") for name in names}
+    columns = ("device", "threads", "kernels", "commit")
+    lines = [(name, *(fact[column] for column in columns)) for name, fact in facts.items() if fact is not None]
+    return made("docs/speed.md", ("results", "processor", *columns[1:]), lines)
 
 
 # Several processes, the page in the browser: docs/scaling.md, docs/page.md
@@ -523,7 +543,7 @@ def ranks() -> Table:
     ]
     lines = [[cell.strip() for cell in line[1:-1].split("|")] for line in scaling_ranks.table(rows).splitlines()]
     (name, _, *head), _, *cells = lines
-    return Table(
+    return made(
         "docs/scaling.md",
         (name, *head),
         [(name.split()[0], size + ", alone" * (case == "alone"), *rest) for name, case, size, *rest in cells],
@@ -533,11 +553,12 @@ def ranks() -> Table:
 def browser() -> Table:
     """docs/page.md: what a visitor waits for."""
     rows = {(row["what"], row["way"]): row["milliseconds"] for row in read("page-cpu.json")["rows"]}
-    return Table("docs/page.md", ("", "ms"), [(label, coarse(rows[key])) for key, label in PAGE_ROWS.items()])
+    return made("docs/page.md", ("", "ms"), [(label, coarse(rows[key])) for key, label in PAGE_ROWS.items()])
 
 
 TABLES: Sequence[Callable[[], Table]] = (
     readme_speed,
+    readme_memory,
     readme_live,
     training_steps,
     inference,
@@ -545,15 +566,22 @@ TABLES: Sequence[Callable[[], Table]] = (
     nets,
     flow_step,
     switched,
+    builds,
     live_models,
     glow_tts,
     srflow,
     budgets,
     depths,
+    resolutions,
     gradients,
     ranks,
     browser,
 )
+
+
+def tables() -> list[Table]:
+    """All tables, those of bench/scaling.py too."""
+    return [*(make() for make in TABLES), *(Table("docs/scaling.md", text) for text in scaling.sections().values())]
 
 
 def replaced(text: str, table: Table) -> str:
@@ -562,12 +590,12 @@ def replaced(text: str, table: Table) -> str:
     Raises:
         ValueError: the page has no such table, or several.
     """
-    lines, head = text.split("\n"), table.text.split("\n")[0]
-    places = [place for place, line in enumerate(lines) if line == head]
-    expect(len(places) == 1, "page", f"one table in {table.page} that begins {head!r}", len(places))
+    lines, new = text.split("\n"), table.text.split("\n")
+    places = [place for place, line in enumerate(lines) if line == new[0]]
+    expect(len(places) == 1, "page", f"one table in {table.page} that begins {new[0]!r}", len(places))
     (start,) = places
     end = next((place for place in range(start, len(lines)) if not lines[place].startswith("|")), len(lines))
-    return "\n".join([*lines[:start], *table.text.split("\n"), *lines[end:]])
+    return "\n".join([*lines[:start], *new, *lines[end:]])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -575,8 +603,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = argparse.ArgumentParser(prog="python -m bench.page_tables", description=__doc__.split("\n")[0])
     options.add_argument("--write", action="store_true", help="replace the tables of the pages")
     write = options.parse_args(arguments).write
-    for make in TABLES:
-        table = make()
+    for table in tables():
         if write:
             path = ROOT / table.page
             write_text(path, replaced(path.read_text(encoding="utf-8"), table))

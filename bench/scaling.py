@@ -62,7 +62,7 @@ PLANS = {
     "CelebA-HQ 256": Plan(Shape((3, 256, 256), 6, 32, 512, 1), 30000, 4),
     "CelebA-HQ 1024": Plan(Shape((3, 1024, 1024), 7, 32, 512, 1), 30000, 1),
 }
-ROWS_PART = 8 * 2**20  # bytes of gradients of a part, of the build that the rows of memory-cpu.json are of
+MEMORY_FILES = ("memory-cpu.json", "memory-resolution-cpu.json")  # of this build; the first file's rows count
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -84,25 +84,30 @@ def _model(shape: Shape) -> str:
     )
 
 
-def memory_rows(content: dict[str, Any]) -> list[tuple[str, str, float, float]]:
+def memory_rows(contents: Sequence[dict[str, Any]]) -> list[tuple[str, str, float, float]]:
     """(model, mode, predicted, measured bytes) of all measured rows of ours but the shallow ones to continue from."""
-    found = []
-    for row in content["rows"]:
-        shape = Shape.of(row["shape"])
-        if row["implementation"] in OURS and not row["counted"] and shape.n_steps > 2:
-            spacing = [level["anchor_every"] for level in row["report"]]
-            predicted = step_memory(shape, row["implementation"], "cpu", spacing, ROWS_PART).total
-            found.append((_model(shape), row["implementation"], float(predicted), row["tensor_bytes_fresh"]))
-    return found
+    found: dict[tuple[Shape, str], tuple[str, str, float, float]] = {}
+    for row in (row for content in contents for row in content["rows"]):
+        shape, mode = Shape.of(row["shape"]), row["implementation"]
+        if mode in OURS and not row["counted"] and shape.n_steps > 2:
+            predicted = step_memory(shape, mode, "cpu", [level["anchor_every"] for level in row["report"]]).total
+            found.setdefault((shape, mode), (_model(shape), mode, float(predicted), row["tensor_bytes_fresh"]))
+    order = sorted(found, key=lambda key: (key[0].image, OURS.index(key[1]), key[0].n_steps))
+    return [found[key] for key in order]
 
 
-def memory_table(content: dict[str, Any]) -> str:
+def memory_table(contents: Sequence[dict[str, Any]]) -> str:
     """Predicted and measured, MB."""
     rows = [
         (model, mode, number(predicted / 1e6), number(measured / 1e6), f"{measured / predicted:.2f}")
-        for model, mode, predicted, measured in memory_rows(content)
+        for model, mode, predicted, measured in memory_rows(contents)
     ]
     return table(("model", "mode", "predicted MB", "measured MB", "measured / predicted"), rows)
+
+
+def memory_contents() -> list[dict[str, Any]]:
+    """The files of rows that are there."""
+    return [_read(name) for name in MEMORY_FILES if (RESULTS / name).is_file()]
 
 
 def time_rows(contents: Sequence[dict[str, Any]]) -> list[tuple[str, str, float, float]]:
@@ -225,7 +230,7 @@ def sections(rate: float = RATE, bandwidth: float = BANDWIDTH, memory: float = M
     times = [_read(f"models-cpu-{malloc}-malloc.json") for malloc in ("default", "tuned")]
     assumed = f"assumed: {number(rate / 1e12)} TFLOP/s sustained, {number(bandwidth / 1e9)} GB/s; arithmetic"
     return {
-        "Memory of a step, predicted and measured (CPU)": memory_table(_read("memory-cpu.json")),
+        "Memory of a step, predicted and measured (CPU)": memory_table(memory_contents()),
         "Time of a step, predicted and measured (CPU)": time_table(times),
         "Sizes (arithmetic)": size_table(),
         "Memory of a GPU (arithmetic)": fit_table(memory),

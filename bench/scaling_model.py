@@ -18,14 +18,16 @@ from bench.model_cases import TRAIN, net_flops, net_products
 from pyglow_fast import CouplingNet, GlowConfig
 from pyglow_fast.coupling_nets import ChunkPlan, plan_chunks
 from pyglow_fast.layers.flow_step import FOLDED_AT_ONCE
-from pyglow_fast.reversible.drift import START_SPACING
+from pyglow_fast.reversible.drift import DriftControl
 from pyglow_fast.reversible.parts import Pass, cut
 
 FLOAT = 4  # bytes
-# States that one step's backward has besides what is kept: its input and output, the gradients of both, the net's
-# output and its gradient. Counted in what was alive at the measured peaks, as are the matrices.
-WORKING_STATES = 6
-FOLDED_MATRICES = 6  # C x C, per step: a stacked parameter, both factors, product, its rows permuted, folded map
+# States that one step's backward has besides what is kept: the gradients of its input and output, and where these are
+# recomputed they themselves.
+WORKING_STATES = {"checkpoint": 2, "reversible": 4}
+# C x C, per step: what autograd keeps of the folding in mode "store" (a stacked parameter, both factors, product, its
+# rows permuted, folded map), and of the steps that are folded at one time in a backward that recomputes.
+FOLDED_MATRICES = 6
 OPTIMIZER_COPIES = 2  # of the parameters, both moments of Adam or Adamax
 
 
@@ -88,19 +90,21 @@ def multiply_adds(shape: Shape, mode: str, device_type: str = "cpu") -> list[int
     return found
 
 
-def n_parts(shape: Shape, level: int, device_type: str = "cpu", limit: int | None = None) -> int:
-    """Functions that a checkpointed level is cut into on a CPU, so that few gradients exist twice; each has a state.
+def folded_at_once(shape: Shape, level: int, device_type: str = "cpu") -> list[tuple[int, int]]:
+    """Steps (first, one past the last) whose channel maps a level's backward folds together: on a GPU all of them."""
+    channels, _ = states(shape)[level]
+    if device_type != "cpu":
+        return [(0, shape.n_steps)]
+    return cut([FLOAT * channels**2] * shape.n_steps, range(1, shape.n_steps), FOLDED_AT_ONCE)
 
-    limit: bytes of gradients of one, where they are not those of now, and nothing else ends one.
-    """
+
+def n_parts(shape: Shape, level: int, device_type: str = "cpu") -> int:
+    """Functions that a checkpointed level is cut into on a CPU, so that few gradients exist twice; each has a state."""
     if device_type != "cpu":
         return 1
     channels, positions = states(shape)[level]
     steps = [FLOAT * net_parameters(channels, shape.hidden)] * shape.n_steps
-    if limit is not None:
-        return len(cut(steps, range(1, shape.n_steps), limit))
-    groups = cut([FLOAT * channels**2] * shape.n_steps, range(1, shape.n_steps), FOLDED_AT_ONCE)
-    ends = [end for _, end in groups]
+    ends = [end for _, end in folded_at_once(shape, level)]
     return len(Pass.of_couplings(None, steps, ends, state_bytes(shape)[level], positions, torch.empty(0)).parts)
 
 
@@ -138,47 +142,38 @@ class Memory:
         return self.kept + self.chunk + self.working + self.folded
 
 
-def step_memory(
-    shape: Shape,
-    mode: str,
-    device_type: str = "cpu",
-    spacing: list[int] | None = None,
-    part: int | None = None,
-) -> Memory:
+def step_memory(shape: Shape, mode: str, device_type: str = "cpu", spacing: list[int] | None = None) -> Memory:
     """The largest over the levels, as the backward comes by: what lies above has been freed.
 
     - "store": all levels at once, K N P (2 h + 2 C) floats each: hidden layers, net output, state.
     - "checkpoint": K + 1 states of this level and of those below (on a CPU one more a part), one net's chunk.
-    - "reversible": K / m states instead, anchors at every m-th step and the output, and 2 N C floats a step to judge
+    - "reversible": K / m states instead, anchors at every m-th step and the output, and N C floats a step to judge
       drift by.
-
-    For the last two modes this is an upper bound by now: it is compared with rows that were measured when the folded
-    matrices of all steps were kept, and twice as many floats for each step; see docs/memory.md for what is kept now.
 
     Args:
         shape, mode: model, batch and memory mode.
         device_type: "cpu" or "cuda", whose budgets and nets differ.
         spacing: m of each level; that of a run's beginning if None.
-        part: see ``limit`` of n_parts.
     """
-    first = min(START_SPACING, shape.n_steps)
-    spacings = [first] * shape.n_levels if spacing is None else spacing
+    spacings = [DriftControl(shape.n_steps).first_spacing] * shape.n_levels if spacing is None else spacing
     sizes, folded, kept, found = state_bytes(shape), 0, 0, []
     for level, (channels, positions) in enumerate(states(shape)):
-        weights = FLOAT * net_parameters(channels, shape.hidden)
-        folded += FOLDED_MATRICES * FLOAT * channels**2 * shape.n_steps
+        weights, matrix = FLOAT * net_parameters(channels, shape.hidden), FLOAT * channels**2
         if mode == "store":
+            folded += FOLDED_MATRICES * matrix * shape.n_steps
             kept += shape.n_steps * FLOAT * shape.batch * positions * (2 * shape.hidden + 2 * channels)
-            found.append(Memory(kept, 0, weights, folded))
+            found.append(Memory(kept, 0, 0, folded))
             continue
         if mode == "checkpoint":
-            kept += (shape.n_steps + n_parts(shape, level, device_type, part)) * sizes[level]
+            kept += (shape.n_steps + n_parts(shape, level, device_type)) * sizes[level]
         else:
             kept += math.ceil(shape.n_steps / spacings[level]) * sizes[level]
-            kept += 2 * FLOAT * shape.batch * channels * shape.n_steps
+            kept += FLOAT * shape.batch * channels * shape.n_steps
         plan = chunk_plan(shape, level, device_type)
-        sums = weights if plan.whole else 2 * weights
-        found.append(Memory(kept, plan.peak, WORKING_STATES * sizes[level] + sums, folded))
+        # Gradients of parameters are not counted, but where chunks are summed those of one chunk exist beside the sum.
+        working = WORKING_STATES[mode] * sizes[level] + (0 if plan.whole else weights)
+        most = max(end - start for start, end in folded_at_once(shape, level, device_type))
+        found.append(Memory(kept, plan.peak, working, FOLDED_MATRICES * matrix * most))
     return found[-1] if mode == "store" else max(found, key=lambda memory: memory.total)
 
 

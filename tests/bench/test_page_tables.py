@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,19 +11,20 @@ import pytest
 from support.pages import page
 
 from bench import page_tables
-from bench.page_tables import Table
+from bench.memory_rows import DEPTH, Row
+from bench.page_tables import Table, made
 
 
 @pytest.mark.parametrize("make", page_tables.TABLES, ids=lambda make: make.__name__)
 def test_the_page_has_the_table(make: Callable[[], Table]) -> None:
     table = make()
     text = page(table.page)
-    assert table.rows
+    assert table.text.count("\n") > 2
     assert page_tables.replaced(text, table) == text, "python -m bench.page_tables --write puts it there"
 
 
 def test_a_table_takes_the_place_of_the_one_with_its_first_line() -> None:
-    table = Table("x.md", ("", "ms"), [("a", 1.0), ("b", "")])
+    table = made("x.md", ("", "ms"), [("a", 1.0), ("b", "")])
     assert table.text == "| | ms |\n|---|---|\n| a | 1.0 |\n| b | |"
     before, after = "# X\n\n| | s |\n|---|---|\n| a | 3 |\n\n", "\n\nmore\n"
     old = "| | ms |\n|---|---|\n| a | 2.0 |"
@@ -32,7 +35,23 @@ def test_a_table_takes_the_place_of_the_one_with_its_first_line() -> None:
 @pytest.mark.parametrize("text", ["| | s |\n|---|---|\n", "| | ms |\n\n| | ms |\n"])
 def test_a_place_that_is_not_one_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"page: expected one table in x\.md that begins '\| \| ms \|', found [02]"):
-        page_tables.replaced(text, Table("x.md", ("", "ms"), []))
+        page_tables.replaced(text, made("x.md", ("", "ms"), []))
+
+
+def test_what_is_said_of_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later file's row takes the place of an earlier build's, whose own are marked; peers are the same in both."""
+    monkeypatch.setattr(page_tables, "RESULTS", tmp_path)
+    names = ("reversible", "plain", "FrEIA")
+    rows = [dataclasses.asdict(Row("depth", name, DEPTH, counted=name == "FrEIA", tensor_bytes=5e6)) for name in names]
+    (tmp_path / page_tables.EARLIER).write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    (tmp_path / "memory-cpu.json").write_text(json.dumps({"rows": rows[:1]}), encoding="utf-8")
+    found = page_tables.memory_rows()
+    assert [page_tables.megabytes(found["depth", name, DEPTH]) for name in names] == [
+        "5.0",
+        "5.0 (earlier)",
+        "5.0 (counted)",
+    ]
+    assert page_tables.megabytes(None) == ""
 
 
 @pytest.mark.parametrize(
@@ -48,7 +67,7 @@ def test_the_command_prints_and_writes(
 ) -> None:
     (tmp_path / "x.md").write_text("| | ms |\n| old |\n", encoding="utf-8")
     monkeypatch.setattr(page_tables, "ROOT", tmp_path)
-    monkeypatch.setattr(page_tables, "TABLES", (lambda: Table("x.md", ("", "ms"), [("new", 1)]),))
+    monkeypatch.setattr(page_tables, "tables", lambda: [made("x.md", ("", "ms"), [("new", 1)])])
     assert page_tables.main([]) == 0
     assert capsys.readouterr().out == "x.md\n\n| | ms |\n|---|---|\n| new | 1 |\n\n"
     assert page_tables.main(["--write"]) == 0
