@@ -1,7 +1,7 @@
 """Training memory against depth and against resolution, with time and gradient error beside it.
 
     pyglow-fast bench memory [--quick | --full] [--device cpu] [--only depth,resolution,gradients] [--budget BYTES]
-                             [--run FOLDER] [--others JSON] [--out DIR]
+                             [--run FOLDER] [--others JSON ...] [--out DIR]
     pyglow-fast bench memory --only large [--sizes 256,1024] [--depths 4,16] [--device cuda] [--out DIR]
     pyglow-fast bench memory --budgets [--cases a,b,c,e] [--rounds 7] [--quick] [--out DIR]
 
@@ -9,9 +9,10 @@ The memory of one training step (forward and backward) beyond parameters and gra
 bench/memory_case.py says what is counted. Where a case would not fit --limit or take too long, its bytes are *counted*:
 continued along the straight line through two smaller depths of the same images. ``held``: gradients allocated before.
 ``fresh``: gradients begin as None, and what becomes one is not counted. Ours includes the anchors. "reversible small
-nets" gives one net --small-nets bytes, as few as one net of what wraps steps needs. --others takes rows of other
-implementations that are not measured now from an earlier run's JSON, and says so. ``large`` is the depth on images of
-256 and 1024 pixels, which takes a GPU. For the gradients see
+nets" gives one net --small-nets bytes, as few as one net of what wraps steps needs. --others takes rows that are not
+measured now from earlier runs' JSON, and says so: of normflows and FrEIA, of the others where the commit is the same,
+so that a long run can be made in pieces. ``large`` is the depth on images of 256 and 1024 pixels, which takes a GPU. Of
+small cases the errors of gradients are found too if ``gradients`` is among the parts; for that part itself see
 bench/memory_gradients.py, for --budgets, which draws time against bytes, bench/memory_budgets.py.
 """
 
@@ -26,7 +27,7 @@ from pathlib import Path
 import torch
 
 from bench import memory_budgets, memory_gradients
-from bench.harness import machine, write_json
+from bench.harness import commit, machine, write_json
 from bench.memory_models import OTHERS, OURS, SAME_FUNCTION, Shape
 from bench.memory_plots import draw
 from bench.memory_rows import DEPTH, HEADER, HUGE, RESOLUTION, SMALL_NETS, Row, earlier, text, verdicts
@@ -61,7 +62,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument("--run", type=Path, metavar="FOLDER", help="run folder with trained weights, for gradients")
     options.add_argument("--training", type=int, default=60, help="training steps without --run")
     options.add_argument(
-        "--others", type=Path, metavar="JSON", help="rows of an earlier run for what is not measured now"
+        "--others", type=Path, nargs="+", default=[], metavar="JSON", help="earlier runs, for what is not measured"
     )
     memory_budgets.add_options(options)
     return options.parse_args(argv)
@@ -134,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "depth" in parts:
         for implementation in chosen:
             rows += runner.rows("depth", implementation, _depths(options), probe=False)
+            _write(options, runner, rows, [])  # a run that is stopped leaves what it has
     if "resolution" in parts:
         for implementation in chosen:
             for shape in _sizes(options):
@@ -142,13 +144,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 # Only others are continued from shallow depths; of ours, all is measured.
                 probe = implementation not in (*OURS[1:], SMALL_NETS)
                 rows += runner.rows("resolution", implementation, [shape], probe=probe)
+                _write(options, runner, rows, [])
     if "large" in parts:
         for shapes in _large(options):
             for implementation in chosen:
                 rows += runner.rows(f"depth at {shapes[0].image[1]}", implementation, shapes, probe=False)
-                _write(options, runner, rows, [])  # a run that is stopped leaves what it has
-    if options.others is not None:
-        taken = earlier(json.loads(options.others.read_text(encoding="utf-8")), rows)
+                _write(options, runner, rows, [])
+    for path in options.others:
+        taken = earlier(json.loads(path.read_text(encoding="utf-8")), rows, commit())
         print("\n".join(text(row) for row in taken))
         rows = [row for row in rows if not _replaced(row, taken)] + taken
     for line in verdicts(rows):

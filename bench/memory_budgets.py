@@ -122,7 +122,7 @@ def budget_bytes(least: int, most: int, percent: int) -> int:
     return least + (most - least) * percent // 100
 
 
-def _straight_line(reversible: float, store: float, percent: int) -> float:
+def straight_line(reversible: float, store: float, percent: int) -> float:
     """Seconds at a budget, on the line between the modes."""
     return reversible + (store - reversible) * percent / 100
 
@@ -141,7 +141,7 @@ def verdicts(rows: Sequence[BudgetRow]) -> list[str]:
             for malloc, (seconds, _, _) in row.seconds.items():
                 ends = [here[mode].seconds.get(malloc) for mode in ("reversible", "store") if mode in here]
                 if len(ends) == 2 and ends[0] is not None and ends[1] is not None:
-                    ratio = seconds / _straight_line(ends[0][0], ends[1][0], percent)
+                    ratio = seconds / straight_line(ends[0][0], ends[1][0], percent)
                     verdict = "within" if ratio <= LINE_BAR else "beyond"
                     of = "the straight line between the modes" if percent < 100 else "store"
                     lines.append(

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bench.memory_models import OURS, Shape
+from bench.memory_models import OTHERS, OURS, Shape
 
 DEPTH = Shape((3, 32, 32), 3, 8, 128, 16)
 RESOLUTION = Shape((3, 256, 256), 4, 32, 512, 1)
@@ -51,18 +51,19 @@ class Row:
         return cls(**values | {"shape": Shape.of(values["shape"])})
 
 
-def earlier(content: dict[str, Any], rows: Sequence[Row]) -> list[Row]:
-    """The rows of other implementations in an earlier run's JSON that these rows do not have, with their origin.
+def earlier(content: dict[str, Any], rows: Sequence[Row], commit: str) -> list[Row]:
+    """The rows of an earlier run's JSON that these rows do not have, with their origin.
 
-    Ours are of one build, so that of them none is taken.
+    What is of our code, plain steps and what wraps them too, is of one build: taken only from a run of the same commit,
+    with nothing changed since.
     """
     here = {(row.curve, row.implementation, row.shape) for row in rows if not row.counted}
     facts = content["machine"]
     origin = f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, {facts['commit']}"
+    same = facts["commit"] == commit and commit != "unknown" and not commit.endswith("-dirty")
     found = []
     for row in map(Row.of, content["rows"]):
-        own = row.implementation in (*OURS, SMALL_NETS)
-        if not own and (row.curve, row.implementation, row.shape) not in here:
+        if (same or row.implementation in OTHERS) and (row.curve, row.implementation, row.shape) not in here:
             found.append(dataclasses.replace(row, origin=row.origin or origin))
     return found
 

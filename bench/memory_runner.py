@@ -114,7 +114,7 @@ class Runner:
             too_long = line is not None and STEPS_OF_A_CASE * line.get("seconds", 0.0) > self.options.seconds
             spare = shape not in shallow and probe and self.options.quick
             if not (too_large or too_long or spare):
-                errors = shape.n_steps <= 32 and shape.image[1] <= 32
+                errors = "gradients" in self.options.only.split(",") and shape.n_steps <= 32 and shape.image[1] <= 32
                 passes = self.options.passes
                 if shape == HUGE:
                     passes = 0

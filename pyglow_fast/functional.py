@@ -73,13 +73,16 @@ def _is_seen(*tensors: Tensor) -> bool:
     return torch.compiler.is_compiling() or _records_gradient(*tensors)
 
 
+def _squeeze_code(squeeze_first: bool) -> int:
+    return ops.SQUEEZE_CODES["input" if squeeze_first else "none"]
+
+
 def channel_mix(
     x: Tensor, matrix: Tensor, offset: Tensor, squeeze_first: bool = False, index: Tensor | None = None
 ) -> Tensor:
     """u = M x + c at every position, or with an index a gather; see :func:`pyglow_fast.reference.channel_mix`."""
     if ops.run_on(x) and (x.dim() == 4 or not squeeze_first) and not _is_seen(x, matrix, offset):
-        code = ops.SQUEEZE_CODES["input" if squeeze_first else "none"]
-        return ops.channel_mix(x, matrix, offset, False, code, index)
+        return ops.channel_mix(x, matrix, offset, False, _squeeze_code(squeeze_first), index)
     return channel_mix_for_net(x, matrix, offset, 0, squeeze_first, index)[0]
 
 
@@ -90,9 +93,12 @@ def channel_mix_for_net(
 
     The second has the values of u[:, :kept]; its gradient is added to that of u within the backward kernel.
     """
-    if ops.run_on(x) and (x.dim() == 4 or not squeeze_first):
+    if not ops.run_on(x) or (x.dim() != 4 and squeeze_first):
+        u = reference.channel_mix(x, matrix, offset, squeeze_first, index)
+    elif _is_seen(x, matrix, offset):
         return apply(autograd.ChannelMix, x, matrix, offset, kept, squeeze_first, index)
-    u = reference.channel_mix(x, matrix, offset, squeeze_first, index)
+    else:
+        u = ops.channel_mix(x, matrix, offset, False, _squeeze_code(squeeze_first), index)
     return u, u[:, :kept]
 
 
@@ -155,8 +161,11 @@ def coupling_mix_for_net(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """M y + c, its first `kept` channels for the next net (see :func:`channel_mix_for_net`), and log_det."""
     if ops.run_on(u) and ops.has_kernel(spec):
-        arguments = ops.coupling_arguments(spec, inverse=False)
-        return apply(autograd.CouplingMix, u, readable_net_output(net_out, u), matrix, offset, kept, arguments, index)
+        arguments, net_out = ops.coupling_arguments(spec, inverse=False), readable_net_output(net_out, u)
+        if _is_seen(u, net_out, matrix, offset):
+            return apply(autograd.CouplingMix, u, net_out, matrix, offset, kept, arguments, index)
+        out, log_det = ops.coupling_mix(u, net_out, matrix, offset, *arguments, index)
+        return out, out[:, :kept], log_det
     y, log_det = coupling(u, net_out, spec)
     return *channel_mix_for_net(y, matrix, offset, kept, index=index), log_det
 
@@ -328,7 +337,10 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 def gaussian_log_prob(z: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
     """log N(z; mean, exp(log_sd)) summed per sample; see :func:`pyglow_fast.reference.gaussian_log_prob`."""
     if ops.run_on(z):
-        return apply(autograd.GaussianLogProb, z, mean.expand_as(z), log_sd.expand_as(z))
+        arguments = z, mean.expand_as(z), log_sd.expand_as(z)
+        return (
+            apply(autograd.GaussianLogProb, *arguments) if _is_seen(*arguments) else ops.gaussian_log_prob(*arguments)
+        )
     return reference.gaussian_log_prob(z, mean, log_sd)
 
 

@@ -164,6 +164,13 @@ def test_a_missing_browser_is_skipped_by_name_or_fails(monkeypatch: pytest.Monke
         web.require("no_such_library", "pytest", "chromium")
 
 
+def test_ci_has_a_browser() -> None:
+    """It installs one where there is none, and no test of the page may be skipped."""
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "command -v chromium >/dev/null || packages+=(chromium)" in script
+    assert f"export {web.MUST}=must " in script
+
+
 def test_a_missing_cross_compiler_is_skipped_by_name_or_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aarch64, "COMPILER", "no-such-compiler")
     monkeypatch.setattr(aarch64, "EMULATOR", "no-such-emulator")

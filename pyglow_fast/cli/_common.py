@@ -245,7 +245,7 @@ def output_path(text: str, suffix: str, argument: str = "out", *images: str) -> 
     expect(os.access(path.parent, os.W_OK), argument, "a file in a folder that can be written", repr(text))
     place = path.resolve()
     folder = RunFolder(place.parent)
-    kept = folder.exists and place in (folder.metrics, folder.samples, folder.curve, folder.page)
+    kept = folder.exists and place in folder.kept
     expect(not kept, argument, "another file than those that a run keeps", repr(text))
     for name in images:
         expect(Path(name).resolve() != place, argument, "another file than one that is read", repr(text))

@@ -48,7 +48,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--space",
         choices=SPACES,
-        help="what is edited (default: noise; for a model with classes latent, since noise holds little of it)",
+        help="what is edited (default: noise; for a model with classes latent, since noise holds little of the class)",
     )
     parser.add_argument(
         "--label", metavar="CLASS", help="the image's class (default: its own; of a file the likeliest)"

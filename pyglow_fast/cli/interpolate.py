@@ -34,6 +34,7 @@ from pyglow_fast.studio.words import IMAGE_HELP, parse_image, word_name
 from pyglow_fast.train import derive, to_pixels
 
 PAIRS = 4
+FRAMES = 8
 SPACE_HELP = f"{SPACE_WORDS} (default: {DEFAULT_SPACE}, with --from that of the command edit)"
 
 
@@ -63,7 +64,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     which.add_argument("--pairs", type=whole, metavar="N", help=f"so many random pairs (default: {PAIRS})")
     frames = parser.add_argument(
-        "--frames", type=whole, metavar="N", default=8, help="images on each path, both ends too"
+        "--frames", type=whole, metavar="N", default=FRAMES, help="images on each path, both ends too"
     )
     add_former(parser, "--steps", frames)
     parser.add_argument("--spherical", action="store_true", help="on great circles, level by level, not straight")
@@ -122,6 +123,7 @@ def _between(args: argparse.Namespace) -> int:
             expect(value is not None, name, "an image, since the other end is given", "none")
         check_counts(args, "frames")
         expect(args.at is None or 0.0 <= args.at <= 1.0, "at", "a number in 0..1", args.at)
+        expect(args.at is None or args.frames == FRAMES, "frames", "no such option beside --at", args.frames)
         expect(args.seed == 0, "seed", "DATA beside it, not --from and --to", args.seed)
         images = (parse_image(args.first, "from"), parse_image(args.last, "to"))
         suffix = Path(args.out).suffix.lower()

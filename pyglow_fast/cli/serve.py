@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import getpass
 import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from pyglow_fast._errors import expect
 from pyglow_fast.cli._common import check_counts, folder_name, user_input, whole
 from pyglow_fast.cli.edit import add_train_images
-from pyglow_fast.data import optional
+from pyglow_fast.data import check_installed, optional
 from pyglow_fast.train import resolve_device
+
+if TYPE_CHECKING:
+    from pyglow_fast.web import Shelf
 
 OLDEST = 6  # version of Gradio whose handlers and components the page is made of
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+DRAWING = ("PIL.Image", "torchvision.utils", "matplotlib.figure")  # a second and a half; imported once the page answers
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -43,6 +49,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         metavar="USER",
         help="a login, its password prompted for or from PYGLOW_SERVE_AUTH=USER:PASSWORD; a must for other hosts",
     )
+    parser.add_argument(
+        "--certificate", metavar="FILE", help="the server's certificate in PEM format, for an encrypted connection"
+    )
+    parser.add_argument("--key", metavar="FILE", help="its private key, if the file of the certificate has none")
     parser.add_argument("--no-browser", action="store_true", help="do not open a browser")
     add_train_images(parser)
 
@@ -69,9 +79,17 @@ def _import_gradio() -> None:
         major = version.partition(".")[0]
         new = major.isdecimal() and int(major) >= OLDEST
         expect(new, "gradio", f'version {OLDEST} or newer (pip install --upgrade "pyglow-fast[web]")', version)
-        for module in ("PIL.Image", "matplotlib.figure", "torchvision.utils"):
-            optional(module, "the page")
+        for module in DRAWING:
+            check_installed(module, "the page")
         importlib.import_module("pyglow_fast.web")
+
+
+def _warm(shelf: Shelf) -> None:
+    """Do what the first visitor would wait for. What goes wrong is said on the page."""
+    with contextlib.suppress(Exception):
+        for module in DRAWING:
+            optional(module, "the page")
+        shelf.open(shelf.names()[0]).images.find()
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,13 +97,14 @@ def run(args: argparse.Namespace) -> int:
     # Settings that the user has for Gradio are for other pages; some would open this one to others.
     with user_input(), _without(lambda name: name.startswith("GRADIO_")):
         _import_gradio()
-        from pyglow_fast.web import CSS, Shelf, check_host, credentials, page, serve
+        from pyglow_fast.web import CSS, Shelf, check_certificate, check_host, credentials, page, serve
 
         check_counts(args, "train_images")
         resolve_device(args.device)  # else only what is done on the page would refuse it
         ask = getpass.getpass if sys.stdin is not None and sys.stdin.isatty() else None
         auth = credentials(args.auth, os.environ, ask)
         check_host(args.host, auth)
+        check_certificate(args.certificate, args.key)
         shelf = Shelf(args.runs, args.best, args.device, args.train_images)
         serve(
             lambda: page(shelf),
@@ -94,5 +113,8 @@ def run(args: argparse.Namespace) -> int:
             auth=auth,
             open_browser=not args.no_browser,
             css=CSS,
+            certificate=args.certificate,
+            key=args.key,
+            meanwhile=lambda: _warm(shelf),
         )
     return 0

@@ -26,6 +26,7 @@ from pyglow_fast.coupling_nets.state import (
     training_modes,
 )
 from pyglow_fast.coupling_nets.traits import bytes_per_position, check_net, halo_of
+from pyglow_fast.reference import autocast_is_on
 
 Plans = dict[tuple[object, ...], tuple[nn.Module, ChunkPlan]]
 REMEMBERED = 64  # plans of a net: lengths of speech are many
@@ -189,7 +190,10 @@ class NetRunner:
             return net.run_on(x1, cond, weights)
 
         with in_precision(self.precision, x1):
-            return run_net(net, x1, cond, self._plan(x1, cond), self._on_board(call))
+            plan = self._plan(x1, cond)
+            if plan.whole and not torch.is_grad_enabled() and not autocast_is_on(x1.device.type):
+                return self._on_board(call)(x1, cond)  # run_net has nothing to cut, to leave out or to check
+            return run_net(net, x1, cond, plan, self._on_board(call))
 
     def forward(self, x1: Tensor, cond: Tensor | None, params: Sequence[Tensor]) -> tuple[Tensor, Memo]:
         """Run net(x1, cond) without a record, and note what repeats it."""

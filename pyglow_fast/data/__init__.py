@@ -3,7 +3,7 @@
 It imports torch and data libraries only.
 """
 
-from pyglow_fast.data._optional import MissingExtraError, optional
+from pyglow_fast.data._optional import MissingExtraError, check_installed, optional
 from pyglow_fast.data.augment import Augmentation
 from pyglow_fast.data.cache import data_folder
 from pyglow_fast.data.celeba import load_celeba
@@ -43,6 +43,7 @@ __all__ = [
     "UnreadableImageError",
     "Yardstick",
     "batches",
+    "check_installed",
     "data_folder",
     "emoji_tone_pairs",
     "fetch",

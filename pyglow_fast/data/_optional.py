@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from types import ModuleType
 
 # Where the name to install is not the name to import.
 _PACKAGES = {"PIL": "Pillow", "sklearn": "scikit-learn", "tomli_w": "tomli-w", "yaml": "PyYAML"}
-_EXTRAS = {"lmdb": "lmdb", "gradio": "web"}  # where it is not in the demo extra
+_EXTRAS = {"lmdb": "lmdb", "gradio": "web"}  # where it is not in the extra train
 
 
 class MissingExtraError(ImportError):
@@ -35,9 +36,26 @@ def optional(module: str, purpose: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        top = module.split(".")[0]
-        package = _PACKAGES.get(top, top)
-        raise MissingExtraError(
-            f"{package} is needed for {purpose} and cannot be imported ({error}): "
-            f'pip install "pyglow-fast[{_EXTRAS.get(top, "demo")}]"'
-        ) from error
+        raise _missing(module, purpose, str(error)) from error
+
+
+def check_installed(module: str, purpose: str) -> None:
+    """Refuse at once what :func:`optional` will not find; a library that takes long to import is not imported yet.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    if importlib.util.find_spec(_top(module)) is None:
+        raise _missing(module, purpose, "it is not installed")
+
+
+def _top(module: str) -> str:
+    return module.split(".")[0]
+
+
+def _missing(module: str, purpose: str, reason: str) -> MissingExtraError:
+    top = _top(module)
+    return MissingExtraError(
+        f"{_PACKAGES.get(top, top)} is needed for {purpose} and cannot be imported ({reason}): "
+        f'pip install "pyglow-fast[{_EXTRAS.get(top, "train")}]"'
+    )

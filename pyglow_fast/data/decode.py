@@ -20,8 +20,12 @@ from pyglow_fast.data._optional import optional
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Not pixels: Pillow would start Ghostscript for EPS and the system's renderer for WMF, and cannot decode the rest.
-_NOT_READ = frozenset({"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"})
+# Not pixels: Pillow would start Ghostscript for EPS, also for one within IPTC, and the system's renderer for WMF, and
+# cannot decode the rest.
+_NOT_READ = frozenset({"EPS", "IPTC", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"})
+# They hold another file, whose size Pillow learns when it has decoded it.
+_SIZE_WITHIN = frozenset({"AVIF", "BLP", "ICNS", "ICO"})
+_TIFF_TILE = (322, 323)  # tags: width and height of a tile, which is decoded as a whole
 
 
 class UnreadableImageError(ValueError):
@@ -113,7 +117,8 @@ def decode(
         source: a file, or its contents.
         where: what messages call it.
         gray: "L" rather than "RGB".
-        most_pixels: of its width times height, looked at before any are decoded. None: what Pillow allows.
+        most_pixels: of its width times height, and of a tile's in a TIFF, looked at before any are decoded; formats of
+            which that cannot be known before (AVIF, BLP, ICNS, ICO) are then not tried. None: what Pillow allows.
         formats: Pillow's names of those that are tried, such as "PNG". None: all that can hold pixels.
 
     Raises:
@@ -128,7 +133,8 @@ def decode(
     )
     listed = formats is None or (not isinstance(formats, str) and len(formats) > 0)
     expect(listed, "formats", "names of Pillow's formats", repr(formats))
-    tried = [file_format for file_format in _formats() if formats is None or file_format in formats]
+    without = _SIZE_WITHIN if most_pixels is not None else frozenset()
+    tried = [name for name in _formats() if (formats is None or name in formats) and name not in without]
     try:
         if isinstance(source, Path):
             check_regular(source, where)
@@ -136,8 +142,9 @@ def decode(
             io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as stream,
             pil.open(stream, formats=tried) as opened,
         ):
-            if most_pixels is not None and opened.width * opened.height > most_pixels:
-                raise _too_large(where, most_pixels, f"{opened.width}x{opened.height}")
+            for width, height in (opened.size, _tile(opened)):
+                if most_pixels is not None and width * height > most_pixels:
+                    raise _too_large(where, most_pixels, f"{width}x{height}")
             opened.load()
             return plain(opened, gray)
     except UnreadableImageError:
@@ -151,8 +158,18 @@ def decode(
         # That a file is of no known format is said with the file's name or the address of its contents.
         unknown = isinstance(error, pil.UnidentifiedImageError)
         said = "cannot identify image file" if unknown else " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, OSError) and error.strerror:  # of the system, without its number and the name once more
+            said = error.strerror
         known = "" if formats is None else f" ({', '.join(formats)})"
         raise UnreadableImageError(f"{where}: expected an image that Pillow can decode{known}, found {said}") from error
+
+
+def _tile(image: Image) -> tuple[int, int]:
+    """Width and height of a TIFF's tiles, which may be larger than the image; (0, 0) without tiles."""
+    tags = getattr(image, "tag_v2", {})
+    found = (tags.get(tag, 0) for tag in _TIFF_TILE)
+    width, height = (max(map(int, value), default=0) if isinstance(value, tuple) else int(value) for value in found)
+    return width, height
 
 
 def check_regular(path: Path, where: str) -> None:

@@ -15,7 +15,7 @@ from pyglow_fast.latents.edits import (
     rmse,
 )
 from pyglow_fast.latents.levels import keep_levels, temperature_sweep
-from pyglow_fast.latents.paths import interpolate, interpolate_latents, linear, slerp
+from pyglow_fast.latents.paths import decode_path, interpolate, interpolate_latents, linear, slerp
 from pyglow_fast.latents.spaces import DEFAULT_SPACE, SPACES, from_space, to_space
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "EditScore",
     "MeanLatent",
     "attribute_direction",
+    "decode_path",
     "edit_score",
     "edited",
     "from_space",

@@ -183,11 +183,40 @@ def interpolate(
         check_images(name, model, x, labels)
     expect(len(a) == len(b), "b", f"{len(a)} images, one for each of a", len(b))
     start, end = (to_space(model, x, space, labels, cond) for x, labels in zip((a, b), pair, strict=True))
+    return decode_path(model, start, end, frames, spherical, space, pair, cond, times)
+
+
+@torch.no_grad()
+def decode_path(
+    model: Glow,
+    start: Sequence[Tensor],
+    end: Sequence[Tensor],
+    frames: int = 8,
+    spherical: bool = False,
+    space: str = DEFAULT_SPACE,
+    y: Sequence[Tensor | None] = (None, None),
+    cond: Tensor | None = None,
+    times: Sequence[float] | None = None,
+) -> Tensor:
+    """x(t) = decode(path(start, end, t)): what :func:`interpolate` gives, from latents that were taken before.
+
+    Args:
+        model: a Glow.
+        start, end: latents of N images each, one tensor (N, C, *spatial) a level, from :func:`to_space` in the same
+            space.
+        frames, spherical, space, y, cond, times: see :func:`interpolate`.
+
+    Returns:
+        (N, frames, C, *spatial), or (N, len(times), C, *spatial).
+
+    Raises:
+        ValueError: latents that do not fit each other or the model or are not finite, or an option out of its range.
+    """
     at = _times(frames, times)
     points = interpolate_latents(start, end, spherical=spherical, times=at)
-    if space == "noise" and pair[0] is not None:
-        points = [_between_classes(model, point, pair, t) for point, t in zip(points, at, strict=True)]
-    return decode_each(model, points, space, pair[0], cond)
+    if space == "noise" and y[0] is not None:
+        points = [_between_classes(model, point, y, t) for point, t in zip(points, at, strict=True)]
+    return decode_each(model, points, space, y[0], cond)
 
 
 def _between_classes(model: Glow, noise: list[Tensor], y: Sequence[Tensor | None], t: float) -> list[Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pyglow_fast import functional
 from pyglow_fast._errors import check_count, check_input, expect
 from pyglow_fast.coupling_nets.masks import mask_of, positions_of
+from pyglow_fast.coupling_nets.net_runner import NetRunner
 from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.actnorm import ActNorm
@@ -300,9 +301,16 @@ def _masked(u: Tensor, kept_half: Tensor, masked_by: Tensor | None) -> tuple[Ten
 
 
 def _run_net(
-    coupling: Coupling, weights: list[Tensor] | None, kept_half: Tensor, cond: Tensor | None, budget: str | int | None
+    coupling: Coupling,
+    runner: NetRunner | None,
+    weights: list[Tensor] | None,
+    kept_half: Tensor,
+    cond: Tensor | None,
+    budget: str | int | None,
 ) -> Tensor:
     """The coupling's net; with a budget in chunks and without a record, by its folded weights if they are given."""
+    if runner is not None:
+        return runner.run(kept_half, cond, weights)
     if budget is None or not coupling.net_is_initialized:
         return coupling.run_net_forward(kept_half, cond)
     return coupling.runner(budget).run(kept_half, cond, weights)
@@ -316,13 +324,14 @@ def run_couplings(
     squeeze_first: bool = False,
     budget: str | int | None = None,
     masked: bool = False,
+    runners: Sequence[NetRunner] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Map x to z through couplings and channel maps: one pass over the state between two nets.
 
     With squeeze_first, x is (N, C / 2^d, *(2 spatial)) and is squeezed, with channel masks as it is read. With a budget
     (bytes or "auto") the nets run in chunks, without a record. With masked, x is zero where the first channel of cond
     is, and z will be. Returns z (N, C, *spatial) and log_det (N,). The steps must be initialised, but for ActNorms
-    inside their nets.
+    inside their nets. With runners, one for each coupling, these run the nets, which must be initialised then.
     """
     if squeeze_first and couplings and couplings[0].board is not None:
         x, squeeze_first = functional.squeeze(x), False
@@ -336,8 +345,11 @@ def run_couplings(
     z, kept_half = _masked(z, kept_half, masked_by)
     log_det = maps_log_det(maps, z, masked_by)
     behind = [*maps[1:], None][:count]
-    for coupling, weights, following, kept in zip(couplings, folded.nets, behind, reads[1:], strict=True):
-        net_out = _run_net(coupling, weights, kept_half, cond, budget)
+    given = [None] * count if runners is None else runners
+    for coupling, runner, weights, following, kept in zip(
+        couplings, given, folded.nets, behind, reads[1:], strict=True
+    ):
+        net_out = _run_net(coupling, runner, weights, kept_half, cond, budget)
         spec = coupling.spec
         if following is None:
             z, step_log_det = functional.coupling(z, net_out, spec)
@@ -357,6 +369,7 @@ def run_couplings_inverse(
     cond: Tensor | None = None,
     budget: str | int | None = None,
     masked: bool = False,
+    runners: Sequence[NetRunner] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Invert :func:`run_couplings`: one pass over the state for each step, besides its net."""
     if couplings:
@@ -367,14 +380,14 @@ def run_couplings_inverse(
         inverse, index = folded.inverses[count]
         z = functional.channel_unmix(z, inverse, folded.maps[count].offset, index=index)
         z = z if masked_by is None else z * mask_of(masked_by)
-    steps = zip(couplings, folded.nets, folded.maps[:count], folded.inverses[:count], strict=True)
-    for coupling, weights, channel_map, (inverse, index) in reversed(list(steps)):
+    given = [None] * count if runners is None else runners
+    steps = zip(couplings, given, folded.nets, folded.maps[:count], folded.inverses[:count], strict=True)
+    for coupling, runner, weights, channel_map, (inverse, index) in reversed(list(steps)):
         kept_half, spec = coupling.kept_half(z), coupling.spec
-        net_out = (
-            coupling.run_net(kept_half, cond)
-            if budget is None
-            else coupling.runner(budget).run(kept_half, cond, weights)
-        )
+        if runner is None and budget is None:
+            net_out = coupling.run_net(kept_half, cond)
+        else:
+            net_out = (runner or coupling.runner(budget or "auto")).run(kept_half, cond, weights)
         z, step_log_det = functional.coupling_mix_inverse(z, net_out, inverse, channel_map.offset, spec, index)
         z = z if masked_by is None else z * mask_of(masked_by)
         log_det = log_det + step_log_det

@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyglow_fast._captures import is_capturing
 from pyglow_fast.coupling_nets.checkerboard import Checkerboard
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.flow_step import ChannelMap, FlowStep, couplings_of, fold_steps, invert_maps
 from pyglow_fast.layers.kept_values import KeptTensors, is_plain
+from pyglow_fast.layers.known_steps import KnownSteps
 from pyglow_fast.reversible.maps import MapInverse
 
 
@@ -86,6 +87,8 @@ class FoldCache:
         self._lock = threading.Lock()
         self._trusted = 0
         self._kept: _Kept | None = None
+        self._known: KnownSteps | None = None
+        self._looked_for: _Kept | None = None  # what was kept when the steps were last looked at
         self._captured: dict[int, weakref.ref[Tensor]] = {}
 
     def __deepcopy__(self, memo: object) -> FoldCache:
@@ -99,7 +102,7 @@ class FoldCache:
     def clear(self) -> None:
         """Forget the folded steps, which frees their memory."""
         with self._lock:
-            self._kept = None
+            self._kept = self._known = self._looked_for = None
 
     @contextlib.contextmanager
     def trusting(self) -> Iterator[None]:
@@ -127,25 +130,52 @@ class FoldCache:
         found = self._captured.get(id(tensor))
         return found is not None and found() is tensor
 
-    def get(self, steps: Sequence[FlowStep]) -> FoldedSteps:
-        """The folded steps, computed anew if something has changed. No gradient is recorded."""
+    def known(self) -> KnownSteps | None:
+        """What was found out about the steps when their folded form was last used again, if it still holds."""
+        known = self._known
+        if known is not None and not known.hold():
+            self._known = self._looked_for = known = None
+        return known
+
+    def get(
+        self,
+        steps: Sequence[FlowStep],
+        known: KnownSteps | None = None,
+        children: Mapping[str, nn.Module | None] | None = None,
+    ) -> FoldedSteps:
+        """The folded steps, computed anew if something has changed. No gradient is recorded.
+
+        Args:
+            steps: of the run.
+            known: of these steps, as :meth:`known` has just given it.
+            children: the modules of the run, where all of them are these steps: then these are made known.
+        """
         if is_capturing(steps[0].actnorm.bias.device):  # a graph must fold whatever the parameters are at its replay
             with torch.no_grad():
                 return FoldedSteps.of(steps)
-        with torch.no_grad(), self._lock:
-            tensors = _tensors(steps)
-            boards = [coupling.board for coupling in couplings_of(steps)]  # which are folded into the maps too
+        with self._lock:
+            tensors = _tensors(steps) if known is None else known.tensors
+            boards = [coupling.board for coupling in couplings_of(steps)] if known is None else known.boards
             kept = self._kept
             if kept is not None and tensors is not None and kept.boards == boards and kept.made_of.same(tensors):
+                if children is not None and kept is not self._looked_for:
+                    self._known, self._looked_for = KnownSteps.of(children, steps, tensors), kept
                 return kept.folded
-            folded, self._kept = FoldedSteps.of(steps), None
-            if tensors is None or not all(map(self._has_version, tensors)):
-                return folded
-            weights = [weight for weights in folded.nets for weight in weights or ()]
-            made_of = KeptTensors(tensors, weights, by_version=self._trusted > 0)
-            if self._trusted or made_of.has_values:
-                self._kept = _Kept(folded, boards, made_of)
+            with torch.no_grad():
+                return self._fold(steps, tensors, boards)
+
+    def _fold(
+        self, steps: Sequence[FlowStep], tensors: list[Tensor] | None, boards: list[Checkerboard | None]
+    ) -> FoldedSteps:
+        """The folded steps as the parameters are now, which are kept where they may be."""
+        folded, self._kept = FoldedSteps.of(steps), None
+        if tensors is None or not all(map(self._has_version, tensors)):
             return folded
+        weights = [weight for weights in folded.nets for weight in weights or ()]
+        made_of = KeptTensors(tensors, weights, by_version=self._trusted > 0)
+        if self._trusted or made_of.has_values:
+            self._kept = _Kept(folded, boards, made_of)
+        return folded
 
     def _has_version(self, tensor: Tensor) -> bool:
         """Whether a tensor has a version that tells of all writes which torch counts."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from pyglow_fast._errors import check_input, expect
 from pyglow_fast._tracing import is_watched
 from pyglow_fast.coupling_nets.net_shape import NetShape
+from pyglow_fast.coupling_nets.traits import is_altered
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.coupling_net import CouplingNet
@@ -21,9 +24,12 @@ from pyglow_fast.layers.flow_step import (
 )
 from pyglow_fast.layers.folded import FoldedSteps, is_foldable
 from pyglow_fast.layers.injector import AffineInjector
+from pyglow_fast.layers.kept_values import KeptTensors
 from pyglow_fast.layers.reversible_sequence import ReversibleSequence
+from pyglow_fast.reversible.maps import MapInverse
 
 WEIGHTS = ("w1", "b1", "w2", "b2", "w3", "b3")
+BUFFERS = ("matrices", "offsets", "log_dets", "indices", "inverses", "inverse_indices")
 
 
 class FrozenNet(NetShape):
@@ -42,13 +48,22 @@ class FrozenNet(NetShape):
     @property
     def like(self) -> Tensor:
         """A tensor that has the dtype and device of the net."""
-        weight: Tensor = self.get_buffer("w1")
-        return weight
+        return self.weights[0]
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """List w1, b1, w2, b2, w3, b3."""
+        return [getattr(self, name) for name in WEIGHTS]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but its weights decides what it computes: no subclass, hooks, parametrizations."""
+        own = type(self) is FrozenNet and not is_altered(self)
+        return own and not torch.nn.modules.module._has_any_global_hook()
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Predict shift and raw scale (of an additive coupling the shift alone) from x and cond."""
-        weights = [self.get_buffer(name) for name in WEIGHTS]
-        return self.run_on(x, cond, weights)
+        return self.run_on(x, cond, self.weights)
 
 
 def _frozen(coupling: Coupling) -> Coupling:
@@ -58,6 +73,35 @@ def _frozen(coupling: Coupling) -> Coupling:
         return AffineInjector(coupling.channels, net=net, spec=coupling.spec, precision=coupling.precision)
     parity = 0 if coupling.board is None else coupling.board.parity
     return Coupling(net, *coupling.spec, coupling.precision, coupling.mask, parity)
+
+
+class _Views:
+    """The maps of single steps and their inverses, as views of the buffers that they are stacked in."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[KeptTensors, list[ChannelMap], list[MapInverse]] | None = None
+
+    def __reduce__(self) -> tuple[type[_Views], tuple[()]]:
+        """A copy of the steps has buffers of its own."""
+        return _Views, ()
+
+    def of(self, buffers: Sequence[Tensor | None]) -> tuple[list[ChannelMap], list[MapInverse]]:
+        """Take the buffers apart; the same views as before where these are the same, and nothing is recorded."""
+        tensors = [tensor for tensor in buffers if tensor is not None]
+        if torch.is_grad_enabled() or is_watched() or any(tensor.is_inference() for tensor in tensors):
+            return self._taken_apart(buffers)
+        kept = self._kept
+        if kept is None or not kept[0].same(tensors):
+            kept = self._kept = KeptTensors(tensors, by_version=True), *self._taken_apart(buffers)
+        return kept[1:]
+
+    @staticmethod
+    def _taken_apart(buffers: Sequence[Tensor | None]) -> tuple[list[ChannelMap], list[MapInverse]]:
+        *stacked, inverses, back = buffers
+        maps = unstack_maps(ChannelMap(*stacked))  # type: ignore[arg-type]
+        assert inverses is not None  # that of the gathers' indices alone may be
+        indices = [None] * len(maps) if back is None else back.unbind()
+        return maps, list(zip(inverses, indices, strict=True))
 
 
 class FrozenSteps(FlowLayer):
@@ -105,14 +149,18 @@ class FrozenSteps(FlowLayer):
         self.requires_grad_(False)
         self.eval()
 
+        self._views = _Views()
+
     def _folded(self) -> FoldedSteps:
-        names = ("matrices", "offsets", "log_dets", "indices")
-        maps = unstack_maps(ChannelMap(*(self._buffers[name] for name in names)))  # type: ignore[arg-type]
-        back = self._buffers["inverse_indices"]
-        indices = [None] * len(maps) if back is None else back.unbind()
-        return FoldedSteps(
-            maps, [None] * len(self.couplings), list(zip(self.get_buffer("inverses"), indices, strict=True))
-        )
+        maps, inverses = self._views.of([self._buffers[name] for name in BUFFERS])
+        nets = [coupling.net for coupling in self.couplings]
+        plain = [net.weights if isinstance(net, FrozenNet) and net.is_plain else None for net in nets]
+        return FoldedSteps(maps, plain, inverses)
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor that has the dtype and device of the steps."""
+        return self.get_buffer("offsets")
 
     def _budget(self) -> str | int | None:
         whole = torch.is_grad_enabled() or is_watched()
@@ -121,12 +169,12 @@ class FrozenSteps(FlowLayer):
     def forward(self, x: Tensor, cond: Tensor | None = None, squeeze_first: bool = False) -> tuple[Tensor, Tensor]:
         """Map x to z; with squeeze_first, x is squeezed as it is read."""
         if not squeeze_first:
-            check_input("x", x, self.channels, self.get_buffer("offsets"))
+            check_input("x", x, self.channels, self.like)
         return run_couplings(list(self.couplings), self._folded(), x, cond, squeeze_first, self._budget())  # type: ignore[arg-type]
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map z back to x, with minus the log-det of the forward direction."""
-        check_input("z", z, self.channels, self.get_buffer("offsets"))
+        check_input("z", z, self.channels, self.like)
         return run_couplings_inverse(list(self.couplings), self._folded(), z, cond, self._budget())  # type: ignore[arg-type]
 
     def train(self, mode: bool = True) -> FrozenSteps:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyglow_fast._backend import extension
 from pyglow_fast._errors import can_read
 from pyglow_fast._tracing import is_watched
 
@@ -16,21 +17,25 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by b
 _LARGE = 4096  # elements: the others are gathered and compared in one go
 
 
+def _compared(tensors: Sequence[Tensor], live: Sequence[Tensor]) -> list[Tensor]:
+    """The bits of tensors, without those that one of ``live`` is a view of."""
+    times = Counter(tensor.data_ptr() for tensor in tensors)
+    shared = {(one.data_ptr(), one.shape, one.stride(), one.dtype) for one in live if times[one.data_ptr()] == 1}
+    bits: list[Tensor] = []
+    for tensor in tensors:
+        if (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) not in shared:
+            bits.append(tensor.detach().view(_BITS[tensor.element_size()]))
+    return bits
+
+
 class KeptValues:
     """The bits of tensors on the CPU as they were: whatever writes to them, of one element or by one ulp, is seen.
 
     Args:
-        tensors: what is looked at, where it is now.
-        live: tensors made of them, which are looked at no further where they are in the same memory themselves.
+        bits: what is looked at, as integers, where it is now.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], live: Sequence[Tensor] = ()) -> None:
-        times = Counter(tensor.data_ptr() for tensor in tensors)
-        shared = {(one.data_ptr(), one.shape, one.stride(), one.dtype) for one in live if times[one.data_ptr()] == 1}
-        bits: list[Tensor] = []
-        for tensor in tensors:
-            if (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) not in shared:
-                bits.append(tensor.detach().view(_BITS[tensor.element_size()]))
+    def __init__(self, bits: Sequence[Tensor]) -> None:
         few = [one for one in bits if one.numel() < _LARGE and one.is_contiguous()]
         by_dtype = {dtype: [one.flatten() for one in few if one.dtype == dtype] for dtype in _BITS.values()}
         self._small = [some for some in by_dtype.values() if some]
@@ -71,29 +76,41 @@ class KeptTensors:
 
     Args:
         tensors: with versions, so not made in inference mode.
-        live: see KeptValues.
+        live: tensors made of them; what one of these is a view of needs no look at its bits.
         by_version: versions are believed everywhere.
     """
 
     def __init__(self, tensors: Sequence[Tensor], live: Sequence[Tensor] = (), by_version: bool = False) -> None:
         self._by_version = by_version
         self._watched = is_watched()
-        self._states = [_state(tensor, self._watched) for tensor in tensors]
         # While these live nothing else is in their memory. With weak references torch would refuse to swap tensors.
         self._memory = [tensor.detach() for tensor in tensors]
-        self._values = None if by_version or not _may_look(tensors) else KeptValues(tensors, live)
+        self.has_values = not by_version and _may_look(tensors)
+        bits = _compared(tensors, live) if self.has_values else []
+        module = None if self._watched or not all(map(is_plain, tensors)) else extension()
+        self._native = None if module is None else module.KeptTensors(list(tensors), bits)
+        self._states = [] if self._native else [_state(tensor, self._watched) for tensor in tensors]
+        self._values = KeptValues(bits) if self.has_values and self._native is None else None
 
-    @property
-    def has_values(self) -> bool:
-        """Whether bits were kept."""
-        return self._values is not None
+    def _in_place(self, tensors: Sequence[Tensor]) -> bool:
+        if self._native is not None:
+            found: bool = self._native.in_place(list(tensors))
+            return found
+        inference = any(tensor.is_inference() for tensor in tensors)
+        return not inference and [_state(tensor, self._watched) for tensor in tensors] == self._states
+
+    def _same_values(self) -> bool:
+        if self._native is None:
+            return self._values is None or self._values.same()
+        found: bool = self._native.same_bits()
+        return found
 
     def same(self, tensors: Sequence[Tensor]) -> bool:
         """Tells whether these are the tensors as they were, or others in their place."""
-        if is_watched() != self._watched or any(tensor.is_inference() for tensor in tensors):
-            return False
-        if [_state(tensor, self._watched) for tensor in tensors] != self._states:
+        if is_watched() != self._watched or not self._in_place(tensors):
             return False
         if self._by_version:
             return True
-        return self._values is not None and self._values.same() if _may_look(tensors) else self._values is None
+        # In place the extension has found none but plain tensors, on the devices of then.
+        looks = can_read(self._memory[0]) if self._native and self.has_values and tensors else _may_look(tensors)
+        return looks == self.has_values and self._same_values()

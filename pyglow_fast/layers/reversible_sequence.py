@@ -19,8 +19,6 @@ from pyglow_fast.coupling_nets.net_runner import NetRunner
 from pyglow_fast.coupling_nets.plan import budget_bytes
 from pyglow_fast.coupling_nets.traits import has_known_modules
 from pyglow_fast.layers._base import FlowLayer
-from pyglow_fast.layers.coupling import Coupling
-from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.flow_step import (
     ChannelMap,
     FlowStep,
@@ -33,8 +31,7 @@ from pyglow_fast.layers.flow_step import (
     runs_fused,
 )
 from pyglow_fast.layers.folded import FoldCache
-from pyglow_fast.layers.injector import AffineInjector
-from pyglow_fast.layers.permutation import InvConv, Permute
+from pyglow_fast.layers.known_steps import KnownSteps, is_own_step
 from pyglow_fast.layers.planned import Plans, run_key
 from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.layers.step_costs import run_cost
@@ -47,16 +44,9 @@ from pyglow_fast.reversible.planner import RunPlan
 from pyglow_fast.reversible.setting import memory_text, parse_memory
 
 
-def _is_known(coupling: Coupling) -> bool:
-    net = coupling.net
-    own = type(coupling) in (Coupling, AffineInjector) and type(net) is CouplingNet and net.has_own_norms
-    return own and not coupling.has_own_scale
-
-
 def _is_initialized(step: nn.Module) -> bool:
     """Whether nothing in a step waits for data."""
-    own = type(step) is FlowStep and type(step.permutation) in (InvConv, Permute)
-    if isinstance(step, FlowStep) and own and all(map(_is_known, step.couplings)):
+    if isinstance(step, FlowStep) and is_own_step(step):
         return step.is_initialized  # of these all is known, without a look into each module
     return all(getattr(module, "is_initialized", True) for module in step.modules())
 
@@ -292,6 +282,9 @@ class ReversibleSequence(FlowLayer):
             len(at) + 1 states z (N, C, *spatial), and log_det (N,).
         """
         self._check_at(at)
+        known = None if at else self._known()
+        if known is not None:
+            return self._run_known(known, x, cond, squeeze_first)
         fused = self.is_fused
         if squeeze_first and (not fused or any(part.board is not None for part in self.flow_steps()[0].couplings)):
             x, squeeze_first = functional.squeeze(x), False
@@ -318,6 +311,23 @@ class ReversibleSequence(FlowLayer):
                 log_dets.append(log_det)
             states.append(x)
         return states, functional.summed(log_dets)
+
+    def _known(self) -> KnownSteps | None:
+        """What calls before have found out about the steps, where this one neither records nor is watched."""
+        return None if torch.is_grad_enabled() or is_watched() else self._cache.known()
+
+    def _run_known(
+        self, known: KnownSteps, x: Tensor, cond: Tensor | None, squeeze_first: bool
+    ) -> tuple[list[Tensor], Tensor]:
+        """What :meth:`intermediates` gives without states between, of steps of which all is known."""
+        if squeeze_first and known.boards and known.boards[0] is not None:
+            x, squeeze_first = functional.squeeze(x), False
+        if not squeeze_first:
+            check_input("x", x, known.channels, known.bias)
+        folded, budget = self._cache.get(known.steps, known), self.memory_budget
+        runners = known.runners(budget)
+        z, log_det = run_couplings(known.couplings, folded, x, cond, squeeze_first, budget, runners=runners)
+        return [z], log_det
 
     def _check_at(self, at: Sequence[int]) -> None:
         last = len(self) - 1
@@ -394,7 +404,8 @@ class ReversibleSequence(FlowLayer):
     def _run_steps_folded(self, piece: _Piece, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         """Joined steps that are folded once for many calls, whose nets run in chunks."""
         steps = piece.flow_steps
-        return run_couplings(couplings_of(steps), self._cache.get(steps), x, cond, piece.squeeze_first, piece.budget)
+        folded = self._cache.get(steps, children=self._modules if len(steps) == len(self) else None)
+        return run_couplings(couplings_of(steps), folded, x, cond, piece.squeeze_first, piece.budget)
 
     def _plan(self, x: Tensor, cond: Tensor | None, squeeze_first: bool) -> RunPlan:
         """What a forward that is recorded does, of a run that is not told by its model."""
@@ -423,13 +434,18 @@ class ReversibleSequence(FlowLayer):
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map z back to x, from the last step to the first."""
+        known, budget = self._known(), self.memory_budget
+        if known is not None:
+            check_input("z", z, known.channels, known.bias)
+            folded, runners = self._cache.get(known.steps, known), known.runners(budget)
+            return run_couplings_inverse(known.couplings, folded, z, cond, budget, runners=runners)
         if self.is_fused:
             steps = self.flow_steps()
             check_input("z", z, steps[0].channels, steps[0].actnorm.bias)
             couplings = couplings_of(steps)
             if torch.is_grad_enabled() or is_watched():
                 return run_couplings_inverse(couplings, Recorded(steps), z, cond)
-            return run_couplings_inverse(couplings, self._cache.get(steps), z, cond, self.memory_budget)
+            return run_couplings_inverse(couplings, self._cache.get(steps, children=self._modules), z, cond, budget)
         log_det = z.new_zeros(z.shape[0])
         for step in reversed(list(self)):
             z, step_log_det = step.inverse(z) if cond is None else step.inverse(z, cond)  # type: ignore[operator]

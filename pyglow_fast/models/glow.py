@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from pyglow_fast import functional
 from pyglow_fast._errors import can_read, check_count, check_input, expect
 from pyglow_fast._tracing import kernels_step_aside
-from pyglow_fast.layers import ActNorm, Coupling, ReversibleSequence, Split
+from pyglow_fast.coupling_nets.traits import submodules
+from pyglow_fast.layers import ActNorm, Coupling, FrozenSteps, ReversibleSequence, Split
 from pyglow_fast.layers.planned import Plans, planned_spacing, run_key
 from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.likelihood import bits_per_dim, dequantize
@@ -191,7 +192,7 @@ class Glow(nn.Module):
         return [[next(parts) for run in level.children() if run in sequences] for level in self.levels]
 
     def _couplings(self) -> list[Coupling]:
-        return [module for module in self.modules() if isinstance(module, Coupling)]
+        return [module for module in submodules(self) if isinstance(module, Coupling)]
 
     @property
     def precision(self) -> str:
@@ -297,6 +298,9 @@ class Glow(nn.Module):
 
     def _parameter(self) -> Tensor:
         """A tensor of the model's dtype and device."""
+        for steps in self.levels[0].children():
+            if isinstance(steps, FrozenSteps):  # whose parameters would have to be searched for
+                return steps.like
         for tensor in self.parameters():
             return tensor
         return next(tensor for tensor in self.buffers() if tensor.is_floating_point())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor
 
 from pyglow_fast._errors import expect
 from pyglow_fast._renamed import with_former_argument
-from pyglow_fast.latents import interpolate
+from pyglow_fast.latents import decode_path
 from pyglow_fast.likelihood import count_not_finite
-from pyglow_fast.studio.commands import COMMAND, Made, command_line, made_png
+from pyglow_fast.studio.commands import COMMAND, Made, command_line, made_png, taken_names
+from pyglow_fast.studio.edits import Subject
 from pyglow_fast.studio.opened import OpenRun, Picked
 from pyglow_fast.studio.words import name_word, number_text
 from pyglow_fast.train import to_pixels
@@ -49,6 +51,18 @@ class Between:
     space: str
     spherical: bool = False
 
+    @classmethod
+    def of(cls, first: Subject, last: Subject, spherical: bool = False) -> Between:
+        """Make the path between two images of one run whose latents were taken before, in the same space."""
+        path = cls(first.opened, first.picked, last.picked, first.space, spherical)
+        path.__dict__["_ends"] = (first, last)  # what the property would take anew
+        return path
+
+    @functools.cached_property
+    def _ends(self) -> tuple[Subject, Subject]:
+        """Both images with their latents."""
+        return Subject(self.opened, self.first, self.space), Subject(self.opened, self.last, self.space)
+
     @with_former_argument("steps", "count")
     @torch.no_grad()
     def frames(self, count: int = 8, times: tuple[float, ...] | None = None) -> tuple[Tensor, int]:
@@ -59,13 +73,13 @@ class Between:
             times: the points of the path between 0 and 1 that are computed instead.
 
         Raises:
-            ValueError: fewer than two, or points outside of 0..1.
+            ValueError: fewer than two, or points outside of 0..1; an end that does not fit the model, or whose latents
+                are not finite.
         """
-        model, n_bins = self.opened.model, self.opened.n_bins
-        a, b = (self.opened.x(picked.pixels[None].long()) for picked in (self.first, self.last))
-        ends = (self.opened.y(self.first.label), self.opened.y(self.last.label))
-        x = interpolate(model, a, b, count, self.spherical, self.space, ends, times=times)[0]
-        return to_pixels(x, n_bins).cpu(), count_not_finite(x)
+        first, last = self._ends
+        latents, labels = (first.latents, last.latents), (first.y, last.y)
+        x = decode_path(self.opened.model, *latents, count, self.spherical, self.space, labels, times=times)[0]
+        return to_pixels(x, self.opened.n_bins).cpu(), count_not_finite(x)
 
     def _words(self) -> list[str]:
         words = ["--from", self.first.image.text, "--to", self.last.image.text, "--space", self.space]
@@ -79,7 +93,7 @@ class Between:
         """Encode one frame (C, H, W) as a PNG."""
         words = [*self._words(), "--at", number_text(time), "--scale", str(scale)]
         picture = image_picture(pixels, self.opened.n_bins, scale)
-        return made_png(picture, command_line(self.opened, "interpolate", words))
+        return made_png(picture, command_line(self.opened, "interpolate", words), self._taken)
 
     @with_former_argument("levels", "pixels")
     def made(self, pixels: Tensor, suffix: str, scale: int | None = None) -> Made:
@@ -91,7 +105,11 @@ class Between:
         words = [*self._words(), "--frames", str(len(pixels))]
         command = command_line(self.opened, "interpolate", words + (["--scale", str(scale)] if scale else []))
         if suffix == ".png":
-            return made_png(grid(pixels, self.opened.n_bins, len(pixels), scale), command)
+            return made_png(grid(pixels, self.opened.n_bins, len(pixels), scale), command, self._taken)
         expect(suffix in ANIMATED, "out", f"a name ending in {' or '.join(('.png', *ANIMATED))}", repr(suffix))
         data = animation_bytes(pixels, self.opened.n_bins, suffix[1:], scale=scale, text={COMMAND: command})
-        return Made(data, command, suffix)
+        return Made(data, command, suffix, taken=self._taken)
+
+    @property
+    def _taken(self) -> frozenset[str]:
+        return taken_names(self.opened, (self.first, self.last))

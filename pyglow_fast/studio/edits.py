@@ -14,7 +14,7 @@ from torch import Tensor
 from pyglow_fast._errors import expect
 from pyglow_fast._renamed import former_attribute, with_former_argument, with_former_field
 from pyglow_fast.latents import edited, to_space
-from pyglow_fast.studio.commands import Made, command_line, made_png
+from pyglow_fast.studio.commands import Made, command_line, made_png, taken_names
 from pyglow_fast.studio.directions import Add
 from pyglow_fast.studio.opened import TRAIN_IMAGES, OpenRun, Picked, Progress
 from pyglow_fast.studio.words import File, name_word, number_text
@@ -131,9 +131,9 @@ class Subject:
     def __init__(self, opened: OpenRun, picked: Picked, space: str) -> None:
         self.opened, self.picked, self.space = opened, picked, space
         self.pixels = picked.pixels.long()
-        self._x, self._y = opened.x(self.pixels[None]), opened.y(picked.label)
-        self._latents = to_space(opened.model, self._x, space, self._y)
-        finite = all(bool(latent.isfinite().all()) for latent in self._latents)
+        self._x, self.y = opened.x(self.pixels[None]), opened.y(picked.label)
+        self.latents = to_space(opened.model, self._x, space, self.y)
+        finite = all(bool(latent.isfinite().all()) for latent in self.latents)
         expect(finite, "image", "one whose latents are finite", f"NaN or inf in those of {picked.image.text}")
 
     @property
@@ -166,11 +166,11 @@ class Subject:
         shift = difference = None
         if edit.active:
             shift, difference = self.opened.directions(self.space, progress).shift(edit.active)
-        n_levels = len(self._latents)
+        n_levels = len(self.latents)
         expect(len(edit.keep) in (0, n_levels), "keep", f"{n_levels} shares, one a level", len(edit.keep))
         x = self._x
         if not edit.is_none:
-            x = edited(self.opened.model, self._latents, shift, edit.keep or None, self.space, self._y)
+            x = edited(self.opened.model, self.latents, shift, edit.keep or None, self.space, self.y)
         twin = None
         if pixel_shift:
             moved = self._x if difference is None else self._x + difference.to(self._x)
@@ -193,7 +193,7 @@ class Subject:
     def made(self, pixels: Tensor, edit: Edit, pixel_shift: bool = False, scale: int = 1) -> Made:
         """Encode what :meth:`edited` gave as a PNG, one pixel for each of the image unless ``scale`` says otherwise."""
         picture = image_picture(pixels, self.opened.n_bins, scale)
-        return made_png(picture, self.command(edit, pixel_shift, scale))
+        return made_png(picture, self.command(edit, pixel_shift, scale), taken_names(self.opened, [self.picked]))
 
 
 def likelihood_text(opened: OpenRun, bits: float, progress: Progress | None = None, wait: bool = True) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from pyglow_fast.studio.commands import Made, command_line, made_png
+from pyglow_fast.studio.commands import Made, command_line, made_png, taken_names
 from pyglow_fast.studio.opened import OpenRun, Picked
 from pyglow_fast.studio.samples import Draw, Drawn
 from pyglow_fast.studio.words import Sample, name_word, number_text
@@ -63,4 +63,4 @@ class Grid:
             for word in (f"--{name}", str(value))
         ]
         picture = draw.picture(self.drawn, opened.model, opened.n_bins, columns, scale)
-        return made_png(picture, command_line(opened, "sample", words))
+        return made_png(picture, command_line(opened, "sample", words), taken_names(opened))

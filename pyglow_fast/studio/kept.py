@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 from collections.abc import Callable
@@ -40,12 +41,21 @@ def kept(folder: Path, name: str, key: dict[str, Any], compute: Callable[[], dic
     try:
         folder.mkdir(exist_ok=True)
         write_bytes(path, save(tensors, {_HEADER: text}))
-        newest = sorted(folder.glob(f"{name}-*.safetensors"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
-        for old in newest[MOST:]:
-            old.unlink(missing_ok=True)
+        _remove_old(folder, name)
     except OSError as error:
-        warnings.warn(visible(f"{path}: not kept, and computed anew the next time ({error})"), stacklevel=2)
+        if _read(path, text) is None:  # else another process computed the same, and was first to write it
+            warnings.warn(visible(f"{path}: not kept, and computed anew the next time ({error})"), stacklevel=2)
     return tensors
+
+
+def _remove_old(folder: Path, name: str) -> None:
+    """Leaves the newest MOST files; another process may be removing the same ones."""
+    found = []
+    for file in folder.glob(f"{name}-*.safetensors"):
+        with contextlib.suppress(FileNotFoundError):
+            found.append((file.stat().st_mtime_ns, file))
+    for _, old in sorted(found, reverse=True)[MOST:]:
+        old.unlink(missing_ok=True)
 
 
 def _read(path: Path, text: str) -> dict[str, Tensor] | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +31,7 @@ from pyglow_fast.train import Checkpoint, RunFolder, check_fits, load_model, res
 TRAIN_IMAGES = 5000  # most training images that directions are measured on
 SCORED = 1000  # images of each side that bits/dim are compared with
 Progress = Callable[[int, int], None]  # (done, of how many)
+LOOK = 0.25  # seconds from one look at another thread's measurement to the next
 
 
 @with_former_field("levels", "pixels")
@@ -70,6 +72,13 @@ class Scores(NamedTuple):
 
 class LostImagesError(ValueError):
     """Raised when the images that a run was trained on are no longer there, or have changed."""
+
+
+class AbandonedError(Exception):
+    """Raised by a function that is told of the progress of a measurement, to end it: its result is of no use any more.
+
+    It goes on nevertheless where another thread waits for the same.
+    """
 
 
 class OwnImages:
@@ -166,6 +175,8 @@ class OpenRun:
     _directions: dict[str, Directions] = field(default_factory=dict)
     _scores: list[Scores] = field(default_factory=list)
     _lock: threading.RLock = field(default_factory=threading.RLock)
+    _far: list[tuple[int, int]] = field(default_factory=list)  # what the measurement that goes on was told last
+    _waiting: set[int] = field(default_factory=set)  # threads that wait for its end
 
     @classmethod
     def open(
@@ -284,9 +295,16 @@ class OpenRun:
         return self._with_label(picked.pixels, label, picked.image)
 
     def pick_file(
-        self, source: Path | bytes, image: File, label: int | None = None, most_pixels: int | None = None
+        self,
+        source: Path | bytes,
+        image: File,
+        label: int | None = None,
+        most_pixels: int | None = None,
+        formats: Sequence[str] | None = None,
     ) -> Picked:
         """Read the image in a file, or in its contents, and bring it to what the model sees.
+
+        What is decoded at all, ``most_pixels`` and ``formats``, is as in :func:`pyglow_fast.data.read_single`.
 
         Raises:
             UnreadableImageError: it cannot be read, or is too small or too large.
@@ -294,9 +312,7 @@ class OpenRun:
         shape = self.checkpoint.config.model.image_shape
         config = self.checkpoint.config.data
         channels, height, width = shape
-        pixels = read_single(
-            source, image.path, config, (channels, height, width), self.n_bins, most_pixels=most_pixels
-        )
+        pixels = read_single(source, image.path, config, (channels, height, width), self.n_bins, most_pixels, formats)
         return self._with_label(pixels, label, image)
 
     def _with_label(self, pixels: Tensor, label: int | None, image: Image) -> Picked:
@@ -323,14 +339,42 @@ class OpenRun:
         Raises:
             LostImagesError: they were not measured, and the images of the run are no longer there.
             ValueError: an image that cannot be read.
+            AbandonedError: ``progress`` raised it.
         """
         if space not in self._directions:  # those that are there wait for no measurement of others
-            with self._lock:
+            with self._alone(progress) as told:
                 if space not in self._directions:
-                    self._directions[space] = self._measured(space, progress)
+                    self._directions[space] = self._measured(space, told)
         return self._directions[space]
 
-    def _measured(self, space: str, progress: Progress | None) -> Directions:
+    @contextmanager
+    def _alone(self, progress: Progress | None) -> Iterator[Progress]:
+        """A context in which no other thread measures; until then ``progress`` is told how far the other one is."""
+        me = threading.get_ident()
+        self._waiting.add(me)
+        try:
+            while not self._lock.acquire(timeout=LOOK):
+                if progress is not None and self._far:
+                    progress(*self._far[-1])
+        finally:
+            self._waiting.discard(me)
+
+        def told(done: int, total: int) -> None:
+            self._far[:] = [(done, total)]
+            try:
+                if progress is not None:
+                    progress(done, total)
+            except AbandonedError:
+                if not self._waiting:
+                    raise
+
+        try:
+            yield told
+        finally:
+            self._far.clear()
+            self._lock.release()
+
+    def _measured(self, space: str, progress: Progress) -> Directions:
         def compute() -> dict[str, Tensor]:
             data, train, held_out = self.images.find()
             config = self.checkpoint.config
@@ -346,13 +390,15 @@ class OpenRun:
         Raises:
             LostImagesError: they were not scored, and the images of the run are no longer there.
             ValueError: an image that cannot be read.
+            AbandonedError: ``progress`` raised it.
         """
-        with self._lock:
-            if not self._scores:
-                key = self._key() | {"scored": SCORED}
-                tensors = kept(self.folder.cache, "scores", key, lambda: self._scored(progress))
-                self._scores.append(Scores(tensors["held_out"], tensors["train"]))
-            return self._scores[0]
+        if not self._scores:  # those that are there wait for no measurement of directions
+            with self._alone(progress) as told:
+                if not self._scores:
+                    key = self._key() | {"scored": SCORED}
+                    tensors = kept(self.folder.cache, "scores", key, lambda: self._scored(told))
+                    self._scores.append(Scores(tensors["held_out"], tensors["train"]))
+        return self._scores[0]
 
     @property
     def has_scores(self) -> bool:
@@ -367,7 +413,7 @@ class OpenRun:
             return None
         return found if len(found.train) else None
 
-    def _scored(self, progress: Progress | None) -> dict[str, Tensor]:
+    def _scored(self, progress: Progress) -> dict[str, Tensor]:
         data, train, held_out = self.images.find()
         policy = self.checkpoint.config.data.on_unreadable
         sides = {"held_out": held_out, "train": train}

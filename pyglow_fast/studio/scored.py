@@ -12,7 +12,7 @@ from torch import Tensor
 from pyglow_fast.data import ImageSet
 from pyglow_fast.experiments import ScoredImages, score_csv
 from pyglow_fast.experiments.ood import marked_histogram
-from pyglow_fast.studio.commands import COMMAND, Made, command_line
+from pyglow_fast.studio.commands import COMMAND, Made, command_line, taken_names
 from pyglow_fast.studio.opened import OpenRun, Picked, Progress
 from pyglow_fast.train import ImageScores
 
@@ -56,6 +56,10 @@ def _command(opened: OpenRun, scores: Sequence[FileScore]) -> str:
     return command_line(opened, "score", [score.picked.image.text for score in scores])
 
 
+def _taken(opened: OpenRun, scores: Sequence[FileScore]) -> frozenset[str]:
+    return taken_names(opened, [score.picked for score in scores])
+
+
 def made_picture(opened: OpenRun, scores: Sequence[FileScore]) -> Made:
     """Draw the images as lines on the histogram of held-out ones, a PNG: what ``score ... --picture`` writes.
 
@@ -72,7 +76,8 @@ def made_picture(opened: OpenRun, scores: Sequence[FileScore]) -> Made:
         marks[number if len(scores) > 1 else short] = score.bits
     name = f"held-out {opened.checkpoint.config.data.name}"
     title = f"{opened.folder.path.resolve().name} at step {opened.step}"
-    return Made(marked_histogram(held_out, name, marks, title, {COMMAND: command}), command, option="--picture")
+    data, taken = marked_histogram(held_out, name, marks, title, {COMMAND: command}), _taken(opened, scores)
+    return Made(data, command, option="--picture", taken=taken)
 
 
 def made_csv(opened: OpenRun, scores: Sequence[FileScore]) -> Made:
@@ -87,7 +92,7 @@ def made_csv(opened: OpenRun, scores: Sequence[FileScore]) -> Made:
     )
     bits = torch.tensor([[score.bits] for score in scores], dtype=torch.float64)
     table = score_csv({"files": ScoredImages(images, ImageScores(torch.arange(len(scores)), bits))})
-    return Made(table.encode(), _command(opened, scores), ".csv")
+    return Made(table.encode(), _command(opened, scores), ".csv", taken=_taken(opened, scores))
 
 
 def _labels(opened: OpenRun, scores: Sequence[FileScore]) -> Tensor | None:

@@ -136,9 +136,12 @@ def parse_image(text: str, argument: str = "image") -> Image:
         labels = tuple(map(int, named.pop("label")))
         types = {"n": int, "seed": int, "temperature": float}
         given = {name: types[name](values[0]) for name, values in named.items() if values}
-        draw = Draw(**given, labels=labels)
         index = int(number)
     except ValueError as error:
+        raise ValueError(f"{argument}: expected {IMAGE_HELP}, found {text!r}") from error
+    try:
+        draw = Draw(**given, labels=labels)
+    except ValueError as error:  # says which number is out of its range
         raise ValueError(f"{argument}: expected {IMAGE_HELP}, found {text!r} ({error})") from error
     expect(0 <= index < draw.n, argument, f"a sample in 0..{draw.n - 1}", repr(text))
     return Sample(index, draw)

@@ -55,6 +55,11 @@ class RunFolder:
         self.lock = self.path / ".lock"
         self._lock = FolderLock(self.lock)
 
+    @property
+    def kept(self) -> tuple[Path, ...]:
+        """The files that a run writes in its folder and no other command may replace."""
+        return self.metrics, self.samples, self.curve, self.page
+
     def saved(self) -> list[Path]:
         """List the checkpoints, the newest first."""
         found = {step_of(path): path for path in _matching(self.checkpoints, "step-*.safetensors")}
@@ -275,7 +280,7 @@ class RunFolder:
             if found is not None and not refusals:
                 break
         name = self.best.name if best else "in checkpoints/"
-        expect(there, "run", f"a checkpoint {name}", f"none in {str(self.path)!r} (it stopped before the first)")
+        expect(there, "run", f"a checkpoint {name}", f"none in {str(self.path)!r} (it has not written its first)")
         if found is None:
             raise refusals[0]
         for refusal in refusals:

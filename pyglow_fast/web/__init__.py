@@ -2,7 +2,7 @@
 
 from pyglow_fast.web.html import CSS
 from pyglow_fast.web.page import page
-from pyglow_fast.web.server import check_host, credentials, serve
+from pyglow_fast.web.server import check_certificate, check_host, credentials, serve
 from pyglow_fast.web.shelf import Shelf
 
-__all__ = ["CSS", "Shelf", "check_host", "credentials", "page", "serve"]
+__all__ = ["CSS", "Shelf", "check_certificate", "check_host", "credentials", "page", "serve"]

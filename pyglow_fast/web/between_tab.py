@@ -7,12 +7,11 @@ from typing import Any
 import gradio as gr
 
 from pyglow_fast._errors import expect
-from pyglow_fast.studio.between import Between
 from pyglow_fast.studio.opened import OpenRun, Picked
 from pyglow_fast.studio.words import File, HeldOut
-from pyglow_fast.web.desk import Desk, Kept, clicked, picked_number, picked_upload
+from pyglow_fast.web.desk import Desk, check_number, clicked, picked_number, picked_upload
 from pyglow_fast.web.errors import on_page
-from pyglow_fast.web.events import QUIET, anew, follow
+from pyglow_fast.web.events import QUIET, anew, follow, moves
 from pyglow_fast.web.html import PICK_JS, buttons, figure, note, row, save_link
 from pyglow_fast.web.shelf import Shelf
 from pyglow_fast.web.uploads import Upload
@@ -24,6 +23,8 @@ NAMES = ("from", "to")
 
 class BetweenTab:
     """The widgets and handlers of the tab of paths; to be made inside of gr.Blocks."""
+
+    EMPTY = (None, None, "", "", "", "")  # until it is looked at
 
     def __init__(self, shelf: Shelf, desk: gr.State) -> None:
         self._shelf = shelf
@@ -58,11 +59,13 @@ class BetweenTab:
                 )
                 self.steps = gr.Slider(2, MOST, value=STEPS, step=1, label="images of the strip", elem_id="path-steps")
         redraw = gr.State(0)  # the frame and the commands
+        self.contents = [*self.uploads, self.thumbs.strip, self.strip, self.frame, self.command]
         self.outputs = [*self.thumbs.outputs, self.end, *self.numbers, *self.uploads, self.strip, redraw]
+        self.as_they_are = [gr.skip() for _ in self.outputs]
         place = [desk, self.path, self.at]
-        follow([self.at.input, redraw.change], on_page()(self.moved), place, [self.frame, self.command])
+        follow([*moves([self.at]), redraw.change], on_page()(self.moved), place, [self.frame, self.command])
         drawn = (on_page()(self.drawn), [desk, self.path, self.steps], [self.strip, redraw])
-        gr.on([self.path.input, self.steps.input], *drawn, **QUIET)
+        gr.on([self.path.input, *moves([self.steps])], *drawn, **QUIET)
         self.strip.click(on_page()(self.point), self.steps, [self.at, redraw], **QUIET)
         taken = self.thumbs.strip.click(on_page()(self.take_thumb), [desk, self.end], self.numbers, **QUIET)
         taken.success(*drawn, **QUIET)
@@ -75,16 +78,26 @@ class BetweenTab:
             taken.failure(lambda: None, None, upload, **QUIET)
             self.takes[i].click(on_page()(self._take_edit(i)), desk, None, **QUIET).success(*drawn, **QUIET)
 
+    def look(self, desk: Desk, path: str, steps: float) -> list[Any]:
+        """Fill the tab, unless it is about the chosen run already."""
+        known = desk.has_path or desk.run is None
+        return self.as_they_are if known else self.show(desk, path, steps)
+
     def show(self, desk: Desk, path: str, steps: float) -> list[Any]:
         """Fill the tab for a run that was chosen."""
         opened = desk.opened(self._shelf)
         missing = opened.images.missing
         if not missing:
             count = len(opened.images.find()[2])
-            desk.ends = [Kept(opened.pick(HeldOut(min(i, count - 1))), opened) for i in range(2)]
+            for i in range(2):
+                desk.put_end(i, opened.pick(HeldOut(min(i, count - 1))), opened)
         numbers = [gr.Number(i, visible=not missing) for i in range(2)]
         thumbs = [*self.thumbs.show(desk, opened), gr.Radio(visible=not missing)]
-        return [*thumbs, *numbers, None, None, *self.drawn(desk, path, steps)]
+        strip = self.drawn(desk, path, steps)
+        if not desk.has(opened):  # another run was chosen meanwhile
+            return self.as_they_are
+        desk.has_path = True
+        return [*thumbs, *numbers, None, None, *strip]
 
     def take_thumb(self, desk: Desk, end: str, event: gr.EventData) -> list[Any]:
         """Make the held-out image that was clicked one end of the path, and show its number."""
@@ -97,7 +110,7 @@ class BetweenTab:
         def take(desk: Desk, number: float | None) -> None:
             if number is not None:  # a field that is being typed into
                 opened = desk.opened(self._shelf)
-                desk.ends[i] = Kept(picked_number(opened, number), opened)
+                desk.put_end(i, picked_number(opened, number), opened)
 
         return take
 
@@ -105,38 +118,27 @@ class BetweenTab:
         def take(desk: Desk, upload: Upload | None) -> None:
             if upload is not None:
                 opened = desk.opened(self._shelf)
-                desk.ends[i] = Kept(picked_upload(opened, upload), opened)
+                desk.put_end(i, picked_upload(opened, upload), opened)
 
         return take
 
     def _take_edit(self, i: int) -> Any:
         def take(desk: Desk) -> None:
-            opened = desk.opened(self._shelf)
-            picked = desk.picked(opened)
-            if picked is None:
-                raise ValueError("image: expected an image under Edit, found none")
-            desk.ends[i] = Kept(picked, opened)
+            desk.put_edited_end(i)
 
         return take
 
-    def _between(self, desk: Desk, path: str) -> tuple[OpenRun, Between | None]:
-        opened = desk.opened(self._shelf)
-        first, last = desk.ends
-        if first is None or last is None or {first.opened.name, last.opened.name} != {opened.name}:
-            return opened, None  # they may still be those of the run that was chosen before
-        ends = (first.by(opened), last.by(opened))
-        return opened, Between(opened, *ends, desk.space_of(opened), path == "spherical")
-
     def point(self, steps: float, event: gr.EventData) -> tuple[float, int]:
         """Find where on the path the image of the strip is that was clicked."""
+        check_number("images", steps, MOST)
         return clicked(event, int(steps)) / (int(steps) - 1), anew()
 
     def moved(self, desk: Desk, path: str, at: float) -> list[Any]:
         """Make the image at one point of the path, and the commands that give it and the strip."""
-        opened, between = self._between(desk, path)
+        between = desk.between(self._shelf, path == "spherical")
         if between is None:
-            return [note("Choose two images."), ""]
-        pixels, bad = between.frames(times=(float(at),))
+            return [note("Choose two images.") if desk.has_path else "", ""]
+        opened, (pixels, bad) = between.opened, between.frames(times=(float(at),))
         made = between.made_frame(pixels[0], float(at))
         if not desk.has(opened):  # another run was chosen meanwhile
             return [gr.skip(), gr.skip()]
@@ -153,17 +155,18 @@ class BetweenTab:
 
     def drawn(self, desk: Desk, path: str, steps: float) -> list[Any]:
         """Draw the strip of the whole path."""
-        opened, between = self._between(desk, path)
+        check_number("images", steps, MOST)
+        between = desk.between(self._shelf, path == "spherical")
         if between is None:
             return ["", anew()]
-        pixels, _ = between.frames(int(steps))
+        opened, (pixels, _) = between.opened, between.frames(int(steps))
         words = [f"at {i / (len(pixels) - 1):.2f}" for i in range(len(pixels))]
         files = {".png": "Save the strip", ".gif": "Save as GIF", ".webp": "Save as WebP"}
         made = {suffix: between.made(pixels, suffix) for suffix in files}
         links = [save_link(made[suffix], f"path{suffix}", text) for suffix, text in files.items()]
         if not desk.has(opened):
             return [gr.skip(), gr.skip()]
-        desk.strip = made[".png"].whole_command("path.png")
+        desk.strip = "\n".join(each.whole_command(f"path{suffix}") for suffix, each in made.items())
         strip = buttons(list(pixels), opened.n_bins, words, strip=True)
         return [f"{strip}<p>{''.join(links)}</p>", anew()]
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import threading
-from typing import Any, NamedTuple
+from typing import Any
 
 import gradio as gr
 
 from pyglow_fast._errors import expect
 from pyglow_fast.data import UnreadableImageError
+from pyglow_fast.studio.between import Between
 from pyglow_fast.studio.edits import Subject
 from pyglow_fast.studio.grids import Grid
 from pyglow_fast.studio.opened import OpenRun, Picked, Progress
@@ -19,17 +20,32 @@ from pyglow_fast.web.uploads import Upload
 
 NO_CLASS = "its own"  # the class of the image under edit while none was chosen
 MOST_PIXELS = 40_000_000  # pixels of an upload: as many as a large camera's photograph has
+# What cameras and the web have; Pillow's decoders of the other forty are older, and few look for faults in them.
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")
 
 
-class Kept(NamedTuple):
-    """An image, and the checkpoint by which it was chosen: a sample of it, or the class that it finds likeliest."""
+class Kept:
+    """An image that was chosen, its latents once they were asked for, and the checkpoint that these are of.
 
-    picked: Picked
-    opened: OpenRun
+    A sample is one of a checkpoint, and the class of an upload is what a checkpoint finds likeliest.
+    """
+
+    def __init__(self, picked: Picked, opened: OpenRun) -> None:
+        self.picked, self._opened = picked, opened
+        self._subject: Subject | None = None
 
     def by(self, opened: OpenRun) -> Picked:
-        """Find the same image by another checkpoint of the run, which draws other samples."""
-        return self.picked if opened is self.opened else opened.relabelled(self.picked, self.picked.label)
+        """Find the same image by a newer checkpoint of the run, which draws other samples."""
+        if opened is not self._opened:
+            self.picked, self._opened = opened.relabelled(self.picked, self.picked.label), opened
+        return self.picked
+
+    def subject(self, opened: OpenRun, space: str) -> Subject:
+        """Take its latents, once for a checkpoint and a space."""
+        picked, found = self.by(opened), self._subject
+        if found is None or found.opened is not opened or found.space != space:
+            self._subject = found = Subject(opened, picked, space)
+        return found
 
 
 class Desk:
@@ -37,18 +53,20 @@ class Desk:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
+        self.looks_at: int | str | None = None  # the tab that is open
         self._clear(None)
 
     def _clear(self, run: str | None) -> None:
         self.run = run
         self.space: str | None = None
-        self.ends: list[Kept | None] = [None, None]  # the ends of the path
         self.strip = ""  # the command of the path's strip
+        self.report: tuple[tuple[str, int, int], ...] | None = None  # the files that the report is of which is shown
+        self.has_path = False  # whether the tab of paths is about the run
         self.pairs: list[tuple[str, str]] = []  # attributes that have sliders, as (plus, minus)
         self.thumbs: dict[str, list[int]] = {}  # numbers of the held-out images that a tab offers
         self.grid: Grid | None = None
         self._edited: Kept | None = None  # the image under edit
-        self._subject: Subject | None = None
+        self._ends: list[Kept | None] = [None, None]  # of the path
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Desk:
         return Desk()  # a copy is for a new visitor
@@ -86,9 +104,9 @@ class Desk:
     def picked(self, opened: OpenRun) -> Picked | None:
         """The image under edit."""
         with self._lock:
-            if self._edited is not None and self._edited.opened is not opened and self.has(opened):
-                self._edited = Kept(self._edited.by(opened), opened)
-            return None if self._edited is None else self._edited.picked
+            if self._edited is None:
+                return None
+            return self._edited.by(opened) if self.has(opened) else self._edited.picked
 
     def subject(self, shelf: Shelf) -> Subject:
         """The image under edit, with its latents by the newest checkpoint.
@@ -98,19 +116,42 @@ class Desk:
         """
         with self._lock:
             opened = self.opened(shelf)
-            picked = self.picked(opened)
-            if picked is None:
+            if self._edited is None:
                 raise ValueError("image: expected an image to edit, found none; choose one above")
-            found = self._subject
-            if found is None or found.opened is not opened or found.space != self.space_of(opened):
-                self._subject = found = Subject(opened, picked, self.space_of(opened))
-            return found
+            return self._edited.subject(opened, self.space_of(opened))
 
     def put(self, picked: Picked, opened: OpenRun) -> None:
         """Put another image of the chosen run under edit."""
         with self._lock:
             if self.has(opened):
-                self._edited, self._subject = Kept(picked, opened), None
+                self._edited = Kept(picked, opened)
+
+    def put_end(self, i: int, picked: Picked, opened: OpenRun) -> None:
+        """Make an image of the chosen run the first end of the path, with ``i`` 0, or the last one."""
+        with self._lock:
+            if self.has(opened):
+                self._ends[i] = Kept(picked, opened)
+
+    def put_edited_end(self, i: int) -> None:
+        """Make the image under edit an end of the path.
+
+        Raises:
+            ValueError: there is none.
+        """
+        with self._lock:
+            if self._edited is None:
+                raise ValueError("image: expected an image under Edit, found none")
+            self._ends[i] = self._edited
+
+    def between(self, shelf: Shelf, spherical: bool) -> Between | None:
+        """The path between both ends, with their latents by the newest checkpoint; None where one was not chosen."""
+        with self._lock:
+            opened = self.opened(shelf)
+            first, last = self._ends
+            if first is None or last is None:
+                return None
+            space = self.space_of(opened)
+            return Between.of(first.subject(opened, space), last.subject(opened, space), spherical)
 
 
 def picked_upload(opened: OpenRun, upload: Upload, label: int | None = None) -> Picked:
@@ -120,7 +161,7 @@ def picked_upload(opened: OpenRun, upload: Upload, label: int | None = None) -> 
         UnreadableImageError: it is no image, or too small or too large; the message has its name.
     """
     try:
-        return opened.pick_file(upload.data, File(upload.name), label, MOST_PIXELS)
+        return opened.pick_file(upload.data, File(upload.name), label, MOST_PIXELS, FORMATS)
     except MemoryError:
         raise UnreadableImageError(
             f"{upload.name}: expected an image that fits into memory, found a larger one"

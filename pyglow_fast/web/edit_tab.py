@@ -9,11 +9,11 @@ import gradio as gr
 from pyglow_fast.latents import SPACES
 from pyglow_fast.studio.directions import REST, Add
 from pyglow_fast.studio.edits import Edit, Subject, likelihood_text
-from pyglow_fast.studio.opened import LostImagesError, OpenRun
+from pyglow_fast.studio.opened import AbandonedError, LostImagesError, OpenRun, Progress
 from pyglow_fast.studio.words import HeldOut
 from pyglow_fast.web.desk import NO_CLASS, Desk, picked_number, picked_upload, progress_on
 from pyglow_fast.web.errors import on_page, plain_sentence
-from pyglow_fast.web.events import QUIET, anew, follow
+from pyglow_fast.web.events import QUIET, anew, follow, moves
 from pyglow_fast.web.html import BITS, LIVE_JS, figure, note, row, save_link
 from pyglow_fast.web.shelf import Shelf
 from pyglow_fast.web.uploads import Upload
@@ -98,8 +98,8 @@ class EditTab:
 
     def _wire(self) -> None:
         desk, redraw = self._desk, self.redraw
-        moves = [slider.input for slider in (*self.adds, *self.keeps)]
-        follow([*moves, self.twin.input, redraw.change], on_page()(self.edited), [desk, *self.controls], self.shown)
+        moved = moves([*self.adds, *self.keeps])
+        follow([*moved, self.twin.input, redraw.change], on_page()(self.edited), [desk, *self.controls], self.shown)
         self.back.click(on_page()(self.reset), desk, [*self.adds, *self.keeps, redraw], **QUIET)
         typed = [self.number.input, self.number.submit]
         gr.on(typed, on_page()(self.take_number), [desk, self.number], [self.label, redraw], **QUIET)
@@ -147,16 +147,31 @@ class EditTab:
     ) -> list[Any]:
         """Measure the mean latents and likelihoods of training images, where they are not kept.
 
-        Sliders that are on the page already stay as they are.
+        Sliders that are on the page already stay as they are. Those of another run or space wait for no others.
         """
         opened = desk.opened(self._shelf)
-        as_they_are = [gr.skip() for _ in self.measured[:-2]]
+        space, as_they_are = desk.space_of(opened), [gr.skip() for _ in self.measured[:-2]]
+
+        def while_wanted(words: str) -> Progress:
+            show = progress_on(progress, words)
+
+            def tell(done: int, total: int) -> None:
+                if not desk.has(opened) or desk.space_of(opened) != space:
+                    raise AbandonedError
+                show(done, total)
+
+            return tell
+
         try:
-            directions = opened.directions(desk.space_of(opened), progress_on(progress, "measuring the attributes"))
-            opened.scores(progress_on(progress, "measuring bits/dim of the run's images"))
+            directions = opened.directions(space, while_wanted("measuring the attributes"))
+            opened.scores(while_wanted("measuring bits/dim of the run's images"))
+        except AbandonedError:
+            return self.measure(desk, progress)
         except LostImagesError as error:
             return [*as_they_are, note(f"No attributes: {plain_sentence(str(error))}"), anew()]
-        if desk.opened(self._shelf) is not opened:  # there is a newer checkpoint or another run, which has its own
+        if not desk.has(opened):  # another run was chosen meanwhile, and is measured once its sliders are at rest
+            return [gr.skip() for _ in self.measured]
+        if desk.opened(self._shelf) is not opened:  # there is a newer checkpoint, which has its own
             return self.measure(desk, progress)
         why = note(DIFFERENCES if directions.names else "The images of this run have no classes.")
         if desk.pairs:
@@ -280,7 +295,10 @@ class EditTab:
         if subject.from_file:
             name = subject.picked.image.text.rpartition("/")[2]
             seen = f"{name.rpartition('.')[0] or name}.png"
-            links.append(save_link(subject.made(subject.pixels, Edit()), seen, f"Save {name} as the model sees it"))
+            whole = subject.made(subject.pixels, Edit())
+            # A picture of the webcam or the clipboard is in no other file: under its own name the commands find it.
+            links.append(save_link(whole._replace(taken=frozenset()), seen, f"Save {name} as the model sees it"))
+            commands.append(whole.whole_command(seen))
         if not desk.has(opened):  # another run was chosen meanwhile
             return [gr.skip(), gr.skip()]
         bad = "" if found.finite else "Parts are not finite, shown grey: the edit leads out of the model's range."

@@ -1,6 +1,7 @@
 """Listens to the page without a spinner, and so that the last of many events is the one that counts."""
 
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import gradio as gr
@@ -10,6 +11,14 @@ QUIET: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last
 # computed, only the last is computed.
 DRAG: dict[str, Any] = QUIET | {"queue": False}
 _NUMBERS = itertools.count(1)
+
+
+def moves(sliders: Iterable[gr.Slider]) -> list[Any]:
+    """List the events by which visitors move sliders: ``input`` as they drag or type; ``release`` as they let go.
+
+    A click on a slider's button "Reset" is a ``release`` alone; so is a number beyond the ends that becomes the end.
+    """
+    return [event for slider in sliders for event in (slider.input, slider.release)]
 
 
 def follow(triggers: Any, handler: Any, inputs: Any, outputs: Any) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import math
+import shutil
 from collections.abc import Awaitable, Callable, MutableMapping
-from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
+
+from starlette.requests import ClientDisconnect, cookie_parser
+
+from pyglow_fast.web.brake import Brake
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -21,6 +27,7 @@ API = "/gradio_api"
 OPEN = {"GET": ("/", "/theme.css", f"{API}/theme.css", "/favicon.ico", "/manifest.json")}
 OPEN_FOLDERS = ("/assets/", "/static/")
 LOGIN = {"POST": ("/login", "/login/")}
+UPLOAD = f"{API}/upload"
 HANDLERS = (f"{API}/queue/join", f"{API}/run/predict")  # the addresses of events, in a queue and at once
 CLOSED = {  # addresses that are closed to all who have not logged in
     "GET": (
@@ -29,12 +36,14 @@ CLOSED = {  # addresses that are closed to all who have not logged in
         "/logout",
         *(f"{API}/{name}" for name in ("queue/data", "upload_progress", "login_check")),
     ),
-    "POST": (*HANDLERS, *(f"{API}/{name}" for name in ("upload", "cancel", "reset"))),
+    "POST": (*HANDLERS, UPLOAD, *(f"{API}/{name}" for name in ("cancel", "reset"))),
 }
 HEARTBEAT = f"{API}/heartbeat/"
 FILE = f"{API}/file="
 LARGEST_JSON = 2**20  # bytes of a request that is no upload: settings and names, never pixels
-FILES_AT_ONCE = 16  # uploads are limited to so many times the largest file
+FILES_AT_ONCE = 16  # an upload is limited to so many times the largest file
+FILES_STORED = 64  # and so are all that wait on the disk, or arrive
+BLOCK = 4096  # bytes of the disk that the smallest file takes
 
 POLICY = "; ".join(
     (
@@ -80,6 +89,21 @@ def files_in(value: Any) -> list[Any]:
     return found
 
 
+def stored(folder: Path) -> int:
+    """Count the bytes of the disk that the files in a folder take, at any depth."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += max(BLOCK, path.lstat().st_size)
+        except OSError:  # gone meanwhile
+            continue
+    return total
+
+
+class BadRequest(ValueError):
+    """A request that is refused once it was read."""
+
+
 class Gate:
     """An ASGI application around Gradio's that lets through what the page needs and nothing else.
 
@@ -90,6 +114,7 @@ class Gate:
             had its own name resolved to this machine.
         largest: bytes that one uploaded file may have.
         logged_in: tells from the values of its cookies whether a request comes from someone who logged in.
+        brake: what slows down the guessing of the password; None where there is no login.
     """
 
     def __init__(
@@ -99,14 +124,11 @@ class Gate:
         hosts: frozenset[str] | None,
         largest: int,
         logged_in: Callable[[list[str]], bool],
+        brake: Brake | None = None,
     ) -> None:
-        self.app, self.folder, self.hosts, self.largest, self.logged_in = (
-            app,
-            folder.resolve(),
-            hosts,
-            largest,
-            logged_in,
-        )
+        self.app, self.folder, self.hosts = app, folder.resolve(), hosts
+        self.largest, self.logged_in, self.brake = largest, logged_in, brake
+        self._arriving = 0  # bytes of the uploads that are being received
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -122,18 +144,26 @@ class Gate:
         path = scope["path"]
         query = parse_qsl(scope["query_string"].decode("latin-1"))
         if path == "/" and any(name != "__theme" for name, _ in query):
-            await _answer(303, "", send, location=b"/")  # Gradio's pages of settings and of its API
+            await _answer(303, "", send, (b"location", b"/"))  # Gradio's pages of settings and of its API
             return
         if path == "/manifest.json":  # asked for without cookies, and Gradio's has the title of the page
-            await _answer(200, '{"name": "pyglow-fast"}', send, content_type=b"application/manifest+json")
+            manifest = (b"content-type", b"application/manifest+json")
+            await _answer(200, '{"name": "pyglow-fast"}', send, manifest)
             return
+        send = _with_headers(send, scope.get("scheme") == "https")
         try:
             if path in HANDLERS:
                 receive = await self._checked(receive)
-        except ValueError as error:
+            if path == UPLOAD:
+                await self._upload(int(headers["content-length"]), scope, receive, send)
+            elif path in LOGIN.get(scope["method"], ()) and self.brake is not None:
+                await self._login(self.brake, scope, receive, send)
+            else:
+                await self.app(scope, receive, send)
+        except BadRequest as error:
             await _answer(400, str(error), send)
-            return
-        await self.app(scope, receive, _with_headers(send))
+        except ClientDisconnect:  # who asked has gone: nothing to answer, and no fault for the log
+            pass
 
     def _refused(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str] | None:
         """The status and a sentence if the request is not to be answered."""
@@ -148,10 +178,12 @@ class Gate:
         if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not visit:
             return 403, "Another page may not ask."
         method = "GET" if method == "HEAD" else method
+        if "transfer-encoding" in headers:  # its parts would count, however many, and not the length
+            return 411, "A request in parts is not taken: its length must be stated."
         if method == "POST":
             # The length that a request states is what arrives: the server reads no more than that.
             length = headers.get("content-length", "")
-            largest = self.largest * FILES_AT_ONCE if path == f"{API}/upload" else LARGEST_JSON
+            largest = self.largest * FILES_AT_ONCE if path == UPLOAD else LARGEST_JSON
             if not (length.isascii() and length.isdigit()):
                 return 411, "The length of the request is missing."
             if int(length) > largest:
@@ -169,6 +201,33 @@ class Gate:
             return 403, "Not a file of this page."
         return None
 
+    async def _login(self, brake: Brake, scope: Scope, receive: Receive, send: Send) -> None:
+        address = (scope.get("client") or ("",))[0]
+        wait = math.ceil(brake.take(address))
+        if wait > 0:
+            said = f"There were too many wrong passwords: try again in {wait} s."
+            await _answer(429, said, send, (b"retry-after", str(wait).encode()))
+            return
+
+        async def seen(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] == 200:
+                brake.succeeded(address)
+            await send(message)
+
+        await self.app(scope, receive, seen)
+
+    async def _upload(self, length: int, scope: Scope, receive: Receive, send: Send) -> None:
+        self._arriving += length
+        try:
+            there = await asyncio.to_thread(stored, self.folder)
+            full = there + self._arriving > self.largest * FILES_STORED
+            if full or shutil.disk_usage(self.folder).free < self._arriving:
+                await _answer(507, "There is no room for more files: try again in ten minutes.", send)
+            else:
+                await self.app(scope, receive, send)
+        finally:
+            self._arriving -= length
+
     def _holds(self, path: Any) -> bool:
         """Tells whether a path is a file of the folder, links followed."""
         try:
@@ -180,59 +239,59 @@ class Gate:
 
     async def _checked(self, receive: Receive) -> Receive:
         """Reads the request of a handler and passes it on, unless it names a file or an address elsewhere."""
-        body, more = b"", True
+        body, more = bytearray(), True
         while more:
             message = await receive()
             if message["type"] != "http.request":
-                break
+                raise ClientDisconnect
             body += message.get("body", b"")
             more = message.get("more_body", False)
         try:
             value = json.loads(body)
         except (ValueError, RecursionError):
-            raise ValueError("The request is not JSON.") from None
+            raise BadRequest("The request is not JSON.") from None
         if not all(self._holds(path) for path in files_in(value)):
-            raise ValueError("The request names a file that was not uploaded here.")
+            raise BadRequest("The request names a file that was not uploaded here.")
         first = True
 
         async def again() -> Message:
             nonlocal first
             if first:
                 first = False
-                return {"type": "http.request", "body": body, "more_body": False}
+                return {"type": "http.request", "body": bytes(body), "more_body": False}
             return await receive()
 
         return again
 
 
 def _cookies(header: str) -> list[str]:
-    try:
-        return [morsel.value for name, morsel in SimpleCookie(header).items() if name.startswith("access-token-")]
-    except CookieError:
-        return []
+    """The values of the cookies of a login, among those that other servers of this machine may have set."""
+    return [value for name, value in cookie_parser(header).items() if name.startswith("access-token-")]
 
 
-def _with_headers(send: Send) -> Send:
+def _with_headers(send: Send, encrypted: bool = False) -> Send:
+    """Add HEADERS to an answer; other sites do not send its cookies, and where there is encryption nobody without."""
+
+    def cookie(value: bytes) -> bytes:
+        value = value.replace(b"SameSite=none", b"SameSite=lax")
+        return value if not encrypted or b"; Secure" in value else value + b"; Secure"
+
     async def add(message: Message) -> None:
         if message["type"] == "http.response.start":
             ours = {name for name, _ in HEADERS}
-            kept = [(name, value) for name, value in message.get("headers", []) if name.lower() not in ours]
+            kept = [
+                (name, cookie(value) if name.lower() == b"set-cookie" else value)
+                for name, value in message.get("headers", [])
+                if name.lower() not in ours
+            ]
             message = {**message, "headers": [*kept, *HEADERS]}
         await send(message)
 
     return add
 
 
-async def _answer(
-    status: int,
-    text: str,
-    send: Send,
-    content_type: bytes = b"text/plain; charset=utf-8",
-    location: bytes | None = None,
-) -> None:
+async def _answer(status: int, text: str, send: Send, *more: tuple[bytes, bytes]) -> None:
     send, body = _with_headers(send), text.encode()
-    headers = [(b"content-type", content_type), (b"content-length", str(len(body)).encode())]
-    if location is not None:
-        headers.append((b"location", location))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+    headers = {b"content-type": b"text/plain; charset=utf-8", b"content-length": str(len(body)).encode(), **dict(more)}
+    await send({"type": "http.response.start", "status": status, "headers": list(headers.items())})
     await send({"type": "http.response.body", "body": body})

@@ -155,9 +155,9 @@ def buttons(
 
 
 def save_link(made: Made, name: str, words: str) -> str:
-    """Make a link that saves a file under ``name``."""
-    href = uri(made.data, made.suffix)
-    return f'<a class="pgf-save" download="{html.escape(name)}" href="{href}">{html.escape(words)}</a>'
+    """Make a link that saves a file under ``name``, or the name that its command gives it where that is taken."""
+    href, name = uri(made.data, made.suffix), html.escape(made.file_name(name))
+    return f'<a class="pgf-save" download="{name}" href="{href}">{html.escape(words)}</a>'
 
 
 def note(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Callable
 from pathlib import PurePath
 from typing import Any
 
@@ -21,6 +22,7 @@ from pyglow_fast.web.score_tab import ScoreTab
 from pyglow_fast.web.shelf import Shelf
 
 AT_ONCE = 4  # events that are computed at once
+MOST_WAITING = 1000  # and that wait for it; a hundred visitors have some each
 EVERY = 3.0  # seconds from one look for a newer checkpoint to the next
 
 
@@ -35,21 +37,46 @@ def page(shelf: Shelf) -> gr.Blocks:
                 about = gr.HTML(js_on_load=LIVE_JS, elem_id="about")
         version, newer, clock = gr.State(), gr.State(0), gr.Timer(EVERY)
         with gr.Tabs(elem_id="tabs") as tabs:
-            with gr.Tab("Sample", id="sample"):
+            with gr.Tab("Sample", id="sample") as sample_tab:
                 sample = SampleTab(shelf, desk)
-            with gr.Tab("Edit", id="edit"):
+            with gr.Tab("Edit", id="edit") as edit_tab:
                 edit = EditTab(shelf, desk)
-            with gr.Tab("Interpolate", id="interpolate"):
+            with gr.Tab("Interpolate", id="interpolate") as between_tab:
                 between = BetweenTab(shelf, desk)
-            with gr.Tab("Score", id="score"):
+            with gr.Tab("Score", id="score") as score_tab:
                 score = ScoreTab(shelf, desk)
             with gr.Tab("Run", id="run") as run_tab:
                 looked = RunTab(shelf, desk)
 
+        renewed = [about, version, desk, *between.contents, *score.outputs, *looked.outputs]
+
         @on_page()
-        def opened(found: Desk, name: str) -> tuple[str, str, Desk]:
+        def opened(found: Desk, name: str) -> list[Any]:
+            """Opens a run. Of the last one nothing stays in the tabs that are filled when they are looked at."""
             chosen = found.choose(shelf, name)
-            return _about(chosen), chosen.checkpoint.digest, found
+            return [_about(chosen), chosen.checkpoint.digest, found, *between.EMPTY, *score.EMPTY, *looked.EMPTY]
+
+        def seen(tab: gr.Tab, fill: Callable[..., list[Any]] | None = None) -> Callable[..., list[Any] | None]:
+            """A handler that notes which tab is open, and fills it where it has waited for that."""
+
+            @on_page()
+            def come(found: Desk, *settings: Any) -> list[Any] | None:
+                found.looks_at = tab.id
+                return None if fill is None else fill(found, *settings)
+
+            return come
+
+        @on_page()
+        def again(found: Desk, path: str, steps: float) -> list[Any]:
+            """Fills the tab that is open when a run was opened, where it is one of those that wait."""
+            ways = between.look(found, path, steps) if found.looks_at == between_tab.id else between.as_they_are
+            return [*ways, *(looked.look(found) if found.looks_at == run_tab.id else looked.as_they_are)]
+
+        chosen_path = [desk, between.path, between.steps]
+        for tab in (sample_tab, edit_tab, score_tab):
+            tab.select(seen(tab), desk, None, **QUIET)
+        between_tab.select(seen(between_tab, between.look), chosen_path, between.outputs, **QUIET)
+        run_tab.select(seen(run_tab, looked.look), desk, looked.outputs, **QUIET)
 
         @on_page()
         def ticked(found: Desk, seen: str | None) -> list[Any]:
@@ -76,26 +103,22 @@ def page(shelf: Shelf) -> gr.Blocks:
         edit.measure_after(newer.change(on_page()(sample.renew), settings, sample.drawn, **QUIET))
 
         def fill(event: Any) -> None:
-            """Fills the tabs: what must be measured first, on the side."""
+            """Fills the tabs: what must be measured first, on the side; paths and report where they are looked at."""
             inputs = [desk, sample.temperature, sample.n, sample.seed]
             drawn = event.success(on_page()(sample.show), inputs, sample.outputs, **QUIET)
             edit.measure_after(drawn.success(on_page()(edit.show), desk, edit.outputs, **QUIET))
-            inputs = [desk, between.path, between.steps]
-            rest = drawn.success(on_page()(between.show), inputs, between.outputs, **QUIET)
-            rest = rest.success(on_page()(score.show), desk, score.outputs, **QUIET)
-            rest.success(on_page()(looked.show), desk, looked.outputs, **QUIET)
+            drawn.success(again, chosen_path, [*between.outputs, *looked.outputs], **QUIET)
 
         # Gradio forgets a desk that an event returned, an hour after its visitor left; a desk that none returned it
         # keeps for ever.
-        chosen = run.change(opened, [desk, run], [about, version, desk], **QUIET)
+        chosen = run.change(opened, [desk, run], renewed, **QUIET)
         chosen.failure(kept, desk, about, **QUIET)
         fill(chosen)
-        run_tab.select(on_page()(looked.show), desk, looked.outputs, **QUIET)
         first = blocks.load(listed, None, run, **QUIET)
-        fill(first.success(opened, [desk, run], [about, version, desk], **QUIET))
+        fill(first.success(opened, [desk, run], renewed, **QUIET))
         taken = sample.pictures.click(on_page()(sample.take), desk, [edit.label, edit.redraw], **QUIET)
         taken.success(lambda: gr.Tabs(selected="edit"), None, tabs, **QUIET)
-    blocks.queue(default_concurrency_limit=AT_ONCE)
+    blocks.queue(default_concurrency_limit=AT_ONCE, max_size=MOST_WAITING)
     return blocks
 
 
@@ -103,10 +126,10 @@ def _about(opened: OpenRun) -> str:
     """What is open: its name, what it learned, and for how long."""
     channels, height, width = opened.model.config.image_shape
     n_bins = opened.n_bins
-    kinds = {1: f"{n_bins} grey levels", 3: f"{n_bins} levels of red, green and blue"}
-    kind = kinds.get(channels, f"{channels} channels of {n_bins} levels")
+    depths = {1: f"{n_bins} grey levels", 3: f"{n_bins} levels of red, green and blue"}
+    depth = depths.get(channels, f"{channels} channels of {n_bins} levels")
     source, colon, place = opened.checkpoint.config.data.name.partition(":")
     data = f"{source}{colon}{PurePath(place).name}"  # a visitor need not know the folders of the server
     title = f"{opened.folder.path.resolve().name}: a Glow on {data}"
-    said = f"step {opened.step:,}; images of {width} x {height} pixels, {kind}"
+    said = f"step {opened.step:,}; images of {width} x {height} pixels, {depth}"
     return f"<h1>{html.escape(title)}</h1><p>{html.escape(said)}</p>"

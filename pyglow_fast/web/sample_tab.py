@@ -13,7 +13,7 @@ from pyglow_fast.studio.opened import OpenRun
 from pyglow_fast.studio.samples import TEMPERATURE, Draw
 from pyglow_fast.web.desk import NO_CLASS, Desk, check_number, clicked
 from pyglow_fast.web.errors import on_page
-from pyglow_fast.web.events import QUIET, anew, follow
+from pyglow_fast.web.events import QUIET, anew, follow, moves
 from pyglow_fast.web.html import PICK_JS, buttons, note, save_link
 from pyglow_fast.web.shelf import Shelf
 from pyglow_fast.web.widgets import button, command_box
@@ -49,7 +49,7 @@ class SampleTab:
         self.outputs = [self.label, self.pictures, self.command]
         inputs = [desk, self.temperature, self.label, self.n, self.seed]
         self.drawn = [self.pictures, self.command]
-        events = [self.temperature.input, self.n.input, self.seed.change, self.label.input]
+        events = [*moves([self.temperature, self.n]), self.seed.change, self.label.input]
         follow(events, on_page()(self.draw), inputs, self.drawn)  # one listener: no earlier picture after a later one
         self.again.click(lambda: random.randrange(10**6), None, self.seed, **QUIET)
 

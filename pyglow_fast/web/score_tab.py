@@ -22,22 +22,20 @@ from pyglow_fast.web.widgets import command_box
 class ScoreTab:
     """The widgets and handlers of the tab of scores; to be made inside of gr.Blocks."""
 
+    EMPTY = (None, note(f"Each image is cropped and scaled as in training. {BITS}"), "")
+
     def __init__(self, shelf: Shelf, desk: gr.State) -> None:
         self._shelf = shelf
         self.files = UploadedFiles(
             label="images to score", file_count="multiple", file_types=["image"], height=160, elem_id="score-files"
         )
-        self.results = gr.HTML(js_on_load=LIVE_JS, elem_id="scores")
+        self.results = gr.HTML(self.EMPTY[1], js_on_load=LIVE_JS, elem_id="scores")
         self.command = command_box("score-command")
         self.outputs = [self.files, self.results, self.command]
         scored = self.files.upload(
             on_page()(self.score), [desk, self.files], self.outputs, trigger_mode="once", api_visibility="private"
         )
         scored.failure(lambda: None, None, self.files, **QUIET)
-
-    def show(self, desk: Desk) -> list[Any]:
-        """Fill the tab for a run that was chosen."""
-        return [None, note(f"Each image is cropped and scaled as in training. {BITS}"), ""]
 
     def score(
         self,
@@ -48,7 +46,7 @@ class ScoreTab:
         """Make the table and the histogram of what was dropped."""
         opened = desk.opened(self._shelf)
         if not uploads:
-            return self.show(desk)
+            return list(self.EMPTY)
         files = [picked_upload(opened, upload) for upload in uploads]
         scores = score_files(opened, files, progress_on(progress, "measuring bits/dim of the run's images"))
         rows = []
@@ -84,5 +82,5 @@ class ScoreTab:
         else:
             parts.insert(0, plot(picture.data, "the images on the histogram of held-out ones"))
             links.append(save_link(picture, "scores.png", "Save PNG"))
-            command += " --picture scores.png"
+            command += f" {picture.out_words('scores.png')}"
         return [None, f'<div class="pgf-results">{"".join(parts)}</div><p>{"".join(links)}</p>{note(BITS)}', command]

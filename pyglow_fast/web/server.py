@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ipaddress
 import os
 import shutil
 import signal
 import socket
+import ssl
 import sys
 import tempfile
 import threading
+import time
 import webbrowser
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -22,7 +25,9 @@ import uvicorn
 from gradio.routes import App as GradioApp
 
 from pyglow_fast._errors import expect
+from pyglow_fast.web.brake import EACH, FREE, Brake
 from pyglow_fast.web.gate import Gate
+from pyglow_fast.web.uploads import sweep
 
 VARIABLE = "PYGLOW_SERVE_AUTH"
 SETTINGS = ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED")  # environment variables that Gradio reads again and again
@@ -101,7 +106,10 @@ def credentials(
         return None
     expect(ask is not None, "auth", f"a terminal to ask for the password on, or {VARIABLE}=USER:PASSWORD", "neither")
     assert ask is not None
-    password = ask(f"Password of {flag}: ")
+    try:
+        password = ask(f"Password of {flag}: ")
+    except EOFError:  # Ctrl-D
+        password = ""
     expect(bool(password), "password", "at least one character", "none")
     return flag, password
 
@@ -109,6 +117,30 @@ def credentials(
 def _check_user(argument: str, user: str) -> None:
     expect(bool(user), argument, "the name of a user", "an empty one")
     expect(user == user.strip(), argument, "the name of a user without spaces around it", repr(user))
+
+
+def check_certificate(certificate: str | None, key: str | None) -> None:
+    """Check the files of an encrypted connection, which are in PEM format.
+
+    Args:
+        certificate: the certificate, with those that vouch for it after it; None for a connection without encryption.
+        key: its private key; None if the first file has it too.
+
+    Raises:
+        ValueError: a file is missing or no such file, the key has a password or is that of another certificate.
+    """
+    expect(certificate is not None or key is None, "certificate", "the certificate of the key", "none")
+    if certificate is None:
+        return
+    for argument, name in (("certificate", certificate), ("key", key)):
+        expect(name is None or Path(name).is_file(), argument, "a file in PEM format", f"{name!r}, which is none")
+    try:
+        # Without a function that gives the password OpenSSL would ask for it on the terminal.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=lambda: "")
+    except (OSError, ValueError) as error:  # an SSLError is an OSError
+        why = str(getattr(error, "reason", None) or error).replace("_", " ").lower()
+        wanted = "the file of a certificate and that of its key, in PEM format and without a password"
+        raise ValueError(f"certificate: expected {wanted}, found {why}") from None
 
 
 def can_open_browser(environment: Mapping[str, str], platform: str = sys.platform) -> bool:
@@ -137,7 +169,7 @@ def bind(host: str, port: int | None) -> socket.socket:
         try:
             return socket.create_server((address, number), family=family)
         except OSError as error:
-            refused = error.strerror
+            refused = os.strerror(error.errno or 0)  # Python's own text has the address once more
     found = f"{port} ({refused})" if port is not None else f"none from {ports[0]} to {ports[-1]}"
     raise ValueError(f"port: expected a free port, found {found}")
 
@@ -148,12 +180,38 @@ class _Stop(BaseException):
 
 def _stop(signum: int, frame: FrameType | None) -> None:
     for each in _signals():
-        signal.signal(each, signal.SIG_IGN)  # what follows takes a second at most and must not be cut short
+        signal.signal(each, _stopping)
     raise _Stop
+
+
+def _stopping(signum: int, frame: FrameType | None) -> None:
+    """What follows a signal takes a second at most and must not be cut short by another.
+
+    To ignore them (SIG_IGN) would put a traceback into the log where two come at once.
+    """
 
 
 def _signals() -> list[signal.Signals]:
     return [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def _sweeping(folder: Path) -> Callable[[fastapi.FastAPI], contextlib.AbstractAsyncContextManager[None]]:
+    """What removes the uploads that were broken off, for as long as an application lives."""
+
+    async def sweeping() -> None:
+        while True:
+            await asyncio.sleep(UPLOADS_LAST / 10)
+            await asyncio.to_thread(sweep, folder, time.time() - UPLOADS_LAST)
+
+    @contextlib.asynccontextmanager
+    async def living(_: fastapi.FastAPI) -> AsyncIterator[None]:
+        task = asyncio.create_task(sweeping())
+        try:
+            yield
+        finally:
+            task.cancel()
+
+    return living
 
 
 def application(
@@ -169,14 +227,16 @@ def application(
     """Make the page an ASGI application behind its gate; the arguments are those of :func:`serve`, and its folder."""
     for handler in blocks.fns.values():
         handler.api_visibility = "private"  # else the login page holds the names of all handlers and their inputs
+    blocks.api_open = False  # what belongs into the queue is not computed outside of it
     blocks.state_session_capacity = SESSIONS  # beyond it the one that was silent for longest is forgotten
     blocks.delete_cache = (UPLOADS_LAST, UPLOADS_LAST)
-    outer = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    outer = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=_sweeping(folder))
     gr.mount_gradio_app(
         outer,
         blocks,
         path="/",
         auth=auth,
+        auth_message=f"After {FREE} wrong passwords another try is taken every {EACH:g} seconds.",
         footer_links=[],
         run_history=False,
         show_error=False,  # what is no gr.Error may name files
@@ -197,7 +257,7 @@ def application(
         return auth is None or any(cookie in mounted.tokens for cookie in cookies)
 
     names = LOOPBACK | {host.lower()} if is_loopback(host) else None
-    return Gate(outer, folder, names, max_file_size, logged_in)
+    return Gate(outer, folder, names, max_file_size, logged_in, None if auth is None else Brake())
 
 
 def serve(
@@ -211,6 +271,9 @@ def serve(
     css: str | None = None,
     js: str | None = None,
     head: str | None = None,
+    certificate: str | None = None,
+    key: str | None = None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> None:
     """Serves a page until Ctrl-C, SIGTERM or SIGHUP, from the main thread; prints its address once it answers.
 
@@ -226,12 +289,15 @@ def serve(
         open_browser: whether to open the user's browser, where there is a desktop to see it on.
         max_file_size: bytes that an uploaded file may have.
         css, js, head: handed to Gradio.
+        certificate, key: files for an encrypted connection, see :func:`check_certificate`.
+        meanwhile: is called in a thread of its own once the page answers; the end of serving does not wait for it.
 
     Raises:
-        ValueError: the address or the port cannot be had, or the address needs a login.
+        ValueError: the address or the port cannot be had, the address needs a login, or the certificate is none.
         RuntimeError: the server ended without having been told to.
     """
     host = check_host(host, auth)
+    check_certificate(certificate, key)
     listener = bind(host, port)
     former = {each: signal.signal(each, _stop) for each in _signals()}
     folder, stopped = None, False
@@ -243,7 +309,14 @@ def serve(
         tempfile.tempdir = str(folder)  # uploads that were broken off stay in it
         gate = application(page(), folder, host, auth, max_file_size, css, js, head)
         config = uvicorn.Config(
-            gate, log_config=None, access_log=False, proxy_headers=False, server_header=False, ws="none"
+            gate,
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            ws="none",
+            ssl_certfile=certificate,
+            ssl_keyfile=key,
         )
         server = uvicorn.Server(config)
         threading.Thread(target=_run, args=(server, listener, ended), daemon=True).start()
@@ -251,8 +324,10 @@ def serve(
             pass
         if not server.started:
             raise RuntimeError("the server did not start; the log has the reason")
-        address = _address(host, listener.getsockname()[1])
+        address = _address(host, listener.getsockname()[1], certificate is not None)
         print(f"Serving on {address} (Ctrl-C ends it)", flush=True)
+        if meanwhile is not None:
+            threading.Thread(target=meanwhile, daemon=True).start()
         if open_browser and can_open_browser(os.environ):
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         while not ended.wait(0.5):  # at intervals, since on Windows no signal interrupts a wait
@@ -288,7 +363,7 @@ def _run(server: uvicorn.Server, listener: socket.socket, ended: threading.Event
         ended.set()
 
 
-def _address(host: str, port: int) -> str:
+def _address(host: str, port: int, encrypted: bool) -> str:
     every = host in ("0.0.0.0", "::")
     name = socket.gethostname() if every else f"[{host}]" if ":" in host else host
-    return f"http://{name}:{port}/"
+    return f"http{'s' if encrypted else ''}://{name}:{port}/"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from abc import ABCMeta
@@ -15,8 +16,9 @@ from gradio.data_classes import FileData, ImageData, ListFiles
 
 from pyglow_fast.web.errors import refusal
 
-LONGEST_NAME = 100  # characters
+LONGEST_NAME = 255  # characters: file systems have none longer
 MOST_FILES = 64  # files that one handler gets; all of them are in memory at once
+MOST_BYTES = 320 * 2**20  # and the bytes of all
 LINGER = 3.0  # seconds that a file stays after it was read: the browser may still be fetching it to show it
 
 
@@ -32,19 +34,19 @@ class Upload:
 
 
 def clean_name(name: str | None, otherwise: str = "upload") -> str:
-    """Take the last part of a path, without characters that do not print, of at most 100 characters.
+    """Take the last part of a path, without characters that do not print, of at most LONGEST_NAME characters.
 
     Args:
         name: the name as the browser gave it, which may be a path of any system.
         otherwise: the name where nothing is left of it.
     """
     last = (name or "").replace("\\", "/").rstrip("/").rpartition("/")[2]
-    last = "".join(character for character in last if character.isprintable()).strip()
+    last = "".join(character for character in last if character.isprintable())
     if len(last) > LONGEST_NAME:
         stem, ending = os.path.splitext(last)
         ending = ending[:10]
         last = stem[: LONGEST_NAME - len(ending)] + ending
-    return otherwise if last in ("", ".", "..") else last
+    return otherwise if last.strip() in ("", ".", "..") else last
 
 
 def _forget(path: Path, inode: int) -> None:
@@ -55,6 +57,19 @@ def _forget(path: Path, inode: int) -> None:
             path.parent.rmdir()  # named by the file's hash, it holds nothing else
     except OSError:
         pass  # gone already, or the folder is in use again
+
+
+def sweep(folder: Path, before: float) -> None:
+    """Remove the files in a folder, not below it, that were last written before a moment: uploads that were broken off.
+
+    Args:
+        folder: where Gradio writes what arrives; what arrived as a whole it moves to a folder below.
+        before: seconds as ``time.time`` has them.
+    """
+    for path in folder.iterdir():
+        with contextlib.suppress(OSError):  # gone meanwhile
+            if path.is_file() and path.lstat().st_mtime < before:
+                path.unlink()
 
 
 def take(payload: FileData | ImageData, cache: str, linger: float = LINGER) -> Upload:
@@ -108,7 +123,8 @@ class UploadedImage(gr.Image, metaclass=_WithoutStub):
 class UploadedFiles(gr.File, metaclass=_WithoutStub):
     """A ``gr.File`` for input, also with ``file_count="multiple"``, whose handler gets a list of :class:`Upload`.
 
-    As with :class:`UploadedImage` the files can be read once. More than MOST_FILES are refused unread.
+    As with :class:`UploadedImage` the files can be read once. More than MOST_FILES are refused unread, and those that
+    have more than MOST_BYTES together.
     """
 
     is_template = True
@@ -119,4 +135,9 @@ class UploadedFiles(gr.File, metaclass=_WithoutStub):
         files = [payload] if isinstance(payload, FileData) else list(payload)
         if len(files) > MOST_FILES:  # a request may name one file thousands of times
             raise refusal(f"files: expected at most {MOST_FILES} at once, found {len(files)}")
-        return [take(file, self.GRADIO_CACHE) for file in files]
+        taken: list[Upload] = []
+        for file in files:
+            taken.append(take(file, self.GRADIO_CACHE))
+            if sum(len(upload.data) for upload in taken) > MOST_BYTES:
+                raise refusal(f"files: expected at most {MOST_BYTES // 2**20} MB at once, found more")
+        return taken

@@ -13,7 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from bench import memory, memory_case, memory_gradients, memory_models, memory_plots, memory_rows, memory_runner
+from bench import (
+    harness,
+    memory,
+    memory_case,
+    memory_gradients,
+    memory_models,
+    memory_plots,
+    memory_rows,
+    memory_runner,
+)
 from bench.memory_meter import AllocatorTrace, MemoryMeter, MemoryTrace
 from pyglow_fast import Glow
 
@@ -242,6 +251,13 @@ class TestTable:
         assert len(list(runner.rows("resolution", implementation, [shape], probe=False))) == 1
         assert asked == [passes]
 
+    @pytest.mark.parametrize(("only", "expected"), [("depth", False), ("depth,gradients", True)])
+    def test_errors_are_of_the_part_gradients(self, monkeypatch: pytest.MonkeyPatch, only: str, expected: bool) -> None:
+        runner, asked = memory_runner.Runner(memory._options(["--only", only])), []
+        monkeypatch.setattr(runner, "case", lambda name, shape, passes, errors: asked.append(errors))
+        list(runner.rows("depth", "plain", [memory_rows.DEPTH], probe=False))
+        assert asked == [expected]
+
     def test_small_nets_are_reversible_ones(self, monkeypatch: pytest.MonkeyPatch) -> None:
         runner = memory_runner.Runner(memory._options(["--small-nets", "12345"]))
         asked = []
@@ -294,15 +310,27 @@ class TestTable:
 
     def test_rows_of_an_earlier_run(self) -> None:
         machine = {"device": "another", "threads": "2", "torch": "2.0", "commit": "abc"}
-        old = [row("plain", 8, 1e6), row("plain", 32, 1e6), row("store", 32, 1e6)]
+        old = [row("FrEIA", 8, 1e6), row("FrEIA", 32, 1e6), row("store", 32, 1e6), row("plain", 32, 1e6)]
         content = json.loads(json.dumps({"machine": machine, "rows": [dataclasses.asdict(found) for found in old]}))
-        (taken,) = memory_rows.earlier(content, [row("plain", 8, 2e6), row("plain", 32, 2e6, counted=True)])
-        assert (taken.implementation, taken.shape, taken.tensor_bytes) == ("plain", old[1].shape, 1e6)
+        here = [row("FrEIA", 8, 2e6), row("FrEIA", 32, 2e6, counted=True)]
+        (taken,) = memory_rows.earlier(content, here, "abd")
+        assert (taken.implementation, taken.shape, taken.tensor_bytes) == ("FrEIA", old[1].shape, 1e6)
         assert memory_rows.text(taken).endswith("  of another, 2 threads, torch 2.0, abc")
         again = json.loads(
             json.dumps({"machine": machine | {"device": "a third"}, "rows": [dataclasses.asdict(taken)]})
         )
-        assert memory_rows.earlier(again, [])[0].origin == taken.origin  # the first one's
+        assert memory_rows.earlier(again, [], "abd")[0].origin == taken.origin  # the first one's
+
+    @pytest.mark.parametrize(
+        ("then", "now", "taken"),
+        [("abc", "abc", True), ("abc", "abd", False), ("abc-dirty", "abc-dirty", False), ("unknown", "unknown", False)],
+    )
+    def test_ours_of_the_same_build(self, then: str, now: str, taken: bool) -> None:
+        machine = {"device": "this", "threads": "2", "torch": "2.0", "commit": then}
+        old = [row(name, 8, 1e6) for name in ("store", memory_rows.SMALL_NETS, "plain", "memcnn")]
+        content = {"machine": machine, "rows": [dataclasses.asdict(found) for found in old]}
+        assert len(memory_rows.earlier(content, [], now)) == len(old) * taken
+        assert not memory_rows.earlier(content, old, now)
 
     def test_counted_is_said(self) -> None:
         assert memory_rows.text(row("plain", 8, 1e6, counted=True)).endswith("  counted")
@@ -323,6 +351,8 @@ def test_in_processes_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(memory, "DEPTH", TINY)
+    for module in (memory, harness):
+        monkeypatch.setattr(module, "commit", lambda: "abc")
     options = ["--only", "depth", "--depths", "1,3", "--implementations", "plain,reversible", "--passes", "1"]
     assert memory.main([*options, "--threads", "1", "--out", str(tmp_path)]) == 0
     content = json.loads((tmp_path / "memory-cpu.json").read_text())
@@ -337,7 +367,8 @@ def test_in_processes_of_their_own(
     found = json.loads((tmp_path / "again" / "memory-cpu.json").read_text())
     assert found["machine"]["threads"] == "2"  # of the cases, not of this process
     origins = {(entry["implementation"], entry["shape"]["n_steps"]): bool(entry["origin"]) for entry in found["rows"]}
-    assert origins == {("reversible", 1): False, ("plain", 1): True, ("plain", 3): True}
+    taken = {("reversible", 3): True, ("plain", 1): True, ("plain", 3): True}
+    assert origins == {("reversible", 1): False} | taken
     drawn = memory_plots.draw(content["rows"], tmp_path, "cpu")
     assert drawn or (tmp_path / "memory-depth-cpu.png").stat().st_size > 0
 

@@ -455,6 +455,6 @@ def test_a_bad_choice_of_kernels_in_the_environment(tmp_path: Path) -> None:
 
 def test_a_missing_library(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # None makes the import fail
-    message = 'matplotlib is needed for training and cannot be imported (.*): pip install "pyglow-fast[demo]"'
+    message = 'matplotlib is needed for training and cannot be imported (.*): pip install "pyglow-fast[train]"'
     refused(["train", "digits", "--out", "out"], message, capsys)
     assert not Path("out").exists()

@@ -124,6 +124,7 @@ WRONG = [
     ("digits", [*BOTH, "--at", "1.1"], "at: expected a number in 0..1, found 1.1"),
     ("digits", [*BOTH, "--at", "-0.1"], "at: expected a number in 0..1, found -0.1"),
     ("digits", [*BOTH, "--at", "nan"], "at: expected a number in 0..1, found nan"),
+    ("digits", [*BOTH, "--at", "0.5", "--frames", "3"], "frames: expected no such option beside --at, found 3"),
     ("digits", ["digits", "--at", "0.5"], "at: expected --from and --to beside it, found 0.5"),
     ("digits", ["digits", "--labels", "1", "2"], "labels: expected --from and --to beside it, found .*"),
     ("digits", [*BOTH, "--labels", "1", "x"], "label: expected one of 0, .*, found 'x'"),

@@ -253,7 +253,7 @@ def test_a_missing_library(
 ) -> None:
     """Said before the run is opened."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # None makes the import fail
-    message = 'matplotlib is needed for labelled pictures and cannot be imported (.*): pip install "pyglow-fast[demo]"'
+    message = 'matplotlib is needed for labelled pictures and cannot be imported (.*): pip install "pyglow-fast[train]"'
     refused([*command, "--out", "old.png"], message, capsys)
 
 

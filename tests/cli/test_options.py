@@ -71,7 +71,7 @@ COMPUTED: dict[str, str] = {
     "--labels": "their own",
     "--pairs": str(PAIRS),
     "interpolate --space": f"{DEFAULT_SPACE}, with --from that of the command edit",
-    "edit --space": "noise; for a model with classes latent, since noise holds little of it",
+    "edit --space": "noise; for a model with classes latent, since noise holds little of the class",
     "edit --keep": "all",
     "levels --keep": "the deepest, the deepest two, ...",
     "--strengths": f"{value_text(STRENGTHS)}; with --tone: {value_text(TONE_STRENGTHS)}",

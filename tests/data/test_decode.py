@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image, features
 
 from pyglow_fast.data import UnreadableImageError
 from pyglow_fast.data.decode import decode
@@ -73,6 +73,47 @@ def test_what_pillow_takes_for_a_bomb_is_told_in_the_same_way(strict: bool) -> N
         assert refusal(large, most_pixels=50) == f"expected an image of at most 50 pixels, found {found}"
         if strict:
             assert refusal(large) == f"expected an image of at most {limit} pixels, found 100000000 of them"
+
+
+@pytest.mark.parametrize("file_format", ["ICO", "ICNS", "AVIF"])
+def test_a_file_within_a_file_is_not_decoded_to_learn_its_size(file_format: str) -> None:
+    """Its head may say another; without a limit of the caller's it is an image like others."""
+    if file_format == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    stream = io.BytesIO()
+    Image.fromarray(NOISE).resize((32, 32)).save(stream, file_format)
+    data = stream.getvalue()
+    assert min(decode(data, "x", False).size) >= 16
+    assert "cannot identify image file" in refusal(data, most_pixels=10**9)
+
+
+def tiled(tile: int) -> bytes:
+    """A TIFF of 16 x 16 pixels that says it is stored in tiles of ``tile`` x ``tile``; it has 16 x 16 grey ones."""
+    data = zlib.compress(bytes(16 * 16))
+    tags = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: tile, 323: tile, 324: 8, 325: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def test_the_tiles_of_a_tiff_are_measured_too() -> None:
+    """One that is larger than the image is decoded as a whole: 1.5 MB would take 1.6 GB."""
+    assert decode(tiled(16), "x", True, 256).size == (16, 16)
+    assert refusal(tiled(32), most_pixels=1023) == "expected an image of at most 1023 pixels, found 32x32"
+    assert "of at most 40000000 pixels, found 40000x40000" in refusal(tiled(40000), most_pixels=40_000_000)
+
+
+def test_no_program_is_started_for_a_file_within_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow opens what an IPTC record holds as any format, EPS too, for which it starts Ghostscript."""
+    started: list[Any] = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *arguments, **options: started.append(arguments))
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n%%EOF\n"
+    side = struct.pack(">H", 16)
+    fields = {(3, 20): side, (3, 30): side, (3, 60): b"\1\0", (3, 120): b"\5", (8, 10): eps}
+    record = b"".join(bytes((28, *tag)) + struct.pack(">H", len(value)) + value for tag, value in fields.items())
+    assert Image.open(io.BytesIO(record)).format == "IPTC"
+    for data in (record, eps):
+        assert "cannot identify image file" in refusal(data)
+    assert started == []
 
 
 def test_formats_limit_what_is_tried(tmp_path: Path) -> None:
@@ -178,7 +219,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
     assert refusal(tmp_path / "pipe.png") == "expected an image file, found a pipe"
     assert refusal(tmp_path) == "expected an image file, found a folder"
     assert refusal(Path(os.devnull)) == "expected an image file, found a device"
-    assert "found [Errno 2] No such file" in refusal(tmp_path / "none.png")
+    assert refusal(tmp_path / "none.png").endswith("found No such file or directory")
     assert "null" in refusal(Path("a\0b"))
     (tmp_path / "link.png").symlink_to(tmp_path / "x.png")
     (tmp_path / "x.png").write_bytes(encoded("PNG"))

@@ -264,7 +264,7 @@ def test_celeba_by_torchvision(settings: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_without_torchvision(settings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
     with pytest.raises(
-        UnavailableError, match=r"torchvision is needed for fetching .*pip install \"pyglow-fast\[demo\]"
+        UnavailableError, match=r"torchvision is needed for fetching .*pip install \"pyglow-fast\[train\]"
     ):
         collected(TorchvisionFiles("MNIST"), settings)
 

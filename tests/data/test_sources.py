@@ -97,7 +97,7 @@ def test_digits_are_padded_and_mirrored() -> None:
 def test_a_missing_library_is_named_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)  # None makes the import fail
     with pytest.raises(
-        MissingExtraError, match=r'scikit-learn is needed for the digits.*pip install "pyglow-fast\[demo\]"'
+        MissingExtraError, match=r'scikit-learn is needed for the digits.*pip install "pyglow-fast\[train\]"'
     ):
         load_digits()
 

@@ -11,9 +11,21 @@ import torch
 from support.captures import capture_guard, like_a_gpu
 from torch import Tensor, nn
 
+from pyglow_fast._backend import extension
+from pyglow_fast.layers import kept_values
 from pyglow_fast.layers.kept_values import KeptTensors
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
+
+
+@pytest.fixture(autouse=True, params=["the extension", "torch"])
+def compared_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    by: str = request.param
+    if by == "torch":
+        monkeypatch.setattr(kept_values, "extension", lambda: None)
+    elif extension() is None:
+        pytest.skip("no extension")
+    return by
 
 
 def made(dtype: torch.dtype, size: int = 8) -> Tensor:
@@ -68,6 +80,25 @@ def test_every_bit_of_what_does_not_lie_in_one_piece(size: int) -> None:
     assert kept.same([part])
     whole.data[2, 2] += 1e-5
     assert not kept.same([part])
+
+
+def test_a_storage_that_was_cut_off() -> None:
+    """Nothing is read behind its end, whatever its place."""
+    tensor = made(torch.float32, 80)
+    kept = KeptTensors([tensor])
+    tensor.untyped_storage().resize_(16)
+    assert not kept.same([tensor])
+
+
+def test_a_class_of_its_own() -> None:
+    """What it holds is for it to say."""
+
+    class Own(Tensor):
+        pass
+
+    tensor = made(torch.float32)
+    kept = KeptTensors([tensor])
+    assert not kept.same([tensor.as_subclass(Own)])
 
 
 def test_not_a_number_is_itself_and_zeros_have_signs() -> None:

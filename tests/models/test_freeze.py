@@ -107,6 +107,62 @@ def test_leaves_the_model_alone_and_follows_it_not() -> None:
     assert glow.memory == "reversible"
 
 
+@torch.no_grad()
+def test_hooks_on_frozen_nets_are_called() -> None:
+    frozen, x, calls = model().freeze(), torch.rand(3, 1, 8, 8) - 0.5, []
+    before = frozen.log_prob(x)
+    net = frozen.levels[0].steps.couplings[1].net
+    handle = net.register_forward_hook(lambda module, inputs, out: calls.append(len(inputs)) or 0.5 * out)
+    assert not torch.equal(frozen.log_prob(x), before)
+    frozen.sample(2)
+    assert calls == [1, 1]
+    handle.remove()
+    assert torch.equal(frozen.log_prob(x), before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("permutation", ["invconv", "shuffle"])
+@pytest.mark.parametrize("replace", [False, True])
+def test_follows_its_buffers(permutation: str, replace: bool) -> None:
+    """Written to, or others in their place, as by loading: the next call is by what they hold then."""
+    frozen, x = model(permutation=permutation).freeze(), torch.rand(3, 1, 8, 8) - 0.5
+    latents = frozen.encode(x)
+    for name in ("offsets", "matrices", "inverses", "couplings.0.net.w3"):
+        steps = copy.deepcopy(frozen).levels[0].steps
+        z = steps.inverse(latents[0].repeat(1, 2, 1, 1))[0]
+        before = (*steps(z), *steps.inverse(z))
+        owner, _, last = name.rpartition(".")
+        module = steps.get_submodule(owner)
+        if replace:
+            setattr(module, last, 1.5 * getattr(module, last) + 0.1)
+        else:
+            getattr(module, last).data.mul_(1.5).add_(0.1)
+        found = (*steps(z), *steps.inverse(z))
+        assert not all(map(torch.equal, found, before))
+        assert all(map(torch.equal, copy.deepcopy(steps)(z), found))
+
+
+@torch.no_grad()
+def test_calls_that_follow_give_the_same_bits() -> None:
+    """In a new copy nothing is there yet that a call could have left."""
+    frozen, x = model().freeze(), torch.rand(3, 1, 8, 8) - 0.5
+    for _ in range(3):
+        assert torch.equal(frozen.log_prob(x), copy.deepcopy(frozen).log_prob(x))
+    with torch.inference_mode():
+        assert torch.equal(frozen.log_prob(x), copy.deepcopy(frozen).log_prob(x))
+
+
+def test_gradients_after_calls_without_any() -> None:
+    frozen, x = model().freeze(), torch.rand(3, 1, 8, 8) - 0.5
+    steps = frozen.levels[0].steps
+    steps.matrices.requires_grad_()
+    with torch.no_grad():
+        steps(torch.randn(3, 4, 4, 4))
+    for _ in range(2):
+        grad = torch.autograd.grad(frozen.log_prob(x).sum(), steps.matrices)[0]
+        assert grad.abs().sum() > 0
+
+
 def test_state_dict() -> None:
     frozen, other = model().freeze(), model()
     with torch.no_grad():

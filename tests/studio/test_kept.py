@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pyglow_fast.studio import kept as module
 from pyglow_fast.studio.kept import MOST, kept
 
 KEY = {"digest": "d" * 64, "most": 5}
@@ -141,3 +142,57 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no images"):
         kept(tmp_path / "cache", "means", KEY, fail)
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_two_processes_write_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, both: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Who comes late, and finds its temporary file gone, says nothing if the other's is there and whole."""
+    folder, compute = tmp_path / "cache", Counted()
+
+    def write_late(path: Path, data: bytes) -> None:
+        if both:
+            path.write_bytes(data)
+        raise FileNotFoundError(2, "No such file", str(path) + ".partial")
+
+    monkeypatch.setattr(module, "write_bytes", write_late)
+    assert same(kept(folder, "means", KEY, compute), Counted()())
+    assert len(recwarn) == (0 if both else 1)
+    monkeypatch.undo()
+    assert same(kept(folder, "means", KEY, compute), Counted()())
+    assert compute.times == (1 if both else 2)
+
+
+def test_a_file_that_another_process_removes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Between the list of files and the look at one of them."""
+    for i in range(MOST + 1):
+        (tmp_path / f"means-{i:016}.safetensors").touch()
+    stat = Path.stat
+
+    def gone(path: Path, **options: bool) -> os.stat_result:
+        if path.name == f"means-{0:016}.safetensors":
+            path.unlink(missing_ok=True)
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", gone)
+    kept(tmp_path, "means", KEY, Counted())
+    monkeypatch.undo()
+    assert len(recwarn) == 0
+    assert len(list(tmp_path.iterdir())) == MOST
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A warning; the values are those that were computed, and no part of a file stays."""
+    write = Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        return write(Path("/dev/full") if path.name.endswith(".partial") else path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.warns(UserWarning, match="not kept, and computed anew the next time .*No space left"):
+        assert same(kept(tmp_path / "cache", "means", KEY, Counted()), Counted()())
+    assert list((tmp_path / "cache").iterdir()) == []

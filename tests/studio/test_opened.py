@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ from support.latent_runs import train
 from pyglow_fast.data import ImageSet, UnreadableImageError
 from pyglow_fast.latents import from_space, likeliest_class, to_space
 from pyglow_fast.studio import opened as module
-from pyglow_fast.studio.directions import Add
+from pyglow_fast.studio.directions import Add, measure
 from pyglow_fast.studio.edits import Edit, Subject, likelihood_text
 from pyglow_fast.studio.grids import Grid
-from pyglow_fast.studio.opened import OpenRun, Scores
+from pyglow_fast.studio.opened import AbandonedError, OpenRun, Scores
 from pyglow_fast.studio.samples import Draw
 from pyglow_fast.studio.words import File, HeldOut, parse_image
 from pyglow_fast.train import RunFolder, load_model, score_images
@@ -131,19 +132,26 @@ def test_images_are_shared_by_the_checkpoints_of_a_run_alone(emoji_run: Path, di
 
 
 def test_what_was_measured_waits_for_no_measurement(emoji_run: Path) -> None:
-    """Directions are there for a drag while another thread scores images."""
+    """Directions are there for a drag while another thread scores images, and scores while one measures directions."""
     opened = OpenRun.open(str(emoji_run))
-    first = opened.directions("noise")
     found: list[object] = []
 
-    def told(done: int, total: int) -> None:
-        dragging = threading.Thread(target=lambda: found.append(opened.directions("noise")), daemon=True)
-        dragging.start()
-        dragging.join(30)
-        assert found[-1:] == [first]
+    def dragged(look: Callable[[], object]) -> Callable[[int, int], None]:
+        first = look()
 
-    opened.scores(told)
-    assert found
+        def told(done: int, total: int) -> None:
+            dragging = threading.Thread(target=lambda: found.append(look()), daemon=True)
+            dragging.start()
+            dragging.join(30)
+            assert found[-1:] == [first]
+
+        return told
+
+    opened.scores(dragged(lambda: opened.directions("noise")))
+    before = len(found)
+    assert before
+    opened.directions("latent", dragged(lambda: likelihood_text(opened, 2.5, wait=False)))
+    assert len(found) > before
 
 
 def test_the_device_that_was_asked_for_is_in_the_command(emoji_run: Path) -> None:
@@ -257,3 +265,125 @@ def test_images_go_on_to_the_next_checkpoint_of_the_same_run_alone(
     train("digits", tmp_path / "run", "--n-levels", "2", "--class-conditional", "--seed", "1")
     again = OpenRun.open(str(tmp_path / "run"), images=other.images)
     assert not torch.equal(again.images.find()[2], other.images.find()[2])
+
+
+def test_a_measurement_is_abandoned_where_nobody_waits(emoji_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for another thread's is told how far it is, and gets its result; then it is not abandoned."""
+    opened = OpenRun.open(str(emoji_run))
+    passes: list[str] = []
+
+    def counting(model: Any, data: Any, groups: Any, space: str, *rest: Any) -> dict[str, torch.Tensor]:
+        passes.append(space)
+        return measure(model, data, groups, space, *rest)
+
+    monkeypatch.setattr(module, "measure", counting)
+
+    def leave(done: int, total: int) -> None:
+        raise AbandonedError
+
+    with pytest.raises(AbandonedError):
+        opened.directions("noise", leave)
+    assert not opened.folder.cache.exists()
+    other, told, found = threading.Event(), list[tuple[int, int]](), list[object]()
+
+    def wait(done: int, total: int) -> None:
+        told.append((done, total))
+        other.set()
+
+    waiting = threading.Thread(target=lambda: found.append(opened.directions("noise", wait)), daemon=True)
+
+    def leave_to_the_other(done: int, total: int) -> None:
+        if not waiting.is_alive():
+            waiting.start()
+        assert other.wait(30)
+        raise AbandonedError
+
+    first = opened.directions("noise", leave_to_the_other)
+    waiting.join(30)
+    assert found == [first]
+    assert passes == ["noise", "noise"]
+    assert 0 < told[0][0] <= told[0][1]
+    with pytest.raises(AbandonedError):
+        opened.scores(leave)
+    assert not opened.has_scores
+
+
+def test_a_likelihood_without_a_wait(emoji_run: Path) -> None:
+    """As a drag needs it: what was not measured yet is not, but left out."""
+    opened = OpenRun.open(str(emoji_run))
+    assert likelihood_text(opened, 2.5, wait=False) == "2.500 bits/dim"
+    assert not opened.has_scores
+    assert "training images" in likelihood_text(opened, 2.5)
+    assert "training images" in likelihood_text(opened, 2.5, wait=False)
+
+
+def test_images_that_are_back(emoji_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Are found once they are looked for again, and those that were found are not loaded a second time."""
+    whole, tries = module.own_images, list[str]()
+
+    def gone(checkpoint: Any) -> Any:
+        tries.append("gone")
+        raise OSError("gone")
+
+    monkeypatch.setattr(module, "own_images", gone)
+    images = OpenRun.open(str(emoji_run)).images
+    assert images.missing == "gone"
+    for _ in range(2):
+        with pytest.raises(module.LostImagesError, match=r"^gone$"):
+            images.find()
+    assert tries == ["gone"]
+    monkeypatch.setattr(module, "own_images", whole)
+    assert images.missing == "gone"
+    images.look_again()
+    assert images.missing == ""
+    data = images.find()[0]
+    monkeypatch.setattr(module, "own_images", gone)
+    images.look_again()
+    assert images.find()[0] is data
+
+
+def test_scores_of_images_that_cannot_be_read(emoji_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Are none to compare with, rather than the end of what was asked."""
+    opened = OpenRun.open(str(emoji_run))
+
+    def unreadable(*args: Any, **options: Any) -> None:
+        raise UnreadableImageError("image 3")
+
+    monkeypatch.setattr(module, "score_images", unreadable)
+    assert opened.scores_at_hand() is None
+    assert likelihood_text(opened, 2.5) == "2.500 bits/dim"
+
+
+def test_two_who_ask_at_once_measure_once(emoji_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Directions, and scores: the second waits for the first."""
+    opened, begun = OpenRun.open(str(emoji_run)), threading.Event()
+    computed: list[str] = []
+    kept = module.kept
+
+    def slow(folder: Path, name: str, *rest: Any) -> Any:
+        computed.append(name)
+        begun.set()
+        if len(computed) == 1:
+            second.wait(0.5)  # set by one that does not wait
+        else:
+            second.set()
+        return kept(folder, name, *rest)
+
+    monkeypatch.setattr(module, "kept", slow)
+    for ask in (lambda: opened.directions("noise"), opened.scores):
+        computed.clear()
+        begun.clear()
+        second = threading.Event()
+        found: list[object] = []
+        threads = [threading.Thread(target=lambda ask, to: to.append(ask()), args=(ask, found)) for _ in range(2)]
+        threads[0].start()
+        assert begun.wait(60)
+        threads[1].start()
+        for thread in threads:
+            thread.join(60)
+        assert len(computed) == 1
+        assert found[0] is found[1]
+
+
+def test_strengths_keep_six_digits() -> None:
+    assert Edit((Add("a", "b", 0.123456),), (0.654321,)).options()[-3:] == ["0.123456", "--keep", "0.654321"]

@@ -13,21 +13,38 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import pytest
+import torch
 
 from support import ROOT
 
 if TYPE_CHECKING:
     from playwright.sync_api import ConsoleMessage, Page, Request
 
+Value = TypeVar("Value")
+
 MUST = "PYGLOW_BROWSER"  # "must": what is missing fails a test instead of skipping it
-START = 60.0  # seconds that a server may take to print its address on a busy machine
+WAIT = 60.0  # seconds that anything may take on a busy machine, where a test waits for it
+START = 2 * WAIT  # seconds that a server may take to print its address
 SMALL_PAGE = ROOT / "tests" / "web" / "small_page.py"
+# Tells of each message that pops up on a page, which goes by itself after some seconds: its text, and how many elements
+# are in it.
+NOTE_TOASTS = """
+if (window === window.top) {
+    const seen = new WeakSet();
+    new MutationObserver(() => document.querySelectorAll("[data-testid=toast-text]").forEach(found => {
+        if (seen.has(found) || !found.textContent) return;
+        seen.add(found);
+        noteToast(found.innerText, found.querySelectorAll("*").length);
+    })).observe(document, {childList: true, subtree: true, characterData: true});
+}
+"""
 
 
 def chromium() -> str | None:
@@ -50,7 +67,7 @@ def require(*names: str) -> None:
 
 
 class Server:
-    """A program that serves a page: its first line has the address. ``with`` ends it.
+    """A program that serves a page: its first line has the address. ``with`` ends it, and so does the end of the tests.
 
     Attributes:
         address: such as http://127.0.0.1:7860/.
@@ -60,22 +77,33 @@ class Server:
 
     def __init__(self, arguments: list[str], cwd: Path, **environment: str) -> None:
         self.cwd = cwd
-        self._err = Path(tempfile.mkstemp(prefix="serve-", suffix=".log", dir=cwd)[1])
         settings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(cwd), **environment}
-        with self._err.open("w") as err:
+        command = [*_with_its_parent(), sys.executable, *arguments]
+        with tempfile.NamedTemporaryFile("w", prefix="serve-", suffix=".log", dir=cwd, delete=False) as err:
+            self._err = Path(err.name)
             self.process = subprocess.Popen(
-                [sys.executable, *arguments], cwd=cwd, env=settings, stdout=subprocess.PIPE, stderr=err, text=True
+                command, cwd=cwd, env=settings, stdout=subprocess.PIPE, stderr=err, text=True
             )
+        try:
+            self.address = self._started()
+        except BaseException:  # a test that is interrupted, too
+            self.__exit__(None, None, None)
+            raise
+
+    def _started(self) -> str:
+        """Waits for the first line and returns the address in it."""
         assert self.process.stdout is not None
         guard = threading.Timer(START, self.process.kill)
         guard.start()
-        self.first = self.process.stdout.readline()
-        guard.cancel()
-        words = [word for word in self.first.split() if word.startswith("http://")]
+        try:
+            self.first = self.process.stdout.readline()
+        finally:
+            guard.cancel()
+        words = [word for word in self.first.split() if word.startswith(("http://", "https://"))]
         if len(words) != 1:
             self.end()
             pytest.fail(f"no server: {self.first!r}, {self.log()}")
-        self.address = words[0]
+        return words[0]
 
     @property
     def host(self) -> str:
@@ -86,16 +114,14 @@ class Server:
         """What it wrote to stderr."""
         return self._err.read_text()
 
-    def end(self, signum: int = signal.SIGTERM) -> float:
-        """Sends a signal and returns the seconds that the process lived on."""
-        begun = time.monotonic()
+    def end(self, signum: int = signal.SIGTERM) -> int:
+        """Sends a signal and returns the process's exit code: that of SIGKILL if it lives on for WAIT."""
         self.process.send_signal(signum)
         try:
-            self.process.wait(10)
+            return self.process.wait(WAIT)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait()
-        return time.monotonic() - begun
+            return self.process.wait()
 
     def __enter__(self) -> Server:
         return self
@@ -107,6 +133,12 @@ class Server:
             self.end()
         assert self.process.stdout is not None
         self.process.stdout.close()
+
+
+def _with_its_parent() -> list[str]:
+    """The beginning of a command that ends when the process that starts it does, killed or not, where there is one."""
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig", "TERM"] if setpriv else []
 
 
 def small_server(folder: Path, **options: Any) -> Server:
@@ -125,16 +157,32 @@ def handler_index(server: Server, button: str) -> int:
 
 
 class Watched:
-    """Notes what a page asks for, what its console says and what it throws; :meth:`check` finds what must not be."""
+    """Notes what a page asks for, says in its console, throws and pops up; :meth:`check` finds what must not be.
+
+    Attributes:
+        page: the page.
+        requests: the addresses that were asked for.
+        errors: those of the console, and exceptions.
+        dialogs: texts of dialogs.
+        toasts: messages that popped up and were not read yet, each with how many elements are in it.
+    """
 
     def __init__(self, page: Page) -> None:
+        self.page = page
         self.requests: list[str] = []
         self.errors: list[str] = []
         self.dialogs: list[str] = []
+        self.toasts: list[tuple[str, int]] = []
+        page.expose_function("noteToast", self._popped_up)
+        page.add_init_script(NOTE_TOASTS)
         page.on("request", self._asked)
         page.on("console", self._said)
         page.on("pageerror", lambda error: self.errors.append(f"thrown: {error}"))
         page.on("dialog", lambda dialog: (self.dialogs.append(dialog.message), dialog.dismiss()))
+
+    def _popped_up(self, text: str, elements: int) -> None:
+        if not text.startswith("Connection to the server was lost"):  # Gradio says it of a page that is left
+            self.toasts.append((text, elements))
 
     def _asked(self, request: Request) -> None:
         self.requests.append(request.url)
@@ -143,15 +191,43 @@ class Watched:
         if message.type == "error":
             self.errors.append(f"console: {message.text}")
 
+    def toast(self) -> str:
+        """Waits for messages that pop up, which say one thing and have no elements in them; closes them, returns it."""
+        wait_for(lambda: (self.page.evaluate("1"), len(self.toasts) > 0)[1], True)
+        close = self.page.get_by_test_id("toast-close")
+        wait_for(lambda: close.evaluate_all("found => (found.forEach(each => each.click()), found.length)"), 0)
+        found = set(self.toasts)
+        self.toasts.clear()
+        ((text, elements),) = found
+        assert elements == 0, text
+        return text
+
     def check(self, address: str) -> None:
-        """Fails on requests to any other server, on errors in the console, exceptions and dialogs."""
+        """Fails on requests to any other server, errors in the console, exceptions, dialogs, messages nobody read."""
         foreign = self.foreign(address)
         assert not foreign, foreign
         assert not self.errors, self.errors
         assert not self.dialogs, self.dialogs
+        assert not self.toasts, self.toasts
 
     def foreign(self, address: str) -> list[str]:
         """What was asked for of any other server than that at ``address``."""
         own = urlsplit(address)[:2]
         parts = [(url, urlsplit(url)) for url in self.requests]
         return [url for url, part in parts if part.scheme not in ("data", "blob") and part[:2] != own]
+
+
+def wait_for(read: Callable[[], Value], wanted: Value) -> None:
+    """Reads until what is read is what is wanted, and fails with both when it never is."""
+    end, found = time.monotonic() + WAIT, read()
+    while not _same(found, wanted):
+        if time.monotonic() > end:
+            assert _same(found, wanted), f"found {found!r}\nwanted {wanted!r}"
+        time.sleep(0.02)
+        found = read()
+
+
+def _same(found: Any, wanted: Any) -> bool:
+    if isinstance(wanted, torch.Tensor):
+        return found.shape == wanted.shape and torch.equal(found, wanted)
+    return bool(found == wanted)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import shlex
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -19,11 +17,11 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from pyglow_fast.cli import main
 from support import web
+from support.web import wait_for
 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page, Request
 
-Value = TypeVar("Value")
 PLACES = {"Sample": "samples", "Edit": "edited", "Interpolate": "path-strip", "Score": "scores", "Run": "run-page"}
 COMMANDS = {
     "Sample": "sample-command",
@@ -32,7 +30,6 @@ COMMANDS = {
     "Score": "score-command",
     "Run": "run-command",
 }
-WAIT = 20.0  # seconds that anything may take on a busy machine
 
 
 @dataclass
@@ -61,6 +58,7 @@ class Visitor:
 
     def __init__(self, site: Site, page: Page) -> None:
         self.site, self.page, self.watched = site, page, web.Watched(page)
+        self.refused = False  # whether an error was shown that the test asked for
         self._unanswered: set[Request] = set()
         page.on("request", self._asked)
         page.on("requestfinished", self._answered)
@@ -132,36 +130,20 @@ class Visitor:
         return Path(found.value.path()).read_bytes()
 
     def forgive(self) -> None:
-        """Forgets what Gradio's client says when a page is left, and when it asks how far an upload is that is done."""
-        own = ("AbortError", "Unexpected error Connection errored out", "console: Response", "status of 404")
+        """Forgets what Gradio's client says when a page is left, and when it asks how far an upload is that is done.
+
+        After a refusal, whose sentence the test reads, also the status that it came with.
+        """
+        own = ["AbortError", "Unexpected error Connection errored out", "console: Response", "status of 404"]
+        own += ["status of 500"] if self.refused else []
         self.watched.errors[:] = [error for error in self.watched.errors if not any(text in error for text in own)]
 
     def toast(self) -> str:
         """The one sentence that errors show; they are closed, and have no elements in them."""
-        message, close = self.page.get_by_test_id("toast-text"), self.page.get_by_test_id("toast-close")
-        message.first.wait_for()
-        self.idle()  # one drag may ask several times, and each refusal is an error in the console
-        assert message.locator("*").count() == 0
-        (text,) = set(message.all_inner_texts())
-        wait_for(lambda: close.evaluate_all("found => (found.forEach(each => each.click()), found.length)"), 0)
-        self.watched.errors[:] = [error for error in self.watched.errors if "status of 500" not in error]
-        return text
-
-
-def wait_for(read: Callable[[], Value], wanted: Value) -> None:
-    """Reads until what is read is what is wanted, and fails with both when it never is."""
-    end, found = time.monotonic() + WAIT, read()
-    while not _same(found, wanted):
-        if time.monotonic() > end:
-            assert _same(found, wanted), f"found {found!r}\nwanted {wanted!r}"
-        time.sleep(0.02)
-        found = read()
-
-
-def _same(found: Any, wanted: Any) -> bool:
-    if isinstance(wanted, Tensor):
-        return found.shape == wanted.shape and torch.equal(found, wanted)
-    return bool(found == wanted)
+        self.refused = True
+        wait_for(lambda: (self.page.evaluate("1"), len(self.watched.toasts) > 0)[1], True)
+        self.idle()  # one drag may ask several times, and each refusal is a message of its own
+        return self.watched.toast()
 
 
 def decoded(data: bytes) -> Tensor:

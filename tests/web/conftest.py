@@ -10,10 +10,10 @@ import pytest
 from support import machine, web
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, BrowserContext, Page, Playwright
+    from playwright.sync_api import Browser, BrowserContext, Playwright
     from support.web_page import Site, Visitor
 
-WAIT = 20_000  # milliseconds that anything may take on a busy machine
+WAIT = 1000 * web.WAIT  # in milliseconds
 FLAGS = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 FLAGS += ["--no-first-run", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
 
@@ -41,19 +41,19 @@ def browser(playwright: Playwright, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture
-def visit(browser: BrowserContext) -> Iterator[Callable[[str], Page]]:
+def visit(browser: BrowserContext) -> Iterator[Callable[[str], web.Watched]]:
     """Opens an address in a new page; at the end the page must have asked nobody else and have met no error."""
-    seen: list[tuple[Page, web.Watched, str]] = []
+    seen: list[tuple[web.Watched, str]] = []
 
-    def open_page(address: str) -> Page:
-        page = browser.new_page()
-        seen.append((page, web.Watched(page), address))
-        page.goto(address)
-        return page
+    def open_page(address: str) -> web.Watched:
+        watched = web.Watched(browser.new_page())
+        seen.append((watched, address))
+        watched.page.goto(address)
+        return watched
 
     yield open_page
-    for page, watched, address in seen:
-        page.close()
+    for watched, address in seen:
+        watched.page.close()
         watched.check(address)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,9 +17,9 @@ web.require("gradio", "playwright", "chromium")
 from playwright.sync_api import expect  # noqa: E402
 
 if TYPE_CHECKING:
-    from playwright.sync_api import BrowserContext, Page
+    from playwright.sync_api import Browser, BrowserContext, Page
 
-Visit = Callable[[str], "Page"]
+Visit = Callable[[str], web.Watched]
 
 
 def press(page: Page, name: str) -> None:
@@ -30,17 +30,8 @@ def told(page: Page, text: str) -> None:
     expect(page.get_by_label("Out")).to_have_value(text)
 
 
-def toast(page: Page, text: str) -> None:
-    """There is one toast, it says this, and it has no elements in its text."""
-    message = page.get_by_test_id("toast-text")
-    expect(message).to_have_text(text)
-    assert message.locator("*").count() == 0
-    page.get_by_test_id("toast-close").click()
-    expect(message).to_have_count(0)
-
-
 def test_a_handler_answers(visit: Visit, small: web.Server) -> None:
-    page = visit(small.address)
+    page = visit(small.address).page
     expect(page).to_have_title("A small page")
     press(page, "Double")
     told(page, "twice: 6")
@@ -49,15 +40,16 @@ def test_a_handler_answers(visit: Visit, small: web.Server) -> None:
 
 def test_errors_are_text(visit: Visit, small: web.Server) -> None:
     """Markup of any kind in a message is shown as it is; a fault tells its class and no more."""
-    page = visit(small.address)
+    watched = visit(small.address)
+    page = watched.page
     press(page, "Bad input")
-    toast(page, "<img src=x onerror=alert(1)> **bold** [link](javascript:alert(1))")
+    assert watched.toast() == "<img src=x onerror=alert(1)> **bold** [link](javascript:alert(1))"
     press(page, "Count")
     told(page, "one")
-    toast(page, "the generator stops at two.png")
+    assert watched.toast() == "the generator stops at two.png"
     assert "secret" not in small.log()
     press(page, "Fault")
-    toast(page, "KeyError: this should not have happened; the traceback is in the log of the server.")
+    assert watched.toast() == "KeyError: this should not have happened; the traceback is in the log of the server."
     assert "/srv/secret/file.txt" in small.log()
 
 
@@ -67,7 +59,7 @@ def cached(small: web.Server) -> list[Path]:
 
 
 def test_files_reach_the_handler_and_leave_the_disk(visit: Visit, small: web.Server, tmp_path: Path) -> None:
-    page = visit(small.address)
+    page = visit(small.address).page
     picture = tmp_path / "a cat <b>.png"
     picture.write_bytes(PNG)
     image = page.locator("input[type=file]").first
@@ -76,16 +68,13 @@ def test_files_reach_the_handler_and_leave_the_disk(visit: Visit, small: web.Ser
     (tmp_path / "notes.txt").write_text("not a picture")
     page.locator("input[type=file]").last.set_input_files([picture, tmp_path / "notes.txt"])
     told(page, f"a cat <b>.png: {len(PNG)} bytes; notes.txt: 13 bytes")
-    end = time.monotonic() + 15
-    while cached(small) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert cached(small) == []
+    web.wait_for(lambda: cached(small), [])
 
 
 def test_a_camera_and_the_clipboard_name_their_pictures(
     visit: Visit, small: web.Server, browser: BrowserContext
 ) -> None:
-    page = visit(small.address)
+    page = visit(small.address).page
     page.get_by_label("Capture from camera").click()
     page.get_by_text("Click to Access Webcam").click()
     page.evaluate(  # not wait_for_function, which the policy forbids
@@ -108,11 +97,11 @@ def test_a_camera_and_the_clipboard_name_their_pictures(
 
 
 def test_a_file_that_is_too_large_is_refused_in_words(visit: Visit, small: web.Server, tmp_path: Path) -> None:
-    page = visit(small.address)
+    watched = visit(small.address)
     large = tmp_path / "large.png"
     large.write_bytes(PNG + bytes(100 * 1024))
-    page.locator("input[type=file]").first.set_input_files(large)
-    expect(page.get_by_test_id("toast-text")).to_have_text(re.compile("maximum"))
+    watched.page.locator("input[type=file]").first.set_input_files(large)
+    assert "maximum" in watched.toast()
 
 
 def test_what_goes_elsewhere_is_blocked_and_noted(browser: BrowserContext, small: web.Server) -> None:
@@ -145,6 +134,37 @@ def test_what_goes_elsewhere_is_blocked_and_noted(browser: BrowserContext, small
         watched.check(small.address)
 
 
+def started_browsers() -> list[list[str]]:
+    """The command lines of the browsers that this process, or one that it started, has started."""
+    parents, lines = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            lines[int(folder.name)] = (folder / "cmdline").read_text().split("\0")
+    found = []
+    for process, line in lines.items():
+        above = process
+        while above not in (0, os.getpid()):
+            above = parents.get(above, 0)
+        starts = [word.partition("=")[0] for word in line]
+        if above and "--user-data-dir" in starts and "--type" not in starts:  # not one of a browser's own processes
+            found.append(line)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc, where processes are listed")
+def test_browsers_ask_nobody_by_themselves_and_share_nothing(browser: BrowserContext, chromium: Browser) -> None:
+    lines = started_browsers()
+    assert len(lines) >= 2
+    for line in lines:
+        assert {"--headless", "--no-sandbox", "--disable-background-networking", "--disable-component-update"} <= {
+            *line
+        }
+        assert {"--disable-sync", "--no-first-run"} <= {*line}
+    profiles = [word for line in lines for word in line if word.startswith("--user-data-dir=")]
+    assert len(set(profiles)) == len(lines)
+
+
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[web.Server]:
     with web.small_server(tmp_path_factory.mktemp("guarded"), auth=["ada", "pass word"]) as server:
@@ -152,7 +172,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[web.Server]:
 
 
 def test_a_login_in_the_browser(visit: Visit, guarded: web.Server) -> None:
-    page = visit(guarded.address)
+    page = visit(guarded.address).page
     page.get_by_label("username").fill("ada")
     page.get_by_label("password").fill("pass word")
     press(page, "Login")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Awaitable, Callable, Iterator
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,22 @@ from support import web
 web.require("gradio")
 
 import gradio as gr  # noqa: E402
+from fastapi.testclient import TestClient  # noqa: E402
 
-from pyglow_fast.web.gate import CLOSED, HEADERS, LARGEST_JSON, LOGIN, OPEN, Gate, files_in, host_name  # noqa: E402
+from pyglow_fast.web.brake import FREE, Brake  # noqa: E402
+from pyglow_fast.web.gate import (  # noqa: E402
+    BLOCK,
+    CLOSED,
+    FILES_STORED,
+    HEADERS,
+    LARGEST_JSON,
+    LOGIN,
+    OPEN,
+    UPLOAD,
+    Gate,
+    files_in,
+    host_name,
+)
 from pyglow_fast.web.server import application  # noqa: E402
 
 USER, PASSWORD = "ada", "correct horse"
@@ -35,7 +51,7 @@ class Client:
     ) -> tuple[int, str, dict[str, str]]:
         """The status, the body (the first 100 KB, for what never ends) and the headers."""
         name, _, port = self.host.rpartition(":")
-        connection = HTTPConnection(name, int(port), timeout=10)
+        connection = HTTPConnection(name, int(port), timeout=web.WAIT)
         sent = {"Host": self.host, **({"Cookie": self.cookie} if self.cookie else {})}
         sent |= {name.replace("_", "-"): value for name, value in headers.items()}
         try:
@@ -54,7 +70,7 @@ class Client:
 
     def log_in(self, user: str, password: str) -> int:
         form = f"username={user}&password={password.replace(' ', '+')}".encode()
-        connection = HTTPConnection(*self.host.split(":"), timeout=10)  # type: ignore[arg-type]
+        connection = HTTPConnection(*self.host.split(":"), timeout=web.WAIT)  # type: ignore[arg-type]
         connection.request("POST", "/login", form, {"Content-Type": "application/x-www-form-urlencoded"})
         answer = connection.getresponse()
         cookies = [value.partition(";")[0] for name, value in answer.getheaders() if name.lower() == "set-cookie"]
@@ -142,6 +158,57 @@ def test_a_made_up_cookie_is_no_login(guarded: web.Server) -> None:
         assert client("/gradio_api/heartbeat/abc")[0] == 401
         assert client("/gradio_api/cancel", "POST", body, **{"Content-Type": "application/json"})[0] == 401
         assert client("/gradio_api/reset", "POST", body)[0] == 401
+
+
+def test_other_cookies_of_this_machine_do_not_hinder_a_login(guarded: web.Server) -> None:
+    """Servers at other ports of it set them, which need not be as the standard has them."""
+    client = Client(guarded)
+    assert client.log_in(USER, PASSWORD) == 200
+    for other in ('notes={"a": [1, 2]}', "ü=ä", "a b=c d", "only"):
+        mine = client.cookie
+        client.cookie = f"{other}; {mine}"
+        assert client("/config")[0] == 200, other
+        client.cookie = mine
+
+
+def test_a_login_is_kept_from_scripts_and_other_sites(guarded: web.Server) -> None:
+    form = f"username={USER}&password={PASSWORD.replace(' ', '+')}".encode()
+    connection = HTTPConnection(*guarded.host.split(":"), timeout=10)  # type: ignore[arg-type]
+    connection.request("POST", "/login", form, {"Content-Type": "application/x-www-form-urlencoded"})
+    cookies = [value for name, value in connection.getresponse().getheaders() if name.lower() == "set-cookie"]
+    connection.close()
+    assert len(cookies) == 2
+    for cookie in cookies:
+        assert "; HttpOnly" in cookie
+        assert "; SameSite=lax" in cookie
+        assert PASSWORD not in cookie
+
+
+def test_wrong_passwords_are_braked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the application that is served: an address has some tries, then not even the right one is looked at."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    with gr.Blocks(analytics_enabled=False) as blocks:
+        gr.Button("x")
+    gate = application(blocks, tmp_path, "127.0.0.1", (USER, PASSWORD), 1000, None, None, None)
+    assert gate.brake is not None
+    gate.brake = Brake(lambda: 0.0)  # no time passes
+    client = TestClient(gate, base_url="http://127.0.0.1")
+
+    def status(password: str) -> int:
+        return client.post("/login", data={"username": USER, "password": password}).status_code
+
+    assert [status(password) for password in (PASSWORD, *("wrong",) * (FREE + 1))] == [200] + [400] * FREE + [429]
+    assert status(PASSWORD) == 429
+    client.cookies.clear()
+    assert f"After {FREE} wrong passwords" in client.get("/").text
+
+
+def test_nothing_that_belongs_into_the_queue_is_computed_outside_of_it(client: Client, small: web.Server) -> None:
+    """There it waits until others are done, and the queue is limited."""
+    body = json.dumps({"data": [1], "fn_index": web.handler_index(small, "Double"), "session_hash": "abc"}).encode()
+    headers = {"Content-Type": "application/json"}
+    assert client("/gradio_api/run/predict", "POST", body, **headers)[0] == 404
+    assert client("/gradio_api/queue/join", "POST", body, **headers)[0] == 200
 
 
 def test_only_what_the_page_asks_for_is_there(client: Client, tmp_path: Path) -> None:
@@ -237,10 +304,14 @@ def test_a_request_that_is_not_json_is_refused(client: Client, body: bytes) -> N
 
 
 def test_requests_have_a_size(client: Client) -> None:
+    """A request in parts has none, whatever length it states beside them."""
     join = "/gradio_api/queue/join"
     assert client(join, "POST", b"", **{"Content-Length": str(LARGEST_JSON + 1)})[0] == 413
     assert client("/gradio_api/upload", "POST", b"", **{"Content-Length": str(2**40)})[0] == 413
     assert client(join, "POST", b"0\r\n\r\n", **{"Transfer-Encoding": "chunked"})[0] == 411
+    for path in (join, "/login", "/gradio_api/upload"):
+        both = {"Content-Length": "5", "Transfer-Encoding": "chunked"}
+        assert client(path, "POST", b"0\r\n\r\n", **both)[0] == 411
     boundary = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n%s\r\n--b--\r\n'
     headers = {"Content-Type": "multipart/form-data; boundary=b"}
     status, body, _ = client("/gradio_api/upload", "POST", boundary % bytes(100 * 1024), **headers)
@@ -310,6 +381,7 @@ def test_the_page_names_no_font_of_a_network(client: Client) -> None:
         ("[::1]:7860", "::1"),
         ("[::1]", "::1"),
         ("a.:1", "a"),
+        ("localhost.", "localhost"),
         ("", ""),
     ],
 )
@@ -360,3 +432,93 @@ def test_the_gate_follows_links_and_parents(tmp_path: Path) -> None:
         "x" * 5000,
     ):
         assert status(path) == 403, path
+
+
+def asked(
+    app: Callable[..., Awaitable[None]],
+    folder: Path,
+    path: str,
+    *messages: dict[str, Any],
+    largest: int = 1000,
+    **scope: Any,
+) -> list[Any]:
+    """What a gate before ``app`` answers to a POST of 100 bytes, of which the messages arrive."""
+    sent: list[Any] = []
+    waiting = list(messages)
+
+    async def receive() -> Any:
+        return waiting.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"a"), (b"content-length", b"100")]
+    whole = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers, **scope}
+    asyncio.run(Gate(app, folder, None, largest, lambda cookies: True)(whole, receive, send))
+    return sent
+
+
+def test_a_request_that_is_broken_off_is_not_carried_out(tmp_path: Path) -> None:
+    """Though what arrived of it is JSON by itself."""
+
+    async def app(*_: Any) -> None:
+        raise AssertionError("carried out")
+
+    part = {"type": "http.request", "body": b"{}", "more_body": True}
+    assert asked(app, tmp_path, "/gradio_api/queue/join", part, {"type": "http.disconnect"}) == []
+
+
+def test_a_visitor_who_leaves_is_no_fault(small: web.Server) -> None:
+    """In the midst of an upload, and, where there is a login, anyone in the midst of that: the log would fill."""
+    name, _, port = small.host.rpartition(":")
+    before = small.log()
+    for path, kind in ((UPLOAD, "multipart/form-data; boundary=b"), ("/login", "application/x-www-form-urlencoded")):
+        connection = HTTPConnection(name, int(port), timeout=10)
+        connection.putrequest("POST", path)
+        connection.putheader("Content-Type", kind)
+        connection.putheader("Content-Length", "5000")
+        connection.endheaders(b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\nbegun')
+        connection.close()
+    Client(small)("/gradio_api/heartbeat/abc")
+    assert Client(small).join(1)[0] == 200  # what came first has been handled
+    assert small.log() == before
+
+
+@pytest.mark.parametrize("full", ["stored", "disk"])
+def test_uploads_do_not_fill_the_disk(full: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither many large ones nor many small ones; what is there is counted, at any depth."""
+    done: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        done.append(scope["path"])
+
+    def status() -> int | None:
+        sent = asked(app, tmp_path, UPLOAD, largest=BLOCK)
+        return sent[0]["status"] if sent else None
+
+    assert status() is None
+    (tmp_path / "hash").mkdir()
+    if full == "stored":
+        for i in range(FILES_STORED - 3):  # beside the folder and what arrives
+            (tmp_path / "hash" / str(i)).touch()
+        assert status() is None
+        (tmp_path / "hash" / "large").write_bytes(bytes(3 * BLOCK))
+    else:
+        usage = shutil.disk_usage(tmp_path)._replace(free=99)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    count = len(done)
+    assert status() == 507
+    assert len(done) == count
+
+
+@pytest.mark.parametrize(("scheme", "secure"), [("http", [True, False]), ("https", [True, True])])
+def test_where_there_is_encryption_no_cookie_goes_without(scheme: str, secure: list[bool], tmp_path: Path) -> None:
+    cookies = [b"access-token-x=1; HttpOnly; Path=/; SameSite=none; Secure", b"access-token-unsecure-x=1; SameSite=lax"]
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "headers": [(b"set-cookie", cookie) for cookie in cookies]})
+
+    (sent,) = asked(app, tmp_path, "/login", scheme=scheme)
+    got = [value for name, value in sent["headers"] if name == b"set-cookie"]
+    assert [b"; Secure" in cookie for cookie in got] == secure
+    assert all(b"SameSite=lax" in cookie for cookie in got)

@@ -12,7 +12,8 @@ from support import web
 
 web.require("gradio", "playwright", "chromium")
 
-from support.web_page import Site, Visitor, choose, drag, rgb_of, set_slider, slider, wait_for, written  # noqa: E402
+from support.web import wait_for  # noqa: E402
+from support.web_page import Site, Visitor, choose, drag, rgb_of, set_slider, slider, written  # noqa: E402
 from support.web_runs import COLOUR, DIGITS, NAMES, encoded, photo  # noqa: E402
 
 from pyglow_fast.data import load_data, split  # noqa: E402

@@ -11,6 +11,7 @@ from support import web
 web.require("gradio", "playwright", "chromium")
 
 import gradio as gr  # noqa: E402
+from support.web import wait_for  # noqa: E402
 from support.web_page import (  # noqa: E402
     Site,
     Visitor,
@@ -20,7 +21,6 @@ from support.web_page import (  # noqa: E402
     rgb_of,
     set_slider,
     slider,
-    wait_for,
     written,
 )
 from support.web_runs import CLASSES, COLOUR, DIGITS, NAMES, encoded, photo  # noqa: E402
@@ -29,6 +29,7 @@ from pyglow_fast.data import ImageSet, load_data, split  # noqa: E402
 from pyglow_fast.data.single import read_single  # noqa: E402
 from pyglow_fast.latents import interpolate  # noqa: E402
 from pyglow_fast.likelihood import dequantize  # noqa: E402
+from pyglow_fast.studio.words import HeldOut  # noqa: E402
 from pyglow_fast.train import RunFolder, load_model, resolve_device, score_images, to_pixels  # noqa: E402
 from pyglow_fast.train.figures import image_picture  # noqa: E402
 from pyglow_fast.web.between_tab import BetweenTab  # noqa: E402
@@ -92,17 +93,16 @@ def test_a_path(walker: Visitor, site: Site, monkeypatch: pytest.MonkeyPatch) ->
     assert 0.2 < at < 0.4
     wait_for(lambda: frame(walker), path(site, (4, 7), [at], True)[0])
     lines = walker.command("path-command").splitlines()
-    assert len(lines) == 2  # of the frame, and still of the strip
+    assert len(lines) == 4  # of the frame, and still of the strip and its animations
     page.locator("#path-strip button").nth(6).click()
     wait_for(lambda: frame(walker), path(site, (4, 7), [0.75], True)[0])
     assert slider(page, "path-at").input_value() == "0.75"
     set_slider(page, "path-steps", 4)
     wait_for(lambda: strip(walker), path(site, (4, 7), [0, 1 / 3, 2 / 3, 1], True))
     wait_for(lambda: "--frames 4 " in walker.command("path-command"), True)
-    one, whole = walker.command("path-command").splitlines()
+    one, *whole = walker.command("path-command").splitlines()
     assert walker.download("Save the frame", "path-frame") == written(site.folder, monkeypatch, one)
-    for link, suffix in (("Save the strip", "png"), ("Save as GIF", "gif"), ("Save as WebP", "webp")):
-        command = whole.replace("path.png", f"path.{suffix}")
+    for link, command in zip(("Save the strip", "Save as GIF", "Save as WebP"), whole, strict=True):
         assert walker.download(link, "path-strip") == written(site.folder, monkeypatch, command)
 
 
@@ -166,12 +166,12 @@ def test_ends_of_the_last_run_are_no_ends(site: Site, monkeypatch: pytest.Monkey
     shelf, desk = Shelf(["runs"], device="cpu"), Desk()
     with gr.Blocks():
         tab = BetweenTab(shelf, gr.State(desk))
-    desk.choose(shelf, site.run(CLASSES))
+    former = desk.choose(shelf, site.run(CLASSES))
     tab.show(desk, "linear", 3)
     assert "<img" in tab.drawn(desk, "linear", 3)[0]
-    ends = desk.ends
     desk.choose(shelf, site.run(COLOUR))
-    desk.ends = ends
+    for i in range(2):
+        desk.put_end(i, former.pick(HeldOut(i)), former)
     assert tab.drawn(desk, "linear", 3)[0] == ""
 
 

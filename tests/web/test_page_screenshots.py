@@ -17,7 +17,8 @@ from support import web
 
 web.require("gradio", "playwright", "chromium")
 
-from support.web_page import Site, Visitor, data_of, set_slider, wait_for  # noqa: E402
+from support.web import wait_for  # noqa: E402
+from support.web_page import Site, Visitor, data_of, set_slider  # noqa: E402
 from support.web_runs import DIGITS, encoded  # noqa: E402
 
 FOLDER, RUN = "PYGLOW_SCREENSHOTS", "PYGLOW_SCREENSHOT_RUN"

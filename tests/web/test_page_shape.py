@@ -11,7 +11,8 @@ from support import web
 
 web.require("gradio", "playwright", "chromium")
 
-from support.web_page import PLACES, Visitor, decoded, set_slider, slider, wait_for  # noqa: E402
+from support.web import wait_for  # noqa: E402
+from support.web_page import PLACES, Visitor, decoded, set_slider, slider  # noqa: E402
 from support.web_runs import CLASSES, COLOUR, DIGITS, encoded, photo  # noqa: E402
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from support import web
 
 web.require("gradio", "playwright", "chromium")
 
-from support.web_page import PLACES, Site, Visitor, all_pixels, set_slider, wait_for  # noqa: E402
-from support.web_runs import COLOUR, DIGITS  # noqa: E402
+from support.web import wait_for  # noqa: E402
+from support.web_page import Site, Visitor, all_pixels, set_slider  # noqa: E402
+from support.web_runs import COLOUR, DIGITS, encoded, photo  # noqa: E402
 
 from pyglow_fast.train import Checkpoint, RunFolder, load_model, resolve_device, to_pixels  # noqa: E402
 from pyglow_fast.train.figures import image_picture  # noqa: E402
@@ -22,12 +24,12 @@ from pyglow_fast.web.sample_tab import SHOWN  # noqa: E402
 
 
 @pytest.fixture
-def training(site: Site) -> Iterator[RunFolder]:
+def training(site: Site, tmp_path: Path) -> Iterator[RunFolder]:
     """A run that may be changed."""
     folder = site.path("zz training")
     shutil.copytree(site.path(COLOUR), folder)
     yield RunFolder(folder)
-    shutil.rmtree(folder)
+    folder.rename(tmp_path / "gone")  # at once: the server may be writing into it what it measures
 
 
 def sampled(checkpoint: Checkpoint, n: int) -> torch.Tensor:
@@ -36,36 +38,101 @@ def sampled(checkpoint: Checkpoint, n: int) -> torch.Tensor:
     return torch.stack([image_picture(image, 256) for image in pixels])
 
 
+def shown(visitor: Visitor) -> torch.Tensor:
+    return all_pixels(visitor.page.locator("#samples button img"))
+
+
+def train_on(training: RunFolder) -> Checkpoint:
+    """Writes a checkpoint of another model at step 1000, and returns it."""
+    found = training.load()
+    for name, value in found.model.items():
+        if value.dim() == 4 and value.shape[-1] == 3:  # kernels of the nets
+            found.model[name] = value + 0.02 * torch.randn_like(value)
+    found.ema = {}
+    found.progress["step"] = 1000
+    training.save(found, keep=9)
+    return training.load()
+
+
 def test_the_newest_whole_checkpoint_is_used(training: RunFolder, visitor: Visitor) -> None:
     """By the next action: in Sample, in Edit, and not one of which a half was written."""
     page = visitor.page
-
-    def shown() -> torch.Tensor:
-        return all_pixels(page.locator("#samples button img"))
-
     visitor.choose_run("zz training")
     first = training.load()
-    wait_for(shown, sampled(first, SHOWN))
+    wait_for(lambda: shown(visitor), sampled(first, SHOWN))
     visitor.tab("Edit")
     before = visitor.caption("original")
-    for name, value in first.model.items():
-        if value.dim() == 4 and value.shape[-1] == 3:  # kernels of the nets
-            first.model[name] = value + 0.02 * torch.randn_like(value)
-    first.ema = {}
-    first.progress["step"] = 1000
-    training.save(first, keep=9)
-    second = training.load()
-    assert not torch.equal(sampled(second, 5), shown()[:5])
+    second = train_on(training)
+    assert not torch.equal(sampled(second, 5), sampled(first, 5))
     set_slider(page, "keep-1", 0.9)
     wait_for(lambda: visitor.caption("original") not in ("", before), True)
     visitor.tab("Sample")
     set_slider(page, "sample-n", 5)
-    wait_for(shown, sampled(second, 5))
+    wait_for(lambda: shown(visitor), sampled(second, 5))
     torn = training.checkpoint.read_bytes()
     (training.checkpoints / "step-0002000.safetensors").write_bytes(torn[: len(torn) // 2])
     set_slider(page, "sample-n", 6)
-    wait_for(shown, sampled(second, 6))
-    assert page.get_by_test_id("toast-text").count() == 0
+    wait_for(lambda: shown(visitor), sampled(second, 6))
+
+
+def test_a_newer_checkpoint_comes_by_itself(training: RunFolder, visitor: Visitor) -> None:
+    """Where nothing is done: samples and their command, the image under edit; the report by its button."""
+    page = visitor.page
+    visitor.choose_run("zz training")
+    visitor.tab("Run")
+    report = page.frame_locator("#run-page iframe").locator("body")
+    assert "1000" not in report.inner_text()
+    visitor.tab("Edit")
+    before = visitor.caption("original")
+    second = train_on(training)
+    wait_for(lambda: "step 1,000" in page.locator("#about").inner_text(), True)
+    wait_for(lambda: shown(visitor), sampled(second, SHOWN))
+    wait_for(lambda: visitor.caption("original") != before and "training images" in visitor.caption("original"), True)
+    visitor.tab("Run")
+    page.get_by_role("button", name="Read again").click()
+    wait_for(lambda: "1000" in report.inner_text(), True)
+
+
+def test_a_run_whose_images_are_gone(training: RunFolder, visitor: Visitor, site: Site, tmp_path: Path) -> None:
+    """What needs none of them works: samples, uploads, levels. Once they are back, the rest does."""
+    page, away = visitor.page, tmp_path / "away"
+    checkpoint = training.load()
+    images = Path(checkpoint.config.data.name.partition(":")[2])
+    elsewhere = replace(checkpoint.config.data, name=f"folder:{away / images.name}")
+    checkpoint.config = replace(checkpoint.config, data=elsewhere)
+    checkpoint.progress["step"] += 1
+    training.save(checkpoint, keep=9)
+    visitor.choose_run("zz training")
+    wait_for(lambda: shown(visitor), sampled(checkpoint, SHOWN))
+    page.get_by_role("tab", name="Edit", exact=True).click()
+    why = page.locator("#edit-why")
+    wait_for(lambda: "No attributes: " in why.inner_text(), True)
+    assert str(tmp_path) not in page.content()
+    assert page.locator("#edit-number").count() == page.locator("#edit-thumbs button").count() == 0
+    wait_for(lambda: visitor.edited("original"), sampled(checkpoint, SHOWN)[0])
+    set_slider(page, "keep-0", 0.5)
+    wait_for(
+        lambda: f"sample:0:n={SHOWN}:seed=0:temperature=0.7 --keep 0.5 1 " in visitor.command("edit-command"), True
+    )
+    assert "bits/dim" in visitor.caption()
+    assert "training images" not in visitor.caption()
+    page.get_by_role("tab", name="Interpolate", exact=True).click()
+    wait_for(lambda: "Choose two images" in page.locator("#path-frame").inner_text(), True)
+    page.locator("#from-take").click()
+    data = encoded(photo(30, 40), "PNG")
+    visitor.give("to-upload", ("mine.png", data))
+    wait_for(page.locator("#path-strip button").count, 9)
+    page.get_by_role("tab", name="Score", exact=True).click()
+    visitor.give("score-files", ("mine.png", data))
+    page.locator("#scores td", has_text="mine.png").wait_for()
+    assert "No histogram: " in page.locator("#scores").inner_text()
+    assert page.locator("#scores tbody td").nth(3).inner_text() == ""
+    shutil.copytree(images, away / images.name)
+    visitor.choose_run(DIGITS)
+    visitor.choose_run("zz training")
+    visitor.tab("Edit")
+    assert page.locator("#add-0 label").inner_text().endswith(" minus rest")
+    assert page.locator("#edit-thumbs button").count() > 1
 
 
 FAULTY = """
@@ -90,8 +157,6 @@ def test_a_fault_is_one_sentence(site: Site, visitors: Callable[..., Visitor], t
         visitor = visitors(opened=False)
         visitor.site = Site(server, tmp_path)
         visitor.open()
-        for name in (*PLACES, "Sample"):  # a message goes when another event begins
-            visitor.tab(name)
         set_slider(visitor.page, "sample-n", 13)
         said = visitor.toast()
         assert said == "RuntimeError: this should not have happened; the traceback is in the log of the server."

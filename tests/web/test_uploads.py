@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import ROOT, web
@@ -15,12 +16,14 @@ import gradio as gr  # noqa: E402
 from gradio.data_classes import FileData, ImageData, ListFiles  # noqa: E402
 
 from pyglow_fast.web.uploads import (  # noqa: E402
+    LINGER,
     LONGEST_NAME,
     MOST_FILES,
     Upload,
     UploadedFiles,
     UploadedImage,
     clean_name,
+    sweep,
     take,
 )
 
@@ -38,8 +41,11 @@ from pyglow_fast.web.uploads import (  # noqa: E402
         ("..", "upload"),
         ("", "upload"),
         (None, "upload"),
-        ("x" * 200 + ".jpeg", "x" * (LONGEST_NAME - 5) + ".jpeg"),
-        ("." + "x" * 200, "." + "x" * (LONGEST_NAME - 1)),
+        (" ", "upload"),
+        (" a .png", " a .png"),
+        ("x" * 250 + ".jpeg", "x" * 250 + ".jpeg"),
+        ("x" * 400 + ".jpeg", "x" * (LONGEST_NAME - 5) + ".jpeg"),
+        ("." + "x" * 400, "." + "x" * (LONGEST_NAME - 1)),
     ],
 )
 def test_a_name_is_its_last_part_in_characters_that_print(name: str | None, clean: str) -> None:
@@ -53,32 +59,39 @@ def stored(cache: Path, data: bytes = b"not an image") -> Path:
     return path
 
 
-def gone(path: Path) -> bool:
-    end = time.monotonic() + 10
-    while path.exists() and time.monotonic() < end:
-        time.sleep(0.01)
-    return not path.exists()
-
-
 def test_a_file_is_read_once(tmp_path: Path) -> None:
     path = stored(tmp_path)
     assert take(FileData(path=str(path), orig_name="a/cat.png"), str(tmp_path), linger=0) == Upload(
         "cat.png", b"not an image"
     )
-    assert gone(path.parent)
+    web.wait_for(path.parent.exists, False)
     with pytest.raises(gr.Error, match="choose the file again"):
         take(FileData(path=str(path), orig_name="cat.png"), str(tmp_path))
 
 
-def test_a_file_that_came_again_stays(tmp_path: Path) -> None:
+def test_a_file_that_came_again_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same picture has the same name; what forgets the first must leave the second."""
+    later: list[Callable[[], None]] = []
+
+    class Timer:
+        """One that waits until the test calls what it was given."""
+
+        def __init__(self, seconds: float, call: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+            assert seconds == LINGER
+            later.append(lambda: call(*arguments))
+
+        def start(self) -> None: ...
+
+    monkeypatch.setattr("pyglow_fast.web.uploads.threading.Timer", Timer)
     path = stored(tmp_path)
-    take(FileData(path=str(path)), str(tmp_path), linger=0.2)
+    take(FileData(path=str(path)), str(tmp_path))
     other = tmp_path / "new"
     other.write_bytes(b"again")
     os.replace(other, path)
-    time.sleep(0.6)
+    later[0]()
     assert take(FileData(path=str(path)), str(tmp_path)).data == b"again"
+    later[1]()
+    assert not path.parent.exists()
 
 
 @pytest.mark.parametrize("where", ["beside", "link", "folder", "url", "data"])
@@ -123,6 +136,43 @@ def test_too_many_files_are_refused_unread(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("pyglow_fast.web.uploads.take", lambda *args: pytest.fail("read"))
     with pytest.raises(gr.Error, match="files: expected at most 64 at once, found 65"):
         files.preprocess(ListFiles(root=[one] * 65))
+
+
+def test_too_many_bytes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is beyond the limit is not read."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setattr("pyglow_fast.web.uploads.MOST_BYTES", 2 * 2**20)
+    one = FileData(path=str(stored(tmp_path, bytes(2**20))), orig_name="cat.png")
+    files = UploadedFiles(file_count="multiple")
+    assert len(files.preprocess(ListFiles(root=[one] * 2))) == 2
+    read: list[str] = []
+
+    def counted(*arguments: Any) -> Upload:
+        read.append("")
+        return take(*arguments)
+
+    monkeypatch.setattr("pyglow_fast.web.uploads.take", counted)
+    with pytest.raises(gr.Error, match="files: expected at most 2 MB at once, found more"):
+        files.preprocess(ListFiles(root=[one] * 9))
+    assert len(read) == 3
+
+
+def test_what_was_broken_off_is_swept_away(tmp_path: Path) -> None:
+    """Not what is still being written, nor what arrived as a whole, nor what a link leads to."""
+    outside = tmp_path / "outside"
+    outside.touch()
+    folder = tmp_path / "cache"
+    (folder / "hash").mkdir(parents=True)
+    for name in ("tmpold", "tmpnew", "hash/whole.png"):
+        (folder / name).write_bytes(b"x")
+    (folder / "link").symlink_to(outside)
+    for path in (folder / "tmpold", folder / "hash" / "whole.png", outside):
+        os.utime(path, (1000, 1000))
+    os.utime(folder / "tmpnew", (2000, 2000))
+    sweep(folder, 1500)
+    left = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    assert left == {"tmpnew", "hash", "hash/whole.png", "link"}
+    assert outside.exists()
 
 
 def test_no_stub_is_written_beside_the_components() -> None:
