@@ -18,7 +18,7 @@ TYPES = {".png": "image/png", ".gif": "image/gif", ".webp": "image/webp", ".csv"
 CSS = """
 [data-testid=block-info] { overflow-wrap: anywhere; }
 .gradio-container { overflow: clip !important; }
-main { max-width: 90rem; margin: 0 auto; }
+main { width: 100%; max-width: 90rem; margin: 0 auto; }
 .html-container { padding: 0 !important; }
 #about h1 { font-size: 1.25rem; line-height: 1.4; margin: 0; overflow-wrap: anywhere; }
 #about p { margin: 0; }

@@ -281,3 +281,22 @@ def test_bits_per_dim_are_explained_where_they_stand(visitor: Visitor) -> None:
         visitor.tab(name)
         said = visitor.page.get_by_text("bits/dim: how many bits")
         assert said.filter(visible=True).count() == 1, name
+
+
+def test_one_left_edge(visitors: Callable[..., Visitor]) -> None:
+    """On every tab the pictures begin where the boxes do, at whatever width."""
+    for width in (1280, 1920):
+        visitor = visitors(viewport={"width": width, "height": 900})
+        found = {}
+        for name in PLACES:
+            visitor.tab(name)
+            parts = visitor.page.locator(
+                "#run, [id$=-thumbs] button img, #edited img, #path-frame img, #scores p, iframe"
+            )
+            found[name] = parts.evaluate_all(
+                """found => Math.min(...found.filter(part => part.checkVisibility() && part.id !== "run")
+                    .map(part => part.getBoundingClientRect().x))"""
+            )
+            found[name, "run"] = parts.first.evaluate("part => part.getBoundingClientRect().x")
+        del found["Sample"]  # its pictures are beside the controls
+        assert max(found.values()) - min(found.values()) <= 1, found
