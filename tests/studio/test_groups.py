@@ -94,6 +94,8 @@ def test_celeba(tmp_path: Path) -> None:
         assert torch.equal(has, torch.tensor([[i % 2 == 1, False] for i in range(11)]))
     (few,) = of(config, 4, seed=3)
     assert set(few.images.tolist()) < {1, 3, 5, 7}
+    drawn = {tuple(drawn_images(of(config, 4, seed=seed)).tolist()) for seed in range(8)}
+    assert len(drawn) > 1  # from the whole list, by the seed
 
 
 def test_celeba_with_images_left_out(tmp_path: Path) -> None:

@@ -127,6 +127,10 @@ def test_images_are_shared_by_the_checkpoints_of_a_run_alone(emoji_run: Path, di
     RunFolder(emoji_run).checkpoint.unlink()
     assert OpenRun.open(str(emoji_run), images=newest.images).images is newest.images
     assert OpenRun.open(str(digits_run), images=newest.images).images is not newest.images
+    whole = newest.checkpoint.data
+    newest.checkpoint.data = replace(whole, fingerprint="of what was in the same folder before")
+    assert OpenRun.open(str(emoji_run), images=newest.images).images is not newest.images
+    newest.checkpoint.data = whole
     newest.checkpoint.config = replace(newest.checkpoint.config, seed=newest.checkpoint.config.seed + 1)
     assert OpenRun.open(str(emoji_run), images=newest.images).images is not newest.images  # split otherwise
 

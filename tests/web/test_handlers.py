@@ -357,6 +357,37 @@ def test_a_run_with_one_held_out_image(place: Place, monkeypatch: pytest.MonkeyP
     assert place.desk.thumbs == [0]
 
 
+def train_on(opened: OpenRun) -> None:
+    """Write a checkpoint of a later step, with other weights."""
+    checkpoint = opened.folder.load()
+    checkpoint.progress["step"] += 1
+    checkpoint.model = {name: value + 0.02 if value.dim() == 4 else value for name, value in checkpoint.model.items()}
+    checkpoint.ema = {}
+    opened.folder.save(checkpoint, keep=9)
+
+
+def test_a_checkpoint_that_comes_while_one_is_measured_is_measured_too(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the same handler: else the first drag would have to do it."""
+    shutil.copytree(place.folder / COLOUR, tmp_path / "runs" / "a", ignore=shutil.ignore_patterns("cache"))
+    place = Place(tmp_path / "runs")
+    opened = place.choose("a")
+    place.edit.show(place.desk)
+    scores = OpenRun.scores
+
+    def interrupted(self: OpenRun, *args: Any) -> Any:
+        monkeypatch.undo()
+        train_on(self)
+        return scores(self, *args)
+
+    monkeypatch.setattr(OpenRun, "scores", interrupted)
+    place.edit.measure(place.desk)
+    newer = place.desk.opened(place.shelf)
+    assert newer is not opened
+    assert newer.has_scores
+
+
 def test_a_sample_that_is_an_end_is_drawn_anew_by_a_newer_checkpoint(place: Place, tmp_path: Path) -> None:
     """As its name in the command means it then."""
     folder = tmp_path / "runs"
@@ -368,11 +399,7 @@ def test_a_sample_that_is_an_end_is_drawn_anew_by_a_newer_checkpoint(place: Plac
     for take in place.between.takes:
         place.handler(take, "click")(place.desk)
     frame = place.between.moved(place.desk, "linear", 0.0)
-    checkpoint = opened.folder.load()
-    checkpoint.progress["step"] += 1
-    checkpoint.model = {name: value + 0.02 if value.dim() == 4 else value for name, value in checkpoint.model.items()}
-    checkpoint.ema = {}
-    opened.folder.save(checkpoint, keep=9)
+    train_on(opened)
     newer = place.shelf.open(str(folder / "a"))
     assert newer is not opened
     pixels = Draw(3).drawn(newer.model, newer.n_bins).pixels[1]

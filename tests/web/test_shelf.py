@@ -71,7 +71,7 @@ def test_nothing_else_is_opened(runs: Path) -> None:
                 shelf.open(str(name))
 
 
-def test_a_run_is_opened_once_for_a_checkpoint(runs: Path) -> None:
+def test_a_run_is_opened_once_for_a_checkpoint(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that is written anew with the same in it is the same checkpoint; the next one shares its images."""
     name, shelf = str(runs / "a"), Shelf([str(runs)], device="cpu", train_images=7)
     folder = RunFolder(name)
@@ -88,8 +88,9 @@ def test_a_run_is_opened_once_for_a_checkpoint(runs: Path) -> None:
     assert second is not first
     assert (second.step, second.images) == (first.step + 1, first.images)
     assert (second.device, second.train_images) == ("cpu", 7)
-    assert shelf.open(name) is second
     assert not all(map(torch.equal, first.model.parameters(), second.model.parameters()))
+    monkeypatch.setattr(OpenRun, "open", lambda *args: pytest.fail("read again"))
+    assert shelf.open(name) is second
 
 
 def test_the_best_checkpoint(runs: Path) -> None:
