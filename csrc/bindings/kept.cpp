@@ -41,10 +41,10 @@ struct Place {
   std::size_t storage_bytes;
 };
 
-// Bytes in one piece, and where the copy of them begins.
+// A tensor whose bytes lie in one piece, and where the copy of them begins.
 struct Piece {
-  const void* data;
-  std::size_t bytes, begin;
+  at::Tensor tensor;
+  std::size_t begin;
 };
 
 // The places of tensors, and a copy of the bits of some of them, which are on the CPU.
@@ -56,7 +56,7 @@ class KeptTensors {
     for (const at::Tensor& tensor : compared) {
       TORCH_CHECK_VALUE(tensor.is_cpu(), "compared: expected CPU tensors, found device ", tensor.device());
       if (tensor.is_non_overlapping_and_dense()) {
-        pieces_.push_back({.data = tensor.const_data_ptr(), .bytes = tensor.nbytes(), .begin = bytes});
+        pieces_.push_back({.tensor = tensor, .begin = bytes});
         bytes += tensor.nbytes();
       } else {
         strided_.push_back(tensor);
@@ -64,8 +64,8 @@ class KeptTensors {
       }
     }
     bits_.resize(bytes);
-    for (const Piece& piece : pieces_) {
-      if (piece.bytes > 0) std::memcpy(bits_.data() + piece.begin, piece.data, piece.bytes);
+    for (const auto& [tensor, begin] : pieces_) {
+      if (tensor.numel() > 0) std::memcpy(bits_.data() + begin, tensor.const_data_ptr(), tensor.nbytes());
     }
   }
 
@@ -83,8 +83,9 @@ class KeptTensors {
   // Whether the bits are those of the copy. What was given must be in place: else this reads where nothing may be.
   bool same_bits() const {
     const py::gil_scoped_release released;
-    for (const Piece& piece : pieces_) {
-      if (piece.bytes > 0 && std::memcmp(bits_.data() + piece.begin, piece.data, piece.bytes) != 0) return false;
+    for (const auto& [tensor, begin] : pieces_) {
+      if (tensor.numel() == 0) continue;
+      if (std::memcmp(bits_.data() + begin, tensor.const_data_ptr(), tensor.nbytes()) != 0) return false;
     }
     for (std::size_t i = 0; i < strided_.size(); ++i) {
       const at::Tensor now = strided_[i].contiguous();

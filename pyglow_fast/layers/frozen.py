@@ -48,7 +48,8 @@ class FrozenNet(NetShape):
     @property
     def like(self) -> Tensor:
         """A tensor that has the dtype and device of the net."""
-        return self.weights[0]
+        weight: Tensor = self.w1  # type: ignore[assignment]
+        return weight
 
     @property
     def weights(self) -> list[Tensor]:
