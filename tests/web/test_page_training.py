@@ -13,7 +13,7 @@ from support import web
 
 web.require("gradio", "playwright", "chromium")
 
-from support.web_page import PLACES, Site, Visitor, all_pixels, set_slider, wait_for  # noqa: E402
+from support.web_page import PLACES, Site, Visitor, all_pixels, choose, set_slider, wait_for  # noqa: E402
 from support.web_runs import COLOUR, DIGITS  # noqa: E402
 
 from pyglow_fast.train import Checkpoint, RunFolder, load_model, resolve_device, to_pixels  # noqa: E402
@@ -66,6 +66,20 @@ def test_the_newest_whole_checkpoint_is_used(training: RunFolder, visitor: Visit
     set_slider(page, "sample-n", 6)
     wait_for(shown, sampled(second, 6))
     assert page.get_by_test_id("toast-text").count() == 0
+
+
+def test_a_run_is_opened_once_it_has_a_checkpoint(training: RunFolder, visitor: Visitor) -> None:
+    """It was chosen before its first one; the page is about the other run until then."""
+    page, first = visitor.page, training.load()
+    away = training.path.parent.parent / "checkpoints of the run in training"
+    training.checkpoints.rename(away)
+    visitor.filled("Sample")
+    choose(page, "run", visitor.site.run("zz training"))
+    assert visitor.toast().startswith("run: expected a checkpoint in checkpoints/, found none in ")
+    wait_for(page.locator("#about").inner_text, f"still about runs/{DIGITS}")
+    away.rename(training.checkpoints)
+    wait_for(lambda: all_pixels(page.locator("#samples button img")), sampled(first, SHOWN))
+    wait_for(page.locator("#about").inner_text, "step 10, images 3x16x16, 256 grey levels")
 
 
 FAULTY = """
