@@ -93,12 +93,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     formatted = warnings.formatwarning
     warnings.formatwarning = _one_line
+    code = 0
     try:
         code = _run(argv)
         print(end="", flush=True)  # here, since what fails at exit cannot be caught
-    except BrokenPipeError:  # | head has seen enough
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at exit goes there
-        return 141
+        if isinstance(error, BrokenPipeError):  # | head has seen enough
+            return 141
+        if code == 0:  # output to a disk that is full; else something has been said already
+            say_error(error)
+            return 1
     finally:
         warnings.formatwarning = formatted
     return code

@@ -54,6 +54,7 @@ class Desk:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self.looks_at: int | str | None = None  # the tab that is open
+        self._waits_for: str | None = None  # a run that was chosen and had no checkpoint
         self._clear(None)
 
     def _clear(self, run: str | None) -> None:
@@ -75,13 +76,28 @@ class Desk:
         """Choose another run; nothing of the last one stays.
 
         Raises:
-            ValueError: it is not served, or cannot be opened; the desk is then as it was.
+            ValueError: it is not served, or cannot be opened; the desk is then as it was, and waits for the run.
         """
-        opened = shelf.open(name)
+        try:
+            opened = shelf.open(name)
+        except ValueError:
+            self._waits_for = name
+            raise
+        self._waits_for = None
         opened.images.look_again()
         with self._lock:
             self._clear(name)
         return opened
+
+    def has_come(self, shelf: Shelf) -> bool:
+        """Whether the run that could not be opened when it was chosen last can be opened now."""
+        if self._waits_for is None:
+            return False
+        try:
+            shelf.open(self._waits_for)
+        except ValueError:
+            return False
+        return True
 
     def opened(self, shelf: Shelf) -> OpenRun:
         """Open the run at its newest checkpoint.

@@ -35,7 +35,7 @@ def page(shelf: Shelf) -> gr.Blocks:
             run = gr.Dropdown(names, value=names[0], label="run", elem_id="run", scale=1, min_width=300)
             with gr.Column(scale=2, min_width=300):
                 about = gr.HTML(js_on_load=LIVE_JS, elem_id="about")
-        version, newer, clock = gr.State(), gr.State(0), gr.Timer(EVERY)
+        version, newer, came, clock = gr.State(), gr.State(0), gr.State(0), gr.Timer(EVERY)
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Sample", id="sample") as sample_tab:
                 sample = SampleTab(shelf, desk)
@@ -81,12 +81,14 @@ def page(shelf: Shelf) -> gr.Blocks:
         @on_page()
         def ticked(found: Desk, seen: str | None) -> list[Any]:
             """Notices a newer checkpoint; what is wrong with it is said by the next thing that is done."""
+            if found.has_come(shelf):
+                return [*[gr.skip()] * 3, anew()]
             try:
                 newest = found.opened(shelf)
             except ValueError:
-                return [gr.skip()] * 3
+                return [gr.skip()] * 4
             digest = newest.checkpoint.digest
-            return [gr.skip()] * 3 if digest == seen else [_about(newest), digest, anew()]
+            return [gr.skip()] * 4 if digest == seen else [_about(newest), digest, anew(), gr.skip()]
 
         def kept(found: Desk) -> str:
             return f"<p>{html.escape(f'still about {found.run}')}</p>" if found.run else ""
@@ -96,7 +98,7 @@ def page(shelf: Shelf) -> gr.Blocks:
             names = shelf.names()
             return gr.Dropdown(names, value=names[0] if names else None)
 
-        clock.tick(ticked, [desk, version], [about, version, newer], **QUIET)
+        clock.tick(ticked, [desk, version], [about, version, newer, came], **QUIET)
         settings = [desk, sample.temperature, sample.label, sample.n, sample.seed]
         # The listener is not one of version, which also changes when a run is chosen: the tabs are filled then, and in
         # their order.
@@ -111,7 +113,7 @@ def page(shelf: Shelf) -> gr.Blocks:
 
         # Gradio forgets a desk that an event returned, an hour after its visitor left; a desk that none returned it
         # keeps for ever.
-        chosen = run.change(opened, [desk, run], renewed, **QUIET)
+        chosen = gr.on([run.change, came.change], opened, [desk, run], renewed, **QUIET)
         chosen.failure(kept, desk, about, **QUIET)
         fill(chosen)
         first = blocks.load(listed, None, run, **QUIET)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -201,6 +202,16 @@ def test_a_reader_that_has_seen_enough(arguments: list[str]) -> None:
         os.close(writer)
     assert ended.stderr == ""
     assert ended.returncode == 141
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [["data"], ["--help"]], ids=" ".join)
+def test_output_to_a_disk_that_is_full(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "pyglow_fast", *arguments]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.stderr == f"error: [Errno {errno.ENOSPC}] {os.strerror(errno.ENOSPC)}\n"
+    assert ended.returncode == 1
 
 
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

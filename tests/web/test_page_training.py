@@ -15,7 +15,7 @@ from support import web
 web.require("gradio", "playwright", "chromium")
 
 from support.web import wait_for  # noqa: E402
-from support.web_page import Site, Visitor, all_pixels, set_slider  # noqa: E402
+from support.web_page import PLACES, Site, Visitor, all_pixels, choose, set_slider  # noqa: E402
 from support.web_runs import COLOUR, DIGITS, encoded, photo  # noqa: E402
 
 from pyglow_fast.train import Checkpoint, RunFolder, load_model, resolve_device, to_pixels  # noqa: E402
@@ -133,6 +133,20 @@ def test_a_run_whose_images_are_gone(training: RunFolder, visitor: Visitor, site
     visitor.tab("Edit")
     assert page.locator("#add-0 label").inner_text().endswith(" minus rest")
     assert page.locator("#edit-thumbs button").count() > 1
+
+
+def test_a_run_is_opened_once_it_has_a_checkpoint(training: RunFolder, visitor: Visitor) -> None:
+    """It was chosen before its first one; the page is about the other run until then."""
+    page, first = visitor.page, training.load()
+    away = training.path.parent.parent / "checkpoints of the run in training"
+    training.checkpoints.rename(away)
+    visitor.filled("Sample")
+    choose(page, "run", visitor.site.run("zz training"))
+    assert visitor.toast().startswith("run: expected a checkpoint in checkpoints/, found none in ")
+    wait_for(page.locator("#about").inner_text, f"still about runs/{DIGITS}")
+    away.rename(training.checkpoints)
+    wait_for(lambda: all_pixels(page.locator("#samples button img")), sampled(first, SHOWN))
+    wait_for(lambda: "zz training" in page.locator("#about").inner_text(), True)
 
 
 FAULTY = """
