@@ -10,7 +10,7 @@ from pyglow_fast._errors import expect
 from pyglow_fast.studio.opened import OpenRun, Picked
 from pyglow_fast.studio.words import File, HeldOut
 from pyglow_fast.web.desk import Desk, check_number, clicked, picked_number, picked_upload
-from pyglow_fast.web.errors import on_page
+from pyglow_fast.web.errors import on_page, plain_sentence
 from pyglow_fast.web.events import QUIET, anew, follow, moves
 from pyglow_fast.web.html import PICK_JS, buttons, figure, note, row, save_link
 from pyglow_fast.web.shelf import Shelf
@@ -87,13 +87,15 @@ class BetweenTab:
         """Fill the tab for a run that was chosen."""
         opened = desk.opened(self._shelf)
         missing = opened.images.missing
-        if not missing:
-            count = len(opened.images.find()[2])
-            for i in range(2):
-                desk.put_end(i, opened.pick(HeldOut(min(i, count - 1))), opened)
-        numbers = [gr.Number(i, visible=not missing) for i in range(2)]
+        first = [0, 0 if missing else min(1, len(opened.images.find()[2]) - 1)]
+        numbers = [gr.Number(number, visible=not missing) for number in first]
         thumbs = [*self.thumbs.show(desk, opened), gr.Radio(visible=not missing)]
-        strip = self.drawn(desk, path, steps)
+        try:
+            for i, number in enumerate([] if missing else first):
+                desk.put_end(i, opened.pick(HeldOut(number)), opened)
+            strip = self.drawn(desk, path, steps)
+        except ValueError as error:  # said in the place of the path
+            strip = [note(plain_sentence(str(error))), gr.skip()]
         if not desk.has(opened):  # another run was chosen meanwhile
             return self.as_they_are
         desk.has_path = True

@@ -6,6 +6,7 @@ from typing import Any
 
 import gradio as gr
 
+from pyglow_fast.data import UnreadableImageError
 from pyglow_fast.latents import SPACES
 from pyglow_fast.studio.directions import REST, Add
 from pyglow_fast.studio.edits import Edit, Subject, likelihood_text
@@ -124,10 +125,6 @@ class EditTab:
         opened = desk.opened(self._shelf)
         missing = opened.images.missing
         desk.pairs = []
-        if not missing:
-            desk.put(opened.pick(HeldOut(0)), opened)
-        elif desk.grid is not None:
-            desk.put(desk.grid.picked(0), desk.grid.opened)
         return [
             *self.thumbs.show(desk, opened),
             gr.Number(0, visible=not missing),
@@ -137,8 +134,19 @@ class EditTab:
             *self._keep_sliders(opened),
             *self._attribute_widgets(desk, ()),
             WAITING,
-            *self._edited(desk, Edit(), twin=False),
+            *self._first(desk, opened),
         ]
+
+    def _first(self, desk: Desk, opened: OpenRun) -> list[Any]:
+        """The image that is under edit at first; where it cannot be shown, the reason: nothing of another run stays."""
+        try:
+            if not opened.images.missing:
+                desk.put(opened.pick(HeldOut(0)), opened)
+            elif desk.grid is not None:
+                desk.put(desk.grid.picked(0), desk.grid.opened)
+            return self._edited(desk, Edit(), twin=False)
+        except ValueError as error:
+            return [note(plain_sentence(str(error))), ""]
 
     def measure(
         self,
@@ -167,7 +175,7 @@ class EditTab:
             opened.scores(while_wanted("measuring bits/dim of the run's images"))
         except AbandonedError:
             return self.measure(desk, progress)
-        except LostImagesError as error:
+        except (LostImagesError, UnreadableImageError) as error:
             return [*as_they_are, note(f"No attributes: {plain_sentence(str(error))}"), anew()]
         if not desk.has(opened):  # another run was chosen meanwhile, and is measured once its sliders are at rest
             return [gr.skip() for _ in self.measured]

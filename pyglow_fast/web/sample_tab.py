@@ -12,7 +12,7 @@ from pyglow_fast.studio.grids import Grid
 from pyglow_fast.studio.opened import OpenRun
 from pyglow_fast.studio.samples import TEMPERATURE, Draw
 from pyglow_fast.web.desk import NO_CLASS, Desk, check_number, clicked
-from pyglow_fast.web.errors import on_page
+from pyglow_fast.web.errors import on_page, plain_sentence
 from pyglow_fast.web.events import QUIET, anew, follow, moves
 from pyglow_fast.web.html import PICK_JS, buttons, note, save_link
 from pyglow_fast.web.shelf import Shelf
@@ -54,10 +54,13 @@ class SampleTab:
         self.again.click(lambda: random.randrange(10**6), None, self.seed, **QUIET)
 
     def show(self, desk: Desk, temperature: float, n: float, seed: float | None) -> list[Any]:
-        """Fill the tab for a run that was chosen."""
+        """Fill the tab for a run that was chosen; what is wrong is said in the place of the samples."""
         opened = desk.opened(self._shelf)
         label = gr.Dropdown([ALL, *opened.classes], value=ALL, visible=bool(opened.classes))
-        return [label, *self.draw(desk, temperature, ALL, n, seed)]
+        try:
+            return [label, *self.draw(desk, temperature, ALL, n, seed)]
+        except ValueError as error:
+            return [label, note(plain_sentence(str(error))), ""]
 
     def draw(self, desk: Desk, temperature: float, label: str | None, n: float, seed: float | None) -> list[Any]:
         """Draw samples, and write the command that draws them."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from pyglow_fast.data import UnreadableImageError
 from pyglow_fast.studio.opened import OpenRun
 from pyglow_fast.studio.reading import name_of
 from pyglow_fast.web.desk import Desk, clicked
@@ -64,7 +65,11 @@ class Thumbs:
         """Offer the first held-out images of a run that was chosen; none where they are lost."""
         missing = bool(opened.images.missing)
         desk.thumbs[self._name] = [] if missing else list(range(min(OFFERED, len(opened.images.find()[2]))))
-        return [self._strip(desk, opened), gr.Button(visible=not missing)]
+        try:
+            strip = self._strip(desk, opened)
+        except UnreadableImageError:  # others may be readable
+            desk.thumbs[self._name], strip = [], ""
+        return [strip, gr.Button(visible=not missing)]
 
     def other(self, desk: Desk) -> str:
         """Offer other held-out images."""
