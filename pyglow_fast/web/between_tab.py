@@ -10,6 +10,7 @@ from pyglow_fast._errors import expect
 from pyglow_fast.studio.opened import OpenRun, Picked
 from pyglow_fast.studio.words import File, HeldOut
 from pyglow_fast.web.desk import Desk, check_number, clicked, picked_number, picked_upload
+from pyglow_fast.web.edit_tab import EditTab
 from pyglow_fast.web.errors import on_page, plain_sentence
 from pyglow_fast.web.events import QUIET, anew, follow, moves
 from pyglow_fast.web.html import PICK_JS, buttons, figure, note, row, save_link
@@ -26,8 +27,8 @@ class BetweenTab:
 
     EMPTY = (None, None, "", "", "", "")  # until it is looked at
 
-    def __init__(self, shelf: Shelf, desk: gr.State) -> None:
-        self._shelf = shelf
+    def __init__(self, shelf: Shelf, desk: gr.State, edit: EditTab) -> None:
+        self._shelf, self._edit = shelf, edit
         self.numbers, self.uploads, self.takes = [], [], []
         self.thumbs = Thumbs(shelf, desk, "path")
         with gr.Row():
@@ -76,12 +77,21 @@ class BetweenTab:
             taken = upload.upload(on_page()(self._take_upload(i)), [desk, upload], upload, **QUIET)
             taken.success(*drawn, **QUIET)
             taken.failure(lambda: None, None, upload, **QUIET)
-            self.takes[i].click(on_page()(self._take_edit(i)), desk, None, **QUIET).success(*drawn, **QUIET)
+            self.takes[i].click(on_page()(self._take_edit(i)), [desk, *edit.controls], None, **QUIET).success(
+                *drawn, **QUIET
+            )
 
     def look(self, desk: Desk, path: str, steps: float) -> list[Any]:
-        """Fill the tab, unless it is about the chosen run already."""
-        known = desk.has_path or desk.run is None
-        return self.as_they_are if known else self.show(desk, path, steps)
+        """Fill the tab, or draw the path anew where there is another space or checkpoint than it was drawn for."""
+        if desk.run is None or desk.drawn_for == self._drawn_for(desk):
+            return self.as_they_are
+        if not desk.has_path:
+            return self.show(desk, path, steps)
+        return [*self.as_they_are[:-2], *self.drawn(desk, path, steps)]
+
+    def _drawn_for(self, desk: Desk) -> tuple[OpenRun, str]:
+        opened = desk.opened(self._shelf)
+        return opened, desk.space_of(opened)
 
     def show(self, desk: Desk, path: str, steps: float) -> list[Any]:
         """Fill the tab for a run that was chosen."""
@@ -125,8 +135,9 @@ class BetweenTab:
         return take
 
     def _take_edit(self, i: int) -> Any:
-        def take(desk: Desk) -> None:
-            desk.put_edited_end(i)
+        def take(desk: Desk, twin: bool, *values: float) -> None:
+            opened = desk.opened(self._shelf)
+            desk.put_edited_end(i, self._edit.edit_of(desk, opened, values), f"edit-{NAMES[i]}.png", opened)
 
         return take
 
@@ -153,7 +164,8 @@ class BetweenTab:
         )
         grey = note("Parts are not finite, shown grey." if bad else "")
         link = save_link(made, "between.png", "Save the frame")
-        return [f"{shown}<p>{link}</p>{grey}", f"{made.whole_command('between.png')}\n{desk.strip}"]
+        commands = [*desk.end_commands, made.whole_command("between.png"), desk.strip]
+        return [f"{shown}<p>{link}</p>{grey}", "\n".join(commands)]
 
     def drawn(self, desk: Desk, path: str, steps: float) -> list[Any]:
         """Draw the strip of the whole path."""
@@ -168,6 +180,7 @@ class BetweenTab:
         links = [save_link(made[suffix], f"path{suffix}", text) for suffix, text in files.items()]
         if not desk.has(opened):
             return [gr.skip(), gr.skip()]
+        desk.drawn_for = opened, between.space
         desk.strip = "\n".join(each.whole_command(f"path{suffix}") for suffix, each in made.items())
         strip = buttons(list(pixels), opened.n_bins, words, strip=True)
         return [f"{strip}<p>{''.join(links)}</p>", anew()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
@@ -269,12 +270,15 @@ class EditTab:
 
     def edited(self, desk: Desk, twin: bool, *values: float) -> list[Any]:
         """Compute the image as the sliders say, and the command that gives it."""
-        opened = desk.opened(self._shelf)
+        return self._edited(desk, self.edit_of(desk, desk.opened(self._shelf), values), twin)
+
+    def edit_of(self, desk: Desk, opened: OpenRun, values: Sequence[float]) -> Edit:
+        """Describe the edit that the sliders say."""
         strengths, shares = values[:ATTRIBUTES], values[ATTRIBUTES:]
         adds = tuple(Add(*pair, float(s or 0)) for pair, s in zip(desk.pairs, strengths, strict=False))
         levels = shares[: len(opened.model.latent_shapes)]
         keep = tuple(1.0 if share is None else float(share) for share in levels)  # None: a field that was emptied
-        return self._edited(desk, Edit(adds, keep), twin)
+        return Edit(adds, keep)
 
     def reset(self, desk: Desk) -> list[Any]:
         """Set all sliders to rest, which gives the original."""

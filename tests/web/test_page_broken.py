@@ -13,7 +13,8 @@ from support import web
 web.require("gradio", "playwright", "chromium")
 
 import gradio as gr  # noqa: E402
-from support.web_page import Site, Visitor, choose, set_slider, wait_for  # noqa: E402
+from support.web import wait_for  # noqa: E402
+from support.web_page import Site, Visitor, choose, set_slider  # noqa: E402
 from support.web_runs import COLOUR, DIGITS, write_images  # noqa: E402
 
 from pyglow_fast.cli import main  # noqa: E402
@@ -83,7 +84,7 @@ def tabs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple
         shelf, desk = Shelf(["run"], device="cpu"), Desk()
         with gr.Blocks():
             edit = EditTab(shelf, gr.State(desk))
-            between = BetweenTab(shelf, gr.State(desk))
+            between = BetweenTab(shelf, gr.State(desk), edit)
         desk.choose(shelf, "run")
         return shelf, desk, edit, between
 
