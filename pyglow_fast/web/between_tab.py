@@ -16,7 +16,7 @@ from pyglow_fast.web.events import QUIET, anew, follow, moves
 from pyglow_fast.web.html import PICK_JS, buttons, figure, note, row, save_link
 from pyglow_fast.web.shelf import Shelf
 from pyglow_fast.web.uploads import Upload
-from pyglow_fast.web.widgets import Thumbs, button, command_box, image_box
+from pyglow_fast.web.widgets import Slider, Thumbs, button, command_box, image_box
 
 STEPS, MOST = 9, 25
 NAMES = ("from", "to")
@@ -34,7 +34,7 @@ class BetweenTab:
         with gr.Row():
             with gr.Column(scale=3, min_width=300):
                 self.frame = gr.HTML(elem_id="path-frame")
-                self.at = gr.Slider(0.0, 1.0, value=0.5, step=0.01, label="the way along the path", elem_id="path-at")
+                self.at = Slider(0.0, 1.0, value=0.5, step=0.01, label="the way along the path", elem_id="path-at")
                 self.strip = gr.HTML(js_on_load=PICK_JS, elem_id="path-strip")
                 self.command = command_box("path-command")
             with gr.Column(scale=2, min_width=300):
@@ -58,7 +58,7 @@ class BetweenTab:
                     info="through the latents, on straight lines or on great circles",
                     elem_id="path-line",
                 )
-                self.steps = gr.Slider(2, MOST, value=STEPS, step=1, label="images of the strip", elem_id="path-steps")
+                self.steps = Slider(2, MOST, value=STEPS, step=1, label="images of the strip", elem_id="path-steps")
         redraw = gr.State(0)  # the frame and the commands
         self.contents = [*self.uploads, self.thumbs.strip, self.strip, self.frame, self.command]
         self.outputs = [*self.thumbs.outputs, self.end, *self.numbers, *self.uploads, self.strip, redraw]
@@ -158,7 +158,7 @@ class BetweenTab:
         shown = row(
             [
                 figure(between.first.pixels, opened.n_bins, "from", _said(between.first, opened), "from"),
-                figure(pixels[0], opened.n_bins, f"{at:.0%} of the way", part="frame"),
+                figure(pixels[0], opened.n_bins, f"{at:.0%} of the way", part="frame", made=made),
                 figure(between.last.pixels, opened.n_bins, "to", _said(between.last, opened), "to"),
             ]
         )

@@ -19,7 +19,7 @@ from pyglow_fast.web.events import QUIET, anew, follow, moves
 from pyglow_fast.web.html import BITS, LIVE_JS, figure, note, row, save_link
 from pyglow_fast.web.shelf import Shelf
 from pyglow_fast.web.uploads import Upload
-from pyglow_fast.web.widgets import Thumbs, button, command_box, image_box
+from pyglow_fast.web.widgets import Slider, Thumbs, button, command_box, image_box
 
 ATTRIBUTES, LEVELS = 12, 10  # sliders that there are at most
 FIRST = 6  # attributes that have sliders at the beginning
@@ -75,7 +75,7 @@ class EditTab:
     def _slider_widgets(self) -> None:
         self.why = gr.HTML(elem_id="edit-why")
         self.adds = [
-            gr.Slider(
+            Slider(
                 -STRONGEST, STRONGEST, value=0, step=0.05, visible=False, elem_id=f"add-{i}", elem_classes="pgf-signed"
             )
             for i in range(ATTRIBUTES)
@@ -87,9 +87,7 @@ class EditTab:
                 self.minus = gr.Dropdown([], label="minus", elem_id="edit-minus", min_width=90)
                 self.more = button("Add a slider", "edit-more")
         gr.HTML(note(KEPT))
-        self.keeps = [
-            gr.Slider(0.0, 1.0, value=1, step=0.05, visible=False, elem_id=f"keep-{i}") for i in range(LEVELS)
-        ]
+        self.keeps = [Slider(0.0, 1.0, value=1, step=0.05, visible=False, elem_id=f"keep-{i}") for i in range(LEVELS)]
         self.twin = gr.Checkbox(False, label="beside it: shift the pixels by the same differences", elem_id="edit-twin")
         self.space = gr.Radio(
             list(SPACES),
@@ -275,10 +273,8 @@ class EditTab:
     def edit_of(self, desk: Desk, opened: OpenRun, values: Sequence[float]) -> Edit:
         """Describe the edit that the sliders say."""
         strengths, shares = values[:ATTRIBUTES], values[ATTRIBUTES:]
-        adds = tuple(Add(*pair, float(s or 0)) for pair, s in zip(desk.pairs, strengths, strict=False))
-        levels = shares[: len(opened.model.latent_shapes)]
-        keep = tuple(1.0 if share is None else float(share) for share in levels)  # None: a field that was emptied
-        return Edit(adds, keep)
+        adds = tuple(Add(*pair, float(s)) for pair, s in zip(desk.pairs, strengths, strict=False))
+        return Edit(adds, tuple(map(float, shares[: len(opened.model.latent_shapes)])))
 
     def reset(self, desk: Desk) -> list[Any]:
         """Set all sliders to rest, which gives the original."""
@@ -293,7 +289,12 @@ class EditTab:
         figures = [
             figure(subject.pixels, opened.n_bins, "original", self._words(subject, subject.bits), "original"),
             figure(
-                found.pixels, opened.n_bins, "edited", self._words(subject, subject.bits_of(found.pixels)), "edited"
+                found.pixels,
+                opened.n_bins,
+                "edited",
+                self._words(subject, subject.bits_of(found.pixels)),
+                "edited",
+                made,
             ),
         ]
         links = [save_link(made, "edit.png", "Save PNG")]
@@ -301,7 +302,7 @@ class EditTab:
         if found.shifted is not None:
             shifted = subject.made(found.shifted, edit, pixel_shift=True)
             words = self._words(subject, subject.bits_of(found.shifted))
-            figures.append(figure(found.shifted, opened.n_bins, "pixels shifted", words, "shifted"))
+            figures.append(figure(found.shifted, opened.n_bins, "pixels shifted", words, "shifted", shifted))
             links.append(save_link(shifted, "shifted.png", "Save the shifted one"))
             commands.append(shifted.whole_command("shifted.png"))
         if subject.from_file:

@@ -16,7 +16,7 @@ from pyglow_fast.web.errors import on_page, plain_sentence
 from pyglow_fast.web.events import QUIET, anew, follow, moves
 from pyglow_fast.web.html import PICK_JS, buttons, note, save_link
 from pyglow_fast.web.shelf import Shelf
-from pyglow_fast.web.widgets import button, command_box
+from pyglow_fast.web.widgets import Slider, button, command_box
 
 ALL = "all classes in turn"
 SHOWN, MOST = 24, 100
@@ -30,7 +30,7 @@ class SampleTab:
         self._shelf = shelf
         with gr.Row():
             with gr.Column(scale=1, min_width=260):
-                self.temperature = gr.Slider(
+                self.temperature = Slider(
                     0.0,
                     1.2,
                     value=TEMPERATURE,
@@ -40,7 +40,7 @@ class SampleTab:
                     elem_id="temperature",
                 )
                 self.label = gr.Dropdown([ALL], value=ALL, label="class", visible=False, elem_id="sample-class")
-                self.n = gr.Slider(1, MOST, value=SHOWN, step=1, label="images", elem_id="sample-n")
+                self.n = Slider(1, MOST, value=SHOWN, step=1, label="images", elem_id="sample-n")
                 self.seed = gr.Number(0, precision=0, label="seed", elem_id="sample-seed")
                 self.again = button("Another seed", "sample-again")
             with gr.Column(scale=3, min_width=300):

@@ -15,9 +15,23 @@ from pyglow_fast.web.errors import on_page
 from pyglow_fast.web.events import QUIET
 from pyglow_fast.web.html import PICK_JS, buttons
 from pyglow_fast.web.shelf import Shelf
-from pyglow_fast.web.uploads import UploadedImage
+from pyglow_fast.web.uploads import UploadedImage, WithoutStub
 
 OFFERED = 12  # held-out images to choose from
+
+
+class Slider(gr.Slider, metaclass=WithoutStub):
+    """A ``gr.Slider`` that takes what is typed beside it for what the field becomes when it is left.
+
+    That is the nearer end for a number beyond it, and the lower end where nothing stands; Gradio's own refuses both.
+    """
+
+    is_template = True  # the browser shows it as a slider
+
+    def preprocess(self, payload: float | None) -> float:
+        low, high = float(self.minimum), float(self.maximum)
+        number = low if payload is None else payload
+        return super().preprocess(low if number < low else high if number > high else number)
 
 
 def button(text: str, elem_id: str) -> gr.Button:
