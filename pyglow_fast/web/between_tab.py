@@ -10,12 +10,13 @@ from pyglow_fast._errors import expect
 from pyglow_fast.studio.opened import OpenRun, Picked
 from pyglow_fast.studio.words import File, HeldOut
 from pyglow_fast.web.desk import Desk, check_number, clicked, picked_number, picked_upload
-from pyglow_fast.web.errors import on_page
+from pyglow_fast.web.edit_tab import EditTab
+from pyglow_fast.web.errors import on_page, plain_sentence
 from pyglow_fast.web.events import QUIET, anew, follow, moves
 from pyglow_fast.web.html import PICK_JS, buttons, figure, note, row, save_link
 from pyglow_fast.web.shelf import Shelf
 from pyglow_fast.web.uploads import Upload
-from pyglow_fast.web.widgets import Thumbs, button, command_box, image_box
+from pyglow_fast.web.widgets import Slider, Thumbs, button, command_box, image_box
 
 STEPS, MOST = 9, 25
 NAMES = ("from", "to")
@@ -26,14 +27,14 @@ class BetweenTab:
 
     EMPTY = (None, None, "", "", "", "")  # until it is looked at
 
-    def __init__(self, shelf: Shelf, desk: gr.State) -> None:
-        self._shelf = shelf
+    def __init__(self, shelf: Shelf, desk: gr.State, edit: EditTab) -> None:
+        self._shelf, self._edit = shelf, edit
         self.numbers, self.uploads, self.takes = [], [], []
         self.thumbs = Thumbs(shelf, desk, "path")
         with gr.Row():
             with gr.Column(scale=3, min_width=300):
                 self.frame = gr.HTML(elem_id="path-frame")
-                self.at = gr.Slider(0.0, 1.0, value=0.5, step=0.01, label="the way along the path", elem_id="path-at")
+                self.at = Slider(0.0, 1.0, value=0.5, step=0.01, label="the way along the path", elem_id="path-at")
                 self.strip = gr.HTML(js_on_load=PICK_JS, elem_id="path-strip")
                 self.command = command_box("path-command")
             with gr.Column(scale=2, min_width=300):
@@ -57,7 +58,7 @@ class BetweenTab:
                     info="through the latents, on straight lines or on great circles",
                     elem_id="path-line",
                 )
-                self.steps = gr.Slider(2, MOST, value=STEPS, step=1, label="images of the strip", elem_id="path-steps")
+                self.steps = Slider(2, MOST, value=STEPS, step=1, label="images of the strip", elem_id="path-steps")
         redraw = gr.State(0)  # the frame and the commands
         self.contents = [*self.uploads, self.thumbs.strip, self.strip, self.frame, self.command]
         self.outputs = [*self.thumbs.outputs, self.end, *self.numbers, *self.uploads, self.strip, redraw]
@@ -76,24 +77,35 @@ class BetweenTab:
             taken = upload.upload(on_page()(self._take_upload(i)), [desk, upload], upload, **QUIET)
             taken.success(*drawn, **QUIET)
             taken.failure(lambda: None, None, upload, **QUIET)
-            self.takes[i].click(on_page()(self._take_edit(i)), desk, None, **QUIET).success(*drawn, **QUIET)
+            self.takes[i].click(on_page()(self._take_edit(i)), [desk, *edit.controls], None, **QUIET).success(
+                *drawn, **QUIET
+            )
 
     def look(self, desk: Desk, path: str, steps: float) -> list[Any]:
-        """Fill the tab, unless it is about the chosen run already."""
-        known = desk.has_path or desk.run is None
-        return self.as_they_are if known else self.show(desk, path, steps)
+        """Fill the tab, or draw the path anew where there is another space or checkpoint than it was drawn for."""
+        if desk.run is None or desk.drawn_for == self._drawn_for(desk):
+            return self.as_they_are
+        if not desk.has_path:
+            return self.show(desk, path, steps)
+        return [*self.as_they_are[:-2], *self.drawn(desk, path, steps)]
+
+    def _drawn_for(self, desk: Desk) -> tuple[OpenRun, str]:
+        opened = desk.opened(self._shelf)
+        return opened, desk.space_of(opened)
 
     def show(self, desk: Desk, path: str, steps: float) -> list[Any]:
         """Fill the tab for a run that was chosen."""
         opened = desk.opened(self._shelf)
         missing = opened.images.missing
-        if not missing:
-            count = len(opened.images.find()[2])
-            for i in range(2):
-                desk.put_end(i, opened.pick(HeldOut(min(i, count - 1))), opened)
-        numbers = [gr.Number(i, visible=not missing) for i in range(2)]
+        first = [0, 0 if missing else min(1, len(opened.images.find()[2]) - 1)]
+        numbers = [gr.Number(number, visible=not missing) for number in first]
         thumbs = [*self.thumbs.show(desk, opened), gr.Radio(visible=not missing)]
-        strip = self.drawn(desk, path, steps)
+        try:
+            for i, number in enumerate([] if missing else first):
+                desk.put_end(i, opened.pick(HeldOut(number)), opened)
+            strip = self.drawn(desk, path, steps)
+        except ValueError as error:  # said in the place of the path
+            strip = [note(plain_sentence(str(error))), gr.skip()]
         if not desk.has(opened):  # another run was chosen meanwhile
             return self.as_they_are
         desk.has_path = True
@@ -123,8 +135,9 @@ class BetweenTab:
         return take
 
     def _take_edit(self, i: int) -> Any:
-        def take(desk: Desk) -> None:
-            desk.put_edited_end(i)
+        def take(desk: Desk, twin: bool, *values: float) -> None:
+            opened = desk.opened(self._shelf)
+            desk.put_edited_end(i, self._edit.edit_of(desk, opened, values), f"edit-{NAMES[i]}.png", opened)
 
         return take
 
@@ -145,13 +158,14 @@ class BetweenTab:
         shown = row(
             [
                 figure(between.first.pixels, opened.n_bins, "from", _said(between.first, opened), "from"),
-                figure(pixels[0], opened.n_bins, f"{at:.0%} of the way", part="frame"),
+                figure(pixels[0], opened.n_bins, f"{at:.0%} of the way", part="frame", made=made),
                 figure(between.last.pixels, opened.n_bins, "to", _said(between.last, opened), "to"),
             ]
         )
         grey = note("Parts are not finite, shown grey." if bad else "")
         link = save_link(made, "between.png", "Save the frame")
-        return [f"{shown}<p>{link}</p>{grey}", f"{made.whole_command('between.png')}\n{desk.strip}"]
+        commands = [*desk.end_commands, made.whole_command("between.png"), desk.strip]
+        return [f"{shown}<p>{link}</p>{grey}", "\n".join(commands)]
 
     def drawn(self, desk: Desk, path: str, steps: float) -> list[Any]:
         """Draw the strip of the whole path."""
@@ -166,6 +180,7 @@ class BetweenTab:
         links = [save_link(made[suffix], f"path{suffix}", text) for suffix, text in files.items()]
         if not desk.has(opened):
             return [gr.skip(), gr.skip()]
+        desk.drawn_for = opened, between.space
         desk.strip = "\n".join(each.whole_command(f"path{suffix}") for suffix, each in made.items())
         strip = buttons(list(pixels), opened.n_bins, words, strip=True)
         return [f"{strip}<p>{''.join(links)}</p>", anew()]

@@ -10,10 +10,11 @@ import gradio as gr
 
 from pyglow_fast._errors import expect
 from pyglow_fast.data import UnreadableImageError
+from pyglow_fast.models import GlowConfig
 from pyglow_fast.studio.between import Between
-from pyglow_fast.studio.edits import Subject
+from pyglow_fast.studio.edits import Edit, Subject
 from pyglow_fast.studio.grids import Grid
-from pyglow_fast.studio.opened import OpenRun, Picked, Progress
+from pyglow_fast.studio.opened import OpenRun, OwnImages, Picked, Progress
 from pyglow_fast.studio.words import File, HeldOut
 from pyglow_fast.web.shelf import Shelf
 from pyglow_fast.web.uploads import Upload
@@ -48,6 +49,38 @@ class Kept:
         return found
 
 
+class KeptEdit(Kept):
+    """An edit of an image that was chosen, as the file that a command writes, from which it can be read again.
+
+    Args:
+        of: the image before the edit.
+        edit: what is done to it, which is something.
+        space: the space that is edited.
+        name: the name of the file.
+        opened: the checkpoint.
+
+    Raises:
+        ValueError: the edit cannot be made.
+    """
+
+    def __init__(self, of: Kept, edit: Edit, space: str, name: str, opened: OpenRun) -> None:
+        self._of, self._edit, self._space, self._name = of, edit, space, name
+        self.command = ""
+        super().__init__(self._made(opened), opened)
+
+    def by(self, opened: OpenRun) -> Picked:
+        """Make the same edit by a newer checkpoint of the run."""
+        if opened is not self._opened:
+            self.picked, self._opened = self._made(opened), opened
+        return self.picked
+
+    def _made(self, opened: OpenRun) -> Picked:
+        subject = Subject(opened, self._of.by(opened), self._space)
+        made = subject.made(subject.edited(self._edit).pixels, self._edit)
+        self.command = made.whole_command(self._name)
+        return opened.pick_file(made.data, File(made.file_name(self._name)), subject.picked.label)
+
+
 class Desk:
     """The state of one visitor. All that depends on the checkpoint is made anew when there is another."""
 
@@ -59,10 +92,12 @@ class Desk:
 
     def _clear(self, run: str | None) -> None:
         self.run = run
+        self._kind: tuple[OwnImages, GlowConfig] | None = None  # what the checkpoints of a run have in common
         self.space: str | None = None
         self.strip = ""  # the command of the path's strip
         self.report: tuple[tuple[str, int, int], ...] | None = None  # the files that the report is of which is shown
         self.has_path = False  # whether the tab of paths is about the run
+        self.drawn_for: tuple[OpenRun, str] | None = None  # the checkpoint and the space of its strip
         self.pairs: list[tuple[str, str]] = []  # attributes that have sliders, as (plus, minus)
         self.thumbs: dict[str, list[int]] = {}  # numbers of the held-out images that a tab offers
         self.grid: Grid | None = None
@@ -87,6 +122,7 @@ class Desk:
         opened.images.look_again()
         with self._lock:
             self._clear(name)
+            self._kind = opened.images, opened.model.config
         return opened
 
     def has_come(self, shelf: Shelf) -> bool:
@@ -98,6 +134,11 @@ class Desk:
         except ValueError:
             return False
         return True
+
+    def is_another(self, opened: OpenRun) -> bool:
+        """Whether another run took the place of the chosen one in its folder: one of other images or another model."""
+        with self._lock:
+            return self.has(opened) and self._kind != (opened.images, opened.model.config)
 
     def opened(self, shelf: Shelf) -> OpenRun:
         """Open the run at its newest checkpoint.
@@ -148,16 +189,24 @@ class Desk:
             if self.has(opened):
                 self._ends[i] = Kept(picked, opened)
 
-    def put_edited_end(self, i: int) -> None:
-        """Make the image under edit an end of the path.
+    def put_edited_end(self, i: int, edit: Edit, name: str, opened: OpenRun) -> None:
+        """Make the image under edit an end of the path, as the edit leaves it; an edit is then a file of that name.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is none, or the edit cannot be made.
         """
         with self._lock:
             if self._edited is None:
                 raise ValueError("image: expected an image under Edit, found none")
-            self._ends[i] = self._edited
+            if self.has(opened):
+                space = self.space_of(opened)
+                self._ends[i] = self._edited if edit.is_none else KeptEdit(self._edited, edit, space, name, opened)
+
+    @property
+    def end_commands(self) -> list[str]:
+        """The commands that write those ends of the path which are edits."""
+        with self._lock:
+            return [end.command for end in self._ends if isinstance(end, KeptEdit)]
 
     def between(self, shelf: Shelf, spherical: bool) -> Between | None:
         """The path between both ends, with their latents by the newest checkpoint; None where one was not chosen."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
 
+from pyglow_fast.data import UnreadableImageError
 from pyglow_fast.latents import SPACES
 from pyglow_fast.studio.directions import REST, Add
 from pyglow_fast.studio.edits import Edit, Subject, likelihood_text
@@ -17,7 +19,7 @@ from pyglow_fast.web.events import QUIET, anew, follow, moves
 from pyglow_fast.web.html import BITS, LIVE_JS, figure, note, row, save_link
 from pyglow_fast.web.shelf import Shelf
 from pyglow_fast.web.uploads import Upload
-from pyglow_fast.web.widgets import Thumbs, button, command_box, image_box
+from pyglow_fast.web.widgets import Slider, Thumbs, button, command_box, image_box
 
 ATTRIBUTES, LEVELS = 12, 10  # sliders that there are at most
 FIRST = 6  # attributes that have sliders at the beginning
@@ -73,7 +75,7 @@ class EditTab:
     def _slider_widgets(self) -> None:
         self.why = gr.HTML(elem_id="edit-why")
         self.adds = [
-            gr.Slider(
+            Slider(
                 -STRONGEST, STRONGEST, value=0, step=0.05, visible=False, elem_id=f"add-{i}", elem_classes="pgf-signed"
             )
             for i in range(ATTRIBUTES)
@@ -85,9 +87,7 @@ class EditTab:
                 self.minus = gr.Dropdown([], label="minus", elem_id="edit-minus", min_width=90)
                 self.more = button("Add a slider", "edit-more")
         gr.HTML(note(KEPT))
-        self.keeps = [
-            gr.Slider(0.0, 1.0, value=1, step=0.05, visible=False, elem_id=f"keep-{i}") for i in range(LEVELS)
-        ]
+        self.keeps = [Slider(0.0, 1.0, value=1, step=0.05, visible=False, elem_id=f"keep-{i}") for i in range(LEVELS)]
         self.twin = gr.Checkbox(False, label="beside it: shift the pixels by the same differences", elem_id="edit-twin")
         self.space = gr.Radio(
             list(SPACES),
@@ -124,10 +124,6 @@ class EditTab:
         opened = desk.opened(self._shelf)
         missing = opened.images.missing
         desk.pairs = []
-        if not missing:
-            desk.put(opened.pick(HeldOut(0)), opened)
-        elif desk.grid is not None:
-            desk.put(desk.grid.picked(0), desk.grid.opened)
         return [
             *self.thumbs.show(desk, opened),
             gr.Number(0, visible=not missing),
@@ -137,8 +133,19 @@ class EditTab:
             *self._keep_sliders(opened),
             *self._attribute_widgets(desk, ()),
             WAITING,
-            *self._edited(desk, Edit(), twin=False),
+            *self._first(desk, opened),
         ]
+
+    def _first(self, desk: Desk, opened: OpenRun) -> list[Any]:
+        """The image that is under edit at first; where it cannot be shown, the reason: nothing of another run stays."""
+        try:
+            if not opened.images.missing:
+                desk.put(opened.pick(HeldOut(0)), opened)
+            elif desk.grid is not None:
+                desk.put(desk.grid.picked(0), desk.grid.opened)
+            return self._edited(desk, Edit(), twin=False)
+        except ValueError as error:
+            return [note(plain_sentence(str(error))), ""]
 
     def measure(
         self,
@@ -167,7 +174,7 @@ class EditTab:
             opened.scores(while_wanted("measuring bits/dim of the run's images"))
         except AbandonedError:
             return self.measure(desk, progress)
-        except LostImagesError as error:
+        except (LostImagesError, UnreadableImageError) as error:
             return [*as_they_are, note(f"No attributes: {plain_sentence(str(error))}"), anew()]
         if not desk.has(opened):  # another run was chosen meanwhile, and is measured once its sliders are at rest
             return [gr.skip() for _ in self.measured]
@@ -261,12 +268,13 @@ class EditTab:
 
     def edited(self, desk: Desk, twin: bool, *values: float) -> list[Any]:
         """Compute the image as the sliders say, and the command that gives it."""
-        opened = desk.opened(self._shelf)
+        return self._edited(desk, self.edit_of(desk, desk.opened(self._shelf), values), twin)
+
+    def edit_of(self, desk: Desk, opened: OpenRun, values: Sequence[float]) -> Edit:
+        """Describe the edit that the sliders say."""
         strengths, shares = values[:ATTRIBUTES], values[ATTRIBUTES:]
-        adds = tuple(Add(*pair, float(s or 0)) for pair, s in zip(desk.pairs, strengths, strict=False))
-        levels = shares[: len(opened.model.latent_shapes)]
-        keep = tuple(1.0 if share is None else float(share) for share in levels)  # None: a field that was emptied
-        return self._edited(desk, Edit(adds, keep), twin)
+        adds = tuple(Add(*pair, float(s)) for pair, s in zip(desk.pairs, strengths, strict=False))
+        return Edit(adds, tuple(map(float, shares[: len(opened.model.latent_shapes)])))
 
     def reset(self, desk: Desk) -> list[Any]:
         """Set all sliders to rest, which gives the original."""
@@ -281,7 +289,12 @@ class EditTab:
         figures = [
             figure(subject.pixels, opened.n_bins, "original", self._words(subject, subject.bits), "original"),
             figure(
-                found.pixels, opened.n_bins, "edited", self._words(subject, subject.bits_of(found.pixels)), "edited"
+                found.pixels,
+                opened.n_bins,
+                "edited",
+                self._words(subject, subject.bits_of(found.pixels)),
+                "edited",
+                made,
             ),
         ]
         links = [save_link(made, "edit.png", "Save PNG")]
@@ -289,7 +302,7 @@ class EditTab:
         if found.shifted is not None:
             shifted = subject.made(found.shifted, edit, pixel_shift=True)
             words = self._words(subject, subject.bits_of(found.shifted))
-            figures.append(figure(found.shifted, opened.n_bins, "pixels shifted", words, "shifted"))
+            figures.append(figure(found.shifted, opened.n_bins, "pixels shifted", words, "shifted", shifted))
             links.append(save_link(shifted, "shifted.png", "Save the shifted one"))
             commands.append(shifted.whole_command("shifted.png"))
         if subject.from_file:

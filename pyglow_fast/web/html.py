@@ -108,7 +108,7 @@ def uri(data: bytes, suffix: str = ".png") -> str:
     return f"data:{TYPES[suffix]};base64,{base64.b64encode(data).decode('ascii')}"
 
 
-def image(pixels: Tensor, n_bins: int, words: str, height: int | None = None) -> str:
+def image(pixels: Tensor, n_bins: int, words: str, height: int | None = None, made: Made | None = None) -> str:
     """Show one image; the browser enlarges its pixels, the file has them one by one.
 
     Args:
@@ -116,8 +116,9 @@ def image(pixels: Tensor, n_bins: int, words: str, height: int | None = None) ->
         n_bins: the level n_bins-1 is white.
         words: a description for those who do not see it.
         height: its height on the page, in pixels; None: SHOWN, or as many as the image has.
+        made: the image as a file that holds its command, so that whoever saves it by the browser's menu has that too.
     """
-    source = uri(png_bytes(image_picture(pixels, n_bins)))
+    source = uri(png_bytes(image_picture(pixels, n_bins)) if made is None else made.data)
     shown, wide = _size(pixels, height)
     smooth = " pgf-smooth" if pixels.shape[-2] > shown else ""
     return f'<img class="pgf-image{smooth}" alt="{html.escape(words)}" src="{source}" height="{shown}" width="{wide}">'
@@ -130,10 +131,10 @@ def _size(pixels: Tensor, height: int | None = None) -> tuple[int, int]:
     return shown, max(1, round(wide * shown / tall))
 
 
-def figure(pixels: Tensor, n_bins: int, title: str, caption: str = "", part: str = "") -> str:
-    """Show an image with words below it; ``part`` names it for the tests and for style."""
+def figure(pixels: Tensor, n_bins: int, title: str, caption: str = "", part: str = "", made: Made | None = None) -> str:
+    """Show an image with words below it; ``part`` names it for the tests and for style, see image for ``made``."""
     below = f"<b>{html.escape(title)}</b>" + (f"<br>{html.escape(caption)}" if caption else "")
-    shown, style = image(pixels, n_bins, title), f"flex: 0 1 {_size(pixels)[1]}px"
+    shown, style = image(pixels, n_bins, title, made=made), f"flex: 0 1 {_size(pixels)[1]}px"
     return f'<figure data-part="{html.escape(part)}" style="{style}">{shown}<figcaption>{below}</figcaption></figure>'
 
 

@@ -35,14 +35,15 @@ def page(shelf: Shelf) -> gr.Blocks:
             run = gr.Dropdown(names, value=names[0], label="run", elem_id="run", scale=1, min_width=300)
             with gr.Column(scale=2, min_width=300):
                 about = gr.HTML(js_on_load=LIVE_JS, elem_id="about")
-        version, newer, came, clock = gr.State(), gr.State(0), gr.State(0), gr.Timer(EVERY)
+        version, newer, came, other = gr.State(), gr.State(0), gr.State(0), gr.State(0)
+        clock = gr.Timer(EVERY)
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Sample", id="sample") as sample_tab:
                 sample = SampleTab(shelf, desk)
             with gr.Tab("Edit", id="edit") as edit_tab:
                 edit = EditTab(shelf, desk)
             with gr.Tab("Interpolate", id="interpolate") as between_tab:
-                between = BetweenTab(shelf, desk)
+                between = BetweenTab(shelf, desk, edit)
             with gr.Tab("Score", id="score") as score_tab:
                 score = ScoreTab(shelf, desk)
             with gr.Tab("Run", id="run") as run_tab:
@@ -82,13 +83,22 @@ def page(shelf: Shelf) -> gr.Blocks:
         def ticked(found: Desk, seen: str | None) -> list[Any]:
             """Notices a newer checkpoint; what is wrong with it is said by the next thing that is done."""
             if found.has_come(shelf):
-                return [*[gr.skip()] * 3, anew()]
+                return [*[gr.skip()] * 3, anew(), gr.skip()]
             try:
                 newest = found.opened(shelf)
             except ValueError:
-                return [gr.skip()] * 4
+                return [gr.skip()] * 5
             digest = newest.checkpoint.digest
-            return [gr.skip()] * 4 if digest == seen else [_about(newest), digest, anew(), gr.skip()]
+            if digest == seen:
+                return [gr.skip()] * 5
+            if found.is_another(newest):
+                return [gr.skip(), digest, gr.skip(), gr.skip(), anew()]
+            return [_about(newest), digest, anew(), gr.skip(), gr.skip()]
+
+        @on_page()
+        def replaced(found: Desk) -> list[Any]:
+            """Opens the run that took the place of the chosen one in its folder."""
+            return opened(found, str(found.run))
 
         def kept(found: Desk) -> str:
             return f"<p>{html.escape(f'still about {found.run}')}</p>" if found.run else ""
@@ -98,11 +108,13 @@ def page(shelf: Shelf) -> gr.Blocks:
             names = shelf.names()
             return gr.Dropdown(names, value=names[0] if names else None)
 
-        clock.tick(ticked, [desk, version], [about, version, newer, came], **QUIET)
+        clock.tick(ticked, [desk, version], [about, version, newer, came, other], **QUIET)
         settings = [desk, sample.temperature, sample.label, sample.n, sample.seed]
         # The listener is not one of version, which also changes when a run is chosen: the tabs are filled then, and in
         # their order.
-        edit.measure_after(newer.change(on_page()(sample.renew), settings, sample.drawn, **QUIET))
+        renewed_samples = newer.change(on_page()(sample.renew), settings, sample.drawn, **QUIET)
+        edit.measure_after(renewed_samples)
+        renewed_samples.success(again, chosen_path, [*between.outputs, *looked.outputs], **QUIET)
 
         def fill(event: Any) -> None:
             """Fills the tabs: what must be measured first, on the side; paths and report where they are looked at."""
@@ -116,6 +128,7 @@ def page(shelf: Shelf) -> gr.Blocks:
         chosen = gr.on([run.change, came.change], opened, [desk, run], renewed, **QUIET)
         chosen.failure(kept, desk, about, **QUIET)
         fill(chosen)
+        fill(other.change(replaced, desk, renewed, **QUIET))
         first = blocks.load(listed, None, run, **QUIET)
         fill(first.success(opened, [desk, run], renewed, **QUIET))
         taken = sample.pictures.click(on_page()(sample.take), desk, [edit.label, edit.redraw], **QUIET)

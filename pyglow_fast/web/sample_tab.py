@@ -12,11 +12,11 @@ from pyglow_fast.studio.grids import Grid
 from pyglow_fast.studio.opened import OpenRun
 from pyglow_fast.studio.samples import TEMPERATURE, Draw
 from pyglow_fast.web.desk import NO_CLASS, Desk, check_number, clicked
-from pyglow_fast.web.errors import on_page
+from pyglow_fast.web.errors import on_page, plain_sentence
 from pyglow_fast.web.events import QUIET, anew, follow, moves
 from pyglow_fast.web.html import PICK_JS, buttons, note, save_link
 from pyglow_fast.web.shelf import Shelf
-from pyglow_fast.web.widgets import button, command_box
+from pyglow_fast.web.widgets import Slider, button, command_box
 
 ALL = "all classes in turn"
 SHOWN, MOST = 24, 100
@@ -30,7 +30,7 @@ class SampleTab:
         self._shelf = shelf
         with gr.Row():
             with gr.Column(scale=1, min_width=260):
-                self.temperature = gr.Slider(
+                self.temperature = Slider(
                     0.0,
                     1.2,
                     value=TEMPERATURE,
@@ -40,7 +40,7 @@ class SampleTab:
                     elem_id="temperature",
                 )
                 self.label = gr.Dropdown([ALL], value=ALL, label="class", visible=False, elem_id="sample-class")
-                self.n = gr.Slider(1, MOST, value=SHOWN, step=1, label="images", elem_id="sample-n")
+                self.n = Slider(1, MOST, value=SHOWN, step=1, label="images", elem_id="sample-n")
                 self.seed = gr.Number(0, precision=0, label="seed", elem_id="sample-seed")
                 self.again = button("Another seed", "sample-again")
             with gr.Column(scale=3, min_width=300):
@@ -54,10 +54,13 @@ class SampleTab:
         self.again.click(lambda: random.randrange(10**6), None, self.seed, **QUIET)
 
     def show(self, desk: Desk, temperature: float, n: float, seed: float | None) -> list[Any]:
-        """Fill the tab for a run that was chosen."""
+        """Fill the tab for a run that was chosen; what is wrong is said in the place of the samples."""
         opened = desk.opened(self._shelf)
         label = gr.Dropdown([ALL, *opened.classes], value=ALL, visible=bool(opened.classes))
-        return [label, *self.draw(desk, temperature, ALL, n, seed)]
+        try:
+            return [label, *self.draw(desk, temperature, ALL, n, seed)]
+        except ValueError as error:
+            return [label, note(plain_sentence(str(error))), ""]
 
     def draw(self, desk: Desk, temperature: float, label: str | None, n: float, seed: float | None) -> list[Any]:
         """Draw samples, and write the command that draws them."""

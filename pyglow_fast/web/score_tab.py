@@ -47,11 +47,18 @@ class ScoreTab:
         opened = desk.opened(self._shelf)
         if not uploads:
             return list(self.EMPTY)
-        files = [picked_upload(opened, upload) for upload in uploads]
+        files, refused = [], []
+        for upload in uploads:
+            try:
+                files.append(picked_upload(opened, upload))
+            except ValueError as error:  # the others are scored without it
+                refused.append(str(error))
+        if not files:
+            raise ValueError(refused[0])
         scores = score_files(opened, files, progress_on(progress, "measuring bits/dim of the run's images"))
         rows = []
         for score in scores:
-            name = score.picked.image.text
+            name = score.picked.image.text.removeprefix("./")
             below = "" if math.isnan(score.share_below) else f"{score.share_below:.1%}"
             seen = image(score.picked.pixels, opened.n_bins, f"{name} as the model sees it", THUMB)
             bits = f"{score.bits:.3f}" if math.isfinite(score.bits) else "no finite likelihood"
@@ -83,4 +90,8 @@ class ScoreTab:
             parts.insert(0, plot(picture.data, "the images on the histogram of held-out ones"))
             links.append(save_link(picture, "scores.png", "Save PNG"))
             command += f" {picture.out_words('scores.png')}"
-        return [None, f'<div class="pgf-results">{"".join(parts)}</div><p>{"".join(links)}</p>{note(BITS)}', command]
+        parts, lost = (
+            [f'<div class="pgf-results">{"".join(parts)}</div>'],
+            [note(plain_sentence(each)) for each in refused],
+        )
+        return [None, "".join([*parts, *lost, f"<p>{''.join(links)}</p>", note(BITS)]), command]

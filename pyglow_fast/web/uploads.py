@@ -99,14 +99,14 @@ def take(payload: FileData | ImageData, cache: str, linger: float = LINGER) -> U
     return Upload(name, data)
 
 
-class _WithoutStub(ComponentMeta):
+class WithoutStub(ComponentMeta):
     """Makes a component's class as Gradio does, but writes no .pyi beside this file."""
 
     def __new__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> Any:
         return ABCMeta.__new__(cls, name, bases, namespace)
 
 
-class UploadedImage(gr.Image, metaclass=_WithoutStub):
+class UploadedImage(gr.Image, metaclass=WithoutStub):
     """A ``gr.Image`` for input whose handler gets an :class:`Upload`, or None; nothing opens the picture before it.
 
     The file is gone some seconds after a handler read it. So listen to ``upload`` alone, which a file, the webcam and
@@ -120,7 +120,7 @@ class UploadedImage(gr.Image, metaclass=_WithoutStub):
         return None if payload is None else take(payload, self.GRADIO_CACHE)
 
 
-class UploadedFiles(gr.File, metaclass=_WithoutStub):
+class UploadedFiles(gr.File, metaclass=WithoutStub):
     """A ``gr.File`` for input, also with ``file_count="multiple"``, whose handler gets a list of :class:`Upload`.
 
     As with :class:`UploadedImage` the files can be read once. More than MOST_FILES are refused unread, and those that

@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from pyglow_fast.data import UnreadableImageError
 from pyglow_fast.studio.opened import OpenRun
 from pyglow_fast.studio.reading import name_of
 from pyglow_fast.web.desk import Desk, clicked
@@ -14,9 +15,23 @@ from pyglow_fast.web.errors import on_page
 from pyglow_fast.web.events import QUIET
 from pyglow_fast.web.html import PICK_JS, buttons
 from pyglow_fast.web.shelf import Shelf
-from pyglow_fast.web.uploads import UploadedImage
+from pyglow_fast.web.uploads import UploadedImage, WithoutStub
 
 OFFERED = 12  # held-out images to choose from
+
+
+class Slider(gr.Slider, metaclass=WithoutStub):
+    """A ``gr.Slider`` that takes what is typed beside it for what the field becomes when it is left.
+
+    That is the nearer end for a number beyond it, and the lower end where nothing stands; Gradio's own refuses both.
+    """
+
+    is_template = True  # the browser shows it as a slider
+
+    def preprocess(self, payload: float | None) -> float:
+        low, high = float(self.minimum), float(self.maximum)
+        number = low if payload is None else payload
+        return super().preprocess(low if number < low else high if number > high else number)
 
 
 def button(text: str, elem_id: str) -> gr.Button:
@@ -64,7 +79,11 @@ class Thumbs:
         """Offer the first held-out images of a run that was chosen; none where they are lost."""
         missing = bool(opened.images.missing)
         desk.thumbs[self._name] = [] if missing else list(range(min(OFFERED, len(opened.images.find()[2]))))
-        return [self._strip(desk, opened), gr.Button(visible=not missing)]
+        try:
+            strip = self._strip(desk, opened)
+        except UnreadableImageError:  # others may be readable
+            desk.thumbs[self._name], strip = [], ""
+        return [strip, gr.Button(visible=not missing)]
 
     def other(self, desk: Desk) -> str:
         """Offer other held-out images."""

@@ -17,6 +17,7 @@ from support.web_page import (  # noqa: E402
     Visitor,
     all_pixels,
     data_of,
+    decoded,
     drag,
     rgb_of,
     set_slider,
@@ -34,6 +35,7 @@ from pyglow_fast.train import RunFolder, load_model, resolve_device, score_image
 from pyglow_fast.train.figures import image_picture  # noqa: E402
 from pyglow_fast.web.between_tab import BetweenTab  # noqa: E402
 from pyglow_fast.web.desk import Desk  # noqa: E402
+from pyglow_fast.web.edit_tab import EditTab  # noqa: E402
 from pyglow_fast.web.shelf import Shelf  # noqa: E402
 
 if TYPE_CHECKING:
@@ -128,6 +130,37 @@ def test_ends_that_are_no_held_out_images(walker: Visitor, site: Site, monkeypat
     wait_for(lambda: strip(walker), path(site, (0, data), ninths))
 
 
+def test_an_edit_is_an_end(walker: Visitor, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the sliders have it then, by a file whose command stands first; and the sliders go on without it."""
+    page, name = walker.page, sorted(NAMES)[0]
+    walker.tab("Edit")
+    set_slider(page, "add-0", 1.5)
+    set_slider(page, "keep-1", 0.25)
+    wait_for(lambda: "--keep 1 0.25" in walker.command("edit-command"), True)
+    assert name in walker.command("edit-command")
+    edit, picture = walker.command("edit-command").replace("edit.png", "edit-to.png"), walker.edited()
+    walker.tab("Interpolate")
+    page.get_by_role("button", name="to: the image under Edit").click()
+    wait_for(lambda: len(walker.command("path-command").splitlines()), 5)
+    first, one, *whole = walker.command("path-command").splitlines()
+    assert first == edit
+    (site.folder / "edit-to.png").write_bytes(data := written(site.folder, monkeypatch, first))
+    try:
+        assert torch.equal(decoded(data), picture)
+        wait_for(lambda: strip(walker), path(site, (0, data), [i / 8 for i in range(9)]))
+        assert walker.download("Save the frame", "path-frame") == written(site.folder, monkeypatch, one)
+        assert walker.download("Save as GIF", "path-strip") == written(site.folder, monkeypatch, whole[1])
+    finally:
+        (site.folder / "edit-to.png").unlink()
+    walker.tab("Edit")
+    page.get_by_role("button", name="Back to the original").click()
+    walker.tab("Interpolate")
+    assert walker.command("path-command").splitlines()[0] == edit
+    page.get_by_role("button", name="to: the image under Edit").click()
+    wait_for(lambda: strip(walker), path(site, (0, 0), [i / 8 for i in range(9)]))
+    wait_for(lambda: len(walker.command("path-command").splitlines()), 4)
+
+
 def test_ends_are_chosen_by_clicks(walker: Visitor, site: Site) -> None:
     """The images at both ends are seen with their names; a click on one at the top makes it that end which is set."""
     page, ninths = walker.page, [i / 8 for i in range(9)]
@@ -165,7 +198,7 @@ def test_ends_of_the_last_run_are_no_ends(site: Site, monkeypatch: pytest.Monkey
     monkeypatch.chdir(site.folder)
     shelf, desk = Shelf(["runs"], device="cpu"), Desk()
     with gr.Blocks():
-        tab = BetweenTab(shelf, gr.State(desk))
+        tab = BetweenTab(shelf, gr.State(desk), EditTab(shelf, gr.State(desk)))
     former = desk.choose(shelf, site.run(CLASSES))
     tab.show(desk, "linear", 3)
     assert "<img" in tab.drawn(desk, "linear", 3)[0]

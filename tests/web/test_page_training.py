@@ -15,7 +15,7 @@ from support import web
 web.require("gradio", "playwright", "chromium")
 
 from support.web import wait_for  # noqa: E402
-from support.web_page import PLACES, Site, Visitor, all_pixels, choose, set_slider  # noqa: E402
+from support.web_page import Site, Visitor, all_pixels, choose, set_slider  # noqa: E402
 from support.web_runs import COLOUR, DIGITS, encoded, photo  # noqa: E402
 
 from pyglow_fast.train import Checkpoint, RunFolder, load_model, resolve_device, to_pixels  # noqa: E402
@@ -147,6 +147,53 @@ def test_a_run_is_opened_once_it_has_a_checkpoint(training: RunFolder, visitor: 
     away.rename(training.checkpoints)
     wait_for(lambda: all_pixels(page.locator("#samples button img")), sampled(first, SHOWN))
     wait_for(lambda: "zz training" in page.locator("#about").inner_text(), True)
+
+
+def test_a_path_follows_the_checkpoint_and_the_space(training: RunFolder, visitor: Visitor) -> None:
+    """Its strip as its frame: else what is saved is not what its command gives."""
+    page = visitor.page
+
+    def strip() -> torch.Tensor:
+        return all_pixels(page.locator("#path-strip button img"))
+
+    visitor.choose_run("zz training")
+    visitor.tab("Interpolate")
+    before = strip()
+    train_on(training)
+    wait_for(lambda: torch.equal(strip(), before), False)
+    visitor.tab("Edit")
+    page.get_by_role("radio", name="latent").check()
+    visitor.idle()
+    visitor.tab("Interpolate")
+    wait_for(lambda: [" --space latent " in line for line in visitor.command("path-command").splitlines()], [True] * 4)
+
+
+def test_another_run_in_the_same_folder(site: Site, visitors: Callable[..., Visitor], tmp_path: Path) -> None:
+    """It is as if it had been chosen: nothing of the last one stays, neither its class nor its sliders."""
+    runs = tmp_path / "runs"
+    shutil.copytree(site.path(DIGITS), runs / "one")
+    words = ["-m", "pyglow_fast", "serve", "runs", "--no-browser", "--device", "cpu"]
+    with web.Server(words, tmp_path) as server:
+        visitor = visitors(opened=False)
+        visitor.site, page = Site(server, tmp_path), visitor.page
+        visitor.open()
+        choose(page, "sample-class", "3")
+        visitor.tab("Edit")
+        choose(page, "edit-class", "3")
+        set_slider(page, "add-0", 1)
+        wait_for(lambda: "--add 0 rest 1 --space latent --label 3 " in visitor.command("edit-command"), True)
+        (runs / "one").rename(tmp_path / "former")
+        shutil.copytree(site.path(COLOUR), runs / "one")
+        start = "pyglow-fast edit runs/one 0 --space noise --device cpu"
+        wait_for(lambda: visitor.command("edit-command"), f"{start} --out edit.png")
+        visitor.filled("Edit")
+        wait_for(page.locator("#edit-class").count, 0)
+        visitor.tab("Sample")
+        wait_for(lambda: "--label" in visitor.command("sample-command"), False)
+        set_slider(page, "sample-n", 3)
+        wait_for(page.locator("#samples button").count, 3)
+        assert page.get_by_test_id("toast-text").count() == 0
+        page.goto("about:blank")
 
 
 FAULTY = """

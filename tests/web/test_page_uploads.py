@@ -118,11 +118,14 @@ def test_files_that_are_no_pictures_are_refused(editor: Visitor, site: Site) -> 
     editor.give("edit-upload", ("good.png", data))
     wait_for(lambda: editor.edited("original"), seen(site, data))
     editor.tab("Score")
-    editor.give("score-files", ("text.png", b"no"), ("good.png", data))
+    editor.give("score-files", ("text.png", b"no"))
     assert "text.png" in editor.toast()
     wait_for(lambda: editor.page.locator("#score-files input[type=file]").count() > 0, True)
-    editor.give("score-files", ("good.png", data))
+    editor.give("score-files", ("text.png", b"no"), ("good.png", data))
     editor.page.locator("#scores td", has_text="good.png").wait_for()
+    assert editor.page.locator("#scores p", has_text="text.png: expected an image").count() == 1
+    assert " good.png --" in editor.command("score-command")
+    assert "text.png" not in editor.command("score-command")
     wait_for(lambda: len(site.uploaded()), 0)
 
 
