@@ -85,11 +85,12 @@ def _import_gradio() -> None:
 
 
 def _warm(shelf: Shelf) -> None:
-    """Do what the first visitor would wait for. What goes wrong is said on the page."""
+    """Do what the first visitor would wait for, in the order of need. What goes wrong is said on the page."""
+    with contextlib.suppress(Exception):
+        shelf.open(shelf.names()[0]).images.find()
     with contextlib.suppress(Exception):
         for module in DRAWING:
             optional(module, "the page")
-        shelf.open(shelf.names()[0]).images.find()
 
 
 def run(args: argparse.Namespace) -> int:

@@ -114,26 +114,34 @@ def test_odd_settings_and_proxies_do_not_hinder_the_start(run: str, tmp_path: Pa
 def test_what_takes_long_to_import_waits_until_the_page_answers(run: str, tmp_path: Path) -> None:
     """It is imported then, though nobody has asked for anything, and the first run is opened."""
     code = """
-import sys, threading
+import sys, threading, time
 import pyglow_fast.web as web
 from pyglow_fast.cli import main
 slow = ("matplotlib.figure", "torchvision")
 def told(*names):
     return " ".join(name for name in names if name in sys.modules)
 def open_run(self, name):
-    print("opened", name, "with", told(*slow), file=sys.stderr, flush=True)
+    print("opened", name, file=sys.stderr, flush=True)
     raise ValueError("no run")
+def wait():
+    while len(told(*slow).split()) < len(slow):
+        time.sleep(0.05)
+    print("imported:", told(*slow), file=sys.stderr, flush=True)
 web.Shelf.open = open_run
 threading.excepthook = lambda found: print("thrown:", found, file=sys.stderr, flush=True)
 serve = web.serve
 def serve_late(*args, **options):
     print("imported:", told(*slow), file=sys.stderr, flush=True)
+    threading.Thread(target=wait, daemon=True).start()
     serve(*args, **options)
 web.serve = serve_late
 sys.exit(main(sys.argv[1:]))
 """
     with web.Server(["-c", code, "serve", run, "--no-browser"], tmp_path) as running:
-        wait_for(lambda: running.log().splitlines(), ["imported: ", f"opened {run} with matplotlib.figure torchvision"])
+        wait_for(
+            lambda: running.log().splitlines(),
+            ["imported: ", f"opened {run}", "imported: matplotlib.figure torchvision"],
+        )
 
 
 @pytest.mark.parametrize("name", ["matplotlib", "torchvision", "PIL"])
