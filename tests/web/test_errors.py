@@ -16,6 +16,7 @@ import gradio as gr  # noqa: E402
 from pyglow_fast.data import MissingExtraError, UnreadableImageError  # noqa: E402
 from pyglow_fast.web.between_tab import BetweenTab  # noqa: E402
 from pyglow_fast.web.desk import Desk  # noqa: E402
+from pyglow_fast.web.edit_tab import EditTab  # noqa: E402
 from pyglow_fast.web.errors import LONGEST, on_page, sentence  # noqa: E402
 from pyglow_fast.web.shelf import Shelf  # noqa: E402
 
@@ -107,7 +108,8 @@ def test_what_succeeds_is_left_alone() -> None:
 def test_a_forged_number_of_images_is_told_by_its_name() -> None:
     """A slider of the page gives none such, but an event that nobody's browser made may."""
     with gr.Blocks(analytics_enabled=False):
-        tab = BetweenTab(Shelf([]), gr.State())
+        shelf, desk = Shelf([]), gr.State()
+        tab = BetweenTab(shelf, desk, EditTab(shelf, desk))
     click = gr.EventData(None, {"index": 0})
     assert tab.point(5, click)[0] == 0
     for steps in (float("nan"), float("inf"), 1e9):

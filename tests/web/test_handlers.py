@@ -58,7 +58,7 @@ class Place:
         with gr.Blocks(analytics_enabled=False) as self.blocks:
             desk = gr.State(Desk())
             self.sample, self.edit = SampleTab(self.shelf, desk), EditTab(self.shelf, desk)
-            self.between, self.score = BetweenTab(self.shelf, desk), ScoreTab(self.shelf, desk)
+            self.between, self.score = BetweenTab(self.shelf, desk, self.edit), ScoreTab(self.shelf, desk)
 
     def choose(self, name: str) -> OpenRun:
         return self.desk.choose(self.shelf, str(self.folder / name))
@@ -286,13 +286,6 @@ def test_an_upload_is_saved_as_the_model_sees_it(place: Place) -> None:
     ]
     assert [link["download"] for link in links] == ["edit.png", "mine.png"] * 2
     assert links[0]["href"] == links[1]["href"] == links[3]["href"] != links[2]["href"]
-
-
-def test_a_field_that_was_emptied_is_at_rest(place: Place) -> None:
-    place.started(DIGITS)
-    empty = place.edit.edited(place.desk, False, *[None] * len(REST_VALUES))
-    assert empty == place.edit.edited(place.desk, False, *REST_VALUES)
-    assert "--keep" not in text_of(empty)
 
 
 def test_a_space_that_there_is_not(place: Place) -> None:
