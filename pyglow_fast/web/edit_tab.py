@@ -173,7 +173,9 @@ class EditTab:
             directions = opened.directions(space, while_wanted("measuring the attributes"))
             opened.scores(while_wanted("measuring bits/dim of the run's images"))
         except AbandonedError:
-            return self.measure(desk, progress)
+            if desk.has(opened):  # in another space
+                return self.measure(desk, progress)
+            return [gr.skip() for _ in self.measured]  # as below
         except (LostImagesError, UnreadableImageError) as error:
             return [*as_they_are, note(f"No attributes: {plain_sentence(str(error))}"), anew()]
         if not desk.has(opened):  # another run was chosen meanwhile, and is measured once its sliders are at rest

@@ -342,12 +342,12 @@ def test_a_run_with_one_held_out_image(place: Place, monkeypatch: pytest.MonkeyP
     place.between.show(place.desk, "linear", 3)
     assert " --from 0 --to 0 " in place.desk.strip
     place.edit.show(place.desk)
-    assert place.desk.thumbs == [0]
+    assert place.desk.thumbs["edit"] == [0]
     others = place.handler(
         next(part for part in place.blocks.blocks.values() if part.elem_id == "edit-others"), "click"
     )
     assert "held-out image 0" in str(others(place.desk))
-    assert place.desk.thumbs == [0]
+    assert place.desk.thumbs["edit"] == [0]
 
 
 def train_on(opened: OpenRun) -> None:
@@ -390,7 +390,7 @@ def test_a_sample_that_is_an_end_is_drawn_anew_by_a_newer_checkpoint(place: Plac
     place.sample.draw(place.desk, 0.7, ALL, 3, 0)
     place.sample.take(place.desk, gr.EventData(None, {"index": 1}))
     for take in place.between.takes:
-        place.handler(take, "click")(place.desk)
+        place.handler(take, "click")(place.desk, False, *REST_VALUES)
     frame = place.between.moved(place.desk, "linear", 0.0)
     train_on(opened)
     newer = place.shelf.open(str(folder / "a"))
@@ -433,7 +433,7 @@ def test_a_score_in_words(scored: Callable[..., str]) -> None:
     for label, name in enumerate(sorted(NAMES)):
         shown = scored(1.25, 0.5, label)
         for text in (name, '<b>"x" & y</b>.png'):
-            cells = re.findall(r"<td[^>]*>(.*?)</td>", shown)
+            cells = [re.sub("<[^>]*>", "", cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", shown)]
             assert html.escape(text) in cells
         assert "1.250" in shown
         assert "50.0%" in shown
