@@ -19,6 +19,7 @@ from support import web_runs  # noqa: E402
 from pyglow_fast.models import Glow  # noqa: E402
 from pyglow_fast.studio import directions, edits, opened  # noqa: E402
 from pyglow_fast.studio.between import Between  # noqa: E402
+from pyglow_fast.studio.edits import Edit  # noqa: E402
 from pyglow_fast.studio.words import HeldOut  # noqa: E402
 from pyglow_fast.train import RunFolder  # noqa: E402
 from pyglow_fast.train.page import page_of  # noqa: E402
@@ -49,10 +50,11 @@ def visitor(shelf: Shelf, runs: Path, name: str = web_runs.DIGITS) -> Desk:
     return desk
 
 
-def made_tab(kind: Callable[..., Any], shelf: Shelf) -> Any:
-    """A tab, in a page of its own."""
+def made_tab(kind: Callable[..., Any], shelf: Shelf, *beside: Callable[..., Any]) -> Any:
+    """A tab, in a page of its own; ``beside`` are the tabs that it is told of."""
     with gr.Blocks(analytics_enabled=False):
-        return kind(shelf, gr.State(Desk()))
+        desk = gr.State(Desk())
+        return kind(shelf, desk, *(other(shelf, desk) for other in beside))
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, place: Any, name: str) -> list[Any]:
@@ -69,7 +71,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, place: Any, name: str) -> list[Any]
 
 def test_a_move_along_the_path_is_one_decoding(shelf: Shelf, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each end is encoded once for its image, checkpoint and space; the frames are those of ends encoded anew."""
-    desk, tab = visitor(shelf, runs), made_tab(BetweenTab, shelf)
+    desk, tab = visitor(shelf, runs), made_tab(BetweenTab, shelf, EditTab)
     tab.show(desk, "linear", 4)
     encoded, decoded = counted(monkeypatch, edits, "to_space"), counted(monkeypatch, Glow, "decode")
     for at in (0.25, 0.5, 0.75):
@@ -102,15 +104,15 @@ def test_a_move_along_the_path_is_one_decoding(shelf: Shelf, runs: Path, monkeyp
 def test_an_end_that_is_under_edit_is_encoded_already(
     shelf: Shelf, runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    desk, tab = visitor(shelf, runs), made_tab(BetweenTab, shelf)
+    desk, tab = visitor(shelf, runs), made_tab(BetweenTab, shelf, EditTab)
     opened = desk.opened(shelf)
     with pytest.raises(ValueError, match=r"^image: expected an image under Edit, found none$"):
-        desk.put_edited_end(0)
+        desk.put_edited_end(0, Edit(), "edit-from.png", opened)
     tab.show(desk, "linear", 2)
     desk.put(opened.pick(HeldOut(7)), opened)
     subject = desk.subject(shelf)
     encoded = counted(monkeypatch, edits, "to_space")
-    desk.put_edited_end(0)
+    desk.put_edited_end(0, Edit(), "edit-from.png", opened)
     found = desk.between(shelf, False)
     assert found is not None
     assert found.first is subject.picked
