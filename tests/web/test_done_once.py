@@ -50,11 +50,11 @@ def visitor(shelf: Shelf, runs: Path, name: str = web_runs.DIGITS) -> Desk:
     return desk
 
 
-def made_tab(tab: Callable[..., Any], shelf: Shelf) -> Any:
-    """A tab, in a page of its own."""
+def made_tab(tab: Callable[..., Any], shelf: Shelf, *beside: Callable[..., Any]) -> Any:
+    """A tab, in a page of its own; ``beside`` are the tabs that it is told of."""
     with gr.Blocks(analytics_enabled=False):
         desk = gr.State(Desk())
-        return tab(shelf, desk, EditTab(shelf, desk)) if tab is BetweenTab else tab(shelf, desk)
+        return tab(shelf, desk, *(other(shelf, desk) for other in beside))
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, place: Any, name: str) -> list[Any]:
@@ -71,7 +71,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, place: Any, name: str) -> list[Any]
 
 def test_a_move_along_the_path_is_one_decoding(shelf: Shelf, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each end is encoded once for its image, checkpoint and space; the frames are those of ends encoded anew."""
-    desk, tab = visitor(shelf, runs), made_tab(BetweenTab, shelf)
+    desk, tab = visitor(shelf, runs), made_tab(BetweenTab, shelf, EditTab)
     tab.show(desk, "linear", 4)
     encoded, decoded = counted(monkeypatch, edits, "to_space"), counted(monkeypatch, Glow, "decode")
     for at in (0.25, 0.5, 0.75):
@@ -104,7 +104,7 @@ def test_a_move_along_the_path_is_one_decoding(shelf: Shelf, runs: Path, monkeyp
 def test_an_end_that_is_under_edit_is_encoded_already(
     shelf: Shelf, runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    desk, tab = visitor(shelf, runs), made_tab(BetweenTab, shelf)
+    desk, tab = visitor(shelf, runs), made_tab(BetweenTab, shelf, EditTab)
     opened = desk.opened(shelf)
     with pytest.raises(ValueError, match=r"^image: expected an image under Edit, found none$"):
         desk.put_edited_end(0, Edit(), "edit-from.png", opened)
