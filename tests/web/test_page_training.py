@@ -122,6 +122,7 @@ def test_a_run_whose_images_are_gone(training: RunFolder, visitor: Visitor, site
     wait_for(lambda: "Choose two images" in page.locator("#path-frame").inner_text(), True)
     page.locator("#from-take").click()
     data = encoded(photo(30, 40), "PNG")
+    page.get_by_role("button", name="to: an image of yours").click()
     visitor.give("to-upload", ("mine.png", data))
     wait_for(page.locator("#path-strip button").count, 9)
     page.get_by_role("tab", name="Score", exact=True).click()
