@@ -42,14 +42,14 @@ def shown(visitor: Visitor) -> torch.Tensor:
     return all_pixels(visitor.page.locator("#samples button img"))
 
 
-def train_on(training: RunFolder) -> Checkpoint:
-    """Writes a checkpoint of another model at step 1000, and returns it."""
+def train_on(training: RunFolder, step: int = 1000) -> Checkpoint:
+    """Writes a checkpoint of another model at a step, and returns it."""
     found = training.load()
     for name, value in found.model.items():
         if value.dim() == 4 and value.shape[-1] == 3:  # kernels of the nets
             found.model[name] = value + 0.02 * torch.randn_like(value)
     found.ema = {}
-    found.progress["step"] = 1000
+    found.progress["step"] = step
     training.save(found, keep=9)
     return training.load()
 
@@ -89,8 +89,10 @@ def test_a_newer_checkpoint_comes_by_itself(training: RunFolder, visitor: Visito
     wait_for(lambda: shown(visitor), sampled(second, SHOWN))
     wait_for(lambda: visitor.caption("original") != before and "training images" in visitor.caption("original"), True)
     visitor.tab("Run")
-    page.get_by_role("button", name="Read again").click()
     wait_for(lambda: "1000" in report.inner_text(), True)
+    train_on(training, 2000)
+    page.get_by_role("button", name="Read again").click()
+    wait_for(lambda: "2000" in report.inner_text(), True)
 
 
 def test_a_run_whose_images_are_gone(training: RunFolder, visitor: Visitor, site: Site, tmp_path: Path) -> None:
@@ -120,6 +122,7 @@ def test_a_run_whose_images_are_gone(training: RunFolder, visitor: Visitor, site
     wait_for(lambda: "Choose two images" in page.locator("#path-frame").inner_text(), True)
     page.locator("#from-take").click()
     data = encoded(photo(30, 40), "PNG")
+    page.get_by_role("button", name="to: an image of yours").click()
     visitor.give("to-upload", ("mine.png", data))
     wait_for(page.locator("#path-strip button").count, 9)
     page.get_by_role("tab", name="Score", exact=True).click()
