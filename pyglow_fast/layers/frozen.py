@@ -149,7 +149,6 @@ class FrozenSteps(FlowLayer):
         self.couplings = nn.ModuleList(map(_frozen, couplings_of(own)))
         self.requires_grad_(False)
         self.eval()
-
         self._views = _Views()
 
     def _folded(self) -> FoldedSteps:

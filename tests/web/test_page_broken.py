@@ -106,7 +106,7 @@ def test_images_that_go_while_they_are_looked_at(
     assert "expected an image that Pillow can decode" in between.show(desk, "linear", 3)[-2]
 
 
-def test_a_run_with_one_held_out_image(
+def test_the_ends_of_a_run_with_one_held_out_image(
     tabs: Callable[..., tuple[Shelf, Desk, EditTab, BetweenTab]],
 ) -> None:
     """Both ends of the path are that image, and the numbers beside them say so."""
