@@ -179,6 +179,8 @@ class EditTab:
             return [gr.skip() for _ in self.measured]  # as below
         except (LostImagesError, UnreadableImageError) as error:
             return [*as_they_are, note(f"No attributes: {plain_sentence(str(error))}"), anew()]
+        except ValueError as error:  # of a model that gives no finite latents, of which no image can be shown either
+            return [*as_they_are, note(f"No attributes: {plain_sentence(str(error))}"), gr.skip()]
         if not desk.has(opened):  # another run was chosen meanwhile, and is measured once its sliders are at rest
             return [gr.skip() for _ in self.measured]
         if desk.opened(self._shelf) is not opened:  # there is a newer checkpoint, which has its own

@@ -58,6 +58,8 @@ def test_a_model_of_nan(spoilt: str, visitor: Visitor, site: Site) -> None:
     said = "image: expected one whose latents are finite, found NaN or inf in those of 0"
     wait_for(page.locator("#edited").inner_text, said)
     wait_for(lambda: visitor.command("edit-command"), "")
+    none = "No attributes: latents[0]: expected finite values, found NaN or inf"
+    wait_for(page.locator("#edit-why").inner_text, none)
     page.get_by_role("tab", name="Interpolate", exact=True).click()
     wait_for(page.locator("#path-strip").inner_text, said)
     assert (page.locator("#path-frame").inner_text(), visitor.command("path-command")) == ("", "")
