@@ -13,7 +13,6 @@ from support import web
 
 web.require("gradio")
 
-
 from pyglow_fast.web.gate import BLOCK, FILES_STORED, UPLOAD, Gate, files_in, host_name  # noqa: E402
 
 
